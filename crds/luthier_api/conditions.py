@@ -1,0 +1,53 @@
+"""Condition types and reasons of both kinds, in one place. Reasons of failed pods come from `exitcodes`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class ConditionType(StrEnum):
+    ACCEPTED = "Accepted"
+    PREPARED = "Prepared"
+    RUNNING = "Running"
+    TRAINED = "Trained"
+    GENERATED = "Generated"
+    PUBLISHED = "Published"
+    SUSPENDED = "Suspended"
+    COMPLETE = "Complete"
+    FAILED = "Failed"
+
+
+class Reason(StrEnum):
+    # Accepted
+    ACCEPTED = "Accepted"
+    JOB_SET_MISSING = "JobSetMissing"
+    INVALID_SPEC = "InvalidSpec"
+    # waiting
+    WAITING_FOR_JOB = "WaitingForJob"
+    WAITING_FOR_QUEUE = "WaitingForQueue"
+    WAITING_FOR_PODS = "WaitingForPods"
+    WAITING_FOR_VOLUME = "WaitingForVolume"
+    UNSCHEDULABLE = "Unschedulable"
+    IMAGE_PULL_FAILED = "ImagePullFailed"
+    SOURCE_FAILED = "SourceFailed"
+    # phases
+    PREPARING = "Preparing"
+    PREPARED = "Prepared"
+    PLAN_ONLY = "PlanOnly"
+    STARTING = "Starting"
+    RUNNING = "Running"
+    RESTARTING = "Restarting"
+    TRAINED = "Trained"
+    GENERATED = "Generated"
+    PUBLISHING = "Publishing"
+    PUBLISHED = "Published"
+    NO_HUB = "NoHub"
+    HUB_UNAVAILABLE = "HubUnavailable"
+    # ends
+    COMPLETED = "Completed"
+    SUSPENDED = "Suspended"
+    RESUMED = "Resumed"
+    DEADLINE_EXCEEDED = "DeadlineExceeded"
+    NO_PROGRESS = "NoProgress"
+    FAILED = "Failed"
+    LOST = "Lost"

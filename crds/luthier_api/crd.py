@@ -1,0 +1,129 @@
+"""CRDs drawn from the types: `python -m luthier_api.crd` writes them, `--check` fails when the files differ.
+
+The walk turns pydantic's JSON schema into the structural OpenAPI schema that the API server wants: references inlined, optional fields
+without null, no `additionalProperties: false` beside `properties` (strict validation refuses unknown fields by itself), rules as CEL.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from luthier_api import GROUP, VERSION
+from luthier_api.base import ApiModel
+from luthier_api.kinds import CATEGORY, KINDS, JobKind, KindInfo
+
+HEADER = "# Generated from crds/luthier_api by `make generate`. Do not edit.\n"
+KEPT = {"type", "description", "default", "enum", "pattern", "format", "minimum", "maximum", "multipleOf", "minLength", "maxLength",
+        "minItems", "maxItems", "minProperties", "maxProperties", "required"}  # fmt: skip
+
+
+def structural(schema: dict[str, Any], defs: dict[str, Any], models: dict[str, type[ApiModel]]) -> dict[str, Any]:
+    """One node of the JSON schema as a node of a structural schema. Raises ValueError on a union that Kubernetes cannot express."""
+    if "anyOf" in schema:
+        options = [o for o in schema["anyOf"] if o.get("type") != "null"]
+        if len(options) != 1:
+            raise ValueError(f"not structural: {schema}")
+        schema = options[0] | {k: v for k, v in schema.items() if k != "anyOf" and not (k == "default" and v is None)}
+    model: type[ApiModel] | None = None
+    if "$ref" in schema:
+        name = schema["$ref"].rsplit("/", 1)[1]
+        model = models.get(name)
+        schema = defs[name] | {k: v for k, v in schema.items() if k != "$ref"}
+    node = {k: v for k, v in schema.items() if k in KEPT}
+    if isinstance(node.get("default"), dict):
+        node["default"] = {}  # the fields below have defaults of their own
+    if "const" in schema:
+        node["enum"] = [schema["const"]]
+    for bound, exclusive in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
+        if exclusive in schema:
+            node |= {bound: schema[exclusive], exclusive: True}
+    if "properties" in schema:
+        node["properties"] = {k: structural(v, defs, models) for k, v in schema["properties"].items()}
+        keys = getattr(model, "list_map_keys", {})
+        for name, key in keys.items():
+            node["properties"][name] |= {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}
+    elif schema.get("additionalProperties") is True:
+        node["x-kubernetes-preserve-unknown-fields"] = True
+    elif isinstance(schema.get("additionalProperties"), dict):
+        node["additionalProperties"] = structural(schema["additionalProperties"], defs, models)
+    if "items" in schema:
+        node["items"] = structural(schema["items"], defs, models)
+    if model and model.rules:
+        node["x-kubernetes-validations"] = validations(model)
+    return node
+
+
+def validations(model: type[ApiModel]) -> list[dict[str, str]]:
+    return [{"rule": rule.cel, "message": rule.message} for rule in model.rules]
+
+
+def without_defaults(node: Any) -> Any:
+    """A status is written by the operator alone: a default there would only hide what it did not say."""
+    if isinstance(node, dict):
+        return {k: without_defaults(v) for k, v in node.items() if not (k == "default" and not isinstance(v, dict)) and k != "required"} | (
+            {"required": node["required"]} if "required" in node else {}
+        )
+    return [without_defaults(v) for v in node] if isinstance(node, list) else node
+
+
+def crd(kind: JobKind, info: KindInfo) -> dict[str, Any]:
+    """The CustomResourceDefinition of one kind."""
+    schema = info.model.model_json_schema(by_alias=True)
+    models = {m.__name__: m for m in all_models(ApiModel)}
+    root = structural(schema, schema["$defs"], models)
+    spec, status = root["properties"]["spec"], without_defaults(root["properties"]["status"])
+    status.pop("default", None)
+    columns = [{"name": c.name, "jsonPath": c.path, "type": c.type, **({"priority": c.priority} if c.priority else {})} for c in info.columns]
+    version = {
+        "name": VERSION, "served": True, "storage": True, "subresources": {"status": {}}, "additionalPrinterColumns": columns,
+        "schema": {"openAPIV3Schema": {
+            "type": "object", "description": root["description"], "required": ["spec"],
+            "properties": {"apiVersion": {"type": "string"}, "kind": {"type": "string"}, "metadata": {"type": "object"}, "spec": spec, "status": status},
+            "x-kubernetes-validations": validations(info.model),
+        }},
+    }  # fmt: skip
+    names = {"kind": kind.value, "plural": info.plural, "singular": kind.value.lower(), "shortNames": [info.short], "categories": [CATEGORY]}
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition", "metadata": {"name": f"{info.plural}.{GROUP}"},
+        "spec": {"group": GROUP, "scope": "Namespaced", "names": names, "versions": [version]},
+    }  # fmt: skip
+
+
+def all_models(base: type[ApiModel]) -> Iterator[type[ApiModel]]:
+    for model in base.__subclasses__():
+        yield model
+        yield from all_models(model)
+
+
+def render() -> dict[str, str]:
+    """File name → YAML."""
+    return {
+        f"{info.plural}.yaml": HEADER + yaml.safe_dump(crd(kind, info), sort_keys=False, width=120, allow_unicode=True)
+        for kind, info in KINDS.items()
+    }
+
+
+def main(check: bool) -> int:
+    """Write, or with `check` compare, the files of the repository. Returns the exit code."""
+    top = Path(__file__).resolve().parents[2]
+    stale = []
+    for folder in (top / "crds", top / "charts/luthier/files/crds"):
+        for name, text in render().items():
+            path = folder / name
+            if check and (not path.exists() or path.read_text() != text):
+                stale.append(str(path.relative_to(top)))
+            elif not check:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+    if stale:
+        print(f"not current: {', '.join(stale)}. Run `make generate`.", file=sys.stderr)
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(check="--check" in sys.argv[1:]))

@@ -1,0 +1,203 @@
+"""FineTuneJob: adapt a model to a dataset."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from luthier_api.base import ApiModel, Rule
+from luthier_api.spec import (
+    DatasetSource,
+    Hub,
+    JobControl,
+    ModelSource,
+    Path,
+    Quantity,
+    Scheduling,
+    Seed,
+    ShortText,
+    Volumes,
+    Workspace,
+    at_most_one,
+    immutable,
+)
+
+FineTuneTask = Literal["causal-lm", "text-classification"]
+Strategy = Literal["auto", "ddp", "zero2", "zero2-offload", "zero3", "zero3-offload"]
+
+
+class Columns(ApiModel):
+    """Which columns of the dataset play which role."""
+
+    text: ShortText = "text"
+    """The text to learn (causal-lm) or to classify (text-classification)."""
+    label: ShortText = "label"
+    """The class of a row (text-classification): a name or a number."""
+
+
+class TrainingData(DatasetSource):
+    """The rows to learn from, and those held out to measure with."""
+
+    split: ShortText = "train"
+    """Split to train on; slices such as train[:90%] work."""
+    eval_split: ShortText | None = None
+    """Split to evaluate on; slices work."""
+    eval_files: Annotated[list[Path] | None, Field(min_length=1, max_length=256)] = None
+    """Files to evaluate on."""
+    eval_fraction: Annotated[float | None, Field(gt=0, lt=1)] = None
+    """Share of the training rows, chosen by `training.seed`, that is held out to evaluate on."""
+    columns: Columns = Columns()
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *DatasetSource.rules,
+        Rule(at_most_one("evalSplit", "evalFiles", "evalFraction"), "dataset: set at most one of evalSplit, evalFiles and evalFraction"),
+        Rule("!has(self.evalFiles) || has(self.files)", "dataset.evalFiles: belongs to dataset.files; use evalSplit for a Hub dataset"),
+    )
+
+
+class Method(ApiModel):
+    """Which weights learn, and how."""
+
+    type: Literal["full", "lora", "qlora"] = "lora"
+    """full: all weights. lora: low-rank adapters on a frozen model. qlora: the same on a model quantised to 4 bits (NF4)."""
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Rank of the adapters (lora, qlora)."""
+    alpha: Annotated[int, Field(ge=1, le=4096)] = 32
+    """Scale of the adapters: their output counts alpha / rank (lora, qlora)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout before the adapters (lora, qlora)."""
+    target_modules: Annotated[list[ShortText], Field(min_length=1, max_length=64)] = ["all-linear"]
+    """Modules that get an adapter: all-linear, or names such as q_proj (lora, qlora)."""
+
+
+class Training(ApiModel):
+    """The course of the optimisation."""
+
+    epochs: Annotated[float, Field(gt=0, le=10_000)] = 1
+    """Passes over the training rows, unless max_steps ends the training earlier."""
+    max_steps: Annotated[int | None, Field(ge=1)] = None
+    """Optimiser steps after which training ends; overrides epochs."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
+    """Peak learning rate. 2e-4 suits adapters; 1e-5 to 5e-5 suits full fine-tuning of a pretrained model."""
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """How the learning rate falls after the warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises from zero."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are clipped to this norm."""
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 8
+    """Rows that one optimiser step sees, over all processes and accumulation steps."""
+    micro_batch_size: Annotated[int | None, Field(ge=1)] = None
+    """Rows that one process sees in one forward pass; planned when left out."""
+    max_length: Annotated[int, Field(ge=8, le=1_048_576)] = 1024
+    """Tokens of a row; longer rows are cut (causal-lm with packing: split)."""
+    packing: bool = False
+    """causal-lm: join all rows, separated by the end-of-text token, and cut them into blocks of max_length."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the computation. auto: bf16 on a GPU that has it, fp32 on CPU."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    seed: Seed = 42
+    log_steps: Annotated[int, Field(ge=1)] = 10
+    """Steps between two reports of the loss."""
+    eval_steps: Annotated[int | None, Field(ge=1)] = None
+    """Steps between two evaluations; only before and after the training when left out."""
+    save_steps: Annotated[int, Field(ge=1)] = 500
+    """Steps between two checkpoints."""
+    keep_checkpoints: Annotated[int, Field(ge=1, le=100)] = 2
+    """Verified checkpoints that are kept."""
+
+
+class TrainingResources(ApiModel):
+    """The pods that train: one a node."""
+
+    nodes: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Pods, each on a node of its own where there are enough."""
+    gpus_per_node: Annotated[int, Field(ge=0, le=64)] = 1
+    """GPUs of each pod, one process on each. 0: train on CPU."""
+    processes_per_node: Annotated[int | None, Field(ge=1, le=64)] = None
+    """Processes of each pod of a CPU job; 1 when left out."""
+    cpu: Quantity | None = None
+    """CPU request of each pod."""
+    memory: Quantity | None = None
+    """Memory request and limit of each pod."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "!has(self.processesPerNode) || self.gpusPerNode == 0",
+            "resources.processesPerNode: a GPU job runs one process a GPU; remove it, or set gpusPerNode: 0 to train on CPU",
+        ),
+    )
+
+    @property
+    def processes(self) -> int:
+        """Processes of each pod."""
+        return self.gpus_per_node or self.processes_per_node or 1
+
+    @property
+    def world_size(self) -> int:
+        """Processes over all pods."""
+        return self.nodes * self.processes
+
+
+class Restarts(ApiModel):
+    """How often a failed run is started again."""
+
+    max: Annotated[int, Field(ge=0, le=100)] = 3
+    """Restarts after failures of the infrastructure; mistakes are never retried, preemptions cost nothing."""
+
+
+class FineTuneJobSpec(JobControl):
+    """What to adapt, to what, how, and where the result goes."""
+
+    task: FineTuneTask
+    """What the model learns to do."""
+    model: ModelSource
+    dataset: TrainingData
+    method: Method = Method()
+    training: Training = Training()
+    resources: TrainingResources = TrainingResources()
+    strategy: Strategy = "auto"
+    """How processes share the work. auto: one process alone, several by ddp. zero2 and zero3 shard optimiser and weights with DeepSpeed."""
+    workspace: Workspace = Workspace()
+    volumes: Volumes = Field(default_factory=list)
+    hub: Hub | None = None
+    scheduling: Scheduling = Scheduling()
+    restarts: Restarts = Restarts()
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *immutable("task", "model", "dataset", "method", "training", "resources", "strategy", "workspace", "volumes", "scheduling"),
+        Rule(
+            "!has(self.model.config) || self.method.type == 'full'",
+            "spec.method.type: new weights (spec.model.config) are trained whole; set method.type: full",
+        ),
+        Rule(
+            "self.method.type != 'qlora' || !self.strategy.startsWith('zero3')",
+            "spec.strategy: ZeRO-3 cannot shard a model quantised to 4 bits; use ddp or zero2 with method.type: qlora",
+        ),
+        Rule(
+            "!self.training.packing || self.task == 'causal-lm'",
+            "spec.training.packing: only causal-lm can join rows; remove packing for this task",
+        ),
+        Rule(
+            "!(has(self.model.config) && self.task == 'text-classification')",
+            "spec.model.config: text-classification starts from a pretrained model; set model.id, path or job",
+        ),
+        Rule(
+            "self.resources.gpusPerNode > 0 || self.training.precision != 'fp16'",
+            "spec.training.precision: fp16 needs a GPU; use fp32 or bf16 on CPU",
+        ),
+        Rule(
+            "!has(self.training.microBatchSize) || self.training.batchSize % (self.training.microBatchSize * self.resources.nodes *"
+            " (self.resources.gpusPerNode > 0 ? self.resources.gpusPerNode :"
+            " (has(self.resources.processesPerNode) ? self.resources.processesPerNode : 1))) == 0",
+            "spec.training.batchSize: must be a multiple of microBatchSize times the number of processes",
+        ),
+        Rule(
+            "self.training.batchSize % (self.resources.nodes * (self.resources.gpusPerNode > 0 ? self.resources.gpusPerNode :"
+            " (has(self.resources.processesPerNode) ? self.resources.processesPerNode : 1))) == 0",
+            "spec.training.batchSize: must be a multiple of the number of processes (nodes times GPUs or processes a node)",
+        ),
+    )

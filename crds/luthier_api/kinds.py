@@ -1,0 +1,132 @@
+"""The two kinds as objects: what distinguishes them, in one table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from luthier_api import API_VERSION
+from luthier_api.base import ApiModel, Rule
+from luthier_api.conditions import ConditionType
+from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.generate import GenerateJobSpec
+from luthier_api.status import JobStatus
+
+
+class JobKind(StrEnum):
+    FINE_TUNE = "FineTuneJob"
+    GENERATE = "GenerateJob"
+
+
+class Metadata(ApiModel):
+    """The part of an object's metadata that we read."""
+
+    model_config = ApiModel.model_config | {"extra": "ignore"}
+
+    name: str
+    namespace: str = "default"
+    uid: str = ""
+    generation: int | None = None
+    resource_version: str | None = None
+    creation_timestamp: str | None = None
+    deletion_timestamp: str | None = None
+    labels: dict[str, str] = Field(default_factory=dict)
+    annotations: dict[str, str] = Field(default_factory=dict)
+
+
+NAME_RULES = (
+    Rule("size(self.metadata.name) <= 40", "metadata.name: at most 40 characters, so that the names of pods fit; choose a shorter one"),
+    Rule(
+        "self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
+        "metadata.name: lower-case letters, digits and '-' only, because pods are named after it",
+    ),
+)
+
+
+class FineTuneJob(ApiModel):
+    """Adapts a model to a dataset: LoRA, QLoRA or full fine-tuning, on one or many nodes."""
+
+    api_version: Literal["luthier.dev/v1alpha1"] = API_VERSION  # type: ignore[assignment]  # a Literal needs the text itself
+    kind: Literal["FineTuneJob"] = "FineTuneJob"
+    metadata: Metadata
+    spec: FineTuneJobSpec
+    status: JobStatus = JobStatus()
+
+    rules: ClassVar[tuple[Rule, ...]] = NAME_RULES
+
+
+class GenerateJob(ApiModel):
+    """Runs a model, with or without adapters, over many inputs: text or images, split over shards."""
+
+    api_version: Literal["luthier.dev/v1alpha1"] = API_VERSION  # type: ignore[assignment]
+    kind: Literal["GenerateJob"] = "GenerateJob"
+    metadata: Metadata
+    spec: GenerateJobSpec
+    status: JobStatus = JobStatus()
+
+    rules: ClassVar[tuple[Rule, ...]] = NAME_RULES
+
+
+AnyJob = Annotated[FineTuneJob | GenerateJob, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of `kubectl get`."""
+
+    name: str
+    path: str
+    type: str = "string"
+    priority: int = 0
+
+
+@dataclass(frozen=True)
+class KindInfo:
+    """What Kubernetes has to know of a kind."""
+
+    model: type[FineTuneJob] | type[GenerateJob]
+    plural: str
+    short: str
+    """Short name for kubectl; it also begins the names of the kind's children."""
+    done: ConditionType
+    """The condition that says that `run` has ended well."""
+    columns: tuple[Column, ...]
+
+
+SHAPE = Column("Nodes×GPUs", ".status.shape")
+AGE = Column("Age", ".metadata.creationTimestamp", "date")
+KINDS: dict[JobKind, KindInfo] = {
+    JobKind.FINE_TUNE: KindInfo(
+        FineTuneJob, "finetunejobs", "ftj", ConditionType.TRAINED,
+        (
+            Column("State", ".status.state"), Column("Step", ".status.progress.step", "integer"),
+            Column("Loss", ".status.progress.loss", "number"), SHAPE, Column("Restarts", ".status.restarts", "integer"), AGE,
+            Column("ETA", ".status.progress.etaSeconds", "integer", 1), Column("Tokens/s", ".status.progress.tokensPerSecond", "number", 1),
+            Column("Revision", ".status.hub.revision", priority=1),
+        ),
+    ),
+    JobKind.GENERATE: KindInfo(
+        GenerateJob, "generatejobs", "gj", ConditionType.GENERATED,
+        (
+            Column("State", ".status.state"), Column("Rows", ".status.progress.rows", "integer"),
+            Column("Of", ".status.progress.maxRows", "integer"), Column("Shards×GPUs", ".status.shape"), AGE,
+            Column("ETA", ".status.progress.etaSeconds", "integer", 1), Column("Revision", ".status.hub.revision", priority=1),
+        ),
+    ),
+}  # fmt: skip
+CATEGORY = "luthier"
+
+
+def parse_job(document: dict[str, Any]) -> FineTuneJob | GenerateJob:
+    """A job from an object as the API server or a manifest has it.
+
+    Raises pydantic.ValidationError when the shape is wrong, ValueError when the kind is not ours.
+    """
+    try:
+        info = KINDS[JobKind(document.get("kind", ""))]
+    except ValueError:
+        raise ValueError(f"kind: {document.get('kind')!r} is not one of {', '.join(KINDS)}") from None
+    return info.model.model_validate(document)

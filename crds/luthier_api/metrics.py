@@ -1,0 +1,84 @@
+"""Names of the metrics that the pods serve, and how progress is read from them.
+
+One table for three readers: the trainer makes its gauges from it, operator and `luthier run` read progress through it, docs list it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from luthier_api.status import Progress
+
+
+@dataclass(frozen=True)
+class Metric:
+    name: str
+    help: str
+    type: Literal["gauge", "counter", "histogram"] = "gauge"
+
+
+TRAIN_STEP = Metric("luthier_train_step", "Optimiser steps done")
+TRAIN_MAX_STEPS = Metric("luthier_train_max_steps", "Optimiser steps of the whole run")
+TRAIN_EPOCH = Metric("luthier_train_epoch", "Passes over the training rows done")
+TRAIN_LOSS = Metric("luthier_train_loss", "Training loss, mean since the last report")
+EVAL_LOSS = Metric("luthier_train_eval_loss", "Loss on the held-out rows")
+TRAIN_LEARNING_RATE = Metric("luthier_train_learning_rate", "Learning rate")
+TRAIN_GRAD_NORM = Metric("luthier_train_grad_norm", "Norm of the gradients before clipping")
+TRAIN_TOKENS = Metric("luthier_train_tokens_total", "Tokens trained on, padding excluded, over all ranks", "counter")
+TRAIN_TOKENS_PER_SECOND = Metric("luthier_train_tokens_per_second", "Tokens a second over all ranks, since the last report")
+TRAIN_STEP_SECONDS = Metric("luthier_train_step_duration_seconds", "Time of an optimiser step", "histogram")
+TRAIN_NONFINITE = Metric("luthier_train_nonfinite_total", "Reports of a loss that is not a finite number", "counter")
+TRAIN_ETA_SECONDS = Metric("luthier_train_eta_seconds", "Time left at the pace of this attempt")
+CHECKPOINT_STEP = Metric("luthier_checkpoint_last_step", "Step of the newest verified checkpoint")
+CHECKPOINT_TIME = Metric("luthier_checkpoint_last_success_timestamp_seconds", "When the newest verified checkpoint was written")
+CHECKPOINT_SECONDS = Metric("luthier_checkpoint_duration_seconds", "Time that the newest checkpoint took")
+GENERATE_ROWS = Metric("luthier_generate_rows", "Outputs that lie in the workspace, those of earlier attempts included")
+GENERATE_MAX_ROWS = Metric("luthier_generate_max_rows", "Outputs that this shard has to write")
+GENERATE_ROWS_PER_SECOND = Metric("luthier_generate_rows_per_second", "Outputs a second in this attempt")
+
+POD_METRICS: tuple[Metric, ...] = tuple(m for m in globals().values() if isinstance(m, Metric))
+
+
+def read_samples(text: str) -> dict[str, float]:
+    """Name → value of the samples without labels in a Prometheus text. Raises ValueError when it does not parse."""
+    return {s.name: s.value for family in text_string_to_metric_families(text) for s in family.samples if not s.labels}
+
+
+def progress_of(pods: list[dict[str, float]], now: datetime | None = None) -> Progress | None:
+    """Progress from the samples of rank 0 (training) or of all shards (generation); None when they say nothing yet."""
+    time = (now or datetime.now(UTC)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    training = next((p for p in pods if p.get(TRAIN_MAX_STEPS.name)), None)
+    if training is not None:
+        step, most = int(training.get(TRAIN_STEP.name, 0)), int(training[TRAIN_MAX_STEPS.name])
+        return Progress(
+            step=step, max_steps=most, percent=100 * step // most, epoch=_figure(training.get(TRAIN_EPOCH.name)),
+            loss=_figure(training.get(TRAIN_LOSS.name)), learning_rate=_figure(training.get(TRAIN_LEARNING_RATE.name)),
+            tokens_per_second=_figure(training.get(TRAIN_TOKENS_PER_SECOND.name)),
+            eta_seconds=_whole(training.get(TRAIN_ETA_SECONDS.name)), time=time,
+        )  # fmt: skip
+    shards = [p for p in pods if p.get(GENERATE_MAX_ROWS.name)]
+    if not shards:
+        return None
+    rows, most = (int(sum(p.get(m.name, 0) for p in shards)) for m in (GENERATE_ROWS, GENERATE_MAX_ROWS))
+    pace = sum(p.get(GENERATE_ROWS_PER_SECOND.name, 0) for p in shards)
+    return Progress(
+        rows=rows, max_rows=most, percent=100 * rows // most, eta_seconds=_whole((most - rows) / pace if pace else None), time=time
+    )
+
+
+def checkpoint_step(samples: dict[str, float]) -> int | None:
+    """Step of the newest verified checkpoint; None before the first."""
+    return _whole(samples.get(CHECKPOINT_STEP.name)) or None
+
+
+def _figure(value: float | None) -> float | None:
+    """Four significant digits: enough to read, few enough that a status does not change for nothing. NaN is no figure."""
+    return None if value is None or value != value else float(f"{value:.4g}")
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None or value != value else round(value)

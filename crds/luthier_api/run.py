@@ -1,0 +1,82 @@
+"""The run config: the one document that the operator, or `luthier run`, hands the trainer image; and what `prepare` leaves behind.
+
+Mounted as a file; its spec is the user's, with every default filled in. Paths are those of the pod.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter
+
+from luthier_api.base import ApiModel
+from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.generate import GenerateJobSpec
+from luthier_api.status import Prepared
+
+RUN_VERSION = "luthier.dev/run-v1"
+METRICS_PORT = 9464
+RENDEZVOUS_PORT = 29500
+
+
+class BaseRun(ApiModel):
+    api_version: Literal["luthier.dev/run-v1"] = RUN_VERSION  # type: ignore[assignment]  # a Literal needs the text itself
+    name: str
+    namespace: str = "default"
+    uid: str = ""
+    workspace: str
+    """Absolute path of this job's folder."""
+    sources: dict[str, str] = Field(default_factory=dict)
+    """FineTuneJob name → absolute path of its workspace folder (see `workspace.WorkspaceFolder`), mounted read-only."""
+    rendezvous_host: str = "127.0.0.1"
+    """Where rank 0 listens."""
+    rendezvous_port: int = RENDEZVOUS_PORT
+    metrics_port: int = METRICS_PORT
+    """Where the first process of each pod serves its metrics; 0: any free port, written to the run folder."""
+    grace_seconds: int = 60
+    """Seconds between SIGTERM and SIGKILL."""
+
+
+class FineTuneRun(BaseRun):
+    kind: Literal["FineTuneJob"] = "FineTuneJob"
+    spec: FineTuneJobSpec
+
+
+class GenerateRun(BaseRun):
+    kind: Literal["GenerateJob"] = "GenerateJob"
+    spec: GenerateJobSpec
+
+
+RunConfig = Annotated[FineTuneRun | GenerateRun, Field(discriminator="kind")]
+_ADAPTER: TypeAdapter[FineTuneRun | GenerateRun] = TypeAdapter(RunConfig)
+
+
+def read_run(text: str | bytes) -> FineTuneRun | GenerateRun:
+    """The run config from its JSON. Raises pydantic.ValidationError."""
+    return _ADAPTER.validate_json(text)
+
+
+class PreparedRecord(Prepared):
+    """`prepared/prepared.json`: `Prepared`, with the places that the pods of `run` need."""
+
+    model_path: str
+    """Folder of the model, its configuration and its tokenizer."""
+    adapter_paths: list[str] = Field(default_factory=list)
+    """Folders of the adapters, in the order of the spec (GenerateJob)."""
+    dataset_path: str
+    """FineTuneJob: a DatasetDict saved to disk, splits `train` and `eval`, tokenised. GenerateJob: rows.jsonl."""
+
+
+class Variables:
+    """Environment variables of the trainer image. Everything else it needs is in the run config."""
+
+    RUN = "LUTHIER_RUN"
+    """Path of the run config; --run overrides it."""
+    NODE_RANK = "LUTHIER_NODE_RANK"
+    """Index of this pod: node rank, or shard."""
+    RUN_DIR = "LUTHIER_RUN_DIR"
+    """Writable folder of one pod: stop flag, heartbeat, results of the ranks. Default /run/luthier."""
+    TERMINATION_LOG = "LUTHIER_TERMINATION_LOG"
+    """Where the termination message goes. Default /dev/termination-log."""
+    TOKEN = "HF_TOKEN"
+    """Token of the Hub; in `prepare` and `publish` only."""

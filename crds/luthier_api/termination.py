@@ -1,0 +1,65 @@
+"""The last word of a pod: one JSON document, written by the supervisor, read by the operator and by `luthier run`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from luthier_api.base import ApiModel
+from luthier_api.exitcodes import ExitCode
+from luthier_api.status import HubStatus, Phase, Prepared
+
+LIMIT_BYTES = 4096  # kubelet cuts a termination message there
+
+
+class TerminationMessage(ApiModel):
+    """What happened in this pod."""
+
+    phase: Phase
+    code: int
+    reason: str
+    message: str = ""
+    """For the user: the path of the field, what was found, what to do."""
+    rank: int | None = None
+    """Global rank of the process that failed, when one process is to blame."""
+    step: int | None = None
+    """Newest verified checkpoint."""
+    saved: bool | None = None
+    """After a stop: whether a checkpoint was saved for it."""
+    last_lines: str = ""
+    seconds: float | None = None
+    prepared: Prepared | None = None
+    metrics: dict[str, float] | None = None
+    hub: HubStatus | None = None
+
+    def encode(self) -> bytes:
+        """JSON of at most LIMIT_BYTES: the output's lines are shortened first (from their beginning), then the message."""
+        data = self.dump()
+        for field in ("lastLines", "message"):
+            text = _dumps(data)
+            excess = len(text) - LIMIT_BYTES
+            if excess <= 0:
+                return text
+            value = str(data.get(field, ""))
+            # A character is up to 12 bytes in escaped JSON (surrogate pairs), so cut until it fits.
+            while value and len(_dumps(data | {field: value})) > LIMIT_BYTES:
+                cut = max(1, min(len(value), excess // 4))
+                value = value[cut:] if field == "lastLines" else value[:-cut]
+            data[field] = value
+        return _dumps(data)
+
+    @classmethod
+    def read(cls, text: str | None) -> TerminationMessage | None:
+        """The message in `text`, or None when it is not one (an image that is not ours, an output's tail)."""
+        try:
+            return cls.model_validate_json(text or "")
+        except ValueError:
+            return None
+
+    @property
+    def exit_code(self) -> ExitCode | None:
+        return ExitCode.of(self.code)
+
+
+def _dumps(data: dict[str, Any]) -> bytes:
+    return json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode()

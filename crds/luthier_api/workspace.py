@@ -1,0 +1,45 @@
+"""Where things lie in a workspace: the folder in which the phases of one job meet, on a volume or on a laptop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class WorkspaceFolder:
+    """Paths below the folder of one job. Nothing is created here."""
+
+    root: Path
+
+    @property
+    def prepared(self) -> Path:
+        """What `prepare` made. Complete once `prepared_record` exists: it is written last."""
+        return self.root / "prepared"
+
+    @property
+    def prepared_record(self) -> Path:
+        """`luthier_api.run.PreparedRecord` as JSON."""
+        return self.prepared / "prepared.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folders `checkpoint-<step>`, each with a manifest (FineTuneJob)."""
+        return self.root / "checkpoints"
+
+    @property
+    def shards(self) -> Path:
+        """What each shard has written so far (GenerateJob)."""
+        return self.root / "shards"
+
+    @property
+    def result(self) -> Path:
+        """The model or the outputs, with a manifest: complete once `result_manifest` exists."""
+        return self.root / "result"
+
+    @property
+    def result_manifest(self) -> Path:
+        return self.result / MANIFEST
+
+
+MANIFEST = "MANIFEST.json"

@@ -1,0 +1,46 @@
+#!/usr/bin/env python3
+"""A Kubernetes for the tests, on one Linux machine.
+
+    cluster.py ensure             a running cluster, built and started if need be; prints its KUBECONFIG
+    cluster.py install-packages   the Debian packages that the local cluster needs (apt-get, as root)
+    cluster.py build              compile the components from Go modules (about 10 minutes once, then cached)
+    cluster.py up | down          start it; stop it and remove its state (binaries and images stay)
+    cluster.py image CONTEXT TARGET NAME   build a Dockerfile target where the cluster finds it; prints the reference for pods
+    cluster.py image-size NAME    compressed bytes of each layer of a pushed image, as JSON
+    cluster.py recycle            wipe released volumes and offer them again
+
+Which cluster: KUBECONFIG set, the one it names, as it is (images by LUTHIER_OPERATOR_IMAGE and LUTHIER_TRAINER_IMAGE);
+CLUSTER=kind, a kind cluster; otherwise the one of `local/`, which needs root and Go but neither Docker nor nested containers.
+WHEELS names a folder of wheels for the image build, such as torch's CPU build.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, this folder is on the path and its parent is not
+
+from cluster import choice  # noqa: E402
+
+
+def main(arguments: list[str]) -> None:
+    cluster = choice.cluster()
+    verbs: dict[str, Callable[..., object]] = {
+        "ensure": cluster.ensure,
+        "install-packages": cluster.install_packages,
+        "build": cluster.build,
+        "up": cluster.up,
+        "down": cluster.down,
+        "image": cluster.image,
+        "image-size": cluster.image_size,
+        "recycle": cluster.recycle,
+    }
+    if not arguments or arguments[0] not in verbs:
+        raise SystemExit(__doc__)
+    answer = verbs[arguments[0]](*arguments[1:])
+    if answer is not None:
+        print(answer)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

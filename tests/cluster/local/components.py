@@ -1,0 +1,71 @@
+"""The programs of the cluster, compiled from Go modules: no release archive and no registry has to be reachable.
+
+The control plane, the node's agents, etcd and kubectl are one binary (`../kube`), told apart by the name it is called by.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from .shell import BIN, HOME, out, sh
+
+PACKAGES = """buildah ca-certificates conntrack containerd containernetworking-plugins debootstrap ethtool gcc
+              iproute2 iptables libc6-dev openssl procps runc socat""".split()
+KUBERNETES = "v1.35.4"
+HYPERKUBE = Path(__file__).resolve().parents[1] / "kube"
+COMPONENTS = "kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubectl etcd".split()
+JOBSET = ("sigs.k8s.io/jobset", "v0.12.0")
+MODULES = {  # binary: (module, version, package)
+    "jobset": (*JOBSET, "."),
+    "helm": ("helm.sh/helm/v3", "v3.21.4", "./cmd/helm"),
+    "coredns": ("github.com/coredns/coredns", "v1.14.7", "."),
+    "registry": ("github.com/distribution/distribution/v3", "v3.1.2", "./cmd/registry"),
+}
+STATIC = os.environ | {"CGO_ENABLED": "0"}  # the binaries of scratch images have no C library beside them
+
+
+def install_packages() -> None:
+    sh("apt-get", "update", "-q")
+    sh("apt-get", "install", "-q", "-y", "--no-install-recommends", *PACKAGES)
+
+
+def module_dir(module: str, version: str) -> Path:
+    return Path(json.loads(out("go", "mod", "download", "-json", f"{module}@{version}", cwd="/"))["Dir"])
+
+
+def build() -> None:
+    """Compiles what is not there yet."""
+    BIN.mkdir(parents=True, exist_ok=True)
+    if not (BIN / "hyperkube").exists():
+        sh("go", "build", "-trimpath", "-ldflags", f"-s -w {version_flags()}", "-o", BIN / "hyperkube", ".", cwd=HYPERKUBE, env=STATIC)
+    for name in COMPONENTS:
+        if not (BIN / name).is_symlink():
+            (BIN / name).symlink_to("hyperkube")
+    for name, (module, version, package) in MODULES.items():
+        if not (BIN / name).exists():
+            build_module(name, module_dir(module, version), package)
+
+
+def build_module(name: str, downloaded: Path, package: str) -> None:
+    """The module cache is read-only and a `vendor` folder may be incomplete in it: build in a copy, without."""
+    source = HOME / "src" / name
+    shutil.rmtree(source, ignore_errors=True)
+    shutil.copytree(downloaded, source)
+    sh("chmod", "-R", "u+w", source)
+    shutil.rmtree(source / "vendor", ignore_errors=True)
+    sh("go", "build", "-mod=mod", "-trimpath", "-ldflags", "-s -w", "-o", BIN / name, package, cwd=source, env=STATIC)
+
+
+def version_flags() -> str:
+    """Without a version stamped in, kubelet and API server refuse each other."""
+    stamp = {
+        "gitVersion": KUBERNETES,
+        "gitMajor": "1",
+        "gitMinor": KUBERNETES.split(".")[1],
+        "gitTreeState": "clean",
+        "gitCommit": "0" * 40,
+        "buildDate": "2026-01-01T00:00:00Z",
+    }
+    packages = ("k8s.io/component-base/version", "k8s.io/client-go/pkg/version")
+    return " ".join(f"-X {package}.{key}={value}" for package in packages for key, value in stamp.items())

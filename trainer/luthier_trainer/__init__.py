@@ -1,0 +1,1 @@
+"""What runs in the pods: `python -m luthier_trainer prepare|train|generate|publish`. Importing this package imports no torch."""

@@ -1,0 +1,97 @@
+"""How a process of a phase ends: every way out becomes one `TerminationMessage`, in a file that the supervisor reads.
+
+A process writes `result-<rank>.json` into the run folder. After a good end, and after an agreed stop, it exits with 0 whatever the
+message's code: a worker that exits with another code makes torch's agent kill its siblings, and every code becomes 1. Neighbour:
+`supervisor`, which turns the ranks' messages into the pod's exit code.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.run import FineTuneRun, GenerateRun, Variables, read_run
+from luthier_api.status import Phase
+from luthier_api.termination import TerminationMessage
+
+STORAGE_ERRNOS = {errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.ESTALE}
+
+
+class Failure(Exception):
+    """An end that we understand. `message` is for the user: path of the field, what was found, what to do."""
+
+    def __init__(self, code: ExitCode, message: str) -> None:
+        super().__init__(message)
+        self.code, self.message = code, message
+
+
+def run_dir() -> Path:
+    """Writable folder of this pod: stop flag, heartbeat, results of the ranks."""
+    return Path(os.environ.get(Variables.RUN_DIR, "/run/luthier"))
+
+
+def result_file(rank: int) -> Path:
+    return run_dir() / f"result-{rank}.json"
+
+
+def global_rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def classify(error: BaseException) -> tuple[ExitCode, str]:
+    """Exit code and message for any exception. Libraries are looked up by name, so that nothing is imported for it."""
+    if isinstance(error, Failure):
+        return error.code, error.message
+    names = {c.__name__ for c in type(error).__mro__}
+    text = f"{type(error).__name__}: {error}"
+    if "OutOfMemoryError" in names:
+        return ExitCode.CUDA_OUT_OF_MEMORY, (
+            f"{text}. The GPU is full: set training.gradientCheckpointing, a smaller microBatchSize or maxLength, a zero strategy, or method qlora"
+        )
+    if "GatedRepoError" in names:
+        return ExitCode.UNAUTHORIZED, f"{text}. Ask for access on the Hub and set hub.tokenSecret"
+    if names & {"RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundError", "RemoteEntryNotFoundError"}:
+        return ExitCode.NOT_FOUND, text
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return ExitCode.UNAUTHORIZED, f"{text}. Check the token in hub.tokenSecret"
+    if status is not None and (status == 429 or status >= 500):
+        return ExitCode.HUB_UNAVAILABLE, text
+    module = type(error).__module__.split(".")[0]
+    if module in {"httpx", "httpx2", "httpcore", "httpcore2"} or "LocalEntryNotFoundError" in names or "OfflineModeIsEnabled" in names:
+        return ExitCode.HUB_UNAVAILABLE, text
+    if isinstance(error, OSError) and error.errno in STORAGE_ERRNOS:
+        return ExitCode.STORAGE_ERROR, f"{text}. The workspace's volume is full or broken"
+    if "DistBackendError" in names or any(s in str(error) for s in ("Connection closed by peer", "Connection reset by peer", "NCCL error")):
+        return ExitCode.PEER_LOST, text
+    return ExitCode.TRAINING_ERROR, text
+
+
+def write_result(message: TerminationMessage, rank: int | None = None) -> None:
+    """Leave the message for the supervisor, whole or not at all."""
+    path = result_file(global_rank() if rank is None else rank)
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(message.encode())
+    partial.replace(path)
+
+
+def run_phase(phase: Phase, main: Callable[[FineTuneRun | GenerateRun], TerminationMessage]) -> None:
+    """The whole life of a process of a phase; never returns."""
+    try:
+        message = main(read_run(Path(os.environ[Variables.RUN]).read_bytes()))
+    except BaseException as error:
+        if not isinstance(error, Failure):
+            traceback.print_exc()
+        code, text = classify(error)
+        write_result(TerminationMessage(phase=phase, code=code, reason=code.reason, message=text, rank=global_rank()))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Threads of a collective that can never finish would keep the interpreter alive.
+        os._exit(int(code))
+    write_result(message)
+    sys.exit(0)
