@@ -36,7 +36,7 @@ def structural(schema: dict[str, Any], defs: dict[str, Any], models: dict[str, t
         schema = defs[name] | {k: v for k, v in schema.items() if k != "$ref"}
     node = {k: v for k, v in schema.items() if k in KEPT}
     if isinstance(node.get("default"), dict):
-        node["default"] = {}  # the fields below have defaults of their own
+        node["default"] = without_nulls(node["default"])  # whole: rules are checked against it before the fields below add theirs
     if "const" in schema:
         node["enum"] = [schema["const"]]
     for bound, exclusive in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
@@ -56,6 +56,10 @@ def structural(schema: dict[str, Any], defs: dict[str, Any], models: dict[str, t
     if model and model.rules:
         node["x-kubernetes-validations"] = validations(model)
     return node
+
+
+def without_nulls(value: Any) -> Any:
+    return {k: without_nulls(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
 def validations(model: type[ApiModel]) -> list[dict[str, str]]:

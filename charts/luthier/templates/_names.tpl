@@ -1,0 +1,52 @@
+{{- define "luthier.name" -}}
+{{- if contains .Chart.Name .Release.Name }}{{ .Release.Name | trunc 63 | trimSuffix "-" }}{{ else }}{{ printf "%s-%s" .Release.Name .Chart.Name | trunc 63 | trimSuffix "-" }}{{ end }}
+{{- end }}
+
+{{- define "luthier.selector" -}}
+app.kubernetes.io/name: {{ .Chart.Name }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "luthier.labels" -}}
+{{ include "luthier.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
+{{- end }}
+
+{{- define "luthier.serviceAccount" -}}
+{{ .Values.serviceAccount.name | default (.Values.serviceAccount.create | ternary (include "luthier.name" .) "default") }}
+{{- end }}
+
+{{- /* An image reference. Takes (dict "image" VALUES "chart" .Chart). */ -}}
+{{- define "luthier.image" -}}
+{{ .image.repository }}{{ if .image.digest }}@{{ .image.digest }}{{ else }}:{{ .image.tag | default .chart.AppVersion }}{{ end }}
+{{- end }}
+
+{{- /* What the operator may do. No secrets, no nodes, no pods/exec, no pods/log: see docs/install.md. */ -}}
+{{- define "luthier.rules" -}}
+- apiGroups: [luthier.dev]
+  resources: [finetunejobs, generatejobs]
+  verbs: [get, list, watch, delete]  # delete: ttlSecondsAfterFinished
+- apiGroups: [luthier.dev]
+  resources: [finetunejobs/status, generatejobs/status]
+  verbs: [get, patch]
+- apiGroups: [luthier.dev]
+  resources: [finetunejobs/finalizers, generatejobs/finalizers]
+  verbs: [update]  # owner references that block deletion, where the admission plugin asks for it
+- apiGroups: [jobset.x-k8s.io]
+  resources: [jobsets]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [batch]
+  resources: [jobs]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [""]
+  resources: [pods]
+  verbs: [get, list, watch]
+- apiGroups: [""]
+  resources: [configmaps, persistentvolumeclaims]
+  verbs: [create, patch]  # applied, never read
+- apiGroups: ["", events.k8s.io]
+  resources: [events]
+  verbs: [create, patch]
+{{- end }}

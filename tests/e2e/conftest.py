@@ -1,0 +1,107 @@
+"""The stage of the end-to-end tests: images built and pushed, the chart installed, a Hub, data on a claim, and a pod to look with.
+
+Everything goes through helm and kubectl, as a user would do it. The namespaces stay afterwards, for a look at what happened;
+the next session begins by removing them.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from cluster import choice
+from e2e import data
+from e2e.kube import Kube, Object
+from hub import manifests as hub_manifests
+
+TOP = Path(__file__).resolve().parents[2]
+JOBS, SYSTEM = "luthier-e2e", "luthier-system"
+RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
+TOKENS = {"hub-token": "write", "wrong-token": "wrong"}
+
+
+@dataclass(frozen=True)
+class Images:
+    operator: str
+    trainer: str
+
+
+@pytest.fixture(scope="session")
+def images(cluster: None) -> Images:
+    ours = choice.cluster()
+    return Images(*(ours.image(str(TOP), target, f"luthier/{target}:dev") for target in ("operator", "trainer")))
+
+
+def namespace(name: str) -> None:
+    """A new, empty namespace under Pod Security `restricted`."""
+    kube = Kube(name)
+    kube.run("delete", "namespace", name, "--ignore-not-found", "--timeout=120s")
+    choice.cluster().recycle()
+    kube.run("create", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": RESTRICTED}}))
+
+
+def claim(name: str, mode: str = "ReadWriteMany") -> Object:
+    spec = {"accessModes": [mode], "resources": {"requests": {"storage": "5Gi"}}}
+    return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": name}, "spec": spec}
+
+
+def inspector(image: str) -> Object:
+    """A pod that sees the data and the shared workspace where the jobs' pods see them."""
+    security = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+    mounts = {"data": "/data", "work": "/workspace", "tmp": "/tmp"}
+    return {
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "inspector"},
+        "spec": {
+            "restartPolicy": "Never", "automountServiceAccountToken": False, "terminationGracePeriodSeconds": 0,
+            "securityContext": {"runAsNonRoot": True, "runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 1000, "seccompProfile": {"type": "RuntimeDefault"}},
+            "containers": [{
+                "name": "inspector", "image": image, "imagePullPolicy": "Always", "command": ["sleep", "infinity"], "securityContext": security,
+                "env": [{"name": "HOME", "value": "/tmp"}, {"name": "HF_HUB_OFFLINE", "value": "1"}],
+                "volumeMounts": [{"name": n, "mountPath": m} for n, m in mounts.items()],
+            }],
+            "volumes": [
+                {"name": "data", "persistentVolumeClaim": {"claimName": "data"}}, {"name": "work", "persistentVolumeClaim": {"claimName": "work"}},
+                {"name": "tmp", "emptyDir": {}},
+            ],
+        },
+    }  # fmt: skip
+
+
+def install(images: Images, *values: str) -> None:
+    """`helm install`, as the README says it."""
+    settings = [f"image.repository={images.operator.rpartition(':')[0]}", f"image.tag={images.operator.rpartition(':')[2]}", "image.pullPolicy=Always",
+                f"trainer.image.repository={images.trainer.rpartition(':')[0]}", f"trainer.image.tag={images.trainer.rpartition(':')[2]}",
+                "trainer.image.pullPolicy=Always", f"hub.endpoint={hub_manifests.url(SYSTEM)}", *values]  # fmt: skip
+    subprocess.run(
+        ["helm", "upgrade", "--install", "luthier", str(TOP / "charts/luthier"), "--namespace", SYSTEM, "--wait", "--timeout", "3m",
+         *(part for s in settings for part in ("--set", s))],
+        check=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def system(images: Images) -> Iterator[Kube]:
+    """The namespace of the operator and of the Hub."""
+    namespace(SYSTEM)
+    kube = Kube(SYSTEM)
+    kube.apply(*hub_manifests.objects(SYSTEM, image=images.trainer))
+    install(images)
+    kube.run("rollout", "status", "deployment/hub", "--timeout=120s")
+    return kube
+
+
+@pytest.fixture(scope="session")
+def kube(system: Kube, images: Images) -> Kube:
+    """The namespace of the jobs, with data, a shared workspace claim, tokens and the inspector."""
+    namespace(JOBS)
+    kube = Kube(JOBS)
+    secrets = [{"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "stringData": {"token": hub_manifests.token(kind)}} for name, kind in TOKENS.items()]
+    kube.apply(claim("data"), claim("work"), inspector(images.trainer), *secrets)
+    kube.run("wait", "--for=condition=Ready", "pod/inspector", "--timeout=180s")
+    unpack = "import sys, tarfile; tarfile.open(fileobj=sys.stdin.buffer, mode='r|').extractall('/data', filter='data')"
+    kube.python("inspector", unpack, stdin=data.archive())
+    return kube

@@ -1,0 +1,57 @@
+"""The manifests of the end-to-end tests, small enough for two cores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from e2e.kube import Object
+
+DATA = [{"claim": "data", "mountPath": "/data"}]
+WORK = {"claim": "work"}
+PROSE = {"files": ["/data/prose.txt"], "split": "train[:90%]", "evalSplit": "train[90%:]"}
+REGISTER = {"files": ["/data/docstrings.txt"], "split": "train[:90%]", "evalSplit": "train[90%:]"}
+CPU = {"gpusPerNode": 0}
+HUB = {"repo": "luthier/adapter", "tokenSecret": {"name": "hub-token", "key": "token"}}
+
+
+def fine_tune(name: str, **spec: Any) -> Object:
+    base = {"task": "causal-lm", "resources": CPU, "workspace": WORK, "volumes": DATA}
+    return {"apiVersion": "luthier.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": name}, "spec": base | spec}
+
+
+def generate(name: str, **spec: Any) -> Object:
+    base = {"task": "text-generation", "resources": {"gpus": 0}, "workspace": WORK, "volumes": DATA}
+    return {"apiVersion": "luthier.dev/v1alpha1", "kind": "GenerateJob", "metadata": {"name": name}, "spec": base | spec}
+
+
+def training(**values: Any) -> dict[str, Any]:
+    return {"maxSteps": 30, "batchSize": 8, "maxLength": 64, "packing": True, "logSteps": 2, "saveSteps": 10, "learningRate": 0.002} | values
+
+
+LLAMA = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+
+BASE = fine_tune(
+    "base", model={"config": {"modelType": "llama", "vocabSize": 2048, "parameters": LLAMA}}, dataset=PROSE, method={"type": "full"},
+    training=training(maxSteps=60), resources=CPU | {"processesPerNode": 2}, strategy="zero2-offload",
+)  # fmt: skip
+ADAPTER = fine_tune(
+    "adapter", model={"job": "base"}, dataset=REGISTER, method={"type": "lora", "rank": 8}, training=training(maxSteps=40),
+    resources=CPU | {"nodes": 2}, hub=HUB,
+)  # fmt: skip
+QUANTISED = fine_tune(
+    "quantised", model={"job": "base"}, dataset=REGISTER, method={"type": "qlora", "rank": 8}, training=training(maxSteps=20),
+)  # fmt: skip
+CLASSIFIER = fine_tune(
+    "classifier", task="text-classification", model={"path": "/data/encoder"},
+    dataset={"files": ["/data/packages.jsonl"], "evalFiles": ["/data/packages-test.jsonl"]}, method={"type": "lora", "rank": 16},
+    training=training(maxSteps=60, packing=False, batchSize=16, learningRate=0.001, maxLength=96),
+)  # fmt: skip
+TEXT = generate(
+    "text", model={"job": "base"}, adapters=[{"job": "adapter"}],
+    inputs={"rows": [{"prompt": "Return the"}, {"prompt": "The class of"}, {"prompt": "A statement is"}]}, text={"maxNewTokens": 16},
+)  # fmt: skip
+IMAGES = generate(
+    "images", task="text-to-image", model={"path": "/data/sdxl"}, shards=2, batchSize=2,
+    inputs={"rows": [{"prompt": f"a lute on a bench, study {i}", "seed": i} for i in range(48)]},
+    image={"scheduler": "euler", "steps": 8, "width": 64, "height": 64, "guidance": 5.0},
+)  # fmt: skip

@@ -1,0 +1,90 @@
+"""kubectl as the tests use it: what a user would type, with waiting."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Object = dict[str, Any]
+
+
+class KubectlError(Exception):
+    """kubectl refused; the text is what it printed."""
+
+
+@dataclass(frozen=True)
+class Kube:
+    """kubectl in one namespace."""
+
+    namespace: str
+
+    def run(self, *arguments: str, stdin: str | bytes | None = None, check: bool = True, timeout: float = 300) -> str:
+        data = stdin.encode() if isinstance(stdin, str) else stdin
+        done = subprocess.run(
+            ["kubectl", "--namespace", self.namespace, *arguments], input=data, capture_output=True, check=False, timeout=timeout
+        )
+        if check and done.returncode:
+            raise KubectlError(f"kubectl {' '.join(arguments)}\n{done.stderr.decode()}")
+        return done.stdout.decode()
+
+    def apply(self, *documents: Object) -> None:
+        self.run("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": documents}))
+
+    def get(self, kind: str, name: str) -> Object | None:
+        text = self.run("get", kind, name, "-o", "json", "--ignore-not-found")
+        return json.loads(text) if text.strip() else None
+
+    def list(self, kind: str, selector: str = "") -> list[Object]:
+        items: list[Object] = json.loads(self.run("get", kind, "-l", selector, "-o", "json"))["items"]
+        return items
+
+    def delete(self, kind: str, name: str, *options: str) -> None:
+        self.run("delete", kind, name, "--ignore-not-found", *options)
+
+    def python(self, pod: str, script: str, *arguments: str, stdin: bytes | None = None, timeout: float = 300) -> str:
+        """What a Python script prints in a pod."""
+        return self.run("exec", "-i", pod, "--", "python", "-c", script, *arguments, stdin=stdin or b"", timeout=timeout)
+
+    def until(self, kind: str, name: str, met: Callable[[Object], Any], *, timeout: float, what: str) -> Object:
+        """The object as soon as `met` says so; fails with the object's status and events when it takes longer, or when it has failed."""
+        deadline = time.monotonic() + timeout
+        found: Object | None = None
+        while time.monotonic() < deadline:
+            found = self.get(kind, name)
+            if found is not None and met(found):
+                return found
+            if found is not None and condition(found, "Failed") == "True":
+                break
+            time.sleep(1)
+        raise AssertionError(f"{kind}/{name}: not {what}\n{json.dumps((found or {}).get('status'), indent=1)}\n{self.run('describe', kind, name)[-3000:]}")
+
+    def until_gone(self, kind: str, selector: str, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while left := self.list(kind, selector):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"still there: {[o['metadata']['name'] for o in left]}")
+            time.sleep(1)
+
+    def complete(self, kind: str, name: str, timeout: float = 600) -> Object:
+        return self.until(kind, name, lambda o: condition(o, "Complete") == "True", timeout=timeout, what="Complete")
+
+    def failed(self, kind: str, name: str, timeout: float = 300) -> Object:
+        return self.until(kind, name, lambda o: condition(o, "Failed") == "True", timeout=timeout, what="Failed")
+
+    def events(self, name: str) -> list[str]:
+        """Reasons of the events of an object, oldest first."""
+        items = json.loads(self.run("get", "events", "--field-selector", f"involvedObject.name={name}", "-o", "json"))["items"]
+        return [i["reason"] for i in sorted(items, key=lambda i: i.get("eventTime") or i.get("lastTimestamp") or i["metadata"]["creationTimestamp"])]
+
+
+def conditions(item: Object) -> dict[str, Object]:
+    return {c["type"]: c for c in item.get("status", {}).get("conditions", [])}
+
+
+def condition(item: Object, type: str) -> str | None:
+    """Status of one condition: True, False, or None."""
+    return conditions(item).get(type, {}).get("status")

@@ -1,0 +1,136 @@
+"""What goes wrong: mistakes, lost pods, a Hub that is away, an operator that is killed. Nothing is lost, and the status says why."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+from e2e import jobs
+from e2e.kube import Kube, condition, conditions
+from hub import manifests as hub_manifests
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module", autouse=True)
+def base(kube: Kube) -> None:
+    """A small trained model to start from."""
+    kube.apply(jobs.BASE)
+    kube.complete("ftj", "base")
+
+
+MISTAKES = [
+    ("missing-column", {"dataset": {"files": ["/data/packages.jsonl"], "columns": {"text": "txet"}}},
+     "InvalidDataset", ["spec.dataset.columns.text", "txet", "text, label", "Did you mean"]),
+    ("unknown-model", {"model": {"id": "luthier/no-such-model"}}, "NotFound", ["spec.model.id", "luthier/no-such-model"]),
+    ("impossible-split", {"dataset": {"files": ["/data/packages.jsonl"], "split": "train[500%:]"}}, "InvalidDataset", ["spec.dataset.split", "train[500%:]"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "mistake", "reason", "said"), MISTAKES, ids=[m[0] for m in MISTAKES])
+def test_a_mistake_is_told_and_not_retried(kube: Kube, name: str, mistake: dict[str, object], reason: str, said: list[str]) -> None:
+    kube.apply(jobs.fine_tune(name, **({"model": {"job": "base"}, "dataset": jobs.PROSE, "training": jobs.training()} | mistake)))
+    job = kube.failed("ftj", name)
+    failed = conditions(job)["Failed"]
+    assert failed["reason"] == reason
+    assert [text for text in said if text not in failed["message"]] == []
+    assert len(kube.list("pods", f"luthier.dev/job={name}")) == 1
+    assert [(a["phase"], a["reason"], a["charged"]) for a in job["status"]["attempts"]] == [("prepare", reason, False)]
+
+
+def test_a_lost_pod_restarts_the_group_from_the_checkpoint(kube: Kube) -> None:
+    kube.apply(jobs.fine_tune("interrupted", model={"job": "base"}, dataset=jobs.REGISTER, method={"type": "lora", "rank": 8},
+                              training=jobs.training(maxSteps=400, saveSteps=20), resources=jobs.CPU | {"nodes": 2}))  # fmt: skip
+    kube.until("ftj", "interrupted", lambda o: (o["status"].get("checkpoint") or {}).get("step"), timeout=300, what="at a checkpoint")
+    victim = kube.list("pods", "luthier.dev/job=interrupted,luthier.dev/phase=run")[1]["metadata"]["name"]
+    kube.delete("pod", victim, "--wait=false")
+    job = kube.complete("ftj", "interrupted")
+    assert job["status"]["restarts"] >= 1
+    assert job["status"]["restartsCharged"] == 0
+    attempt = job["status"]["attempts"][0]
+    assert attempt["reason"] == "Preempted"
+    assert attempt["step"] > 0
+    log = kube.run("logs", "-l", "luthier.dev/job=interrupted,luthier.dev/phase=run", "--tail=-1")
+    assert f"checkpoint-{attempt['step']}" in log
+
+
+def test_a_killed_shard_goes_on_where_it_stopped(kube: Kube) -> None:
+    kube.apply(jobs.IMAGES)
+    kube.until("gj", "images", lambda o: (o["status"].get("progress") or {}).get("rows", 0) > 0, timeout=300, what="at a row")
+    victim = next(p for p in kube.list("pods", "luthier.dev/job=images,luthier.dev/phase=run") if p["status"]["phase"] == "Running")
+    kube.delete("pod", victim["metadata"]["name"], "--grace-period=0", "--force")
+    job = kube.complete("gj", "images")
+    result = f"/workspace/{job['status']['workspace']['folder']}/result"
+    rows = [json.loads(line) for line in kube.run("exec", "inspector", "--", "sh", "-c", f"cat {result}/*.jsonl").splitlines()]
+    assert sorted(r["row"] for r in rows) == list(range(48))
+    verify = ("import hashlib, json, pathlib, sys; top = pathlib.Path(sys.argv[1]); "
+              "print(sum(hashlib.sha256((top / r['file']).read_bytes()).hexdigest() == r['sha256'] for f in top.glob('*.jsonl') for r in map(json.loads, f.open())))")  # fmt: skip
+    assert kube.python("inspector", verify, result).strip() == "48"
+
+
+def published(kube: Kube, name: str, hub: dict[str, object]) -> None:
+    kube.apply(jobs.fine_tune(name, model={"job": "base"}, dataset=jobs.REGISTER, method={"type": "lora", "rank": 2},
+                              training=jobs.training(maxSteps=4), hub=hub))  # fmt: skip
+
+
+def test_a_hub_that_is_away_costs_only_time(kube: Kube, system: Kube) -> None:
+    hub_manifests.control(system, {"status": 503, "for_seconds": 60})
+    published(kube, "patient", jobs.HUB | {"repo": "luthier/patient"})
+    waiting = kube.until("ftj", "patient", lambda o: condition(o, "Trained") == "True", timeout=300, what="Trained")
+    assert condition(waiting, "Complete") is None
+    hub_manifests.control(system, {"status": 503, "for_seconds": 20})
+    job = kube.complete("ftj", "patient")
+    assert job["status"]["hub"]["revision"]
+
+
+def test_a_wrong_token_is_told_and_the_result_stays(kube: Kube) -> None:
+    published(kube, "locked-out", {"repo": "luthier/locked-out", "tokenSecret": {"name": "wrong-token"}})
+    job = kube.failed("ftj", "locked-out")
+    assert conditions(job)["Published"]["reason"] == "Unauthorized"
+    assert "hub.tokenSecret" in conditions(job)["Published"]["message"]
+    assert condition(job, "Trained") == "True"
+    assert "MANIFEST.json" in kube.run("exec", "inspector", "--", "ls", f"/workspace/{job['status']['workspace']['folder']}/result")
+    # The right token is all it takes: nothing is trained again.
+    kube.run("patch", "ftj", "locked-out", "--type=merge", "-p", json.dumps({"spec": {"hub": {"tokenSecret": {"name": "hub-token"}}}}))
+    deadline = time.monotonic() + 180
+    while condition(kube.get("ftj", "locked-out") or {}, "Complete") != "True":
+        assert time.monotonic() < deadline, kube.run("describe", "ftj", "locked-out")
+        time.sleep(1)
+
+
+def kill_operator(system: Kube) -> None:
+    """As kill -9: no grace."""
+    system.run("delete", "pod", "-l", "app.kubernetes.io/name=luthier", "--grace-period=0", "--force")
+
+
+def test_the_operator_killed_three_times_changes_nothing(kube: Kube, system: Kube) -> None:
+    published(kube, "unshaken", jobs.HUB | {"repo": "luthier/unshaken"})
+    moments = {
+        "preparing": lambda o: kube.list("pods", "luthier.dev/job=unshaken,luthier.dev/phase=prepare"),
+        "running": lambda o: kube.list("pods", "luthier.dev/job=unshaken,luthier.dev/phase=run"),
+        "publishing": lambda o: kube.list("pods", "luthier.dev/job=unshaken,luthier.dev/phase=publish"),
+    }
+    for moment, met in moments.items():
+        kube.until("ftj", "unshaken", met, timeout=180, what=moment)
+        kill_operator(system)
+    job = kube.complete("ftj", "unshaken")
+    assert (job["status"].get("restarts", 0), job["status"].get("attempts", [])) == (0, [])
+    assert job["status"]["metrics"]["evalLoss"] > 0
+    assert job["status"]["hub"]["revision"]
+    for phase, kind in (("prepare", "jobs"), ("run", "jobsets"), ("publish", "jobs")):
+        assert len(kube.list(kind, f"luthier.dev/job=unshaken,luthier.dev/phase={phase}")) >= 1
+
+
+@pytest.mark.parametrize(("policy", "left"), [("Keep", 1), ("Delete", 0)])
+def test_deletion_removes_the_children_and_the_volume_only_where_the_job_says_so(kube: Kube, policy: str, left: int) -> None:
+    name = f"gone-{policy.lower()}"
+    kube.apply(jobs.fine_tune(name, model={"path": "/data/encoder"}, dataset=jobs.PROSE, workspace={"size": "1Gi", "whenDeleted": policy}, planOnly=True))
+    kube.until("ftj", name, lambda o: kube.list("jobs", f"luthier.dev/job={name}"), timeout=60, what="begun")
+    assert len(kube.list("persistentvolumeclaims", f"luthier.dev/job={name}")) == 1
+    kube.delete("ftj", name)
+    for kind in ("jobs", "pods", "configmaps", "jobsets"):
+        kube.until_gone(kind, f"luthier.dev/job={name}", timeout=90)
+    if not left:
+        kube.until_gone("persistentvolumeclaims", f"luthier.dev/job={name}", timeout=60)
+    assert len(kube.list("persistentvolumeclaims", f"luthier.dev/job={name}")) == left
