@@ -45,6 +45,6 @@ e2e: setup  ## API and end-to-end tests on the cluster, through helm and kubectl
 	$(PYTEST) tests/cluster tests/e2e
 
 bench: setup  ## the figures of docs/benchmarks.md, as JSON
-	$(PYTHON) -m perf
+	PYTHONPATH=tests $(PYTHON) -m perf
 
 .PHONY: help setup demo test lint generate generate-check cluster images e2e bench

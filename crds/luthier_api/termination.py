@@ -36,16 +36,12 @@ class TerminationMessage(ApiModel):
         """JSON of at most LIMIT_BYTES: the output's lines are shortened first (from their beginning), then the message."""
         data = self.dump()
         for field in ("lastLines", "message"):
-            text = _dumps(data)
-            excess = len(text) - LIMIT_BYTES
-            if excess <= 0:
-                return text
             value = str(data.get(field, ""))
-            # A character is up to 12 bytes in escaped JSON (surrogate pairs), so cut until it fits.
-            while value and len(_dumps(data | {field: value})) > LIMIT_BYTES:
-                cut = max(1, min(len(value), excess // 4))
+            # A character is at most 6 bytes of JSON (\u001b), so a sixth of the excess is never too much; repeat until it fits.
+            while (excess := len(_dumps(data)) - LIMIT_BYTES) > 0 and value:
+                cut = max(1, excess // 6)
                 value = value[cut:] if field == "lastLines" else value[:-cut]
-            data[field] = value
+                data[field] = value
         return _dumps(data)
 
     @classmethod

@@ -56,6 +56,8 @@ class PodEnd:
     message: TerminationMessage | None
     raw_message: str
     finished_at: datetime
+    child: str = ""
+    """uid of the Job or JobSet that the pod belonged to."""
 
 
 @dataclass(frozen=True)

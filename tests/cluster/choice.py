@@ -17,12 +17,12 @@ IMAGE_VARIABLES = {"operator": "LUTHIER_OPERATOR_IMAGE", "trainer": "LUTHIER_TRA
 
 
 class Cluster(Protocol):
-    def ensure(self) -> str:
-        """A running cluster with JobSet; returns the path of its kubeconfig."""
+    def ensure(self) -> dict[str, str]:
+        """A running cluster with JobSet; returns the environment in which kubectl and helm reach it."""
 
     def install_packages(self) -> None: ...
     def build(self) -> None: ...
-    def up(self) -> str: ...
+    def up(self) -> dict[str, str]: ...
     def down(self) -> None: ...
 
     def image(self, context: str, target: str, name: str) -> str:
@@ -40,10 +40,10 @@ class Cluster(Protocol):
 class Given:
     """A cluster that somebody else made: nothing is started, built or removed here."""
 
-    def ensure(self) -> str:
-        kubeconfig = os.environ["KUBECONFIG"]
-        subprocess.run(["kubectl", "get", "--raw", "/readyz"], check=True, stdout=subprocess.DEVNULL)
-        return kubeconfig
+    def ensure(self) -> dict[str, str]:
+        if subprocess.run(["kubectl", "get", "--raw", "/readyz"], stdout=subprocess.DEVNULL).returncode:
+            raise SystemExit(f"KUBECONFIG={os.environ['KUBECONFIG']}: no API server answers. Unset it to use a cluster of this machine.")
+        return {"KUBECONFIG": os.environ["KUBECONFIG"]}
 
     up = ensure
 

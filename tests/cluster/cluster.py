@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A Kubernetes for the tests, on one Linux machine.
 
-    cluster.py ensure             a running cluster, built and started if need be; prints its KUBECONFIG
+    cluster.py ensure             a running cluster, built and started if need be; prints `export` lines for a shell
     cluster.py install-packages   the Debian packages that the local cluster needs (apt-get, as root)
     cluster.py build              compile the components from Go modules (about 10 minutes once, then cached)
     cluster.py up | down          start it; stop it and remove its state (binaries and images stay)
@@ -14,13 +14,14 @@ CLUSTER=kind, a kind cluster; otherwise the one of `local/`, which needs root an
 WHEELS names a folder of wheels for the image build, such as torch's CPU build.
 """
 
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, this folder is on the path and its parent is not
 
-from cluster import choice  # noqa: E402
+from cluster import choice
 
 
 def main(arguments: list[str]) -> None:
@@ -38,6 +39,8 @@ def main(arguments: list[str]) -> None:
     if not arguments or arguments[0] not in verbs:
         raise SystemExit(__doc__)
     answer = verbs[arguments[0]](*arguments[1:])
+    if isinstance(answer, dict):
+        answer = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in answer.items())
     if answer is not None:
         print(answer)
 

@@ -29,23 +29,35 @@ class Kind:
 
     recycle = build  # kind's storage class provisions volumes and deletes them with their claims
 
-    def up(self) -> str:
+    def up(self) -> dict[str, str]:
         self.install_packages()
         KUBECONFIG.parent.mkdir(parents=True, exist_ok=True)
         run("kind", "create", "cluster", "--name", NAME, "--kubeconfig", str(KUBECONFIG), "--wait", "3m")
         run("helm", "install", "jobset", JOBSET_CHART, "--version", JOBSET_VERSION, "-n", "jobset-system", "--create-namespace", "--wait")
-        return str(KUBECONFIG)
+        return {"KUBECONFIG": str(KUBECONFIG)}
 
-    def ensure(self) -> str:
+    def ensure(self) -> dict[str, str]:
         self.install_packages()
         clusters = subprocess.run(["kind", "get", "clusters"], check=True, text=True, stdout=subprocess.PIPE).stdout.split()
-        return str(KUBECONFIG) if NAME in clusters else self.up()
+        return {"KUBECONFIG": str(KUBECONFIG)} if NAME in clusters else self.up()
 
     def down(self) -> None:
         run("kind", "delete", "cluster", "--name", NAME)
 
     def image(self, context: str, target: str, name: str) -> str:
-        run("docker", "build", "--target", target, "--build-arg", "DS_ACCELERATOR=cpu", "--build-arg", "TORCH_BACKEND=cpu", "--tag", name, context)
+        run(
+            "docker",
+            "build",
+            "--target",
+            target,
+            "--build-arg",
+            "DS_ACCELERATOR=cpu",
+            "--build-arg",
+            "TORCH_BACKEND=cpu",
+            "--tag",
+            name,
+            context,
+        )
         run("kind", "load", "docker-image", name, "--name", NAME)
         return name
 

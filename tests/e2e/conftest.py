@@ -88,7 +88,7 @@ def system(images: Images) -> Iterator[Kube]:
     """The namespace of the operator and of the Hub."""
     namespace(SYSTEM)
     kube = Kube(SYSTEM)
-    kube.apply(*hub_manifests.objects(SYSTEM, image=images.trainer))
+    kube.apply(*hub_manifests.objects(SYSTEM, image=images.operator))
     install(images)
     kube.run("rollout", "status", "deployment/hub", "--timeout=120s")
     return kube

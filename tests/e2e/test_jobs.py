@@ -51,7 +51,7 @@ def test_lora_over_two_pods_shows_its_progress(kube: Kube) -> None:
     assert len(kube.list("pods", "luthier.dev/job=adapter,luthier.dev/phase=run")) == 2
     table = kube.run("get", "ftj", "adapter")
     assert re.search(r"NAME\s+STATE\s+STEP\s+LOSS\s+NODES×GPUS\s+RESTARTS\s+AGE", table)
-    assert re.search(r"adapter\s+Running\s+\d+\s+\d+\.\d+\s+2×0", table)
+    assert re.search(r"adapter\s+Running\s+\d+\s+\d+\.\d+\s+2×CPU", table)
 
 
 ADAPTER_LOSS = """

@@ -35,6 +35,16 @@ def run_dir() -> Path:
     return Path(os.environ.get(Variables.RUN_DIR, "/run/luthier"))
 
 
+def stop_requested() -> bool:
+    """Whether the supervisor wants this pod's work to end at the next step or batch."""
+    return (run_dir() / "stop").exists()
+
+
+def beat() -> None:
+    """Tell the supervisor that the work goes on: once a step or batch."""
+    (run_dir() / "heartbeat").touch()
+
+
 def result_file(rank: int) -> Path:
     return run_dir() / f"result-{rank}.json"
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import os
 import shutil
 import subprocess
 import sys
@@ -25,18 +26,21 @@ class Local:
     def build(self) -> None:
         components.build()
 
-    def up(self) -> str:
+    def up(self) -> dict[str, str]:
         with alone():
-            return start_all()
+            start_all()
+        return environment()
 
     def down(self) -> None:
         with alone():
             stop_all()
 
-    def ensure(self) -> str:
+    def ensure(self) -> dict[str, str]:
         with alone():
             components.build()
-            return str(KUBECONFIG) if answers() else start_all()
+            if not answers():
+                start_all()
+        return environment()
 
     def image(self, context: str, target: str, name: str) -> str:
         return images.image(context, target, name)
@@ -60,17 +64,25 @@ def alone() -> Iterator[None]:
         yield
 
 
+def environment() -> dict[str, str]:
+    """The administrator's kubeconfig, and kubectl and helm on the PATH."""
+    path = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    return {"KUBECONFIG": str(KUBECONFIG), "PATH": os.pathsep.join([str(BIN), *(part for part in path if part != str(BIN))])}
+
+
 def answers() -> bool:
     if not KUBECONFIG.exists():
         return False
     with contextlib.suppress(subprocess.CalledProcessError):
-        kubectl("-n", "jobset-system", "rollout", "status", "deployment", "--timeout=60s", "--request-timeout=5s", stderr=subprocess.DEVNULL)
+        kubectl(
+            "-n", "jobset-system", "rollout", "status", "deployment", "--timeout=60s", "--request-timeout=5s", stderr=subprocess.DEVNULL
+        )
         return True
     return False
 
 
-def start_all() -> str:
-    """Starts from an empty state, about 30 s; returns the path of the administrator's kubeconfig."""
+def start_all() -> None:
+    """Starts from an empty state, in about 30 s."""
     if STATE.exists():
         stop_all()
     STATE.mkdir(parents=True)
@@ -82,8 +94,7 @@ def start_all() -> str:
     node()
     volumes.volumes()
     jobset()
-    print(f"ready in {time.monotonic() - begin:.0f} s; kubectl and helm are in {BIN}", file=sys.stderr)
-    return str(KUBECONFIG)
+    print(f"ready in {time.monotonic() - begin:.0f} s", file=sys.stderr)
 
 
 def jobset() -> None:

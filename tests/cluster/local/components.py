@@ -6,15 +6,31 @@ The control plane, the node's agents, etcd and kubectl are one binary (`../kube`
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 from .shell import BIN, HOME, out, sh
 
-PACKAGES = """buildah ca-certificates conntrack containerd containernetworking-plugins debootstrap ethtool gcc
-              iproute2 iptables libc6-dev openssl procps runc socat""".split()
+PACKAGES = [
+    "buildah",
+    "ca-certificates",
+    "conntrack",
+    "containerd",
+    "containernetworking-plugins",
+    "debootstrap",
+    "ethtool",
+    "gcc",
+    "iproute2",
+    "iptables",
+    "libc6-dev",
+    "openssl",
+    "procps",
+    "runc",
+    "socat",
+]
 KUBERNETES = "v1.35.4"
 HYPERKUBE = Path(__file__).resolve().parents[1] / "kube"
-COMPONENTS = "kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubectl etcd".split()
+COMPONENTS = ["kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy", "kubelet", "kubectl", "etcd"]
 JOBSET = ("sigs.k8s.io/jobset", "v0.12.0")
 MODULES = {  # binary: (module, version, package)
     "jobset": (*JOBSET, "."),
@@ -26,8 +42,12 @@ STATIC = os.environ | {"CGO_ENABLED": "0"}  # the binaries of scratch images hav
 
 
 def install_packages() -> None:
-    sh("apt-get", "update", "-q")
-    sh("apt-get", "install", "-q", "-y", "--no-install-recommends", *PACKAGES)
+    """Installs what is missing, and upgrades nothing."""
+    known = subprocess.run(["dpkg-query", "-W", "-f", "${Package} ${Status}\n", *PACKAGES], text=True, capture_output=True).stdout
+    missing = sorted(set(PACKAGES) - {line.split()[0] for line in known.splitlines() if line.endswith("install ok installed")})
+    if missing:
+        sh("apt-get", "update", "-q")
+        sh("apt-get", "install", "-q", "-y", "--no-install-recommends", "--no-upgrade", *missing)
 
 
 def module_dir(module: str, version: str) -> Path:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import tarfile
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -52,7 +53,11 @@ def image_size(name: str) -> str:
     """Compressed bytes as a node pulls them, in JSON; `name` as it was given to `image`."""
     repository, tag = name.removeprefix(f"{REGISTRY}/").rsplit(":", 1)
     request = urllib.request.Request(f"http://{REGISTRY}/v2/{repository}/manifests/{tag}", headers={"Accept": MANIFESTS})
-    layers = [layer["size"] for layer in json.load(urllib.request.urlopen(request))["layers"]]
+    try:
+        with urllib.request.urlopen(request) as answer:
+            layers = [layer["size"] for layer in json.load(answer)["layers"]]
+    except urllib.error.HTTPError as error:
+        raise SystemExit(f"{name}: not in the registry {REGISTRY} ({error}); push it with `cluster.py image`") from error
     return json.dumps({"image": name, "megabytes": round(sum(layers) / 1e6, 1), "layers": layers})
 
 

@@ -46,9 +46,7 @@ def write(name: str, text: str) -> Path:
 def start(name: str, *args: object) -> None:
     """Starts a component that outlives this command; `stop` finds it by its pid file."""
     with (STATE / f"{name}.log").open("ab") as log:
-        process = subprocess.Popen(
-            [str(a) for a in args], stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
-        )
+        process = subprocess.Popen([str(a) for a in args], stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
     (STATE / f"{name}.pid").write_text(str(process.pid))
 
 
@@ -57,16 +55,17 @@ def stop(name: str) -> None:
     if not path.exists():
         return
     pid = int(path.read_text())
-    with contextlib.suppress(ProcessLookupError):
+    if running(pid, name):
         os.kill(pid, signal.SIGTERM)
-    with contextlib.suppress(TimeoutError):
-        wait(name, lambda: not running(pid), seconds=5)
+        with contextlib.suppress(TimeoutError):
+            wait(name, lambda: not running(pid, name), seconds=5)
     path.unlink()
 
 
-def running(pid: int) -> bool:
+def running(pid: int, name: str) -> bool:
+    """A pid file outlives a reboot, and the number may be another program's by then. A zombie has no command line."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        return Path(Path(f"/proc/{pid}/cmdline").read_text().split("\0")[0]).name == name
     return False
 
 

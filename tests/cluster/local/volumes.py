@@ -57,7 +57,9 @@ def volume(namespace: str, claim: str) -> Path:
 def recycle() -> list[str]:
     """Wipes each `Released` volume and offers it again; returns their names."""
     items = json.loads(kubectl("get", "pv", "-o", "json"))["items"]
-    released = {item["metadata"]["name"]: Path(item["spec"]["hostPath"]["path"]) for item in items if item["status"].get("phase") == "Released"}
+    released = {
+        item["metadata"]["name"]: Path(item["spec"]["hostPath"]["path"]) for item in items if item["status"].get("phase") == "Released"
+    }
     for name, path in released.items():
         for entry in path.iterdir():
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()

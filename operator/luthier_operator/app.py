@@ -1,0 +1,206 @@
+"""The operator as a process: which parts there are, in which order they start, and how they stop.
+
+A table of contents: `watch` fills the `store`, which names keys to the `queue`, which `reconcile` works off; `progress` reads pods, `events`
+posts, `health` answers. A watch that ends is started again; only a signal ends the operator.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from luthier_operator import health
+from luthier_operator.client import RESOURCES, VERSION, ApiError, Client, Resource
+from luthier_operator.client import login as client_login
+from luthier_operator.events import Recorder
+from luthier_operator.metrics import LEADER, Metrics
+from luthier_operator.model import Key, Object
+from luthier_operator.progress import Scraper, pod_url
+from luthier_operator.queue import BACKOFF_BASE, Queue
+from luthier_operator.reconcile import Reconciler
+from luthier_operator.settings import Settings
+from luthier_operator.store import Store
+from luthier_operator.watch import Login, login, selector, watch
+
+log = logging.getLogger(__name__)
+
+JOBSET = "JobSet"
+GROUPS: tuple[tuple[str, ...], ...] = (("FineTuneJob", "GenerateJob"), ("Job", "Pod"), (JOBSET,))
+"""Kinds that exist, or are missing, together. Each group is watched on its own, so that a missing one holds nothing else up."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds between the things that the operator does by itself."""
+
+    relist: float = 600  # kopf keeps what is deleted while a watch is away (410): this is how long such a ghost lives
+    discovery: float = 20  # until a CRD that has appeared is noticed
+    restart: float = 2  # from the end of a watch to the next one
+    backoff: float = BACKOFF_BASE
+    flush: float = 2  # for events, when the operator stops
+
+
+class Operator:
+    def __init__(
+        self, settings: Settings, client: Client, metrics: Metrics, login: Login = login, pace: Pace = Pace(),
+        url: Callable[[Object], str] = pod_url,
+    ) -> None:  # fmt: skip
+        """`url` says where the metrics of a running pod are."""
+        self.settings, self._client, self._metrics, self._login, self._pace = settings, client, metrics, login, pace
+        self.store = Store()
+        self.queue = Queue(backoff=pace.backoff, observer=metrics)
+        self._events = Recorder(client)
+        self._reconciler = Reconciler(self.store, client, self.queue, self._events, metrics, settings)
+        self._scraper = Scraper(self.store, self.queue.add, settings.progress_every, url)
+        self._unlisted = set(GROUPS)
+        self.ready = asyncio.Event()
+        self._stop = asyncio.Event()
+        self._parts: list[asyncio.Task[None]] = []
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    async def serve(self) -> None:
+        """Work until `stop`, or SIGTERM, or SIGINT."""
+        self._take_signals()
+        log.info("luthier %s watches %s", VERSION, ", ".join(self.settings.namespaces) or "all namespaces")
+        posting = asyncio.create_task(self._events.serve(), name="events")
+        self._parts = [posting, *(asyncio.create_task(c, name=n) for n, c in [
+            *((f"watch {group[0]}", self._follow(group)) for group in GROUPS),
+            ("workers", self._work()), ("progress", self._scraper.serve()),
+        ])]  # fmt: skip
+        stopping = asyncio.create_task(self._stop.wait())
+        try:
+            done, _ = await asyncio.wait([stopping, *self._parts], return_when=asyncio.FIRST_COMPLETED)
+            for part in done - {stopping}:
+                log.error("%s has ended: %r", part.get_name(), part.exception())
+        finally:
+            self._stop.set()
+            stopping.cancel()
+            ending = [p for p in self._parts if p is not posting]
+            for part in ending:
+                part.cancel()
+            await asyncio.gather(*ending, return_exceptions=True)
+            await self._events.flush(self._pace.flush)
+            posting.cancel()
+            await asyncio.gather(posting, return_exceptions=True)
+        for part in done - {stopping}:
+            part.result()
+
+    def alive(self) -> bool:
+        return bool(self._parts) and not any(part.done() for part in self._parts)
+
+    def metrics_text(self) -> bytes:
+        keys = self.store.keys()
+        return self._metrics.text((key, job) for key in keys if (job := self.store.job(key)))
+
+    # Parts
+
+    async def _work(self) -> None:
+        # Deciding before the first lists are done would mean to create what is there already.
+        await self.ready.wait()
+        log.info("ready: %d jobs", len(self.store.keys()))
+        await self.queue.serve(self._reconciler.work, self.settings.workers)
+
+    async def _follow(self, group: Sequence[str]) -> None:
+        """Keep the store's picture of `group` true, for ever: wait until its kinds exist, list, watch, and list again now and then."""
+        resources = [RESOURCES[kind] for kind in group]
+        # Not for ever: a task group that is cancelled while one of its tasks fails tells of the failure alone.
+        while not self._stop.is_set():
+            try:
+                await self._until_installed(resources)
+                await self._relist(resources)
+                self._listed(group)
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(self._relist_for_ever(resources))
+                    tasks.create_task(watch(resources, self.settings.namespaces, self._deliver, self._take_signals, self._login))
+            except* Exception as errors:
+                log.warning("watch of %s: again in %g s: %s", ", ".join(group), self._pace.restart, "; ".join(map(repr, errors.exceptions)))
+            await asyncio.sleep(self._pace.restart)
+
+    async def _until_installed(self, resources: Sequence[Resource]) -> None:
+        missing = False
+        while not await self._client.installed(resources):
+            if not missing:
+                log.warning("the API server has no %s: looking again every %g s", resources[0].api_version, self._pace.discovery)
+            missing = True
+            if resources[0].kind == JOBSET:
+                # Jobs that do not need it run; the others say that it is missing.
+                self._set_jobset_installed(False)
+                self._listed((JOBSET,))
+            await asyncio.sleep(self._pace.discovery)
+        if resources[0].kind == JOBSET:
+            self._set_jobset_installed(True)
+
+    def _set_jobset_installed(self, installed: bool) -> None:
+        if self.store.jobset_installed == installed:
+            return
+        self.store.jobset_installed = installed
+        if not installed:
+            self._enqueue(self.store.prune(JOBSET, None, set(), str(2**63)))
+        self._enqueue(set(self.store.keys()))
+
+    def _listed(self, group: Sequence[str]) -> None:
+        self._unlisted.discard(tuple(group))
+        if not self._unlisted:
+            self.ready.set()
+
+    async def _relist_for_ever(self, resources: Sequence[Resource]) -> None:
+        while True:
+            await asyncio.sleep(self._pace.relist)
+            try:
+                await self._relist(resources)
+            except ApiError as error:
+                log.warning("relist of %s: %s", resources[0].api_version, error)
+
+    async def _relist(self, resources: Sequence[Resource]) -> None:
+        for resource in resources:
+            for namespace in self.settings.namespaces or (None,):
+                seen, version = set[str](), "0"
+                async for items, listed_at in self._client.list(resource, namespace, selector(resource.kind)):
+                    version = listed_at
+                    for item in items:
+                        seen.add(item["metadata"]["uid"])
+                        self._enqueue(self.store.put(item))
+                self._enqueue(self.store.prune(resource.kind, namespace, seen, version))
+
+    def _deliver(self, type: str | None, found: Object) -> None:
+        self._enqueue(self.store.remove(found) if type == "DELETED" else self.store.put(found))
+
+    def _enqueue(self, keys: set[Key]) -> None:
+        for key in keys:
+            self.queue.add(key)
+
+    def _take_signals(self) -> None:
+        """Each start of kopf takes the signals for itself."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+
+
+async def serve(settings: Settings) -> None:
+    """Be the operator until SIGTERM."""
+    begin = time.monotonic()
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("kopf").setLevel(logging.WARNING)  # it tells of every event
+    configuration = await client_login()
+    metrics = Metrics(VERSION, configuration.host, settings.workers)
+    client = Client(configuration, metrics.requested)
+    operator = Operator(settings, client, metrics)
+    metrics.set(LEADER, 1, settings.lease_name)
+    server = await health.serve(settings.metrics_port, operator.metrics_text, operator.alive, operator.ready.is_set)
+    log.debug("started in %.1f s", time.monotonic() - begin)
+    try:
+        await operator.serve()
+    finally:
+        await server.cleanup()
+        await client.close()
+
+
+def run(settings: Settings | None = None) -> None:
+    """`serve`, from a place without an event loop."""
+    asyncio.run(serve(settings or Settings()))

@@ -1,0 +1,123 @@
+"""Reading the objects that the cluster shows of a job: its Jobs and JobSets, and its pods.
+
+Plain dictionaries in, facts out. Neighbours: `failure` reads how pods ended, `phases` decides what the facts mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from luthier_api.conditions import Reason
+from luthier_api.exitcodes import ExitCode
+from luthier_operator.model import Object
+from luthier_operator.naming import BEFORE_ANNOTATION, CONTAINER, PHASE_LABEL, RESTART_LABEL
+from luthier_operator.statuses import moment
+
+IMAGE_REASONS = {"ImagePullBackOff", "ErrImagePull", "ErrImageNeverPull", "InvalidImageName"}
+CONTAINER_REASONS = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Why a pod does not run."""
+
+    reason: str
+    message: str
+
+
+def condition(child: Object, *types: str) -> Object | None:
+    """The first condition of one of `types` that is True."""
+    found = child.get("status", {}).get("conditions") or []
+    return next((c for c in found if c["type"] in types and c["status"] == "True"), None)
+
+
+def succeeded(child: Object) -> Object | None:
+    """The condition that says so. Job calls it Complete, JobSet Completed."""
+    return condition(child, "Complete", "Completed")
+
+
+def failed(child: Object) -> Object | None:
+    return condition(child, "Failed")
+
+
+def finished(child: Object) -> bool:
+    return bool(succeeded(child) or failed(child))
+
+
+def deleting(meta_of: Object) -> bool:
+    return "deletionTimestamp" in meta_of["metadata"]
+
+
+def created(child: Object) -> datetime | None:
+    text = child["metadata"].get("creationTimestamp")
+    return moment(text) if text else None
+
+
+def ended_at(child: Object) -> datetime | None:
+    """When it became terminal."""
+    end = succeeded(child) or failed(child)
+    return moment(end["lastTransitionTime"]) if end and end.get("lastTransitionTime") else None
+
+
+def held(child: Object) -> bool:
+    """Whether a queue holds it back: we never suspend a child ourselves."""
+    return bool(child.get("spec", {}).get("suspend"))
+
+
+def restarts(jobset: Object) -> tuple[int, int, int]:
+    """Restarts of the group, those of them that were charged, and how many came before this JobSet; all but the last in total."""
+    before, charged = map(int, jobset["metadata"].get("annotations", {}).get(BEFORE_ANNOTATION, "0,0").split(","))
+    status = jobset.get("status", {})
+    return before + status.get("restarts", 0), charged + status.get("restartsCountTowardsMax", 0), before
+
+
+def label(pod: Object, name: str) -> str | None:
+    value: str | None = pod["metadata"].get("labels", {}).get(name)
+    return value
+
+
+def container(pod: Object) -> dict[str, Any]:
+    """State of the container `trainer`: {running: ...}, {waiting: ...}, {terminated: ...} or nothing yet."""
+    statuses = pod.get("status", {}).get("containerStatuses") or []
+    state: dict[str, Any] = next((s.get("state") or {} for s in statuses if s["name"] == CONTAINER), {})
+    return state
+
+
+def living(pods: Iterable[Object], phase: str) -> list[Object]:
+    """Pods of a phase whose container runs or may still run, those that are being deleted among them."""
+    return [
+        p for p in pods
+        if label(p, PHASE_LABEL) == phase and p.get("status", {}).get("phase") not in ("Succeeded", "Failed") and "terminated" not in container(p)
+    ]  # fmt: skip
+
+
+def running(pods: Iterable[Object], attempt: int | None = None) -> int:
+    """How many pods run; with `attempt`, only those of that restart of a JobSet."""
+    return sum(
+        "running" in container(p) and not deleting(p) and (attempt is None or label(p, RESTART_LABEL) in (None, str(attempt))) for p in pods
+    )
+
+
+def trouble(pods: Iterable[Object]) -> Trouble | None:
+    """What keeps the first of the pods that cannot start from doing so."""
+    found = (_trouble(p) for p in sorted(pods, key=lambda p: str(p["metadata"]["name"])) if not deleting(p))
+    return next((t for t in found if t), None)
+
+
+def _trouble(pod: Object) -> Trouble | None:
+    name = pod["metadata"]["name"]
+    for c in pod.get("status", {}).get("conditions") or []:
+        if c["type"] == "PodScheduled" and c["status"] == "False" and c.get("reason") == "Unschedulable":
+            volume = "persistentvolumeclaim" in c.get("message", "").lower()
+            return Trouble(Reason.WAITING_FOR_VOLUME if volume else Reason.UNSCHEDULABLE, f"pod {name}: {c.get('message', '')}")
+    waiting = container(pod).get("waiting") or {}
+    reason, message = waiting.get("reason", ""), waiting.get("message", "")
+    if reason in IMAGE_REASONS:
+        return Trouble(Reason.IMAGE_PULL_FAILED, f"pod {name}: {reason}: {message}")
+    if reason in CONTAINER_REASONS:
+        where = "spec.hub.tokenSecret: " if "secret" in message.lower() else ""
+        return Trouble(ExitCode.MISCONFIGURED.reason, f"{where}{message or reason} (pod {name})")
+    return None

@@ -1,0 +1,208 @@
+"""The verbs of `luthier`. Each imports what it needs when it is called, so that `--help` and `version` answer at once.
+
+Neighbours: see the package. Output for people goes to stdout, with `-o json` to stderr: stdout then holds one JSON document.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from luthier_api.exitcodes import ExitCode
+
+if TYPE_CHECKING:
+    from luthier_operator.cli.local import LocalJob
+    from luthier_operator.cli.runner import Outcome
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Fine-tune models and generate with them: the same manifest on a laptop and on Kubernetes.",
+)  # fmt: skip
+
+
+class Output(StrEnum):
+    TEXT = "text"
+    JSON = "json"
+
+
+Files = Annotated[
+    list[str],
+    typer.Argument(metavar="FILE...", help="Manifests in order; a later job may use the result of an earlier one. '-' is standard input."),
+]
+Root = Annotated[Path, typer.Option("--workspace", "-w", metavar="DIR", help="Each job works, and leaves its result, in DIR/<name>.")]
+Mounts = Annotated[
+    list[str] | None, typer.Option("--mount", metavar="PATH=FOLDER", help="FOLDER stands for what the manifest mounts at PATH.")
+]
+As = Annotated[Output, typer.Option("--output", "-o", help="json: one document on stdout, everything else on stderr.")]
+OnCpu = Annotated[bool, typer.Option("--cpu", help="Run without GPUs whatever the manifest asks for.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: delete what earlier runs of these jobs left.")]
+DEFAULT_ROOT = Path("luthier-runs")
+
+
+@app.command()
+def run(
+    files: Files, workspace: Root = DEFAULT_ROOT, mount: Mounts = None, output: As = Output.TEXT, cpu: OnCpu = False, fresh: Fresh = False
+) -> None:
+    """Run jobs on this machine: prepare, train or generate, publish. Ctrl-C saves a checkpoint; the same command goes on from it."""
+    _run(files, workspace, mount or [], output, cpu, fresh, plan_only=False)
+
+
+@app.command()
+def plan(
+    files: Files, workspace: Root = DEFAULT_ROOT, mount: Mounts = None, output: As = Output.TEXT, cpu: OnCpu = False, fresh: Fresh = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Only check the manifest and say what would be done: nothing is downloaded or written.")] = False,
+) -> None:  # fmt: skip
+    """Prepare a job and show what was found and how it would run. `luthier run` goes on from there."""
+    if quick:
+        _intend(files, workspace, mount or [], output, cpu)
+    else:
+        _run(files, workspace, mount or [], output, cpu, fresh, plan_only=True)
+
+
+@app.command()
+def render(files: Files) -> None:
+    """Print the Kubernetes objects that the operator would create, as YAML. Settings come from the environment, as the operator's do."""
+    import yaml
+
+    from luthier_api.kinds import FineTuneJob
+    from luthier_operator.cli.manifests import Refused, read_manifests
+
+    try:
+        jobs = [manifest.job for manifest in read_manifests(files)]
+    except Refused as refused:
+        _refuse(refused.problems, refused.code, Output.TEXT)
+    with _extra("operator"):
+        from luthier_operator.render import objects
+        from luthier_operator.settings import Settings
+
+    class Readable(yaml.SafeDumper):
+        """Texts of several lines, such as run.json, as blocks."""
+
+    Readable.add_representer(
+        str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+    )
+    sources = [job for job in jobs if isinstance(job, FineTuneJob)]
+    for job in jobs:
+        drawn = objects(job, Settings(), sources)
+        typer.echo(yaml.dump_all(drawn, Dumper=Readable, sort_keys=False, explicit_start=True, width=120, allow_unicode=True), nl=False)
+
+
+@app.command()
+def operator() -> None:
+    """Run the operator against the cluster of KUBECONFIG, or the one this process lives in. Settings come from the environment."""
+    with _extra("operator"):
+        from luthier_operator.app import run as serve
+    serve()
+
+
+@app.command()
+def crds() -> None:
+    """Print the CustomResourceDefinitions as YAML, for `kubectl apply -f -`."""
+    from luthier_api.crd import render as definitions
+
+    for text in definitions().values():
+        typer.echo(f"---\n{text}", nl=False)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from importlib.metadata import version as installed
+
+    typer.echo(installed("luthier"))
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Around imports that need an extra: says how to install it when it is not there."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in ("luthier_operator", "luthier_api"):
+            raise
+        _refuse([f"{error.name} is not installed: pip install 'luthier[{name}]'"], ExitCode.MISCONFIGURED, Output.TEXT)
+
+
+def _lay_out(files: list[str], workspace: Path, mount: list[str], cpu: bool) -> list[LocalJob]:
+    """The jobs of `files` on this machine. Raises Refused."""
+    from luthier_operator.cli.local import LocalJob, Place, on_cpu
+    from luthier_operator.cli.manifests import Refused, read_manifests
+
+    mounts = dict(pair.split("=", 1) for pair in mount if pair.startswith("/") and "=" in pair)
+    if wrong := [pair for pair in mount if not (pair.startswith("/") and "=" in pair)]:
+        raise Refused([f"--mount {pair}: write it as /path/in/the/pods=folder/here" for pair in wrong])
+    place = Place(workspace.resolve(), {path: Path(folder).resolve() for path, folder in mounts.items()})
+    manifests = read_manifests(files)
+    return [LocalJob(on_cpu(m) if cpu else m, place) for m in manifests]
+
+
+def _run(files: list[str], workspace: Path, mount: list[str], output: Output, cpu: bool, fresh: bool, *, plan_only: bool) -> None:
+    from rich.console import Console
+
+    from luthier_operator.cli.local import check_place
+    from luthier_operator.cli.manifests import Refused
+    from luthier_operator.cli.runner import Outcome, Stop, run_job
+    from luthier_operator.cli.screen import Screen
+
+    console = Console(stderr=output is Output.JSON)
+    outcomes: list[Outcome] = []
+    try:
+        jobs = _lay_out(files, workspace, mount, cpu)
+        check_place(jobs[:1] if plan_only else jobs, dict(os.environ))
+        with Stop().listening() as stop:
+            for job in jobs:
+                screen = Screen(console, job)
+                outcome = run_job(job, screen, stop, plan_only=plan_only, fresh=fresh)
+                screen.summary(outcome)
+                outcomes.append(outcome)
+                if not outcome.finished:
+                    break
+    except Refused as refused:
+        _refuse(refused.problems, refused.code, output, outcomes)
+    outcomes += [Outcome(job, state="NotRun") for job in jobs[len(outcomes) :]]
+    if output is Output.JSON:
+        _print({"code": _code(outcomes), "jobs": [o.document() for o in outcomes]})
+    raise typer.Exit(_code(outcomes))
+
+
+def _intend(files: list[str], workspace: Path, mount: list[str], output: Output, cpu: bool) -> None:
+    from luthier_operator.cli.manifests import Refused
+    from luthier_operator.cli.screen import intent
+
+    try:
+        intents = [intent(job) | {"spec": job.manifest.job.spec.dump()} for job in _lay_out(files, workspace, mount, cpu)]
+    except Refused as refused:
+        _refuse(refused.problems, refused.code, output)
+    if output is Output.JSON:
+        _print({"code": 0, "jobs": intents})
+        return
+    import yaml
+
+    for job in intents:
+        typer.echo(yaml.safe_dump({k: v for k, v in job.items() if v not in (None, [])}, sort_keys=False), nl=False)
+        typer.echo("---")
+
+
+def _code(outcomes: list[Outcome]) -> int:
+    return next((o.code for o in outcomes if o.code), 0)
+
+
+def _refuse(problems: list[str], code: ExitCode, output: Output, outcomes: list[Outcome] | None = None) -> NoReturn:
+    """Say why nothing (more) was started, and end."""
+    for problem in problems:
+        typer.echo(problem, err=True)
+    if output is Output.JSON:
+        _print({"code": int(code), "problems": problems, "jobs": [o.document() for o in outcomes or []]})
+    sys.exit(int(code))
+
+
+def _print(document: dict[str, Any]) -> None:
+    typer.echo(json.dumps(document, indent=2))

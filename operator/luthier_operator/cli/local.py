@@ -1,0 +1,258 @@
+"""A job on this machine: its folder, its paths, its devices, its run config.
+
+What volumes, claims and names of pods are on a cluster are folders here. Neighbours: `manifests` gives the jobs, `runner` runs them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.kinds import FineTuneJob, JobKind, parse_job
+from luthier_api.run import FineTuneRun, GenerateRun, Variables, read_run
+from luthier_api.spec import JobControl
+from luthier_api.status import Phase
+from luthier_api.workspace import WorkspaceFolder
+from luthier_operator.cli.manifests import Manifest, Refused
+
+RUN_FILE = "run.json"
+# Fields that may change between two runs in one folder, as they may on a cluster while the job lives.
+FREE_FIELDS = {field.alias or name for name, field in JobControl.model_fields.items()} | {"hub", "restarts", "retriesPerShard"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where `luthier run` works, and which folders stand for the volumes of a cluster."""
+
+    root: Path
+    mounts: dict[str, Path]
+    """Mount path in the pods → folder here."""
+
+    def folder(self, name: str) -> Path:
+        return self.root / name
+
+
+@dataclass(frozen=True)
+class LocalJob:
+    """One manifest, laid out on this machine."""
+
+    manifest: Manifest
+    place: Place
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+    @property
+    def kind(self) -> JobKind:
+        return JobKind(self.manifest.job.kind)
+
+    @property
+    def folder(self) -> WorkspaceFolder:
+        return WorkspaceFolder(self.place.folder(self.name))
+
+    @property
+    def run_file(self) -> Path:
+        return self.folder.root / RUN_FILE
+
+    @staticmethod
+    def step(phase: Phase, index: int) -> str:
+        """Name of what one pod of a phase does: `prepare`, `run-0`, `run-1`, `publish`."""
+        return f"run-{index}" if phase == "run" else phase
+
+    def log(self, step: str) -> Path:
+        """Output of a step."""
+        return self.folder.root / "logs" / f"{step}.log"
+
+    def end(self, step: str) -> Path:
+        """Termination message of a step."""
+        return self.folder.root / "ends" / f"{step}.json"
+
+    @property
+    def phases(self) -> list[Phase]:
+        spec = self.manifest.job.spec
+        return ["prepare", "run", *(["publish"] if spec.hub and spec.hub.repo else [])]  # type: ignore[list-item]
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """Pods of `run` by index: those of one group work at once, the groups one after the other."""
+        job = self.manifest.job
+        if isinstance(job, FineTuneJob):
+            return [list(range(job.spec.resources.nodes))]
+        return [[shard] for shard in range(job.spec.shards)]
+
+    @cached_property
+    def spec(self) -> dict[str, Any]:
+        """The user's spec with every default, and with paths of this machine."""
+        spec = self.manifest.job.spec.model_dump(mode="json", by_alias=True, exclude_none=True)
+        for field, parent, key in paths_in(spec):
+            parent[key] = self._here(field, parent[key])
+        return spec
+
+    def _here(self, field: str, path: str) -> str:
+        """`path` on this machine: below a mount, or relative to the manifest. Raises Refused."""
+        if not Path(path).is_absolute():
+            return str(self.manifest.folder / path)
+        for mount, folder in self.place.mounts.items():
+            if path == mount or path.startswith(mount.rstrip("/") + "/"):
+                return str(folder / path[len(mount) :].lstrip("/"))
+        for volume in self.manifest.job.spec.volumes:
+            mount = volume.mount_path
+            if path.startswith(mount) and not Path(mount).exists():
+                raise Refused(
+                    [
+                        f"{self.manifest.file}: {field}: {path} lies on a volume of the cluster; say which folder it is here: --mount {mount}=FOLDER"
+                    ],
+                    ExitCode.NOT_FOUND,
+                )
+        return path
+
+    def write_run(self) -> None:
+        """Write the run config, or keep the one that is there when it says the same. Raises Refused when it is another job's."""
+        sources = {name: str(self.place.folder(name)) for _, name in self.manifest.needs}
+        before = read_run(self.run_file.read_bytes()) if self.run_file.exists() else None
+        port = before.rendezvous_port if before and is_free(before.rendezvous_port) else free_port()
+        run = {
+            "kind": self.kind.value, "name": self.name, "workspace": str(self.folder.root), "sources": sources, "spec": self.spec,
+            "rendezvousPort": port, "metricsPort": 0,
+        }  # fmt: skip
+        after = (FineTuneRun if self.kind is JobKind.FINE_TUNE else GenerateRun).model_validate(run)
+        if before and (changed := difference(before.spec.dump(), after.spec.dump())):
+            raise Refused(
+                [
+                    f"{self.manifest.file}: {changed}. {self.folder.root} holds the run of the manifest as it was; give the job another "
+                    "metadata.name, or start it over with --fresh"
+                ]
+            )
+        self.run_file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.run_file.with_suffix(".partial")
+        partial.write_text(json.dumps(after.dump(), indent=1))
+        partial.replace(self.run_file)
+
+    def environment(self, phase: Phase, index: int = 0) -> dict[str, str]:
+        """Variables of one supervisor beside its folders: the token for those who need it, GPUs for each node its own."""
+        env = {k: v for k, v in os.environ.items() if k not in (Variables.TOKEN, "HUGGING_FACE_HUB_TOKEN", Variables.RUN)}
+        env.setdefault("LUTHIER_PEER_LOST_LINGER", "1")  # we see all nodes of the group, and find the one to blame by ourselves
+        if phase in ("prepare", "publish") and (token := os.environ.get(Variables.TOKEN)):
+            env[Variables.TOKEN] = token
+        job = self.manifest.job
+        if phase == "run" and isinstance(job, FineTuneJob) and job.spec.resources.nodes > 1 and (each := job.spec.resources.gpus_per_node):
+            gpus = visible_gpus()
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[index * each : (index + 1) * each])
+        return env
+
+
+def paths_in(spec: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(field, container, key) of every path of the pods that a spec holds."""
+    found: list[tuple[str, Any, Any]] = []
+    if "path" in spec["model"]:
+        found.append(("spec.model.path", spec["model"], "path"))
+    for i, adapter in enumerate(spec.get("adapters", [])):
+        if "path" in adapter:
+            found.append((f"spec.adapters[{i}].path", adapter, "path"))
+    dataset, at = (spec["dataset"], "spec.dataset") if "dataset" in spec else (spec["inputs"].get("dataset", {}), "spec.inputs.dataset")
+    for name in ("files", "evalFiles"):
+        files = dataset.get(name, [])
+        found += [(f"{at}.{name}[{i}]", files, i) for i in range(len(files))]
+    return found
+
+
+def difference(before: dict[str, Any], after: dict[str, Any], path: str = "spec") -> str | None:
+    """The first field that differs, as a sentence; fields that may change are not looked at."""
+    for key in sorted(before.keys() | after.keys()):
+        if path == "spec" and key in FREE_FIELDS:
+            continue
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            if deeper := difference(old, new, f"{path}.{key}"):
+                return deeper
+        elif old != new:
+            return f"{path}.{key} was {old!r} and is {new!r}"
+    return None
+
+
+def on_cpu(manifest: Manifest) -> Manifest:
+    """The same job without GPUs."""
+    document = manifest.job.model_dump(mode="json", by_alias=True, exclude_none=True)
+    document["spec"]["resources"]["gpusPerNode" if isinstance(manifest.job, FineTuneJob) else "gpus"] = 0
+    return Manifest(parse_job(document), manifest.file)
+
+
+def check_place(jobs: list[LocalJob], environ: dict[str, str], gpus: Callable[[], list[str]] | None = None) -> None:
+    """Everything that can be seen before the first process starts. Raises Refused."""
+    problems: list[tuple[ExitCode, str]] = []
+    for i, job in enumerate(jobs):
+        spec, file = job.manifest.job.spec, job.manifest.file
+        for field, name in job.manifest.needs:
+            if any(j.name == name and j.kind is JobKind.FINE_TUNE for j in jobs[:i]):
+                continue
+            if any(j.name == name for j in jobs[i:]):
+                problems.append((ExitCode.INVALID_SPEC, f"{file}: {field}: {name!r} comes later on the command line; name its file first"))
+            elif not WorkspaceFolder(job.place.folder(name)).result_manifest.exists():
+                problems.append(
+                    (
+                        ExitCode.NOT_FOUND,
+                        f"{file}: {field}: no finished FineTuneJob {name!r} in {job.place.root}; run its manifest first, or name it before this one",
+                    )
+                )
+        if spec.hub and not environ.get(Variables.TOKEN):
+            problems.append(
+                (
+                    ExitCode.UNAUTHORIZED,
+                    f"{file}: spec.hub.tokenSecret: here the token comes from the environment: export {Variables.TOKEN}=...",
+                )
+            )
+        field, needed = gpus_of(job.manifest)
+        if needed and (here := len((gpus or visible_gpus)())) < needed:
+            problems.append(
+                (ExitCode.MISCONFIGURED, f"{file}: {field}: needs {needed} GPU{'s' * (needed > 1)}, this machine has {here}. Run it on the CPU with --cpu "
+                 f"(or {field.rsplit('.', 1)[1]}: 0), or on a cluster: kubectl apply -f {file}")
+            )  # fmt: skip
+    if missing := [name for name in ("luthier_trainer", "torch", "transformers") if find_spec(name) is None]:
+        problems.append((ExitCode.MISCONFIGURED, f"{', '.join(missing)} not installed: pip install 'luthier[trainer]'"))
+    if problems:
+        raise Refused([text for _, text in problems], problems[0][0])
+
+
+def gpus_of(manifest: Manifest) -> tuple[str, int]:
+    """The field that asks for GPUs, and how many it needs on this machine at once."""
+    job = manifest.job
+    if isinstance(job, FineTuneJob):
+        return "spec.resources.gpusPerNode", job.spec.resources.nodes * job.spec.resources.gpus_per_node
+    return "spec.resources.gpus", job.spec.resources.gpus
+
+
+def visible_gpus() -> list[str]:
+    """Indices or ids of the GPUs that a process of ours would see; asked of the driver, because importing torch takes seconds."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [gpu for gpu in chosen.split(",") if gpu and gpu != "-1"]
+    if not shutil.which("nvidia-smi"):
+        return []
+    answer = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=False)
+    return answer.stdout.split() if answer.returncode == 0 else []
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

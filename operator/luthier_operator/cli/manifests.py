@@ -1,0 +1,111 @@
+"""Files → jobs: several files, several YAML documents in each, all mistakes of all of them reported at once.
+
+Neighbours: `luthier_api.validation` judges one document; `commands` prints what is wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from luthier_api import API_VERSION, GROUP
+from luthier_api.exitcodes import ExitCode
+from luthier_api.kinds import FineTuneJob, GenerateJob
+from luthier_api.validation import InvalidJob, check_job
+
+STDIN = "-"
+
+
+class Refused(Exception):
+    """Nothing was started. `problems` holds a line each for the user: where, what, what now."""
+
+    def __init__(self, problems: list[str], code: ExitCode = ExitCode.INVALID_SPEC) -> None:
+        super().__init__("\n".join(problems))
+        self.problems, self.code = problems, code
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One job of ours, and where it was written."""
+
+    job: FineTuneJob | GenerateJob
+    file: str
+
+    @property
+    def name(self) -> str:
+        return self.job.metadata.name
+
+    @property
+    def folder(self) -> Path:
+        """Relative paths in a manifest start here."""
+        return Path.cwd() if self.file == STDIN else Path(self.file).resolve().parent
+
+    @property
+    def needs(self) -> list[tuple[str, str]]:
+        """(field, name) of the FineTuneJobs whose results this job uses."""
+        spec = self.job.spec
+        needs = [("spec.model.job", spec.model.job)]
+        if isinstance(self.job, GenerateJob):
+            needs += [(f"spec.adapters[{i}].job", adapter.job) for i, adapter in enumerate(self.job.spec.adapters)]
+        return [(field, name) for field, name in needs if name]
+
+
+def read_manifests(files: list[str]) -> list[Manifest]:
+    """The jobs of `files` in order; `-` is standard input. Objects of other groups are left to kubectl. Raises Refused."""
+    found: list[Manifest] = []
+    problems: list[str] = []
+    for file in files:
+        documents = _documents(file, problems)
+        ours = [d for d in documents if not _foreign(d)]
+        if documents and not ours:
+            problems.append(f"{file}: holds no FineTuneJob and no GenerateJob")
+        for document in ours:
+            if not isinstance(document, dict):
+                problems.append(f"{file}: not a Kubernetes object but {document!r:.60}; it begins with apiVersion: {API_VERSION}")
+                continue
+            if "apiVersion" not in document:
+                problems.append(f"{file}: {_title(document)}: apiVersion: required; write {API_VERSION}")
+            try:
+                manifest = Manifest(check_job(document), file)
+            except InvalidJob as error:
+                problems += [f"{file}: {_title(document)}: {problem}" for problem in error.problems]
+                continue
+            if any(m.name == manifest.name for m in found):
+                problems.append(f"{file}: metadata.name: {manifest.name!r} is there twice; each job needs a name of its own")
+            found.append(manifest)
+    if problems:
+        raise Refused(problems)
+    return found
+
+
+def _documents(file: str, problems: list[str]) -> list[Any]:
+    try:
+        text = sys.stdin.read() if file == STDIN else Path(file).read_text()
+        documents = [d for d in yaml.safe_load_all(text) if d is not None]
+    except OSError as error:
+        problems.append(f"{file}: {error.strerror or error}")
+        return []
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problems.append(f"{file}: not YAML: {' '.join(str(error).split())}")
+        return []
+    if not documents:
+        problems.append(f"{file}: is empty")
+    return documents
+
+
+def _foreign(document: Any) -> bool:
+    """Whether it is a whole Kubernetes object of somebody else, such as a claim beside the job."""
+    if not isinstance(document, dict):
+        return False
+    version = str(document.get("apiVersion", ""))
+    return bool(version) and version.split("/")[0] != GROUP and bool(document.get("kind"))
+
+
+def _title(document: dict[str, Any]) -> str:
+    metadata = document.get("metadata")
+    name = metadata.get("name", "") if isinstance(metadata, dict) else ""
+    return f"{document.get('kind', 'object')} {name}".strip()

@@ -1,0 +1,242 @@
+"""A job through its phases on this machine: start, watch, stop, go on where it stopped.
+
+What has ended well is not done again: each step leaves its termination message in the job's folder. Neighbours: `local` says what to
+start, `supervised` is one process, `screen` shows what happens.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Protocol
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.kinds import JobKind
+from luthier_api.metrics import progress_of
+from luthier_api.status import Phase, Prepared, Progress
+from luthier_api.termination import TerminationMessage
+from luthier_operator.cli.local import LocalJob
+from luthier_operator.cli.manifests import Refused
+from luthier_operator.cli.supervised import Supervised
+
+POLL_SECONDS = 0.2
+PROGRESS_SECONDS = 1.0
+# Once one node has failed, the others wait for it in a collective; give them this long to say so themselves.
+PEER_SECONDS = 20
+LOCK = ".lock"
+VERBS: dict[JobKind, str] = {JobKind.FINE_TUNE: "train", JobKind.GENERATE: "generate"}
+
+
+class Watcher(Protocol):
+    """What a runner tells of."""
+
+    def began(self, phase: Phase, detail: str) -> None: ...
+    def progress(self, progress: Progress) -> None: ...
+    def ended(self, phase: Phase, message: TerminationMessage) -> None: ...
+    def stopping(self, hard: bool) -> None: ...
+
+
+@dataclass
+class Outcome:
+    """What became of one job."""
+
+    job: LocalJob
+    state: str = "Pending"
+    """Complete, Planned, Suspended, Stopped, Failed or NotRun."""
+    message: TerminationMessage | None = None
+    """Of the step that ended it, when it did not end well."""
+    prepared: Prepared | None = None
+    metrics: dict[str, float] | None = None
+    hub: dict[str, object] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Phase → what it took in this call."""
+
+    @property
+    def code(self) -> int:
+        return int(self.message.code) if self.message else 0
+
+    @property
+    def finished(self) -> bool:
+        return self.state in ("Complete", "Planned", "Suspended")
+
+    def document(self) -> dict[str, Any]:
+        """For scripts: `-o json`."""
+        end = self.message
+        return {
+            "name": self.job.name, "kind": self.job.kind.value, "file": self.job.manifest.file, "state": self.state, "code": self.code,
+            "reason": end.reason if end else "Completed" if self.state == "Complete" else None,
+            "message": end.message if end else None, "lastLines": end.last_lines if end else None,
+            "folder": str(self.job.folder.root), "result": str(self.job.folder.result) if self.state == "Complete" else None,
+            "prepared": self.prepared.dump() if self.prepared else None, "metrics": self.metrics, "hub": self.hub,
+            "seconds": {phase: round(took, 2) for phase, took in self.seconds.items()},
+            "logs": [str(p) for p in sorted(self.job.log("x").parent.glob("*.log"))],
+        }  # fmt: skip
+
+
+class Stop:
+    """Ctrl-C and SIGTERM, counted: the first asks for a checkpoint, the second ends everything."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def _count(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+
+    @contextmanager
+    def listening(self) -> Iterator[Stop]:
+        before = {number: signal.signal(number, self._count) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def only_one(job: LocalJob) -> Iterator[int]:
+    """Hold the folder of `job`. The supervisors inherit the lock: it is free only when the last of them has gone."""
+    root = job.folder.root
+    root.mkdir(parents=True, exist_ok=True)
+    handle = os.open(root / LOCK, os.O_RDWR | os.O_CREAT, 0o664)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refused(
+                [f"{job.manifest.file}: another luthier works in {root}; wait for it, or use another --workspace"], ExitCode.STORAGE_ERROR
+            ) from None
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def run_job(job: LocalJob, watcher: Watcher, stop: Stop, *, plan_only: bool = False, fresh: bool = False) -> Outcome:
+    """Take `job` as far as it goes. Raises Refused when nothing could be started."""
+    with only_one(job) as lock:
+        if fresh:
+            _empty(job)
+        job.write_run()
+        outcome = Outcome(job)
+        spec = job.manifest.job.spec
+        if spec.suspend and not plan_only:
+            outcome.state = "Suspended"
+            return outcome
+        for phase in job.phases:
+            started = time.monotonic()
+            end = _run_phase(job, phase, watcher, stop, lock)
+            outcome.seconds[phase] = time.monotonic() - started
+            outcome.prepared = end.prepared or outcome.prepared
+            outcome.metrics = end.metrics or outcome.metrics
+            outcome.hub = end.hub.dump() if end.hub else outcome.hub
+            if end.code != ExitCode.COMPLETED:
+                outcome.message = end
+                outcome.state = "Stopped" if end.code == ExitCode.PREEMPTED else "Failed"
+                return outcome
+            if phase == "prepare" and (plan_only or spec.plan_only):
+                outcome.state = "Planned"
+                return outcome
+        outcome.state = "Complete"
+        return outcome
+
+
+def _run_phase(job: LocalJob, phase: Phase, watcher: Watcher, stop: Stop, lock: int) -> TerminationMessage:
+    groups = job.groups if phase == "run" else [[0]]
+    end = None
+    for number, group in enumerate(groups, 1):
+        if done := _done(job, phase, group):
+            end = done
+            continue
+        if stop.count:
+            return _stopped(phase, "stopped before it began")
+        several = len(groups) > 1
+        watcher.began(phase, f"shard {number} of {len(groups)}" if several else f"{len(group)} nodes" if len(group) > 1 else "")
+        end = _run_group(job, phase, group, watcher, stop, lock)
+        watcher.ended(phase, end)
+        if end.code != ExitCode.COMPLETED:
+            return end
+    assert end is not None
+    return end
+
+
+def _run_group(job: LocalJob, phase: Phase, group: Sequence[int], watcher: Watcher, stop: Stop, lock: int) -> TerminationMessage:
+    """Processes that work at once, from their start to the end of the last. Returns the message that explains the end."""
+    verb = VERBS[job.kind] if phase == "run" else phase
+    members = [Supervised(job, phase, verb, index, lock) for index in group]
+    ended: list[Supervised] = []
+    asked = seen = 0
+    looked, failed_at = 0.0, None
+    while len(ended) < len(members):
+        for member in members:
+            if member not in ended and member.process.poll() is not None:
+                ended.append(member)
+                if member.process.returncode != 0:
+                    failed_at = failed_at or time.monotonic()
+        if stop.count != seen:
+            seen = stop.count
+            watcher.stopping(hard=seen > 1)
+        late = failed_at is not None and time.monotonic() > failed_at + PEER_SECONDS
+        if (seen or late) and not asked:
+            asked = 1
+            for member in members:
+                member.stop()
+        if seen > 1 or (failed_at is not None and time.monotonic() > failed_at + 2 * PEER_SECONDS):
+            for member in members:
+                if member.process.poll() is None:
+                    member.kill()
+        if phase == "run" and time.monotonic() > looked + PROGRESS_SECONDS:
+            looked = time.monotonic()
+            if progress := progress_of([s for m in members if m not in ended and (s := m.samples())]):
+                watcher.progress(progress)
+        time.sleep(POLL_SECONDS)
+    messages = [member.message() for member in ended]
+    if stop.count > 1:
+        return _stopped(phase, "ended at once, without a checkpoint of its own; the same command goes on from the newest one")
+    bad = [m for m in messages if m.code != ExitCode.COMPLETED]
+    # A peer that lost the culprit may be the first to say so.
+    culprits = [m for m in bad if m.code not in (ExitCode.PEER_LOST, ExitCode.PREEMPTED)] or bad
+    if culprits:
+        return culprits[0]
+    return next((m for m in messages if m.metrics or m.prepared or m.hub), messages[0])
+
+
+def _done(job: LocalJob, phase: Phase, group: Sequence[int]) -> TerminationMessage | None:
+    """The message of a group that ended well before; None when it has to run."""
+    files = [job.end(job.step(phase, index)) for index in group]
+    messages = [TerminationMessage.read(f.read_text(errors="replace")) if f.exists() else None for f in files]
+    if any(m is None or m.code != ExitCode.COMPLETED for m in messages):
+        return None
+    if phase == "prepare" and not job.folder.prepared_record.exists():
+        return None
+    if phase == "run" and not job.folder.result.exists():
+        return None
+    if phase == "publish" and (m := messages[0]) and m.hub and m.hub.repo != (job.manifest.job.spec.hub and job.manifest.job.spec.hub.repo):
+        return None
+    return next((m for m in messages if m and (m.metrics or m.prepared or m.hub)), messages[0])
+
+
+def _stopped(phase: Phase, message: str) -> TerminationMessage:
+    code = ExitCode.PREEMPTED
+    return TerminationMessage(phase=phase, code=code, reason=code.reason, message=message)
+
+
+def _empty(job: LocalJob) -> None:
+    """Remove what earlier runs left, but not the lock that we hold. Raises Refused when the folder is not one of ours."""
+    entries = [path for path in job.folder.root.iterdir() if path.name != LOCK]
+    if entries and not job.run_file.exists():
+        raise Refused(
+            [
+                f"--fresh: {job.folder.root} holds files but no {job.run_file.name}: it is not a folder of luthier's. Choose another --workspace"
+            ]
+        )
+    for path in entries:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

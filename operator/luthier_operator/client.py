@@ -1,0 +1,210 @@
+"""The API server, as the operator needs it: dictionaries in, dictionaries out, one error type.
+
+A thin adapter over the lower layer of the official client's asyncio half: its models and typed calls cost four times the CPU. Reads of
+the steady state come from kopf's watches; here are writes, lists and discovery.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import json
+import os
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+# The sub-modules, because the packages above them would import every generated model.
+from kubernetes.aio.client.api_client import ApiClient
+from kubernetes.aio.client.configuration import Configuration
+from kubernetes.aio.config.config_exception import ConfigException
+from kubernetes.aio.config.incluster_config import load_incluster_config
+from kubernetes.aio.config.kube_config import load_kube_config
+
+from luthier_api import API_VERSION
+from luthier_api.kinds import KINDS
+from luthier_operator.model import Object
+
+VERSION = importlib.metadata.version("luthier")
+FIELD_MANAGER = "luthier"
+IN_FLIGHT = 32  # more gains nothing on one API server, and keeps a burst from starving others (operator-prototype study)
+CHUNK = 500  # objects a list response: bounds the memory of the largest answer
+TIMEOUT = aiohttp.ClientTimeout(total=30, sock_connect=5)
+TOO_MANY_ATTEMPTS = 5  # of one request, each after the pause that the server asked for; then the queue's back-off takes over
+RETRY_AFTER = 1.0  # seconds, when a 429 does not say
+
+
+@dataclass(frozen=True)
+class Resource:
+    """Where a kind lives in the API."""
+
+    api_version: str
+    kind: str
+    plural: str
+
+    @property
+    def group(self) -> str:
+        return self.api_version.rpartition("/")[0]
+
+    @property
+    def root(self) -> str:
+        return f"/apis/{self.api_version}" if "/" in self.api_version else f"/api/{self.api_version}"
+
+    def path(self, namespace: str | None, name: str | None = None, subresource: str | None = None) -> str:
+        place = f"/namespaces/{namespace}" if namespace else ""
+        return "/".join([f"{self.root}{place}/{self.plural}", *filter(None, (name, subresource))])
+
+
+RESOURCES: dict[str, Resource] = {
+    **{kind.value: Resource(API_VERSION, kind.value, info.plural) for kind, info in KINDS.items()},
+    "Job": Resource("batch/v1", "Job", "jobs"),
+    "JobSet": Resource("jobset.x-k8s.io/v1alpha2", "JobSet", "jobsets"),
+    "Pod": Resource("v1", "Pod", "pods"),
+    "ConfigMap": Resource("v1", "ConfigMap", "configmaps"),
+    "PersistentVolumeClaim": Resource("v1", "PersistentVolumeClaim", "persistentvolumeclaims"),
+    "Event": Resource("v1", "Event", "events"),
+}
+
+
+class ApiError(Exception):
+    """An answer that is not 2xx, or none at all (status 0)."""
+
+    def __init__(self, status: int, reason: str, message: str) -> None:
+        super().__init__(f"{status} {reason}: {message}")
+        self.status, self.reason, self.message = status, reason, message
+
+
+async def login() -> Configuration:
+    """In the cluster the service account (its token is read again each minute), else the kubeconfig. Raises ConfigException."""
+    configuration = Configuration()
+    try:
+        load_incluster_config(configuration)
+    except ConfigException:
+        await load_kube_config(os.environ.get("KUBECONFIG") or "~/.kube/config", client_configuration=configuration, persist_config=False)
+    return configuration
+
+
+class Client:
+    """Requests of all workers: bounded in flight, paused together when the server says so."""
+
+    def __init__(self, configuration: Configuration, count: Callable[[str, str], None] = lambda method, code: None) -> None:
+        """`count` is told method and status code of each answer."""
+        # Looking ~/.netrc up at each request took 27 % of the client's CPU.
+        configuration.client_session_kwargs = {"trust_env": False}
+        self._api = ApiClient(configuration)
+        self._api.user_agent = f"luthier/{VERSION}"
+        self._count = count
+        self._slots = asyncio.Semaphore(IN_FLIGHT)
+        self._paused_until = 0.0
+        self.host: str = configuration.host
+
+    async def close(self) -> None:
+        await self._api.close()
+
+    async def get(self, path: str, query: dict[str, str] | None = None) -> Object:
+        return await self._request("GET", path, query)
+
+    async def installed(self, resources: Sequence[Resource]) -> bool:
+        """Whether the API server knows all of these kinds: CRDs may come later than we do."""
+        served: set[tuple[str, str]] = set()
+        for root, version in {(r.root, r.api_version) for r in resources}:
+            try:
+                found = await self.get(root)
+            except ApiError as error:
+                if error.status == 404:
+                    return False
+                raise
+            served |= {(version, r["name"]) for r in found.get("resources", [])}
+        return served >= {(r.api_version, r.plural) for r in resources}
+
+    async def list(self, resource: Resource, namespace: str | None, selector: str = "") -> AsyncIterator[tuple[list[Object], str]]:
+        """Chunks of all objects, each with the resourceVersion of the whole list. A chunk's items know their kind."""
+        query = {"limit": str(CHUNK)} | ({"labelSelector": selector} if selector else {})
+        while True:
+            chunk = await self.get(resource.path(namespace), query)
+            for item in chunk["items"]:  # the API server leaves these out in lists
+                item.setdefault("apiVersion", resource.api_version)
+                item.setdefault("kind", resource.kind)
+            yield chunk["items"], chunk["metadata"]["resourceVersion"]
+            if not chunk["metadata"].get("continue"):
+                return
+            query["continue"] = chunk["metadata"]["continue"]
+
+    async def apply(self, manifest: Object) -> Object:
+        """Server-side apply: creates or changes, and takes fields over that others have set."""
+        meta = manifest["metadata"]
+        path = RESOURCES[manifest["kind"]].path(meta["namespace"], meta["name"])
+        query = {"fieldManager": FIELD_MANAGER, "force": "true"}
+        return await self._request("PATCH", path, query, manifest, "application/apply-patch+yaml")
+
+    async def patch_status(self, job: Object, patch: Object) -> Object:
+        """Merge `patch` into the status of `job`, if nobody has changed it since. Raises ApiError 409 otherwise."""
+        meta = job["metadata"]
+        path = RESOURCES[job["kind"]].path(meta["namespace"], meta["name"], "status")
+        body = {"metadata": {"resourceVersion": meta["resourceVersion"]}, "status": patch}
+        return await self._request("PATCH", path, {"fieldManager": FIELD_MANAGER}, body, "application/merge-patch+json")
+
+    async def delete(self, target: Object, propagation: str) -> Object | None:
+        """Delete exactly this object, not a later one of its name. Returns what is left of it, or None when it is gone."""
+        meta = target["metadata"]
+        body = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": propagation, "preconditions": {"uid": meta["uid"]}}
+        try:
+            left = await self._request("DELETE", RESOURCES[target["kind"]].path(meta["namespace"], meta["name"]), None, body)
+        except ApiError as error:
+            if error.status == 404 or (error.status == 409 and "uid" in error.message.lower()):
+                return None
+            raise
+        return left if left.get("metadata", {}).get("deletionTimestamp") else None
+
+    async def create(self, manifest: Object) -> Object:
+        return await self._request("POST", RESOURCES[manifest["kind"]].path(manifest["metadata"]["namespace"]), None, manifest)
+
+    async def patch(self, kind: str, namespace: str, name: str, patch: Object) -> Object:
+        return await self._request("PATCH", RESOURCES[kind].path(namespace, name), None, patch, "application/merge-patch+json")
+
+    async def _request(
+        self, method: str, path: str, query: dict[str, str] | None = None, body: Object | None = None, content: str = "application/json"
+    ) -> Object:
+        for _ in range(TOO_MANY_ATTEMPTS):
+            while (wait := self._paused_until - asyncio.get_running_loop().time()) > 0:
+                await asyncio.sleep(wait * random.uniform(1, 1.2))
+            status, headers, answer = await self._send(method, path, query, body, content)
+            if status != 429:
+                break
+            # Priority and fairness has turned us away: that holds for whatever any worker would send next.
+            pause = _seconds(headers.get("Retry-After"))
+            self._paused_until = max(self._paused_until, asyncio.get_running_loop().time() + pause)
+        if not 200 <= status < 300:
+            raise ApiError(status, answer.get("reason", ""), answer.get("message", ""))
+        return answer
+
+    async def _send(
+        self, method: str, path: str, query: dict[str, str] | None, body: Object | None, content: str
+    ) -> tuple[int, Any, Object]:
+        headers = {"Accept": "application/json", "Content-Type": content}
+        async with self._slots:
+            try:
+                request = await self._api.param_serialize(
+                    method, path, query_params=list((query or {}).items()), header_params=headers, body=body, auth_settings=["BearerToken"]
+                )
+                response = await self._api.call_api(*request, _request_timeout=TIMEOUT)
+                text = await response.read()
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                self._count(method, "<error>")
+                raise ApiError(0, "Unreachable", f"{method} {path}: {error!r}") from error
+        self._count(method, str(response.status))
+        try:
+            answer = json.loads(text)
+        except ValueError:
+            answer = {"message": text.decode(errors="replace")[:500]}
+        return response.status, response.headers, answer
+
+
+def _seconds(header: str | None) -> float:
+    try:
+        return max(0.0, float(header or RETRY_AFTER))
+    except ValueError:
+        return RETRY_AFTER

@@ -1,0 +1,160 @@
+"""The operator's metrics: controller-runtime's names, so that dashboards and alerts for Go operators work, and those of the jobs.
+
+One table, from which the metrics are made and which the docs list. No job's name is ever a label: their number has no bound.
+Neighbours: `health` serves them; `luthier_api.metrics` holds those of the pods.
+"""
+
+from __future__ import annotations
+
+from collections import Counter as Tally
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from urllib.parse import urlsplit
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from luthier_api.conditions import ConditionType
+from luthier_api.metrics import Metric
+from luthier_api.status import JobStatus
+from luthier_operator.model import Key, Object
+
+
+@dataclass(frozen=True)
+class OperatorMetric(Metric):
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+# Reconciles take milliseconds; those that wait for an API server that is away take its timeouts.
+SHORT = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 30)
+# Jobs take minutes to days.
+LONG = (10, 60, 300, 900, 3600, 3 * 3600, 10 * 3600, 24 * 3600, 3 * 24 * 3600, 7 * 24 * 3600)
+
+RECONCILES = OperatorMetric("controller_runtime_reconcile_total", "Reconciles by result", "counter", ("controller", "result"))
+RECONCILE_ERRORS = OperatorMetric("controller_runtime_reconcile_errors_total", "Reconciles that ended in an error", "counter", ("controller",))
+RECONCILE_SECONDS = OperatorMetric("controller_runtime_reconcile_time_seconds", "Time of a reconcile", "histogram", ("controller",), SHORT)
+ACTIVE_WORKERS = OperatorMetric("controller_runtime_active_workers", "Reconciles under way", "gauge", ("controller",))
+MAX_WORKERS = OperatorMetric("controller_runtime_max_concurrent_reconciles", "Reconciles that may run at once", "gauge", ("controller",))
+QUEUE_DEPTH = OperatorMetric("workqueue_depth", "Jobs that wait for a reconcile", "gauge", ("name",))
+QUEUE_ADDS = OperatorMetric("workqueue_adds_total", "Jobs that came into the queue", "counter", ("name",))
+QUEUE_SECONDS = OperatorMetric("workqueue_queue_duration_seconds", "Time that a job waited for a reconcile", "histogram", ("name",), SHORT)
+WORK_SECONDS = OperatorMetric("workqueue_work_duration_seconds", "Time that a job was being worked on", "histogram", ("name",), SHORT)
+QUEUE_RETRIES = OperatorMetric("workqueue_retries_total", "Jobs that came back after an error", "counter", ("name",))
+REQUESTS = OperatorMetric("rest_client_requests_total", "Requests to the API server", "counter", ("code", "method", "host"))
+LEADER = OperatorMetric("leader_election_master_status", "1 when this replica works, 0 when it stands by", "gauge", ("name",))
+BUILD = OperatorMetric("luthier_build_info", "Always 1; the label says the version", "gauge", ("version",))
+JOBS = OperatorMetric("luthier_jobs", "Jobs by the state that kubectl shows", "gauge", ("kind", "namespace", "state"))
+JOB_SECONDS = OperatorMetric("luthier_job_duration_seconds", "From the start of a job to its end", "histogram", ("kind", "result"), LONG)
+JOB_QUEUE_SECONDS = OperatorMetric("luthier_job_queue_seconds", "From the creation of a job until its pods run", "histogram", ("kind",), LONG)
+JOB_RESTARTS = OperatorMetric("luthier_job_restarts_total", "Restarts, by the reason of the failure before", "counter", ("kind", "reason"))
+JOB_FAILURES = OperatorMetric("luthier_job_failures_total", "Jobs that failed, by reason", "counter", ("kind", "reason"))
+HUB_BYTES = OperatorMetric("luthier_hub_upload_bytes_total", "Bytes of published results", "counter", ("kind",))
+HUB_FAILURES = OperatorMetric("luthier_hub_upload_failures_total", "Pods of publish that failed, by reason", "counter", ("kind", "reason"))
+
+OPERATOR_METRICS: tuple[OperatorMetric, ...] = tuple(m for m in globals().values() if isinstance(m, OperatorMetric))
+CONTROLLER = "luthier"
+
+
+class Metrics:
+    """The metrics of one operator, in a registry of their own."""
+
+    def __init__(self, version: str, host: str = "", workers: int = 0) -> None:
+        self.registry = CollectorRegistry()
+        make = {"gauge": Gauge, "counter": Counter}
+        self._made = {
+            m: Histogram(m.name, m.help, m.labels, registry=self.registry, buckets=m.buckets)
+            if m.type == "histogram"
+            else make[m.type](m.name, m.help, m.labels, registry=self.registry)
+            for m in OPERATOR_METRICS
+        }
+        self._host = urlsplit(host).netloc
+        self.set(BUILD, 1, version)
+        self.set(MAX_WORKERS, workers, CONTROLLER)
+        # Series that exist before their first event, so that a rate over them begins at zero.
+        for result in ("success", "error", "requeue_after"):
+            self.add(RECONCILES, 0, CONTROLLER, result)
+        for metric in (RECONCILE_ERRORS, QUEUE_ADDS, QUEUE_RETRIES):
+            self.add(metric, 0, CONTROLLER)
+        for metric in (ACTIVE_WORKERS, QUEUE_DEPTH):
+            self.set(metric, 0, CONTROLLER)
+
+    def set(self, metric: OperatorMetric, value: float, *labels: str) -> None:
+        gauge = self._made[metric].labels(*labels)
+        assert isinstance(gauge, Gauge)
+        gauge.set(value)
+
+    def add(self, metric: OperatorMetric, value: float, *labels: str) -> None:
+        counter = self._made[metric].labels(*labels)
+        assert isinstance(counter, Counter)
+        counter.inc(value)
+
+    def observe(self, metric: OperatorMetric, value: float, *labels: str) -> None:
+        histogram = self._made[metric].labels(*labels)
+        assert isinstance(histogram, Histogram)
+        histogram.observe(value)
+
+    def text(self, jobs: Iterable[tuple[Key, Object]]) -> bytes:
+        """Prometheus text, with `jobs` counted now."""
+        states = Tally((key.kind.value, key.namespace, job.get("status", {}).get("state") or "Pending") for key, job in jobs)
+        self._made[JOBS].clear()
+        for labels, number in states.items():
+            self.set(JOBS, number, *labels)
+        return generate_latest(self.registry)
+
+    # What the queue, the client and the reconciler report
+
+    def requested(self, method: str, code: str) -> None:
+        self.add(REQUESTS, 1, code, method, self._host)
+
+    def added(self, depth: int) -> None:
+        self.add(QUEUE_ADDS, 1, CONTROLLER)
+        self.set(QUEUE_DEPTH, depth, CONTROLLER)
+
+    def taken(self, waited: float, depth: int) -> None:
+        self.observe(QUEUE_SECONDS, waited, CONTROLLER)
+        self.set(QUEUE_DEPTH, depth, CONTROLLER)
+
+    def retried(self) -> None:
+        self.add(QUEUE_RETRIES, 1, CONTROLLER)
+
+    def active(self, workers: int) -> None:
+        self.set(ACTIVE_WORKERS, workers, CONTROLLER)
+
+    def reconciled(self, result: str, seconds: float) -> None:
+        self.add(RECONCILES, 1, CONTROLLER, result)
+        if result == "error":
+            self.add(RECONCILE_ERRORS, 1, CONTROLLER)
+        self.observe(RECONCILE_SECONDS, seconds, CONTROLLER)
+        self.observe(WORK_SECONDS, seconds, CONTROLLER)
+
+    def status_changed(self, kind: str, created: str | None, before: JobStatus, after: JobStatus) -> None:
+        """What a status that was written means for the figures of the jobs."""
+        if after.restarts > before.restarts:
+            last = next((a.reason for a in reversed(after.attempts) if a.phase == "run"), "Unknown")
+            self.add(JOB_RESTARTS, after.restarts - before.restarts, kind, last)
+        if _turned_true(ConditionType.RUNNING, before, after) and not before.restarts and created:
+            running = after.condition(ConditionType.RUNNING)
+            assert running is not None
+            self.observe(JOB_QUEUE_SECONDS, _seconds(created, running.last_transition_time), kind)
+        if after.hub is not None and before.hub is None:
+            self.add(HUB_BYTES, after.hub.bytes or 0, kind)
+        seen = {(a.pod, a.time) for a in before.attempts}
+        for attempt in after.attempts:
+            if attempt.phase == "publish" and (attempt.pod, attempt.time) not in seen:
+                self.add(HUB_FAILURES, 1, kind, attempt.reason)
+        if not before.finished and after.finished:
+            failed = after.condition(ConditionType.FAILED)
+            if after.is_true(ConditionType.FAILED) and failed is not None:
+                self.add(JOB_FAILURES, 1, kind, failed.reason)
+            if after.start_time and after.completion_time:
+                result = "failed" if after.is_true(ConditionType.FAILED) else "complete"
+                self.observe(JOB_SECONDS, _seconds(after.start_time, after.completion_time), kind, result)
+
+
+def _turned_true(type: ConditionType, before: JobStatus, after: JobStatus) -> bool:
+    return after.is_true(type) and not before.is_true(type)
+
+
+def _seconds(start: str, end: str) -> float:
+    return max(0.0, (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds())

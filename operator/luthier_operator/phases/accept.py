@@ -1,0 +1,72 @@
+"""Accept: what the CRD's own rules cannot see. Is there what the job names, and does the cluster have what it needs?
+
+Looked at until `prepare` has begun: from then on the job stands on what it found.
+"""
+
+from __future__ import annotations
+
+from luthier_api.conditions import ConditionType, Reason
+from luthier_api.exitcodes import ExitCode
+from luthier_api.kinds import FineTuneJob, JobKind
+from luthier_operator import naming
+from luthier_operator.naming import source_jobs
+from luthier_operator.phases.step import Situation, Step
+from luthier_operator.render import configmap
+from luthier_operator.render.configmap import LIMIT_BYTES
+from luthier_operator.render.pod import gpus
+
+LOOK_AGAIN_SECONDS = 30
+INSTALL_JOBSET = "kubectl apply --server-side -f https://github.com/kubernetes-sigs/jobset/releases/download/v0.12.0/manifests.yaml"
+POD_SUFFIX = "-node-0-{index}-abcde"  # JobSet refuses names whose pods would exceed a DNS label
+NAME_CHARACTERS = 63
+
+ACCEPTED = ConditionType.ACCEPTED
+CAN_RUN = "The job can run"
+
+
+def accept(s: Situation) -> Step:
+    if s.child("prepare") or s.status.is_true(ConditionType.PREPARED):
+        # Begun, and yet not said: the status was not written then.
+        return s.goes_on() if s.status.is_true(ACCEPTED) else s.say(ACCEPTED, "True", Reason.ACCEPTED, CAN_RUN).goes_on()
+    if mistake := invalid(s):
+        return s.say(ACCEPTED, "False", Reason.INVALID_SPEC, mistake).fails(ExitCode.INVALID_SPEC.reason, mistake)
+    if isinstance(s.job, FineTuneJob) and not s.observed.jobset_installed:
+        missing = f"FineTuneJobs need JobSet, which this cluster does not have. Install it: {INSTALL_JOBSET}"
+        return s.say(ACCEPTED, "False", Reason.JOB_SET_MISSING, missing).stops(requeue_after=LOOK_AGAIN_SECONDS)
+    for field, name in source_jobs(s.job).items():
+        source = s.observed.sources.get(name)
+        if source and (source.status.is_true(ConditionType.TRAINED) or source.status.is_true(ConditionType.COMPLETE)):
+            continue
+        if source and source.status.is_true(ConditionType.FAILED):
+            failed = f'{field}: FineTuneJob "{name}" has failed, so there is no result to start from. Create this job again once it has succeeded'
+            return s.say(ACCEPTED, "False", Reason.SOURCE_FAILED, failed).fails(Reason.SOURCE_FAILED, failed)
+        state = (
+            f'FineTuneJob "{name}" is {source.status.state or "Pending"}'
+            if source
+            else f'there is no FineTuneJob "{name}" in this namespace'
+        )
+        waiting = f"{field}: {state}; waiting for its result"
+        return s.say(ACCEPTED, "False", Reason.WAITING_FOR_JOB, waiting).stops(requeue_after=LOOK_AGAIN_SECONDS)
+    return s.say(ACCEPTED, "True", Reason.ACCEPTED, CAN_RUN + remarks(s)).goes_on()
+
+
+def invalid(s: Situation) -> str | None:
+    """A mistake that can never come right."""
+    job = s.job
+    if naming.kind(job) is JobKind.FINE_TUNE:
+        for field, name in source_jobs(job).items():
+            if name == job.metadata.name:
+                return f"{field}: {name} is this job itself; name the job whose result it starts from"
+    if isinstance(job, FineTuneJob):
+        longest = naming.child(job, "run").name + POD_SUFFIX.format(index=job.spec.resources.nodes - 1)
+        if (excess := len(longest) - NAME_CHARACTERS) > 0:
+            return f"metadata.name: with spec.resources.nodes: {job.spec.resources.nodes}, at most {len(job.metadata.name) - excess} characters, so that the names of pods fit; choose a shorter one"  # fmt: skip
+    size = len(next(iter(configmap(job, s.settings, s.places())["data"].values())).encode())
+    if size > LIMIT_BYTES:
+        return f"spec: {size} bytes as a run config, more than the {LIMIT_BYTES} that a ConfigMap holds; put the rows into a file (spec.inputs.dataset.files)"
+    return None
+
+
+def remarks(s: Situation) -> str:
+    queue = s.job.spec.scheduling.queue
+    return f'. spec.scheduling.queue: "{queue}" is not asked, because the job holds no GPUs' if queue and not gpus(s.job) else ""

@@ -1,0 +1,68 @@
+"""Prepare: one pod without a GPU that resolves the model, loads and tokenises the data and plans the run.
+
+It fails early and cheaply, and is tried again as often as the infrastructure needs. `planOnly` ends here. Neighbours: `render.job`
+draws the Job, `failure` judges its pods.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from luthier_api.conditions import ConditionType, Reason
+from luthier_api.status import Phase
+from luthier_operator import children, failure, render, statuses
+from luthier_operator.model import Object
+from luthier_operator.phases import waiting
+from luthier_operator.phases.step import Situation, Step
+
+EVIDENCE_SECONDS = 3.0
+"""The Job and its pods are watched apart: for so long after a failure, a pod's own word may still be under way."""
+PREPARED = ConditionType.PREPARED
+
+
+def prepare(s: Situation) -> Step:
+    if s.status.is_true(PREPARED):
+        return go_on(s)
+    job = s.child("prepare")
+    s = s.note(start_time=s.status.start_time or statuses.text(job and children.created(job) or s.now))
+    if wait := waiting.for_old_pods(s, "prepare", PREPARED):
+        return wait
+    if job is None:
+        return s.say(PREPARED, "False", Reason.PREPARING, "starting").stops(apply=manifests(s))
+    if children.succeeded(job):
+        return go_on(s)
+    if end := children.failed(job):
+        if wait_for_evidence(s, "prepare", job):
+            return s.stops(requeue_after=EVIDENCE_SECONDS)
+        found = failure.judge(s.attempts("prepare"), "prepare", end.get("message", ""), end.get("reason", ""))
+        return s.say(PREPARED, "False", found.reason, found.message).fails(found.reason, found.message)
+    return waiting.for_one_pod(s, "prepare", PREPARED, Reason.PREPARING, "the model is resolved, the data are loaded, the run is planned")
+
+
+def manifests(s: Situation) -> list[Object]:
+    places = s.places()
+    drawn = [render.configmap(s.job, s.settings, places), render.claim(s.job, s.settings), render.prepare(s.job, s.settings, places)]
+    return [o for o in drawn if o is not None]
+
+
+def go_on(s: Situation) -> Step:
+    """Prepared; and on, unless the plan is all that was asked for."""
+    only = s.job.spec.plan_only and not s.child("run")
+    s = s.say(PREPARED, "True", Reason.PLAN_ONLY if only else Reason.PREPARED, summary(s))
+    return s.stops() if only else s.goes_on()
+
+
+def summary(s: Situation) -> str:
+    found = s.status.prepared
+    if found is None:
+        return "prepared"
+    revision = f"@{found.model.revision[:12]}" if found.model.revision else ""
+    rows = f"{found.dataset.rows} rows" + (f" and {found.dataset.eval_rows} to evaluate" if found.dataset.eval_rows else "")
+    steps = f", {found.plan.steps} steps" if found.plan.steps else ""
+    return f"{found.model.source}{revision}, {rows}, strategy {found.plan.strategy}{steps}"
+
+
+def wait_for_evidence(s: Situation, phase: Phase, child: Object) -> bool:
+    """Whether a child that has just failed may still be explained by a pod."""
+    at = children.ended_at(child)
+    return not s.attempts(phase) and at is not None and s.now < at + timedelta(seconds=EVIDENCE_SECONDS)

@@ -1,0 +1,68 @@
+"""Publish: one pod without a GPU that uploads the result and checks it there. A Hub that is away costs time, never the result.
+
+After a failure the user can change `spec.hub`, the one part of a job that may still change then: the hash of it, kept on the Job, says
+that there is a reason to try again.
+"""
+
+from __future__ import annotations
+
+from luthier_api.conditions import ConditionType, Reason
+from luthier_operator import children, failure, naming, render, statuses
+from luthier_operator.naming import HUB_ANNOTATION
+from luthier_operator.phases import waiting
+from luthier_operator.phases.prepare import EVIDENCE_SECONDS, wait_for_evidence
+from luthier_operator.phases.step import Situation, Step
+from luthier_operator.render.job import hub_hash
+
+PUBLISHED, FAILED = ConditionType.PUBLISHED, ConditionType.FAILED
+
+
+def wanted(s: Situation) -> bool:
+    return bool(s.job.spec.hub and s.job.spec.hub.repo)
+
+
+def publish(s: Situation) -> Step:
+    if s.status.is_true(PUBLISHED):
+        return s.goes_on()
+    ref, job = naming.child(s.job, "publish"), s.child("publish")
+    if not wanted(s):
+        at_work = [ref] if job and not children.deleting(job) and not children.succeeded(job) else []
+        return Step(statuses.without_condition(s.status, PUBLISHED), goes_on=True, delete=at_work)
+    if wait := waiting.for_old_pods(s, "publish", PUBLISHED):
+        return wait
+    if job is None:
+        places = s.places()
+        apply = [render.configmap(s.job, s.settings, places), render.publish(s.job, s.settings, places)]
+        return s.say(PUBLISHED, "False", Reason.PUBLISHING, f"starting the upload to {repo(s)}").stops(apply=apply)
+    if children.succeeded(job):
+        at = f"@{s.status.hub.revision[:12]}" if s.status.hub else ""
+        return s.say(PUBLISHED, "True", Reason.PUBLISHED, f"{repo(s)}{at}").goes_on()
+    if job["metadata"].get("annotations", {}).get(HUB_ANNOTATION) != hub_hash(s.job):
+        return s.say(PUBLISHED, "False", Reason.PUBLISHING, "spec.hub has changed: publishing again").stops(delete=[ref])
+    if end := children.failed(job):
+        if wait_for_evidence(s, "publish", job):
+            return s.stops(requeue_after=EVIDENCE_SECONDS)
+        found = failure.judge(s.attempts("publish"), "publish", end.get("message", ""), end.get("reason", ""))
+        message = f"{found.message}. The result stays in {kept(s)}; a change of spec.hub publishes it again"
+        return s.say(PUBLISHED, "False", found.reason, message).fails(found.reason, message)
+    return waiting.for_one_pod(s, "publish", PUBLISHED, Reason.PUBLISHING, f"uploading to {repo(s)}")
+
+
+def reopen(s: Situation) -> Situation:
+    """A job that failed over `publish`, and whose spec.hub has changed since, has not failed any more."""
+    job, end = s.child("publish"), s.status.condition(FAILED)
+    over_publish = s.status.is_true(s.done) and s.status.condition(PUBLISHED) and not s.status.is_true(PUBLISHED)
+    if not (end and end.status == "True" and end.reason != Reason.DEADLINE_EXCEEDED and over_publish and job and children.failed(job)):
+        return s
+    if job["metadata"].get("annotations", {}).get(HUB_ANNOTATION) == hub_hash(s.job):
+        return s
+    return s.say(FAILED, "False", Reason.PUBLISHING, "spec.hub has changed: publishing again").note(completion_time=None)
+
+
+def repo(s: Situation) -> str:
+    return (s.job.spec.hub and s.job.spec.hub.repo) or ""
+
+
+def kept(s: Situation) -> str:
+    where = naming.place(s.job)
+    return f"{where.folder}/result of claim {where.claim}"

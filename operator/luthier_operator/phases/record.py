@@ -1,0 +1,87 @@
+"""Facts that come in by themselves, written down before anything is decided: what pods have said, progress, restarts, failures.
+
+They may come late, even after the job is complete, or not at all when a pod is gone before the operator saw it end: no step waits for
+them for ever.
+"""
+
+from __future__ import annotations
+
+from luthier_api.kinds import FineTuneJob
+from luthier_api.status import Attempt, Checkpoint, JobStatus, Phase
+from luthier_operator import children, failure, naming, statuses
+from luthier_operator.model import PodEnd
+from luthier_operator.phases.step import Situation
+
+
+def record(s: Situation) -> Situation:
+    """The situation with everything noted that was observed."""
+    s = s.note(observed_generation=s.job.metadata.generation, shape=statuses.shape(s.job), workspace=naming.workspace_status(s.job))
+    s = said(s)
+    if not s.status.finished and not s.job.spec.suspend:
+        s = restarts(s)
+        for phase in ("prepare", "publish"):
+            s = s.note(attempts=failure.single(s.status.attempts, s.ends(phase), phase))
+    return s
+
+
+def said(s: Situation) -> Situation:
+    """What pods that ended well have said, and what is read of those that run."""
+    status = s.status
+    whole = [e for e in s.observed.ended if e.exit_code == 0 and e.message]
+    prepared = next((e.message.prepared for e in reversed(whole) if e.phase == "prepare" and e.message and e.message.prepared), None)
+    hub = next((e.message.hub for e in reversed(whole) if e.phase == "publish" and e.message and e.message.hub), None)
+    metrics = run_metrics(s, [e for e in whole if e.phase == "run"]) or status.metrics
+    progress = s.observed.progress if s.observed.progress and not status.is_true(s.done) else status.progress
+    if status.is_true(s.done):
+        progress = statuses.at_end(progress, metrics)
+    return s.note(
+        prepared=status.prepared or prepared, metrics=metrics, hub=hub or status.hub, progress=progress, checkpoint=checkpoint(s)
+    )  # fmt: skip
+
+
+def run_metrics(s: Situation, ends: list[PodEnd]) -> dict[str, float] | None:
+    """Final figures: those of the first node, or the sums over all shards once all have spoken."""
+    latest = {e.index: e.message.metrics for e in ends if e.message and e.message.metrics}
+    if isinstance(s.job, FineTuneJob):
+        return latest.get(0)
+    if len(latest) < s.job.spec.shards:
+        return None
+    names = {name: None for metrics in latest.values() for name in metrics}
+    return {name: sum(metrics.get(name, 0) for metrics in latest.values()) for name in names}
+
+
+def checkpoint(s: Situation) -> Checkpoint | None:
+    """The newest verified one: as the first node serves it, or as the pods said when they ended."""
+    known, step = s.status.checkpoint, s.observed.checkpoint_step
+    if step is None:
+        steps = [e.message.step for e in s.ends("run") if e.message and e.message.step]
+        step = max([*steps, known.step if known else 0]) or None
+    return known if step is None or (known and known.step == step) else Checkpoint(step=step, time=statuses.text(s.now))
+
+
+def restarts(s: Situation) -> Situation:
+    """Failures of the run; of a JobSet, its restarts too."""
+    group = s.child("run")
+    if group is None or children.deleting(group):
+        return s
+    if group["kind"] == "Job":
+        return s.note(attempts=failure.single(s.status.attempts, s.ends("run"), "run"))
+    total, charged, before = children.restarts(group)
+    end = children.failed(group)
+    fatal = bool(end and end.get("reason") == "FailJobSetFailurePolicyAction")
+    step = s.status.checkpoint.step if s.status.checkpoint else None
+    attempts = failure.grouped(s.status.attempts, s.ends("run"), before, step, fatal)
+    if total == s.status.restarts + 1:
+        # JobSet knows what it has charged; the exit code alone was a guess.
+        attempts = [charge(a, "run", s.status.restarts, charged > s.status.restarts_charged) for a in attempts]
+    return s.note(attempts=attempts, restarts=total, restarts_charged=charged)
+
+
+def charge(attempt: Attempt, phase: Phase, number: int, charged: bool) -> Attempt:
+    same = attempt.phase == phase and attempt.attempt == number
+    return attempt.model_copy(update={"charged": charged}) if same and attempt.charged != charged else attempt
+
+
+def complete_record(status: JobStatus, publishes: bool) -> bool:
+    """Whether everything is there that the pods have to say."""
+    return status.metrics is not None and (status.hub is not None or not publishes)

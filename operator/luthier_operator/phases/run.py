@@ -1,0 +1,90 @@
+"""Run: the pods that train or generate.
+
+Begins when `prepare` has succeeded, ends when its JobSet (or Job) is terminal. JobSet restarts the group by itself, also while the
+operator is away, so this step only creates, reads and judges. Neighbours: `render.jobset` and `render.job` draw the manifests,
+`record` has written restarts and failures down.
+"""
+
+from __future__ import annotations
+
+from luthier_api.conditions import ConditionType, Reason
+from luthier_api.kinds import FineTuneJob
+from luthier_operator import children, failure, naming, render, statuses
+from luthier_operator.model import Object
+from luthier_operator.phases import waiting
+from luthier_operator.phases.prepare import EVIDENCE_SECONDS, wait_for_evidence
+from luthier_operator.phases.step import Situation, Step
+from luthier_operator.render.pod import gpus
+
+RUNNING = ConditionType.RUNNING
+
+
+def run(s: Situation) -> Step:
+    if s.status.is_true(s.done):
+        return s.goes_on()
+    if wait := waiting.for_old_pods(s, "run", RUNNING):
+        return wait
+    group = s.child("run")
+    if group is None:
+        return s.say(RUNNING, "False", Reason.STARTING, f"starting {what(s)}").stops(apply=[manifest(s)])
+    if children.succeeded(group):
+        return ended_well(s)
+    if end := children.failed(group):
+        if wait_for_evidence(s, "run", group):
+            return s.stops(requeue_after=EVIDENCE_SECONDS)
+        found = failure.judge(s.attempts("run"), "run", end.get("message", ""), end.get("reason", ""))
+        message = found.message + (exhausted(s) if end.get("reason") == "ReachedMaxRestarts" else "")
+        return s.say(RUNNING, "False", found.reason, message).fails(found.reason, message)
+    if isinstance(s.job, FineTuneJob) and (message := failure.stuck(s.attempts("run")) or ""):
+        s = s.say(RUNNING, "False", Reason.NO_PROGRESS, message)
+        return s.fails(Reason.NO_PROGRESS, message, delete=[naming.child(s.job, "run")])
+    return at_work(s, group)
+
+
+def manifest(s: Situation) -> Object:
+    if isinstance(s.job, FineTuneJob):
+        return render.jobset(s.job, s.settings, s.places(), s.status.restarts, s.status.restarts_charged)
+    return render.shards(s.job, s.settings, s.places())
+
+
+def ended_well(s: Situation) -> Step:
+    done = Reason.TRAINED if s.done is ConditionType.TRAINED else Reason.GENERATED
+    s = s.note(progress=statuses.at_end(s.status.progress, s.status.metrics))
+    where = naming.place(s.job)
+    s = s.say(s.done, "True", done, f"the result lies in {where.folder}/result of claim {where.claim}")
+    return s.say(RUNNING, "False", done, "the pods have ended").goes_on()
+
+
+def at_work(s: Situation, group: Object) -> Step:
+    """Queued, starting, running or restarting."""
+    pods, attempt = s.pods("run"), None
+    if group["kind"] == "JobSet":
+        attempt = group.get("status", {}).get("restarts", 0)
+    up = children.running(pods, attempt)
+    if up and (attempt is None or up >= pods_of(s)):
+        return s.say(RUNNING, "True", Reason.RUNNING, f"{what(s)}").stops()
+    if children.held(group):
+        message = f'waiting for quota in queue "{s.job.spec.scheduling.queue}"; see `kubectl describe workloads`'
+        return s.say(RUNNING, "False", Reason.WAITING_FOR_QUEUE, message).stops()
+    if found := children.trouble(pods):
+        return s.say(RUNNING, "False", found.reason, found.message).stops()
+    if failures := s.attempts("run"):
+        last = failures[-1]
+        return s.say(RUNNING, "False", Reason.RESTARTING, f"after {last.reason}: {last.message} ({failure.place(last)})").stops()
+    return s.say(RUNNING, "False", Reason.STARTING, f"waiting for {what(s)} to start").stops()
+
+
+def pods_of(s: Situation) -> int:
+    return s.job.spec.resources.nodes if isinstance(s.job, FineTuneJob) else s.job.spec.shards
+
+
+def what(s: Situation) -> str:
+    """2 pods on 16 GPUs."""
+    pods, each = pods_of(s), gpus(s.job)
+    word = ("pod" if isinstance(s.job, FineTuneJob) else "shard") + ("s" if pods > 1 else "")
+    return f"{pods} {word} on {f'{pods * each} GPU' + ('s' if pods * each > 1 else '') if each else 'CPU'}"
+
+
+def exhausted(s: Situation) -> str:
+    most = s.job.spec.restarts.max if isinstance(s.job, FineTuneJob) else 0
+    return f". That was the last of {most} restarts (spec.restarts.max)"

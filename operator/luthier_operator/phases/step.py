@@ -1,0 +1,116 @@
+"""What a step sees, and what it may answer. Both are values: a step that says something gets a new situation back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any
+
+from luthier_api.conditions import ConditionType
+from luthier_api.kinds import KINDS
+from luthier_api.status import Attempt, JobStatus, Phase
+from luthier_operator import children, naming
+from luthier_operator.model import ChildRef, Job, Object, Observed, PodEnd
+from luthier_operator.naming import Place
+from luthier_operator.settings import Settings
+from luthier_operator.statuses import Value, moment, text, with_condition
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step wants done, and whether the next one is looked at."""
+
+    status: JobStatus
+    goes_on: bool = False
+    apply: Sequence[Object] = ()
+    delete: Sequence[ChildRef] = ()
+    requeue_after: float | None = None
+    """Seconds."""
+    delete_job: bool = False
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Everything that a step may look at, with the status as the steps before it left it."""
+
+    observed: Observed
+    settings: Settings
+    now: datetime
+    status: JobStatus
+
+    @property
+    def job(self) -> Job:
+        return self.observed.job
+
+    @property
+    def done(self) -> ConditionType:
+        """The condition that says that `run` has ended well."""
+        return KINDS[naming.kind(self.job)].done
+
+    def child(self, phase: Phase) -> Object | None:
+        return self.observed.children.get(naming.child(self.job, phase))
+
+    def pods(self, phase: Phase) -> list[Object]:
+        return children.living(self.observed.pods, phase)
+
+    def ends(self, phase: Phase) -> list[PodEnd]:
+        """Ended pods of the child that exists now; those of one that was deleted for a suspension are no failures."""
+        child = self.child(phase)
+        if child is None:
+            return []
+        uid, since = child["metadata"].get("uid"), children.created(child)
+        # Nodes' clocks may be behind the API server's: times decide only where a pod does not say whose it was.
+        return [
+            e for e in self.observed.ended if e.phase == phase and (e.child == uid if e.child else since is None or e.finished_at >= since)
+        ]
+
+    def attempts(self, phase: Phase) -> list[Attempt]:
+        """Failures of the child that exists now, as the status remembers them, oldest first."""
+        child = self.child(phase)
+        if child is None:
+            return []
+        since, seen = children.created(child), {e.pod for e in self.ends(phase)}
+        return [a for a in self.status.attempts if a.phase == phase and (a.pod in seen or since is None or moment(a.time or "") >= since)]
+
+    def places(self) -> dict[str, Place]:
+        """Where the jobs that this one names keep their work. One that was deleted since is remembered by the prepare Job."""
+        prepare = self.child("prepare")
+        notes = prepare["metadata"].get("annotations", {}) if prepare else {}
+        known = {name: Place(*found) for name, found in json.loads(notes.get(naming.SOURCES_ANNOTATION, "{}")).items()}
+        # What was remembered comes first: a job of that name may have been created anew, with another folder.
+        there = {
+            name: naming.place(self.observed.sources[name])
+            for name in naming.source_jobs(self.job).values()
+            if name in self.observed.sources
+        }
+        return there | known
+
+    def unfinished(self) -> list[ChildRef]:
+        """Children that are at work."""
+        phases: tuple[Phase, ...] = ("prepare", "run", "publish")
+        found = ((naming.child(self.job, p), self.child(p)) for p in phases)
+        return [ref for ref, child in found if child and not children.finished(child) and not children.deleting(child)]
+
+    def say(self, type: ConditionType, value: Value, reason: str, message: str) -> Situation:
+        """With this condition in the status."""
+        generation = self.job.metadata.generation
+        return replace(self, status=with_condition(self.status, type, value, reason, message, self.now, generation))
+
+    def note(self, **fields: Any) -> Situation:
+        """With these fields in the status."""
+        return replace(self, status=self.status.model_copy(update=fields))
+
+    def goes_on(self, requeue_after: float | None = None) -> Step:
+        return Step(self.status, goes_on=True, requeue_after=requeue_after)
+
+    def stops(
+        self, apply: Sequence[Object] = (), delete: Sequence[ChildRef] = (), requeue_after: float | None = None, delete_job: bool = False
+    ) -> Step:
+        return Step(self.status, False, apply, delete, requeue_after, delete_job)
+
+    def fails(self, reason: str, message: str, delete: Sequence[ChildRef] = ()) -> Step:
+        """The end of the job."""
+        ended = self.say(ConditionType.FAILED, "True", reason, message).note(completion_time=text(self.now))
+        return ended.stops(delete=delete)

@@ -1,0 +1,92 @@
+"""Reads the metrics of running pods, so that `kubectl get` shows how far a job is.
+
+Training is read from rank 0, generation from every shard. A pod that cannot be read is read again next time: progress is never worth an
+error. Neighbours: `luthier_api.metrics` understands the text, `store` keeps the figures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import aiohttp
+
+from luthier_api.kinds import JobKind
+from luthier_api.metrics import read_samples
+from luthier_api.run import METRICS_PORT
+from luthier_operator import naming
+from luthier_operator.model import Key, Object
+from luthier_operator.store import Store
+
+log = logging.getLogger(__name__)
+
+AT_ONCE = 32
+TIMEOUT = aiohttp.ClientTimeout(total=3)
+TEXT_LIMIT = 1 << 20  # bytes; ours are 10 kB, and pods are not to be trusted with our memory
+
+
+def pod_url(pod: Object) -> str:
+    address = pod["status"]["podIP"]
+    return f"http://{f'[{address}]' if ':' in address else address}:{METRICS_PORT}/metrics"
+
+
+class Scraper:
+    def __init__(self, store: Store, enqueue: Callable[[Key], None], every: float, url: Callable[[Object], str] = pod_url) -> None:
+        """`url` says where the metrics of a running pod are."""
+        self._store, self._enqueue, self._every, self._url = store, enqueue, every, url
+
+    async def serve(self) -> None:
+        """Read until cancelled."""
+        async with aiohttp.ClientSession(timeout=TIMEOUT, trust_env=False) as session:
+            while True:
+                await asyncio.sleep(self._every)
+                await self.read_all(session)
+
+    async def read_all(self, session: aiohttp.ClientSession) -> None:
+        """Read every pod that has something to say, and have its job looked at."""
+        slots = asyncio.Semaphore(AT_ONCE)
+        found: dict[tuple[Key, str], dict[int, dict[str, float]]] = {}
+
+        async def one(key: Key, uid: str, pod: Object) -> None:
+            async with slots:
+                samples = await self._read(session, pod)
+            if samples:
+                found.setdefault((key, uid), {})[index_of(pod)] = samples
+
+        await asyncio.gather(*(one(*pod) for pod in self._store.pods() if speaks(pod[0], pod[2])))
+        for (key, uid), samples in found.items():
+            self._store.put_samples(uid, samples)
+            self._enqueue(key)
+
+    async def _read(self, session: aiohttp.ClientSession, pod: Object) -> dict[str, float]:
+        try:
+            async with session.get(self._url(pod)) as response:
+                response.raise_for_status()
+                text = bytearray()
+                async for chunk in response.content.iter_chunked(1 << 16):
+                    text += chunk
+                    if len(text) > TEXT_LIMIT:
+                        raise ValueError(f"more than {TEXT_LIMIT} bytes")
+                return read_samples(text.decode())
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            log.debug("metrics of %s: %r", pod["metadata"]["name"], error)
+            return {}
+
+
+def index_of(pod: Object) -> int:
+    """Node rank or shard."""
+    meta = pod["metadata"]
+    return int((meta.get("annotations") or {}).get(naming.INDEX_ANNOTATION) or 0)
+
+
+def speaks(key: Key, pod: Object) -> bool:
+    """Whether progress is read from this pod."""
+    meta, status = pod["metadata"], pod.get("status", {})
+    return (
+        meta["labels"].get(naming.PHASE_LABEL) == "run"
+        and status.get("phase") == "Running"
+        and bool(status.get("podIP"))
+        and not meta.get("deletionTimestamp")
+        and (key.kind is JobKind.GENERATE or index_of(pod) == 0)
+    )

@@ -1,0 +1,222 @@
+"""One job, once: what was observed → `decide` → children → one status write, only if it changed → events.
+
+Any failure puts the job back into the queue: every step may be repeated at any time, from the beginning, by a process that knows nothing
+of this one. Neighbours: `queue` calls, `store` is read and written through, `client` carries out.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import ValidationError
+
+from luthier_api.conditions import ConditionType, Reason
+from luthier_api.kinds import parse_job
+from luthier_api.status import Condition
+from luthier_operator.client import RESOURCES, ApiError, Client
+from luthier_operator.decide import decide
+from luthier_operator.events import Recorder
+from luthier_operator.metrics import Metrics
+from luthier_operator.model import Decision, Event, Job, Key, Object
+from luthier_operator.queue import Queue
+from luthier_operator.settings import Settings
+from luthier_operator.store import Store
+
+log = logging.getLogger(__name__)
+
+REFUSALS = {400, 403, 422}
+"""Answers that time alone does not change: a quota, an admission policy, an immutable field. The user hears of them."""
+# A JobSet or Job of the same name may follow: it must not meet the pods of this one. What has no pods goes at once.
+PROPAGATION = {"Job": "Foreground", "JobSet": "Foreground"}
+
+
+class InvalidSpec(ValueError):
+    """The object does not fit the types: its CRD is older or newer than this operator."""
+
+
+@dataclass(frozen=True)
+class _Write:
+    """A status as it was meant, as the server kept it, and when."""
+
+    desired: Object
+    kept: Object
+    at: float
+
+
+class Reconciler:
+    def __init__(
+        self, store: Store, client: Client, queue: Queue, events: Recorder, metrics: Metrics, settings: Settings,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self._store, self._client, self._queue, self._events, self._metrics = store, client, queue, events, metrics
+        self._settings, self._clock = settings, clock
+        self._writes: dict[str, _Write] = {}  # by uid
+        self._uids: dict[Key, str] = {}
+        self._active = 0
+
+    async def work(self, key: Key) -> None:
+        """Reconcile `key` and see to it that it comes back when it should. Raises nothing."""
+        self._active += 1
+        self._metrics.active(self._active)
+        begin, result = self._clock(), "success"
+        try:
+            again = await self.reconcile(key)
+            self._queue.forget(key)
+            if again is not None:
+                result = "requeue_after"
+                self._queue.add_after(key, again)
+        except Exception as error:
+            result = "error"
+            delay = self._queue.retry(key)
+            if isinstance(error, ApiError):
+                log.warning("%s %s/%s: again in %.1f s: %s", key.kind, key.namespace, key.name, delay, error)
+            else:
+                log.exception("%s %s/%s: again in %.1f s", key.kind, key.namespace, key.name, delay)
+        finally:
+            self._active -= 1
+            self._metrics.active(self._active)
+            self._metrics.reconciled(result, self._clock() - begin)
+
+    async def reconcile(self, key: Key) -> float | None:
+        """Bring `key` one step further. Returns the seconds until it wants another look; raises ApiError and whatever `decide` raises."""
+        found = self._store.job(key)
+        if found is None or found["metadata"].get("deletionTimestamp"):
+            self._writes.pop(self._uids.pop(key, ""), None)  # its children go with it: they have owner references
+            return None
+        self._uids[key] = found["metadata"]["uid"]
+        try:
+            job = read_job(found)
+        except InvalidSpec as error:
+            await self._write_status(found, invalid_status(found, str(error)))
+            return None
+        observed = self._store.observed(key, job)
+        decision = decide(observed, self._settings, datetime.now(UTC))
+        if decision.delete_job:
+            await self._client.delete(found, "Background")
+            return None
+        await self._apply(found, decision)
+        await self._delete(key, decision)
+        wait = await self._report(key, found, job, decision)
+        return min((s for s in (wait, decision.requeue_after) if s is not None), default=None)
+
+    async def _apply(self, found: Object, decision: Decision) -> None:
+        for manifest in decision.apply:
+            try:
+                self._enqueue(self._store.put(await self._client.apply(manifest)))
+            except ApiError as error:
+                if error.status in REFUSALS:
+                    name = f"{manifest['kind']} {manifest['metadata']['name']}"
+                    self._events.record(found, Event("Warning", "FailedCreate", f"{name}: {error.message}"))
+                raise
+
+    async def _delete(self, key: Key, decision: Decision) -> None:
+        for ref in decision.delete:
+            child = self._store.child(key, ref)
+            if child is None or child["metadata"].get("deletionTimestamp"):
+                continue
+            left = await self._client.delete(child, PROPAGATION.get(ref.kind, "Background"))
+            self._enqueue(self._store.put(left) if left else self._store.remove(child))
+
+    async def _report(self, key: Key, found: Object, job: Job, decision: Decision) -> float | None:
+        """Write the status and what follows from it. Returns the seconds to wait when it is too early for mere progress."""
+        desired, before = decision.status.dump(), found.get("status", {})
+        last = self._writes.get(found["metadata"]["uid"])
+        if last and essence(desired) == essence(before):
+            wait = last.at + self._settings.progress_every - self._clock()
+            if wait > 0 and desired != before:
+                return wait
+        if await self._write_status(found, desired):
+            meta = found["metadata"]
+            self._metrics.status_changed(key.kind.value, meta.get("creationTimestamp"), job.status, decision.status)
+        # After the write: when it fails, the same decision is made again, and its events with it.
+        for event in decision.events:
+            self._events.record(found, event)
+        return None
+
+    async def _write_status(self, found: Object, desired: Object) -> bool:
+        """Whether there was anything to write. Raises ApiError; after a conflict the store knows better."""
+        before, uid = found.get("status", {}), found["metadata"]["uid"]
+        patch = merge_patch(before, desired)
+        last = self._writes.get(uid)
+        # A CRD that is older than this operator drops the fields that it does not know: writing them again would never end.
+        if not patch or (last and last.desired == desired and last.kept == before):
+            return False
+        try:
+            kept = await self._client.patch_status(found, patch)
+        except ApiError as error:
+            if error.status in (404, 409):
+                await self._look_again(found)
+            if error.status == 404:  # deleted meanwhile: there is nobody left to tell
+                return False
+            raise
+        self._writes[uid] = _Write(desired, kept.get("status", {}), self._clock())
+        # Its own key, too: what follows from this status, such as a time to live, is decided when it is looked at again.
+        self._enqueue(self._store.put(kept))
+        return True
+
+    async def _look_again(self, found: Object) -> None:
+        meta = found["metadata"]
+        try:
+            self._enqueue(self._store.put(await self._client.get(RESOURCES[found["kind"]].path(meta["namespace"], meta["name"]))))
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            self._enqueue(self._store.remove(found))
+
+    def _enqueue(self, keys: set[Key]) -> None:
+        for key in keys:
+            self._queue.add(key)
+
+
+def read_job(found: Object) -> Job:
+    """The job, without the parts of its status that another version of the operator wrote. Raises InvalidSpec, a line for each problem."""
+    try:
+        return parse_job(found)
+    except ValidationError as error:
+        problems = error.errors()
+    wrong = [p for p in problems if p["loc"][:1] != ("status",)]
+    if wrong:
+        raise InvalidSpec("\n".join(f"{'.'.join(map(str, p['loc']))}: {p['msg'][:1].lower()}{p['msg'][1:]}" for p in wrong))
+    unreadable = {p["loc"][1] for p in problems}
+    return parse_job(found | {"status": {k: v for k, v in found["status"].items() if k not in unreadable}})
+
+
+def invalid_status(found: Object, message: str) -> Object:
+    """The status of a job that cannot be understood: what stood there, and why nothing happens."""
+    before, generation = found.get("status", {}), found["metadata"].get("generation")
+    known = next((c for c in before.get("conditions", []) if c.get("type") == ConditionType.ACCEPTED), None)
+    since = known["lastTransitionTime"] if known and known.get("status") == "False" else datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    text = f"{message}\nThe CRDs and the operator are of different versions: install those of the same chart."
+    condition = Condition(
+        type=ConditionType.ACCEPTED, status="False", reason=Reason.INVALID_SPEC, message=text, last_transition_time=since,
+        observed_generation=generation,
+    ).dump()  # fmt: skip
+    others = [c for c in before.get("conditions", []) if c.get("type") != ConditionType.ACCEPTED]
+    return before | {"state": "Invalid", "conditions": [condition, *others]} | ({"observedGeneration": generation} if generation else {})
+
+
+def essence(status: Object) -> Any:
+    """A status without what changes while a job merely goes on: figures, and the words of its conditions."""
+    conditions = [(c.get("type"), c.get("status"), c.get("reason")) for c in status.get("conditions", [])]
+    return {k: v for k, v in status.items() if k not in ("progress", "checkpoint")} | {"conditions": conditions}
+
+
+def merge_patch(before: Any, after: Any) -> Any:
+    """The JSON merge patch (RFC 7396) from `before` to `after`: empty when they are the same; what is gone becomes null."""
+    patch = {key: None for key in before if key not in after}
+    for key, value in after.items():
+        if key not in before:
+            patch[key] = value
+        elif isinstance(value, dict) and isinstance(before[key], dict):
+            if inner := merge_patch(before[key], value):
+                patch[key] = inner
+        elif value != before[key]:
+            patch[key] = value
+    return patch
+
+

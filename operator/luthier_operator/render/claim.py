@@ -1,0 +1,32 @@
+"""The workspace's claim, when the job brings none."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from luthier_api.kinds import FineTuneJob
+from luthier_operator import naming
+from luthier_operator.model import Job, Object
+from luthier_operator.render.meta import metadata
+from luthier_operator.render.quantity import canonical
+
+if TYPE_CHECKING:
+    from luthier_operator.settings import Settings
+
+
+def claim(job: Job, settings: Settings) -> Object | None:
+    """None when the job names an existing one. Without an owner, unless the job says Delete: results outlive the job and its TTL."""
+    workspace = job.spec.workspace
+    if workspace.claim:
+        return None
+    pods = job.spec.resources.nodes if isinstance(job, FineTuneJob) else job.spec.shards
+    spec: Object = {
+        "accessModes": [workspace.access_mode or ("ReadWriteMany" if pods > 1 else "ReadWriteOnce")],
+        "resources": {"requests": {"storage": canonical(workspace.size or settings.workspace_size)}},
+    }
+    if workspace.storage_class:
+        spec["storageClassName"] = workspace.storage_class
+    return {
+        "apiVersion": "v1", "kind": "PersistentVolumeClaim",
+        "metadata": metadata(job, naming.place(job).claim, owned=workspace.when_deleted == "Delete"), "spec": spec,
+    }  # fmt: skip

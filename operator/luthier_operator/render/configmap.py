@@ -1,0 +1,48 @@
+"""The run config, in the ConfigMap that every pod of the job mounts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from luthier_api.kinds import FineTuneJob
+from luthier_api.run import FineTuneRun, GenerateRun
+from luthier_operator import naming
+from luthier_operator.model import Job, Object
+from luthier_operator.naming import Place
+from luthier_operator.render.meta import metadata
+
+if TYPE_CHECKING:
+    from luthier_operator.settings import Settings
+
+LIMIT_BYTES = (1 << 20) - 4096  # a ConfigMap holds 1 MiB, its keys included
+# What steers a job from outside is no part of the run: a pod that starts after a suspension must find the config it knew.
+NOT_OF_THE_RUN: dict[str, Any] = {"suspend": False, "plan_only": False, "active_deadline_seconds": None, "ttl_seconds_after_finished": None}
+
+
+def folder(place: Place, own_claim: str) -> str:
+    """Where the pods see the folder of a job: their own claim is mounted whole, another one below /sources."""
+    return f"{naming.WORKSPACE if place.claim == own_claim else f'{naming.SOURCES}/{place.claim}'}/{place.folder}"
+
+
+def run_config(job: Job, settings: Settings, sources: Mapping[str, Place]) -> FineTuneRun | GenerateRun:
+    """The one document that the pods read."""
+    own = naming.place(job)
+    common: dict[str, Any] = {
+        "name": job.metadata.name, "namespace": job.metadata.namespace, "uid": job.metadata.uid,
+        "workspace": folder(own, own.claim), "sources": {name: folder(place, own.claim) for name, place in sorted(sources.items())},
+        "grace_seconds": settings.grace_seconds,
+    }  # fmt: skip
+    if isinstance(job, FineTuneJob):
+        spec = job.spec.model_copy(update=NOT_OF_THE_RUN)
+        return FineTuneRun(**common, rendezvous_host=naming.rendezvous_host(job), spec=spec)
+    return GenerateRun(**common, spec=job.spec.model_copy(update=NOT_OF_THE_RUN))
+
+
+def configmap(job: Job, settings: Settings, sources: Mapping[str, Place]) -> Object:
+    text = json.dumps(run_config(job, settings, sources).dump(), indent=1, ensure_ascii=False)
+    return {
+        "apiVersion": "v1", "kind": "ConfigMap",
+        "metadata": metadata(job, naming.config_name(job)), "data": {naming.RUN_FILE: text + "\n"},
+    }  # fmt: skip

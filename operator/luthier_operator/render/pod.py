@@ -1,0 +1,164 @@
+"""The pod of a phase: restricted, without a service-account token, its root read-only, its secrets only where they are needed.
+
+Every field was run on a cluster that enforces Pod Security `restricted`. Neighbours: `job` and `jobset` wrap the template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from luthier_api.kinds import FineTuneJob
+from luthier_api.run import METRICS_PORT, Variables
+from luthier_api.status import Phase
+from luthier_operator import naming
+from luthier_operator.model import Job, Object
+from luthier_operator.naming import CONFIG, CONTAINER, INDEX_ANNOTATION, RUN_FILE, SOURCES, WORKSPACE, Place
+from luthier_operator.render.quantity import canonical, cores
+
+if TYPE_CHECKING:
+    from luthier_operator.settings import Settings
+
+USER = 1000  # of the image; the same in all pods, because safetensors writes files that only their owner can read
+UNREACHABLE_SECONDS = 60  # the default of 300 keeps the whole group waiting for a dead node
+# The root is read-only: whatever a library wants to keep for itself goes to /tmp. No PYTHONPYCACHEPREFIX: it would hide the image's byte-code.
+WRITABLE = {
+    "HOME": "/tmp",
+    "USER": "luthier",
+    "HF_HOME": "/tmp/hf",
+    "TORCHINDUCTOR_CACHE_DIR": "/tmp/inductor",
+    "TRITON_CACHE_DIR": "/tmp/triton",
+}
+QUIET = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+ON_CPU = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "eth0"}
+
+
+def gpus(job: Job) -> int:
+    """GPUs of each pod of `run`."""
+    return job.spec.resources.gpus_per_node if isinstance(job, FineTuneJob) else job.spec.resources.gpus
+
+
+def template(job: Job, settings: Settings, phase: Phase, sources: Mapping[str, Place]) -> Object:
+    """Pod template of `phase`. `sources`: where the jobs that it names keep their work."""
+    scheduling = job.spec.scheduling
+    volumes, mounts = _volumes(job, phase, sources)
+    spec: Object = {
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": settings.grace_seconds,
+        "securityContext": {
+            "runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER, "fsGroup": USER, "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "tolerations": [t.dump() for t in scheduling.tolerations]
+        + [
+            {"key": f"node.kubernetes.io/{taint}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": UNREACHABLE_SECONDS}
+            for taint in ("not-ready", "unreachable")
+        ],
+        "containers": [_container(job, settings, phase, mounts)],
+        "volumes": volumes,
+    }  # fmt: skip
+    if settings.service_account:
+        spec["serviceAccountName"] = settings.service_account
+    if settings.image_pull_secrets:
+        spec["imagePullSecrets"] = [{"name": name} for name in settings.image_pull_secrets]
+    if scheduling.priority_class:
+        spec["priorityClassName"] = scheduling.priority_class
+    if phase == "run":
+        if scheduling.node_selector:
+            spec["nodeSelector"] = dict(scheduling.node_selector)
+        # One pod a node where there are enough nodes, and still a run where there are not.
+        spec["topologySpreadConstraints"] = [
+            {"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway",
+             "labelSelector": {"matchLabels": {naming.UID_LABEL: naming.uid(job), naming.PHASE_LABEL: phase}}}
+        ]  # fmt: skip
+    return {"metadata": {"labels": naming.labels(job, phase)}, "spec": spec}
+
+
+def _container(job: Job, settings: Settings, phase: Phase, mounts: list[Object]) -> Object:
+    verb = phase if phase != "run" else "train" if isinstance(job, FineTuneJob) else "generate"
+    container: Object = {
+        "name": CONTAINER,
+        "image": settings.trainer_image,
+        "imagePullPolicy": settings.image_pull_policy,
+        "command": ["python", "-m", "luthier_trainer", verb, "--run", f"{CONFIG}/{RUN_FILE}"],
+        "env": _environment(job, settings, phase),
+        "resources": _resources(job, settings, phase),
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "securityContext": {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}},
+        "volumeMounts": mounts,
+    }
+    if phase == "run":
+        container["ports"] = [{"name": "metrics", "containerPort": METRICS_PORT}]
+    return container
+
+
+def _environment(job: Job, settings: Settings, phase: Phase) -> list[Object]:
+    values = WRITABLE | QUIET
+    found: list[Object] = []
+    if phase == "run":
+        found.append({"name": Variables.NODE_RANK, "valueFrom": {"fieldRef": {"fieldPath": f"metadata.annotations['{INDEX_ANNOTATION}']"}}})
+        values |= OFFLINE | (ON_CPU if not gpus(job) else {}) | _threads(job)
+    else:
+        if job.spec.hub and (token := job.spec.hub.token_secret):
+            found.append({"name": Variables.TOKEN, "valueFrom": {"secretKeyRef": {"name": token.name, "key": token.key}}})
+        values |= {"HF_ENDPOINT": settings.hub_endpoint} if settings.hub_endpoint else {}
+    return found + [{"name": name, "value": value} for name, value in values.items()]
+
+
+def _threads(job: Job) -> dict[str, str]:
+    """The cores of a pod, shared by its processes. Unknown: one each where several would fight for the node's."""
+    processes = job.spec.resources.processes if isinstance(job, FineTuneJob) else 1
+    if job.spec.resources.cpu:
+        return {"OMP_NUM_THREADS": str(max(1, cores(job.spec.resources.cpu) // processes))}
+    return {"OMP_NUM_THREADS": "1"} if processes > 1 else {}
+
+
+def _resources(job: Job, settings: Settings, phase: Phase) -> Object:
+    if phase != "run":
+        return {"requests": {"cpu": canonical(settings.cpu_request), "memory": canonical(settings.memory_request)}}
+    asked = job.spec.resources
+    requests = {"cpu": canonical(asked.cpu)} if asked.cpu else {}
+    limits = ({"memory": canonical(asked.memory)} if asked.memory else {}) | ({settings.gpu_resource: str(gpus(job))} if gpus(job) else {})
+    return {name: amounts for name, amounts in (("requests", requests | limits), ("limits", limits)) if amounts}
+
+
+def _volumes(job: Job, phase: Phase, sources: Mapping[str, Place]) -> tuple[list[Object], list[Object]]:
+    """Volumes and mounts. Each claim is one volume, however often it is mounted; only our own folder is written to."""
+    own = naming.place(job).claim
+    claims = {own: "workspace"}
+    shared = max(1, gpus(job) if phase == "run" else 1)
+    volumes: list[Object] = [
+        {"name": "tmp", "emptyDir": {}},
+        {"name": "run", "emptyDir": {}},
+        # 64 MiB without it, and data loaders and NCCL need more; it counts towards the memory limit.
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{shared}Gi"}},
+        {"name": "config", "configMap": {"name": naming.config_name(job)}},
+        {"name": "workspace", "persistentVolumeClaim": {"claimName": own}},
+    ]
+    mounts: list[Object] = [
+        {"name": "tmp", "mountPath": "/tmp"},
+        {"name": "run", "mountPath": "/run/luthier"},
+        {"name": "shm", "mountPath": "/dev/shm"},
+        {"name": "config", "mountPath": CONFIG, "readOnly": True},
+        {"name": "workspace", "mountPath": WORKSPACE},
+    ]
+
+    def mount(claim: str, path: str) -> None:
+        if claim not in claims:
+            claims[claim] = f"claim-{len(claims)}"
+            volumes.append({"name": claims[claim], "persistentVolumeClaim": {"claimName": claim}})
+        # Read-only here and not on the volume: another job may be writing to the claim on the same node.
+        mounts.append({"name": claims[claim], "mountPath": path, "readOnly": True})
+
+    for claim in sorted({place.claim for place in sources.values()} - {own}):
+        mount(claim, f"{SOURCES}/{claim}")
+    for i, volume in enumerate(job.spec.volumes):
+        if volume.claim:
+            mount(volume.claim, volume.mount_path)
+        else:
+            volumes.append({"name": f"configmap-{i}", "configMap": {"name": volume.config_map}})
+            mounts.append({"name": f"configmap-{i}", "mountPath": volume.mount_path, "readOnly": True})
+    return volumes, mounts

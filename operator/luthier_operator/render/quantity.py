@@ -1,0 +1,45 @@
+"""Quantities as the API server would write them: "1024Mi" is "1Gi", "0.5" is "500m".
+
+Other forms mean the same, but after Kueue has admitted a JobSet it owns the canonical text, and ours would be a conflict.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+BINARY = ("", "Ki", "Mi", "Gi", "Ti", "Pi")
+DECIMAL = ("", "k", "M", "G", "T", "P")
+
+
+def split(quantity: str) -> tuple[Fraction, str]:
+    """Value in base units, and the suffix it was written with."""
+    suffix = quantity.lstrip("0123456789.")
+    number = Fraction(quantity[: len(quantity) - len(suffix)])
+    if suffix == "m":
+        return number / 1000, suffix
+    if suffix.endswith("i"):
+        return number * 1024 ** BINARY.index(suffix), suffix
+    return number * 1000 ** DECIMAL.index(suffix), suffix
+
+
+def canonical(quantity: str) -> str:
+    """The same amount with the largest suffix that needs no fraction, rounded up to whole bytes or thousandths."""
+    value, suffix = split(quantity)
+    if suffix.endswith("i"):
+        return _largest(math.ceil(value), 1024, BINARY)
+    if value.denominator != 1:
+        return f"{math.ceil(value * 1000)}m" if math.ceil(value * 1000) % 1000 else str(math.ceil(value))
+    return _largest(int(value), 1000, DECIMAL)
+
+
+def cores(quantity: str) -> int:
+    """Whole cores in a CPU quantity, at least one."""
+    return max(1, int(split(quantity)[0]))
+
+
+def _largest(value: int, base: int, suffixes: tuple[str, ...]) -> str:
+    power = 0
+    while value and value % base == 0 and power + 1 < len(suffixes):
+        value, power = value // base, power + 1
+    return f"{value}{suffixes[power]}"

@@ -1,0 +1,87 @@
+"""Editing a status without changing what has not changed: a status that stays equal costs no write.
+
+Conditions keep their transition time while their value stays; the word in STATE is read off the conditions, never remembered.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Literal
+
+from luthier_api.conditions import ConditionType, Reason
+from luthier_api.kinds import FineTuneJob
+from luthier_api.status import Condition, JobStatus, Progress
+from luthier_operator.model import Job
+
+Value = Literal["True", "False", "Unknown"]
+MESSAGE_CHARACTERS = 4096  # as much as a pod can say; describe and etcd bear it
+
+C, R = ConditionType, Reason
+# What people would call it, where the reason is not that word already.
+WORDS: dict[str, str] = {
+    R.WAITING_FOR_JOB: "Waiting", R.WAITING_FOR_QUEUE: "Queued", R.WAITING_FOR_PODS: "Pending", R.WAITING_FOR_VOLUME: "Pending",
+    R.JOB_SET_MISSING: "Pending", R.PLAN_ONLY: "Planned", R.RESUMED: "Starting",
+}  # fmt: skip
+
+
+def text(moment: datetime) -> str:
+    """As Kubernetes writes times: UTC, whole seconds."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def moment(text: str) -> datetime:
+    return datetime.fromisoformat(text.replace("Z", "+00:00"))
+
+
+def with_condition(status: JobStatus, type: ConditionType, value: Value, reason: str, message: str, now: datetime, generation: int | None) -> JobStatus:  # fmt: skip
+    """`status` with this condition, in the place where it stood."""
+    old = status.condition(type)
+    since = old.last_transition_time if old and old.status == value else text(now)
+    new = Condition(
+        type=type, status=value, reason=reason, message=message[:MESSAGE_CHARACTERS], last_transition_time=since, observed_generation=generation
+    )  # fmt: skip
+    conditions = [new if c.type == type else c for c in status.conditions] + ([] if old else [new])
+    return status.model_copy(update={"conditions": conditions})
+
+
+def without_condition(status: JobStatus, type: ConditionType) -> JobStatus:
+    if status.condition(type) is None:
+        return status
+    return status.model_copy(update={"conditions": [c for c in status.conditions if c.type != type]})
+
+
+def state(status: JobStatus, done: ConditionType) -> str:
+    """One word for people. `done` is the condition that says that `run` has ended well."""
+    for end in (C.FAILED, C.COMPLETE, C.SUSPENDED):
+        if status.is_true(end):
+            return end.value
+    prepared = status.condition(C.PREPARED)
+    if status.is_true(done):
+        shown, otherwise = C.PUBLISHED, "Publishing"
+    elif prepared and prepared.status == "True" and prepared.reason != R.PLAN_ONLY:
+        shown, otherwise = C.RUNNING, "Starting"
+    elif status.is_true(C.ACCEPTED):
+        shown, otherwise = C.PREPARED, "Preparing"
+    else:
+        shown, otherwise = C.ACCEPTED, "Pending"
+    condition = status.condition(shown)
+    return WORDS.get(condition.reason, condition.reason) if condition else otherwise
+
+
+def shape(job: Job) -> str:
+    """2×8: nodes, or shards, times the GPUs of each."""
+    if isinstance(job, FineTuneJob):
+        pods, gpus = job.spec.resources.nodes, job.spec.resources.gpus_per_node
+    else:
+        pods, gpus = job.spec.shards, job.spec.resources.gpus
+    return f"{pods}×{gpus or 'CPU'}"
+
+
+def at_end(progress: Progress | None, metrics: dict[str, float] | None) -> Progress | None:
+    """Progress of a run that has ended well: its last steps came after it was last read."""
+    steps = int(metrics["steps"]) if metrics and "steps" in metrics else None
+    if progress is None and steps is None:
+        return None
+    last = progress or Progress()
+    step = steps or last.max_steps
+    return last.model_copy(update={"step": step, "max_steps": step, "rows": last.max_rows, "percent": 100, "eta_seconds": 0})

@@ -1,0 +1,179 @@
+"""What the operator observes, built in a line: jobs, their children and pods as the API server would show them, and a word for what is decided."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from luthier_api.conditions import ConditionType
+from luthier_api.exitcodes import ExitCode
+from luthier_api.kinds import KINDS, FineTuneJob, GenerateJob, JobKind
+from luthier_api.status import Condition, HubStatus, JobStatus, Phase, Plan, Prepared, ResolvedDataset, ResolvedSource
+from luthier_api.termination import TerminationMessage
+from luthier_operator import failure, naming
+from luthier_operator.decide import decide
+from luthier_operator.model import ChildRef, Decision, Job, Object, Observed, PodEnd
+from luthier_operator.render.job import hub_hash
+from luthier_operator.settings import Settings
+from luthier_operator.statuses import text
+
+NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
+BEGIN = NOW - timedelta(hours=1)
+SETTINGS = Settings(trainer_image="registry.example/luthier-trainer:1")
+PREPARED = Prepared(
+    model=ResolvedSource(source="org/model", revision="c0ffee" * 6 + "c0ff"),
+    dataset=ResolvedDataset(source="org/chats", rows=900, eval_rows=100),
+    plan=Plan(strategy="ddp", world_size=2, steps=40),
+)
+HUB = {"repo": "org/bot", "tokenSecret": {"name": "hf"}}
+
+
+def at(seconds: float) -> datetime:
+    """So many seconds from now."""
+    return NOW + timedelta(seconds=seconds)
+
+
+def status(*true: str, false: dict[str, str] | None = None, **fields: Any) -> JobStatus:
+    """A status in which `true` are True, and `false` (type → reason) are False."""
+    conditions = [
+        Condition(type=ConditionType(t), status=value, reason=reason, last_transition_time=text(BEGIN), observed_generation=1)
+        for value, pairs in (("True", [(t, t) for t in true]), ("False", (false or {}).items()))
+        for t, reason in pairs
+    ]
+    return JobStatus(conditions=conditions, **fields)
+
+
+def fine_tune(
+    given: JobStatus | None = None, name: str = "bot", uid: str = "f00dcafe-0000-4000-8000-000000000001", **spec: Any
+) -> FineTuneJob:
+    base = {"task": "causal-lm", "model": {"id": "org/model"}, "dataset": {"id": "org/chats"}, "resources": {"nodes": 2, "gpusPerNode": 8}}
+    job = {"kind": "FineTuneJob", "metadata": {"name": name, "namespace": "ml", "uid": uid, "generation": 1}, "spec": base | spec}
+    return FineTuneJob.model_validate(job).model_copy(update={"status": given or JobStatus()})
+
+
+def generate(
+    given: JobStatus | None = None, name: str = "lutes", uid: str = "beefcafe-0000-4000-8000-000000000002", **spec: Any
+) -> GenerateJob:
+    base = {"task": "text-generation", "model": {"id": "org/model"}, "inputs": {"rows": [{"prompt": "a lute"}]}, "shards": 2}
+    job = {"kind": "GenerateJob", "metadata": {"name": name, "namespace": "ml", "uid": uid, "generation": 1}, "spec": base | spec}
+    return GenerateJob.model_validate(job).model_copy(update={"status": given or JobStatus()})
+
+
+def child(
+    job: Job, phase: Phase, state: str = "", message: str = "", reason: str = "", since: datetime = BEGIN, born: datetime = BEGIN,
+    deleting: bool = False, suspend: bool = False, notes: dict[str, str] | None = None, restarts: int = 0, charged: int = 0,
+) -> Object:  # fmt: skip
+    """The Job or JobSet of `phase`. `state`: Complete, Failed, or nothing while it is at work."""
+    ref = naming.child(job, phase)
+    word = "Completed" if ref.kind == "JobSet" and state == "Complete" else state
+    conditions = (
+        [{"type": word, "status": "True", "reason": reason, "message": message, "lastTransitionTime": text(since)}] if state else []
+    )
+    counters = {"restarts": restarts} | ({"restartsCountTowardsMax": charged} if charged else {}) if ref.kind == "JobSet" else {}
+    annotations = ({naming.HUB_ANNOTATION: hub_hash(job)} if phase == "publish" else {}) | (notes or {})
+    meta = {"name": ref.name, "namespace": "ml", "uid": f"{ref.name}-uid", "creationTimestamp": text(born), "annotations": annotations,
+            "labels": naming.labels(job, phase)} | ({"deletionTimestamp": text(NOW)} if deleting else {})  # fmt: skip
+    return {
+        "kind": ref.kind,
+        "metadata": meta,
+        "spec": {"suspend": True} if suspend else {},
+        "status": {"conditions": conditions} | counters,
+    }
+
+
+def pod(
+    job: Job, phase: Phase, index: int = 0, attempt: int = 0, state: Object | None = None, node: str = "node-a", deleting: bool = False,
+    disrupted: bool = False, unschedulable: str = "", over: str = "Running", suffix: str = "",
+) -> Object:  # fmt: skip
+    """A pod whose container is in `state`; `over` is its phase."""
+    conditions = [{"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}] if disrupted else []
+    if unschedulable:
+        conditions.append({"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": unschedulable})
+    name = f"{naming.child(job, phase).name}-{index}-{attempt}{suffix}"
+    labels = naming.labels(job, phase) | ({naming.RESTART_LABEL: str(attempt)} if phase == "run" and job.kind == "FineTuneJob" else {})
+    meta = {"name": name, "namespace": "ml", "uid": f"{name}-uid", "labels": labels,
+            "annotations": {naming.INDEX_ANNOTATION: str(index)} if phase == "run" else {}} | ({"deletionTimestamp": text(NOW)} if deleting else {})  # fmt: skip
+    statuses = [{"name": naming.CONTAINER, "state": state}] if state else []
+    return {
+        "metadata": meta,
+        "spec": {"nodeName": node},
+        "status": {"phase": over, "conditions": conditions, "containerStatuses": statuses},
+    }
+
+
+RUNNING: Object = {"running": {"startedAt": text(BEGIN)}}
+
+
+def waiting(reason: str, message: str = "") -> Object:
+    return {"waiting": {"reason": reason, "message": message}}
+
+
+def ended(
+    job: Job, phase: Phase, code: int, index: int = 0, attempt: int = 0, message: str = "", when: float = -60, kubernetes: str = "Error",
+    disrupted: bool = False, suffix: str = "", silent: bool = False, **said: Any,
+) -> PodEnd:  # fmt: skip
+    """How a pod ended, read from the pod as the operator does. `silent`: without a termination message of ours."""
+    known = ExitCode.of(code)
+    word = TerminationMessage(phase=phase, code=code, reason=known.reason if known else "", message=message, **said)
+    terminated = {
+        "exitCode": code,
+        "reason": kubernetes,
+        "finishedAt": text(at(when)),
+        "message": message if silent else word.encode().decode(),
+    }
+    over = "Failed" if code else "Succeeded"
+    found = failure.pod_end(pod(job, phase, index, attempt, {"terminated": terminated}, disrupted=disrupted, over=over, suffix=suffix), NOW)
+    assert found
+    return found
+
+
+def prepared_end(job: Job) -> PodEnd:
+    return ended(job, "prepare", 0, prepared=PREPARED)
+
+
+def hub_end(job: Job) -> PodEnd:
+    hub = HubStatus(repo="org/bot", revision="abcdef0123456789", url="https://hub.example/org/bot")
+    return ended(job, "publish", 0, hub=hub)
+
+
+def observed(job: Job, *children: Object, pods: Iterable[Object] = (), ends: Iterable[PodEnd] = (), **more: Any) -> Observed:
+    named = {ChildRef(c["kind"], c["metadata"]["name"]): c for c in children}
+    return Observed(job=job, children=named, pods=list(pods), ended=list(ends), **more)
+
+
+def decided(job: Job, *children: Object, **more: Any) -> Decision:
+    return decide(observed(job, *children, **more), SETTINGS, NOW)
+
+
+def said(decision: Decision, type: str) -> str:
+    """A condition in a line: `False Preparing: starting`."""
+    condition = decision.status.condition(ConditionType(type))
+    return f"{condition.status} {condition.reason}: {condition.message}" if condition else "absent"
+
+
+def describe(decision: Decision) -> str:
+    """What is to be done: `applies A, B; deletes C; Failed InvalidDataset; again in 3 s`, or `waits`."""
+    parts = []
+    if decision.apply:
+        parts.append("applies " + ", ".join(f"{o['kind']} {o['metadata']['name']}" for o in decision.apply))
+    if decision.delete:
+        parts.append("deletes " + ", ".join(f"{r.kind} {r.name}" for r in decision.delete))
+    if decision.delete_job:
+        parts.append("deletes the job")
+    parts += [
+        f"{t} {c.reason}" for t in ("Complete", "Failed") if (c := decision.status.condition(ConditionType(t))) and c.status == "True"
+    ]
+    if decision.requeue_after is not None:
+        parts.append(f"again in {decision.requeue_after:g} s")
+    return "; ".join(parts) or "waits"
+
+
+def done_word(job: Job) -> str:
+    return KINDS[JobKind(job.kind)].done.value
+
+
+def run_document(manifest: Object) -> Any:
+    """The run config in a ConfigMap."""
+    return json.loads(manifest["data"][naming.RUN_FILE])

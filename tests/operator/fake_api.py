@@ -1,0 +1,367 @@
+"""An API server in memory, over HTTP: lists, watches and versions as the real one has them, and faults on request.
+
+What the operator relies on is here: resource versions, watch events with bookmarks and 410, server-side apply (as a merge that does
+nothing when nothing changes), the status subresource with its conflict, immutable templates, deletion with a uid, owner references.
+Neighbour: `fake_cluster` adds the controllers and the kubelet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import re
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from aiohttp import web
+from luthier_api.kinds import parse_job
+from luthier_operator.client import RESOURCES, Resource
+
+Object = dict[str, Any]
+BY_PLURAL = {(r.api_version, r.plural): r for r in RESOURCES.values()}
+# kopf's start looks these up, though it is told not to watch them.
+BACKBONE = [Resource("v1", "Namespace", "namespaces"), Resource("apiextensions.k8s.io/v1", "CustomResourceDefinition", "customresourcedefinitions")]
+URL = re.compile(r"^/(?:api/(?P<core>v1)|apis/(?P<group>[^/]+/[^/]+))(?:/namespaces/(?P<ns>[^/]+))?/(?P<plural>[a-z]+)(?:/(?P<name>[^/]+))?(?:/(?P<sub>status))?$")  # fmt: skip
+TEMPLATES = {"Job": ("template",), "JobSet": ("replicatedJobs",)}
+
+
+class Refused(Exception):
+    def __init__(self, code: int, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.code, self.body = code, {"kind": "Status", "apiVersion": "v1", "code": code, "reason": reason, "message": message}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens at a write. `answer`: this status instead of the write. `reset`: the connection ends before or after it."""
+
+    answer: int = 0
+    reset: str = ""
+    """before, after"""
+    kill: bool = False
+    """The sender is dead from now on: nothing that it sends is heard."""
+
+
+@dataclass(frozen=True)
+class Call:
+    verb: str
+    kind: str
+    name: str
+    subresource: str
+    sender: str
+    body: Any = field(compare=False, default=None)
+
+    def __str__(self) -> str:
+        return f"{self.verb} {self.kind}{'/' + self.subresource if self.subresource else ''} {self.name}".strip()
+
+
+class FakeApi:
+    def __init__(self) -> None:
+        self.objects: dict[tuple[str, str, str], Object] = {}  # kind, namespace, name
+        self.version = 100
+        self.history: list[tuple[int, str, Object]] = []
+        self.compacted = 0
+        self.calls: list[Call] = []
+        self.writes = 0  # of senders, Events left out: they are posted beside, in no certain order
+        self.fault: Callable[[int, Call], Fault | None] = lambda number, call: None
+        self.killed: set[str] = set()
+        self.on_kill: Callable[[str], None] = lambda sender: None
+        self.missing: set[str] = set()
+        self.lost: Callable[[str, Object], bool] = lambda type, found: False
+        self._changed = asyncio.Event()
+        self._breaks = 0
+        self._runner: web.AppRunner | None = None
+        self.url = ""
+
+    async def __aenter__(self) -> Any:
+        app = web.Application(client_max_size=1 << 24)
+        app.router.add_route("*", "/{path:.*}", self._serve)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.05)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        self.url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"  # type: ignore[union-attr]
+        return self
+
+    async def __aexit__(self, *_: Any) -> None:
+        self.break_watches()
+        assert self._runner
+        await self._runner.cleanup()
+
+    # The cluster, as seen by tests and controllers
+
+    def get(self, kind: str, name: str, namespace: str = "default") -> Object | None:
+        return self.objects.get((kind, namespace, name))
+
+    def all(self, kind: str, **labels: str) -> list[Object]:
+        found = [o for (k, _, _), o in list(self.objects.items()) if k == kind]
+        return [o for o in found if all(o["metadata"].get("labels", {}).get(key) == value for key, value in labels.items())]
+
+    def create(self, manifest: Object) -> Object:
+        found = copy.deepcopy(manifest)
+        meta = found["metadata"]
+        meta.setdefault("namespace", "default")
+        key = (found["kind"], meta["namespace"], meta["name"])
+        if key in self.objects:
+            raise Refused(409, "AlreadyExists", f"{meta['name']} already exists")
+        if found["kind"] in ("FineTuneJob", "GenerateJob"):
+            found = {**found, "spec": parse_job(found).spec.dump()}
+        self._default(found)
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        meta |= {"uid": str(uuid.uuid4()), "creationTimestamp": now, "generation": 1}
+        meta["managedFields"] = [{"manager": "somebody"}]
+        self.objects[key] = found
+        self._record("ADDED", found)
+        return found
+
+    def change(self, found: Object, change: Callable[[Object], None]) -> Object:
+        """Change a copy; nothing happens when it stays the same."""
+        meta = found["metadata"]
+        key = (found["kind"], meta["namespace"], meta["name"])
+        current = self.objects[key]
+        after = copy.deepcopy(current)
+        change(after)
+        if after == current:
+            return current
+        if after.get("spec") != current.get("spec"):
+            after["metadata"]["generation"] = current["metadata"]["generation"] + 1
+        self.objects[key] = after
+        self._record("MODIFIED", after)
+        return after
+
+    def delete(self, found: Object, propagation: str = "Background") -> Object | None:
+        """What is left of it: an object that waits for its dependents, or nothing."""
+        meta = found["metadata"]
+        key = (found["kind"], meta["namespace"], meta["name"])
+        if key not in self.objects:
+            return None
+        if propagation == "Foreground" and self._dependents(meta["uid"]):
+            now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+            return self.change(found, lambda o: o["metadata"].update(deletionTimestamp=now, finalizers=["foregroundDeletion"]))
+        gone = self.objects.pop(key)
+        self.version += 1
+        self._record("DELETED", gone)
+        return None
+
+    def collect_garbage(self) -> bool:
+        """One turn of the garbage collector: whether it did anything."""
+        uids = {o["metadata"]["uid"] for o in self.objects.values()}
+        waiting = {o["metadata"]["uid"] for o in self.objects.values() if "foregroundDeletion" in o["metadata"].get("finalizers", [])}
+        did = False
+        for found in list(self.objects.values()):
+            owners = {r["uid"] for r in found["metadata"].get("ownerReferences", [])}
+            if (owners and not owners & uids) or owners & waiting:
+                self.delete(found)
+                did = True
+            elif found["metadata"]["uid"] in waiting and not self._dependents(found["metadata"]["uid"]):
+                self.delete(found)
+                did = True
+        return did
+
+    def _dependents(self, uid: str) -> list[Object]:
+        return [o for o in self.objects.values() if any(r["uid"] == uid for r in o["metadata"].get("ownerReferences", []))]
+
+    def _record(self, type: str, found: Object) -> None:
+        self.version += 1
+        found["metadata"]["resourceVersion"] = str(self.version)
+        self.history.append((self.version, type, copy.deepcopy(found)))
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _default(self, found: Object) -> None:
+        """A few of the fields that the real one fills in: whoever compares manifests must stand them."""
+        spec = found.get("spec", {})
+        if found["kind"] == "Job":
+            for name, value in (("backoffLimit", 6), ("completions", 1), ("parallelism", 1), ("completionMode", "NonIndexed"), ("suspend", False)):
+                spec.setdefault(name, value)
+            spec["template"]["spec"].setdefault("dnsPolicy", "ClusterFirst")
+            spec["template"].setdefault("metadata", {}).setdefault("labels", {})["batch.kubernetes.io/job-name"] = found["metadata"]["name"]
+        if found["kind"] == "JobSet":
+            spec.setdefault("network", {"enableDNSHostnames": True})
+            spec.setdefault("suspend", False)
+
+    # Faults
+
+    def break_watches(self) -> None:
+        """End every watch, as a server does that restarts."""
+        self._breaks += 1
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def compact(self) -> None:
+        """Forget history: a watch that is older gets a 410."""
+        self.compacted = self.version
+        self.break_watches()
+
+    # HTTP
+
+    async def _serve(self, request: web.Request) -> web.StreamResponse:
+        sender = request.headers.get("Authorization", "").split(" ")[-1]
+        if sender in self.killed:
+            return self._reset(request)
+        try:
+            if (answer := self._discover(request.path)) is not None:
+                return web.json_response(answer)
+            match = URL.match(request.path)
+            resource = BY_PLURAL.get((match["core"] or match["group"], match["plural"])) if match else None
+            if not match or resource is None or resource.plural in self.missing:
+                raise Refused(404, "NotFound", "the server could not find the requested resource")
+            return await self._resource(request, resource, match["ns"] or "", match["name"] or "", match["sub"] or "", sender)
+        except Refused as refused:
+            return web.json_response(refused.body, status=refused.code)
+
+    async def _resource(self, request: web.Request, resource: Resource, ns: str, name: str, sub: str, sender: str) -> web.StreamResponse:
+        kind, body = resource.kind, json.loads(await request.text() or "null")
+        call = Call(request.method, kind, name, sub, sender, body)
+        if request.method == "GET":
+            if "watch" in request.query:
+                return await self._watch(request, resource, ns)
+            if name:
+                return web.json_response(self._existing(kind, ns, name))
+            self.calls.append(Call("LIST", kind, "", "", sender))
+            return web.json_response(self._list(request, resource, ns))
+        self.calls.append(call)
+        fault = None
+        if kind != "Event":
+            self.writes += 1
+            fault = self.fault(self.writes, call)
+        if fault and fault.answer:
+            headers = {"Retry-After": "0.05"} if fault.answer == 429 else {}
+            return web.json_response(Refused(fault.answer, "Injected", "a fault").body, status=fault.answer, headers=headers)
+        if fault and fault.reset == "before":
+            return self._end(request, fault, sender)
+        done = copy.deepcopy(self._write(request, kind, ns, name, sub, body))
+        if fault and fault.reset == "after":
+            return self._end(request, fault, sender)
+        return web.json_response(done)
+
+    def _end(self, request: web.Request, fault: Fault, sender: str) -> web.Response:
+        if fault.kill:
+            self.killed.add(sender)
+            self.on_kill(sender)
+        return self._reset(request)
+
+    def _reset(self, request: web.Request) -> web.Response:
+        if request.transport:
+            request.transport.abort()
+        return web.Response()
+
+    def _write(self, request: web.Request, kind: str, ns: str, name: str, sub: str, body: Any) -> Object:
+        if request.method == "POST":
+            return self.create({**body, "kind": kind})
+        if request.method == "DELETE":
+            found = self._existing(kind, ns, name)
+            if body["preconditions"]["uid"] != found["metadata"]["uid"]:
+                raise Refused(409, "Conflict", "the UID in the precondition does not match")
+            return self.delete(found, body["propagationPolicy"]) or {"kind": "Status", "status": "Success"}
+        if request.content_type == "application/apply-patch+yaml":
+            assert request.query["fieldManager"]
+            assert request.query["force"] == "true"
+            if (kind, ns, name) not in self.objects:
+                return self.create(body)
+            return self._apply(self._existing(kind, ns, name), body)
+        found = self._existing(kind, ns, name)
+        wanted = body.get("metadata", {}).get("resourceVersion")
+        if wanted and wanted != found["metadata"]["resourceVersion"]:
+            raise Refused(409, "Conflict", "the object has been modified")
+        part = {"status": body["status"]} if sub == "status" else body
+        if sub == "status":
+            parse_job(merged(found, part))  # what the CRD's schema would refuse
+        return self.change(found, lambda o: o.update(merged(o, part)))
+
+    def _apply(self, found: Object, body: Object) -> Object:
+        for name in TEMPLATES.get(found["kind"], ()):
+            if overlaid(found["spec"][name], body["spec"].get(name, {})) != found["spec"][name]:
+                raise Refused(422, "Invalid", f"spec.{name}: field is immutable")
+        return self.change(found, lambda o: o.update(overlaid(o, body)))
+
+    def _existing(self, kind: str, ns: str, name: str) -> Object:
+        if (kind, ns, name) not in self.objects:
+            raise Refused(404, "NotFound", f"{name} not found")
+        return self.objects[kind, ns, name]
+
+    def _list(self, request: web.Request, resource: Resource, ns: str) -> Object:
+        items = [copy.deepcopy(o) for o in self.all(resource.kind) if self._selected(request, o, ns)]
+        items.sort(key=lambda o: (o["metadata"]["namespace"], o["metadata"]["name"]))
+        start, limit = int(request.query.get("continue", "0")), int(request.query.get("limit", "0")) or len(items)
+        for item in items:  # as the real one
+            del item["kind"], item["apiVersion"]
+        more = {"continue": str(start + limit)} if start + limit < len(items) else {}
+        return {"kind": f"{resource.kind}List", "apiVersion": resource.api_version, "items": items[start : start + limit],
+                "metadata": {"resourceVersion": str(self.version), **more}}  # fmt: skip
+
+    def _selected(self, request: web.Request, found: Object, ns: str) -> bool:
+        label = request.query.get("labelSelector", "")
+        return (not ns or found["metadata"]["namespace"] == ns) and (not label or label in found["metadata"].get("labels", {}))
+
+    async def _watch(self, request: web.Request, resource: Resource, ns: str) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "application/json"})
+        await response.prepare(request)
+        since, breaks = int(request.query["resourceVersion"]), self._breaks
+        position = 0
+        try:
+            if since < self.compacted:
+                await send(response, "ERROR", {"kind": "Status", "code": 410, "reason": "Expired", "message": "too old resource version"})
+                return response
+            while self._breaks == breaks and resource.plural not in self.missing:
+                changed = self._changed
+                while position < len(self.history):
+                    version, type, found = self.history[position]
+                    position += 1
+                    if version > since and found["kind"] == resource.kind and self._selected(request, found, ns) and not self.lost(type, found):
+                        await send(response, type, found)
+                mark = {"kind": resource.kind, "apiVersion": resource.api_version, "metadata": {"resourceVersion": str(self.version)}}
+                await send(response, "BOOKMARK", mark)
+                await changed.wait()
+        except (ConnectionError, asyncio.CancelledError):
+            pass
+        return response
+
+    def _discover(self, path: str) -> Object | None:
+        known = [*(r for r in RESOURCES.values() if r.plural not in self.missing), *BACKBONE]
+        versions = sorted({r.api_version for r in known})
+        if path == "/version":
+            return {"major": "1", "minor": "35"}
+        if path == "/api":
+            return {"versions": ["v1"]}
+        if path == "/apis":
+            groups = [{"groupVersion": v, "version": v.split("/")[1]} for v in versions if "/" in v]
+            return {"groups": [{"name": g["groupVersion"].split("/")[0], "versions": [g], "preferredVersion": g} for g in groups]}
+        for version in versions:
+            if path == (f"/apis/{version}" if "/" in version else f"/api/{version}"):
+                verbs = ["get", "list", "watch", "create", "patch", "delete"]
+                entry = {"namespaced": True, "verbs": verbs}
+                return {"kind": "APIResourceList", "resources": [
+                    {**entry, "name": r.plural, "kind": r.kind, "singularName": r.kind.lower()} for r in known if r.api_version == version
+                ]}  # fmt: skip
+        return None
+
+
+async def send(response: web.StreamResponse, type: str, found: Object) -> None:
+    await response.write(json.dumps({"type": type, "object": found}).encode() + b"\n")
+
+
+def merged(target: Any, patch: Any) -> Any:
+    """RFC 7396."""
+    if not isinstance(patch, dict):
+        return patch
+    result = dict(target) if isinstance(target, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            result.pop(key, None)
+        else:
+            result[key] = merged(result.get(key), value)
+    return result
+
+
+def overlaid(target: Any, applied: Any) -> Any:
+    """What server-side apply makes of it, near enough: maps are merged, lists too where their items keep their places."""
+    if isinstance(target, dict) and isinstance(applied, dict):
+        return target | {key: overlaid(target.get(key), value) for key, value in applied.items()}
+    if isinstance(target, list) and isinstance(applied, list) and len(target) == len(applied):
+        return [overlaid(a, b) for a, b in zip(target, applied, strict=True)]
+    return applied

@@ -1,0 +1,188 @@
+"""Whatever happens to a write, the end is the same: no child twice, no pod more, the same status.
+
+Each write of a whole life is, in a run of its own, refused, cut off before or after it has taken effect, or the operator's last. The
+reference is a run in which nothing happens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+from fake_api import Call, Fault
+from fake_cluster import FakeCluster, Object, Outcome, Pod, all_well
+from harness import HUB, fine_tune, finished, generate, outlive, running, start, summary, until
+
+AT_ONCE = 6
+
+FAULTS = {
+    "refused with 500": Fault(answer=500),
+    "refused with 409": Fault(answer=409),
+    "refused with 429": Fault(answer=429),
+    "connection reset before": Fault(reset="before"),
+    "answer lost": Fault(reset="after"),
+    "operator killed before": Fault(reset="before", kill=True),
+    "operator killed after": Fault(reset="after", kill=True),
+}
+JOBS: dict[str, Callable[[], Object]] = {"FineTuneJob": lambda: fine_tune("job", hub=HUB), "GenerateJob": lambda: generate("job", hub=HUB)}
+
+
+async def life(kind: str, fault: Callable[[int, Call], Fault | None] = lambda number, call: None) -> tuple[Object, int, int]:
+    """A job's whole life: the end, the number of writes, and of operators."""
+    async with FakeCluster() as cluster:
+        cluster.fault = fault
+        cluster.create(JOBS[kind]())
+        operators = await outlive(cluster, lambda: finished(cluster, kind, "job"))
+        return summary(cluster), cluster.writes, operators
+
+
+@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("kind", JOBS)
+async def test_a_fault_at_any_one_write_changes_nothing_in_the_end(kind: str, name: str) -> None:
+    reference, writes, _ = await life(kind)
+    assert reference["jobs"]["job"]["state"] == "Complete"
+    slots = asyncio.Semaphore(AT_ONCE)
+
+    async def one(at: int) -> tuple[int, Object, int]:
+        async with slots:
+            end, _, operators = await life(kind, lambda number, call: FAULTS[name] if number == at else None)
+            return at, end, operators
+
+    for at, end, operators in await asyncio.gather(*(one(at) for at in range(1, writes + 1))):
+        assert end == reference, f"after a fault at write {at}"
+        if FAULTS[name].kill:
+            assert operators == 2, f"nobody died at write {at}"
+
+
+@pytest.mark.parametrize("kind", JOBS)
+async def test_an_operator_that_never_survives_two_writes(kind: str) -> None:
+    reference, writes, _ = await life(kind)
+    end, _, operators = await life(kind, lambda number, call: Fault(reset="before" if number % 3 else "after", kill=True) if number % 2 else None)
+    assert end == reference
+    assert operators > writes / 2
+
+
+@pytest.mark.parametrize("kind", JOBS)
+async def test_every_write_fails_at_first(kind: str) -> None:
+    reference, _, _ = await life(kind)
+    failed: set[str] = set()
+
+    def once(number: int, call: Call) -> Fault | None:
+        first = str(call) not in failed
+        failed.add(str(call))
+        return Fault(answer=503) if first else None
+
+    end, _, _ = await life(kind, once)
+    assert end == reference
+
+
+async def test_events_that_cannot_be_posted_hold_nothing_up() -> None:
+    async with FakeCluster() as cluster, running(cluster):
+        post = cluster._write
+
+        def write(request: object, kind: str, *rest: object) -> Object:
+            if kind == "Event":
+                raise ConnectionError
+            return post(request, kind, *rest)  # type: ignore[arg-type]
+
+        cluster._write = write  # type: ignore[method-assign,assignment]
+        cluster.create(fine_tune())
+        await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
+        assert not cluster.all("Event")
+
+
+async def test_a_quota_is_told_and_waited_out() -> None:
+    async with FakeCluster() as cluster, running(cluster):
+        cluster.fault = lambda number, call: Fault(answer=403) if call.kind == "Job" else None
+        cluster.create(fine_tune())
+        event = await until("an event", lambda: next((e for e in cluster.all("Event") if e["reason"] == "FailedCreate"), None))
+        assert event["message"] == "Job ftj-tune-prepare: a fault"
+        await until("counted instead of repeated", lambda: cluster.get("Event", event["metadata"]["name"])["count"] > 1)
+        cluster.fault = lambda number, call: None
+        await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
+        assert len([e for e in cluster.all("Event") if e["reason"] == "FailedCreate"]) == 1
+
+
+async def test_nothing_is_written_when_nothing_happens() -> None:
+    def script(pod: Pod) -> Outcome:
+        return Outcome(hold=True) if pod.job == "at-work" and pod.phase == "run" else all_well(pod)
+
+    async with FakeCluster(script) as cluster, running(cluster):
+        cluster.create(fine_tune("done"))
+        cluster.create(fine_tune("at-work"))
+        cluster.create(generate("waiting", model={"job": "at-work"}))
+        await until("done", lambda: finished(cluster, "FineTuneJob", "done") and len(cluster.pods("at-work", "run")) == 2)
+        await asyncio.sleep(0.3)
+        before = len(cluster.calls)
+        await asyncio.sleep(2)
+        assert [str(c) for c in cluster.calls[before:]] == []
+
+
+async def test_a_restarted_operator_writes_nothing_either() -> None:
+    async with FakeCluster() as cluster:
+        async with running(cluster):
+            cluster.create(fine_tune())
+            await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
+        before = cluster.writes
+        async with running(cluster) as operator:
+            await operator.ready.wait()
+            await asyncio.sleep(0.5)
+        assert cluster.writes == before
+
+
+OPERATOR = """
+import asyncio, sys
+sys.path.insert(0, sys.argv[2])
+import harness
+
+class Server:
+    url = sys.argv[1]
+
+async def main():
+    await harness.start(Server()).task
+
+asyncio.run(main())
+"""
+
+
+def process(cluster: FakeCluster) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", OPERATOR, cluster.url, os.path.dirname(__file__)], stderr=subprocess.PIPE)
+
+
+async def test_a_process_that_is_killed_and_one_that_is_told_to_stop() -> None:
+    async with FakeCluster(lambda pod: Outcome(hold=True) if pod.phase == "run" else all_well(pod)) as cluster:
+        cluster.create(fine_tune())
+        first = process(cluster)
+        try:
+            await until("running", lambda: len(cluster.pods("tune", "run")) == 2)
+        finally:
+            first.send_signal(signal.SIGKILL)
+            await asyncio.to_thread(first.communicate)
+        for pod in cluster.pods("tune", "run"):
+            cluster.release(pod, all_well(Pod("tune", "run", 0, 0)))
+        second = process(cluster)
+        try:
+            await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
+            second.send_signal(signal.SIGTERM)
+            _, said = await asyncio.wait_for(asyncio.to_thread(second.communicate), 10)
+        finally:
+            second.kill()
+        assert second.returncode == 0
+        assert b"Traceback" not in said
+        assert len([c for c in cluster.calls if str(c) == "PATCH JobSet ftj-tune-run"]) == 1
+
+
+async def test_start_is_used_up() -> None:
+    """An operator that is stopped before it was ready ends, too."""
+    async with FakeCluster() as cluster:
+        cluster.fault = lambda number, call: Fault(answer=500)
+        operator = start(cluster)
+        await asyncio.sleep(0.01)
+        operator.operator.stop()
+        await asyncio.wait_for(operator.task, 5)
+        await operator.client.close()

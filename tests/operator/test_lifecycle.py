@@ -1,0 +1,178 @@
+"""Whole lives of jobs: the real operator, an API server and controllers in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from fake_cluster import FakeCluster, Object, Outcome, Pod, all_well, said
+from harness import HUB, children, condition, fine_tune, finished, generate, holds, running, until
+
+
+def status(cluster: FakeCluster, kind: str, name: str) -> Object:
+    found = cluster.get(kind, name)
+    assert found is not None
+    return found.get("status", {})
+
+
+async def test_fine_tune_to_complete() -> None:
+    async with FakeCluster() as cluster, running(cluster):
+        cluster.create(fine_tune(hub=HUB))
+        await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
+        found = status(cluster, "FineTuneJob", "tune")
+        assert found["state"] == "Complete"
+        assert found["metrics"] == {"evalLoss": 1.5}
+        assert found["hub"]["revision"] == "c" * 40
+        assert found["prepared"]["model"]["revision"] == "a" * 40
+        assert [c["type"] for c in found["conditions"] if c["status"] == "True"] == ["Accepted", "Prepared", "Trained", "Published", "Complete"]
+        assert list(children(cluster)) == [
+            "ConfigMap ftj-tune", "PersistentVolumeClaim ftj-tune", "Job ftj-tune-prepare", "JobSet ftj-tune-run", "Job ftj-tune-publish",
+        ]  # fmt: skip
+
+
+async def test_generate_to_complete() -> None:
+    async with FakeCluster() as cluster, running(cluster):
+        cluster.create(generate(hub=HUB | {"repo": "org/rows"}))
+        await until("complete", lambda: finished(cluster, "GenerateJob", "gen"))
+        assert status(cluster, "GenerateJob", "gen")["state"] == "Complete"
+        assert sorted(p.index for p in cluster.started if p.phase == "run") == [0, 1]
+        assert "Job gj-gen-run" in children(cluster)
+
+
+async def test_a_job_that_uses_the_result_of_another_waits_for_it() -> None:
+    async with FakeCluster() as cluster, running(cluster):
+        cluster.create(generate(model={"job": "tune"}))
+        await until("waiting", lambda: (condition(cluster, "GenerateJob", "gen", "Accepted") or {}).get("reason") == "WaitingForJob")
+        assert not list(children(cluster))
+        cluster.create(fine_tune())
+        await until("complete", lambda: finished(cluster, "GenerateJob", "gen"))
+        assert holds(cluster, "FineTuneJob", "tune", "Complete")
+
+
+def at(phase: str, *outcomes: Outcome, index: int = 0, group: bool = True) -> Callable[[Pod], Outcome]:
+    """A script: the pod of `phase` and `index` ends like this, one outcome an attempt; then, and elsewhere, all is well."""
+
+    def script(pod: Pod) -> Outcome:
+        if pod.phase == phase and pod.index == index and pod.attempt < len(outcomes):
+            return outcomes[pod.attempt]
+        # The other ranks of a group that is about to lose one are in the same attempt: they find out later.
+        doomed = group and phase == pod.phase == "run" and any(o.code for o in outcomes[pod.attempt :])
+        return Outcome(81, said("run", 81), seconds=0.5) if doomed else all_well(pod)
+
+    return script
+
+
+MISTAKE = Outcome(65, said("prepare", 65, message='spec.dataset.columns.text: no column "text" (columns: body)'))
+DIVERGED = Outcome(82, said("run", 82, message="the loss is not a number"))
+CRASH = Outcome(70, said("run", 70, message="RuntimeError: boom", step=10))
+LATER_CRASH = Outcome(70, said("run", 70, message="RuntimeError: boom", step=20))
+EVICTED = Outcome(75, said("run", 75, saved=True, step=10), disrupted=True)
+OOM = Outcome(137, "", reason="OOMKilled")
+
+FAILURES = [
+    # given                                     script                                  spec                       expect: how it ends, attempts as (reason, charged), restarts
+    ("a mistake in prepare is not retried",     at("prepare", MISTAKE),                 {},                        ("Failed InvalidDataset", [("InvalidDataset", False)], 0)),
+    ("the Hub is away for a moment",            at("prepare", Outcome(69, said("prepare", 69))), {},               ("Complete Completed", [("HubUnavailable", True)], 0)),
+    ("a crash restarts the group",              at("run", CRASH),                       {},                        ("Complete Completed", [("TrainingError", True)], 1)),
+    ("rank 1 crashes",                          at("run", CRASH, index=1),              {},                        ("Complete Completed", [("TrainingError", True)], 1)),
+    ("an eviction is free",                     at("run", EVICTED),                     {"restarts": {"max": 0}},  ("Complete Completed", [("Preempted", False)], 1)),
+    ("crashes until the budget is spent",       at("run", CRASH, LATER_CRASH),          {"restarts": {"max": 1}},  ("Failed TrainingError", [("TrainingError", True), ("TrainingError", True)], 1)),
+    ("divergence is not retried",               at("run", DIVERGED),                    {},                        ("Failed Diverged", [("Diverged", False)], 0)),
+    ("killed by the kernel for memory",         at("run", OOM),                         {"restarts": {"max": 0}},  ("Failed HostOutOfMemory", [("HostOutOfMemory", True)], 0)),
+    ("a wrong token: the result stays",         at("publish", Outcome(77, said("publish", 77, message="401 from the Hub"))), {"hub": HUB}, ("Failed Unauthorized", [("Unauthorized", False)], 0)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "script", "spec", "expect"), FAILURES, ids=[f[0] for f in FAILURES])
+async def test_failures(name: str, script: Callable[[Pod], Outcome], spec: Object, expect: object) -> None:
+    async with FakeCluster(script) as cluster, running(cluster):
+        cluster.create(fine_tune(**spec))
+        await until("an end", lambda: finished(cluster, "FineTuneJob", "tune"))
+        found = status(cluster, "FineTuneJob", "tune")
+        end = next(c for c in found["conditions"] if c["type"] in ("Complete", "Failed") and c["status"] == "True")
+        attempts = [(a["reason"], a["charged"]) for a in found["attempts"]]
+        assert (f"{end['type']} {end['reason']}", attempts, found["restarts"]) == expect
+
+
+async def test_the_message_of_a_mistake_reaches_the_status() -> None:
+    async with FakeCluster(at("prepare", MISTAKE)) as cluster, running(cluster):
+        cluster.create(fine_tune())
+        await until("failed", lambda: finished(cluster, "FineTuneJob", "tune"))
+        failed = condition(cluster, "FineTuneJob", "tune", "Failed")
+        assert failed is not None
+        assert failed["message"].startswith('spec.dataset.columns.text: no column "text" (columns: body)')
+
+
+async def test_a_killed_shard_is_started_again_alone() -> None:
+    async with FakeCluster(at("run", Outcome(137), index=1, group=False)) as cluster, running(cluster):
+        cluster.create(generate())
+        await until("complete", lambda: finished(cluster, "GenerateJob", "gen"))
+        assert holds(cluster, "GenerateJob", "gen", "Complete")
+        assert sorted(p.index for p in cluster.started if p.phase == "run") == [0, 1, 1]
+
+
+async def test_an_image_that_is_not_there() -> None:
+    script = at("prepare", Outcome(waiting="ImagePullBackOff", message='Back-off pulling image "x"'))
+    async with FakeCluster(script) as cluster, running(cluster):
+        cluster.create(fine_tune())
+        await until("said", lambda: status(cluster, "FineTuneJob", "tune").get("state") == "ImagePullFailed")
+        prepared = condition(cluster, "FineTuneJob", "tune", "Prepared")
+        assert prepared is not None
+        assert 'Back-off pulling image "x"' in prepared["message"]
+
+
+async def test_suspend_and_resume() -> None:
+    def script(pod: Pod) -> Outcome:
+        return Outcome(hold=True) if pod.phase == "run" and not resumed else all_well(pod)
+
+    resumed = False
+    async with FakeCluster(script) as cluster, running(cluster):
+        job = cluster.create(fine_tune())
+        await until("running", lambda: holds(cluster, "FineTuneJob", "tune", "Running"))
+        cluster.change(job, lambda o: o["spec"].update(suspend=True))
+        await until("no pods", lambda: holds(cluster, "FineTuneJob", "tune", "Suspended") and not cluster.pods("tune", "run"))
+        assert cluster.get("JobSet", "ftj-tune-run") is None
+        resumed = True
+        cluster.change(job, lambda o: o["spec"].update(suspend=False))
+        await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
+        found = status(cluster, "FineTuneJob", "tune")
+        assert (found["state"], found["restarts"], found["attempts"]) == ("Complete", 0, [])
+
+
+async def test_plan_only_stops_after_prepare_and_goes_on_later() -> None:
+    async with FakeCluster() as cluster, running(cluster):
+        job = cluster.create(fine_tune(planOnly=True))
+        await until("planned", lambda: status(cluster, "FineTuneJob", "tune").get("state") == "Planned")
+        assert status(cluster, "FineTuneJob", "tune")["prepared"]["plan"]["steps"] == 30
+        cluster.change(job, lambda o: o["spec"].update(planOnly=False))
+        await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
+
+
+@pytest.mark.parametrize(("kept", "left"), [("Keep", ["PersistentVolumeClaim"]), ("Delete", [])])
+async def test_deletion_takes_every_child_and_the_volume_only_where_the_job_says_so(kept: str, left: list[str]) -> None:
+    async with FakeCluster(at("run", Outcome(hold=True))) as cluster, running(cluster):
+        job = cluster.create(fine_tune(workspace={"whenDeleted": kept}))
+        await until("running", lambda: cluster.pods("tune", "run"))
+        cluster.delete(job)
+        await until("gone", lambda: len(cluster.objects) - len(cluster.all("Event")) == len(left))
+        assert [k for k, _, _ in cluster.objects if k != "Event"] == left
+
+
+async def test_a_finished_job_is_deleted_when_its_time_is_over() -> None:
+    async with FakeCluster() as cluster, running(cluster):
+        cluster.create(fine_tune(ttlSecondsAfterFinished=0))
+        await until("deleted", lambda: any(str(c).startswith("DELETE FineTuneJob tune") for c in cluster.calls))
+        await until("gone", lambda: cluster.get("FineTuneJob", "tune") is None)
+        assert cluster.get("PersistentVolumeClaim", "ftj-tune") is not None
+
+
+async def test_events_tell_the_story_once() -> None:
+    async with FakeCluster() as cluster:
+        async with running(cluster):
+            cluster.create(fine_tune(hub=HUB))
+            await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
+        events = cluster.all("Event")
+        assert all(e["involvedObject"]["name"] == "tune" and e["count"] == 1 for e in events)
+        reasons = [e["reason"] for e in events]
+        assert {"Accepted", "Prepared", "Trained", "Published", "Completed"} <= set(reasons)
+        assert len(reasons) == len(set(reasons)) <= 12

@@ -1,0 +1,118 @@
+"""The queue's promises, at a clock of our own."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from luthier_api.kinds import JobKind
+from luthier_operator.model import Key
+from luthier_operator.queue import BACKOFF_LIMIT, Queue
+
+
+def key(name: str) -> Key:
+    return Key(JobKind.FINE_TUNE, "default", name)
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def play(steps: str, backoff: float = 1.0) -> str:
+    """Carry out `steps` and return what each `take` gave.
+
+    +a add · a@5 add in 5 seconds · ? take · -a done · !a retry · ok:a forget · t3 three seconds pass
+    """
+    clock = Clock()
+    queue = Queue(clock, backoff, jitter=lambda: 1.0)
+    taken = []
+    for step in steps.split():
+        if step == "?":
+            found = queue.take()
+            taken.append(found.name if found else "·")
+        elif step.startswith("t"):
+            clock.now += float(step[1:])
+        elif step.startswith("ok:"):
+            queue.forget(key(step[3:]))
+        elif step[0] in "+-!":
+            {"+": queue.add, "-": queue.done, "!": queue.retry}[step[0]](key(step[1:]))
+        else:
+            name, seconds = step.split("@")
+            queue.add_after(key(name), float(seconds))
+    return " ".join(taken)
+
+
+CASES = [
+    # given                                         steps                              expect
+    ("nothing",                                     "?",                               "·"),
+    ("in the order of their coming",                "+a +b ? ?",                       "a b"),
+    ("a key that waits is not added again",         "+a +a +b ? ? ?",                  "a b ·"),
+    ("one worker a key",                            "+a ? +a ?",                       "a ·"),
+    ("what came in meanwhile is worked on after",   "+a ? +a -a ?",                    "a a"),
+    ("many that came in meanwhile are one",         "+a ? +a +a -a ? -a ?",            "a a ·"),
+    ("done and nothing new",                        "+a ? -a ?",                       "a ·"),
+    ("later is not now",                            "a@5 ? t4 ?",                      "· ·"),
+    ("later comes",                                 "a@5 t5 ?",                        "a"),
+    ("the earliest of two wishes counts",           "a@5 a@3 t3 ? -a t2 ?",            "a ·"),
+    ("a later wish does not put off",               "a@3 a@5 t3 ?",                    "a"),
+    ("in no seconds is now",                        "a@0 ?",                           "a"),
+    ("a wish does not hold an add up",              "a@60 +a ?",                       "a"),
+    ("a wish while at work is kept",                "+a ? a@2 t2 ? -a ?",              "a · a"),
+    ("after an error: one second",                  "+a ? !a -a ? t1 ?",               "a · a"),
+    ("after two: two more",                         "+a ? !a -a t1 ? !a -a t1 ? t1 ?", "a a · a"),
+    ("after success the first delay again",         "+a ? !a -a t1 ? !a -a t2 ? ok:a !a -a t1 ?", "a a a a"),
+    ("an event does not wait for the back-off",     "+a ? !a -a +a ?",                 "a a"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "steps", "expect"), CASES, ids=[c[0] for c in CASES])
+async def test_queue(name: str, steps: str, expect: str) -> None:
+    assert play(steps) == expect
+
+
+async def test_backoff_has_a_limit() -> None:
+    queue = Queue(Clock(), 1.0, jitter=lambda: 1.0)
+    assert [queue.retry(key("a")) for _ in range(40)][-1] == BACKOFF_LIMIT
+
+
+async def test_no_more_workers_than_asked_and_none_of_the_keys_lost() -> None:
+    queue, at_work, most, seen = Queue(), 0, 0, []
+
+    async def work(found: Key) -> None:
+        nonlocal at_work, most
+        at_work += 1
+        most = max(most, at_work)
+        await asyncio.sleep(0.001)
+        seen.append(found.name)
+        at_work -= 1
+
+    serving = asyncio.create_task(queue.serve(work, 3))
+    for number in range(20):
+        queue.add(key(str(number)))
+    queue.add_after(key("late"), 0.02)
+    async with asyncio.timeout(5):
+        while len(seen) < 21:
+            await asyncio.sleep(0.001)
+    serving.cancel()
+    await asyncio.gather(serving, return_exceptions=True)
+    assert (most, len(set(seen)), seen[-1]) == (3, 21, "late")
+
+
+async def test_work_under_way_is_finished_when_the_operator_stops() -> None:
+    queue, ended = Queue(), asyncio.Event()
+    began = asyncio.Event()
+
+    async def work(_: Key) -> None:
+        began.set()
+        await asyncio.sleep(0.02)
+        ended.set()
+
+    serving = asyncio.create_task(queue.serve(work, 1))
+    queue.add(key("a"))
+    await began.wait()
+    serving.cancel()
+    await asyncio.gather(serving, return_exceptions=True)
+    assert ended.is_set()

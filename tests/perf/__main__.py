@@ -1,0 +1,20 @@
+"""`make bench`: every benchmark, as one JSON document. Names on the command line choose some of them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+
+BENCHMARKS = ("training", "jobs", "startup")
+
+
+def main() -> None:
+    chosen = sys.argv[1:] or list(BENCHMARKS)
+    if unknown := set(chosen) - set(BENCHMARKS):
+        raise SystemExit(f"no such benchmark: {', '.join(unknown)} (there are {', '.join(BENCHMARKS)})")
+    print(json.dumps({name: importlib.import_module(f"perf.{name}").main() for name in chosen}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

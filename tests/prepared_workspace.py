@@ -1,0 +1,133 @@
+"""A workspace as `prepare` leaves it, made directly: tests of the training then fail for the training's reasons only."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerBase
+
+from luthier_api.run import FineTuneRun, PreparedRecord, Variables
+from luthier_api.spec import NewModel
+from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer import launch
+from luthier_trainer.newmodel import new_config, save_new_model, train_tokenizer
+
+LENGTH = 48
+
+
+def prepared_run(
+    root: Path, base: Path, data: DatasetDict, labels: list[str] | None = None, port: int = 29500, **spec: Any
+) -> FineTuneRun:
+    """The run config of a CPU job whose workspace `root` holds everything that training reads. Keywords replace fields of the spec;
+    `training` and `resources` are merged."""
+    training = {"maxLength": LENGTH, "batchSize": 8, "maxSteps": 10, "learningRate": 2e-3, "logSteps": 1, "saveSteps": 100}
+    spec = {"task": "causal-lm", "model": {"path": str(base)}, "dataset": {"files": ["unused.txt"]}, "method": {"type": "full"}} | spec
+    spec["training"] = training | spec.get("training", {})
+    spec["resources"] = {"gpusPerNode": 0} | spec.get("resources", {})
+    run = FineTuneRun.model_validate({"name": "job", "workspace": str(root), "metricsPort": 0, "rendezvousPort": port, "spec": spec})
+    world, training = run.spec.resources.world_size, run.spec.training
+    micro = training.micro_batch_size or training.batch_size // world
+    strategy = run.spec.strategy if run.spec.strategy != "auto" else "none" if world == 1 else "ddp"
+    workspace = WorkspaceFolder(root)
+    workspace.prepared.mkdir(parents=True)
+    data.save_to_disk(workspace.prepared / "dataset")
+    AutoTokenizer.from_pretrained(base).save_pretrained(workspace.prepared / "tokenizer")
+    record = PreparedRecord.model_validate({
+        "model": {"source": str(base)}, "dataset": {"source": "unused.txt", "rows": len(data["train"]), "labels": labels},
+        "plan": {
+            "strategy": strategy, "worldSize": world, "microBatchSize": micro,
+            "accumulationSteps": training.batch_size // (micro * world), "steps": training.max_steps, "precision": "fp32",
+        },
+        "modelPath": str(base), "datasetPath": str(workspace.prepared / "dataset"),
+    })  # fmt: skip
+    workspace.prepared_record.write_text(json.dumps(record.dump()))
+    return run
+
+
+def save_llama(folder: Path, paragraphs: list[str]) -> Path:
+    """A Llama with new weights, wide enough for bitsandbytes, whose 4-bit blocks on CPU need rows of a multiple of 64."""
+    tokenizer = train_tokenizer(paragraphs[:250], 512)
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128}
+    save_new_model(new_config(NewModel(model_type="llama", vocab_size=512, parameters=sizes), tokenizer), folder, seed=1)
+    return folder
+
+
+def prose(paragraphs: list[str]) -> list[str]:
+    return [text for text in paragraphs if text[0].isupper()]
+
+
+def code(paragraphs: list[str]) -> list[str]:
+    """What is left: code, grammar, tables."""
+    return [text for text in paragraphs if not text[0].isupper()]
+
+
+def causal_lm_data(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> DatasetDict:
+    """About 200 rows of differing lengths to train on, and every sixth held out; chosen evenly from `texts`."""
+    rows = [tokenizer(text, truncation=True, max_length=LENGTH)["input_ids"] for text in texts[:: len(texts) // 240]]
+    columns = {"input_ids": rows, "labels": rows, "length": [len(row) for row in rows]}
+    return split(columns)
+
+
+def classification_data(tokenizer: PreTrainedTokenizerBase, paragraphs: list[str]) -> DatasetDict:
+    """Is the paragraph prose (1), or code and tables (0)?"""
+    rows = [tokenizer(text, truncation=True, max_length=LENGTH) for text in paragraphs[::8]]
+    columns = {
+        "input_ids": [row["input_ids"] for row in rows], "attention_mask": [row["attention_mask"] for row in rows],
+        "labels": [int(text[0].isupper()) for text in paragraphs[::8]],
+    }  # fmt: skip
+    return split(columns)
+
+
+def split(columns: dict[str, list[Any]]) -> DatasetDict:
+    held_out = range(0, len(columns["labels"]), 6)
+    rows = Dataset.from_dict(columns)
+    return DatasetDict(train=rows.select([i for i in range(len(rows)) if i not in held_out]), eval=rows.select(held_out))
+
+
+def save_encoder(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A small BERT without a head: classification has to add one."""
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, max_position_embeddings=64,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def losses(run: FineTuneRun) -> list[float]:
+    """The reported training losses, from the newest checkpoint's history."""
+    newest = max((Path(run.workspace) / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    return [entry["loss"] for entry in json.loads((newest / "trainer_state.json").read_text())["log_history"] if "loss" in entry]
+
+
+@contextmanager
+def pod(run: FineTuneRun, folder: Path, node_rank: int = 0, **variables: str) -> Iterator[subprocess.Popen[str]]:
+    """The processes of one pod, started as the supervisor starts them. `folder` is the pod's run folder; its output is `folder`/log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(json.dumps(run.dump()))
+    prepared = PreparedRecord.model_validate_json(WorkspaceFolder(Path(run.workspace)).prepared_record.read_bytes())
+    before = os.environ.get(Variables.RUN_DIR)
+    os.environ[Variables.RUN_DIR] = str(folder)
+    try:
+        command = launch.command(run, prepared, node_rank)
+        environment = os.environ | launch.environment(run, prepared) | {Variables.RUN: str(folder / "run.json")} | variables
+    finally:
+        os.environ[Variables.RUN_DIR] = before or ""
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

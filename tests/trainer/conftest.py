@@ -1,0 +1,116 @@
+"""Real text, and models small enough for one core: shared by all tests of the trainer.
+
+The text is the language reference that every Python carries (`pydoc_data.topics`), so that losses fall for a reason.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+from hub.server import Running
+
+from luthier_api.run import FineTuneRun, GenerateRun, Variables
+from luthier_api.spec import NewModel
+from luthier_trainer.newmodel import new_config, save_new_model, train_tokenizer
+
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 256}
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One thread, no network unless a test asks for it, a run folder and caches of the test's own."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    for name, value in {
+        "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        Variables.RUN_DIR: str(run_dir), Variables.TERMINATION_LOG: str(run_dir / "termination-log"),
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="session")
+def paragraphs() -> list[str]:
+    """About 3,000 paragraphs of Python's language reference."""
+    blocks = "\n\n".join(text for _, text in sorted(topics.items())).split("\n\n")
+    return [b.strip() for b in blocks if len(b.strip()) > 40]
+
+
+@pytest.fixture(scope="session")
+def corpus_file(paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of about 100 kB."""
+    path = tmp_path_factory.mktemp("corpus") / "reference.txt"
+    path.write_text("\n\n".join(paragraphs[:250]) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def corpus_rows(paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 rows {"text", "label"} as JSON lines: is the paragraph about classes or not?"""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows = [{"text": p, "label": "class" if "class" in p else "other"} for p in paragraphs[:200]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 2 layers with new weights and a tokenizer of its own (512 entries), in one folder. Read-only: copy it to change it."""
+    folder = tmp_path_factory.mktemp("tiny-model")
+    tokenizer = train_tokenizer(paragraphs[:250], 512)
+    tokenizer.save_pretrained(folder)
+    save_new_model(new_config(NewModel(model_type="llama", vocab_size=512, parameters=TINY), tokenizer), folder, seed=1)
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+    """A Hub of our own, and no token; the Hub's clients of this process and of its children speak to it."""
+    with Running(tmp_path / "hub") as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)  # read when it was imported
+        monkeypatch.setenv("LUTHIER_HUB_DEADLINE", "5")
+        monkeypatch.delenv(Variables.TOKEN, raising=False)
+        yield server
+
+
+MakeRun = Callable[..., FineTuneRun]
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, tiny_model: Path, corpus_rows: Path) -> MakeRun:
+    """A FineTuneRun on CPU over the tiny model and corpus; keywords replace fields of its spec (as users write them)."""
+
+    def make(name: str = "job", sources: dict[str, str] | None = None, grace_seconds: int = 60, **spec: Any) -> FineTuneRun:
+        given: dict[str, Any] = {
+            "task": "causal-lm", "model": {"path": str(tiny_model)}, "dataset": {"files": [str(corpus_rows)]},
+            "training": {"maxLength": 64, "batchSize": 4}, "resources": {"gpusPerNode": 0},
+        }  # fmt: skip
+        return FineTuneRun.model_validate(
+            {"name": name, "workspace": str(tmp_path / "workspace" / name), "sources": sources or {}, "metricsPort": 0,
+             "graceSeconds": grace_seconds, "spec": given | spec}
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def make_generate_run(tmp_path: Path, tiny_model: Path) -> Callable[..., GenerateRun]:
+    """A GenerateRun on CPU over the tiny model; keywords replace fields of its spec."""
+
+    def make(name: str = "gen", sources: dict[str, str] | None = None, grace_seconds: int = 60, **spec: Any) -> GenerateRun:
+        given: dict[str, Any] = {
+            "task": "text-generation", "model": {"path": str(tiny_model)}, "inputs": {"rows": [{"prompt": "The class"}]},
+            "text": {"maxNewTokens": 8}, "resources": {"gpus": 0},
+        }  # fmt: skip
+        return GenerateRun.model_validate(
+            {"name": name, "workspace": str(tmp_path / "workspace" / name), "sources": sources or {}, "metricsPort": 0,
+             "graceSeconds": grace_seconds, "spec": given | spec}
+        )  # fmt: skip
+
+    return make

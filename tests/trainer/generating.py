@@ -1,0 +1,65 @@
+"""Runs of `generate` in this process, on what `prepare` would have left: shared by its tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier_api.run import GenerateRun, PreparedRecord, Variables
+from luthier_api.status import Plan, ResolvedDataset, ResolvedSource
+from luthier_api.termination import TerminationMessage
+from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer import generate
+from luthier_trainer.generation.shard import shard_name
+from luthier_trainer.prepared import FINGERPRINT, fingerprint, write_prepared
+
+Row = dict[str, Any]
+
+
+def generate_run(workspace: Path, rows: list[Row], **spec: Any) -> GenerateRun:
+    """A run on CPU over `rows`; keywords are fields of its spec, as users write them. Its model must be a path."""
+    given = {"inputs": {"rows": rows}, "resources": {"gpus": 0}} | spec
+    return GenerateRun.model_validate({"name": "lutes", "workspace": str(workspace), "metricsPort": 0, "spec": given})
+
+
+def prepare_by_hand(run: GenerateRun) -> None:
+    """Leave what `prepare` leaves for a job whose model and adapters are paths and whose rows stand in the spec."""
+    folder, spec = WorkspaceFolder(Path(run.workspace)), run.spec
+    folder.prepared.mkdir(parents=True, exist_ok=True)
+    rows = folder.prepared / "rows.jsonl"
+    lines = [{"row": i, "seed": 100 * i, **row.dump()} for i, row in enumerate(spec.inputs.rows or [])]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder.prepared / FINGERPRINT).write_text(fingerprint(run))
+    record = PreparedRecord(
+        model=ResolvedSource(source=str(spec.model.path)),
+        dataset=ResolvedDataset(source="spec.inputs.rows", rows=len(lines)),
+        adapters=[ResolvedSource(source=str(a.path)) for a in spec.adapters],
+        plan=Plan(strategy="none"),
+        model_path=str(spec.model.path),
+        adapter_paths=[str(a.path) for a in spec.adapters],
+        dataset_path=str(rows),
+    )
+    write_prepared(run, record)
+
+
+def generate_shards(run: GenerateRun, monkeypatch: pytest.MonkeyPatch) -> list[TerminationMessage]:
+    """Prepare by hand, then run every shard, one after the other."""
+    # main() sets it for its own process; here it must not outlive the test.
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    prepare_by_hand(run)
+    messages = []
+    for shard in range(run.spec.shards):
+        monkeypatch.setenv(Variables.NODE_RANK, str(shard))
+        messages.append(generate.main(run))
+    return messages
+
+
+def result_lines(run: GenerateRun) -> list[Row]:
+    """The lines of the result, over all shards, in order of row and sample."""
+    result = WorkspaceFolder(Path(run.workspace)).result
+    files = [result / f"{shard_name(i, run.spec.shards)}.jsonl" for i in range(run.spec.shards)]
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return sorted(lines, key=lambda line: (line["row"], line["sample"]))

@@ -1,0 +1,207 @@
+"""Images of `generate`: bit-identical however rows are split, changed by what ought to change them, refused with a reason."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from trainer.generating import generate_run, generate_shards, result_lines
+from trainer.small_sdxl import write_small_lora, write_small_sdxl
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.ending import Failure
+from luthier_trainer.generation.samples import SEEDS, sample_seed
+
+ROWS = [
+    {"prompt": "a lute on a bench", "seed": 7},
+    {"prompt": "two lutes"},
+    {"prompt": "a workshop", "negativePrompt": "people"},
+    {"prompt": "strings"},
+    {"prompt": "a bridge of maple", "negativePrompt": "rain"},
+]
+# diffusers and numpy 2 talk about each other.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+SMALL = {"width": 32, "height": 32, "steps": 2, "scheduler": "euler-ancestral"}
+
+Images = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_sdxl(tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_lora(tmp_path_factory.mktemp("lora"), text_encoder=True)
+
+
+@pytest.fixture
+def images(sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Images:
+    """The lines of a job over the small model, each with its file's `content`; keywords are fields of its spec."""
+
+    def make(rows: list[dict[str, Any]] = ROWS[:2], image: dict[str, Any] | None = None, **spec: Any) -> list[dict[str, Any]]:
+        workspace = tmp_path / f"job{len(list(tmp_path.glob('job*')))}"
+        given = {"task": "text-to-image", "model": {"path": str(sdxl)}, "batchSize": 2, "image": SMALL | (image or {})}
+        run = generate_run(workspace, rows, **given | spec)
+        generate_shards(run, monkeypatch)
+        result = WorkspaceFolder(workspace).result
+        return [line | {"content": (result / line["file"]).read_bytes()} for line in result_lines(run)]
+
+    return make
+
+
+def digests(lines: list[dict[str, Any]]) -> list[str]:
+    return [line["sha256"] for line in lines]
+
+
+def pixels(line: dict[str, Any]) -> torch.Tensor:
+    image = Image.open(io.BytesIO(line["content"]))
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).int()
+
+
+def test_files_are_the_same_however_rows_are_split(images: Images) -> None:
+    one = images(ROWS)
+    assert len(set(digests(one))) == len(ROWS)
+    assert digests(images(ROWS, shards=2)) == digests(one)
+
+
+def test_images_are_what_diffusers_draws(images: Images, sdxl: Path) -> None:
+    """The plain pipeline, decoding included, within the rounding to 8 bits."""
+    pipe = StableDiffusionXLPipeline.from_pretrained(sdxl, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    for line in images(ROWS[1:3], image={"scheduler": "default", "guidance": 4.0}):
+        expect = pipe(
+            prompt=line["prompt"], negative_prompt=line.get("negativePrompt"), num_inference_steps=2, guidance_scale=4.0, width=32, height=32,
+            generator=torch.Generator().manual_seed(line["seed"]),
+        ).images[0]  # fmt: skip
+        difference = pixels(line) - torch.frombuffer(bytearray(expect.tobytes()), dtype=torch.uint8).int()
+        assert difference.abs().max() <= 1
+
+
+def test_samples_of_a_row_have_seeds_of_their_own_that_rows_can_ask_for(images: Images) -> None:
+    several = images([{"prompt": "a lute", "seed": 7}], image={"perPrompt": 3})
+    assert [(line["seed"], line["file"]) for line in several] == [(7 + i, f"images/0000/000000-0{i}.png") for i in range(3)]
+    asked = images([{"prompt": "a lute", "seed": 7 + i} for i in range(3)])
+    for one, other in zip(several, asked, strict=True):
+        assert torch.equal(pixels(one), pixels(other))
+
+
+@pytest.mark.parametrize(("row_seed", "index", "seed"), [(0, 0, 0), (7, 2, 9), (SEEDS - 1, 0, SEEDS - 1), (SEEDS - 1, 1, 0)])
+def test_sample_seed(row_seed: int, index: int, seed: int) -> None:
+    assert sample_seed(row_seed, index) == seed
+
+
+CHANGES: list[tuple[str, dict[str, Any]]] = [
+    ("another scheduler", {"image": {"scheduler": "ddim"}}),
+    ("more guidance", {"image": {"guidance": 9.0}}),
+    ("more steps", {"image": {"steps": 3}}),
+    ("another seed", {"rows": [{"prompt": r["prompt"], "seed": 12345} for r in ROWS[:2]]}),
+    ("negative prompts", {"rows": [ROWS[0] | {"negativePrompt": "wood"}, ROWS[1] | {"negativePrompt": "wood"}]}),
+    ("bf16", {"precision": "bf16"}),
+]
+
+
+@pytest.mark.parametrize(("change", "given"), CHANGES, ids=[c[0] for c in CHANGES])
+def test_what_images_depend_on(images: Images, change: str, given: dict[str, Any]) -> None:
+    for before, after in zip(images(), images(**given), strict=True):
+        assert not torch.equal(pixels(before), pixels(after))
+
+
+def test_adapters(images: Images, lora: Path) -> None:
+    def adapted(*weights: float) -> list[torch.Tensor]:
+        return [pixels(line) for line in images(adapters=[{"path": str(lora), "weight": w} for w in weights])]
+
+    plain, full = [pixels(line) for line in images()], adapted(1.0)
+    assert all(torch.equal(a, b) for a, b in zip(plain, adapted(0.0), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(plain, full, strict=True))
+    # Two halves are the whole, but for rounding.
+    assert all((a - b).abs().max() <= 1 for a, b in zip(full, adapted(0.5, 0.5), strict=True))
+
+
+FORMATS = [("png", "PNG", True), ("webp", "WEBP", True), ("jpeg", "JPEG", False)]
+
+
+def test_formats(images: Images) -> None:
+    reference = pixels(images()[0])
+    for name, kind, lossless in FORMATS:
+        line = images(image={"format": name})[0]
+        assert Image.open(io.BytesIO(line["content"])).format == kind
+        assert torch.equal(pixels(line), reference) is lossless
+        assert line["settings"]["format"] == name
+
+
+def test_a_png_says_how_it_was_made(images: Images) -> None:
+    (line,) = images([{"prompt": "eine Laute, schön", "negativePrompt": "rain", "seed": 7}])
+    info = Image.open(io.BytesIO(line["content"])).info
+    assert json.loads(info["luthier"]) == {
+        "row": 0, "sample": 0, "prompt": "eine Laute, schön", "negativePrompt": "rain", "seed": 7, "scheduler": "euler-ancestral", "steps": 2,
+        "guidance": 5.0,
+    }  # fmt: skip
+    assert info["parameters"].startswith("eine Laute, schön\nNegative prompt: rain\nSteps: 2, Sampler: euler-ancestral")
+
+
+def test_the_line_says_how_much_of_a_prompt_is_not_read(images: Images) -> None:
+    short, long = images([{"prompt": "a lute"}, {"prompt": "x " * 100}])
+    assert "unreadTokens" not in short
+    assert long["unreadTokens"] == 100 + 2 - 77
+
+
+def test_an_image_that_is_not_finite_is_an_error_of_its_row(images: Images, sdxl: Path, tmp_path: Path) -> None:
+    """A VAE that overflows, as that of Stable Diffusion XL does in fp16."""
+    pipe = StableDiffusionXLPipeline.from_pretrained(sdxl)
+    with torch.no_grad():
+        pipe.vae.decoder.conv_out.bias.fill_(torch.inf)
+    pipe.save_pretrained(tmp_path / "overflowing")
+    with pytest.raises(Failure) as failure:
+        images(model={"path": str(tmp_path / "overflowing")})
+    assert failure.value.code is ExitCode.INVALID_DATASET
+    assert "row 0: the image is not finite in fp32" in failure.value.message
+
+
+def other_pipeline(sdxl: Path, folder: Path) -> dict[str, Any]:
+    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    return {"model": {"path": str(folder)}}
+
+
+def text_adapter(sdxl: Path, folder: Path) -> dict[str, Any]:
+    """An adapter as a FineTuneJob of a language model makes it."""
+    from safetensors.torch import save_file
+
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    save_file({name.format("A"): torch.ones(4, 32), name.format("B"): torch.ones(32, 4)}, folder / "adapter_model.safetensors")
+    return {"adapters": [{"path": str(folder)}]}
+
+
+def two_files(sdxl: Path, folder: Path) -> dict[str, Any]:
+    for name in ("a", "b"):
+        (folder / f"{name}.safetensors").touch()
+    return {"adapters": [{"path": str(folder)}]}
+
+
+MISTAKES: list[tuple[str, Callable[[Path, Path], dict[str, Any]], list[str]]] = [
+    ("no pipeline", lambda s, t: {"model": {"path": str(t)}}, ["spec.model: ", "is no diffusers pipeline", "model_index.json"]),
+    ("another pipeline", other_pipeline, ["spec.model: is a FluxPipeline; text-to-image runs StableDiffusionXLPipeline"]),
+    ("an adapter for text", text_adapter, ["spec.adapters[0]: holds no LoRA weights for the UNet"]),
+    ("two adapters in a folder", two_files, ["spec.adapters[0]: ", "a.safetensors, b.safetensors; it must hold"]),
+    ("too many steps for LCM", lambda s, t: {"image": {"scheduler": "lcm", "steps": 60}}, ["spec.image.steps: lcm cannot do 60 steps"]),
+]
+
+
+@pytest.mark.parametrize(("mistake", "change", "words"), MISTAKES, ids=[m[0] for m in MISTAKES])
+def test_mistakes(images: Images, sdxl: Path, tmp_path: Path, mistake: str, change: Callable[..., Any], words: list[str]) -> None:
+    (own := tmp_path / "own").mkdir()
+    with pytest.raises(Failure) as failure:
+        images(**change(sdxl, own))
+    assert failure.value.code is ExitCode.INVALID_SPEC
+    for word in words:
+        assert word in failure.value.message

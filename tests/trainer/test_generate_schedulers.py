@@ -1,0 +1,122 @@
+"""The table of samplers: every name that users may write, the class of diffusers behind it, and images that come of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import diffusers
+import pytest
+from diffusers.utils import is_torchsde_available
+from trainer.small_sdxl import write_small_sdxl
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.generate import SchedulerName
+from luthier_trainer.ending import Failure
+from luthier_trainer.generation.hardware import Hardware
+from luthier_trainer.generation.images import ImageEngine
+from luthier_trainer.generation.samples import Sample
+from luthier_trainer.generation.schedulers import SAMPLERS, make_scheduler
+
+# diffusers and numpy 2 talk about each other.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+NAMES = get_args(SchedulerName)
+# What Stable Diffusion XL's own repository says of its sampler.
+OWN: dict[str, Any] = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "timestep_spacing": "leading",
+    "prediction_type": "epsilon",
+}  # fmt: skip
+SAMPLES = [Sample(0, 0, "a lute on a bench", None, 7), Sample(1, 0, "two lutes", None, 2**32 - 1)]
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_sdxl(tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture(scope="module")
+def engine(sdxl: Path) -> ImageEngine:
+    """An engine whose sampler the tests change: loading the model takes longer than drawing."""
+    from trainer.generating import generate_run
+
+    run = generate_run(
+        Path("/"), [{"prompt": "-"}], task="text-to-image", model={"path": str(sdxl)}, image={"width": 32, "height": 32, "steps": 4}
+    )
+    return ImageEngine(run.spec, sdxl, [], Hardware("cpu", "fp32"), batch_size=2)
+
+
+def test_every_name_has_an_entry() -> None:
+    assert {"default", *SAMPLERS} == set(NAMES)
+
+
+# Name, class, what its configuration says beside the model's own.
+EXPECTED: list[tuple[SchedulerName, str, dict[str, Any]]] = [
+    ("ddim", "DDIMScheduler", {"clip_sample": False}),
+    ("ddpm", "DDPMScheduler", {"clip_sample": False}),
+    ("dpm++2m", "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False}),
+    ("dpm++2m-karras", "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}),
+    ("dpm++2m-sde", "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    ("euler", "EulerDiscreteScheduler", {"use_karras_sigmas": False}),
+    ("euler-ancestral", "EulerAncestralDiscreteScheduler", {}),
+    ("lcm", "LCMScheduler", {"clip_sample": False}),
+    ("pndm", "PNDMScheduler", {"skip_prk_steps": True}),
+    ("unipc", "UniPCMultistepScheduler", {"solver_type": "bh2", "predict_x0": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "class_name", "config"), EXPECTED, ids=[e[0] for e in EXPECTED])
+def test_a_name_is_a_class_with_the_models_own_betas(name: SchedulerName, class_name: str, config: dict[str, Any]) -> None:
+    own = diffusers.DPMSolverMultistepScheduler.from_config(OWN | {"use_karras_sigmas": True, "algorithm_type": "sde-dpmsolver++"})
+    scheduler = make_scheduler(name, own, steps=10)
+    assert type(scheduler).__name__ == class_name
+    found = dict(scheduler.config)
+    assert {k: found[k] for k in OWN} == OWN
+    assert {k: found[k] for k in config} == config
+
+
+def test_default_is_the_models_own() -> None:
+    own = diffusers.DDIMScheduler.from_config(OWN)
+    assert make_scheduler("default", own, steps=10) is own
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "dpm++sde" or is_torchsde_available()])
+def test_every_name_draws_the_same_images_twice(engine: ImageEngine, name: SchedulerName) -> None:
+    engine.pipe.scheduler = make_scheduler(name, diffusers.EulerDiscreteScheduler.from_config(OWN), steps=4)
+    engine.scheduler_name = name
+    first, again = engine.make(SAMPLES), engine.make(SAMPLES)
+    assert [o.error for o in first] == [None, None]
+    assert [o.image for o in first] == [o.image for o in again]
+    # The second row alone: no neighbour, no place in the batch, no shared generator decides.
+    assert engine.make(SAMPLES[1:])[0].image == first[1].image
+    assert first[0].image != first[1].image
+
+
+@pytest.mark.skipif(is_torchsde_available(), reason="torchsde is installed: dpm++sde draws, as the test above shows")
+def test_a_package_that_is_missing_is_named() -> None:
+    with pytest.raises(Failure) as failure:
+        make_scheduler("dpm++sde", diffusers.EulerDiscreteScheduler.from_config(OWN), steps=4)
+    assert failure.value.code is ExitCode.MISCONFIGURED
+    assert failure.value.message.startswith("spec.image.scheduler: dpm++sde needs a package that this image lacks")
+    assert "torchsde" in failure.value.message
+
+
+def test_the_model_sees_one_shape(engine: ImageEngine) -> None:
+    """Kernels are chosen by shape, and other kernels round in other ways: a short batch is filled up, latents are decoded one by one."""
+    seen: set[tuple[int, ...]] = set()
+    hooks = [
+        engine.pipe.unet.register_forward_pre_hook(lambda _, given: seen.add(given[0].shape)),
+        engine.pipe.vae.decoder.register_forward_pre_hook(lambda _, given: seen.add(given[0].shape)),
+    ]
+    for samples in (SAMPLES, SAMPLES[:1]):
+        engine.make(samples)
+    for hook in hooks:
+        hook.remove()
+    assert seen == {(4, 4, 16, 16), (1, 4, 16, 16)}  # two rows with guidance, and one latent
+
+
+def test_steps_that_a_sampler_cannot_do() -> None:
+    with pytest.raises(Failure) as failure:
+        make_scheduler("lcm", diffusers.EulerDiscreteScheduler.from_config(OWN), steps=100)
+    assert failure.value.code is ExitCode.INVALID_SPEC
+    assert failure.value.message.startswith("spec.image.steps: lcm cannot do 100 steps: ")

@@ -1,0 +1,233 @@
+"""Where models and datasets come from: the Hub at a commit, and the results of other jobs, merged where they are adapters."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hub.faults import Fault
+from hub.server import Running
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord, Variables
+from luthier_api.status import Plan, ResolvedDataset, ResolvedSource
+from luthier_api.termination import TerminationMessage
+from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.ending import Failure
+from luthier_trainer.manifest import write_manifest
+from luthier_trainer.prepare import main
+from luthier_trainer.prepared import read_prepared
+from luthier_trainer.sources import files_to_load
+
+MakeRun = Callable[..., FineTuneRun]
+CONFIGS = ["config.json", "tokenizer.json"]
+
+CHOICES: list[tuple[str, list[str], list[str], list[str] | str]] = [
+    # name, files of the repository, components of a pipeline, what is loaded (or the refusal)
+    ("one file of weights", [*CONFIGS, "model.safetensors", "README.md"], [], [*CONFIGS, "model.safetensors"]),
+    ("the same weights as pickles", [*CONFIGS, "model.safetensors", "pytorch_model.bin", "tf_model.h5"], [], [*CONFIGS, "model.safetensors"]),
+    (
+        "shards with an index", [*CONFIGS, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"], [],
+        [*CONFIGS, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"],
+    ),
+    ("weights for another program", [*CONFIGS, "model.safetensors", "consolidated.safetensors", "original/x.safetensors"], [], [*CONFIGS, "model.safetensors"]),
+    ("an adapter", ["adapter_config.json", "adapter_model.safetensors"], [], ["adapter_config.json", "adapter_model.safetensors"]),
+    ("code is left where it is", [*CONFIGS, "modeling_x.py", "model.safetensors"], [], [*CONFIGS, "model.safetensors"]),
+    ("pickles only", [*CONFIGS, "pytorch_model.bin"], [], "spec.model.id: model a/b has its weights only as pytorch_model.bin. Files that can run code"),
+    ("no weights", CONFIGS, [], "spec.model.id: model a/b has no weights (*.safetensors)"),
+    ("no model", ["x.safetensors"], [], "spec.model.id: model a/b has neither config.json nor adapter_config.json"),
+    (
+        "a pipeline in two precisions",
+        ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors",
+         "vae/config.json", "vae/diffusion_pytorch_model.fp16.safetensors", "scheduler/scheduler_config.json", "sd_xl.safetensors",
+         "vae_onnx/model.onnx"],
+        ["unet", "vae", "scheduler"],
+        ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
+         "vae/diffusion_pytorch_model.fp16.safetensors", "scheduler/scheduler_config.json"],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "files", "components", "expect"), CHOICES, ids=[c[0] for c in CHOICES])
+def test_which_files_are_loaded(name: str, files: list[str], components: list[str], expect: list[str] | str) -> None:
+    if isinstance(expect, str):
+        with pytest.raises(Failure) as failure:
+            files_to_load(files, components, "spec.model.id", "model a/b")
+        assert failure.value.message.startswith(expect)
+    else:
+        assert sorted(files_to_load(files, components, "spec.model.id", "model a/b")) == sorted(expect)
+
+
+def test_a_model_of_the_hub_is_fixed_to_a_commit(make_run: MakeRun, hub: Running, tiny_model: Path) -> None:
+    commit = hub.store.seed("model", "org/tiny", tiny_model)
+    run = make_run(model={"id": "org/tiny"})
+    main(run)
+    record = read_prepared(run)
+    assert (record.model.source, record.model.revision) == ("org/tiny", commit.oid)
+    assert record.model_path == str(WorkspaceFolder(Path(run.workspace)).prepared / "model")
+    assert (Path(record.model_path) / "model.safetensors").read_bytes() == (tiny_model / "model.safetensors").read_bytes()
+
+
+NOT_GIVEN: list[tuple[str, dict[str, Any], str, ExitCode, str]] = [
+    ("no such model", {"id": "org/none"}, "", ExitCode.NOT_FOUND, "spec.model.id: there is no model org/none on HUB, or it is private: then set spec.hub.tokenSecret"),
+    ("no such model, with a token", {"id": "org/none"}, "hf_reader", ExitCode.NOT_FOUND, "spec.model.id: there is no model org/none on HUB"),
+    ("no such revision", {"id": "org/tiny", "revision": "v9"}, "", ExitCode.NOT_FOUND, "spec.model.revision: model org/tiny on HUB has no such branch, tag or commit"),
+    ("gated", {"id": "org/gated"}, "hf_reader", ExitCode.UNAUTHORIZED, "spec.model.id: model org/gated on HUB is gated. Ask for access there"),
+    ("a wrong token", {"id": "org/tiny"}, "hf_wrong", ExitCode.UNAUTHORIZED, "spec.hub.tokenSecret: the Hub refused the token for model org/tiny on HUB"),
+    ("an adapter for a model", {"id": "org/adapter"}, "", ExitCode.INVALID_SPEC, "spec.model.id: that is an adapter, not a model; set its base model 'org/tiny' there"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "model", "token", "code", "message"), NOT_GIVEN, ids=[c[0] for c in NOT_GIVEN])
+def test_what_the_hub_does_not_give(
+    name: str, model: dict[str, Any], token: str, code: ExitCode, message: str, make_run: MakeRun, hub: Running, tiny_model: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "org/tiny"}')
+    shutil.copy(tiny_model / "model.safetensors", adapter / "adapter_model.safetensors")
+    hub.store.seed("model", "org/tiny", tiny_model)
+    hub.store.seed("model", "org/adapter", adapter)
+    hub.store.seed("model", "org/gated", tiny_model, gated=True)
+    if token:
+        monkeypatch.setenv(Variables.TOKEN, token)
+    with pytest.raises(Failure) as failure:
+        main(make_run(model=model))
+    expect = message.replace("HUB", hub.url)
+    assert (failure.value.code, failure.value.message[: len(expect)]) == (code, expect)
+
+
+def test_a_hub_that_is_away_is_no_mistake_of_the_user(make_run: MakeRun, hub: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUTHIER_HUB_DEADLINE", "0.5")
+    hub.control.faults.append(Fault(status=503))
+    with pytest.raises(Failure, match=r"spec\.model\.id: model org/tiny on .* cannot be reached") as failure:
+        main(make_run(model={"id": "org/tiny"}))
+    assert failure.value.code is ExitCode.HUB_UNAVAILABLE
+
+
+HUB_DATASETS: list[tuple[str, dict[str, Any], int, str]] = [
+    ("a split and its slice", {"split": "train[:50%]", "evalSplit": "test"}, 0, ""),
+    ("no such dataset", {"id": "org/none"}, 66, "spec.dataset.id: there is no dataset org/none on "),
+    ("no such split", {"split": "validation"}, 64, "spec.dataset.split: Unknown split \"validation\". Should be one of ['test', 'train']"),
+]
+
+
+@pytest.mark.parametrize(("name", "dataset", "code", "message"), HUB_DATASETS, ids=[c[0] for c in HUB_DATASETS])
+def test_a_dataset_of_the_hub(
+    name: str, dataset: dict[str, Any], code: int, message: str, make_run: MakeRun, hub: Running, corpus_rows: Path, tmp_path: Path
+) -> None:
+    """As the pod runs it: `datasets` reads the Hub's address once, when it is imported."""
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    lines = corpus_rows.read_text().splitlines(keepends=True)
+    (folder / "train.jsonl").write_text("".join(lines[:100]))
+    (folder / "test.jsonl").write_text("".join(lines[100:120]))
+    commit = hub.store.seed("dataset", "org/rows", folder)
+    run = make_run(dataset={"id": "org/rows"} | dataset)
+    (tmp_path / "run.json").write_text(json.dumps(run.dump()))
+    done = subprocess.run(
+        [sys.executable, "-m", "luthier_trainer", "prepare", "--run", str(tmp_path / "run.json")], capture_output=True, text=True, timeout=120
+    )
+    said = TerminationMessage.read((tmp_path / "run" / "termination-log").read_text())
+    assert said is not None
+    assert done.returncode == code, done.stderr
+    if code:
+        assert said.message.startswith(message)
+        return
+    assert said.prepared is not None
+    assert (said.prepared.dataset.rows, said.prepared.dataset.eval_rows, said.prepared.dataset.revision) == (50, 20, commit.oid)
+
+
+def finish_job(folder: Path, base: str, adapter: bool, tiny_model: Path) -> torch.Tensor:
+    """The workspace of a FineTuneJob that has ended well; the logits of what it learnt."""
+    workspace = WorkspaceFolder(folder)
+    workspace.prepared.mkdir(parents=True)
+    shutil.copytree(tiny_model, workspace.prepared / "model")
+    record = PreparedRecord(
+        model=ResolvedSource(source="m"), dataset=ResolvedDataset(source="d", rows=1), plan=Plan(strategy="none"), model_path=base, dataset_path="d"
+    )
+    workspace.prepared_record.write_text(json.dumps(record.dump()))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    if adapter:
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False))
+    model.save_pretrained(workspace.result)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(workspace.result)
+    write_manifest(workspace.result)
+    with torch.no_grad():
+        logits: torch.Tensor = model.eval()(torch.arange(20)[None]).logits
+    return logits
+
+
+JOB_RESULTS = [
+    ("a whole model", False, "/workspace/ftj-first-1234abcd/prepared/model", "SOURCE/result"),
+    ("an adapter on a model of its own workspace", True, "/workspace/ftj-first-1234abcd/prepared/model", "WORKSPACE/prepared/model"),
+    ("an adapter on a model that both see", True, "MODEL", "WORKSPACE/prepared/model"),
+]
+
+
+@pytest.mark.parametrize(("name", "adapter", "base", "expect"), JOB_RESULTS, ids=[c[0] for c in JOB_RESULTS])
+def test_the_result_of_another_job_is_a_model(
+    name: str, adapter: bool, base: str, expect: str, make_run: MakeRun, tiny_model: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "sources" / "claim" / "ftj-first-1234abcd"
+    logits = finish_job(source, base.replace("MODEL", str(tiny_model)), adapter, tiny_model)
+    run = make_run(model={"job": "first"}, sources={"first": str(source)})
+    main(run)
+    record = read_prepared(run)
+    assert record.model_path == expect.replace("SOURCE", str(source)).replace("WORKSPACE", run.workspace)
+    with torch.no_grad():
+        again = AutoModelForCausalLM.from_pretrained(record.model_path).eval()(torch.arange(20)[None]).logits
+    torch.testing.assert_close(again, logits, rtol=1e-4, atol=1e-5)
+    assert record.model.source == "FineTuneJob first"
+
+
+def test_an_adapter_whose_base_is_nowhere(make_run: MakeRun, tiny_model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "ftj-first-1"
+    finish_job(source, "/models/elsewhere", True, tiny_model)
+    with pytest.raises(Failure, match=r"spec\.model\.job: the result of FineTuneJob first is an adapter, and its base model /models/elsewhere"):
+        main(make_run(model={"job": "first"}, sources={"first": str(source)}))
+
+
+def test_a_damaged_result_is_not_built_upon(make_run: MakeRun, tiny_model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "ftj-first-1"
+    finish_job(source, str(tiny_model), True, tiny_model)
+    (source / "result" / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(Failure, match=r"spec\.model\.job: the result of FineTuneJob first is damaged: adapter_model.safetensors has 0 bytes"):
+        main(make_run(model={"job": "first"}, sources={"first": str(source)}))
+
+
+def test_a_job_without_a_result(make_run: MakeRun, tmp_path: Path) -> None:
+    with pytest.raises(Failure, match=r"spec\.model\.job: FineTuneJob first has left no result in .* Has it finished\?"):
+        main(make_run(model={"job": "first"}, sources={"first": str(tmp_path)}))
+
+
+MakeGenerateRun = Callable[..., GenerateRun]
+
+
+def test_adapters_keep_their_order(make_generate_run: MakeGenerateRun, tiny_model: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        finish_job(tmp_path / name, str(tiny_model), True, tiny_model)
+    run = make_generate_run(
+        adapters=[{"job": "two"}, {"path": str(tmp_path / "one" / "result")}], sources={"two": str(tmp_path / "two"), "one": str(tmp_path / "one")}
+    )
+    main(run)
+    record = read_prepared(run)
+    assert record.adapter_paths == [str(tmp_path / "two" / "result"), str(tmp_path / "one" / "result")]
+    assert [a.source for a in record.adapters] == ["FineTuneJob two", str(tmp_path / "one" / "result")]
+
+
+def test_a_whole_model_is_no_adapter(make_generate_run: MakeGenerateRun, tiny_model: Path, tmp_path: Path) -> None:
+    finish_job(tmp_path / "one", str(tiny_model), False, tiny_model)
+    with pytest.raises(Failure, match=r"spec\.adapters\[0\]\.job: that is a whole model, not an adapter .* use it as spec\.model\.job: one"):
+        main(make_generate_run(adapters=[{"job": "one"}], sources={"one": str(tmp_path / "one")}))

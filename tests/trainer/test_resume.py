@@ -1,0 +1,104 @@
+"""An interrupted run goes on as if nothing had happened: the same losses, to the last bit, and the same figures at the end."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import DatasetDict
+from prepared_workspace import causal_lm_data, losses, prepared_run, prose, save_llama
+from transformers import AutoTokenizer
+
+from luthier_api.termination import TerminationMessage
+from luthier_trainer import train
+from luthier_trainer.callbacks import Heartbeat
+from luthier_trainer.ending import run_dir
+
+STEPS = 26  # an epoch has 25, so that one resumption crosses its border
+LORA = {"type": "lora", "rank": 4, "dropout": 0.1}
+
+
+@pytest.fixture(scope="module")
+def llama(paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("llama"), paragraphs)
+
+
+@pytest.fixture(scope="module")
+def data(llama: Path, paragraphs: list[str]) -> DatasetDict:
+    whole = causal_lm_data(AutoTokenizer.from_pretrained(llama), prose(paragraphs))
+    return DatasetDict(train=whole["train"].select(range(200)), eval=whole["eval"].select(range(8)))
+
+
+def make(root: Path, llama: Path, data: DatasetDict, **training: Any) -> Any:
+    return prepared_run(root, llama, data, method=LORA, training={"maxSteps": STEPS, "learningRate": 1e-2, "evalSteps": 10} | training)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(llama: Path, data: DatasetDict, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict[str, float]]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LUTHIER_RUN_DIR", str(folder))
+        run = make(folder / "job", llama, data)
+        metrics = train.main(run).metrics
+    assert metrics is not None
+    return losses(run), metrics
+
+
+def stopped_at(run: Any, step: int, monkeypatch: pytest.MonkeyPatch) -> TerminationMessage:
+    """Train until the stop flag appears, as it would be set by the supervisor, in the middle of `step`."""
+
+    class Flag(Heartbeat):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == step - 1:
+                (run_dir() / "stop").touch()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Heartbeat", Flag)
+        message = train.main(run)
+    (run_dir() / "stop").unlink()
+    return message
+
+
+STOPS = [
+    # name                    stopped at steps
+    ("in the first epoch",    [7]),
+    ("at its end",            [25]),
+    ("twice",                 [3, 12]),
+    ("at the last step",      [STEPS]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "stops"), STOPS, ids=[s[0] for s in STOPS])
+def test_stopped(
+    name: str, stops: list[int], tmp_path: Path, llama: Path, data: DatasetDict, uninterrupted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make(tmp_path / "job", llama, data)
+    for step in stops:
+        message = stopped_at(run, step, monkeypatch)
+        assert (message.code, message.reason, message.step, message.saved) == (75, "Preempted", step, True)
+        assert not (tmp_path / "job/result").exists()
+    metrics = train.main(run).metrics
+    assert metrics is not None
+    assert losses(run) == uninterrupted[0]
+    assert {k: v for k, v in metrics.items() if k != "seconds"} == {k: v for k, v in uninterrupted[1].items() if k != "seconds"}
+
+
+def test_the_newest_checkpoint_is_broken(
+    tmp_path: Path, llama: Path, data: DatasetDict, uninterrupted: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As if the node had died while it wrote the result: the last checkpoint is damaged, the one before it good."""
+    run = make(tmp_path / "job", llama, data, saveSteps=10)
+    train.main(run)
+    shutil.rmtree(tmp_path / "job/result")
+    newest = tmp_path / f"job/checkpoints/checkpoint-{STEPS}"
+    weights = bytearray((newest / "adapter_model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (newest / "adapter_model.safetensors").write_bytes(weights)
+    capsys.readouterr()
+    train.main(run)
+    output = capsys.readouterr().out
+    assert f"checkpoint-{STEPS} is broken and set aside as .corrupt-checkpoint-{STEPS}: adapter_model.safetensors has changed" in output
+    assert "resuming from checkpoint-20" in output
+    assert losses(run)[20:] == uninterrupted[0][20:]

@@ -1,0 +1,394 @@
+"""PID 1 with real children: what it returns, says, kills and waits for. And its verdicts, as a table."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier_api.exitcodes import ExitCode, Retry
+from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
+from luthier_api.status import Plan, ResolvedDataset, ResolvedSource
+from luthier_api.termination import LIMIT_BYTES, TerminationMessage
+from luthier_trainer.child import Tail, redact
+from luthier_trainer.ending import Failure
+from luthier_trainer.memory import oom_kills
+from luthier_trainer.preflight import check_gpus, check_writable
+from luthier_trainer.prepared import FINGERPRINT, fingerprint, write_prepared
+from luthier_trainer.verdict import Evidence, judge
+
+TOKEN = "hf_" + "a1B2" * 9
+
+# The supervisor itself, with a small script in the place of the phase's process.
+DRIVER = """
+import sys
+from pathlib import Path
+from luthier_trainer import supervisor
+supervisor.command = lambda verb, run, node_rank: [sys.executable, sys.argv[3]]
+raise SystemExit(supervisor.main(sys.argv[1], Path(sys.argv[2])))
+"""
+CHILD = """
+import faulthandler, json, os, signal, subprocess, sys, time
+from pathlib import Path
+run = Path(os.environ["LUTHIER_RUN_DIR"])
+def result(code, rank=0, **more):
+    reason = {0: "Completed", 65: "InvalidDataset", 75: "Preempted", 81: "PeerLost", 71: "InfrastructureError"}[code]
+    (run / f"result-{rank}.json").write_text(json.dumps({"phase": "run", "code": code, "reason": reason, "rank": rank} | more))
+"""
+
+
+def give_prepared(run: FineTuneRun | GenerateRun) -> None:
+    """A workspace whose `prepare` has ended well."""
+    folder = Path(run.workspace) / "prepared"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FINGERPRINT).write_text(fingerprint(run))
+    write_prepared(
+        run,
+        PreparedRecord(
+            model=ResolvedSource(source="m"), dataset=ResolvedDataset(source="d", rows=1), plan=Plan(strategy="none"), model_path="m",
+            dataset_path="d",
+        ),
+    )  # fmt: skip
+
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(tmp_path: Path, make_generate_run: Callable[..., GenerateRun]) -> Iterator[Start]:
+    """Start the supervisor over a child script; ends it, and all below it, with the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run_it(script: str, verb: str = "generate", grace_seconds: int = 60, prepared: bool = True, **environment: str) -> subprocess.Popen[str]:
+        run = make_generate_run(grace_seconds=grace_seconds)
+        if prepared:
+            give_prepared(run)
+        (tmp_path / "run.json").write_text(json.dumps(run.dump()))
+        (tmp_path / "child.py").write_text(CHILD + textwrap.dedent(script))
+        (tmp_path / "driver.py").write_text(DRIVER)
+        started.append(
+            subprocess.Popen(
+                [sys.executable, str(tmp_path / "driver.py"), verb, str(tmp_path / "run.json"), str(tmp_path / "child.py")],
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment,
+            )
+        )  # fmt: skip
+        return started[-1]
+
+    yield run_it
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def last_word(tmp_path: Path) -> TerminationMessage:
+    message = TerminationMessage.read((tmp_path / "run" / "termination-log").read_text())
+    assert message is not None
+    return message
+
+
+def wait_for(path: Path, seconds: float = 20) -> None:
+    until = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < until, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+ENDS: list[tuple[str, str, dict[str, Any], int, str]] = [
+    # name, child, environment, exit code, message
+    ("a good end", "result(0, metrics={'evalLoss': 1.5})", {}, 0, ""),
+    ("a good end, then a crash in teardown", "result(0); os.abort()", {}, 0, ""),
+    ("a mistake of the user", "result(65, message='spec.dataset: no'); os._exit(65)", {}, 65, "spec.dataset: no"),
+    ("a mistake on one rank, lost peers on the others", "result(81, 0, message='gone'); result(65, 1, message='bad row'); sys.exit(1)", {}, 65, "bad row"),
+    ("an agreed stop on another pod", "result(75, saved=True, step=7)", {}, 75, ""),
+    ("a lost peer", "result(81, message='Connection reset by peer'); sys.exit(1)", {"LUTHIER_PEER_LOST_LINGER": "0.3"}, 81, "Connection reset"),
+    ("no message", "print('deep trouble'); sys.exit(3)", {}, 70, "the process ended with 3 and left no message"),
+    ("no message, but a code of ours", "sys.exit(74)", {}, 74, "ended with 74"),
+    ("an end without a result", "pass", {}, 70, "ended with 0 but left no result"),
+    ("killed from outside", "os.kill(os.getpid(), signal.SIGKILL)", {}, 71, "ended by SIGKILL from outside"),
+    (
+        "out of memory", "Path(os.environ['LUTHIER_CGROUP'], 'memory.events').write_text('oom 1\\noom_kill 3\\n'); os.kill(os.getpid(), 9)",
+        {"LUTHIER_CGROUP": "CGROUP"}, 83, "spec.resources.memory: the container ran out of memory",
+    ),
+    (
+        "a hang", "faulthandler.register(signal.SIGUSR1); (run / 'heartbeat').touch()\ndef stuck():\n    time.sleep(60)\nstuck()",
+        {"LUTHIER_STEP_TIMEOUT": "0.5"}, 80, "no step for",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "script", "environment", "code", "message"), ENDS, ids=[c[0] for c in ENDS])
+def test_an_end_becomes_a_code(
+    name: str, script: str, environment: dict[str, str], code: int, message: str, start: Start, tmp_path: Path
+) -> None:
+    (tmp_path / "cgroup").mkdir()
+    (tmp_path / "cgroup" / "memory.events").write_text("oom 0\noom_kill 2\n")
+    process = start(script, **{k: str(tmp_path / "cgroup") if v == "CGROUP" else v for k, v in environment.items()})
+    output, _ = process.communicate(timeout=30)
+    said = last_word(tmp_path)
+    assert (process.returncode, said.code) == (code, code), output
+    assert message in said.message
+    if name == "a hang":
+        assert "in stuck" in output
+    if name == "no message":
+        assert "deep trouble" in output
+        assert said.last_lines == "deep trouble"
+
+
+def test_a_stop_is_agreed_on_not_forwarded(start: Start, tmp_path: Path) -> None:
+    """The child would die of a SIGTERM; it sees the file, saves, and says so."""
+    process = start(
+        """
+        (run / "ready").touch()
+        while not (run / "stop").exists():
+            time.sleep(0.02)
+        result(75, saved=True, step=12)
+        """
+    )
+    wait_for(tmp_path / "run" / "ready")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 75
+    assert (last_word(tmp_path).saved, last_word(tmp_path).step) == (True, 12)
+
+
+AFTER_SIGTERM = [
+    ("ignores the stop", "time.sleep(60)", "the grace period ended"),
+    ("fails of something else", "while not (run / 'stop').exists(): time.sleep(0.02)\nresult(65, message='bad'); os._exit(65)", "InvalidDataset: bad"),
+    ("has no message", "while not (run / 'stop').exists(): time.sleep(0.02)\nsys.exit(1)", "ended with 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "script", "message"), AFTER_SIGTERM, ids=[c[0] for c in AFTER_SIGTERM])
+def test_after_a_sigterm_nothing_is_final(name: str, script: str, message: str, start: Start, tmp_path: Path) -> None:
+    process = start("(run / 'ready').touch()\n" + script, grace_seconds=2)
+    wait_for(tmp_path / "run" / "ready")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 75
+    assert last_word(tmp_path).saved is False
+    assert message in last_word(tmp_path).message
+
+
+def test_workers_in_sessions_of_their_own_are_killed_too(start: Start, tmp_path: Path) -> None:
+    process = start(
+        """
+        grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+        (run / "pid").write_text(str(grandchild.pid))
+        (run / "ready").touch()
+        time.sleep(60)
+        """,
+        grace_seconds=2,
+    )
+    wait_for(tmp_path / "run" / "ready")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 75
+    assert not Path(f"/proc/{(tmp_path / 'run' / 'pid').read_text()}").exists()
+
+
+def test_prepare_has_nothing_to_save_and_stops_at_once(start: Start, tmp_path: Path) -> None:
+    process = start("(run / 'ready').touch(); time.sleep(60)", verb="prepare")
+    wait_for(tmp_path / "run" / "ready")
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 75
+    assert time.monotonic() - began < 5
+
+
+def test_a_lost_peer_waits_to_be_stopped(start: Start, tmp_path: Path) -> None:
+    """The pod that caused it fails first; the cluster then stops us, which costs nothing."""
+    process = start("result(81, message='gone'); (run / 'ready').touch(); sys.exit(1)", LUTHIER_PEER_LOST_LINGER="20")
+    wait_for(tmp_path / "run" / "ready")
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 75
+
+
+def test_stale_files_of_an_earlier_start_are_gone(start: Start, tmp_path: Path) -> None:
+    for name in ("stop", "heartbeat", "result-0.json"):
+        (tmp_path / "run" / name).write_text('{"phase":"run","code":65,"reason":"InvalidDataset"}')
+    process = start("assert not (run / 'stop').exists() and not (run / 'heartbeat').exists(); result(0)")
+    assert process.wait(timeout=20) == 0
+
+
+def test_tokens_reach_neither_lines_nor_message(start: Start, tmp_path: Path) -> None:
+    process = start(f"print('curl -H {TOKEN}', flush=True); result(71, message='401 for {TOKEN}'); sys.exit(1)")
+    process.communicate(timeout=20)
+    raw = (tmp_path / "run" / "termination-log").read_text()
+    assert TOKEN not in raw
+    assert "curl -H hf_…" in raw
+
+
+def test_the_last_word_fits_where_the_kubelet_reads_it(start: Start, tmp_path: Path) -> None:
+    process = start("for i in range(200): print(i, 'é' * 300)\nresult(71, message='x' * 9000); sys.exit(1)")
+    process.communicate(timeout=20)
+    raw = (tmp_path / "run" / "termination-log").read_bytes()
+    assert len(raw) <= LIMIT_BYTES
+    assert TerminationMessage.read(raw.decode()) is not None
+
+
+def test_run_pods_hold_no_token(start: Start, tmp_path: Path) -> None:
+    process = start("(run / 'seen').write_text(os.environ.get('HF_TOKEN', '') + os.environ['HF_HUB_OFFLINE']); result(0)", HF_TOKEN=TOKEN)
+    assert process.wait(timeout=20) == 0
+    assert (tmp_path / "run" / "seen").read_text() == "1"
+
+
+def entry(tmp_path: Path, verb: str, document: object) -> tuple[subprocess.CompletedProcess[str], float]:
+    """The image's own entry point."""
+    (tmp_path / "run.json").write_text(document if isinstance(document, str) else json.dumps(document))
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "luthier_trainer", verb, "--run", str(tmp_path / "run.json")], capture_output=True, text=True, timeout=30
+    )
+    return done, time.monotonic() - began
+
+
+def good(run: FineTuneRun | GenerateRun, **changes: Any) -> dict[str, Any]:
+    document: Any = run.dump()
+    for path, value in changes.items():
+        *way, last = path.split("__")
+        place = document
+        for step in way:
+            place = place[step]
+        place[last] = value
+    return document
+
+
+REFUSED: list[tuple[str, str, dict[str, Any] | str, int, str]] = [
+    ("not JSON", "prepare", "{", 64, "run config: Invalid JSON"),
+    ("unknown field", "prepare", {"spec__model__pat": "x"}, 64, "spec.model.pat: Extra inputs are not permitted"),
+    ("wrong value", "prepare", {"spec__training__epochs": 0}, 64, "spec.training.epochs: Input should be greater than 0 (it is 0)"),
+    ("a kind that does not fit", "generate", {}, 64, "kind: generate needs a GenerateJob, but run.json describes a FineTuneJob"),
+    ("no prepare before", "train", {}, 78, "prepared.json: missing. Run `prepare` first, on the same workspace"),
+    ("a workspace that cannot be", "prepare", {"workspace": "/proc/luthier/job"}, 78, "spec.workspace: cannot write to /proc/luthier/job"),
+]
+
+
+@pytest.mark.parametrize(("name", "verb", "given", "code", "message"), REFUSED, ids=[c[0] for c in REFUSED])
+def test_mistakes_end_before_torch(
+    name: str, verb: str, given: dict[str, Any] | str, code: int, message: str, tmp_path: Path, make_run: Callable[..., FineTuneRun]
+) -> None:
+    done, seconds = entry(tmp_path, verb, given if isinstance(given, str) else good(make_run(), **given))
+    assert (done.returncode, last_word(tmp_path).code) == (code, code), done.stderr
+    assert message in last_word(tmp_path).message
+    assert seconds < 5, "torch takes longer than that to import here"
+
+
+def test_the_supervisor_imports_nothing_heavy() -> None:
+    code = "import sys, luthier_trainer.__main__; print([m for m in ('torch', 'transformers', 'datasets', 'numpy', 'httpx') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_workspace_of_another_job_is_not_trained_on(tmp_path: Path, make_run: Callable[..., FineTuneRun]) -> None:
+    give_prepared(make_run())
+    done, _ = entry(tmp_path, "train", good(make_run(), spec__training__seed=7))
+    assert done.returncode == 64
+    assert "was prepared for another version of job 'job'" in last_word(tmp_path).message
+
+
+def test_gpus_that_nobody_sees(make_run: Callable[..., FineTuneRun], tmp_path: Path) -> None:
+    run = make_run(resources={"gpusPerNode": 2})
+    with pytest.raises(Failure, match=r"spec\.resources\.gpusPerNode: 2 asked for, but no GPU is visible") as failure:
+        check_gpus(run, tmp_path)
+    assert failure.value.code is ExitCode.MISCONFIGURED
+    (tmp_path / "nvidia0").touch()
+    check_gpus(run, tmp_path)
+
+
+def test_a_folder_of_somebody_else(tmp_path: Path) -> None:
+    """As another user, because root may write anywhere."""
+    folder = Path("/usr/share")
+    code = (
+        "import os, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "from pathlib import Path\n"
+        "from luthier_trainer.preflight import check_writable\n"
+        f"check_writable(Path({str(folder)!r}), 'spec.workspace')"
+        if os.getuid() == 0
+        else ""
+    )
+    if not code:
+        with pytest.raises(Failure) as failure:
+            check_writable(folder, "spec.workspace")
+        text = failure.value.message
+    else:
+        prelude = "import luthier_trainer.preflight\n"  # while it may still read our files
+        text = subprocess.run([sys.executable, "-c", prelude + code], capture_output=True, text=True, timeout=30).stderr
+    assert "spec.workspace: cannot write to /usr/share: Permission denied. /usr/share belongs to 0:0, mode 0755; this process is" in text
+
+
+TAILS = [
+    ("lines", [b"a\nb", b"c\n"], "a\nbc"),
+    ("an open line", [b"a\nb"], "a\nb"),
+    ("a progress bar", [b" 1%\r 2%\r100%\ndone\n"], "100%\ndone"),
+    ("CRLF", [b"a\r\nb\r\n"], "a\nb"),
+    ("more than are kept", [b"%d\n" % i for i in range(30)], "\n".join(str(i) for i in range(10, 30))),
+    ("not text", [b"\xff\xfe\n"], "\ufffd\ufffd"),
+    ("a token across two reads", [TOKEN[:10].encode(), TOKEN[10:].encode() + b" ok\n"], "hf_… ok"),
+]
+
+
+@pytest.mark.parametrize(("name", "chunks", "expect"), TAILS, ids=[c[0] for c in TAILS])
+def test_the_tail_of_an_output(name: str, chunks: list[bytes], expect: str) -> None:
+    tail = Tail()
+    for chunk in chunks:
+        tail.feed(chunk)
+    assert tail.text() == expect
+
+
+def test_short_words_are_not_tokens() -> None:
+    assert redact("hf_home and hf_hub_offline") == "hf_home and hf_hub_offline"
+
+
+COUNTERS = [
+    ("v2", "memory.events", "low 0\noom 1\noom_kill 4\noom_group_kill 0\n", 4),
+    ("v1", "memory/memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 2\n", 2),
+    ("none", "other", "", 0),
+]
+
+
+@pytest.mark.parametrize(("name", "file", "text", "expect"), COUNTERS, ids=[c[0] for c in COUNTERS])
+def test_the_counter_of_memory_kills(name: str, file: str, text: str, expect: int, tmp_path: Path) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(text)
+    assert oom_kills(tmp_path) == expect
+
+
+def said(code: ExitCode, rank: int = 0, **more: Any) -> TerminationMessage:
+    return TerminationMessage(phase="run", code=code, reason=code.reason, rank=rank, **more)
+
+
+E = ExitCode
+VERDICTS: list[tuple[str, list[TerminationMessage], dict[str, Any], ExitCode]] = [
+    ("all ranks done", [said(E.COMPLETED), said(E.COMPLETED, 1)], {"processes": 2}, E.COMPLETED),
+    ("one rank done, the other vanished", [said(E.COMPLETED)], {"processes": 2, "status": 1}, E.TRAINING_ERROR),
+    ("done, while being stopped", [said(E.COMPLETED)], {"stopped": True}, E.COMPLETED),
+    ("CUDA memory on one rank, peers lost", [said(E.PEER_LOST), said(E.CUDA_OUT_OF_MEMORY, 1)], {"status": 1}, E.CUDA_OUT_OF_MEMORY),
+    ("storage before a lost peer", [said(E.PEER_LOST), said(E.STORAGE_ERROR, 1)], {"status": 1}, E.STORAGE_ERROR),
+    ("saved on one rank, a peer lost on the other", [said(E.PREEMPTED), said(E.PEER_LOST, 1)], {}, E.PREEMPTED),
+    ("the kernel killed a rank, its peers saw it go", [said(E.PEER_LOST, 1)], {"memory_kills": 1, "status": 1}, E.HOST_OUT_OF_MEMORY),
+    ("one rank failed, the others hung on it", [said(E.INVALID_DATASET, 1)], {"killed": "hang", "status": -9}, E.INVALID_DATASET),
+    ("hung", [], {"killed": "hang", "status": -9}, E.HANG),
+    ("hung while being stopped", [], {"killed": "grace", "stopped": True, "status": -9}, E.PREEMPTED),
+    ("out of memory while being stopped", [], {"memory_kills": 1, "stopped": True, "status": -9}, E.PREEMPTED),
+]
+
+
+@pytest.mark.parametrize(("name", "messages", "facts", "expect"), VERDICTS, ids=[c[0] for c in VERDICTS])
+def test_verdict(name: str, messages: list[TerminationMessage], facts: dict[str, Any], expect: ExitCode) -> None:
+    evidence = Evidence(phase="run", messages={m.rank or 0: m for m in messages}, **({"status": 0} | facts))
+    assert judge(evidence).code == expect
+
+
+def test_after_a_stop_no_code_is_one_that_ends_the_job() -> None:
+    for code in (c for c in ExitCode if c is not ExitCode.COMPLETED):
+        verdict = judge(Evidence(phase="run", status=1, messages={0: said(code)}, stopped=True))
+        assert verdict.exit_code is not None
+        assert verdict.exit_code.retry is Retry.FREE, code

@@ -1,0 +1,248 @@
+"""The API as a user meets it where there is no API server: what is refused, and with which words.
+
+`manifest_cases` has the rules' table; the tests of the cluster apply it to a real API server.
+"""
+
+from __future__ import annotations
+
+import cel
+import pytest
+from unit.manifest_cases import CASES, UPDATES, Case, Document, Update, make, tune
+
+from luthier_api import crd
+from luthier_api.base import ApiModel, Rule
+from luthier_api.exitcodes import ExitCode, Retry
+from luthier_api.kinds import FineTuneJob, GenerateJob, parse_job
+from luthier_api.metrics import POD_METRICS, checkpoint_step, progress_of, read_samples
+from luthier_api.spec import JobControl
+from luthier_api.status import JobStatus
+from luthier_api.termination import LIMIT_BYTES, TerminationMessage
+from luthier_api.validation import InvalidJob, check_job
+
+
+def rules() -> list[tuple[str, Rule]]:
+    return [(m.__name__, rule) for m in crd.all_models(ApiModel) if "rules" in m.__dict__ for rule in m.rules]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_each_rule_accepts_one_manifest_and_refuses_another(case: Case) -> None:
+    check_job(case.accepted)
+    with pytest.raises(InvalidJob) as refused:
+        check_job(case.refused)
+    assert case.message in refused.value.problems
+
+
+@pytest.mark.parametrize("update", UPDATES, ids=lambda u: f"{u.before['kind']}.{u.field}")
+def test_fields_that_never_change(update: Update) -> None:
+    before, after = (parse_job(d).spec for d in (update.before, update.after))
+    transitions = [r for r in type(after).rules if r.transition]
+
+    def broken(old: object, new: object) -> list[str]:
+        return [r.message for r in transitions if cel.evaluate(r.cel, {"self": new, "oldSelf": old}) is not True]
+
+    assert broken(before.dump(), before.dump()) == []
+    assert broken(before.dump(), after.dump()) == [update.message]
+
+
+def test_the_tables_cover_all_rules() -> None:
+    told = {c.message for c in CASES} | {u.message for u in UPDATES}
+    assert {rule.message for _, rule in rules()} - told == set()
+
+
+@pytest.mark.parametrize(("kind", "base"), [("FineTuneJob", tune()), ("GenerateJob", make())])
+def test_what_may_change_is_what_steers_a_job(kind: str, base: Document) -> None:
+    spec = parse_job(base).spec
+    fixed = {u.field for u in UPDATES if u.before["kind"] == kind}
+    free = {f.alias or n for n, f in type(spec).model_fields.items()} - fixed
+    steering = {f.alias or n for n, f in JobControl.model_fields.items()}
+    assert free == steering | {"hub", "restarts" if kind == "FineTuneJob" else "retriesPerShard"}
+
+
+@pytest.mark.parametrize(("owner", "rule"), rules(), ids=lambda v: v if isinstance(v, str) else v.message[:40])
+def test_messages_begin_with_a_field_and_say_what_to_do(owner: str, rule: Rule) -> None:
+    path, _, advice = rule.message.partition(": ")
+    assert advice or rule.transition
+    assert " " not in path or rule.transition
+
+
+SHAPES = [
+    # name                     given                                                   expect
+    ("an unknown field", tune(trainning={"epochs": 1}), "spec.trainning: unknown field. Did you mean 'training'?"),
+    ("an unknown field below", tune(method={"ranks": 4}), "spec.method.ranks: unknown field. Did you mean 'rank'?"),
+    ("nothing like it", tune(zebra=1), "spec.zebra: unknown field"),
+    ("a field is missing", make(inputs=None), "spec.inputs: input should be a valid dictionary or instance of Inputs (it is None)"),
+    ("an unknown task", tune(task="poetry"), "spec.task: input should be 'causal-lm' or 'text-classification' (it is 'poetry')"),
+    ("a number out of range", tune(training={"learningRate": 2}), "spec.training.learningRate: input should be less than or equal to 1 (it is 2)"),
+    ("an element of a list", make(inputs={"rows": [{"prompt": ""}]}), "spec.inputs.rows[0].prompt: string should have at least 1 character (it is '')"),
+    ("another kind", {"kind": "Pod", "metadata": {"name": "x"}}, "kind: 'Pod' is not one of FineTuneJob, GenerateJob"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "document", "expect"), SHAPES, ids=[s[0] for s in SHAPES])
+def test_shape(name: str, document: Document, expect: str) -> None:
+    with pytest.raises(InvalidJob) as refused:
+        check_job(document)
+    assert expect in refused.value.problems
+
+
+def test_all_problems_are_reported_at_once() -> None:
+    document = tune(zebra=1, task="poetry", training={"epochs": 0})
+    with pytest.raises(InvalidJob) as refused:
+        check_job(document)
+    assert len(refused.value.problems) == 3
+
+
+def test_defaults_are_those_of_the_crd() -> None:
+    """The API server fills in what the schema says; pydantic must fill in the same."""
+    schemas = {
+        kind.value: crd.crd(kind, info)["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+        for kind, info in crd.KINDS.items()
+    }
+
+    def fill(value: object, schema: Document) -> object:
+        if isinstance(value, dict) and "properties" in schema:
+            for name, below in schema["properties"].items():
+                if name not in value and "default" in below:
+                    value[name] = below["default"]
+                if name in value:
+                    value[name] = fill(value[name], below)
+        elif isinstance(value, list):
+            return [fill(v, schema["items"]) for v in value]
+        return value
+
+    for document in (tune(), make()):
+        filled = fill(dict(document["spec"]), schemas[document["kind"]])
+        assert filled == {k: v for k, v in parse_job(document).spec.dump().items() if v != []}
+
+
+def test_crd_files_are_current() -> None:
+    assert crd.main(check=True) == 0
+
+
+@pytest.mark.parametrize("kind", list(crd.KINDS))
+def test_the_schema_is_structural(kind: str) -> None:
+    """What the API server would refuse: unions, references, properties beside additionalProperties."""
+
+    def walk(node: object, path: str) -> None:
+        if isinstance(node, dict):
+            assert not {"anyOf", "oneOf", "allOf", "$ref", "$defs"} & (node.keys() if "type" in node else set()), path
+            if isinstance(node.get("properties"), dict):
+                assert "additionalProperties" not in node, path
+            for key, below in node.items():
+                walk(below, f"{path}.{key}")
+        elif isinstance(node, list):
+            for below in node:
+                walk(below, path)
+
+    info = crd.KINDS[kind]  # type: ignore[index]
+    walk(crd.crd(kind, info), str(kind))  # type: ignore[arg-type]
+
+
+def test_every_field_of_the_spec_is_described() -> None:
+    """`kubectl explain` shows docstrings; a few names need none."""
+    plain = {"metadata", "columns", "prompt", "format", "claim", "configMap", "nodeSelector", "weightDecay", "seed", "cpu"}
+    bare = []
+
+    def walk(node: Document, path: str) -> None:
+        for name, below in node.get("properties", {}).items():
+            if "description" not in below and name not in plain:
+                bare.append(f"{path}.{name}")
+            walk(below, f"{path}.{name}")
+        if isinstance(node.get("items"), dict):
+            walk(node["items"], path)
+
+    for kind, info in crd.KINDS.items():
+        walk(crd.crd(kind, info)["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"], kind.value)
+    allowed = {"rank", "key", "name", "effect", "value", "operator", "tolerations", "model", "dataset", "method", "training", "resources",
+               "workspace", "volumes", "hub", "scheduling", "restarts", "inputs", "split", "topP", "text", "task", "perPrompt", "temperature",
+               "revision", "width", "height", "maxNewTokens", "repetitionPenalty", "adapters", "precision", "negativePrompt"}  # fmt: skip
+    assert [b for b in bare if b.rsplit(".", 1)[1] not in allowed] == []
+
+
+def test_exit_codes() -> None:
+    assert {int(c) for c in ExitCode} == {0, 64, 65, 66, 69, 70, 71, 74, 75, 77, 78, 79, 80, 81, 82, 83}
+    assert len({c.reason for c in ExitCode}) == len(ExitCode)
+    assert ExitCode.of(75) is ExitCode.PREEMPTED
+    assert ExitCode.of(137) is None
+    by_retry = {retry: ExitCode.codes(retry) for retry in Retry}
+    assert by_retry[Retry.FREE] == [75]
+    assert by_retry[Retry.NEVER] == [64, 65, 66, 77, 78, 79, 82, 83]
+    assert sorted(code for codes in by_retry.values() for code in codes) == [int(c) for c in ExitCode if c]
+
+
+MESSAGES = [
+    ("short", {"message": "spec.x: no"}, "spec.x: no", ""),
+    ("many lines", {"message": "spec.x: no", "last_lines": "line\n" * 4000 + "the end"}, "spec.x: no", "the end"),
+    ("other letters", {"message": "nein", "last_lines": "ß€🎻" * 4000}, "nein", "🎻"),
+    ("control characters", {"message": "m", "last_lines": "\x00\x1b" * 4000 + "end"}, "m", "end"),
+    ("a long message", {"message": "x" * 9000}, "x" * 3000, ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "fields", "begins", "ends"), MESSAGES, ids=[m[0] for m in MESSAGES])
+def test_a_termination_message_fits_into_what_the_kubelet_keeps(name: str, fields: dict[str, str], begins: str, ends: str) -> None:
+    encoded = TerminationMessage(phase="run", code=70, reason="TrainingError", **fields).encode()  # type: ignore[arg-type]
+    assert len(encoded) <= LIMIT_BYTES
+    read = TerminationMessage.read(encoded.decode())
+    assert read is not None
+    assert read.message.startswith(begins)
+    assert read.last_lines.endswith(ends)
+    assert len(encoded) > LIMIT_BYTES * 0.6 or sum(map(len, fields.values())) < LIMIT_BYTES * 0.6
+
+
+@pytest.mark.parametrize("text", [None, "", "Traceback (most recent call last)", "{}", '{"phase": "run"}'])
+def test_what_is_no_termination_message(text: str | None) -> None:
+    assert TerminationMessage.read(text) is None
+
+
+TRAIN = """# HELP luthier_train_step Optimiser steps done
+# TYPE luthier_train_step gauge
+luthier_train_step 120.0
+luthier_train_max_steps 400.0
+luthier_train_loss 2.34567
+luthier_train_tokens_per_second 5210.4
+luthier_train_eta_seconds 55.6
+luthier_train_step_duration_seconds_bucket{le="0.1"} 3.0
+luthier_checkpoint_last_step 100
+"""
+
+
+def test_progress_of_training() -> None:
+    samples = read_samples(TRAIN)
+    assert 'luthier_train_step_duration_seconds_bucket{le="0.1"}' not in samples
+    progress = progress_of([{}, samples])
+    assert progress is not None
+    assert (progress.step, progress.max_steps, progress.percent) == (120, 400, 30)
+    assert (progress.loss, progress.tokens_per_second, progress.eta_seconds) == (2.346, 5210.0, 56)
+    assert checkpoint_step(samples) == 100
+
+
+def test_progress_of_generation_adds_the_shards_up() -> None:
+    shard = {"luthier_generate_rows": 3.0, "luthier_generate_max_rows": 10.0, "luthier_generate_rows_per_second": 0.5}
+    progress = progress_of([shard, shard])
+    assert progress is not None
+    assert (progress.rows, progress.max_rows, progress.percent, progress.eta_seconds) == (6, 20, 30, 14)
+
+
+@pytest.mark.parametrize("pods", [[], [{}], [{"luthier_train_step": 1.0}]])
+def test_no_progress_yet(pods: list[dict[str, float]]) -> None:
+    assert progress_of(pods) is None
+
+
+def test_a_loss_that_is_no_number_is_no_figure() -> None:
+    progress = progress_of([{"luthier_train_max_steps": 4.0, "luthier_train_loss": float("nan")}])
+    assert progress is not None
+    assert progress.loss is None
+
+
+def test_metric_names() -> None:
+    assert len({m.name for m in POD_METRICS}) == len(POD_METRICS)
+    for metric in POD_METRICS:
+        assert metric.name.startswith("luthier_")
+        assert metric.name.endswith("_total") == (metric.type == "counter")
+
+
+def test_a_status_without_anything_is_empty() -> None:
+    assert JobStatus().dump() == {"state": "", "conditions": [], "restarts": 0, "restartsCharged": 0, "attempts": []}
+    assert not FineTuneJob.model_validate(tune()).status.finished
+    assert not GenerateJob.model_validate(make()).status.finished

@@ -1,0 +1,309 @@
+"""`luthier run`: order, ends, stops, going on. The phases are processes; here a stand-in plays the supervisor (`stand_in`).
+
+The real one runs the quickstart in `tests/trainer` and in `make demo`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from unit.manifest_cases import Document, make, tune
+
+from luthier_api.run import read_run
+
+STAND_IN = Path(__file__).with_name("stand_in")
+CPU = {"gpusPerNode": 0}
+PROGRESS = "luthier_train_step 6\nluthier_train_max_steps 12\nluthier_train_loss 2.5\nluthier_train_tokens_per_second 1234\n"
+
+
+@dataclass
+class Laptop:
+    """A folder, and `luthier` in it."""
+
+    folder: Path
+    env: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> Path:
+        return self.folder / "luthier-runs"
+
+    def script(self, **steps: Document) -> None:
+        """What the supervisors will do: `train_0={"code": 70}`."""
+        self.runs.mkdir(exist_ok=True)
+        (self.runs / "script.json").write_text(json.dumps({k.replace("_", "-"): v for k, v in steps.items()}))
+
+    def write(self, *documents: Document, name: str = "job.yaml") -> str:
+        (self.folder / name).write_text(yaml.safe_dump_all(documents))
+        return name
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        env = {k: v for k, v in os.environ.items() if k != "HF_TOKEN"} | {"PYTHONPATH": str(STAND_IN), "COLUMNS": "200"} | self.env
+        return subprocess.Popen(
+            [sys.executable, "-m", "luthier_operator.cli", *words],
+            cwd=self.folder,
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def run(self, *words: str) -> tuple[int, str, str]:
+        process = self.start(*words)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+    def json(self, *words: str) -> tuple[int, dict[str, Any]]:
+        code, out, _ = self.run(*words, "-o", "json")
+        return code, json.loads(out)
+
+    def calls(self) -> list[str]:
+        file = self.runs / "calls.jsonl"
+        return [f"{c['job']} {c['verb']} {c['rank']}" for c in map(json.loads, file.read_text().splitlines())] if file.exists() else []
+
+
+@pytest.fixture
+def laptop(tmp_path: Path) -> Laptop:
+    laptop = Laptop(tmp_path)
+    laptop.script()
+    return laptop
+
+
+def job(name: str = "tune", **changes: Any) -> Document:
+    document = tune(resources=CPU, **changes)
+    document["metadata"] = {"name": name}
+    return document
+
+
+def outputs(name: str = "make", **changes: Any) -> Document:
+    document = make(resources={"gpus": 0}, **changes)
+    document["metadata"] = {"name": name}
+    return document
+
+
+def test_phases_in_order_and_a_summary(laptop: Laptop) -> None:
+    laptop.script(train_0={"metrics": PROGRESS, "seconds": 2})
+    code, out, err = laptop.run("run", laptop.write(job()))
+    assert (code, err) == (0, "")
+    assert laptop.calls() == ["tune prepare 0", "tune train 0"]
+    for text in ("FineTuneJob tune", "org/model @ 0123456789ab, 1,000 weights", "90 rows, 10 held out", "12 steps, 2 processes, ddp, batch 4 × 1 × 2",
+                 "50 %  step 6/12  loss 2.500  1,234 tokens/s", "7.500 → 2.250  (perplexity 9.5)", "12 steps, 3,000 tokens in 5 s", "luthier-runs/tune/result"):  # fmt: skip
+        assert text in out, out
+    run = read_run((laptop.runs / "tune/run.json").read_bytes())
+    assert (run.workspace, run.metrics_port) == (str(laptop.runs / "tune"), 0)
+    assert "train 0 says hello" in (laptop.runs / "tune/logs/run-0.log").read_text()
+
+
+def test_several_jobs_one_using_the_result_of_another(laptop: Laptop) -> None:
+    file = laptop.write(
+        job("base"), {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "other"}}, job("next", model={"job": "base"})
+    )
+    last = laptop.write(outputs("texts", model={"job": "base"}, adapters=[{"job": "next"}], shards=2), name="last.yaml")
+    code, document = laptop.json("run", file, last)
+    assert code == document["code"] == 0
+    assert laptop.calls() == [
+        "base prepare 0", "base train 0", "next prepare 0", "next train 0", "texts prepare 0", "texts generate 0", "texts generate 1",
+    ]  # fmt: skip
+    assert [j["state"] for j in document["jobs"]] == ["Complete"] * 3
+    assert document["jobs"][0]["metrics"]["evalLoss"] == 2.25
+    run = read_run((laptop.runs / "texts/run.json").read_bytes())
+    assert run.sources == {name: str(laptop.runs / name) for name in ("base", "next")}
+
+
+def test_texts_are_shown(laptop: Laptop) -> None:
+    _, out, _ = laptop.run("run", laptop.write(outputs(shards=2)))
+    assert "Once▸ upon 0" in out
+    assert "Once▸ upon 1" in out
+
+
+def test_nodes_are_processes_that_work_at_once(laptop: Laptop) -> None:
+    code, _ = laptop.json("run", laptop.write(tune(resources={"gpusPerNode": 0, "nodes": 2})))
+    assert code == 0
+    assert sorted(laptop.calls()) == ["tune prepare 0", "tune train 0", "tune train 1"]
+
+
+FAILURES = [
+    # name, script, code of the program, reason, message
+    ("a mistake in the data", {"prepare-0": {"code": 65, "message": "spec.dataset.columns.text: no column"}}, 65, "InvalidDataset", "spec.dataset.columns.text: no column"),
+    ("an error in the training", {"train-0": {"code": 70, "message": "it broke"}}, 70, "TrainingError", "it broke"),
+    ("a supervisor that is killed", {"train-0": {"dies": True}}, 71, "InfrastructureError", "was killed by signal 9"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "script", "code", "reason", "message"), FAILURES, ids=[f[0] for f in FAILURES])
+def test_failure(laptop: Laptop, name: str, script: Document, code: int, reason: str, message: str) -> None:
+    (laptop.runs / "script.json").write_text(json.dumps(script))
+    ended, document = laptop.json("run", laptop.write(job(), job("after")))
+    first, second = document["jobs"]
+    assert (ended, document["code"], first["code"], first["reason"]) == (code, code, code, reason)
+    assert message in first["message"]
+    assert "says hello" in first["lastLines"]
+    assert (first["state"], second["state"], second["code"]) == ("Failed", "NotRun", 0)
+
+
+def test_failure_for_people_names_the_log(laptop: Laptop) -> None:
+    laptop.script(train_0={"code": 70, "message": "it broke"})
+    code, out, _ = laptop.run("run", laptop.write(job()))
+    assert code == 70
+    assert "TrainingError (70): it broke" in out
+    assert "train 0 says hello" in out
+    assert "logs: luthier-runs/tune/logs" in out
+
+
+def test_the_node_to_blame_gives_the_code(laptop: Laptop) -> None:
+    laptop.script(train_0={"code": 81, "message": "peer lost"}, train_1={"code": 71, "message": "the disk", "seconds": 1})
+    code, document = laptop.json("run", laptop.write(tune(resources={"gpusPerNode": 0, "nodes": 2})))
+    assert code == 71
+    assert document["jobs"][0]["message"] == "the disk"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_stop_saves_and_the_same_command_goes_on(laptop: Laptop, number: int) -> None:
+    laptop.script(train_0={"until_stopped": True})
+    file = laptop.write(job(), job("after"))
+    process = laptop.start("run", file, "-o", "json")
+    wait_for(lambda: "tune train 0" in laptop.calls())
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=30)
+    document = json.loads(out)
+    assert process.returncode == document["code"] == 75
+    assert [j["state"] for j in document["jobs"]] == ["Stopped", "NotRun"]
+    assert document["jobs"][0]["message"] == "saved at step 7"
+
+    laptop.script()
+    code, document = laptop.json("run", file)
+    assert code == 0
+    assert [j["state"] for j in document["jobs"]] == ["Complete", "Complete"]
+    assert laptop.calls() == ["tune prepare 0", "tune train 0", "tune train 0", "after prepare 0", "after train 0"]
+
+
+def test_a_second_ctrl_c_ends_everything(laptop: Laptop) -> None:
+    laptop.script(train_0={"seconds": 0, "until_stopped": True})
+    (laptop.runs / "script.json").write_text(json.dumps({"train-0": {"seconds": 60}}))
+    process = laptop.start("run", laptop.write(job()))
+    wait_for(lambda: "tune train 0" in laptop.calls())
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert time.monotonic() - started < 20
+
+
+def test_what_is_complete_is_not_done_again(laptop: Laptop) -> None:
+    file = laptop.write(job())
+    laptop.run("run", file)
+    code, document = laptop.json("run", file)
+    assert (code, document["jobs"][0]["state"], document["jobs"][0]["metrics"]["evalLoss"]) == (0, "Complete", 2.25)
+    assert len(laptop.calls()) == 2
+
+
+def test_only_the_shard_that_failed_runs_again(laptop: Laptop) -> None:
+    laptop.script(generate_1={"code": 71})
+    file = laptop.write(outputs(shards=2))
+    assert laptop.json("run", file)[0] == 71
+    laptop.script()
+    assert laptop.json("run", file)[0] == 0
+    assert laptop.calls() == ["make prepare 0", "make generate 0", "make generate 1", "make generate 1"]
+
+
+def test_another_manifest_does_not_go_on_from_this_one(laptop: Laptop) -> None:
+    laptop.run("run", laptop.write(job()))
+    file = laptop.write(job(training={"epochs": 2}))
+    code, _, err = laptop.run("run", file)
+    assert code == 64
+    assert "spec.training.epochs was 1.0 and is 2.0" in err
+    assert "--fresh" in err
+    code, _ = laptop.json("run", file, "--fresh")
+    assert code == 0
+    assert laptop.calls() == ["tune prepare 0", "tune train 0"] * 2
+
+
+def test_fresh_empties_no_folder_of_others(laptop: Laptop) -> None:
+    (laptop.runs / "tune").mkdir()
+    (laptop.runs / "tune/thesis.tex").write_text("precious")
+    code, _, err = laptop.run("run", laptop.write(job()), "--fresh")
+    assert code == 64
+    assert "it is not a folder of luthier's" in err
+    assert (laptop.runs / "tune/thesis.tex").exists()
+
+
+def test_two_at_once_in_one_folder(laptop: Laptop) -> None:
+    laptop.script(train_0={"until_stopped": True})
+    file = laptop.write(job())
+    first = laptop.start("run", file)
+    wait_for(lambda: "tune train 0" in laptop.calls())
+    code, _, err = laptop.run("run", file)
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=30)
+    assert code == 74
+    assert "another luthier works in" in err
+
+
+def test_the_token_goes_to_prepare_and_publish_only(laptop: Laptop) -> None:
+    file = laptop.write(job(hub={"repo": "org/out", "tokenSecret": {"name": "hf"}}))
+    code, _, err = laptop.run("run", file)
+    assert code == 77
+    assert "spec.hub.tokenSecret: here the token comes from the environment: export HF_TOKEN=..." in err
+    laptop.env = {"HF_TOKEN": "hf_example"}
+    code, document = laptop.json("run", file)
+    assert (code, document["jobs"][0]["hub"]["revision"]) == (0, "fedcba9876543210")
+    calls = [json.loads(line) for line in (laptop.runs / "calls.jsonl").read_text().splitlines()]
+    assert [(c["verb"], c["token"]) for c in calls] == [("prepare", "hf_example"), ("train", None), ("publish", "hf_example")]
+    assert "hf_example" not in (laptop.runs / "tune/run.json").read_text()
+
+
+def test_plan_stops_after_prepare_and_run_goes_on(laptop: Laptop) -> None:
+    file = laptop.write(job())
+    code, document = laptop.json("plan", file)
+    assert (code, document["jobs"][0]["state"]) == (0, "Planned")
+    assert document["jobs"][0]["prepared"]["plan"]["steps"] == 12
+    assert laptop.json("run", file)[0] == 0
+    assert laptop.calls() == ["tune prepare 0", "tune train 0"]
+
+
+STEERED = [("plan only", {"planOnly": True}, "Planned", ["tune prepare 0"]), ("suspended", {"suspend": True}, "Suspended", [])]
+
+
+@pytest.mark.parametrize(("name", "spec", "state", "calls"), STEERED, ids=[s[0] for s in STEERED])
+def test_fields_that_steer(laptop: Laptop, name: str, spec: Document, state: str, calls: list[str]) -> None:
+    code, document = laptop.json("run", laptop.write(job(**spec)))
+    assert (code, document["jobs"][0]["state"], laptop.calls()) == (0, state, calls)
+
+
+def test_paths_relative_to_the_manifest_and_mounts(laptop: Laptop) -> None:
+    (laptop.folder / "sub").mkdir()
+    files = ["rows.csv", "/data/more/rows.csv", "/elsewhere/rows.csv"]
+    volumes = [{"claim": "c", "mountPath": "/data"}]
+    file = laptop.write(job(dataset={"files": files}, volumes=volumes), name="sub/job.yaml")
+    code, _, err = laptop.run("run", file)
+    assert code == 66
+    assert "spec.dataset.files[1]: /data/more/rows.csv lies on a volume of the cluster" in err
+    assert "--mount /data=FOLDER" in err
+    assert laptop.run("run", file, "--mount", "/data=mine")[0] == 0
+    run = read_run((laptop.runs / "tune/run.json").read_bytes())
+    assert run.spec.dataset.files == [str(laptop.folder / "sub/rows.csv"), str(laptop.folder / "mine/more/rows.csv"), "/elsewhere/rows.csv"]  # type: ignore[union-attr]
+
+
+def test_nodes_share_the_gpus(laptop: Laptop) -> None:
+    laptop.env = {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}
+    assert laptop.run("run", laptop.write(tune(resources={"nodes": 2, "gpusPerNode": 2})))[0] == 0
+    calls = [json.loads(line) for line in (laptop.runs / "calls.jsonl").read_text().splitlines()]
+    assert {c["rank"]: c["gpus"] for c in calls if c["verb"] == "train"} == {0: "4,5", 1: "6,7"}
+
+
+def wait_for(condition: Any, seconds: float = 20) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.05)

@@ -1,0 +1,144 @@
+"""Prepare, as a table: one pod without a GPU, its troubles, and what becomes of what it found."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from cases.observed import (
+    BEGIN,
+    NOW,
+    PREPARED,
+    RUNNING,
+    at,
+    child,
+    decided,
+    describe,
+    ended,
+    fine_tune,
+    generate,
+    pod,
+    prepared_end,
+    run_document,
+    said,
+    status,
+    waiting,
+)  # fmt: skip
+
+from luthier_api.status import JobStatus
+from luthier_operator import naming
+from luthier_operator.model import Object, PodEnd
+from luthier_operator.statuses import text
+
+PREPARING = status("Accepted", start_time=text(BEGIN))
+JOB = fine_tune(PREPARING)
+COLUMN = 'spec.dataset.columns.text: no column "txet" in train.jsonl (columns: text, label). Did you mean "text"?'
+
+
+def test_it_begins_with_everything_that_the_pods_need() -> None:
+    decision = decided(fine_tune())
+    assert describe(decision) == "applies ConfigMap ftj-bot, PersistentVolumeClaim ftj-bot, Job ftj-bot-prepare"
+    assert decision.status.start_time == text(NOW)
+    assert (decision.status.shape, decision.status.state) == ("2×8", "Preparing")
+    assert decision.status.workspace is not None
+    assert (decision.status.workspace.claim, decision.status.workspace.folder) == ("ftj-bot", "ftj-bot-f00dcafe")
+    assert [(e.reason, e.message) for e in decision.events] == [("Accepted", "The job can run"), ("Preparing", "starting")]
+
+
+def test_a_claim_of_the_user_is_not_created() -> None:
+    assert describe(decided(generate(workspace={"claim": "shared"}))) == "applies ConfigMap gj-lutes, Job gj-lutes-prepare"
+
+
+def test_the_pods_find_the_other_job_even_after_it_is_gone() -> None:
+    base = {"base": fine_tune(status("Trained"), name="base", uid="0ddba11-aaaa", workspace={"claim": "shared"})}
+    job = generate(model={"job": "base"})
+    configmap, _, prepare = decided(job, sources=base).apply
+    assert run_document(configmap)["sources"] == {"base": "/sources/shared/ftj-base-0ddba11-"}
+    later = generate(status("Accepted", "Prepared", start_time=text(BEGIN)), model={"job": "base"})
+    seen = child(later, "prepare", "Complete", notes=prepare["metadata"]["annotations"])
+    anew = {"base": fine_tune(name="base", uid="another-uid")}
+    for sources in ({}, anew):
+        (run,) = decided(later, seen, sources=sources).apply
+        claims = [
+            v["persistentVolumeClaim"]["claimName"] for v in run["spec"]["template"]["spec"]["volumes"] if "persistentVolumeClaim" in v
+        ]
+        assert claims == ["gj-lutes", "shared"]
+
+
+def case(*children: Object, pods: list[Object] = [], ends: list[PodEnd] = [], given: JobStatus = PREPARING, **spec: Any) -> Any:  # noqa: B006
+    return fine_tune(given, **spec), children, pods, ends
+
+
+CASES = [
+    ("its pod is not there yet", case(child(JOB, "prepare")), "waits",
+     "False Preparing: the model is resolved, the data are loaded, the run is planned"),
+    ("no node has room", case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", unschedulable="0/3 nodes are available: 3 Insufficient memory.")]), "waits",
+     "False Unschedulable: pod ftj-bot-prepare-0-0: 0/3 nodes are available: 3 Insufficient memory."),
+    ("its volume is not bound", case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", unschedulable='persistentvolumeclaim "ftj-bot" not found')]), "waits",
+     'False WaitingForVolume: pod ftj-bot-prepare-0-0: persistentvolumeclaim "ftj-bot" not found'),
+    ("its image does not come", case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", state=waiting("ErrImagePull", "no such host"))]), "waits",
+     "False ImagePullFailed: pod ftj-bot-prepare-0-0: ErrImagePull: no such host"),
+    ("the secret is missing", case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", state=waiting("CreateContainerConfigError", 'secret "hf" not found'))]),
+     "waits", 'False Misconfigured: spec.hub.tokenSecret: secret "hf" not found (pod ftj-bot-prepare-0-0)'),
+    ("the secret lacks the key", case(child(JOB, "prepare"),
+     pods=[pod(JOB, "prepare", state=waiting("CreateContainerConfigError", "couldn't find key token in Secret ml/hf"))]),
+     "waits", "False Misconfigured: spec.hub.tokenSecret: couldn't find key token in Secret ml/hf (pod ftj-bot-prepare-0-0)"),
+    ("the Hub is away", case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", state=RUNNING)], ends=[ended(JOB, "prepare", 69, message="503 from hub.example")]),
+     "waits", "False HubUnavailable: 503 from hub.example (prepare, pod ftj-bot-prepare-0-0 on node-a, exit code 69). It is tried again"),
+    ("a column is missing", case(child(JOB, "prepare", "Failed"), ends=[ended(JOB, "prepare", 65, message=COLUMN)]), "Failed InvalidDataset",
+     f"False InvalidDataset: {COLUMN} (prepare, pod ftj-bot-prepare-0-0 on node-a, exit code 65)"),
+    ("it failed a moment ago, its pod has not been heard of", case(child(JOB, "prepare", "Failed", since=at(-1))), "again in 3 s", "absent"),
+    ("it failed while the operator was away, and the pod is gone", case(child(JOB, "prepare", "Failed", reason="PodFailurePolicy",
+     message="Container trainer for pod ml/ftj-bot-prepare-x7 failed with exit code 66 matching FailJob rule at index 0")), "Failed NotFound",
+     "False NotFound: Container trainer for pod ml/ftj-bot-prepare-x7 failed with exit code 66 matching FailJob rule at index 0; "
+     "what the pod said is lost. Look at `kubectl logs ftj-bot-prepare-x7 -c trainer`"),
+    ("it failed, and nobody knows why", case(child(JOB, "prepare", "Failed", message="Job has reached the specified backoff limit")), "Failed Failed",
+     "False Failed: prepare has failed: Job has reached the specified backoff limit"),
+    ("it succeeded", case(child(JOB, "prepare", "Complete"), ends=[prepared_end(JOB)]), "applies JobSet ftj-bot-run",
+     "True Prepared: org/model@c0ffeec0ffee, 900 rows and 100 to evaluate, strategy ddp, 40 steps"),
+    ("it succeeded, but what it said is lost", case(child(JOB, "prepare", "Complete")), "applies JobSet ftj-bot-run", "True Prepared: prepared"),
+    ("it is planned, and that is all", case(child(JOB, "prepare", "Complete"), ends=[prepared_end(JOB)], planOnly=True), "waits",
+     "True PlanOnly: org/model@c0ffeec0ffee, 900 rows and 100 to evaluate, strategy ddp, 40 steps"),
+    ("its Job is gone, but it was done", case(given=status("Accepted", "Prepared", prepared=PREPARED)), "applies JobSet ftj-bot-run",
+     "True Prepared: org/model@c0ffeec0ffee, 900 rows and 100 to evaluate, strategy ddp, 40 steps"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "expect", "condition"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+def test_prepare(given: Any, expect: str, condition: str) -> None:
+    job, children, pods, ends = given
+    decision = decided(job, *children, pods=pods, ends=ends)
+    assert describe(decision) == expect
+    assert said(decision, "Prepared") == condition
+
+
+def test_a_plan_is_a_state_and_no_end() -> None:
+    job = fine_tune(PREPARING, planOnly=True)
+    planned = decided(job, child(job, "prepare", "Complete"), ends=[prepared_end(job)])
+    assert (planned.status.state, planned.status.finished) == ("Planned", False)
+    assert planned.status.prepared is not None
+    assert planned.status.prepared.plan.steps == 40
+    on = fine_tune(planned.status)
+    assert describe(decided(on, child(on, "prepare", "Complete"))) == "applies JobSet ftj-bot-run"
+
+
+def test_what_prepare_said_may_come_late() -> None:
+    job = fine_tune(status("Accepted", "Prepared", "Running"))
+    assert decided(job, child(job, "prepare", "Complete"), child(job, "run"), ends=[prepared_end(job)]).status.prepared == PREPARED
+
+
+def test_each_failed_pod_is_an_attempt_once() -> None:
+    ends = [ended(JOB, "prepare", 69, when=-90, suffix="-a"), ended(JOB, "prepare", 69, when=-30, suffix="-b")]
+    first = decided(JOB, child(JOB, "prepare"), ends=ends).status
+    assert [(a.phase, a.attempt, a.reason, a.charged, a.rank) for a in first.attempts] == [
+        ("prepare", 0, "HubUnavailable", True, None), ("prepare", 1, "HubUnavailable", True, None),
+    ]  # fmt: skip
+    assert decided(fine_tune(first), child(JOB, "prepare"), ends=ends).status == first
+    assert decided(fine_tune(first), child(JOB, "prepare")).status == first, "another operator, which has seen none of it"
+
+
+def test_what_the_other_job_left_is_noted_as_json() -> None:
+    base = {"base": fine_tune(status("Complete"), name="base", uid="0ddba11-aaaa")}
+    prepare = decided(generate(model={"job": "base"}), sources=base).apply[-1]
+    assert json.loads(prepare["metadata"]["annotations"][naming.SOURCES_ANNOTATION]) == {"base": ["ftj-base", "ftj-base-0ddba11-"]}

@@ -1,0 +1,126 @@
+"""Publish, as a table: a Hub that is away costs time, a wrong token costs a change of spec.hub, neither costs the result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from cases.observed import (
+    BEGIN,
+    HUB,
+    NOW,
+    RUNNING,
+    at,
+    child,
+    decided,
+    describe,
+    ended,
+    fine_tune,
+    generate,
+    hub_end,
+    pod,
+    run_document,
+    said,
+    status,
+    waiting,
+)  # fmt: skip
+
+from luthier_operator.model import Object
+from luthier_operator.statuses import text
+
+TRAINED = status("Accepted", "Prepared", "Trained", start_time=text(BEGIN), metrics={"evalLoss": 1.5})
+OTHER_HUB = HUB | {"tokenSecret": {"name": "better"}}
+JOB = fine_tune(TRAINED, hub=HUB)
+RUN = child(JOB, "run", "Complete")
+TOKEN = "401 from hub.example. Check the token in hub.tokenSecret"
+KEPT = "The result stays in ftj-bot-f00dcafe/result of claim ftj-bot; a change of spec.hub publishes it again"
+
+
+def case(*children: Object, **more: Any) -> Any:
+    return (more.pop("job", JOB), (RUN, *children), more)
+
+
+CASES = [
+    ("no repository", case(job=fine_tune(TRAINED)), "Complete Completed", "absent"),
+    ("a token alone", case(job=fine_tune(TRAINED, hub={"tokenSecret": {"name": "hf"}})), "Complete Completed", "absent"),
+    ("trained", case(), "applies ConfigMap ftj-bot, Job ftj-bot-publish", "False Publishing: starting the upload to org/bot"),
+    ("its pod runs", case(child(JOB, "publish"), pods=[pod(JOB, "publish", state=RUNNING)]), "waits", "False Publishing: uploading to org/bot"),
+    ("the secret is missing", case(child(JOB, "publish"), pods=[pod(JOB, "publish", state=waiting("CreateContainerConfigError", 'secret "hf" not found'))]),
+     "waits", 'False Misconfigured: spec.hub.tokenSecret: secret "hf" not found (pod ftj-bot-publish-0-0)'),
+    ("the Hub is away", case(child(JOB, "publish"), ends=[ended(JOB, "publish", 69, message="503 from hub.example")]), "waits",
+     "False HubUnavailable: 503 from hub.example (publish, pod ftj-bot-publish-0-0 on node-a, exit code 69). It is tried again"),
+    ("the token is wrong", case(child(JOB, "publish", "Failed"), ends=[ended(JOB, "publish", 77, message=TOKEN)]), "Failed Unauthorized",
+     f"False Unauthorized: {TOKEN} (publish, pod ftj-bot-publish-0-0 on node-a, exit code 77). {KEPT}"),
+    ("failed a moment ago", case(child(JOB, "publish", "Failed", since=at(-1))), "again in 3 s", "absent"),
+    ("published", case(child(JOB, "publish", "Complete"), ends=[hub_end(JOB)]), "Complete Completed", "True Published: org/bot@abcdef012345"),
+    ("published a moment ago, its pod has not been heard of", case(child(JOB, "publish", "Complete", since=at(-1))), "again in 3 s", "True Published: org/bot"),
+    ("published, and what it said is lost", case(child(JOB, "publish", "Complete")), "Complete Completed", "True Published: org/bot"),
+    ("spec.hub changes while it tries", case(child(JOB, "publish"), job=fine_tune(TRAINED, hub=OTHER_HUB)), "deletes Job ftj-bot-publish",
+     "False Publishing: spec.hub has changed: publishing again"),
+    ("spec.hub goes while it tries", case(child(JOB, "publish"), job=fine_tune(TRAINED)), "deletes Job ftj-bot-publish; Complete Completed", "absent"),
+    ("the old upload still leaves", case(child(JOB, "publish", deleting=True)), "waits", "False WaitingForPods: waiting for the pods that were stopped"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "expect", "condition"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+def test_publish(given: Any, expect: str, condition: str) -> None:
+    job, children, more = given
+    decision = decided(job, *children, **more)
+    assert describe(decision) == expect
+    assert said(decision, "Published") == condition
+
+
+FAILED = decided(JOB, RUN, child(JOB, "publish", "Failed"), ends=[ended(JOB, "publish", 77, message=TOKEN)]).status
+
+
+def test_a_failed_upload_stays_failed() -> None:
+    assert FAILED.completion_time == text(NOW)
+    again = decided(fine_tune(FAILED, hub=HUB), RUN, child(JOB, "publish", "Failed"))
+    assert (describe(again), again.status, again.events) == ("Failed Unauthorized", FAILED, ())
+
+
+def test_a_change_of_the_hub_takes_the_failure_back() -> None:
+    job = fine_tune(FAILED, hub=OTHER_HUB)
+    decision = decided(job, RUN, child(JOB, "publish", "Failed"))
+    assert describe(decision) == "deletes Job ftj-bot-publish"
+    assert said(decision, "Failed") == "False Publishing: spec.hub has changed: publishing again"
+    assert (decision.status.completion_time, decision.status.state) == (None, "Publishing")
+    going = decided(fine_tune(decision.status, hub=OTHER_HUB), RUN, child(JOB, "publish", "Failed", deleting=True))
+    assert describe(going) == "waits"
+    gone = decided(fine_tune(decision.status, hub=OTHER_HUB), RUN)
+    assert describe(gone) == "applies ConfigMap ftj-bot, Job ftj-bot-publish"
+    assert run_document(gone.apply[0])["spec"]["hub"]["tokenSecret"]["name"] == "better"
+
+
+def test_without_a_hub_the_failure_is_taken_back_too() -> None:
+    job = fine_tune(FAILED)
+    decision = decided(job, RUN, child(JOB, "publish", "Failed"))
+    assert (describe(decision), decision.status.state) == ("deletes Job ftj-bot-publish; Complete Completed", "Complete")
+    assert said(decision, "Published") == "absent"
+
+
+NOT_TAKEN_BACK = [
+    ("the training failed", status("Accepted", "Prepared", "Failed", false={"Running": "Diverged"})),
+    ("the deadline passed while publishing", status("Trained", false={"Published": "HubUnavailable"}).model_copy(
+        update={"conditions": [*TRAINED.conditions, FAILED.conditions[-1].model_copy(update={"reason": "DeadlineExceeded"})]})),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("given", [c[1] for c in NOT_TAKEN_BACK], ids=[c[0] for c in NOT_TAKEN_BACK])
+def test_other_failures_are_not_taken_back(given: Any) -> None:
+    job = fine_tune(given, hub=OTHER_HUB)
+    assert decided(job, RUN, child(JOB, "publish", "Failed")).status.is_true("Failed")
+
+
+def test_a_hub_that_is_away_warns_once() -> None:
+    ends = [ended(JOB, "publish", 69, message="503", when=-90, suffix="-a")]
+    first = decided(JOB, RUN, child(JOB, "publish"), ends=ends)
+    assert [(e.type, e.reason) for e in first.events] == [("Warning", "PublishFailed")]
+    ends.append(ended(JOB, "publish", 69, message="503", when=-30, suffix="-b"))
+    assert decided(fine_tune(first.status, hub=HUB), RUN, child(JOB, "publish"), ends=ends).events == ()
+    assert first.status.state == "HubUnavailable"
+
+
+def test_images_are_published_by_their_shards_manifests() -> None:
+    job = generate(status("Accepted", "Prepared", "Generated"), hub=HUB)
+    assert describe(decided(job, child(job, "run", "Complete"))) == "applies ConfigMap gj-lutes, Job gj-lutes-publish"

@@ -1,0 +1,209 @@
+"""Run, as a table: groups that train, shards that generate, and what their ends mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from cases.observed import (
+    BEGIN,
+    RUNNING,
+    SETTINGS,
+    at,
+    child,
+    decided,
+    describe,
+    ended,
+    fine_tune,
+    generate,
+    pod,
+    prepared_end,
+    said,
+    status,
+    waiting,
+)  # fmt: skip
+
+from luthier_api.status import Attempt, Checkpoint, Progress
+from luthier_operator import naming
+from luthier_operator.model import Object
+from luthier_operator.statuses import text
+
+BEGUN = status("Accepted", "Prepared", start_time=text(BEGIN))
+JOB, SHARDS, CPU = fine_tune(BEGUN), generate(BEGUN), fine_tune(BEGUN, resources={"gpusPerNode": 0})
+QUEUED = fine_tune(BEGUN, scheduling={"queue": "team-a"})
+BOTH = [pod(JOB, "run", 0, state=RUNNING), pod(JOB, "run", 1, state=RUNNING)]
+EXIT_66 = "Container trainer for pod ml/ftj-bot-run-node-0-0-x failed with exit code 66 matching FailJob rule at index 0"
+
+
+def group(**given: Any) -> Object:
+    return child(JOB, "run", **given)
+
+
+def case(*children: Object, job: Any = JOB, **more: Any) -> Any:
+    return job, children, more
+
+
+CASES = [
+    ("prepare is still at work", case(child(JOB, "prepare"), job=fine_tune(status("Accepted"))), "waits", "absent"),
+    ("prepared", case(), "applies JobSet ftj-bot-run", "False Starting: starting 2 pods on 16 GPUs"),
+    ("prepared, on CPU", case(job=CPU), "applies JobSet ftj-bot-run", "False Starting: starting 1 pod on CPU"),
+    ("prepared, to generate", case(job=SHARDS), "applies Job gj-lutes-run", "False Starting: starting 2 shards on 2 GPUs"),
+    ("no pod yet", case(group()), "waits", "False Starting: waiting for 2 pods on 16 GPUs to start"),
+    ("one of two runs", case(group(), pods=BOTH[:1]), "waits", "False Starting: waiting for 2 pods on 16 GPUs to start"),
+    ("all run", case(group(), pods=BOTH), "waits", "True Running: 2 pods on 16 GPUs"),
+    ("one shard of two runs", case(child(SHARDS, "run"), job=SHARDS, pods=[pod(SHARDS, "run", 1, state=RUNNING)]), "waits",
+     "True Running: 2 shards on 2 GPUs"),
+    ("held by the queue", case(child(QUEUED, "run", suspend=True), job=QUEUED), "waits",
+     'False WaitingForQueue: waiting for quota in queue "team-a"; see `kubectl describe workloads`'),
+    ("preempted by the queue, still saving", case(child(QUEUED, "run", suspend=True), job=QUEUED, pods=[pod(QUEUED, "run", i, state=RUNNING, deleting=True) for i in (0, 1)]),
+     "waits", 'False WaitingForQueue: waiting for quota in queue "team-a"; see `kubectl describe workloads`'),
+    ("no node has the GPUs", case(group(), pods=[pod(JOB, "run", 1, unschedulable="0/4 nodes are available: 4 Insufficient nvidia.com/gpu.")]), "waits",
+     "False Unschedulable: pod ftj-bot-run-1-0: 0/4 nodes are available: 4 Insufficient nvidia.com/gpu."),
+    ("the image does not come", case(group(), pods=[pod(JOB, "run", 0, state=waiting("ImagePullBackOff", "not found"))]), "waits",
+     "False ImagePullFailed: pod ftj-bot-run-0-0: ImagePullBackOff: not found"),
+    ("a peer was lost", case(group(), ends=[ended(JOB, "run", 81, 0, message="peer 1 is gone"), ended(JOB, "run", 71, 1, message="XID 79", when=-50)]), "waits",
+     "False Restarting: after InfrastructureError: XID 79 (run, rank 1, pod ftj-bot-run-1-0 on node-a, exit code 71)"),
+    ("restarted, the pods of before still leave", case(group(restarts=1), pods=BOTH, ends=[ended(JOB, "run", 71, 1, message="XID 79")]), "waits",
+     "False Restarting: after InfrastructureError: XID 79 (run, rank 1, pod ftj-bot-run-1-0 on node-a, exit code 71)"),
+    ("restarted, and at work", case(group(restarts=1), pods=[pod(JOB, "run", i, 1, RUNNING) for i in (0, 1)], ends=[ended(JOB, "run", 71)]), "waits",
+     "True Running: 2 pods on 16 GPUs"),
+    ("out of GPU memory", case(group(state="Failed", reason="FailJobSetFailurePolicyAction"), ends=[ended(JOB, "run", 79, message="The GPU is full: set ...")]),
+     "Failed CudaOutOfMemory", "False CudaOutOfMemory: The GPU is full: set ... (run, rank 0, pod ftj-bot-run-0-0 on node-a, exit code 79)"),
+    ("a mistake, though a pod was evicted with it", case(group(state="Failed", reason="FailJobSetFailurePolicyAction"),
+     ends=[ended(JOB, "run", 75, 0, disrupted=True), ended(JOB, "run", 82, 1, message="loss is NaN")]), "Failed Diverged",
+     "False Diverged: loss is NaN (run, rank 1, pod ftj-bot-run-1-0 on node-a, exit code 82)"),
+    ("killed for its memory, whatever the exit code", case(group(state="Failed", reason="ReachedMaxRestarts"),
+     ends=[ended(JOB, "run", 1, kubernetes="OOMKilled", silent=True)]), "Failed HostOutOfMemory",
+     "False HostOutOfMemory: the pod used more memory than its limit; raise spec.resources.memory, or use smaller batches "
+     "(run, rank 0, pod ftj-bot-run-0-0 on node-a, exit code 1). That was the last of 3 restarts (spec.restarts.max)"),
+    ("failed while the operator was away, its Job still tells", case(group(state="Failed", message=EXIT_66)), "Failed NotFound",
+     f"False NotFound: {EXIT_66}; what the pod said is lost. Look at `kubectl logs ftj-bot-run-node-0-0-x -c trainer`"),
+    ("failed a moment ago", case(group(state="Failed", since=at(-2))), "again in 3 s", "absent"),
+    ("some shards cannot succeed", case(child(SHARDS, "run", "Failed", reason="FailedIndexes"), job=SHARDS,
+     ends=[ended(SHARDS, "run", 79, 1, message="The GPU is full"), ended(SHARDS, "run", 71, 0, when=-10, suffix="-b")]), "Failed CudaOutOfMemory",
+     "False CudaOutOfMemory: The GPU is full (run, rank 1, pod gj-lutes-run-1-0 on node-a, exit code 79)"),
+    ("trained", case(group(state="Complete")), "Complete Completed", "False Trained: the pods have ended"),
+    ("generated", case(child(SHARDS, "run", "Complete"), job=SHARDS), "Complete Completed", "False Generated: the pods have ended"),
+    ("trained, and the JobSet is gone", case(job=fine_tune(status("Accepted", "Prepared", "Trained"))), "Complete Completed", "absent"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "expect", "condition"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+def test_run(given: Any, expect: str, condition: str) -> None:
+    job, children, more = given
+    decision = decided(job, *children, **more)
+    assert describe(decision) == expect
+    assert said(decision, "Running") == condition
+
+
+STATES = [
+    ("Pending pods", [pod(JOB, "run", 0, unschedulable="none")], "Unschedulable"),
+    ("no pods", [], "Starting"),
+    ("all", BOTH, "Running"),
+]
+
+
+@pytest.mark.parametrize(("pods", "state"), [c[1:] for c in STATES], ids=[c[0] for c in STATES])
+def test_the_state_is_one_word_for_people(pods: list[Object], state: str) -> None:
+    assert decided(JOB, group(), pods=pods).status.state == state
+
+
+def test_the_counters_are_those_of_the_jobset() -> None:
+    counted = decided(JOB, group(restarts=3, charged=1)).status
+    assert (counted.restarts, counted.restarts_charged) == (3, 1)
+
+
+def test_the_jobset_knows_better_what_it_charged() -> None:
+    """The pod said 137, which would be charged; JobSet saw a disrupted pod first, and did not."""
+    before = decided(JOB, group(), ends=[ended(JOB, "run", 137, silent=True)]).status
+    assert [a.charged for a in before.attempts] == [True]
+    after = decided(fine_tune(before), group(restarts=1), ends=[ended(JOB, "run", 137, silent=True)])
+    assert [a.charged for a in after.status.attempts] == [False]
+    assert [(e.type, e.reason, e.message[:24]) for e in after.events] == [("Warning", "Restarting", "restart 1, at no charge ")]
+    again = decided(fine_tune(after.status), group(restarts=1), ends=[ended(JOB, "run", 137, silent=True)])
+    assert (again.status, again.events) == (after.status, ())
+
+
+def test_better_evidence_replaces_worse_and_older_evidence_stays() -> None:
+    lost, broken = ended(JOB, "run", 81, 0, when=-60), ended(JOB, "run", 71, 1, when=-40)
+    first = decided(JOB, group(), ends=[lost]).status
+    assert [(a.rank, a.reason) for a in first.attempts] == [(0, "PeerLost")]
+    second = decided(fine_tune(first), group(), ends=[lost, broken]).status
+    assert [(a.rank, a.reason) for a in second.attempts] == [(1, "InfrastructureError")]
+    restarted = decided(fine_tune(second), group(), ends=[lost]).status
+    assert restarted.attempts == second.attempts, "another operator has seen only one of the pods"
+
+
+def stopped(number: int, step: int | None) -> Attempt:
+    return Attempt(
+        phase="run",
+        attempt=number,
+        reason="Preempted",
+        exit_code=75,
+        pod=f"p{number}",
+        step=step,
+        message="saved",
+        time=text(at(number - 100)),
+    )
+
+
+NO_PROGRESS = [
+    ("a checkpoint each time", [stopped(i, 10 * i) for i in range(4)], "waits"),
+    ("two restarts without", [stopped(0, 10), stopped(1, 10), stopped(2, 10)], "waits"),
+    (
+        "three restarts without",
+        [stopped(0, 10), stopped(1, 10), stopped(2, 10), stopped(3, 10)],
+        "deletes JobSet ftj-bot-run; Failed NoProgress",
+    ),
+    ("never a checkpoint at all", [stopped(i, None) for i in range(4)], "deletes JobSet ftj-bot-run; Failed NoProgress"),
+    ("one went unseen", [stopped(i, 10) for i in (0, 1, 3, 4)], "waits"),
+]
+
+
+@pytest.mark.parametrize(("attempts", "expect"), [c[1:] for c in NO_PROGRESS], ids=[c[0] for c in NO_PROGRESS])
+def test_restarts_that_make_no_progress_end_the_job(attempts: list[Attempt], expect: str) -> None:
+    decision = decided(fine_tune(BEGUN.model_copy(update={"attempts": attempts})), group(restarts=len(attempts)))
+    assert describe(decision) == expect
+    if "Failed" in expect:
+        assert said(decision, "Failed").startswith("True NoProgress: 3 restarts in a row brought no checkpoint after step ")
+
+
+def test_progress_and_checkpoint_are_copied() -> None:
+    job = fine_tune(BEGUN)
+    seen = decided(job, group(), pods=BOTH, progress=Progress(step=20, max_steps=40, loss=2.5), checkpoint_step=10).status
+    assert (seen.progress, seen.checkpoint) == (Progress(step=20, max_steps=40, loss=2.5), Checkpoint(step=10, time="2026-03-01T12:00:00Z"))
+    kept = decided(fine_tune(seen), group(), pods=BOTH).status
+    assert (kept.progress, kept.checkpoint) == (seen.progress, seen.checkpoint), "nothing was read this time"
+
+
+def test_a_pod_that_ends_says_what_it_saved() -> None:
+    assert decided(JOB, group(), ends=[ended(JOB, "run", 75, step=30)]).status.checkpoint == Checkpoint(
+        step=30, time="2026-03-01T12:00:00Z"
+    )
+
+
+def test_the_figures_at_the_end_are_those_of_rank_0() -> None:
+    job = fine_tune(BEGUN.model_copy(update={"progress": Progress(step=33, max_steps=40)}))
+    ends = [ended(job, "run", 0, 0, metrics={"evalLoss": 1.5, "steps": 40}), ended(job, "run", 0, 1)]
+    status = decided(job, group(state="Complete"), ends=ends).status
+    assert status.metrics == {"evalLoss": 1.5, "steps": 40}
+    assert status.progress == Progress(step=40, max_steps=40, percent=100, eta_seconds=0)
+
+
+def test_the_figures_of_shards_are_added_once_all_have_spoken() -> None:
+    one, two = (ended(SHARDS, "run", 0, i, metrics={"rows": 10 + i}) for i in (0, 1))
+    assert decided(SHARDS, child(SHARDS, "run"), ends=[one]).status.metrics is None
+    assert decided(SHARDS, child(SHARDS, "run", "Complete"), ends=[one, two]).status.metrics == {"rows": 21}
+
+
+def test_the_run_may_have_begun_under_another_setting() -> None:
+    """Nothing that exists is applied again: Kueue owns part of it, and JobSet refuses changes."""
+    assert SETTINGS.trainer_image
+    assert decided(JOB, group(), pods=BOTH).apply == ()
+    assert naming.child(JOB, "run").kind == "JobSet"
+
+
+def test_both_prepared_and_begun_at_once() -> None:
+    job = fine_tune(status("Accepted"))
+    decision = decided(job, child(job, "prepare", "Complete"), ends=[prepared_end(job)])
+    assert [(e.type, e.reason) for e in decision.events] == [("Normal", "Prepared")]

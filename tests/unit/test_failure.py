@@ -1,0 +1,171 @@
+"""From terminated pods to one cause: reading a pod's end, choosing among ends, and what the status keeps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from cases.observed import BEGIN, NOW, RUNNING, at, child, decided, ended, fine_tune, generate, pod, status, waiting
+
+from luthier_api.exitcodes import ExitCode, Retry
+from luthier_operator import failure
+from luthier_operator.failure import NO_EXIT_CODE, cause, pod_end
+from luthier_operator.statuses import text
+
+JOB, SHARDS = fine_tune(status("Accepted", "Prepared", start_time=text(BEGIN))), generate()
+KILLED = {"terminated": {"exitCode": 137, "reason": "Error", "finishedAt": "2026-03-01T11:59:00Z"}}
+EVICTED = pod(JOB, "run", 1, over="Failed") | {
+    "status": {"phase": "Failed", "reason": "Evicted", "message": "The node was low on resource: memory."}
+}
+FOREIGN = {"metadata": {"name": "db", "uid": "1", "labels": {}}, "status": {"phase": "Failed"}}
+
+NO_END = [
+    ("it runs", pod(JOB, "run", state=RUNNING)),
+    ("it waits", pod(JOB, "run", state=waiting("ContainerCreating"), over="Pending")),
+    ("it has no container yet", pod(JOB, "run", over="Pending")),
+    ("it is not ours", FOREIGN),
+]
+
+
+@pytest.mark.parametrize("given", [c[1] for c in NO_END], ids=[c[0] for c in NO_END])
+def test_a_pod_that_may_still_run_has_no_end(given: Any) -> None:
+    assert pod_end(given, NOW) is None
+
+
+def test_an_end_is_read_as_soon_as_the_container_has_terminated() -> None:
+    """The pod's phase comes later, and under a JobSet the pod may be deleted in between."""
+    end = pod_end(pod(JOB, "run", 1, 2, KILLED, node="node-b", disrupted=True, deleting=True), NOW)
+    assert end is not None
+    assert (end.phase, end.index, end.attempt, end.node, end.exit_code, end.disrupted) == ("run", 1, 2, "node-b", 137, True)
+    assert text(end.finished_at) == "2026-03-01T11:59:00Z"
+
+
+def test_an_evicted_pod_has_no_exit_code() -> None:
+    end = pod_end(EVICTED, NOW)
+    assert end is not None
+    assert (end.exit_code, end.kubernetes_reason, end.finished_at) == (NO_EXIT_CODE, "Evicted", NOW)
+    record = failure.attempt(end, 0, None)
+    assert (record.exit_code, record.reason, record.message) == (None, "InfrastructureError", "The node was low on resource: memory.")
+
+
+def test_a_shard_counts_its_own_failures() -> None:
+    given = pod(SHARDS, "run", 1, state=KILLED)
+    given["metadata"]["annotations"]["batch.kubernetes.io/job-index-failure-count"] = "2"
+    end = pod_end(given, NOW)
+    assert end is not None
+    assert (end.index, end.attempt) == (1, 2)
+
+
+def test_what_was_said_is_read_and_an_output_is_kept_as_it_is() -> None:
+    end = ended(JOB, "run", 80, message="no step for 1800 s", last_lines="step 7\n")
+    assert end.message is not None
+    assert (end.message.message, failure.attempt(end, 0, None).last_lines) == ("no step for 1800 s", "step 7\n")
+    plain = ended(JOB, "run", 1, message="Traceback\nValueError: no\n\n", silent=True)
+    assert plain.message is None
+    assert (failure.message(plain), failure.attempt(plain, 0, None).last_lines) == ("ValueError: no", "Traceback\nValueError: no\n\n")
+
+
+# name, exit code, what Kubernetes says, disrupted → reason, charged
+ENDS = [
+    ("a mistake", 65, "Error", False, "InvalidDataset", False),
+    ("a mistake of a pod that was evicted as well", 65, "Error", True, "InvalidDataset", False),
+    ("infrastructure", 71, "Error", False, "InfrastructureError", True),
+    ("preempted and saved", 75, "Error", False, "Preempted", False),
+    ("evicted", 137, "Error", True, "Preempted", False),
+    ("evicted in the middle of a collective", 81, "Error", True, "Preempted", False),
+    ("memory, found by the supervisor", 83, "OOMKilled", False, "HostOutOfMemory", False),
+    ("memory, PID 1 itself", 137, "OOMKilled", False, "HostOutOfMemory", True),
+    ("memory, another code", 1, "OOMKilled", False, "HostOutOfMemory", True),
+    ("killed by somebody", 137, "Error", False, "InfrastructureError", True),
+    ("an exception that nobody classified", 1, "Error", False, "TrainingError", True),
+]
+
+
+@pytest.mark.parametrize(("code", "kubernetes", "disrupted", "reason", "charged"), [c[1:] for c in ENDS], ids=[c[0] for c in ENDS])
+def test_the_reason_and_the_price(code: int, kubernetes: str, disrupted: bool, reason: str, charged: bool) -> None:
+    record = failure.attempt(ended(JOB, "run", code, kubernetes=kubernetes, disrupted=disrupted), 0, None)
+    assert (record.reason, record.charged) == (reason, charged)
+
+
+@pytest.mark.parametrize("code", [c for c in ExitCode if c], ids=lambda c: c.reason)
+def test_every_exit_code_has_its_reason_and_price(code: ExitCode) -> None:
+    record = failure.attempt(ended(JOB, "run", int(code)), 0, None)
+    assert (record.reason, record.charged) == (code.reason, code.retry is Retry.COUNTED)
+
+
+def e(code: int, index: int, when: float = -60, **more: Any) -> Any:
+    return ended(JOB, "run", code, index, when=when, **more)
+
+
+# The first of each row is the cause, whatever the order in which they were seen and ended.
+CAUSES = [
+    ("an eviction breaks the links of the others", [e(75, 1, -10, disrupted=True), e(81, 0, -60), e(71, 2)]),
+    ("memory before what it broke", [e(137, 1, -10, kubernetes="OOMKilled"), e(81, 0), e(79, 2)]),
+    ("a full GPU leaves its peers alone", [e(79, 1, -10), e(81, 0, -60)]),
+    ("a broken node", [e(71, 1, -10), e(70, 2), e(81, 0)]),
+    ("an exception", [e(70, 1, -10), e(81, 0, -60)]),
+    ("a hang", [e(80, 0, -10), e(81, 1)]),
+    ("a lost peer, when nothing better is known", [e(81, 0, -10), e(75, 1, -60)]),
+    ("the survivors are stopped by the Job controller", [e(1, 0, -10), e(75, 1, -60), e(75, 2, -60)]),
+    ("of equal ends the first", [e(81, 1, -60), e(81, 0, -50)]),
+    ("success explains nothing", [e(81, 1, -10), e(0, 0, -60)]),
+]
+
+
+@pytest.mark.parametrize("ends", [c[1] for c in CAUSES], ids=[c[0] for c in CAUSES])
+def test_one_end_explains_the_others(ends: list[Any]) -> None:
+    assert cause(ends) == ends[0]
+    assert cause(reversed(ends)) == ends[0]
+
+
+def test_no_failure_has_no_cause() -> None:
+    assert cause([e(0, 0)]) is None
+
+
+def test_the_last_ten_attempts_are_kept_and_nothing_is_written_twice() -> None:
+    ends = [ended(JOB, "run", 71, 0, attempt=i, when=-600 + 10 * i) for i in range(14)]
+    group = child(JOB, "run", restarts=14, charged=3)
+    first = decided(JOB, group, ends=ends).status
+    assert [a.attempt for a in first.attempts] == list(range(4, 14))
+    assert decided(fine_tune(first), group, ends=ends).status == first
+
+
+def test_an_attempt_remembers_the_checkpoint() -> None:
+    said = decided(JOB, child(JOB, "run"), ends=[e(81, 0), e(75, 1, step=30)]).status.attempts
+    assert [(a.reason, a.step) for a in said] == [("PeerLost", 30)]
+    known = decided(JOB, child(JOB, "run"), ends=[e(81, 0)], checkpoint_step=20).status.attempts
+    assert [(a.reason, a.step) for a in known] == [("PeerLost", 20)]
+
+
+def test_long_output_is_cut_from_its_beginning() -> None:
+    record = failure.attempt(ended(JOB, "run", 70, last_lines="x" * 2000 + "end"), 0, None)
+    assert (len(record.last_lines), record.last_lines[-3:]) == (1000, "end")
+
+
+WHOSE = [
+    ("of an earlier child, by the time", "", -60, []),
+    ("of this child, by the time", "", -20, ["InfrastructureError"]),
+    ("of an earlier child, by its uid", "another-uid", -20, []),
+    ("of this child, on a node whose clock is behind", "ftj-bot-run-uid", -60, ["InfrastructureError"]),
+]
+
+
+@pytest.mark.parametrize(("uid", "when", "expect"), [c[1:] for c in WHOSE], ids=[c[0] for c in WHOSE])
+def test_only_the_pods_of_a_child_are_its_failures(uid: str, when: float, expect: list[str]) -> None:
+    end = replace(e(71, 0, when), child=uid)
+    decision = decided(JOB, child(JOB, "run", "Failed", born=at(-30), reason="ReachedMaxRestarts"), ends=[end])
+    assert [a.reason for a in decision.status.attempts] == expect
+    assert decision.status.conditions[-1].reason == (expect or ["Failed"])[0]
+
+
+LABELS = {"batch.kubernetes.io/controller-uid": "the Job", "jobset.sigs.k8s.io/jobset-uid": "the JobSet"}
+
+
+@pytest.mark.parametrize(("labels", "whose"), [(["batch.kubernetes.io/controller-uid"], "the Job"), (list(LABELS), "the JobSet"), ([], "")])
+def test_a_pod_says_whose_it_was(labels: list[str], whose: str) -> None:
+    given = pod(JOB, "run", state=KILLED)
+    given["metadata"]["labels"] |= {name: LABELS[name] for name in labels}
+    end = pod_end(given, NOW)
+    assert end is not None
+    assert end.child == whose

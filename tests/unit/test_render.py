@@ -1,0 +1,237 @@
+"""The Kubernetes objects, byte by byte: `REFRESH_GOLDEN=1 python -m pytest tests/unit/test_render.py` writes tests/unit/golden anew."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cases.observed import HUB, SETTINGS, fine_tune, generate, run_document, status
+
+from luthier_api.exitcodes import ExitCode, Retry
+from luthier_api.run import read_run
+from luthier_operator import render
+from luthier_operator.model import Job, Object
+from luthier_operator.render import objects
+from luthier_operator.settings import Settings
+
+GOLDEN = Path(__file__).parent / "golden"
+MIRROR = SETTINGS.model_copy(
+    update={"hub_endpoint": "https://hub.example", "image_pull_secrets": ("registry",), "service_account": "trainer"}
+)
+STYLE = fine_tune(status("Complete"), name="style", uid="57y1e000-0000-4000-8000-000000000003", workspace={"claim": "shared"})
+
+MANIFESTS: dict[str, tuple[Job, Settings, list[Any]]] = {
+    "lora-2-nodes-of-8-gpus-queued": (
+        fine_tune(
+            name="support-bot", method={"type": "qlora"}, training={"batchSize": 64},
+            resources={"nodes": 2, "gpusPerNode": 8, "cpu": "64", "memory": "524288Mi"}, volumes=[{"claim": "models", "mountPath": "/models"}],
+            workspace={"size": "200Gi", "storageClass": "fast", "whenDeleted": "Delete"},
+            scheduling={"queue": "team-a", "priorityClass": "low", "nodeSelector": {"pool": "h100"},
+                        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}]},
+        ),
+        SETTINGS, [],
+    ),
+    "full-cpu-2-processes-zero2-offload": (
+        fine_tune(
+            name="base", model={"config": {"modelType": "llama"}}, dataset={"files": ["/data/prose.txt"]}, method={"type": "full"},
+            strategy="zero2-offload", resources={"gpusPerNode": 0, "processesPerNode": 2, "cpu": "2", "memory": "4Gi"},
+            volumes=[{"claim": "data", "mountPath": "/data"}, {"configMap": "prompts", "mountPath": "/prompts"}], restarts={"max": 1},
+        ),
+        SETTINGS, [],
+    ),
+    "generate-2-shards-with-adapter-and-hub": (
+        generate(adapters=[{"job": "style", "weight": 0.8}], hub=HUB, scheduling={"queue": "team-a"}), MIRROR, [STYLE],
+    ),
+}  # fmt: skip
+
+
+class Readable(yaml.SafeDumper):
+    """Documents within documents keep their lines."""
+
+
+Readable.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+)
+Readable.ignore_aliases = lambda self, data: True  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_golden(name: str) -> None:
+    job, settings, sources = MANIFESTS[name]
+    drawn = yaml.dump_all(objects(job, settings, sources), Dumper=Readable, sort_keys=False, width=140, explicit_start=True)
+    path = GOLDEN / f"{name}.yaml"
+    if os.environ.get("REFRESH_GOLDEN"):
+        path.write_text(drawn)
+    assert drawn == path.read_text()
+
+
+def drawn(name: str, suffix: str) -> Object:
+    job, settings, sources = MANIFESTS[name]
+    return next(o for o in objects(job, settings, sources) if o["metadata"]["name"].endswith(suffix))
+
+
+def pods(job: Job, settings: Settings = SETTINGS) -> dict[str, Object]:
+    """Phase → pod spec."""
+    found = {}
+    for o in objects(job, settings):
+        if o["kind"] in ("Job", "JobSet"):
+            inner = o["spec"] if o["kind"] == "Job" else o["spec"]["replicatedJobs"][0]["template"]["spec"]
+            found[o["metadata"]["labels"]["luthier.dev/phase"]] = inner["template"]["spec"]
+    return found
+
+
+def environment(pod: Object) -> dict[str, Any]:
+    return {e["name"]: e.get("value", e.get("valueFrom")) for e in pod["containers"][0]["env"]}
+
+
+EVERY_JOB = [fine_tune(hub=HUB), generate(hub=HUB), fine_tune(resources={"gpusPerNode": 0}, hub=HUB)]
+
+
+@pytest.mark.parametrize("job", EVERY_JOB, ids=["training", "generation", "on CPU"])
+def test_the_token_is_only_where_it_is_needed(job: Job) -> None:
+    for phase, pod in pods(job, MIRROR).items():
+        values = environment(pod)
+        reference = {"secretKeyRef": {"name": "hf", "key": "token"}}
+        expect = (None, None, "1") if phase == "run" else (reference, "https://hub.example", None)
+        assert (values.get("HF_TOKEN"), values.get("HF_ENDPOINT"), values.get("HF_HUB_OFFLINE")) == expect, phase
+        assert str(pod).count("'name': 'hf'") == (0 if phase == "run" else 1), "no other mention of the secret"
+
+
+@pytest.mark.parametrize("job", EVERY_JOB, ids=["training", "generation", "on CPU"])
+def test_every_pod_is_restricted(job: Job) -> None:
+    """Pod Security `restricted`, field by field; the cluster tests ask an API server that enforces it."""
+    for pod in pods(job).values():
+        (container,) = pod["containers"]
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert pod["automountServiceAccountToken"] is False
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
+        assert {next(k for k in v if k != "name") for v in pod["volumes"]} <= {"emptyDir", "configMap", "persistentVolumeClaim"}
+        mounted = {m["mountPath"] for m in container["volumeMounts"] if not m.get("readOnly")}
+        assert mounted == {"/tmp", "/run/luthier", "/dev/shm", "/workspace"}
+        assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+
+
+def test_the_grace_of_the_pod_is_that_of_the_run_config() -> None:
+    settings = SETTINGS.model_copy(update={"grace_seconds": 90})
+    job = fine_tune()
+    assert {p["terminationGracePeriodSeconds"] for p in pods(job, settings).values()} == {90}
+    assert run_document(render.configmap(job, settings, {}))["graceSeconds"] == 90
+
+
+CPU_ONLY = {"DS_ACCELERATOR", "GLOO_SOCKET_IFNAME"}
+THREADS = [
+    ("GPUs, cores unknown", fine_tune(), "1"),
+    ("GPUs, 8 cores for each", fine_tune(resources={"gpusPerNode": 8, "cpu": "64"}), "8"),
+    ("one process, cores unknown", fine_tune(resources={"gpusPerNode": 0}), None),
+    ("two processes, three cores", fine_tune(resources={"gpusPerNode": 0, "processesPerNode": 2, "cpu": "3500m"}), "1"),
+    ("a shard with four cores", generate(resources={"gpus": 0, "cpu": "4"}), "4"),
+    ("half a core", generate(resources={"gpus": 0, "cpu": "0.5"}), "1"),
+]
+
+
+@pytest.mark.parametrize(("job", "threads"), [c[1:] for c in THREADS], ids=[c[0] for c in THREADS])
+def test_processes_share_the_cores_of_their_pod(job: Job, threads: str | None) -> None:
+    values = environment(pods(job)["run"])
+    assert values.get("OMP_NUM_THREADS") == threads
+    assert set(values) & CPU_ONLY == (set() if render.pod.gpus(job) else CPU_ONLY)
+
+
+def test_the_rules_are_those_of_the_enum() -> None:
+    """A code that is added to the enum is in the rules at once; the numbers stand in the golden files."""
+    member = drawn("full-cpu-2-processes-zero2-offload", "-run")["spec"]["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"][
+        "rules"
+    ]
+    shards = drawn("generate-2-shards-with-adapter-and-hub", "-run")["spec"]["podFailurePolicy"]["rules"]
+    assert [(r["action"], r.get("onExitCodes", {}).get("values", "DisruptionTarget")) for r in member] == [
+        ("FailJob", ExitCode.codes(Retry.NEVER)), ("FailJob", "DisruptionTarget"), ("FailJob", ExitCode.codes(Retry.FREE)),
+    ]  # fmt: skip
+    assert [(r["action"], r.get("onExitCodes", {}).get("values", "DisruptionTarget")) for r in shards] == [
+        ("FailIndex", ExitCode.codes(Retry.NEVER)), ("Ignore", "DisruptionTarget"), ("Ignore", ExitCode.codes(Retry.FREE)),
+    ]  # fmt: skip
+
+
+QUEUES = [
+    ("on GPUs", fine_tune(scheduling={"queue": "a"}), ["ftj-bot-run"]),
+    ("on CPU", fine_tune(scheduling={"queue": "a"}, resources={"gpusPerNode": 0}), []),
+    ("shards", generate(scheduling={"queue": "a"}, hub=HUB), ["gj-lutes-run"]),
+]
+
+
+@pytest.mark.parametrize(("job", "queued"), [c[1:] for c in QUEUES], ids=[c[0] for c in QUEUES])
+def test_the_queue_is_asked_for_what_holds_gpus(job: Job, queued: list[str]) -> None:
+    assert [o["metadata"]["name"] for o in objects(job, SETTINGS) if "kueue.x-k8s.io/queue-name" in o["metadata"]["labels"]] == queued
+    assert not [o for o in objects(job, SETTINGS) if "suspend" in o.get("spec", {})]
+
+
+OWNERS = [
+    ("a claim that is kept", {}, ["ConfigMap", "Job", "JobSet"]),
+    ("a claim that goes with the job", {"whenDeleted": "Delete"}, ["ConfigMap", "PersistentVolumeClaim", "Job", "JobSet"]),
+    ("a claim of the user", {"claim": "mine"}, ["ConfigMap", "Job", "JobSet"]),
+]
+
+
+@pytest.mark.parametrize(("workspace", "owned"), [c[1:] for c in OWNERS], ids=[c[0] for c in OWNERS])
+def test_what_goes_with_the_job(workspace: dict[str, str], owned: list[str]) -> None:
+    job = fine_tune(workspace=workspace)
+    assert [o["kind"] for o in objects(job, SETTINGS) if "ownerReferences" in o["metadata"]] == owned
+    for o in objects(job, SETTINGS):
+        for owner in o["metadata"].get("ownerReferences", []):
+            assert (owner["uid"], owner["controller"]) == (job.metadata.uid, True)
+
+
+def test_a_job_that_no_api_server_has_seen_owns_nothing() -> None:
+    """`luthier render | kubectl apply`: the garbage collector deletes what names an owner that does not exist."""
+    assert not [o for o in objects(fine_tune(uid="", workspace={"whenDeleted": "Delete"}), SETTINGS) if "ownerReferences" in o["metadata"]]
+
+
+ACCESS = [
+    ("one pod", fine_tune(resources={}), "ReadWriteOnce"),
+    ("two nodes", fine_tune(), "ReadWriteMany"),
+    ("two shards", generate(), "ReadWriteMany"),
+    ("as the user says", fine_tune(workspace={"accessMode": "ReadWriteOnce"}), "ReadWriteOnce"),
+]
+
+
+@pytest.mark.parametrize(("job", "mode"), [c[1:] for c in ACCESS], ids=[c[0] for c in ACCESS])
+def test_the_access_mode_of_a_new_claim(job: Job, mode: str) -> None:
+    claim = render.claim(job, SETTINGS)
+    assert claim is not None
+    assert claim["spec"]["accessModes"] == [mode]
+
+
+def test_the_pods_read_what_was_written() -> None:
+    job, settings, sources = MANIFESTS["generate-2-shards-with-adapter-and-hub"]
+    (configmap, *_) = objects(job, settings, sources)
+    run = read_run(configmap["data"]["run.json"])
+    assert (run.workspace, run.sources) == ("/workspace/gj-lutes-beefcafe", {"style": "/sources/shared/ftj-style-57y1e000"})
+    assert run.spec == job.spec
+
+
+def test_steering_a_job_does_not_change_its_run() -> None:
+    plain, steered = fine_tune(), fine_tune(suspend=True, planOnly=True, activeDeadlineSeconds=60, ttlSecondsAfterFinished=60)
+    assert render.configmap(plain, SETTINGS, {}) == render.configmap(steered, SETTINGS, {})
+
+
+def test_a_job_on_the_same_claim_is_found_below_the_workspace() -> None:
+    job = generate(model={"job": "style"}, workspace={"claim": "shared"}, volumes=[{"claim": "shared", "mountPath": "/data"}])
+    configmap = objects(job, SETTINGS, [STYLE])[0]
+    assert run_document(configmap)["sources"] == {"style": "/workspace/ftj-style-57y1e000"}
+    claims = [v["persistentVolumeClaim"]["claimName"] for v in pods(job)["run"]["volumes"] if "persistentVolumeClaim" in v]
+    assert claims == ["shared", "ftj-style"], "style is unknown here, so it is taken to have a claim of its own; ours is one volume"
+
+
+def test_drawing_needs_no_kubernetes() -> None:
+    """A laptop has none of the operator's libraries."""
+    code = "import sys; import luthier_operator.render; print([m for m in ('kubernetes', 'kopf', 'torch', 'pydantic_settings') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -1,0 +1,63 @@
+"""transformers' TrainingArguments of a run, from its spec and its plan. Making them joins the process group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.status import Plan
+
+GPU_LOADER_WORKERS = 2  # enough to keep padding off the GPU's path; on CPU they would only take cores from the model
+
+
+def training_arguments(spec: FineTuneJobSpec, plan: Plan, checkpoints: Path, evaluates: bool) -> TrainingArguments:
+    """The plan's batches and steps, the spec's course; nothing reported elsewhere, no progress bars, no pickles, no rotation."""
+    training, cpu = spec.training, spec.resources.gpus_per_node == 0
+    precision = precision_of(plan, cpu)
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=plan.steps or -1,
+        num_train_epochs=training.epochs,
+        per_device_train_batch_size=plan.micro_batch_size or training.batch_size,
+        per_device_eval_batch_size=plan.micro_batch_size or training.batch_size,
+        gradient_accumulation_steps=plan.accumulation_steps or 1,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.schedule,
+        warmup_steps=training.warmup_steps,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        seed=training.seed,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        use_cpu=cpu,
+        ddp_backend="gloo" if cpu and plan.world_size > 1 else None,
+        ddp_find_unused_parameters=False,
+        activation_checkpointing=training.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
+        dataloader_num_workers=0 if cpu else GPU_LOADER_WORKERS,
+        dataloader_pin_memory=not cpu,
+        label_names=["labels"],
+        logging_steps=training.log_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # it would show the last good mean in place of NaN
+        eval_strategy="steps" if evaluates and training.eval_steps else "no",
+        eval_steps=training.eval_steps,
+        batch_eval_metrics=True,
+        save_strategy="steps",
+        save_steps=training.save_steps,
+        save_total_limit=None,  # rotation is ours: by what verifies, not by number
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def precision_of(plan: Plan, cpu: bool) -> str:
+    """fp32, bf16 or fp16. `prepare` runs without a GPU, so what the GPU can do is seen here."""
+    if plan.precision in ("fp32", "bf16", "fp16"):
+        return plan.precision
+    if cpu:
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

@@ -1,0 +1,177 @@
+"""What happens between two steps: stop when the pod has to go, report, count, notice what is wrong.
+
+Each callback is called on every rank at the same step, so collectives are safe here. Order matters: `train` lists them.
+Neighbours: `loop` calls them, `supervisor` writes the stop flag and reads the heartbeat, `telemetry` serves the figures.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from datetime import timedelta
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from luthier_api import metrics
+from luthier_api.exitcodes import ExitCode
+from luthier_api.status import Plan
+from luthier_trainer import strategy
+from luthier_trainer.checkpoint import step_of
+from luthier_trainer.ending import Failure, run_dir
+from luthier_trainer.loop import TrainingLoop
+from luthier_trainer.telemetry import Telemetry
+
+STOP_FILE, HEARTBEAT_FILE = "stop", "heartbeat"
+NONFINITE_REPORTS = 3  # one bad batch can spoil a report; a loss that stays NaN does not come back
+
+
+class Callback(TrainerCallback):
+    """Knows its loop. Set after the loop is made, before it runs."""
+
+    loop: TrainingLoop
+
+
+class Guard(Callback):
+    """The strategy is the one asked for, and every weight that should learn gets a gradient in the first step."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._waiting: set[str] = set()
+        self._hooks: list[Any] = []
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        strategy.assert_realised(self.loop, self.plan)
+        learning = [(name, p) for name, p in self.loop.model.named_parameters() if p.requires_grad]
+        if not learning:
+            raise Failure(ExitCode.INVALID_SPEC, "spec.method: no weight of the model would learn")
+        # Hooks, because DeepSpeed takes each gradient away as soon as it has it. (LoRA's A gets zeros in step 1: B is zero.)
+        self._waiting = {name for name, _ in learning}
+        self._hooks = [p.register_hook(lambda _, name=name: self._waiting.discard(name)) for name, p in learning]
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self._waiting:
+            names = sorted(self._waiting)
+            raise Failure(
+                ExitCode.MISCONFIGURED,
+                f"spec.method: {len(names)} of the weights that should learn got no gradient, among them {', '.join(names[:3])}. "
+                "This model does not use them for this task; choose method lora with targetModules that it uses",
+            )
+
+
+class Stop(Callback):
+    """All ranks agree once a step whether to stop: SIGTERM reaches pods at different times, and a rank alone can neither save nor leave."""
+
+    agreed_step: int | None = None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.loop.ranks.any((run_dir() / STOP_FILE).exists()):
+            self.agreed_step = state.global_step
+            control.should_save = control.should_training_stop = True
+            # The held-out rows can wait for the next attempt; the grace period cannot.
+            control.should_evaluate = False
+        if control.should_save:
+            control.should_log = True  # what was not reported before a save is lost to whoever resumes from it
+
+
+class Heartbeat(Callback):
+    """Touches the file that the supervisor watches for hangs."""
+
+    def _beat(self, *_: Any, **__: Any) -> None:
+        (run_dir() / HEARTBEAT_FILE).touch()
+
+    on_train_begin = on_step_end = on_prediction_step = on_save = _beat
+
+
+class Report(Callback):
+    """Loss, pace and checkpoints as metrics and as one line a report; ends a run whose loss is no longer a number."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self.telemetry = telemetry
+        self._nonfinite = 0
+        self._step_began = self._reported = 0.0
+        self._first_step = 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._reported = time.monotonic()
+        self._first_step = state.global_step
+        self.telemetry.set(metrics.TRAIN_STEP, state.global_step)
+        self.telemetry.set(metrics.TRAIN_MAX_STEPS, state.max_steps)
+        self.telemetry.add(metrics.TRAIN_TOKENS, state.num_input_tokens_seen)
+        self.telemetry.add(metrics.TRAIN_NONFINITE, 0)
+        self.loop.started = self._train_began = time.monotonic()
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._step_began = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        now = time.monotonic()
+        self.telemetry.set(metrics.TRAIN_STEP, state.global_step)
+        self.telemetry.set(metrics.TRAIN_EPOCH, state.epoch or 0.0)
+        self.telemetry.observe(metrics.TRAIN_STEP_SECONDS, now - self._step_began)
+        self.telemetry.set(metrics.TRAIN_ETA_SECONDS, self._eta(state, now))
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        logs = logs or {}
+        if "eval_loss" in logs:
+            self.telemetry.set(metrics.EVAL_LOSS, logs["eval_loss"])
+            self._say(state, f"held-out loss {logs['eval_loss']:.4f}")
+            self._reported = time.monotonic()  # an evaluation is no part of the training's pace
+        if "loss" not in logs:
+            return
+        now = time.monotonic()
+        tokens = self.loop.ranks.total(float(self.loop.tokens.item()))
+        self.loop.tokens.zero_()
+        state.num_input_tokens_seen += int(tokens)
+        pace = tokens / max(now - self._reported, 1e-9)
+        self._reported = now
+        for metric, value in (
+            (metrics.TRAIN_LOSS, logs["loss"]),
+            (metrics.TRAIN_LEARNING_RATE, logs["learning_rate"]),
+            (metrics.TRAIN_TOKENS_PER_SECOND, pace),
+            (metrics.TRAIN_GRAD_NORM, logs.get("grad_norm") or 0.0),
+        ):
+            self.telemetry.set(metric, value)
+        self.telemetry.add(metrics.TRAIN_TOKENS, tokens)
+        self._say(
+            state,
+            f"loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  {pace:,.0f} tokens/s"
+            f"  {timedelta(seconds=round(self._eta(state, now)))} left",
+        )
+        self._watch(state, control, logs["loss"])
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.loop.saved is None:
+            return
+        self.telemetry.set(metrics.CHECKPOINT_STEP, step_of(self.loop.saved))
+        self.telemetry.set(metrics.CHECKPOINT_TIME, time.time())
+        self.telemetry.set(metrics.CHECKPOINT_SECONDS, self.loop.save_seconds)
+        self._say(state, f"saved {self.loop.saved.name} in {self.loop.save_seconds:.1f} s")
+        self._reported = time.monotonic()
+
+    def _watch(self, state: TrainerState, control: TrainerControl, loss: float) -> None:
+        if math.isfinite(loss):
+            self._nonfinite = 0
+            return
+        self._nonfinite += 1
+        self.telemetry.add(metrics.TRAIN_NONFINITE)
+        control.should_save = False  # never replace a good checkpoint by one that has gone wrong
+        if self._nonfinite >= NONFINITE_REPORTS or state.global_step >= state.max_steps:
+            raise Failure(
+                ExitCode.DIVERGED,
+                f"spec.training.learningRate: the loss is {loss} at step {state.global_step}, for the {self._nonfinite}th report in a row. "
+                f"Lower it (it is {self.loop.args.learning_rate}), raise warmupSteps, or look for broken rows",
+            )
+
+    def _eta(self, state: TrainerState, now: float) -> float:
+        done = state.global_step - self._first_step
+        return (now - self._train_began) / done * (state.max_steps - state.global_step) if done else 0.0
+
+    def _say(self, state: TrainerState, text: str) -> None:
+        if self.loop.ranks.first:
+            print(f"step {state.global_step}/{state.max_steps}  {text}", flush=True)

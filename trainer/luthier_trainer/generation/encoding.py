@@ -1,0 +1,43 @@
+"""Image files: the formats that users choose from, and what a PNG says about itself."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+from PIL.Image import Image
+from PIL.PngImagePlugin import PngInfo
+
+from luthier_api.generate import ImageSettings
+from luthier_trainer.generation.samples import Sample
+
+# Times of one 1024 × 1024 image on one core: level 1 takes 88 ms, Pillow's own level 6 takes 439 ms for 16 % less (generation.md §3).
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    "png": ("png", {"compress_level": 1}),
+    "webp": ("webp", {"lossless": True, "method": 0}),
+    "jpeg": ("jpg", {"quality": 95}),
+}
+
+
+def encode(image: Image, settings: ImageSettings, sample: Sample) -> tuple[str, bytes]:
+    """Suffix and content of the file. A PNG carries `parameters`, which many viewers show, and `luthier`, the same as JSON."""
+    suffix, options = FORMATS[settings.format]
+    if settings.format == "png":
+        facts = sample.facts() | {"scheduler": settings.scheduler, "steps": settings.steps, "guidance": settings.guidance}
+        info = PngInfo()
+        info.add_itxt("parameters", parameters(settings, sample))
+        info.add_itxt("luthier", json.dumps(facts, ensure_ascii=False))
+        options = options | {"pnginfo": info}
+    file = io.BytesIO()
+    image.save(file, format=settings.format, **options)
+    return suffix, file.getvalue()
+
+
+def parameters(settings: ImageSettings, sample: Sample) -> str:
+    """How an image was made, in the words that image viewers for Stable Diffusion look for."""
+    negative = f"\nNegative prompt: {sample.negative_prompt}" if sample.negative_prompt else ""
+    return (
+        f"{sample.prompt}{negative}\nSteps: {settings.steps}, Sampler: {settings.scheduler}, CFG scale: {settings.guidance}, Seed: {sample.seed},"
+        f" Size: {settings.width}x{settings.height}"
+    )

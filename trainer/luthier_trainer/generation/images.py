@@ -1,0 +1,166 @@
+"""text-to-image: Stable Diffusion XL, with LoRA adapters fused into it, over batches of prompts.
+
+An image depends on its prompts, its seed and the batch size alone: noise comes from a CPU generator an image (those of GPUs differ between
+models), batches have one size, and each latent is decoded alone. Neighbours: `schedulers` makes the sampler, `encoding` the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from diffusers.utils import logging
+from transformers.utils import logging as transformers_logging
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.generate import GenerateJobSpec
+from luthier_trainer.ending import Failure, beat
+from luthier_trainer.generation.encoding import encode
+from luthier_trainer.generation.hardware import Hardware
+from luthier_trainer.generation.samples import Output, Sample, padded
+from luthier_trainer.generation.schedulers import eta, make_scheduler
+
+WEIGHTS = "diffusion_pytorch_model"
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+class ImageEngine:
+    """`batch_size` images at once with the pipeline in `model_path` and the adapters of the spec."""
+
+    def __init__(self, spec: GenerateJobSpec, model_path: Path, adapters: Sequence[Path], hardware: Hardware, batch_size: int) -> None:
+        for library in (logging, transformers_logging):
+            library.disable_progress_bar()
+            # Their warnings say for each batch what the manifest says once a row: that a prompt is not read to its end.
+            library.set_verbosity_error()
+        self.settings, self.batch_size, self.scheduler_name = spec.image, batch_size, spec.image.scheduler
+        # Adapters are fused once, in fp32, and rounded with the weights.
+        pipe = load_pipeline(model_path, torch.float32 if adapters else hardware.dtype)
+        fuse_adapters(pipe, adapters, [a.weight for a in spec.adapters])
+        pipe.to(hardware.device, hardware.dtype)
+        # Such a VAE overflows in fp16. diffusers moves its weights there and back for each batch; here it stays.
+        if hardware.dtype == torch.float16 and pipe.vae.config.force_upcast:
+            pipe.vae.to(torch.float32)
+        pipe.set_progress_bar_config(disable=True)
+        pipe.scheduler = make_scheduler(spec.image.scheduler, pipe.scheduler, spec.image.steps)
+        unit = pipe.vae_scale_factor
+        for name, size in (("width", spec.image.width), ("height", spec.image.height)):
+            if size % unit:
+                raise Failure(ExitCode.INVALID_SPEC, f"spec.image.{name}: {size} is not a multiple of {unit}, as this model wants")
+        self.pipe, self.hardware = pipe, hardware
+
+    def problem(self, sample: Sample) -> str | None:
+        """Every text can be drawn: of one that is too long for the text encoders the beginning is read, and its line says so."""
+        return None
+
+    def group(self, sample: Sample) -> Hashable:
+        """Models differ in what no negative prompt means (zeros, or the empty text), so these rows keep apart."""
+        return sample.negative_prompt is not None
+
+    @torch.inference_mode()
+    def make(self, samples: Sequence[Sample]) -> list[Output]:
+        batch = padded(samples, self.batch_size)
+        negative = [s.negative_prompt for s in batch] if samples[0].negative_prompt is not None else None
+        if hasattr(self.pipe.scheduler, "noise_sampler_seed"):
+            # The SDE sampler ignores generators, and without seeds its noise never repeats.
+            self.pipe.scheduler.noise_sampler_seed = [s.seed for s in batch]
+        latents = self.pipe(
+            prompt=[s.prompt for s in batch],
+            negative_prompt=negative,
+            num_inference_steps=self.settings.steps,
+            guidance_scale=self.settings.guidance,
+            width=self.settings.width,
+            height=self.settings.height,
+            generator=[torch.Generator().manual_seed(s.seed) for s in batch],
+            eta=eta(self.scheduler_name),
+            callback_on_step_end=pulse,
+            output_type="latent",
+        ).images
+        return [self.output(sample, latents[i : i + 1]) for i, sample in enumerate(samples)]
+
+    def output(self, sample: Sample, latent: torch.Tensor) -> Output:
+        """The image file of one latent, 1 × channels × height × width."""
+        pixels = self.decode(latent)
+        if not torch.isfinite(pixels).all():
+            return Output(sample, error=f"the image is not finite in {self.hardware.precision}; set spec.precision to bf16 or fp32")
+        image = self.pipe.image_processor.postprocess(pixels.float(), output_type="pil")[0]
+        unread = self.unread_tokens(sample.prompt)
+        facts = {"unreadTokens": unread} if unread else {}
+        suffix, content = encode(image, self.settings, sample)
+        return Output(sample, facts, image=content, suffix=suffix)
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        """Pixels in [-1, 1], as the pipeline itself decodes them."""
+        vae = self.pipe.vae
+        latent = latent.to(vae.dtype)
+        mean, deviation = (getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std"))
+        if mean is not None and deviation is not None:
+            latent = latent * latent.new_tensor(deviation).view(1, -1, 1, 1) / vae.config.scaling_factor + latent.new_tensor(mean).view(
+                1, -1, 1, 1
+            )
+        else:
+            latent = latent / vae.config.scaling_factor
+        return vae.decode(latent, return_dict=False)[0]
+
+    def unread_tokens(self, prompt: str) -> int:
+        """Tokens at the end of a prompt that the text encoders do not see."""
+        tokenizer = self.pipe.tokenizer_2
+        return max(0, len(tokenizer(prompt, truncation=False, verbose=False)["input_ids"]) - tokenizer.model_max_length)
+
+
+def pulse(pipe: StableDiffusionXLPipeline, step: int, timestep: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch on CPU can take longer than the supervisor waits for a sign of life; a step does not."""
+    beat()
+    return {}
+
+
+def load_pipeline(path: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+    """The pipeline in a folder, from safetensors only, without code of its own and without watermark. Raises Failure when it is none."""
+    try:
+        kind = json.loads((path / "model_index.json").read_text()).get("_class_name")
+    except (OSError, ValueError) as error:
+        raise Failure(ExitCode.INVALID_SPEC, f"spec.model: {path} is no diffusers pipeline: {error}") from None
+    if kind != "StableDiffusionXLPipeline":
+        raise Failure(ExitCode.INVALID_SPEC, f"spec.model: is a {kind}; text-to-image runs StableDiffusionXLPipeline")
+    plain, half = (path / "unet" / f"{WEIGHTS}{infix}.safetensors" for infix in ("", ".fp16"))
+    variant = "fp16" if half.exists() and not plain.exists() else None
+    try:
+        return StableDiffusionXLPipeline.from_pretrained(
+            path, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True, add_watermarker=False
+        )
+    except (ValueError, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise
+        raise Failure(ExitCode.INVALID_SPEC, f"spec.model: the pipeline in {path} cannot be loaded: {error}") from None
+
+
+def fuse_adapters(pipe: StableDiffusionXLPipeline, paths: Sequence[Path], weights: Sequence[float]) -> None:
+    """Add LoRA adapters to the pipeline's weights, each as often as its weight says. Raises Failure when one does not fit."""
+    names = [f"adapter{i}" for i in range(len(paths))]
+    for i, (name, path) in enumerate(zip(names, paths, strict=True)):
+        field = f"spec.adapters[{i}]"
+        try:
+            pipe.load_lora_weights(path, weight_name=lora_file(path, field), adapter_name=name, local_files_only=True)
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise Failure(ExitCode.INVALID_SPEC, f"{field}: does not fit the model: {error}") from None
+        if not any(name in loaded for loaded in pipe.get_list_adapters().values()):
+            raise Failure(ExitCode.INVALID_SPEC, f"{field}: holds no LoRA weights for the UNet or the text encoders of Stable Diffusion XL")
+    if names:
+        pipe.set_adapters(names, adapter_weights=list(weights))
+        pipe.fuse_lora(adapter_names=names)
+        pipe.unload_lora_weights()
+
+
+def lora_file(folder: Path, field: str) -> str:
+    """Name of the adapter's weights: diffusers' own name, or the only safetensors file there is. Raises Failure."""
+    found = sorted(p.name for p in folder.glob("*.safetensors"))
+    if LORA_WEIGHTS in found:
+        return LORA_WEIGHTS
+    if len(found) != 1:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: {folder} holds {', '.join(found) or 'no .safetensors file'}; it must hold {LORA_WEIGHTS} or exactly one .safetensors file",
+        )
+    return found[0]

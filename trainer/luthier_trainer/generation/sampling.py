@@ -1,0 +1,78 @@
+"""Drawing tokens so that a text depends on its own seed alone: not on its neighbours in the batch, the shard or the device's generator.
+
+`generate` of transformers draws a whole batch from one generator of the device. Here each text has a CPU generator of its own, and the
+choice is made in a logits processor, after which the likeliest token, which a greedy `generate` takes, is the chosen one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from luthier_api.generate import TextSettings
+from luthier_trainer.ending import beat
+
+
+class SeededChoice(LogitsProcessor):
+    """Draws one token a text by inverting the distribution at a number fixed by the text's seed and the step."""
+
+    def __init__(self, seeds: Sequence[int], prompt_length: int, steps: int, device: torch.device) -> None:
+        draws = [torch.rand(steps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
+        self.draws = torch.stack(draws).to(device)
+        """Texts × steps, uniform in [0, 1)."""
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        # In doubles, so that the order in which a device sums does not decide between neighbours.
+        cumulative = scores.double().softmax(-1).cumsum(-1)
+        step = input_ids.shape[1] - self.prompt_length
+        targets = self.draws[:, step : step + 1] * cumulative[:, -1:]
+        chosen = torch.searchsorted(cumulative, targets, right=True).clamp_(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
+class RepetitionPenalty(LogitsProcessor):
+    """transformers' penalty, blind to padding: else the padding token, often the end of text, would count as said."""
+
+    def __init__(self, penalty: float, attention_mask: torch.Tensor) -> None:
+        self.penalty = RepetitionPenaltyLogitsProcessor(penalty)
+        self.padding = attention_mask == 0
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        length = self.padding.shape[1]
+        said = input_ids.clone()
+        # The last token of the prompt is never padding, and saying it twice changes nothing.
+        said[:, :length] = torch.where(self.padding, input_ids[:, length - 1 : length], input_ids[:, :length])
+        return self.penalty(said, scores)
+
+
+class Pulse(LogitsProcessor):
+    """A sign of life each token: a batch of long texts can take longer than the supervisor waits."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        beat()
+        return scores
+
+
+def processors(settings: TextSettings, seeds: Sequence[int], attention_mask: torch.Tensor) -> LogitsProcessorList:
+    """What turns a greedy `generate` over prompts of one padded length into what `settings` ask for."""
+    chain = LogitsProcessorList([Pulse()])
+    if settings.repetition_penalty != 1.0:
+        chain.append(RepetitionPenalty(settings.repetition_penalty, attention_mask))
+    if settings.temperature > 0:
+        chain.append(TemperatureLogitsWarper(settings.temperature))
+        if settings.top_k > 0:
+            chain.append(TopKLogitsWarper(settings.top_k))
+        if settings.top_p < 1:
+            chain.append(TopPLogitsWarper(settings.top_p))
+        chain.append(SeededChoice(seeds, attention_mask.shape[1], settings.max_new_tokens, attention_mask.device))
+    return chain

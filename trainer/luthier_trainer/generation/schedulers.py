@@ -1,0 +1,82 @@
+"""Samplers of text-to-image by the name users write: one table, diffusers' classes behind it.
+
+A sampler is made from the configuration of the model's own (its betas, prediction type and spacing are facts of the weights), with what
+the name adds. A package that a sampler needs and the image lacks ends in a message, not in a stack.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.generate import SchedulerName
+from luthier_trainer.ending import Failure
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a name becomes a scheduler of diffusers."""
+
+    class_name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    """What replaces the model's own configuration."""
+    eta: float = 0.0
+    """Share of noise that is put back at each step, where the pipeline passes it on (DDIM, TCD)."""
+
+
+# Latents are not confined to [-1, 1]: the clipping that these classes do by default would spoil them.
+UNCLIPPED = {"clip_sample": False, "thresholding": False}
+DPM = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "use_karras_sigmas": False}
+SIGMAS = {"use_karras_sigmas": False}
+
+SAMPLERS: dict[SchedulerName, Sampler] = {
+    "ddim": Sampler("DDIMScheduler", UNCLIPPED),
+    "ddpm": Sampler("DDPMScheduler", UNCLIPPED),
+    "deis": Sampler("DEISMultistepScheduler", {"algorithm_type": "deis", "solver_type": "logrho", "solver_order": 2, **SIGMAS}),
+    "dpm++2m": Sampler("DPMSolverMultistepScheduler", DPM),
+    "dpm++2m-karras": Sampler("DPMSolverMultistepScheduler", DPM | {"use_karras_sigmas": True}),
+    "dpm++2m-sde": Sampler("DPMSolverMultistepScheduler", DPM | {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm++sde": Sampler("DPMSolverSDEScheduler", SIGMAS),
+    "euler": Sampler("EulerDiscreteScheduler", SIGMAS),
+    "euler-ancestral": Sampler("EulerAncestralDiscreteScheduler"),
+    "heun": Sampler("HeunDiscreteScheduler", {"clip_sample": False, **SIGMAS}),
+    "kdpm2": Sampler("KDPM2DiscreteScheduler", SIGMAS),
+    "kdpm2-ancestral": Sampler("KDPM2AncestralDiscreteScheduler", SIGMAS),
+    "lcm": Sampler("LCMScheduler", UNCLIPPED),
+    "lms": Sampler("LMSDiscreteScheduler", SIGMAS),
+    # The Runge-Kutta start of PNDM wants 12 model calls more and is off in every Stable Diffusion.
+    "pndm": Sampler("PNDMScheduler", {"skip_prk_steps": True}),
+    "tcd": Sampler("TCDScheduler", UNCLIPPED, eta=0.3),  # gamma of the paper, as in diffusers' own documentation
+    "unipc": Sampler("UniPCMultistepScheduler", {"solver_type": "bh2", "solver_order": 2, "predict_x0": True, **SIGMAS}),
+}
+
+
+def eta(name: SchedulerName) -> float:
+    return SAMPLERS[name].eta if name in SAMPLERS else 0.0
+
+
+def make_scheduler(name: SchedulerName, own: Any, steps: int) -> Any:
+    """The scheduler for `name`, from `own`, the model's scheduler; for "default" that one itself.
+
+    Raises Failure when the image lacks a package that it needs, or when it cannot do `steps` steps.
+    """
+    scheduler = own
+    if name != "default":
+        import diffusers
+
+        sampler = SAMPLERS[name]
+        try:
+            scheduler = getattr(diffusers, sampler.class_name).from_config(own.config, **sampler.config)
+        except ImportError as error:
+            reason = " ".join(str(error).split())
+            raise Failure(
+                ExitCode.MISCONFIGURED,
+                f"spec.image.scheduler: {name} needs a package that this image lacks ({reason}); choose another scheduler, for example"
+                " dpm++2m-sde, or build the trainer image with it",
+            ) from None
+    try:
+        scheduler.set_timesteps(steps)
+    except (ValueError, AssertionError, IndexError) as error:
+        raise Failure(ExitCode.INVALID_SPEC, f"spec.image.steps: {name} cannot do {steps} steps: {error}") from None
+    return scheduler

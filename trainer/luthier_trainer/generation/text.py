@@ -1,0 +1,140 @@
+"""text-generation: a causal language model, with LoRA adapters merged into it, over batches of prompts.
+
+A text depends on its prompt, its seed and the batch size alone: batches have one size, and prompts are padded to a length that follows
+from the prompt itself, so that kernels see the same shapes whoever shares the batch. Neighbour: `sampling` draws the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.generate import GenerateJobSpec
+from luthier_trainer.ending import Failure
+from luthier_trainer.generation.hardware import Hardware
+from luthier_trainer.generation.samples import Output, Sample, padded
+from luthier_trainer.generation.sampling import processors
+
+SHORTEST_BATCH = 32  # tokens; prompts up to here share batches, longer ones share with those of their power of two
+
+
+class TextEngine:
+    """`batch_size` texts at once with the model in `model_path` and the adapters of the spec."""
+
+    def __init__(
+        self, spec: GenerateJobSpec, model_path: Path, tokenizer_path: Path, adapters: Sequence[Path], hardware: Hardware, batch_size: int
+    ) -> None:
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        self.settings, self.batch_size, self.device = spec.text, batch_size, torch.device(hardware.device)
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
+        # Adapters are merged in fp32 and rounded once: what a bf16 weight cannot hold of them is lost once, not once an adapter.
+        model = load_model(model_path, torch.float32 if adapters else hardware.dtype)
+        for i, path in enumerate(adapters):
+            model = merge_adapter(model, path, spec.adapters[i].weight, f"spec.adapters[{i}]")
+        self.model = model.to(self.device, hardware.dtype).eval()
+        self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.ends = end_tokens(model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
+        self.padding = next((t for t in (self.tokenizer.pad_token_id, *sorted(self.ends)) if t is not None), 0)
+        # The repository's own sampling settings must not mix with the job's.
+        self.model.generation_config = GenerationConfig(
+            max_new_tokens=spec.text.max_new_tokens, do_sample=False, eos_token_id=sorted(self.ends) or None, pad_token_id=self.padding
+        )
+
+    def tokens(self, sample: Sample) -> list[int]:
+        return list(self.tokenizer(sample.prompt)["input_ids"])
+
+    def problem(self, sample: Sample) -> str | None:
+        length, new = len(self.tokens(sample)), self.settings.max_new_tokens
+        if length == 0:
+            return "prompt: the tokenizer makes no token of it; write a prompt"
+        if self.context is not None and length + new > self.context:
+            return (
+                f"prompt: {length} tokens and text.maxNewTokens {new} are more than the model's {self.context}; shorten the prompt or lower"
+                " text.maxNewTokens"
+            )
+        return None
+
+    def group(self, sample: Sample) -> Hashable:
+        """The length that its prompt is padded to: the next power of two, as far as the model's context goes."""
+        length = len(self.tokens(sample))
+        rounded = max(SHORTEST_BATCH, 1 << (length - 1).bit_length())
+        return rounded if self.context is None else max(length, min(rounded, self.context - self.settings.max_new_tokens))
+
+    @torch.inference_mode()
+    def make(self, samples: Sequence[Sample]) -> list[Output]:
+        batch = padded(samples, self.batch_size)
+        prompts = [self.tokens(s) for s in batch]
+        length = self.group(samples[0])
+        assert isinstance(length, int)
+        ids = torch.tensor([[self.padding] * (length - len(p)) + p for p in prompts], device=self.device)
+        mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        chain = processors(self.settings, [s.seed for s in batch], mask)
+        written = self.model.generate(input_ids=ids, attention_mask=mask, logits_processor=chain)[:, length:].tolist()
+        return [self.output(s, len(p), new) for s, p, new in zip(samples, prompts, written, strict=False)]
+
+    def output(self, sample: Sample, prompt_tokens: int, new: list[int]) -> Output:
+        """The text up to the first end token; whatever follows it is padding."""
+        end = next((i for i, token in enumerate(new) if token in self.ends), None)
+        text = self.tokenizer.decode(new[:end], skip_special_tokens=True)
+        facts = {
+            "finishReason": "length" if end is None else "stop", "promptTokens": prompt_tokens, "newTokens": len(new) if end is None else end,
+        }  # fmt: skip
+        return Output(sample, facts, text=text)
+
+
+def load_model(path: Path, dtype: torch.dtype) -> torch.nn.Module:
+    """The causal language model in a folder; code that comes with it is never run. Raises Failure when it is none."""
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (ValueError, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise
+        raise Failure(ExitCode.INVALID_SPEC, f"spec.model: no causal language model can be loaded from {path}: {error}") from None
+    # transformers fills what is missing with random numbers, and such a model talks as if it had learnt to.
+    if missing := sorted(report["missing_keys"]):
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"spec.model: {path} holds no weights for {', '.join(missing[:3])}{' and others' * (len(missing) > 3)} of a {type(model).__name__};"
+            " choose a model that was trained for text generation",
+        )
+    return model
+
+
+def end_tokens(*ids: int | list[int] | None) -> set[int]:
+    """Every token that ends a text, by the model's generation settings or by its tokenizer."""
+    return {token for i in ids if i is not None for token in (i if isinstance(i, list) else [i])}
+
+
+def merge_adapter(model: torch.nn.Module, path: Path, weight: float, field: str) -> torch.nn.Module:
+    """`model` with a LoRA adapter added to its weights, `weight` times. Raises Failure when the adapter does not fit."""
+    if weight == 0:
+        return model
+    from peft import PeftConfig, PeftModel  # only here: it takes seconds to import
+    from peft.tuners.lora import LoraLayer
+
+    try:
+        config = PeftConfig.from_pretrained(path)
+        if config.peft_type != "LORA":
+            raise Failure(ExitCode.INVALID_SPEC, f"{field}: is a {config.peft_type} adapter; only LoRA adapters are merged")
+        if config.modules_to_save and weight != 1:
+            replaced = ", ".join(config.modules_to_save)
+            raise Failure(
+                ExitCode.INVALID_SPEC, f"{field}.weight: the adapter replaces whole modules ({replaced}), which have no weight; set 1"
+            )
+        adapted = PeftModel.from_pretrained(model, path)
+    except (ValueError, RuntimeError, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise
+        raise Failure(ExitCode.INVALID_SPEC, f"{field}: does not fit the model: {error}") from None
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            module.set_scale("default", weight)
+    return adapted.merge_and_unload()

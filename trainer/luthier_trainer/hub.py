@@ -1,0 +1,124 @@
+"""Speaking to the Hub with patience and with an end: time limits, back-off, and errors that name the field.
+
+huggingface_hub's own client waits for ever on a server that accepts and never answers, and does not retry commits
+(platform.md §2.4). Neighbours: `sources` and `data` read through it, `publish` writes.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.run import Variables
+from luthier_trainer.ending import Failure, classify
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+T = TypeVar("T")
+CONNECT_SECONDS, SILENCE_SECONDS = 15.0, 60.0
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
+DEADLINE = "LUTHIER_HUB_DEADLINE"
+DEADLINE_SECONDS = 300.0
+
+
+def deadline_seconds() -> float:
+    """How long one pod waits for a Hub that is away; the next pod of the phase goes on from there."""
+    return float(os.environ.get(DEADLINE) or DEADLINE_SECONDS)
+
+
+def endpoint() -> str:
+    """The administrator's Hub: huggingface.co, a mirror, or one of their own."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def hub_api() -> HfApi:
+    """The client, with time limits and the token of this pod (none: anonymous)."""
+    from huggingface_hub import HfApi
+
+    _limit_waiting()
+    return HfApi(endpoint=endpoint(), token=os.environ.get(Variables.TOKEN) or False)
+
+
+@functools.cache
+def _limit_waiting() -> None:
+    """The client's own factory, but no request waits for ever."""
+    import httpx2
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    def client() -> Any:
+        made = default_client_factory()
+        made.timeout = httpx2.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS)
+        return made
+
+    set_client_factory(client)
+
+
+def patiently(call: Callable[[], T], field: str, what: str, seconds: float | None = None) -> T:
+    """`call`, again and again while the Hub is away; the patience is counted from its first absence, not from a long upload's start.
+
+    Raises Failure, with `field` and `what` in it, for everything else and in the end.
+    """
+    until: float | None = None
+    pause = FIRST_PAUSE
+    while True:
+        try:
+            return call()
+        except Failure:
+            raise
+        except Exception as error:
+            failure = explain(error, field, what)
+            wait = max(pause, _asked_to_wait(error))
+            until = until or time.monotonic() + (deadline_seconds() if seconds is None else seconds)
+            if failure.code is not ExitCode.HUB_UNAVAILABLE or time.monotonic() + wait > until:
+                raise failure from error
+            print(f"hub: {failure.message}; trying again in {wait:.0f} s", file=sys.stderr, flush=True)
+            time.sleep(wait)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _asked_to_wait(error: BaseException) -> float:
+    """Seconds that a 429 asks for; 0 when it does not say."""
+    headers = getattr(getattr(error, "response", None), "headers", None) or {}
+    try:
+        return min(float(headers.get("Retry-After", 0)), 2 * LONGEST_PAUSE)
+    except ValueError:
+        return 0.0
+
+
+def explain(error: Exception, field: str, what: str) -> Failure:
+    """An exception of the Hub's clients as an end that a user understands. `what` names the repository."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    names = {c.__name__ for e in chain for c in type(e).__mro__}
+    status = next((s for e in chain if (s := getattr(getattr(e, "response", None), "status_code", None))), None)
+    said = " ".join(str(error).split())[:300]
+    where = f"{what} on {endpoint()}"
+    if "GatedRepoError" in names:
+        return Failure(ExitCode.UNAUTHORIZED, f"{field}: {where} is gated. Ask for access there, and set spec.hub.tokenSecret")
+    if "RevisionNotFoundError" in names:
+        place = field.removesuffix(".id")
+        return Failure(ExitCode.NOT_FOUND, f"{place}.revision: {where} has no such branch, tag or commit")
+    if names & {"RepositoryNotFoundError", "DatasetNotFoundError"} and not (status in (401, 403) and os.environ.get(Variables.TOKEN)):
+        hint = "" if os.environ.get(Variables.TOKEN) else ", or it is private: then set spec.hub.tokenSecret"
+        return Failure(ExitCode.NOT_FOUND, f"{field}: there is no {where}{hint}")
+    if status in (401, 403):
+        return Failure(
+            ExitCode.UNAUTHORIZED, f"spec.hub.tokenSecret: the Hub refused the token for {where} ({status}). Check its value and its rights"
+        )
+    if status == 404:
+        return Failure(ExitCode.NOT_FOUND, f"{field}: there is no {where}")
+    code, _ = classify(error)
+    away = any(isinstance(e, ConnectionError | TimeoutError) for e in chain) or any(
+        classify(e)[0] is ExitCode.HUB_UNAVAILABLE for e in chain
+    )
+    if away:
+        return Failure(ExitCode.HUB_UNAVAILABLE, f"{field}: {where} cannot be reached: {said}")
+    return Failure(code, f"{field}: {where}: {said}")

@@ -1,0 +1,81 @@
+"""transformers' Trainer with the few changes that make a run survivable: checkpoints are staged and committed, NaN is not hidden.
+
+Neighbours: `checkpoint` owns the folders, `callbacks` watches the steps, `train` puts it together.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from luthier_trainer import checkpoint
+from luthier_trainer.ranks import Ranks
+
+
+class TrainingLoop(Trainer):
+    """Neutral about task and method. `args.output_dir` is the folder of the checkpoints."""
+
+    def __init__(self, *, ranks: Ranks, identity: dict[str, Any], keep: int, seconds_before: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.remove_callback(PrinterCallback)  # `callbacks.Report` prints one readable line instead
+        self.ranks, self.identity, self.keep = ranks, identity, keep
+        self.seconds_before = seconds_before
+        """Seconds of training that earlier attempts have put into the checkpoint."""
+        self.tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        """Tokens that this process has trained on since they were last counted over all processes."""
+        self.saved: Path | None = None
+        """The newest verified checkpoint."""
+        self.save_seconds = 0.0
+        self.started = time.monotonic()
+        self._folder = Path(self.args.output_dir)
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.started
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.tokens += inputs["attention_mask"].sum()  # stays on the device: reading it each step would make the host wait
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # nobody reads them, and counting all parameters each micro-batch costs more than it tells
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if not math.isfinite(logs.get("loss", 0.0)):
+            self._tr_loss.zero_()  # transformers subtracts the reported sum from itself, and NaN - NaN would be NaN for ever
+        super().log(logs, start_time)
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed from the last step: only the result was missing
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._folder)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step, folder, began = self.state.global_step, Path(self.args.output_dir), time.monotonic()
+        self._folder = folder / f"{checkpoint.STAGING}checkpoint-{step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            staging, self._folder = self._folder, folder
+        self.ranks.wait()
+        facts = {"step": step, "seconds": round(self.seconds, 1), "processes": self.ranks.count, **checkpoint.facts_of(self.identity)}
+        self.saved = self.ranks.decide(lambda: checkpoint.commit(staging / f"checkpoint-{step}", folder, self.ranks.count, facts))
+        if self.ranks.first:
+            checkpoint.rotate(folder, self.keep)
+        self.save_seconds = time.monotonic() - began
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            # A pickle: nobody needs it, and loading it would run what it says.
+            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)

@@ -1,0 +1,109 @@
+"""README.md of what is published: what it is, what it was made of, how good it is, how to load it. The front matter is the Hub's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
+from luthier_api.workspace import MANIFEST
+
+PIPELINE_TAGS = {"causal-lm": "text-generation", "text-classification": "text-classification"}
+AUTO_CLASSES = {"causal-lm": "CausalLM", "text-classification": "SequenceClassification"}
+TITLES = {
+    "evalLoss": "Held-out loss", "evalLossBefore": "Held-out loss before", "perplexity": "Perplexity", "accuracy": "Accuracy",
+    "f1Macro": "F1 (macro)", "majorityShare": "Share of the commonest class", "trainLoss": "Training loss", "steps": "Steps",
+    "tokens": "Tokens", "seconds": "Seconds",
+}  # fmt: skip
+
+
+def card(run: FineTuneRun | GenerateRun, prepared: PreparedRecord, result: Path) -> str:
+    """The whole README of `result`."""
+    return model_card(run, prepared, result) if isinstance(run, FineTuneRun) else dataset_card(run, prepared, result)
+
+
+def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
+    spec, adapter = run.spec, (result / "adapter_config.json").is_file()
+    repo = (spec.hub and spec.hub.repo) or run.name
+    metrics = read_metrics(result / "metrics.json")
+    front: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": PIPELINE_TAGS[spec.task]}
+    if spec.model.id:
+        front |= {"base_model": spec.model.id, "base_model_relation": "adapter" if adapter else "finetune"}
+    if spec.dataset.id:
+        front["datasets"] = [spec.dataset.id]
+    front["tags"] = ["luthier", spec.method.type, spec.task]
+    method = spec.method.type if spec.method.type == "full" else f"{spec.method.type} (rank {spec.method.rank}, alpha {spec.method.alpha})"
+    training, plan = spec.training, prepared.plan
+    facts = {
+        "Task": spec.task, "Base model": source(prepared.model.source, prepared.model.revision),
+        "Dataset": source(prepared.dataset.source, prepared.dataset.revision), "Rows": counted(prepared), "Method": method,
+        "Learning rate": f"{training.learning_rate:g}, {training.schedule}", "Batch size": training.batch_size,
+        "Epochs": None if training.max_steps else f"{training.epochs:g}", "Steps": plan.steps, "Tokens a row, at most": training.max_length,
+        "Packing": "yes" if training.packing else None, "Strategy": f"{plan.strategy}, {plan.world_size} processes", "Seed": training.seed,
+        "Classes": ", ".join(prepared.dataset.labels[:50]) if prepared.dataset.labels else None,
+    }  # fmt: skip
+    auto = ("AutoPeftModelFor" if adapter else "AutoModelFor") + AUTO_CLASSES[spec.task]
+    labels = f", num_labels={len(prepared.dataset.labels)}" if adapter and prepared.dataset.labels else ""
+    load = (
+        f'from {"peft" if adapter else "transformers"} import {auto}\nfrom transformers import AutoTokenizer\n\n'
+        f'model = {auto}.from_pretrained("{repo}"{labels})\ntokenizer = AutoTokenizer.from_pretrained("{repo}")'
+    )
+    needs = "" if spec.model.id or not adapter else f"\nThe adapter's base model lies where the job found it ({prepared.model.source}).\n"
+    return document(front, repo, f"Fine-tuned with Luthier, FineTuneJob `{run.name}`.", [
+        ("Results", table({TITLES.get(k, k): f"{v:.6g}" for k, v in metrics.items()})), ("How it was made", table(facts)),
+        ("How to load it", f"```python\n{load}\n```\n{needs}"),
+    ])  # fmt: skip
+
+
+def dataset_card(run: GenerateRun, prepared: PreparedRecord, result: Path) -> str:
+    spec = run.spec
+    repo = (spec.hub and spec.hub.repo) or run.name
+    front = {"tags": ["luthier", spec.task, "synthetic"], "configs": [{"config_name": "default", "data_files": "shard-*.jsonl"}]}
+    metrics: dict[str, float] = {}
+    for path in sorted(result.glob(f"*.{MANIFEST}")):
+        for name, value in read_metrics(path, "metrics").items():
+            if name in ("rows", "failedRows"):
+                metrics[name] = metrics.get(name, 0) + value
+    settings = (spec.image if spec.task == "text-to-image" else spec.text).dump()
+    facts = {
+        "Task": spec.task, "Model": source(prepared.model.source, prepared.model.revision),
+        "Adapters": ", ".join(source(a.source, a.revision) for a in prepared.adapters) or None,
+        "Inputs": f"{source(prepared.dataset.source, prepared.dataset.revision)}, {prepared.dataset.rows} rows",
+        "Outputs": f"{metrics.get('rows', 0):g}", "Of them failed": f"{metrics['failedRows']:g}" if metrics.get("failedRows") else None,
+        "Seed": spec.seed, **settings,
+    }  # fmt: skip
+    about = f"Generated with Luthier, GenerateJob `{run.name}`. Each line of `shard-*.jsonl` is an output: its prompt, seed, settings and digest."
+    return document(front, repo, about, [("How it was made", table(facts))])
+
+
+def document(front: Mapping[str, Any], title: str, about: str, sections: list[tuple[str, str]]) -> str:
+    head = yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True)
+    body = "\n\n".join(f"## {name}\n\n{text.rstrip()}" for name, text in sections if text.strip())
+    return f"---\n{head}---\n\n# {title}\n\n{about}\n\n{body}\n"
+
+
+def table(facts: Mapping[str, object]) -> str:
+    rows = [f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in facts.items() if value is not None]
+    return "\n".join(["| | |", "|---|---|", *rows]) if rows else ""
+
+
+def source(name: str, revision: str | None) -> str:
+    return f"{name} @ {revision}" if revision else name
+
+
+def counted(prepared: PreparedRecord) -> str:
+    held_out = f", {prepared.dataset.eval_rows} held out" if prepared.dataset.eval_rows else ""
+    return f"{prepared.dataset.rows}{held_out}"
+
+
+def read_metrics(path: Path, key: str | None = None) -> dict[str, float]:
+    """Figures from a JSON file; none when it is not there."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return dict(data.get(key, {}) if key else data)

@@ -1,0 +1,85 @@
+"""A model that starts from a configuration: a tokenizer trained on the dataset's own text, and new weights.
+
+transformers takes any keyword for a configuration and keeps it without a word, so the names are checked here first. Neighbour:
+`prepare`, which saves both where a downloaded model would lie.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.spec import NewModel
+from luthier_trainer.ending import Failure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|pad|>"  # a token of its own: where padding is the end-of-text token, collators hide the real ones from the loss too
+FIELD = "spec.model.config"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with at most `vocab_size` entries (special tokens included; fewer when the text has no more pairs)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, PADDING],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=PADDING)
+
+
+def new_config(new: NewModel, tokenizer: PreTrainedTokenizerFast | None = None) -> PreTrainedConfig:
+    """The configuration that `new` describes; sizes and ids of the tokenizer win. Raises Failure with the field's path."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if new.model_type not in CONFIG_MAPPING:
+        raise _refuse("modelType", f"transformers has no architecture {new.model_type!r}.", new.model_type, CONFIG_MAPPING.keys())
+    config_class: Any = CONFIG_MAPPING[new.model_type]
+    if config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise Failure(ExitCode.INVALID_SPEC, f"{FIELD}.modelType: {new.model_type} is not a causal language model; choose one such as llama")
+    known = {f.name for f in fields(config_class)} | set(config_class.attribute_map)
+    for name in new.parameters:
+        if name == "vocab_size":
+            raise Failure(ExitCode.INVALID_SPEC, f"{FIELD}.parameters.vocab_size: the tokenizer sets it; use model.config.vocabSize")
+        if name not in known:
+            raise _refuse(f"parameters.{name}", f"the configuration of {new.model_type} has no such field.", name, known)
+    ids = {} if tokenizer is None else {
+        "vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    try:
+        return config_class(**new.parameters, **ids)
+    except Exception as error:  # each architecture checks its own arguments, with exceptions of its own
+        raise Failure(ExitCode.INVALID_SPEC, f"{FIELD}.parameters: {' '.join(str(error).split())}") from error
+
+
+def save_new_model(config: PreTrainedConfig, folder: Path, seed: int) -> None:
+    """Make weights by `seed` and save them with their configuration. Raises Failure when the configuration cannot be built."""
+    from transformers import AutoModelForCausalLM, set_seed
+
+    set_seed(seed)
+    try:
+        model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, RuntimeError, TypeError, AssertionError, ZeroDivisionError, KeyError) as error:
+        raise Failure(ExitCode.INVALID_SPEC, f"{FIELD}.parameters: the model cannot be built: {' '.join(str(error).split())}") from error
+    model.save_pretrained(folder)
+
+
+def _refuse(path: str, what: str, name: str, known: Iterable[str]) -> Failure:
+    near = difflib.get_close_matches(name, list(known), 1)
+    return Failure(ExitCode.INVALID_SPEC, f"{FIELD}.{path}: {what}" + (f" Did you mean {near[0]!r}?" if near else ""))

@@ -1,0 +1,79 @@
+"""The phase that finds everything out: model, data, plan. It holds no GPU, so every mistake of the user should end here.
+
+A finished `prepare` is not repeated; one that was interrupted keeps its downloads. Neighbours: `preparetraining` and
+`preparegeneration` do the work of the two kinds, `prepared` keeps the record.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
+from luthier_api.status import Prepared
+from luthier_api.termination import TerminationMessage
+from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.ending import run_phase
+from luthier_trainer.prepared import FINGERPRINT, belongs, fingerprint, read_prepared, write_prepared
+
+LABELS_SHOWN_BYTES = 1000  # of the 4,096 that a termination message has; all of them are in the record
+
+
+def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
+    """Prepare the workspace of one job. Raises Failure with the path of the field that does not fit."""
+    folder = WorkspaceFolder(Path(run.workspace))
+    begin(run, folder)
+    if folder.prepared_record.exists():
+        return done(read_prepared(run))
+    cache = folder.prepared / ".cache"
+    # Imported here: each brings libraries that the other kind does without.
+    if isinstance(run, FineTuneRun):
+        from luthier_trainer import preparetraining
+
+        record = preparetraining.prepare(run, folder, cache)
+    else:
+        from luthier_trainer import preparegeneration
+
+        record = preparegeneration.prepare(run, folder, cache)
+    shutil.rmtree(cache, ignore_errors=True)
+    write_prepared(run, record)
+    return done(record)
+
+
+def begin(run: FineTuneRun | GenerateRun, folder: WorkspaceFolder) -> None:
+    """An empty `prepared/`, or the one that an interrupted `prepare` of the same job left.
+
+    What belongs to another version of the job (on a laptop, after an edit of the manifest) is set aside, never overwritten.
+    """
+    if folder.prepared.exists() and not belongs(run):
+        if (folder.prepared / FINGERPRINT).exists():
+            set_aside(folder)
+        else:
+            shutil.rmtree(folder.prepared)
+    folder.prepared.mkdir(parents=True, exist_ok=True)
+    (folder.prepared / FINGERPRINT).write_text(fingerprint(run))
+
+
+def set_aside(folder: WorkspaceFolder) -> Path:
+    """Move what the job's earlier version made to `previous-<n>`."""
+    number = next(n for n in range(1, 10_000) if not (folder.root / f"previous-{n}").exists())
+    target = folder.root / f"previous-{number}"
+    target.mkdir()
+    for made in (folder.prepared, folder.checkpoints, folder.shards, folder.result):
+        if made.exists():
+            made.rename(target / made.name)
+    print(f"the manifest has changed: what its earlier version made is now in {target}", flush=True)
+    return target
+
+
+def done(record: PreparedRecord) -> TerminationMessage:
+    found = Prepared.model_validate({name: getattr(record, name) for name in Prepared.model_fields})
+    labels = found.dataset.labels
+    if labels and sum(len(name.encode()) + 3 for name in labels) > LABELS_SHOWN_BYTES:
+        found = found.model_copy(update={"dataset": found.dataset.model_copy(update={"labels": None})})
+    return TerminationMessage(phase="prepare", code=0, reason=ExitCode.COMPLETED.reason, prepared=found)
+
+
+if __name__ == "__main__":
+    run_phase("prepare", main)

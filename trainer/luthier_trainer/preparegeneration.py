@@ -1,0 +1,138 @@
+"""`prepare` of a GenerateJob: model, adapters, and the rows with their seeds in `rows.jsonl`.
+
+A row's seed is its own, or the first 32 bits of BLAKE2b over "<job seed>:<row number>": it depends on neither shards nor order, so that
+any output can be made again alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.run import GenerateRun, PreparedRecord
+from luthier_api.status import ResolvedDataset
+from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer import modelfacts, sources
+from luthier_trainer.data import columns
+from luthier_trainer.data.load import Loader, Rows
+from luthier_trainer.ending import Failure
+from luthier_trainer.manifest import fsync
+from luthier_trainer.plan import plan_generation
+from luthier_trainer.wholemodel import whole_model
+
+MODEL, INPUTS = "spec.model", "spec.inputs"
+SEED_LIMIT = 2**32
+
+
+def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedRecord:
+    """Everything but the record itself. Raises Failure."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    spec = run.spec
+    located = sources.locate(spec.model, run, MODEL)
+    found = [sources.locate(a, run, f"spec.adapters[{i}]") for i, a in enumerate(spec.adapters)]
+    rows, source, revision = read_inputs(run, cache)
+    if spec.task != "text-to-image" and any("negativePrompt" in row for row in rows):
+        raise Failure(ExitCode.INVALID_SPEC, f"{INPUTS}: only text-to-image has negative prompts; remove them for {spec.task}")
+
+    path = whole_model(located, run, folder)
+    if spec.task == "text-to-image":
+        modelfacts.check_pipeline(path, located.field)
+    else:
+        modelfacts.check_task(modelfacts.read_config(path, located.field), spec.task, located.field)
+        modelfacts.read_tokenizer(located.folder or path, located.field).save_pretrained(folder.prepared / "tokenizer")
+    adapters = [fetch_adapter(a, folder.prepared / "adapters" / str(i), run, i) for i, a in enumerate(found)]
+
+    target = folder.prepared / "rows.jsonl"
+    with target.open("w") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    fsync(target)
+    parameters = sum(modelfacts.count_weights(f) for f in (path, *(p for p in path.iterdir() if p.is_dir())))
+    return PreparedRecord(
+        model=located.resolved,
+        dataset=ResolvedDataset(source=source, revision=revision, rows=len(rows)),
+        adapters=[a.resolved for a in found],
+        plan=plan_generation(len(rows), spec.shards, spec.precision, spec.resources.gpus, parameters),
+        model_path=str(path),
+        adapter_paths=[str(p) for p in adapters],
+        dataset_path=str(target),
+    )
+
+
+def fetch_adapter(located: sources.Located, into: Path, run: GenerateRun, number: int) -> Path:
+    """Folder of one adapter. Raises Failure when it is a whole model."""
+    path = located.fetch(into)
+    diffusers_lora = run.spec.task == "text-to-image" and not (path / sources.MODEL_CONFIG).is_file() and any(path.glob("*.safetensors"))
+    if not sources.is_adapter(path) and not diffusers_lora:
+        job = run.spec.adapters[number].job
+        remedy = f"use it as spec.model.job: {job}" if job else "use it as spec.model"
+        raise Failure(ExitCode.INVALID_SPEC, f"{located.field}: that is a whole model, not an adapter (no {sources.ADAPTER_CONFIG}); {remedy}")
+    return path
+
+
+def read_inputs(run: GenerateRun, cache: Path) -> tuple[list[dict[str, Any]], str, str | None]:
+    """The rows as `rows.jsonl` holds them, what they came from, and its commit."""
+    inputs = run.spec.inputs
+    if inputs.dataset is None:
+        given = [
+            {"prompt": row.prompt, "negativePrompt": row.negative_prompt, "seed": row.seed} for row in inputs.rows or []
+        ]  # fmt: skip
+        return [numbered(i, row, run.spec.seed) for i, row in enumerate(given)], "inline", None
+    rows = Loader(inputs.dataset, f"{INPUTS}.dataset", cache).split(inputs.dataset.split, "split")
+    source = inputs.dataset.id or ", ".join(inputs.dataset.files or [])
+    return [numbered(i, row, run.spec.seed) for i, row in enumerate(cells(rows, run))], source[:300], rows.revision
+
+
+def cells(rows: Rows, run: GenerateRun) -> Iterator[dict[str, Any]]:
+    """Prompt, negative prompt and seed of each row. Text files hold one prompt a line."""
+    names = run.spec.inputs.columns
+    defaults = type(names)()
+    prompt = "text" if set(rows.data.column_names) == {"text"} and names.prompt == defaults.prompt else names.prompt
+    columns.texts(rows, prompt, f"{INPUTS}.columns.prompt", drop_blank=False)
+    has_negative = optional(rows, names.negative_prompt, defaults.negative_prompt, "negativePrompt")
+    if has_negative:
+        columns.require_text(rows, names.negative_prompt, f"{INPUTS}.columns.negativePrompt")
+    has_seed = optional(rows, names.seed, defaults.seed, "seed")
+    for i, row in enumerate(rows.data):
+        yield {
+            "prompt": row[prompt],
+            "negativePrompt": (row[names.negative_prompt] or None) if has_negative else None,
+            "seed": whole_seed(row[names.seed], i, rows.origin) if has_seed else None,
+        }
+
+
+def optional(rows: Rows, column: str, default: str, role: str) -> bool:
+    """Whether `column` is there; one that the user named has to be."""
+    if column != default:
+        columns.require(rows, column, f"{INPUTS}.columns.{role}")
+    return column in rows.data.column_names
+
+
+def whole_seed(value: Any, row: int, origin: str) -> int | None:
+    """A seed from a cell; None when it is empty. Raises Failure when it is no whole number of 32 bits."""
+    if value is None or value == "":
+        return None
+    try:
+        seed = int(value)
+        fits = 0 <= seed < SEED_LIMIT and float(value) == seed
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise columns.invalid(f"{INPUTS}.columns.seed: row {row} of {origin} has the seed {value!r}; a seed is a whole number from 0 to 2^32 - 1")
+    return seed
+
+
+def numbered(row: int, cell: dict[str, Any], job_seed: int) -> dict[str, Any]:
+    """A line of `rows.jsonl`."""
+    own = cell["seed"]
+    line = {"row": row, "prompt": cell["prompt"], "seed": derive_seed(job_seed, row) if own is None else own}
+    return line | ({"negativePrompt": cell["negativePrompt"]} if cell["negativePrompt"] is not None else {})
+
+
+def derive_seed(job_seed: int, row: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{job_seed}:{row}".encode(), digest_size=4).digest(), "big")

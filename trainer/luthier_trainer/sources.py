@@ -1,0 +1,180 @@
+"""Where a model or an adapter comes from, as a folder: the Hub (at a commit), a path, or another FineTuneJob's result.
+
+Nothing is downloaded to find out that it is not there: `locate` asks, `fetch` gets. Code from a repository is never run, pickles are
+never opened. Neighbours: `hub` (patience), `merging` (an adapter as a model), `prepare`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.generate import Adapter
+from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
+from luthier_api.spec import ModelSource
+from luthier_api.status import ResolvedSource
+from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer import manifest
+from luthier_trainer.ending import Failure
+from luthier_trainer.hub import hub_api, patiently
+
+ADAPTER_CONFIG, MODEL_CONFIG, PIPELINE_CONFIG = "adapter_config.json", "config.json", "model_index.json"
+TEXT_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")
+
+
+@dataclass(frozen=True)
+class Located:
+    """A source that exists. Either `folder`, or a repository's `files` at a commit."""
+
+    resolved: ResolvedSource
+    field: str
+    folder: Path | None = None
+    files: tuple[str, ...] = ()
+
+    def fetch(self, into: Path) -> Path:
+        """The folder that holds it; downloads to `into` when it lies on the Hub."""
+        if self.folder is not None:
+            return self.folder
+        api = hub_api()
+        patiently(
+            lambda: api.snapshot_download(
+                self.resolved.source, revision=self.resolved.revision, local_dir=into, allow_patterns=[_literal(f) for f in self.files]
+            ),
+            self.field, f"model {self.resolved.source}",
+        )  # fmt: skip
+        for variant in into.rglob("*.fp16.safetensors"):
+            variant.rename(variant.with_name(variant.name.replace(".fp16.", ".")))  # `from_pretrained` looks for the plain name
+        return into
+
+
+def locate(source: ModelSource | Adapter, run: FineTuneRun | GenerateRun, field: str) -> Located:
+    """Find what `source` names. Raises Failure when it is not there, not allowed, or not loadable."""
+    if source.id:
+        return _on_hub(source.id, source.revision, field)
+    if source.path:
+        return Located(ResolvedSource(source=source.path), field, check_folder(Path(source.path), f"{field}.path"))
+    return Located(ResolvedSource(source=f"FineTuneJob {source.job}"), field, result_of(str(source.job), run, f"{field}.job"))
+
+
+def _on_hub(name: str, revision: str | None, field: str) -> Located:
+    api, what, place = hub_api(), f"model {name}", f"{field}.id"
+    info = patiently(lambda: api.model_info(name, revision=revision), place, what)
+    names = [s.rfilename for s in info.siblings or []]
+    components: list[str] = []
+    if PIPELINE_CONFIG in names:
+        path = patiently(lambda: api.hf_hub_download(name, PIPELINE_CONFIG, revision=info.sha), place, what)
+        components = [k for k, v in json.loads(Path(path).read_text()).items() if isinstance(v, list) and v and v[0]]
+    return Located(ResolvedSource(source=name, revision=info.sha), place, files=tuple(files_to_load(names, components, place, what)))
+
+
+def files_to_load(names: list[str], components: list[str], field: str, what: str) -> list[str]:
+    """Those files of a repository that are loaded: configuration, tokenizer, and one set of safetensors in each folder.
+
+    `components` are the folders of a diffusers pipeline. Raises Failure when weights are missing or only there as pickles.
+    """
+    folders = components or [""]
+    chosen = [PIPELINE_CONFIG] if components else []
+    weights: list[str] = []
+    for folder in folders:
+        inside = [n for n in names if n.rpartition("/")[0] == folder]
+        chosen += [n for n in inside if n.endswith(TEXT_FILES) and not n.endswith(".index.json") and n not in chosen]
+        weights += (found := _weights(inside))
+        chosen += found
+        pickles = [n for n in inside if n.endswith(PICKLES)]
+        if pickles and not found:
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}: {what} has its weights only as {pickles[0]}. Files that can run code are not opened;"
+                " convert them to safetensors, or choose a revision that has them",
+            )
+    if not weights:
+        raise Failure(ExitCode.INVALID_SPEC, f"{field}: {what} has no weights (*.safetensors)")
+    if not components and not {MODEL_CONFIG, ADAPTER_CONFIG} & set(names):
+        raise Failure(ExitCode.INVALID_SPEC, f"{field}: {what} has neither {MODEL_CONFIG} nor {ADAPTER_CONFIG}; it is no model of transformers")
+    return chosen
+
+
+def _weights(names: list[str]) -> list[str]:
+    """One set of weights among the files of a folder, with its index: the plain one before fp16, a model's before others."""
+    every = [n for n in names if n.endswith(".safetensors")]
+    plain = [n for n in every if not n.endswith((".fp16.safetensors", ".bf16.safetensors", ".non_ema.safetensors"))]
+    kept = plain or [n for n in every if n.endswith(".fp16.safetensors")]
+    index = [n for n in names if n.endswith(".safetensors.index.json")]
+    for stem in ("model", "diffusion_pytorch_model", "adapter_model"):
+        of_stem = [n for n in kept if n.rpartition("/")[2].startswith((f"{stem}.", f"{stem}-"))]
+        if of_stem:
+            sharded = [n for n in of_stem if "-of-" in n]
+            single = [n for n in of_stem if n not in sharded]
+            own = [n for n in index if n.rpartition("/")[2].startswith(f"{stem}.")]
+            return single or [*sharded, *own]
+    return [*kept, *index]
+
+
+def check_folder(folder: Path, field: str) -> Path:
+    """A folder in the pods that holds a model, a pipeline or an adapter."""
+    if not folder.is_dir():
+        raise Failure(ExitCode.NOT_FOUND, f"{field}: there is no folder {folder}. Is its volume listed under spec.volumes?")
+    if not any((folder / name).is_file() for name in (MODEL_CONFIG, PIPELINE_CONFIG, ADAPTER_CONFIG)):
+        there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        raise Failure(
+            ExitCode.INVALID_SPEC, f"{field}: {folder} holds no {MODEL_CONFIG}, {PIPELINE_CONFIG} or {ADAPTER_CONFIG} (it holds: {there})"
+        )
+    if not any(folder.rglob("*.safetensors")):
+        raise Failure(ExitCode.INVALID_SPEC, f"{field}: {folder} holds no weights (*.safetensors); files that can run code are not opened")
+    return folder
+
+
+def result_of(job: str, run: FineTuneRun | GenerateRun, field: str) -> Path:
+    """Folder of another job's result, whole by its manifest."""
+    if job not in run.sources:
+        raise Failure(ExitCode.NOT_FOUND, f"{field}: the workspace of FineTuneJob {job} is not mounted here")
+    result = WorkspaceFolder(Path(run.sources[job])).result
+    if manifest.read_manifest(result) is None:
+        raise Failure(ExitCode.NOT_FOUND, f"{field}: FineTuneJob {job} has left no result in {result}. Has it finished?")
+    if wrong := manifest.problems(result):
+        raise Failure(ExitCode.STORAGE_ERROR, f"{field}: the result of FineTuneJob {job} is damaged: {wrong[0]}")
+    return result
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def record_of(job: str, run: FineTuneRun | GenerateRun, field: str) -> PreparedRecord:
+    """What another job's `prepare` left. Raises Failure."""
+    path = WorkspaceFolder(Path(run.sources[job])).prepared_record
+    try:
+        return PreparedRecord.model_validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise Failure(ExitCode.NOT_FOUND, f"{field}: FineTuneJob {job} has no readable {path}: {error}") from error
+
+
+def base_of(job: str, run: FineTuneRun | GenerateRun, field: str) -> Path:
+    """The model that another job's adapter belongs to, where it lies in this pod.
+
+    That job recorded the path in its own pod; what lay in its workspace, or in another one that is mounted here, is found again by
+    the name of the workspace folder.
+    """
+    recorded = record_of(job, run, field).model_path
+    parts = PurePosixPath(recorded).parts
+    for mounted in (run.sources[job], *run.sources.values()):
+        name = Path(mounted).name
+        if name in parts:
+            path = Path(mounted, *parts[len(parts) - parts[::-1].index(name) :])
+            if path.is_dir():
+                return path
+    if Path(recorded).is_dir():
+        return Path(recorded)
+    raise Failure(
+        ExitCode.NOT_FOUND,
+        f"{field}: the result of FineTuneJob {job} is an adapter, and its base model {recorded} cannot be reached from here."
+        " List the volume that holds it under spec.volumes with the same mountPath, or let that job start from a model of the Hub",
+    )
+
+
+def _literal(name: str) -> str:
+    """A file name as a glob pattern that matches it alone."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

@@ -1,0 +1,247 @@
+"""PID 1 of the trainer image: checks, starts the phase's process, owns signals, watches for hangs, has the last word.
+
+SIGTERM is never forwarded: it becomes a file that all ranks agree on once a step, so that they save the same checkpoint. Neighbours:
+`preflight` (what must hold first), `child` (the process tree), `verdict` (what its end means). Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+from pydantic import ValidationError
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.run import FineTuneRun, GenerateRun, Variables, read_run
+from luthier_api.status import Phase
+from luthier_api.termination import TerminationMessage
+from luthier_trainer import launch, memory, preflight
+from luthier_trainer.child import Child, redact
+from luthier_trainer.ending import Failure, classify
+from luthier_trainer.prepared import read_prepared
+from luthier_trainer.verdict import Evidence, judge
+
+VERBS: Mapping[str, Phase] = {"prepare": "prepare", "train": "run", "generate": "run", "publish": "publish"}
+KINDS: Mapping[str, str] = {"train": "FineTuneJob", "generate": "GenerateJob"}
+STOP, HEARTBEAT = "stop", "heartbeat"
+STALE = (STOP, HEARTBEAT, "metrics-port", "result-*.json", "result-*.partial")
+RESERVE_SECONDS = 10  # teardown of ranks and of torch's agent: 2 to 7 s measured in pods (cluster-recipes.md §D)
+FIRST_STEP_FACTOR = 3  # loading, compilation and the first allocation come before the first heartbeat
+DUMP_SECONDS = 2.0
+TICK_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the pod tells us beside the run config; every default is the cluster's."""
+
+    run_dir: Path
+    termination_log: Path
+    node_rank: int
+    step_timeout: float
+    """Seconds without a heartbeat after which a run counts as hung."""
+    peer_lost_linger: float
+    """Seconds to wait before reporting a lost peer: the pod that caused it should be seen to fail first."""
+    cgroup: Path
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> Settings:
+        def number(name: str, default: float) -> float:
+            try:
+                return float(environment.get(name) or default)
+            except ValueError:
+                raise Failure(ExitCode.MISCONFIGURED, f"{name}: {environment[name]!r} is not a number") from None
+
+        return cls(
+            run_dir=Path(environment.get(Variables.RUN_DIR) or "/run/luthier"),
+            termination_log=Path(environment.get(Variables.TERMINATION_LOG) or "/dev/termination-log"),
+            node_rank=int(number(Variables.NODE_RANK, 0)),
+            step_timeout=number("LUTHIER_STEP_TIMEOUT", 1800),
+            peer_lost_linger=number("LUTHIER_PEER_LOST_LINGER", 20),
+            cgroup=Path(environment.get("LUTHIER_CGROUP") or memory.CGROUP),
+        )
+
+
+def main(verb: str, path: Path) -> int:
+    """One phase from start to last word. Returns the container's exit code."""
+    began = time.monotonic()
+    stop = Stop()
+    log = Path(os.environ.get(Variables.TERMINATION_LOG) or "/dev/termination-log")
+    try:
+        settings = Settings.of(os.environ)
+        run = load(verb, path)
+        preflight.check(verb, run, settings.run_dir)
+        message = supervise(verb, run, path, settings, stop)
+    except Exception as error:
+        if not isinstance(error, Failure):
+            import traceback
+
+            traceback.print_exc()
+        code, text = classify(error)
+        message = TerminationMessage(phase=VERBS[verb], code=code, reason=code.reason, message=text)
+    message = message.model_copy(update={"message": redact(message.message), "seconds": round(time.monotonic() - began, 1)})
+    report(message, log)
+    return message.code
+
+
+class Stop:
+    """SIGTERM and SIGINT, remembered. A second SIGINT is an impatient user: `now` says not to wait for a checkpoint."""
+
+    def __init__(self) -> None:
+        self.at: float | None = None
+        self.now = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.now = self.now or (self.at is not None and number == signal.SIGINT)
+        if self.at is None:
+            self.at = time.monotonic()
+
+
+def load(verb: str, path: Path) -> FineTuneRun | GenerateRun:
+    """The run config, which must be of a kind that the verb works on. Raises Failure with the path of each wrong field."""
+    try:
+        run = read_run(path.read_bytes())
+    except OSError as error:
+        raise Failure(ExitCode.MISCONFIGURED, f"{Variables.RUN}: cannot read the run config {path}: {error.strerror}") from error
+    except ValidationError as error:
+        raise Failure(ExitCode.INVALID_SPEC, "; ".join(_problem(dict(e)) for e in error.errors())) from None
+    if KINDS.get(verb, run.kind) != run.kind:
+        raise Failure(ExitCode.INVALID_SPEC, f"kind: {verb} needs a {KINDS[verb]}, but {path.name} describes a {run.kind}")
+    return run
+
+
+def _problem(error: Mapping[str, object]) -> str:
+    location = error["loc"]
+    assert isinstance(location, tuple)
+    parts = [p for p in location if p not in KINDS.values()]
+    where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).lstrip(".") or "run config"
+    found = "" if error["type"] in ("missing", "extra_forbidden", "json_invalid") else f" (it is {error['input']!r})"
+    return f"{where}: {error['msg']}{found}"[:500]
+
+
+def command(verb: str, run: FineTuneRun | GenerateRun, node_rank: int) -> list[str]:
+    """Arguments of the phase's own process."""
+    if verb == "train":
+        assert isinstance(run, FineTuneRun)
+        return launch.command(run, read_prepared(run), node_rank)
+    return [sys.executable, "-m", f"luthier_trainer.{verb}"]
+
+
+def environment(verb: str, run: FineTuneRun | GenerateRun, path: Path, settings: Settings) -> dict[str, str]:
+    """Environment of the phase's process: `prepare` and `publish` alone may speak to the Hub."""
+    given = dict(os.environ) | {
+        Variables.RUN: str(path),
+        Variables.RUN_DIR: str(settings.run_dir),
+        Variables.NODE_RANK: str(settings.node_rank),
+        "PYTHONUNBUFFERED": "1",  # the last lines before a SIGKILL are the ones that matter
+        "PYTHONFAULTHANDLER": "1",
+    }
+    if VERBS[verb] == "run":
+        given.pop(Variables.TOKEN, None)
+        given["HF_HUB_OFFLINE"] = "1"
+    if verb == "train":
+        assert isinstance(run, FineTuneRun)
+        given |= launch.environment(run, read_prepared(run))
+    return given
+
+
+def supervise(verb: str, run: FineTuneRun | GenerateRun, path: Path, settings: Settings, stop: Stop) -> TerminationMessage:
+    """Run the phase's process and judge its end."""
+    for pattern in STALE:
+        for file in settings.run_dir.glob(pattern):
+            file.unlink()
+    memory_kills = memory.oom_kills(settings.cgroup)
+    child = Child(command(verb, run, settings.node_rank), environment(verb, run, path.resolve(), settings))
+    pulse = Pulse(settings.run_dir / HEARTBEAT, settings.step_timeout)
+    # A short grace keeps half of itself for the checkpoint.
+    patience = run.grace_seconds - min(RESERVE_SECONDS, run.grace_seconds / 2)
+    killed: Literal["grace", "hang"] | None = None
+    while not child.ended:
+        child.listen(TICK_SECONDS)
+        if stop.at is not None:
+            if VERBS[verb] != "run":
+                child.kill()  # nothing to save: both phases go on where they were
+            elif stop.now or time.monotonic() > stop.at + patience:
+                killed = "grace"
+                child.kill()
+            else:
+                (settings.run_dir / STOP).touch()
+        elif VERBS[verb] == "run" and pulse.lost():
+            killed = "hang"
+            child.dump_stacks()
+            until = time.monotonic() + DUMP_SECONDS
+            while time.monotonic() < until:
+                child.listen(0.1)
+            child.kill()
+    child.drain()
+    assert child.status is not None
+    verdict = judge(
+        Evidence(
+            phase=VERBS[verb], status=child.status, messages=read_results(settings.run_dir),
+            processes=run.spec.resources.processes if isinstance(run, FineTuneRun) and verb == "train" else 1,
+            stopped=stop.at is not None, killed=killed, silence=pulse.silence(),
+            memory_kills=memory.oom_kills(settings.cgroup) - memory_kills,
+        )
+    )  # fmt: skip
+    if verdict.code == ExitCode.PEER_LOST:
+        until = time.monotonic() + settings.peer_lost_linger
+        while time.monotonic() < until:
+            if stop.at is not None:
+                # The cluster has seen the cause and takes the rest of the group down.
+                return verdict.model_copy(
+                    update={"code": int(ExitCode.PREEMPTED), "reason": ExitCode.PREEMPTED.reason, "saved": False, "last_lines": child.tail.text()}
+                )
+            time.sleep(TICK_SECONDS)
+    lines = "" if verdict.code == ExitCode.COMPLETED else child.tail.text()
+    return verdict.model_copy(update={"last_lines": lines})
+
+
+class Pulse:
+    """The heartbeat file, watched by a clock that nobody sets: only changes of its time count."""
+
+    def __init__(self, file: Path, limit: float) -> None:
+        self._file, self._limit = file, limit
+        self._seen: int | None = None
+        self._since = time.monotonic()
+
+    def silence(self) -> float:
+        """Seconds since the last change."""
+        return time.monotonic() - self._since
+
+    def lost(self) -> bool:
+        try:
+            changed = self._file.stat().st_mtime_ns
+        except FileNotFoundError:
+            changed = None
+        if changed != self._seen:
+            self._seen, self._since = changed, time.monotonic()
+        return self.silence() > self._limit * (FIRST_STEP_FACTOR if self._seen is None else 1)
+
+
+def read_results(run_dir: Path) -> dict[int, TerminationMessage]:
+    """What the ranks of this pod left, by global rank."""
+    found = {}
+    for file in run_dir.glob("result-*.json"):
+        message = TerminationMessage.read(file.read_text(errors="replace"))
+        if message is not None:
+            found[int(file.stem.removeprefix("result-"))] = message
+    return found
+
+
+def report(message: TerminationMessage, log: Path) -> None:
+    """Leave the message where the kubelet reads it, and a line of it in the log."""
+    try:
+        log.write_bytes(message.encode())
+    except OSError as error:
+        print(f"supervisor: cannot write {log}: {error.strerror}", file=sys.stderr)
+    text = f": {message.message}" if message.message else ""
+    print(f"supervisor: {message.phase} ended with {message.code} {message.reason}{text}", file=sys.stderr, flush=True)

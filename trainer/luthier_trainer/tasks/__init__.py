@@ -1,0 +1,30 @@
+"""The tasks of a FineTuneJob: one file each says what its model class, its batches and its figures are. `TASKS` is the list."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from luthier_trainer.tasks.causal_lm import CausalLM
+from luthier_trainer.tasks.text_classification import TextClassification
+
+
+class Task(Protocol):
+    """What training has to know of a task."""
+
+    peft_type: str
+    """PEFT's name of the task."""
+
+    def load_model(self, path: str, labels: list[str] | None, **options: Any) -> tuple[Any, list[str]]:
+        """The model from folder `path`, and the names of its modules that have new weights: they are trained whole."""
+        ...
+
+    def collator(self, tokenizer: Any) -> Any:
+        """Rows of the prepared dataset → a padded batch of tensors."""
+        ...
+
+    def figures(self) -> Any:
+        """Accumulates an evaluation: `reduce` on each process, batch by batch, then called with what all processes gathered."""
+        ...
+
+
+TASKS: dict[str, Task] = {"causal-lm": CausalLM(), "text-classification": TextClassification()}

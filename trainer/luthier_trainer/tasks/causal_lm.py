@@ -1,0 +1,48 @@
+"""causal-lm: predict the next token. Held-out loss is the mean over all tokens, whatever the batches and the number of processes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+
+IGNORED = -100
+
+
+class CausalLM:
+    peft_type = "CAUSAL_LM"
+
+    def load_model(self, path: str, labels: list[str] | None, **options: Any) -> tuple[PreTrainedModel, list[str]]:
+        return AutoModelForCausalLM.from_pretrained(path, **options), []
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
+        # Despite its name, the one collator of transformers that pads labels that are already there.
+        return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED, padding=True)
+
+    def figures(self) -> TokenLoss:
+        return TokenLoss()
+
+
+class TokenLoss:
+    """evalLoss (nats a token) and perplexity. Rows are reduced to their sums where they are: logits are never gathered."""
+
+    def __init__(self) -> None:
+        self.loss = self.tokens = 0.0
+
+    def reduce(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Logits [rows, length, vocabulary] → [rows, 2]: summed loss and number of predicted tokens of each row."""
+        targets = labels[:, 1:]
+        losses = cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+        return torch.stack([losses.sum(dim=1), (targets != IGNORED).sum(dim=1).to(losses.dtype)], dim=1).double()
+
+    def __call__(self, gathered: EvalPrediction, compute_result: bool) -> dict[str, float]:
+        loss, tokens = gathered.predictions.sum(dim=0).tolist()
+        self.loss, self.tokens = self.loss + loss, self.tokens + tokens
+        if not compute_result:
+            return {}
+        mean = self.loss / self.tokens if self.tokens else math.nan
+        self.loss = self.tokens = 0.0
+        return {"loss": mean, "perplexity": math.exp(mean) if mean < 100 else math.inf}

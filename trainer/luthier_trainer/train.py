@@ -1,0 +1,139 @@
+"""The process of the run phase of a FineTuneJob, one on each device: read top to bottom, it is the whole training.
+
+`launch` starts it; `ending` turns its ends into exit codes. What `prepare` left is read, never repeated.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import DatasetDict, load_from_disk
+from transformers import AutoTokenizer, set_seed
+from transformers.utils import logging as transformers_logging
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
+from luthier_api.termination import TerminationMessage
+from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer import checkpoint, methods, result
+from luthier_trainer.arguments import training_arguments
+from luthier_trainer.callbacks import Guard, Heartbeat, Report, Stop
+from luthier_trainer.ending import Failure, global_rank, run_phase
+from luthier_trainer.loop import TrainingLoop
+from luthier_trainer.manifest import read_manifest
+from luthier_trainer.ranks import Ranks
+from luthier_trainer.strategy import assert_started, uses_deepspeed
+from luthier_trainer.tasks import TASKS
+from luthier_trainer.telemetry import Telemetry
+
+
+def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
+    """Train as the run config and `prepared.json` say; resume if there is something to resume from."""
+    assert isinstance(run, FineTuneRun), "train is a verb of FineTuneJob"
+    workspace, spec = WorkspaceFolder(Path(run.workspace)), run.spec
+    prepared = read_prepared(workspace)
+    identity = checkpoint.identity(run, prepared)
+    if (metrics := result.finished(workspace, identity)) is not None:
+        return ended(ExitCode.COMPLETED, metrics=metrics, step=int(metrics["steps"]))
+    assert_started(prepared.plan)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+    # The processes find each other here (TrainingArguments opens the group), then agree on where to begin.
+    data: DatasetDict = load_from_disk(prepared.dataset_path)
+    workspace.checkpoints.mkdir(parents=True, exist_ok=True)
+    arguments = training_arguments(spec, prepared.plan, workspace.checkpoints, evaluates="eval" in data)
+    ranks = Ranks()
+    resume = ranks.decide(lambda: checkpoint.newest(workspace.checkpoints, identity))
+    arguments.eval_on_start = "eval" in data and resume is None
+    before = (read_manifest(resume) or {}) if resume else {}
+
+    task, deepspeed = TASKS[spec.task], uses_deepspeed(prepared.plan.strategy)
+    tokenizer = AutoTokenizer.from_pretrained(workspace.prepared / "tokenizer")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # the labels of padding are masked by position, so the real end is still learnt
+    set_seed(spec.training.seed)  # before new weights are drawn: heads and adapters begin alike on all ranks and in all attempts
+    precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
+    weights = methods.weights_options(spec.method, precision, deepspeed, arguments.device)
+    base, whole = task.load_model(prepared.model_path, prepared.dataset.labels, **weights)
+    base.config.pad_token_id = tokenizer.pad_token_id
+    use_cache = getattr(base.config, "use_cache", False)
+    model = methods.with_method(base, spec.method, task.peft_type, whole, deepspeed)
+
+    figures, telemetry, stop = task.figures(), Telemetry(), Stop()
+    callbacks = [Guard(prepared.plan), Heartbeat(), Report(telemetry), stop]
+    loop = TrainingLoop(
+        model=model, args=arguments, processing_class=tokenizer, data_collator=task.collator(tokenizer),
+        train_dataset=data["train"], eval_dataset=data.get("eval"),
+        compute_metrics=figures, preprocess_logits_for_metrics=lambda logits, labels: figures.reduce(first(logits), labels),
+        callbacks=callbacks,
+        ranks=ranks, identity=identity, keep=spec.training.keep_checkpoints, seconds_before=before.get("seconds", 0.0),
+    )  # fmt: skip
+    for callback in callbacks:
+        callback.loop = loop
+    if ranks.first:
+        telemetry.serve(run.metrics_port)
+        print(opening(loop, prepared, precision, resume), flush=True)
+
+    loop.saved = resume
+    loop.train(resume_from_checkpoint=str(resume) if resume else None)
+    if stop.agreed_step is not None:
+        step = checkpoint.step_of(loop.saved) if loop.saved else None
+        return ended(ExitCode.PREEMPTED, f"stopped after step {stop.agreed_step}", step=step, saved=step == stop.agreed_step)
+
+    seconds = loop.seconds
+    if spec.method.type == "full" and not deepspeed:
+        loop.model.to(source_type(prepared.model_path))  # delivered in the type it came in, and measured as it is delivered
+    if "eval" in data:
+        loop.evaluate()
+    metrics = result.final_metrics(loop.state, seconds)
+    result.write(loop, run, prepared, workspace, metrics, use_cache)
+    if ranks.first:
+        print("done: " + "  ".join(f"{name} {value:g}" for name, value in metrics.items()), flush=True)
+    return ended(ExitCode.COMPLETED, metrics=metrics, step=loop.state.global_step)
+
+
+def read_prepared(workspace: WorkspaceFolder) -> PreparedRecord:
+    """What `prepare` left. Raises Failure(MISCONFIGURED)."""
+    try:
+        return PreparedRecord.model_validate_json(workspace.prepared_record.read_bytes())
+    except FileNotFoundError:
+        raise Failure(ExitCode.MISCONFIGURED, f"{workspace.prepared_record} is missing: run the verb prepare before train") from None
+    except ValueError as error:
+        raise Failure(ExitCode.MISCONFIGURED, f"{workspace.prepared_record} cannot be read ({error}): run prepare again") from None
+
+
+def ended(code: ExitCode, message: str = "", **facts: Any) -> TerminationMessage:
+    return TerminationMessage(phase="run", code=code, reason=code.reason, message=message, rank=global_rank(), **facts)
+
+
+def first(logits: Any) -> torch.Tensor:
+    """Some models return more than logits; the logits come first."""
+    tensor: torch.Tensor = logits[0] if isinstance(logits, tuple) else logits
+    return tensor
+
+
+def source_type(model_path: str) -> torch.dtype:
+    """The type of the weights in a model's folder."""
+    config = json.loads((Path(model_path) / "config.json").read_text())
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return getattr(torch, name) if name in ("float16", "bfloat16") else torch.float32
+
+
+def opening(loop: TrainingLoop, prepared: PreparedRecord, precision: str, resume: Path | None) -> str:
+    """The first line of the log: what is about to happen."""
+    weights = [(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel, p.requires_grad) for p in loop.model.parameters()]
+    learning = sum(n for n, learns in weights if learns)
+    plan = prepared.plan
+    return (
+        f"training {learning:,} of {sum(n for n, _ in weights):,} weights of {prepared.model.source}, {precision}, "
+        f"{plan.world_size} × {plan.micro_batch_size} rows × {plan.accumulation_steps or 1} accumulated, {plan.steps} steps, "
+        + (f"resuming from {resume.name}" if resume else "from the beginning")
+    )
+
+
+if __name__ == "__main__":
+    run_phase("run", main)

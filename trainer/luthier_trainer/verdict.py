@@ -1,0 +1,105 @@
+"""How a pod ended: one message out of what its ranks said, how its process ended, and what PID 1 did to it. Pure.
+
+When one rank fails, its peers fail of it a moment later; the message to send is the first cause, so messages are ordered by what
+they can be a consequence of. Neighbour: `supervisor`, which collects the evidence.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from luthier_api.exitcodes import ExitCode, Retry
+from luthier_api.status import Phase
+from luthier_api.termination import TerminationMessage
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known when the phase's process is gone."""
+
+    phase: Phase
+    status: int
+    """Exit code of the process, or minus the signal that ended it."""
+    messages: Mapping[int, TerminationMessage] = field(default_factory=dict)
+    """By global rank."""
+    processes: int = 1
+    """Ranks of this pod that should have left a message."""
+    stopped: bool = False
+    """Whether PID 1 was told to stop."""
+    killed: Literal["grace", "hang"] | None = None
+    """Why PID 1 killed the process."""
+    silence: float = 0
+    """Seconds without a heartbeat, when it hung."""
+    memory_kills: int = 0
+    """Processes that the kernel killed for their memory."""
+
+
+def judge(evidence: Evidence) -> TerminationMessage:
+    """The pod's last word. Its code is what the container exits with."""
+    messages = evidence.messages
+    done = [m for m in messages.values() if m.code == ExitCode.COMPLETED]
+    if messages and len(done) == len(messages) and (evidence.status == 0 or len(done) >= evidence.processes):
+        # Teardown may still fail (torch's exit barrier, threads of a library): the result is complete by then.
+        return messages[min(messages)]
+    verdict = _cause(evidence)
+    if evidence.stopped and verdict.code != ExitCode.PREEMPTED:
+        # The cluster wanted us gone: whatever broke meanwhile is not the job's fault, and comes again if it is.
+        return _say(
+            evidence.phase, ExitCode.PREEMPTED, f"stopped before a checkpoint was saved ({verdict.reason}: {verdict.message})",
+            saved=any(bool(m.saved) for m in messages.values()), step=_step(messages),
+        )  # fmt: skip
+    return verdict
+
+
+def _cause(e: Evidence) -> TerminationMessage:
+    failed = sorted((m for m in e.messages.values() if m.code != ExitCode.COMPLETED), key=_precedence)
+    first = failed[0] if failed else None
+    if first and first.exit_code and first.exit_code.retry is Retry.NEVER:
+        return first
+    if e.killed == "grace":
+        return _say(e.phase, ExitCode.PREEMPTED, "the grace period ended before a checkpoint was saved", saved=False, step=_step(e.messages))
+    if e.memory_kills:
+        return _say(
+            e.phase, ExitCode.HOST_OUT_OF_MEMORY,
+            "spec.resources.memory: the container ran out of memory and the kernel killed a process. Raise it, or lower batch sizes or maxLength",
+        )  # fmt: skip
+    if e.killed == "hang":
+        return _say(e.phase, ExitCode.HANG, f"no step for {e.silence:.0f} s; the stacks of all threads are in the log", step=_step(e.messages))
+    if first:
+        return first
+    if e.status == 0:
+        return _say(e.phase, ExitCode.TRAINING_ERROR, "the process ended with 0 but left no result; see its last lines")
+    if e.status < 0:
+        return _say(e.phase, ExitCode.INFRASTRUCTURE_ERROR, f"the process was ended by {_signal_name(-e.status)} from outside the container")
+    code = ExitCode.of(e.status) or ExitCode.TRAINING_ERROR
+    return _say(e.phase, code, f"the process ended with {e.status} and left no message; see its last lines")
+
+
+def _precedence(message: TerminationMessage) -> tuple[int, int]:
+    """Small: cannot be the consequence of another rank's end."""
+    code = message.exit_code or ExitCode.TRAINING_ERROR
+    if code is ExitCode.PEER_LOST:
+        kind = 3
+    elif code is ExitCode.PREEMPTED:
+        kind = 2
+    else:
+        kind = 0 if code.retry is Retry.NEVER else 1
+    return kind, message.rank or 0
+
+
+def _step(messages: Mapping[int, TerminationMessage]) -> int | None:
+    return max((m.step for m in messages.values() if m.step is not None), default=None)
+
+
+def _say(phase: Phase, code: ExitCode, message: str, *, saved: bool | None = None, step: int | None = None) -> TerminationMessage:
+    return TerminationMessage(phase=phase, code=code, reason=code.reason, message=message, saved=saved, step=step)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
