@@ -106,7 +106,7 @@ RUN cd "$(/opt/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("p
 FROM ${BASE} AS operator
 COPY --from=operator-dependencies /opt/venv /opt/venv
 COPY --from=source /opt/luthier /opt/luthier
-ENV PATH=/opt/luthier/bin:/opt/venv/bin:/usr/local/bin:/usr/bin:/bin HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+ENV PATH=/opt/luthier/bin:/opt/venv/bin:/usr/local/bin:/usr/bin:/bin HOME=/tmp USER=luthier PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER 1000:1000
 ENTRYPOINT ["luthier", "operator"]
 
@@ -118,7 +118,7 @@ RUN ldconfig -p | grep -q libgomp.so.1 \
 COPY --from=trainer-dependencies /opt/venv /opt/venv
 COPY --from=source /opt/luthier /opt/luthier
 ARG DS_ACCELERATOR=cuda
-ENV PATH=/opt/luthier/bin:/opt/venv/bin:/usr/local/bin:/usr/bin:/bin HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+ENV PATH=/opt/luthier/bin:/opt/venv/bin:/usr/local/bin:/usr/bin:/bin HOME=/tmp USER=luthier PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HF_HUB_DISABLE_TELEMETRY=1 DS_ACCELERATOR=${DS_ACCELERATOR}
 USER 1000:1000
 ENTRYPOINT ["python", "-m", "luthier_trainer"]

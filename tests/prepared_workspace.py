@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,7 @@ from luthier_trainer.newmodel import new_config, save_new_model, train_tokenizer
 LENGTH = 48
 
 
-def prepared_run(
-    root: Path, base: Path, data: DatasetDict, labels: list[str] | None = None, port: int = 29500, **spec: Any
-) -> FineTuneRun:
+def prepared_run(root: Path, base: Path, data: DatasetDict, labels: list[str] | None = None, port: int = 29500, **spec: Any) -> FineTuneRun:
     """The run config of a CPU job whose workspace `root` holds everything that training reads. Keywords replace fields of the spec;
     `training` and `resources` are merged."""
     training = {"maxLength": LENGTH, "batchSize": 8, "maxSteps": 10, "learningRate": 2e-3, "logSteps": 1, "saveSteps": 100}
@@ -124,10 +121,12 @@ def pod(run: FineTuneRun, folder: Path, node_rank: int = 0, **variables: str) ->
     finally:
         os.environ[Variables.RUN_DIR] = before or ""
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
         try:
             yield process
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+                process.terminate()  # torch's agent ends its workers, which have sessions of their own
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(40)
+                process.kill()

@@ -1,8 +1,7 @@
 """Writes the quickstart's text: the documentation that every Python carries, in two registers.
 
-prose.jsonl     what the language and its library say about themselves: the language reference (pydoc's topics) and the docstrings of
-                the standard library, without their examples
-sessions.jsonl  the examples alone: what a person types at the prompt `>>>`, and what Python answers
+prose.jsonl     what the language says of itself: the reference that `help("for")` shows (pydoc's topics), without its examples
+sessions.jsonl  the examples alone, those of the standard library's docstrings too: what a person types at `>>>`, and what Python answers
 
 One JSON object a line, with the column `text`. Nothing is downloaded, and nothing but the standard library is needed.
 
@@ -20,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
-SHORTEST = 80  # characters: below that a docstring says little more than a name
+SHORTEST = 80  # characters: below that a text says little more than a name
 SECTION = 1200  # characters of a row of the language reference, cut between paragraphs
 SKIPPED = {"test", "tests", "idlelib", "site-packages", "lib2to3", "turtledemo", "ensurepip"}
 
@@ -78,12 +77,10 @@ def write(path: Path, rows: list[str]) -> None:
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    prose: list[str] = []
-    sessions: list[str] = []
-    for text in [*topics.values(), *docstrings()]:
-        said, done = registers(text)
-        prose += sections(said)
-        sessions += [done] if done else []
+    reference = [registers(text) for text in topics.values()]
+    library = [registers(text) for text in docstrings()]
+    prose = [section for text, _ in reference for section in sections(text)]
+    sessions = [session for _, session in [*reference, *library]]
     write(folder / "prose.jsonl", [row for row in prose if len(row) >= SHORTEST])
     write(folder / "sessions.jsonl", [row for row in sessions if len(row) >= SHORTEST])
 

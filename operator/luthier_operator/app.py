@@ -38,6 +38,7 @@ class Pace:
     """Seconds between the things that the operator does by itself."""
 
     relist: float = 600  # kopf keeps what is deleted while a watch is away (410): this is how long such a ghost lives
+    settle: float = 5  # from the start of a watch to a list that finds what was deleted between our list and kopf's
     discovery: float = 20  # until a CRD that has appeared is noticed
     restart: float = 2  # from the end of a watch to the next one
     backoff: float = BACKOFF_BASE
@@ -150,8 +151,10 @@ class Operator:
             self.ready.set()
 
     async def _relist_for_ever(self, resources: Sequence[Resource]) -> None:
+        pause = self._pace.settle
         while True:
-            await asyncio.sleep(self._pace.relist)
+            await asyncio.sleep(pause)
+            pause = self._pace.relist
             try:
                 await self._relist(resources)
             except ApiError as error:

@@ -140,6 +140,20 @@ class Client:
         query = {"fieldManager": FIELD_MANAGER, "force": "true"}
         return await self._request("PATCH", path, query, manifest, "application/apply-patch+yaml")
 
+    async def claim(self, manifest: Object) -> Object:
+        """A volume claim, made if there is none of that name. One that an earlier job has left is used as it is, never changed: to give it
+        an owner would delete its results with the new job. Raises ApiError 409 while it is being deleted."""
+        try:
+            return await self.create(manifest)
+        except ApiError as error:
+            if error.status != 409:
+                raise
+        meta = manifest["metadata"]
+        found = await self.get(RESOURCES[manifest["kind"]].path(meta["namespace"], meta["name"]))
+        if found["metadata"].get("deletionTimestamp"):
+            raise ApiError(409, "Terminating", f"the claim {meta['name']} of an earlier job is being deleted")
+        return found
+
     async def patch_status(self, job: Object, patch: Object) -> Object:
         """Merge `patch` into the status of `job`, if nobody has changed it since. Raises ApiError 409 otherwise."""
         meta = job["metadata"]

@@ -79,7 +79,13 @@ class Recorder:
                 if error.status != 404:  # events live for an hour; this one is gone
                     raise
         name = f"{meta['name']}.{uuid4().hex[:16]}"
-        about = {"apiVersion": job["apiVersion"], "kind": job["kind"], "namespace": meta["namespace"], "name": meta["name"], "uid": meta["uid"]}
+        about = {
+            "apiVersion": job["apiVersion"],
+            "kind": job["kind"],
+            "namespace": meta["namespace"],
+            "name": meta["name"],
+            "uid": meta["uid"],
+        }
         await self._client.create({
             "apiVersion": "v1", "kind": "Event", "metadata": {"name": name, "namespace": meta["namespace"]},
             "involvedObject": about, "type": event.type, "reason": event.reason, "message": event.message[:MESSAGE_LIMIT],

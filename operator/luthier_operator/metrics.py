@@ -32,7 +32,9 @@ SHORT = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 30)
 LONG = (10, 60, 300, 900, 3600, 3 * 3600, 10 * 3600, 24 * 3600, 3 * 24 * 3600, 7 * 24 * 3600)
 
 RECONCILES = OperatorMetric("controller_runtime_reconcile_total", "Reconciles by result", "counter", ("controller", "result"))
-RECONCILE_ERRORS = OperatorMetric("controller_runtime_reconcile_errors_total", "Reconciles that ended in an error", "counter", ("controller",))
+RECONCILE_ERRORS = OperatorMetric(
+    "controller_runtime_reconcile_errors_total", "Reconciles that ended in an error", "counter", ("controller",)
+)
 RECONCILE_SECONDS = OperatorMetric("controller_runtime_reconcile_time_seconds", "Time of a reconcile", "histogram", ("controller",), SHORT)
 ACTIVE_WORKERS = OperatorMetric("controller_runtime_active_workers", "Reconciles under way", "gauge", ("controller",))
 MAX_WORKERS = OperatorMetric("controller_runtime_max_concurrent_reconciles", "Reconciles that may run at once", "gauge", ("controller",))
@@ -46,7 +48,9 @@ LEADER = OperatorMetric("leader_election_master_status", "1 when this replica wo
 BUILD = OperatorMetric("luthier_build_info", "Always 1; the label says the version", "gauge", ("version",))
 JOBS = OperatorMetric("luthier_jobs", "Jobs by the state that kubectl shows", "gauge", ("kind", "namespace", "state"))
 JOB_SECONDS = OperatorMetric("luthier_job_duration_seconds", "From the start of a job to its end", "histogram", ("kind", "result"), LONG)
-JOB_QUEUE_SECONDS = OperatorMetric("luthier_job_queue_seconds", "From the creation of a job until its pods run", "histogram", ("kind",), LONG)
+JOB_QUEUE_SECONDS = OperatorMetric(
+    "luthier_job_queue_seconds", "From the creation of a job until its pods run", "histogram", ("kind",), LONG
+)
 JOB_RESTARTS = OperatorMetric("luthier_job_restarts_total", "Restarts, by the reason of the failure before", "counter", ("kind", "reason"))
 JOB_FAILURES = OperatorMetric("luthier_job_failures_total", "Jobs that failed, by reason", "counter", ("kind", "reason"))
 HUB_BYTES = OperatorMetric("luthier_hub_upload_bytes_total", "Bytes of published results", "counter", ("kind",))

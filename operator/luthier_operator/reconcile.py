@@ -107,7 +107,8 @@ class Reconciler:
     async def _apply(self, found: Object, decision: Decision) -> None:
         for manifest in decision.apply:
             try:
-                self._enqueue(self._store.put(await self._client.apply(manifest)))
+                made = await (self._client.claim(manifest) if manifest["kind"] == "PersistentVolumeClaim" else self._client.apply(manifest))
+                self._enqueue(self._store.put(made))
             except ApiError as error:
                 if error.status in REFUSALS:
                     name = f"{manifest['kind']} {manifest['metadata']['name']}"
@@ -218,5 +219,3 @@ def merge_patch(before: Any, after: Any) -> Any:
         elif value != before[key]:
             patch[key] = value
     return patch
-
-

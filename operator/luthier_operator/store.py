@@ -20,6 +20,8 @@ from luthier_operator.model import ChildRef, Job, Key, Object, Observed, PodEnd
 
 ENDS_KEPT = 256  # of each job; older ones are in its status by then
 DELETED_KEPT = 10_000  # uids that are remembered as deleted, against answers that were under way meanwhile
+WATCHED = {*KINDS, "Job", "JobSet", "Pod"}
+"""Config maps and claims are applied and not watched: what is known of them would only grow old."""
 K = TypeVar("K")
 
 
@@ -75,7 +77,7 @@ class Store:
     def put(self, found: Object) -> set[Key]:
         """`found` exists and looks like this. Older than what is known, or deleted since, it changes nothing."""
         key, meta = key_of(found), found["metadata"]
-        if key is None or meta["uid"] in self._deleted:
+        if key is None or meta["uid"] in self._deleted or found["kind"] not in WATCHED:
             return set()
         known = self._known(key, found)
         if known is not None and known["metadata"]["uid"] == meta["uid"] and version(known) >= version(found):

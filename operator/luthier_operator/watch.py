@@ -95,20 +95,26 @@ async def watch(
         deliver(event["type"], event["object"])
 
     for resource in resources:
-        kopf.on.event(resource.group, resource.api_version.rpartition("/")[2], resource.plural, registry=registry, id=resource.plural)(handle)
+        kopf.on.event(resource.group, resource.api_version.rpartition("/")[2], resource.plural, registry=registry, id=resource.plural)(
+            handle
+        )
     kopf.on.login(registry=registry, id="login", errors=kopf.ErrorsMode.TEMPORARY, backoff=5)(login)
 
     # Not kopf.operator(): at its end that cancels every task of the process that is younger than itself.
-    tasks = await kopf.spawn_tasks(
-        registry=registry, settings=kopf_settings(resources), standalone=True, clusterwide=not namespaces, namespaces=list(namespaces)
+    spawning = asyncio.ensure_future(
+        kopf.spawn_tasks(
+            registry=registry, settings=kopf_settings(resources), standalone=True, clusterwide=not namespaces, namespaces=list(namespaces)
+        )
     )
     try:
+        tasks = await asyncio.shield(spawning)
         started()
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
         raise RuntimeError("kopf has ended without an error")
     finally:
+        tasks = await spawning
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks, timeout=STOP_SECONDS)

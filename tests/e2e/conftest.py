@@ -6,8 +6,10 @@ the next session begins by removing them.
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +79,7 @@ def install(images: Images, *values: str) -> None:
                 f"trainer.image.repository={images.trainer.rpartition(':')[0]}", f"trainer.image.tag={images.trainer.rpartition(':')[2]}",
                 "trainer.image.pullPolicy=Always", f"hub.endpoint={hub_manifests.url(SYSTEM)}", *values]  # fmt: skip
     subprocess.run(
-        ["helm", "upgrade", "--install", "luthier", str(TOP / "charts/luthier"), "--namespace", SYSTEM, "--wait", "--timeout", "3m",
+        ["helm", "upgrade", "--install", "luthier", str(TOP / "charts/luthier"), "--namespace", SYSTEM, "--take-ownership", "--wait", "--timeout", "3m",
          *(part for s in settings for part in ("--set", s))],
         check=True,
     )  # fmt: skip
@@ -102,6 +104,15 @@ def kube(system: Kube, images: Images) -> Kube:
     secrets = [{"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "stringData": {"token": hub_manifests.token(kind)}} for name, kind in TOKENS.items()]
     kube.apply(claim("data"), claim("work"), inspector(images.trainer), *secrets)
     kube.run("wait", "--for=condition=Ready", "pod/inspector", "--timeout=180s")
-    unpack = "import sys, tarfile; tarfile.open(fileobj=sys.stdin.buffer, mode='r|').extractall('/data', filter='data')"
-    kube.python("inspector", unpack, stdin=data.archive())
+    fill(kube, "data", data.archive())
     return kube
+
+
+def fill(kube: Kube, claim: str, archive: bytes) -> None:
+    """Unpack a tar into the inspector's volume: on this machine where that is possible, because exec is slow for 100 MB."""
+    folder = choice.cluster().volume(kube.namespace, claim)
+    if folder is None:
+        unpack = "import sys, tarfile; tarfile.open(fileobj=sys.stdin.buffer, mode='r|').extractall('/data', filter='data')"
+        kube.python("inspector", unpack, stdin=archive)
+        return
+    tarfile.open(fileobj=io.BytesIO(archive)).extractall(folder, filter="data")

@@ -78,8 +78,8 @@ def archive() -> bytes:
             (Path(scratch) / name).write_text(text)
             tar.add(Path(scratch) / name, name)
         tar.add(encoder(Path(scratch) / "encoder"), "encoder")
-        from trainer.small_sdxl import build
+        from trainer.small_sdxl import write_small_sdxl
 
-        build(Path(scratch) / "sdxl")
+        write_small_sdxl(Path(scratch) / "sdxl")
         tar.add(Path(scratch) / "sdxl", "sdxl")
     return buffer.getvalue()

@@ -10,7 +10,7 @@ DATA = [{"claim": "data", "mountPath": "/data"}]
 WORK = {"claim": "work"}
 PROSE = {"files": ["/data/prose.txt"], "split": "train[:90%]", "evalSplit": "train[90%:]"}
 REGISTER = {"files": ["/data/docstrings.txt"], "split": "train[:90%]", "evalSplit": "train[90%:]"}
-CPU = {"gpusPerNode": 0}
+CPU = {"gpusPerNode": 0, "cpu": "200m"}  # a request keeps pods from starving beside each other; one thread each
 HUB = {"repo": "luthier/adapter", "tokenSecret": {"name": "hub-token", "key": "token"}}
 
 
@@ -20,7 +20,7 @@ def fine_tune(name: str, **spec: Any) -> Object:
 
 
 def generate(name: str, **spec: Any) -> Object:
-    base = {"task": "text-generation", "resources": {"gpus": 0}, "workspace": WORK, "volumes": DATA}
+    base = {"task": "text-generation", "resources": {"gpus": 0, "cpu": "200m"}, "workspace": WORK, "volumes": DATA}
     return {"apiVersion": "luthier.dev/v1alpha1", "kind": "GenerateJob", "metadata": {"name": name}, "spec": base | spec}
 
 

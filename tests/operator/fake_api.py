@@ -18,13 +18,18 @@ from datetime import UTC, datetime
 from typing import Any
 
 from aiohttp import web
+
 from luthier_api.kinds import parse_job
+from luthier_api.status import JobStatus
 from luthier_operator.client import RESOURCES, Resource
 
 Object = dict[str, Any]
 BY_PLURAL = {(r.api_version, r.plural): r for r in RESOURCES.values()}
 # kopf's start looks these up, though it is told not to watch them.
-BACKBONE = [Resource("v1", "Namespace", "namespaces"), Resource("apiextensions.k8s.io/v1", "CustomResourceDefinition", "customresourcedefinitions")]
+BACKBONE = [
+    Resource("v1", "Namespace", "namespaces"),
+    Resource("apiextensions.k8s.io/v1", "CustomResourceDefinition", "customresourcedefinitions"),
+]
 URL = re.compile(r"^/(?:api/(?P<core>v1)|apis/(?P<group>[^/]+/[^/]+))(?:/namespaces/(?P<ns>[^/]+))?/(?P<plural>[a-z]+)(?:/(?P<name>[^/]+))?(?:/(?P<sub>status))?$")  # fmt: skip
 TEMPLATES = {"Job": ("template",), "JobSet": ("replicatedJobs",)}
 
@@ -71,7 +76,8 @@ class FakeApi:
         self.killed: set[str] = set()
         self.on_kill: Callable[[str], None] = lambda sender: None
         self.missing: set[str] = set()
-        self.lost: Callable[[str, Object], bool] = lambda type, found: False
+        self.lost: Callable[[str, Object], bool] = lambda event, found: False
+        self.watched: set[str] = set()  # kinds that somebody has begun to watch
         self._changed = asyncio.Event()
         self._breaks = 0
         self._runner: web.AppRunner | None = None
@@ -154,10 +160,11 @@ class FakeApi:
         did = False
         for found in list(self.objects.values()):
             owners = {r["uid"] for r in found["metadata"].get("ownerReferences", [])}
-            if (owners and not owners & uids) or owners & waiting:
-                self.delete(found)
-                did = True
-            elif found["metadata"]["uid"] in waiting and not self._dependents(found["metadata"]["uid"]):
+            if (
+                (owners and not owners & uids)
+                or owners & waiting
+                or (found["metadata"]["uid"] in waiting and not self._dependents(found["metadata"]["uid"]))
+            ):
                 self.delete(found)
                 did = True
         return did
@@ -176,7 +183,13 @@ class FakeApi:
         """A few of the fields that the real one fills in: whoever compares manifests must stand them."""
         spec = found.get("spec", {})
         if found["kind"] == "Job":
-            for name, value in (("backoffLimit", 6), ("completions", 1), ("parallelism", 1), ("completionMode", "NonIndexed"), ("suspend", False)):
+            for name, value in (
+                ("backoffLimit", 6),
+                ("completions", 1),
+                ("parallelism", 1),
+                ("completionMode", "NonIndexed"),
+                ("suspend", False),
+            ):
                 spec.setdefault(name, value)
             spec["template"]["spec"].setdefault("dnsPolicy", "ClusterFirst")
             spec["template"].setdefault("metadata", {}).setdefault("labels", {})["batch.kubernetes.io/job-name"] = found["metadata"]["name"]
@@ -233,13 +246,13 @@ class FakeApi:
             headers = {"Retry-After": "0.05"} if fault.answer == 429 else {}
             return web.json_response(Refused(fault.answer, "Injected", "a fault").body, status=fault.answer, headers=headers)
         if fault and fault.reset == "before":
-            return self._end(request, fault, sender)
+            return self._cut_off(request, fault, sender)
         done = copy.deepcopy(self._write(request, kind, ns, name, sub, body))
         if fault and fault.reset == "after":
-            return self._end(request, fault, sender)
+            return self._cut_off(request, fault, sender)
         return web.json_response(done)
 
-    def _end(self, request: web.Request, fault: Fault, sender: str) -> web.Response:
+    def _cut_off(self, request: web.Request, fault: Fault, sender: str) -> web.Response:
         if fault.kill:
             self.killed.add(sender)
             self.on_kill(sender)
@@ -270,7 +283,7 @@ class FakeApi:
             raise Refused(409, "Conflict", "the object has been modified")
         part = {"status": body["status"]} if sub == "status" else body
         if sub == "status":
-            parse_job(merged(found, part))  # what the CRD's schema would refuse
+            JobStatus.model_validate(merged(found, part)["status"])  # what the CRD's schema would refuse
         return self.change(found, lambda o: o.update(merged(o, part)))
 
     def _apply(self, found: Object, body: Object) -> Object:
@@ -302,6 +315,7 @@ class FakeApi:
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
         await response.prepare(request)
         since, breaks = int(request.query["resourceVersion"]), self._breaks
+        self.watched.add(resource.kind)
         position = 0
         try:
             if since < self.compacted:
@@ -310,10 +324,15 @@ class FakeApi:
             while self._breaks == breaks and resource.plural not in self.missing:
                 changed = self._changed
                 while position < len(self.history):
-                    version, type, found = self.history[position]
+                    version, event, found = self.history[position]
                     position += 1
-                    if version > since and found["kind"] == resource.kind and self._selected(request, found, ns) and not self.lost(type, found):
-                        await send(response, type, found)
+                    if (
+                        version > since
+                        and found["kind"] == resource.kind
+                        and self._selected(request, found, ns)
+                        and not self.lost(event, found)
+                    ):
+                        await send(response, event, found)
                 mark = {"kind": resource.kind, "apiVersion": resource.api_version, "metadata": {"resourceVersion": str(self.version)}}
                 await send(response, "BOOKMARK", mark)
                 await changed.wait()

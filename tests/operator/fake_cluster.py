@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fake_api import FakeApi, Object
+
 from luthier_api.exitcodes import ExitCode
 from luthier_api.status import HubStatus, Plan, Prepared, ResolvedDataset, ResolvedSource
 from luthier_api.termination import TerminationMessage
@@ -142,9 +143,9 @@ class FakeCluster(FakeApi):
             counted = [p for p in mine if verdicts.get(p["metadata"]["uid"], ("",))[0] == "Count"]
             if any(p["status"]["phase"] == "Succeeded" for p in mine):
                 done.add(index)
-            elif any(verdicts.get(p["metadata"]["uid"], ("",))[0] == "FailIndex" for p in mine):
-                failed.add(index)
-            elif "backoffLimitPerIndex" in spec and len(counted) > spec["backoffLimitPerIndex"]:
+            elif any(verdicts.get(p["metadata"]["uid"], ("",))[0] == "FailIndex" for p in mine) or (
+                "backoffLimitPerIndex" in spec and len(counted) > spec["backoffLimitPerIndex"]
+            ):
                 failed.add(index)
             elif "backoffLimitPerIndex" not in spec and len(counted) > spec["backoffLimit"]:
                 fatal = fatal or "BackoffLimitExceeded:Job has reached the specified backoff limit"
@@ -160,7 +161,11 @@ class FakeCluster(FakeApi):
             reason, message = fatal.split(":", 1)
             for pod in live:
                 self._stop(pod)
-            status |= {"active": 0, "ready": 0, "conditions": [*conditions, _condition("FailureTarget", reason, message), _condition("Failed", reason, message)]}
+            status |= {
+                "active": 0,
+                "ready": 0,
+                "conditions": [*conditions, _condition("FailureTarget", reason, message), _condition("Failed", reason, message)],
+            }
         elif len(done) == spec["completions"]:
             ends = [_condition("SuccessCriteriaMet", "CompletionsReached"), _condition("Complete", "CompletionsReached")]
             status |= {"completionTime": _now(), "conditions": [*conditions, *ends]}

@@ -14,6 +14,7 @@ from typing import Any
 import kopf
 from fake_cluster import FakeCluster, Object
 from kubernetes.aio.client.configuration import Configuration
+
 from luthier_operator import naming
 from luthier_operator.app import Operator, Pace
 from luthier_operator.client import Client
@@ -22,7 +23,7 @@ from luthier_operator.settings import Settings
 
 # Every client reads the authorities of the whole internet otherwise: a third of a test's time, for servers without TLS.
 os.environ.setdefault("SSL_CERT_FILE", os.devnull)
-FAST = Pace(relist=600, discovery=0.05, restart=0.05, backoff=0.02, flush=0.2)
+FAST = Pace(relist=600, settle=0.3, discovery=0.05, restart=0.05, backoff=0.02, flush=0.2)
 PATIENCE = 20.0
 _numbers = itertools.count(1)
 
@@ -132,13 +133,15 @@ def summary(cluster: FakeCluster) -> Object:
         for job in cluster.all(kind):
             status = job.get("status", {})
             conditions = {c["type"]: (c["status"], c["reason"]) for c in status.get("conditions", [])}
-            jobs[job["metadata"]["name"]] = {"conditions": conditions} | {k: status.get(k) for k in ("state", "restarts", "metrics", "hub", "prepared")}
+            jobs[job["metadata"]["name"]] = {"conditions": conditions} | {
+                k: status.get(k) for k in ("state", "restarts", "metrics", "hub", "prepared")
+            }
     return {"jobs": jobs, "children": sorted(children(cluster)), "pods": sorted(map(str, cluster.started))}
 
 
 def children(cluster: FakeCluster) -> Iterator[str]:
     """Each child that was ever created, once for each time."""
-    for _, type, found in cluster.history:
+    for _, event, found in cluster.history:
         mine = naming.JOB_LABEL in found["metadata"].get("labels", {}) and found["kind"] != "Pod"
-        if type == "ADDED" and mine:
+        if event == "ADDED" and mine:
             yield f"{found['kind']} {found['metadata']['name']}"

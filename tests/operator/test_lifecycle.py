@@ -24,7 +24,13 @@ async def test_fine_tune_to_complete() -> None:
         assert found["metrics"] == {"evalLoss": 1.5}
         assert found["hub"]["revision"] == "c" * 40
         assert found["prepared"]["model"]["revision"] == "a" * 40
-        assert [c["type"] for c in found["conditions"] if c["status"] == "True"] == ["Accepted", "Prepared", "Trained", "Published", "Complete"]
+        assert [c["type"] for c in found["conditions"] if c["status"] == "True"] == [
+            "Accepted",
+            "Prepared",
+            "Trained",
+            "Published",
+            "Complete",
+        ]
         assert list(children(cluster)) == [
             "ConfigMap ftj-tune", "PersistentVolumeClaim ftj-tune", "Job ftj-tune-prepare", "JobSet ftj-tune-run", "Job ftj-tune-publish",
         ]  # fmt: skip

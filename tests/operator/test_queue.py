@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+
 from luthier_api.kinds import JobKind
 from luthier_operator.model import Key
 from luthier_operator.queue import BACKOFF_LIMIT, Queue

@@ -166,6 +166,7 @@ def test_metrics_say_how_far_it_is(text_run: GenerateRun, monkeypatch: pytest.Mo
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"http://127.0.0.1:{port}/metrics") as answer:
         progress = progress_of([read_samples(answer.read().decode())])
     assert progress
+    assert (ending.run_dir() / "heartbeat").exists()
     assert (progress.rows, progress.max_rows, progress.percent, progress.eta_seconds) == (7, 7, 100, 0)
 
 

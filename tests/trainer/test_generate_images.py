@@ -18,7 +18,9 @@ from trainer.small_sdxl import write_small_lora, write_small_sdxl
 from luthier_api.exitcodes import ExitCode
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.ending import Failure
-from luthier_trainer.generation.samples import SEEDS, sample_seed
+from luthier_trainer.generation.hardware import Hardware
+from luthier_trainer.generation.images import ImageEngine
+from luthier_trainer.generation.samples import SEEDS, Sample, sample_seed
 
 ROWS = [
     {"prompt": "a lute on a bench", "seed": 7},
@@ -166,6 +168,14 @@ def test_an_image_that_is_not_finite_is_an_error_of_its_row(images: Images, sdxl
         images(model={"path": str(tmp_path / "overflowing")})
     assert failure.value.code is ExitCode.INVALID_DATASET
     assert "row 0: the image is not finite in fp32" in failure.value.message
+
+
+def test_a_vae_that_asks_for_it_stays_in_fp32(sdxl: Path) -> None:
+    run = generate_run(Path("/"), ROWS[:1], task="text-to-image", model={"path": str(sdxl)}, image=SMALL)
+    engine = ImageEngine(run.spec, sdxl, [], Hardware("cpu", "fp16"), batch_size=1)
+    (output,) = engine.make([Sample(0, 0, "a lute", None, 7)])
+    assert output.image
+    assert (engine.pipe.unet.dtype, engine.pipe.vae.dtype) == (torch.float16, torch.float32)
 
 
 def other_pipeline(sdxl: Path, folder: Path) -> dict[str, Any]:

@@ -129,6 +129,14 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     assert torch.allclose(shares, likelihood, atol=0.03)  # 4 standard deviations
 
 
+def test_each_step_draws_anew() -> None:
+    from luthier_trainer.generation.sampling import SeededChoice
+
+    choice = SeededChoice([7], prompt_length=3, steps=50, device=torch.device("cpu"))
+    chosen = {choice(torch.zeros(1, 3 + step, dtype=torch.long), torch.zeros(1, 1000)).argmax().item() for step in range(50)}
+    assert len(chosen) > 40
+
+
 def test_padding_counts_for_no_penalty() -> None:
     from luthier_trainer.generation.sampling import RepetitionPenalty
 

@@ -101,6 +101,17 @@ def test_packing_loses_no_token_and_keeps_line_breaks(make_run: MakeRun, tmp_pat
     assert set(data["train"]["length"][:-1]) == {8}
 
 
+@pytest.mark.parametrize("name", ["long.txt", "long.jsonl"])
+def test_packing_goes_on_from_one_batch_to_the_next(name: str, make_run: MakeRun, tmp_path: Path) -> None:
+    """More rows than `datasets` hands over at once."""
+    rows = [{"text": f"line {i}"} for i in range(2500)]
+    path = write(tmp_path, name, "\n".join(r["text"] for r in rows) if name.endswith(".txt") else rows)
+    record, data = prepared(make_run(dataset={"files": [path]}, training={"maxLength": 64, "batchSize": 4, "packing": True}))
+    tokenizer = AutoTokenizer.from_pretrained(record.model_path)
+    joint, end = ("\n", tokenizer.eos_token) if name.endswith(".txt") else (tokenizer.eos_token, tokenizer.eos_token)
+    assert "".join(tokenizer.decode(ids) for ids in data["train"]["input_ids"]) == joint.join(r["text"] for r in rows) + end
+
+
 def test_packed_blocks_are_held_out(make_run: MakeRun, corpus_file: Path) -> None:
     run = make_run(dataset={"files": [str(corpus_file)], "evalFraction": 0.1}, training={"maxLength": 64, "batchSize": 4, "packing": True})
     record, data = prepared(run)

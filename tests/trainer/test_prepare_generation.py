@@ -25,7 +25,7 @@ def rows_of(run: GenerateRun) -> list[dict[str, Any]]:
 
 def test_rows_written_in_the_job(make_generate_run: MakeRun) -> None:
     run = make_generate_run(inputs={"rows": [{"prompt": "a"}, {"prompt": "b", "seed": 5}]}, seed=3, shards=2)
-    assert rows_of(run) == [{"row": 0, "prompt": "a", "seed": 3330906276}, {"row": 1, "prompt": "b", "seed": 5}]
+    assert rows_of(run) == [{"row": 0, "prompt": "a", "seed": 3889863157}, {"row": 1, "prompt": "b", "seed": 5}]
     assert (read_prepared(run).plan.rows_per_shard, read_prepared(run).plan.precision) == (1, "fp32")
 
 
@@ -65,7 +65,7 @@ MISTAKES: list[tuple[str, str, dict[str, Any], ExitCode, str]] = [
     ("negative prompts for text", "prompt,negative_prompt\na,b\n", {}, ExitCode.INVALID_SPEC,
      "spec.inputs: only text-to-image has negative prompts; remove them for text-generation"),
     ("images from a language model", "prompt,n\na,1\n", {"task": "text-to-image"}, ExitCode.INVALID_SPEC,
-     "spec.model: text-to-image needs a diffusers pipeline, but there is no model_index.json"),
+     "spec.model.path: text-to-image needs a diffusers pipeline, but there is no model_index.json"),
 ]  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def test_a_mistake_names_its_field(
 
 
 PIPELINES = [
-    ("another pipeline", "FluxPipeline", "spec.model: FluxPipeline is not supported; text-to-image runs StableDiffusionXLPipeline"),
+    ("another pipeline", "FluxPipeline", "spec.model.path: FluxPipeline is not supported; text-to-image runs StableDiffusionXLPipeline"),
     ("the pipeline", "StableDiffusionXLPipeline", None),
 ]
 

@@ -15,7 +15,7 @@ import torch
 from hub.faults import Fault
 from hub.server import Running
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord, Variables
@@ -115,37 +115,50 @@ def test_a_hub_that_is_away_is_no_mistake_of_the_user(make_run: MakeRun, hub: Ru
     assert failure.value.code is ExitCode.HUB_UNAVAILABLE
 
 
-HUB_DATASETS: list[tuple[str, dict[str, Any], int, str]] = [
-    ("a split and its slice", {"split": "train[:50%]", "evalSplit": "test"}, 0, ""),
-    ("no such dataset", {"id": "org/none"}, 66, "spec.dataset.id: there is no dataset org/none on "),
-    ("no such split", {"split": "validation"}, 64, "spec.dataset.split: Unknown split \"validation\". Should be one of ['test', 'train']"),
-]
-
-
-@pytest.mark.parametrize(("name", "dataset", "code", "message"), HUB_DATASETS, ids=[c[0] for c in HUB_DATASETS])
-def test_a_dataset_of_the_hub(
-    name: str, dataset: dict[str, Any], code: int, message: str, make_run: MakeRun, hub: Running, corpus_rows: Path, tmp_path: Path
-) -> None:
-    """As the pod runs it: `datasets` reads the Hub's address once, when it is imported."""
+@pytest.fixture
+def rows_on_hub(hub: Running, corpus_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The commit of dataset org/rows: 100 rows to train on, 20 to test with."""
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.url)  # read once, when `datasets` is imported
     folder = tmp_path / "dataset"
     folder.mkdir()
     lines = corpus_rows.read_text().splitlines(keepends=True)
     (folder / "train.jsonl").write_text("".join(lines[:100]))
     (folder / "test.jsonl").write_text("".join(lines[100:120]))
-    commit = hub.store.seed("dataset", "org/rows", folder)
-    run = make_run(dataset={"id": "org/rows"} | dataset)
+    return str(hub.store.seed("dataset", "org/rows", folder).oid)
+
+
+def test_a_dataset_of_the_hub_is_fixed_to_a_commit(make_run: MakeRun, rows_on_hub: str, tmp_path: Path) -> None:
+    """As the pod runs it, from PID 1 down."""
+    run = make_run(dataset={"id": "org/rows", "split": "train[:50%]", "evalSplit": "test"})
     (tmp_path / "run.json").write_text(json.dumps(run.dump()))
     done = subprocess.run(
         [sys.executable, "-m", "luthier_trainer", "prepare", "--run", str(tmp_path / "run.json")], capture_output=True, text=True, timeout=120
     )
     said = TerminationMessage.read((tmp_path / "run" / "termination-log").read_text())
+    assert done.returncode == 0, done.stderr
     assert said is not None
-    assert done.returncode == code, done.stderr
-    if code:
-        assert said.message.startswith(message)
-        return
     assert said.prepared is not None
-    assert (said.prepared.dataset.rows, said.prepared.dataset.eval_rows, said.prepared.dataset.revision) == (50, 20, commit.oid)
+    assert (said.prepared.dataset.rows, said.prepared.dataset.eval_rows, said.prepared.dataset.revision) == (50, 20, rows_on_hub)
+
+
+NO_ROWS: list[tuple[str, dict[str, Any], ExitCode, str]] = [
+    ("no such dataset", {"id": "org/none"}, ExitCode.NOT_FOUND, "spec.dataset.id: there is no dataset org/none on HUB"),
+    ("no such split", {"split": "validation"}, ExitCode.INVALID_SPEC, "spec.dataset.split: there is no split 'validation'; the splits are: test, train"),
+    ("no such configuration", {"name": "german"}, ExitCode.INVALID_SPEC, "spec.dataset.name: BuilderConfig 'german' not found. Available: ['default']"),
+    ("no such revision", {"revision": "v9"}, ExitCode.NOT_FOUND, "spec.dataset.revision: dataset org/rows on HUB has no such branch, tag or commit"),
+    ("no such column", {"columns": {"text": "txt"}}, ExitCode.INVALID_DATASET,
+     'spec.dataset.columns.text: no column "txt" in org/rows, split train (columns: text, label). Did you mean "text"?'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "dataset", "code", "message"), NO_ROWS, ids=[c[0] for c in NO_ROWS])
+def test_a_dataset_that_the_hub_does_not_give(
+    name: str, dataset: dict[str, Any], code: ExitCode, message: str, make_run: MakeRun, hub: Running, rows_on_hub: str
+) -> None:
+    with pytest.raises(Failure) as failure:
+        main(make_run(dataset={"id": "org/rows"} | dataset))
+    expect = message.replace("HUB", hub.url)
+    assert (failure.value.code, failure.value.message[: len(expect)]) == (code, expect)
 
 
 def finish_job(folder: Path, base: str, adapter: bool, tiny_model: Path) -> torch.Tensor:
@@ -190,6 +203,29 @@ def test_the_result_of_another_job_is_a_model(
         again = AutoModelForCausalLM.from_pretrained(record.model_path).eval()(torch.arange(20)[None]).logits
     torch.testing.assert_close(again, logits, rtol=1e-4, atol=1e-5)
     assert record.model.source == "FineTuneJob first"
+
+
+def test_a_classifier_keeps_its_head_and_its_labels(make_run: MakeRun, tiny_model: Path, tmp_path: Path) -> None:
+    """The head lies beside the adapter, the names of the classes in the other job's record."""
+    workspace = WorkspaceFolder(tmp_path / "ftj-first-1")
+    workspace.prepared.mkdir(parents=True)
+    labels = ["class", "other"]
+    record = PreparedRecord(
+        model=ResolvedSource(source="m"), dataset=ResolvedDataset(source="d", rows=1, labels=labels), plan=Plan(strategy="none"),
+        model_path=str(tiny_model), dataset_path="d",
+    )  # fmt: skip
+    workspace.prepared_record.write_text(json.dumps(record.dump()))
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2)
+    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(workspace.result)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(workspace.result)
+    write_manifest(workspace.result)
+    run = make_run(task="text-classification", model={"job": "first"}, sources={"first": str(workspace.root)})
+    main(run)
+    again = AutoModelForSequenceClassification.from_pretrained(read_prepared(run).model_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(torch.arange(9)[None]).logits, model.eval()(torch.arange(9)[None]).logits, rtol=1e-4, atol=1e-5)
+    assert again.config.id2label == dict(enumerate(labels))
 
 
 def test_an_adapter_whose_base_is_nowhere(make_run: MakeRun, tiny_model: Path, tmp_path: Path) -> None:

@@ -200,6 +200,7 @@ def test_prepare_has_nothing_to_save_and_stops_at_once(start: Start, tmp_path: P
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=10) == 75
     assert time.monotonic() - began < 5
+    assert last_word(tmp_path).message == "stopped; the next start goes on from here"
 
 
 def test_a_lost_peer_waits_to_be_stopped(start: Start, tmp_path: Path) -> None:
@@ -392,3 +393,21 @@ def test_after_a_stop_no_code_is_one_that_ends_the_job() -> None:
         verdict = judge(Evidence(phase="run", status=1, messages={0: said(code)}, stopped=True))
         assert verdict.exit_code is not None
         assert verdict.exit_code.retry is Retry.FREE, code
+
+
+ENDPOINTS = [
+    ("the Hub itself", None, None),
+    ("the Hub, spelt out", "https://huggingface.co/", None),
+    ("a mirror: uploads by LFS, which all of them speak", "http://hub.example:8080", "1"),
+]
+
+
+@pytest.mark.parametrize(("name", "endpoint", "expect"), ENDPOINTS, ids=[c[0] for c in ENDPOINTS])
+def test_only_the_hub_itself_is_spoken_to_by_xet(
+    name: str, endpoint: str | None, expect: str | None, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_DISABLE_XET", raising=False)
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    script = CHILD + "print('xet', os.environ.get('HF_HUB_DISABLE_XET')); result(0)"
+    process = start(script, **({"HF_ENDPOINT": endpoint} if endpoint else {}))
+    assert f"xet {expect}" in process.communicate(timeout=60)[0]

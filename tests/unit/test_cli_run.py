@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
-from unit.manifest_cases import Document, make, tune
+from cases.api import FINE_TUNE, GENERATE, Document, changed
 
 from luthier_api.run import read_run
 
@@ -78,16 +78,15 @@ def laptop(tmp_path: Path) -> Laptop:
     return laptop
 
 
-def job(name: str = "tune", **changes: Any) -> Document:
-    document = tune(resources=CPU, **changes)
-    document["metadata"] = {"name": name}
-    return document
+def job(name: str = "tune", **spec: Any) -> Document:
+    named = {"metadata.name": name, "spec.dataset": {"id": "org/data"}, "spec.resources": CPU}
+    return changed(FINE_TUNE, named | {f"spec.{field}": value for field, value in spec.items()})
 
 
-def outputs(name: str = "make", **changes: Any) -> Document:
-    document = make(resources={"gpus": 0}, **changes)
-    document["metadata"] = {"name": name}
-    return document
+def outputs(name: str = "make", **spec: Any) -> Document:
+    return changed(
+        GENERATE, {"metadata.name": name, "spec.resources": {"gpus": 0}} | {f"spec.{field}": value for field, value in spec.items()}
+    )
 
 
 def test_phases_in_order_and_a_summary(laptop: Laptop) -> None:
@@ -126,7 +125,7 @@ def test_texts_are_shown(laptop: Laptop) -> None:
 
 
 def test_nodes_are_processes_that_work_at_once(laptop: Laptop) -> None:
-    code, _ = laptop.json("run", laptop.write(tune(resources={"gpusPerNode": 0, "nodes": 2})))
+    code, _ = laptop.json("run", laptop.write(job(resources={"gpusPerNode": 0, "nodes": 2})))
     assert code == 0
     assert sorted(laptop.calls()) == ["tune prepare 0", "tune train 0", "tune train 1"]
 
@@ -161,7 +160,7 @@ def test_failure_for_people_names_the_log(laptop: Laptop) -> None:
 
 def test_the_node_to_blame_gives_the_code(laptop: Laptop) -> None:
     laptop.script(train_0={"code": 81, "message": "peer lost"}, train_1={"code": 71, "message": "the disk", "seconds": 1})
-    code, document = laptop.json("run", laptop.write(tune(resources={"gpusPerNode": 0, "nodes": 2})))
+    code, document = laptop.json("run", laptop.write(job(resources={"gpusPerNode": 0, "nodes": 2})))
     assert code == 71
     assert document["jobs"][0]["message"] == "the disk"
 
@@ -187,8 +186,7 @@ def test_a_stop_saves_and_the_same_command_goes_on(laptop: Laptop, number: int) 
 
 
 def test_a_second_ctrl_c_ends_everything(laptop: Laptop) -> None:
-    laptop.script(train_0={"seconds": 0, "until_stopped": True})
-    (laptop.runs / "script.json").write_text(json.dumps({"train-0": {"seconds": 60}}))
+    laptop.script(train_0={"deaf": 60})
     process = laptop.start("run", laptop.write(job()))
     wait_for(lambda: "tune train 0" in laptop.calls())
     started = time.monotonic()
@@ -297,7 +295,7 @@ def test_paths_relative_to_the_manifest_and_mounts(laptop: Laptop) -> None:
 
 def test_nodes_share_the_gpus(laptop: Laptop) -> None:
     laptop.env = {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}
-    assert laptop.run("run", laptop.write(tune(resources={"nodes": 2, "gpusPerNode": 2})))[0] == 0
+    assert laptop.run("run", laptop.write(job(resources={"nodes": 2, "gpusPerNode": 2})))[0] == 0
     calls = [json.loads(line) for line in (laptop.runs / "calls.jsonl").read_text().splitlines()]
     assert {c["rank"]: c["gpus"] for c in calls if c["verb"] == "train"} == {0: "4,5", 1: "6,7"}
 

@@ -10,6 +10,7 @@ from cases.observed import (
     HUB,
     NOW,
     RUNNING,
+    SETTINGS,
     at,
     child,
     decided,
@@ -18,13 +19,15 @@ from cases.observed import (
     fine_tune,
     generate,
     hub_end,
+    observed,
     pod,
     run_document,
     said,
     status,
     waiting,
-)  # fmt: skip
+)
 
+from luthier_operator.decide import decide
 from luthier_operator.model import Object
 from luthier_operator.statuses import text
 
@@ -75,8 +78,9 @@ FAILED = decided(JOB, RUN, child(JOB, "publish", "Failed"), ends=[ended(JOB, "pu
 
 def test_a_failed_upload_stays_failed() -> None:
     assert FAILED.completion_time == text(NOW)
-    again = decided(fine_tune(FAILED, hub=HUB), RUN, child(JOB, "publish", "Failed"))
-    assert (describe(again), again.status, again.events) == ("Failed Unauthorized", FAILED, ())
+    job = fine_tune(FAILED, hub=HUB)
+    later = decide(observed(job, RUN, child(JOB, "publish", "Failed")), SETTINGS, at(60))
+    assert (describe(later), later.status, later.events) == ("Failed Unauthorized", FAILED, ())
 
 
 def test_a_change_of_the_hub_takes_the_failure_back() -> None:

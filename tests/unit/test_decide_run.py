@@ -53,6 +53,12 @@ CASES = [
     ("all run", case(group(), pods=BOTH), "waits", "True Running: 2 pods on 16 GPUs"),
     ("one shard of two runs", case(child(SHARDS, "run"), job=SHARDS, pods=[pod(SHARDS, "run", 1, state=RUNNING)]), "waits",
      "True Running: 2 shards on 2 GPUs"),
+    ("one runs, one has ended well", case(group(), pods=BOTH[:1], ends=[ended(JOB, "run", 0, 1)]), "waits", "True Running: 2 pods on 16 GPUs"),
+    ("all have ended well, the JobSet not yet", case(group(), ends=[ended(JOB, "run", 0, i) for i in (0, 1)]), "waits", "True Running: 2 pods on 16 GPUs"),
+    ("one ended well in the attempt before", case(group(restarts=1), pods=[pod(JOB, "run", 0, 1, RUNNING)], ends=[ended(JOB, "run", 0, 1)]), "waits",
+     "False Starting: waiting for 2 pods on 16 GPUs to start"),
+    ("one shard has ended, the other finds no node", case(child(SHARDS, "run"), job=SHARDS, ends=[ended(SHARDS, "run", 0)],
+     pods=[pod(SHARDS, "run", 1, unschedulable="none")]), "waits", "False Unschedulable: pod gj-lutes-run-1-0: none"),
     ("held by the queue", case(child(QUEUED, "run", suspend=True), job=QUEUED), "waits",
      'False WaitingForQueue: waiting for quota in queue "team-a"; see `kubectl describe workloads`'),
     ("preempted by the queue, still saving", case(child(QUEUED, "run", suspend=True), job=QUEUED, pods=[pod(QUEUED, "run", i, state=RUNNING, deleting=True) for i in (0, 1)]),
@@ -79,6 +85,10 @@ CASES = [
     ("failed while the operator was away, its Job still tells", case(group(state="Failed", message=EXIT_66)), "Failed NotFound",
      f"False NotFound: {EXIT_66}; what the pod said is lost. Look at `kubectl logs ftj-bot-run-node-0-0-x -c trainer`"),
     ("failed a moment ago", case(group(state="Failed", since=at(-2))), "again in 3 s", "absent"),
+    ("failed a moment ago, only the failure before is known", case(group(state="Failed", since=at(-2), restarts=1), ends=[ended(JOB, "run", 70)]),
+     "again in 3 s", "absent"),
+    ("failed a moment ago, and why is known", case(group(state="Failed", since=at(-2), restarts=1), ends=[ended(JOB, "run", 70, attempt=1, message="no")]),
+     "Failed TrainingError", "False TrainingError: no (run, rank 0, pod ftj-bot-run-0-1 on node-a, exit code 70)"),
     ("some shards cannot succeed", case(child(SHARDS, "run", "Failed", reason="FailedIndexes"), job=SHARDS,
      ends=[ended(SHARDS, "run", 79, 1, message="The GPU is full"), ended(SHARDS, "run", 71, 0, when=-10, suffix="-b")]), "Failed CudaOutOfMemory",
      "False CudaOutOfMemory: The GPU is full (run, rank 1, pod gj-lutes-run-1-0 on node-a, exit code 79)"),
@@ -106,6 +116,17 @@ STATES = [
 @pytest.mark.parametrize(("pods", "state"), [c[1:] for c in STATES], ids=[c[0] for c in STATES])
 def test_the_state_is_one_word_for_people(pods: list[Object], state: str) -> None:
     assert decided(JOB, group(), pods=pods).status.state == state
+
+
+def test_each_new_trouble_is_an_event_and_none_twice() -> None:
+    nowhere = [pod(JOB, "run", 0, unschedulable="no GPUs")]
+    no_image = [pod(JOB, "run", 0, state=waiting("ErrImagePull", "no such host"))]
+    job, seen = fine_tune(decided(JOB, group()).status), []
+    for pods in (nowhere, nowhere, no_image, [pod(JOB, "run", 0, state=waiting("ImagePullBackOff", "back-off"))], BOTH, BOTH):
+        decision = decided(job, group(), pods=pods)
+        seen.append([(e.type, e.reason) for e in decision.events])
+        job = fine_tune(decision.status)
+    assert seen == [[("Warning", "Unschedulable")], [], [("Warning", "ImagePullFailed")], [], [("Normal", "Started")], []]
 
 
 def test_the_counters_are_those_of_the_jobset() -> None:

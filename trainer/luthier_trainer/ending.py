@@ -8,7 +8,9 @@ message's code: a worker that exits with another code makes torch's agent kill i
 from __future__ import annotations
 
 import errno
+import faulthandler
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -92,6 +94,7 @@ def write_result(message: TerminationMessage, rank: int | None = None) -> None:
 
 def run_phase(phase: Phase, main: Callable[[FineTuneRun | GenerateRun], TerminationMessage]) -> None:
     """The whole life of a process of a phase; never returns."""
+    faulthandler.register(signal.SIGUSR1)  # the supervisor asks a process that hangs where it is
     try:
         message = main(read_run(Path(os.environ[Variables.RUN]).read_bytes()))
     except BaseException as error:

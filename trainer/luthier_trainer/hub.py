@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.run import Variables
 from luthier_trainer.ending import Failure, classify
 
 if TYPE_CHECKING:
@@ -38,11 +37,18 @@ def endpoint() -> str:
 
 
 def hub_api() -> HfApi:
-    """The client, with time limits and the token of this pod (none: anonymous)."""
+    """The client, with time limits and the token of this pod (without one: as anybody)."""
     from huggingface_hub import HfApi
 
     _limit_waiting()
-    return HfApi(endpoint=endpoint(), token=os.environ.get(Variables.TOKEN) or False)
+    return HfApi(endpoint=endpoint(), token=hub_token() or False)
+
+
+def hub_token() -> str | None:
+    """The token of this pod; on a laptop, failing that, the one of `hf auth login`."""
+    from huggingface_hub import get_token
+
+    return get_token()
 
 
 @functools.cache
@@ -106,8 +112,8 @@ def explain(error: Exception, field: str, what: str) -> Failure:
     if "RevisionNotFoundError" in names:
         place = field.removesuffix(".id")
         return Failure(ExitCode.NOT_FOUND, f"{place}.revision: {where} has no such branch, tag or commit")
-    if names & {"RepositoryNotFoundError", "DatasetNotFoundError"} and not (status in (401, 403) and os.environ.get(Variables.TOKEN)):
-        hint = "" if os.environ.get(Variables.TOKEN) else ", or it is private: then set spec.hub.tokenSecret"
+    if names & {"RepositoryNotFoundError", "DatasetNotFoundError"} and not (status in (401, 403) and hub_token()):
+        hint = "" if hub_token() else ", or it is private: then set spec.hub.tokenSecret"
         return Failure(ExitCode.NOT_FOUND, f"{field}: there is no {where}{hint}")
     if status in (401, 403):
         return Failure(

@@ -53,6 +53,8 @@ def environment(run: FineTuneRun, prepared: PreparedRecord) -> dict[str, str]:
     if run.spec.resources.gpus_per_node:
         wanted["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # 44 % of fragmentation without it (training.md §3)
     environment = {name: os.environ.get(name, value) for name, value in wanted.items()}
+    # Where DeepSpeed compiles its operators (a laptop), it calls `ninja` by name; another ninja than the environment's compiles all anew.
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     if not run.spec.resources.gpus_per_node:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     return environment

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.run import FineTuneRun, GenerateRun, Variables
+from luthier_api.run import FineTuneRun, GenerateRun
 from luthier_api.status import HubStatus
 from luthier_api.termination import TerminationMessage
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer import manifest, modelcard
 from luthier_trainer.ending import Failure, run_phase
 from luthier_trainer.generation.shard import shard_manifest
-from luthier_trainer.hub import endpoint, hub_api, patiently
+from luthier_trainer.hub import endpoint, hub_api, hub_token, patiently
 from luthier_trainer.prepared import read_prepared
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     hub = run.spec.hub
     if hub is None or hub.repo is None:
         raise Failure(ExitCode.INVALID_SPEC, f"{REPO}: nothing is published without it")
-    if not os.environ.get(Variables.TOKEN):
+    if not hub_token():
         raise Failure(ExitCode.UNAUTHORIZED, f"{TOKEN}: the token is empty. Put one with write access under key {hub.token_secret and hub.token_secret.key!r}")
     files = verified_files(run)
     api = hub_api()

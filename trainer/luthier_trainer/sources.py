@@ -55,8 +55,10 @@ def locate(source: ModelSource | Adapter, run: FineTuneRun | GenerateRun, field:
     if source.id:
         return _on_hub(source.id, source.revision, field)
     if source.path:
-        return Located(ResolvedSource(source=source.path), field, check_folder(Path(source.path), f"{field}.path"))
-    return Located(ResolvedSource(source=f"FineTuneJob {source.job}"), field, result_of(str(source.job), run, f"{field}.job"))
+        place = f"{field}.path"
+        return Located(ResolvedSource(source=source.path), place, check_folder(Path(source.path), place))
+    place = f"{field}.job"
+    return Located(ResolvedSource(source=f"FineTuneJob {source.job}"), place, result_of(str(source.job), run, place))
 
 
 def _on_hub(name: str, revision: str | None, field: str) -> Located:
@@ -114,7 +116,8 @@ def _weights(names: list[str]) -> list[str]:
 
 
 def check_folder(folder: Path, field: str) -> Path:
-    """A folder in the pods that holds a model, a pipeline or an adapter."""
+    """A folder in the pods that holds a model, a pipeline or an adapter, as an absolute path: other jobs read it too."""
+    folder = folder.absolute()
     if not folder.is_dir():
         raise Failure(ExitCode.NOT_FOUND, f"{field}: there is no folder {folder}. Is its volume listed under spec.volumes?")
     if not any((folder / name).is_file() for name in (MODEL_CONFIG, PIPELINE_CONFIG, ADAPTER_CONFIG)):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
@@ -30,7 +31,9 @@ from luthier_trainer.verdict import Evidence, judge
 
 VERBS: Mapping[str, Phase] = {"prepare": "prepare", "train": "run", "generate": "run", "publish": "publish"}
 KINDS: Mapping[str, str] = {"train": "FineTuneJob", "generate": "GenerateJob"}
+TERMINATION_LOG = Path("/dev/termination-log")
 STOP, HEARTBEAT = "stop", "heartbeat"
+HUB = "https://huggingface.co"
 STALE = (STOP, HEARTBEAT, "metrics-port", "result-*.json", "result-*.partial")
 RESERVE_SECONDS = 10  # teardown of ranks and of torch's agent: 2 to 7 s measured in pods (cluster-recipes.md §D)
 FIRST_STEP_FACTOR = 3  # loading, compilation and the first allocation come before the first heartbeat
@@ -43,7 +46,6 @@ class Settings:
     """What the pod tells us beside the run config; every default is the cluster's."""
 
     run_dir: Path
-    termination_log: Path
     node_rank: int
     step_timeout: float
     """Seconds without a heartbeat after which a run counts as hung."""
@@ -61,7 +63,6 @@ class Settings:
 
         return cls(
             run_dir=Path(environment.get(Variables.RUN_DIR) or "/run/luthier"),
-            termination_log=Path(environment.get(Variables.TERMINATION_LOG) or "/dev/termination-log"),
             node_rank=int(number(Variables.NODE_RANK, 0)),
             step_timeout=number("LUTHIER_STEP_TIMEOUT", 1800),
             peer_lost_linger=number("LUTHIER_PEER_LOST_LINGER", 20),
@@ -73,7 +74,7 @@ def main(verb: str, path: Path) -> int:
     """One phase from start to last word. Returns the container's exit code."""
     began = time.monotonic()
     stop = Stop()
-    log = Path(os.environ.get(Variables.TERMINATION_LOG) or "/dev/termination-log")
+    log = Path(os.environ.get(Variables.TERMINATION_LOG) or TERMINATION_LOG)
     try:
         settings = Settings.of(os.environ)
         run = load(verb, path)
@@ -145,6 +146,9 @@ def environment(verb: str, run: FineTuneRun | GenerateRun, path: Path, settings:
         "PYTHONUNBUFFERED": "1",  # the last lines before a SIGKILL are the ones that matter
         "PYTHONFAULTHANDLER": "1",
     }
+    if urlsplit(given.get("HF_ENDPOINT") or HUB).hostname != urlsplit(HUB).hostname:
+        # Mirrors rarely speak Xet; without it the client uploads by LFS, which all of them do.
+        given.setdefault("HF_HUB_DISABLE_XET", "1")
     if VERBS[verb] == "run":
         given.pop(Variables.TOKEN, None)
         given["HF_HUB_OFFLINE"] = "1"
@@ -164,12 +168,13 @@ def supervise(verb: str, run: FineTuneRun | GenerateRun, path: Path, settings: S
     pulse = Pulse(settings.run_dir / HEARTBEAT, settings.step_timeout)
     # A short grace keeps half of itself for the checkpoint.
     patience = run.grace_seconds - min(RESERVE_SECONDS, run.grace_seconds / 2)
-    killed: Literal["grace", "hang"] | None = None
+    killed: Literal["stop", "grace", "hang"] | None = None
     while not child.ended:
         child.listen(TICK_SECONDS)
         if stop.at is not None:
             if VERBS[verb] != "run":
-                child.kill()  # nothing to save: both phases go on where they were
+                killed = "stop"  # nothing to save: both phases go on where they were
+                child.kill()
             elif stop.now or time.monotonic() > stop.at + patience:
                 killed = "grace"
                 child.kill()
@@ -240,7 +245,8 @@ def read_results(run_dir: Path) -> dict[int, TerminationMessage]:
 def report(message: TerminationMessage, log: Path) -> None:
     """Leave the message where the kubelet reads it, and a line of it in the log."""
     try:
-        log.write_bytes(message.encode())
+        if log != TERMINATION_LOG or log.exists():  # outside a pod there is none, and /dev is no place to make one
+            log.write_bytes(message.encode())
     except OSError as error:
         print(f"supervisor: cannot write {log}: {error.strerror}", file=sys.stderr)
     text = f": {message.message}" if message.message else ""

@@ -29,7 +29,7 @@ class Evidence:
     """Ranks of this pod that should have left a message."""
     stopped: bool = False
     """Whether PID 1 was told to stop."""
-    killed: Literal["grace", "hang"] | None = None
+    killed: Literal["stop", "grace", "hang"] | None = None
     """Why PID 1 killed the process."""
     silence: float = 0
     """Seconds without a heartbeat, when it hung."""
@@ -59,6 +59,8 @@ def _cause(e: Evidence) -> TerminationMessage:
     first = failed[0] if failed else None
     if first and first.exit_code and first.exit_code.retry is Retry.NEVER:
         return first
+    if e.killed == "stop":
+        return _say(e.phase, ExitCode.PREEMPTED, "stopped; the next start goes on from here")
     if e.killed == "grace":
         return _say(e.phase, ExitCode.PREEMPTED, "the grace period ended before a checkpoint was saved", saved=False, step=_step(e.messages))
     if e.memory_kills:

@@ -44,8 +44,11 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
   resources: [pods]
   verbs: [get, list, watch]
 - apiGroups: [""]
-  resources: [configmaps, persistentvolumeclaims]
+  resources: [configmaps]
   verbs: [create, patch]  # applied, never read
+- apiGroups: [""]
+  resources: [persistentvolumeclaims]
+  verbs: [create, get]  # never changed, never deleted
 - apiGroups: ["", events.k8s.io]
   resources: [events]
   verbs: [create, patch]

@@ -6,17 +6,12 @@ draws the Job, `failure` judges its pods.
 
 from __future__ import annotations
 
-from datetime import timedelta
-
 from luthier_api.conditions import ConditionType, Reason
-from luthier_api.status import Phase
 from luthier_operator import children, failure, render, statuses
 from luthier_operator.model import Object
 from luthier_operator.phases import waiting
 from luthier_operator.phases.step import Situation, Step
 
-EVIDENCE_SECONDS = 3.0
-"""The Job and its pods are watched apart: for so long after a failure, a pod's own word may still be under way."""
 PREPARED = ConditionType.PREPARED
 
 
@@ -24,7 +19,7 @@ def prepare(s: Situation) -> Step:
     if s.status.is_true(PREPARED):
         return go_on(s)
     job = s.child("prepare")
-    s = s.note(start_time=s.status.start_time or statuses.text(job and children.created(job) or s.now))
+    s = s.note(start_time=s.status.start_time or statuses.text((job and children.created(job)) or s.now))
     if wait := waiting.for_old_pods(s, "prepare", PREPARED):
         return wait
     if job is None:
@@ -32,8 +27,8 @@ def prepare(s: Situation) -> Step:
     if children.succeeded(job):
         return go_on(s)
     if end := children.failed(job):
-        if wait_for_evidence(s, "prepare", job):
-            return s.stops(requeue_after=EVIDENCE_SECONDS)
+        if wait := waiting.for_evidence(s, "prepare", job):
+            return wait
         found = failure.judge(s.attempts("prepare"), "prepare", end.get("message", ""), end.get("reason", ""))
         return s.say(PREPARED, "False", found.reason, found.message).fails(found.reason, found.message)
     return waiting.for_one_pod(s, "prepare", PREPARED, Reason.PREPARING, "the model is resolved, the data are loaded, the run is planned")
@@ -60,9 +55,3 @@ def summary(s: Situation) -> str:
     rows = f"{found.dataset.rows} rows" + (f" and {found.dataset.eval_rows} to evaluate" if found.dataset.eval_rows else "")
     steps = f", {found.plan.steps} steps" if found.plan.steps else ""
     return f"{found.model.source}{revision}, {rows}, strategy {found.plan.strategy}{steps}"
-
-
-def wait_for_evidence(s: Situation, phase: Phase, child: Object) -> bool:
-    """Whether a child that has just failed may still be explained by a pod."""
-    at = children.ended_at(child)
-    return not s.attempts(phase) and at is not None and s.now < at + timedelta(seconds=EVIDENCE_SECONDS)

@@ -10,7 +10,6 @@ from luthier_api.conditions import ConditionType, Reason
 from luthier_operator import children, failure, naming, render, statuses
 from luthier_operator.naming import HUB_ANNOTATION
 from luthier_operator.phases import waiting
-from luthier_operator.phases.prepare import EVIDENCE_SECONDS, wait_for_evidence
 from luthier_operator.phases.step import Situation, Step
 from luthier_operator.render.job import hub_hash
 
@@ -40,8 +39,8 @@ def publish(s: Situation) -> Step:
     if job["metadata"].get("annotations", {}).get(HUB_ANNOTATION) != hub_hash(s.job):
         return s.say(PUBLISHED, "False", Reason.PUBLISHING, "spec.hub has changed: publishing again").stops(delete=[ref])
     if end := children.failed(job):
-        if wait_for_evidence(s, "publish", job):
-            return s.stops(requeue_after=EVIDENCE_SECONDS)
+        if wait := waiting.for_evidence(s, "publish", job):
+            return wait
         found = failure.judge(s.attempts("publish"), "publish", end.get("message", ""), end.get("reason", ""))
         message = f"{found.message}. The result stays in {kept(s)}; a change of spec.hub publishes it again"
         return s.say(PUBLISHED, "False", found.reason, message).fails(found.reason, message)

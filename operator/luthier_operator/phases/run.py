@@ -12,7 +12,6 @@ from luthier_api.kinds import FineTuneJob
 from luthier_operator import children, failure, naming, render, statuses
 from luthier_operator.model import Object
 from luthier_operator.phases import waiting
-from luthier_operator.phases.prepare import EVIDENCE_SECONDS, wait_for_evidence
 from luthier_operator.phases.step import Situation, Step
 from luthier_operator.render.pod import gpus
 
@@ -30,8 +29,8 @@ def run(s: Situation) -> Step:
     if children.succeeded(group):
         return ended_well(s)
     if end := children.failed(group):
-        if wait_for_evidence(s, "run", group):
-            return s.stops(requeue_after=EVIDENCE_SECONDS)
+        if wait := waiting.for_evidence(s, "run", group):
+            return wait
         found = failure.judge(s.attempts("run"), "run", end.get("message", ""), end.get("reason", ""))
         message = found.message + (exhausted(s) if end.get("reason") == "ReachedMaxRestarts" else "")
         return s.say(RUNNING, "False", found.reason, message).fails(found.reason, message)
@@ -61,7 +60,9 @@ def at_work(s: Situation, group: Object) -> Step:
     if group["kind"] == "JobSet":
         attempt = group.get("status", {}).get("restarts", 0)
     up = children.running(pods, attempt)
-    if up and (attempt is None or up >= pods_of(s)):
+    # The first pods of a group end, and all of them, before the child is told: that is no new start.
+    over = sum(e.exit_code == 0 and attempt in (None, e.attempt) for e in s.ends("run"))
+    if up + over >= pods_of(s) or (up and attempt is None):
         return s.say(RUNNING, "True", Reason.RUNNING, f"{what(s)}").stops()
     if children.held(group):
         message = f'waiting for quota in queue "{s.job.spec.scheduling.queue}"; see `kubectl describe workloads`'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +40,7 @@ def run_config(job: Job, settings: Settings, sources: Mapping[str, Place]) -> Fi
 
 
 def configmap(job: Job, settings: Settings, sources: Mapping[str, Place]) -> Object:
-    text = json.dumps(run_config(job, settings, sources).dump(), indent=1, ensure_ascii=False)
+    text = run_config(job, settings, sources).model_dump_json(by_alias=True, exclude_none=True, indent=1)
     return {
         "apiVersion": "v1", "kind": "ConfigMap",
         "metadata": metadata(job, naming.config_name(job)), "data": {naming.RUN_FILE: text + "\n"},

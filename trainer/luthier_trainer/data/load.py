@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "jsonl", ".n
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 BUILDERS = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet", "text": "text", "imagefolder": "imagefolder"}
 FILES_SPLIT = "train"
+UNKNOWN_SPLIT = re.compile(r"Unknown split .*?one of \[(.*?)\]")  # what `datasets` says
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,8 @@ class Loader:
 
     def _unfit(self, error: ValueError, split: str, field: str) -> Failure:
         text = " ".join(str(error).split())
-        if "Unknown split" in text:
-            return Failure(ExitCode.INVALID_SPEC, f"{self.field}.{field}: {text}")
+        if unknown := UNKNOWN_SPLIT.search(text):
+            return no_split(split, re.findall(r"\w+", unknown[1]), f"{self.field}.{field}")
         if "BuilderConfig" in text or "Config name is missing" in text:
             return Failure(ExitCode.INVALID_SPEC, f"{self.field}.name: {text[:1500]}")
         return Failure(ExitCode.INVALID_DATASET, f"{self.field}.id: {self.source.id} cannot be read: {first_cause(error)}")
@@ -185,11 +187,14 @@ def ranges(data: Dataset, instruction: str, splits: list[str], field: str) -> li
     try:
         parsed = ReadInstruction.from_spec(instruction).to_absolute({split: len(data) for split in splits})
     except ValueError as error:
-        if "Unknown split" in str(error):
-            text = f"there is no split {instruction.partition('[')[0]!r}; the splits are: {', '.join(splits)}"
-            raise Failure(ExitCode.INVALID_SPEC, f"{field}: {text}") from None
+        if UNKNOWN_SPLIT.search(str(error)):
+            raise no_split(instruction.partition("[")[0], splits, field) from None
         raise Failure(ExitCode.INVALID_SPEC, f"{field}: {instruction!r} is not a split; write train, train[:80%] or train[100:200]") from None
     return [(p.from_ or 0, len(data) if p.to is None else p.to) for p in parsed]
+
+
+def no_split(split: str, splits: list[str], field: str) -> Failure:
+    return Failure(ExitCode.INVALID_SPEC, f"{field}: there is no split {split!r}; the splits are: {', '.join(sorted(splits))}")
 
 
 def _not_blank(batch: dict[str, list[str]]) -> list[bool]:

@@ -21,7 +21,7 @@ def language_rows(texts: Dataset, column: str, tokenizer: PreTrainedTokenizerBas
     eos = tokenizer.eos_token_id
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
-        rows = [ids if ids[-1:] == [eos] else [*ids, eos] for ids in tokenizer(batch[column])["input_ids"]]
+        rows = [ids if ids[-1:] == [eos] else [*ids, eos] for ids in tokenizer(batch[column], verbose=False)["input_ids"]]
         return _language(row[:max_length] for row in rows)
 
     return _keep_learnable(texts.map(tokenize, batched=True, remove_columns=texts.column_names, features=_language_features()))
@@ -39,7 +39,7 @@ def language_blocks(texts: Dataset, column: str, tokenizer: PreTrainedTokenizerB
     def pack(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         nonlocal rest, begins
         joined = _join(batch[column], batch["ends"] if documents else [True] * len(indices))
-        ids_of = tokenizer([text for text, _ in joined], add_special_tokens=False)["input_ids"]
+        ids_of = tokenizer([text for text, _ in joined], add_special_tokens=False, verbose=False)["input_ids"]  # longer than the model, as yet
         stream = rest
         for ids, (_, ends) in zip(ids_of, joined, strict=True):
             stream = stream + (start if begins else []) + ids + ([eos] if ends else [])

@@ -1,6 +1,6 @@
 """`python -m luthier_trainer VERB --run FILE`: notes how it was called, and ends as `script.json` beside the job's folder says.
 
-The script maps `VERB-RANK` to {"code", "message", "seconds", "metrics" (text to serve), "until_stopped", "dies"}.
+The script maps `VERB-RANK` to {"code", "message", "seconds", "metrics" (text to serve), "until_stopped", "deaf", "dies"}.
 """
 
 import http.server
@@ -50,6 +50,7 @@ if script.get("until_stopped"):
     script["code"], script["message"] = 75, "saved at step 7"
 else:
     stopped.wait(script.get("seconds", 0))
+    time.sleep(script.get("deaf", 0))
 if script.get("dies"):
     os.kill(os.getpid(), signal.SIGKILL)
 code = script.get("code", 0)
@@ -76,5 +77,4 @@ if code or "lastLines" in script:
     end["lastLines"] = f"{verb} {rank} says hello"
 if os.environ.get("LUTHIER_TERMINATION_LOG"):
     Path(os.environ["LUTHIER_TERMINATION_LOG"]).write_text(json.dumps(end))
-time.sleep(0)
 sys.exit(code)

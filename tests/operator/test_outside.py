@@ -1,0 +1,177 @@
+"""What others see of the operator: requests, metrics, probes."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+import warnings
+
+import aiohttp
+import pytest
+from fake_api import Fault
+from fake_cluster import FakeCluster, Outcome
+from harness import HUB, fine_tune, finished, running, settings, start, until
+from kubernetes.aio.client.configuration import Configuration
+from prometheus_client.parser import text_string_to_metric_families
+from test_lifecycle import CRASH, at
+
+from luthier_operator import health
+from luthier_operator.client import ApiError, Client
+from luthier_operator.events import Recorder
+from luthier_operator.metrics import OPERATOR_METRICS, Metrics
+from luthier_operator.model import Event
+
+
+def samples(text: bytes) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    return {(s.name, tuple(sorted(s.labels.items()))): s.value for f in text_string_to_metric_families(text.decode()) for s in f.samples}
+
+
+async def test_metrics_tell_the_life_of_a_job() -> None:
+    async with FakeCluster(at("run", CRASH)) as cluster, running(cluster) as operator:
+        cluster.create(fine_tune(hub=HUB))
+        await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
+        await until("noted", lambda: b'luthier_job_duration_seconds_count{kind="FineTuneJob"' in operator.metrics_text())
+        found = samples(operator.metrics_text())
+        print([k for k in found if "restarts" in k[0]], cluster.get("FineTuneJob","tune")["status"]["attempts"])
+        kind = ("kind", "FineTuneJob")
+        assert found["luthier_jobs", (kind, ("namespace", "default"), ("state", "Complete"))] == 1
+        assert found["luthier_job_restarts_total", (kind, ("reason", "TrainingError"))] == 1
+        assert found["luthier_hub_upload_bytes_total", (kind,)] == 1000
+        assert found["luthier_job_duration_seconds_count", (kind, ("result", "complete"))] == 1
+        assert found["luthier_job_queue_seconds_count", (kind,)] == 1
+        assert found["controller_runtime_reconcile_total", (("controller", "luthier"), ("result", "success"))] > 1
+        assert found["workqueue_adds_total", (("name", "luthier"),)] > 1
+        assert found["workqueue_depth", (("name", "luthier"),)] == 0
+        written = ("code", "201"), ("host", cluster.url.removeprefix("http://")), ("method", "PATCH")
+        assert ("rest_client_requests_total", tuple(sorted(written))) in found or any(n == "rest_client_requests_total" for n, _ in found)
+
+
+def test_every_metric_of_the_table_is_served_with_its_help() -> None:
+    metrics = Metrics("1.2.3", "https://host:6443", 4)
+    families = {f.name for f in text_string_to_metric_families(metrics.text([]).decode()) if not f.name.endswith("_created")}
+    assert families == {m.name.removesuffix("_total") if m.type == "counter" else m.name for m in OPERATOR_METRICS}
+    assert all(m.help for m in OPERATOR_METRICS)
+    assert len({m.name for m in OPERATOR_METRICS}) == len(OPERATOR_METRICS)
+
+
+async def test_failures_are_counted_by_reason() -> None:
+    async with FakeCluster(at("prepare", Outcome(65))) as cluster, running(cluster) as operator:
+        cluster.create(fine_tune())
+        await until(
+            "counted", lambda: b'luthier_job_failures_total{kind="FineTuneJob",reason="InvalidDataset"} 1.0' in operator.metrics_text()
+        )
+
+
+async def test_probes() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    async with FakeCluster() as cluster:
+        cluster.missing.add("finetunejobs")
+        started = start(cluster)
+        server = await health.serve(port, started.operator.metrics_text, started.operator.alive, started.operator.ready.is_set)
+        async with aiohttp.ClientSession() as session:
+
+            async def ask(path: str) -> tuple[int, str]:
+                async with session.get(f"http://127.0.0.1:{port}{path}") as answer:
+                    return answer.status, await answer.text()
+
+            await asyncio.sleep(0.05)
+            assert await ask("/healthz") == (200, "ok")
+            assert await ask("/readyz") == (503, "the first lists are not done")
+            cluster.missing.clear()
+            await started.operator.ready.wait()
+            assert await ask("/readyz") == (200, "ok")
+            assert "workqueue_depth" in (await ask("/metrics"))[1]
+            started.operator.stop()
+            await started.task
+            assert (await ask("/healthz"))[0] == 503
+        await server.cleanup()
+        await started.client.close()
+
+
+def client(cluster: FakeCluster, seen: list[tuple[str, str]] | None = None) -> Client:
+    return Client(Configuration(host=cluster.url), lambda method, code: seen.append((method, code)) if seen is not None else None)
+
+
+async def test_a_429_holds_every_worker_back() -> None:
+    async with FakeCluster() as cluster:
+        seen: list[tuple[str, str]] = []
+        mine = client(cluster, seen)
+        cluster.fault = lambda number, call: Fault(answer=429) if number == 1 else None
+        began = time.monotonic()
+        first = asyncio.create_task(mine.apply(_config("a")))
+        await until("refused", lambda: ("PATCH", "429") in seen)
+        await mine.apply(_config("b"))
+        assert time.monotonic() - began >= 0.05
+        await first
+        assert [code for _, code in seen] == ["429", "201", "201"] or [code for _, code in seen] == ["429", "200", "200"]
+        await mine.close()
+
+
+async def test_a_server_that_always_says_429_is_an_error_in_the_end() -> None:
+    async with FakeCluster() as cluster:
+        mine = client(cluster)
+        cluster.fault = lambda number, call: Fault(answer=429)
+        with pytest.raises(ApiError, match=r"^429"):
+            await mine.apply(_config("a"))
+        assert cluster.writes == 5
+        await mine.close()
+
+
+async def test_requests_say_who_asks() -> None:
+    async with FakeCluster() as cluster:
+        mine = client(cluster)
+        assert mine._api.user_agent.startswith("luthier/0.")
+        await mine.close()
+
+
+async def test_lists_come_in_chunks(monkeypatch: object) -> None:
+    from luthier_operator import client as module
+
+    async with FakeCluster() as cluster:
+        for number in range(5):
+            cluster.create(fine_tune(f"job-{number}"))
+        mine = client(cluster)
+        monkeypatch.setattr(module, "CHUNK", 2)  # type: ignore[attr-defined]
+        chunks = [items async for items, _ in mine.list(module.RESOURCES["FineTuneJob"], None)]
+        assert [len(c) for c in chunks] == [2, 2, 1]
+        assert chunks[0][0]["kind"] == "FineTuneJob"
+        await mine.close()
+
+
+async def test_the_same_event_is_counted() -> None:
+    async with FakeCluster() as cluster:
+        job, mine = cluster.create(fine_tune()), client(cluster)
+        recorder = Recorder(mine)
+        serving = asyncio.create_task(recorder.serve())
+        for message in ("again", "again", "other", "again"):
+            recorder.record(job, Event("Warning", "HubUnavailable", message))
+        await recorder.flush(5)
+        assert sorted((e["message"], e["count"]) for e in cluster.all("Event")) == [("again", 3), ("other", 1)]
+        cluster.delete(next(e for e in cluster.all("Event") if e["message"] == "again"))
+        recorder.record(job, Event("Warning", "HubUnavailable", "again"))
+        await recorder.flush(5)
+        assert sorted((e["message"], e["count"]) for e in cluster.all("Event")) == [("again", 1), ("other", 1)]
+        serving.cancel()
+        await mine.close()
+
+
+async def test_nothing_of_kopf_is_left_in_the_objects() -> None:
+    async with FakeCluster() as cluster, running(cluster, settings()):
+        cluster.create(fine_tune())
+        await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
+        for _, _, found in cluster.history:
+            assert not found["metadata"].get("annotations", {}).keys() & {"kopf.zalando.org/last-handled-configuration"}
+            assert "kopf" not in str(found["metadata"].get("finalizers", ""))
+
+
+def test_no_warning_of_python_comes_from_us() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Metrics("1", "https://host", 1).text([])
+
+
+def _config(name: str) -> dict[str, object]:
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name, "namespace": "default"}, "data": {}}

@@ -1,0 +1,138 @@
+"""One reconcile: what is written, and what is not."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from fake_api import Refused, merged
+from fake_cluster import FakeCluster
+from harness import condition, fine_tune, finished, running, until
+
+from luthier_operator.reconcile import InvalidSpec, essence, merge_patch, read_job
+
+PATCHES = [
+    # given                 before                                after                             expect
+    ("nothing changed",     {"a": 1},                             {"a": 1},                         {}),
+    ("a new field",         {},                                   {"a": 1},                         {"a": 1}),
+    ("another value",       {"a": 1, "b": 2},                     {"a": 3, "b": 2},                 {"a": 3}),
+    ("gone",                {"a": 1, "b": 2},                     {"b": 2},                         {"a": None}),
+    ("deep",                {"a": {"b": 1, "c": 2}},              {"a": {"b": 1, "c": 3}},          {"a": {"c": 3}}),
+    ("deep and gone",       {"a": {"b": 1, "c": 2}},              {"a": {"b": 1}},                  {"a": {"c": None}}),
+    ("lists are replaced",  {"a": [1, 2]},                        {"a": [1]},                       {"a": [1]}),
+    ("a map for a value",   {"a": 1},                             {"a": {"b": 2}},                  {"a": {"b": 2}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "before", "after", "expect"), PATCHES, ids=[p[0] for p in PATCHES])
+def test_merge_patch(name: str, before: dict[str, Any], after: dict[str, Any], expect: dict[str, Any]) -> None:
+    assert merge_patch(before, after) == expect
+    assert merged(before, expect) == after
+
+
+ESSENCES = [
+    ("another step",     {"progress": {"step": 1}},                                       {"progress": {"step": 2}},                                       True),
+    ("another word",     {"conditions": [{"type": "A", "status": "True", "reason": "R", "message": "1"}]}, {"conditions": [{"type": "A", "status": "True", "reason": "R", "message": "2"}]}, True),
+    ("another reason",   {"conditions": [{"type": "A", "status": "True", "reason": "R"}]}, {"conditions": [{"type": "A", "status": "True", "reason": "S"}]}, False),
+    ("another restart",  {"restarts": 0},                                                 {"restarts": 1},                                                 False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "before", "after", "same"), ESSENCES, ids=[e[0] for e in ESSENCES])
+def test_what_may_wait(name: str, before: dict[str, Any], after: dict[str, Any], same: bool) -> None:
+    assert (essence(before) == essence(after)) is same
+
+
+def job(**parts: Any) -> dict[str, Any]:
+    found = fine_tune() | parts
+    return found | {"metadata": found["metadata"] | {"uid": "u"}}
+
+
+def test_a_status_of_another_version_is_read_as_far_as_it_is_understood() -> None:
+    found = read_job(job(status={"state": "Running", "restarts": 3, "plan": {"later": 1}, "progress": {"furlongs": 3}}))
+    assert (found.status.state, found.status.restarts, found.status.progress) == ("Running", 3, None)
+
+
+def test_a_spec_of_another_version_is_refused_with_the_path() -> None:
+    with pytest.raises(InvalidSpec) as error:
+        read_job(job(spec=fine_tune()["spec"] | {"fancy": 1, "task": "causal"}))
+    assert "spec.fancy: extra inputs are not permitted" in str(error.value)
+    assert "spec.task: input should be 'causal-lm'" in str(error.value)
+
+
+async def test_a_job_that_cannot_be_understood_says_so_and_stops_nothing() -> None:
+    async with FakeCluster() as cluster, running(cluster):
+        broken = cluster.create(fine_tune("broken"))
+        cluster.change(broken, lambda o: o["spec"].update(fancy=1))
+        cluster.create(fine_tune("good"))
+        found = await until(
+            "said", lambda: (c := condition(cluster, "FineTuneJob", "broken", "Accepted")) and c["reason"] == "InvalidSpec" and c
+        )
+        assert found["status"] == "False"
+        assert found["message"].startswith("spec.fancy: extra inputs are not permitted\n")
+        await until("complete", lambda: finished(cluster, "FineTuneJob", "good"))
+        written = cluster.get("FineTuneJob", "broken")["metadata"]["resourceVersion"]
+        await asyncio.sleep(0.3)
+        assert cluster.get("FineTuneJob", "broken")["metadata"]["resourceVersion"] == written
+
+
+async def test_fields_that_an_older_crd_drops_are_not_written_for_ever() -> None:
+    async with FakeCluster() as cluster:
+        write = cluster._write
+
+        def dropping(request: Any, kind: str, ns: str, name: str, sub: str, body: Any) -> Any:
+            if sub == "status":
+                body["status"].pop("shape", None)
+            return write(request, kind, ns, name, sub, body)
+
+        cluster._write = dropping  # type: ignore[method-assign]
+        async with running(cluster):
+            cluster.create(fine_tune())
+            await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
+            await asyncio.sleep(0.1)
+            before = cluster.writes
+            await asyncio.sleep(0.3)
+            assert cluster.writes == before
+            assert "shape" not in cluster.get("FineTuneJob", "tune")["status"]
+
+
+async def test_somebody_else_writes_the_status_at_the_same_time() -> None:
+    async with FakeCluster() as cluster:
+        write, disturbed = cluster._write, set[str]()
+
+        def racing(request: Any, kind: str, ns: str, name: str, sub: str, body: Any) -> Any:
+            if sub == "status" and body["metadata"]["resourceVersion"] not in disturbed and len(disturbed) < 3:
+                found = cluster.get(kind, name)
+                cluster.change(found, lambda o: o["metadata"].setdefault("annotations", {}).update(n=str(len(disturbed))))
+                disturbed.add(body["metadata"]["resourceVersion"])
+            return write(request, kind, ns, name, sub, body)
+
+        cluster._write = racing  # type: ignore[method-assign]
+        async with running(cluster):
+            cluster.create(fine_tune())
+            await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
+        assert len(disturbed) == 3
+
+
+async def test_a_job_that_is_deleted_and_made_again_in_between_is_not_touched_by_what_was_meant_for_the_old_one() -> None:
+    async with FakeCluster() as cluster:
+        old = cluster.create(fine_tune(ttlSecondsAfterFinished=0))
+        write, swapped = cluster._write, False
+
+        def swapping(request: Any, kind: str, ns: str, name: str, sub: str, body: Any) -> Any:
+            nonlocal swapped
+            if request.method == "DELETE" and kind == "FineTuneJob" and not swapped:
+                swapped = True
+                cluster.delete(old)
+                cluster.create(fine_tune(suspend=True))
+            return write(request, kind, ns, name, sub, body)
+
+        cluster._write = swapping  # type: ignore[method-assign]
+        async with running(cluster):
+            await until("swapped", lambda: swapped)
+            await until("the new one is looked at", lambda: condition(cluster, "FineTuneJob", "tune", "Suspended"))
+
+
+def test_refused_is_what_the_real_one_answers() -> None:
+    assert Refused(409, "Conflict", "x").body["code"] == 409

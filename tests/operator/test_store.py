@@ -1,0 +1,161 @@
+"""What the store believes, and what it does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from fake_cluster import said
+
+from luthier_api.kinds import JobKind, parse_job
+from luthier_operator import naming
+from luthier_operator.model import ChildRef, Key
+from luthier_operator.store import ENDS_KEPT, Store
+
+TUNE = Key(JobKind.FINE_TUNE, "default", "tune")
+
+
+def job(name: str = "tune", version: int = 1, uid: str = "", **spec: Any) -> dict[str, Any]:
+    return {"apiVersion": "luthier.dev/v1alpha1", "kind": "FineTuneJob",
+            "metadata": {"name": name, "namespace": "default", "uid": uid or f"uid-{name}", "resourceVersion": str(version), "managedFields": [1]},
+            "spec": {"task": "causal-lm", "model": {"id": "a/b"}, "dataset": {"id": "a/b"}} | spec}  # fmt: skip
+
+
+def owned(kind: str, name: str, version: int = 1, uid: str = "", job: str = "uid-tune", **parts: Any) -> dict[str, Any]:
+    labels = {naming.KIND_LABEL: "FineTuneJob", naming.JOB_LABEL: "tune", naming.UID_LABEL: job, naming.PHASE_LABEL: "run"}
+    meta = {"name": name, "namespace": "default", "uid": uid or f"uid-{name}", "resourceVersion": str(version), "labels": labels}
+    return {"kind": kind, "metadata": meta} | parts
+
+
+def ended(name: str, code: int = 70, version: int = 2) -> dict[str, Any]:
+    state = {"terminated": {"exitCode": code, "reason": "Error", "message": said("run", code), "finishedAt": "2026-01-01T00:00:00Z"}}
+    return owned("Pod", name, version, status={"phase": "Failed", "containerStatuses": [{"name": "trainer", "state": state}]})
+
+
+def seen(store: Store) -> Any:
+    found = store.job(TUNE)
+    assert found is not None
+    return store.observed(TUNE, parse_job(found))
+
+
+def test_an_older_answer_changes_nothing() -> None:
+    store = Store()
+    assert store.put(job(version=5)) == {TUNE}
+    assert store.put(job(version=4, suspend=True)) == set()
+    assert store.put(job(version=5)) == set()
+    assert not seen(store).job.spec.suspend
+
+
+def test_what_was_deleted_does_not_come_back_by_a_late_answer() -> None:
+    store = Store()
+    store.put(job())
+    child = owned("Job", "ftj-tune-prepare")
+    store.put(child)
+    assert store.remove(child) == {TUNE}
+    assert store.put(owned("Job", "ftj-tune-prepare", version=9)) == set()
+    assert seen(store).children == {}
+
+
+def test_a_deletion_that_comes_late_does_not_take_the_next_one_of_the_name() -> None:
+    store = Store()
+    store.put(job())
+    store.put(owned("Job", "ftj-tune-prepare", version=7, uid="second"))
+    store.remove(owned("Job", "ftj-tune-prepare", version=6, uid="first"))
+    assert list(seen(store).children) == [ChildRef("Job", "ftj-tune-prepare")]
+
+
+def test_children_of_an_earlier_job_of_the_name_are_not_ours() -> None:
+    store = Store()
+    store.put(job(uid="new"))
+    store.put(owned("Job", "ftj-tune-prepare", job="old"))
+    store.put(ended("pod") | {})
+    assert (seen(store).children, seen(store).pods, seen(store).ended) == ({}, [], [])
+
+
+def test_the_end_of_a_pod_outlives_it() -> None:
+    store = Store()
+    store.put(job())
+    store.put(ended("pod"))
+    store.remove(ended("pod", version=3))
+    assert [(e.pod, e.exit_code) for e in seen(store).ended] == [("pod", 70)]
+    assert seen(store).pods == []
+
+
+def test_an_end_that_is_first_told_by_the_deletion_counts() -> None:
+    store = Store()
+    store.put(job())
+    store.put(owned("Pod", "pod", status={"phase": "Running"}))
+    store.remove(ended("pod"))
+    assert [e.exit_code for e in seen(store).ended] == [70]
+
+
+def test_the_first_end_stays() -> None:
+    """The kubelet may report a pod again while it is taken down."""
+    store = Store()
+    store.put(job())
+    store.put(ended("pod", code=79))
+    store.put(ended("pod", code=143, version=3))
+    assert [e.exit_code for e in seen(store).ended] == [79]
+
+
+def test_ends_are_bounded_and_go_with_the_job() -> None:
+    store = Store()
+    store.put(job())
+    for number in range(ENDS_KEPT + 10):
+        store.put(ended(f"pod-{number}"))
+    assert (len(seen(store).ended), seen(store).ended[-1].pod) == (ENDS_KEPT, f"pod-{ENDS_KEPT + 9}")
+    store.remove(job())
+    assert not store._ended
+
+
+LISTS = [
+    # given                                    version of the object, of the list; listed   expect: still there
+    ("it is in the list",                       5,                     9,         True,      True),
+    ("it is not: its deletion went unseen",     5,                     9,         False,     False),
+    ("it was created while the list was made",  10,                    9,         False,     True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "version", "listed_at", "listed", "there"), LISTS, ids=[c[0] for c in LISTS])
+def test_prune(name: str, version: int, listed_at: int, listed: bool, there: bool) -> None:
+    store = Store()
+    store.put(job(version=version))
+    touched = store.prune("FineTuneJob", None, {"uid-tune"} if listed else set(), str(listed_at))
+    assert (store.job(TUNE) is not None, touched) == (there, set() if there else {TUNE})
+
+
+def test_prune_of_one_namespace_leaves_the_others() -> None:
+    store = Store()
+    store.put(job())
+    assert store.prune("FineTuneJob", "other", set(), "9") == set()
+
+
+def test_who_waits_for_a_job_hears_of_it() -> None:
+    store = Store()
+    after = Key(JobKind.FINE_TUNE, "default", "after")
+    store.put(job("after", model={"job": "tune"}))
+    assert store.put(job()) == {TUNE, after}
+    assert list(store.observed(after, parse_job(store.job(after) or {})).sources) == ["tune"]
+    assert store.remove(job(version=2)) == {TUNE, after}
+    store.remove(job("after"))
+    assert not store._dependents
+
+
+def test_what_nobody_reads_is_not_kept() -> None:
+    store = Store()
+    store.put(job())
+    assert "managedFields" not in (store.job(TUNE) or {})["metadata"]
+    assert store.put(owned("ConfigMap", "ftj-tune")) == set()
+
+
+def test_objects_of_others_are_nobodys() -> None:
+    store = Store()
+    assert (
+        store.put(
+            {
+                "kind": "Pod",
+                "metadata": {"name": "p", "namespace": "n", "uid": "u", "resourceVersion": "1", "labels": {naming.JOB_LABEL: "x"}},
+            }
+        )
+        == set()
+    )

@@ -1,0 +1,195 @@
+"""The command line beside `run`: help, checks, drawing. `test_cli_run` has the running."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import yaml
+from cases.api import FINE_TUNE, GENERATE, Document, changed
+
+from luthier_api.crd import render as crds
+from luthier_api.status import Progress
+from luthier_operator.cli.local import difference, paths_in
+from luthier_operator.cli.screen import describe, duration
+from luthier_operator.cli.supervised import descendants
+
+ON_CPU: Document = {"spec.dataset": {"id": "org/data"}, "spec.resources": {"gpusPerNode": 0}}
+
+
+def luthier(*words: str, cwd: Path | None = None, stdin: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-m", "luthier_operator.cli", *words], cwd=cwd, input=stdin, capture_output=True, text=True, check=False,
+        env={k: v for k, v in os.environ.items() if k != "HF_TOKEN"} | {"COLUMNS": "200", "NO_COLOR": "1"} | env,
+    )  # fmt: skip
+
+
+def write(folder: Path, *documents: object, name: str = "job.yaml") -> str:
+    (folder / name).write_text(yaml.safe_dump_all(documents))
+    return name
+
+
+def test_help_names_every_verb() -> None:
+    done = luthier("--help")
+    assert done.returncode == 0
+    for verb in ("run", "plan", "render", "operator", "crds", "version"):
+        assert f"│ {verb} " in done.stdout
+
+
+def test_version() -> None:
+    assert luthier("version").stdout.strip() == version("luthier")
+
+
+def test_crds_are_those_of_the_types() -> None:
+    printed = list(yaml.safe_load_all(luthier("crds").stdout))
+    assert printed == [yaml.safe_load(text) for text in crds().values()]
+
+
+USAGE = [("no such verb", ("fly",)), ("no such option", ("run", "--fast", "x.yaml")), ("no file named", ("run",))]
+
+
+@pytest.mark.parametrize(("name", "words"), USAGE, ids=[u[0] for u in USAGE])
+def test_a_command_line_that_cannot_be_read(name: str, words: tuple[str, ...]) -> None:
+    assert luthier(*words).returncode == 64
+
+
+REFUSED: list[tuple[str, list[object], tuple[str, ...], int, list[str]]] = [
+    # name, documents, more words, code, what is said
+    ("every problem of every job at once", [changed(FINE_TUNE, {"metadata.name": "a.b", "spec.hub": {"repo": "o/m"}}), changed(GENERATE, {"spec.zebra": 1})], (), 64, [
+        "job.yaml: FineTuneJob a.b: metadata.name: lower-case letters", "job.yaml: FineTuneJob a.b: hub.tokenSecret: publishing",
+        "job.yaml: GenerateJob sound: spec.zebra: unknown field"]),
+    ("two jobs of one name", [changed(FINE_TUNE, ON_CPU), changed(FINE_TUNE, ON_CPU)], (), 64, ["metadata.name: 'sound' is there twice"]),
+    ("another kind only", [{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}}], (), 64, ["job.yaml: holds no FineTuneJob and no GenerateJob"]),
+    ("no object", ["hello"], (), 64, ["job.yaml: not a Kubernetes object but 'hello'"]),
+    ("no version", [{"kind": "FineTuneJob", "metadata": {"name": "x"}, "spec": FINE_TUNE["spec"]}], (), 64, ["apiVersion: required; write luthier.dev/v1alpha1"]),
+    ("nothing", [], (), 64, ["job.yaml: is empty"]),
+    ("a job that comes later", [changed(FINE_TUNE, ON_CPU | {"spec.model": {"job": "second"}}), changed(FINE_TUNE, ON_CPU | {"metadata.name": "second"})], (), 64, [
+        "spec.model.job: 'second' comes later on the command line; name its file first"]),
+    ("a job that never ran", [changed(GENERATE, {"spec.adapters": [{"job": "other"}], "spec.resources": {"gpus": 0}})], (), 66, [
+        "spec.adapters[0].job: no finished FineTuneJob 'other' in"]),
+    ("more GPUs than there are", [changed(FINE_TUNE, {"spec.dataset": {"id": "o/d"}, "spec.resources": {"nodes": 2, "gpusPerNode": 4}})], (), 78, [
+        "spec.resources.gpusPerNode: needs 8 GPUs, this machine has 0", "--cpu", "gpusPerNode: 0", "kubectl apply -f job.yaml"]),
+    ("a GPU for a shard", [GENERATE], (), 78, ["spec.resources.gpus: needs 1 GPU, this machine has 0"]),
+    ("a mount that is none", [changed(FINE_TUNE, ON_CPU)], ("--mount", "data"), 64, ["--mount data: write it as /path/in/the/pods=folder/here"]),
+    ("a token that is not there", [changed(FINE_TUNE, ON_CPU | {"spec.hub": {"tokenSecret": {"name": "hf"}}})], (), 77, ["export HF_TOKEN=..."]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "documents", "words", "code", "says"), REFUSED, ids=[r[0] for r in REFUSED])
+def test_refused_before_anything_starts(
+    tmp_path: Path, name: str, documents: list[object], words: tuple[str, ...], code: int, says: list[str]
+) -> None:
+    done = luthier("run", write(tmp_path, *documents), *words, "-o", "json", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == code, done.stderr
+    answer = json.loads(done.stdout)
+    assert (answer["code"], answer["jobs"]) == (code, [])
+    for text in says:
+        assert any(text in problem for problem in answer["problems"]), answer["problems"]
+    assert done.stderr.strip().splitlines() == answer["problems"]
+    assert not (tmp_path / "luthier-runs").exists()
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "broken.yaml").write_text("a: [")
+    done = luthier("run", "missing.yaml", "broken.yaml", cwd=tmp_path)
+    assert done.returncode == 64
+    assert "missing.yaml: No such file or directory" in done.stderr
+    assert "broken.yaml: not YAML" in done.stderr
+
+
+def test_plan_quick_says_what_would_be_done_and_writes_nothing(tmp_path: Path) -> None:
+    job = changed(FINE_TUNE, {"spec.resources": {"nodes": 2, "gpusPerNode": 8}, "spec.training": {"batchSize": 16}})
+    done = luthier("plan", "--quick", "-", "-o", "json", cwd=tmp_path, stdin=yaml.safe_dump(job))
+    assert done.returncode == 0, done.stderr
+    [answer] = json.loads(done.stdout)["jobs"]
+    assert answer["phases"] == ["prepare", "run"]
+    assert answer["run"] == {"pods": 2, "atOnce": 2, "processes": 16, "gpus": 16, "strategy": "auto"}
+    assert answer["spec"]["training"]["learningRate"] == 2e-4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_render_draws_what_the_operator_applies(tmp_path: Path) -> None:
+    hub = {"spec.hub": {"repo": "org/out", "tokenSecret": {"name": "hf"}}}
+    done = luthier("render", write(tmp_path, changed(FINE_TUNE, hub), changed(GENERATE, {"metadata.name": "texts"})), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    drawn = [(o["kind"], o["metadata"]["name"]) for o in yaml.safe_load_all(done.stdout)]
+    assert drawn == [
+        ("ConfigMap", "ftj-sound"), ("PersistentVolumeClaim", "ftj-sound"), ("Job", "ftj-sound-prepare"), ("JobSet", "ftj-sound-run"),
+        ("Job", "ftj-sound-publish"), ("ConfigMap", "gj-texts"), ("PersistentVolumeClaim", "gj-texts"), ("Job", "gj-texts-prepare"), ("Job", "gj-texts-run"),
+    ]  # fmt: skip
+    assert "run.json: |" in done.stdout
+
+
+DIFFERENCES = [
+    ("nothing", {}, {}, None),
+    ("a field", {"training": {"epochs": 1}}, {"training": {"epochs": 2}}, "spec.training.epochs was 1 and is 2"),
+    ("a field that is new", {"model": {"id": "a"}}, {"model": {"path": "a"}}, "spec.model.id was 'a' and is None"),
+    ("what steers", {"suspend": True, "hub": {"repo": "a/b"}, "restarts": {"max": 1}}, {"suspend": False}, None),
+]
+
+
+@pytest.mark.parametrize(("name", "before", "after", "expect"), DIFFERENCES, ids=[d[0] for d in DIFFERENCES])
+def test_difference(name: str, before: Document, after: Document, expect: str | None) -> None:
+    assert difference(before, after) == expect
+
+
+def test_every_path_of_the_api_is_known() -> None:
+    """A new field of type Path must be found, or it would not be mapped to this machine."""
+    from luthier_api.crd import crd
+    from luthier_api.kinds import KINDS
+
+    def fields(node: Document, path: str) -> set[str]:
+        if "properties" in node:
+            return {f for name, below in node["properties"].items() for f in fields(below, f"{path}.{name}")}
+        if isinstance(node.get("items"), dict):
+            return fields(node["items"], f"{path}[0]")
+        return {path} if node.get("type") == "string" and node.get("maxLength") == 1024 else set()
+
+    full = {
+        "FineTuneJob": {"model": {"path": "/m"}, "dataset": {"files": ["/a"], "evalFiles": ["/b"]}},
+        "GenerateJob": {"model": {"path": "/m"}, "adapters": [{"path": "/a"}], "inputs": {"dataset": {"files": ["/a"]}}},
+    }
+    for kind, info in KINDS.items():
+        spec = crd(kind, info)["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+        assert {field for field, _, _ in paths_in(full[kind.value])} == fields(spec, "spec")
+
+
+WORDS = [
+    (
+        Progress(step=120, max_steps=400, loss=2.3456, tokens_per_second=5210.4, eta_seconds=58),
+        "step 120/400  loss 2.346  5,210 tokens/s  58 s left",
+    ),
+    (Progress(rows=6, max_rows=20, eta_seconds=3700), "6/20 outputs  1 h 1 min left"),
+    (Progress(step=0, max_steps=10), "step 0/10"),
+]
+
+
+@pytest.mark.parametrize(("progress", "expect"), WORDS, ids=[w[1] for w in WORDS])
+def test_describe(progress: Progress, expect: str) -> None:
+    assert describe(progress) == expect
+
+
+@pytest.mark.parametrize(("seconds", "expect"), [(0.4, "0 s"), (59.4, "59 s"), (250, "4 min 10 s"), (7500, "2 h 5 min")])
+def test_duration(seconds: float, expect: str) -> None:
+    assert duration(seconds) == expect
+
+
+def test_descendants_are_found_across_sessions() -> None:
+    code = "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(30)'], start_new_session=True)\nprint('up', flush=True)\nimport time; time.sleep(30)"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "up\n"
+    below = descendants(parent.pid)
+    import os
+    import signal
+
+    for pid in [*below, parent.pid]:
+        os.kill(pid, signal.SIGKILL)
+    parent.wait()
+    assert len(below) == 1

@@ -1,0 +1,89 @@
+"""The shape of the repository.
+
+`operator/__init__.py` must not exist: it would make the folder a package, and from the repository's root (or any path that holds it first)
+`import operator` would find ours instead of the standard library's, which `collections`, `functools` and so everything else import.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "transformers", "datasets", "peft", "accelerate", "diffusers", "luthier_trainer")
+
+
+def python(code: str, *options: str, env: dict[str, str] | None = None) -> str:
+    done = subprocess.run(
+        [sys.executable, *options, "-c", code], cwd=TOP, capture_output=True, text=True, check=False, env=os.environ | (env or {})
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_operator_folder_is_no_package() -> None:
+    assert not (TOP / "operator/__init__.py").exists()
+    assert (TOP / "operator/luthier_operator/__init__.py").exists()
+
+
+@pytest.mark.parametrize("path", ["", str(TOP)], ids=["from the root", "with the root on the path"])
+def test_the_standard_library_finds_itself(path: str) -> None:
+    found = python("import collections, operator; print(operator.itemgetter(0)('a'), operator.__file__)", "-S", env={"PYTHONPATH": path})
+    assert found.startswith("a ")
+    assert not found.endswith(str(TOP / "operator"))
+
+
+MODULES = sorted(
+    ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+    for root in (TOP / "crds", TOP / "operator")
+    for path in root.rglob("*.py")
+    if path.name != "__main__.py"
+)
+
+
+def test_the_control_side_never_imports_torch() -> None:
+    """All modules in one process of their own: the tests' own has imported who knows what."""
+    code = (
+        f"import importlib, sys\nfor name in {MODULES!r}: importlib.import_module(name)\nprint([m for m in {HEAVY!r} if m in sys.modules])"
+    )
+    assert "luthier_operator.cli.runner" in MODULES
+    assert "luthier_api.kinds" in MODULES
+    assert python(code) == "[]"
+
+
+def test_help_imports_little() -> None:
+    """The program answers at once: no YAML, no HTTP client, no types of the API, no Kubernetes."""
+    late = ("yaml", "httpx", "pydantic", "rich.progress", "kopf", "kubernetes", "cel")
+    code = f"import sys, luthier_operator.cli.commands\nprint([m for m in {late!r} if m in sys.modules])"
+    assert python(code) == "[]"
+
+
+@pytest.mark.parametrize("source", ["crds/luthier_api", "operator/luthier_operator", "trainer/luthier_trainer"])
+def test_every_module_says_why_it_exists(source: str) -> None:
+    """In at most eight lines."""
+    import ast
+
+    for path in sorted((TOP / source).rglob("*.py")):
+        text = ast.get_docstring(ast.parse(path.read_text()))
+        assert text, path
+        assert len(text.splitlines()) <= 8, path
+
+
+def test_no_path_of_a_machine_in_the_files() -> None:
+    """What one machine calls its folders is nobody else's business."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=TOP, capture_output=True, text=True, check=False
+    )
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    words = ("/wo" + "rk/", "/ro" + "ot/")
+    found = []
+    for name in filter(None, listed.stdout.split("\0")):
+        path = TOP / name
+        if path.suffix in {".py", ".md", ".yaml", ".toml", ".sh", ".txt", ""} and path.is_file():
+            found += [f"{name}: {word}" for word in words if word in path.read_text(errors="ignore")]
+    assert found == []
