@@ -48,15 +48,16 @@ class Pace:
 class Operator:
     def __init__(
         self, settings: Settings, client: Client, metrics: Metrics, login: Login = login, pace: Pace = Pace(),
-        url: Callable[[Object], str] = pod_url,
+        url: Callable[[Object], str] = pod_url, signals: bool = True,
     ) -> None:  # fmt: skip
-        """`url` says where the metrics of a running pod are."""
+        """`url` says where the metrics of a running pod are; `signals`: whether SIGTERM and SIGINT end this operator."""
         self.settings, self._client, self._metrics, self._login, self._pace = settings, client, metrics, login, pace
         self.store = Store()
         self.queue = Queue(backoff=pace.backoff, observer=metrics)
         self._events = Recorder(client)
         self._reconciler = Reconciler(self.store, client, self.queue, self._events, metrics, settings)
         self._scraper = Scraper(self.store, self.queue.add, settings.progress_every, url)
+        self._signals = signals
         self._unlisted = set(GROUPS)
         self.ready = asyncio.Event()
         self._stop = asyncio.Event()
@@ -118,10 +119,15 @@ class Operator:
                 self._listed(group)
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(self._relist_for_ever(resources))
-                    tasks.create_task(watch(resources, self.settings.namespaces, self._deliver, self._take_signals, self._login))
+                    tasks.create_task(self._watch(resources))
             except* Exception as errors:
                 log.warning("watch of %s: again in %g s: %s", ", ".join(group), self._pace.restart, "; ".join(map(repr, errors.exceptions)))
             await asyncio.sleep(self._pace.restart)
+
+    async def _watch(self, resources: Sequence[Resource]) -> None:
+        await watch(resources, self.settings.namespaces, self._deliver, self._take_signals, self._login)
+        if self._signals:
+            self._stop.set()
 
     async def _until_installed(self, resources: Sequence[Resource]) -> None:
         missing = False
@@ -182,7 +188,9 @@ class Operator:
         """Each start of kopf takes the signals for itself."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
+            loop.remove_signal_handler(number)
+            if self._signals:
+                loop.add_signal_handler(number, self._stop.set)
 
 
 async def serve(settings: Settings) -> None:

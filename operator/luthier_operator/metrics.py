@@ -134,9 +134,9 @@ class Metrics:
 
     def status_changed(self, kind: str, created: str | None, before: JobStatus, after: JobStatus) -> None:
         """What a status that was written means for the figures of the jobs."""
-        if after.restarts > before.restarts:
-            last = next((a.reason for a in reversed(after.attempts) if a.phase == "run"), "Unknown")
-            self.add(JOB_RESTARTS, after.restarts - before.restarts, kind, last)
+        reasons = {a.attempt: a.reason for a in after.attempts if a.phase == "run"}
+        for restart in range(before.restarts, after.restarts):
+            self.add(JOB_RESTARTS, 1, kind, reasons.get(restart, "Unknown"))
         if _turned_true(ConditionType.RUNNING, before, after) and not before.restarts and created:
             running = after.condition(ConditionType.RUNNING)
             assert running is not None

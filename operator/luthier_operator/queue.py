@@ -72,7 +72,7 @@ class Queue:
         """Have `key` looked at again after an error, later each time. Returns the seconds until then."""
         failures = self._failures.get(key, 0)
         self._failures[key] = failures + 1
-        delay = min(BACKOFF_LIMIT, self._backoff * 2 ** min(failures, 30)) * self._jitter()
+        delay = min(BACKOFF_LIMIT, self._backoff * 2.0 ** min(failures, 30)) * self._jitter()
         if self._observer:
             self._observer.retried()
         self.add_after(key, delay)

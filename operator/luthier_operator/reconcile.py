@@ -198,7 +198,8 @@ def invalid_status(found: Object, message: str) -> Object:
         observed_generation=generation,
     ).dump()  # fmt: skip
     others = [c for c in before.get("conditions", []) if c.get("type") != ConditionType.ACCEPTED]
-    return before | {"state": "Invalid", "conditions": [condition, *others]} | ({"observedGeneration": generation} if generation else {})
+    status: Object = before | {"state": "Invalid", "conditions": [condition, *others]} | ({"observedGeneration": generation} if generation else {})
+    return status
 
 
 def essence(status: Object) -> Any:
@@ -207,9 +208,9 @@ def essence(status: Object) -> Any:
     return {k: v for k, v in status.items() if k not in ("progress", "checkpoint")} | {"conditions": conditions}
 
 
-def merge_patch(before: Any, after: Any) -> Any:
+def merge_patch(before: Object, after: Object) -> Object:
     """The JSON merge patch (RFC 7396) from `before` to `after`: empty when they are the same; what is gone becomes null."""
-    patch = {key: None for key in before if key not in after}
+    patch: Object = {key: None for key in before if key not in after}
     for key, value in after.items():
         if key not in before:
             patch[key] = value

@@ -78,10 +78,10 @@ def shape(job: Job) -> str:
 
 
 def at_end(progress: Progress | None, metrics: dict[str, float] | None) -> Progress | None:
-    """Progress of a run that has ended well: its last steps came after it was last read."""
-    steps = int(metrics["steps"]) if metrics and "steps" in metrics else None
-    if progress is None and steps is None:
+    """Progress of a run that has ended well: its last steps, or rows, came after it was last read, if it was read at all."""
+    steps, rows = (int(metrics[name]) if metrics and name in metrics else None for name in ("steps", "rows"))
+    if progress is None and steps is None and rows is None:
         return None
     last = progress or Progress()
-    step = steps or last.max_steps
-    return last.model_copy(update={"step": step, "max_steps": step, "rows": last.max_rows, "percent": 100, "eta_seconds": 0})
+    step, row = steps or last.max_steps, rows or last.max_rows
+    return last.model_copy(update={"step": step, "max_steps": step, "rows": row, "max_rows": row, "percent": 100, "eta_seconds": 0})

@@ -22,6 +22,8 @@ ENDS_KEPT = 256  # of each job; older ones are in its status by then
 DELETED_KEPT = 10_000  # uids that are remembered as deleted, against answers that were under way meanwhile
 WATCHED = {*KINDS, "Job", "JobSet", "Pod"}
 """Config maps and claims are applied and not watched: what is known of them would only grow old."""
+READ = ("nodeName", "suspend")
+"""What `children` and `failure` read of the specs of pods, Jobs and JobSets."""
 K = TypeVar("K")
 
 
@@ -223,9 +225,11 @@ def version(found: Object) -> int:
 
 
 def slim(found: Object) -> Object:
-    """Without what nobody reads, which is most of an object's memory."""
+    """Without what nobody reads, which is most of an object's memory: of a child's spec that is all but the fields in READ."""
     meta = {k: v for k, v in found["metadata"].items() if k != "managedFields"}
-    return found | {"metadata": meta}
+    spec = found.get("spec", {})
+    kept = spec if found["kind"] in KINDS else {k: spec[k] for k in READ if k in spec}
+    return found | {"metadata": meta, "spec": kept}
 
 
 def _drop(by_job: dict[str, dict[K, Object]], uid: str, inner: K) -> None:

@@ -88,7 +88,10 @@ def kopf_settings(resources: Sequence[Resource]) -> kopf.OperatorSettings:
 async def watch(
     resources: Sequence[Resource], namespaces: Sequence[str], deliver: Deliver, started: Callable[[], None], login: Login = login
 ) -> None:
-    """Watch `resources`, which exist, until cancelled. `started` is called once kopf runs. Raises what ends a watch for good."""
+    """Watch `resources`, which exist, until cancelled. `started` is called once kopf runs. Raises what ends a watch for good.
+
+    Returns only when kopf has caught a signal: it takes those for itself at its start, and `started` can be a moment late.
+    """
     registry = kopf.OperatorRegistry()
 
     async def handle(event: Any, **_: Any) -> None:
@@ -112,7 +115,6 @@ async def watch(
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
-        raise RuntimeError("kopf has ended without an error")
     finally:
         tasks = await spawning
         for task in tasks:

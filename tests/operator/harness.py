@@ -70,7 +70,7 @@ def start(cluster: FakeCluster, given: Settings | None = None, pace: Pace = FAST
     def login(**_: Any) -> kopf.ConnectionInfo:
         return kopf.ConnectionInfo(server=cluster.url, token=sender)
 
-    operator = Operator(given, client, metrics, login, pace, **parts)
+    operator = Operator(given, client, metrics, login, pace, **{"signals": False} | parts)
     return Running(operator, asyncio.create_task(operator.serve()), client, sender)
 
 

@@ -51,14 +51,13 @@ async def test_a_fault_at_any_one_write_changes_nothing_in_the_end(kind: str, na
     assert reference["jobs"]["job"]["state"] == "Complete"
     slots = asyncio.Semaphore(AT_ONCE)
 
-    async def one(at: int) -> tuple[int, Object, int]:
+    async def one(at: int) -> tuple[int, Object, int, int]:
         async with slots:
-            end, _, operators = await life(kind, lambda number, call: FAULTS[name] if number == at else None)
-            return at, end, operators
+            return at, *await life(kind, lambda number, call: FAULTS[name] if number == at else None)
 
-    for at, end, operators in await asyncio.gather(*(one(at) for at in range(1, writes + 1))):
+    for at, end, total, operators in await asyncio.gather(*(one(at) for at in range(1, writes + 1))):
         assert end == reference, f"after a fault at write {at}"
-        if FAULTS[name].kill and at < writes:  # who dies with the last write has left nothing to do
+        if FAULTS[name].kill and at < total:  # who dies with the last write has left nothing to do
             assert operators == 2, f"nobody died at write {at}"
 
 
@@ -149,7 +148,7 @@ class Server:
     url = sys.argv[1]
 
 async def main():
-    await harness.start(Server()).task
+    await harness.start(Server(), signals=True).task
 
 asyncio.run(main())
 """

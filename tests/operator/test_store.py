@@ -9,6 +9,7 @@ from fake_cluster import said
 
 from luthier_api.kinds import JobKind, parse_job
 from luthier_operator import naming
+from luthier_operator.children import held
 from luthier_operator.model import ChildRef, Key
 from luthier_operator.store import ENDS_KEPT, Store
 
@@ -159,3 +160,15 @@ def test_objects_of_others_are_nobodys() -> None:
         )
         == set()
     )
+
+
+def test_what_is_decided_by_is_kept() -> None:
+    """Most of the specs is dropped; `children` and `failure` must find what they look for."""
+    store = Store()
+    store.put(job())
+    store.put(owned("Job", "ftj-tune-prepare", spec={"suspend": True, "template": {"spec": {}}}))
+    store.put(ended("pod") | {"spec": {"nodeName": "node-1", "containers": [{}]}})
+    found = seen(store)
+    assert held(next(iter(found.children.values())))
+    assert found.ended[0].node == "node-1"
+    assert found.pods[0]["spec"] == {"nodeName": "node-1"}

@@ -26,7 +26,7 @@ from cases.observed import (
 from luthier_api.status import Attempt, Checkpoint, Progress
 from luthier_operator import naming
 from luthier_operator.model import Object
-from luthier_operator.statuses import text
+from luthier_operator.statuses import at_end, text
 
 BEGUN = status("Accepted", "Prepared", start_time=text(BEGIN))
 JOB, SHARDS, CPU = fine_tune(BEGUN), generate(BEGUN), fine_tune(BEGUN, resources={"gpusPerNode": 0})
@@ -228,3 +228,17 @@ def test_both_prepared_and_begun_at_once() -> None:
     job = fine_tune(status("Accepted"))
     decision = decided(job, child(job, "prepare", "Complete"), ends=[prepared_end(job)])
     assert [(e.type, e.reason) for e in decision.events] == [("Normal", "Prepared")]
+
+
+AT_END = [
+    ("read on the way", Progress(step=18, max_steps=20, loss=2.0), {"steps": 20.0}, Progress(step=20, max_steps=20, loss=2.0, percent=100, eta_seconds=0)),
+    ("too quick to be read", None, {"steps": 4.0}, Progress(step=4, max_steps=4, percent=100, eta_seconds=0)),
+    ("rows, too quick to be read", None, {"rows": 3.0}, Progress(rows=3, max_rows=3, percent=100, eta_seconds=0)),
+    ("rows, the pods' last words lost", Progress(rows=2, max_rows=3), None, Progress(rows=3, max_rows=3, percent=100, eta_seconds=0)),
+    ("nothing known", None, None, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "read", "metrics", "expect"), AT_END, ids=[c[0] for c in AT_END])
+def test_progress_of_a_run_that_has_ended(name: str, read: Progress | None, metrics: dict[str, float] | None, expect: Progress | None) -> None:
+    assert at_end(read, metrics) == expect
