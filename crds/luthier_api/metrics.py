@@ -55,9 +55,9 @@ def progress_of(pods: list[dict[str, float]], now: datetime | None = None) -> Pr
     if training is not None:
         step, most = int(training.get(TRAIN_STEP.name, 0)), int(training[TRAIN_MAX_STEPS.name])
         return Progress(
-            step=step, max_steps=most, percent=100 * step // most, epoch=_figure(training.get(TRAIN_EPOCH.name)),
-            loss=_figure(training.get(TRAIN_LOSS.name)), learning_rate=_figure(training.get(TRAIN_LEARNING_RATE.name)),
-            tokens_per_second=_figure(training.get(TRAIN_TOKENS_PER_SECOND.name)),
+            step=step, max_steps=most, percent=100 * step // most, epoch=figure(training.get(TRAIN_EPOCH.name)),
+            loss=figure(training.get(TRAIN_LOSS.name)), learning_rate=figure(training.get(TRAIN_LEARNING_RATE.name)),
+            tokens_per_second=figure(training.get(TRAIN_TOKENS_PER_SECOND.name)),
             eta_seconds=_whole(training.get(TRAIN_ETA_SECONDS.name)), time=time,
         )  # fmt: skip
     shards = [p for p in pods if p.get(GENERATE_MAX_ROWS.name)]
@@ -75,7 +75,7 @@ def checkpoint_step(samples: dict[str, float]) -> int | None:
     return _whole(samples.get(CHECKPOINT_STEP.name)) or None
 
 
-def _figure(value: float | None) -> float | None:
+def figure(value: float | None) -> float | None:
     """Four significant digits: enough to read, few enough that a status does not change for nothing. NaN is no figure."""
     return None if value is None or value != value else float(f"{value:.4g}")
 

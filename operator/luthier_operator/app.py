@@ -17,7 +17,7 @@ from luthier_operator import health
 from luthier_operator.client import RESOURCES, VERSION, ApiError, Client, Resource
 from luthier_operator.client import login as client_login
 from luthier_operator.events import Recorder
-from luthier_operator.metrics import LEADER, Metrics
+from luthier_operator.metrics import Metrics
 from luthier_operator.model import Key, Object
 from luthier_operator.progress import Scraper, pod_url
 from luthier_operator.queue import BACKOFF_BASE, Queue
@@ -202,7 +202,6 @@ async def serve(settings: Settings) -> None:
     metrics = Metrics(VERSION, configuration.host, settings.workers)
     client = Client(configuration, metrics.requested)
     operator = Operator(settings, client, metrics)
-    metrics.set(LEADER, 1, settings.lease_name)
     server = await health.serve(settings.metrics_port, operator.metrics_text, operator.alive, operator.ready.is_set)
     log.debug("started in %.1f s", time.monotonic() - begin)
     try:

@@ -44,7 +44,6 @@ QUEUE_SECONDS = OperatorMetric("workqueue_queue_duration_seconds", "Time that a 
 WORK_SECONDS = OperatorMetric("workqueue_work_duration_seconds", "Time that a job was being worked on", "histogram", ("name",), SHORT)
 QUEUE_RETRIES = OperatorMetric("workqueue_retries_total", "Jobs that came back after an error", "counter", ("name",))
 REQUESTS = OperatorMetric("rest_client_requests_total", "Requests to the API server", "counter", ("code", "method", "host"))
-LEADER = OperatorMetric("leader_election_master_status", "1 when this replica works, 0 when it stands by", "gauge", ("name",))
 BUILD = OperatorMetric("luthier_build_info", "Always 1; the label says the version", "gauge", ("version",))
 JOBS = OperatorMetric("luthier_jobs", "Jobs by the state that kubectl shows", "gauge", ("kind", "namespace", "state"))
 JOB_SECONDS = OperatorMetric("luthier_job_duration_seconds", "From the start of a job to its end", "histogram", ("kind", "result"), LONG)

@@ -52,12 +52,6 @@ class Settings(BaseSettings):
     metrics_port: int = 8080
     """Port of the operator's own /metrics, /healthz and /readyz."""
     log_level: str = "INFO"
-    leader_election: bool = False
-    """Hold a Lease while working, so that a second replica can stand by."""
-    lease_name: str = "luthier-operator"
-    lease_namespace: str = "luthier-system"
-    identity: str = ""
-    """Name of this replica in the Lease; the host's name when empty."""
 
     @field_validator("namespaces", "image_pull_secrets", mode="before")
     @classmethod

@@ -10,6 +10,7 @@ from typing import Literal
 
 from luthier_api.conditions import ConditionType, Reason
 from luthier_api.kinds import FineTuneJob
+from luthier_api.metrics import figure
 from luthier_api.status import Condition, JobStatus, Progress
 from luthier_operator.model import Job
 
@@ -84,4 +85,6 @@ def at_end(progress: Progress | None, metrics: dict[str, float] | None) -> Progr
         return None
     last = progress or Progress()
     step, row = steps or last.max_steps, rows or last.max_rows
-    return last.model_copy(update={"step": step, "max_steps": step, "rows": row, "max_rows": row, "percent": 100, "eta_seconds": 0})
+    loss = metrics.get("lastLoss", last.loss) if metrics else last.loss
+    ended = {"step": step, "max_steps": step, "rows": row, "max_rows": row, "loss": figure(loss), "percent": 100, "eta_seconds": 0}
+    return last.model_copy(update=ended)

@@ -115,4 +115,5 @@ def fill(kube: Kube, claim: str, archive: bytes) -> None:
         unpack = "import sys, tarfile; tarfile.open(fileobj=sys.stdin.buffer, mode='r|').extractall('/data', filter='data')"
         kube.python("inspector", unpack, stdin=archive)
         return
-    tarfile.open(fileobj=io.BytesIO(archive)).extractall(folder, filter="data")
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        tar.extractall(folder, filter="data")

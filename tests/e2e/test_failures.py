@@ -24,7 +24,7 @@ MISTAKES = [
     ("missing-column", {"dataset": {"files": ["/data/packages.jsonl"], "columns": {"text": "txet"}}},
      "InvalidDataset", ["spec.dataset.columns.text", "txet", "text, label", "Did you mean"]),
     ("unknown-model", {"model": {"id": "luthier/no-such-model"}}, "NotFound", ["spec.model.id", "luthier/no-such-model"]),
-    ("impossible-split", {"dataset": {"files": ["/data/packages.jsonl"], "split": "train[500%:]"}}, "InvalidDataset", ["spec.dataset.split", "train[500%:]"]),
+    ("impossible-split", {"dataset": {"files": ["/data/packages.jsonl"], "split": "train[500%:]"}}, "InvalidSpec", ["spec.dataset.split", "train[500%:]"]),
 ]  # fmt: skip
 
 

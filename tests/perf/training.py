@@ -128,7 +128,7 @@ def measure(which: str, root: Path) -> dict[str, Any]:
     if result.exists():  # a finished run would not be repeated
         result.rename(root / f"result-{time.monotonic_ns()}")
         (root / "job/checkpoints").rename(root / f"checkpoints-{time.monotonic_ns()}")
-    variables = {"OMP_NUM_THREADS": THREADS, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "LUTHIER_RUN_DIR": str(root / "run")}
+    variables = {"OMP_NUM_THREADS": THREADS, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "LUTHIER_RUN_DIR": str(root / "run")}
     command = [sys.executable, __file__, which, str(root)]
     output = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=True).stdout
     figures: dict[str, Any] = json.loads(output.splitlines()[-1])

@@ -231,7 +231,7 @@ def test_both_prepared_and_begun_at_once() -> None:
 
 
 AT_END = [
-    ("read on the way", Progress(step=18, max_steps=20, loss=2.0), {"steps": 20.0}, Progress(step=20, max_steps=20, loss=2.0, percent=100, eta_seconds=0)),
+    ("read on the way", Progress(step=18, max_steps=20, loss=2.0), {"steps": 20.0, "lastLoss": 1.51239}, Progress(step=20, max_steps=20, loss=1.512, percent=100, eta_seconds=0)),
     ("too quick to be read", None, {"steps": 4.0}, Progress(step=4, max_steps=4, percent=100, eta_seconds=0)),
     ("rows, too quick to be read", None, {"rows": 3.0}, Progress(rows=3, max_rows=3, percent=100, eta_seconds=0)),
     ("rows, the pods' last words lost", Progress(rows=2, max_rows=3), None, Progress(rows=3, max_rows=3, percent=100, eta_seconds=0)),

@@ -39,6 +39,8 @@ def final_metrics(state: TrainerState, seconds: float) -> dict[str, float]:
     reports = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
     steps = [step - before for (step, _), (before, _) in zip(reports, [(0, 0.0), *reports], strict=False)]
     metrics["trainLoss"] = sum(n * loss for n, (_, loss) in zip(steps, reports, strict=True)) / max(sum(steps), 1)
+    if reports:
+        metrics["lastLoss"] = reports[-1][1]
     evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
     if evaluations:
         metrics["evalLoss"] = evaluations[-1]["eval_loss"]

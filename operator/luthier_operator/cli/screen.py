@@ -168,7 +168,8 @@ def samples(job: LocalJob) -> list[str]:
             row = json.loads(line)
             if text := row.get("text"):
                 said = text if len(text) <= SAMPLE_CHARACTERS else text[:SAMPLE_CHARACTERS] + " ..."
-                texts.append((row.get("row", 0), f"\n  [cyan]{escape(str(row.get('prompt', '')))}[/][dim]▸[/]{escape(said)}"))
+                prompt, said = (escape(t.replace("\n", "\n    ")) for t in (str(row.get("prompt", "")), said))
+                texts.append((row.get("row", 0), f"\n    [cyan]{prompt}[/][dim]▸[/]{said}"))
     return [text for _, text in sorted(texts)[:SAMPLES]]
 
 
