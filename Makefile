@@ -28,11 +28,13 @@ lint: setup generate-check  ## ruff, mypy, import contracts, generated files
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-generate: setup  ## write the CRDs from the types
+generate: setup  ## write the CRDs, and the tables of docs, from the code
 	$(PYTHON) -m luthier_api.crd
+	$(PYTHON) docs/render.py
 
 generate-check: setup
 	$(PYTHON) -m luthier_api.crd --check
+	$(PYTHON) docs/render.py --check
 
 cluster: setup  ## a real Kubernetes with JobSet on this machine (CLUSTER=kind for kind, KUBECONFIG for yours)
 	$(PYTHON) tests/cluster/cluster.py ensure

@@ -18,6 +18,7 @@ from luthier_api.spec import NewModel
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer import launch
 from luthier_trainer.newmodel import new_config, save_new_model, train_tokenizer
+from luthier_trainer.prepared import FINGERPRINT, fingerprint, write_prepared
 
 LENGTH = 48
 
@@ -41,12 +42,18 @@ def prepared_run(root: Path, base: Path, data: DatasetDict, labels: list[str] | 
         "model": {"source": str(base)}, "dataset": {"source": "unused.txt", "rows": len(data["train"]), "labels": labels},
         "plan": {
             "strategy": strategy, "worldSize": world, "microBatchSize": micro,
-            "accumulationSteps": training.batch_size // (micro * world), "steps": training.max_steps, "precision": "fp32",
+            "accumulationSteps": training.batch_size // (micro * world), "steps": training.max_steps, "precision": "fp32" if training.precision == "auto" else training.precision,
         },
         "modelPath": str(base), "datasetPath": str(workspace.prepared / "dataset"),
     })  # fmt: skip
-    workspace.prepared_record.write_text(json.dumps(record.dump()))
+    sign(run)
+    write_prepared(run, record)
     return run
+
+
+def sign(run: FineTuneRun) -> None:
+    """Make what is prepared belong to `run`."""
+    (WorkspaceFolder(Path(run.workspace)).prepared / FINGERPRINT).write_text(fingerprint(run))
 
 
 def save_llama(folder: Path, paragraphs: list[str]) -> Path:

@@ -42,7 +42,6 @@ class Reason(StrEnum):
     PUBLISHING = "Publishing"
     PUBLISHED = "Published"
     NO_HUB = "NoHub"
-    HUB_UNAVAILABLE = "HubUnavailable"
     # ends
     COMPLETED = "Completed"
     SUSPENDED = "Suspended"
@@ -50,4 +49,3 @@ class Reason(StrEnum):
     DEADLINE_EXCEEDED = "DeadlineExceeded"
     NO_PROGRESS = "NoProgress"
     FAILED = "Failed"
-    LOST = "Lost"

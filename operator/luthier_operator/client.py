@@ -30,7 +30,7 @@ from luthier_operator.model import Object
 
 VERSION = importlib.metadata.version("luthier")
 FIELD_MANAGER = "luthier"
-IN_FLIGHT = 32  # more gains nothing on one API server, and keeps a burst from starving others (operator-prototype study)
+IN_FLIGHT = 32  # more gains nothing on one API server, and keeps a burst from starving others (measured)
 CHUNK = 500  # objects a list response: bounds the memory of the largest answer
 TIMEOUT = aiohttp.ClientTimeout(total=30, sock_connect=5)
 TOO_MANY_ATTEMPTS = 5  # of one request, each after the pause that the server asked for; then the queue's back-off takes over

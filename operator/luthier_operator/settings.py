@@ -19,7 +19,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="LUTHIER_", frozen=True, use_attribute_docstrings=True, extra="ignore")
 
-    trainer_image: str = "ghcr.io/luthier-dev/trainer:0.1.0"
+    trainer_image: str = "luthier/trainer:0.1.0"
     """Image of every pod of a job."""
     image_pull_policy: str = "IfNotPresent"
     image_pull_secrets: Names = ()

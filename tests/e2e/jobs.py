@@ -52,6 +52,6 @@ TEXT = generate(
 )  # fmt: skip
 IMAGES = generate(
     "images", task="text-to-image", model={"path": "/data/sdxl"}, shards=2, batchSize=2,
-    inputs={"rows": [{"prompt": f"a lute on a bench, study {i}", "seed": i} for i in range(48)]},
-    image={"scheduler": "euler", "steps": 8, "width": 64, "height": 64, "guidance": 5.0},
+    inputs={"rows": [{"prompt": f"a lute on a bench, study {i}", "seed": i} for i in range(96)]},
+    image={"scheduler": "euler", "steps": 20, "width": 64, "height": 64, "guidance": 5.0},
 )  # fmt: skip

@@ -11,6 +11,7 @@ from e2e.kube import Kube, condition, conditions
 from hub import manifests as hub_manifests
 
 pytestmark = pytest.mark.e2e
+ROWS = len(jobs.IMAGES["spec"]["inputs"]["rows"])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,16 +58,22 @@ def test_a_lost_pod_restarts_the_group_from_the_checkpoint(kube: Kube) -> None:
 
 def test_a_killed_shard_goes_on_where_it_stopped(kube: Kube) -> None:
     kube.apply(jobs.IMAGES)
-    kube.until("gj", "images", lambda o: (o["status"].get("progress") or {}).get("rows", 0) > 0, timeout=300, what="at a row")
-    victim = next(p for p in kube.list("pods", "luthier.dev/job=images,luthier.dev/phase=run") if p["status"]["phase"] == "Running")
+    job = kube.until("gj", "images", lambda o: o["status"].get("workspace"), timeout=60, what="given a workspace")
+    shards = f"/workspace/{job['status']['workspace']['folder']}/shards"
+    deadline = time.monotonic() + 300
+    while int(kube.run("exec", "inspector", "--", "sh", "-c", f"cat {shards}/*.jsonl 2>/dev/null | wc -l")) < 6:
+        assert time.monotonic() < deadline, kube.run("describe", "gj", "images")
+        time.sleep(0.5)
+    victim = kube.list("pods", "luthier.dev/job=images,luthier.dev/phase=run")[1]
+    assert victim["status"]["phase"] == "Running"
     kube.delete("pod", victim["metadata"]["name"], "--grace-period=0", "--force")
     job = kube.complete("gj", "images")
     result = f"/workspace/{job['status']['workspace']['folder']}/result"
     rows = [json.loads(line) for line in kube.run("exec", "inspector", "--", "sh", "-c", f"cat {result}/*.jsonl").splitlines()]
-    assert sorted(r["row"] for r in rows) == list(range(48))
+    assert sorted(r["row"] for r in rows) == list(range(ROWS))
     verify = ("import hashlib, json, pathlib, sys; top = pathlib.Path(sys.argv[1]); "
               "print(sum(hashlib.sha256((top / r['file']).read_bytes()).hexdigest() == r['sha256'] for f in top.glob('*.jsonl') for r in map(json.loads, f.open())))")  # fmt: skip
-    assert kube.python("inspector", verify, result).strip() == "48"
+    assert kube.python("inspector", verify, result).strip() == str(ROWS)
 
 
 def published(kube: Kube, name: str, hub: dict[str, object]) -> None:

@@ -32,9 +32,11 @@ def losses(job: Object) -> tuple[float, float]:
 
 
 def test_a_job_waits_for_the_job_it_names(kube: Kube) -> None:
-    waiting = kube.until("ftj", "adapter", lambda o: conditions(o), timeout=30, what="looked at")
+    kube.apply(jobs.fine_tune("early", model={"job": "not-yet"}, dataset=jobs.REGISTER))
+    waiting = kube.until("ftj", "early", conditions, timeout=30, what="looked at")
     assert conditions(waiting)["Accepted"]["reason"] == "WaitingForJob"
-    assert "base" in conditions(waiting)["Accepted"]["message"]
+    assert 'spec.model.job: there is no FineTuneJob "not-yet"' in conditions(waiting)["Accepted"]["message"]
+    kube.delete("ftj", "early")
 
 
 def test_full_fine_tuning_with_zero2_offload_on_two_processes(kube: Kube) -> None:

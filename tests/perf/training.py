@@ -128,14 +128,21 @@ def measure(which: str, root: Path) -> dict[str, Any]:
     if result.exists():  # a finished run would not be repeated
         result.rename(root / f"result-{time.monotonic_ns()}")
         (root / "job/checkpoints").rename(root / f"checkpoints-{time.monotonic_ns()}")
-    variables = {"OMP_NUM_THREADS": THREADS, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "LUTHIER_RUN_DIR": str(root / "run")}
+    variables = {
+        "OMP_NUM_THREADS": THREADS,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "LUTHIER_RUN_DIR": str(root / "run"),
+    }
     command = [sys.executable, __file__, which, str(root)]
     output = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=True).stdout
     figures: dict[str, Any] = json.loads(output.splitlines()[-1])
     return figures
 
 
-def main() -> None:
+def main() -> dict[str, Any]:
+    """Both in turn, ROUNDS times. The waiting threads of OpenMP sleep: spinning, they would burn what neighbours leave them (measured: 5x)."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         (root / "run").mkdir()
@@ -147,18 +154,17 @@ def main() -> None:
     seconds = {which: [round(run["cpu"] / (STEPS - FROM_STEP), 5) for run in runs[which]] for which in runs}
     ratios = [o / p for o, p in zip(seconds["ours"], seconds["plain"], strict=True)]
     differences = [abs(o - p) for o, p in zip(runs["ours"][0]["losses"], runs["plain"][0]["losses"], strict=True)]
-    report = {
+    return {
         "benchmark": "training", "steps": STEPS - FROM_STEP, "threads": int(THREADS), "cpuSecondsPerStep": seconds,
         "ratios": [round(r, 4) for r in ratios], "ratio": round(statistics.median(ratios), 4),
         "ratioOfBest": round(min(seconds["ours"]) / min(seconds["plain"]), 4), "limit": LIMIT,
         "largestLossDifference": max(differences), "losses": [round(loss, 4) for loss in runs["ours"][0]["losses"]],
     }  # fmt: skip
-    print(json.dumps(report))
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 1:
-        main()
+        print(json.dumps(main()))
     else:
         figures = {"ours": ours, "plain": plain}[sys.argv[1]](Path(sys.argv[2]))
         print()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import DatasetDict
 from peft import AutoPeftModelForCausalLM
-from prepared_workspace import causal_lm_data, classification_data, code, losses, prepared_run, prose, save_encoder, save_llama
+from prepared_workspace import causal_lm_data, classification_data, code, losses, prepared_run, prose, save_encoder, save_llama, sign
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from luthier_api.exitcodes import ExitCode
@@ -53,7 +53,7 @@ def test_full(learnt: Any) -> None:
     result = Path(run.workspace) / "result"
     assert (message.code, message.reason, message.step) == (0, "Completed", 25)
     assert message.metrics["evalLoss"] < message.metrics["evalLossBefore"] - 0.7
-    assert set(message.metrics) == {"evalLossBefore", "evalLoss", "perplexity", "trainLoss", "steps", "tokens", "seconds"}
+    assert set(message.metrics) == {"evalLossBefore", "evalLoss", "perplexity", "trainLoss", "lastLoss", "steps", "tokens", "seconds"}
     assert json.loads((result / "metrics.json").read_text()) == message.metrics
     assert problems(result) == []
     assert not list(Path(run.workspace).rglob("training_args.bin"))
@@ -108,16 +108,23 @@ def test_an_adapter_of_a_model_of_the_hub_names_it(tmp_path: Path, llama: Path, 
 
 
 SAME_TRACE = [
-    # name                      given                                                 to
-    ("accumulation",            {"microBatchSize": 2},                                1e-4),
-    ("gradient checkpointing",  {"gradientCheckpointing": True},                      1e-6),
+    # name                      method   given                             to
+    ("accumulation",            "full",  {"microBatchSize": 2},            1e-4),
+    ("gradient checkpointing",  "full",  {"gradientCheckpointing": True},  1e-6),
+    ("checkpointing of lora",   "lora",  {"gradientCheckpointing": True},  1e-6),
+    ("bf16",                    "full",  {"precision": "bf16"},            2e-2),
+    ("bf16 of lora",            "lora",  {"precision": "bf16"},            2e-2),
+    ("bf16 of qlora",           "qlora", {"precision": "bf16"},            2e-2),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "training", "to"), SAME_TRACE, ids=[s[0] for s in SAME_TRACE])
-def test_the_same_losses(name: str, training: dict[str, Any], to: float, tmp_path: Path, llama: Path, text_data: DatasetDict) -> None:
+@pytest.mark.parametrize(("name", "method", "training", "to"), SAME_TRACE, ids=[s[0] for s in SAME_TRACE])
+def test_the_same_losses(
+    name: str, method: str, training: dict[str, Any], to: float, tmp_path: Path, llama: Path, text_data: DatasetDict
+) -> None:
     plain, other = (
-        prepared_run(tmp_path / n, llama, text_data, training={"maxSteps": 4} | t) for n, t in (("plain", {}), ("other", training))
+        prepared_run(tmp_path / n, llama, text_data, method={"type": method}, training={"maxSteps": 4} | t)
+        for n, t in (("plain", {}), ("other", training))
     )
     messages = [train.main(run) for run in (plain, other)]
     assert losses(other) == pytest.approx(losses(plain), abs=to)
@@ -198,7 +205,10 @@ def fail(run: Any) -> tuple[ExitCode, str]:
 
 
 def test_a_result_of_other_settings_is_not_taken_for_ours(learnt: Any) -> None:
-    code, message = fail(changed(learnt[0], learning_rate=0.5))
+    other = changed(learnt[0], learning_rate=0.5)
+    sign(other)  # as if `prepare` had been run again
+    code, message = fail(other)
+    sign(learnt[0])
     assert code == ExitCode.INVALID_SPEC
     assert "spec.training.learningRate is 0.5, there it was 0.01" in message
     assert "another metadata.name" in message
@@ -215,7 +225,9 @@ def test_a_module_that_is_not_there(tmp_path: Path, llama: Path, text_data: Data
 def test_weights_that_would_never_learn(tmp_path: Path, llama: Path, text_data: DatasetDict) -> None:
     """Cross-attention that nothing attends to: transformers alone would train the rest and say nothing."""
     tokenizer = AutoTokenizer.from_pretrained(llama)
-    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, add_cross_attention=True)).save_pretrained(tmp_path / "model")
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, add_cross_attention=True)).save_pretrained(
+        tmp_path / "model"
+    )
     tokenizer.save_pretrained(tmp_path / "model")
     code, message = fail(prepared_run(tmp_path / "job", tmp_path / "model", text_data))
     assert code == ExitCode.MISCONFIGURED
@@ -237,11 +249,3 @@ def test_a_process_alone_that_should_be_one_of_two(tmp_path: Path, llama: Path, 
     code, message = fail(prepared_run(tmp_path / "job", llama, text_data, resources={"processesPerNode": 2}))
     assert code == ExitCode.MISCONFIGURED
     assert message.startswith("spec.strategy: ddp over 2 processes was asked for, but processes is 1 instead of 2")
-
-
-def test_prepare_has_not_run(tmp_path: Path, llama: Path, text_data: DatasetDict) -> None:
-    run = prepared_run(tmp_path / "job", llama, text_data)
-    (tmp_path / "job/prepared/prepared.json").unlink()
-    assert fail(run) == (ExitCode.MISCONFIGURED, f"{tmp_path}/job/prepared/prepared.json is missing: run the verb prepare before train")
-
-

@@ -164,7 +164,7 @@ class Report(Callback):
         if self._nonfinite >= NONFINITE_REPORTS or state.global_step >= state.max_steps:
             raise Failure(
                 ExitCode.DIVERGED,
-                f"spec.training.learningRate: the loss is {loss} at step {state.global_step}, for the {self._nonfinite}th report in a row. "
+                f"spec.training.learningRate: the loss is {loss} at step {state.global_step}, {self._nonfinite} reports in a row. "
                 f"Lower it (it is {self.loop.args.learning_rate}), raise warmupSteps, or look for broken rows",
             )
 

@@ -1,6 +1,6 @@
 """Checkpoints that can be trusted: staged beside, made durable, manifest last, renamed; what does not verify is never resumed from.
 
-transformers writes in place and resumes from the highest number, whole or not (platform.md §2.3), so the folder is ours: `loop` lets it
+transformers writes in place and resumes from the highest number, whole or not, so the folder is ours: `loop` lets it
 write into a staging folder, this module decides what becomes of it. Only rank 0 calls these functions.
 """
 

@@ -30,7 +30,7 @@ def command(run: FineTuneRun, prepared: PreparedRecord, node_rank: int) -> list[
         return [sys.executable, "-m", MODULE]
     return [
         sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch",
-        # --multi_gpu chooses torch's agent; the device is chosen in `train`. --cpu would start independent jobs (cluster-recipes.md §A).
+        # --multi_gpu chooses torch's agent; the device is chosen in `train`. --cpu would start independent jobs.
         *(["--config_file", str(_write_deepspeed(run, strategy))] if uses_deepspeed(strategy) else ["--multi_gpu"]),
         "--num_machines", str(run.spec.resources.nodes), "--num_processes", str(world_size), "--machine_rank", str(node_rank),
         "--main_process_ip", run.rendezvous_host, "--main_process_port", str(run.rendezvous_port), "--rdzv_backend", "static",
@@ -51,7 +51,7 @@ def environment(run: FineTuneRun, prepared: PreparedRecord) -> dict[str, str]:
     if _is_loopback(run.rendezvous_host):
         wanted["GLOO_SOCKET_IFNAME"] = "lo"  # gloo resolves the host's name, which a container may not be able to
     if run.spec.resources.gpus_per_node:
-        wanted["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # 44 % of fragmentation without it (training.md §3)
+        wanted["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # 44 % of fragmentation without it
     environment = {name: os.environ.get(name, value) for name, value in wanted.items()}
     # Where DeepSpeed compiles its operators (a laptop), it calls `ninja` by name; another ninja than the environment's compiles all anew.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])

@@ -63,6 +63,6 @@ def lora_config(method: Method, peft_type: str, whole: list[str]) -> LoraConfig:
         target_modules="all-linear" if targets == ALL_LINEAR else list(targets),
         task_type=peft_type,
         modules_to_save=whole or None,
-        # all-linear would also put adapters into heads that are trained whole, which PEFT refuses (training.md §0.5).
+        # all-linear would also put adapters into heads that are trained whole, which PEFT refuses.
         exclude_modules=rf"(.*\.)?({'|'.join(map(re.escape, whole))})(\..*)?" if whole else None,
     )

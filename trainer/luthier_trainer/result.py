@@ -86,7 +86,7 @@ def _name_base(folder: Path, run: FineTuneRun, prepared: PreparedRecord) -> None
 
 
 def _check_weights(folder: Path) -> None:
-    """ZeRO-3 has been seen to save adapters of empty tensors (training.md §4, rows 5 to 7): look before anybody relies on them."""
+    """ZeRO-3 has been seen to save adapters of empty tensors: look before anybody relies on them."""
     files = sorted(folder.glob("*.safetensors"))
     for file in files:
         with safe_open(file, "pt") as weights:

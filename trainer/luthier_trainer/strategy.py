@@ -1,6 +1,6 @@
 """How processes share the work: DeepSpeed's configuration for each strategy, and the check that it is what really runs.
 
-The check is not a formality: on CPU, transformers and `accelerate launch --cpu` silently train independent replicas (training.md §0.6),
+The check is not a formality: on CPU, transformers and `accelerate launch --cpu` silently train independent replicas,
 which looks like a good run that learnt from a part of the data. Imported by PID 1, so without torch.
 """
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer import checkpoint, methods, result
 from luthier_trainer.arguments import training_arguments
 from luthier_trainer.callbacks import Guard, Heartbeat, Report, Stop
-from luthier_trainer.ending import Failure, global_rank, run_phase
+from luthier_trainer.ending import global_rank, run_phase
 from luthier_trainer.loop import TrainingLoop
 from luthier_trainer.manifest import read_manifest
+from luthier_trainer.prepared import read_prepared
 from luthier_trainer.ranks import Ranks
 from luthier_trainer.strategy import assert_started, uses_deepspeed
 from luthier_trainer.tasks import TASKS
@@ -34,13 +36,14 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     """Train as the run config and `prepared.json` say; resume if there is something to resume from."""
     assert isinstance(run, FineTuneRun), "train is a verb of FineTuneJob"
     workspace, spec = WorkspaceFolder(Path(run.workspace)), run.spec
-    prepared = read_prepared(workspace)
+    prepared = read_prepared(run)
     identity = checkpoint.identity(run, prepared)
     if (metrics := result.finished(workspace, identity)) is not None:
         return ended(ExitCode.COMPLETED, metrics=metrics, step=int(metrics["steps"]))
     assert_started(prepared.plan)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # what libraries ask of each other is nothing for a user's log
 
     # The processes find each other here (TrainingArguments opens the group), then agree on where to begin.
     data: DatasetDict = load_from_disk(prepared.dataset_path)
@@ -94,16 +97,6 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     if ranks.first:
         print("done: " + "  ".join(f"{name} {value:g}" for name, value in metrics.items()), flush=True)
     return ended(ExitCode.COMPLETED, metrics=metrics, step=loop.state.global_step)
-
-
-def read_prepared(workspace: WorkspaceFolder) -> PreparedRecord:
-    """What `prepare` left. Raises Failure(MISCONFIGURED)."""
-    try:
-        return PreparedRecord.model_validate_json(workspace.prepared_record.read_bytes())
-    except FileNotFoundError:
-        raise Failure(ExitCode.MISCONFIGURED, f"{workspace.prepared_record} is missing: run the verb prepare before train") from None
-    except ValueError as error:
-        raise Failure(ExitCode.MISCONFIGURED, f"{workspace.prepared_record} cannot be read ({error}): run prepare again") from None
 
 
 def ended(code: ExitCode, message: str = "", **facts: Any) -> TerminationMessage:

@@ -1,0 +1,91 @@
+"""What a user may say while a job lives: stop, go on, only plan, no longer than this, and be gone afterwards."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+from e2e import jobs
+from e2e.kube import Kube, Object, condition, conditions
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module", autouse=True)
+def base(kube: Kube) -> None:
+    """A small trained model to start from."""
+    kube.apply(jobs.BASE)
+    kube.complete("ftj", "base")
+
+
+def lora(name: str, **spec: object) -> Object:
+    return jobs.fine_tune(name, **({"model": {"job": "base"}, "dataset": jobs.REGISTER, "method": {"type": "lora", "rank": 2}} | spec))
+
+
+def patch(kube: Kube, name: str, **spec: object) -> None:
+    kube.run("patch", "ftj", name, "--type=merge", "-p", json.dumps({"spec": spec}))
+
+
+def test_a_suspended_job_saves_leaves_and_goes_on_where_it_stopped(kube: Kube) -> None:
+    kube.apply(lora("paused", training=jobs.training(maxSteps=300, saveSteps=1000)))
+    kube.until("ftj", "paused", lambda o: (o["status"].get("progress") or {}).get("step"), timeout=180, what="at a step")
+    patch(kube, "paused", suspend=True)
+    kube.until("ftj", "paused", lambda o: condition(o, "Suspended") == "True", timeout=30, what="Suspended")
+    kube.until_gone("pods", "luthier.dev/job=paused,luthier.dev/phase=run", timeout=90)
+    held = kube.get("ftj", "paused")
+    assert held is not None
+    assert held["status"]["state"] == "Suspended"
+    assert kube.list("jobsets", "luthier.dev/job=paused") == []
+    patch(kube, "paused", suspend=False)
+    kube.complete("ftj", "paused")
+    log = kube.run("logs", "-l", "luthier.dev/job=paused,luthier.dev/phase=run", "--tail=-1")
+    assert "resuming from checkpoint-" in log
+
+
+def test_a_plan_costs_no_run_and_the_job_can_go_on_from_it(kube: Kube) -> None:
+    kube.apply(lora("planned", training=jobs.training(maxSteps=2), planOnly=True))
+    job = kube.until("ftj", "planned", lambda o: o["status"].get("state") == "Planned", timeout=120, what="Planned")
+    assert job["status"]["prepared"]["plan"]["steps"] == 2
+    time.sleep(3)
+    assert kube.list("jobsets", "luthier.dev/job=planned") == []
+    patch(kube, "planned", planOnly=False)
+    kube.complete("ftj", "planned")
+
+
+def test_a_deadline_ends_the_job(kube: Kube) -> None:
+    kube.apply(lora("late", training=jobs.training(maxSteps=100_000), activeDeadlineSeconds=25))
+    job = kube.failed("ftj", "late", timeout=120)
+    assert conditions(job)["Failed"]["reason"] == "DeadlineExceeded"
+    assert "spec.activeDeadlineSeconds" in conditions(job)["Failed"]["message"]
+    kube.until_gone("pods", "luthier.dev/job=late,luthier.dev/phase=run", timeout=90)
+
+
+def test_a_finished_job_goes_after_its_time_and_its_result_stays(kube: Kube) -> None:
+    kube.apply(lora("fleeting", training=jobs.training(maxSteps=2), ttlSecondsAfterFinished=5, workspace={"size": "1Gi"}))
+    kube.complete("ftj", "fleeting")
+    deadline = time.monotonic() + 60
+    while kube.get("ftj", "fleeting") is not None:
+        assert time.monotonic() < deadline, "it is still there"
+        time.sleep(1)
+    kube.until_gone("pods", "luthier.dev/job=fleeting", timeout=90)
+    assert kube.get("pvc", "ftj-fleeting") is not None
+
+
+def test_gpus_are_asked_for_and_missed_with_a_word(kube: Kube) -> None:
+    """The node of the local cluster counts GPUs that are not there: what a broken device plugin looks like to a job."""
+    kube.apply(lora("gpu", training=jobs.training(maxSteps=2), resources={"gpusPerNode": 1}, scheduling={"queue": "team-a"}))
+    kube.until("ftj", "gpu", lambda o: kube.list("jobsets", "luthier.dev/job=gpu"), timeout=120, what="given a JobSet")
+    jobset = kube.list("jobsets", "luthier.dev/job=gpu")[0]
+    assert jobset["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team-a"
+    assert "suspend" not in jobset["spec"]
+    container = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    capacity = kube.run("get", "nodes", "-o", "jsonpath={.items[*].status.capacity.nvidia\\.com/gpu}")
+    if not capacity.strip():
+        job = kube.until("ftj", "gpu", lambda o: o["status"].get("state") == "Unschedulable", timeout=60, what="Unschedulable")
+        assert "nvidia.com/gpu" in conditions(job)["Running"]["message"]
+        return
+    failed = conditions(kube.failed("ftj", "gpu"))["Failed"]
+    assert failed["reason"] == "Misconfigured"
+    assert "GPU" in failed["message"]
