@@ -52,10 +52,10 @@ def test_jobset_may_come_later(kube: Kube) -> None:
         # Restarted, as after an installation; a running one notices within a relist.
         Kube(SYSTEM).run("rollout", "restart", "deployment/luthier")
         Kube(SYSTEM).run("rollout", "status", "deployment/luthier", "--timeout=120s")
-        plan(kube, "early")
-        job = kube.until("ftj", "early", conditions, timeout=60, what="looked at")
+        plan(kube, "before-jobset")
+        job = kube.until("ftj", "before-jobset", conditions, timeout=60, what="looked at")
         assert conditions(job)["Accepted"]["reason"] == "JobSetMissing"
         assert "kubectl apply --server-side -f https://" in conditions(job)["Accepted"]["message"]
     finally:
         give_back(kube, text)
-    kube.until("ftj", "early", lambda o: o["status"].get("state") == "Planned", timeout=180, what="Planned")
+    kube.until("ftj", "before-jobset", lambda o: o["status"].get("state") == "Planned", timeout=180, what="Planned")

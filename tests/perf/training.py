@@ -27,8 +27,8 @@ BATCH, LENGTH, LEARNING_RATE, SEED, LOG_STEPS, RANK = 8, 128, 1e-3, 42, 5, 8
 LIMIT = 1.03
 
 
-def prepare(root: Path) -> Any:
-    """A Llama of 2.6 million weights, 512 rows of 128 tokens, and the run config over them."""
+def prepare(root: Path, **spec: Any) -> Any:
+    """A Llama of 2.6 million weights, 512 rows of 128 tokens, and the run config over them; keywords replace fields of its spec."""
     from datasets import Dataset, DatasetDict
     from prepared_workspace import prepared_run
 
@@ -56,6 +56,7 @@ def prepare(root: Path) -> Any:
             "maxSteps": STEPS, "batchSize": BATCH, "learningRate": LEARNING_RATE, "seed": SEED, "logSteps": LOG_STEPS, "saveSteps": 10_000,
             "maxLength": LENGTH,
         },
+        **spec,
     )  # fmt: skip
 
 

@@ -270,6 +270,8 @@ MISTAKES: list[tuple[str, str, object, dict[str, Any], dict[str, Any], ExitCode,
     ("a module that is not there", "x.jsonl", None, {}, {"method": {"type": "qlora", "targetModules": ["q_proj", "v_porj"]}}, S,
      "spec.method.targetModules[1]: the model has no module 'v_porj' (it has: down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj,"
      " q_proj, up_proj, v_proj). Did you mean 'v_proj'?"),
+    ("too narrow for NF4 on CPU", "x.jsonl", None, {}, {"method": {"type": "qlora"}}, S,
+     "spec.method.type: qlora on CPU needs widths of a multiple of 64, and the model's hidden_size is 32; use lora, or a GPU"),
     ("no such folder", "x.jsonl", None, {}, {"model": {"path": "/models/none"}}, ExitCode.NOT_FOUND,
      "spec.model.path: there is no folder /models/none. Is its volume listed under spec.volumes?"),
     ("a folder without a model", "x.jsonl", None, {}, {"model": {"path": "{folder}"}}, S,

@@ -19,6 +19,7 @@ from luthier_trainer.ending import Failure
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+NF4_CPU_BLOCK = 64  # bitsandbytes 0.50
 PIPELINES = ("StableDiffusionXLPipeline",)
 
 
@@ -120,6 +121,18 @@ def check_target_modules(config: PreTrainedConfig, task: str, targets: list[str]
             near = difflib.get_close_matches(target, known, 1)
             hint = f" Did you mean {near[0]!r}?" if near else " Or use all-linear"
             raise Failure(ExitCode.INVALID_SPEC, f"{field}[{i}]: the model has no module {target!r} (it has: {', '.join(known)}).{hint}")
+
+
+def check_quantisable(config: PreTrainedConfig, field: str) -> None:
+    """Whether bitsandbytes can quantise the model to 4 bits on CPU: its kernels there want rows of a multiple of 64. Raises Failure."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name in ("hidden_size", "intermediate_size"):
+        width = getattr(text, name, None)
+        if isinstance(width, int) and width % NF4_CPU_BLOCK:
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}: qlora on CPU needs widths of a multiple of {NF4_CPU_BLOCK}, and the model's {name} is {width}; use lora, or a GPU",
+            )
 
 
 def check_pipeline(folder: Path, field: str) -> None:

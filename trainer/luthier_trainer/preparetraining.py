@@ -179,6 +179,8 @@ def check_fit(model: Model, run: FineTuneRun) -> None:
         raise Failure(ExitCode.INVALID_SPEC, f"{MODEL}: its tokenizer has neither a padding nor an end-of-text token; rows cannot form batches")
     if spec.method.type != "full":
         modelfacts.check_target_modules(model.config, spec.task, spec.method.target_modules, "spec.method.targetModules")
+    if spec.method.type == "qlora" and not spec.resources.gpus_per_node:
+        modelfacts.check_quantisable(model.config, "spec.method.type")
 
 
 def tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, run: FineTuneRun) -> DatasetDict:
