@@ -29,7 +29,8 @@ class ApiModel(BaseModel):
     """camelCase outside, snake_case inside; frozen; unknown fields are errors; field docstrings are the descriptions."""
 
     model_config = ConfigDict(
-        alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True, use_attribute_docstrings=True
+        alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True, use_attribute_docstrings=True,
+        defer_build=True,  # PID 1 reads one kind, and starts in a fraction of a second
     )
 
     rules: ClassVar[tuple[Rule, ...]] = ()
