@@ -28,7 +28,7 @@ def patch(kube: Kube, name: str, **spec: object) -> None:
 
 
 def test_a_suspended_job_saves_leaves_and_goes_on_where_it_stopped(kube: Kube) -> None:
-    kube.apply(lora("paused", training=jobs.training(maxSteps=300, saveSteps=1000)))
+    kube.apply(lora("paused", training=jobs.training(maxSteps=100_000, saveSteps=100_000)))
     kube.until("ftj", "paused", lambda o: (o["status"].get("progress") or {}).get("step"), timeout=180, what="at a step")
     patch(kube, "paused", suspend=True)
     kube.until("ftj", "paused", lambda o: condition(o, "Suspended") == "True", timeout=30, what="Suspended")
@@ -38,9 +38,11 @@ def test_a_suspended_job_saves_leaves_and_goes_on_where_it_stopped(kube: Kube) -
     assert held["status"]["state"] == "Suspended"
     assert kube.list("jobsets", "luthier.dev/job=paused") == []
     patch(kube, "paused", suspend=False)
-    kube.complete("ftj", "paused")
-    log = kube.run("logs", "-l", "luthier.dev/job=paused,luthier.dev/phase=run", "--tail=-1")
-    assert "resuming from checkpoint-" in log
+    deadline = time.monotonic() + 120
+    while "resuming from checkpoint-" not in kube.run("logs", "-l", "luthier.dev/job=paused,luthier.dev/phase=run", "--tail=-1", check=False):
+        assert time.monotonic() < deadline, kube.run("describe", "ftj", "paused")
+        time.sleep(2)
+    kube.delete("ftj", "paused")
 
 
 def test_a_plan_costs_no_run_and_the_job_can_go_on_from_it(kube: Kube) -> None:
