@@ -35,7 +35,7 @@ BASE = fine_tune(
     training=training(maxSteps=60), resources=CPU | {"processesPerNode": 2}, strategy="zero2-offload",
 )  # fmt: skip
 ADAPTER = fine_tune(
-    "adapter", model={"job": "base"}, dataset=REGISTER, method={"type": "lora", "rank": 8}, training=training(maxSteps=40),
+    "adapter", model={"job": "base"}, dataset=REGISTER, method={"type": "lora", "rank": 8}, training=training(maxSteps=800),  # long enough to be watched
     resources=CPU | {"nodes": 2}, hub=HUB,
 )  # fmt: skip
 QUANTISED = fine_tune(

@@ -15,7 +15,8 @@ JOBSET_CRD = "jobsets.jobset.x-k8s.io"
 
 
 def plan(kube: Kube, name: str) -> None:
-    kube.apply(jobs.fine_tune(name, model={"path": "/data/encoder"}, task="text-classification", dataset={"files": ["/data/packages.jsonl"]}, planOnly=True))
+    kube.apply(jobs.fine_tune(name, model={"path": "/data/encoder"}, task="text-classification", dataset={"files": ["/data/packages.jsonl"]},
+                              training={"maxLength": 128}, planOnly=True))  # fmt: skip
 
 
 @pytest.fixture

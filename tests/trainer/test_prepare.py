@@ -266,7 +266,7 @@ MISTAKES: list[tuple[str, str, object, dict[str, Any], dict[str, Any], ExitCode,
     ("no file to evaluate on", "x.jsonl", None, {"evalFiles": ["{folder}/none.jsonl"]}, {}, ExitCode.NOT_FOUND,
      "spec.dataset.evalFiles[0]: there is no file {folder}/none.jsonl"),
     ("longer than the model", "x.jsonl", None, {}, {"training": {"maxLength": 4096}}, S,
-     "spec.training.maxLength: 4096 tokens do not fit: the model has 256 positions (max_position_embeddings)"),
+     "spec.training.maxLength: 4096 tokens do not fit: the model has 256 positions (max_position_embeddings); set it to at most that"),
     ("a module that is not there", "x.jsonl", None, {}, {"method": {"type": "qlora", "targetModules": ["q_proj", "v_porj"]}}, S,
      "spec.method.targetModules[1]: the model has no module 'v_porj' (it has: down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj,"
      " q_proj, up_proj, v_proj). Did you mean 'v_proj'?"),

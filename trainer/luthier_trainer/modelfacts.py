@@ -82,7 +82,7 @@ def check_length(config: PreTrainedConfig, max_length: int, field: str) -> None:
     limit = room(config)
     if limit is not None and max_length > limit:
         raise Failure(
-            ExitCode.INVALID_SPEC, f"{field}: {max_length} tokens do not fit: the model has {limit} positions (max_position_embeddings)"
+            ExitCode.INVALID_SPEC, f"{field}: {max_length} tokens do not fit: the model has {limit} positions (max_position_embeddings); set it to at most that"
         )
 
 
