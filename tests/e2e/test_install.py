@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from e2e import jobs
 from e2e.conftest import JOBS, SYSTEM, Images, install
-from e2e.kube import Kube, conditions
+from e2e.kube import Kube, condition, conditions
 
 pytestmark = pytest.mark.e2e
 JOBSET_CRD = "jobsets.jobset.x-k8s.io"
@@ -43,7 +43,7 @@ def give_back(kube: Kube, text: str) -> None:
     found = json.loads(text)
     meta = {k: v for k, v in found["metadata"].items() if k in ("name", "labels", "annotations")}
     kube.run("create", "-f", "-", stdin=json.dumps({k: v for k, v in found.items() if k != "status"} | {"metadata": meta}))
-    kube.run("wait", "--for=condition=Established", f"crd/{JOBSET_CRD}", "--timeout=60s")
+    kube.until("crd", JOBSET_CRD, lambda o: condition(o, "Established") == "True", timeout=60, what="Established")
 
 
 def test_jobset_may_come_later(kube: Kube) -> None:
