@@ -82,7 +82,7 @@ class Kube:
 
 
 def conditions(item: Object) -> dict[str, Object]:
-    return {c["type"]: c for c in item.get("status", {}).get("conditions", [])}
+    return {c["type"]: c for c in item.get("status", {}).get("conditions") or []}
 
 
 def condition(item: Object, type: str) -> str | None:

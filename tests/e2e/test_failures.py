@@ -42,7 +42,7 @@ def test_a_mistake_is_told_and_not_retried(kube: Kube, name: str, mistake: dict[
 
 def test_a_lost_pod_restarts_the_group_from_the_checkpoint(kube: Kube) -> None:
     kube.apply(jobs.fine_tune("interrupted", model={"job": "base"}, dataset=jobs.REGISTER, method={"type": "lora", "rank": 8},
-                              training=jobs.training(maxSteps=400, saveSteps=20), resources=jobs.CPU | {"nodes": 2}))  # fmt: skip
+                              training=jobs.training(maxSteps=1200, saveSteps=20), resources=jobs.CPU | {"nodes": 2}))  # fmt: skip
     kube.until("ftj", "interrupted", lambda o: (o["status"].get("checkpoint") or {}).get("step"), timeout=300, what="at a checkpoint")
     victim = kube.list("pods", "luthier.dev/job=interrupted,luthier.dev/phase=run")[1]["metadata"]["name"]
     kube.delete("pod", victim, "--wait=false")

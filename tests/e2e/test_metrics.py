@@ -23,7 +23,7 @@ def test_a_training_pod_serves_what_the_documentation_names(kube: Kube) -> None:
     kube.apply(jobs.BASE)
     kube.complete("ftj", "base")
     kube.apply(jobs.fine_tune("measured", model={"job": "base"}, dataset=jobs.REGISTER, method={"type": "lora", "rank": 2},
-                              training=jobs.training(maxSteps=400, saveSteps=5)))  # fmt: skip
+                              training=jobs.training(maxSteps=5000, saveSteps=50)))  # fmt: skip
     kube.until("ftj", "measured", lambda o: (o["status"].get("checkpoint") or {}).get("step"), timeout=300, what="at a checkpoint")
     pod = kube.list("pods", "luthier.dev/job=measured,luthier.dev/phase=run")[0]
     found = families(kube, f"http://{pod['status']['podIP']}:9464/metrics")

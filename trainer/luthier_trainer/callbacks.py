@@ -18,11 +18,10 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.status import Plan
 from luthier_trainer import strategy
 from luthier_trainer.checkpoint import step_of
-from luthier_trainer.ending import Failure, run_dir
+from luthier_trainer.ending import Failure, beat, stop_requested
 from luthier_trainer.loop import TrainingLoop
 from luthier_trainer.telemetry import Telemetry
 
-STOP_FILE, HEARTBEAT_FILE = "stop", "heartbeat"
 NONFINITE_REPORTS = 3  # one bad batch can spoil a report; a loss that stays NaN does not come back
 
 
@@ -68,7 +67,7 @@ class Stop(Callback):
     agreed_step: int | None = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.loop.ranks.any((run_dir() / STOP_FILE).exists()):
+        if self.loop.ranks.any(stop_requested()):
             self.agreed_step = state.global_step
             control.should_save = control.should_training_stop = True
             # The held-out rows can wait for the next attempt; the grace period cannot.
@@ -81,7 +80,7 @@ class Heartbeat(Callback):
     """Touches the file that the supervisor watches for hangs."""
 
     def _beat(self, *_: Any, **__: Any) -> None:
-        (run_dir() / HEARTBEAT_FILE).touch()
+        beat()
 
     on_train_begin = on_step_end = on_prediction_step = on_save = _beat
 

@@ -21,6 +21,7 @@ from luthier_api.run import FineTuneRun, GenerateRun, Variables, read_run
 from luthier_api.status import Phase
 from luthier_api.termination import TerminationMessage
 
+STOP_FILE, HEARTBEAT_FILE = "stop", "heartbeat"  # in the run folder: written by PID 1, and by the phase
 STORAGE_ERRNOS = {errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.ESTALE}
 
 
@@ -39,12 +40,12 @@ def run_dir() -> Path:
 
 def stop_requested() -> bool:
     """Whether the supervisor wants this pod's work to end at the next step or batch."""
-    return (run_dir() / "stop").exists()
+    return (run_dir() / STOP_FILE).exists()
 
 
 def beat() -> None:
     """Tell the supervisor that the work goes on: once a step or batch."""
-    (run_dir() / "heartbeat").touch()
+    (run_dir() / HEARTBEAT_FILE).touch()
 
 
 def result_file(rank: int) -> Path:

@@ -25,16 +25,15 @@ from luthier_api.status import Phase
 from luthier_api.termination import TerminationMessage
 from luthier_trainer import launch, memory, preflight
 from luthier_trainer.child import Child, redact
-from luthier_trainer.ending import Failure, classify
+from luthier_trainer.ending import HEARTBEAT_FILE, STOP_FILE, Failure, classify
 from luthier_trainer.prepared import read_prepared
 from luthier_trainer.verdict import Evidence, judge
 
 VERBS: Mapping[str, Phase] = {"prepare": "prepare", "train": "run", "generate": "run", "publish": "publish"}
 KINDS: Mapping[str, str] = {"train": "FineTuneJob", "generate": "GenerateJob"}
 TERMINATION_LOG = Path("/dev/termination-log")
-STOP, HEARTBEAT = "stop", "heartbeat"
 HUB = "https://huggingface.co"
-STALE = (STOP, HEARTBEAT, "metrics-port", "result-*.json", "result-*.partial")
+STALE = (STOP_FILE, HEARTBEAT_FILE, "metrics-port", "result-*.json", "result-*.partial")
 RESERVE_SECONDS = 10  # teardown of ranks and of torch's agent: 2 to 7 s measured in pods
 FIRST_STEP_FACTOR = 3  # loading, compilation and the first allocation come before the first heartbeat
 DUMP_SECONDS = 2.0
@@ -165,7 +164,7 @@ def supervise(verb: str, run: FineTuneRun | GenerateRun, path: Path, settings: S
             file.unlink()
     memory_kills = memory.oom_kills(settings.cgroup)
     child = Child(command(verb, run, settings.node_rank), environment(verb, run, path.resolve(), settings))
-    pulse = Pulse(settings.run_dir / HEARTBEAT, settings.step_timeout)
+    pulse = Pulse(settings.run_dir / HEARTBEAT_FILE, settings.step_timeout)
     # A short grace keeps half of itself for the checkpoint.
     patience = run.grace_seconds - min(RESERVE_SECONDS, run.grace_seconds / 2)
     killed: Literal["stop", "grace", "hang"] | None = None
@@ -179,7 +178,7 @@ def supervise(verb: str, run: FineTuneRun | GenerateRun, path: Path, settings: S
                 killed = "grace"
                 child.kill()
             else:
-                (settings.run_dir / STOP).touch()
+                (settings.run_dir / STOP_FILE).touch()
         elif VERBS[verb] == "run" and pulse.lost():
             killed = "hang"
             child.dump_stacks()
