@@ -75,7 +75,7 @@ class Training(ApiModel):
     """The course of the optimisation."""
 
     epochs: Annotated[float, Field(gt=0, le=10_000)] = 1
-    """Passes over the training rows, unless max_steps ends the training earlier."""
+    """Passes over the training rows, unless maxSteps is set."""
     max_steps: Annotated[int | None, Field(ge=1)] = None
     """Optimiser steps after which training ends; overrides epochs."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
@@ -94,7 +94,7 @@ class Training(ApiModel):
     max_length: Annotated[int, Field(ge=8, le=1_048_576)] = 1024
     """Tokens of a row; longer rows are cut (causal-lm with packing: split)."""
     packing: bool = False
-    """causal-lm: join all rows, separated by the end-of-text token, and cut them into blocks of max_length."""
+    """causal-lm: join all rows, separated by the end-of-text token, and cut them into blocks of maxLength. Lines of text files keep their breaks; there the token stands at the end of a file."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the computation. auto: bf16 on a GPU that has it, fp32 on CPU."""
     gradient_checkpointing: bool = False
