@@ -47,7 +47,7 @@ class TrainingData(DatasetSource):
     """Files to evaluate on."""
     eval_fraction: Annotated[float | None, Field(gt=0, lt=1)] = None
     """Share of the training rows, chosen by `training.seed`, that is held out to evaluate on."""
-    columns: Columns = Columns()
+    columns: Columns = Field(default_factory=Columns)
 
     rules: ClassVar[tuple[Rule, ...]] = (
         *DatasetSource.rules,
@@ -156,16 +156,16 @@ class FineTuneJobSpec(JobControl):
     """What the model learns to do."""
     model: ModelSource
     dataset: TrainingData
-    method: Method = Method()
-    training: Training = Training()
-    resources: TrainingResources = TrainingResources()
+    method: Method = Field(default_factory=Method)
+    training: Training = Field(default_factory=Training)
+    resources: TrainingResources = Field(default_factory=TrainingResources)
     strategy: Strategy = "auto"
     """How processes share the work. auto: one process alone, several by ddp. zero2 and zero3 shard optimiser and weights with DeepSpeed."""
-    workspace: Workspace = Workspace()
+    workspace: Workspace = Field(default_factory=Workspace)
     volumes: Volumes = Field(default_factory=list)
     hub: Hub | None = None
-    scheduling: Scheduling = Scheduling()
-    restarts: Restarts = Restarts()
+    scheduling: Scheduling = Field(default_factory=Scheduling)
+    restarts: Restarts = Field(default_factory=Restarts)
 
     rules: ClassVar[tuple[Rule, ...]] = (
         *immutable("task", "model", "dataset", "method", "training", "resources", "strategy", "workspace", "volumes", "scheduling"),

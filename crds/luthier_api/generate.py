@@ -78,7 +78,7 @@ class Inputs(ApiModel):
     """Rows written here."""
     dataset: InputData | None = None
     """Rows from files or from the Hub."""
-    columns: InputColumns = InputColumns()
+    columns: InputColumns = Field(default_factory=InputColumns)
 
     rules: ClassVar[tuple[Rule, ...]] = (Rule(exactly_one("rows", "dataset"), "inputs: set exactly one of rows and dataset"),)
 
@@ -144,9 +144,9 @@ class GenerateJobSpec(JobControl):
     model: ModelSource
     adapters: Annotated[list[Adapter], Field(max_length=8)] = Field(default_factory=list)
     inputs: Inputs
-    text: TextSettings = TextSettings()
+    text: TextSettings = Field(default_factory=TextSettings)
     """For text-generation."""
-    image: ImageSettings = ImageSettings()
+    image: ImageSettings = Field(default_factory=ImageSettings)
     """For text-to-image."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of weights and computation. auto: bf16 on a GPU, fp32 on CPU."""
@@ -156,13 +156,18 @@ class GenerateJobSpec(JobControl):
     """Seed of rows that have none of their own."""
     shards: Annotated[int, Field(ge=1, le=4096)] = 1
     """Pods that share the rows; each goes on where it stopped."""
-    resources: GenerateResources = GenerateResources()
-    workspace: Workspace = Workspace()
+    resources: GenerateResources = Field(default_factory=GenerateResources)
+    workspace: Workspace = Field(default_factory=Workspace)
     volumes: Volumes = Field(default_factory=list)
     hub: Hub | None = None
-    scheduling: Scheduling = Scheduling()
+    scheduling: Scheduling = Field(default_factory=Scheduling)
     retries_per_shard: Annotated[int, Field(ge=0, le=100)] = 3
     """How often a shard is started again after a failure of the infrastructure."""
+
+    @property
+    def per_prompt(self) -> int:
+        """Outputs of each row."""
+        return self.text.per_prompt if self.task == "text-generation" else self.image.per_prompt
 
     rules: ClassVar[tuple[Rule, ...]] = (
         *immutable("task", "model", "adapters", "inputs", "text", "image", "precision", "batchSize", "seed", "shards", "resources",

@@ -53,7 +53,7 @@ class FineTuneJob(ApiModel):
     kind: Literal["FineTuneJob"] = "FineTuneJob"
     metadata: Metadata
     spec: FineTuneJobSpec
-    status: JobStatus = JobStatus()
+    status: JobStatus = Field(default_factory=JobStatus)
 
     rules: ClassVar[tuple[Rule, ...]] = NAME_RULES
 
@@ -65,7 +65,7 @@ class GenerateJob(ApiModel):
     kind: Literal["GenerateJob"] = "GenerateJob"
     metadata: Metadata
     spec: GenerateJobSpec
-    status: JobStatus = JobStatus()
+    status: JobStatus = Field(default_factory=JobStatus)
 
     rules: ClassVar[tuple[Rule, ...]] = NAME_RULES
 

@@ -48,8 +48,11 @@ def read_samples(text: str) -> dict[str, float]:
     return {s.name: s.value for family in text_string_to_metric_families(text) for s in family.samples if not s.labels}
 
 
-def progress_of(pods: list[dict[str, float]], now: datetime | None = None) -> Progress | None:
-    """Progress from the samples of rank 0 (training) or of all shards (generation); None when they say nothing yet."""
+def progress_of(pods: list[dict[str, float]], now: datetime | None = None, outputs: int | None = None) -> Progress | None:
+    """Progress from the samples of rank 0 (training) or of all shards (generation); None when they say nothing yet.
+
+    `outputs`: of the whole GenerateJob, where that is known; else those of the shards that have begun.
+    """
     time = (now or datetime.now(UTC)).strftime("%Y-%m-%dT%H:%M:%SZ")
     training = next((p for p in pods if p.get(TRAIN_MAX_STEPS.name)), None)
     if training is not None:
@@ -64,10 +67,17 @@ def progress_of(pods: list[dict[str, float]], now: datetime | None = None) -> Pr
     if not shards:
         return None
     rows, most = (int(sum(p.get(m.name, 0) for p in shards)) for m in (GENERATE_ROWS, GENERATE_MAX_ROWS))
+    most = outputs or most
     pace = sum(p.get(GENERATE_ROWS_PER_SECOND.name, 0) for p in shards)
     return Progress(
         rows=rows, max_rows=most, percent=100 * rows // most, eta_seconds=_whole((most - rows) / pace if pace else None), time=time
     )
+
+
+def samples_at_end(metrics: dict[str, float] | None) -> dict[str, float]:
+    """What a shard would serve that has ended with these final figures: its outputs count on, its pace does not."""
+    rows = (metrics or {}).get("rows")
+    return {GENERATE_ROWS.name: rows, GENERATE_MAX_ROWS.name: rows} if rows else {}
 
 
 def checkpoint_step(samples: dict[str, float]) -> int | None:

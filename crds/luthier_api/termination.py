@@ -23,7 +23,7 @@ class TerminationMessage(ApiModel):
     rank: int | None = None
     """Global rank of the process that failed, when one process is to blame."""
     step: int | None = None
-    """Newest verified checkpoint."""
+    """Of the newest verified checkpoint; of a shard, how many outputs lie in the workspace."""
     saved: bool | None = None
     """After a stop: whether a checkpoint was saved for it."""
     last_lines: str = ""

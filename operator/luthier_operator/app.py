@@ -7,6 +7,7 @@ posts, `health` answers. A watch that ends is started again; only a signal ends 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import time
@@ -37,8 +38,8 @@ GROUPS: tuple[tuple[str, ...], ...] = (("FineTuneJob", "GenerateJob"), ("Job", "
 class Pace:
     """Seconds between the things that the operator does by itself."""
 
-    relist: float = 600  # kopf keeps what is deleted while a watch is away (410): this is how long such a ghost lives
-    settle: float = 5  # from the start of a watch to a list that finds what was deleted between our list and kopf's
+    relist: float = 600  # between two lists that nothing has asked for
+    settle: float = 5  # from a list of kopf's to one of ours, which finds what was deleted between its watches
     discovery: float = 20  # until a CRD that has appeared is noticed
     restart: float = 2  # from the end of a watch to the next one
     backoff: float = BACKOFF_BASE
@@ -118,14 +119,21 @@ class Operator:
                 await self._relist(resources)
                 self._listed(group)
                 async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(self._relist_for_ever(resources))
-                    tasks.create_task(self._watch(resources))
+                    listing = asyncio.Event()
+                    tasks.create_task(self._relist_for_ever(resources, listing))
+                    tasks.create_task(self._watch(resources, listing))
             except* Exception as errors:
                 log.warning("watch of %s: again in %g s: %s", ", ".join(group), self._pace.restart, "; ".join(map(repr, errors.exceptions)))
             await asyncio.sleep(self._pace.restart)
 
-    async def _watch(self, resources: Sequence[Resource]) -> None:
-        await watch(resources, self.settings.namespaces, self._deliver, self._take_signals, self._login)
+    async def _watch(self, resources: Sequence[Resource], listing: asyncio.Event) -> None:
+        def deliver(type: str | None, found: Object) -> None:
+            # kopf lists anew when a watch was away for too long (410), and never tells what was deleted meanwhile.
+            if type is None:
+                listing.set()
+            self._enqueue(self.store.remove(found) if type == "DELETED" else self.store.put(found))
+
+        await watch(resources, self.settings.namespaces, deliver, self._take_signals, self._login)
         if self._signals:
             self._stop.set()
 
@@ -156,11 +164,15 @@ class Operator:
         if not self._unlisted:
             self.ready.set()
 
-    async def _relist_for_ever(self, resources: Sequence[Resource]) -> None:
-        pause = self._pace.settle
+    async def _relist_for_ever(self, resources: Sequence[Resource], listing: asyncio.Event) -> None:
+        """`listing` is set whenever kopf lists."""
+        listing.set()  # as it does now, without a word where there is nothing
         while True:
-            await asyncio.sleep(pause)
-            pause = self._pace.relist
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._pace.relist):
+                    await listing.wait()
+            await asyncio.sleep(self._pace.settle)
+            listing.clear()
             try:
                 await self._relist(resources)
             except ApiError as error:
@@ -176,9 +188,6 @@ class Operator:
                         seen.add(item["metadata"]["uid"])
                         self._enqueue(self.store.put(item))
                 self._enqueue(self.store.prune(resource.kind, namespace, seen, version))
-
-    def _deliver(self, type: str | None, found: Object) -> None:
-        self._enqueue(self.store.remove(found) if type == "DELETED" else self.store.put(found))
 
     def _enqueue(self, keys: set[Key]) -> None:
         for key in keys:

@@ -193,4 +193,19 @@ def stuck(attempts: Sequence[Attempt]) -> str | None:
         or len({a.step or 0 for a in last}) > 1
     ):
         return None
-    return f"{NO_PROGRESS_RESTARTS} restarts in a row brought no checkpoint after step {last[-1].step or 0}; the last ended with {last[-1].reason}: {last[-1].message} ({place(last[-1])})"
+    return f"{NO_PROGRESS_RESTARTS} restarts in a row brought no checkpoint after step {last[-1].step or 0}; {how_it_ended(last[-1])}"
+
+
+def stuck_shard(ends: Sequence[PodEnd]) -> str | None:
+    """The same of shards, each of which restarts alone. A pod that was killed does not say how far it came: it counts as progress."""
+    for index in sorted({e.index for e in ends}):
+        last = sorted((e for e in ends if e.index == index), key=lambda e: (e.finished_at, e.pod))[-(NO_PROGRESS_RESTARTS + 1) :]
+        told = [e.message for e in last if e.message and e.exit_code != 0]
+        if len(told) > NO_PROGRESS_RESTARTS and len({m.step or 0 for m in told}) == 1:
+            end = attempt(last[-1], 0, None)
+            return f"{NO_PROGRESS_RESTARTS} restarts in a row of shard {index} brought no output after the first {end.step or 0}; {how_it_ended(end)}"
+    return None
+
+
+def how_it_ended(last: Attempt) -> str:
+    return f"the last ended with {last.reason}: {last.message} ({place(last)})"

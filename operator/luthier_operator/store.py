@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import TypeVar
 
-from luthier_api.kinds import KINDS, FineTuneJob, JobKind, parse_job
-from luthier_api.metrics import checkpoint_step, progress_of
+from luthier_api.kinds import KINDS, FineTuneJob, GenerateJob, JobKind, parse_job
+from luthier_api.metrics import checkpoint_step, progress_of, samples_at_end
 from luthier_api.status import Progress
 from luthier_operator import naming
 from luthier_operator.failure import pod_end
@@ -38,7 +38,7 @@ class Store:
         self._pods: dict[str, dict[str, Object]] = {}
         self._ended: dict[str, OrderedDict[str, PodEnd]] = {}
         self._samples: dict[str, dict[int, dict[str, float]]] = {}
-        self._progress: dict[str, Progress | None] = {}
+        self._sampled: dict[str, datetime] = {}
         self._dependents: dict[Key, set[Key]] = {}  # FineTuneJob → jobs that use its result
         self._deleted: OrderedDict[str, None] = OrderedDict()
 
@@ -68,7 +68,7 @@ class Store:
             children=dict(self._children.get(uid, {})),
             pods=list(self._pods.get(uid, {}).values()),
             ended=list(self._ended.get(uid, {}).values()),
-            progress=self._progress.get(uid),
+            progress=self._progress(job),
             checkpoint_step=checkpoint_step(self._samples.get(uid, {}).get(0, {})),
             sources=self._sources(key),
             jobset_installed=self.jobset_installed,
@@ -90,7 +90,8 @@ class Store:
         uid = meta["labels"][naming.UID_LABEL]
         if found["kind"] == "Pod":
             self._pods.setdefault(uid, {})[meta["uid"]] = found
-            self._remember_end(uid, found)
+            if uid not in self._deleted:  # pods outlive their job by a moment: nobody asks for their ends any more
+                self._remember_end(uid, found)
         else:
             self._children.setdefault(uid, {})[ChildRef(found["kind"], meta["name"])] = found
         return {key}
@@ -107,7 +108,7 @@ class Store:
             if (known := self._jobs.get(key)) and known["metadata"]["uid"] == meta["uid"]:
                 del self._jobs[key]
                 self._unlink(key, known)
-            for remembered in (self._ended, self._samples, self._progress):
+            for remembered in (self._ended, self._samples, self._sampled):
                 remembered.pop(meta["uid"], None)
             return {key} | self._dependents.get(key, set())
         uid = meta["labels"][naming.UID_LABEL]
@@ -135,11 +136,18 @@ class Store:
 
     def put_samples(self, uid: str, samples: Mapping[int, dict[str, float]]) -> None:
         """What the pods' metrics say, by node rank or shard. A pod that is gone keeps counting with its last figures."""
+        if uid in self._deleted:
+            return
         figures = self._samples.setdefault(uid, {})
         figures.update(samples)
-        self._progress[uid] = progress_of([figures[i] for i in sorted(figures)], self._now())
+        self._sampled[uid] = self._now()
 
     # Parts
+
+    def _progress(self, job: Job) -> Progress | None:
+        figures, prepared = self._samples.get(job.metadata.uid, {}), job.status.prepared
+        outputs = prepared.dataset.rows * job.spec.per_prompt if prepared and isinstance(job, GenerateJob) else None
+        return progress_of([figures[i] for i in sorted(figures)], self._sampled.get(job.metadata.uid), outputs)
 
     def _uid(self, key: Key) -> str:
         job = self._jobs.get(key)
@@ -185,6 +193,8 @@ class Store:
         # A pod that is lost with its node ends without an exit code, which may follow when the node comes back; so may the reason.
         if known is None or (end.exit_code >= 0 and known.exit_code < 0) or (end.disrupted and not known.disrupted):
             ended[end.uid] = end
+            if end.exit_code == 0 and end.message and (last := samples_at_end(end.message.metrics)):
+                self.put_samples(uid, {end.index: last})
         while len(ended) > ENDS_KEPT:
             ended.popitem(last=False)
 

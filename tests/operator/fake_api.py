@@ -206,7 +206,8 @@ class FakeApi:
         self._changed = asyncio.Event()
 
     def compact(self) -> None:
-        """Forget history: a watch that is older gets a 410."""
+        """Forget history: whoever watches now is too late when it comes back, and gets a 410."""
+        self.version += 1
         self.compacted = self.version
         self.break_watches()
 

@@ -73,7 +73,19 @@ async def test_rows_of_shards_that_have_ended_keep_counting() -> None:
         await asyncio.sleep(0.1)
         rows[1] = 5
         await until("the one that goes on", lambda: progress().get("rows") == 13)
-        assert progress()["maxRows"] == 20
+        assert progress()["maxRows"] == 100
+
+
+async def test_rows_of_shards_that_ended_while_the_operator_was_away_count() -> None:
+    async with FakeCluster(held) as cluster, PodMetrics(lambda index: "luthier_generate_rows 3\nluthier_generate_max_rows 10\n") as pods:
+        async with running(cluster):
+            cluster.create(generate())
+            await until("both run", lambda: len(cluster.pods("gen", "run")) == 2)
+        cluster.release(cluster.pods("gen", "run")[0], Outcome(message=said("run", metrics={"rows": 10, "seconds": 5.0})))
+        async with running(cluster, settings(progress_every=0.05), url=pods.url):
+            first = await until("progress", lambda: cluster.get("GenerateJob", "gen").get("status", {}).get("progress"))
+            assert (first["rows"], first["maxRows"], first["percent"]) == (10, 100, 10), "of all that were prepared"
+            await until("of both", lambda: cluster.get("GenerateJob", "gen")["status"]["progress"]["rows"] == 13)
 
 
 async def test_mere_progress_is_written_seldom_and_a_condition_at_once() -> None:

@@ -109,6 +109,17 @@ def test_ends_are_bounded_and_go_with_the_job() -> None:
     assert not store._ended
 
 
+def test_what_pods_say_after_their_job_was_deleted_is_not_kept() -> None:
+    store = Store()
+    store.put(job())
+    store.put(owned("Pod", "pod", status={"phase": "Running"}))
+    store.remove(job())
+    store.put(ended("pod"))
+    store.put_samples("uid-tune", {0: {"luthier_train_step": 1}})
+    store.remove(ended("pod", version=3))
+    assert (store._ended, store._samples, store._pods) == ({}, {}, {})
+
+
 LISTS = [
     # given                                    version of the object, of the list; listed   expect: still there
     ("it is in the list",                       5,                     9,         True,      True),

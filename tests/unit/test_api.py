@@ -229,6 +229,9 @@ def test_progress_of_generation_adds_the_shards_up() -> None:
     progress = progress_of([shard, shard])
     assert progress is not None
     assert (progress.rows, progress.max_rows, progress.percent, progress.eta_seconds) == (6, 20, 30, 14)
+    whole = progress_of([shard, shard], outputs=60)
+    assert whole is not None
+    assert (whole.rows, whole.max_rows, whole.percent, whole.eta_seconds) == (6, 60, 10, 54), "four shards have not begun"
 
 
 @pytest.mark.parametrize("pods", [[], [{}], [{"luthier_train_step": 1.0}]])

@@ -25,7 +25,7 @@ from cases.observed import (
 
 from luthier_api.status import Attempt, Checkpoint, Progress
 from luthier_operator import naming
-from luthier_operator.model import Object
+from luthier_operator.model import Object, PodEnd
 from luthier_operator.statuses import at_end, text
 
 BEGUN = status("Accepted", "Prepared", start_time=text(BEGIN))
@@ -187,6 +187,31 @@ def test_restarts_that_make_no_progress_end_the_job(attempts: list[Attempt], exp
     assert describe(decision) == expect
     if "Failed" in expect:
         assert said(decision, "Failed").startswith("True NoProgress: 3 restarts in a row brought no checkpoint after step ")
+
+
+def shards(*steps: tuple[int, int | None]) -> list[PodEnd]:
+    """Shards, by index and outputs, that were stopped one after another."""
+    return [ended(SHARDS, "run", 75, index, when=n - 100, suffix=f"-{n}", step=step) for n, (index, step) in enumerate(steps)]
+
+
+KILLED = ended(SHARDS, "run", 137, 0, when=-50, suffix="-killed", silent=True)
+NO_OUTPUT = [
+    ("more outputs each time", shards((0, 8), (0, 16), (0, 24), (0, 32)), "waits"),
+    ("two restarts without", shards((0, 8), (0, 8), (0, 8)), "waits"),
+    ("three restarts without", shards((0, 8), (0, 8), (0, 8), (0, 8)), "deletes Job gj-lutes-run; Failed NoProgress"),
+    ("never an output", shards((1, None), (1, None), (1, None), (1, None)), "deletes Job gj-lutes-run; Failed NoProgress"),
+    ("of two shards each", shards((0, 8), (1, 8), (0, 8), (1, 8), (0, 8), (1, 8)), "waits"),
+    ("the last was killed, and does not say", [*shards((0, 8), (0, 8), (0, 8)), KILLED], "waits"),
+]
+
+
+@pytest.mark.parametrize(("ends", "expect"), [c[1:] for c in NO_OUTPUT], ids=[c[0] for c in NO_OUTPUT])
+def test_shards_that_make_no_progress_end_the_job(ends: list[PodEnd], expect: str) -> None:
+    decision = decided(SHARDS, child(SHARDS, "run"), ends=ends)
+    assert describe(decision) == expect
+    if "Failed" in expect:
+        assert said(decision, "Failed").startswith("True NoProgress: 3 restarts in a row of shard ")
+    assert decision.status.checkpoint is None
 
 
 def test_progress_and_checkpoint_are_copied() -> None:

@@ -41,7 +41,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     started, spec, folder = time.monotonic(), run.spec, WorkspaceFolder(Path(run.workspace))
     record = read_prepared(run)
     index = shard_index(spec.shards)
-    rows = list(read_rows(Path(record.dataset_path), spec.text.per_prompt if spec.task == "text-generation" else spec.image.per_prompt))
+    rows = list(read_rows(Path(record.dataset_path), spec.per_prompt))
     samples = [s for row in rows if row[0].row % spec.shards == index for s in row]
 
     from luthier_trainer.generation.hardware import find_hardware
@@ -63,7 +63,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
             engine = load_engine(run, record, hardware, batch_size)
             if not make(engine, shard, left, len(samples), telemetry):
                 message = f"stopped with {len(shard.done)} of {len(samples)} outputs written; the rest follows when the job goes on"
-                return ending(ExitCode.PREEMPTED, message, started, saved=True)
+                return ending(ExitCode.PREEMPTED, message, started, saved=True, step=len(shard.done))
             if shard.failed == len(samples) and all(engine.problem(row[0]) for row in rows if row[0].row % spec.shards != index):
                 raise Failure(ExitCode.INVALID_DATASET, f"spec.inputs: not one row can be worked on. First of them: {shard.first_error}")
     seconds = time.monotonic() - started

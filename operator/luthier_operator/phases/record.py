@@ -53,6 +53,8 @@ def run_metrics(s: Situation, ends: list[PodEnd]) -> dict[str, float] | None:
 def checkpoint(s: Situation) -> Checkpoint | None:
     """The newest verified one: as the first node serves it, or as the pods said when they ended."""
     known, step = s.status.checkpoint, s.observed.checkpoint_step
+    if not isinstance(s.job, FineTuneJob):
+        return known
     if step is None:
         steps = [e.message.step for e in s.ends("run") if e.message and e.message.step]
         step = max([*steps, known.step if known else 0]) or None

@@ -34,9 +34,8 @@ def run(s: Situation) -> Step:
         found = failure.judge(s.attempts("run"), "run", end.get("message", ""), end.get("reason", ""))
         message = found.message + (exhausted(s) if end.get("reason") == "ReachedMaxRestarts" else "")
         return s.say(RUNNING, "False", found.reason, message).fails(found.reason, message)
-    if isinstance(s.job, FineTuneJob) and (message := failure.stuck(s.attempts("run")) or ""):
-        s = s.say(RUNNING, "False", Reason.NO_PROGRESS, message)
-        return s.fails(Reason.NO_PROGRESS, message, delete=[naming.child(s.job, "run")])
+    if stuck := failure.stuck(s.attempts("run")) if isinstance(s.job, FineTuneJob) else failure.stuck_shard(s.ends("run")):
+        return s.say(RUNNING, "False", Reason.NO_PROGRESS, stuck).fails(Reason.NO_PROGRESS, stuck, delete=[naming.child(s.job, "run")])
     return at_work(s, group)
 
 
