@@ -38,6 +38,8 @@ def event(before: Condition | None, now: Condition, status: JobStatus) -> Event 
     if now.type is C.RUNNING and now.status == "True":
         again = status.restarts or (before and before.reason == R.RESTARTING)
         return Event("Normal", "Running" if again else "Started", now.message)
+    if now.type is C.ACCEPTED and now.status == "True" and before is None:
+        return None  # Preparing says it, in the same moment
     if now.status == "True":
         return Event("Normal", now.reason, now.message)
     if now.reason in SILENT or (now.type is C.RUNNING and now.reason in ORDINARY - {R.WAITING_FOR_QUEUE}):

@@ -180,5 +180,5 @@ async def test_events_tell_the_story_once() -> None:
         events = cluster.all("Event")
         assert all(e["involvedObject"]["name"] == "tune" and e["count"] == 1 for e in events)
         reasons = [e["reason"] for e in events]
-        assert {"Accepted", "Prepared", "Trained", "Published", "Completed"} <= set(reasons)
+        assert {"Preparing", "Prepared", "Trained", "Published", "Completed"} <= set(reasons)
         assert len(reasons) == len(set(reasons)) <= 12

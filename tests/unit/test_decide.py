@@ -71,7 +71,7 @@ def test_the_life_of_a_fine_tune_job() -> None:
             "applied",
             "Preparing",
             "applies ConfigMap ftj-bot, PersistentVolumeClaim ftj-bot, Job ftj-bot-prepare",
-            ["Accepted", "Preparing"],
+            ["Preparing"],
         ),
         ("its Job is there", "Preparing", "waits", []),
         ("prepared", "Starting", "applies JobSet ftj-bot-run", ["Prepared"]),
@@ -87,7 +87,7 @@ def test_the_life_of_a_fine_tune_job() -> None:
 
 def test_the_life_of_a_generate_job() -> None:
     assert [(state, events) for _, state, _, events in walk(generate(hub=HUB))] == [
-        ("Preparing", ["Accepted", "Preparing"]), ("Preparing", []), ("Starting", ["Prepared"]), ("Running", ["Started"]), ("Restarting", []),
+        ("Preparing", ["Preparing"]), ("Preparing", []), ("Starting", ["Prepared"]), ("Running", ["Started"]), ("Restarting", []),
         ("Running", ["Running"]), ("Publishing", ["Generated", "Publishing"]), ("Publishing", []), ("Complete", ["Published", "Completed"]),
         ("Complete", []),
     ]  # fmt: skip

@@ -60,6 +60,12 @@ def test_a_status_that_was_not_written_is_caught_up_with() -> None:
     assert decision.status.start_time == "2026-03-01T11:00:00Z", "when the Job was created"
 
 
+def test_only_a_job_that_had_to_wait_is_told_that_it_may_begin() -> None:
+    waited = fine_tune(status(false={"Accepted": "JobSetMissing"}))
+    assert [e.reason for e in decided(waited).events] == ["Accepted", "Preparing"]
+    assert [e.reason for e in decided(fine_tune()).events] == ["Preparing"]
+
+
 def test_a_job_that_waits_looks_again_without_any_event() -> None:
     assert describe(decided(fine_tune(**SOURCE))) == "again in 30 s"
     assert describe(decided(fine_tune(), jobset_installed=False)) == "again in 30 s"

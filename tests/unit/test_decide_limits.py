@@ -77,7 +77,7 @@ def test_going_on_keeps_the_budget() -> None:
 def test_what_may_be_suspended_twice_says_it_once() -> None:
     job = fine_tune(suspend=True)
     first = decided(job)
-    assert [(e.type, e.reason) for e in first.events] == [("Normal", "Accepted"), ("Normal", "Suspended")]
+    assert [(e.type, e.reason) for e in first.events] == [("Normal", "Suspended")]
     again = decided(job.model_copy(update={"status": first.status}))
     assert (again.status, again.events) == (first.status, ())
     assert first.status.conditions[-1].last_transition_time == text(NOW)

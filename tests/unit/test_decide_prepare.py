@@ -43,7 +43,7 @@ def test_it_begins_with_everything_that_the_pods_need() -> None:
     assert (decision.status.shape, decision.status.state) == ("2×8", "Preparing")
     assert decision.status.workspace is not None
     assert (decision.status.workspace.claim, decision.status.workspace.folder) == ("ftj-bot", "ftj-bot-f00dcafe")
-    assert [(e.reason, e.message) for e in decision.events] == [("Accepted", "The job can run"), ("Preparing", "starting")]
+    assert [(e.reason, e.message) for e in decision.events] == [("Preparing", "the model is resolved, the data are loaded, the run is planned")]
 
 
 def test_a_claim_of_the_user_is_not_created() -> None:

@@ -46,7 +46,7 @@ def case(*children: Object, **more: Any) -> Any:
 CASES = [
     ("no repository", case(job=fine_tune(TRAINED)), "Complete Completed", "absent"),
     ("a token alone", case(job=fine_tune(TRAINED, hub={"tokenSecret": {"name": "hf"}})), "Complete Completed", "absent"),
-    ("trained", case(), "applies ConfigMap ftj-bot, Job ftj-bot-publish", "False Publishing: starting the upload to org/bot"),
+    ("trained", case(), "applies ConfigMap ftj-bot, Job ftj-bot-publish", "False Publishing: uploading to org/bot"),
     ("its pod runs", case(child(JOB, "publish"), pods=[pod(JOB, "publish", state=RUNNING)]), "waits", "False Publishing: uploading to org/bot"),
     ("the secret is missing", case(child(JOB, "publish"), pods=[pod(JOB, "publish", state=waiting("CreateContainerConfigError", 'secret "hf" not found'))]),
      "waits", 'False Misconfigured: spec.hub.tokenSecret: secret "hf" not found (pod ftj-bot-publish-0-0)'),

@@ -45,9 +45,9 @@ def case(*children: Object, job: Any = JOB, **more: Any) -> Any:
 
 CASES = [
     ("prepare is still at work", case(child(JOB, "prepare"), job=fine_tune(status("Accepted"))), "waits", "absent"),
-    ("prepared", case(), "applies JobSet ftj-bot-run", "False Starting: starting 2 pods on 16 GPUs"),
-    ("prepared, on CPU", case(job=CPU), "applies JobSet ftj-bot-run", "False Starting: starting 1 pod on CPU"),
-    ("prepared, to generate", case(job=SHARDS), "applies Job gj-lutes-run", "False Starting: starting 2 shards on 2 GPUs"),
+    ("prepared", case(), "applies JobSet ftj-bot-run", "False Starting: waiting for 2 pods on 16 GPUs to start"),
+    ("prepared, on CPU", case(job=CPU), "applies JobSet ftj-bot-run", "False Starting: waiting for 1 pod on CPU to start"),
+    ("prepared, to generate", case(job=SHARDS), "applies Job gj-lutes-run", "False Starting: waiting for 2 shards on 2 GPUs to start"),
     ("no pod yet", case(group()), "waits", "False Starting: waiting for 2 pods on 16 GPUs to start"),
     ("one of two runs", case(group(), pods=BOTH[:1]), "waits", "False Starting: waiting for 2 pods on 16 GPUs to start"),
     ("all run", case(group(), pods=BOTH), "waits", "True Running: 2 pods on 16 GPUs"),

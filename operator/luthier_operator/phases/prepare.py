@@ -13,6 +13,7 @@ from luthier_operator.phases import waiting
 from luthier_operator.phases.step import Situation, Step
 
 PREPARED = ConditionType.PREPARED
+DOING = "the model is resolved, the data are loaded, the run is planned"
 
 
 def prepare(s: Situation) -> Step:
@@ -23,7 +24,7 @@ def prepare(s: Situation) -> Step:
     if wait := waiting.for_old_pods(s, "prepare", PREPARED):
         return wait
     if job is None:
-        return s.say(PREPARED, "False", Reason.PREPARING, "starting").stops(apply=manifests(s))
+        return s.say(PREPARED, "False", Reason.PREPARING, DOING).stops(apply=manifests(s))
     if children.succeeded(job):
         return go_on(s)
     if end := children.failed(job):
@@ -31,7 +32,7 @@ def prepare(s: Situation) -> Step:
             return wait
         found = failure.judge(s.attempts("prepare"), "prepare", end.get("message", ""), end.get("reason", ""))
         return s.say(PREPARED, "False", found.reason, found.message).fails(found.reason, found.message)
-    return waiting.for_one_pod(s, "prepare", PREPARED, Reason.PREPARING, "the model is resolved, the data are loaded, the run is planned")
+    return waiting.for_one_pod(s, "prepare", PREPARED, Reason.PREPARING, DOING)
 
 
 def manifests(s: Situation) -> list[Object]:

@@ -32,7 +32,7 @@ def publish(s: Situation) -> Step:
     if job is None:
         places = s.places()
         apply = [render.configmap(s.job, s.settings, places), render.publish(s.job, s.settings, places)]
-        return s.say(PUBLISHED, "False", Reason.PUBLISHING, f"starting the upload to {repo(s)}").stops(apply=apply)
+        return s.say(PUBLISHED, "False", Reason.PUBLISHING, f"uploading to {repo(s)}").stops(apply=apply)
     if children.succeeded(job):
         at = f"@{s.status.hub.revision[:12]}" if s.status.hub else ""
         return s.say(PUBLISHED, "True", Reason.PUBLISHED, f"{repo(s)}{at}").goes_on()

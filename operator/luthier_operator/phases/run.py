@@ -25,7 +25,7 @@ def run(s: Situation) -> Step:
         return wait
     group = s.child("run")
     if group is None:
-        return s.say(RUNNING, "False", Reason.STARTING, f"starting {what(s)}").stops(apply=[manifest(s)])
+        return s.say(RUNNING, "False", Reason.STARTING, f"waiting for {what(s)} to start").stops(apply=[manifest(s)])
     if children.succeeded(group):
         return ended_well(s)
     if end := children.failed(group):
