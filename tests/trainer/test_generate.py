@@ -55,7 +55,7 @@ def start(run: GenerateRun, tmp_path: Path) -> subprocess.Popen[bytes]:
     config = tmp_path / "run.json"
     config.write_text(run.model_dump_json(by_alias=True, exclude_none=True))
     environment = {**os.environ, Variables.RUN: str(config), Variables.NODE_RANK: "0"}
-    return subprocess.Popen([sys.executable, "-m", "luthier_trainer.generate"], env=environment)
+    return subprocess.Popen([sys.executable, "-m", "luthier_trainer.process", "generate"], env=environment)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers and numpy 2 talk about each other

@@ -31,12 +31,12 @@ def given(resources: dict[str, Any], strategy: str, host: str = "127.0.0.1") -> 
 
 COMMANDS = [
     # name                        resources                                    strategy         node  the command has
-    ("alone on CPU",              {"gpusPerNode": 0},                          "none",          0,    "python -m luthier_trainer.train"),
-    ("alone on a GPU",            {},                                          "none",          0,    "python -m luthier_trainer.train"),
+    ("alone on CPU",              {"gpusPerNode": 0},                          "none",          0,    "python -m luthier_trainer.process train"),
+    ("alone on a GPU",            {},                                          "none",          0,    "python -m luthier_trainer.process train"),
     ("two processes",             {"gpusPerNode": 0, "processesPerNode": 2},   "ddp",           0,
-     "launch --multi_gpu --num_machines 1 --num_processes 2 --machine_rank 0"),
+     "accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes 2 --machine_rank 0"),
     ("second of two pods",        {"gpusPerNode": 8, "nodes": 2},              "ddp",           1,
-     "launch --multi_gpu --num_machines 2 --num_processes 16 --machine_rank 1"),
+     "accelerate.commands.launch --multi_gpu --num_machines 2 --num_processes 16 --machine_rank 1"),
     ("DeepSpeed, alone",          {},                                          "zero2-offload", 0,
      "--num_machines 1 --num_processes 1 --machine_rank 0"),
     ("DeepSpeed, two pods",       {"gpusPerNode": 4, "nodes": 2},              "zero3",         1,
@@ -52,9 +52,9 @@ def test_command(name: str, resources: dict[str, Any], strategy: str, node: int,
     assert has in line
     assert "--cpu" not in command  # it would start jobs that know nothing of each other
     assert ("--config_file" in command) == strategy.startswith("zero")
-    if "launch" in command:
+    if "accelerate.commands.launch" in command:
         assert "--main_process_ip 127.0.0.1 --main_process_port 29500 --rdzv_backend static --same_network" in line
-        assert line.endswith("--module luthier_trainer.train")
+        assert line.endswith("--module luthier_trainer.process train")
 
 
 ZERO = [

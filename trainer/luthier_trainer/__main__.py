@@ -9,7 +9,8 @@ from typing import NoReturn
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import Variables
-from luthier_trainer.supervisor import VERBS, main
+from luthier_trainer.process import VERBS
+from luthier_trainer.supervisor import main
 
 
 class Parser(argparse.ArgumentParser):

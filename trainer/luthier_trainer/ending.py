@@ -1,24 +1,18 @@
-"""How a process of a phase ends: every way out becomes one `TerminationMessage`, in a file that the supervisor reads.
+"""How a process of a phase ends: whatever ended it becomes a code and a message, in a file that the supervisor reads.
 
 A process writes `result-<rank>.json` into the run folder. After a good end, and after an agreed stop, it exits with 0 whatever the
-message's code: a worker that exits with another code makes torch's agent kill its siblings, and every code becomes 1. Neighbour:
-`supervisor`, which turns the ranks' messages into the pod's exit code.
+message's code: a worker that exits with another code makes torch's agent kill its siblings, and every code becomes 1. Neighbours:
+`process`, whose ends these are, and `supervisor`, which turns the ranks' messages into the pod's exit code.
 """
 
 from __future__ import annotations
 
 import errno
-import faulthandler
 import os
-import signal
-import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.run import FineTuneRun, GenerateRun, Variables, read_run
-from luthier_api.status import Phase
+from luthier_api.run import Variables
 from luthier_api.termination import TerminationMessage
 
 STOP_FILE, HEARTBEAT_FILE = "stop", "heartbeat"  # in the run folder: written by PID 1, and by the phase
@@ -91,21 +85,3 @@ def write_result(message: TerminationMessage, rank: int | None = None) -> None:
     partial = path.with_suffix(".partial")
     partial.write_bytes(message.encode())
     partial.replace(path)
-
-
-def run_phase(phase: Phase, main: Callable[[FineTuneRun | GenerateRun], TerminationMessage]) -> None:
-    """The whole life of a process of a phase; never returns."""
-    faulthandler.register(signal.SIGUSR1)  # the supervisor asks a process that hangs where it is
-    try:
-        message = main(read_run(Path(os.environ[Variables.RUN]).read_bytes()))
-    except BaseException as error:
-        if not isinstance(error, Failure):
-            traceback.print_exc()
-        code, text = classify(error)
-        write_result(TerminationMessage(phase=phase, code=code, reason=code.reason, message=text, rank=global_rank()))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Threads of a collective that can never finish would keep the interpreter alive.
-        os._exit(int(code))
-    write_result(message)
-    sys.exit(0)

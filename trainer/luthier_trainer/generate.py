@@ -18,7 +18,7 @@ from luthier_api.metrics import GENERATE_MAX_ROWS, GENERATE_ROWS, GENERATE_ROWS_
 from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord, Variables
 from luthier_api.termination import TerminationMessage
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer.ending import Failure, beat, run_phase, stop_requested
+from luthier_trainer.ending import Failure, beat, stop_requested
 from luthier_trainer.generation.samples import Engine, Output, Sample, batches, read_rows
 from luthier_trainer.generation.shard import Shard
 from luthier_trainer.manifest import sha256
@@ -161,7 +161,3 @@ def memory_explained() -> Iterator[None]:
             f"spec.batchSize: the GPU is full: {error}. Lower batchSize, the size of the images (image.width, image.height) or the length of"
             " the texts (text.maxNewTokens), or set precision: bf16",
         ) from None
-
-
-if __name__ == "__main__":
-    run_phase("run", main)

@@ -18,7 +18,7 @@ from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_trainer.ending import run_dir
 from luthier_trainer.strategy import deepspeed_config, uses_deepspeed
 
-MODULE = "luthier_trainer.train"
+MODULE = "luthier_trainer.process"
 ACCELERATE_FILE, DEEPSPEED_FILE = "accelerate.json", "deepspeed.json"
 UNITS = {"m": 1e-3, "k": 1e3, "Ki": 1024.0}  # what a number of CPUs may end with
 
@@ -27,15 +27,15 @@ def command(run: FineTuneRun, prepared: PreparedRecord, node_rank: int) -> list[
     """Arguments of the process to start on node `node_rank`. With DeepSpeed, its configuration is written to the run folder."""
     strategy, world_size = prepared.plan.strategy, run.spec.resources.world_size
     if world_size == 1 and not uses_deepspeed(strategy):
-        return [sys.executable, "-m", MODULE]
+        return [sys.executable, "-m", MODULE, "train"]
     return [
-        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch",
+        sys.executable, "-m", "accelerate.commands.launch",  # `accelerate launch`, without importing its other commands
         # --multi_gpu chooses torch's agent; the device is chosen in `train`. --cpu would start independent jobs.
         *(["--config_file", str(_write_deepspeed(run, strategy))] if uses_deepspeed(strategy) else ["--multi_gpu"]),
         "--num_machines", str(run.spec.resources.nodes), "--num_processes", str(world_size), "--machine_rank", str(node_rank),
         "--main_process_ip", run.rendezvous_host, "--main_process_port", str(run.rendezvous_port), "--rdzv_backend", "static",
         "--same_network", "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(threads(run)),
-        "--module", MODULE,
+        "--module", MODULE, "train",
     ]  # fmt: skip
 
 

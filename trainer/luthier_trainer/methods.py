@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
@@ -38,10 +37,10 @@ def with_method(model: PreTrainedModel, method: Method, peft_type: str, whole: l
     """The model that learns. `whole`: modules trained entirely beside the adapters. Adapters start from torch's current seed."""
     if method.type == "full":
         return model
+    # On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights in the first evaluation, for a kernel without a backward pass,
+    # and keeps using it in training: gradients then silently skip the frozen weights.
     for module in model.modules():
-        # On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights in the first evaluation, for a kernel without a backward pass,
-        # and keeps using it in training: gradients then silently skip the frozen weights.
-        if isinstance(module, Linear4bit):
+        if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     try:
         return get_peft_model(model, lora_config(method, peft_type, whole), autocast_adapter_dtype=not deepspeed)

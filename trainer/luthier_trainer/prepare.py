@@ -14,7 +14,6 @@ from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
 from luthier_api.status import Prepared
 from luthier_api.termination import TerminationMessage
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer.ending import run_phase
 from luthier_trainer.prepared import FINGERPRINT, belongs, fingerprint, read_prepared, write_prepared
 
 LABELS_SHOWN_BYTES = 1000  # of the 4,096 that a termination message has; all of them are in the record
@@ -73,7 +72,3 @@ def done(record: PreparedRecord) -> TerminationMessage:
     if labels and sum(len(name.encode()) + 3 for name in labels) > LABELS_SHOWN_BYTES:
         found = found.model_copy(update={"dataset": found.dataset.model_copy(update={"labels": None})})
     return TerminationMessage(phase="prepare", code=0, reason=ExitCode.COMPLETED.reason, prepared=found)
-
-
-if __name__ == "__main__":
-    run_phase("prepare", main)

@@ -19,7 +19,7 @@ from luthier_api.status import HubStatus
 from luthier_api.termination import TerminationMessage
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer import manifest, modelcard
-from luthier_trainer.ending import Failure, run_phase
+from luthier_trainer.ending import Failure
 from luthier_trainer.generation.shard import shard_manifest
 from luthier_trainer.hub import endpoint, hub_api, hub_token, patiently
 from luthier_trainer.prepared import read_prepared
@@ -153,7 +153,3 @@ def git_blob(path: Path) -> str:
     """Git's id of a file: what the Hub names small files by."""
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-
-
-if __name__ == "__main__":
-    run_phase("publish", main)

@@ -21,15 +21,14 @@ from pydantic import ValidationError
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun, GenerateRun, Variables, read_run
-from luthier_api.status import Phase
 from luthier_api.termination import TerminationMessage
 from luthier_trainer import launch, memory, preflight
 from luthier_trainer.child import Child, redact
 from luthier_trainer.ending import HEARTBEAT_FILE, STOP_FILE, Failure, classify
 from luthier_trainer.prepared import read_prepared
+from luthier_trainer.process import VERBS
 from luthier_trainer.verdict import Evidence, judge
 
-VERBS: Mapping[str, Phase] = {"prepare": "prepare", "train": "run", "generate": "run", "publish": "publish"}
 KINDS: Mapping[str, str] = {"train": "FineTuneJob", "generate": "GenerateJob"}
 TERMINATION_LOG = Path("/dev/termination-log")
 HUB = "https://huggingface.co"
@@ -133,7 +132,7 @@ def command(verb: str, run: FineTuneRun | GenerateRun, node_rank: int) -> list[s
     if verb == "train":
         assert isinstance(run, FineTuneRun)
         return launch.command(run, read_prepared(run), node_rank)
-    return [sys.executable, "-m", f"luthier_trainer.{verb}"]
+    return [sys.executable, "-m", launch.MODULE, verb]
 
 
 def environment(verb: str, run: FineTuneRun | GenerateRun, path: Path, settings: Settings) -> dict[str, str]:

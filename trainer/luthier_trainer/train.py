@@ -1,6 +1,6 @@
 """The process of the run phase of a FineTuneJob, one on each device: read top to bottom, it is the whole training.
 
-`launch` starts it; `ending` turns its ends into exit codes. What `prepare` left is read, never repeated.
+`process` starts it and turns its ends into exit codes. What `prepare` left is read, never repeated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer import checkpoint, methods, result
 from luthier_trainer.arguments import training_arguments
 from luthier_trainer.callbacks import Guard, Heartbeat, Report, Stop
-from luthier_trainer.ending import global_rank, run_phase
+from luthier_trainer.ending import global_rank
 from luthier_trainer.loop import TrainingLoop
 from luthier_trainer.manifest import read_manifest
 from luthier_trainer.prepared import read_prepared
@@ -126,7 +126,3 @@ def opening(loop: TrainingLoop, prepared: PreparedRecord, precision: str, resume
         f"{plan.world_size} × {plan.micro_batch_size} rows × {plan.accumulation_steps or 1} accumulated, {plan.steps} steps, "
         + (f"resuming from {resume.name}" if resume else "from the beginning")
     )
-
-
-if __name__ == "__main__":
-    run_phase("run", main)

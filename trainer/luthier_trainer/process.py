@@ -1,0 +1,73 @@
+"""A process of a phase, from its first import to its last word: `python -m luthier_trainer.process train`.
+
+PID 1 (`supervisor`) starts it; for training in several processes `accelerate launch` does. The verb's module is imported here, so that an
+import that fails is explained like any other end, and so that its imports cost no more than they must. Neighbour: `ending`.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+
+from luthier_api.run import FineTuneRun, GenerateRun, Variables, read_run
+from luthier_api.status import Phase
+from luthier_api.termination import TerminationMessage
+from luthier_trainer.ending import Failure, classify, global_rank, write_result
+from luthier_trainer.prepared import read_prepared
+
+Work = Callable[[FineTuneRun | GenerateRun], TerminationMessage]
+
+VERBS: Mapping[str, Phase] = {"prepare": "prepare", "train": "run", "generate": "run", "publish": "publish"}
+"""Verb, which is also the name of its module → phase."""
+
+
+def main(verb: str) -> None:
+    """The whole life of a process; never returns."""
+    faulthandler.register(signal.SIGUSR1)  # the supervisor asks a process that hangs where it is
+    try:
+        run = read_run(Path(os.environ[Variables.RUN]).read_bytes())
+        message = load(verb, run)(run)
+    except BaseException as error:
+        if not isinstance(error, Failure):
+            traceback.print_exc()
+        code, text = classify(error)
+        write_result(TerminationMessage(phase=VERBS[verb], code=code, reason=code.reason, message=text, rank=global_rank()))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Threads of a collective that can never finish would keep the interpreter alive.
+        os._exit(int(code))
+    write_result(message)
+    sys.exit(0)
+
+
+def load(verb: str, run: FineTuneRun | GenerateRun) -> Work:
+    """`main` of the verb's module."""
+    if VERBS[verb] == "run" and not quantised(run):
+        # PEFT imports bitsandbytes wherever it is installed, and with it the whole of torch's compiler.
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # the import system's word for "not to be had"
+    # Nearly all that imports make stays: to look for garbage meanwhile is in vain.
+    gc.disable()
+    work: Work = import_module(f"luthier_trainer.{verb}").main
+    gc.enable()
+    gc.freeze()
+    return work
+
+
+def quantised(run: FineTuneRun | GenerateRun) -> bool:
+    """Whether the base model's weights are, or will be, in fewer bits than torch knows types for. Raises Failure."""
+    if isinstance(run, FineTuneRun) and run.spec.method.type == "qlora":
+        return True
+    config = Path(read_prepared(run).model_path) / "config.json"
+    return config.exists() and "quantization_config" in json.loads(config.read_text())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
