@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from luthier_api.kinds import KINDS
 from luthier_operator import health
 from luthier_operator.client import RESOURCES, VERSION, ApiError, Client, Resource
 from luthier_operator.client import login as client_login
@@ -131,7 +132,9 @@ class Operator:
             # kopf lists anew when a watch was away for too long (410), and never tells what was deleted meanwhile.
             if type is None:
                 listing.set()
-            self._enqueue(self.store.remove(found) if type == "DELETED" else self.store.put(found))
+            touched = self.store.remove(found) if type == "DELETED" else self.store.put(found)
+            for key in touched:
+                (self.queue.add if found["kind"] in KINDS else self.queue.soon)(key)
 
         await watch(resources, self.settings.namespaces, deliver, self._take_signals, self._login)
         if self._signals:

@@ -18,6 +18,7 @@ from typing import Protocol
 from luthier_operator.model import Key
 
 BACKOFF_BASE = 0.2  # seconds, after the first error
+SETTLE_SECONDS = 0.1  # what has one cause (a Job, its pod, our own writes) is known within that: one look instead of four
 STOP_SECONDS = 10.0  # for the writes that are under way when the operator stops
 BACKOFF_LIMIT = 120.0  # an API server or a quota that comes back is noticed within two minutes
 
@@ -56,6 +57,10 @@ class Queue:
             if self._observer:
                 self._observer.added(len(self._ready))
             self._changed.set()
+
+    def soon(self, key: Key) -> None:
+        """Have `key` looked at when what has just changed has settled."""
+        self.add_after(key, SETTLE_SECONDS)
 
     def add_after(self, key: Key, seconds: float) -> None:
         """Have `key` looked at in `seconds`, or sooner if something else asks for it. Of several wishes the earliest counts."""

@@ -171,7 +171,7 @@ class Reconciler:
 
     def _enqueue(self, keys: set[Key]) -> None:
         for key in keys:
-            self._queue.add(key)
+            self._queue.soon(key)
 
 
 def read_job(found: Object) -> Job:

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import time
 import warnings
+from dataclasses import replace
 
 import aiohttp
 import pytest
@@ -28,7 +29,8 @@ def samples(text: bytes) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 async def test_metrics_tell_the_life_of_a_job() -> None:
-    async with FakeCluster(at("run", CRASH)) as cluster, running(cluster) as operator:
+    crashing = at("run", replace(CRASH, seconds=0.5))  # long enough to be seen running
+    async with FakeCluster(crashing) as cluster, running(cluster) as operator:
         cluster.create(fine_tune(hub=HUB))
         await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
         await until("at rest", lambda: b'workqueue_depth{name="luthier"} 0.0' in operator.metrics_text())

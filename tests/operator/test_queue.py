@@ -25,7 +25,7 @@ class Clock:
 def play(steps: str, backoff: float = 1.0) -> str:
     """Carry out `steps` and return what each `take` gave.
 
-    +a add · a@5 add in 5 seconds · ? take · -a done · !a retry · ok:a forget · t3 three seconds pass
+    +a add · ~a soon · a@5 add in 5 seconds · ? take · -a done · !a retry · ok:a forget · t3 three seconds pass
     """
     clock = Clock()
     queue = Queue(clock, backoff, jitter=lambda: 1.0)
@@ -38,8 +38,8 @@ def play(steps: str, backoff: float = 1.0) -> str:
             clock.now += float(step[1:])
         elif step.startswith("ok:"):
             queue.forget(key(step[3:]))
-        elif step[0] in "+-!":
-            {"+": queue.add, "-": queue.done, "!": queue.retry}[step[0]](key(step[1:]))
+        elif step[0] in "+~-!":
+            {"+": queue.add, "~": queue.soon, "-": queue.done, "!": queue.retry}[step[0]](key(step[1:]))
         else:
             name, seconds = step.split("@")
             queue.add_after(key(name), float(seconds))
@@ -57,6 +57,9 @@ CASES = [
     ("done and nothing new",                        "+a ? -a ?",                       "a ·"),
     ("later is not now",                            "a@5 ? t4 ?",                      "· ·"),
     ("later comes",                                 "a@5 t5 ?",                        "a"),
+    ("what comes with it is one look",              "~a ? t0.05 ~a ~a t0.06 ? -a t1 ?", "· a ·"),
+    ("nobody waits because others keep coming",     "~a t0.06 ~a t0.06 ?",             "a"),
+    ("what came soon while it was worked on",       "+a ? ~a ? -a ? t0.1 ?",           "a · · a"),
     ("the earliest of two wishes counts",           "a@5 a@3 t3 ? -a t2 ?",            "a ·"),
     ("a later wish does not put off",               "a@3 a@5 t3 ?",                    "a"),
     ("in no seconds is now",                        "a@0 ?",                           "a"),

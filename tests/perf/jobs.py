@@ -157,6 +157,7 @@ async def measure(audit: Path | None) -> dict[str, Any]:
         "direct_jobsets_per_s": round(JOBS / direct, 1),
         "ratio_to_direct": round(direct / to_jobset, 3),
         "operator_cpu_ms_per_job_both_phases": round(1000 * (cpu2 - cpu0) / JOBS, 2),
+        "operator_cpu_ratio_to_direct": round((cpu2 - cpu0) / direct_cpu, 1),
         "direct_client_cpu_ms_per_jobset": round(1000 * direct_cpu / JOBS, 2),
         "operator_peak_mib": round(peak, 1),
         "calls_per_job": {k: round(v / JOBS, 2) for k, v in sorted(made.items())} if made else None,
