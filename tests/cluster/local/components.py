@@ -3,10 +3,13 @@
 The control plane, the node's agents, etcd and kubectl are one binary (`../kube`), told apart by the name it is called by.
 """
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .shell import BIN, HOME, out, sh
@@ -55,16 +58,33 @@ def module_dir(module: str, version: str) -> Path:
 
 
 def build() -> None:
-    """Compiles what is not there yet."""
+    """Compiles what is not there yet in the version that is asked for."""
     BIN.mkdir(parents=True, exist_ok=True)
-    if not (BIN / "hyperkube").exists():
-        sh("go", "build", "-trimpath", "-ldflags", f"-s -w {version_flags()}", "-o", BIN / "hyperkube", ".", cwd=HYPERKUBE, env=STATIC)
+    sources = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(HYPERKUBE.iterdir())))
+    with built("hyperkube", f"{KUBERNETES} {sources.hexdigest()}") as missing:
+        if missing:
+            build_hyperkube()
     for name in COMPONENTS:
         if not (BIN / name).is_symlink():
             (BIN / name).symlink_to("hyperkube")
     for name, (module, version, package) in MODULES.items():
-        if not (BIN / name).exists():
-            build_module(name, module_dir(module, version), package)
+        with built(name, f"{module} {version}") as missing:
+            if missing:
+                build_module(name, module_dir(module, version), package)
+
+
+@contextmanager
+def built(name: str, version: str) -> Iterator[bool]:
+    """Whether `name` has to be compiled, which the block then does: a file beside the binaries says of which version it is."""
+    note = BIN / f".{name}.version"
+    missing = not (BIN / name).exists() or not note.exists() or note.read_text() != version
+    yield missing
+    if missing:
+        note.write_text(version)
+
+
+def build_hyperkube() -> None:
+    sh("go", "build", "-trimpath", "-ldflags", f"-s -w {version_flags()}", "-o", BIN / "hyperkube", ".", cwd=HYPERKUBE, env=STATIC)
 
 
 def build_module(name: str, downloaded: Path, package: str) -> None:
