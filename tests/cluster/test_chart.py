@@ -10,6 +10,7 @@ import yaml
 
 from luthier_operator.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("cluster")  # which brings helm
 CHART = Path(__file__).parents[2] / "charts/luthier"
 
 

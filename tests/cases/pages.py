@@ -1,0 +1,32 @@
+"""The project's pages as a reader sees them: blocks, and the commands in them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+TOP = Path(__file__).resolve().parents[2]
+PAGES = [TOP / "README.md", TOP / "CHANGELOG.md", *sorted((TOP / "docs").glob("*.md")), *sorted((TOP / "examples").rglob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Block:
+    page: Path
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(TOP)}:{self.text.strip().splitlines()[0][:50]}"
+
+    def commands(self) -> list[str]:
+        """Lines to type, in their order."""
+        return [line for line in self.text.splitlines() if line and not line.startswith("#")] if self.language == "bash" else []
+
+
+def blocks() -> Iterator[Block]:
+    for page in PAGES:
+        for match in FENCE.finditer(page.read_text()):
+            yield Block(page, match[1], match[2])
