@@ -156,10 +156,10 @@ def main() -> dict[str, Any]:
     ratios = [o / p for o, p in zip(seconds["ours"], seconds["plain"], strict=True)]
     differences = [abs(o - p) for o, p in zip(runs["ours"][0]["losses"], runs["plain"][0]["losses"], strict=True)]
     return {
-        "benchmark": "training", "steps": STEPS - FROM_STEP, "threads": int(THREADS), "cpuSecondsPerStep": seconds,
+        "steps": STEPS - FROM_STEP, "threads": int(THREADS), "cpu_seconds_per_step": seconds,
         "ratios": [round(r, 4) for r in ratios], "ratio": round(statistics.median(ratios), 4),
-        "ratioOfBest": round(min(seconds["ours"]) / min(seconds["plain"]), 4), "limit": LIMIT,
-        "largestLossDifference": max(differences), "losses": [round(loss, 4) for loss in runs["ours"][0]["losses"]],
+        "ratio_of_best": round(min(seconds["ours"]) / min(seconds["plain"]), 4), "limit": LIMIT,
+        "largest_loss_difference": max(differences), "losses": [round(loss, 4) for loss in runs["ours"][0]["losses"]],
     }  # fmt: skip
 
 
