@@ -5,9 +5,10 @@ All of them follow from the job alone, so nothing has to be remembered or looked
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from luthier_api.kinds import KINDS, JobKind
+from luthier_api.kinds import KINDS, FineTuneJob, JobKind
 from luthier_api.status import Phase, WorkspaceStatus
 from luthier_operator.model import ChildRef, Job
 
@@ -93,6 +94,17 @@ def rendezvous_host(job: Job) -> str:
     """Host name of rank 0 (FineTuneJob): JobSet's name is also that of its headless service."""
     group = child(job, "run").name
     return f"{group}-{NODE}-0-0.{group}" if kind(job) is JobKind.FINE_TUNE else "127.0.0.1"
+
+
+def needed_jobs(job: Job, find: Callable[[str], FineTuneJob | None]) -> dict[str, FineTuneJob | None]:
+    """Name → FineTuneJob of each workspace that `job` reads: of the jobs that it names and, where a result is an adapter, of the model below.
+
+    A model below that was an adapter itself was merged into the workspace of the job that went on from it.
+    """
+    found = {name: find(name) for name in source_jobs(job).values()}
+    adapters = [source for source in found.values() if source and source.spec.method.type != "full"]
+    below = {name: find(name) for adapter in adapters for name in source_jobs(adapter).values()}
+    return {name: base for name, base in below.items() if base and base.spec.method.type == "full"} | found
 
 
 def source_jobs(job: Job) -> dict[str, str]:

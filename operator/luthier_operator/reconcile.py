@@ -94,7 +94,7 @@ class Reconciler:
         except InvalidSpec as error:
             await self._write_status(found, invalid_status(found, str(error)))
             return None
-        observed = self._store.observed(key, job)
+        observed = self._store.observed(job)
         decision = decide(observed, self._settings, datetime.now(UTC))
         if decision.delete_job:
             await self._client.delete(found, "Background")

@@ -60,8 +60,8 @@ class Store:
     def child(self, key: Key, ref: ChildRef) -> Object | None:
         return self._children.get(self._uid(key), {}).get(ref)
 
-    def observed(self, key: Key, job: Job) -> Observed:
-        """All that is known of `job`, which is the parsed object of `key`."""
+    def observed(self, job: Job) -> Observed:
+        """All that is known of `job`."""
         uid = job.metadata.uid
         return Observed(
             job=job,
@@ -70,7 +70,7 @@ class Store:
             ended=list(self._ended.get(uid, {}).values()),
             progress=self._progress(job),
             checkpoint_step=checkpoint_step(self._samples.get(uid, {}).get(0, {})),
-            sources=self._sources(key),
+            sources=self._sources(job),
             jobset_installed=self.jobset_installed,
         )
 
@@ -198,16 +198,16 @@ class Store:
         while len(ended) > ENDS_KEPT:
             ended.popitem(last=False)
 
-    def _sources(self, key: Key) -> dict[str, FineTuneJob]:
-        sources: dict[str, FineTuneJob] = {}
-        for source in source_keys(self._jobs.get(key, {})):
+    def _sources(self, job: Job) -> dict[str, FineTuneJob]:
+        def find(name: str) -> FineTuneJob | None:
             try:
-                parsed = parse_job(self._jobs[source])
+                parsed = parse_job(self._jobs[Key(JobKind.FINE_TUNE, job.metadata.namespace, name)])
             except (KeyError, ValueError):  # it does not exist, or cannot be understood: the same for who waits for it
-                continue
+                return None
             assert isinstance(parsed, FineTuneJob)
-            sources[source.name] = parsed
-        return sources
+            return parsed
+
+        return {name: source for name, source in naming.needed_jobs(job, find).items() if source}
 
 
 def key_of(found: Object) -> Key | None:

@@ -50,6 +50,9 @@ TEXT = generate(
     "text", model={"job": "base"}, adapters=[{"job": "adapter"}],
     inputs={"rows": [{"prompt": "Return the"}, {"prompt": "The class of"}, {"prompt": "A statement is"}]}, text={"maxNewTokens": 16},
 )  # fmt: skip
+OWN = {"size": "1Gi"}
+REGISTERED = fine_tune("registered", model={"job": "base"}, dataset=REGISTER, method={"type": "lora"}, training=training(maxSteps=5), workspace=OWN)
+MERGED = generate("merged", model={"job": "registered"}, inputs={"rows": [{"prompt": "Return the"}]}, text={"maxNewTokens": 4}, workspace=OWN)
 IMAGES = generate(
     "images", task="text-to-image", model={"path": "/data/sdxl"}, shards=2, batchSize=2,
     inputs={"rows": [{"prompt": f"a lute on a bench, study {i}", "seed": i} for i in range(96)]},

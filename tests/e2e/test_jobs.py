@@ -111,6 +111,16 @@ def test_text_with_the_adapter(kube: Kube) -> None:
     assert all(r["text"].strip() for r in rows)
 
 
+def test_an_adapter_of_another_job_as_a_model_each_on_a_claim_of_its_own(kube: Kube) -> None:
+    """The base model lies in the workspace of a third job, which the GenerateJob does not name."""
+    kube.apply(jobs.REGISTERED, jobs.MERGED)
+    kube.complete("ftj", "registered")
+    assert kube.complete("gj", "merged")["status"]["metrics"]["rows"] == 1
+    prepare = kube.list("jobs", "luthier.dev/job=merged,luthier.dev/phase=prepare")[0]
+    mounted = {m["mountPath"] for m in prepare["spec"]["template"]["spec"]["containers"][0]["volumeMounts"]}
+    assert {"/sources/work", "/sources/ftj-registered"} <= mounted
+
+
 def test_events_tell_the_story(kube: Kube) -> None:
     kube.complete("ftj", "adapter")
     told = kube.events("adapter")

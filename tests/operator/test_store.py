@@ -36,7 +36,7 @@ def ended(name: str, code: int = 70, version: int = 2) -> dict[str, Any]:
 def seen(store: Store) -> Any:
     found = store.job(TUNE)
     assert found is not None
-    return store.observed(TUNE, parse_job(found))
+    return store.observed(parse_job(found))
 
 
 def test_an_older_answer_changes_nothing() -> None:
@@ -147,10 +147,30 @@ def test_who_waits_for_a_job_hears_of_it() -> None:
     after = Key(JobKind.FINE_TUNE, "default", "after")
     store.put(job("after", model={"job": "tune"}))
     assert store.put(job()) == {TUNE, after}
-    assert list(store.observed(after, parse_job(store.job(after) or {})).sources) == ["tune"]
+    assert list(store.observed(parse_job(store.job(after) or {})).sources) == ["tune"]
     assert store.remove(job(version=2)) == {TUNE, after}
     store.remove(job("after"))
     assert not store._dependents
+
+
+CHAINS = [
+    # given                                          what it starts from, and how each of those was trained             expect: whose workspaces it reads
+    ("a whole model",                                {"base": ("full", None)},                                         ["base"]),
+    ("an adapter on a model of the Hub",             {"base": ("lora", None)},                                         ["base"]),
+    ("an adapter on a whole model",                  {"base": ("lora", "below"), "below": ("full", None)},              ["base", "below"]),
+    ("an adapter on an adapter, merged there",       {"base": ("lora", "below"), "below": ("qlora", None)},             ["base"]),
+    ("a whole model that began as another",          {"base": ("full", "below"), "below": ("full", None)},              ["base"]),
+    ("an adapter on a model whose job is gone",      {"base": ("lora", "below")},                                      ["base"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("chain", "expect"), [c[1:] for c in CHAINS], ids=[c[0] for c in CHAINS])
+def test_the_model_below_an_adapter_is_needed_too(chain: dict[str, tuple[str, str | None]], expect: list[str]) -> None:
+    store = Store()
+    store.put(job(model={"job": "base"}))
+    for name, (method, below) in chain.items():
+        store.put(job(name, method={"type": method}, **({"model": {"job": below}} if below else {})))
+    assert sorted(seen(store).sources) == expect
 
 
 def test_what_nobody_reads_is_not_kept() -> None:

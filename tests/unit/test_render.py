@@ -231,6 +231,17 @@ def test_a_job_on_the_same_claim_is_found_below_the_workspace() -> None:
     assert claims == ["shared", "ftj-style"], "style is unknown here, so it is taken to have a claim of its own; ours is one volume"
 
 
+def test_the_workspace_below_an_adapter_is_mounted_too() -> None:
+    base = fine_tune(name="base", uid="ba5e0000-0000-4000-8000-000000000004", method={"type": "full"})
+    adapter = fine_tune(name="adapter", uid="ada00000-0000-4000-8000-000000000005", model={"job": "base"}, method={"type": "lora"})
+    job = generate(model={"job": "adapter"})
+    configmap, _, prepare, *_ = objects(job, SETTINGS, [base, adapter])
+    assert run_document(configmap)["sources"] == {
+        "adapter": "/sources/ftj-adapter/ftj-adapter-ada00000", "base": "/sources/ftj-base/ftj-base-ba5e0000",
+    }  # fmt: skip
+    assert [m["mountPath"] for m in prepare["spec"]["template"]["spec"]["containers"][0]["volumeMounts"]][-2:] == ["/sources/ftj-adapter", "/sources/ftj-base"]
+
+
 def test_drawing_needs_no_kubernetes() -> None:
     """A laptop has none of the operator's libraries."""
     code = "import sys; import luthier_operator.render; print([m for m in ('kubernetes', 'kopf', 'torch', 'pydantic_settings') if m in sys.modules])"

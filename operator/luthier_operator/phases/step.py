@@ -75,17 +75,12 @@ class Situation:
         return [a for a in self.status.attempts if a.phase == phase and (a.pod in seen or since is None or moment(a.time or "") >= since)]
 
     def places(self) -> dict[str, Place]:
-        """Where the jobs that this one names keep their work. One that was deleted since is remembered by the prepare Job."""
+        """Where the jobs whose results this one needs keep their work. One that was deleted since is remembered by the prepare Job."""
         prepare = self.child("prepare")
         notes = prepare["metadata"].get("annotations", {}) if prepare else {}
         known = {name: Place(*found) for name, found in json.loads(notes.get(naming.SOURCES_ANNOTATION, "{}")).items()}
         # What was remembered comes first: a job of that name may have been created anew, with another folder.
-        there = {
-            name: naming.place(self.observed.sources[name])
-            for name in naming.source_jobs(self.job).values()
-            if name in self.observed.sources
-        }
-        return there | known
+        return {name: naming.place(source) for name, source in self.observed.sources.items()} | known
 
     def unfinished(self) -> list[ChildRef]:
         """Children that are at work."""

@@ -33,7 +33,7 @@ def objects(job: Job, settings: Settings | None = None, sources: Mapping[str, Fi
 
         settings = Defaults()
     known = {s.metadata.name: s for s in (sources.values() if isinstance(sources, Mapping) else sources)}
-    places = {name: naming.place(known[name]) if name in known else _unknown(name) for name in naming.source_jobs(job).values()}
+    places = {name: naming.place(source) if source else _unknown(name) for name, source in naming.needed_jobs(job, known.get).items()}
     drawn = [configmap(job, settings, places), claim(job, settings), prepare(job, settings, places)]
     drawn.append(jobset(job, settings, places) if isinstance(job, FineTuneJob) else shards(job, settings, places))
     if job.spec.hub and job.spec.hub.repo:
