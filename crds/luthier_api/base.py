@@ -30,7 +30,7 @@ class ApiModel(BaseModel):
 
     model_config = ConfigDict(
         alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True,
-        # PID 1 reads one kind and starts in a tenth of a second: so nothing is built at import. Defaults that are objects come from factories.
+        # PID 1 reads one kind, and fast: nothing is built at import, so defaults that are objects come from factories.
         defer_build=True,
     )
 
