@@ -43,7 +43,7 @@ def test_it_begins_with_everything_that_the_pods_need() -> None:
     assert (decision.status.shape, decision.status.state) == ("2×8", "Preparing")
     assert decision.status.workspace is not None
     assert (decision.status.workspace.claim, decision.status.workspace.folder) == ("ftj-bot", "ftj-bot-f00dcafe")
-    assert [(e.reason, e.message) for e in decision.events] == [("Preparing", "the model is resolved, the data are loaded, the run is planned")]
+    assert [(e.reason, e.message) for e in decision.events] == [("Preparing", "resolving the model, loading the data, planning the run")]
 
 
 def test_a_claim_of_the_user_is_not_created() -> None:
@@ -72,7 +72,7 @@ def case(*children: Object, pods: list[Object] = [], ends: list[PodEnd] = [], gi
 
 CASES = [
     ("its pod is not there yet", case(child(JOB, "prepare")), "waits",
-     "False Preparing: the model is resolved, the data are loaded, the run is planned"),
+     "False Preparing: resolving the model, loading the data, planning the run"),
     ("no node has room", case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", unschedulable="0/3 nodes are available: 3 Insufficient memory.")]), "waits",
      "False Unschedulable: pod ftj-bot-prepare-0-0: 0/3 nodes are available: 3 Insufficient memory."),
     ("its volume is not bound", case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", unschedulable='persistentvolumeclaim "ftj-bot" not found')]), "waits",

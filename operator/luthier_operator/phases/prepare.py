@@ -13,7 +13,7 @@ from luthier_operator.phases import waiting
 from luthier_operator.phases.step import Situation, Step
 
 PREPARED = ConditionType.PREPARED
-DOING = "the model is resolved, the data are loaded, the run is planned"
+DOING = "resolving the model, loading the data, planning the run"
 
 
 def prepare(s: Situation) -> Step:
