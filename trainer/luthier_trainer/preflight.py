@@ -1,6 +1,6 @@
 """What must hold before anything heavy starts: folders that can be written, GPUs that can be seen, a prepared workspace.
 
-Runs in PID 1, in milliseconds and without torch, so that a wrong mount costs two tenths of a second. Each check raises Failure.
+Runs in PID 1, in milliseconds and without torch, so that a wrong mount costs a fraction of a second. Each check raises Failure.
 """
 
 from __future__ import annotations
