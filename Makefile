@@ -23,7 +23,9 @@ demo: setup  ## the main job: train, adapt and generate on this machine (example
 test: setup  ## unit, operator and trainer tests; what needs a cluster is named at the end
 	$(PYTEST) -n 2 --dist loadfile
 
-lint: setup generate-check  ## ruff, mypy, import contracts, generated files
+lint: setup  ## ruff, mypy, import contracts, generated files
+	$(PYTHON) -m luthier_api.crd --check
+	$(PYTHON) docs/render.py --check
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
@@ -31,10 +33,6 @@ lint: setup generate-check  ## ruff, mypy, import contracts, generated files
 generate: setup  ## write the CRDs, and the tables of docs, from the code
 	$(PYTHON) -m luthier_api.crd
 	$(PYTHON) docs/render.py
-
-generate-check: setup
-	$(PYTHON) -m luthier_api.crd --check
-	$(PYTHON) docs/render.py --check
 
 cluster: setup  ## a real Kubernetes with JobSet on this machine (CLUSTER=kind for kind, KUBECONFIG for yours)
 	$(PYTHON) tests/cluster/cluster.py ensure
@@ -49,4 +47,4 @@ e2e: setup  ## API and end-to-end tests on the cluster, through helm and kubectl
 bench: setup  ## the figures of docs/benchmarks.md, as JSON
 	PYTHONPATH=tests $(PYTHON) -m perf
 
-.PHONY: help setup demo test lint generate generate-check cluster images e2e bench
+.PHONY: help setup demo test lint generate cluster images e2e bench

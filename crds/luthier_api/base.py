@@ -1,4 +1,4 @@
-"""The base of every API type, and the CEL rules that travel with it into the CRD.
+"""The base of every API type, and the rules that travel with it into the CRD: those of objects in CEL, those of texts as patterns.
 
 Neighbours: `crd` draws the schema and its rules, `validation` evaluates the same rules where no API server does (a laptop).
 """
@@ -6,10 +6,11 @@ Neighbours: `crd` draws the schema and its rules, `validation` evaluates the sam
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.alias_generators import to_camel
+from pydantic_core import CoreSchema, core_schema
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,27 @@ class Rule:
     def transition(self) -> bool:
         """Whether it compares with the object before: such a rule holds on updates only."""
         return "oldSelf" in self.cel
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a text has to be written: `pattern` in the syntax of RE2, without quotes; `words` follow the path of the field.
+
+    JSON Schema would show the pattern alone, which tells nobody what to write. So the CRD has it as a rule with these words.
+    """
+
+    pattern: str
+    words: str
+
+    EXTENSION: ClassVar = "x-luthier-format"
+    """Where the JSON schema has it, for `crd`."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        matches = core_schema.custom_error_schema(core_schema.str_schema(pattern=self.pattern), "format", custom_error_message=self.words)
+        return core_schema.chain_schema([handler(source), matches])
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(schema), self.EXTENSION: self}
 
 
 class ApiModel(BaseModel):

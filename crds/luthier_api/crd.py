@@ -1,7 +1,8 @@
 """CRDs drawn from the types: `python -m luthier_api.crd` writes them, `--check` fails when the files differ.
 
 The walk turns pydantic's JSON schema into the structural OpenAPI schema that the API server wants: references inlined, optional fields
-without null, no `additionalProperties: false` beside `properties` (strict validation refuses unknown fields by itself), rules as CEL.
+without null, no `additionalProperties: false` beside `properties` (strict validation refuses unknown fields by itself), rules and
+formats as CEL.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from textwrap import dedent
@@ -20,11 +21,11 @@ from pydantic.alias_generators import to_camel
 from pydantic.json_schema import GenerateJsonSchema
 
 from luthier_api import GROUP, VERSION
-from luthier_api.base import ApiModel
+from luthier_api.base import ApiModel, Format, Rule
 from luthier_api.kinds import CATEGORY, KINDS, JobKind, KindInfo
 
 HEADER = "# Generated from crds/luthier_api by `make generate`. Do not edit.\n"
-KEPT = {"type", "description", "default", "enum", "pattern", "format", "minimum", "maximum", "multipleOf", "minLength", "maxLength",
+KEPT = {"type", "description", "default", "enum", "format", "minimum", "maximum", "multipleOf", "minLength", "maxLength",
         "minItems", "maxItems", "minProperties", "maxProperties", "required"}  # fmt: skip
 
 
@@ -50,7 +51,7 @@ def descriptions(model: type[ApiModel]) -> dict[str, str]:
 
 
 def structural(schema: dict[str, Any], defs: dict[str, Any], models: dict[str, type[ApiModel]]) -> dict[str, Any]:
-    """One node of the JSON schema as a node of a structural schema. Raises ValueError on a union that Kubernetes cannot express."""
+    """One node of the JSON schema as a node of a structural schema. Raises ValueError on what Kubernetes cannot express."""
     if "anyOf" in schema:
         options = [o for o in schema["anyOf"] if o.get("type") != "null"]
         if len(options) != 1:
@@ -61,6 +62,8 @@ def structural(schema: dict[str, Any], defs: dict[str, Any], models: dict[str, t
         name = schema["$ref"].rsplit("/", 1)[1]
         model = models.get(name)
         schema = defs[name] | {k: v for k, v in schema.items() if k != "$ref"}
+    if "pattern" in schema:
+        raise ValueError(f"a pattern without words, use Format: {schema}")
     node = {k: v for k, v in schema.items() if k in KEPT}
     if isinstance(node.get("default"), dict):
         node["default"] = without_nulls(node["default"])  # whole: rules are checked against it before the fields below add theirs
@@ -83,8 +86,8 @@ def structural(schema: dict[str, Any], defs: dict[str, Any], models: dict[str, t
         node["additionalProperties"] = structural(schema["additionalProperties"], defs, models)
     if "items" in schema:
         node["items"] = structural(schema["items"], defs, models)
-    if model and model.rules:
-        node["x-kubernetes-validations"] = validations(model)
+    if rules := [*(model.rules if model else ()), *written(schema)]:
+        node["x-kubernetes-validations"] = validations(rules)
     return node
 
 
@@ -92,8 +95,16 @@ def without_nulls(value: Any) -> Any:
     return {k: without_nulls(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
-def validations(model: type[ApiModel]) -> list[dict[str, str]]:
-    return [{"rule": rule.cel, "message": rule.message} for rule in model.rules]
+def written(schema: dict[str, Any]) -> Iterator[Rule]:
+    """The format of a text, or of the keys of a map (`propertyNames`, which Kubernetes does not know), as a rule."""
+    if own := schema.get(Format.EXTENSION):
+        yield Rule(f"self.matches('{own.pattern}')", own.words)
+    if keys := schema.get("propertyNames", {}).get(Format.EXTENSION):
+        yield Rule(f"self.all(key, key.matches('{keys.pattern}'))", keys.words)
+
+
+def validations(rules: Iterable[Rule]) -> list[dict[str, str]]:
+    return [{"rule": rule.cel, "message": rule.message} for rule in rules]
 
 
 def without_defaults(node: Any) -> Any:
@@ -118,7 +129,7 @@ def crd(kind: JobKind, info: KindInfo) -> dict[str, Any]:
         "schema": {"openAPIV3Schema": {
             "type": "object", "description": root["description"], "required": ["spec"],
             "properties": {"apiVersion": {"type": "string"}, "kind": {"type": "string"}, "metadata": {"type": "object"}, "spec": spec, "status": status},
-            "x-kubernetes-validations": validations(info.model),
+            "x-kubernetes-validations": validations(info.model.rules),
         }},
     }  # fmt: skip
     names = {"kind": kind.value, "plural": info.plural, "singular": kind.value.lower(), "shortNames": [info.short], "categories": [CATEGORY]}

@@ -8,19 +8,23 @@ from pydantic import Field
 
 from luthier_api.base import ApiModel, Rule
 from luthier_api.spec import (
+    VOLUMES_APART,
+    Bytes,
+    Cores,
     DatasetSource,
     Hub,
     JobControl,
     ModelSource,
     Path,
-    Quantity,
     Scheduling,
     Seed,
     ShortText,
     Volumes,
     Workspace,
+    alone_on_its_claim,
     at_most_one,
     immutable,
+    train_alone,
 )
 
 FineTuneTask = Literal["causal-lm", "text-classification"]
@@ -51,6 +55,12 @@ class TrainingData(DatasetSource):
 
     rules: ClassVar[tuple[Rule, ...]] = (
         *DatasetSource.rules,
+        train_alone("split"),
+        train_alone("evalSplit"),
+        Rule(
+            "!has(self.evalSplit) || self.evalSplit != self.split",
+            "dataset.evalSplit: is what is learnt; choose another split, or parts that do not overlap, such as train[:90%] and train[90%:]",
+        ),
         Rule(at_most_one("evalSplit", "evalFiles", "evalFraction"), "dataset: set at most one of evalSplit, evalFiles and evalFraction"),
         Rule("!has(self.evalFiles) || has(self.files)", "dataset.evalFiles: belongs to dataset.files; use evalSplit for a Hub dataset"),
     )
@@ -70,6 +80,13 @@ class Method(ApiModel):
     target_modules: Annotated[list[ShortText], Field(min_length=1, max_length=64)] = ["all-linear"]
     """Modules that get an adapter: all-linear, or names such as q_proj (lora, qlora)."""
 
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "!('all-linear' in self.targetModules) || size(self.targetModules) == 1",
+            "method.targetModules: all-linear takes every module already; write it alone, or list names only",
+        ),
+    )
+
 
 class Training(ApiModel):
     """The course of the optimisation."""
@@ -85,11 +102,12 @@ class Training(ApiModel):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the learning rate rises from zero."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of each weight that decays in a step, times the learning rate (AdamW); 0: none."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this norm."""
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 8
     """Rows that one optimiser step sees, over all processes and accumulation steps."""
-    micro_batch_size: Annotated[int | None, Field(ge=1)] = None
+    micro_batch_size: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
     """Rows that one process sees in one forward pass; planned when left out."""
     max_length: Annotated[int, Field(ge=8, le=1_048_576)] = 1024
     """Tokens of a row; longer rows are cut (causal-lm with packing: split)."""
@@ -100,6 +118,7 @@ class Training(ApiModel):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     seed: Seed = 42
+    """Seed of everything that is drawn: new weights, adapters, the order of rows, and what evalFraction holds out."""
     log_steps: Annotated[int, Field(ge=1)] = 10
     """Steps between two reports of the loss."""
     eval_steps: Annotated[int | None, Field(ge=1)] = None
@@ -119,10 +138,10 @@ class TrainingResources(ApiModel):
     """GPUs of each pod, one process on each. 0: train on CPU."""
     processes_per_node: Annotated[int | None, Field(ge=1, le=64)] = None
     """Processes of each pod of a CPU job; 1 when left out."""
-    cpu: Quantity | None = None
-    """CPU request of each pod."""
-    memory: Quantity | None = None
-    """Memory request and limit of each pod."""
+    cpu: Cores | None = None
+    """CPU request of each pod, in cores, for example 16 or 500m; none when left out."""
+    memory: Bytes | None = None
+    """Memory request and limit of each pod, for example 64Gi; neither when left out."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -146,7 +165,7 @@ class Restarts(ApiModel):
     """How often a failed run is started again."""
 
     max: Annotated[int, Field(ge=0, le=100)] = 3
-    """Restarts after failures of the infrastructure; mistakes are never retried, preemptions cost nothing."""
+    """Restarts after failures of the infrastructure; mistakes are never retried, preemptions cost nothing. Read when the run is created: to apply a change to a running job, suspend the job and let it go on."""
 
 
 class FineTuneJobSpec(JobControl):
@@ -163,12 +182,15 @@ class FineTuneJobSpec(JobControl):
     """How processes share the work. auto: one process alone, several by ddp. zero2 and zero3 shard optimiser and weights with DeepSpeed."""
     workspace: Workspace = Field(default_factory=Workspace)
     volumes: Volumes = Field(default_factory=list)
+    """Claims and config maps of the namespace that every pod of the job sees, read-only: data, models, prompts."""
     hub: Hub | None = None
     scheduling: Scheduling = Field(default_factory=Scheduling)
     restarts: Restarts = Field(default_factory=Restarts)
 
     rules: ClassVar[tuple[Rule, ...]] = (
         *immutable("task", "model", "dataset", "method", "training", "resources", "strategy", "workspace", "volumes", "scheduling"),
+        VOLUMES_APART,
+        alone_on_its_claim("resources.nodes"),
         Rule(
             "!has(self.model.config) || self.method.type == 'full'",
             "spec.method.type: new weights (spec.model.config) are trained whole; set method.type: full",

@@ -8,20 +8,25 @@ from pydantic import Field
 
 from luthier_api.base import ApiModel, Rule
 from luthier_api.spec import (
+    VOLUMES_APART,
+    Bytes,
+    Cores,
     DatasetSource,
     Hub,
     JobControl,
     JobName,
     ModelSource,
     Path,
-    Quantity,
+    Repository,
     Scheduling,
     Seed,
     ShortText,
     Volumes,
     Workspace,
+    alone_on_its_claim,
     exactly_one,
     immutable,
+    train_alone,
 )
 
 GenerateTask = Literal["text-generation", "text-to-image"]
@@ -32,13 +37,14 @@ class Adapter(ApiModel):
 
     job: JobName | None = None
     """A FineTuneJob of the same namespace."""
-    id: Annotated[str | None, Field(max_length=200, pattern=r"^[-\w.]+(/[-\w.]+)?$")] = None
+    id: Repository | None = None
     """Repository on the Hub."""
     revision: ShortText | None = None
+    """Branch, tag or commit of `id`; `main` when left out. `prepare` resolves it to a commit."""
     path: Path | None = None
     """Folder inside the pods."""
     weight: Annotated[float, Field(ge=-10, le=10)] = 1.0
-    """How much it counts."""
+    """How much it counts: 1 as it was trained, 0 not at all, below zero the opposite."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(exactly_one("job", "id", "path"), "adapters: set exactly one of job, id and path"),
@@ -50,6 +56,7 @@ class Row(ApiModel):
     """One input."""
 
     prompt: Annotated[str, Field(min_length=1, max_length=8192)]
+    """What to go on from (text-generation), or what to show (text-to-image)."""
     negative_prompt: Annotated[str | None, Field(max_length=8192)] = None
     """What the image should not show (text-to-image)."""
     seed: Seed | None = None
@@ -60,8 +67,11 @@ class InputColumns(ApiModel):
     """Which columns of the inputs play which role. Only the prompt's column must exist."""
 
     prompt: ShortText = "prompt"
+    """The prompt. Text files hold one a line and need no name here."""
     negative_prompt: ShortText = "negative_prompt"
+    """What the image should not show (text-to-image). Used where there is such a column; a name other than the default must exist."""
     seed: ShortText = "seed"
+    """Seed of the row, a whole number below 2^32. Used where there is such a column; a name other than the default must exist."""
 
 
 class InputData(DatasetSource):
@@ -69,6 +79,8 @@ class InputData(DatasetSource):
 
     split: ShortText = "train"
     """Split of a Hub dataset; slices such as train[:100] work."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (*DatasetSource.rules, train_alone("split"))
 
 
 class Inputs(ApiModel):
@@ -87,12 +99,15 @@ class TextSettings(ApiModel):
     """How text is generated."""
 
     max_new_tokens: Annotated[int, Field(ge=1, le=1_048_576)] = 256
+    """Tokens after which a text ends, unless the model ends it before. Prompt and text together must fit the model."""
     temperature: Annotated[float, Field(ge=0, le=10)] = 0.0
     """0: the likeliest token each time. Above: tokens are drawn."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the likeliest tokens whose probabilities add up to this; 1: from all. Counts with a temperature only."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Draw from the k likeliest tokens; 0: from all."""
+    """Draw from the k likeliest tokens; 0: from all. Counts with a temperature only."""
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    """Tokens that stand in the prompt or the text are made less likely by this factor; 1: none, below 1: likelier."""
     per_prompt: Annotated[int, Field(ge=1, le=1000)] = 1
     """Texts for each row; above 1 needs a temperature."""
 
@@ -120,7 +135,9 @@ class ImageSettings(ApiModel):
     guidance: Annotated[float, Field(ge=0, le=100)] = 5.0
     """Classifier-free guidance scale; up to 1 turns it off."""
     width: Annotated[int, Field(ge=8, le=8192, multiple_of=8)] = 1024
+    """Pixels, a multiple of 8. Models are at their best near the size that they were trained with."""
     height: Annotated[int, Field(ge=8, le=8192, multiple_of=8)] = 1024
+    """Pixels, a multiple of 8."""
     per_prompt: Annotated[int, Field(ge=1, le=1000)] = 1
     """Images for each row."""
     format: Literal["png", "webp", "jpeg"] = "png"
@@ -132,17 +149,20 @@ class GenerateResources(ApiModel):
 
     gpus: Annotated[int, Field(ge=0, le=1)] = 1
     """GPUs of each shard: 1, or 0 to run on CPU."""
-    cpu: Quantity | None = None
-    memory: Quantity | None = None
-    """Memory request and limit of each shard."""
+    cpu: Cores | None = None
+    """CPU request of each shard, in cores, for example 8 or 500m; none when left out."""
+    memory: Bytes | None = None
+    """Memory request and limit of each shard, for example 24Gi; neither when left out."""
 
 
 class GenerateJobSpec(JobControl):
     """Which model, over which inputs, how, and where the results go."""
 
     task: GenerateTask
+    """What the model makes: text-generation goes on from prompts, text-to-image draws them (Stable Diffusion XL)."""
     model: ModelSource
     adapters: Annotated[list[Adapter], Field(max_length=8)] = Field(default_factory=list)
+    """LoRA adapters that are added to the model, each by its weight."""
     inputs: Inputs
     text: TextSettings = Field(default_factory=TextSettings)
     """For text-generation."""
@@ -159,10 +179,11 @@ class GenerateJobSpec(JobControl):
     resources: GenerateResources = Field(default_factory=GenerateResources)
     workspace: Workspace = Field(default_factory=Workspace)
     volumes: Volumes = Field(default_factory=list)
+    """Claims and config maps of the namespace that every pod of the job sees, read-only: data, models, prompts."""
     hub: Hub | None = None
     scheduling: Scheduling = Field(default_factory=Scheduling)
     retries_per_shard: Annotated[int, Field(ge=0, le=100)] = 3
-    """How often a shard is started again after a failure of the infrastructure."""
+    """How often a shard is started again after a failure of the infrastructure. Read when the run is created: to apply a change to a running job, suspend the job and let it go on."""
 
     @property
     def per_prompt(self) -> int:
@@ -172,6 +193,8 @@ class GenerateJobSpec(JobControl):
     rules: ClassVar[tuple[Rule, ...]] = (
         *immutable("task", "model", "adapters", "inputs", "text", "image", "precision", "batchSize", "seed", "shards", "resources",
                    "workspace", "volumes", "scheduling"),
+        VOLUMES_APART,
+        alone_on_its_claim("shards"),
         Rule("!has(self.model.config)", "spec.model.config: new weights cannot generate anything; set model.id, path or job"),
         Rule(
             "self.resources.gpus > 0 || self.precision != 'fp16'",
@@ -180,5 +203,13 @@ class GenerateJobSpec(JobControl):
         Rule(
             "!(self.task == 'text-to-image' && has(self.model.job))",
             "spec.model.job: a FineTuneJob makes text models; set model.id or model.path for text-to-image",
+        ),
+        Rule(
+            "self.task != 'text-to-image' || !has(self.adapters) || !self.adapters.exists(a, has(a.job))",
+            "spec.adapters.job: a FineTuneJob makes adapters of text models; set id or path for text-to-image",
+        ),
+        Rule(
+            "self.task == 'text-to-image' || !has(self.inputs.rows) || !self.inputs.rows.exists(r, has(r.negativePrompt))",
+            "spec.inputs.rows.negativePrompt: only text-to-image has negative prompts; remove them",
         ),
     )  # fmt: skip

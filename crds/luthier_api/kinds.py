@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -55,7 +55,17 @@ class FineTuneJob(ApiModel):
     spec: FineTuneJobSpec
     status: JobStatus = Field(default_factory=JobStatus)
 
-    rules: ClassVar[tuple[Rule, ...]] = NAME_RULES
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *NAME_RULES,
+        Rule(
+            "size(self.metadata.name) + size(string(self.spec.resources.nodes - 1)) <= 41",
+            "metadata.name: at most 39 characters with more than 10 nodes, 38 with more than 100, so that the names of pods fit; choose a shorter one",
+        ),
+        Rule(
+            "!has(self.spec.model.job) || self.spec.model.job != self.metadata.name",
+            "spec.model.job: is this job itself; name the job whose result it starts from",
+        ),
+    )
 
 
 class GenerateJob(ApiModel):
@@ -68,9 +78,6 @@ class GenerateJob(ApiModel):
     status: JobStatus = Field(default_factory=JobStatus)
 
     rules: ClassVar[tuple[Rule, ...]] = NAME_RULES
-
-
-AnyJob = Annotated[FineTuneJob | GenerateJob, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)

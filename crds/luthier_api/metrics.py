@@ -5,13 +5,15 @@ One table for three readers: the trainer makes its gauges from it, operator and 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from luthier_api.status import Progress
+from luthier_api.status import Progress, finite
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,14 @@ GENERATE_ROWS = Metric("luthier_generate_rows", "Outputs that lie in the workspa
 GENERATE_MAX_ROWS = Metric("luthier_generate_max_rows", "Outputs that this shard has to write")
 GENERATE_ROWS_PER_SECOND = Metric("luthier_generate_rows_per_second", "Outputs a second in this attempt")
 
+LARGEST_COUNT = 2.0**41  # a pod may serve anything: the sum over 4096 shards must still be a whole number to JSON and the API server (2**53)
+
 POD_METRICS: tuple[Metric, ...] = tuple(m for m in globals().values() if isinstance(m, Metric))
 
 
 def read_samples(text: str) -> dict[str, float]:
-    """Name → value of the samples without labels in a Prometheus text. Raises ValueError when it does not parse."""
-    return {s.name: s.value for family in text_string_to_metric_families(text) for s in family.samples if not s.labels}
+    """Name → finite value of the samples without labels in a Prometheus text. Raises ValueError when it does not parse."""
+    return finite({s.name: s.value for family in text_string_to_metric_families(text) for s in family.samples if not s.labels})
 
 
 def progress_of(pods: list[dict[str, float]], now: datetime | None = None, outputs: int | None = None) -> Progress | None:
@@ -54,24 +58,32 @@ def progress_of(pods: list[dict[str, float]], now: datetime | None = None, outpu
     `outputs`: of the whole GenerateJob, where that is known; else those of the shards that have begun.
     """
     time = (now or datetime.now(UTC)).strftime("%Y-%m-%dT%H:%M:%SZ")
-    training = next((p for p in pods if p.get(TRAIN_MAX_STEPS.name)), None)
+    training = next((p for p in pods if count(p, TRAIN_MAX_STEPS)), None)
     if training is not None:
-        step, most = int(training.get(TRAIN_STEP.name, 0)), int(training[TRAIN_MAX_STEPS.name])
+        step, most = count(training, TRAIN_STEP), count(training, TRAIN_MAX_STEPS)
         return Progress(
             step=step, max_steps=most, percent=100 * step // most, epoch=figure(training.get(TRAIN_EPOCH.name)),
             loss=figure(training.get(TRAIN_LOSS.name)), learning_rate=figure(training.get(TRAIN_LEARNING_RATE.name)),
             tokens_per_second=figure(training.get(TRAIN_TOKENS_PER_SECOND.name)),
             eta_seconds=_whole(training.get(TRAIN_ETA_SECONDS.name)), time=time,
         )  # fmt: skip
-    shards = [p for p in pods if p.get(GENERATE_MAX_ROWS.name)]
+    shards = [p for p in pods if count(p, GENERATE_MAX_ROWS)]
     if not shards:
         return None
-    rows, most = (int(sum(p.get(m.name, 0) for p in shards)) for m in (GENERATE_ROWS, GENERATE_MAX_ROWS))
+    rows, most = (sum(count(p, metric) for p in shards) for metric in (GENERATE_ROWS, GENERATE_MAX_ROWS))
     most = outputs or most
     pace = sum(p.get(GENERATE_ROWS_PER_SECOND.name, 0) for p in shards)
     return Progress(
         rows=rows, max_rows=most, percent=100 * rows // most, eta_seconds=_whole((most - rows) / pace if pace else None), time=time
     )
+
+
+def over_shards(shards: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Final figures of a generation: the sums over its shards."""
+    total: Counter[str] = Counter()
+    for figures in shards:
+        total.update(figures)
+    return dict(total)
 
 
 def samples_at_end(metrics: dict[str, float] | None) -> dict[str, float]:
@@ -86,9 +98,13 @@ def checkpoint_step(samples: dict[str, float]) -> int | None:
 
 
 def figure(value: float | None) -> float | None:
-    """Four significant digits: enough to read, few enough that a status does not change for nothing. NaN is no figure."""
-    return None if value is None or value != value else float(f"{value:.4g}")
+    """Four significant digits: enough to read, few enough that a status does not change for nothing."""
+    return None if value is None else float(f"{value:.4g}")
+
+
+def count(samples: dict[str, float], metric: Metric) -> int:
+    return _whole(samples.get(metric.name)) or 0
 
 
 def _whole(value: float | None) -> int | None:
-    return None if value is None or value != value else round(value)
+    return round(value) if value is not None and abs(value) < LARGEST_COUNT else None

@@ -64,6 +64,20 @@ class _Kind(ApiModel):
     kind: Literal["FineTuneJob", "GenerateJob"]
 
 
+class Origin(ApiModel):
+    """A file or a folder outside the workspace that `prepare` has read, and what to know it again by."""
+
+    field: str
+    """Of the spec, which named it."""
+    path: str
+    digest: str
+    """SHA-256: of a data file, or over a model's folder."""
+    size: int | None = None
+    """Bytes of a data file."""
+    mtime_ns: int | None = None
+    """When it was last written. One that nobody has touched is not read again."""
+
+
 class PreparedRecord(Prepared):
     """`prepared/prepared.json`: `Prepared`, with the places that the pods of `run` need."""
 
@@ -71,6 +85,8 @@ class PreparedRecord(Prepared):
     """Folder of the model, its configuration and its tokenizer."""
     adapter_paths: list[str] = Field(default_factory=list)
     """Folders of the adapters, in the order of the spec (GenerateJob)."""
+    origins: list[Origin] = Field(default_factory=list)
+    """What all of it was made of: what lies on the Hub has a commit instead."""
     dataset_path: str
     """FineTuneJob: a DatasetDict saved to disk, splits `train` and `eval`, tokenised. GenerateJob: rows.jsonl."""
 

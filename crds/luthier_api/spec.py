@@ -6,14 +6,47 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from luthier_api.base import ApiModel, Rule
+from luthier_api.base import ApiModel, Format, Rule
 
 ShortText = Annotated[str, Field(min_length=1, max_length=253)]
 Path = Annotated[str, Field(min_length=1, max_length=1024)]
-Quantity = Annotated[str, Field(max_length=32, pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$")]
-JobName = Annotated[str, Field(min_length=1, max_length=40, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
-KeyName = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$")]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Seconds = Annotated[int, Field(ge=0, le=2**31 - 1)]  # as wide as Kubernetes' own
+
+# What the API server would refuse in a child, or a pod would trip over, is refused in the job.
+LABEL = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"  # of RFC 1123
+WORD = "[a-zA-Z0-9]([-_.a-zA-Z0-9]*[a-zA-Z0-9])?"
+REPOSITORY = "[_a-zA-Z0-9]([-_.a-zA-Z0-9]*[_a-zA-Z0-9])?"
+ABOVE_ZERO = "([0-9]*[1-9][0-9]*([.][0-9]+)?|[0-9]+[.][0-9]*[1-9][0-9]*)"
+
+OBJECT_NAME = Format(f"^{LABEL}([.]{LABEL})*$", "must be the name of a Kubernetes object: lower-case letters, digits, '-' and '.', such as team-a")
+ObjectName = Annotated[str, Field(min_length=1, max_length=253), OBJECT_NAME]
+QueueName = Annotated[str, Field(min_length=1, max_length=63), OBJECT_NAME]
+JobName = Annotated[
+    str, Field(min_length=1, max_length=40), Format(f"^{LABEL}$", "must be the name of a FineTuneJob: lower-case letters, digits and '-'")
+]
+KeyName = Annotated[
+    str, Field(min_length=1, max_length=253),
+    Format("^[.]?[-_a-zA-Z0-9][-._a-zA-Z0-9]*$", "must be a key of a Secret: letters, digits, '-', '_' and '.', such as token"),
+]  # fmt: skip
+LabelKey = Annotated[
+    str, Field(max_length=317),
+    Format(f"^({LABEL}([.]{LABEL})*/)?[a-zA-Z0-9]([-_.a-zA-Z0-9]{{0,61}}[a-zA-Z0-9])?$", "must be the key of a label, such as gpu or example.com/gpu"),
+]  # fmt: skip
+LabelValue = Annotated[
+    str, Field(max_length=63), Format(f"^({WORD})?$", "must be the value of a label: letters, digits, '-', '_' and '.', such as h100")
+]
+MountPath = Annotated[
+    str, Field(max_length=253),
+    Format("^(/[.]*[-_a-zA-Z0-9][-_.a-zA-Z0-9]*)+$", "must be an absolute folder such as /data or /models/base, without '..', '//' or a '/' at its end"),
+]  # fmt: skip
+Repository = Annotated[
+    str, Field(max_length=200), Format(f"^{REPOSITORY}(/{REPOSITORY})?$", "must be a repository of the Hub, OWNER/NAME, such as Qwen/Qwen3-8B")
+]
+Bytes = Annotated[
+    str, Field(max_length=32), Format(f"^{ABOVE_ZERO}(k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$", "must be an amount above zero, in bytes, such as 200Gi or 512Mi")
+]
+Cores = Annotated[str, Field(max_length=32), Format(f"^{ABOVE_ZERO}m?$", "must be a number of cores above zero, such as 4, 0.5 or 500m")]
 
 
 def exactly_one(*fields: str) -> str:
@@ -26,10 +59,26 @@ def at_most_one(*fields: str) -> str:
     return " + ".join(f"(has(self.{f}) ? 1 : 0)" for f in fields) + " <= 1"
 
 
+def train_alone(field: str) -> Rule:
+    """Files are one split."""
+    return Rule(
+        f"!has(self.files) || !has(self.{field}) || self.{field}.matches('^train([^._a-zA-Z0-9]|$)')",
+        f"dataset.{field}: files are one split, train; write train or a part of it, such as train[:90%]",
+    )
+
+
+def alone_on_its_claim(pods: str) -> Rule:
+    """`pods`: the field that says how many work at once."""
+    return Rule(
+        f"!has(self.workspace.accessMode) || self.workspace.accessMode != 'ReadWriteOncePod' || self.{pods} == 1",
+        f"spec.workspace.accessMode: ReadWriteOncePod lets one pod work at a time; use ReadWriteMany, or set {pods}: 1",
+    )
+
+
 class NewModel(ApiModel):
     """A model made from a configuration, with new weights, and a byte-level BPE tokenizer trained on the dataset."""
 
-    model_type: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-z0-9_\-]+$")]
+    model_type: Annotated[str, Field(max_length=64), Format("^[-_a-z0-9]+$", "must be transformers' name of an architecture, such as llama")]
     """transformers' name of the architecture, for example llama, qwen3, gpt2."""
     vocab_size: Annotated[int, Field(ge=260, le=1_000_000)] = 8192
     """Size of the tokenizer's vocabulary, special tokens included."""
@@ -40,7 +89,7 @@ class NewModel(ApiModel):
 class ModelSource(ApiModel):
     """Where the model comes from: exactly one of id, path, job and config."""
 
-    id: Annotated[str | None, Field(max_length=200, pattern=r"^[-\w.]+(/[-\w.]+)?$")] = None
+    id: Repository | None = None
     """Repository on the Hub, for example Qwen/Qwen2.5-7B-Instruct."""
     revision: ShortText | None = None
     """Branch, tag or commit of `id`; `main` when left out. `prepare` resolves it to a commit."""
@@ -60,7 +109,7 @@ class ModelSource(ApiModel):
 class DatasetSource(ApiModel):
     """Where the rows come from: exactly one of id (the Hub) and files."""
 
-    id: Annotated[str | None, Field(max_length=200, pattern=r"^[-\w.]+(/[-\w.]+)?$")] = None
+    id: Repository | None = None
     """Dataset repository on the Hub."""
     revision: ShortText | None = None
     """Branch, tag or commit of `id`; `main` when left out. `prepare` resolves it to a commit."""
@@ -82,11 +131,11 @@ class DatasetSource(ApiModel):
 class Workspace(ApiModel):
     """The volume where the phases meet and where results stay: a claim that exists, or one that the operator creates."""
 
-    claim: ShortText | None = None
+    claim: ObjectName | None = None
     """An existing PersistentVolumeClaim of the namespace. Each job works in a folder of its own on it."""
-    size: Quantity | None = None
-    """Size of the claim that the operator creates; 10Gi when left out."""
-    storage_class: ShortText | None = None
+    size: Bytes | None = None
+    """Size of the claim that the operator creates, for example 200Gi. When left out, what the administrator has set (`jobs.workspaceSize` of the chart; 10Gi if they have not)."""
+    storage_class: ObjectName | None = None
     """Its storage class; the cluster's default when left out."""
     access_mode: Literal["ReadWriteOnce", "ReadWriteMany", "ReadWriteOncePod"] | None = None
     """Its access mode; ReadWriteMany where several pods work at once, else ReadWriteOnce."""
@@ -105,19 +154,25 @@ class Workspace(ApiModel):
     )
 
 
+RESERVED = ("bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "libx32", "opt", "proc", "root", "run", "sbin", "sources", "sys", "tmp",
+            "usr", "var", "workspace")  # fmt: skip
+"""Folders of the image, of the pod, and our own: a volume there would hide them, or not be reached."""
+
+
 class Volume(ApiModel):
     """A claim or config map of the namespace, mounted read-only into every pod of the job."""
 
-    claim: ShortText | None = None
-    config_map: ShortText | None = None
-    mount_path: Annotated[str, Field(max_length=253, pattern=r"^/[-\w./]+$")]
-    """Absolute folder in the pods."""
+    claim: ObjectName | None = None
+    """PersistentVolumeClaim to mount, whole."""
+    config_map: ObjectName | None = None
+    """ConfigMap to mount: each of its keys is a file."""
+    mount_path: MountPath
+    """Absolute folder in the pods, for example /data; none of the system's, such as /tmp or /usr."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(exactly_one("claim", "configMap"), "volumes: set exactly one of claim and configMap"),
         Rule(
-            "!['/tmp', '/dev', '/run', '/etc', '/proc', '/sys', '/opt', '/usr', '/workspace', '/sources'].exists(p, self.mountPath == p"
-            " || self.mountPath.startsWith(p + '/'))",
+            f"!self.mountPath.matches('^/({'|'.join(RESERVED)})(/|$)')",
             "volumes.mountPath: that folder belongs to the pod; choose one such as /data or /models",
         ),
     )
@@ -126,14 +181,16 @@ class Volume(ApiModel):
 class SecretKey(ApiModel):
     """A key of a Secret in the job's namespace."""
 
-    name: ShortText
+    name: ObjectName
+    """Name of the Secret."""
     key: KeyName = "token"
+    """Key in it whose value is meant."""
 
 
 class Hub(ApiModel):
     """Where the result is published, and the token that reads private or gated sources."""
 
-    repo: Annotated[str | None, Field(max_length=200, pattern=r"^[-\w.]+(/[-\w.]+)?$")] = None
+    repo: Repository | None = None
     """Repository that receives the result; created when it does not exist. Without it nothing is published."""
     private: bool = True
     """Whether a repository that is created is private."""
@@ -151,21 +208,34 @@ class Hub(ApiModel):
 class Toleration(ApiModel):
     """A taint that the pods accept, as in a pod spec."""
 
-    key: ShortText
+    key: LabelKey
+    """Key of the taint, for example nvidia.com/gpu."""
     operator: Literal["Exists", "Equal"] = "Equal"
-    value: Annotated[str | None, Field(max_length=253)] = None
+    """Exists: whatever the taint's value. Equal: only `value`."""
+    value: LabelValue | None = None
+    """Value of the taint, for Equal; empty when left out."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    """Effect of the taint; all effects when left out."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "self.operator != 'Exists' || !has(self.value) || self.value == ''",
+            "tolerations.value: operator Exists takes any value; remove value, or use operator: Equal",
+        ),
+    )
 
 
 class Scheduling(ApiModel):
     """Where and when the pods that do the work run."""
 
-    queue: Annotated[str | None, Field(max_length=63, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")] = None
-    """Kueue LocalQueue for the pods that hold GPUs."""
-    priority_class: ShortText | None = None
-    """PriorityClass of the pods."""
-    node_selector: Annotated[dict[str, str], Field(max_length=32)] = Field(default_factory=dict)
+    queue: QueueName | None = None
+    """Kueue LocalQueue of the namespace, for the pods that hold GPUs; without it they start as soon as they fit."""
+    priority_class: ObjectName | None = None
+    """PriorityClass of the pods of all phases; the cluster's default when left out."""
+    node_selector: Annotated[dict[LabelKey, LabelValue], Field(max_length=32)] = Field(default_factory=dict)
+    """Labels that a node must have for the pods that train or generate, for example {gpu: h100}. `prepare` and `publish` run anywhere."""
     tolerations: Annotated[list[Toleration], Field(max_length=32)] = Field(default_factory=list)
+    """Taints that the pods of all phases accept. A node that cannot be reached is left after a minute."""
 
 
 class JobControl(ApiModel):
@@ -173,15 +243,19 @@ class JobControl(ApiModel):
 
     suspend: bool = False
     """Stop the pods after a checkpoint, hold no resources, and go on when it becomes false."""
-    active_deadline_seconds: Annotated[int | None, Field(ge=1)] = None
-    """Seconds from the start of the first phase after which the job is stopped and fails."""
-    ttl_seconds_after_finished: Annotated[int | None, Field(ge=0)] = None
-    """Seconds after which a finished job is deleted. Its workspace stays unless `workspace.whenDeleted` says otherwise."""
+    active_deadline_seconds: Annotated[Seconds, Field(ge=1)] | None = None
+    """Seconds from the start of the first phase after which the job is stopped and fails; no limit when left out."""
+    ttl_seconds_after_finished: Seconds | None = None
+    """Seconds after which a finished job is deleted; it stays when left out. Its workspace stays unless `workspace.whenDeleted` says otherwise."""
     plan_only: bool = False
     """Stop after `prepare` and show the plan in the status; false later lets the job go on."""
 
 
 Volumes = Annotated[list[Volume], Field(max_length=16)]
+VOLUMES_APART = Rule(
+    "!has(self.volumes) || self.volumes.all(v, self.volumes.exists_one(w, w.mountPath == v.mountPath))",
+    "spec.volumes: two of them have the same mountPath; give each a folder of its own",
+)
 
 
 def immutable(*fields: str) -> tuple[Rule, ...]:

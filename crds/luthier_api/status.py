@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from luthier_api.base import ApiModel
 from luthier_api.conditions import ConditionType
 
 Phase = Literal["prepare", "run", "publish"]
 PHASES: tuple[Phase, ...] = ("prepare", "run", "publish")
+
+
+def finite(figures: Mapping[str, float]) -> dict[str, float]:
+    """Without infinities and NaN. JSON has no word for them: the API server refuses a whole status for one of them."""
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+
+Figures = Annotated[dict[str, float], AfterValidator(finite)]
+"""Name → figure, as pods tell them. What is not finite is left out where it comes in."""
 
 
 class Condition(ApiModel):
@@ -30,7 +41,7 @@ class ResolvedSource(ApiModel):
     source: str
     """Where it came from: a Hub id, a folder, a job."""
     revision: str | None = None
-    """The commit, when it came from the Hub."""
+    """Which version of it: the commit on the Hub, else a SHA-256 over its files."""
 
 
 class ResolvedDataset(ResolvedSource):
@@ -87,10 +98,10 @@ class Progress(ApiModel):
 
 
 class Checkpoint(ApiModel):
+    """The newest one whose files matched its manifest: no other is ever told of."""
+
     step: int
     time: str | None = None
-    verified: bool = True
-    """Whether its files matched its manifest."""
 
 
 class Attempt(ApiModel):
@@ -138,6 +149,8 @@ class JobStatus(ApiModel):
     """One word for people: Pending, Preparing, Running, ... Programs read the conditions."""
     conditions: list[Condition] = Field(default_factory=list)
     start_time: str | None = None
+    run_start_time: str | None = None
+    """When the pods of `run` first ran."""
     completion_time: str | None = None
     shape: str | None = None
     """Nodes × GPUs, or shards × GPUs."""
@@ -145,9 +158,10 @@ class JobStatus(ApiModel):
     progress: Progress | None = None
     checkpoint: Checkpoint | None = None
     restarts: int = 0
+    """Of the group of pods; of a GenerateJob, those of all shards together."""
     restarts_charged: int = 0
-    """Restarts that counted against `restarts.max`."""
-    metrics: dict[str, float] | None = None
+    """Restarts that counted against `restarts.max`, or `retriesPerShard`."""
+    metrics: Figures | None = None
     """Final figures, for example evalLoss."""
     attempts: Annotated[list[Attempt], Field(max_length=10)] = Field(default_factory=list)
     """The last ten failures."""

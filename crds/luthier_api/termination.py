@@ -7,7 +7,7 @@ from typing import Any
 
 from luthier_api.base import ApiModel
 from luthier_api.exitcodes import ExitCode
-from luthier_api.status import HubStatus, Phase, Prepared
+from luthier_api.status import Figures, HubStatus, Phase, Prepared
 
 LIMIT_BYTES = 4096  # kubelet cuts a termination message there
 
@@ -29,7 +29,7 @@ class TerminationMessage(ApiModel):
     last_lines: str = ""
     seconds: float | None = None
     prepared: Prepared | None = None
-    metrics: dict[str, float] | None = None
+    metrics: Figures | None = None
     hub: HubStatus | None = None
 
     def encode(self) -> bytes:

@@ -53,7 +53,7 @@ def broken_rules(model: ApiModel, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _line(error: Any, document: dict[str, Any]) -> str:
-    location = [part for part in error["loc"] if part not in ("FineTuneJob", "GenerateJob")]
+    location = [part for part in error["loc"] if part not in ("FineTuneJob", "GenerateJob", "[key]")]
     path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).lstrip(".")
     match error["type"]:
         case "extra_forbidden":

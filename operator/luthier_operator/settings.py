@@ -5,34 +5,42 @@ Nothing of it can be set in a job: the image, the Hub's endpoint and the service
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-Names = Annotated[tuple[str, ...], NoDecode]
+from luthier_api.run import Variables
+from luthier_api.spec import Bytes, Cores, ObjectName
+
+Names = Annotated[tuple[ObjectName, ...], NoDecode]
 """Written with commas between."""
 
 
 class Settings(BaseSettings):
-    """Settings of the operator; field docstrings are the documentation."""
+    """Settings of the operator; field docstrings are the documentation. A wrong one ends the start, with the variable's name."""
 
-    model_config = SettingsConfigDict(env_prefix="LUTHIER_", frozen=True, use_attribute_docstrings=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        # An alias rather than a prefix: errors name what the administrator has written.
+        alias_generator=lambda name: f"LUTHIER_{name.upper()}", populate_by_name=True,
+        frozen=True, use_attribute_docstrings=True, extra="ignore",
+    )  # fmt: skip
 
     trainer_image: str = "luthier/trainer:0.1.0"
     """Image of every pod of a job."""
-    image_pull_policy: str = "IfNotPresent"
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    """When the nodes pull that image."""
     image_pull_secrets: Names = ()
-    """Secrets, in the namespace of the job, to pull the image with."""
-    service_account: str | None = None
+    """Secrets, in the namespace of each job, to pull the image with; with commas between."""
+    service_account: ObjectName | None = None
     """Service account of the jobs' pods; the namespace's default when empty. Its token is never mounted."""
     hub_endpoint: str | None = None
     """HF_ENDPOINT of `prepare` and `publish`: a mirror, or a Hub of one's own."""
     gpu_resource: str = "nvidia.com/gpu"
     """Extended resource that a GPU is."""
-    cpu_request: str = "100m"
-    """CPU request of the pods of `prepare` and `publish`."""
-    memory_request: str = "512Mi"
+    cpu_request: Cores = "100m"
+    """CPU request of the pods of `prepare` and `publish`, in cores."""
+    memory_request: Bytes = "512Mi"
     """Memory request of the pods of `prepare` and `publish`."""
     prepare_retries: Annotated[int, Field(ge=0)] = 6
     """Failures of the infrastructure that `prepare` survives: about 10 minutes at Kubernetes' back-off."""
@@ -40,23 +48,33 @@ class Settings(BaseSettings):
     """The same of `publish`, where a finished run waits for the Hub: about 2.5 hours."""
     grace_seconds: Annotated[int, Field(ge=15)] = 60
     """Seconds that a stopped pod has to save its work."""
-    workspace_size: str = "10Gi"
+    workspace_size: Bytes = "10Gi"
     """Size of a workspace whose job sets none."""
+    env: dict[Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")], str] = {}
+    """More environment variables of every pod of a job, as JSON: a proxy, an authority's file, NCCL's own settings."""
 
     namespaces: Names = ()
-    """Namespaces to watch; empty: all."""
+    """Namespaces to watch, with commas between; empty: all."""
     workers: Annotated[int, Field(ge=1)] = 16
     """Jobs reconciled at once."""
     progress_every: Annotated[float, Field(gt=0)] = 15
     """Seconds between two readings of a running job's progress."""
     metrics_port: int = 8080
     """Port of the operator's own /metrics, /healthz and /readyz."""
-    log_level: str = "INFO"
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(str.upper)] = "INFO"
+    """The least severe that the operator writes to its log."""
 
     @field_validator("namespaces", "image_pull_secrets", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("env")
+    @classmethod
+    def _ours_stay(cls, value: dict[str, str]) -> dict[str, str]:
+        if ours := sorted(name for name in value if name.startswith("LUTHIER_") or name in (Variables.TOKEN, Variables.NODE_RANK)):
+            raise ValueError(f"{', '.join(ours)}: set by Luthier itself; remove it")
+        return value
 
     @field_validator("service_account", "hub_endpoint", mode="before")
     @classmethod

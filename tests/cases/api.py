@@ -1,4 +1,4 @@
-"""The rules of the API as a table: for each rule, a change to a sound manifest that it refuses and one that it lets pass.
+"""The rules of the API as tables: for each rule, and each field with a format, what is refused and what passes.
 
 Read by the unit tests, which evaluate the rules on this machine, and by the cluster tests, where the API server does.
 """
@@ -6,11 +6,13 @@ Read by the unit tests, which evaluate the rules on this machine, and by the clu
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from luthier_api.base import ApiModel, Rule
+from luthier_api.crd import crd
 from luthier_api.kinds import KINDS
 
 Document = dict[str, Any]
@@ -64,6 +66,33 @@ def all_rules() -> Iterator[Rule]:
                     yield rule
 
 
+def schemas(kind: str, part: str = "spec") -> Iterator[tuple[str, Document]]:
+    """Path and schema of each field of `part` as the CRD has them; `[]` stands for an item of a list, `{}` for a value of a map."""
+
+    def walk(path: str, node: Document) -> Iterator[tuple[str, Document]]:
+        yield path, node
+        for name, below in node.get("properties", {}).items():
+            yield from walk(f"{path}.{name}", below)
+        for mark, word in (("[]", "items"), ("{}", "additionalProperties")):
+            if isinstance(node.get(word), dict):
+                yield from walk(f"{path}{mark}", node[word])
+
+    (drawn,) = [crd(k, info) for k, info in KINDS.items() if k == kind]
+    return walk(part, drawn["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"][part])
+
+
+@cache
+def words() -> dict[str, str]:
+    """Path of each field with a format → what its message says, over both kinds."""
+    return {
+        path: rule["message"]
+        for kind in KINDS
+        for path, node in schemas(kind)
+        for rule in node.get("x-kubernetes-validations", [])
+        if node["type"] == "string" or "additionalProperties" in node
+    }
+
+
 def _models(model: type[ApiModel]) -> Iterator[type[ApiModel]]:
     from luthier_api.validation import _model_in
 
@@ -74,11 +103,19 @@ def _models(model: type[ApiModel]) -> Iterator[type[ApiModel]]:
             yield from _models(below)
 
 
+def mounted(*paths: str) -> Change:
+    return {"spec.volumes": [{"claim": "a", "mountPath": path} for path in paths]}
+
+
 SECRET = {"name": "hf", "key": "token"}
 CASES: list[Case] = [
     # names
     Case("metadata.name: at most 40 characters", {"metadata.name": "a" * 41}, {"metadata.name": "a" * 40}),
     Case("metadata.name: lower-case letters", {"metadata.name": "a.b"}, {"metadata.name": "a-b"}),
+    Case("metadata.name: at most 39", {"metadata.name": "a" * 40, "spec.resources.nodes": 11, "spec.training.batchSize": 11},
+         {"metadata.name": "a" * 39, "spec.resources.nodes": 11, "spec.training.batchSize": 11}),
+    Case("metadata.name: at most 39", {"metadata.name": "a" * 39, "spec.resources.nodes": 101, "spec.training.batchSize": 101},
+         {"metadata.name": "a" * 40, "spec.resources.nodes": 10, "spec.training.batchSize": 10}),
     # sources
     Case("model: set exactly one of", {"spec.model.path": "/models/m"}, {"spec.model": {"path": "/models/m"}}),
     Case("model.revision:", {"spec.model": {"path": "/m", "revision": "v1"}}, {"spec.model.revision": "v1"}),
@@ -88,12 +125,28 @@ CASES: list[Case] = [
     Case("dataset.format:", {"spec.dataset": {"id": "org/data", "format": "csv"}}, {"spec.dataset.format": "csv"}),
     Case("dataset: set at most one of", {"spec.dataset.evalSplit": "test", "spec.dataset.evalFraction": 0.1}, {"spec.dataset.evalFraction": 0.1}),
     Case("dataset.evalFiles:", {"spec.dataset": {"id": "org/data", "evalFiles": ["/e"]}}, {"spec.dataset.evalFiles": ["/e"]}),
+    Case("dataset.split:", {"spec.dataset.split": "test"}, {"spec.dataset.split": "train[:10%]+train[20%:]"}),
+    Case("dataset.split:", {"spec.dataset.split": "trainer"}, {"spec.dataset": {"id": "org/data", "split": "trainer"}}),
+    Case("dataset.split:", {"spec.inputs": {"dataset": {"files": ["/p.jsonl"], "split": "test"}}},
+         {"spec.inputs": {"dataset": {"files": ["/p.jsonl"], "split": "train[:9]"}}}, GENERATE),
+    Case("dataset.evalSplit: files", {"spec.dataset.evalSplit": "test"}, {"spec.dataset.evalSplit": "train[90%:]"}),
+    Case("dataset.evalSplit: is what", {"spec.dataset.evalSplit": "train"}, {"spec.dataset": {"id": "org/data", "evalSplit": "validation"}}),
+    Case("spec.model.job: is this job", {"spec.model": {"job": "sound"}}, {"spec.model": {"job": "another"}}),
     # where work lies
     Case("workspace: size", {"spec.workspace": {"claim": "mine", "size": "1Gi"}}, {"spec.workspace": {"claim": "mine"}}),
     Case("workspace.whenDeleted:", {"spec.workspace": {"claim": "mine", "whenDeleted": "Delete"}}, {"spec.workspace": {"whenDeleted": "Delete"}}),
     Case("volumes: set exactly one", {"spec.volumes": [{"claim": "a", "configMap": "b", "mountPath": "/data"}]},
          {"spec.volumes": [{"configMap": "b", "mountPath": "/data"}]}),
-    Case("volumes.mountPath:", {"spec.volumes": [{"claim": "a", "mountPath": "/workspace/x"}]}, {"spec.volumes": [{"claim": "a", "mountPath": "/workspaces"}]}),
+    *(Case("volumes.mountPath:", mounted(taken), mounted(free)) for taken, free in [
+        ("/workspace/x", "/workspaces"), ("/tmp", "/tmp2"), ("/lib", "/library"), ("/bin", "/bin.d"), ("/var/run", "/variants"), ("/root", "/roots"),
+    ]),
+    Case("spec.volumes: two", mounted("/data", "/models", "/data"), mounted("/data", "/models", "/data/more")),
+    Case("spec.workspace.accessMode:", {"spec.workspace": {"accessMode": "ReadWriteOncePod"}, "spec.resources.nodes": 2},
+         {"spec.workspace": {"accessMode": "ReadWriteOncePod"}}),
+    Case("spec.workspace.accessMode:", {"spec.workspace": {"accessMode": "ReadWriteOncePod"}, "spec.shards": 2},
+         {"spec.workspace": {"accessMode": "ReadWriteMany"}, "spec.shards": 2}, GENERATE),
+    Case("tolerations.value:", {"spec.scheduling.tolerations": [{"key": "gpu", "operator": "Exists", "value": "yes"}]},
+         {"spec.scheduling.tolerations": [{"key": "gpu", "operator": "Exists"}, {"key": "gpu", "value": "yes"}]}),
     # the Hub
     Case("hub.tokenSecret:", {"spec.hub": {"repo": "org/out"}}, {"spec.hub": {"repo": "org/out", "tokenSecret": SECRET}}),
     Case("hub: set repo", {"spec.hub": {"private": True}}, {"spec.hub": {"tokenSecret": SECRET}}),
@@ -101,6 +154,7 @@ CASES: list[Case] = [
     Case("resources.processesPerNode:", {"spec.resources": {"gpusPerNode": 1, "processesPerNode": 2}}, {"spec.resources": {"gpusPerNode": 0, "processesPerNode": 2}}),
     Case("spec.method.type: new weights", {"spec.model": {"config": {"modelType": "llama"}}},
          {"spec.model": {"config": {"modelType": "llama"}}, "spec.method": {"type": "full"}}),
+    Case("method.targetModules:", {"spec.method.targetModules": ["all-linear", "q_proj"]}, {"spec.method.targetModules": ["q_proj", "v_proj"]}),
     Case("spec.strategy: ZeRO-3", {"spec.method": {"type": "qlora"}, "spec.strategy": "zero3"}, {"spec.method": {"type": "qlora"}, "spec.strategy": "zero2"}),
     Case("spec.training.packing:", {"spec.task": "text-classification", "spec.training": {"packing": True}}, {"spec.training": {"packing": True}}),
     Case("spec.model.config: text-classification", {"spec.task": "text-classification", "spec.model": {"config": {"modelType": "bert"}}, "spec.method": {"type": "full"}},
@@ -118,11 +172,87 @@ CASES: list[Case] = [
     Case("spec.model.config: new weights cannot", {"spec.model": {"config": {"modelType": "llama"}}}, {"spec.model": {"path": "/m"}}, GENERATE),
     Case("spec.precision:", {"spec.resources": {"gpus": 0}, "spec.precision": "fp16"}, {"spec.precision": "fp16"}, GENERATE),
     Case("spec.model.job:", {"spec.task": "text-to-image", "spec.model": {"job": "tune"}}, {"spec.model": {"job": "tune"}}, GENERATE),
+    Case("spec.adapters.job:", {"spec.task": "text-to-image", "spec.adapters": [{"id": "org/a"}, {"job": "tune"}]},
+         {"spec.task": "text-to-image", "spec.adapters": [{"id": "org/a"}, {"path": "/a"}]}, GENERATE),
+    Case("spec.inputs.rows.negativePrompt:", {"spec.inputs.rows": [{"prompt": "a"}, {"prompt": "b", "negativePrompt": "c"}]},
+         {"spec.task": "text-to-image", "spec.inputs.rows": [{"prompt": "b", "negativePrompt": "c"}]}, GENERATE),
 ]  # fmt: skip
 
-# What may change once a job exists, and what may not: field → (its first value, another).
-LIVE: Change = {"spec.suspend": True, "spec.activeDeadlineSeconds": 60, "spec.ttlSecondsAfterFinished": 60, "spec.planOnly": True,
-                "spec.hub": {"tokenSecret": SECRET}}  # fmt: skip
+
+@dataclass(frozen=True)
+class Written:
+    """A field with a format (`schemas` has its path), how a manifest sets it, and texts."""
+
+    field: str
+    change: Callable[[str], Change]
+    refused: tuple[str, ...]
+    accepted: tuple[str, ...]
+    base: Document = field(default_factory=lambda: FINE_TUNE)
+
+    @property
+    def begins(self) -> str:
+        """What the path in a message begins with."""
+        return self.field.replace("[]", "[0]").removesuffix("{}")
+
+
+def volume(**fields: str) -> Change:
+    return {"spec.volumes": [{"mountPath": "/data"} | fields]}
+
+
+def toleration(**fields: str) -> Change:
+    return {"spec.scheduling.tolerations": [{"key": "gpu"} | fields]}
+
+
+BYTES = (("0", "0.0Gi", "-1Gi", "100m", "1e3", "many"), ("1Gi", "0.5Ti", "1000000000"))
+CORES = (("0", "0m", "-1", "1Gi"), ("1", "0.5", "500m", "10"))
+NAMES = (("Mine", "my_claim", "-a", "a-", "a..b", "a/b"), ("a", "my-claim", "v1.models"))
+HUB_NAMES = (("a/b/c", "a b", ".a/b", "a/b-", "https://hub/a"), ("gpt2", "Qwen/Qwen2.5-7B", "a/_b"))
+WRITTEN: list[Written] = [
+    # field, how to set it, what is refused, what passes
+    Written("spec.model.id", lambda t: {"spec.model.id": t}, *HUB_NAMES),
+    Written("spec.model.job", lambda t: {"spec.model": {"job": t}}, ("Base", "a.b", "a-"), ("base", "b-2")),
+    Written("spec.model.config.modelType", lambda t: {"spec.model": {"config": {"modelType": t}}, "spec.method.type": "full"}, ("", "Llama"), ("llama", "qwen3_moe")),
+    Written("spec.dataset.id", lambda t: {"spec.dataset": {"id": t}}, *HUB_NAMES),
+    Written("spec.inputs.dataset.id", lambda t: {"spec.inputs": {"dataset": {"id": t}}}, *HUB_NAMES, GENERATE),
+    Written("spec.adapters[].id", lambda t: {"spec.adapters": [{"id": t}]}, *HUB_NAMES, GENERATE),
+    Written("spec.adapters[].job", lambda t: {"spec.adapters": [{"job": t}]}, ("Base", "a.b", "a-"), ("base", "b-2"), GENERATE),
+    Written("spec.hub.repo", lambda t: {"spec.hub": {"repo": t, "tokenSecret": SECRET}}, *HUB_NAMES),
+    Written("spec.hub.tokenSecret.name", lambda t: {"spec.hub": {"tokenSecret": {"name": t}}}, *NAMES),
+    Written("spec.hub.tokenSecret.key", lambda t: {"spec.hub": {"tokenSecret": {"name": "hf", "key": t}}}, ("a/b", "a b", ".", "..", "..a"), ("HF_TOKEN", ".token", "a.b")),
+    Written("spec.resources.cpu", lambda t: {"spec.resources.cpu": t}, *CORES),
+    Written("spec.resources.memory", lambda t: {"spec.resources.memory": t}, *BYTES),
+    Written("spec.resources.cpu", lambda t: {"spec.resources.cpu": t}, *CORES, GENERATE),
+    Written("spec.resources.memory", lambda t: {"spec.resources.memory": t}, *BYTES, GENERATE),
+    Written("spec.workspace.size", lambda t: {"spec.workspace.size": t}, *BYTES),
+    Written("spec.workspace.claim", lambda t: {"spec.workspace.claim": t}, *NAMES),
+    Written("spec.workspace.storageClass", lambda t: {"spec.workspace.storageClass": t}, *NAMES),
+    Written("spec.volumes[].claim", lambda t: volume(claim=t), *NAMES),
+    Written("spec.volumes[].configMap", lambda t: volume(configMap=t), *NAMES),
+    Written("spec.volumes[].mountPath", lambda t: volume(claim="a", mountPath=t),
+            ("data", "/", "//tmp", "/./tmp", "/data/../tmp", "/data/..", "/data/", "/a:b", "/ü"), ("/data", "/models/.cache", "/mnt/a..b", "/data/v1.2_3-4")),
+    Written("spec.scheduling.queue", lambda t: {"spec.scheduling.queue": t}, *NAMES),
+    Written("spec.scheduling.priorityClass", lambda t: {"spec.scheduling.priorityClass": t}, *NAMES),
+    Written("spec.scheduling.nodeSelector", lambda t: {"spec.scheduling.nodeSelector": {t: "x"}},
+            ("", "a b", "-a", "a/b/c", "/a", "Example.com/gpu", "a" * 64), ("gpu", "example.com/GPU_type", "a" * 63)),
+    Written("spec.scheduling.nodeSelector{}", lambda t: {"spec.scheduling.nodeSelector": {"gpu": t}}, ("a b", "-a", "a/b"), ("", "h100", "A_100.80")),
+    Written("spec.scheduling.tolerations[].key", lambda t: toleration(key=t), ("", "a b", "/a"), ("gpu", "nvidia.com/gpu")),
+    Written("spec.scheduling.tolerations[].value", lambda t: toleration(value=t), ("a b", "a/b"), ("", "h100")),
+]  # fmt: skip
+
+EXISTING: dict[str, Document] = {
+    base["kind"]: changed(base, {"metadata.name": "fixed", "spec.suspend": True, "spec.hub": {"tokenSecret": SECRET}}) for base in (FINE_TUNE, GENERATE)
+}
+"""A job of each kind that is there already; suspended, so that no operator begins with it."""
+
+# What may change once a job exists, and what may not: field → another value than the one in EXISTING.
+STEERING: Change = {
+    "spec.suspend": False, "spec.activeDeadlineSeconds": 60, "spec.ttlSecondsAfterFinished": 60, "spec.planOnly": True,
+    "spec.hub": {"repo": "org/out", "tokenSecret": SECRET},
+}  # fmt: skip
+LIVE: dict[str, Change] = {
+    "FineTuneJob": STEERING | {"spec.restarts": {"max": 7}},
+    "GenerateJob": STEERING | {"spec.retriesPerShard": 7},
+}
 FIXED: list[tuple[str, Document, Change]] = [
     ("task", FINE_TUNE, {"spec.task": "text-classification"}),
     ("model", FINE_TUNE, {"spec.model.revision": "v2"}),

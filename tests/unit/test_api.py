@@ -9,14 +9,29 @@ from typing import Any
 
 import cel
 import pytest
-from cases.api import CASES, FINE_TUNE, FIXED, GENERATE, LIVE, Case, Change, Document, all_rules, changed
+from cases.api import (
+    CASES,
+    EXISTING,
+    FINE_TUNE,
+    FIXED,
+    GENERATE,
+    LIVE,
+    WRITTEN,
+    Case,
+    Change,
+    Document,
+    Written,
+    all_rules,
+    changed,
+    schemas,
+    words,
+)
 
 from luthier_api import crd
 from luthier_api.base import Rule
 from luthier_api.exitcodes import ExitCode, Retry
 from luthier_api.kinds import FineTuneJob, GenerateJob, parse_job
 from luthier_api.metrics import POD_METRICS, checkpoint_step, progress_of, read_samples
-from luthier_api.spec import JobControl
 from luthier_api.status import JobStatus
 from luthier_api.termination import LIMIT_BYTES, TerminationMessage
 from luthier_api.validation import InvalidJob, check_job
@@ -38,6 +53,24 @@ def test_each_rule_accepts_one_manifest_and_refuses_another(case: Case) -> None:
     assert [p for p in refused.value.problems if p.startswith(case.message)] != []
 
 
+@pytest.mark.parametrize(("written", "text"), [(w, t) for w in WRITTEN for t in w.refused], ids=lambda v: getattr(v, "field", repr(v)))
+def test_a_text_is_refused_with_words(written: Written, text: str) -> None:
+    with pytest.raises(InvalidJob) as refused:
+        check_job(changed(written.base, written.change(text)))
+    (problem,) = refused.value.problems
+    assert problem.startswith(written.begins)
+    assert problem.endswith(f": {words()[written.field]} (it is {text!r})")
+
+
+@pytest.mark.parametrize(("written", "text"), [(w, t) for w in WRITTEN for t in w.accepted], ids=lambda v: getattr(v, "field", repr(v)))
+def test_a_text_passes(written: Written, text: str) -> None:
+    check_job(changed(written.base, written.change(text)))
+
+
+def test_every_field_with_a_format_has_texts() -> None:
+    assert words().keys() == {w.field for w in WRITTEN}
+
+
 def broken_by_update(before: Document, after: Document) -> list[str]:
     """What the API server would say, as far as the spec's own rules go."""
     old, new = (parse_job(d).spec for d in (before, after))
@@ -52,12 +85,21 @@ def test_fields_that_never_change(field: str, base: Document, change: Change) ->
     ]
 
 
+@pytest.mark.parametrize("kind", LIVE)
+def test_fields_that_may_change(kind: str) -> None:
+    before, after = EXISTING[kind], changed(EXISTING[kind], LIVE[kind])
+    assert broken_by_update(before, after) == []
+    old, new = (parse_job(d).spec.dump() for d in (before, after))
+    assert {f"spec.{name}" for name in new if new[name] != old.get(name)} == LIVE[kind].keys()
+
+
 @pytest.mark.parametrize("base", [FINE_TUNE, GENERATE], ids=["FineTuneJob", "GenerateJob"])
-def test_fields_that_may_change(base: Document) -> None:
-    assert broken_by_update(base, changed(base, LIVE)) == []
-    free = {f.alias or n for n, f in type(parse_job(base).spec).model_fields.items()} - {f for f, b, _ in FIXED if b is base}
-    steering = {f.alias or n for n, f in JobControl.model_fields.items()}
-    assert free == steering | {"hub", "restarts" if base is FINE_TUNE else "retriesPerShard"}
+def test_each_field_either_may_change_or_never_does(base: Document) -> None:
+    live, fixed = {path.removeprefix("spec.") for path in LIVE[base["kind"]]}, {f for f, b, _ in FIXED if b is base}
+    assert live & fixed == set()
+    assert live | fixed == {f.alias or n for n, f in type(parse_job(base).spec).model_fields.items()}
+    told = {r.message.split()[0].removeprefix("spec.") for r in type(parse_job(base).spec).rules if r.transition}
+    assert fixed == told
 
 
 def test_the_tables_cover_all_rules() -> None:
@@ -145,25 +187,12 @@ def test_the_schema_is_structural(kind: str) -> None:
     walk(crd.crd(kind, info), str(kind))  # type: ignore[arg-type]
 
 
-def test_every_field_of_the_spec_is_described() -> None:
-    """`kubectl explain` shows docstrings; a few names need none."""
-    plain = {"metadata", "columns", "prompt", "format", "claim", "configMap", "nodeSelector", "weightDecay", "seed", "cpu"}
-    bare = []
-
-    def walk(node: Document, path: str) -> None:
-        for name, below in node.get("properties", {}).items():
-            if "description" not in below and name not in plain:
-                bare.append(f"{path}.{name}")
-            walk(below, f"{path}.{name}")
-        if isinstance(node.get("items"), dict):
-            walk(node["items"], path)
-
-    for kind, info in crd.KINDS.items():
-        walk(crd.crd(kind, info)["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"], kind.value)
-    allowed = {"rank", "key", "name", "effect", "value", "operator", "tolerations", "model", "dataset", "method", "training", "resources",
-               "workspace", "volumes", "hub", "scheduling", "restarts", "inputs", "split", "topP", "text", "task", "perPrompt", "temperature",
-               "revision", "width", "height", "maxNewTokens", "repetitionPenalty", "adapters", "precision", "negativePrompt"}  # fmt: skip
-    assert [b for b in bare if b.rsplit(".", 1)[1] not in allowed] == []
+@pytest.mark.parametrize("kind", crd.KINDS)
+def test_every_field_of_the_spec_is_described(kind: str) -> None:
+    """`kubectl explain` and the pages have nothing else to say."""
+    fields = [(path, node) for path, node in schemas(kind) if not path.endswith(("[]", "{}"))]
+    assert len(fields) > 60
+    assert [path for path, node in fields if len(node.get("description", "")) < 10] == []
 
 
 def test_exit_codes() -> None:
@@ -239,10 +268,38 @@ def test_no_progress_yet(pods: list[dict[str, float]]) -> None:
     assert progress_of(pods) is None
 
 
-def test_a_loss_that_is_no_number_is_no_figure() -> None:
-    progress = progress_of([{"luthier_train_max_steps": 4.0, "luthier_train_loss": float("nan")}])
-    assert progress is not None
-    assert progress.loss is None
+MAX, OUTPUTS = "luthier_train_max_steps 4\n", "luthier_generate_max_rows 4\n"
+NOT_TOLD = [
+    # given                             what a pod serves                                                   expect: that much of the status
+    ("a loss that is no number",        MAX + "luthier_train_loss NaN\n",                                   {"step": 0, "maxSteps": 4, "percent": 0}),
+    ("a loss without end",              MAX + "luthier_train_loss +Inf\nluthier_train_learning_rate -Inf\n", {"step": 0, "maxSteps": 4, "percent": 0}),
+    ("no end in sight",                 MAX + "luthier_train_eta_seconds +Inf\n",                           {"step": 0, "maxSteps": 4, "percent": 0}),
+    ("a step that is no number",        MAX + "luthier_train_step NaN\n",                                   {"step": 0, "maxSteps": 4, "percent": 0}),
+    ("a step beyond all counts",        MAX + "luthier_train_step 1e300\n",                                 {"step": 0, "maxSteps": 4, "percent": 0}),
+    ("steps without end",               "luthier_train_max_steps +Inf\n",                                   None),
+    ("less than one step",              "luthier_train_max_steps 0.2\n",                                    None),
+    ("a pace that is next to nothing",  OUTPUTS + "luthier_generate_rows_per_second 1e-320\n",              {"rows": 0, "maxRows": 4, "percent": 0}),
+    ("outputs without end",             "luthier_generate_max_rows +Inf\n",                                 None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "expect"), [c[1:] for c in NOT_TOLD], ids=[c[0] for c in NOT_TOLD])
+def test_what_json_cannot_say_is_not_told(text: str, expect: Document | None) -> None:
+    progress = progress_of([read_samples(text)])
+    assert (progress.dump() | {"time": None} if progress else None) == (expect | {"time": None} if expect else None)
+
+
+def test_a_checkpoint_beyond_all_counts_is_none() -> None:
+    assert [checkpoint_step(read_samples(f"luthier_checkpoint_last_step {n}\n")) for n in ("+Inf", "NaN", "7")] == [None, None, 7]
+
+
+def test_final_figures_are_finite_whoever_wrote_them() -> None:
+    told = {"perplexity": float("inf"), "trainLoss": float("nan"), "evalLoss": 1.5}
+    assert TerminationMessage(phase="run", code=0, reason="Completed", metrics=told).metrics == {"evalLoss": 1.5}
+    as_python_writes_it = '{"phase": "run", "code": 0, "reason": "Completed", "metrics": {"perplexity": Infinity, "trainLoss": NaN, "evalLoss": 1.5}}'
+    read = TerminationMessage.read(as_python_writes_it)
+    assert read is not None
+    assert read.metrics == {"evalLoss": 1.5}
 
 
 def test_metric_names() -> None:

@@ -14,6 +14,11 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- end }}
 
+{{- /* Takes a value. Helm reads numbers as floats, and alone would write 1000000 as 1e+06, which is no quantity. */ -}}
+{{- define "luthier.text" -}}
+{{ kindIs "string" . | ternary . (toJson .) | quote }}
+{{- end }}
+
 {{- define "luthier.serviceAccount" -}}
 {{ .Values.serviceAccount.name | default (.Values.serviceAccount.create | ternary (include "luthier.name" .) "default") }}
 {{- end }}

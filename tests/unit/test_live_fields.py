@@ -1,0 +1,27 @@
+"""What the descriptions of fields that may change while a job lives promise: when a change counts."""
+
+from __future__ import annotations
+
+from cases.api import schemas
+from cases.observed import BEGIN, child, decided, describe, fine_tune, generate, status
+
+from luthier_operator.statuses import text
+
+AT_WORK = status("Accepted", "Prepared", "Running", start_time=text(BEGIN), restarts=3, restarts_charged=2)
+PROMISE = "Read when the run is created: to apply a change to a running job, suspend the job and let it go on."
+
+
+def test_restarts_count_for_the_run_that_is_created_next() -> None:
+    job = fine_tune(AT_WORK, restarts={"max": 7})
+    assert describe(decided(job, child(job, "prepare", "Complete"), child(job, "run"))) == "waits"
+    (made,) = decided(job, child(job, "prepare", "Complete")).apply
+    assert made["spec"]["failurePolicy"]["maxRestarts"] == 7 - 2
+    assert dict(schemas("FineTuneJob"))["spec.restarts.max"]["description"].endswith(PROMISE)
+
+
+def test_retries_of_shards_count_for_the_run_that_is_created_next() -> None:
+    job = generate(AT_WORK, retriesPerShard=7)
+    assert describe(decided(job, child(job, "prepare", "Complete"), child(job, "run"))) == "waits"
+    (made,) = decided(job, child(job, "prepare", "Complete")).apply
+    assert made["spec"]["backoffLimitPerIndex"] == 7
+    assert dict(schemas("GenerateJob"))["spec.retriesPerShard"]["description"].endswith(PROMISE)
