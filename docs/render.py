@@ -20,7 +20,7 @@ from luthier_api.metrics import POD_METRICS, Metric
 
 DOCS = Path(__file__).resolve().parent
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-COST = {Retry.NEVER: "never retried", Retry.COUNTED: "retried, counted against `restarts.max`", Retry.FREE: "retried, free"}
+COST = {Retry.NEVER: "never retried", Retry.COUNTED: "retried, counted", Retry.FREE: "retried, free"}
 # What each end means and what helps; the codes and reasons themselves are the code's.
 ADVICE: dict[ExitCode, str] = {
     ExitCode.COMPLETED: "The phase did what it should.",

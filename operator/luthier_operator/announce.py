@@ -6,14 +6,18 @@ Nothing is remembered: an event that was lost on the way is not sent again, one 
 from __future__ import annotations
 
 from luthier_api.conditions import ConditionType, Reason
+from luthier_api.exitcodes import ExitCode
 from luthier_api.status import Condition, JobStatus
 from luthier_operator.failure import place
 from luthier_operator.model import Event
 
 C, R = ConditionType, Reason
 # Said by other events, or by the conditions alone.
-SILENT = {R.STARTING, R.RESTARTING, R.WAITING_FOR_PODS, R.NO_HUB, R.DEADLINE_EXCEEDED, R.NO_PROGRESS}
-ORDINARY = {R.PREPARING, R.PUBLISHING, R.WAITING_FOR_JOB, R.WAITING_FOR_QUEUE, R.RESUMED, R.TRAINED, R.GENERATED, R.SUSPENDED}
+SILENT = {R.STARTING, R.RESTARTING, R.WAITING_FOR_PODS, R.DEADLINE_EXCEEDED, R.NO_PROGRESS}
+OF_PODS = {code.reason for code in ExitCode}
+# Worth a line while a job waits to run; the others are said of other conditions then.
+OF_WAITING = {R.WAITING_FOR_QUEUE, R.CONTAINER_CREATING}
+ORDINARY = {R.PREPARING, R.PUBLISHING, R.WAITING_FOR_JOB, R.RESUMED, R.TRAINED, R.GENERATED, R.SUSPENDED, *OF_WAITING}
 
 
 def events(old: JobStatus, new: JobStatus) -> list[Event]:
@@ -42,10 +46,10 @@ def event(before: Condition | None, now: Condition, status: JobStatus) -> Event 
         return None  # Preparing says it, in the same moment
     if now.status == "True":
         return Event("Normal", now.reason, now.message)
-    if now.reason in SILENT or (now.type is C.RUNNING and now.reason in ORDINARY - {R.WAITING_FOR_QUEUE}):
+    if now.reason in SILENT or (now.type is C.RUNNING and now.reason in ORDINARY - OF_WAITING):
         return None
     if now.reason in ORDINARY:
         return Event("Normal", now.reason, now.message)
     if status.is_true(C.FAILED):
         return None  # the event of Failed says it
-    return Event("Warning", "PublishFailed" if now.type is C.PUBLISHED else now.reason, now.message)
+    return Event("Warning", "PublishFailed" if now.type is C.PUBLISHED and now.reason in OF_PODS else now.reason, now.message)

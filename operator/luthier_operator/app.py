@@ -200,9 +200,10 @@ class Operator:
         """Each start of kopf takes the signals for itself."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
             if self._signals:
-                loop.add_signal_handler(number, self._stop.set)
+                loop.add_signal_handler(number, self._stop.set)  # in the place of kopf's: without any, even for a moment, a signal would kill
+            else:
+                loop.remove_signal_handler(number)
 
 
 async def serve(settings: Settings) -> None:

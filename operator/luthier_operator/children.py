@@ -13,7 +13,15 @@ from typing import Any
 from luthier_api.conditions import Reason
 from luthier_api.exitcodes import ExitCode
 from luthier_operator.model import Object
-from luthier_operator.naming import BEFORE_ANNOTATION, CONTAINER, PHASE_LABEL, RESTART_LABEL
+from luthier_operator.naming import (
+    BEFORE_ANNOTATION,
+    CONTAINER,
+    INDEX_ANNOTATION,
+    INDEX_FAILURES_ANNOTATION,
+    INDEX_IGNORED_ANNOTATION,
+    PHASE_LABEL,
+    RESTART_LABEL,
+)
 from luthier_operator.statuses import moment
 
 IMAGE_REASONS = {"ImagePullBackOff", "ErrImagePull", "ErrImageNeverPull", "InvalidImageName"}
@@ -67,16 +75,54 @@ def held(child: Object) -> bool:
     return bool(child.get("spec", {}).get("suspend"))
 
 
-def restarts(jobset: Object) -> tuple[int, int, int]:
-    """Restarts of the group, those of them that were charged, and how many came before this JobSet; all but the last in total."""
-    before, charged = map(int, jobset["metadata"].get("annotations", {}).get(BEFORE_ANNOTATION, "0,0").split(","))
+def since(child: Object) -> datetime | None:
+    """Since when it may make pods: its creation, or when a queue let it go on. None while it is suspended."""
+    suspended = next((c for c in child.get("status", {}).get("conditions") or [] if c["type"] == "Suspended"), None)
+    if held(child) or (suspended and suspended["status"] == "True"):
+        return None
+    return moment(suspended["lastTransitionTime"]) if suspended else created(child)
+
+
+def restarts_before(child: Object) -> tuple[int, int]:
+    """Restarts of the children of `run` before this one, and those of them that were charged."""
+    total, _, charged = child["metadata"].get("annotations", {}).get(BEFORE_ANNOTATION, "").partition(",")
+    return number(total), number(charged)
+
+
+def restarts(jobset: Object) -> tuple[int, int]:
+    """Restarts of the group, and those of them that were charged, those of earlier JobSets included."""
+    before, charged = restarts_before(jobset)
     status = jobset.get("status", {})
-    return before + status.get("restarts", 0), charged + status.get("restartsCountTowardsMax", 0), before
+    return before + status.get("restarts", 0), charged + status.get("restartsCountTowardsMax", 0)
 
 
 def label(pod: Object, name: str) -> str | None:
     value: str | None = pod["metadata"].get("labels", {}).get(name)
     return value
+
+
+def number(text: str | None) -> int:
+    """A label or an annotation as the number that it should be: whoever may create pods may write anything there."""
+    return int(text) if text and text.isdecimal() and len(text) < 10 else 0
+
+
+def index(pod: Object) -> int:
+    """Node rank or shard."""
+    return number((pod["metadata"].get("annotations") or {}).get(INDEX_ANNOTATION) or label(pod, INDEX_ANNOTATION))
+
+
+def attempt(pod: Object) -> tuple[int, int]:
+    """How often its group, or its index, was started again before this pod, and how often of those at no charge, as far as the pod says."""
+    notes = pod["metadata"].get("annotations") or {}
+    free = number(notes.get(INDEX_IGNORED_ANNOTATION))
+    return number(label(pod, RESTART_LABEL)) or number(notes.get(INDEX_FAILURES_ANNOTATION)) + free, free
+
+
+def scheduled(pod: Object) -> datetime | None:
+    """When it got its node."""
+    found = pod.get("status", {}).get("conditions") or []
+    times = (c.get("lastTransitionTime") for c in found if c["type"] == "PodScheduled" and c["status"] == "True")
+    return next((moment(time) for time in times if time), None)
 
 
 def container(pod: Object) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from kubernetes.aio.config.kube_config import load_kube_config
 
 from luthier_api import API_VERSION
 from luthier_api.kinds import KINDS
+from luthier_operator import naming
 from luthier_operator.model import Object
 
 VERSION = importlib.metadata.version("luthier")
@@ -142,7 +143,8 @@ class Client:
 
     async def claim(self, manifest: Object) -> Object:
         """A volume claim, made if there is none of that name. One that an earlier job has left is used as it is, never changed: to give it
-        an owner would delete its results with the new job. Raises ApiError 409 while it is being deleted."""
+        an owner would delete its results with the new job. Raises ApiError 409 while it is being deleted, or is about to be with another
+        owner: the garbage collector comes a moment after a job is gone."""
         try:
             return await self.create(manifest)
         except ApiError as error:
@@ -151,7 +153,10 @@ class Client:
         meta = manifest["metadata"]
         found = await self.get(RESOURCES[manifest["kind"]].path(meta["namespace"], meta["name"]))
         if found["metadata"].get("deletionTimestamp"):
-            raise ApiError(409, "Terminating", f"the claim {meta['name']} of an earlier job is being deleted")
+            raise ApiError(409, "Terminating", "the claim of an earlier job is being deleted")
+        owners = {r["uid"]: f"{r['kind']} {r['name']}" for r in found["metadata"].get("ownerReferences") or []}
+        if owners and meta["labels"][naming.UID_LABEL] not in owners:
+            raise ApiError(409, "Owned", f"there is one that goes with another {', '.join(owners.values())} ({', '.join(owners)})")
         return found
 
     async def patch_status(self, job: Object, patch: Object) -> Object:

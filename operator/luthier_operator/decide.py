@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 
+from luthier_api.conditions import Reason
 from luthier_api.kinds import KINDS
 from luthier_operator import naming, statuses
 from luthier_operator.announce import events
@@ -36,15 +37,29 @@ def decide(observed: Observed, settings: Settings, now: datetime) -> Decision:
     apply: list[Object] = []
     delete: list[ChildRef] = []
     requeue: list[float] = []
-    delete_job = False
+    creating, delete_job = None, False
     for step in (retire,) if s.status.finished else STEPS:
         outcome = step(s)
         s = replace(s, status=outcome.status)
         apply += outcome.apply
         delete += outcome.delete
         requeue += [] if outcome.requeue_after is None else [outcome.requeue_after]
-        delete_job = outcome.delete_job
+        creating, delete_job = outcome.creating, outcome.delete_job
         if not outcome.goes_on:
             break
-    status = s.status.model_copy(update={"state": statuses.state(s.status, KINDS[naming.kind(observed.job)].done)})
-    return Decision(status, tuple(apply), tuple(delete), tuple(events(old, status)), min(requeue, default=None), delete_job)
+    decision = Decision(s.status, tuple(apply), creating, tuple(delete), (), min(requeue, default=None), delete_job)
+    return told(observed, decision)
+
+
+def refused(observed: Observed, decision: Decision, message: str, now: datetime) -> Decision:
+    """`decision`, of which the API server has refused a child: what waits for that child says so, all else holds."""
+    assert decision.creating, "nothing else applies children"
+    generation = observed.job.metadata.generation
+    status = statuses.with_condition(decision.status, decision.creating, "False", Reason.FAILED_CREATE, message, now, generation)
+    return told(observed, replace(decision, status=status))
+
+
+def told(observed: Observed, decision: Decision) -> Decision:
+    """With the word for people, and the events that follow from how the status changes."""
+    status = decision.status.model_copy(update={"state": statuses.state(decision.status, KINDS[naming.kind(observed.job)].done)})
+    return replace(decision, status=status, events=tuple(events(observed.job.status, status)))

@@ -15,9 +15,10 @@ from luthier_api.conditions import Reason
 from luthier_api.exitcodes import ExitCode, Retry
 from luthier_api.status import PHASES, Attempt, Phase
 from luthier_api.termination import TerminationMessage
+from luthier_operator import children
 from luthier_operator.children import container, label
 from luthier_operator.model import Object, PodEnd
-from luthier_operator.naming import CHILD_LABELS, CONTAINER, INDEX_ANNOTATION, INDEX_FAILURES_ANNOTATION, PHASE_LABEL, RESTART_LABEL
+from luthier_operator.naming import CHILD_LABELS, CONTAINER, PHASE_LABEL
 from luthier_operator.statuses import moment, text
 
 KEPT = 10  # attempts in a status; etcd and readers bear no more
@@ -26,6 +27,15 @@ NO_EXIT_CODE = -1
 """Of a pod that is gone without its container having told: evicted, or lost with its node."""
 NO_PROGRESS_RESTARTS = 3
 EXIT_CODE = re.compile(r"pod \S+?/(?P<pod>\S+) failed with exit code (?P<code>\d+)")
+NO_LIMIT = (
+    "the pod was killed for its memory, though it has no limit of ours: its node was full, or a LimitRange of the namespace is too small. "
+    "The administrator can raise jobs.memoryRequest (chart)"
+)
+OUT_OF_MEMORY: dict[Phase, str] = {
+    "prepare": NO_LIMIT,
+    "run": "the pod used more memory than its limit; raise spec.resources.memory, or use smaller batches",
+    "publish": NO_LIMIT,
+}
 KILLED = {NO_EXIT_CODE, 137, 143}  # SIGKILL and SIGTERM from outside say nothing of the program
 
 
@@ -44,12 +54,11 @@ def pod_end(pod: Object, now: datetime) -> PodEnd | None:
     ended = container(pod).get("terminated")
     if phase is None or (ended is None and status.get("phase") != "Failed"):
         return None
-    notes = meta.get("annotations") or {}
+    number, free = children.attempt(pod)
     raw = (ended or {}).get("message") or status.get("message") or ""
     return PodEnd(
         pod=meta["name"], uid=meta["uid"], phase=phase,
-        attempt=int(label(pod, RESTART_LABEL) or notes.get(INDEX_FAILURES_ANNOTATION) or 0),
-        index=int(notes.get(INDEX_ANNOTATION) or label(pod, INDEX_ANNOTATION) or 0),
+        attempt=number, free_before=free, index=children.index(pod),
         node=pod.get("spec", {}).get("nodeName"),
         exit_code=ended["exitCode"] if ended else NO_EXIT_CODE,
         kubernetes_reason=(ended or {}).get("reason") or status.get("reason") or "",
@@ -104,7 +113,7 @@ def message(end: PodEnd) -> str:
     if end.message and end.message.message:
         return end.message.message
     if end.kubernetes_reason == "OOMKilled":
-        return "the pod used more memory than its limit; raise spec.resources.memory, or use smaller batches"
+        return OUT_OF_MEMORY[end.phase]
     lines = [line.strip() for line in end.raw_message.splitlines() if line.strip()]
     if end.disrupted:
         return "the cluster took the pod away" + (f": {lines[-1]}" if lines else "")
@@ -171,6 +180,17 @@ def judge(attempts: Sequence[Attempt], phase: Phase, said: str, why: str = "") -
         code = ExitCode.of(int(match["code"])) or ExitCode.TRAINING_ERROR
         return Failure(code.reason, f"{said}; what the pod said is lost. Look at `kubectl logs {match['pod']} -c {CONTAINER}`")
     return Failure(Reason.FAILED, f"{phase} has failed: {said or why or 'no reason given'}")
+
+
+def hopeless(attempts: Sequence[Attempt]) -> Failure | None:
+    """Says so when a group has run out of memory and the cluster, which knows exit codes alone, is about to try the same again.
+
+    The kernel kills a container as a whole (memory.oom.group, cgroup v2): 137, which in itself is anybody's SIGKILL and worth a restart.
+    """
+    last = next((a for a in reversed(attempts) if a.phase == "run"), None)
+    if last is None or last.reason != ExitCode.HOST_OUT_OF_MEMORY.reason or not last.charged:
+        return None
+    return Failure(last.reason, f"{last.message} ({place(last)})")
 
 
 def place(attempt: Attempt) -> str:

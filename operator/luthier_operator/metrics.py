@@ -7,7 +7,7 @@ Neighbours: `health` serves them; `luthier_api.metrics` holds those of the pods.
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from urllib.parse import urlsplit
@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from luthier_api.conditions import ConditionType
+from luthier_api.kinds import JobKind
 from luthier_api.metrics import Metric
 from luthier_api.status import JobStatus
 from luthier_operator.model import Key, Object
@@ -133,13 +134,10 @@ class Metrics:
 
     def status_changed(self, kind: str, created: str | None, before: JobStatus, after: JobStatus) -> None:
         """What a status that was written means for the figures of the jobs."""
-        reasons = {a.attempt: a.reason for a in after.attempts if a.phase == "run"}
-        for restart in range(before.restarts, after.restarts):
-            self.add(JOB_RESTARTS, 1, kind, reasons.get(restart, "Unknown"))
-        if _turned_true(ConditionType.RUNNING, before, after) and not before.restarts and created:
-            running = after.condition(ConditionType.RUNNING)
-            assert running is not None
-            self.observe(JOB_QUEUE_SECONDS, _seconds(created, running.last_transition_time), kind)
+        for reason in _restarted(kind, before, after):
+            self.add(JOB_RESTARTS, 1, kind, reason)
+        if created and after.run_start_time and not before.run_start_time:
+            self.observe(JOB_QUEUE_SECONDS, _seconds(created, after.run_start_time), kind)
         if after.hub is not None and before.hub is None:
             self.add(HUB_BYTES, after.hub.bytes or 0, kind)
         seen = {(a.pod, a.time) for a in before.attempts}
@@ -155,8 +153,14 @@ class Metrics:
                 self.observe(JOB_SECONDS, _seconds(after.start_time, after.completion_time), kind, result)
 
 
-def _turned_true(type: ConditionType, before: JobStatus, after: JobStatus) -> bool:
-    return after.is_true(type) and not before.is_true(type)
+def _restarted(kind: str, before: JobStatus, after: JobStatus) -> Iterator[str]:
+    """The reason of each restart since `before`."""
+    failures = [a for a in after.attempts if a.phase == "run"]
+    # A group counts its attempts; each shard has its own count, but what a shard is started again after is among the newest failures.
+    numbered = {a.attempt: a.reason for a in failures}
+    newest = {after.restarts - 1 - n: a.reason for n, a in enumerate(reversed(failures))}
+    reasons = numbered if kind == JobKind.FINE_TUNE else newest
+    return (reasons.get(number, "Unknown") for number in range(before.restarts, after.restarts))
 
 
 def _seconds(start: str, end: str) -> float:

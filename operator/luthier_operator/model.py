@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
+from luthier_api.conditions import ConditionType
 from luthier_api.kinds import FineTuneJob, GenerateJob, JobKind
 from luthier_api.status import JobStatus, Phase, Progress
 from luthier_api.termination import TerminationMessage
@@ -44,7 +45,7 @@ class PodEnd:
     uid: str
     phase: Phase
     attempt: int
-    """JobSet's restart-attempt, or the Job's retry of this index."""
+    """How often its group (JobSet), or its index (Job), was started again before."""
     index: int
     """Node rank or shard."""
     node: str | None
@@ -56,6 +57,8 @@ class PodEnd:
     message: TerminationMessage | None
     raw_message: str
     finished_at: datetime
+    free_before: int = 0
+    """Of a shard: how many of those starts were at no charge."""
     child: str = ""
     """uid of the Job or JobSet that the pod belonged to."""
 
@@ -70,7 +73,7 @@ class Observed:
     pods: Sequence[Object]
     """Its live pods."""
     ended: Sequence[PodEnd]
-    """Its terminated pods of this operator's lifetime, oldest first."""
+    """Its terminated pods of this operator's lifetime: those that ended well, then those that failed, oldest first."""
     progress: Progress | None = None
     """Read from the pods' metrics lately."""
     checkpoint_step: int | None = None
@@ -94,7 +97,9 @@ class Decision:
 
     status: JobStatus
     apply: Sequence[Object] = ()
-    """Children to apply, in order. Only those that are missing or differ: an unchanged apply costs the API server more than a new one."""
+    """Children to apply, in order: those that are missing. What exists is left alone: a queue owns part of it, and templates never change."""
+    creating: ConditionType | None = None
+    """The condition that tells of them."""
     delete: Sequence[ChildRef] = ()
     events: Sequence[Event] = ()
     requeue_after: float | None = None

@@ -23,10 +23,12 @@ HUB_ANNOTATION = "luthier.dev/hub-hash"
 SOURCES_ANNOTATION = "luthier.dev/sources"
 """On the prepare Job: where the jobs that it names keep their work, because they may be deleted before our run begins."""
 BEFORE_ANNOTATION = "luthier.dev/restarts-before"
-"""On a JobSet: restarts, and those charged, of the JobSets before it (a suspended job gets another one when it goes on)."""
+"""On the child of `run`: restarts, and those charged, of the children before it (a suspended job gets another one when it goes on)."""
 
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
 INDEX_FAILURES_ANNOTATION = "batch.kubernetes.io/job-index-failure-count"
+INDEX_IGNORED_ANNOTATION = "batch.kubernetes.io/job-index-ignored-failure-count"
+"""On a pod: failures of its index before it, those that were counted and those that were free."""
 RESTART_LABEL = "jobset.sigs.k8s.io/restart-attempt"
 CHILD_LABELS = ("jobset.sigs.k8s.io/jobset-uid", "batch.kubernetes.io/controller-uid")
 """On a pod: uid of its JobSet, else of its Job."""

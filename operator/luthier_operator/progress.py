@@ -16,8 +16,9 @@ from luthier_api.kinds import JobKind
 from luthier_api.metrics import read_samples
 from luthier_api.run import METRICS_PORT
 from luthier_operator import naming
+from luthier_operator.children import index
 from luthier_operator.model import Key, Object
-from luthier_operator.store import Store
+from luthier_operator.store import Owner, Store
 
 log = logging.getLogger(__name__)
 
@@ -46,22 +47,23 @@ class Scraper:
     async def read_all(self, session: aiohttp.ClientSession) -> None:
         """Read every pod that has something to say, and have its job looked at."""
         slots = asyncio.Semaphore(AT_ONCE)
-        found: dict[tuple[Key, str], dict[int, dict[str, float]]] = {}
+        found: dict[Owner, dict[int, dict[str, float]]] = {}
 
-        async def one(key: Key, uid: str, pod: Object) -> None:
+        async def one(owner: Owner, pod: Object) -> None:
             async with slots:
                 samples = await self._read(session, pod)
             if samples:
-                found.setdefault((key, uid), {})[index_of(pod)] = samples
+                found.setdefault(owner, {})[index(pod)] = samples
 
-        await asyncio.gather(*(one(*pod) for pod in self._store.pods() if speaks(pod[0], pod[2])))
-        for (key, uid), samples in found.items():
-            self._store.put_samples(uid, samples)
-            self._enqueue(key)
+        await asyncio.gather(*(one(owner, pod) for owner, pod in self._store.pods() if speaks(owner.key, pod)))
+        for owner, samples in found.items():
+            self._store.put_samples(owner, samples)
+            self._enqueue(owner.key)
 
     async def _read(self, session: aiohttp.ClientSession, pod: Object) -> dict[str, float]:
         try:
-            async with session.get(self._url(pod)) as response:
+            # A redirect would have us ask, from inside the cluster, whatever address a user's pod names.
+            async with session.get(self._url(pod), allow_redirects=False) as response:
                 response.raise_for_status()
                 text = bytearray()
                 async for chunk in response.content.iter_chunked(1 << 16):
@@ -74,12 +76,6 @@ class Scraper:
             return {}
 
 
-def index_of(pod: Object) -> int:
-    """Node rank or shard."""
-    meta = pod["metadata"]
-    return int((meta.get("annotations") or {}).get(naming.INDEX_ANNOTATION) or 0)
-
-
 def speaks(key: Key, pod: Object) -> bool:
     """Whether progress is read from this pod."""
     meta, status = pod["metadata"], pod.get("status", {})
@@ -88,5 +84,5 @@ def speaks(key: Key, pod: Object) -> bool:
         and status.get("phase") == "Running"
         and bool(status.get("podIP"))
         and not meta.get("deletionTimestamp")
-        and (key.kind is JobKind.GENERATE or index_of(pod) == 0)
+        and (key.kind is JobKind.GENERATE or index(pod) == 0)
     )

@@ -18,8 +18,9 @@ from pydantic import ValidationError
 from luthier_api.conditions import ConditionType, Reason
 from luthier_api.kinds import parse_job
 from luthier_api.status import Condition
+from luthier_operator import render
 from luthier_operator.client import RESOURCES, ApiError, Client
-from luthier_operator.decide import decide
+from luthier_operator.decide import decide, refused
 from luthier_operator.events import Recorder
 from luthier_operator.metrics import Metrics
 from luthier_operator.model import Decision, Event, Job, Key, Object
@@ -29,8 +30,6 @@ from luthier_operator.store import Store
 
 log = logging.getLogger(__name__)
 
-REFUSALS = {400, 403, 422}
-"""Answers that time alone does not change: a quota, an admission policy, an immutable field. The user hears of them."""
 # A JobSet or Job of the same name may follow: it must not meet the pods of this one. What has no pods goes at once.
 PROPAGATION = {"Job": "Foreground", "JobSet": "Foreground"}
 
@@ -94,26 +93,39 @@ class Reconciler:
         except InvalidSpec as error:
             await self._write_status(found, invalid_status(found, str(error)))
             return None
-        observed = self._store.observed(job)
-        decision = decide(observed, self._settings, datetime.now(UTC))
+        observed, now = self._store.observed(job), datetime.now(UTC)
+        decision = decide(observed, self._settings, now)
         if decision.delete_job:
             await self._client.delete(found, "Background")
             return None
-        await self._apply(found, decision)
+        refusal = await self._apply(found, decision)
+        if refusal:
+            decision = refused(observed, decision, refusal.message, now)
         await self._delete(key, decision)
         wait = await self._report(key, found, job, decision)
-        return min((s for s in (wait, decision.requeue_after) if s is not None), default=None)
+        again = min((s for s in (wait, decision.requeue_after) if s is not None), default=None)
+        if refusal:
+            if again is not None:  # a deadline may be nearer than the next attempt
+                self._queue.add_after(key, again)
+            raise refusal
+        return again
 
-    async def _apply(self, found: Object, decision: Decision) -> None:
+    async def _apply(self, found: Object, decision: Decision) -> ApiError | None:
+        """What the API server has against a child; those after it are not tried. Raises ApiError where it has not answered at all."""
         for manifest in decision.apply:
             try:
-                made = await (self._client.claim(manifest) if manifest["kind"] == "PersistentVolumeClaim" else self._client.apply(manifest))
-                self._enqueue(self._store.put(made))
+                if manifest["kind"] == "PersistentVolumeClaim":
+                    made = await self._client.claim(manifest)
+                    if small := render.shortfall(manifest, made):
+                        self._events.record(found, Event("Warning", "SmallWorkspace", small))
+                else:
+                    made = await self._client.apply(manifest)
             except ApiError as error:
-                if error.status in REFUSALS:
-                    name = f"{manifest['kind']} {manifest['metadata']['name']}"
-                    self._events.record(found, Event("Warning", "FailedCreate", f"{name}: {error.message}"))
-                raise
+                if not error.status:
+                    raise
+                return ApiError(error.status, error.reason, f"{manifest['kind']} {manifest['metadata']['name']}: {error.message}")
+            self._enqueue(self._store.put(made))
+        return None
 
     async def _delete(self, key: Key, decision: Decision) -> None:
         for ref in decision.delete:

@@ -9,22 +9,30 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from luthier_api.kinds import KINDS, FineTuneJob, GenerateJob, JobKind, parse_job
 from luthier_api.metrics import checkpoint_step, progress_of, samples_at_end
 from luthier_api.status import Progress
 from luthier_operator import naming
+from luthier_operator.ends import Ends
 from luthier_operator.failure import pod_end
-from luthier_operator.model import ChildRef, Job, Key, Object, Observed, PodEnd
+from luthier_operator.model import ChildRef, Job, Key, Object, Observed
 
-ENDS_KEPT = 256  # of each job; older ones are in its status by then
 DELETED_KEPT = 10_000  # uids that are remembered as deleted, against answers that were under way meanwhile
-WATCHED = {*KINDS, "Job", "JobSet", "Pod"}
+OWNED = {"Job", "JobSet"}
+WATCHED = {*KINDS, *OWNED, "Pod"}
 """Config maps and claims are applied and not watched: what is known of them would only grow old."""
 READ = ("nodeName", "suspend")
 """What `children` and `failure` read of the specs of pods, Jobs and JobSets."""
 K = TypeVar("K")
+
+
+class Owner(NamedTuple):
+    """The job that an object belongs to, by its namespace and labels. The uid alone would let a copy of the labels speak from elsewhere."""
+
+    key: Key
+    uid: str
 
 
 class Store:
@@ -34,11 +42,11 @@ class Store:
         self._now = now
         self.jobset_installed = True
         self._jobs: dict[Key, Object] = {}
-        self._children: dict[str, dict[ChildRef, Object]] = {}  # by the job's uid, as everything below
-        self._pods: dict[str, dict[str, Object]] = {}
-        self._ended: dict[str, OrderedDict[str, PodEnd]] = {}
-        self._samples: dict[str, dict[int, dict[str, float]]] = {}
-        self._sampled: dict[str, datetime] = {}
+        self._children: dict[Owner, dict[ChildRef, Object]] = {}
+        self._pods: dict[Owner, dict[str, Object]] = {}
+        self._ended: dict[Owner, Ends] = {}
+        self._samples: dict[Owner, dict[int, dict[str, float]]] = {}
+        self._sampled: dict[Owner, datetime] = {}
         self._dependents: dict[Key, set[Key]] = {}  # FineTuneJob → jobs that use its result
         self._deleted: OrderedDict[str, None] = OrderedDict()
 
@@ -50,26 +58,26 @@ class Store:
     def keys(self) -> list[Key]:
         return list(self._jobs)
 
-    def pods(self) -> Iterator[tuple[Key, str, Object]]:
-        """Live pods, with key and uid of their job."""
-        for uid, pods in self._pods.items():
-            for pod in list(pods.values()):
-                if key := key_of(pod):
-                    yield key, uid, pod
+    def pods(self) -> Iterator[tuple[Owner, Object]]:
+        """Pods of jobs that exist."""
+        for owner, pods in self._pods.items():
+            if self._exists(owner):
+                yield from ((owner, pod) for pod in list(pods.values()))
 
     def child(self, key: Key, ref: ChildRef) -> Object | None:
-        return self._children.get(self._uid(key), {}).get(ref)
+        job = self._jobs.get(key)
+        return self._children.get(Owner(key, job["metadata"]["uid"]), {}).get(ref) if job else None
 
     def observed(self, job: Job) -> Observed:
         """All that is known of `job`."""
-        uid = job.metadata.uid
+        owner = Owner(Key(naming.kind(job), job.metadata.namespace, job.metadata.name), job.metadata.uid)
         return Observed(
             job=job,
-            children=dict(self._children.get(uid, {})),
-            pods=list(self._pods.get(uid, {}).values()),
-            ended=list(self._ended.get(uid, {}).values()),
-            progress=self._progress(job),
-            checkpoint_step=checkpoint_step(self._samples.get(uid, {}).get(0, {})),
+            children=dict(self._children.get(owner, {})),
+            pods=list(self._pods.get(owner, {}).values()),
+            ended=ends.all() if (ends := self._ended.get(owner)) else [],
+            progress=self._progress(job, owner),
+            checkpoint_step=checkpoint_step(self._samples.get(owner, {}).get(0, {})),
             sources=self._sources(job),
             jobset_installed=self.jobset_installed,
         )
@@ -78,29 +86,29 @@ class Store:
 
     def put(self, found: Object) -> set[Key]:
         """`found` exists and looks like this. Older than what is known, or deleted since, it changes nothing."""
-        key, meta = key_of(found), found["metadata"]
-        if key is None or meta["uid"] in self._deleted or found["kind"] not in WATCHED:
+        owner, meta = owner_of(found), found["metadata"]
+        if owner is None or meta["uid"] in self._deleted or found["kind"] not in WATCHED:
             return set()
-        known = self._known(key, found)
+        known = self._known(owner, found)
         if known is not None and known["metadata"]["uid"] == meta["uid"] and version(known) >= version(found):
             return set()
         found = slim(found)
         if found["kind"] in KINDS:
-            return self._put_job(key, found, known)
-        uid = meta["labels"][naming.UID_LABEL]
+            return self._put_job(owner.key, found, known)
         if found["kind"] == "Pod":
-            self._pods.setdefault(uid, {})[meta["uid"]] = found
-            if uid not in self._deleted:  # pods outlive their job by a moment: nobody asks for their ends any more
-                self._remember_end(uid, found)
+            self._pods.setdefault(owner, {})[meta["uid"]] = found
+            if owner.uid not in self._deleted:  # pods outlive their job by a moment: nobody asks for their ends any more
+                self._remember_end(owner, found)
         else:
-            self._children.setdefault(uid, {})[ChildRef(found["kind"], meta["name"])] = found
-        return {key}
+            self._children.setdefault(owner, {})[ChildRef(found["kind"], meta["name"])] = found
+        return {owner.key}
 
     def remove(self, gone: Object) -> set[Key]:
         """`gone` exists no more; this is how it looked at last."""
-        key, meta = key_of(gone), gone["metadata"]
-        if key is None:
+        owner, meta = owner_of(gone), gone["metadata"]
+        if owner is None:
             return set()
+        key = owner.key
         self._deleted[meta["uid"]] = None
         while len(self._deleted) > DELETED_KEPT:
             self._deleted.popitem(last=False)
@@ -109,19 +117,18 @@ class Store:
                 del self._jobs[key]
                 self._unlink(key, known)
             for remembered in (self._ended, self._samples, self._sampled):
-                remembered.pop(meta["uid"], None)
+                remembered.pop(owner, None)
             return {key} | self._dependents.get(key, set())
-        uid = meta["labels"][naming.UID_LABEL]
         if gone["kind"] == "Pod":
             # The Job controller deletes the survivors as soon as one pod has failed: this may be the first that we hear of its end.
-            if self._uid(key) == uid:
-                self._remember_end(uid, gone)
-            _drop(self._pods, uid, meta["uid"])
+            if self._exists(owner):
+                self._remember_end(owner, gone)
+            _drop(self._pods, owner, meta["uid"])
         else:
             ref = ChildRef(gone["kind"], meta["name"])
-            known = self._children.get(uid, {}).get(ref)
+            known = self._children.get(owner, {}).get(ref)
             if known and known["metadata"]["uid"] == meta["uid"]:
-                _drop(self._children, uid, ref)
+                _drop(self._children, owner, ref)
         return {key}
 
     def prune(self, kind: str, namespace: str | None, listed: set[str], list_version: str) -> set[Key]:
@@ -134,33 +141,32 @@ class Store:
                 touched |= self.remove(known)
         return touched
 
-    def put_samples(self, uid: str, samples: Mapping[int, dict[str, float]]) -> None:
+    def put_samples(self, owner: Owner, samples: Mapping[int, dict[str, float]]) -> None:
         """What the pods' metrics say, by node rank or shard. A pod that is gone keeps counting with its last figures."""
-        if uid in self._deleted:
+        if owner.uid in self._deleted:
             return
-        figures = self._samples.setdefault(uid, {})
+        figures = self._samples.setdefault(owner, {})
         figures.update(samples)
-        self._sampled[uid] = self._now()
+        self._sampled[owner] = self._now()
 
     # Parts
 
-    def _progress(self, job: Job) -> Progress | None:
-        figures, prepared = self._samples.get(job.metadata.uid, {}), job.status.prepared
+    def _progress(self, job: Job, owner: Owner) -> Progress | None:
+        figures, prepared = self._samples.get(owner, {}), job.status.prepared
         outputs = prepared.dataset.rows * job.spec.per_prompt if prepared and isinstance(job, GenerateJob) else None
-        return progress_of([figures[i] for i in sorted(figures)], self._sampled.get(job.metadata.uid), outputs)
+        return progress_of([figures[i] for i in sorted(figures)], self._sampled.get(owner), outputs)
 
-    def _uid(self, key: Key) -> str:
-        job = self._jobs.get(key)
-        return str(job["metadata"]["uid"]) if job else ""
+    def _exists(self, owner: Owner) -> bool:
+        job = self._jobs.get(owner.key)
+        return job is not None and job["metadata"]["uid"] == owner.uid
 
-    def _known(self, key: Key, found: Object) -> Object | None:
+    def _known(self, owner: Owner, found: Object) -> Object | None:
         if found["kind"] in KINDS:
-            return self._jobs.get(key)
+            return self._jobs.get(owner.key)
         meta = found["metadata"]
-        uid = meta["labels"][naming.UID_LABEL]
         if found["kind"] == "Pod":
-            return self._pods.get(uid, {}).get(meta["uid"])
-        return self._children.get(uid, {}).get(ChildRef(found["kind"], meta["name"]))
+            return self._pods.get(owner, {}).get(meta["uid"])
+        return self._children.get(owner, {}).get(ChildRef(found["kind"], meta["name"]))
 
     def _all(self, kind: str) -> list[Object]:
         if kind in KINDS:
@@ -184,19 +190,12 @@ class Store:
             if not dependents:
                 self._dependents.pop(source, None)
 
-    def _remember_end(self, uid: str, pod: Object) -> None:
+    def _remember_end(self, owner: Owner, pod: Object) -> None:
         end = pod_end(pod, self._now())
-        if end is None:
+        if end is None or not self._ended.setdefault(owner, Ends()).put(end):
             return
-        ended = self._ended.setdefault(uid, OrderedDict())
-        known = ended.get(end.uid)
-        # A pod that is lost with its node ends without an exit code, which may follow when the node comes back; so may the reason.
-        if known is None or (end.exit_code >= 0 and known.exit_code < 0) or (end.disrupted and not known.disrupted):
-            ended[end.uid] = end
-            if end.exit_code == 0 and end.message and (last := samples_at_end(end.message.metrics)):
-                self.put_samples(uid, {end.index: last})
-        while len(ended) > ENDS_KEPT:
-            ended.popitem(last=False)
+        if end.exit_code == 0 and end.message and (last := samples_at_end(end.message.metrics)):
+            self.put_samples(owner, {end.index: last})
 
     def _sources(self, job: Job) -> dict[str, FineTuneJob]:
         def find(name: str) -> FineTuneJob | None:
@@ -210,16 +209,17 @@ class Store:
         return {name: source for name, source in naming.needed_jobs(job, find).items() if source}
 
 
-def key_of(found: Object) -> Key | None:
-    """The job that an object is, or belongs to by its labels; None when it is none of ours."""
+def owner_of(found: Object) -> Owner | None:
+    """The job that an object is, or belongs to; None when it is none of ours."""
     meta = found.get("metadata", {})
-    kind, name = found.get("kind"), meta.get("name")
+    kind, name, uid = found.get("kind"), meta.get("name"), meta.get("uid")
     if kind not in KINDS:
         labels = meta.get("labels") or {}
-        kind, name = labels.get(naming.KIND_LABEL), labels.get(naming.JOB_LABEL)
-        if kind not in KINDS or not name or naming.UID_LABEL not in labels:
+        # Labels travel with copies and backups. Our own Jobs and JobSets have an owner, too; pods belong to the Job controller.
+        if kind in OWNED and labels.get(naming.UID_LABEL) not in {r["uid"] for r in meta.get("ownerReferences") or []}:
             return None
-    return Key(JobKind(kind), meta["namespace"], name)
+        kind, name, uid = labels.get(naming.KIND_LABEL), labels.get(naming.JOB_LABEL), labels.get(naming.UID_LABEL)
+    return Owner(Key(JobKind(kind), meta["namespace"], name), uid) if kind in KINDS and name and uid else None
 
 
 def source_keys(job: Object) -> set[Key]:
@@ -242,7 +242,7 @@ def slim(found: Object) -> Object:
     return found | {"metadata": meta, "spec": kept}
 
 
-def _drop(by_job: dict[str, dict[K, Object]], uid: str, inner: K) -> None:
-    by_job.get(uid, {}).pop(inner, None)
-    if not by_job.get(uid, True):
-        del by_job[uid]
+def _drop(by_job: dict[Owner, dict[K, Object]], owner: Owner, inner: K) -> None:
+    by_job.get(owner, {}).pop(inner, None)
+    if not by_job.get(owner, True):
+        del by_job[owner]

@@ -9,7 +9,7 @@ from typing import Any
 
 from luthier_api.conditions import ConditionType
 from luthier_api.exitcodes import ExitCode
-from luthier_api.kinds import KINDS, FineTuneJob, GenerateJob, JobKind
+from luthier_api.kinds import FineTuneJob, GenerateJob
 from luthier_api.status import Condition, HubStatus, JobStatus, Phase, Plan, Prepared, ResolvedDataset, ResolvedSource
 from luthier_api.termination import TerminationMessage
 from luthier_operator import failure, naming
@@ -64,13 +64,16 @@ def generate(
 def child(
     job: Job, phase: Phase, state: str = "", message: str = "", reason: str = "", since: datetime = BEGIN, born: datetime = BEGIN,
     deleting: bool = False, suspend: bool = False, notes: dict[str, str] | None = None, restarts: int = 0, charged: int = 0,
+    resumed: datetime | None = None,
 ) -> Object:  # fmt: skip
-    """The Job or JobSet of `phase`. `state`: Complete, Failed, or nothing while it is at work."""
+    """The Job or JobSet of `phase`. `state`: Complete, Failed, or nothing while it is at work. `resumed`: when its queue let it go on."""
     ref = naming.child(job, phase)
     word = "Completed" if ref.kind == "JobSet" and state == "Complete" else state
     conditions = (
         [{"type": word, "status": "True", "reason": reason, "message": message, "lastTransitionTime": text(since)}] if state else []
     )
+    if suspend or resumed:
+        conditions.append({"type": "Suspended", "status": "False" if resumed else "True", "lastTransitionTime": text(resumed or BEGIN)})
     counters = {"restarts": restarts} | ({"restartsCountTowardsMax": charged} if charged else {}) if ref.kind == "JobSet" else {}
     annotations = ({naming.HUB_ANNOTATION: hub_hash(job)} if phase == "publish" else {}) | (notes or {})
     meta = {"name": ref.name, "namespace": "ml", "uid": f"{ref.name}-uid", "creationTimestamp": text(born), "annotations": annotations,
@@ -85,16 +88,19 @@ def child(
 
 def pod(
     job: Job, phase: Phase, index: int = 0, attempt: int = 0, state: Object | None = None, node: str = "node-a", deleting: bool = False,
-    disrupted: bool = False, unschedulable: str = "", over: str = "Running", suffix: str = "",
+    disrupted: bool = False, unschedulable: str = "", over: str = "Running", suffix: str = "", scheduled: datetime | None = None, free: int = 0,
 ) -> Object:  # fmt: skip
-    """A pod whose container is in `state`; `over` is its phase."""
+    """A pod whose container is in `state`; `over` is its phase. `attempt`: restarts of its group, or of its shard, of which `free` were so."""
     conditions = [{"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}] if disrupted else []
     if unschedulable:
         conditions.append({"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": unschedulable})
+    if scheduled:
+        conditions.append({"type": "PodScheduled", "status": "True", "lastTransitionTime": text(scheduled)})
     name = f"{naming.child(job, phase).name}-{index}-{attempt}{suffix}"
+    shard = {naming.INDEX_FAILURES_ANNOTATION: str(attempt - free)} | ({naming.INDEX_IGNORED_ANNOTATION: str(free)} if free else {})
     labels = naming.labels(job, phase) | ({naming.RESTART_LABEL: str(attempt)} if phase == "run" and job.kind == "FineTuneJob" else {})
     meta = {"name": name, "namespace": "ml", "uid": f"{name}-uid", "labels": labels,
-            "annotations": {naming.INDEX_ANNOTATION: str(index)} if phase == "run" else {}} | ({"deletionTimestamp": text(NOW)} if deleting else {})  # fmt: skip
+            "annotations": {naming.INDEX_ANNOTATION: str(index)} | (shard if job.kind == "GenerateJob" else {}) if phase == "run" else {}} | ({"deletionTimestamp": text(NOW)} if deleting else {})  # fmt: skip
     statuses = [{"name": naming.CONTAINER, "state": state}] if state else []
     return {
         "metadata": meta,
@@ -112,7 +118,7 @@ def waiting(reason: str, message: str = "") -> Object:
 
 def ended(
     job: Job, phase: Phase, code: int, index: int = 0, attempt: int = 0, message: str = "", when: float = -60, kubernetes: str = "Error",
-    disrupted: bool = False, suffix: str = "", silent: bool = False, **said: Any,
+    disrupted: bool = False, suffix: str = "", silent: bool = False, free: int = 0, **said: Any,
 ) -> PodEnd:  # fmt: skip
     """How a pod ended, read from the pod as the operator does. `silent`: without a termination message of ours."""
     known = ExitCode.of(code)
@@ -124,7 +130,7 @@ def ended(
         "message": message if silent else word.encode().decode(),
     }
     over = "Failed" if code else "Succeeded"
-    found = failure.pod_end(pod(job, phase, index, attempt, {"terminated": terminated}, disrupted=disrupted, over=over, suffix=suffix), NOW)
+    found = failure.pod_end(pod(job, phase, index, attempt, {"terminated": terminated}, disrupted=disrupted, over=over, suffix=suffix, free=free), NOW)
     assert found
     return found
 
@@ -168,10 +174,6 @@ def describe(decision: Decision) -> str:
     if decision.requeue_after is not None:
         parts.append(f"again in {decision.requeue_after:g} s")
     return "; ".join(parts) or "waits"
-
-
-def done_word(job: Job) -> str:
-    return KINDS[JobKind(job.kind)].done.value
 
 
 def run_document(manifest: Object) -> Any:

@@ -1,4 +1,4 @@
-"""The project's pages as a reader sees them: blocks, and the commands in them."""
+"""The project's pages as a reader sees them: blocks, and the commands and documents in them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 TOP = Path(__file__).resolve().parents[2]
 PAGES = [TOP / "README.md", TOP / "CHANGELOG.md", *sorted((TOP / "docs").glob("*.md")), *sorted((TOP / "examples").rglob("*.md"))]
@@ -24,6 +27,9 @@ class Block:
     def commands(self) -> list[str]:
         """Lines to type, in their order."""
         return [line for line in self.text.splitlines() if line and not line.startswith("#")] if self.language == "bash" else []
+
+    def documents(self) -> list[dict[str, Any]]:
+        return list(yaml.safe_load_all(self.text)) if self.language == "yaml" else []
 
 
 def blocks() -> Iterator[Block]:

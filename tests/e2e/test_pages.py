@@ -20,13 +20,13 @@ from luthier_operator.phases.accept import INSTALL_JOBSET
 
 pytestmark = pytest.mark.e2e
 HERE = "luthier-pages"
-ORDER = ("README.md", "examples/quickstart/README.md", "docs/install.md")
+ORDER = ("README.md", "examples/quickstart/README.md", "docs/troubleshooting.md", "docs/install.md")
 LEFT_OUT = {INSTALL_JOBSET}  # from GitHub; the cluster has the same version from its Go module
 WATCHING_SECONDS = 15
 SHOWS = {  # what a reader would look for in the output
     "kubectl get crd": ["finetunejobs.luthier.dev", "generatejobs.luthier.dev"],
     "kubectl --namespace luthier-system rollout": ["successfully rolled out"],
-    "kubectl get ftj -w": ["STATE", "support-bot"],
+    "kubectl get ftj -w": ["STATE", "storyteller"],
     "kubectl describe ftj": ["Preparing", "Events:"],
     "helm uninstall": ["kept due to the resource policy"],
 }

@@ -229,7 +229,7 @@ class FakeApi:
             return web.json_response(refused.body, status=refused.code)
 
     async def _resource(self, request: web.Request, resource: Resource, ns: str, name: str, sub: str, sender: str) -> web.StreamResponse:
-        kind, body = resource.kind, json.loads(await request.text() or "null")
+        kind, body = resource.kind, json.loads(await request.text() or "null", parse_constant=no_number)
         call = Call(request.method, kind, name, sub, sender, body)
         if request.method == "GET":
             if "watch" in request.query:
@@ -359,6 +359,11 @@ class FakeApi:
                     {**entry, "name": r.plural, "kind": r.kind, "singularName": r.kind.lower()} for r in known if r.api_version == version
                 ]}  # fmt: skip
         return None
+
+
+def no_number(word: str) -> Any:
+    """Python writes NaN and Infinity into what it calls JSON."""
+    raise Refused(400, "BadRequest", f"invalid character '{word[0]}' looking for beginning of value")
 
 
 async def send(response: web.StreamResponse, type: str, found: Object) -> None:

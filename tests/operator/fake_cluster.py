@@ -77,7 +77,6 @@ class FakeCluster(FakeApi):
         super().__init__()
         self.script = script
         self.started: list[Pod] = []
-        self._held: dict[str, Outcome] = {}
         self._running: set[str] = set()
         self._task: asyncio.Task[None] | None = None
 
@@ -99,10 +98,6 @@ class FakeCluster(FakeApi):
     def release(self, pod: Object, outcome: Outcome) -> None:
         """A pod that was held ends like this."""
         self._end(pod["metadata"]["name"], pod["metadata"]["namespace"], outcome)
-
-    def evict(self, pod: Object, outcome: Outcome) -> None:
-        """As the eviction API does it."""
-        self._end(pod["metadata"]["name"], pod["metadata"]["namespace"], Outcome(outcome.code, outcome.message, disrupted=True))
 
     async def _controllers(self) -> None:
         seen = -1
@@ -194,7 +189,8 @@ class FakeCluster(FakeApi):
             "metadata": {
                 "name": f"{meta['name']}-{index}-{meta['uid'][:4]}{number}", "namespace": meta["namespace"], "ownerReferences": [owner],
                 "labels": {**template["metadata"]["labels"], "batch.kubernetes.io/job-completion-index": str(index)},
-                "annotations": {naming.INDEX_ANNOTATION: str(index), naming.INDEX_FAILURES_ANNOTATION: str(failures)},
+                "annotations": {naming.INDEX_ANNOTATION: str(index), naming.INDEX_FAILURES_ANNOTATION: str(failures)}
+                | ({naming.INDEX_IGNORED_ANNOTATION: str(number - failures)} if number > failures else {}),
             },
             "status": {"phase": "Pending"},
         })  # fmt: skip

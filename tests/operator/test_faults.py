@@ -12,11 +12,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from fake_api import Call, Fault
-from fake_cluster import FakeCluster, Object, Outcome, Pod, all_well
-from harness import HUB, fine_tune, finished, generate, outlive, running, start, summary, until
+from fake_cluster import FakeCluster, Object, Outcome, Pod, all_well, said
+from harness import FAST, HUB, condition, fine_tune, finished, generate, holds, outlive, running, start, summary, until
 
 AT_ONCE = 6
 
@@ -100,16 +101,116 @@ async def test_events_that_cannot_be_posted_hold_nothing_up() -> None:
         assert not cluster.all("Event")
 
 
-async def test_a_quota_is_told_and_waited_out() -> None:
+REFUSALS = [
+    # given                                                answer  what is refused                 where it is told   expect
+    ("an invalid field",                                   400,    "Job ftj-tune-prepare",         "Prepared",        "Preparing"),
+    ("a quota",                                            403,    "ConfigMap ftj-tune",           "Prepared",        "Preparing"),
+    ("storage that is away",                               503,    "PersistentVolumeClaim ftj-tune", "Prepared",      "Preparing"),
+    ("an admission policy",                                422,    "JobSet ftj-tune-run",          "Running",         "Starting"),
+    ("JobSet's webhook does not answer",                   500,    "JobSet ftj-tune-run",          "Running",         "Starting"),
+    ("JobSet's kind is gone, which we have not yet noticed", 404,  "JobSet ftj-tune-run",          "Running",         "Starting"),
+    ("an upload that may not start",                       403,    "Job ftj-tune-publish",         "Published",       "Publishing"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("answer", "child", "where", "after"), [c[1:] for c in REFUSALS], ids=[c[0] for c in REFUSALS])
+async def test_a_child_that_is_refused_is_told_of_once_and_tried_again(answer: int, child: str, where: str, after: str) -> None:
     async with FakeCluster() as cluster, running(cluster):
-        cluster.fault = lambda number, call: Fault(answer=403) if call.kind == "Job" else None
+        tries = 0
+
+        def refuse(number: int, call: Call) -> Fault | None:
+            nonlocal tries
+            mine = f"{call.kind} {call.name or (call.body or {}).get('metadata', {}).get('name')}" == child and call.verb != "DELETE"
+            tries += mine
+            return Fault(answer=answer) if mine else None
+
+        cluster.fault = refuse
+        cluster.create(fine_tune(hub=HUB))
+        told = await until("told", lambda: (c := condition(cluster, "FineTuneJob", "tune", where)) and c["reason"] == "FailedCreate" and c)
+        assert (told["status"], told["message"]) == ("False", f"{child}: a fault")
+        found = cluster.get("FineTuneJob", "tune")["status"]
+        assert found["state"] == "FailedCreate"
+        assert found["startTime"]
+        assert holds(cluster, "FineTuneJob", "tune", "Accepted")
+        written = len([c for c in cluster.calls if str(c) == "PATCH FineTuneJob/status tune"])
+        before = tries
+        await until("tried again", lambda: tries > before + 2)
+        assert len([c for c in cluster.calls if str(c) == "PATCH FineTuneJob/status tune"]) == written, "nothing new to say"
+        cluster.fault = lambda number, call: None
+        await until("complete", lambda: holds(cluster, "FineTuneJob", "tune", "Complete"))
+        assert [e["count"] for e in cluster.all("Event") if e["reason"] == "FailedCreate"] == [1]
+        assert after in {c["reason"] for _, _, o in cluster.history if o["kind"] == "FineTuneJob" for c in o.get("status", {}).get("conditions", [])}
+
+
+CLAIMS = [
+    # given                                      the claim that is there                                                            expect: why the job waits
+    ("it is being deleted",                      {"deletionTimestamp": "2026-01-01T00:00:00Z", "finalizers": ["kubernetes.io/pvc-protection"]},
+     "the claim of an earlier job is being deleted"),
+    ("it goes with a job that is gone already",  {"ownerReferences": [{"kind": "FineTuneJob", "name": "tune", "uid": "an-earlier-uid"}]},
+     "there is one that goes with another FineTuneJob tune (an-earlier-uid)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("meta", "expect"), [c[1:] for c in CLAIMS], ids=[c[0] for c in CLAIMS])
+@pytest.mark.parametrize("kept", ["Keep", "Delete"])
+async def test_a_claim_that_is_about_to_go_is_waited_for(meta: Object, expect: str, kept: str) -> None:
+    async with FakeCluster() as cluster:
+        cluster.collect_garbage = lambda: False  # type: ignore[method-assign]  # it is late, as it may be
+        old = cluster.create(claim() | {"metadata": {"name": "ftj-tune", "namespace": "default"} | meta})
+        async with running(cluster):
+            cluster.create(fine_tune(workspace={"whenDeleted": kept}))
+            told = await until("told", lambda: (c := condition(cluster, "FineTuneJob", "tune", "Prepared")) and c["reason"] == "FailedCreate" and c)
+            assert told["message"] == f"PersistentVolumeClaim ftj-tune: {expect}"
+            cluster.delete(old)
+            await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
+            assert cluster.get("PersistentVolumeClaim", "ftj-tune")["metadata"]["uid"] != old["metadata"]["uid"]
+
+
+async def test_a_claim_that_an_earlier_job_left_is_used_and_one_that_is_too_small_is_told_of() -> None:
+    async with FakeCluster() as cluster, running(cluster):
+        old = cluster.create(claim())
+        cluster.create(fine_tune(workspace={"size": "5Gi"}))
+        await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
+        assert cluster.get("PersistentVolumeClaim", "ftj-tune")["metadata"]["uid"] == old["metadata"]["uid"]
+        event = await until("an event", lambda: next((e for e in cluster.all("Event") if e["reason"] == "SmallWorkspace"), None))
+        assert (event["type"], event["message"]) == (
+            "Warning",
+            "spec.workspace.size: 5Gi are wanted, and the claim ftj-tune, which an earlier job left, has 1Gi. "
+            "Resize the claim, delete it with the results on it, or give this job another name",
+        )
+
+
+def claim() -> Object:
+    return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "ftj-tune", "namespace": "default"},
+            "spec": {"resources": {"requests": {"storage": "1Gi"}}}}  # fmt: skip
+
+
+async def test_an_answer_that_is_lost_is_no_refusal() -> None:
+    async with FakeCluster() as cluster, running(cluster):
+        cluster.fault = lambda number, call: Fault(reset="after") if call.kind == "Job" else None
         cluster.create(fine_tune())
-        event = await until("an event", lambda: next((e for e in cluster.all("Event") if e["reason"] == "FailedCreate"), None))
-        assert event["message"] == "Job ftj-tune-prepare: a fault"
-        await until("counted instead of repeated", lambda: cluster.get("Event", event["metadata"]["name"])["count"] > 1)
+        await until("tried", lambda: len([c for c in cluster.calls if c.kind == "Job"]) > 2)
         cluster.fault = lambda number, call: None
         await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
-        assert len([e for e in cluster.all("Event") if e["reason"] == "FailedCreate"]) == 1
+        assert "FailedCreate" not in {e["reason"] for e in cluster.all("Event")}
+
+
+async def test_the_deadline_runs_while_a_child_is_refused() -> None:
+    """And it is kept, however long the next attempt is put off."""
+    async with FakeCluster() as cluster, running(cluster, pace=replace(FAST, backoff=60)):
+        cluster.fault = lambda number, call: Fault(answer=403) if call.kind == "Job" else None
+        cluster.create(fine_tune(activeDeadlineSeconds=1))
+        await until("failed", lambda: finished(cluster, "FineTuneJob", "tune"))
+        assert condition(cluster, "FineTuneJob", "tune", "Failed")["reason"] == "DeadlineExceeded"
+
+
+async def test_figures_that_json_cannot_say_do_not_keep_a_job_from_its_end() -> None:
+    """Written as Python's json does, by whatever image: the real API server refuses a status that holds one of them."""
+    last = said("run", metrics={"evalLoss": 120.0}, step=30).replace("120.0", "120.0,\"perplexity\":Infinity,\"trainLoss\":NaN")
+    async with FakeCluster(lambda pod: Outcome(message=last) if pod.phase == "run" else all_well(pod)) as cluster, running(cluster):
+        cluster.create(fine_tune())
+        await until("complete", lambda: holds(cluster, "FineTuneJob", "tune", "Complete"))
+        assert cluster.get("FineTuneJob", "tune")["status"]["metrics"] == {"evalLoss": 120.0}
 
 
 async def test_nothing_is_written_when_nothing_happens() -> None:

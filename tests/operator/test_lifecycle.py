@@ -115,6 +115,10 @@ async def test_a_killed_shard_is_started_again_alone() -> None:
         await until("complete", lambda: finished(cluster, "GenerateJob", "gen"))
         assert holds(cluster, "GenerateJob", "gen", "Complete")
         assert sorted(p.index for p in cluster.started if p.phase == "run") == [0, 1, 1]
+        found = status(cluster, "GenerateJob", "gen")
+        assert (found["restarts"], found["restartsCharged"]) == (1, 1)
+        event = await until("an event", lambda: next((e for e in cluster.all("Event") if e["reason"] == "Restarting"), None))
+        assert event["message"].startswith("restart 1 after InfrastructureError: ")
 
 
 async def test_an_image_that_is_not_there() -> None:

@@ -17,6 +17,7 @@ from kubernetes.aio.client.configuration import Configuration
 from prometheus_client.parser import text_string_to_metric_families
 from test_lifecycle import CRASH, at
 
+from luthier_api.status import Attempt, JobStatus
 from luthier_operator import health
 from luthier_operator.client import ApiError, Client
 from luthier_operator.events import Recorder
@@ -54,6 +55,36 @@ def test_every_metric_of_the_table_is_served_with_its_help() -> None:
     assert families == {m.name.removesuffix("_total") if m.type == "counter" else m.name for m in OPERATOR_METRICS}
     assert all(m.help for m in OPERATOR_METRICS)
     assert len({m.name for m in OPERATOR_METRICS}) == len(OPERATOR_METRICS)
+
+
+def told(restarts: int = 0, first_ran: str | None = None, *failures: tuple[int, int, str]) -> JobStatus:
+    """`failures`: attempt, rank or shard, reason."""
+    attempts = [Attempt(phase="run", attempt=n, rank=rank, reason=reason, pod=f"p{i}") for i, (n, rank, reason) in enumerate(failures)]
+    return JobStatus(restarts=restarts, run_start_time=first_ran, attempts=attempts)
+
+
+RAN, CRASHES = "2026-03-01T12:00:00Z", [(0, 0, "Hang"), (1, 0, "PeerLost")]
+SHARDS = [(0, 3, "Hang"), (0, 1, "PeerLost"), (1, 3, "StorageError")]
+COUNTS = [
+    # given                                   kind              before                   after                             expect: queue times, restarts by reason
+    ("it runs at last",                       "FineTuneJob",    told(),                  told(0, RAN),                     1, {}),
+    ("it runs on",                            "FineTuneJob",    told(0, RAN),            told(0, RAN),                     0, {}),
+    ("it runs again",                         "GenerateJob",    told(1, RAN, *SHARDS),   told(1, RAN, *SHARDS),            0, {}),
+    ("a group was restarted",                 "FineTuneJob",    told(0, RAN),            told(1, RAN, *CRASHES[:1]),       0, {"Hang": 1}),
+    ("twice, while nobody looked",            "FineTuneJob",    told(0, RAN),            told(2, RAN, *CRASHES),           0, {"Hang": 1, "PeerLost": 1}),
+    ("and nobody has seen why",               "FineTuneJob",    told(0, RAN),            told(1, RAN),                     0, {"Unknown": 1}),
+    ("a shard was started again",             "GenerateJob",    told(0, RAN),            told(1, RAN, *SHARDS[:1]),        0, {"Hang": 1}),
+    ("two more shards",                       "GenerateJob",    told(1, RAN, *SHARDS[:1]), told(3, RAN, *SHARDS),          0, {"PeerLost": 1, "StorageError": 1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "before", "after", "queued", "restarts"), [c[1:] for c in COUNTS], ids=[c[0] for c in COUNTS])
+def test_what_a_status_means_for_the_figures(kind: str, before: JobStatus, after: JobStatus, queued: int, restarts: dict[str, int]) -> None:
+    metrics = Metrics("test")
+    metrics.status_changed(kind, "2026-03-01T11:00:00Z", before, after)
+    found = samples(metrics.text([]))
+    assert found.get(("luthier_job_queue_seconds_count", (("kind", kind),)), 0) == queued
+    assert {dict(labels)["reason"]: n for (name, labels), n in found.items() if name == "luthier_job_restarts_total"} == restarts
 
 
 async def test_failures_are_counted_by_reason() -> None:

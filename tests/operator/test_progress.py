@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import aiohttp
 from aiohttp import web
 from fake_cluster import FakeCluster, Object, Outcome, Pod, all_well, said
 from harness import condition, fine_tune, generate, running, settings, until
 
 from luthier_operator import naming
+from luthier_operator.progress import Scraper
+from luthier_operator.store import Store
 
 
 class PodMetrics:
@@ -114,6 +117,30 @@ async def test_mere_progress_is_written_seldom_and_a_condition_at_once() -> None
         asked = asyncio.get_running_loop().time()
         await until("suspended", lambda: condition(cluster, "FineTuneJob", "tune", "Suspended"))
         assert asyncio.get_running_loop().time() - asked < 0.9 * slow
+
+
+async def test_a_pod_sends_us_nowhere_else() -> None:
+    """The operator stands inside the cluster: a user's pod must not choose what it asks there."""
+    asked: list[str] = []
+
+    async def inside(request: web.Request) -> web.Response:
+        asked.append(request.path)
+        return web.Response(text="luthier_train_step 5\nluthier_train_max_steps 10\n")
+
+    async def redirect(request: web.Request) -> web.Response:
+        raise web.HTTPFound(f"http://{request.host}/inside")
+
+    app = web.Application()
+    app.add_routes([web.get("/inside", inside), web.get("/metrics", redirect)])
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    scraper = Scraper(Store(), lambda key: None, 15, lambda pod: f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}/metrics")  # type: ignore[union-attr]
+    async with aiohttp.ClientSession() as session:
+        assert await scraper._read(session, {"metadata": {"name": "pod"}}) == {}
+    await runner.cleanup()
+    assert asked == []
 
 
 async def test_pods_that_do_not_answer_are_no_error() -> None:

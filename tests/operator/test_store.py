@@ -10,8 +10,9 @@ from fake_cluster import said
 from luthier_api.kinds import JobKind, parse_job
 from luthier_operator import naming
 from luthier_operator.children import held
+from luthier_operator.ends import FAILURES_KEPT
 from luthier_operator.model import ChildRef, Key
-from luthier_operator.store import ENDS_KEPT, Store
+from luthier_operator.store import Owner, Store
 
 TUNE = Key(JobKind.FINE_TUNE, "default", "tune")
 
@@ -25,12 +26,19 @@ def job(name: str = "tune", version: int = 1, uid: str = "", **spec: Any) -> dic
 def owned(kind: str, name: str, version: int = 1, uid: str = "", job: str = "uid-tune", **parts: Any) -> dict[str, Any]:
     labels = {naming.KIND_LABEL: "FineTuneJob", naming.JOB_LABEL: "tune", naming.UID_LABEL: job, naming.PHASE_LABEL: "run"}
     meta = {"name": name, "namespace": "default", "uid": uid or f"uid-{name}", "resourceVersion": str(version), "labels": labels}
-    return {"kind": kind, "metadata": meta} | parts
+    owner = {"ownerReferences": [{"kind": "FineTuneJob", "name": "tune", "uid": job}]} if kind != "Pod" else {}
+    return {"kind": kind, "metadata": meta | owner} | parts
 
 
-def ended(name: str, code: int = 70, version: int = 2) -> dict[str, Any]:
-    state = {"terminated": {"exitCode": code, "reason": "Error", "message": said("run", code), "finishedAt": "2026-01-01T00:00:00Z"}}
-    return owned("Pod", name, version, status={"phase": "Failed", "containerStatuses": [{"name": "trainer", "state": state}]})
+def ended(name: str, code: int = 70, version: int = 2, index: str = "0", at: str = "2026-01-01T00:00:00Z", **told: Any) -> dict[str, Any]:
+    state = {"terminated": {"exitCode": code, "reason": "Error", "message": said("run", code, **told), "finishedAt": at}}
+    found = owned("Pod", name, version, status={"phase": "Failed", "containerStatuses": [{"name": "trainer", "state": state}]})
+    return found | {"metadata": found["metadata"] | {"annotations": {naming.INDEX_ANNOTATION: index}}}
+
+
+def moved(found: dict[str, Any], **meta: Any) -> dict[str, Any]:
+    """A copy of an object, as a backup or a stranger makes it."""
+    return found | {"metadata": found["metadata"] | meta}
 
 
 def seen(store: Store) -> Any:
@@ -99,14 +107,73 @@ def test_the_first_end_stays() -> None:
     assert [e.exit_code for e in seen(store).ended] == [79]
 
 
-def test_ends_are_bounded_and_go_with_the_job() -> None:
+def test_failures_are_bounded_and_go_with_the_job() -> None:
     store = Store()
     store.put(job())
-    for number in range(ENDS_KEPT + 10):
+    for number in range(FAILURES_KEPT + 10):
         store.put(ended(f"pod-{number}"))
-    assert (len(seen(store).ended), seen(store).ended[-1].pod) == (ENDS_KEPT, f"pod-{ENDS_KEPT + 9}")
+    assert (len(seen(store).ended), seen(store).ended[-1].pod) == (FAILURES_KEPT, f"pod-{FAILURES_KEPT + 9}")
     store.remove(job())
     assert not store._ended
+
+
+def test_every_shard_that_ended_well_is_remembered_and_each_once() -> None:
+    """However many there are, and however often they were started: one end an index, and nothing of what they printed."""
+    store, shards = Store(), FAILURES_KEPT + 44
+    store.put(job())
+    for attempt in range(3):
+        for index in range(shards):
+            store.put(ended(f"pod-{index}-{attempt}", 0, index=str(index), at=f"2026-01-01T00:00:0{attempt}Z", metrics={"rows": attempt}, last_lines="x" * 999))
+    ends = seen(store).ended
+    assert sorted(e.index for e in ends) == list(range(shards))
+    assert {(e.message.metrics["rows"], e.message.last_lines, e.raw_message) for e in ends} == {(2, "", "")}
+    store.put(ended("pod-0-1", 0, version=9, at="2026-01-01T00:00:01Z"))
+    assert {e.pod for e in seen(store).ended if e.index == 0} == {"pod-0-2"}, "an earlier one that is told of late"
+
+
+def test_a_pod_that_was_lost_with_its_node_may_have_ended_well() -> None:
+    store = Store()
+    store.put(job())
+    store.put(owned("Pod", "pod", status={"phase": "Failed", "reason": "NodeLost"}))
+    store.put(ended("pod", 0, version=3))
+    assert [e.exit_code for e in seen(store).ended] == [0]
+
+
+CHILD, POD = owned("Job", "ftj-tune-prepare"), ended("pod")
+COPIES = [
+    # given                                        what                                                          expect: it is ours
+    ("our Job",                                    CHILD,                                                        True),
+    ("our pod",                                    POD,                                                          True),
+    ("a Job with our labels, elsewhere",           moved(CHILD, namespace="other"),                              False),
+    ("a pod with our labels, elsewhere",           moved(POD, namespace="other"),                                False),
+    ("a Job with our labels that nobody owns",     moved(CHILD, ownerReferences=[]),                             False),
+    ("a Job with our labels, of another owner",    moved(CHILD, ownerReferences=[{"uid": "uid-of-another"}]),     False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("found", "ours"), [c[1:] for c in COPIES], ids=[c[0] for c in COPIES])
+def test_labels_alone_make_nothing_ours(found: dict[str, Any], ours: bool) -> None:
+    store = Store()
+    store.put(job())
+    store.put(found)
+    assert bool(seen(store).children or seen(store).pods or seen(store).ended) is ours
+    assert bool(list(store.pods())) is (ours and found["kind"] == "Pod"), "whose metrics are read"
+    store.remove(found)
+    assert bool(seen(store).ended) is (ours and found["kind"] == "Pod")
+
+
+NO_NUMBERS = ["abc", "-1", "1.5", "9" * 5000, "", "٣٣٣٣٣٣٣٣٣٣٣"]
+
+
+@pytest.mark.parametrize("text", NO_NUMBERS, ids=lambda text: text[:5])
+def test_labels_and_annotations_that_are_no_numbers_count_as_none(text: str) -> None:
+    """Whoever may create pods may write them."""
+    store = Store()
+    store.put(job())
+    notes = dict.fromkeys((naming.INDEX_ANNOTATION, naming.INDEX_FAILURES_ANNOTATION, naming.INDEX_IGNORED_ANNOTATION), text)
+    labels = POD["metadata"]["labels"] | {naming.RESTART_LABEL: text, naming.INDEX_ANNOTATION: text}
+    assert store.put(moved(POD, labels=labels, annotations=notes)) == {TUNE}
+    assert [(e.attempt, e.index) for e in seen(store).ended] == [(0, 0)]
 
 
 def test_what_pods_say_after_their_job_was_deleted_is_not_kept() -> None:
@@ -115,7 +182,7 @@ def test_what_pods_say_after_their_job_was_deleted_is_not_kept() -> None:
     store.put(owned("Pod", "pod", status={"phase": "Running"}))
     store.remove(job())
     store.put(ended("pod"))
-    store.put_samples("uid-tune", {0: {"luthier_train_step": 1}})
+    store.put_samples(Owner(TUNE, "uid-tune"), {0: {"luthier_train_step": 1}})
     store.remove(ended("pod", version=3))
     assert (store._ended, store._samples, store._pods) == ({}, {}, {})
 

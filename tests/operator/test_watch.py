@@ -40,7 +40,7 @@ async def test_after_a_410_what_was_deleted_meanwhile_is_forgotten() -> None:
         await until("gone", lambda: not cluster.pods("tune", "run"))
         cluster.compact()
         await until("forgotten", lambda: operator.store.job(Key(JobKind.FINE_TUNE, "default", "tune")) is None)
-        await until("its pods, too", lambda: not [p for key, _, p in operator.store.pods() if key.name == "tune"])
+        await until("its pods, too", lambda: not [p for owner, p in operator.store.pods() if owner.key.name == "tune"])
         assert operator.store.job(Key(JobKind.GENERATE, "default", "gen")) is not None
 
 

@@ -43,7 +43,7 @@ def test_help_names_every_verb() -> None:
 
 
 def test_version() -> None:
-    assert luthier("version").stdout.strip() == version("luthier")
+    assert luthier("version").stdout.strip() == luthier("--version").stdout.strip() == version("luthier")
 
 
 def test_crds_are_those_of_the_types() -> None:
@@ -77,6 +77,8 @@ REFUSED: list[tuple[str, list[object], tuple[str, ...], int, list[str]]] = [
         "spec.resources.gpusPerNode: needs 8 GPUs, this machine has 0", "--cpu", "gpusPerNode: 0", "kubectl apply -f job.yaml"]),
     ("a GPU for a shard", [GENERATE], (), 78, ["spec.resources.gpus: needs 1 GPU, this machine has 0"]),
     ("a mount that is none", [changed(FINE_TUNE, ON_CPU)], ("--mount", "data"), 64, ["--mount data: write it as /path/in/the/pods=folder/here"]),
+    ("a GPU's precision without a GPU", [changed(GENERATE, {"spec.precision": "fp16"})], ("--cpu",), 64, [
+        "job.yaml: without GPUs (--cpu): spec.precision: fp16 needs a GPU"]),
     ("a token that is not there", [changed(FINE_TUNE, ON_CPU | {"spec.hub": {"tokenSecret": {"name": "hf"}}})], (), 77, ["export HF_TOKEN=..."]),
 ]  # fmt: skip
 
@@ -97,10 +99,12 @@ def test_refused_before_anything_starts(
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("a: [")
-    done = luthier("run", "missing.yaml", "broken.yaml", cwd=tmp_path)
+    (tmp_path / "twice.yaml").write_text("spec: {task: causal-lm}\nspec: {task: text-classification}\n")
+    done = luthier("run", "missing.yaml", "broken.yaml", "twice.yaml", cwd=tmp_path)
     assert done.returncode == 64
     assert "missing.yaml: No such file or directory" in done.stderr
     assert "broken.yaml: not YAML" in done.stderr
+    assert "twice.yaml: not YAML: 'spec' is there twice; keep one of them" in done.stderr
 
 
 def test_plan_quick_says_what_would_be_done_and_writes_nothing(tmp_path: Path) -> None:

@@ -203,6 +203,8 @@ def test_what_is_complete_is_not_done_again(laptop: Laptop) -> None:
     laptop.run("run", file)
     code, document = laptop.json("run", file)
     assert (code, document["jobs"][0]["state"], document["jobs"][0]["metrics"]["evalLoss"]) == (0, "Complete", 2.25)
+    assert document["jobs"][0]["finishedBefore"]
+    assert "finished before: nothing was run" in laptop.run("run", file)[1]
     assert len(laptop.calls()) == 2
 
 
@@ -213,6 +215,57 @@ def test_only_the_shard_that_failed_runs_again(laptop: Laptop) -> None:
     laptop.script()
     assert laptop.json("run", file)[0] == 0
     assert laptop.calls() == ["make prepare 0", "make generate 0", "make generate 1", "make generate 1"]
+
+
+def test_figures_are_those_of_all_shards_and_failed_rows_are_told(laptop: Laptop) -> None:
+    laptop.script(generate_0={"failed": 1})
+    file = laptop.write(outputs(shards=3))
+    code, document = laptop.json("run", file)
+    assert (code, document["jobs"][0]["metrics"]) == (0, {"rows": 3, "failedRows": 1, "seconds": 6})
+    assert "3; 1 could not be made" in laptop.run("run", file)[1]
+
+
+def test_texts_with_every_kind_of_line_break(laptop: Laptop) -> None:
+    laptop.script(generate_0={"writes": "\u2028and\u0085on"})
+    code, out, err = laptop.run("run", laptop.write(outputs()))
+    assert (code, err) == (0, "")
+    assert "Once▸ upon 0" in out
+
+
+def test_a_mistake_that_prepare_found_is_mended_in_place(laptop: Laptop) -> None:
+    laptop.script(prepare_0={"code": 65, "message": "spec.dataset.columns.text: no column"})
+    assert laptop.run("run", laptop.write(job(dataset={"id": "org/data", "columns": {"text": "txt"}})))[0] == 65
+    laptop.script()
+    mended = laptop.write(job(dataset={"id": "org/data", "columns": {"text": "text"}}))
+    assert laptop.run("plan", mended)[0] == 0
+    assert laptop.run("plan", laptop.write(job(dataset={"id": "org/more"})))[0] == 0
+    assert laptop.calls() == ["tune prepare 0"] * 3
+    run = read_run((laptop.runs / "tune/run.json").read_bytes())
+    assert run.spec.dataset.id == "org/more"  # type: ignore[union-attr]
+
+
+UNUSABLE = [
+    ("a file for a workspace", "not-a-folder", "--workspace: ", 78),
+    ("a workspace that cannot be made", "/proc/nope", "--workspace: /proc/nope", 78),
+]
+
+
+@pytest.mark.parametrize(("name", "workspace", "says", "code"), UNUSABLE, ids=[u[0] for u in UNUSABLE])
+def test_an_unusable_workspace_is_told_in_a_line(laptop: Laptop, name: str, workspace: str, says: str, code: int) -> None:
+    (laptop.folder / "not-a-folder").write_text("")
+    ended, _, err = laptop.run("run", laptop.write(job()), "--workspace", workspace)
+    assert (ended, len(err.strip().splitlines())) == (code, 1), err
+    assert says in err
+
+
+def test_a_run_config_of_another_version_is_told_in_a_line(laptop: Laptop) -> None:
+    (laptop.runs / "tune").mkdir()
+    (laptop.runs / "tune/run.json").write_text('{"kind": "FineTuneJob", "odd": 1}')
+    file = laptop.write(job())
+    code, _, err = laptop.run("run", file)
+    assert (code, len(err.strip().splitlines())) == (64, 1), err
+    assert "run.json: not a run config of this version" in err
+    assert laptop.run("run", file, "--fresh")[0] == 0
 
 
 def test_another_manifest_does_not_go_on_from_this_one(laptop: Laptop) -> None:
@@ -268,6 +321,23 @@ def test_plan_stops_after_prepare_and_run_goes_on(laptop: Laptop) -> None:
     assert document["jobs"][0]["prepared"]["plan"]["steps"] == 12
     assert laptop.json("run", file)[0] == 0
     assert laptop.calls() == ["tune prepare 0", "tune train 0"]
+
+
+def test_a_plan_needs_neither_the_gpus_nor_the_token_of_the_run(laptop: Laptop) -> None:
+    asked = job(resources={"gpusPerNode": 8}, hub={"repo": "org/out", "tokenSecret": {"name": "hf"}})
+    code, document = laptop.json("plan", laptop.write(asked))
+    assert (code, document["jobs"][0]["state"], laptop.calls()) == (0, "Planned", ["tune prepare 0"])
+
+
+def test_a_plan_of_a_job_whose_source_is_only_planned_is_refused_with_what_to_do(laptop: Laptop) -> None:
+    first = laptop.write(job())
+    second = laptop.write(job(model={"job": "tune"}) | {"metadata": {"name": "second"}}, name="second.yaml")
+    code, _, err = laptop.run("plan", first, second)
+    assert code == 66
+    assert "spec.model.job: no finished FineTuneJob 'tune' in" in err
+    assert "run it first: what is only planned has no result" in err
+    assert laptop.run("run", first)[0] == 0
+    assert laptop.run("plan", first, second)[0] == 0
 
 
 STEERED = [("plan only", {"planOnly": True}, "Planned", ["tune prepare 0"]), ("suspended", {"suspend": True}, "Suspended", [])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from cases.observed import (
     BEGIN,
     HUB,
@@ -20,10 +21,11 @@ from cases.observed import (
     observed,
     pod,
     prepared_end,
+    said,
 )
 
 from luthier_api.kinds import FineTuneJob
-from luthier_operator.decide import STEPS, decide
+from luthier_operator.decide import STEPS, decide, refused
 from luthier_operator.model import Job, Observed
 
 
@@ -40,13 +42,13 @@ def life(job: Job) -> list[tuple[str, Observed]]:
     prepared, trained = child(job, "prepare", "Complete"), child(job, "run", "Complete", restarts=1, charged=1)
     return [
         ("applied", observed(job)),
-        ("its Job is there", observed(job, child(job, "prepare"))),
+        ("its pod runs", observed(job, child(job, "prepare"), pods=[pod(job, "prepare", state=RUNNING)])),
         ("prepared", observed(job, prepared, ends=ends)),
         ("pods run", observed(job, prepared, child(job, "run"), pods=[pod(job, "run", i, 0, RUNNING) for i in (0, 1)], ends=ends)),
         ("a pod is lost", observed(job, prepared, child(job, "run"), ends=lost)),
         ("restarted", observed(job, prepared, child(job, "run", restarts=1, charged=1), pods=run, ends=lost)),
         ("trained", observed(job, prepared, trained, ends=last)),
-        ("uploads", observed(job, prepared, trained, child(job, "publish"), ends=last)),
+        ("uploads", observed(job, prepared, trained, child(job, "publish"), pods=[pod(job, "publish", state=RUNNING)], ends=last)),
         ("published", observed(job, prepared, trained, child(job, "publish", "Complete"), ends=[*last, hub_end(job)])),
         ("ended", observed(job, prepared, trained, child(job, "publish", "Complete"), ends=[*last, hub_end(job)])),
     ]
@@ -73,7 +75,7 @@ def test_the_life_of_a_fine_tune_job() -> None:
             "applies ConfigMap ftj-bot, PersistentVolumeClaim ftj-bot, Job ftj-bot-prepare",
             ["Preparing"],
         ),
-        ("its Job is there", "Preparing", "waits", []),
+        ("its pod runs", "Preparing", "waits", []),
         ("prepared", "Starting", "applies JobSet ftj-bot-run", ["Prepared"]),
         ("pods run", "Running", "waits", ["Started"]),
         ("a pod is lost", "Restarting", "waits", []),
@@ -88,7 +90,7 @@ def test_the_life_of_a_fine_tune_job() -> None:
 def test_the_life_of_a_generate_job() -> None:
     assert [(state, events) for _, state, _, events in walk(generate(hub=HUB))] == [
         ("Preparing", ["Preparing"]), ("Preparing", []), ("Starting", ["Prepared"]), ("Running", ["Started"]), ("Restarting", []),
-        ("Running", ["Running"]), ("Publishing", ["Generated", "Publishing"]), ("Publishing", []), ("Complete", ["Published", "Completed"]),
+        ("Running", ["Restarting", "Running"]), ("Publishing", ["Generated", "Publishing"]), ("Publishing", []), ("Complete", ["Published", "Completed"]),
         ("Complete", []),
     ]  # fmt: skip
 
@@ -122,6 +124,29 @@ def test_conditions_keep_the_time_of_their_last_turn() -> None:
     assert {m: t for m, t in turned.items() if t} == {
         "prepared": ["Prepared"], "pods run": ["Running"], "a pod is lost": ["Running"], "restarted": ["Running"], "trained": ["Running"],
     }  # fmt: skip
+
+
+REFUSED = [
+    # given                      what is there                                        expect
+    ("prepare is refused",       [],                                                  ("Prepared", "FailedCreate", ["FailedCreate"])),
+    ("run is refused",           ["prepare"],                                         ("Running", "FailedCreate", ["Prepared", "FailedCreate"])),
+    ("publish is refused",       ["prepare", "run"],                                  ("Published", "FailedCreate", ["Prepared", "Trained", "FailedCreate"])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("there", "expect"), [c[1:] for c in REFUSED], ids=[c[0] for c in REFUSED])
+def test_what_is_refused_says_so_and_the_rest_of_the_decision_stands(there: list[Any], expect: tuple[str, str, list[str]]) -> None:
+    job = fine_tune(hub=HUB)
+    given = observed(job, *(child(job, phase, "Complete") for phase in there))
+    decision = decide(given, SETTINGS, NOW)
+    answer = refused(given, decision, "Job x: exceeded quota", NOW)
+    condition, state, events = expect
+    assert said(answer, condition) == "False FailedCreate: Job x: exceeded quota"
+    assert (answer.status.state, [e.reason for e in answer.events]) == (state, events)
+    assert (answer.apply, answer.status.start_time, said(answer, "Accepted")) == (decision.apply, decision.status.start_time, said(decision, "Accepted"))
+    again = replace(given, job=job.model_copy(update={"status": answer.status}))
+    second = refused(again, decide(again, SETTINGS, NOW), "Job x: exceeded quota", NOW)
+    assert (second.status, second.events) == (answer.status, ())
 
 
 def test_the_order_of_the_steps_is_the_story_of_a_job() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cases.observed import child, decided, describe, fine_tune, generate, said, status
+from cases.observed import NOW, child, decided, describe, fine_tune, generate, said, status
 
 from luthier_operator.model import Decision
 
@@ -22,7 +22,7 @@ CASES = [
      "False JobSetMissing: FineTuneJobs need JobSet, which this cluster does not have. Install it: kubectl apply --server-side -f "
      "https://github.com/kubernetes-sigs/jobset/releases/download/v0.12.0/manifests.yaml", "Pending"),
     ("no JobSet, but generation needs none", lambda: decided(generate(), jobset_installed=False), "True Accepted: The job can run", "Preparing"),
-    ("no JobSet any more, once begun", lambda: (j := fine_tune(status("Accepted"))) and decided(j, child(j, "prepare"), jobset_installed=False),
+    ("no JobSet any more, once begun", lambda: (j := fine_tune(status("Accepted"))) and decided(j, child(j, "prepare", born=NOW), jobset_installed=False),
      "True Accepted: ", "Preparing"),
     ("the named job does not exist", lambda: decided(fine_tune(**SOURCE)),
      'False WaitingForJob: spec.model.job: there is no FineTuneJob "base" in this namespace; waiting for its result', "Waiting"),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import pytest
 from cases.observed import BEGIN, NOW, RUNNING, at, child, decided, describe, ended, fine_tune, generate, pod, said, status
 
+from luthier_api.status import JobStatus, Phase
 from luthier_operator import naming
+from luthier_operator.model import Object
 from luthier_operator.statuses import text
 
 BEGUN = {"start_time": text(BEGIN)}
@@ -21,6 +25,37 @@ def test_the_deadline_counts_from_the_first_phase() -> None:
     )
     early = fine_tune(AT_WORK, activeDeadlineSeconds=3700)
     assert describe(decided(early, child(early, "prepare", "Complete"), child(early, "run"))) == "again in 100 s"
+
+
+TEN_MINUTES = {"activeDeadlineSeconds": 600}  # over for 50 minutes now
+IN_TIME, LATE = at(-3500), at(-2000)
+HUB = {"hub": {"repo": "org/bot", "tokenSecret": {"name": "hf"}}}
+PREPARED = status("Accepted", "Prepared", **BEGUN)
+TRAINED = status("Accepted", "Prepared", **BEGUN).model_copy(update={"conditions": [
+    *PREPARED.conditions, *(c.model_copy(update={"last_transition_time": text(IN_TIME)}) for c in status("Trained").conditions)]})  # fmt: skip
+FATAL = {"message": "Container trainer for pod ml/x failed with exit code 82 matching FailJob rule at index 0"}
+DEADLINES = [
+    # given                                                what is there                          expect
+    ("trained in time, looked at late",                    AT_WORK,  {},                ("run", "Complete", IN_TIME),     "Complete Completed"),
+    ("trained in time, and its JobSet is gone",            TRAINED,  {},                None,                             "Complete Completed"),
+    ("trained too late",                                   AT_WORK,  {},                ("run", "Complete", LATE),        "Failed DeadlineExceeded"),
+    ("trained in time, the upload is still to be created", AT_WORK,  HUB,               ("run", "Complete", IN_TIME),     "Failed DeadlineExceeded"),
+    ("published in time, looked at late",                  TRAINED,  HUB,               ("publish", "Complete", IN_TIME), "Complete Completed"),
+    ("published too late",                                 TRAINED,  HUB,               ("publish", "Complete", LATE),    "Failed DeadlineExceeded"),
+    ("still uploading",                                    TRAINED,  HUB,               ("publish", "", IN_TIME),         "deletes Job ftj-bot-publish; Failed DeadlineExceeded"),
+    ("failed in time, looked at late",                     AT_WORK,  {},                ("run", "Failed", IN_TIME),       "Failed Diverged"),
+    ("failed too late",                                    AT_WORK,  {},                ("run", "Failed", LATE),          "Failed DeadlineExceeded"),
+    ("planned in time: it rests",                          PREPARED, {"planOnly": True}, ("prepare", "Complete", IN_TIME), "waits"),
+    ("planned too late",                                   status("Accepted", **BEGUN), {"planOnly": True}, ("prepare", "Complete", LATE), "Failed DeadlineExceeded"),
+    ("prepared in time, the run is still to be created",   PREPARED, {},                ("prepare", "Complete", IN_TIME), "Failed DeadlineExceeded"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "spec", "there", "expect"), [c[1:] for c in DEADLINES], ids=[c[0] for c in DEADLINES])
+def test_the_deadline_counts_while_anything_is_left_to_do(given: JobStatus, spec: Object, there: tuple[Phase, str, datetime] | None, expect: str) -> None:
+    job = fine_tune(given, **TEN_MINUTES, **spec)
+    found = [child(job, there[0], there[1], since=there[2], **(FATAL if there[1] == "Failed" else {}))] if there else []
+    assert describe(decided(job, *found)) == expect
 
 
 SUSPENDED = [
@@ -60,6 +95,14 @@ def test_going_on_waits_for_the_old_pods() -> None:
     assert describe(decided(job, child(job, "run", deleting=True))) == "waits"
     gone = decided(job, pods=[pod(job, "run", 1, state={"terminated": {"exitCode": 75}}, over="Failed")])
     assert describe(gone) == "applies JobSet ftj-bot-run"
+
+
+def test_going_on_keeps_the_restarts_of_shards() -> None:
+    job = generate(status("Accepted", "Prepared", "Suspended", **BEGUN, restarts=5, restarts_charged=3))
+    (again,) = decided(job).apply
+    seen = child(job, "run", born=at(-10), notes=again["metadata"]["annotations"])
+    decision = decided(job, seen, pods=[pod(job, "run", 0, 2, RUNNING, free=1)])
+    assert (decision.status.restarts, decision.status.restarts_charged) == (7, 4)
 
 
 def test_going_on_keeps_the_budget() -> None:

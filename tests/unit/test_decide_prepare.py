@@ -33,6 +33,7 @@ from luthier_operator.statuses import text
 
 PREPARING = status("Accepted", start_time=text(BEGIN))
 JOB = fine_tune(PREPARING)
+STARTING = "False Preparing: waiting for the pod that resolves the model, loads the data and plans the run"
 COLUMN = 'spec.dataset.columns.text: no column "txet" in train.jsonl (columns: text, label). Did you mean "text"?'
 
 
@@ -43,7 +44,7 @@ def test_it_begins_with_everything_that_the_pods_need() -> None:
     assert (decision.status.shape, decision.status.state) == ("2×8", "Preparing")
     assert decision.status.workspace is not None
     assert (decision.status.workspace.claim, decision.status.workspace.folder) == ("ftj-bot", "ftj-bot-f00dcafe")
-    assert [(e.reason, e.message) for e in decision.events] == [("Preparing", "resolving the model, loading the data, planning the run")]
+    assert [(e.reason, e.message) for e in decision.events] == [("Preparing", "waiting for the pod that resolves the model, loads the data and plans the run")]
 
 
 def test_a_claim_of_the_user_is_not_created() -> None:
@@ -71,8 +72,24 @@ def case(*children: Object, pods: list[Object] = [], ends: list[PodEnd] = [], gi
 
 
 CASES = [
-    ("its pod is not there yet", case(child(JOB, "prepare")), "waits",
+    ("its pod is not there yet", case(child(JOB, "prepare", born=at(-2))), "again in 8.1 s", STARTING),
+    ("its pod is still not there", case(child(JOB, "prepare", born=at(-11))), "waits",
+     "False NoPods: the cluster has made no pod of Job ftj-bot-prepare so far; `kubectl describe job ftj-bot-prepare` says why: "
+     "a quota, a priority class, a node selector, an admission policy"),
+    ("its pod has ended well, the Job has not heard of it", case(child(JOB, "prepare"), ends=[prepared_end(JOB)]), "waits", STARTING),
+    ("its pod has a node", case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", state=waiting("ContainerCreating"), scheduled=at(-10))]), "again in 20 s", STARTING),
+    ("its container is long in coming", case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", state=waiting("ContainerCreating"), scheduled=at(-31))]), "waits",
+     "False ContainerCreating: pod ftj-bot-prepare-0-0 has a node, but no container after 30 s: it waits for its image or for a volume "
+     "(spec.volumes, spec.workspace); `kubectl describe pod ftj-bot-prepare-0-0` says for which"),
+    ("its node does not answer", case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", scheduled=at(-31))]), "waits",
+     "False ContainerCreating: pod ftj-bot-prepare-0-0 has a node, but no container after 30 s: it waits for its image or for a volume "
+     "(spec.volumes, spec.workspace); `kubectl describe pod ftj-bot-prepare-0-0` says for which"),
+    ("its container runs", case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", state=RUNNING, scheduled=at(-600))]), "waits",
      "False Preparing: resolving the model, loading the data, planning the run"),
+    ("a queue that takes every Job holds it back", case(child(JOB, "prepare", suspend=True)), "waits",
+     "False WaitingForQueue: Job ftj-bot-prepare is held back by a queue; see `kubectl describe workloads`"),
+    ("the Hub was away, and the next pod is long in coming", case(child(JOB, "prepare"), ends=[ended(JOB, "prepare", 69, message="503 from hub.example")]),
+     "waits", "False HubUnavailable: 503 from hub.example (prepare, pod ftj-bot-prepare-0-0 on node-a, exit code 69). It is tried again"),
     ("no node has room", case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", unschedulable="0/3 nodes are available: 3 Insufficient memory.")]), "waits",
      "False Unschedulable: pod ftj-bot-prepare-0-0: 0/3 nodes are available: 3 Insufficient memory."),
     ("its volume is not bound", case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", unschedulable='persistentvolumeclaim "ftj-bot" not found')]), "waits",

@@ -29,6 +29,7 @@ from cases.observed import (
 
 from luthier_operator.decide import decide
 from luthier_operator.model import Object
+from luthier_operator.render.job import hub_hash
 from luthier_operator.statuses import text
 
 TRAINED = status("Accepted", "Prepared", "Trained", start_time=text(BEGIN), metrics={"evalLoss": 1.5})
@@ -46,7 +47,7 @@ def case(*children: Object, **more: Any) -> Any:
 CASES = [
     ("no repository", case(job=fine_tune(TRAINED)), "Complete Completed", "absent"),
     ("a token alone", case(job=fine_tune(TRAINED, hub={"tokenSecret": {"name": "hf"}})), "Complete Completed", "absent"),
-    ("trained", case(), "applies ConfigMap ftj-bot, Job ftj-bot-publish", "False Publishing: uploading to org/bot"),
+    ("trained", case(), "applies ConfigMap ftj-bot, Job ftj-bot-publish", "False Publishing: waiting for the pod that uploads to org/bot"),
     ("its pod runs", case(child(JOB, "publish"), pods=[pod(JOB, "publish", state=RUNNING)]), "waits", "False Publishing: uploading to org/bot"),
     ("the secret is missing", case(child(JOB, "publish"), pods=[pod(JOB, "publish", state=waiting("CreateContainerConfigError", 'secret "hf" not found'))]),
      "waits", 'False Misconfigured: spec.hub.tokenSecret: secret "hf" not found (pod ftj-bot-publish-0-0)'),
@@ -74,6 +75,21 @@ def test_publish(given: Any, expect: str, condition: str) -> None:
 
 
 FAILED = decided(JOB, RUN, child(JOB, "publish", "Failed"), ends=[ended(JOB, "publish", 77, message=TOKEN)]).status
+
+
+HASHES = [
+    # given                                     spec.hub                                                                         expect
+    ("what was set",                            HUB,                                                                             "6abf6fc6177b126a"),
+    ("the same, with what is the default",      HUB | {"private": True, "branch": "main", "tokenSecret": {"name": "hf", "key": "token"}}, "6abf6fc6177b126a"),
+    ("another branch",                          HUB | {"branch": "next"},                                                        "dfaa13a2da752c12"),
+    ("another token",                           OTHER_HUB,                                                                       "67d8817d1410f829"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("hub", "expect"), [c[1:] for c in HASHES], ids=[c[0] for c in HASHES])
+def test_the_hash_of_the_hub_is_of_what_the_user_has_set(hub: Object, expect: str) -> None:
+    """Written down, because it lies in clusters: a version with one field more must not take every old failure back."""
+    assert hub_hash(fine_tune(hub=hub)) == expect
 
 
 def test_a_failed_upload_stays_failed() -> None:

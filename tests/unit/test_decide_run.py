@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from cases.observed import (
     BEGIN,
+    NOW,
     RUNNING,
     SETTINGS,
     at,
@@ -16,6 +17,7 @@ from cases.observed import (
     ended,
     fine_tune,
     generate,
+    observed,
     pod,
     prepared_end,
     said,
@@ -25,6 +27,7 @@ from cases.observed import (
 
 from luthier_api.status import Attempt, Checkpoint, Progress
 from luthier_operator import naming
+from luthier_operator.decide import decide
 from luthier_operator.model import Object, PodEnd
 from luthier_operator.statuses import at_end, text
 
@@ -48,8 +51,19 @@ CASES = [
     ("prepared", case(), "applies JobSet ftj-bot-run", "False Starting: waiting for 2 pods on 16 GPUs to start"),
     ("prepared, on CPU", case(job=CPU), "applies JobSet ftj-bot-run", "False Starting: waiting for 1 pod on CPU to start"),
     ("prepared, to generate", case(job=SHARDS), "applies Job gj-lutes-run", "False Starting: waiting for 2 shards on 2 GPUs to start"),
-    ("no pod yet", case(group()), "waits", "False Starting: waiting for 2 pods on 16 GPUs to start"),
-    ("one of two runs", case(group(), pods=BOTH[:1]), "waits", "False Starting: waiting for 2 pods on 16 GPUs to start"),
+    ("no pod yet", case(group(born=at(-2))), "again in 8.2 s", "False Starting: waiting for 2 pods on 16 GPUs to start"),
+    ("still no pod", case(group(born=at(-11))), "waits", "False NoPods: the cluster has made no pod of JobSet ftj-bot-run so far; `kubectl describe jobset "
+     "ftj-bot-run`, or `kubectl describe job ftj-bot-run-node-0`, says why: a quota, a priority class, a node selector, an admission policy"),
+    ("still one of two pods", case(group(), pods=BOTH[:1]), "waits", "False NoPods: the cluster has made only 1 of 2 pods of JobSet ftj-bot-run so far; "
+     "`kubectl describe jobset ftj-bot-run`, or `kubectl describe job ftj-bot-run-node-0`, says why: a quota, a priority class, a node selector, an admission policy"),
+    ("still no shard", case(child(SHARDS, "run"), job=SHARDS), "waits", "False NoPods: the cluster has made no pod of Job gj-lutes-run so far; "
+     "`kubectl describe job gj-lutes-run` says why: a quota, a priority class, a node selector, an admission policy"),
+    ("one of two runs", case(group(), pods=[BOTH[0], pod(JOB, "run", 1, over="Pending")]), "waits", "False Starting: waiting for 2 pods on 16 GPUs to start"),
+    ("one of two runs, the other waits for its volume", case(group(), pods=[BOTH[0], pod(JOB, "run", 1, state=waiting("ContainerCreating"), scheduled=at(-40))]),
+     "waits", "False ContainerCreating: pod ftj-bot-run-1-0 has a node, but no container after 30 s: it waits for its image or for a volume "
+     "(spec.volumes, spec.workspace); `kubectl describe pod ftj-bot-run-1-0` says for which"),
+    ("JobSet is gone from the cluster", case(jobset_installed=False), "again in 30 s", "False JobSetMissing: FineTuneJobs need JobSet, which this cluster does "
+     "not have. Install it: kubectl apply --server-side -f https://github.com/kubernetes-sigs/jobset/releases/download/v0.12.0/manifests.yaml"),
     ("all run", case(group(), pods=BOTH), "waits", "True Running: 2 pods on 16 GPUs"),
     ("one shard of two runs", case(child(SHARDS, "run"), job=SHARDS, pods=[pod(SHARDS, "run", 1, state=RUNNING)]), "waits",
      "True Running: 2 shards on 2 GPUs"),
@@ -61,6 +75,10 @@ CASES = [
      pods=[pod(SHARDS, "run", 1, unschedulable="none")]), "waits", "False Unschedulable: pod gj-lutes-run-1-0: none"),
     ("held by the queue", case(child(QUEUED, "run", suspend=True), job=QUEUED), "waits",
      'False WaitingForQueue: waiting for quota in queue "team-a"; see `kubectl describe workloads`'),
+    ("let go by the queue a moment ago", case(child(QUEUED, "run", resumed=at(-2)), job=QUEUED), "again in 8.2 s",
+     "False Starting: waiting for 2 pods on 16 GPUs to start"),
+    ("let go by the queue this moment", case(child(QUEUED, "run", suspend=True) | {"spec": {"suspend": False}}, job=QUEUED), "waits",
+     "False Starting: waiting for 2 pods on 16 GPUs to start"),
     ("preempted by the queue, still saving", case(child(QUEUED, "run", suspend=True), job=QUEUED, pods=[pod(QUEUED, "run", i, state=RUNNING, deleting=True) for i in (0, 1)]),
      "waits", 'False WaitingForQueue: waiting for quota in queue "team-a"; see `kubectl describe workloads`'),
     ("no node has the GPUs", case(group(), pods=[pod(JOB, "run", 1, unschedulable="0/4 nodes are available: 4 Insufficient nvidia.com/gpu.")]), "waits",
@@ -82,6 +100,20 @@ CASES = [
      ends=[ended(JOB, "run", 1, kubernetes="OOMKilled", silent=True)]), "Failed HostOutOfMemory",
      "False HostOutOfMemory: the pod used more memory than its limit; raise spec.resources.memory, or use smaller batches "
      "(run, rank 0, pod ftj-bot-run-0-0 on node-a, exit code 1). That was the last of 3 restarts (spec.restarts.max)"),
+    ("killed whole for its memory: the same would come again", case(group(), ends=[ended(JOB, "run", 137, 1, kubernetes="OOMKilled", silent=True)], pods=BOTH[:1]),
+     "deletes JobSet ftj-bot-run; Failed HostOutOfMemory", "False HostOutOfMemory: the pod used more memory than its limit; raise spec.resources.memory, "
+     "or use smaller batches (run, rank 1, pod ftj-bot-run-1-0 on node-a, exit code 137)"),
+    ("killed whole for its memory, restarted before we looked", case(group(restarts=1, charged=1), ends=[ended(JOB, "run", 137, kubernetes="OOMKilled", silent=True)]),
+     "deletes JobSet ftj-bot-run; Failed HostOutOfMemory", "False HostOutOfMemory: the pod used more memory than its limit; raise spec.resources.memory, "
+     "or use smaller batches (run, rank 0, pod ftj-bot-run-0-0 on node-a, exit code 137)"),
+    ("evicted by a node that ran out of memory", case(group(), ends=[ended(JOB, "run", 137, kubernetes="OOMKilled", silent=True, disrupted=True)]), "waits",
+     "False Restarting: after HostOutOfMemory: the pod used more memory than its limit; raise spec.resources.memory, or use smaller batches "
+     "(run, rank 0, pod ftj-bot-run-0-0 on node-a, exit code 137)"),
+    ("killed by somebody", case(group(), ends=[ended(JOB, "run", 137, silent=True)]), "waits",
+     "False Restarting: after InfrastructureError: the process ended without a word (run, rank 0, pod ftj-bot-run-0-0 on node-a, exit code 137)"),
+    ("a shard killed whole for its memory stops no other", case(child(SHARDS, "run"), job=SHARDS, ends=[ended(SHARDS, "run", 137, kubernetes="OOMKilled", silent=True)]),
+     "waits", "False Restarting: after HostOutOfMemory: the pod used more memory than its limit; raise spec.resources.memory, or use smaller batches "
+     "(run, rank 0, pod gj-lutes-run-0-0 on node-a, exit code 137)"),
     ("failed while the operator was away, its Job still tells", case(group(state="Failed", message=EXIT_66)), "Failed NotFound",
      f"False NotFound: {EXIT_66}; what the pod said is lost. Look at `kubectl logs ftj-bot-run-node-0-0-x -c trainer`"),
     ("failed a moment ago", case(group(state="Failed", since=at(-2))), "again in 3 s", "absent"),
@@ -108,7 +140,8 @@ def test_run(given: Any, expect: str, condition: str) -> None:
 
 STATES = [
     ("Pending pods", [pod(JOB, "run", 0, unschedulable="none")], "Unschedulable"),
-    ("no pods", [], "Starting"),
+    ("no pods", [], "NoPods"),
+    ("a pod each, not yet with a node", [pod(JOB, "run", i, over="Pending") for i in (0, 1)], "Starting"),
     ("all", BOTH, "Running"),
 ]
 
@@ -212,6 +245,40 @@ def test_shards_that_make_no_progress_end_the_job(ends: list[PodEnd], expect: st
     if "Failed" in expect:
         assert said(decision, "Failed").startswith("True NoProgress: 3 restarts in a row of shard ")
     assert decision.status.checkpoint is None
+
+
+RESTARTS = [
+    # given                                      pods that live, and ends: (index, attempt, of those before it free)      expect: restarts, charged
+    ("each at its first attempt",                [(0, 0, 0), (1, 0, 0)],   [],                                            (0, 0)),
+    ("one was started again",                    [(0, 0, 0), (1, 1, 0)],   [(1, 0, 0)],                                   (1, 1)),
+    ("one was evicted, which is free",           [(0, 0, 0), (1, 1, 1)],   [(1, 0, 0)],                                   (1, 0)),
+    ("both, one of them twice",                  [(0, 2, 1), (1, 1, 0)],   [(0, 0, 0), (0, 1, 0), (1, 0, 0)],              (3, 2)),
+    ("one has failed, its next pod is not there", [(0, 0, 0)],             [(1, 0, 0)],                                   (0, 0)),
+    ("one has ended at its second attempt",      [(0, 0, 0)],              [(1, 1, 0)],                                   (1, 1)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("living", "over", "expect"), [c[1:] for c in RESTARTS], ids=[c[0] for c in RESTARTS])
+def test_restarts_of_shards_are_counted(living: list[tuple[int, int, int]], over: list[tuple[int, int, int]], expect: tuple[int, int]) -> None:
+    pods = [pod(SHARDS, "run", index, attempt, RUNNING, free=free) for index, attempt, free in living]
+    ends = [ended(SHARDS, "run", 71, index, attempt, free=free) for index, attempt, free in over]
+    status = decided(SHARDS, child(SHARDS, "run"), pods=pods, ends=ends).status
+    assert (status.restarts, status.restarts_charged) == expect
+    later = decided(generate(status), child(SHARDS, "run")).status
+    assert (later.restarts, later.restarts_charged) == expect, "another operator, which has seen none of it"
+
+
+def test_when_the_pods_first_ran_is_written_down_once() -> None:
+    first = decided(JOB, group(), pods=BOTH).status
+    assert first.run_start_time == text(NOW)
+    broken = decided(fine_tune(first), group(restarts=1), ends=[ended(JOB, "run", 71)]).status
+    again = decide(observed(fine_tune(broken), group(restarts=1), pods=[pod(JOB, "run", i, 1, RUNNING) for i in (0, 1)]), SETTINGS, at(60)).status
+    assert (again.is_true("Running"), again.run_start_time) == (True, text(NOW))
+
+
+def test_sums_over_shards_stay_finite() -> None:
+    ends = [ended(SHARDS, "run", 0, i, metrics={"rows": 10, "seconds": 1.7e308}) for i in (0, 1)]
+    assert decided(SHARDS, child(SHARDS, "run", "Complete"), ends=ends).status.metrics == {"rows": 20}
 
 
 def test_progress_and_checkpoint_are_copied() -> None:

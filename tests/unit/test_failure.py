@@ -94,6 +94,16 @@ def test_every_exit_code_has_its_reason_and_price(code: ExitCode) -> None:
     assert (record.reason, record.charged) == (code.reason, code.retry is Retry.COUNTED)
 
 
+FIELDS = [("prepare", "jobs.memoryRequest"), ("run", "spec.resources.memory"), ("publish", "jobs.memoryRequest")]
+
+
+@pytest.mark.parametrize(("phase", "field"), FIELDS)
+def test_a_pod_that_was_killed_for_its_memory_names_what_decides_it(phase: Any, field: str) -> None:
+    """Only the pods of `run` have what the job says; the others have the administrator's request, and no limit."""
+    said = failure.message(ended(JOB, phase, 137, kubernetes="OOMKilled", silent=True))
+    assert [f for f in ("jobs.memoryRequest", "spec.resources.memory") if f in said] == [field]
+
+
 def e(code: int, index: int, when: float = -60, **more: Any) -> Any:
     return ended(JOB, "run", code, index, when=when, **more)
 

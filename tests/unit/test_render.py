@@ -129,6 +129,15 @@ def test_the_grace_of_the_pod_is_that_of_the_run_config() -> None:
     assert run_document(render.configmap(job, settings, {}))["graceSeconds"] == 90
 
 
+@pytest.mark.parametrize("job", EVERY_JOB, ids=["training", "generation", "on CPU"])
+def test_variables_of_the_administrator_are_in_every_pod_and_win(job: Job) -> None:
+    settings = SETTINGS.model_copy(update={"env": {"HTTPS_PROXY": "http://proxy:3128", "TOKENIZERS_PARALLELISM": "true"}})
+    for pod in pods(job, settings).values():
+        names = [e["name"] for e in pod["containers"][0]["env"]]
+        assert len(names) == len(set(names))
+        assert environment(pod).items() >= settings.env.items()
+
+
 CPU_ONLY = {"DS_ACCELERATOR", "GLOO_SOCKET_IFNAME"}
 THREADS = [
     ("GPUs, cores unknown", fine_tune(), "1"),
@@ -208,6 +217,29 @@ def test_the_access_mode_of_a_new_claim(job: Job, mode: str) -> None:
     claim = render.claim(job, SETTINGS)
     assert claim is not None
     assert claim["spec"]["accessModes"] == [mode]
+
+
+LEFT = [
+    # given                             what is wanted            the claim that is there                                          expect
+    ("as large as it should be",        {"size": "200Gi"},        {"spec": "200Gi"},                                                ""),
+    ("larger",                          {"size": "200Gi"},        {"spec": "1Ti"},                                                  ""),
+    ("smaller",                         {"size": "200Gi"},        {"spec": "10Gi"},                                                 "200Gi are wanted, and the claim ftj-bot, which an earlier job left, has 10Gi"),
+    ("smaller than the default",        {},                       {"spec": "1Gi"},                                                  "10Gi are wanted, and the claim ftj-bot, which an earlier job left, has 1Gi"),
+    ("its volume is larger",            {"size": "200Gi"},        {"spec": "10Gi", "status": "200Gi"},                              ""),
+    ("resized, and not there yet",      {"size": "200Gi"},        {"spec": "200Gi", "status": "10Gi"},                              "200Gi are wanted, and the claim ftj-bot, which an earlier job left, has 10Gi"),
+    ("written in another way",          {"size": "200Gi"},        {"spec": "215e9"},                                                ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("workspace", "sizes", "expect"), [c[1:] for c in LEFT], ids=[c[0] for c in LEFT])
+def test_a_claim_that_is_too_small_is_told_of(workspace: dict[str, str], sizes: dict[str, str], expect: str) -> None:
+    claim = render.claim(fine_tune(workspace=workspace), SETTINGS)
+    assert claim is not None
+    capacity = {"capacity": {"storage": sizes["status"]}} if "status" in sizes else {}
+    found = {"metadata": {"name": "ftj-bot"}, "spec": {"resources": {"requests": {"storage": sizes["spec"]}}}, "status": capacity}
+    remedy = ". Resize the claim, delete it with the results on it, or give this job another name"
+    assert render.shortfall(claim, found) == (f"spec.workspace.size: {expect}{remedy}" if expect else None)
+    assert render.shortfall(claim, claim) is None
 
 
 def test_the_pods_read_what_was_written() -> None:

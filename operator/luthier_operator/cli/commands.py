@@ -114,10 +114,21 @@ def crds() -> None:
 
 @app.command()
 def version() -> None:
-    """Print the version."""
+    """Print the version, as `--version` does."""
     from importlib.metadata import version as installed
 
     typer.echo(installed("luthier"))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def _options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+    pass
 
 
 @contextmanager
@@ -128,7 +139,7 @@ def _extra(name: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in ("luthier_operator", "luthier_api"):
             raise
-        _refuse([f"{error.name} is not installed: pip install 'luthier[{name}]'"], ExitCode.MISCONFIGURED, Output.TEXT)
+        _refuse([f"{error.name} is not installed: pip install '.[{name}]' in Luthier's sources"], ExitCode.MISCONFIGURED, Output.TEXT)
 
 
 def _lay_out(files: list[str], workspace: Path, mount: list[str], cpu: bool) -> list[LocalJob]:
@@ -156,7 +167,7 @@ def _run(files: list[str], workspace: Path, mount: list[str], output: Output, cp
     outcomes: list[Outcome] = []
     try:
         jobs = _lay_out(files, workspace, mount, cpu)
-        check_place(jobs[:1] if plan_only else jobs, dict(os.environ))
+        check_place(jobs, dict(os.environ), plan_only=plan_only)
         with Stop().listening() as stop:
             for job in jobs:
                 screen = Screen(console, job)

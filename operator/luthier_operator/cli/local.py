@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.kinds import FineTuneJob, JobKind, parse_job
+from luthier_api.kinds import FineTuneJob, JobKind
 from luthier_api.run import FineTuneRun, GenerateRun, Variables, read_run
 from luthier_api.spec import JobControl
 from luthier_api.status import Phase
+from luthier_api.validation import InvalidJob, check_job
 from luthier_api.workspace import WorkspaceFolder
 from luthier_operator.cli.manifests import Manifest, Refused
 
@@ -103,12 +104,12 @@ class LocalJob:
         """`path` on this machine: below a mount, or relative to the manifest. Raises Refused."""
         if not Path(path).is_absolute():
             return str(self.manifest.folder / path)
-        for mount, folder in self.place.mounts.items():
-            if path == mount or path.startswith(mount.rstrip("/") + "/"):
-                return str(folder / path[len(mount) :].lstrip("/"))
+        for mount in sorted(self.place.mounts, key=len, reverse=True):  # the innermost, where one lies in another
+            if Path(path).is_relative_to(mount):
+                return str(self.place.mounts[mount] / Path(path).relative_to(mount))
         for volume in self.manifest.job.spec.volumes:
             mount = volume.mount_path
-            if path.startswith(mount) and not Path(mount).exists():
+            if Path(path).is_relative_to(mount) and not Path(mount).exists():
                 raise Refused(
                     [
                         f"{self.manifest.file}: {field}: {path} lies on a volume of the cluster; say which folder it is here: --mount {mount}=FOLDER"
@@ -118,9 +119,9 @@ class LocalJob:
         return path
 
     def write_run(self) -> None:
-        """Write the run config, or keep the one that is there when it says the same. Raises Refused when it is another job's."""
+        """Write the run config. Raises Refused where work lies in the folder that was done by another one."""
         sources = {name: str(self.place.folder(name)) for _, name in self.manifest.needs}
-        before = read_run(self.run_file.read_bytes()) if self.run_file.exists() else None
+        before = self._run_before()
         port = before.rendezvous_port if before and is_free(before.rendezvous_port) else free_port()
         run = {
             "kind": self.kind.value, "name": self.name, "workspace": str(self.folder.root), "sources": sources, "spec": self.spec,
@@ -128,16 +129,29 @@ class LocalJob:
         }  # fmt: skip
         after = (FineTuneRun if self.kind is JobKind.FINE_TUNE else GenerateRun).model_validate(run)
         if before and (changed := difference(before.spec.dump(), after.spec.dump())):
-            raise Refused(
-                [
-                    f"{self.manifest.file}: {changed}. {self.folder.root} holds the run of the manifest as it was; give the job another "
-                    "metadata.name, or start it over with --fresh"
-                ]
-            )
+            if any(made.exists() for made in (self.folder.checkpoints, self.folder.shards, self.folder.result)):
+                raise Refused(
+                    [
+                        f"{self.manifest.file}: {changed}. {self.folder.root} holds the run of the manifest as it was; give the job another "
+                        "metadata.name, or start it over with --fresh"
+                    ]
+                )
+            self.end("prepare").unlink(missing_ok=True)  # nothing is lost but what `prepare` found, and it looks again
         self.run_file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.run_file.with_suffix(".partial")
         partial.write_text(json.dumps(after.dump(), indent=1))
         partial.replace(self.run_file)
+
+    def _run_before(self) -> FineTuneRun | GenerateRun | None:
+        """The run config of an earlier call. Raises Refused when it cannot be read."""
+        if not self.run_file.exists():
+            return None
+        try:
+            return read_run(self.run_file.read_bytes())
+        except (OSError, ValueError) as error:
+            raise Refused(
+                [f"{self.run_file}: not a run config of this version ({type(error).__name__}); start the job over with --fresh"]
+            ) from None
 
     def environment(self, phase: Phase, index: int = 0) -> dict[str, str]:
         """Variables of one supervisor beside its folders: the token for those who need it, GPUs for each node its own."""
@@ -182,29 +196,31 @@ def difference(before: dict[str, Any], after: dict[str, Any], path: str = "spec"
 
 
 def on_cpu(manifest: Manifest) -> Manifest:
-    """The same job without GPUs."""
+    """The same job without GPUs. Raises Refused where it asks for something that only a GPU can do."""
     document = manifest.job.model_dump(mode="json", by_alias=True, exclude_none=True)
     document["spec"]["resources"]["gpusPerNode" if isinstance(manifest.job, FineTuneJob) else "gpus"] = 0
-    return Manifest(parse_job(document), manifest.file)
+    try:
+        return Manifest(check_job(document), manifest.file)
+    except InvalidJob as error:
+        raise Refused([f"{manifest.file}: without GPUs (--cpu): {problem}" for problem in error.problems]) from None
 
 
-def check_place(jobs: list[LocalJob], environ: dict[str, str], gpus: Callable[[], list[str]] | None = None) -> None:
-    """Everything that can be seen before the first process starts. Raises Refused."""
+def check_place(jobs: list[LocalJob], environ: dict[str, str], gpus: Callable[[], list[str]] | None = None, *, plan_only: bool = False) -> None:
+    """Everything that can be seen before the first process starts. Planning holds no GPU and publishes nothing. Raises Refused."""
     problems: list[tuple[ExitCode, str]] = []
     for i, job in enumerate(jobs):
         spec, file = job.manifest.job.spec, job.manifest.file
         for field, name in job.manifest.needs:
-            if any(j.name == name and j.kind is JobKind.FINE_TUNE for j in jobs[:i]):
+            earlier = any(j.name == name and j.kind is JobKind.FINE_TUNE for j in jobs[:i])
+            if earlier and not plan_only:
                 continue
             if any(j.name == name for j in jobs[i:]):
                 problems.append((ExitCode.INVALID_SPEC, f"{file}: {field}: {name!r} comes later on the command line; name its file first"))
             elif not WorkspaceFolder(job.place.folder(name)).result_manifest.exists():
-                problems.append(
-                    (
-                        ExitCode.NOT_FOUND,
-                        f"{file}: {field}: no finished FineTuneJob {name!r} in {job.place.root}; run its manifest first, or name it before this one",
-                    )
-                )
+                what_now = "run it first: what is only planned has no result" if earlier else "run its manifest first, or name it before this one"
+                problems.append((ExitCode.NOT_FOUND, f"{file}: {field}: no finished FineTuneJob {name!r} in {job.place.root}; {what_now}"))
+        if plan_only:
+            continue
         if spec.hub and not environ.get(Variables.TOKEN):
             problems.append(
                 (
@@ -219,7 +235,7 @@ def check_place(jobs: list[LocalJob], environ: dict[str, str], gpus: Callable[[]
                  f"(or {field.rsplit('.', 1)[1]}: 0), or on a cluster: kubectl apply -f {file}")
             )  # fmt: skip
     if missing := [name for name in ("luthier_trainer", "torch", "transformers") if find_spec(name) is None]:
-        problems.append((ExitCode.MISCONFIGURED, f"{', '.join(missing)} not installed: pip install 'luthier[trainer]'"))
+        problems.append((ExitCode.MISCONFIGURED, f"{', '.join(missing)} not installed: pip install '.[trainer]' in Luthier's sources"))
     if problems:
         raise Refused([text for _, text in problems], problems[0][0])
 

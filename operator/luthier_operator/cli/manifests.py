@@ -20,6 +20,19 @@ from luthier_api.validation import InvalidJob, check_job
 STDIN = "-"
 
 
+class StrictLoader(yaml.SafeLoader):
+    """YAML in which a key may stand only once, as the API server has it: of two, PyYAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            name = self.construct_object(key, deep=True)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{name!r} is there twice; keep one of them", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 class Refused(Exception):
     """Nothing was started. `problems` holds a line each for the user: where, what, what now."""
 
@@ -85,7 +98,7 @@ def read_manifests(files: list[str]) -> list[Manifest]:
 def _documents(file: str, problems: list[str]) -> list[Any]:
     try:
         text = sys.stdin.read() if file == STDIN else Path(file).read_text()
-        documents = [d for d in yaml.safe_load_all(text) if d is not None]
+        documents = [d for d in yaml.load_all(text, StrictLoader) if d is not None]
     except OSError as error:
         problems.append(f"{file}: {error.strerror or error}")
         return []

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.kinds import JobKind
-from luthier_api.metrics import progress_of
+from luthier_api.metrics import over_shards, progress_of
 from luthier_api.status import Phase, Prepared, Progress
 from luthier_api.termination import TerminationMessage
 from luthier_operator.cli.local import LocalJob
@@ -55,6 +55,8 @@ class Outcome:
     prepared: Prepared | None = None
     metrics: dict[str, float] | None = None
     hub: dict[str, object] | None = None
+    finished_before: bool = False
+    """Whether an earlier call had done all of it, so that this one ran nothing."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Phase → what it took in this call."""
 
@@ -74,6 +76,7 @@ class Outcome:
             "reason": end.reason if end else "Completed" if self.state == "Complete" else None,
             "message": end.message if end else None, "lastLines": end.last_lines if end else None,
             "folder": str(self.job.folder.root), "result": str(self.job.folder.result) if self.state == "Complete" else None,
+            "finishedBefore": self.finished_before,
             "prepared": self.prepared.dump() if self.prepared else None, "metrics": self.metrics, "hub": self.hub,
             "seconds": {phase: round(took, 2) for phase, took in self.seconds.items()},
             "logs": [str(p) for p in sorted(self.job.log("x").parent.glob("*.log"))],
@@ -103,8 +106,11 @@ class Stop:
 def only_one(job: LocalJob) -> Iterator[int]:
     """Hold the folder of `job`. The supervisors inherit the lock: it is free only when the last of them has gone."""
     root = job.folder.root
-    root.mkdir(parents=True, exist_ok=True)
-    handle = os.open(root / LOCK, os.O_RDWR | os.O_CREAT, 0o664)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        handle = os.open(root / LOCK, os.O_RDWR | os.O_CREAT, 0o664)
+    except OSError as error:
+        raise Refused([f"--workspace: {root} cannot be used as a folder: {error.strerror}; choose another one"], ExitCode.MISCONFIGURED) from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -123,7 +129,7 @@ def run_job(job: LocalJob, watcher: Watcher, stop: Stop, *, plan_only: bool = Fa
         if fresh:
             _empty(job)
         job.write_run()
-        outcome = Outcome(job)
+        outcome = Outcome(job, finished_before=all(_done(job, phase, group) for phase in job.phases for group in _groups(job, phase)))
         spec = job.manifest.job.spec
         if spec.suspend and not plan_only:
             outcome.state = "Suspended"
@@ -146,12 +152,16 @@ def run_job(job: LocalJob, watcher: Watcher, stop: Stop, *, plan_only: bool = Fa
         return outcome
 
 
+def _groups(job: LocalJob, phase: Phase) -> list[list[int]]:
+    return job.groups if phase == "run" else [[0]]
+
+
 def _run_phase(job: LocalJob, phase: Phase, watcher: Watcher, stop: Stop, lock: int) -> TerminationMessage:
-    groups = job.groups if phase == "run" else [[0]]
-    end = None
+    groups = _groups(job, phase)
+    ends: list[TerminationMessage] = []
     for number, group in enumerate(groups, 1):
         if done := _done(job, phase, group):
-            end = done
+            ends.append(done)
             continue
         if stop.count:
             return _stopped(phase, "stopped before it began")
@@ -161,8 +171,8 @@ def _run_phase(job: LocalJob, phase: Phase, watcher: Watcher, stop: Stop, lock: 
         watcher.ended(phase, end)
         if end.code != ExitCode.COMPLETED:
             return end
-    assert end is not None
-    return end
+        ends.append(end)
+    return ends[0] if len(ends) == 1 else ends[-1].model_copy(update={"metrics": over_shards([end.metrics or {} for end in ends])})
 
 
 def _run_group(job: LocalJob, phase: Phase, group: Sequence[int], watcher: Watcher, stop: Stop, lock: int) -> TerminationMessage:

@@ -80,6 +80,8 @@ class Screen:
     def summary(self, outcome: Outcome) -> None:
         """Where the job stands and what it has brought."""
         job, end = outcome.job, outcome.message
+        if outcome.finished_before:
+            self.console.print("  finished before: nothing was run, and nothing looked at again; --fresh starts over")
         if outcome.state == "Complete":
             self.console.print(results(outcome))
             for sample in samples(job):
@@ -152,6 +154,9 @@ def results(outcome: Outcome) -> Table:
     steps, tokens, seconds = (figures.get(k) for k in ("steps", "tokens", "seconds"))
     if steps and seconds:
         table.add_row("trained", f"{steps:,.0f} steps" + (f", {tokens:,.0f} tokens" if tokens else "") + f" in {duration(seconds)}")
+    if (made := figures.get("rows")) is not None:
+        failed = figures.get("failedRows", 0)
+        table.add_row("outputs", f"{made:,.0f}" + (f"; [bold]{failed:,.0f} could not be made[/]: see the lines with an error in the result" if failed else ""))
     table.add_row("result", escape(_short(outcome.job.folder.result)))
     if outcome.hub:
         table.add_row("published", escape(f"{outcome.hub['url']} @ {str(outcome.hub['revision'])[:12]}"))
@@ -164,7 +169,7 @@ def samples(job: LocalJob) -> list[str]:
         return []
     texts = []
     for shard in sorted(job.folder.result.glob("shard-*.jsonl")):
-        for line in shard.read_text().splitlines():
+        for line in filter(None, shard.read_text().split("\n")):  # splitlines() would also split at U+2028, which a text may hold
             row = json.loads(line)
             if text := row.get("text"):
                 said = text if len(text) <= SAMPLE_CHARACTERS else text[:SAMPLE_CHARACTERS] + " ..."

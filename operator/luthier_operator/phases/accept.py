@@ -30,9 +30,8 @@ def accept(s: Situation) -> Step:
         return s.goes_on() if s.status.is_true(ACCEPTED) else s.say(ACCEPTED, "True", Reason.ACCEPTED, CAN_RUN).goes_on()
     if mistake := invalid(s):
         return s.say(ACCEPTED, "False", Reason.INVALID_SPEC, mistake).fails(ExitCode.INVALID_SPEC.reason, mistake)
-    if isinstance(s.job, FineTuneJob) and not s.observed.jobset_installed:
-        missing = f"FineTuneJobs need JobSet, which this cluster does not have. Install it: {INSTALL_JOBSET}"
-        return s.say(ACCEPTED, "False", Reason.JOB_SET_MISSING, missing).stops(requeue_after=LOOK_AGAIN_SECONDS)
+    if wait := for_jobset(s, ACCEPTED):
+        return wait
     for field, name in source_jobs(s.job).items():
         source = s.observed.sources.get(name)
         if source and (source.status.is_true(ConditionType.TRAINED) or source.status.is_true(ConditionType.COMPLETE)):
@@ -48,6 +47,14 @@ def accept(s: Situation) -> Step:
         waiting = f"{field}: {state}; waiting for its result"
         return s.say(ACCEPTED, "False", Reason.WAITING_FOR_JOB, waiting).stops(requeue_after=LOOK_AGAIN_SECONDS)
     return s.say(ACCEPTED, "True", Reason.ACCEPTED, CAN_RUN + remarks(s)).goes_on()
+
+
+def for_jobset(s: Situation, condition: ConditionType) -> Step | None:
+    """Waits until JobSet is installed. None where it is, or is not needed."""
+    if s.observed.jobset_installed or not isinstance(s.job, FineTuneJob):
+        return None
+    missing = f"FineTuneJobs need JobSet, which this cluster does not have. Install it: {INSTALL_JOBSET}"
+    return s.say(condition, "False", Reason.JOB_SET_MISSING, missing).stops(requeue_after=LOOK_AGAIN_SECONDS)
 
 
 def invalid(s: Situation) -> str | None:

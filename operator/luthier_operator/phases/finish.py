@@ -6,7 +6,6 @@ from datetime import timedelta
 
 from luthier_api.conditions import ConditionType, Reason
 from luthier_operator import children
-from luthier_operator.phases.publish import wanted
 from luthier_operator.phases.record import complete_record
 from luthier_operator.phases.step import Situation, Step
 from luthier_operator.statuses import moment, text
@@ -16,9 +15,9 @@ LAST_WORDS_SECONDS = 3.0  # between the end of a Job and its pod's message: they
 
 def finish(s: Situation) -> Step:
     """Complete: everything that was asked for is done."""
-    last = s.child("publish") if wanted(s) else s.child("run")
+    last = s.child(s.last)
     at = children.ended_at(last) if last else None
-    if not complete_record(s.status, wanted(s)) and at and s.now < at + timedelta(seconds=LAST_WORDS_SECONDS):
+    if not complete_record(s.status, s.publishes) and at and s.now < at + timedelta(seconds=LAST_WORDS_SECONDS):
         return s.stops(requeue_after=LAST_WORDS_SECONDS)
     hub = f" and {s.status.hub.url}" if s.status.hub else ""
     place = s.status.workspace

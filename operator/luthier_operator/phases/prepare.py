@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from luthier_api.conditions import ConditionType, Reason
 from luthier_operator import children, failure, render, statuses
-from luthier_operator.model import Object
 from luthier_operator.phases import waiting
 from luthier_operator.phases.step import Situation, Step
 
 PREPARED = ConditionType.PREPARED
 DOING = "resolving the model, loading the data, planning the run"
+STARTING = "waiting for the pod that resolves the model, loads the data and plans the run"
 
 
 def prepare(s: Situation) -> Step:
@@ -24,7 +24,9 @@ def prepare(s: Situation) -> Step:
     if wait := waiting.for_old_pods(s, "prepare", PREPARED):
         return wait
     if job is None:
-        return s.say(PREPARED, "False", Reason.PREPARING, DOING).stops(apply=manifests(s))
+        places = s.places()
+        drawn = (render.configmap(s.job, s.settings, places), render.claim(s.job, s.settings), render.prepare(s.job, s.settings, places))
+        return s.creates(PREPARED, Reason.PREPARING, STARTING, *drawn)
     if children.succeeded(job):
         return go_on(s)
     if end := children.failed(job):
@@ -32,18 +34,12 @@ def prepare(s: Situation) -> Step:
             return wait
         found = failure.judge(s.attempts("prepare"), "prepare", end.get("message", ""), end.get("reason", ""))
         return s.say(PREPARED, "False", found.reason, found.message).fails(found.reason, found.message)
-    return waiting.for_one_pod(s, "prepare", PREPARED, Reason.PREPARING, DOING)
-
-
-def manifests(s: Situation) -> list[Object]:
-    places = s.places()
-    drawn = [render.configmap(s.job, s.settings, places), render.claim(s.job, s.settings), render.prepare(s.job, s.settings, places)]
-    return [o for o in drawn if o is not None]
+    return waiting.for_one_pod(s, "prepare", PREPARED, Reason.PREPARING, STARTING, DOING)
 
 
 def go_on(s: Situation) -> Step:
     """Prepared; and on, unless the plan is all that was asked for."""
-    only = s.job.spec.plan_only and not s.child("run")
+    only = s.last == "prepare"
     s = s.say(PREPARED, "True", Reason.PLAN_ONLY if only else Reason.PREPARED, summary(s))
     return s.stops() if only else s.goes_on()
 

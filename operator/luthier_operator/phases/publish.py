@@ -16,23 +16,20 @@ from luthier_operator.render.job import hub_hash
 PUBLISHED, FAILED = ConditionType.PUBLISHED, ConditionType.FAILED
 
 
-def wanted(s: Situation) -> bool:
-    return bool(s.job.spec.hub and s.job.spec.hub.repo)
-
-
 def publish(s: Situation) -> Step:
     if s.status.is_true(PUBLISHED):
         return s.goes_on()
     ref, job = naming.child(s.job, "publish"), s.child("publish")
-    if not wanted(s):
+    if not s.publishes:
         at_work = [ref] if job and not children.deleting(job) and not children.succeeded(job) else []
         return Step(statuses.without_condition(s.status, PUBLISHED), goes_on=True, delete=at_work)
     if wait := waiting.for_old_pods(s, "publish", PUBLISHED):
         return wait
     if job is None:
         places = s.places()
-        apply = [render.configmap(s.job, s.settings, places), render.publish(s.job, s.settings, places)]
-        return s.say(PUBLISHED, "False", Reason.PUBLISHING, f"uploading to {repo(s)}").stops(apply=apply)
+        # The config map once more: spec.hub may have changed since.
+        drawn = (render.configmap(s.job, s.settings, places), render.publish(s.job, s.settings, places))
+        return s.creates(PUBLISHED, Reason.PUBLISHING, starting(s), *drawn)
     if children.succeeded(job):
         at = f"@{s.status.hub.revision[:12]}" if s.status.hub else ""
         return s.say(PUBLISHED, "True", Reason.PUBLISHED, f"{repo(s)}{at}").goes_on()
@@ -44,7 +41,7 @@ def publish(s: Situation) -> Step:
         found = failure.judge(s.attempts("publish"), "publish", end.get("message", ""), end.get("reason", ""))
         message = f"{found.message}. The result stays in {kept(s)}; a change of spec.hub publishes it again"
         return s.say(PUBLISHED, "False", found.reason, message).fails(found.reason, message)
-    return waiting.for_one_pod(s, "publish", PUBLISHED, Reason.PUBLISHING, f"uploading to {repo(s)}")
+    return waiting.for_one_pod(s, "publish", PUBLISHED, Reason.PUBLISHING, starting(s), f"uploading to {repo(s)}")
 
 
 def reopen(s: Situation) -> Situation:
@@ -56,6 +53,10 @@ def reopen(s: Situation) -> Situation:
     if job["metadata"].get("annotations", {}).get(HUB_ANNOTATION) == hub_hash(s.job):
         return s
     return s.say(FAILED, "False", Reason.PUBLISHING, "spec.hub has changed: publishing again").note(completion_time=None)
+
+
+def starting(s: Situation) -> str:
+    return f"waiting for the pod that uploads to {repo(s)}"
 
 
 def repo(s: Situation) -> str:

@@ -7,9 +7,9 @@ them for ever.
 from __future__ import annotations
 
 from luthier_api.kinds import FineTuneJob
-from luthier_api.status import Attempt, Checkpoint, JobStatus, Phase
+from luthier_api.status import Attempt, Checkpoint, JobStatus, Phase, finite
 from luthier_operator import children, failure, naming, statuses
-from luthier_operator.model import PodEnd
+from luthier_operator.model import Object, PodEnd
 from luthier_operator.phases.step import Situation
 
 
@@ -47,7 +47,7 @@ def run_metrics(s: Situation, ends: list[PodEnd]) -> dict[str, float] | None:
     if len(latest) < s.job.spec.shards:
         return None
     names = {name: None for metrics in latest.values() for name in metrics}
-    return {name: sum(metrics.get(name, 0) for metrics in latest.values()) for name in names}
+    return finite({name: sum(metrics.get(name, 0) for metrics in latest.values()) for name in names})
 
 
 def checkpoint(s: Situation) -> Checkpoint | None:
@@ -62,13 +62,14 @@ def checkpoint(s: Situation) -> Checkpoint | None:
 
 
 def restarts(s: Situation) -> Situation:
-    """Failures of the run; of a JobSet, its restarts too."""
+    """Failures of the run, and its restarts."""
     group = s.child("run")
     if group is None or children.deleting(group):
         return s
     if group["kind"] == "Job":
-        return s.note(attempts=failure.single(s.status.attempts, s.ends("run"), "run"))
-    total, charged, before = children.restarts(group)
+        total, charged = restarts_of_shards(s, group)
+        return s.note(attempts=failure.single(s.status.attempts, s.ends("run"), "run"), restarts=total, restarts_charged=charged)
+    (total, charged), (before, _) = children.restarts(group), children.restarts_before(group)
     end = children.failed(group)
     fatal = bool(end and end.get("reason") == "FailJobSetFailurePolicyAction")
     step = s.status.checkpoint.step if s.status.checkpoint else None
@@ -77,6 +78,17 @@ def restarts(s: Situation) -> Situation:
         # JobSet knows what it has charged; the exit code alone was a guess.
         attempts = [charge(a, "run", s.status.restarts, charged > s.status.restarts_charged) for a in attempts]
     return s.note(attempts=attempts, restarts=total, restarts_charged=charged)
+
+
+def restarts_of_shards(s: Situation, group: Object) -> tuple[int, int]:
+    """All of them, and those that were charged. Each pod knows how often its index was started before, so the newest of each tell it all."""
+    known = {e.index: (e.attempt, e.free_before) for e in sorted(s.ends("run"), key=lambda e: e.attempt)}
+    for pod in s.pods("run"):
+        known[children.index(pod)] = max(children.attempt(pod), known.get(children.index(pod), (0, 0)))
+    before, charged = children.restarts_before(group)
+    total = before + sum(number for number, _ in known.values())
+    # Pods that are gone, of an operator that was away, are missing here: what was counted stays counted.
+    return max(total, s.status.restarts), max(charged + sum(n - free for n, free in known.values()), s.status.restarts_charged)
 
 
 def charge(attempt: Attempt, phase: Phase, number: int, charged: bool) -> Attempt:

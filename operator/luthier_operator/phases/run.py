@@ -12,6 +12,7 @@ from luthier_api.kinds import FineTuneJob
 from luthier_operator import children, failure, naming, render, statuses
 from luthier_operator.model import Object
 from luthier_operator.phases import waiting
+from luthier_operator.phases.accept import for_jobset
 from luthier_operator.phases.step import Situation, Step
 from luthier_operator.render.pod import gpus
 
@@ -25,7 +26,8 @@ def run(s: Situation) -> Step:
         return wait
     group = s.child("run")
     if group is None:
-        return s.say(RUNNING, "False", Reason.STARTING, f"waiting for {what(s)} to start").stops(apply=[manifest(s)])
+        # It was there when the job was accepted: a cluster may lose it.
+        return for_jobset(s, RUNNING) or s.creates(RUNNING, Reason.STARTING, starting(s), manifest(s))
     if children.succeeded(group):
         return ended_well(s)
     if end := children.failed(group):
@@ -40,9 +42,10 @@ def run(s: Situation) -> Step:
 
 
 def manifest(s: Situation) -> Object:
+    before = s.status.restarts, s.status.restarts_charged
     if isinstance(s.job, FineTuneJob):
-        return render.jobset(s.job, s.settings, s.places(), s.status.restarts, s.status.restarts_charged)
-    return render.shards(s.job, s.settings, s.places())
+        return render.jobset(s.job, s.settings, s.places(), *before)
+    return render.shards(s.job, s.settings, s.places(), *before)
 
 
 def ended_well(s: Situation) -> Step:
@@ -62,16 +65,25 @@ def at_work(s: Situation, group: Object) -> Step:
     # The first pods of a group end, and all of them, before the child is told: that is no new start.
     over = sum(e.exit_code == 0 and attempt in (None, e.attempt) for e in s.ends("run"))
     if up + over >= pods_of(s) or (up and attempt is None):
-        return s.say(RUNNING, "True", Reason.RUNNING, f"{what(s)}").stops()
-    if children.held(group):
-        message = f'waiting for quota in queue "{s.job.spec.scheduling.queue}"; see `kubectl describe workloads`'
-        return s.say(RUNNING, "False", Reason.WAITING_FOR_QUEUE, message).stops()
-    if found := children.trouble(pods):
-        return s.say(RUNNING, "False", found.reason, found.message).stops()
-    if failures := s.attempts("run"):
+        s = s.say(RUNNING, "True", Reason.RUNNING, what(s))
+        since = s.status.condition(RUNNING)
+        return s.note(run_start_time=s.status.run_start_time or (since and since.last_transition_time)).stops()
+    failures = s.attempts("run")
+    if attempt is not None and (hopeless := failure.hopeless(failures)):
+        return s.say(RUNNING, "False", hopeless.reason, hopeless.message).fails(
+            hopeless.reason, hopeless.message, delete=[naming.child(s.job, "run")]
+        )
+    found, again = waiting.obstacle(s, "run", pods_of(s))
+    if found:
+        return s.say(RUNNING, "False", found.reason, found.message).stops(requeue_after=again)
+    if failures:
         last = failures[-1]
-        return s.say(RUNNING, "False", Reason.RESTARTING, f"after {last.reason}: {last.message} ({failure.place(last)})").stops()
-    return s.say(RUNNING, "False", Reason.STARTING, f"waiting for {what(s)} to start").stops()
+        return s.say(RUNNING, "False", Reason.RESTARTING, f"after {last.reason}: {last.message} ({failure.place(last)})").stops(requeue_after=again)
+    return s.say(RUNNING, "False", Reason.STARTING, starting(s)).stops(requeue_after=again)
+
+
+def starting(s: Situation) -> str:
+    return f"waiting for {what(s)} to start"
 
 
 def pods_of(s: Situation) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from luthier_api.conditions import ConditionType
 from luthier_api.kinds import KINDS
-from luthier_api.status import Attempt, JobStatus, Phase
+from luthier_api.status import PHASES, Attempt, JobStatus, Phase
 from luthier_operator import children, naming
 from luthier_operator.model import ChildRef, Job, Object, Observed, PodEnd
 from luthier_operator.naming import Place
@@ -29,6 +29,8 @@ class Step:
     requeue_after: float | None = None
     """Seconds."""
     delete_job: bool = False
+    creating: ConditionType | None = None
+    """The condition that tells of what is applied."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,17 @@ class Situation:
     def done(self) -> ConditionType:
         """The condition that says that `run` has ended well."""
         return KINDS[naming.kind(self.job)].done
+
+    @property
+    def publishes(self) -> bool:
+        return bool(self.job.spec.hub and self.job.spec.hub.repo)
+
+    @property
+    def last(self) -> Phase:
+        """The phase after which nothing is left to do, as far as the job says now."""
+        if self.job.spec.plan_only and not self.child("run"):
+            return "prepare"
+        return "publish" if self.publishes else "run"
 
     def child(self, phase: Phase) -> Object | None:
         return self.observed.children.get(naming.child(self.job, phase))
@@ -84,8 +97,7 @@ class Situation:
 
     def unfinished(self) -> list[ChildRef]:
         """Children that are at work."""
-        phases: tuple[Phase, ...] = ("prepare", "run", "publish")
-        found = ((naming.child(self.job, p), self.child(p)) for p in phases)
+        found = ((naming.child(self.job, p), self.child(p)) for p in PHASES)
         return [ref for ref, child in found if child and not children.finished(child) and not children.deleting(child)]
 
     def say(self, type: ConditionType, value: Value, reason: str, message: str) -> Situation:
@@ -104,6 +116,11 @@ class Situation:
         self, apply: Sequence[Object] = (), delete: Sequence[ChildRef] = (), requeue_after: float | None = None, delete_job: bool = False
     ) -> Step:
         return Step(self.status, False, apply, delete, requeue_after, delete_job)
+
+    def creates(self, type: ConditionType, reason: str, message: str, *apply: Object | None) -> Step:
+        """Applies children, of which the condition tells: also that the API server refuses one (`decide.refused`)."""
+        step = self.say(type, "False", reason, message).stops(apply=[manifest for manifest in apply if manifest])
+        return replace(step, creating=type)
 
     def fails(self, reason: str, message: str, delete: Sequence[ChildRef] = ()) -> Step:
         """The end of the job."""

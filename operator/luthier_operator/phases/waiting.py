@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from collections.abc import Iterator
+from datetime import datetime, timedelta
 
 from luthier_api.conditions import ConditionType, Reason
 from luthier_api.status import Phase
-from luthier_operator import children
+from luthier_operator import children, naming
+from luthier_operator.children import Trouble
 from luthier_operator.failure import KEPT, place
 from luthier_operator.model import Object
 from luthier_operator.phases.step import Situation, Step
 
 EVIDENCE_SECONDS = 3.0
 """A child and its pods are watched apart: for so long after a failure, the word of a pod may still be under way."""
+NO_POD_SECONDS = 10.0
+"""A Job has its first pod within a second, a JobSet within two. After this, something refuses them."""
+EACH_POD_SECONDS = 0.1  # the controllers make about 20 a second, for all jobs together
+CONTAINER_SECONDS = 30.0
+"""Volumes are mounted within seconds. What takes longer is worth a word, be it only a large image."""
 
 
 def for_old_pods(s: Situation, phase: Phase, condition: ConditionType) -> Step | None:
@@ -25,15 +32,56 @@ def for_old_pods(s: Situation, phase: Phase, condition: ConditionType) -> Step |
     return s.say(condition, "False", Reason.WAITING_FOR_PODS, message).stops()
 
 
-def for_one_pod(s: Situation, phase: Phase, condition: ConditionType, reason: str, doing: str) -> Step:
-    """What stands in the way of the one pod of `prepare` or `publish`; else its last failure, until it has succeeded; else `doing`."""
-    trouble, failures = children.trouble(s.pods(phase)), s.attempts(phase)
+def for_one_pod(s: Situation, phase: Phase, condition: ConditionType, reason: str, starting: str, doing: str) -> Step:
+    """What stands in the way of the one pod of `prepare` or `publish`; else its last failure, until it has succeeded; else what it does."""
+    (trouble, again), failures = obstacle(s, phase, 1), s.attempts(phase)
+    message = doing if children.running(s.pods(phase)) else starting
     if trouble:
-        reason, doing = trouble.reason, trouble.message
+        reason, message = trouble.reason, trouble.message
     elif failures:
         last = failures[-1]
-        reason, doing = last.reason, f"{last.message} ({place(last)}). It is tried again"
-    return s.say(condition, "False", reason, doing).stops()
+        reason, message = last.reason, f"{last.message} ({place(last)}). It is tried again"
+    return s.say(condition, "False", reason, message).stops(requeue_after=again)
+
+
+def obstacle(s: Situation, phase: Phase, pods: int) -> tuple[Trouble | None, float | None]:
+    """What keeps the `pods` of a phase from running; and, where only time will tell, the seconds until it has."""
+    child = s.child(phase)
+    if child and children.held(child):
+        queue = f'waiting for quota in queue "{s.job.spec.scheduling.queue}"' if phase == "run" else f"{name(child)} is held back by a queue"
+        return Trouble(Reason.WAITING_FOR_QUEUE, f"{queue}; see `kubectl describe workloads`"), None
+    if found := children.trouble(s.pods(phase)):
+        return found, None
+    due, found = min(overdue(s, phase, pods), key=lambda late: late[0], default=(s.now, None))
+    return (found, None) if due <= s.now else (None, (due - s.now).total_seconds())
+
+
+def overdue(s: Situation, phase: Phase, pods: int) -> Iterator[tuple[datetime, Trouble]]:
+    """What has not happened yet, and the time from which on that is a trouble."""
+    child, living = s.child(phase), s.pods(phase)
+    made = len(living) + sum(e.exit_code == 0 for e in s.ends(phase))
+    # Between two attempts there may be none for as long as the Job's back-off takes.
+    if child and (since := children.since(child)) and made < pods and not s.attempts(phase):
+        number = f"only {made} of {pods} pods" if made else "no pod"
+        inner = f", or `kubectl describe job {child['metadata']['name']}-{naming.NODE}-0`," if child["kind"] == "JobSet" else ""
+        message = (
+            f"the cluster has made {number} of {name(child)} so far; `kubectl describe {child['kind'].lower()} {child['metadata']['name']}`{inner}"
+            " says why: a quota, a priority class, a node selector, an admission policy"
+        )
+        yield since + timedelta(seconds=NO_POD_SECONDS + EACH_POD_SECONDS * pods), Trouble(Reason.NO_PODS, message)
+    for pod in living:
+        at = children.scheduled(pod)
+        if at and not children.deleting(pod) and "running" not in children.container(pod):
+            called = pod["metadata"]["name"]
+            message = (
+                f"pod {called} has a node, but no container after {CONTAINER_SECONDS:g} s: it waits for its image or for a volume"
+                f" (spec.volumes, spec.workspace); `kubectl describe pod {called}` says for which"
+            )
+            yield at + timedelta(seconds=CONTAINER_SECONDS), Trouble(Reason.CONTAINER_CREATING, message)
+
+
+def name(child: Object) -> str:
+    return f"{child['kind']} {child['metadata']['name']}"
 
 
 def for_evidence(s: Situation, phase: Phase, child: Object) -> Step | None:

@@ -12,7 +12,7 @@ from luthier_api.kinds import FineTuneJob, JobKind
 from luthier_operator import naming
 from luthier_operator.model import Job, Object
 from luthier_operator.naming import Place
-from luthier_operator.render.claim import claim
+from luthier_operator.render.claim import claim, shortfall
 from luthier_operator.render.configmap import configmap, run_config
 from luthier_operator.render.job import prepare, publish, shards
 from luthier_operator.render.jobset import jobset
@@ -20,7 +20,7 @@ from luthier_operator.render.jobset import jobset
 if TYPE_CHECKING:
     from luthier_operator.settings import Settings
 
-__all__ = ["claim", "configmap", "jobset", "objects", "prepare", "publish", "run_config", "shards"]
+__all__ = ["claim", "configmap", "jobset", "objects", "prepare", "publish", "run_config", "shards", "shortfall"]
 
 
 def objects(job: Job, settings: Settings | None = None, sources: Mapping[str, FineTuneJob] | Iterable[FineTuneJob] = ()) -> list[Object]:

@@ -8,7 +8,7 @@ from luthier_api.kinds import FineTuneJob
 from luthier_operator import naming
 from luthier_operator.model import Job, Object
 from luthier_operator.render.meta import metadata
-from luthier_operator.render.quantity import canonical
+from luthier_operator.render.quantity import amount, canonical
 
 if TYPE_CHECKING:
     from luthier_operator.settings import Settings
@@ -30,3 +30,15 @@ def claim(job: Job, settings: Settings) -> Object | None:
         "apiVersion": "v1", "kind": "PersistentVolumeClaim",
         "metadata": metadata(job, naming.place(job).claim, owned=workspace.when_deleted == "Delete"), "spec": spec,
     }  # fmt: skip
+
+
+def shortfall(wanted: Object, found: Object) -> str | None:
+    """What to say when the claim that an earlier job left is smaller than the one that this job would make. None when it is large enough."""
+    asked = wanted["spec"]["resources"]["requests"]["storage"]
+    has = found.get("status", {}).get("capacity", {}).get("storage") or found["spec"]["resources"]["requests"]["storage"]
+    if amount(has) >= amount(asked):
+        return None
+    return (
+        f"spec.workspace.size: {asked} are wanted, and the claim {found['metadata']['name']}, which an earlier job left, has {has}. "
+        "Resize the claim, delete it with the results on it, or give this job another name"
+    )

@@ -13,7 +13,7 @@ from luthier_operator import naming
 from luthier_operator.model import Job, Object
 from luthier_operator.naming import Place
 from luthier_operator.render import rules
-from luthier_operator.render.meta import metadata
+from luthier_operator.render.meta import metadata, restarts_before
 from luthier_operator.render.pod import gpus, template
 
 if TYPE_CHECKING:
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 
 def hub_hash(job: Job) -> str:
-    """Changes when spec.hub does."""
-    text = json.dumps(job.spec.hub.dump() if job.spec.hub else None, sort_keys=True)
+    """Changes when spec.hub does: what the user has set of it, because a later version may know more fields, and their defaults."""
+    found = job.spec.hub and job.spec.hub.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    text = json.dumps(found, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -37,9 +38,12 @@ def publish(job: Job, settings: Settings, sources: Mapping[str, Place]) -> Objec
     return _job(job, "publish", notes, _one_pod(job, settings, "publish", sources, settings.publish_retries))
 
 
-def shards(job: GenerateJob, settings: Settings, sources: Mapping[str, Place]) -> Object:
-    """An Indexed Job: a shard that fails is started again alone, and one that cannot succeed does not stop the others."""
-    manifest = _job(job, "run", {}, {
+def shards(job: GenerateJob, settings: Settings, sources: Mapping[str, Place], restarts: int = 0, charged: int = 0) -> Object:
+    """An Indexed Job: a shard that fails is started again alone, and one that cannot succeed does not stop the others.
+
+    `restarts`, `charged`: those of the Jobs before, when a suspended job goes on.
+    """
+    manifest = _job(job, "run", restarts_before(restarts, charged), {
         "completionMode": "Indexed",
         "completions": job.spec.shards,
         "parallelism": job.spec.shards,

@@ -11,7 +11,7 @@ from luthier_operator.model import Object
 from luthier_operator.naming import Place
 from luthier_operator.render import rules
 from luthier_operator.render.job import queue_label
-from luthier_operator.render.meta import metadata
+from luthier_operator.render.meta import metadata, restarts_before
 from luthier_operator.render.pod import template
 
 if TYPE_CHECKING:
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 def jobset(job: FineTuneJob, settings: Settings, sources: Mapping[str, Place], restarts: int = 0, charged: int = 0) -> Object:
     """`restarts`, `charged`: those of the JobSets before, when a suspended job goes on; what was charged stays charged."""
     nodes = job.spec.resources.nodes
-    before = {naming.BEFORE_ANNOTATION: f"{restarts},{charged}"} if restarts else {}
-    meta = metadata(job, naming.child(job, "run").name, "run", before)
+    meta = metadata(job, naming.child(job, "run").name, "run", restarts_before(restarts, charged))
     meta["labels"] |= queue_label(job)
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",

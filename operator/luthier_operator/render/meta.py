@@ -20,3 +20,8 @@ def metadata(job: Job, name: str, phase: Phase | None = None, annotations: dict[
             }
         ]  # fmt: skip
     return meta
+
+
+def restarts_before(restarts: int, charged: int) -> dict[str, str]:
+    """Annotation of the child of `run`: restarts of the children before it, and those of them that were charged."""
+    return {naming.BEFORE_ANNOTATION: f"{restarts},{charged}"} if restarts else {}

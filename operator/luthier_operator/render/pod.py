@@ -105,7 +105,7 @@ def _environment(job: Job, settings: Settings, phase: Phase) -> list[Object]:
         if job.spec.hub and (token := job.spec.hub.token_secret):
             found.append({"name": Variables.TOKEN, "valueFrom": {"secretKeyRef": {"name": token.name, "key": token.key}}})
         values |= {"HF_ENDPOINT": settings.hub_endpoint} if settings.hub_endpoint else {}
-    return found + [{"name": name, "value": value} for name, value in values.items()]
+    return found + [{"name": name, "value": value} for name, value in (values | settings.env).items()]
 
 
 def _threads(job: Job) -> dict[str, str]:

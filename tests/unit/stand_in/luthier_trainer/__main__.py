@@ -69,8 +69,9 @@ if code == 0 and verb == "train":
 if code == 0 and verb == "generate":
     (workspace / "result").mkdir(exist_ok=True)
     (workspace / f"result/shard-{int(rank):05d}-of-00002.jsonl").write_text(
-        json.dumps({"row": int(rank), "prompt": "Once", "text": f" upon {rank}"}) + "\n"
+        json.dumps({"row": int(rank), "prompt": "Once", "text": f" upon {rank}{script.get('writes', '')}"}, ensure_ascii=False) + "\n"
     )
+    end["metrics"] = {"rows": 1, "failedRows": script.get("failed", 0), "seconds": 2}
 if code == 0 and verb == "publish":
     end["hub"] = {"repo": run["spec"]["hub"]["repo"], "revision": "fedcba9876543210", "url": "https://hub.example/org/model"}
 if code or "lastLines" in script:
