@@ -17,6 +17,9 @@ IMAGE_VARIABLES = {"operator": "LUTHIER_OPERATOR_IMAGE", "trainer": "LUTHIER_TRA
 
 
 class Cluster(Protocol):
+    pull_policy: str
+    access_mode: str  # of a claim that several pods use
+
     def ensure(self) -> dict[str, str]:
         """A running cluster with JobSet; returns the environment in which kubectl and helm reach it."""
 
@@ -39,6 +42,9 @@ class Cluster(Protocol):
 
 class Given:
     """A cluster that somebody else made: nothing is started, built or removed here."""
+
+    pull_policy = "Always"
+    access_mode = "ReadWriteMany"
 
     def ensure(self) -> dict[str, str]:
         if subprocess.run(["kubectl", "get", "--raw", "/readyz"], stdout=subprocess.DEVNULL).returncode:

@@ -11,7 +11,7 @@
 
 Which cluster: KUBECONFIG set, the one it names, as it is (images by LUTHIER_OPERATOR_IMAGE and LUTHIER_TRAINER_IMAGE);
 CLUSTER=kind, a kind cluster; otherwise the one of `local/`, which needs root and Go but neither Docker nor nested containers.
-WHEELS names a folder of wheels for the image build, such as torch's CPU build.
+WHEELS names a folder of wheels for the image build, such as torch's CPU build (with kind: a URL).
 """
 
 import shlex

@@ -1,24 +1,31 @@
 """A kind cluster for the tests, where Docker is available: `CLUSTER=kind`.
 
-This path has not been run: it was written from the documentation of kind v0.30 and JobSet v0.12. The local cluster is the one
-that the tests are developed on.
+Run with kind v0.33, Docker 20.10 and Kubernetes 1.35. Other node images: KIND_IMAGE.
 """
 
+import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+
+from cluster.local.components import JOBSET
 
 NAME = "luthier"
 KUBECONFIG = Path.home() / ".cache/cluster/kind.kubeconfig"
-JOBSET_CHART, JOBSET_VERSION = "oci://registry.k8s.io/jobset/charts/jobset", "0.12.0"
+JOBSET_CHART = ("oci://registry.k8s.io/jobset/charts/jobset", "--version", JOBSET[1].removeprefix("v"))
+GPUS = json.dumps([{"op": "add", "path": "/status/capacity/nvidia.com~1gpu", "value": "8"}])  # only counted, as in the local cluster
 
 
 def run(*args: str) -> None:
-    subprocess.run(args, check=True, env=os.environ | {"KUBECONFIG": str(KUBECONFIG)})
+    subprocess.run(args, check=True, stdout=sys.stderr, env=os.environ | {"KUBECONFIG": str(KUBECONFIG)})
 
 
 class Kind:
+    pull_policy = "IfNotPresent"  # `kind load` puts the image on the node; no registry has it
+    access_mode = "ReadWriteOnce"  # its provisioner knows no other, which is enough on one node
+
     def install_packages(self) -> None:
         missing = [tool for tool in ("docker", "kind", "kubectl", "helm") if not shutil.which(tool)]
         if missing:
@@ -30,34 +37,29 @@ class Kind:
     recycle = build  # kind's storage class provisions volumes and deletes them with their claims
 
     def up(self) -> dict[str, str]:
-        self.install_packages()
         KUBECONFIG.parent.mkdir(parents=True, exist_ok=True)
-        run("kind", "create", "cluster", "--name", NAME, "--kubeconfig", str(KUBECONFIG), "--wait", "3m")
-        run("helm", "install", "jobset", JOBSET_CHART, "--version", JOBSET_VERSION, "-n", "jobset-system", "--create-namespace", "--wait")
-        return {"KUBECONFIG": str(KUBECONFIG)}
+        image = [f"--image={os.environ['KIND_IMAGE']}"] if "KIND_IMAGE" in os.environ else []
+        run("kind", "create", "cluster", "--name", NAME, *image, "--kubeconfig", str(KUBECONFIG), "--wait", "3m")
+        return self.ensure()
 
     def ensure(self) -> dict[str, str]:
+        """What is there is kept, so a start that broke off goes on."""
         self.install_packages()
         clusters = subprocess.run(["kind", "get", "clusters"], check=True, text=True, stdout=subprocess.PIPE).stdout.split()
-        return {"KUBECONFIG": str(KUBECONFIG)} if NAME in clusters else self.up()
+        if NAME not in clusters:
+            return self.up()
+        run("helm", "upgrade", "--install", "jobset", *JOBSET_CHART, "-n", "jobset-system", "--create-namespace", "--wait")
+        run("kubectl", "patch", "node", f"{NAME}-control-plane", "--subresource=status", "--type=json", "-p", GPUS)
+        return {"KUBECONFIG": str(KUBECONFIG)}
 
     def down(self) -> None:
-        run("kind", "delete", "cluster", "--name", NAME)
+        run("kind", "delete", "cluster", "--name", NAME, "--kubeconfig", str(KUBECONFIG))
 
     def image(self, context: str, target: str, name: str) -> str:
-        run(
-            "docker",
-            "build",
-            "--target",
-            target,
-            "--build-arg",
-            "DS_ACCELERATOR=cpu",
-            "--build-arg",
-            "TORCH_BACKEND=cpu",
-            "--tag",
-            name,
-            context,
-        )
+        """WHEELS, a folder for the local cluster, is a URL here: a build in Docker sees no other folder than its context."""
+        wheels = os.environ.get("WHEELS", "")
+        torch = f"FIND_LINKS={wheels}" if wheels.startswith("http") else "TORCH_BACKEND=cpu"
+        run("docker", "build", "--target", target, "--build-arg", "DS_ACCELERATOR=cpu", "--build-arg", torch, "--tag", name, context)
         run("kind", "load", "docker-image", name, "--name", NAME)
         return name
 

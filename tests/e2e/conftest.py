@@ -46,8 +46,8 @@ def namespace(name: str) -> None:
     kube.run("create", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": RESTRICTED}}))
 
 
-def claim(name: str, mode: str = "ReadWriteMany") -> Object:
-    spec = {"accessModes": [mode], "resources": {"requests": {"storage": "5Gi"}}}
+def claim(name: str) -> Object:
+    spec = {"accessModes": [choice.cluster().access_mode], "resources": {"requests": {"storage": "5Gi"}}}
     return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": name}, "spec": spec}
 
 
@@ -61,7 +61,7 @@ def inspector(image: str) -> Object:
             "restartPolicy": "Never", "automountServiceAccountToken": False, "terminationGracePeriodSeconds": 0,
             "securityContext": {"runAsNonRoot": True, "runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 1000, "seccompProfile": {"type": "RuntimeDefault"}},
             "containers": [{
-                "name": "inspector", "image": image, "imagePullPolicy": "Always", "command": ["sleep", "infinity"], "securityContext": security,
+                "name": "inspector", "image": image, "imagePullPolicy": choice.cluster().pull_policy, "command": ["sleep", "infinity"], "securityContext": security,
                 "env": [{"name": "HOME", "value": "/tmp"}, {"name": "HF_HUB_OFFLINE", "value": "1"}],
                 "volumeMounts": [{"name": n, "mountPath": m} for n, m in mounts.items()],
             }],
@@ -75,9 +75,10 @@ def inspector(image: str) -> Object:
 
 def install(images: Images, *values: str) -> None:
     """`helm install`, as the README says it."""
-    settings = [f"image.repository={images.operator.rpartition(':')[0]}", f"image.tag={images.operator.rpartition(':')[2]}", "image.pullPolicy=Always",
+    policy = choice.cluster().pull_policy
+    settings = [f"image.repository={images.operator.rpartition(':')[0]}", f"image.tag={images.operator.rpartition(':')[2]}", f"image.pullPolicy={policy}",
                 f"trainer.image.repository={images.trainer.rpartition(':')[0]}", f"trainer.image.tag={images.trainer.rpartition(':')[2]}",
-                "trainer.image.pullPolicy=Always", f"hub.endpoint={hub_manifests.url(SYSTEM)}", *values]  # fmt: skip
+                f"trainer.image.pullPolicy={policy}", f"hub.endpoint={hub_manifests.url(SYSTEM)}", *values]  # fmt: skip
     subprocess.run(
         ["helm", "upgrade", "--install", "luthier", str(TOP / "charts/luthier"), "--namespace", SYSTEM, "--take-ownership", "--wait", "--timeout", "3m",
          *(part for s in settings for part in ("--set", s))],
@@ -112,7 +113,7 @@ def fill(kube: Kube, claim: str, archive: bytes) -> None:
     """Unpack a tar into the inspector's volume: on this machine where that is possible, because exec is slow for 100 MB."""
     folder = choice.cluster().volume(kube.namespace, claim)
     if folder is None:
-        unpack = "import sys, tarfile; tarfile.open(fileobj=sys.stdin.buffer, mode='r|').extractall('/data', filter='data')"
+        unpack = "import sys, tarfile; tarfile.open(fileobj=sys.stdin.buffer, mode='r|').extractall('/data')"
         kube.python("inspector", unpack, stdin=archive)
         return
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:

@@ -20,6 +20,9 @@ JOBSET_IMAGE, JOBSET_TAG = "local/jobset", components.JOBSET[1]
 
 
 class Local:
+    pull_policy = "Always"  # a tag is pushed again with each build
+    access_mode = "ReadWriteMany"
+
     def install_packages(self) -> None:
         components.install_packages()
 
