@@ -28,11 +28,17 @@ class Condition(ApiModel):
     """As in the Kubernetes API conventions."""
 
     type: ConditionType
+    """What it is about: Accepted, Prepared, Running, Complete, Failed, ..."""
     status: Literal["True", "False", "Unknown"]
+    """True, False, or Unknown."""
     reason: str
+    """One word that programs may read; those of failures are the reasons of the exit codes."""
     message: str = ""
+    """For people: where things stand, or what went wrong and what to do."""
     last_transition_time: str
+    """When its status last changed."""
     observed_generation: int | None = None
+    """Generation of the spec that it speaks of."""
 
 
 class ResolvedSource(ApiModel):
@@ -48,6 +54,7 @@ class ResolvedDataset(ResolvedSource):
     rows: int
     """Rows to train on or to generate from."""
     eval_rows: int = 0
+    """Rows held out for evaluation."""
     tokens: int | None = None
     """Tokens of the training rows, after truncation."""
     labels: list[str] | None = None
@@ -60,39 +67,57 @@ class Plan(ApiModel):
     strategy: str
     """none, ddp, zero2, zero2-offload, zero3 or zero3-offload."""
     world_size: int = 1
+    """Processes, over all pods that work at once."""
     micro_batch_size: int | None = None
+    """Rows in one forward pass of one process."""
     accumulation_steps: int | None = None
+    """Forward passes of each process for one optimiser step."""
     steps: int | None = None
     """Optimiser steps."""
     precision: str | None = None
+    """Precision of the computation: fp32, bf16 or fp16."""
     parameters: int | None = None
     """Weights of the model."""
     rows_per_shard: int | None = None
+    """Outputs of the largest shard (GenerateJob)."""
 
 
 class Prepared(ApiModel):
     """What `prepare` found. It comes back in its termination message and lies in the workspace for the pods of `run`."""
 
     model: ResolvedSource
+    """The model that the run starts from."""
     dataset: ResolvedDataset
+    """The rows, after splits and filters."""
     adapters: list[ResolvedSource] = Field(default_factory=list)
+    """Adapters on the model, in their order (GenerateJob)."""
     plan: Plan
+    """How the run is laid out."""
 
 
 class Progress(ApiModel):
     """Where a running job stands."""
 
     step: int | None = None
+    """Optimiser steps done."""
     max_steps: int | None = None
+    """Optimiser steps of the whole run."""
     epoch: float | None = None
+    """Passes over the training rows done."""
     loss: float | None = None
+    """Training loss, mean since the report before."""
     learning_rate: float | None = None
+    """Learning rate of the last step."""
     tokens_per_second: float | None = None
+    """Tokens a second over all processes, padding excluded."""
     rows: int | None = None
     """Outputs written (GenerateJob)."""
     max_rows: int | None = None
+    """Outputs of the whole job (GenerateJob)."""
     percent: int | None = None
+    """Share of steps or outputs that is done."""
     eta_seconds: int | None = None
+    """Seconds left at the pace of now."""
     time: str | None = None
     """When it was read."""
 
@@ -101,42 +126,56 @@ class Checkpoint(ApiModel):
     """The newest one whose files matched its manifest: no other is ever told of."""
 
     step: int
+    """Optimiser step at which it was written."""
     time: str | None = None
+    """When the operator first saw it."""
 
 
 class Attempt(ApiModel):
     """One end of a pod that failed: the evidence outlives the pod."""
 
     phase: Phase
+    """The phase that failed."""
     attempt: int = 0
     """Counts the restarts of the phase."""
     reason: str
+    """What kind of end it was: the reason of the exit code, or the cluster's word."""
     exit_code: int | None = None
+    """Exit code of the container; none when it never ended by itself."""
     pod: str | None = None
+    """Name of the pod."""
     rank: int | None = None
     """Index of the pod: node rank or shard."""
     node: str | None = None
+    """Node that the pod was on."""
     step: int | None = None
     """Step of the newest checkpoint at that time."""
     message: str = ""
+    """What the process had to say: field, finding and remedy."""
     last_lines: str = ""
     """The end of the pod's output."""
     charged: bool = False
     """Whether it counted against `restarts.max`."""
     time: str | None = None
+    """When the pod ended."""
 
 
 class HubStatus(ApiModel):
     repo: str
+    """Repository on the Hub."""
     revision: str
     """The commit that holds the result."""
     url: str
+    """Address of that commit."""
     files: int | None = None
+    """Files of the result."""
     bytes: int | None = None
+    """Bytes of the result."""
 
 
 class WorkspaceStatus(ApiModel):
     claim: str
+    """PersistentVolumeClaim that holds it."""
     folder: str
     """Folder of this job on the claim; results are in its `result`."""
 
@@ -145,18 +184,25 @@ class JobStatus(ApiModel):
     """Status of a FineTuneJob or a GenerateJob."""
 
     observed_generation: int | None = None
+    """Generation of the spec that this status speaks of."""
     state: str = ""
     """One word for people: Pending, Preparing, Running, ... Programs read the conditions."""
     conditions: list[Condition] = Field(default_factory=list)
+    """Where the job stands, a condition for each thing that can be true of it."""
     start_time: str | None = None
+    """When the first phase began; deadlines count from here."""
     run_start_time: str | None = None
     """When the pods of `run` first ran."""
     completion_time: str | None = None
+    """When the job was complete, or failed."""
     shape: str | None = None
     """Nodes × GPUs, or shards × GPUs."""
     prepared: Prepared | None = None
+    """What `prepare` found and decided."""
     progress: Progress | None = None
+    """Where the run stands, read every few seconds."""
     checkpoint: Checkpoint | None = None
+    """The newest checkpoint that a restart would go on from."""
     restarts: int = 0
     """Of the group of pods; of a GenerateJob, those of all shards together."""
     restarts_charged: int = 0
@@ -166,7 +212,9 @@ class JobStatus(ApiModel):
     attempts: Annotated[list[Attempt], Field(max_length=10)] = Field(default_factory=list)
     """The last ten failures."""
     workspace: WorkspaceStatus | None = None
+    """Where model, checkpoints and result lie."""
     hub: HubStatus | None = None
+    """Where the result was published."""
 
     list_map_keys: ClassVar = {"conditions": "type"}
 
