@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun
-from luthier_trainer.ending import Failure
+from luthier_trainer.ending import Failure, classify
+from luthier_trainer.newmodel import train_tokenizer
 from luthier_trainer.prepare import LABELS_SHOWN_BYTES, main
 from luthier_trainer.prepared import read_prepared
 
 MakeRun = Callable[..., FineTuneRun]
+CLASSIFY = {"task": "text-classification"}
 ROWS = [{"text": f"The {w} is a word.", "label": w[0]} for w in ("apple", "bear", "axe", "bench", "arc", "bow", "ant", "bell")]
 
 
@@ -33,11 +37,13 @@ def write(folder: Path, name: str, content: object = None) -> str:
         path.write_bytes(rows.encode() if isinstance(rows, str) else rows)
         return str(path)
     columns = {k: [r.get(k) for r in rows] for k in rows[0]}
-    match path.suffixes:
+    match Path(path.name).suffixes:
         case [".csv"]:
             Dataset.from_dict(columns).to_csv(path, index=False)
-        case [".tsv"]:
+        case [".tsv"] | [".TSV"]:
             Dataset.from_dict(columns).to_csv(path, index=False, sep="\t")
+        case [".tsv", ".gz"]:
+            path.write_bytes(gzip.compress(Path(write(folder, "unpacked.tsv", rows)).read_bytes()))
         case [".json"]:
             path.write_text(json.dumps(rows))
         case [".jsonl"]:
@@ -58,7 +64,12 @@ def prepared(run: FineTuneRun) -> tuple[Any, Any]:
     return record, load_from_disk(record.dataset_path)
 
 
-@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv", "rows.json", "rows.jsonl", "rows.jsonl.gz", "rows.parquet", "rows.txt"])
+FORMATS = [
+    "rows.csv", "rows.tsv", "rows.TSV", "rows.tsv.gz", "rows.json", "rows.jsonl", "rows.jsonl.gz", "rows.parquet", "rows.txt", "run[1]*/rows.jsonl",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_every_format_gives_the_same_rows(name: str, make_run: MakeRun, tmp_path: Path) -> None:
     record, data = prepared(make_run(dataset={"files": [write(tmp_path, name)]}))
     tokenizer = AutoTokenizer.from_pretrained(Path(record.model_path))
@@ -82,6 +93,9 @@ def test_globs_columns_and_slices(make_run: MakeRun, tmp_path: Path) -> None:
     dataset = {"files": [str(tmp_path / "part-*.jsonl")], "columns": {"text": "body"}, "split": "train[:75%]", "evalSplit": "train[75%:]"}
     record, data = prepared(make_run(dataset=dataset))
     assert (record.dataset.rows, record.dataset.eval_rows) == (12, 4)
+    twice = make_run("twice", dataset=dataset | {"files": [*dataset["files"], str(tmp_path / "part-0.jsonl"), str(tmp_path / "x/../part-1.jsonl")]})
+    (tmp_path / "x").mkdir()
+    assert prepared(twice)[0].dataset == record.dataset.model_copy(update={"source": ", ".join(twice.spec.dataset.files or [])})
     assert data["train"].column_names == ["input_ids", "labels", "length"]
 
 
@@ -134,6 +148,7 @@ CLASSES: list[tuple[str, list[Any], list[str], list[int]]] = [
     ("names", ["b", "a", "b"], ["a", "b"], [1, 0, 1]),
     ("numbers", [10, 2, 10], ["2", "10"], [1, 0, 1]),
     ("truth", [True, False, True], ["false", "true"], [1, 0, 1]),
+    ("signs that look like numbers", ["²", "10", "--1", "-1", "①"], ["-1", "10", "--1", "²", "①"], [3, 1, 2, 0, 4]),
 ]
 
 
@@ -143,6 +158,42 @@ def test_labels_become_ids(name: str, given: list[Any], names: list[str], ids: l
     record, data = prepared(make_run(task="text-classification", dataset={"files": [write(tmp_path, "x.jsonl", rows)]}))
     assert (record.dataset.labels, data["train"]["labels"][:]) == (names, ids)
     assert data["train"].column_names == ["input_ids", "attention_mask", "labels"]
+
+
+OWN_NAMES: list[tuple[str, list[Any]]] = [("fractions", [1.0, 0.0]), ("truth", [True, False]), ("names", ["b", "a"]), ("numbers", [7, 3])]
+
+
+@pytest.mark.parametrize(("name", "given"), OWN_NAMES, ids=[c[0] for c in OWN_NAMES])
+def test_a_column_of_our_own_name_does_not_decide_our_types(name: str, given: list[Any], make_run: MakeRun, tmp_path: Path) -> None:
+    rows = [{"attention_mask": f"row {i}", "labels": v} for i, v in enumerate(given)]
+    dataset = {"files": [write(tmp_path, "x.jsonl", rows)], "columns": {"text": "attention_mask", "label": "labels"}}
+    _, data = prepared(make_run(task="text-classification", dataset=dataset))
+    assert {k: str(v) for k, v in data["train"].features.items()} == {
+        "input_ids": "List(Value('int32'))", "attention_mask": "List(Value('int8'))", "labels": "Value('int64')",
+    }  # fmt: skip
+    assert data["train"]["labels"][:] == [1, 0]
+
+
+CUT = [
+    # name                 spec                              said
+    ("texts",              {},                               "2 of 4 rows are longer than 8 tokens and are cut"),
+    ("texts that fit",     {"maxLength": 16},                None),
+    ("texts to classify",  CLASSIFY,                         "1 of 4 rows are longer than 8 tokens and are cut"),
+    ("packed texts",       {"packing": True},                None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "given", "said"), CUT, ids=[c[0] for c in CUT])
+def test_rows_that_are_cut_are_counted(
+    name: str, given: dict[str, Any], said: str | None, make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tilde is a token here; one more ends a text to learn from."""
+    path = write(tmp_path, "x.jsonl", [{"text": "~" * n, "label": "ab"[n % 2]} for n in (1, 7, 8, 9)])
+    task = {"task": given.get("task", "causal-lm")}
+    training = {"maxLength": 8, "batchSize": 4} | {name: value for name, value in given.items() if name != "task"}
+    main(make_run(dataset={"files": [path]}, training=training, **task))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("spec.training.maxLength")]
+    assert lines == ([f"spec.training.maxLength: {said}"] if said else [])
 
 
 def test_a_new_model_learns_its_tokenizer_from_the_rows(make_run: MakeRun, corpus_file: Path) -> None:
@@ -155,6 +206,44 @@ def test_a_new_model_learns_its_tokenizer_from_the_rows(make_run: MakeRun, corpu
     model = AutoModelForCausalLM.from_pretrained(record.model_path)
     assert len(AutoTokenizer.from_pretrained(Path(record.model_path).parent / "tokenizer")) == 400 == model.config.vocab_size
     assert record.plan.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_a_tokenizer_does_not_learn_from_rows_that_are_held_out(
+    make_run: MakeRun, corpus_rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def train(texts: Iterator[str], vocabulary: int) -> Any:
+        seen.extend(texts)
+        return train_tokenizer(iter(seen), vocabulary)
+
+    monkeypatch.setattr("luthier_trainer.newmodel.train_tokenizer", train)
+    parameters = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 512}
+    run = make_run(
+        model={"config": {"modelType": "llama", "vocabSize": 400, "parameters": parameters}}, method={"type": "full"},
+        dataset={"files": [str(corpus_rows)], "evalFraction": 0.25}, training={"maxLength": 512, "batchSize": 4},
+    )  # fmt: skip
+    record, data = prepared(run)
+    tokenizer = AutoTokenizer.from_pretrained(record.model_path)
+    learnt, held = ([tokenizer.decode(ids, skip_special_tokens=True) for ids in data[split]["input_ids"]] for split in ("train", "eval"))
+    assert (len(seen), len(held)) == (150, 50)
+    assert [text[:200] for text in seen] == [text[:200] for text in learnt]
+
+
+def test_a_full_disk_is_no_mistake_of_the_user(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However `datasets` wraps it: the volume may be larger, or emptier, the next time."""
+
+    def full(*args: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/workspace/cache.arrow")
+
+    monkeypatch.setattr("datasets.arrow_writer.ArrowWriter.write_table", full)
+    with pytest.raises(DatasetGenerationError) as error:
+        main(make_run())
+    assert classify(error.value) == (
+        ExitCode.STORAGE_ERROR,
+        "spec.workspace.size: no space is left on the volume ([Errno 28] No space left on device: '/workspace/cache.arrow')."
+        " Ask for more, or free some of it",
+    )
 
 
 def test_a_finished_prepare_is_not_repeated(make_run: MakeRun, tmp_path: Path) -> None:
@@ -203,7 +292,6 @@ def test_many_labels_fit_the_termination_message(make_run: MakeRun, tmp_path: Pa
 
 
 D, S = ExitCode.INVALID_DATASET, ExitCode.INVALID_SPEC
-CLASSIFY = {"task": "text-classification"}
 
 
 def only(**column: Any) -> list[dict[str, Any]]:
@@ -263,6 +351,13 @@ MISTAKES: list[tuple[str, str, object, dict[str, Any], dict[str, Any], ExitCode,
      "spec.dataset.evalFraction: 0.01 of 8 rows is 0; both sides need one row at least. Choose another fraction"),
     ("labels that were never learnt", "x.jsonl", None, {"evalFiles": ["{folder}/other.jsonl"]}, CLASSIFY, D,
      "spec.dataset.columns.label: other.jsonl has labels that the training rows do not have: z (theirs: a, b)"),
+    ("measured on the file that was learnt", "x.jsonl", None, {"evalFiles": ["{folder}/rows.jsonl"]}, {}, S,
+     "spec.dataset.evalFiles: {folder}/rows.jsonl holds the same as {file} of spec.dataset.files, and would be learnt and measured on."
+     " Name other files, or hold rows out with evalFraction"),
+    ("measured on a file of many that were learnt", "other.jsonl", None, {"files": ["{folder}/*.jsonl"], "evalFiles": ["{file}"]}, {}, S,
+     "spec.dataset.evalFiles: {file} is one of spec.dataset.files too, and would be learnt and measured on."),
+    ("a name that is taken for a chain", "a::b.jsonl", None, {}, {}, S,
+     'spec.dataset.files[0]: {file} has "::" in its name, which the library that reads it takes for a file inside an archive; rename it'),
     ("no file to evaluate on", "x.jsonl", None, {"evalFiles": ["{folder}/none.jsonl"]}, {}, ExitCode.NOT_FOUND,
      "spec.dataset.evalFiles[0]: there is no file {folder}/none.jsonl"),
     ("longer than the model", "x.jsonl", None, {}, {"training": {"maxLength": 4096}}, S,
@@ -270,6 +365,16 @@ MISTAKES: list[tuple[str, str, object, dict[str, Any], dict[str, Any], ExitCode,
     ("a module that is not there", "x.jsonl", None, {}, {"method": {"type": "qlora", "targetModules": ["q_proj", "v_porj"]}}, S,
      "spec.method.targetModules[1]: the model has no module 'v_porj' (it has: down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj,"
      " q_proj, up_proj, v_proj). Did you mean 'v_proj'?"),
+    ("a module beside all of them", "x.jsonl", None, {}, {"method": {"type": "lora", "targetModules": ["q_proj", "all-linear"]}}, S,
+     "spec.method.targetModules[1]: all-linear takes all linear modules; leave the others out, or it"),
+    ("nothing like a module", "x.jsonl", None, {}, {"method": {"type": "lora", "targetModules": ["zzz"]}}, S,
+     "spec.method.targetModules[0]: the model has no module 'zzz' (it has: down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj,"
+     " q_proj, up_proj, v_proj). Or use all-linear alone"),
+    ("the head", "x.jsonl", None, {}, CLASSIFY | {"method": {"type": "lora", "targetModules": ["q_proj", "score"]}}, S,
+     "spec.method.targetModules[1]: 'score' is the head, which is trained whole in any case; leave it out"),
+    ("no module, for a classifier", "x.jsonl", None, {}, CLASSIFY | {"method": {"type": "lora", "targetModules": ["scores"]}}, S,
+     "spec.method.targetModules[0]: the model has no module 'scores' (it has: down_proj, embed_tokens, gate_proj, k_proj, o_proj,"
+     " q_proj, up_proj, v_proj). Or use all-linear alone"),
     ("too narrow for NF4 on CPU", "x.jsonl", None, {}, {"method": {"type": "qlora"}}, S,
      "spec.method.type: qlora on CPU needs widths of a multiple of 64, and the model's hidden_size is 32; use lora, or a GPU"),
     ("no such folder", "x.jsonl", None, {}, {"model": {"path": "/models/none"}}, ExitCode.NOT_FOUND,
@@ -297,7 +402,7 @@ def test_a_mistake_names_its_field(
             return {k: fill(v) for k, v in value.items()}
         if isinstance(value, list):
             return [fill(v) for v in value]
-        return value.replace("{folder}", str(folder)) if isinstance(value, str) else value
+        return value.replace("{folder}", str(folder)).replace("{file}", path) if isinstance(value, str) else value
 
     with pytest.raises(Failure) as failure:
         main(make_run(dataset={"files": [path]} | fill(dataset), **fill(spec)))

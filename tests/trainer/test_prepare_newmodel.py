@@ -16,6 +16,11 @@ REFUSED = [
     ("unknown architecture", {"model_type": "lama"}, "spec.model.config.modelType: transformers has no architecture 'lama'. Did you mean 'llama'?"),
     ("an encoder", {"model_type": "vit"}, "spec.model.config.modelType: vit is not a causal language model; choose one such as llama"),
     (
+        "a reader from both ends", {"model_type": "bert"},
+        "spec.model.config.modelType: bert reads a text from both ends (its configuration has is_decoder: false), so it would see the very tokens"
+        " that it has to predict; choose a model that reads forward, such as llama or gpt2",
+    ),
+    (
         "unknown parameter", {"model_type": "llama", "parameters": {"hidden_sise": 64}},
         "spec.model.config.parameters.hidden_sise: the configuration of llama has no such field. Did you mean 'hidden_size'?",
     ),
@@ -33,10 +38,22 @@ def test_a_wrong_configuration_is_refused(name: str, given: dict[str, object], e
     assert (failure.value.code, failure.value.message) == (ExitCode.INVALID_SPEC, expect)
 
 
-def test_sizes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(Failure, match=r"spec\.model\.config\.parameters: ") as failure:
-        save_new_model(new_config(NewModel(model_type="llama", parameters={"hidden_size": 30, "num_attention_heads": 4})), tmp_path, seed=1)
+MISFITS = [
+    # name                         parameters                                     message
+    ("heads of a part of a row",   {"hidden_size": 30, "num_attention_heads": 4}, "Class validation error"),
+    ("no such function",           {"hidden_size": 32, "hidden_act": "none"}, "no model can be built: KeyError: 'none'"),
+    ("heads that do not divide",   {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 3},
+     "the model can be built, but not run: The size of tensor a (4) must match the size of tensor b (3)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "parameters", "message"), MISFITS, ids=[m[0] for m in MISFITS])
+def test_sizes_that_do_not_fit_are_refused(name: str, parameters: dict[str, object], message: str, tmp_path: Path) -> None:
+    with pytest.raises(Failure) as failure:
+        save_new_model(new_config(NewModel(model_type="llama", parameters=parameters)), tmp_path / "model", seed=1)
     assert failure.value.code is ExitCode.INVALID_SPEC
+    assert failure.value.message.startswith(f"spec.model.config.parameters: {message}")
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_new_model_loads_and_its_tokenizer_is_lossless(tiny_model: Path, paragraphs: list[str]) -> None:

@@ -161,14 +161,15 @@ def test_a_dataset_that_the_hub_does_not_give(
     assert (failure.value.code, failure.value.message[: len(expect)]) == (code, expect)
 
 
-def finish_job(folder: Path, base: str, adapter: bool, tiny_model: Path) -> torch.Tensor:
-    """The workspace of a FineTuneJob that has ended well; the logits of what it learnt."""
+def finish_job(folder: Path, base: str, adapter: bool, tiny_model: Path, revision: str | None = None) -> torch.Tensor:
+    """The workspace of a FineTuneJob that has ended well; the logits of what it learnt. `revision`: of its model."""
     workspace = WorkspaceFolder(folder)
     workspace.prepared.mkdir(parents=True)
     shutil.copytree(tiny_model, workspace.prepared / "model")
     record = PreparedRecord(
-        model=ResolvedSource(source="m"), dataset=ResolvedDataset(source="d", rows=1), plan=Plan(strategy="none"), model_path=base, dataset_path="d"
-    )
+        model=ResolvedSource(source=base, revision=revision), dataset=ResolvedDataset(source="d", rows=1), plan=Plan(strategy="none"),
+        model_path=base, dataset_path="d",
+    )  # fmt: skip
     workspace.prepared_record.write_text(json.dumps(record.dump()))
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     if adapter:
@@ -261,6 +262,33 @@ def test_adapters_keep_their_order(make_generate_run: MakeGenerateRun, tiny_mode
     record = read_prepared(run)
     assert record.adapter_paths == [str(tmp_path / "two" / "result"), str(tmp_path / "one" / "result")]
     assert [a.source for a in record.adapters] == ["FineTuneJob two", str(tmp_path / "one" / "result")]
+
+
+BASES: list[tuple[str, str, str | None, str | None]] = [
+    # name, what the adapter's job recorded of its model, its commit, refusal
+    ("the same commit", "org/tiny", "COMMIT", None),
+    ("a folder, which no commit can be compared with", "/models/tiny", "5" * 64, None),
+    ("a commit of long ago", "org/tiny", "0" * 40,
+     f"org/tiny has changed since FineTuneJob one was trained on it (then {'0' * 40}, now COMMIT). Set spec.model.revision: {'0' * 40}"),
+    ("another model", "org/other", "0" * 40,
+     "FineTuneJob one was trained on org/other, and spec.model is org/tiny. Set spec.model to the former, or leave the adapter out and set"
+     " model: {job: one}, which has both"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "base", "revision", "message"), BASES, ids=[c[0] for c in BASES])
+def test_an_adapter_of_a_model_of_the_hub(
+    name: str, base: str, revision: str, message: str | None, make_generate_run: MakeGenerateRun, hub: Running, tiny_model: Path, tmp_path: Path
+) -> None:
+    commit = hub.store.seed("model", "org/tiny", tiny_model).oid
+    finish_job(tmp_path / "one", base, True, tiny_model, revision.replace("COMMIT", commit))
+    run = make_generate_run(model={"id": "org/tiny"}, adapters=[{"job": "one"}], sources={"one": str(tmp_path / "one")})
+    if message is None:
+        main(run)
+        return
+    with pytest.raises(Failure) as failure:
+        main(run)
+    assert failure.value.message == f"spec.adapters[0].job: {message.replace('COMMIT', commit)}"
 
 
 def test_a_whole_model_is_no_adapter(make_generate_run: MakeGenerateRun, tiny_model: Path, tmp_path: Path) -> None:

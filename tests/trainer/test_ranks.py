@@ -20,9 +20,9 @@ import pytest
 import torch
 from datasets import DatasetDict
 from peft import AutoPeftModelForCausalLM
-from prepared_workspace import causal_lm_data, losses, pod, prepared_run, prose, save_llama
+from prepared_workspace import causal_lm_data, classification_data, losses, pod, prepared_run, prose, save_encoder, save_llama
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from luthier_api.run import FineTuneRun
 from luthier_api.termination import TerminationMessage
@@ -154,3 +154,30 @@ def test_zero3_offload(tmp_path: Path, llama: Path, data: DatasetDict, alone: An
     assert len(weights) == 2 * 2 * 7  # two matrices for each of seven linear modules of two layers
     assert all(torch.isfinite(w).all() and w.abs().sum() > 0 for w in weights.values())
     assert json.loads((tmp_path / "job/result/metrics.json").read_text())["evalLoss"] == pytest.approx(alone[1]["evalLoss"], abs=2e-4)
+
+
+CLASSIFIERS = [
+    # strategy          head made for
+    ("ddp",             ["code", "prose"]),
+    ("zero3-offload",   ["prose", "code"]),  # whose rows are spread over the processes when they have to change places
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("deepspeed_operators")
+@pytest.mark.parametrize(("strategy", "held"), CLASSIFIERS, ids=[c[0] for c in CLASSIFIERS])
+def test_two_processes_are_one_classifier(strategy: str, held: list[str], tmp_path: Path, llama: Path, paragraphs: list[str]) -> None:
+    """Each takes two micro-batches a step; the mean is over the rows of all."""
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    encoder, rows = save_encoder(tmp_path / "encoder", tokenizer), classification_data(tokenizer, paragraphs)
+    AutoModelForSequenceClassification.from_pretrained(encoder, id2label=dict(enumerate(held))).save_pretrained(encoder)
+    training = TRAINING | {"learningRate": 1e-3}
+    spec: dict[str, Any] = {"task": "text-classification", "labels": ["code", "prose"], "method": {"type": "full"}}
+    alone = prepared_run(tmp_path / "alone", encoder, rows, training=training, **spec)
+    metrics = train.main(alone).metrics or {}
+    run = make(
+        tmp_path, encoder, rows, resources={"processesPerNode": 2}, strategy=strategy, training=training | {"microBatchSize": 2}, **spec
+    )
+    ended = finish(run, tmp_path)
+    assert losses(run) == pytest.approx(losses(alone), abs=2e-4)
+    for figure in ("evalLossBefore", "evalLoss", "accuracy", "tokens"):
+        assert (ended[0].metrics or {})[figure] == pytest.approx(metrics[figure], abs=2e-4)

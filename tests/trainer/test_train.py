@@ -107,28 +107,54 @@ def test_an_adapter_of_a_model_of_the_hub_names_it(tmp_path: Path, llama: Path, 
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", "0" * 40)
 
 
-SAME_TRACE = [
-    # name                      method   given                             to
-    ("accumulation",            "full",  {"microBatchSize": 2},            1e-4),
-    ("gradient checkpointing",  "full",  {"gradientCheckpointing": True},  1e-6),
-    ("checkpointing of lora",   "lora",  {"gradientCheckpointing": True},  1e-6),
-    ("bf16",                    "full",  {"precision": "bf16"},            2e-2),
-    ("bf16 of lora",            "lora",  {"precision": "bf16"},            2e-2),
-    ("bf16 of qlora",           "qlora", {"precision": "bf16"},            2e-2),
+LABELS = {"task": "text-classification", "labels": ["code", "prose"]}
+SAME_TRACE: list[tuple[str, str, dict[str, Any], dict[str, Any], float]] = [
+    # name                       method   task    given                             to
+    ("accumulation",             "full",  {},     {"microBatchSize": 2},            1e-4),
+    ("accumulation of labels",   "full",  LABELS, {"microBatchSize": 2},            1e-4),
+    ("labels, lora",             "lora",  LABELS, {"microBatchSize": 2},            1e-4),
+    ("gradient checkpointing",   "full",  {},     {"gradientCheckpointing": True},  1e-6),
+    ("checkpointing of lora",    "lora",  {},     {"gradientCheckpointing": True},  1e-6),
+    ("bf16",                     "full",  {},     {"precision": "bf16"},            2e-2),
+    ("bf16 of lora",             "lora",  {},     {"precision": "bf16"},            2e-2),
+    ("bf16 of qlora",            "qlora", {},     {"precision": "bf16"},            2e-2),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "method", "training", "to"), SAME_TRACE, ids=[s[0] for s in SAME_TRACE])
+@pytest.mark.parametrize(("name", "method", "task", "training", "to"), SAME_TRACE, ids=[s[0] for s in SAME_TRACE])
 def test_the_same_losses(
-    name: str, method: str, training: dict[str, Any], to: float, tmp_path: Path, llama: Path, text_data: DatasetDict
-) -> None:
+    name: str, method: str, task: dict[str, Any], training: dict[str, Any], to: float, tmp_path: Path, llama: Path, text_data: DatasetDict,
+    paragraphs: list[str],
+) -> None:  # fmt: skip
+    base, data = llama, text_data
+    if task:
+        tokenizer = AutoTokenizer.from_pretrained(llama)
+        base, data = save_encoder(tmp_path / "encoder", tokenizer), classification_data(tokenizer, paragraphs)
     plain, other = (
-        prepared_run(tmp_path / n, llama, text_data, method={"type": method}, training={"maxSteps": 4} | t)
+        prepared_run(tmp_path / n, base, data, method={"type": method}, training={"maxSteps": 4} | t, **task)
         for n, t in (("plain", {}), ("other", training))
     )
     messages = [train.main(run) for run in (plain, other)]
     assert losses(other) == pytest.approx(losses(plain), abs=to)
     assert messages[1].metrics["evalLoss"] == pytest.approx(messages[0].metrics["evalLoss"], abs=to)  # type: ignore[index]
+
+
+EVALUATIONS = [
+    # name                      evalSteps  of 4 steps, evaluated after
+    ("at the end alone",        None,      [0, 4]),
+    ("that meet the end",       2,         [0, 2, 4]),
+    ("that miss it",            3,         [0, 3, 4]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "every", "steps"), EVALUATIONS, ids=[e[0] for e in EVALUATIONS])
+def test_evaluations(
+    name: str, every: int | None, steps: list[int], tmp_path: Path, llama: Path, text_data: DatasetDict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What an evaluation costs is paid once a step."""
+    train.main(prepared_run(tmp_path / "job", llama, text_data, training={"maxSteps": 4} | ({"evalSteps": every} if every else {})))
+    said = [line.split("/")[0] for line in capsys.readouterr().out.splitlines() if "held-out" in line]
+    assert said == [f"step {step}" for step in steps]
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])

@@ -16,7 +16,7 @@ from typing import Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun, PreparedRecord
-from luthier_trainer.ending import Failure
+from luthier_trainer.ending import START_OVER, Failure
 from luthier_trainer.manifest import fsync, problems, read_manifest, write_manifest
 
 FOLDER = re.compile(r"checkpoint-(\d+)")
@@ -28,8 +28,8 @@ def identity(run: FineTuneRun, prepared: PreparedRecord) -> dict[str, Any]:
     """What must be the same for a checkpoint, or a result, to belong to this run: field → value."""
     spec = run.spec.dump()
     return {f"spec.{field}": spec.get(field) for field in ("task", "model", "dataset", "method", "training")} | {
-        "the model's commit": prepared.model.revision,
-        "the dataset's commit": prepared.dataset.revision,
+        "the model's revision": prepared.model.revision,
+        "the dataset's revision": prepared.dataset.revision,
         "spec.strategy": prepared.plan.strategy,
         "the number of processes": run.spec.resources.world_size,
     }
@@ -47,8 +47,7 @@ def check_identity(folder: Path, manifest: dict[str, Any], wanted: dict[str, Any
     differences = list(_differences("", json.loads(json.dumps(wanted)), manifest.get("run") or {}))
     raise Failure(
         ExitCode.INVALID_SPEC,
-        f"{folder} was made by a run with other settings: {'; '.join(differences[:5]) or 'its manifest does not say which'}. "
-        "Give the job another metadata.name, or remove that folder",
+        f"{folder} was made by a run with other settings: {'; '.join(differences[:5]) or 'its manifest does not say which'}. {START_OVER}",
     )
 
 

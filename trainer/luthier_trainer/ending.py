@@ -16,7 +16,9 @@ from luthier_api.run import Variables
 from luthier_api.termination import TerminationMessage
 
 STOP_FILE, HEARTBEAT_FILE = "stop", "heartbeat"  # in the run folder: written by PID 1, and by the phase
-STORAGE_ERRNOS = {errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.ESTALE}
+FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
+STORAGE_ERRNOS = FULL_ERRNOS | {errno.EIO, errno.EROFS, errno.ESTALE}
+START_OVER = "Start over: with --fresh on a laptop, under another metadata.name on a cluster"
 
 
 class Failure(Exception):
@@ -50,6 +52,18 @@ def global_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def storage_error(error: BaseException) -> OSError | None:
+    """The volume's fault behind `error`, however deep libraries have wrapped it."""
+    seen: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in seen:
+        if isinstance(link, OSError) and link.errno in STORAGE_ERRNOS:
+            return link
+        seen.append(link)
+        link = link.__cause__ or link.__context__
+    return None
+
+
 def classify(error: BaseException) -> tuple[ExitCode, str]:
     """Exit code and message for any exception. Libraries are looked up by name, so that nothing is imported for it."""
     if isinstance(error, Failure):
@@ -72,8 +86,10 @@ def classify(error: BaseException) -> tuple[ExitCode, str]:
     module = type(error).__module__.split(".")[0]
     if module in {"httpx", "httpx2", "httpcore", "httpcore2"} or "LocalEntryNotFoundError" in names or "OfflineModeIsEnabled" in names:
         return ExitCode.HUB_UNAVAILABLE, text
-    if isinstance(error, OSError) and error.errno in STORAGE_ERRNOS:
-        return ExitCode.STORAGE_ERROR, f"{text}. The workspace's volume is full or broken"
+    if broken := storage_error(error):
+        if broken.errno in FULL_ERRNOS:
+            return ExitCode.STORAGE_ERROR, f"spec.workspace.size: no space is left on the volume ({broken}). Ask for more, or free some of it"
+        return ExitCode.STORAGE_ERROR, f"spec.workspace: its volume is broken ({broken}). Look at the volume and at the node it is mounted on"
     if "DistBackendError" in names or any(s in str(error) for s in ("Connection closed by peer", "Connection reset by peer", "NCCL error")):
         return ExitCode.PEER_LOST, text
     return ExitCode.TRAINING_ERROR, text

@@ -121,7 +121,9 @@ def explain(error: Exception, field: str, what: str) -> Failure:
         )
     if status == 404:
         return Failure(ExitCode.NOT_FOUND, f"{field}: there is no {where}")
-    code, _ = classify(error)
+    code, text = classify(error)
+    if code is ExitCode.STORAGE_ERROR:
+        return Failure(code, text)
     away = any(isinstance(e, ConnectionError | TimeoutError) for e in chain) or any(
         classify(e)[0] is ExitCode.HUB_UNAVAILABLE for e in chain
     )

@@ -57,6 +57,11 @@ class TrainingLoop(Trainer):
             return
         super()._run_epoch(**kwargs)
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if self.state.global_step >= self.state.max_steps:  # `train` evaluates what the last step made, as it is delivered
+            return {}
+        return super()._evaluate(*args, **kwargs)
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._folder)
 

@@ -45,7 +45,10 @@ def with_method(model: PreTrainedModel, method: Method, peft_type: str, whole: l
     try:
         return get_peft_model(model, lora_config(method, peft_type, whole), autocast_adapter_dtype=not deepspeed)
     except ValueError as error:
-        linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        linear = {
+            name.rpartition(".")[2] for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and not any(f"{name}.".startswith(f"{head}.") for head in whole)
+        }  # fmt: skip
         raise Failure(
             ExitCode.INVALID_SPEC,
             f"spec.method.targetModules: {', '.join(method.target_modules)} does not suit {type(model).__name__} ({error}). "

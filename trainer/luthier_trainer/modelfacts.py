@@ -6,6 +6,7 @@ Neighbours: `prepare`, whose checks of spec against model these are.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import struct
@@ -17,10 +18,15 @@ from luthier_api.exitcodes import ExitCode
 from luthier_trainer.ending import Failure
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 NF4_CPU_BLOCK = 64  # bitsandbytes 0.50
+ALL_LINEAR = "all-linear"
 PIPELINES = ("StableDiffusionXLPipeline",)
+# transformers 5.23, by changing the last of six tokens: these see it from earlier positions, and have no `is_decoder` that tells ...
+SEE_AHEAD = {"prophetnet", "xlm", "xlnet"}
+# ... and these have an `is_decoder` that is false, never read it, and look back only.
+NEVER_SEE_AHEAD = {"gpt_neox", "gpt_neox_japanese"}
 
 
 def read_config(folder: Path, field: str) -> PreTrainedConfig:
@@ -47,6 +53,34 @@ def check_task(config: PreTrainedConfig, task: str, field: str) -> None:
     made_for = (getattr(config, "architectures", None) or [""])[0]
     if task in ("causal-lm", "text-generation") and made_for.endswith("ForSequenceClassification"):
         raise Failure(ExitCode.INVALID_SPEC, f"{field}: the model is a classifier ({made_for}) and has no head for {task}")
+    if task != "text-classification":
+        check_looks_back(skeleton(config, task, field), field)
+
+
+def check_looks_back(model: PreTrainedModel, field: str) -> None:
+    """Whether no position of a causal language model sees the tokens after it. One that does learns to copy what it should predict:
+    its loss falls on any text, and it can generate none. Raises Failure."""
+    kind, is_decoder = model.config.model_type, getattr(model.config, "is_decoder", None)
+    if kind in SEE_AHEAD or (is_decoder is False and kind not in NEVER_SEE_AHEAD):
+        flag = " (its configuration has is_decoder: false)" if is_decoder is False else ""
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: {kind} reads a text from both ends{flag}, so it would see the very tokens that it has to predict; choose a model that"
+            " reads forward, such as llama or gpt2",
+        )
+
+
+def skeleton(config: PreTrainedConfig, task: str | None, field: str) -> PreTrainedModel:
+    """The model of `task`, or without a head, on the meta device: all modules and no memory. Raises Failure when it cannot be built."""
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    auto = AutoModel if task is None else AutoModelForSequenceClassification if task == "text-classification" else AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            return auto.from_config(copy.deepcopy(config))
+    except Exception as error:  # each architecture checks its own configuration, with exceptions of its own
+        raise Failure(ExitCode.INVALID_SPEC, f"{field}: no model can be built: {type(error).__name__}: {' '.join(str(error).split())[:500]}") from error
 
 
 def _model_classes(task: str) -> Any:
@@ -69,13 +103,21 @@ def read_tokenizer(folder: Path, field: str) -> PreTrainedTokenizerBase:
 
 
 def room(config: PreTrainedConfig) -> int | None:
-    """Positions that the model has, in tokens; None when its configuration does not limit them."""
+    """Positions that the model has for tokens; None when its configuration does not limit them.
+
+    RoBERTa and its many kin (MPNet, Longformer, ...) count positions from the one after padding's, so the first rows of their table,
+    which knows a padding row, are never a token's.
+    """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     positions = getattr(text, "max_position_embeddings", None)
     if positions is None:
         return None
-    # RoBERTa and its kin count positions from padding + 1
-    return int(positions) - (2 if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert") else 0)
+    tables = [
+        module
+        for name, module in skeleton(config, None, "spec.model").named_modules()
+        if "position" in name.rpartition(".")[2] and getattr(module, "padding_idx", None) is not None
+    ]
+    return min([int(positions), *(table.weight.shape[0] - table.padding_idx - 1 for table in tables)])
 
 
 def check_length(config: PreTrainedConfig, max_length: int, field: str) -> None:
@@ -83,6 +125,16 @@ def check_length(config: PreTrainedConfig, max_length: int, field: str) -> None:
     if limit is not None and max_length > limit:
         raise Failure(
             ExitCode.INVALID_SPEC, f"{field}: {max_length} tokens do not fit: the model has {limit} positions (max_position_embeddings); set it to at most that"
+        )
+
+
+def check_new_tokens(config: PreTrainedConfig, new_tokens: int, field: str) -> None:
+    """Whether a prompt of one token and `new_tokens` more fit the model. Raises Failure."""
+    limit = room(config)
+    if limit is not None and new_tokens >= limit:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: {new_tokens} tokens leave no room for a prompt: the model has {limit} positions (max_position_embeddings); set it below that",
         )
 
 
@@ -105,21 +157,32 @@ def safetensors_header(path: Path) -> dict[str, Any]:
 
 def check_target_modules(config: PreTrainedConfig, task: str, targets: list[str], field: str) -> None:
     """Whether each of `targets` names modules that adapters can sit on. Raises Failure with the names that the model has."""
-    if targets == ["all-linear"]:
+    if targets == [ALL_LINEAR]:
         return
+    if ALL_LINEAR in targets:
+        at = targets.index(ALL_LINEAR)
+        raise Failure(ExitCode.INVALID_SPEC, f"{field}[{at}]: {ALL_LINEAR} takes all linear modules; leave the others out, or it")
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.pytorch_utils import Conv1D
 
+    from luthier_trainer.tasks.text_classification import whole_modules
+
     auto = AutoModelForSequenceClassification if task == "text-classification" else AutoModelForCausalLM
     with torch.device("meta"):
         model = auto.from_config(config)
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Embedding | Conv1D)]
+    heads = whole_modules(model, set()) if task == "text-classification" else []
+    linear = [
+        name for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding | Conv1D) and not any(f"{name}.".startswith(f"{head}.") for head in heads)
+    ]  # fmt: skip
     known = sorted({name.rpartition(".")[2] for name in linear})
     for i, target in enumerate(targets):
+        if target in heads:
+            raise Failure(ExitCode.INVALID_SPEC, f"{field}[{i}]: {target!r} is the head, which is trained whole in any case; leave it out")
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             near = difflib.get_close_matches(target, known, 1)
-            hint = f" Did you mean {near[0]!r}?" if near else " Or use all-linear"
+            hint = f" Did you mean {near[0]!r}?" if near else f" Or use {ALL_LINEAR} alone"
             raise Failure(ExitCode.INVALID_SPEC, f"{field}[{i}]: the model has no module {target!r} (it has: {', '.join(known)}).{hint}")
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.spec import NewModel
+from luthier_trainer import modelfacts
 from luthier_trainer.ending import Failure
 
 if TYPE_CHECKING:
@@ -63,20 +64,27 @@ def new_config(new: NewModel, tokenizer: PreTrainedTokenizerFast | None = None) 
         "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
     try:
-        return config_class(**new.parameters, **ids)
+        config = config_class(**new.parameters, **ids)
     except Exception as error:  # each architecture checks its own arguments, with exceptions of its own
         raise Failure(ExitCode.INVALID_SPEC, f"{FIELD}.parameters: {' '.join(str(error).split())}") from error
+    modelfacts.check_looks_back(modelfacts.skeleton(config, "causal-lm", f"{FIELD}.parameters"), f"{FIELD}.modelType")
+    return config
 
 
 def save_new_model(config: PreTrainedConfig, folder: Path, seed: int) -> None:
-    """Make weights by `seed` and save them with their configuration. Raises Failure when the configuration cannot be built."""
+    """Make weights by `seed` and save them with their configuration. Raises Failure when the model could not run."""
+    import torch
     from transformers import AutoModelForCausalLM, set_seed
 
     set_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
     try:
-        model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, RuntimeError, TypeError, AssertionError, ZeroDivisionError, KeyError) as error:
-        raise Failure(ExitCode.INVALID_SPEC, f"{FIELD}.parameters: the model cannot be built: {' '.join(str(error).split())}") from error
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long))  # sizes that can be built need not fit each other
+    except Exception as error:  # whatever the architecture's arithmetic stumbles over
+        raise Failure(
+            ExitCode.INVALID_SPEC, f"{FIELD}.parameters: the model can be built, but not run: {' '.join(str(error).split())[:500]}"
+        ) from error
     model.save_pretrained(folder)
 
 

@@ -1,4 +1,5 @@
-"""What must hold before anything heavy starts: folders that can be written, GPUs that can be seen, a prepared workspace.
+"""What must hold before anything heavy starts: folders that can be written, GPUs that can be seen, a prepared workspace, and
+models elsewhere that are still those it was prepared with.
 
 Runs in PID 1, in milliseconds and without torch, so that a wrong mount costs a fraction of a second. Each check raises Failure.
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun, GenerateRun
+from luthier_trainer import origins
 from luthier_trainer.ending import STORAGE_ERRNOS, Failure
 from luthier_trainer.prepared import read_prepared
 
@@ -23,7 +25,9 @@ def check(verb: str, run: FineTuneRun | GenerateRun, run_dir: Path, devices: Pat
     for folder, field in folders(run, run_dir):
         check_writable(folder, field)
     if verb in ("train", "generate"):
-        read_prepared(run)
+        record = read_prepared(run)
+        in_place = {record.model_path, *record.adapter_paths}
+        origins.refuse_changes(origin for origin in record.origins if origin.path in in_place)
         check_gpus(run, devices)
 
 

@@ -1,7 +1,7 @@
 """The phase that finds everything out: model, data, plan. It holds no GPU, so every mistake of the user should end here.
 
-A finished `prepare` is not repeated; one that was interrupted keeps its downloads. Neighbours: `preparetraining` and
-`preparegeneration` do the work of the two kinds, `prepared` keeps the record.
+A finished `prepare` is not repeated; when what it read is another by now, that is refused. One that was interrupted keeps its downloads.
+Neighbours: `preparetraining` and `preparegeneration` do the work of the two kinds, `prepared` keeps the record, `origins` what was read.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
 from luthier_api.status import Prepared
 from luthier_api.termination import TerminationMessage
 from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer import origins
+from luthier_trainer.data import files
 from luthier_trainer.prepared import FINGERPRINT, belongs, fingerprint, read_prepared, write_prepared
 
 LABELS_SHOWN_BYTES = 1000  # of the 4,096 that a termination message has; all of them are in the record
@@ -24,7 +26,9 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     folder = WorkspaceFolder(Path(run.workspace))
     begin(run, folder)
     if folder.prepared_record.exists():
-        return done(read_prepared(run))
+        record = read_prepared(run)
+        refuse_changes(run, record)
+        return done(record)
     cache = folder.prepared / ".cache"
     # Imported here: each brings libraries that the other kind does without.
     if isinstance(run, FineTuneRun):
@@ -52,6 +56,15 @@ def begin(run: FineTuneRun | GenerateRun, folder: WorkspaceFolder) -> None:
             shutil.rmtree(folder.prepared)
     folder.prepared.mkdir(parents=True, exist_ok=True)
     (folder.prepared / FINGERPRINT).write_text(fingerprint(run))
+
+
+def refuse_changes(run: FineTuneRun | GenerateRun, record: PreparedRecord) -> None:
+    """Raise Failure when what the job was made of is no longer what its manifest names: files with other content, results made anew."""
+    origins.refuse_changes(record.origins)
+    source, field = (run.spec.dataset, "spec.dataset") if isinstance(run, FineTuneRun) else (run.spec.inputs.dataset, "spec.inputs.dataset")
+    if source is not None:
+        for name, patterns in (("files", source.files), ("evalFiles", getattr(source, "eval_files", None))):
+            files.refuse_other_files(record.origins, source, patterns or [], f"{field}.{name}")
 
 
 def set_aside(folder: WorkspaceFolder) -> Path:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.run import GenerateRun, PreparedRecord
+from luthier_api.run import GenerateRun, Origin, PreparedRecord
 from luthier_api.status import ResolvedDataset
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer import modelfacts, sources
+from luthier_trainer import adapters, modelfacts, origins, sources
 from luthier_trainer.data import columns
 from luthier_trainer.data.load import Loader, Rows
 from luthier_trainer.ending import Failure
@@ -36,7 +36,7 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     spec = run.spec
     located = sources.locate(spec.model, run, MODEL)
     found = [sources.locate(a, run, f"spec.adapters[{i}]") for i, a in enumerate(spec.adapters)]
-    rows, source, revision = read_inputs(run, cache)
+    rows, inputs, read = read_inputs(run, cache)
     if spec.task != "text-to-image" and any("negativePrompt" in row for row in rows):
         raise Failure(ExitCode.INVALID_SPEC, f"{INPUTS}: only text-to-image has negative prompts; remove them for {spec.task}")
 
@@ -44,9 +44,13 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     if spec.task == "text-to-image":
         modelfacts.check_pipeline(path, located.field)
     else:
-        modelfacts.check_task(modelfacts.read_config(path, located.field), spec.task, located.field)
+        config = modelfacts.read_config(path, located.field)
+        modelfacts.check_task(config, spec.task, located.field)
+        modelfacts.check_new_tokens(config, spec.text.max_new_tokens, "spec.text.maxNewTokens")
         modelfacts.read_tokenizer(located.folder or path, located.field).save_pretrained(folder.prepared / "tokenizer")
-    adapters = [fetch_adapter(a, folder.prepared / "adapters" / str(i), run, i) for i, a in enumerate(found)]
+    paths = [fetch_adapter(a, folder.prepared / "adapters" / str(i), run, i) for i, a in enumerate(found)]
+    for i, adapter in enumerate(paths):
+        adapters.check(adapter, spec.adapters[i].job, found[i].field, run, located, path)
 
     target = folder.prepared / "rows.jsonl"
     with target.open("w") as file:
@@ -55,11 +59,12 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     parameters = sum(modelfacts.count_weights(f) for f in (path, *(p for p in path.iterdir() if p.is_dir())))
     return PreparedRecord(
         model=located.resolved,
-        dataset=ResolvedDataset(source=source, revision=revision, rows=len(rows)),
+        dataset=inputs,
         adapters=[a.resolved for a in found],
         plan=plan_generation(len(rows), spec.shards, spec.precision, spec.resources.gpus, parameters),
         model_path=str(path),
-        adapter_paths=[str(p) for p in adapters],
+        adapter_paths=[str(p) for p in paths],
+        origins=[*(origin for source in (located, *found) for origin in source.origins), *read],
         dataset_path=str(target),
     )
 
@@ -75,17 +80,19 @@ def fetch_adapter(located: sources.Located, into: Path, run: GenerateRun, number
     return path
 
 
-def read_inputs(run: GenerateRun, cache: Path) -> tuple[list[dict[str, Any]], str, str | None]:
-    """The rows as `rows.jsonl` holds them, what they came from, and its commit."""
+def read_inputs(run: GenerateRun, cache: Path) -> tuple[list[dict[str, Any]], ResolvedDataset, tuple[Origin, ...]]:
+    """The rows as `rows.jsonl` holds them, what they came from, and the files of it."""
     inputs = run.spec.inputs
     if inputs.dataset is None:
         given = [
             {"prompt": row.prompt, "negativePrompt": row.negative_prompt, "seed": row.seed} for row in inputs.rows or []
         ]  # fmt: skip
-        return [numbered(i, row, run.spec.seed) for i, row in enumerate(given)], "inline", None
+        return [numbered(i, row, run.spec.seed) for i, row in enumerate(given)], ResolvedDataset(source="inline", rows=len(given)), ()
     rows = Loader(inputs.dataset, f"{INPUTS}.dataset", cache).split(inputs.dataset.split, "split")
     source = inputs.dataset.id or ", ".join(inputs.dataset.files or [])
-    return [numbered(i, row, run.spec.seed) for i, row in enumerate(cells(rows, run))], source[:300], rows.revision
+    revision = origins.combined(origin.digest for origin in rows.origins) if rows.origins else rows.revision
+    found = [numbered(i, row, run.spec.seed) for i, row in enumerate(cells(rows, run))]
+    return found, ResolvedDataset(source=source[:300], revision=revision, rows=len(found)), rows.origins
 
 
 def cells(rows: Rows, run: GenerateRun) -> Iterator[dict[str, Any]]:

@@ -13,8 +13,8 @@ from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_api.spec import NewModel
 from luthier_api.status import ResolvedDataset, ResolvedSource
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer import modelfacts, sources
-from luthier_trainer.data import columns, tokens
+from luthier_trainer import modelfacts, origins, sources
+from luthier_trainer.data import columns, files, tokens
 from luthier_trainer.data.load import Loader, Rows, ranges
 from luthier_trainer.ending import Failure
 from luthier_trainer.plan import plan_training
@@ -73,15 +73,18 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     data.save_to_disk(str(dataset_path))
     model.tokenizer.save_pretrained(folder.prepared / "tokenizer")
     train = data["train"]
+    read = {origin.path: origin for rows in (examples.train, examples.eval) if rows for origin in rows.origins}
+    revision = origins.combined(origin.digest for origin in read.values()) if read else examples.train.revision
     source = spec.dataset.id or ", ".join(spec.dataset.files or [])
     return PreparedRecord(
         model=model.resolved,
         dataset=ResolvedDataset(
-            source=source[:300], revision=examples.train.revision, rows=len(train), eval_rows=len(data["eval"]) if "eval" in data else 0,
+            source=source[:300], revision=revision, rows=len(train), eval_rows=len(data["eval"]) if "eval" in data else 0,
             tokens=tokens.count_tokens(train), labels=examples.labels,
         ),
         plan=plan_training(spec, len(train), modelfacts.count_weights(model.path)),
         model_path=str(model.path),
+        origins=[*(located.origins if located else ()), *read.values()],
         dataset_path=str(dataset_path),
     )  # fmt: skip
 
@@ -97,6 +100,7 @@ def read_examples(run: FineTuneRun, cache: Path) -> Examples:
         refuse_overlap(run, loader)
     elif data.eval_files:
         evaluation = loader.files(data.eval_files, "evalFiles")
+        files.refuse_shared(train.origins, evaluation.origins)
 
     classifies = spec.task == "text-classification"
     text = data.columns.text
@@ -109,6 +113,9 @@ def read_examples(run: FineTuneRun, cache: Path) -> Examples:
     evaluation = fitting(evaluation) if evaluation else None
     if evaluation and labels:
         columns.label_ids(evaluation, data.columns.label, LABEL, labels)
+    if data.eval_fraction is not None and not train.documents:
+        kept, held = tokens.hold_out(train.data, data.eval_fraction, spec.training.seed, f"{DATASET}.evalFraction")
+        train, evaluation = replace(train, data=kept), replace(train, data=held)
     return Examples(train, evaluation, labels)
 
 
@@ -132,7 +139,7 @@ def refuse_overlap(run: FineTuneRun, loader: Loader) -> None:
 
 
 def new_model(new: NewModel, examples: Examples, run: FineTuneRun, folder: WorkspaceFolder) -> Model:
-    """A tokenizer from the training rows, and weights from the seed."""
+    """A tokenizer from the training rows, and weights from the seed. Of files whose blocks are held out, the tokenizer sees all."""
     from luthier_trainer.newmodel import new_config, save_new_model, train_tokenizer
 
     tokenizer = train_tokenizer(texts_of(examples.train, run.spec.dataset.columns.text), new.vocab_size)
@@ -197,16 +204,11 @@ def tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, run: FineTu
             return tokens.language_blocks(rows.data, data.columns.text, tokenizer, spec.training.max_length, rows.documents)
         return tokens.language_rows(rows.data, data.columns.text, tokenizer, spec.training.max_length)
 
-    train, evaluation = examples.train, examples.eval
-    if data.eval_fraction is None:
-        splits = {"train": encoded(train)} | ({"eval": encoded(evaluation)} if evaluation else {})
-    elif train.documents:
+    splits = {"train": encoded(examples.train)} | ({"eval": encoded(examples.eval)} if examples.eval else {})
+    if data.eval_fraction is not None and examples.train.documents:
         # A file has no rows to hold out: blocks of it are.
-        blocks = tokens.hold_out(encoded(train), data.eval_fraction, spec.training.seed, f"{DATASET}.evalFraction")
+        blocks = tokens.hold_out(splits["train"], data.eval_fraction, spec.training.seed, f"{DATASET}.evalFraction")
         splits = dict(zip(("train", "eval"), blocks, strict=True))
-    else:
-        kept, held = tokens.hold_out(train.data, data.eval_fraction, spec.training.seed, f"{DATASET}.evalFraction")
-        splits = {"train": encoded(replace(train, data=kept)), "eval": encoded(replace(train, data=held))}
     for name, rows in splits.items():
         if len(rows) == 0:
             raise columns.invalid(f"{TEXT}: no row of the {name} split has {tokens.SHORTEST} tokens or more")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,16 @@ def finished(workspace: WorkspaceFolder, wanted: dict[str, Any]) -> dict[str, fl
 
 
 def final_metrics(state: TrainerState, seconds: float) -> dict[str, float]:
-    """The figures of a run that has ended, over all its attempts: its history came along with the checkpoints."""
+    """The figures of a run that has ended, over all its attempts: its history came along with the checkpoints.
+
+    Only finite ones: JSON knows no others. trainLoss leaves out the reports that were none, as the training outlived them.
+    """
     metrics = {"steps": float(state.global_step), "tokens": float(state.num_input_tokens_seen), "seconds": round(seconds, 1)}
     reports = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
     steps = [step - before for (step, _), (before, _) in zip(reports, [(0, 0.0), *reports], strict=False)]
-    metrics["trainLoss"] = sum(n * loss for n, (_, loss) in zip(steps, reports, strict=True)) / max(sum(steps), 1)
+    finite = [(n, loss) for n, (_, loss) in zip(steps, reports, strict=True) if math.isfinite(loss)]
+    if finite:
+        metrics["trainLoss"] = sum(n * loss for n, loss in finite) / sum(n for n, _ in finite)
     if reports:
         metrics["lastLoss"] = reports[-1][1]
     evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
@@ -47,7 +53,7 @@ def final_metrics(state: TrainerState, seconds: float) -> dict[str, float]:
         metrics |= {name: evaluations[-1][f"eval_{name}"] for name in FIGURES if f"eval_{name}" in evaluations[-1]}
         if evaluations[0]["step"] == 0:
             metrics["evalLossBefore"] = evaluations[0]["eval_loss"]
-    return metrics
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def write(

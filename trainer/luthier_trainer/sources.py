@@ -12,13 +12,14 @@ from pathlib import Path, PurePosixPath
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import Adapter
-from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
+from luthier_api.run import FineTuneRun, GenerateRun, Origin, PreparedRecord
 from luthier_api.spec import ModelSource
 from luthier_api.status import ResolvedSource
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer import manifest
 from luthier_trainer.ending import Failure
 from luthier_trainer.hub import hub_api, patiently
+from luthier_trainer.origins import folder_digest
 
 ADAPTER_CONFIG, MODEL_CONFIG, PIPELINE_CONFIG = "adapter_config.json", "config.json", "model_index.json"
 TEXT_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
@@ -33,6 +34,11 @@ class Located:
     field: str
     folder: Path | None = None
     files: tuple[str, ...] = ()
+
+    @property
+    def origins(self) -> list[Origin]:
+        """How the folder is known again. Of the Hub, the commit says it."""
+        return [Origin(field=self.field, path=str(self.folder), digest=self.resolved.revision or "")] if self.folder else []
 
     def fetch(self, into: Path) -> Path:
         """The folder that holds it; downloads to `into` when it lies on the Hub."""
@@ -55,10 +61,10 @@ def locate(source: ModelSource | Adapter, run: FineTuneRun | GenerateRun, field:
     if source.id:
         return _on_hub(source.id, source.revision, field)
     if source.path:
-        place = f"{field}.path"
-        return Located(ResolvedSource(source=source.path), place, check_folder(Path(source.path), place))
-    place = f"{field}.job"
-    return Located(ResolvedSource(source=f"FineTuneJob {source.job}"), place, result_of(str(source.job), run, place))
+        place, name, folder = f"{field}.path", source.path, check_folder(Path(source.path), f"{field}.path")
+    else:
+        place, name, folder = f"{field}.job", f"FineTuneJob {source.job}", result_of(str(source.job), run, f"{field}.job")
+    return Located(ResolvedSource(source=name, revision=folder_digest(folder)), place, folder)
 
 
 def _on_hub(name: str, revision: str | None, field: str) -> Located:
@@ -159,9 +165,27 @@ def base_of(job: str, run: FineTuneRun | GenerateRun, field: str) -> Path:
     """The model that another job's adapter belongs to, where it lies in this pod.
 
     That job recorded the path in its own pod; what lay in its workspace, or in another one that is mounted here, is found again by
-    the name of the workspace folder.
+    the name of the workspace folder. Raises Failure when it cannot be, or is no longer the model that the adapter was trained on.
     """
-    recorded = record_of(job, run, field).model_path
+    record = record_of(job, run, field)
+    recorded = record.model_path
+    path = _reachable(recorded, job, run)
+    if path is None:
+        raise Failure(
+            ExitCode.NOT_FOUND,
+            f"{field}: the result of FineTuneJob {job} is an adapter, and its base model {recorded} cannot be reached from here."
+            " List the volume that holds it under spec.volumes with the same mountPath, or let that job start from a model of the Hub",
+        )
+    if any(origin.path == recorded and origin.digest != folder_digest(path) for origin in record.origins):
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: the result of FineTuneJob {job} is an adapter, and its base model, {record.model.source}, has changed since it was trained."
+            f" Run {job} again",
+        )
+    return path
+
+
+def _reachable(recorded: str, job: str, run: FineTuneRun | GenerateRun) -> Path | None:
     parts = PurePosixPath(recorded).parts
     for mounted in (run.sources[job], *run.sources.values()):
         name = Path(mounted).name
@@ -169,13 +193,7 @@ def base_of(job: str, run: FineTuneRun | GenerateRun, field: str) -> Path:
             path = Path(mounted, *parts[len(parts) - parts[::-1].index(name) :])
             if path.is_dir():
                 return path
-    if Path(recorded).is_dir():
-        return Path(recorded)
-    raise Failure(
-        ExitCode.NOT_FOUND,
-        f"{field}: the result of FineTuneJob {job} is an adapter, and its base model {recorded} cannot be reached from here."
-        " List the volume that holds it under spec.volumes with the same mountPath, or let that job start from a model of the Hub",
-    )
+    return Path(recorded) if Path(recorded).is_dir() else None
 
 
 def _literal(name: str) -> str:

@@ -71,7 +71,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     loop = TrainingLoop(
         model=model, args=arguments, processing_class=tokenizer, data_collator=task.collator(tokenizer),
         train_dataset=data["train"], eval_dataset=data.get("eval"),
-        compute_metrics=figures, preprocess_logits_for_metrics=lambda logits, labels: figures.reduce(first(logits), labels),
+        compute_loss_func=task.loss(base), compute_metrics=figures, preprocess_logits_for_metrics=lambda logits, labels: figures.reduce(first(logits), labels),
         callbacks=callbacks,
         ranks=ranks, identity=identity, keep=spec.training.keep_checkpoints, seconds_before=before.get("seconds", 0.0),
     )  # fmt: skip

@@ -15,6 +15,14 @@ from luthier_api.exitcodes import ExitCode, Retry
 from luthier_api.status import Phase
 from luthier_api.termination import TerminationMessage
 
+# `spec.resources` is for `run` alone: the other phases have the chart's request, and no limit but that of a LimitRange.
+_ASK = "Have the administrator raise it in the chart, and the namespace's LimitRange if that sets a limit; spec.resources is for the run alone"
+MORE_MEMORY: Mapping[Phase, tuple[str, str]] = {
+    "prepare": ("jobs.memoryRequest", f"{_ASK}. Fewer rows (split) need less"),
+    "run": ("spec.resources.memory", "Raise it, or lower batch sizes or maxLength"),
+    "publish": ("jobs.memoryRequest", _ASK),
+}
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -64,10 +72,8 @@ def _cause(e: Evidence) -> TerminationMessage:
     if e.killed == "grace":
         return _say(e.phase, ExitCode.PREEMPTED, "the grace period ended before a checkpoint was saved", saved=False, step=_step(e.messages))
     if e.memory_kills:
-        return _say(
-            e.phase, ExitCode.HOST_OUT_OF_MEMORY,
-            "spec.resources.memory: the container ran out of memory and the kernel killed a process. Raise it, or lower batch sizes or maxLength",
-        )  # fmt: skip
+        place, remedy = MORE_MEMORY[e.phase]
+        return _say(e.phase, ExitCode.HOST_OUT_OF_MEMORY, f"{place}: the container ran out of memory and the kernel killed a process. {remedy}")
     if e.killed == "hang":
         return _say(e.phase, ExitCode.HANG, f"no step for {e.silence:.0f} s; the stacks of all threads are in the log", step=_step(e.messages))
     if first:

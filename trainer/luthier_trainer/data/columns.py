@@ -14,6 +14,7 @@ from luthier_trainer.ending import Failure
 if TYPE_CHECKING:
     from datasets import Dataset
 
+WHOLE_NUMBER = re.compile(r"-?[0-9]+")  # str.isdigit is also true of ² and ①, which int() refuses
 UNLABELLED = -1  # how Hub datasets mark the rows of a hidden test set
 SHOWN = 10
 LABEL_TYPES = re.compile(r"string|large_string|bool|u?int\d+|float\d+")  # a column of whole numbers with a gap reads as float
@@ -84,7 +85,7 @@ def labels_of(rows: Rows, column: str, field: str, taken: Collection[str] = ()) 
         if fractions := [v for v in values if isinstance(v, float) and not v.is_integer()]:
             raise invalid(f'{field}: column "{column}" of {rows.origin} holds {fractions[0]}; a label is a name or a whole number')
         seen = {_name(v) for v in values}
-        names = sorted(seen, key=lambda n: (0, int(n), "") if n.lstrip("-").isdigit() else (1, 0, n))
+        names = sorted(seen, key=lambda n: (0, int(n), n) if WHOLE_NUMBER.fullmatch(n) else (1, 0, n))
     if len(seen) < 2:
         raise invalid(f'{field}: all {len(rows.data)} rows of {rows.origin} have the label "{next(iter(seen))}"; two classes at least are needed')
     return list(names)

@@ -6,26 +6,23 @@ empty lines stay, and a column `ends` marks the last line of each file.
 
 from __future__ import annotations
 
-import contextlib
-import difflib
+import glob
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
+from luthier_api.run import Origin
 from luthier_api.spec import DatasetSource
-from luthier_trainer.ending import Failure
+from luthier_trainer import origins
+from luthier_trainer.data.files import BUILDERS, find_files, format_of, suffix_of, with_rows
+from luthier_trainer.ending import Failure, storage_error
 from luthier_trainer.hub import hub_api, patiently
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text",
-           ".md": "text", ".rst": "text"}  # fmt: skip
-COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
-BUILDERS = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet", "text": "text", "imagefolder": "imagefolder"}
 FILES_SPLIT = "train"
 UNKNOWN_SPLIT = re.compile(r"Unknown split .*?one of \[(.*?)\]")  # what `datasets` says
 
@@ -39,6 +36,8 @@ class Rows:
     revision: str | None = None
     documents: bool = False
     """Lines of text files, with line breaks and the column `ends`."""
+    origins: tuple[Origin, ...] = ()
+    """The files, where they do not come from the Hub."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +62,15 @@ class Loader:
     def _files(self, files: list[str], name: str, instruction: str, field: str) -> Rows:
         where = f"{self.field}.{name}"
         image_folders = self.source.format == "imagefolder"
-        paths = list(find_files(files, where, folders=image_folders))
+        paths = find_files(files, where, folders=image_folders)
         kind = self.source.format or format_of(paths, where)
         origin = paths[0].name if len(paths) == 1 else f"{len(paths)} files ({paths[0].name}, ...)"
         data = self._read(kind, paths, where)
         documents = self.documents and kind == "text"
         if kind == "text":
             data = lines(data) if documents else data.filter(_not_blank, batched=True)
-        return Rows(cut(data, instruction, [FILES_SPLIT], f"{self.field}.{field}", origin), origin, documents=documents)
+        rows = cut(data, instruction, [FILES_SPLIT], f"{self.field}.{field}", origin)
+        return Rows(rows, origin, documents=documents, origins=tuple(origins.of_file(p, where) for p in with_rows(paths)))
 
     def _read(self, kind: str, paths: list[Path], where: str) -> Dataset:
         from datasets import load_dataset
@@ -78,21 +78,22 @@ class Loader:
         options: dict[str, Any] = {"split": FILES_SPLIT, "cache_dir": str(self.cache)}
         if kind == "csv":
             # An empty cell is empty and the text "NA" is a text: pandas would make both null.
-            options |= {"keep_default_na": False, "sep": "\t" if paths[0].suffixes[-1:] == [".tsv"] else ","}
+            options |= {"keep_default_na": False, "sep": "\t" if suffix_of(paths[0]) == ".tsv" else ","}
         if kind == "text":
             options |= {"sample_by": "document" if self.documents else "line", "keep_linebreaks": self.documents}
-        names = [f"{p}/**" for p in paths] if kind == "imagefolder" else [str(p) for p in paths]
+        # `datasets` takes each name for a pattern.
+        names = [glob.escape(str(p)) + ("/**" if kind == "imagefolder" else "") for p in paths]
         if empty := [p for p in paths if p.is_file() and p.stat().st_size == 0]:
             raise Failure(ExitCode.INVALID_DATASET, f"{where}: {empty[0]} is empty")
         try:
             return load_dataset(BUILDERS[kind], data_files={FILES_SPLIT: names}, **options)
         except Exception as error:
-            if isinstance(error, OSError) and error.errno:
+            if storage_error(error):
                 raise  # the volume, not the data
             if len(paths) > 1:
                 for path in paths:
                     self._read(kind, [path], where)  # names the one that is to blame
-            raise Failure(ExitCode.INVALID_DATASET, f"{where}: {names[0]} cannot be read as {kind}: {first_cause(error)}") from error
+            raise Failure(ExitCode.INVALID_DATASET, f"{where}: {paths[0]} cannot be read as {kind}: {first_cause(error)}") from error
 
     def _hub(self, instruction: str, field: str) -> Rows:
         from datasets import DownloadConfig, load_dataset
@@ -121,53 +122,6 @@ class Loader:
         if "BuilderConfig" in text or "Config name is missing" in text:
             return Failure(ExitCode.INVALID_SPEC, f"{self.field}.name: {text[:1500]}")
         return Failure(ExitCode.INVALID_DATASET, f"{self.field}.id: {self.source.id} cannot be read: {first_cause(error)}")
-
-
-def find_files(patterns: list[str], field: str, folders: bool = False) -> Iterator[Path]:
-    """The files (or folders) that `patterns` name, each pattern's sorted. Raises Failure for a pattern that finds nothing."""
-    for i, pattern in enumerate(patterns):
-        path = Path(pattern)
-        if path.exists():
-            found = [path]
-        elif any(c in pattern for c in "*?["):
-            anchor = Path(path.anchor or ".")
-            found = sorted(anchor.glob(str(path.relative_to(path.anchor))))
-        else:
-            found = []
-        matching = [p for p in found if p.is_dir() == folders]
-        if not matching:
-            kind, hint = ("folder" if folders else "file"), ""
-            if found:
-                hint = ". It is a file" if folders else ". It is a folder: name its files, for example with /*.jsonl"
-            elif near := _near(path):
-                hint = f". Did you mean {near!r}?"
-            raise Failure(ExitCode.NOT_FOUND, f"{field}[{i}]: there is no {kind} {pattern}{hint}")
-        yield from matching
-
-
-def _near(path: Path) -> str | None:
-    with contextlib.suppress(OSError):
-        for name in difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1):
-            return str(path.parent / name)
-    return None
-
-
-def format_of(paths: list[Path], field: str) -> str:
-    """Format of files, told by their suffixes, which must agree."""
-    place = field.rpartition(".")[0]
-    found: dict[str, Path] = {}
-    for path in paths:
-        suffixes = [s.lower() for s in path.suffixes if s.lower() not in COMPRESSED]
-        kind = FORMATS.get(suffixes[-1] if suffixes else "")
-        if kind is None:
-            raise Failure(ExitCode.INVALID_SPEC, f"{place}.format: cannot be told from {path.name}; set it to one of {', '.join(BUILDERS)}")
-        found.setdefault(BUILDERS[kind], path)
-    if len(found) > 1:
-        raise Failure(
-            ExitCode.INVALID_SPEC,
-            f"{field}: files of several formats ({', '.join(p.name for p in found.values())}); use one format, or set {place}.format",
-        )
-    return next(iter(found))
 
 
 def cut(data: Dataset, instruction: str, splits: list[str], field: str, origin: str) -> Dataset:

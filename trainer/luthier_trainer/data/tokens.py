@@ -14,17 +14,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHORTEST = 2  # a row of one token predicts nothing
+MAX_LENGTH = "spec.training.maxLength"
 
 
 def language_rows(texts: Dataset, column: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
     """One row a text, ended by the end-of-text token, cut at `max_length`."""
-    eos = tokenizer.eos_token_id
+    eos, cut = tokenizer.eos_token_id, 0
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
+        nonlocal cut
         rows = [ids if ids[-1:] == [eos] else [*ids, eos] for ids in tokenizer(batch[column], verbose=False)["input_ids"]]
+        cut += sum(len(row) > max_length for row in rows)
         return _language(row[:max_length] for row in rows)
 
-    return _keep_learnable(texts.map(tokenize, batched=True, remove_columns=texts.column_names, features=_language_features()))
+    rows = _mapped(texts, tokenize, _language_features())
+    _tell_cut(cut, len(texts), max_length)
+    return _keep_learnable(rows)
 
 
 def language_blocks(texts: Dataset, column: str, tokenizer: PreTrainedTokenizerBase, max_length: int, documents: bool) -> Dataset:
@@ -52,21 +57,26 @@ def language_blocks(texts: Dataset, column: str, tokenizer: PreTrainedTokenizerB
         return _language(blocks)
 
     # One process, in order: what is left of a batch begins the next.
-    return texts.map(
-        pack, batched=True, with_indices=True, remove_columns=texts.column_names, features=_language_features(), load_from_cache_file=False
-    )
+    return _mapped(texts, pack, _language_features(), with_indices=True)
 
 
 def classification_rows(
     texts: Dataset, column: str, labels: list[int], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Dataset:
     """One row a text, cut at `max_length`, with the id of its class."""
+    cut = 0
 
     def tokenize(batch: dict[str, list[str]], indices: list[int]) -> dict[str, list[Any]]:
+        nonlocal cut
         encoded = tokenizer(batch[column], truncation=True, max_length=max_length)
+        # Only the tokenizer knows how to cut and keep its closing token; a row that fills the length may have been cut, or just fit.
+        full = [text for text, ids in zip(batch[column], encoded["input_ids"], strict=True) if len(ids) == max_length]
+        cut += sum(len(ids) > max_length for ids in tokenizer(full, verbose=False)["input_ids"]) if full else 0
         return {name: encoded[name] for name in ("input_ids", "attention_mask")} | {"labels": [labels[i] for i in indices]}
 
-    return texts.map(tokenize, batched=True, with_indices=True, remove_columns=texts.column_names)
+    rows = _mapped(texts, tokenize, _classification_features(), with_indices=True)
+    _tell_cut(cut, len(texts), max_length)
+    return rows
 
 
 def hold_out(data: Dataset, fraction: float, seed: int, field: str) -> tuple[Dataset, Dataset]:
@@ -108,6 +118,19 @@ def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return alone[:1] if alone[:1] == [tokenizer.bos_token_id] else []
 
 
+def _mapped(texts: Dataset, function: Any, features: Any, **options: Any) -> Dataset:
+    """What `function` makes of the batches, one after the other and never from a cache: it counts, or keeps what a batch left over.
+
+    Without `features`, a column of the texts that has the name of one of ours would keep its type: labels, say, that were booleans.
+    """
+    return texts.map(function, batched=True, remove_columns=texts.column_names, features=features, load_from_cache_file=False, **options)
+
+
+def _tell_cut(cut: int, rows: int, max_length: int) -> None:
+    if cut:
+        print(f"{MAX_LENGTH}: {cut} of {rows} rows are longer than {max_length} tokens and are cut", flush=True)
+
+
 def _language(rows: Any) -> dict[str, list[Any]]:
     ids = list(rows)
     return {"input_ids": ids, "labels": ids, "length": [len(row) for row in ids]}
@@ -117,6 +140,12 @@ def _language_features() -> Any:
     from datasets import Features, List, Value
 
     return Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "length": Value("int32")})
+
+
+def _classification_features() -> Any:
+    from datasets import Features, List, Value
+
+    return Features({"input_ids": List(Value("int32")), "attention_mask": List(Value("int8")), "labels": Value("int64")})
 
 
 def _keep_learnable(rows: Dataset) -> Dataset:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from luthier_trainer.tasks.causal_lm import CausalLM
 from luthier_trainer.tasks.text_classification import TextClassification
+
+Loss = Callable[..., Any]
+"""(the model's outputs, labels, num_items_in_batch=) → the loss, as transformers' Trainer calls its `compute_loss_func`."""
 
 
 class Task(Protocol):
@@ -20,6 +24,15 @@ class Task(Protocol):
 
     def collator(self, tokenizer: Any) -> Any:
         """Rows of the prepared dataset → a padded batch of tensors."""
+        ...
+
+    def loss(self, model: Any) -> Loss | None:
+        """What training minimises; None where the model's own loss is exactly that.
+
+        The batch's sum, divided by the items of the whole step: all micro-batches of all processes. transformers 5.23 leaves that
+        division to every model whose `forward` takes keywords, and then neither averages over micro-batches nor over processes; but
+        many of them take the keywords and never look.
+        """
         ...
 
     def figures(self) -> Any:

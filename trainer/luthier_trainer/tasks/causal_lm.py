@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 IGNORED = -100
+PERPLEXING = 100.0  # nats a token: beyond, the perplexity is a number that says nothing, then none at all
 
 
 class CausalLM:
     peft_type = "CAUSAL_LM"
 
     def load_model(self, path: str, labels: list[str] | None, **options: Any) -> tuple[PreTrainedModel, list[str]]:
-        return AutoModelForCausalLM.from_pretrained(path, **options), []
+        model = AutoModelForCausalLM.from_pretrained(path, **options)
+        # Of GPT-2 and others transformers cannot tell it by the class's name, and would count a token a row that nothing predicts.
+        model.loss_type = "ForCausalLM"
+        return model, []
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
         # Despite its name, the one collator of transformers that pads labels that are already there.
         return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED, padding=True)
 
+    def loss(self, model: PreTrainedModel) -> Any:
+        # The models that call the loss function they are given do it right, and know what to add to it (experts' balance, say). The
+        # others (BART's and Pegasus' decoders, ...) average each micro-batch for itself, and compare a token with its own prediction.
+        return None if "loss_function" in inspect.unwrap(type(model).forward).__code__.co_names else next_token_loss
+
     def figures(self) -> TokenLoss:
         return TokenLoss()
+
+
+def next_token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    """Cross-entropy of each token given those before it (nats), over the predicted tokens of the step."""
+    return ForCausalLMLoss(outputs.logits, labels, vocab_size=outputs.logits.shape[-1], num_items_in_batch=num_items_in_batch)
 
 
 class TokenLoss:
@@ -45,4 +61,4 @@ class TokenLoss:
             return {}
         mean = self.loss / self.tokens if self.tokens else math.nan
         self.loss = self.tokens = 0.0
-        return {"loss": mean, "perplexity": math.exp(mean) if mean < 100 else math.inf}
+        return {"loss": mean} | ({"perplexity": math.exp(mean)} if mean < PERPLEXING else {})

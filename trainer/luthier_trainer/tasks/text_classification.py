@@ -1,21 +1,30 @@
-"""text-classification: one label for a text. The head is new when the model comes without one, or with one for other labels."""
+"""text-classification: one label for a text.
+
+The head is new when the model comes without one, or with one for other labels; a head for the same labels is kept, its rows in our order.
+"""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from luthier_trainer.ending import global_rank
 
 # What transformers' architectures call the module that maps the encoded text to the labels.
 HEADS = ("classifier", "score", "classification_head", "pre_classifier", "logits_proj")
+SHOWN = 10  # labels in a line of the log
 
 
 class TextClassification:
@@ -30,23 +39,68 @@ class TextClassification:
         quantization = options.get("quantization_config")
         if quantization:
             quantization.llm_int8_skip_modules = list(HEADS)
-        model, whole = self._load(path, options)
+        model, missing, mismatched = self._load(path, options)
+        whole = whole_modules(model, missing | mismatched)
         if quantization and (quantized := set(whole) - set(HEADS)):
             # New weights are trained whole, which 4-bit ones cannot be. Which they are (a pooler, say) is known only after loading.
             quantization.llm_int8_skip_modules += sorted(quantized)
-            model, whole = self._load(path, options)
+            model, missing, mismatched = self._load(path, options)
+        fit_head(model, missing, labels_in(path), names)
         return model, whole
 
-    def _load(self, path: str, options: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:
+    def _load(self, path: str, options: dict[str, Any]) -> tuple[PreTrainedModel, set[str], set[str]]:
+        """The model, the names of weights that its folder lacks, and of those that it has in another shape."""
         model, loaded = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True, **options)
-        mismatched = {key[0] if isinstance(key, tuple) else key for key in loaded["mismatched_keys"]}
-        return model, whole_modules(model, set(loaded["missing_keys"]) | mismatched)
+        return model, set(loaded["missing_keys"]), {key[0] if isinstance(key, tuple) else key for key in loaded["mismatched_keys"]}
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
         return DataCollatorWithPadding(tokenizer)
 
+    def loss(self, model: PreTrainedModel) -> Any:
+        return row_loss  # no classifier of transformers 5.23 divides by the step's rows, and most take the keyword that asks for it
+
     def figures(self) -> LabelFigures:
         return LabelFigures()
+
+
+def row_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    """Cross-entropy of each row's label (nats), over the rows of the step."""
+    losses = cross_entropy(outputs.logits.float(), labels, reduction="none")
+    return losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
+
+
+def labels_in(path: str) -> list[str]:
+    """The labels that a model's configuration names, by id; `LABEL_0` and so on where it names none."""
+    return [name for _, name in sorted(AutoConfig.from_pretrained(path).id2label.items())]
+
+
+def fit_head(model: PreTrainedModel, missing: set[str], held: list[str], wanted: list[str]) -> None:
+    """Make the rows of a head that was made for the labels `held` those of `wanted`: in their order, or new where the labels are others."""
+    heads = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m.out_features == len(wanted)]
+    if held == wanted or not heads or f"{heads[-1][0]}.weight" in missing:
+        return
+    head = heads[-1][1]  # others may happen to be as wide, but logits come last
+    order = [held.index(name) for name in wanted] if sorted(held) == sorted(wanted) else None
+    parameters = list(head.parameters())
+    with gathered(parameters), torch.no_grad():
+        if order:
+            for parameter in parameters:
+                parameter.copy_(parameter[order])
+        else:
+            head.reset_parameters()
+    if global_rank() == 0:
+        names = ", ".join(held[:SHOWN]) + ", ..." * (len(held) > SHOWN)
+        outcome = "knows the labels in another order, and is put into ours" if order else "is for other labels, and starts anew"
+        print(f"spec.model: its head ({names}) {outcome}", flush=True)
+
+
+def gathered(parameters: list[torch.nn.Parameter]) -> Any:
+    """Whole weights inside, where ZeRO-3 has spread them over the processes; what the first one makes of them is everybody's."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
 
 
 def whole_modules(model: torch.nn.Module, new_weights: set[str]) -> list[str]:

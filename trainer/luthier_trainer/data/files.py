@@ -1,0 +1,110 @@
+"""Which local files a dataset field names, what format they have, and whether the same ones are still there.
+
+Neighbours: `load` reads what is in them, `origins` knows them again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.run import Origin
+from luthier_api.spec import DatasetSource
+from luthier_trainer import origins
+from luthier_trainer.ending import Failure
+
+FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text",
+           ".md": "text", ".rst": "text"}  # fmt: skip
+COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
+BUILDERS = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet", "text": "text", "imagefolder": "imagefolder"}
+
+
+def find_files(patterns: list[str], field: str, folders: bool = False) -> list[Path]:
+    """The files (or folders) that `patterns` name, each once, each pattern's sorted. Raises Failure for a pattern that finds nothing."""
+    every: dict[Path, Path] = {}
+    for i, pattern in enumerate(patterns):
+        path = Path(pattern)
+        if path.exists():
+            found = [path]
+        elif any(c in pattern for c in "*?["):
+            anchor = Path(path.anchor or ".")
+            found = sorted(anchor.glob(str(path.relative_to(path.anchor))))
+        else:
+            found = []
+        matching = [p for p in found if p.is_dir() == folders]
+        if not matching:
+            kind, hint = ("folder" if folders else "file"), ""
+            if found:
+                hint = ". It is a file" if folders else ". It is a folder: name its files, for example with /*.jsonl"
+            elif near := _near(path):
+                hint = f". Did you mean {near!r}?"
+            raise Failure(ExitCode.NOT_FOUND, f"{field}[{i}]: there is no {kind} {pattern}{hint}")
+        for path in matching:
+            if "::" in str(path):
+                raise Failure(
+                    ExitCode.INVALID_SPEC,
+                    f'{field}[{i}]: {path} has "::" in its name, which the library that reads it takes for a file inside an archive; rename it',
+                )
+            every.setdefault(path.resolve(), path)
+    return list(every.values())
+
+
+def _near(path: Path) -> str | None:
+    with contextlib.suppress(OSError):
+        for name in difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1):
+            return str(path.parent / name)
+    return None
+
+
+def format_of(paths: list[Path], field: str) -> str:
+    """Format of files, told by their suffixes, which must agree."""
+    place = field.rpartition(".")[0]
+    found: dict[str, Path] = {}
+    for path in paths:
+        kind = FORMATS.get(suffix_of(path))
+        if kind is None:
+            raise Failure(ExitCode.INVALID_SPEC, f"{place}.format: cannot be told from {path.name}; set it to one of {', '.join(BUILDERS)}")
+        found.setdefault(BUILDERS[kind], path)
+    if len(found) > 1:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: files of several formats ({', '.join(p.name for p in found.values())}); use one format, or set {place}.format",
+        )
+    return next(iter(found))
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix that tells the format: in small letters, without that of a compression."""
+    suffixes = [s.lower() for s in path.suffixes if s.lower() not in COMPRESSED]
+    return suffixes[-1] if suffixes else ""
+
+
+def with_rows(paths: Iterable[Path]) -> list[Path]:
+    """The files that rows are read from. Of a folder of images, those are the ones with their texts."""
+    return [file for path in paths for file in ([path] if path.is_file() else sorted(p for p in path.rglob("metadata.*") if p.is_file()))]
+
+
+def refuse_shared(learnt: Iterable[Origin], measured: Iterable[Origin]) -> None:
+    """Rows that are both learnt and measured on make every figure look better than it is. A copy, or a link, is no other file."""
+    by_content = {origin.digest: origin for origin in learnt}
+    for origin in measured:
+        if same := by_content.get(origin.digest):
+            what = f"is one of {same.field} too" if same.path == origin.path else f"holds the same as {same.path} of {same.field}"
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{origin.field}: {origin.path} {what}, and would be learnt and measured on. Name other files, or hold rows out with evalFraction",
+            )
+
+
+def refuse_other_files(recorded: list[Origin], source: DatasetSource, patterns: list[str], field: str) -> None:
+    """Raise Failure when `patterns` find other files than were read. When one of them finds nothing, the data has done its part and gone."""
+    before = {origin.path for origin in recorded if origin.field == field}
+    try:
+        found = {str(p) for p in with_rows(find_files(patterns, field, folders=source.format == "imagefolder"))}
+    except Failure:
+        return
+    if before and (other := sorted(found ^ before)):
+        raise origins.changed(field, f"{other[0]} has {'come' if other[0] in found else 'gone'}")
