@@ -55,7 +55,7 @@ class Kube:
         found: Object | None = None
         while time.monotonic() < deadline:
             found = self.get(kind, name)
-            if found is not None and met(found):
+            if found is not None and met(found | {"status": found.get("status", {})}):  # nobody may have looked at it yet
                 return found
             if found is not None and condition(found, "Failed") == "True":
                 break

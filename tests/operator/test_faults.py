@@ -132,6 +132,8 @@ async def test_a_child_that_is_refused_is_told_of_once_and_tried_again(answer: i
         assert found["state"] == "FailedCreate"
         assert found["startTime"]
         assert holds(cluster, "FineTuneJob", "tune", "Accepted")
+        if where == "Running":  # what the pod of prepare has said may come in a moment later
+            await until("prepared", lambda: cluster.get("FineTuneJob", "tune")["status"].get("prepared"))
         written = len([c for c in cluster.calls if str(c) == "PATCH FineTuneJob/status tune"])
         before = tries
         await until("tried again", lambda: tries > before + 2)
