@@ -5,6 +5,7 @@ Nothing of it can be set in a job: the image, the Hub's endpoint and the service
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
@@ -50,7 +51,7 @@ class Settings(BaseSettings):
     """Seconds that a stopped pod has to save its work."""
     workspace_size: Bytes = "10Gi"
     """Size of a workspace whose job sets none."""
-    env: dict[Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")], str] = {}
+    env: Annotated[dict[Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")], str], NoDecode] = {}
     """More environment variables of every pod of a job, as JSON: a proxy, an authority's file, NCCL's own settings."""
 
     namespaces: Names = ()
@@ -68,6 +69,14 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("env", mode="before")
+    @classmethod
+    def _read(cls, value: object) -> object:
+        try:
+            return json.loads(value) if isinstance(value, str) else value
+        except ValueError as error:
+            raise ValueError(f"must be a JSON object of names and texts: {error}") from None
 
     @field_validator("env")
     @classmethod

@@ -51,6 +51,21 @@ def test_crds_are_those_of_the_types() -> None:
     assert printed == [yaml.safe_load(text) for text in crds().values()]
 
 
+SETTINGS = [
+    ("not a number", {"LUTHIER_WORKERS": "many"}, "LUTHIER_WORKERS: Input should be a valid integer"),
+    ("not a size", {"LUTHIER_WORKSPACE_SIZE": "big"}, "LUTHIER_WORKSPACE_SIZE: must be an amount above zero"),
+    ("ours", {"LUTHIER_ENV": '{"HF_TOKEN": "x"}'}, "LUTHIER_ENV: HF_TOKEN: set by Luthier itself; remove it"),
+    ("not JSON", {"LUTHIER_ENV": "NCCL_DEBUG=WARN"}, "LUTHIER_ENV: must be a JSON object of names and texts"),
+]
+
+
+@pytest.mark.parametrize(("name", "environment", "says"), SETTINGS, ids=[s[0] for s in SETTINGS])
+def test_a_wrong_setting_ends_the_operator_with_a_line(name: str, environment: dict[str, str], says: str) -> None:
+    done = luthier("operator", **environment)
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (78, 1), done.stderr
+    assert says in done.stderr
+
+
 USAGE = [("no such verb", ("fly",)), ("no such option", ("run", "--fast", "x.yaml")), ("no file named", ("run",))]
 
 

@@ -21,6 +21,7 @@ from luthier_api.exitcodes import ExitCode
 if TYPE_CHECKING:
     from luthier_operator.cli.local import LocalJob
     from luthier_operator.cli.runner import Outcome
+    from luthier_operator.settings import Settings
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -79,9 +80,9 @@ def render(files: Files) -> None:
         jobs = [manifest.job for manifest in read_manifests(files)]
     except Refused as refused:
         _refuse(refused.problems, refused.code, Output.TEXT)
+    settings = _settings()
     with _extra("operator"):
         from luthier_operator.render import objects
-        from luthier_operator.settings import Settings
 
     class Readable(yaml.SafeDumper):
         """Texts of several lines, such as run.json, as blocks."""
@@ -91,16 +92,17 @@ def render(files: Files) -> None:
     )
     sources = [job for job in jobs if isinstance(job, FineTuneJob)]
     for job in jobs:
-        drawn = objects(job, Settings(), sources)
+        drawn = objects(job, settings, sources)
         typer.echo(yaml.dump_all(drawn, Dumper=Readable, sort_keys=False, explicit_start=True, width=120, allow_unicode=True), nl=False)
 
 
 @app.command()
 def operator() -> None:
     """Run the operator against the cluster of KUBECONFIG, or the one this process lives in. Settings come from the environment."""
+    settings = _settings()
     with _extra("operator"):
         from luthier_operator.app import run as serve
-    serve()
+    serve(settings)
 
 
 @app.command()
@@ -140,6 +142,19 @@ def _extra(name: str) -> Iterator[None]:
         if (error.name or "").split(".")[0] in ("luthier_operator", "luthier_api"):
             raise
         _refuse([f"{error.name} is not installed: pip install '.[{name}]' in Luthier's sources"], ExitCode.MISCONFIGURED, Output.TEXT)
+
+
+def _settings() -> Settings:
+    """The operator's, from the environment; a wrong one is told in a line with its variable."""
+    from pydantic import ValidationError
+
+    from luthier_operator.settings import Settings
+
+    try:
+        return Settings()
+    except ValidationError as error:
+        problems = [f"{e['loc'][0]}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]  # without the value: a proxy's may hold a password
+        _refuse(problems, ExitCode.MISCONFIGURED, Output.TEXT)
 
 
 def _lay_out(files: list[str], workspace: Path, mount: list[str], cpu: bool) -> list[LocalJob]:
