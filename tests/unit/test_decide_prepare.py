@@ -72,8 +72,8 @@ def case(*children: Object, pods: list[Object] = [], ends: list[PodEnd] = [], gi
 
 
 CASES = [
-    ("its pod is not there yet", case(child(JOB, "prepare", born=at(-2))), "again in 8.1 s", STARTING),
-    ("its pod is still not there", case(child(JOB, "prepare", born=at(-11))), "waits",
+    ("its pod is not there yet", case(child(JOB, "prepare", born=at(-2))), "again in 28.1 s", STARTING),
+    ("its pod is still not there", case(child(JOB, "prepare", born=at(-31))), "waits",
      "False NoPods: the cluster has made no pod of Job ftj-bot-prepare so far; `kubectl describe job ftj-bot-prepare` says why: "
      "a quota, a priority class, a node selector, an admission policy"),
     ("its pod has ended well, the Job has not heard of it", case(child(JOB, "prepare"), ends=[prepared_end(JOB)]), "waits", STARTING),

@@ -51,8 +51,8 @@ CASES = [
     ("prepared", case(), "applies JobSet ftj-bot-run", "False Starting: waiting for 2 pods on 16 GPUs to start"),
     ("prepared, on CPU", case(job=CPU), "applies JobSet ftj-bot-run", "False Starting: waiting for 1 pod on CPU to start"),
     ("prepared, to generate", case(job=SHARDS), "applies Job gj-lutes-run", "False Starting: waiting for 2 shards on 2 GPUs to start"),
-    ("no pod yet", case(group(born=at(-2))), "again in 8.2 s", "False Starting: waiting for 2 pods on 16 GPUs to start"),
-    ("still no pod", case(group(born=at(-11))), "waits", "False NoPods: the cluster has made no pod of JobSet ftj-bot-run so far; `kubectl describe jobset "
+    ("no pod yet", case(group(born=at(-2))), "again in 28.2 s", "False Starting: waiting for 2 pods on 16 GPUs to start"),
+    ("still no pod", case(group(born=at(-31))), "waits", "False NoPods: the cluster has made no pod of JobSet ftj-bot-run so far; `kubectl describe jobset "
      "ftj-bot-run`, or `kubectl describe job ftj-bot-run-node-0`, says why: a quota, a priority class, a node selector, an admission policy"),
     ("still one of two pods", case(group(), pods=BOTH[:1]), "waits", "False NoPods: the cluster has made only 1 of 2 pods of JobSet ftj-bot-run so far; "
      "`kubectl describe jobset ftj-bot-run`, or `kubectl describe job ftj-bot-run-node-0`, says why: a quota, a priority class, a node selector, an admission policy"),
@@ -75,7 +75,7 @@ CASES = [
      pods=[pod(SHARDS, "run", 1, unschedulable="none")]), "waits", "False Unschedulable: pod gj-lutes-run-1-0: none"),
     ("held by the queue", case(child(QUEUED, "run", suspend=True), job=QUEUED), "waits",
      'False WaitingForQueue: waiting for quota in queue "team-a"; see `kubectl describe workloads`'),
-    ("let go by the queue a moment ago", case(child(QUEUED, "run", resumed=at(-2)), job=QUEUED), "again in 8.2 s",
+    ("let go by the queue a moment ago", case(child(QUEUED, "run", resumed=at(-2)), job=QUEUED), "again in 28.2 s",
      "False Starting: waiting for 2 pods on 16 GPUs to start"),
     ("let go by the queue this moment", case(child(QUEUED, "run", suspend=True) | {"spec": {"suspend": False}}, job=QUEUED), "waits",
      "False Starting: waiting for 2 pods on 16 GPUs to start"),

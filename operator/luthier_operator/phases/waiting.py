@@ -15,8 +15,8 @@ from luthier_operator.phases.step import Situation, Step
 
 EVIDENCE_SECONDS = 3.0
 """A child and its pods are watched apart: for so long after a failure, the word of a pod may still be under way."""
-NO_POD_SECONDS = 10.0
-"""A Job has its first pod within a second, a JobSet within two. After this, something refuses them."""
+NO_POD_SECONDS = 30.0
+"""A Job has its first pod within a second, a JobSet within two; where 200 come at once, after ten. Later than this, something refuses them."""
 EACH_POD_SECONDS = 0.1  # the controllers make about 20 a second, for all jobs together
 CONTAINER_SECONDS = 30.0
 """Volumes are mounted within seconds. What takes longer is worth a word, be it only a large image."""
