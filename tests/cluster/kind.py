@@ -1,6 +1,7 @@
 """A kind cluster for the tests, where Docker is available: `CLUSTER=kind`.
 
-Run with kind v0.33, Docker 20.10 and Kubernetes 1.35. Other node images: KIND_IMAGE.
+Run with kind v0.33, Docker 20.10 and a node image of our own making with Kubernetes 1.35, not yet with the published one.
+Other node images: KIND_IMAGE.
 """
 
 import json

@@ -278,4 +278,4 @@ def test_an_adapter_fits_whatever_its_linear_modules_are_called(make_generate_ru
     save_new_model(config, tmp_path / "gpt2", seed=1)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2")
     get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
-    main(make_generate_run(model={"path": str(tmp_path / "gpt2")}, adapters=[{"path": str(tmp_path / "adapter")}]))
+    assert main(make_generate_run(model={"path": str(tmp_path / "gpt2")}, adapters=[{"path": str(tmp_path / "adapter")}])).code == 0
