@@ -5,12 +5,15 @@ from collections.abc import Iterator
 
 import pytest
 
+from cluster import choice
 from cluster.local import volumes
-from cluster.local.shell import KUBECONFIG, kubectl
+from cluster.local.cluster import Local
+from cluster.local.shell import kubectl
 
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.skipif(not KUBECONFIG.exists(), reason="the local cluster is not up: tests/cluster/cluster.py up"),
+    pytest.mark.usefixtures("cluster"),
+    pytest.mark.skipif(not isinstance(choice.cluster(), Local), reason="other clusters have provisioners of their own"),
 ]
 NAMESPACE, CLAIM = "test-volumes", "result"
 
