@@ -58,4 +58,5 @@ class TerminationMessage(ApiModel):
 
 
 def _dumps(data: dict[str, Any]) -> bytes:
-    return json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode()
+    # A name of a file that is no UTF-8 must not cost the message.
+    return json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")

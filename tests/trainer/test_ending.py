@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import errno
+from types import SimpleNamespace
 
+import httpx
 import pytest
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from torch import AcceleratorError
+from torch.distributed import DistBackendError
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.status import Phase
@@ -26,6 +31,20 @@ def wrapped(cause: BaseException, explicitly: bool = True) -> BaseException:
         return error
 
 
+class Answered(Exception):
+    """As the clients of the Hub raise it."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"{status} from hub.example")
+        self.response = SimpleNamespace(status_code=status)
+
+
+def circle() -> BaseException:
+    first, second = RuntimeError("one"), RuntimeError("two")
+    first.__cause__, second.__context__ = second, first
+    return first
+
+
 FULL = OSError(errno.ENOSPC, "No space left on device", "/workspace/x")
 FULL_SAID = "spec.workspace.size: no space is left on the volume ([Errno 28] No space left on device: '/workspace/x'). Ask for more, or free some of it"
 STORAGE = ExitCode.STORAGE_ERROR
@@ -36,6 +55,13 @@ ENDS: list[tuple[str, BaseException, ExitCode, str]] = [
     ("a quota", OSError(errno.EDQUOT, "Disk quota exceeded"), STORAGE, "spec.workspace.size: no space is left on the volume"),
     ("a broken disk", wrapped(OSError(errno.EIO, "Input/output error")), STORAGE,
      "spec.workspace: its volume is broken ([Errno 5] Input/output error). Look at the volume and at the node it is mounted on"),
+    ("a Hub that cannot be asked", LocalEntryNotFoundError("outgoing traffic"), ExitCode.HUB_UNAVAILABLE, "LocalEntryNotFoundError: outgoing"),
+    ("a file that the Hub lacks", EntryNotFoundError("no config.json"), ExitCode.NOT_FOUND, "EntryNotFoundError: no config.json"),
+    ("no token", Answered(401), ExitCode.UNAUTHORIZED, "Answered: 401 from hub.example. Check the token in hub.tokenSecret"),
+    ("too many requests", Answered(429), ExitCode.HUB_UNAVAILABLE, "Answered: 429"),
+    ("a Hub that is broken", Answered(500), ExitCode.HUB_UNAVAILABLE, "Answered: 500"),
+    ("causes that go round in a circle", circle(), ExitCode.TRAINING_ERROR, "RuntimeError: one"),
+    ("a Hub that hangs up", httpx.ReadError("Connection reset by peer"), ExitCode.HUB_UNAVAILABLE, "ReadError: Connection reset by peer"),
     ("a file that is not there", wrapped(FileNotFoundError(errno.ENOENT, "No such file")), ExitCode.TRAINING_ERROR, "RuntimeError: An error"),
 ]  # fmt: skip
 
@@ -44,6 +70,27 @@ ENDS: list[tuple[str, BaseException, ExitCode, str]] = [
 def test_an_exception_becomes_an_end(name: str, error: BaseException, code: ExitCode, message: str) -> None:
     found, said = classify(error)
     assert (found, said[: len(message)]) == (code, message)
+
+
+GPU_ENDS: list[tuple[type[Exception], str, ExitCode]] = [
+    (AcceleratorError, "CUDA error: out of memory", ExitCode.CUDA_OUT_OF_MEMORY),
+    (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", ExitCode.CUDA_OUT_OF_MEMORY),
+    (DistBackendError, "NCCL error in: x, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'", ExitCode.CUDA_OUT_OF_MEMORY),
+    (AcceleratorError, "CUDA error: uncorrectable ECC error encountered", ExitCode.INFRASTRUCTURE_ERROR),
+    (AcceleratorError, "CUDA error: no kernel image is available for execution on the device", ExitCode.MISCONFIGURED),
+    (AcceleratorError, "CUDA error: invalid device ordinal", ExitCode.MISCONFIGURED),
+    (DistBackendError, "NCCL error in: x\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 18000", ExitCode.MISCONFIGURED),
+    (DistBackendError, "NCCL error in: x, remote process exited or there was a network error", ExitCode.PEER_LOST),
+    (DistBackendError, "anything else of a group", ExitCode.PEER_LOST),
+    (RuntimeError, "[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.1.2.3]:5", ExitCode.PEER_LOST),
+    (AcceleratorError, "CUDA error: an illegal memory access was encountered", ExitCode.TRAINING_ERROR),
+]
+
+
+@pytest.mark.parametrize(("kind", "text", "code"), GPU_ENDS, ids=[g[1][:60] for g in GPU_ENDS])
+def test_what_cuda_and_nccl_say(kind: type[Exception], text: str, code: ExitCode) -> None:
+    found, said = classify(kind(text))
+    assert (found, said.startswith(f"{kind.__name__}: {text}")) == (code, True)
 
 
 def test_a_disk_that_is_full_while_the_hub_answers() -> None:

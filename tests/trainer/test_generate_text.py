@@ -196,7 +196,7 @@ MISTAKES: list[tuple[str, Callable[[Path, Path], dict[str, Any]], ExitCode, list
         ExitCode.INVALID_DATASET,
         ["spec.inputs: not one row", "row 0: prompt: "],
     ),
-    ("no GPU is there", lambda m, t: {"resources": {"gpus": 1}}, ExitCode.MISCONFIGURED, ["spec.resources.gpus", "set resources.gpus: 0"]),
+    ("no GPU is there", lambda m, t: {"resources": {"gpus": 1}}, ExitCode.MISCONFIGURED, ["spec.resources.gpus: 1 asked for", "set spec.resources.gpus: 0"]),
     (
         "the model is an encoder",
         lambda m, t: {"model": {"path": str(encoder(m, t))}},

@@ -104,6 +104,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not {"CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "DS_ACCELERATOR"} & gpu.keys()
     monkeypatch.setenv("OMP_NUM_THREADS", "3")  # what the pod says wins
     assert launch.environment(*given({"gpusPerNode": 0}, "ddp"))["OMP_NUM_THREADS"] == "3"
+    assert "--num_cpu_threads_per_process 3" in " ".join(launch.command(*given({"gpusPerNode": 2}, "ddp"), 0))  # accelerate would overwrite it
 
 
 def test_nothing_heavy_is_imported() -> None:

@@ -118,6 +118,7 @@ SAME_TRACE: list[tuple[str, str, dict[str, Any], dict[str, Any], float]] = [
     ("bf16",                     "full",  {},     {"precision": "bf16"},            2e-2),
     ("bf16 of lora",             "lora",  {},     {"precision": "bf16"},            2e-2),
     ("bf16 of qlora",            "qlora", {},     {"precision": "bf16"},            2e-2),
+    ("bf16 of labels, lora",     "lora",  LABELS, {"precision": "bf16"},            2e-2),
 ]  # fmt: skip
 
 

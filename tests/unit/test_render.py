@@ -140,7 +140,7 @@ def test_variables_of_the_administrator_are_in_every_pod_and_win(job: Job) -> No
 
 CPU_ONLY = {"DS_ACCELERATOR", "GLOO_SOCKET_IFNAME"}
 THREADS = [
-    ("GPUs, cores unknown", fine_tune(), "1"),
+    ("GPUs, cores unknown", fine_tune(), None),
     ("GPUs, 8 cores for each", fine_tune(resources={"gpusPerNode": 8, "cpu": "64"}), "8"),
     ("one process, cores unknown", fine_tune(resources={"gpusPerNode": 0}), None),
     ("two processes, three cores", fine_tune(resources={"gpusPerNode": 0, "processesPerNode": 2, "cpu": "3500m"}), "1"),
@@ -261,6 +261,13 @@ def test_a_job_on_the_same_claim_is_found_below_the_workspace() -> None:
     assert run_document(configmap)["sources"] == {"style": "/workspace/ftj-style-57y1e000"}
     claims = [v["persistentVolumeClaim"]["claimName"] for v in pods(job)["run"]["volumes"] if "persistentVolumeClaim" in v]
     assert claims == ["shared", "ftj-style"], "style is unknown here, so it is taken to have a claim of its own; ours is one volume"
+
+
+def test_a_job_that_is_not_there_is_drawn_as_if_no_api_server_had_seen_it() -> None:
+    (configmap, *_) = objects(generate(model={"job": "style"}), SETTINGS)
+    (unseen, *_) = objects(fine_tune(name="style", uid=""), SETTINGS)
+    assert run_document(configmap)["sources"] == {"style": "/sources/ftj-style/ftj-style-00000000"}
+    assert run_document(unseen)["workspace"] == "/workspace/ftj-style-00000000"
 
 
 def test_the_workspace_below_an_adapter_is_mounted_too() -> None:

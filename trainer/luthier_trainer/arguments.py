@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from transformers import TrainingArguments
 
+from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.status import Plan
+from luthier_trainer.devices import assert_gpus, fitting_precision
+from luthier_trainer.ending import Failure
 
 GPU_LOADER_WORKERS = 2  # enough to keep padding off the GPU's path; on CPU they would only take cores from the model
 
 
 def training_arguments(spec: FineTuneJobSpec, plan: Plan, checkpoints: Path, evaluates: bool) -> TrainingArguments:
-    """The plan's batches and steps, the spec's course; nothing reported elsewhere, no progress bars, no pickles, no rotation."""
+    """The plan's batches and steps, the spec's course; nothing reported elsewhere, no progress bars, no pickles, no rotation.
+
+    Raises Failure where the GPUs are not what the job asks for.
+    """
     training, cpu = spec.training, spec.resources.gpus_per_node == 0
+    assert_gpus(spec.resources.gpus_per_node, "spec.resources.gpusPerNode")
     precision = precision_of(plan, cpu)
     return TrainingArguments(
         output_dir=str(checkpoints),
@@ -55,9 +61,10 @@ def training_arguments(spec: FineTuneJobSpec, plan: Plan, checkpoints: Path, eva
 
 
 def precision_of(plan: Plan, cpu: bool) -> str:
-    """fp32, bf16 or fp16. `prepare` runs without a GPU, so what the GPU can do is seen here."""
-    if plan.precision in ("fp32", "bf16", "fp16"):
-        return plan.precision
-    if cpu:
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    """fp32, bf16 or fp16. Raises Failure for a GPU that would have to emulate it, which transformers refuses."""
+    fitting = fitting_precision(cpu)
+    if plan.precision not in ("fp32", "bf16", "fp16"):
+        return fitting
+    if plan.precision == "bf16" and fitting == "fp16":
+        raise Failure(ExitCode.MISCONFIGURED, "spec.training.precision: bf16, which this GPU does not have; use auto or fp16, or choose GPUs from Ampere on")
+    return plan.precision

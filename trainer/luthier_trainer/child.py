@@ -20,15 +20,48 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from luthier_api.run import Variables
+from luthier_trainer import gpuerrors
+
 KEPT_LINES = 20
 KEPT_LINE_BYTES = 400
 PR_SET_CHILD_SUBREAPER = 36
-TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+TOKEN = re.compile(r"hf_(?:(?:oauth|jwt)_[\w.\-]{20,}|[A-Za-z0-9]{20,})")
+SHORTEST_SECRET = 8  # characters; to hide less would hide words
+HIDDEN = "hf_…"
 
 
 def redact(text: str) -> str:
-    """`text` without Hub tokens: it goes into a status that others can read."""
-    return TOKEN.sub("hf_…", text)
+    """`text` without Hub tokens, ours first of all: it goes into a status that others can read."""
+    for secret in _secrets():
+        text = text.replace(secret, HIDDEN)
+    return TOKEN.sub(HIDDEN, text)
+
+
+def _secrets() -> list[str]:
+    """The token of this pod, as it is and as an exception would quote it."""
+    token = os.environ.get(Variables.TOKEN, "").strip()
+    return list({token, repr(token)[1:-1]}) if len(token) >= SHORTEST_SECRET else []
+
+
+class Veil:
+    """Output with our token hidden, also where it comes in two pieces: what could be its beginning waits for the rest."""
+
+    def __init__(self) -> None:
+        self._secrets = [s.encode() for s in _secrets()]
+        self._held = b""
+
+    def feed(self, data: bytes) -> bytes:
+        data = self._held + data
+        for secret in self._secrets:
+            data = data.replace(secret, HIDDEN.encode())
+        begun = max((n for secret in self._secrets for n in range(len(secret)) if data.endswith(secret[:n])), default=0)
+        data, self._held = data[: len(data) - begun], data[len(data) - begun :]
+        return data
+
+    def rest(self) -> bytes:
+        held, self._held = self._held, b""
+        return held
 
 
 class Tail:
@@ -37,6 +70,8 @@ class Tail:
     def __init__(self) -> None:
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._open = b""
+        self.gpu_error = ""
+        """The first line with words of CUDA's or NCCL's: the frames that follow it may push it out of the last lines."""
 
     def feed(self, data: bytes) -> None:
         *whole, self._open = (self._open + data).split(b"\n")
@@ -48,7 +83,10 @@ class Tail:
     def _keep(self, line: bytes) -> None:
         visible = line.rstrip(b"\r").rsplit(b"\r", 1)[-1]
         if visible.strip():
-            self._lines.append(redact(visible.decode(errors="replace"))[:KEPT_LINE_BYTES])
+            text = redact(visible.decode(errors="replace"))
+            self._lines.append(text[:KEPT_LINE_BYTES])
+            if not self.gpu_error and gpuerrors.read(text):
+                self.gpu_error = text[:KEPT_LINE_BYTES]
 
     def text(self) -> str:
         if self._open:
@@ -72,7 +110,7 @@ class Child:
         for pipe, sink in ((self._process.stdout, sys.stdout), (self._process.stderr, sys.stderr)):
             assert pipe is not None
             os.set_blocking(pipe.fileno(), False)
-            self._selector.register(pipe, selectors.EVENT_READ, sink.buffer)
+            self._selector.register(pipe, selectors.EVENT_READ, (sink.buffer, Veil()))
 
     @property
     def ended(self) -> bool:
@@ -91,13 +129,15 @@ class Child:
         events = self._selector.select(seconds)
         for key, _ in events:
             data = os.read(key.fd, 1 << 16)
-            if not data:
+            sink: BinaryIO
+            veil: Veil
+            sink, veil = key.data
+            if data:
+                self.tail.feed(data)
+            else:
                 self._selector.unregister(key.fileobj)
-                continue
-            self.tail.feed(data)
-            sink: BinaryIO = key.data
             with contextlib.suppress(BrokenPipeError, ValueError):
-                sink.write(data)
+                sink.write(veil.feed(data) if data else veil.rest())
                 sink.flush()
         return bool(events)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import Variables
 from luthier_api.termination import TerminationMessage
+from luthier_trainer import gpuerrors
 
 STOP_FILE, HEARTBEAT_FILE = "stop", "heartbeat"  # in the run folder: written by PID 1, and by the phase
 FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
@@ -71,12 +72,12 @@ def classify(error: BaseException) -> tuple[ExitCode, str]:
     names = {c.__name__ for c in type(error).__mro__}
     text = f"{type(error).__name__}: {error}"
     if "OutOfMemoryError" in names:
-        return ExitCode.CUDA_OUT_OF_MEMORY, (
-            f"{text}. The GPU is full: set training.gradientCheckpointing, a smaller microBatchSize or maxLength, a zero strategy, or method qlora"
-        )
+        return ExitCode.CUDA_OUT_OF_MEMORY, f"{text}. {gpuerrors.SMALLER}"
     if "GatedRepoError" in names:
         return ExitCode.UNAUTHORIZED, f"{text}. Ask for access on the Hub and set hub.tokenSecret"
-    if names & {"RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundError", "RemoteEntryNotFoundError"}:
+    if "LocalEntryNotFoundError" in names:  # to huggingface_hub an entry that was not found: it could not ask
+        return ExitCode.HUB_UNAVAILABLE, text
+    if names & {"RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundError"}:
         return ExitCode.NOT_FOUND, text
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
@@ -84,13 +85,16 @@ def classify(error: BaseException) -> tuple[ExitCode, str]:
     if status is not None and (status == 429 or status >= 500):
         return ExitCode.HUB_UNAVAILABLE, text
     module = type(error).__module__.split(".")[0]
-    if module in {"httpx", "httpx2", "httpcore", "httpcore2"} or "LocalEntryNotFoundError" in names or "OfflineModeIsEnabled" in names:
+    if module in {"httpx", "httpx2", "httpcore", "httpcore2"} or "OfflineModeIsEnabled" in names:
         return ExitCode.HUB_UNAVAILABLE, text
     if broken := storage_error(error):
         if broken.errno in FULL_ERRNOS:
             return ExitCode.STORAGE_ERROR, f"spec.workspace.size: no space is left on the volume ({broken}). Ask for more, or free some of it"
         return ExitCode.STORAGE_ERROR, f"spec.workspace: its volume is broken ({broken}). Look at the volume and at the node it is mounted on"
-    if "DistBackendError" in names or any(s in str(error) for s in ("Connection closed by peer", "Connection reset by peer", "NCCL error")):
+    if found := gpuerrors.read(text):
+        code, remedy = found
+        return code, f"{text}. {remedy}" if remedy else text
+    if "DistBackendError" in names:
         return ExitCode.PEER_LOST, text
     return ExitCode.TRAINING_ERROR, text
 

@@ -34,7 +34,7 @@ def command(run: FineTuneRun, prepared: PreparedRecord, node_rank: int) -> list[
         *(["--config_file", str(_write_deepspeed(run, strategy))] if uses_deepspeed(strategy) else ["--multi_gpu"]),
         "--num_machines", str(run.spec.resources.nodes), "--num_processes", str(world_size), "--machine_rank", str(node_rank),
         "--main_process_ip", run.rendezvous_host, "--main_process_port", str(run.rendezvous_port), "--rdzv_backend", "static",
-        "--same_network", "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(threads(run)),
+        "--same_network", "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", threads(run),
         "--module", MODULE, "train",
     ]  # fmt: skip
 
@@ -42,7 +42,7 @@ def command(run: FineTuneRun, prepared: PreparedRecord, node_rank: int) -> list[
 def environment(run: FineTuneRun, prepared: PreparedRecord) -> dict[str, str]:
     """Variables that the processes need beside the pod's own; the pod's own win where both are set, except for the device."""
     wanted = {
-        "OMP_NUM_THREADS": str(threads(run)),
+        "OMP_NUM_THREADS": threads(run),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",  # `prepare` has fetched everything; a Hub that is down must not matter here
@@ -60,11 +60,16 @@ def environment(run: FineTuneRun, prepared: PreparedRecord) -> dict[str, str]:
     return environment
 
 
-def threads(run: FineTuneRun) -> int:
-    """Threads of each process: its share of the CPUs that the pod asked for, else of those it may use."""
+def threads(run: FineTuneRun) -> str:
+    """Threads of each process: what the pod says, else its share of the CPUs that the job asks for, else of those it may use.
+
+    DeepSpeed's optimizer on CPU steps billions of weights with them.
+    """
+    if given := os.environ.get("OMP_NUM_THREADS"):
+        return given
     quantity = run.spec.resources.cpu
     cpus = _cpus(quantity) if quantity else float(len(os.sched_getaffinity(0)))
-    return max(1, math.floor(cpus / run.spec.resources.processes))
+    return str(max(1, math.floor(cpus / run.spec.resources.processes)))
 
 
 def _cpus(quantity: str) -> float:

@@ -19,6 +19,8 @@ def merge(base: Path, adapter: Path, into: Path, labels: list[str] | None, field
     auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
     options = {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}} if labels else {}
     model = auto.from_pretrained(base, dtype="auto", **options)
+    if quantised := getattr(model, "is_quantized", False):
+        model = model.dequantize()
     try:
         model = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")
     except (RuntimeError, ValueError, KeyError) as error:
@@ -26,5 +28,5 @@ def merge(base: Path, adapter: Path, into: Path, labels: list[str] | None, field
         raise Failure(ExitCode.INVALID_SPEC, f"{field}: the adapter does not fit its base model {base}: {text}") from error
     with torch.no_grad():
         merged = model.merge_and_unload(safe_merge=True)
-    merged.save_pretrained(into)
+    merged.save_pretrained(into, save_original_format=not quantised)  # transformers cannot turn round how it read the 4 bits
     return into

@@ -11,10 +11,10 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import Method
+from luthier_trainer.devices import DTYPES
 from luthier_trainer.ending import Failure
 
 ALL_LINEAR = ["all-linear"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def weights_options(method: Method, precision: str, deepspeed: bool, device: torch.device) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def with_method(model: PreTrainedModel, method: Method, peft_type: str, whole: l
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     try:
-        return get_peft_model(model, lora_config(method, peft_type, whole), autocast_adapter_dtype=not deepspeed)
+        adapted = get_peft_model(model, lora_config(method, peft_type, whole), autocast_adapter_dtype=not deepspeed)
     except ValueError as error:
         linear = {
             name.rpartition(".")[2] for name, module in model.named_modules()
@@ -54,6 +54,12 @@ def with_method(model: PreTrainedModel, method: Method, peft_type: str, whole: l
             f"spec.method.targetModules: {', '.join(method.target_modules)} does not suit {type(model).__name__} ({error}). "
             f"Its linear modules: {', '.join(sorted(linear))}; all-linear takes them all",
         ) from None
+    if not deepspeed:
+        # PEFT does so for adapters alone: heads would learn in 16 bit, where a small step is rounded away and fp16 cannot be unscaled.
+        for weight in adapted.parameters():
+            if weight.requires_grad:
+                weight.data = weight.data.float()
+    return adapted
 
 
 def lora_config(method: Method, peft_type: str, whole: list[str]) -> LoraConfig:

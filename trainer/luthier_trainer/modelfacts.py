@@ -10,6 +10,7 @@ import copy
 import difflib
 import json
 import struct
+from collections.abc import Collection
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,6 +185,14 @@ def check_target_modules(config: PreTrainedConfig, task: str, targets: list[str]
             near = difflib.get_close_matches(target, known, 1)
             hint = f" Did you mean {near[0]!r}?" if near else f" Or use {ALL_LINEAR} alone"
             raise Failure(ExitCode.INVALID_SPEC, f"{field}[{i}]: the model has no module {target!r} (it has: {', '.join(known)}).{hint}")
+
+
+def check_quantisation(config: PreTrainedConfig, allowed: Collection[str], field: str) -> None:
+    """Whether the weights are in types that the job's work is known to be right with; `allowed` are transformers' names of methods. Raises Failure."""
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation and (method := dict(quantisation).get("quant_method")) not in allowed:
+        beside = f" or one quantised with {' or '.join(sorted(allowed))}" if allowed else ""
+        raise Failure(ExitCode.INVALID_SPEC, f"{field}: its weights are quantised ({method}), which this job cannot use; choose the model as it was before{beside}")
 
 
 def check_quantisable(config: PreTrainedConfig, field: str) -> None:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import errno
 import os
+import runpy
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from luthier_api.exitcodes import ExitCode
@@ -18,6 +21,7 @@ from luthier_api.run import FineTuneRun, GenerateRun
 from luthier_trainer import origins
 from luthier_trainer.ending import STORAGE_ERRNOS, Failure
 from luthier_trainer.prepared import read_prepared
+from luthier_trainer.strategy import uses_deepspeed
 
 
 def check(verb: str, run: FineTuneRun | GenerateRun, run_dir: Path, devices: Path = Path("/dev")) -> None:
@@ -29,6 +33,8 @@ def check(verb: str, run: FineTuneRun | GenerateRun, run_dir: Path, devices: Pat
         in_place = {record.model_path, *record.adapter_paths}
         origins.refuse_changes(origin for origin in record.origins if origin.path in in_place)
         check_gpus(run, devices)
+        if isinstance(run, FineTuneRun) and needs_operators(record.plan.strategy, run.spec.resources.gpus_per_node):
+            check_operators(record.plan.strategy, "cuda" if run.spec.resources.gpus_per_node else "cpu")
 
 
 def folders(run: FineTuneRun | GenerateRun, run_dir: Path) -> Iterator[tuple[Path, str]]:
@@ -43,16 +49,13 @@ def folders(run: FineTuneRun | GenerateRun, run_dir: Path) -> Iterator[tuple[Pat
 
 def check_writable(folder: Path, field: str) -> None:
     """Create `folder` if need be, and in it create, flush and delete a file."""
-    probe = folder / f".luthier-probe-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with probe.open("wb") as file:
-                file.write(b"luthier")
-                file.flush()
-                os.fsync(file.fileno())
-        finally:
-            probe.unlink(missing_ok=True)
+        # A name of its own: the pods of a group do this at once, and each of them is process 1.
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".luthier-probe-") as file:
+            file.write(b"luthier")
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         code = ExitCode.STORAGE_ERROR if error.errno in STORAGE_ERRNOS - {errno.EROFS} else ExitCode.MISCONFIGURED
         raise Failure(code, f"{field}: cannot write to {folder}: {error.strerror}. {_rights(folder)}") from error
@@ -80,4 +83,28 @@ def check_gpus(run: FineTuneRun | GenerateRun, devices: Path) -> None:
         raise Failure(
             ExitCode.MISCONFIGURED,
             f"{field}: {asked} asked for, but no GPU is visible here. Check the node's driver and device plugin, or set {field}: 0 to run on CPU",
+        )
+
+
+def needs_operators(strategy: str, gpus: int) -> bool:
+    """Whether DeepSpeed works with operators of its own: an optimizer for the CPU, and there its collectives."""
+    return uses_deepspeed(strategy) and (strategy.endswith("-offload") or not gpus)
+
+
+def check_operators(strategy: str, accelerator: str, install: Path | None = None) -> None:
+    """DeepSpeed loads only operators that were built for the accelerator it runs on, and else compiles them, where there is a compiler.
+
+    `install`: its folder; default: that of this Python.
+    """
+    spec = find_spec("deepspeed")
+    folder = install or Path(next(iter((spec and spec.submodule_search_locations) or ["/"])))
+    notes = folder / "git_version_info_installed.py"
+    built = runpy.run_path(str(notes)) if notes.exists() else {}
+    if built.get("accelerator_name") == accelerator and built.get("installed_ops", {}).get("cpu_adam"):
+        return
+    if not shutil.which(os.environ.get("CXX", "c++")):
+        raise Failure(
+            ExitCode.MISCONFIGURED,
+            f"spec.strategy: {strategy} needs DeepSpeed's operators for {accelerator}. This installation has none, and there is no C++ compiler to"
+            f" make them. Use a trainer image that was built with DS_ACCELERATOR={accelerator}, or another strategy",
         )

@@ -46,6 +46,7 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     else:
         config = modelfacts.read_config(path, located.field)
         modelfacts.check_task(config, spec.task, located.field)
+        modelfacts.check_quantisation(config, {"bitsandbytes", "fp8"}, located.field)
         modelfacts.check_new_tokens(config, spec.text.max_new_tokens, "spec.text.maxNewTokens")
         modelfacts.read_tokenizer(located.folder or path, located.field).save_pretrained(folder.prepared / "tokenizer")
     paths = [fetch_adapter(a, folder.prepared / "adapters" / str(i), run, i) for i, a in enumerate(found)]

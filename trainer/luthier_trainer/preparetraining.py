@@ -175,6 +175,8 @@ def check_fit(model: Model, run: FineTuneRun) -> None:
     """What of the spec depends on the model. Raises Failure."""
     spec = run.spec
     modelfacts.check_task(model.config, spec.task, MODEL)
+    # Adapters can be trained beside 4-bit weights; to go on from quantised weights without them would be to train their rounding.
+    modelfacts.check_quantisation(model.config, {"bitsandbytes"} if spec.method.type == "qlora" else set(), MODEL)
     modelfacts.check_length(model.config, spec.training.max_length, "spec.training.maxLength")
     if spec.task == "causal-lm" and model.tokenizer.eos_token_id is None:
         raise Failure(

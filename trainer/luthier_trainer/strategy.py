@@ -44,6 +44,7 @@ def realised(trainer: Any) -> dict[str, Any]:
     """What this process really runs, once the trainer has wrapped the model."""
     engine = trainer.model_wrapped
     facts: dict[str, Any] = {
+        "device": trainer.args.device.type,
         "processes": trainer.args.world_size,
         "distributed type": trainer.accelerator.distributed_type.value,
         "model": type(engine).__name__,
@@ -56,14 +57,15 @@ def realised(trainer: Any) -> dict[str, Any]:
 
 def requested(plan: Plan, model: str, cpu: bool) -> dict[str, Any]:
     """What `realised` has to say. `model` is the class name of the model before it is wrapped."""
+    device = {"device": "cpu" if cpu else "cuda"}
     if uses_deepspeed(plan.strategy):
-        return {
+        return device | {
             "processes": plan.world_size, "distributed type": "DEEPSPEED", "model": "DeepSpeedEngine",
             "ZeRO stage": ZERO_STAGE[plan.strategy], "optimizer on CPU": plan.strategy.endswith("-offload"),
         }  # fmt: skip
     if plan.world_size == 1:
-        return {"processes": 1, "distributed type": "NO", "model": model}
-    return {"processes": plan.world_size, "distributed type": "MULTI_CPU" if cpu else "MULTI_GPU", "model": "DistributedDataParallel"}
+        return device | {"processes": 1, "distributed type": "NO", "model": model}
+    return device | {"processes": plan.world_size, "distributed type": "MULTI_CPU" if cpu else "MULTI_GPU", "model": "DistributedDataParallel"}
 
 
 def assert_started(plan: Plan) -> None:
@@ -75,7 +77,7 @@ def assert_started(plan: Plan) -> None:
 
 def assert_realised(trainer: Any, plan: Plan) -> None:
     """Raise Failure(MISCONFIGURED) when this process runs something else than the plan says."""
-    asked = requested(plan, type(trainer.model).__name__, cpu=trainer.args.device.type == "cpu")
+    asked = requested(plan, type(trainer.model).__name__, cpu=trainer.args.use_cpu)
     runs = realised(trainer)
     wrong = [f"{name} is {runs.get(name)!r} instead of {value!r}" for name, value in asked.items() if runs.get(name) != value]
     if wrong:

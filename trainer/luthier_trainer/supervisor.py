@@ -192,7 +192,7 @@ def supervise(verb: str, run: FineTuneRun | GenerateRun, path: Path, settings: S
             phase=VERBS[verb], status=child.status, messages=read_results(settings.run_dir),
             processes=run.spec.resources.processes if isinstance(run, FineTuneRun) and verb == "train" else 1,
             stopped=stop.at is not None, killed=killed, silence=pulse.silence(),
-            memory_kills=memory.oom_kills(settings.cgroup) - memory_kills,
+            memory_kills=memory.oom_kills(settings.cgroup) - memory_kills, gpu_error=child.tail.gpu_error,
         )
     )  # fmt: skip
     if verdict.code == ExitCode.PEER_LOST:

@@ -14,6 +14,7 @@ from typing import Literal
 from luthier_api.exitcodes import ExitCode, Retry
 from luthier_api.status import Phase
 from luthier_api.termination import TerminationMessage
+from luthier_trainer import gpuerrors
 
 # `spec.resources` is for `run` alone: the other phases have the chart's request, and no limit but that of a LimitRange.
 _ASK = "Have the administrator raise it in the chart, and the namespace's LimitRange if that sets a limit; spec.resources is for the run alone"
@@ -22,6 +23,8 @@ MORE_MEMORY: Mapping[Phase, tuple[str, str]] = {
     "run": ("spec.resources.memory", "Raise it, or lower batch sizes or maxLength"),
     "publish": ("jobs.memoryRequest", _ASK),
 }
+
+FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}  # a process that crashes raises others
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Evidence:
     """Seconds without a heartbeat, when it hung."""
     memory_kills: int = 0
     """Processes that the kernel killed for their memory."""
+    gpu_error: str = ""
+    """The first line of the output in which CUDA or NCCL tell why: their threads abort a process without an exception."""
 
 
 def judge(evidence: Evidence) -> TerminationMessage:
@@ -76,12 +81,16 @@ def _cause(e: Evidence) -> TerminationMessage:
         return _say(e.phase, ExitCode.HOST_OUT_OF_MEMORY, f"{place}: the container ran out of memory and the kernel killed a process. {remedy}")
     if e.killed == "hang":
         return _say(e.phase, ExitCode.HANG, f"no step for {e.silence:.0f} s; the stacks of all threads are in the log", step=_step(e.messages))
+    if e.phase == "run" and (found := gpuerrors.read(e.gpu_error)) and (first is None or first.code == ExitCode.PEER_LOST):
+        code, remedy = found
+        return _say(e.phase, code, f"{e.gpu_error.strip()}. {remedy}".removesuffix(". "), step=_step(e.messages))
     if first:
         return first
     if e.status == 0:
         return _say(e.phase, ExitCode.TRAINING_ERROR, "the process ended with 0 but left no result; see its last lines")
     if e.status < 0:
-        return _say(e.phase, ExitCode.INFRASTRUCTURE_ERROR, f"the process was ended by {_signal_name(-e.status)} from outside the container")
+        where = "from outside the container" if -e.status in FROM_OUTSIDE else "of its own; see its last lines"
+        return _say(e.phase, ExitCode.INFRASTRUCTURE_ERROR, f"the process was ended by {_signal_name(-e.status)} {where}")
     code = ExitCode.of(e.status) or ExitCode.TRAINING_ERROR
     return _say(e.phase, code, f"the process ended with {e.status} and left no message; see its last lines")
 

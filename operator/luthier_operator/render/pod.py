@@ -109,11 +109,11 @@ def _environment(job: Job, settings: Settings, phase: Phase) -> list[Object]:
 
 
 def _threads(job: Job) -> dict[str, str]:
-    """The cores of a pod, shared by its processes. Unknown: one each where several would fight for the node's."""
+    """The cores of a pod, shared by its processes. Where the job does not say, the trainer shares those that it finds."""
+    if not job.spec.resources.cpu:
+        return {}
     processes = job.spec.resources.processes if isinstance(job, FineTuneJob) else 1
-    if job.spec.resources.cpu:
-        return {"OMP_NUM_THREADS": str(max(1, cores(job.spec.resources.cpu) // processes))}
-    return {"OMP_NUM_THREADS": "1"} if processes > 1 else {}
+    return {"OMP_NUM_THREADS": str(max(1, cores(job.spec.resources.cpu) // processes))}
 
 
 def _resources(job: Job, settings: Settings, phase: Phase) -> Object:

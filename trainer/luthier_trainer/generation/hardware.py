@@ -7,11 +7,8 @@ from importlib.metadata import version
 
 import torch
 
-from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import GenerateJobSpec
-from luthier_trainer.ending import Failure
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from luthier_trainer.devices import DTYPES, assert_gpus, fitting_precision
 
 
 @dataclass(frozen=True)
@@ -32,17 +29,9 @@ class Hardware:
 
 
 def find_hardware(spec: GenerateJobSpec) -> Hardware:
-    """The device that the job asks for. Raises Failure when it asks for a GPU and none is visible."""
-    if spec.resources.gpus == 0:
-        return Hardware("cpu", "fp32" if spec.precision == "auto" else spec.precision)
-    if not torch.cuda.is_available():
-        raise Failure(
-            ExitCode.MISCONFIGURED,
-            "spec.resources.gpus: 1 GPU is asked for and torch sees none. Check the driver and the device plugin of the node and that the"
-            " trainer image has a torch with CUDA, or set resources.gpus: 0 to run on CPU",
-        )
+    """The device that the job asks for. Raises Failure when it asks for a GPU and torch can use none."""
+    assert_gpus(spec.resources.gpus, "spec.resources.gpus")
+    cpu = spec.resources.gpus == 0
     # Library algorithms that differ from run to run are off; outputs are promised to repeat.
     torch.backends.cudnn.deterministic = True
-    # GPUs before Ampere only emulate bf16.
-    fitting = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return Hardware("cuda", fitting if spec.precision == "auto" else spec.precision)
+    return Hardware("cpu" if cpu else "cuda", fitting_precision(cpu) if spec.precision == "auto" else spec.precision)

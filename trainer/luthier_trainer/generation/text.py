@@ -10,7 +10,7 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from luthier_api.exitcodes import ExitCode
@@ -34,10 +34,12 @@ class TextEngine:
         self.settings, self.batch_size, self.device = spec.text, batch_size, torch.device(hardware.device)
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
         # Adapters are merged in fp32 and rounded once: what a bf16 weight cannot hold of them is lost once, not once an adapter.
-        model = load_model(model_path, torch.float32 if adapters else hardware.dtype)
+        model = load_model(model_path, torch.float32 if adapters else hardware.dtype, self.device)
+        if adapters and is_quantised(model):
+            model = model.dequantize(torch.float32).float()
         for i, path in enumerate(adapters):
             model = merge_adapter(model, path, spec.adapters[i].weight, f"spec.adapters[{i}]")
-        self.model = model.to(self.device, hardware.dtype).eval()
+        self.model = (model if is_quantised(model) else model.to(self.device, hardware.dtype)).eval()
         self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.ends = end_tokens(model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
         self.padding = next((t for t in (self.tokenizer.pad_token_id, *sorted(self.ends)) if t is not None), 0)
@@ -88,11 +90,20 @@ class TextEngine:
         return Output(sample, facts, text=text)
 
 
-def load_model(path: Path, dtype: torch.dtype) -> torch.nn.Module:
-    """The causal language model in a folder; code that comes with it is never run. Raises Failure when it is none."""
+def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The causal language model in a folder; code that comes with it is never run. Raises Failure when it is none.
+
+    Weights in bitsandbytes' types stay in them, on `device`; those in FP8 are unpacked into `dtype`, on every GPU alike.
+    """
     try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        quantisation = getattr(config, "quantization_config", None) or {}
+        if quantisation.get("quant_method") == "fp8":
+            # On GPUs that know FP8 the weights would stay in it, and a later change of type would leave out their scales.
+            config.quantization_config = quantisation | {"dequantize": True}
+        placed = {"device_map": {"": device}} if quantisation.get("quant_method") == "bitsandbytes" else {}
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            path, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True, **placed
         )
     except (ValueError, OSError) as error:
         if getattr(error, "errno", None) is not None:
@@ -108,12 +119,17 @@ def load_model(path: Path, dtype: torch.dtype) -> torch.nn.Module:
     return model
 
 
+def is_quantised(model: PreTrainedModel) -> bool:
+    """Whether the weights rest in types that no `to` may change."""
+    return bool(getattr(model, "is_quantized", False))
+
+
 def end_tokens(*ids: int | list[int] | None) -> set[int]:
     """Every token that ends a text, by the model's generation settings or by its tokenizer."""
     return {token for i in ids if i is not None for token in (i if isinstance(i, list) else [i])}
 
 
-def merge_adapter(model: torch.nn.Module, path: Path, weight: float, field: str) -> torch.nn.Module:
+def merge_adapter(model: PreTrainedModel, path: Path, weight: float, field: str) -> PreTrainedModel:
     """`model` with a LoRA adapter added to its weights, `weight` times. Raises Failure when the adapter does not fit."""
     if weight == 0:
         return model
