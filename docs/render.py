@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from luthier_api.conditions import ConditionType, Reason
+from luthier_api.conditions import OF_EVENTS_ALONE, ConditionType, Reason
 from luthier_api.crd import crd
 from luthier_api.exitcodes import ExitCode, Retry
 from luthier_api.kinds import KINDS, JobKind
 from luthier_api.metrics import POD_METRICS, Metric
+from luthier_api.status import State
 
 DOCS = Path(__file__).resolve().parent
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -39,6 +40,51 @@ ADVICE: dict[ExitCode, str] = {
     ExitCode.PEER_LOST: "Another process of the group went away. Its own end says why.",
     ExitCode.DIVERGED: "The loss stopped being a number. A lower `learningRate` or more `warmupSteps`.",
     ExitCode.HOST_OUT_OF_MEMORY: "More `resources.memory`, or fewer processes on a node.",
+}
+STATES: dict[State, str] = {
+    State.PENDING: "Waits for what its phase needs: JobSet, a volume, or the pods that were stopped.",
+    State.WAITING: "Waits for the result of another job.",
+    State.PREPARING: "Resolves the model, loads the data, plans the run.",
+    State.PLANNED: "`planOnly`: the plan is in the status. It rests until that is false.",
+    State.QUEUED: "A queue (`scheduling.queue`) has not let it start.",
+    State.STARTING: "The pods of the run are on their way.",
+    State.RUNNING: "The pods train or generate.",
+    State.RESTARTING: "A pod has failed; the run starts again from its newest checkpoint, or output.",
+    State.PUBLISHING: "The result goes to the Hub.",
+    State.SUSPENDED: "`suspend`: no pods, no GPUs. It goes on when that is false.",
+    State.COMPLETE: "All that was asked for is done.",
+    State.FAILED: "It has ended; the condition `Failed` says why.",
+    State.INVALID: "CRDs and operator are of different versions. Install those of the same chart.",
+}
+# Of those whose name is a condition's reason, what the event tells is that condition's message.
+OCCASIONS: dict[Reason, str] = {
+    Reason.ACCEPTED: "What it waited for is there.",
+    Reason.WAITING_FOR_JOB: "Another job's result is not there yet.",
+    Reason.JOB_SET_MISSING: "The cluster has no JobSet.",
+    Reason.SMALL_WORKSPACE: "A claim of an earlier job is used, and smaller than `workspace.size`.",
+    Reason.PREPARING: "`prepare` begins.",
+    Reason.PREPARED: "`prepare` has ended well: model, rows and plan.",
+    Reason.PLAN_ONLY: "The same, and with `planOnly` that is all.",
+    Reason.FAILED_CREATE: "The API server refuses a child.",
+    Reason.NO_PODS: "A child is there, and the cluster makes no pod of it.",
+    Reason.UNSCHEDULABLE: "No node has what a pod asks for.",
+    Reason.WAITING_FOR_QUEUE: "A queue holds it back.",
+    Reason.WAITING_FOR_VOLUME: "A claim is not bound.",
+    Reason.CONTAINER_CREATING: "A pod has a node, and its container is long in coming.",
+    Reason.IMAGE_PULL_FAILED: "An image does not come.",
+    Reason.STARTED: "The pods run for the first time.",
+    Reason.RESTARTING: "A restart of the run: its number, and the failure before it.",
+    Reason.RUNNING: "The pods run again.",
+    Reason.CHECKPOINT_BROKEN: "A checkpoint did not verify and was set aside: where it lies, and from where the run goes on.",
+    Reason.TRAINED: "The training has ended well.",
+    Reason.GENERATED: "The generation has ended well.",
+    Reason.PUBLISHING: "`publish` begins, or begins again.",
+    Reason.PUBLISH_FAILED: "A pod of `publish` has failed; it is tried again where that may help.",
+    Reason.PUBLISHED: "The result is on the Hub.",
+    Reason.SUSPENDED: "`suspend` is true.",
+    Reason.RESUMED: "The job goes on: `suspend` is false again, or `activeDeadlineSeconds` leaves more time.",
+    Reason.COMPLETED: "The end: where the result is.",
+    Reason.FAILED: "The end: the reason, and what to do.",
 }
 
 
@@ -63,7 +109,17 @@ def conditions() -> str:
 
 def reasons() -> str:
     codes = {c.reason for c in ExitCode}
-    return ", ".join(f"`{r}`" for r in Reason if r not in codes) + "\n"
+    return ", ".join(f"`{r}`" for r in Reason if r not in codes | OF_EVENTS_ALONE) + "\n"
+
+
+def states() -> str:
+    return table(("STATE", "the job"), ((f"`{s}`", STATES[s]) for s in State))
+
+
+def events() -> str:
+    from luthier_operator.announce import EVENTS
+
+    return table(("event", "type", "when"), ((f"`{reason}`", kind, OCCASIONS[reason]) for reason, kind in EVENTS.items()))
 
 
 def metrics(found: Sequence[Metric]) -> str:
@@ -115,7 +171,8 @@ def walk(node: dict[str, Any], path: str) -> Iterator[Sequence[object]]:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "exit-codes": exit_codes, "conditions": conditions, "reasons": reasons, "pod-metrics": pod_metrics, "operator-metrics": operator_metrics,
+    "exit-codes": exit_codes, "conditions": conditions, "reasons": reasons, "states": states, "events": events,
+    "pod-metrics": pod_metrics, "operator-metrics": operator_metrics,
     "settings": settings, "finetunejob": lambda: fields(JobKind.FINE_TUNE), "generatejob": lambda: fields(JobKind.GENERATE),
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ Neighbours: `crd` draws the schema and its rules, `validation` evaluates the sam
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ from pydantic_core import CoreSchema, core_schema
 
 @dataclass(frozen=True)
 class Rule:
-    """One CEL rule. `path` names the field that the user should look at; it opens the message."""
+    """One CEL rule. Its message opens with the field that the user should look at, from the name of the rule's object on: `hub.repo: ...`."""
 
     cel: str
     message: str
@@ -35,16 +36,30 @@ class Format:
 
     pattern: str
     words: str
+    never: str | None = None
+    """What must stand nowhere in it: RE2 cannot look ahead, so that one pattern could not say both."""
 
     EXTENSION: ClassVar = "x-luthier-format"
     """Where the JSON schema has it, for `crd`."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        matches = core_schema.custom_error_schema(core_schema.str_schema(pattern=self.pattern), "format", custom_error_message=self.words)
-        return core_schema.chain_schema([handler(source), matches])
+        matches: CoreSchema = core_schema.str_schema(pattern=self.pattern)
+        if self.never:
+            matches = core_schema.no_info_after_validator_function(self._without, matches)
+        told = core_schema.custom_error_schema(matches, "format", custom_error_message=self.words)
+        return core_schema.chain_schema([handler(source), told])
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return {**handler(schema), self.EXTENSION: self}
+
+    def _without(self, text: str) -> str:
+        if self.never and re.search(self.never, text):
+            raise ValueError(self.words)
+        return text
+
+    def cel(self, text: str) -> str:
+        """CEL: whether `text`, itself an expression, is written so."""
+        return f"{text}.matches('{self.pattern}')" + (f" && !{text}.matches('{self.never}')" if self.never else "")
 
 
 class ApiModel(BaseModel):

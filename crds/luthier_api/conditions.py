@@ -1,4 +1,4 @@
-"""Condition types and reasons of both kinds, in one place. Reasons of failed pods come from `exitcodes`."""
+"""Condition types, and the reasons of conditions and events of both kinds, in one place. Reasons of failed pods come from `exitcodes`."""
 
 from __future__ import annotations
 
@@ -54,3 +54,12 @@ class Reason(StrEnum):
     DEADLINE_EXCEEDED = "DeadlineExceeded"
     NO_PROGRESS = "NoProgress"
     FAILED = "Failed"
+    # of events alone
+    STARTED = "Started"
+    PUBLISH_FAILED = "PublishFailed"
+    SMALL_WORKSPACE = "SmallWorkspace"
+    CHECKPOINT_BROKEN = "CheckpointBroken"
+
+
+OF_EVENTS_ALONE = frozenset({Reason.STARTED, Reason.PUBLISH_FAILED, Reason.SMALL_WORKSPACE, Reason.CHECKPOINT_BROKEN})
+"""Those that no condition ever has."""

@@ -98,9 +98,9 @@ def without_nulls(value: Any) -> Any:
 def written(schema: dict[str, Any]) -> Iterator[Rule]:
     """The format of a text, or of the keys of a map (`propertyNames`, which Kubernetes does not know), as a rule."""
     if own := schema.get(Format.EXTENSION):
-        yield Rule(f"self.matches('{own.pattern}')", own.words)
+        yield Rule(own.cel("self"), own.words)
     if keys := schema.get("propertyNames", {}).get(Format.EXTENSION):
-        yield Rule(f"self.all(key, key.matches('{keys.pattern}'))", keys.words)
+        yield Rule(f"self.all(key, {keys.cel('key')})", keys.words)
 
 
 def validations(rules: Iterable[Rule]) -> list[dict[str, str]]:

@@ -98,7 +98,7 @@ class Training(ApiModel):
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
     """Peak learning rate. 2e-4 suits adapters; 1e-5 to 5e-5 suits full fine-tuning of a pretrained model."""
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    """How the learning rate falls after the warm-up."""
+    """How the learning rate falls after the warm-up. constant: not at all, and without a warm-up; constant_with_warmup has one."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the learning rate rises from zero."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -114,7 +114,7 @@ class Training(ApiModel):
     packing: bool = False
     """causal-lm: join all rows, separated by the end-of-text token, and cut them into blocks of maxLength. Lines of text files keep their breaks; there the token stands at the end of a file."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision of the computation. auto: bf16 on a GPU that has it, fp32 on CPU."""
+    """Precision of the computation. auto: bf16 on a GPU that has it, fp16 on one before Ampere, fp32 on CPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     seed: Seed = 42
@@ -127,6 +127,17 @@ class Training(ApiModel):
     """Steps between two checkpoints."""
     keep_checkpoints: Annotated[int, Field(ge=1, le=100)] = 2
     """Verified checkpoints that are kept."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "self.schedule != 'constant' || self.warmupSteps == 0",
+            "training.warmupSteps: schedule constant has no warm-up; use schedule: constant_with_warmup, or remove warmupSteps",
+        ),
+        Rule(
+            "!has(self.maxSteps) || self.warmupSteps < self.maxSteps",
+            "training.warmupSteps: training would end before the peak of the learning rate; choose fewer than maxSteps",
+        ),
+    )
 
 
 class TrainingResources(ApiModel):
@@ -202,6 +213,10 @@ class FineTuneJobSpec(JobControl):
         Rule(
             "!self.training.packing || self.task == 'causal-lm'",
             "spec.training.packing: only causal-lm can join rows; remove packing for this task",
+        ),
+        Rule(
+            "!has(self.training.evalSteps) || has(self.dataset.evalSplit) || has(self.dataset.evalFiles) || has(self.dataset.evalFraction)",
+            "spec.training.evalSteps: no rows are held out to evaluate on; set dataset.evalSplit, evalFiles or evalFraction, or remove evalSteps",
         ),
         Rule(
             "!(has(self.model.config) && self.task == 'text-classification')",

@@ -18,6 +18,7 @@ from luthier_api.spec import (
     ModelSource,
     Path,
     Repository,
+    Revision,
     Scheduling,
     Seed,
     ShortText,
@@ -39,7 +40,7 @@ class Adapter(ApiModel):
     """A FineTuneJob of the same namespace."""
     id: Repository | None = None
     """Repository on the Hub."""
-    revision: ShortText | None = None
+    revision: Revision | None = None
     """Branch, tag or commit of `id`; `main` when left out. `prepare` resolves it to a commit."""
     path: Path | None = None
     """Folder inside the pods."""
@@ -169,7 +170,7 @@ class GenerateJobSpec(JobControl):
     image: ImageSettings = Field(default_factory=ImageSettings)
     """For text-to-image."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision of weights and computation. auto: bf16 on a GPU, fp32 on CPU."""
+    """Precision of weights and computation. auto: bf16 on a GPU that has it, fp16 on one before Ampere, fp32 on CPU."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 4
     """Outputs computed at once. Results do not depend on the number of shards, only on this."""
     seed: Seed = 0

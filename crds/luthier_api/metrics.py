@@ -32,12 +32,20 @@ TRAIN_LEARNING_RATE = Metric("luthier_train_learning_rate", "Learning rate")
 TRAIN_GRAD_NORM = Metric("luthier_train_grad_norm", "Norm of the gradients before clipping")
 TRAIN_TOKENS = Metric("luthier_train_tokens_total", "Tokens trained on, padding excluded, over all ranks", "counter")
 TRAIN_TOKENS_PER_SECOND = Metric("luthier_train_tokens_per_second", "Tokens a second over all ranks, since the last report")
+TRAIN_SAMPLES = Metric("luthier_train_samples_total", "Rows trained on in this attempt, over all ranks", "counter")
+TRAIN_MFU = Metric(
+    "luthier_train_mfu_ratio", "Model FLOPs of the tokens trained on, as a part of the GPUs' peak in 16 bit; only for GPUs whose peak is known"
+)
+GPU_MEMORY_ALLOCATED = Metric("luthier_train_gpu_memory_allocated_bytes", "Memory of rank 0's GPU in tensors")
+GPU_MEMORY_RESERVED = Metric("luthier_train_gpu_memory_reserved_bytes", "Memory of rank 0's GPU that torch holds")
+GPU_MEMORY_PEAK = Metric("luthier_train_gpu_memory_peak_bytes", "The most memory of rank 0's GPU that was in tensors in this attempt")
 TRAIN_STEP_SECONDS = Metric("luthier_train_step_duration_seconds", "Time of an optimiser step", "histogram")
 TRAIN_NONFINITE = Metric("luthier_train_nonfinite_total", "Reports of a loss that is not a finite number", "counter")
 TRAIN_ETA_SECONDS = Metric("luthier_train_eta_seconds", "Time left at the pace of this attempt")
-CHECKPOINT_STEP = Metric("luthier_checkpoint_last_step", "Step of the newest verified checkpoint")
+CHECKPOINT_STEP = Metric("luthier_checkpoint_last_step", "Step of the newest verified checkpoint; 0 while there is none")
 CHECKPOINT_TIME = Metric("luthier_checkpoint_last_success_timestamp_seconds", "When the newest verified checkpoint was written")
 CHECKPOINT_SECONDS = Metric("luthier_checkpoint_duration_seconds", "Time that the newest checkpoint took")
+CHECKPOINTS_BROKEN = Metric("luthier_checkpoints_broken", "Checkpoints that lie set aside, because their files did not match their manifest")
 GENERATE_ROWS = Metric("luthier_generate_rows", "Outputs that lie in the workspace, those of earlier attempts included")
 GENERATE_MAX_ROWS = Metric("luthier_generate_max_rows", "Outputs that this shard has to write")
 GENERATE_ROWS_PER_SECOND = Metric("luthier_generate_rows_per_second", "Outputs a second in this attempt")
@@ -93,8 +101,13 @@ def samples_at_end(metrics: dict[str, float] | None) -> dict[str, float]:
 
 
 def checkpoint_step(samples: dict[str, float]) -> int | None:
-    """Step of the newest verified checkpoint; None before the first."""
-    return _whole(samples.get(CHECKPOINT_STEP.name)) or None
+    """Step of the newest verified checkpoint, 0 if there is none; None where the pod has not said yet."""
+    return _whole(samples.get(CHECKPOINT_STEP.name))
+
+
+def broken_checkpoints(samples: dict[str, float]) -> int | None:
+    """How many checkpoints lie set aside; None where the pod has not said yet."""
+    return _whole(samples.get(CHECKPOINTS_BROKEN.name))
 
 
 def figure(value: float | None) -> float | None:

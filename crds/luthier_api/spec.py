@@ -16,7 +16,9 @@ Seconds = Annotated[int, Field(ge=0, le=2**31 - 1)]  # as wide as Kubernetes' ow
 # What the API server would refuse in a child, or a pod would trip over, is refused in the job.
 LABEL = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"  # of RFC 1123
 WORD = "[a-zA-Z0-9]([-_.a-zA-Z0-9]*[a-zA-Z0-9])?"
-REPOSITORY = "[_a-zA-Z0-9]([-_.a-zA-Z0-9]*[_a-zA-Z0-9])?"
+REPOSITORY = "[_a-zA-Z0-9]([-_.a-zA-Z0-9]{0,94}[_a-zA-Z0-9])?"  # with what is never in one: huggingface_hub's validate_repo_id
+REF = "^[_a-zA-Z0-9][-_.+=@#/a-zA-Z0-9]*$"  # with what is never in one: git check-ref-format; of its characters those that need no quotes
+NEVER_IN_REF = "[.][.]|//|/[.]|[.]lock(/|$)|[./]$"
 ABOVE_ZERO = "([0-9]*[1-9][0-9]*([.][0-9]+)?|[0-9]+[.][0-9]*[1-9][0-9]*)"
 
 OBJECT_NAME = Format(f"^{LABEL}([.]{LABEL})*$", "must be the name of a Kubernetes object: lower-case letters, digits, '-' and '.', such as team-a")
@@ -41,8 +43,16 @@ MountPath = Annotated[
     Format("^(/[.]*[-_a-zA-Z0-9][-_.a-zA-Z0-9]*)+$", "must be an absolute folder such as /data or /models/base, without '..', '//' or a '/' at its end"),
 ]  # fmt: skip
 Repository = Annotated[
-    str, Field(max_length=200), Format(f"^{REPOSITORY}(/{REPOSITORY})?$", "must be a repository of the Hub, OWNER/NAME, such as Qwen/Qwen3-8B")
+    str, Field(max_length=193),
+    Format(
+        f"^{REPOSITORY}(/{REPOSITORY})?$", never="--|[.][.]|[.]git$",
+        words="must be a repository of the Hub, OWNER/NAME, such as Qwen/Qwen3-8B: 96 characters each at most, without '--' and '..', and no .git at the end",
+    ),
+]  # fmt: skip
+Revision = Annotated[
+    str, Field(max_length=253), Format(REF, "must be a branch, a tag or a commit, such as main, v1.0 or refs/pr/3", never=NEVER_IN_REF)
 ]
+Branch = Annotated[str, Field(max_length=253), Format(REF, "must be the name of a branch, such as main or team/v2", never=NEVER_IN_REF)]
 Bytes = Annotated[
     str, Field(max_length=32), Format(f"^{ABOVE_ZERO}(k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$", "must be an amount above zero, in bytes, such as 200Gi or 512Mi")
 ]
@@ -91,7 +101,7 @@ class ModelSource(ApiModel):
 
     id: Repository | None = None
     """Repository on the Hub, for example Qwen/Qwen2.5-7B-Instruct."""
-    revision: ShortText | None = None
+    revision: Revision | None = None
     """Branch, tag or commit of `id`; `main` when left out. `prepare` resolves it to a commit."""
     path: Path | None = None
     """Folder inside the pods, for example on one of `volumes`."""
@@ -111,7 +121,7 @@ class DatasetSource(ApiModel):
 
     id: Repository | None = None
     """Dataset repository on the Hub."""
-    revision: ShortText | None = None
+    revision: Revision | None = None
     """Branch, tag or commit of `id`; `main` when left out. `prepare` resolves it to a commit."""
     name: ShortText | None = None
     """Configuration of a Hub dataset that has several."""
@@ -191,10 +201,10 @@ class Hub(ApiModel):
     """Where the result is published, and the token that reads private or gated sources."""
 
     repo: Repository | None = None
-    """Repository that receives the result; created when it does not exist. Without it nothing is published."""
+    """Repository that receives the result; created when it does not exist. Its README.md is replaced, and files of an earlier result of Luthier that are no longer part of it are removed. Without it nothing is published."""
     private: bool = True
     """Whether a repository that is created is private."""
-    branch: ShortText = "main"
+    branch: Branch = "main"
     """Branch that receives the commit."""
     token_secret: SecretKey | None = None
     """Token of the Hub; only the pods of `prepare` and `publish` get it."""
@@ -244,7 +254,7 @@ class JobControl(ApiModel):
     suspend: bool = False
     """Stop the pods after a checkpoint, hold no resources, and go on when it becomes false."""
     active_deadline_seconds: Annotated[Seconds, Field(ge=1)] | None = None
-    """Seconds from the start of the first phase after which the job is stopped and fails; no limit when left out."""
+    """Seconds from the start of the first phase after which the job is stopped and fails; no limit when left out. The clock starts again when a planned or ended job goes on."""
     ttl_seconds_after_finished: Seconds | None = None
     """Seconds after which a finished job is deleted; it stays when left out. Its workspace stays unless `workspace.whenDeleted` says otherwise."""
     plan_only: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from enum import StrEnum
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
@@ -13,6 +14,24 @@ from luthier_api.conditions import ConditionType
 
 Phase = Literal["prepare", "run", "publish"]
 PHASES: tuple[Phase, ...] = ("prepare", "run", "publish")
+
+
+class State(StrEnum):
+    """What kubectl shows as STATE; while something stands in the way, the reason of a condition takes their place."""
+
+    PENDING = "Pending"
+    WAITING = "Waiting"
+    PREPARING = "Preparing"
+    PLANNED = "Planned"
+    QUEUED = "Queued"
+    STARTING = "Starting"
+    RUNNING = "Running"
+    RESTARTING = "Restarting"
+    PUBLISHING = "Publishing"
+    SUSPENDED = "Suspended"
+    COMPLETE = "Complete"
+    FAILED = "Failed"
+    INVALID = "Invalid"
 
 
 def finite(figures: Mapping[str, float]) -> dict[str, float]:
@@ -191,6 +210,8 @@ class JobStatus(ApiModel):
     """Where the job stands, a condition for each thing that can be true of it."""
     start_time: str | None = None
     """When the first phase began; deadlines count from here."""
+    deadline_start_time: str | None = None
+    """When the job last went on after it had rested, planned or ended: from then on, deadlines count from here."""
     run_start_time: str | None = None
     """When the pods of `run` first ran."""
     completion_time: str | None = None
@@ -203,6 +224,8 @@ class JobStatus(ApiModel):
     """Where the run stands, read every few seconds."""
     checkpoint: Checkpoint | None = None
     """The newest checkpoint that a restart would go on from."""
+    broken_checkpoints: int | None = None
+    """How many checkpoints lie set aside, because their files did not match their manifest."""
     restarts: int = 0
     """Of the group of pods; of a GenerateJob, those of all shards together."""
     restarts_charged: int = 0

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import cel
 from pydantic import BaseModel, ValidationError
 
 from luthier_api.base import ApiModel
-from luthier_api.kinds import FineTuneJob, GenerateJob, parse_job
+from luthier_api.kinds import KINDS, FineTuneJob, GenerateJob
 
 
 class InvalidJob(ValueError):
@@ -22,17 +23,41 @@ class InvalidJob(ValueError):
 
 
 def check_job(document: dict[str, Any]) -> FineTuneJob | GenerateJob:
-    """The job that `document` describes, with its defaults. Raises InvalidJob with every problem found."""
+    """The job that `document` describes, with its defaults and without its status, which is not the user's to write.
+
+    As strict as the API server: fields by their outer names, values of their own type. Raises InvalidJob with every problem found.
+    """
+    info = next((info for kind, info in KINDS.items() if kind == document.get("kind")), None)
+    if info is None:
+        raise InvalidJob([f"kind: {document.get('kind')!r} is not one of {', '.join(KINDS)}"])
+    given = as_stored({k: v for k, v in document.items() if k != "status"}, info.model)
     try:
-        job = parse_job(document)
+        job = info.model.model_validate(given, strict=True, by_alias=True, by_name=False)
     except ValidationError as error:
         raise InvalidJob([_line(e, document) for e in error.errors()]) from None
-    except ValueError as error:
-        raise InvalidJob([str(error)]) from None
-    problems = [message for _, message in broken_rules(job)]
-    if problems:
+    if problems := [_with_path(path, message) for path, message in broken_rules(job)]:
         raise InvalidJob(problems)
     return job
+
+
+def as_stored(value: Any, annotation: Any) -> Any:
+    """`value` as the API server reads it: null is no value for a field that it knows, and JSON does not tell 64.0 from 64."""
+    model = _model_in(annotation)
+    if isinstance(value, list):
+        return [as_stored(item, annotation) for item in value]
+    if isinstance(value, dict) and model:
+        known = {f.alias or n: f.annotation for n, f in model.model_fields.items()}
+        return {k: as_stored(v, known[k]) if k in known else v for k, v in value.items() if v is not None or k not in known}
+    if isinstance(value, dict) and get_origin(annotation) is dict:
+        free = get_args(annotation)[1] is Any  # such as the arguments of an architecture, where null may mean something
+        return value if free else {k: v for k, v in value.items() if v is not None}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _with_path(path: str, message: str) -> str:
+    """A rule names its object at the beginning of its message; here that becomes the object's whole path, with indexes."""
+    name = path.rpartition(".")[2].partition("[")[0]
+    return path + message.removeprefix(name) if name and re.match(rf"{name}[.:]", message) else message
 
 
 def broken_rules(model: ApiModel, path: str = "") -> Iterator[tuple[str, str]]:

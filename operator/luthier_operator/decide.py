@@ -19,8 +19,9 @@ from luthier_operator.phases.accept import accept
 from luthier_operator.phases.finish import finish, retire
 from luthier_operator.phases.limits import deadline, suspend
 from luthier_operator.phases.prepare import prepare
-from luthier_operator.phases.publish import publish, reopen
+from luthier_operator.phases.publish import publish
 from luthier_operator.phases.record import record
+from luthier_operator.phases.reopen import reopen
 from luthier_operator.phases.run import run
 from luthier_operator.phases.step import Situation, Step
 from luthier_operator.settings import Settings
@@ -33,7 +34,9 @@ def decide(observed: Observed, settings: Settings, now: datetime) -> Decision:
     old = observed.job.status
     if observed.job.metadata.deletion_timestamp:
         return Decision(status=old)  # the garbage collector takes the children
-    s = reopen(record(Situation(observed, settings, now, old)))
+    s = record(Situation(observed, settings, now, old))
+    if reopened := reopen(s):
+        return told(observed, Decision(reopened.status))
     apply: list[Object] = []
     delete: list[ChildRef] = []
     requeue: list[float] = []

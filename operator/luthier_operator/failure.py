@@ -155,8 +155,10 @@ def grouped(known: Sequence[Attempt], ends: Sequence[PodEnd], before: int, step:
 def single(known: Sequence[Attempt], ends: Sequence[PodEnd], phase: Phase) -> list[Attempt]:
     """Attempts of pods that stand for themselves: each failed one."""
     found = list(known)
+    # What has made room for newer ones is still among the ends: it would be numbered anew at each look.
+    oldest = (known[0].time or "", known[0].pod or "") if len(known) >= KEPT else ("", "")
     for end in sorted(ends, key=lambda e: (e.finished_at, e.pod)):
-        if end.exit_code != 0 and end.pod not in {a.pod for a in found}:
+        if end.exit_code != 0 and (text(end.finished_at), end.pod) >= oldest and end.pod not in {a.pod for a in found}:
             number = end.attempt or max(
                 (a.attempt + 1 for a in found if a.phase == phase and a.rank == (end.index if phase == "run" else None)), default=0
             )

@@ -77,6 +77,8 @@ class Observed:
     progress: Progress | None = None
     """Read from the pods' metrics lately."""
     checkpoint_step: int | None = None
+    """Of the newest verified checkpoint, 0 for none, as a pod that has not ended serves it."""
+    broken_checkpoints: int | None = None
     sources: Mapping[str, FineTuneJob] = field(default_factory=dict)
     """The FineTuneJobs that it names and that exist, by name."""
     jobset_installed: bool = True

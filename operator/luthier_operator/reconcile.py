@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from luthier_api.conditions import ConditionType, Reason
 from luthier_api.kinds import parse_job
-from luthier_api.status import Condition
+from luthier_api.status import Condition, State
 from luthier_operator import render
 from luthier_operator.client import RESOURCES, ApiError, Client
 from luthier_operator.decide import decide, refused
@@ -117,7 +117,7 @@ class Reconciler:
                 if manifest["kind"] == "PersistentVolumeClaim":
                     made = await self._client.claim(manifest)
                     if small := render.shortfall(manifest, made):
-                        self._events.record(found, Event("Warning", "SmallWorkspace", small))
+                        self._events.record(found, Event("Warning", Reason.SMALL_WORKSPACE, small))
                 else:
                     made = await self._client.apply(manifest)
             except ApiError as error:
@@ -210,7 +210,7 @@ def invalid_status(found: Object, message: str) -> Object:
         observed_generation=generation,
     ).dump()  # fmt: skip
     others = [c for c in before.get("conditions", []) if c.get("type") != ConditionType.ACCEPTED]
-    status: Object = before | {"state": "Invalid", "conditions": [condition, *others]} | ({"observedGeneration": generation} if generation else {})
+    status: Object = before | {"state": State.INVALID, "conditions": [condition, *others]} | ({"observedGeneration": generation} if generation else {})
     return status
 
 

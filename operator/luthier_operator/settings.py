@@ -17,6 +17,8 @@ from luthier_api.spec import Bytes, Cores, ObjectName
 Names = Annotated[tuple[ObjectName, ...], NoDecode]
 """Written with commas between."""
 
+NO_IMAGE = "REGISTRY/trainer:0.1.0"
+
 
 class Settings(BaseSettings):
     """Settings of the operator; field docstrings are the documentation. A wrong one ends the start, with the variable's name."""
@@ -27,8 +29,8 @@ class Settings(BaseSettings):
         frozen=True, use_attribute_docstrings=True, extra="ignore",
     )  # fmt: skip
 
-    trainer_image: str = "luthier/trainer:0.1.0"
-    """Image of every pod of a job."""
+    trainer_image: Annotated[str, Field(min_length=1)] = NO_IMAGE
+    """Image of every pod of a job; the default only fills a place in what `luthier render` prints."""
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     """When the nodes pull that image."""
     image_pull_secrets: Names = ()

@@ -11,7 +11,7 @@ from typing import Literal
 from luthier_api.conditions import ConditionType, Reason
 from luthier_api.kinds import FineTuneJob
 from luthier_api.metrics import figure
-from luthier_api.status import Condition, JobStatus, Progress
+from luthier_api.status import Condition, JobStatus, Progress, State
 from luthier_operator.model import Job
 
 Value = Literal["True", "False", "Unknown"]
@@ -19,9 +19,9 @@ MESSAGE_CHARACTERS = 4096  # as much as a pod can say; describe and etcd bear it
 
 C, R = ConditionType, Reason
 # What people would call it, where the reason is not that word already.
-WORDS: dict[str, str] = {
-    R.WAITING_FOR_JOB: "Waiting", R.WAITING_FOR_QUEUE: "Queued", R.WAITING_FOR_PODS: "Pending", R.WAITING_FOR_VOLUME: "Pending",
-    R.JOB_SET_MISSING: "Pending", R.PLAN_ONLY: "Planned", R.RESUMED: "Starting",
+WORDS: dict[str, State] = {
+    R.WAITING_FOR_JOB: State.WAITING, R.WAITING_FOR_QUEUE: State.QUEUED, R.WAITING_FOR_PODS: State.PENDING, R.WAITING_FOR_VOLUME: State.PENDING,
+    R.JOB_SET_MISSING: State.PENDING, R.PLAN_ONLY: State.PLANNED, R.PUBLISHED: State.PUBLISHING,
 }  # fmt: skip
 
 
@@ -52,19 +52,19 @@ def without_condition(status: JobStatus, type: ConditionType) -> JobStatus:
 
 
 def state(status: JobStatus, done: ConditionType) -> str:
-    """One word for people. `done` is the condition that says that `run` has ended well."""
-    for end in (C.FAILED, C.COMPLETE, C.SUSPENDED):
+    """One word for people: of `State`, or what stands in the way. `done` is the condition that says that `run` has ended well."""
+    for end, word in ((C.FAILED, State.FAILED), (C.COMPLETE, State.COMPLETE), (C.SUSPENDED, State.SUSPENDED)):
         if status.is_true(end):
-            return end.value
+            return word
     prepared = status.condition(C.PREPARED)
     if status.is_true(done):
-        shown, otherwise = C.PUBLISHED, "Publishing"
+        shown, otherwise = C.PUBLISHED, State.PUBLISHING
     elif prepared and prepared.status == "True" and prepared.reason != R.PLAN_ONLY:
-        shown, otherwise = C.RUNNING, "Starting"
+        shown, otherwise = C.RUNNING, State.STARTING
     elif status.is_true(C.ACCEPTED):
-        shown, otherwise = C.PREPARED, "Preparing"
+        shown, otherwise = C.PREPARED, State.PREPARING
     else:
-        shown, otherwise = C.ACCEPTED, "Pending"
+        shown, otherwise = C.ACCEPTED, State.PENDING
     condition = status.condition(shown)
     return WORDS.get(condition.reason, condition.reason) if condition else otherwise
 

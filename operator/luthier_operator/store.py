@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import NamedTuple, TypeVar
 
 from luthier_api.kinds import KINDS, FineTuneJob, GenerateJob, JobKind, parse_job
-from luthier_api.metrics import checkpoint_step, progress_of, samples_at_end
+from luthier_api.metrics import CHECKPOINT_STEP, broken_checkpoints, checkpoint_step, progress_of, samples_at_end
 from luthier_api.status import Progress
 from luthier_operator import naming
 from luthier_operator.ends import Ends
@@ -77,7 +77,8 @@ class Store:
             pods=list(self._pods.get(owner, {}).values()),
             ended=ends.all() if (ends := self._ended.get(owner)) else [],
             progress=self._progress(job, owner),
-            checkpoint_step=checkpoint_step(self._samples.get(owner, {}).get(0, {})),
+            checkpoint_step=checkpoint_step(first := self._samples.get(owner, {}).get(0, {})),
+            broken_checkpoints=broken_checkpoints(first),
             sources=self._sources(job),
             jobset_installed=self.jobset_installed,
         )
@@ -194,6 +195,8 @@ class Store:
         end = pod_end(pod, self._now())
         if end is None or not self._ended.setdefault(owner, Ends()).put(end):
             return
+        if end.phase == "run":  # its last word is newer than what was last read of it, and the next pod finds its own
+            self._samples.get(owner, {}).get(0, {}).pop(CHECKPOINT_STEP.name, None)
         if end.exit_code == 0 and end.message and (last := samples_at_end(end.message.metrics)):
             self.put_samples(owner, {end.index: last})
 

@@ -157,6 +157,12 @@ CASES: list[Case] = [
     Case("method.targetModules:", {"spec.method.targetModules": ["all-linear", "q_proj"]}, {"spec.method.targetModules": ["q_proj", "v_proj"]}),
     Case("spec.strategy: ZeRO-3", {"spec.method": {"type": "qlora"}, "spec.strategy": "zero3"}, {"spec.method": {"type": "qlora"}, "spec.strategy": "zero2"}),
     Case("spec.training.packing:", {"spec.task": "text-classification", "spec.training": {"packing": True}}, {"spec.training": {"packing": True}}),
+    Case("training.warmupSteps: schedule", {"spec.training": {"schedule": "constant", "warmupSteps": 10}},
+         {"spec.training": {"schedule": "constant_with_warmup", "warmupSteps": 10}}),
+    Case("training.warmupSteps: training would end", {"spec.training": {"maxSteps": 10, "warmupSteps": 10}}, {"spec.training": {"maxSteps": 10, "warmupSteps": 9}}),
+    *(Case("spec.training.evalSteps:", {"spec.training.evalSteps": 10}, {"spec.training.evalSteps": 10, f"spec.dataset.{held_out}": value}) for held_out, value in [
+        ("evalSplit", "train[90%:]"), ("evalFiles", ["/data/eval.txt"]), ("evalFraction", 0.1),
+    ]),
     Case("spec.model.config: text-classification", {"spec.task": "text-classification", "spec.model": {"config": {"modelType": "bert"}}, "spec.method": {"type": "full"}},
          {"spec.task": "text-classification", "spec.model": {"path": "/m"}, "spec.method": {"type": "full"}}),
     Case("spec.training.precision:", {"spec.resources": {"gpusPerNode": 0}, "spec.training": {"precision": "fp16"}}, {"spec.training": {"precision": "fp16"}}),
@@ -206,7 +212,10 @@ def toleration(**fields: str) -> Change:
 BYTES = (("0", "0.0Gi", "-1Gi", "100m", "1e3", "many"), ("1Gi", "0.5Ti", "1000000000"))
 CORES = (("0", "0m", "-1", "1Gi"), ("1", "0.5", "500m", "10"))
 NAMES = (("Mine", "my_claim", "-a", "a-", "a..b", "a/b"), ("a", "my-claim", "v1.models"))
-HUB_NAMES = (("a/b/c", "a b", ".a/b", "a/b-", "https://hub/a"), ("gpt2", "Qwen/Qwen2.5-7B", "a/_b"))
+HUB_NAMES = (("a/b/c", "a b", ".a/b", "a/b-", "https://hub/a", "me/a--b", "me--x/a", "a..b", "me/x.git", "a" * 97, "me/" + "a" * 97),
+             ("gpt2", "Qwen/Qwen2.5-7B", "a/_b", "x.git/a", "a/b.-c", "a" * 96 + "/" + "b" * 96))  # fmt: skip
+REFS = (("", "a b", "-a", "/a", "a/", "a//b", "a..b", ".a", "a/.b", "a.lock", "a.lock/b", "a.", "a~1", "a^", "a:b", "a@{1}", "@"),
+        ("main", "v1.0", "refs/pr/3", "team/v2-b_c", "1f0a8e3", "a.locks", "a@b"))  # fmt: skip
 WRITTEN: list[Written] = [
     # field, how to set it, what is refused, what passes
     Written("spec.model.id", lambda t: {"spec.model.id": t}, *HUB_NAMES),
@@ -216,6 +225,11 @@ WRITTEN: list[Written] = [
     Written("spec.inputs.dataset.id", lambda t: {"spec.inputs": {"dataset": {"id": t}}}, *HUB_NAMES, GENERATE),
     Written("spec.adapters[].id", lambda t: {"spec.adapters": [{"id": t}]}, *HUB_NAMES, GENERATE),
     Written("spec.adapters[].job", lambda t: {"spec.adapters": [{"job": t}]}, ("Base", "a.b", "a-"), ("base", "b-2"), GENERATE),
+    Written("spec.model.revision", lambda t: {"spec.model.revision": t}, *REFS),
+    Written("spec.dataset.revision", lambda t: {"spec.dataset": {"id": "org/data", "revision": t}}, *REFS),
+    Written("spec.inputs.dataset.revision", lambda t: {"spec.inputs": {"dataset": {"id": "org/data", "revision": t}}}, *REFS, GENERATE),
+    Written("spec.adapters[].revision", lambda t: {"spec.adapters": [{"id": "org/a", "revision": t}]}, *REFS, GENERATE),
+    Written("spec.hub.branch", lambda t: {"spec.hub": {"branch": t, "tokenSecret": SECRET}}, *REFS),
     Written("spec.hub.repo", lambda t: {"spec.hub": {"repo": t, "tokenSecret": SECRET}}, *HUB_NAMES),
     Written("spec.hub.tokenSecret.name", lambda t: {"spec.hub": {"tokenSecret": {"name": t}}}, *NAMES),
     Written("spec.hub.tokenSecret.key", lambda t: {"spec.hub": {"tokenSecret": {"name": "hf", "key": t}}}, ("a/b", "a b", ".", "..", "..a"), ("HF_TOKEN", ".token", "a.b")),
@@ -237,6 +251,33 @@ WRITTEN: list[Written] = [
     Written("spec.scheduling.nodeSelector{}", lambda t: {"spec.scheduling.nodeSelector": {"gpu": t}}, ("a b", "-a", "a/b"), ("", "h100", "A_100.80")),
     Written("spec.scheduling.tolerations[].key", lambda t: toleration(key=t), ("", "a b", "/a"), ("gpu", "nvidia.com/gpu")),
     Written("spec.scheduling.tolerations[].value", lambda t: toleration(value=t), ("a b", "a/b"), ("", "h100")),
+]  # fmt: skip
+
+
+def specified(**spec: Any) -> Document:
+    """A FineTuneJob with these fields of its spec as they are, also those that say null."""
+    return {**FINE_TUNE, "spec": FINE_TUNE["spec"] | spec}
+
+
+# Where a reader that means well and the API server could disagree.
+STRANGE: list[tuple[str, Document, str | None]] = [
+    # given                               manifest                                                       what `luthier` says; None: it passes
+    ("a name of Python's",                specified(resources={"gpus_per_node": 0}),                     "spec.resources.gpus_per_node: unknown field. Did you mean 'gpusPerNode'?"),
+    ("a text for a number",               specified(training={"batchSize": "16"}),                       "spec.training.batchSize: input should be a valid integer (it is '16')"),
+    ("a text for yes or no",              specified(training={"packing": "yes"}),                        "spec.training.packing: input should be a valid boolean (it is 'yes')"),
+    ("yes for a number",                  specified(training={"epochs": True}),                          "spec.training.epochs: input should be a valid number (it is True)"),
+    ("a part of a number",                specified(training={"maxLength": 64.5}),                       "spec.training.maxLength: input should be a valid integer (it is 64.5)"),
+    ("a number for a text",               specified(resources={"cpu": 16}),                              "spec.resources.cpu: input should be a valid string (it is 16)"),
+    ("null for what must be there",       specified(model=None),                                         "spec.model: required"),
+    ("null for what does not exist",      specified(zebra=None),                                         "spec.zebra: unknown field"),
+    ("null in a list",                    specified(method={"targetModules": [None]}),                   "spec.method.targetModules[0]: input should be a valid string (it is None)"),
+    ("null where there is a default",     specified(training=None, workspace=None),                      None),
+    ("null where there is none",          specified(hub=None),                                           None),
+    ("null below a default",              specified(training={"batchSize": None, "epochs": 2}),          None),
+    ("null for a label",                  specified(scheduling={"nodeSelector": {"gpu": None}}),         None),
+    ("a whole number with a point",       specified(training={"maxLength": 64.0}),                       None),
+    ("a whole number for a fraction",     specified(training={"learningRate": 1}),                       None),
+    ("a status",                          FINE_TUNE | {"status": {"state": "Running"}},                  None),
 ]  # fmt: skip
 
 EXISTING: dict[str, Document] = {

@@ -16,6 +16,7 @@ from cases.api import (
     FIXED,
     GENERATE,
     LIVE,
+    STRANGE,
     WRITTEN,
     Case,
     Document,
@@ -75,6 +76,12 @@ def test_a_format_refuses_and_lets_pass(written: Written) -> None:
     for text in written.accepted:
         accepted = create(changed(written.base, written.change(text)))
         assert accepted.returncode == 0, accepted.stderr
+
+
+@pytest.mark.parametrize(("document", "says"), [s[1:] for s in STRANGE], ids=[s[0] for s in STRANGE])
+def test_a_strange_manifest_is_judged_as_on_a_laptop(document: Document, says: str | None) -> None:
+    answer = create(document)
+    assert (answer.returncode == 0) == (says is None), answer.stderr
 
 
 @pytest.mark.parametrize("base", [FINE_TUNE, GENERATE], ids=["FineTuneJob", "GenerateJob"])

@@ -13,11 +13,13 @@ from luthier_operator.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("cluster")  # which brings helm
 CHART = Path(__file__).parents[2] / "charts/luthier"
+IMAGES = {"image.repository": "registry.example/operator", "trainer.image.repository": "registry.example/trainer"}
 
 
-def template(values: str, *options: str, release: str = "luthier") -> subprocess.CompletedProcess[str]:
+def template(values: str, *options: str, release: str = "luthier", images: dict[str, str] = IMAGES) -> subprocess.CompletedProcess[str]:
     """`values` as YAML."""
-    command = ["helm", "template", release, str(CHART), "--kube-version", "1.30.0", "--values", "-", *options]
+    needed = [word for name, image in images.items() for word in ("--set", f"{name}={image}")]
+    command = ["helm", "template", release, str(CHART), "--kube-version", "1.30.0", "--values", "-", *needed, *options]
     return subprocess.run(command, input=values, capture_output=True, text=True, check=False)
 
 
@@ -49,7 +51,7 @@ VALUES = [
     ("how often progress is read", "jobs: {progressEvery: 2.5}", "progress_every", 2.5),
     ("a mirror", "hub: {endpoint: https://hub.example}", "hub_endpoint", "https://hub.example"),
     ("namespaces", "watchNamespaces: [team-a, team-b]", "namespaces", ("team-a", "team-b")),
-    ("an image by digest", "trainer: {image: {digest: 'sha256:" + "a" * 64 + "'}}", "trainer_image", f"luthier/trainer@sha256:{'a' * 64}"),
+    ("an image by digest", "trainer: {image: {digest: 'sha256:" + "a" * 64 + "'}}", "trainer_image", f"registry.example/trainer@sha256:{'a' * 64}"),
 ]
 
 
@@ -69,8 +71,15 @@ def test_options_become_settings(monkeypatch: pytest.MonkeyPatch, option: str, f
 
 
 def test_without_values_the_settings_are_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    defaults = Settings()
+    defaults = Settings(trainer_image="registry.example/trainer:0.1.0")
     assert settings(monkeypatch, "") == defaults
+
+
+@pytest.mark.parametrize("missing", IMAGES)
+def test_no_image_of_a_strangers_is_run_by_default(missing: str) -> None:
+    refused = template("", images={name: image for name, image in IMAGES.items() if name != missing})
+    assert refused.returncode != 0
+    assert f"{missing}: needed, the repository of an image that you have built and pushed: --set {missing}=REGISTRY/" in refused.stderr
 
 
 REFUSED = [

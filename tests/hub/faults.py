@@ -3,6 +3,7 @@
 PUT /_control {"status": 503, "for_seconds": 20}                     everything, for a time, instead of earlier faults
 POST /_control {"status": 500, "count": 2, "path": "/commit/"}       also the next two requests whose path has this in it
 POST /_control {"delay_seconds": 30, "method": "PUT", "count": 1}    also one upload that hangs, then goes on
+POST /_control {"status": 504, "lost": true, "path": "/commit/"}     also a commit that is made, and the client never knows
 GET /_control                                                        {"faults": [...], "requests": [...]}
 DELETE /_control                                                     no faults, empty log
 """
@@ -22,6 +23,8 @@ class Fault:
     path: str = ""
     method: str = ""
     delay_seconds: float = 0.0
+    message: str = "Fault on demand"
+    lost: bool = False  # the request is done first: only its answer is another
     began: float = field(default_factory=time.monotonic)
 
     @property

@@ -222,8 +222,11 @@ def changed(files: dict[str, File], lines: list[dict[str, Any]], store: Store) -
                 except FileNotFoundError as error:
                     raise Refused(400, f"LFS pointer of {value['path']} points to a file that does not exist") from error
             case "deletedFile":
-                tree.pop(value["path"], None)
+                if tree.pop(value["path"], None) is None:
+                    raise Refused(404, f"A file with this name doesn't exist: {value['path']}", "EntryNotFound")
             case "deletedFolder":
                 inside = value["path"].rstrip("/") + "/"
+                if not any(path.startswith(inside) for path in tree):
+                    raise Refused(404, f"A folder with this name doesn't exist: {value['path']}", "EntryNotFound")
                 tree = {path: file for path, file in tree.items() if not path.startswith(inside)}
     return tree

@@ -28,10 +28,12 @@ async def through(request: web.Request, handler: Handler) -> web.StreamResponse:
     if fault:
         await asyncio.sleep(fault.delay_seconds)
     try:
-        if fault and fault.status is not None:
-            raise access.Refused(fault.status, "Fault on demand")
+        if fault and fault.status is not None and not fault.lost:
+            raise access.Refused(fault.status, fault.message)
         access.check_credentials(who)
         response = await handler(request)
+        if fault and fault.status is not None:
+            raise access.Refused(fault.status, fault.message)
     except access.Refused as refusal:
         response = refusal.response()
     except web.HTTPNotFound:

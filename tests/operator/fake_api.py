@@ -1,7 +1,8 @@
 """An API server in memory, over HTTP: lists, watches and versions as the real one has them, and faults on request.
 
 What the operator relies on is here: resource versions, watch events with bookmarks and 410, server-side apply (as a merge that does
-nothing when nothing changes), the status subresource with its conflict, immutable templates, deletion with a uid, owner references.
+nothing when nothing changes), the status subresource with its conflict, immutable templates, deletion with a uid, owner references,
+and the rights of the chart's role.
 Neighbour: `fake_cluster` adds the controllers and the kubelet.
 """
 
@@ -18,6 +19,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from aiohttp import web
+from rights import GRANTED, VERBS, Right
 
 from luthier_api.kinds import parse_job
 from luthier_api.status import JobStatus
@@ -77,6 +79,8 @@ class FakeApi:
         self.on_kill: Callable[[str], None] = lambda sender: None
         self.missing: set[str] = set()
         self.lost: Callable[[str, Object], bool] = lambda event, found: False
+        self.used: set[Right] = set()
+        self.refused: set[Right] = set()
         self.watched: set[str] = set()  # kinds that somebody has begun to watch
         self._changed = asyncio.Event()
         self._breaks = 0
@@ -231,6 +235,10 @@ class FakeApi:
     async def _resource(self, request: web.Request, resource: Resource, ns: str, name: str, sub: str, sender: str) -> web.StreamResponse:
         kind, body = resource.kind, json.loads(await request.text() or "null", parse_constant=no_number)
         call = Call(request.method, kind, name, sub, sender, body)
+        verb = VERBS.get(request.method) or ("watch" if "watch" in request.query else "get" if name else "list")
+        self._permit(resource, sub, verb)
+        if request.content_type == "application/apply-patch+yaml" and (kind, ns, name) not in self.objects:
+            self._permit(resource, sub, "create")
         if request.method == "GET":
             if "watch" in request.query:
                 return await self._watch(request, resource, ns)
@@ -252,6 +260,13 @@ class FakeApi:
         if fault and fault.reset == "after":
             return self._cut_off(request, fault, sender)
         return web.json_response(done)
+
+    def _permit(self, resource: Resource, sub: str, verb: str) -> None:
+        right = Right(resource.group, f"{resource.plural}/{sub}".rstrip("/"), verb)
+        if right not in GRANTED:
+            self.refused.add(right)
+            raise Refused(403, "Forbidden", f"may not {right}")
+        self.used.add(right)
 
     def _cut_off(self, request: web.Request, fault: Fault, sender: str) -> web.Response:
         if fault.kill:

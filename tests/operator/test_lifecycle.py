@@ -158,6 +158,33 @@ async def test_plan_only_stops_after_prepare_and_goes_on_later() -> None:
         await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
 
 
+async def test_what_was_complete_is_published_when_that_is_wanted() -> None:
+    async with FakeCluster() as cluster, running(cluster):
+        job = cluster.create(fine_tune())
+        await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
+        for hub in (HUB, HUB | {"branch": "other"}):
+            cluster.change(job, lambda o, hub=hub: o["spec"].update(hub=hub))
+            await until("taken back", lambda: not finished(cluster, "FineTuneJob", "tune"))
+            await until("complete again", lambda: finished(cluster, "FineTuneJob", "tune"))
+            assert holds(cluster, "FineTuneJob", "tune", "Published")
+            assert status(cluster, "FineTuneJob", "tune")["hub"]["revision"] == "c" * 40
+        assert [p.phase for p in cluster.started].count("publish") == 2
+
+
+async def test_more_time_lets_a_job_go_on() -> None:
+    def script(pod: Pod) -> Outcome:
+        return Outcome(hold=True) if pod.phase == "run" and not enough else all_well(pod)
+
+    enough = False
+    async with FakeCluster(script) as cluster, running(cluster):
+        job = cluster.create(fine_tune(activeDeadlineSeconds=1))
+        await until("failed", lambda: holds(cluster, "FineTuneJob", "tune", "Failed"))
+        enough = True
+        cluster.change(job, lambda o: o["spec"].update(activeDeadlineSeconds=600))
+        await until("complete", lambda: holds(cluster, "FineTuneJob", "tune", "Complete"))
+        assert not holds(cluster, "FineTuneJob", "tune", "Failed")
+
+
 @pytest.mark.parametrize(("kept", "left"), [("Keep", ["PersistentVolumeClaim"]), ("Delete", [])])
 async def test_deletion_takes_every_child_and_the_volume_only_where_the_job_says_so(kept: str, left: list[str]) -> None:
     async with FakeCluster(at("run", Outcome(hold=True))) as cluster, running(cluster):

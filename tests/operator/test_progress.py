@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import Callable
 
 import aiohttp
+import pytest
 from aiohttp import web
 from fake_cluster import FakeCluster, Object, Outcome, Pod, all_well, said
 from harness import condition, fine_tune, generate, running, settings, until
 
 from luthier_operator import naming
-from luthier_operator.progress import Scraper
+from luthier_operator.progress import Scraper, pod_url
 from luthier_operator.store import Store
 
 
@@ -57,6 +58,23 @@ async def test_step_and_loss_of_rank_0_come_into_the_status() -> None:
         found = await until("progress", lambda: cluster.get("FineTuneJob", "tune").get("status", {}).get("progress"))
         assert {k: found[k] for k in ("step", "maxSteps", "percent", "loss")} == {"step": 12, "maxSteps": 30, "percent": 40, "loss": 2.346}
         assert cluster.get("FineTuneJob", "tune")["status"]["checkpoint"]["step"] == 10
+
+
+async def test_a_broken_checkpoint_is_told_of() -> None:
+    broken = 0
+
+    def text(index: int) -> str:
+        return f"luthier_train_step 12\nluthier_train_max_steps 30\nluthier_checkpoint_last_step {10 - broken}\nluthier_checkpoints_broken {broken}\n"
+
+    async with FakeCluster(held) as cluster, PodMetrics(text) as pods, running(cluster, settings(progress_every=0.05), url=pods.url):
+        cluster.create(fine_tune())
+        await until("a checkpoint", lambda: cluster.get("FineTuneJob", "tune").get("status", {}).get("checkpoint"))
+        assert "brokenCheckpoints" not in cluster.get("FineTuneJob", "tune")["status"]
+        broken = 1
+        event = await until("an event", lambda: next((e for e in cluster.all("Event") if e["reason"] == "CheckpointBroken"), None))
+        assert (event["type"], event["message"].split("; ")[-1]) == ("Warning", "the run goes on from step 9")
+        found = cluster.get("FineTuneJob", "tune")["status"]
+        assert (found["checkpoint"]["step"], found["brokenCheckpoints"]) == (9, 1)
 
 
 async def test_rows_of_shards_that_have_ended_keep_counting() -> None:
@@ -141,6 +159,14 @@ async def test_a_pod_sends_us_nowhere_else() -> None:
         assert await scraper._read(session, {"metadata": {"name": "pod"}}) == {}
     await runner.cleanup()
     assert asked == []
+
+
+ADDRESSES = [("10.1.2.3", "http://10.1.2.3:9464/metrics"), ("fd00::7", "http://[fd00::7]:9464/metrics")]
+
+
+@pytest.mark.parametrize(("address", "expect"), ADDRESSES, ids=["IPv4", "IPv6"])
+def test_where_the_metrics_of_a_pod_are(address: str, expect: str) -> None:
+    assert pod_url({"status": {"podIP": address}}) == expect
 
 
 async def test_pods_that_do_not_answer_are_no_error() -> None:

@@ -82,6 +82,13 @@ async def test_backoff_has_a_limit() -> None:
     assert [queue.retry(key("a")) for _ in range(40)][-1] == BACKOFF_LIMIT
 
 
+async def test_keys_that_fail_together_do_not_come_back_together() -> None:
+    queue = Queue(Clock(), 1.0)
+    delays = {queue.retry(key(str(n))) for n in range(100)}
+    assert len(delays) > 50
+    assert 0.5 <= min(delays) <= max(delays) <= 1.0, "never later than the back-off says"
+
+
 async def test_no_more_workers_than_asked_and_none_of_the_keys_lost() -> None:
     queue, at_work, most, seen = Queue(), 0, 0, []
 
@@ -120,3 +127,23 @@ async def test_work_under_way_is_finished_when_the_operator_stops() -> None:
     serving.cancel()
     await asyncio.gather(serving, return_exceptions=True)
     assert ended.is_set()
+
+
+async def test_work_that_never_ends_does_not_hold_the_stop_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("luthier_operator.queue.STOP_SECONDS", 0.05)
+    queue, began, cut = Queue(), asyncio.Event(), asyncio.Event()
+
+    async def work(_: Key) -> None:
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cut.set()
+
+    serving = asyncio.create_task(queue.serve(work, 1))
+    queue.add(key("a"))
+    await began.wait()
+    serving.cancel()
+    await asyncio.wait([serving], timeout=5)
+    assert serving.done()
+    await asyncio.wait_for(cut.wait(), 5)

@@ -10,7 +10,9 @@ from fake_api import Refused, merged
 from fake_cluster import FakeCluster
 from harness import condition, fine_tune, finished, running, until
 
-from luthier_operator.reconcile import InvalidSpec, essence, merge_patch, read_job
+from luthier_api.kinds import JobKind
+from luthier_operator.model import Key
+from luthier_operator.reconcile import InvalidSpec, essence, invalid_status, merge_patch, read_job
 
 PATCHES = [
     # given                 before                                after                             expect
@@ -75,6 +77,30 @@ async def test_a_job_that_cannot_be_understood_says_so_and_stops_nothing() -> No
         written = cluster.get("FineTuneJob", "broken")["metadata"]["resourceVersion"]
         await asyncio.sleep(0.3)
         assert cluster.get("FineTuneJob", "broken")["metadata"]["resourceVersion"] == written
+
+
+BEFORE = "2026-01-01T00:00:00Z"
+TURNS = [
+    # given: Accepted before     expect: the time of its last turn is kept
+    ("it was accepted",          "True",   False),
+    ("it was refused already",   "False",  True),
+    ("nothing was said yet",     None,     False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "kept"), [c[1:] for c in TURNS], ids=[c[0] for c in TURNS])
+def test_what_cannot_be_understood_any_more_has_turned(value: str | None, kept: bool) -> None:
+    others = [{"type": "Prepared", "status": "True", "reason": "Prepared", "lastTransitionTime": BEFORE}]
+    accepted = [{"type": "Accepted", "status": value, "reason": "x", "lastTransitionTime": BEFORE}] if value else []
+    status = invalid_status({"metadata": {"generation": 2}, "status": {"conditions": accepted + others, "restarts": 3}}, "spec.fancy: no")
+    first, *rest = status["conditions"]
+    assert (first["type"], first["status"], first["observedGeneration"], first["lastTransitionTime"] == BEFORE) == ("Accepted", "False", 2, kept)
+    assert (rest, status["restarts"], status["state"], status["observedGeneration"]) == (others, 3, "Invalid", 2)
+
+
+async def test_a_job_that_is_gone_wants_nothing() -> None:
+    async with FakeCluster() as cluster, running(cluster) as operator:
+        assert await operator._reconciler.reconcile(Key(JobKind.FINE_TUNE, "default", "gone")) is None
 
 
 async def test_fields_that_an_older_crd_drops_are_not_written_for_ever() -> None:

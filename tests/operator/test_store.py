@@ -8,9 +8,10 @@ import pytest
 from fake_cluster import said
 
 from luthier_api.kinds import JobKind, parse_job
+from luthier_api.status import Progress
 from luthier_operator import naming
 from luthier_operator.children import held
-from luthier_operator.ends import FAILURES_KEPT
+from luthier_operator.ends import FAILURES_KEPT, Ends
 from luthier_operator.model import ChildRef, Key
 from luthier_operator.store import Owner, Store
 
@@ -131,12 +132,47 @@ def test_every_shard_that_ended_well_is_remembered_and_each_once() -> None:
     assert {e.pod for e in seen(store).ended if e.index == 0} == {"pod-0-2"}, "an earlier one that is told of late"
 
 
+@pytest.mark.parametrize("code", [0, 70])
+def test_an_end_is_news_once(code: int) -> None:
+    """What is news takes the place of the figures that were read since."""
+    store, ends = Store(), Ends()
+    store.put(job())
+    store.put(ended("pod", code))
+    (end,) = seen(store).ended
+    assert [ends.put(end) for _ in range(2)] == [True, False]
+
+
 def test_a_pod_that_was_lost_with_its_node_may_have_ended_well() -> None:
     store = Store()
     store.put(job())
     store.put(owned("Pod", "pod", status={"phase": "Failed", "reason": "NodeLost"}))
     store.put(ended("pod", 0, version=3))
     assert [e.exit_code for e in seen(store).ended] == [0]
+
+
+def test_a_pod_may_end_well_without_a_word() -> None:
+    """Of an image that is not ours, or one whose output took the place of the message."""
+    silent = ended("pod", 0)
+    silent["status"]["containerStatuses"][0]["state"]["terminated"]["message"] = ""
+    store = Store()
+    store.put(job())
+    store.put(silent)
+    assert [(e.exit_code, e.message) for e in seen(store).ended] == [(0, None)]
+
+
+def test_what_a_pod_served_of_its_checkpoint_ends_with_it() -> None:
+    """Its last word is newer, and the pod after it may find less: a broken checkpoint is set aside."""
+    store, owner = Store(), Owner(TUNE, "uid-tune")
+    store.put(job())
+    read = {"luthier_checkpoint_last_step": 20, "luthier_checkpoints_broken": 0, "luthier_train_step": 25, "luthier_train_max_steps": 30}
+    store.put_samples(owner, {0: dict(read)})
+    assert (seen(store).checkpoint_step, seen(store).broken_checkpoints) == (20, 0)
+    store.put(ended("pod"))
+    assert (seen(store).checkpoint_step, seen(store).broken_checkpoints) == (None, 0)
+    assert (seen(store).progress or Progress()).step == 25
+    store.put_samples(owner, {0: read | {"luthier_checkpoint_last_step": 10, "luthier_checkpoints_broken": 1}})
+    store.put(ended("pod", version=3))  # told once more
+    assert (seen(store).checkpoint_step, seen(store).broken_checkpoints) == (10, 1)
 
 
 CHILD, POD = owned("Job", "ftj-tune-prepare"), ended("pod")

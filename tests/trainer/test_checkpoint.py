@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from luthier_trainer import checkpoint
 from luthier_trainer.checkpoint import facts_of, newest
 from luthier_trainer.ending import Failure
-from luthier_trainer.manifest import read_manifest, write_manifest
+from luthier_trainer.manifest import problems, read_manifest, write_manifest
 
 OURS = {"spec.method": {"type": "lora", "rank": 8}, "spec.strategy": "none"}
 
@@ -83,6 +84,33 @@ def test_all_broken(folder: Path) -> None:
     assert names(folder) == [".corrupt-checkpoint-10", ".corrupt-checkpoint-20"]
 
 
+def test_the_same_step_may_break_twice(folder: Path) -> None:
+    save(folder, 10)
+    for _ in range(2):
+        damage(save(folder, 20))
+        assert newest(folder, OURS) == folder / "checkpoint-10"
+    assert names(folder) == [".corrupt-checkpoint-20", "checkpoint-10"]
+
+
+ASIDE = [
+    # saved     damaged   set aside
+    ([10, 20],  [],       []),
+    ([10, 20],  [20],     [20]),
+    ([10, 20],  [10, 20], [10, 20]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "damaged", "expect"), ASIDE)
+def test_what_was_set_aside_can_be_counted(given: list[int], damaged: list[int], expect: list[int], folder: Path) -> None:
+    for step in given:
+        save(folder, step)
+    for step in damaged:
+        damage(folder / f"checkpoint-{step}")
+    newest(folder, OURS)
+    save(folder / ".staging-checkpoint-30", 30)
+    assert sorted(p.name for p in checkpoint.set_aside(folder)) == [f".corrupt-checkpoint-{step}" for step in expect]
+
+
 def test_left_overs_of_an_interrupted_save_are_removed(folder: Path) -> None:
     save(folder, 10)
     save(folder / ".staging-checkpoint-20", 20)
@@ -125,6 +153,12 @@ def test_commit_replaces_one_of_the_same_step(folder: Path) -> None:
     assert names(folder) == ["checkpoint-7"]
 
 
+def test_what_other_pods_write_may_be_seen_a_moment_later(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = staged(folder, 7, ["rng_state_0.pth"])
+    monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: (path / "rng_state_1.pth").write_bytes(b"state"))
+    assert checkpoint.commit(path, folder, 2, facts_of(OURS)) == folder / "checkpoint-7"
+
+
 def test_pods_that_do_not_share_the_volume(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "SHARED_VOLUME_SECONDS", 0.0)
     with pytest.raises(Failure) as caught:
@@ -132,6 +166,29 @@ def test_pods_that_do_not_share_the_volume(folder: Path, monkeypatch: pytest.Mon
     assert caught.value.code == 74
     assert caught.value.message.startswith("spec.workspace: only 1 of 2 processes could be seen writing")
     assert not (folder / "checkpoint-7").exists()
+
+
+def test_the_order_of_settings_makes_no_other_run(folder: Path) -> None:
+    ours = {"spec.task": "causal-lm", "spec.method": {"type": "lora", "rank": 8}}
+    save(folder, 10, ours)
+    assert newest(folder, {"spec.method": {"rank": 8, "type": "lora"}, "spec.task": "causal-lm"}) == folder / "checkpoint-10"
+
+
+def test_a_manifest_holds_what_lies_in_folders_below_and_may_be_written_anew(folder: Path) -> None:
+    (folder / "global_step7").mkdir()
+    (folder / "global_step7" / "rank_0.pt").write_bytes(b"state")
+    for _ in range(2):
+        assert [entry["path"] for entry in write_manifest(folder)["files"]] == ["global_step7/rank_0.pt"]
+        assert problems(folder) == []
+
+
+def test_what_a_manifest_names_is_durable_before_it_is_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name))
+    (folder / "a").write_bytes(b"1")
+    (folder / "b").write_bytes(b"2")
+    write_manifest(folder)
+    assert synced == ["a", "b", ".MANIFEST.json.partial", folder.name]
 
 
 ROTATIONS = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from datasets import DatasetDict
 from prepared_workspace import causal_lm_data, losses, prepared_run, prose, save_llama
 from transformers import AutoTokenizer
 
+from luthier_api.metrics import broken_checkpoints, checkpoint_step, read_samples
 from luthier_api.termination import TerminationMessage
 from luthier_trainer import train
 from luthier_trainer.callbacks import Heartbeat
@@ -85,11 +87,28 @@ def test_stopped(
     assert {k: v for k, v in metrics.items() if k != "seconds"} == {k: v for k, v in uninterrupted[1].items() if k != "seconds"}
 
 
+def served_at_first(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
+    """What the pod serves when its first step begins: filled by the runs to come."""
+    served: list[dict[str, float]] = []
+
+    class Reader(Heartbeat):
+        read = False
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if not self.read:
+                self.read = True
+                port = (run_dir() / "metrics-port").read_text()
+                served.append(read_samples(urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()))
+
+    monkeypatch.setattr(train, "Heartbeat", Reader)
+    return served
+
+
 def test_the_newest_checkpoint_is_broken(
-    tmp_path: Path, llama: Path, data: DatasetDict, uninterrupted: Any, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, llama: Path, data: DatasetDict, uninterrupted: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if the node had died while it wrote the result: the last checkpoint is damaged, the one before it good."""
-    run = make(tmp_path / "job", llama, data, saveSteps=10)
+    run, served = make(tmp_path / "job", llama, data, saveSteps=10), served_at_first(monkeypatch)
     train.main(run)
     shutil.rmtree(tmp_path / "job/result")
     newest = tmp_path / f"job/checkpoints/checkpoint-{STEPS}"
@@ -102,3 +121,9 @@ def test_the_newest_checkpoint_is_broken(
     assert f"checkpoint-{STEPS} is broken and set aside as .corrupt-checkpoint-{STEPS}: adapter_model.safetensors has changed" in output
     assert "resuming from checkpoint-20" in output
     assert losses(run)[20:] == uninterrupted[0][20:]
+    assert [(checkpoint_step(s), broken_checkpoints(s)) for s in served] == [(0, 0), (20, 1)], "told before the first save"
+    written = "luthier_checkpoint_last_success_timestamp_seconds"
+    assert [written in s for s in served] == [False, True]
+    assert abs(served[1][written] - (tmp_path / "job/checkpoints/checkpoint-20").stat().st_mtime) < 1
+    assert [s["luthier_train_nonfinite_total"] for s in served] == [0, 0]
+    assert not [name for s in served for name in s if name.endswith("_created")]

@@ -15,6 +15,7 @@ from cases.api import FINE_TUNE, GENERATE, Document, changed
 from luthier_api.crd import render as crds
 from luthier_api.status import Progress
 from luthier_operator.cli.local import difference, paths_in
+from luthier_operator.cli.manifests import StrictLoader
 from luthier_operator.cli.screen import describe, duration
 from luthier_operator.cli.supervised import descendants
 
@@ -26,7 +27,7 @@ def luthier(*words: str, cwd: Path | None = None, stdin: str | None = None, **en
 
     return subprocess.run(
         [sys.executable, "-m", "luthier_operator.cli", *words], cwd=cwd, input=stdin, capture_output=True, text=True, check=False,
-        env={k: v for k, v in os.environ.items() if k != "HF_TOKEN"} | {"COLUMNS": "200", "NO_COLOR": "1"} | env,
+        env={k: v for k, v in os.environ.items() if k != "HF_TOKEN"} | {"COLUMNS": "200", "NO_COLOR": "1", "HF_TOKEN_PATH": "/nobody/is/logged/in"} | env,
     )  # fmt: skip
 
 
@@ -56,6 +57,7 @@ SETTINGS = [
     ("not a size", {"LUTHIER_WORKSPACE_SIZE": "big"}, "LUTHIER_WORKSPACE_SIZE: must be an amount above zero"),
     ("ours", {"LUTHIER_ENV": '{"HF_TOKEN": "x"}'}, "LUTHIER_ENV: HF_TOKEN: set by Luthier itself; remove it"),
     ("not JSON", {"LUTHIER_ENV": "NCCL_DEBUG=WARN"}, "LUTHIER_ENV: must be a JSON object of names and texts"),
+    ("no image for the jobs", {}, "LUTHIER_TRAINER_IMAGE: needed, the image of every pod of a job"),
 ]
 
 
@@ -77,7 +79,7 @@ def test_a_command_line_that_cannot_be_read(name: str, words: tuple[str, ...]) -
 REFUSED: list[tuple[str, list[object], tuple[str, ...], int, list[str]]] = [
     # name, documents, more words, code, what is said
     ("every problem of every job at once", [changed(FINE_TUNE, {"metadata.name": "a.b", "spec.hub": {"repo": "o/m"}}), changed(GENERATE, {"spec.zebra": 1})], (), 64, [
-        "job.yaml: FineTuneJob a.b: metadata.name: lower-case letters", "job.yaml: FineTuneJob a.b: hub.tokenSecret: publishing",
+        "job.yaml: FineTuneJob a.b: metadata.name: lower-case letters", "job.yaml: FineTuneJob a.b: spec.hub.tokenSecret: publishing",
         "job.yaml: GenerateJob sound: spec.zebra: unknown field"]),
     ("two jobs of one name", [changed(FINE_TUNE, ON_CPU), changed(FINE_TUNE, ON_CPU)], (), 64, ["metadata.name: 'sound' is there twice"]),
     ("another kind only", [{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}}], (), 64, ["job.yaml: holds no FineTuneJob and no GenerateJob"]),
@@ -94,7 +96,7 @@ REFUSED: list[tuple[str, list[object], tuple[str, ...], int, list[str]]] = [
     ("a mount that is none", [changed(FINE_TUNE, ON_CPU)], ("--mount", "data"), 64, ["--mount data: write it as /path/in/the/pods=folder/here"]),
     ("a GPU's precision without a GPU", [changed(GENERATE, {"spec.precision": "fp16"})], ("--cpu",), 64, [
         "job.yaml: without GPUs (--cpu): spec.precision: fp16 needs a GPU"]),
-    ("a token that is not there", [changed(FINE_TUNE, ON_CPU | {"spec.hub": {"tokenSecret": {"name": "hf"}}})], (), 77, ["export HF_TOKEN=..."]),
+    ("a token that is not there", [changed(FINE_TUNE, ON_CPU | {"spec.hub": {"tokenSecret": {"name": "hf"}}})], (), 77, ["export HF_TOKEN=..., or log in: hf auth login"]),
 ]  # fmt: skip
 
 
@@ -120,6 +122,35 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "missing.yaml: No such file or directory" in done.stderr
     assert "broken.yaml: not YAML" in done.stderr
     assert "twice.yaml: not YAML: 'spec' is there twice; keep one of them" in done.stderr
+
+
+SCALARS = [
+    # written        read as kubectl does
+    ("1e-4",         1e-4),
+    ("1E+3",         1000.0),
+    (".5",           0.5),
+    ("1_000",        1000),
+    ("012",          10),
+    ("0o17",         15),
+    ("y",            True),
+    ("off",          False),
+    ("12:30:45",     "12:30:45"),
+    ("2026-03-01",   "2026-03-01"),
+    ("~",            None),
+    ("'1e-4'",       "1e-4"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("written", "expect"), SCALARS, ids=[s[0] for s in SCALARS])
+def test_a_word_of_yaml_is_what_kubectl_makes_of_it(written: str, expect: object) -> None:
+    read = yaml.load(f"a: {written}", StrictLoader)["a"]
+    assert (read, type(read)) == (expect, type(expect))
+
+
+@pytest.mark.parametrize("written", [".inf", "-.Inf", ".nan", "1e999"])
+def test_a_number_that_json_cannot_say_is_refused(written: str) -> None:
+    with pytest.raises(yaml.YAMLError, match="JSON has no word for it"):
+        yaml.load(f"a: {written}", StrictLoader)
 
 
 def test_plan_quick_says_what_would_be_done_and_writes_nothing(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ class Laptop:
         return name
 
     def start(self, *words: str) -> subprocess.Popen[str]:
-        env = {k: v for k, v in os.environ.items() if k != "HF_TOKEN"} | {"PYTHONPATH": str(STAND_IN), "COLUMNS": "200"} | self.env
+        env = {k: v for k, v in os.environ.items() if k != "HF_TOKEN"} | {"PYTHONPATH": str(STAND_IN), "COLUMNS": "200", "HF_TOKEN_PATH": str(self.folder / "no-login")} | self.env
         return subprocess.Popen(
             [sys.executable, "-m", "luthier_operator.cli", *words],
             cwd=self.folder,
@@ -314,6 +314,35 @@ def test_the_token_goes_to_prepare_and_publish_only(laptop: Laptop) -> None:
     assert "hf_example" not in (laptop.runs / "tune/run.json").read_text()
 
 
+def test_a_login_is_a_token(laptop: Laptop) -> None:
+    (laptop.folder / "token").write_text("hf_example")
+    laptop.env = {"HF_TOKEN_PATH": str(laptop.folder / "token")}
+    code, document = laptop.json("run", laptop.write(job(hub=HUB)))
+    assert (code, document["jobs"][0]["state"], laptop.calls()[-1]) == (0, "Complete", "tune publish 0")
+
+
+HUB: Document = {"repo": "org/out", "tokenSecret": {"name": "hf"}}
+HUBS = [
+    # what has changed     spec.hub                                      published again
+    ("nothing",            HUB,                                          False),
+    ("a default, said",    HUB | {"branch": "main", "private": True},    False),
+    ("the repository",     HUB | {"repo": "org/other"},                  True),
+    ("the branch",         HUB | {"branch": "trial"},                    True),
+    ("the token",          HUB | {"tokenSecret": {"name": "another"}},   True),
+    ("who may see it",     HUB | {"private": False},                     True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("hub", "again"), [h[1:] for h in HUBS], ids=[h[0] for h in HUBS])
+def test_a_result_is_published_again_where_its_place_has_changed(laptop: Laptop, hub: Document, again: bool) -> None:
+    laptop.env = {"HF_TOKEN": "hf_example"}
+    assert laptop.run("run", laptop.write(job(hub=HUB)))[0] == 0
+    code, document = laptop.json("run", laptop.write(job(hub=hub)))
+    assert (code, document["jobs"][0]["finishedBefore"]) == (0, not again)
+    assert laptop.calls() == ["tune prepare 0", "tune train 0", "tune publish 0"] + ["tune publish 0"] * again
+    assert laptop.json("run", laptop.write(job(hub=hub)))[1]["jobs"][0]["finishedBefore"]
+
+
 def test_plan_stops_after_prepare_and_run_goes_on(laptop: Laptop) -> None:
     file = laptop.write(job())
     code, document = laptop.json("plan", file)
@@ -321,6 +350,24 @@ def test_plan_stops_after_prepare_and_run_goes_on(laptop: Laptop) -> None:
     assert document["jobs"][0]["prepared"]["plan"]["steps"] == 12
     assert laptop.json("run", file)[0] == 0
     assert laptop.calls() == ["tune prepare 0", "tune train 0"]
+
+
+PLANS = [
+    # done before       what is said beside what was found
+    ("nothing",         "✓ prepare"),
+    ("plan",            "prepared before: nothing was looked at again"),
+    ("run",             "finished before: nothing was run"),
+]
+
+
+@pytest.mark.parametrize(("before", "says"), PLANS, ids=[p[0] for p in PLANS])
+def test_a_plan_shows_what_was_found_whenever_it_was(laptop: Laptop, before: str, says: str) -> None:
+    file = laptop.write(job())
+    if before != "nothing":
+        assert laptop.run(before, file)[0] == 0
+    code, out, _ = laptop.run("plan", file)
+    assert code == 0
+    assert [out.count(text) for text in (says, "90 rows, 10 held out", "12 steps, 2 processes")] == [1, 1, 1], out
 
 
 def test_a_plan_needs_neither_the_gpus_nor_the_token_of_the_run(laptop: Laptop) -> None:
@@ -363,11 +410,20 @@ def test_paths_relative_to_the_manifest_and_mounts(laptop: Laptop) -> None:
     assert run.spec.dataset.files == [str(laptop.folder / "sub/rows.csv"), str(laptop.folder / "mine/more/rows.csv"), "/elsewhere/rows.csv"]  # type: ignore[union-attr]
 
 
-def test_nodes_share_the_gpus(laptop: Laptop) -> None:
+GPUS_OF_NODES = [
+    # resources                        GPUs that each node sees, of 4,5,6,7
+    ({"nodes": 2, "gpusPerNode": 2},   {0: "4,5", 1: "6,7"}),
+    ({"gpusPerNode": 2},               {0: "4,5"}),
+    ({"gpusPerNode": 1},               {0: "4"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("resources", "gpus"), GPUS_OF_NODES)
+def test_each_node_sees_the_gpus_that_it_asks_for(laptop: Laptop, resources: dict[str, int], gpus: dict[int, str]) -> None:
     laptop.env = {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}
-    assert laptop.run("run", laptop.write(job(resources={"nodes": 2, "gpusPerNode": 2})))[0] == 0
+    assert laptop.run("run", laptop.write(job(resources=resources)))[0] == 0
     calls = [json.loads(line) for line in (laptop.runs / "calls.jsonl").read_text().splitlines()]
-    assert {c["rank"]: c["gpus"] for c in calls if c["verb"] == "train"} == {0: "4,5", 1: "6,7"}
+    assert {c["rank"]: c["gpus"] for c in calls if c["verb"] == "train"} == gpus
 
 
 def wait_for(condition: Any, seconds: float = 20) -> None:

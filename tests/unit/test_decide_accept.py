@@ -52,6 +52,11 @@ def test_accept(given: object, expect: str, state: str) -> None:
     assert decision.status.state == state
 
 
+def test_only_a_queue_that_is_named_is_worth_a_remark() -> None:
+    assert said(decided(fine_tune(resources={"gpusPerNode": 0})), "Accepted") == "True Accepted: The job can run"
+    assert said(decided(fine_tune(scheduling={"queue": "team-a"})), "Accepted") == "True Accepted: The job can run"
+
+
 def test_a_status_that_was_not_written_is_caught_up_with() -> None:
     """The operator died between creating the Job and writing the status."""
     job = fine_tune()

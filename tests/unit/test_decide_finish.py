@@ -38,6 +38,11 @@ def test_the_last_words_are_waited_for_but_not_for_ever() -> None:
     assert describe(decided(job, child(job, "run", "Complete", since=at(-4)))) == "Complete Completed"
 
 
+def test_where_nothing_is_published_no_word_of_the_hub_is_waited_for() -> None:
+    job = fine_tune(TRAINED)
+    assert describe(decided(job, child(job, "run", "Complete", since=at(-1)))) == "Complete Completed"
+
+
 def test_what_comes_after_the_end_is_still_written() -> None:
     job = fine_tune(
         status("Accepted", "Prepared", "Trained", "Published", "Complete", **ENDED), hub={"repo": "org/bot", "tokenSecret": {"name": "hf"}}

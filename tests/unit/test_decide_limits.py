@@ -7,7 +7,7 @@ from datetime import datetime
 import pytest
 from cases.observed import BEGIN, NOW, RUNNING, at, child, decided, describe, ended, fine_tune, generate, pod, said, status
 
-from luthier_api.status import JobStatus, Phase
+from luthier_api.status import Attempt, JobStatus, Phase
 from luthier_operator import naming
 from luthier_operator.model import Object
 from luthier_operator.statuses import text
@@ -25,6 +25,26 @@ def test_the_deadline_counts_from_the_first_phase() -> None:
     )
     early = fine_tune(AT_WORK, activeDeadlineSeconds=3700)
     assert describe(decided(early, child(early, "prepare", "Complete"), child(early, "run"))) == "again in 100 s"
+
+
+NEAREST = [
+    # given                                 seconds of the deadline     expect
+    ("evidence before the deadline",        7200,                       "again in 3 s"),
+    ("the deadline before evidence",        3601,                       "again in 1 s"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("seconds", "expect"), [c[1:] for c in NEAREST], ids=[c[0] for c in NEAREST])
+def test_of_several_reasons_to_look_again_the_nearest_counts(seconds: int, expect: str) -> None:
+    job = fine_tune(AT_WORK, activeDeadlineSeconds=seconds)
+    assert describe(decided(job, child(job, "prepare", "Complete"), child(job, "run", "Failed", since=NOW))) == expect
+
+
+def test_a_job_that_goes_on_gets_no_new_deadline() -> None:
+    """Its prepare Job was deleted for the suspension, and is a new one."""
+    job = fine_tune(status("Accepted", **BEGUN), activeDeadlineSeconds=3700)
+    decision = decided(job, child(job, "prepare", born=at(-10)), pods=[pod(job, "prepare", state=RUNNING)])
+    assert (decision.status.start_time, describe(decision)) == (text(BEGIN), "again in 100 s")
 
 
 TEN_MINUTES = {"activeDeadlineSeconds": 600}  # over for 50 minutes now
@@ -76,6 +96,31 @@ def test_suspending_deletes_what_is_at_work(job: object, phases: list[str], expe
     assert said(decision, "Running") in ("absent", "False Suspended: spec.suspend is true")
 
 
+HUB_SET: Object = {"hub": {"repo": "org/bot", "tokenSecret": {"name": "hf"}}}
+DONE = status("Accepted", "Prepared", "Trained", **BEGUN)
+HALTED = [
+    # at work                                    status                                                                    condition    expect
+    ("preparing",                                status("Accepted", false={"Prepared": "Preparing"}, **BEGUN),             "Prepared",  "False"),
+    ("waiting for its image to prepare",         status("Accepted", false={"Prepared": "ImagePullFailed"}, **BEGUN),       "Prepared",  "False"),
+    ("running",                                  AT_WORK,                                                                  "Running",   "False"),
+    ("starting",                                 status("Accepted", "Prepared", false={"Running": "Starting"}, **BEGUN),   "Running",   "False"),
+    ("publishing",                               status("Accepted", "Prepared", "Trained", false={"Running": "Trained", "Published": "Publishing"}, **BEGUN), "Published", "False"),
+    ("publishing: the run is over, and stays so", status("Accepted", "Prepared", "Trained", false={"Running": "Trained", "Published": "Publishing"}, **BEGUN), "Running", "False Trained"),
+    ("not yet publishing",                       DONE,                                                                     "Published", "absent"),
+    ("not yet running",                          status("Accepted", "Prepared", **BEGUN),                                  "Running",   "absent"),
+    ("published, its last words under way",      status("Accepted", "Prepared", "Trained", "Published", **BEGUN),          "Published", "True Published"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "condition", "expect"), [c[1:] for c in HALTED], ids=[c[0] for c in HALTED])
+@pytest.mark.parametrize(("spec", "reason"), [({"suspend": True}, "Suspended"), (TEN_MINUTES, "DeadlineExceeded")], ids=["suspended", "at the deadline"])
+def test_no_condition_tells_of_pods_that_were_taken_away(given: JobStatus, condition: str, expect: str, spec: Object, reason: str) -> None:
+    decision = decided(fine_tune(given, **HUB_SET, **spec))
+    assert said(decision, condition).split(":")[0] == (f"False {reason}" if expect == "False" else expect)
+    end = "Suspended" if "suspend" in spec else "Completed" if given.is_true("Published") else "Failed"  # type: ignore[arg-type]
+    assert [e.reason for e in decision.events] == [end], "one line tells it all"
+
+
 def test_a_child_that_has_ended_or_is_going_is_left_alone() -> None:
     job = fine_tune(AT_WORK, suspend=True)
     assert describe(decided(job, child(job, "prepare", "Complete"), child(job, "run", deleting=True))) == "waits"
@@ -115,6 +160,31 @@ def test_going_on_keeps_the_budget() -> None:
     decision = decided(job, seen, ends=[old, new])
     assert (decision.status.restarts, decision.status.restarts_charged) == (2, 1)
     assert [(a.attempt, a.reason) for a in decision.status.attempts] == [(2, "InfrastructureError")]
+
+
+BUDGETS = [
+    # restarts.max, charged before    expect
+    (3, 0, 3),
+    (3, 3, 0),
+    (0, 0, 0),
+    (2, 3, 0),  # lowered meanwhile
+]
+
+
+@pytest.mark.parametrize(("most", "charged", "expect"), BUDGETS)
+def test_what_is_left_of_the_budget(most: int, charged: int, expect: int) -> None:
+    job = fine_tune(status("Accepted", "Prepared", "Suspended", **BEGUN, restarts=charged, restarts_charged=charged), restarts={"max": most})
+    (again,) = decided(job).apply
+    assert again["spec"]["failurePolicy"]["maxRestarts"] == expect
+
+
+def test_failures_before_a_suspension_are_not_those_of_the_run_after_it() -> None:
+    old = [Attempt(phase="run", attempt=n, reason="Preempted", exit_code=75, pod=f"p{n}", step=10, time=text(at(n - 100))) for n in range(4)]
+    job = fine_tune(status("Accepted", "Prepared", **BEGUN, restarts=4, attempts=old))
+    decision = decided(job, child(job, "run", born=at(-10), notes={naming.BEFORE_ANNOTATION: "4,0"}))
+    assert describe(decision) == "again in 20.2 s"
+    assert said(decision, "Running") == "False Starting: waiting for 2 pods on 16 GPUs to start"
+    assert decision.status.attempts == old
 
 
 def test_what_may_be_suspended_twice_says_it_once() -> None:

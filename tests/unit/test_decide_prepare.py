@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from cases.observed import (
     BEGIN,
+    HUB,
     NOW,
     PREPARED,
     RUNNING,
@@ -130,13 +131,19 @@ def test_prepare(given: Any, expect: str, condition: str) -> None:
     assert said(decision, "Prepared") == condition
 
 
+def test_a_condition_that_is_not_true_says_nothing() -> None:
+    there = child(JOB, "prepare", born=at(-31))
+    there["status"]["conditions"].append({"type": "Failed", "status": "False", "lastTransitionTime": text(NOW)})
+    assert said(decided(JOB, there), "Prepared").startswith("False NoPods: the cluster has made no pod"), "due since the Job was made"
+
+
 def test_a_plan_is_a_state_and_no_end() -> None:
     job = fine_tune(PREPARING, planOnly=True)
     planned = decided(job, child(job, "prepare", "Complete"), ends=[prepared_end(job)])
     assert (planned.status.state, planned.status.finished) == ("Planned", False)
     assert planned.status.prepared is not None
     assert planned.status.prepared.plan.steps == 40
-    on = fine_tune(planned.status)
+    on = fine_tune(decided(fine_tune(planned.status), child(job, "prepare", "Complete")).status)
     assert describe(decided(on, child(on, "prepare", "Complete"))) == "applies JobSet ftj-bot-run"
 
 
@@ -153,6 +160,13 @@ def test_each_failed_pod_is_an_attempt_once() -> None:
     ]  # fmt: skip
     assert decided(fine_tune(first), child(JOB, "prepare"), ends=ends).status == first
     assert decided(fine_tune(first), child(JOB, "prepare")).status == first, "another operator, which has seen none of it"
+
+
+def test_attempts_are_numbered_in_each_phase_from_the_beginning() -> None:
+    job = fine_tune(status("Accepted", "Prepared", "Trained", start_time=text(BEGIN)), hub=HUB)
+    ends = [ended(job, phase, 69, when=when, suffix=f"{when}") for phase, when in (("prepare", -90), ("prepare", -80), ("publish", -70), ("publish", -60), ("publish", -50))]
+    decision = decided(job, child(job, "prepare"), child(job, "publish"), ends=ends)
+    assert [(a.phase, a.attempt) for a in decision.status.attempts] == [("prepare", 0), ("prepare", 1), ("publish", 0), ("publish", 1), ("publish", 2)]
 
 
 def test_what_the_other_job_left_is_noted_as_json() -> None:

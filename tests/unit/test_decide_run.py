@@ -59,6 +59,10 @@ CASES = [
     ("still no shard", case(child(SHARDS, "run"), job=SHARDS), "waits", "False NoPods: the cluster has made no pod of Job gj-lutes-run so far; "
      "`kubectl describe job gj-lutes-run` says why: a quota, a priority class, a node selector, an admission policy"),
     ("one of two runs", case(group(), pods=[BOTH[0], pod(JOB, "run", 1, over="Pending")]), "waits", "False Starting: waiting for 2 pods on 16 GPUs to start"),
+    ("one of two runs, and prepare has ended well", case(group(), pods=[BOTH[0], pod(JOB, "run", 1, over="Pending")], ends=[prepared_end(JOB)]), "waits",
+     "False Starting: waiting for 2 pods on 16 GPUs to start"),
+    ("one of two has a node, the other is not there: what is due first", case(group(born=at(-2)), pods=[pod(JOB, "run", 0, scheduled=at(-10))]), "again in 20 s",
+     "False Starting: waiting for 2 pods on 16 GPUs to start"),
     ("one of two runs, the other waits for its volume", case(group(), pods=[BOTH[0], pod(JOB, "run", 1, state=waiting("ContainerCreating"), scheduled=at(-40))]),
      "waits", "False ContainerCreating: pod ftj-bot-run-1-0 has a node, but no container after 30 s: it waits for its image or for a volume "
      "(spec.volumes, spec.workspace); `kubectl describe pod ftj-bot-run-1-0` says for which"),
@@ -82,6 +86,8 @@ CASES = [
     ("preempted by the queue, still saving", case(child(QUEUED, "run", suspend=True), job=QUEUED, pods=[pod(QUEUED, "run", i, state=RUNNING, deleting=True) for i in (0, 1)]),
      "waits", 'False WaitingForQueue: waiting for quota in queue "team-a"; see `kubectl describe workloads`'),
     ("no node has the GPUs", case(group(), pods=[pod(JOB, "run", 1, unschedulable="0/4 nodes are available: 4 Insufficient nvidia.com/gpu.")]), "waits",
+     "False Unschedulable: pod ftj-bot-run-1-0: 0/4 nodes are available: 4 Insufficient nvidia.com/gpu."),
+    ("no node has the GPUs of the second", case(group(), pods=[BOTH[0], pod(JOB, "run", 1, unschedulable="0/4 nodes are available: 4 Insufficient nvidia.com/gpu.")]), "waits",
      "False Unschedulable: pod ftj-bot-run-1-0: 0/4 nodes are available: 4 Insufficient nvidia.com/gpu."),
     ("the image does not come", case(group(), pods=[pod(JOB, "run", 0, state=waiting("ImagePullBackOff", "not found"))]), "waits",
      "False ImagePullFailed: pod ftj-bot-run-0-0: ImagePullBackOff: not found"),
@@ -244,6 +250,7 @@ def test_shards_that_make_no_progress_end_the_job(ends: list[PodEnd], expect: st
     assert describe(decision) == expect
     if "Failed" in expect:
         assert said(decision, "Failed").startswith("True NoProgress: 3 restarts in a row of shard ")
+        assert f"brought no output after the first {ends[-1].message.step or 0}; " in said(decision, "Failed")  # type: ignore[union-attr]
     assert decision.status.checkpoint is None
 
 
@@ -268,6 +275,14 @@ def test_restarts_of_shards_are_counted(living: list[tuple[int, int, int]], over
     assert (later.restarts, later.restarts_charged) == expect, "another operator, which has seen none of it"
 
 
+SHAPES = [(JOB, "2×8"), (CPU, "1×CPU"), (SHARDS, "2×1"), (generate(resources={"gpus": 0}), "2×CPU")]
+
+
+@pytest.mark.parametrize(("job", "expect"), SHAPES, ids=[c[1] for c in SHAPES])
+def test_the_shape_is_pods_times_the_gpus_of_each(job: Any, expect: str) -> None:
+    assert decided(job).status.shape == expect
+
+
 def test_when_the_pods_first_ran_is_written_down_once() -> None:
     first = decided(JOB, group(), pods=BOTH).status
     assert first.run_start_time == text(NOW)
@@ -289,10 +304,61 @@ def test_progress_and_checkpoint_are_copied() -> None:
     assert (kept.progress, kept.checkpoint) == (seen.progress, seen.checkpoint), "nothing was read this time"
 
 
+def test_a_later_checkpoint_takes_the_place_of_the_one_before() -> None:
+    job = fine_tune(BEGUN.model_copy(update={"checkpoint": Checkpoint(step=10, time=text(BEGIN))}))
+    steps = {step: decided(job, group(), pods=BOTH, checkpoint_step=step).status.checkpoint for step in (10, 20, None)}
+    kept = Checkpoint(step=10, time=text(BEGIN))
+    assert steps == {10: kept, 20: Checkpoint(step=20, time=text(NOW)), None: kept}
+
+
 def test_a_pod_that_ends_says_what_it_saved() -> None:
     assert decided(JOB, group(), ends=[ended(JOB, "run", 75, step=30)]).status.checkpoint == Checkpoint(
         step=30, time="2026-03-01T12:00:00Z"
     )
+
+
+KNOWN_20 = BEGUN.model_copy(update={"checkpoint": Checkpoint(step=20, time=text(BEGIN)), "restarts": 1})
+AGAIN = [pod(JOB, "run", i, 2, RUNNING) for i in (0, 1)]
+NEWEST: list[tuple[str, list[PodEnd], int | None, int | None]] = [
+    # given                                            how pods ended                                                       a pod serves  expect
+    ("nothing is heard",                               [],                                                                  None,         20),
+    ("a newer one",                                    [],                                                                  30,           30),
+    ("20 was broken, as rank 0 says",                  [],                                                                  10,           10),
+    ("every one was broken, as rank 0 says",           [],                                                                  0,            None),
+    ("20 was broken, as a pod said when it ended",     [ended(JOB, "run", 71, attempt=1, step=10)],                         None,         10),
+    ("what two nodes said, one of them before",        [ended(JOB, "run", 75, i, 1, step=30 - 10 * i) for i in (0, 1)],     None,         30),
+    ("an older attempt's word is no news",             [ended(JOB, "run", 71, step=10), ended(JOB, "run", 137, attempt=1, silent=True)], None, 20),
+    ("a pod that runs knows better than one that ended", [ended(JOB, "run", 71, attempt=0, step=20)],                       10,           10),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ends", "served", "expect"), [c[1:] for c in NEWEST], ids=[c[0] for c in NEWEST])
+def test_the_newest_word_on_the_checkpoint_counts(ends: list[PodEnd], served: int | None, expect: int | None) -> None:
+    decision = decided(fine_tune(KNOWN_20), group(restarts=1, charged=1), ends=ends, pods=AGAIN, checkpoint_step=served)
+    assert (decision.status.checkpoint.step if decision.status.checkpoint else None) == expect
+
+
+BROKEN = [
+    # set aside: known  served   checkpoint  expect
+    (None,              None,    10,         []),
+    (None,              0,       10,         []),
+    (None,              1,       10,         ["; the run goes on from step 10"]),
+    (None,              2,       0,          ["; the run begins anew"]),
+    (1,                 1,       10,         []),
+    (1,                 None,    10,         []),
+    (1,                 2,       10,         ["; the run goes on from step 10"]),
+    (1,                 0,       10,         []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("known", "served", "step", "expect"), BROKEN)
+def test_a_checkpoint_that_is_set_aside_is_an_event(known: int | None, served: int | None, step: int, expect: list[str]) -> None:
+    job = fine_tune(KNOWN_20.model_copy(update={"broken_checkpoints": known}))
+    decision = decided(job, group(restarts=1), pods=AGAIN, checkpoint_step=step, broken_checkpoints=served)
+    where = "a checkpoint does not match its manifest and is set aside as .corrupt-checkpoint-* in ftj-bot-f00dcafe/checkpoints of claim ftj-bot"
+    told = [e for e in decision.events if e.reason == "CheckpointBroken"]
+    assert [(e.type, e.message) for e in told] == [("Warning", where + words) for words in expect]
+    assert decision.status.broken_checkpoints == (known if served is None else served or None)
 
 
 def test_the_figures_at_the_end_are_those_of_rank_0() -> None:
@@ -307,6 +373,8 @@ def test_the_figures_of_shards_are_added_once_all_have_spoken() -> None:
     one, two = (ended(SHARDS, "run", 0, i, metrics={"rows": 10 + i}) for i in (0, 1))
     assert decided(SHARDS, child(SHARDS, "run"), ends=[one]).status.metrics is None
     assert decided(SHARDS, child(SHARDS, "run", "Complete"), ends=[one, two]).status.metrics == {"rows": 21}
+    more = ended(SHARDS, "run", 0, 1, metrics={"rows": 11, "failed": 2})
+    assert decided(SHARDS, child(SHARDS, "run", "Complete"), ends=[one, more]).status.metrics == {"rows": 21, "failed": 2}
 
 
 def test_the_run_may_have_begun_under_another_setting() -> None:

@@ -24,6 +24,7 @@ NO_END = [
     ("it runs", pod(JOB, "run", state=RUNNING)),
     ("it waits", pod(JOB, "run", state=waiting("ContainerCreating"), over="Pending")),
     ("it has no container yet", pod(JOB, "run", over="Pending")),
+    ("its container has no state yet", pod(JOB, "run", over="Pending") | {"status": {"containerStatuses": [{"name": "trainer"}]}}),
     ("it is not ours", FOREIGN),
 ]
 
@@ -78,6 +79,7 @@ ENDS = [
     ("memory, PID 1 itself", 137, "OOMKilled", False, "HostOutOfMemory", True),
     ("memory, another code", 1, "OOMKilled", False, "HostOutOfMemory", True),
     ("killed by somebody", 137, "Error", False, "InfrastructureError", True),
+    ("terminated by somebody", 143, "Error", False, "InfrastructureError", True),
     ("an exception that nobody classified", 1, "Error", False, "TrainingError", True),
 ]
 
@@ -139,6 +141,15 @@ def test_the_last_ten_attempts_are_kept_and_nothing_is_written_twice() -> None:
     first = decided(JOB, group, ends=ends).status
     assert [a.attempt for a in first.attempts] == list(range(4, 14))
     assert decided(fine_tune(first), group, ends=ends).status == first
+
+
+def test_attempts_of_a_phase_are_numbered_one_by_one_also_when_the_first_are_forgotten() -> None:
+    attempts: list[Any] = []
+    ends = [ended(JOB, "publish", 69, when=-600 + 10 * i, suffix=str(i)) for i in range(20)]
+    for seen in range(1, len(ends) + 1):
+        attempts = failure.single(attempts, ends[:seen], "publish")
+        assert failure.single(attempts, ends[:seen], "publish") == attempts
+    assert [a.attempt for a in attempts] == list(range(10, 20))
 
 
 def test_an_attempt_remembers_the_checkpoint() -> None:

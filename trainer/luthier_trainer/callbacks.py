@@ -9,18 +9,21 @@ from __future__ import annotations
 import math
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from luthier_api import metrics
 from luthier_api.exitcodes import ExitCode
 from luthier_api.status import Plan
 from luthier_trainer import strategy
-from luthier_trainer.checkpoint import step_of
+from luthier_trainer.checkpoint import set_aside, step_of
 from luthier_trainer.ending import Failure, beat, stop_requested
 from luthier_trainer.loop import TrainingLoop
 from luthier_trainer.telemetry import Telemetry
+from luthier_trainer.utilisation import count_weights, operations_per_token, peak
 
 NONFINITE_REPORTS = 3  # one bad batch can spoil a report; a loss that stays NaN does not come back
 
@@ -93,15 +96,26 @@ class Report(Callback):
         self._nonfinite = 0
         self._step_began = self._reported = 0.0
         self._first_step = 0
+        self._operations = 0  # floating-point, for a token
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._reported = time.monotonic()
         self._first_step = state.global_step
         self.telemetry.set(metrics.TRAIN_STEP, state.global_step)
         self.telemetry.set(metrics.TRAIN_MAX_STEPS, state.max_steps)
+        self._operations = operations_per_token(*count_weights(self.loop.model.parameters()))
         self.telemetry.add(metrics.TRAIN_TOKENS, state.num_input_tokens_seen)
-        self.telemetry.add(metrics.TRAIN_NONFINITE, 0)
+        self.telemetry.add(metrics.TRAIN_NONFINITE, 0)  # served before the first, so that a rate over it begins at zero
+        if self.loop.ranks.first:
+            self._found(self.loop.saved, Path(args.output_dir))
         self.loop.started = self._train_began = time.monotonic()
+
+    def _found(self, saved: Path | None, folder: Path) -> None:
+        """What this attempt begins with: it may be less than the attempt before had, where a checkpoint is broken."""
+        self.telemetry.set(metrics.CHECKPOINT_STEP, step_of(saved) if saved else 0)
+        if saved:
+            self.telemetry.set(metrics.CHECKPOINT_TIME, saved.stat().st_mtime)
+        self.telemetry.set(metrics.CHECKPOINTS_BROKEN, len(set_aside(folder)))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._step_began = time.monotonic()
@@ -126,6 +140,7 @@ class Report(Callback):
         now = time.monotonic()
         tokens = self.loop.ranks.total(float(self.loop.tokens.item()))
         self.loop.tokens.zero_()
+        rows, self.loop.rows = self.loop.ranks.total(float(self.loop.rows)), 0
         state.num_input_tokens_seen += int(tokens)
         pace = tokens / max(now - self._reported, 1e-9)
         self._reported = now
@@ -137,12 +152,22 @@ class Report(Callback):
         ):
             self.telemetry.set(metric, value)
         self.telemetry.add(metrics.TRAIN_TOKENS, tokens)
+        self.telemetry.add(metrics.TRAIN_SAMPLES, rows)
+        if args.device.type == "cuda":
+            self._gpu(pace, args)
         self._say(
             state,
             f"loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  {pace:,.0f} tokens/s"
             f"  {timedelta(seconds=round(self._eta(state, now)))} left",
         )
         self._watch(state, control, logs["loss"])
+
+    def _gpu(self, pace: float, args: TrainingArguments) -> None:
+        self.telemetry.set(metrics.GPU_MEMORY_ALLOCATED, torch.cuda.memory_allocated())
+        self.telemetry.set(metrics.GPU_MEMORY_RESERVED, torch.cuda.memory_reserved())
+        self.telemetry.set(metrics.GPU_MEMORY_PEAK, torch.cuda.max_memory_allocated())
+        if (most := peak(torch.cuda.get_device_name())):
+            self.telemetry.set(metrics.TRAIN_MFU, pace * self._operations / (most * args.world_size))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.loop.saved is None:

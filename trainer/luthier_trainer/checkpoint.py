@@ -106,6 +106,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return [p for p in folder.iterdir() if p.is_dir() and FOLDER.fullmatch(p.name)]
 
 
+def set_aside(folder: Path) -> list[Path]:
+    """Those in `folder` that were found broken."""
+    return list(folder.glob(f"{CORRUPT}*"))
+
+
 def step_of(checkpoint: Path) -> int:
     match = FOLDER.fullmatch(checkpoint.name)
     assert match, checkpoint

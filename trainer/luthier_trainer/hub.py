@@ -8,22 +8,29 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from luthier_api.exitcodes import ExitCode
+from luthier_api.run import FineTuneRun, GenerateRun
 from luthier_trainer.ending import Failure, classify
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 T = TypeVar("T")
+REPO, TOKEN = "spec.hub.repo", "spec.hub.tokenSecret"
 CONNECT_SECONDS, SILENCE_SECONDS = 15.0, 60.0
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 DEADLINE = "LUTHIER_HUB_DEADLINE"
 DEADLINE_SECONDS = 300.0
+TOO_SOON, CONFLICTS = {408, 429}, {409, 412}  # of the 4xx, those that say "not now"; the client takes the 409 of what exists itself
+SENDABLE = re.compile(r"[!-~]+")  # printable ASCII without blanks: what the header Authorization can hold
+# The object store behind a Hub: its addresses are signed and expire, and its 400 and 403 (a slow socket, an old signature) mean no user.
+SIGNED = re.compile(r"[?&](X-[A-Za-z]+-)?Signature=", re.IGNORECASE)
 
 
 def deadline_seconds() -> float:
@@ -45,10 +52,37 @@ def hub_api() -> HfApi:
 
 
 def hub_token() -> str | None:
-    """The token of this pod; on a laptop, failing that, the one of `hf auth login`."""
+    """The token of this pod; on a laptop, failing that, the one of `hf auth login`.
+
+    Raises Failure(UNAUTHORIZED) for one that cannot be sent: the client's own complaint would show it.
+    """
     from huggingface_hub import get_token
 
-    return get_token()
+    try:
+        token = get_token()
+    except UnicodeDecodeError:
+        token = "\0"  # a file of `hf auth login` that is no text
+    if token and not SENDABLE.fullmatch(token):
+        raise Failure(
+            ExitCode.UNAUTHORIZED,
+            f"{TOKEN}: the token (HF_TOKEN in the pod) holds a blank or another character that no token has. Copy it again, alone, as one line",
+        )
+    return token
+
+
+def check_target(run: FineTuneRun | GenerateRun) -> None:
+    """What `publish` would refuse after all the work, and what needs no Hub to be known. Raises Failure."""
+    hub = run.spec.hub
+    if hub is None or hub.repo is None:
+        return
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(hub.repo)
+    except HFValidationError as error:
+        raise explain(error, REPO, hub.repo) from error
+    hub_token()
 
 
 @functools.cache
@@ -104,29 +138,45 @@ def explain(error: Exception, field: str, what: str) -> Failure:
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     names = {c.__name__ for e in chain for c in type(e).__mro__}
-    status = next((s for e in chain if (s := getattr(getattr(e, "response", None), "status_code", None))), None)
-    said = " ".join(str(error).split())[:300]
+    answers = [answer for e in chain if (answer := getattr(e, "response", None)) is not None]
+    signed = any(SIGNED.search(str(getattr(answer, "url", ""))) for answer in answers)
+    status = None if signed else next((s for answer in answers if (s := getattr(answer, "status_code", None))), None)
+    said = _in_one_line(re.sub(r"\?[^\s']*", "", str(error)) if signed else str(error))  # whoever has a signature may write there
+    words = _in_one_line(next((m for e in chain if (m := getattr(e, "server_message", None))), "")).rstrip(".")
     where = f"{what} on {endpoint()}"
+    if "HFValidationError" in names:
+        return Failure(ExitCode.INVALID_SPEC, f"{field}: the Hub takes no such name: {said}")
     if "GatedRepoError" in names:
-        return Failure(ExitCode.UNAUTHORIZED, f"{field}: {where} is gated. Ask for access there, and set spec.hub.tokenSecret")
+        return Failure(ExitCode.UNAUTHORIZED, f"{field}: {where} is gated. Ask for access there, and set {TOKEN}")
     if "RevisionNotFoundError" in names:
         place = field.removesuffix(".id")
         return Failure(ExitCode.NOT_FOUND, f"{place}.revision: {where} has no such branch, tag or commit")
     if names & {"RepositoryNotFoundError", "DatasetNotFoundError"} and not (status in (401, 403) and hub_token()):
-        hint = "" if hub_token() else ", or it is private: then set spec.hub.tokenSecret"
+        hint = "" if hub_token() else f", or it is private: then set {TOKEN}"
         return Failure(ExitCode.NOT_FOUND, f"{field}: there is no {where}{hint}")
     if status in (401, 403):
+        reason = f": {words}" if words else ""
         return Failure(
-            ExitCode.UNAUTHORIZED, f"spec.hub.tokenSecret: the Hub refused the token for {where} ({status}). Check its value and its rights"
+            ExitCode.UNAUTHORIZED, f"{TOKEN}: the Hub refused the token for {where} ({status}){reason}. Check its value and its rights"
         )
     if status == 404:
         return Failure(ExitCode.NOT_FOUND, f"{field}: there is no {where}")
+    if status in CONFLICTS:
+        return Failure(ExitCode.HUB_UNAVAILABLE, f"{field}: {where} is being changed by somebody else ({status}): {words or said}")
     code, text = classify(error)
     if code is ExitCode.STORAGE_ERROR:
         return Failure(code, text)
-    away = any(isinstance(e, ConnectionError | TimeoutError) for e in chain) or any(
-        classify(e)[0] is ExitCode.HUB_UNAVAILABLE for e in chain
+    if status is not None and 400 <= status < 500 and status not in TOO_SOON:
+        return Failure(ExitCode.INVALID_SPEC, f"{field}: {where} refused ({status}): {words or said}")
+    away = (
+        signed
+        or any(isinstance(e, ConnectionError | TimeoutError) for e in chain)
+        or any(classify(e)[0] is ExitCode.HUB_UNAVAILABLE for e in chain)
     )
     if away:
         return Failure(ExitCode.HUB_UNAVAILABLE, f"{field}: {where} cannot be reached: {said}")
     return Failure(code, f"{field}: {where}: {said}")
+
+
+def _in_one_line(text: str) -> str:
+    return " ".join(text.split())[:300]

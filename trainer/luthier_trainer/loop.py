@@ -29,6 +29,8 @@ class TrainingLoop(Trainer):
         """Seconds of training that earlier attempts have put into the checkpoint."""
         self.tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
         """Tokens that this process has trained on since they were last counted over all processes."""
+        self.rows = 0
+        """Rows, likewise."""
         self.saved: Path | None = None
         """The newest verified checkpoint."""
         self.save_seconds = 0.0
@@ -40,6 +42,7 @@ class TrainingLoop(Trainer):
         return self.seconds_before + time.monotonic() - self.started
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.rows += len(inputs["attention_mask"])
         self.tokens += inputs["attention_mask"].sum()  # stays on the device: reading it each step would make the host wait
         return super().training_step(model, inputs, *args, **kwargs)
 

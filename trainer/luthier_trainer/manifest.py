@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from luthier_api.workspace import MANIFEST
 
 CHUNK_BYTES = 1 << 20
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def sha256(path: Path) -> str:
@@ -56,6 +58,16 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), list) else None
+
+
+def names_in(text: bytes) -> list[str] | None:
+    """The files that a manifest of unknown origin names, as it writes them; None when not every entry is as `write_manifest` makes them."""
+    try:
+        entries = json.loads(text)["files"]
+        whole = all(SHA256.fullmatch(e["sha256"]) and isinstance(e["size"], int) and isinstance(e["path"], str) for e in entries)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return [e["path"] for e in entries] if whole else None
 
 
 def problems(folder: Path) -> list[str]:

@@ -16,6 +16,7 @@ from luthier_api.termination import TerminationMessage
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer import origins
 from luthier_trainer.data import files
+from luthier_trainer.hub import check_target
 from luthier_trainer.prepared import FINGERPRINT, belongs, fingerprint, read_prepared, write_prepared
 
 LABELS_SHOWN_BYTES = 1000  # of the 4,096 that a termination message has; all of them are in the record
@@ -24,6 +25,7 @@ LABELS_SHOWN_BYTES = 1000  # of the 4,096 that a termination message has; all of
 def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     """Prepare the workspace of one job. Raises Failure with the path of the field that does not fit."""
     folder = WorkspaceFolder(Path(run.workspace))
+    check_target(run)
     begin(run, folder)
     if folder.prepared_record.exists():
         record = read_prepared(run)

@@ -1,33 +1,42 @@
 """The phase that delivers: the result as one commit on the Hub, compared file by file with the manifest before and after.
 
+The same commit takes away what an older result left there, known by its manifest, and replaces README.md; files that were never ours stay.
 Everything in it may be done twice: what the Hub has already is not sent again, and the same content makes no second commit. So a pod
 that loses its Hub ends, and the next one goes on. Neighbours: `hub` (patience), `modelcard` (the README), `manifest`.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import re
+import sys
 import tempfile
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun, GenerateRun
 from luthier_api.status import HubStatus
 from luthier_api.termination import TerminationMessage
-from luthier_api.workspace import WorkspaceFolder
+from luthier_api.workspace import MANIFEST, WorkspaceFolder
 from luthier_trainer import manifest, modelcard
 from luthier_trainer.ending import Failure
 from luthier_trainer.generation.shard import shard_manifest
-from luthier_trainer.hub import endpoint, hub_api, hub_token, patiently
+from luthier_trainer.hub import REPO, TOKEN, endpoint, hub_api, hub_token, patiently
 from luthier_trainer.prepared import read_prepared
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
 
-REPO, TOKEN, CARD = "spec.hub.repo", "spec.hub.tokenSecret", "README.md"
+CARD = "README.md"
+MANIFESTS = {"model": re.compile(re.escape(MANIFEST)), "dataset": re.compile(rf"shard-\d{{5}}-of-\d{{5}}\.{re.escape(MANIFEST)}")}
+"""Type of repository → the manifests that a result has there: `result_manifest` and `shard_manifest`."""
+PATTERNS = 200  # the client holds every file of the repository against every pattern of what is to be deleted
 
 
 @dataclass(frozen=True)
@@ -63,15 +72,9 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     target = create(api, Target(hub.repo, kind, hub.branch, hub.private))
     with tempfile.TemporaryDirectory(prefix="luthier-publish-") as folder:
         staged = stage(run, files, Path(folder))
-        commit = patiently(
-            lambda: api.upload_folder(
-                repo_id=target.repo, repo_type=target.type, folder_path=folder, revision=target.branch,
-                commit_message=f"{run.kind} {run.name}",
-            ),
-            REPO, target.what,
-        )  # fmt: skip
-        revision = str(commit.oid)
-        compare(api, target, revision, staged)
+        gone: set[str] = set()
+        revision = patiently(lambda: send(api, target, f"{run.kind} {run.name}", Path(folder), staged, gone), REPO, target.what)
+        compare(api, target, revision, staged, gone)
         size = sum(path.stat().st_size for path in staged.values())
     status = HubStatus(repo=target.repo, revision=revision, url=target.url(revision), files=len(staged), bytes=size)
     print(f"published {status.files} files ({size} bytes) as {status.url}", flush=True)
@@ -135,18 +138,70 @@ def stage(run: FineTuneRun | GenerateRun, files: list[Path], folder: Path) -> di
     return {str(path): folder / path for path in sorted({*files, Path(CARD)})}
 
 
-def compare(api: HfApi, target: Target, revision: str, staged: dict[str, Path]) -> None:
-    """Size and digest of every file as the Hub lists them. Raises Failure(STORAGE_ERROR) when one differs."""
-    remote: dict[str, Any] = patiently(
-        lambda: {f.path: f for f in api.list_repo_tree(target.repo, repo_type=target.type, revision=revision, recursive=True)}, REPO, target.what
-    )
+def send(api: HfApi, target: Target, title: str, folder: Path, staged: Mapping[str, Path], gone: set[str]) -> str:
+    """One attempt to put `folder` in the place of the older result; the commit that holds it. What was taken away is added to `gone`.
+
+    The commit builds on the very one that was looked at: when another one came between, or an answer was lost, the Hub refuses it and
+    the next attempt looks again. By Xet the client makes a commit of each few hundred files; the first one deletes.
+    """
+    from huggingface_hub import CommitOperationDelete
+
+    repo = {"repo_id": target.repo, "repo_type": target.type, "revision": target.branch}
+    parent = str(api.repo_info(**repo).sha)
+    there = listed(api, target, parent)
+    stale = sorted(left_behind(api, target, parent, there, staged))
+    gone |= set(stale)
+    if stale:
+        shown = ", ".join(stale[:5]) + (", ..." if len(stale) > 5 else "")
+        print(f"{target.what}: {len(stale)} files of an older result go, as this one has no such files: {shown}", flush=True)
+    if CARD in there and there[CARD].blob_id != git_blob(staged[CARD]):
+        print(f"{target.what}: {CARD} is replaced by the card of this result", flush=True)
+    if len(stale) > PATTERNS:
+        operations = [CommitOperationDelete(name, is_folder=False) for name in stale]
+        parent = str(api.create_commit(**repo, operations=operations, commit_message=f"{title}: older result", parent_commit=parent).oid)
+        stale = []
+    patterns = [glob.escape(name) for name in stale]
+    commit = api.upload_folder(**repo, folder_path=folder, commit_message=title, delete_patterns=patterns or None, parent_commit=parent)
+    return str(commit.oid)
+
+
+def left_behind(api: HfApi, target: Target, revision: str, there: Mapping[str, RepoFile], staged: Collection[str]) -> set[str]:
+    """The files at `revision` that an older result brought and this one does not: what its manifests name, and they themselves.
+
+    Only what lies there by that very name is among them, so no path can lead out of the repository; names with a dot in front
+    (.gitattributes) are git's and the Hub's.
+    """
+    named: set[str] = set()
+    for name in filter(MANIFESTS[target.type].fullmatch, there):
+        with tempfile.TemporaryDirectory(prefix="luthier-manifest-") as folder:
+            path = api.hf_hub_download(target.repo, name, repo_type=target.type, revision=revision, local_dir=folder)
+            files = manifest.names_in(Path(path).read_bytes())
+        if files is None:
+            print(f"{target.what}: its {name} is no manifest of ours, so nothing is deleted for it", file=sys.stderr, flush=True)
+        else:
+            named |= {name, *files}
+    return {n for n in named & there.keys() - set(staged) if not any(part.startswith(".") for part in PurePosixPath(n).parts)}
+
+
+def listed(api: HfApi, target: Target, revision: str) -> dict[str, RepoFile]:
+    """Every file at `revision`, by its path."""
+    from huggingface_hub.hf_api import RepoFile
+
+    tree = api.list_repo_tree(target.repo, repo_type=target.type, revision=revision, recursive=True)
+    return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+
+
+def compare(api: HfApi, target: Target, revision: str, staged: Mapping[str, Path], gone: Collection[str] = ()) -> None:
+    """Size and digest of every file as the Hub lists them, and that none of `gone` is left. Raises Failure(STORAGE_ERROR)."""
+    remote = patiently(lambda: listed(api, target, revision), REPO, target.what)
     for name, path in staged.items():
         entry = remote.get(name)
-        lfs = getattr(entry, "lfs", None)
         if entry is None or entry.size != path.stat().st_size or (
-            lfs.sha256 != manifest.sha256(path) if lfs else entry.blob_id != git_blob(path)
+            entry.lfs.sha256 != manifest.sha256(path) if entry.lfs else entry.blob_id != git_blob(path)
         ):
             raise Failure(ExitCode.STORAGE_ERROR, f"{REPO}: {name} is not on {target.url(revision)} as it was sent; publish again")
+    if left := sorted(remote.keys() & set(gone)):
+        raise Failure(ExitCode.STORAGE_ERROR, f"{REPO}: {left[0]} of an older result is still on {target.url(revision)}; publish again")
 
 
 def git_blob(path: Path) -> str:

@@ -30,6 +30,7 @@ from luthier_trainer.ranks import Ranks
 from luthier_trainer.strategy import assert_started, uses_deepspeed
 from luthier_trainer.tasks import TASKS
 from luthier_trainer.telemetry import Telemetry
+from luthier_trainer.utilisation import count_weights
 
 
 def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
@@ -118,11 +119,10 @@ def source_type(model_path: str) -> torch.dtype:
 
 def opening(loop: TrainingLoop, prepared: PreparedRecord, precision: str, resume: Path | None) -> str:
     """The first line of the log: what is about to happen."""
-    weights = [(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel, p.requires_grad) for p in loop.model.parameters()]
-    learning = sum(n for n, learns in weights if learns)
+    learning, weights = count_weights(loop.model.parameters())
     plan = prepared.plan
     return (
-        f"training {learning:,} of {sum(n for n, _ in weights):,} weights of {prepared.model.source}, {precision}, "
+        f"training {learning:,} of {weights:,} weights of {prepared.model.source}, {precision}, "
         f"{plan.world_size} × {plan.micro_batch_size} rows × {plan.accumulation_steps or 1} accumulated, {plan.steps} steps, "
         + (f"resuming from {resume.name}" if resume else "from the beginning")
     )

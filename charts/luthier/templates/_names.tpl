@@ -32,29 +32,29 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- define "luthier.rules" -}}
 - apiGroups: [luthier.dev]
   resources: [finetunejobs, generatejobs]
-  verbs: [get, list, watch, delete]  # delete: ttlSecondsAfterFinished
+  verbs: [get, list, watch, delete]  # get: after a conflict; delete: ttlSecondsAfterFinished
 - apiGroups: [luthier.dev]
   resources: [finetunejobs/status, generatejobs/status]
-  verbs: [get, patch]
+  verbs: [patch]
 - apiGroups: [luthier.dev]
   resources: [finetunejobs/finalizers, generatejobs/finalizers]
   verbs: [update]  # owner references that block deletion, where the admission plugin asks for it
 - apiGroups: [jobset.x-k8s.io]
   resources: [jobsets]
-  verbs: [get, list, watch, create, patch, delete]
+  verbs: [list, watch, create, patch, delete]
 - apiGroups: [batch]
   resources: [jobs]
-  verbs: [get, list, watch, create, patch, delete]
+  verbs: [list, watch, create, patch, delete]
 - apiGroups: [""]
   resources: [pods]
-  verbs: [get, list, watch]
+  verbs: [list, watch]
 - apiGroups: [""]
   resources: [configmaps]
   verbs: [create, patch]  # applied, never read
 - apiGroups: [""]
   resources: [persistentvolumeclaims]
   verbs: [create, get]  # never changed, never deleted
-- apiGroups: ["", events.k8s.io]
+- apiGroups: [""]
   resources: [events]
   verbs: [create, patch]
 {{- end }}

@@ -99,7 +99,12 @@ def render(files: Files) -> None:
 @app.command()
 def operator() -> None:
     """Run the operator against the cluster of KUBECONFIG, or the one this process lives in. Settings come from the environment."""
+    from luthier_operator.settings import NO_IMAGE
+
     settings = _settings()
+    if settings.trainer_image == NO_IMAGE:
+        problem = "LUTHIER_TRAINER_IMAGE: needed, the image of every pod of a job: the Dockerfile's target trainer, in a registry that the nodes reach"
+        _refuse([problem], ExitCode.MISCONFIGURED, Output.TEXT)
     with _extra("operator"):
         from luthier_operator.app import run as serve
     serve(settings)

@@ -137,6 +137,8 @@ class LocalJob:
                     ]
                 )
             self.end("prepare").unlink(missing_ok=True)  # nothing is lost but what `prepare` found, and it looks again
+        if before and before.spec.hub != after.spec.hub:
+            self.end("publish").unlink(missing_ok=True)  # what is elsewhere is not yet where the manifest wants it now
         self.run_file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.run_file.with_suffix(".partial")
         partial.write_text(json.dumps(after.dump(), indent=1))
@@ -160,8 +162,11 @@ class LocalJob:
         if phase in ("prepare", "publish") and (token := os.environ.get(Variables.TOKEN)):
             env[Variables.TOKEN] = token
         job = self.manifest.job
-        if phase == "run" and isinstance(job, FineTuneJob) and job.spec.resources.nodes > 1 and (each := job.spec.resources.gpus_per_node):
+        if phase == "run" and isinstance(job, FineTuneJob) and (each := job.spec.resources.gpus_per_node):
+            # As a pod has only what it asks for: one process that sees several GPUs splits its batches over all of them.
             gpus = visible_gpus()
+            if "CUDA_VISIBLE_DEVICES" not in env:
+                env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the driver's, whose indices these are
             env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[index * each : (index + 1) * each])
         return env
 
@@ -221,11 +226,11 @@ def check_place(jobs: list[LocalJob], environ: dict[str, str], gpus: Callable[[]
                 problems.append((ExitCode.NOT_FOUND, f"{file}: {field}: no finished FineTuneJob {name!r} in {job.place.root}; {what_now}"))
         if plan_only:
             continue
-        if spec.hub and not environ.get(Variables.TOKEN):
+        if spec.hub and not environ.get(Variables.TOKEN) and not logged_in():
             problems.append(
                 (
                     ExitCode.UNAUTHORIZED,
-                    f"{file}: spec.hub.tokenSecret: here the token comes from the environment: export {Variables.TOKEN}=...",
+                    f"{file}: spec.hub.tokenSecret: here the token comes from the environment: export {Variables.TOKEN}=..., or log in: hf auth login",
                 )
             )
         field, needed = gpus_of(job.manifest)
@@ -238,6 +243,16 @@ def check_place(jobs: list[LocalJob], environ: dict[str, str], gpus: Callable[[]
         problems.append((ExitCode.MISCONFIGURED, f"{', '.join(missing)} not installed: pip install '.[trainer]' in Luthier's sources"))
     if problems:
         raise Refused([text for _, text in problems], problems[0][0])
+
+
+def logged_in() -> bool:
+    """Whether `hf auth login` has left a token here: the trainer's `hub.hub_token` finds it by itself."""
+    if find_spec("huggingface_hub") is None:
+        return False
+    from huggingface_hub.constants import HF_TOKEN_PATH
+
+    path = Path(HF_TOKEN_PATH)
+    return path.is_file() and bool(path.read_text().strip())
 
 
 def gpus_of(manifest: Manifest) -> tuple[str, int]:

@@ -5,10 +5,12 @@ Neighbours: `luthier_api.validation` judges one document; `commands` prints what
 
 from __future__ import annotations
 
+import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -18,10 +20,18 @@ from luthier_api.kinds import FineTuneJob, GenerateJob
 from luthier_api.validation import InvalidJob, check_job
 
 STDIN = "-"
+# What is no text without quotes. PyYAML has other ideas: it takes 1e-4 for a text, 12:30:45 for a number and 2026-03-01 for a date.
+PLAIN = [
+    ("bool", "y|Y|yes|Yes|YES|true|True|TRUE|on|On|ON|n|N|no|No|NO|false|False|FALSE|off|Off|OFF", "yYtToOnNfF"),
+    ("int", "[-+]?(0b[01_]+|0o?[0-7_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)", "-+0123456789"),
+    ("float", "[-+]?([.][0-9][0-9_]*|[0-9][0-9_]*([.][0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?[.](inf|Inf|INF)|[.](nan|NaN|NAN)", "-+.0123456789"),
+]
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML in which a key may stand only once, as the API server has it: of two, PyYAML would silently take the last."""
+    """YAML as kubectl reads it: each key once, where PyYAML would silently take the last, and plain words as in PLAIN."""
+
+    bool_values: ClassVar = yaml.SafeLoader.bool_values | {"y": True, "n": False}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -31,6 +41,21 @@ class StrictLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"{name!r} is there twice; keep one of them", key.start_mark)
             seen.add(name)
         return super().construct_mapping(node, deep)
+
+    def construct_finite(self, node: yaml.ScalarNode) -> float:
+        value = self.construct_yaml_float(node)
+        if not math.isfinite(value):
+            raise yaml.constructor.ConstructorError(None, None, f"{node.value}: JSON has no word for it; write a number", node.start_mark)
+        return value
+
+
+StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag.endswith((":null", ":merge"))]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for tag, pattern, first in PLAIN:
+    StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^({pattern})$"), list(first))
+StrictLoader.add_constructor("tag:yaml.org,2002:float", StrictLoader.construct_finite)
 
 
 class Refused(Exception):

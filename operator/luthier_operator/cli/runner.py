@@ -226,8 +226,6 @@ def _done(job: LocalJob, phase: Phase, group: Sequence[int]) -> TerminationMessa
         return None
     if phase == "run" and not job.folder.result.exists():
         return None
-    if phase == "publish" and (m := messages[0]) and m.hub and m.hub.repo != (job.manifest.job.spec.hub and job.manifest.job.spec.hub.repo):
-        return None
     return next((m for m in messages if m and (m.metrics or m.prepared or m.hub)), messages[0])
 
 

@@ -36,6 +36,8 @@ class Screen:
         self.bar: Progress | None = None
         self.line = -LINE_PERCENT
         self.started = 0.0
+        self.shown = False
+        """What `prepare` found."""
         console.print(f"\n[bold]{job.kind} {job.name}[/]  [dim]{escape(_short(job.folder.root))}[/]")
 
     def began(self, phase: Phase, detail: str) -> None:
@@ -72,7 +74,11 @@ class Screen:
         mark = "[green]✓[/]" if good else "[yellow]■[/]" if message.code == ExitCode.PREEMPTED else "[red]✗[/]"
         self.console.print(f"  {mark} {phase} [dim]{time.monotonic() - self.started:.1f} s[/]", highlight=False)
         if good and message.prepared:
-            self.console.print(found(message.prepared, GenerateJob.__name__ == self.job.kind.value))
+            self.show(message.prepared)
+
+    def show(self, prepared: Prepared) -> None:
+        self.shown = True
+        self.console.print(found(prepared, GenerateJob.__name__ == self.job.kind.value))
 
     def stopping(self, hard: bool) -> None:
         self.console.print("  ending everything" if hard else "  stopping: a checkpoint first (again to end at once)")
@@ -82,6 +88,10 @@ class Screen:
         job, end = outcome.job, outcome.message
         if outcome.finished_before:
             self.console.print("  finished before: nothing was run, and nothing looked at again; --fresh starts over")
+        elif outcome.state == "Planned" and not self.shown:
+            self.console.print("  prepared before: nothing was looked at again; --fresh starts over")
+        if outcome.state == "Planned" and outcome.prepared and not self.shown:
+            self.show(outcome.prepared)
         if outcome.state == "Complete":
             self.console.print(results(outcome))
             for sample in samples(job):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from luthier_api.conditions import ConditionType, Reason
 from luthier_api.exitcodes import ExitCode
 from luthier_api.kinds import FineTuneJob, JobKind
+from luthier_api.status import State
 from luthier_operator import naming
 from luthier_operator.naming import source_jobs
 from luthier_operator.phases.step import Situation, Step
@@ -40,7 +41,7 @@ def accept(s: Situation) -> Step:
             failed = f'{field}: FineTuneJob "{name}" has failed, so there is no result to start from. Create this job again once it has succeeded'
             return s.say(ACCEPTED, "False", Reason.SOURCE_FAILED, failed).fails(Reason.SOURCE_FAILED, failed)
         state = (
-            f'FineTuneJob "{name}" is {source.status.state or "Pending"}'
+            f'FineTuneJob "{name}" is {source.status.state or State.PENDING}'
             if source
             else f'there is no FineTuneJob "{name}" in this namespace'
         )

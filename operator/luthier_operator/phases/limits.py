@@ -14,25 +14,34 @@ from luthier_operator import children
 from luthier_operator.phases.step import Situation, Step
 from luthier_operator.statuses import moment
 
-SUSPENDED, RUNNING = ConditionType.SUSPENDED, ConditionType.RUNNING
+SUSPENDED = ConditionType.SUSPENDED
 
 
 def deadline(s: Situation) -> Step:
     """Counted from the start of the first phase, for as long as anything is left to do. When an end is looked at does not count."""
-    seconds = s.job.spec.active_deadline_seconds
-    if not seconds or not s.status.start_time:
+    end = expires(s)
+    if end is None:
         return s.goes_on()
-    end = moment(s.status.start_time) + timedelta(seconds=seconds)
     if s.now < end:
         return s.goes_on(requeue_after=(end - s.now).total_seconds())
     if ended_by(s, end):
         return s.goes_on()
     message = (
-        f"spec.activeDeadlineSeconds: {seconds} seconds have passed since {s.status.start_time}. What was saved stays in the workspace"
+        f"spec.activeDeadlineSeconds: {s.job.spec.active_deadline_seconds} seconds have passed since {counted_from(s)}. "
+        "What was saved stays in the workspace; a higher limit lets the job go on"
     )
-    if s.status.condition(RUNNING):
-        s = s.say(RUNNING, "False", Reason.DEADLINE_EXCEEDED, message)
-    return s.fails(Reason.DEADLINE_EXCEEDED, message, delete=s.unfinished())
+    return halted(s, Reason.DEADLINE_EXCEEDED, message).fails(Reason.DEADLINE_EXCEEDED, message, delete=s.unfinished())
+
+
+def counted_from(s: Situation) -> str | None:
+    """A rest, planned or ended, is the user's time: whoever lets the job go on gives it the whole limit again (`reopen`)."""
+    return s.status.deadline_start_time or s.status.start_time
+
+
+def expires(s: Situation) -> datetime | None:
+    """When the time that the user gives is over; None without a limit, and before the first phase."""
+    seconds, since = s.job.spec.active_deadline_seconds, counted_from(s)
+    return moment(since) + timedelta(seconds=seconds) if seconds and since else None
 
 
 def ended_by(s: Situation, end: datetime) -> bool:
@@ -48,9 +57,22 @@ def ended_by(s: Situation, end: datetime) -> bool:
 def suspend(s: Situation) -> Step:
     if s.job.spec.suspend:
         s = s.say(SUSPENDED, "True", Reason.SUSPENDED, "spec.suspend: the pods are stopped after a checkpoint; false lets the job go on")
-        if s.status.is_true(RUNNING):
-            s = s.say(RUNNING, "False", Reason.SUSPENDED, "spec.suspend is true")
-        return s.stops(delete=s.unfinished())
+        return halted(s, Reason.SUSPENDED, "spec.suspend is true").stops(delete=s.unfinished())
     if s.status.is_true(SUSPENDED):
         s = s.say(SUSPENDED, "False", Reason.RESUMED, "spec.suspend is false: the job goes on where it stopped")
     return s.goes_on()
+
+
+def halted(s: Situation, reason: Reason, message: str) -> Situation:
+    """What was said of the phase at work holds no longer: its pods are gone."""
+    told = at_work(s)
+    return s.say(told, "False", reason, message) if told and s.status.condition(told) else s
+
+
+def at_work(s: Situation) -> ConditionType | None:
+    """The condition that tells of the phase at work; None after the last one."""
+    if not s.status.is_true(ConditionType.PREPARED):
+        return ConditionType.PREPARED
+    if not s.status.is_true(s.done):
+        return ConditionType.RUNNING
+    return None if s.status.is_true(ConditionType.PUBLISHED) else ConditionType.PUBLISHED

@@ -1,19 +1,18 @@
 """Publish: one pod without a GPU that uploads the result and checks it there. A Hub that is away costs time, never the result.
 
-After a failure the user can change `spec.hub`, the one part of a job that may still change then: the hash of it, kept on the Job, says
-that there is a reason to try again.
+The hash of `spec.hub`, kept on the Job, says whether that Job still does what the user wants; where not, it is replaced. That holds after an
+end, too (`reopen`): what was trained can always be published.
 """
 
 from __future__ import annotations
 
 from luthier_api.conditions import ConditionType, Reason
 from luthier_operator import children, failure, naming, render, statuses
-from luthier_operator.naming import HUB_ANNOTATION
 from luthier_operator.phases import waiting
+from luthier_operator.phases.reopen import HUB_CHANGED
 from luthier_operator.phases.step import Situation, Step
-from luthier_operator.render.job import hub_hash
 
-PUBLISHED, FAILED = ConditionType.PUBLISHED, ConditionType.FAILED
+PUBLISHED = ConditionType.PUBLISHED
 
 
 def publish(s: Situation) -> Step:
@@ -30,11 +29,11 @@ def publish(s: Situation) -> Step:
         # The config map once more: spec.hub may have changed since.
         drawn = (render.configmap(s.job, s.settings, places), render.publish(s.job, s.settings, places))
         return s.creates(PUBLISHED, Reason.PUBLISHING, starting(s), *drawn)
+    if s.hub_changed:
+        return s.say(PUBLISHED, "False", Reason.PUBLISHING, HUB_CHANGED).stops(delete=[ref])
     if children.succeeded(job):
         at = f"@{s.status.hub.revision[:12]}" if s.status.hub else ""
         return s.say(PUBLISHED, "True", Reason.PUBLISHED, f"{repo(s)}{at}").goes_on()
-    if job["metadata"].get("annotations", {}).get(HUB_ANNOTATION) != hub_hash(s.job):
-        return s.say(PUBLISHED, "False", Reason.PUBLISHING, "spec.hub has changed: publishing again").stops(delete=[ref])
     if end := children.failed(job):
         if wait := waiting.for_evidence(s, "publish", job):
             return wait
@@ -42,17 +41,6 @@ def publish(s: Situation) -> Step:
         message = f"{found.message}. The result stays in {kept(s)}; a change of spec.hub publishes it again"
         return s.say(PUBLISHED, "False", found.reason, message).fails(found.reason, message)
     return waiting.for_one_pod(s, "publish", PUBLISHED, Reason.PUBLISHING, starting(s), f"uploading to {repo(s)}")
-
-
-def reopen(s: Situation) -> Situation:
-    """A job that failed over `publish`, and whose spec.hub has changed since, has not failed any more."""
-    job, end = s.child("publish"), s.status.condition(FAILED)
-    over_publish = s.status.is_true(s.done) and s.status.condition(PUBLISHED) and not s.status.is_true(PUBLISHED)
-    if not (end and end.status == "True" and end.reason != Reason.DEADLINE_EXCEEDED and over_publish and job and children.failed(job)):
-        return s
-    if job["metadata"].get("annotations", {}).get(HUB_ANNOTATION) == hub_hash(s.job):
-        return s
-    return s.say(FAILED, "False", Reason.PUBLISHING, "spec.hub has changed: publishing again").note(completion_time=None)
 
 
 def starting(s: Situation) -> str:

@@ -6,8 +6,9 @@ them for ever.
 
 from __future__ import annotations
 
+from luthier_api.conditions import ConditionType
 from luthier_api.kinds import FineTuneJob
-from luthier_api.status import Attempt, Checkpoint, JobStatus, Phase, finite
+from luthier_api.status import Attempt, Checkpoint, HubStatus, JobStatus, Phase, finite
 from luthier_operator import children, failure, naming, statuses
 from luthier_operator.model import Object, PodEnd
 from luthier_operator.phases.step import Situation
@@ -29,14 +30,23 @@ def said(s: Situation) -> Situation:
     status = s.status
     whole = [e for e in s.observed.ended if e.exit_code == 0 and e.message]
     prepared = next((e.message.prepared for e in reversed(whole) if e.phase == "prepare" and e.message and e.message.prepared), None)
-    hub = next((e.message.hub for e in reversed(whole) if e.phase == "publish" and e.message and e.message.hub), None)
     metrics = run_metrics(s, [e for e in whole if e.phase == "run"]) or status.metrics
     progress = s.observed.progress if s.observed.progress and not status.is_true(s.done) else status.progress
     if status.is_true(s.done):
         progress = statuses.at_end(progress, metrics)
     return s.note(
-        prepared=status.prepared or prepared, metrics=metrics, hub=hub or status.hub, progress=progress, checkpoint=checkpoint(s)
+        prepared=status.prepared or prepared, metrics=metrics, hub=hub(s) or status.hub, progress=progress, checkpoint=checkpoint(s),
+        broken_checkpoints=status.broken_checkpoints if (broken := s.observed.broken_checkpoints) is None else broken or None,
     )  # fmt: skip
+
+
+def hub(s: Situation) -> HubStatus | None:
+    """Where the pod of `publish` has put the result, if that is where spec.hub still wants it."""
+    ends = s.ends("publish")
+    if s.child("publish") is None and s.status.is_true(ConditionType.PUBLISHED):  # the Job is gone, its word may still come
+        ends = [e for e in s.observed.ended if e.phase == "publish"]
+    told = (e.message.hub for e in reversed(ends) if e.exit_code == 0 and e.message and e.message.hub)
+    return None if s.hub_changed else next(told, None)
 
 
 def run_metrics(s: Situation, ends: list[PodEnd]) -> dict[str, float] | None:
@@ -51,14 +61,20 @@ def run_metrics(s: Situation, ends: list[PodEnd]) -> dict[str, float] | None:
 
 
 def checkpoint(s: Situation) -> Checkpoint | None:
-    """The newest verified one: as the first node serves it, or as the pods said when they ended."""
+    """The newest verified one, by the newest word: as the first node serves it, or as the last pods said when they ended.
+
+    It may be an older one than was known: a broken one is set aside when the run goes on.
+    """
     known, step = s.status.checkpoint, s.observed.checkpoint_step
     if not isinstance(s.job, FineTuneJob):
         return known
     if step is None:
-        steps = [e.message.step for e in s.ends("run") if e.message and e.message.step]
-        step = max([*steps, known.step if known else 0]) or None
-    return known if step is None or (known and known.step == step) else Checkpoint(step=step, time=statuses.text(s.now))
+        ends = s.ends("run")
+        last = [e.message.step for e in ends if e.attempt == max(e.attempt for e in ends) and e.message]
+        step = max((told for told in last if told is not None), default=None)
+    if step is None or (known and known.step == step):
+        return known
+    return Checkpoint(step=step, time=statuses.text(s.now)) if step else None
 
 
 def restarts(s: Situation) -> Situation:

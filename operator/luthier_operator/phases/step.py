@@ -14,6 +14,7 @@ from luthier_api.status import PHASES, Attempt, JobStatus, Phase
 from luthier_operator import children, naming
 from luthier_operator.model import ChildRef, Job, Object, Observed, PodEnd
 from luthier_operator.naming import Place
+from luthier_operator.render.job import hub_hash
 from luthier_operator.settings import Settings
 from luthier_operator.statuses import Value, moment, text, with_condition
 
@@ -61,6 +62,12 @@ class Situation:
         if self.job.spec.plan_only and not self.child("run"):
             return "prepare"
         return "publish" if self.publishes else "run"
+
+    @property
+    def hub_changed(self) -> bool:
+        """Whether the publish Job was made from another spec.hub than that of now."""
+        job = self.child("publish")
+        return job is not None and job["metadata"].get("annotations", {}).get(naming.HUB_ANNOTATION) != hub_hash(self.job)
 
     def child(self, phase: Phase) -> Object | None:
         return self.observed.children.get(naming.child(self.job, phase))

@@ -41,6 +41,8 @@ def find_files(patterns: list[str], field: str, folders: bool = False) -> list[P
                 hint = ". It is a file" if folders else ". It is a folder: name its files, for example with /*.jsonl"
             elif near := _near(path):
                 hint = f". Did you mean {near!r}?"
+            else:
+                hint = ". Is its volume listed under spec.volumes?"
             raise Failure(ExitCode.NOT_FOUND, f"{field}[{i}]: there is no {kind} {pattern}{hint}")
         for path in matching:
             if "::" in str(path):
