@@ -9,10 +9,18 @@ import pytest
 
 @pytest.fixture(scope="session")
 def cluster() -> None:
-    """A running cluster, started if need be: KUBECONFIG and PATH of this process point at it afterwards."""
+    """A running cluster, started if need be: KUBECONFIG and PATH of this process point at it afterwards.
+
+    Ends the session where the tests would delete what is somebody's.
+    """
     from cluster import choice
 
-    os.environ.update(choice.cluster().ensure())
+    ours = choice.cluster()
+    try:
+        os.environ.update(ours.ensure())
+        ours.check_free()
+    except SystemExit as refused:
+        pytest.exit(str(refused), returncode=1)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

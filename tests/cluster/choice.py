@@ -3,6 +3,7 @@
 All three answer the same verbs, so neither the Makefile nor the end-to-end tests know which of them is there.
 """
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -14,6 +15,9 @@ from cluster.local.shell import KUBECONFIG
 
 # Targets of the Dockerfile: the variable that names the image where a given cluster already has it.
 IMAGE_VARIABLES = {"operator": "LUTHIER_OPERATOR_IMAGE", "trainer": "LUTHIER_TRAINER_IMAGE"}
+# What the tests install, change and delete: on a given cluster, none of it may be there before.
+OURS = ("namespace/luthier-system", "namespace/luthier-e2e", "crd/finetunejobs.luthier.dev", "crd/generatejobs.luthier.dev")
+MAY_DELETE = "LUTHIER_TESTS_MAY_DELETE"
 
 
 class Cluster(Protocol):
@@ -22,6 +26,9 @@ class Cluster(Protocol):
 
     def ensure(self) -> dict[str, str]:
         """A running cluster with JobSet; returns the environment in which kubectl and helm reach it."""
+
+    def check_free(self) -> None:
+        """Raises SystemExit where the tests would replace or delete what is somebody's."""
 
     def install_packages(self) -> None: ...
     def build(self) -> None: ...
@@ -32,6 +39,9 @@ class Cluster(Protocol):
         """Builds a Dockerfile target where the nodes find it; returns the reference that pods use."""
 
     def image_size(self, name: str) -> str: ...
+
+    def kill(self, node: str, container: str) -> bool:
+        """SIGKILL to the first process of a container, which the runtime of `node` knows by this id. False: that node is out of reach."""
 
     def recycle(self) -> None:
         """Makes released volumes available again, where the cluster has no provisioner to do so."""
@@ -53,6 +63,18 @@ class Given:
 
     up = ensure
 
+    def check_free(self) -> None:
+        if os.environ.get(MAY_DELETE) == "yes":
+            return
+        asked = subprocess.run(["kubectl", "get", *OURS, "--ignore-not-found", "-o", "json"], check=True, text=True, stdout=subprocess.PIPE)
+        found = [f"{item['kind']} {item['metadata']['name']}" for item in json.loads(asked.stdout or '{"items": []}')["items"]]
+        if found:
+            raise SystemExit(
+                f"KUBECONFIG={os.environ['KUBECONFIG']}: this cluster has {', '.join(found)} already. The tests would replace them, and "
+                f"delete what is in them. If nobody needs them (an earlier test leaves them, too), say {MAY_DELETE}=yes; or unset "
+                "KUBECONFIG to use a cluster of this machine."
+            )
+
     def install_packages(self) -> None:
         return
 
@@ -66,6 +88,9 @@ class Given:
 
     def image_size(self, name: str) -> str:
         raise SystemExit("image-size: only the local cluster has a registry to ask")
+
+    def kill(self, node: str, container: str) -> bool:
+        return False
 
     def volume(self, namespace: str, claim: str) -> None:
         return None

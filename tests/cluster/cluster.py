@@ -9,7 +9,8 @@
     cluster.py image-size NAME    compressed bytes of each layer of a pushed image, as JSON
     cluster.py recycle            wipe released volumes and offer them again
 
-Which cluster: KUBECONFIG set, the one it names, as it is (images by LUTHIER_OPERATOR_IMAGE and LUTHIER_TRAINER_IMAGE);
+Which cluster: KUBECONFIG set, the one it names, as it is (images by LUTHIER_OPERATOR_IMAGE and LUTHIER_TRAINER_IMAGE; the tests do not
+start where Luthier is installed, unless LUTHIER_TESTS_MAY_DELETE=yes);
 CLUSTER=kind, a kind cluster; otherwise the one of `local/`, which needs root and Go but neither Docker nor nested containers.
 WHEELS names a folder of wheels for the image build, such as torch's CPU build (with kind: a URL).
 """

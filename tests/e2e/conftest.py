@@ -51,26 +51,30 @@ def claim(name: str) -> Object:
     return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": name}, "spec": spec}
 
 
-def inspector(image: str) -> Object:
-    """A pod that sees the data and the shared workspace where the jobs' pods see them."""
+def restricted_pod(name: str, image: str, command: list[str]) -> Object:
+    """A pod under Pod Security `restricted` that leaves the user to the image."""
     security = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
-    mounts = {"data": "/data", "work": "/workspace", "tmp": "/tmp"}
     return {
-        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "inspector"},
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name},
         "spec": {
             "restartPolicy": "Never", "automountServiceAccountToken": False, "terminationGracePeriodSeconds": 0,
-            "securityContext": {"runAsNonRoot": True, "runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 1000, "seccompProfile": {"type": "RuntimeDefault"}},
-            "containers": [{
-                "name": "inspector", "image": image, "imagePullPolicy": choice.cluster().pull_policy, "command": ["sleep", "infinity"], "securityContext": security,
-                "env": [{"name": "HOME", "value": "/tmp"}, {"name": "HF_HUB_OFFLINE", "value": "1"}],
-                "volumeMounts": [{"name": n, "mountPath": m} for n, m in mounts.items()],
-            }],
-            "volumes": [
-                {"name": "data", "persistentVolumeClaim": {"claimName": "data"}}, {"name": "work", "persistentVolumeClaim": {"claimName": "work"}},
-                {"name": "tmp", "emptyDir": {}},
-            ],
+            "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
+            "containers": [{"name": "main", "image": image, "imagePullPolicy": choice.cluster().pull_policy, "command": command, "securityContext": security}],
         },
     }  # fmt: skip
+
+
+def inspector(image: str) -> Object:
+    """A pod that sees the data and the shared workspace where the jobs' pods see them, as the same user."""
+    pod = restricted_pod("inspector", image, ["sleep", "infinity"])
+    mounts = {"data": "/data", "work": "/workspace", "tmp": "/tmp"}
+    pod["spec"]["securityContext"] |= {"runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 1000}
+    pod["spec"]["containers"][0] |= {
+        "env": [{"name": "HOME", "value": "/tmp"}, {"name": "HF_HUB_OFFLINE", "value": "1"}],
+        "volumeMounts": [{"name": n, "mountPath": m} for n, m in mounts.items()],
+    }
+    pod["spec"]["volumes"] = [{"name": n, "persistentVolumeClaim": {"claimName": n}} for n in ("data", "work")] + [{"name": "tmp", "emptyDir": {}}]
+    return pod
 
 
 def install(images: Images, *values: str) -> None:

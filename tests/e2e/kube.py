@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 Object = dict[str, Any]
+CHILDREN = "configmaps,jobsets,jobs,services,pods"  # owners before what they own; claims are not the garbage collector's
+JOB_LABEL = "luthier.dev/job"
 
 
 class KubectlError(Exception):
@@ -68,6 +70,35 @@ class Kube:
             if time.monotonic() > deadline:
                 raise AssertionError(f"still there: {[o['metadata']['name'] for o in left]}")
             time.sleep(1)
+
+    def children(self, name: str, uids: set[str]) -> dict[str, list[str]]:
+        """Kind → names of a job's children and of theirs: by its label, or by an owner among `uids`, to which their own uids are added."""
+        found: dict[str, list[str]] = {}
+        for item in json.loads(self.run("get", CHILDREN, "-o", "json"))["items"]:
+            meta = item["metadata"]
+            if meta.get("labels", {}).get(JOB_LABEL) == name or any(owner["uid"] in uids for owner in meta.get("ownerReferences", [])):
+                uids.add(meta["uid"])
+                found.setdefault(item["kind"], []).append(meta["name"])
+        return found
+
+    def delete_with_children(self, kind: str, name: str, has: Collection[str], timeout: float = 90) -> None:
+        """Deletes a job that has children of the kinds `has`, and waits until none of any kind is left. Claims are another matter."""
+        job = self.get(kind, name)
+        assert job is not None
+        uids = {job["metadata"]["uid"]}
+        assert set(self.children(name, uids)) == set(has)
+        self.delete(kind, name)
+        deadline = time.monotonic() + timeout
+        while left := self.children(name, uids):
+            assert time.monotonic() < deadline, f"still there: {left}"
+            time.sleep(1)
+
+    def until_claims(self, name: str, left: int) -> None:
+        """So many claims with a job's label, now and a while later: one that stays is not only slow to go."""
+        if not left:
+            self.until_gone("persistentvolumeclaims", f"{JOB_LABEL}={name}", timeout=60)
+        time.sleep(2)
+        assert len(self.list("persistentvolumeclaims", f"{JOB_LABEL}={name}")) == left
 
     def complete(self, kind: str, name: str, timeout: float = 600) -> Object:
         return self.until(kind, name, lambda o: condition(o, "Complete") == "True", timeout=timeout, what="Complete")

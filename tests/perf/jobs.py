@@ -120,7 +120,8 @@ async def measure(audit: Path | None) -> dict[str, Any]:
     clean()
     for namespace in NAMESPACES.values():
         subprocess.run(["kubectl", "create", "namespace", namespace], check=True, capture_output=True)
-    environment = os.environ | {"LUTHIER_METRICS_PORT": "18080", "LUTHIER_NAMESPACES": NAMESPACES["operator"], "LUTHIER_LOG_LEVEL": "WARNING"}
+    image = {"LUTHIER_TRAINER_IMAGE": "registry.example/trainer"}  # in no registry: pods only have to be created
+    environment = os.environ | image | {"LUTHIER_METRICS_PORT": "18080", "LUTHIER_NAMESPACES": NAMESPACES["operator"], "LUTHIER_LOG_LEVEL": "WARNING"}
     operator = subprocess.Popen([sys.executable, "-m", "luthier_operator.cli", "operator"], env=environment)
     try:
         await asyncio.sleep(5)
@@ -175,6 +176,7 @@ def main() -> dict[str, Any]:
     from cluster import choice
 
     os.environ.update(choice.cluster().ensure())
+    choice.cluster().check_free()
     top = Path(__file__).resolve().parents[2]
     subprocess.run(["kubectl", "apply", "--server-side", "--force-conflicts", "-f", str(top / "crds")], check=True, capture_output=True)
     audit = Path(os.environ["KUBECONFIG"]).parent / "audit.log"

@@ -62,6 +62,8 @@ ENDS: list[tuple[str, BaseException, ExitCode, str]] = [
     ("a Hub that is broken", Answered(500), ExitCode.HUB_UNAVAILABLE, "Answered: 500"),
     ("causes that go round in a circle", circle(), ExitCode.TRAINING_ERROR, "RuntimeError: one"),
     ("a Hub that hangs up", httpx.ReadError("Connection reset by peer"), ExitCode.HUB_UNAVAILABLE, "ReadError: Connection reset by peer"),
+    ("a file that is another user's", wrapped(PermissionError(errno.EACCES, "Permission denied", "/models/base/model.safetensors")),
+     ExitCode.MISCONFIGURED, "/models/base/model.safetensors: Permission denied. This process is "),
     ("a file that is not there", wrapped(FileNotFoundError(errno.ENOENT, "No such file")), ExitCode.TRAINING_ERROR, "RuntimeError: An error"),
 ]  # fmt: skip
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from luthier_api.exitcodes import ExitCode
@@ -19,6 +20,7 @@ from luthier_trainer import gpuerrors
 STOP_FILE, HEARTBEAT_FILE = "stop", "heartbeat"  # in the run folder: written by PID 1, and by the phase
 FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
 STORAGE_ERRNOS = FULL_ERRNOS | {errno.EIO, errno.EROFS, errno.ESTALE}
+FORBIDDEN_ERRNOS = {errno.EACCES, errno.EPERM}
 START_OVER = "Start over: with --fresh on a laptop, under another metadata.name on a cluster"
 
 
@@ -53,12 +55,12 @@ def global_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def storage_error(error: BaseException) -> OSError | None:
-    """The volume's fault behind `error`, however deep libraries have wrapped it."""
+def os_error(error: BaseException, errnos: Collection[int]) -> OSError | None:
+    """The system's complaint behind `error`, however deep libraries have wrapped it."""
     seen: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in seen:
-        if isinstance(link, OSError) and link.errno in STORAGE_ERRNOS:
+        if isinstance(link, OSError) and link.errno in errnos:
             return link
         seen.append(link)
         link = link.__cause__ or link.__context__
@@ -87,10 +89,15 @@ def classify(error: BaseException) -> tuple[ExitCode, str]:
     module = type(error).__module__.split(".")[0]
     if module in {"httpx", "httpx2", "httpcore", "httpcore2"} or "OfflineModeIsEnabled" in names:
         return ExitCode.HUB_UNAVAILABLE, text
-    if broken := storage_error(error):
+    if broken := os_error(error, STORAGE_ERRNOS):
         if broken.errno in FULL_ERRNOS:
             return ExitCode.STORAGE_ERROR, f"spec.workspace.size: no space is left on the volume ({broken}). Ask for more, or free some of it"
         return ExitCode.STORAGE_ERROR, f"spec.workspace: its volume is broken ({broken}). Look at the volume and at the node it is mounted on"
+    if (forbidden := os_error(error, FORBIDDEN_ERRNOS)) and forbidden.filename:
+        return ExitCode.MISCONFIGURED, (
+            f"{forbidden.filename}: {forbidden.strerror}. This process is {os.getuid()}:{os.getgid()}; give the file and its folders to that user or group,"
+            " or the right to read them to all"
+        )
     if found := gpuerrors.read(text):
         code, remedy = found
         return code, f"{text}. {remedy}" if remedy else text

@@ -17,7 +17,7 @@ from luthier_api.run import Origin
 from luthier_api.spec import DatasetSource
 from luthier_trainer import origins
 from luthier_trainer.data.files import BUILDERS, find_files, format_of, suffix_of, with_rows
-from luthier_trainer.ending import Failure, storage_error
+from luthier_trainer.ending import FORBIDDEN_ERRNOS, STORAGE_ERRNOS, Failure, os_error
 from luthier_trainer.hub import hub_api, patiently
 
 if TYPE_CHECKING:
@@ -88,8 +88,8 @@ class Loader:
         try:
             return load_dataset(BUILDERS[kind], data_files={FILES_SPLIT: names}, **options)
         except Exception as error:
-            if storage_error(error):
-                raise  # the volume, not the data
+            if os_error(error, STORAGE_ERRNOS | FORBIDDEN_ERRNOS):
+                raise  # the volume or its rights, not the data
             if len(paths) > 1:
                 for path in paths:
                     self._read(kind, [path], where)  # names the one that is to blame
