@@ -132,8 +132,12 @@ def parse_job(document: dict[str, Any]) -> FineTuneJob | GenerateJob:
 
     Raises pydantic.ValidationError when the shape is wrong, ValueError when the kind is not ours.
     """
+    return kind_of(document).model.model_validate(document)
+
+
+def kind_of(document: dict[str, Any]) -> KindInfo:
+    """Raises ValueError when it is not ours."""
     try:
-        info = KINDS[JobKind(document.get("kind", ""))]
+        return KINDS[JobKind(document.get("kind", ""))]
     except ValueError:
         raise ValueError(f"kind: {document.get('kind')!r} is not one of {', '.join(KINDS)}") from None
-    return info.model.model_validate(document)

@@ -11,7 +11,7 @@ import cel
 from pydantic import BaseModel, ValidationError
 
 from luthier_api.base import ApiModel
-from luthier_api.kinds import KINDS, FineTuneJob, GenerateJob
+from luthier_api.kinds import FineTuneJob, GenerateJob, kind_of
 
 
 class InvalidJob(ValueError):
@@ -27,12 +27,13 @@ def check_job(document: dict[str, Any]) -> FineTuneJob | GenerateJob:
 
     As strict as the API server: fields by their outer names, values of their own type. Raises InvalidJob with every problem found.
     """
-    info = next((info for kind, info in KINDS.items() if kind == document.get("kind")), None)
-    if info is None:
-        raise InvalidJob([f"kind: {document.get('kind')!r} is not one of {', '.join(KINDS)}"])
-    given = as_stored({k: v for k, v in document.items() if k != "status"}, info.model)
     try:
-        job = info.model.model_validate(given, strict=True, by_alias=True, by_name=False)
+        model = kind_of(document).model
+    except ValueError as error:
+        raise InvalidJob([str(error)]) from None
+    given = as_stored({k: v for k, v in document.items() if k != "status"}, model)
+    try:
+        job = model.model_validate(given, strict=True, by_alias=True, by_name=False)
     except ValidationError as error:
         raise InvalidJob([_line(e, document) for e in error.errors()]) from None
     if problems := [_with_path(path, message) for path, message in broken_rules(job)]:

@@ -19,6 +19,7 @@ from luthier_trainer.ending import Failure
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.samples import Output, Sample, padded
 from luthier_trainer.generation.sampling import processors
+from luthier_trainer.modelfacts import room
 
 SHORTEST_BATCH = 32  # tokens; prompts up to here share batches, longer ones share with those of their power of two
 
@@ -40,7 +41,7 @@ class TextEngine:
         for i, path in enumerate(adapters):
             model = merge_adapter(model, path, spec.adapters[i].weight, f"spec.adapters[{i}]")
         self.model = (model if is_quantised(model) else model.to(self.device, hardware.dtype)).eval()
-        self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.context = room(model.config)
         self.ends = end_tokens(model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
         self.padding = next((t for t in (self.tokenizer.pad_token_id, *sorted(self.ends)) if t is not None), 0)
         # The repository's own sampling settings must not mix with the job's.
