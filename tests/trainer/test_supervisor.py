@@ -1,4 +1,4 @@
-"""PID 1 with real children: what it returns, says, kills and waits for. And its verdicts, as a table."""
+"""PID 1 with real children: what it returns, says, kills and waits for."""
 
 from __future__ import annotations
 
@@ -15,16 +15,10 @@ from typing import Any
 
 import pytest
 
-from luthier_api.exitcodes import ExitCode, Retry
 from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
 from luthier_api.status import Plan, ResolvedDataset, ResolvedSource
 from luthier_api.termination import LIMIT_BYTES, TerminationMessage
-from luthier_trainer.child import Tail, Veil, redact
-from luthier_trainer.ending import Failure
-from luthier_trainer.memory import oom_kills
-from luthier_trainer.preflight import check_gpus, check_operators, check_writable, needs_operators
 from luthier_trainer.prepared import FINGERPRINT, fingerprint, read_prepared, write_prepared
-from luthier_trainer.verdict import Evidence, judge
 
 TOKEN = "hf_" + "a1B2" * 9
 
@@ -321,195 +315,6 @@ CIRCUMSTANCES = [
 def test_what_decides_where_and_when_makes_no_other_job(field: str, value: object, make_run: Callable[..., FineTuneRun]) -> None:
     give_prepared(make_run())
     assert read_prepared(FineTuneRun.model_validate(good(make_run(), **{f"spec__{field}": value}))).model_path == "m"
-
-
-def test_gpus_that_nobody_sees(make_run: Callable[..., FineTuneRun], tmp_path: Path) -> None:
-    run = make_run(resources={"gpusPerNode": 2})
-    with pytest.raises(Failure, match=r"spec\.resources\.gpusPerNode: 2 asked for, but no GPU is visible") as failure:
-        check_gpus(run, tmp_path)
-    assert failure.value.code is ExitCode.MISCONFIGURED
-    (tmp_path / "nvidia0").touch()
-    check_gpus(run, tmp_path)
-
-
-OPERATORS = [
-    # built for, with its optimizer,  runs on   a compiler is there;  can it work
-    ("cpu",      True,                "cpu",    False,                True),
-    ("cuda",     True,                "cuda",   False,                True),
-    ("cuda",     True,                "cpu",    False,                False),
-    ("cuda",     True,                "cpu",    True,                 True),
-    ("cpu",      False,               "cpu",    False,                False),
-    ("cpu",      False,               "cpu",    True,                 True),
-    (None,       False,               "cpu",    False,                False),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("built", "optimizer", "accelerator", "compiler", "good"), OPERATORS)
-def test_deepspeed_needs_operators_or_a_compiler(
-    built: str | None, optimizer: bool, accelerator: str, compiler: bool, good: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CXX", "sh" if compiler else "no-such-compiler")
-    if built:
-        (tmp_path / "git_version_info_installed.py").write_text(f"accelerator_name={built!r}\ninstalled_ops={{'cpu_adam': {optimizer}}}\n")
-    if good:
-        check_operators("zero2-offload", accelerator, tmp_path)
-        return
-    with pytest.raises(Failure, match=rf"^spec.strategy: zero2-offload needs .* built with DS_ACCELERATOR={accelerator}") as failure:
-        check_operators("zero2-offload", accelerator, tmp_path)
-    assert failure.value.code is ExitCode.MISCONFIGURED
-
-
-NEEDS = [("ddp", 0, False), ("zero2", 0, True), ("zero2", 8, False), ("zero2-offload", 8, True), ("zero3-offload", 0, True), ("none", 1, False)]
-
-
-@pytest.mark.parametrize(("strategy", "gpus", "needed"), NEEDS)
-def test_who_needs_operators(strategy: str, gpus: int, needed: bool) -> None:
-    assert needs_operators(strategy, gpus) is needed
-
-
-def test_looking_whether_a_folder_can_be_written_to_leaves_nothing_there(tmp_path: Path) -> None:
-    check_writable(tmp_path / "job" / "folder", "spec.workspace")
-    assert list((tmp_path / "job" / "folder").iterdir()) == []
-
-
-def test_a_folder_of_somebody_else(tmp_path: Path) -> None:
-    """As another user, because root may write anywhere."""
-    folder = Path("/usr/share")
-    code = (
-        "import os, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
-        "from pathlib import Path\n"
-        "from luthier_trainer.preflight import check_writable\n"
-        f"check_writable(Path({str(folder)!r}), 'spec.workspace')"
-        if os.getuid() == 0
-        else ""
-    )
-    if not code:
-        with pytest.raises(Failure) as failure:
-            check_writable(folder, "spec.workspace")
-        text = failure.value.message
-    else:
-        prelude = "import luthier_trainer.preflight\n"  # while it may still read our files
-        text = subprocess.run([sys.executable, "-c", prelude + code], capture_output=True, text=True, timeout=30).stderr
-    assert "spec.workspace: cannot write to /usr/share: Permission denied. /usr/share belongs to 0:0, mode 0755; this process is" in text
-
-
-TAILS = [
-    ("lines", [b"a\nb", b"c\n"], "a\nbc"),
-    ("an open line", [b"a\nb"], "a\nb"),
-    ("a progress bar", [b" 1%\r 2%\r100%\ndone\n"], "100%\ndone"),
-    ("CRLF", [b"a\r\nb\r\n"], "a\nb"),
-    ("more than are kept", [b"%d\n" % i for i in range(30)], "\n".join(str(i) for i in range(10, 30))),
-    ("not text", [b"\xff\xfe\n"], "\ufffd\ufffd"),
-    ("a token across two reads", [TOKEN[:10].encode(), TOKEN[10:].encode() + b" ok\n"], "hf_… ok"),
-    ("a token of another kind", [b"hf_oauth_" + TOKEN[3:].encode() + b" hf_jwt_eyJhbGciOiJFZERTQSJ9.e30.a-b_c ok\n"], "hf_… hf_… ok"),
-]
-
-
-@pytest.mark.parametrize(("name", "chunks", "expect"), TAILS, ids=[c[0] for c in TAILS])
-def test_the_tail_of_an_output(name: str, chunks: list[bytes], expect: str) -> None:
-    tail = Tail()
-    for chunk in chunks:
-        tail.feed(chunk)
-    assert tail.text() == expect
-
-
-def test_short_words_are_not_tokens() -> None:
-    assert redact("hf_home and hf_hub_offline") == "hf_home and hf_hub_offline"
-
-
-OURS = "s3cret of the\x0bcompany"
-HELD_BACK = [
-    # chunks of an output                                       what is passed on
-    (["Bearer s3cret of the\x0bcompany!\n"],                    "Bearer hf_…!\n"),
-    ([r"b'Bearer s3cret of the\x0bcompany'"],                    "b'Bearer hf_…'"),
-    (["a s3cr", "et of the\x0bcom", "pany b s3cret of", " us"],  "a hf_… b s3cret of us"),
-    (["it ends with s3cret"],                                    "it ends with s3cret"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("chunks", "passed_on"), HELD_BACK)
-def test_our_token_is_in_no_log(chunks: list[str], passed_on: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", OURS)
-    veil = Veil()
-    assert b"".join([*(veil.feed(c.encode()) for c in chunks), veil.rest()]).decode() == passed_on
-    assert redact("".join(chunks)) == passed_on
-
-
-COUNTERS = [
-    ("v2", "memory.events", "low 0\noom 1\noom_kill 4\noom_group_kill 0\n", 4),
-    ("v1", "memory/memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 2\n", 2),
-    ("none", "other", "", 0),
-]
-
-
-@pytest.mark.parametrize(("name", "file", "text", "expect"), COUNTERS, ids=[c[0] for c in COUNTERS])
-def test_the_counter_of_memory_kills(name: str, file: str, text: str, expect: int, tmp_path: Path) -> None:
-    (tmp_path / file).parent.mkdir(exist_ok=True)
-    (tmp_path / file).write_text(text)
-    assert oom_kills(tmp_path) == expect
-
-
-def said(code: ExitCode, rank: int = 0, **more: Any) -> TerminationMessage:
-    return TerminationMessage(phase="run", code=code, reason=code.reason, rank=rank, **more)
-
-
-E = ExitCode
-VERDICTS: list[tuple[str, list[TerminationMessage], dict[str, Any], ExitCode]] = [
-    ("all ranks done", [said(E.COMPLETED), said(E.COMPLETED, 1)], {"processes": 2}, E.COMPLETED),
-    ("one rank done, the other vanished", [said(E.COMPLETED)], {"processes": 2, "status": 1}, E.TRAINING_ERROR),
-    ("done, while being stopped", [said(E.COMPLETED)], {"stopped": True}, E.COMPLETED),
-    ("CUDA memory on one rank, peers lost", [said(E.PEER_LOST), said(E.CUDA_OUT_OF_MEMORY, 1)], {"status": 1}, E.CUDA_OUT_OF_MEMORY),
-    ("what NCCL's watchdog said", [], {"gpu_error": "Watchdog caught collective operation timeout", "status": 1}, E.HANG),
-    ("a GPU that broke, its peers saw it go", [said(E.PEER_LOST, 1)], {"gpu_error": "uncorrectable ECC error", "status": 1}, E.INFRASTRUCTURE_ERROR),
-    ("words that a rank explains better", [said(E.DIVERGED)], {"gpu_error": "uncorrectable ECC error", "status": 1}, E.DIVERGED),
-    ("storage before a lost peer", [said(E.PEER_LOST), said(E.STORAGE_ERROR, 1)], {"status": 1}, E.STORAGE_ERROR),
-    ("saved on one rank, a peer lost on the other", [said(E.PREEMPTED), said(E.PEER_LOST, 1)], {}, E.PREEMPTED),
-    ("the kernel killed a rank, its peers saw it go", [said(E.PEER_LOST, 1)], {"memory_kills": 1, "status": 1}, E.HOST_OUT_OF_MEMORY),
-    ("one rank failed, the others hung on it", [said(E.INVALID_DATASET, 1)], {"killed": "hang", "status": -9}, E.INVALID_DATASET),
-    ("hung", [], {"killed": "hang", "status": -9}, E.HANG),
-    ("hung while being stopped", [], {"killed": "grace", "stopped": True, "status": -9}, E.PREEMPTED),
-    ("out of memory while being stopped", [], {"memory_kills": 1, "stopped": True, "status": -9}, E.PREEMPTED),
-]
-
-
-@pytest.mark.parametrize(("name", "messages", "facts", "expect"), VERDICTS, ids=[c[0] for c in VERDICTS])
-def test_verdict(name: str, messages: list[TerminationMessage], facts: dict[str, Any], expect: ExitCode) -> None:
-    evidence = Evidence(phase="run", messages={m.rank or 0: m for m in messages}, **({"status": 0} | facts))
-    assert judge(evidence).code == expect
-
-
-LAST_WORDS: list[tuple[str, list[TerminationMessage], dict[str, Any], tuple[ExitCode, bool | None, int | None, str]]] = [
-    # given                                     what the ranks said                                       what PID 1 knows                                      expect: code, saved, step, message
-    ("hung, after a checkpoint", [said(E.PEER_LOST, step=20), said(E.PEER_LOST, 1, step=30)], {"killed": "hang", "silence": 61, "status": -9},
-     (E.HANG, None, 30, "no step for 61 s; the stacks of all threads are in the log")),
-    ("killed at the end of its grace", [said(E.PEER_LOST, step=30)], {"killed": "grace", "stopped": True, "status": -9},
-     (E.PREEMPTED, False, 30, "the grace period ended before a checkpoint was saved")),
-    ("stopped, one rank had saved", [said(E.STORAGE_ERROR, message="full"), said(E.COMPLETED, 1, saved=True, step=40)], {"stopped": True},
-     (E.PREEMPTED, True, 40, "stopped before a checkpoint was saved (StorageError: full)")),
-    ("stopped, and none had saved", [said(E.STORAGE_ERROR, message="full")], {"stopped": True},
-     (E.PREEMPTED, False, None, "stopped before a checkpoint was saved (StorageError: full)")),
-    ("prepare is stopped", [], {"phase": "prepare", "killed": "stop", "stopped": True, "status": -9}, (E.PREEMPTED, None, None, "stopped; the next start goes on from here")),
-    ("of equal mistakes that of the first rank", [said(E.INVALID_DATASET, 1, message="b"), said(E.INVALID_DATASET, message="a")], {}, (E.INVALID_DATASET, None, None, "a")),
-    ("the first rank speaks for all", [said(E.COMPLETED, 1, message="b"), said(E.COMPLETED, message="a")], {"processes": 2}, (E.COMPLETED, None, None, "a")),
-    ("both done, one crashed in teardown", [said(E.COMPLETED), said(E.COMPLETED, 1)], {"processes": 2, "status": 1}, (E.COMPLETED, None, None, "")),
-    ("terminated by somebody", [], {"status": -15}, (E.INFRASTRUCTURE_ERROR, None, None, "the process was ended by SIGTERM from outside the container")),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "messages", "facts", "expect"), LAST_WORDS, ids=[c[0] for c in LAST_WORDS])
-def test_what_a_verdict_says(
-    name: str, messages: list[TerminationMessage], facts: dict[str, Any], expect: tuple[ExitCode, bool | None, int | None, str]
-) -> None:
-    verdict = judge(Evidence(messages={m.rank or 0: m for m in messages}, **({"phase": "run", "status": 0} | facts)))
-    assert (verdict.code, verdict.saved, verdict.step, verdict.message) == expect
-    assert verdict.reason == expect[0].reason
-
-
-def test_after_a_stop_no_code_is_one_that_ends_the_job() -> None:
-    for code in (c for c in ExitCode if c is not ExitCode.COMPLETED):
-        verdict = judge(Evidence(phase="run", status=1, messages={0: said(code)}, stopped=True))
-        assert verdict.exit_code is not None
-        assert verdict.exit_code.retry is Retry.FREE, code
 
 
 ENDPOINTS = [

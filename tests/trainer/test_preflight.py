@@ -1,0 +1,86 @@
+"""What must hold before anything heavy starts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.run import FineTuneRun
+from luthier_trainer.ending import Failure
+from luthier_trainer.preflight import check_gpus, check_operators, check_writable, needs_operators
+
+
+def test_gpus_that_nobody_sees(make_run: Callable[..., FineTuneRun], tmp_path: Path) -> None:
+    run = make_run(resources={"gpusPerNode": 2})
+    with pytest.raises(Failure, match=r"spec\.resources\.gpusPerNode: 2 asked for, but no GPU is visible") as failure:
+        check_gpus(run, tmp_path)
+    assert failure.value.code is ExitCode.MISCONFIGURED
+    (tmp_path / "nvidia0").touch()
+    check_gpus(run, tmp_path)
+
+
+OPERATORS = [
+    # built for, with its optimizer,  runs on   a compiler is there;  can it work
+    ("cpu",      True,                "cpu",    False,                True),
+    ("cuda",     True,                "cuda",   False,                True),
+    ("cuda",     True,                "cpu",    False,                False),
+    ("cuda",     True,                "cpu",    True,                 True),
+    ("cpu",      False,               "cpu",    False,                False),
+    ("cpu",      False,               "cpu",    True,                 True),
+    (None,       False,               "cpu",    False,                False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("built", "optimizer", "accelerator", "compiler", "good"), OPERATORS)
+def test_deepspeed_needs_operators_or_a_compiler(
+    built: str | None, optimizer: bool, accelerator: str, compiler: bool, good: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "sh" if compiler else "no-such-compiler")
+    if built:
+        (tmp_path / "git_version_info_installed.py").write_text(f"accelerator_name={built!r}\ninstalled_ops={{'cpu_adam': {optimizer}}}\n")
+    if good:
+        check_operators("zero2-offload", accelerator, tmp_path)
+        return
+    with pytest.raises(Failure, match=rf"^spec.strategy: zero2-offload needs .* built with DS_ACCELERATOR={accelerator}") as failure:
+        check_operators("zero2-offload", accelerator, tmp_path)
+    assert failure.value.code is ExitCode.MISCONFIGURED
+
+
+NEEDS = [("ddp", 0, False), ("zero2", 0, True), ("zero2", 8, False), ("zero2-offload", 8, True), ("zero3-offload", 0, True), ("none", 1, False)]
+
+
+@pytest.mark.parametrize(("strategy", "gpus", "needed"), NEEDS)
+def test_who_needs_operators(strategy: str, gpus: int, needed: bool) -> None:
+    assert needs_operators(strategy, gpus) is needed
+
+
+def test_looking_whether_a_folder_can_be_written_to_leaves_nothing_there(tmp_path: Path) -> None:
+    check_writable(tmp_path / "job" / "folder", "spec.workspace")
+    assert list((tmp_path / "job" / "folder").iterdir()) == []
+
+
+def test_a_folder_of_somebody_else(tmp_path: Path) -> None:
+    """As another user, because root may write anywhere."""
+    folder = Path("/usr/share")
+    code = (
+        "import os, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "from pathlib import Path\n"
+        "from luthier_trainer.preflight import check_writable\n"
+        f"check_writable(Path({str(folder)!r}), 'spec.workspace')"
+        if os.getuid() == 0
+        else ""
+    )
+    if not code:
+        with pytest.raises(Failure) as failure:
+            check_writable(folder, "spec.workspace")
+        text = failure.value.message
+    else:
+        prelude = "import luthier_trainer.preflight\n"  # while it may still read our files
+        text = subprocess.run([sys.executable, "-c", prelude + code], capture_output=True, text=True, timeout=30).stderr
+    assert "spec.workspace: cannot write to /usr/share: Permission denied. /usr/share belongs to 0:0, mode 0755; this process is" in text
