@@ -155,7 +155,7 @@ class Metrics:
                 self.add(JOB_FAILURES, 1, kind, failed.reason)
             if after.start_time and after.completion_time:
                 result = "failed" if after.is_true(ConditionType.FAILED) else "complete"
-                self.observe(JOB_SECONDS, _seconds(after.start_time, after.completion_time), kind, result)
+                self.observe(JOB_SECONDS, _seconds(after.deadline_start_time or after.start_time, after.completion_time), kind, result)
 
 
 def _restarted(kind: str, before: JobStatus, after: JobStatus) -> Iterator[str]:

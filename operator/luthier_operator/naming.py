@@ -19,6 +19,7 @@ UID_LABEL = "luthier.dev/job-uid"
 MANAGED_BY = {"app.kubernetes.io/managed-by": "luthier"}
 
 HUB_ANNOTATION = "luthier.dev/hub-hash"
+TARGET_ANNOTATION = "luthier.dev/hub-target"
 """On the publish Job: which spec.hub it was made from."""
 SOURCES_ANNOTATION = "luthier.dev/sources"
 """On the prepare Job: where the jobs that it names keep their work, because they may be deleted before our run begins."""

@@ -15,7 +15,7 @@ from luthier_api.termination import TerminationMessage
 from luthier_operator import failure, naming
 from luthier_operator.decide import decide
 from luthier_operator.model import ChildRef, Decision, Job, Object, Observed, PodEnd
-from luthier_operator.render.job import hub_hash
+from luthier_operator.render.job import hub_hash, hub_target
 from luthier_operator.settings import Settings
 from luthier_operator.statuses import text
 
@@ -75,7 +75,7 @@ def child(
     if suspend or resumed:
         conditions.append({"type": "Suspended", "status": "False" if resumed else "True", "lastTransitionTime": text(resumed or BEGIN)})
     counters = {"restarts": restarts} | ({"restartsCountTowardsMax": charged} if charged else {}) if ref.kind == "JobSet" else {}
-    annotations = ({naming.HUB_ANNOTATION: hub_hash(job)} if phase == "publish" else {}) | (notes or {})
+    annotations = ({naming.HUB_ANNOTATION: hub_hash(job), naming.TARGET_ANNOTATION: hub_target(job)} if phase == "publish" else {}) | (notes or {})
     meta = {"name": ref.name, "namespace": "ml", "uid": f"{ref.name}-uid", "creationTimestamp": text(born), "annotations": annotations,
             "labels": naming.labels(job, phase)} | ({"deletionTimestamp": text(NOW)} if deleting else {})  # fmt: skip
     return {

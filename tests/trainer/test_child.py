@@ -22,6 +22,24 @@ TAILS = [
 ]
 
 
+GPU_LINES = [
+    # output                                                                                   the line that tells why
+    ("NCCL error in: x, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'\nframe", "Cuda failure 2 'out of memory'"),
+    ("NCCL error: remote process exited\n[rank3] CUDA error: uncorrectable ECC error",           "[rank3] CUDA error: uncorrectable ECC error"),
+    ("NCCL error in: x\nNCCL error in: y",                                                       "NCCL error in: x"),
+    ("UserWarning: CUDA initialization: The NVIDIA driver on your system is too old (found 1)",  ""),
+    ("WARNING retrying: [Errno 104] Connection reset by peer",                                   ""),
+    ("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.1.2.3]:5",                  "[gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.1.2.3]:5"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("output", "line"), GPU_LINES)
+def test_the_line_that_tells_why_a_gpu_process_ended(output: str, line: str) -> None:
+    tail = Tail()
+    tail.feed(output.encode() + b"\n")
+    assert tail.gpu_error == line
+
+
 @pytest.mark.parametrize(("name", "chunks", "expect"), TAILS, ids=[c[0] for c in TAILS])
 def test_the_tail_of_an_output(name: str, chunks: list[bytes], expect: str) -> None:
     tail = Tail()

@@ -41,7 +41,7 @@ OPERATORS = [
 def test_deepspeed_needs_operators_or_a_compiler(
     built: str | None, optimizer: bool, accelerator: str, compiler: bool, good: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CXX", "sh" if compiler else "no-such-compiler")
+    monkeypatch.setenv("CXX", "sh -c g++" if compiler else "no-such-compiler")
     if built:
         (tmp_path / "git_version_info_installed.py").write_text(f"accelerator_name={built!r}\ninstalled_ops={{'cpu_adam': {optimizer}}}\n")
     if good:

@@ -23,6 +23,7 @@ VERDICTS: list[tuple[str, list[TerminationMessage], dict[str, Any], ExitCode]] =
     ("CUDA memory on one rank, peers lost", [said(E.PEER_LOST), said(E.CUDA_OUT_OF_MEMORY, 1)], {"status": 1}, E.CUDA_OUT_OF_MEMORY),
     ("what NCCL's watchdog said", [], {"gpu_error": "Watchdog caught collective operation timeout", "status": 1}, E.HANG),
     ("a GPU that broke, its peers saw it go", [said(E.PEER_LOST, 1)], {"gpu_error": "uncorrectable ECC error", "status": 1}, E.INFRASTRUCTURE_ERROR),
+    ("words before a kill", [], {"gpu_error": "CUDA error: out of memory", "status": -9}, E.INFRASTRUCTURE_ERROR),
     ("words that a rank explains better", [said(E.DIVERGED)], {"gpu_error": "uncorrectable ECC error", "status": 1}, E.DIVERGED),
     ("storage before a lost peer", [said(E.PEER_LOST), said(E.STORAGE_ERROR, 1)], {"status": 1}, E.STORAGE_ERROR),
     ("saved on one rank, a peer lost on the other", [said(E.PREEMPTED), said(E.PEER_LOST, 1)], {}, E.PREEMPTED),

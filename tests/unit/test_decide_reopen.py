@@ -32,6 +32,7 @@ LIMIT = {"activeDeadlineSeconds": 1800}  # over for half an hour, counted from B
 SAID: dict[str, Any] = {"start_time": text(BEGIN), "metrics": {"evalLoss": 1.5}}
 ENDED = SAID | {"completion_time": text(at(-1700))}
 ELSEWHERE = HUB | {"repo": "org/other"}
+TOKEN = HUB | {"tokenSecret": {"name": "another"}}
 OLD = HubStatus(repo="org/bot", revision="0123", url="https://hub.example/org/bot")
 
 PLANNED = status("Accepted", start_time=text(BEGIN), prepared=PREPARED).model_copy(
@@ -76,6 +77,7 @@ CASES: list[tuple[str, JobStatus, dict[str, Any], list[Child], str, str]] = [
     ("published",                                         PUBLISHED,       LIMIT | {"hub": HUB},                 [RUN, ("publish", "Complete", HUB)], "Complete Complete",                                      "Complete"),
     ("published, its Job is gone",                        PUBLISHED,       LIMIT | {"hub": HUB},                 [RUN],                               "Complete Complete",                                      "Complete"),
     ("published, now wanted nowhere",                     PUBLISHED,       LIMIT,                                [RUN, ("publish", "Complete", HUB)], "Complete Complete",                                      "Complete"),
+    ("published, another token alone",                    PUBLISHED,       LIMIT | {"hub": TOKEN},               [RUN, ("publish", "Complete", HUB)], "Complete Complete",                                      "Complete"),
     ("published, now wanted elsewhere",                   PUBLISHED,       LIMIT | {"hub": ELSEWHERE},           [RUN, ("publish", "Complete", HUB)], "deletes Job ftj-bot-publish; again in 1800 s",           "Publishing"),
     ("wanted elsewhere, but to be deleted first",         PUBLISHED,       {"ttlSecondsAfterFinished": 0, "hub": ELSEWHERE}, [RUN, ("publish", "Complete", HUB)], "deletes Job ftj-bot-publish",                   "Publishing"),
     ("wanted elsewhere, and suspended",                   PUBLISHED,       {"suspend": True, "hub": ELSEWHERE},  [RUN, ("publish", "Complete", HUB)], "waits",                                                  "Suspended"),

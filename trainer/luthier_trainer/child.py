@@ -70,8 +70,9 @@ class Tail:
     def __init__(self) -> None:
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._open = b""
+        self._rank = len(gpuerrors.WORDS)
         self.gpu_error = ""
-        """The first line with words of CUDA's or NCCL's: the frames that follow it may push it out of the last lines."""
+        """The line of CUDA's or NCCL's that says most: the frames that follow it may push it out of the last lines."""
 
     def feed(self, data: bytes) -> None:
         *whole, self._open = (self._open + data).split(b"\n")
@@ -85,8 +86,9 @@ class Tail:
         if visible.strip():
             text = redact(visible.decode(errors="replace"))
             self._lines.append(text[:KEPT_LINE_BYTES])
-            if not self.gpu_error and gpuerrors.read(text):
-                self.gpu_error = text[:KEPT_LINE_BYTES]
+            found = None if "Warning" in text else gpuerrors.rank(text)  # after a warning the work goes on
+            if found is not None and found < self._rank:
+                self._rank, self.gpu_error = found, text[:KEPT_LINE_BYTES]
 
     def text(self) -> str:
         if self._open:

@@ -101,7 +101,7 @@ def classify(error: BaseException) -> tuple[ExitCode, str]:
     if found := gpuerrors.read(text):
         code, remedy = found
         return code, f"{text}. {remedy}" if remedy else text
-    if "DistBackendError" in names:
+    if "DistBackendError" in names or any(words in text for words in ("Connection closed by peer", "Connection reset by peer")):
         return ExitCode.PEER_LOST, text
     return ExitCode.TRAINING_ERROR, text
 

@@ -23,10 +23,16 @@ WORDS: tuple[tuple[re.Pattern[str], ExitCode, str], ...] = tuple((re.compile(pat
     (r"uncorrectable (ECC|NVLink) error|[Dd]evice\(?s?\)? is/are busy or unavailable|unspecified launch failure|hardware stack error",
      ExitCode.INFRASTRUCTURE_ERROR, BROKEN),
     (r"Watchdog caught collective operation timeout", ExitCode.HANG, "A process of the group did not come to a collective operation"),
-    (r"ncclRemoteError|remote process exited|Connection (closed|reset) by peer|NCCL error", ExitCode.PEER_LOST, ""),
+    (r"ncclRemoteError|remote process exited|NCCL error|gloo/.*Connection (closed|reset) by peer", ExitCode.PEER_LOST, ""),
 ))  # fmt: skip
 
 
 def read(text: str) -> tuple[ExitCode, str] | None:
     """The end that `text` tells of, and what to do about it; None where it tells of none of these."""
-    return next(((code, remedy) for pattern, code, remedy in WORDS if pattern.search(text)), None)
+    found = rank(text)
+    return None if found is None else WORDS[found][1:]
+
+
+def rank(text: str) -> int | None:
+    """Where in WORDS it stands: of two lines of an output, the one with the smaller number says more."""
+    return next((i for i, (pattern, _, _) in enumerate(WORDS) if pattern.search(text)), None)

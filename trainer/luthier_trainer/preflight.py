@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import runpy
+import shlex
 import shutil
 import stat
 import tempfile
@@ -102,7 +103,7 @@ def check_operators(strategy: str, accelerator: str, install: Path | None = None
     built = runpy.run_path(str(notes)) if notes.exists() else {}
     if built.get("accelerator_name") == accelerator and built.get("installed_ops", {}).get("cpu_adam"):
         return
-    if not shutil.which(os.environ.get("CXX", "c++")):
+    if not shutil.which(shlex.split(os.environ.get("CXX") or "c++")[0]):  # as in `ccache g++`
         raise Failure(
             ExitCode.MISCONFIGURED,
             f"spec.strategy: {strategy} needs DeepSpeed's operators for {accelerator}. This installation has none, and there is no C++ compiler to"

@@ -47,7 +47,7 @@ class Evidence:
     memory_kills: int = 0
     """Processes that the kernel killed for their memory."""
     gpu_error: str = ""
-    """The first line of the output in which CUDA or NCCL tell why: their threads abort a process without an exception."""
+    """The line of the output in which CUDA or NCCL tell why: their threads abort a process without an exception."""
 
 
 def judge(evidence: Evidence) -> TerminationMessage:
@@ -81,7 +81,8 @@ def _cause(e: Evidence) -> TerminationMessage:
         return _say(e.phase, ExitCode.HOST_OUT_OF_MEMORY, f"{place}: the container ran out of memory and the kernel killed a process. {remedy}")
     if e.killed == "hang":
         return _say(e.phase, ExitCode.HANG, f"no step for {e.silence:.0f} s; the stacks of all threads are in the log", step=_step(e.messages))
-    if e.phase == "run" and (found := gpuerrors.read(e.gpu_error)) and (first is None or first.code == ExitCode.PEER_LOST):
+    of_its_own = e.phase == "run" and -e.status not in FROM_OUTSIDE  # what CUDA said before a kill, the process had got over
+    if of_its_own and (found := gpuerrors.read(e.gpu_error)) and (first is None or first.code == ExitCode.PEER_LOST):
         code, remedy = found
         return _say(e.phase, code, f"{e.gpu_error.strip()}. {remedy}".removesuffix(". "), step=_step(e.messages))
     if first:

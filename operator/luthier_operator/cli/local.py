@@ -251,8 +251,10 @@ def logged_in() -> bool:
         return False
     from huggingface_hub.constants import HF_TOKEN_PATH
 
-    path = Path(HF_TOKEN_PATH)
-    return path.is_file() and bool(path.read_text().strip())
+    try:
+        return bool(Path(HF_TOKEN_PATH).read_bytes().strip())
+    except OSError:
+        return False
 
 
 def gpus_of(manifest: Manifest) -> tuple[str, int]:

@@ -70,4 +70,4 @@ def published_elsewhere(s: Situation) -> bool:
     """Whether it is complete, and its result is not where spec.hub says now."""
     if not (s.status.is_true(COMPLETE) and s.status.is_true(s.done) and s.last == "publish"):
         return False
-    return s.hub_changed or not s.status.is_true(PUBLISHED)
+    return s.target_changed or not s.status.is_true(PUBLISHED)  # another token alone brings nothing anywhere

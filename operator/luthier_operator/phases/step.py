@@ -14,7 +14,7 @@ from luthier_api.status import PHASES, Attempt, JobStatus, Phase
 from luthier_operator import children, naming
 from luthier_operator.model import ChildRef, Job, Object, Observed, PodEnd
 from luthier_operator.naming import Place
-from luthier_operator.render.job import hub_hash
+from luthier_operator.render.job import hub_hash, hub_target
 from luthier_operator.settings import Settings
 from luthier_operator.statuses import Value, moment, text, with_condition
 
@@ -68,6 +68,13 @@ class Situation:
         """Whether the publish Job was made from another spec.hub than that of now."""
         job = self.child("publish")
         return job is not None and job["metadata"].get("annotations", {}).get(naming.HUB_ANNOTATION) != hub_hash(self.job)
+
+    @property
+    def target_changed(self) -> bool:
+        """Whether that Job brought the result to another place than spec.hub names now."""
+        job = self.child("publish")
+        brought = job and job["metadata"].get("annotations", {}).get(naming.TARGET_ANNOTATION)
+        return brought is not None and brought != hub_target(self.job)
 
     def child(self, phase: Phase) -> Object | None:
         return self.observed.children.get(naming.child(self.job, phase))

@@ -27,6 +27,11 @@ def hub_hash(job: Job) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def hub_target(job: Job) -> str:
+    """Where the result belongs: the part of spec.hub whose change makes a result that is published be published elsewhere."""
+    return f"{job.spec.hub.repo}@{job.spec.hub.branch}" if job.spec.hub else ""
+
+
 def prepare(job: Job, settings: Settings, sources: Mapping[str, Place]) -> Object:
     found = {name: [place.claim, place.folder] for name, place in sorted(sources.items())}
     notes = {naming.SOURCES_ANNOTATION: json.dumps(found)} if found else {}
@@ -34,7 +39,7 @@ def prepare(job: Job, settings: Settings, sources: Mapping[str, Place]) -> Objec
 
 
 def publish(job: Job, settings: Settings, sources: Mapping[str, Place]) -> Object:
-    notes = {naming.HUB_ANNOTATION: hub_hash(job)}
+    notes = {naming.HUB_ANNOTATION: hub_hash(job), naming.TARGET_ANNOTATION: hub_target(job)}
     return _job(job, "publish", notes, _one_pod(job, settings, "publish", sources, settings.publish_retries))
 
 
