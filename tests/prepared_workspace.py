@@ -13,8 +13,9 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerBase
 
-from luthier_api.run import FineTuneRun, PreparedRecord, Variables
+from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_api.spec import NewModel
+from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer import launch
 from luthier_trainer.newmodel import new_config, save_new_model, train_tokenizer

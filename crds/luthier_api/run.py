@@ -89,18 +89,3 @@ class PreparedRecord(Prepared):
     """What all of it was made of: what lies on the Hub has a commit instead."""
     dataset_path: str
     """FineTuneJob: a DatasetDict saved to disk, splits `train` and `eval`, tokenised. GenerateJob: rows.jsonl."""
-
-
-class Variables:
-    """Environment variables of the trainer image. Everything else it needs is in the run config."""
-
-    RUN = "LUTHIER_RUN"
-    """Path of the run config; --run overrides it."""
-    NODE_RANK = "LUTHIER_NODE_RANK"
-    """Index of this pod: node rank, or shard."""
-    RUN_DIR = "LUTHIER_RUN_DIR"
-    """Writable folder of one pod: stop flag, heartbeat, results of the ranks. Default /run/luthier."""
-    TERMINATION_LOG = "LUTHIER_TERMINATION_LOG"
-    """Where the termination message goes. Default /dev/termination-log."""
-    TOKEN = "HF_TOKEN"
-    """Token of the Hub; in `prepare` and `publish` only."""

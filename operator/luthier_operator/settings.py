@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from luthier_api.run import Variables
 from luthier_api.spec import Bytes, Cores, ObjectName
+from luthier_api.variables import Variables
 
 Names = Annotated[tuple[ObjectName, ...], NoDecode]
 """Written with commas between."""

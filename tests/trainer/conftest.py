@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from hub.server import Running
 
-from luthier_api.run import FineTuneRun, GenerateRun, Variables
+from luthier_api.run import FineTuneRun, GenerateRun
 from luthier_api.spec import NewModel
+from luthier_api.variables import Variables
 from luthier_trainer.newmodel import new_config, save_new_model, train_tokenizer
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 256}

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from luthier_api.run import GenerateRun, PreparedRecord, Variables
+from luthier_api.run import GenerateRun, PreparedRecord
 from luthier_api.status import Plan, ResolvedDataset, ResolvedSource
 from luthier_api.termination import TerminationMessage
+from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer import generate
 from luthier_trainer.generation.shard import shard_name

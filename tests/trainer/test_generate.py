@@ -19,8 +19,9 @@ from trainer.small_sdxl import write_small_sdxl
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.metrics import progress_of, read_samples
-from luthier_api.run import FineTuneRun, GenerateRun, Variables
+from luthier_api.run import FineTuneRun, GenerateRun
 from luthier_api.termination import TerminationMessage
+from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer import ending, generate
 from luthier_trainer.ending import Failure

@@ -18,9 +18,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord, Variables
+from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
 from luthier_api.status import Plan, ResolvedDataset, ResolvedSource
 from luthier_api.termination import TerminationMessage
+from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.ending import Failure
 from luthier_trainer.manifest import write_manifest

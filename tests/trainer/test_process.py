@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from luthier_api.run import FineTuneRun, PreparedRecord, Variables
+from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_api.termination import TerminationMessage
+from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.prepared import FINGERPRINT, fingerprint, write_prepared
 from luthier_trainer.process import quantised

@@ -22,9 +22,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord, Variables
+from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
 from luthier_api.status import Plan, ResolvedDataset, ResolvedSource
 from luthier_api.termination import TerminationMessage
+from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.ending import Failure
 from luthier_trainer.generation.shard import shard_manifest, shard_name

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.run import Variables
+from luthier_api.variables import Variables
 from luthier_trainer.process import VERBS
 from luthier_trainer.supervisor import main
 

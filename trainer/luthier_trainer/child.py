@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from luthier_api.run import Variables
+from luthier_api.variables import Variables
 from luthier_trainer import gpuerrors
 
 KEPT_LINES = 20

@@ -13,8 +13,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.run import Variables
 from luthier_api.termination import TerminationMessage
+from luthier_api.variables import Variables
 from luthier_trainer import gpuerrors
 
 STOP_FILE, HEARTBEAT_FILE = "stop", "heartbeat"  # in the run folder: written by PID 1, and by the phase

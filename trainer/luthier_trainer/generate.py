@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.metrics import GENERATE_MAX_ROWS, GENERATE_ROWS, GENERATE_ROWS_PER_SECOND
-from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord, Variables
+from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
 from luthier_api.termination import TerminationMessage
+from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.ending import Failure, beat, stop_requested
 from luthier_trainer.generation.samples import Engine, Output, Sample, batches, read_rows

@@ -17,9 +17,10 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 
-from luthier_api.run import FineTuneRun, GenerateRun, Variables, read_run
+from luthier_api.run import FineTuneRun, GenerateRun, read_run
 from luthier_api.status import Phase
 from luthier_api.termination import TerminationMessage
+from luthier_api.variables import Variables
 from luthier_trainer.ending import Failure, classify, global_rank, write_result
 from luthier_trainer.prepared import read_prepared
 

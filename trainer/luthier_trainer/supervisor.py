@@ -20,8 +20,9 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.run import FineTuneRun, GenerateRun, Variables, read_run
+from luthier_api.run import FineTuneRun, GenerateRun, read_run
 from luthier_api.termination import TerminationMessage
+from luthier_api.variables import Variables
 from luthier_trainer import launch, memory, preflight
 from luthier_trainer.child import Child, redact
 from luthier_trainer.ending import HEARTBEAT_FILE, STOP_FILE, Failure, classify

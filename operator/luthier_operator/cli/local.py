@@ -19,10 +19,11 @@ from typing import Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.kinds import FineTuneJob, JobKind
-from luthier_api.run import FineTuneRun, GenerateRun, Variables, read_run
+from luthier_api.run import FineTuneRun, GenerateRun, read_run
 from luthier_api.spec import JobControl
 from luthier_api.status import Phase
 from luthier_api.validation import InvalidJob, check_job
+from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
 from luthier_operator.cli.manifests import Manifest, Refused
 

@@ -17,9 +17,9 @@ import httpx
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.metrics import read_samples
-from luthier_api.run import Variables
 from luthier_api.status import Phase
 from luthier_api.termination import TerminationMessage
+from luthier_api.variables import Variables
 from luthier_operator.cli.local import LocalJob
 
 PORT_FILE = "metrics-port"

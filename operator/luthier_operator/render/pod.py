@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from luthier_api.kinds import FineTuneJob
-from luthier_api.run import METRICS_PORT, Variables
+from luthier_api.run import METRICS_PORT
 from luthier_api.status import Phase
+from luthier_api.variables import Variables
 from luthier_operator import naming
 from luthier_operator.model import Job, Object
 from luthier_operator.naming import CONFIG, CONTAINER, INDEX_ANNOTATION, RUN_FILE, SOURCES, WORKSPACE, Place

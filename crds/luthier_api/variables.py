@@ -1,0 +1,21 @@
+"""What a pod of the trainer image is told beside its run config: the names of environment variables.
+
+They stand alone, because PID 1 needs them before it has time for the types of the run config.
+"""
+
+from __future__ import annotations
+
+
+class Variables:
+    """Environment variables of the trainer image. Everything else it needs is in the run config."""
+
+    RUN = "LUTHIER_RUN"
+    """Path of the run config; --run overrides it."""
+    NODE_RANK = "LUTHIER_NODE_RANK"
+    """Index of this pod: node rank, or shard."""
+    RUN_DIR = "LUTHIER_RUN_DIR"
+    """Writable folder of one pod: stop flag, heartbeat, results of the ranks. Default /run/luthier."""
+    TERMINATION_LOG = "LUTHIER_TERMINATION_LOG"
+    """Where the termination message goes. Default /dev/termination-log."""
+    TOKEN = "HF_TOKEN"
+    """Token of the Hub; in `prepare` and `publish` only."""
