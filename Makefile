@@ -24,14 +24,14 @@ test: setup  ## unit, operator and trainer tests; what needs a cluster is named 
 	$(PYTEST) -n 2 --dist loadfile
 
 lint: setup  ## ruff, mypy, import contracts, generated files
-	$(PYTHON) -m luthier_api.crd --check
+	$(PYTHON) -m luthier_api.drawn --check
 	$(PYTHON) docs/render.py --check
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
 generate: setup  ## write the CRDs, and the tables of docs, from the code
-	$(PYTHON) -m luthier_api.crd
+	$(PYTHON) -m luthier_api.drawn
 	$(PYTHON) docs/render.py
 
 cluster: setup  ## a real Kubernetes with JobSet on this machine (CLUSTER=kind for kind, KUBECONFIG for yours)

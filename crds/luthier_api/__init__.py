@@ -6,3 +6,4 @@ Pure types: neither Kubernetes nor torch is imported here, so that the operator,
 GROUP = "luthier.dev"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
+RUN_SCHEMA = "run.schema.json"  # beside this file: the shape of the run config, drawn by `runschema`

@@ -1,18 +1,16 @@
-"""CRDs drawn from the types: `python -m luthier_api.crd` writes them, `--check` fails when the files differ.
+"""CRDs drawn from the types.
 
 The walk turns pydantic's JSON schema into the structural OpenAPI schema that the API server wants: references inlined, optional fields
 without null, no `additionalProperties: false` beside `properties` (strict validation refuses unknown fields by itself), rules and
-formats as CEL.
+formats as CEL. Neighbour: `drawn` writes the files.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
-import sys
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
-from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
@@ -151,24 +149,3 @@ def render() -> dict[str, str]:
         f"{info.plural}.yaml": HEADER + yaml.safe_dump(crd(kind, info), sort_keys=False, width=120, allow_unicode=True)
         for kind, info in KINDS.items()
     }
-
-
-def main(check: bool) -> int:
-    """Write, or with `check` compare, the files of the repository. Returns the exit code."""
-    top = Path(__file__).resolve().parents[2]
-    stale = []
-    for folder in (top / "crds", top / "charts/luthier/files/crds"):
-        for name, text in render().items():
-            path = folder / name
-            if check and (not path.exists() or path.read_text() != text):
-                stale.append(str(path.relative_to(top)))
-            elif not check:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text)
-    if stale:
-        print(f"not current: {', '.join(stale)}. Run `make generate`.", file=sys.stderr)
-    return 1 if stale else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(check="--check" in sys.argv[1:]))

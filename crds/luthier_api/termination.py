@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 from luthier_api.base import ApiModel
 from luthier_api.exitcodes import ExitCode
 from luthier_api.status import Figures, HubStatus, Phase, Prepared
-
-LIMIT_BYTES = 4096  # kubelet cuts a termination message there
+from luthier_api.terminationlog import encode
 
 
 class TerminationMessage(ApiModel):
@@ -33,16 +29,8 @@ class TerminationMessage(ApiModel):
     hub: HubStatus | None = None
 
     def encode(self) -> bytes:
-        """JSON of at most LIMIT_BYTES: the output's lines are shortened first (from their beginning), then the message."""
-        data = self.dump()
-        for field in ("lastLines", "message"):
-            value = str(data.get(field, ""))
-            # A character is at most 6 bytes of JSON (\u001b), so a sixth of the excess is never too much; repeat until it fits.
-            while (excess := len(_dumps(data)) - LIMIT_BYTES) > 0 and value:
-                cut = max(1, excess // 6)
-                value = value[cut:] if field == "lastLines" else value[:-cut]
-                data[field] = value
-        return _dumps(data)
+        """As JSON that the kubelet keeps whole."""
+        return encode(self.dump())
 
     @classmethod
     def read(cls, text: str | None) -> TerminationMessage | None:
@@ -55,8 +43,3 @@ class TerminationMessage(ApiModel):
     @property
     def exit_code(self) -> ExitCode | None:
         return ExitCode.of(self.code)
-
-
-def _dumps(data: dict[str, Any]) -> bytes:
-    # A name of a file that is no UTF-8 must not cost the message.
-    return json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")

@@ -30,13 +30,14 @@ from cases.api import (
     words,
 )
 
-from luthier_api import crd
+from luthier_api import crd, drawn
 from luthier_api.base import Rule
 from luthier_api.exitcodes import ExitCode, Retry
 from luthier_api.kinds import FineTuneJob, GenerateJob, parse_job
 from luthier_api.metrics import POD_METRICS, checkpoint_step, progress_of, read_samples
 from luthier_api.status import JobStatus
-from luthier_api.termination import LIMIT_BYTES, TerminationMessage
+from luthier_api.termination import TerminationMessage
+from luthier_api.terminationlog import LIMIT_BYTES
 from luthier_api.validation import InvalidJob, check_job
 
 
@@ -194,8 +195,8 @@ def test_defaults_are_those_of_the_crd() -> None:
         assert filled == {k: v for k, v in parse_job(document).spec.dump().items() if v != []}
 
 
-def test_crd_files_are_current() -> None:
-    assert crd.main(check=True) == 0
+def test_drawn_files_are_current() -> None:
+    assert drawn.main(check=True) == 0
 
 
 @pytest.mark.parametrize("kind", list(crd.KINDS))
