@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from luthier_trainer.child import Tail, Veil, redact
+from luthier_trainer.child import Tail
 from luthier_trainer.memory import oom_kills
+from luthier_trainer.redaction import Veil, redact
 
 TOKEN = "hf_" + "a1B2" * 9
 TAILS = [

@@ -147,7 +147,7 @@ def test_a_result_made_anew_is_another_model(jobs: Jobs, tmp_path: Path) -> None
     message = f"spec.model.job: {result} has changed{OLD}"
     assert refusal(run) == message
     with pytest.raises(Failure) as failure:
-        preflight.check("train", run, tmp_path / "run")
+        preflight.check("train", run)
     assert failure.value.message == message
     other = jobs.make_run("ad1-again", model={"job": "b0"}, sources=jobs.sources)
     main(other)
@@ -163,7 +163,7 @@ def test_a_merged_adapter_is_the_runs_own(jobs: Jobs, tmp_path: Path) -> None:
     result = WorkspaceFolder(tmp_path / "workspace" / "ad1").result
     (result / "tokenizer_config.json").write_text("{}")
     write_manifest(result)
-    preflight.check("train", run, tmp_path / "run")
+    preflight.check("train", run)
     assert refusal(run) == f"spec.model.job: {result} has changed{OLD}"
 
 

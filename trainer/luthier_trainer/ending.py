@@ -11,11 +11,14 @@ import errno
 import os
 from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
 from luthier_trainer import gpuerrors
+
+if TYPE_CHECKING:
+    from luthier_api.termination import TerminationMessage  # its types cost more than all else here, and PID 1 ends this way too
 
 STOP_FILE, HEARTBEAT_FILE = "stop", "heartbeat"  # in the run folder: written by PID 1, and by the phase
 FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
@@ -34,7 +37,7 @@ class Failure(Exception):
 
 def run_dir() -> Path:
     """Writable folder of this pod: stop flag, heartbeat, results of the ranks."""
-    return Path(os.environ.get(Variables.RUN_DIR, "/run/luthier"))
+    return Path(os.environ.get(Variables.RUN_DIR) or "/run/luthier")
 
 
 def stop_requested() -> bool:

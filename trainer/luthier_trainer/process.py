@@ -13,21 +13,18 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
 from luthier_api.run import FineTuneRun, GenerateRun, read_run
-from luthier_api.status import Phase
 from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
 from luthier_trainer.ending import Failure, classify, global_rank, write_result
 from luthier_trainer.prepared import read_prepared
+from luthier_trainer.verbs import VERBS
 
 Work = Callable[[FineTuneRun | GenerateRun], TerminationMessage]
-
-VERBS: Mapping[str, Phase] = {"prepare": "prepare", "train": "run", "generate": "run", "publish": "publish"}
-"""Verb, which is also the name of its module → phase."""
 
 
 def main(verb: str) -> None:

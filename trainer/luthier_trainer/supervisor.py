@@ -1,19 +1,18 @@
-"""PID 1 of the trainer image: checks, starts the phase's process, owns signals, watches for hangs, has the last word.
+"""What PID 1 does once the run config is sound: checks, starts the phase's process, watches for hangs and signals, judges the end.
 
 SIGTERM is never forwarded: it becomes a file that all ranks agree on once a step, so that they save the same checkpoint. Neighbours:
-`preflight` (what must hold first), `child` (the process tree), `verdict` (what its end means). Nothing here imports torch.
+`pid1` (before and after), `preflight` (what must hold first), `child` (the process tree), `verdict` (what its end means). Nothing here
+imports torch.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -24,14 +23,13 @@ from luthier_api.run import FineTuneRun, GenerateRun, read_run
 from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
 from luthier_trainer import launch, memory, preflight
-from luthier_trainer.child import Child, redact
-from luthier_trainer.ending import HEARTBEAT_FILE, STOP_FILE, Failure, classify
+from luthier_trainer.child import Child
+from luthier_trainer.ending import HEARTBEAT_FILE, STOP_FILE, Failure, run_dir
 from luthier_trainer.prepared import read_prepared
-from luthier_trainer.process import VERBS
+from luthier_trainer.signals import Stop
+from luthier_trainer.verbs import VERBS
 from luthier_trainer.verdict import Evidence, judge
 
-KINDS: Mapping[str, str] = {"train": "FineTuneJob", "generate": "GenerateJob"}
-TERMINATION_LOG = Path("/dev/termination-log")
 HUB = "https://huggingface.co"
 STALE = (STOP_FILE, HEARTBEAT_FILE, "metrics-port", "result-*.json", "result-*.partial")
 RESERVE_SECONDS = 10  # teardown of ranks and of torch's agent: 2 to 7 s measured in pods
@@ -61,7 +59,7 @@ class Settings:
                 raise Failure(ExitCode.MISCONFIGURED, f"{name}: {environment[name]!r} is not a number") from None
 
         return cls(
-            run_dir=Path(environment.get(Variables.RUN_DIR) or "/run/luthier"),
+            run_dir=run_dir(),
             node_rank=int(number(Variables.NODE_RANK, 0)),
             step_timeout=number("LUTHIER_STEP_TIMEOUT", 1800),
             peer_lost_linger=number("LUTHIER_PEER_LOST_LINGER", 20),
@@ -69,63 +67,15 @@ class Settings:
         )
 
 
-def main(verb: str, path: Path) -> int:
-    """One phase from start to last word. Returns the container's exit code."""
-    began = time.monotonic()
-    stop = Stop()
-    log = Path(os.environ.get(Variables.TERMINATION_LOG) or TERMINATION_LOG)
-    try:
-        settings = Settings.of(os.environ)
-        run = load(verb, path)
-        preflight.check(verb, run, settings.run_dir)
-        message = supervise(verb, run, path, settings, stop)
-    except Exception as error:
-        if not isinstance(error, Failure):
-            import traceback
-
-            traceback.print_exc()
-        code, text = classify(error)
-        message = TerminationMessage(phase=VERBS[verb], code=code, reason=code.reason, message=text)
-    message = message.model_copy(update={"message": redact(message.message), "seconds": round(time.monotonic() - began, 1)})
-    report(message, log)
-    return message.code
-
-
-class Stop:
-    """SIGTERM and SIGINT, remembered. A second SIGINT is an impatient user: `now` says not to wait for a checkpoint."""
-
-    def __init__(self) -> None:
-        self.at: float | None = None
-        self.now = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._remember)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.now = self.now or (self.at is not None and number == signal.SIGINT)
-        if self.at is None:
-            self.at = time.monotonic()
-
-
-def load(verb: str, path: Path) -> FineTuneRun | GenerateRun:
-    """The run config, which must be of a kind that the verb works on. Raises Failure with the path of each wrong field."""
+def main(verb: str, path: Path, stop: Stop) -> TerminationMessage:
+    """The phase, from checks that need the types of its run config to its last word. Raises Failure."""
+    settings = Settings.of(os.environ)
     try:
         run = read_run(path.read_bytes())
-    except OSError as error:
-        raise Failure(ExitCode.MISCONFIGURED, f"{Variables.RUN}: cannot read the run config {path}: {error.strerror}") from error
-    except ValidationError as error:
-        raise Failure(ExitCode.INVALID_SPEC, "; ".join(_problem(dict(e)) for e in error.errors())) from None
-    if KINDS.get(verb, run.kind) != run.kind:
-        raise Failure(ExitCode.INVALID_SPEC, f"kind: {verb} needs a {KINDS[verb]}, but {path.name} describes a {run.kind}")
-    return run
-
-
-def _problem(error: Mapping[str, object]) -> str:
-    location = error["loc"]
-    assert isinstance(location, tuple)
-    parts = [p for p in location if p not in KINDS.values()]
-    where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).lstrip(".") or "run config"
-    found = "" if error["type"] in ("missing", "extra_forbidden", "json_invalid") else f" (it is {error['input']!r})"
-    return f"{where}: {error['msg']}{found}"[:500]
+    except ValidationError as error:  # hardly ever: `gate` knows the shape, but not, for one, how deep pydantic reads
+        raise Failure(ExitCode.INVALID_SPEC, f"run config: {' '.join(str(error).split())}") from error
+    preflight.check(verb, run)
+    return supervise(verb, run, path, settings, stop)
 
 
 def command(verb: str, run: FineTuneRun | GenerateRun, node_rank: int) -> list[str]:
@@ -239,14 +189,3 @@ def read_results(run_dir: Path) -> dict[int, TerminationMessage]:
         if message is not None:
             found[int(file.stem.removeprefix("result-"))] = message
     return found
-
-
-def report(message: TerminationMessage, log: Path) -> None:
-    """Leave the message where the kubelet reads it, and a line of it in the log."""
-    try:
-        if log != TERMINATION_LOG or log.exists():  # outside a pod there is none, and /dev is no place to make one
-            log.write_bytes(message.encode())
-    except OSError as error:
-        print(f"supervisor: cannot write {log}: {error.strerror}", file=sys.stderr)
-    text = f": {message.message}" if message.message else ""
-    print(f"supervisor: {message.phase} ended with {message.code} {message.reason}{text}", file=sys.stderr, flush=True)
