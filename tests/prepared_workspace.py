@@ -10,14 +10,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import datasets
 from datasets import Dataset, DatasetDict
-from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerBase
+from PIL import Image
+from sklearn.datasets import load_digits
+from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
 
 from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_api.spec import NewModel
 from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer import launch
+from luthier_trainer.modelfacts import read_processor
 from luthier_trainer.newmodel import new_config, save_new_model, train_tokenizer
 from luthier_trainer.prepared import FINGERPRINT, fingerprint, write_prepared
 
@@ -38,7 +42,7 @@ def prepared_run(root: Path, base: Path, data: DatasetDict, labels: list[str] | 
     workspace = WorkspaceFolder(root)
     workspace.prepared.mkdir(parents=True)
     data.save_to_disk(workspace.prepared / "dataset")
-    AutoTokenizer.from_pretrained(base).save_pretrained(workspace.prepared / "tokenizer")
+    read_processor(base, run.spec.task, "spec.model").save_pretrained(workspace.prepared / "processor")
     record = PreparedRecord.model_validate({
         "model": {"source": str(base)}, "dataset": {"source": "unused.txt", "rows": len(data["train"]), "labels": labels},
         "plan": {
@@ -90,6 +94,13 @@ def classification_data(tokenizer: PreTrainedTokenizerBase, paragraphs: list[str
         "labels": [int(text[0].isupper()) for text in paragraphs[::8]],
     }  # fmt: skip
     return split(columns)
+
+
+def image_data() -> DatasetDict:
+    """Handwritten digits: is it a one (1), or a zero (0)?"""
+    found = load_digits(n_class=2)
+    pictures = [Image.fromarray((pixels * 15.9).astype("uint8")) for pixels in found.images[:240]]
+    return split({"pixel_values": pictures, "labels": found.target[:240].tolist()}).cast_column("pixel_values", datasets.Image())
 
 
 def split(columns: dict[str, list[Any]]) -> DatasetDict:

@@ -27,7 +27,9 @@ from luthier_api.spec import (
     train_alone,
 )
 
-FineTuneTask = Literal["causal-lm", "text-classification"]
+FineTuneTask = Literal["causal-lm", "text-classification", "image-classification"]
+LINEAR = ("causal-lm", "text-classification")
+"""Tasks whose models are made of linear layers. Those that look at images may be made of convolutions, which bitsandbytes leaves as they are."""
 Strategy = Literal["auto", "ddp", "zero2", "zero2-offload", "zero3", "zero3-offload"]
 
 
@@ -36,8 +38,10 @@ class Columns(ApiModel):
 
     text: ShortText = "text"
     """The text to learn (causal-lm) or to classify (text-classification)."""
+    image: ShortText = "image"
+    """The image to classify (image-classification)."""
     label: ShortText = "label"
-    """The class of a row (text-classification): a name or a number."""
+    """The class of a row (text-classification, image-classification): a name or a number. Folders of images have it by their names."""
 
 
 class TrainingData(DatasetSource):
@@ -70,7 +74,7 @@ class Method(ApiModel):
     """Which weights learn, and how."""
 
     type: Literal["full", "lora", "qlora"] = "lora"
-    """full: all weights. lora: low-rank adapters on a frozen model. qlora: the same on a model quantised to 4 bits (NF4)."""
+    """full: all weights. lora: low-rank adapters on a frozen model. qlora: the same on a model whose linear layers are quantised to 4 bits (NF4); not for image-classification."""
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
     """Rank of the adapters (lora, qlora)."""
     alpha: Annotated[int, Field(ge=1, le=4096)] = 32
@@ -110,7 +114,7 @@ class Training(ApiModel):
     micro_batch_size: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
     """Rows that one process sees in one forward pass; planned when left out."""
     max_length: Annotated[int, Field(ge=8, le=1_048_576)] = 1024
-    """Tokens of a row; longer rows are cut (causal-lm with packing: split)."""
+    """Tokens of a row; longer rows are cut (causal-lm with packing: split). Images have none."""
     packing: bool = False
     """causal-lm: join all rows, separated by the end-of-text token, and cut them into blocks of maxLength. Lines of text files keep their breaks; there the token stands at the end of a file."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -219,8 +223,16 @@ class FineTuneJobSpec(JobControl):
             "spec.training.evalSteps: no rows are held out to evaluate on; set dataset.evalSplit, evalFiles or evalFraction, or remove evalSteps",
         ),
         Rule(
-            "!(has(self.model.config) && self.task == 'text-classification')",
-            "spec.model.config: text-classification starts from a pretrained model; set model.id, path or job",
+            "!has(self.model.config) || self.task == 'causal-lm'",
+            "spec.model.config: only causal-lm starts from new weights; set model.id, path or job for this task",
+        ),
+        Rule(
+            f"self.method.type != 'qlora' || self.task in {list(LINEAR)}",
+            "spec.method.type: qlora quantises linear layers, and a model of image-classification need not have any; use lora or full",
+        ),
+        Rule(
+            "self.task != 'image-classification' || !has(self.dataset.format) || self.dataset.format in ['imagefolder', 'parquet']",
+            "spec.dataset.format: images come in folders or in parquet; use imagefolder or parquet for image-classification",
         ),
         Rule(
             "self.resources.gpusPerNode > 0 || self.training.precision != 'fp16'",

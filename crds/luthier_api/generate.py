@@ -203,11 +203,11 @@ class GenerateJobSpec(JobControl):
         ),
         Rule(
             "!(self.task == 'text-to-image' && has(self.model.job))",
-            "spec.model.job: a FineTuneJob makes text models; set model.id or model.path for text-to-image",
+            "spec.model.job: no FineTuneJob makes a model of text-to-image; set model.id or model.path",
         ),
         Rule(
             "self.task != 'text-to-image' || !has(self.adapters) || !self.adapters.exists(a, has(a.job))",
-            "spec.adapters.job: a FineTuneJob makes adapters of text models; set id or path for text-to-image",
+            "spec.adapters.job: no FineTuneJob makes an adapter of text-to-image; set id or path",
         ),
         Rule(
             "self.task == 'text-to-image' || !has(self.inputs.rows) || !self.inputs.rows.exists(r, has(r.negativePrompt))",

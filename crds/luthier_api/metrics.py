@@ -33,6 +33,7 @@ TRAIN_GRAD_NORM = Metric("luthier_train_grad_norm", "Norm of the gradients befor
 TRAIN_TOKENS = Metric("luthier_train_tokens_total", "Tokens trained on, padding excluded, over all ranks", "counter")
 TRAIN_TOKENS_PER_SECOND = Metric("luthier_train_tokens_per_second", "Tokens a second over all ranks, since the last report")
 TRAIN_SAMPLES = Metric("luthier_train_samples_total", "Rows trained on in this attempt, over all ranks", "counter")
+TRAIN_SAMPLES_PER_SECOND = Metric("luthier_train_samples_per_second", "Rows a second over all ranks, since the last report")
 TRAIN_MFU = Metric(
     "luthier_train_mfu_ratio", "Model FLOPs of the tokens trained on, as a part of the GPUs' peak in 16 bit; only for GPUs whose peak is known"
 )
@@ -73,6 +74,7 @@ def progress_of(pods: list[dict[str, float]], now: datetime | None = None, outpu
             step=step, max_steps=most, percent=100 * step // most, epoch=figure(training.get(TRAIN_EPOCH.name)),
             loss=figure(training.get(TRAIN_LOSS.name)), learning_rate=figure(training.get(TRAIN_LEARNING_RATE.name)),
             tokens_per_second=figure(training.get(TRAIN_TOKENS_PER_SECOND.name)),
+            rows_per_second=figure(training.get(TRAIN_SAMPLES_PER_SECOND.name)),
             eta_seconds=_whole(training.get(TRAIN_ETA_SECONDS.name)), time=time,
         )  # fmt: skip
     shards = [p for p in pods if count(p, GENERATE_MAX_ROWS)]

@@ -71,9 +71,9 @@ class Origin(ApiModel):
     """Of the spec, which named it."""
     path: str
     digest: str
-    """SHA-256: of a data file, or over a model's folder."""
+    """SHA-256: of a data file, or over a folder of images or of a model."""
     size: int | None = None
-    """Bytes of a data file."""
+    """Bytes of a data file, or of a folder of images."""
     mtime_ns: int | None = None
     """When it was last written. One that nobody has touched is not read again."""
 

@@ -75,9 +75,9 @@ class ResolvedDataset(ResolvedSource):
     eval_rows: int = 0
     """Rows held out for evaluation."""
     tokens: int | None = None
-    """Tokens of the training rows, after truncation."""
+    """Tokens of the training rows, after truncation; images have none."""
     labels: list[str] | None = None
-    """Names of the classes (text-classification)."""
+    """Names of the classes, where rows are classified."""
 
 
 class Plan(ApiModel):
@@ -129,6 +129,8 @@ class Progress(ApiModel):
     """Learning rate of the last step."""
     tokens_per_second: float | None = None
     """Tokens a second over all processes, padding excluded."""
+    rows_per_second: float | None = None
+    """Rows a second over all processes."""
     rows: int | None = None
     """Outputs written (GenerateJob)."""
     max_rows: int | None = None

@@ -163,8 +163,16 @@ CASES: list[Case] = [
     *(Case("spec.training.evalSteps:", {"spec.training.evalSteps": 10}, {"spec.training.evalSteps": 10, f"spec.dataset.{held_out}": value}) for held_out, value in [
         ("evalSplit", "train[90%:]"), ("evalFiles", ["/data/eval.txt"]), ("evalFraction", 0.1),
     ]),
-    Case("spec.model.config: text-classification", {"spec.task": "text-classification", "spec.model": {"config": {"modelType": "bert"}}, "spec.method": {"type": "full"}},
-         {"spec.task": "text-classification", "spec.model": {"path": "/m"}, "spec.method": {"type": "full"}}),
+    *(Case("spec.model.config: only causal-lm", {"spec.task": task, "spec.model": {"config": {"modelType": "bert"}}, "spec.method": {"type": "full"}},
+           {"spec.task": task, "spec.model": {"path": "/m"}, "spec.method": {"type": "full"}}) for task in ("text-classification", "image-classification")),
+    *(Case("spec.method.type: qlora quantises linear layers", {"spec.task": "image-classification", "spec.method": {"type": "qlora"}}, accepted) for accepted in [
+        {"spec.task": "image-classification", "spec.method": {"type": "lora"}}, {"spec.task": "image-classification", "spec.method": {"type": "full"}},
+        {"spec.task": "text-classification", "spec.method": {"type": "qlora"}}, {"spec.task": "causal-lm", "spec.method": {"type": "qlora"}},
+    ]),
+    *(Case("spec.dataset.format: images come", {"spec.task": "image-classification", "spec.dataset.format": refused}, {"spec.task": task, "spec.dataset.format": accepted})
+      for refused, task, accepted in [
+          ("csv", "image-classification", "imagefolder"), ("text", "image-classification", "parquet"), ("jsonl", "causal-lm", "jsonl"),
+    ]),
     Case("spec.training.precision:", {"spec.resources": {"gpusPerNode": 0}, "spec.training": {"precision": "fp16"}}, {"spec.training": {"precision": "fp16"}}),
     Case("spec.training.batchSize: must be a multiple of microBatchSize", {"spec.training": {"batchSize": 8, "microBatchSize": 3}},
          {"spec.training": {"batchSize": 9, "microBatchSize": 3}}),

@@ -1,4 +1,4 @@
-"""Real text for the jobs of the cluster: the documentation that comes with Python, and an encoder from the registry."""
+"""Real text and images for the jobs of the cluster: Python's documentation, an encoder from the registry, scikit-learn's digits."""
 
 from __future__ import annotations
 
@@ -82,4 +82,8 @@ def archive() -> bytes:
 
         write_small_sdxl(Path(scratch) / "sdxl")
         tar.add(Path(scratch) / "sdxl", "sdxl")
+        from trainer.digits import save_model, write_digits
+
+        tar.add(write_digits(Path(scratch) / "digits"), "digits")
+        tar.add(save_model(Path(scratch) / "vit"), "vit")
     return buffer.getvalue()

@@ -46,6 +46,10 @@ CLASSIFIER = fine_tune(
     dataset={"files": ["/data/packages.jsonl"], "evalFiles": ["/data/packages-test.jsonl"]}, method={"type": "lora", "rank": 16},
     training=training(maxSteps=60, packing=False, batchSize=16, learningRate=0.001, maxLength=96),
 )  # fmt: skip
+READER = fine_tune(
+    "reader", task="image-classification", model={"path": "/data/vit"}, dataset={"files": ["/data/digits"], "format": "imagefolder", "evalFraction": 0.2},
+    method={"type": "full"}, training=training(maxSteps=100, packing=False, batchSize=32, learningRate=0.003), resources=CPU | {"nodes": 2},
+)  # fmt: skip
 TEXT = generate(
     "text", model={"job": "base"}, adapters=[{"job": "adapter"}],
     inputs={"rows": [{"prompt": "Return the"}, {"prompt": "The class of"}, {"prompt": "A statement is"}]}, text={"maxNewTokens": 16},

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.e2e
 
 @pytest.fixture(scope="module", autouse=True)
 def applied(kube: Kube) -> None:
-    kube.apply(jobs.BASE, jobs.ADAPTER, jobs.QUANTISED, jobs.TEXT, jobs.CLASSIFIER)
+    kube.apply(jobs.BASE, jobs.ADAPTER, jobs.QUANTISED, jobs.TEXT, jobs.CLASSIFIER, jobs.READER)
 
 
 def folder(job: Object) -> str:
@@ -100,6 +100,14 @@ def test_classification_on_a_pretrained_encoder(kube: Kube) -> None:
     metrics = kube.complete("ftj", "classifier")["status"]["metrics"]
     assert metrics["majorityShare"] == pytest.approx(0.25)
     assert metrics["accuracy"] > 0.6
+
+
+def test_image_classification_over_two_pods(kube: Kube) -> None:
+    job = kube.complete("ftj", "reader")
+    metrics = job["status"]["metrics"]
+    assert metrics["accuracy"] > 0.7 > 0.2 > metrics["majorityShare"]
+    assert job["status"]["prepared"]["dataset"]["labels"] == [str(digit) for digit in range(10)]
+    assert "preprocessor_config.json" in kube.run("exec", "inspector", "--", "ls", f"{folder(job)}/result")
 
 
 def test_text_with_the_adapter(kube: Kube) -> None:

@@ -204,7 +204,7 @@ def test_a_new_model_learns_its_tokenizer_from_the_rows(make_run: MakeRun, corpu
     )  # fmt: skip
     record, _ = prepared(run)
     model = AutoModelForCausalLM.from_pretrained(record.model_path)
-    assert len(AutoTokenizer.from_pretrained(Path(record.model_path).parent / "tokenizer")) == 400 == model.config.vocab_size
+    assert len(AutoTokenizer.from_pretrained(Path(record.model_path).parent / "processor")) == 400 == model.config.vocab_size
     assert record.plan.parameters == sum(p.numel() for p in model.parameters())
 
 

@@ -20,9 +20,10 @@ import pytest
 import torch
 from datasets import DatasetDict
 from peft import AutoPeftModelForCausalLM
-from prepared_workspace import causal_lm_data, classification_data, losses, pod, prepared_run, prose, save_encoder, save_llama
+from prepared_workspace import causal_lm_data, classification_data, image_data, losses, pod, prepared_run, prose, save_encoder, save_llama
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from trainer.digits import save_model as save_vit
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, AutoTokenizer
 
 from luthier_api.run import FineTuneRun
 from luthier_api.termination import TerminationMessage
@@ -157,27 +158,35 @@ def test_zero3_offload(tmp_path: Path, llama: Path, data: DatasetDict, alone: An
 
 
 CLASSIFIERS = [
-    # strategy          head made for
-    ("ddp",             ["code", "prose"]),
-    ("zero3-offload",   ["prose", "code"]),  # whose rows are spread over the processes when they have to change places
+    # of        strategy          head made for
+    ("text",    "ddp",            ["a", "b"]),
+    ("text",    "zero3-offload",  ["b", "a"]),  # whose rows are spread over the processes when they have to change places
+    ("image",   "ddp",            ["b", "a"]),
+    ("image",   "zero2-offload",  ["a", "b"]),
 ]  # fmt: skip
 
 
 @pytest.mark.usefixtures("deepspeed_operators")
-@pytest.mark.parametrize(("strategy", "held"), CLASSIFIERS, ids=[c[0] for c in CLASSIFIERS])
-def test_two_processes_are_one_classifier(strategy: str, held: list[str], tmp_path: Path, llama: Path, paragraphs: list[str]) -> None:
+@pytest.mark.parametrize(("inputs", "strategy", "held"), CLASSIFIERS, ids=[f"{c[0]}, {c[1]}" for c in CLASSIFIERS])
+def test_two_processes_are_one_classifier(
+    inputs: str, strategy: str, held: list[str], tmp_path: Path, llama: Path, paragraphs: list[str]
+) -> None:
     """Each takes two micro-batches a step; the mean is over the rows of all."""
-    tokenizer = AutoTokenizer.from_pretrained(llama)
-    encoder, rows = save_encoder(tmp_path / "encoder", tokenizer), classification_data(tokenizer, paragraphs)
-    AutoModelForSequenceClassification.from_pretrained(encoder, id2label=dict(enumerate(held))).save_pretrained(encoder)
+    if inputs == "image":
+        base, rows, auto = save_vit(tmp_path / "base"), image_data(), AutoModelForImageClassification
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(llama)
+        base, rows = save_encoder(tmp_path / "base", tokenizer), classification_data(tokenizer, paragraphs)
+        auto = AutoModelForSequenceClassification
+    auto.from_pretrained(base, id2label=dict(enumerate(held))).save_pretrained(base)
     training = TRAINING | {"learningRate": 1e-3}
-    spec: dict[str, Any] = {"task": "text-classification", "labels": ["code", "prose"], "method": {"type": "full"}}
-    alone = prepared_run(tmp_path / "alone", encoder, rows, training=training, **spec)
+    spec: dict[str, Any] = {"task": f"{inputs}-classification", "labels": ["a", "b"], "method": {"type": "full"}}
+    alone = prepared_run(tmp_path / "alone", base, rows, training=training, **spec)
     metrics = train.main(alone).metrics or {}
     run = make(
-        tmp_path, encoder, rows, resources={"processesPerNode": 2}, strategy=strategy, training=training | {"microBatchSize": 2}, **spec
+        tmp_path, base, rows, resources={"processesPerNode": 2}, strategy=strategy, training=training | {"microBatchSize": 2}, **spec
     )
     ended = finish(run, tmp_path)
     assert losses(run) == pytest.approx(losses(alone), abs=2e-4)
-    for figure in ("evalLossBefore", "evalLoss", "accuracy", "tokens"):
+    for figure in {"evalLossBefore", "evalLoss", "accuracy", "tokens"} & metrics.keys():
         assert (ended[0].metrics or {})[figure] == pytest.approx(metrics[figure], abs=2e-4)

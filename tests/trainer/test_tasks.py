@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import DatasetDict
-from prepared_workspace import causal_lm_data, classification_data, losses, prepared_run, prose, save_encoder, save_llama
+from prepared_workspace import causal_lm_data, classification_data, image_data, losses, prepared_run, prose, save_encoder, save_llama
+from trainer.digits import save_model as save_vit
 from transformers import (
     AutoTokenizer,
     BartConfig,
@@ -62,6 +63,8 @@ MINIMISED: list[tuple[str, dict[str, Any]]] = [
     ("bert decoder", {"type": "full"}),
     ("classifier", {"type": "full"}),
     ("classifier", {"type": "lora"}),
+    ("images", {"type": "full"}),
+    ("images", {"type": "lora"}),
 ]
 
 
@@ -70,14 +73,18 @@ def test_what_is_minimised_is_what_is_measured(
     name: str, method: dict[str, Any], tmp_path: Path, llama: Path, paragraphs: list[str]
 ) -> None:
     """The loss of the first step, in four micro-batches, is that of the same rows when they are held out: the mean over all items."""
-    tokenizer, classifies = AutoTokenizer.from_pretrained(llama), name == "classifier"
-    if classifies:
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    spec: dict[str, Any] = {}
+    if name == "images":
+        base, whole = save_vit(tmp_path / "model"), image_data()
+        spec = {"task": "image-classification", "labels": ["zero", "one"]}
+    elif name == "classifier":
+        spec = {"task": "text-classification", "labels": ["code", "prose"]}
         base, whole = save_encoder(tmp_path / "model", tokenizer), classification_data(tokenizer, paragraphs)
     else:
         base = llama if name == "llama" else save_model(name, tmp_path / "model", llama)
         whole = causal_lm_data(tokenizer, prose(paragraphs))
     rows = whole["train"].select(range(8))
-    spec: dict[str, Any] = {"task": "text-classification", "labels": ["code", "prose"]} if classifies else {}
     training = {"maxSteps": 1, "microBatchSize": 2, "learningRate": 1e-9}
     run = prepared_run(tmp_path / "job", base, DatasetDict(train=rows, eval=rows), method=method, training=training, **spec)
     metrics = train.main(run).metrics

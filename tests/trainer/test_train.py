@@ -11,7 +11,19 @@ import pytest
 import torch
 from datasets import DatasetDict
 from peft import AutoPeftModelForCausalLM
-from prepared_workspace import causal_lm_data, classification_data, code, losses, prepared_run, prose, save_encoder, save_llama, sign
+from prepared_workspace import (
+    causal_lm_data,
+    classification_data,
+    code,
+    image_data,
+    losses,
+    prepared_run,
+    prose,
+    save_encoder,
+    save_llama,
+    sign,
+)
+from trainer.digits import save_model as save_vit
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from luthier_api.exitcodes import ExitCode
@@ -108,6 +120,7 @@ def test_an_adapter_of_a_model_of_the_hub_names_it(tmp_path: Path, llama: Path, 
 
 
 LABELS = {"task": "text-classification", "labels": ["code", "prose"]}
+IMAGES = {"task": "image-classification", "labels": ["zero", "one"]}
 SAME_TRACE: list[tuple[str, str, dict[str, Any], dict[str, Any], float]] = [
     # name                       method   task    given                             to
     ("accumulation",             "full",  {},     {"microBatchSize": 2},            1e-4),
@@ -119,6 +132,9 @@ SAME_TRACE: list[tuple[str, str, dict[str, Any], dict[str, Any], float]] = [
     ("bf16 of lora",             "lora",  {},     {"precision": "bf16"},            2e-2),
     ("bf16 of qlora",            "qlora", {},     {"precision": "bf16"},            2e-2),
     ("bf16 of labels, lora",     "lora",  LABELS, {"precision": "bf16"},            2e-2),
+    ("accumulation of images",   "full",  IMAGES, {"microBatchSize": 2},            1e-4),
+    ("checkpointing of images",  "lora",  IMAGES, {"gradientCheckpointing": True},  1e-6),
+    ("bf16 of images",           "lora",  IMAGES, {"precision": "bf16"},            2e-2),
 ]  # fmt: skip
 
 
@@ -128,7 +144,9 @@ def test_the_same_losses(
     paragraphs: list[str],
 ) -> None:  # fmt: skip
     base, data = llama, text_data
-    if task:
+    if task is IMAGES:
+        base, data = save_vit(tmp_path / "vit"), image_data()
+    elif task:
         tokenizer = AutoTokenizer.from_pretrained(llama)
         base, data = save_encoder(tmp_path / "encoder", tokenizer), classification_data(tokenizer, paragraphs)
     plain, other = (

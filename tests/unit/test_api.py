@@ -125,7 +125,7 @@ SHAPES = [
     ("an unknown field below", tune(method={"ranks": 4}), "spec.method.ranks: unknown field. Did you mean 'rank'?"),
     ("nothing like it", tune(zebra=1), "spec.zebra: unknown field"),
     ("a field is missing", make(inputs=None), "spec.inputs: required"),
-    ("an unknown task", tune(task="poetry"), "spec.task: input should be 'causal-lm' or 'text-classification' (it is 'poetry')"),
+    ("an unknown task", tune(task="poetry"), "spec.task: input should be 'causal-lm', 'text-classification' or 'image-classification' (it is 'poetry')"),
     ("a number out of range", tune(training={"learningRate": 2}), "spec.training.learningRate: input should be less than or equal to 1 (it is 2)"),
     ("an element of a list", make(inputs={"rows": [{"prompt": ""}]}), "spec.inputs.rows[0].prompt: string should have at least 1 character (it is '')"),
     ("a rule, with its place in a list", make(adapters=[{"id": "a/b"}, {"path": "/x"}, {"id": "a/b", "path": "/y"}]), "spec.adapters[2]: set exactly one of job, id and path"),
@@ -283,6 +283,7 @@ luthier_train_step 120.0
 luthier_train_max_steps 400.0
 luthier_train_loss 2.34567
 luthier_train_tokens_per_second 5210.4
+luthier_train_samples_per_second 40.71828
 luthier_train_eta_seconds 55.6
 luthier_train_step_duration_seconds_bucket{le="0.1"} 3.0
 luthier_checkpoint_last_step 100
@@ -295,7 +296,7 @@ def test_progress_of_training() -> None:
     progress = progress_of([{}, samples])
     assert progress is not None
     assert (progress.step, progress.max_steps, progress.percent) == (120, 400, 30)
-    assert (progress.loss, progress.tokens_per_second, progress.eta_seconds) == (2.346, 5210.0, 56)
+    assert (progress.loss, progress.tokens_per_second, progress.rows_per_second, progress.eta_seconds) == (2.346, 5210.0, 40.72, 56)
     assert checkpoint_step(samples) == 100
 
 

@@ -215,6 +215,7 @@ WORDS = [
         Progress(step=120, max_steps=400, loss=2.3456, tokens_per_second=5210.4, eta_seconds=58),
         "step 120/400  loss 2.346  5,210 tokens/s  58 s left",
     ),
+    (Progress(step=1, max_steps=2, loss=1.0, rows_per_second=40.71), "step 1/2  loss 1.000  40.7 rows/s"),
     (Progress(rows=6, max_rows=20, eta_seconds=3700), "6/20 outputs  1 h 1 min left"),
     (Progress(step=0, max_steps=10), "step 0/10"),
 ]

@@ -207,7 +207,7 @@ def assert_known(given: Any, known: Any, path: str) -> None:
 def test_every_kind_task_and_method_has_an_example() -> None:
     jobs = [check_job(d) for _, d in DOCUMENTS if "kind" in d]
     tuned, made = [j for j in jobs if isinstance(j, FineTuneJob)], [j for j in jobs if not isinstance(j, FineTuneJob)]
-    assert {j.spec.task for j in tuned} == {"causal-lm", "text-classification"}
+    assert {j.spec.task for j in tuned} == {"causal-lm", "text-classification", "image-classification"}
     assert {j.spec.method.type for j in tuned} == {"full", "lora", "qlora"}
     assert {j.spec.task for j in made} == {"text-generation", "text-to-image"}
 

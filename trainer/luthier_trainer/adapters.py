@@ -17,8 +17,8 @@ from luthier_api.run import GenerateRun
 from luthier_trainer import modelfacts, sources
 from luthier_trainer.ending import Failure
 from luthier_trainer.origins import folder_digest
+from luthier_trainer.taskfacts import task_of_adapter
 
-TRAINED_FOR = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "text-classification"}
 NEEDS = {"text-generation": "causal-lm", "text-to-image": "Stable Diffusion XL"}
 LORA_WEIGHT = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
@@ -30,7 +30,7 @@ def check(adapter: Path, job: str | None, field: str, run: GenerateRun, model: s
     """
     path = adapter / sources.ADAPTER_CONFIG
     config: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    check_task(config.get("task_type"), run.spec.task, field)
+    check_task(task_of_adapter(config) or config.get("task_type"), run.spec.task, field)
     if job:
         check_base(job, field, run, model)
     elif model.folder == model_path:
@@ -39,8 +39,7 @@ def check(adapter: Path, job: str | None, field: str, run: GenerateRun, model: s
         check_shapes(adapter, field, model_path, model.resolved.source)
 
 
-def check_task(peft_task: str | None, task: str, field: str) -> None:
-    trained_for = TRAINED_FOR.get(peft_task or "", peft_task)
+def check_task(trained_for: str | None, task: str, field: str) -> None:
     if trained_for and trained_for != NEEDS[task]:
         raise Failure(
             ExitCode.INVALID_SPEC,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from transformers import TrainingArguments
@@ -11,8 +12,10 @@ from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.status import Plan
 from luthier_trainer.devices import assert_gpus, fitting_precision
 from luthier_trainer.ending import Failure
+from luthier_trainer.taskfacts import FACTS
 
-GPU_LOADER_WORKERS = 2  # enough to keep padding off the GPU's path; on CPU they would only take cores from the model
+TEXT_WORKERS = 2  # enough to keep padding off the GPU's path; on CPU they would only take cores from the model
+IMAGE_WORKERS = 8  # a core decodes and scales 350 photographs of 512 × 384 pixels a second; a GPU sees more
 
 
 def training_arguments(spec: FineTuneJobSpec, plan: Plan, checkpoints: Path, evaluates: bool) -> TrainingArguments:
@@ -43,7 +46,7 @@ def training_arguments(spec: FineTuneJobSpec, plan: Plan, checkpoints: Path, eva
         ddp_find_unused_parameters=False,
         activation_checkpointing=training.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
-        dataloader_num_workers=0 if cpu else GPU_LOADER_WORKERS,
+        dataloader_num_workers=0 if cpu else loader_workers(spec),
         dataloader_pin_memory=not cpu,
         label_names=["labels"],
         logging_steps=training.log_steps,
@@ -58,6 +61,14 @@ def training_arguments(spec: FineTuneJobSpec, plan: Plan, checkpoints: Path, eva
         report_to="none",
         disable_tqdm=True,
     )
+
+
+def loader_workers(spec: FineTuneJobSpec) -> int:
+    """Processes that make batches beside each process that trains on a GPU: for images as many as its share of the cores."""
+    if FACTS[spec.task].inputs == "text":
+        return TEXT_WORKERS
+    share = len(os.sched_getaffinity(0)) // spec.resources.processes
+    return min(max(share - 1, TEXT_WORKERS), IMAGE_WORKERS)
 
 
 def precision_of(plan: Plan, cpu: bool) -> str:

@@ -142,22 +142,25 @@ class Report(Callback):
         self.loop.tokens.zero_()
         rows, self.loop.rows = self.loop.ranks.total(float(self.loop.rows)), 0
         state.num_input_tokens_seen += int(tokens)
-        pace = tokens / max(now - self._reported, 1e-9)
+        seconds = max(now - self._reported, 1e-9)
         self._reported = now
         for metric, value in (
             (metrics.TRAIN_LOSS, logs["loss"]),
             (metrics.TRAIN_LEARNING_RATE, logs["learning_rate"]),
-            (metrics.TRAIN_TOKENS_PER_SECOND, pace),
+            (metrics.TRAIN_SAMPLES_PER_SECOND, rows / seconds),
             (metrics.TRAIN_GRAD_NORM, logs.get("grad_norm") or 0.0),
         ):
             self.telemetry.set(metric, value)
-        self.telemetry.add(metrics.TRAIN_TOKENS, tokens)
         self.telemetry.add(metrics.TRAIN_SAMPLES, rows)
+        self.telemetry.add(metrics.TRAIN_TOKENS, tokens)
+        if tokens:  # images have none
+            self.telemetry.set(metrics.TRAIN_TOKENS_PER_SECOND, tokens / seconds)
         if args.device.type == "cuda":
-            self._gpu(pace, args)
+            self._gpu(tokens / seconds, args)
+        pace = f"{tokens / seconds:,.0f} tokens/s" if tokens else f"{rows / seconds:,.1f} rows/s"
         self._say(
             state,
-            f"loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  {pace:,.0f} tokens/s"
+            f"loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  {pace}"
             f"  {timedelta(seconds=round(self._eta(state, now)))} left",
         )
         self._watch(state, control, logs["loss"])
@@ -166,7 +169,7 @@ class Report(Callback):
         self.telemetry.set(metrics.GPU_MEMORY_ALLOCATED, torch.cuda.memory_allocated())
         self.telemetry.set(metrics.GPU_MEMORY_RESERVED, torch.cuda.memory_reserved())
         self.telemetry.set(metrics.GPU_MEMORY_PEAK, torch.cuda.max_memory_allocated())
-        if (most := peak(torch.cuda.get_device_name())):
+        if pace and (most := peak(torch.cuda.get_device_name())):
             self.telemetry.set(metrics.TRAIN_MFU, pace * self._operations / (most * args.world_size))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -42,8 +42,9 @@ class TrainingLoop(Trainer):
         return self.seconds_before + time.monotonic() - self.started
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.rows += len(inputs["attention_mask"])
-        self.tokens += inputs["attention_mask"].sum()  # stays on the device: reading it each step would make the host wait
+        self.rows += len(inputs["labels"])
+        if (mask := inputs.get("attention_mask")) is not None:
+            self.tokens += mask.sum()  # stays on the device: reading it each step would make the host wait
         return super().training_step(model, inputs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_trainer.ending import Failure
+from luthier_trainer.sources import ADAPTER_CONFIG
+from luthier_trainer.taskfacts import FACTS, task_of_adapter
 
 
 def merge(base: Path, adapter: Path, into: Path, labels: list[str] | None, field: str) -> Path:
     """Write base + adapter to `into`. `labels` are a classifier's classes: its base has another head. Raises Failure when they do not fit."""
     import torch
-    from peft import PeftConfig, PeftModel
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    import transformers
+    from peft import PeftModel
 
-    config = PeftConfig.from_pretrained(str(adapter))
-    classifies = getattr(config.task_type, "value", config.task_type) == "SEQ_CLS"
-    auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
-    options = {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}} if labels else {}
-    model = auto.from_pretrained(base, dtype="auto", **options)
+    task = FACTS[task_of_adapter(json.loads((adapter / ADAPTER_CONFIG).read_text())) or "causal-lm"]
+    options: dict[str, Any] = {"dtype": "auto"}
+    if labels:
+        names = {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
+        options |= {"num_labels": len(labels), "ignore_mismatched_sizes": True} | names  # the adapter brings its own head
+    model = getattr(transformers, f"AutoModelFor{task.model}").from_pretrained(base, **options)
     if quantised := getattr(model, "is_quantized", False):
         model = model.dequantize()
     try:

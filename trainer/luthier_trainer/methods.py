@@ -33,7 +33,7 @@ def weights_options(method: Method, precision: str, deepspeed: bool, device: tor
     return options
 
 
-def with_method(model: PreTrainedModel, method: Method, peft_type: str, whole: list[str], deepspeed: bool) -> Any:
+def with_method(model: PreTrainedModel, method: Method, peft_type: str | None, whole: list[str], deepspeed: bool) -> Any:
     """The model that learns. `whole`: modules trained entirely beside the adapters. Adapters start from torch's current seed."""
     if method.type == "full":
         return model
@@ -62,7 +62,7 @@ def with_method(model: PreTrainedModel, method: Method, peft_type: str, whole: l
     return adapted
 
 
-def lora_config(method: Method, peft_type: str, whole: list[str]) -> LoraConfig:
+def lora_config(method: Method, peft_type: str | None, whole: list[str]) -> LoraConfig:
     targets = method.target_modules
     return LoraConfig(
         r=method.rank,

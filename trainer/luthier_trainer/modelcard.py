@@ -11,9 +11,9 @@ import yaml
 
 from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
 from luthier_api.workspace import MANIFEST
+from luthier_trainer.taskfacts import FACTS
 
-PIPELINE_TAGS = {"causal-lm": "text-generation", "text-classification": "text-classification"}
-AUTO_CLASSES = {"causal-lm": "CausalLM", "text-classification": "SequenceClassification"}
+PROCESSORS = {"text": "tokenizer", "image": "processor"}  # what one calls it
 TITLES = {
     "evalLoss": "Held-out loss", "evalLossBefore": "Held-out loss before", "perplexity": "Perplexity", "accuracy": "Accuracy",
     "f1Macro": "F1 (macro)", "majorityShare": "Share of the commonest class", "trainLoss": "Training loss", "steps": "Steps",
@@ -27,10 +27,10 @@ def card(run: FineTuneRun | GenerateRun, prepared: PreparedRecord, result: Path)
 
 
 def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
-    spec, adapter = run.spec, (result / "adapter_config.json").is_file()
+    spec, task, adapter = run.spec, FACTS[run.spec.task], (result / "adapter_config.json").is_file()
     repo = (spec.hub and spec.hub.repo) or run.name
     metrics = read_metrics(result / "metrics.json")
-    front: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": PIPELINE_TAGS[spec.task]}
+    front: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": task.pipeline_tag}
     if spec.model.id:
         front |= {"base_model": spec.model.id, "base_model_relation": "adapter" if adapter else "finetune"}
     if spec.dataset.id:
@@ -42,15 +42,16 @@ def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
         "Task": spec.task, "Base model": source(prepared.model.source, prepared.model.revision),
         "Dataset": source(prepared.dataset.source, prepared.dataset.revision), "Rows": counted(prepared), "Method": method,
         "Learning rate": f"{training.learning_rate:g}, {training.schedule}", "Batch size": training.batch_size,
-        "Epochs": None if training.max_steps else f"{training.epochs:g}", "Steps": plan.steps, "Tokens a row, at most": training.max_length,
+        "Epochs": None if training.max_steps else f"{training.epochs:g}", "Steps": plan.steps, "Tokens a row, at most": training.max_length if task.inputs == "text" else None,
         "Packing": "yes" if training.packing else None, "Strategy": f"{plan.strategy}, {plan.world_size} processes", "Seed": training.seed,
         "Classes": ", ".join(prepared.dataset.labels[:50]) if prepared.dataset.labels else None,
     }  # fmt: skip
-    auto = ("AutoPeftModelFor" if adapter else "AutoModelFor") + AUTO_CLASSES[spec.task]
-    labels = f", num_labels={len(prepared.dataset.labels)}" if adapter and prepared.dataset.labels else ""
+    auto = task.adapter_class if adapter else f"AutoModelFor{task.model}"
+    # The base model has another head, or none; the adapter brings the one that was trained.
+    labels = f", num_labels={len(prepared.dataset.labels)}, ignore_mismatched_sizes=True" if adapter and prepared.dataset.labels else ""
     load = (
-        f'from {"peft" if adapter else "transformers"} import {auto}\nfrom transformers import AutoTokenizer\n\n'
-        f'model = {auto}.from_pretrained("{repo}"{labels})\ntokenizer = AutoTokenizer.from_pretrained("{repo}")'
+        f'from {"peft" if adapter else "transformers"} import {auto}\nfrom transformers import {task.processor_class}\n\n'
+        f'model = {auto}.from_pretrained("{repo}"{labels})\n{PROCESSORS[task.inputs]} = {task.processor_class}.from_pretrained("{repo}")'
     )
     needs = "" if spec.model.id or not adapter else f"\nThe adapter's base model lies where the job found it ({prepared.model.source}).\n"
     return document(front, repo, f"Fine-tuned with Luthier, FineTuneJob `{run.name}`.", [

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_trainer.ending import Failure
+from luthier_trainer.taskfacts import FACTS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 NF4_CPU_BLOCK = 64  # bitsandbytes 0.50
 ALL_LINEAR = "all-linear"
+MODEL = "spec.model"
 PIPELINES = ("StableDiffusionXLPipeline",)
 # transformers 5.23, by changing the last of six tokens: these see it from earlier positions, and have no `is_decoder` that tells ...
 SEE_AHEAD = {"prophetnet", "xlm", "xlnet"}
@@ -48,14 +50,14 @@ def read_config(folder: Path, field: str) -> PreTrainedConfig:
 
 def check_task(config: PreTrainedConfig, task: str, field: str) -> None:
     """Whether the architecture can do `task`, and was not made for another one. Raises Failure."""
-    mapping = _model_classes(task)
-    if type(config) not in mapping:
+    if type(config) not in auto_class(task)._model_mapping:
         raise Failure(ExitCode.INVALID_SPEC, f"{field}: architecture {config.model_type} cannot do {task}; choose another model or task")
     made_for = (getattr(config, "architectures", None) or [""])[0]
-    if task in ("causal-lm", "text-generation") and made_for.endswith("ForSequenceClassification"):
+    if FACTS[task].labelled:
+        return
+    if made_for.endswith("ForSequenceClassification"):
         raise Failure(ExitCode.INVALID_SPEC, f"{field}: the model is a classifier ({made_for}) and has no head for {task}")
-    if task != "text-classification":
-        check_looks_back(skeleton(config, task, field), field)
+    check_looks_back(skeleton(config, task, field), field)
 
 
 def check_looks_back(model: PreTrainedModel, field: str) -> None:
@@ -74,9 +76,9 @@ def check_looks_back(model: PreTrainedModel, field: str) -> None:
 def skeleton(config: PreTrainedConfig, task: str | None, field: str) -> PreTrainedModel:
     """The model of `task`, or without a head, on the meta device: all modules and no memory. Raises Failure when it cannot be built."""
     import torch
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModel
 
-    auto = AutoModel if task is None else AutoModelForSequenceClassification if task == "text-classification" else AutoModelForCausalLM
+    auto = auto_class(task) if task else AutoModel
     try:
         with torch.device("meta"):
             return auto.from_config(copy.deepcopy(config))
@@ -84,10 +86,29 @@ def skeleton(config: PreTrainedConfig, task: str | None, field: str) -> PreTrain
         raise Failure(ExitCode.INVALID_SPEC, f"{field}: no model can be built: {type(error).__name__}: {' '.join(str(error).split())[:500]}") from error
 
 
-def _model_classes(task: str) -> Any:
-    from transformers.models.auto import modeling_auto as auto
+def auto_class(task: str) -> Any:
+    """transformers' class that finds the class of a model for `task`."""
+    import transformers
 
-    return auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if task == "text-classification" else auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    return getattr(transformers, f"AutoModelFor{FACTS[task].model}")
+
+
+def read_processor(folder: Path, task: str, field: str) -> Any:
+    """What turns the inputs of `task` into tensors: a tokenizer, or an image processor. Raises Failure where there is none."""
+    return (read_tokenizer if FACTS[task].inputs == "text" else read_image_processor)(folder, field)
+
+
+def read_image_processor(folder: Path, field: str) -> BaseImageProcessor:
+    """The image processor, by Pillow wherever torchvision is: the two round differently, and a model learns what it is shown."""
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, backend="pil")
+    except Exception as error:  # each processor's class fails in its own way
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: {folder} has no usable image processor (preprocessor_config.json): {' '.join(str(error).split())[:300]}",
+        ) from error
 
 
 def read_tokenizer(folder: Path, field: str) -> PreTrainedTokenizerBase:
@@ -115,7 +136,7 @@ def room(config: PreTrainedConfig) -> int | None:
         return None
     tables = [
         module
-        for name, module in skeleton(config, None, "spec.model").named_modules()
+        for name, module in skeleton(config, None, MODEL).named_modules()
         if "position" in name.rpartition(".")[2] and getattr(module, "padding_idx", None) is not None
     ]
     return min([int(positions), *(table.weight.shape[0] - table.padding_idx - 1 for table in tables)])
@@ -156,27 +177,32 @@ def safetensors_header(path: Path) -> dict[str, Any]:
         return dict(json.loads(file.read(length)))
 
 
-def check_target_modules(config: PreTrainedConfig, task: str, targets: list[str], field: str) -> None:
-    """Whether each of `targets` names modules that adapters can sit on. Raises Failure with the names that the model has."""
-    if targets == [ALL_LINEAR]:
-        return
-    if ALL_LINEAR in targets:
-        at = targets.index(ALL_LINEAR)
-        raise Failure(ExitCode.INVALID_SPEC, f"{field}[{at}]: {ALL_LINEAR} takes all linear modules; leave the others out, or it")
+def check_adapters(config: PreTrainedConfig, task: str, targets: list[str], field: str) -> None:
+    """Whether adapters hold all that would be learnt, and `targets` name modules that they can sit on. Raises Failure."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from torch.nn.modules.batchnorm import _BatchNorm
     from transformers.pytorch_utils import Conv1D
 
-    from luthier_trainer.tasks.text_classification import whole_modules
+    from luthier_trainer.tasks.classification import whole_modules
 
-    auto = AutoModelForSequenceClassification if task == "text-classification" else AutoModelForCausalLM
-    with torch.device("meta"):
-        model = auto.from_config(config)
-    heads = whole_modules(model, set()) if task == "text-classification" else []
-    linear = [
-        name for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | torch.nn.Embedding | Conv1D) and not any(f"{name}.".startswith(f"{head}.") for head in heads)
-    ]  # fmt: skip
+    model = skeleton(config, task, MODEL)
+    heads = whole_modules(model, set()) if FACTS[task].labelled else []
+    beside = {name: m for name, m in model.named_modules() if not any(f"{name}.".startswith(f"{head}.") for head in heads)}
+    if counting := next((name for name, m in beside.items() if isinstance(m, _BatchNorm) and m.track_running_stats), None):
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"spec.method.type: {config.model_type} keeps statistics of its batches ({counting}), which change in training and which no adapter holds:"
+            " the result would not be what was trained. Use method.type: full",
+        )
+    if ALL_LINEAR in targets:
+        if len(targets) > 1:
+            at = targets.index(ALL_LINEAR)
+            raise Failure(ExitCode.INVALID_SPEC, f"{field}[{at}]: {ALL_LINEAR} takes all linear modules; leave the others out, or it")
+        # PEFT takes these, and no embeddings.
+        if not any(isinstance(m, torch.nn.Linear | Conv1D) for m in beside.values()):
+            raise Failure(ExitCode.INVALID_SPEC, f"{field}[0]: {config.model_type} has no linear modules for {ALL_LINEAR}. Use method.type: full")
+        return
+    linear = [name for name, m in beside.items() if isinstance(m, torch.nn.Linear | torch.nn.Embedding | Conv1D)]
     known = sorted({name.rpartition(".")[2] for name in linear})
     for i, target in enumerate(targets):
         if target in heads:
@@ -185,6 +211,12 @@ def check_target_modules(config: PreTrainedConfig, task: str, targets: list[str]
             near = difflib.get_close_matches(target, known, 1)
             hint = f" Did you mean {near[0]!r}?" if near else f" Or use {ALL_LINEAR} alone"
             raise Failure(ExitCode.INVALID_SPEC, f"{field}[{i}]: the model has no module {target!r} (it has: {', '.join(known)}).{hint}")
+
+
+def check_recomputing(config: PreTrainedConfig, task: str, field: str) -> None:
+    """Whether the model can drop its activations and compute them again. Raises Failure."""
+    if not skeleton(config, task, MODEL).supports_gradient_checkpointing:
+        raise Failure(ExitCode.INVALID_SPEC, f"{field}: {config.model_type} cannot recompute its activations; remove it, or use a smaller microBatchSize")
 
 
 def check_quantisation(config: PreTrainedConfig, allowed: Collection[str], field: str) -> None:

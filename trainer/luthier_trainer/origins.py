@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,17 +26,23 @@ NOT_LOADED = {"metrics.json"}  # its seconds differ each time
 EDGE_BYTES = 1 << 20
 
 
-def of_file(path: Path, field: str) -> Origin:
-    """A data file as it is now."""
-    facts = path.stat()
-    return Origin(
-        field=field, path=str(path), digest=_content(path, facts.st_size, facts.st_mtime_ns), size=facts.st_size, mtime_ns=facts.st_mtime_ns
-    )
+def of_data(path: Path, field: str) -> Origin:
+    """A data file, or a folder of images, as it is now."""
+    size, mtime_ns = _stamp(path)
+    return Origin(field=field, path=str(path), digest=_content(path, size, mtime_ns), size=size, mtime_ns=mtime_ns)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """(bytes, when last written) of a file, or of all that is in a folder; folders say when something came or went."""
+    facts = [path.stat(), *(p.stat() for p in path.rglob("*"))]
+    return sum(f.st_size for f in facts if stat.S_ISREG(f.st_mode)), max(f.st_mtime_ns for f in facts)
 
 
 @functools.cache
 def _content(path: Path, size: int, mtime_ns: int) -> str:
-    """SHA-256 of a file, read once for as many slices as are taken of it."""
+    """SHA-256 of a file, or of the files of a folder, read once for as many slices as are taken of it."""
+    if path.is_dir():
+        return combined(f"{p.relative_to(path).as_posix()} {sha256(p)}" for p in path.rglob("*") if p.is_file())
     return sha256(path)
 
 
@@ -73,11 +80,10 @@ def refuse_changes(origins: Iterable[Origin]) -> None:
 
 
 def _same(origin: Origin, path: Path) -> bool:
-    if path.is_dir():
+    if origin.size is None:  # a model
         return folder_digest(path) == origin.digest
-    facts = path.stat()
-    untouched = (facts.st_size, facts.st_mtime_ns) == (origin.size, origin.mtime_ns)
-    return untouched or (facts.st_size == origin.size and sha256(path) == origin.digest)
+    size, mtime_ns = _stamp(path)
+    return (size, mtime_ns) == (origin.size, origin.mtime_ns) or (size == origin.size and _content(path, size, mtime_ns) == origin.digest)
 
 
 def changed(field: str, what: str) -> Failure:

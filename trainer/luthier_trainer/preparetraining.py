@@ -1,37 +1,57 @@
-"""`prepare` of a FineTuneJob: rows, tokenizer, tokens, plan; in the order in which a mistake is cheapest to find."""
+"""`prepare` of a FineTuneJob: rows, model, what `train` reads, plan; in the order in which a mistake is cheapest to find.
+
+Neighbours: `data.texts` and `data.images`, for what depends on what rows hold.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from luthier_api.exitcodes import ExitCode
+from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_api.spec import NewModel
 from luthier_api.status import ResolvedDataset, ResolvedSource
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer import modelfacts, origins, sources
-from luthier_trainer.data import columns, files, tokens
+from luthier_trainer.data import columns, files, images, texts, tokens
 from luthier_trainer.data.load import Loader, Rows, ranges
 from luthier_trainer.ending import Failure
 from luthier_trainer.plan import plan_training
+from luthier_trainer.taskfacts import FACTS
 from luthier_trainer.wholemodel import whole_model
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig
 
 DATASET, MODEL = "spec.dataset", "spec.model"
-TEXT, LABEL = f"{DATASET}.columns.text", f"{DATASET}.columns.label"
+LABEL = f"{DATASET}.columns.label"
 TEXTS_AT_ONCE = 1000
+
+
+class Inputs(Protocol):
+    """What depends on what rows hold."""
+
+    def column(self, spec: FineTuneJobSpec) -> str: ...
+
+    def fitting(self, rows: Rows, spec: FineTuneJobSpec) -> Rows: ...
+
+    def check(self, config: PreTrainedConfig, processor: Any, spec: FineTuneJobSpec) -> None: ...
+
+    def encoded(self, rows: Rows, ids: list[int] | None, processor: Any, spec: FineTuneJobSpec) -> Dataset: ...
+
+
+INPUTS: Mapping[str, Inputs] = {"text": texts, "image": images}
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows that fit the task, before they are tokens."""
+    """Rows that fit the task, before they are what `train` reads."""
 
     train: Rows
     eval: Rows | None
@@ -45,7 +65,8 @@ class Model:
     resolved: ResolvedSource
     path: Path
     config: PreTrainedConfig
-    tokenizer: PreTrainedTokenizerBase
+    processor: Any
+    """The tokenizer, or the image processor."""
 
 
 def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedRecord:
@@ -55,7 +76,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
 
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
-    for stale in ("dataset", "tokenizer"):
+    for stale in ("dataset", "processor"):
         shutil.rmtree(folder.prepared / stale, ignore_errors=True)
 
     spec = run.spec
@@ -63,15 +84,15 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     if spec.model.config is not None:
         from luthier_trainer.newmodel import new_config
 
-        modelfacts.check_length(new_config(spec.model.config), spec.training.max_length, "spec.training.maxLength")
+        modelfacts.check_length(new_config(spec.model.config), spec.training.max_length, tokens.MAX_LENGTH)
     examples = read_examples(run, cache)
     model = new_model(spec.model.config, examples, run, folder) if spec.model.config else existing_model(located, run, folder)
     check_fit(model, run)
 
-    data = tokenize(examples, model.tokenizer, run)
+    data = encode(examples, model.processor, run)
     dataset_path = folder.prepared / "dataset"
     data.save_to_disk(str(dataset_path))
-    model.tokenizer.save_pretrained(folder.prepared / "tokenizer")
+    model.processor.save_pretrained(folder.prepared / "processor")
     train = data["train"]
     read = {origin.path: origin for rows in (examples.train, examples.eval) if rows for origin in rows.origins}
     revision = origins.combined(origin.digest for origin in read.values()) if read else examples.train.revision
@@ -80,7 +101,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         model=model.resolved,
         dataset=ResolvedDataset(
             source=source[:300], revision=revision, rows=len(train), eval_rows=len(data["eval"]) if "eval" in data else 0,
-            tokens=tokens.count_tokens(train), labels=examples.labels,
+            tokens=tokens.count_tokens(train) if FACTS[spec.task].inputs == "text" else None, labels=examples.labels,
         ),
         plan=plan_training(spec, len(train), modelfacts.count_weights(model.path)),
         model_path=str(model.path),
@@ -102,15 +123,11 @@ def read_examples(run: FineTuneRun, cache: Path) -> Examples:
         evaluation = loader.files(data.eval_files, "evalFiles")
         files.refuse_shared(train.origins, evaluation.origins)
 
-    classifies = spec.task == "text-classification"
-    text = data.columns.text
-
-    def fitting(rows: Rows) -> Rows:
-        return replace(rows, data=columns.texts(rows, text, TEXT, drop_blank=not classifies))
-
-    train = fitting(train)
-    labels = columns.labels_of(train, data.columns.label, LABEL, taken=[text]) if classifies else None
-    evaluation = fitting(evaluation) if evaluation else None
+    task = FACTS[spec.task]
+    inputs = INPUTS[task.inputs]
+    train = inputs.fitting(train, spec)
+    labels = columns.labels_of(train, data.columns.label, LABEL, taken=[inputs.column(spec)]) if task.labelled else None
+    evaluation = inputs.fitting(evaluation, spec) if evaluation else None
     if evaluation and labels:
         columns.label_ids(evaluation, data.columns.label, LABEL, labels)
     if data.eval_fraction is not None and not train.documents:
@@ -167,44 +184,33 @@ def existing_model(located: sources.Located | None, run: FineTuneRun, folder: Wo
     assert located is not None
     path = whole_model(located, run, folder)
     config = modelfacts.read_config(path, located.field)
-    tokenizer = modelfacts.read_tokenizer(located.folder or path, located.field)
-    return Model(located.resolved, path, config, tokenizer)
+    modelfacts.check_task(config, run.spec.task, MODEL)
+    return Model(located.resolved, path, config, modelfacts.read_processor(located.folder or path, run.spec.task, located.field))
 
 
 def check_fit(model: Model, run: FineTuneRun) -> None:
     """What of the spec depends on the model. Raises Failure."""
     spec = run.spec
-    modelfacts.check_task(model.config, spec.task, MODEL)
     # Adapters can be trained beside 4-bit weights; to go on from quantised weights without them would be to train their rounding.
     modelfacts.check_quantisation(model.config, {"bitsandbytes"} if spec.method.type == "qlora" else set(), MODEL)
-    modelfacts.check_length(model.config, spec.training.max_length, "spec.training.maxLength")
-    if spec.task == "causal-lm" and model.tokenizer.eos_token_id is None:
-        raise Failure(
-            ExitCode.INVALID_SPEC,
-            f"{MODEL}: its tokenizer has no end-of-text token, so the model could not learn where a text ends. Choose another model, or add"
-            " eos_token to its tokenizer_config.json",
-        )
-    if model.tokenizer.pad_token_id is None:
-        raise Failure(ExitCode.INVALID_SPEC, f"{MODEL}: its tokenizer has neither a padding nor an end-of-text token; rows cannot form batches")
+    INPUTS[FACTS[spec.task].inputs].check(model.config, model.processor, spec)
+    if spec.training.gradient_checkpointing:
+        modelfacts.check_recomputing(model.config, spec.task, "spec.training.gradientCheckpointing")
     if spec.method.type != "full":
-        modelfacts.check_target_modules(model.config, spec.task, spec.method.target_modules, "spec.method.targetModules")
+        modelfacts.check_adapters(model.config, spec.task, spec.method.target_modules, "spec.method.targetModules")
     if spec.method.type == "qlora" and not spec.resources.gpus_per_node:
         modelfacts.check_quantisable(model.config, "spec.method.type")
 
 
-def tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, run: FineTuneRun) -> DatasetDict:
-    """The splits `train` and, when rows are held out, `eval`."""
+def encode(examples: Examples, processor: Any, run: FineTuneRun) -> DatasetDict:
+    """The splits `train` and, when rows are held out, `eval`: as `train` reads them."""
     from datasets import DatasetDict
 
     spec, data = run.spec, run.spec.dataset
 
     def encoded(rows: Rows) -> Dataset:
-        if examples.labels is not None:
-            ids = columns.label_ids(rows, data.columns.label, LABEL, examples.labels)
-            return tokens.classification_rows(rows.data, data.columns.text, ids, tokenizer, spec.training.max_length)
-        if spec.training.packing:
-            return tokens.language_blocks(rows.data, data.columns.text, tokenizer, spec.training.max_length, rows.documents)
-        return tokens.language_rows(rows.data, data.columns.text, tokenizer, spec.training.max_length)
+        ids = columns.label_ids(rows, data.columns.label, LABEL, examples.labels) if examples.labels else None
+        return INPUTS[FACTS[spec.task].inputs].encoded(rows, ids, processor, spec)
 
     splits = {"train": encoded(examples.train)} | ({"eval": encoded(examples.eval)} if examples.eval else {})
     if data.eval_fraction is not None and examples.train.documents:
@@ -213,5 +219,5 @@ def tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, run: FineTu
         splits = dict(zip(("train", "eval"), blocks, strict=True))
     for name, rows in splits.items():
         if len(rows) == 0:
-            raise columns.invalid(f"{TEXT}: no row of the {name} split has {tokens.SHORTEST} tokens or more")
+            raise columns.invalid(f"{texts.FIELD}: no row of the {name} split has {tokens.SHORTEST} tokens or more")
     return DatasetDict(splits)

@@ -39,7 +39,9 @@ def final_metrics(state: TrainerState, seconds: float) -> dict[str, float]:
 
     Only finite ones: JSON knows no others. trainLoss leaves out the reports that were none, as the training outlived them.
     """
-    metrics = {"steps": float(state.global_step), "tokens": float(state.num_input_tokens_seen), "seconds": round(seconds, 1)}
+    metrics = {"steps": float(state.global_step), "seconds": round(seconds, 1)}
+    if state.num_input_tokens_seen:
+        metrics["tokens"] = float(state.num_input_tokens_seen)  # images have none
     reports = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
     steps = [step - before for (step, _), (before, _) in zip(reports, [(0, 0.0), *reports], strict=False)]
     finite = [(n, loss) for n, (_, loss) in zip(steps, reports, strict=True) if math.isfinite(loss)]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from datasets import DatasetDict, load_from_disk
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from luthier_api.exitcodes import ExitCode
@@ -25,9 +25,11 @@ from luthier_trainer.callbacks import Guard, Heartbeat, Report, Stop
 from luthier_trainer.ending import global_rank
 from luthier_trainer.loop import TrainingLoop
 from luthier_trainer.manifest import read_manifest
+from luthier_trainer.modelfacts import read_processor
 from luthier_trainer.prepared import read_prepared
 from luthier_trainer.ranks import Ranks
 from luthier_trainer.strategy import assert_started, uses_deepspeed
+from luthier_trainer.taskfacts import FACTS
 from luthier_trainer.tasks import TASKS
 from luthier_trainer.telemetry import Telemetry
 from luthier_trainer.utilisation import count_weights
@@ -56,21 +58,20 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     before = (read_manifest(resume) or {}) if resume else {}
 
     task, deepspeed = TASKS[spec.task], uses_deepspeed(prepared.plan.strategy)
-    tokenizer = AutoTokenizer.from_pretrained(workspace.prepared / "tokenizer")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # the labels of padding are masked by position, so the real end is still learnt
+    processor = read_processor(workspace.prepared / "processor", spec.task, "spec.model")
     set_seed(spec.training.seed)  # before new weights are drawn: heads and adapters begin alike on all ranks and in all attempts
     precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
     weights = methods.weights_options(spec.method, precision, deepspeed, arguments.device)
     base, whole = task.load_model(prepared.model_path, prepared.dataset.labels, **weights)
-    base.config.pad_token_id = tokenizer.pad_token_id
+    if FACTS[spec.task].inputs == "text":
+        base.config.pad_token_id = processor.pad_token_id
     use_cache = getattr(base.config, "use_cache", False)
-    model = methods.with_method(base, spec.method, task.peft_type, whole, deepspeed)
+    model = methods.with_method(base, spec.method, FACTS[spec.task].peft_type, whole, deepspeed)
 
     figures, telemetry, stop = task.figures(), Telemetry(), Stop()
     callbacks = [Guard(prepared.plan), Heartbeat(), Report(telemetry), stop]
     loop = TrainingLoop(
-        model=model, args=arguments, processing_class=tokenizer, data_collator=task.collator(tokenizer),
+        model=model, args=arguments, processing_class=processor, data_collator=task.collator(processor),
         train_dataset=data["train"], eval_dataset=data.get("eval"),
         compute_loss_func=task.loss(base), compute_metrics=figures, preprocess_logits_for_metrics=lambda logits, labels: figures.reduce(first(logits), labels),
         callbacks=callbacks,

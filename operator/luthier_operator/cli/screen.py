@@ -118,6 +118,8 @@ def describe(progress: status.Progress) -> str:
         parts.append(f"loss {progress.loss:.3f}")
     if progress.tokens_per_second:
         parts.append(f"{progress.tokens_per_second:,.0f} tokens/s")
+    elif progress.rows_per_second:
+        parts.append(f"{progress.rows_per_second:,.1f} rows/s")
     if progress.eta_seconds is not None:
         parts.append(f"{duration(progress.eta_seconds)} left")
     return "  ".join(parts)

@@ -38,7 +38,7 @@ def find_files(patterns: list[str], field: str, folders: bool = False) -> list[P
         if not matching:
             kind, hint = ("folder" if folders else "file"), ""
             if found:
-                hint = ". It is a file" if folders else ". It is a folder: name its files, for example with /*.jsonl"
+                hint = ". It is a file" if folders else ". It is a folder: name its files, for example with /*.jsonl, or set format: imagefolder for one of images"
             elif near := _near(path):
                 hint = f". Did you mean {near!r}?"
             else:
@@ -84,13 +84,9 @@ def suffix_of(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def with_rows(paths: Iterable[Path]) -> list[Path]:
-    """The files that rows are read from. Of a folder of images, those are the ones with their texts."""
-    return [file for path in paths for file in ([path] if path.is_file() else sorted(p for p in path.rglob("metadata.*") if p.is_file()))]
-
-
 def refuse_shared(learnt: Iterable[Origin], measured: Iterable[Origin]) -> None:
-    """Rows that are both learnt and measured on make every figure look better than it is. A copy, or a link, is no other file."""
+    """Rows that are both learnt and measured on make every figure look better than it is. A copy, a link or a folder inside is no other."""
+    learnt = list(learnt)
     by_content = {origin.digest: origin for origin in learnt}
     for origin in measured:
         if same := by_content.get(origin.digest):
@@ -99,13 +95,23 @@ def refuse_shared(learnt: Iterable[Origin], measured: Iterable[Origin]) -> None:
                 ExitCode.INVALID_SPEC,
                 f"{origin.field}: {origin.path} {what}, and would be learnt and measured on. Name other files, or hold rows out with evalFraction",
             )
+        place = Path(origin.path).resolve()
+        for other in learnt:
+            whole = Path(other.path).resolve()
+            if place.is_relative_to(whole) or whole.is_relative_to(place):
+                inside, outer = (origin, other) if place.is_relative_to(whole) else (other, origin)
+                raise Failure(
+                    ExitCode.INVALID_SPEC,
+                    f"{origin.field}: {inside.path} lies in {outer.path} of {outer.field}, and its images would be learnt and measured on."
+                    " Name folders that are apart, or hold rows out with evalFraction",
+                )
 
 
 def refuse_other_files(recorded: list[Origin], source: DatasetSource, patterns: list[str], field: str) -> None:
     """Raise Failure when `patterns` find other files than were read. When one of them finds nothing, the data has done its part and gone."""
     before = {origin.path for origin in recorded if origin.field == field}
     try:
-        found = {str(p) for p in with_rows(find_files(patterns, field, folders=source.format == "imagefolder"))}
+        found = {str(p) for p in find_files(patterns, field, folders=source.format == "imagefolder")}
     except Failure:
         return
     if before and (other := sorted(found ^ before)):

@@ -16,7 +16,7 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.run import Origin
 from luthier_api.spec import DatasetSource
 from luthier_trainer import origins
-from luthier_trainer.data.files import BUILDERS, find_files, format_of, suffix_of, with_rows
+from luthier_trainer.data.files import BUILDERS, find_files, format_of, suffix_of
 from luthier_trainer.ending import FORBIDDEN_ERRNOS, STORAGE_ERRNOS, Failure, os_error
 from luthier_trainer.hub import hub_api, patiently
 
@@ -70,7 +70,7 @@ class Loader:
         if kind == "text":
             data = lines(data) if documents else data.filter(_not_blank, batched=True)
         rows = cut(data, instruction, [FILES_SPLIT], f"{self.field}.{field}", origin)
-        return Rows(rows, origin, documents=documents, origins=tuple(origins.of_file(p, where) for p in with_rows(paths)))
+        return Rows(rows, origin, documents=documents, origins=tuple(origins.of_data(p, where) for p in paths))
 
     def _read(self, kind: str, paths: list[Path], where: str) -> Dataset:
         from datasets import load_dataset

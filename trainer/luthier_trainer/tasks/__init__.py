@@ -1,4 +1,7 @@
-"""The tasks of a FineTuneJob: one file each says what its model class, its batches and its figures are. `TASKS` is the list."""
+"""The tasks of a FineTuneJob: one file each says what its model class, its batches and its figures are. `TASKS` is the list.
+
+Neighbour: `taskfacts`, for those who only want to know how a task is called.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from luthier_trainer.tasks.causal_lm import CausalLM
+from luthier_trainer.tasks.image_classification import ImageClassification
 from luthier_trainer.tasks.text_classification import TextClassification
 
 Loss = Callable[..., Any]
@@ -15,15 +19,12 @@ Loss = Callable[..., Any]
 class Task(Protocol):
     """What training has to know of a task."""
 
-    peft_type: str
-    """PEFT's name of the task."""
-
     def load_model(self, path: str, labels: list[str] | None, **options: Any) -> tuple[Any, list[str]]:
         """The model from folder `path`, and the names of its modules that have new weights: they are trained whole."""
         ...
 
-    def collator(self, tokenizer: Any) -> Any:
-        """Rows of the prepared dataset → a padded batch of tensors."""
+    def collator(self, processor: Any) -> Any:
+        """Rows of the prepared dataset → a batch of tensors. `processor`: a tokenizer, or an image processor."""
         ...
 
     def loss(self, model: Any) -> Loss | None:
@@ -40,4 +41,8 @@ class Task(Protocol):
         ...
 
 
-TASKS: dict[str, Task] = {"causal-lm": CausalLM(), "text-classification": TextClassification()}
+TASKS: dict[str, Task] = {
+    "causal-lm": CausalLM(),
+    "text-classification": TextClassification(),
+    "image-classification": ImageClassification(),
+}

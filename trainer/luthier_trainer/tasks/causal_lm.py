@@ -16,17 +16,15 @@ PERPLEXING = 100.0  # nats a token: beyond, the perplexity is a number that says
 
 
 class CausalLM:
-    peft_type = "CAUSAL_LM"
-
     def load_model(self, path: str, labels: list[str] | None, **options: Any) -> tuple[PreTrainedModel, list[str]]:
         model = AutoModelForCausalLM.from_pretrained(path, **options)
         # Of GPT-2 and others transformers cannot tell it by the class's name, and would count a token a row that nothing predicts.
         model.loss_type = "ForCausalLM"
         return model, []
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
+    def collator(self, processor: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
         # Despite its name, the one collator of transformers that pads labels that are already there.
-        return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED, padding=True)
+        return DataCollatorForSeq2Seq(processor, label_pad_token_id=IGNORED, padding=True)
 
     def loss(self, model: PreTrainedModel) -> Any:
         # The models that call the loss function they are given do it right, and know what to add to it (experts' balance, say). The

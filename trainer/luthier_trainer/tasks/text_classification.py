@@ -1,139 +1,14 @@
-"""text-classification: one label for a text.
-
-The head is new when the model comes without one, or with one for other labels; a head for the same labels is kept, its rows in our order.
-"""
+"""text-classification: one label for a text."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
 
-import torch
-from torch.nn.functional import cross_entropy
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    DataCollatorWithPadding,
-    EvalPrediction,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.integrations import is_deepspeed_zero3_enabled
-
-from luthier_trainer.ending import global_rank
-
-# What transformers' architectures call the module that maps the encoded text to the labels.
-HEADS = ("classifier", "score", "classification_head", "pre_classifier", "logits_proj")
-SHOWN = 10  # labels in a line of the log
+from luthier_trainer.tasks.classification import Classification
 
 
-class TextClassification:
-    peft_type = "SEQ_CLS"
+class TextClassification(Classification):
+    auto = AutoModelForSequenceClassification
 
-    def load_model(self, path: str, labels: list[str] | None, **options: Any) -> tuple[PreTrainedModel, list[str]]:
-        names = labels or []
-        options |= {
-            "num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)},
-            "problem_type": "single_label_classification", "ignore_mismatched_sizes": True,
-        }  # fmt: skip
-        quantization = options.get("quantization_config")
-        if quantization:
-            quantization.llm_int8_skip_modules = list(HEADS)
-        model, missing, mismatched = self._load(path, options)
-        whole = whole_modules(model, missing | mismatched)
-        if quantization and (quantized := set(whole) - set(HEADS)):
-            # New weights are trained whole, which 4-bit ones cannot be. Which they are (a pooler, say) is known only after loading.
-            quantization.llm_int8_skip_modules += sorted(quantized)
-            model, missing, mismatched = self._load(path, options)
-        fit_head(model, missing, labels_in(path), names)
-        return model, whole
-
-    def _load(self, path: str, options: dict[str, Any]) -> tuple[PreTrainedModel, set[str], set[str]]:
-        """The model, the names of weights that its folder lacks, and of those that it has in another shape."""
-        model, loaded = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True, **options)
-        return model, set(loaded["missing_keys"]), {key[0] if isinstance(key, tuple) else key for key in loaded["mismatched_keys"]}
-
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
-        return DataCollatorWithPadding(tokenizer)
-
-    def loss(self, model: PreTrainedModel) -> Any:
-        return row_loss  # no classifier of transformers 5.23 divides by the step's rows, and most take the keyword that asks for it
-
-    def figures(self) -> LabelFigures:
-        return LabelFigures()
-
-
-def row_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
-    """Cross-entropy of each row's label (nats), over the rows of the step."""
-    losses = cross_entropy(outputs.logits.float(), labels, reduction="none")
-    return losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
-
-
-def labels_in(path: str) -> list[str]:
-    """The labels that a model's configuration names, by id; `LABEL_0` and so on where it names none."""
-    return [name for _, name in sorted(AutoConfig.from_pretrained(path).id2label.items())]
-
-
-def fit_head(model: PreTrainedModel, missing: set[str], held: list[str], wanted: list[str]) -> None:
-    """Make the rows of a head that was made for the labels `held` those of `wanted`: in their order, or new where the labels are others."""
-    heads = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m.out_features == len(wanted)]
-    if held == wanted or not heads or f"{heads[-1][0]}.weight" in missing:
-        return
-    head = heads[-1][1]  # others may happen to be as wide, but logits come last
-    order = [held.index(name) for name in wanted] if sorted(held) == sorted(wanted) else None
-    parameters = list(head.parameters())
-    with gathered(parameters), torch.no_grad():
-        if order:
-            for parameter in parameters:
-                parameter.copy_(parameter[order])
-        else:
-            head.reset_parameters()
-    if global_rank() == 0:
-        names = ", ".join(held[:SHOWN]) + ", ..." * (len(held) > SHOWN)
-        outcome = "knows the labels in another order, and is put into ours" if order else "is for other labels, and starts anew"
-        print(f"spec.model: its head ({names}) {outcome}", flush=True)
-
-
-def gathered(parameters: list[torch.nn.Parameter]) -> Any:
-    """Whole weights inside, where ZeRO-3 has spread them over the processes; what the first one makes of them is everybody's."""
-    if not is_deepspeed_zero3_enabled():
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
-
-
-def whole_modules(model: torch.nn.Module, new_weights: set[str]) -> list[str]:
-    """Modules that adapters must not touch: the head, and what else has no pretrained weights. Only the outermost of nested ones."""
-    names = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in HEADS} | {w.rpartition(".")[0] for w in new_weights}
-    return sorted(name for name in names if name and not any(name.startswith(f"{other}.") for other in names))
-
-
-class LabelFigures:
-    """evalLoss, accuracy, f1Macro, and majorityShare: the accuracy of always answering the commonest label."""
-
-    def __init__(self) -> None:
-        self.loss, self.answers, self.truth = 0.0, list[int](), list[int]()
-
-    def reduce(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Logits [rows, labels] → [rows, 2]: loss and answer of each row."""
-        losses = cross_entropy(logits.float(), labels, reduction="none")
-        return torch.stack([losses.double(), logits.argmax(dim=1).double()], dim=1)
-
-    def __call__(self, gathered: EvalPrediction, compute_result: bool) -> dict[str, float]:
-        self.loss += gathered.predictions[:, 0].sum().item()
-        self.answers += gathered.predictions[:, 1].long().tolist()
-        self.truth += gathered.label_ids.tolist()
-        if not compute_result:
-            return {}
-        from sklearn.metrics import accuracy_score, f1_score  # 0.4 s that every start of every task would pay
-
-        rows = len(self.truth)
-        figures = {
-            "loss": self.loss / rows,
-            "accuracy": float(accuracy_score(self.truth, self.answers)),
-            "f1Macro": float(f1_score(self.truth, self.answers, average="macro", zero_division=0)),
-            "majorityShare": max(self.truth.count(label) for label in set(self.truth)) / rows,
-        }
-        self.__init__()  # type: ignore[misc]  # the next evaluation begins at nothing
-        return figures
+    def collator(self, processor: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
+        return DataCollatorWithPadding(processor)

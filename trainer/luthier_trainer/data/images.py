@@ -1,0 +1,120 @@
+"""Rows of images, as `prepare` sees them: which fit, and whether the model takes what its processor makes of them.
+
+They go into the workspace as the files they are, and are decoded when `train` reads them: as pixels they would take ten times the room.
+Neighbour: `texts` does the same for rows of text.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.finetune import FineTuneJobSpec
+from luthier_trainer import modelfacts
+from luthier_trainer.data import columns
+from luthier_trainer.data.load import Rows
+from luthier_trainer.ending import FORBIDDEN_ERRNOS, STORAGE_ERRNOS, Failure, os_error
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import BaseImageProcessor, PreTrainedConfig
+
+FIELD = "spec.dataset.columns.image"
+PIXELS = "pixel_values"  # transformers' name: a column of another one would be dropped on the way to the model
+AT_ONCE = 1000  # images whose files are held at a time
+WIDE, TALL = (96, 48), (64, 80)  # pixels of two images that have nothing in common
+
+
+def column(spec: FineTuneJobSpec) -> str:
+    return spec.dataset.columns.image
+
+
+def fitting(rows: Rows, spec: FineTuneJobSpec) -> Rows:
+    """The rows, each with an image that can be read. Raises Failure."""
+    from datasets import Image
+
+    name = column(spec)
+    columns.require(rows, name, FIELD, taken=[spec.dataset.columns.label])
+    if not isinstance(feature := rows.data.features[name], Image):
+        images = [other for other, kind in rows.data.features.items() if isinstance(kind, Image)]
+        hint = f"columns of images: {', '.join(images)}" if images else "no column holds images; folders of them do, with dataset.format: imagefolder"
+        raise columns.invalid(f'{FIELD}: column "{name}" of {rows.origin} holds {getattr(feature, "dtype", feature)}, not images ({hint})')
+    stored = rows.data.cast_column(name, Image(decode=False))
+    if found := unreadable(stored, name):
+        row, first = found[0]
+        raise columns.invalid(f"{FIELD}: {len(found)} images of {rows.origin} cannot be read (the first: row {row}, {first}). Replace or remove them")
+    return replace(rows, data=stored)
+
+
+def unreadable(stored: Dataset, name: str) -> list[tuple[int, str]]:
+    """Row and reason of each image that cannot be read."""
+    found = []
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        for start in range(0, len(stored), AT_ONCE):
+            problems = threads.map(problem, stored[start : start + AT_ONCE][name])
+            found += [(start + i, text) for i, text in enumerate(problems) if text]
+    return found
+
+
+def problem(image: dict[str, Any] | None) -> str | None:
+    """Why an image cannot be read; None when it can."""
+    import PIL.Image
+
+    if image is None:
+        return "which has none"
+    try:
+        with PIL.Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as opened:
+            opened.load()
+    except Exception as error:  # each format's decoder fails in its own way
+        if os_error(error, STORAGE_ERRNOS | FORBIDDEN_ERRNOS):
+            raise  # the volume or its rights, not the data
+        name = f"{image['path']}: " if image["path"] else ""
+        return f"{name}{' '.join(str(error).split())[:200]}"
+    return None
+
+
+def check(config: PreTrainedConfig, processor: BaseImageProcessor, spec: FineTuneJobSpec) -> None:
+    """Whether the processor makes batches of whatever images, and such as the model takes. Raises Failure."""
+    import PIL.Image
+    import torch
+
+    shapes = []
+    for size in (WIDE, TALL):
+        made = processor(images=[PIL.Image.new("RGB", size)], return_tensors="pt")
+        if PIXELS not in made:
+            raise Failure(ExitCode.INVALID_SPEC, f"{modelfacts.MODEL}: its image processor makes no {PIXELS} (it makes {', '.join(made)})")
+        shapes.append(tuple(made[PIXELS].shape))
+    if shapes[0] != shapes[1]:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{modelfacts.MODEL}: its image processor makes tensors of {by(shapes[0])} and of {by(shapes[1])} from images of other shapes, which form no"
+            " batch; set do_resize and a size of height and width in its preprocessor_config.json",
+        )
+    model = modelfacts.skeleton(config, spec.task, modelfacts.MODEL)
+    try:
+        model(pixel_values=torch.empty(2, *shapes[0][1:], device="meta"))
+    except Exception as error:  # each architecture checks what it is given in its own way
+        text = " ".join(str(error).split())[:300]
+        if "meta tensor" not in text.lower():  # it looks at values, which are not there: nothing is known then
+            raise Failure(
+                ExitCode.INVALID_SPEC, f"{modelfacts.MODEL}: its image processor makes tensors of {by(shapes[0])}, which the model does not take: {text}"
+            ) from error
+
+
+def by(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape[1:]))
+
+
+def encoded(rows: Rows, ids: list[int] | None, processor: BaseImageProcessor, spec: FineTuneJobSpec) -> Dataset:
+    """The rows as `train` reads them: pixel_values, which are still files, and labels. `ids`: the class of each."""
+    from datasets import Features, Image, Value
+
+    name = column(spec)
+    assert ids is not None, "an image alone has nothing to learn"
+    data = rows.data.select_columns([name])
+    data = data if name == PIXELS else data.rename_column(name, PIXELS)
+    return data.add_column("labels", ids).cast(Features({PIXELS: Image(), "labels": Value("int64")}))

@@ -1,0 +1,57 @@
+"""Rows of text, as `prepare` sees them: which fit, whether the model takes them, and as tokens.
+
+Neighbours: `tokens` makes the tokens; `images` does the same for rows of images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.finetune import FineTuneJobSpec
+from luthier_trainer import modelfacts
+from luthier_trainer.data import columns, tokens
+from luthier_trainer.data.load import Rows
+from luthier_trainer.ending import Failure
+from luthier_trainer.taskfacts import FACTS
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+FIELD = "spec.dataset.columns.text"
+
+
+def column(spec: FineTuneJobSpec) -> str:
+    return spec.dataset.columns.text
+
+
+def fitting(rows: Rows, spec: FineTuneJobSpec) -> Rows:
+    """The rows that have a text. Raises Failure."""
+    return replace(rows, data=columns.texts(rows, column(spec), FIELD, drop_blank=not FACTS[spec.task].labelled))
+
+
+def check(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, spec: FineTuneJobSpec) -> None:
+    """Whether model and tokenizer are made for such rows. Raises Failure."""
+    modelfacts.check_length(config, spec.training.max_length, tokens.MAX_LENGTH)
+    if not FACTS[spec.task].labelled and tokenizer.eos_token_id is None:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{modelfacts.MODEL}: its tokenizer has no end-of-text token, so the model could not learn where a text ends. Choose another model, or add"
+            " eos_token to its tokenizer_config.json",
+        )
+    if tokenizer.pad_token_id is None:
+        raise Failure(
+            ExitCode.INVALID_SPEC, f"{modelfacts.MODEL}: its tokenizer has neither a padding nor an end-of-text token; rows cannot form batches"
+        )
+
+
+def encoded(rows: Rows, ids: list[int] | None, tokenizer: PreTrainedTokenizerBase, spec: FineTuneJobSpec) -> Dataset:
+    """The rows as `train` reads them. `ids`: the class of each, where they are classified."""
+    text, longest = column(spec), spec.training.max_length
+    if ids is not None:
+        return tokens.classification_rows(rows.data, text, ids, tokenizer, longest)
+    if spec.training.packing:
+        return tokens.language_blocks(rows.data, text, tokenizer, longest, rows.documents)
+    return tokens.language_rows(rows.data, text, tokenizer, longest)
