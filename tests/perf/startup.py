@@ -2,7 +2,7 @@
 
 The supervisor starts as in a pod; two of them, as two pods, find each other on this machine. What is measured is read off their own
 output as it comes. Byte-code must be compiled, as `make setup` and the image do it: without it every start compiles 3,900 modules.
-Neighbour: `pods` measures the same in real pods, where the local cluster is up.
+Neighbours: `pods` measures the same in real pods, where the local cluster is up; `refusal` a start that a mistake ends.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from perf import pods
+from perf import pods, refusal
 from perf.training import prepare
 
 ROUNDS = 3
@@ -81,6 +81,7 @@ def main() -> dict[str, Any]:
     bare = round(statistics.median(seconds for _, seconds in rounds), 2)
     return {
         "processes": {"pods": 2, "seconds_to": parts, "imports_alone_s": bare, "first_step_ratio_to_imports": round(parts["first_step"] / bare, 2)},
+        "broken_run_config": refusal.main(),
         "on_the_cluster": pods.main(),
     }
 
