@@ -63,6 +63,12 @@ def encoder(folder: Path) -> Path:
     return next(folder.glob("*/model"))
 
 
+def readable(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    """safetensors writes files that only their owner may read: here that is whoever runs the tests, in the pods another user."""
+    entry.mode |= 0o444
+    return entry
+
+
 def archive() -> bytes:
     """Everything that the jobs read, as a tar: laid out as it appears under /data."""
     train, test = classification()
@@ -81,9 +87,9 @@ def archive() -> bytes:
         from trainer.small_sdxl import write_small_sdxl
 
         write_small_sdxl(Path(scratch) / "sdxl")
-        tar.add(Path(scratch) / "sdxl", "sdxl")
+        tar.add(Path(scratch) / "sdxl", "sdxl", filter=readable)
         from trainer.digits import save_model, write_digits
 
         tar.add(write_digits(Path(scratch) / "digits"), "digits")
-        tar.add(save_model(Path(scratch) / "vit"), "vit")
+        tar.add(save_model(Path(scratch) / "vit"), "vit", filter=readable)
     return buffer.getvalue()
