@@ -1,0 +1,30 @@
+"""What a FineTuneJob asks of transformers' Trainer, where it depends on the machine."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from luthier_api.finetune import FineTuneJobSpec
+from luthier_trainer.arguments import loader_workers
+
+WORKERS = [
+    # task                    GPUs  cores  workers of each process
+    ("causal-lm",             8,    128,   2),
+    ("text-classification",   1,    2,     2),
+    ("image-classification",  1,    4,     3),
+    ("image-classification",  8,    128,   8),
+    ("image-classification",  8,    32,    3),
+    ("image-classification",  4,    4,     2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("task", "gpus", "cores", "workers"), WORKERS)
+def test_images_are_decoded_by_as_many_processes_as_there_are_cores(
+    task: str, gpus: int, cores: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    spec: Any = {"task": task, "model": {"id": "a/b"}, "dataset": {"id": "a/c"}, "resources": {"gpusPerNode": gpus}}
+    assert loader_workers(FineTuneJobSpec.model_validate(spec)) == workers
