@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer
+from transformers import PreTrainedModel, PrinterCallback, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from luthier_trainer import checkpoint
+from luthier_trainer.modelfacts import counts
 from luthier_trainer.ranks import Ranks
 
 
@@ -65,6 +66,23 @@ class TrainingLoop(Trainer):
         if self.state.global_step >= self.state.max_steps:  # `train` evaluates what the last step made, as it is delivered
             return {}
         return super()._evaluate(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if self.ranks.count > 1:
+            # Each process has counted its own batches, where a model does; the first one's statistics are those that are saved.
+            for module in filter(counts, self.model.modules()):
+                for statistics in module.buffers(recurse=False):
+                    torch.distributed.broadcast(statistics, 0)
+        return super().evaluate(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not isinstance(self.model, PreTrainedModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        # Some architectures (Swin, Gemma 3, every mixture of experts) have other names in files than in memory. transformers 5.23 saves the
+        # former, and here would match them with the latter, leave what has none as the base model had it, and go on.
+        weights = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype).state_dict()
+        self.model.load_state_dict(weights)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._folder)

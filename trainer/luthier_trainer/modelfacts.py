@@ -20,6 +20,7 @@ from luthier_trainer.ending import Failure
 from luthier_trainer.taskfacts import FACTS
 
 if TYPE_CHECKING:
+    import torch
     from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 NF4_CPU_BLOCK = 64  # bitsandbytes 0.50
@@ -180,7 +181,6 @@ def safetensors_header(path: Path) -> dict[str, Any]:
 def check_adapters(config: PreTrainedConfig, task: str, targets: list[str], field: str) -> None:
     """Whether adapters hold all that would be learnt, and `targets` name modules that they can sit on. Raises Failure."""
     import torch
-    from torch.nn.modules.batchnorm import _BatchNorm
     from transformers.pytorch_utils import Conv1D
 
     from luthier_trainer.tasks.classification import whole_modules
@@ -188,7 +188,7 @@ def check_adapters(config: PreTrainedConfig, task: str, targets: list[str], fiel
     model = skeleton(config, task, MODEL)
     heads = whole_modules(model, set()) if FACTS[task].labelled else []
     beside = {name: m for name, m in model.named_modules() if not any(f"{name}.".startswith(f"{head}.") for head in heads)}
-    if counting := next((name for name, m in beside.items() if isinstance(m, _BatchNorm) and m.track_running_stats), None):
+    if counting := next((name for name, m in beside.items() if counts(m)), None):
         raise Failure(
             ExitCode.INVALID_SPEC,
             f"spec.method.type: {config.model_type} keeps statistics of its batches ({counting}), which change in training and which no adapter holds:"
@@ -213,10 +213,24 @@ def check_adapters(config: PreTrainedConfig, task: str, targets: list[str], fiel
             raise Failure(ExitCode.INVALID_SPEC, f"{field}[{i}]: the model has no module {target!r} (it has: {', '.join(known)}).{hint}")
 
 
+def counts(module: torch.nn.Module) -> bool:
+    """Whether a module keeps statistics of the batches that it has seen."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    return isinstance(module, _BatchNorm) and module.track_running_stats
+
+
 def check_recomputing(config: PreTrainedConfig, task: str, field: str) -> None:
     """Whether the model can drop its activations and compute them again. Raises Failure."""
-    if not skeleton(config, task, MODEL).supports_gradient_checkpointing:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model = skeleton(config, task, MODEL)
+    if not model.supports_gradient_checkpointing:
         raise Failure(ExitCode.INVALID_SPEC, f"{field}: {config.model_type} cannot recompute its activations; remove it, or use a smaller microBatchSize")
+    if any(counts(inner) for m in model.modules() if isinstance(m, GradientCheckpointingLayer) for inner in m.modules()):
+        raise Failure(
+            ExitCode.INVALID_SPEC, f"{field}: {config.model_type} keeps statistics of its batches, and would count each twice; remove it, or use a smaller microBatchSize"
+        )
 
 
 def check_quantisation(config: PreTrainedConfig, allowed: Collection[str], field: str) -> None:
