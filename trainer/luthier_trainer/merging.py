@@ -8,8 +8,12 @@ from typing import Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_trainer.ending import Failure
+from luthier_trainer.modelfacts import safetensors_header
 from luthier_trainer.sources import ADAPTER_CONFIG
 from luthier_trainer.taskfacts import FACTS, task_of_adapter
+
+PREFIX = "base_model.model."  # of names in PEFT's files
+SHOWN = 5  # weights in a message
 
 
 def merge(base: Path, adapter: Path, into: Path, labels: list[str] | None, field: str) -> Path:
@@ -23,7 +27,12 @@ def merge(base: Path, adapter: Path, into: Path, labels: list[str] | None, field
     if labels:
         names = {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
         options |= {"num_labels": len(labels), "ignore_mismatched_sizes": True} | names  # the adapter brings its own head
-    model = getattr(transformers, f"AutoModelFor{task.model}").from_pretrained(base, **options)
+    model, loaded = getattr(transformers, f"AutoModelFor{task.model}").from_pretrained(base, output_loading_info=True, **options)
+    brought = {key.removeprefix(PREFIX) for file in adapter.glob("adapter_model*.safetensors") for key in safetensors_header(file)}
+    lacking = {*loaded["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in loaded["mismatched_keys"])}
+    if lost := sorted(lacking - brought):
+        # PEFT would leave what was drawn at random, and say nothing.
+        raise Failure(ExitCode.INVALID_SPEC, f"{field}: neither the adapter nor its base model {base} has {', '.join(lost[:SHOWN])}")
     if quantised := getattr(model, "is_quantized", False):
         model = model.dequantize()
     try:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ from luthier_trainer.taskfacts import FACTS
 from luthier_trainer.tasks import TASKS
 from luthier_trainer.telemetry import Telemetry
 from luthier_trainer.utilisation import count_weights
+
+PEFT_PARTS = re.compile(r"^base_model\.model\.|modules_to_save\.default\.|base_layer\.|lora_[AB]\.default\.")  # in the names of weights
+SHOWN = 3  # weights in a line of the log
 
 
 def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
@@ -66,7 +70,9 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     if FACTS[spec.task].inputs == "text":
         base.config.pad_token_id = processor.pad_token_id
     use_cache = getattr(base.config, "use_cache", False)
+    idle = task.idle(base, processor)
     model = methods.with_method(base, spec.method, FACTS[spec.task].peft_type, whole, deepspeed)
+    leave(model, idle)
 
     figures, telemetry, stop = task.figures(), Telemetry(), Stop()
     callbacks = [Guard(prepared.plan), Heartbeat(), Report(telemetry), stop]
@@ -81,6 +87,8 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
         callback.loop = loop
     if ranks.first:
         telemetry.serve(run.metrics_port)
+        if idle:
+            print(f"spec.model: {len(idle)} of its weights have no part in this task and stay as they are: {', '.join(sorted(idle)[:SHOWN])} ...", flush=True)
         print(opening(loop, prepared, precision, resume), flush=True)
 
     loop.saved = resume
@@ -99,6 +107,13 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     if ranks.first:
         print("done: " + "  ".join(f"{name} {value:g}" for name, value in metrics.items()), flush=True)
     return ended(ExitCode.COMPLETED, metrics=metrics, step=loop.state.global_step)
+
+
+def leave(model: Any, idle: set[str]) -> None:
+    """Weights that are `idle`, and what the method has put beside them, do not learn: they would get no gradient."""
+    for name, weight in model.named_parameters():
+        if PEFT_PARTS.sub("", name) in idle:
+            weight.requires_grad_(False)
 
 
 def ended(code: ExitCode, message: str = "", **facts: Any) -> TerminationMessage:

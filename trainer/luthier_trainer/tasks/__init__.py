@@ -27,6 +27,10 @@ class Task(Protocol):
         """Rows of the prepared dataset → a batch of tensors. `processor`: a tokenizer, or an image processor."""
         ...
 
+    def idle(self, model: Any, processor: Any) -> set[str]:
+        """Names of the weights that have no part in this task: they stay as they are, and no adapter sits on them."""
+        ...
+
     def loss(self, model: Any) -> Loss | None:
         """What training minimises; None where the model's own loss is exactly that.
 

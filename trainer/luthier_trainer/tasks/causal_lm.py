@@ -26,6 +26,9 @@ class CausalLM:
         # Despite its name, the one collator of transformers that pads labels that are already there.
         return DataCollatorForSeq2Seq(processor, label_pad_token_id=IGNORED, padding=True)
 
+    def idle(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase) -> set[str]:
+        return set()
+
     def loss(self, model: PreTrainedModel) -> Any:
         # The models that call the loss function they are given do it right, and know what to add to it (experts' balance, say). The
         # others (BART's and Pegasus' decoders, ...) average each micro-batch for itself, and compare a token with its own prediction.

@@ -6,18 +6,20 @@ Neighbours: `text_classification` and `image_classification`, whose rows differ.
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, EvalPrediction, PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations import deepspeed as zero
 
 from luthier_trainer.ending import global_rank
 
-# What transformers' architectures call the module that maps the encoded text to the labels.
+# What transformers' architectures call the modules behind the encoder, of which only the last knows how many labels there are.
 HEADS = ("classifier", "score", "classification_head", "pre_classifier", "logits_proj")
+ZERO3 = "_hf_deepspeed_config_weak_ref"  # where transformers 5.23 remembers that models are to be spread
 SHOWN = 10  # labels in a line of the log
 
 
@@ -63,41 +65,67 @@ def row_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tenso
 
 def labels_in(path: str) -> list[str]:
     """The labels that a model's configuration names, by id; `LABEL_0` and so on where it names none."""
-    return [name for _, name in sorted(AutoConfig.from_pretrained(path).id2label.items())]
+    return [name for _, name in sorted((AutoConfig.from_pretrained(path).id2label or {}).items())]
+
+
+def head_weights(model: PreTrainedModel) -> dict[str, int]:
+    """Names of the weights that have a row for each label, and which of their dimensions the labels are. Some models have two heads."""
+    few, more = (shapes(model, labels) for labels in (3, 5))
+    differing = {name: [a != b for a, b in zip(shape, more.get(name, ()), strict=False)] for name, shape in few.items()}
+    return {name: differs.index(True) for name, differs in differing.items() if True in differs}
+
+
+def shapes(model: PreTrainedModel, labels: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights that such a model would have for so many labels."""
+    return {name: tuple(p.shape) for name, p in twin(model, num_labels=labels).named_parameters()}
+
+
+def twin(model: PreTrainedModel, **settings: Any) -> PreTrainedModel:
+    """Such a model on the meta device, with other `settings` in its configuration: without memory, and whole where ZeRO-3 has spread it."""
+    config = copy.deepcopy(model.config)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    zero3, zero.__dict__[ZERO3] = zero.__dict__[ZERO3], None  # models that are made of models would spread those, and have none
+    try:
+        with torch.device("meta"):
+            return type(model)(config)
+    finally:
+        zero.__dict__[ZERO3] = zero3
 
 
 def fit_head(model: PreTrainedModel, missing: set[str], held: list[str], wanted: list[str]) -> None:
     """Make the rows of a head that was made for the labels `held` those of `wanted`: in their order, or new where the labels are others."""
-    heads = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m.out_features == len(wanted)]
-    if held == wanted or not heads or f"{heads[-1][0]}.weight" in missing:
+    kept = {name: dimension for name, dimension in head_weights(model).items() if name not in missing}
+    if held == wanted or not kept:
         return
-    head = heads[-1][1]  # others may happen to be as wide, but logits come last
     order = [held.index(name) for name in wanted] if sorted(held) == sorted(wanted) else None
-    parameters = list(head.parameters())
-    with gathered(parameters), torch.no_grad():
+    weights = {name: model.get_parameter(name) for name in kept}
+    with gathered(list(weights.values())), torch.no_grad():
         if order:
-            for parameter in parameters:
-                parameter.copy_(parameter[order])
+            for name, weight in weights.items():
+                weight.copy_(weight.index_select(kept[name], torch.tensor(order, device=weight.device)))
         else:
-            head.reset_parameters()
+            for module in sorted({name.rpartition(".")[0] for name in kept}):
+                model.get_submodule(module).reset_parameters()
     if global_rank() == 0:
         names = ", ".join(held[:SHOWN]) + ", ..." * (len(held) > SHOWN)
         outcome = "knows the labels in another order, and is put into ours" if order else "is for other labels, and starts anew"
-        print(f"spec.model: its head ({names}) {outcome}", flush=True)
+        print(f"spec.model: its head ({names or 'which names no labels'}) {outcome}", flush=True)
 
 
 def gathered(parameters: list[torch.nn.Parameter]) -> Any:
     """Whole weights inside, where ZeRO-3 has spread them over the processes; what the first one makes of them is everybody's."""
-    if not is_deepspeed_zero3_enabled():
+    if not zero.is_deepspeed_zero3_enabled():
         return nullcontext()
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
 
 
-def whole_modules(model: torch.nn.Module, new_weights: set[str]) -> list[str]:
+def whole_modules(model: PreTrainedModel, new_weights: set[str]) -> list[str]:
     """Modules that adapters must not touch: the head, and what else has no pretrained weights. Only the outermost of nested ones."""
-    names = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in HEADS} | {w.rpartition(".")[0] for w in new_weights}
+    names = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in HEADS}
+    names |= {weight.rpartition(".")[0] for weight in new_weights | head_weights(model).keys()}
     return sorted(name for name in names if name and not any(name.startswith(f"{other}.") for other in names))
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import PIL.Image
 import torch
-from transformers import AutoModelForImageClassification, BaseImageProcessor
+from transformers import AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 
-from luthier_trainer.tasks.classification import Classification
+from luthier_trainer.tasks.classification import Classification, twin
 
 Batch = dict[str, torch.Tensor]
+SIDES = (64, 64)  # pixels of an image that stands for all of them: `prepare` has seen that the processor makes the same shape of any
 
 
 class ImageClassification(Classification):
@@ -24,3 +26,18 @@ class ImageClassification(Classification):
             return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
 
         return collate
+
+    def idle(self, model: PreTrainedModel, processor: BaseImageProcessor) -> set[str]:
+        pixels = processor(images=[PIL.Image.new("RGB", SIDES)], return_tensors="pt")["pixel_values"]
+        try:
+            return idle_weights(model, tuple(pixels.shape[1:]))
+        except Exception:  # it looks at values, which are not there; what it takes has been seen in `prepare`
+            return set()
+
+
+def idle_weights(model: PreTrainedModel, shape: tuple[int, ...]) -> set[str]:
+    """Names of the weights that have no part in the logits of images that are `shape` [channels, height, width]: of a pre-training's
+    other task, say. Seen on the meta device, without memory. Raises whatever the model does where it does not take such images."""
+    bare = twin(model).eval()
+    bare(pixel_values=torch.empty(2, *shape, device="meta")).logits.sum().backward()
+    return {name for name, weight in bare.named_parameters() if weight.grad is None}

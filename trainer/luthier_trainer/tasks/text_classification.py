@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from luthier_trainer.tasks.classification import Classification
 
@@ -12,3 +12,6 @@ class TextClassification(Classification):
 
     def collator(self, processor: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
         return DataCollatorWithPadding(processor)
+
+    def idle(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase) -> set[str]:
+        return set()
