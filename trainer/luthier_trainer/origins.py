@@ -34,7 +34,7 @@ def of_data(path: Path, field: str) -> Origin:
 
 def _stamp(path: Path) -> tuple[int, int]:
     """(bytes, when last written) of a file, or of all that is in a folder; folders say when something came or went."""
-    facts = [path.stat(), *(p.stat() for p in path.rglob("*"))]
+    facts = [path.stat(), *(p.stat() for p in path.rglob("*") if p.exists())]  # a link may lead nowhere
     return sum(f.st_size for f in facts if stat.S_ISREG(f.st_mode)), max(f.st_mtime_ns for f in facts)
 
 

@@ -1,4 +1,4 @@
-"""Which local files a dataset field names, what format they have, and whether the same ones are still there.
+"""Which local files a dataset field names, what format they have, which images are in a folder, and whether the same ones are still there.
 
 Neighbours: `load` reads what is in them, `origins` knows them again.
 """
@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from luthier_api.exitcodes import ExitCode
@@ -20,6 +23,74 @@ FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "jsonl", ".n
            ".md": "text", ".rst": "text"}  # fmt: skip
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 BUILDERS = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet", "text": "text", "imagefolder": "imagefolder"}
+
+METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}  # tables beside images, as `datasets` knows them
+# What cannot be read and surely was meant to be: left out, a class would be the smaller for it, or gone.
+IMAGES_OF_OTHERS = {".heic", ".heif", ".avif", ".jxl", ".dcm", ".dng", ".nef", ".cr2", ".arw", ".npy", ".zip", ".tar", ".tgz", ".7z", ".rar"}
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """What lies in a folder of images, hidden files aside."""
+
+    path: Path
+    images: list[Path]
+    tables: list[Path]
+    """Metadata: with them, the columns are theirs, and a folder is no class."""
+
+    def classes(self, field: str) -> list[str]:
+        """The class of each image: the one folder between; or this folder, where all lie directly in it. Raises Failure."""
+        between = [image.relative_to(self.path).parts[:-1] for image in self.images]
+        if not any(between):
+            return [self.path.absolute().name] * len(between)
+        for image, folders in zip(self.images, between, strict=True):
+            if len(folders) != 1:
+                hint = f". To take each folder of {self.path} for itself, write {self.path}/*" if folders else ""
+                raise Failure(
+                    ExitCode.INVALID_DATASET,
+                    f"{field}: {image} lies in {'/'.join(folders) or 'no folder'} below {self.path}; an image lies in one folder, whose name is its"
+                    f" class, as in {self.path}/CLASS/{image.name}{hint}",
+                )
+        return [folders[0] for folders in between]
+
+
+def image_folder(path: Path, field: str) -> ImageFolder:
+    """What lies in the folder, in the order of names; what is left out is said. Raises Failure for what would be missing unnoticed."""
+    import PIL.Image
+
+    PIL.Image.init()
+    suffixes = {suffix for suffix, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN}
+    images, tables, others = list[Path](), list[Path](), list[Path]()
+    for place, folders, names in os.walk(path, onerror=_raise):
+        folders[:] = sorted(name for name in folders if not _hidden(name))
+        if link := next((name for name in folders if Path(place, name).is_symlink()), None):
+            raise Failure(ExitCode.INVALID_SPEC, f"{field}: {place}/{link} is a link to a folder, which is not followed; put the folder itself there, or name it")
+        found = [Path(place, name) for name in sorted(names) if not _hidden(name)]
+        images += [file for file in found if file.suffix.lower() in suffixes]
+        tables += [file for file in found if file.name in METADATA]
+        others += [file for file in found if file.suffix.lower() not in suffixes and file.name not in METADATA]
+        if not (found or folders):
+            print(f"{field}: {place} is empty, and no class", flush=True)
+    if unread := [file for file in others if file.suffix.lower() in IMAGES_OF_OTHERS]:
+        raise Failure(
+            ExitCode.INVALID_DATASET,
+            f"{field}: {len(unread)} files of {path} are of a format that is not read here (the first: {unread[0]}). Convert them to JPEG or PNG, unpack them,"
+            " or remove them",
+        )
+    if others:
+        kinds = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in Counter(file.suffix for file in others).most_common())
+        print(f"{field}: {len(others)} files of {path} are no images by their suffix, and are left out ({kinds})", flush=True)
+    if not images:
+        raise Failure(ExitCode.INVALID_DATASET, f"{field}: there are no images in {path}")
+    return ImageFolder(path, images, tables)
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
+
+
+def _raise(error: OSError) -> None:
+    raise error  # os.walk would leave out, without a word, what it may not read
 
 
 def find_files(patterns: list[str], field: str, folders: bool = False) -> list[Path]:

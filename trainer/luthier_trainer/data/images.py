@@ -20,12 +20,14 @@ from luthier_trainer.data.load import Rows
 from luthier_trainer.ending import FORBIDDEN_ERRNOS, STORAGE_ERRNOS, Failure, os_error
 
 if TYPE_CHECKING:
+    import PIL.Image
     from datasets import Dataset
     from transformers import BaseImageProcessor, PreTrainedConfig
 
 FIELD = "spec.dataset.columns.image"
 PIXELS = "pixel_values"  # transformers' name: a column of another one would be dropped on the way to the model
-AT_ONCE = 1000  # images whose files are held at a time
+AT_ONCE = 100  # images whose files are held at a time: of a camera's, half a gigabyte
+DEEP, WHITE = ("I", "F"), 255  # Pillow's modes of more than 8 bits a channel, and what it cuts them off at instead of scaling them
 WIDE, TALL = (96, 48), (64, 80)  # pixels of two images that have nothing in common
 
 
@@ -44,14 +46,14 @@ def fitting(rows: Rows, spec: FineTuneJobSpec) -> Rows:
         hint = f"columns of images: {', '.join(images)}" if images else "no column holds images; folders of them do, with dataset.format: imagefolder"
         raise columns.invalid(f'{FIELD}: column "{name}" of {rows.origin} holds {getattr(feature, "dtype", feature)}, not images ({hint})')
     stored = rows.data.cast_column(name, Image(decode=False))
-    if found := unreadable(stored, name):
+    if found := unusable(stored.select_columns([name]), name):
         row, first = found[0]
-        raise columns.invalid(f"{FIELD}: {len(found)} images of {rows.origin} cannot be read (the first: row {row}, {first}). Replace or remove them")
+        raise columns.invalid(f"{FIELD}: {len(found)} images of {rows.origin} cannot be used (the first: row {row}, {first}). Replace or remove them")
     return replace(rows, data=stored)
 
 
-def unreadable(stored: Dataset, name: str) -> list[tuple[int, str]]:
-    """Row and reason of each image that cannot be read."""
+def unusable(stored: Dataset, name: str) -> list[tuple[int, str]]:
+    """Row and reason of each image that cannot be read, or not be seen."""
     found = []
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
         for start in range(0, len(stored), AT_ONCE):
@@ -61,30 +63,56 @@ def unreadable(stored: Dataset, name: str) -> list[tuple[int, str]]:
 
 
 def problem(image: dict[str, Any] | None) -> str | None:
-    """Why an image cannot be read; None when it can."""
+    """Why `train` could not show an image to a model; None when it can."""
     import PIL.Image
+    import PIL.ImageOps
 
     if image is None:
         return "which has none"
+    name = f"{image['path']}: " if image["path"] else ""
     try:
         with PIL.Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as opened:
             opened.load()
+            seen = PIL.ImageOps.exif_transpose(opened).convert("RGB")
+            lost = loss(opened, seen)
     except Exception as error:  # each format's decoder fails in its own way
         if os_error(error, STORAGE_ERRNOS | FORBIDDEN_ERRNOS):
             raise  # the volume or its rights, not the data
-        name = f"{image['path']}: " if image["path"] else ""
         return f"{name}{' '.join(str(error).split())[:200]}"
+    return f"{name}{lost}" if lost else None
+
+
+def loss(image: PIL.Image.Image, seen: PIL.Image.Image) -> str | None:
+    """What of an image is lost in RGB, as which everybody shows images to models; None where something is left to see."""
+    extremes: Any = image.getextrema()
+    if image.mode.startswith(DEEP):
+        low, high = extremes
+        if low < 0 or high > WHITE or (image.mode == "F" and high <= 1):
+            return f"its values are from {low:g} to {high:g}, and would be cut off at 0 and {WHITE}; save it with 8 bits a channel"
+    extremes = seen.getextrema()
+    if image.has_transparency_data and all(low == high for low, high in extremes):
+        clearest, densest = image.convert("RGBA").getchannel("A").getextrema()
+        if clearest != densest:
+            return "it is drawn in its transparency alone, which a model does not see; put it on a background"
     return None
 
 
 def check(config: PreTrainedConfig, processor: BaseImageProcessor, spec: FineTuneJobSpec) -> None:
     """Whether the processor makes batches of whatever images, and such as the model takes. Raises Failure."""
     import PIL.Image
-    import torch
+
+    from luthier_trainer.tasks.image_classification import idle_weights
 
     shapes = []
     for size in (WIDE, TALL):
-        made = processor(images=[PIL.Image.new("RGB", size)], return_tensors="pt")
+        try:
+            made = processor(images=[PIL.Image.new("RGB", size)], return_tensors="pt")
+        except Exception as error:  # each processor checks its settings in its own way, when it needs them
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{modelfacts.MODEL}: its image processor ({type(processor).__name__}) fails: {type(error).__name__}: {' '.join(str(error).split())[:300]}."
+                " See its preprocessor_config.json",
+            ) from error
         if PIXELS not in made:
             raise Failure(ExitCode.INVALID_SPEC, f"{modelfacts.MODEL}: its image processor makes no {PIXELS} (it makes {', '.join(made)})")
         shapes.append(tuple(made[PIXELS].shape))
@@ -96,7 +124,7 @@ def check(config: PreTrainedConfig, processor: BaseImageProcessor, spec: FineTun
         )
     model = modelfacts.skeleton(config, spec.task, modelfacts.MODEL)
     try:
-        model(pixel_values=torch.empty(2, *shapes[0][1:], device="meta"))
+        idle_weights(model, shapes[0][1:])
     except Exception as error:  # each architecture checks what it is given in its own way
         text = " ".join(str(error).split())[:300]
         if "meta tensor" not in text.lower():  # it looks at values, which are not there: nothing is known then

@@ -16,7 +16,7 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.run import Origin
 from luthier_api.spec import DatasetSource
 from luthier_trainer import origins
-from luthier_trainer.data.files import BUILDERS, find_files, format_of, suffix_of
+from luthier_trainer.data.files import BUILDERS, find_files, format_of, image_folder, suffix_of
 from luthier_trainer.ending import FORBIDDEN_ERRNOS, STORAGE_ERRNOS, Failure, os_error
 from luthier_trainer.hub import hub_api, patiently
 
@@ -65,12 +65,26 @@ class Loader:
         paths = find_files(files, where, folders=image_folders)
         kind = self.source.format or format_of(paths, where)
         origin = paths[0].name if len(paths) == 1 else f"{len(paths)} files ({paths[0].name}, ...)"
-        data = self._read(kind, paths, where)
+        data = self._images(paths, where) if image_folders else self._read(kind, paths, where)
         documents = self.documents and kind == "text"
         if kind == "text":
             data = lines(data) if documents else data.filter(_not_blank, batched=True)
         rows = cut(data, instruction, [FILES_SPLIT], f"{self.field}.{field}", origin)
         return Rows(rows, origin, documents=documents, origins=tuple(origins.of_data(p, where) for p in paths))
+
+    def _images(self, paths: list[Path], where: str) -> Dataset:
+        """Columns `image` and `label`: `datasets` has its own opinion of which folders count, and tells nobody. Or those of metadata."""
+        from datasets import Dataset, Features, Image, Value
+
+        folders = [image_folder(path, where) for path in paths]
+        images = [image for folder in folders for image in folder.images]
+        if any(folder.tables for folder in folders):
+            data = self._read("imagefolder", paths, where)
+            if len(data) < len(images):
+                print(f"{where}: {len(images) - len(data)} images are in no row of the metadata, and are left out", flush=True)
+            return data
+        columns = {"image": [str(image.absolute()) for image in images], "label": [name for folder in folders for name in folder.classes(where)]}
+        return Dataset.from_dict(columns, features=Features({"image": Image(), "label": Value("string")}))
 
     def _read(self, kind: str, paths: list[Path], where: str) -> Dataset:
         from datasets import load_dataset
