@@ -435,6 +435,17 @@ def test_a_third_job_goes_on_from_the_adapter(classify: MakeRun, digits: Path, t
     assert (Path(record.model_path) / "preprocessor_config.json").exists()
 
 
+@pytest.mark.parametrize(("method", "precision"), [("full", "fp32"), ("full", "bf16"), ("lora", "fp32")])
+def test_a_model_of_16_bits_is_delivered_as_one(method: str, precision: str, classify: MakeRun, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", SWIN)
+    AutoModelForImageClassification.from_pretrained(model).to(torch.bfloat16).save_pretrained(model)
+    run = classify(model={"path": str(model)}, method={"type": method}, training={"maxSteps": 3, "precision": precision})
+    main(run)
+    assert (train.main(run).metrics or {})["evalLoss"] < 4
+    if method == "full":
+        assert AutoModelForImageClassification.from_pretrained(Path(run.workspace) / "result").dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("config", [RESNET, SWIN], ids=["resnet", "swin"])
 def test_a_resumed_training_is_the_same(config: Any, classify: MakeRun, tmp_path: Path) -> None:
     """With statistics of batches, with chance, and with weights that have other names in files; in the middle of the second epoch."""

@@ -37,6 +37,12 @@ class TrainingLoop(Trainer):
         self.save_seconds = 0.0
         self.started = time.monotonic()
         self._folder = Path(self.args.output_dir)
+        self._delivered: torch.dtype | None = None
+
+    def deliver(self, dtype: torch.dtype) -> None:
+        """Turn the weights into the type that they are saved in; what is evaluated from here on is given in it too."""
+        self.model.to(dtype)
+        self._delivered = dtype
 
     @property
     def seconds(self) -> float:
@@ -66,6 +72,11 @@ class TrainingLoop(Trainer):
         if self.state.global_step >= self.state.max_steps:  # `train` evaluates what the last step made, as it is delivered
             return {}
         return super()._evaluate(*args, **kwargs)
+
+    def _prepare_input(self, data: Any) -> Any:
+        if self._delivered and isinstance(data, torch.Tensor) and data.is_floating_point():
+            data = data.to(self._delivered)  # pixels: a convolution of 16 bits takes no others
+        return super()._prepare_input(data)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         if self.ranks.count > 1:

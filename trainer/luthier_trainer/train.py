@@ -99,7 +99,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
 
     seconds = loop.seconds
     if spec.method.type == "full" and not deepspeed:
-        loop.model.to(source_type(prepared.model_path))  # delivered in the type it came in, and measured as it is delivered
+        loop.deliver(source_type(prepared.model_path))  # delivered in the type it came in, and measured as it is delivered
     if "eval" in data:
         loop.evaluate()
     metrics = result.final_metrics(loop.state, seconds)
