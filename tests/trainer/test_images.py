@@ -28,6 +28,7 @@ from transformers import (
     DeiTForImageClassificationWithTeacher,
     Dinov2Config,
     EfficientNetConfig,
+    LevitConfig,
     MobileViTConfig,
     SiglipConfig,
     SwinConfig,
@@ -243,6 +244,10 @@ def test_images_are_looked_at_as_they_are_shown(classify: MakeRun, tmp_path: Pat
     assert [row["pixel_values"].convert("RGB").size for row in data["train"]] == [(2, 1)] * len(odd)
 
 
+TINY_LEVIT = LevitConfig(
+    image_size=64, hidden_sizes=[16, 32, 48], depths=[1, 1, 1], num_attention_heads=[1, 2, 3], key_dim=[8, 8, 8], architectures=["LevitForImageClassification"],
+)  # fmt: skip
+
 MODELS: list[tuple[str, Any, dict[str, Any], dict[str, Any], str]] = [
     # name, configuration, its processor, fields of the spec, message
     ("images of another size", VIT, {"size": {"height": 32, "width": 32}}, {},
@@ -257,6 +262,8 @@ MODELS: list[tuple[str, Any, dict[str, Any], dict[str, Any], str]] = [
      "spec.training.gradientCheckpointing: mobilevit keeps statistics of its batches, and would count each twice; remove it, or use a smaller"),
     ("a processor that fails", VIT, {"image_mean": [0.5, 0.5]}, {},
      "spec.model: its image processor (ViTImageProcessorPil) fails: "),
+    ("one image in the last batch", TINY_LEVIT, {"size": {"height": 64, "width": 64}}, {"training": {"batchSize": 8}, "dataset": {"evalFraction": None, "split": "train[:89]"}},
+     "spec.training.microBatchSize: levit cannot learn from a batch of one image, and with 89 rows there is one in each epoch;"),
     ("a module that is not there", VIT, {}, {"method": {"type": "lora", "targetModules": ["querry"]}},
      "spec.method.targetModules[0]: the model has no module 'querry'"),
     ("the head", VIT, {}, {"method": {"type": "lora", "targetModules": ["classifier"]}},

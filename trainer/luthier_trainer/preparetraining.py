@@ -41,7 +41,7 @@ class Inputs(Protocol):
 
     def fitting(self, rows: Rows, spec: FineTuneJobSpec) -> Rows: ...
 
-    def check(self, config: PreTrainedConfig, processor: Any, spec: FineTuneJobSpec) -> None: ...
+    def check(self, config: PreTrainedConfig, processor: Any, spec: FineTuneJobSpec, rows: int) -> None: ...
 
     def encoded(self, rows: Rows, ids: list[int] | None, processor: Any, spec: FineTuneJobSpec) -> Dataset: ...
 
@@ -87,7 +87,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         modelfacts.check_length(new_config(spec.model.config), spec.training.max_length, tokens.MAX_LENGTH)
     examples = read_examples(run, cache)
     model = new_model(spec.model.config, examples, run, folder) if spec.model.config else existing_model(located, run, folder)
-    check_fit(model, run)
+    check_fit(model, run, len(examples.train.data))
 
     data = encode(examples, model.processor, run)
     dataset_path = folder.prepared / "dataset"
@@ -188,12 +188,12 @@ def existing_model(located: sources.Located | None, run: FineTuneRun, folder: Wo
     return Model(located.resolved, path, config, modelfacts.read_processor(located.folder or path, run.spec.task, located.field))
 
 
-def check_fit(model: Model, run: FineTuneRun) -> None:
-    """What of the spec depends on the model. Raises Failure."""
+def check_fit(model: Model, run: FineTuneRun, rows: int) -> None:
+    """What of the spec depends on the model, and on the number of training rows. Raises Failure."""
     spec = run.spec
     # Adapters can be trained beside 4-bit weights; to go on from quantised weights without them would be to train their rounding.
     modelfacts.check_quantisation(model.config, {"bitsandbytes"} if spec.method.type == "qlora" else set(), MODEL)
-    INPUTS[FACTS[spec.task].inputs].check(model.config, model.processor, spec)
+    INPUTS[FACTS[spec.task].inputs].check(model.config, model.processor, spec, rows)
     if spec.training.gradient_checkpointing:
         modelfacts.check_recomputing(model.config, spec.task, "spec.training.gradientCheckpointing")
     if spec.method.type != "full":

@@ -6,6 +6,7 @@ Neighbour: `texts` does the same for rows of text.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +19,12 @@ from luthier_trainer import modelfacts
 from luthier_trainer.data import columns
 from luthier_trainer.data.load import Rows
 from luthier_trainer.ending import FORBIDDEN_ERRNOS, STORAGE_ERRNOS, Failure, os_error
+from luthier_trainer.plan import plan_training
 
 if TYPE_CHECKING:
     import PIL.Image
     from datasets import Dataset
-    from transformers import BaseImageProcessor, PreTrainedConfig
+    from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
 FIELD = "spec.dataset.columns.image"
 PIXELS = "pixel_values"  # transformers' name: a column of another one would be dropped on the way to the model
@@ -97,8 +99,8 @@ def loss(image: PIL.Image.Image, seen: PIL.Image.Image) -> str | None:
     return None
 
 
-def check(config: PreTrainedConfig, processor: BaseImageProcessor, spec: FineTuneJobSpec) -> None:
-    """Whether the processor makes batches of whatever images, and such as the model takes. Raises Failure."""
+def check(config: PreTrainedConfig, processor: BaseImageProcessor, spec: FineTuneJobSpec, rows: int) -> None:
+    """Whether the processor makes batches of whatever images, and such as the model takes. `rows`: of training. Raises Failure."""
     import PIL.Image
 
     from luthier_trainer.tasks.image_classification import idle_weights
@@ -130,6 +132,31 @@ def check(config: PreTrainedConfig, processor: BaseImageProcessor, spec: FineTun
         if "meta tensor" not in text.lower():  # it looks at values, which are not there: nothing is known then
             raise Failure(
                 ExitCode.INVALID_SPEC, f"{modelfacts.MODEL}: its image processor makes tensors of {by(shapes[0])}, which the model does not take: {text}"
+            ) from error
+    if smallest_batch(spec, rows) == 1:
+        check_alone(model, shapes[0][1:], rows)
+
+
+def smallest_batch(spec: FineTuneJobSpec, rows: int) -> int:
+    """Rows of the smallest micro-batch. Several processes fill their last ones up; one process does not."""
+    plan = plan_training(spec, rows, None)
+    micro = plan.micro_batch_size or 1
+    reached = (plan.steps or 0) * spec.training.batch_size >= rows
+    return rows % micro or micro if plan.world_size == 1 and reached else micro
+
+
+def check_alone(model: PreTrainedModel, shape: tuple[int, ...], rows: int) -> None:
+    """Whether the model can learn from one image alone: its statistics may need more than one value. Raises Failure."""
+    import torch
+
+    with contextlib.suppress(NotImplementedError, RuntimeError):  # it looks at values, which are not there
+        try:
+            model.train()(pixel_values=torch.empty(1, *shape, device="meta"))
+        except ValueError as error:
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"spec.training.microBatchSize: {model.config.model_type} cannot learn from a batch of one image, and with {rows} rows there is one in each"
+                f" epoch; choose a size of 2 or more that leaves another rest ({error})",
             ) from error
 
 

@@ -32,7 +32,7 @@ def fitting(rows: Rows, spec: FineTuneJobSpec) -> Rows:
     return replace(rows, data=columns.texts(rows, column(spec), FIELD, drop_blank=not FACTS[spec.task].labelled))
 
 
-def check(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, spec: FineTuneJobSpec) -> None:
+def check(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, spec: FineTuneJobSpec, rows: int) -> None:
     """Whether model and tokenizer are made for such rows. Raises Failure."""
     modelfacts.check_length(config, spec.training.max_length, tokens.MAX_LENGTH)
     if not FACTS[spec.task].labelled and tokenizer.eos_token_id is None:
