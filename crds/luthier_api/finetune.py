@@ -39,9 +39,9 @@ class Columns(ApiModel):
     text: ShortText = "text"
     """The text to learn (causal-lm) or to classify (text-classification)."""
     image: ShortText = "image"
-    """The image to classify (image-classification)."""
+    """The image to classify (image-classification), with 8 bits a channel."""
     label: ShortText = "label"
-    """The class of a row (text-classification, image-classification): a name or a number. Folders of images have it by their names."""
+    """The class of a row (text-classification, image-classification): a name or a number. Images in folders have it by the folder's name: FOLDER/CLASS/image.png."""
 
 
 class TrainingData(DatasetSource):
@@ -112,7 +112,7 @@ class Training(ApiModel):
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 8
     """Rows that one optimiser step sees, over all processes and accumulation steps."""
     micro_batch_size: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
-    """Rows that one process sees in one forward pass; planned when left out."""
+    """Rows that one process sees in one forward pass; planned when left out. Models that normalise over a batch (BatchNorm) do so over these."""
     max_length: Annotated[int, Field(ge=8, le=1_048_576)] = 1024
     """Tokens of a row; longer rows are cut (causal-lm with packing: split). Images have none."""
     packing: bool = False

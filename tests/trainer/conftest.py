@@ -101,6 +101,35 @@ def make_run(tmp_path: Path, tiny_model: Path, corpus_rows: Path) -> MakeRun:
     return make
 
 
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty images of each digit, in a folder of its name. Read-only: copy it to change it."""
+    from trainer.digits import write_digits  # brings what most tests do without
+
+    return write_digits(tmp_path_factory.mktemp("images") / "digits")
+
+
+@pytest.fixture(scope="session")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small vision transformer with new weights and its image processor. Read-only."""
+    from trainer.digits import save_model
+
+    return save_model(tmp_path_factory.mktemp("models") / "vit")
+
+
+@pytest.fixture
+def classify(make_run: MakeRun, digits: Path, vit: Path) -> MakeRun:
+    """A run over the digits; fields of `dataset` and `training` are merged with what is there."""
+
+    def make(name: str = "job", sources: dict[str, str] | None = None, **spec: Any) -> FineTuneRun:
+        data = {"files": [str(digits)], "format": "imagefolder", "evalFraction": 0.2} | spec.pop("dataset", {})
+        training = {"batchSize": 32, "maxSteps": 100, "learningRate": 3e-3, "logSteps": 50} | spec.pop("training", {})
+        given = {"task": "image-classification", "model": {"path": str(vit)}, "method": {"type": "full"}} | spec
+        return make_run(name, sources, **given, dataset={k: v for k, v in data.items() if v is not None}, training=training)
+
+    return make
+
+
 @pytest.fixture
 def make_generate_run(tmp_path: Path, tiny_model: Path) -> Callable[..., GenerateRun]:
     """A GenerateRun on CPU over the tiny model; keywords replace fields of its spec."""

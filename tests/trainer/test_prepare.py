@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 from PIL import Image
+from trainer.preparing import prepared
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from luthier_api.exitcodes import ExitCode
@@ -55,13 +56,6 @@ def write(folder: Path, name: str, content: object = None) -> str:
         case [".txt"]:
             path.write_text("".join(r["text"] + "\n\n" for r in rows))
     return str(path)
-
-
-def prepared(run: FineTuneRun) -> tuple[Any, Any]:
-    """(record, DatasetDict) after `prepare`."""
-    main(run)
-    record = read_prepared(run)
-    return record, load_from_disk(record.dataset_path)
 
 
 FORMATS = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import urllib.request
 from pathlib import Path
@@ -10,13 +11,16 @@ from typing import Any
 import pytest
 from datasets import DatasetDict
 from prepared_workspace import causal_lm_data, losses, prepared_run, prose, save_llama
-from transformers import AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from luthier_api.metrics import broken_checkpoints, checkpoint_step, read_samples
 from luthier_api.termination import TerminationMessage
+from luthier_api.workspace import MANIFEST
 from luthier_trainer import train
 from luthier_trainer.callbacks import Heartbeat
-from luthier_trainer.ending import run_dir
+from luthier_trainer.ending import Failure, run_dir
+from luthier_trainer.manifest import write_manifest
 
 STEPS = 26  # an epoch has 25, so that one resumption crosses its border
 LORA = {"type": "lora", "rank": 4, "dropout": 0.1}
@@ -85,6 +89,37 @@ def test_stopped(
     assert metrics is not None
     assert losses(run) == uninterrupted[0]
     assert {k: v for k, v in metrics.items() if k != "seconds"} == {k: v for k, v in uninterrupted[1].items() if k != "seconds"}
+
+
+def test_experts_go_on_too(tmp_path: Path, data: DatasetDict, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In files each expert is a weight of its own, in memory all of a layer are one: resumed by the names in memory, they would begin anew."""
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=len(tokenizer), head_dim=16, num_experts=4, num_experts_per_tok=2, **sizes)).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    training = {"maxSteps": 6, "learningRate": 1e-2}
+    whole, parts = (prepared_run(tmp_path / name, tmp_path / "m", data, training=training) for name in ("whole", "parts"))
+    train.main(whole)
+    assert stopped_at(parts, 3, monkeypatch).saved
+    train.main(parts)
+    assert losses(parts) == losses(whole)
+
+
+def test_a_checkpoint_without_a_weight_is_not_gone_on_from(
+    tmp_path: Path, llama: Path, data: DatasetDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepared_run(tmp_path / "job", llama, data, training={"maxSteps": 4})
+    assert stopped_at(run, 2, monkeypatch).saved
+    folder = tmp_path / "job/checkpoints/checkpoint-2"
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    kept = json.loads((folder / MANIFEST).read_text())
+    del kept["files"]
+    (folder / MANIFEST).unlink()
+    write_manifest(folder, **kept)
+    with pytest.raises(Failure, match=r"checkpoint-2: 1 weights of the model are not in it, among them model\.norm\.weight"):
+        train.main(run)
 
 
 def served_at_first(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:

@@ -14,7 +14,9 @@ import torch
 from transformers import PreTrainedModel, PrinterCallback, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from luthier_api.exitcodes import ExitCode
 from luthier_trainer import checkpoint
+from luthier_trainer.ending import Failure
 from luthier_trainer.modelfacts import counts
 from luthier_trainer.ranks import Ranks
 
@@ -92,8 +94,10 @@ class TrainingLoop(Trainer):
             return
         # Some architectures (Swin, Gemma 3, every mixture of experts) have other names in files than in memory. transformers 5.23 saves the
         # former, and here would match them with the latter, leave what has none as the base model had it, and go on.
-        weights = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype).state_dict()
-        self.model.load_state_dict(weights)
+        saved, loaded = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype, output_loading_info=True)
+        if lost := sorted(loaded["missing_keys"]):
+            raise Failure(ExitCode.TRAINING_ERROR, f"{resume_from_checkpoint}: {len(lost)} weights of the model are not in it, among them {lost[0]}")
+        self.model.load_state_dict(saved.state_dict())
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._folder)

@@ -220,6 +220,15 @@ def counts(module: torch.nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and module.track_running_stats
 
 
+def check_sharding(config: PreTrainedConfig, task: str, field: str) -> None:
+    """Whether ZeRO-3 can spread the model. Raises Failure."""
+    if any(counts(module) for module in skeleton(config, task, MODEL).modules()):
+        # ResNet's own initialisation, for one, meets weights that are not whole (transformers 5.23).
+        raise Failure(
+            ExitCode.INVALID_SPEC, f"{field}: {config.model_type} keeps statistics of its batches, which ZeRO-3 does not spread; use ddp or zero2 for such a model"
+        )
+
+
 def check_recomputing(config: PreTrainedConfig, task: str, field: str) -> None:
     """Whether the model can drop its activations and compute them again. Raises Failure."""
     from transformers.modeling_layers import GradientCheckpointingLayer

@@ -194,6 +194,8 @@ def check_fit(model: Model, run: FineTuneRun, rows: int) -> None:
     # Adapters can be trained beside 4-bit weights; to go on from quantised weights without them would be to train their rounding.
     modelfacts.check_quantisation(model.config, {"bitsandbytes"} if spec.method.type == "qlora" else set(), MODEL)
     INPUTS[FACTS[spec.task].inputs].check(model.config, model.processor, spec, rows)
+    if spec.strategy.startswith("zero3"):
+        modelfacts.check_sharding(model.config, spec.task, "spec.strategy")
     if spec.training.gradient_checkpointing:
         modelfacts.check_recomputing(model.config, spec.task, "spec.training.gradientCheckpointing")
     if spec.method.type != "full":
