@@ -11,20 +11,21 @@ from luthier_api.finetune import FineTuneJobSpec
 from luthier_trainer.arguments import loader_workers
 
 WORKERS = [
-    # task                    GPUs  cores  workers of each process
-    ("causal-lm",             8,    128,   2),
-    ("text-classification",   1,    2,     2),
-    ("image-classification",  1,    4,     3),
-    ("image-classification",  8,    128,   8),
-    ("image-classification",  8,    32,    3),
-    ("image-classification",  4,    4,     2),
+    # task                    resources                        cores of the node  workers of each process
+    ("causal-lm",             {"gpusPerNode": 8},              128,               2),
+    ("text-classification",   {"gpusPerNode": 1},              2,                 2),
+    ("image-classification",  {"gpusPerNode": 1},              4,                 3),
+    ("image-classification",  {"gpusPerNode": 8},              128,               8),
+    ("image-classification",  {"gpusPerNode": 8},              32,                3),
+    ("image-classification",  {"gpusPerNode": 4},              4,                 2),
+    ("image-classification",  {"gpusPerNode": 2, "cpu": "8"},  128,               3),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("task", "gpus", "cores", "workers"), WORKERS)
+@pytest.mark.parametrize(("task", "resources", "cores", "workers"), WORKERS)
 def test_images_are_decoded_by_as_many_processes_as_there_are_cores(
-    task: str, gpus: int, cores: int, workers: int, monkeypatch: pytest.MonkeyPatch
+    task: str, resources: dict[str, Any], cores: int, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    spec: Any = {"task": task, "model": {"id": "a/b"}, "dataset": {"id": "a/c"}, "resources": {"gpusPerNode": gpus}}
+    spec: Any = {"task": task, "model": {"id": "a/b"}, "dataset": {"id": "a/c"}, "resources": resources}
     assert loader_workers(FineTuneJobSpec.model_validate(spec)) == workers

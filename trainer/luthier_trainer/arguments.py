@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from transformers import TrainingArguments
@@ -12,6 +11,7 @@ from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.status import Plan
 from luthier_trainer.devices import assert_gpus, fitting_precision
 from luthier_trainer.ending import Failure
+from luthier_trainer.launch import cores
 from luthier_trainer.taskfacts import FACTS
 
 TEXT_WORKERS = 2  # enough to keep padding off the GPU's path; on CPU they would only take cores from the model
@@ -67,8 +67,7 @@ def loader_workers(spec: FineTuneJobSpec) -> int:
     """Processes that make batches beside each process that trains on a GPU: for images as many as its share of the cores."""
     if FACTS[spec.task].inputs == "text":
         return TEXT_WORKERS
-    share = len(os.sched_getaffinity(0)) // spec.resources.processes
-    return min(max(share - 1, TEXT_WORKERS), IMAGE_WORKERS)
+    return min(max(cores(spec.resources) - 1, TEXT_WORKERS), IMAGE_WORKERS)
 
 
 def precision_of(plan: Plan, cpu: bool) -> str:

@@ -14,6 +14,7 @@ import sys
 from ipaddress import ip_address
 from pathlib import Path
 
+from luthier_api.finetune import TrainingResources
 from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_trainer.ending import run_dir
 from luthier_trainer.strategy import deepspeed_config, uses_deepspeed
@@ -61,15 +62,17 @@ def environment(run: FineTuneRun, prepared: PreparedRecord) -> dict[str, str]:
 
 
 def threads(run: FineTuneRun) -> str:
-    """Threads of each process: what the pod says, else its share of the CPUs that the job asks for, else of those it may use.
+    """Threads of each process: what the pod says, else as many as it has cores.
 
     DeepSpeed's optimizer on CPU steps billions of weights with them.
     """
-    if given := os.environ.get("OMP_NUM_THREADS"):
-        return given
-    quantity = run.spec.resources.cpu
-    cpus = _cpus(quantity) if quantity else float(len(os.sched_getaffinity(0)))
-    return str(max(1, math.floor(cpus / run.spec.resources.processes)))
+    return os.environ.get("OMP_NUM_THREADS") or str(max(1, cores(run.spec.resources)))
+
+
+def cores(resources: TrainingResources) -> int:
+    """CPU cores of each process: its share of those that the job asks for, else of those that the pod may use."""
+    cpus = _cpus(resources.cpu) if resources.cpu else float(len(os.sched_getaffinity(0)))
+    return math.floor(cpus / resources.processes)
 
 
 def _cpus(quantity: str) -> float:
