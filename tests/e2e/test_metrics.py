@@ -38,6 +38,7 @@ TRAINING = {
     "luthier_train_tokens_total": (SAVE * 8 * 16, STEPS * 8 * 64),
     "luthier_train_tokens_per_second": (10, 1e7),
     "luthier_train_samples_total": (SAVE * 8, STEPS * 8),
+    "luthier_train_samples_per_second": (0.1, 1e6),
     "luthier_train_step_duration_seconds": (SAVE, STEPS),  # how many were measured
     "luthier_train_nonfinite_total": (0, 0),
     "luthier_train_eta_seconds": (1, 1e6),

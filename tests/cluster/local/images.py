@@ -10,6 +10,7 @@ import tarfile
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from .shell import BIN, HOME, REGISTRY, STATE, ctr, out, sh, start, wait, write
 
@@ -37,6 +38,7 @@ def image(context: str, target: str, name: str) -> str:
     if Path(wheels).is_absolute():
         volumes.append(f"{wheels}:/wheels:ro")
         arguments["FIND_LINKS"] = "/wheels"
+    forget_others(arguments)
     buildah(
         *("build", "--isolation", "chroot", "--network", "host", "--layers", "--target", target, "--tag", name),
         *[option for key, value in arguments.items() for option in ("--build-arg", f"{key}={value}")],
@@ -47,6 +49,24 @@ def image(context: str, target: str, name: str) -> str:
     compression = ("--compression-format", "zstd", "--compression-level", "1")
     buildah("push", "--tls-verify=false", *compression, name, f"docker://{reference}", stderr=subprocess.DEVNULL)
     return reference
+
+
+def forget_others(arguments: dict[str, str]) -> None:
+    """buildah 1.28 takes a layer from its cache whatever arguments it was made with: torch for CUDA, say, where there is a wheel for CPU.
+
+    So those that were made with others than `arguments` are removed, all but the bases.
+    """
+    note, given = HOME / "image-arguments.json", json.dumps(arguments, sort_keys=True)
+    if not note.exists() or note.read_text() != given:
+        kept = {i["id"] for i in listed() if any(name.startswith("localhost/local/") for name in i["names"] or ())}
+        while others := [i["id"] for i in listed() if i["id"] not in kept]:
+            buildah("rmi", "--force", *others, stdout=subprocess.DEVNULL)
+        note.write_text(given)
+
+
+def listed() -> list[dict[str, Any]]:
+    """Images and the layers of the cache."""
+    return list(json.loads(out("buildah", "--storage-driver", "overlay", "images", "--all", "--json") or "null") or [])
 
 
 def image_size(name: str) -> str:
