@@ -6,6 +6,7 @@ The text is the language reference that every Python carries (`pydoc_data.topics
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -19,16 +20,19 @@ from luthier_api.spec import NewModel
 from luthier_api.variables import Variables
 from luthier_trainer.newmodel import new_config, save_new_model, train_tokenizer
 
+# Before torch is imported, which reads it once: two workers with two threads each on two cores spend most of their time waiting for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 256}
 
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One thread, no network unless a test asks for it, a run folder and caches of the test's own."""
+    """No network unless a test asks for it, a run folder and caches of the test's own."""
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     for name, value in {
-        "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         Variables.RUN_DIR: str(run_dir), Variables.TERMINATION_LOG: str(run_dir / "termination-log"),
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
