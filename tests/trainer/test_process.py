@@ -19,11 +19,11 @@ from luthier_trainer.prepared import FINGERPRINT, fingerprint, write_prepared
 from luthier_trainer.process import quantised
 
 
-def python(code: str, run: FineTuneRun, folder: Path) -> subprocess.CompletedProcess[str]:
+def python(code: str, run: FineTuneRun, folder: Path, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
     """`code` in a process of its own, with `run` as its run config."""
     (folder / "run.json").write_text(run.model_dump_json(by_alias=True, exclude_none=True))
     variables = {Variables.RUN: str(folder / "run.json"), Variables.RUN_DIR: str(folder)}
-    return subprocess.run([sys.executable, "-c", code], env=os.environ | variables, capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-c", code], env=os.environ | variables, capture_output=True, text=True, check=False, timeout=timeout)
 
 
 def prepared(run: FineTuneRun, model: Path, config: dict[str, Any]) -> FineTuneRun:
@@ -77,6 +77,32 @@ def test_an_import_that_fails_is_an_end_like_any_other(make_run: Any, tmp_path: 
     assert (ended.returncode, message.code, message.phase) == (70, 70, "prepare")
     assert message.message.startswith("ModuleNotFoundError: import of datasets halted")
     assert "Traceback" in ended.stderr
+
+
+GOOD_END = """
+import atexit, threading, time
+from luthier_api.exitcodes import ExitCode
+from luthier_api.termination import TerminationMessage
+from luthier_trainer import process
+
+def work(run):
+    threading.Thread(target=time.sleep, args=(3600,)).start()
+    atexit.register(print, "the loaders' workers have ended")
+    print("done")
+    return TerminationMessage(phase="prepare", code=ExitCode.COMPLETED, reason="Completed", message="", rank=0)
+
+process.load = lambda verb, run: work
+process.main("prepare")
+"""
+
+
+def test_a_thread_that_a_library_left_behind_does_not_outlive_a_good_end(make_run: Any, tmp_path: Path) -> None:
+    """It would hold the interpreter, or abort the process while the interpreter ends, as gloo's threads did once in fifteen runs."""
+    ended = python(GOOD_END, make_run(), tmp_path, timeout=60)
+    message = TerminationMessage.read((tmp_path / "result-0.json").read_text())
+    assert message is not None
+    assert (ended.returncode, message.code) == (0, 0)
+    assert ended.stdout.splitlines() == ["done", "the loaders' workers have ended"]
 
 
 def test_importing_it_imports_no_torch() -> None:

@@ -6,6 +6,7 @@ import that fails is explained like any other end, and so that its imports cost 
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import gc
 import json
@@ -16,6 +17,7 @@ import traceback
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
 from luthier_api.run import FineTuneRun, GenerateRun, read_run
 from luthier_api.termination import TerminationMessage
@@ -27,8 +29,8 @@ from luthier_trainer.verbs import VERBS
 Work = Callable[[FineTuneRun | GenerateRun], TerminationMessage]
 
 
-def main(verb: str) -> None:
-    """The whole life of a process; never returns."""
+def main(verb: str) -> NoReturn:
+    """The whole life of a process."""
     faulthandler.register(signal.SIGUSR1)  # the supervisor asks a process that hangs where it is
     try:
         run = read_run(Path(os.environ[Variables.RUN]).read_bytes())
@@ -38,12 +40,21 @@ def main(verb: str) -> None:
             traceback.print_exc()
         code, text = classify(error)
         write_result(TerminationMessage(phase=VERBS[verb], code=code, reason=code.reason, message=text, rank=global_rank()))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Threads of a collective that can never finish would keep the interpreter alive.
-        os._exit(int(code))
+        leave(code)
     write_result(message)
-    sys.exit(0)
+    atexit._run_exitfuncs()  # workers of data loaders, temporary folders
+    leave(0)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process, and the threads that libraries left in it, without taking the interpreter down first.
+
+    A thread in a collective that can never finish would keep the interpreter alive. And gloo's threads let go of the last collective's
+    tensors a moment after it is done: where the interpreter is ending by then, they abort the process (pytorch issue 190489).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def load(verb: str, run: FineTuneRun | GenerateRun) -> Work:
