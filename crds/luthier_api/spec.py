@@ -254,7 +254,7 @@ class JobControl(ApiModel):
     suspend: bool = False
     """Stop the pods after a checkpoint, hold no resources, and go on when it becomes false."""
     active_deadline_seconds: Annotated[Seconds, Field(ge=1)] | None = None
-    """Seconds from the start of the first phase after which the job is stopped and fails; no limit when left out. The clock starts again when a planned or ended job goes on."""
+    """Seconds from the start of the first phase after which the job is stopped and fails; no limit when left out. The clock starts again when a planned, suspended or ended job goes on."""
     ttl_seconds_after_finished: Seconds | None = None
     """Seconds after which a finished job is deleted; it stays when left out. Its workspace stays unless `workspace.whenDeleted` says otherwise."""
     plan_only: bool = False

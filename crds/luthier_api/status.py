@@ -213,7 +213,7 @@ class JobStatus(ApiModel):
     start_time: str | None = None
     """When the first phase began; deadlines count from here."""
     deadline_start_time: str | None = None
-    """When the job last went on after it had rested, planned or ended: from then on, deadlines count from here."""
+    """When the job last went on after it had rested, planned, suspended or ended: from then on, deadlines count from here."""
     run_start_time: str | None = None
     """When the pods of `run` first ran."""
     completion_time: str | None = None

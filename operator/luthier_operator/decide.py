@@ -26,7 +26,7 @@ from luthier_operator.phases.run import run
 from luthier_operator.phases.step import Situation, Step
 from luthier_operator.settings import Settings
 
-STEPS: tuple[Callable[[Situation], Step], ...] = (accept, deadline, suspend, prepare, run, publish, finish)
+STEPS: tuple[Callable[[Situation], Step], ...] = (accept, suspend, deadline, prepare, run, publish, finish)
 
 
 def decide(observed: Observed, settings: Settings, now: datetime) -> Decision:

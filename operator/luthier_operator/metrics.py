@@ -52,7 +52,7 @@ REQUESTS = OperatorMetric(
 )  # fmt: skip
 BUILD = OperatorMetric("luthier_build_info", "Always 1; the label says the version", "gauge", ("version",))
 JOBS = OperatorMetric("luthier_jobs", "Jobs by the state that kubectl shows", "gauge", ("kind", "namespace", "state"))
-JOB_SECONDS = OperatorMetric("luthier_job_duration_seconds", "From the start of a job to its end", "histogram", ("kind", "result"), LONG)
+JOB_SECONDS = OperatorMetric("luthier_job_duration_seconds", "From the start of a job, or from when it last went on after a rest, to its end", "histogram", ("kind", "result"), LONG)
 JOB_QUEUE_SECONDS = OperatorMetric(
     "luthier_job_queue_seconds", "From the creation of a job until its pods run", "histogram", ("kind",), LONG
 )

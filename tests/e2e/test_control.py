@@ -42,6 +42,9 @@ def test_a_suspended_job_saves_leaves_and_goes_on_where_it_stopped(kube: Kube) -
     while "resuming from checkpoint-" not in kube.run("logs", "-l", "luthier.dev/job=paused,luthier.dev/phase=run", "--tail=-1", check=False):
         assert time.monotonic() < deadline, kube.run("describe", "ftj", "paused")
         time.sleep(2)
+    went_on = kube.get("ftj", "paused")
+    assert went_on is not None
+    assert went_on["status"]["deadlineStartTime"] > went_on["status"]["startTime"]
     kube.delete("ftj", "paused")
 
 

@@ -150,7 +150,7 @@ def test_what_is_refused_says_so_and_the_rest_of_the_decision_stands(there: list
 
 
 def test_the_order_of_the_steps_is_the_story_of_a_job() -> None:
-    assert [s.__name__ for s in STEPS] == ["accept", "deadline", "suspend", "prepare", "run", "publish", "finish"]
+    assert [s.__name__ for s in STEPS] == ["accept", "suspend", "deadline", "prepare", "run", "publish", "finish"]
 
 
 def test_a_decision_is_made_without_changing_what_was_observed() -> None:

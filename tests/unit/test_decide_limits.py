@@ -131,6 +131,25 @@ def test_the_stop_itself_is_no_failure() -> None:
     assert decided(job, child(job, "run"), ends=[ended(job, "run", 75, when=-1)]).status.attempts == []
 
 
+ASLEEP = status("Accepted", "Prepared", "Suspended", **BEGUN)
+RESTS = [
+    # name                            given                                           suspend  expect                                       the deadline's start
+    ("asleep for longer than it has", ASLEEP,                                         True,    "waits",                                     None),
+    ("goes on after that",            ASLEEP,                                         False,   "applies JobSet ftj-bot-run; again in 600 s", NOW),
+    ("goes on before it ever began",  status("Accepted", "Suspended"),                False,   "applies ConfigMap ftj-bot, PersistentVolumeClaim ftj-bot, Job ftj-bot-prepare", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "suspend", "expect", "start"), [c[1:] for c in RESTS], ids=[c[0] for c in RESTS])
+def test_the_deadline_stands_while_a_job_is_suspended_and_counts_anew_when_it_goes_on(
+    given: JobStatus, suspend: bool, expect: str, start: datetime | None
+) -> None:
+    job = fine_tune(given, suspend=suspend, **TEN_MINUTES)
+    decision = decided(job, child(job, "prepare", "Complete")) if given.is_true("Prepared") else decided(job)  # type: ignore[arg-type]
+    assert describe(decision) == expect
+    assert decision.status.deadline_start_time == (text(start) if start else None)
+
+
 def test_going_on_waits_for_the_old_pods() -> None:
     job = fine_tune(status("Accepted", "Prepared", "Suspended", **BEGUN, restarts=2, restarts_charged=1))
     saving = decided(job, pods=[pod(job, "run", 1, state=RUNNING, deleting=True)])

@@ -12,13 +12,16 @@ from luthier_api.conditions import ConditionType, Reason
 from luthier_api.status import PHASES
 from luthier_operator import children
 from luthier_operator.phases.step import Situation, Step
-from luthier_operator.statuses import moment
+from luthier_operator.statuses import moment, text
 
 SUSPENDED = ConditionType.SUSPENDED
 
 
 def deadline(s: Situation) -> Step:
-    """Counted from the start of the first phase, for as long as anything is left to do. When an end is looked at does not count."""
+    """Counted from the start of the first phase, for as long as anything is left to do. When an end is looked at does not count.
+
+    A suspended job does not come here: its time is the user's, as that of every rest (`counted_from`).
+    """
     end = expires(s)
     if end is None:
         return s.goes_on()
@@ -34,7 +37,7 @@ def deadline(s: Situation) -> Step:
 
 
 def counted_from(s: Situation) -> str | None:
-    """A rest, planned or ended, is the user's time: whoever lets the job go on gives it the whole limit again (`reopen`)."""
+    """A rest, planned, suspended or ended, is the user's time: whoever lets the job go on gives it the whole limit again, as Kubernetes' Jobs do."""
     return s.status.deadline_start_time or s.status.start_time
 
 
@@ -60,6 +63,7 @@ def suspend(s: Situation) -> Step:
         return halted(s, Reason.SUSPENDED, "spec.suspend is true").stops(delete=s.unfinished())
     if s.status.is_true(SUSPENDED):
         s = s.say(SUSPENDED, "False", Reason.RESUMED, "spec.suspend is false: the job goes on where it stopped")
+        s = s.note(deadline_start_time=text(s.now)) if s.status.start_time else s
     return s.goes_on()
 
 
