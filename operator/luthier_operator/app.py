@@ -1,7 +1,8 @@
 """The operator as a process: which parts there are, in which order they start, and how they stop.
 
 A table of contents: `watch` fills the `store`, which names keys to the `queue`, which `reconcile` works off; `progress` reads pods, `events`
-posts, `health` answers. A watch that ends is started again; only a signal ends the operator.
+posts, `health` answers; `election` lets one of several work. A watch that ends is started again; only a signal ends the operator, or the
+loss of its Lease.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
+import sys
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,8 +22,9 @@ from luthier_api.kinds import KINDS
 from luthier_operator import health
 from luthier_operator.client import RESOURCES, VERSION, ApiError, Client, Resource
 from luthier_operator.client import login as client_login
+from luthier_operator.election import Election, LeaseLost
 from luthier_operator.events import Recorder
-from luthier_operator.metrics import Metrics
+from luthier_operator.metrics import LEADS, Metrics
 from luthier_operator.model import Key, Object
 from luthier_operator.progress import Scraper, pod_url
 from luthier_operator.queue import BACKOFF_BASE, Queue
@@ -50,16 +55,16 @@ class Pace:
 class Operator:
     def __init__(
         self, settings: Settings, client: Client, metrics: Metrics, login: Login = login, pace: Pace = Pace(),
-        url: Callable[[Object], str] = pod_url, signals: bool = True,
+        url: Callable[[Object], str] = pod_url, signals: bool = True, election: Election | None = None,
     ) -> None:  # fmt: skip
-        """`url` says where the metrics of a running pod are; `signals`: whether SIGTERM and SIGINT end this operator."""
+        """`url` says where the metrics of a running pod are; `signals`: whether SIGTERM and SIGINT end this operator; without an `election` it is alone."""
         self.settings, self._client, self._metrics, self._login, self._pace = settings, client, metrics, login, pace
         self.store = Store()
         self.queue = Queue(backoff=pace.backoff, observer=metrics)
         self._events = Recorder(client)
         self._reconciler = Reconciler(self.store, client, self.queue, self._events, metrics, settings)
         self._scraper = Scraper(self.store, self.queue.add, settings.progress_every, url)
-        self._signals = signals
+        self._signals, self._election = signals, election
         self._unlisted = set(GROUPS)
         self.ready = asyncio.Event()
         self._stop = asyncio.Event()
@@ -69,13 +74,15 @@ class Operator:
         self._stop.set()
 
     async def serve(self) -> None:
-        """Work until `stop`, or SIGTERM, or SIGINT."""
+        """Work until `stop`, or SIGTERM, or SIGINT. Raises LeaseLost."""
         self._take_signals()
+        if self._election and not await self._elected(self._election):
+            return
         log.info("luthier %s watches %s", VERSION, ", ".join(self.settings.namespaces) or "all namespaces")
         posting = asyncio.create_task(self._events.serve(), name="events")
         self._parts = [posting, *(asyncio.create_task(c, name=n) for n, c in [
             *((f"watch {group[0]}", self._follow(group)) for group in GROUPS),
-            ("workers", self._work()), ("progress", self._scraper.serve()),
+            ("workers", self._work()), ("progress", self._scraper.serve()), *([("lease", self._election.hold())] if self._election else []),
         ])]  # fmt: skip
         stopping = asyncio.create_task(self._stop.wait())
         try:
@@ -92,17 +99,40 @@ class Operator:
             await self._events.flush(self._pace.flush)
             posting.cancel()
             await asyncio.gather(posting, return_exceptions=True)
+            if self._election:
+                await self._election.leave()
         for part in done - {stopping}:
             part.result()
 
     def alive(self) -> bool:
-        return bool(self._parts) and not any(part.done() for part in self._parts)
+        """Whether no part has ended."""
+        return not any(part.done() for part in self._parts)
+
+    def serving(self) -> bool:
+        """Whether it does what it is there for: it knows all jobs, or stands by for the one that does."""
+        return self.ready.is_set() or bool(self._election and self._election.follows)
 
     def metrics_text(self) -> bytes:
         keys = self.store.keys()
         return self._metrics.text((key, job) for key in keys if (job := self.store.job(key)))
 
     # Parts
+
+    async def _elected(self, election: Election) -> bool:
+        """Stand by until this one is to work. False if it is stopped before."""
+        log.info("luthier %s stands by for the Lease %s", VERSION, election.lease)
+        self._metrics.set(LEADS, 0, election.lease)
+        winning, stopping = asyncio.create_task(election.win()), asyncio.create_task(self._stop.wait())
+        await asyncio.wait([winning, stopping], return_when=asyncio.FIRST_COMPLETED)
+        for task in (winning, stopping):
+            task.cancel()
+        await asyncio.gather(winning, stopping, return_exceptions=True)
+        if winning.cancelled():
+            await election.leave()
+            return False
+        winning.result()
+        self._metrics.set(LEADS, 1, election.lease)
+        return True
 
     async def _work(self) -> None:
         # Deciding before the first lists are done would mean to create what is there already.
@@ -214,8 +244,10 @@ async def serve(settings: Settings) -> None:
     configuration = await client_login()
     metrics = Metrics(VERSION, configuration.host, settings.workers)
     client = Client(configuration, metrics.requested)
-    operator = Operator(settings, client, metrics)
-    server = await health.serve(settings.metrics_port, operator.metrics_text, operator.alive, operator.ready.is_set)
+    identity = settings.identity or f"{socket.gethostname()}_{uuid.uuid4()}"
+    election = Election(Client(configuration, metrics.requested), settings.lease, identity) if settings.lease else None
+    operator = Operator(settings, client, metrics, election=election)
+    server = await health.serve(settings.metrics_port, operator.metrics_text, operator.alive, operator.serving)
     log.debug("started in %.1f s", time.monotonic() - begin)
     try:
         await operator.serve()
@@ -225,5 +257,8 @@ async def serve(settings: Settings) -> None:
 
 
 def run(settings: Settings | None = None) -> None:
-    """`serve`, from a place without an event loop."""
-    asyncio.run(serve(settings or Settings()))
+    """`serve`, from a place without an event loop. Exits with 1 where the Lease is lost: the log tells of it."""
+    try:
+        asyncio.run(serve(settings or Settings()))
+    except LeaseLost:
+        sys.exit(1)

@@ -67,6 +67,7 @@ RESOURCES: dict[str, Resource] = {
     "ConfigMap": Resource("v1", "ConfigMap", "configmaps"),
     "PersistentVolumeClaim": Resource("v1", "PersistentVolumeClaim", "persistentvolumeclaims"),
     "Event": Resource("v1", "Event", "events"),
+    "Lease": Resource("coordination.k8s.io/v1", "Lease", "leases"),
 }
 
 

@@ -9,7 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 
 async def serve(port: int, metrics: Callable[[], bytes], alive: Callable[[], bool], ready: Callable[[], bool]) -> web.AppRunner:
-    """Serve until `cleanup` of what is returned. `alive`: no part has ended; `ready`: the first lists are done."""
+    """Serve until `cleanup` of what is returned. `alive`: no part has ended; `ready`: the first lists are done, or another replica does the work."""
 
     async def show_metrics(_: web.Request) -> web.Response:
         return web.Response(body=metrics(), headers={"Content-Type": CONTENT_TYPE_LATEST})
@@ -26,7 +26,7 @@ async def serve(port: int, metrics: Callable[[], bytes], alive: Callable[[], boo
         [
             web.get("/metrics", show_metrics),
             web.get("/healthz", probe(alive, "a part of the operator has ended")),  # type: ignore[arg-type]
-            web.get("/readyz", probe(ready, "the first lists are not done")),  # type: ignore[arg-type]
+            web.get("/readyz", probe(ready, "the first lists are not done, and no other replica is known to work")),  # type: ignore[arg-type]
         ]
     )
     runner = web.AppRunner(app, access_log=None)

@@ -50,6 +50,7 @@ QUEUE_RETRIES = OperatorMetric("workqueue_retries_total", "Jobs that came back a
 REQUESTS = OperatorMetric(
     "rest_client_requests_total", "Requests to the API server, except the lists and watches that kopf makes", "counter", ("code", "method", "host")
 )  # fmt: skip
+LEADS = OperatorMetric("leader_election_master_status", "1 where this replica holds the Lease, 0 where it stands by", "gauge", ("name",))
 BUILD = OperatorMetric("luthier_build_info", "Always 1; the label says the version", "gauge", ("version",))
 JOBS = OperatorMetric("luthier_jobs", "Jobs by the state that kubectl shows", "gauge", ("kind", "namespace", "state"))
 JOB_SECONDS = OperatorMetric("luthier_job_duration_seconds", "From the start of a job, or from when it last went on after a rest, to its end", "histogram", ("kind", "result"), LONG)

@@ -58,6 +58,10 @@ class Settings(BaseSettings):
 
     namespaces: Names = ()
     """Namespaces to watch, with commas between; empty: all."""
+    lease: Annotated[str, Field(pattern="^([a-z0-9.-]+/[a-z0-9.-]+)?$")] = ""
+    """NAMESPACE/NAME of the Lease whose holder, of several operators, does the work; empty: this one is alone."""
+    identity: str = ""
+    """Name of this operator in that Lease: its pod's, so that a container that starts again goes on at once; empty: the host's, with a random part."""
     workers: Annotated[int, Field(ge=1)] = 16
     """Jobs reconciled at once."""
     progress_every: Annotated[float, Field(gt=0)] = 15

@@ -34,7 +34,7 @@ def settings(monkeypatch: pytest.MonkeyPatch, values: str, *options: str) -> Set
     """What the operator of a chart with these values reads."""
     (deployment,) = objects("Deployment", values, *options)
     for variable in deployment["spec"]["template"]["spec"]["containers"][0]["env"]:
-        monkeypatch.setenv(variable["name"], variable["value"])
+        monkeypatch.setenv(variable["name"], variable.get("value", "pod"))  # the name of the pod is filled in by Kubernetes
     return Settings()
 
 
@@ -71,7 +71,7 @@ def test_options_become_settings(monkeypatch: pytest.MonkeyPatch, option: str, f
 
 
 def test_without_values_the_settings_are_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    defaults = Settings(trainer_image="registry.example/trainer:0.1.0")
+    defaults = Settings(trainer_image="registry.example/trainer:0.1.0", lease="default/luthier", identity="pod")
     assert settings(monkeypatch, "") == defaults
 
 
@@ -121,6 +121,24 @@ def test_names_fit(release: str) -> None:
     assert "--" not in service["metadata"]["name"]
 
 
+REPLICAS = [("two", "", 2, 1), ("one", "replicas: 1", 1, 0)]
+
+
+@pytest.mark.parametrize(("values", "replicas", "budgets"), [r[1:] for r in REPLICAS], ids=[r[0] for r in REPLICAS])
+def test_a_drain_leaves_one_of_several(values: str, replicas: int, budgets: int) -> None:
+    """A budget over a single one would stop every drain."""
+    (deployment,) = objects("Deployment", values)
+    assert deployment["spec"]["replicas"] == replicas
+    assert len(objects("PodDisruptionBudget", values)) == budgets
+
+
+def test_the_lease_is_a_right_of_its_own() -> None:
+    """In the chart's namespace, whichever are watched, and on no other Lease there."""
+    (role,) = [r for r in objects("Role", "watchNamespaces: [a]", "--namespace", "system") if r["metadata"]["name"] == "luthier-lease"]
+    assert role["metadata"]["namespace"] == "system"
+    assert [(r["verbs"], r.get("resourceNames")) for r in role["rules"]] == [(["create"], None), (["get", "patch"], ["luthier"])]
+
+
 EDIT = {"create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"}
 VIEW = {"get", "list", "watch"}
 AGGREGATE = "rbac.authorization.k8s.io/aggregate-to-"
@@ -131,7 +149,7 @@ def user_roles(kind: str, values: str) -> list[tuple[str, str | None, set[str], 
     found = []
     for role in objects(kind, values):
         meta = role["metadata"]
-        if meta["name"] != "luthier":
+        if meta["name"] not in ("luthier", "luthier-lease"):
             (rule,) = role["rules"]
             assert (rule["apiGroups"], rule["resources"]) == (["luthier.dev"], ["finetunejobs", "generatejobs"])
             added = {label.removeprefix(AGGREGATE) for label in meta["labels"] if label.startswith(AGGREGATE)}

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/metrics.md"
 FETCH = "import sys, urllib.request; sys.stdout.write(urllib.request.urlopen(sys.argv[1], timeout=10).read().decode())"
-POD_PORT, OPERATOR = 9464, f"http://luthier-metrics.{SYSTEM}.svc:8080/metrics"  # as the page and the chart have them
+POD_PORT, OPERATOR_PORT = 9464, 8080  # as the page and the chart have them
 PARTS = {"histogram": ("_bucket", "_sum", "_count")}  # the samples of a family; of the other types, the name alone
 
 
@@ -70,4 +70,12 @@ def of_pod(kube: Kube, pod: Object) -> Figures:
 
 
 def of_operator(kube: Kube) -> Figures:
-    return served(kube, OPERATOR)
+    """Of the replica that works."""
+    leader = Kube(SYSTEM).leader()
+    assert leader is not None
+    return served(kube, f"http://{leader['status']['podIP']}:{OPERATOR_PORT}/metrics")
+
+
+def of_any_operator(kube: Kube) -> Figures:
+    """Of whichever replica the Service chooses."""
+    return served(kube, f"http://luthier-metrics.{SYSTEM}.svc:{OPERATOR_PORT}/metrics")

@@ -44,6 +44,12 @@ class Kube:
         items: list[Object] = json.loads(self.run("get", kind, "-l", selector, "-o", "json"))["items"]
         return items
 
+    def leader(self) -> Object | None:
+        """The pod of the operator that works, in the namespace of the chart; None while none does."""
+        lease = self.get("lease", "luthier")
+        holder = lease and lease["spec"].get("holderIdentity")
+        return self.get("pod", holder) if holder else None
+
     def delete(self, kind: str, name: str, *options: str) -> None:
         self.run("delete", kind, name, "--ignore-not-found", *options)
 

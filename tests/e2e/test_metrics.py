@@ -66,6 +66,7 @@ OPERATOR = {
     "workqueue_work_duration_seconds": (3, 1e7),
     "workqueue_retries_total": (0, 1000),
     "rest_client_requests_total": (10, 1e8),
+    "leader_election_master_status": (1, 1),
     "luthier_build_info": (1, 1),
     "luthier_jobs": (4, 1000),
     "luthier_job_duration_seconds": (1, 1000),
@@ -119,6 +120,7 @@ def test_the_operator(kube: Kube) -> None:
     found.check(documented("operator-metrics"), without_samples=LATER)
     believed(found, OPERATOR)
     assert found.total("luthier_build_info", version=version("luthier")) == 1
+    assert figures.of_any_operator(kube).total("luthier_build_info", version=version("luthier")) == 1
     assert found.total("luthier_job_failures_total", kind="FineTuneJob", reason="InvalidSpec") >= 1
     assert found.total("luthier_job_duration_seconds", kind="FineTuneJob", result="failed") >= 1
     assert {found.total("luthier_job_queue_seconds", kind=kind) > 0 for kind in ("FineTuneJob", "GenerateJob")} == {True}

@@ -76,6 +76,8 @@ class FakeApi:
         self.writes = 0  # of senders, Events left out: they are posted beside, in no certain order
         self.fault: Callable[[int, Call], Fault | None] = lambda number, call: None
         self.killed: set[str] = set()
+        self.unanswered: set[str] = set()  # senders that wait for ever
+        self.asked: dict[str, set[str]] = {}  # sender, kinds: of every request but those of discovery
         self.on_kill: Callable[[str], None] = lambda sender: None
         self.missing: set[str] = set()
         self.lost: Callable[[str, Object], bool] = lambda event, found: False
@@ -221,6 +223,8 @@ class FakeApi:
         sender = request.headers.get("Authorization", "").split(" ")[-1]
         if sender in self.killed:
             return self._reset(request)
+        if sender in self.unanswered:
+            await asyncio.sleep(3600)
         try:
             if (answer := self._discover(request.path)) is not None:
                 return web.json_response(answer)
@@ -235,6 +239,7 @@ class FakeApi:
     async def _resource(self, request: web.Request, resource: Resource, ns: str, name: str, sub: str, sender: str) -> web.StreamResponse:
         kind, body = resource.kind, json.loads(await request.text() or "null", parse_constant=no_number)
         call = Call(request.method, kind, name, sub, sender, body)
+        self.asked.setdefault(sender, set()).add(kind)
         verb = VERBS.get(request.method) or ("watch" if "watch" in request.query else "get" if name else "list")
         self._permit(resource, sub, verb)
         if request.content_type == "application/apply-patch+yaml" and (kind, ns, name) not in self.objects:

@@ -18,6 +18,7 @@ from kubernetes.aio.client.configuration import Configuration
 from luthier_operator import naming
 from luthier_operator.app import Operator, Pace
 from luthier_operator.client import Client
+from luthier_operator.election import Election
 from luthier_operator.metrics import Metrics
 from luthier_operator.settings import Settings
 
@@ -60,7 +61,8 @@ class Running:
         await self.client.close()
 
 
-def start(cluster: FakeCluster, given: Settings | None = None, pace: Pace = FAST, **parts: Any) -> Running:
+def start(cluster: FakeCluster, given: Settings | None = None, pace: Pace = FAST, identity: str = "", lasts: float = 60, **parts: Any) -> Running:
+    """`identity`: of a candidate for the Lease `system/luthier`, which lasts so many seconds; one without is alone."""
     sender = f"operator-{next(_numbers)}"
     configuration = Configuration(host=cluster.url, api_key={"BearerToken": f"Bearer {sender}"})
     given = given or settings()
@@ -70,7 +72,8 @@ def start(cluster: FakeCluster, given: Settings | None = None, pace: Pace = FAST
     def login(**_: Any) -> kopf.ConnectionInfo:
         return kopf.ConnectionInfo(server=cluster.url, token=sender)
 
-    operator = Operator(given, client, metrics, login, pace, **{"signals": False} | parts)
+    election = Election(Client(configuration, metrics.requested), "system/luthier", identity, duration=lasts, renew_within=1, retry=0.4) if identity else None
+    operator = Operator(given, client, metrics, login, pace, **{"signals": False, "election": election} | parts)
     return Running(operator, asyncio.create_task(operator.serve()), client, sender)
 
 

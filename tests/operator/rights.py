@@ -23,10 +23,10 @@ class Right(NamedTuple):
 
 
 def granted() -> frozenset[Right]:
-    """The rules of the operator's role, whether it is a ClusterRole or one of each namespace. They hold nothing that Helm would fill in."""
-    found = re.search(r'define "luthier.rules" -}}\n(.*?){{- end }}', NAMES.read_text(), re.DOTALL)
-    assert found
-    rules: list[dict[str, Any]] = yaml.safe_load(found[1])
+    """The rules of the operator's role, whether it is a ClusterRole or one of each namespace, and of the one for its Lease."""
+    found = re.findall(r'define "luthier.\w*[rR]ules" -}}\n(.*?){{- end }}', NAMES.read_text(), re.DOTALL)
+    assert len(found) == 2
+    rules: list[dict[str, Any]] = yaml.safe_load("".join(re.sub("{{.*?}}", "name", text) for text in found))
     return frozenset(Right(g, r, v) for rule in rules for g in rule["apiGroups"] for r in rule["resources"] for v in rule["verbs"])
 
 

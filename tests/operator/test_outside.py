@@ -102,7 +102,7 @@ async def test_probes() -> None:
     async with FakeCluster() as cluster:
         cluster.missing.add("finetunejobs")
         started = start(cluster)
-        server = await health.serve(port, started.operator.metrics_text, started.operator.alive, started.operator.ready.is_set)
+        server = await health.serve(port, started.operator.metrics_text, started.operator.alive, started.operator.serving)
         async with aiohttp.ClientSession() as session:
 
             async def ask(path: str) -> tuple[int, str]:
@@ -111,7 +111,7 @@ async def test_probes() -> None:
 
             await asyncio.sleep(0.05)
             assert await ask("/healthz") == (200, "ok")
-            assert await ask("/readyz") == (503, "the first lists are not done")
+            assert await ask("/readyz") == (503, "the first lists are not done, and no other replica is known to work")
             cluster.missing.clear()
             await started.operator.ready.wait()
             assert await ask("/readyz") == (200, "ok")

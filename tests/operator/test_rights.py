@@ -33,8 +33,8 @@ async def test_every_right_is_used() -> None:
                 recorder: Recorder = operator._events
                 for _ in range(2):
                     recorder.record(found, Event("Normal", "Again", "and again"))
-        # A group that is stopped, on the claim that the job before has left.
-        async with running(cluster):
+        # A group that is stopped, on the claim that the job before has left; by the one of several that holds the Lease.
+        async with running(cluster, identity="a"):
             again = cluster.create(fine_tune())
             await until("a group", lambda: cluster.get("JobSet", "ftj-tune-run"))
             cluster.change(again, lambda o: o["spec"].update(suspend=True))

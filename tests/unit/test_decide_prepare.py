@@ -104,6 +104,7 @@ CASES = [
      "waits", "False Misconfigured: spec.hub.tokenSecret: couldn't find key token in Secret ml/hf (pod ftj-bot-prepare-0-0)"),
     ("the Hub is away", case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", state=RUNNING)], ends=[ended(JOB, "prepare", 69, message="503 from hub.example")]),
      "waits", "False HubUnavailable: 503 from hub.example (prepare, pod ftj-bot-prepare-0-0 on node-a, exit code 69). It is tried again"),
+    ("a column is missing, the Job has not heard of it", case(child(JOB, "prepare"), ends=[ended(JOB, "prepare", 65, message=COLUMN)]), "waits", "absent"),
     ("a column is missing", case(child(JOB, "prepare", "Failed"), ends=[ended(JOB, "prepare", 65, message=COLUMN)]), "Failed InvalidDataset",
      f"False InvalidDataset: {COLUMN} (prepare, pod ftj-bot-prepare-0-0 on node-a, exit code 65)"),
     ("it failed a moment ago, its pod has not been heard of", case(child(JOB, "prepare", "Failed", since=at(-1))), "again in 3 s", "absent"),

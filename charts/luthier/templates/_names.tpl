@@ -58,3 +58,14 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
   resources: [events]
   verbs: [create, patch]
 {{- end }}
+
+{{- /* Which replica works: in the operator's own namespace, whichever it watches. */ -}}
+{{- define "luthier.leaseRules" -}}
+- apiGroups: [coordination.k8s.io]
+  resources: [leases]
+  verbs: [create]  # no name can be given here: the API server does not know it yet
+- apiGroups: [coordination.k8s.io]
+  resources: [leases]
+  resourceNames: [{{ include "luthier.name" . }}]
+  verbs: [get, patch]
+{{- end }}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta
 
 from luthier_api.conditions import ConditionType, Reason
+from luthier_api.exitcodes import ExitCode, Retry
 from luthier_api.status import Phase
 from luthier_operator import children, naming
 from luthier_operator.children import Trouble
@@ -40,6 +41,8 @@ def for_one_pod(s: Situation, phase: Phase, condition: ConditionType, reason: st
         reason, message = trouble.reason, trouble.message
     elif failures:
         last = failures[-1]
+        if last.exit_code in ExitCode.codes(Retry.NEVER):
+            return s.stops(requeue_after=again)  # the Job says in a moment that it has failed
         reason, message = last.reason, f"{last.message} ({place(last)}). It is tried again"
     return s.say(condition, "False", reason, message).stops(requeue_after=again)
 
