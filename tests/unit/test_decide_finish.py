@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
-from cases.observed import BEGIN, NOW, at, child, decided, describe, ended, fine_tune, hub_end, said, status
+from collections.abc import Callable
 
+import pytest
+from cases.observed import BEGIN, NOW, at, child, decided, describe, ended, fine_tune, hub_end, prepared_end, said, status
+
+from luthier_api.status import JobStatus, Phase
+from luthier_operator.model import Job, Object, PodEnd
 from luthier_operator.statuses import text
 
 TRAINED = status("Accepted", "Prepared", "Trained", start_time=text(BEGIN), metrics={"evalLoss": 1.5})
@@ -32,15 +36,33 @@ def test_complete_says_where_the_result_is() -> None:
     assert [(e.type, e.reason) for e in decision.events] == [("Normal", "Completed")]
 
 
-def test_the_last_words_are_waited_for_but_not_for_ever() -> None:
-    job = fine_tune(TRAINED.model_copy(update={"metrics": None}))
-    assert describe(decided(job, child(job, "run", "Complete", since=at(-1)))) == "again in 3 s"
-    assert describe(decided(job, child(job, "run", "Complete", since=at(-4)))) == "Complete Completed"
+def run_end(job: Job) -> PodEnd:
+    return ended(job, "run", 0, metrics={"evalLoss": 1.5})
 
 
-def test_where_nothing_is_published_no_word_of_the_hub_is_waited_for() -> None:
-    job = fine_tune(TRAINED)
-    assert describe(decided(job, child(job, "run", "Complete", since=at(-1)))) == "Complete Completed"
+HUB = {"repo": "org/bot", "tokenSecret": {"name": "hf"}}
+BEGUN = {"start_time": text(BEGIN)}
+LAST_WORDS = [
+    # what has ended, given,                                                                   spec,               its pod's words, expect
+    ("prepare", status("Accepted", **BEGUN),                                                   {"planOnly": True}, prepared_end,    "Planned"),
+    ("run",     status("Accepted", "Prepared", "Running", **BEGUN),                            {},                 run_end,         "Complete"),
+    ("publish", status("Accepted", "Prepared", "Trained", metrics={"evalLoss": 1.5}, **BEGUN), {"hub": HUB},       hub_end,         "Complete"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("phase", "given", "spec", "words", "expect"), LAST_WORDS, ids=[c[0] for c in LAST_WORDS])
+def test_the_last_words_of_a_phase_are_waited_for_but_not_for_ever(
+    phase: Phase, given: JobStatus, spec: Object, words: Callable[[Job], PodEnd], expect: str
+) -> None:
+    """A Job and its pod are watched apart: whoever reads Planned, Trained or Complete finds there what the pods have said."""
+    job = fine_tune(given, **spec)
+    just = child(job, phase, "Complete", since=at(-1))
+    silent = decided(job, just)
+    assert (describe(silent), [c.type for c in silent.status.conditions]) == ("again in 3 s", [c.type for c in given.conditions])
+    told = decided(job, just, ends=[words(job)])
+    assert told.status.state == expect
+    assert (told.status.prepared, told.status.metrics, told.status.hub)[("prepare", "run", "publish").index(phase)] is not None
+    assert decided(job, child(job, phase, "Complete", since=at(-4))).status.state == expect
 
 
 def test_what_comes_after_the_end_is_still_written() -> None:

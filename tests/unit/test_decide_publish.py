@@ -57,7 +57,7 @@ CASES = [
      f"False Unauthorized: {TOKEN} (publish, pod ftj-bot-publish-0-0 on node-a, exit code 77). {KEPT}"),
     ("failed a moment ago", case(child(JOB, "publish", "Failed", since=at(-1))), "again in 3 s", "absent"),
     ("published", case(child(JOB, "publish", "Complete"), ends=[hub_end(JOB)]), "Complete Completed", "True Published: org/bot@abcdef012345"),
-    ("published a moment ago, its pod has not been heard of", case(child(JOB, "publish", "Complete", since=at(-1))), "again in 3 s", "True Published: org/bot"),
+    ("published a moment ago, its pod has not been heard of", case(child(JOB, "publish", "Complete", since=at(-1))), "again in 3 s", "absent"),
     ("published, and what it said is lost", case(child(JOB, "publish", "Complete")), "Complete Completed", "True Published: org/bot"),
     ("spec.hub changes while it tries", case(child(JOB, "publish"), job=fine_tune(TRAINED, hub=OTHER_HUB)), "deletes Job ftj-bot-publish",
      "False Publishing: spec.hub has changed: publishing again"),

@@ -28,7 +28,7 @@ def prepare(s: Situation) -> Step:
         drawn = (render.configmap(s.job, s.settings, places), render.claim(s.job, s.settings), render.prepare(s.job, s.settings, places))
         return s.creates(PREPARED, Reason.PREPARING, STARTING, *drawn)
     if children.succeeded(job):
-        return go_on(s)
+        return waiting.for_last_words(s, job, s.status.prepared is not None) or go_on(s)
     if end := children.failed(job):
         if wait := waiting.for_evidence(s, "prepare", job):
             return wait

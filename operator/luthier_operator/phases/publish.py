@@ -32,6 +32,8 @@ def publish(s: Situation) -> Step:
     if s.hub_changed:
         return s.say(PUBLISHED, "False", Reason.PUBLISHING, HUB_CHANGED).stops(delete=[ref])
     if children.succeeded(job):
+        if wait := waiting.for_last_words(s, job, s.status.hub is not None):
+            return wait
         at = f"@{s.status.hub.revision[:12]}" if s.status.hub else ""
         return s.say(PUBLISHED, "True", Reason.PUBLISHED, f"{repo(s)}{at}").goes_on()
     if end := children.failed(job):

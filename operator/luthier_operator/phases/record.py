@@ -1,14 +1,14 @@
 """Facts that come in by themselves, written down before anything is decided: what pods have said, progress, restarts, failures.
 
 They may come late, even after the job is complete, or not at all when a pod is gone before the operator saw it end: no step waits for
-them for ever.
+them for ever (`waiting.for_last_words`).
 """
 
 from __future__ import annotations
 
 from luthier_api.conditions import ConditionType
 from luthier_api.kinds import FineTuneJob
-from luthier_api.status import Attempt, Checkpoint, HubStatus, JobStatus, Phase, finite
+from luthier_api.status import Attempt, Checkpoint, HubStatus, Phase, finite
 from luthier_operator import children, failure, naming, statuses
 from luthier_operator.model import Object, PodEnd
 from luthier_operator.phases.step import Situation
@@ -110,8 +110,3 @@ def restarts_of_shards(s: Situation, group: Object) -> tuple[int, int]:
 def charge(attempt: Attempt, phase: Phase, number: int, charged: bool) -> Attempt:
     same = attempt.phase == phase and attempt.attempt == number
     return attempt.model_copy(update={"charged": charged}) if same and attempt.charged != charged else attempt
-
-
-def complete_record(status: JobStatus, publishes: bool) -> bool:
-    """Whether everything is there that the pods have to say."""
-    return status.metrics is not None and (status.hub is not None or not publishes)

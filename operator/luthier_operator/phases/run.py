@@ -29,7 +29,7 @@ def run(s: Situation) -> Step:
         # It was there when the job was accepted: a cluster may lose it.
         return for_jobset(s, RUNNING) or s.creates(RUNNING, Reason.STARTING, starting(s), manifest(s))
     if children.succeeded(group):
-        return ended_well(s)
+        return waiting.for_last_words(s, group, s.status.metrics is not None) or ended_well(s)
     if end := children.failed(group):
         if wait := waiting.for_evidence(s, "run", group):
             return wait

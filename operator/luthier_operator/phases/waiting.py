@@ -15,7 +15,7 @@ from luthier_operator.model import Object
 from luthier_operator.phases.step import Situation, Step
 
 EVIDENCE_SECONDS = 3.0
-"""A child and its pods are watched apart: for so long after a failure, the word of a pod may still be under way."""
+"""A child and its pods are watched apart: for so long after an end, the word of a pod may still be under way."""
 NO_POD_SECONDS = 30.0
 """A Job has its first pod within a second, a JobSet within two; where 200 come at once, after ten. Later than this, something refuses them."""
 EACH_POD_SECONDS = 0.1  # the controllers make about 20 a second, for all jobs together
@@ -89,10 +89,16 @@ def name(child: Object) -> str:
 
 def for_evidence(s: Situation, phase: Phase, child: Object) -> Step | None:
     """Waits a little until the last failure of a child that has just failed is explained by a pod. None when it is, or never will be."""
-    at, known = children.ended_at(child), s.attempts(phase)
+    known = s.attempts(phase)
     if child["kind"] == "JobSet":
         explained = any(a.attempt == children.restarts(child)[0] for a in known)
     else:
         explained = len(known) >= min(KEPT, max(1, child.get("status", {}).get("failed") or 0))
+    return for_last_words(s, child, explained)
+
+
+def for_last_words(s: Situation, child: Object | None, known: bool) -> Step | None:
+    """Waits a little, after the end of a child, for what its pods have to say. None when that is `known`, or never will be."""
+    at = children.ended_at(child) if child else None
     late = at is None or s.now >= at + timedelta(seconds=EVIDENCE_SECONDS)
-    return None if explained or late else s.stops(requeue_after=EVIDENCE_SECONDS)
+    return None if known or late else s.stops(requeue_after=EVIDENCE_SECONDS)
