@@ -83,7 +83,7 @@ class Election:
         except (ApiError, TimeoutError) as error:
             self._mine = None  # if it was written, the next look shows it
             faster = isinstance(error, ApiError) and error.status == CONFLICT
-            log.log(logging.DEBUG if faster else logging.WARNING, "the Lease %s: %s", self.lease, error or "no answer")
+            log.log(logging.DEBUG if faster else logging.WARNING, "the Lease %s: %s", self.lease, str(error) or "no answer")
             return False
 
     async def _look(self) -> Object | None:

@@ -67,8 +67,8 @@ async def test_one_that_is_stopped_gives_the_lease_back() -> None:
         await stop(second)
 
 
-@pytest.mark.parametrize("partition", ["killed", "unanswered"])
-async def test_one_that_cannot_renew_is_gone_before_another_begins(partition: str) -> None:
+@pytest.mark.parametrize(("partition", "said"), [("killed", "0 Unreachable"), ("unanswered", "no answer")])
+async def test_one_that_cannot_renew_is_gone_before_another_begins(partition: str, said: str, caplog: pytest.LogCaptureFixture) -> None:
     """What it asks for is refused at once, or never answered. The job that it had begun is taken up."""
     async with FakeCluster() as cluster:
         first = start(cluster, identity="a", lasts=5)
@@ -78,6 +78,7 @@ async def test_one_that_cannot_renew_is_gone_before_another_begins(partition: st
         await until("stands by", second.operator.serving)
         getattr(cluster, partition).add(first.sender)
         await until("at work no more", lambda: not first.operator.alive())
+        assert f"the Lease system/luthier: {said}" in caplog.text
         assert held_by(cluster) == "a"
         assert not second.operator.ready.is_set()
         await leader(second)
@@ -95,7 +96,8 @@ async def test_a_container_that_starts_again_in_its_pod_goes_on_at_once() -> Non
         cluster.killed.add(first.sender)
         await first.kill()
         again = start(cluster, identity="a")
-        await leader(again)
+        assert await leader(again) is again
+        assert held_by(cluster) == "a"
         await stop(again)
 
 
