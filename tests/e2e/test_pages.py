@@ -70,6 +70,7 @@ def test_the_commands_of_the_pages(kube: Kube, images: Images, request: pytest.F
     typed(f"kubectl config set-context --current --namespace {HERE}", environment)
     typed(f"helm uninstall luthier --namespace {SYSTEM}", environment)
     assert Kube(HERE).run("get", "ftj", "-o", "name") == "finetunejob.luthier.dev/kept\n", "jobs are kept when the chart is uninstalled"
+    Kube(SYSTEM).run("delete", "lease", "luthier")  # what a first installation does not find; a new one would wait until it has run out
 
     (operator, operator_tag), (trainer, trainer_tag) = (image.rsplit(":", 1) for image in (images.operator, images.trainer))
     for line in commands():
