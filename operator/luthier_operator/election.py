@@ -41,6 +41,7 @@ class Election:
         self._duration, self._renew_within, self._retry = duration, renew_within, retry
         self._namespace, _, self._name = lease.partition("/")
         self._mine: Object | None = None
+        self._renewed = 0.0
         self._version, self._seen_at, self._holder = "", 0.0, ""
 
     async def win(self) -> None:
@@ -51,14 +52,10 @@ class Election:
 
     async def hold(self) -> None:
         """Lead for as long as the Lease can be renewed. Raises LeaseLost."""
-        renewed = time.monotonic()
         while self.leads:
             await asyncio.sleep(self._retry)
-            begin = time.monotonic()
-            if await self._attempt():
-                renewed = begin
-            elif self.follows or time.monotonic() - renewed > self._renew_within:
-                self.leads = False
+            if not await self._attempt():
+                self.leads = not self.follows and time.monotonic() - self._renewed <= self._renew_within
         raise LeaseLost(f"{self.lease}: {f'{self._holder} has taken it' if self.follows else 'not renewed in time'}")
 
     async def leave(self) -> None:
@@ -77,14 +74,18 @@ class Election:
 
     async def _attempt(self) -> bool:
         """Take or renew the Lease where that may be. Whether it is ours now."""
+        begin = time.monotonic()
         try:
             async with asyncio.timeout(self._retry):
-                return await self._take(self._mine or await self._look())
+                ours = await self._take(self._mine or await self._look())
         except (ApiError, TimeoutError) as error:
             self._mine = None  # if it was written, the next look shows it
             faster = isinstance(error, ApiError) and error.status == CONFLICT
             log.log(logging.DEBUG if faster else logging.WARNING, "the Lease %s: %s", self.lease, str(error) or "no answer")
             return False
+        if ours:
+            self._renewed = begin  # the others may count from then: the answer came later
+        return ours
 
     async def _look(self) -> Object | None:
         """The Lease as it is now; None where there is none."""
