@@ -75,6 +75,7 @@ OCCASIONS: dict[Reason, str] = {
     Reason.STARTED: "The pods run for the first time.",
     Reason.RESTARTING: "A restart of the run: its number, and the failure before it.",
     Reason.RUNNING: "The pods run again.",
+    Reason.NOTICE: "Nothing failed, but something was dropped, changed, drawn anew or chosen; all of them are in `status.notices`.",
     Reason.CHECKPOINT_BROKEN: "A checkpoint did not verify and was set aside: where it lies, and from where the run goes on.",
     Reason.TRAINED: "The training has ended well.",
     Reason.GENERATED: "The generation has ended well.",

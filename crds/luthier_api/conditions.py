@@ -59,7 +59,8 @@ class Reason(StrEnum):
     PUBLISH_FAILED = "PublishFailed"
     SMALL_WORKSPACE = "SmallWorkspace"
     CHECKPOINT_BROKEN = "CheckpointBroken"
+    NOTICE = "Notice"
 
 
-OF_EVENTS_ALONE = frozenset({Reason.STARTED, Reason.PUBLISH_FAILED, Reason.SMALL_WORKSPACE, Reason.CHECKPOINT_BROKEN})
+OF_EVENTS_ALONE = frozenset({Reason.STARTED, Reason.PUBLISH_FAILED, Reason.SMALL_WORKSPACE, Reason.CHECKPOINT_BROKEN, Reason.NOTICE})
 """Those that no condition ever has."""

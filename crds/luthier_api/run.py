@@ -87,5 +87,7 @@ class PreparedRecord(Prepared):
     """Folders of the adapters, in the order of the spec (GenerateJob)."""
     origins: list[Origin] = Field(default_factory=list)
     """What all of it was made of: what lies on the Hub has a commit instead."""
+    notices: list[str] = Field(default_factory=list)
+    """What `prepare` had to say, so that a `prepare` that finds its work done says it again."""
     dataset_path: str
     """FineTuneJob: a DatasetDict saved to disk, splits `train` and `eval`, tokenised. GenerateJob: rows.jsonl."""

@@ -234,6 +234,8 @@ class JobStatus(ApiModel):
     """Restarts that counted against `restarts.max`, or `retriesPerShard`."""
     metrics: Figures | None = None
     """Final figures, for example evalLoss."""
+    notices: Annotated[list[str], Field(max_length=40)] = Field(default_factory=list)
+    """What should be known although nothing failed: rows or weights that were left out, changed or drawn anew, and settings that were chosen."""
     attempts: Annotated[list[Attempt], Field(max_length=10)] = Field(default_factory=list)
     """The last ten failures."""
     workspace: WorkspaceStatus | None = None

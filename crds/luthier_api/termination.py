@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from luthier_api.base import ApiModel
 from luthier_api.exitcodes import ExitCode
 from luthier_api.status import Figures, HubStatus, Phase, Prepared
@@ -27,6 +29,8 @@ class TerminationMessage(ApiModel):
     prepared: Prepared | None = None
     metrics: Figures | None = None
     hub: HubStatus | None = None
+    notices: list[str] = Field(default_factory=list)
+    """What the user should know although nothing failed: what was dropped, changed, drawn anew or chosen."""
 
     def encode(self) -> bytes:
         """As JSON that the kubelet keeps whole."""

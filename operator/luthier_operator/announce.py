@@ -19,7 +19,7 @@ EVENTS: dict[Reason, Literal["Normal", "Warning"]] = {
     R.PREPARING: "Normal", R.PREPARED: "Normal", R.PLAN_ONLY: "Normal",
     R.FAILED_CREATE: "Warning", R.NO_PODS: "Warning", R.UNSCHEDULABLE: "Warning", R.WAITING_FOR_QUEUE: "Normal",
     R.WAITING_FOR_VOLUME: "Warning", R.CONTAINER_CREATING: "Normal", R.IMAGE_PULL_FAILED: "Warning",
-    R.STARTED: "Normal", R.RESTARTING: "Warning", R.RUNNING: "Normal", R.CHECKPOINT_BROKEN: "Warning", R.TRAINED: "Normal", R.GENERATED: "Normal",
+    R.STARTED: "Normal", R.RESTARTING: "Warning", R.RUNNING: "Normal", R.CHECKPOINT_BROKEN: "Warning", R.NOTICE: "Normal", R.TRAINED: "Normal", R.GENERATED: "Normal",
     R.PUBLISHING: "Normal", R.PUBLISH_FAILED: "Warning", R.PUBLISHED: "Normal",
     R.SUSPENDED: "Normal", R.RESUMED: "Normal", R.COMPLETED: "Normal", R.FAILED: "Warning",
 }  # fmt: skip
@@ -36,6 +36,7 @@ def events(old: JobStatus, new: JobStatus) -> list[Event]:
     """A restart first, and what it found, then what has turned, in the order in which the conditions arose."""
     found = [restarted(old, new)] if new.restarts > old.restarts else []
     found += [broken(new)] if (new.broken_checkpoints or 0) > (old.broken_checkpoints or 0) else []
+    found += [Event("Normal", R.NOTICE, text) for text in new.notices if text not in old.notices]
     return found + [e for c in new.conditions if (e := event(old.condition(c.type), c, new))]
 
 

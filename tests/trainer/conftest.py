@@ -18,6 +18,7 @@ from hub.server import Running
 from luthier_api.run import FineTuneRun, GenerateRun
 from luthier_api.spec import NewModel
 from luthier_api.variables import Variables
+from luthier_trainer import notices
 from luthier_trainer.newmodel import new_config, save_new_model, train_tokenizer
 
 # Before torch is imported, which reads it once: two workers with two threads each on two cores spend most of their time waiting for each other.
@@ -36,6 +37,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         Variables.RUN_DIR: str(run_dir), Variables.TERMINATION_LOG: str(run_dir / "termination-log"),
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
+    notices.forget()
 
 
 @pytest.fixture(scope="session")

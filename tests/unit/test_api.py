@@ -272,6 +272,25 @@ def test_a_termination_message_fits_into_what_the_kubelet_keeps(name: str, field
     assert len(encoded) > LIMIT_BYTES * 0.6 or sum(map(len, fields.values())) < LIMIT_BYTES * 0.6
 
 
+NOTICES = [
+    # name                                  notices          message      expect: how many are kept, and the last one
+    ("none", [], "m", (0, None)),
+    ("a few", ["one", "two"], "m", (2, "two")),
+    ("more than fit", [f"{i:02d} " + "x" * 297 for i in range(20)], "m", (14, "7 more notices are in the log")),
+    ("beside a long message", ["x" * 300] * 20, "y" * 3500, (2, "19 more notices are in the log")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "notices", "message", "expect"), NOTICES, ids=[n[0] for n in NOTICES])
+def test_notices_are_left_out_before_the_message_is_cut(name: str, notices: list[str], message: str, expect: tuple[int, str | None]) -> None:
+    written = TerminationMessage(phase="prepare", code=0, reason="Completed", message=message, notices=notices, last_lines="z" * 5000).encode()
+    read = TerminationMessage.read(written.decode())
+    assert read is not None
+    assert len(written) <= LIMIT_BYTES
+    assert (len(read.notices), read.notices[-1] if read.notices else None) == expect
+    assert read.message == message
+
+
 @pytest.mark.parametrize("text", [None, "", "Traceback (most recent call last)", "{}", '{"phase": "run"}'])
 def test_what_is_no_termination_message(text: str | None) -> None:
     assert TerminationMessage.read(text) is None
@@ -357,6 +376,6 @@ def test_metric_names() -> None:
 
 
 def test_a_status_without_anything_is_empty() -> None:
-    assert JobStatus().dump() == {"state": "", "conditions": [], "restarts": 0, "restartsCharged": 0, "attempts": []}
+    assert JobStatus().dump() == {"state": "", "conditions": [], "restarts": 0, "restartsCharged": 0, "notices": [], "attempts": []}
     assert not FineTuneJob.model_validate(tune()).status.finished
     assert not GenerateJob.model_validate(make()).status.finished

@@ -370,6 +370,15 @@ def test_a_plan_shows_what_was_found_whenever_it_was(laptop: Laptop, before: str
     assert [out.count(text) for text in (says, "90 rows, 10 held out", "12 steps, 2 processes")] == [1, 1, 1], out
 
 
+def test_notices_are_shown_after_their_phase_and_stand_in_the_document(laptop: Laptop) -> None:
+    file, text = laptop.write(job()), "spec.dataset: 3 rows are left out"
+    laptop.script(prepare_0={"notices": [text]}, train_0={"notices": [text, "spec.model: its head is new"]})
+    code, out, _ = laptop.run("plan", file)
+    assert (code, out.count(text)) == (0, 1)
+    assert laptop.run("plan", file)[1].count(text) == 1, "also where prepare has nothing left to do"
+    assert laptop.json("run", file)[1]["jobs"][0]["notices"] == [text, "spec.model: its head is new"]
+
+
 def test_a_plan_needs_neither_the_gpus_nor_the_token_of_the_run(laptop: Laptop) -> None:
     asked = job(resources={"gpusPerNode": 8}, hub={"repo": "org/out", "tokenSecret": {"name": "hf"}})
     code, document = laptop.json("plan", laptop.write(asked))

@@ -361,6 +361,18 @@ def test_a_checkpoint_that_is_set_aside_is_an_event(known: int | None, served: i
     assert decision.status.broken_checkpoints == (known if served is None else served or None)
 
 
+def test_notices_of_all_phases_stand_in_the_status_and_are_events_once() -> None:
+    known = "spec.dataset.columns.text: 3 rows are blank and left out"
+    new = "spec.model: its head is for other labels and starts anew"
+    job = fine_tune(BEGUN.model_copy(update={"notices": [known]}))
+    ends = [ended(job, "prepare", 0, notices=[known]), ended(job, "run", 75, notices=[new]), ended(job, "run", 0, notices=[new])]
+    decision = decided(job, group(), pods=BOTH, ends=ends)
+    assert decision.status.notices == [known, new]
+    assert [(e.type, e.message) for e in decision.events if e.reason == "Notice"] == [("Normal", new)]
+    many = ended(job, "run", 0, notices=[str(i) for i in range(100)])
+    assert len(decided(job, group(), pods=BOTH, ends=[many]).status.notices) == 40, "as many as the CRD allows"
+
+
 def test_the_figures_at_the_end_are_those_of_rank_0() -> None:
     job = fine_tune(BEGUN.model_copy(update={"progress": Progress(step=33, max_steps=40)}))
     ends = [ended(job, "run", 0, 0, metrics={"evalLoss": 1.5, "steps": 40}), ended(job, "run", 0, 1)]

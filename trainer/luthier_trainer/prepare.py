@@ -14,7 +14,7 @@ from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
 from luthier_api.status import Prepared
 from luthier_api.termination import TerminationMessage
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer import origins
+from luthier_trainer import notices, origins
 from luthier_trainer.data import files
 from luthier_trainer.hub import check_target
 from luthier_trainer.prepared import FINGERPRINT, belongs, fingerprint, read_prepared, write_prepared
@@ -42,6 +42,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
 
         record = preparegeneration.prepare(run, folder, cache)
     shutil.rmtree(cache, ignore_errors=True)
+    record = record.model_copy(update={"notices": notices.given()})
     write_prepared(run, record)
     return done(record)
 
@@ -86,4 +87,4 @@ def done(record: PreparedRecord) -> TerminationMessage:
     labels = found.dataset.labels
     if labels and sum(len(name.encode()) + 3 for name in labels) > LABELS_SHOWN_BYTES:
         found = found.model_copy(update={"dataset": found.dataset.model_copy(update={"labels": None})})
-    return TerminationMessage(phase="prepare", code=0, reason=ExitCode.COMPLETED.reason, prepared=found)
+    return TerminationMessage(phase="prepare", code=0, reason=ExitCode.COMPLETED.reason, prepared=found, notices=record.notices)

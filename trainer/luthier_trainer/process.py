@@ -22,6 +22,7 @@ from typing import NoReturn
 from luthier_api.run import FineTuneRun, GenerateRun, read_run
 from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
+from luthier_trainer import notices
 from luthier_trainer.ending import Failure, classify, global_rank, write_result
 from luthier_trainer.prepared import read_prepared
 from luthier_trainer.verbs import VERBS
@@ -39,11 +40,17 @@ def main(verb: str) -> NoReturn:
         if not isinstance(error, Failure):
             traceback.print_exc()
         code, text = classify(error)
-        write_result(TerminationMessage(phase=VERBS[verb], code=code, reason=code.reason, message=text, rank=global_rank()))
+        failed = TerminationMessage(phase=VERBS[verb], code=code, reason=code.reason, message=text, rank=global_rank())
+        write_result(with_notices(failed))
         leave(code)
-    write_result(message)
+    write_result(with_notices(message))
     atexit._run_exitfuncs()  # workers of data loaders, temporary folders
     leave(0)
+
+
+def with_notices(message: TerminationMessage) -> TerminationMessage:
+    """`message` with the notices of this process, unless it brings its own."""
+    return message if message.notices else message.model_copy(update={"notices": notices.given()})
 
 
 def leave(code: int) -> NoReturn:

@@ -55,6 +55,8 @@ class Outcome:
     prepared: Prepared | None = None
     metrics: dict[str, float] | None = None
     hub: dict[str, object] | None = None
+    notices: list[str] = field(default_factory=list)
+    """Of all phases that have ended, in their order, each once."""
     finished_before: bool = False
     """Whether an earlier call had done all of it, so that this one ran nothing."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -77,7 +79,7 @@ class Outcome:
             "message": end.message if end else None, "lastLines": end.last_lines if end else None,
             "folder": str(self.job.folder.root), "result": str(self.job.folder.result) if self.state == "Complete" else None,
             "finishedBefore": self.finished_before,
-            "prepared": self.prepared.dump() if self.prepared else None, "metrics": self.metrics, "hub": self.hub,
+            "prepared": self.prepared.dump() if self.prepared else None, "metrics": self.metrics, "hub": self.hub, "notices": self.notices,
             "seconds": {phase: round(took, 2) for phase, took in self.seconds.items()},
             "logs": [str(p) for p in sorted(self.job.log("x").parent.glob("*.log"))],
         }  # fmt: skip
@@ -138,6 +140,7 @@ def run_job(job: LocalJob, watcher: Watcher, stop: Stop, *, plan_only: bool = Fa
             started = time.monotonic()
             end = _run_phase(job, phase, watcher, stop, lock)
             outcome.seconds[phase] = time.monotonic() - started
+            outcome.notices += [text for text in end.notices if text not in outcome.notices]
             outcome.prepared = end.prepared or outcome.prepared
             outcome.metrics = end.metrics or outcome.metrics
             outcome.hub = end.hub.dump() if end.hub else outcome.hub
@@ -172,7 +175,10 @@ def _run_phase(job: LocalJob, phase: Phase, watcher: Watcher, stop: Stop, lock: 
         if end.code != ExitCode.COMPLETED:
             return end
         ends.append(end)
-    return ends[0] if len(ends) == 1 else ends[-1].model_copy(update={"metrics": over_shards([end.metrics or {} for end in ends])})
+    if len(ends) == 1:
+        return ends[0]
+    notices = list(dict.fromkeys(text for end in ends for text in end.notices))
+    return ends[-1].model_copy(update={"metrics": over_shards([end.metrics or {} for end in ends]), "notices": notices})
 
 
 def _run_group(job: LocalJob, phase: Phase, group: Sequence[int], watcher: Watcher, stop: Stop, lock: int) -> TerminationMessage:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,15 @@ class Screen:
         self.console.print(f"  {mark} {phase} [dim]{time.monotonic() - self.started:.1f} s[/]", highlight=False)
         if good and message.prepared:
             self.show(message.prepared)
+        self.show_notices(message.notices)
 
     def show(self, prepared: Prepared) -> None:
         self.shown = True
         self.console.print(found(prepared, GenerateJob.__name__ == self.job.kind.value))
+
+    def show_notices(self, notices: Sequence[str]) -> None:
+        for text in notices:
+            self.console.print(f"  [yellow]![/] {escape(text)}", highlight=False)
 
     def stopping(self, hard: bool) -> None:
         self.console.print("  ending everything" if hard else "  stopping: a checkpoint first (again to end at once)")
@@ -92,6 +98,7 @@ class Screen:
             self.console.print("  prepared before: nothing was looked at again; --fresh starts over")
         if outcome.state == "Planned" and outcome.prepared and not self.shown:
             self.show(outcome.prepared)
+            self.show_notices(outcome.notices)
         if outcome.state == "Complete":
             self.console.print(results(outcome))
             for sample in samples(job):

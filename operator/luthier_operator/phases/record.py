@@ -13,6 +13,8 @@ from luthier_operator import children, failure, naming, statuses
 from luthier_operator.model import Object, PodEnd
 from luthier_operator.phases.step import Situation
 
+NOTICES = 40  # as many as the status may hold
+
 
 def record(s: Situation) -> Situation:
     """The situation with everything noted that was observed."""
@@ -35,9 +37,15 @@ def said(s: Situation) -> Situation:
     if status.is_true(s.done):
         progress = statuses.at_end(progress, metrics)
     return s.note(
-        prepared=status.prepared or prepared, metrics=metrics, hub=hub(s) or status.hub, progress=progress, checkpoint=checkpoint(s),
+        notices=notices(s), prepared=status.prepared or prepared, metrics=metrics, hub=hub(s) or status.hub, progress=progress, checkpoint=checkpoint(s),
         broken_checkpoints=status.broken_checkpoints if (broken := s.observed.broken_checkpoints) is None else broken or None,
     )  # fmt: skip
+
+
+def notices(s: Situation) -> list[str]:
+    """Those that are known, and after them the new ones of pods that have ended; at most `NOTICES` of them, each once."""
+    told = [text for e in s.observed.ended if e.message for text in e.message.notices]
+    return list(dict.fromkeys([*s.status.notices, *told]))[:NOTICES]
 
 
 def hub(s: Situation) -> HubStatus | None:

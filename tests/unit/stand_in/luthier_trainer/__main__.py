@@ -1,6 +1,6 @@
 """`python -m luthier_trainer VERB --run FILE`: notes how it was called, and ends as `script.json` beside the job's folder says.
 
-The script maps `VERB-RANK` to {"code", "message", "seconds", "metrics" (text to serve), "until_stopped", "deaf", "dies"}.
+The script maps `VERB-RANK` to {"code", "message", "seconds", "metrics" (text to serve), "until_stopped", "deaf", "dies", "notices"}.
 """
 
 import http.server
@@ -76,6 +76,8 @@ if code == 0 and verb == "publish":
     end["hub"] = {"repo": run["spec"]["hub"]["repo"], "revision": "fedcba9876543210", "url": "https://hub.example/org/model"}
 if code or "lastLines" in script:
     end["lastLines"] = f"{verb} {rank} says hello"
+if "notices" in script:
+    end["notices"] = script["notices"]
 if os.environ.get("LUTHIER_TERMINATION_LOG"):
     Path(os.environ["LUTHIER_TERMINATION_LOG"]).write_text(json.dumps(end))
 sys.exit(code)
