@@ -11,6 +11,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from luthier_trainer.tasks.padding import padding_right
+
 IGNORED = -100
 PERPLEXING = 100.0  # nats a token: beyond, the perplexity is a number that says nothing, then none at all
 
@@ -24,7 +26,7 @@ class CausalLM:
 
     def collator(self, processor: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
         # Despite its name, the one collator of transformers that pads labels that are already there.
-        return DataCollatorForSeq2Seq(processor, label_pad_token_id=IGNORED, padding=True)
+        return DataCollatorForSeq2Seq(padding_right(processor), label_pad_token_id=IGNORED, padding=True)
 
     def idle(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase) -> set[str]:
         return set()
