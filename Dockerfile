@@ -43,6 +43,7 @@ WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./
 COPY crds crds
 COPY operator operator
+COPY cli cli
 COPY trainer trainer
 RUN /opt/tools/bin/hatchling build -t wheel -d /dist >/dev/null \
  && /opt/tools/bin/uv pip install -q --offline --no-deps --no-cache --python /opt/venv/bin/python --target /opt/luthier /dist/*.whl \

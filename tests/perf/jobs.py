@@ -124,7 +124,7 @@ async def measure(audit: Path | None) -> dict[str, Any]:
         subprocess.run(["kubectl", "create", "namespace", namespace], check=True, capture_output=True)
     image = {"LUTHIER_TRAINER_IMAGE": "registry.example/trainer"}  # in no registry: pods only have to be created
     environment = os.environ | image | {"LUTHIER_METRICS_PORT": "18080", "LUTHIER_NAMESPACES": NAMESPACES["operator"], "LUTHIER_LOG_LEVEL": "WARNING"}
-    operator = subprocess.Popen([sys.executable, "-m", "luthier_operator.cli", "operator"], env=environment)
+    operator = subprocess.Popen([sys.executable, "-m", "luthier_cli", "operator"], env=environment)
     try:
         await asyncio.sleep(5)
         here = NAMESPACES["operator"]

@@ -111,7 +111,7 @@ def main() -> Object:
         "LUTHIER_METRICS_PORT": "18080", "LUTHIER_NAMESPACES": NAMESPACE, "LUTHIER_LOG_LEVEL": "WARNING",
         "LUTHIER_TRAINER_IMAGE": f"{REGISTRY}/{IMAGE}", "LUTHIER_GRACE_SECONDS": "15",
     }  # fmt: skip
-    operator = subprocess.Popen([sys.executable, "-m", "luthier_operator.cli", "operator"], env=os.environ | variables)
+    operator = subprocess.Popen([sys.executable, "-m", "luthier_cli", "operator"], env=os.environ | variables)
     try:
         rounds = [measure(f"start-{i}") for i in range(ROUNDS)]
     finally:

@@ -31,7 +31,7 @@ def test_quickstart(tmp_path: Path) -> None:
         for field, values in changes.items():
             document["spec"][field] |= values
         (tmp_path / name).write_text(yaml.safe_dump(document))
-    words = [sys.executable, "-m", "luthier_operator.cli", "run", *SHORT, "--mount", "/data=data", "-o", "json"]
+    words = [sys.executable, "-m", "luthier_cli", "run", *SHORT, "--mount", "/data=data", "-o", "json"]
 
     first = subprocess.Popen(
         words, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

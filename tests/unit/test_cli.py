@@ -14,10 +14,10 @@ from cases.api import FINE_TUNE, GENERATE, Document, changed
 
 from luthier_api.crd import render as crds
 from luthier_api.status import Progress
-from luthier_operator.cli.local import difference, paths_in
-from luthier_operator.cli.manifests import StrictLoader
-from luthier_operator.cli.screen import describe, duration
-from luthier_operator.cli.supervised import descendants
+from luthier_cli.local import difference, paths_in
+from luthier_cli.manifests import StrictLoader
+from luthier_cli.screen import describe, duration
+from luthier_cli.supervised import descendants
 
 ON_CPU: Document = {"spec.dataset": {"id": "org/data"}, "spec.resources": {"gpusPerNode": 0}}
 
@@ -26,7 +26,7 @@ def luthier(*words: str, cwd: Path | None = None, stdin: str | None = None, **en
     import os
 
     return subprocess.run(
-        [sys.executable, "-m", "luthier_operator.cli", *words], cwd=cwd, input=stdin, capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "luthier_cli", *words], cwd=cwd, input=stdin, capture_output=True, text=True, check=False,
         env={k: v for k, v in os.environ.items() if k != "HF_TOKEN"} | {"COLUMNS": "200", "NO_COLOR": "1", "HF_TOKEN_PATH": "/nobody/is/logged/in"} | env,
     )  # fmt: skip
 

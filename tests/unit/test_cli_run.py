@@ -49,7 +49,7 @@ class Laptop:
     def start(self, *words: str) -> subprocess.Popen[str]:
         env = {k: v for k, v in os.environ.items() if k != "HF_TOKEN"} | {"PYTHONPATH": str(STAND_IN), "COLUMNS": "200", "HF_TOKEN_PATH": str(self.folder / "no-login")} | self.env
         return subprocess.Popen(
-            [sys.executable, "-m", "luthier_operator.cli", *words],
+            [sys.executable, "-m", "luthier_cli", *words],
             cwd=self.folder,
             env=env,
             text=True,

@@ -52,7 +52,7 @@ def check_luthier(words: list[str]) -> None:
     """Run it. A `run` becomes `plan --quick`, which checks manifests and options; the running itself is `make demo`'s."""
     if words[1] == "run":
         words = ["luthier", "plan", "--quick", *words[2:]]
-    run([sys.executable, "-m", "luthier_operator.cli", *words[1:]])
+    run([sys.executable, "-m", "luthier_cli", *words[1:]])
 
 
 def check_python(words: list[str]) -> None:

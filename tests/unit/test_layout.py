@@ -41,7 +41,7 @@ def test_the_standard_library_finds_itself(path: str) -> None:
 
 MODULES = sorted(
     ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
-    for root in (TOP / "crds", TOP / "operator")
+    for root in (TOP / "crds", TOP / "operator", TOP / "cli")
     for path in root.rglob("*.py")
     if path.name != "__main__.py"
 )
@@ -52,7 +52,7 @@ def test_the_control_side_never_imports_torch() -> None:
     code = (
         f"import importlib, sys\nfor name in {MODULES!r}: importlib.import_module(name)\nprint([m for m in {HEAVY!r} if m in sys.modules])"
     )
-    assert "luthier_operator.cli.runner" in MODULES
+    assert "luthier_cli.runner" in MODULES
     assert "luthier_api.kinds" in MODULES
     assert python(code) == "[]"
 
@@ -60,11 +60,11 @@ def test_the_control_side_never_imports_torch() -> None:
 def test_help_imports_little() -> None:
     """The program answers at once: no YAML, no HTTP client, no types of the API, no Kubernetes."""
     late = ("yaml", "httpx", "pydantic", "rich.progress", "kopf", "kubernetes", "cel")
-    code = f"import sys, luthier_operator.cli.commands\nprint([m for m in {late!r} if m in sys.modules])"
+    code = f"import sys, luthier_cli.commands\nprint([m for m in {late!r} if m in sys.modules])"
     assert python(code) == "[]"
 
 
-@pytest.mark.parametrize("source", ["crds/luthier_api", "operator/luthier_operator", "trainer/luthier_trainer"])
+@pytest.mark.parametrize("source", ["crds/luthier_api", "operator/luthier_operator", "cli/luthier_cli", "trainer/luthier_trainer"])
 def test_every_module_says_why_it_exists(source: str) -> None:
     """In at most eight lines."""
     import ast

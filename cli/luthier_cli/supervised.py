@@ -20,7 +20,7 @@ from luthier_api.metrics import read_samples
 from luthier_api.status import Phase
 from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
-from luthier_operator.cli.local import LocalJob
+from luthier_cli.local import LocalJob
 
 PORT_FILE = "metrics-port"
 TAIL_LINES = 15

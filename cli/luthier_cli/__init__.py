@@ -15,7 +15,7 @@ USAGE = 2  # what click ends with when it cannot read the command line; for us t
 
 def main() -> None:
     """Entry point of the program. Exit codes are those of `luthier_api.exitcodes`."""
-    from luthier_operator.cli.commands import app
+    from luthier_cli.commands import app
 
     try:
         app(prog_name="luthier")

@@ -21,8 +21,8 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.kinds import GenerateJob
 from luthier_api.status import Phase, Prepared
 from luthier_api.termination import TerminationMessage
-from luthier_operator.cli.local import LocalJob
-from luthier_operator.cli.runner import Outcome
+from luthier_cli.local import LocalJob
+from luthier_cli.runner import Outcome
 
 LINE_PERCENT = 10  # of progress between two lines where there is no terminal
 SAMPLES, SAMPLE_CHARACTERS = 3, 600

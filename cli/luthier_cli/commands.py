@@ -19,8 +19,8 @@ import typer
 from luthier_api.exitcodes import ExitCode
 
 if TYPE_CHECKING:
-    from luthier_operator.cli.local import LocalJob
-    from luthier_operator.cli.runner import Outcome
+    from luthier_cli.local import LocalJob
+    from luthier_cli.runner import Outcome
     from luthier_operator.settings import Settings
 
 app = typer.Typer(
@@ -74,7 +74,7 @@ def render(files: Files) -> None:
     import yaml
 
     from luthier_api.kinds import FineTuneJob
-    from luthier_operator.cli.manifests import Refused, read_manifests
+    from luthier_cli.manifests import Refused, read_manifests
 
     try:
         jobs = [manifest.job for manifest in read_manifests(files)]
@@ -144,7 +144,7 @@ def _extra(name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in ("luthier_operator", "luthier_api"):
+        if (error.name or "").split(".")[0] in ("luthier_cli", "luthier_operator", "luthier_api"):
             raise
         _refuse([f"{error.name} is not installed: pip install '.[{name}]' in Luthier's sources"], ExitCode.MISCONFIGURED, Output.TEXT)
 
@@ -164,8 +164,8 @@ def _settings() -> Settings:
 
 def _lay_out(files: list[str], workspace: Path, mount: list[str], cpu: bool) -> list[LocalJob]:
     """The jobs of `files` on this machine. Raises Refused."""
-    from luthier_operator.cli.local import LocalJob, Place, on_cpu
-    from luthier_operator.cli.manifests import Refused, read_manifests
+    from luthier_cli.local import LocalJob, Place, on_cpu
+    from luthier_cli.manifests import Refused, read_manifests
 
     mounts = dict(pair.split("=", 1) for pair in mount if pair.startswith("/") and "=" in pair)
     if wrong := [pair for pair in mount if not (pair.startswith("/") and "=" in pair)]:
@@ -178,10 +178,10 @@ def _lay_out(files: list[str], workspace: Path, mount: list[str], cpu: bool) -> 
 def _run(files: list[str], workspace: Path, mount: list[str], output: Output, cpu: bool, fresh: bool, *, plan_only: bool) -> None:
     from rich.console import Console
 
-    from luthier_operator.cli.local import check_place
-    from luthier_operator.cli.manifests import Refused
-    from luthier_operator.cli.runner import Outcome, Stop, run_job
-    from luthier_operator.cli.screen import Screen
+    from luthier_cli.local import check_place
+    from luthier_cli.manifests import Refused
+    from luthier_cli.runner import Outcome, Stop, run_job
+    from luthier_cli.screen import Screen
 
     console = Console(stderr=output is Output.JSON)
     outcomes: list[Outcome] = []
@@ -205,8 +205,8 @@ def _run(files: list[str], workspace: Path, mount: list[str], output: Output, cp
 
 
 def _intend(files: list[str], workspace: Path, mount: list[str], output: Output, cpu: bool) -> None:
-    from luthier_operator.cli.manifests import Refused
-    from luthier_operator.cli.screen import intent
+    from luthier_cli.manifests import Refused
+    from luthier_cli.screen import intent
 
     try:
         intents = [intent(job) | {"spec": job.manifest.job.spec.dump()} for job in _lay_out(files, workspace, mount, cpu)]

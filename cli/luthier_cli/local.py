@@ -25,7 +25,7 @@ from luthier_api.status import Phase
 from luthier_api.validation import InvalidJob, check_job
 from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
-from luthier_operator.cli.manifests import Manifest, Refused
+from luthier_cli.manifests import Manifest, Refused
 
 RUN_FILE = "run.json"
 # Fields that may change between two runs in one folder, as they may on a cluster while the job lives.

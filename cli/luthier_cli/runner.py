@@ -22,9 +22,9 @@ from luthier_api.kinds import JobKind
 from luthier_api.metrics import over_shards, progress_of
 from luthier_api.status import Phase, Prepared, Progress
 from luthier_api.termination import TerminationMessage
-from luthier_operator.cli.local import LocalJob
-from luthier_operator.cli.manifests import Refused
-from luthier_operator.cli.supervised import Supervised
+from luthier_cli.local import LocalJob
+from luthier_cli.manifests import Refused
+from luthier_cli.supervised import Supervised
 
 POLL_SECONDS = 0.2
 PROGRESS_SECONDS = 1.0
