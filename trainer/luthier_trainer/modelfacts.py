@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_trainer.ending import Failure
+from luthier_trainer.notices import notice
 from luthier_trainer.taskfacts import FACTS
 
 if TYPE_CHECKING:
@@ -202,15 +203,43 @@ def check_adapters(config: PreTrainedConfig, task: str, targets: list[str], fiel
         if not any(isinstance(m, torch.nn.Linear | Conv1D) for m in beside.values()):
             raise Failure(ExitCode.INVALID_SPEC, f"{field}[0]: {config.model_type} has no linear modules for {ALL_LINEAR}. Use method.type: full")
         return
-    linear = [name for name, m in beside.items() if isinstance(m, torch.nn.Linear | torch.nn.Embedding | Conv1D)]
+    fitting = {name: m for name, m in beside.items() if isinstance(m, torch.nn.Linear | torch.nn.Embedding | Conv1D)}
+    linear = [name for name, m in fitting.items() if not looks_up_otherwise(m)]
     known = sorted({name.rpartition(".")[2] for name in linear})
+    shared = tied_modules(model)
     for i, target in enumerate(targets):
         if target in heads:
             raise Failure(ExitCode.INVALID_SPEC, f"{field}[{i}]: {target!r} is the head, which is trained whole in any case; leave it out")
+        if other := next((m for name, m in fitting.items() if f".{name}".endswith(f".{target}") and looks_up_otherwise(m)), None):
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}[{i}]: {target!r} is a {type(other).__name__}, whose rows are found in another way than PEFT's adapters do; leave it out",
+            )
+        if tied := next(((name, partner) for name, partner in shared.items() if f".{name}".endswith(f".{target}")), None):
+            notice(
+                f"{field}[{i}]: {tied[0]} has the same weights as {tied[1]}, and the adapter changes those of {tied[0]} alone. Jobs with model.job"
+                " or adapters do the same; PEFT's own merge_and_unload (0.21) would change both, so untie the weights before you call it"
+            )
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             near = difflib.get_close_matches(target, known, 1)
             hint = f" Did you mean {near[0]!r}?" if near else f" Or use {ALL_LINEAR} alone"
             raise Failure(ExitCode.INVALID_SPEC, f"{field}[{i}]: the model has no module {target!r} (it has: {', '.join(known)}).{hint}")
+
+
+def looks_up_otherwise(module: torch.nn.Module) -> bool:
+    """Whether an embedding finds its rows in a way of its own, from an offset say, which PEFT 0.21 does not follow. It does know of a scale."""
+    import torch
+
+    own = isinstance(module, torch.nn.Embedding) and type(module).forward is not torch.nn.Embedding.forward
+    return own and not hasattr(module, "embed_scale")
+
+
+def tied_modules(model: torch.nn.Module) -> dict[str, str]:
+    """Name of each module whose weight is another module's too → the name of that one."""
+    names: dict[int, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(weight), []).append(name.rpartition(".")[0])
+    return {name: other for group in names.values() for name in group for other in group if other != name}
 
 
 def counts(module: torch.nn.Module) -> bool:

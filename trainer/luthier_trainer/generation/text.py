@@ -19,6 +19,7 @@ from luthier_trainer.ending import Failure
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.samples import Output, Sample, padded
 from luthier_trainer.generation.sampling import processors
+from luthier_trainer.merging import untie
 from luthier_trainer.modelfacts import room
 
 SHORTEST_BATCH = 32  # tokens; prompts up to here share batches, longer ones share with those of their power of two
@@ -154,4 +155,5 @@ def merge_adapter(model: PreTrainedModel, path: Path, weight: float, field: str)
     for module in adapted.modules():
         if isinstance(module, LoraLayer):
             module.set_scale("default", weight)
+    untie(adapted)
     return adapted.merge_and_unload()
