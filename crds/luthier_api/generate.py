@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from luthier_api.base import ApiModel, Rule
+from luthier_api.base import ApiModel, Format, Rule
 from luthier_api.spec import (
     VOLUMES_APART,
     Bytes,
@@ -33,6 +33,15 @@ from luthier_api.spec import (
 GenerateTask = Literal["text-generation", "text-to-image"]
 
 
+WeightsFile = Annotated[
+    str, Field(max_length=253),
+    Format(
+        "^[^/]+(/[^/]+)*[.]safetensors$", never="(^|/)[.][.]?/",
+        words="must be a .safetensors file, by its path in the repository or folder, such as ink.safetensors or styles/ink.safetensors",
+    ),
+]  # fmt: skip
+
+
 class Adapter(ApiModel):
     """A LoRA adapter: exactly one of job, id and path."""
 
@@ -44,12 +53,15 @@ class Adapter(ApiModel):
     """Branch, tag or commit of `id`; `main` when left out. `prepare` resolves it to a commit."""
     path: Path | None = None
     """Folder inside the pods."""
+    file: WeightsFile | None = None
+    """Which `.safetensors` file of the repository or folder is the adapter, for example styles/ink.safetensors (text-to-image). Needed where there are several."""
     weight: Annotated[float, Field(ge=-10, le=10)] = 1.0
     """How much it counts: 1 as it was trained, 0 not at all, below zero the opposite."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(exactly_one("job", "id", "path"), "adapters: set exactly one of job, id and path"),
         Rule("!has(self.revision) || has(self.id)", "adapters.revision: only an adapter of the Hub has revisions"),
+        Rule("!has(self.file) || !has(self.job)", "adapters.file: the result of a FineTuneJob is one adapter; remove file"),
     )
 
 
@@ -208,6 +220,10 @@ class GenerateJobSpec(JobControl):
         Rule(
             "self.task != 'text-to-image' || !has(self.adapters) || !self.adapters.exists(a, has(a.job))",
             "spec.adapters.job: no FineTuneJob makes an adapter of text-to-image; set id or path",
+        ),
+        Rule(
+            "self.task == 'text-to-image' || !has(self.adapters) || !self.adapters.exists(a, has(a.file))",
+            "spec.adapters.file: only adapters of text-to-image are chosen by file; remove it",
         ),
         Rule(
             "self.task == 'text-to-image' || !has(self.inputs.rows) || !self.inputs.rows.exists(r, has(r.negativePrompt))",
