@@ -84,7 +84,7 @@ class PreparedRecord(Prepared):
     model_path: str
     """Folder of the model, its configuration and its tokenizer."""
     adapter_paths: list[str] = Field(default_factory=list)
-    """Folders of the adapters, in the order of the spec (GenerateJob)."""
+    """Folders of the adapters, or for images their files, in the order of the spec (GenerateJob)."""
     origins: list[Origin] = Field(default_factory=list)
     """What all of it was made of: what lies on the Hub has a commit instead."""
     notices: list[str] = Field(default_factory=list)

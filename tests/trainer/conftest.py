@@ -123,6 +123,14 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("models") / "vit")
 
 
+@pytest.fixture(scope="session")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete Stable Diffusion XL with new weights, 4 MB, as a repository on the Hub would hold it. Read-only."""
+    from trainer.small_sdxl import write_small_sdxl
+
+    return write_small_sdxl(tmp_path_factory.mktemp("models") / "sdxl")
+
+
 @pytest.fixture
 def classify(make_run: MakeRun, digits: Path, vit: Path) -> MakeRun:
     """A run over the digits; fields of `dataset` and `training` are merged with what is there."""

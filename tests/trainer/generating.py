@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,13 @@ def prepare_by_hand(run: GenerateRun) -> None:
     write_prepared(run, record)
 
 
-def generate_shards(run: GenerateRun, monkeypatch: pytest.MonkeyPatch) -> list[TerminationMessage]:
-    """Prepare by hand, then run every shard, one after the other."""
+def generate_shards(
+    run: GenerateRun, monkeypatch: pytest.MonkeyPatch, prepare: Callable[[GenerateRun], object] = prepare_by_hand
+) -> list[TerminationMessage]:
+    """Prepare, then run every shard, one after the other."""
+    prepare(run)
     # main() sets it for its own process; here it must not outlive the test.
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    prepare_by_hand(run)
     messages = []
     for shard in range(run.spec.shards):
         monkeypatch.setenv(Variables.NODE_RANK, str(shard))

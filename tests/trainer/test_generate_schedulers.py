@@ -8,7 +8,6 @@ from typing import Any, get_args
 import diffusers
 import pytest
 from diffusers.utils import is_torchsde_available
-from trainer.small_sdxl import write_small_sdxl
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import SchedulerName
@@ -28,11 +27,6 @@ OWN: dict[str, Any] = {
     "prediction_type": "epsilon",
 }  # fmt: skip
 SAMPLES = [Sample(0, 0, "a lute on a bench", None, 7), Sample(1, 0, "two lutes", None, 2**32 - 1)]
-
-
-@pytest.fixture(scope="module")
-def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_sdxl(tmp_path_factory.mktemp("sdxl"))
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,7 @@ from luthier_trainer.sources import files_to_load
 
 MakeRun = Callable[..., FineTuneRun]
 CONFIGS = ["config.json", "tokenizer.json"]
+HALF = [f"unet/diffusion_pytorch_model.{n}" for n in ("fp16-00001-of-00002.safetensors", "fp16-00002-of-00002.safetensors", "safetensors.index.fp16.json")]
 
 CHOICES: list[tuple[str, list[str], list[str], list[str] | str]] = [
     # name, files of the repository, components of a pipeline, what is loaded (or the refusal)
@@ -54,6 +55,13 @@ CHOICES: list[tuple[str, list[str], list[str], list[str] | str]] = [
         ["unet", "vae", "scheduler"],
         ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
          "vae/diffusion_pytorch_model.fp16.safetensors", "scheduler/scheduler_config.json"],
+    ),
+    (
+        "a pipeline whose half precision is in shards",
+        ["model_index.json", "unet/config.json", *HALF, "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
+         *[n.replace("unet", "vae") for n in HALF]],
+        ["unet", "vae"],
+        ["model_index.json", "unet/config.json", *HALF, "vae/config.json", "vae/diffusion_pytorch_model.safetensors"],
     ),
 ]  # fmt: skip
 

@@ -112,6 +112,8 @@ def settings(run: GenerateRun, record: PreparedRecord, hardware: Hardware, batch
 
 def digest(adapter: str) -> str:
     """SHA-256 of an adapter's weights; an adapter trained anew at the same place is another one."""
+    if Path(adapter).is_file():
+        return sha256(Path(adapter))
     return next((sha256(p) for suffix in ("safetensors", "bin") for p in sorted(Path(adapter).glob(f"*.{suffix}"))), "")
 
 

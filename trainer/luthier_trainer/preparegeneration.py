@@ -51,7 +51,7 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         modelfacts.read_tokenizer(located.folder or path, located.field).save_pretrained(folder.prepared / "tokenizer")
     paths = [fetch_adapter(a, folder.prepared / "adapters" / str(i), run, i) for i, a in enumerate(found)]
     for i, adapter in enumerate(paths):
-        adapters.check(adapter, spec.adapters[i].job, found[i].field, run, located, path)
+        adapters.check(adapter.parent if found[i].file else adapter, spec.adapters[i].job, found[i].field, run, located, path)
 
     target = folder.prepared / "rows.jsonl"
     with target.open("w") as file:
@@ -71,10 +71,11 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
 
 
 def fetch_adapter(located: sources.Located, into: Path, run: GenerateRun, number: int) -> Path:
-    """Folder of one adapter. Raises Failure when it is a whole model."""
+    """One adapter: its folder, or for images its file. Raises Failure when it is a whole model."""
     path = located.fetch(into)
-    diffusers_lora = run.spec.task == "text-to-image" and not (path / sources.MODEL_CONFIG).is_file() and any(path.glob("*.safetensors"))
-    if not sources.is_adapter(path) and not diffusers_lora:
+    if located.file:
+        return path / located.file
+    if not sources.is_adapter(path):
         job = run.spec.adapters[number].job
         remedy = f"use it as spec.model.job: {job}" if job else "use it as spec.model"
         raise Failure(ExitCode.INVALID_SPEC, f"{located.field}: that is a whole model, not an adapter (no {sources.ADAPTER_CONFIG}); {remedy}")

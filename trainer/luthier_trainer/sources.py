@@ -7,6 +7,7 @@ never opened. Neighbours: `hub` (patience), `merging` (an adapter as a model), `
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -16,13 +17,15 @@ from luthier_api.run import FineTuneRun, GenerateRun, Origin, PreparedRecord
 from luthier_api.spec import ModelSource
 from luthier_api.status import ResolvedSource
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer import manifest
+from luthier_trainer import adapterfile, manifest, origins
 from luthier_trainer.ending import Failure
 from luthier_trainer.hub import hub_api, patiently
 from luthier_trainer.origins import folder_digest
 
 ADAPTER_CONFIG, MODEL_CONFIG, PIPELINE_CONFIG = "adapter_config.json", "config.json", "model_index.json"
 TEXT_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+VARIANT = re.compile(r"\.(fp16|bf16|non_ema)(-\d+-of-\d+)?\.safetensors$")  # of weights, whole or in shards
+INDEX, HALF_INDEX = ".safetensors.index.json", ".safetensors.index.fp16.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")
 
 
@@ -34,10 +37,14 @@ class Located:
     field: str
     folder: Path | None = None
     files: tuple[str, ...] = ()
+    file: str | None = None
+    """The one file of an adapter for images, in `folder` or among `files`. What else lies there is not read."""
 
     @property
     def origins(self) -> list[Origin]:
         """How the folder is known again. Of the Hub, the commit says it."""
+        if self.folder and self.file:
+            return [origins.of_data(self.folder / self.file, self.field)]
         return [Origin(field=self.field, path=str(self.folder), digest=self.resolved.revision or "")] if self.folder else []
 
     def fetch(self, into: Path) -> Path:
@@ -51,13 +58,15 @@ class Located:
             ),
             self.field, f"model {self.resolved.source}",
         )  # fmt: skip
-        for variant in into.rglob("*.fp16.safetensors"):
+        for variant in into.rglob("*.fp16.safetensors") if self.file is None else ():
             variant.rename(variant.with_name(variant.name.replace(".fp16.", ".")))  # `from_pretrained` looks for the plain name
         return into
 
 
 def locate(source: ModelSource | Adapter, run: FineTuneRun | GenerateRun, field: str) -> Located:
     """Find what `source` names. Raises Failure when it is not there, not allowed, or not loadable."""
+    if isinstance(source, Adapter) and isinstance(run, GenerateRun) and run.spec.task == "text-to-image":
+        return _image_adapter(source, field)
     if source.id:
         return _on_hub(source.id, source.revision, field)
     if source.path:
@@ -65,6 +74,28 @@ def locate(source: ModelSource | Adapter, run: FineTuneRun | GenerateRun, field:
     else:
         place, name, folder = f"{field}.job", f"FineTuneJob {source.job}", result_of(str(source.job), run, f"{field}.job")
     return Located(ResolvedSource(source=name, revision=folder_digest(folder)), place, folder)
+
+
+def _image_adapter(adapter: Adapter, field: str) -> Located:
+    """The one file of an adapter for images; its repository or folder needs no configuration."""
+    if adapter.id:
+        api, what, place = hub_api(), f"model {adapter.id}", f"{field}.id"
+        info = patiently(lambda: api.model_info(str(adapter.id), revision=adapter.revision), place, what)
+        names = [s.rfilename for s in info.siblings or []]
+        chosen = adapterfile.choose(names, adapter.file, field, what)
+        config = str(PurePosixPath(chosen).parent / ADAPTER_CONFIG)
+        return Located(
+            ResolvedSource(source=adapter.id, revision=info.sha), place, files=(chosen, *(n for n in names if n == config)), file=chosen
+        )
+    folder, place = Path(str(adapter.path)).absolute(), f"{field}.path"
+    if folder.is_file():
+        raise Failure(ExitCode.INVALID_SPEC, f"{place}: {folder} is a file; set path to {folder.parent} and {field}.file to {folder.name}")
+    if not folder.is_dir():
+        raise Failure(ExitCode.NOT_FOUND, f"{place}: there is no folder {folder}. Is its volume listed under spec.volumes?")
+    inside = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
+    names = [p.as_posix() for p in inside if not any(part.startswith(".") for part in p.parts)]
+    chosen = adapterfile.choose(names, adapter.file, field, str(folder))
+    return Located(ResolvedSource(source=str(adapter.path), revision=manifest.sha256(folder / chosen)), place, folder, file=chosen)
 
 
 def _on_hub(name: str, revision: str | None, field: str) -> Located:
@@ -88,7 +119,7 @@ def files_to_load(names: list[str], components: list[str], field: str, what: str
     weights: list[str] = []
     for folder in folders:
         inside = [n for n in names if n.rpartition("/")[0] == folder]
-        chosen += [n for n in inside if n.endswith(TEXT_FILES) and not n.endswith(".index.json") and n not in chosen]
+        chosen += [n for n in inside if n.endswith(TEXT_FILES) and ".safetensors.index." not in n and n not in chosen]
         weights += (found := _weights(inside))
         chosen += found
         pickles = [n for n in inside if n.endswith(PICKLES)]
@@ -108,9 +139,10 @@ def files_to_load(names: list[str], components: list[str], field: str, what: str
 def _weights(names: list[str]) -> list[str]:
     """One set of weights among the files of a folder, with its index: the plain one before fp16, a model's before others."""
     every = [n for n in names if n.endswith(".safetensors")]
-    plain = [n for n in every if not n.endswith((".fp16.safetensors", ".bf16.safetensors", ".non_ema.safetensors"))]
-    kept = plain or [n for n in every if n.endswith(".fp16.safetensors")]
-    index = [n for n in names if n.endswith(".safetensors.index.json")]
+    plain = [n for n in every if not VARIANT.search(n)]
+    half = [n for n in every if (found := VARIANT.search(n)) and found[1] == "fp16"]
+    kept, ending = (plain, INDEX) if plain else (half, HALF_INDEX)
+    index = [n for n in names if n.endswith(ending)]
     for stem in ("model", "diffusion_pytorch_model", "adapter_model"):
         of_stem = [n for n in kept if n.rpartition("/")[2].startswith((f"{stem}.", f"{stem}-"))]
         if of_stem:

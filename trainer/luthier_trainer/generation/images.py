@@ -24,7 +24,6 @@ from luthier_trainer.generation.samples import Output, Sample, padded
 from luthier_trainer.generation.schedulers import eta, make_scheduler
 
 WEIGHTS = "diffusion_pytorch_model"
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 class ImageEngine:
@@ -142,7 +141,7 @@ def fuse_adapters(pipe: StableDiffusionXLPipeline, paths: Sequence[Path], weight
     for i, (name, path) in enumerate(zip(names, paths, strict=True)):
         field = f"spec.adapters[{i}]"
         try:
-            pipe.load_lora_weights(path, weight_name=lora_file(path, field), adapter_name=name, local_files_only=True)
+            pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name, local_files_only=True)
         except (ValueError, RuntimeError, KeyError) as error:
             raise Failure(ExitCode.INVALID_SPEC, f"{field}: does not fit the model: {error}") from None
         if not any(name in loaded for loaded in pipe.get_list_adapters().values()):
@@ -151,16 +150,3 @@ def fuse_adapters(pipe: StableDiffusionXLPipeline, paths: Sequence[Path], weight
         pipe.set_adapters(names, adapter_weights=list(weights))
         pipe.fuse_lora(adapter_names=names)
         pipe.unload_lora_weights()
-
-
-def lora_file(folder: Path, field: str) -> str:
-    """Name of the adapter's weights: diffusers' own name, or the only safetensors file there is. Raises Failure."""
-    found = sorted(p.name for p in folder.glob("*.safetensors"))
-    if LORA_WEIGHTS in found:
-        return LORA_WEIGHTS
-    if len(found) != 1:
-        raise Failure(
-            ExitCode.INVALID_SPEC,
-            f"{field}: {folder} holds {', '.join(found) or 'no .safetensors file'}; it must hold {LORA_WEIGHTS} or exactly one .safetensors file",
-        )
-    return found[0]
