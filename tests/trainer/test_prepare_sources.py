@@ -14,24 +14,32 @@ import pytest
 import torch
 from hub.faults import Fault
 from hub.server import Running
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from luthier_api.exitcodes import ExitCode
+from luthier_api.finetune import Method
 from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
 from luthier_api.status import Plan, ResolvedDataset, ResolvedSource
 from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer import notices
 from luthier_trainer.ending import Failure
+from luthier_trainer.generation.text import load_model
 from luthier_trainer.manifest import write_manifest
+from luthier_trainer.methods import weights_options
 from luthier_trainer.prepare import main
 from luthier_trainer.prepared import read_prepared
 from luthier_trainer.sources import files_to_load
+from luthier_trainer.tasks import TASKS
 
 MakeRun = Callable[..., FineTuneRun]
+MakeGenerateRun = Callable[..., GenerateRun]
 CONFIGS = ["config.json", "tokenizer.json"]
 HALF = [f"unet/diffusion_pytorch_model.{n}" for n in ("fp16-00001-of-00002.safetensors", "fp16-00002-of-00002.safetensors", "safetensors.index.fp16.json")]
+ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
 
 CHOICES: list[tuple[str, list[str], list[str], list[str] | str]] = [
     # name, files of the repository, components of a pipeline, what is loaded (or the refusal)
@@ -42,7 +50,10 @@ CHOICES: list[tuple[str, list[str], list[str], list[str] | str]] = [
         [*CONFIGS, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"],
     ),
     ("weights for another program", [*CONFIGS, "model.safetensors", "consolidated.safetensors", "original/x.safetensors"], [], [*CONFIGS, "model.safetensors"]),
-    ("an adapter", ["adapter_config.json", "adapter_model.safetensors"], [], ["adapter_config.json", "adapter_model.safetensors"]),
+    ("an adapter", ADAPTER, [], ADAPTER),
+    ("a model and an adapter", [*CONFIGS, "model.safetensors", *ADAPTER], [], [*CONFIGS, "model.safetensors"]),
+    ("a model in shards and an adapter", [*CONFIGS, "model-00001-of-00001.safetensors", *ADAPTER], [], [*CONFIGS, "model-00001-of-00001.safetensors"]),
+    ("an adapter with the configuration of its model", [*CONFIGS, *ADAPTER], [], [*CONFIGS, *ADAPTER]),
     ("code is left where it is", [*CONFIGS, "modeling_x.py", "model.safetensors"], [], [*CONFIGS, "model.safetensors"]),
     ("pickles only", [*CONFIGS, "pytorch_model.bin"], [], "spec.model.id: model a/b has its weights only as pytorch_model.bin. Files that can run code"),
     ("no weights", CONFIGS, [], "spec.model.id: model a/b has no weights (*.safetensors)"),
@@ -74,6 +85,81 @@ def test_which_files_are_loaded(name: str, files: list[str], components: list[st
         assert failure.value.message.startswith(expect)
     else:
         assert sorted(files_to_load(files, components, "spec.model.id", "model a/b")) == sorted(expect)
+
+
+def test_an_adapter_is_taken_from_beside_a_model_where_an_adapter_is_asked_for() -> None:
+    names = [*CONFIGS, "model.safetensors", *ADAPTER]
+    assert sorted(files_to_load(names, [], "spec.adapters[0].id", "model a/b", adapter=True)) == sorted([*CONFIGS, *ADAPTER])
+
+
+@pytest.fixture(scope="session")
+def both(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as training scripts leave it: a model into which an adapter was merged, and the adapter. Read-only."""
+    folder = tmp_path_factory.mktemp("both")
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config)
+    model.save_pretrained(folder)
+    model.merge_and_unload().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder
+
+
+def own_logits(folder: Path, tiny_model: Path) -> torch.Tensor:
+    """Of the weights in model.safetensors, loaded by name: nothing of transformers looks for adapters here."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return logits_of(model)
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> torch.Tensor:
+    logits: torch.Tensor = model.eval()(torch.arange(20)[None]).logits
+    return logits
+
+
+def test_the_weights_of_a_model_do_not_get_an_adapter_that_lies_beside_them(
+    both: Path, make_run: MakeRun, make_generate_run: MakeGenerateRun, tiny_model: Path
+) -> None:
+    expect = own_logits(both, tiny_model)
+    for run in (make_run(model={"path": str(both)}), make_generate_run(model={"path": str(both)})):
+        notices.forget()
+        main(run)
+        assert [n for n in notices.given() if n.startswith(f"spec.model.path: {both} has an adapter (adapter_config.json) beside the weights of a model")]
+        assert read_prepared(run).model_path == str(both)
+    trained, _ = TASKS["causal-lm"].load_model(str(both), None, **weights_options(Method(type="full"), "fp32", False, torch.device("cpu")))
+    assert all(weight.requires_grad for weight in trained.parameters())
+    for model in (trained, load_model(both, torch.float32, torch.device("cpu"))):
+        torch.testing.assert_close(logits_of(model), expect)
+
+
+def test_a_job_goes_on_from_an_adapter_whose_base_has_one_beside_it(both: Path, make_run: MakeRun, tiny_model: Path, tmp_path: Path) -> None:
+    """Both adapters count once: the one that was merged, and the one that the first job has trained."""
+    source = tmp_path / "ftj-first-1"
+    finish_job(source, str(both), True, tiny_model)
+    run = make_run(model={"job": "first"}, sources={"first": str(source)})
+    main(run)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.load_state_dict(load_file(both / "model.safetensors"))
+    expect = logits_of(PeftModel.from_pretrained(model, source / "result"))
+    again = AutoModelForCausalLM.from_pretrained(read_prepared(run).model_path)
+    torch.testing.assert_close(logits_of(again), expect, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_of_the_hub_with_an_adapter_beside_it(both: Path, make_generate_run: MakeGenerateRun, hub: Running, tiny_model: Path) -> None:
+    """As a model it is its own weights; under adapters it is the adapter."""
+    hub.store.seed("model", "org/both", both)
+    hub.store.seed("model", "org/tiny", tiny_model)
+    notices.forget()
+    run = make_generate_run(model={"id": "org/both"})
+    main(run)
+    assert [n for n in notices.given() if n.startswith("spec.model.id: model org/both has an adapter (adapter_config.json) beside the weights of a model")]
+    model = load_model(Path(read_prepared(run).model_path), torch.float32, torch.device("cpu"))
+    torch.testing.assert_close(logits_of(model), own_logits(both, tiny_model))
+    with_adapter = make_generate_run("other", model={"id": "org/tiny"}, adapters=[{"id": "org/both"}])
+    main(with_adapter)
+    (adapter,) = read_prepared(with_adapter).adapter_paths
+    assert sorted(path.name for path in Path(adapter).glob("*.safetensors")) == ["adapter_model.safetensors"]
 
 
 def test_a_model_of_the_hub_is_fixed_to_a_commit(make_run: MakeRun, hub: Running, tiny_model: Path) -> None:
@@ -256,9 +342,6 @@ def test_a_damaged_result_is_not_built_upon(make_run: MakeRun, tiny_model: Path,
 def test_a_job_without_a_result(make_run: MakeRun, tmp_path: Path) -> None:
     with pytest.raises(Failure, match=r"spec\.model\.job: FineTuneJob first has left no result in .* Has it finished\?"):
         main(make_run(model={"job": "first"}, sources={"first": str(tmp_path)}))
-
-
-MakeGenerateRun = Callable[..., GenerateRun]
 
 
 def test_adapters_keep_their_order(make_generate_run: MakeGenerateRun, tiny_model: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from luthier_api.exitcodes import ExitCode
 from luthier_trainer.ending import Failure
 from luthier_trainer.modelfacts import safetensors_header
-from luthier_trainer.sources import ADAPTER_CONFIG
+from luthier_trainer.sources import ADAPTER_CONFIG, OWN_WEIGHTS
 from luthier_trainer.taskfacts import FACTS, task_of_adapter
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def merge(base: Path, adapter: Path, into: Path, labels: list[str] | None, field
     from peft import PeftModel
 
     task = FACTS[task_of_adapter(json.loads((adapter / ADAPTER_CONFIG).read_text())) or "causal-lm"]
-    options: dict[str, Any] = {"dtype": "auto"}
+    options: dict[str, Any] = {"dtype": "auto", **OWN_WEIGHTS}
     if labels:
         names = {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
         options |= {"num_labels": len(labels), "ignore_mismatched_sizes": True} | names  # the adapter brings its own head

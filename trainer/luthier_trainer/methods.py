@@ -13,6 +13,7 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import Method
 from luthier_trainer.devices import DTYPES
 from luthier_trainer.ending import Failure
+from luthier_trainer.sources import OWN_WEIGHTS
 
 ALL_LINEAR = ["all-linear"]
 
@@ -21,7 +22,7 @@ def weights_options(method: Method, precision: str, deepspeed: bool, device: tor
     """Arguments of `from_pretrained`. Frozen weights rest in the precision of the computation; weights that learn are kept in fp32,
     beside which the 16-bit computation is autocast. DeepSpeed keeps the fp32 copy itself, and wants one type throughout."""
     frozen = method.type != "full"
-    options: dict[str, Any] = {"dtype": DTYPES[precision] if frozen or deepspeed else torch.float32}
+    options: dict[str, Any] = {"dtype": DTYPES[precision] if frozen or deepspeed else torch.float32, **OWN_WEIGHTS}
     if method.type == "qlora":
         compute = torch.float16 if precision == "fp16" else torch.bfloat16
         options |= {

@@ -75,7 +75,7 @@ def fetch_adapter(located: sources.Located, into: Path, run: GenerateRun, number
     path = located.fetch(into)
     if located.file:
         return path / located.file
-    if not sources.is_adapter(path):
+    if not sources.holds_adapter(path):
         job = run.spec.adapters[number].job
         remedy = f"use it as spec.model.job: {job}" if job else "use it as spec.model"
         raise Failure(ExitCode.INVALID_SPEC, f"{located.field}: that is a whole model, not an adapter (no {sources.ADAPTER_CONFIG}); {remedy}")

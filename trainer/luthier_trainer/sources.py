@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import Adapter
@@ -20,6 +22,7 @@ from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer import adapterfile, manifest, origins
 from luthier_trainer.ending import Failure
 from luthier_trainer.hub import hub_api, patiently
+from luthier_trainer.notices import notice
 from luthier_trainer.origins import folder_digest
 
 ADAPTER_CONFIG, MODEL_CONFIG, PIPELINE_CONFIG = "adapter_config.json", "config.json", "model_index.json"
@@ -27,6 +30,13 @@ TEXT_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 VARIANT = re.compile(r"\.(fp16|bf16|non_ema)(-\d+-of-\d+)?\.safetensors$")  # of weights, whole or in shards
 INDEX, HALF_INDEX = ".safetensors.index.json", ".safetensors.index.fp16.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")
+MODEL_WEIGHTS = re.compile(r"model(\.fp16)?(-\d+-of-\d+)?\.safetensors")
+OWN_WEIGHTS: Mapping[str, Any] = {"adapter_kwargs": {"subfolder": "no-adapter"}}
+"""An argument of `from_pretrained`. transformers 5.23 adds an adapter that lies beside a model to it, by itself; it does not look for one there."""
+LEFT_OUT = (
+    "{field}: {what} has an adapter (adapter_config.json) beside the weights of a model. Only the model's own weights are used. transformers would"
+    " add the adapter by itself: remove its files, or name them under spec.adapters of a GenerateJob if the weights lack it"
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,7 @@ def locate(source: ModelSource | Adapter, run: FineTuneRun | GenerateRun, field:
     if isinstance(source, Adapter) and isinstance(run, GenerateRun) and run.spec.task == "text-to-image":
         return _image_adapter(source, field)
     if source.id:
-        return _on_hub(source.id, source.revision, field)
+        return _on_hub(source.id, source.revision, field, adapter=isinstance(source, Adapter))
     if source.path:
         place, name, folder = f"{field}.path", source.path, check_folder(Path(source.path), f"{field}.path")
     else:
@@ -98,7 +108,7 @@ def _image_adapter(adapter: Adapter, field: str) -> Located:
     return Located(ResolvedSource(source=str(adapter.path), revision=manifest.sha256(folder / chosen)), place, folder, file=chosen)
 
 
-def _on_hub(name: str, revision: str | None, field: str) -> Located:
+def _on_hub(name: str, revision: str | None, field: str, adapter: bool) -> Located:
     api, what, place = hub_api(), f"model {name}", f"{field}.id"
     info = patiently(lambda: api.model_info(name, revision=revision), place, what)
     names = [s.rfilename for s in info.siblings or []]
@@ -106,14 +116,20 @@ def _on_hub(name: str, revision: str | None, field: str) -> Located:
     if PIPELINE_CONFIG in names:
         path = patiently(lambda: api.hf_hub_download(name, PIPELINE_CONFIG, revision=info.sha), place, what)
         components = [k for k, v in json.loads(Path(path).read_text()).items() if isinstance(v, list) and v and v[0]]
-    return Located(ResolvedSource(source=name, revision=info.sha), place, files=tuple(files_to_load(names, components, place, what)))
+    return Located(ResolvedSource(source=name, revision=info.sha), place, files=tuple(files_to_load(names, components, place, what, adapter)))
 
 
-def files_to_load(names: list[str], components: list[str], field: str, what: str) -> list[str]:
+def files_to_load(names: list[str], components: list[str], field: str, what: str, adapter: bool = False) -> list[str]:
     """Those files of a repository that are loaded: configuration, tokenizer, and one set of safetensors in each folder.
 
-    `components` are the folders of a diffusers pipeline. Raises Failure when weights are missing or only there as pickles.
+    `components` are the folders of a diffusers pipeline. Where a model and an adapter lie side by side, `adapter` says which of them is meant.
+    Raises Failure when weights are missing or only there as pickles.
     """
+    if adapter and ADAPTER_CONFIG in names:
+        names = [n for n in names if not MODEL_WEIGHTS.fullmatch(n)]
+    elif ADAPTER_CONFIG in names and holds_model(names):
+        names = [n for n in names if n != ADAPTER_CONFIG]
+        notice(LEFT_OUT.format(field=field, what=what))
     folders = components or [""]
     chosen = [PIPELINE_CONFIG] if components else []
     weights: list[str] = []
@@ -181,7 +197,18 @@ def result_of(job: str, run: FineTuneRun | GenerateRun, field: str) -> Path:
 
 
 def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and no model. One that holds both is a model: its own weights, without the adapter."""
+    return holds_adapter(folder) and not holds_model(path.name for path in folder.iterdir())
+
+
+def holds_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file()
+
+
+def holds_model(names: Iterable[str]) -> bool:
+    """Whether files with these names are a model. An adapter may bring its model's configuration, but not its weights."""
+    names = set(names)
+    return MODEL_CONFIG in names and any(MODEL_WEIGHTS.fullmatch(name) for name in names)
 
 
 def record_of(job: str, run: FineTuneRun | GenerateRun, field: str) -> PreparedRecord:

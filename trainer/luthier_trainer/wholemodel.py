@@ -11,6 +11,7 @@ from luthier_api.run import FineTuneRun, GenerateRun
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer import sources
 from luthier_trainer.ending import Failure
+from luthier_trainer.notices import notice
 
 TEXT_FILES = {".json", ".txt", ".model", ".jinja"}
 NOT_TOKENIZER = {sources.ADAPTER_CONFIG, "MANIFEST.json", "metrics.json", "adapter_model.safetensors.index.json"}
@@ -22,7 +23,9 @@ def whole_model(located: sources.Located, run: FineTuneRun | GenerateRun, folder
     path = located.fetch(target)
     shutil.rmtree(target / ".cache", ignore_errors=True)  # the download's own notes
     job = run.spec.model.job
-    if not sources.is_adapter(path) or (job is None and (path / sources.MODEL_CONFIG).is_file()):
+    if not sources.is_adapter(path):
+        if sources.holds_adapter(path):
+            notice(sources.LEFT_OUT.format(field=located.field, what=located.resolved.source))
         return path
     if job is None:
         base = json.loads((path / sources.ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")

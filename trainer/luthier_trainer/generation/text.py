@@ -21,6 +21,7 @@ from luthier_trainer.generation.samples import Output, Sample, padded
 from luthier_trainer.generation.sampling import processors
 from luthier_trainer.merging import untie
 from luthier_trainer.modelfacts import room
+from luthier_trainer.sources import OWN_WEIGHTS
 
 SHORTEST_BATCH = 32  # tokens; prompts up to here share batches, longer ones share with those of their power of two
 
@@ -105,7 +106,7 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrain
             config.quantization_config = quantisation | {"dequantize": True}
         placed = {"device_map": {"": device}} if quantisation.get("quant_method") == "bitsandbytes" else {}
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True, **placed
+            path, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True, **placed, **OWN_WEIGHTS
         )
     except (ValueError, OSError) as error:
         if getattr(error, "errno", None) is not None:
