@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
 
-from luthier_api.exitcodes import ExitCode
+from luthier_api.exitcodes import ERROR_RANK, ExitCode
 from luthier_api.kinds import JobKind
 from luthier_api.metrics import over_shards, progress_of
 from luthier_api.status import Phase, Prepared, Progress
@@ -215,11 +215,14 @@ def _run_group(job: LocalJob, phase: Phase, group: Sequence[int], watcher: Watch
     if stop.count > 1:
         return _stopped(phase, "ended at once, without a checkpoint of its own; the same command goes on from the newest one")
     bad = [m for m in messages if m.code != ExitCode.COMPLETED]
-    # A peer that lost the culprit may be the first to say so.
-    culprits = [m for m in bad if m.code not in (ExitCode.PEER_LOST, ExitCode.PREEMPTED)] or bad
-    if culprits:
-        return culprits[0]
+    if bad:
+        return min(bad, key=cause_rank)  # a node that lost the one that failed may be the first to end
     return next((m for m in messages if m.metrics or m.prepared or m.hub), messages[0])
+
+
+def cause_rank(message: TerminationMessage) -> int:
+    code = message.exit_code
+    return ERROR_RANK if code is None else code.cause_rank
 
 
 def _done(job: LocalJob, phase: Phase, group: Sequence[int]) -> TerminationMessage | None:

@@ -23,7 +23,9 @@ class ExitCode(IntEnum):
     """Exit code of the container `trainer`."""
 
     reason: str
+    """CamelCase, as conditions and attempts show it."""
     retry: Retry
+    """What an end with this code costs."""
 
     def __new__(cls, code: int, reason: str, retry: Retry) -> ExitCode:
         member = int.__new__(cls, code)
@@ -48,6 +50,16 @@ class ExitCode(IntEnum):
     DIVERGED = 82, "Diverged", Retry.NEVER
     HOST_OUT_OF_MEMORY = 83, "HostOutOfMemory", Retry.NEVER
 
+    @property
+    def cause_rank(self) -> int:
+        """Where several processes or pods have failed together, the one with the lowest rank is the cause of the others; of equal ones, the first.
+
+        A peer that was lost and an orderly stop are what a failure elsewhere looks like, so these come last.
+        """
+        if self in CAUSES:
+            return CAUSES.index(self)
+        return MISTAKE_RANK if self.retry is Retry.NEVER else ERROR_RANK
+
     @classmethod
     def of(cls, code: int) -> ExitCode | None:
         """The member for `code`, or None for a code that is not ours (137, 1, ...)."""
@@ -60,3 +72,16 @@ class ExitCode(IntEnum):
     def codes(cls, retry: Retry) -> list[int]:
         """The failing codes of one retry class, ascending."""
         return sorted(int(c) for c in cls if c.retry is retry and c != 0)
+
+
+MISTAKE_RANK, ERROR_RANK = 1, 4
+CAUSES: tuple[ExitCode | None, ...] = (
+    ExitCode.HOST_OUT_OF_MEMORY,  # the kernel kills without asking, and what is left of the process fails in any way
+    None,  # MISTAKE_RANK: every other code that is never retried
+    ExitCode.INFRASTRUCTURE_ERROR,
+    ExitCode.STORAGE_ERROR,
+    None,  # ERROR_RANK: every other code
+    ExitCode.PEER_LOST,
+    ExitCode.PREEMPTED,
+)
+"""Codes by `ExitCode.cause_rank`."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from luthier_api.conditions import Reason
-from luthier_api.exitcodes import ExitCode, Retry
+from luthier_api.exitcodes import ERROR_RANK, ExitCode, Retry
 from luthier_api.status import PHASES, Attempt, Phase
 from luthier_api.termination import TerminationMessage
 from luthier_operator import children
@@ -25,6 +25,7 @@ KEPT = 10  # attempts in a status; etcd and readers bear no more
 LINES_CHARACTERS = 1000
 NO_EXIT_CODE = -1
 """Of a pod that is gone without its container having told: evicted, or lost with its node."""
+DISRUPTED_RANK = -1
 NO_PROGRESS_RESTARTS = 3
 EXIT_CODE = re.compile(r"pod \S+?/(?P<pod>\S+) failed with exit code (?P<code>\d+)")
 NO_LIMIT = (
@@ -79,7 +80,7 @@ def free(end: PodEnd) -> bool:
 
 
 def reason(end: PodEnd) -> str:
-    # containerd reports OOMKilled whatever the exit code: the kernel's word comes before the program's.
+    # containerd reports OOMKilled whatever the exit code, so it overrides the code.
     if end.kubernetes_reason == "OOMKilled":
         return ExitCode.HOST_OUT_OF_MEMORY.reason
     if free(end):
@@ -89,23 +90,20 @@ def reason(end: PodEnd) -> str:
     return (ExitCode.INFRASTRUCTURE_ERROR if end.exit_code in KILLED else ExitCode.TRAINING_ERROR).reason
 
 
-def weight(end: PodEnd) -> int:
-    """How likely this end is the cause of the others, 0 first. A lost peer and an orderly stop are what a cause looks like elsewhere."""
-    code = ExitCode.of(end.exit_code)
-    if never(end):
-        return 2 if end.kubernetes_reason != "OOMKilled" else 1
-    if end.disrupted:
-        return 0
+def cause_rank(end: PodEnd) -> int:
+    """`ExitCode.cause_rank` of an end, with what only the cluster knows: a pod that it took away comes before all, and the kernel's kill next."""
+    if end.disrupted and not never(end):
+        return DISRUPTED_RANK
     if end.kubernetes_reason == "OOMKilled":
-        return 1
-    if code in (ExitCode.INFRASTRUCTURE_ERROR, ExitCode.STORAGE_ERROR):
-        return 3
-    return {ExitCode.PEER_LOST: 5, ExitCode.PREEMPTED: 6}.get(code, 4) if code else 4
+        return ExitCode.HOST_OUT_OF_MEMORY.cause_rank
+    code = ExitCode.of(end.exit_code)
+    # A pod that was killed from outside may have been killed because of another one, as any pod that failed for no known reason.
+    return ERROR_RANK if code is None else code.cause_rank
 
 
 def cause(ends: Iterable[PodEnd]) -> PodEnd | None:
     """The end that explains the others; of equal ones the first."""
-    return min((e for e in ends if e.exit_code != 0), key=lambda e: (weight(e), e.finished_at, e.pod), default=None)
+    return min((e for e in ends if e.exit_code != 0), key=lambda e: (cause_rank(e), e.finished_at, e.pod), default=None)
 
 
 def message(end: PodEnd) -> str:

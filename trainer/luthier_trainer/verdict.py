@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from luthier_api.exitcodes import ExitCode, Retry
+from luthier_api.exitcodes import ERROR_RANK, ExitCode, Retry
 from luthier_api.status import Phase
 from luthier_api.termination import TerminationMessage
 from luthier_trainer import gpuerrors
@@ -68,8 +68,11 @@ def judge(evidence: Evidence) -> TerminationMessage:
 
 
 def _cause(e: Evidence) -> TerminationMessage:
-    failed = sorted((m for m in e.messages.values() if m.code != ExitCode.COMPLETED), key=_precedence)
+    failed = sorted((m for m in e.messages.values() if m.code != ExitCode.COMPLETED), key=_cause_rank)
     first = failed[0] if failed else None
+    if first and first.code == ExitCode.PEER_LOST:
+        # A rank ends with 75 only after all of them have agreed to stop: then the connection broke because one had left already.
+        first = next((m for m in failed if m.code == ExitCode.PREEMPTED), first)
     if first and first.exit_code and first.exit_code.retry is Retry.NEVER:
         return first
     if e.killed == "stop":
@@ -96,16 +99,10 @@ def _cause(e: Evidence) -> TerminationMessage:
     return _say(e.phase, code, f"the process ended with {e.status} and left no message; see its last lines")
 
 
-def _precedence(message: TerminationMessage) -> tuple[int, int]:
-    """Small: cannot be the consequence of another rank's end."""
-    code = message.exit_code or ExitCode.TRAINING_ERROR
-    if code is ExitCode.PEER_LOST:
-        kind = 3
-    elif code is ExitCode.PREEMPTED:
-        kind = 2
-    else:
-        kind = 0 if code.retry is Retry.NEVER else 1
-    return kind, message.rank or 0
+def _cause_rank(message: TerminationMessage) -> tuple[int, int]:
+    """The smallest is the cause of the others: by code, then by rank."""
+    code = message.exit_code
+    return ERROR_RANK if code is None else code.cause_rank, message.rank or 0
 
 
 def _step(messages: Mapping[int, TerminationMessage]) -> int | None:
