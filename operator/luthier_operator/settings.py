@@ -13,11 +13,12 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from luthier_api.spec import Bytes, Cores, ObjectName
 from luthier_api.variables import Variables
+from luthier_operator.versions import RELEASE
 
 Names = Annotated[tuple[ObjectName, ...], NoDecode]
 """Written with commas between."""
 
-NO_IMAGE = "REGISTRY/trainer:0.1.0"
+NO_IMAGE = f"REGISTRY/trainer:{RELEASE}"
 
 
 class Settings(BaseSettings):

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from luthier_operator import versions
+
 TOP = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "datasets", "peft", "accelerate", "diffusers", "luthier_trainer")
 
@@ -83,6 +85,23 @@ def test_make_has_ten_verbs_and_tells_of_each() -> None:
     assert len(verbs) == 10
     assert verbs == told
     assert set(phony.split()) == set(verbs)
+
+
+REPEATED = [
+    # what                 pattern                                                  where it must stand     the one that counts
+    ("the release",        r"REGISTRY/(?:operator|trainer):([\w.-]+)",              "docs/install.md",      versions.RELEASE),
+    ("the chart",          r"(?m)^(?:appVersion|version): (\S+)",                   "charts/luthier/Chart.yaml", versions.RELEASE),
+    ("the package",        r'(?m)^version = "(\S+)"',                               "pyproject.toml",       versions.RELEASE),
+    ("JobSet",             r"jobset/releases/download/([^/]+)/",                    "docs/install.md",      versions.JOBSET),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "pattern", "place", "expect"), REPEATED, ids=[r[0] for r in REPEATED])
+def test_a_version_is_the_same_wherever_it_stands(what: str, pattern: str, place: str, expect: str) -> None:
+    pages = [TOP / place, TOP / "README.md", TOP / "charts/luthier/templates/NOTES.txt", *(TOP / "docs").glob("*.md")]
+    found = {page: re.findall(pattern, page.read_text()) for page in pages}
+    assert found[TOP / place], "the pattern finds what it is about"
+    assert {number for numbers in found.values() for number in numbers} == {expect}
 
 
 def test_no_path_of_a_machine_in_the_files() -> None:

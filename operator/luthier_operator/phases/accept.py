@@ -15,9 +15,9 @@ from luthier_operator.phases.step import Situation, Step
 from luthier_operator.render import configmap
 from luthier_operator.render.configmap import LIMIT_BYTES
 from luthier_operator.render.pod import gpus
+from luthier_operator.versions import INSTALL_JOBSET
 
 LOOK_AGAIN_SECONDS = 30
-INSTALL_JOBSET = "kubectl apply --server-side -f https://github.com/kubernetes-sigs/jobset/releases/download/v0.12.0/manifests.yaml"
 POD_SUFFIX = "-node-0-{index}-abcde"  # JobSet refuses names whose pods would exceed a DNS label
 NAME_CHARACTERS = 63
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from luthier_operator import versions
+
 from .shell import BIN, HOME, out, sh
 
 PACKAGES = [
@@ -34,7 +36,7 @@ PACKAGES = [
 KUBERNETES = "v1.35.4"
 HYPERKUBE = Path(__file__).resolve().parents[1] / "kube"
 COMPONENTS = ["kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy", "kubelet", "kubectl", "etcd"]
-JOBSET = ("sigs.k8s.io/jobset", "v0.12.0")
+JOBSET = ("sigs.k8s.io/jobset", versions.JOBSET)
 MODULES = {  # binary: (module, version, package)
     "jobset": (*JOBSET, "."),
     "helm": ("helm.sh/helm/v3", "v3.21.4", "./cmd/helm"),
