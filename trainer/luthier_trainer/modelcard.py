@@ -11,7 +11,8 @@ import yaml
 
 from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
 from luthier_api.workspace import MANIFEST
-from luthier_trainer.taskfacts import FACTS
+from luthier_trainer.sources import ADAPTER_CONFIG
+from luthier_trainer.taskfacts import FACTS, TaskFacts
 
 PROCESSORS = {"text": "tokenizer", "image": "processor"}  # what one calls it
 TITLES = {
@@ -27,7 +28,7 @@ def card(run: FineTuneRun | GenerateRun, prepared: PreparedRecord, result: Path)
 
 
 def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
-    spec, task, adapter = run.spec, FACTS[run.spec.task], (result / "adapter_config.json").is_file()
+    spec, task, adapter = run.spec, FACTS[run.spec.task], (result / ADAPTER_CONFIG).is_file()
     repo = (spec.hub and spec.hub.repo) or run.name
     metrics = read_metrics(result / "metrics.json")
     front: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": task.pipeline_tag}
@@ -46,18 +47,32 @@ def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
         "Packing": "yes" if training.packing else None, "Strategy": f"{plan.strategy}, {plan.world_size} processes", "Seed": training.seed,
         "Classes": ", ".join(prepared.dataset.labels[:50]) if prepared.dataset.labels else None,
     }  # fmt: skip
-    auto = task.adapter_class if adapter else f"AutoModelFor{task.model}"
-    # The base model has another head, or none; the adapter brings the one that was trained.
-    labels = f", num_labels={len(prepared.dataset.labels)}, ignore_mismatched_sizes=True" if adapter and prepared.dataset.labels else ""
-    load = (
-        f'from {"peft" if adapter else "transformers"} import {auto}\nfrom transformers import {task.processor_class}\n\n'
-        f'model = {auto}.from_pretrained("{repo}"{labels})\n{PROCESSORS[task.inputs]} = {task.processor_class}.from_pretrained("{repo}")'
-    )
+    load = loading(repo, task, result, classifier=bool(prepared.dataset.labels))
     needs = "" if spec.model.id or not adapter else f"\nThe adapter's base model lies where the job found it ({prepared.model.source}).\n"
     return document(front, repo, f"Fine-tuned with Luthier, FineTuneJob `{run.name}`.", [
         ("Results", table({TITLES.get(k, k): f"{v:.6g}" for k, v in metrics.items()})), ("How it was made", table(facts)),
         ("How to load it", f"```python\n{load}\n```\n{needs}"),
     ])  # fmt: skip
+
+
+def loading(repo: str, task: TaskFacts, result: Path, classifier: bool) -> str:
+    """The lines of Python that load `result`, under the name `repo`."""
+    processor = f'{PROCESSORS[task.inputs]} = {task.processor_class}.from_pretrained("{repo}")'
+    auto = f"AutoModelFor{task.model}"
+    if not (result / ADAPTER_CONFIG).is_file():
+        return f'from transformers import {auto}, {task.processor_class}\n\nmodel = {auto}.from_pretrained("{repo}")\n{processor}'
+    if not classifier:
+        peft = f"AutoPeftModelFor{task.model}"
+        return f'from peft import {peft}\nfrom transformers import {task.processor_class}\n\nmodel = {peft}.from_pretrained("{repo}")\n{processor}'
+    # PEFT's Auto classes would give the base its own classes. Its head is another one, or none: the adapter brings the one that was trained.
+    adapter = json.loads((result / ADAPTER_CONFIG).read_text())
+    base = f'"{adapter["base_model_name_or_path"]}"' + (f', revision="{adapter["revision"]}"' if adapter.get("revision") else "")
+    return (
+        f"from peft import PeftModel\nfrom transformers import AutoConfig, {auto}, {task.processor_class}\n\n"
+        f'config = AutoConfig.from_pretrained("{repo}")  # with the classes and the padding token\n'
+        f"base = {auto}.from_pretrained({base}, config=config, ignore_mismatched_sizes=True)\n"
+        f'model = PeftModel.from_pretrained(base, "{repo}")\n{processor}'
+    )
 
 
 def dataset_card(run: GenerateRun, prepared: PreparedRecord, result: Path) -> str:

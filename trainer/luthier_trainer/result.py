@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from transformers import TrainerState
+from transformers import AutoConfig, PreTrainedModel, TrainerState
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun, PreparedRecord
@@ -71,6 +71,8 @@ def write(
     loop.ranks.wait()
     if loop.ranks.first:
         _name_base(staged, run, prepared)
+        if prepared.dataset.labels and (staged / ADAPTER_CONFIG).exists():
+            _describe_classifier(staged, loop.model.get_base_model(), prepared)
         _check_weights(staged)
         (staged / METRICS_FILE).write_text(json.dumps(metrics, indent=1))
         write_manifest(staged, step=loop.state.global_step, **facts_of(loop.identity))
@@ -91,6 +93,18 @@ def _name_base(folder: Path, run: FineTuneRun, prepared: PreparedRecord) -> None
         base = {"base_model_name_or_path": run.spec.model.id, "revision": prepared.model.revision}
     path.write_text(json.dumps(config | base, indent=2, sort_keys=True))
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card names the local folder; `publish` writes the real one
+
+
+def _describe_classifier(folder: Path, model: PreTrainedModel, prepared: PreparedRecord) -> None:
+    """The base's configuration with the classes and the padding token of the training: adapter files of PEFT hold neither.
+
+    Without them the base has two classes, LABEL_0 and LABEL_1, and a decoder cannot tell where the texts of a batch end.
+    """
+    config = AutoConfig.from_pretrained(prepared.model_path)  # the base's own: not as it was quantised for the training, say
+    config.architectures = [type(model).__name__]
+    for name in ("id2label", "label2id", "problem_type", "pad_token_id"):
+        setattr(config, name, getattr(model.config, name, None))
+    config.save_pretrained(folder)
 
 
 def _check_weights(folder: Path) -> None:

@@ -23,11 +23,6 @@ class TaskFacts:
     """PEFT's name of the task. For those it has no name for, its adapters remember the class of their base model."""
 
     @property
-    def adapter_class(self) -> str:
-        """PEFT's class that loads an adapter with its base model."""
-        return f"AutoPeftModelFor{self.model}" if self.peft_type else "AutoPeftModel"
-
-    @property
     def processor_class(self) -> str:
         """transformers' class that turns inputs into tensors."""
         return {"text": "AutoTokenizer", "image": "AutoImageProcessor"}[self.inputs]

@@ -1,0 +1,72 @@
+"""The commands of a model's card: run as they stand, they give the model that was measured, its class names, and batches that can be made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import DatasetDict
+from prepared_workspace import causal_lm_data, classification_data, image_data, prepared_run, prose
+from trainer.digits import save_model as save_vit
+from transformers import AutoTokenizer
+
+from luthier_trainer import modelcard, train
+from luthier_trainer.prepared import read_prepared
+
+CLASSES = {"text-classification": ["code", "prose"], "image-classification": ["zero", "one"]}
+TEXTS = ["class", "The lambda expression", *(f"{'The with statement is used. ' * n}" for n in range(1, 7))]
+
+
+def commands(run: Any, result: Path) -> str:
+    """The card's Python code, with the result's folder for the name of the repository."""
+    card = modelcard.card(run, read_prepared(run), result)
+    return card.split("```python\n")[1].split("```")[0].replace(f'"{run.name}"', repr(str(result)))
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("task", ["causal-lm", "text-classification", "image-classification"])
+@pytest.mark.filterwarnings("ignore")
+def test_the_commands_of_a_card(
+    task: str, method: str, tiny_model: Path, paragraphs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    base = save_vit(tmp_path / "model") if task == "image-classification" else tiny_model
+    data = {
+        "causal-lm": lambda: causal_lm_data(tokenizer, prose(paragraphs)),
+        "text-classification": lambda: classification_data(tokenizer, paragraphs),
+        "image-classification": image_data,
+    }[task]()
+    rows = DatasetDict(train=data["train"].select(range(32)), eval=data["eval"].select(range(16)))
+    run = prepared_run(tmp_path / "job", base, rows, CLASSES.get(task), task=task, method={"type": method}, training={"maxSteps": 4, "learningRate": 1e-2})
+    metrics = train.main(run).metrics
+    assert metrics is not None
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    made: dict[str, Any] = {}
+    exec(commands(run, Path(run.workspace) / "result"), made)
+    model = made["model"].eval()
+
+    inputs = pixels(made, rows["eval"].select(range(8))) if "processor" in made else made["tokenizer"](TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        assert len(model(**inputs).logits) == 8
+    if task in CLASSES:
+        assert model.config.id2label == dict(enumerate(CLASSES[task]))
+        assert model.config.label2id == {name: i for i, name in enumerate(CLASSES[task])}
+        assert accuracy(model, made, rows["eval"]) == pytest.approx(metrics["accuracy"])
+
+
+def pixels(made: dict[str, Any], rows: Any) -> Any:
+    return made["processor"]([image.convert("RGB") for image in rows["pixel_values"][:]], return_tensors="pt")
+
+
+def refuse(*args: Any) -> None:
+    raise OSError("no network in this test")
+
+
+@torch.no_grad()
+def accuracy(model: Any, made: dict[str, Any], rows: Any) -> float:
+    """Of all rows in one batch."""
+    inputs = pixels(made, rows) if "processor" in made else made["tokenizer"].pad({"input_ids": rows["input_ids"][:]}, return_tensors="pt")
+    answers = model(**inputs).logits.argmax(dim=1)
+    return (answers == torch.tensor(rows["labels"][:])).double().mean().item()
