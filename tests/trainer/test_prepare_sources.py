@@ -317,7 +317,9 @@ def test_a_classifier_keeps_its_head_and_its_labels(make_run: MakeRun, tiny_mode
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(workspace.result)
     write_manifest(workspace.result)
     run = make_run(task="text-classification", model={"job": "first"}, sources={"first": str(workspace.root)})
+    notices.forget()
     main(run)
+    assert "spec.model: its head is for the same labels (class, other) and is kept" in notices.given()
     again = AutoModelForSequenceClassification.from_pretrained(read_prepared(run).model_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(again(torch.arange(9)[None]).logits, model.eval()(torch.arange(9)[None]).logits, rtol=1e-4, atol=1e-5)

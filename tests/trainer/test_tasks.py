@@ -12,6 +12,7 @@ from datasets import DatasetDict
 from prepared_workspace import causal_lm_data, classification_data, image_data, losses, prepared_run, prose, save_encoder, save_llama
 from trainer.digits import save_model as save_vit
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     BartConfig,
     BartForCausalLM,
@@ -25,7 +26,8 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalPrediction
 
-from luthier_trainer import train
+from luthier_api.status import ResolvedSource
+from luthier_trainer import preparetraining, train
 from luthier_trainer.tasks.causal_lm import TokenLoss
 from luthier_trainer.tasks.text_classification import TextClassification
 
@@ -110,38 +112,59 @@ def rows(model: Any) -> dict[str, list[float]]:
     return {name: [*layer.weight[i].tolist(), layer.bias[i].item()] for i, name in model.config.id2label.items()}
 
 
-HEADS = [
-    # name                  architecture  made for            wanted              rows kept  said
-    ("the same labels",     "bert",       ["a", "b"],         ["a", "b"],         "all",     ""),
-    ("another order",       "bert",       ["c", "a", "b"],    ["a", "b", "c"],    "all",     "(c, a, b) knows the labels in another order"),
-    ("a layer before",      "roberta",    ["b", "a"],         ["a", "b"],         "all",     "(b, a) knows the labels in another order"),
-    ("other labels",        "bert",       ["x", "y"],         ["a", "b"],         "none",    "(x, y) is for other labels, and starts anew"),
-    ("no names",            "roberta",    ["LABEL_0", "LABEL_1"], ["a", "b"],     "none",    "(LABEL_0, LABEL_1) is for other labels"),
-    ("one label more",      "bert",       ["a", "b"],         ["a", "b", "c"],    "none",    "(a, b) is for other labels, and starts anew"),
+HEADS: list[tuple[str, str, list[str], list[str], bool, str]] = [
+    # name               architecture  made for                  wanted           rows kept  notice
+    ("the same labels",  "bert",       ["a", "b"],               ["a", "b"],      True,      "its head is for the same labels (a, b) and is kept"),
+    ("another order",    "bert",       ["c", "a", "b"],          ["a", "b", "c"], True,
+     "its head knows the labels in another order (c, a, b) and is put into ours (a, b, c)"),
+    ("a layer before",   "roberta",    ["b", "a"],               ["a", "b"],      True,
+     "its head knows the labels in another order (b, a) and is put into ours (a, b)"),
+    ("other labels",     "bert",       ["x", "y"],               ["a", "b"],      False,
+     "its head is for other labels (x, y); a new one for a, b begins with random weights"),
+    ("one label more",   "bert",       ["a", "b"],               ["a", "b", "c"], False,
+     "its head is for other labels (a, b); a new one for a, b, c begins with random weights"),
+    ("no names, and numbers", "bert",  ["LABEL_0", "LABEL_1"],   ["0", "1"],      True,
+     "its head names no labels and is kept: LABEL_0 is 0, and so on"),
+    ("eleven of them",   "bert",       [f"LABEL_{i}" for i in range(11)], [str(i) for i in range(11)], True,
+     "its head names no labels and is kept: LABEL_0 is 0, and so on"),
+    ("no names, and a number more", "bert", ["LABEL_0", "LABEL_1"], ["0", "1", "2"], False,
+     "its head is for other labels (LABEL_0, LABEL_1); a new one for 0, 1, 2 begins with random weights"),
+    ("no names, and numbers from 1", "bert", ["LABEL_0", "LABEL_1"], ["1", "2"], False,
+     "its head is for other labels (LABEL_0, LABEL_1); a new one for 1, 2 begins with random weights. If LABEL_0 is 1, and so on, name them so under"
+     " id2label in its config.json, and it is kept"),
+    ("no names",         "roberta",    ["LABEL_0", "LABEL_1"],   ["a", "b"],      False,
+     "its head is for other labels (LABEL_0, LABEL_1); a new one for a, b begins with random weights. If LABEL_0 is a, and so on, name them so under"
+     " id2label in its config.json, and it is kept"),
+    ("names, and numbers", "bert",     ["neg", "pos"],           ["0", "1"],      False,
+     "its head is for other labels (neg, pos); a new one for 0, 1 begins with random weights. If 0 is neg, and so on, write these names into the rows,"
+     " and it is kept"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "kind", "held", "wanted", "kept", "said"), HEADS, ids=[h[0] for h in HEADS])
-def test_a_head_is_kept_for_the_labels_it_knows(
-    name: str, kind: str, held: list[str], wanted: list[str], kept: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_head_is_kept_for_the_labels_it_knows(name: str, kind: str, held: list[str], wanted: list[str], kept: bool, said: str, tmp_path: Path) -> None:
     before = rows(classifier(kind, tmp_path, held))
+    assert said_in_prepare(tmp_path, wanted) == said
     model, whole = TextClassification().load_model(str(tmp_path), wanted)
     after = rows(model)
     assert list(after) == wanted
     assert whole == ["classifier"]
-    if kept == "all":
-        assert after == before
+    if kept:
+        assert after == {label.removeprefix("LABEL_"): row for label, row in before.items()}
     else:
         assert not {tuple(row) for row in after.values()} & {tuple(row) for row in before.values()}
-    output = capsys.readouterr().out
-    assert output.startswith(f"spec.model: its head {said}") if said else output == ""
 
 
-def test_a_model_without_a_head_gets_one_without_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_without_a_head_gets_one(tmp_path: Path) -> None:
     classifier("bert", tmp_path, ["x", "y"], head=False)
-    TextClassification().load_model(str(tmp_path), ["a", "b"])
-    assert capsys.readouterr().out == ""
+    assert said_in_prepare(tmp_path, ["a", "b"]) == "it has no head for labels; a new one for a, b begins with random weights"
+    model, _ = TextClassification().load_model(str(tmp_path), ["a", "b"])
+    assert list(rows(model)) == ["a", "b"]
+
+
+def said_in_prepare(folder: Path, wanted: list[str]) -> str:
+    model = preparetraining.Model(ResolvedSource(source=str(folder)), folder, AutoConfig.from_pretrained(folder), None)
+    return preparetraining.what_becomes_of_the_head(model, "text-classification", wanted)
 
 
 PERPLEXITIES = [

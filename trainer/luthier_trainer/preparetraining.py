@@ -21,6 +21,7 @@ from luthier_trainer import modelfacts, origins, sources
 from luthier_trainer.data import columns, files, images, texts, tokens
 from luthier_trainer.data.load import Loader, Rows, ranges
 from luthier_trainer.ending import Failure
+from luthier_trainer.notices import notice
 from luthier_trainer.plan import plan_training
 from luthier_trainer.taskfacts import FACTS
 from luthier_trainer.wholemodel import whole_model
@@ -88,6 +89,8 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     examples = read_examples(run, cache)
     model = new_model(spec.model.config, examples, run, folder) if spec.model.config else existing_model(located, run, folder)
     check_fit(model, run, len(examples.train.data))
+    if examples.labels:
+        notice(f"{MODEL}: {what_becomes_of_the_head(model, spec.task, examples.labels)}")
 
     data = encode(examples, model.processor, run)
     dataset_path = folder.prepared / "dataset"
@@ -186,6 +189,14 @@ def existing_model(located: sources.Located | None, run: FineTuneRun, folder: Wo
     config = modelfacts.read_config(path, located.field)
     modelfacts.check_task(config, run.spec.task, MODEL)
     return Model(located.resolved, path, config, modelfacts.read_processor(located.folder or path, run.spec.task, located.field))
+
+
+def what_becomes_of_the_head(model: Model, task: str, labels: list[str]) -> str:
+    """Whether the head of a classifier goes on learning, or starts anew."""
+    from luthier_trainer.tasks.classification import describe_head, labels_in
+
+    there = {name for file in model.path.glob("model*.safetensors") for name in modelfacts.safetensors_header(file)}
+    return describe_head(modelfacts.skeleton(model.config, task, MODEL), there, labels_in(str(model.path)), labels)
 
 
 def check_fit(model: Model, run: FineTuneRun, rows: int) -> None:

@@ -7,6 +7,7 @@ Neighbours: `text_classification` and `image_classification`, whose rows differ.
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,12 +16,10 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, EvalPrediction, PreTrainedModel
 from transformers.integrations import deepspeed as zero
 
-from luthier_trainer.ending import global_rank
-
 # What transformers' architectures call the modules behind the encoder, of which only the last knows how many labels there are.
 HEADS = ("classifier", "score", "classification_head", "pre_classifier", "logits_proj")
 ZERO3 = "_hf_deepspeed_config_weak_ref"  # where transformers 5.23 remembers that models are to be spread
-SHOWN = 10  # labels in a line of the log
+SHOWN = 5  # labels in a notice
 
 
 class Classification:
@@ -94,11 +93,14 @@ def twin(model: PreTrainedModel, **settings: Any) -> PreTrainedModel:
 
 
 def fit_head(model: PreTrainedModel, missing: set[str], held: list[str], wanted: list[str]) -> None:
-    """Make the rows of a head that was made for the labels `held` those of `wanted`: in their order, or new where the labels are others."""
+    """Make the rows of a head that was made for the labels `held` those of `wanted`: in their order, or new where the labels are others.
+
+    `describe_head` says what will happen, in `prepare`.
+    """
     kept = {name: dimension for name, dimension in head_weights(model).items() if name not in missing}
     if held == wanted or not kept:
         return
-    order = [held.index(name) for name in wanted] if sorted(held) == sorted(wanted) else None
+    order = head_order(held, wanted)
     weights = {name: model.get_parameter(name) for name in kept}
     with gathered(list(weights.values())), torch.no_grad():
         if order:
@@ -107,10 +109,50 @@ def fit_head(model: PreTrainedModel, missing: set[str], held: list[str], wanted:
         else:
             for module in sorted({name.rpartition(".")[0] for name in kept}):
                 model.get_submodule(module).reset_parameters()
-    if global_rank() == 0:
-        names = ", ".join(held[:SHOWN]) + ", ..." * (len(held) > SHOWN)
-        outcome = "knows the labels in another order, and is put into ours" if order else "is for other labels, and starts anew"
-        print(f"spec.model: its head ({names or 'which names no labels'}) {outcome}", flush=True)
+
+
+def head_order(held: list[str], wanted: list[str]) -> list[int] | None:
+    """For each label of `wanted`, the row of a head for the labels `held` that is its; None where the head is for other labels.
+
+    A head whose labels have no names (LABEL_0, LABEL_1, ...) fits rows whose labels are as many numbers from 0.
+    """
+    if sorted(held) == sorted(wanted):
+        return [held.index(name) for name in wanted]
+    if are_unnamed(held) and are_numbers(wanted) and len(held) == len(wanted):
+        return [int(name) for name in wanted]
+    return None
+
+
+def are_unnamed(labels: list[str]) -> bool:
+    return labels == [f"LABEL_{i}" for i in range(len(labels))]
+
+
+def are_numbers(labels: list[str]) -> bool:
+    return sorted(labels) == sorted(str(i) for i in range(len(labels)))
+
+
+def describe_head(model: PreTrainedModel, there: Collection[str], held: list[str], wanted: list[str]) -> str:
+    """What becomes of the head of a model for the labels `held` when it is trained for `wanted`. `there`: the names of the weights in its files."""
+    new = f"a new one for {shown(wanted)} begins with random weights"
+    if not any(name in there for name in head_weights(model)):
+        return f"it has no head for labels; {new}"
+    order = head_order(held, wanted)
+    if order is None:
+        hint = ""
+        if len(held) == len(wanted) and are_unnamed(held):
+            hint = f". If {held[0]} is {wanted[0]}, and so on, name them so under id2label in its config.json, and it is kept"
+        elif len(held) == len(wanted) and are_numbers(wanted):
+            hint = f". If 0 is {held[0]}, and so on, write these names into the rows, and it is kept"
+        return f"its head is for other labels ({shown(held)}); {new}{hint}"
+    if are_unnamed(held) and held != wanted:
+        return f"its head names no labels and is kept: {held[0]} is 0, and so on"
+    if held != wanted:
+        return f"its head knows the labels in another order ({shown(held)}) and is put into ours ({shown(wanted)})"
+    return f"its head is for the same labels ({shown(held)}) and is kept"
+
+
+def shown(labels: list[str]) -> str:
+    return ", ".join(labels[:SHOWN]) + ", ..." * (len(labels) > SHOWN)
 
 
 def gathered(parameters: list[torch.nn.Parameter]) -> Any:
