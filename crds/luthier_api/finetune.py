@@ -30,6 +30,8 @@ from luthier_api.spec import (
 FineTuneTask = Literal["causal-lm", "text-classification", "image-classification"]
 LINEAR = ("causal-lm", "text-classification")
 """Tasks whose models are made of linear layers. Those that look at images may be made of convolutions, which bitsandbytes leaves as they are."""
+TEXTS = ("causal-lm", "text-classification")
+"""Tasks whose rows hold text."""
 Strategy = Literal["auto", "ddp", "zero2", "zero2-offload", "zero3", "zero3-offload"]
 
 
@@ -56,6 +58,8 @@ class TrainingData(DatasetSource):
     eval_fraction: Annotated[float | None, Field(gt=0, lt=1)] = None
     """Share of the training rows, chosen by `training.seed`, that is held out to evaluate on."""
     columns: Columns = Field(default_factory=Columns)
+    parse_special_tokens: bool = False
+    """Whether control tokens that a text spells, such as </s> or <|im_end|>, are read as these tokens: for text that a chat template has made. Otherwise they are ordinary text (causal-lm, text-classification)."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         *DatasetSource.rules,
@@ -229,6 +233,10 @@ class FineTuneJobSpec(JobControl):
         Rule(
             f"self.method.type != 'qlora' || self.task in {list(LINEAR)}",
             "spec.method.type: qlora quantises linear layers, and a model of image-classification need not have any; use lora or full",
+        ),
+        Rule(
+            f"!self.dataset.parseSpecialTokens || self.task in {list(TEXTS)}",
+            "spec.dataset.parseSpecialTokens: the rows of this task hold no text; remove parseSpecialTokens",
         ),
         Rule(
             "self.task != 'image-classification' || !has(self.dataset.format) || self.dataset.format in ['imagefolder', 'parquet']",

@@ -156,6 +156,8 @@ CASES: list[Case] = [
          {"spec.model": {"config": {"modelType": "llama"}}, "spec.method": {"type": "full"}}),
     Case("method.targetModules:", {"spec.method.targetModules": ["all-linear", "q_proj"]}, {"spec.method.targetModules": ["q_proj", "v_proj"]}),
     Case("spec.strategy: ZeRO-3", {"spec.method": {"type": "qlora"}, "spec.strategy": "zero3"}, {"spec.method": {"type": "qlora"}, "spec.strategy": "zero2"}),
+    Case("spec.dataset.parseSpecialTokens:", {"spec.task": "image-classification", "spec.dataset.parseSpecialTokens": True},
+         {"spec.task": "text-classification", "spec.dataset.parseSpecialTokens": True}),
     Case("spec.training.packing:", {"spec.task": "text-classification", "spec.training": {"packing": True}}, {"spec.training": {"packing": True}}),
     Case("training.warmupSteps: schedule", {"spec.training": {"schedule": "constant", "warmupSteps": 10}},
          {"spec.training": {"schedule": "constant_with_warmup", "warmupSteps": 10}}),

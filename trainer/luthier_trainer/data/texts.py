@@ -1,6 +1,6 @@
 """Rows of text, as `prepare` sees them: which fit, whether the model takes them, and as tokens.
 
-Neighbours: `tokens` makes the tokens; `images` does the same for rows of images.
+Neighbours: `tokens` and `packing` make the tokens; `images` does the same for rows of images.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_trainer import modelfacts
-from luthier_trainer.data import columns, tokens
+from luthier_trainer.data import columns, packing, tokens
 from luthier_trainer.data.load import Rows
+from luthier_trainer.data.reading import Reader
 from luthier_trainer.ending import Failure
 from luthier_trainer.taskfacts import FACTS
 
@@ -50,8 +51,10 @@ def check(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, spec: Fi
 def encoded(rows: Rows, ids: list[int] | None, tokenizer: PreTrainedTokenizerBase, spec: FineTuneJobSpec) -> Dataset:
     """The rows as `train` reads them. `ids`: the class of each, where they are classified."""
     text, longest = column(spec), spec.training.max_length
+    reader = Reader(tokenizer, spec.dataset.parse_special_tokens)
+    reader.check_spellings(rows.data, text, FIELD, f"{'lines' if rows.documents else 'rows'} of {rows.origin}")
     if ids is not None:
-        return tokens.classification_rows(rows.data, text, ids, tokenizer, longest)
+        return tokens.classification_rows(rows.data, text, ids, reader, longest)
     if spec.training.packing:
-        return tokens.language_blocks(rows.data, text, tokenizer, longest, rows.documents)
-    return tokens.language_rows(rows.data, text, tokenizer, longest)
+        return packing.blocks(rows.data, text, reader, longest, rows.documents)
+    return tokens.language_rows(rows.data, text, reader, longest)

@@ -1,0 +1,253 @@
+"""Packing: all texts one after the other, separated by the end-of-text token, in blocks of `maxLength`.
+
+Time is linear in the length of the texts, and memory does not depend on it: a long text (a file, a book) is tokenised in pieces.
+
+Pieces overlap, so that the tokens are those of the whole text. A tokenizer looks at what stands around a token: where a text is simply cut, a
+word becomes two, two line breaks no longer are one token, and SentencePiece puts a blank before each piece. Here each piece has some characters
+of its neighbours, and one goes on where the other stops only at a place around which both have the same tokens. Pre-tokenizers decide by a few
+characters around them and merges stay within words, so what lies further away cannot change the tokens there. Texts that never come to such a
+place within the overlap (a thousand blanks or letters in a row) are cut at a boundary between tokens instead: no character is lost or doubled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import repeat
+from typing import TYPE_CHECKING
+
+from luthier_trainer.data.tokens import SHORTEST, language_features, mapped
+
+if TYPE_CHECKING:
+    import numpy
+    import pyarrow
+    from datasets import Dataset
+    from tokenizers import Encoding
+
+    from luthier_trainer.data.reading import Reader
+
+PIECE = 1 << 16  # characters of a long text that are tokenised at once
+OVERLAP = 1 << 10  # characters that a piece has of each of its neighbours
+AGREEING = 8  # tokens on each side of a seam that are the same in both pieces
+CHARACTERS_AT_ONCE = 1 << 20  # in one call of the tokenizer
+BYTES_AT_ONCE = 1 << 23  # of rows that are read at once, on average
+ROWS_AT_ONCE = 10_000
+
+
+def blocks(texts: Dataset, column: str, reader: Reader, max_length: int, documents: bool) -> Dataset:
+    """Columns input_ids, labels and length. All blocks have `max_length` tokens; the last may be shorter.
+
+    With `documents`, rows are parts of documents: only where the column `ends` is true is the end of a text.
+    """
+    packer = Packer(reader, max_length)
+
+    def pack(batch: pyarrow.Table, indices: list[int]) -> pyarrow.Table:
+        cells = batch[column].to_pylist()
+        for text, ends in joined(cells, batch["ends"].to_pylist()) if documents else zip(cells, repeat(True), strict=False):
+            packer.add(text, ends)
+        if indices[-1] < len(texts) - 1:
+            return _table(packer.take(), [], max_length)
+        packer.finish()
+        return _table(packer.take(), packer.rest if len(packer.rest) >= SHORTEST else [], max_length)
+
+    # One process, in order: what is left of a batch begins the next.
+    arrow = texts.with_format("arrow")
+    packed: Dataset = mapped(arrow, pack, language_features(), with_indices=True, batch_size=rows_at_once(texts))
+    return packed.with_format(None)
+
+
+def joined(parts: list[str], ends: list[bool]) -> Iterator[tuple[str, bool]]:
+    """The parts of each text as one: (text, whether it ends there)."""
+    begin = 0
+    for i, end in enumerate(ends, 1):
+        if end:
+            yield "".join(parts[begin:i]), True
+            begin = i
+    if begin < len(parts):
+        yield "".join(parts[begin:]), False
+
+
+def rows_at_once(texts: Dataset) -> int:
+    """Rows whose texts are about `BYTES_AT_ONCE` long together."""
+    bytes_a_row = texts.data.nbytes / max(len(texts.data), 1)
+    return min(max(int(BYTES_AT_ONCE / max(bytes_a_row, 1)), 1), ROWS_AT_ONCE)
+
+
+def _table(whole: numpy.ndarray, rest: list[int], max_length: int) -> pyarrow.Table:
+    """int32 of shape (blocks × max_length,), and the tokens of a shorter block if there is one → a row a block."""
+    import numpy
+    import pyarrow
+
+    lengths = numpy.array([max_length] * (len(whole) // max_length) + [len(rest)] * bool(rest), dtype=numpy.int32)
+    offsets = numpy.concatenate([[0], numpy.cumsum(lengths)]).astype(numpy.int32)
+    tokens = numpy.concatenate([whole, numpy.array(rest, dtype=numpy.int32)])
+    ids = pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(tokens))
+    return pyarrow.table({"input_ids": ids, "labels": ids, "length": pyarrow.array(lengths)})
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a text, with some of what stands before and after it."""
+
+    text: str
+    before: int
+    """Characters at the beginning of `text` that belong to the piece before; 0 where the text begins."""
+    after: int
+    """Characters at the end of `text` that belong to the next piece."""
+    ends: bool
+    """Whether the text ends with it."""
+
+
+class Cutter:
+    """Cuts texts, which may come in parts, into pieces."""
+
+    def __init__(self, overlap: int) -> None:
+        self.overlap = overlap
+        """Characters that a piece has of each neighbour; 0: pieces begin at line breaks, if there are any."""
+        self._parts: list[str] = []
+        self._size = self._before = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a text has begun and not ended."""
+        return self._size > 0
+
+    def add(self, text: str, ends: bool) -> Iterator[Piece]:
+        """The pieces that are whole once `text` goes on with the text that is open; `ends`: with it, that text ends."""
+        self._parts.append(text)
+        self._size += len(text)
+        if not ends and self._size <= self._before + PIECE + 2 * self.overlap:
+            return
+        whole, at, before = "".join(self._parts), 0, self._before
+        while len(whole) - at > before + PIECE + 2 * self.overlap:
+            end = at + before + PIECE
+            if not self.overlap:
+                end = whole.rfind("\n", at, end) + 1 or end
+            yield Piece(whole[at : end + self.overlap], before, self.overlap, ends=False)
+            at, before = end - self.overlap, self.overlap
+        rest = whole[at:]
+        if ends:
+            yield Piece(rest, before, 0, ends=True)
+            rest, before = "", 0
+        self._parts, self._size, self._before = [rest], len(rest), before
+
+
+@dataclass
+class Tokenised:
+    """A piece and its tokens, of which those from `start` on are not in the stream yet."""
+
+    piece: Piece
+    ids: list[int]
+    encoding: Encoding | None
+    start: int = 0
+
+
+class Packer:
+    """A stream of tokens, to which texts are added and from which blocks are taken."""
+
+    def __init__(self, reader: Reader, max_length: int) -> None:
+        self.reader, self.max_length = reader, max_length
+        self._cutter = Cutter(OVERLAP if reader.tokenizer.is_fast else 0)
+        self._pieces: list[Piece] = []
+        self._characters = 0
+        self._open: Tokenised | None = None
+        """The newest piece of a text that goes on."""
+        self._stream: list[int] = []
+        self._last: int | None = None
+        """The newest token of the text that is open."""
+        self._cut_off = False
+
+    def add(self, text: str, ends: bool) -> None:
+        """Append a text or a part of one; `ends`: with it, the text ends."""
+        for piece in self._cutter.add(text, ends):
+            self._pieces.append(piece)
+            self._characters += len(piece.text)
+            if self._characters >= CHARACTERS_AT_ONCE:
+                self._tokenise()
+
+    def take(self) -> numpy.ndarray:
+        """The tokens of all blocks that are full, int32 of shape (blocks × max_length,)."""
+        import numpy
+
+        self._tokenise()
+        whole = len(self._stream) - len(self._stream) % self.max_length
+        taken = numpy.array(self._stream[:whole], dtype=numpy.int32)
+        del self._stream[:whole]
+        return taken
+
+    def finish(self) -> None:
+        """Add what a text has that did not end, for want of the rows that were left out. It gets no end-of-text token."""
+        if self._cutter.is_open:
+            self._tokenise()
+            self._cut_off = True
+            self.add("", ends=True)
+            self._tokenise()
+
+    @property
+    def rest(self) -> list[int]:
+        """Tokens that fill no block as yet."""
+        return self._stream
+
+    def _tokenise(self) -> None:
+        if not self._pieces:
+            return
+        encoded = self.reader(
+            [piece.text for piece in self._pieces], add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
+        )
+        encodings = encoded.encodings or [None] * len(self._pieces)
+        for piece, ids, encoding in zip(self._pieces, encoded["input_ids"], encodings, strict=True):
+            self._append(Tokenised(piece, ids, encoding))
+        self._pieces, self._characters = [], 0
+
+    def _append(self, new: Tokenised) -> None:
+        if self._open is None:
+            begin = self.reader.begin
+            if new.ids[:1] != begin:  # unless the text brings it
+                self._stream += begin
+            self._last = None
+        else:
+            end, new.start, between = seam(self._open, new)
+            self._put(self._open.ids[self._open.start : end])
+            if between:
+                self._put(self.reader([between], add_special_tokens=False)["input_ids"][0])
+        self._open = new
+        if new.piece.ends:
+            self._put(new.ids[new.start :])
+            eos = self.reader.tokenizer.eos_token_id
+            if self._last != eos and not self._cut_off:
+                self._stream.append(eos)
+            self._open = None
+
+    def _put(self, ids: list[int]) -> None:
+        self._stream += ids
+        self._last = ids[-1] if ids else self._last
+
+
+def seam(left: Tokenised, right: Tokenised) -> tuple[int, int, str]:
+    """(end, start, between): `left.ids[:end]`, the tokens of `between` and `right.ids[start:]` are the tokens of both pieces."""
+    a, b = left.encoding, right.encoding
+    if not right.piece.before or a is None or b is None:
+        return len(left.ids), 0, ""  # they do not overlap
+    shift = len(left.piece.text) - right.piece.before - left.piece.after  # of characters, from `left` to `right`
+    middle = shift + right.piece.before  # where the part of `left` ends
+    for agreeing in (AGREEING, 1, 0):
+        for character in range(middle, middle + left.piece.after // 2):
+            i, j = beginning(a, character), beginning(b, character - shift)
+            if i is None or j is None:
+                continue
+            if left.ids[i - agreeing : i + agreeing] == right.ids[j - agreeing : j + agreeing]:
+                return i, j, ""
+    # No two tokens begin at the same character: what lies between a token of the left piece and the next whole one of the right piece is left.
+    end = sum(start < middle for start, _ in a.offsets)
+    after = max((stop for _, stop in a.offsets[:end]), default=0) - shift
+    start = sum(begin < after for begin, _ in b.offsets)
+    return end, start, right.piece.text[after : b.offsets[start][0] if start < len(b.offsets) else len(right.piece.text)]
+
+
+def beginning(encoding: Encoding, character: int) -> int | None:
+    """The first token that begins at `character`, if one does."""
+    token = encoding.char_to_token(character)
+    if token is None:
+        return None
+    span = encoding.token_to_chars(token)
+    return token if span and span[0] == character else None

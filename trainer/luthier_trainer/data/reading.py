@@ -1,0 +1,124 @@
+"""How a tokenizer reads texts: control tokens that a text spells are ordinary text unless asked for, and none is doubled.
+
+A tokenizer takes the spelling of a control token, such as `</s>` or `<|im_end|>`, for the token itself. In training data that is hardly ever
+meant: a page about HTML would teach the model to end in its middle. Unless the spec asks for it, such spellings are read like other text.
+Neighbours: `tokens` and `packing` make rows of the tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from luthier_api.exitcodes import ExitCode
+from luthier_trainer.ending import Failure
+from luthier_trainer.notices import notice
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+PARSE = "spec.dataset.parseSpecialTokens"
+ROWS_AT_ONCE = 10_000
+SHOWN = 3  # spellings in a message
+MARKED = re.compile(r"\W.*\W|__\w+__", re.DOTALL)  # the spelling of a control token; others, such as "!" for padding, are ordinary text
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A tokenizer, and how it reads texts."""
+
+    tokenizer: PreTrainedTokenizerBase
+    parse_special: bool = False
+    """Whether spellings of control tokens are read as these tokens."""
+
+    def __call__(self, texts: list[str], **options: Any) -> BatchEncoding:
+        """As the tokenizer is called."""
+        return self.tokenizer(texts, split_special_tokens=not self.parse_special, verbose=False, **options)
+
+    def truncated(self, texts: list[str], max_length: int) -> tuple[list[list[int]], int]:
+        """(tokens of each text, how many texts were cut). The tokenizer cuts, and keeps its closing token."""
+        options = {"truncation": True, "max_length": max_length, "return_attention_mask": False, "return_token_type_ids": False}
+        if self.tokenizer.is_fast:
+            encoded = self(texts, **options)
+            return encoded["input_ids"], sum(len(e.ids) == max_length and bool(e.overflowing) for e in encoded.encodings or [])
+        rows = [self.tokenizer(text, split_special_tokens=not self.parse_special, return_overflowing_tokens=True, **options) for text in texts]
+        return [row["input_ids"] for row in rows], sum("num_truncated_tokens" in row for row in rows)
+
+    @cached_property
+    def begin(self) -> list[int]:
+        """What the tokenizer puts before a text: a begin-of-text token, or nothing."""
+        alone = self.tokenizer("")["input_ids"]
+        return alone[:1] if alone[:1] == [self.tokenizer.bos_token_id] else []
+
+    def row(self, ids: list[int]) -> list[int]:
+        """`ids` of a text, with the end-of-text token behind it. What the text brought itself is not doubled."""
+        begin, end = self.begin, [self.tokenizer.eos_token_id]
+        if begin and ids[:2] == begin * 2:
+            ids = ids[1:]
+        if ids[-2:] == end * 2:
+            ids = ids[:-1]
+        return ids if ids[-1:] == end else ids + end
+
+    @cached_property
+    def spellings(self) -> dict[str, int]:
+        """Spelling → id of the control tokens."""
+        tokenizer = self.tokenizer
+        added = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+
+    def check_spellings(self, texts: Dataset, column: str, field: str, rows: str) -> None:
+        """Give notice of the rows that spell control tokens. `rows` is what messages call them: rows of train.jsonl.
+
+        Raises Failure where the tokenizer's kind reads a spelling as the control token in any case.
+        """
+        if self.parse_special:
+            return
+        found, count = self._spelled(texts, column)
+        if not found:
+            return
+        unavoidable = [spelling for spelling in found if MARKED.fullmatch(spelling) and self._unavoidable(spelling)]
+        if unavoidable:
+            model = type(self.tokenizer.backend_tokenizer.model).__name__ if self.tokenizer.is_fast else type(self.tokenizer).__name__
+            raise Failure(
+                ExitCode.INVALID_DATASET,
+                f"{field}: {_shown(Counter({s: found[s] for s in unavoidable}))} {rows} spell control tokens, and a tokenizer of the kind {model} cannot"
+                f" read them as text: the model would learn them as the tokens themselves. Remove the spellings, or set {PARSE}: true if that is meant",
+            )
+        notice(
+            f"{field}: {count} of {len(texts)} {rows} spell control tokens of the tokenizer ({_shown(found)}), which are read as ordinary text."
+            f" Set {PARSE}: true if they are meant as the tokens themselves, as in text made by a chat template"
+        )
+
+    def _spelled(self, texts: Dataset, column: str) -> tuple[Counter[str], int]:
+        """(spelling → rows that hold it, rows that hold any)."""
+        import pyarrow.compute
+
+        found: Counter[str] = Counter()
+        count = 0
+        pattern = re.compile("|".join(re.escape(s) for s in sorted(self.spellings, key=len, reverse=True) if s) or "$^")
+        arrow = texts.with_format("arrow", columns=[column])
+        for start in range(0, len(texts), ROWS_AT_ONCE):
+            cells = arrow[start : start + ROWS_AT_ONCE][column]
+            held = cells.filter(pyarrow.compute.match_substring_regex(cells, pattern.pattern))
+            for text in held:
+                found.update(set(pattern.findall(text.as_py())))
+            count += len(held)
+        return found, count
+
+    def _unavoidable(self, spelling: str) -> bool:
+        """Whether the tokenizer reads `spelling` as the control token also when it is asked not to.
+
+        Those whose vocabulary is looked up by whole pieces (Unigram, WordLevel) do: their control tokens are pieces like all others.
+        """
+        around = [spelling, f" {spelling} ", f"a{spelling}b", f"a {spelling} b"]
+        return any(self.spellings[spelling] in ids for ids in self(around, add_special_tokens=False)["input_ids"])
+
+
+def _shown(found: Counter[str]) -> str:
+    """The commonest spellings, with the number of rows that hold them."""
+    listed = [f"{spelling} in {rows}" for spelling, rows in found.most_common(SHOWN)]
+    return ", ".join(listed) + (", ..." if len(found) > SHOWN else "")
