@@ -210,12 +210,6 @@ MISTAKES: list[tuple[str, Callable[[Path, Path], dict[str, Any]], ExitCode, list
         ["spec.adapters[0]: does not fit the model", "size mismatch"],
     ),
     (
-        "a weight for whole modules",
-        lambda m, t: {"adapters": [{"path": str(write_adapter(m, t, modules_to_save=["lm_head"])), "weight": 0.5}]},
-        ExitCode.INVALID_SPEC,
-        ["spec.adapters[0].weight", "lm_head"],
-    ),
-    (
         "an empty adapter folder",
         lambda m, t: {"adapters": [{"path": str(t)}]},
         ExitCode.INVALID_SPEC,

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from luthier_api.exitcodes import ExitCode
+from luthier_api.generate import Adapter
 from luthier_api.run import GenerateRun
 from luthier_trainer import modelfacts, sources
 from luthier_trainer.ending import Failure
@@ -20,7 +23,14 @@ from luthier_trainer.origins import folder_digest
 from luthier_trainer.taskfacts import task_of_adapter
 
 NEEDS = {"text-generation": "causal-lm", "text-to-image": "Stable Diffusion XL"}
-LORA_WEIGHT = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+PREFIX = "base_model.model."  # of names in PEFT's files
+LORA_WEIGHT = re.compile(r"(.+)\.lora_([AB])\.weight")
+ADDED = re.compile(r"(.+?)\.lora_(?:embedding_)?[AB](?:\.(weight|bias))?")
+LAST = re.compile(r"(.+)\.[^.]+")
+REPLACED = re.compile(r"(.+?)\.(?:lora_magnitude_vector|token_adapter\..+)")  # by DoRA, and of single tokens
+COPIED = ".base_layer.weight"  # PEFT saves the base's own embeddings along with an adapter on them
+SHOWN = 3  # names in a message
+NOT_MERGED = ("alora_invocation_tokens", "arrow_config", "layer_replication")  # settings of adapters that only work beside the model
 
 
 def check(adapter: Path, job: str | None, field: str, run: GenerateRun, model: sources.Located, model_path: Path) -> None:
@@ -36,6 +46,7 @@ def check(adapter: Path, job: str | None, field: str, run: GenerateRun, model: s
     elif model.folder == model_path:
         check_named_base(Path(config.get("base_model_name_or_path") or ""), field, model)
     if run.spec.task == "text-generation":
+        check_kind(config, field)
         check_shapes(adapter, field, model_path, model.resolved.source)
 
 
@@ -45,6 +56,75 @@ def check_task(trained_for: str | None, task: str, field: str) -> None:
             ExitCode.INVALID_SPEC,
             f"{field}: the adapter was trained for {trained_for}, and {task} needs one for {NEEDS[task]}. Name another, or remove it",
         )
+
+
+def check_kind(config: Mapping[str, Any], field: str) -> None:
+    """Whether the adapter can become part of the model's weights. Raises Failure."""
+    if (kind := config.get("peft_type")) != "LORA":
+        raise Failure(ExitCode.INVALID_SPEC, f"{field}: is a {kind} adapter; only LoRA adapters are merged")
+    if setting := next((name for name in NOT_MERGED if config.get(name)), None):
+        raise Failure(ExitCode.INVALID_SPEC, f"{field}: the adapter has {setting} (adapter_config.json), and cannot become part of the model's weights")
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What an adapter does to the weights of its model, by name."""
+
+    adds: frozenset[str]
+    replaces: frozenset[str]
+    """Also those of which it replaces a part (single tokens), or the norm (DoRA)."""
+
+    @property
+    def all(self) -> frozenset[str]:
+        return self.adds | self.replaces
+
+
+def changes(adapter: Path) -> Changes:
+    adds, replaces = set[str](), set[str]()
+    for name in names_in(adapter):
+        if added := ADDED.fullmatch(name):
+            adds.add(f"{added[1]}.{added[2] or 'weight'}")
+        elif replaced := REPLACED.fullmatch(name):
+            replaces.add(f"{replaced[1]}.weight")
+        elif not name.endswith(COPIED):
+            replaces.add(name.replace(".base_layer.", "."))
+    return Changes(frozenset(adds), frozenset(replaces))
+
+
+def names_in(adapter: Path) -> dict[str, list[int]]:
+    """Name → shape of the tensors in an adapter's files, without PEFT's prefix."""
+    return {
+        key.removeprefix(PREFIX): tensor["shape"]
+        for file in sorted(adapter.glob("adapter_model*.safetensors"))
+        for key, tensor in modelfacts.safetensors_header(file).items()
+        if key != "__metadata__"
+    }
+
+
+def check_together(folders: Sequence[Path], adapters: Sequence[Adapter], field: str) -> None:
+    """Whether each adapter has its full effect beside the others, and at its weight. Raises Failure.
+
+    What one adapter replaces, another one must not change: only the last of them would count.
+    """
+    found = {i: changes(folders[i]) for i, adapter in enumerate(adapters) if adapter.weight != 0}
+    for i, own in found.items():
+        whole = sorted(name for name in own.replaces if not name.endswith(".bias"))  # trained biases have a weight
+        if whole and adapters[i].weight != 1:
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}[{i}].weight: the adapter replaces {some(whole)} instead of adding to it, and what is replaced has no weight; set 1",
+            )
+        for j in range(i):
+            if j in found and (both := sorted((own.replaces & found[j].all) | (own.all & found[j].replaces))):
+                raise Failure(
+                    ExitCode.INVALID_SPEC,
+                    f"{field}[{i}]: {some(both)} is replaced by one of this adapter and {field}[{j}], and changed by the other as well. Only one of"
+                    " them would have its effect; remove one",
+                )
+
+
+def some(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + f" and {len(names) - SHOWN} others" * (len(names) > SHOWN)
 
 
 def check_base(job: str, field: str, run: GenerateRun, model: sources.Located) -> None:
@@ -77,7 +157,7 @@ def check_named_base(base: Path, field: str, model: sources.Located) -> None:
         )
 
 
-def check_shapes(adapter: Path, field: str, model_path: Path, name: str) -> None:
+def check_shapes(adapter: Path, field: str, model_path: Path, name_of_model: str) -> None:
     """Whether each module that the adapter adds to is in the model, and as wide as it thinks."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -89,24 +169,24 @@ def check_shapes(adapter: Path, field: str, model_path: Path, name: str) -> None
         return  # names in files are not those of modules
     with torch.device("meta"):
         modules = dict(AutoModelForCausalLM.from_config(config).named_modules())
-    for file in sorted(adapter.glob("adapter_model*.safetensors")):
-        for key, tensor in modelfacts.safetensors_header(file).items():
-            if not (match := LORA_WEIGHT.fullmatch(key)):
-                continue
-            place, side = match.groups()
-            module = modules.get(place)
-            if module is None:
-                raise Failure(
-                    ExitCode.INVALID_SPEC,
-                    f"{field}: the adapter does not fit {name}, which has no module {place}. Name the model it was trained on",
-                )
-            if not isinstance(module, torch.nn.Linear | Conv1D):
-                continue
-            outputs, inputs = module.weight.shape if isinstance(module, torch.nn.Linear) else module.weight.shape[::-1]
-            wide, found, what = (inputs, tensor["shape"][1], "inputs") if side == "A" else (outputs, tensor["shape"][0], "outputs")
-            if wide != found:
-                raise Failure(
-                    ExitCode.INVALID_SPEC,
-                    f"{field}: the adapter does not fit {name}: {place} has {wide} {what} there, and {found} in the adapter. Name the model it was"
-                    " trained on",
-                )
+    for name, shape in names_in(adapter).items():
+        place = next(m[1] for m in (ADDED.fullmatch(name), REPLACED.fullmatch(name), LAST.fullmatch(name)) if m).removesuffix(".base_layer")
+        module = modules.get(place)
+        if module is None:
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}: the adapter does not fit {name_of_model}, which has no module {place}. Name the model it was trained on",
+            )
+        if name.endswith(".lora_B.bias") and getattr(module, "bias", None) is None:
+            raise Failure(ExitCode.INVALID_SPEC, f"{field}: the adapter has a bias for {place}, which has none in {name_of_model}; it cannot be merged")
+        match = LORA_WEIGHT.fullmatch(name)
+        if not match or not isinstance(module, torch.nn.Linear | Conv1D):
+            continue
+        outputs, inputs = module.weight.shape if isinstance(module, torch.nn.Linear) else module.weight.shape[::-1]
+        wide, given, what = (inputs, shape[1], "inputs") if match[2] == "A" else (outputs, shape[0], "outputs")
+        if wide != given:
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}: the adapter does not fit {name_of_model}: {place} has {wide} {what} there, and {given} in the adapter. Name the model it"
+                " was trained on",
+            )

@@ -52,6 +52,8 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     paths = [fetch_adapter(a, folder.prepared / "adapters" / str(i), run, i) for i, a in enumerate(found)]
     for i, adapter in enumerate(paths):
         adapters.check(adapter.parent if found[i].file else adapter, spec.adapters[i].job, found[i].field, run, located, path)
+    if spec.task == "text-generation":
+        adapters.check_together(paths, spec.adapters, "spec.adapters")
 
     target = folder.prepared / "rows.jsonl"
     with target.open("w") as file:

@@ -19,7 +19,7 @@ from luthier_trainer.ending import Failure
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.samples import Output, Sample, padded
 from luthier_trainer.generation.sampling import processors
-from luthier_trainer.merging import untie
+from luthier_trainer.merging import add_adapters
 from luthier_trainer.modelfacts import room
 from luthier_trainer.sources import OWN_WEIGHTS
 
@@ -40,8 +40,7 @@ class TextEngine:
         model = load_model(model_path, torch.float32 if adapters else hardware.dtype, self.device)
         if adapters and is_quantised(model):
             model = model.dequantize(torch.float32).float()
-        for i, path in enumerate(adapters):
-            model = merge_adapter(model, path, spec.adapters[i].weight, f"spec.adapters[{i}]")
+        model = add_adapters(model, adapters, [adapter.weight for adapter in spec.adapters], "spec.adapters")
         self.model = (model if is_quantised(model) else model.to(self.device, hardware.dtype)).eval()
         self.context = room(model.config)
         self.ends = end_tokens(model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
@@ -131,30 +130,3 @@ def end_tokens(*ids: int | list[int] | None) -> set[int]:
     """Every token that ends a text, by the model's generation settings or by its tokenizer."""
     return {token for i in ids if i is not None for token in (i if isinstance(i, list) else [i])}
 
-
-def merge_adapter(model: PreTrainedModel, path: Path, weight: float, field: str) -> PreTrainedModel:
-    """`model` with a LoRA adapter added to its weights, `weight` times. Raises Failure when the adapter does not fit."""
-    if weight == 0:
-        return model
-    from peft import PeftConfig, PeftModel  # only here: it takes seconds to import
-    from peft.tuners.lora import LoraLayer
-
-    try:
-        config = PeftConfig.from_pretrained(path)
-        if config.peft_type != "LORA":
-            raise Failure(ExitCode.INVALID_SPEC, f"{field}: is a {config.peft_type} adapter; only LoRA adapters are merged")
-        if config.modules_to_save and weight != 1:
-            replaced = ", ".join(config.modules_to_save)
-            raise Failure(
-                ExitCode.INVALID_SPEC, f"{field}.weight: the adapter replaces whole modules ({replaced}), which have no weight; set 1"
-            )
-        adapted = PeftModel.from_pretrained(model, path)
-    except (ValueError, RuntimeError, OSError) as error:
-        if getattr(error, "errno", None) is not None:
-            raise
-        raise Failure(ExitCode.INVALID_SPEC, f"{field}: does not fit the model: {error}") from None
-    for module in adapted.modules():
-        if isinstance(module, LoraLayer):
-            module.set_scale("default", weight)
-    untie(adapted)
-    return adapted.merge_and_unload()
