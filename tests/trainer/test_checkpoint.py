@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from luthier_api.workspace import MANIFEST
 from luthier_trainer import checkpoint
-from luthier_trainer.checkpoint import facts_of, newest
-from luthier_trainer.ending import Failure
+from luthier_trainer.checkpoint import facts_of
+from luthier_trainer.ending import HEARTBEAT_FILE, STARTING_FILE, Failure, run_dir
 from luthier_trainer.manifest import problems, read_manifest, write_manifest
+from luthier_trainer.ranks import Ranks
 
 OURS = {"spec.method": {"type": "lora", "rank": 8}, "spec.strategy": "none"}
 
@@ -24,6 +27,11 @@ def save(folder: Path, step: int, identity: dict[str, Any] = OURS) -> Path:
     (path / "rng_state.pth").write_bytes(b"state")
     write_manifest(path, step=step, **facts_of(identity))
     return path
+
+
+def newest(folder: Path, wanted: dict[str, Any]) -> Path | None:
+    """Of a run of one process."""
+    return checkpoint.newest(folder, wanted, Ranks())
 
 
 def damage(path: Path) -> None:
@@ -43,7 +51,25 @@ def half_write(path: Path) -> None:
     (path / "MANIFEST.json").unlink()
 
 
-DAMAGES: list[tuple[str, Callable[[Path], None]]] = [("changed", damage), ("shorter", truncate), ("gone", lose), ("no manifest", half_write)]
+def rewrite(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Harm that is done to the manifest alone."""
+
+    def harm(path: Path) -> None:
+        document = json.loads((path / MANIFEST).read_text())
+        change(document)
+        (path / MANIFEST).write_text(json.dumps(document))
+
+    return harm
+
+
+DAMAGES: list[tuple[str, Callable[[Path], None]]] = [
+    ("changed", damage), ("shorter", truncate), ("gone", lose), ("no manifest", half_write),
+    ("a manifest without a size", rewrite(lambda m: m["files"][0].pop("size"))),
+    ("a manifest without a digest", rewrite(lambda m: m["files"][0].pop("sha256"))),
+    ("a manifest whose files are names", rewrite(lambda m: m.update(files=["model.safetensors"]))),
+    ("a manifest with no files", rewrite(lambda m: m.update(files=[]))),
+    ("a manifest of files elsewhere", rewrite(lambda m: m["files"][0].update(path="../checkpoint-10/model.safetensors"))),
+]  # fmt: skip
 
 
 def names(folder: Path) -> list[str]:
@@ -90,6 +116,17 @@ def test_the_same_step_may_break_twice(folder: Path) -> None:
         damage(save(folder, 20))
         assert newest(folder, OURS) == folder / "checkpoint-10"
     assert names(folder) == [".corrupt-checkpoint-20", "checkpoint-10"]
+
+
+def test_few_broken_ones_are_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is as large as a good one. Those that were found last are kept, whatever their step."""
+    for step in (40, 30, 10, 20):
+        damage(save(folder, step))
+        assert newest(folder, OURS) is None
+    assert names(folder) == [".corrupt-checkpoint-10", ".corrupt-checkpoint-20"]
+    said = capsys.readouterr().out
+    assert ".corrupt-checkpoint-40 is removed: 2 newer ones lie set aside" in said
+    assert ".corrupt-checkpoint-30 is removed" in said
 
 
 ASIDE = [
@@ -139,33 +176,92 @@ def staged(folder: Path, step: int, states: list[str]) -> Path:
     return path
 
 
+def commit(path: Path, folder: Path, ranks: int, facts: dict[str, Any]) -> Path:
+    """As `loop` does it: each rank describes what it has written, rank 0 makes a checkpoint of it."""
+    described = [checkpoint.describe(path, rank, ranks) for rank in range(ranks)]
+    return checkpoint.commit(path, folder, described, facts)
+
+
 def test_commit(folder: Path) -> None:
-    path = checkpoint.commit(staged(folder, 7, ["rng_state_0.pth", "rng_state_1.pth"]), folder, 2, {"step": 7, **facts_of(OURS)})
+    path = commit(staged(folder, 7, ["rng_state_0.pth", "rng_state_1.pth"]), folder, 2, {"step": 7, **facts_of(OURS)})
     assert names(folder) == ["checkpoint-7"]
-    assert (read_manifest(path) or {})["step"] == 7
+    manifest = read_manifest(path) or {}
+    assert manifest["step"] == 7
+    assert [entry["path"] for entry in manifest["files"]] == ["model.safetensors", "rng_state_0.pth", "rng_state_1.pth"]
     assert newest(folder, OURS) == path
 
 
 def test_commit_replaces_one_of_the_same_step(folder: Path) -> None:
     damage(save(folder, 7))
-    checkpoint.commit(staged(folder, 7, ["rng_state.pth"]), folder, 1, facts_of(OURS))
+    commit(staged(folder, 7, ["rng_state.pth"]), folder, 1, facts_of(OURS))
     assert newest(folder, OURS) == folder / "checkpoint-7"
     assert names(folder) == ["checkpoint-7"]
 
 
+WRITERS = [
+    # file                                                                rank of two
+    ("rng_state_1.pth",                                                   1),
+    ("global_step7/zero_pp_rank_1_mp_rank_00_optim_states.pt",            1),
+    ("global_step7/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",       1),
+    ("global_step7/zero_pp_rank_0_mp_rank_00_model_states.pt",            0),
+    ("global_step7/mp_rank_00_model_states.pt",                           0),
+    ("optimizer.pt",                                                      0),
+    ("rng_state_7.pth",                                                   0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "rank"), WRITERS, ids=[w[0] for w in WRITERS])
+def test_each_rank_reads_back_what_it_wrote(file: str, rank: int, folder: Path) -> None:
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_bytes(b"state")
+    assert [[e["path"] for e in checkpoint.describe(folder, r, 2)] for r in range(2)] == ([[file], []] if rank == 0 else [[], [file]])
+
+
+def test_what_nobody_has_described_is_in_the_manifest_too(folder: Path) -> None:
+    """Files that appear late, or that a name gives to a rank that did not write them."""
+    path = staged(folder, 7, ["rng_state.pth"])
+    (path / "late.json").write_text("{}")
+    checkpoint.commit(path, folder, [[]], facts_of(OURS))
+    manifest = read_manifest(folder / "checkpoint-7") or {}
+    assert [entry["path"] for entry in manifest["files"]] == ["late.json", "model.safetensors", "rng_state.pth"]
+    assert problems(folder / "checkpoint-7") == []
+
+
 def test_what_other_pods_write_may_be_seen_a_moment_later(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = staged(folder, 7, ["rng_state_0.pth"])
+    path = staged(folder, 7, ["rng_state_0.pth", "rng_state_1.pth"])
+    described = [checkpoint.describe(path, rank, 2) for rank in (0, 1)]
+    (path / "rng_state_1.pth").unlink()
     monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: (path / "rng_state_1.pth").write_bytes(b"state"))
-    assert checkpoint.commit(path, folder, 2, facts_of(OURS)) == folder / "checkpoint-7"
+    assert checkpoint.commit(path, folder, described, facts_of(OURS)) == folder / "checkpoint-7"
 
 
 def test_pods_that_do_not_share_the_volume(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "SHARED_VOLUME_SECONDS", 0.0)
+    path = staged(folder, 7, ["rng_state_0.pth", "rng_state_1.pth"])
+    described = [checkpoint.describe(path, rank, 2) for rank in (0, 1)]
+    (path / "rng_state_1.pth").unlink()
     with pytest.raises(Failure) as caught:
-        checkpoint.commit(staged(folder, 7, ["rng_state_0.pth"]), folder, 2, facts_of(OURS))
+        checkpoint.commit(path, folder, described, facts_of(OURS))
     assert caught.value.code == 74
     assert caught.value.message.startswith("spec.workspace: only 1 of 2 processes could be seen writing")
     assert not (folder / "checkpoint-7").exists()
+
+
+def test_reading_gives_signs_of_life(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A manifest of 70B weights takes minutes: nobody may take that for a hang. Before the first step more patience is left."""
+    monkeypatch.setattr("luthier_trainer.manifest.CHUNK_BYTES", 4)
+    beats = []
+    monkeypatch.setattr(checkpoint, "beat", lambda: beats.append(1))
+    commit(staged(folder, 7, ["rng_state.pth"]), folder, 1, facts_of(OURS))
+    assert len(beats) == 2 + 2 + 2  # files; chunks of `weights` and of `state`
+    assert newest(folder, OURS) == folder / "checkpoint-7"
+    assert [(run_dir() / name).exists() for name in (STARTING_FILE, HEARTBEAT_FILE)] == [True, False]
+
+
+def test_the_ranks_share_what_is_verified() -> None:
+    entries = [{"path": name, "size": size} for name, size in (("a", 1), ("b", 9), ("c", 8), ("d", 2))]
+    shares = [checkpoint.share_of(entries, rank, 2) for rank in (0, 1)]
+    assert [[e["path"] for e in share] for share in shares] == [["b", "d"], ["c", "a"]]
 
 
 def test_the_order_of_settings_makes_no_other_run(folder: Path) -> None:
@@ -187,8 +283,11 @@ def test_what_a_manifest_names_is_durable_before_it_is_there(folder: Path, monke
     monkeypatch.setattr(os, "fsync", lambda handle: synced.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name))
     (folder / "a").write_bytes(b"1")
     (folder / "b").write_bytes(b"2")
+    (folder / "global_step7").mkdir()
+    (folder / "global_step7" / "c").write_bytes(b"3")
     write_manifest(folder)
-    assert synced == ["a", "b", ".MANIFEST.json.partial", folder.name]
+    assert sorted(synced[:3]) == ["a", "b", "c"]  # by several threads
+    assert synced[3:] == ["global_step7", ".MANIFEST.json.partial", folder.name]
 
 
 ROTATIONS = [

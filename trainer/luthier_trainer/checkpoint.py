@@ -1,27 +1,39 @@
 """Checkpoints that can be trusted: staged beside, made durable, manifest last, renamed; what does not verify is never resumed from.
 
 transformers writes in place and resumes from the highest number, whole or not, so the folder is ours: `loop` lets it
-write into a staging folder, this module decides what becomes of it. Only rank 0 calls these functions.
+write into a staging folder, this module decides what becomes of it. Each rank describes the files that it has written, and verifies its
+share of those that it may resume from; rank 0 alone moves and removes folders.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun, PreparedRecord
-from luthier_trainer.ending import START_OVER, Failure
-from luthier_trainer.manifest import fsync, problems, read_manifest, write_manifest
+from luthier_api.workspace import MANIFEST
+from luthier_trainer import manifest
+from luthier_trainer.ending import START_OVER, Failure, beat, beat_before_training
+from luthier_trainer.manifest import Entry, fsync, read_manifest
+
+if TYPE_CHECKING:
+    from luthier_trainer.ranks import Ranks  # brings torch
 
 FOLDER = re.compile(r"checkpoint-(\d+)")
 STAGING, CORRUPT = ".staging-", ".corrupt-"
+KEPT_CORRUPT = 2  # enough to look for the cause; each is as large as a good one
 SHARED_VOLUME_SECONDS = 60.0  # NFS clients may cache a folder's entries for 30 s (acdirmin)
+# Files that name the rank that writes them: transformers' random states, and DeepSpeed's shards of weights and optimizer. Rank 0 writes all others.
+OF_A_RANK = re.compile(r"rng_state_(\d+)\.pth|(?:.+_)?zero_pp_rank_(\d+)_mp_rank_\d+_(?:model|optim)_states\.pt")
 
 
 def identity(run: FineTuneRun, prepared: PreparedRecord) -> dict[str, Any]:
@@ -40,53 +52,98 @@ def facts_of(run_identity: dict[str, Any]) -> dict[str, Any]:
     return {"run": run_identity, "runHash": _digest(run_identity)}
 
 
-def check_identity(folder: Path, manifest: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise Failure(INVALID_SPEC) when what lies in `folder` was made by another run, and say what differs."""
-    if manifest.get("runHash") == _digest(wanted):
+def check_identity(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise Failure(INVALID_SPEC) when what lies in `folder`, with the manifest `found`, was made by another run, and say what differs."""
+    if found.get("runHash") == _digest(wanted):
         return
-    differences = list(_differences("", json.loads(json.dumps(wanted)), manifest.get("run") or {}))
+    differences = list(_differences("", json.loads(json.dumps(wanted)), found.get("run") or {}))
     raise Failure(
         ExitCode.INVALID_SPEC,
         f"{folder} was made by a run with other settings: {'; '.join(differences[:5]) or 'its manifest does not say which'}. {START_OVER}",
     )
 
 
-def newest(folder: Path, wanted: dict[str, Any]) -> Path | None:
+def newest(folder: Path, wanted: dict[str, Any], ranks: Ranks) -> Path | None:
     """The newest checkpoint in `folder` that verifies, or None. Broken ones are set aside, left-overs of interrupted saves removed.
 
-    Raises Failure(INVALID_SPEC) when that checkpoint belongs to a run with other settings.
+    Called by all ranks, which share the reading. Raises Failure(INVALID_SPEC) when that checkpoint belongs to a run with other settings.
     """
-    if not folder.is_dir():
-        return None
-    for staging in folder.glob(f"{STAGING}*"):
-        shutil.rmtree(staging)
-    for checkpoint in sorted(checkpoints(folder), key=step_of, reverse=True):
-        if broken := problems(checkpoint):
-            aside = folder / f"{CORRUPT}{checkpoint.name}"
-            shutil.rmtree(aside, ignore_errors=True)
-            checkpoint.rename(aside)
-            print(f"{checkpoint.name} is broken and set aside as {aside.name}: {'; '.join(broken[:3])}", flush=True)
-            continue
-        check_identity(checkpoint, read_manifest(checkpoint) or {}, wanted)
-        return checkpoint
+    for checkpoint in ranks.decide(lambda: candidates(folder)):
+        found, broken = verify(checkpoint, ranks)
+        if not broken:
+            check_identity(checkpoint, found, wanted)
+            return checkpoint
+        ranks.decide(partial(reject, checkpoint, broken))
     return None
 
 
-def commit(staged: Path, folder: Path, processes: int, facts: dict[str, Any]) -> Path:
-    """Make `staged` the checkpoint of that name in `folder`. Every process has finished writing before.
+def verify(checkpoint: Path, ranks: Ranks) -> tuple[dict[str, Any], list[str]]:
+    """The manifest of a checkpoint, and why its files are not what that says; the same on all ranks, each of which reads a share."""
+    found = ranks.decide(lambda: read_manifest(checkpoint))
+    if found is None:
+        return {}, [f"its {MANIFEST} is missing, unreadable or incomplete"]
+    share = share_of(found["files"], ranks.rank, ranks.count)
+    reports = ranks.each(lambda: manifest.differences(checkpoint, share, beat_before_training))
+    return found, [line for report in reports for line in report]
 
-    Raises Failure(STORAGE_ERROR) when the states of some processes are not to be seen: pods that do not share the volume.
+
+def candidates(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, newest first. What an interrupted save has left is removed."""
+    if not folder.is_dir():
+        return []
+    for staging in folder.glob(f"{STAGING}*"):
+        shutil.rmtree(staging)
+    return sorted(checkpoints(folder), key=step_of, reverse=True)
+
+
+def share_of(entries: Sequence[Entry], rank: int, count: int) -> list[Entry]:
+    """The entries that `rank` of `count` reads: the largest files are dealt out first, so that all have about as much to do."""
+    return sorted(entries, key=lambda entry: (-int(entry["size"]), str(entry["path"])))[rank::count]
+
+
+def reject(checkpoint: Path, broken: list[str]) -> None:
+    """Set a broken checkpoint aside, where nobody resumes from it. The oldest of those that lie there make way."""
+    aside = checkpoint.with_name(f"{CORRUPT}{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    os.utime(aside)
+    print(f"{checkpoint.name} is broken and set aside as {aside.name}: {'; '.join(broken[:3])}", flush=True)
+    by_age = sorted(set_aside(checkpoint.parent), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for old in by_age[KEPT_CORRUPT:]:
+        print(f"{old.name} is removed: {KEPT_CORRUPT} newer ones lie set aside", flush=True)
+        shutil.rmtree(old)
+
+
+def writer(file: Path, ranks: int) -> int:
+    """The rank of `ranks` that writes `file`, by its name. Only who reads it back depends on it, never what is recorded."""
+    match = OF_A_RANK.fullmatch(file.name)
+    rank = int(match[1] or match[2]) if match else 0
+    return rank if rank < ranks else 0
+
+
+def describe(staged: Path, rank: int, ranks: int) -> list[Entry]:
+    """Path, size and digest of the files that `rank` has written to `staged`, durable: on each node, its own writes alone can be flushed."""
+    files = manifest.files_in(staged)
+    return manifest.describe(staged, [file for file in files if writer(file, ranks) == rank], beat)
+
+
+def commit(staged: Path, folder: Path, described: Sequence[Sequence[Entry]], facts: dict[str, Any]) -> Path:
+    """Make `staged` the checkpoint of that name in `folder`. Called by rank 0. `described`: by each rank, what it has written.
+
+    Raises Failure(STORAGE_ERROR) when files of some processes are not to be seen: pods that do not share the volume.
     """
+    entries = {entry["path"]: entry for of_rank in described for entry in of_rank}
     deadline = time.monotonic() + SHARED_VOLUME_SECONDS
-    while (seen := len(list(staged.glob("rng_state*.pth")))) < processes:
+    while missing := [rank for rank, of_rank in enumerate(described) if not all(_is_seen(staged, entry) for entry in of_rank)]:
         if time.monotonic() > deadline:
             raise Failure(
                 ExitCode.STORAGE_ERROR,
-                f"spec.workspace: only {seen} of {processes} processes could be seen writing to {folder}. Pods on several nodes need a "
-                "volume that they share (accessMode: ReadWriteMany)",
+                f"spec.workspace: only {len(described) - len(missing)} of {len(described)} processes could be seen writing to {folder}. Pods on"
+                " several nodes need a volume that they share (accessMode: ReadWriteMany)",
             )
         time.sleep(0.5)
-    write_manifest(staged, **facts)
+    left = [file for file in manifest.files_in(staged) if file.relative_to(staged).as_posix() not in entries]
+    manifest.write_manifest(staged, [*entries.values(), *manifest.describe(staged, left, beat)], **facts)
     final = folder / staged.name
     if final.exists():
         final.rename(staged.parent / "replaced")
@@ -94,6 +151,11 @@ def commit(staged: Path, folder: Path, processes: int, facts: dict[str, Any]) ->
     fsync(folder)
     shutil.rmtree(staged.parent)
     return final
+
+
+def _is_seen(staged: Path, entry: Entry) -> bool:
+    path = staged / entry["path"]
+    return path.is_file() and path.stat().st_size == entry["size"]
 
 
 def rotate(folder: Path, keep: int) -> None:

@@ -20,7 +20,8 @@ from luthier_trainer import gpuerrors
 if TYPE_CHECKING:
     from luthier_api.termination import TerminationMessage  # its types cost more than all else here, and PID 1 ends this way too
 
-STOP_FILE, HEARTBEAT_FILE = "stop", "heartbeat"  # in the run folder: written by PID 1, and by the phase
+# In the run folder: the first is written by PID 1, the others by the phase, before its first step and from then on.
+STOP_FILE, STARTING_FILE, HEARTBEAT_FILE = "stop", "starting", "heartbeat"
 FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
 STORAGE_ERRNOS = FULL_ERRNOS | {errno.EIO, errno.EROFS, errno.ESTALE}
 FORBIDDEN_ERRNOS = {errno.EACCES, errno.EPERM}
@@ -46,8 +47,13 @@ def stop_requested() -> bool:
 
 
 def beat() -> None:
-    """Tell the supervisor that the work goes on: once a step or batch."""
+    """Tell the supervisor that the work goes on: once a step or batch, and while files are written or read."""
     (run_dir() / HEARTBEAT_FILE).touch()
+
+
+def beat_before_training() -> None:
+    """The same before the first step, which may still be slow to come: the model is loaded, and perhaps compiled."""
+    (run_dir() / STARTING_FILE).touch()
 
 
 def result_file(rank: int) -> Path:

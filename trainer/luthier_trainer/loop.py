@@ -17,6 +17,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from luthier_api.exitcodes import ExitCode
 from luthier_trainer import checkpoint
 from luthier_trainer.ending import Failure
+from luthier_trainer.growth import beating_while_growing
 from luthier_trainer.modelfacts import counts
 from luthier_trainer.ranks import Ranks
 
@@ -105,16 +106,27 @@ class TrainingLoop(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step, folder, began = self.state.global_step, Path(self.args.output_dir), time.monotonic()
         self._folder = folder / f"{checkpoint.STAGING}checkpoint-{step}"
+        staged = self._folder / f"checkpoint-{step}"
         try:
-            super()._save_checkpoint(model, trial)
+            with beating_while_growing(self._folder):
+                super()._save_checkpoint(model, trial)
         finally:
-            staging, self._folder = self._folder, folder
+            self._folder = folder
         self.ranks.wait()
         facts = {"step": step, "seconds": round(self.seconds, 1), "processes": self.ranks.count, **checkpoint.facts_of(self.identity)}
-        self.saved = self.ranks.decide(lambda: checkpoint.commit(staging / f"checkpoint-{step}", folder, self.ranks.count, facts))
+        described = self.ranks.each(lambda: checkpoint.describe(staged, self.ranks.rank, self.ranks.count))
+        self.saved = self.ranks.decide(lambda: checkpoint.commit(staged, folder, described, facts))
         if self.ranks.first:
             checkpoint.rotate(folder, self.keep)
         self.save_seconds = time.monotonic() - began
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.is_deepspeed_enabled and _internal_call:
+            # A checkpoint. DeepSpeed resumes from its own shards, and nobody reads a copy of all weights beside them: under ZeRO-3 it would
+            # have to be gathered, and would be a part of each save. Only the result needs one.
+            Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            return
+        super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -1,6 +1,7 @@
 """Manifests: what a folder must hold to be whole. Written last, so that its presence says that the rest is there.
 
-Checkpoints, results and shards all carry one; `publish` compares the Hub with it.
+Checkpoints, results and shards all carry one; `publish` compares the Hub with it. Files are hashed by several threads (hashlib releases the
+interpreter's lock), and whoever waits for them is told of each chunk by `progress`: the supervisor ends a process that shows no sign of life.
 """
 
 from __future__ import annotations
@@ -9,20 +10,40 @@ import hashlib
 import json
 import os
 import re
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from luthier_api.workspace import MANIFEST
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 4 << 20
+MOST_THREADS = 8  # a core hashes about 1 GB/s, so that eight keep up with most volumes
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
+Entry = dict[str, Any]
+"""`path` below the folder, `size` in bytes, `sha256` in hexadecimal digits."""
+Progress = Callable[[], None]
 
-def sha256(path: Path) -> str:
+
+def _silent() -> None:
+    pass
+
+
+def threads() -> int:
+    """Threads that hash at once: this process's share of the cores, which `launch` writes into OMP_NUM_THREADS."""
+    share = os.environ.get("OMP_NUM_THREADS", "")
+    cores = int(share) if share.isdecimal() else len(os.sched_getaffinity(0))
+    return max(1, min(cores, MOST_THREADS))
+
+
+def sha256(path: Path, progress: Progress = _silent) -> str:
+    """SHA-256 of a file; `progress` is called for each chunk."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
+            progress()
     return digest.hexdigest()
 
 
@@ -35,14 +56,34 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def write_manifest(folder: Path, **facts: Any) -> dict[str, Any]:
-    """Record every file below `folder` with size (bytes) and SHA-256, beside `facts`; all of it durable on return."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    for path in files:
+def files_in(folder: Path) -> list[Path]:
+    """Every file below `folder`, in order, but its manifest."""
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+
+
+def describe(folder: Path, files: Iterable[Path], progress: Progress = _silent) -> list[Entry]:
+    """The entries of `files` below `folder`. Their bytes are durable on return, and readable by the group."""
+
+    def entry(path: Path) -> Entry:
         os.chmod(path, 0o664)  # safetensors writes 0600: another uid of the group could not read it
         fsync(path)
-    entries = [{"path": str(p.relative_to(folder)), "size": p.stat().st_size, "sha256": sha256(p)} for p in files]
-    manifest = facts | {"files": entries}
+        progress()
+        return {"path": path.relative_to(folder).as_posix(), "size": path.stat().st_size, "sha256": sha256(path, progress)}
+
+    with ThreadPoolExecutor(threads()) as pool:
+        return list(pool.map(entry, files))
+
+
+def write_manifest(folder: Path, entries: Iterable[Entry] | None = None, progress: Progress = _silent, **facts: Any) -> dict[str, Any]:
+    """Record every file below `folder` with size and SHA-256, beside `facts`; all of it is durable on return.
+
+    `entries`: what is known of the files already; it must name all of them. Default: they are read here.
+    """
+    files = files_in(folder)
+    known = describe(folder, files, progress) if entries is None else sorted(entries, key=lambda e: str(e["path"]))
+    for below in sorted({parent for file in files for parent in file.parents if folder in parent.parents}):
+        fsync(below)
+    manifest = facts | {"files": known}
     partial = folder / f".{MANIFEST}.partial"
     partial.write_text(json.dumps(manifest, indent=1))
     fsync(partial)
@@ -52,36 +93,60 @@ def write_manifest(folder: Path, **facts: Any) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of `folder`; None when there is none or it cannot be read."""
+    """The manifest of `folder`; None when there is none, when it cannot be read, or when it does not say what it should of each file.
+
+    One that names no file is none: a folder without files would always be what such a manifest says.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), list) else None
+    found = entries_in(manifest)
+    return manifest if found else None
 
 
 def names_in(text: bytes) -> list[str] | None:
     """The files that a manifest of unknown origin names, as it writes them; None when not every entry is as `write_manifest` makes them."""
     try:
-        entries = json.loads(text)["files"]
-        whole = all(SHA256.fullmatch(e["sha256"]) and isinstance(e["size"], int) and isinstance(e["path"], str) for e in entries)
-    except (ValueError, KeyError, TypeError, RecursionError):
+        found = entries_in(json.loads(text))
+    except (ValueError, RecursionError):
         return None
-    return [e["path"] for e in entries] if whole else None
+    return None if found is None else [entry["path"] for entry in found]
 
 
-def problems(folder: Path) -> list[str]:
+def entries_in(manifest: Any) -> list[Entry] | None:
+    """The entries of a manifest of unknown origin; None when not every one is as `write_manifest` makes them."""
+    entries = manifest.get("files") if isinstance(manifest, dict) else None
+    return entries if isinstance(entries, list) and all(map(_is_entry, entries)) else None
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    path, size, digest = entry.get("path"), entry.get("size"), entry.get("sha256")
+    return isinstance(path, str) and type(size) is int and size >= 0 and isinstance(digest, str) and bool(SHA256.fullmatch(digest))
+
+
+def problems(folder: Path, progress: Progress = _silent) -> list[str]:
     """Why `folder` is not what its manifest says; empty when it is."""
     manifest = read_manifest(folder)
-    if manifest is None:
-        return [f"{MANIFEST} is missing or unreadable"]
-    found = []
-    for entry in manifest["files"]:
-        path = folder / entry["path"]
+    return [f"{MANIFEST} is missing, unreadable or incomplete"] if manifest is None else differences(folder, manifest["files"], progress)
+
+
+def differences(folder: Path, entries: Collection[Entry], progress: Progress = _silent) -> list[str]:
+    """What of `entries` does not hold for the files below `folder`."""
+
+    def difference(entry: Entry) -> str | None:
+        name, path = entry["path"], folder / entry["path"]
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            return f"{name} is outside the folder"
         if not path.is_file():
-            found.append(f"{entry['path']} is missing")
-        elif path.stat().st_size != entry["size"]:
-            found.append(f"{entry['path']} has {path.stat().st_size} bytes, not {entry['size']}")
-        elif sha256(path) != entry["sha256"]:
-            found.append(f"{entry['path']} has changed: its SHA-256 differs")
-    return found
+            return f"{name} is missing"
+        if (size := path.stat().st_size) != entry["size"]:
+            return f"{name} has {size} bytes, not {entry['size']}"
+        if sha256(path, progress) != entry["sha256"]:
+            return f"{name} has changed: its SHA-256 differs"
+        return None
+
+    with ThreadPoolExecutor(threads()) as pool:
+        return [found for found in pool.map(difference, entries) if found]

@@ -15,7 +15,8 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.checkpoint import check_identity, facts_of
-from luthier_trainer.ending import Failure
+from luthier_trainer.ending import Failure, beat
+from luthier_trainer.growth import beating_while_growing
 from luthier_trainer.loop import TrainingLoop
 from luthier_trainer.manifest import fsync, read_manifest, write_manifest
 
@@ -67,7 +68,8 @@ def write(
         shutil.rmtree(staged, ignore_errors=True)
     loop.ranks.wait()
     loop.model.config.use_cache = use_cache
-    loop.save_model(str(staged))
+    with beating_while_growing(staged):
+        loop.save_model(str(staged))
     loop.ranks.wait()
     if loop.ranks.first:
         _name_base(staged, run, prepared)
@@ -75,7 +77,7 @@ def write(
             _describe_classifier(staged, loop.model.get_base_model(), prepared)
         _check_weights(staged)
         (staged / METRICS_FILE).write_text(json.dumps(metrics, indent=1))
-        write_manifest(staged, step=loop.state.global_step, **facts_of(loop.identity))
+        write_manifest(staged, progress=beat, step=loop.state.global_step, **facts_of(loop.identity))
         shutil.rmtree(workspace.result, ignore_errors=True)  # without a manifest, or we would not be here
         staged.rename(workspace.result)
         fsync(workspace.root)

@@ -18,7 +18,7 @@ from luthier_api.generate import Adapter
 from luthier_api.run import FineTuneRun, GenerateRun, Origin, PreparedRecord
 from luthier_api.spec import ModelSource
 from luthier_api.status import ResolvedSource
-from luthier_api.workspace import WorkspaceFolder
+from luthier_api.workspace import MANIFEST, WorkspaceFolder
 from luthier_trainer import adapterfile, manifest, origins
 from luthier_trainer.ending import Failure
 from luthier_trainer.hub import hub_api, patiently
@@ -189,7 +189,7 @@ def result_of(job: str, run: FineTuneRun | GenerateRun, field: str) -> Path:
     if job not in run.sources:
         raise Failure(ExitCode.NOT_FOUND, f"{field}: the workspace of FineTuneJob {job} is not mounted here")
     result = WorkspaceFolder(Path(run.sources[job])).result
-    if manifest.read_manifest(result) is None:
+    if not (result / MANIFEST).exists():
         raise Failure(ExitCode.NOT_FOUND, f"{field}: FineTuneJob {job} has left no result in {result}. Has it finished?")
     if wrong := manifest.problems(result):
         raise Failure(ExitCode.STORAGE_ERROR, f"{field}: the result of FineTuneJob {job} is damaged: {wrong[0]}")

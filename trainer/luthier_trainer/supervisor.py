@@ -24,14 +24,14 @@ from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
 from luthier_trainer import launch, memory, preflight
 from luthier_trainer.child import Child
-from luthier_trainer.ending import HEARTBEAT_FILE, STOP_FILE, Failure, run_dir
+from luthier_trainer.ending import HEARTBEAT_FILE, STARTING_FILE, STOP_FILE, Failure, run_dir
 from luthier_trainer.prepared import read_prepared
 from luthier_trainer.signals import Stop
 from luthier_trainer.verbs import VERBS
 from luthier_trainer.verdict import Evidence, judge
 
 HUB = "https://huggingface.co"
-STALE = (STOP_FILE, HEARTBEAT_FILE, "metrics-port", "result-*.json", "result-*.partial")
+STALE = (STOP_FILE, STARTING_FILE, HEARTBEAT_FILE, "metrics-port", "result-*.json", "result-*.partial")
 RESERVE_SECONDS = 10  # teardown of ranks and of torch's agent: 2 to 7 s measured in pods
 FIRST_STEP_FACTOR = 3  # loading, compilation and the first allocation come before the first heartbeat
 DUMP_SECONDS = 2.0
@@ -114,7 +114,7 @@ def supervise(verb: str, run: FineTuneRun | GenerateRun, path: Path, settings: S
             file.unlink()
     memory_kills = memory.oom_kills(settings.cgroup)
     child = Child(command(verb, run, settings.node_rank), environment(verb, run, path.resolve(), settings))
-    pulse = Pulse(settings.run_dir / HEARTBEAT_FILE, settings.step_timeout)
+    pulse = Pulse(settings.run_dir, settings.step_timeout)
     # A short grace keeps half of itself for the checkpoint.
     patience = run.grace_seconds - min(RESERVE_SECONDS, run.grace_seconds / 2)
     killed: Literal["stop", "grace", "hang"] | None = None
@@ -160,11 +160,13 @@ def supervise(verb: str, run: FineTuneRun | GenerateRun, path: Path, settings: S
 
 
 class Pulse:
-    """The heartbeat file, watched by a clock that nobody sets: only changes of its time count."""
+    """The heartbeat files, watched by a clock that nobody sets: only changes of their times count."""
 
-    def __init__(self, file: Path, limit: float) -> None:
-        self._file, self._limit = file, limit
-        self._seen: int | None = None
+    def __init__(self, run_dir: Path, limit: float) -> None:
+        """`limit`: seconds of silence that are too many; before the first step, several times as many."""
+        self._starting, self._heartbeat = run_dir / STARTING_FILE, run_dir / HEARTBEAT_FILE
+        self._limit = limit
+        self._seen: tuple[int | None, int | None] = (None, None)
         self._since = time.monotonic()
 
     def silence(self) -> float:
@@ -172,13 +174,19 @@ class Pulse:
         return time.monotonic() - self._since
 
     def lost(self) -> bool:
-        try:
-            changed = self._file.stat().st_mtime_ns
-        except FileNotFoundError:
-            changed = None
-        if changed != self._seen:
-            self._seen, self._since = changed, time.monotonic()
-        return self.silence() > self._limit * (FIRST_STEP_FACTOR if self._seen is None else 1)
+        seen = changed_at(self._starting), changed_at(self._heartbeat)
+        if seen != self._seen:
+            self._seen, self._since = seen, time.monotonic()
+        begun = self._seen[1] is not None
+        return self.silence() > self._limit * (1 if begun else FIRST_STEP_FACTOR)
+
+
+def changed_at(file: Path) -> int | None:
+    """When `file` was last written, in ns; None when it is not there."""
+    try:
+        return file.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def read_results(run_dir: Path) -> dict[int, TerminationMessage]:

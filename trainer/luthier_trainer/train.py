@@ -57,7 +57,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     workspace.checkpoints.mkdir(parents=True, exist_ok=True)
     arguments = training_arguments(spec, prepared.plan, workspace.checkpoints, evaluates="eval" in data)
     ranks = Ranks()
-    resume = ranks.decide(lambda: checkpoint.newest(workspace.checkpoints, identity))
+    resume = checkpoint.newest(workspace.checkpoints, identity, ranks)
     arguments.eval_on_start = "eval" in data and resume is None
     before = (read_manifest(resume) or {}) if resume else {}
 
