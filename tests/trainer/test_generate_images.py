@@ -172,28 +172,3 @@ def test_a_vae_that_asks_for_it_stays_in_fp32(sdxl: Path) -> None:
     (output,) = engine.make([Sample(0, 0, "a lute", None, 7)])
     assert output.image
     assert (engine.pipe.unet.dtype, engine.pipe.vae.dtype) == (torch.float16, torch.float32)
-
-
-def text_adapter(sdxl: Path, folder: Path) -> dict[str, Any]:
-    """An adapter as a FineTuneJob of a language model makes it."""
-    from safetensors.torch import save_file
-
-    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
-    save_file({name.format("A"): torch.ones(4, 32), name.format("B"): torch.ones(32, 4)}, folder / "adapter_model.safetensors")
-    return {"adapters": [{"path": str(folder)}]}
-
-
-MISTAKES: list[tuple[str, Callable[[Path, Path], dict[str, Any]], list[str]]] = [
-    ("an adapter for text", text_adapter, ["spec.adapters[0]: holds no LoRA weights for the UNet"]),
-    ("too many steps for LCM", lambda s, t: {"image": {"scheduler": "lcm", "steps": 60}}, ["spec.image.steps: lcm cannot do 60 steps"]),
-]
-
-
-@pytest.mark.parametrize(("mistake", "change", "words"), MISTAKES, ids=[m[0] for m in MISTAKES])
-def test_mistakes(images: Images, sdxl: Path, tmp_path: Path, mistake: str, change: Callable[..., Any], words: list[str]) -> None:
-    (own := tmp_path / "own").mkdir()
-    with pytest.raises(Failure) as failure:
-        images(**change(sdxl, own))
-    assert failure.value.code is ExitCode.INVALID_SPEC
-    for word in words:
-        assert word in failure.value.message

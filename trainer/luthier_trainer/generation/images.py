@@ -1,12 +1,12 @@
 """text-to-image: Stable Diffusion XL, with LoRA adapters fused into it, over batches of prompts.
 
 An image depends on its prompts, its seed and the batch size alone: noise comes from a CPU generator an image (those of GPUs differ between
-models), batches have one size, and each latent is decoded alone. Neighbours: `schedulers` makes the sampler, `encoding` the file.
+models), batches have one size, and each latent is decoded alone. Neighbours: `pipelines` loads the model, `lora` adds adapters to it,
+`schedulers` makes the sampler, `encoding` the file.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
@@ -15,15 +15,14 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import logging
 from transformers.utils import logging as transformers_logging
 
-from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import GenerateJobSpec
-from luthier_trainer.ending import Failure, beat
+from luthier_trainer.ending import beat
+from luthier_trainer.generation import lora, pipelines
 from luthier_trainer.generation.encoding import encode
 from luthier_trainer.generation.hardware import Hardware
+from luthier_trainer.generation.loranames import Names
 from luthier_trainer.generation.samples import Output, Sample, padded
 from luthier_trainer.generation.schedulers import eta, make_scheduler
-
-WEIGHTS = "diffusion_pytorch_model"
 
 
 class ImageEngine:
@@ -36,18 +35,17 @@ class ImageEngine:
             library.set_verbosity_error()
         self.settings, self.batch_size, self.scheduler_name = spec.image, batch_size, spec.image.scheduler
         # Adapters are fused once, in fp32, and rounded with the weights.
-        pipe = load_pipeline(model_path, torch.float32 if adapters else hardware.dtype)
-        fuse_adapters(pipe, adapters, [a.weight for a in spec.adapters])
+        pipe = pipelines.load(model_path, torch.float32 if adapters else hardware.dtype)
+        parts = {name: model for name in ("unet", "text_encoder", "text_encoder_2") if (model := getattr(pipe, name, None)) is not None}
+        names = Names(parts) if adapters else None
+        changes = [(lora.read(path, names, f"spec.adapters[{i}]"), spec.adapters[i].weight) for i, path in enumerate(adapters) if names]
+        lora.fuse(parts, changes)
         pipe.to(hardware.device, hardware.dtype)
         # Such a VAE overflows in fp16. diffusers moves its weights there and back for each batch; here it stays.
         if hardware.dtype == torch.float16 and pipe.vae.config.force_upcast:
             pipe.vae.to(torch.float32)
         pipe.set_progress_bar_config(disable=True)
         pipe.scheduler = make_scheduler(spec.image.scheduler, pipe.scheduler, spec.image.steps)
-        unit = pipe.vae_scale_factor
-        for name, size in (("width", spec.image.width), ("height", spec.image.height)):
-            if size % unit:
-                raise Failure(ExitCode.INVALID_SPEC, f"spec.image.{name}: {size} is not a multiple of {unit}, as this model wants")
         self.pipe, self.hardware = pipe, hardware
 
     def problem(self, sample: Sample) -> str | None:
@@ -113,40 +111,3 @@ def pulse(pipe: StableDiffusionXLPipeline, step: int, timestep: int, tensors: di
     """A batch on CPU can take longer than the supervisor waits for a sign of life; a step does not."""
     beat()
     return {}
-
-
-def load_pipeline(path: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
-    """The pipeline in a folder, from safetensors only, without code of its own and without watermark. Raises Failure when it is none."""
-    try:
-        kind = json.loads((path / "model_index.json").read_text()).get("_class_name")
-    except (OSError, ValueError) as error:
-        raise Failure(ExitCode.INVALID_SPEC, f"spec.model: {path} is no diffusers pipeline: {error}") from None
-    if kind != "StableDiffusionXLPipeline":
-        raise Failure(ExitCode.INVALID_SPEC, f"spec.model: is a {kind}; text-to-image runs StableDiffusionXLPipeline")
-    plain, half = (path / "unet" / f"{WEIGHTS}{infix}.safetensors" for infix in ("", ".fp16"))
-    variant = "fp16" if half.exists() and not plain.exists() else None
-    try:
-        return StableDiffusionXLPipeline.from_pretrained(
-            path, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True, add_watermarker=False
-        )
-    except (ValueError, OSError) as error:
-        if getattr(error, "errno", None) is not None:
-            raise
-        raise Failure(ExitCode.INVALID_SPEC, f"spec.model: the pipeline in {path} cannot be loaded: {error}") from None
-
-
-def fuse_adapters(pipe: StableDiffusionXLPipeline, paths: Sequence[Path], weights: Sequence[float]) -> None:
-    """Add LoRA adapters to the pipeline's weights, each as often as its weight says. Raises Failure when one does not fit."""
-    names = [f"adapter{i}" for i in range(len(paths))]
-    for i, (name, path) in enumerate(zip(names, paths, strict=True)):
-        field = f"spec.adapters[{i}]"
-        try:
-            pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name, local_files_only=True)
-        except (ValueError, RuntimeError, KeyError) as error:
-            raise Failure(ExitCode.INVALID_SPEC, f"{field}: does not fit the model: {error}") from None
-        if not any(name in loaded for loaded in pipe.get_list_adapters().values()):
-            raise Failure(ExitCode.INVALID_SPEC, f"{field}: holds no LoRA weights for the UNet or the text encoders of Stable Diffusion XL")
-    if names:
-        pipe.set_adapters(names, adapter_weights=list(weights))
-        pipe.fuse_lora(adapter_names=names)
-        pipe.unload_lora_weights()
