@@ -91,6 +91,52 @@ def test_stopped(
     assert {k: v for k, v in metrics.items() if k != "seconds"} == {k: v for k, v in uninterrupted[1].items() if k != "seconds"}
 
 
+def stopped_in_evaluation(run: Any, number: int, monkeypatch: pytest.MonkeyPatch) -> TerminationMessage:
+    """Train until the stop flag appears in the middle of the evaluation of that number, counted from 1."""
+    evaluated: list[int] = []
+
+    class Flag(Heartbeat):
+        def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            evaluated.append(state.global_step)
+            if len(set(evaluated)) == number:
+                (run_dir() / "stop").touch()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Heartbeat", Flag)
+        message = train.main(run)
+    (run_dir() / "stop").unlink()
+    assert len(set(evaluated)) == number, "nothing went on after the stop"
+    return message
+
+
+IN_EVALUATIONS = [
+    # name                                   evaluation of those before step 1 and after 10, 20 and 26; saved every; checkpoint
+    ("before the first step",                1, 100, None),
+    ("where a save is due, too",             2, 10,  10),
+    ("where none is due",                    3, 100, 20),
+    ("of the result",                        4, 100, STEPS),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "number", "save_steps", "step"), IN_EVALUATIONS, ids=[s[0] for s in IN_EVALUATIONS])
+def test_stopped_in_an_evaluation(
+    name: str, number: int, save_steps: int, step: int | None, tmp_path: Path, llama: Path, data: DatasetDict, uninterrupted: Any,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Nothing is lost, and what was broken off is made by the next attempt."""
+    run = make(tmp_path / "job", llama, data, saveSteps=save_steps)
+    message = stopped_in_evaluation(run, number, monkeypatch)
+    assert (message.code, message.step, message.saved) == (75, step, True if step else None)
+    assert f"step {step or 0}/{STEPS}  the pod has to go: the next attempt makes the evaluation of this step" in capsys.readouterr().out
+    metrics = train.main(run).metrics
+    assert metrics is not None
+    assert losses(run) == uninterrupted[0]
+    assert {k: v for k, v in metrics.items() if k != "seconds"} == {k: v for k, v in uninterrupted[1].items() if k != "seconds"}
+    assert [line.split("/")[0] for line in capsys.readouterr().out.splitlines() if "held-out" in line] == [
+        f"step {at}" for at in (0, 10, 20, STEPS) if at >= (step or 0)
+    ]
+
+
 def test_experts_go_on_too(tmp_path: Path, data: DatasetDict, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In files each expert is a weight of its own, in memory all of a layer are one: resumed by the names in memory, they would begin anew."""
     tokenizer = AutoTokenizer.from_pretrained(llama)

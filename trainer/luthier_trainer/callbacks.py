@@ -21,7 +21,7 @@ from luthier_api.status import Plan
 from luthier_trainer import strategy
 from luthier_trainer.checkpoint import set_aside, step_of
 from luthier_trainer.ending import Failure, beat, stop_requested
-from luthier_trainer.loop import TrainingLoop
+from luthier_trainer.loop import EvaluationStopped, TrainingLoop
 from luthier_trainer.telemetry import Telemetry
 from luthier_trainer.utilisation import count_weights, operations_per_token, peak
 
@@ -65,7 +65,10 @@ class Guard(Callback):
 
 
 class Stop(Callback):
-    """All ranks agree once a step whether to stop: SIGTERM reaches pods at different times, and a rank alone can neither save nor leave."""
+    """All ranks agree, after each step and each batch of an evaluation, whether to stop.
+
+    SIGTERM reaches pods at different times, and a rank alone can neither save nor leave.
+    """
 
     agreed_step: int | None = None
 
@@ -74,9 +77,21 @@ class Stop(Callback):
             self.agreed_step = state.global_step
             control.should_save = control.should_training_stop = True
             # The held-out rows can wait for the next attempt; the grace period cannot.
-            control.should_evaluate = False
+            if control.should_evaluate:
+                control.should_evaluate = False
+                self._say_postponed(state)
         if control.should_save:
             control.should_log = True  # what was not reported before a save is lost to whoever resumes from it
+
+    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.loop.ranks.any(stop_requested()):
+            self.agreed_step = state.global_step
+            self._say_postponed(state)
+            raise EvaluationStopped
+
+    def _say_postponed(self, state: TrainerState) -> None:
+        if self.loop.ranks.first:
+            print(f"step {state.global_step}/{state.max_steps}  the pod has to go: the next attempt makes the evaluation of this step", flush=True)
 
 
 class Heartbeat(Callback):

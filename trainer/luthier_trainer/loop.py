@@ -22,6 +22,10 @@ from luthier_trainer.modelfacts import counts
 from luthier_trainer.ranks import Ranks
 
 
+class EvaluationStopped(Exception):
+    """All ranks have agreed, between two batches of an evaluation, that the pod has to go."""
+
+
 class TrainingLoop(Trainer):
     """Neutral about task and method. `args.output_dir` is the folder of the checkpoints."""
 
@@ -41,6 +45,7 @@ class TrainingLoop(Trainer):
         self.started = time.monotonic()
         self._folder = Path(self.args.output_dir)
         self._delivered: torch.dtype | None = None
+        self._evaluation_stopped = False
 
     def deliver(self, dtype: torch.dtype) -> None:
         """Turn the weights into the type that they are saved in; what is evaluated from here on is given in it too."""
@@ -68,13 +73,33 @@ class TrainingLoop(Trainer):
     def _run_epoch(self, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # resumed from the last step: only the result was missing
             self.control.should_training_stop = True
+        if self.control.should_training_stop:  # so it is when the evaluation before the first step was broken off
             return
         super()._run_epoch(**kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """transformers' order is: log, evaluate, save. A pod that has to go during a long evaluation would lose what was due to be saved."""
+        evaluate, self.control.should_evaluate = self.control.should_evaluate, False
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if not evaluate:
+            return
+        self.control.should_log = self.control.should_save = False
+        self.control.should_evaluate = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self.control.should_evaluate = False
+        saved = self.saved is not None and checkpoint.step_of(self.saved) == self.state.global_step
+        if self._evaluation_stopped and not saved:
+            self.control.should_log = self.control.should_save = True
+            super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         if self.state.global_step >= self.state.max_steps:  # `train` evaluates what the last step made, as it is delivered
             return {}
-        return super()._evaluate(*args, **kwargs)
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except EvaluationStopped:
+            self._evaluation_stopped = self.control.should_training_stop = True
+            return {}
 
     def _prepare_input(self, data: Any) -> Any:
         if self._delivered and isinstance(data, torch.Tensor) and data.is_floating_point():
@@ -87,7 +112,9 @@ class TrainingLoop(Trainer):
             for module in filter(counts, self.model.modules()):
                 for statistics in module.buffers(recurse=False):
                     torch.distributed.broadcast(statistics, 0)
-        return super().evaluate(*args, **kwargs)
+        # A data loader draws a number for its workers. What is drawn in an evaluation must not change what is drawn in the training after it.
+        with torch.random.fork_rng(devices=[]):
+            return super().evaluate(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not isinstance(self.model, PreTrainedModel):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from datasets import DatasetDict, load_from_disk
 from transformers import set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging as transformers_logging
 
 from luthier_api.exitcodes import ExitCode
@@ -24,7 +25,7 @@ from luthier_trainer import checkpoint, methods, result
 from luthier_trainer.arguments import training_arguments
 from luthier_trainer.callbacks import Guard, Heartbeat, Report, Stop
 from luthier_trainer.ending import global_rank
-from luthier_trainer.loop import TrainingLoop
+from luthier_trainer.loop import EvaluationStopped, TrainingLoop
 from luthier_trainer.manifest import read_manifest
 from luthier_trainer.modelfacts import read_processor
 from luthier_trainer.prepared import read_prepared
@@ -58,7 +59,8 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     arguments = training_arguments(spec, prepared.plan, workspace.checkpoints, evaluates="eval" in data)
     ranks = Ranks()
     resume = checkpoint.newest(workspace.checkpoints, identity, ranks)
-    arguments.eval_on_start = "eval" in data and resume is None
+    # An evaluation follows the save of its step: of a checkpoint, the attempt before may not have come to it, and its record is lost in any case.
+    arguments.eval_on_start = "eval" in data and (resume is None or owes_evaluation(resume, spec.training.eval_steps))
     before = (read_manifest(resume) or {}) if resume else {}
 
     task, deepspeed = TASKS[spec.task], uses_deepspeed(prepared.plan.strategy)
@@ -94,19 +96,38 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     loop.saved = resume
     loop.train(resume_from_checkpoint=str(resume) if resume else None)
     if stop.agreed_step is not None:
-        step = checkpoint.step_of(loop.saved) if loop.saved else None
-        return ended(ExitCode.PREEMPTED, f"stopped after step {stop.agreed_step}", step=step, saved=step == stop.agreed_step)
+        return stopped(loop, stop.agreed_step)
 
     seconds = loop.seconds
     if spec.method.type == "full" and not deepspeed:
         loop.deliver(source_type(prepared.model_path))  # delivered in the type it came in, and measured as it is delivered
-    if "eval" in data:
-        loop.evaluate()
+    try:
+        if "eval" in data:
+            loop.evaluate()
+    except EvaluationStopped:
+        return stopped(loop, loop.state.global_step)
     metrics = result.final_metrics(loop.state, seconds)
     result.write(loop, run, prepared, workspace, metrics, use_cache)
     if ranks.first:
         print("done: " + "  ".join(f"{name} {value:g}" for name, value in metrics.items()), flush=True)
     return ended(ExitCode.COMPLETED, metrics=metrics, step=loop.state.global_step)
+
+
+def owes_evaluation(resume: Path, every: int | None) -> bool:
+    """Whether an evaluation was due at the step of a checkpoint, `every` so many steps, and its history has none."""
+    step = checkpoint.step_of(resume)
+    if not every or step % every:
+        return False
+    history = json.loads((resume / TRAINER_STATE_NAME).read_text())["log_history"]
+    return not any("eval_loss" in entry and entry["step"] == step for entry in history)
+
+
+def stopped(loop: TrainingLoop, agreed: int) -> TerminationMessage:
+    """The end of a run that all ranks have agreed to stop, after `agreed` steps."""
+    if agreed == 0:
+        return ended(ExitCode.PREEMPTED, "stopped before the first step: there was nothing to save yet")
+    step = checkpoint.step_of(loop.saved) if loop.saved else None
+    return ended(ExitCode.PREEMPTED, f"stopped after step {agreed}", step=step, saved=step == agreed)
 
 
 def leave(model: Any, idle: set[str]) -> None:
