@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ def test_the_commands_of_a_card(
     task: str, method: str, tiny_model: Path, paragraphs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    base = save_vit(tmp_path / "model") if task == "image-classification" else tiny_model
+    base = save_vit(tmp_path / "model") if task == "image-classification" else without_padding(tiny_model, tmp_path / "model")
     data = {
         "causal-lm": lambda: causal_lm_data(tokenizer, prose(paragraphs)),
         "text-classification": lambda: classification_data(tokenizer, paragraphs),
@@ -54,6 +56,14 @@ def test_the_commands_of_a_card(
         assert model.config.id2label == dict(enumerate(CLASSES[task]))
         assert model.config.label2id == {name: i for i, name in enumerate(CLASSES[task])}
         assert accuracy(model, made, rows["eval"]) == pytest.approx(metrics["accuracy"])
+
+
+def without_padding(model: Path, folder: Path) -> Path:
+    """A copy whose config.json names no padding token, as that of most decoders."""
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))
+    return folder
 
 
 def pixels(made: dict[str, Any], rows: Any) -> Any:

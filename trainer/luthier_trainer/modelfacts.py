@@ -238,7 +238,8 @@ def tied_modules(model: torch.nn.Module) -> dict[str, str]:
     """Name of each module whose weight is another module's too → the name of that one."""
     names: dict[int, list[str]] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(weight), []).append(name.rpartition(".")[0])
+        if name.endswith(".weight"):
+            names.setdefault(id(weight), []).append(name.removesuffix(".weight"))
     return {name: other for group in names.values() for name in group for other in group if other != name}
 
 
