@@ -32,6 +32,8 @@ LINEAR = ("causal-lm", "text-classification")
 """Tasks whose models are made of linear layers. Those that look at images may be made of convolutions, which bitsandbytes leaves as they are."""
 TEXTS = ("causal-lm", "text-classification")
 """Tasks whose rows hold text."""
+LABELLED = ("text-classification", "image-classification")
+"""Tasks whose rows have a class each."""
 Strategy = Literal["auto", "ddp", "zero2", "zero2-offload", "zero3", "zero3-offload"]
 
 
@@ -60,6 +62,8 @@ class TrainingData(DatasetSource):
     columns: Columns = Field(default_factory=Columns)
     parse_special_tokens: bool = False
     """Whether control tokens that a text spells, such as </s> or <|im_end|>, are read as these tokens: for text that a chat template has made. Otherwise they are ordinary text (causal-lm, text-classification)."""
+    merge_labels: bool = False
+    """Whether labels that differ only in blanks, in capitals or in how a number is written (7, 007, 7.0) are one class, which is named as most of its rows have it. They are shown in any case (text-classification, image-classification)."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         *DatasetSource.rules,
@@ -237,6 +241,10 @@ class FineTuneJobSpec(JobControl):
         Rule(
             f"!self.dataset.parseSpecialTokens || self.task in {list(TEXTS)}",
             "spec.dataset.parseSpecialTokens: the rows of this task hold no text; remove parseSpecialTokens",
+        ),
+        Rule(
+            f"!self.dataset.mergeLabels || self.task in {list(LABELLED)}",
+            "spec.dataset.mergeLabels: the rows of this task have no labels; remove mergeLabels",
         ),
         Rule(
             "self.task != 'image-classification' || !has(self.dataset.format) || self.dataset.format in ['imagefolder', 'parquet']",

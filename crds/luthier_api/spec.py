@@ -116,6 +116,15 @@ class ModelSource(ApiModel):
     )
 
 
+class Csv(ApiModel):
+    """How CSV files are written."""
+
+    separator: Literal["comma", "semicolon", "tab", "pipe"] | None = None
+    """The character between two cells. When left out: tab for .tsv files, comma for all others."""
+    quoting: Literal["double", "backslash", "none"] | None = None
+    """How a cell holds quotation marks. double: the cell stands between quotation marks, and those inside are doubled. backslash: the same, with a backslash before those inside. none: they are ordinary characters. When left out: none where the separator is a tab, and else the one of double and backslash by which the file can be read."""
+
+
 class DatasetSource(ApiModel):
     """Where the rows come from: exactly one of id (the Hub) and files."""
 
@@ -129,12 +138,26 @@ class DatasetSource(ApiModel):
     """Files or glob patterns inside the pods; for imagefolder, folders."""
     format: Literal["csv", "json", "jsonl", "parquet", "text", "imagefolder"] | None = None
     """Format of `files`; told from the first file's suffix when left out."""
+    csv: Csv | None = None
+    """How `files` of the format csv are written."""
+    encoding: Annotated[
+        str | None, Field(max_length=32), Format("^[a-zA-Z0-9][-_a-zA-Z0-9]*$", "must be Python's name of an encoding, such as cp1252 or utf-16-le")
+    ] = None
+    """Encoding of `files` of text (csv, json, jsonl, text). When left out, that of their byte order mark, or UTF-8; files that are not text in it are refused."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(exactly_one("id", "files"), "dataset: set exactly one of id and files"),
         Rule("!has(self.revision) || has(self.id)", "dataset.revision: only a dataset of the Hub has revisions; set dataset.id or remove it"),
         Rule("!has(self.name) || has(self.id)", "dataset.name: only a dataset of the Hub has configurations; set dataset.id or remove it"),
         Rule("!has(self.format) || has(self.files)", "dataset.format: belongs to dataset.files; a Hub dataset knows its own format"),
+        Rule(
+            "!has(self.csv) || (has(self.files) && (!has(self.format) || self.format == 'csv'))",
+            "dataset.csv: belongs to dataset.files of the format csv; remove it",
+        ),
+        Rule(
+            "!has(self.encoding) || (has(self.files) && (!has(self.format) || self.format in ['csv', 'json', 'jsonl', 'text']))",
+            "dataset.encoding: belongs to dataset.files of text (csv, json, jsonl, text); remove it",
+        ),
     )
 
 

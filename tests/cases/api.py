@@ -123,6 +123,15 @@ CASES: list[Case] = [
     Case("dataset.revision:", {"spec.dataset.revision": "v1"}, {"spec.dataset": {"id": "org/data", "revision": "v1"}}),
     Case("dataset.name:", {"spec.dataset.name": "en"}, {"spec.dataset": {"id": "org/data", "name": "en"}}),
     Case("dataset.format:", {"spec.dataset": {"id": "org/data", "format": "csv"}}, {"spec.dataset.format": "csv"}),
+    *(Case("dataset.csv:", refused, accepted, base) for refused, accepted, base in [
+        ({"spec.dataset": {"id": "org/data", "csv": {}}}, {"spec.dataset.csv": {"separator": "semicolon"}}, FINE_TUNE),
+        ({"spec.dataset": {"files": ["/x"], "format": "json", "csv": {}}}, {"spec.dataset": {"files": ["/x"], "format": "csv", "csv": {"quoting": "none"}}}, FINE_TUNE),
+        ({"spec.inputs": {"dataset": {"id": "org/data", "csv": {}}}}, {"spec.inputs": {"dataset": {"files": ["/x"], "csv": {}}}}, GENERATE),
+    ]),
+    *(Case("dataset.encoding:", {"spec.dataset": refused}, {"spec.dataset": accepted}) for refused, accepted in [
+        ({"id": "org/data", "encoding": "cp1252"}, {"files": ["/x"], "encoding": "cp1252"}),
+        ({"files": ["/x"], "format": "parquet", "encoding": "cp1252"}, {"files": ["/x"], "format": "text", "encoding": "utf-16-le"}),
+    ]),
     Case("dataset: set at most one of", {"spec.dataset.evalSplit": "test", "spec.dataset.evalFraction": 0.1}, {"spec.dataset.evalFraction": 0.1}),
     Case("dataset.evalFiles:", {"spec.dataset": {"id": "org/data", "evalFiles": ["/e"]}}, {"spec.dataset.evalFiles": ["/e"]}),
     Case("dataset.split:", {"spec.dataset.split": "test"}, {"spec.dataset.split": "train[:10%]+train[20%:]"}),
@@ -171,6 +180,8 @@ CASES: list[Case] = [
         {"spec.task": "image-classification", "spec.method": {"type": "lora"}}, {"spec.task": "image-classification", "spec.method": {"type": "full"}},
         {"spec.task": "text-classification", "spec.method": {"type": "qlora"}}, {"spec.task": "causal-lm", "spec.method": {"type": "qlora"}},
     ]),
+    *(Case("spec.dataset.mergeLabels:", {"spec.dataset.mergeLabels": True}, {"spec.task": task, "spec.dataset.mergeLabels": True})
+      for task in ("text-classification", "image-classification")),
     *(Case("spec.dataset.format: images come", {"spec.task": "image-classification", "spec.dataset.format": refused}, {"spec.task": task, "spec.dataset.format": accepted})
       for refused, task, accepted in [
           ("csv", "image-classification", "imagefolder"), ("text", "image-classification", "parquet"), ("jsonl", "causal-lm", "jsonl"),
@@ -230,12 +241,15 @@ HUB_NAMES = (("a/b/c", "a b", ".a/b", "a/b-", "https://hub/a", "me/a--b", "me--x
              ("gpt2", "Qwen/Qwen2.5-7B", "a/_b", "x.git/a", "a/b.-c", "a" * 96 + "/" + "b" * 96))  # fmt: skip
 REFS = (("", "a b", "-a", "/a", "a/", "a//b", "a..b", ".a", "a/.b", "a.lock", "a.lock/b", "a.", "a~1", "a^", "a:b", "a@{1}", "@"),
         ("main", "v1.0", "refs/pr/3", "team/v2-b_c", "1f0a8e3", "a.locks", "a@b"))  # fmt: skip
+ENCODINGS = (("", "-8", "utf 8", "utf-8;"), ("cp1252", "utf-16-le", "utf_8"))
 WRITTEN: list[Written] = [
     # field, how to set it, what is refused, what passes
     Written("spec.model.id", lambda t: {"spec.model.id": t}, *HUB_NAMES),
     Written("spec.model.job", lambda t: {"spec.model": {"job": t}}, ("Base", "a.b", "a-"), ("base", "b-2")),
     Written("spec.model.config.modelType", lambda t: {"spec.model": {"config": {"modelType": t}}, "spec.method.type": "full"}, ("", "Llama"), ("llama", "qwen3_moe")),
     Written("spec.dataset.id", lambda t: {"spec.dataset": {"id": t}}, *HUB_NAMES),
+    Written("spec.dataset.encoding", lambda t: {"spec.dataset": {"files": ["/x"], "encoding": t}}, *ENCODINGS),
+    Written("spec.inputs.dataset.encoding", lambda t: {"spec.inputs": {"dataset": {"files": ["/x"], "encoding": t}}}, *ENCODINGS, GENERATE),
     Written("spec.inputs.dataset.id", lambda t: {"spec.inputs": {"dataset": {"id": t}}}, *HUB_NAMES, GENERATE),
     Written("spec.adapters[].id", lambda t: {"spec.adapters": [{"id": t}]}, *HUB_NAMES, GENERATE),
     Written("spec.adapters[].job", lambda t: {"spec.adapters": [{"job": t}]}, ("Base", "a.b", "a-"), ("base", "b-2"), GENERATE),

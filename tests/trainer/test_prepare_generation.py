@@ -58,7 +58,7 @@ MISTAKES: list[tuple[str, str, dict[str, Any], ExitCode, str]] = [
     ("no prompts", "text,n\na,1\n", {}, ExitCode.INVALID_DATASET,
      'spec.inputs.columns.prompt: no column "prompt" in p.csv (columns: text, n). Name the one that plays this role'),
     ("a blank prompt", "prompt,n\na,1\n,2\n", {}, ExitCode.INVALID_DATASET,
-     'spec.inputs.columns.prompt: column "prompt" of p.csv is blank in 1 rows (the first: row 1). Remove them'),
+     'spec.inputs.columns.prompt: column "prompt" of p.csv is blank in 1 of 2 rows. The first is row 1, counted from 0 (line 3 of p.csv). Remove them'),
     ("a named column that is not there", "prompt,seeed\na,1\n", {"columns": {"seed": "seeds"}}, ExitCode.INVALID_DATASET,
      'spec.inputs.columns.seed: no column "seeds" in p.csv (columns: prompt, seeed). Did you mean "seeed"?'),
     ("a seed that is none", "prompt,seed\na,x7\n", {}, ExitCode.INVALID_DATASET,

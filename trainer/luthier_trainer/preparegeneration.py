@@ -96,7 +96,7 @@ def read_inputs(run: GenerateRun, cache: Path) -> tuple[list[dict[str, Any]], Re
             {"prompt": row.prompt, "negativePrompt": row.negative_prompt, "seed": row.seed} for row in inputs.rows or []
         ]  # fmt: skip
         return [numbered(i, row, run.spec.seed) for i, row in enumerate(given)], ResolvedDataset(source="inline", rows=len(given)), ()
-    rows = Loader(inputs.dataset, f"{INPUTS}.dataset", cache).split(inputs.dataset.split, "split")
+    rows = Loader(inputs.dataset, f"{INPUTS}.dataset", cache, columns=(inputs.columns.prompt,)).split(inputs.dataset.split, "split")
     source = inputs.dataset.id or ", ".join(inputs.dataset.files or [])
     revision = origins.combined(origin.digest for origin in rows.origins) if rows.origins else rows.revision
     found = [numbered(i, row, run.spec.seed) for i, row in enumerate(cells(rows, run))]

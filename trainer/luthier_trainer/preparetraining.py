@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,7 +18,7 @@ from luthier_api.spec import NewModel
 from luthier_api.status import ResolvedDataset, ResolvedSource
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer import modelfacts, origins, sources
-from luthier_trainer.data import columns, files, images, texts, tokens
+from luthier_trainer.data import columns, files, images, labels, texts, tokens
 from luthier_trainer.data.load import Loader, Rows, ranges
 from luthier_trainer.ending import Failure
 from luthier_trainer.notices import notice
@@ -27,6 +27,7 @@ from luthier_trainer.taskfacts import FACTS
 from luthier_trainer.wholemodel import whole_model
 
 if TYPE_CHECKING:
+    import numpy
     from datasets import Dataset, DatasetDict
     from transformers import PreTrainedConfig
 
@@ -44,7 +45,7 @@ class Inputs(Protocol):
 
     def check(self, config: PreTrainedConfig, processor: Any, spec: FineTuneJobSpec, rows: int) -> None: ...
 
-    def encoded(self, rows: Rows, ids: list[int] | None, processor: Any, spec: FineTuneJobSpec) -> Dataset: ...
+    def encoded(self, rows: Rows, ids: numpy.ndarray | None, processor: Any, spec: FineTuneJobSpec) -> Dataset: ...
 
 
 INPUTS: Mapping[str, Inputs] = {"text": texts, "image": images}
@@ -116,7 +117,10 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
 def read_examples(run: FineTuneRun, cache: Path) -> Examples:
     """The rows of training and evaluation, with the columns that the task needs."""
     spec, data = run.spec, run.spec.dataset
-    loader = Loader(data, DATASET, cache, documents=spec.training.packing)
+    task = FACTS[spec.task]
+    inputs = INPUTS[task.inputs]
+    needed = (inputs.column(spec), *((data.columns.label,) if task.labelled else ()))
+    loader = Loader(data, DATASET, cache, columns=needed, others=False, documents=spec.training.packing)
     train = loader.split(data.split, "split")
     evaluation = None
     if data.eval_split:
@@ -126,17 +130,21 @@ def read_examples(run: FineTuneRun, cache: Path) -> Examples:
         evaluation = loader.files(data.eval_files, "evalFiles")
         files.refuse_shared(train.origins, evaluation.origins)
 
-    task = FACTS[spec.task]
-    inputs = INPUTS[task.inputs]
     train = inputs.fitting(train, spec)
-    labels = columns.labels_of(train, data.columns.label, LABEL, taken=[inputs.column(spec)]) if task.labelled else None
+    names = labels.names_of(train, data.columns.label, LABEL, data.merge_labels, taken=needed[:1]) if task.labelled else None
     evaluation = inputs.fitting(evaluation, spec) if evaluation else None
-    if evaluation and labels:
-        columns.label_ids(evaluation, data.columns.label, LABEL, labels)
+    if evaluation and names:
+        class_ids(evaluation, run, names)
     if data.eval_fraction is not None and not train.documents:
-        kept, held = tokens.hold_out(train.data, data.eval_fraction, spec.training.seed, f"{DATASET}.evalFraction")
-        train, evaluation = replace(train, data=kept), replace(train, data=held)
-    return Examples(train, evaluation, labels)
+        classes = class_ids(train, run, names) if names else None
+        kept, held = tokens.hold_out(len(train.data), data.eval_fraction, spec.training.seed, f"{DATASET}.evalFraction", classes)
+        train, evaluation = train.select(kept), train.select(held)
+    return Examples(train, evaluation, names)
+
+
+def class_ids(rows: Rows, run: FineTuneRun, names: list[str]) -> numpy.ndarray:
+    """The class of each row. Raises Failure on one that is not in `names`."""
+    return labels.ids_of(rows, run.spec.dataset.columns.label, LABEL, names, run.spec.dataset.merge_labels)
 
 
 def refuse_overlap(run: FineTuneRun, loader: Loader) -> None:
@@ -222,14 +230,15 @@ def encode(examples: Examples, processor: Any, run: FineTuneRun) -> DatasetDict:
     spec, data = run.spec, run.spec.dataset
 
     def encoded(rows: Rows) -> Dataset:
-        ids = columns.label_ids(rows, data.columns.label, LABEL, examples.labels) if examples.labels else None
+        ids = class_ids(rows, run, examples.labels) if examples.labels else None
         return INPUTS[FACTS[spec.task].inputs].encoded(rows, ids, processor, spec)
 
     splits = {"train": encoded(examples.train)} | ({"eval": encoded(examples.eval)} if examples.eval else {})
     if data.eval_fraction is not None and examples.train.documents:
         # A file has no rows to hold out: blocks of it are.
-        blocks = tokens.hold_out(splits["train"], data.eval_fraction, spec.training.seed, f"{DATASET}.evalFraction")
-        splits = dict(zip(("train", "eval"), blocks, strict=True))
+        blocks = splits["train"]
+        kept, held = tokens.hold_out(len(blocks), data.eval_fraction, spec.training.seed, f"{DATASET}.evalFraction")
+        splits = {"train": blocks.select(kept), "eval": blocks.select(held)}
     for name, rows in splits.items():
         if len(rows) == 0:
             raise columns.invalid(f"{texts.FIELD}: no row of the {name} split has {tokens.SHORTEST} tokens or more")

@@ -23,6 +23,7 @@ FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "jsonl", ".n
            ".md": "text", ".rst": "text"}  # fmt: skip
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 BUILDERS = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet", "text": "text", "imagefolder": "imagefolder"}
+TEXTUAL = {"csv", "json", "jsonl", "text"}  # formats whose files are text in some encoding
 
 METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}  # tables beside images, as `datasets` knows them
 # What cannot be read and surely was meant to be: left out, a class would be the smaller for it, or gone.

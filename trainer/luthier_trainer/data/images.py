@@ -22,6 +22,7 @@ from luthier_trainer.ending import FORBIDDEN_ERRNOS, STORAGE_ERRNOS, Failure, os
 from luthier_trainer.plan import plan_training
 
 if TYPE_CHECKING:
+    import numpy
     import PIL.Image
     from datasets import Dataset
     from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
@@ -44,13 +45,12 @@ def fitting(rows: Rows, spec: FineTuneJobSpec) -> Rows:
     name = column(spec)
     columns.require(rows, name, FIELD, taken=[spec.dataset.columns.label])
     if not isinstance(feature := rows.data.features[name], Image):
-        images = [other for other, kind in rows.data.features.items() if isinstance(kind, Image)]
-        hint = f"columns of images: {', '.join(images)}" if images else "no column holds images; folders of them do, with dataset.format: imagefolder"
+        hint = f"columns of images: {', '.join(rows.images)}" if rows.images else "no column holds images; folders of them do, with dataset.format: imagefolder"
         raise columns.invalid(f'{FIELD}: column "{name}" of {rows.origin} holds {getattr(feature, "dtype", feature)}, not images ({hint})')
     stored = rows.data.cast_column(name, Image(decode=False))
     if found := unusable(stored.select_columns([name]), name):
         row, first = found[0]
-        raise columns.invalid(f"{FIELD}: {len(found)} images of {rows.origin} cannot be used (the first: row {row}, {first}). Replace or remove them")
+        raise columns.invalid(f"{FIELD}: {len(found)} images of {rows.origin} cannot be used. The first is {rows.place(row)}: {first}. Replace or remove them")
     return replace(rows, data=stored)
 
 
@@ -70,7 +70,7 @@ def problem(image: dict[str, Any] | None) -> str | None:
     import PIL.ImageOps
 
     if image is None:
-        return "which has none"
+        return "there is none"
     name = f"{image['path']}: " if image["path"] else ""
     try:
         with PIL.Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as opened:
@@ -164,7 +164,7 @@ def by(shape: tuple[int, ...]) -> str:
     return " × ".join(map(str, shape[1:]))
 
 
-def encoded(rows: Rows, ids: list[int] | None, processor: BaseImageProcessor, spec: FineTuneJobSpec) -> Dataset:
+def encoded(rows: Rows, ids: numpy.ndarray | None, processor: BaseImageProcessor, spec: FineTuneJobSpec) -> Dataset:
     """The rows as `train` reads them: pixel_values, which are still files, and labels. `ids`: the class of each."""
     from datasets import Features, Image, Value
 

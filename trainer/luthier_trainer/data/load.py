@@ -6,21 +6,27 @@ empty lines stay, and a column `ends` marks the last line of each file.
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import Origin
-from luthier_api.spec import DatasetSource
+from luthier_api.spec import Csv, DatasetSource
 from luthier_trainer import origins
-from luthier_trainer.data.files import BUILDERS, find_files, format_of, image_folder, suffix_of
+from luthier_trainer.data.decoding import Decoder
+from luthier_trainer.data.filerows import TEXT_TYPES, Files, Part, Table
+from luthier_trainer.data.files import BUILDERS, TEXTUAL, find_files, format_of, image_folder
 from luthier_trainer.ending import FORBIDDEN_ERRNOS, STORAGE_ERRNOS, Failure, os_error
 from luthier_trainer.hub import hub_api, patiently
+from luthier_trainer.notices import notice
 
 if TYPE_CHECKING:
+    import numpy
     from datasets import Dataset
 
 FILES_SPLIT = "train"
@@ -38,6 +44,42 @@ class Rows:
     """Lines of text files, with line breaks and the column `ends`."""
     origins: tuple[Origin, ...] = ()
     """The files, where they do not come from the Hub."""
+    parts: tuple[Part, ...] = ()
+    """The files' rows before any were left out, where they are known."""
+    numbers: numpy.ndarray | None = None
+    """int64 of shape (rows,): the number of each row before any were left out; None: they are 0, 1, 2, ..."""
+    names: tuple[str, ...] = ()
+    """All columns, also those that were not read."""
+    texts: tuple[str, ...] = ()
+    """Columns that hold text."""
+    images: tuple[str, ...] = ()
+    """Columns that hold images."""
+    mixed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Columns whose cells are JSON text, because they hold lists, objects, or values of several kinds: what they hold."""
+    rarest: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Of columns with values of several kinds: the number of the first row of the rarest kind."""
+    hint: str = ""
+    """What to do where a column is missing, if the files tell."""
+
+    def select(self, indices: numpy.ndarray) -> Rows:
+        """Some of the rows, by their positions."""
+        numbers = indices if self.numbers is None else self.numbers[indices]
+        return replace(self, data=self.data.select(indices), numbers=numbers)
+
+    def place(self, index: int) -> str:
+        """What a message calls the row at a position: row 8, counted from 0 (line 10 of train.csv)."""
+        return self.place_of(index if self.numbers is None else int(self.numbers[index]))
+
+    def place_of(self, number: int) -> str:
+        """The same, for the number that a row had before any were left out."""
+        begin = 0
+        for part in self.parts:
+            if number < begin + part.rows:
+                row = number - begin
+                where = f"line {part.line_of(row)} of " if part.line_of else f"row {row} of " if len(self.parts) > 1 else ""
+                return f"row {number}, counted from 0 ({where}{part.path.name})"
+            begin += part.rows
+        return f"row {number}, counted from 0"
 
 
 @dataclass(frozen=True)
@@ -48,8 +90,14 @@ class Loader:
     field: str
     """Path of the field, for messages."""
     cache: Path
+    columns: tuple[str, ...] = ()
+    """Columns that the job needs: of several files, each must have them."""
+    others: bool = True
+    """Whether the other columns are read too."""
     documents: bool = False
     """Text files keep their line breaks."""
+    tables: dict[tuple[Path, ...], Table] = dataclasses.field(default_factory=dict)
+    """What has been read: slices of the same files are cut from the same rows."""
 
     def split(self, instruction: str, field: str) -> Rows:
         """The rows of a split, or of slices of it (train[:80%])."""
@@ -64,50 +112,57 @@ class Loader:
         image_folders = self.source.format == "imagefolder"
         paths = find_files(files, where, folders=image_folders)
         kind = self.source.format or format_of(paths, where)
+        self._check_settings(kind, paths[0])
         origin = paths[0].name if len(paths) == 1 else f"{len(paths)} files ({paths[0].name}, ...)"
-        data = self._images(paths, where) if image_folders else self._read(kind, paths, where)
-        documents = self.documents and kind == "text"
-        if kind == "text":
-            data = lines(data) if documents else data.filter(_not_blank, batched=True)
-        rows = cut(data, instruction, [FILES_SPLIT], f"{self.field}.{field}", origin)
-        return Rows(rows, origin, documents=documents, origins=tuple(origins.of_data(p, where) for p in paths))
+        table = self._images(paths, where) if image_folders else self._read(kind, paths, where)
+        rows = Rows(
+            table.data, origin, documents=self.documents and kind == "text", origins=tuple(origins.of_data(p, where) for p in paths),
+            parts=table.parts, names=table.names, texts=table.texts, images=table.images, mixed=table.mixed, rarest=table.rarest, hint=table.hint,
+        )  # fmt: skip
+        return cut(rows, instruction, [FILES_SPLIT], f"{self.field}.{field}")
 
-    def _images(self, paths: list[Path], where: str) -> Dataset:
+    def _check_settings(self, kind: str, path: Path) -> None:
+        """Raises Failure when the spec says how to read another format than `kind`."""
+        if self.source.csv is not None and kind != "csv":
+            raise Failure(ExitCode.INVALID_SPEC, f"{self.field}.csv: belongs to files of the format csv, and {path.name} is read as {kind}. Remove csv")
+        if self.source.encoding is not None and kind not in TEXTUAL:
+            raise Failure(ExitCode.INVALID_SPEC, f"{self.field}.encoding: {kind} is no format of text, and has no encoding. Remove encoding")
+
+    def _read(self, kind: str, paths: list[Path], where: str) -> Table:
+        key = tuple(paths)
+        if key not in self.tables:
+            decoder = Decoder(self.source.encoding, self.field, where)
+            csv = self.source.csv or Csv()
+            self.tables[key] = Files(paths, decoder, csv, self.columns, self.others, self.cache / "rows").read(BUILDERS[kind], self.documents)
+        return self.tables[key]
+
+    def _images(self, paths: list[Path], where: str) -> Table:
         """Columns `image` and `label`: `datasets` has its own opinion of which folders count, and tells nobody. Or those of metadata."""
         from datasets import Dataset, Features, Image, Value
 
         folders = [image_folder(path, where) for path in paths]
         images = [image for folder in folders for image in folder.images]
         if any(folder.tables for folder in folders):
-            data = self._read("imagefolder", paths, where)
+            data = self._metadata(paths, where)
             if len(data) < len(images):
-                print(f"{where}: {len(images) - len(data)} images are in no row of the metadata, and are left out", flush=True)
-            return data
+                notice(f"{where}: {len(images) - len(data)} images are in no row of the metadata, and are left out")
+            return _as_table(data)
         columns = {"image": [str(image.absolute()) for image in images], "label": [name for folder in folders for name in folder.classes(where)]}
-        return Dataset.from_dict(columns, features=Features({"image": Image(), "label": Value("string")}))
+        return _as_table(Dataset.from_dict(columns, features=Features({"image": Image(), "label": Value("string")})))
 
-    def _read(self, kind: str, paths: list[Path], where: str) -> Dataset:
+    def _metadata(self, paths: list[Path], where: str) -> Dataset:
         from datasets import load_dataset
 
-        options: dict[str, Any] = {"split": FILES_SPLIT, "cache_dir": str(self.cache)}
-        if kind == "csv":
-            # An empty cell is empty and the text "NA" is a text: pandas would make both null.
-            options |= {"keep_default_na": False, "sep": "\t" if suffix_of(paths[0]) == ".tsv" else ","}
-        if kind == "text":
-            options |= {"sample_by": "document" if self.documents else "line", "keep_linebreaks": self.documents}
-        # `datasets` takes each name for a pattern.
-        names = [glob.escape(str(p)) + ("/**" if kind == "imagefolder" else "") for p in paths]
-        if empty := [p for p in paths if p.is_file() and p.stat().st_size == 0]:
-            raise Failure(ExitCode.INVALID_DATASET, f"{where}: {empty[0]} is empty")
+        names = [glob.escape(str(path)) + "/**" for path in paths]  # `datasets` takes each name for a pattern
         try:
-            return load_dataset(BUILDERS[kind], data_files={FILES_SPLIT: names}, **options)
+            return load_dataset("imagefolder", data_files={FILES_SPLIT: names}, split=FILES_SPLIT, cache_dir=str(self.cache))
         except Exception as error:
             if os_error(error, STORAGE_ERRNOS | FORBIDDEN_ERRNOS):
                 raise  # the volume or its rights, not the data
             if len(paths) > 1:
                 for path in paths:
-                    self._read(kind, [path], where)  # names the one that is to blame
-            raise Failure(ExitCode.INVALID_DATASET, f"{where}: {paths[0]} cannot be read as {kind}: {first_cause(error)}") from error
+                    self._metadata([path], where)  # names the one that is to blame
+            raise Failure(ExitCode.INVALID_DATASET, f"{where}: {paths[0]} cannot be read as imagefolder: {first_cause(error)}") from error
 
     def _hub(self, instruction: str, field: str) -> Rows:
         from datasets import DownloadConfig, load_dataset
@@ -127,7 +182,9 @@ class Loader:
                 raise self._unfit(error, base, field) from error
 
         data = patiently(load, f"{self.field}.id", what)
-        return Rows(cut(data, instruction, [base], f"{self.field}.{field}", name), f"{name}, split {base}", revision=info.sha)
+        table = _as_table(data)
+        rows = Rows(data, f"{name}, split {base}", revision=info.sha, names=table.names, texts=table.texts, images=table.images)
+        return cut(rows, instruction, [base], f"{self.field}.{field}", name)
 
     def _unfit(self, error: ValueError, split: str, field: str) -> Failure:
         text = " ".join(str(error).split())
@@ -138,14 +195,17 @@ class Loader:
         return Failure(ExitCode.INVALID_DATASET, f"{self.field}.id: {self.source.id} cannot be read: {first_cause(error)}")
 
 
-def cut(data: Dataset, instruction: str, splits: list[str], field: str, origin: str) -> Dataset:
-    """The rows that `instruction` names, for example train[:80%] or train[:10]+train[50:]. Never empty."""
-    found = ranges(data, instruction, splits, field)
-    whole = found == [(0, len(data))]
-    rows = data if whole else data.select([i for start, end in found for i in range(start, end)])
-    if len(rows) == 0:
-        raise Failure(ExitCode.INVALID_DATASET, f"{field}: {instruction} of {origin} is empty: it has {len(data)} rows")
-    return rows
+def cut(rows: Rows, instruction: str, splits: list[str], field: str, origin: str | None = None) -> Rows:
+    """The rows that `instruction` names, for example train[:80%] or train[:10]+train[50:]. Raises Failure when there are none."""
+    import numpy
+
+    found = ranges(rows.data, instruction, splits, field)
+    if found == [(0, len(rows.data))] and len(rows.data):
+        return rows
+    indices = numpy.concatenate([numpy.arange(start, end, dtype=numpy.int64) for start, end in found])
+    if not len(indices):
+        raise Failure(ExitCode.INVALID_DATASET, f"{field}: {instruction} of {origin or rows.origin} is empty: it has {len(rows.data)} rows")
+    return rows.select(indices)
 
 
 def ranges(data: Dataset, instruction: str, splits: list[str], field: str) -> list[tuple[int, int]]:
@@ -165,19 +225,12 @@ def no_split(split: str, splits: list[str], field: str) -> Failure:
     return Failure(ExitCode.INVALID_SPEC, f"{field}: there is no split {split!r}; the splits are: {', '.join(sorted(splits))}")
 
 
-def _not_blank(batch: dict[str, list[str]]) -> list[bool]:
-    return [bool(text.strip()) for text in batch["text"]]
+def _as_table(data: Dataset) -> Table:
+    from datasets import Image
 
-
-def lines(documents: Dataset) -> Dataset:
-    """Whole files → their lines, with line breaks; `ends` is true on the last line of each file."""
-
-    def explode(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
-        found = [line for text in batch["text"] for line in text.splitlines(keepends=True)]
-        ends = [i == last for text in batch["text"] for last in [len(text.splitlines()) - 1] for i in range(last + 1)]
-        return {"text": found, "ends": ends}
-
-    return documents.map(explode, batched=True, batch_size=1, remove_columns=documents.column_names)
+    names = tuple(data.column_names)
+    texts = tuple(name for name in names if getattr(data.features[name], "dtype", None) in TEXT_TYPES)
+    return Table(data, (), names, texts, tuple(name for name in names if isinstance(data.features[name], Image)))
 
 
 def first_cause(error: BaseException) -> str:

@@ -5,7 +5,6 @@ Neighbours: `tokens` and `packing` make the tokens; `images` does the same for r
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from luthier_api.exitcodes import ExitCode
@@ -18,6 +17,7 @@ from luthier_trainer.ending import Failure
 from luthier_trainer.taskfacts import FACTS
 
 if TYPE_CHECKING:
+    import numpy
     from datasets import Dataset
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -30,7 +30,7 @@ def column(spec: FineTuneJobSpec) -> str:
 
 def fitting(rows: Rows, spec: FineTuneJobSpec) -> Rows:
     """The rows that have a text. Raises Failure."""
-    return replace(rows, data=columns.texts(rows, column(spec), FIELD, drop_blank=not FACTS[spec.task].labelled))
+    return columns.texts(rows, column(spec), FIELD, drop_blank=not FACTS[spec.task].labelled)
 
 
 def check(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, spec: FineTuneJobSpec, rows: int) -> None:
@@ -48,7 +48,7 @@ def check(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, spec: Fi
         )
 
 
-def encoded(rows: Rows, ids: list[int] | None, tokenizer: PreTrainedTokenizerBase, spec: FineTuneJobSpec) -> Dataset:
+def encoded(rows: Rows, ids: numpy.ndarray | None, tokenizer: PreTrainedTokenizerBase, spec: FineTuneJobSpec) -> Dataset:
     """The rows as `train` reads them. `ids`: the class of each, where they are classified."""
     text, longest = column(spec), spec.training.max_length
     reader = Reader(tokenizer, spec.dataset.parse_special_tokens)

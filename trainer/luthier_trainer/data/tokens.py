@@ -12,6 +12,7 @@ from luthier_trainer.data.columns import invalid
 from luthier_trainer.notices import notice
 
 if TYPE_CHECKING:
+    import numpy
     from datasets import Dataset
 
     from luthier_trainer.data.reading import Reader
@@ -36,7 +37,7 @@ def language_rows(texts: Dataset, column: str, reader: Reader, max_length: int) 
 
 
 def classification_rows(
-    texts: Dataset, column: str, labels: list[int], reader: Reader, max_length: int
+    texts: Dataset, column: str, labels: numpy.ndarray, reader: Reader, max_length: int
 ) -> Dataset:
     """One row a text, cut at `max_length` by the tokenizer, which keeps its closing token; with the id of its class."""
     cut = 0
@@ -45,23 +46,47 @@ def classification_rows(
         nonlocal cut
         rows, longer = reader.truncated(batch[column], max_length)
         cut += longer
-        return {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows], "labels": [labels[i] for i in indices]}
+        return {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows], "labels": labels[indices].tolist()}
 
     rows = mapped(texts, tokenize, _classification_features(), with_indices=True)
     _tell_cut(cut, len(texts), max_length)
     return rows
 
 
-def hold_out(data: Dataset, fraction: float, seed: int, field: str) -> tuple[Dataset, Dataset]:
-    """(train, eval): `fraction` of the rows, chosen by `seed`, are held out; both keep the order of the rows."""
+def hold_out(rows: int, fraction: float, seed: int, field: str, classes: numpy.ndarray | None = None) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """(train, eval): positions of the rows; `fraction` of them, chosen by `seed`, are held out. Both are in the order of the rows.
+
+    `classes`, int64 of shape (rows,): of each class the same share is held out, as near as whole rows allow; one row at least stays.
+    Raises Failure.
+    """
     import numpy
 
-    count = round(len(data) * fraction)
-    if not 0 < count < len(data):
-        raise invalid(f"{field}: {fraction:g} of {len(data)} rows is {count}; both sides need one row at least. Choose another fraction")
-    chosen = numpy.zeros(len(data), dtype=bool)
-    chosen[numpy.random.default_rng(seed).permutation(len(data))[:count]] = True
-    return data.select(numpy.flatnonzero(~chosen)), data.select(numpy.flatnonzero(chosen))
+    count = round(rows * fraction)
+    if not 0 < count < rows:
+        raise invalid(f"{field}: {fraction:g} of {rows} rows is {count}; both sides need one row at least. Choose another fraction")
+    order = numpy.random.default_rng(seed).permutation(rows)
+    chosen = numpy.zeros(rows, dtype=bool)
+    if classes is None:
+        chosen[order[:count]] = True
+    else:
+        shares = shares_of(numpy.bincount(classes), count)
+        if not shares.any():
+            raise invalid(f"{field}: every class has one row, which is needed to learn from. Name rows to evaluate on instead")
+        for number, share in enumerate(shares):
+            chosen[order[classes[order] == number][:share]] = True
+    return numpy.flatnonzero(~chosen), numpy.flatnonzero(chosen)
+
+
+def shares_of(sizes: numpy.ndarray, count: int) -> numpy.ndarray:
+    """How many rows of each class are held out, `count` in all: in proportion, the largest remainders rounded up. One row of each stays."""
+    import numpy
+
+    exact = sizes * (count / sizes.sum())
+    most = numpy.maximum(sizes - 1, 0)
+    shares = numpy.minimum(numpy.floor(exact).astype(numpy.int64), most)
+    while shares.sum() < count and (shares < most).any():
+        shares[numpy.argmax(numpy.where(shares < most, exact - shares, -numpy.inf))] += 1
+    return shares
 
 
 def count_tokens(data: Dataset) -> int:

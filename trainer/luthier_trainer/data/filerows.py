@@ -1,0 +1,284 @@
+"""The rows of files of one format, in an Arrow file that is mapped into memory: of any size, and only the columns that are needed.
+
+Neighbours: `csvrows`, `jsonrows` and `parquetrows` read one file each; `load` says which files, and which of their rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.spec import Csv
+from luthier_trainer.data import decoding
+from luthier_trainer.data.csvrows import CsvFile
+from luthier_trainer.data.jsonrows import JsonFile, Survey, Widened
+from luthier_trainer.data.parquetrows import ParquetFile
+from luthier_trainer.ending import Failure
+
+if TYPE_CHECKING:
+    import pyarrow
+    from datasets import Dataset
+
+AT_ONCE = 1000  # rows of a batch, as in `datasets`
+TEXT_TYPES = ("string", "large_string")  # names of `datasets`
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one file, and on which line each of them begins."""
+
+    path: Path
+    rows: int
+    line_of: Callable[[int], int] | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of files, one after the other."""
+
+    data: Dataset
+    parts: tuple[Part, ...]
+    names: tuple[str, ...]
+    """All columns of the files, also those that were not read."""
+    texts: tuple[str, ...]
+    """Those of them that hold text, as far as their first rows tell."""
+    images: tuple[str, ...] = ()
+    """Those of them that hold images."""
+    mixed: Mapping[str, str] = field(default_factory=dict)
+    """Columns that hold something else than text, numbers, or true and false: what. Their cells are JSON text."""
+    rarest: Mapping[str, int] = field(default_factory=dict)
+    """Of columns with several kinds of values: the first row of the rarest kind."""
+    hint: str = ""
+    """What to do where a column is missing."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files of one format that a field of the spec names."""
+
+    paths: list[Path]
+    decoder: decoding.Decoder
+    csv: Csv
+    columns: tuple[str, ...]
+    """The columns that the job needs. Each is in all of the files or in none."""
+    others: bool
+    """Whether the other columns are read too."""
+    target: Path
+    """Folder for the Arrow file."""
+
+    def read(self, kind: str, documents: bool) -> Table:
+        """All rows. `documents`: of text files, with line breaks. Raises Failure."""
+        for path in self.paths:
+            if path.stat().st_size == 0:
+                raise self._refusal(f"{path} is empty")
+        if kind == "csv":
+            return self._csv()
+        if kind == "json":
+            return self._json()
+        return self._text(documents) if kind == "text" else self._parquet()
+
+    def _csv(self) -> Table:
+        import pyarrow
+
+        files = [CsvFile(path, self.decoder, self.csv) for path in self.paths]
+        names = self._names((file.path, file.header) for file in files)
+        wanted = self._wanted(names)
+        schema = pyarrow.schema([(name, pyarrow.string()) for name in wanted])
+        sink = Sink(self._arrow_file("csv"), schema)
+        for file in files:
+            there = [name for name in wanted if name in file.header]
+            for rows, cells in file.batches(there):
+                columns = dict(zip(there, cells, strict=True))
+                sink.write(pyarrow.table({name: columns.get(name, [None] * rows) for name in wanted}, schema=schema))
+            sink.end_part()
+        parts = tuple(Part(file.path, rows, file.line_of) for file, rows in zip(files, sink.parts, strict=True))
+        return Table(sink.close(), parts, names, names, hint=files[0].hint)
+
+    def _json(self) -> Table:
+        files = [JsonFile(path, self.decoder) for path in self.paths]
+        survey = Survey(None if self.others else list(self.columns))
+        look = Survey(None)
+        try:
+            sink = self._json_tables(files, survey, look, first=True)
+        except Widened:
+            # The types of the first batch are not those of the file: look at all rows first.
+            survey = Survey(survey.columns)
+            for file in files:
+                for rows in file.batches():
+                    survey.add(rows)
+            sink = self._json_tables(files, survey, look, first=False)
+        parts = tuple(Part(file.path, rows, file.line_of) for file, rows in zip(files, sink.parts, strict=True))
+        texts = tuple(name for name, types in look.types.items() if types == {str})
+        return Table(sink.close(), parts, tuple(survey.names), texts, mixed=survey.mixed(), rarest=survey.rarest())
+
+    def _json_tables(self, files: list[JsonFile], survey: Survey, look: Survey, first: bool) -> Sink:
+        """Writes all rows. With `first`, the types are those of the first batch. Raises Widened where a row does not fit them."""
+        sink = Sink(self._arrow_file("json"))
+        for file in files:
+            for rows in file.batches():
+                if not look.rows:
+                    look.add(rows)
+                if first and not survey.rows:
+                    survey.add(rows)
+                    if survey.mixed():
+                        raise Widened
+                try:
+                    sink.write(survey.table(rows))
+                except UnicodeEncodeError as error:
+                    raise self._refusal(f"{file.path} has half a surrogate pair (such as \\ud83d alone) in a text: {error}") from error
+            sink.end_part()
+        return sink
+
+    def _parquet(self) -> Table:
+        import pyarrow
+        from datasets import Features, Image
+
+        files = [ParquetFile(path, self.decoder.files) for path in self.paths]
+        names = self._names((file.path, file.schema.names) for file in files)
+        wanted = self._wanted(names)
+        fields = {name: next(f.schema.field(name) for f in files if name in f.schema.names) for name in wanted}
+        for file in files[1:]:
+            for name in set(wanted) & set(file.schema.names):
+                if file.schema.field(name).type != fields[name].type:
+                    kinds = f"{file.schema.field(name).type}, and in {files[0].path.name} {fields[name].type}"
+                    raise self._refusal(f'column "{name}" of {file.path} holds {kinds}. Write it with the same type in all files')
+        features = Features.from_arrow_schema(files[0].schema)
+        schema = pyarrow.schema(list(fields.values()))
+        if set(wanted) <= set(features):
+            schema = Features({name: features[name] for name in wanted}).arrow_schema
+        sink = Sink(self._arrow_file("parquet"), schema)
+        for file in files:
+            there = [name for name in wanted if name in file.schema.names]
+            for table in file.tables(there):
+                for name in set(wanted) - set(there):
+                    table = table.append_column(name, pyarrow.nulls(len(table), fields[name].type))
+                sink.write(table.select(wanted).cast(schema))
+            sink.end_part()
+        parts = tuple(Part(file.path, rows) for file, rows in zip(files, sink.parts, strict=True))
+        texts = tuple(name for name, feature in features.items() if getattr(feature, "dtype", None) in TEXT_TYPES)
+        return Table(sink.close(), parts, names, texts, tuple(name for name, feature in features.items() if isinstance(feature, Image)))
+
+    def _text(self, documents: bool) -> Table:
+        import pyarrow
+
+        schema = pyarrow.schema([("text", pyarrow.string())] + ([("ends", pyarrow.bool_())] if documents else []))
+        sink = Sink(self._arrow_file("text"), schema)
+        files = [TextFile(path, self.decoder) for path in self.paths]
+        for file in files:
+            for columns in file.documents() if documents else file.batches():
+                sink.write(pyarrow.table(columns, schema=schema))
+            sink.end_part()
+        parts = tuple(Part(file.path, rows, None if documents else file.line_of) for file, rows in zip(files, sink.parts, strict=True))
+        return Table(sink.close(), parts, ("text",), ("text",))
+
+    def _names(self, headers: Iterable[tuple[Path, list[str]]]) -> tuple[str, ...]:
+        """The columns of all files. Raises Failure, naming the file, when a column that the job needs is in some of them only."""
+        found = [(path, list(names)) for path, names in headers]
+        for column in self.columns:
+            having = [path for path, names in found if column in names]
+            for path, names in found:
+                if having and column not in names:
+                    raise self._refusal(f'{path} has no column "{column}" (columns: {", ".join(names)}), and {having[0].name} has one')
+        return tuple(dict.fromkeys(name for _, names in found for name in names))
+
+    def _wanted(self, names: tuple[str, ...]) -> list[str]:
+        """The columns to read: at least one, because they also tell how many rows there are."""
+        return [name for name in names if name in self.columns or (self.others and name)] or [*names[:1]]
+
+    def _arrow_file(self, kind: str) -> Path:
+        self.target.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256(repr((kind, self.paths, self.columns)).encode()).hexdigest()
+        return self.target / f"rows-{digest[:16]}.arrow"
+
+    def _refusal(self, what: str) -> Failure:
+        return Failure(ExitCode.INVALID_DATASET, f"{self.decoder.files}: {what}")
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A text file: a row a line, or the lines of one document."""
+
+    path: Path
+    decoder: decoding.Decoder
+
+    def batches(self) -> Iterator[dict[str, list[Any]]]:
+        """Lines that are not blank, without their line breaks."""
+        batch: list[str] = []
+        for _, line in self._rows():
+            batch.append(line.removesuffix("\n"))
+            if len(batch) == AT_ONCE:
+                yield {"text": batch}
+                batch = []
+        if batch:
+            yield {"text": batch}
+
+    def documents(self) -> Iterator[dict[str, list[Any]]]:
+        """All lines, with their line breaks; `ends` is true on the last of them. A very long line comes in pieces."""
+        with self.decoder.open(self.path) as file:
+            lines = decoding.lines(iter(lambda: file.readline(decoding.CHUNK), ""), self.path.name, self.decoder.files)
+            batch: list[str] = []
+            for line in lines:
+                if len(batch) == AT_ONCE:
+                    yield {"text": batch, "ends": [False] * AT_ONCE}
+                    batch = []
+                batch.append(line)
+            if batch:
+                yield {"text": batch, "ends": [False] * (len(batch) - 1) + [True]}
+
+    def line_of(self, row: int) -> int:
+        """The line, from 1, of a row."""
+        return next(number for i, (number, _) in enumerate(self._rows()) if i == row)
+
+    def _rows(self) -> Iterator[tuple[int, str]]:
+        with self.decoder.open(self.path) as file:
+            for number, line in enumerate(decoding.lines(file, self.path.name, self.decoder.files), 1):
+                if line.strip():
+                    yield number, line
+
+
+class Sink:
+    """Writes tables into an Arrow file, which appears when it is whole."""
+
+    def __init__(self, path: Path, schema: pyarrow.Schema | None = None) -> None:
+        self.path, self.schema = path, schema
+        self.parts: list[int] = []
+        self._rows = 0
+        self._file: Any = None
+        self._writer: Any = None
+
+    def write(self, table: pyarrow.Table) -> None:
+        """Append a table. The first one decides the schema where none was given."""
+        self._open(self.schema or table.schema)
+        self._writer.write_table(table)
+        self._rows += len(table)
+
+    def end_part(self) -> None:
+        """Note how many rows came since the last part."""
+        self.parts.append(self._rows - sum(self.parts))
+
+    def close(self) -> Dataset:
+        """The rows, mapped into memory."""
+        import pyarrow
+        from datasets import Dataset
+
+        self._open(self.schema or pyarrow.schema([]))
+        self._writer.close()
+        self._file.close()
+        os.replace(self._partial, self.path)
+        return Dataset.from_file(str(self.path))
+
+    @property
+    def _partial(self) -> Path:
+        return self.path.with_suffix(".partial")
+
+    def _open(self, schema: pyarrow.Schema) -> None:
+        import pyarrow
+
+        if self._writer is None:
+            self._file = self._partial.open("wb")
+            self._writer = pyarrow.ipc.new_stream(self._file, schema)

@@ -1,0 +1,162 @@
+"""The classes of rows: their names, which of them nearly agree, and the class of each row by number.
+
+A label is text, however a file writes it: "007" and "7" are two classes. Labels that differ only in blanks, capitals or in how a number is
+written are shown, and are one class only when the spec asks for it.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+from luthier_trainer.data import columns
+from luthier_trainer.data.columns import invalid, some
+from luthier_trainer.data.load import Rows
+from luthier_trainer.notices import notice
+
+if TYPE_CHECKING:
+    import numpy
+    import pyarrow
+
+WHOLE_NUMBER = re.compile(r"-?[0-9]+")  # str.isdigit is also true of ² and ①, which int() refuses
+NUMBER = re.compile(r"[-+]?[0-9]+([.][0-9]*)?")
+UNLABELLED = -1  # how Hub datasets mark the rows of a hidden test set
+GROUPS_SHOWN = 3
+LABEL_TYPES = re.compile(r"string|large_string|bool|u?int\d+|float\d+")  # a column of whole numbers with a gap reads as float
+ONE_A_ROW = "a label is a name or a whole number, one a row"
+
+
+def names_of(rows: Rows, column: str, field: str, merge: bool, taken: Collection[str] = ()) -> list[str]:
+    """Names of the classes of the training rows, in the order of their ids. Raises Failure when a label is missing, or there is only one.
+
+    With `merge`, labels that nearly agree are one class, which is called as most of its rows call it. `taken`: columns of other roles.
+    """
+    columns.require(rows, column, field, taken)
+    _check_type(rows, column, field)
+    counts: Counter[str] = Counter()
+    for _, labels in _batches(rows, column, field):
+        counts.update({pair["values"].as_py(): pair["counts"].as_py() for pair in labels.value_counts()})
+    own = getattr(rows.data.features[column], "names", None)
+    names = list(own) if own is not None else sorted(counts, key=_order)
+    near = _near(names)
+    if merge:
+        names = [name for name in names if name == _kept(near[key(name)], counts)]
+    if near_groups := [group for group in near.values() if len(group) > 1]:
+        _tell_near(near_groups, counts, merge, field)
+    if len({key(name) if merge else name for name in counts}) < 2:
+        raise invalid(f'{field}: all {len(rows.data)} rows of {rows.origin} have the label "{next(iter(counts))}"; two classes at least are needed')
+    return names
+
+
+def ids_of(rows: Rows, column: str, field: str, names: list[str], merge: bool) -> numpy.ndarray:
+    """The class of each row, int64 of shape (rows,). Raises Failure on a class that is not in `names`."""
+    import numpy
+
+    columns.require(rows, column, field)
+    _check_type(rows, column, field)
+    ids = {key(name) if merge else name: i for i, name in enumerate(names)}
+    found, unknown = [numpy.empty(0, numpy.int64)], dict[str, int]()
+    for start, labels in _batches(rows, column, field):
+        encoded = labels.combine_chunks().dictionary_encode()
+        given = encoded.dictionary.to_pylist()
+        indices = encoded.indices.to_numpy()
+        classes = numpy.array([ids.get(key(name) if merge else name, UNLABELLED) for name in given], numpy.int64)
+        for i in numpy.flatnonzero(classes == UNLABELLED):
+            unknown.setdefault(given[i], start + int(numpy.argmax(indices == i)))
+        found.append(classes[indices])
+    if unknown:
+        first = rows.place(min(unknown.values()))
+        raise invalid(
+            f"{field}: {rows.origin} has labels that the training rows do not have: {some(sorted(unknown))} (theirs: {some(names)}). The first is {first}"
+        )
+    return numpy.concatenate(found)
+
+
+def key(name: str) -> tuple[str, Any]:
+    """The same for labels that nearly agree."""
+    text = " ".join(unicodedata.normalize("NFC", name).casefold().split())
+    return ("number", Decimal(text)) if NUMBER.fullmatch(text) and text.isascii() else ("text", text)
+
+
+def _check_type(rows: Rows, column: str, field: str) -> None:
+    feature = rows.data.features[column]
+    if column in rows.rarest:
+        place = rows.place_of(rows.rarest[column])
+        raise invalid(
+            f'{field}: column "{column}" of {rows.origin} holds {rows.mixed[column]}. The first of the fewest is {place}. Write all labels in the same way'
+        )
+    if column in rows.mixed:
+        raise invalid(f'{field}: column "{column}" of {rows.origin} holds {rows.mixed[column]}; {ONE_A_ROW}')
+    if getattr(feature, "names", None) is None and not LABEL_TYPES.fullmatch(str(getattr(feature, "dtype", ""))):
+        raise invalid(f'{field}: column "{column}" of {rows.origin} holds {feature}; {ONE_A_ROW}')
+
+
+def _batches(rows: Rows, column: str, field: str) -> Iterator[tuple[int, pyarrow.ChunkedArray]]:
+    """(number of rows before, names of classes) batch by batch. Raises Failure on rows without a label."""
+    import pyarrow.compute
+
+    own = getattr(rows.data.features[column], "names", None)
+    missing: list[int] = []
+    for start, values in columns.batches(rows, column):
+        if own is not None:
+            values = pyarrow.compute.if_else(pyarrow.compute.equal(values, UNLABELLED), None, values)
+            names = pyarrow.chunked_array([pyarrow.array(own).take(chunk) for chunk in values.chunks], pyarrow.string())
+        else:
+            names = _as_text(rows, values, start, column, field)
+        blank = pyarrow.compute.equal(pyarrow.compute.utf8_trim_whitespace(names), "").fill_null(True)
+        missing += [start + i for i in pyarrow.compute.indices_nonzero(blank).to_pylist()]
+        if not missing:
+            yield start, names
+    if missing:
+        raise invalid(
+            f'{field}: column "{column}" of {rows.origin} has no label in {len(missing)} rows. The first is {rows.place(missing[0])}. Remove them'
+        )
+
+
+def _as_text(rows: Rows, values: pyarrow.ChunkedArray, start: int, column: str, field: str) -> pyarrow.ChunkedArray:
+    """Values as names of classes: 1, and 1.0 in a column of fractions, are "1"; true is "true"."""
+    import pyarrow.compute
+
+    if pyarrow.types.is_floating(values.type):
+        values = pyarrow.compute.if_else(pyarrow.compute.is_nan(values), None, values)
+        fractions = pyarrow.compute.indices_nonzero(pyarrow.compute.not_equal(values, pyarrow.compute.floor(values)).fill_null(False))
+        if len(fractions):
+            first = fractions[0].as_py()
+            raise invalid(
+                f'{field}: column "{column}" of {rows.origin} holds {values[first].as_py()}; a label is a name or a whole number. The first is'
+                f" {rows.place(start + first)}"
+            )
+        values = values.cast(pyarrow.int64())
+    return values.cast(pyarrow.string())
+
+
+def _order(name: str) -> tuple[int, int, str]:
+    return (0, int(name), name) if WHOLE_NUMBER.fullmatch(name) else (1, 0, name)
+
+
+def _near(names: Collection[str]) -> dict[Any, list[str]]:
+    groups: dict[Any, list[str]] = defaultdict(list)
+    for name in names:
+        groups[key(name)].append(name)
+    return groups
+
+
+def _kept(group: list[str], counts: Counter[str]) -> str:
+    """What most rows write."""
+    return max(group, key=lambda name: counts[name])
+
+
+def _tell_near(groups: list[list[str]], counts: Counter[str], merge: bool, field: str) -> None:
+    shown = "; ".join(" and ".join(f'"{name}" ({counts[name]} rows)' for name in group) for group in groups[:GROUPS_SHOWN])
+    more = f"; and {len(groups) - GROUPS_SHOWN} more such groups" if len(groups) > GROUPS_SHOWN else ""
+    dataset = field.partition(".columns.")[0]
+    what = f"{shown}{more} differ only in blanks, in capitals or in how a number is written"
+    if merge:
+        kept = some(f'"{_kept(group, counts)}"' for group in groups)
+        notice(f"{dataset}.mergeLabels: {what}, and are one class each: {kept}")
+    else:
+        notice(f"{field}: {what}, and are classes of their own. To make one class of them, set {dataset}.mergeLabels: true")
