@@ -1,7 +1,8 @@
 """text-generation: a causal language model, with LoRA adapters merged into it, over batches of prompts.
 
 A text depends on its prompt, its seed and the batch size alone: batches have one size, and prompts are padded to a length that follows
-from the prompt itself, so that kernels see the same shapes whoever shares the batch. Neighbour: `sampling` draws the tokens.
+from the prompt itself, so that kernels see the same shapes whoever shares the batch. Models that cannot be padded get none. Neighbours:
+`sampling` draws the tokens, `batching` finds out which prompts may share a batch.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import GenerateJobSpec
 from luthier_trainer.ending import Failure
+from luthier_trainer.generation.batching import find_sharing
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.samples import Output, Sample, padded
 from luthier_trainer.generation.sampling import processors
@@ -24,6 +26,8 @@ from luthier_trainer.modelfacts import room
 from luthier_trainer.sources import OWN_WEIGHTS
 
 SHORTEST_BATCH = 32  # tokens; prompts up to here share batches, longer ones share with those of their power of two
+TEST_TEXT = "The quick brown fox jumps over the lazy dog"
+TEST_TOKENS = 8  # of it, at most
 
 
 class TextEngine:
@@ -49,6 +53,9 @@ class TextEngine:
         self.model.generation_config = GenerationConfig(
             max_new_tokens=spec.text.max_new_tokens, do_sample=False, eos_token_id=sorted(self.ends) or None, pad_token_id=self.padding
         )
+        length = SHORTEST_BATCH if self.context is None else min(SHORTEST_BATCH, self.context - TEST_TOKENS)
+        prompt = [token for token in self.tokenizer(TEST_TEXT)["input_ids"] if token != self.padding and token not in self.ends]
+        self.sharing = find_sharing(self.model, prompt[:TEST_TOKENS], self.padding, length)
 
     def tokens(self, sample: Sample) -> list[int]:
         return list(self.tokenizer(sample.prompt)["input_ids"])
@@ -65,14 +72,22 @@ class TextEngine:
         return None
 
     def group(self, sample: Sample) -> Hashable:
-        """The length that its prompt is padded to: the next power of two, as far as the model's context goes."""
+        """The length that its prompt is padded to: the next power of two, as far as the model's context goes. Without padding its own."""
         length = len(self.tokens(sample))
+        if self.sharing != "any length":
+            return length
         rounded = max(SHORTEST_BATCH, 1 << (length - 1).bit_length())
         return rounded if self.context is None else max(length, min(rounded, self.context - self.settings.max_new_tokens))
 
-    @torch.inference_mode()
     def make(self, samples: Sequence[Sample]) -> list[Output]:
-        batch = padded(samples, self.batch_size)
+        if self.sharing == "none":
+            return [output for sample in samples for output in self.make_batch([sample], 1)]
+        return self.make_batch(samples, self.batch_size)
+
+    @torch.inference_mode()
+    def make_batch(self, samples: Sequence[Sample], size: int) -> list[Output]:
+        """The outputs of samples of one group, computed as a batch of `size`."""
+        batch = padded(samples, size)
         prompts = [self.tokens(s) for s in batch]
         length = self.group(samples[0])
         assert isinstance(length, int)
@@ -80,16 +95,28 @@ class TextEngine:
         mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         chain = processors(self.settings, [s.seed for s in batch], mask)
         written = self.model.generate(input_ids=ids, attention_mask=mask, logits_processor=chain)[:, length:].tolist()
-        return [self.output(s, len(p), new) for s, p, new in zip(samples, prompts, written, strict=False)]
+        return [self.output(s, prompt, new) for s, prompt, new in zip(samples, prompts, written, strict=False)]
 
-    def output(self, sample: Sample, prompt_tokens: int, new: list[int]) -> Output:
+    def output(self, sample: Sample, prompt: list[int], new: list[int]) -> Output:
         """The text up to the first end token; whatever follows it is padding."""
         end = next((i for i, token in enumerate(new) if token in self.ends), None)
-        text = self.tokenizer.decode(new[:end], skip_special_tokens=True)
         facts = {
-            "finishReason": "length" if end is None else "stop", "promptTokens": prompt_tokens, "newTokens": len(new) if end is None else end,
+            "finishReason": "length" if end is None else "stop", "promptTokens": len(prompt), "newTokens": len(new) if end is None else end,
         }  # fmt: skip
-        return Output(sample, facts, text=text)
+        return Output(sample, facts, text=continuation(self.tokenizer, prompt, new[:end]))
+
+
+def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], new: list[int]) -> str:
+    """The text that the tokens `new` add to the text of `prompt`, to the character.
+
+    Both are decoded together and the text of the prompt is cut off. Alone, the new tokens would lose their leading blank with SentencePiece
+    tokenizers, and a character whose bytes began in the prompt. Blanks before punctuation stay as the model wrote them.
+    """
+    before, whole = (
+        tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False) for tokens in (prompt, prompt + new)
+    )
+    shared = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
+    return whole[shared:]
 
 
 def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
