@@ -38,7 +38,7 @@ ADVICE: dict[ExitCode, str] = {
     ExitCode.CUDA_OUT_OF_MEMORY: "Smaller `microBatchSize` or `maxLength`, `gradientCheckpointing`, a `zero` strategy, or `method.type: qlora`.",
     ExitCode.HANG: "No step for longer than the limit. The stacks of all threads are in the log.",
     ExitCode.PEER_LOST: "Another process of the group went away. Its own end says why.",
-    ExitCode.DIVERGED: "The loss stopped being a number. A lower `learningRate` or more `warmupSteps`.",
+    ExitCode.DIVERGED: "Losses, gradients or weights stopped being finite numbers; the message names the newest good checkpoint. A lower `learningRate` or more `warmupSteps`.",
     ExitCode.HOST_OUT_OF_MEMORY: "More `resources.memory`, or fewer processes on a node.",
 }
 STATES: dict[State, str] = {

@@ -29,6 +29,7 @@ from transformers.trainer_utils import EvalPrediction
 from luthier_api.status import ResolvedSource
 from luthier_trainer import preparetraining, train
 from luthier_trainer.tasks.causal_lm import TokenLoss
+from luthier_trainer.tasks.classification import LabelFigures
 from luthier_trainer.tasks.text_classification import TextClassification
 
 
@@ -178,3 +179,19 @@ PERPLEXITIES = [
 def test_a_perplexity_is_a_number_or_missing(name: str, loss: float, figures: dict[str, float]) -> None:
     gathered = EvalPrediction(predictions=torch.tensor([[loss * 2, 2.0]]), label_ids=torch.zeros(1, 2))
     assert TokenLoss()(gathered, compute_result=True) == pytest.approx(figures, nan_ok=True)
+
+
+F1 = [
+    # name                                  truth         answers       of classes  f1Macro
+    ("all classes are held out",            [0, 1, 2],    [0, 1, 2],    3,          1.0),
+    ("one is neither held out nor given",   [0, 1],       [0, 1],       3,          2 / 3),
+    ("one is given and not held out",       [0, 1, 1],    [0, 1, 2],    3,          (1 + 2 / 3 + 0) / 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "truth", "answers", "classes", "f1"), F1, ids=[f[0] for f in F1])
+def test_f1_counts_every_class_of_the_training(name: str, truth: list[int], answers: list[int], classes: int, f1: float) -> None:
+    """sklearn alone would leave out a class that occurs nowhere."""
+    figures, labels = LabelFigures(), torch.tensor(truth)
+    rows = figures.reduce(torch.nn.functional.one_hot(torch.tensor(answers), classes).float(), labels)
+    assert figures(EvalPrediction(rows, labels), compute_result=True)["f1Macro"] == pytest.approx(f1)

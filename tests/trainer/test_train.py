@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,19 @@ def test_evaluations(
     assert said == [f"step {step}" for step in steps]
 
 
+def test_the_time_left_knows_nothing_of_the_first_evaluation(
+    tmp_path: Path, llama: Path, text_data: DatasetDict, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(train.Heartbeat):
+        def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            time.sleep(0.6 * (state.global_step == 0))
+
+    monkeypatch.setattr(train, "Heartbeat", Slow)
+    train.main(prepared_run(tmp_path / "job", llama, text_data, training={"maxSteps": 21}))
+    first = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1/21"))
+    assert 0 <= int(first.split()[-2].split(":")[-1]) < 20 * 0.6  # seconds; the evaluation alone would be as much
+
+
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_an_evaluation_changes_nothing(method: str, tmp_path: Path, llama: Path, text_data: DatasetDict) -> None:
     """bitsandbytes once went without the gradients of 4-bit weights after an evaluation on CPU."""
@@ -279,14 +293,23 @@ def test_weights_that_would_never_learn(tmp_path: Path, llama: Path, text_data: 
     assert "got no gradient, among them transformer.h.0.crossattention" in message
 
 
-def test_a_loss_that_is_no_number(tmp_path: Path, llama: Path, text_data: DatasetDict) -> None:
+NOT_FINITE = [
+    # name                     splits              message begins with
+    ("seen by an evaluation",  ["train", "eval"],  "spec.model: the held-out loss is nan before the first step"),
+    ("seen by the gradients",  ["train"],          "spec.training.learningRate: the gradients of 3 steps in a row, up to step 3, were not finite (the loss is nan)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "splits", "text"), NOT_FINITE, ids=[n[0] for n in NOT_FINITE])
+def test_a_loss_that_is_no_number(name: str, splits: list[str], text: str, tmp_path: Path, llama: Path, text_data: DatasetDict) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama)
     model.model.norm.weight.data[0] = torch.inf
     model.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path / "model")
-    code, message = fail(prepared_run(tmp_path / "job", tmp_path / "model", text_data, training={"saveSteps": 1}))
+    data = DatasetDict({split: text_data[split] for split in splits})
+    code, message = fail(prepared_run(tmp_path / "job", tmp_path / "model", data, training={"saveSteps": 5}))
     assert code == ExitCode.DIVERGED
-    assert message.startswith("spec.training.learningRate: the loss is nan at step 3")
+    assert message.startswith(text)
     assert list((tmp_path / "job/checkpoints").iterdir()) == []
 
 

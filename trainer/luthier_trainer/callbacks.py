@@ -18,14 +18,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from luthier_api import metrics
 from luthier_api.exitcodes import ExitCode
 from luthier_api.status import Plan
-from luthier_trainer import strategy
+from luthier_trainer import finite, strategy
 from luthier_trainer.checkpoint import set_aside, step_of
 from luthier_trainer.ending import Failure, beat, stop_requested
 from luthier_trainer.loop import EvaluationStopped, TrainingLoop
+from luthier_trainer.notices import notice
 from luthier_trainer.telemetry import Telemetry
 from luthier_trainer.utilisation import count_weights, operations_per_token, peak
 
 NONFINITE_REPORTS = 3  # one bad batch can spoil a report; a loss that stays NaN does not come back
+WITHHELD_UPDATES = 3  # in a row: one bad batch costs its own update, and no more
 
 
 class Callback(TrainerCallback):
@@ -104,12 +106,15 @@ class Heartbeat(Callback):
 
 
 class Report(Callback):
-    """Loss, pace and checkpoints as metrics and as one line a report; ends a run whose loss is no longer a number."""
+    """Loss, pace and checkpoints as metrics and as one line a report. Ends a run whose losses or gradients are no longer finite numbers."""
 
     def __init__(self, telemetry: Telemetry) -> None:
         self.telemetry = telemetry
         self._nonfinite = 0
+        self._withheld = 0  # updates, as far as reported
+        self._applied = 0  # updates, in this attempt
         self._step_began = self._reported = 0.0
+        self._first_step_began: float | None = None
         self._first_step = 0
         self._operations = 0  # floating-point, for a token
 
@@ -123,7 +128,7 @@ class Report(Callback):
         self.telemetry.add(metrics.TRAIN_NONFINITE, 0)  # served before the first, so that a rate over it begins at zero
         if self.loop.ranks.first:
             self._found(self.loop.saved, Path(args.output_dir))
-        self.loop.started = self._train_began = time.monotonic()
+        self.loop.started = time.monotonic()
 
     def _found(self, saved: Path | None, folder: Path) -> None:
         """What this attempt begins with: it may be less than the attempt before had, where a checkpoint is broken."""
@@ -134,9 +139,12 @@ class Report(Callback):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._step_began = time.monotonic()
+        if self._first_step_began is None:
+            self._first_step_began = self._step_began  # the evaluation before the first step is no part of the pace
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         now = time.monotonic()
+        self._applied += not self.loop.accelerator.optimizer_step_was_skipped
         self.telemetry.set(metrics.TRAIN_STEP, state.global_step)
         self.telemetry.set(metrics.TRAIN_EPOCH, state.epoch or 0.0)
         self.telemetry.observe(metrics.TRAIN_STEP_SECONDS, now - self._step_began)
@@ -150,6 +158,7 @@ class Report(Callback):
             self.telemetry.set(metrics.EVAL_LOSS, logs["eval_loss"])
             self._say(state, f"held-out loss {logs['eval_loss']:.4f}")
             self._reported = time.monotonic()  # an evaluation is no part of the training's pace
+            self._watch_evaluation(state, logs["eval_loss"])
         if "loss" not in logs:
             return
         now = time.monotonic()
@@ -196,23 +205,55 @@ class Report(Callback):
         self._say(state, f"saved {self.loop.saved.name} in {self.loop.save_seconds:.1f} s")
         self._reported = time.monotonic()
 
+    def _watch_evaluation(self, state: TrainerState, loss: float) -> None:
+        """Raise Failure(DIVERGED), on all ranks, for a held-out loss that is not finite: no such model is delivered."""
+        if math.isfinite(loss):
+            return
+        if state.global_step == 0:
+            raise Failure(
+                ExitCode.DIVERGED,
+                f"spec.model: the held-out loss is {loss} before the first step. Look for broken weights of the model and for broken held-out "
+                "rows; with precision fp16, try bf16 or fp32",
+            )
+        cause = f"spec.training.learningRate: the held-out loss is {loss} at step {state.global_step}"
+        raise finite.diverged(cause, self.loop.saved, state.global_step)
+
     def _watch(self, state: TrainerState, control: TrainerControl, loss: float) -> None:
+        """Raise Failure(DIVERGED), on all ranks, where the run does not come back."""
+        in_a_row, withheld = int(self.loop.withheld_in_a_row.item()), int(self.loop.withheld.item())
+        if withheld > self._withheld:
+            self._say(state, f"{withheld - self._withheld} updates withheld: their gradients were not finite")
+        self._withheld = withheld
+        if in_a_row >= WITHHELD_UPDATES:
+            cause = f"spec.training.learningRate: the gradients of {in_a_row} steps in a row, up to step {state.global_step}, were not finite"
+            raise finite.diverged(f"{cause} (the loss is {loss})", self.loop.saved, state.global_step)
         if math.isfinite(loss):
             self._nonfinite = 0
             return
         self._nonfinite += 1
         self.telemetry.add(metrics.TRAIN_NONFINITE)
         control.should_save = False  # never replace a good checkpoint by one that has gone wrong
-        if self._nonfinite >= NONFINITE_REPORTS or state.global_step >= state.max_steps:
-            raise Failure(
-                ExitCode.DIVERGED,
-                f"spec.training.learningRate: the loss is {loss} at step {state.global_step}, {self._nonfinite} reports in a row. "
-                f"Lower it (it is {self.loop.args.learning_rate}), raise warmupSteps, or look for broken rows",
+        if self._nonfinite >= NONFINITE_REPORTS:
+            cause = f"spec.training.learningRate: the loss is {loss} at step {state.global_step}, {self._nonfinite} reports in a row"
+            raise finite.diverged(cause, self.loop.saved, state.global_step)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Say what updates are missing. Raises Failure(DIVERGED) where all are."""
+        done, withheld = state.global_step - self._first_step, int(self.loop.withheld.item())
+        if done and done == max(withheld, done - self._applied):
+            cause = f"spec.training.learningRate: the gradients of all {done} steps up to step {state.global_step} were not finite"
+            raise finite.diverged(cause, self.loop.saved, state.global_step)
+        if withheld and self.loop.ranks.first:
+            notice(
+                f"spec.dataset: {withheld} of {done} updates were not applied, because their gradients were not finite (NaN or infinite). The "
+                "weights are those without them. Look for broken rows; lower learningRate if there are many"
             )
 
     def _eta(self, state: TrainerState, now: float) -> float:
         done = state.global_step - self._first_step
-        return (now - self._train_began) / done * (state.max_steps - state.global_step) if done else 0.0
+        if not done or self._first_step_began is None:
+            return 0.0
+        return (now - self._first_step_began) / done * (state.max_steps - state.global_step)
 
     def _say(self, state: TrainerState, text: str) -> None:
         if self.loop.ranks.first:

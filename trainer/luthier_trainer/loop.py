@@ -1,25 +1,32 @@
-"""transformers' Trainer with the few changes that make a run survivable: checkpoints are staged and committed, NaN is not hidden.
+"""transformers' Trainer with the few changes that make a run survivable and exact: checkpoints are staged and committed, NaN is neither
+hidden nor saved, each row counts once an epoch.
 
 Neighbours: `checkpoint` owns the folders, `callbacks` watches the steps, `train` puts it together.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from transformers import PreTrainedModel, PrinterCallback, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from luthier_api.exitcodes import ExitCode
-from luthier_trainer import checkpoint
+from luthier_trainer import checkpoint, finite
 from luthier_trainer.ending import Failure
 from luthier_trainer.growth import beating_while_growing
 from luthier_trainer.modelfacts import counts
 from luthier_trainer.ranks import Ranks
+
+IGNORED = -100  # of a label that no loss counts
+WITHOUT_WEIGHT = "labels_without_weight"  # where the labels of a batch are that counts nothing
 
 
 class EvaluationStopped(Exception):
@@ -39,6 +46,10 @@ class TrainingLoop(Trainer):
         """Tokens that this process has trained on since they were last counted over all processes."""
         self.rows = 0
         """Rows, likewise."""
+        self.withheld = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        """Updates that were not applied because their gradients were not finite, since the beginning of this attempt."""
+        self.withheld_in_a_row = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        """Of those, the ones up to the newest update."""
         self.saved: Path | None = None
         """The newest verified checkpoint."""
         self.save_seconds = 0.0
@@ -56,11 +67,58 @@ class TrainingLoop(Trainer):
     def seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.started
 
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """This process's micro-batches of a step, and the number of labels in those of all processes.
+
+        In the last step of an epoch a process may have one micro-batch less than others. It still has to take part in their forward and
+        backward passes, so it gets a batch that counts nothing.
+        """
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        if len(batches) < num_batches:
+            batches.append(self._batch_without_weight())
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _batch_without_weight(self) -> dict[str, Any]:
+        """The first row, whose labels are ignored in counts, and whose loss `compute_loss` multiplies by zero."""
+        loader = self.callback_handler.train_dataloader
+        rows = [loader.dataset[0]] * min(self.args.per_device_train_batch_size, 2)  # of a single one BatchNorm has no statistics
+        batch: dict[str, Any] = self._prepare_inputs(loader.collate_fn(rows))
+        labels = batch["labels"]
+        return batch | {"labels": torch.full_like(labels, IGNORED), WITHOUT_WEIGHT: labels}
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if WITHOUT_WEIGHT not in inputs:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        # The loss of real labels is finite, whatever a model computes; that of ignored ones is a mean over nothing in some.
+        counted = {name: value for name, value in inputs.items() if name != WITHOUT_WEIGHT} | {"labels": inputs[WITHOUT_WEIGHT]}
+        return super().compute_loss(model, counted, *args, **kwargs) * 0.0
+
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.rows += len(inputs["labels"])
-        if (mask := inputs.get("attention_mask")) is not None:
-            self.tokens += mask.sum()  # stays on the device: reading it each step would make the host wait
+        if WITHOUT_WEIGHT not in inputs:
+            self.rows += len(inputs["labels"])
+            if (mask := inputs.get("attention_mask")) is not None:
+                self.tokens += mask.sum()  # stays on the device: reading it each step would make the host wait
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not self.args.fp16:  # there, overflows are how the loss finds its scale; GradScaler and DeepSpeed skip such updates
+            self._withhold_update(norm)
+        return norm
+
+    def _withhold_update(self, norm: Any) -> None:
+        """Do not apply an update whose gradients are not finite: it would make all weights NaN. All processes see the same norm.
+
+        DeepSpeed does so by itself. Elsewhere it is done as GradScaler does it, by telling the fused optimizer on the device: a host that
+        looked at the norm would wait for the device at each step.
+        """
+        bad = torch.as_tensor(norm, device=self.args.device).isfinite().logical_not()
+        self.withheld += bad
+        self.withheld_in_a_row = (self.withheld_in_a_row + 1) * bad
+        if not self.is_deepspeed_enabled:
+            optimizer = self.optimizer.optimizer
+            assert optimizer._step_supports_amp_scaling, f"{type(optimizer).__name__} is not fused"
+            optimizer.found_inf = bad.float()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # nobody reads them, and counting all parameters each micro-batch costs more than it tells
@@ -75,6 +133,10 @@ class TrainingLoop(Trainer):
             self.control.should_training_stop = True
         if self.control.should_training_stop:  # so it is when the evaluation before the first step was broken off
             return
+        # The plan counts steps with as many batches on each process. Here the rows come: accelerate would fill up with the epoch's first.
+        sampler = kwargs["train_dataloader"].batch_sampler
+        if isinstance(sampler, BatchSamplerShard):
+            sampler.even_batches = False
         super()._run_epoch(**kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -148,6 +210,8 @@ class TrainingLoop(Trainer):
         self.save_seconds = time.monotonic() - began
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Of a checkpoint (an internal call) or of the result. Raises Failure(DIVERGED) where a weight is not finite."""
+        finite.check_weights(self)
         if self.is_deepspeed_enabled and _internal_call:
             # A checkpoint. DeepSpeed resumes from its own shards, and nobody reads a copy of all weights beside them: under ZeRO-3 it would
             # have to be gathered, and would be a part of each save. Only the result needs one.

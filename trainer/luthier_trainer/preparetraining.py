@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 DATASET, MODEL = "spec.dataset", "spec.model"
 LABEL = f"{DATASET}.columns.label"
 TEXTS_AT_ONCE = 1000
+SHOWN = 5  # labels in a notice
 
 
 class Inputs(Protocol):
@@ -94,6 +95,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         notice(f"{MODEL}: {what_becomes_of_the_head(model, spec.task, examples.labels)}")
 
     data = encode(examples, model.processor, run)
+    notice_unmeasured_labels(data, examples.labels)
     dataset_path = folder.prepared / "dataset"
     data.save_to_disk(str(dataset_path))
     model.processor.save_pretrained(folder.prepared / "processor")
@@ -163,6 +165,19 @@ def refuse_overlap(run: FineTuneRun, loader: Loader) -> None:
             ExitCode.INVALID_SPEC,
             f"{DATASET}.evalSplit: {both} of its rows are in split {data.split} too, and would be learnt and measured on."
             f" Choose parts that do not overlap, such as {split}[:90%] and {split}[90%:]",
+        )
+
+
+def notice_unmeasured_labels(data: DatasetDict, labels: list[str] | None) -> None:
+    """Say which labels of the training no held-out row has: f1Macro counts each of them as 0."""
+    if labels is None or "eval" not in data:
+        return
+    measured = set(data["eval"].unique("labels"))
+    if absent := [name for label, name in enumerate(labels) if label not in measured]:
+        shown = ", ".join(absent[:SHOWN]) + ", ..." * (len(absent) > SHOWN)
+        notice(
+            f"{LABEL}: {len(absent)} of {len(labels)} labels are in no held-out row ({shown}). f1Macro counts each as 0, and the other figures say "
+            "nothing about them. Hold out more rows, or rows of each label"
         )
 
 

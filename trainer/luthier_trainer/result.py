@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.checkpoint import check_identity, facts_of
 from luthier_trainer.ending import Failure, beat
+from luthier_trainer.finite import changing_weights, nonfinite_names
 from luthier_trainer.growth import beating_while_growing
 from luthier_trainer.loop import TrainingLoop
 from luthier_trainer.manifest import fsync, read_manifest, write_manifest
@@ -75,7 +77,7 @@ def write(
         _name_base(staged, run, prepared)
         if prepared.dataset.labels and (staged / ADAPTER_CONFIG).exists():
             _describe_classifier(staged, loop.model.get_base_model(), prepared)
-        _check_weights(staged)
+        _check_weights(staged, {name for name, _ in loop.model.named_buffers()} - {name for name, _ in changing_weights(loop.model)})
         (staged / METRICS_FILE).write_text(json.dumps(metrics, indent=1))
         write_manifest(staged, progress=beat, step=loop.state.global_step, **facts_of(loop.identity))
         shutil.rmtree(workspace.result, ignore_errors=True)  # without a manifest, or we would not be here
@@ -109,14 +111,22 @@ def _describe_classifier(folder: Path, model: PreTrainedModel, prepared: Prepare
     config.save_pretrained(folder)
 
 
-def _check_weights(folder: Path) -> None:
-    """ZeRO-3 has been seen to save adapters of empty tensors: look before anybody relies on them."""
+def _check_weights(folder: Path, constants: Collection[str] = ()) -> None:
+    """Raise Failure where the files hold empty tensors, as ZeRO-3 has been seen to save, or numbers that are not finite.
+
+    `constants` are names of tensors that no training changes: a mask may be minus infinity.
+    """
     files = sorted(folder.glob("*.safetensors"))
     for file in files:
         with safe_open(file, "pt") as weights:
             names = list(weights.keys())
             empty = [name for name in names if 0 in weights.get_slice(name).get_shape()]
-        if empty or not names:
-            raise Failure(ExitCode.TRAINING_ERROR, f"{file.name}: {len(empty) or 'all'} tensors were saved empty ({', '.join(empty[:3])})")
+            if empty or not names:
+                raise Failure(ExitCode.TRAINING_ERROR, f"{file.name}: {len(empty) or 'all'} tensors were saved empty ({', '.join(empty[:3])})")
+            beat()  # of large models, each file takes seconds
+            wrong = nonfinite_names((name, weights.get_tensor(name)) for name in names if name not in constants)
+        if wrong:
+            cause = f"{len(wrong)} of {len(names)} tensors of the result's {file.name}, among them {', '.join(wrong[:3])}, are not finite numbers"
+            raise Failure(ExitCode.DIVERGED, f"spec.training: {cause}. The result was not delivered; lower learningRate, or use precision bf16 or fp32")
     if not files:
         raise Failure(ExitCode.TRAINING_ERROR, f"no weights were saved in {folder}")

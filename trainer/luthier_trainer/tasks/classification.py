@@ -172,13 +172,18 @@ def whole_modules(model: PreTrainedModel, new_weights: set[str]) -> list[str]:
 
 
 class LabelFigures:
-    """evalLoss, accuracy, f1Macro, and majorityShare: the accuracy of always answering the commonest label."""
+    """evalLoss, accuracy, f1Macro, and majorityShare: the accuracy of always answering the commonest label.
+
+    f1Macro is the mean over all labels of the training. A label that the held-out rows do not have counts as 0, so that the figure does not
+    grow because a rare label is missing from them.
+    """
 
     def __init__(self) -> None:
-        self.loss, self.answers, self.truth = 0.0, list[int](), list[int]()
+        self.loss, self.answers, self.truth, self.labels = 0.0, list[int](), list[int](), 0
 
     def reduce(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Logits [rows, labels] → [rows, 2]: loss and answer of each row."""
+        self.labels = logits.shape[1]
         losses = cross_entropy(logits.float(), labels, reduction="none")
         return torch.stack([losses.double(), logits.argmax(dim=1).double()], dim=1)
 
@@ -194,7 +199,7 @@ class LabelFigures:
         figures = {
             "loss": self.loss / rows,
             "accuracy": float(accuracy_score(self.truth, self.answers)),
-            "f1Macro": float(f1_score(self.truth, self.answers, average="macro", zero_division=0)),
+            "f1Macro": float(f1_score(self.truth, self.answers, labels=range(self.labels), average="macro", zero_division=0)),
             "majorityShare": max(self.truth.count(label) for label in set(self.truth)) / rows,
         }
         self.__init__()  # type: ignore[misc]  # the next evaluation begins at nothing
