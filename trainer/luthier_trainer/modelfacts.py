@@ -11,7 +11,6 @@ import difflib
 import json
 import struct
 from collections.abc import Collection
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,16 +166,6 @@ def check_new_tokens(config: PreTrainedConfig, new_tokens: int, field: str) -> N
             ExitCode.INVALID_SPEC,
             f"{field}: {new_tokens} tokens leave no room for a prompt: the model has {limit} positions (max_position_embeddings); set it below that",
         )
-
-
-def count_weights(folder: Path) -> int:
-    """Elements of all tensors in the safetensors files directly in `folder`, from their headers."""
-    return sum(
-        prod(tensor["shape"])
-        for path in folder.glob("*.safetensors")
-        for name, tensor in safetensors_header(path).items()
-        if name != "__metadata__"
-    )
 
 
 def safetensors_header(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.run import GenerateRun, Origin, PreparedRecord
 from luthier_api.status import ResolvedDataset
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer import adapters, modelfacts, origins, sources
+from luthier_trainer import adapters, modelfacts, modelweights, origins, sources, weightfiles
 from luthier_trainer.data import columns
 from luthier_trainer.data.load import Loader, Rows
 from luthier_trainer.ending import Failure
@@ -48,6 +48,7 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         modelfacts.check_task(config, spec.task, located.field)
         modelfacts.check_quantisation(config, {"bitsandbytes", "fp8"}, located.field)
         modelfacts.check_new_tokens(config, spec.text.max_new_tokens, "spec.text.maxNewTokens")
+        path = modelweights.fitting(path, config, spec.task, located.field, folder, named_by_adapter=False)
         modelfacts.read_tokenizer(located.folder or path, located.field).save_pretrained(folder.prepared / "tokenizer")
     paths = [fetch_adapter(a, folder.prepared / "adapters" / str(i), run, i) for i, a in enumerate(found)]
     for i, adapter in enumerate(paths):
@@ -63,12 +64,11 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     with target.open("w") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     fsync(target)
-    parameters = sum(modelfacts.count_weights(f) for f in (path, *(p for p in path.iterdir() if p.is_dir())))
     return PreparedRecord(
         model=located.resolved,
         dataset=inputs,
         adapters=[a.resolved for a in found],
-        plan=plan_generation(len(rows), spec.shards, spec.precision, spec.resources.gpus, parameters),
+        plan=plan_generation(len(rows), spec.shards, spec.precision, spec.resources.gpus, weightfiles.count(path, located.field)),
         model_path=str(path),
         adapter_paths=[str(p) for p in paths],
         origins=[*(origin for source in (located, *found) for origin in source.origins), *read],

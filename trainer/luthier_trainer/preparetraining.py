@@ -17,7 +17,7 @@ from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_api.spec import NewModel
 from luthier_api.status import ResolvedDataset, ResolvedSource
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer import modelfacts, origins, sources
+from luthier_trainer import modelfacts, modelweights, origins, sources, weightfiles
 from luthier_trainer.data import columns, files, images, labels, texts, tokens
 from luthier_trainer.data.load import Loader, Rows, ranges
 from luthier_trainer.ending import Failure
@@ -109,7 +109,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
             source=source[:300], revision=revision, rows=len(train), eval_rows=len(data["eval"]) if "eval" in data else 0,
             tokens=tokens.count_tokens(train) if FACTS[spec.task].inputs == "text" else None, labels=examples.labels,
         ),
-        plan=plan_training(spec, len(train), modelfacts.count_weights(model.path)),
+        plan=plan_training(spec, len(train), weightfiles.count(model.path, MODEL)),
         model_path=str(model.path),
         origins=[*(located.origins if located else ()), *read.values()],
         dataset_path=str(dataset_path),
@@ -211,6 +211,10 @@ def existing_model(located: sources.Located | None, run: FineTuneRun, folder: Wo
     path = whole_model(located, run, folder)
     config = modelfacts.read_config(path, located.field)
     modelfacts.check_task(config, run.spec.task, MODEL)
+    # Adapters can be trained beside 4-bit weights; to go on from quantised weights without them would be to train their rounding.
+    modelfacts.check_quantisation(config, {"bitsandbytes"} if run.spec.method.type == "qlora" else set(), MODEL)
+    named_by_adapter = run.spec.method.type != "full" and run.spec.model.id is not None
+    path = modelweights.fitting(path, config, run.spec.task, located.field, folder, named_by_adapter)
     return Model(located.resolved, path, config, modelfacts.read_processor(located.folder or path, run.spec.task, located.field))
 
 
@@ -225,8 +229,6 @@ def what_becomes_of_the_head(model: Model, task: str, labels: list[str]) -> str:
 def check_fit(model: Model, run: FineTuneRun, rows: int) -> None:
     """What of the spec depends on the model, and on the number of training rows. Raises Failure."""
     spec = run.spec
-    # Adapters can be trained beside 4-bit weights; to go on from quantised weights without them would be to train their rounding.
-    modelfacts.check_quantisation(model.config, {"bitsandbytes"} if spec.method.type == "qlora" else set(), MODEL)
     INPUTS[FACTS[spec.task].inputs].check(model.config, model.processor, spec, rows)
     if spec.strategy.startswith("zero3"):
         modelfacts.check_sharding(model.config, spec.task, "spec.strategy")

@@ -19,13 +19,13 @@ from luthier_api.run import FineTuneRun, GenerateRun, Origin, PreparedRecord
 from luthier_api.spec import ModelSource
 from luthier_api.status import ResolvedSource
 from luthier_api.workspace import MANIFEST, WorkspaceFolder
-from luthier_trainer import adapterfile, manifest, origins
+from luthier_trainer import adapterfile, manifest, origins, weightfiles
 from luthier_trainer.ending import Failure
 from luthier_trainer.hub import hub_api, patiently
 from luthier_trainer.notices import notice
 from luthier_trainer.origins import folder_digest
 
-ADAPTER_CONFIG, MODEL_CONFIG, PIPELINE_CONFIG = "adapter_config.json", "config.json", "model_index.json"
+ADAPTER_CONFIG, MODEL_CONFIG, PIPELINE_CONFIG = "adapter_config.json", "config.json", weightfiles.PIPELINE_CONFIG
 TEXT_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 VARIANT = re.compile(r"\.(fp16|bf16|non_ema)(-\d+-of-\d+)?\.safetensors$")  # of weights, whole or in shards
 INDEX, HALF_INDEX = ".safetensors.index.json", ".safetensors.index.fp16.json"
@@ -58,9 +58,15 @@ class Located:
         return [Origin(field=self.field, path=str(self.folder), digest=self.resolved.revision or "")] if self.folder else []
 
     def fetch(self, into: Path) -> Path:
-        """The folder that holds it; downloads to `into` when it lies on the Hub."""
-        if self.folder is not None:
-            return self.folder
+        """The folder that holds it, its files whole; downloads to `into` when it lies on the Hub. Raises Failure for damaged files."""
+        folder = self._download(into) if self.folder is None else self.folder
+        if self.file:
+            weightfiles.check_file(folder / self.file, self.field)
+        else:
+            weightfiles.check(folder, self.field)
+        return folder
+
+    def _download(self, into: Path) -> Path:
         api = hub_api()
         patiently(
             lambda: api.snapshot_download(
