@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
 import pytest
+import torch
+from datasets import Dataset
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import AcceleratorError
 from torch.distributed import DistBackendError
 
@@ -66,6 +74,45 @@ ENDS: list[tuple[str, BaseException, ExitCode, str]] = [
      ExitCode.MISCONFIGURED, "/models/base/model.safetensors: Permission denied. This process is "),
     ("a file that is not there", wrapped(FileNotFoundError(errno.ENOENT, "No such file")), ExitCode.TRAINING_ERROR, "RuntimeError: An error"),
 ]  # fmt: skip
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Iterator[Path]:
+    """A volume of 256 KiB, of which 8 KiB are left."""
+    folder = tmp_path / "volume"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"needs root, to mount a volume that can be filled: {mounted.stderr.strip()}")
+    try:
+        (folder / "rest").write_bytes(b"x" * (248 << 10))
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+TENSORS = {"weight": torch.zeros(64 << 10)}  # 256 KiB
+WRITERS: list[tuple[str, Callable[[Path], object]]] = [
+    ("torch",        lambda folder: torch.save(TENSORS, folder / "optimizer.pt")),
+    ("safetensors",  lambda folder: save_file(TENSORS, folder / "model.safetensors")),
+    ("tokenizers",   lambda folder: Tokenizer(WordLevel({f"word {i}": i for i in range(5000)}, "word 0")).save(str(folder / "tokenizer.json"))),
+    ("datasets",     lambda folder: Dataset.from_dict({"text": ["x" * (64 << 10)] * 8}).save_to_disk(folder / "dataset")),
+    ("Python",       lambda folder: (folder / "trainer_state.json").write_text("x" * (64 << 10))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "write"), WRITERS, ids=[w[0] for w in WRITERS])
+def test_a_full_volume_whoever_writes(name: str, write: Callable[[Path], object], full: Path) -> None:
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # each library has an exception of its own
+        write(full)
+    code, said = classify(caught.value, full)
+    assert (code, said.startswith("spec.workspace.size: no space is left on the volume (")) == (STORAGE, True), said
+
+
+def test_a_file_that_torch_cannot_write_where_there_is_space(tmp_path: Path) -> None:
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    code, said = classify(error, tmp_path)
+    assert (code, said.startswith("spec.workspace: a file could not be written ([enforce fail")) == (STORAGE, True), said
 
 
 @pytest.mark.parametrize(("name", "error", "code", "message"), ENDS, ids=[c[0] for c in ENDS])

@@ -33,13 +33,15 @@ Work = Callable[[FineTuneRun | GenerateRun], TerminationMessage]
 def main(verb: str) -> NoReturn:
     """The whole life of a process."""
     faulthandler.register(signal.SIGUSR1)  # the supervisor asks a process that hangs where it is
+    volume = None
     try:
         run = read_run(Path(os.environ[Variables.RUN]).read_bytes())
+        volume = Path(run.workspace)
         message = load(verb, run)(run)
     except BaseException as error:
         if not isinstance(error, Failure):
             traceback.print_exc()
-        code, text = classify(error)
+        code, text = classify(error, volume)
         failed = TerminationMessage(phase=VERBS[verb], code=code, reason=code.reason, message=text, rank=global_rank())
         write_result(with_notices(failed))
         leave(code)
