@@ -48,6 +48,7 @@ def prepared_run(root: Path, base: Path, data: DatasetDict, labels: list[str] | 
         "plan": {
             "strategy": strategy, "worldSize": world, "microBatchSize": micro,
             "accumulationSteps": training.batch_size // (micro * world), "steps": training.max_steps, "precision": "fp32" if training.precision == "auto" else training.precision,
+            "gradientCheckpointing": bool(training.gradient_checkpointing),
         },
         "modelPath": str(base), "datasetPath": str(workspace.prepared / "dataset"),
     })  # fmt: skip

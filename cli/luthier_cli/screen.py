@@ -148,12 +148,15 @@ def found(prepared: Prepared, generates: bool) -> Table:
     planned += [plan.strategy if plan.strategy != "none" else "", plan.precision or ""]
     if plan.micro_batch_size:
         planned.append(f"batch {plan.micro_batch_size} × {plan.accumulation_steps or 1} × {plan.world_size}")
+    planned.append("activations recomputed" if plan.gradient_checkpointing else "")
     table = _table()
     table.add_row("model", escape(f"{_short(prepared.model.source)}{revision}{weights}"))
     for adapter in prepared.adapters:
         table.add_row("adapter", escape(_short(adapter.source)))
     table.add_row("data", ", ".join(rows))
     table.add_row("plan", ", ".join(p for p in planned if p))
+    for reason in plan.reasons:
+        table.add_row("", escape(reason))
     return table
 
 

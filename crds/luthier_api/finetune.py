@@ -120,15 +120,15 @@ class Training(ApiModel):
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 8
     """Rows that one optimiser step sees, over all processes and accumulation steps."""
     micro_batch_size: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
-    """Rows that one process sees in one forward pass; planned when left out. Models that normalise over a batch (BatchNorm) do so over these."""
+    """Rows that one process sees in one forward pass. When left out: at most 8, and on GPUs, for causal-lm, at most 2,048 tokens or one row. Models that normalise over a batch (BatchNorm) do so over these."""
     max_length: Annotated[int, Field(ge=8, le=1_048_576)] = 1024
     """Tokens of a row; longer rows are cut (causal-lm with packing: split). Images have none."""
     packing: bool = False
     """causal-lm: join all rows, separated by the end-of-text token, and cut them into blocks of maxLength. Lines of text files keep their breaks; there the token stands at the end of a file."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the computation. auto: bf16 on a GPU that has it, fp16 on one before Ampere, fp32 on CPU."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations in the backward pass: less memory, about a third more time. When left out: on GPUs where the model can, not on CPU."""
     seed: Seed = 42
     """Seed of everything that is drawn: new weights, adapters, the order of rows, and what evalFraction holds out."""
     log_steps: Annotated[int, Field(ge=1)] = 10

@@ -95,6 +95,10 @@ class Plan(ApiModel):
     """Optimiser steps."""
     precision: str | None = None
     """Precision of the computation: fp32, bf16 or fp16."""
+    gradient_checkpointing: bool | None = None
+    """Whether activations are recomputed in the backward pass (FineTuneJob)."""
+    reasons: list[str] = Field(default_factory=list)
+    """Why, where something was chosen that the spec leaves open."""
     parameters: int | None = None
     """Weights of the model."""
     rows_per_shard: int | None = None

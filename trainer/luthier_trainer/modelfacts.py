@@ -255,17 +255,20 @@ def check_sharding(config: PreTrainedConfig, task: str, field: str) -> None:
         )
 
 
-def check_recomputing(config: PreTrainedConfig, task: str, field: str) -> None:
-    """Whether the model can drop its activations and compute them again. Raises Failure."""
+def cannot_recompute(config: PreTrainedConfig, task: str) -> str | None:
+    """Why the model cannot drop its activations and compute them again, if so. Raises Failure when no model can be built."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     model = skeleton(config, task, MODEL)
     if not model.supports_gradient_checkpointing:
-        raise Failure(ExitCode.INVALID_SPEC, f"{field}: {config.model_type} cannot recompute its activations; remove it, or use a smaller microBatchSize")
+        return f"{config.model_type} cannot recompute its activations"
     if any(counts(inner) for m in model.modules() if isinstance(m, GradientCheckpointingLayer) for inner in m.modules()):
-        raise Failure(
-            ExitCode.INVALID_SPEC, f"{field}: {config.model_type} keeps statistics of its batches, and would count each twice; remove it, or use a smaller microBatchSize"
-        )
+        return f"{config.model_type} keeps statistics of its batches, and would count each twice"
+    try:
+        model.activation_checkpointing_enable()
+    except Exception as error:  # some classes say that they can, and have no layers that do (transformers 5.23)
+        return f"{config.model_type} cannot recompute its activations ({' '.join(str(error).split())[:200]})"
+    return None
 
 
 def check_quantisation(config: PreTrainedConfig, allowed: Collection[str], field: str) -> None:

@@ -7,19 +7,30 @@ from __future__ import annotations
 
 import math
 
+from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.status import Plan
+from luthier_trainer.ending import Failure
+from luthier_trainer.notices import notice
+from luthier_trainer.taskfacts import FACTS
 
-# Rows of one forward pass where nobody set it: small enough for 7B models at 2,048 tokens with adapters, large enough to fill the GPU.
-MICRO_BATCH_LIMIT = 8
+MICRO_BATCH_LIMIT = 8  # rows of one forward pass, where the spec leaves it open
+# Tokens of one forward pass of a language model on a GPU, likewise. A token costs about 14 bytes for each entry of the vocabulary: its logits, in
+# the precision of the computation and in fp32, and their gradients. For 2,048 tokens and Qwen2.5's 152,064 entries that is 4.1 GiB.
+GPU_TOKENS = 2048
+BATCH_SIZE, WARM_UP, CHECKPOINTING = (f"spec.training.{name}" for name in ("batchSize", "warmupSteps", "gradientCheckpointing"))
 
 
-def plan_training(spec: FineTuneJobSpec, rows: int, parameters: int | None) -> Plan:
-    """The layout of a FineTuneJob over `rows` training rows. The CRD's rules have checked that batchSize divides."""
+def plan_training(spec: FineTuneJobSpec, rows: int, parameters: int | None, cannot_recompute: str | None = None) -> Plan:
+    """The layout of a FineTuneJob over `rows` training rows. The CRD's rules have checked that batchSize divides.
+
+    `cannot_recompute`: why the model cannot recompute its activations, if so.
+    """
     world_size, training = spec.resources.world_size, spec.training
     share = training.batch_size // world_size
-    micro = training.micro_batch_size or largest_divisor(share, MICRO_BATCH_LIMIT)
+    micro, reasons = micro_batch(spec, share)
     accumulation = share // micro
+    recompute, why = recomputes(spec, cannot_recompute)
     strategy = spec.strategy
     return Plan(
         strategy=strategy if strategy != "auto" else ("ddp" if world_size > 1 else "none"),
@@ -28,8 +39,55 @@ def plan_training(spec: FineTuneJobSpec, rows: int, parameters: int | None) -> P
         accumulation_steps=accumulation,
         steps=training.max_steps or count_steps(rows, world_size, micro, accumulation, training.epochs),
         precision=plan_precision(training.precision, spec.resources.gpus_per_node),
+        gradient_checkpointing=recompute,
+        reasons=reasons + why,
         parameters=parameters,
     )
+
+
+def micro_batch(spec: FineTuneJobSpec, share: int) -> tuple[int, list[str]]:
+    """(rows of one forward pass, why) of a process that sees `share` rows in a step. The plan does not know the GPU's memory.
+
+    Classifiers have no logits over a vocabulary, and some of their models normalise over the rows of a forward pass.
+    """
+    training = spec.training
+    if training.micro_batch_size:
+        return training.micro_batch_size, []
+    rows = largest_divisor(share, MICRO_BATCH_LIMIT)
+    if not spec.resources.gpus_per_node or FACTS[spec.task].labelled:
+        return rows, []
+    fewer = largest_divisor(share, min(max(GPU_TOKENS // training.max_length, 1), MICRO_BATCH_LIMIT))
+    why = f"microBatchSize: {fewer}, because rows of {training.max_length} tokens are large for a GPU. Set it higher if yours has memory left"
+    return fewer, [why] if fewer < rows else []
+
+
+def recomputes(spec: FineTuneJobSpec, cannot: str | None) -> tuple[bool, list[str]]:
+    """(whether activations are recomputed, why), from the spec or, where it leaves that open, the devices and the model."""
+    asked = spec.training.gradient_checkpointing
+    if asked is not None:
+        return asked, []
+    if not spec.resources.gpus_per_node:
+        return False, []
+    if cannot:
+        return False, [f"gradientCheckpointing: false, because {cannot}"]
+    return True, ["gradientCheckpointing: true, the default on GPUs. Set it to false if yours have memory left: a step takes about a quarter less time"]
+
+
+def check_course(spec: FineTuneJobSpec, plan: Plan, rows: int) -> None:
+    """Whether the number of rows suits batch and warm-up. Raises Failure."""
+    training, steps = spec.training, plan.steps or 0
+    what = "blocks" if training.packing else "rows"
+    if training.batch_size > rows:
+        notice(
+            f"{BATCH_SIZE}: {training.batch_size} rows a step, but there are {rows} {what} to learn from: each step sees all of them, and the"
+            f" loss is the mean over {rows}"
+        )
+    if training.warmup_steps >= steps:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{WARM_UP}: {training.warmup_steps} steps, but the training ends after {steps} ({rows} {what}, {training.batch_size} a step,"
+            f" {training.epochs:g} epochs), before the peak of the learning rate. Choose fewer than {steps}, or more epochs",
+        )
 
 
 def plan_generation(rows: int, shards: int, precision: str, gpus: int, parameters: int | None) -> Plan:

@@ -22,7 +22,7 @@ from luthier_trainer.data import columns, files, images, labels, texts, tokens
 from luthier_trainer.data.load import Loader, Rows, ranges
 from luthier_trainer.ending import Failure
 from luthier_trainer.notices import notice
-from luthier_trainer.plan import plan_training
+from luthier_trainer.plan import CHECKPOINTING, check_course, plan_training
 from luthier_trainer.taskfacts import FACTS
 from luthier_trainer.wholemodel import whole_model
 
@@ -100,6 +100,10 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     data.save_to_disk(str(dataset_path))
     model.processor.save_pretrained(folder.prepared / "processor")
     train = data["train"]
+    open_on_gpus = spec.training.gradient_checkpointing is None and spec.resources.gpus_per_node > 0
+    trouble = modelfacts.cannot_recompute(model.config, spec.task) if open_on_gpus else None
+    plan = plan_training(spec, len(train), weightfiles.count(model.path, MODEL), trouble)
+    check_course(spec, plan, len(train))
     read = {origin.path: origin for rows in (examples.train, examples.eval) if rows for origin in rows.origins}
     revision = origins.combined(origin.digest for origin in read.values()) if read else examples.train.revision
     source = spec.dataset.id or ", ".join(spec.dataset.files or [])
@@ -109,7 +113,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
             source=source[:300], revision=revision, rows=len(train), eval_rows=len(data["eval"]) if "eval" in data else 0,
             tokens=tokens.count_tokens(train) if FACTS[spec.task].inputs == "text" else None, labels=examples.labels,
         ),
-        plan=plan_training(spec, len(train), weightfiles.count(model.path, MODEL)),
+        plan=plan,
         model_path=str(model.path),
         origins=[*(located.origins if located else ()), *read.values()],
         dataset_path=str(dataset_path),
@@ -232,8 +236,8 @@ def check_fit(model: Model, run: FineTuneRun, rows: int) -> None:
     INPUTS[FACTS[spec.task].inputs].check(model.config, model.processor, spec, rows)
     if spec.strategy.startswith("zero3"):
         modelfacts.check_sharding(model.config, spec.task, "spec.strategy")
-    if spec.training.gradient_checkpointing:
-        modelfacts.check_recomputing(model.config, spec.task, "spec.training.gradientCheckpointing")
+    if spec.training.gradient_checkpointing and (trouble := modelfacts.cannot_recompute(model.config, spec.task)):
+        raise Failure(ExitCode.INVALID_SPEC, f"{CHECKPOINTING}: {trouble}; remove it, or use a smaller microBatchSize")
     if spec.method.type != "full":
         modelfacts.check_adapters(model.config, spec.task, spec.method.target_modules, "spec.method.targetModules")
     if spec.method.type == "qlora" and not spec.resources.gpus_per_node:
