@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,16 +143,36 @@ def test_a_png_says_how_it_was_made(images: Images) -> None:
     (line,) = images([{"prompt": "eine Laute, schön", "negativePrompt": "rain", "seed": 7}])
     info = Image.open(io.BytesIO(line["content"])).info
     assert json.loads(info["luthier"]) == {
-        "row": 0, "sample": 0, "prompt": "eine Laute, schön", "negativePrompt": "rain", "seed": 7, "scheduler": "euler-ancestral", "steps": 2,
+        "prompt": "eine Laute, schön", "negativePrompt": "rain", "seed": 7, "scheduler": "euler-ancestral", "steps": 2,
         "guidance": 5.0,
     }  # fmt: skip
     assert info["parameters"].startswith("eine Laute, schön\nNegative prompt: rain\nSteps: 2, Sampler: euler-ancestral")
 
 
 def test_the_line_says_how_much_of_a_prompt_is_not_read(images: Images) -> None:
-    short, long = images([{"prompt": "a lute"}, {"prompt": "x " * 100}])
-    assert "unreadTokens" not in short
-    assert long["unreadTokens"] == 100 + 2 - 77
+    """Of a prompt and of a negative one."""
+    long = "x " * 100
+    found = images([{"prompt": "a lute"}, {"prompt": long}, {"prompt": "a lute", "negativePrompt": long}])
+    unread = [(line.get("unreadTokens"), line.get("unreadNegativeTokens")) for line in found]
+    assert [tuple(count or 0 for count in counts) for counts in unread] == [(0, 0), (100 + 2 - 77, 0), (0, 100 + 2 - 77)]
+
+
+def test_each_text_encoder_counts(sdxl: Path, tmp_path: Path) -> None:
+    """The first one reads fewer tokens than the second."""
+    shutil.copytree(sdxl, tmp_path / "model")
+    config = tmp_path / "model" / "tokenizer" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": 20}))
+    run = generate_run(Path("/"), ROWS[:1], task="text-to-image", model={"path": str(tmp_path / "model")}, image=SMALL)
+    engine = ImageEngine(run.spec, tmp_path / "model", [], Hardware("cpu", "fp32"), batch_size=1)
+    assert engine.unread_tokens("x " * 30) == 30 + 2 - 20
+
+
+def test_the_order_of_rows_changes_no_file(images: Images) -> None:
+    """With seeds of their own; others come from the row's number."""
+    rows = [{"seed": i} | row for i, row in enumerate(ROWS)]
+    order = [3, 0, 4, 1, 2]
+    straight, permuted = digests(images(rows)), digests(images([rows[i] for i in order], shards=2))
+    assert permuted == [straight[i] for i in order]
 
 
 def test_an_image_that_is_not_finite_is_an_error_of_its_row(images: Images, sdxl: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from luthier_trainer.ending import Failure
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.images import ImageEngine
 from luthier_trainer.generation.samples import Sample
-from luthier_trainer.generation.schedulers import SAMPLERS, make_scheduler
+from luthier_trainer.generation.schedulers import SAMPLERS, make_scheduler, rehearse
 
 # diffusers and numpy 2 talk about each other.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -114,3 +114,38 @@ def test_steps_that_a_sampler_cannot_do() -> None:
         make_scheduler("lcm", diffusers.EulerDiscreteScheduler.from_config(OWN), steps=100)
     assert failure.value.code is ExitCode.INVALID_SPEC
     assert failure.value.message.startswith("spec.image.steps: lcm cannot do 100 steps: ")
+
+
+ZERO_SNR = OWN | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+KEEPING = ["ddim", "ddpm", "dpm++2m", "dpm++2m-karras", "dpm++2m-sde", "euler", "euler-ancestral", "lcm", "tcd", "unipc"]
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "dpm++sde" or is_torchsde_available()])
+def test_a_sampler_keeps_what_the_model_was_trained_with_or_is_refused(name: SchedulerName) -> None:
+    """A zero terminal SNR: the last of the products of alphas, which every class computes anew from its configuration."""
+    own = diffusers.EulerDiscreteScheduler.from_config(ZERO_SNR)
+    if name in ("default", *KEEPING):
+        scheduler = make_scheduler(name, own, steps=10)
+        rehearse(name, scheduler)
+        assert float(scheduler.alphas_cumprod[-1]) < 1e-6
+        assert {k: scheduler.config[k] for k in ZERO_SNR} == ZERO_SNR
+        return
+    with pytest.raises(Failure) as failure:
+        make_scheduler(name, own, steps=10)
+    assert failure.value.code is ExitCode.INVALID_SPEC
+    assert failure.value.message == (
+        f"spec.image.scheduler: the model was trained with rescale_betas_zero_snr: True, which {name} leaves out; its images would be others."
+        f" Choose {' or '.join(KEEPING)}"
+    )
+
+
+def test_a_models_own_sampler_that_leaves_out_what_its_file_says() -> None:
+    own = diffusers.HeunDiscreteScheduler.from_config(ZERO_SNR)
+    with pytest.raises(Failure, match="trained with rescale_betas_zero_snr: True, which default leaves out"):
+        make_scheduler("default", own, steps=10)
+
+
+def test_a_prediction_that_a_sampler_does_not_know() -> None:
+    own = diffusers.EulerDiscreteScheduler.from_config(OWN | {"prediction_type": "sample"})
+    with pytest.raises(Failure, match=r"spec\.image\.scheduler: kdpm2 cannot sample from this model: prediction_type not implemented yet: sample"):
+        rehearse("kdpm2", make_scheduler("kdpm2", own, steps=10))

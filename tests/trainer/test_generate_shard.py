@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.generation import shard as shards
 from luthier_trainer.generation.samples import Output, Sample, batches, padded
-from luthier_trainer.generation.shard import Shard, shard_manifest
+from luthier_trainer.generation.shard import Shard, image_folder, shard_manifest
 
 SETTINGS = {"task": "text-to-image", "guidance": 5.0, "steps": 2}
 SAMPLES = [Sample(0, 0, "a lute", None, 7), Sample(0, 1, "a lute", None, 8), Sample(1, 0, "two lutes", "rain", 9)]
@@ -145,6 +146,13 @@ def test_an_image_made_again_leaves_the_result_alone(tmp_path: Path) -> None:
     shard.finish({})
     shard.append([Output(SAMPLES[0], image=b"another", suffix="png")])
     assert (tmp_path / "result/images/0000/000000-00.png").read_bytes() == b"image 7"
+
+
+@pytest.mark.parametrize("per_prompt", [1, 8, 9, 1000])
+def test_no_folder_holds_ten_thousand_images(per_prompt: int) -> None:
+    files = Counter(image_folder(row, index) for row in range(2500) for index in range(per_prompt))
+    assert max(files.values()) <= 8000
+    assert image_folder(1234, 0) == "images/0001"
 
 
 class Pairs:

@@ -21,10 +21,14 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def encode(image: Image, settings: ImageSettings, sample: Sample) -> tuple[str, bytes]:
-    """Suffix and content of the file. A PNG carries `parameters`, which many viewers show, and `luthier`, the same as JSON."""
+    """Suffix and content of the file. A PNG carries `parameters`, which many viewers show, and `luthier`, the same as JSON.
+
+    Neither says which row it was: the same prompt and seed are the same bytes, wherever they stand among the rows.
+    """
     suffix, options = FORMATS[settings.format]
     if settings.format == "png":
-        facts = sample.facts() | {"scheduler": settings.scheduler, "steps": settings.steps, "guidance": settings.guidance}
+        made_of = {name: value for name, value in sample.facts().items() if name not in ("row", "sample")}
+        facts = made_of | {"scheduler": settings.scheduler, "steps": settings.steps, "guidance": settings.guidance}
         info = PngInfo()
         info.add_itxt("parameters", parameters(settings, sample))
         info.add_itxt("luthier", json.dumps(facts, ensure_ascii=False))

@@ -83,8 +83,8 @@ class ImageEngine:
         if not torch.isfinite(pixels).all():
             return Output(sample, error=f"the image is not finite in {self.hardware.precision}; set spec.precision to bf16 or fp32")
         image = self.pipe.image_processor.postprocess(pixels.float(), output_type="pil")[0]
-        unread = self.unread_tokens(sample.prompt)
-        facts = {"unreadTokens": unread} if unread else {}
+        unread = {"unreadTokens": self.unread_tokens(sample.prompt), "unreadNegativeTokens": self.unread_tokens(sample.negative_prompt or "")}
+        facts = {name: count for name, count in unread.items() if count}
         suffix, content = encode(image, self.settings, sample)
         return Output(sample, facts, image=content, suffix=suffix)
 
@@ -102,9 +102,9 @@ class ImageEngine:
         return vae.decode(latent, return_dict=False)[0]
 
     def unread_tokens(self, prompt: str) -> int:
-        """Tokens at the end of a prompt that the text encoders do not see."""
-        tokenizer = self.pipe.tokenizer_2
-        return max(0, len(tokenizer(prompt, truncation=False, verbose=False)["input_ids"]) - tokenizer.model_max_length)
+        """Tokens at the end of a prompt that a text encoder does not see, the one that sees the least."""
+        tokenizers = [t for t in (self.pipe.tokenizer, self.pipe.tokenizer_2) if t is not None]
+        return max(max(0, len(t(prompt, truncation=False, verbose=False)["input_ids"]) - t.model_max_length) for t in tokenizers)
 
 
 def pulse(pipe: StableDiffusionXLPipeline, step: int, timestep: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from luthier_trainer import modelfacts, sources
 from luthier_trainer.ending import Failure
 from luthier_trainer.generation import lora
 from luthier_trainer.generation.loranames import Names
-from luthier_trainer.generation.schedulers import make_scheduler
+from luthier_trainer.generation.schedulers import make_scheduler, rehearse
 
 MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
 LIBRARIES = ("diffusers", "transformers")  # no code of a repository's own
@@ -36,7 +36,7 @@ def check(path: Path, spec: GenerateJobSpec, adapters: Sequence[tuple[Path, str]
         check_weights(path / name, model, field)
     check_size(models["vae"], spec)
     _read_tokenizers(path, index, field)
-    make_scheduler(spec.image.scheduler, _read_scheduler(path, index, field), spec.image.steps)
+    rehearse(spec.image.scheduler, make_scheduler(spec.image.scheduler, _read_scheduler(path, index, field), spec.image.steps))
     names = Names({name: model for name, model in models.items() if name != "vae"})
     for file, of in adapters:
         lora.read(file, names, of)

@@ -6,6 +6,8 @@ the name adds. A package that a sampler needs and the image lacks ends in a mess
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +31,11 @@ class Sampler:
 UNCLIPPED = {"clip_sample": False, "thresholding": False}
 DPM = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "use_karras_sigmas": False}
 SIGMAS = {"use_karras_sigmas": False}
+
+# Facts of a model's weights that some classes of diffusers 0.42.1 have no parameter for, and what they are when nothing is said.
+TRAINED_WITH: dict[str, Any] = {
+    "rescale_betas_zero_snr": False, "prediction_type": "epsilon", "timestep_spacing": None, "trained_betas": None, "beta_schedule": "linear",
+}  # fmt: skip
 
 SAMPLERS: dict[SchedulerName, Sampler] = {
     "ddim": Sampler("DDIMScheduler", UNCLIPPED),
@@ -59,15 +66,23 @@ def eta(name: SchedulerName) -> float:
 def make_scheduler(name: SchedulerName, own: Any, steps: int) -> Any:
     """The scheduler for `name`, from `own`, the model's scheduler; for "default" that one itself.
 
-    Raises Failure when the image lacks a package that it needs, or when it cannot do `steps` steps.
+    Raises Failure when the image lacks a package that it needs, when it would leave out what the model was trained with, or when it cannot do
+    `steps` steps.
     """
+    import diffusers
+
+    kind = type(own) if name == "default" else getattr(diffusers, SAMPLERS[name].class_name)
+    if lost := ignored(kind, own.config):
+        keeping = [other for other, sampler in SAMPLERS.items() if not ignored(getattr(diffusers, sampler.class_name), own.config)]
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"spec.image.scheduler: the model was trained with {' and '.join(lost)}, which {name} leaves out; its images would be others."
+            f" Choose {' or '.join(keeping)}",
+        )
     scheduler = own
     if name != "default":
-        import diffusers
-
-        sampler = SAMPLERS[name]
         try:
-            scheduler = getattr(diffusers, sampler.class_name).from_config(own.config, **sampler.config)
+            scheduler = kind.from_config(own.config, **SAMPLERS[name].config)
         except ImportError as error:
             reason = " ".join(str(error).split())
             raise Failure(
@@ -80,3 +95,35 @@ def make_scheduler(name: SchedulerName, own: Any, steps: int) -> Any:
     except (ValueError, AssertionError, IndexError) as error:
         raise Failure(ExitCode.INVALID_SPEC, f"spec.image.steps: {name} cannot do {steps} steps: {error}") from None
     return scheduler
+
+
+def ignored(kind: Any, config: Mapping[str, Any]) -> list[str]:
+    """What a model was trained with, by the configuration of its scheduler, and a class of diffusers has no parameter for.
+
+    `from_config` leaves such entries out without a word.
+    """
+    known = inspect.signature(kind.__init__).parameters
+    if "num_train_timesteps" not in known:  # what stands for a class whose package is missing
+        return []
+    return [f"{name}: {config[name]}" for name, plain in TRAINED_WITH.items() if name not in known and config.get(name, plain) not in (plain, None)]
+
+
+def rehearse(name: SchedulerName, scheduler: Any) -> None:
+    """All steps over one small latent of noise. Raises Failure when the class lacks what the model's configuration asks for, or goes astray."""
+    import torch
+
+    noise = torch.Generator().manual_seed(0)
+    more = {"generator": noise} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    if hasattr(scheduler, "noise_sampler_seed"):
+        scheduler.noise_sampler_seed = [0]
+    latent = torch.randn(1, 4, 2, 2, generator=noise) * scheduler.init_noise_sigma
+    try:
+        for timestep in scheduler.timesteps:
+            scheduler.scale_model_input(latent, timestep)
+            latent = scheduler.step(torch.randn(1, 4, 2, 2, generator=noise), timestep, latent, return_dict=False, **more)[0]
+    except (NotImplementedError, ValueError, IndexError) as error:
+        problem = str(error)
+    else:
+        problem = "" if torch.isfinite(latent).all() else "its latents are not finite"
+    if problem:
+        raise Failure(ExitCode.INVALID_SPEC, f"spec.image.scheduler: {name} cannot sample from this model: {problem}. Choose another scheduler")

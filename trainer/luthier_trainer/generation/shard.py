@@ -19,12 +19,18 @@ from luthier_api.workspace import MANIFEST, WorkspaceFolder
 from luthier_trainer.generation.samples import Output, Sample
 from luthier_trainer.manifest import fsync, sha256
 
-FOLDER_ROWS = 1000  # rows whose images share a folder; the Hub wants fewer than 10,000 files in one
+FOLDER_ROWS, FOLDER_SAMPLES = 1000, 8  # rows, and samples of each, whose images share a folder; the Hub wants fewer than 10,000 files in one
 Line = dict[str, Any]
 
 
 def shard_name(index: int, count: int) -> str:
     return f"shard-{index:05d}-of-{count:05d}"
+
+
+def image_folder(row: int, index: int) -> str:
+    """Where the image `index` of a row lies: it depends on these two alone, so that more shards or samples leave it there."""
+    more = f"-{index // FOLDER_SAMPLES:03d}" if index >= FOLDER_SAMPLES else ""
+    return f"images/{row // FOLDER_ROWS:04d}{more}"
 
 
 def shard_manifest(folder: WorkspaceFolder, index: int, count: int) -> Path:
@@ -100,7 +106,7 @@ class Shard:
             line["error"] = output.error
         elif output.image is not None:
             row, index = output.sample.key
-            name = f"images/{row // FOLDER_ROWS:04d}/{row:06d}-{index:02d}.{output.suffix}"
+            name = f"{image_folder(row, index)}/{row:06d}-{index:02d}.{output.suffix}"
             path = self.folder.shards / name
             path.parent.mkdir(parents=True, exist_ok=True)
             _replace(path, output.image)
