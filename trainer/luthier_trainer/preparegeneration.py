@@ -55,10 +55,11 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         adapters.check(adapter.parent if found[i].file else adapter, spec.adapters[i].job, found[i].field, run, located, path)
     if spec.task == "text-generation":
         adapters.check_together(paths, spec.adapters, "spec.adapters")
-    if spec.task == "text-to-image":
+        parameters = modelfacts.count_weights(path)
+    else:
         from luthier_trainer.generation import pipelines  # imports torch and diffusers
 
-        pipelines.check(path, spec, [(adapter, found[i].field) for i, adapter in enumerate(paths)], located.field)
+        parameters = pipelines.check(path, spec, [(adapter, found[i].field) for i, adapter in enumerate(paths)], located.field)
 
     target = folder.prepared / "rows.jsonl"
     with target.open("w") as file:

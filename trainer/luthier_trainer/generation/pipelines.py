@@ -28,8 +28,8 @@ POSITIONS = "embeddings.position_ids"  # a buffer that older files of CLIP have 
 SHOWN = 3  # names in a message
 
 
-def check(path: Path, spec: GenerateJobSpec, adapters: Sequence[tuple[Path, str]], field: str) -> None:
-    """Whether the pipeline in `path` can do what `spec` asks for, with `adapters`, their files and fields. Raises Failure."""
+def check(path: Path, spec: GenerateJobSpec, adapters: Sequence[tuple[Path, str]], field: str) -> int:
+    """Whether the pipeline in `path` can do what `spec` asks for, with `adapters`, their files and fields; its number of parameters. Raises Failure."""
     index = _index(path, field)
     models = skeletons(path, index, field)
     for name, model in models.items():
@@ -40,6 +40,7 @@ def check(path: Path, spec: GenerateJobSpec, adapters: Sequence[tuple[Path, str]
     names = Names({name: model for name, model in models.items() if name != "vae"})
     for file, of in adapters:
         lora.read(file, names, of)
+    return sum(parameter.numel() for model in models.values() for parameter in model.parameters())
 
 
 def load(path: Path, dtype: torch.dtype) -> Any:
