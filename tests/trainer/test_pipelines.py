@@ -171,4 +171,4 @@ def test_plain_weights_come_before_a_variant(sdxl: Path, tmp_path: Path) -> None
     main(run)
     pipe = StableDiffusionXLPipeline.from_pretrained(sdxl)
     assert read_prepared(run).plan.parameters == sum(getattr(pipe, name).num_parameters() for name in pipelines.MODELS)
-    assert pipelines.variant(tmp_path / "model" / "unet") is None
+    assert pipelines.variant(tmp_path / "model" / "unet", "spec.model") is None

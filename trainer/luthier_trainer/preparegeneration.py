@@ -55,7 +55,7 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         adapters.check(adapter.parent if found[i].file else adapter, spec.adapters[i].job, found[i].field, run, located, path)
     if spec.task == "text-generation":
         adapters.check_together(paths, spec.adapters, "spec.adapters")
-        parameters = modelfacts.count_weights(path)
+        parameters = weightfiles.count(path, located.field)
     else:
         from luthier_trainer.generation import pipelines  # imports torch and diffusers
 
@@ -69,7 +69,7 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         model=located.resolved,
         dataset=inputs,
         adapters=[a.resolved for a in found],
-        plan=plan_generation(len(rows), spec.shards, spec.precision, spec.resources.gpus, weightfiles.count(path, located.field)),
+        plan=plan_generation(len(rows), spec.shards, spec.precision, spec.resources.gpus, parameters),
         model_path=str(path),
         adapter_paths=[str(p) for p in paths],
         origins=[*(origin for source in (located, *found) for origin in source.origins), *read],

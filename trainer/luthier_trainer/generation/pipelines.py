@@ -16,7 +16,7 @@ import torch
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import GenerateJobSpec
-from luthier_trainer import modelfacts, sources
+from luthier_trainer import modelfacts, sources, weightfiles
 from luthier_trainer.ending import Failure
 from luthier_trainer.generation import lora
 from luthier_trainer.generation.loranames import Names
@@ -53,7 +53,7 @@ def load(path: Path, dtype: torch.dtype) -> Any:
         folder = path / name
         try:
             given[name], found = kind.from_pretrained(
-                folder, dtype=dtype, variant=variant(folder), use_safetensors=True, local_files_only=True, output_loading_info=True
+                folder, dtype=dtype, variant=variant(folder, field), use_safetensors=True, local_files_only=True, output_loading_info=True
             )
         except (ValueError, OSError) as error:
             if getattr(error, "errno", None) is not None:
@@ -69,15 +69,15 @@ def load(path: Path, dtype: torch.dtype) -> Any:
         raise Failure(ExitCode.INVALID_SPEC, f"{field}: the pipeline in {path} cannot be loaded: {error}") from None
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files that `from_pretrained` reads the weights of a model from: the plain ones, or else those of fp16."""
-    every = sorted(folder.glob("*.safetensors"))
-    return [p for p in every if not sources.VARIANT.search(p.name)] or [p for p in every if ".fp16" in p.name]
+def weight_files(folder: Path, field: str) -> list[Path]:
+    """The files that `from_pretrained` reads the weights of a model from: the plain ones, or else those of fp16. Raises Failure."""
+    there = weightfiles.loaded(folder, field)
+    return [p for p in there if not sources.VARIANT.search(p.name)] or [p for p in there if ".fp16" in p.name]
 
 
-def variant(folder: Path) -> str | None:
+def variant(folder: Path, field: str) -> str | None:
     """diffusers' name for the weights in `folder` that are read."""
-    return "fp16" if any(sources.VARIANT.search(p.name) for p in weight_files(folder)) else None
+    return "fp16" if any(sources.VARIANT.search(p.name) for p in weight_files(folder, field)) else None
 
 
 def skeletons(path: Path, index: Mapping[str, Any], field: str) -> dict[str, Any]:
@@ -98,10 +98,7 @@ def skeletons(path: Path, index: Mapping[str, Any], field: str) -> dict[str, Any
 
 def check_weights(folder: Path, model: Any, field: str) -> None:
     """Whether the files of a model hold every weight, in its shape: what they lack would be drawn at random. Raises Failure."""
-    headers: dict[str, Any] = {}
-    for file in weight_files(folder):
-        headers |= {name: tensor for name, tensor in modelfacts.safetensors_header(file).items() if name != "__metadata__"}
-    held = {name: torch.empty(tensor["shape"], device="meta") for name, tensor in headers.items()}
+    held = {name: torch.empty(shape, device="meta") for name, shape in weightfiles.shapes(weight_files(folder, field)).items()}
     if hasattr(model, "_fix_state_dict_keys_on_load"):
         model._fix_state_dict_keys_on_load(held)  # attention of old autoencoders had other names
     shapes = {_bare(name): tuple(tensor.shape) for name, tensor in held.items()}
