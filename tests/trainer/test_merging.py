@@ -23,7 +23,7 @@ from transformers import (
 
 from luthier_api.generate import Adapter
 from luthier_trainer import modelfacts, notices
-from luthier_trainer.adapters import check_kind, check_shapes, check_together
+from luthier_trainer.adapters import check_kind, check_shapes, check_together, check_weights
 from luthier_trainer.ending import Failure
 from luthier_trainer.generation.text import load_model
 from luthier_trainer.merging import add_adapters, merge
@@ -266,6 +266,9 @@ UNFIT: list[tuple[str, dict[str, Any], dict[str, list[int]], str]] = [
      "spec.adapters[0]: the adapter has a bias for model.layers.0.self_attn.q_proj, which has none in org/m; it cannot be merged"),
     ("other widths", {}, {"model.layers.0.self_attn.q_proj.lora_A.weight": [2, 32]},
      "spec.adapters[0]: the adapter does not fit org/m: model.layers.0.self_attn.q_proj has 16 inputs there, and 32 in the adapter"),
+    ("not finite", {}, {"model.layers.0.self_attn.q_proj.lora_A.weight": [2, 16]},
+     "spec.adapters[0]: weights of the adapter are not finite: model.layers.0.self_attn.q_proj.lora_A.weight. Choose another"),
+    ("another name", {}, {"model.layers.0.self_attn.q_proj.lora_A.weight": [2, 16]}, "spec.adapters[0]: FOLDER has no adapter_model.safetensors (it has: "),
     ("nothing wrong", {}, {"model.layers.0.self_attn.q_proj.lora_A.weight": [2, 16], "model.embed_tokens.base_layer.weight": [64, 16]}, ""),
 ]  # fmt: skip
 
@@ -275,10 +278,12 @@ def test_an_adapter_that_the_model_has_no_place_for(
     name: str, config: dict[str, Any], tensors: dict[str, list[int]], message: str, tmp_path: Path
 ) -> None:
     CONFIGS["llama"].save_pretrained(tmp_path)
-    save_file({f"base_model.model.{key}": torch.zeros(shape) for key, shape in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    weights = {f"base_model.model.{key}": torch.full(shape, torch.nan if name == "not finite" else 0.0) for key, shape in tensors.items()}
+    save_file(weights, tmp_path / ("model.safetensors" if name == "another name" else "adapter_model.safetensors"))
 
     def check() -> None:
         check_kind({"peft_type": "LORA"} | config, "spec.adapters[0]")
+        check_weights(tmp_path, "spec.adapters[0]")
         check_shapes(tmp_path, "spec.adapters[0]", tmp_path, "org/m")
 
     if not message:
@@ -286,4 +291,4 @@ def test_an_adapter_that_the_model_has_no_place_for(
         return
     with pytest.raises(Failure) as failure:
         check()
-    assert failure.value.message.startswith(message)
+    assert failure.value.message.startswith(message.replace("FOLDER", str(tmp_path)))

@@ -23,7 +23,8 @@ from luthier_trainer.origins import folder_digest
 from luthier_trainer.taskfacts import task_of_adapter
 
 NEEDS = {"text-generation": "causal-lm", "text-to-image": "Stable Diffusion XL"}
-PREFIX = "base_model.model."  # of names in PEFT's files
+WEIGHTS = "adapter_model.safetensors"  # the one file that PEFT 0.21 writes and reads
+PREFIX = "base_model.model."  # of names in it
 LORA_WEIGHT = re.compile(r"(.+)\.lora_([AB])\.weight")
 ADDED = re.compile(r"(.+?)\.lora_(?:embedding_)?[AB](?:\.(weight|bias))?")
 LAST = re.compile(r"(.+)\.[^.]+")
@@ -47,6 +48,7 @@ def check(adapter: Path, job: str | None, field: str, run: GenerateRun, model: s
         check_named_base(Path(config.get("base_model_name_or_path") or ""), field, model)
     if run.spec.task == "text-generation":
         check_kind(config, field)
+        check_weights(adapter, field)
         check_shapes(adapter, field, model_path, model.resolved.source)
 
 
@@ -64,6 +66,19 @@ def check_kind(config: Mapping[str, Any], field: str) -> None:
         raise Failure(ExitCode.INVALID_SPEC, f"{field}: is a {kind} adapter; only LoRA adapters are merged")
     if setting := next((name for name in NOT_MERGED if config.get(name)), None):
         raise Failure(ExitCode.INVALID_SPEC, f"{field}: the adapter has {setting} (adapter_config.json), and cannot become part of the model's weights")
+
+
+def check_weights(adapter: Path, field: str) -> None:
+    """Whether the adapter's weights are there, in a file that cannot run code, and finite. Raises Failure."""
+    from safetensors import safe_open
+
+    if not (adapter / WEIGHTS).is_file():
+        there = ", ".join(sorted(path.name for path in adapter.iterdir())[:8])
+        raise Failure(ExitCode.INVALID_SPEC, f"{field}: {adapter} has no {WEIGHTS} (it has: {there}). Save the adapter with PEFT's save_pretrained")
+    with safe_open(adapter / WEIGHTS, "pt") as weights:
+        bad = [name.removeprefix(PREFIX) for name in weights.keys() if not weights.get_tensor(name).float().isfinite().all()]  # noqa: SIM118
+    if bad:
+        raise Failure(ExitCode.INVALID_SPEC, f"{field}: weights of the adapter are not finite: {some(bad)}. Choose another version of it")
 
 
 @dataclass(frozen=True)
@@ -92,13 +107,9 @@ def changes(adapter: Path) -> Changes:
 
 
 def names_in(adapter: Path) -> dict[str, list[int]]:
-    """Name → shape of the tensors in an adapter's files, without PEFT's prefix."""
-    return {
-        key.removeprefix(PREFIX): tensor["shape"]
-        for file in sorted(adapter.glob("adapter_model*.safetensors"))
-        for key, tensor in modelfacts.safetensors_header(file).items()
-        if key != "__metadata__"
-    }
+    """Name → shape of the tensors in an adapter's file, without PEFT's prefix."""
+    header = modelfacts.safetensors_header(adapter / WEIGHTS)
+    return {key.removeprefix(PREFIX): tensor["shape"] for key, tensor in header.items() if key != "__metadata__"}
 
 
 def check_together(folders: Sequence[Path], adapters: Sequence[Adapter], field: str) -> None:

@@ -226,7 +226,7 @@ def what_becomes_of_the_head(model: Model, task: str, labels: list[str]) -> str:
     """Whether the head of a classifier goes on learning, or starts anew."""
     from luthier_trainer.tasks.classification import describe_head, labels_in
 
-    there = {name for file in model.path.glob("model*.safetensors") for name in modelfacts.safetensors_header(file)}
+    there = weightfiles.shapes(weightfiles.loaded(model.path, MODEL))
     return describe_head(modelfacts.skeleton(model.config, task, MODEL), there, labels_in(str(model.path)), labels)
 
 
