@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -10,7 +11,7 @@ from datasets import Dataset
 from trainer.tokenizers_of_kinds import KINDS
 from transformers import PreTrainedTokenizerBase
 
-from luthier_trainer.data import packing
+from luthier_trainer.data import decoding, filerows, packing, reading
 from luthier_trainer.data.packing import Cutter, blocks
 from luthier_trainer.data.reading import Reader
 
@@ -32,7 +33,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "PIECE", 4000)
     monkeypatch.setattr(packing, "OVERLAP", 400)
     monkeypatch.setattr(packing, "CHARACTERS_AT_ONCE", 20_000)
-    monkeypatch.setattr(packing, "BYTES_AT_ONCE", 50_000)
+    monkeypatch.setattr(reading, "BYTES_AT_ONCE", 50_000)
 
 
 def lines(text: str) -> Dataset:
@@ -131,6 +132,19 @@ def test_the_work_is_linear_and_bounded(shape: str, tokenizers: dict[str, PreTra
     blocks(rows[shape], "text", Reader(tokenizer), 512, documents=shape == "lines of a file")
     assert sum(calls) <= len(book) * 1.05
     assert max(calls) <= 100_000 + packing.PIECE + 2 * packing.OVERLAP
+
+
+def test_a_text_file_is_read_in_bounded_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a line that is longer than a part, which may be the whole file."""
+    monkeypatch.setattr(decoding, "CHUNK", 1000)
+    monkeypatch.setattr(filerows, "CHARACTERS_AT_ONCE", 5000)
+    text = "one long line " * 2000 + "\n" + "a short one\n" * 3000 + "漢字" * 4000
+    (tmp_path / "x.txt").write_text(text)
+    file = filerows.TextFile(tmp_path / "x.txt", decoding.Decoder(None, "spec.dataset", "spec.dataset.files"))
+    parts = list(file.documents())
+    assert "".join(row for part in parts for row in part["text"]) == text
+    assert max(sum(map(len, part["text"])) for part in parts) < 6000
+    assert [end for part in parts for end in part["ends"]].index(True) == sum(len(part["text"]) for part in parts) - 1
 
 
 def test_pieces_are_cut_in_linear_time() -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 AT_ONCE = 1000  # rows of a batch, as in `datasets`
+CHARACTERS_AT_ONCE = 1 << 24  # of a document: one batch of Arrow's strings holds 2 GiB at most
 TEXT_TYPES = ("string", "large_string")  # names of `datasets`
 
 
@@ -222,11 +223,13 @@ class TextFile:
         with self.decoder.open(self.path) as file:
             lines = decoding.lines(iter(lambda: file.readline(decoding.CHUNK), ""), self.path.name, self.decoder.files)
             batch: list[str] = []
+            characters = 0
             for line in lines:
-                if len(batch) == AT_ONCE:
-                    yield {"text": batch, "ends": [False] * AT_ONCE}
-                    batch = []
+                if len(batch) == AT_ONCE or characters >= CHARACTERS_AT_ONCE:
+                    yield {"text": batch, "ends": [False] * len(batch)}
+                    batch, characters = [], 0
                 batch.append(line)
+                characters += len(line)
             if batch:
                 yield {"text": batch, "ends": [False] * (len(batch) - 1) + [True]}
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import repeat
 from typing import TYPE_CHECKING
 
+from luthier_trainer.data.reading import rows_at_once
 from luthier_trainer.data.tokens import SHORTEST, language_features, mapped
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ PIECE = 1 << 16  # characters of a long text that are tokenised at once
 OVERLAP = 1 << 10  # characters that a piece has of each of its neighbours
 AGREEING = 8  # tokens on each side of a seam that are the same in both pieces
 CHARACTERS_AT_ONCE = 1 << 20  # in one call of the tokenizer
-BYTES_AT_ONCE = 1 << 23  # of rows that are read at once, on average
-ROWS_AT_ONCE = 10_000
 
 
 def blocks(texts: Dataset, column: str, reader: Reader, max_length: int, documents: bool) -> Dataset:
@@ -52,7 +51,7 @@ def blocks(texts: Dataset, column: str, reader: Reader, max_length: int, documen
 
     # One process, in order: what is left of a batch begins the next.
     arrow = texts.with_format("arrow")
-    packed: Dataset = mapped(arrow, pack, language_features(), with_indices=True, batch_size=rows_at_once(texts))
+    packed: Dataset = mapped(arrow, pack, language_features(), with_indices=True, batch_size=rows_at_once(texts, 10_000))
     return packed.with_format(None)
 
 
@@ -65,12 +64,6 @@ def joined(parts: list[str], ends: list[bool]) -> Iterator[tuple[str, bool]]:
             begin = i
     if begin < len(parts):
         yield "".join(parts[begin:]), False
-
-
-def rows_at_once(texts: Dataset) -> int:
-    """Rows whose texts are about `BYTES_AT_ONCE` long together."""
-    bytes_a_row = texts.data.nbytes / max(len(texts.data), 1)
-    return min(max(int(BYTES_AT_ONCE / max(bytes_a_row, 1)), 1), ROWS_AT_ONCE)
 
 
 def _table(whole: numpy.ndarray, rest: list[int], max_length: int) -> pyarrow.Table:

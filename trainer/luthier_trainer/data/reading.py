@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 PARSE = "spec.dataset.parseSpecialTokens"
-ROWS_AT_ONCE = 10_000
+BYTES_AT_ONCE = 1 << 23  # of rows that are in memory at once, on average
 SHOWN = 3  # spellings in a message
 MARKED = re.compile(r"\W.*\W|__\w+__", re.DOTALL)  # the spelling of a control token; others, such as "!" for padding, are ordinary text
 
@@ -101,8 +101,9 @@ class Reader:
         count = 0
         pattern = re.compile("|".join(re.escape(s) for s in sorted(self.spellings, key=len, reverse=True) if s) or "$^")
         arrow = texts.with_format("arrow", columns=[column])
-        for start in range(0, len(texts), ROWS_AT_ONCE):
-            cells = arrow[start : start + ROWS_AT_ONCE][column]
+        step = rows_at_once(texts, 10_000)
+        for start in range(0, len(texts), step):
+            cells = arrow[start : start + step][column]
             held = cells.filter(pyarrow.compute.match_substring_regex(cells, pattern.pattern))
             for text in held:
                 found.update(set(pattern.findall(text.as_py())))
@@ -122,3 +123,9 @@ def _shown(found: Counter[str]) -> str:
     """The commonest spellings, with the number of rows that hold them."""
     listed = [f"{spelling} in {rows}" for spelling, rows in found.most_common(SHOWN)]
     return ", ".join(listed) + (", ..." if len(found) > SHOWN else "")
+
+
+def rows_at_once(texts: Dataset, most: int) -> int:
+    """Rows whose texts are about `BYTES_AT_ONCE` long together: 1 to `most`."""
+    bytes_a_row = texts.data.nbytes / max(len(texts.data), 1)
+    return min(max(int(BYTES_AT_ONCE / max(bytes_a_row, 1)), 1), most)

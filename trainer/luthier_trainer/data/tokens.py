@@ -9,13 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from luthier_trainer.data.columns import invalid
+from luthier_trainer.data.reading import Reader, rows_at_once
 from luthier_trainer.notices import notice
 
 if TYPE_CHECKING:
     import numpy
     from datasets import Dataset
-
-    from luthier_trainer.data.reading import Reader
 
 SHORTEST = 2  # a row of one token predicts nothing
 MAX_LENGTH = "spec.training.maxLength"
@@ -101,6 +100,7 @@ def mapped(texts: Dataset, function: Any, features: Any, **options: Any) -> Data
 
     Without `features`, a column of the texts that has the name of one of ours would keep its type: labels, say, that were booleans.
     """
+    options = {"batch_size": rows_at_once(texts, 1000)} | options
     return texts.map(function, batched=True, remove_columns=texts.column_names, features=features, load_from_cache_file=False, **options)
 
 
