@@ -11,9 +11,12 @@ import pytest
 import torch
 from datasets import DatasetDict
 from prepared_workspace import causal_lm_data, classification_data, image_data, prepared_run, prose
+from trainer.conftest import MakeRun
 from trainer.digits import save_model as save_vit
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig
 
+from luthier_api.run import PreparedRecord
+from luthier_api.status import Plan, ResolvedDataset, ResolvedSource
 from luthier_trainer import modelcard, train
 from luthier_trainer.prepared import read_prepared
 
@@ -56,6 +59,28 @@ def test_the_commands_of_a_card(
         assert model.config.id2label == dict(enumerate(CLASSES[task]))
         assert model.config.label2id == {name: i for i, name in enumerate(CLASSES[task])}
         assert accuracy(model, made, rows["eval"]) == pytest.approx(metrics["accuracy"])
+
+
+TARGETS: list[tuple[list[str], bool, list[str]]] = [
+    # targetModules, whether input and output embeddings are the same, warnings
+    (["embed_tokens", "q_proj"], True, ["model.embed_tokens has the same weights as lm_head, and the adapter changes those of model.embed_tokens alone"]),
+    (["embed_tokens", "q_proj"], False, []),
+    (["q_proj"], True, []),
+    (["all-linear"], True, []),
+]
+
+
+@pytest.mark.parametrize(("targets", "tied", "warnings"), TARGETS)
+def test_a_card_warns_of_what_peft_would_merge_wrongly(
+    targets: list[str], tied: bool, warnings: list[str], make_run: MakeRun, tmp_path: Path
+) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaConfig(**sizes, tie_word_embeddings=tied).save_pretrained(tmp_path)
+    record = PreparedRecord(
+        model=ResolvedSource(source="m"), dataset=ResolvedDataset(source="d", rows=1), plan=Plan(strategy="none"), model_path=str(tmp_path), dataset_path="d"
+    )
+    found = modelcard.shared_weights(make_run(method={"type": "lora", "targetModules": targets}), record)
+    assert [text.partition(". ")[0] for text in found] == warnings
 
 
 def without_padding(model: Path, folder: Path) -> Path:

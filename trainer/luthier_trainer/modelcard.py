@@ -49,10 +49,26 @@ def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
     }  # fmt: skip
     load = loading(repo, task, result, classifier=bool(prepared.dataset.labels))
     needs = "" if spec.model.id or not adapter else f"\nThe adapter's base model lies where the job found it ({prepared.model.source}).\n"
+    needs += "".join(f"\nBefore you merge the adapter: {warning}.\n" for warning in shared_weights(run, prepared))
     return document(front, repo, f"Fine-tuned with Luthier, FineTuneJob `{run.name}`.", [
         ("Results", table({TITLES.get(k, k): f"{v:.6g}" for k, v in metrics.items()})), ("How it was made", table(facts)),
         ("How to load it", f"```python\n{load}\n```\n{needs}"),
     ])  # fmt: skip
+
+
+def shared_weights(run: FineTuneRun, prepared: PreparedRecord) -> list[str]:
+    """A sentence for each module with an adapter whose weights are another module's, too. None where the base is out of reach here."""
+    method, folder = run.spec.method, Path(prepared.model_path)
+    if method.type == "full" or "all-linear" in method.target_modules or not (folder / "config.json").is_file():
+        return []  # all-linear takes no embeddings
+    from luthier_trainer import modelfacts  # it needs torch to list modules, and few jobs name theirs
+
+    model = modelfacts.skeleton(modelfacts.read_config(folder, "spec.model"), run.spec.task, "spec.model")
+    shared = modelfacts.tied_modules(model)
+    return [
+        modelfacts.SHARED.format(name=name, other=other)
+        for name, other in shared.items() if any(f".{name}".endswith(f".{target}") for target in method.target_modules)
+    ]  # fmt: skip
 
 
 def loading(repo: str, task: TaskFacts, result: Path, classifier: bool) -> str:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+SHARED = (
+    "{name} has the same weights as {other}, and the adapter changes those of {name} alone. Jobs with model.job or adapters do the same; PEFT's own"
+    " merge_and_unload (0.21) would change both, so untie the weights before you call it"
+)
 NF4_CPU_BLOCK = 64  # bitsandbytes 0.50
 ALL_LINEAR = "all-linear"
 MODEL = "spec.model"
@@ -211,11 +215,9 @@ def check_adapters(config: PreTrainedConfig, task: str, targets: list[str], fiel
                 ExitCode.INVALID_SPEC,
                 f"{field}[{i}]: {target!r} is a {type(other).__name__}, whose rows are found in another way than PEFT's adapters do; leave it out",
             )
-        if tied := next(((name, partner) for name, partner in shared.items() if f".{name}".endswith(f".{target}")), None):
-            notice(
-                f"{field}[{i}]: {tied[0]} has the same weights as {tied[1]}, and the adapter changes those of {tied[0]} alone. Jobs with model.job"
-                " or adapters do the same; PEFT's own merge_and_unload (0.21) would change both, so untie the weights before you call it"
-            )
+        for name in shared:
+            if f".{name}".endswith(f".{target}"):
+                notice(f"{field}[{i}]: {SHARED.format(name=name, other=shared[name])}")
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             near = difflib.get_close_matches(target, known, 1)
             hint = f" Did you mean {near[0]!r}?" if near else f" Or use {ALL_LINEAR} alone"
