@@ -29,6 +29,7 @@ from luthier_trainer import modelweights, notices, weightfiles
 from luthier_trainer.ending import Failure
 from luthier_trainer.prepare import main
 from luthier_trainer.prepared import read_prepared
+from luthier_trainer.tasks import TASKS
 
 FIELD = "spec.model.path"
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 512, "max_position_embeddings": 64}
@@ -315,3 +316,12 @@ def test_weights_that_lie_beside_the_model_do_not_count(tiny_model: Path, tmp_pa
     assert weightfiles.count(path, FIELD) == plain
     (path / "consolidated.safetensors").write_text(POINTER)  # what is not loaded need not be whole
     weightfiles.check(path, FIELD)
+
+
+def test_mismatched_sizes_are_ignored_for_the_head_alone(models: dict[str, Path], tmp_path: Path) -> None:
+    labels = ["a", "b"]
+    model, _ = TASKS["text-classification"].load_model(str(models["classifier"]), labels)
+    assert model.classifier.out_features == 2
+    path = changed(models["classifier"], tmp_path / "m", rows_added(8))
+    with pytest.raises(Failure, match=r"spec\.model: .* has bert\.embeddings\.word_embeddings\.weight in another shape than its config\.json says"):
+        TASKS["text-classification"].load_model(str(path), labels)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from trainer.conftest import MakeRun
+from trainer.preparing import prepared
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.spec import NewModel
 from luthier_trainer.ending import Failure
-from luthier_trainer.newmodel import new_config, save_new_model
+from luthier_trainer.newmodel import new_config, save_new_model, train_tokenizer
 
 REFUSED = [
     ("unknown architecture", {"model_type": "lama"}, "spec.model.config.modelType: transformers has no architecture 'lama'. Did you mean 'llama'?"),
@@ -72,3 +75,29 @@ def test_the_seed_decides_the_weights(tmp_path: Path) -> None:
         save_new_model(config, tmp_path / str(i), seed)
         digests.append((tmp_path / str(i) / "model.safetensors").read_bytes())
     assert digests[0] == digests[1] != digests[2]
+
+
+# transformers reads the tokenizer of Qwen2's and Qwen3.5's folders with classes of their own, whatever class has saved it.
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3", "qwen3_5_text", "qwen3_5_moe_text"])
+def test_users_of_the_result_tokenise_as_training_did(model_type: str, paragraphs: list[str], tmp_path: Path) -> None:
+    config = AutoConfig.for_model(model_type)
+    tokenizer = train_tokenizer(paragraphs[:100], 400, config)
+    config.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    users = AutoTokenizer.from_pretrained(tmp_path)
+    texts = [*paragraphs[300:350], "It's 2024:\n\n\n  indented\t x “ünïcode” 🎻"]
+    assert [users(t)["input_ids"] for t in texts] == [tokenizer(t)["input_ids"] for t in texts]
+    assert [users.decode(users(t)["input_ids"]) for t in texts] == texts
+    assert (len(users), users.eos_token_id, users.bos_token_id, users.pad_token_id) == (400, 0, 0, 1)
+    assert users.eos_token not in users.tokenize(paragraphs[300])
+
+
+def test_prepare_keeps_the_tokenizer_that_it_trained_with(make_run: MakeRun, corpus_rows: Path) -> None:
+    """The rows as `train` reads them are those of the tokenizer in the model's folder."""
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    run = make_run(model={"config": {"modelType": "qwen2", "vocabSize": 400, "parameters": small}}, method={"type": "full"})
+    record, data = prepared(run)
+    users = AutoTokenizer.from_pretrained(record.model_path)
+    for row, given in zip(data["train"], corpus_rows.read_text().splitlines()[:50], strict=False):
+        ids = [*users(json.loads(given)["text"])["input_ids"], users.eos_token_id]
+        assert row["input_ids"][:20] == ids[:20]

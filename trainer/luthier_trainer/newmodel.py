@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
@@ -18,29 +19,60 @@ from luthier_trainer import modelfacts
 from luthier_trainer.ending import Failure
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"  # a token of its own: where padding is the end-of-text token, collators hide the real ones from the loss too
+SAMPLE = "It's 2024:\n\n\t“ünïcode” 🎻  x2 don't"  # contractions, digits, blanks and bytes: what ways of splitting texts differ in
 FIELD = "spec.model.config"
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with at most `vocab_size` entries (special tokens included; fewer when the text has no more pairs)."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+def train_tokenizer(texts: Iterable[str], vocab_size: int, config: PreTrainedConfig | None = None) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with at most `vocab_size` entries (special tokens included; fewer when the text has no more pairs).
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    AutoTokenizer reads the tokenizer of some architectures (Qwen2, Qwen3.5) with a class that puts its own way of splitting texts in place of
+    the saved one. So the tokenizer is trained with what AutoTokenizer makes of it beside a model of this `config` (None: it is read as it is
+    saved). Raises Failure where that is no byte-level BPE.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT, PADDING],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator([], trainer)
+    read = as_read(tokenizer, config).backend_tokenizer
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        if getattr(read, part) is not None:
+            setattr(tokenizer, part, getattr(read, part))
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=PADDING)
+    result = as_read(tokenizer, config)
+    ids = tokenizer.encode(SAMPLE).ids
+    if result(SAMPLE)["input_ids"] != ids or result.decode(ids) != SAMPLE:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{FIELD}.modelType: transformers reads the tokenizer of {config.model_type if config else 'the model'} as a {type(result).__name__}, which is no byte-level BPE: texts would be"
+            " read otherwise than in training. Choose another architecture, such as llama",
+        )
+    return result
+
+
+def as_read(tokenizer: Tokenizer, config: PreTrainedConfig | None) -> PreTrainedTokenizerFast:
+    """What AutoTokenizer makes of `tokenizer` where it lies beside a model of this `config`."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    saved = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=PADDING)
+    if config is None:
+        return saved
+    with TemporaryDirectory() as folder:
+        saved.save_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
 
 
 def new_config(new: NewModel, tokenizer: PreTrainedTokenizerFast | None = None) -> PreTrainedConfig:

@@ -189,7 +189,7 @@ def new_model(new: NewModel, examples: Examples, run: FineTuneRun, folder: Works
     """A tokenizer from the training rows, and weights from the seed. Of files whose blocks are held out, the tokenizer sees all."""
     from luthier_trainer.newmodel import new_config, save_new_model, train_tokenizer
 
-    tokenizer = train_tokenizer(texts_of(examples.train, run.spec.dataset.columns.text), new.vocab_size)
+    tokenizer = train_tokenizer(texts_of(examples.train, run.spec.dataset.columns.text), new.vocab_size, new_config(new))
     config = new_config(new, tokenizer)
     if limit := modelfacts.room(config):
         tokenizer.model_max_length = limit

@@ -16,6 +16,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, EvalPrediction, PreTrainedModel
 from transformers.integrations import deepspeed as zero
 
+from luthier_api.exitcodes import ExitCode
+from luthier_trainer.ending import Failure
+
 # What transformers' architectures call the modules behind the encoder, of which only the last knows how many labels there are.
 HEADS = ("classifier", "score", "classification_head", "pre_classifier", "logits_proj")
 ZERO3 = "_hf_deepspeed_config_weak_ref"  # where transformers 5.23 remembers that models are to be spread
@@ -45,9 +48,18 @@ class Classification:
         return model, whole
 
     def _load(self, path: str, options: dict[str, Any]) -> tuple[PreTrainedModel, set[str], set[str]]:
-        """The model, the names of weights that its folder lacks, and of those that it has in another shape."""
+        """The model, the names of weights that its folder lacks, and of those that it has in another shape.
+
+        `ignore_mismatched_sizes` is meant for the head alone, and transformers applies it to every weight. Raises Failure for another one.
+        """
         model, loaded = self.auto.from_pretrained(path, output_loading_info=True, **options)
-        return model, set(loaded["missing_keys"]), {key[0] if isinstance(key, tuple) else key for key in loaded["mismatched_keys"]}
+        mismatched = {key[0] if isinstance(key, tuple) else key for key in loaded["mismatched_keys"]}
+        if mismatched and (others := sorted(mismatched - head_weights(model).keys())):
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"spec.model: {path} has {', '.join(others[:SHOWN])} in another shape than its config.json says. Copy the files that belong together",
+            )
+        return model, set(loaded["missing_keys"]), mismatched
 
     def loss(self, model: PreTrainedModel) -> Any:
         return row_loss  # no classifier of transformers 5.23 divides by the step's rows, and most take the keyword that asks for it

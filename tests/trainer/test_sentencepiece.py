@@ -1,0 +1,48 @@
+"""A folder as Llama 2's authors published it: the tokenizer is a SentencePiece model alone, without tokenizer.json."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from trainer.conftest import MakeRun
+from trainer.preparing import prepared
+from transformers import AutoModelForCausalLM
+
+from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.modelfacts import read_tokenizer
+
+BEGIN, END = 1, 2
+
+
+def test_a_tokenizer_that_is_a_sentencepiece_model_alone(
+    make_run: MakeRun, tiny_model: Path, paragraphs: list[str], corpus_rows: Path, tmp_path: Path
+) -> None:
+    """The rows are what SentencePiece itself makes of the texts, and the saved tokenizer makes the same of them."""
+    written = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter("\n".join(paragraphs[:100]).splitlines()), model_writer=written, vocab_size=512, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, minloglevel=2,
+    )  # fmt: skip
+    folder = tmp_path / "llama-2"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(tiny_model / name, folder / name)
+    (folder / "tokenizer.model").write_bytes(written.getvalue())
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, "add_eos_token": False} | special))
+
+    pieces = SentencePieceProcessor(model_proto=written.getvalue())
+    run = make_run(model={"path": str(folder)}, training={"maxLength": 256, "batchSize": 4})
+    record, data = prepared(run)
+    saved = read_tokenizer(WorkspaceFolder(Path(run.workspace)).prepared / "processor", "spec.model")
+    model = AutoModelForCausalLM.from_pretrained(record.model_path)
+    rows = [json.loads(line)["text"] for line in corpus_rows.read_text().splitlines()[:50]]
+    for text, row in zip(rows, data["train"], strict=False):
+        expected = [BEGIN, *pieces.encode(text)]
+        assert row["input_ids"][:200] == [*expected, END][:200]
+        assert saved(text)["input_ids"] == expected
+    assert model(**saved(rows[0], return_tensors="pt")).logits.isfinite().all()
