@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
 import gzip
+import json
+import lzma
+import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -13,10 +20,11 @@ import pytest
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import TrainingData
 from luthier_trainer import notices
+from luthier_trainer.data import labels
 from luthier_trainer.data.load import Loader, Rows
 from luthier_trainer.ending import Failure
 
-UTF8, UTF16, UTF32 = "utf-8-sig", "utf-16", "utf-32"
+UTF16, UTF32 = "utf-16", "utf-32"
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +37,7 @@ def load(folder: Path, files: dict[str, str | bytes], columns: tuple[str, ...] =
     for name, content in files.items():
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
     source = TrainingData.model_validate({"files": [str(folder / name) for name in files], **dataset})
-    return Loader(source, "spec.dataset", folder / "cache", columns=columns, others=not columns).split("train", "split")
+    return Loader(source, "spec.dataset", folder / "cache", columns=columns, others=not columns).split(source.split, "split")
 
 
 def as_rows(rows: Rows) -> list[tuple[Any, ...]]:
@@ -155,3 +163,106 @@ NOTICED: list[tuple[str, str, str | bytes, str | None]] = [
 def test_what_is_chosen_is_noticed(name: str, file: str, content: str | bytes, notice: str | None, tmp_path: Path) -> None:
     load(tmp_path, {file: content})
     assert [given[: len(notice or "")] for given in notices.given()] == ([notice] if notice else [])
+
+
+PACKED = [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress), (".zst", lambda data: pyarrow.compress(data, "zstd", asbytes=True))]
+
+
+@pytest.mark.parametrize(("suffix", "compress"), PACKED, ids=[c[0] for c in PACKED])
+@pytest.mark.parametrize("name", ["x.csv", "x.jsonl", "x.txt"])
+def test_compressed_files(name: str, suffix: str, compress: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    """Also of several members, as `cat` and parallel compressors make them."""
+    first, second = {"x.csv": ("text,label\nä,b\n", "c,d\n"), "x.txt": ("ä\n", "c\n")}.get(
+        name, ('{"text": "ä", "label": "b"}\n', '{"text": "c", "label": "d"}\n')
+    )
+    data = load(tmp_path, {name + suffix: compress(first.encode()) + compress(second.encode())}).data
+    assert data["text"][:] == ["ä", "c"]
+
+
+def test_any_csv_that_python_writes_is_read_back(tmp_path: Path) -> None:
+    """Random cells of the characters that matter, in every separator."""
+    draw = random.Random(5)
+    for number in range(60):
+        separator, code = draw.choice([(",", "comma"), (";", "semicolon"), ("|", "pipe"), ("\t", "tab")])
+        quoting = draw.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+        rows = [("".join(draw.choices('ab \'",;|\t\n\r\\ä\u2028', k=draw.randrange(1, 9))), draw.choice("ab")) for _ in range(draw.randrange(1, 40))]
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with (folder / "x.csv").open("w", newline="") as file:
+            writer = csv.writer(file, delimiter=separator, quoting=quoting)
+            writer.writerows([("text", "label"), *rows])
+        data = load(folder, {"x.csv": (folder / "x.csv").read_bytes()}, csv={"separator": code, "quoting": "double"})
+        assert as_rows(data) == rows
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
+def test_json_of_any_size_is_read_as_python_reads_it(name: str, tmp_path: Path) -> None:
+    """More than is decoded at once, so that values lie across the borders of what is in memory."""
+    draw = random.Random(6)
+    rows = [{"text": "".join(draw.choices('ab"\\{}[],:ä\n\u2028', k=draw.randrange(1, 2000))), "n": draw.randrange(99), "label": i % 7} for i in range(3000)]
+    content = json.dumps(rows, indent=draw.choice([0, 1])) if name == "x.json" else "".join(json.dumps(row) + "\n" for row in rows)
+    assert as_rows(load(tmp_path, {name: content})) == [(row["text"], row["label"]) for row in rows]
+
+
+LATE: list[tuple[str, str, str]] = [
+    # a column that the job does not use, and that changes after more rows than are looked at first
+    ("x.csv", "text,label,other\n" + "a,b,1\n" * 30_000, "a,b,not a number\n"),
+    ("x.jsonl", '{"text": "a", "label": "b", "other": 1}\n' * 30_000, '{"text": "a", "label": "b", "other": {"not": ["a number"]}}\n'),
+]
+
+
+@pytest.mark.parametrize(("name", "early", "late"), LATE, ids=[c[0] for c in LATE])
+def test_a_column_that_the_job_does_not_use_does_not_stop_it(name: str, early: str, late: str, tmp_path: Path) -> None:
+    assert len(load(tmp_path, {name: early + late}).data) == 30_001
+
+
+def test_a_job_that_reads_all_columns_keeps_what_has_no_single_type_as_json(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "id": 2**53 + 1, "mixed": 1, "list": [1]}, {"prompt": "b", "id": 2**53 + 2, "mixed": "x", "list": None, "late": True}]
+    found = load(tmp_path, {"x.jsonl": "".join(json.dumps(row) + "\n" for row in rows)}, columns=())
+    assert as_rows(found) == [("a", 2**53 + 1, "1", "[1]", None), ("b", 2**53 + 2, '"x"', None, True)]
+    assert found.mixed == {"mixed": "numbers in 1 rows and text in 1 rows", "list": "lists"}
+
+
+PARQUET: list[tuple[str, pyarrow.DataType]] = [
+    ("string", pyarrow.string()), ("large_string", pyarrow.large_string()), ("string_view", pyarrow.string_view()),
+    ("dictionary", pyarrow.dictionary(pyarrow.int32(), pyarrow.string())),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "kind"), PARQUET, ids=[c[0] for c in PARQUET])
+def test_text_of_parquet(name: str, kind: pyarrow.DataType, tmp_path: Path) -> None:
+    table = pyarrow.table({"n": [1, 2], "label": pyarrow.array(["007", "7"]).cast(kind), "text": pyarrow.array(["a", "b"]).cast(kind)})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    rows = load(tmp_path, {"x.parquet": (tmp_path / "x.parquet").read_bytes()})
+    assert [(row["text"], row["label"]) for row in rows.data] == [("a", "007"), ("b", "7")]
+    assert labels.names_of(rows, "label", "f", merge=False) == ["007", "7"]
+
+
+def test_parquet_files_of_two_types_name_the_column_and_the_file(tmp_path: Path) -> None:
+    files: dict[str, str | bytes] = {}
+    for name, label in (("x.parquet", 1), ("y.parquet", "1")):
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "label": [label]}), tmp_path / name)
+        files[name] = (tmp_path / name).read_bytes()
+    message = 'spec.dataset.files: column "label" of y.parquet holds string, and in x.parquet int64. Write it with the same type in all files'
+    assert refusal(tmp_path, files) == message
+
+
+PLACES: list[tuple[str, dict[str, str | bytes], int, str]] = [
+    ("blank lines and cells of several lines", {"x.csv": '\ntext,label\n\n"a\nb",c\n\nd,e\n'}, 1, "row 1, counted from 0 (line 7 of x.csv)"),
+    ("the second file", {"x.csv": "text,label\na,b\n", "y.csv": "label,text\nc,d\ne,f\n"}, 2, "row 2, counted from 0 (line 3 of y.csv)"),
+    ("JSON lines", {"x.jsonl": '\n{"text": "a"}\n\n{"text": "b"}\n'}, 1, "row 1, counted from 0 (line 4 of x.jsonl)"),
+    ("a list", {"x.json": '[{"text":\n "a"},\n\n{"text": "b"}]'}, 1, "row 1, counted from 0 (line 4 of x.json)"),
+    ("text", {"x.txt": "a\n\nb\n"}, 1, "row 1, counted from 0 (line 3 of x.txt)"),
+]
+
+
+@pytest.mark.parametrize(("name", "files", "row", "place"), PLACES, ids=[c[0] for c in PLACES])
+def test_a_row_has_a_number_and_a_line(name: str, files: dict[str, str | bytes], row: int, place: str, tmp_path: Path) -> None:
+    rows = load(tmp_path, files)
+    assert rows.place(row) == place
+    assert rows.select(numpy.array([row])).place(0) == place, "a row keeps its number when others are left out"
+
+
+def test_slices_keep_the_numbers_of_rows(tmp_path: Path) -> None:
+    lines = "".join(f'{{"text": "{i}"}}\n' for i in range(10))
+    assert load(tmp_path, {"x.jsonl": lines}, split="train[2:4]+train[7:]").place(2) == "row 7, counted from 0 (line 8 of x.jsonl)"
