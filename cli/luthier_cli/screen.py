@@ -157,6 +157,8 @@ def found(prepared: Prepared, generates: bool) -> Table:
     table.add_row("plan", ", ".join(p for p in planned if p))
     for reason in plan.reasons:
         table.add_row("", escape(reason))
+    if plan.checkpoint_bytes and plan.save_seconds:
+        table.add_row("checkpoint", f"{plan.checkpoint_bytes / 1e6:,.0f} MB, saved in about {duration(plan.save_seconds)}")
     return table
 
 

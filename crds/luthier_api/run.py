@@ -12,7 +12,7 @@ from pydantic import Field
 from luthier_api.base import ApiModel
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.generate import GenerateJobSpec
-from luthier_api.status import Prepared
+from luthier_api.status import Plan, Prepared
 
 RUN_VERSION = "luthier.dev/run-v1"
 METRICS_PORT = 9464
@@ -34,7 +34,7 @@ class BaseRun(ApiModel):
     metrics_port: int = METRICS_PORT
     """Where the first process of each pod serves its metrics; 0: any free port, written to the run folder."""
     grace_seconds: int = 60
-    """Seconds between SIGTERM and SIGKILL."""
+    """Seconds between SIGTERM and SIGKILL, where neither the spec nor the plan says more: see `grace_of`."""
 
 
 class FineTuneRun(BaseRun):
@@ -45,6 +45,16 @@ class FineTuneRun(BaseRun):
 class GenerateRun(BaseRun):
     kind: Literal["GenerateJob"] = "GenerateJob"
     spec: GenerateJobSpec
+
+
+def grace_of(spec: FineTuneJobSpec | GenerateJobSpec, plan: Plan | None, least: int) -> int:
+    """Seconds between SIGTERM and SIGKILL of the pods of `run`: what the job asks for, else what the plan needs, but no less than `least`.
+
+    The operator gives them to the pods, and the supervisor in the pods reckons with them.
+    """
+    if spec.scheduling.grace_period_seconds is not None:
+        return spec.scheduling.grace_period_seconds
+    return max(least, (plan and plan.grace_seconds) or 0)
 
 
 RUNS: dict[str, type[FineTuneRun] | type[GenerateRun]] = {"FineTuneJob": FineTuneRun, "GenerateJob": GenerateRun}

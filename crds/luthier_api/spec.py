@@ -269,6 +269,8 @@ class Scheduling(ApiModel):
     """Labels that a node must have for the pods that train or generate, for example {gpu: h100}. `prepare` and `publish` run anywhere."""
     tolerations: Annotated[list[Toleration], Field(max_length=32)] = Field(default_factory=list)
     """Taints that the pods of all phases accept. A node that cannot be reached is left after a minute."""
+    grace_period_seconds: Annotated[Seconds, Field(ge=15)] | None = None
+    """Seconds between SIGTERM and SIGKILL of the pods that train or generate (terminationGracePeriodSeconds). Left out: what the plan needs to save a checkpoint, and no less than the operator's setting. Spot nodes and the cluster autoscaler may give less."""
 
 
 class JobControl(ApiModel):

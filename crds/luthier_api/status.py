@@ -101,6 +101,14 @@ class Plan(ApiModel):
     """Why, where something was chosen that the spec leaves open."""
     parameters: int | None = None
     """Weights of the model."""
+    checkpoint_bytes: int | None = None
+    """Bytes of a checkpoint (FineTuneJob)."""
+    result_bytes: int | None = None
+    """Bytes of the result (FineTuneJob)."""
+    save_seconds: int | None = None
+    """Seconds that saving a checkpoint is expected to take, on a volume that takes 200 MB/s (FineTuneJob)."""
+    grace_seconds: int | None = None
+    """Seconds that a pod needs from SIGTERM to its end, to finish its step and save (FineTuneJob). `scheduling.gracePeriodSeconds` sets another."""
     rows_per_shard: int | None = None
     """Outputs of the largest shard (GenerateJob)."""
 

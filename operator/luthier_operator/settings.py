@@ -51,7 +51,7 @@ class Settings(BaseSettings):
     publish_retries: Annotated[int, Field(ge=0)] = 20
     """The same of `publish`, where a finished run waits for the Hub: about 2.5 hours."""
     grace_seconds: Annotated[int, Field(ge=15)] = 60
-    """Seconds that a stopped pod has to save its work."""
+    """Seconds that a stopped pod has at least to save its work; a plan with large checkpoints, or a job, asks for more."""
     workspace_size: Bytes = "10Gi"
     """Size of a workspace whose job sets none."""
     env: Annotated[dict[Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")], str], NoDecode] = {}

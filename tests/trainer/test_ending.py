@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import AcceleratorError
 from torch.distributed import DistBackendError
+from trainer.volumes import mounted
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.status import Phase
@@ -79,16 +79,9 @@ ENDS: list[tuple[str, BaseException, ExitCode, str]] = [
 @pytest.fixture
 def full(tmp_path: Path) -> Iterator[Path]:
     """A volume of 256 KiB, of which 8 KiB are left."""
-    folder = tmp_path / "volume"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"needs root, to mount a volume that can be filled: {mounted.stderr.strip()}")
-    try:
+    with mounted(tmp_path / "volume", kibibytes=256) as folder:
         (folder / "rest").write_bytes(b"x" * (248 << 10))
         yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 TENSORS = {"weight": torch.zeros(64 << 10)}  # 256 KiB

@@ -14,6 +14,7 @@ from cases.observed import HUB, SETTINGS, fine_tune, generate, run_document, sta
 
 from luthier_api.exitcodes import ExitCode, Retry
 from luthier_api.run import read_run
+from luthier_api.status import JobStatus, Plan, Prepared, ResolvedDataset, ResolvedSource
 from luthier_operator import render
 from luthier_operator.model import Job, Object
 from luthier_operator.render import objects
@@ -127,6 +128,31 @@ def test_the_grace_of_the_pod_is_that_of_the_run_config() -> None:
     job = fine_tune()
     assert {p["terminationGracePeriodSeconds"] for p in pods(job, settings).values()} == {90}
     assert run_document(render.configmap(job, settings, {}))["graceSeconds"] == 90
+
+
+def planned(seconds: int | None, **spec: Any) -> Job:
+    """A training whose plan asks for so many seconds of grace."""
+    plan = Plan(strategy="none", grace_seconds=seconds)
+    prepared = Prepared(model=ResolvedSource(source="m"), dataset=ResolvedDataset(source="d", rows=1), plan=plan)
+    return fine_tune(**spec).model_copy(update={"status": JobStatus(prepared=prepared)})
+
+
+GRACES = [
+    # name                               job                                                    prepare  run
+    ("nothing is planned yet",           fine_tune(),                                           60,      60),
+    ("the plan needs little",            planned(42),                                           60,      60),
+    ("the plan needs much",              planned(1333),                                         60,      1333),
+    ("a plan of an earlier version",     planned(None),                                         60,      60),
+    ("the job asks for more",            planned(42, scheduling={"gracePeriodSeconds": 900}),   60,      900),
+    ("the job asks for less",            planned(1333, scheduling={"gracePeriodSeconds": 30}),  60,      30),
+    ("a generation asks for more",       generate(scheduling={"gracePeriodSeconds": 90}),       60,      90),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("job", "prepare", "run"), [g[1:] for g in GRACES], ids=[g[0] for g in GRACES])
+def test_the_pods_of_a_run_have_the_time_that_their_plan_needs(job: Job, prepare: int, run: int) -> None:
+    found = {phase: pod["terminationGracePeriodSeconds"] for phase, pod in pods(job).items()}
+    assert (found["prepare"], found["run"]) == (prepare, run)
 
 
 @pytest.mark.parametrize("job", EVERY_JOB, ids=["training", "generation", "on CPU"])

@@ -14,6 +14,7 @@ from luthier_trainer.ending import Failure
 from luthier_trainer.launch import cores
 from luthier_trainer.taskfacts import FACTS
 
+GROUP_TIMEOUT_SECONDS = 1800  # transformers' own default
 TEXT_WORKERS = 2  # enough to keep padding off the GPU's path; on CPU they would only take cores from the model
 IMAGE_WORKERS = 8  # a core decodes and scales 350 photographs of 512 × 384 pixels a second; a GPU sees more
 
@@ -42,6 +43,7 @@ def training_arguments(spec: FineTuneJobSpec, plan: Plan, checkpoints: Path, eva
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         use_cpu=cpu,
+        ddp_timeout=group_timeout(plan),
         ddp_backend="gloo" if cpu and plan.world_size > 1 else None,
         ddp_find_unused_parameters=False,
         activation_checkpointing=bool(plan.gradient_checkpointing),
@@ -61,6 +63,11 @@ def training_arguments(spec: FineTuneJobSpec, plan: Plan, checkpoints: Path, eva
         report_to="none",
         disable_tqdm=True,
     )
+
+
+def group_timeout(plan: Plan) -> int:
+    """Seconds that a process waits for the others. While one writes a checkpoint, they do: twice what is planned, for a volume that is slow."""
+    return max(GROUP_TIMEOUT_SECONDS, 2 * (plan.save_seconds or 0))
 
 
 def loader_workers(spec: FineTuneJobSpec) -> int:

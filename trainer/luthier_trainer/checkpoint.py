@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_api.workspace import MANIFEST
-from luthier_trainer import manifest
+from luthier_trainer import manifest, space
 from luthier_trainer.ending import START_OVER, Failure, beat, beat_before_training
 from luthier_trainer.manifest import Entry, fsync, read_manifest
 
@@ -112,6 +112,15 @@ def reject(checkpoint: Path, broken: list[str]) -> None:
     for old in by_age[KEPT_CORRUPT:]:
         print(f"{old.name} is removed: {KEPT_CORRUPT} newer ones lie set aside", flush=True)
         shutil.rmtree(old)
+
+
+def make_room(folder: Path, size: int) -> None:
+    """See that a checkpoint of `size` bytes fits the volume; broken ones make way for it. Raises Failure(STORAGE_ERROR) where it does not."""
+    for broken in set_aside(folder):
+        if space.volume(folder)[0] < size:
+            print(f"{broken.name} is removed: the volume has no room for the next checkpoint beside it", flush=True)
+            shutil.rmtree(broken)
+    space.check_save(folder, size)
 
 
 def writer(file: Path, ranks: int) -> int:

@@ -36,10 +36,12 @@ class EvaluationStopped(Exception):
 class TrainingLoop(Trainer):
     """Neutral about task and method. `args.output_dir` is the folder of the checkpoints."""
 
-    def __init__(self, *, ranks: Ranks, identity: dict[str, Any], keep: int, seconds_before: float, **kwargs: Any) -> None:
+    def __init__(self, *, ranks: Ranks, identity: dict[str, Any], keep: int, checkpoint_bytes: int, seconds_before: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.remove_callback(PrinterCallback)  # `callbacks.Report` prints one readable line instead
         self.ranks, self.identity, self.keep = ranks, identity, keep
+        self.checkpoint_bytes = checkpoint_bytes
+        """What the next checkpoint will take: as planned, then as the one before it took."""
         self.seconds_before = seconds_before
         """Seconds of training that earlier attempts have put into the checkpoint."""
         self.tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
@@ -194,6 +196,7 @@ class TrainingLoop(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step, folder, began = self.state.global_step, Path(self.args.output_dir), time.monotonic()
+        self.ranks.decide(lambda: checkpoint.make_room(folder, self.checkpoint_bytes))
         self._folder = folder / f"{checkpoint.STAGING}checkpoint-{step}"
         staged = self._folder / f"checkpoint-{step}"
         try:
@@ -205,6 +208,7 @@ class TrainingLoop(Trainer):
         facts = {"step": step, "seconds": round(self.seconds, 1), "processes": self.ranks.count, **checkpoint.facts_of(self.identity)}
         described = self.ranks.each(lambda: checkpoint.describe(staged, self.ranks.rank, self.ranks.count))
         self.saved = self.ranks.decide(lambda: checkpoint.commit(staged, folder, described, facts))
+        self.checkpoint_bytes = sum(entry["size"] for of_rank in described for entry in of_rank)
         if self.ranks.first:
             checkpoint.rotate(folder, self.keep)
         self.save_seconds = time.monotonic() - began

@@ -10,6 +10,7 @@ import math
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.status import Plan
+from luthier_trainer import space
 from luthier_trainer.ending import Failure
 from luthier_trainer.notices import notice
 from luthier_trainer.taskfacts import FACTS
@@ -88,6 +89,16 @@ def check_course(spec: FineTuneJobSpec, plan: Plan, rows: int) -> None:
             f"{WARM_UP}: {training.warmup_steps} steps, but the training ends after {steps} ({rows} {what}, {training.batch_size} a step,"
             f" {training.epochs:g} epochs), before the peak of the learning rate. Choose fewer than {steps}, or more epochs",
         )
+
+
+def plan_space(plan: Plan, weights: space.Weights, processor_bytes: int) -> Plan:
+    """With what checkpoints and the result take of the workspace, and how long a save takes. `processor_bytes`: of the tokenizer's files."""
+    size = space.checkpoint_bytes(weights, plan.strategy, plan.world_size, processor_bytes)
+    saving = space.save_seconds(size, plan.world_size)
+    return plan.model_copy(update={
+        "checkpoint_bytes": size, "result_bytes": space.result_bytes(weights, plan.strategy, processor_bytes),
+        "save_seconds": saving, "grace_seconds": space.grace_seconds(saving),
+    })  # fmt: skip
 
 
 def plan_generation(rows: int, shards: int, precision: str, gpus: int, parameters: int | None) -> Plan:

@@ -15,15 +15,16 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_api.spec import NewModel
-from luthier_api.status import ResolvedDataset, ResolvedSource
+from luthier_api.status import Plan, ResolvedDataset, ResolvedSource
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer import modelfacts, modelweights, origins, sources, weightfiles
+from luthier_trainer import modelfacts, modelweights, origins, sources, space, weightfiles
 from luthier_trainer.data import columns, files, images, labels, texts, tokens
 from luthier_trainer.data.load import Loader, Rows, ranges
 from luthier_trainer.ending import Failure
 from luthier_trainer.notices import notice
-from luthier_trainer.plan import CHECKPOINTING, check_course, plan_training
+from luthier_trainer.plan import CHECKPOINTING, check_course, plan_space, plan_training
 from luthier_trainer.taskfacts import FACTS
+from luthier_trainer.trainable import weights_of
 from luthier_trainer.wholemodel import whole_model
 
 if TYPE_CHECKING:
@@ -104,6 +105,10 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     trouble = modelfacts.cannot_recompute(model.config, spec.task) if open_on_gpus else None
     plan = plan_training(spec, len(train), weightfiles.count(model.path, MODEL), trouble)
     check_course(spec, plan, len(train))
+    weights = weights_of(model.config, spec, plan, examples.labels, model.path)
+    plan = plan_space(plan, weights, space.folder_bytes(folder.prepared / "processor"))
+    space.check_room(spec, plan, folder.root)
+    notice_short_grace(spec, plan)
     read = {origin.path: origin for rows in (examples.train, examples.eval) if rows for origin in rows.origins}
     revision = origins.combined(origin.digest for origin in read.values()) if read else examples.train.revision
     source = spec.dataset.id or ", ".join(spec.dataset.files or [])
@@ -118,6 +123,16 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         origins=[*(located.origins if located else ()), *read.values()],
         dataset_path=str(dataset_path),
     )  # fmt: skip
+
+
+def notice_short_grace(spec: FineTuneJobSpec, plan: Plan) -> None:
+    """Whether the job gives its pods less time than they need to save."""
+    asked = spec.scheduling.grace_period_seconds
+    if asked is not None and plan.grace_seconds and asked < plan.grace_seconds:
+        notice(
+            f"spec.scheduling.gracePeriodSeconds: a pod that is stopped gets {asked} s, and needs about {plan.grace_seconds} s to save a checkpoint of"
+            f" {space.amount(plan.checkpoint_bytes or 0)}. What was learnt since the last save may be lost; raise it, or lower training.saveSteps"
+        )
 
 
 def read_examples(run: FineTuneRun, cache: Path) -> Examples:

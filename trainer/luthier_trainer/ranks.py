@@ -18,13 +18,12 @@ from luthier_trainer.ending import Failure, classify
 T = TypeVar("T")
 Outcome = tuple[T | None, tuple[ExitCode, str] | None]
 """What was found, or the code and the message of a failure."""
-GROUP_TIMEOUT_SECONDS = 1800
 
 
 class Ranks:
     """All processes of the run. Each method is called by all of them, in the same order."""
 
-    def __init__(self, timeout_seconds: float = GROUP_TIMEOUT_SECONDS) -> None:
+    def __init__(self, timeout_seconds: float = 1800) -> None:
         """`timeout_seconds`: how long one waits for the others. It must be above the time that a save may take on one of them."""
         self.distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if self.distributed else 0

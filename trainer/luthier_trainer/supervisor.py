@@ -19,10 +19,10 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.run import FineTuneRun, GenerateRun, read_run
+from luthier_api.run import FineTuneRun, GenerateRun, grace_of, read_run
 from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
-from luthier_trainer import launch, memory, preflight
+from luthier_trainer import launch, memory, preflight, space
 from luthier_trainer.child import Child
 from luthier_trainer.ending import HEARTBEAT_FILE, STARTING_FILE, STOP_FILE, Failure, run_dir
 from luthier_trainer.prepared import read_prepared
@@ -32,7 +32,6 @@ from luthier_trainer.verdict import Evidence, judge
 
 HUB = "https://huggingface.co"
 STALE = (STOP_FILE, STARTING_FILE, HEARTBEAT_FILE, "metrics-port", "result-*.json", "result-*.partial")
-RESERVE_SECONDS = 10  # teardown of ranks and of torch's agent: 2 to 7 s measured in pods
 FIRST_STEP_FACTOR = 3  # loading, compilation and the first allocation come before the first heartbeat
 DUMP_SECONDS = 2.0
 TICK_SECONDS = 0.2
@@ -114,9 +113,12 @@ def supervise(verb: str, run: FineTuneRun | GenerateRun, path: Path, settings: S
             file.unlink()
     memory_kills = memory.oom_kills(settings.cgroup)
     child = Child(command(verb, run, settings.node_rank), environment(verb, run, path.resolve(), settings))
-    pulse = Pulse(settings.run_dir, settings.step_timeout)
+    plan = read_prepared(run).plan if VERBS[verb] == "run" else None
+    # While a checkpoint is saved, there may be no step for as long as is planned for it, and longer on a slow volume.
+    pulse = Pulse(settings.run_dir, max(settings.step_timeout, 2 * ((plan and plan.save_seconds) or 0)))
+    grace = grace_of(run.spec, plan, run.grace_seconds)
     # A short grace keeps half of itself for the checkpoint.
-    patience = run.grace_seconds - min(RESERVE_SECONDS, run.grace_seconds / 2)
+    patience = grace - min(space.TEARDOWN_SECONDS, grace / 2)
     killed: Literal["stop", "grace", "hang"] | None = None
     while not child.ended:
         child.listen(TICK_SECONDS)

@@ -21,7 +21,7 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
 from luthier_api.termination import TerminationMessage
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer import checkpoint, methods, result
+from luthier_trainer import checkpoint, methods, result, space
 from luthier_trainer.arguments import training_arguments
 from luthier_trainer.callbacks import Guard, Heartbeat, Report, Stop
 from luthier_trainer.ending import global_rank
@@ -34,6 +34,7 @@ from luthier_trainer.strategy import assert_started, uses_deepspeed
 from luthier_trainer.taskfacts import FACTS
 from luthier_trainer.tasks import TASKS
 from luthier_trainer.telemetry import Telemetry
+from luthier_trainer.trainable import HALF, source_dtype
 from luthier_trainer.utilisation import count_weights
 
 PEFT_PARTS = re.compile(r"^base_model\.model\.|modules_to_save\.default\.|base_layer\.|lora_[AB]\.default\.")  # in the names of weights
@@ -57,8 +58,9 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     data: DatasetDict = load_from_disk(prepared.dataset_path)
     workspace.checkpoints.mkdir(parents=True, exist_ok=True)
     arguments = training_arguments(spec, prepared.plan, workspace.checkpoints, evaluates="eval" in data)
-    ranks = Ranks()
+    ranks = Ranks(arguments.ddp_timeout)
     resume = checkpoint.newest(workspace.checkpoints, identity, ranks)
+    ranks.decide(lambda: space.check_room(spec, prepared.plan, workspace.checkpoints, held=len(checkpoint.checkpoints(workspace.checkpoints))))
     # An evaluation follows the save of its step: of a checkpoint, the attempt before may not have come to it, and its record is lost in any case.
     arguments.eval_on_start = "eval" in data and (resume is None or owes_evaluation(resume, spec.training.eval_steps))
     before = (read_manifest(resume) or {}) if resume else {}
@@ -83,7 +85,8 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
         train_dataset=data["train"], eval_dataset=data.get("eval"),
         compute_loss_func=task.loss(base), compute_metrics=figures, preprocess_logits_for_metrics=lambda logits, labels: figures.reduce(first(logits), labels),
         callbacks=callbacks,
-        ranks=ranks, identity=identity, keep=spec.training.keep_checkpoints, seconds_before=before.get("seconds", 0.0),
+        ranks=ranks, identity=identity, keep=spec.training.keep_checkpoints, checkpoint_bytes=prepared.plan.checkpoint_bytes or 0,
+        seconds_before=before.get("seconds", 0.0),
     )  # fmt: skip
     for callback in callbacks:
         callback.loop = loop
@@ -149,9 +152,8 @@ def first(logits: Any) -> torch.Tensor:
 
 def source_type(model_path: str) -> torch.dtype:
     """The type of the weights in a model's folder."""
-    config = json.loads((Path(model_path) / "config.json").read_text())
-    name = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return getattr(torch, name) if name in ("float16", "bfloat16") else torch.float32
+    name = source_dtype(Path(model_path))
+    return getattr(torch, name) if name in HALF else torch.float32
 
 
 def opening(loop: TrainingLoop, prepared: PreparedRecord, precision: str, resume: Path | None) -> str:

@@ -43,9 +43,10 @@ def run(s: Situation) -> Step:
 
 def manifest(s: Situation) -> Object:
     before = s.status.restarts, s.status.restarts_charged
-    if isinstance(s.job, FineTuneJob):
-        return render.jobset(s.job, s.settings, s.places(), *before)
-    return render.shards(s.job, s.settings, s.places(), *before)
+    job = s.job.model_copy(update={"status": s.status})  # with the plan, which may have come in this very reconcile
+    if isinstance(job, FineTuneJob):
+        return render.jobset(job, s.settings, s.places(), *before)
+    return render.shards(job, s.settings, s.places(), *before)
 
 
 def ended_well(s: Situation) -> Step:

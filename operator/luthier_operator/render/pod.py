@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from luthier_api.kinds import FineTuneJob
-from luthier_api.run import METRICS_PORT
+from luthier_api.run import METRICS_PORT, grace_of
 from luthier_api.status import Phase
 from luthier_api.variables import Variables
 from luthier_operator import naming
@@ -48,7 +48,7 @@ def template(job: Job, settings: Settings, phase: Phase, sources: Mapping[str, P
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": settings.grace_seconds,
+        "terminationGracePeriodSeconds": grace_seconds(job, settings, phase),
         "securityContext": {
             "runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER, "fsGroup": USER, "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
@@ -76,6 +76,14 @@ def template(job: Job, settings: Settings, phase: Phase, sources: Mapping[str, P
              "labelSelector": {"matchLabels": {naming.UID_LABEL: naming.uid(job), naming.PHASE_LABEL: phase}}}
         ]  # fmt: skip
     return {"metadata": {"labels": naming.labels(job, phase)}, "spec": spec}
+
+
+def grace_seconds(job: Job, settings: Settings, phase: Phase) -> int:
+    """Seconds that a stopped pod has. Those of `run` save a checkpoint, for which `prepare` has planned; the others have nothing to save."""
+    if phase != "run":
+        return settings.grace_seconds
+    prepared = job.status.prepared
+    return grace_of(job.spec, prepared.plan if prepared else None, settings.grace_seconds)
 
 
 def _container(job: Job, settings: Settings, phase: Phase, mounts: list[Object]) -> Object:
