@@ -139,11 +139,11 @@ class DatasetSource(ApiModel):
     format: Literal["csv", "json", "jsonl", "parquet", "text", "imagefolder"] | None = None
     """Format of `files`; told from the first file's suffix when left out."""
     csv: Csv | None = None
-    """How `files` of the format csv are written."""
+    """How CSV files are written."""
     encoding: Annotated[
         str | None, Field(max_length=32), Format("^[a-zA-Z0-9][-_a-zA-Z0-9]*$", "must be Python's name of an encoding, such as cp1252 or utf-16-le")
     ] = None
-    """Encoding of `files` of text (csv, json, jsonl, text). When left out, that of their byte order mark, or UTF-8; files that are not text in it are refused."""
+    """Encoding of files of text (csv, json, jsonl, text). When left out, that of their byte order mark, or UTF-8; files that are not text in it are refused."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(exactly_one("id", "files"), "dataset: set exactly one of id and files"),
@@ -151,12 +151,12 @@ class DatasetSource(ApiModel):
         Rule("!has(self.name) || has(self.id)", "dataset.name: only a dataset of the Hub has configurations; set dataset.id or remove it"),
         Rule("!has(self.format) || has(self.files)", "dataset.format: belongs to dataset.files; a Hub dataset knows its own format"),
         Rule(
-            "!has(self.csv) || (has(self.files) && (!has(self.format) || self.format == 'csv'))",
-            "dataset.csv: belongs to dataset.files of the format csv; remove it",
+            "!has(self.csv) || !has(self.format) || self.format == 'csv'",
+            "dataset.csv: belongs to files of the format csv; remove it, or set format: csv",
         ),
         Rule(
-            "!has(self.encoding) || (has(self.files) && (!has(self.format) || self.format in ['csv', 'json', 'jsonl', 'text']))",
-            "dataset.encoding: belongs to dataset.files of text (csv, json, jsonl, text); remove it",
+            "!has(self.encoding) || !has(self.format) || self.format in ['csv', 'json', 'jsonl', 'text']",
+            "dataset.encoding: belongs to files of text (csv, json, jsonl, text); remove it",
         ),
     )
 

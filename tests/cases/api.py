@@ -124,12 +124,12 @@ CASES: list[Case] = [
     Case("dataset.name:", {"spec.dataset.name": "en"}, {"spec.dataset": {"id": "org/data", "name": "en"}}),
     Case("dataset.format:", {"spec.dataset": {"id": "org/data", "format": "csv"}}, {"spec.dataset.format": "csv"}),
     *(Case("dataset.csv:", refused, accepted, base) for refused, accepted, base in [
-        ({"spec.dataset": {"id": "org/data", "csv": {}}}, {"spec.dataset.csv": {"separator": "semicolon"}}, FINE_TUNE),
         ({"spec.dataset": {"files": ["/x"], "format": "json", "csv": {}}}, {"spec.dataset": {"files": ["/x"], "format": "csv", "csv": {"quoting": "none"}}}, FINE_TUNE),
-        ({"spec.inputs": {"dataset": {"id": "org/data", "csv": {}}}}, {"spec.inputs": {"dataset": {"files": ["/x"], "csv": {}}}}, GENERATE),
+        ({"spec.dataset": {"files": ["/x"], "format": "text", "csv": {}}}, {"spec.dataset": {"id": "org/data", "csv": {"separator": "semicolon"}}}, FINE_TUNE),
+        ({"spec.inputs": {"dataset": {"files": ["/x"], "format": "parquet", "csv": {}}}}, {"spec.inputs": {"dataset": {"files": ["/x"], "csv": {}}}}, GENERATE),
     ]),
     *(Case("dataset.encoding:", {"spec.dataset": refused}, {"spec.dataset": accepted}) for refused, accepted in [
-        ({"id": "org/data", "encoding": "cp1252"}, {"files": ["/x"], "encoding": "cp1252"}),
+        ({"files": ["/x"], "format": "imagefolder", "encoding": "cp1252"}, {"id": "org/data", "encoding": "cp1252"}),
         ({"files": ["/x"], "format": "parquet", "encoding": "cp1252"}, {"files": ["/x"], "format": "text", "encoding": "utf-16-le"}),
     ]),
     Case("dataset: set at most one of", {"spec.dataset.evalSplit": "test", "spec.dataset.evalFraction": 0.1}, {"spec.dataset.evalFraction": 0.1}),

@@ -19,13 +19,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.finetune import Method
+from luthier_api.finetune import Method, TrainingData
 from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
 from luthier_api.status import Plan, ResolvedDataset, ResolvedSource
 from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer import notices
+from luthier_trainer.data import labels
+from luthier_trainer.data.load import Loader
 from luthier_trainer.ending import Failure
 from luthier_trainer.generation.text import load_model
 from luthier_trainer.manifest import write_manifest
@@ -234,6 +236,43 @@ def test_a_dataset_of_the_hub_is_fixed_to_a_commit(make_run: MakeRun, rows_on_hu
     assert said is not None
     assert said.prepared is not None
     assert (said.prepared.dataset.rows, said.prepared.dataset.eval_rows, said.prepared.dataset.revision) == (50, 20, rows_on_hub)
+
+
+
+CARD = "---\nconfigs: [{config_name: default, data_files: x.csv}]\ndataset_info: {features: [{name: text, dtype: string}, {name: label, dtype: %s}]}\n---\n"
+HUB_FILES: list[tuple[str, dict[str, str], dict[str, Any], list[tuple[str, str]] | str]] = [
+    # name, files of the repository, fields of the dataset, (text, name of the label) of each row or how the message begins
+    ("TSV with ordinary quotation marks", {"train.tsv": 'text\tlabel\n"a\t007\nb"\t7\nc\t7\n'}, {}, [('"a', "007"), ('b"', "7"), ("c", "7")]),
+    ("an unquoted comma", {"train.csv": "text,label\na, b,c\n"}, {}, "spec.dataset.id: row 0, counted from 0 (line 2 of "),
+    ("semicolons, by the spec", {"train.csv": "text;label\na, b;c\nd;e\n"}, {"csv": {"separator": "semicolon"}}, [("a, b", "c"), ("d", "e")]),
+    ("classes, by the card", {"x.csv": "text,label\na,pos\nb,neg\n", "README.md": CARD % "{class_label: {names: {'0': pos, '1': neg}}}"}, {}, [("a", "pos"), ("b", "neg")]),
+    ("rows that are not of the card's type", {"x.csv": "text,label\na,pos\nb,neg\n", "README.md": CARD % "int64"}, {},
+     "spec.dataset.id: the rows do not have the types that the dataset's card names"),
+    ("Latin letters, by the spec", {"train.csv": "text,label\na,b\nc,d\n"}, {"encoding": "cp1252"}, [("a", "b"), ("c", "d")]),
+    ("how CSV is written, for JSON", {"train.jsonl": '{"text": "a"}'}, {"csv": {}}, "spec.dataset.csv: belongs to files of the format csv, and org/d is read as json"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "files", "dataset", "expect"), HUB_FILES, ids=[c[0] for c in HUB_FILES])
+def test_files_of_the_hub_are_read_as_those_of_a_volume(
+    name: str, files: dict[str, str], dataset: dict[str, Any], expect: list[tuple[str, str]] | str, hub: Running, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.url)  # read once, when `datasets` is imported
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    for file, content in files.items():
+        (folder / file).write_text(content)
+    hub.store.seed("dataset", "org/d", folder)
+    loader = Loader(TrainingData.model_validate({"id": "org/d"} | dataset), "spec.dataset", tmp_path / "cache", columns=("text", "label"), others=False)
+    if isinstance(expect, str):
+        with pytest.raises(Failure) as failure:
+            loader.split("train", "split")
+        assert failure.value.message.startswith(expect)
+        return
+    rows = loader.split("train", "split")
+    names = labels.names_of(rows, "label", "f", merge=False)
+    assert [(row["text"], names[i]) for row, i in zip(rows.data, labels.ids_of(rows, "label", "f", names, merge=False), strict=True)] == expect
 
 
 NO_ROWS: list[tuple[str, dict[str, Any], ExitCode, str]] = [

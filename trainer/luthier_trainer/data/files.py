@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import Origin
@@ -150,7 +150,7 @@ def format_of(paths: list[Path], field: str) -> str:
     return next(iter(found))
 
 
-def suffix_of(path: Path) -> str:
+def suffix_of(path: PurePath) -> str:
     """The suffix that tells the format: in small letters, without that of a compression."""
     suffixes = [s.lower() for s in path.suffixes if s.lower() not in COMPRESSED]
     return suffixes[-1] if suffixes else ""

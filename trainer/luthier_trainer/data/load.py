@@ -21,6 +21,7 @@ from luthier_trainer import origins
 from luthier_trainer.data.decoding import Decoder
 from luthier_trainer.data.filerows import TEXT_TYPES, Files, Part, Table
 from luthier_trainer.data.files import BUILDERS, TEXTUAL, find_files, format_of, image_folder
+from luthier_trainer.data.hubrows import plain_files
 from luthier_trainer.ending import FORBIDDEN_ERRNOS, STORAGE_ERRNOS, Failure, os_error
 from luthier_trainer.hub import hub_api, patiently
 from luthier_trainer.notices import notice
@@ -112,28 +113,27 @@ class Loader:
         image_folders = self.source.format == "imagefolder"
         paths = find_files(files, where, folders=image_folders)
         kind = self.source.format or format_of(paths, where)
-        self._check_settings(kind, paths[0])
+        self._check_settings(kind, paths[0].name)
         origin = paths[0].name if len(paths) == 1 else f"{len(paths)} files ({paths[0].name}, ...)"
-        table = self._images(paths, where) if image_folders else self._read(kind, paths, where)
+        table = self._images(paths, where) if image_folders else self._read(kind, paths, where, self.source.csv or Csv(), self.source.encoding, self.documents)
         rows = Rows(
             table.data, origin, documents=self.documents and kind == "text", origins=tuple(origins.of_data(p, where) for p in paths),
             parts=table.parts, names=table.names, texts=table.texts, images=table.images, mixed=table.mixed, rarest=table.rarest, hint=table.hint,
         )  # fmt: skip
         return cut(rows, instruction, [FILES_SPLIT], f"{self.field}.{field}")
 
-    def _check_settings(self, kind: str, path: Path) -> None:
+    def _check_settings(self, kind: str, name: str) -> None:
         """Raises Failure when the spec says how to read another format than `kind`."""
         if self.source.csv is not None and kind != "csv":
-            raise Failure(ExitCode.INVALID_SPEC, f"{self.field}.csv: belongs to files of the format csv, and {path.name} is read as {kind}. Remove csv")
+            raise Failure(ExitCode.INVALID_SPEC, f"{self.field}.csv: belongs to files of the format csv, and {name} is read as {kind}. Remove csv")
         if self.source.encoding is not None and kind not in TEXTUAL:
             raise Failure(ExitCode.INVALID_SPEC, f"{self.field}.encoding: {kind} is no format of text, and has no encoding. Remove encoding")
 
-    def _read(self, kind: str, paths: list[Path], where: str) -> Table:
+    def _read(self, kind: str, paths: list[Path], where: str, csv: Csv, encoding: str | None, documents: bool = False) -> Table:
         key = tuple(paths)
         if key not in self.tables:
-            decoder = Decoder(self.source.encoding, self.field, where)
-            csv = self.source.csv or Csv()
-            self.tables[key] = Files(paths, decoder, csv, self.columns, self.others, self.cache / "rows").read(BUILDERS[kind], self.documents)
+            files = Files(paths, Decoder(encoding, self.field, where), csv, self.columns, self.others, self.cache / "rows")
+            self.tables[key] = files.read(BUILDERS[kind], documents)
         return self.tables[key]
 
     def _images(self, paths: list[Path], where: str) -> Table:
@@ -165,26 +165,44 @@ class Loader:
             raise Failure(ExitCode.INVALID_DATASET, f"{where}: {paths[0]} cannot be read as imagefolder: {first_cause(error)}") from error
 
     def _hub(self, instruction: str, field: str) -> Rows:
-        from datasets import DownloadConfig, load_dataset
-
         name, api = str(self.source.id), hub_api()
         what = f"dataset {name}"
         info = patiently(lambda: api.dataset_info(name, revision=self.source.revision), f"{self.field}.id", what)
         base = instruction.partition("[")[0]
-
-        def load() -> Dataset:
-            try:
-                return load_dataset(
-                    name, self.source.name, revision=info.sha, split=base, cache_dir=str(self.cache), token=api.token or None,
-                    download_config=DownloadConfig(cache_dir=self.cache / "downloads", token=api.token or None, max_retries=1),
-                )  # fmt: skip
-            except ValueError as error:
-                raise self._unfit(error, base, field) from error
-
-        data = patiently(load, f"{self.field}.id", what)
-        table = _as_table(data)
-        rows = Rows(data, f"{name}, split {base}", revision=info.sha, names=table.names, texts=table.texts, images=table.images)
+        table = patiently(lambda: self._hub_table(name, info.sha, base, field), f"{self.field}.id", what)
+        rows = Rows(
+            table.data, f"{name}, split {base}", revision=info.sha, parts=table.parts, names=table.names, texts=table.texts, images=table.images,
+            mixed=table.mixed, rarest=table.rarest, hint=table.hint,
+        )  # fmt: skip
         return cut(rows, instruction, [base], f"{self.field}.{field}", name)
+
+    def _hub_table(self, name: str, commit: str, split: str, field: str) -> Table:
+        """A whole split. Its files are read here if they are CSV, JSON or text, and else by `datasets`."""
+        from datasets import DownloadConfig, load_dataset_builder
+
+        token = hub_api().token or None
+        download = DownloadConfig(cache_dir=self.cache / "downloads", token=token, max_retries=1)
+        try:
+            builder = load_dataset_builder(
+                name, self.source.name, revision=commit, cache_dir=str(self.cache), token=token, download_config=download
+            )
+            files = plain_files(builder, name)
+            if files is None:
+                self._check_settings(type(builder).__module__.rpartition(".")[2], name)
+                builder.download_and_prepare(download_config=download)
+                return _as_table(builder.as_dataset(split=split))
+        except ValueError as error:
+            raise self._unfit(error, split, field) from error
+        self._check_settings(files.kind, name)
+        if split not in files.splits:
+            raise no_split(split, list(files.splits), f"{self.field}.{field}")
+        paths = [
+            Path(hub_api().hf_hub_download(name, path, repo_type="dataset", revision=commit, cache_dir=self.cache / "hub"))
+            for path in files.splits[split]
+        ]
+        csv = files.csv if self.source.csv is None else files.csv.model_copy(update=self.source.csv.model_dump(exclude_none=True))
+        table = self._read(files.kind, paths, f"{self.field}.id", csv, self.source.encoding or files.encoding)
+        return files.typed(table, f"{self.field}.id")
 
     def _unfit(self, error: ValueError, split: str, field: str) -> Failure:
         text = " ".join(str(error).split())
