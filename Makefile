@@ -47,4 +47,7 @@ e2e: setup  ## API and end-to-end tests on the cluster, through helm and kubectl
 bench: setup  ## the figures of docs/benchmarks.md, as JSON
 	PYTHONPATH=tests $(PYTHON) -m perf
 
-.PHONY: help setup demo test lint generate cluster images e2e bench
+exactness: setup  ## outputs equal to the bit, for all architectures, samplers and 31 kills, as JSON (a quarter of an hour)
+	PYTHONPATH=tests $(PYTHON) -m perf exactness
+
+.PHONY: help setup demo test lint generate cluster images e2e bench exactness

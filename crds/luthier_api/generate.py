@@ -71,7 +71,7 @@ class Row(ApiModel):
     prompt: Annotated[str, Field(min_length=1, max_length=8192)]
     """What to go on from (text-generation), or what to show (text-to-image)."""
     negative_prompt: Annotated[str | None, Field(max_length=8192)] = None
-    """What the image should not show (text-to-image)."""
+    """What the image should not show (text-to-image). An empty text is none, as an empty cell of a dataset is."""
     seed: Seed | None = None
     """Seed of this row; derived from the job's seed and the row's number when left out."""
 
@@ -85,6 +85,8 @@ class InputColumns(ApiModel):
     """What the image should not show (text-to-image). Used where there is such a column; a name other than the default must exist."""
     seed: ShortText = "seed"
     """Seed of the row, a whole number below 2^32. Used where there is such a column; a name other than the default must exist."""
+    carry: Annotated[list[ShortText] | None, Field(max_length=100)] = None
+    """Other columns that each output repeats under `input`, such as ids; all of them when left out, none with []. Text files have the line there."""
 
 
 class InputData(DatasetSource):
@@ -105,7 +107,13 @@ class Inputs(ApiModel):
     """Rows from files or from the Hub."""
     columns: InputColumns = Field(default_factory=InputColumns)
 
-    rules: ClassVar[tuple[Rule, ...]] = (Rule(exactly_one("rows", "dataset"), "inputs: set exactly one of rows and dataset"),)
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(exactly_one("rows", "dataset"), "inputs: set exactly one of rows and dataset"),
+        Rule(
+            "!has(self.rows) || !has(self.columns) || !has(self.columns.carry)",
+            "inputs.columns.carry: rows that stand in the job have no other columns; remove it, or set inputs.dataset",
+        ),
+    )
 
 
 class TextSettings(ApiModel):

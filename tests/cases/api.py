@@ -205,6 +205,8 @@ CASES: list[Case] = [
          {"spec.task": "text-to-image", "spec.adapters": [{"id": "org/a", "file": "styles/a.safetensors"}]}, GENERATE),
     Case("spec.adapters.file:", {"spec.adapters": [{"path": "/a", "file": "a.safetensors"}]},
          {"spec.task": "text-to-image", "spec.adapters": [{"path": "/a", "file": "a.safetensors"}]}, GENERATE),
+    Case("inputs.columns.carry:", {"spec.inputs": {"rows": [{"prompt": "a"}], "columns": {"carry": ["id"]}}},
+         {"spec.inputs": {"dataset": {"files": ["/p.jsonl"]}, "columns": {"carry": ["id"]}}}, GENERATE),
     Case("spec.inputs.rows.negativePrompt:", {"spec.inputs.rows": [{"prompt": "a"}, {"prompt": "b", "negativePrompt": "c"}]},
          {"spec.task": "text-to-image", "spec.inputs.rows": [{"prompt": "b", "negativePrompt": "c"}]}, GENERATE),
 ]  # fmt: skip

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from trainer.generating import generate_run
+from trainer.sentencepieces import write_llama
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from luthier_trainer.generation.hardware import Hardware
+from luthier_trainer.generation.samples import Sample, batches
+from luthier_trainer.generation.text import TextEngine
+
 VOCABULARY = 512
+WEIGHT = 8  # times that of a new model, so that texts depend on their prompts
+NEW_TOKENS = 6
 LARGEST = 30_000_000  # weights; what stays larger is made of parts that these fields do not reach (images, sound)
 
 SMALL: dict[str, Any] = {
@@ -78,3 +88,45 @@ def tiny_model_of(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedM
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
     return model.eval()
+
+
+def save_tiny(model_type: str, folder: Path, **changes: Any) -> PreTrainedModel:
+    """A tiny model of an architecture, with Llama 2's kind of tokenizer, in a folder; the model as transformers loads it from there."""
+    model = tiny_model_of(model_type, **changes)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(WEIGHT)
+        # New models have zeros for padding, which some recurrences do not notice; models that were trained have not.
+        model.get_input_embeddings().weight[0].normal_(std=0.02 * WEIGHT, generator=torch.Generator().manual_seed(1))
+    model.save_pretrained(folder)
+    write_llama(folder)
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def engine_of(folder: Path, batch_size: int) -> TextEngine:
+    """Our engine over the model in `folder`, for greedy texts of `NEW_TOKENS`."""
+    run = generate_run(
+        folder, [{"prompt": "a"}], task="text-generation", model={"path": str(folder)}, text={"maxNewTokens": NEW_TOKENS}, batchSize=batch_size
+    )
+    return TextEngine(run.spec, folder, folder, [], Hardware("cpu", "fp32"), batch_size)
+
+
+def texts(engine: TextEngine, prompts: Sequence[str]) -> list[str | None]:
+    """What the engine writes, in batches as `generate` puts them together."""
+    samples = [Sample(row, 0, prompt, None, 0) for row, prompt in enumerate(prompts)]
+    made = {output.sample.row: output.text for batch in batches(engine, samples) for output in engine.make(batch)}
+    return [made[sample.row] for sample in samples]
+
+
+def alone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new: int) -> str:
+    """What transformers writes after one prompt without padding."""
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    # Fresh settings: those of BART force an end at the last token.
+    ends = model.generation_config.eos_token_id, tokenizer.eos_token_id
+    model.generation_config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=sorted({e for e in ends if isinstance(e, int)}), pad_token_id=0)
+    made = model.generate(input_ids=ids)[0]
+    model.generation_config.eos_token_id = ends[0]
+    before, text = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (ids[0], made))
+    assert text.startswith(before)
+    return text[len(before) :]

@@ -15,7 +15,7 @@ from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer import generate
-from luthier_trainer.generation.shard import shard_name
+from luthier_trainer.generation.shard import TABLES, shard_name
 from luthier_trainer.prepared import FINGERPRINT, fingerprint, write_prepared
 
 Row = dict[str, Any]
@@ -64,6 +64,6 @@ def generate_shards(
 def result_lines(run: GenerateRun) -> list[Row]:
     """The lines of the result, over all shards, in order of row and sample."""
     result = WorkspaceFolder(Path(run.workspace)).result
-    files = [result / f"{shard_name(i, run.spec.shards)}.jsonl" for i in range(run.spec.shards)]
+    files = [result / TABLES[run.spec.task].format(shard=shard_name(i, run.spec.shards)) for i in range(run.spec.shards)]
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     return sorted(lines, key=lambda line: (line["row"], line["sample"]))

@@ -9,19 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from trainer.architectures import tiny_config, tiny_model_of
-from trainer.generating import generate_run
-from trainer.sentencepieces import byte_level, llama, unigram, write_llama
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from trainer.architectures import NEW_TOKENS, alone, engine_of, save_tiny, texts, tiny_config, tiny_model_of
+from trainer.sentencepieces import byte_level, llama, unigram
+from transformers import GenerationConfig
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.generate import GenerateJobSpec
 from luthier_trainer import modelfacts, notices
 from luthier_trainer.ending import Failure
 from luthier_trainer.generation.batching import STEPS, difference, step_logits
-from luthier_trainer.generation.hardware import Hardware
-from luthier_trainer.generation.samples import Sample, batches
-from luthier_trainer.generation.text import TextEngine, continuation
+from luthier_trainer.generation.text import continuation
 
 TOKENIZERS = {"unigram": unigram, "llama": llama, "byte-level": byte_level}
 TEXTS = ["An object is at the object", "An object  is", "a €uro, an é", "👩‍🎨 is an object", "one\n two\n\nthree"]
@@ -70,7 +66,6 @@ def test_blanks_before_punctuation_stay() -> None:
     assert continuation(tokenizer, prompt, tokenizer("int x = f() ; y ?")["input_ids"][len(prompt) :]) == "= f() ; y ?"
 
 
-WEIGHT = 8  # times that of a new model, so that texts depend on their prompts
 PROMPTS = ["An object", "is", "The object is at the object in the object on the", "one two three four five six seven"]
 
 # Architecture → which prompts share a batch.
@@ -86,13 +81,12 @@ ARCHITECTURES: dict[str, str] = {
 def test_batches_write_what_transformers_writes_alone(kind: str, tmp_path: Path) -> None:
     notices.forget()
     model = save_tiny(kind, tmp_path)
-    engine = TextEngine(spec(tmp_path, maxNewTokens=6), tmp_path, tmp_path, [], Hardware("cpu", "fp32"), batch_size=2)
+    engine = engine_of(tmp_path, batch_size=2)
     assert engine.sharing == ARCHITECTURES[kind]
     assert [f"spec.model: {kind} does not write the same in a batch as alone" in text for text in notices.given()] == [True] * (engine.sharing != "any length")
-    samples = [Sample(row, 0, prompt, None, 0) for row, prompt in enumerate(PROMPTS)]
-    made = {output.sample.row: output.text for batch in batches(engine, samples) for output in engine.make(batch)}
-    assert made == {sample.row: alone(model, engine.tokenizer, sample.prompt, 6) for sample in samples}
-    assert len(set(made.values())) > 1, "texts that do not depend on the prompt show nothing"
+    made = texts(engine, PROMPTS)
+    assert made == [alone(model, engine.tokenizer, prompt, NEW_TOKENS) for prompt in PROMPTS]
+    assert len(set(made)) > 1, "texts that do not depend on the prompt show nothing"
 
 
 def test_batches_are_judged_by_what_they_do_to_the_logits() -> None:
@@ -113,7 +107,7 @@ def test_a_model_that_cannot_generate_is_the_users(tmp_path: Path) -> None:
     """Jamba of two layers has no attention, and its cache cannot say how long it is: nothing that another attempt would mend."""
     save_tiny("jamba", tmp_path, num_hidden_layers=2)
     with pytest.raises(Failure) as failure:
-        TextEngine(spec(tmp_path), tmp_path, tmp_path, [], Hardware("cpu", "fp32"), batch_size=2)
+        engine_of(tmp_path, batch_size=2)
     assert failure.value.code is ExitCode.INVALID_SPEC
     assert failure.value.message.startswith("spec.model: the jamba can be loaded, but not generate: ValueError: ")
 
@@ -137,35 +131,3 @@ def test_a_configuration_that_transformers_stumbles_over_is_the_users(case: str,
     with pytest.raises(Failure, match=words) as failure:
         modelfacts.read_config(tmp_path, "spec.model.path")
     assert failure.value.code is ExitCode.INVALID_SPEC
-
-
-def save_tiny(kind: str, folder: Path, **changes: Any) -> Any:
-    """A tiny model of an architecture, with Llama 2's kind of tokenizer, in a folder; the model as transformers loads it there."""
-    from transformers import AutoModelForCausalLM
-
-    model = tiny_model_of(kind, **changes)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.mul_(WEIGHT)
-        # New models have zeros there, which some recurrences do not notice; models that were trained have not.
-        model.get_input_embeddings().weight[0].normal_(std=0.02 * WEIGHT)
-    model.save_pretrained(folder)
-    write_llama(folder)
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
-
-
-def spec(folder: Path, **text: Any) -> GenerateJobSpec:
-    run = generate_run(folder, [{"prompt": "An object"}], task="text-generation", model={"path": str(folder)}, text={"maxNewTokens": 4} | text)
-    return run.spec
-
-
-def alone(model: Any, tokenizer: PreTrainedTokenizerFast, prompt: str, new: int) -> str:
-    """What transformers writes after one prompt without padding."""
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
-    # Fresh settings: those of BART force an end at the last token.
-    model.generation_config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
-    made = model.generate(input_ids=ids)[0]
-    text = tokenizer.decode(made, skip_special_tokens=True)
-    assert text.startswith(prompt)
-    return text[len(prompt) :]

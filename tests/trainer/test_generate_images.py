@@ -23,6 +23,7 @@ from luthier_trainer.ending import Failure
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.images import ImageEngine
 from luthier_trainer.generation.samples import SEEDS, Sample, sample_seed
+from luthier_trainer.generation.shard import shard_name
 
 ROWS = [
     {"prompt": "a lute on a bench", "seed": 7},
@@ -54,7 +55,10 @@ def images(sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Image
         run = generate_run(workspace, rows, **given | spec)
         generate_shards(run, monkeypatch, prepare.main)
         result = WorkspaceFolder(workspace).result
-        return [line | {"content": (result / line["file"]).read_bytes()} for line in result_lines(run)]
+        shards = [shard_name(i, run.spec.shards) for i in range(run.spec.shards)]
+        return [
+            line | {"content": (result / shards[line["row"] % run.spec.shards] / line["file_name"]).read_bytes()} for line in result_lines(run)
+        ]
 
     return make
 
@@ -89,7 +93,7 @@ def test_images_are_what_diffusers_draws(images: Images, sdxl: Path) -> None:
 
 def test_samples_of_a_row_have_seeds_of_their_own_that_rows_can_ask_for(images: Images) -> None:
     several = images([{"prompt": "a lute", "seed": 7}], image={"perPrompt": 3})
-    assert [(line["seed"], line["file"]) for line in several] == [(7 + i, f"images/0000/000000-0{i}.png") for i in range(3)]
+    assert [(line["seed"], line["file_name"]) for line in several] == [(7 + i, f"images/0000/000000-0{i}.png") for i in range(3)]
     asked = images([{"prompt": "a lute", "seed": 7 + i} for i in range(3)])
     for one, other in zip(several, asked, strict=True):
         assert torch.equal(pixels(one), pixels(other))

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import ClassLabel, Dataset, Features, List, Value
 from diffusers import StableDiffusionXLPipeline
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import GenerateRun
+from luthier_trainer import carry, notices
+from luthier_trainer.data.load import Rows
 from luthier_trainer.ending import Failure
 from luthier_trainer.prepare import main
 from luthier_trainer.prepared import read_prepared
+from luthier_trainer.preparegeneration import read_inputs
 
 MakeRun = Callable[..., GenerateRun]
 
@@ -47,6 +53,75 @@ def test_rows_of_files(
     assert [(r["prompt"], r["seed"] if own is not None else None) for r, (_, own) in zip(rows, expect, strict=True)] == expect
 
 
+# Name, file, content, columns, what each line has under `input`.
+CARRIED: list[tuple[str, str, str, dict[str, Any], list[Any]]] = [
+    ("all other columns", "p.csv", "id,prompt,seed,note\nx7,a,1,\nx8,b,2,hm\n", {}, [{"id": "x7", "note": ""}, {"id": "x8", "note": "hm"}]),
+    ("those that are named", "p.csv", "id,prompt,note\nx7,a,\nx8,b,hm\n", {"carry": ["id"]}, [{"id": "x7"}, {"id": "x8"}]),
+    ("none", "p.csv", "id,prompt\nx7,a\n", {"carry": []}, [None]),
+    ("the role of a column takes it out", "p.jsonl", '{"q": "a", "id": 7}\n', {"prompt": "q"}, [{"id": 7}]),
+    ("numbers, and true and false", "p.jsonl", '{"prompt": "a", "n": 7, "x": 0.5, "t": true, "z": null}\n', {},
+     [{"n": 7, "x": 0.5, "t": True, "z": None}]),
+    ("the line of a text file", "p.txt", "\na\n\n  \nb\n", {}, [{"line": 2}, {"line": 5}]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "file", "content", "columns", "expect"), CARRIED, ids=[c[0] for c in CARRIED])
+def test_other_columns_are_carried(
+    name: str, file: str, content: str, columns: dict[str, Any], expect: list[Any], make_generate_run: MakeRun, tmp_path: Path
+) -> None:
+    (tmp_path / file).write_text(content)
+    rows = rows_of(make_generate_run(inputs={"dataset": {"files": [str(tmp_path / file)]}, "columns": columns}))
+    assert [row.get("input") for row in rows] == expect
+    assert [row["row"] for row in rows] == list(range(len(expect)))
+
+
+def test_lines_of_several_files_and_of_a_slice_are_named(make_generate_run: MakeRun, tmp_path: Path) -> None:
+    for name in ("p", "q"):
+        (tmp_path / f"{name}.txt").write_text("\na\n\nb\n")
+    files = [str(tmp_path / name) for name in ("p.txt", "q.txt")]
+    rows = rows_of(make_generate_run(inputs={"dataset": {"files": files, "split": "train[1:3]"}}))
+    assert [row["input"] for row in rows] == [{"line": 4, "file": "p.txt"}, {"line": 2, "file": "q.txt"}]
+
+
+CELLS: list[tuple[str, Any, Any, Any]] = [
+    ("a class", ClassLabel(names=["no", "yes"]), 1, "yes"),
+    ("no class", ClassLabel(names=["no", "yes"]), -1, None),
+    ("a date", Value("date32"), datetime.date(2026, 1, 2), "2026-01-02"),
+    ("not a number", Value("float64"), float("nan"), None),
+    ("a number of a column that may go beyond 63 bits", Value("uint64"), 7, "7"),
+    ("a list of objects", List({"at": Value("timestamp[s]")}), [{"at": datetime.datetime(2026, 1, 2)}], [{"at": "2026-01-02T00:00:00"}]),
+    ("a decimal", Value("decimal128(10,2)"), Decimal("1.50"), "1.50"),
+]
+
+
+@pytest.mark.parametrize(("cell", "feature", "value", "expect"), CELLS, ids=[c[0] for c in CELLS])
+def test_cells_become_json(cell: str, feature: Any, value: Any, expect: Any) -> None:
+    data = Dataset.from_dict({"x": [value]}, features=Features({"x": feature}))
+    assert carry.plain(data[0]["x"], data.features["x"]) == expect
+
+
+def test_what_json_cannot_hold_is_left_out_or_refused() -> None:
+    rows = Rows(Dataset.from_dict({"prompt": ["a"], "raw": [b"1"], "id": [1]}), "p.parquet")
+    notices.forget()
+    assert list(carry.columns(rows, None, ["prompt"], "spec.inputs.columns.carry")) == ["id"]
+    (said,) = notices.given()
+    assert said.startswith("spec.inputs.columns.carry: the columns raw of p.parquet are not carried into the outputs")
+    with pytest.raises(Failure, match=r'spec\.inputs\.columns\.carry: column "raw" of p.parquet holds'):
+        carry.columns(rows, ["raw"], ["prompt"], "spec.inputs.columns.carry")
+    with pytest.raises(Failure, match='no column "ids"'):
+        carry.columns(rows, ["ids"], ["prompt"], "spec.inputs.columns.carry")
+
+
+@pytest.mark.parametrize("inputs", ["rows", "file"])
+def test_an_empty_negative_prompt_is_none(inputs: str, make_generate_run: MakeRun, tmp_path: Path) -> None:
+    """Written in the job as in a file; without the model, which would be a whole pipeline."""
+    (tmp_path / "p.csv").write_text('prompt,negative_prompt\na,\nb,rain\n')
+    given = {"rows": [{"prompt": "a", "negativePrompt": ""}, {"prompt": "b", "negativePrompt": "rain"}]}
+    run = make_generate_run(task="text-to-image", inputs=given if inputs == "rows" else {"dataset": {"files": [str(tmp_path / "p.csv")]}})
+    rows, _, _ = read_inputs(run, tmp_path / "cache")
+    assert [row.get("negativePrompt") for row in rows] == [None, "rain"]
+
+
 def test_seeds_depend_on_the_row_and_the_job_alone(make_generate_run: MakeRun) -> None:
     inputs = {"rows": [{"prompt": str(i)} for i in range(100)]}
     seeds = [[r["seed"] for r in rows_of(make_generate_run(f"g{i}", inputs=inputs, seed=s, shards=n))] for i, (s, n) in enumerate([(1, 1), (1, 5), (2, 1)])]
@@ -63,6 +138,8 @@ MISTAKES: list[tuple[str, str, dict[str, Any], ExitCode, str]] = [
      'spec.inputs.columns.seed: no column "seeds" in p.csv (columns: prompt, seeed). Did you mean "seeed"?'),
     ("a seed that is none", "prompt,seed\na,x7\n", {}, ExitCode.INVALID_DATASET,
      "spec.inputs.columns.seed: row 0 of p.csv has the seed 'x7'; a seed is a whole number from 0 to 2^32 - 1"),
+    ("a seed that is true", '{"prompt": "a", "seed": true}\n', {}, ExitCode.INVALID_DATASET,
+     "spec.inputs.columns.seed: row 0 of p.jsonl has the seed True; a seed is a whole number from 0 to 2^32 - 1"),
     ("negative prompts for text", "prompt,negative_prompt\na,b\n", {}, ExitCode.INVALID_SPEC,
      "spec.inputs: only text-to-image has negative prompts; remove them for text-generation"),
     ("images from a language model", "prompt,n\na,1\n", {"task": "text-to-image"}, ExitCode.INVALID_SPEC,
@@ -74,8 +151,9 @@ MISTAKES: list[tuple[str, str, dict[str, Any], ExitCode, str]] = [
 def test_a_mistake_names_its_field(
     name: str, content: str, spec: dict[str, Any], code: ExitCode, message: str, make_generate_run: MakeRun, tmp_path: Path
 ) -> None:
-    (tmp_path / "p.csv").write_text(content)
-    inputs = {"dataset": {"files": [str(tmp_path / "p.csv")]}} | ({"columns": spec["columns"]} if "columns" in spec else {})
+    file = tmp_path / ("p.jsonl" if content.startswith("{") else "p.csv")
+    file.write_text(content)
+    inputs = {"dataset": {"files": [str(file)]}} | ({"columns": spec["columns"]} if "columns" in spec else {})
     with pytest.raises(Failure) as failure:
         main(make_generate_run(inputs=inputs, **{k: v for k, v in spec.items() if k != "columns"}))
     assert (failure.value.code, failure.value.message) == (code, message)

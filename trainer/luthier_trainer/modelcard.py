@@ -11,6 +11,7 @@ import yaml
 
 from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
 from luthier_api.workspace import MANIFEST
+from luthier_trainer import datasetfields
 from luthier_trainer.sources import ADAPTER_CONFIG
 from luthier_trainer.taskfacts import FACTS, TaskFacts
 
@@ -94,22 +95,23 @@ def loading(repo: str, task: TaskFacts, result: Path, classifier: bool) -> str:
 def dataset_card(run: GenerateRun, prepared: PreparedRecord, result: Path) -> str:
     spec = run.spec
     repo = (spec.hub and spec.hub.repo) or run.name
-    front = {"tags": ["luthier", spec.task, "synthetic"], "configs": [{"config_name": "default", "data_files": "shard-*.jsonl"}]}
-    metrics: dict[str, float] = {}
-    for path in sorted(result.glob(f"*.{MANIFEST}")):
-        for name, value in read_metrics(path, "metrics").items():
-            if name in ("rows", "failedRows"):
-                metrics[name] = metrics.get(name, 0) + value
+    manifests = [json.loads(path.read_text()) for path in sorted(result.glob(f"*.{MANIFEST}"))]
+    metrics = {name: sum(manifest["metrics"].get(name, 0) for manifest in manifests) for name in ("rows", "failedRows")}
+    front = {"tags": ["luthier", spec.task, "synthetic"], "configs": [datasetfields.config(result, manifests)]}
     settings = (spec.image if spec.task == "text-to-image" else spec.text).dump()
     facts = {
         "Task": spec.task, "Model": source(prepared.model.source, prepared.model.revision),
         "Adapters": ", ".join(source(a.source, a.revision) for a in prepared.adapters) or None,
         "Inputs": f"{source(prepared.dataset.source, prepared.dataset.revision)}, {prepared.dataset.rows} rows",
-        "Outputs": f"{metrics.get('rows', 0):g}", "Of them failed": f"{metrics['failedRows']:g}" if metrics.get("failedRows") else None,
+        "Outputs": f"{metrics['rows']:g}", "Of them failed": f"{metrics['failedRows']:g}" if metrics["failedRows"] else None,
         "Seed": spec.seed, **settings,
     }  # fmt: skip
-    about = f"Generated with Luthier, GenerateJob `{run.name}`. Each line of `shard-*.jsonl` is an output: its prompt, seed, settings and digest."
-    return document(front, repo, about, [("How it was made", table(facts))])
+    about = (
+        f"Generated with Luthier, GenerateJob `{run.name}`. Each row is an output: its prompt, seed, settings and digest, what else stood in its row of the"
+        " inputs (`input`), or why it could not be made (`error`)."
+    )
+    load = f'```python\nfrom datasets import load_dataset\n\noutputs = load_dataset("{repo}", split="train")\n```'
+    return document(front, repo, about, [("How to load it", load), ("How it was made", table(facts))])
 
 
 def document(front: Mapping[str, Any], title: str, about: str, sections: list[tuple[str, str]]) -> str:

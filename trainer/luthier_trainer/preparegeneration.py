@@ -16,7 +16,7 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.run import GenerateRun, Origin, PreparedRecord
 from luthier_api.status import ResolvedDataset
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer import adapters, modelfacts, modelweights, origins, sources, weightfiles
+from luthier_trainer import adapters, carry, modelfacts, modelweights, origins, sources, weightfiles
 from luthier_trainer.data import columns
 from luthier_trainer.data.load import Loader, Rows
 from luthier_trainer.ending import Failure
@@ -114,11 +114,15 @@ def cells(rows: Rows, run: GenerateRun) -> Iterator[dict[str, Any]]:
     if has_negative:
         columns.require_text(rows, names.negative_prompt, f"{INPUTS}.columns.negativePrompt")
     has_seed = optional(rows, names.seed, defaults.seed, "seed")
-    for i, row in enumerate(rows.data):
+    roles = [prompt, *([names.negative_prompt] if has_negative else []), *([names.seed] if has_seed else [])]
+    others = carry.columns(rows, names.carry, roles, f"{INPUTS}.columns.carry")
+    lines = carry.lines(rows)
+    for i, row in enumerate(rows.data.select_columns([*roles, *others])):
         yield {
             "prompt": row[prompt],
-            "negativePrompt": (row[names.negative_prompt] or None) if has_negative else None,
+            "negativePrompt": row[names.negative_prompt] if has_negative else None,
             "seed": whole_seed(row[names.seed], i, rows.origin) if has_seed else None,
+            "input": {**next(lines, {}), **{name: carry.plain(row[name], others[name]) for name in others}} or None,
         }
 
 
@@ -135,7 +139,7 @@ def whole_seed(value: Any, row: int, origin: str) -> int | None:
         return None
     try:
         seed = int(value)
-        fits = 0 <= seed < SEED_LIMIT and float(value) == seed
+        fits = not isinstance(value, bool) and 0 <= seed < SEED_LIMIT and float(value) == seed
     except (TypeError, ValueError):
         fits = False
     if not fits:
@@ -147,7 +151,9 @@ def numbered(row: int, cell: dict[str, Any], job_seed: int) -> dict[str, Any]:
     """A line of `rows.jsonl`."""
     own = cell["seed"]
     line = {"row": row, "prompt": cell["prompt"], "seed": derive_seed(job_seed, row) if own is None else own}
-    return line | ({"negativePrompt": cell["negativePrompt"]} if cell["negativePrompt"] is not None else {})
+    # An empty cell and an empty text in a manifest both say that there is none.
+    optional_cells = {"negativePrompt": cell["negativePrompt"] or None, "input": cell.get("input")}
+    return line | {name: value for name, value in optional_cells.items() if value is not None}
 
 
 def derive_seed(job_seed: int, row: int) -> int:

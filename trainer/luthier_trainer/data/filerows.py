@@ -36,6 +36,8 @@ class Part:
     path: Path
     rows: int
     line_of: Callable[[int], int] | None = None
+    lines: Callable[[], Iterator[int]] | None = None
+    """Of text files: the line, from 1, of each row."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,8 @@ class Files:
             for columns in file.documents() if documents else file.batches():
                 sink.write(pyarrow.table(columns, schema=schema))
             sink.end_part()
-        parts = tuple(Part(file.path, rows, None if documents else file.line_of) for file, rows in zip(files, sink.parts, strict=True))
+        counted = zip(files, sink.parts, strict=True)
+        parts = tuple(Part(file.path, rows) if documents else Part(file.path, rows, file.line_of, file.lines) for file, rows in counted)
         return Table(sink.close(), parts, ("text",), ("text",))
 
     def _names(self, headers: Iterable[tuple[Path, list[str]]]) -> tuple[str, ...]:
@@ -236,6 +239,10 @@ class TextFile:
     def line_of(self, row: int) -> int:
         """The line, from 1, of a row."""
         return next(number for i, (number, _) in enumerate(self._rows()) if i == row)
+
+    def lines(self) -> Iterator[int]:
+        """The line, from 1, of each row."""
+        return (number for number, _ in self._rows())
 
     def _rows(self) -> Iterator[tuple[int, str]]:
         with self.decoder.open(self.path) as file:

@@ -24,13 +24,15 @@ class Sample:
     prompt: str
     negative_prompt: str | None
     seed: int
+    input: dict[str, Any] | None = field(default=None, hash=False)
+    """The other columns of its row, which its line repeats and its output does not depend on."""
 
     @property
     def key(self) -> tuple[int, int]:
         return self.row, self.index
 
     def facts(self) -> dict[str, Any]:
-        """What the manifest line says of it."""
+        """What its output depends on, and which it is."""
         negative = {} if self.negative_prompt is None else {"negativePrompt": self.negative_prompt}
         return {"row": self.row, "sample": self.index, "prompt": self.prompt, **negative, "seed": self.seed}
 
@@ -74,7 +76,8 @@ def read_rows(path: Path, per_prompt: int) -> Iterator[list[Sample]]:
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)
-            yield [Sample(row["row"], i, row["prompt"], row.get("negativePrompt"), sample_seed(row["seed"], i)) for i in range(per_prompt)]
+            about = row["prompt"], row.get("negativePrompt")
+            yield [Sample(row["row"], i, *about, sample_seed(row["seed"], i), row.get("input")) for i in range(per_prompt)]
 
 
 def batches(engine: Engine, samples: Sequence[Sample]) -> Iterator[list[Sample]]:

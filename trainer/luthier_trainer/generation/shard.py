@@ -1,26 +1,44 @@
 """The ledger of one shard: every output has one line, written after the output itself is durable.
 
-A killed shard reads its own lines and goes on: a torn last line and lines that no longer fit the job are dropped, images without a line
-are written again. At the end the outputs are linked into `result/`, with a manifest that `publish` waits for. Shards share no file.
+A killed shard reads its own lines and goes on: lines that no longer fit the job are dropped, which a notice says, and images without a
+line are written again. At the end the outputs are linked into `result/`, with a manifest that `publish` waits for. Shards share no file.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from luthier_api.workspace import MANIFEST, WorkspaceFolder
+from luthier_trainer.ending import beat
 from luthier_trainer.generation.samples import Output, Sample
 from luthier_trainer.manifest import fsync, sha256
+from luthier_trainer.notices import notice
 
 FOLDER_ROWS, FOLDER_SAMPLES = 1000, 8  # rows, and samples of each, whose images share a folder; the Hub wants fewer than 10,000 files in one
+THREADS = 8  # that read images at once: hashlib releases the interpreter, and a volume in the network answers many requests as fast as one
+SHOWN = 60  # characters of a setting
 Line = dict[str, Any]
+
+KEYS = {
+    "text-generation": (
+        "row", "sample", "prompt", "seed", "input", "text", "error", "finishReason", "promptTokens", "newTokens", "sha256", "settings", "environment",
+    ),
+    "text-to-image": (
+        "row", "sample", "prompt", "negativePrompt", "seed", "input", "file_name", "error", "unreadTokens", "unreadNegativeTokens", "size", "sha256",
+        "settings", "environment",
+    ),
+}  # fmt: skip
+"""Task → what each of its lines has, null where there is nothing to say: readers take the keys of the first lines for those of all."""
+TABLES = {"text-generation": "{shard}.jsonl", "text-to-image": "{shard}/metadata.jsonl"}
+"""Task → where the lines of a shard stand in `result/`. The name is the one that `datasets` looks for beside images, whose `file_name` begins there."""
 
 
 def shard_name(index: int, count: int) -> str:
@@ -28,7 +46,7 @@ def shard_name(index: int, count: int) -> str:
 
 
 def image_folder(row: int, index: int) -> str:
-    """Where the image `index` of a row lies: it depends on these two alone, so that more shards or samples leave it there."""
+    """Where the image `index` of a row lies in the folder of its shard."""
     more = f"-{index // FOLDER_SAMPLES:03d}" if index >= FOLDER_SAMPLES else ""
     return f"images/{row // FOLDER_ROWS:04d}{more}"
 
@@ -54,36 +72,81 @@ class Shard:
     def failed(self) -> int:
         return sum(not good for good in self.done.values())
 
+    @property
+    def own(self) -> str:
+        """The folder of its images, below `shards/` and below `result/`."""
+        return shard_name(self.index, self.count)
+
     def resume(self, samples: Sequence[Sample]) -> list[Sample]:
-        """Take over what earlier attempts wrote; the samples that are left, in order."""
+        """Take over what earlier attempts wrote; the samples that are left, in order. A notice says what is not taken over, and why."""
         wanted = {s.key: s for s in samples}
-        written = self.ledger.read_bytes() if self.ledger.exists() else b""
-        kept: list[bytes] = []
-        for text in written.splitlines(keepends=True):
+        written = self.ledger.read_bytes().splitlines(keepends=True) if self.ledger.exists() else []
+        refused: Counter[str] = Counter()
+        fitting: list[tuple[Line, Sample]] = []
+        for text in written:
+            # A line without its end was cut by a kill, which is no news.
             line = _parse(text) if text.endswith(b"\n") else None
-            sample = wanted.get((line.get("row", -1), line.get("sample", -1))) if line else None
-            if line and sample and sample.key not in self.done and self._holds(line, sample):
-                kept.append(text)
-                self._count(line)
-        if len(kept) < len(written.splitlines()):
-            _replace(self.ledger, b"".join(kept))
+            if line is None:
+                refused["it cannot be read"] += text.endswith(b"\n")
+                continue
+            sample = wanted.get((line.get("row", -1), line.get("sample", -1)))
+            reason = "no such row is asked for any more" if sample is None else self._changed(line, sample)
+            if reason:
+                refused[reason] += 1
+            elif sample:
+                fitting.append((line, sample))
+
+        kept: list[Line] = []
+        with ThreadPoolExecutor(THREADS) as threads:
+            for (line, sample), damage in zip(fitting, threads.map(self._damage, (line for line, _ in fitting)), strict=True):
+                beat()
+                if damage:
+                    refused[damage] += 1
+                elif sample.key not in self.done:
+                    kept.append(line | {"input": sample.input})
+                    self._count(line)
+        table = b"".join(_encode(line) for line in kept)
+        if table != b"".join(written):
+            _replace(self.ledger, table)
+        self._report(refused, len(written))
         return [s for s in samples if s.key not in self.done]
 
-    def _holds(self, line: Line, sample: Sample) -> bool:
-        """Whether the line describes what would be made now, and its image is there."""
+    def _report(self, refused: Counter[str], written: int) -> None:
+        reasons = [f"{count} because {reason}" for reason, count in refused.most_common() if count]
+        if reasons:
+            notice(f"spec: {sum(refused.values())} of {written} outputs that an earlier attempt left in {self.ledger.name} are not used: {'; '.join(reasons)}")
+
+    def _changed(self, line: Line, sample: Sample) -> str | None:
+        """Why the line does not describe what would be made now; None when it does."""
+        for name in ("prompt", "negativePrompt", "seed"):
+            if line.get(name) != sample.facts().get(name):
+                return f"the row has another {name}"
         # Compared as JSON: 1.0 and 1 are one number there.
-        expected = json.loads(json.dumps({**sample.facts(), "settings": self.settings}))
-        if {k: line.get(k) for k in expected} != expected or line.get("negativePrompt") != sample.negative_prompt:
-            return False
-        if "file" not in line:
-            return "error" in line or "text" in line
-        with contextlib.suppress(OSError):
-            return (self.folder.shards / line["file"]).stat().st_size == line["size"]
-        return False
+        before, now = line.get("settings") or {}, json.loads(json.dumps(self.settings))
+        changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+        if changed:
+            return ", ".join(f"{name} was {_shown(before.get(name))} and is {_shown(now.get(name))}" for name in changed)
+        if line.keys() != set(KEYS[self.settings["task"]]):
+            return "another version of Luthier wrote the line"
+        return None
+
+    def _damage(self, line: Line) -> str | None:
+        """Why the output of a line cannot be used; None when it is there, as it was written."""
+        if line["error"] is not None:
+            return None
+        if "text" in line:
+            return None if _digest(str(line["text"]).encode()) == line["sha256"] else "its text is damaged"
+        path = self.folder.shards / self.own / (line["file_name"] or "")
+        try:
+            if path.stat().st_size != line["size"]:
+                return "its image is damaged"
+            return None if sha256(path) == line["sha256"] else "its image is damaged"
+        except FileNotFoundError:
+            return "its image is gone"
 
     def _count(self, line: Line) -> None:
-        self.done[line["row"], line["sample"]] = "error" not in line
-        if self.first_error is None and "error" in line:
+        self.done[line["row"], line["sample"]] = line["error"] is None
+        if self.first_error is None and line["error"] is not None:
             self.first_error = f"row {line['row']}: {line['error']}"
 
     def append(self, outputs: Sequence[Output]) -> None:
@@ -91,7 +154,7 @@ class Shard:
         if not outputs:
             return
         lines = [self._line(output) for output in outputs]
-        for parent in {(self.folder.shards / line["file"]).parent for line in lines if "file" in line}:
+        for parent in {(self.folder.shards / self.own / line["file_name"]).parent for line in lines if line.get("file_name")}:
             fsync(parent)
         with self.ledger.open("ab") as file:
             file.write(b"".join(_encode(line) for line in lines))
@@ -101,20 +164,23 @@ class Shard:
             self._count(line)
 
     def _line(self, output: Output) -> Line:
-        line: Line = output.sample.facts()
+        sample = output.sample
+        facts = sample.facts() | output.facts | {"input": sample.input, "settings": self.settings, "environment": self.environment}
         if output.error is not None:
-            line["error"] = output.error
+            facts["error"] = output.error
         elif output.image is not None:
-            row, index = output.sample.key
+            row, index = sample.key
             name = f"{image_folder(row, index)}/{row:06d}-{index:02d}.{output.suffix}"
-            path = self.folder.shards / name
+            path = self.folder.shards / self.own / name
             path.parent.mkdir(parents=True, exist_ok=True)
             _replace(path, output.image)
-            line |= {"file": name, "size": len(output.image), "sha256": hashlib.sha256(output.image).hexdigest()}
+            facts |= {"file_name": name, "size": len(output.image), "sha256": _digest(output.image)}
         else:
             text = output.text or ""
-            line |= {"text": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-        return line | output.facts | {"settings": self.settings, "environment": self.environment}
+            facts |= {"text": text, "sha256": _digest(text.encode())}
+        keys = KEYS[self.settings["task"]]
+        assert facts.keys() <= set(keys), f"lines have no {facts.keys() - set(keys)}"
+        return {key: facts.get(key) for key in keys}
 
     def open_result(self) -> None:
         """Take back an older result of this shard, so that `publish` cannot take it for the one in the making."""
@@ -126,16 +192,16 @@ class Shard:
         Returns the metrics of the result: those of an earlier call when it is there already.
         """
         self.ledger.touch()
-        lines = sorted((json.loads(t) for t in self.ledger.read_bytes().splitlines()), key=lambda line: (line["row"], line["sample"]))
+        lines = sorted(self._lines(), key=lambda line: (line["row"], line["sample"]))
         table = b"".join(_encode(line) for line in lines)
-        name, manifest = f"{shard_name(self.index, self.count)}.jsonl", shard_manifest(self.folder, self.index, self.count)
-        entry = {"path": name, "size": len(table), "sha256": hashlib.sha256(table).hexdigest()}
-        images = [{"path": line["file"], "size": line["size"], "sha256": line["sha256"]} for line in lines if "file" in line]
+        name, manifest = TABLES[self.settings["task"]].format(shard=self.own), shard_manifest(self.folder, self.index, self.count)
+        entry = {"path": name, "size": len(table), "sha256": _digest(table)}
+        images = [{"path": f"{self.own}/{line['file_name']}", "size": line["size"], "sha256": line["sha256"]} for line in lines if line.get("file_name")]
         earlier = _parse(manifest.read_bytes()) if manifest.exists() else None
         if earlier and earlier["files"] == [entry, *images]:
             return dict(earlier["metrics"])
-        self.folder.result.mkdir(parents=True, exist_ok=True)
-        parents = {self.folder.result}
+        (self.folder.result / name).parent.mkdir(parents=True, exist_ok=True)
+        parents = {self.folder.result, (self.folder.result / name).parent}
         for image in images:
             source, target = self.folder.shards / image["path"], self.folder.result / image["path"]
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -147,6 +213,28 @@ class Shard:
         facts = {"shard": self.index, "shards": self.count, "settings": self.settings, "metrics": metrics}
         _replace(manifest, json.dumps({**facts, "files": [entry, *images]}, indent=1).encode())
         return metrics
+
+    def _lines(self) -> Iterator[Line]:
+        """The line of each output, once.
+
+        An output can have two: a pod on a node that was lost may write on beside the one that took its place. Of two lines the one is kept
+        that describes the image that is there.
+        """
+        found: dict[tuple[int, int], list[Line]] = {}
+        for text in self.ledger.read_bytes().splitlines():
+            if (line := _parse(text)) and (line.get("row"), line.get("sample")) in self.done:
+                found.setdefault((line["row"], line["sample"]), []).append(line)
+        for lines in found.values():
+            yield lines[0] if len(lines) == 1 else next((line for line in lines if self._damage(line) is None), lines[-1])
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _parse(text: bytes) -> Line | None:
