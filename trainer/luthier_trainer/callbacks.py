@@ -238,9 +238,10 @@ class Report(Callback):
             raise finite.diverged(cause, self.loop.saved, state.global_step)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Say what updates are missing. Raises Failure(DIVERGED) where all are."""
+        """Say which updates are missing. Raises Failure(DIVERGED) where a whole training has none."""
         done, withheld = state.global_step - self._first_step, int(self.loop.withheld.item())
-        if done and done == max(withheld, done - self._applied):
+        whole = self._first_step == 0 and state.global_step >= state.max_steps
+        if whole and done == max(withheld, done - self._applied):
             cause = f"spec.training.learningRate: the gradients of all {done} steps up to step {state.global_step} were not finite"
             raise finite.diverged(cause, self.loop.saved, state.global_step)
         if withheld and self.loop.ranks.first:

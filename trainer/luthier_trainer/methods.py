@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import Method
 from luthier_trainer.devices import DTYPES
 from luthier_trainer.ending import Failure
+from luthier_trainer.experts import fused_experts
 from luthier_trainer.sources import OWN_WEIGHTS
 
 ALL_LINEAR = ["all-linear"]
@@ -44,7 +46,7 @@ def with_method(model: PreTrainedModel, method: Method, peft_type: str | None, w
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     try:
-        adapted = get_peft_model(model, lora_config(method, peft_type, whole), autocast_adapter_dtype=not deepspeed)
+        adapted = get_peft_model(model, lora_config(method, peft_type, whole, fused_experts(model)), autocast_adapter_dtype=not deepspeed)
     except ValueError as error:
         linear = {
             name.rpartition(".")[2] for name, module in model.named_modules()
@@ -63,13 +65,16 @@ def with_method(model: PreTrainedModel, method: Method, peft_type: str | None, w
     return adapted
 
 
-def lora_config(method: Method, peft_type: str | None, whole: list[str]) -> LoraConfig:
+def lora_config(method: Method, peft_type: str | None, whole: list[str], experts: Iterable[str] = ()) -> LoraConfig:
+    """`experts` are names of parameters that hold the weights of several experts: no modules, so PEFT wants them apart."""
     targets = method.target_modules
+    on_experts = sorted({".".join(name.split(".")[-2:]) for name in experts if name.rpartition(".")[2] in targets})
     return LoraConfig(
         r=method.rank,
         lora_alpha=method.alpha,
         lora_dropout=method.dropout,
         target_modules="all-linear" if targets == ALL_LINEAR else list(targets),
+        target_parameters=on_experts or None,
         task_type=peft_type,
         modules_to_save=whole or None,
         # all-linear would also put adapters into heads that are trained whole, which PEFT refuses.

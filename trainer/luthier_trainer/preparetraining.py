@@ -17,7 +17,7 @@ from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_api.spec import NewModel
 from luthier_api.status import Plan, ResolvedDataset, ResolvedSource
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer import modelfacts, modelweights, origins, sources, space, weightfiles
+from luthier_trainer import experts, modelfacts, modelweights, origins, sources, space, weightfiles
 from luthier_trainer.data import columns, files, images, labels, texts, tokens
 from luthier_trainer.data.load import Loader, Rows, ranges
 from luthier_trainer.ending import Failure
@@ -255,6 +255,9 @@ def check_fit(model: Model, run: FineTuneRun, rows: int) -> None:
         raise Failure(ExitCode.INVALID_SPEC, f"{CHECKPOINTING}: {trouble}; remove it, or use a smaller microBatchSize")
     if spec.method.type != "full":
         modelfacts.check_adapters(model.config, spec.task, spec.method.target_modules, "spec.method.targetModules")
+        experts.check_adapters(model.config, spec)
+    if spec.method.type == "qlora":
+        experts.check_four_bits(model.config, spec.task)
     if spec.method.type == "qlora" and not spec.resources.gpus_per_node:
         modelfacts.check_quantisable(model.config, "spec.method.type")
 
