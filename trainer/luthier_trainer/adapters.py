@@ -25,10 +25,10 @@ from luthier_trainer.taskfacts import task_of_adapter
 NEEDS = {"text-generation": "causal-lm", "text-to-image": "Stable Diffusion XL"}
 WEIGHTS = "adapter_model.safetensors"  # the one file that PEFT 0.21 writes and reads
 PREFIX = "base_model.model."  # of names in it
-LORA_WEIGHT = re.compile(r"(.+)\.lora_([AB])\.weight")
+LORA_WEIGHT = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
 ADDED = re.compile(r"(.+?)\.lora_(?:embedding_)?[AB](?:\.(weight|bias))?")
 LAST = re.compile(r"(.+)\.[^.]+")
-REPLACED = re.compile(r"(.+?)\.(?:lora_magnitude_vector|token_adapter\..+)")  # by DoRA, and of single tokens
+REPLACED = re.compile(r"(.+?)\.(?:lora_magnitude_vector(?:\.weight)?|token_adapter\..+)")  # by DoRA, and of single tokens
 COPIED = ".base_layer.weight"  # PEFT saves the base's own embeddings along with an adapter on them
 SHOWN = 3  # names in a message
 NOT_MERGED = ("alora_invocation_tokens", "arrow_config", "layer_replication")  # settings of adapters that only work beside the model
@@ -191,10 +191,14 @@ def check_shapes(adapter: Path, field: str, model_path: Path, name_of_model: str
         if name.endswith(".lora_B.bias") and getattr(module, "bias", None) is None:
             raise Failure(ExitCode.INVALID_SPEC, f"{field}: the adapter has a bias for {place}, which has none in {name_of_model}; it cannot be merged")
         match = LORA_WEIGHT.fullmatch(name)
-        if not match or not isinstance(module, torch.nn.Linear | Conv1D):
+        own = getattr(module, name.rpartition(".")[2], None)
+        if match and isinstance(module, torch.nn.Linear | torch.nn.Embedding | Conv1D):
+            inputs, outputs = module.weight.shape[::-1] if isinstance(module, torch.nn.Linear) else module.weight.shape
+            wide, given, what = (inputs, shape[1], "inputs") if match[2] == "A" else (outputs, shape[0], "outputs")
+        elif not match and isinstance(own, torch.Tensor) and own.ndim == len(shape):  # what is replaced, or a copy
+            wide, given, what = next(((w, g, "rows or columns") for w, g in zip(own.shape, shape, strict=True) if w != g), (0, 0, ""))
+        else:
             continue
-        outputs, inputs = module.weight.shape if isinstance(module, torch.nn.Linear) else module.weight.shape[::-1]
-        wide, given, what = (inputs, shape[1], "inputs") if match[2] == "A" else (outputs, shape[0], "outputs")
         if wide != given:
             raise Failure(
                 ExitCode.INVALID_SPEC,
