@@ -150,7 +150,7 @@ class ImageSettings(ApiModel):
     """How images are generated."""
 
     scheduler: SchedulerName = "default"
-    """Sampler. default: the one that the model's repository names."""
+    """Sampler. default: the one that the model's repository names. One that cannot keep what the model was trained with (a zero terminal SNR) is refused."""
     steps: Annotated[int, Field(ge=1, le=1000)] = 30
     """Denoising steps."""
     guidance: Annotated[float, Field(ge=0, le=100)] = 5.0
@@ -183,7 +183,7 @@ class GenerateJobSpec(JobControl):
     """What the model makes: text-generation goes on from prompts, text-to-image draws them (Stable Diffusion XL)."""
     model: ModelSource
     adapters: Annotated[list[Adapter], Field(max_length=8)] = Field(default_factory=list)
-    """LoRA adapters that are added to the model, each by its weight."""
+    """LoRA adapters that are added to the model, each by its weight. For images also LoHa, LoKr and DoRA, in files of diffusers, kohya and LyCORIS."""
     inputs: Inputs
     text: TextSettings = Field(default_factory=TextSettings)
     """For text-generation."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,7 +15,7 @@ from luthier_api.generate import SchedulerName
 from luthier_trainer.ending import Failure
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.images import ImageEngine
-from luthier_trainer.generation.samples import Sample
+from luthier_trainer.generation.samples import Sample, batches
 from luthier_trainer.generation.schedulers import SAMPLERS, make_scheduler, rehearse
 
 # diffusers and numpy 2 talk about each other.
@@ -84,6 +85,31 @@ def test_every_name_draws_the_same_images_twice(engine: ImageEngine, name: Sched
     # The second row alone: no neighbour, no place in the batch, no shared generator decides.
     assert engine.make(SAMPLES[1:])[0].image == first[1].image
     assert first[0].image != first[1].image
+
+
+# LUTHIER_EXACT=all: with every sampler, about a minute.
+EXACT = [n for n in NAMES if n != "dpm++sde" or is_torchsde_available()] if os.environ.get("LUTHIER_EXACT") == "all" else ["euler-ancestral", "dpm++2m-sde"]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_images_are_the_same_to_the_bit_however_rows_are_ordered_and_split(engine: ImageEngine, name: SchedulerName) -> None:
+    engine.pipe.scheduler = make_scheduler(name, diffusers.EulerDiscreteScheduler.from_config(OWN), steps=4)
+    engine.scheduler_name = name
+    samples = [Sample(row, 0, f"lute {row}", "rain" if row % 3 == 1 else None, 11 * row) for row in range(5)]
+
+    def drawn(order: list[Sample], shards: int) -> dict[int, bytes | None]:
+        return {
+            output.sample.row: output.image
+            for shard in range(shards)
+            for batch in batches(engine, [s for s in order if s.row % shards == shard])
+            for output in engine.make(batch)
+        }
+
+    whole = drawn(samples, 1)
+    assert len(set(whole.values())) == 5
+    permuted = [samples[i] for i in (3, 0, 4, 1, 2)]
+    for order, shards in ((permuted, 1), (samples, 2), (permuted, 3)):
+        assert drawn(order, shards) == whole
 
 
 @pytest.mark.skipif(is_torchsde_available(), reason="torchsde is installed: dpm++sde draws, as the test above shows")

@@ -27,7 +27,7 @@ def encode(image: Image, settings: ImageSettings, sample: Sample) -> tuple[str, 
     """
     suffix, options = FORMATS[settings.format]
     if settings.format == "png":
-        made_of = {name: value for name, value in sample.facts().items() if name not in ("row", "sample")}
+        made_of = {name: value for name, value in sample.facts().items() if name in ("prompt", "negativePrompt", "seed")}
         facts = made_of | {"scheduler": settings.scheduler, "steps": settings.steps, "guidance": settings.guidance}
         info = PngInfo()
         info.add_itxt("parameters", parameters(settings, sample))
