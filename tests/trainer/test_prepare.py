@@ -206,9 +206,9 @@ def test_a_tokenizer_does_not_learn_from_rows_that_are_held_out(
 ) -> None:
     seen: list[str] = []
 
-    def train(texts: Iterator[str], vocabulary: int) -> Any:
+    def train(texts: Iterator[str], vocabulary: int, *given: Any) -> Any:
         seen.extend(texts)
-        return train_tokenizer(iter(seen), vocabulary)
+        return train_tokenizer(iter(seen), vocabulary, *given)
 
     monkeypatch.setattr("luthier_trainer.newmodel.train_tokenizer", train)
     parameters = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 512}

@@ -12,10 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy
 import pyarrow
 import pyarrow.parquet
 import pytest
+from PIL import Image
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import TrainingData
@@ -266,3 +268,35 @@ def test_a_row_has_a_number_and_a_line(name: str, files: dict[str, str | bytes],
 def test_slices_keep_the_numbers_of_rows(tmp_path: Path) -> None:
     lines = "".join(f'{{"text": "{i}"}}\n' for i in range(10))
     assert load(tmp_path, {"x.jsonl": lines}, split="train[2:4]+train[7:]").place(2) == "row 7, counted from 0 (line 8 of x.jsonl)"
+
+
+DESCRIBED: list[tuple[str, dict[str, str], list[tuple[str, str]] | str]] = [
+    # name, tables in the folder, (image, label) of each row or how the message begins
+    ("labels that look like numbers", {"metadata.csv": "file_name,label\na/1.png,007\nb/2.png,7\n"}, [("a/1.png", "007"), ("b/2.png", "7")]),
+    ("a table in each folder", {"a/metadata.jsonl": '{"file_name": "1.png", "label": "x"}', "b/metadata.jsonl": '{"file_name": "../b/2.png", "label": "y"}'},
+     [("a/1.png", "x"), ("b/2.png", "y")]),
+    ("an unquoted comma", {"metadata.csv": "file_name,label\na/1.png,b, c\n"}, "spec.dataset.files: row 0, counted from 0 (line 2 of pets/metadata.csv) has 3 fields"),
+    ("an image that is not there", {"metadata.csv": "file_name,label\na/1.png,b\na/3.png,b\n"},
+     'spec.dataset.files: row 1, counted from 0 (line 3 of metadata.csv): pets has no image "a/3.png". Correct file_name, or add the image'),
+    ("no name of a file", {"metadata.csv": "file,label\na/1.png,b\n"}, 'spec.dataset.files: metadata.csv has no column "file_name" of text, which names the image'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "tables", "expect"), DESCRIBED, ids=[c[0] for c in DESCRIBED])
+def test_tables_beside_images(name: str, tables: dict[str, str], expect: list[tuple[str, str]] | str, tmp_path: Path) -> None:
+    folder = tmp_path / "pets"
+    for path in ("a/1.png", "b/2.png"):
+        (folder / path).parent.mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(folder / path)
+    for path, content in tables.items():
+        (folder / path).write_text(content)
+    source = TrainingData.model_validate({"files": [str(folder)], "format": "imagefolder"})
+    loader = Loader(source, "spec.dataset", tmp_path / "cache", columns=("image", "label"), others=False)
+    if isinstance(expect, str):
+        with pytest.raises(Failure) as failure:
+            loader.split("train", "split")
+        assert failure.value.message.replace(f"{tmp_path}/", "").startswith(expect)
+        return
+    rows = loader.split("train", "split").data
+    paths = [image["path"] for image in rows.cast_column("image", datasets.Image(decode=False))["image"]]
+    assert list(zip([str(Path(path).relative_to(folder)) for path in paths], rows["label"], strict=True)) == expect

@@ -7,7 +7,7 @@ empty lines stay, and a column `ends` marks the last line of each file.
 from __future__ import annotations
 
 import dataclasses
-import glob
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,9 +20,9 @@ from luthier_api.spec import Csv, DatasetSource
 from luthier_trainer import origins
 from luthier_trainer.data.decoding import Decoder
 from luthier_trainer.data.filerows import TEXT_TYPES, Files, Part, Table
-from luthier_trainer.data.files import BUILDERS, TEXTUAL, find_files, format_of, image_folder
+from luthier_trainer.data.files import BUILDERS, TEXTUAL, ImageFolder, find_files, format_of, image_folder
 from luthier_trainer.data.hubrows import plain_files
-from luthier_trainer.ending import FORBIDDEN_ERRNOS, STORAGE_ERRNOS, Failure, os_error
+from luthier_trainer.ending import Failure
 from luthier_trainer.hub import hub_api, patiently
 from luthier_trainer.notices import notice
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 FILES_SPLIT = "train"
+FILE_NAME = "file_name"  # the column of metadata that names an image, as `datasets` knows it
 UNKNOWN_SPLIT = re.compile(r"Unknown split .*?one of \[(.*?)\]")  # what `datasets` says
 
 
@@ -141,28 +142,42 @@ class Loader:
         from datasets import Dataset, Features, Image, Value
 
         folders = [image_folder(path, where) for path in paths]
-        images = [image for folder in folders for image in folder.images]
         if any(folder.tables for folder in folders):
-            data = self._metadata(paths, where)
-            if len(data) < len(images):
-                notice(f"{where}: {len(images) - len(data)} images are in no row of the metadata, and are left out")
-            return _as_table(data)
+            return self._described(folders, where)
+        images = [image for folder in folders for image in folder.images]
         columns = {"image": [str(image.absolute()) for image in images], "label": [name for folder in folders for name in folder.classes(where)]}
         return _as_table(Dataset.from_dict(columns, features=Features({"image": Image(), "label": Value("string")})))
 
-    def _metadata(self, paths: list[Path], where: str) -> Dataset:
-        from datasets import load_dataset
+    def _described(self, folders: list[ImageFolder], where: str) -> Table:
+        """The rows of tables beside images, each with the column `image` for what its column `file_name` names. Raises Failure."""
+        from datasets import Image
 
-        names = [glob.escape(str(path)) + "/**" for path in paths]  # `datasets` takes each name for a pattern
-        try:
-            return load_dataset("imagefolder", data_files={FILES_SPLIT: names}, split=FILES_SPLIT, cache_dir=str(self.cache))
-        except Exception as error:
-            if os_error(error, STORAGE_ERRNOS | FORBIDDEN_ERRNOS):
-                raise  # the volume or its rights, not the data
-            if len(paths) > 1:
-                for path in paths:
-                    self._metadata([path], where)  # names the one that is to blame
-            raise Failure(ExitCode.INVALID_DATASET, f"{where}: {paths[0]} cannot be read as imagefolder: {first_cause(error)}") from error
+        tables = [path for folder in folders for path in folder.tables]
+        images = {os.path.normpath(image): image for folder in folders for image in folder.images}
+        needed = (FILE_NAME, *(column for column in self.columns if column != "image"))
+        files = Files(tables, Decoder(None, self.field, where), Csv(), needed, self.others, self.cache / "rows")
+        table = files.read(format_of(tables, where), False)
+        rows = Rows(table.data, f"{len(tables)} tables" if len(tables) > 1 else tables[0].name, parts=table.parts)
+        if FILE_NAME not in table.names or FILE_NAME not in table.texts or FILE_NAME in table.mixed:
+            raise Failure(
+                ExitCode.INVALID_DATASET,
+                f'{where}: {rows.origin} has no column "{FILE_NAME}" of text, which names the image of a row (columns: {", ".join(table.names)})',
+            )
+        found: list[str] = []
+        for part in table.parts:
+            for name in table.data[len(found) : len(found) + part.rows][FILE_NAME]:
+                path = os.path.normpath(part.path.parent / (name or ""))
+                if path not in images:
+                    what = f'{part.path.parent} has no image "{name}"' if name else "no image is named"
+                    raise Failure(ExitCode.INVALID_DATASET, f"{where}: {rows.place(len(found))}: {what}. Correct {FILE_NAME}, or add the image")
+                found.append(str(images[path].absolute()))
+        if without := len(images) - len({*found}):
+            notice(f"{where}: {without} images are in no row of the metadata, and are left out")
+        data = table.data.remove_columns([name for name in (FILE_NAME, "image") if name in table.data.column_names])
+        data = data.add_column("image", found).cast_column("image", Image())
+        names = ("image", *(name for name in table.names if name not in (FILE_NAME, "image")))
+        texts = tuple(name for name in table.texts if name in names and name != "image")
+        return replace(table, data=data, names=names, texts=texts, images=("image",))
 
     def _hub(self, instruction: str, field: str) -> Rows:
         name, api = str(self.source.id), hub_api()
