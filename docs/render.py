@@ -35,7 +35,7 @@ ADVICE: dict[ExitCode, str] = {
     ExitCode.PREEMPTED: "Stopped from outside. Training had saved a checkpoint if it could; the next attempt goes on from the newest.",
     ExitCode.UNAUTHORIZED: "The token is missing, wrong, or without access. See `hub.tokenSecret`.",
     ExitCode.MISCONFIGURED: "The place cannot run this: no GPU, a folder that cannot be written, a missing library.",
-    ExitCode.CUDA_OUT_OF_MEMORY: "Smaller `microBatchSize` or `maxLength`, `gradientCheckpointing`, a `zero` strategy, or `method.type: qlora`.",
+    ExitCode.CUDA_OUT_OF_MEMORY: "Smaller `microBatchSize` or `maxLength`, `gradientCheckpointing: true`, a `zero` strategy, or `method.type: qlora`. What takes how much: [memory](memory.md).",
     ExitCode.HANG: "No step for longer than the limit. The stacks of all threads are in the log.",
     ExitCode.PEER_LOST: "Another process of the group went away. Its own end says why.",
     ExitCode.DIVERGED: "Losses, gradients or weights stopped being finite numbers; the message names the newest good checkpoint. A lower `learningRate` or more `warmupSteps`.",

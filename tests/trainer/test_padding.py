@@ -13,6 +13,8 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertLMHeadModel,
+    FNetConfig,
+    FNetForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
@@ -30,6 +32,7 @@ from transformers import (
 
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer import train
+from luthier_trainer.data import texts
 from luthier_trainer.modelfacts import read_tokenizer
 from luthier_trainer.tasks import TASKS
 
@@ -106,6 +109,20 @@ def test_the_loss_does_not_depend_on_the_batch(
     assert alone[0] == pytest.approx(alone[1], abs=1e-4)
     assert measured(task, model, tokenizer, size=8) == pytest.approx(alone, abs=1e-4)
     assert measured(task, model, tokenizer, size=3) == pytest.approx(alone, abs=1e-4)
+
+
+def test_a_model_that_sees_padding_says_so(tokenizers: dict[str, PreTrainedTokenizerBase], make_run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """No padding would be right for it; the user may choose that."""
+    tokenizer = tokenizers["right"]
+    torch.manual_seed(0)
+    config = FNetConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, intermediate_size=64, pad_token_id=tokenizer.pad_token_id)
+    model = FNetForSequenceClassification(config).eval()
+    alone, together = (measured("text-classification", model, tokenizer, size)[0] for size in (1, 8))
+    assert alone != pytest.approx(together, abs=1e-4)
+    for micro, said in ((None, True), (1, False)):
+        training = {"maxLength": 64, "batchSize": 4} | ({"microBatchSize": micro} if micro else {})
+        texts.check(config, tokenizer, make_run(task="text-classification", training=training).spec, 10)
+        assert capsys.readouterr().out.startswith("spec.model: fnet does not mask padding") is said
 
 
 def test_the_result_keeps_the_side_of_its_tokenizer(tmp_path: Path, tokenizers: dict[str, PreTrainedTokenizerBase], tiny_model: Path) -> None:

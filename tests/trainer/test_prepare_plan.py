@@ -24,6 +24,8 @@ LAYOUTS: list[tuple[str, dict[str, Any], dict[str, Any], str, dict[str, Any]]] =
     ("one process", {"batchSize": 8}, {"gpusPerNode": 0}, "auto", {"strategy": "none", "micro_batch_size": 8, "accumulation_steps": 1}),
     ("one GPU, long rows", {"batchSize": 64, "maxLength": 2048}, {"gpusPerNode": 1}, "auto",
      {"micro_batch_size": 1, "accumulation_steps": 64, "precision": "auto"}),
+    ("README's eight GPUs", {"batchSize": 64, "maxLength": 2048, "packing": True}, {"gpusPerNode": 8}, "auto",
+     {"strategy": "ddp", "micro_batch_size": 1, "accumulation_steps": 8, "gradient_checkpointing": True}),
     ("one GPU, rows of 512", {"batchSize": 64, "maxLength": 512}, {"gpusPerNode": 1}, "auto", {"micro_batch_size": 4, "accumulation_steps": 16}),
     ("one GPU, short rows", {"batchSize": 64, "maxLength": 64}, {"gpusPerNode": 1}, "auto", {"micro_batch_size": 8, "accumulation_steps": 8}),
     ("two nodes of eight", {"batchSize": 64, "maxLength": 4096}, {"nodes": 2, "gpusPerNode": 8}, "auto",

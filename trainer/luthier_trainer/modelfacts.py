@@ -35,6 +35,9 @@ PIPELINES = ("StableDiffusionXLPipeline",)
 SEE_AHEAD = {"prophetnet", "xlm", "xlnet"}
 # ... and these have an `is_decoder` that is false, never read it, and look back only.
 NEVER_SEE_AHEAD = {"gpt_neox", "gpt_neox_japanese"}
+# transformers 5.23, by comparing rows alone and padded in a batch: these have no mask for padding, or let it into means and convolutions. No causal
+# language model does.
+SEE_PADDING = {"canine", "convbert", "fnet", "nystromformer", "yoso"}
 
 
 def read_config(folder: Path, field: str) -> PreTrainedConfig:

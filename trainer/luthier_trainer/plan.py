@@ -16,8 +16,8 @@ from luthier_trainer.notices import notice
 from luthier_trainer.taskfacts import FACTS
 
 MICRO_BATCH_LIMIT = 8  # rows of one forward pass, where the spec leaves it open
-# Tokens of one forward pass of a language model on a GPU, likewise. A token costs about 14 bytes for each entry of the vocabulary: its logits, in
-# the precision of the computation and in fp32, and their gradients. For 2,048 tokens and Qwen2.5's 152,064 entries that is 4.1 GiB.
+# Tokens of one forward pass of a language model on a GPU, likewise. A token costs 12 bytes for each entry of the vocabulary: log-probabilities and two
+# gradients in fp32 (counted with torch 2.13 and transformers 5.23). For 2,048 tokens and Qwen2.5's 152,064 entries that is 3.5 GiB: docs/memory.md.
 GPU_TOKENS = 2048
 BATCH_SIZE, WARM_UP, CHECKPOINTING = (f"spec.training.{name}" for name in ("batchSize", "warmupSteps", "gradientCheckpointing"))
 

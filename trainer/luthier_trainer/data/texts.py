@@ -14,6 +14,7 @@ from luthier_trainer.data import columns, packing, tokens
 from luthier_trainer.data.load import Rows
 from luthier_trainer.data.reading import Reader
 from luthier_trainer.ending import Failure
+from luthier_trainer.notices import notice
 from luthier_trainer.taskfacts import FACTS
 
 if TYPE_CHECKING:
@@ -41,6 +42,11 @@ def check(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, spec: Fi
             ExitCode.INVALID_SPEC,
             f"{modelfacts.MODEL}: its tokenizer has no end-of-text token, so the model could not learn where a text ends. Choose another model, or add"
             " eos_token to its tokenizer_config.json",
+        )
+    if config.model_type in modelfacts.SEE_PADDING and spec.training.micro_batch_size != 1:
+        notice(
+            f"{modelfacts.MODEL}: {config.model_type} does not mask padding, so what it makes of a text depends a little on the length of the texts"
+            " beside it. Set spec.training.microBatchSize: 1 to learn without padding"
         )
     if tokenizer.pad_token_id is None:
         raise Failure(
