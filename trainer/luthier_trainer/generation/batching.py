@@ -56,9 +56,9 @@ def find_sharing(model: PreTrainedModel, prompt: Sequence[int], padding: int, le
     except UNFIT as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise Failure(ExitCode.INVALID_SPEC, f"spec.model: the {kind} can be loaded, but not generate: {what}") from error
-    limit = max(
-        SMALLEST.get(model.dtype, SMALLEST[torch.bfloat16]), ROUNDING * difference(alone[:1], followed_logits(model, prompt, padding, length))
-    )
+    # int8 rounds a text's activations together with those of its neighbours.
+    smallest = SMALLEST[torch.bfloat16] if getattr(model, "is_quantized", False) else SMALLEST.get(model.dtype, SMALLEST[torch.bfloat16])
+    limit = max(smallest, ROUNDING * difference(alone[:1], followed_logits(model, prompt, padding, length)))
     # Neighbours are other texts: one of the full length, and one of the length of the prompt.
     longer = [*prompt, *reversed(prompt)] * length
     padded = effect(model, alone, [prompt, longer[:length]], padding, length)

@@ -24,6 +24,7 @@ from luthier_trainer.notices import notice
 
 FOLDER_ROWS, FOLDER_SAMPLES = 1000, 8  # rows, and samples of each, whose images share a folder; the Hub wants fewer than 10,000 files in one
 THREADS = 8  # that read images at once: hashlib releases the interpreter, and a volume in the network answers many requests as fast as one
+AT_ONCE = 64  # of them
 SHOWN = 60  # characters of a setting
 Line = dict[str, Any]
 
@@ -97,14 +98,12 @@ class Shard:
                 fitting.append((line, sample))
 
         kept: list[Line] = []
-        with ThreadPoolExecutor(THREADS) as threads:
-            for (line, sample), damage in zip(fitting, threads.map(self._damage, (line for line, _ in fitting)), strict=True):
-                beat()
-                if damage:
-                    refused[damage] += 1
-                elif sample.key not in self.done:
-                    kept.append(line | {"input": sample.input})
-                    self._count(line)
+        for (line, sample), damage in zip(fitting, self._damages([line for line, _ in fitting]), strict=True):
+            if damage:
+                refused[damage] += 1
+            elif sample.key not in self.done:
+                kept.append(line | {"input": sample.input})
+                self._count(line)
         table = b"".join(_encode(line) for line in kept)
         if table != b"".join(written):
             _replace(self.ledger, table)
@@ -129,6 +128,14 @@ class Shard:
         if line.keys() != set(KEYS[self.settings["task"]]):
             return "another version of Luthier wrote the line"
         return None
+
+    def _damages(self, lines: Sequence[Line]) -> Iterator[str | None]:
+        """`_damage` of each line, in order; images are read by several threads, with a sign of life for each few of them."""
+        with ThreadPoolExecutor(THREADS) as threads:
+            for first in range(0, len(lines), AT_ONCE):
+                beat()
+                some = lines[first : first + AT_ONCE]
+                yield from threads.map(self._damage, some) if "file_name" in some[0] else map(self._damage, some)
 
     def _damage(self, line: Line) -> str | None:
         """Why the output of a line cannot be used; None when it is there, as it was written."""
