@@ -62,7 +62,8 @@ class Shard:
 
     def __init__(self, folder: WorkspaceFolder, index: int, count: int, settings: dict[str, Any], environment: str) -> None:
         self.folder, self.index, self.count = folder, index, count
-        self.settings, self.environment = settings, environment
+        # As JSON has it: 1.0 and 1 are one number there, so that lines can be compared with it.
+        self.settings, self.environment = json.loads(json.dumps(settings)), environment
         self.ledger = folder.shards / f"{shard_name(index, count)}.jsonl"
         self.done: dict[tuple[int, int], bool] = {}
         """Row and sample of each line → whether it is an output rather than an error."""
@@ -83,7 +84,7 @@ class Shard:
         wanted = {s.key: s for s in samples}
         written = self.ledger.read_bytes().splitlines(keepends=True) if self.ledger.exists() else []
         refused: Counter[str] = Counter()
-        fitting: list[tuple[Line, Sample]] = []
+        fitting: list[tuple[Line, Sample, bytes]] = []
         for text in written:
             # A line without its end was cut by a kill, which is no news.
             line = _parse(text) if text.endswith(b"\n") else None
@@ -95,16 +96,16 @@ class Shard:
             if reason:
                 refused[reason] += 1
             elif sample:
-                fitting.append((line, sample))
+                fitting.append((line, sample, text))
 
-        kept: list[Line] = []
-        for (line, sample), damage in zip(fitting, self._damages([line for line, _ in fitting]), strict=True):
+        kept: list[bytes] = []
+        for (line, sample, text), damage in zip(fitting, self._damages([line for line, _, _ in fitting]), strict=True):
             if damage:
                 refused[damage] += 1
             elif sample.key not in self.done:
-                kept.append(line | {"input": sample.input})
+                kept.append(text if line["input"] == sample.input else _encode(line | {"input": sample.input}))
                 self._count(line)
-        table = b"".join(_encode(line) for line in kept)
+        table = b"".join(kept)
         if table != b"".join(written):
             _replace(self.ledger, table)
         self._report(refused, len(written))
@@ -117,13 +118,13 @@ class Shard:
 
     def _changed(self, line: Line, sample: Sample) -> str | None:
         """Why the line does not describe what would be made now; None when it does."""
+        facts = sample.facts()
         for name in ("prompt", "negativePrompt", "seed"):
-            if line.get(name) != sample.facts().get(name):
+            if line.get(name) != facts.get(name):
                 return f"the row has another {name}"
-        # Compared as JSON: 1.0 and 1 are one number there.
-        before, now = line.get("settings") or {}, json.loads(json.dumps(self.settings))
-        changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
-        if changed:
+        before, now = line.get("settings") or {}, self.settings
+        if before != now:
+            changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
             return ", ".join(f"{name} was {_shown(before.get(name))} and is {_shown(now.get(name))}" for name in changed)
         if line.keys() != set(KEYS[self.settings["task"]]):
             return "another version of Luthier wrote the line"
