@@ -158,7 +158,8 @@ def found(prepared: Prepared, generates: bool) -> Table:
     for reason in plan.reasons:
         table.add_row("", escape(reason))
     if plan.checkpoint_bytes and plan.save_seconds:
-        table.add_row("checkpoint", f"{plan.checkpoint_bytes / 1e6:,.0f} MB, saved in about {duration(plan.save_seconds)}")
+        saved = f"{plan.checkpoint_bytes / 1e6:,.0f} MB, saved in about {duration(plan.save_seconds)}"
+        table.add_row("checkpoint", f"{saved}; a pod that is stopped needs {plan.grace_seconds} s")
     return table
 
 
