@@ -23,11 +23,13 @@ from peft import AutoPeftModelForCausalLM
 from prepared_workspace import causal_lm_data, classification_data, image_data, losses, pod, prepared_run, prose, save_encoder, save_llama
 from safetensors.torch import load_file
 from trainer.digits import save_model as save_vit
-from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification, AutoTokenizer
 
 from luthier_api.run import FineTuneRun
 from luthier_api.termination import TerminationMessage
-from luthier_trainer import train
+from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer import space, train, trainable
+from luthier_trainer.prepared import read_prepared
 
 LORA = {"type": "lora", "rank": 4}
 TRAINING = {"maxSteps": 6, "learningRate": 1e-2}
@@ -196,3 +198,17 @@ def test_two_processes_are_one_classifier(
     assert losses(run) == pytest.approx(losses(alone), abs=2e-4)
     for figure in {"evalLossBefore", "evalLoss", "accuracy", "tokens"} & metrics.keys():
         assert (ended[0].metrics or {})[figure] == pytest.approx(metrics[figure], abs=2e-4)
+    if strategy.startswith("zero"):
+        writes_what_was_foreseen(run, base)
+
+
+def writes_what_was_foreseen(run: FineTuneRun, base: Path) -> None:
+    """Checkpoints of DeepSpeed hold its shards alone: no copy of all weights beside them."""
+    folder, plan = WorkspaceFolder(Path(run.workspace)), read_prepared(run).plan
+    weights = trainable.weights_of(AutoConfig.from_pretrained(base), run.spec, plan, ["a", "b"], base)
+    foreseen = space.checkpoint_bytes(weights, plan.strategy, plan.world_size, processor_bytes=0)
+    saved = folder.checkpoints / f"checkpoint-{plan.steps}"
+    assert space.folder_bytes(saved) == pytest.approx(foreseen, rel=0.08)
+    assert not list(saved.glob("*.safetensors"))
+    processor = space.folder_bytes(folder.prepared / "processor")
+    assert space.folder_bytes(folder.result) == pytest.approx(space.result_bytes(weights, plan.strategy, processor), rel=0.05)
