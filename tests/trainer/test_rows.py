@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import csv
+import gc
 import gzip
 import json
 import lzma
@@ -68,6 +69,7 @@ READ: list[tuple[str, str, str | bytes, dict[str, Any], list[tuple[Any, ...]]]] 
     ("numbers stay as written", "x.csv", "text,label\n1e5,007\n2020-01-01,7\ntrue,1.0\n", {}, [("1e5", "007"), ("2020-01-01", "7"), ("true", "1.0")]),
     ("blank lines", "x.csv", "\ntext,label\n\na,b\n  \nc,d\n\n", {}, [("a", "b"), ("c", "d")]),
     ("columns in another order, and more of them", "x.csv", "n,label,m,text\n1,a,,b\n", {}, [("a", "b")]),
+    ("text that begins as bzip2 does", "x.csv", "BZh9,text,label\n1,a,b\n", {}, [("a", "b")]),
     ("blanks around cells", "x.csv", "text,label\n a , neg\n", {}, [(" a ", " neg")]),
     ("semicolons", "x.csv", "text;label\na, b;c\n", {"csv": {"separator": "semicolon"}}, [("a, b", "c")]),
     ("no quoting, by the spec", "x.csv", 'text,label\n"a,b"\n', {"csv": {"quoting": "none"}}, [('"a', 'b"')]),
@@ -238,6 +240,23 @@ def test_text_of_parquet(name: str, kind: pyarrow.DataType, tmp_path: Path) -> N
     rows = load(tmp_path, {"x.parquet": (tmp_path / "x.parquet").read_bytes()})
     assert [(row["text"], row["label"]) for row in rows.data] == [("a", "007"), ("b", "7")]
     assert labels.names_of(rows, "label", "f", merge=False) == ["007", "7"]
+
+
+def test_what_was_given_up_never_reaches_the_rows(tmp_path: Path) -> None:
+    """The first rows are written with a type that a later row does not have, and then written again with another."""
+    rows = [{"text": str(i) * 3, "label": i} for i in range(5000)] + [{"text": "x", "label": 0.5}]
+    found = load(tmp_path, {"x.jsonl": "".join(json.dumps(row) + "\n" for row in rows)})
+    gc.collect()
+    assert as_rows(found) == [(row["text"], row["label"]) for row in rows]
+
+
+def test_a_column_of_two_types_that_the_job_does_not_need_is_left_out(tmp_path: Path) -> None:
+    files: dict[str, str | bytes] = {}
+    for name, note, empty in (("x.parquet", 1, None), ("y.parquet", "1", "z")):
+        pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "note": [note], "empty": [empty]}), tmp_path / name)
+        files[name] = (tmp_path / name).read_bytes()
+    assert as_rows(load(tmp_path, files, columns=())) == [("a", None), ("a", "z")]
+    assert notices.given()[0].endswith('column "note" of ' + f"{tmp_path}/y.parquet holds string, and in x.parquet int64; it is left out")
 
 
 def test_parquet_files_of_two_types_name_the_column_and_the_file(tmp_path: Path) -> None:

@@ -290,7 +290,7 @@ def _explained(error: str) -> str:
             "a cell that begins with a quotation mark goes on after its second one. Inside such a cell, write each quotation mark twice"
             ' (""); where quotation marks are ordinary characters, set csv.quoting to none'
         )
-    if "unexpected end" in error:
+    if "unexpected end" in error or "field larger" in error:
         return "a cell that begins with a quotation mark never ends. Close it; where quotation marks are ordinary characters, set csv.quoting to none"
     return error
 

@@ -38,7 +38,8 @@ def _zstd(path: Path) -> BinaryIO:
 
 
 COMPRESSIONS: dict[bytes, Callable[[Path], Any]] = {
-    b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open, b"\x28\xb5\x2f\xfd": _zstd,
+    b"\x1f\x8b": gzip.open, b"\xfd7zXZ\x00": lzma.open, b"\x28\xb5\x2f\xfd": _zstd,
+    **{b"BZh%d1AY&SY" % level: bz2.open for level in range(1, 10)},  # BZh alone may begin a text
 }  # fmt: skip
 
 
@@ -122,7 +123,7 @@ def lines(file: Iterable[str], name: str, files: str) -> Iterator[str]:
 def open_bytes(path: Path) -> Any:
     """The file's bytes, decompressed where they begin as a compressed file does, whatever the file's name."""
     with path.open("rb") as file:
-        head = file.read(8)
+        head = file.read(16)
     opened = next((opener for magic, opener in COMPRESSIONS.items() if head.startswith(magic)), None)
     return opened(path) if opened else path.open("rb")
 

@@ -19,6 +19,7 @@ from luthier_trainer.data.csvrows import CsvFile
 from luthier_trainer.data.jsonrows import JsonFile, Survey, Widened
 from luthier_trainer.data.parquetrows import ParquetFile
 from luthier_trainer.ending import Failure
+from luthier_trainer.notices import notice
 
 if TYPE_CHECKING:
     import pyarrow
@@ -143,28 +144,39 @@ class Files:
 
         files = [ParquetFile(path, self.decoder.files) for path in self.paths]
         names = self._names((file.path, file.schema.names) for file in files)
-        wanted = self._wanted(names)
-        fields = {name: next(f.schema.field(name) for f in files if name in f.schema.names) for name in wanted}
-        for file in files[1:]:
-            for name in set(wanted) & set(file.schema.names):
-                if file.schema.field(name).type != fields[name].type:
-                    kinds = f"{file.schema.field(name).type}, and in {files[0].path.name} {fields[name].type}"
-                    raise self._refusal(f'column "{name}" of {file.path} holds {kinds}. Write it with the same type in all files')
-        features = Features.from_arrow_schema(files[0].schema)
-        schema = pyarrow.schema(list(fields.values()))
-        if set(wanted) <= set(features):
-            schema = Features({name: features[name] for name in wanted}).arrow_schema
-        sink = Sink(self._arrow_file("parquet"), schema)
+        known = {file.path: Features.from_arrow_schema(file.schema) for file in files}
+        features = Features({name: known[file.path][name] for name, file in self._typed_by(files, self._wanted(names)).items()})
+        sink = Sink(self._arrow_file("parquet"), features.arrow_schema)
         for file in files:
-            there = [name for name in wanted if name in file.schema.names]
+            there = [name for name in features if name in file.schema.names]
             for table in file.tables(there):
-                for name in set(wanted) - set(there):
-                    table = table.append_column(name, pyarrow.nulls(len(table), fields[name].type))
-                sink.write(table.select(wanted).cast(schema))
+                for name in set(features) - set(there):
+                    table = table.append_column(name, pyarrow.nulls(len(table), features.arrow_schema.field(name).type))
+                sink.write(table.select(list(features)).cast(features.arrow_schema))
             sink.end_part()
         parts = tuple(Part(file.path, rows) for file, rows in zip(files, sink.parts, strict=True))
-        texts = tuple(name for name, feature in features.items() if getattr(feature, "dtype", None) in TEXT_TYPES)
-        return Table(sink.close(), parts, names, texts, tuple(name for name, feature in features.items() if isinstance(feature, Image)))
+        texts = tuple(name for name, feature in known[files[0].path].items() if getattr(feature, "dtype", None) in TEXT_TYPES)
+        images = tuple(name for name, feature in known[files[0].path].items() if isinstance(feature, Image))
+        return Table(sink.close(), parts, names, texts, images)
+
+    def _typed_by(self, files: list[ParquetFile], wanted: list[str]) -> dict[str, ParquetFile]:
+        """The columns to read, each with a file that has its type. One that the job does not need is left out where files disagree about it."""
+        import pyarrow
+
+        found: dict[str, ParquetFile] = {}
+        for name in wanted:
+            having = [file for file in files if name in file.schema.names]
+            filled = [file for file in having if not pyarrow.types.is_null(file.schema.field(name).type)] or having
+            kind = filled[0].schema.field(name).type
+            other = next((file for file in filled if file.schema.field(name).type != kind), None)
+            if other is None:
+                found[name] = filled[0]
+                continue
+            what = f'column "{name}" of {other.path} holds {other.schema.field(name).type}, and in {filled[0].path.name} {kind}'
+            if name in self.columns:
+                raise self._refusal(f"{what}. Write it with the same type in all files")
+            notice(f"{self.decoder.files}: {what}; it is left out")
+        return found
 
     def _text(self, documents: bool) -> Table:
         import pyarrow
@@ -290,5 +302,7 @@ class Sink:
         import pyarrow
 
         if self._writer is None:
+            # A new file: one that was given up may still hold bytes in a buffer, which must not end up in this one.
+            self._partial.unlink(missing_ok=True)
             self._file = self._partial.open("wb")
             self._writer = pyarrow.ipc.new_stream(self._file, schema)
