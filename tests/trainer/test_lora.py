@@ -18,7 +18,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch.nn import functional
 from trainer.generating import generate_run
@@ -373,6 +373,18 @@ def test_a_configuration_in_the_file_counts(
     assert_gains(gains(models, names, (tmp_path / "pytorch_lora_weights.safetensors", 1.0)), expected)
 
 
+def test_peft_s_own_folder(pipe: StableDiffusionXLPipeline, models: dict[str, Any], names: Names, tmp_path: Path) -> None:
+    """An adapter of the UNet as PEFT saves and merges it; its configuration lies beside."""
+    config = LoraConfig(r=4, lora_alpha=16, target_modules=["to_q", "conv1"], alpha_pattern={"conv1": 2}, init_lora_weights=False)
+    model = get_peft_model(copy.deepcopy(pipe.unet), config)
+    model.save_pretrained(tmp_path)
+    own = pipe.unet.state_dict()
+    merged = model.merge_and_unload().state_dict()
+    expected = {("unet", key.removesuffix(".weight")): merged[key] - own[key] for key in own if not torch.equal(merged[key], own[key])}
+    assert len(expected) == 16
+    assert_gains(gains(models, names, (tmp_path / "adapter_model.safetensors", 1.0)), expected)
+
+
 def complete() -> Tensors:
     """A sound file for one module of 16 × 16, which the cases below spoil."""
     return {f"unet.{ATTENTION_Q}.{end}": tensor for end, tensor in factors(torch.empty(16, 16)).items()}
@@ -452,6 +464,11 @@ REFUSALS = [
         name="an adapter to weights that were changed first",
         metadata={"lora_adapter_metadata": json.dumps({"unet.init_lora_weights": "pissa"})},
         message="was begun by pissa, which changes the weights of the model too",
+    ),
+    Refusal(
+        name="a pattern that is none",
+        metadata={"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 2, "unet.alpha_pattern": {"(": 1}})},
+        message="has an alpha_pattern that is no pattern, '('",
     ),
     Refusal(
         name="a bias where there is none",

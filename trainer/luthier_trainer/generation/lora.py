@@ -167,11 +167,11 @@ def _load(path: Path, field: str) -> tuple[Tensors, dict[str, str]]:
 
 def _configs(path: Path, metadata: Mapping[str, str], field: str) -> dict[str, dict[str, Any]]:
     """PEFT's configuration of each part of the pipeline, where the file brings one."""
-    try:
-        whole: dict[str, Any] = json.loads(metadata.get(METADATA, "{}"))
-    except ValueError as error:
-        raise _invalid(field, path, f"has unreadable {METADATA} in its header: {error}") from None
     found: dict[str, dict[str, Any]] = {}
+    try:
+        whole = dict(json.loads(metadata.get(METADATA, "{}")))
+    except (ValueError, TypeError) as error:
+        raise _invalid(field, path, f"has unreadable {METADATA} in its header: {error}") from None
     for key, value in whole.items():
         part, _, name = key.partition(".")
         found.setdefault(part, {})[name] = value
@@ -179,6 +179,11 @@ def _configs(path: Path, metadata: Mapping[str, str], field: str) -> dict[str, d
     if path.name.startswith("adapter_model") and beside.is_file():
         found["unet"] = json.loads(beside.read_text())
     for config in found.values():
+        for pattern in config.get("alpha_pattern") or {}:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise _invalid(field, path, f"has an alpha_pattern that is no pattern, {pattern!r}: {error}") from None
         if (way := config.get("init_lora_weights")) not in PLAIN_BEGINNINGS:
             raise _invalid(field, path, f"was begun by {way}, which changes the weights of the model too. Convert it to a plain LoRA first")
     return found
