@@ -1,12 +1,6 @@
 """Packing: all texts one after the other, separated by the end-of-text token, in blocks of `maxLength`.
 
 Time is linear in the length of the texts, and memory does not depend on it: a long text (a file, a book) is tokenised in pieces.
-
-Pieces overlap, so that the tokens are those of the whole text. A tokenizer looks at what stands around a token: where a text is simply cut, a
-word becomes two, two line breaks no longer are one token, and SentencePiece puts a blank before each piece. Here each piece has some characters
-of its neighbours, and one goes on where the other stops only at a place around which both have the same tokens. Pre-tokenizers decide by a few
-characters around them and merges stay within words, so what lies further away cannot change the tokens there. Texts that never come to such a
-place within the overlap (a thousand blanks or letters in a row) are cut at a boundary between tokens instead: no character is lost or doubled.
 """
 
 from __future__ import annotations
@@ -136,7 +130,14 @@ class Tokenised:
 
 
 class Packer:
-    """A stream of tokens, to which texts are added and from which blocks are taken."""
+    """A stream of tokens, to which texts are added and from which blocks are taken.
+
+    Pieces overlap, so that the tokens are those of the whole text. A tokenizer looks at what stands around a token: where a text is simply cut, a
+    word becomes two, two line breaks no longer are one token, and SentencePiece puts a blank before each piece. Here each piece has some characters
+    of its neighbours, and one goes on where the other stops only at a place around which both have the same tokens. Pre-tokenizers decide by a few
+    characters around them and merges stay within words, so what lies further away cannot change the tokens there. Texts that never come to such a
+    place within the overlap (a thousand blanks or letters in a row) are cut at a boundary between tokens instead: no character is lost or doubled.
+    """
 
     def __init__(self, reader: Reader, max_length: int) -> None:
         self.reader, self.max_length = reader, max_length

@@ -2,13 +2,7 @@
 
 diffusers 0.42.1 reads such files too, but loses what is said of single modules: a kohya file's own alpha for each module (the names in its
 `alpha_pattern` match none), LyCORIS' `dora_scale`, and keys of modules that it does not know. Here each tensor of a file is used, or the file
-is refused. What a module gains is by its authors' formulas:
-
-    LoRA   alpha / rank * up @ down                            for a convolution: the composition of `down`, `mid` and `up`
-    LoHa   alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b)
-    LoKr   alpha / rank * kron(w1, w2)                         without alpha / rank where neither factor has a rank
-    diff   the difference itself
-    DoRA   magnitude * V / |V| - W                             V: W plus one of the first three
+is refused.
 
 Neighbours: `loranames` knows the names, `images` adds the result, `pipelines` reads files against the shapes alone.
 """
@@ -57,7 +51,16 @@ SHOWN = 4  # names in a message
 
 @dataclass(frozen=True)
 class Change:
-    """What a file does to one module: `module` of the pipeline's model `part`."""
+    """What a file does to one module: `module` of the pipeline's model `part`.
+
+    What the module gains is by its authors' formulas:
+
+        LoRA   alpha / rank * up @ down                            for a convolution: the composition of `down`, `mid` and `up`
+        LoHa   alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b)
+        LoKr   alpha / rank * kron(w1, w2)                         without alpha / rank where neither factor has a rank
+        diff   the difference itself
+        DoRA   magnitude * V / |V| - W                             V: W plus one of the first three
+    """
 
     part: str
     module: str
