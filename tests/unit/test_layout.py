@@ -77,13 +77,13 @@ def test_every_module_says_why_it_exists(source: str) -> None:
         assert len(text.splitlines()) <= 8, path
 
 
-def test_make_has_ten_verbs_and_tells_of_each() -> None:
+def test_make_tells_of_each_verb() -> None:
     makefile = (TOP / "Makefile").read_text()
     verbs = re.findall(r"^([a-z0-9-]+):", makefile, re.MULTILINE)
     told = re.findall(r"^([a-z0-9-]+):.* ## \S", makefile, re.MULTILINE)
     (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
-    assert len(verbs) == 10
     assert verbs == told
+    assert len(verbs) <= 12, "few enough to read"
     assert set(phony.split()) == set(verbs)
 
 
