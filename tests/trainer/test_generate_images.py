@@ -18,7 +18,7 @@ from trainer.small_sdxl import write_small_lora
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer import prepare
+from luthier_trainer import notices, prepare
 from luthier_trainer.ending import Failure
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.images import ImageEngine
@@ -161,14 +161,20 @@ def test_the_line_says_how_much_of_a_prompt_is_not_read(images: Images) -> None:
     assert [tuple(count or 0 for count in counts) for counts in unread] == [(0, 0), (100 + 2 - 77, 0), (0, 100 + 2 - 77)]
 
 
-def test_each_text_encoder_counts(sdxl: Path, tmp_path: Path) -> None:
-    """The first one reads fewer tokens than the second."""
+def test_prepare_says_which_prompts_are_not_read_to_their_end(sdxl: Path, tmp_path: Path) -> None:
+    """By the text encoder that reads the least."""
     shutil.copytree(sdxl, tmp_path / "model")
     config = tmp_path / "model" / "tokenizer" / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": 20}))
-    run = generate_run(Path("/"), ROWS[:1], task="text-to-image", model={"path": str(tmp_path / "model")}, image=SMALL)
-    engine = ImageEngine(run.spec, tmp_path / "model", [], Hardware("cpu", "fp32"), batch_size=1)
-    assert engine.unread_tokens("x " * 30) == 30 + 2 - 20
+    rows = [{"prompt": "a lute", "negativePrompt": "x " * 19}, {"prompt": "x " * 30}, {"prompt": "x " * 18}]
+    notices.forget()
+    prepare.main(generate_run(tmp_path / "job", rows, task="text-to-image", model={"path": str(tmp_path / "model")}))
+    behind = "longer than the 20 tokens that the text encoders read; their ends are not read, of"
+    told = "tokens. Shorten them; each line of the result says how much is not read"
+    assert notices.given() == [
+        f"spec.inputs.columns.prompt: 1 of 3 are {behind} row 1 12 {told}",
+        f"spec.inputs.columns.negativePrompt: 1 of 1 are {behind} row 0 1 {told}",
+    ]
 
 
 def test_the_order_of_rows_changes_no_file(images: Images) -> None:

@@ -59,7 +59,7 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     else:
         from luthier_trainer.generation import pipelines  # imports torch and diffusers
 
-        parameters = pipelines.check(path, spec, [(adapter, found[i].field) for i, adapter in enumerate(paths)], located.field)
+        parameters = pipelines.check(path, spec, [(adapter, found[i].field) for i, adapter in enumerate(paths)], rows, located.field)
 
     target = folder.prepared / "rows.jsonl"
     with target.open("w") as file:

@@ -46,6 +46,7 @@ class ImageEngine:
             pipe.vae.to(torch.float32)
         pipe.set_progress_bar_config(disable=True)
         pipe.scheduler = make_scheduler(spec.image.scheduler, pipe.scheduler, spec.image.steps)
+        self.tokenizers = [t for t in (pipe.tokenizer, pipe.tokenizer_2) if t is not None]
         self.pipe, self.hardware = pipe, hardware
 
     def problem(self, sample: Sample) -> str | None:
@@ -83,7 +84,8 @@ class ImageEngine:
         if not torch.isfinite(pixels).all():
             return Output(sample, error=f"the image is not finite in {self.hardware.precision}; set spec.precision to bf16 or fp32")
         image = self.pipe.image_processor.postprocess(pixels.float(), output_type="pil")[0]
-        unread = {"unreadTokens": self.unread_tokens(sample.prompt), "unreadNegativeTokens": self.unread_tokens(sample.negative_prompt or "")}
+        texts = {"unreadTokens": sample.prompt, "unreadNegativeTokens": sample.negative_prompt or ""}
+        unread = {name: pipelines.unread_tokens(self.tokenizers, text) for name, text in texts.items()}
         facts = {name: count for name, count in unread.items() if count}
         suffix, content = encode(image, self.settings, sample)
         return Output(sample, facts, image=content, suffix=suffix)
@@ -100,11 +102,6 @@ class ImageEngine:
         else:
             latent = latent / vae.config.scaling_factor
         return vae.decode(latent, return_dict=False)[0]
-
-    def unread_tokens(self, prompt: str) -> int:
-        """Tokens at the end of a prompt that a text encoder does not see, the one that sees the least."""
-        tokenizers = [t for t in (self.pipe.tokenizer, self.pipe.tokenizer_2) if t is not None]
-        return max(max(0, len(t(prompt, truncation=False, verbose=False)["input_ids"]) - t.model_max_length) for t in tokenizers)
 
 
 def pulse(pipe: StableDiffusionXLPipeline, step: int, timestep: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

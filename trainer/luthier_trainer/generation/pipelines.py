@@ -21,6 +21,7 @@ from luthier_trainer.ending import Failure
 from luthier_trainer.generation import lora
 from luthier_trainer.generation.loranames import Names
 from luthier_trainer.generation.schedulers import make_scheduler, rehearse
+from luthier_trainer.notices import notice
 
 MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
 LIBRARIES = ("diffusers", "transformers")  # no code of a repository's own
@@ -28,14 +29,17 @@ POSITIONS = "embeddings.position_ids"  # a buffer that older files of CLIP have 
 SHOWN = 3  # names in a message
 
 
-def check(path: Path, spec: GenerateJobSpec, adapters: Sequence[tuple[Path, str]], field: str) -> int:
-    """Whether the pipeline in `path` can do what `spec` asks for, with `adapters`, their files and fields; its number of parameters. Raises Failure."""
+def check(path: Path, spec: GenerateJobSpec, adapters: Sequence[tuple[Path, str]], rows: Sequence[Mapping[str, Any]], field: str) -> int:
+    """Whether the pipeline in `path` can do what `spec` asks for, with `adapters`, their files and fields; its number of parameters.
+
+    A notice says which of `rows`, the lines of `rows.jsonl`, have prompts that are not read to their end. Raises Failure.
+    """
     index = _index(path, field)
     models = skeletons(path, index, field)
     for name, model in models.items():
         check_weights(path / name, model, field)
     check_size(models["vae"], spec)
-    _read_tokenizers(path, index, field)
+    report_unread(_read_tokenizers(path, index, field), rows)
     rehearse(spec.image.scheduler, make_scheduler(spec.image.scheduler, _read_scheduler(path, index, field), spec.image.steps))
     names = Names({name: model for name, model in models.items() if name != "vae"})
     for file, of in adapters:
@@ -157,14 +161,34 @@ def _class(entry: Sequence[str], field: str) -> Any:
     return kind
 
 
-def _read_tokenizers(path: Path, index: Mapping[str, Any], field: str) -> None:
+def _read_tokenizers(path: Path, index: Mapping[str, Any], field: str) -> list[Any]:
+    found = []
     for name in ("tokenizer", "tokenizer_2"):
         if (index.get(name) or [None])[0]:
             try:
-                _class(index[name], field).from_pretrained(path / name, local_files_only=True)
+                found.append(_class(index[name], field).from_pretrained(path / name, local_files_only=True))
             except Exception as error:  # each tokenizer class fails in its own way on missing files
                 text = " ".join(str(error).split())[:300]
                 raise Failure(ExitCode.INVALID_SPEC, f"{field}: {path / name} has no usable tokenizer: {text}") from error
+    return found
+
+
+def report_unread(tokenizers: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """A notice for the prompts, and one for the negative prompts, that are longer than the text encoders read."""
+    for key in ("prompt", "negativePrompt"):
+        counts = [(unread_tokens(tokenizers, row[key]), row["row"]) for row in rows if row.get(key)]
+        cut = [(count, row) for count, row in counts if count]
+        if cut:
+            most, row = max(cut, key=lambda entry: entry[0])
+            notice(
+                f"spec.inputs.columns.{key}: {len(cut)} of {len(counts)} are longer than the {min(t.model_max_length for t in tokenizers)} tokens that the"
+                f" text encoders read; their ends are not read, of row {row} {most} tokens. Shorten them; each line of the result says how much is not read"
+            )
+
+
+def unread_tokens(tokenizers: Sequence[Any], text: str) -> int:
+    """Tokens at the end of a text that a text encoder does not see, the one that sees the least."""
+    return max(max(0, len(t(text, truncation=False, verbose=False)["input_ids"]) - t.model_max_length) for t in tokenizers)
 
 
 def _read_scheduler(path: Path, index: Mapping[str, Any], field: str) -> Any:
