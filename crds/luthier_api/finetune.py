@@ -235,6 +235,15 @@ class FineTuneJobSpec(JobControl):
             "spec.model.config: only causal-lm starts from new weights; set model.id, path or job for this task",
         ),
         Rule(
+            "!self.model.resizeEmbeddings || self.method.type == 'full'",
+            "spec.model.resizeEmbeddings: an adapter would not hold the new rows, nor would its base; set method.type: full, or add the rows in a job of"
+            " its own and train the adapter on its result (model.job)",
+        ),
+        Rule(
+            f"!self.model.resizeEmbeddings || self.task in {list(TEXTS)}",
+            "spec.model.resizeEmbeddings: the rows of this task hold no text; remove resizeEmbeddings",
+        ),
+        Rule(
             f"self.method.type != 'qlora' || self.task in {list(LINEAR)}",
             "spec.method.type: qlora quantises linear layers, and a model of image-classification need not have any; use lora or full",
         ),

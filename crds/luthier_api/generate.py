@@ -216,6 +216,10 @@ class GenerateJobSpec(JobControl):
                    "workspace", "volumes", "scheduling"),
         VOLUMES_APART,
         alone_on_its_claim("shards"),
+        Rule(
+            "!self.model.resizeEmbeddings",
+            "spec.model.resizeEmbeddings: new rows say nothing before they have learnt; remove it, or add them in a FineTuneJob",
+        ),
         Rule("!has(self.model.config)", "spec.model.config: new weights cannot generate anything; set model.id, path or job"),
         Rule(
             "self.resources.gpus > 0 || self.precision != 'fp16'",

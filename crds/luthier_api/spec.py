@@ -109,10 +109,16 @@ class ModelSource(ApiModel):
     """A FineTuneJob of the same namespace, whose result is the model. An adapter is merged into its base."""
     config: NewModel | None = None
     """Start from new weights."""
+    resize_embeddings: bool = False
+    """Give each token of the tokenizer that has no row in the model's embedding a new one. The new rows are drawn around the mean of the others by the training's seed, and learn. For FineTuneJobs over texts, with method.type: full; `prepare` holds the whole model in memory meanwhile. When left out, such a tokenizer is refused."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(exactly_one("id", "path", "job", "config"), "model: set exactly one of id, path, job and config"),
         Rule("!has(self.revision) || has(self.id)", "model.revision: only a model of the Hub has revisions; set model.id or remove it"),
+        Rule(
+            "!has(self.config) || !self.resizeEmbeddings",
+            "model.resizeEmbeddings: a model from model.config has a row for each token; remove resizeEmbeddings",
+        ),
     )
 
 

@@ -174,6 +174,13 @@ CASES: list[Case] = [
     *(Case("spec.training.evalSteps:", {"spec.training.evalSteps": 10}, {"spec.training.evalSteps": 10, f"spec.dataset.{held_out}": value}) for held_out, value in [
         ("evalSplit", "train[90%:]"), ("evalFiles", ["/data/eval.txt"]), ("evalFraction", 0.1),
     ]),
+    Case("model.resizeEmbeddings: a model from", {"spec.model": {"config": {"modelType": "llama"}, "resizeEmbeddings": True}, "spec.method": {"type": "full"}},
+         {"spec.model": {"config": {"modelType": "llama"}}, "spec.method": {"type": "full"}}),
+    Case("spec.model.resizeEmbeddings: an adapter", {"spec.model": {"path": "/m", "resizeEmbeddings": True}, "spec.method": {"type": "lora"}},
+         {"spec.model": {"path": "/m", "resizeEmbeddings": True}, "spec.method": {"type": "full"}}),
+    Case("spec.model.resizeEmbeddings: the rows of this task",
+         {"spec.task": "image-classification", "spec.model": {"path": "/m", "resizeEmbeddings": True}, "spec.method": {"type": "full"}},
+         {"spec.task": "text-classification", "spec.model": {"path": "/m", "resizeEmbeddings": True}, "spec.method": {"type": "full"}}),
     *(Case("spec.model.config: only causal-lm", {"spec.task": task, "spec.model": {"config": {"modelType": "bert"}}, "spec.method": {"type": "full"}},
            {"spec.task": task, "spec.model": {"path": "/m"}, "spec.method": {"type": "full"}}) for task in ("text-classification", "image-classification")),
     *(Case("spec.method.type: qlora quantises linear layers", {"spec.task": "image-classification", "spec.method": {"type": "qlora"}}, accepted) for accepted in [
@@ -196,6 +203,7 @@ CASES: list[Case] = [
     Case("adapters.revision:", {"spec.adapters": [{"path": "/a", "revision": "v1"}]}, {"spec.adapters": [{"id": "org/a", "revision": "v1"}]}, GENERATE),
     Case("inputs: set exactly one", {"spec.inputs": {}}, {"spec.inputs": {"dataset": {"files": ["/p.jsonl"]}}}, GENERATE),
     Case("text.perPrompt:", {"spec.text": {"perPrompt": 2}}, {"spec.text": {"perPrompt": 2, "temperature": 0.7}}, GENERATE),
+    Case("spec.model.resizeEmbeddings: new rows", {"spec.model": {"path": "/m", "resizeEmbeddings": True}}, {"spec.model": {"path": "/m"}}, GENERATE),
     Case("spec.model.config: new weights cannot", {"spec.model": {"config": {"modelType": "llama"}}}, {"spec.model": {"path": "/m"}}, GENERATE),
     Case("spec.precision:", {"spec.resources": {"gpus": 0}, "spec.precision": "fp16"}, {"spec.precision": "fp16"}, GENERATE),
     Case("spec.model.job:", {"spec.task": "text-to-image", "spec.model": {"job": "tune"}}, {"spec.model": {"job": "tune"}}, GENERATE),

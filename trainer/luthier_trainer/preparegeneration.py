@@ -16,7 +16,7 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.run import GenerateRun, Origin, PreparedRecord
 from luthier_api.status import ResolvedDataset
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer import adapters, carry, modelfacts, modelweights, origins, sources, weightfiles
+from luthier_trainer import adapters, carry, embedding, modelfacts, modelweights, origins, sources, weightfiles
 from luthier_trainer.data import columns
 from luthier_trainer.data.load import Loader, Rows
 from luthier_trainer.ending import Failure
@@ -26,6 +26,7 @@ from luthier_trainer.wholemodel import whole_model
 
 MODEL, INPUTS = "spec.model", "spec.inputs"
 SEED_LIMIT = 2**32
+OTHER_TOKENIZER = "Take the tokenizer that belongs to the model, or give these rows in a FineTuneJob with model.resizeEmbeddings: true"
 
 
 def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedRecord:
@@ -49,7 +50,11 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         modelfacts.check_quantisation(config, {"bitsandbytes", "fp8"}, located.field)
         modelfacts.check_new_tokens(config, spec.text.max_new_tokens, "spec.text.maxNewTokens")
         path = modelweights.fitting(path, config, spec.task, located.field, folder, named_by_adapter=False)
-        modelfacts.read_tokenizer(located.folder or path, located.field).save_pretrained(folder.prepared / "tokenizer")
+        tokenizer = modelfacts.read_tokenizer(located.folder or path, located.field)
+        beyond = embedding.without_row(config, tokenizer, spec.task, located.field)
+        embedding.check(beyond, tokenizer, located.field, OTHER_TOKENIZER)
+        embedding.check_prompts(beyond, (row["prompt"] for row in rows), tokenizer, located.field, OTHER_TOKENIZER)
+        tokenizer.save_pretrained(folder.prepared / "tokenizer")
     paths = [fetch_adapter(a, folder.prepared / "adapters" / str(i), run, i) for i, a in enumerate(found)]
     for i, adapter in enumerate(paths):
         adapters.check(adapter.parent if found[i].file else adapter, spec.adapters[i].job, found[i].field, run, located, path)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,7 +17,7 @@ from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_api.spec import NewModel
 from luthier_api.status import Plan, ResolvedDataset, ResolvedSource
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer import experts, modelfacts, modelweights, origins, sources, space, weightfiles
+from luthier_trainer import embedding, experts, modelfacts, modelweights, origins, sources, space, weightfiles
 from luthier_trainer.data import columns, files, images, labels, texts, tokens
 from luthier_trainer.data.load import Loader, Rows, ranges
 from luthier_trainer.ending import Failure
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 DATASET, MODEL = "spec.dataset", "spec.model"
 LABEL = f"{DATASET}.columns.label"
 TEXTS_AT_ONCE = 1000
+ADD_ROWS = (
+    "Set model.resizeEmbeddings: true with method.type: full, which adds rows that learn; or take the tokenizer that belongs to the model"
+)
 SHOWN = 5  # labels in a notice
 
 
@@ -71,6 +74,8 @@ class Model:
     config: PreTrainedConfig
     processor: Any
     """The tokenizer, or the image processor."""
+    beyond: embedding.Tokens = field(default_factory=dict)
+    """Tokens without a row in the embedding; none of them occurs in every text."""
 
 
 def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedRecord:
@@ -96,6 +101,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         notice(f"{MODEL}: {what_becomes_of_the_head(model, spec.task, examples.labels)}")
 
     data = encode(examples, model.processor, run)
+    embedding.check_rows(model.beyond, data, model.processor, MODEL, ADD_ROWS)
     notice_unmeasured_labels(data, examples.labels)
     dataset_path = folder.prepared / "dataset"
     data.save_to_disk(str(dataset_path))
@@ -234,7 +240,23 @@ def existing_model(located: sources.Located | None, run: FineTuneRun, folder: Wo
     modelfacts.check_quantisation(config, {"bitsandbytes"} if run.spec.method.type == "qlora" else set(), MODEL)
     named_by_adapter = run.spec.method.type != "full" and run.spec.model.id is not None
     path = modelweights.fitting(path, config, run.spec.task, located.field, folder, named_by_adapter)
-    return Model(located.resolved, path, config, modelfacts.read_processor(located.folder or path, run.spec.task, located.field))
+    processor = modelfacts.read_processor(located.folder or path, run.spec.task, located.field)
+    model = Model(located.resolved, path, config, processor)
+    return with_rows(model, run, located.field, folder) if FACTS[run.spec.task].inputs == "text" else model
+
+
+def with_rows(model: Model, run: FineTuneRun, field: str, folder: WorkspaceFolder) -> Model:
+    """The model with a row of its embedding for each token that can occur. Raises Failure."""
+    spec = run.spec
+    beyond = embedding.without_row(model.config, model.processor, spec.task, field)
+    if not spec.model.resize_embeddings:
+        embedding.check(beyond, model.processor, field, ADD_ROWS)
+        return replace(model, beyond=beyond)
+    if not beyond:
+        notice(f"{embedding.RESIZE}: each token of the tokenizer has a row in the embedding already, and nothing was changed")
+        return model
+    path = embedding.resized(model.path, model.config, beyond, spec.task, spec.training.seed, field, folder)
+    return replace(model, path=path, config=modelfacts.read_config(path, field))
 
 
 def what_becomes_of_the_head(model: Model, task: str, labels: list[str]) -> str:
