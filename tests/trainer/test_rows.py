@@ -22,8 +22,11 @@ from PIL import Image
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import TrainingData
+from luthier_api.spec import Csv
 from luthier_trainer import notices
-from luthier_trainer.data import labels
+from luthier_trainer.data import csvregular, decoding, labels
+from luthier_trainer.data.csvrows import CsvFile
+from luthier_trainer.data.decoding import Decoder
 from luthier_trainer.data.load import Loader, Rows
 from luthier_trainer.ending import Failure
 
@@ -199,11 +202,41 @@ def test_any_csv_that_python_writes_is_read_back(tmp_path: Path) -> None:
         assert as_rows(data) == rows
 
 
+def test_arrow_reads_what_csv_reads_or_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random bytes of a CSV, in chunks of a few bytes: the same rows, or the same refusal, as by csv alone."""
+    monkeypatch.setattr(csvregular, "CHUNK", 7)
+    draw = random.Random(7)
+    by_arrow = 0
+    for _ in range(250):
+        quiet = draw.random() < 0.5
+        lines = []
+        for _ in range(draw.randrange(1, 6)):
+            cells = ["".join(draw.choices('ab ä' if quiet else 'ab",\\ \n\ufeff', k=draw.randrange(5))) for _ in range(2)]
+            lines.append(",".join('"' + cell.replace('"', '""') + '"' if draw.random() < 0.5 else cell for cell in cells))
+        end = draw.choice(["\n", "\r\n"])
+        path = tmp_path / "x.csv"
+        path.write_bytes((draw.choice(["", "\ufeff"]) + "text,label" + end + end.join(lines) + draw.choice(["", end])).encode())
+        by_arrow += csvregular.is_regular(path, ",", True)
+        assert outcome(path, False) == outcome(path, True)
+    assert by_arrow > 40
+
+
+def outcome(path: Path, by_csv_alone: bool) -> list[tuple[str, str]] | str:
+    """All rows that are read, or the refusal."""
+    file = CsvFile(path, Decoder(None, "d", "d.files"), Csv(quoting="double"))
+    try:
+        found = file._strictly(["text", "label"], 0) if by_csv_alone else file.batches(["text", "label"])
+        return [row for _, (texts, names) in found for row in zip(map(str, texts), map(str, names), strict=True)]
+    except Failure as failure:
+        return failure.message
+
+
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
-def test_json_of_any_size_is_read_as_python_reads_it(name: str, tmp_path: Path) -> None:
+def test_json_of_any_size_is_read_as_python_reads_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than is decoded at once, so that values lie across the borders of what is in memory."""
+    monkeypatch.setattr(decoding, "CHUNK", 1000)
     draw = random.Random(6)
-    rows = [{"text": "".join(draw.choices('ab"\\{}[],:ä\n\u2028', k=draw.randrange(1, 2000))), "n": draw.randrange(99), "label": i % 7} for i in range(3000)]
+    rows = [{"text": "".join(draw.choices('ab"\\{}[],:ä\n\u2028', k=draw.randrange(1, 500))), "n": draw.randrange(99), "label": i % 7} for i in range(500)]
     content = json.dumps(rows, indent=draw.choice([0, 1])) if name == "x.json" else "".join(json.dumps(row) + "\n" for row in rows)
     assert as_rows(load(tmp_path, {name: content})) == [(row["text"], row["label"]) for row in rows]
 
@@ -244,7 +277,7 @@ def test_text_of_parquet(name: str, kind: pyarrow.DataType, tmp_path: Path) -> N
 
 def test_what_was_given_up_never_reaches_the_rows(tmp_path: Path) -> None:
     """The first rows are written with a type that a later row does not have, and then written again with another."""
-    rows = [{"text": str(i) * 3, "label": i} for i in range(5000)] + [{"text": "x", "label": 0.5}]
+    rows = [{"text": str(i) * 3, "label": i} for i in range(2000)] + [{"text": "x", "label": 0.5}]
     found = load(tmp_path, {"x.jsonl": "".join(json.dumps(row) + "\n" for row in rows)})
     gc.collect()
     assert as_rows(found) == [(row["text"], row["label"]) for row in rows]

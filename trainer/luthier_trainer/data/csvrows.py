@@ -10,7 +10,7 @@ import csv
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,7 +20,7 @@ from typing import Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.spec import Csv
-from luthier_trainer.data import decoding
+from luthier_trainer.data import csvregular, decoding
 from luthier_trainer.data.files import suffix_of
 from luthier_trainer.ending import Failure
 from luthier_trainer.notices import notice
@@ -83,7 +83,8 @@ class CsvFile:
     path: Path
     decoder: decoding.Decoder
     settings: Csv
-    counts: Counts = field(default_factory=Counts)
+    regular: dict[Dialect, bool] = field(default_factory=dict)
+    """Dialect → whether Arrow reads the same rows."""
 
     @cached_property
     def dialect(self) -> Dialect:
@@ -95,7 +96,9 @@ class CsvFile:
         if separator == "\t":
             return Dialect(separator, "none")
         double = Dialect(separator, "double")
-        return self._judged(double, Dialect(separator, "backslash")) if self._has_escaped_quotes() else double
+        if self._is_regular(double) or not self._has_escaped_quotes():
+            return double
+        return self._judged(double, Dialect(separator, "backslash"))
 
     @cached_property
     def header(self) -> list[str]:
@@ -117,18 +120,48 @@ class CsvFile:
             return ""
         return f"The only column is called {self.header[0]!r}. If its cells are separated by {likely}, set {self.decoder.dataset}.csv.separator to {likely}"
 
-    def batches(self, columns: list[str]) -> Iterator[tuple[int, list[list[str]]]]:
+    def batches(self, columns: list[str]) -> Iterator[tuple[int, Any]]:
         """Batches as (number of rows, the cells of each of `columns`). Raises Failure at the first row that does not fit the header."""
         for name in columns:
             if (times := self.header.count(name)) > 1:
                 raise self._refusal(f'{self.path} has {times} columns that are called "{name}". Rename all but one')
+        read = yield from self._regularly(columns)
+        if read is not None:
+            yield from self._strictly(columns, read)
+
+    def _regularly(self, columns: list[str]) -> Generator[tuple[int, Any], None, int | None]:
+        """Batches that Arrow reads as csv does. Returns how many rows they have; None when these are all."""
+        read = 0
+        # In a file of one column, a blank line may be a row, which Arrow does not count.
+        if len(self.header) == 1 or len(set(self.header)) < len(self.header) or not self._is_regular(self.dialect):
+            return read
+        arrow = csvregular.batches(self.path, self.dialect.separator, self.dialect.quoting == "double", columns)
+        while True:
+            try:
+                batch = next(arrow)
+            except StopIteration as end:
+                return None if end.value else read
+            yield len(batch), batch.columns
+            read += len(batch)
+
+    def _is_regular(self, dialect: Dialect) -> bool:
+        if dialect not in self.regular:
+            plain = dialect.quoting != "backslash" and self.decoder.is_plain(self.path)
+            self.regular[dialect] = plain and csvregular.is_regular(self.path, dialect.separator, dialect.quoting == "double")
+        return self.regular[dialect]
+
+    def _strictly(self, columns: list[str], done: int) -> Iterator[tuple[int, list[list[str]]]]:
+        """The same by csv, from row `done` on."""
         cells = [itemgetter(self.header.index(name)) for name in columns]
+        counts = Counts()
         try:
-            for rows in self._rows(self.dialect, self.counts):
-                yield len(rows), [list(map(cell, rows)) for cell in cells]
+            for rows in self._rows(self.dialect, counts):
+                rest = rows[max(done - (counts.rows - len(rows)), 0) :]
+                if rest:
+                    yield len(rest), [list(map(cell, rest)) for cell in cells]
         except Mistake as mistake:
             raise self._refused(mistake) from mistake
-        self._tell()
+        self._tell(counts)
 
     def line_of(self, row: int) -> int:
         """The line, from 1, on which a row begins; found by reading the file again up to it."""
@@ -238,8 +271,8 @@ class CsvFile:
             f" around cells that hold {separator!r}, or name every column in the header"
         )
 
-    def _tell(self) -> None:
-        counts, name = self.counts, self.path.name
+    def _tell(self, counts: Counts) -> None:
+        name = self.path.name
         if counts.several_lines:
             notice(
                 f"{self.decoder.files}: {counts.several_lines} of {counts.rows} rows of {name} span several lines (the first: row"

@@ -68,6 +68,12 @@ class Decoder:
                 raise  # the volume or its permissions, not the data
             raise self._damaged(path, error) from error
 
+    def is_plain(self, path: Path) -> bool:
+        """Whether the file's bytes are UTF-8 as they are, with or without a byte order mark."""
+        with path.open("rb") as file:
+            head = file.read(16)
+        return not any(head.startswith(magic) for magic in COMPRESSIONS) and self._encoding_of(path) in ("utf-8", "utf-8-sig")
+
     def _encoding_of(self, path: Path) -> str:
         with open_bytes(path) as file:
             head = file.read(HEAD_BYTES)
