@@ -88,9 +88,9 @@ class Method(ApiModel):
     alpha: Annotated[int, Field(ge=1, le=4096)] = 32
     """Scale of the adapters: their output counts alpha / rank (lora, qlora)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout before the adapters (lora, qlora)."""
+    """Dropout before the adapters (lora, qlora). Adapters on the experts of a mixture of experts know none."""
     target_modules: Annotated[list[ShortText], Field(min_length=1, max_length=64)] = ["all-linear"]
-    """Modules that get an adapter: all-linear, or names such as q_proj (lora, qlora)."""
+    """Modules that get an adapter: all-linear, or names such as q_proj (lora, qlora); for the experts of a mixture of experts, their parameters' names, such as gate_up_proj."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(

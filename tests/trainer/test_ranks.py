@@ -168,6 +168,7 @@ def test_zero3_offload(tmp_path: Path, llama: Path, data: DatasetDict, alone: An
 CLASSIFIERS = [
     # of        strategy          head made for
     ("text",    "ddp",            ["a", "b"]),
+    ("text",    "zero3-offload",  ["x", "y", "z"]),
     ("text",    "zero3-offload",  ["b", "a"]),  # whose rows are spread over the processes when they have to change places
     ("image",   "ddp",            ["b", "a"]),
     ("image",   "zero2-offload",  ["a", "b"]),
@@ -197,6 +198,8 @@ def test_two_processes_are_one_classifier(
         tmp_path, base, rows, resources={"processesPerNode": 2}, strategy=strategy, training=training | {"microBatchSize": 2}, **spec
     )
     ended = finish(run, tmp_path)
+    names = [load_file(tmp_path / folder / "result/model.safetensors").keys() for folder in ("alone", "job")]
+    assert names[0] == names[1]
     assert losses(run) == pytest.approx(losses(alone), abs=2e-4)
     for figure in {"evalLossBefore", "evalLoss", "accuracy", "tokens"} & metrics.keys():
         assert (ended[0].metrics or {})[figure] == pytest.approx(metrics[figure], abs=2e-4)

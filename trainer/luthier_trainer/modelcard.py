@@ -18,7 +18,7 @@ from luthier_trainer.taskfacts import FACTS, TaskFacts
 PROCESSORS = {"text": "tokenizer", "image": "processor"}  # what one calls it
 TITLES = {
     "evalLoss": "Held-out loss", "evalLossBefore": "Held-out loss before", "perplexity": "Perplexity", "accuracy": "Accuracy",
-    "f1Macro": "F1 (macro)", "majorityShare": "Share of the commonest class", "trainLoss": "Training loss", "steps": "Steps",
+    "f1Macro": "F1 (macro, over all labels)", "majorityShare": "Share of the commonest class", "trainLoss": "Training loss", "steps": "Steps",
     "tokens": "Tokens", "seconds": "Seconds",
 }  # fmt: skip
 

@@ -36,6 +36,7 @@ from luthier_trainer.tasks import TASKS
 from luthier_trainer.telemetry import Telemetry
 from luthier_trainer.trainable import HALF, source_dtype
 from luthier_trainer.utilisation import count_weights
+from luthier_trainer.zero3 import keep_used_conversions
 
 PEFT_PARTS = re.compile(r"^base_model\.model\.|modules_to_save\.default\.|base_layer\.|lora_[AB]\.default\.")  # in the names of weights
 SHOWN = 3  # weights in a line of the log
@@ -71,6 +72,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
     weights = methods.weights_options(spec.method, precision, deepspeed, arguments.device)
     base, whole = task.load_model(prepared.model_path, prepared.dataset.labels, **weights)
+    keep_used_conversions(base)
     if FACTS[spec.task].inputs == "text":
         base.config.pad_token_id = processor.pad_token_id
     use_cache = getattr(base.config, "use_cache", False)

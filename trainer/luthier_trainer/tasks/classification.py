@@ -7,8 +7,9 @@ Neighbours: `text_classification` and `image_classification`, whose rows differ.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers.integrations import deepspeed as zero
 
 from luthier_api.exitcodes import ExitCode
 from luthier_trainer.ending import Failure
+from luthier_trainer.zero3 import left_out, weights_of_other_shape
 
 # What transformers' architectures call the modules behind the encoder, of which only the last knows how many labels there are.
 HEADS = ("classifier", "score", "classification_head", "pre_classifier", "logits_proj")
@@ -52,14 +54,24 @@ class Classification:
 
         `ignore_mismatched_sizes` is meant for the head alone, and transformers applies it to every weight. Raises Failure for another one.
         """
+        left: set[str] = set()
+        if zero.is_deepspeed_zero3_enabled():
+            left = weights_of_other_shape(Path(path), self._shapes(path, options["num_labels"]))
+            options = options | ({"key_mapping": left_out(left)} if left else {})
         model, loaded = self.auto.from_pretrained(path, output_loading_info=True, **options)
-        mismatched = {key[0] if isinstance(key, tuple) else key for key in loaded["mismatched_keys"]}
+        mismatched = left | {key[0] if isinstance(key, tuple) else key for key in loaded["mismatched_keys"]}
         if mismatched and (others := sorted(mismatched - head_weights(model).keys())):
             raise Failure(
                 ExitCode.INVALID_SPEC,
                 f"spec.model: {path} has {', '.join(others[:SHOWN])} in another shape than its config.json says. Copy the files that belong together",
             )
-        return model, set(loaded["missing_keys"]), mismatched
+        return model, set(loaded["missing_keys"]) - left, mismatched
+
+    def _shapes(self, path: str, labels: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the weights of the model in folder `path`, if it had so many labels."""
+        with unsharded(), torch.device("meta"):
+            model = self.auto.from_config(AutoConfig.from_pretrained(path, num_labels=labels))
+        return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
 
     def loss(self, model: PreTrainedModel) -> Any:
         return row_loss  # no classifier of transformers 5.23 divides by the step's rows, and most take the keyword that asks for it
@@ -96,10 +108,16 @@ def twin(model: PreTrainedModel, **settings: Any) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     for name, value in settings.items():
         setattr(config, name, value)
-    zero3, zero.__dict__[ZERO3] = zero.__dict__[ZERO3], None  # models that are made of models would spread those, and have none
+    with unsharded(), torch.device("meta"):
+        return type(model)(config)
+
+
+@contextmanager
+def unsharded() -> Iterator[None]:
+    """Models that are made inside are whole: under ZeRO-3 transformers would spread those that are made of models, also without memory."""
+    zero3, zero.__dict__[ZERO3] = zero.__dict__[ZERO3], None
     try:
-        with torch.device("meta"):
-            return type(model)(config)
+        yield
     finally:
         zero.__dict__[ZERO3] = zero3
 
