@@ -41,6 +41,8 @@ FILES: list[tuple[str, str, str, dict[str, Any], list[tuple[str, int | None]]]] 
     ("CSV with gaps in the seeds", "p.csv", "prompt,seed\na,7\nb,\n", {}, [("a", 7), ("b", None)]),
     ("JSON lines, columns by other names", "p.jsonl", '{"q": "a", "s": 1}\n{"q": "b", "s": 2}\n', {"prompt": "q", "seed": "s"}, [("a", 1), ("b", 2)]),
     ("text, a prompt a line", "p.txt", "a\n\nb\n", {}, [("a", None), ("b", None)]),
+    ("text with a byte order mark", "p.txt", "\ufeffa\n\ufeffb\n", {}, [("a", None), ("b", None)]),
+    ("TSV with ordinary quotation marks", "p.tsv", 'prompt\tn\n"a\t1\nb"\t2\n', {}, [('"a', None), ('b"', None)]),
 ]
 
 
@@ -134,6 +136,13 @@ MISTAKES: list[tuple[str, str, dict[str, Any], ExitCode, str]] = [
      'spec.inputs.columns.prompt: no column "prompt" in p.csv (columns: text, n). Name the one that plays this role'),
     ("a blank prompt", "prompt,n\na,1\n,2\n", {}, ExitCode.INVALID_DATASET,
      'spec.inputs.columns.prompt: column "prompt" of p.csv is blank in 1 of 2 rows. The first is row 1, counted from 0 (line 3 of p.csv). Remove them'),
+    ("an unquoted comma, one column", "prompt\na, b\n", {}, ExitCode.INVALID_DATASET,
+     "spec.inputs.dataset.files: row 0, counted from 0 (line 2 of {folder}/p.csv) has 2 fields, and the header has 1 (prompt). With the first as an index, as pandas"
+     ' has it, it would be prompt=" b"; with the first ones joined, prompt="a, b". Put quotation marks around cells that hold \',\', or name every column in the header'),
+    ("an unquoted comma, two columns", "prompt,n\na,1\nb, c,2\n", {}, ExitCode.INVALID_DATASET,
+     "spec.inputs.dataset.files: row 1, counted from 0 (line 3 of {folder}/p.csv) has 3 fields, and the header has 2 (prompt, n). With the first as an index, as pandas"
+     ' has it, it would be prompt=" c", n="2"; with the first ones joined, prompt="b, c", n="2". Put quotation marks around cells that hold \',\', or name every column'
+     " in the header"),
     ("a named column that is not there", "prompt,seeed\na,1\n", {"columns": {"seed": "seeds"}}, ExitCode.INVALID_DATASET,
      'spec.inputs.columns.seed: no column "seeds" in p.csv (columns: prompt, seeed). Did you mean "seeed"?'),
     ("a seed that is none", "prompt,seed\na,x7\n", {}, ExitCode.INVALID_DATASET,
@@ -156,7 +165,7 @@ def test_a_mistake_names_its_field(
     inputs = {"dataset": {"files": [str(file)]}} | ({"columns": spec["columns"]} if "columns" in spec else {})
     with pytest.raises(Failure) as failure:
         main(make_generate_run(inputs=inputs, **{k: v for k, v in spec.items() if k != "columns"}))
-    assert (failure.value.code, failure.value.message) == (code, message)
+    assert (failure.value.code, failure.value.message) == (code, message.replace("{folder}", str(tmp_path)))
 
 
 def test_a_pipeline(make_generate_run: MakeRun, sdxl: Path) -> None:
