@@ -47,7 +47,7 @@ e2e: setup  ## API and end-to-end tests on the cluster, through helm and kubectl
 bench: setup  ## the figures of docs/benchmarks.md, as JSON
 	PYTHONPATH=tests $(PYTHON) -m perf
 
-exactness: setup  ## outputs equal to the bit, for all architectures, samplers and 31 kills, as JSON (a quarter of an hour)
+exactness: setup  ## outputs equal to the bit, for all architectures, samplers and 31 kills, as JSON (20 minutes)
 	PYTHONPATH=tests $(PYTHON) -m perf exactness
 
 .PHONY: help setup demo test lint generate cluster images e2e bench exactness

@@ -75,10 +75,10 @@ def test_a_killed_shard_goes_on_where_it_stopped(kube: Kube) -> None:
     kube.delete("pod", victim["metadata"]["name"], "--grace-period=0", "--force")
     job = kube.complete("gj", "images")
     result = f"/workspace/{job['status']['workspace']['folder']}/result"
-    rows = [json.loads(line) for line in kube.run("exec", "inspector", "--", "sh", "-c", f"cat {result}/*.jsonl").splitlines()]
+    rows = [json.loads(line) for line in kube.run("exec", "inspector", "--", "sh", "-c", f"cat {result}/*/metadata.jsonl").splitlines()]
     assert sorted(r["row"] for r in rows) == list(range(ROWS))
     verify = ("import hashlib, json, pathlib, sys; top = pathlib.Path(sys.argv[1]); "
-              "print(sum(hashlib.sha256((top / r['file']).read_bytes()).hexdigest() == r['sha256'] for f in top.glob('*.jsonl') for r in map(json.loads, f.open())))")  # fmt: skip
+              "print(sum(hashlib.sha256((f.parent / r['file_name']).read_bytes()).hexdigest() == r['sha256'] for f in top.glob('*/metadata.jsonl') for r in map(json.loads, f.open())))")  # fmt: skip
     assert kube.python("inspector", verify, result).strip() == str(ROWS)
 
 

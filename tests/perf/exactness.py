@@ -1,4 +1,4 @@
-"""Whether outputs are exactly what they should be, for everything that there is: `make exactness`, about a quarter of an hour on two cores.
+"""Whether outputs are exactly what they should be, for everything that there is: `make exactness`, about 20 minutes on two cores.
 
 Architectures: texts in batches equal to transformers' own, one text at a time without padding. Samplers: the same image files from permuted
 rows and from one, two and three shards. Kills: a shard killed at random moments ends with the files of one that was not. `make test` has a
