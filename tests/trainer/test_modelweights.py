@@ -22,10 +22,11 @@ from transformers import (
     BertForSequenceClassification,
     PreTrainedModel,
 )
+from transformers.core_model_loading import revert_weight_conversion
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer import modelweights, notices, weightfiles
+from luthier_trainer import modelfacts, modelweights, notices, weightfiles
 from luthier_trainer.ending import Failure
 from luthier_trainer.prepare import main
 from luthier_trainer.prepared import read_prepared
@@ -325,3 +326,31 @@ def test_mismatched_sizes_are_ignored_for_the_head_alone(models: dict[str, Path]
     path = changed(models["classifier"], tmp_path / "m", rows_added(8))
     with pytest.raises(Failure, match=r"spec\.model: .* has bert\.embeddings\.word_embeddings\.weight in another shape than its config\.json says"):
         TASKS["text-classification"].load_model(str(path), labels)
+
+
+CONVERTED = [
+    # type          task                     settings                                          a weight in the files, and what the model misses without it
+    ("swin",        "image-classification", {},                                                "encoder.layers.0.blocks.0.attention.self.query.weight", "attention.q_proj.weight"),
+    ("gemma3_text", "causal-lm",            {"num_hidden_layers": 2},                          "layers.0.self_attn.q_proj.weight", "q_proj.weight"),
+    ("gpt2",        "causal-lm",            {"n_layer": 2},                                    "h.1.attn.c_attn.weight", "c_attn.weight"),
+    ("mixtral",     "causal-lm",            {"num_hidden_layers": 2, "num_local_experts": 3},  "layers.1.block_sparse_moe.experts.2.w1.weight", "one of them is absent"),
+    ("qwen3_moe",   "causal-lm",            {"num_hidden_layers": 2, "num_experts": 4},        "layers.0.mlp.experts.3.down_proj.weight", "experts.down_proj"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model_type", "task", "settings", "weight", "missed"), CONVERTED, ids=[c[0] for c in CONVERTED])
+def test_names_in_files_may_differ_from_those_in_memory(model_type: str, task: str, settings: dict[str, Any], weight: str, missed: str) -> None:
+    """Experts are fused and weights renamed when a model is loaded. The names in its files are those that transformers would save."""
+    config = AutoConfig.for_model(model_type, **settings)
+    model = modelfacts.skeleton(config, task, FIELD)
+    tied = set(model.all_tied_weights_keys)
+    files = revert_weight_conversion(model, {name: w for name, w in model.state_dict().items() if name not in tied})
+    there = {name: tuple(w.shape) for name, w in files.items()}
+    assert modelweights.lacking(modelweights.compare(there, config, task, FIELD), task) == []
+    name = next(name for name in there if name.endswith(weight))
+    del there[name]
+    try:
+        lacking = modelweights.lacking(modelweights.compare(there, config, task, FIELD), task)
+    except Failure as failure:
+        lacking = [failure.message]
+    assert any(missed in line for line in lacking)

@@ -12,13 +12,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from trainer.conftest import MakeRun
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import Method
 from luthier_api.generate import GenerateJobSpec
 from luthier_api.spec import NewModel
-from luthier_trainer import methods, prepare
+from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer import methods, modelweights, prepare, weightfiles
 from luthier_trainer.ending import Failure
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.text import TextEngine
@@ -163,3 +164,30 @@ def test_what_prepare_says_of_them(
     assert failure.value.code == ExitCode.INVALID_SPEC
     assert failure.value.message.startswith("spec.model")
     assert message in failure.value.message
+
+
+@pytest.mark.parametrize("name", ["plain", "fp8", "nf4"])
+def test_prepare_knows_the_weights_however_they_are_kept(name: str, models: Path, tmp_path: Path) -> None:
+    """Names and shapes are those of the model as it is meant, and statistics and scales are no weights."""
+    plain = AutoModelForCausalLM.from_pretrained(models / "plain")
+    config = AutoConfig.from_pretrained(models / name)
+    assert weightfiles.shapes([models / name / "model.safetensors"]) == {n: tuple(w.shape) for n, w in plain.state_dict().items()}
+    assert weightfiles.count(models / name, "spec.model") == sum(p.numel() for p in plain.parameters())
+    assert modelweights.fitting(models / name, config, "causal-lm", "spec.model", WorkspaceFolder(tmp_path), named_by_adapter=True) == models / name
+    broken = shutil.copytree(models / name, tmp_path / name)
+    weights = load_file(broken / "model.safetensors")
+    lost = {n for n in weights if n.startswith("model.layers.1.mlp.up_proj.weight")}
+    save_file({n: w for n, w in weights.items() if n not in lost}, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Failure, match=r"does not hold 1 of the 21 weights of a LlamaForCausalLM: model\.layers\.1\.mlp\.up_proj\.weight\."):
+        modelweights.fitting(broken, config, "causal-lm", "spec.model", WorkspaceFolder(tmp_path), named_by_adapter=True)
+
+
+def test_weights_in_fp8_without_their_scales_are_refused(models: Path, tmp_path: Path) -> None:
+    """transformers loads such a layer with weights 5,600 times as large, without a word."""
+    broken = shutil.copytree(models / "fp8", tmp_path / "fp8")
+    weights = load_file(broken / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight_scale_inv"]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    config = AutoConfig.from_pretrained(broken)
+    with pytest.raises(Failure, match=r"holds no scales for 1 weights in FP8: model\.layers\.1\.mlp\.up_proj\.weight\. Copy or download it again"):
+        modelweights.fitting(broken, config, "text-generation", "spec.model", WorkspaceFolder(tmp_path), named_by_adapter=False)

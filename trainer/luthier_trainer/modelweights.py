@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")  # what DistributedDataParallel and torch.compile put before names
 SHOWN = 3  # names in a message
+FUSED = (
+    "weights that are joined in memory (those of experts, or of queries, keys and values) do not fit each other, as one of them is absent or has another"
+    " shape. Copy or download it again"
+)
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -49,6 +53,8 @@ def fitting(path: Path, config: PreTrainedConfig, task: str, field: str, folder:
     """
     files = weightfiles.loaded(path, field)
     files += [path / name for name in type(config).extra_files if (path / name).is_file() and path / name not in files]
+    if bare := weightfiles.without_scale(files):
+        raise Failure(ExitCode.INVALID_SPEC, f"{field}: {path} holds no scales for {len(bare)} weights in FP8: {some(bare)}. Copy or download it again")
     there = weightfiles.shapes(files)
     found = compare(there, config, task, field)
     if not (lost := lacking(found, task)):
@@ -80,7 +86,8 @@ def compare(there: Shapes, config: PreTrainedConfig, task: str, field: str) -> C
             None, config=config, state_dict=weights, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
         )
     except Exception as error:  # conversions of shapes that do not fit end in exceptions of many kinds
-        raise Failure(ExitCode.INVALID_SPEC, f"{field}: its weights cannot be loaded as a {kind.__name__}: {' '.join(str(error).split())[:500]}") from error
+        trouble = FUSED if "automatic conversion" in str(error) else " ".join(str(error).split())[:500]
+        raise Failure(ExitCode.INVALID_SPEC, f"{field}: its weights cannot be loaded as a {kind.__name__}: {trouble}") from error
     finally:
         logging.set_verbosity(level)
     mismatched = [(name, tuple(found), tuple(wanted)) for name, found, wanted in loaded["mismatched_keys"]]

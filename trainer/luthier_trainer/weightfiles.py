@@ -151,6 +151,12 @@ def stands_beside(name: str, tensors: Mapping[str, tuple[Path, Mapping[str, Any]
     return any(owner in tensors and tensors[owner][1]["dtype"] in QUANTISED for owner in owners)
 
 
+def without_scale(files: Iterable[Path]) -> list[str]:
+    """The weights in FP8 that no scale stands beside: transformers 5.23 takes such numbers for the weights themselves, hundreds of times too large."""
+    types = {name: tensor["dtype"] for path in files for name, tensor in safetensors_header(path).items() if name != METADATA}
+    return [name for name, kind in types.items() if kind in ("F8_E4M3", "F8_E5M2") and not {f"{name}_scale", f"{name}_scale_inv"} & types.keys()]
+
+
 def quantised_shape(path: Path, tensor: Mapping[str, Any]) -> tuple[int, ...]:
     """The shape in bitsandbytes' description of a weight in 4 bits: JSON, a few hundred bytes."""
     start, end = tensor["data_offsets"]
