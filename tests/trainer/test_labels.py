@@ -110,7 +110,7 @@ def test_classes_of_the_hub_keep_their_order() -> None:
 
 
 def test_a_million_labels_take_eight_bytes_each() -> None:
-    """As a list of Python's texts they took 58 MB and more."""
+    """A list of Python texts would take many times as much."""
     count = 1_000_000
     rows = Rows(Dataset.from_dict({"label": [f"class {i % 5}" for i in range(count)]}), "memory")
     tracemalloc.start()
