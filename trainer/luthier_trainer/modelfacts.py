@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
+from luthier_trainer import piecemodel
 from luthier_trainer.ending import Failure
 from luthier_trainer.notices import notice
 from luthier_trainer.taskfacts import FACTS
@@ -131,6 +132,7 @@ def read_tokenizer(folder: Path, field: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each tokenizer class fails in its own way on missing files
         raise Failure(ExitCode.INVALID_SPEC, f"{field}: {folder} has no usable tokenizer: {' '.join(str(error).split())[:300]}") from error
+    piecemodel.report_differences(folder, tokenizer, field)
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
