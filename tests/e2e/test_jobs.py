@@ -102,6 +102,14 @@ def test_classification_on_a_pretrained_encoder(kube: Kube) -> None:
     assert metrics["accuracy"] > 0.6
 
 
+def test_what_should_be_known_stands_in_the_status_and_is_an_event(kube: Kube) -> None:
+    job = kube.complete("ftj", "classifier")
+    head = next((text for text in job["status"]["notices"] if "begins with random weights" in text), None)
+    assert head, job["status"]["notices"]
+    assert head.startswith("spec.model: it has no head for labels")
+    assert "Notice" in kube.events("classifier")
+
+
 def test_image_classification_over_two_pods(kube: Kube) -> None:
     job = kube.complete("ftj", "reader")
     metrics = job["status"]["metrics"]

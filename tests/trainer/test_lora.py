@@ -406,19 +406,19 @@ REFUSALS = [
         name="a module that the model does not have",
         add={f"{SD15}.lora_up.weight": numbers(320, 4), f"{SD15}.lora_down.weight": numbers(4, 320)},
         metadata={"ss_base_model_version": "sd_v1"},
-        message=f"2 of its 5 tensors belong to no module of this model, or are of a kind that is not known: {SD15}.lora_down.weight, {SD15}.lora_up.weight."
+        message=f"has 5 tensors, of which 2 belong to no module of this model, or are of a kind that is not known: {SD15}.lora_down.weight, {SD15}.lora_up.weight."
         " Adding the others alone would be another adapter. The file says that it was trained for sd_v1. LoRA, LoHa, LoKr and DoRA for Stable Diffusion"
         " XL can be used",
     ),
     Refusal(
         name="a kind that is not known",
         add={f"unet.{ATTENTION_Q}.oft_blocks": numbers(4, 4, 4)},
-        message="1 of its 4 tensors belong to no module",
+        message="has 4 tensors, of which 1 belong to no module",
     ),
     Refusal(
         name="an embedding that was trained beside it",
         add={"bundle_emb.ink.string_to_param.*": numbers(2, 32)},
-        message="1 of its 4 tensors belong to no module of this model, or are of a kind that is not known: bundle_emb.ink.string_to_param.*",
+        message="has 4 tensors, of which 1 belong to no module of this model, or are of a kind that is not known: bundle_emb.ink.string_to_param.*",
     ),
     Refusal(
         name="another width",

@@ -169,9 +169,9 @@ def test_a_column_of_our_own_name_does_not_decide_our_types(name: str, given: li
 
 CUT = [
     # name                 spec                              said
-    ("texts",              {},                               "2 of 4 rows are longer than 8 tokens and are cut"),
+    ("texts",              {},                               "2 of 4 training rows are longer than 8 tokens and are cut"),
     ("texts that fit",     {"maxLength": 16},                None),
-    ("texts to classify",  CLASSIFY,                         "1 of 4 rows are longer than 8 tokens and are cut"),
+    ("texts to classify",  CLASSIFY,                         "1 of 4 training rows are longer than 8 tokens and are cut"),
     ("packed texts",       {"packing": True},                None),
 ]  # fmt: skip
 

@@ -136,4 +136,4 @@ def test_the_spec_says_which(make_run: Any, tiny_model: Path, tmp_path: Path, ca
         _, data = prepared(make_run(f"parse-{parse}".lower(), dataset={"files": [str(path)], "parseSpecialTokens": parse}))
         counts[parse] = [ids.count(end) for ids in data["train"]["input_ids"]]
     assert counts == {False: [1, 1, 1], True: [2, 2, 2]}
-    assert [line for line in capsys.readouterr().out.splitlines() if "3 of 3 rows of x.jsonl spell control tokens" in line]
+    assert [line for line in capsys.readouterr().out.splitlines() if "3 of 3 training rows of x.jsonl spell control tokens" in line]

@@ -50,7 +50,7 @@ class Inputs(Protocol):
 
     def check(self, config: PreTrainedConfig, processor: Any, spec: FineTuneJobSpec, rows: int) -> None: ...
 
-    def encoded(self, rows: Rows, ids: numpy.ndarray | None, processor: Any, spec: FineTuneJobSpec) -> Dataset: ...
+    def encoded(self, rows: Rows, ids: numpy.ndarray | None, processor: Any, spec: FineTuneJobSpec, use: str) -> Dataset: ...
 
 
 INPUTS: Mapping[str, Inputs] = {"text": texts, "image": images}
@@ -290,11 +290,11 @@ def encode(examples: Examples, processor: Any, run: FineTuneRun) -> DatasetDict:
 
     spec, data = run.spec, run.spec.dataset
 
-    def encoded(rows: Rows) -> Dataset:
+    def encoded(rows: Rows, use: str) -> Dataset:
         ids = class_ids(rows, run, examples.labels) if examples.labels else None
-        return INPUTS[FACTS[spec.task].inputs].encoded(rows, ids, processor, spec)
+        return INPUTS[FACTS[spec.task].inputs].encoded(rows, ids, processor, spec, use)
 
-    splits = {"train": encoded(examples.train)} | ({"eval": encoded(examples.eval)} if examples.eval else {})
+    splits = {"train": encoded(examples.train, "training")} | ({"eval": encoded(examples.eval, "held-out")} if examples.eval else {})
     if data.eval_fraction is not None and examples.train.documents:
         # A file has no rows to hold out: blocks of it are.
         blocks = splits["train"]

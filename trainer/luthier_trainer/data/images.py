@@ -164,7 +164,7 @@ def by(shape: tuple[int, ...]) -> str:
     return " × ".join(map(str, shape[1:]))
 
 
-def encoded(rows: Rows, ids: numpy.ndarray | None, processor: BaseImageProcessor, spec: FineTuneJobSpec) -> Dataset:
+def encoded(rows: Rows, ids: numpy.ndarray | None, processor: BaseImageProcessor, spec: FineTuneJobSpec, use: str) -> Dataset:
     """The rows as `train` reads them: pixel_values, which are still files, and labels. `ids`: the class of each."""
     from datasets import Features, Image, Value
 

@@ -54,13 +54,13 @@ def check(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, spec: Fi
         )
 
 
-def encoded(rows: Rows, ids: numpy.ndarray | None, tokenizer: PreTrainedTokenizerBase, spec: FineTuneJobSpec) -> Dataset:
-    """The rows as `train` reads them. `ids`: the class of each, where they are classified."""
+def encoded(rows: Rows, ids: numpy.ndarray | None, tokenizer: PreTrainedTokenizerBase, spec: FineTuneJobSpec, use: str) -> Dataset:
+    """The rows as `train` reads them. `ids`: the class of each, where they are classified. `use`: training or held-out, for notices."""
     text, longest = column(spec), spec.training.max_length
     reader = Reader(tokenizer, spec.dataset.parse_special_tokens)
-    reader.check_spellings(rows.data, text, FIELD, f"{'lines' if rows.documents else 'rows'} of {rows.origin}")
+    reader.check_spellings(rows.data, text, FIELD, f"{use} {'lines' if rows.documents else 'rows'} of {rows.origin}")
     if ids is not None:
-        return tokens.classification_rows(rows.data, text, ids, reader, longest)
+        return tokens.classification_rows(rows.data, text, ids, reader, longest, use)
     if spec.training.packing:
         return packing.blocks(rows.data, text, reader, longest, rows.documents)
-    return tokens.language_rows(rows.data, text, reader, longest)
+    return tokens.language_rows(rows.data, text, reader, longest, use)

@@ -20,8 +20,8 @@ SHORTEST = 2  # a row of one token predicts nothing
 MAX_LENGTH = "spec.training.maxLength"
 
 
-def language_rows(texts: Dataset, column: str, reader: Reader, max_length: int) -> Dataset:
-    """One row a text, ended by the end-of-text token, cut at `max_length`."""
+def language_rows(texts: Dataset, column: str, reader: Reader, max_length: int, use: str = "training") -> Dataset:
+    """One row a text, ended by the end-of-text token, cut at `max_length`. `use`: training or held-out, for notices."""
     cut = 0
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
@@ -31,12 +31,12 @@ def language_rows(texts: Dataset, column: str, reader: Reader, max_length: int) 
         return _language(row[:max_length] for row in rows)
 
     rows = mapped(texts, tokenize, language_features())
-    _tell_cut(cut, len(texts), max_length)
+    _tell_cut(cut, len(texts), max_length, use)
     return _keep_learnable(rows)
 
 
 def classification_rows(
-    texts: Dataset, column: str, labels: numpy.ndarray, reader: Reader, max_length: int
+    texts: Dataset, column: str, labels: numpy.ndarray, reader: Reader, max_length: int, use: str = "training"
 ) -> Dataset:
     """One row a text, cut at `max_length` by the tokenizer, which keeps its closing token; with the id of its class."""
     cut = 0
@@ -48,7 +48,7 @@ def classification_rows(
         return {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows], "labels": labels[indices].tolist()}
 
     rows = mapped(texts, tokenize, _classification_features(), with_indices=True)
-    _tell_cut(cut, len(texts), max_length)
+    _tell_cut(cut, len(texts), max_length, use)
     return rows
 
 
@@ -104,9 +104,9 @@ def mapped(texts: Dataset, function: Any, features: Any, **options: Any) -> Data
     return texts.map(function, batched=True, remove_columns=texts.column_names, features=features, load_from_cache_file=False, **options)
 
 
-def _tell_cut(cut: int, rows: int, max_length: int) -> None:
+def _tell_cut(cut: int, rows: int, max_length: int, use: str) -> None:
     if cut:
-        notice(f"{MAX_LENGTH}: {cut} of {rows} rows are longer than {max_length} tokens and are cut")
+        notice(f"{MAX_LENGTH}: {cut} of {rows} {use} rows are longer than {max_length} tokens and are cut")
 
 
 def _language(rows: Any) -> dict[str, list[Any]]:

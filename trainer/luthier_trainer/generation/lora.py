@@ -151,7 +151,7 @@ def read(path: Path, names: Names, field: str) -> list[Change]:
     if unknown:
         raise _invalid(
             field, path,
-            f"{len(unknown)} of its {len(tensors)} tensors belong to no module of this model, or are of a kind that is not known: {_shown(unknown)}."
+            f"has {len(tensors)} tensors, of which {len(unknown)} belong to no module of this model, or are of a kind that is not known: {_shown(unknown)}."
             f" Adding the others alone would be another adapter.{_trained_for(metadata)} LoRA, LoHa, LoKr and DoRA for Stable Diffusion XL can be used",
         )  # fmt: skip
     if not found:
