@@ -56,6 +56,9 @@ Branch = Annotated[str, Field(max_length=253), Format(REF, "must be the name of 
 Bytes = Annotated[
     str, Field(max_length=32), Format(f"^{ABOVE_ZERO}(k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$", "must be an amount above zero, in bytes, such as 200Gi or 512Mi")
 ]
+Encoding = Annotated[
+    str, Field(max_length=32), Format("^[a-zA-Z0-9][-_a-zA-Z0-9]*$", "must be Python's name of an encoding, such as cp1252 or utf-16-le")
+]
 Cores = Annotated[str, Field(max_length=32), Format(f"^{ABOVE_ZERO}m?$", "must be a number of cores above zero, such as 4, 0.5 or 500m")]
 
 
@@ -146,9 +149,7 @@ class DatasetSource(ApiModel):
     """Format of `files`; told from the first file's suffix when left out."""
     csv: Csv | None = None
     """How CSV files are written."""
-    encoding: Annotated[
-        str | None, Field(max_length=32), Format("^[a-zA-Z0-9][-_a-zA-Z0-9]*$", "must be Python's name of an encoding, such as cp1252 or utf-16-le")
-    ] = None
+    encoding: Encoding | None = None
     """Encoding of files of text (csv, json, jsonl, text). When left out, that of their byte order mark, or UTF-8; files that are not text in it are refused."""
 
     rules: ClassVar[tuple[Rule, ...]] = (

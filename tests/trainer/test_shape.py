@@ -70,7 +70,7 @@ def sample(node: dict[str, Any], defs: dict[str, Any]) -> Any:
             return [sample(node["items"], defs)]
         case "string":
             form = node.get("x-luthier-format")
-            return next(text for text in ("a", "1", "/a") if form is None or re.search(form.pattern, text))
+            return next(text for text in ("a", "1", "/a", "a.safetensors") if form is None or re.search(form.pattern, text))
         case "integer":
             return max(node.get("minimum", 0), node.get("multipleOf", 1))
         case "number":

@@ -154,7 +154,7 @@ def room(config: PreTrainedConfig) -> int | None:
         module
         for name, module in skeleton(config, None, MODEL).named_modules()
         # Tables of sines (XGLM) know a padding row as well, but are computed for any length.
-        if "position" in name.rpartition(".")[2] and isinstance(module, torch.nn.Embedding) and module.padding_idx is not None
+        if "position" in name.rpartition(".")[2] and getattr(module, "padding_idx", None) is not None and isinstance(getattr(module, "weight", None), torch.nn.Parameter)
     ]
     return min([int(positions), *(table.weight.shape[0] - table.padding_idx - 1 for table in tables)])
 
