@@ -162,6 +162,7 @@ NOTICED: list[tuple[str, str, str | bytes, str | None]] = [
     ("cells between quotation marks in TSV", "x.tsv", 'text\tlabel\n"a ""b"""\tc\n', "spec.dataset.csv.quoting: 1 cells of x.tsv begin and end with a quotation mark"),
     ("UTF-16", "x.csv", "text,label\na,b\n".encode(UTF16), "spec.dataset.files: x.csv is read as UTF-16, by its byte order mark"),
     ("joined files", "x.jsonl", '\ufeff{"text": "a"}\n\ufeff{"text": "b"}\n', "spec.dataset.files: x.jsonl has byte order marks at the beginning of 1 lines"),
+    ("blank lines", "x.txt", "a\n\n \nb\n\n", "spec.dataset.files: 2 blank lines of x.txt are left out, and are no rows"),
     ("an ordinary file", "x.csv", "\ufefftext,label\na,b\n\n", None),
 ]  # fmt: skip
 

@@ -223,15 +223,19 @@ class TextFile:
     decoder: decoding.Decoder
 
     def batches(self) -> Iterator[dict[str, list[Any]]]:
-        """Lines that are not blank, without their line breaks."""
+        """Lines that are not blank, without their line breaks. Blank ones between them are counted in a notice."""
         batch: list[str] = []
-        for _, line in self._rows():
+        rows = last = 0
+        for number, line in self._rows():
+            rows, last = rows + 1, number
             batch.append(line.removesuffix("\n"))
             if len(batch) == AT_ONCE:
                 yield {"text": batch}
                 batch = []
         if batch:
             yield {"text": batch}
+        if last > rows:
+            notice(f"{self.decoder.files}: {last - rows} blank lines of {self.path.name} are left out, and are no rows")
 
     def documents(self) -> Iterator[dict[str, list[Any]]]:
         """All lines, with their line breaks; `ends` is true on the last of them. A very long line comes in pieces."""
