@@ -23,9 +23,10 @@ demo: setup  ## the main job: train, adapt and generate on this machine (example
 test: setup  ## unit, operator and trainer tests; what needs a cluster is named at the end
 	$(PYTEST) -n 2 --dist loadfile
 
-lint: setup  ## ruff, mypy, import contracts, generated files
+lint: setup  ## ruff (format and rules), mypy, import contracts, generated files
 	$(PYTHON) -m luthier_api.drawn --check
 	$(PYTHON) docs/render.py --check
+	$(VENV)/bin/ruff format --check --quiet .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports

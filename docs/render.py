@@ -1,6 +1,8 @@
-"""Draws the tables of these pages from the code, so that the two cannot disagree: `python docs/render.py` (`--check` only compares).
+"""Draws the tables of these pages from the code, so that the two cannot disagree: `python docs/render.py` (`--check`
+only compares).
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`. Neighbour: `tests/unit/test_docs.py`, which runs the check.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. Neighbour: `tests/unit/test_docs.py`, which runs the
+check.
 """
 
 from __future__ import annotations
@@ -26,19 +28,29 @@ COST = {Retry.NEVER: "never retried", Retry.COUNTED: "retried, counted", Retry.F
 ADVICE: dict[ExitCode, str] = {
     ExitCode.COMPLETED: "The phase did what it should.",
     ExitCode.INVALID_SPEC: "The manifest asks for something that cannot be. The message names the field.",
-    ExitCode.INVALID_DATASET: "The data do not fit: a column, a label, a split, a file. The message names what was found.",
+    ExitCode.INVALID_DATASET: (
+        "The data do not fit: a column, a label, a split, a file. The message names what was found."
+    ),
     ExitCode.NOT_FOUND: "A model, dataset, revision, file or job is not there.",
     ExitCode.HUB_UNAVAILABLE: "The Hub did not answer. A finished training waits for it; nothing is lost.",
     ExitCode.TRAINING_ERROR: "An exception in the phase. Its last lines are in the status and in the log.",
     ExitCode.INFRASTRUCTURE_ERROR: "The machine, its driver or its network failed.",
     ExitCode.STORAGE_ERROR: "The workspace is full, read-only or broken.",
-    ExitCode.PREEMPTED: "Stopped from outside. Training had saved a checkpoint if it could; the next attempt goes on from the newest.",
+    ExitCode.PREEMPTED: (
+        "Stopped from outside. Training had saved a checkpoint if it could; the next attempt goes on from the newest."
+    ),
     ExitCode.UNAUTHORIZED: "The token is missing, wrong, or without access. See `hub.tokenSecret`.",
     ExitCode.MISCONFIGURED: "The place cannot run this: no GPU, a folder that cannot be written, a missing library.",
-    ExitCode.CUDA_OUT_OF_MEMORY: "Smaller `microBatchSize` or `maxLength`, `gradientCheckpointing: true`, a `zero` strategy, or `method.type: qlora`. What takes how much: [memory](memory.md).",
+    ExitCode.CUDA_OUT_OF_MEMORY: (
+        "Smaller `microBatchSize` or `maxLength`, `gradientCheckpointing: true`, a `zero` strategy, or `method.type:"
+        " qlora`. What takes how much: [memory](memory.md)."
+    ),
     ExitCode.HANG: "No step for longer than the limit. The stacks of all threads are in the log.",
     ExitCode.PEER_LOST: "Another process of the group went away. Its own end says why.",
-    ExitCode.DIVERGED: "Losses, gradients or weights stopped being finite numbers; the message names the newest good checkpoint. A lower `learningRate` or more `warmupSteps`.",
+    ExitCode.DIVERGED: (
+        "Losses, gradients or weights stopped being finite numbers; the message names the newest good checkpoint. A"
+        " lower `learningRate` or more `warmupSteps`."
+    ),
     ExitCode.HOST_OUT_OF_MEMORY: "More `resources.memory`, or fewer processes on a node.",
 }
 STATES: dict[State, str] = {
@@ -75,8 +87,12 @@ OCCASIONS: dict[Reason, str] = {
     Reason.STARTED: "The pods run for the first time.",
     Reason.RESTARTING: "A restart of the run: its number, and the failure before it.",
     Reason.RUNNING: "The pods run again.",
-    Reason.NOTICE: "Nothing failed, but something was dropped, changed, drawn anew or chosen; all of them are in `status.notices`.",
-    Reason.CHECKPOINT_BROKEN: "A checkpoint did not verify and was set aside: where it lies, and from where the run goes on.",
+    Reason.NOTICE: (
+        "Nothing failed, but something was dropped, changed, drawn anew or chosen; all of them are in `status.notices`."
+    ),
+    Reason.CHECKPOINT_BROKEN: (
+        "A checkpoint did not verify and was set aside: where it lies, and from where the run goes on."
+    ),
     Reason.TRAINED: "The training has ended well.",
     Reason.GENERATED: "The generation has ended well.",
     Reason.PUBLISHING: "`publish` begins, or begins again.",
@@ -92,7 +108,15 @@ OCCASIONS: dict[Reason, str] = {
 def table(heads: Sequence[str], rows: Iterator[Sequence[object]]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     return (
-        "\n".join([*lines, *("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows)])
+        "\n".join(
+            [
+                *lines,
+                *(
+                    "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |"
+                    for row in rows
+                ),
+            ]
+        )
         + "\n"
     )
 
@@ -120,7 +144,9 @@ def states() -> str:
 def events() -> str:
     from luthier_operator.announce import EVENTS
 
-    return table(("event", "type", "when"), ((f"`{reason}`", kind, OCCASIONS[reason]) for reason, kind in EVENTS.items()))
+    return table(
+        ("event", "type", "when"), ((f"`{reason}`", kind, OCCASIONS[reason]) for reason, kind in EVENTS.items())
+    )
 
 
 def metrics(found: Sequence[Metric]) -> str:
@@ -148,7 +174,8 @@ def settings() -> str:
 
     fields = Settings.model_fields.items()
     return table(
-        ("variable", "default", "meaning"), ((f"`LUTHIER_{n.upper()}`", default(f.default), f.description or "") for n, f in fields)
+        ("variable", "default", "meaning"),
+        ((f"`LUTHIER_{n.upper()}`", default(f.default), " ".join((f.description or "").split())) for n, f in fields),
     )
 
 
@@ -162,7 +189,11 @@ def walk(node: dict[str, Any], path: str) -> Iterator[Sequence[object]]:
         here = f"{path}.{name}"
         scalar = below["type"] not in ("object", "array") or "properties" not in below
         default = (
-            f"`{json.dumps(below['default'])}`" if "default" in below and scalar else "required" if name in node.get("required", []) else ""
+            f"`{json.dumps(below['default'])}`"
+            if "default" in below and scalar
+            else "required"
+            if name in node.get("required", [])
+            else ""
         )
         kind = " ".join(f"`{v}`" for v in below["enum"]) if "enum" in below else below["type"]
         yield (f"`{here}`", kind, default, below.get("description", ""))
@@ -172,10 +203,17 @@ def walk(node: dict[str, Any], path: str) -> Iterator[Sequence[object]]:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "exit-codes": exit_codes, "conditions": conditions, "reasons": reasons, "states": states, "events": events,
-    "pod-metrics": pod_metrics, "operator-metrics": operator_metrics,
-    "settings": settings, "finetunejob": lambda: fields(JobKind.FINE_TUNE), "generatejob": lambda: fields(JobKind.GENERATE),
-}  # fmt: skip
+    "exit-codes": exit_codes,
+    "conditions": conditions,
+    "reasons": reasons,
+    "states": states,
+    "events": events,
+    "pod-metrics": pod_metrics,
+    "operator-metrics": operator_metrics,
+    "settings": settings,
+    "finetunejob": lambda: fields(JobKind.FINE_TUNE),
+    "generatejob": lambda: fields(JobKind.GENERATE),
+}
 
 
 def render(text: str) -> str:

@@ -1,4 +1,6 @@
-"""The cluster of the session, for the tests that need one; and a plain word at the end about those that were not run without it."""
+"""The cluster of the session, for the tests that need one; and a plain word at the end about those that were not run
+without it.
+"""
 
 from __future__ import annotations
 
@@ -26,4 +28,6 @@ def cluster() -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """`make test` runs without a cluster: say what it left out."""
     if not any("e2e" in str(argument) or "cluster" in str(argument) for argument in config.args):
-        terminalreporter.write_line("Not run here, because they need a cluster: tests/cluster and tests/e2e (`make e2e`, about 15 minutes).")
+        terminalreporter.write_line(
+            "Not run here, because they need a cluster: tests/cluster and tests/e2e (`make e2e`, about 15 minutes)."
+        )

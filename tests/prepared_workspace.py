@@ -1,4 +1,6 @@
-"""A workspace as `prepare` leaves it, made directly: tests of the training then fail for the training's reasons only."""
+"""A workspace as `prepare` leaves it, made directly: tests of the training then fail for the training's reasons
+only.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +30,31 @@ from luthier_trainer.prepared import FINGERPRINT, fingerprint, write_prepared
 LENGTH = 48
 
 
-def prepared_run(root: Path, base: Path, data: DatasetDict, labels: list[str] | None = None, port: int = 29500, **spec: Any) -> FineTuneRun:
-    """The run config of a CPU job whose workspace `root` holds everything that training reads. Keywords replace fields of the spec;
-    `training` and `resources` are merged."""
-    training = {"maxLength": LENGTH, "batchSize": 8, "maxSteps": 10, "learningRate": 2e-3, "logSteps": 1, "saveSteps": 100}
-    spec = {"task": "causal-lm", "model": {"path": str(base)}, "dataset": {"files": ["unused.txt"]}, "method": {"type": "full"}} | spec
+def prepared_run(
+    root: Path, base: Path, data: DatasetDict, labels: list[str] | None = None, port: int = 29500, **spec: Any
+) -> FineTuneRun:
+    """The run config of a CPU job whose workspace `root` holds everything that training reads. Keywords replace fields
+    of the spec; `training` and `resources` are merged.
+    """
+    training = {
+        "maxLength": LENGTH,
+        "batchSize": 8,
+        "maxSteps": 10,
+        "learningRate": 2e-3,
+        "logSteps": 1,
+        "saveSteps": 100,
+    }
+    spec = {
+        "task": "causal-lm",
+        "model": {"path": str(base)},
+        "dataset": {"files": ["unused.txt"]},
+        "method": {"type": "full"},
+    } | spec
     spec["training"] = training | spec.get("training", {})
     spec["resources"] = {"gpusPerNode": 0} | spec.get("resources", {})
-    run = FineTuneRun.model_validate({"name": "job", "workspace": str(root), "metricsPort": 0, "rendezvousPort": port, "spec": spec})
+    run = FineTuneRun.model_validate(
+        {"name": "job", "workspace": str(root), "metricsPort": 0, "rendezvousPort": port, "spec": spec}
+    )
     world, training = run.spec.resources.world_size, run.spec.training
     micro = training.micro_batch_size or training.batch_size // world
     strategy = run.spec.strategy if run.spec.strategy != "auto" else "none" if world == 1 else "ddp"
@@ -43,15 +62,23 @@ def prepared_run(root: Path, base: Path, data: DatasetDict, labels: list[str] | 
     workspace.prepared.mkdir(parents=True)
     data.save_to_disk(workspace.prepared / "dataset")
     read_processor(base, run.spec.task, "spec.model").save_pretrained(workspace.prepared / "processor")
-    record = PreparedRecord.model_validate({
-        "model": {"source": str(base)}, "dataset": {"source": "unused.txt", "rows": len(data["train"]), "labels": labels},
-        "plan": {
-            "strategy": strategy, "worldSize": world, "microBatchSize": micro,
-            "accumulationSteps": training.batch_size // (micro * world), "steps": training.max_steps, "precision": "fp32" if training.precision == "auto" else training.precision,
-            "gradientCheckpointing": bool(training.gradient_checkpointing),
-        },
-        "modelPath": str(base), "datasetPath": str(workspace.prepared / "dataset"),
-    })  # fmt: skip
+    record = PreparedRecord.model_validate(
+        {
+            "model": {"source": str(base)},
+            "dataset": {"source": "unused.txt", "rows": len(data["train"]), "labels": labels},
+            "plan": {
+                "strategy": strategy,
+                "worldSize": world,
+                "microBatchSize": micro,
+                "accumulationSteps": training.batch_size // (micro * world),
+                "steps": training.max_steps,
+                "precision": "fp32" if training.precision == "auto" else training.precision,
+                "gradientCheckpointing": bool(training.gradient_checkpointing),
+            },
+            "modelPath": str(base),
+            "datasetPath": str(workspace.prepared / "dataset"),
+        }
+    )
     sign(run)
     write_prepared(run, record)
     return run
@@ -63,11 +90,21 @@ def sign(run: FineTuneRun) -> None:
 
 
 def save_llama(folder: Path, paragraphs: list[str]) -> Path:
-    """A Llama with new weights, wide enough for bitsandbytes, whose 4-bit blocks on CPU need rows of a multiple of 64."""
+    """A Llama with new weights, wide enough for bitsandbytes, whose 4-bit blocks on CPU need rows of a multiple of
+    64.
+    """
     tokenizer = train_tokenizer(paragraphs[:250], 512)
     tokenizer.save_pretrained(folder)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128}
-    save_new_model(new_config(NewModel(model_type="llama", vocab_size=512, parameters=sizes), tokenizer), folder, seed=1)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 128,
+    }
+    save_new_model(
+        new_config(NewModel(model_type="llama", vocab_size=512, parameters=sizes), tokenizer), folder, seed=1
+    )
     return folder
 
 
@@ -91,9 +128,10 @@ def classification_data(tokenizer: PreTrainedTokenizerBase, paragraphs: list[str
     """Is the paragraph prose (1), or code and tables (0)?"""
     rows = [tokenizer(text, truncation=True, max_length=LENGTH) for text in paragraphs[::8]]
     columns = {
-        "input_ids": [row["input_ids"] for row in rows], "attention_mask": [row["attention_mask"] for row in rows],
+        "input_ids": [row["input_ids"] for row in rows],
+        "attention_mask": [row["attention_mask"] for row in rows],
         "labels": [int(text[0].isupper()) for text in paragraphs[::8]],
-    }  # fmt: skip
+    }
     return split(columns)
 
 
@@ -101,21 +139,32 @@ def image_data() -> DatasetDict:
     """Handwritten digits: is it a one (1), or a zero (0)?"""
     found = load_digits(n_class=2)
     pictures = [Image.fromarray((pixels * 15.9).astype("uint8")) for pixels in found.images[:240]]
-    return split({"pixel_values": pictures, "labels": found.target[:240].tolist()}).cast_column("pixel_values", datasets.Image())
+    return split({"pixel_values": pictures, "labels": found.target[:240].tolist()}).cast_column(
+        "pixel_values", datasets.Image()
+    )
 
 
 def split(columns: dict[str, list[Any]]) -> DatasetDict:
     held_out = range(0, len(columns["labels"]), 6)
     rows = Dataset.from_dict(columns)
-    return DatasetDict(train=rows.select([i for i in range(len(rows)) if i not in held_out]), eval=rows.select(held_out))
+    return DatasetDict(
+        train=rows.select([i for i in range(len(rows)) if i not in held_out]), eval=rows.select(held_out)
+    )
 
 
 def save_encoder(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
     """A small BERT without a head: classification has to add one."""
     config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, max_position_embeddings=64,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -124,12 +173,18 @@ def save_encoder(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
 def losses(run: FineTuneRun) -> list[float]:
     """The reported training losses, from the newest checkpoint's history."""
     newest = max((Path(run.workspace) / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    return [entry["loss"] for entry in json.loads((newest / "trainer_state.json").read_text())["log_history"] if "loss" in entry]
+    return [
+        entry["loss"]
+        for entry in json.loads((newest / "trainer_state.json").read_text())["log_history"]
+        if "loss" in entry
+    ]
 
 
 @contextmanager
 def pod(run: FineTuneRun, folder: Path, node_rank: int = 0, **variables: str) -> Iterator[subprocess.Popen[str]]:
-    """The processes of one pod, started as the supervisor starts them. `folder` is the pod's run folder; its output is `folder`/log."""
+    """The processes of one pod, started as the supervisor starts them. `folder` is the pod's run folder; its output is
+    `folder`/log.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").write_text(json.dumps(run.dump()))
     prepared = PreparedRecord.model_validate_json(WorkspaceFolder(Path(run.workspace)).prepared_record.read_bytes())
@@ -137,7 +192,9 @@ def pod(run: FineTuneRun, folder: Path, node_rank: int = 0, **variables: str) ->
     os.environ[Variables.RUN_DIR] = str(folder)
     try:
         command = launch.command(run, prepared, node_rank)
-        environment = os.environ | launch.environment(run, prepared) | {Variables.RUN: str(folder / "run.json")} | variables
+        environment = (
+            os.environ | launch.environment(run, prepared) | {Variables.RUN: str(folder / "run.json")} | variables
+        )
     finally:
         os.environ[Variables.RUN_DIR] = before or ""
     with (folder / "log").open("w") as log:

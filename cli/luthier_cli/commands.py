@@ -1,6 +1,7 @@
 """The verbs of `luthier`. Each imports what it needs when it is called, so that `--help` and `version` answer at once.
 
-Neighbours: see the package. Output for people goes to stdout, with `-o json` to stderr: stdout then holds one JSON document.
+Neighbours: see the package. Output for people goes to stdout, with `-o json` to stderr: stdout then holds one JSON
+document.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
     from luthier_operator.settings import Settings
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     help="Fine-tune models and generate with them: the same manifest on a laptop and on Kubernetes.",
-)  # fmt: skip
+)
 
 
 class Output(StrEnum):
@@ -36,11 +39,17 @@ class Output(StrEnum):
 
 Files = Annotated[
     list[str],
-    typer.Argument(metavar="FILE...", help="Manifests in order; a later job may use the result of an earlier one. '-' is standard input."),
+    typer.Argument(
+        metavar="FILE...",
+        help="Manifests in order; a later job may use the result of an earlier one. '-' is standard input.",
+    ),
 ]
-Root = Annotated[Path, typer.Option("--workspace", "-w", metavar="DIR", help="Each job works, and leaves its result, in DIR/<name>.")]
+Root = Annotated[
+    Path, typer.Option("--workspace", "-w", metavar="DIR", help="Each job works, and leaves its result, in DIR/<name>.")
+]
 Mounts = Annotated[
-    list[str] | None, typer.Option("--mount", metavar="PATH=FOLDER", help="FOLDER stands for what the manifest mounts at PATH.")
+    list[str] | None,
+    typer.Option("--mount", metavar="PATH=FOLDER", help="FOLDER stands for what the manifest mounts at PATH."),
 ]
 As = Annotated[Output, typer.Option("--output", "-o", help="json: one document on stdout, everything else on stderr.")]
 OnCpu = Annotated[bool, typer.Option("--cpu", help="Run without GPUs whatever the manifest asks for.")]
@@ -50,17 +59,34 @@ DEFAULT_ROOT = Path("luthier-runs")
 
 @app.command()
 def run(
-    files: Files, workspace: Root = DEFAULT_ROOT, mount: Mounts = None, output: As = Output.TEXT, cpu: OnCpu = False, fresh: Fresh = False
+    files: Files,
+    workspace: Root = DEFAULT_ROOT,
+    mount: Mounts = None,
+    output: As = Output.TEXT,
+    cpu: OnCpu = False,
+    fresh: Fresh = False,
 ) -> None:
-    """Run jobs on this machine: prepare, train or generate, publish. Ctrl-C saves a checkpoint; the same command goes on from it."""
+    """Run jobs on this machine: prepare, train or generate, publish. Ctrl-C saves a checkpoint; the same command goes
+    on from it.
+    """
     _run(files, workspace, mount or [], output, cpu, fresh, plan_only=False)
 
 
 @app.command()
 def plan(
-    files: Files, workspace: Root = DEFAULT_ROOT, mount: Mounts = None, output: As = Output.TEXT, cpu: OnCpu = False, fresh: Fresh = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Only check the manifest and say what would be done: nothing is downloaded or written.")] = False,
-) -> None:  # fmt: skip
+    files: Files,
+    workspace: Root = DEFAULT_ROOT,
+    mount: Mounts = None,
+    output: As = Output.TEXT,
+    cpu: OnCpu = False,
+    fresh: Fresh = False,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", help="Only check the manifest and say what would be done: nothing is downloaded or written."
+        ),
+    ] = False,
+) -> None:
     """Prepare a job and show what was found and how it would run. `luthier run` goes on from there."""
     if quick:
         _intend(files, workspace, mount or [], output, cpu)
@@ -70,7 +96,9 @@ def plan(
 
 @app.command()
 def render(files: Files) -> None:
-    """Print the Kubernetes objects that the operator would create, as YAML. Settings come from the environment, as the operator's do."""
+    """Print the Kubernetes objects that the operator would create, as YAML. Settings come from the environment, as the
+    operator's do.
+    """
     import yaml
 
     from luthier_api.kinds import FineTuneJob
@@ -88,22 +116,33 @@ def render(files: Files) -> None:
         """Texts of several lines, such as run.json, as blocks."""
 
     Readable.add_representer(
-        str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+        str,
+        lambda dumper, text: dumper.represent_scalar(
+            "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
+        ),
     )
     sources = [job for job in jobs if isinstance(job, FineTuneJob)]
     for job in jobs:
         drawn = objects(job, settings, sources)
-        typer.echo(yaml.dump_all(drawn, Dumper=Readable, sort_keys=False, explicit_start=True, width=120, allow_unicode=True), nl=False)
+        typer.echo(
+            yaml.dump_all(drawn, Dumper=Readable, sort_keys=False, explicit_start=True, width=120, allow_unicode=True),
+            nl=False,
+        )
 
 
 @app.command()
 def operator() -> None:
-    """Run the operator against the cluster of KUBECONFIG, or the one this process lives in. Settings come from the environment."""
+    """Run the operator against the cluster of KUBECONFIG, or the one this process lives in. Settings come from the
+    environment.
+    """
     from luthier_operator.settings import NO_IMAGE
 
     settings = _settings()
     if settings.trainer_image == NO_IMAGE:
-        problem = "LUTHIER_TRAINER_IMAGE: needed, the image of every pod of a job: the Dockerfile's target trainer, in a registry that the nodes reach"
+        problem = (
+            "LUTHIER_TRAINER_IMAGE: needed, the image of every pod of a job: the Dockerfile's target trainer, in a"
+            " registry that the nodes reach"
+        )
         _refuse([problem], ExitCode.MISCONFIGURED, Output.TEXT)
     with _extra("operator"):
         from luthier_operator.app import run as serve
@@ -134,7 +173,11 @@ def _version(asked: bool) -> None:
 
 
 @app.callback()
-def _options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     pass
 
 
@@ -146,7 +189,11 @@ def _extra(name: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in ("luthier_cli", "luthier_operator", "luthier_api"):
             raise
-        _refuse([f"{error.name} is not installed: pip install '.[{name}]' in Luthier's sources"], ExitCode.MISCONFIGURED, Output.TEXT)
+        _refuse(
+            [f"{error.name} is not installed: pip install '.[{name}]' in Luthier's sources"],
+            ExitCode.MISCONFIGURED,
+            Output.TEXT,
+        )
 
 
 def _settings() -> Settings:
@@ -158,7 +205,8 @@ def _settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        problems = [f"{e['loc'][0]}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]  # without the value: a proxy's may hold a password
+        # Without the value: a proxy's may hold a password
+        problems = [f"{e['loc'][0]}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
         _refuse(problems, ExitCode.MISCONFIGURED, Output.TEXT)
 
 
@@ -175,7 +223,9 @@ def _lay_out(files: list[str], workspace: Path, mount: list[str], cpu: bool) -> 
     return [LocalJob(on_cpu(m) if cpu else m, place) for m in manifests]
 
 
-def _run(files: list[str], workspace: Path, mount: list[str], output: Output, cpu: bool, fresh: bool, *, plan_only: bool) -> None:
+def _run(
+    files: list[str], workspace: Path, mount: list[str], output: Output, cpu: bool, fresh: bool, *, plan_only: bool
+) -> None:
     from rich.console import Console
 
     from luthier_cli.local import check_place
@@ -209,7 +259,9 @@ def _intend(files: list[str], workspace: Path, mount: list[str], output: Output,
     from luthier_cli.screen import intent
 
     try:
-        intents = [intent(job) | {"spec": job.manifest.job.spec.dump()} for job in _lay_out(files, workspace, mount, cpu)]
+        intents = [
+            intent(job) | {"spec": job.manifest.job.spec.dump()} for job in _lay_out(files, workspace, mount, cpu)
+        ]
     except Refused as refused:
         _refuse(refused.problems, refused.code, output)
     if output is Output.JSON:

@@ -1,6 +1,7 @@
 """A job on this machine: its folder, its paths, its devices, its run config.
 
-What volumes, claims and names of pods are on a cluster are folders here. Neighbours: `manifests` gives the jobs, `runner` runs them.
+What volumes, claims and names of pods are on a cluster are folders here. Neighbours: `manifests` gives the jobs,
+`runner` runs them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ from luthier_cli.manifests import Manifest, Refused
 
 RUN_FILE = "run.json"
 # Fields that may change between two runs in one folder, as they may on a cluster while the job lives.
-FREE_FIELDS = {field.alias or name for name, field in JobControl.model_fields.items()} | {"hub", "restarts", "retriesPerShard"}
+FREE_FIELDS = {field.alias or name for name, field in JobControl.model_fields.items()} | {
+    "hub",
+    "restarts",
+    "retriesPerShard",
+}
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,8 @@ class LocalJob:
             if Path(path).is_relative_to(mount) and not Path(mount).exists():
                 raise Refused(
                     [
-                        f"{self.manifest.file}: {field}: {path} lies on a volume of the cluster; say which folder it is here: --mount {mount}=FOLDER"
+                        f"{self.manifest.file}: {field}: {path} lies on a volume of the cluster; say which folder it is"
+                        f" here: --mount {mount}=FOLDER"
                     ],
                     ExitCode.NOT_FOUND,
                 )
@@ -125,16 +131,21 @@ class LocalJob:
         before = self._run_before()
         port = before.rendezvous_port if before and is_free(before.rendezvous_port) else free_port()
         run = {
-            "kind": self.kind.value, "name": self.name, "workspace": str(self.folder.root), "sources": sources, "spec": self.spec,
-            "rendezvousPort": port, "metricsPort": 0,
-        }  # fmt: skip
+            "kind": self.kind.value,
+            "name": self.name,
+            "workspace": str(self.folder.root),
+            "sources": sources,
+            "spec": self.spec,
+            "rendezvousPort": port,
+            "metricsPort": 0,
+        }
         after = (FineTuneRun if self.kind is JobKind.FINE_TUNE else GenerateRun).model_validate(run)
         if before and (changed := difference(before.spec.dump(), after.spec.dump())):
             if any(made.exists() for made in (self.folder.checkpoints, self.folder.shards, self.folder.result)):
                 raise Refused(
                     [
-                        f"{self.manifest.file}: {changed}. {self.folder.root} holds the run of the manifest as it was; give the job another "
-                        "metadata.name, or start it over with --fresh"
+                        f"{self.manifest.file}: {changed}. {self.folder.root} holds the run of the manifest as it was;"
+                        " give the job another metadata.name, or start it over with --fresh"
                     ]
                 )
             self.end("prepare").unlink(missing_ok=True)  # nothing is lost but what `prepare` found, and it looks again
@@ -153,18 +164,27 @@ class LocalJob:
             return read_run(self.run_file.read_bytes())
         except (OSError, ValueError) as error:
             raise Refused(
-                [f"{self.run_file}: not a run config of this version ({type(error).__name__}); start the job over with --fresh"]
+                [
+                    f"{self.run_file}: not a run config of this version ({type(error).__name__}); start the job over"
+                    " with --fresh"
+                ]
             ) from None
 
     def environment(self, phase: Phase, index: int = 0) -> dict[str, str]:
-        """Variables of one supervisor beside its folders: the token for those who need it, GPUs for each node its own."""
-        env = {k: v for k, v in os.environ.items() if k not in (Variables.TOKEN, "HUGGING_FACE_HUB_TOKEN", Variables.RUN)}
-        env.setdefault("LUTHIER_PEER_LOST_LINGER", "1")  # we see all nodes of the group, and find the one to blame by ourselves
+        """Variables of one supervisor beside its folders: the token for those who need it, GPUs for each node its
+        own.
+        """
+        env = {
+            k: v for k, v in os.environ.items() if k not in (Variables.TOKEN, "HUGGING_FACE_HUB_TOKEN", Variables.RUN)
+        }
+        # We see all nodes of the group, and find the one to blame by ourselves
+        env.setdefault("LUTHIER_PEER_LOST_LINGER", "1")
         if phase in ("prepare", "publish") and (token := os.environ.get(Variables.TOKEN)):
             env[Variables.TOKEN] = token
         job = self.manifest.job
         if phase == "run" and isinstance(job, FineTuneJob) and (each := job.spec.resources.gpus_per_node):
-            # As a pod has only what it asks for: one process that sees several GPUs splits its batches over all of them.
+            # As a pod has only what it asks for: one process that sees several GPUs splits its batches over all of
+            # them.
             gpus = visible_gpus()
             if "CUDA_VISIBLE_DEVICES" not in env:
                 env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the driver's, whose indices these are
@@ -180,7 +200,11 @@ def paths_in(spec: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     for i, adapter in enumerate(spec.get("adapters", [])):
         if "path" in adapter:
             found.append((f"spec.adapters[{i}].path", adapter, "path"))
-    dataset, at = (spec["dataset"], "spec.dataset") if "dataset" in spec else (spec["inputs"].get("dataset", {}), "spec.inputs.dataset")
+    dataset, at = (
+        (spec["dataset"], "spec.dataset")
+        if "dataset" in spec
+        else (spec["inputs"].get("dataset", {}), "spec.inputs.dataset")
+    )
     for name in ("files", "evalFiles"):
         files = dataset.get(name, [])
         found += [(f"{at}.{name}[{i}]", files, i) for i in range(len(files))]
@@ -211,8 +235,16 @@ def on_cpu(manifest: Manifest) -> Manifest:
         raise Refused([f"{manifest.file}: without GPUs (--cpu): {problem}" for problem in error.problems]) from None
 
 
-def check_place(jobs: list[LocalJob], environ: dict[str, str], gpus: Callable[[], list[str]] | None = None, *, plan_only: bool = False) -> None:
-    """Everything that can be seen before the first process starts. Planning holds no GPU and publishes nothing. Raises Refused."""
+def check_place(
+    jobs: list[LocalJob],
+    environ: dict[str, str],
+    gpus: Callable[[], list[str]] | None = None,
+    *,
+    plan_only: bool = False,
+) -> None:
+    """Everything that can be seen before the first process starts. Planning holds no GPU and publishes nothing. Raises
+    Refused.
+    """
     problems: list[tuple[ExitCode, str]] = []
     for i, job in enumerate(jobs):
         spec, file = job.manifest.job.spec, job.manifest.file
@@ -221,27 +253,55 @@ def check_place(jobs: list[LocalJob], environ: dict[str, str], gpus: Callable[[]
             if earlier and not plan_only:
                 continue
             if any(j.name == name for j in jobs[i:]):
-                problems.append((ExitCode.INVALID_SPEC, f"{file}: {field}: {name!r} comes later on the command line; name its file first"))
+                problems.append(
+                    (
+                        ExitCode.INVALID_SPEC,
+                        f"{file}: {field}: {name!r} comes later on the command line; name its file first",
+                    )
+                )
             elif not WorkspaceFolder(job.place.folder(name)).result_manifest.exists():
-                what_now = "run it first: what is only planned has no result" if earlier else "run its manifest first, or name it before this one"
-                problems.append((ExitCode.NOT_FOUND, f"{file}: {field}: no finished FineTuneJob {name!r} in {job.place.root}; {what_now}"))
+                what_now = (
+                    "run it first: what is only planned has no result"
+                    if earlier
+                    else "run its manifest first, or name it before this one"
+                )
+                problems.append(
+                    (
+                        ExitCode.NOT_FOUND,
+                        f"{file}: {field}: no finished FineTuneJob {name!r} in {job.place.root}; {what_now}",
+                    )
+                )
         if plan_only:
             continue
         if spec.hub and not environ.get(Variables.TOKEN) and not logged_in():
             problems.append(
                 (
                     ExitCode.UNAUTHORIZED,
-                    f"{file}: spec.hub.tokenSecret: here the token comes from the environment: export {Variables.TOKEN}=..., or log in: hf auth login",
+                    (
+                        f"{file}: spec.hub.tokenSecret: here the token comes from the environment: export"
+                        f" {Variables.TOKEN}=..., or log in: hf auth login"
+                    ),
                 )
             )
         field, needed = gpus_of(job.manifest)
         if needed and (here := len((gpus or visible_gpus)())) < needed:
             problems.append(
-                (ExitCode.MISCONFIGURED, f"{file}: {field}: needs {needed} GPU{'s' * (needed > 1)}, this machine has {here}. Run it on the CPU with --cpu "
-                 f"(or {field.rsplit('.', 1)[1]}: 0), or on a cluster: kubectl apply -f {file}")
-            )  # fmt: skip
+                (
+                    ExitCode.MISCONFIGURED,
+                    (
+                        f"{file}: {field}: needs {needed} GPU{'s' * (needed > 1)}, this machine has {here}. Run it on"
+                        f" the CPU with --cpu (or {field.rsplit('.', 1)[1]}: 0), or on a cluster: kubectl apply -f"
+                        f" {file}"
+                    ),
+                )
+            )
     if missing := [name for name in ("luthier_trainer", "torch", "transformers") if find_spec(name) is None]:
-        problems.append((ExitCode.MISCONFIGURED, f"{', '.join(missing)} not installed: pip install '.[trainer]' in Luthier's sources"))
+        problems.append(
+            (
+                ExitCode.MISCONFIGURED,
+                f"{', '.join(missing)} not installed: pip install '.[trainer]' in Luthier's sources",
+            )
+        )
     if problems:
         raise Refused([text for _, text in problems], problems[0][0])
 
@@ -267,13 +327,17 @@ def gpus_of(manifest: Manifest) -> tuple[str, int]:
 
 
 def visible_gpus() -> list[str]:
-    """Indices or ids of the GPUs that a process of ours would see; asked of the driver, because importing torch takes seconds."""
+    """Indices or ids of the GPUs that a process of ours would see; asked of the driver, because importing torch takes
+    seconds.
+    """
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         return [gpu for gpu in chosen.split(",") if gpu and gpu != "-1"]
     if not shutil.which("nvidia-smi"):
         return []
-    answer = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=False)
+    answer = subprocess.run(
+        ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=False
+    )
     return answer.stdout.split() if answer.returncode == 0 else []
 
 

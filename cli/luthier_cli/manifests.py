@@ -20,16 +20,23 @@ from luthier_api.kinds import FineTuneJob, GenerateJob
 from luthier_api.validation import InvalidJob, check_job
 
 STDIN = "-"
-# What is no text without quotes. PyYAML has other ideas: it takes 1e-4 for a text, 12:30:45 for a number and 2026-03-01 for a date.
+# What is no text without quotes. PyYAML has other ideas: it takes 1e-4 for a text, 12:30:45 for a number and 2026-03-01
+# for a date.
 PLAIN = [
     ("bool", "y|Y|yes|Yes|YES|true|True|TRUE|on|On|ON|n|N|no|No|NO|false|False|FALSE|off|Off|OFF", "yYtToOnNfF"),
     ("int", "[-+]?(0b[01][01_]*|0o?[0-7][0-7_]*|0x[0-9a-fA-F][0-9a-fA-F_]*|0|[1-9][0-9_]*)", "-+0123456789"),
-    ("float", "[-+]?([.][0-9][0-9_]*|[0-9][0-9_]*([.][0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?[.](inf|Inf|INF)|[.](nan|NaN|NAN)", "-+.0123456789"),
+    (
+        "float",
+        "[-+]?([.][0-9][0-9_]*|[0-9][0-9_]*([.][0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?[.](inf|Inf|INF)|[.](nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
 ]
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML as kubectl reads it: each key once, where PyYAML would silently take the last, and plain words as in PLAIN."""
+    """YAML as kubectl reads it: each key once, where PyYAML would silently take the last, and plain words as in
+    PLAIN.
+    """
 
     bool_values: ClassVar = yaml.SafeLoader.bool_values | {"y": True, "n": False}
 
@@ -38,14 +45,18 @@ class StrictLoader(yaml.SafeLoader):
         for key, _ in node.value:
             name = self.construct_object(key, deep=True)
             if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{name!r} is there twice; keep one of them", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{name!r} is there twice; keep one of them", key.start_mark
+                )
             seen.add(name)
         return super().construct_mapping(node, deep)
 
     def construct_finite(self, node: yaml.ScalarNode) -> float:
         value = self.construct_yaml_float(node)
         if not math.isfinite(value):
-            raise yaml.constructor.ConstructorError(None, None, f"{node.value}: JSON has no word for it; write a number", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{node.value}: JSON has no word for it; write a number", node.start_mark
+            )
         return value
 
 
@@ -93,7 +104,9 @@ class Manifest:
 
 
 def read_manifests(files: list[str]) -> list[Manifest]:
-    """The jobs of `files` in order; `-` is standard input. Objects of other groups are left to kubectl. Raises Refused."""
+    """The jobs of `files` in order; `-` is standard input. Objects of other groups are left to kubectl. Raises
+    Refused.
+    """
     found: list[Manifest] = []
     problems: list[str] = []
     for file in files:
@@ -103,7 +116,9 @@ def read_manifests(files: list[str]) -> list[Manifest]:
             problems.append(f"{file}: holds no FineTuneJob and no GenerateJob")
         for document in ours:
             if not isinstance(document, dict):
-                problems.append(f"{file}: not a Kubernetes object but {document!r:.60}; it begins with apiVersion: {API_VERSION}")
+                problems.append(
+                    f"{file}: not a Kubernetes object but {document!r:.60}; it begins with apiVersion: {API_VERSION}"
+                )
                 continue
             if "apiVersion" not in document:
                 problems.append(f"{file}: {_title(document)}: apiVersion: required; write {API_VERSION}")
@@ -113,7 +128,9 @@ def read_manifests(files: list[str]) -> list[Manifest]:
                 problems += [f"{file}: {_title(document)}: {problem}" for problem in error.problems]
                 continue
             if any(m.name == manifest.name for m in found):
-                problems.append(f"{file}: metadata.name: {manifest.name!r} is there twice; each job needs a name of its own")
+                problems.append(
+                    f"{file}: metadata.name: {manifest.name!r} is there twice; each job needs a name of its own"
+                )
             found.append(manifest)
     if problems:
         raise Refused(problems)

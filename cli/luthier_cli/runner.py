@@ -1,7 +1,7 @@
 """A job through its phases on this machine: start, watch, stop, go on where it stopped.
 
-What has ended well is not done again: each step leaves its termination message in the job's folder. Neighbours: `local` says what to
-start, `supervised` is one process, `screen` shows what happens.
+What has ended well is not done again: each step leaves its termination message in the job's folder. Neighbours: `local`
+says what to start, `supervised` is one process, `screen` shows what happens.
 """
 
 from __future__ import annotations
@@ -74,15 +74,24 @@ class Outcome:
         """For scripts: `-o json`."""
         end = self.message
         return {
-            "name": self.job.name, "kind": self.job.kind.value, "file": self.job.manifest.file, "state": self.state, "code": self.code,
+            "name": self.job.name,
+            "kind": self.job.kind.value,
+            "file": self.job.manifest.file,
+            "state": self.state,
+            "code": self.code,
             "reason": end.reason if end else "Completed" if self.state == "Complete" else None,
-            "message": end.message if end else None, "lastLines": end.last_lines if end else None,
-            "folder": str(self.job.folder.root), "result": str(self.job.folder.result) if self.state == "Complete" else None,
+            "message": end.message if end else None,
+            "lastLines": end.last_lines if end else None,
+            "folder": str(self.job.folder.root),
+            "result": str(self.job.folder.result) if self.state == "Complete" else None,
             "finishedBefore": self.finished_before,
-            "prepared": self.prepared.dump() if self.prepared else None, "metrics": self.metrics, "hub": self.hub, "notices": self.notices,
+            "prepared": self.prepared.dump() if self.prepared else None,
+            "metrics": self.metrics,
+            "hub": self.hub,
+            "notices": self.notices,
             "seconds": {phase: round(took, 2) for phase, took in self.seconds.items()},
             "logs": [str(p) for p in sorted(self.job.log("x").parent.glob("*.log"))],
-        }  # fmt: skip
+        }
 
 
 class Stop:
@@ -112,13 +121,17 @@ def only_one(job: LocalJob) -> Iterator[int]:
         root.mkdir(parents=True, exist_ok=True)
         handle = os.open(root / LOCK, os.O_RDWR | os.O_CREAT, 0o664)
     except OSError as error:
-        raise Refused([f"--workspace: {root} cannot be used as a folder: {error.strerror}; choose another one"], ExitCode.MISCONFIGURED) from None
+        raise Refused(
+            [f"--workspace: {root} cannot be used as a folder: {error.strerror}; choose another one"],
+            ExitCode.MISCONFIGURED,
+        ) from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Refused(
-                [f"{job.manifest.file}: another luthier works in {root}; wait for it, or use another --workspace"], ExitCode.STORAGE_ERROR
+                [f"{job.manifest.file}: another luthier works in {root}; wait for it, or use another --workspace"],
+                ExitCode.STORAGE_ERROR,
             ) from None
         yield handle
     finally:
@@ -131,7 +144,9 @@ def run_job(job: LocalJob, watcher: Watcher, stop: Stop, *, plan_only: bool = Fa
         if fresh:
             _empty(job)
         job.write_run()
-        outcome = Outcome(job, finished_before=all(_done(job, phase, group) for phase in job.phases for group in _groups(job, phase)))
+        outcome = Outcome(
+            job, finished_before=all(_done(job, phase, group) for phase in job.phases for group in _groups(job, phase))
+        )
         spec = job.manifest.job.spec
         if spec.suspend and not plan_only:
             outcome.state = "Suspended"
@@ -169,7 +184,9 @@ def _run_phase(job: LocalJob, phase: Phase, watcher: Watcher, stop: Stop, lock: 
         if stop.count:
             return _stopped(phase, "stopped before it began")
         several = len(groups) > 1
-        watcher.began(phase, f"shard {number} of {len(groups)}" if several else f"{len(group)} nodes" if len(group) > 1 else "")
+        watcher.began(
+            phase, f"shard {number} of {len(groups)}" if several else f"{len(group)} nodes" if len(group) > 1 else ""
+        )
         end = _run_group(job, phase, group, watcher, stop, lock)
         watcher.ended(phase, end)
         if end.code != ExitCode.COMPLETED:
@@ -181,8 +198,12 @@ def _run_phase(job: LocalJob, phase: Phase, watcher: Watcher, stop: Stop, lock: 
     return ends[-1].model_copy(update={"metrics": over_shards([end.metrics or {} for end in ends]), "notices": notices})
 
 
-def _run_group(job: LocalJob, phase: Phase, group: Sequence[int], watcher: Watcher, stop: Stop, lock: int) -> TerminationMessage:
-    """Processes that work at once, from their start to the end of the last. Returns the message that explains the end."""
+def _run_group(
+    job: LocalJob, phase: Phase, group: Sequence[int], watcher: Watcher, stop: Stop, lock: int
+) -> TerminationMessage:
+    """Processes that work at once, from their start to the end of the last. Returns the message that explains the
+    end.
+    """
     verb = VERBS[job.kind] if phase == "run" else phase
     members = [Supervised(job, phase, verb, index, lock) for index in group]
     ended: list[Supervised] = []
@@ -213,7 +234,9 @@ def _run_group(job: LocalJob, phase: Phase, group: Sequence[int], watcher: Watch
         time.sleep(POLL_SECONDS)
     messages = [member.message() for member in ended]
     if stop.count > 1:
-        return _stopped(phase, "ended at once, without a checkpoint of its own; the same command goes on from the newest one")
+        return _stopped(
+            phase, "ended at once, without a checkpoint of its own; the same command goes on from the newest one"
+        )
     bad = [m for m in messages if m.code != ExitCode.COMPLETED]
     if bad:
         return min(bad, key=cause_rank)  # a node that lost the one that failed may be the first to end
@@ -244,12 +267,15 @@ def _stopped(phase: Phase, message: str) -> TerminationMessage:
 
 
 def _empty(job: LocalJob) -> None:
-    """Remove what earlier runs left, but not the lock that we hold. Raises Refused when the folder is not one of ours."""
+    """Remove what earlier runs left, but not the lock that we hold. Raises Refused when the folder is not one of
+    ours.
+    """
     entries = [path for path in job.folder.root.iterdir() if path.name != LOCK]
     if entries and not job.run_file.exists():
         raise Refused(
             [
-                f"--fresh: {job.folder.root} holds files but no {job.run_file.name}: it is not a folder of luthier's. Choose another --workspace"
+                f"--fresh: {job.folder.root} holds files but no {job.run_file.name}: it is not a folder of luthier's."
+                " Choose another --workspace"
             ]
         )
     for path in entries:

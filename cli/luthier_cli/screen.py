@@ -1,4 +1,5 @@
-"""What `luthier run` shows people: phases, a progress bar, what was found, a summary. For scripts it stays silent on stdout.
+"""What `luthier run` shows people: phases, a progress bar, what was found, a summary. For scripts it stays silent on
+stdout.
 
 Neighbours: `runner` tells it what happens. On something that is no terminal the bar becomes a line now and then.
 """
@@ -61,7 +62,9 @@ class Screen:
     def progress(self, progress: status.Progress) -> None:
         says = describe(progress)
         if self.bar:
-            done, total = (progress.step, progress.max_steps) if progress.max_steps else (progress.rows, progress.max_rows)
+            done, total = (
+                (progress.step, progress.max_steps) if progress.max_steps else (progress.rows, progress.max_rows)
+            )
             self.bar.update(self.bar.task_ids[0], completed=done, total=total, says=says)
         elif (progress.percent or 0) >= self.line + LINE_PERCENT:
             self.line = progress.percent or 0
@@ -106,11 +109,20 @@ class Screen:
         elif outcome.state == "Suspended":
             self.console.print("  spec.suspend is true: nothing was started")
         elif outcome.state == "Stopped" and end:
-            self.console.print(f"  [yellow]stopped[/] ({end.code}): {escape(end.message) or 'the same command goes on where it stopped'}")
+            self.console.print(
+                f"  [yellow]stopped[/] ({end.code}):"
+                f" {escape(end.message) or 'the same command goes on where it stopped'}"
+            )
         elif outcome.state == "Failed" and end:
             self.console.print(f"  [red]{end.reason}[/] ({end.code}): {escape(end.message)}", highlight=False)
-            if end.last_lines and ExitCode.of(end.code) not in (ExitCode.INVALID_SPEC, ExitCode.INVALID_DATASET, ExitCode.NOT_FOUND):
-                self.console.print("".join(f"    [dim]{escape(line)}[/]\n" for line in end.last_lines.splitlines()[-15:]).rstrip())
+            if end.last_lines and ExitCode.of(end.code) not in (
+                ExitCode.INVALID_SPEC,
+                ExitCode.INVALID_DATASET,
+                ExitCode.NOT_FOUND,
+            ):
+                self.console.print(
+                    "".join(f"    [dim]{escape(line)}[/]\n" for line in end.last_lines.splitlines()[-15:]).rstrip()
+                )
             self.console.print(f"  logs: {escape(_short(job.log('x').parent))}", highlight=False)
 
 
@@ -144,7 +156,10 @@ def found(prepared: Prepared, generates: bool) -> Table:
         rows.append(f"{data.tokens:,} tokens")
     if data.labels:
         rows.append(f"{len(data.labels)} classes")
-    planned = [f"{plan.steps:,} steps" if plan.steps else "", f"{plan.world_size} process{'es' if plan.world_size > 1 else ''}"]
+    planned = [
+        f"{plan.steps:,} steps" if plan.steps else "",
+        f"{plan.world_size} process{'es' if plan.world_size > 1 else ''}",
+    ]
     planned += [plan.strategy if plan.strategy != "none" else "", plan.precision or ""]
     if plan.micro_batch_size:
         planned.append(f"batch {plan.micro_batch_size} × {plan.accumulation_steps or 1} × {plan.world_size}")
@@ -171,17 +186,32 @@ def results(outcome: Outcome) -> Table:
     if before is not None and after is not None:
         table.add_row(
             "held-out loss",
-            f"[bold]{before:.3f} → {after:.3f}[/]" + (f"  (perplexity {p:.1f})" if (p := figures.get("perplexity")) else ""),
+            f"[bold]{before:.3f} → {after:.3f}[/]"
+            + (f"  (perplexity {p:.1f})" if (p := figures.get("perplexity")) else ""),
         )
     if (accuracy := figures.get("accuracy")) is not None:
         share = figures.get("majorityShare")
-        table.add_row("accuracy", f"{accuracy:.3f}" + (f"  (the most frequent class alone: {share:.3f})" if share is not None else ""))
+        table.add_row(
+            "accuracy",
+            f"{accuracy:.3f}" + (f"  (the most frequent class alone: {share:.3f})" if share is not None else ""),
+        )
     steps, tokens, seconds = (figures.get(k) for k in ("steps", "tokens", "seconds"))
     if steps and seconds:
-        table.add_row("trained", f"{steps:,.0f} steps" + (f", {tokens:,.0f} tokens" if tokens else "") + f" in {duration(seconds)}")
+        table.add_row(
+            "trained",
+            f"{steps:,.0f} steps" + (f", {tokens:,.0f} tokens" if tokens else "") + f" in {duration(seconds)}",
+        )
     if (made := figures.get("rows")) is not None:
         failed = figures.get("failedRows", 0)
-        table.add_row("outputs", f"{made:,.0f}" + (f"; [bold]{failed:,.0f} could not be made[/]: see the lines with an error in the result" if failed else ""))
+        table.add_row(
+            "outputs",
+            f"{made:,.0f}"
+            + (
+                f"; [bold]{failed:,.0f} could not be made[/]: see the lines with an error in the result"
+                if failed
+                else ""
+            ),
+        )
     table.add_row("result", escape(_short(outcome.job.folder.result)))
     if outcome.hub:
         table.add_row("published", escape(f"{outcome.hub['url']} @ {str(outcome.hub['revision'])[:12]}"))
@@ -194,7 +224,8 @@ def samples(job: LocalJob) -> list[str]:
         return []
     texts = []
     for shard in sorted(job.folder.result.glob("shard-*.jsonl")):
-        for line in filter(None, shard.read_text().split("\n")):  # splitlines() would also split at U+2028, which a text may hold
+        # Splitlines() would also split at U+2028, which a text may hold
+        for line in filter(None, shard.read_text().split("\n")):
             row = json.loads(line)
             if text := row.get("text"):
                 said = text if len(text) <= SAMPLE_CHARACTERS else text[:SAMPLE_CHARACTERS] + " ..."
@@ -215,9 +246,15 @@ def intent(job: LocalJob) -> dict[str, Any]:
             "strategy": job.manifest.job.spec.strategy,
         }
     return {
-        "name": job.name, "kind": job.kind.value, "task": spec.task, "phases": list(job.phases), "folder": str(job.folder.root), "run": run,
-        "uses": [name for _, name in job.manifest.needs], "publishesTo": spec.hub.repo if spec.hub else None,
-    }  # fmt: skip
+        "name": job.name,
+        "kind": job.kind.value,
+        "task": spec.task,
+        "phases": list(job.phases),
+        "folder": str(job.folder.root),
+        "run": run,
+        "uses": [name for _, name in job.manifest.needs],
+        "publishesTo": spec.hub.repo if spec.hub else None,
+    }
 
 
 def duration(seconds: float) -> str:

@@ -1,7 +1,7 @@
 """One supervisor as a process of this machine: what the kubelet is to a pod.
 
-Its run folder is a temporary one, its output goes to a log, its termination message to a file. Neighbours: `luthier_trainer.supervisor`
-is what runs, `runner` starts and stops it.
+Its run folder is a temporary one, its output goes to a log, its termination message to a file. Neighbours:
+`luthier_trainer.supervisor` is what runs, `runner` starts and stops it.
 """
 
 from __future__ import annotations
@@ -36,15 +36,23 @@ class Supervised:
         for parent in (self.log.parent, self.end.parent):
             parent.mkdir(parents=True, exist_ok=True)
         self.end.unlink(missing_ok=True)
-        own = {Variables.RUN_DIR: self.folder.name, Variables.TERMINATION_LOG: str(self.end), Variables.NODE_RANK: str(index)}
+        own = {
+            Variables.RUN_DIR: self.folder.name,
+            Variables.TERMINATION_LOG: str(self.end),
+            Variables.NODE_RANK: str(index),
+        }
         with self.log.open("ab") as output:
             self.log_start = output.tell()
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "luthier_trainer", verb, "--run", str(job.run_file)],
-                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=job.environment(phase, index) | own,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=job.environment(phase, index) | own,
                 # A session of its own: Ctrl-C must reach the supervisor once, from us, and not its workers too.
-                start_new_session=True, pass_fds=(lock,),
-            )  # fmt: skip
+                start_new_session=True,
+                pass_fds=(lock,),
+            )
 
     def samples(self) -> dict[str, float] | None:
         """What it measures now; None while it serves nothing."""
@@ -79,7 +87,9 @@ class Supervised:
         ours = ExitCode.of(code) or (ExitCode.INFRASTRUCTURE_ERROR if killed else ExitCode.TRAINING_ERROR)
         how = f"was killed by signal {-code if code < 0 else code - 128}" if killed else f"ended with {code}"
         message = f"the supervisor {how} and left no message; see {self.log}"
-        return TerminationMessage(phase=self.phase, code=ours, reason=ours.reason, message=message, last_lines=self.tail())
+        return TerminationMessage(
+            phase=self.phase, code=ours, reason=ours.reason, message=message, last_lines=self.tail()
+        )
 
     def tail(self, lines: int = TAIL_LINES) -> str:
         """The end of what this process wrote."""
@@ -90,7 +100,9 @@ class Supervised:
 
 
 def descendants(pid: int) -> list[int]:
-    """Processes below `pid`, deepest first. The supervisor puts its workers into groups of their own, so a group is not enough."""
+    """Processes below `pid`, deepest first. The supervisor puts its workers into groups of their own, so a group is not
+    enough.
+    """
     try:
         listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=False).stdout
     except FileNotFoundError:

@@ -1,6 +1,7 @@
 """The API of Luthier: what users write, what the operator reports, and what the two sides of it hand each other.
 
-Pure types: neither Kubernetes nor torch is imported here, so that the operator, the pods and the command line can all share them.
+Pure types: neither Kubernetes nor torch is imported here, so that the operator, the pods and the command line can all
+share them.
 """
 
 GROUP = "luthier.dev"

@@ -1,6 +1,8 @@
-"""The base of every API type, and the rules that travel with it into the CRD: those of objects in CEL, those of texts as patterns.
+"""The base of every API type, and the rules that travel with it into the CRD: those of objects in CEL, those of texts
+as patterns.
 
-Neighbours: `crd` draws the schema and its rules, `validation` evaluates the same rules where no API server does (a laptop).
+Neighbours: `crd` draws the schema and its rules, `validation` evaluates the same rules where no API server does (a
+laptop).
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from pydantic_core import CoreSchema, core_schema
 
 @dataclass(frozen=True)
 class Rule:
-    """One CEL rule. Its message opens with the field that the user should look at, from the name of the rule's object on: `hub.repo: ...`."""
+    """One CEL rule. Its message opens with the field that the user should look at, from the name of the rule's object
+    on: `hub.repo: ...`.
+    """
 
     cel: str
     message: str
@@ -29,9 +33,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Format:
-    """How a text has to be written: `pattern` in the syntax of RE2, without quotes; `words` follow the path of the field.
+    """How a text has to be written: `pattern` in the syntax of RE2, without quotes; `words` follow the path of the
+    field.
 
-    JSON Schema would show the pattern alone, which tells nobody what to write. So the CRD has it as a rule with these words.
+    JSON Schema would show the pattern alone, which tells nobody what to write. So the CRD has it as a rule with these
+    words.
     """
 
     pattern: str
@@ -63,10 +69,15 @@ class Format:
 
 
 class ApiModel(BaseModel):
-    """camelCase outside, snake_case inside; frozen; unknown fields are errors. What stands below a field is its description (`crd`)."""
+    """camelCase outside, snake_case inside; frozen; unknown fields are errors. What stands below a field is its
+    description (`crd`).
+    """
 
     model_config = ConfigDict(
-        alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True,
+        alias_generator=to_camel,
+        populate_by_name=True,
+        extra="forbid",
+        frozen=True,
         # PID 1 reads one kind, and fast: nothing is built at import, so defaults that are objects come from factories.
         defer_build=True,
     )

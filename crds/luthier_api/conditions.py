@@ -1,4 +1,6 @@
-"""Condition types, and the reasons of conditions and events of both kinds, in one place. Reasons of failed pods come from `exitcodes`."""
+"""Condition types, and the reasons of conditions and events of both kinds, in one place. Reasons of failed pods come
+from `exitcodes`.
+"""
 
 from __future__ import annotations
 
@@ -62,5 +64,7 @@ class Reason(StrEnum):
     NOTICE = "Notice"
 
 
-OF_EVENTS_ALONE = frozenset({Reason.STARTED, Reason.PUBLISH_FAILED, Reason.SMALL_WORKSPACE, Reason.CHECKPOINT_BROKEN, Reason.NOTICE})
+OF_EVENTS_ALONE = frozenset(
+    {Reason.STARTED, Reason.PUBLISH_FAILED, Reason.SMALL_WORKSPACE, Reason.CHECKPOINT_BROKEN, Reason.NOTICE}
+)
 """Those that no condition ever has."""

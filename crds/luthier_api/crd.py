@@ -1,8 +1,8 @@
 """CRDs drawn from the types.
 
-The walk turns pydantic's JSON schema into the structural OpenAPI schema that the API server wants: references inlined, optional fields
-without null, no `additionalProperties: false` beside `properties` (strict validation refuses unknown fields by itself), rules and
-formats as CEL. Neighbour: `drawn` writes the files.
+The walk turns pydantic's JSON schema into the structural OpenAPI schema that the API server wants: references inlined,
+optional fields without null, no `additionalProperties: false` beside `properties` (strict validation refuses unknown
+fields by itself), rules and formats as CEL. Neighbour: `drawn` writes the files.
 """
 
 from __future__ import annotations
@@ -23,8 +23,23 @@ from luthier_api.base import ApiModel, Format, Rule
 from luthier_api.kinds import CATEGORY, KINDS, JobKind, KindInfo
 
 HEADER = "# Generated from crds/luthier_api by `make generate`. Do not edit.\n"
-KEPT = {"type", "description", "default", "enum", "format", "minimum", "maximum", "multipleOf", "minLength", "maxLength",
-        "minItems", "maxItems", "minProperties", "maxProperties", "required"}  # fmt: skip
+KEPT = {
+    "type",
+    "description",
+    "default",
+    "enum",
+    "format",
+    "minimum",
+    "maximum",
+    "multipleOf",
+    "minLength",
+    "maxLength",
+    "minItems",
+    "maxItems",
+    "minProperties",
+    "maxProperties",
+    "required",
+}
 
 
 class WithFactories(GenerateJsonSchema):
@@ -36,7 +51,9 @@ class WithFactories(GenerateJsonSchema):
 
 
 def descriptions(model: type[ApiModel]) -> dict[str, str]:
-    """Field → the text below it in the source. pydantic could read it, at each import: a quarter of what PID 1 takes to start."""
+    """Field → the text below it in the source. pydantic could read it, at each import: a quarter of what PID 1 takes to
+    start.
+    """
     found: dict[str, str] = {}
     for source in reversed([m for m in model.__mro__ if issubclass(m, ApiModel)]):
         (definition,) = ast.parse(dedent(inspect.getsource(source))).body
@@ -44,12 +61,20 @@ def descriptions(model: type[ApiModel]) -> dict[str, str]:
         for field, text in pairwise(definition.body):
             match field, text:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
-                    found[to_camel(name)] = inspect.cleandoc(words)
+                    found[to_camel(name)] = unwrapped(words)
     return found
 
 
+def unwrapped(text: str) -> str:
+    """A docstring without the line breaks of the source; blank lines stay."""
+    paragraphs = inspect.cleandoc(text).split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
 def structural(schema: dict[str, Any], defs: dict[str, Any], models: dict[str, type[ApiModel]]) -> dict[str, Any]:
-    """One node of the JSON schema as a node of a structural schema. Raises ValueError on what Kubernetes cannot express."""
+    """One node of the JSON schema as a node of a structural schema. Raises ValueError on what Kubernetes cannot
+    express.
+    """
     if "anyOf" in schema:
         options = [o for o in schema["anyOf"] if o.get("type") != "null"]
         if len(options) != 1:
@@ -64,7 +89,8 @@ def structural(schema: dict[str, Any], defs: dict[str, Any], models: dict[str, t
         raise ValueError(f"a pattern without words, use Format: {schema}")
     node = {k: v for k, v in schema.items() if k in KEPT}
     if isinstance(node.get("default"), dict):
-        node["default"] = without_nulls(node["default"])  # whole: rules are checked against it before the fields below add theirs
+        # Whole: rules are checked against it before the fields below add theirs
+        node["default"] = without_nulls(node["default"])
     if "const" in schema:
         node["enum"] = [schema["const"]]
     for bound, exclusive in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
@@ -73,7 +99,8 @@ def structural(schema: dict[str, Any], defs: dict[str, Any], models: dict[str, t
     if "properties" in schema:
         texts = descriptions(model) if model else {}
         node["properties"] = {
-            k: structural(({"description": texts[k]} if k in texts else {}) | v, defs, models) for k, v in schema["properties"].items()
+            k: structural(({"description": texts[k]} if k in texts else {}) | v, defs, models)
+            for k, v in schema["properties"].items()
         }
         keys = getattr(model, "list_map_keys", {})
         for name, key in keys.items():
@@ -108,9 +135,11 @@ def validations(rules: Iterable[Rule]) -> list[dict[str, str]]:
 def without_defaults(node: Any) -> Any:
     """A status is written by the operator alone: a default there would only hide what it did not say."""
     if isinstance(node, dict):
-        return {k: without_defaults(v) for k, v in node.items() if not (k == "default" and not isinstance(v, dict)) and k != "required"} | (
-            {"required": node["required"]} if "required" in node else {}
-        )
+        return {
+            k: without_defaults(v)
+            for k, v in node.items()
+            if not (k == "default" and not isinstance(v, dict)) and k != "required"
+        } | ({"required": node["required"]} if "required" in node else {})
     return [without_defaults(v) for v in node] if isinstance(node, list) else node
 
 
@@ -121,20 +150,45 @@ def crd(kind: JobKind, info: KindInfo) -> dict[str, Any]:
     root = structural(schema, schema["$defs"], models)
     spec, status = root["properties"]["spec"], without_defaults(root["properties"]["status"])
     status.pop("default", None)
-    columns = [{"name": c.name, "jsonPath": c.path, "type": c.type, **({"priority": c.priority} if c.priority else {})} for c in info.columns]
+    columns = [
+        {"name": c.name, "jsonPath": c.path, "type": c.type, **({"priority": c.priority} if c.priority else {})}
+        for c in info.columns
+    ]
     version = {
-        "name": VERSION, "served": True, "storage": True, "subresources": {"status": {}}, "additionalPrinterColumns": columns,
-        "schema": {"openAPIV3Schema": {
-            "type": "object", "description": root["description"], "required": ["spec"],
-            "properties": {"apiVersion": {"type": "string"}, "kind": {"type": "string"}, "metadata": {"type": "object"}, "spec": spec, "status": status},
-            "x-kubernetes-validations": validations(info.model.rules),
-        }},
-    }  # fmt: skip
-    names = {"kind": kind.value, "plural": info.plural, "singular": kind.value.lower(), "shortNames": [info.short], "categories": [CATEGORY]}
+        "name": VERSION,
+        "served": True,
+        "storage": True,
+        "subresources": {"status": {}},
+        "additionalPrinterColumns": columns,
+        "schema": {
+            "openAPIV3Schema": {
+                "type": "object",
+                "description": unwrapped(root["description"]),
+                "required": ["spec"],
+                "properties": {
+                    "apiVersion": {"type": "string"},
+                    "kind": {"type": "string"},
+                    "metadata": {"type": "object"},
+                    "spec": spec,
+                    "status": status,
+                },
+                "x-kubernetes-validations": validations(info.model.rules),
+            }
+        },
+    }
+    names = {
+        "kind": kind.value,
+        "plural": info.plural,
+        "singular": kind.value.lower(),
+        "shortNames": [info.short],
+        "categories": [CATEGORY],
+    }
     return {
-        "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition", "metadata": {"name": f"{info.plural}.{GROUP}"},
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{info.plural}.{GROUP}"},
         "spec": {"group": GROUP, "scope": "Namespaced", "names": names, "versions": [version]},
-    }  # fmt: skip
+    }
 
 
 def all_models(base: type[ApiModel]) -> Iterator[type[ApiModel]]:

@@ -1,4 +1,5 @@
-"""How a pod ends: the one list of exit codes. JobSet and Job failure rules are rendered from it, conditions take their reasons from it.
+"""How a pod ends: the one list of exit codes. JobSet and Job failure rules are rendered from it, conditions take their
+reasons from it.
 
 64 to 78 follow sysexits.h where it has a word for the case; 79 and above are ours.
 """
@@ -52,7 +53,8 @@ class ExitCode(IntEnum):
 
     @property
     def cause_rank(self) -> int:
-        """Where several processes or pods have failed together, the one with the lowest rank is the cause of the others; of equal ones, the first.
+        """Where several processes or pods have failed together, the one with the lowest rank is the cause of the
+        others; of equal ones, the first.
 
         A peer that was lost and an orderly stop are what a failure elsewhere looks like, so these come last.
         """

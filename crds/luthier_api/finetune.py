@@ -29,7 +29,9 @@ from luthier_api.spec import (
 
 FineTuneTask = Literal["causal-lm", "text-classification", "image-classification"]
 LINEAR = ("causal-lm", "text-classification")
-"""Tasks whose models are made of linear layers. Those that look at images may be made of convolutions, which bitsandbytes leaves as they are."""
+"""Tasks whose models are made of linear layers. Those that look at images may be made of convolutions, which
+bitsandbytes leaves as they are.
+"""
 TEXTS = ("causal-lm", "text-classification")
 """Tasks whose rows hold text."""
 LABELLED = ("text-classification", "image-classification")
@@ -45,7 +47,9 @@ class Columns(ApiModel):
     image: ShortText = "image"
     """The image to classify (image-classification), with 8 bits a channel."""
     label: ShortText = "label"
-    """The class of a row (text-classification, image-classification): a name or a number. Images in folders have it by the folder's name: FOLDER/CLASS/image.png."""
+    """The class of a row (text-classification, image-classification): a name or a number. Images in folders have it by
+    the folder's name: FOLDER/CLASS/image.png.
+    """
 
 
 class TrainingData(DatasetSource):
@@ -61,9 +65,13 @@ class TrainingData(DatasetSource):
     """Share of the training rows, chosen by `training.seed`, that is held out to evaluate on."""
     columns: Columns = Field(default_factory=Columns)
     parse_special_tokens: bool = False
-    """Whether control tokens that a text spells, such as </s> or <|im_end|>, are read as these tokens: for text that a chat template has made. Otherwise they are ordinary text (causal-lm, text-classification)."""
+    """Whether control tokens that a text spells, such as </s> or <|im_end|>, are read as these tokens: for text that a
+    chat template has made. Otherwise they are ordinary text (causal-lm, text-classification).
+    """
     merge_labels: bool = False
-    """Whether labels that differ only in blanks, in capitals or in how a number is written (7, 007, 7.0) are one class, which is named as most of its rows have it. They are shown in any case (text-classification, image-classification)."""
+    """Whether labels that differ only in blanks, in capitals or in how a number is written (7, 007, 7.0) are one class,
+    which is named as most of its rows have it. They are shown in any case (text-classification, image-classification).
+    """
 
     rules: ClassVar[tuple[Rule, ...]] = (
         *DatasetSource.rules,
@@ -71,10 +79,17 @@ class TrainingData(DatasetSource):
         train_alone("evalSplit"),
         Rule(
             "!has(self.evalSplit) || self.evalSplit != self.split",
-            "dataset.evalSplit: is what is learnt; choose another split, or parts that do not overlap, such as train[:90%] and train[90%:]",
+            "dataset.evalSplit: is what is learnt; choose another split, or parts that do not overlap, such as"
+            " train[:90%] and train[90%:]",
         ),
-        Rule(at_most_one("evalSplit", "evalFiles", "evalFraction"), "dataset: set at most one of evalSplit, evalFiles and evalFraction"),
-        Rule("!has(self.evalFiles) || has(self.files)", "dataset.evalFiles: belongs to dataset.files; use evalSplit for a Hub dataset"),
+        Rule(
+            at_most_one("evalSplit", "evalFiles", "evalFraction"),
+            "dataset: set at most one of evalSplit, evalFiles and evalFraction",
+        ),
+        Rule(
+            "!has(self.evalFiles) || has(self.files)",
+            "dataset.evalFiles: belongs to dataset.files; use evalSplit for a Hub dataset",
+        ),
     )
 
 
@@ -82,7 +97,9 @@ class Method(ApiModel):
     """Which weights learn, and how."""
 
     type: Literal["full", "lora", "qlora"] = "lora"
-    """full: all weights. lora: low-rank adapters on a frozen model. qlora: the same on a model whose linear layers are quantised to 4 bits (NF4); not for image-classification."""
+    """full: all weights. lora: low-rank adapters on a frozen model. qlora: the same on a model whose linear layers are
+    quantised to 4 bits (NF4); not for image-classification.
+    """
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
     """Rank of the adapters (lora, qlora)."""
     alpha: Annotated[int, Field(ge=1, le=4096)] = 32
@@ -90,7 +107,9 @@ class Method(ApiModel):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout before the adapters (lora, qlora). Adapters on the experts of a mixture of experts know none."""
     target_modules: Annotated[list[ShortText], Field(min_length=1, max_length=64)] = ["all-linear"]
-    """Modules that get an adapter: all-linear, or names such as q_proj (lora, qlora); for the experts of a mixture of experts, their parameters' names, such as gate_up_proj."""
+    """Modules that get an adapter: all-linear, or names such as q_proj (lora, qlora); for the experts of a mixture of
+    experts, their parameters' names, such as gate_up_proj.
+    """
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -110,7 +129,9 @@ class Training(ApiModel):
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
     """Peak learning rate. 2e-4 suits adapters; 1e-5 to 5e-5 suits full fine-tuning of a pretrained model."""
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    """How the learning rate falls after the warm-up. constant: not at all, and without a warm-up; constant_with_warmup has one."""
+    """How the learning rate falls after the warm-up. constant: not at all, and without a warm-up; constant_with_warmup
+    has one.
+    """
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the learning rate rises from zero."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -120,15 +141,21 @@ class Training(ApiModel):
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 8
     """Rows that one optimiser step sees, over all processes and accumulation steps."""
     micro_batch_size: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
-    """Rows that one process sees in one forward pass. When left out: at most 8, and on GPUs, for causal-lm, at most 2,048 tokens or one row. Models that normalise over a batch (BatchNorm) do so over these."""
+    """Rows that one process sees in one forward pass. When left out: at most 8, and on GPUs, for causal-lm, at most
+    2,048 tokens or one row. Models that normalise over a batch (BatchNorm) do so over these.
+    """
     max_length: Annotated[int, Field(ge=8, le=1_048_576)] = 1024
     """Tokens of a row; longer rows are cut (causal-lm with packing: split). Images have none."""
     packing: bool = False
-    """causal-lm: join all rows, separated by the end-of-text token, and cut them into blocks of maxLength. Lines of text files keep their breaks; there the token stands at the end of a file."""
+    """causal-lm: join all rows, separated by the end-of-text token, and cut them into blocks of maxLength. Lines of
+    text files keep their breaks; there the token stands at the end of a file.
+    """
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the computation. auto: bf16 on a GPU that has it, fp16 on one before Ampere, fp32 on CPU."""
     gradient_checkpointing: bool | None = None
-    """Recompute activations in the backward pass: less memory, about a third more time. When left out: on GPUs where the model can, not on CPU."""
+    """Recompute activations in the backward pass: less memory, about a third more time. When left out: on GPUs where
+    the model can, not on CPU.
+    """
     seed: Seed = 42
     """Seed of everything that is drawn: new weights, adapters, the order of rows, and what evalFraction holds out."""
     log_steps: Annotated[int, Field(ge=1)] = 10
@@ -143,7 +170,8 @@ class Training(ApiModel):
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             "self.schedule != 'constant' || self.warmupSteps == 0",
-            "training.warmupSteps: schedule constant has no warm-up; use schedule: constant_with_warmup, or remove warmupSteps",
+            "training.warmupSteps: schedule constant has no warm-up; use schedule: constant_with_warmup, or remove"
+            " warmupSteps",
         ),
         Rule(
             "!has(self.maxSteps) || self.warmupSteps < self.maxSteps",
@@ -169,7 +197,8 @@ class TrainingResources(ApiModel):
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             "!has(self.processesPerNode) || self.gpusPerNode == 0",
-            "resources.processesPerNode: a GPU job runs one process a GPU; remove it, or set gpusPerNode: 0 to train on CPU",
+            "resources.processesPerNode: a GPU job runs one process a GPU; remove it, or set gpusPerNode: 0 to train"
+            " on CPU",
         ),
     )
 
@@ -188,7 +217,9 @@ class Restarts(ApiModel):
     """How often a failed run is started again."""
 
     max: Annotated[int, Field(ge=0, le=100)] = 3
-    """Restarts after failures of the infrastructure; mistakes are never retried, preemptions cost nothing. Read when the run is created: to apply a change to a running job, suspend the job and let it go on."""
+    """Restarts after failures of the infrastructure; mistakes are never retried, preemptions cost nothing. Read when
+    the run is created: to apply a change to a running job, suspend the job and let it go on.
+    """
 
 
 class FineTuneJobSpec(JobControl):
@@ -202,7 +233,9 @@ class FineTuneJobSpec(JobControl):
     training: Training = Field(default_factory=Training)
     resources: TrainingResources = Field(default_factory=TrainingResources)
     strategy: Strategy = "auto"
-    """How processes share the work. auto: one process alone, several by ddp. zero2 and zero3 shard optimiser and weights with DeepSpeed."""
+    """How processes share the work. auto: one process alone, several by ddp. zero2 and zero3 shard optimiser and
+    weights with DeepSpeed.
+    """
     workspace: Workspace = Field(default_factory=Workspace)
     volumes: Volumes = Field(default_factory=list)
     """Claims and config maps of the namespace that every pod of the job sees, read-only: data, models, prompts."""
@@ -211,7 +244,18 @@ class FineTuneJobSpec(JobControl):
     restarts: Restarts = Field(default_factory=Restarts)
 
     rules: ClassVar[tuple[Rule, ...]] = (
-        *immutable("task", "model", "dataset", "method", "training", "resources", "strategy", "workspace", "volumes", "scheduling"),
+        *immutable(
+            "task",
+            "model",
+            "dataset",
+            "method",
+            "training",
+            "resources",
+            "strategy",
+            "workspace",
+            "volumes",
+            "scheduling",
+        ),
         VOLUMES_APART,
         alone_on_its_claim("resources.nodes"),
         Rule(
@@ -227,8 +271,10 @@ class FineTuneJobSpec(JobControl):
             "spec.training.packing: only causal-lm can join rows; remove packing for this task",
         ),
         Rule(
-            "!has(self.training.evalSteps) || has(self.dataset.evalSplit) || has(self.dataset.evalFiles) || has(self.dataset.evalFraction)",
-            "spec.training.evalSteps: no rows are held out to evaluate on; set dataset.evalSplit, evalFiles or evalFraction, or remove evalSteps",
+            "!has(self.training.evalSteps) || has(self.dataset.evalSplit) || has(self.dataset.evalFiles) ||"
+            " has(self.dataset.evalFraction)",
+            "spec.training.evalSteps: no rows are held out to evaluate on; set dataset.evalSplit, evalFiles or"
+            " evalFraction, or remove evalSteps",
         ),
         Rule(
             "!has(self.model.config) || self.task == 'causal-lm'",
@@ -236,8 +282,8 @@ class FineTuneJobSpec(JobControl):
         ),
         Rule(
             "!self.model.resizeEmbeddings || self.method.type == 'full'",
-            "spec.model.resizeEmbeddings: an adapter would not hold the new rows, nor would its base; set method.type: full, or add the rows in a job of"
-            " its own and train the adapter on its result (model.job)",
+            "spec.model.resizeEmbeddings: an adapter would not hold the new rows, nor would its base; set method.type:"
+            " full, or add the rows in a job of its own and train the adapter on its result (model.job)",
         ),
         Rule(
             f"!self.model.resizeEmbeddings || self.task in {list(TEXTS)}",
@@ -245,7 +291,8 @@ class FineTuneJobSpec(JobControl):
         ),
         Rule(
             f"self.method.type != 'qlora' || self.task in {list(LINEAR)}",
-            "spec.method.type: qlora quantises linear layers, and a model of image-classification need not have any; use lora or full",
+            "spec.method.type: qlora quantises linear layers, and a model of image-classification need not have any;"
+            " use lora or full",
         ),
         Rule(
             f"!self.dataset.parseSpecialTokens || self.task in {list(TEXTS)}",
@@ -256,22 +303,26 @@ class FineTuneJobSpec(JobControl):
             "spec.dataset.mergeLabels: the rows of this task have no labels; remove mergeLabels",
         ),
         Rule(
-            "self.task != 'image-classification' || !has(self.dataset.format) || self.dataset.format in ['imagefolder', 'parquet']",
-            "spec.dataset.format: images come in folders or in parquet; use imagefolder or parquet for image-classification",
+            "self.task != 'image-classification' || !has(self.dataset.format) || self.dataset.format in ['imagefolder',"
+            " 'parquet']",
+            "spec.dataset.format: images come in folders or in parquet; use imagefolder or parquet for"
+            " image-classification",
         ),
         Rule(
             "self.resources.gpusPerNode > 0 || self.training.precision != 'fp16'",
             "spec.training.precision: fp16 needs a GPU; use fp32 or bf16 on CPU",
         ),
         Rule(
-            "!has(self.training.microBatchSize) || self.training.batchSize % (self.training.microBatchSize * self.resources.nodes *"
-            " (self.resources.gpusPerNode > 0 ? self.resources.gpusPerNode :"
+            "!has(self.training.microBatchSize) || self.training.batchSize % (self.training.microBatchSize *"
+            " self.resources.nodes * (self.resources.gpusPerNode > 0 ? self.resources.gpusPerNode :"
             " (has(self.resources.processesPerNode) ? self.resources.processesPerNode : 1))) == 0",
             "spec.training.batchSize: must be a multiple of microBatchSize times the number of processes",
         ),
         Rule(
-            "self.training.batchSize % (self.resources.nodes * (self.resources.gpusPerNode > 0 ? self.resources.gpusPerNode :"
-            " (has(self.resources.processesPerNode) ? self.resources.processesPerNode : 1))) == 0",
-            "spec.training.batchSize: must be a multiple of the number of processes (nodes times GPUs or processes a node)",
+            "self.training.batchSize % (self.resources.nodes * (self.resources.gpusPerNode > 0 ?"
+            " self.resources.gpusPerNode : (has(self.resources.processesPerNode) ? self.resources.processesPerNode :"
+            " 1))) == 0",
+            "spec.training.batchSize: must be a multiple of the number of processes (nodes times GPUs or processes a"
+            " node)",
         ),
     )

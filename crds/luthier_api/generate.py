@@ -34,12 +34,17 @@ GenerateTask = Literal["text-generation", "text-to-image"]
 
 
 WeightsFile = Annotated[
-    str, Field(max_length=253),
+    str,
+    Field(max_length=253),
     Format(
-        "^[^/]+(/[^/]+)*[.]safetensors$", never="(^|/)[.][.]?/",
-        words="must be a .safetensors file, by its path in the repository or folder, such as ink.safetensors or styles/ink.safetensors",
+        "^[^/]+(/[^/]+)*[.]safetensors$",
+        never="(^|/)[.][.]?/",
+        words=(
+            "must be a .safetensors file, by its path in the repository or folder, such as ink.safetensors or"
+            " styles/ink.safetensors"
+        ),
     ),
-]  # fmt: skip
+]
 
 
 class Adapter(ApiModel):
@@ -54,14 +59,19 @@ class Adapter(ApiModel):
     path: Path | None = None
     """Folder inside the pods."""
     file: WeightsFile | None = None
-    """Which `.safetensors` file of the repository or folder is the adapter, for example styles/ink.safetensors (text-to-image). Needed where there are several."""
+    """Which `.safetensors` file of the repository or folder is the adapter, for example styles/ink.safetensors
+    (text-to-image). Needed where there are several.
+    """
     weight: Annotated[float, Field(ge=-10, le=10)] = 1.0
     """How much it counts: 1 as it was trained, 0 not at all, below zero the opposite."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(exactly_one("job", "id", "path"), "adapters: set exactly one of job, id and path"),
         Rule("!has(self.revision) || has(self.id)", "adapters.revision: only an adapter of the Hub has revisions"),
-        Rule("!has(self.file) || !has(self.job)", "adapters.file: the result of a FineTuneJob is one adapter; remove file"),
+        Rule(
+            "!has(self.file) || !has(self.job)",
+            "adapters.file: the result of a FineTuneJob is one adapter; remove file",
+        ),
     )
 
 
@@ -82,11 +92,17 @@ class InputColumns(ApiModel):
     prompt: ShortText = "prompt"
     """The prompt. Text files hold one a line and need no name here."""
     negative_prompt: ShortText = "negative_prompt"
-    """What the image should not show (text-to-image). Used where there is such a column; a name other than the default must exist."""
+    """What the image should not show (text-to-image). Used where there is such a column; a name other than the default
+    must exist.
+    """
     seed: ShortText = "seed"
-    """Seed of the row, a whole number below 2^32. Used where there is such a column; a name other than the default must exist."""
+    """Seed of the row, a whole number below 2^32. Used where there is such a column; a name other than the default must
+    exist.
+    """
     carry: Annotated[list[ShortText] | None, Field(max_length=100)] = None
-    """Other columns that each output repeats under `input`, such as ids; all of them when left out, none with []. Text files have the line there."""
+    """Other columns that each output repeats under `input`, such as ids; all of them when left out, none with []. Text
+    files have the line there.
+    """
 
 
 class InputData(DatasetSource):
@@ -124,7 +140,8 @@ class TextSettings(ApiModel):
     temperature: Annotated[float, Field(ge=0, le=10)] = 0.0
     """0: the likeliest token each time. Above: tokens are drawn."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Draw from the likeliest tokens whose probabilities add up to this; 1: from all. Counts with a temperature only."""
+    """Draw from the likeliest tokens whose probabilities add up to this; 1: from all. Counts with a temperature only.
+    """
     top_k: Annotated[int, Field(ge=0)] = 0
     """Draw from the k likeliest tokens; 0: from all. Counts with a temperature only."""
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
@@ -141,16 +158,34 @@ class TextSettings(ApiModel):
 
 
 SchedulerName = Literal[
-    "default", "ddim", "ddpm", "deis", "dpm++2m", "dpm++2m-karras", "dpm++2m-sde", "dpm++sde", "euler", "euler-ancestral", "heun", "kdpm2",
-    "kdpm2-ancestral", "lcm", "lms", "pndm", "tcd", "unipc",
-]  # fmt: skip
+    "default",
+    "ddim",
+    "ddpm",
+    "deis",
+    "dpm++2m",
+    "dpm++2m-karras",
+    "dpm++2m-sde",
+    "dpm++sde",
+    "euler",
+    "euler-ancestral",
+    "heun",
+    "kdpm2",
+    "kdpm2-ancestral",
+    "lcm",
+    "lms",
+    "pndm",
+    "tcd",
+    "unipc",
+]
 
 
 class ImageSettings(ApiModel):
     """How images are generated."""
 
     scheduler: SchedulerName = "default"
-    """Sampler. default: the one that the model's repository names. One that cannot keep what the model was trained with (a zero terminal SNR) is refused."""
+    """Sampler. default: the one that the model's repository names. One that cannot keep what the model was trained with
+    (a zero terminal SNR) is refused.
+    """
     steps: Annotated[int, Field(ge=1, le=1000)] = 30
     """Denoising steps."""
     guidance: Annotated[float, Field(ge=0, le=100)] = 5.0
@@ -183,7 +218,9 @@ class GenerateJobSpec(JobControl):
     """What the model makes: text-generation goes on from prompts, text-to-image draws them (Stable Diffusion XL)."""
     model: ModelSource
     adapters: Annotated[list[Adapter], Field(max_length=8)] = Field(default_factory=list)
-    """LoRA adapters that are added to the model, each by its weight. For images also LoHa, LoKr and DoRA, in files of diffusers, kohya and LyCORIS."""
+    """LoRA adapters that are added to the model, each by its weight. For images also LoHa, LoKr and DoRA, in files of
+    diffusers, kohya and LyCORIS.
+    """
     inputs: Inputs
     text: TextSettings = Field(default_factory=TextSettings)
     """For text-generation."""
@@ -204,7 +241,9 @@ class GenerateJobSpec(JobControl):
     hub: Hub | None = None
     scheduling: Scheduling = Field(default_factory=Scheduling)
     retries_per_shard: Annotated[int, Field(ge=0, le=100)] = 3
-    """How often a shard is started again after a failure of the infrastructure. Read when the run is created: to apply a change to a running job, suspend the job and let it go on."""
+    """How often a shard is started again after a failure of the infrastructure. Read when the run is created: to apply
+    a change to a running job, suspend the job and let it go on.
+    """
 
     @property
     def per_prompt(self) -> int:
@@ -212,15 +251,33 @@ class GenerateJobSpec(JobControl):
         return self.text.per_prompt if self.task == "text-generation" else self.image.per_prompt
 
     rules: ClassVar[tuple[Rule, ...]] = (
-        *immutable("task", "model", "adapters", "inputs", "text", "image", "precision", "batchSize", "seed", "shards", "resources",
-                   "workspace", "volumes", "scheduling"),
+        *immutable(
+            "task",
+            "model",
+            "adapters",
+            "inputs",
+            "text",
+            "image",
+            "precision",
+            "batchSize",
+            "seed",
+            "shards",
+            "resources",
+            "workspace",
+            "volumes",
+            "scheduling",
+        ),
         VOLUMES_APART,
         alone_on_its_claim("shards"),
         Rule(
             "!self.model.resizeEmbeddings",
-            "spec.model.resizeEmbeddings: new rows say nothing before they have learnt; remove it, or add them in a FineTuneJob",
+            "spec.model.resizeEmbeddings: new rows say nothing before they have learnt; remove it, or add them in a"
+            " FineTuneJob",
         ),
-        Rule("!has(self.model.config)", "spec.model.config: new weights cannot generate anything; set model.id, path or job"),
+        Rule(
+            "!has(self.model.config)",
+            "spec.model.config: new weights cannot generate anything; set model.id, path or job",
+        ),
         Rule(
             "self.resources.gpus > 0 || self.precision != 'fp16'",
             "spec.precision: fp16 needs a GPU; use fp32 or bf16 on CPU",
@@ -238,7 +295,8 @@ class GenerateJobSpec(JobControl):
             "spec.adapters.file: only adapters of text-to-image are chosen by file; remove it",
         ),
         Rule(
-            "self.task == 'text-to-image' || !has(self.inputs.rows) || !self.inputs.rows.exists(r, has(r.negativePrompt))",
+            "self.task == 'text-to-image' || !has(self.inputs.rows) || !self.inputs.rows.exists(r,"
+            " has(r.negativePrompt))",
             "spec.inputs.rows.negativePrompt: only text-to-image has negative prompts; remove them",
         ),
-    )  # fmt: skip
+    )

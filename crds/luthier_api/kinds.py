@@ -38,7 +38,10 @@ class Metadata(ApiModel):
 
 
 NAME_RULES = (
-    Rule("size(self.metadata.name) <= 40", "metadata.name: at most 40 characters, so that the names of pods fit; choose a shorter one"),
+    Rule(
+        "size(self.metadata.name) <= 40",
+        "metadata.name: at most 40 characters, so that the names of pods fit; choose a shorter one",
+    ),
     Rule(
         "self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
         "metadata.name: lower-case letters, digits and '-' only, because pods are named after it",
@@ -59,7 +62,8 @@ class FineTuneJob(ApiModel):
         *NAME_RULES,
         Rule(
             "size(self.metadata.name) + size(string(self.spec.resources.nodes - 1)) <= 41",
-            "metadata.name: at most 39 characters with more than 10 nodes, 38 with more than 100, so that the names of pods fit; choose a shorter one",
+            "metadata.name: at most 39 characters with more than 10 nodes, 38 with more than 100, so that the names of"
+            " pods fit; choose a shorter one",
         ),
         Rule(
             "!has(self.spec.model.job) || self.spec.model.job != self.metadata.name",
@@ -107,23 +111,38 @@ SHAPE = Column("Nodes×GPUs", ".status.shape")
 AGE = Column("Age", ".metadata.creationTimestamp", "date")
 KINDS: dict[JobKind, KindInfo] = {
     JobKind.FINE_TUNE: KindInfo(
-        FineTuneJob, "finetunejobs", "ftj", ConditionType.TRAINED,
+        FineTuneJob,
+        "finetunejobs",
+        "ftj",
+        ConditionType.TRAINED,
         (
-            Column("State", ".status.state"), Column("Step", ".status.progress.step", "integer"),
-            Column("Loss", ".status.progress.loss", "number"), SHAPE, Column("Restarts", ".status.restarts", "integer"), AGE,
-            Column("ETA", ".status.progress.etaSeconds", "integer", 1), Column("Tokens/s", ".status.progress.tokensPerSecond", "number", 1),
+            Column("State", ".status.state"),
+            Column("Step", ".status.progress.step", "integer"),
+            Column("Loss", ".status.progress.loss", "number"),
+            SHAPE,
+            Column("Restarts", ".status.restarts", "integer"),
+            AGE,
+            Column("ETA", ".status.progress.etaSeconds", "integer", 1),
+            Column("Tokens/s", ".status.progress.tokensPerSecond", "number", 1),
             Column("Revision", ".status.hub.revision", priority=1),
         ),
     ),
     JobKind.GENERATE: KindInfo(
-        GenerateJob, "generatejobs", "gj", ConditionType.GENERATED,
+        GenerateJob,
+        "generatejobs",
+        "gj",
+        ConditionType.GENERATED,
         (
-            Column("State", ".status.state"), Column("Rows", ".status.progress.rows", "integer"),
-            Column("Of", ".status.progress.maxRows", "integer"), Column("Shards×GPUs", ".status.shape"), AGE,
-            Column("ETA", ".status.progress.etaSeconds", "integer", 1), Column("Revision", ".status.hub.revision", priority=1),
+            Column("State", ".status.state"),
+            Column("Rows", ".status.progress.rows", "integer"),
+            Column("Of", ".status.progress.maxRows", "integer"),
+            Column("Shards×GPUs", ".status.shape"),
+            AGE,
+            Column("ETA", ".status.progress.etaSeconds", "integer", 1),
+            Column("Revision", ".status.hub.revision", priority=1),
         ),
     ),
-}  # fmt: skip
+}
 CATEGORY = "luthier"
 
 

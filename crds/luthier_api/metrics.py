@@ -1,6 +1,7 @@
 """Names of the metrics that the pods serve, and how progress is read from them.
 
-One table for three readers: the trainer makes its gauges from it, operator and `luthier run` read progress through it, docs list it.
+One table for three readers: the trainer makes its gauges from it, operator and `luthier run` read progress through it,
+docs list it.
 """
 
 from __future__ import annotations
@@ -31,37 +32,57 @@ EVAL_LOSS = Metric("luthier_train_eval_loss", "Loss on the held-out rows")
 TRAIN_LEARNING_RATE = Metric("luthier_train_learning_rate", "Learning rate")
 TRAIN_GRAD_NORM = Metric("luthier_train_grad_norm", "Norm of the gradients before clipping")
 TRAIN_TOKENS = Metric("luthier_train_tokens_total", "Tokens trained on, padding excluded, over all ranks", "counter")
-TRAIN_TOKENS_PER_SECOND = Metric("luthier_train_tokens_per_second", "Tokens a second over all ranks, since the last report")
+TRAIN_TOKENS_PER_SECOND = Metric(
+    "luthier_train_tokens_per_second", "Tokens a second over all ranks, since the last report"
+)
 TRAIN_SAMPLES = Metric("luthier_train_samples_total", "Rows trained on in this attempt, over all ranks", "counter")
-TRAIN_SAMPLES_PER_SECOND = Metric("luthier_train_samples_per_second", "Rows a second over all ranks, since the last report")
+TRAIN_SAMPLES_PER_SECOND = Metric(
+    "luthier_train_samples_per_second", "Rows a second over all ranks, since the last report"
+)
 TRAIN_MFU = Metric(
-    "luthier_train_mfu_ratio", "Model FLOPs of the tokens trained on, as a part of the GPUs' peak in 16 bit; only for GPUs whose peak is known"
+    "luthier_train_mfu_ratio",
+    "Model FLOPs of the tokens trained on, as a part of the GPUs' peak in 16 bit; only for GPUs whose peak is known",
 )
 GPU_MEMORY_ALLOCATED = Metric("luthier_train_gpu_memory_allocated_bytes", "Memory of rank 0's GPU in tensors")
 GPU_MEMORY_RESERVED = Metric("luthier_train_gpu_memory_reserved_bytes", "Memory of rank 0's GPU that torch holds")
-GPU_MEMORY_PEAK = Metric("luthier_train_gpu_memory_peak_bytes", "The most memory of rank 0's GPU that was in tensors in this attempt")
+GPU_MEMORY_PEAK = Metric(
+    "luthier_train_gpu_memory_peak_bytes", "The most memory of rank 0's GPU that was in tensors in this attempt"
+)
 TRAIN_STEP_SECONDS = Metric("luthier_train_step_duration_seconds", "Time of an optimiser step", "histogram")
 TRAIN_NONFINITE = Metric("luthier_train_nonfinite_total", "Reports of a loss that is not a finite number", "counter")
 TRAIN_ETA_SECONDS = Metric("luthier_train_eta_seconds", "Time left at the pace of this attempt")
-CHECKPOINT_STEP = Metric("luthier_checkpoint_last_step", "Step of the newest verified checkpoint; 0 while there is none")
-CHECKPOINT_TIME = Metric("luthier_checkpoint_last_success_timestamp_seconds", "When the newest verified checkpoint was written")
+CHECKPOINT_STEP = Metric(
+    "luthier_checkpoint_last_step", "Step of the newest verified checkpoint; 0 while there is none"
+)
+CHECKPOINT_TIME = Metric(
+    "luthier_checkpoint_last_success_timestamp_seconds", "When the newest verified checkpoint was written"
+)
 CHECKPOINT_SECONDS = Metric("luthier_checkpoint_duration_seconds", "Time that the newest checkpoint took")
-CHECKPOINTS_BROKEN = Metric("luthier_checkpoints_broken", "Checkpoints that lie set aside, because their files did not match their manifest")
+CHECKPOINTS_BROKEN = Metric(
+    "luthier_checkpoints_broken", "Checkpoints that lie set aside, because their files did not match their manifest"
+)
 GENERATE_ROWS = Metric("luthier_generate_rows", "Outputs that lie in the workspace, those of earlier attempts included")
 GENERATE_MAX_ROWS = Metric("luthier_generate_max_rows", "Outputs that this shard has to write")
 GENERATE_ROWS_PER_SECOND = Metric("luthier_generate_rows_per_second", "Outputs a second in this attempt")
 
-LARGEST_COUNT = 2.0**41  # a pod may serve anything: the sum over 4096 shards must still be a whole number to JSON and the API server (2**53)
+# A pod may serve anything: the sum over 4096 shards must still be a whole number to JSON and the API server (2**53)
+LARGEST_COUNT = 2.0**41
 
 POD_METRICS: tuple[Metric, ...] = tuple(m for m in globals().values() if isinstance(m, Metric))
 
 
 def read_samples(text: str) -> dict[str, float]:
-    """Name → finite value of the samples without labels in a Prometheus text. Raises ValueError when it does not parse."""
-    return finite({s.name: s.value for family in text_string_to_metric_families(text) for s in family.samples if not s.labels})
+    """Name → finite value of the samples without labels in a Prometheus text. Raises ValueError when it does not
+    parse.
+    """
+    return finite(
+        {s.name: s.value for family in text_string_to_metric_families(text) for s in family.samples if not s.labels}
+    )
 
 
-def progress_of(pods: list[dict[str, float]], now: datetime | None = None, outputs: int | None = None) -> Progress | None:
+def progress_of(
+    pods: list[dict[str, float]], now: datetime | None = None, outputs: int | None = None
+) -> Progress | None:
     """Progress from the samples of rank 0 (training) or of all shards (generation); None when they say nothing yet.
 
     `outputs`: of the whole GenerateJob, where that is known; else those of the shards that have begun.
@@ -71,12 +92,17 @@ def progress_of(pods: list[dict[str, float]], now: datetime | None = None, outpu
     if training is not None:
         step, most = count(training, TRAIN_STEP), count(training, TRAIN_MAX_STEPS)
         return Progress(
-            step=step, max_steps=most, percent=100 * step // most, epoch=figure(training.get(TRAIN_EPOCH.name)),
-            loss=figure(training.get(TRAIN_LOSS.name)), learning_rate=figure(training.get(TRAIN_LEARNING_RATE.name)),
+            step=step,
+            max_steps=most,
+            percent=100 * step // most,
+            epoch=figure(training.get(TRAIN_EPOCH.name)),
+            loss=figure(training.get(TRAIN_LOSS.name)),
+            learning_rate=figure(training.get(TRAIN_LEARNING_RATE.name)),
             tokens_per_second=figure(training.get(TRAIN_TOKENS_PER_SECOND.name)),
             rows_per_second=figure(training.get(TRAIN_SAMPLES_PER_SECOND.name)),
-            eta_seconds=_whole(training.get(TRAIN_ETA_SECONDS.name)), time=time,
-        )  # fmt: skip
+            eta_seconds=_whole(training.get(TRAIN_ETA_SECONDS.name)),
+            time=time,
+        )
     shards = [p for p in pods if count(p, GENERATE_MAX_ROWS)]
     if not shards:
         return None
@@ -84,7 +110,11 @@ def progress_of(pods: list[dict[str, float]], now: datetime | None = None, outpu
     most = outputs or most
     pace = sum(p.get(GENERATE_ROWS_PER_SECOND.name, 0) for p in shards)
     return Progress(
-        rows=rows, max_rows=most, percent=100 * rows // most, eta_seconds=_whole((most - rows) / pace if pace else None), time=time
+        rows=rows,
+        max_rows=most,
+        percent=100 * rows // most,
+        eta_seconds=_whole((most - rows) / pace if pace else None),
+        time=time,
     )
 
 

@@ -1,4 +1,5 @@
-"""The run config: the one document that the operator, or `luthier run`, hands the trainer image; and what `prepare` leaves behind.
+"""The run config: the one document that the operator, or `luthier run`, hands the trainer image; and what `prepare`
+leaves behind.
 
 Mounted as a file; its spec is the user's, with every default filled in. Paths are those of the pod.
 """
@@ -48,7 +49,8 @@ class GenerateRun(BaseRun):
 
 
 def grace_of(spec: FineTuneJobSpec | GenerateJobSpec, plan: Plan | None, least: int) -> int:
-    """Seconds between SIGTERM and SIGKILL of the pods of `run`: what the job asks for, else what the plan needs, but no less than `least`.
+    """Seconds between SIGTERM and SIGKILL of the pods of `run`: what the job asks for, else what the plan needs, but no
+    less than `least`.
 
     The operator gives them to the pods, and the supervisor in the pods reckons with them.
     """

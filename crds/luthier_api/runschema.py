@@ -1,7 +1,8 @@
-"""The shape of the run config as a JSON Schema, one for each kind: drawn from the types, for PID 1, which has no time to import them.
+"""The shape of the run config as a JSON Schema, one for each kind: drawn from the types, for PID 1, which has no time
+to import them.
 
-References are inlined, so that the path of an error leads through the schema. Neighbours: `drawn` writes the file, `luthier_trainer.shape`
-checks by it.
+References are inlined, so that the path of an error leads through the schema. Neighbours: `drawn` writes the file,
+`luthier_trainer.shape` checks by it.
 """
 
 from __future__ import annotations
@@ -12,8 +13,22 @@ from typing import Any
 from luthier_api.base import Format
 from luthier_api.run import RUNS
 
-KEPT = {"type", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength", "minItems",
-        "maxItems", "minProperties", "maxProperties", "required"}  # fmt: skip
+KEPT = {
+    "type",
+    "enum",
+    "minimum",
+    "maximum",
+    "exclusiveMinimum",
+    "exclusiveMaximum",
+    "multipleOf",
+    "minLength",
+    "maxLength",
+    "minItems",
+    "maxItems",
+    "minProperties",
+    "maxProperties",
+    "required",
+}
 BELOW = {"properties", "additionalProperties", "propertyNames", "items"}
 DROPPED = {"title", "description", "default", "$defs"}
 """Says nothing about the shape: a third of the file."""
@@ -22,7 +37,12 @@ DROPPED = {"title", "description", "default", "$defs"}
 def render() -> str:
     """The file: kind → schema."""
     kinds = {kind: draw(model.model_json_schema(by_alias=True)) for kind, model in RUNS.items()}
-    return json.dumps({"$comment": "Generated from crds/luthier_api by `make generate`. Do not edit.", "kinds": kinds}, indent=1) + "\n"
+    return (
+        json.dumps(
+            {"$comment": "Generated from crds/luthier_api by `make generate`. Do not edit.", "kinds": kinds}, indent=1
+        )
+        + "\n"
+    )
 
 
 def draw(schema: dict[str, Any], defs: dict[str, Any] | None = None) -> dict[str, Any]:

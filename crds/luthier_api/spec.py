@@ -1,4 +1,6 @@
-"""What the specs of both kinds share: where models and data come from, where work lies, what it may use, where results go."""
+"""What the specs of both kinds share: where models and data come from, where work lies, what it may use, where results
+go.
+"""
 
 from __future__ import annotations
 
@@ -16,50 +18,91 @@ Seconds = Annotated[int, Field(ge=0, le=2**31 - 1)]  # as wide as Kubernetes' ow
 # What the API server would refuse in a child, or a pod would trip over, is refused in the job.
 LABEL = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"  # of RFC 1123
 WORD = "[a-zA-Z0-9]([-_.a-zA-Z0-9]*[a-zA-Z0-9])?"
-REPOSITORY = "[_a-zA-Z0-9]([-_.a-zA-Z0-9]{0,94}[_a-zA-Z0-9])?"  # with what is never in one: huggingface_hub's validate_repo_id
-REF = "^[_a-zA-Z0-9][-_.+=@#/a-zA-Z0-9]*$"  # with what is never in one: git check-ref-format; of its characters those that need no quotes
+REPOSITORY = (  # with what is never in one: huggingface_hub's validate_repo_id
+    "[_a-zA-Z0-9]([-_.a-zA-Z0-9]{0,94}[_a-zA-Z0-9])?"
+)
+# with what is never in one: git check-ref-format; of its characters those that need no quotes
+REF = "^[_a-zA-Z0-9][-_.+=@#/a-zA-Z0-9]*$"
 NEVER_IN_REF = "[.][.]|//|/[.]|[.]lock(/|$)|[./]$"
 ABOVE_ZERO = "([0-9]*[1-9][0-9]*([.][0-9]+)?|[0-9]+[.][0-9]*[1-9][0-9]*)"
 
-OBJECT_NAME = Format(f"^{LABEL}([.]{LABEL})*$", "must be the name of a Kubernetes object: lower-case letters, digits, '-' and '.', such as team-a")
+OBJECT_NAME = Format(
+    f"^{LABEL}([.]{LABEL})*$",
+    "must be the name of a Kubernetes object: lower-case letters, digits, '-' and '.', such as team-a",
+)
 ObjectName = Annotated[str, Field(min_length=1, max_length=253), OBJECT_NAME]
 QueueName = Annotated[str, Field(min_length=1, max_length=63), OBJECT_NAME]
 JobName = Annotated[
-    str, Field(min_length=1, max_length=40), Format(f"^{LABEL}$", "must be the name of a FineTuneJob: lower-case letters, digits and '-'")
+    str,
+    Field(min_length=1, max_length=40),
+    Format(f"^{LABEL}$", "must be the name of a FineTuneJob: lower-case letters, digits and '-'"),
 ]
 KeyName = Annotated[
-    str, Field(min_length=1, max_length=253),
-    Format("^[.]?[-_a-zA-Z0-9][-._a-zA-Z0-9]*$", "must be a key of a Secret: letters, digits, '-', '_' and '.', such as token"),
-]  # fmt: skip
+    str,
+    Field(min_length=1, max_length=253),
+    Format(
+        "^[.]?[-_a-zA-Z0-9][-._a-zA-Z0-9]*$",
+        "must be a key of a Secret: letters, digits, '-', '_' and '.', such as token",
+    ),
+]
 LabelKey = Annotated[
-    str, Field(max_length=317),
-    Format(f"^({LABEL}([.]{LABEL})*/)?[a-zA-Z0-9]([-_.a-zA-Z0-9]{{0,61}}[a-zA-Z0-9])?$", "must be the key of a label, such as gpu or example.com/gpu"),
-]  # fmt: skip
+    str,
+    Field(max_length=317),
+    Format(
+        f"^({LABEL}([.]{LABEL})*/)?[a-zA-Z0-9]([-_.a-zA-Z0-9]{{0,61}}[a-zA-Z0-9])?$",
+        "must be the key of a label, such as gpu or example.com/gpu",
+    ),
+]
 LabelValue = Annotated[
-    str, Field(max_length=63), Format(f"^({WORD})?$", "must be the value of a label: letters, digits, '-', '_' and '.', such as h100")
+    str,
+    Field(max_length=63),
+    Format(f"^({WORD})?$", "must be the value of a label: letters, digits, '-', '_' and '.', such as h100"),
 ]
 MountPath = Annotated[
-    str, Field(max_length=253),
-    Format("^(/[.]*[-_a-zA-Z0-9][-_.a-zA-Z0-9]*)+$", "must be an absolute folder such as /data or /models/base, without '..', '//' or a '/' at its end"),
-]  # fmt: skip
-Repository = Annotated[
-    str, Field(max_length=193),
+    str,
+    Field(max_length=253),
     Format(
-        f"^{REPOSITORY}(/{REPOSITORY})?$", never="--|[.][.]|[.]git$",
-        words="must be a repository of the Hub, OWNER/NAME, such as Qwen/Qwen3-8B: 96 characters each at most, without '--' and '..', and no .git at the end",
+        "^(/[.]*[-_a-zA-Z0-9][-_.a-zA-Z0-9]*)+$",
+        "must be an absolute folder such as /data or /models/base, without '..', '//' or a '/' at its end",
     ),
-]  # fmt: skip
-Revision = Annotated[
-    str, Field(max_length=253), Format(REF, "must be a branch, a tag or a commit, such as main, v1.0 or refs/pr/3", never=NEVER_IN_REF)
 ]
-Branch = Annotated[str, Field(max_length=253), Format(REF, "must be the name of a branch, such as main or team/v2", never=NEVER_IN_REF)]
+Repository = Annotated[
+    str,
+    Field(max_length=193),
+    Format(
+        f"^{REPOSITORY}(/{REPOSITORY})?$",
+        never="--|[.][.]|[.]git$",
+        words=(
+            "must be a repository of the Hub, OWNER/NAME, such as Qwen/Qwen3-8B: 96 characters each at most, without"
+            " '--' and '..', and no .git at the end"
+        ),
+    ),
+]
+Revision = Annotated[
+    str,
+    Field(max_length=253),
+    Format(REF, "must be a branch, a tag or a commit, such as main, v1.0 or refs/pr/3", never=NEVER_IN_REF),
+]
+Branch = Annotated[
+    str, Field(max_length=253), Format(REF, "must be the name of a branch, such as main or team/v2", never=NEVER_IN_REF)
+]
 Bytes = Annotated[
-    str, Field(max_length=32), Format(f"^{ABOVE_ZERO}(k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$", "must be an amount above zero, in bytes, such as 200Gi or 512Mi")
+    str,
+    Field(max_length=32),
+    Format(
+        f"^{ABOVE_ZERO}(k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$", "must be an amount above zero, in bytes, such as 200Gi or 512Mi"
+    ),
 ]
 Encoding = Annotated[
-    str, Field(max_length=32), Format("^[a-zA-Z0-9][-_a-zA-Z0-9]*$", "must be Python's name of an encoding, such as cp1252 or utf-16-le")
+    str,
+    Field(max_length=32),
+    Format("^[a-zA-Z0-9][-_a-zA-Z0-9]*$", "must be Python's name of an encoding, such as cp1252 or utf-16-le"),
 ]
-Cores = Annotated[str, Field(max_length=32), Format(f"^{ABOVE_ZERO}m?$", "must be a number of cores above zero, such as 4, 0.5 or 500m")]
+Cores = Annotated[
+    str,
+    Field(max_length=32),
+    Format(f"^{ABOVE_ZERO}m?$", "must be a number of cores above zero, such as 4, 0.5 or 500m"),
+]
 
 
 def exactly_one(*fields: str) -> str:
@@ -91,7 +134,11 @@ def alone_on_its_claim(pods: str) -> Rule:
 class NewModel(ApiModel):
     """A model made from a configuration, with new weights, and a byte-level BPE tokenizer trained on the dataset."""
 
-    model_type: Annotated[str, Field(max_length=64), Format("^[-_a-z0-9]+$", "must be transformers' name of an architecture, such as llama")]
+    model_type: Annotated[
+        str,
+        Field(max_length=64),
+        Format("^[-_a-z0-9]+$", "must be transformers' name of an architecture, such as llama"),
+    ]
     """transformers' name of the architecture, for example llama, qwen3, gpt2."""
     vocab_size: Annotated[int, Field(ge=260, le=1_000_000)] = 8192
     """Size of the tokenizer's vocabulary, special tokens included."""
@@ -113,11 +160,17 @@ class ModelSource(ApiModel):
     config: NewModel | None = None
     """Start from new weights."""
     resize_embeddings: bool = False
-    """Give each token of the tokenizer that has no row in the model's embedding a new one. The new rows are drawn around the mean of the others by the training's seed, and learn. For FineTuneJobs over texts, with method.type: full; `prepare` holds the whole model in memory meanwhile. When left out, such a tokenizer is refused."""
+    """Give each token of the tokenizer that has no row in the model's embedding a new one. The new rows are drawn
+    around the mean of the others by the training's seed, and learn. For FineTuneJobs over texts, with method.type:
+    full; `prepare` holds the whole model in memory meanwhile. When left out, such a tokenizer is refused.
+    """
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(exactly_one("id", "path", "job", "config"), "model: set exactly one of id, path, job and config"),
-        Rule("!has(self.revision) || has(self.id)", "model.revision: only a model of the Hub has revisions; set model.id or remove it"),
+        Rule(
+            "!has(self.revision) || has(self.id)",
+            "model.revision: only a model of the Hub has revisions; set model.id or remove it",
+        ),
         Rule(
             "!has(self.config) || !self.resizeEmbeddings",
             "model.resizeEmbeddings: a model from model.config has a row for each token; remove resizeEmbeddings",
@@ -131,7 +184,10 @@ class Csv(ApiModel):
     separator: Literal["comma", "semicolon", "tab", "pipe"] | None = None
     """The character between two cells. When left out: tab for .tsv files, comma for all others."""
     quoting: Literal["double", "backslash", "none"] | None = None
-    """How a cell holds quotation marks. double: the cell stands between quotation marks, and those inside are doubled. backslash: the same, with a backslash before those inside. none: they are ordinary characters. When left out: none where the separator is a tab, and else the one of double and backslash by which the file can be read."""
+    """How a cell holds quotation marks. double: the cell stands between quotation marks, and those inside are doubled.
+    backslash: the same, with a backslash before those inside. none: they are ordinary characters. When left out: none
+    where the separator is a tab, and else the one of double and backslash by which the file can be read.
+    """
 
 
 class DatasetSource(ApiModel):
@@ -150,13 +206,24 @@ class DatasetSource(ApiModel):
     csv: Csv | None = None
     """How CSV files are written."""
     encoding: Encoding | None = None
-    """Encoding of files of text (csv, json, jsonl, text). When left out, that of their byte order mark, or UTF-8; files that are not text in it are refused."""
+    """Encoding of files of text (csv, json, jsonl, text). When left out, that of their byte order mark, or UTF-8; files
+    that are not text in it are refused.
+    """
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(exactly_one("id", "files"), "dataset: set exactly one of id and files"),
-        Rule("!has(self.revision) || has(self.id)", "dataset.revision: only a dataset of the Hub has revisions; set dataset.id or remove it"),
-        Rule("!has(self.name) || has(self.id)", "dataset.name: only a dataset of the Hub has configurations; set dataset.id or remove it"),
-        Rule("!has(self.format) || has(self.files)", "dataset.format: belongs to dataset.files; a Hub dataset knows its own format"),
+        Rule(
+            "!has(self.revision) || has(self.id)",
+            "dataset.revision: only a dataset of the Hub has revisions; set dataset.id or remove it",
+        ),
+        Rule(
+            "!has(self.name) || has(self.id)",
+            "dataset.name: only a dataset of the Hub has configurations; set dataset.id or remove it",
+        ),
+        Rule(
+            "!has(self.format) || has(self.files)",
+            "dataset.format: belongs to dataset.files; a Hub dataset knows its own format",
+        ),
         Rule(
             "!has(self.csv) || !has(self.format) || self.format == 'csv'",
             "dataset.csv: belongs to files of the format csv; remove it, or set format: csv",
@@ -169,12 +236,16 @@ class DatasetSource(ApiModel):
 
 
 class Workspace(ApiModel):
-    """The volume where the phases meet and where results stay: a claim that exists, or one that the operator creates."""
+    """The volume where the phases meet and where results stay: a claim that exists, or one that the operator
+    creates.
+    """
 
     claim: ObjectName | None = None
     """An existing PersistentVolumeClaim of the namespace. Each job works in a folder of its own on it."""
     size: Bytes | None = None
-    """Size of the claim that the operator creates, for example 200Gi. When left out, what the administrator has set (`jobs.workspaceSize` of the chart; 10Gi if they have not)."""
+    """Size of the claim that the operator creates, for example 200Gi. When left out, what the administrator has set
+    (`jobs.workspaceSize` of the chart; 10Gi if they have not).
+    """
     storage_class: ObjectName | None = None
     """Its storage class; the cluster's default when left out."""
     access_mode: Literal["ReadWriteOnce", "ReadWriteMany", "ReadWriteOncePod"] | None = None
@@ -189,13 +260,33 @@ class Workspace(ApiModel):
         ),
         Rule(
             "!has(self.claim) || self.whenDeleted == 'Keep'",
-            "workspace.whenDeleted: a claim that you brought is never deleted; remove whenDeleted, or let the operator create the claim",
+            "workspace.whenDeleted: a claim that you brought is never deleted; remove whenDeleted, or let the operator"
+            " create the claim",
         ),
     )
 
 
-RESERVED = ("bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "libx32", "opt", "proc", "root", "run", "sbin", "sources", "sys", "tmp",
-            "usr", "var", "workspace")  # fmt: skip
+RESERVED = (
+    "bin",
+    "boot",
+    "dev",
+    "etc",
+    "lib",
+    "lib32",
+    "lib64",
+    "libx32",
+    "opt",
+    "proc",
+    "root",
+    "run",
+    "sbin",
+    "sources",
+    "sys",
+    "tmp",
+    "usr",
+    "var",
+    "workspace",
+)
 """Folders of the image, of the pod, and our own: a volume there would hide them, or not be reached."""
 
 
@@ -231,7 +322,9 @@ class Hub(ApiModel):
     """Where the result is published, and the token that reads private or gated sources."""
 
     repo: Repository | None = None
-    """Repository that receives the result; created when it does not exist. Its README.md is replaced, and files of an earlier result of Luthier that are no longer part of it are removed. Without it nothing is published."""
+    """Repository that receives the result; created when it does not exist. Its README.md is replaced, and files of an
+    earlier result of Luthier that are no longer part of it are removed. Without it nothing is published.
+    """
     private: bool = True
     """Whether a repository that is created is private."""
     branch: Branch = "main"
@@ -240,8 +333,14 @@ class Hub(ApiModel):
     """Token of the Hub; only the pods of `prepare` and `publish` get it."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
-        Rule("!has(self.repo) || has(self.tokenSecret)", "hub.tokenSecret: publishing to hub.repo needs a token with write access"),
-        Rule("has(self.repo) || has(self.tokenSecret)", "hub: set repo (to publish), tokenSecret (to read private sources), or remove hub"),
+        Rule(
+            "!has(self.repo) || has(self.tokenSecret)",
+            "hub.tokenSecret: publishing to hub.repo needs a token with write access",
+        ),
+        Rule(
+            "has(self.repo) || has(self.tokenSecret)",
+            "hub: set repo (to publish), tokenSecret (to read private sources), or remove hub",
+        ),
     )
 
 
@@ -273,11 +372,16 @@ class Scheduling(ApiModel):
     priority_class: ObjectName | None = None
     """PriorityClass of the pods of all phases; the cluster's default when left out."""
     node_selector: Annotated[dict[LabelKey, LabelValue], Field(max_length=32)] = Field(default_factory=dict)
-    """Labels that a node must have for the pods that train or generate, for example {gpu: h100}. `prepare` and `publish` run anywhere."""
+    """Labels that a node must have for the pods that train or generate, for example {gpu: h100}. `prepare` and
+    `publish` run anywhere.
+    """
     tolerations: Annotated[list[Toleration], Field(max_length=32)] = Field(default_factory=list)
     """Taints that the pods of all phases accept. A node that cannot be reached is left after a minute."""
     grace_period_seconds: Annotated[Seconds, Field(ge=15)] | None = None
-    """Seconds between SIGTERM and SIGKILL of the pods that train or generate (terminationGracePeriodSeconds). Left out: what the plan needs to save a checkpoint, and no less than the operator's setting. Spot nodes and the cluster autoscaler may give less."""
+    """Seconds between SIGTERM and SIGKILL of the pods that train or generate (terminationGracePeriodSeconds). Left out:
+    what the plan needs to save a checkpoint, and no less than the operator's setting. Spot nodes and the cluster
+    autoscaler may give less.
+    """
 
 
 class JobControl(ApiModel):
@@ -286,9 +390,13 @@ class JobControl(ApiModel):
     suspend: bool = False
     """Stop the pods after a checkpoint, hold no resources, and go on when it becomes false."""
     active_deadline_seconds: Annotated[Seconds, Field(ge=1)] | None = None
-    """Seconds from the start of the first phase after which the job is stopped and fails; no limit when left out. The clock starts again when a planned, suspended or ended job goes on."""
+    """Seconds from the start of the first phase after which the job is stopped and fails; no limit when left out. The
+    clock starts again when a planned, suspended or ended job goes on.
+    """
     ttl_seconds_after_finished: Seconds | None = None
-    """Seconds after which a finished job is deleted; it stays when left out. Its workspace stays unless `workspace.whenDeleted` says otherwise."""
+    """Seconds after which a finished job is deleted; it stays when left out. Its workspace stays unless
+    `workspace.whenDeleted` says otherwise.
+    """
     plan_only: bool = False
     """Stop after `prepare` and show the plan in the status; false later lets the job go on."""
 

@@ -108,13 +108,17 @@ class Plan(ApiModel):
     save_seconds: int | None = None
     """Seconds that saving a checkpoint is expected to take, on a volume that takes 200 MB/s (FineTuneJob)."""
     grace_seconds: int | None = None
-    """Seconds that a pod needs from SIGTERM to its end, to finish its step and save (FineTuneJob). `scheduling.gracePeriodSeconds` sets another."""
+    """Seconds that a pod needs from SIGTERM to its end, to finish its step and save (FineTuneJob).
+    `scheduling.gracePeriodSeconds` sets another.
+    """
     rows_per_shard: int | None = None
     """Outputs of the largest shard (GenerateJob)."""
 
 
 class Prepared(ApiModel):
-    """What `prepare` found. It comes back in its termination message and lies in the workspace for the pods of `run`."""
+    """What `prepare` found. It comes back in its termination message and lies in the workspace for the pods of
+    `run`.
+    """
 
     model: ResolvedSource
     """The model that the run starts from."""
@@ -225,7 +229,9 @@ class JobStatus(ApiModel):
     start_time: str | None = None
     """When the first phase began; deadlines count from here."""
     deadline_start_time: str | None = None
-    """When the job last went on after it had rested, planned, suspended or ended: from then on, deadlines count from here."""
+    """When the job last went on after it had rested, planned, suspended or ended: from then on, deadlines count from
+    here.
+    """
     run_start_time: str | None = None
     """When the pods of `run` first ran."""
     completion_time: str | None = None
@@ -247,7 +253,9 @@ class JobStatus(ApiModel):
     metrics: Figures | None = None
     """Final figures, for example evalLoss."""
     notices: Annotated[list[str], Field(max_length=40)] = Field(default_factory=list)
-    """What should be known although nothing failed: rows or weights that were left out, changed or drawn anew, and settings that were chosen."""
+    """What should be known although nothing failed: rows or weights that were left out, changed or drawn anew, and
+    settings that were chosen.
+    """
     attempts: Annotated[list[Attempt], Field(max_length=10)] = Field(default_factory=list)
     """The last ten failures."""
     workspace: WorkspaceStatus | None = None

@@ -1,6 +1,7 @@
 """What fits into a termination log: a message as JSON, shortened until the kubelet keeps all of it.
 
-Works on plain data, because PID 1 may have to write before it has time for types. Neighbour: `termination`, whose messages these are.
+Works on plain data, because PID 1 may have to write before it has time for types. Neighbour: `termination`, whose
+messages these are.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ LIMIT_BYTES = 4096  # kubelet cuts a termination message there
 
 
 def encode(message: dict[str, Any]) -> bytes:
-    """JSON of at most LIMIT_BYTES: the output's lines are shortened first (from their beginning), then notices are left out (from their
-    end), then the message is cut."""
+    """JSON of at most LIMIT_BYTES: the output's lines are shortened first (from their beginning), then notices are left
+    out (from their end), then the message is cut.
+    """
     data = _without_some_notices(dict(message))
     for field in ("lastLines", "message"):
         value = str(data.get(field, ""))
-        # A character is at most 6 bytes of JSON (\u001b), so a sixth of the excess is never too much; repeat until it fits.
+        # A character is at most 6 bytes of JSON (\u001b), so a sixth of the excess is never too much; repeat until it
+        # fits.
         while (excess := len(_dumps(data)) - LIMIT_BYTES) > 0 and value:
             cut = max(1, excess // 6)
             value = value[cut:] if field == "lastLines" else value[:-cut]
@@ -26,7 +29,9 @@ def encode(message: dict[str, Any]) -> bytes:
 
 
 def _without_some_notices(data: dict[str, Any]) -> dict[str, Any]:
-    """`data` with as many of its notices as fit beside everything but the output's lines; the last one says how many are left out."""
+    """`data` with as many of its notices as fit beside everything but the output's lines; the last one says how many
+    are left out.
+    """
     notices = list(data.get("notices", []))
     rest = {name: value for name, value in data.items() if name != "lastLines"}
     for kept in range(len(notices), -1, -1):

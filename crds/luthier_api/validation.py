@@ -15,7 +15,9 @@ from luthier_api.kinds import FineTuneJob, GenerateJob, kind_of
 
 
 class InvalidJob(ValueError):
-    """A manifest that would be refused. `problems` holds one line each: path of the field, what is wrong, what to do."""
+    """A manifest that would be refused. `problems` holds one line each: path of the field, what is wrong, what to
+    do.
+    """
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
@@ -25,7 +27,8 @@ class InvalidJob(ValueError):
 def check_job(document: dict[str, Any]) -> FineTuneJob | GenerateJob:
     """The job that `document` describes, with its defaults and without its status, which is not the user's to write.
 
-    As strict as the API server: fields by their outer names, values of their own type. Raises InvalidJob with every problem found.
+    As strict as the API server: fields by their outer names, values of their own type. Raises InvalidJob with every
+    problem found.
     """
     try:
         model = kind_of(document).model
@@ -42,13 +45,17 @@ def check_job(document: dict[str, Any]) -> FineTuneJob | GenerateJob:
 
 
 def as_stored(value: Any, annotation: Any) -> Any:
-    """`value` as the API server reads it: null is no value for a field that it knows, and JSON does not tell 64.0 from 64."""
+    """`value` as the API server reads it: null is no value for a field that it knows, and JSON does not tell 64.0 from
+    64.
+    """
     model = _model_in(annotation)
     if isinstance(value, list):
         return [as_stored(item, annotation) for item in value]
     if isinstance(value, dict) and model:
         known = {f.alias or n: f.annotation for n, f in model.model_fields.items()}
-        return {k: as_stored(v, known[k]) if k in known else v for k, v in value.items() if v is not None or k not in known}
+        return {
+            k: as_stored(v, known[k]) if k in known else v for k, v in value.items() if v is not None or k not in known
+        }
     if isinstance(value, dict) and get_origin(annotation) is dict:
         free = get_args(annotation)[1] is Any  # such as the arguments of an architecture, where null may mean something
         return value if free else {k: v for k, v in value.items() if v is not None}
@@ -56,7 +63,9 @@ def as_stored(value: Any, annotation: Any) -> Any:
 
 
 def _with_path(path: str, message: str) -> str:
-    """A rule names its object at the beginning of its message; here that becomes the object's whole path, with indexes."""
+    """A rule names its object at the beginning of its message; here that becomes the object's whole path, with
+    indexes.
+    """
     name = path.rpartition(".")[2].partition("[")[0]
     return path + message.removeprefix(name) if name and re.match(rf"{name}[.:]", message) else message
 

@@ -1,7 +1,8 @@
 """Writes the quickstart's text: the documentation that every Python carries, in two registers.
 
-prose.jsonl     what the language says of itself: the reference that `help("for")` shows (pydoc's topics), without its examples
-sessions.jsonl  the examples alone, those of the standard library's docstrings too: what a person types at `>>>`, and what Python answers
+prose.jsonl     what the language says of itself: the reference that `help("for")` shows (pydoc's topics), without its
+examples sessions.jsonl  the examples alone, those of the standard library's docstrings too: what a person types at
+`>>>`, and what Python answers
 
 One JSON object a line, with the column `text`. Nothing is downloaded, and nothing but the standard library is needed.
 
@@ -35,7 +36,9 @@ def docstrings() -> Iterator[str]:
         except (SyntaxError, UnicodeDecodeError):
             continue  # a file that is about broken source
         for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (text := ast.get_docstring(node)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
+                text := ast.get_docstring(node)
+            ):
                 yield text
 
 

@@ -15,15 +15,38 @@ from luthier_operator.model import Event
 
 C, R = ConditionType, Reason
 EVENTS: dict[Reason, Literal["Normal", "Warning"]] = {
-    R.ACCEPTED: "Normal", R.WAITING_FOR_JOB: "Normal", R.JOB_SET_MISSING: "Warning", R.SMALL_WORKSPACE: "Warning",
-    R.PREPARING: "Normal", R.PREPARED: "Normal", R.PLAN_ONLY: "Normal",
-    R.FAILED_CREATE: "Warning", R.NO_PODS: "Warning", R.UNSCHEDULABLE: "Warning", R.WAITING_FOR_QUEUE: "Normal",
-    R.WAITING_FOR_VOLUME: "Warning", R.CONTAINER_CREATING: "Normal", R.IMAGE_PULL_FAILED: "Warning",
-    R.STARTED: "Normal", R.RESTARTING: "Warning", R.RUNNING: "Normal", R.CHECKPOINT_BROKEN: "Warning", R.NOTICE: "Normal", R.TRAINED: "Normal", R.GENERATED: "Normal",
-    R.PUBLISHING: "Normal", R.PUBLISH_FAILED: "Warning", R.PUBLISHED: "Normal",
-    R.SUSPENDED: "Normal", R.RESUMED: "Normal", R.COMPLETED: "Normal", R.FAILED: "Warning",
-}  # fmt: skip
-"""All that are ever posted, in the order of a job's life; and, as warnings, the reasons of exit codes while a pod is tried again."""
+    R.ACCEPTED: "Normal",
+    R.WAITING_FOR_JOB: "Normal",
+    R.JOB_SET_MISSING: "Warning",
+    R.SMALL_WORKSPACE: "Warning",
+    R.PREPARING: "Normal",
+    R.PREPARED: "Normal",
+    R.PLAN_ONLY: "Normal",
+    R.FAILED_CREATE: "Warning",
+    R.NO_PODS: "Warning",
+    R.UNSCHEDULABLE: "Warning",
+    R.WAITING_FOR_QUEUE: "Normal",
+    R.WAITING_FOR_VOLUME: "Warning",
+    R.CONTAINER_CREATING: "Normal",
+    R.IMAGE_PULL_FAILED: "Warning",
+    R.STARTED: "Normal",
+    R.RESTARTING: "Warning",
+    R.RUNNING: "Normal",
+    R.CHECKPOINT_BROKEN: "Warning",
+    R.NOTICE: "Normal",
+    R.TRAINED: "Normal",
+    R.GENERATED: "Normal",
+    R.PUBLISHING: "Normal",
+    R.PUBLISH_FAILED: "Warning",
+    R.PUBLISHED: "Normal",
+    R.SUSPENDED: "Normal",
+    R.RESUMED: "Normal",
+    R.COMPLETED: "Normal",
+    R.FAILED: "Warning",
+}
+"""All that are ever posted, in the order of a job's life; and, as warnings, the reasons of exit codes while a pod is
+tried again.
+"""
 # Said by other events, or by the conditions alone.
 SILENT = {R.STARTING, R.RESTARTING, R.WAITING_FOR_PODS, R.DEADLINE_EXCEEDED, R.NO_PROGRESS, R.SUSPENDED}
 OF_PODS = {code.reason for code in ExitCode}
@@ -51,7 +74,11 @@ def broken(status: JobStatus) -> Event:
     place, step = status.workspace, status.checkpoint and status.checkpoint.step
     where = f" in {place.folder}/checkpoints of claim {place.claim}" if place else ""
     on = f"goes on from step {step}" if step else "begins anew"
-    return Event("Warning", R.CHECKPOINT_BROKEN, f"a checkpoint does not match its manifest and is set aside as .corrupt-checkpoint-*{where}; the run {on}")
+    return Event(
+        "Warning",
+        R.CHECKPOINT_BROKEN,
+        f"a checkpoint does not match its manifest and is set aside as .corrupt-checkpoint-*{where}; the run {on}",
+    )
 
 
 def event(before: Condition | None, now: Condition, status: JobStatus) -> Event | None:
@@ -75,4 +102,6 @@ def event(before: Condition | None, now: Condition, status: JobStatus) -> Event 
         return Event("Normal", now.reason, now.message)
     if status.is_true(C.FAILED):
         return None  # the event of Failed says it
-    return Event("Warning", R.PUBLISH_FAILED if now.type is C.PUBLISHED and now.reason in OF_PODS else now.reason, now.message)
+    return Event(
+        "Warning", R.PUBLISH_FAILED if now.type is C.PUBLISHED and now.reason in OF_PODS else now.reason, now.message
+    )

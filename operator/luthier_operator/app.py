@@ -1,8 +1,8 @@
 """The operator as a process: which parts there are, in which order they start, and how they stop.
 
-A table of contents: `watch` fills the `store`, which names keys to the `queue`, which `reconcile` works off; `progress` reads pods, `events`
-posts, `health` answers; `election` lets one of several work. A watch that ends is started again; only a signal ends the operator, or the
-loss of its Lease.
+A table of contents: `watch` fills the `store`, which names keys to the `queue`, which `reconcile` works off; `progress`
+reads pods, `events` posts, `health` answers; `election` lets one of several work. A watch that ends is started again;
+only a signal ends the operator, or the loss of its Lease.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ log = logging.getLogger(__name__)
 
 JOBSET = "JobSet"
 GROUPS: tuple[tuple[str, ...], ...] = (("FineTuneJob", "GenerateJob"), ("Job", "Pod"), (JOBSET,))
-"""Kinds that exist, or are missing, together. Each group is watched on its own, so that a missing one holds nothing else up."""
+"""Kinds that exist, or are missing, together. Each group is watched on its own, so that a missing one holds nothing
+else up.
+"""
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,19 @@ class Pace:
 
 class Operator:
     def __init__(
-        self, settings: Settings, client: Client, metrics: Metrics, login: Login = login, pace: Pace = Pace(),
-        url: Callable[[Object], str] = pod_url, signals: bool = True, election: Election | None = None,
-    ) -> None:  # fmt: skip
-        """`url` says where the metrics of a running pod are; `signals`: whether SIGTERM and SIGINT end this operator; without an `election` it is alone."""
+        self,
+        settings: Settings,
+        client: Client,
+        metrics: Metrics,
+        login: Login = login,
+        pace: Pace = Pace(),
+        url: Callable[[Object], str] = pod_url,
+        signals: bool = True,
+        election: Election | None = None,
+    ) -> None:
+        """`url` says where the metrics of a running pod are; `signals`: whether SIGTERM and SIGINT end this operator;
+        without an `election` it is alone.
+        """
         self.settings, self._client, self._metrics, self._login, self._pace = settings, client, metrics, login, pace
         self.store = Store()
         self.queue = Queue(backoff=pace.backoff, observer=metrics)
@@ -80,10 +91,18 @@ class Operator:
             return
         log.info("luthier %s watches %s", VERSION, ", ".join(self.settings.namespaces) or "all namespaces")
         posting = asyncio.create_task(self._events.serve(), name="events")
-        self._parts = [posting, *(asyncio.create_task(c, name=n) for n, c in [
-            *((f"watch {group[0]}", self._follow(group)) for group in GROUPS),
-            ("workers", self._work()), ("progress", self._scraper.serve()), *([("lease", self._election.hold())] if self._election else []),
-        ])]  # fmt: skip
+        self._parts = [
+            posting,
+            *(
+                asyncio.create_task(c, name=n)
+                for n, c in [
+                    *((f"watch {group[0]}", self._follow(group)) for group in GROUPS),
+                    ("workers", self._work()),
+                    ("progress", self._scraper.serve()),
+                    *([("lease", self._election.hold())] if self._election else []),
+                ]
+            ),
+        ]
         stopping = asyncio.create_task(self._stop.wait())
         try:
             done, _ = await asyncio.wait([stopping, *self._parts], return_when=asyncio.FIRST_COMPLETED)
@@ -141,7 +160,9 @@ class Operator:
         await self.queue.serve(self._reconciler.work, self.settings.workers)
 
     async def _follow(self, group: Sequence[str]) -> None:
-        """Keep the store's picture of `group` true, for ever: wait until its kinds exist, list, watch, and list again now and then."""
+        """Keep the store's picture of `group` true, for ever: wait until its kinds exist, list, watch, and list again
+        now and then.
+        """
         resources = [RESOURCES[kind] for kind in group]
         # Not for ever: a task group that is cancelled while one of its tasks fails tells of the failure alone.
         while not self._stop.is_set():
@@ -154,7 +175,12 @@ class Operator:
                     tasks.create_task(self._relist_for_ever(resources, listing))
                     tasks.create_task(self._watch(resources, listing))
             except* Exception as errors:
-                log.warning("watch of %s: again in %g s: %s", ", ".join(group), self._pace.restart, "; ".join(map(repr, errors.exceptions)))
+                log.warning(
+                    "watch of %s: again in %g s: %s",
+                    ", ".join(group),
+                    self._pace.restart,
+                    "; ".join(map(repr, errors.exceptions)),
+                )
             await asyncio.sleep(self._pace.restart)
 
     async def _watch(self, resources: Sequence[Resource], listing: asyncio.Event) -> None:
@@ -174,7 +200,9 @@ class Operator:
         missing = False
         while not await self._client.installed(resources):
             if not missing:
-                log.warning("the API server has no %s: looking again every %g s", resources[0].api_version, self._pace.discovery)
+                log.warning(
+                    "the API server has no %s: looking again every %g s", resources[0].api_version, self._pace.discovery
+                )
             missing = True
             if resources[0].kind == JOBSET:
                 # Jobs that do not need it run; the others say that it is missing.
@@ -231,7 +259,8 @@ class Operator:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             if self._signals:
-                loop.add_signal_handler(number, self._stop.set)  # in the place of kopf's: without any, even for a moment, a signal would kill
+                # In the place of kopf's: without any, even for a moment, a signal would kill
+                loop.add_signal_handler(number, self._stop.set)
             else:
                 loop.remove_signal_handler(number)
 

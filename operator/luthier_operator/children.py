@@ -112,7 +112,9 @@ def index(pod: Object) -> int:
 
 
 def attempt(pod: Object) -> tuple[int, int]:
-    """How often its group, or its index, was started again before this pod, and how often of those at no charge, as far as the pod says."""
+    """How often its group, or its index, was started again before this pod, and how often of those at no charge, as far
+    as the pod says.
+    """
     notes = pod["metadata"].get("annotations") or {}
     free = number(notes.get(INDEX_IGNORED_ANNOTATION))
     return number(label(pod, RESTART_LABEL)) or number(notes.get(INDEX_FAILURES_ANNOTATION)) + free, free
@@ -135,15 +137,21 @@ def container(pod: Object) -> dict[str, Any]:
 def living(pods: Iterable[Object], phase: str) -> list[Object]:
     """Pods of a phase whose container runs or may still run, those that are being deleted among them."""
     return [
-        p for p in pods
-        if label(p, PHASE_LABEL) == phase and p.get("status", {}).get("phase") not in ("Succeeded", "Failed") and "terminated" not in container(p)
-    ]  # fmt: skip
+        p
+        for p in pods
+        if label(p, PHASE_LABEL) == phase
+        and p.get("status", {}).get("phase") not in ("Succeeded", "Failed")
+        and "terminated" not in container(p)
+    ]
 
 
 def running(pods: Iterable[Object], attempt: int | None = None) -> int:
     """How many pods run; with `attempt`, only those of that restart of a JobSet."""
     return sum(
-        "running" in container(p) and not deleting(p) and (attempt is None or label(p, RESTART_LABEL) in (None, str(attempt))) for p in pods
+        "running" in container(p)
+        and not deleting(p)
+        and (attempt is None or label(p, RESTART_LABEL) in (None, str(attempt)))
+        for p in pods
     )
 
 
@@ -158,7 +166,9 @@ def _trouble(pod: Object) -> Trouble | None:
     for c in pod.get("status", {}).get("conditions") or []:
         if c["type"] == "PodScheduled" and c["status"] == "False" and c.get("reason") == "Unschedulable":
             volume = "persistentvolumeclaim" in c.get("message", "").lower()
-            return Trouble(Reason.WAITING_FOR_VOLUME if volume else Reason.UNSCHEDULABLE, f"pod {name}: {c.get('message', '')}")
+            return Trouble(
+                Reason.WAITING_FOR_VOLUME if volume else Reason.UNSCHEDULABLE, f"pod {name}: {c.get('message', '')}"
+            )
     waiting = container(pod).get("waiting") or {}
     reason, message = waiting.get("reason", ""), waiting.get("message", "")
     if reason in IMAGE_REASONS:

@@ -1,7 +1,7 @@
 """The API server, as the operator needs it: dictionaries in, dictionaries out, one error type.
 
-A thin adapter over the lower layer of the official client's asyncio half: its models and typed calls cost four times the CPU. Reads of
-the steady state come from kopf's watches; here are writes, lists and discovery.
+A thin adapter over the lower layer of the official client's asyncio half: its models and typed calls cost four times
+the CPU. Reads of the steady state come from kopf's watches; here are writes, lists and discovery.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ FIELD_MANAGER = "luthier"
 IN_FLIGHT = 32  # more gains nothing on one API server, and keeps a burst from starving others (measured)
 CHUNK = 500  # objects a list response: bounds the memory of the largest answer
 TIMEOUT = aiohttp.ClientTimeout(total=30, sock_connect=5)
-TOO_MANY_ATTEMPTS = 5  # of one request, each after the pause that the server asked for; then the queue's back-off takes over
+TOO_MANY_ATTEMPTS = (
+    5  # of one request, each after the pause that the server asked for; then the queue's back-off takes over
+)
 RETRY_AFTER = 1.0  # seconds, when a 429 does not say
 
 
@@ -80,19 +82,25 @@ class ApiError(Exception):
 
 
 async def login() -> Configuration:
-    """In the cluster the service account (its token is read again each minute), else the kubeconfig. Raises ConfigException."""
+    """In the cluster the service account (its token is read again each minute), else the kubeconfig. Raises
+    ConfigException.
+    """
     configuration = Configuration()
     try:
         load_incluster_config(configuration)
     except ConfigException:
-        await load_kube_config(os.environ.get("KUBECONFIG") or "~/.kube/config", client_configuration=configuration, persist_config=False)
+        await load_kube_config(
+            os.environ.get("KUBECONFIG") or "~/.kube/config", client_configuration=configuration, persist_config=False
+        )
     return configuration
 
 
 class Client:
     """Requests of all workers: bounded in flight, paused together when the server says so."""
 
-    def __init__(self, configuration: Configuration, count: Callable[[str, str], None] = lambda method, code: None) -> None:
+    def __init__(
+        self, configuration: Configuration, count: Callable[[str, str], None] = lambda method, code: None
+    ) -> None:
         """`count` is told method and status code of each answer."""
         # Looking ~/.netrc up at each request took 27 % of the client's CPU.
         configuration.client_session_kwargs = {"trust_env": False}
@@ -122,7 +130,9 @@ class Client:
             served |= {(version, r["name"]) for r in found.get("resources", [])}
         return served >= {(r.api_version, r.plural) for r in resources}
 
-    async def list(self, resource: Resource, namespace: str | None, selector: str = "") -> AsyncIterator[tuple[list[Object], str]]:
+    async def list(
+        self, resource: Resource, namespace: str | None, selector: str = ""
+    ) -> AsyncIterator[tuple[list[Object], str]]:
         """Chunks of all objects, each with the resourceVersion of the whole list. A chunk's items know their kind."""
         query = {"limit": str(CHUNK)} | ({"labelSelector": selector} if selector else {})
         while True:
@@ -143,9 +153,10 @@ class Client:
         return await self._request("PATCH", path, query, manifest, "application/apply-patch+yaml")
 
     async def claim(self, manifest: Object) -> Object:
-        """A volume claim, made if there is none of that name. One that an earlier job has left is used as it is, never changed: to give it
-        an owner would delete its results with the new job. Raises ApiError 409 while it is being deleted, or is about to be with another
-        owner: the garbage collector comes a moment after a job is gone."""
+        """A volume claim, made if there is none of that name. One that an earlier job has left is used as it is, never
+        changed: to give it an owner would delete its results with the new job. Raises ApiError 409 while it is being
+        deleted, or is about to be with another owner: the garbage collector comes a moment after a job is gone.
+        """
         try:
             return await self.create(manifest)
         except ApiError as error:
@@ -157,7 +168,9 @@ class Client:
             raise ApiError(409, "Terminating", "the claim of an earlier job is being deleted")
         owners = {r["uid"]: f"{r['kind']} {r['name']}" for r in found["metadata"].get("ownerReferences") or []}
         if owners and meta["labels"][naming.UID_LABEL] not in owners:
-            raise ApiError(409, "Owned", f"there is one that goes with another {', '.join(owners.values())} ({', '.join(owners)})")
+            raise ApiError(
+                409, "Owned", f"there is one that goes with another {', '.join(owners.values())} ({', '.join(owners)})"
+            )
         return found
 
     async def patch_status(self, job: Object, patch: Object) -> Object:
@@ -168,11 +181,20 @@ class Client:
         return await self._request("PATCH", path, {"fieldManager": FIELD_MANAGER}, body, "application/merge-patch+json")
 
     async def delete(self, target: Object, propagation: str) -> Object | None:
-        """Delete exactly this object, not a later one of its name. Returns what is left of it, or None when it is gone."""
+        """Delete exactly this object, not a later one of its name. Returns what is left of it, or None when it is
+        gone.
+        """
         meta = target["metadata"]
-        body = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": propagation, "preconditions": {"uid": meta["uid"]}}
+        body = {
+            "kind": "DeleteOptions",
+            "apiVersion": "v1",
+            "propagationPolicy": propagation,
+            "preconditions": {"uid": meta["uid"]},
+        }
         try:
-            left = await self._request("DELETE", RESOURCES[target["kind"]].path(meta["namespace"], meta["name"]), None, body)
+            left = await self._request(
+                "DELETE", RESOURCES[target["kind"]].path(meta["namespace"], meta["name"]), None, body
+            )
         except ApiError as error:
             if error.status == 404 or (error.status == 409 and "uid" in error.message.lower()):
                 return None
@@ -180,13 +202,22 @@ class Client:
         return left if left.get("metadata", {}).get("deletionTimestamp") else None
 
     async def create(self, manifest: Object) -> Object:
-        return await self._request("POST", RESOURCES[manifest["kind"]].path(manifest["metadata"]["namespace"]), None, manifest)
+        return await self._request(
+            "POST", RESOURCES[manifest["kind"]].path(manifest["metadata"]["namespace"]), None, manifest
+        )
 
     async def patch(self, kind: str, namespace: str, name: str, patch: Object) -> Object:
-        return await self._request("PATCH", RESOURCES[kind].path(namespace, name), None, patch, "application/merge-patch+json")
+        return await self._request(
+            "PATCH", RESOURCES[kind].path(namespace, name), None, patch, "application/merge-patch+json"
+        )
 
     async def _request(
-        self, method: str, path: str, query: dict[str, str] | None = None, body: Object | None = None, content: str = "application/json"
+        self,
+        method: str,
+        path: str,
+        query: dict[str, str] | None = None,
+        body: Object | None = None,
+        content: str = "application/json",
     ) -> Object:
         for _ in range(TOO_MANY_ATTEMPTS):
             while (wait := self._paused_until - asyncio.get_running_loop().time()) > 0:
@@ -208,7 +239,12 @@ class Client:
         async with self._slots:
             try:
                 request = await self._api.param_serialize(
-                    method, path, query_params=list((query or {}).items()), header_params=headers, body=body, auth_settings=["BearerToken"]
+                    method,
+                    path,
+                    query_params=list((query or {}).items()),
+                    header_params=headers,
+                    body=body,
+                    auth_settings=["BearerToken"],
                 )
                 response = await self._api.call_api(*request, _request_timeout=TIMEOUT)
                 text = await response.read()

@@ -1,7 +1,8 @@
-"""decide: from what is observed of a job to what is to be done. Pure: no clock, no I/O, nothing remembered between two calls.
+"""decide: from what is observed of a job to what is to be done. Pure: no clock, no I/O, nothing remembered between two
+calls.
 
-Level-triggered: it may be called at any time, any number of times, after any event or none. The steps are in `phases`; `reconcile`
-carries the decision out.
+Level-triggered: it may be called at any time, any number of times, after any event or none. The steps are in `phases`;
+`reconcile` carries the decision out.
 """
 
 from __future__ import annotations
@@ -58,11 +59,15 @@ def refused(observed: Observed, decision: Decision, message: str, now: datetime)
     """`decision`, of which the API server has refused a child: what waits for that child says so, all else holds."""
     assert decision.creating, "nothing else applies children"
     generation = observed.job.metadata.generation
-    status = statuses.with_condition(decision.status, decision.creating, "False", Reason.FAILED_CREATE, message, now, generation)
+    status = statuses.with_condition(
+        decision.status, decision.creating, "False", Reason.FAILED_CREATE, message, now, generation
+    )
     return told(observed, replace(decision, status=status))
 
 
 def told(observed: Observed, decision: Decision) -> Decision:
     """With the word for people, and the events that follow from how the status changes."""
-    status = decision.status.model_copy(update={"state": statuses.state(decision.status, KINDS[naming.kind(observed.job)].done)})
+    status = decision.status.model_copy(
+        update={"state": statuses.state(decision.status, KINDS[naming.kind(observed.job)].done)}
+    )
     return replace(decision, status=status, events=tuple(events(observed.job.status, status)))

@@ -1,8 +1,9 @@
-"""Which of several operators works: the one that holds the Lease. The others stand by, and ask the API server for nothing else.
+"""Which of several operators works: the one that holds the Lease. The others stand by, and ask the API server for
+nothing else.
 
-The rules are client-go's. The official client's own election cannot make a Lease (37.0.0: its call refuses its own argument), has no end for
-a request that hangs, and never gives a Lease back. No clock is compared with another machine's: a Lease has run out when nobody has
-written it for as long as it says, seen from here.
+The rules are client-go's. The official client's own election cannot make a Lease (37.0.0: its call refuses its own
+argument), has no end for a request that hangs, and never gives a Lease back. No clock is compared with another
+machine's: a Lease has run out when nobody has written it for as long as it says, seen from here.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from luthier_operator.model import Object
 
 log = logging.getLogger(__name__)
 
-# Seconds, as Kubernetes' own controllers have them. Whoever cannot renew is gone before another one begins: the last attempt begins
-# RENEW_WITHIN + RETRY after the last renewal at the latest, and takes RETRY at most.
+# Seconds, as Kubernetes' own controllers have them. Whoever cannot renew is gone before another one begins: the last
+# attempt begins RENEW_WITHIN + RETRY after the last renewal at the latest, and takes RETRY at most.
 DURATION, RENEW_WITHIN, RETRY = 15.0, 10.0, 2.0
 CONFLICT = 409
 
@@ -31,10 +32,17 @@ class Election:
     """One candidate for a Lease."""
 
     def __init__(
-        self, client: Client, lease: str, identity: str, duration: float = DURATION, renew_within: float = RENEW_WITHIN, retry: float = RETRY
+        self,
+        client: Client,
+        lease: str,
+        identity: str,
+        duration: float = DURATION,
+        renew_within: float = RENEW_WITHIN,
+        retry: float = RETRY,
     ) -> None:
-        """`client` is nobody else's: a renewal waits for no other request. `lease`: NAMESPACE/NAME. Two processes with one `identity` would
-        both lead; one that starts again under its own goes on at once."""
+        """`client` is nobody else's: a renewal waits for no other request. `lease`: NAMESPACE/NAME. Two processes with
+        one `identity` would both lead; one that starts again under its own goes on at once.
+        """
         assert renew_within + 2 * retry < duration, "it would lead on beside the next one"
         self.lease, self.leads, self.follows = lease, False, False
         self._client, self._identity = client, identity
@@ -81,7 +89,9 @@ class Election:
         except (ApiError, TimeoutError) as error:
             self._mine = None  # if it was written, the next look shows it
             faster = isinstance(error, ApiError) and error.status == CONFLICT
-            log.log(logging.DEBUG if faster else logging.WARNING, "the Lease %s: %s", self.lease, str(error) or "no answer")
+            log.log(
+                logging.DEBUG if faster else logging.WARNING, "the Lease %s: %s", self.lease, str(error) or "no answer"
+            )
             return False
         if ours:
             self._renewed = begin  # the others may count from then: the answer came later
@@ -104,7 +114,12 @@ class Election:
         ours = {"holderIdentity": self._identity, "leaseDurationSeconds": round(self._duration), "renewTime": now}
         if found is None:
             meta = {"namespace": self._namespace, "name": self._name}
-            lease = {"apiVersion": RESOURCES["Lease"].api_version, "kind": "Lease", "metadata": meta, "spec": ours | {"acquireTime": now}}
+            lease = {
+                "apiVersion": RESOURCES["Lease"].api_version,
+                "kind": "Lease",
+                "metadata": meta,
+                "spec": ours | {"acquireTime": now},
+            }
             self._mine = await self._client.create(lease)
             return True
         spec = found["spec"]

@@ -1,7 +1,8 @@
 """How the pods of one job have ended, as this operator saw it: the evidence outlives the pods.
 
-What ended well is kept an end an index, however many shards there are: a job has its final figures once all have spoken. Failures have
-no such bound, so only the newest are kept; older ones are in the status by then. Neighbours: `failure` reads a pod's end, `store` keeps these.
+What ended well is kept an end an index, however many shards there are: a job has its final figures once all have
+spoken. Failures have no such bound, so only the newest are kept; older ones are in the status by then. Neighbours:
+`failure` reads a pod's end, `store` keeps these.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class Ends:
         well, failed = self._well.get((end.phase, end.index)), self._failed.get(end.uid)
         if well and (well.uid == end.uid or (end.exit_code == 0 and well.finished_at > end.finished_at)):
             return False
-        # A pod that is lost with its node ends without an exit code, which may follow when the node comes back; so may the reason.
+        # A pod that is lost with its node ends without an exit code, which may follow when the node comes back; so may
+        # the reason.
         if failed and not (end.exit_code >= 0 > failed.exit_code or (end.disrupted and not failed.disrupted)):
             return False
         if end.exit_code == 0:

@@ -1,6 +1,7 @@
 """Lines of `kubectl describe`: Kubernetes Events on the jobs, the same line counted instead of repeated.
 
-Best effort by design: they wait in a bounded queue for one task of their own, so that no reconcile waits for an event or fails with one.
+Best effort by design: they wait in a bounded queue for one task of their own, so that no reconcile waits for an event
+or fails with one.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ class Recorder:
         if posted is not None and clock - posted.at < SAME_WITHIN:
             posted.count += 1
             try:
-                await self._client.patch("Event", meta["namespace"], posted.name, {"count": posted.count, "lastTimestamp": now})
+                await self._client.patch(
+                    "Event", meta["namespace"], posted.name, {"count": posted.count, "lastTimestamp": now}
+                )
                 return
             except ApiError as error:
                 if error.status != 404:  # events live for an hour; this one is gone
@@ -86,12 +89,23 @@ class Recorder:
             "name": meta["name"],
             "uid": meta["uid"],
         }
-        await self._client.create({
-            "apiVersion": "v1", "kind": "Event", "metadata": {"name": name, "namespace": meta["namespace"]},
-            "involvedObject": about, "type": event.type, "reason": event.reason, "message": event.message[:MESSAGE_LIMIT],
-            "firstTimestamp": now, "lastTimestamp": now, "count": 1, "source": {"component": COMPONENT},
-            "reportingComponent": COMPONENT, "reportingInstance": socket.gethostname(),
-        })  # fmt: skip
+        await self._client.create(
+            {
+                "apiVersion": "v1",
+                "kind": "Event",
+                "metadata": {"name": name, "namespace": meta["namespace"]},
+                "involvedObject": about,
+                "type": event.type,
+                "reason": event.reason,
+                "message": event.message[:MESSAGE_LIMIT],
+                "firstTimestamp": now,
+                "lastTimestamp": now,
+                "count": 1,
+                "source": {"component": COMPONENT},
+                "reportingComponent": COMPONENT,
+                "reportingInstance": socket.gethostname(),
+            }
+        )
         self._posted[line] = _Posted(name, 1, clock)
         while len(self._posted) > REMEMBERED:
             self._posted.popitem(last=False)

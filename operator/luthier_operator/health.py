@@ -8,8 +8,12 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 
-async def serve(port: int, metrics: Callable[[], bytes], alive: Callable[[], bool], ready: Callable[[], bool]) -> web.AppRunner:
-    """Serve until `cleanup` of what is returned. `alive`: no part has ended; `ready`: the first lists are done, or another replica does the work."""
+async def serve(
+    port: int, metrics: Callable[[], bytes], alive: Callable[[], bool], ready: Callable[[], bool]
+) -> web.AppRunner:
+    """Serve until `cleanup` of what is returned. `alive`: no part has ended; `ready`: the first lists are done, or
+    another replica does the work.
+    """
 
     async def show_metrics(_: web.Request) -> web.Response:
         return web.Response(body=metrics(), headers={"Content-Type": CONTENT_TYPE_LATEST})

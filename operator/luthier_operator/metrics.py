@@ -1,7 +1,8 @@
-"""The operator's metrics: controller-runtime's names, so that dashboards and alerts for Go operators work, and those of the jobs.
+"""The operator's metrics: controller-runtime's names, so that dashboards and alerts for Go operators work, and those of
+the jobs.
 
-One table, from which the metrics are made and which the docs list. No job's name is ever a label: their number has no bound.
-Neighbours: `health` serves them; `luthier_api.metrics` holds those of the pods.
+One table, from which the metrics are made and which the docs list. No job's name is ever a label: their number has no
+bound. Neighbours: `health` serves them; `luthier_api.metrics` holds those of the pods.
 """
 
 from __future__ import annotations
@@ -35,32 +36,59 @@ SHORT = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 30)
 # Jobs take minutes to days.
 LONG = (10, 60, 300, 900, 3600, 3 * 3600, 10 * 3600, 24 * 3600, 3 * 24 * 3600, 7 * 24 * 3600)
 
-RECONCILES = OperatorMetric("controller_runtime_reconcile_total", "Reconciles by result", "counter", ("controller", "result"))
+RECONCILES = OperatorMetric(
+    "controller_runtime_reconcile_total", "Reconciles by result", "counter", ("controller", "result")
+)
 RECONCILE_ERRORS = OperatorMetric(
     "controller_runtime_reconcile_errors_total", "Reconciles that ended in an error", "counter", ("controller",)
 )
-RECONCILE_SECONDS = OperatorMetric("controller_runtime_reconcile_time_seconds", "Time of a reconcile", "histogram", ("controller",), SHORT)
+RECONCILE_SECONDS = OperatorMetric(
+    "controller_runtime_reconcile_time_seconds", "Time of a reconcile", "histogram", ("controller",), SHORT
+)
 ACTIVE_WORKERS = OperatorMetric("controller_runtime_active_workers", "Reconciles under way", "gauge", ("controller",))
-MAX_WORKERS = OperatorMetric("controller_runtime_max_concurrent_reconciles", "Reconciles that may run at once", "gauge", ("controller",))
+MAX_WORKERS = OperatorMetric(
+    "controller_runtime_max_concurrent_reconciles", "Reconciles that may run at once", "gauge", ("controller",)
+)
 QUEUE_DEPTH = OperatorMetric("workqueue_depth", "Jobs that wait for a reconcile", "gauge", ("name",))
 QUEUE_ADDS = OperatorMetric("workqueue_adds_total", "Jobs that came into the queue", "counter", ("name",))
-QUEUE_SECONDS = OperatorMetric("workqueue_queue_duration_seconds", "Time that a job waited for a reconcile", "histogram", ("name",), SHORT)
-WORK_SECONDS = OperatorMetric("workqueue_work_duration_seconds", "Time that a job was being worked on", "histogram", ("name",), SHORT)
+QUEUE_SECONDS = OperatorMetric(
+    "workqueue_queue_duration_seconds", "Time that a job waited for a reconcile", "histogram", ("name",), SHORT
+)
+WORK_SECONDS = OperatorMetric(
+    "workqueue_work_duration_seconds", "Time that a job was being worked on", "histogram", ("name",), SHORT
+)
 QUEUE_RETRIES = OperatorMetric("workqueue_retries_total", "Jobs that came back after an error", "counter", ("name",))
 REQUESTS = OperatorMetric(
-    "rest_client_requests_total", "Requests to the API server, except the lists and watches that kopf makes", "counter", ("code", "method", "host")
-)  # fmt: skip
-LEADS = OperatorMetric("leader_election_master_status", "1 where this replica holds the Lease, 0 where it stands by", "gauge", ("name",))
+    "rest_client_requests_total",
+    "Requests to the API server, except the lists and watches that kopf makes",
+    "counter",
+    ("code", "method", "host"),
+)
+LEADS = OperatorMetric(
+    "leader_election_master_status", "1 where this replica holds the Lease, 0 where it stands by", "gauge", ("name",)
+)
 BUILD = OperatorMetric("luthier_build_info", "Always 1; the label says the version", "gauge", ("version",))
 JOBS = OperatorMetric("luthier_jobs", "Jobs by the state that kubectl shows", "gauge", ("kind", "namespace", "state"))
-JOB_SECONDS = OperatorMetric("luthier_job_duration_seconds", "From the start of a job, or from when it last went on after a rest, to its end", "histogram", ("kind", "result"), LONG)
+JOB_SECONDS = OperatorMetric(
+    "luthier_job_duration_seconds",
+    "From the start of a job, or from when it last went on after a rest, to its end",
+    "histogram",
+    ("kind", "result"),
+    LONG,
+)
 JOB_QUEUE_SECONDS = OperatorMetric(
     "luthier_job_queue_seconds", "From the creation of a job until its pods run", "histogram", ("kind",), LONG
 )
-JOB_RESTARTS = OperatorMetric("luthier_job_restarts_total", "Restarts, by the reason of the failure before", "counter", ("kind", "reason"))
-JOB_FAILURES = OperatorMetric("luthier_job_failures_total", "Jobs that failed, by reason", "counter", ("kind", "reason"))
+JOB_RESTARTS = OperatorMetric(
+    "luthier_job_restarts_total", "Restarts, by the reason of the failure before", "counter", ("kind", "reason")
+)
+JOB_FAILURES = OperatorMetric(
+    "luthier_job_failures_total", "Jobs that failed, by reason", "counter", ("kind", "reason")
+)
 HUB_BYTES = OperatorMetric("luthier_hub_upload_bytes_total", "Bytes of published results", "counter", ("kind",))
-HUB_FAILURES = OperatorMetric("luthier_hub_upload_failures_total", "Pods of publish that failed, by reason", "counter", ("kind", "reason"))
+HUB_FAILURES = OperatorMetric(
+    "luthier_hub_upload_failures_total", "Pods of publish that failed, by reason", "counter", ("kind", "reason")
+)
 
 OPERATOR_METRICS: tuple[OperatorMetric, ...] = tuple(m for m in globals().values() if isinstance(m, OperatorMetric))
 CONTROLLER = "luthier"
@@ -106,7 +134,9 @@ class Metrics:
 
     def text(self, jobs: Iterable[tuple[Key, Object]]) -> bytes:
         """Prometheus text, with `jobs` counted now."""
-        states = Tally((key.kind.value, key.namespace, job.get("status", {}).get("state") or State.PENDING) for key, job in jobs)
+        states = Tally(
+            (key.kind.value, key.namespace, job.get("status", {}).get("state") or State.PENDING) for key, job in jobs
+        )
         self._made[JOBS].clear()
         for labels, number in states.items():
             self.set(JOBS, number, *labels)
@@ -156,13 +186,19 @@ class Metrics:
                 self.add(JOB_FAILURES, 1, kind, failed.reason)
             if after.start_time and after.completion_time:
                 result = "failed" if after.is_true(ConditionType.FAILED) else "complete"
-                self.observe(JOB_SECONDS, _seconds(after.deadline_start_time or after.start_time, after.completion_time), kind, result)
+                self.observe(
+                    JOB_SECONDS,
+                    _seconds(after.deadline_start_time or after.start_time, after.completion_time),
+                    kind,
+                    result,
+                )
 
 
 def _restarted(kind: str, before: JobStatus, after: JobStatus) -> Iterator[str]:
     """The reason of each restart since `before`."""
     failures = [a for a in after.attempts if a.phase == "run"]
-    # A group counts its attempts; each shard has its own count, but what a shard is started again after is among the newest failures.
+    # A group counts its attempts; each shard has its own count, but what a shard is started again after is among the
+    # newest failures.
     numbered = {a.attempt: a.reason for a in failures}
     newest = {after.restarts - 1 - n: a.reason for n, a in enumerate(reversed(failures))}
     reasons = numbered if kind == JobKind.FINE_TUNE else newest

@@ -1,6 +1,7 @@
 """The nouns of the operator: what was observed, what was decided.
 
-`reconcile` makes an `Observed` from the store, `decide` makes a `Decision` of it without any I/O, `reconcile` carries that out.
+`reconcile` makes an `Observed` from the store, `decide` makes a `Decision` of it without any I/O, `reconcile` carries
+that out.
 """
 
 from __future__ import annotations
@@ -99,7 +100,9 @@ class Decision:
 
     status: JobStatus
     apply: Sequence[Object] = ()
-    """Children to apply, in order: those that are missing. What exists is left alone: a queue owns part of it, and templates never change."""
+    """Children to apply, in order: those that are missing. What exists is left alone: a queue owns part of it, and
+    templates never change.
+    """
     creating: ConditionType | None = None
     """The condition that tells of them."""
     delete: Sequence[ChildRef] = ()

@@ -22,9 +22,12 @@ HUB_ANNOTATION = "luthier.dev/hub-hash"
 TARGET_ANNOTATION = "luthier.dev/hub-target"
 """On the publish Job: which spec.hub it was made from."""
 SOURCES_ANNOTATION = "luthier.dev/sources"
-"""On the prepare Job: where the jobs that it names keep their work, because they may be deleted before our run begins."""
+"""On the prepare Job: where the jobs that it names keep their work, because they may be deleted before our run begins.
+"""
 BEFORE_ANNOTATION = "luthier.dev/restarts-before"
-"""On the child of `run`: restarts, and those charged, of the children before it (a suspended job gets another one when it goes on)."""
+"""On the child of `run`: restarts, and those charged, of the children before it (a suspended job gets another one when
+it goes on).
+"""
 
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
 INDEX_FAILURES_ANNOTATION = "batch.kubernetes.io/job-index-failure-count"
@@ -100,7 +103,8 @@ def rendezvous_host(job: Job) -> str:
 
 
 def needed_jobs(job: Job, find: Callable[[str], FineTuneJob | None]) -> dict[str, FineTuneJob | None]:
-    """Name → FineTuneJob of each workspace that `job` reads: of the jobs that it names and, where a result is an adapter, of the model below.
+    """Name → FineTuneJob of each workspace that `job` reads: of the jobs that it names and, where a result is an
+    adapter, of the model below.
 
     A model below that was an adapter itself was merged into the workspace of the job that went on from it.
     """

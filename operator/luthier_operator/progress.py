@@ -1,7 +1,7 @@
 """Reads the metrics of running pods, so that `kubectl get` shows how far a job is.
 
-Training is read from rank 0, generation from every shard. A pod that cannot be read is read again next time: progress is never worth an
-error. Neighbours: `luthier_api.metrics` understands the text, `store` keeps the figures.
+Training is read from rank 0, generation from every shard. A pod that cannot be read is read again next time: progress
+is never worth an error. Neighbours: `luthier_api.metrics` understands the text, `store` keeps the figures.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def pod_url(pod: Object) -> str:
 
 
 class Scraper:
-    def __init__(self, store: Store, enqueue: Callable[[Key], None], every: float, url: Callable[[Object], str] = pod_url) -> None:
+    def __init__(
+        self, store: Store, enqueue: Callable[[Key], None], every: float, url: Callable[[Object], str] = pod_url
+    ) -> None:
         """`url` says where the metrics of a running pod are."""
         self._store, self._enqueue, self._every, self._url = store, enqueue, every, url
 

@@ -1,7 +1,8 @@
 """Which jobs want a look: keys without duplicates, one worker a key, later looks, and back-off after errors.
 
-The rules are those of client-go's work queue, so that nothing is ever dropped: a key that comes in while it is being worked on is worked
-on once more. Time is given, not read, so that tests own it. Neighbours: `store` says which key an object belongs to, `reconcile` works.
+The rules are those of client-go's work queue, so that nothing is ever dropped: a key that comes in while it is being
+worked on is worked on once more. Time is given, not read, so that tests own it. Neighbours: `store` says which key an
+object belongs to, `reconcile` works.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import Protocol
 from luthier_operator.model import Key
 
 BACKOFF_BASE = 0.2  # seconds, after the first error
-SETTLE_SECONDS = 0.1  # what has one cause (a Job, its pod, our own writes) is known within that: one look instead of four
+SETTLE_SECONDS = (
+    0.1  # what has one cause (a Job, its pod, our own writes) is known within that: one look instead of four
+)
 STOP_SECONDS = 10.0  # for the writes that are under way when the operator stops
 BACKOFF_LIMIT = 120.0  # an API server or a quota that comes back is noticed within two minutes
 
@@ -33,9 +36,12 @@ class Observer(Protocol):
 
 class Queue:
     def __init__(
-        self, clock: Callable[[], float] = time.monotonic, backoff: float = BACKOFF_BASE, observer: Observer | None = None,
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        backoff: float = BACKOFF_BASE,
+        observer: Observer | None = None,
         jitter: Callable[[], float] = lambda: random.uniform(0.5, 1.0),
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._clock, self._backoff, self._observer, self._jitter = clock, backoff, observer, jitter
         self._ready: OrderedDict[Key, float] = OrderedDict()  # key → when it came in
         self._working: set[Key] = set()
@@ -63,7 +69,9 @@ class Queue:
         self.add_after(key, SETTLE_SECONDS)
 
     def add_after(self, key: Key, seconds: float) -> None:
-        """Have `key` looked at in `seconds`, or sooner if something else asks for it. Of several wishes the earliest counts."""
+        """Have `key` looked at in `seconds`, or sooner if something else asks for it. Of several wishes the earliest
+        counts.
+        """
         if seconds <= 0:
             self.add(key)
             return
@@ -122,7 +130,9 @@ class Queue:
         return key
 
     async def serve(self, work: Callable[[Key], Awaitable[None]], workers: int) -> None:
-        """Give keys to `work`, at most `workers` at once, until cancelled; then let those at work finish. `work` raises nothing."""
+        """Give keys to `work`, at most `workers` at once, until cancelled; then let those at work finish. `work` raises
+        nothing.
+        """
         slots = asyncio.Semaphore(workers)
         running: set[asyncio.Task[None]] = set()
 

@@ -1,7 +1,7 @@
 """One job, once: what was observed → `decide` → children → one status write, only if it changed → events.
 
-Any failure puts the job back into the queue: every step may be repeated at any time, from the beginning, by a process that knows nothing
-of this one. Neighbours: `queue` calls, `store` is read and written through, `client` carries out.
+Any failure puts the job back into the queue: every step may be repeated at any time, from the beginning, by a process
+that knows nothing of this one. Neighbours: `queue` calls, `store` is read and written through, `client` carries out.
 """
 
 from __future__ import annotations
@@ -49,9 +49,15 @@ class _Write:
 
 class Reconciler:
     def __init__(
-        self, store: Store, client: Client, queue: Queue, events: Recorder, metrics: Metrics, settings: Settings,
+        self,
+        store: Store,
+        client: Client,
+        queue: Queue,
+        events: Recorder,
+        metrics: Metrics,
+        settings: Settings,
         clock: Callable[[], float] = time.monotonic,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._store, self._client, self._queue, self._events, self._metrics = store, client, queue, events, metrics
         self._settings, self._clock = settings, clock
         self._writes: dict[str, _Write] = {}  # by uid
@@ -82,7 +88,9 @@ class Reconciler:
             self._metrics.reconciled(result, self._clock() - begin)
 
     async def reconcile(self, key: Key) -> float | None:
-        """Bring `key` one step further. Returns the seconds until it wants another look; raises ApiError and whatever `decide` raises."""
+        """Bring `key` one step further. Returns the seconds until it wants another look; raises ApiError and whatever
+        `decide` raises.
+        """
         found = self._store.job(key)
         if found is None or found["metadata"].get("deletionTimestamp"):
             self._writes.pop(self._uids.pop(key, ""), None)  # its children go with it: they have owner references
@@ -111,7 +119,9 @@ class Reconciler:
         return again
 
     async def _apply(self, found: Object, decision: Decision) -> ApiError | None:
-        """What the API server has against a child; those after it are not tried. Raises ApiError where it has not answered at all."""
+        """What the API server has against a child; those after it are not tried. Raises ApiError where it has not
+        answered at all.
+        """
         for manifest in decision.apply:
             try:
                 if manifest["kind"] == "PersistentVolumeClaim":
@@ -123,7 +133,9 @@ class Reconciler:
             except ApiError as error:
                 if not error.status:
                     raise
-                return ApiError(error.status, error.reason, f"{manifest['kind']} {manifest['metadata']['name']}: {error.message}")
+                return ApiError(
+                    error.status, error.reason, f"{manifest['kind']} {manifest['metadata']['name']}: {error.message}"
+                )
             self._enqueue(self._store.put(made))
         return None
 
@@ -136,7 +148,9 @@ class Reconciler:
             self._enqueue(self._store.put(left) if left else self._store.remove(child))
 
     async def _report(self, key: Key, found: Object, job: Job, decision: Decision) -> float | None:
-        """Write the status and what follows from it. Returns the seconds to wait when it is too early for mere progress."""
+        """Write the status and what follows from it. Returns the seconds to wait when it is too early for mere
+        progress.
+        """
         desired, before = decision.status.dump(), found.get("status", {})
         last = self._writes.get(found["metadata"]["uid"])
         if last and essence(desired) == essence(before):
@@ -156,7 +170,8 @@ class Reconciler:
         before, uid = found.get("status", {}), found["metadata"]["uid"]
         patch = merge_patch(before, desired)
         last = self._writes.get(uid)
-        # A CRD that is older than this operator drops the fields that it does not know: writing them again would never end.
+        # A CRD that is older than this operator drops the fields that it does not know: writing them again would never
+        # end.
         if not patch or (last and last.desired == desired and last.kept == before):
             return False
         try:
@@ -168,14 +183,17 @@ class Reconciler:
                 return False
             raise
         self._writes[uid] = _Write(desired, kept.get("status", {}), self._clock())
-        # Its own key, too: what follows from this status, such as a time to live, is decided when it is looked at again.
+        # Its own key, too: what follows from this status, such as a time to live, is decided when it is looked at
+        # again.
         self._enqueue(self._store.put(kept))
         return True
 
     async def _look_again(self, found: Object) -> None:
         meta = found["metadata"]
         try:
-            self._enqueue(self._store.put(await self._client.get(RESOURCES[found["kind"]].path(meta["namespace"], meta["name"]))))
+            self._enqueue(
+                self._store.put(await self._client.get(RESOURCES[found["kind"]].path(meta["namespace"], meta["name"])))
+            )
         except ApiError as error:
             if error.status != 404:
                 raise
@@ -187,14 +205,18 @@ class Reconciler:
 
 
 def read_job(found: Object) -> Job:
-    """The job, without the parts of its status that another version of the operator wrote. Raises InvalidSpec, a line for each problem."""
+    """The job, without the parts of its status that another version of the operator wrote. Raises InvalidSpec, a line
+    for each problem.
+    """
     try:
         return parse_job(found)
     except ValidationError as error:
         problems = error.errors()
     wrong = [p for p in problems if p["loc"][:1] != ("status",)]
     if wrong:
-        raise InvalidSpec("\n".join(f"{'.'.join(map(str, p['loc']))}: {p['msg'][:1].lower()}{p['msg'][1:]}" for p in wrong))
+        raise InvalidSpec(
+            "\n".join(f"{'.'.join(map(str, p['loc']))}: {p['msg'][:1].lower()}{p['msg'][1:]}" for p in wrong)
+        )
     unreadable = {p["loc"][1] for p in problems}
     return parse_job(found | {"status": {k: v for k, v in found["status"].items() if k not in unreadable}})
 
@@ -203,14 +225,26 @@ def invalid_status(found: Object, message: str) -> Object:
     """The status of a job that cannot be understood: what stood there, and why nothing happens."""
     before, generation = found.get("status", {}), found["metadata"].get("generation")
     known = next((c for c in before.get("conditions", []) if c.get("type") == ConditionType.ACCEPTED), None)
-    since = known["lastTransitionTime"] if known and known.get("status") == "False" else datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    since = (
+        known["lastTransitionTime"]
+        if known and known.get("status") == "False"
+        else datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    )
     text = f"{message}\nThe CRDs and the operator are of different versions: install those of the same chart."
     condition = Condition(
-        type=ConditionType.ACCEPTED, status="False", reason=Reason.INVALID_SPEC, message=text, last_transition_time=since,
+        type=ConditionType.ACCEPTED,
+        status="False",
+        reason=Reason.INVALID_SPEC,
+        message=text,
+        last_transition_time=since,
         observed_generation=generation,
-    ).dump()  # fmt: skip
+    ).dump()
     others = [c for c in before.get("conditions", []) if c.get("type") != ConditionType.ACCEPTED]
-    status: Object = before | {"state": State.INVALID, "conditions": [condition, *others]} | ({"observedGeneration": generation} if generation else {})
+    status: Object = (
+        before
+        | {"state": State.INVALID, "conditions": [condition, *others]}
+        | ({"observedGeneration": generation} if generation else {})
+    )
     return status
 
 
@@ -221,7 +255,9 @@ def essence(status: Object) -> Any:
 
 
 def merge_patch(before: Object, after: Object) -> Object:
-    """The JSON merge patch (RFC 7396) from `before` to `after`: empty when they are the same; what is gone becomes null."""
+    """The JSON merge patch (RFC 7396) from `before` to `after`: empty when they are the same; what is gone becomes
+    null.
+    """
     patch: Object = {key: None for key in before if key not in after}
     for key, value in after.items():
         if key not in before:

@@ -1,6 +1,7 @@
 """What the administrator sets, from the environment: `LUTHIER_TRAINER_IMAGE=...`. The chart's values end here.
 
-Nothing of it can be set in a job: the image, the Hub's endpoint and the service account decide what a user's pods may do.
+Nothing of it can be set in a job: the image, the Hub's endpoint and the service account decide what a user's pods may
+do.
 """
 
 from __future__ import annotations
@@ -22,13 +23,18 @@ NO_IMAGE = f"REGISTRY/trainer:{RELEASE}"
 
 
 class Settings(BaseSettings):
-    """Settings of the operator; field docstrings are the documentation. A wrong one ends the start, with the variable's name."""
+    """Settings of the operator; field docstrings are the documentation. A wrong one ends the start, with the variable's
+    name.
+    """
 
     model_config = SettingsConfigDict(
         # An alias rather than a prefix: errors name what the administrator has written.
-        alias_generator=lambda name: f"LUTHIER_{name.upper()}", populate_by_name=True,
-        frozen=True, use_attribute_docstrings=True, extra="ignore",
-    )  # fmt: skip
+        alias_generator=lambda name: f"LUTHIER_{name.upper()}",
+        populate_by_name=True,
+        frozen=True,
+        use_attribute_docstrings=True,
+        extra="ignore",
+    )
 
     trainer_image: Annotated[str, Field(min_length=1)] = NO_IMAGE
     """Image of every pod of a job; the default only fills a place in what `luthier render` prints."""
@@ -51,7 +57,8 @@ class Settings(BaseSettings):
     publish_retries: Annotated[int, Field(ge=0)] = 20
     """The same of `publish`, where a finished run waits for the Hub: about 2.5 hours."""
     grace_seconds: Annotated[int, Field(ge=15)] = 60
-    """Seconds that a stopped pod has at least to save its work; a plan with large checkpoints, or a job, asks for more."""
+    """Seconds that a stopped pod has at least to save its work; a plan with large checkpoints, or a job, asks for more.
+    """
     workspace_size: Bytes = "10Gi"
     """Size of a workspace whose job sets none."""
     env: Annotated[dict[Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")], str], NoDecode] = {}
@@ -62,7 +69,9 @@ class Settings(BaseSettings):
     lease: Annotated[str, Field(pattern="^([a-z0-9.-]+/[a-z0-9.-]+)?$")] = ""
     """NAMESPACE/NAME of the Lease whose holder, of several operators, does the work; empty: this one is alone."""
     identity: str = ""
-    """Name of this operator in that Lease: its pod's, so that a container that starts again goes on at once; empty: the host's, with a random part."""
+    """Name of this operator in that Lease: its pod's, so that a container that starts again goes on at once; empty: the
+    host's, with a random part.
+    """
     workers: Annotated[int, Field(ge=1)] = 16
     """Jobs reconciled at once."""
     progress_every: Annotated[float, Field(gt=0)] = 15
@@ -88,7 +97,9 @@ class Settings(BaseSettings):
     @field_validator("env")
     @classmethod
     def _ours_stay(cls, value: dict[str, str]) -> dict[str, str]:
-        if ours := sorted(name for name in value if name.startswith("LUTHIER_") or name in (Variables.TOKEN, Variables.NODE_RANK)):
+        if ours := sorted(
+            name for name in value if name.startswith("LUTHIER_") or name in (Variables.TOKEN, Variables.NODE_RANK)
+        ):
             raise ValueError(f"{', '.join(ours)}: set by Luthier itself; remove it")
         return value
 

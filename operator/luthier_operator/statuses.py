@@ -1,6 +1,7 @@
 """Editing a status without changing what has not changed: a status that stays equal costs no write.
 
-Conditions keep their transition time while their value stays; the word in STATE is read off the conditions, never remembered.
+Conditions keep their transition time while their value stays; the word in STATE is read off the conditions, never
+remembered.
 """
 
 from __future__ import annotations
@@ -20,9 +21,14 @@ MESSAGE_CHARACTERS = 4096  # as much as a pod can say; describe and etcd bear it
 C, R = ConditionType, Reason
 # What people would call it, where the reason is not that word already.
 WORDS: dict[str, State] = {
-    R.WAITING_FOR_JOB: State.WAITING, R.WAITING_FOR_QUEUE: State.QUEUED, R.WAITING_FOR_PODS: State.PENDING, R.WAITING_FOR_VOLUME: State.PENDING,
-    R.JOB_SET_MISSING: State.PENDING, R.PLAN_ONLY: State.PLANNED, R.PUBLISHED: State.PUBLISHING,
-}  # fmt: skip
+    R.WAITING_FOR_JOB: State.WAITING,
+    R.WAITING_FOR_QUEUE: State.QUEUED,
+    R.WAITING_FOR_PODS: State.PENDING,
+    R.WAITING_FOR_VOLUME: State.PENDING,
+    R.JOB_SET_MISSING: State.PENDING,
+    R.PLAN_ONLY: State.PLANNED,
+    R.PUBLISHED: State.PUBLISHING,
+}
 
 
 def text(moment: datetime) -> str:
@@ -34,13 +40,26 @@ def moment(text: str) -> datetime:
     return datetime.fromisoformat(text.replace("Z", "+00:00"))
 
 
-def with_condition(status: JobStatus, type: ConditionType, value: Value, reason: str, message: str, now: datetime, generation: int | None) -> JobStatus:  # fmt: skip
+def with_condition(
+    status: JobStatus,
+    type: ConditionType,
+    value: Value,
+    reason: str,
+    message: str,
+    now: datetime,
+    generation: int | None,
+) -> JobStatus:
     """`status` with this condition, in the place where it stood."""
     old = status.condition(type)
     since = old.last_transition_time if old and old.status == value else text(now)
     new = Condition(
-        type=type, status=value, reason=reason, message=message[:MESSAGE_CHARACTERS], last_transition_time=since, observed_generation=generation
-    )  # fmt: skip
+        type=type,
+        status=value,
+        reason=reason,
+        message=message[:MESSAGE_CHARACTERS],
+        last_transition_time=since,
+        observed_generation=generation,
+    )
     conditions = [new if c.type == type else c for c in status.conditions] + ([] if old else [new])
     return status.model_copy(update={"conditions": conditions})
 
@@ -52,7 +71,9 @@ def without_condition(status: JobStatus, type: ConditionType) -> JobStatus:
 
 
 def state(status: JobStatus, done: ConditionType) -> str:
-    """One word for people: of `State`, or what stands in the way. `done` is the condition that says that `run` has ended well."""
+    """One word for people: of `State`, or what stands in the way. `done` is the condition that says that `run` has
+    ended well.
+    """
     for end, word in ((C.FAILED, State.FAILED), (C.COMPLETE, State.COMPLETE), (C.SUSPENDED, State.SUSPENDED)):
         if status.is_true(end):
             return word
@@ -79,12 +100,22 @@ def shape(job: Job) -> str:
 
 
 def at_end(progress: Progress | None, metrics: dict[str, float] | None) -> Progress | None:
-    """Progress of a run that has ended well: its last steps, or rows, came after it was last read, if it was read at all."""
+    """Progress of a run that has ended well: its last steps, or rows, came after it was last read, if it was read at
+    all.
+    """
     steps, rows = (int(metrics[name]) if metrics and name in metrics else None for name in ("steps", "rows"))
     if progress is None and steps is None and rows is None:
         return None
     last = progress or Progress()
     step, row = steps or last.max_steps, rows or last.max_rows
     loss = metrics.get("lastLoss", last.loss) if metrics else last.loss
-    ended = {"step": step, "max_steps": step, "rows": row, "max_rows": row, "loss": figure(loss), "percent": 100, "eta_seconds": 0}
+    ended = {
+        "step": step,
+        "max_steps": step,
+        "rows": row,
+        "max_rows": row,
+        "loss": figure(loss),
+        "percent": 100,
+        "eta_seconds": 0,
+    }
     return last.model_copy(update=ended)

@@ -1,7 +1,8 @@
 """What the cluster last said: jobs, their children and pods, the ends of pods, and what the pods' metrics tell.
 
-Fed by the watches, by the answers to our own writes (so that a reconcile sees what the one before it did), and by a periodic relist that
-drops what kopf keeps after a 410. Nothing is decided here. Neighbours: `watch` feeds it, `reconcile` reads it.
+Fed by the watches, by the answers to our own writes (so that a reconcile sees what the one before it did), and by a
+periodic relist that drops what kopf keeps after a 410. Nothing is decided here. Neighbours: `watch` feeds it,
+`reconcile` reads it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ K = TypeVar("K")
 
 
 class Owner(NamedTuple):
-    """The job that an object belongs to, by its namespace and labels. The uid alone would let a copy of the labels speak from elsewhere."""
+    """The job that an object belongs to, by its namespace and labels. The uid alone would let a copy of the labels
+    speak from elsewhere.
+    """
 
     key: Key
     uid: str
@@ -98,7 +101,8 @@ class Store:
             return self._put_job(owner.key, found, known)
         if found["kind"] == "Pod":
             self._pods.setdefault(owner, {})[meta["uid"]] = found
-            if owner.uid not in self._deleted:  # pods outlive their job by a moment: nobody asks for their ends any more
+            # Pods outlive their job by a moment: nobody asks for their ends any more
+            if owner.uid not in self._deleted:
                 self._remember_end(owner, found)
         else:
             self._children.setdefault(owner, {})[ChildRef(found["kind"], meta["name"])] = found
@@ -121,7 +125,8 @@ class Store:
                 remembered.pop(owner, None)
             return {key} | self._dependents.get(key, set())
         if gone["kind"] == "Pod":
-            # The Job controller deletes the survivors as soon as one pod has failed: this may be the first that we hear of its end.
+            # The Job controller deletes the survivors as soon as one pod has failed: this may be the first that we hear
+            # of its end.
             if self._exists(owner):
                 self._remember_end(owner, gone)
             _drop(self._pods, owner, meta["uid"])
@@ -133,7 +138,9 @@ class Store:
         return {key}
 
     def prune(self, kind: str, namespace: str | None, listed: set[str], list_version: str) -> set[Key]:
-        """Forget objects of `kind` that a list at `list_version` did not hold: their deletion went unseen. `listed` are uids."""
+        """Forget objects of `kind` that a list at `list_version` did not hold: their deletion went unseen. `listed` are
+        uids.
+        """
         touched: set[Key] = set()
         for known in self._all(kind):
             meta = known["metadata"]
@@ -143,7 +150,9 @@ class Store:
         return touched
 
     def put_samples(self, owner: Owner, samples: Mapping[int, dict[str, float]]) -> None:
-        """What the pods' metrics say, by node rank or shard. A pod that is gone keeps counting with its last figures."""
+        """What the pods' metrics say, by node rank or shard. A pod that is gone keeps counting with its last
+        figures.
+        """
         if owner.uid in self._deleted:
             return
         figures = self._samples.setdefault(owner, {})
@@ -218,7 +227,8 @@ def owner_of(found: Object) -> Owner | None:
     kind, name, uid = found.get("kind"), meta.get("name"), meta.get("uid")
     if kind not in KINDS:
         labels = meta.get("labels") or {}
-        # Labels travel with copies and backups. Our own Jobs and JobSets have an owner, too; pods belong to the Job controller.
+        # Labels travel with copies and backups. Our own Jobs and JobSets have an owner, too; pods belong to the Job
+        # controller.
         if kind in OWNED and labels.get(naming.UID_LABEL) not in {r["uid"] for r in meta.get("ownerReferences") or []}:
             return None
         kind, name, uid = labels.get(naming.KIND_LABEL), labels.get(naming.JOB_LABEL), labels.get(naming.UID_LABEL)
@@ -238,7 +248,9 @@ def version(found: Object) -> int:
 
 
 def slim(found: Object) -> Object:
-    """Without what nobody reads, which is most of an object's memory: of a child's spec that is all but the fields in READ."""
+    """Without what nobody reads, which is most of an object's memory: of a child's spec that is all but the fields in
+    READ.
+    """
     meta = {k: v for k, v in found["metadata"].items() if k != "managedFields"}
     spec = found.get("spec", {})
     kept = spec if found["kind"] in KINDS else {k: spec[k] for k in READ if k in spec}

@@ -1,7 +1,9 @@
-"""The kopf shell: logs in and hands on what the watches say. Nothing is decided here, and nothing is ever written to an object.
+"""The kopf shell: logs in and hands on what the watches say. Nothing is decided here, and nothing is ever written to an
+object.
 
-kopf is used for its watches alone: no change handlers, timers, finalizers, peering or stored state (each costs writes to the user's
-objects; handlers of `on.event` cost none). Neighbours: `app` starts one `Watch` a group of kinds, `store` takes the events.
+kopf is used for its watches alone: no change handlers, timers, finalizers, peering or stored state (each costs writes
+to the user's objects; handlers of `on.event` cost none). Neighbours: `app` starts one `Watch` a group of kinds, `store`
+takes the events.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ def selector(kind: str) -> str:
 
 
 class NoDiffBase(kopf.DiffBaseStorage):
-    """kopf keeps no copy of what it saw: we compare states, not differences. It also saves half of kopf's time for an event."""
+    """kopf keeps no copy of what it saw: we compare states, not differences. It also saves half of kopf's time for an
+    event.
+    """
 
     def build(self, **_: Any) -> Any:
         return {}
@@ -80,17 +84,24 @@ def kopf_settings(resources: Sequence[Resource]) -> kopf.OperatorSettings:
             settings.watching.label_selectors[resource.group, resource.plural] = text
     settings.networking.error_backoffs = (0.5, 1, 2, 4)  # then `app` starts the watch anew
     settings.queueing.idle_timeout = 1
-    # When its tasks are cancelled kopf kills the process ten minutes later, to be sure. Ours goes on: only a watch has ended.
+    # When its tasks are cancelled kopf kills the process ten minutes later, to be sure. Ours goes on: only a watch has
+    # ended.
     settings.process.ultimate_exiting_timeout = None
     return settings
 
 
 async def watch(
-    resources: Sequence[Resource], namespaces: Sequence[str], deliver: Deliver, started: Callable[[], None], login: Login = login
+    resources: Sequence[Resource],
+    namespaces: Sequence[str],
+    deliver: Deliver,
+    started: Callable[[], None],
+    login: Login = login,
 ) -> None:
-    """Watch `resources`, which exist, until cancelled. `started` is called once kopf runs. Raises what ends a watch for good.
+    """Watch `resources`, which exist, until cancelled. `started` is called once kopf runs. Raises what ends a watch for
+    good.
 
-    Returns only when kopf has caught a signal: it takes those for itself at its start, and `started` can be a moment late.
+    Returns only when kopf has caught a signal: it takes those for itself at its start, and `started` can be a moment
+    late.
     """
     registry = kopf.OperatorRegistry()
 
@@ -98,15 +109,23 @@ async def watch(
         deliver(event["type"], event["object"])
 
     for resource in resources:
-        kopf.on.event(resource.group, resource.api_version.rpartition("/")[2], resource.plural, registry=registry, id=resource.plural)(
-            handle
-        )
+        kopf.on.event(
+            resource.group,
+            resource.api_version.rpartition("/")[2],
+            resource.plural,
+            registry=registry,
+            id=resource.plural,
+        )(handle)
     kopf.on.login(registry=registry, id="login", errors=kopf.ErrorsMode.TEMPORARY, backoff=5)(login)
 
     # Not kopf.operator(): at its end that cancels every task of the process that is younger than itself.
     spawning = asyncio.ensure_future(
         kopf.spawn_tasks(
-            registry=registry, settings=kopf_settings(resources), standalone=True, clusterwide=not namespaces, namespaces=list(namespaces)
+            registry=registry,
+            settings=kopf_settings(resources),
+            standalone=True,
+            clusterwide=not namespaces,
+            namespaces=list(namespaces),
         )
     )
     try:

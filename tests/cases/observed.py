@@ -1,4 +1,6 @@
-"""What the operator observes, built in a line: jobs, their children and pods as the API server would show them, and a word for what is decided."""
+"""What the operator observes, built in a line: jobs, their children and pods as the API server would show them, and a
+word for what is decided.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def at(seconds: float) -> datetime:
 def status(*true: str, false: dict[str, str] | None = None, **fields: Any) -> JobStatus:
     """A status in which `true` are True, and `false` (type → reason) are False."""
     conditions = [
-        Condition(type=ConditionType(t), status=value, reason=reason, last_transition_time=text(BEGIN), observed_generation=1)
+        Condition(
+            type=ConditionType(t), status=value, reason=reason, last_transition_time=text(BEGIN), observed_generation=1
+        )
         for value, pairs in (("True", [(t, t) for t in true]), ("False", (false or {}).items()))
         for t, reason in pairs
     ]
@@ -48,36 +52,86 @@ def status(*true: str, false: dict[str, str] | None = None, **fields: Any) -> Jo
 def fine_tune(
     given: JobStatus | None = None, name: str = "bot", uid: str = "f00dcafe-0000-4000-8000-000000000001", **spec: Any
 ) -> FineTuneJob:
-    base = {"task": "causal-lm", "model": {"id": "org/model"}, "dataset": {"id": "org/chats"}, "resources": {"nodes": 2, "gpusPerNode": 8}}
-    job = {"kind": "FineTuneJob", "metadata": {"name": name, "namespace": "ml", "uid": uid, "generation": 1}, "spec": base | spec}
+    base = {
+        "task": "causal-lm",
+        "model": {"id": "org/model"},
+        "dataset": {"id": "org/chats"},
+        "resources": {"nodes": 2, "gpusPerNode": 8},
+    }
+    job = {
+        "kind": "FineTuneJob",
+        "metadata": {"name": name, "namespace": "ml", "uid": uid, "generation": 1},
+        "spec": base | spec,
+    }
     return FineTuneJob.model_validate(job).model_copy(update={"status": given or JobStatus()})
 
 
 def generate(
     given: JobStatus | None = None, name: str = "lutes", uid: str = "beefcafe-0000-4000-8000-000000000002", **spec: Any
 ) -> GenerateJob:
-    base = {"task": "text-generation", "model": {"id": "org/model"}, "inputs": {"rows": [{"prompt": "a lute"}]}, "shards": 2}
-    job = {"kind": "GenerateJob", "metadata": {"name": name, "namespace": "ml", "uid": uid, "generation": 1}, "spec": base | spec}
+    base = {
+        "task": "text-generation",
+        "model": {"id": "org/model"},
+        "inputs": {"rows": [{"prompt": "a lute"}]},
+        "shards": 2,
+    }
+    job = {
+        "kind": "GenerateJob",
+        "metadata": {"name": name, "namespace": "ml", "uid": uid, "generation": 1},
+        "spec": base | spec,
+    }
     return GenerateJob.model_validate(job).model_copy(update={"status": given or JobStatus()})
 
 
 def child(
-    job: Job, phase: Phase, state: str = "", message: str = "", reason: str = "", since: datetime = BEGIN, born: datetime = BEGIN,
-    deleting: bool = False, suspend: bool = False, notes: dict[str, str] | None = None, restarts: int = 0, charged: int = 0,
+    job: Job,
+    phase: Phase,
+    state: str = "",
+    message: str = "",
+    reason: str = "",
+    since: datetime = BEGIN,
+    born: datetime = BEGIN,
+    deleting: bool = False,
+    suspend: bool = False,
+    notes: dict[str, str] | None = None,
+    restarts: int = 0,
+    charged: int = 0,
     resumed: datetime | None = None,
-) -> Object:  # fmt: skip
-    """The Job or JobSet of `phase`. `state`: Complete, Failed, or nothing while it is at work. `resumed`: when its queue let it go on."""
+) -> Object:
+    """The Job or JobSet of `phase`. `state`: Complete, Failed, or nothing while it is at work. `resumed`: when its
+    queue let it go on.
+    """
     ref = naming.child(job, phase)
     word = "Completed" if ref.kind == "JobSet" and state == "Complete" else state
     conditions = (
-        [{"type": word, "status": "True", "reason": reason, "message": message, "lastTransitionTime": text(since)}] if state else []
+        [{"type": word, "status": "True", "reason": reason, "message": message, "lastTransitionTime": text(since)}]
+        if state
+        else []
     )
     if suspend or resumed:
-        conditions.append({"type": "Suspended", "status": "False" if resumed else "True", "lastTransitionTime": text(resumed or BEGIN)})
-    counters = {"restarts": restarts} | ({"restartsCountTowardsMax": charged} if charged else {}) if ref.kind == "JobSet" else {}
-    annotations = ({naming.HUB_ANNOTATION: hub_hash(job), naming.TARGET_ANNOTATION: hub_target(job)} if phase == "publish" else {}) | (notes or {})
-    meta = {"name": ref.name, "namespace": "ml", "uid": f"{ref.name}-uid", "creationTimestamp": text(born), "annotations": annotations,
-            "labels": naming.labels(job, phase)} | ({"deletionTimestamp": text(NOW)} if deleting else {})  # fmt: skip
+        conditions.append(
+            {
+                "type": "Suspended",
+                "status": "False" if resumed else "True",
+                "lastTransitionTime": text(resumed or BEGIN),
+            }
+        )
+    counters = (
+        {"restarts": restarts} | ({"restartsCountTowardsMax": charged} if charged else {})
+        if ref.kind == "JobSet"
+        else {}
+    )
+    annotations = (
+        {naming.HUB_ANNOTATION: hub_hash(job), naming.TARGET_ANNOTATION: hub_target(job)} if phase == "publish" else {}
+    ) | (notes or {})
+    meta = {
+        "name": ref.name,
+        "namespace": "ml",
+        "uid": f"{ref.name}-uid",
+        "creationTimestamp": text(born),
+        "annotations": annotations,
+        "labels": naming.labels(job, phase),
+    } | ({"deletionTimestamp": text(NOW)} if deleting else {})
     return {
         "kind": ref.kind,
         "metadata": meta,
@@ -87,20 +141,48 @@ def child(
 
 
 def pod(
-    job: Job, phase: Phase, index: int = 0, attempt: int = 0, state: Object | None = None, node: str = "node-a", deleting: bool = False,
-    disrupted: bool = False, unschedulable: str = "", over: str = "Running", suffix: str = "", scheduled: datetime | None = None, free: int = 0,
-) -> Object:  # fmt: skip
-    """A pod whose container is in `state`; `over` is its phase. `attempt`: restarts of its group, or of its shard, of which `free` were so."""
-    conditions = [{"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}] if disrupted else []
+    job: Job,
+    phase: Phase,
+    index: int = 0,
+    attempt: int = 0,
+    state: Object | None = None,
+    node: str = "node-a",
+    deleting: bool = False,
+    disrupted: bool = False,
+    unschedulable: str = "",
+    over: str = "Running",
+    suffix: str = "",
+    scheduled: datetime | None = None,
+    free: int = 0,
+) -> Object:
+    """A pod whose container is in `state`; `over` is its phase. `attempt`: restarts of its group, or of its shard, of
+    which `free` were so.
+    """
+    conditions = (
+        [{"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}] if disrupted else []
+    )
     if unschedulable:
-        conditions.append({"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": unschedulable})
+        conditions.append(
+            {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": unschedulable}
+        )
     if scheduled:
         conditions.append({"type": "PodScheduled", "status": "True", "lastTransitionTime": text(scheduled)})
     name = f"{naming.child(job, phase).name}-{index}-{attempt}{suffix}"
-    shard = {naming.INDEX_FAILURES_ANNOTATION: str(attempt - free)} | ({naming.INDEX_IGNORED_ANNOTATION: str(free)} if free else {})
-    labels = naming.labels(job, phase) | ({naming.RESTART_LABEL: str(attempt)} if phase == "run" and job.kind == "FineTuneJob" else {})
-    meta = {"name": name, "namespace": "ml", "uid": f"{name}-uid", "labels": labels,
-            "annotations": {naming.INDEX_ANNOTATION: str(index)} | (shard if job.kind == "GenerateJob" else {}) if phase == "run" else {}} | ({"deletionTimestamp": text(NOW)} if deleting else {})  # fmt: skip
+    shard = {naming.INDEX_FAILURES_ANNOTATION: str(attempt - free)} | (
+        {naming.INDEX_IGNORED_ANNOTATION: str(free)} if free else {}
+    )
+    labels = naming.labels(job, phase) | (
+        {naming.RESTART_LABEL: str(attempt)} if phase == "run" and job.kind == "FineTuneJob" else {}
+    )
+    meta = {
+        "name": name,
+        "namespace": "ml",
+        "uid": f"{name}-uid",
+        "labels": labels,
+        "annotations": {naming.INDEX_ANNOTATION: str(index)} | (shard if job.kind == "GenerateJob" else {})
+        if phase == "run"
+        else {},
+    } | ({"deletionTimestamp": text(NOW)} if deleting else {})
     statuses = [{"name": naming.CONTAINER, "state": state}] if state else []
     return {
         "metadata": meta,
@@ -117,9 +199,20 @@ def waiting(reason: str, message: str = "") -> Object:
 
 
 def ended(
-    job: Job, phase: Phase, code: int, index: int = 0, attempt: int = 0, message: str = "", when: float = -60, kubernetes: str = "Error",
-    disrupted: bool = False, suffix: str = "", silent: bool = False, free: int = 0, **said: Any,
-) -> PodEnd:  # fmt: skip
+    job: Job,
+    phase: Phase,
+    code: int,
+    index: int = 0,
+    attempt: int = 0,
+    message: str = "",
+    when: float = -60,
+    kubernetes: str = "Error",
+    disrupted: bool = False,
+    suffix: str = "",
+    silent: bool = False,
+    free: int = 0,
+    **said: Any,
+) -> PodEnd:
     """How a pod ended, read from the pod as the operator does. `silent`: without a termination message of ours."""
     known = ExitCode.of(code)
     word = TerminationMessage(phase=phase, code=code, reason=known.reason if known else "", message=message, **said)
@@ -130,7 +223,20 @@ def ended(
         "message": message if silent else word.encode().decode(),
     }
     over = "Failed" if code else "Succeeded"
-    found = failure.pod_end(pod(job, phase, index, attempt, {"terminated": terminated}, disrupted=disrupted, over=over, suffix=suffix, free=free), NOW)
+    found = failure.pod_end(
+        pod(
+            job,
+            phase,
+            index,
+            attempt,
+            {"terminated": terminated},
+            disrupted=disrupted,
+            over=over,
+            suffix=suffix,
+            free=free,
+        ),
+        NOW,
+    )
     assert found
     return found
 
@@ -144,7 +250,9 @@ def hub_end(job: Job) -> PodEnd:
     return ended(job, "publish", 0, hub=hub)
 
 
-def observed(job: Job, *children: Object, pods: Iterable[Object] = (), ends: Iterable[PodEnd] = (), **more: Any) -> Observed:
+def observed(
+    job: Job, *children: Object, pods: Iterable[Object] = (), ends: Iterable[PodEnd] = (), **more: Any
+) -> Observed:
     named = {ChildRef(c["kind"], c["metadata"]["name"]): c for c in children}
     return Observed(job=job, children=named, pods=list(pods), ended=list(ends), **more)
 
@@ -169,7 +277,9 @@ def describe(decision: Decision) -> str:
     if decision.delete_job:
         parts.append("deletes the job")
     parts += [
-        f"{t} {c.reason}" for t in ("Complete", "Failed") if (c := decision.status.condition(ConditionType(t))) and c.status == "True"
+        f"{t} {c.reason}"
+        for t in ("Complete", "Failed")
+        if (c := decision.status.condition(ConditionType(t))) and c.status == "True"
     ]
     if decision.requeue_after is not None:
         parts.append(f"again in {decision.requeue_after:g} s")

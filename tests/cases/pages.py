@@ -11,7 +11,12 @@ from typing import Any
 import yaml
 
 TOP = Path(__file__).resolve().parents[2]
-PAGES = [TOP / "README.md", TOP / "CHANGELOG.md", *sorted((TOP / "docs").glob("*.md")), *sorted((TOP / "examples").rglob("*.md"))]
+PAGES = [
+    TOP / "README.md",
+    TOP / "CHANGELOG.md",
+    *sorted((TOP / "docs").glob("*.md")),
+    *sorted((TOP / "examples").rglob("*.md")),
+]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -26,7 +31,11 @@ class Block:
 
     def commands(self) -> list[str]:
         """Lines to type, in their order."""
-        return [line for line in self.text.splitlines() if line and not line.startswith("#")] if self.language == "bash" else []
+        return (
+            [line for line in self.text.splitlines() if line and not line.startswith("#")]
+            if self.language == "bash"
+            else []
+        )
 
     def documents(self) -> list[dict[str, Any]]:
         return list(yaml.safe_load_all(self.text)) if self.language == "yaml" else []

@@ -16,7 +16,12 @@ from cluster.local.shell import KUBECONFIG
 # Targets of the Dockerfile: the variable that names the image where a given cluster already has it.
 IMAGE_VARIABLES = {"operator": "LUTHIER_OPERATOR_IMAGE", "trainer": "LUTHIER_TRAINER_IMAGE"}
 # What the tests install, change and delete: on a given cluster, none of it may be there before.
-OURS = ("namespace/luthier-system", "namespace/luthier-e2e", "crd/finetunejobs.luthier.dev", "crd/generatejobs.luthier.dev")
+OURS = (
+    "namespace/luthier-system",
+    "namespace/luthier-e2e",
+    "crd/finetunejobs.luthier.dev",
+    "crd/generatejobs.luthier.dev",
+)
 MAY_DELETE = "LUTHIER_TESTS_MAY_DELETE"
 
 
@@ -41,7 +46,9 @@ class Cluster(Protocol):
     def image_size(self, name: str) -> str: ...
 
     def kill(self, node: str, container: str) -> bool:
-        """SIGKILL to the first process of a container, which the runtime of `node` knows by this id. False: that node is out of reach."""
+        """SIGKILL to the first process of a container, which the runtime of `node` knows by this id. False: that node
+        is out of reach.
+        """
 
     def recycle(self) -> None:
         """Makes released volumes available again, where the cluster has no provisioner to do so."""
@@ -58,7 +65,10 @@ class Given:
 
     def ensure(self) -> dict[str, str]:
         if subprocess.run(["kubectl", "get", "--raw", "/readyz"], stdout=subprocess.DEVNULL).returncode:
-            raise SystemExit(f"KUBECONFIG={os.environ['KUBECONFIG']}: no API server answers. Unset it to use a cluster of this machine.")
+            raise SystemExit(
+                f"KUBECONFIG={os.environ['KUBECONFIG']}: no API server answers. Unset it to use a cluster of this"
+                " machine."
+            )
         return {"KUBECONFIG": os.environ["KUBECONFIG"]}
 
     up = ensure
@@ -66,13 +76,18 @@ class Given:
     def check_free(self) -> None:
         if os.environ.get(MAY_DELETE) == "yes":
             return
-        asked = subprocess.run(["kubectl", "get", *OURS, "--ignore-not-found", "-o", "json"], check=True, text=True, stdout=subprocess.PIPE)
-        found = [f"{item['kind']} {item['metadata']['name']}" for item in json.loads(asked.stdout or '{"items": []}')["items"]]
+        asked = subprocess.run(
+            ["kubectl", "get", *OURS, "--ignore-not-found", "-o", "json"], check=True, text=True, stdout=subprocess.PIPE
+        )
+        found = [
+            f"{item['kind']} {item['metadata']['name']}"
+            for item in json.loads(asked.stdout or '{"items": []}')["items"]
+        ]
         if found:
             raise SystemExit(
-                f"KUBECONFIG={os.environ['KUBECONFIG']}: this cluster has {', '.join(found)} already. The tests would replace them, and "
-                f"delete what is in them. If nobody needs them (an earlier test leaves them, too), say {MAY_DELETE}=yes; or unset "
-                "KUBECONFIG to use a cluster of this machine."
+                f"KUBECONFIG={os.environ['KUBECONFIG']}: this cluster has {', '.join(found)} already. The tests would"
+                " replace them, and delete what is in them. If nobody needs them (an earlier test leaves them, too),"
+                f" say {MAY_DELETE}=yes; or unset KUBECONFIG to use a cluster of this machine."
             )
 
     def install_packages(self) -> None:
@@ -83,7 +98,10 @@ class Given:
     def image(self, context: str, target: str, name: str) -> str:
         variable = IMAGE_VARIABLES[target]
         if variable not in os.environ:
-            raise SystemExit(f"{variable}: not set. On a cluster given by KUBECONFIG, set it to a pushed image of the target {target!r}.")
+            raise SystemExit(
+                f"{variable}: not set. On a cluster given by KUBECONFIG, set it to a pushed image of the target"
+                f" {target!r}."
+            )
         return os.environ[variable]
 
     def image_size(self, name: str) -> str:

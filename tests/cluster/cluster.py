@@ -5,14 +5,14 @@
     cluster.py install-packages   the Debian packages that the local cluster needs (apt-get, as root)
     cluster.py build              compile the components from Go modules (about 10 minutes once, then cached)
     cluster.py up | down          start it; stop it and remove its state (binaries and images stay)
-    cluster.py image CONTEXT TARGET NAME   build a Dockerfile target where the cluster finds it; prints the reference for pods
+    cluster.py image CONTEXT TARGET NAME   build a Dockerfile target where the cluster finds it; print its reference
     cluster.py image-size NAME    compressed bytes of each layer of a pushed image, as JSON
     cluster.py recycle            wipe released volumes and offer them again
 
-Which cluster: KUBECONFIG set, the one it names, as it is (images by LUTHIER_OPERATOR_IMAGE and LUTHIER_TRAINER_IMAGE; the tests do not
-start where Luthier is installed, unless LUTHIER_TESTS_MAY_DELETE=yes);
-CLUSTER=kind, a kind cluster; otherwise the one of `local/`, which needs root and Go but neither Docker nor nested containers.
-WHEELS names a folder of wheels for the image build, such as torch's CPU build (with kind: a URL).
+Which cluster: KUBECONFIG set, the one it names, as it is (images by LUTHIER_OPERATOR_IMAGE and LUTHIER_TRAINER_IMAGE;
+the tests do not start where Luthier is installed, unless LUTHIER_TESTS_MAY_DELETE=yes); CLUSTER=kind, a kind cluster;
+otherwise the one of `local/`, which needs root and Go but neither Docker nor nested containers. WHEELS names a folder
+of wheels for the image build, such as torch's CPU build (with kind: a URL).
 """
 
 import shlex
@@ -20,7 +20,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, this folder is on the path and its parent is not
+# Run as a script, this folder is on the path and its parent is not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cluster import choice
 

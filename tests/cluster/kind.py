@@ -1,7 +1,7 @@
 """A kind cluster for the tests, where Docker is available: `CLUSTER=kind`.
 
-Run with kind v0.33, Docker 20.10 and a node image of our own making with Kubernetes 1.35, not yet with the published one.
-Other node images: KIND_IMAGE.
+Run with kind v0.33, Docker 20.10 and a node image of our own making with Kubernetes 1.35, not yet with the published
+one. Other node images: KIND_IMAGE.
 """
 
 import json
@@ -16,7 +16,8 @@ from cluster.local.components import JOBSET
 NAME = "luthier"
 KUBECONFIG = Path.home() / ".cache/cluster/kind.kubeconfig"
 JOBSET_CHART = ("oci://registry.k8s.io/jobset/charts/jobset", "--version", JOBSET[1].removeprefix("v"))
-GPUS = json.dumps([{"op": "add", "path": "/status/capacity/nvidia.com~1gpu", "value": "8"}])  # only counted, as in the local cluster
+# Only counted, as in the local cluster
+GPUS = json.dumps([{"op": "add", "path": "/status/capacity/nvidia.com~1gpu", "value": "8"}])
 
 
 def run(*args: str) -> None:
@@ -47,10 +48,22 @@ class Kind:
     def ensure(self) -> dict[str, str]:
         """What is there is kept, so a start that broke off goes on."""
         self.install_packages()
-        clusters = subprocess.run(["kind", "get", "clusters"], check=True, text=True, stdout=subprocess.PIPE).stdout.split()
+        clusters = subprocess.run(
+            ["kind", "get", "clusters"], check=True, text=True, stdout=subprocess.PIPE
+        ).stdout.split()
         if NAME not in clusters:
             return self.up()
-        run("helm", "upgrade", "--install", "jobset", *JOBSET_CHART, "-n", "jobset-system", "--create-namespace", "--wait")
+        run(
+            "helm",
+            "upgrade",
+            "--install",
+            "jobset",
+            *JOBSET_CHART,
+            "-n",
+            "jobset-system",
+            "--create-namespace",
+            "--wait",
+        )
         run("kubectl", "patch", "node", f"{NAME}-control-plane", "--subresource=status", "--type=json", "-p", GPUS)
         return {"KUBECONFIG": str(KUBECONFIG)}
 
@@ -58,10 +71,24 @@ class Kind:
         run("kind", "delete", "cluster", "--name", NAME, "--kubeconfig", str(KUBECONFIG))
 
     def image(self, context: str, target: str, name: str) -> str:
-        """WHEELS, a folder for the local cluster, is a URL here: a build in Docker sees no other folder than its context."""
+        """WHEELS, a folder for the local cluster, is a URL here: a build in Docker sees no other folder than its
+        context.
+        """
         wheels = os.environ.get("WHEELS", "")
         torch = f"FIND_LINKS={wheels}" if wheels.startswith("http") else "TORCH_BACKEND=cpu"
-        run("docker", "build", "--target", target, "--build-arg", "DS_ACCELERATOR=cpu", "--build-arg", torch, "--tag", name, context)
+        run(
+            "docker",
+            "build",
+            "--target",
+            target,
+            "--build-arg",
+            "DS_ACCELERATOR=cpu",
+            "--build-arg",
+            torch,
+            "--tag",
+            name,
+            context,
+        )
         run("kind", "load", "docker-image", name, "--name", NAME)
         return name
 

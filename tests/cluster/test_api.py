@@ -1,4 +1,6 @@
-"""The CRDs on a real API server: they are accepted (structure, CEL cost), and each rule lets pass and refuses what the table says."""
+"""The CRDs on a real API server: they are accepted (structure, CEL cost), and each rule lets pass and refuses what the
+table says.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,11 @@ CRDS = sorted((Path(__file__).resolve().parents[2] / "crds").glob("*.yaml"))
 
 def kubectl(*arguments: str, document: Document | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["kubectl", *arguments], capture_output=True, text=True, check=False, input=json.dumps(document) if document else None
+        ["kubectl", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        input=json.dumps(document) if document else None,
     )
 
 
@@ -103,7 +109,9 @@ def existing() -> Iterator[None]:
 
 
 def update(document: Document) -> subprocess.CompletedProcess[str]:
-    return kubectl("apply", "--server-side", "--dry-run=server", "--force-conflicts", "-o", "json", "-f", "-", document=document)
+    return kubectl(
+        "apply", "--server-side", "--dry-run=server", "--force-conflicts", "-o", "json", "-f", "-", document=document
+    )
 
 
 @pytest.mark.parametrize(("field", "base", "change"), FIXED, ids=[f"{b['kind']}.{f}" for f, b, _ in FIXED])
@@ -117,7 +125,9 @@ def test_a_field_is_fixed(existing: None, field: str, base: Document, change: di
 def test_a_field_may_change(existing: None, kind: str, path: str) -> None:
     answer = update(changed(EXISTING[kind], {path: LIVE[kind][path]}))
     assert answer.returncode == 0, answer.stderr
-    before, after = (json.loads(text)["spec"] for text in (kubectl("get", kind, "fixed", "-o", "json").stdout, answer.stdout))
+    before, after = (
+        json.loads(text)["spec"] for text in (kubectl("get", kind, "fixed", "-o", "json").stdout, answer.stdout)
+    )
     assert {f"spec.{name}" for name in after if after[name] != before.get(name)} == {path}
 
 

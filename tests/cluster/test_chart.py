@@ -1,4 +1,6 @@
-"""The chart as Helm reads it: values become the operator's settings, and a wrong value is refused before anything is installed."""
+"""The chart as Helm reads it: values become the operator's settings, and a wrong value is refused before anything is
+installed.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ CHART = Path(__file__).parents[2] / "charts/luthier"
 IMAGES = {"image.repository": "registry.example/operator", "trainer.image.repository": "registry.example/trainer"}
 
 
-def template(values: str, *options: str, release: str = "luthier", images: dict[str, str] = IMAGES) -> subprocess.CompletedProcess[str]:
+def template(
+    values: str, *options: str, release: str = "luthier", images: dict[str, str] = IMAGES
+) -> subprocess.CompletedProcess[str]:
     """`values` as YAML."""
     needed = [word for name, image in images.items() for word in ("--set", f"{name}={image}")]
     command = ["helm", "template", release, str(CHART), "--kube-version", "1.30.0", "--values", "-", *needed, *options]
@@ -34,7 +38,8 @@ def settings(monkeypatch: pytest.MonkeyPatch, values: str, *options: str) -> Set
     """What the operator of a chart with these values reads."""
     (deployment,) = objects("Deployment", values, *options)
     for variable in deployment["spec"]["template"]["spec"]["containers"][0]["env"]:
-        monkeypatch.setenv(variable["name"], variable.get("value", "pod"))  # the name of the pod is filled in by Kubernetes
+        # The name of the pod is filled in by Kubernetes
+        monkeypatch.setenv(variable["name"], variable.get("value", "pod"))
     return Settings()
 
 
@@ -51,7 +56,12 @@ VALUES = [
     ("how often progress is read", "jobs: {progressEvery: 2.5}", "progress_every", 2.5),
     ("a mirror", "hub: {endpoint: https://hub.example}", "hub_endpoint", "https://hub.example"),
     ("namespaces", "watchNamespaces: [team-a, team-b]", "namespaces", ("team-a", "team-b")),
-    ("an image by digest", "trainer: {image: {digest: 'sha256:" + "a" * 64 + "'}}", "trainer_image", f"registry.example/trainer@sha256:{'a' * 64}"),
+    (
+        "an image by digest",
+        "trainer: {image: {digest: 'sha256:" + "a" * 64 + "'}}",
+        "trainer_image",
+        f"registry.example/trainer@sha256:{'a' * 64}",
+    ),
 ]
 
 
@@ -60,8 +70,12 @@ def test_values_become_settings(monkeypatch: pytest.MonkeyPatch, value: str, fie
     assert getattr(settings(monkeypatch, value), field) == expect
 
 
-SET = [("jobs.progressEvery=0.5", "progress_every", 0.5), ("jobs.progressEvery=2", "progress_every", 2.0), ("jobs.cpuRequest=0.5", "cpu_request", "0.5"),
-       ("jobs.memoryRequest=1000000000", "memory_request", "1000000000")]  # fmt: skip
+SET = [
+    ("jobs.progressEvery=0.5", "progress_every", 0.5),
+    ("jobs.progressEvery=2", "progress_every", 2.0),
+    ("jobs.cpuRequest=0.5", "cpu_request", "0.5"),
+    ("jobs.memoryRequest=1000000000", "memory_request", "1000000000"),
+]
 
 
 @pytest.mark.parametrize(("option", "field", "expect"), SET, ids=[s[0] for s in SET])
@@ -79,7 +93,10 @@ def test_without_values_the_settings_are_the_defaults(monkeypatch: pytest.Monkey
 def test_no_image_of_a_strangers_is_run_by_default(missing: str) -> None:
     refused = template("", images={name: image for name, image in IMAGES.items() if name != missing})
     assert refused.returncode != 0
-    assert f"{missing}: needed, the repository of an image that you have built and pushed: --set {missing}=REGISTRY/" in refused.stderr
+    assert (
+        f"{missing}: needed, the repository of an image that you have built and pushed: --set {missing}=REGISTRY/"
+        in refused.stderr
+    )
 
 
 REFUSED = [
@@ -92,10 +109,14 @@ REFUSED = [
     ("no progress", "jobs: {progressEvery: 0}", "progressEvery"),
     ("no progress, as a text", "jobs: {progressEvery: '0.0'}", "progressEvery"),
     ("a variable that is no text", "extraEnv: [{name: A, value: 1000000}]", "extraEnv"),
-    ("a label that the Deployment selects by", "podLabels: {app.kubernetes.io/name: mine}", "podLabels: app.kubernetes.io/name is what the Deployment selects"),
+    (
+        "a label that the Deployment selects by",
+        "podLabels: {app.kubernetes.io/name: mine}",
+        "podLabels: app.kubernetes.io/name is what the Deployment selects",
+    ),
     ("another one", "podLabels: {app.kubernetes.io/instance: mine}", "podLabels: app.kubernetes.io/instance"),
     ("a value that does not exist", "jobs: {grace: 60}", "grace"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("value", "named"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
@@ -134,9 +155,16 @@ def test_a_drain_leaves_one_of_several(values: str, replicas: int, budgets: int)
 
 def test_the_lease_is_a_right_of_its_own() -> None:
     """In the chart's namespace, whichever are watched, and on no other Lease there."""
-    (role,) = [r for r in objects("Role", "watchNamespaces: [a]", "--namespace", "system") if r["metadata"]["name"] == "luthier-lease"]
+    (role,) = [
+        r
+        for r in objects("Role", "watchNamespaces: [a]", "--namespace", "system")
+        if r["metadata"]["name"] == "luthier-lease"
+    ]
     assert role["metadata"]["namespace"] == "system"
-    assert [(r["verbs"], r.get("resourceNames")) for r in role["rules"]] == [(["create"], None), (["get", "patch"], ["luthier"])]
+    assert [(r["verbs"], r.get("resourceNames")) for r in role["rules"]] == [
+        (["create"], None),
+        (["get", "patch"], ["luthier"]),
+    ]
 
 
 EDIT = {"create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"}
@@ -159,13 +187,27 @@ def user_roles(kind: str, values: str) -> list[tuple[str, str | None, set[str], 
 
 ROLES = [
     # given                          values                                              kind           expect
-    ("the whole cluster",            "",                                                 "ClusterRole", [("editor", None, EDIT, {"edit"}), ("viewer", None, VIEW, {"view"})]),
-    ("not added to others",          "rbac: {userRoles: {aggregate: false}}",            "ClusterRole", [("editor", None, EDIT, set()), ("viewer", None, VIEW, set())]),
-    ("none",                         "rbac: {userRoles: {create: false}}",               "ClusterRole", []),
-    ("no rights at all",             "rbac: {create: false}",                            "ClusterRole", []),
-    ("some namespaces",              "watchNamespaces: [a, b]",                          "Role",        [("editor", "a", EDIT, set()), ("editor", "b", EDIT, set()),
-                                                                                                         ("viewer", "a", VIEW, set()), ("viewer", "b", VIEW, set())]),
-]  # fmt: skip
+    ("the whole cluster", "", "ClusterRole", [("editor", None, EDIT, {"edit"}), ("viewer", None, VIEW, {"view"})]),
+    (
+        "not added to others",
+        "rbac: {userRoles: {aggregate: false}}",
+        "ClusterRole",
+        [("editor", None, EDIT, set()), ("viewer", None, VIEW, set())],
+    ),
+    ("none", "rbac: {userRoles: {create: false}}", "ClusterRole", []),
+    ("no rights at all", "rbac: {create: false}", "ClusterRole", []),
+    (
+        "some namespaces",
+        "watchNamespaces: [a, b]",
+        "Role",
+        [
+            ("editor", "a", EDIT, set()),
+            ("editor", "b", EDIT, set()),
+            ("viewer", "a", VIEW, set()),
+            ("viewer", "b", VIEW, set()),
+        ],
+    ),
+]
 
 
 @pytest.mark.parametrize(("values", "kind", "expect"), [r[1:] for r in ROLES], ids=[r[0] for r in ROLES])

@@ -12,7 +12,12 @@ from cases.pages import blocks
 from luthier_api.kinds import JobKind
 
 pytestmark = pytest.mark.cluster
-SAMPLES = [(str(block), document) for block in blocks() for document in block.documents() if document.get("kind", JobKind.GENERATE) not in set(JobKind)]
+SAMPLES = [
+    (str(block), document)
+    for block in blocks()
+    for document in block.documents()
+    if document.get("kind", JobKind.GENERATE) not in set(JobKind)
+]
 
 
 @pytest.mark.parametrize(("where", "document"), SAMPLES, ids=[where for where, _ in SAMPLES])

@@ -22,7 +22,12 @@ NAMESPACE, CLAIM = "test-volumes", "result"
 def claim() -> Iterator[str]:
     kubectl("create", "namespace", NAMESPACE)
     spec = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}}
-    item = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": CLAIM, "namespace": NAMESPACE}, "spec": spec}
+    item = {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": CLAIM, "namespace": NAMESPACE},
+        "spec": spec,
+    }
     kubectl("create", "-f", "-", input=json.dumps(item))
     kubectl("-n", NAMESPACE, "wait", f"pvc/{CLAIM}", "--for=jsonpath={.status.phase}=Bound", "--timeout=30s")
     yield CLAIM

@@ -1,7 +1,8 @@
-"""The stage of the end-to-end tests: images built and pushed, the chart installed, a Hub, data on a claim, and a pod to look with.
+"""The stage of the end-to-end tests: images built and pushed, the chart installed, a Hub, data on a claim, and a pod to
+look with.
 
-Everything goes through helm and kubectl, as a user would do it. The namespaces stay afterwards, for a look at what happened;
-the next session begins by removing them.
+Everything goes through helm and kubectl, as a user would do it. The namespaces stay afterwards, for a look at what
+happened; the next session begins by removing them.
 """
 
 from __future__ import annotations
@@ -43,7 +44,12 @@ def namespace(name: str) -> None:
     kube = Kube(name)
     kube.run("delete", "namespace", name, "--ignore-not-found", "--timeout=120s")
     choice.cluster().recycle()
-    kube.run("create", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": RESTRICTED}}))
+    kube.run(
+        "create",
+        "-f",
+        "-",
+        stdin=json.dumps({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": RESTRICTED}}),
+    )
 
 
 def claim(name: str) -> Object:
@@ -55,13 +61,25 @@ def restricted_pod(name: str, image: str, command: list[str]) -> Object:
     """A pod under Pod Security `restricted` that leaves the user to the image."""
     security = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
     return {
-        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name},
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name},
         "spec": {
-            "restartPolicy": "Never", "automountServiceAccountToken": False, "terminationGracePeriodSeconds": 0,
+            "restartPolicy": "Never",
+            "automountServiceAccountToken": False,
+            "terminationGracePeriodSeconds": 0,
             "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
-            "containers": [{"name": "main", "image": image, "imagePullPolicy": choice.cluster().pull_policy, "command": command, "securityContext": security}],
+            "containers": [
+                {
+                    "name": "main",
+                    "image": image,
+                    "imagePullPolicy": choice.cluster().pull_policy,
+                    "command": command,
+                    "securityContext": security,
+                }
+            ],
         },
-    }  # fmt: skip
+    }
 
 
 def inspector(image: str) -> Object:
@@ -73,21 +91,42 @@ def inspector(image: str) -> Object:
         "env": [{"name": "HOME", "value": "/tmp"}, {"name": "HF_HUB_OFFLINE", "value": "1"}],
         "volumeMounts": [{"name": n, "mountPath": m} for n, m in mounts.items()],
     }
-    pod["spec"]["volumes"] = [{"name": n, "persistentVolumeClaim": {"claimName": n}} for n in ("data", "work")] + [{"name": "tmp", "emptyDir": {}}]
+    pod["spec"]["volumes"] = [{"name": n, "persistentVolumeClaim": {"claimName": n}} for n in ("data", "work")] + [
+        {"name": "tmp", "emptyDir": {}}
+    ]
     return pod
 
 
 def install(images: Images, *values: str) -> None:
     """`helm install`, as the README says it."""
     policy = choice.cluster().pull_policy
-    settings = [f"image.repository={images.operator.rpartition(':')[0]}", f"image.tag={images.operator.rpartition(':')[2]}", f"image.pullPolicy={policy}",
-                f"trainer.image.repository={images.trainer.rpartition(':')[0]}", f"trainer.image.tag={images.trainer.rpartition(':')[2]}",
-                f"trainer.image.pullPolicy={policy}", f"hub.endpoint={hub_manifests.url(SYSTEM)}", *values]  # fmt: skip
+    settings = [
+        f"image.repository={images.operator.rpartition(':')[0]}",
+        f"image.tag={images.operator.rpartition(':')[2]}",
+        f"image.pullPolicy={policy}",
+        f"trainer.image.repository={images.trainer.rpartition(':')[0]}",
+        f"trainer.image.tag={images.trainer.rpartition(':')[2]}",
+        f"trainer.image.pullPolicy={policy}",
+        f"hub.endpoint={hub_manifests.url(SYSTEM)}",
+        *values,
+    ]
     subprocess.run(
-        ["helm", "upgrade", "--install", "luthier", str(TOP / "charts/luthier"), "--namespace", SYSTEM, "--take-ownership", "--wait", "--timeout", "3m",
-         *(part for s in settings for part in ("--set", s))],
+        [
+            "helm",
+            "upgrade",
+            "--install",
+            "luthier",
+            str(TOP / "charts/luthier"),
+            "--namespace",
+            SYSTEM,
+            "--take-ownership",
+            "--wait",
+            "--timeout",
+            "3m",
+            *(part for s in settings for part in ("--set", s)),
+        ],
         check=True,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="session")
@@ -106,7 +145,15 @@ def kube(system: Kube, images: Images) -> Kube:
     """The namespace of the jobs, with data, a shared workspace claim, tokens and the inspector."""
     namespace(JOBS)
     kube = Kube(JOBS)
-    secrets = [{"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "stringData": {"token": hub_manifests.token(kind)}} for name, kind in TOKENS.items()]
+    secrets = [
+        {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "metadata": {"name": name},
+            "stringData": {"token": hub_manifests.token(kind)},
+        }
+        for name, kind in TOKENS.items()
+    ]
     kube.apply(claim("data"), claim("work"), inspector(images.trainer), *secrets)
     kube.run("wait", "--for=condition=Ready", "pod/inspector", "--timeout=180s")
     fill(kube, "data", data.archive())
@@ -114,7 +161,9 @@ def kube(system: Kube, images: Images) -> Kube:
 
 
 def fill(kube: Kube, claim: str, archive: bytes) -> None:
-    """Unpack a tar into the inspector's volume: on this machine where that is possible, because exec is slow for 100 MB."""
+    """Unpack a tar into the inspector's volume: on this machine where that is possible, because exec is slow for 100
+    MB.
+    """
     folder = choice.cluster().volume(kube.namespace, claim)
     if folder is None:
         unpack = "import sys, tarfile; tarfile.open(fileobj=sys.stdin.buffer, mode='r|').extractall('/data')"

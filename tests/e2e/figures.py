@@ -31,7 +31,9 @@ def documented(table: str) -> list[Documented]:
     block = re.search(rf"<!-- table: {table} -->\n(.*?)<!-- end -->", PAGE.read_text(), re.DOTALL)
     assert block, table
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block[1].splitlines()[2:]]
-    return [Documented(name.strip("`"), kind, frozenset(re.findall(r"`(\w+)`", labels))) for name, kind, labels, _ in rows]
+    return [
+        Documented(name.strip("`"), kind, frozenset(re.findall(r"`(\w+)`", labels))) for name, kind, labels, _ in rows
+    ]
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class Figures:
     families: dict[str, Family]
 
     def total(self, name: str, **labels: str) -> float:
-        """The sum of a gauge or counter, or the count of a histogram, over the samples with these labels; fails where there is none."""
+        """The sum of a gauge or counter, or the count of a histogram, over the samples with these labels; fails where
+        there is none.
+        """
         family = self.families[name.removesuffix("_total")]
         wanted = f"{name}_count" if family.type == "histogram" else name
         found = [s.value for s in family.samples if s.name == wanted and labels.items() <= s.labels.items()]
@@ -55,7 +59,9 @@ class Figures:
             assert family is not None, f"{row.name}: not served"
             assert family.type == row.type, row.name
             parts = {row.name + part for part in PARTS.get(row.type, ("",))}
-            assert {s.name for s in family.samples} == parts or (not family.samples and row.name in without_samples), row.name
+            assert {s.name for s in family.samples} == parts or (not family.samples and row.name in without_samples), (
+                row.name
+            )
             for sample in family.samples:
                 assert sample.labels.keys() - {"le"} == row.labels, sample
                 assert math.isfinite(sample.value), sample

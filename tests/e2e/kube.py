@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 Object = dict[str, Any]
-CHILDREN = "configmaps,jobsets,jobs,services,pods"  # owners before what they own; claims are not the garbage collector's
+CHILDREN = (  # owners before what they own; claims are not the garbage collector's
+    "configmaps,jobsets,jobs,services,pods"
+)
 JOB_LABEL = "luthier.dev/job"
 
 
@@ -27,14 +29,25 @@ class Kube:
     def run(self, *arguments: str, stdin: str | bytes | None = None, check: bool = True, timeout: float = 300) -> str:
         data = stdin.encode() if isinstance(stdin, str) else stdin
         done = subprocess.run(
-            ["kubectl", "--namespace", self.namespace, *arguments], input=data, capture_output=True, check=False, timeout=timeout
+            ["kubectl", "--namespace", self.namespace, *arguments],
+            input=data,
+            capture_output=True,
+            check=False,
+            timeout=timeout,
         )
         if check and done.returncode:
             raise KubectlError(f"kubectl {' '.join(arguments)}\n{done.stderr.decode()}")
         return done.stdout.decode()
 
     def apply(self, *documents: Object) -> None:
-        self.run("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": documents}))
+        self.run(
+            "apply",
+            "--server-side",
+            "--force-conflicts",
+            "-f",
+            "-",
+            stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": documents}),
+        )
 
     def get(self, kind: str, name: str) -> Object | None:
         text = self.run("get", kind, name, "-o", "json", "--ignore-not-found")
@@ -55,20 +68,28 @@ class Kube:
 
     def python(self, pod: str, script: str, *arguments: str, stdin: bytes | None = None, timeout: float = 300) -> str:
         """What a Python script prints in a pod."""
-        return self.run("exec", "-i", pod, "--", "python", "-c", script, *arguments, stdin=stdin or b"", timeout=timeout)
+        return self.run(
+            "exec", "-i", pod, "--", "python", "-c", script, *arguments, stdin=stdin or b"", timeout=timeout
+        )
 
     def until(self, kind: str, name: str, met: Callable[[Object], Any], *, timeout: float, what: str) -> Object:
-        """The object as soon as `met` says so; fails with the object's status and events when it takes longer, or when it has failed."""
+        """The object as soon as `met` says so; fails with the object's status and events when it takes longer, or when
+        it has failed.
+        """
         deadline = time.monotonic() + timeout
         found: Object | None = None
         while time.monotonic() < deadline:
             found = self.get(kind, name)
-            if found is not None and met(found | {"status": found.get("status", {})}):  # nobody may have looked at it yet
+            # Nobody may have looked at it yet
+            if found is not None and met(found | {"status": found.get("status", {})}):
                 return found
             if found is not None and condition(found, "Failed") == "True":
                 break
             time.sleep(1)
-        raise AssertionError(f"{kind}/{name}: not {what}\n{json.dumps((found or {}).get('status'), indent=1)}\n{self.run('describe', kind, name)[-3000:]}")
+        raise AssertionError(
+            f"{kind}/{name}: not"
+            f" {what}\n{json.dumps((found or {}).get('status'), indent=1)}\n{self.run('describe', kind, name)[-3000:]}"
+        )
 
     def until_gone(self, kind: str, selector: str, timeout: float) -> None:
         deadline = time.monotonic() + timeout
@@ -78,17 +99,23 @@ class Kube:
             time.sleep(1)
 
     def children(self, name: str, uids: set[str]) -> dict[str, list[str]]:
-        """Kind → names of a job's children and of theirs: by its label, or by an owner among `uids`, to which their own uids are added."""
+        """Kind → names of a job's children and of theirs: by its label, or by an owner among `uids`, to which their own
+        uids are added.
+        """
         found: dict[str, list[str]] = {}
         for item in json.loads(self.run("get", CHILDREN, "-o", "json"))["items"]:
             meta = item["metadata"]
-            if meta.get("labels", {}).get(JOB_LABEL) == name or any(owner["uid"] in uids for owner in meta.get("ownerReferences", [])):
+            if meta.get("labels", {}).get(JOB_LABEL) == name or any(
+                owner["uid"] in uids for owner in meta.get("ownerReferences", [])
+            ):
                 uids.add(meta["uid"])
                 found.setdefault(item["kind"], []).append(meta["name"])
         return found
 
     def delete_with_children(self, kind: str, name: str, has: Collection[str], timeout: float = 90) -> None:
-        """Deletes a job that has children of the kinds `has`, and waits until none of any kind is left. Claims are another matter."""
+        """Deletes a job that has children of the kinds `has`, and waits until none of any kind is left. Claims are
+        another matter.
+        """
         job = self.get(kind, name)
         assert job is not None
         uids = {job["metadata"]["uid"]}
@@ -114,8 +141,15 @@ class Kube:
 
     def events(self, name: str) -> list[str]:
         """Reasons of the events of an object, oldest first."""
-        items = json.loads(self.run("get", "events", "--field-selector", f"involvedObject.name={name}", "-o", "json"))["items"]
-        return [i["reason"] for i in sorted(items, key=lambda i: i.get("eventTime") or i.get("lastTimestamp") or i["metadata"]["creationTimestamp"])]
+        items = json.loads(self.run("get", "events", "--field-selector", f"involvedObject.name={name}", "-o", "json"))[
+            "items"
+        ]
+        return [
+            i["reason"]
+            for i in sorted(
+                items, key=lambda i: i.get("eventTime") or i.get("lastTimestamp") or i["metadata"]["creationTimestamp"]
+            )
+        ]
 
 
 def conditions(item: Object) -> dict[str, Object]:

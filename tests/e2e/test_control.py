@@ -20,7 +20,9 @@ def base(kube: Kube) -> None:
 
 
 def lora(name: str, **spec: object) -> Object:
-    return jobs.fine_tune(name, **({"model": {"job": "base"}, "dataset": jobs.REGISTER, "method": {"type": "lora", "rank": 2}} | spec))
+    return jobs.fine_tune(
+        name, **({"model": {"job": "base"}, "dataset": jobs.REGISTER, "method": {"type": "lora", "rank": 2}} | spec)
+    )
 
 
 def patch(kube: Kube, name: str, **spec: object) -> None:
@@ -29,7 +31,9 @@ def patch(kube: Kube, name: str, **spec: object) -> None:
 
 def test_a_suspended_job_saves_leaves_and_goes_on_where_it_stopped(kube: Kube) -> None:
     kube.apply(lora("paused", training=jobs.training(maxSteps=100_000, saveSteps=100_000)))
-    kube.until("ftj", "paused", lambda o: (o["status"].get("progress") or {}).get("step"), timeout=180, what="at a step")
+    kube.until(
+        "ftj", "paused", lambda o: (o["status"].get("progress") or {}).get("step"), timeout=180, what="at a step"
+    )
     patch(kube, "paused", suspend=True)
     kube.until("ftj", "paused", lambda o: condition(o, "Suspended") == "True", timeout=30, what="Suspended")
     kube.until_gone("pods", "luthier.dev/job=paused,luthier.dev/phase=run", timeout=90)
@@ -39,7 +43,9 @@ def test_a_suspended_job_saves_leaves_and_goes_on_where_it_stopped(kube: Kube) -
     assert kube.list("jobsets", "luthier.dev/job=paused") == []
     patch(kube, "paused", suspend=False)
     deadline = time.monotonic() + 120
-    while "resuming from checkpoint-" not in kube.run("logs", "-l", "luthier.dev/job=paused,luthier.dev/phase=run", "--tail=-1", check=False):
+    while "resuming from checkpoint-" not in kube.run(
+        "logs", "-l", "luthier.dev/job=paused,luthier.dev/phase=run", "--tail=-1", check=False
+    ):
         assert time.monotonic() < deadline, kube.run("describe", "ftj", "paused")
         time.sleep(2)
     went_on = kube.get("ftj", "paused")
@@ -67,7 +73,9 @@ def test_a_deadline_ends_the_job(kube: Kube) -> None:
 
 
 def test_a_finished_job_goes_after_its_time_and_its_result_stays(kube: Kube) -> None:
-    kube.apply(lora("fleeting", training=jobs.training(maxSteps=2), ttlSecondsAfterFinished=5, workspace={"size": "1Gi"}))
+    kube.apply(
+        lora("fleeting", training=jobs.training(maxSteps=2), ttlSecondsAfterFinished=5, workspace={"size": "1Gi"})
+    )
     kube.complete("ftj", "fleeting")
     deadline = time.monotonic() + 60
     while kube.get("ftj", "fleeting") is not None:
@@ -79,7 +87,9 @@ def test_a_finished_job_goes_after_its_time_and_its_result_stays(kube: Kube) -> 
 
 def test_gpus_are_asked_for_and_missed_with_a_word(kube: Kube) -> None:
     """The node of the local cluster counts GPUs that are not there: what a broken device plugin looks like to a job."""
-    kube.apply(lora("gpu", training=jobs.training(maxSteps=2), resources={"gpusPerNode": 1}, scheduling={"queue": "team-a"}))
+    kube.apply(
+        lora("gpu", training=jobs.training(maxSteps=2), resources={"gpusPerNode": 1}, scheduling={"queue": "team-a"})
+    )
     kube.until("ftj", "gpu", lambda o: kube.list("jobsets", "luthier.dev/job=gpu"), timeout=120, what="given a JobSet")
     jobset = kube.list("jobsets", "luthier.dev/job=gpu")[0]
     assert jobset["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team-a"
@@ -88,7 +98,9 @@ def test_gpus_are_asked_for_and_missed_with_a_word(kube: Kube) -> None:
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
     capacity = kube.run("get", "nodes", "-o", "jsonpath={.items[*].status.capacity.nvidia\\.com/gpu}")
     if not capacity.strip():
-        job = kube.until("ftj", "gpu", lambda o: o["status"].get("state") == "Unschedulable", timeout=60, what="Unschedulable")
+        job = kube.until(
+            "ftj", "gpu", lambda o: o["status"].get("state") == "Unschedulable", timeout=60, what="Unschedulable"
+        )
         assert "nvidia.com/gpu" in conditions(job)["Running"]["message"]
         return
     failed = conditions(kube.failed("ftj", "gpu"))["Failed"]

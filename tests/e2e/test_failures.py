@@ -1,4 +1,5 @@
-"""What goes wrong: mistakes, lost pods, a Hub that is away, an operator that is killed. Nothing is lost, and the status says why.
+"""What goes wrong: mistakes, lost pods, a Hub that is away, an operator that is killed. Nothing is lost, and the status
+says why.
 
 And what goes on purpose: a job that is deleted, before its run and after its end (test_metrics deletes those that run).
 """
@@ -27,16 +28,36 @@ def base(kube: Kube) -> None:
 
 
 MISTAKES = [
-    ("missing-column", {"dataset": {"files": ["/data/packages.jsonl"], "columns": {"text": "txet"}}},
-     "InvalidDataset", ["spec.dataset.columns.text", "txet", "text, label", "Did you mean"]),
-    ("unknown-model", {"model": {"id": "luthier/no-such-model"}}, "NotFound", ["spec.model.id", "luthier/no-such-model"]),
-    ("impossible-split", {"dataset": {"files": ["/data/packages.jsonl"], "split": "train[500%:]"}}, "InvalidSpec", ["spec.dataset.split", "train[500%:]"]),
-]  # fmt: skip
+    (
+        "missing-column",
+        {"dataset": {"files": ["/data/packages.jsonl"], "columns": {"text": "txet"}}},
+        "InvalidDataset",
+        ["spec.dataset.columns.text", "txet", "text, label", "Did you mean"],
+    ),
+    (
+        "unknown-model",
+        {"model": {"id": "luthier/no-such-model"}},
+        "NotFound",
+        ["spec.model.id", "luthier/no-such-model"],
+    ),
+    (
+        "impossible-split",
+        {"dataset": {"files": ["/data/packages.jsonl"], "split": "train[500%:]"}},
+        "InvalidSpec",
+        ["spec.dataset.split", "train[500%:]"],
+    ),
+]
 
 
 @pytest.mark.parametrize(("name", "mistake", "reason", "said"), MISTAKES, ids=[m[0] for m in MISTAKES])
-def test_a_mistake_is_told_and_not_retried(kube: Kube, name: str, mistake: dict[str, object], reason: str, said: list[str]) -> None:
-    kube.apply(jobs.fine_tune(name, **({"model": {"job": "base"}, "dataset": jobs.PROSE, "training": jobs.training()} | mistake)))
+def test_a_mistake_is_told_and_not_retried(
+    kube: Kube, name: str, mistake: dict[str, object], reason: str, said: list[str]
+) -> None:
+    kube.apply(
+        jobs.fine_tune(
+            name, **({"model": {"job": "base"}, "dataset": jobs.PROSE, "training": jobs.training()} | mistake)
+        )
+    )
     job = kube.failed("ftj", name)
     failed = conditions(job)["Failed"]
     assert failed["reason"] == reason
@@ -46,9 +67,23 @@ def test_a_mistake_is_told_and_not_retried(kube: Kube, name: str, mistake: dict[
 
 
 def test_a_lost_pod_restarts_the_group_from_the_checkpoint(kube: Kube) -> None:
-    kube.apply(jobs.fine_tune("interrupted", model={"job": "base"}, dataset=jobs.REGISTER, method={"type": "lora", "rank": 8},
-                              training=jobs.training(maxSteps=1200, saveSteps=20), resources=jobs.CPU | {"nodes": 2}))  # fmt: skip
-    kube.until("ftj", "interrupted", lambda o: (o["status"].get("checkpoint") or {}).get("step"), timeout=300, what="at a checkpoint")
+    kube.apply(
+        jobs.fine_tune(
+            "interrupted",
+            model={"job": "base"},
+            dataset=jobs.REGISTER,
+            method={"type": "lora", "rank": 8},
+            training=jobs.training(maxSteps=1200, saveSteps=20),
+            resources=jobs.CPU | {"nodes": 2},
+        )
+    )
+    kube.until(
+        "ftj",
+        "interrupted",
+        lambda o: (o["status"].get("checkpoint") or {}).get("step"),
+        timeout=300,
+        what="at a checkpoint",
+    )
     victim = kube.list("pods", "luthier.dev/job=interrupted,luthier.dev/phase=run")[1]["metadata"]["name"]
     kube.delete("pod", victim, "--wait=false")
     job = kube.complete("ftj", "interrupted")
@@ -75,26 +110,49 @@ def test_a_killed_shard_goes_on_where_it_stopped(kube: Kube) -> None:
     kube.delete("pod", victim["metadata"]["name"], "--grace-period=0", "--force")
     job = kube.complete("gj", "images")
     result = f"/workspace/{job['status']['workspace']['folder']}/result"
-    rows = [json.loads(line) for line in kube.run("exec", "inspector", "--", "sh", "-c", f"cat {result}/*/metadata.jsonl").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in kube.run("exec", "inspector", "--", "sh", "-c", f"cat {result}/*/metadata.jsonl").splitlines()
+    ]
     assert sorted(r["row"] for r in rows) == list(range(ROWS))
-    verify = ("import hashlib, json, pathlib, sys; top = pathlib.Path(sys.argv[1]); "
-              "print(sum(hashlib.sha256((f.parent / r['file_name']).read_bytes()).hexdigest() == r['sha256'] for f in top.glob('*/metadata.jsonl') for r in map(json.loads, f.open())))")  # fmt: skip
+    verify = (
+        "import hashlib, json, pathlib, sys; top = pathlib.Path(sys.argv[1]); print(sum(hashlib.sha256((f.parent /"
+        " r['file_name']).read_bytes()).hexdigest() == r['sha256'] for f in top.glob('*/metadata.jsonl') for r in"
+        " map(json.loads, f.open())))"
+    )
     assert kube.python("inspector", verify, result).strip() == str(ROWS)
 
 
 def published(kube: Kube, name: str, hub: dict[str, object], **spec: object) -> None:
-    kube.apply(jobs.fine_tune(name, model={"job": "base"}, dataset=jobs.REGISTER, method={"type": "lora", "rank": 2},
-                              training=jobs.training(maxSteps=4), hub=hub, **spec))  # fmt: skip
+    kube.apply(
+        jobs.fine_tune(
+            name,
+            model={"job": "base"},
+            dataset=jobs.REGISTER,
+            method={"type": "lora", "rank": 2},
+            training=jobs.training(maxSteps=4),
+            hub=hub,
+            **spec,
+        )
+    )
 
 
 def test_a_hub_that_is_away_costs_only_time(kube: Kube, system: Kube) -> None:
     hub_manifests.control(system, {"status": 503})  # until it is lifted
     try:
-        published(kube, "patient", jobs.HUB | {"repo": "luthier/patient"}, workspace={"size": "1Gi", "whenDeleted": "Delete"})
-        kube.until("ftj", "patient", lambda _: said_twice(kube), timeout=400, what="in publish, which waits for the Hub")
+        published(
+            kube, "patient", jobs.HUB | {"repo": "luthier/patient"}, workspace={"size": "1Gi", "whenDeleted": "Delete"}
+        )
+        kube.until(
+            "ftj", "patient", lambda _: said_twice(kube), timeout=400, what="in publish, which waits for the Hub"
+        )
         waiting = kube.get("ftj", "patient") or {}
         assert waiting["status"]["state"] == "Publishing"
-        assert (condition(waiting, "Trained"), condition(waiting, "Published"), condition(waiting, "Complete")) == ("True", "False", None)
+        assert (condition(waiting, "Trained"), condition(waiting, "Published"), condition(waiting, "Complete")) == (
+            "True",
+            "False",
+            None,
+        )
         refused = [r for r in hub_manifests.requests(system) if (r["status"], r["path"]) == (503, "/api/repos/create")]
         assert len(refused) >= 2
     finally:
@@ -103,7 +161,9 @@ def test_a_hub_that_is_away_costs_only_time(kube: Kube, system: Kube) -> None:
     assert job["status"]["hub"]["revision"]
     assert job["status"].get("attempts", []) == []
     files = hub_manifests.tree(system, "luthier/patient", job["status"]["hub"]["revision"])
-    assert figures.of_operator(kube).total("luthier_hub_upload_bytes_total", kind="FineTuneJob") >= max(f["size"] for f in files)
+    assert figures.of_operator(kube).total("luthier_hub_upload_bytes_total", kind="FineTuneJob") >= max(
+        f["size"] for f in files
+    )
 
 
 def said_twice(kube: Kube) -> bool:
@@ -112,7 +172,9 @@ def said_twice(kube: Kube) -> bool:
 
 
 def test_a_published_job_goes_with_all_that_it_made_and_stays_on_the_hub(kube: Kube, system: Kube) -> None:
-    published(kube, "patient", jobs.HUB | {"repo": "luthier/patient"}, workspace={"size": "1Gi", "whenDeleted": "Delete"})
+    published(
+        kube, "patient", jobs.HUB | {"repo": "luthier/patient"}, workspace={"size": "1Gi", "whenDeleted": "Delete"}
+    )
     job = kube.complete("ftj", "patient")
     assert len(kube.list("jobs", "luthier.dev/job=patient,luthier.dev/phase=publish")) == 1
     kube.delete_with_children("ftj", "patient", {"ConfigMap", "Job", "JobSet", "Service", "Pod"})
@@ -126,10 +188,22 @@ def test_a_wrong_token_is_told_and_the_result_stays(kube: Kube) -> None:
     assert conditions(job)["Published"]["reason"] == "Unauthorized"
     assert "hub.tokenSecret" in conditions(job)["Published"]["message"]
     assert condition(job, "Trained") == "True"
-    assert "MANIFEST.json" in kube.run("exec", "inspector", "--", "ls", f"/workspace/{job['status']['workspace']['folder']}/result")
-    assert figures.of_operator(kube).total("luthier_hub_upload_failures_total", kind="FineTuneJob", reason="Unauthorized") >= 1
+    assert "MANIFEST.json" in kube.run(
+        "exec", "inspector", "--", "ls", f"/workspace/{job['status']['workspace']['folder']}/result"
+    )
+    assert (
+        figures.of_operator(kube).total("luthier_hub_upload_failures_total", kind="FineTuneJob", reason="Unauthorized")
+        >= 1
+    )
     # The right token is all it takes: nothing is trained again.
-    kube.run("patch", "ftj", "locked-out", "--type=merge", "-p", json.dumps({"spec": {"hub": {"tokenSecret": {"name": "hub-token"}}}}))
+    kube.run(
+        "patch",
+        "ftj",
+        "locked-out",
+        "--type=merge",
+        "-p",
+        json.dumps({"spec": {"hub": {"tokenSecret": {"name": "hub-token"}}}}),
+    )
     deadline = time.monotonic() + 180
     while condition(kube.get("ftj", "locked-out") or {}, "Complete") != "True":
         assert time.monotonic() < deadline, kube.run("describe", "ftj", "locked-out")
@@ -150,7 +224,10 @@ def operator(system: Kube) -> Object:
 def ended(system: Kube) -> dict[str, int]:
     """How often the container of each replica has ended: it may wait for its next start."""
     pods = system.list("pods", "app.kubernetes.io/name=luthier")
-    return {p["metadata"]["uid"]: container(p).get("restartCount", 0) + ("running" not in container(p).get("state", {})) for p in pods}
+    return {
+        p["metadata"]["uid"]: container(p).get("restartCount", 0) + ("running" not in container(p).get("state", {}))
+        for p in pods
+    }
 
 
 def container(pod: Object) -> Object:
@@ -159,7 +236,9 @@ def container(pod: Object) -> Object:
 
 
 def kill_operator(system: Kube) -> None:
-    """kill -9 on its node; where the tests cannot reach the nodes, its pod is deleted by force, which sends it SIGTERM and waits 2 s."""
+    """kill -9 on its node; where the tests cannot reach the nodes, its pod is deleted by force, which sends it SIGTERM
+    and waits 2 s.
+    """
     pod = operator(system)
     name, uid, killed = pod["metadata"]["name"], pod["metadata"]["uid"], container(pod)["containerID"]
     if not choice.cluster().kill(pod["spec"]["nodeName"], killed.rpartition("/")[2]):
@@ -200,16 +279,35 @@ def test_the_operator_killed_three_times_changes_nothing(kube: Kube, system: Kub
 def test_the_operator_that_is_stopped_hands_over(kube: Kube, system: Kube) -> None:
     """As an upgrade or a drained node stops it. The other one takes up what there is, and what comes."""
     first = operator(system)["metadata"]
-    kube.apply(jobs.fine_tune("handed-over", model={"path": "/data/encoder"}, task="text-classification", dataset={"files": ["/data/packages.jsonl"]}, training={"maxLength": 128}, planOnly=True))
+    kube.apply(
+        jobs.fine_tune(
+            "handed-over",
+            model={"path": "/data/encoder"},
+            task="text-classification",
+            dataset={"files": ["/data/packages.jsonl"]},
+            training={"maxLength": 128},
+            planOnly=True,
+        )
+    )
     system.run("delete", "pod", first["name"], "--wait=false")
     kube.until("ftj", "handed-over", lambda o: o["status"].get("state") == "Planned", timeout=180, what="Planned")
     assert operator(system)["metadata"]["uid"] != first["uid"]
 
 
 @pytest.mark.parametrize(("policy", "left"), [("Keep", 1), ("Delete", 0)])
-def test_deletion_removes_the_children_and_the_volume_only_where_the_job_says_so(kube: Kube, policy: str, left: int) -> None:
+def test_deletion_removes_the_children_and_the_volume_only_where_the_job_says_so(
+    kube: Kube, policy: str, left: int
+) -> None:
     name = f"gone-{policy.lower()}"
-    kube.apply(jobs.fine_tune(name, model={"path": "/data/encoder"}, dataset=jobs.PROSE, workspace={"size": "1Gi", "whenDeleted": policy}, planOnly=True))
+    kube.apply(
+        jobs.fine_tune(
+            name,
+            model={"path": "/data/encoder"},
+            dataset=jobs.PROSE,
+            workspace={"size": "1Gi", "whenDeleted": policy},
+            planOnly=True,
+        )
+    )
     kube.until("ftj", name, lambda o: kube.list("pods", f"luthier.dev/job={name}"), timeout=60, what="begun")
     kube.until_claims(name, 1)
     kube.delete_with_children("ftj", name, {"ConfigMap", "Job", "Pod"})

@@ -17,7 +17,10 @@ COMPILERS = ("gcc", "g++", "cc", "c++", "clang", "ld", "as", "make", "ninja", "n
 LOOK = f"for c in {' '.join(COMPILERS)}; do command -v $c; done; echo user $(id -u)"
 
 
-@pytest.mark.skipif(not isinstance(choice.cluster(), Local), reason="only the local cluster has a registry that says how large an image is")
+@pytest.mark.skipif(
+    not isinstance(choice.cluster(), Local),
+    reason="only the local cluster has a registry that says how large an image is",
+)
 @pytest.mark.parametrize("target", LIMITS)
 def test_size(images: Images, target: str) -> None:
     found = json.loads(choice.cluster().image_size(getattr(images, target)))

@@ -16,8 +16,16 @@ JOBSET_CRD = "jobsets.jobset.x-k8s.io"
 
 
 def plan(kube: Kube, name: str) -> None:
-    kube.apply(jobs.fine_tune(name, model={"path": "/data/encoder"}, task="text-classification", dataset={"files": ["/data/packages.jsonl"]},
-                              training={"maxLength": 128}, planOnly=True))  # fmt: skip
+    kube.apply(
+        jobs.fine_tune(
+            name,
+            model={"path": "/data/encoder"},
+            task="text-classification",
+            dataset={"files": ["/data/packages.jsonl"]},
+            training={"maxLength": 128},
+            planOnly=True,
+        )
+    )
 
 
 @pytest.fixture
@@ -29,7 +37,9 @@ def namespaced(kube: Kube, images: Images) -> Iterator[None]:
 
 
 def test_one_namespace_needs_no_cluster_role(kube: Kube, namespaced: None) -> None:
-    roles = json.loads(kube.run("get", "clusterroles,clusterrolebindings", "-l", "app.kubernetes.io/name=luthier", "-o", "json"))["items"]
+    roles = json.loads(
+        kube.run("get", "clusterroles,clusterrolebindings", "-l", "app.kubernetes.io/name=luthier", "-o", "json")
+    )["items"]
     assert roles == []
     plan(kube, "namespaced")
     kube.until("ftj", "namespaced", lambda o: o["status"].get("state") == "Planned", timeout=120, what="Planned")
@@ -43,11 +53,16 @@ def test_one_namespace_needs_no_cluster_role(kube: Kube, namespaced: None) -> No
 def give_back(kube: Kube, text: str) -> None:
     found = json.loads(text)
     meta = {k: v for k, v in found["metadata"].items() if k in ("name", "labels", "annotations")}
-    kube.run("create", "-f", "-", stdin=json.dumps({k: v for k, v in found.items() if k != "status"} | {"metadata": meta}))
+    kube.run(
+        "create", "-f", "-", stdin=json.dumps({k: v for k, v in found.items() if k != "status"} | {"metadata": meta})
+    )
     kube.until("crd", JOBSET_CRD, lambda o: condition(o, "Established") == "True", timeout=60, what="Established")
 
 
-@pytest.mark.skipif(isinstance(choice.cluster(), choice.Given), reason="it deletes JobSet's CRD, and with it every JobSet of the cluster that KUBECONFIG names")
+@pytest.mark.skipif(
+    isinstance(choice.cluster(), choice.Given),
+    reason="it deletes JobSet's CRD, and with it every JobSet of the cluster that KUBECONFIG names",
+)
 def test_jobset_may_come_later(kube: Kube) -> None:
     text = kube.run("get", "crd", JOBSET_CRD, "-o", "json")
     kube.run("delete", "crd", JOBSET_CRD, "--timeout=60s")

@@ -1,4 +1,5 @@
-"""What users come for: each method, each task, to Complete on a real cluster, with what was promised lying in the workspace.
+"""What users come for: each method, each task, to Complete on a real cluster, with what was promised lying in the
+workspace.
 
 The jobs are applied together, as a user would who has a chain in mind: each waits for the job that it names.
 """
@@ -48,7 +49,9 @@ def test_full_fine_tuning_with_zero2_offload_on_two_processes(kube: Kube) -> Non
 
 
 def test_lora_over_two_pods_shows_its_progress(kube: Kube) -> None:
-    running = kube.until("ftj", "adapter", lambda o: o["status"].get("progress", {}).get("step"), timeout=300, what="at a step")
+    running = kube.until(
+        "ftj", "adapter", lambda o: o["status"].get("progress", {}).get("step"), timeout=300, what="at a step"
+    )
     assert running["status"]["progress"]["loss"] > 0
     assert len(kube.list("pods", "luthier.dev/job=adapter,luthier.dev/phase=run")) == 2
     table = kube.run("get", "ftj", "adapter")
@@ -146,5 +149,11 @@ def test_events_tell_the_story(kube: Kube) -> None:
 
 def test_the_job_ends_with_every_condition_a_program_may_wait_for(kube: Kube) -> None:
     job = kube.complete("ftj", "adapter")
-    assert {t for t in conditions(job) if condition(job, t) == "True"} >= {"Accepted", "Prepared", "Trained", "Published", "Complete"}
+    assert {t for t in conditions(job) if condition(job, t) == "True"} >= {
+        "Accepted",
+        "Prepared",
+        "Trained",
+        "Published",
+        "Complete",
+    }
     assert kube.run("wait", "--for=condition=Complete", "ftj/adapter", "--timeout=5s")

@@ -1,6 +1,7 @@
 """Prometheus text of the operator and of pods at work: each name of docs/metrics.md is there, and says what is so.
 
-The jobs are still at work when that is read, and are deleted after it: then all that they made goes, and a claim only where the job says so.
+The jobs are still at work when that is read, and are deleted after it: then all that they made goes, and a claim only
+where the job says so.
 """
 
 from __future__ import annotations
@@ -17,14 +18,28 @@ from e2e.kube import Kube
 pytestmark = pytest.mark.e2e
 STEPS, SAVE, RATE, ROWS = 5000, 50, 0.002, 1000
 MEASURED = jobs.fine_tune(
-    "measured", model={"job": "base"}, dataset=jobs.REGISTER, method={"type": "lora", "rank": 2}, workspace={"size": "1Gi", "whenDeleted": "Delete"},
+    "measured",
+    model={"job": "base"},
+    dataset=jobs.REGISTER,
+    method={"type": "lora", "rank": 2},
+    workspace={"size": "1Gi", "whenDeleted": "Delete"},
     training=jobs.training(maxSteps=STEPS, saveSteps=SAVE, learningRate=RATE),
-)  # fmt: skip
+)
 DRAWN = jobs.generate(
-    "drawn", task="text-to-image", model={"path": "/data/sdxl"}, batchSize=2, workspace={"size": "1Gi"},
-    inputs={"rows": [{"prompt": f"a lute on a bench, study {i}"} for i in range(ROWS)]}, image={"steps": 100, "width": 64, "height": 64},
-)  # fmt: skip
-MISTAKEN = jobs.fine_tune("mistaken", model={"job": "base"}, dataset={"files": ["/data/prose.txt"], "split": "train[500%:]"}, training=jobs.training())
+    "drawn",
+    task="text-to-image",
+    model={"path": "/data/sdxl"},
+    batchSize=2,
+    workspace={"size": "1Gi"},
+    inputs={"rows": [{"prompt": f"a lute on a bench, study {i}"} for i in range(ROWS)]},
+    image={"steps": 100, "width": 64, "height": 64},
+)
+MISTAKEN = jobs.fine_tune(
+    "mistaken",
+    model={"job": "base"},
+    dataset={"files": ["/data/prose.txt"], "split": "train[500%:]"},
+    training=jobs.training(),
+)
 JOBS = (("ftj", "measured"), ("gj", "drawn"))
 # Lowest and highest value that is believed. A name of the page without a line here fails.
 TRAINING = {
@@ -48,7 +63,9 @@ TRAINING = {
     "luthier_checkpoints_broken": (0, 0),
 }
 # Not served without a GPU (docs/metrics.md says it of each).
-ON_GPUS = {f"luthier_train_gpu_memory_{what}_bytes" for what in ("allocated", "reserved", "peak")} | {"luthier_train_mfu_ratio"}
+ON_GPUS = {f"luthier_train_gpu_memory_{what}_bytes" for what in ("allocated", "reserved", "peak")} | {
+    "luthier_train_mfu_ratio"
+}
 GENERATION = {
     "luthier_generate_rows": (1, ROWS),
     "luthier_generate_max_rows": (ROWS, ROWS),
@@ -98,7 +115,13 @@ def test_the_page_and_this_file_name_the_same() -> None:
 
 
 def test_a_training_pod(kube: Kube) -> None:
-    kube.until("ftj", "measured", lambda o: (o["status"].get("checkpoint") or {}).get("step"), timeout=400, what="at a checkpoint")
+    kube.until(
+        "ftj",
+        "measured",
+        lambda o: (o["status"].get("checkpoint") or {}).get("step"),
+        timeout=400,
+        what="at a checkpoint",
+    )
     found = pod_of(kube, "measured")
     found.check(m for m in documented("pod-metrics") if m.name in TRAINING)
     believed(found, TRAINING)
@@ -123,14 +146,22 @@ def test_the_operator(kube: Kube) -> None:
     assert figures.of_any_operator(kube).total("luthier_build_info", version=version("luthier")) == 1
     assert found.total("luthier_job_failures_total", kind="FineTuneJob", reason="InvalidSpec") >= 1
     assert found.total("luthier_job_duration_seconds", kind="FineTuneJob", result="failed") >= 1
-    assert {found.total("luthier_job_queue_seconds", kind=kind) > 0 for kind in ("FineTuneJob", "GenerateJob")} == {True}
-    states = Counter((o["kind"], o["status"]["state"]) for o in [*kube.list("ftj"), *kube.list("gj")] if o["metadata"]["name"] in ("measured", "drawn", "mistaken"))
+    assert {found.total("luthier_job_queue_seconds", kind=kind) > 0 for kind in ("FineTuneJob", "GenerateJob")} == {
+        True
+    }
+    states = Counter(
+        (o["kind"], o["status"]["state"])
+        for o in [*kube.list("ftj"), *kube.list("gj")]
+        if o["metadata"]["name"] in ("measured", "drawn", "mistaken")
+    )
     assert states == {("FineTuneJob", "Running"): 1, ("GenerateJob", "Running"): 1, ("FineTuneJob", "Failed"): 1}
     for (kind, state), number in states.items():
         assert found.total("luthier_jobs", kind=kind, state=state, namespace=kube.namespace) >= number
 
 
-@pytest.mark.parametrize(("kind", "name", "group", "left"), [("ftj", "measured", {"JobSet", "Service"}, 0), ("gj", "drawn", set(), 1)])
+@pytest.mark.parametrize(
+    ("kind", "name", "group", "left"), [("ftj", "measured", {"JobSet", "Service"}, 0), ("gj", "drawn", set(), 1)]
+)
 def test_a_running_job_goes_with_all_that_it_made(kube: Kube, kind: str, name: str, group: set[str], left: int) -> None:
     assert kube.list("pods", f"luthier.dev/job={name},luthier.dev/phase=run")[0]["status"]["phase"] == "Running"
     kube.delete_with_children(kind, name, {"ConfigMap", "Job", "Pod"} | group)

@@ -1,4 +1,5 @@
-"""The pages' own commands, typed into a cluster one after another as a stranger would: install, a token, jobs, upgrade, removal.
+"""The pages' own commands, typed into a cluster one after another as a stranger would: install, a token, jobs, upgrade,
+removal.
 
 Last of all (pytest goes by the names of files), because the last line of docs/install.md deletes every job.
 """
@@ -36,7 +37,9 @@ SHOWS = {  # what a reader would look for in the output
 def commands() -> list[str]:
     """Each command for a cluster once, in the order of the pages."""
     found = [line for page in ORDER for block in blocks() if block.page == TOP / page for line in block.commands()]
-    return list(dict.fromkeys(line for line in found if line.split()[0] in ("kubectl", "helm") and line not in LEFT_OUT))
+    return list(
+        dict.fromkeys(line for line in found if line.split()[0] in ("kubectl", "helm") and line not in LEFT_OUT)
+    )
 
 
 def test_no_page_has_commands_for_a_cluster_that_nobody_types() -> None:
@@ -48,9 +51,14 @@ def typed(line: str, environment: dict[str, str]) -> str:
     """What a command prints. One that watches is ended after a while."""
     try:
         done = subprocess.run(
-            ["bash", "-c", line], cwd=TOP, env=environment, capture_output=True, text=True, check=False,
+            ["bash", "-c", line],
+            cwd=TOP,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
             timeout=WATCHING_SECONDS if line.endswith(" -w") else 300,
-        )  # fmt: skip
+        )
     except subprocess.TimeoutExpired as watched:
         assert line.endswith(" -w"), line
         return (watched.stdout or b"").decode()
@@ -58,7 +66,10 @@ def typed(line: str, environment: dict[str, str]) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.skipif(isinstance(choice.cluster(), choice.Given), reason="it deletes Luthier's CRDs, and with them every job of the cluster that KUBECONFIG names")
+@pytest.mark.skipif(
+    isinstance(choice.cluster(), choice.Given),
+    reason="it deletes Luthier's CRDs, and with them every job of the cluster that KUBECONFIG names",
+)
 def test_the_commands_of_the_pages(kube: Kube, images: Images, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     if request.session.testsfailed:
         pytest.skip("it would delete the jobs that failed")
@@ -69,10 +80,15 @@ def test_the_commands_of_the_pages(kube: Kube, images: Images, request: pytest.F
     environment = os.environ | {"KUBECONFIG": str(tmp_path / "config")}
     typed(f"kubectl config set-context --current --namespace {HERE}", environment)
     typed(f"helm uninstall luthier --namespace {SYSTEM}", environment)
-    assert Kube(HERE).run("get", "ftj", "-o", "name") == "finetunejob.luthier.dev/kept\n", "jobs are kept when the chart is uninstalled"
-    Kube(SYSTEM).run("delete", "lease", "luthier")  # what a first installation does not find; a new one would wait until it has run out
+    assert Kube(HERE).run("get", "ftj", "-o", "name") == "finetunejob.luthier.dev/kept\n", (
+        "jobs are kept when the chart is uninstalled"
+    )
+    # What a first installation does not find; a new one would wait until it has run out
+    Kube(SYSTEM).run("delete", "lease", "luthier")
 
-    (operator, operator_tag), (trainer, trainer_tag) = (image.rsplit(":", 1) for image in (images.operator, images.trainer))
+    (operator, operator_tag), (trainer, trainer_tag) = (
+        image.rsplit(":", 1) for image in (images.operator, images.trainer)
+    )
     for line in commands():
         command = line.replace("REGISTRY/operator", operator).replace("REGISTRY/trainer", trainer)
         if line.startswith("helm install"):

@@ -15,7 +15,11 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--root", type=Path, required=True, help="folder of the repositories; kept")
     parser.add_argument(
-        "--seed", action="append", default=[], metavar="TYPE/NAMESPACE/NAME=FOLDER", help="a repository with a folder's files"
+        "--seed",
+        action="append",
+        default=[],
+        metavar="TYPE/NAMESPACE/NAME=FOLDER",
+        help="a repository with a folder's files",
     )
     options = parser.parse_args()
     store = Store(options.root)

@@ -71,7 +71,10 @@ def check_read(repo: Repo | None, who: Caller) -> Repo:
 def check_content(repo: Repo, who: Caller) -> None:
     """A gated repository shows its file list to everybody and its files to the writer only."""
     if repo.gated and who.role != "write":
-        message = f"Access to {repo.type} {repo.id} is restricted. You must have access to it and be authenticated to access it."
+        message = (
+            f"Access to {repo.type} {repo.id} is restricted. You must have access to it and be authenticated to"
+            " access it."
+        )
         raise Refused(403 if who.known else 401, message, "GatedRepo")
 
 

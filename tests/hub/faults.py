@@ -1,11 +1,11 @@
 """Faults on demand, so that a test can take the Hub away for a while; and the log of what was asked of it.
 
 PUT /_control {"status": 503, "for_seconds": 20}                     everything, for a time, instead of earlier faults
-POST /_control {"status": 500, "count": 2, "path": "/commit/"}       also the next two requests whose path has this in it
-POST /_control {"delay_seconds": 30, "method": "PUT", "count": 1}    also one upload that hangs, then goes on
-POST /_control {"status": 504, "lost": true, "path": "/commit/"}     also a commit that is made, and the client never knows
-GET /_control                                                        {"faults": [...], "requests": [...]}
-DELETE /_control                                                     no faults, empty log
+POST /_control {"status": 500, "count": 2, "path": "/commit/"}       also the next two requests whose path has this in
+it POST /_control {"delay_seconds": 30, "method": "PUT", "count": 1}    also one upload that hangs, then goes on POST
+/_control {"status": 504, "lost": true, "path": "/commit/"}     also a commit that is made, and the client never knows
+GET /_control                                                        {"faults": [...], "requests": [...]} DELETE
+/_control                                                     no faults, empty log
 """
 
 import time

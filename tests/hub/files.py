@@ -1,6 +1,7 @@
 """Content: `resolve` (what a download asks), the LFS batch (what an upload asks), and the blobs behind both.
 
-The Hub answers for a large file with a redirect to its content network; here it is sent at once, with the headers of both.
+The Hub answers for a large file with a redirect to its content network; here it is sent at once, with the headers of
+both.
 """
 
 import hashlib
@@ -39,7 +40,11 @@ async def send(request: web.Request, path: Path, headers: dict[str, str]) -> web
     size = path.stat().st_size
     first, last = asked(request.headers.get("Range"), size)
     partial = {"Content-Range": f"bytes {first}-{last}/{size}"} if "Range" in request.headers else {}
-    common = {"Accept-Ranges": "bytes", "Content-Length": str(last - first + 1), "Content-Type": "application/octet-stream"}
+    common = {
+        "Accept-Ranges": "bytes",
+        "Content-Length": str(last - first + 1),
+        "Content-Type": "application/octet-stream",
+    }
     response = web.StreamResponse(status=206 if partial else 200, headers={**headers, **partial, **common})
     await response.prepare(request)
     if request.method != "HEAD":

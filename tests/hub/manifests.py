@@ -1,7 +1,7 @@
 """The Hub in a cluster: its objects, its address, and how a test on the outside speaks with it.
 
-Its code comes from a ConfigMap and is run by the operator's image, so that no image has to be built for it. It passes Pod Security
-`restricted`. Its repositories are in an emptyDir: they live as long as the pod.
+Its code comes from a ConfigMap and is run by the operator's image, so that no image has to be built for it. It passes
+Pod Security `restricted`. Its repositories are in an emptyDir: they live as long as the pod.
 """
 
 import json
@@ -83,8 +83,15 @@ def deployment(namespace: str, image: str) -> dict[str, Any]:
         "ports": [{"name": "http", "containerPort": PORT}],
         "readinessProbe": {"httpGet": {"path": "/healthz", "port": "http"}, "periodSeconds": 1},
         "resources": {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"memory": "1Gi"}},
-        "securityContext": {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}},
-        "volumeMounts": [{"name": "code", "mountPath": "/code/hub", "readOnly": True}, {"name": "data", "mountPath": "/data"}],
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "volumeMounts": [
+            {"name": "code", "mountPath": "/code/hub", "readOnly": True},
+            {"name": "data", "mountPath": "/data"},
+        ],
     }
     pod = {
         "automountServiceAccountToken": False,

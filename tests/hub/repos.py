@@ -40,7 +40,9 @@ async def create(request: web.Request) -> web.Response:
     known = store.repos.get((kind, name))
     repo = known or store.create(kind, name, private=wish.get("visibility") == "private" or bool(wish.get("private")))
     answer = {"url": f"{request.url.origin()}/{repo.prefix}{name}", "name": name}
-    return web.json_response(answer | ({"error": f"You already created this {kind} repo"} if known else {}), status=409 if known else 200)
+    return web.json_response(
+        answer | ({"error": f"You already created this {kind} repo"} if known else {}), status=409 if known else 200
+    )
 
 
 @routes.delete("/api/repos/delete")
@@ -135,7 +137,12 @@ async def refs(request: web.Request) -> web.Response:
     def listed(names: dict[str, str], folder: str) -> list[dict[str, str]]:
         return [{"name": name, "ref": f"refs/{folder}/{name}", "targetCommit": oid} for name, oid in names.items()]
 
-    answer = {"branches": listed(repo.branches, "heads"), "tags": listed(repo.tags, "tags"), "converts": [], "pullRequests": []}
+    answer = {
+        "branches": listed(repo.branches, "heads"),
+        "tags": listed(repo.tags, "tags"),
+        "converts": [],
+        "pullRequests": [],
+    }
     return web.json_response(answer)
 
 
@@ -145,7 +152,13 @@ async def commits(request: web.Request) -> web.Response:
     authors = [{"user": USER}]
     return web.json_response(
         [
-            {"id": commit.oid, "title": commit.title, "message": commit.description, "date": date(commit), "authors": authors}
+            {
+                "id": commit.oid,
+                "title": commit.title,
+                "message": commit.description,
+                "date": date(commit),
+                "authors": authors,
+            }
             for commit in repo.history(commit_of(request, repo))
         ]
     )
@@ -176,7 +189,9 @@ async def add_ref(request: web.Request) -> web.Response:
 
 @routes.post(REPO + "/preupload/{revision}")
 async def preupload(request: web.Request) -> web.Response:
-    """Which of the files go by LFS, and what each path holds now, so that the client leaves out what has not changed."""
+    """Which of the files go by LFS, and what each path holds now, so that the client leaves out what has not
+    changed.
+    """
     repo = writable(request)
     commit = commit_of(request, repo)
     answers = []
@@ -220,7 +235,9 @@ def changed(files: dict[str, File], lines: list[dict[str, Any]], store: Store) -
                 try:
                     tree[value["path"]] = store.large(value["oid"])
                 except FileNotFoundError as error:
-                    raise Refused(400, f"LFS pointer of {value['path']} points to a file that does not exist") from error
+                    raise Refused(
+                        400, f"LFS pointer of {value['path']} points to a file that does not exist"
+                    ) from error
             case "deletedFile":
                 if tree.pop(value["path"], None) is None:
                     raise Refused(404, f"A file with this name doesn't exist: {value['path']}", "EntryNotFound")

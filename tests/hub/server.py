@@ -38,7 +38,9 @@ async def through(request: web.Request, handler: Handler) -> web.StreamResponse:
         response = refusal.response()
     except web.HTTPNotFound:
         response = (
-            access.repo_not_found(who) if "/resolve/" in request.path or "/api/" in request.path else access.entry_not_found()
+            access.repo_not_found(who)
+            if "/resolve/" in request.path or "/api/" in request.path
+            else access.entry_not_found()
         ).response()
     control.log(request.method, request.path, response.status, who.role)
     return response
@@ -113,6 +115,8 @@ class Running:
         self._ready.wait(10)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)

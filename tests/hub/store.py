@@ -14,7 +14,20 @@ from pathlib import Path, PurePosixPath
 
 TYPES = ("model", "dataset", "space")
 # What the Hub puts in the first commit of a repository; the suffixes decide which uploads go by LFS.
-LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".msgpack", ".parquet", ".arrow", ".zip", ".gz", ".tar", ".npy")
+LFS_SUFFIXES = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".onnx",
+    ".msgpack",
+    ".parquet",
+    ".arrow",
+    ".zip",
+    ".gz",
+    ".tar",
+    ".npy",
+)
 GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
 LFS_BYTES = 10 * 1024 * 1024
 

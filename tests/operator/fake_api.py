@@ -1,9 +1,9 @@
 """An API server in memory, over HTTP: lists, watches and versions as the real one has them, and faults on request.
 
-What the operator relies on is here: resource versions, watch events with bookmarks and 410, server-side apply (as a merge that does
-nothing when nothing changes), the status subresource with its conflict, immutable templates, deletion with a uid, owner references,
-and the rights of the chart's role.
-Neighbour: `fake_cluster` adds the controllers and the kubelet.
+What the operator relies on is here: resource versions, watch events with bookmarks and 410, server-side apply (as a
+merge that does nothing when nothing changes), the status subresource with its conflict, immutable templates, deletion
+with a uid, owner references, and the rights of the chart's role. Neighbour: `fake_cluster` adds the controllers and the
+kubelet.
 """
 
 from __future__ import annotations
@@ -32,19 +32,26 @@ BACKBONE = [
     Resource("v1", "Namespace", "namespaces"),
     Resource("apiextensions.k8s.io/v1", "CustomResourceDefinition", "customresourcedefinitions"),
 ]
-URL = re.compile(r"^/(?:api/(?P<core>v1)|apis/(?P<group>[^/]+/[^/]+))(?:/namespaces/(?P<ns>[^/]+))?/(?P<plural>[a-z]+)(?:/(?P<name>[^/]+))?(?:/(?P<sub>status))?$")  # fmt: skip
+URL = re.compile(
+    r"^/(?:api/(?P<core>v1)|apis/(?P<group>[^/]+/[^/]+))(?:/namespaces/(?P<ns>[^/]+))?/(?P<plural>[a-z]+)(?:/(?P<name>[^/]+))?(?:/(?P<sub>status))?$"
+)
 TEMPLATES = {"Job": ("template",), "JobSet": ("replicatedJobs",)}
 
 
 class Refused(Exception):
     def __init__(self, code: int, reason: str, message: str) -> None:
         super().__init__(message)
-        self.code, self.body = code, {"kind": "Status", "apiVersion": "v1", "code": code, "reason": reason, "message": message}
+        self.code, self.body = (
+            code,
+            {"kind": "Status", "apiVersion": "v1", "code": code, "reason": reason, "message": message},
+        )
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens at a write. `answer`: this status instead of the write. `reset`: the connection ends before or after it."""
+    """What happens at a write. `answer`: this status instead of the write. `reset`: the connection ends before or after
+    it.
+    """
 
     answer: int = 0
     reset: str = ""
@@ -111,7 +118,9 @@ class FakeApi:
 
     def all(self, kind: str, **labels: str) -> list[Object]:
         found = [o for (k, _, _), o in list(self.objects.items()) if k == kind]
-        return [o for o in found if all(o["metadata"].get("labels", {}).get(key) == value for key, value in labels.items())]
+        return [
+            o for o in found if all(o["metadata"].get("labels", {}).get(key) == value for key, value in labels.items())
+        ]
 
     def create(self, manifest: Object) -> Object:
         found = copy.deepcopy(manifest)
@@ -153,7 +162,9 @@ class FakeApi:
             return None
         if propagation == "Foreground" and self._dependents(meta["uid"]):
             now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-            return self.change(found, lambda o: o["metadata"].update(deletionTimestamp=now, finalizers=["foregroundDeletion"]))
+            return self.change(
+                found, lambda o: o["metadata"].update(deletionTimestamp=now, finalizers=["foregroundDeletion"])
+            )
         gone = self.objects.pop(key)
         self.version += 1
         self._record("DELETED", gone)
@@ -162,7 +173,11 @@ class FakeApi:
     def collect_garbage(self) -> bool:
         """One turn of the garbage collector: whether it did anything."""
         uids = {o["metadata"]["uid"] for o in self.objects.values()}
-        waiting = {o["metadata"]["uid"] for o in self.objects.values() if "foregroundDeletion" in o["metadata"].get("finalizers", [])}
+        waiting = {
+            o["metadata"]["uid"]
+            for o in self.objects.values()
+            if "foregroundDeletion" in o["metadata"].get("finalizers", [])
+        }
         did = False
         for found in list(self.objects.values()):
             owners = {r["uid"] for r in found["metadata"].get("ownerReferences", [])}
@@ -176,7 +191,9 @@ class FakeApi:
         return did
 
     def _dependents(self, uid: str) -> list[Object]:
-        return [o for o in self.objects.values() if any(r["uid"] == uid for r in o["metadata"].get("ownerReferences", []))]
+        return [
+            o for o in self.objects.values() if any(r["uid"] == uid for r in o["metadata"].get("ownerReferences", []))
+        ]
 
     def _record(self, type: str, found: Object) -> None:
         self.version += 1
@@ -198,7 +215,9 @@ class FakeApi:
             ):
                 spec.setdefault(name, value)
             spec["template"]["spec"].setdefault("dnsPolicy", "ClusterFirst")
-            spec["template"].setdefault("metadata", {}).setdefault("labels", {})["batch.kubernetes.io/job-name"] = found["metadata"]["name"]
+            spec["template"].setdefault("metadata", {}).setdefault("labels", {})["batch.kubernetes.io/job-name"] = (
+                found["metadata"]["name"]
+            )
         if found["kind"] == "JobSet":
             spec.setdefault("network", {"enableDNSHostnames": True})
             spec.setdefault("suspend", False)
@@ -232,11 +251,15 @@ class FakeApi:
             resource = BY_PLURAL.get((match["core"] or match["group"], match["plural"])) if match else None
             if not match or resource is None or resource.plural in self.missing:
                 raise Refused(404, "NotFound", "the server could not find the requested resource")
-            return await self._resource(request, resource, match["ns"] or "", match["name"] or "", match["sub"] or "", sender)
+            return await self._resource(
+                request, resource, match["ns"] or "", match["name"] or "", match["sub"] or "", sender
+            )
         except Refused as refused:
             return web.json_response(refused.body, status=refused.code)
 
-    async def _resource(self, request: web.Request, resource: Resource, ns: str, name: str, sub: str, sender: str) -> web.StreamResponse:
+    async def _resource(
+        self, request: web.Request, resource: Resource, ns: str, name: str, sub: str, sender: str
+    ) -> web.StreamResponse:
         kind, body = resource.kind, json.loads(await request.text() or "null", parse_constant=no_number)
         call = Call(request.method, kind, name, sub, sender, body)
         self.asked.setdefault(sender, set()).add(kind)
@@ -258,7 +281,9 @@ class FakeApi:
             fault = self.fault(self.writes, call)
         if fault and fault.answer:
             headers = {"Retry-After": "0.05"} if fault.answer == 429 else {}
-            return web.json_response(Refused(fault.answer, "Injected", "a fault").body, status=fault.answer, headers=headers)
+            return web.json_response(
+                Refused(fault.answer, "Injected", "a fault").body, status=fault.answer, headers=headers
+            )
         if fault and fault.reset == "before":
             return self._cut_off(request, fault, sender)
         done = copy.deepcopy(self._write(request, kind, ns, name, sub, body))
@@ -325,12 +350,18 @@ class FakeApi:
         for item in items:  # as the real one
             del item["kind"], item["apiVersion"]
         more = {"continue": str(start + limit)} if start + limit < len(items) else {}
-        return {"kind": f"{resource.kind}List", "apiVersion": resource.api_version, "items": items[start : start + limit],
-                "metadata": {"resourceVersion": str(self.version), **more}}  # fmt: skip
+        return {
+            "kind": f"{resource.kind}List",
+            "apiVersion": resource.api_version,
+            "items": items[start : start + limit],
+            "metadata": {"resourceVersion": str(self.version), **more},
+        }
 
     def _selected(self, request: web.Request, found: Object, ns: str) -> bool:
         label = request.query.get("labelSelector", "")
-        return (not ns or found["metadata"]["namespace"] == ns) and (not label or label in found["metadata"].get("labels", {}))
+        return (not ns or found["metadata"]["namespace"] == ns) and (
+            not label or label in found["metadata"].get("labels", {})
+        )
 
     async def _watch(self, request: web.Request, resource: Resource, ns: str) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
@@ -340,7 +371,11 @@ class FakeApi:
         position = 0
         try:
             if since < self.compacted:
-                await send(response, "ERROR", {"kind": "Status", "code": 410, "reason": "Expired", "message": "too old resource version"})
+                await send(
+                    response,
+                    "ERROR",
+                    {"kind": "Status", "code": 410, "reason": "Expired", "message": "too old resource version"},
+                )
                 return response
             while self._breaks == breaks and resource.plural not in self.missing:
                 changed = self._changed
@@ -354,7 +389,11 @@ class FakeApi:
                         and not self.lost(event, found)
                     ):
                         await send(response, event, found)
-                mark = {"kind": resource.kind, "apiVersion": resource.api_version, "metadata": {"resourceVersion": str(self.version)}}
+                mark = {
+                    "kind": resource.kind,
+                    "apiVersion": resource.api_version,
+                    "metadata": {"resourceVersion": str(self.version)},
+                }
                 await send(response, "BOOKMARK", mark)
                 await changed.wait()
         except (ConnectionError, asyncio.CancelledError):
@@ -370,14 +409,23 @@ class FakeApi:
             return {"versions": ["v1"]}
         if path == "/apis":
             groups = [{"groupVersion": v, "version": v.split("/")[1]} for v in versions if "/" in v]
-            return {"groups": [{"name": g["groupVersion"].split("/")[0], "versions": [g], "preferredVersion": g} for g in groups]}
+            return {
+                "groups": [
+                    {"name": g["groupVersion"].split("/")[0], "versions": [g], "preferredVersion": g} for g in groups
+                ]
+            }
         for version in versions:
             if path == (f"/apis/{version}" if "/" in version else f"/api/{version}"):
                 verbs = ["get", "list", "watch", "create", "patch", "delete"]
                 entry = {"namespaced": True, "verbs": verbs}
-                return {"kind": "APIResourceList", "resources": [
-                    {**entry, "name": r.plural, "kind": r.kind, "singularName": r.kind.lower()} for r in known if r.api_version == version
-                ]}  # fmt: skip
+                return {
+                    "kind": "APIResourceList",
+                    "resources": [
+                        {**entry, "name": r.plural, "kind": r.kind, "singularName": r.kind.lower()}
+                        for r in known
+                        if r.api_version == version
+                    ],
+                }
         return None
 
 
@@ -404,7 +452,9 @@ def merged(target: Any, patch: Any) -> Any:
 
 
 def overlaid(target: Any, applied: Any) -> Any:
-    """What server-side apply makes of it, near enough: maps are merged, lists too where their items keep their places."""
+    """What server-side apply makes of it, near enough: maps are merged, lists too where their items keep their
+    places.
+    """
     if isinstance(target, dict) and isinstance(applied, dict):
         return target | {key: overlaid(target.get(key), value) for key, value in applied.items()}
     if isinstance(target, list) and isinstance(applied, list) and len(target) == len(applied):

@@ -1,7 +1,7 @@
 """The controllers around the API server: Job, JobSet, garbage collector, and a kubelet that plays a script.
 
-As much of them as the operator can see: pods and their ends, conditions and counts, failure rules, restarts of the group. They act at
-once, so that whole lives of jobs pass in a fraction of a second.
+As much of them as the operator can see: pods and their ends, conditions and counts, failure rules, restarts of the
+group. They act at once, so that whole lives of jobs pass in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -150,8 +150,14 @@ class FakeCluster(FakeApi):
         if failed and len(done) + len(failed) == spec["completions"]:
             fatal = "FailedIndexes:Job has failed indexes"
         ready = sum(p["status"]["phase"] == "Running" for p in live)
-        status |= {"active": len(live), "ready": ready, "succeeded": len(done), "failed": len(verdicts),
-                   "completedIndexes": ",".join(map(str, sorted(done))), "failedIndexes": ",".join(map(str, sorted(failed)))}  # fmt: skip
+        status |= {
+            "active": len(live),
+            "ready": ready,
+            "succeeded": len(done),
+            "failed": len(verdicts),
+            "completedIndexes": ",".join(map(str, sorted(done))),
+            "failedIndexes": ",".join(map(str, sorted(failed))),
+        }
         if fatal:
             reason, message = fatal.split(":", 1)
             for pod in live:
@@ -159,10 +165,17 @@ class FakeCluster(FakeApi):
             status |= {
                 "active": 0,
                 "ready": 0,
-                "conditions": [*conditions, _condition("FailureTarget", reason, message), _condition("Failed", reason, message)],
+                "conditions": [
+                    *conditions,
+                    _condition("FailureTarget", reason, message),
+                    _condition("Failed", reason, message),
+                ],
             }
         elif len(done) == spec["completions"]:
-            ends = [_condition("SuccessCriteriaMet", "CompletionsReached"), _condition("Complete", "CompletionsReached")]
+            ends = [
+                _condition("SuccessCriteriaMet", "CompletionsReached"),
+                _condition("Complete", "CompletionsReached"),
+            ]
             status |= {"completionTime": _now(), "conditions": [*conditions, *ends]}
         self._set(job, status)
 
@@ -173,9 +186,15 @@ class FakeCluster(FakeApi):
         for i, rule in enumerate(job["spec"].get("podFailurePolicy", {}).get("rules", [])):
             codes, wanted = rule.get("onExitCodes"), rule.get("onPodConditions", [])
             if codes and (state["exitCode"] in codes["values"]) == (codes["operator"] == "In"):
-                text = f"Container {codes['containerName']} for {place} failed with exit code {state['exitCode']} matching {rule['action']} rule at index {i}"
+                text = (
+                    f"Container {codes['containerName']} for {place} failed with exit code {state['exitCode']} matching"
+                    f" {rule['action']} rule at index {i}"
+                )
             elif any(c["type"] == w["type"] for c in pod["status"].get("conditions", []) for w in wanted):
-                text = f"{place[:1].upper()}{place[1:]} has condition DisruptionTarget matching {rule['action']} rule at index {i}"
+                text = (
+                    f"{place[:1].upper()}{place[1:]} has condition DisruptionTarget matching {rule['action']} rule at"
+                    f" index {i}"
+                )
             else:
                 continue
             return rule["action"], f"PodFailurePolicy:{text}"
@@ -184,16 +203,28 @@ class FakeCluster(FakeApi):
     def _create_pod(self, job: Object, index: int, number: int, failures: int) -> None:
         template, meta = job["spec"]["template"], job["metadata"]
         owner = {"apiVersion": "batch/v1", "kind": "Job", "name": meta["name"], "uid": meta["uid"], "controller": True}
-        self.create({
-            "apiVersion": "v1", "kind": "Pod", "spec": {**template["spec"], "nodeName": f"node-{index}"},
-            "metadata": {
-                "name": f"{meta['name']}-{index}-{meta['uid'][:4]}{number}", "namespace": meta["namespace"], "ownerReferences": [owner],
-                "labels": {**template["metadata"]["labels"], "batch.kubernetes.io/job-completion-index": str(index)},
-                "annotations": {naming.INDEX_ANNOTATION: str(index), naming.INDEX_FAILURES_ANNOTATION: str(failures)}
-                | ({naming.INDEX_IGNORED_ANNOTATION: str(number - failures)} if number > failures else {}),
-            },
-            "status": {"phase": "Pending"},
-        })  # fmt: skip
+        self.create(
+            {
+                "apiVersion": "v1",
+                "kind": "Pod",
+                "spec": {**template["spec"], "nodeName": f"node-{index}"},
+                "metadata": {
+                    "name": f"{meta['name']}-{index}-{meta['uid'][:4]}{number}",
+                    "namespace": meta["namespace"],
+                    "ownerReferences": [owner],
+                    "labels": {
+                        **template["metadata"]["labels"],
+                        "batch.kubernetes.io/job-completion-index": str(index),
+                    },
+                    "annotations": {
+                        naming.INDEX_ANNOTATION: str(index),
+                        naming.INDEX_FAILURES_ANNOTATION: str(failures),
+                    }
+                    | ({naming.INDEX_IGNORED_ANNOTATION: str(number - failures)} if number > failures else {}),
+                },
+                "status": {"phase": "Pending"},
+            }
+        )
 
     # JobSet
 
@@ -217,11 +248,16 @@ class FakeCluster(FakeApi):
         status["conditions"] = [c for c in status["conditions"] if c["type"] != "Suspended"]
         if spec["suspend"]:
             status["conditions"].append(_condition("Suspended", "JobsSuspended"))
-        status["replicatedJobsStatus"] = [{
-            "name": replicated["name"], "ready": int(bool(state.get("ready")) and state["ready"] == job["spec"]["completions"]) if job else 0,
-            "active": int(bool(state.get("active"))), "succeeded": int(_is(state, "Complete")), "failed": int(_is(state, "Failed")),
-            "suspended": int(_is(state, "Suspended")),
-        }]  # fmt: skip
+        status["replicatedJobsStatus"] = [
+            {
+                "name": replicated["name"],
+                "ready": int(bool(state.get("ready")) and state["ready"] == job["spec"]["completions"]) if job else 0,
+                "active": int(bool(state.get("active"))),
+                "succeeded": int(_is(state, "Complete")),
+                "failed": int(_is(state, "Failed")),
+                "suspended": int(_is(state, "Suspended")),
+            }
+        ]
         if _is(state, "Complete"):
             status["conditions"].append(_condition("Completed", "AllJobsCompleted", "jobset completed successfully"))
             status["terminalState"] = "Completed"
@@ -235,7 +271,9 @@ class FakeCluster(FakeApi):
         action = "RestartJobSet"
         for rule in policy.get("rules", []):
             patterns = rule.get("onJobFailureMessagePatterns", [""])
-            if end["reason"] in rule.get("onJobFailureReasons", [end["reason"]]) and any(re.search(p, end["message"]) for p in patterns):
+            if end["reason"] in rule.get("onJobFailureReasons", [end["reason"]]) and any(
+                re.search(p, end["message"]) for p in patterns
+            ):
                 action = rule["action"]
                 break
         charged = status["restartsCountTowardsMax"] + (action == "RestartJobSet")
@@ -243,7 +281,9 @@ class FakeCluster(FakeApi):
             status["conditions"].append(_condition("Failed", "FailJobSetFailurePolicyAction", end["message"]))
             status["terminalState"] = "Failed"
         elif charged > policy.get("maxRestarts", 0):
-            status["conditions"].append(_condition("Failed", "ReachedMaxRestarts", "jobset failed due to reaching max number of restarts"))
+            status["conditions"].append(
+                _condition("Failed", "ReachedMaxRestarts", "jobset failed due to reaching max number of restarts")
+            )
             status["terminalState"] = "Failed"
         else:
             status |= {"restarts": status["restarts"] + 1, "restartsCountTowardsMax": charged}
@@ -254,12 +294,22 @@ class FakeCluster(FakeApi):
         names = {"jobset.sigs.k8s.io/jobset-name": meta["name"], naming.RESTART_LABEL: str(restarts)}
         labels = template["spec"]["template"].setdefault("metadata", {}).setdefault("labels", {})
         labels |= names
-        owner = {"apiVersion": jobset["apiVersion"], "kind": "JobSet", "name": meta["name"], "uid": meta["uid"], "controller": True}
+        owner = {
+            "apiVersion": jobset["apiVersion"],
+            "kind": "JobSet",
+            "name": meta["name"],
+            "uid": meta["uid"],
+            "controller": True,
+        }
         name = f"{meta['name']}-{replicated['name']}-0"
-        self.create({
-            "apiVersion": "batch/v1", "kind": "Job", "spec": {**template["spec"], "suspend": jobset["spec"]["suspend"]},
-            "metadata": {"name": name, "namespace": meta["namespace"], "labels": names, "ownerReferences": [owner]},
-        })  # fmt: skip
+        self.create(
+            {
+                "apiVersion": "batch/v1",
+                "kind": "Job",
+                "spec": {**template["spec"], "suspend": jobset["spec"]["suspend"]},
+                "metadata": {"name": name, "namespace": meta["namespace"], "labels": names, "ownerReferences": [owner]},
+            }
+        )
 
     # Kubelet
 
@@ -275,11 +325,21 @@ class FakeCluster(FakeApi):
         self.started.append(asked)
         if outcome.waiting:
             state = {"waiting": {"reason": outcome.waiting, "message": outcome.message}}
-            self._set(pod, {**pod["status"], "containerStatuses": [{"name": naming.CONTAINER, "ready": False, "state": state}]})
+            self._set(
+                pod,
+                {**pod["status"], "containerStatuses": [{"name": naming.CONTAINER, "ready": False, "state": state}]},
+            )
             return
         state = {"running": {"startedAt": _now()}}
-        self._set(pod, {"phase": "Running", "podIP": "127.0.0.1", "startTime": _now(),
-                        "containerStatuses": [{"name": naming.CONTAINER, "ready": True, "restartCount": 0, "state": state}]})  # fmt: skip
+        self._set(
+            pod,
+            {
+                "phase": "Running",
+                "podIP": "127.0.0.1",
+                "startTime": _now(),
+                "containerStatuses": [{"name": naming.CONTAINER, "ready": True, "restartCount": 0, "state": state}],
+            },
+        )
         if not outcome.hold:
             asyncio.get_running_loop().call_later(outcome.seconds, self._end, meta["name"], meta["namespace"], outcome)
 
@@ -294,9 +354,22 @@ class FakeCluster(FakeApi):
             return
         reason = outcome.reason or ("Completed" if outcome.code == 0 else "Error")
         ended = {"exitCode": outcome.code, "reason": reason, "message": outcome.message, "finishedAt": _now()}
-        disruption = [{"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}] if outcome.disrupted else []
-        self._set(pod, {**pod["status"], "phase": "Failed" if outcome.code else "Succeeded", "conditions": disruption,
-                        "containerStatuses": [{"name": naming.CONTAINER, "ready": False, "restartCount": 0, "state": {"terminated": ended}}]})  # fmt: skip
+        disruption = (
+            [{"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}]
+            if outcome.disrupted
+            else []
+        )
+        self._set(
+            pod,
+            {
+                **pod["status"],
+                "phase": "Failed" if outcome.code else "Succeeded",
+                "conditions": disruption,
+                "containerStatuses": [
+                    {"name": naming.CONTAINER, "ready": False, "restartCount": 0, "state": {"terminated": ended}}
+                ],
+            },
+        )
 
     def _stop(self, pod: Object) -> None:
         """SIGTERM: it saves, ends, and is gone at once."""

@@ -1,4 +1,6 @@
-"""Starts the whole operator against the API server in memory, and kills it as SIGKILL would: nothing it says afterwards is heard."""
+"""Starts the whole operator against the API server in memory, and kills it as SIGKILL would: nothing it says afterwards
+is heard.
+"""
 
 from __future__ import annotations
 
@@ -34,15 +36,34 @@ def settings(**changes: Any) -> Settings:
 
 
 def fine_tune(name: str = "tune", **spec: Any) -> Object:
-    return {"apiVersion": "luthier.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": name, "namespace": "default"},
-            "spec": {"task": "causal-lm", "model": {"id": "org/model"}, "dataset": {"id": "org/data"},
-                     "resources": {"nodes": 2, "gpusPerNode": 0}} | spec}  # fmt: skip
+    return {
+        "apiVersion": "luthier.dev/v1alpha1",
+        "kind": "FineTuneJob",
+        "metadata": {"name": name, "namespace": "default"},
+        "spec": {
+            "task": "causal-lm",
+            "model": {"id": "org/model"},
+            "dataset": {"id": "org/data"},
+            "resources": {"nodes": 2, "gpusPerNode": 0},
+        }
+        | spec,
+    }
 
 
 def generate(name: str = "gen", **spec: Any) -> Object:
-    return {"apiVersion": "luthier.dev/v1alpha1", "kind": "GenerateJob", "metadata": {"name": name, "namespace": "default"},
-            "spec": {"task": "text-generation", "model": {"id": "org/model"}, "inputs": {"rows": [{"prompt": "a"}, {"prompt": "b"}]},
-                     "shards": 2, "resources": {"gpus": 0}} | spec}  # fmt: skip
+    return {
+        "apiVersion": "luthier.dev/v1alpha1",
+        "kind": "GenerateJob",
+        "metadata": {"name": name, "namespace": "default"},
+        "spec": {
+            "task": "text-generation",
+            "model": {"id": "org/model"},
+            "inputs": {"rows": [{"prompt": "a"}, {"prompt": "b"}]},
+            "shards": 2,
+            "resources": {"gpus": 0},
+        }
+        | spec,
+    }
 
 
 HUB = {"repo": "org/result", "tokenSecret": {"name": "hf"}}
@@ -61,7 +82,14 @@ class Running:
         await self.client.close()
 
 
-def start(cluster: FakeCluster, given: Settings | None = None, pace: Pace = FAST, identity: str = "", lasts: float = 60, **parts: Any) -> Running:
+def start(
+    cluster: FakeCluster,
+    given: Settings | None = None,
+    pace: Pace = FAST,
+    identity: str = "",
+    lasts: float = 60,
+    **parts: Any,
+) -> Running:
     """`identity`: of a candidate for the Lease `system/luthier`, which lasts so many seconds; one without is alone."""
     sender = f"operator-{next(_numbers)}"
     configuration = Configuration(host=cluster.url, api_key={"BearerToken": f"Bearer {sender}"})
@@ -72,13 +100,26 @@ def start(cluster: FakeCluster, given: Settings | None = None, pace: Pace = FAST
     def login(**_: Any) -> kopf.ConnectionInfo:
         return kopf.ConnectionInfo(server=cluster.url, token=sender)
 
-    election = Election(Client(configuration, metrics.requested), "system/luthier", identity, duration=lasts, renew_within=1, retry=0.4) if identity else None
+    election = (
+        Election(
+            Client(configuration, metrics.requested),
+            "system/luthier",
+            identity,
+            duration=lasts,
+            renew_within=1,
+            retry=0.4,
+        )
+        if identity
+        else None
+    )
     operator = Operator(given, client, metrics, login, pace, **{"signals": False, "election": election} | parts)
     return Running(operator, asyncio.create_task(operator.serve()), client, sender)
 
 
 @contextlib.asynccontextmanager
-async def running(cluster: FakeCluster, given: Settings | None = None, pace: Pace = FAST, **parts: Any) -> AsyncIterator[Operator]:
+async def running(
+    cluster: FakeCluster, given: Settings | None = None, pace: Pace = FAST, **parts: Any
+) -> AsyncIterator[Operator]:
     """An operator that is stopped in the end as by SIGTERM."""
     started = start(cluster, given, pace, **parts)
     try:

@@ -1,4 +1,6 @@
-"""What the chart lets the operator do, read from the chart; `fake_api` refuses everything else, as the real API server would."""
+"""What the chart lets the operator do, read from the chart; `fake_api` refuses everything else, as the real API server
+would.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,15 @@ class Right(NamedTuple):
 
 
 def granted() -> frozenset[Right]:
-    """The rules of the operator's role, whether it is a ClusterRole or one of each namespace, and of the one for its Lease."""
+    """The rules of the operator's role, whether it is a ClusterRole or one of each namespace, and of the one for its
+    Lease.
+    """
     found = re.findall(r'define "luthier.\w*[rR]ules" -}}\n(.*?){{- end }}', NAMES.read_text(), re.DOTALL)
     assert len(found) == 2
     rules: list[dict[str, Any]] = yaml.safe_load("".join(re.sub("{{.*?}}", "name", text) for text in found))
-    return frozenset(Right(g, r, v) for rule in rules for g in rule["apiGroups"] for r in rule["resources"] for v in rule["verbs"])
+    return frozenset(
+        Right(g, r, v) for rule in rules for g in rule["apiGroups"] for r in rule["resources"] for v in rule["verbs"]
+    )
 
 
 GRANTED = granted()

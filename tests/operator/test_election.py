@@ -68,7 +68,9 @@ async def test_one_that_is_stopped_gives_the_lease_back() -> None:
 
 
 @pytest.mark.parametrize(("partition", "said"), [("killed", "0 Unreachable"), ("unanswered", "no answer")])
-async def test_one_that_cannot_renew_is_gone_before_another_begins(partition: str, said: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_one_that_cannot_renew_is_gone_before_another_begins(
+    partition: str, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """What it asks for is refused at once, or never answered. The job that it had begun is taken up."""
     async with FakeCluster() as cluster:
         first = start(cluster, identity="a", lasts=5)

@@ -1,7 +1,7 @@
 """Whatever happens to a write, the end is the same: no child twice, no pod more, the same status.
 
-Each write of a whole life is, in a run of its own, refused, cut off before or after it has taken effect, or the operator's last. The
-reference is a run in which nothing happens.
+Each write of a whole life is, in a run of its own, refused, cut off before or after it has taken effect, or the
+operator's last. The reference is a run in which nothing happens.
 """
 
 from __future__ import annotations
@@ -30,10 +30,15 @@ FAULTS = {
     "operator killed before": Fault(reset="before", kill=True),
     "operator killed after": Fault(reset="after", kill=True),
 }
-JOBS: dict[str, Callable[[], Object]] = {"FineTuneJob": lambda: fine_tune("job", hub=HUB), "GenerateJob": lambda: generate("job", hub=HUB)}
+JOBS: dict[str, Callable[[], Object]] = {
+    "FineTuneJob": lambda: fine_tune("job", hub=HUB),
+    "GenerateJob": lambda: generate("job", hub=HUB),
+}
 
 
-async def life(kind: str, fault: Callable[[int, Call], Fault | None] = lambda number, call: None) -> tuple[Object, int, int]:
+async def life(
+    kind: str, fault: Callable[[int, Call], Fault | None] = lambda number, call: None
+) -> tuple[Object, int, int]:
     """A job's whole life: the end, the number of writes, and of operators."""
     async with FakeCluster() as cluster:
         cluster.fault = fault
@@ -102,31 +107,38 @@ async def test_events_that_cannot_be_posted_hold_nothing_up() -> None:
 
 
 REFUSALS = [
-    # given                                                answer  what is refused                 where it is told   expect
-    ("an invalid field",                                   400,    "Job ftj-tune-prepare",         "Prepared",        "Preparing"),
-    ("a quota",                                            403,    "ConfigMap ftj-tune",           "Prepared",        "Preparing"),
-    ("storage that is away",                               503,    "PersistentVolumeClaim ftj-tune", "Prepared",      "Preparing"),
-    ("an admission policy",                                422,    "JobSet ftj-tune-run",          "Running",         "Starting"),
-    ("JobSet's webhook does not answer",                   500,    "JobSet ftj-tune-run",          "Running",         "Starting"),
-    ("JobSet's kind is gone, which we have not yet noticed", 404,  "JobSet ftj-tune-run",          "Running",         "Starting"),
-    ("an upload that may not start",                       403,    "Job ftj-tune-publish",         "Published",       "Publishing"),
-]  # fmt: skip
+    ("an invalid field", 400, "Job ftj-tune-prepare", "Prepared", "Preparing"),
+    ("a quota", 403, "ConfigMap ftj-tune", "Prepared", "Preparing"),
+    ("storage that is away", 503, "PersistentVolumeClaim ftj-tune", "Prepared", "Preparing"),
+    ("an admission policy", 422, "JobSet ftj-tune-run", "Running", "Starting"),
+    ("JobSet's webhook does not answer", 500, "JobSet ftj-tune-run", "Running", "Starting"),
+    ("JobSet's kind is gone, which we have not yet noticed", 404, "JobSet ftj-tune-run", "Running", "Starting"),
+    ("an upload that may not start", 403, "Job ftj-tune-publish", "Published", "Publishing"),
+]
 
 
 @pytest.mark.parametrize(("answer", "child", "where", "after"), [c[1:] for c in REFUSALS], ids=[c[0] for c in REFUSALS])
-async def test_a_child_that_is_refused_is_told_of_once_and_tried_again(answer: int, child: str, where: str, after: str) -> None:
+async def test_a_child_that_is_refused_is_told_of_once_and_tried_again(
+    answer: int, child: str, where: str, after: str
+) -> None:
     async with FakeCluster() as cluster, running(cluster):
         tries = 0
 
         def refuse(number: int, call: Call) -> Fault | None:
             nonlocal tries
-            mine = f"{call.kind} {call.name or (call.body or {}).get('metadata', {}).get('name')}" == child and call.verb != "DELETE"
+            mine = (
+                f"{call.kind} {call.name or (call.body or {}).get('metadata', {}).get('name')}" == child
+                and call.verb != "DELETE"
+            )
             tries += mine
             return Fault(answer=answer) if mine else None
 
         cluster.fault = refuse
         cluster.create(fine_tune(hub=HUB))
-        told = await until("told", lambda: (c := condition(cluster, "FineTuneJob", "tune", where)) and c["reason"] == "FailedCreate" and c)
+        told = await until(
+            "told",
+            lambda: (c := condition(cluster, "FineTuneJob", "tune", where)) and c["reason"] == "FailedCreate" and c,
+        )
         assert (told["status"], told["message"]) == ("False", f"{child}: a fault")
         found = cluster.get("FineTuneJob", "tune")["status"]
         assert found["state"] == "FailedCreate"
@@ -137,20 +149,32 @@ async def test_a_child_that_is_refused_is_told_of_once_and_tried_again(answer: i
         written = len([c for c in cluster.calls if str(c) == "PATCH FineTuneJob/status tune"])
         before = tries
         await until("tried again", lambda: tries > before + 2)
-        assert len([c for c in cluster.calls if str(c) == "PATCH FineTuneJob/status tune"]) == written, "nothing new to say"
+        assert len([c for c in cluster.calls if str(c) == "PATCH FineTuneJob/status tune"]) == written, (
+            "nothing new to say"
+        )
         cluster.fault = lambda number, call: None
         await until("complete", lambda: holds(cluster, "FineTuneJob", "tune", "Complete"))
         assert [e["count"] for e in cluster.all("Event") if e["reason"] == "FailedCreate"] == [1]
-        assert after in {c["reason"] for _, _, o in cluster.history if o["kind"] == "FineTuneJob" for c in o.get("status", {}).get("conditions", [])}
+        assert after in {
+            c["reason"]
+            for _, _, o in cluster.history
+            if o["kind"] == "FineTuneJob"
+            for c in o.get("status", {}).get("conditions", [])
+        }
 
 
 CLAIMS = [
-    # given                                      the claim that is there                                                            expect: why the job waits
-    ("it is being deleted",                      {"deletionTimestamp": "2026-01-01T00:00:00Z", "finalizers": ["kubernetes.io/pvc-protection"]},
-     "the claim of an earlier job is being deleted"),
-    ("it goes with a job that is gone already",  {"ownerReferences": [{"kind": "FineTuneJob", "name": "tune", "uid": "an-earlier-uid"}]},
-     "there is one that goes with another FineTuneJob tune (an-earlier-uid)"),
-]  # fmt: skip
+    (
+        "it is being deleted",
+        {"deletionTimestamp": "2026-01-01T00:00:00Z", "finalizers": ["kubernetes.io/pvc-protection"]},
+        "the claim of an earlier job is being deleted",
+    ),
+    (
+        "it goes with a job that is gone already",
+        {"ownerReferences": [{"kind": "FineTuneJob", "name": "tune", "uid": "an-earlier-uid"}]},
+        "there is one that goes with another FineTuneJob tune (an-earlier-uid)",
+    ),
+]
 
 
 @pytest.mark.parametrize(("meta", "expect"), [c[1:] for c in CLAIMS], ids=[c[0] for c in CLAIMS])
@@ -161,7 +185,12 @@ async def test_a_claim_that_is_about_to_go_is_waited_for(meta: Object, expect: s
         old = cluster.create(claim() | {"metadata": {"name": "ftj-tune", "namespace": "default"} | meta})
         async with running(cluster):
             cluster.create(fine_tune(workspace={"whenDeleted": kept}))
-            told = await until("told", lambda: (c := condition(cluster, "FineTuneJob", "tune", "Prepared")) and c["reason"] == "FailedCreate" and c)
+            told = await until(
+                "told",
+                lambda: (
+                    (c := condition(cluster, "FineTuneJob", "tune", "Prepared")) and c["reason"] == "FailedCreate" and c
+                ),
+            )
             assert told["message"] == f"PersistentVolumeClaim ftj-tune: {expect}"
             cluster.delete(old)
             await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
@@ -174,7 +203,9 @@ async def test_a_claim_that_an_earlier_job_left_is_used_and_one_that_is_too_smal
         cluster.create(fine_tune(workspace={"size": "5Gi"}))
         await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
         assert cluster.get("PersistentVolumeClaim", "ftj-tune")["metadata"]["uid"] == old["metadata"]["uid"]
-        event = await until("an event", lambda: next((e for e in cluster.all("Event") if e["reason"] == "SmallWorkspace"), None))
+        event = await until(
+            "an event", lambda: next((e for e in cluster.all("Event") if e["reason"] == "SmallWorkspace"), None)
+        )
         assert (event["type"], event["message"]) == (
             "Warning",
             "spec.workspace.size: 5Gi are wanted, and the claim ftj-tune, which an earlier job left, has 1Gi. "
@@ -183,8 +214,12 @@ async def test_a_claim_that_an_earlier_job_left_is_used_and_one_that_is_too_smal
 
 
 def claim() -> Object:
-    return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "ftj-tune", "namespace": "default"},
-            "spec": {"resources": {"requests": {"storage": "1Gi"}}}}  # fmt: skip
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": "ftj-tune", "namespace": "default"},
+        "spec": {"resources": {"requests": {"storage": "1Gi"}}},
+    }
 
 
 async def test_an_answer_that_is_lost_is_no_refusal() -> None:
@@ -208,8 +243,13 @@ async def test_the_deadline_runs_while_a_child_is_refused() -> None:
 
 async def test_figures_that_json_cannot_say_do_not_keep_a_job_from_its_end() -> None:
     """Written as Python's json does, by whatever image: the real API server refuses a status that holds one of them."""
-    last = said("run", metrics={"evalLoss": 120.0}, step=30).replace("120.0", "120.0,\"perplexity\":Infinity,\"trainLoss\":NaN")
-    async with FakeCluster(lambda pod: Outcome(message=last) if pod.phase == "run" else all_well(pod)) as cluster, running(cluster):
+    last = said("run", metrics={"evalLoss": 120.0}, step=30).replace(
+        "120.0", '120.0,"perplexity":Infinity,"trainLoss":NaN'
+    )
+    async with (
+        FakeCluster(lambda pod: Outcome(message=last) if pod.phase == "run" else all_well(pod)) as cluster,
+        running(cluster),
+    ):
         cluster.create(fine_tune())
         await until("complete", lambda: holds(cluster, "FineTuneJob", "tune", "Complete"))
         assert cluster.get("FineTuneJob", "tune")["status"]["metrics"] == {"evalLoss": 120.0}
@@ -223,7 +263,9 @@ async def test_nothing_is_written_when_nothing_happens() -> None:
         cluster.create(fine_tune("done"))
         cluster.create(fine_tune("at-work"))
         cluster.create(generate("waiting", model={"job": "at-work"}))
-        await until("done", lambda: finished(cluster, "FineTuneJob", "done") and len(cluster.pods("at-work", "run")) == 2)
+        await until(
+            "done", lambda: finished(cluster, "FineTuneJob", "done") and len(cluster.pods("at-work", "run")) == 2
+        )
         await asyncio.sleep(0.3)
         before = len(cluster.calls)
         await asyncio.sleep(2)
@@ -258,7 +300,9 @@ asyncio.run(main())
 
 
 def process(cluster: FakeCluster) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", OPERATOR, cluster.url, os.path.dirname(__file__)], stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", OPERATOR, cluster.url, os.path.dirname(__file__)], stderr=subprocess.PIPE
+    )
 
 
 async def test_a_process_that_is_killed_and_one_that_is_told_to_stop() -> None:

@@ -32,8 +32,12 @@ async def test_fine_tune_to_complete() -> None:
             "Complete",
         ]
         assert list(children(cluster)) == [
-            "ConfigMap ftj-tune", "PersistentVolumeClaim ftj-tune", "Job ftj-tune-prepare", "JobSet ftj-tune-run", "Job ftj-tune-publish",
-        ]  # fmt: skip
+            "ConfigMap ftj-tune",
+            "PersistentVolumeClaim ftj-tune",
+            "Job ftj-tune-prepare",
+            "JobSet ftj-tune-run",
+            "Job ftj-tune-publish",
+        ]
 
 
 async def test_generate_to_complete() -> None:
@@ -48,7 +52,10 @@ async def test_generate_to_complete() -> None:
 async def test_a_job_that_uses_the_result_of_another_waits_for_it() -> None:
     async with FakeCluster() as cluster, running(cluster):
         cluster.create(generate(model={"job": "tune"}))
-        await until("waiting", lambda: (condition(cluster, "GenerateJob", "gen", "Accepted") or {}).get("reason") == "WaitingForJob")
+        await until(
+            "waiting",
+            lambda: (condition(cluster, "GenerateJob", "gen", "Accepted") or {}).get("reason") == "WaitingForJob",
+        )
         assert not list(children(cluster))
         cluster.create(fine_tune())
         await until("complete", lambda: finished(cluster, "GenerateJob", "gen"))
@@ -56,7 +63,9 @@ async def test_a_job_that_uses_the_result_of_another_waits_for_it() -> None:
 
 
 def at(phase: str, *outcomes: Outcome, index: int = 0, group: bool = True) -> Callable[[Pod], Outcome]:
-    """A script: the pod of `phase` and `index` ends like this, one outcome an attempt; then, and elsewhere, all is well."""
+    """A script: the pod of `phase` and `index` ends like this, one outcome an attempt; then, and elsewhere, all is
+    well.
+    """
 
     def script(pod: Pod) -> Outcome:
         if pod.phase == phase and pod.index == index and pod.attempt < len(outcomes):
@@ -76,17 +85,46 @@ EVICTED = Outcome(75, said("run", 75, saved=True, step=10), disrupted=True)
 OOM = Outcome(137, "", reason="OOMKilled")
 
 FAILURES = [
-    # given                                     script                                  spec                       expect: how it ends, attempts as (reason, charged), restarts
-    ("a mistake in prepare is not retried",     at("prepare", MISTAKE),                 {},                        ("Failed InvalidDataset", [("InvalidDataset", False)], 0)),
-    ("the Hub is away for a moment",            at("prepare", Outcome(69, said("prepare", 69))), {},               ("Complete Completed", [("HubUnavailable", True)], 0)),
-    ("a crash restarts the group",              at("run", CRASH),                       {},                        ("Complete Completed", [("TrainingError", True)], 1)),
-    ("rank 1 crashes",                          at("run", CRASH, index=1),              {},                        ("Complete Completed", [("TrainingError", True)], 1)),
-    ("an eviction is free",                     at("run", EVICTED),                     {"restarts": {"max": 0}},  ("Complete Completed", [("Preempted", False)], 1)),
-    ("crashes until the budget is spent",       at("run", CRASH, LATER_CRASH),          {"restarts": {"max": 1}},  ("Failed TrainingError", [("TrainingError", True), ("TrainingError", True)], 1)),
-    ("divergence is not retried",               at("run", DIVERGED),                    {},                        ("Failed Diverged", [("Diverged", False)], 0)),
-    ("killed by the kernel for memory",         at("run", OOM),                         {"restarts": {"max": 0}},  ("Failed HostOutOfMemory", [("HostOutOfMemory", True)], 0)),
-    ("a wrong token: the result stays",         at("publish", Outcome(77, said("publish", 77, message="401 from the Hub"))), {"hub": HUB}, ("Failed Unauthorized", [("Unauthorized", False)], 0)),
-]  # fmt: skip
+    (
+        "a mistake in prepare is not retried",
+        at("prepare", MISTAKE),
+        {},
+        ("Failed InvalidDataset", [("InvalidDataset", False)], 0),
+    ),
+    (
+        "the Hub is away for a moment",
+        at("prepare", Outcome(69, said("prepare", 69))),
+        {},
+        ("Complete Completed", [("HubUnavailable", True)], 0),
+    ),
+    ("a crash restarts the group", at("run", CRASH), {}, ("Complete Completed", [("TrainingError", True)], 1)),
+    ("rank 1 crashes", at("run", CRASH, index=1), {}, ("Complete Completed", [("TrainingError", True)], 1)),
+    (
+        "an eviction is free",
+        at("run", EVICTED),
+        {"restarts": {"max": 0}},
+        ("Complete Completed", [("Preempted", False)], 1),
+    ),
+    (
+        "crashes until the budget is spent",
+        at("run", CRASH, LATER_CRASH),
+        {"restarts": {"max": 1}},
+        ("Failed TrainingError", [("TrainingError", True), ("TrainingError", True)], 1),
+    ),
+    ("divergence is not retried", at("run", DIVERGED), {}, ("Failed Diverged", [("Diverged", False)], 0)),
+    (
+        "killed by the kernel for memory",
+        at("run", OOM),
+        {"restarts": {"max": 0}},
+        ("Failed HostOutOfMemory", [("HostOutOfMemory", True)], 0),
+    ),
+    (
+        "a wrong token: the result stays",
+        at("publish", Outcome(77, said("publish", 77, message="401 from the Hub"))),
+        {"hub": HUB},
+        ("Failed Unauthorized", [("Unauthorized", False)], 0),
+    ),
+]
 
 
 @pytest.mark.parametrize(("name", "script", "spec", "expect"), FAILURES, ids=[f[0] for f in FAILURES])
@@ -117,7 +155,9 @@ async def test_a_killed_shard_is_started_again_alone() -> None:
         assert sorted(p.index for p in cluster.started if p.phase == "run") == [0, 1, 1]
         found = status(cluster, "GenerateJob", "gen")
         assert (found["restarts"], found["restartsCharged"]) == (1, 1)
-        event = await until("an event", lambda: next((e for e in cluster.all("Event") if e["reason"] == "Restarting"), None))
+        event = await until(
+            "an event", lambda: next((e for e in cluster.all("Event") if e["reason"] == "Restarting"), None)
+        )
         assert event["message"].startswith("restart 1 after InfrastructureError: ")
 
 
@@ -140,7 +180,9 @@ async def test_suspend_and_resume() -> None:
         job = cluster.create(fine_tune())
         await until("running", lambda: holds(cluster, "FineTuneJob", "tune", "Running"))
         cluster.change(job, lambda o: o["spec"].update(suspend=True))
-        await until("no pods", lambda: holds(cluster, "FineTuneJob", "tune", "Suspended") and not cluster.pods("tune", "run"))
+        await until(
+            "no pods", lambda: holds(cluster, "FineTuneJob", "tune", "Suspended") and not cluster.pods("tune", "run")
+        )
         assert cluster.get("JobSet", "ftj-tune-run") is None
         resumed = True
         cluster.change(job, lambda o: o["spec"].update(suspend=False))

@@ -26,7 +26,11 @@ from luthier_operator.model import Event
 
 
 def samples(text: bytes) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    return {(s.name, tuple(sorted(s.labels.items()))): s.value for f in text_string_to_metric_families(text.decode()) for s in f.samples}
+    return {
+        (s.name, tuple(sorted(s.labels.items()))): s.value
+        for f in text_string_to_metric_families(text.decode())
+        for s in f.samples
+    }
 
 
 async def test_metrics_tell_the_life_of_a_job() -> None:
@@ -35,7 +39,9 @@ async def test_metrics_tell_the_life_of_a_job() -> None:
         cluster.create(fine_tune(hub=HUB))
         await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
         await until("at rest", lambda: b'workqueue_depth{name="luthier"} 0.0' in operator.metrics_text())
-        await until("noted", lambda: b'luthier_job_duration_seconds_count{kind="FineTuneJob"' in operator.metrics_text())
+        await until(
+            "noted", lambda: b'luthier_job_duration_seconds_count{kind="FineTuneJob"' in operator.metrics_text()
+        )
         found = samples(operator.metrics_text())
         kind = ("kind", "FineTuneJob")
         assert found["luthier_jobs", (kind, ("namespace", "default"), ("state", "Complete"))] == 1
@@ -59,39 +65,57 @@ def test_every_metric_of_the_table_is_served_with_its_help() -> None:
 
 def told(restarts: int = 0, first_ran: str | None = None, *failures: tuple[int, int, str]) -> JobStatus:
     """`failures`: attempt, rank or shard, reason."""
-    attempts = [Attempt(phase="run", attempt=n, rank=rank, reason=reason, pod=f"p{i}") for i, (n, rank, reason) in enumerate(failures)]
+    attempts = [
+        Attempt(phase="run", attempt=n, rank=rank, reason=reason, pod=f"p{i}")
+        for i, (n, rank, reason) in enumerate(failures)
+    ]
     return JobStatus(restarts=restarts, run_start_time=first_ran, attempts=attempts)
 
 
 RAN, CRASHES = "2026-03-01T12:00:00Z", [(0, 0, "Hang"), (1, 0, "PeerLost")]
 SHARDS = [(0, 3, "Hang"), (0, 1, "PeerLost"), (1, 3, "StorageError")]
 COUNTS = [
-    # given                                   kind              before                   after                             expect: queue times, restarts by reason
-    ("it runs at last",                       "FineTuneJob",    told(),                  told(0, RAN),                     1, {}),
-    ("it runs on",                            "FineTuneJob",    told(0, RAN),            told(0, RAN),                     0, {}),
-    ("it runs again",                         "GenerateJob",    told(1, RAN, *SHARDS),   told(1, RAN, *SHARDS),            0, {}),
-    ("a group was restarted",                 "FineTuneJob",    told(0, RAN),            told(1, RAN, *CRASHES[:1]),       0, {"Hang": 1}),
-    ("twice, while nobody looked",            "FineTuneJob",    told(0, RAN),            told(2, RAN, *CRASHES),           0, {"Hang": 1, "PeerLost": 1}),
-    ("and nobody has seen why",               "FineTuneJob",    told(0, RAN),            told(1, RAN),                     0, {"Unknown": 1}),
-    ("a shard was started again",             "GenerateJob",    told(0, RAN),            told(1, RAN, *SHARDS[:1]),        0, {"Hang": 1}),
-    ("two more shards",                       "GenerateJob",    told(1, RAN, *SHARDS[:1]), told(3, RAN, *SHARDS),          0, {"PeerLost": 1, "StorageError": 1}),
-]  # fmt: skip
+    ("it runs at last", "FineTuneJob", told(), told(0, RAN), 1, {}),
+    ("it runs on", "FineTuneJob", told(0, RAN), told(0, RAN), 0, {}),
+    ("it runs again", "GenerateJob", told(1, RAN, *SHARDS), told(1, RAN, *SHARDS), 0, {}),
+    ("a group was restarted", "FineTuneJob", told(0, RAN), told(1, RAN, *CRASHES[:1]), 0, {"Hang": 1}),
+    ("twice, while nobody looked", "FineTuneJob", told(0, RAN), told(2, RAN, *CRASHES), 0, {"Hang": 1, "PeerLost": 1}),
+    ("and nobody has seen why", "FineTuneJob", told(0, RAN), told(1, RAN), 0, {"Unknown": 1}),
+    ("a shard was started again", "GenerateJob", told(0, RAN), told(1, RAN, *SHARDS[:1]), 0, {"Hang": 1}),
+    (
+        "two more shards",
+        "GenerateJob",
+        told(1, RAN, *SHARDS[:1]),
+        told(3, RAN, *SHARDS),
+        0,
+        {"PeerLost": 1, "StorageError": 1},
+    ),
+]
 
 
-@pytest.mark.parametrize(("kind", "before", "after", "queued", "restarts"), [c[1:] for c in COUNTS], ids=[c[0] for c in COUNTS])
-def test_what_a_status_means_for_the_figures(kind: str, before: JobStatus, after: JobStatus, queued: int, restarts: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "before", "after", "queued", "restarts"), [c[1:] for c in COUNTS], ids=[c[0] for c in COUNTS]
+)
+def test_what_a_status_means_for_the_figures(
+    kind: str, before: JobStatus, after: JobStatus, queued: int, restarts: dict[str, int]
+) -> None:
     metrics = Metrics("test")
     metrics.status_changed(kind, "2026-03-01T11:00:00Z", before, after)
     found = samples(metrics.text([]))
     assert found.get(("luthier_job_queue_seconds_count", (("kind", kind),)), 0) == queued
-    assert {dict(labels)["reason"]: n for (name, labels), n in found.items() if name == "luthier_job_restarts_total"} == restarts
+    assert {
+        dict(labels)["reason"]: n for (name, labels), n in found.items() if name == "luthier_job_restarts_total"
+    } == restarts
 
 
 async def test_failures_are_counted_by_reason() -> None:
     async with FakeCluster(at("prepare", Outcome(65))) as cluster, running(cluster) as operator:
         cluster.create(fine_tune())
         await until(
-            "counted", lambda: b'luthier_job_failures_total{kind="FineTuneJob",reason="InvalidDataset"} 1.0' in operator.metrics_text()
+            "counted",
+            lambda: (
+                b'luthier_job_failures_total{kind="FineTuneJob",reason="InvalidDataset"} 1.0' in operator.metrics_text()
+            ),
         )
 
 
@@ -102,7 +126,9 @@ async def test_probes() -> None:
     async with FakeCluster() as cluster:
         cluster.missing.add("finetunejobs")
         started = start(cluster)
-        server = await health.serve(port, started.operator.metrics_text, started.operator.alive, started.operator.serving)
+        server = await health.serve(
+            port, started.operator.metrics_text, started.operator.alive, started.operator.serving
+        )
         async with aiohttp.ClientSession() as session:
 
             async def ask(path: str) -> tuple[int, str]:
@@ -124,7 +150,9 @@ async def test_probes() -> None:
 
 
 def client(cluster: FakeCluster, seen: list[tuple[str, str]] | None = None) -> Client:
-    return Client(Configuration(host=cluster.url), lambda method, code: seen.append((method, code)) if seen is not None else None)
+    return Client(
+        Configuration(host=cluster.url), lambda method, code: seen.append((method, code)) if seen is not None else None
+    )
 
 
 async def test_a_429_holds_every_worker_back() -> None:
@@ -138,7 +166,11 @@ async def test_a_429_holds_every_worker_back() -> None:
         await mine.apply(_config("b"))
         assert time.monotonic() - began >= 0.05
         await first
-        assert [code for _, code in seen] == ["429", "201", "201"] or [code for _, code in seen] == ["429", "200", "200"]
+        assert [code for _, code in seen] == ["429", "201", "201"] or [code for _, code in seen] == [
+            "429",
+            "200",
+            "200",
+        ]
         await mine.close()
 
 

@@ -51,12 +51,24 @@ def held(pod: Pod) -> Outcome:
 async def test_step_and_loss_of_rank_0_come_into_the_status() -> None:
     def text(index: int) -> str:
         assert index == 0
-        return "luthier_train_step 12\nluthier_train_max_steps 30\nluthier_train_loss 2.34567\nluthier_checkpoint_last_step 10\n"
+        return (
+            "luthier_train_step 12\nluthier_train_max_steps 30\nluthier_train_loss"
+            " 2.34567\nluthier_checkpoint_last_step 10\n"
+        )
 
-    async with FakeCluster(held) as cluster, PodMetrics(text) as pods, running(cluster, settings(progress_every=0.05), url=pods.url):
+    async with (
+        FakeCluster(held) as cluster,
+        PodMetrics(text) as pods,
+        running(cluster, settings(progress_every=0.05), url=pods.url),
+    ):
         cluster.create(fine_tune())
         found = await until("progress", lambda: cluster.get("FineTuneJob", "tune").get("status", {}).get("progress"))
-        assert {k: found[k] for k in ("step", "maxSteps", "percent", "loss")} == {"step": 12, "maxSteps": 30, "percent": 40, "loss": 2.346}
+        assert {k: found[k] for k in ("step", "maxSteps", "percent", "loss")} == {
+            "step": 12,
+            "maxSteps": 30,
+            "percent": 40,
+            "loss": 2.346,
+        }
         assert cluster.get("FineTuneJob", "tune")["status"]["checkpoint"]["step"] == 10
 
 
@@ -64,14 +76,23 @@ async def test_a_broken_checkpoint_is_told_of() -> None:
     broken = 0
 
     def text(index: int) -> str:
-        return f"luthier_train_step 12\nluthier_train_max_steps 30\nluthier_checkpoint_last_step {10 - broken}\nluthier_checkpoints_broken {broken}\n"
+        return (
+            "luthier_train_step 12\nluthier_train_max_steps 30\nluthier_checkpoint_last_step"
+            f" {10 - broken}\nluthier_checkpoints_broken {broken}\n"
+        )
 
-    async with FakeCluster(held) as cluster, PodMetrics(text) as pods, running(cluster, settings(progress_every=0.05), url=pods.url):
+    async with (
+        FakeCluster(held) as cluster,
+        PodMetrics(text) as pods,
+        running(cluster, settings(progress_every=0.05), url=pods.url),
+    ):
         cluster.create(fine_tune())
         await until("a checkpoint", lambda: cluster.get("FineTuneJob", "tune").get("status", {}).get("checkpoint"))
         assert "brokenCheckpoints" not in cluster.get("FineTuneJob", "tune")["status"]
         broken = 1
-        event = await until("an event", lambda: next((e for e in cluster.all("Event") if e["reason"] == "CheckpointBroken"), None))
+        event = await until(
+            "an event", lambda: next((e for e in cluster.all("Event") if e["reason"] == "CheckpointBroken"), None)
+        )
         assert (event["type"], event["message"].split("; ")[-1]) == ("Warning", "the run goes on from step 9")
         found = cluster.get("FineTuneJob", "tune")["status"]
         assert (found["checkpoint"]["step"], found["brokenCheckpoints"]) == (9, 1)
@@ -83,7 +104,11 @@ async def test_rows_of_shards_that_have_ended_keep_counting() -> None:
     def text(index: int) -> str:
         return f"luthier_generate_rows {rows[index]}\nluthier_generate_max_rows 10\n"
 
-    async with FakeCluster(held) as cluster, PodMetrics(text) as pods, running(cluster, settings(progress_every=0.05), url=pods.url):
+    async with (
+        FakeCluster(held) as cluster,
+        PodMetrics(text) as pods,
+        running(cluster, settings(progress_every=0.05), url=pods.url),
+    ):
         cluster.create(generate())
 
         def progress() -> Object:
@@ -98,11 +123,16 @@ async def test_rows_of_shards_that_have_ended_keep_counting() -> None:
 
 
 async def test_rows_of_shards_that_ended_while_the_operator_was_away_count() -> None:
-    async with FakeCluster(held) as cluster, PodMetrics(lambda index: "luthier_generate_rows 3\nluthier_generate_max_rows 10\n") as pods:
+    async with (
+        FakeCluster(held) as cluster,
+        PodMetrics(lambda index: "luthier_generate_rows 3\nluthier_generate_max_rows 10\n") as pods,
+    ):
         async with running(cluster):
             cluster.create(generate())
             await until("both run", lambda: len(cluster.pods("gen", "run")) == 2)
-        cluster.release(cluster.pods("gen", "run")[0], Outcome(message=said("run", metrics={"rows": 10, "seconds": 5.0})))
+        cluster.release(
+            cluster.pods("gen", "run")[0], Outcome(message=said("run", metrics={"rows": 10, "seconds": 5.0}))
+        )
         async with running(cluster, settings(progress_every=0.05), url=pods.url):
             first = await until("progress", lambda: cluster.get("GenerateJob", "gen").get("status", {}).get("progress"))
             assert (first["rows"], first["maxRows"], first["percent"]) == (10, 100, 10), "of all that were prepared"
@@ -154,7 +184,12 @@ async def test_a_pod_sends_us_nowhere_else() -> None:
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
-    scraper = Scraper(Store(), lambda key: None, 15, lambda pod: f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}/metrics")  # type: ignore[union-attr]
+    scraper = Scraper(
+        Store(),
+        lambda key: None,
+        15,
+        lambda pod: f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}/metrics",
+    )  # type: ignore[union-attr]
     async with aiohttp.ClientSession() as session:
         assert await scraper._read(session, {"metadata": {"name": "pod"}}) == {}
     await runner.cleanup()
@@ -170,7 +205,10 @@ def test_where_the_metrics_of_a_pod_are(address: str, expect: str) -> None:
 
 
 async def test_pods_that_do_not_answer_are_no_error() -> None:
-    async with FakeCluster() as cluster, running(cluster, settings(progress_every=0.02), url=lambda pod: "http://127.0.0.1:1/") as operator:
+    async with (
+        FakeCluster() as cluster,
+        running(cluster, settings(progress_every=0.02), url=lambda pod: "http://127.0.0.1:1/") as operator,
+    ):
         cluster.create(fine_tune())
         await until("complete", lambda: cluster.get("FineTuneJob", "tune").get("status", {}).get("state") == "Complete")
         assert operator.alive()

@@ -16,15 +16,15 @@ from luthier_operator.reconcile import InvalidSpec, essence, invalid_status, mer
 
 PATCHES = [
     # given                 before                                after                             expect
-    ("nothing changed",     {"a": 1},                             {"a": 1},                         {}),
-    ("a new field",         {},                                   {"a": 1},                         {"a": 1}),
-    ("another value",       {"a": 1, "b": 2},                     {"a": 3, "b": 2},                 {"a": 3}),
-    ("gone",                {"a": 1, "b": 2},                     {"b": 2},                         {"a": None}),
-    ("deep",                {"a": {"b": 1, "c": 2}},              {"a": {"b": 1, "c": 3}},          {"a": {"c": 3}}),
-    ("deep and gone",       {"a": {"b": 1, "c": 2}},              {"a": {"b": 1}},                  {"a": {"c": None}}),
-    ("lists are replaced",  {"a": [1, 2]},                        {"a": [1]},                       {"a": [1]}),
-    ("a map for a value",   {"a": 1},                             {"a": {"b": 2}},                  {"a": {"b": 2}}),
-]  # fmt: skip
+    ("nothing changed", {"a": 1}, {"a": 1}, {}),
+    ("a new field", {}, {"a": 1}, {"a": 1}),
+    ("another value", {"a": 1, "b": 2}, {"a": 3, "b": 2}, {"a": 3}),
+    ("gone", {"a": 1, "b": 2}, {"b": 2}, {"a": None}),
+    ("deep", {"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}, {"a": {"c": 3}}),
+    ("deep and gone", {"a": {"b": 1, "c": 2}}, {"a": {"b": 1}}, {"a": {"c": None}}),
+    ("lists are replaced", {"a": [1, 2]}, {"a": [1]}, {"a": [1]}),
+    ("a map for a value", {"a": 1}, {"a": {"b": 2}}, {"a": {"b": 2}}),
+]
 
 
 @pytest.mark.parametrize(("name", "before", "after", "expect"), PATCHES, ids=[p[0] for p in PATCHES])
@@ -34,11 +34,21 @@ def test_merge_patch(name: str, before: dict[str, Any], after: dict[str, Any], e
 
 
 ESSENCES = [
-    ("another step",     {"progress": {"step": 1}},                                       {"progress": {"step": 2}},                                       True),
-    ("another word",     {"conditions": [{"type": "A", "status": "True", "reason": "R", "message": "1"}]}, {"conditions": [{"type": "A", "status": "True", "reason": "R", "message": "2"}]}, True),
-    ("another reason",   {"conditions": [{"type": "A", "status": "True", "reason": "R"}]}, {"conditions": [{"type": "A", "status": "True", "reason": "S"}]}, False),
-    ("another restart",  {"restarts": 0},                                                 {"restarts": 1},                                                 False),
-]  # fmt: skip
+    ("another step", {"progress": {"step": 1}}, {"progress": {"step": 2}}, True),
+    (
+        "another word",
+        {"conditions": [{"type": "A", "status": "True", "reason": "R", "message": "1"}]},
+        {"conditions": [{"type": "A", "status": "True", "reason": "R", "message": "2"}]},
+        True,
+    ),
+    (
+        "another reason",
+        {"conditions": [{"type": "A", "status": "True", "reason": "R"}]},
+        {"conditions": [{"type": "A", "status": "True", "reason": "S"}]},
+        False,
+    ),
+    ("another restart", {"restarts": 0}, {"restarts": 1}, False),
+]
 
 
 @pytest.mark.parametrize(("name", "before", "after", "same"), ESSENCES, ids=[e[0] for e in ESSENCES])
@@ -69,7 +79,10 @@ async def test_a_job_that_cannot_be_understood_says_so_and_stops_nothing() -> No
         cluster.change(broken, lambda o: o["spec"].update(fancy=1))
         cluster.create(fine_tune("good"))
         found = await until(
-            "said", lambda: (c := condition(cluster, "FineTuneJob", "broken", "Accepted")) and c["reason"] == "InvalidSpec" and c
+            "said",
+            lambda: (
+                (c := condition(cluster, "FineTuneJob", "broken", "Accepted")) and c["reason"] == "InvalidSpec" and c
+            ),
         )
         assert found["status"] == "False"
         assert found["message"].startswith("spec.fancy: extra inputs are not permitted\n")
@@ -82,19 +95,26 @@ async def test_a_job_that_cannot_be_understood_says_so_and_stops_nothing() -> No
 BEFORE = "2026-01-01T00:00:00Z"
 TURNS = [
     # given: Accepted before     expect: the time of its last turn is kept
-    ("it was accepted",          "True",   False),
-    ("it was refused already",   "False",  True),
-    ("nothing was said yet",     None,     False),
-]  # fmt: skip
+    ("it was accepted", "True", False),
+    ("it was refused already", "False", True),
+    ("nothing was said yet", None, False),
+]
 
 
 @pytest.mark.parametrize(("value", "kept"), [c[1:] for c in TURNS], ids=[c[0] for c in TURNS])
 def test_what_cannot_be_understood_any_more_has_turned(value: str | None, kept: bool) -> None:
     others = [{"type": "Prepared", "status": "True", "reason": "Prepared", "lastTransitionTime": BEFORE}]
     accepted = [{"type": "Accepted", "status": value, "reason": "x", "lastTransitionTime": BEFORE}] if value else []
-    status = invalid_status({"metadata": {"generation": 2}, "status": {"conditions": accepted + others, "restarts": 3}}, "spec.fancy: no")
+    status = invalid_status(
+        {"metadata": {"generation": 2}, "status": {"conditions": accepted + others, "restarts": 3}}, "spec.fancy: no"
+    )
     first, *rest = status["conditions"]
-    assert (first["type"], first["status"], first["observedGeneration"], first["lastTransitionTime"] == BEFORE) == ("Accepted", "False", 2, kept)
+    assert (first["type"], first["status"], first["observedGeneration"], first["lastTransitionTime"] == BEFORE) == (
+        "Accepted",
+        "False",
+        2,
+        kept,
+    )
     assert (rest, status["restarts"], status["state"], status["observedGeneration"]) == (others, 3, "Invalid", 2)
 
 
@@ -130,7 +150,9 @@ async def test_somebody_else_writes_the_status_at_the_same_time() -> None:
         def racing(request: Any, kind: str, ns: str, name: str, sub: str, body: Any) -> Any:
             if sub == "status" and body["metadata"]["resourceVersion"] not in disturbed and len(disturbed) < 3:
                 found = cluster.get(kind, name)
-                cluster.change(found, lambda o: o["metadata"].setdefault("annotations", {}).update(n=str(len(disturbed))))
+                cluster.change(
+                    found, lambda o: o["metadata"].setdefault("annotations", {}).update(n=str(len(disturbed)))
+                )
                 disturbed.add(body["metadata"]["resourceVersion"])
             return write(request, kind, ns, name, sub, body)
 
@@ -141,7 +163,9 @@ async def test_somebody_else_writes_the_status_at_the_same_time() -> None:
         assert len(disturbed) == 3
 
 
-async def test_a_job_that_is_deleted_and_made_again_in_between_is_not_touched_by_what_was_meant_for_the_old_one() -> None:
+async def test_a_job_that_is_deleted_and_made_again_in_between_is_not_touched_by_what_was_meant_for_the_old_one() -> (
+    None
+):
     async with FakeCluster() as cluster:
         old = cluster.create(fine_tune(ttlSecondsAfterFinished=0))
         write, swapped = cluster._write, False

@@ -19,21 +19,47 @@ TUNE = Key(JobKind.FINE_TUNE, "default", "tune")
 
 
 def job(name: str = "tune", version: int = 1, uid: str = "", **spec: Any) -> dict[str, Any]:
-    return {"apiVersion": "luthier.dev/v1alpha1", "kind": "FineTuneJob",
-            "metadata": {"name": name, "namespace": "default", "uid": uid or f"uid-{name}", "resourceVersion": str(version), "managedFields": [1]},
-            "spec": {"task": "causal-lm", "model": {"id": "a/b"}, "dataset": {"id": "a/b"}} | spec}  # fmt: skip
+    return {
+        "apiVersion": "luthier.dev/v1alpha1",
+        "kind": "FineTuneJob",
+        "metadata": {
+            "name": name,
+            "namespace": "default",
+            "uid": uid or f"uid-{name}",
+            "resourceVersion": str(version),
+            "managedFields": [1],
+        },
+        "spec": {"task": "causal-lm", "model": {"id": "a/b"}, "dataset": {"id": "a/b"}} | spec,
+    }
 
 
 def owned(kind: str, name: str, version: int = 1, uid: str = "", job: str = "uid-tune", **parts: Any) -> dict[str, Any]:
-    labels = {naming.KIND_LABEL: "FineTuneJob", naming.JOB_LABEL: "tune", naming.UID_LABEL: job, naming.PHASE_LABEL: "run"}
-    meta = {"name": name, "namespace": "default", "uid": uid or f"uid-{name}", "resourceVersion": str(version), "labels": labels}
+    labels = {
+        naming.KIND_LABEL: "FineTuneJob",
+        naming.JOB_LABEL: "tune",
+        naming.UID_LABEL: job,
+        naming.PHASE_LABEL: "run",
+    }
+    meta = {
+        "name": name,
+        "namespace": "default",
+        "uid": uid or f"uid-{name}",
+        "resourceVersion": str(version),
+        "labels": labels,
+    }
     owner = {"ownerReferences": [{"kind": "FineTuneJob", "name": "tune", "uid": job}]} if kind != "Pod" else {}
     return {"kind": kind, "metadata": meta | owner} | parts
 
 
-def ended(name: str, code: int = 70, version: int = 2, index: str = "0", at: str = "2026-01-01T00:00:00Z", **told: Any) -> dict[str, Any]:
-    state = {"terminated": {"exitCode": code, "reason": "Error", "message": said("run", code, **told), "finishedAt": at}}
-    found = owned("Pod", name, version, status={"phase": "Failed", "containerStatuses": [{"name": "trainer", "state": state}]})
+def ended(
+    name: str, code: int = 70, version: int = 2, index: str = "0", at: str = "2026-01-01T00:00:00Z", **told: Any
+) -> dict[str, Any]:
+    state = {
+        "terminated": {"exitCode": code, "reason": "Error", "message": said("run", code, **told), "finishedAt": at}
+    }
+    found = owned(
+        "Pod", name, version, status={"phase": "Failed", "containerStatuses": [{"name": "trainer", "state": state}]}
+    )
     return found | {"metadata": found["metadata"] | {"annotations": {naming.INDEX_ANNOTATION: index}}}
 
 
@@ -119,12 +145,23 @@ def test_failures_are_bounded_and_go_with_the_job() -> None:
 
 
 def test_every_shard_that_ended_well_is_remembered_and_each_once() -> None:
-    """However many there are, and however often they were started: one end an index, and nothing of what they printed."""
+    """However many there are, and however often they were started: one end an index, and nothing of what they
+    printed.
+    """
     store, shards = Store(), FAILURES_KEPT + 44
     store.put(job())
     for attempt in range(3):
         for index in range(shards):
-            store.put(ended(f"pod-{index}-{attempt}", 0, index=str(index), at=f"2026-01-01T00:00:0{attempt}Z", metrics={"rows": attempt}, last_lines="x" * 999))
+            store.put(
+                ended(
+                    f"pod-{index}-{attempt}",
+                    0,
+                    index=str(index),
+                    at=f"2026-01-01T00:00:0{attempt}Z",
+                    metrics={"rows": attempt},
+                    last_lines="x" * 999,
+                )
+            )
     ends = seen(store).ended
     assert sorted(e.index for e in ends) == list(range(shards))
     assert {(e.message.metrics["rows"], e.message.last_lines, e.raw_message) for e in ends} == {(2, "", "")}
@@ -164,7 +201,12 @@ def test_what_a_pod_served_of_its_checkpoint_ends_with_it() -> None:
     """Its last word is newer, and the pod after it may find less: a broken checkpoint is set aside."""
     store, owner = Store(), Owner(TUNE, "uid-tune")
     store.put(job())
-    read = {"luthier_checkpoint_last_step": 20, "luthier_checkpoints_broken": 0, "luthier_train_step": 25, "luthier_train_max_steps": 30}
+    read = {
+        "luthier_checkpoint_last_step": 20,
+        "luthier_checkpoints_broken": 0,
+        "luthier_train_step": 25,
+        "luthier_train_max_steps": 30,
+    }
     store.put_samples(owner, {0: dict(read)})
     assert (seen(store).checkpoint_step, seen(store).broken_checkpoints) == (20, 0)
     store.put(ended("pod"))
@@ -177,14 +219,13 @@ def test_what_a_pod_served_of_its_checkpoint_ends_with_it() -> None:
 
 CHILD, POD = owned("Job", "ftj-tune-prepare"), ended("pod")
 COPIES = [
-    # given                                        what                                                          expect: it is ours
-    ("our Job",                                    CHILD,                                                        True),
-    ("our pod",                                    POD,                                                          True),
-    ("a Job with our labels, elsewhere",           moved(CHILD, namespace="other"),                              False),
-    ("a pod with our labels, elsewhere",           moved(POD, namespace="other"),                                False),
-    ("a Job with our labels that nobody owns",     moved(CHILD, ownerReferences=[]),                             False),
-    ("a Job with our labels, of another owner",    moved(CHILD, ownerReferences=[{"uid": "uid-of-another"}]),     False),
-]  # fmt: skip
+    ("our Job", CHILD, True),
+    ("our pod", POD, True),
+    ("a Job with our labels, elsewhere", moved(CHILD, namespace="other"), False),
+    ("a pod with our labels, elsewhere", moved(POD, namespace="other"), False),
+    ("a Job with our labels that nobody owns", moved(CHILD, ownerReferences=[]), False),
+    ("a Job with our labels, of another owner", moved(CHILD, ownerReferences=[{"uid": "uid-of-another"}]), False),
+]
 
 
 @pytest.mark.parametrize(("found", "ours"), [c[1:] for c in COPIES], ids=[c[0] for c in COPIES])
@@ -206,7 +247,9 @@ def test_labels_and_annotations_that_are_no_numbers_count_as_none(text: str) -> 
     """Whoever may create pods may write them."""
     store = Store()
     store.put(job())
-    notes = dict.fromkeys((naming.INDEX_ANNOTATION, naming.INDEX_FAILURES_ANNOTATION, naming.INDEX_IGNORED_ANNOTATION), text)
+    notes = dict.fromkeys(
+        (naming.INDEX_ANNOTATION, naming.INDEX_FAILURES_ANNOTATION, naming.INDEX_IGNORED_ANNOTATION), text
+    )
     labels = POD["metadata"]["labels"] | {naming.RESTART_LABEL: text, naming.INDEX_ANNOTATION: text}
     assert store.put(moved(POD, labels=labels, annotations=notes)) == {TUNE}
     assert [(e.attempt, e.index) for e in seen(store).ended] == [(0, 0)]
@@ -225,10 +268,10 @@ def test_what_pods_say_after_their_job_was_deleted_is_not_kept() -> None:
 
 LISTS = [
     # given                                    version of the object, of the list; listed   expect: still there
-    ("it is in the list",                       5,                     9,         True,      True),
-    ("it is not: its deletion went unseen",     5,                     9,         False,     False),
-    ("it was created while the list was made",  10,                    9,         False,     True),
-]  # fmt: skip
+    ("it is in the list", 5, 9, True, True),
+    ("it is not: its deletion went unseen", 5, 9, False, False),
+    ("it was created while the list was made", 10, 9, False, True),
+]
 
 
 @pytest.mark.parametrize(("name", "version", "listed_at", "listed", "there"), LISTS, ids=[c[0] for c in LISTS])
@@ -257,14 +300,13 @@ def test_who_waits_for_a_job_hears_of_it() -> None:
 
 
 CHAINS = [
-    # given                                          what it starts from, and how each of those was trained             expect: whose workspaces it reads
-    ("a whole model",                                {"base": ("full", None)},                                         ["base"]),
-    ("an adapter on a model of the Hub",             {"base": ("lora", None)},                                         ["base"]),
-    ("an adapter on a whole model",                  {"base": ("lora", "below"), "below": ("full", None)},              ["base", "below"]),
-    ("an adapter on an adapter, merged there",       {"base": ("lora", "below"), "below": ("qlora", None)},             ["base"]),
-    ("a whole model that began as another",          {"base": ("full", "below"), "below": ("full", None)},              ["base"]),
-    ("an adapter on a model whose job is gone",      {"base": ("lora", "below")},                                      ["base"]),
-]  # fmt: skip
+    ("a whole model", {"base": ("full", None)}, ["base"]),
+    ("an adapter on a model of the Hub", {"base": ("lora", None)}, ["base"]),
+    ("an adapter on a whole model", {"base": ("lora", "below"), "below": ("full", None)}, ["base", "below"]),
+    ("an adapter on an adapter, merged there", {"base": ("lora", "below"), "below": ("qlora", None)}, ["base"]),
+    ("a whole model that began as another", {"base": ("full", "below"), "below": ("full", None)}, ["base"]),
+    ("an adapter on a model whose job is gone", {"base": ("lora", "below")}, ["base"]),
+]
 
 
 @pytest.mark.parametrize(("chain", "expect"), [c[1:] for c in CHAINS], ids=[c[0] for c in CHAINS])
@@ -289,7 +331,13 @@ def test_objects_of_others_are_nobodys() -> None:
         store.put(
             {
                 "kind": "Pod",
-                "metadata": {"name": "p", "namespace": "n", "uid": "u", "resourceVersion": "1", "labels": {naming.JOB_LABEL: "x"}},
+                "metadata": {
+                    "name": "p",
+                    "namespace": "n",
+                    "uid": "u",
+                    "resourceVersion": "1",
+                    "labels": {naming.JOB_LABEL: "x"},
+                },
             }
         )
         == set()

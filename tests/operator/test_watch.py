@@ -54,7 +54,9 @@ async def test_events_that_are_lost_are_made_up_for_by_the_next_list() -> None:
 async def test_a_child_that_somebody_deletes_comes_back() -> None:
     async with FakeCluster(lambda pod: Outcome(hold=True)) as cluster, running(cluster):
         cluster.create(fine_tune())
-        first = await until("begun", lambda: {"Job", "Pod"} <= cluster.watched and cluster.get("Job", "ftj-tune-prepare"))
+        first = await until(
+            "begun", lambda: {"Job", "Pod"} <= cluster.watched and cluster.get("Job", "ftj-tune-prepare")
+        )
         cluster.delete(first)
         second = await until("begun again", lambda: cluster.get("Job", "ftj-tune-prepare"))
         assert second["metadata"]["uid"] != first["metadata"]["uid"]
@@ -126,7 +128,8 @@ async def test_only_the_namespaces_that_are_asked_for() -> None:
         await until(
             "complete",
             lambda: any(
-                c["type"] == "Complete" for c in cluster.get("FineTuneJob", "tune", "mine").get("status", {}).get("conditions", [])
+                c["type"] == "Complete"
+                for c in cluster.get("FineTuneJob", "tune", "mine").get("status", {}).get("conditions", [])
             ),
         )
         assert "status" not in cluster.get("FineTuneJob", "tune", "other")

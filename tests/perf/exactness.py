@@ -1,8 +1,9 @@
-"""Whether outputs are exactly what they should be, for everything that there is: `make exactness`, about 20 minutes on two cores.
+"""Whether outputs are exactly what they should be, for everything that there is: `make exactness`, about 20 minutes on
+two cores.
 
-Architectures: texts in batches equal to transformers' own, one text at a time without padding. Samplers: the same image files from permuted
-rows and from one, two and three shards. Kills: a shard killed at random moments ends with the files of one that was not. `make test` has a
-sample of each. Neighbour: `trainer.architectures`, which makes the models.
+Architectures: texts in batches equal to transformers' own, one text at a time without padding. Samplers: the same image
+files from permuted rows and from one, two and three shards. Kills: a shard killed at random moments ends with the files
+of one that was not. `make test` has a sample of each. Neighbour: `trainer.architectures`, which makes the models.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # sums are split over threads, and so round
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 PROMPTS = ["An object", "is", "The object is at the object in the object on the", "one two three four five six seven"]
-ROWS = [{"prompt": f"{thing} in the workshop", "seed": i} for i, thing in enumerate(("a lute", "an oud", "a theorbo", "a cittern", "a viol", "a rebec"))]
+ROWS = [
+    {"prompt": f"{thing} in the workshop", "seed": i}
+    for i, thing in enumerate(("a lute", "an oud", "a theorbo", "a cittern", "a viol", "a rebec"))
+]
 PERMUTED = [3, 0, 5, 1, 4, 2]
 IMAGE = {"width": 32, "height": 32, "steps": 4}
 KILLS = 31
@@ -31,12 +35,18 @@ KILLS = 31
 def main() -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="luthier-exactness-") as folder:
         root = Path(folder)
-        os.environ |= {"LUTHIER_RUN_DIR": str(root), "LUTHIER_TERMINATION_LOG": str(root / "termination-log"), "HF_HUB_OFFLINE": "1"}
+        os.environ |= {
+            "LUTHIER_RUN_DIR": str(root),
+            "LUTHIER_TERMINATION_LOG": str(root / "termination-log"),
+            "HF_HUB_OFFLINE": "1",
+        }
         return {"architectures": all_architectures(root), "samplers": samplers(root), "kills": kills(root)}
 
 
 def all_architectures(root: Path) -> dict[str, Any]:
-    """Each architecture of transformers: equal or different, and which prompts shared a batch; or why it could not be tried."""
+    """Each architecture of transformers: equal or different, and which prompts shared a batch; or why it could not be
+    tried.
+    """
     from trainer.architectures import architectures
 
     sharing: dict[str, list[str]] = {}
@@ -52,7 +62,13 @@ def all_architectures(root: Path) -> dict[str, Any]:
             different.append(kind)
     tried = sum(map(len, sharing.values()))
     special = {shared: kinds for shared, kinds in sharing.items() if shared != "any length"}
-    return {"tried": tried, "equal": tried - len(different), "different": different, "sharing": special, "notTried": unbuilt}
+    return {
+        "tried": tried,
+        "equal": tried - len(different),
+        "different": different,
+        "sharing": special,
+        "notTried": unbuilt,
+    }
 
 
 def compare(kind: str, folder: Path) -> tuple[bool, str]:
@@ -61,7 +77,9 @@ def compare(kind: str, folder: Path) -> tuple[bool, str]:
 
     model = save_tiny(kind, folder)
     engine = engine_of(folder, batch_size=2)
-    return texts(engine, PROMPTS) == [alone(model, engine.tokenizer, prompt, NEW_TOKENS) for prompt in PROMPTS], engine.sharing
+    return texts(engine, PROMPTS) == [
+        alone(model, engine.tokenizer, prompt, NEW_TOKENS) for prompt in PROMPTS
+    ], engine.sharing
 
 
 def samplers(root: Path) -> dict[str, Any]:
@@ -86,7 +104,13 @@ def digests(workspace: Path, model: Path, rows: list[dict[str, Any]], sampler: s
     from trainer.generating import generate_run, generate_shards, result_lines
 
     run = generate_run(
-        workspace, rows, task="text-to-image", model={"path": str(model)}, image=IMAGE | {"scheduler": sampler}, batchSize=2, shards=shards
+        workspace,
+        rows,
+        task="text-to-image",
+        model={"path": str(model)},
+        image=IMAGE | {"scheduler": sampler},
+        batchSize=2,
+        shards=shards,
     )
     with pytest.MonkeyPatch.context() as patch:
         generate_shards(run, patch)
@@ -100,8 +124,11 @@ def kills(root: Path) -> dict[str, Any]:
     from luthier_api.workspace import WorkspaceFolder
 
     settings: dict[str, Any] = {
-        "task": "text-to-image", "model": {"path": str(root / "sdxl")}, "image": IMAGE | {"scheduler": "euler-ancestral", "perPrompt": 20}, "batchSize": 2,
-    }  # fmt: skip
+        "task": "text-to-image",
+        "model": {"path": str(root / "sdxl")},
+        "image": IMAGE | {"scheduler": "euler-ancestral", "perPrompt": 20},
+        "batchSize": 2,
+    }
     moments, done, equal, at = random.Random(5), 0, 0, Counter[int]()
     whole = generate_run(root / "whole", ROWS, **settings)
     prepare_by_hand(whole)
@@ -136,7 +163,9 @@ def start(run: Any, root: Path) -> subprocess.Popen[bytes]:
     config = root / f"{Path(run.workspace).name}.json"
     config.write_text(run.model_dump_json(by_alias=True, exclude_none=True))
     environment = os.environ | {"LUTHIER_RUN": str(config), "LUTHIER_NODE_RANK": "0"}
-    return subprocess.Popen([sys.executable, "-m", "luthier_trainer.process", "generate"], env=environment, stdout=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [sys.executable, "-m", "luthier_trainer.process", "generate"], env=environment, stdout=subprocess.DEVNULL
+    )
 
 
 def count(ledger: Path) -> int:

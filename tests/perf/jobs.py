@@ -1,8 +1,9 @@
 """The operator against the API server alone: FineTuneJobs to their children, beside the same children created directly.
 
-On a real API server, with the real operator as a process. No pod runs: a node selector that no node has keeps them pending, and the
-benchmark itself marks the prepare Jobs as succeeded, so that what is measured is the operator and not the kubelet. Direct creation uses
-the operator's own client with as many requests in flight, on manifests that the operator has rendered.
+On a real API server, with the real operator as a process. No pod runs: a node selector that no node has keeps them
+pending, and the benchmark itself marks the prepare Jobs as succeeded, so that what is measured is the operator and not
+the kubelet. Direct creation uses the operator's own client with as many requests in flight, on manifests that the
+operator has rendered.
 """
 
 from __future__ import annotations
@@ -28,12 +29,18 @@ SELECTOR = {"luthier.dev/bench": "no-node-has-this"}
 
 def job(i: int) -> Object:
     return {
-        "apiVersion": "luthier.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": f"bench-{i:04}", "namespace": NAMESPACES["operator"]},
+        "apiVersion": "luthier.dev/v1alpha1",
+        "kind": "FineTuneJob",
+        "metadata": {"name": f"bench-{i:04}", "namespace": NAMESPACES["operator"]},
         "spec": {
-            "task": "causal-lm", "model": {"id": "org/model"}, "dataset": {"id": "org/data"}, "workspace": {"claim": "bench"},
-            "resources": {"nodes": 2, "gpusPerNode": 1}, "scheduling": {"nodeSelector": SELECTOR},
+            "task": "causal-lm",
+            "model": {"id": "org/model"},
+            "dataset": {"id": "org/data"},
+            "workspace": {"claim": "bench"},
+            "resources": {"nodes": 2, "gpusPerNode": 1},
+            "scheduling": {"nodeSelector": SELECTOR},
         },
-    }  # fmt: skip
+    }
 
 
 async def objects(client: Client, kind: str, namespace: str) -> list[Object]:
@@ -65,9 +72,11 @@ def cpu_and_memory(pid: int) -> tuple[float, float]:
 
 
 async def mark_prepared(client: Client, namespace: str) -> tuple[float, float]:
-    """Give every prepare Job the status that the Job controller writes when its pod has succeeded. Returns when that began
-    (monotonic), and the seconds that it took."""
-    deadline = time.monotonic() + 300  # the Job controller makes 20 requests a second, and a Job cannot end before it has begun
+    """Give every prepare Job the status that the Job controller writes when its pod has succeeded. Returns when that
+    began (monotonic), and the seconds that it took.
+    """
+    # The Job controller makes 20 requests a second, and a Job cannot end before it has begun
+    deadline = time.monotonic() + 300
     while not all(o["status"].get("startTime") for o in await objects(client, "Job", namespace)):
         if time.monotonic() > deadline:
             raise SystemExit("the Job controller has not begun all Jobs after 300 s")
@@ -76,31 +85,46 @@ async def mark_prepared(client: Client, namespace: str) -> tuple[float, float]:
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     # So long ago that the operator waits for no word of a pod: there is none.
     earlier = (datetime.now(UTC) - timedelta(minutes=1)).strftime("%Y-%m-%dT%H:%M:%SZ")
-    ends = [{"type": t, "status": "True", "lastTransitionTime": earlier, "reason": "CompletionsReached"} for t in ("SuccessCriteriaMet", "Complete")]
+    ends = [
+        {"type": t, "status": "True", "lastTransitionTime": earlier, "reason": "CompletionsReached"}
+        for t in ("SuccessCriteriaMet", "Complete")
+    ]
     status = {"active": 0, "ready": 0, "terminating": 0, "succeeded": 1, "completionTime": now, "conditions": ends}
 
     async def mark(name: str) -> None:
         path = RESOURCES["Job"].path(namespace, name, "status")
         for _ in range(10):  # the Job controller writes as well
-            code, _, answer = await client._send("PATCH", path, None, {"status": status}, "application/merge-patch+json")
+            code, _, answer = await client._send(
+                "PATCH", path, None, {"status": status}, "application/merge-patch+json"
+            )
             if code == 200:
                 return
             await asyncio.sleep(0.5)
         raise SystemExit(f"{name}: {answer}")
 
-    names = [o["metadata"]["name"] for o in await objects(client, "Job", namespace) if o["metadata"]["name"].endswith("-prepare")]
+    names = [
+        o["metadata"]["name"]
+        for o in await objects(client, "Job", namespace)
+        if o["metadata"]["name"].endswith("-prepare")
+    ]
     return begin, await all_at_once([mark(n) for n in names])
 
 
 def calls(audit: Path | None, since: float) -> dict[str, int] | None:
-    """API calls of the operator since `since` (epoch seconds) by verb and resource, from the audit log; None without one."""
+    """API calls of the operator since `since` (epoch seconds) by verb and resource, from the audit log; None without
+    one.
+    """
     if audit is None or not audit.exists():
         return None
     found: dict[str, int] = {}
     for line in audit.read_text().splitlines():
         event = json.loads(line)
         at = datetime.fromisoformat(event["requestReceivedTimestamp"]).timestamp()
-        if at >= since and event.get("userAgent", "").startswith("luthier/") and event["verb"] not in ("watch", "list", "get"):
+        if (
+            at >= since
+            and event.get("userAgent", "").startswith("luthier/")
+            and event["verb"] not in ("watch", "list", "get")
+        ):
             ref = event.get("objectRef", {})
             if ref.get("namespace") == NAMESPACES["operator"]:
                 key = "/".join(filter(None, (event["verb"], ref.get("resource"), ref.get("subresource"))))
@@ -112,8 +136,16 @@ def clean() -> None:
     """Children before owners: otherwise the garbage collector's requests run into the measurement."""
     for namespace in NAMESPACES.values():
         for kind in ("jobsets", "jobs", "finetunejobs"):
-            subprocess.run(["kubectl", "-n", namespace, "delete", kind, "--all", "--timeout=180s"], check=False, capture_output=True)
-        subprocess.run(["kubectl", "delete", "namespace", namespace, "--ignore-not-found", "--timeout=180s"], check=True, capture_output=True)
+            subprocess.run(
+                ["kubectl", "-n", namespace, "delete", kind, "--all", "--timeout=180s"],
+                check=False,
+                capture_output=True,
+            )
+        subprocess.run(
+            ["kubectl", "delete", "namespace", namespace, "--ignore-not-found", "--timeout=180s"],
+            check=True,
+            capture_output=True,
+        )
 
 
 async def measure(audit: Path | None) -> dict[str, Any]:
@@ -123,7 +155,15 @@ async def measure(audit: Path | None) -> dict[str, Any]:
     for namespace in NAMESPACES.values():
         subprocess.run(["kubectl", "create", "namespace", namespace], check=True, capture_output=True)
     image = {"LUTHIER_TRAINER_IMAGE": "registry.example/trainer"}  # in no registry: pods only have to be created
-    environment = os.environ | image | {"LUTHIER_METRICS_PORT": "18080", "LUTHIER_NAMESPACES": NAMESPACES["operator"], "LUTHIER_LOG_LEVEL": "WARNING"}
+    environment = (
+        os.environ
+        | image
+        | {
+            "LUTHIER_METRICS_PORT": "18080",
+            "LUTHIER_NAMESPACES": NAMESPACES["operator"],
+            "LUTHIER_LOG_LEVEL": "WARNING",
+        }
+    )
     operator = subprocess.Popen([sys.executable, "-m", "luthier_cli", "operator"], env=environment)
     try:
         await asyncio.sleep(5)
@@ -155,7 +195,10 @@ async def measure(audit: Path | None) -> dict[str, Any]:
     return {
         "jobs": JOBS,
         "finetunejobs_created_per_s": round(JOBS / applied, 1),
-        "to_prepare_job": {"jobs_per_s": round(JOBS / to_prepare, 1), "operator_cpu_ms_per_job": round(1000 * (cpu1 - cpu0) / JOBS, 2)},
+        "to_prepare_job": {
+            "jobs_per_s": round(JOBS / to_prepare, 1),
+            "operator_cpu_ms_per_job": round(1000 * (cpu1 - cpu0) / JOBS, 2),
+        },
         "to_jobset": {"jobs_per_s": round(JOBS / to_jobset, 1), "marking_s": round(marked, 2)},
         "direct_jobsets_per_s": round(JOBS / direct, 1),
         "ratio_to_direct": round(direct / to_jobset, 3),
@@ -180,7 +223,11 @@ def main() -> dict[str, Any]:
     os.environ.update(choice.cluster().ensure())
     choice.cluster().check_free()
     top = Path(__file__).resolve().parents[2]
-    subprocess.run(["kubectl", "apply", "--server-side", "--force-conflicts", "-f", str(top / "crds")], check=True, capture_output=True)
+    subprocess.run(
+        ["kubectl", "apply", "--server-side", "--force-conflicts", "-f", str(top / "crds")],
+        check=True,
+        capture_output=True,
+    )
     audit = Path(os.environ["KUBECONFIG"]).parent / "audit.log"
     return asyncio.run(measure(audit if audit.exists() else None))
 

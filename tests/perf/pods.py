@@ -1,7 +1,9 @@
-"""From the start of a pod's container to its first training step, in parts: real pods of the trainer's image, as the kubelet starts them.
+"""From the start of a pod's container to its first training step, in parts: real pods of the trainer's image, as the
+kubelet starts them.
 
-On the local cluster and only where it is up and has the image (`make cluster images`): elsewhere the answer says why there are no
-figures. The operator runs as a process and watches one namespace, as in `jobs`. Neighbour: `startup` measures the same without pods.
+On the local cluster and only where it is up and has the image (`make cluster images`): elsewhere the answer says why
+there are no figures. The operator runs as a process and watches one namespace, as in `jobs`. Neighbour: `startup`
+measures the same without pods.
 """
 
 from __future__ import annotations
@@ -29,19 +31,27 @@ Object = dict[str, Any]
 
 def kubectl(*arguments: str, document: Object | None = None, check: bool = True) -> str:
     text = None if document is None else json.dumps(document)
-    return subprocess.run(["kubectl", "-n", NAMESPACE, *arguments], input=text, capture_output=True, text=True, check=check).stdout
+    return subprocess.run(
+        ["kubectl", "-n", NAMESPACE, *arguments], input=text, capture_output=True, text=True, check=check
+    ).stdout
 
 
 def job(name: str) -> Object:
     return {
-        "apiVersion": "luthier.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": name},
+        "apiVersion": "luthier.dev/v1alpha1",
+        "kind": "FineTuneJob",
+        "metadata": {"name": name},
         "spec": {
-            "task": "causal-lm", "model": {"path": "/data/model"}, "method": {"type": "lora", "rank": 8},
+            "task": "causal-lm",
+            "model": {"path": "/data/model"},
+            "method": {"type": "lora", "rank": 8},
             "dataset": {"files": ["/data/text.txt"], "split": "train[:90%]", "evalSplit": "train[90%:]"},
             "training": {"maxSteps": 100_000, "batchSize": 8, "maxLength": 128, "logSteps": 1},
-            "resources": {"nodes": 2, "gpusPerNode": 0, "cpu": "200m"}, "workspace": {"claim": "data"}, "volumes": [{"claim": "data", "mountPath": "/data"}],
+            "resources": {"nodes": 2, "gpusPerNode": 0, "cpu": "200m"},
+            "workspace": {"claim": "data"},
+            "volumes": [{"claim": "data", "mountPath": "/data"}],
         },
-    }  # fmt: skip
+    }
 
 
 def fill(folder: Path) -> None:
@@ -53,7 +63,9 @@ def fill(folder: Path) -> None:
         shutil.copytree(Path(made) / "model", folder / "model")
     for path in (folder / "model").iterdir():
         path.chmod(0o644)  # safetensors writes files that only their owner can read
-    (folder / "text.txt").write_text("\n".join(" ".join(p.split()) for text in topics.values() for p in text.split("\n\n") if len(p) > 80))
+    (folder / "text.txt").write_text(
+        "\n".join(" ".join(p.split()) for text in topics.values() for p in text.split("\n\n") if len(p) > 80)
+    )
 
 
 def seconds(text: str) -> float:
@@ -97,20 +109,33 @@ def main() -> Object:
     except SystemExit as missing:
         return {"skipped": f"{missing} (make images)"}
     if json.loads(kubectl("get", "deployments", "-A", "-l", "app.kubernetes.io/name=luthier", "-o", "json"))["items"]:
-        return {"skipped": "an operator is installed, which would run the benchmark's jobs, too: helm uninstall luthier --namespace luthier-system"}
+        return {
+            "skipped": (
+                "an operator is installed, which would run the benchmark's jobs, too: helm uninstall luthier"
+                " --namespace luthier-system"
+            )
+        }
     top = Path(__file__).resolve().parents[2]
     kubectl("apply", "--server-side", "--force-conflicts", "-f", str(top / "crds"))
     kubectl("delete", "namespace", NAMESPACE, "--ignore-not-found", "--timeout=180s")
     ours.recycle()
     kubectl("create", "namespace", NAMESPACE)
     claim = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "5Gi"}}}
-    kubectl("create", "-f", "-", document={"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "data"}, "spec": claim})
+    kubectl(
+        "create",
+        "-f",
+        "-",
+        document={"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "data"}, "spec": claim},
+    )
     kubectl("wait", "pvc/data", "--for=jsonpath={.status.phase}=Bound", "--timeout=30s")
     fill(ours.volume(NAMESPACE, "data"))
     variables = {
-        "LUTHIER_METRICS_PORT": "18080", "LUTHIER_NAMESPACES": NAMESPACE, "LUTHIER_LOG_LEVEL": "WARNING",
-        "LUTHIER_TRAINER_IMAGE": f"{REGISTRY}/{IMAGE}", "LUTHIER_GRACE_SECONDS": "15",
-    }  # fmt: skip
+        "LUTHIER_METRICS_PORT": "18080",
+        "LUTHIER_NAMESPACES": NAMESPACE,
+        "LUTHIER_LOG_LEVEL": "WARNING",
+        "LUTHIER_TRAINER_IMAGE": f"{REGISTRY}/{IMAGE}",
+        "LUTHIER_GRACE_SECONDS": "15",
+    }
     operator = subprocess.Popen([sys.executable, "-m", "luthier_cli", "operator"], env=os.environ | variables)
     try:
         rounds = [measure(f"start-{i}") for i in range(ROUNDS)]
@@ -119,4 +144,9 @@ def main() -> Object:
         operator.wait()
         kubectl("delete", "namespace", NAMESPACE, "--timeout=180s")
     each = {part: [round(found[part], 1) for found in rounds] for part in MARKS}
-    return {"pods": 2, "seconds_from_started_at": {part: {"rounds": values, "median": statistics.median(values)} for part, values in each.items()}}
+    return {
+        "pods": 2,
+        "seconds_from_started_at": {
+            part: {"rounds": values, "median": statistics.median(values)} for part, values in each.items()
+        },
+    }

@@ -1,4 +1,5 @@
-"""What a mistake in the run config costs: PID 1 from its start to its last word, beside what no Python program can avoid and beside pydantic.
+"""What a mistake in the run config costs: PID 1 from its start to its last word, beside what no Python program can
+avoid and beside pydantic.
 
 Taken in turns, so that a slow moment slows all three. Neighbour: `startup` measures a start that goes on.
 """
@@ -17,9 +18,11 @@ from typing import Any
 
 ROUNDS = 25
 BROKEN = {
-    "kind": "FineTuneJob", "name": "job", "workspace": "/workspace/job",
+    "kind": "FineTuneJob",
+    "name": "job",
+    "workspace": "/workspace/job",
     "spec": {"task": "causal-lm", "model": {"id": "org/model"}, "dataset": {"id": "org/rows", "splt": "train"}},
-}  # fmt: skip
+}
 PYDANTIC = "import pydantic\nclass One(pydantic.BaseModel):\n    field: int"  # the import alone does nearly nothing
 
 
@@ -27,7 +30,11 @@ def measure(root: Path) -> dict[str, list[float]]:
     """Seconds of each start, round by round."""
     run = root / "run.json"
     run.write_text(json.dumps(BROKEN))
-    starts = {"bare": (["-c", "pass"], 0), "pydantic": (["-c", PYDANTIC], 0), "refused": (["-m", "luthier_trainer", "train", "--run", str(run)], 64)}
+    starts = {
+        "bare": (["-c", "pass"], 0),
+        "pydantic": (["-c", PYDANTIC], 0),
+        "refused": (["-m", "luthier_trainer", "train", "--run", str(run)], 64),
+    }
     environment = os.environ | {"LUTHIER_RUN_DIR": str(root), "LUTHIER_TERMINATION_LOG": str(root / "termination.json")}
     found: dict[str, list[float]] = {name: [] for name in starts}
     for _ in range(ROUNDS):

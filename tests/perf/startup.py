@@ -1,8 +1,10 @@
-"""From the start of the container's process to the first training step, in parts, beside the limit: the imports that no trainer can avoid.
+"""From the start of the container's process to the first training step, in parts, beside the limit: the imports that no
+trainer can avoid.
 
-The supervisor starts as in a pod; two of them, as two pods, find each other on this machine. What is measured is read off their own
-output as it comes. Byte-code must be compiled, as `make setup` and the image do it: without it every start compiles 3,900 modules.
-Neighbours: `pods` measures the same in real pods, where the local cluster is up; `refusal` a start that a mistake ends.
+The supervisor starts as in a pod; two of them, as two pods, find each other on this machine. What is measured is read
+off their own output as it comes. Byte-code must be compiled, as `make setup` and the image do it: without it every
+start compiles 3,900 modules. Neighbours: `pods` measures the same in real pods, where the local cluster is up;
+`refusal` a start that a mistake ends.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ from perf import pods, refusal
 from perf.training import prepare
 
 ROUNDS = 3
-IMPORTS = "import torch, datasets; from transformers import AutoModelForCausalLM, Trainer, TrainingArguments; from peft import get_peft_model"
+IMPORTS = (
+    "import torch, datasets; from transformers import AutoModelForCausalLM, Trainer, TrainingArguments; from peft"
+    " import get_peft_model"
+)
 MARKS = {"built": "training ", "first_step": "step 1/"}
 """Part → what the line begins with that ends it: model, adapter and loop stand; the first step is done."""
 
@@ -31,11 +36,16 @@ def start(root: Path, rank: int) -> subprocess.Popen[str]:
     folder = root / f"run-{rank}"
     folder.mkdir(exist_ok=True)
     variables = {
-        "LUTHIER_RUN_DIR": str(folder), "LUTHIER_TERMINATION_LOG": str(folder / "termination.json"), "LUTHIER_NODE_RANK": str(rank),
-        "OMP_NUM_THREADS": "1", "LUTHIER_PEER_LOST_LINGER": "0",
-    }  # fmt: skip
+        "LUTHIER_RUN_DIR": str(folder),
+        "LUTHIER_TERMINATION_LOG": str(folder / "termination.json"),
+        "LUTHIER_NODE_RANK": str(rank),
+        "OMP_NUM_THREADS": "1",
+        "LUTHIER_PEER_LOST_LINGER": "0",
+    }
     command = [sys.executable, "-m", "luthier_trainer", "train", "--run", str(root / "run.json")]
-    return subprocess.Popen(command, env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def measure(root: Path) -> dict[str, float]:
@@ -65,7 +75,9 @@ def measure(root: Path) -> dict[str, float]:
 def imports() -> float:
     """Seconds that two processes need for the imports at the same time."""
     begin = time.monotonic()
-    both = [subprocess.Popen([sys.executable, "-c", IMPORTS], env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in (0, 1)]
+    both = [
+        subprocess.Popen([sys.executable, "-c", IMPORTS], env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in (0, 1)
+    ]
     for process in both:
         process.wait()
     return time.monotonic() - begin
@@ -80,7 +92,12 @@ def main() -> dict[str, Any]:
     parts = {part: round(statistics.median(found[part] for found, _ in rounds), 2) for part in MARKS}
     bare = round(statistics.median(seconds for _, seconds in rounds), 2)
     return {
-        "processes": {"pods": 2, "seconds_to": parts, "imports_alone_s": bare, "first_step_ratio_to_imports": round(parts["first_step"] / bare, 2)},
+        "processes": {
+            "pods": 2,
+            "seconds_to": parts,
+            "imports_alone_s": bare,
+            "first_step_ratio_to_imports": round(parts["first_step"] / bare, 2),
+        },
         "broken_run_config": refusal.main(),
         "on_the_cluster": pods.main(),
     }

@@ -1,8 +1,8 @@
 """Our trainer against a plain script with transformers' Trainer and PEFT: CPU seconds a step, and the losses.
 
-`python tests/perf/training.py` runs both in turn on the same model, data and arguments (LoRA, causal LM, 2 threads) and prints one JSON
-document. CPU time (user + system, all threads) is read in the process between two steps, so start-up does not count, and neighbours on
-the machine count less than they would on a clock.
+`python tests/perf/training.py` runs both in turn on the same model, data and arguments (LoRA, causal LM, 2 threads) and
+prints one JSON document. CPU time (user + system, all threads) is read in the process between two steps, so start-up
+does not count, and neighbours on the machine count less than they would on a clock.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ LIMIT = 1.03
 
 
 def prepare(root: Path, **spec: Any) -> Any:
-    """A Llama of 2.6 million weights, 512 rows of 128 tokens, and the run config over them; keywords replace fields of its spec."""
+    """A Llama of 2.6 million weights, 512 rows of 128 tokens, and the run config over them; keywords replace fields of
+    its spec.
+    """
     from datasets import Dataset, DatasetDict
     from prepared_workspace import prepared_run
 
@@ -44,20 +46,34 @@ def prepare(root: Path, **spec: Any) -> Any:
         "num_attention_heads": 4,
         "max_position_embeddings": LENGTH,
     }
-    save_new_model(new_config(NewModel(model_type="llama", vocab_size=2048, parameters=sizes), tokenizer), root / "model", seed=SEED)
+    save_new_model(
+        new_config(NewModel(model_type="llama", vocab_size=2048, parameters=sizes), tokenizer),
+        root / "model",
+        seed=SEED,
+    )
     tokenizer.save_pretrained(root / "model")
     tokens = tokenizer(text)["input_ids"]
     # Rows of unequal length, so that both pad.
     rows = [tokens[i * LENGTH : (i + 1) * LENGTH - i % 16] for i in range(512)]
-    data = DatasetDict(train=Dataset.from_dict({"input_ids": rows, "labels": rows, "length": [len(row) for row in rows]}))
+    data = DatasetDict(
+        train=Dataset.from_dict({"input_ids": rows, "labels": rows, "length": [len(row) for row in rows]})
+    )
     return prepared_run(
-        root / "job", root / "model", data, method={"type": "lora", "rank": RANK, "alpha": 2 * RANK},
+        root / "job",
+        root / "model",
+        data,
+        method={"type": "lora", "rank": RANK, "alpha": 2 * RANK},
         training={
-            "maxSteps": STEPS, "batchSize": BATCH, "learningRate": LEARNING_RATE, "seed": SEED, "logSteps": LOG_STEPS, "saveSteps": 10_000,
+            "maxSteps": STEPS,
+            "batchSize": BATCH,
+            "learningRate": LEARNING_RATE,
+            "seed": SEED,
+            "logSteps": LOG_STEPS,
+            "saveSteps": 10_000,
             "maxLength": LENGTH,
         },
         **spec,
-    )  # fmt: skip
+    )
 
 
 def measuring(base: type) -> type:
@@ -108,18 +124,29 @@ def plain(root: Path) -> dict[str, Any]:
 
     set_seed(SEED)
     model = AutoModelForCausalLM.from_pretrained(root / "model")
-    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     callback = measuring(TrainerCallback)
     Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=tempfile.mkdtemp(dir=root), max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=LEARNING_RATE, seed=SEED,
-            logging_steps=LOG_STEPS, logging_first_step=True, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+            output_dir=tempfile.mkdtemp(dir=root),
+            max_steps=STEPS,
+            per_device_train_batch_size=BATCH,
+            learning_rate=LEARNING_RATE,
+            seed=SEED,
+            logging_steps=LOG_STEPS,
+            logging_first_step=True,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
         ),
         train_dataset=load_from_disk(str(root / "job/prepared/dataset"))["train"],
         data_collator=DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(root / "model")),
         callbacks=[callback()],
-    ).train()  # fmt: skip
+    ).train()
     return callback.figures  # type: ignore[attr-defined,no-any-return]
 
 
@@ -143,7 +170,9 @@ def measure(which: str, root: Path) -> dict[str, Any]:
 
 
 def main() -> dict[str, Any]:
-    """Both in turn, ROUNDS times. The waiting threads of OpenMP sleep: spinning, they would burn what neighbours leave them (measured: 5x)."""
+    """Both in turn, ROUNDS times. The waiting threads of OpenMP sleep: spinning, they would burn what neighbours leave
+    them (measured: 5x).
+    """
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         (root / "run").mkdir()
@@ -156,11 +185,16 @@ def main() -> dict[str, Any]:
     ratios = [o / p for o, p in zip(seconds["ours"], seconds["plain"], strict=True)]
     differences = [abs(o - p) for o, p in zip(runs["ours"][0]["losses"], runs["plain"][0]["losses"], strict=True)]
     return {
-        "steps": STEPS - FROM_STEP, "threads": int(THREADS), "cpu_seconds_per_step": seconds,
-        "ratios": [round(r, 4) for r in ratios], "ratio": round(statistics.median(ratios), 4),
-        "ratio_of_best": round(min(seconds["ours"]) / min(seconds["plain"]), 4), "limit": LIMIT,
-        "largest_loss_difference": max(differences), "losses": [round(loss, 4) for loss in runs["ours"][0]["losses"]],
-    }  # fmt: skip
+        "steps": STEPS - FROM_STEP,
+        "threads": int(THREADS),
+        "cpu_seconds_per_step": seconds,
+        "ratios": [round(r, 4) for r in ratios],
+        "ratio": round(statistics.median(ratios), 4),
+        "ratio_of_best": round(min(seconds["ours"]) / min(seconds["plain"]), 4),
+        "limit": LIMIT,
+        "largest_loss_difference": max(differences),
+        "losses": [round(loss, 4) for loss in runs["ours"][0]["losses"]],
+    }
 
 
 if __name__ == "__main__":

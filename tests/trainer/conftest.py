@@ -21,10 +21,17 @@ from luthier_api.variables import Variables
 from luthier_trainer import notices
 from luthier_trainer.newmodel import new_config, save_new_model, train_tokenizer
 
-# Before torch is imported, which reads it once: two workers with two threads each on two cores spend most of their time waiting for each other.
+# Before torch is imported, which reads it once: two workers with two threads each on two cores spend most of their time
+# waiting for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 256}
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 256,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -33,9 +40,12 @@ def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     for name, value in {
-        "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        Variables.RUN_DIR: str(run_dir), Variables.TERMINATION_LOG: str(run_dir / "termination-log"),
-    }.items():  # fmt: skip
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        Variables.RUN_DIR: str(run_dir),
+        Variables.TERMINATION_LOG: str(run_dir / "termination-log"),
+    }.items():
         monkeypatch.setenv(name, value)
     notices.forget()
 
@@ -66,7 +76,9 @@ def corpus_rows(paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="session")
 def tiny_model(paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 2 layers with new weights and a tokenizer of its own (512 entries), in one folder. Read-only: copy it to change it."""
+    """A Llama of 2 layers with new weights and a tokenizer of its own (512 entries), in one folder. Read-only: copy it
+    to change it.
+    """
     folder = tmp_path_factory.mktemp("tiny-model")
     tokenizer = train_tokenizer(paragraphs[:250], 512)
     tokenizer.save_pretrained(folder)
@@ -81,7 +93,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)  # read when it was imported
-        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))  # that of whoever runs the tests
+        # That of whoever runs the tests
+        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
         monkeypatch.setenv("LUTHIER_HUB_DEADLINE", "5")
         monkeypatch.delenv(Variables.TOKEN, raising=False)
         yield server
@@ -92,17 +105,30 @@ MakeRun = Callable[..., FineTuneRun]
 
 @pytest.fixture
 def make_run(tmp_path: Path, tiny_model: Path, corpus_rows: Path) -> MakeRun:
-    """A FineTuneRun on CPU over the tiny model and corpus; keywords replace fields of its spec (as users write them)."""
+    """A FineTuneRun on CPU over the tiny model and corpus; keywords replace fields of its spec (as users write
+    them).
+    """
 
-    def make(name: str = "job", sources: dict[str, str] | None = None, grace_seconds: int = 60, **spec: Any) -> FineTuneRun:
+    def make(
+        name: str = "job", sources: dict[str, str] | None = None, grace_seconds: int = 60, **spec: Any
+    ) -> FineTuneRun:
         given: dict[str, Any] = {
-            "task": "causal-lm", "model": {"path": str(tiny_model)}, "dataset": {"files": [str(corpus_rows)]},
-            "training": {"maxLength": 64, "batchSize": 4}, "resources": {"gpusPerNode": 0},
-        }  # fmt: skip
+            "task": "causal-lm",
+            "model": {"path": str(tiny_model)},
+            "dataset": {"files": [str(corpus_rows)]},
+            "training": {"maxLength": 64, "batchSize": 4},
+            "resources": {"gpusPerNode": 0},
+        }
         return FineTuneRun.model_validate(
-            {"name": name, "workspace": str(tmp_path / "workspace" / name), "sources": sources or {}, "metricsPort": 0,
-             "graceSeconds": grace_seconds, "spec": given | spec}
-        )  # fmt: skip
+            {
+                "name": name,
+                "workspace": str(tmp_path / "workspace" / name),
+                "sources": sources or {},
+                "metricsPort": 0,
+                "graceSeconds": grace_seconds,
+                "spec": given | spec,
+            }
+        )
 
     return make
 
@@ -139,7 +165,9 @@ def classify(make_run: MakeRun, digits: Path, vit: Path) -> MakeRun:
         data = {"files": [str(digits)], "format": "imagefolder", "evalFraction": 0.2} | spec.pop("dataset", {})
         training = {"batchSize": 32, "maxSteps": 100, "learningRate": 3e-3, "logSteps": 50} | spec.pop("training", {})
         given = {"task": "image-classification", "model": {"path": str(vit)}, "method": {"type": "full"}} | spec
-        return make_run(name, sources, **given, dataset={k: v for k, v in data.items() if v is not None}, training=training)
+        return make_run(
+            name, sources, **given, dataset={k: v for k, v in data.items() if v is not None}, training=training
+        )
 
     return make
 
@@ -148,14 +176,25 @@ def classify(make_run: MakeRun, digits: Path, vit: Path) -> MakeRun:
 def make_generate_run(tmp_path: Path, tiny_model: Path) -> Callable[..., GenerateRun]:
     """A GenerateRun on CPU over the tiny model; keywords replace fields of its spec."""
 
-    def make(name: str = "gen", sources: dict[str, str] | None = None, grace_seconds: int = 60, **spec: Any) -> GenerateRun:
+    def make(
+        name: str = "gen", sources: dict[str, str] | None = None, grace_seconds: int = 60, **spec: Any
+    ) -> GenerateRun:
         given: dict[str, Any] = {
-            "task": "text-generation", "model": {"path": str(tiny_model)}, "inputs": {"rows": [{"prompt": "The class"}]},
-            "text": {"maxNewTokens": 8}, "resources": {"gpus": 0},
-        }  # fmt: skip
+            "task": "text-generation",
+            "model": {"path": str(tiny_model)},
+            "inputs": {"rows": [{"prompt": "The class"}]},
+            "text": {"maxNewTokens": 8},
+            "resources": {"gpus": 0},
+        }
         return GenerateRun.model_validate(
-            {"name": name, "workspace": str(tmp_path / "workspace" / name), "sources": sources or {}, "metricsPort": 0,
-             "graceSeconds": grace_seconds, "spec": given | spec}
-        )  # fmt: skip
+            {
+                "name": name,
+                "workspace": str(tmp_path / "workspace" / name),
+                "sources": sources or {},
+                "metricsPort": 0,
+                "graceSeconds": grace_seconds,
+                "spec": given | spec,
+            }
+        )
 
     return make

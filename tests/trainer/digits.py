@@ -1,4 +1,5 @@
-"""Real images, and models small enough for one core that learn them: scikit-learn's handwritten digits (1,797 of 8 × 8 pixels).
+"""Real images, and models small enough for one core that learn them: scikit-learn's handwritten digits (1,797 of 8 × 8
+pixels).
 
 `python tests/trainer/digits.py FOLDER` writes digits and models.
 """
@@ -23,10 +24,19 @@ from transformers import (
 
 SIDE = 16  # pixels that the models look at; the processor scales the digits up
 VIT = ViTConfig(
-    image_size=SIDE, patch_size=8, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.1,  # 0.02 is for hundreds of dimensions
-)  # fmt: skip
-RESNET = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", downsample_in_first_stage=False)
+    image_size=SIDE,
+    patch_size=8,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+    initializer_range=0.1,  # 0.02 is for hundreds of dimensions
+)
+RESNET = ResNetConfig(
+    embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", downsample_in_first_stage=False
+)
 
 
 def write_digits(folder: Path, digits: Sequence[int] = range(10), each: int = 40, skip: int = 0) -> Path:

@@ -64,6 +64,8 @@ def generate_shards(
 def result_lines(run: GenerateRun) -> list[Row]:
     """The lines of the result, over all shards, in order of row and sample."""
     result = WorkspaceFolder(Path(run.workspace)).result
-    files = [result / TABLES[run.spec.task].format(shard=shard_name(i, run.spec.shards)) for i in range(run.spec.shards)]
+    files = [
+        result / TABLES[run.spec.task].format(shard=shard_name(i, run.spec.shards)) for i in range(run.spec.shards)
+    ]
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     return sorted(lines, key=lambda line: (line["row"], line["sample"]))

@@ -1,4 +1,6 @@
-"""Tokenizers as SentencePiece and byte-level BPE make them, written out by hand: three ways to spell the blanks between words."""
+"""Tokenizers as SentencePiece and byte-level BPE make them, written out by hand: three ways to spell the blanks between
+words.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ WORDS = ["an", "An", "object", "is", "on", "in", "at", "the", "er", "ing"]
 def unigram() -> PreTrainedTokenizerFast:
     """T5's and XLNet's kind: a blank before each word, also the first; the decoder drops that of the first."""
     pieces = [*SPECIAL, *BYTES, "▁", *LETTERS, *WORDS, *[f"▁{word}" for word in (*WORDS, *LETTERS)]]
-    scores = [(piece, 0.0 if piece in SPECIAL else -100.0 if len(piece) == 6 else -10.0 + len(piece)) for piece in pieces]
+    scores = [
+        (piece, 0.0 if piece in SPECIAL else -100.0 if len(piece) == 6 else -10.0 + len(piece)) for piece in pieces
+    ]
     tokenizer = Tokenizer(models.Unigram(scores, unk_id=3, byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
@@ -28,7 +32,9 @@ def llama() -> PreTrainedTokenizerFast:
     pieces = {piece: i for i, piece in enumerate([*SPECIAL, *BYTES, "▁", *LETTERS])}
     tokenizer = Tokenizer(models.BPE(pieces, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     return wrapped(tokenizer)
 
 
@@ -43,7 +49,9 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 def wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens(SPECIAL)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 def write_llama(folder: Path) -> Path:

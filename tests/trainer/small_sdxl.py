@@ -1,6 +1,8 @@
-"""A complete Stable Diffusion XL of a few megabytes, made from configurations: what `from_pretrained` gets from the Hub, without a Hub.
+"""A complete Stable Diffusion XL of a few megabytes, made from configurations: what `from_pretrained` gets from the
+Hub, without a Hub.
 
-Its images are noise; its shapes, files and code paths are those of the real one. `python tests/trainer/small_sdxl.py FOLDER` writes one.
+Its images are noise; its shapes, files and code paths are those of the real one. `python tests/trainer/small_sdxl.py
+FOLDER` writes one.
 """
 
 from __future__ import annotations
@@ -32,9 +34,17 @@ def tokenizer() -> CLIPTokenizer:
 
 def text_encoder_config(tokens: CLIPTokenizer) -> CLIPTextConfig:
     return CLIPTextConfig(
-        vocab_size=len(tokens), hidden_size=WIDTH, intermediate_size=37, num_hidden_layers=3, num_attention_heads=4, projection_dim=WIDTH,
-        hidden_act="gelu", bos_token_id=tokens.bos_token_id, eos_token_id=tokens.eos_token_id, pad_token_id=tokens.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokens),
+        hidden_size=WIDTH,
+        intermediate_size=37,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        projection_dim=WIDTH,
+        hidden_act="gelu",
+        bos_token_id=tokens.bos_token_id,
+        eos_token_id=tokens.eos_token_id,
+        pad_token_id=tokens.pad_token_id,
+    )
 
 
 def pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
@@ -42,15 +52,33 @@ def pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         unet = UNet2DConditionModel(
-            block_out_channels=(8, 16), layers_per_block=1, sample_size=16, in_channels=4, out_channels=4, norm_num_groups=4,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=(2, 4), use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=TIME_WIDTH,
-            transformer_layers_per_block=(1, 1), projection_class_embeddings_input_dim=6 * TIME_WIDTH + WIDTH, cross_attention_dim=2 * WIDTH,
-        )  # fmt: skip
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            sample_size=16,
+            in_channels=4,
+            out_channels=4,
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=(2, 4),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=TIME_WIDTH,
+            transformer_layers_per_block=(1, 1),
+            projection_class_embeddings_input_dim=6 * TIME_WIDTH + WIDTH,
+            cross_attention_dim=2 * WIDTH,
+        )
         vae = AutoencoderKL(
-            block_out_channels=[16, 32], in_channels=3, out_channels=3, latent_channels=4, sample_size=32, norm_num_groups=4,
-            down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, scaling_factor=0.13025,
-        )  # fmt: skip
+            block_out_channels=[16, 32],
+            in_channels=3,
+            out_channels=3,
+            latent_channels=4,
+            sample_size=32,
+            norm_num_groups=4,
+            down_block_types=["DownEncoderBlock2D"] * 2,
+            up_block_types=["UpDecoderBlock2D"] * 2,
+            scaling_factor=0.13025,
+        )
         tokens = tokenizer()
         config = text_encoder_config(tokens)
         first, second = CLIPTextModel(config), CLIPTextModelWithProjection(config)
@@ -58,9 +86,15 @@ def pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
     )
     return StableDiffusionXLPipeline(
-        vae=vae, text_encoder=first, text_encoder_2=second, tokenizer=tokens, tokenizer_2=tokens, unet=unet, scheduler=scheduler,
+        vae=vae,
+        text_encoder=first,
+        text_encoder_2=second,
+        tokenizer=tokens,
+        tokenizer_2=tokens,
+        unet=unet,
+        scheduler=scheduler,
         add_watermarker=False,
-    )  # fmt: skip
+    )
 
 
 def write_small_sdxl(folder: Path, seed: int = 0) -> Path:
@@ -70,7 +104,9 @@ def write_small_sdxl(folder: Path, seed: int = 0) -> Path:
 
 
 def write_small_lora(folder: Path, seed: int = 1, text_encoder: bool = False) -> Path:
-    """A LoRA adapter for it, of the kind that diffusers' training scripts save, with weights large enough to be seen."""
+    """A LoRA adapter for it, of the kind that diffusers' training scripts save, with weights large enough to be
+    seen.
+    """
     pipe = pipeline()
     layers = {}
     parts = {"unet": (pipe.unet, ["to_q", "to_k", "to_v", "to_out.0"])}

@@ -12,14 +12,14 @@ from luthier_trainer.arguments import loader_workers
 
 WORKERS = [
     # task                    resources                        cores of the node  workers of each process
-    ("causal-lm",             {"gpusPerNode": 8},              128,               2),
-    ("text-classification",   {"gpusPerNode": 1},              2,                 2),
-    ("image-classification",  {"gpusPerNode": 1},              4,                 3),
-    ("image-classification",  {"gpusPerNode": 8},              128,               8),
-    ("image-classification",  {"gpusPerNode": 8},              32,                3),
-    ("image-classification",  {"gpusPerNode": 4},              4,                 2),
-    ("image-classification",  {"gpusPerNode": 2, "cpu": "8"},  128,               3),
-]  # fmt: skip
+    ("causal-lm", {"gpusPerNode": 8}, 128, 2),
+    ("text-classification", {"gpusPerNode": 1}, 2, 2),
+    ("image-classification", {"gpusPerNode": 1}, 4, 3),
+    ("image-classification", {"gpusPerNode": 8}, 128, 8),
+    ("image-classification", {"gpusPerNode": 8}, 32, 3),
+    ("image-classification", {"gpusPerNode": 4}, 4, 2),
+    ("image-classification", {"gpusPerNode": 2, "cpu": "8"}, 128, 3),
+]
 
 
 @pytest.mark.parametrize(("task", "resources", "cores", "workers"), WORKERS)

@@ -63,13 +63,19 @@ def rewrite(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None
 
 
 DAMAGES: list[tuple[str, Callable[[Path], None]]] = [
-    ("changed", damage), ("shorter", truncate), ("gone", lose), ("no manifest", half_write),
+    ("changed", damage),
+    ("shorter", truncate),
+    ("gone", lose),
+    ("no manifest", half_write),
     ("a manifest without a size", rewrite(lambda m: m["files"][0].pop("size"))),
     ("a manifest without a digest", rewrite(lambda m: m["files"][0].pop("sha256"))),
     ("a manifest whose files are names", rewrite(lambda m: m.update(files=["model.safetensors"]))),
     ("a manifest with no files", rewrite(lambda m: m.update(files=[]))),
-    ("a manifest of files elsewhere", rewrite(lambda m: m["files"][0].update(path="../checkpoint-10/model.safetensors"))),
-]  # fmt: skip
+    (
+        "a manifest of files elsewhere",
+        rewrite(lambda m: m["files"][0].update(path="../checkpoint-10/model.safetensors")),
+    ),
+]
 
 
 def names(folder: Path) -> list[str]:
@@ -131,14 +137,16 @@ def test_few_broken_ones_are_kept(folder: Path, capsys: pytest.CaptureFixture[st
 
 ASIDE = [
     # saved     damaged   set aside
-    ([10, 20],  [],       []),
-    ([10, 20],  [20],     [20]),
-    ([10, 20],  [10, 20], [10, 20]),
-]  # fmt: skip
+    ([10, 20], [], []),
+    ([10, 20], [20], [20]),
+    ([10, 20], [10, 20], [10, 20]),
+]
 
 
 @pytest.mark.parametrize(("given", "damaged", "expect"), ASIDE)
-def test_what_was_set_aside_can_be_counted(given: list[int], damaged: list[int], expect: list[int], folder: Path) -> None:
+def test_what_was_set_aside_can_be_counted(
+    given: list[int], damaged: list[int], expect: list[int], folder: Path
+) -> None:
     for step in given:
         save(folder, step)
     for step in damaged:
@@ -200,21 +208,23 @@ def test_commit_replaces_one_of_the_same_step(folder: Path) -> None:
 
 WRITERS = [
     # file                                                                rank of two
-    ("rng_state_1.pth",                                                   1),
-    ("global_step7/zero_pp_rank_1_mp_rank_00_optim_states.pt",            1),
-    ("global_step7/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",       1),
-    ("global_step7/zero_pp_rank_0_mp_rank_00_model_states.pt",            0),
-    ("global_step7/mp_rank_00_model_states.pt",                           0),
-    ("optimizer.pt",                                                      0),
-    ("rng_state_7.pth",                                                   0),
-]  # fmt: skip
+    ("rng_state_1.pth", 1),
+    ("global_step7/zero_pp_rank_1_mp_rank_00_optim_states.pt", 1),
+    ("global_step7/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", 1),
+    ("global_step7/zero_pp_rank_0_mp_rank_00_model_states.pt", 0),
+    ("global_step7/mp_rank_00_model_states.pt", 0),
+    ("optimizer.pt", 0),
+    ("rng_state_7.pth", 0),
+]
 
 
 @pytest.mark.parametrize(("file", "rank"), WRITERS, ids=[w[0] for w in WRITERS])
 def test_each_rank_reads_back_what_it_wrote(file: str, rank: int, folder: Path) -> None:
     (folder / file).parent.mkdir(exist_ok=True)
     (folder / file).write_bytes(b"state")
-    assert [[e["path"] for e in checkpoint.describe(folder, r, 2)] for r in range(2)] == ([[file], []] if rank == 0 else [[], [file]])
+    assert [[e["path"] for e in checkpoint.describe(folder, r, 2)] for r in range(2)] == (
+        [[file], []] if rank == 0 else [[], [file]]
+    )
 
 
 def test_what_nobody_has_described_is_in_the_manifest_too(folder: Path) -> None:
@@ -248,7 +258,9 @@ def test_pods_that_do_not_share_the_volume(folder: Path, monkeypatch: pytest.Mon
 
 
 def test_reading_gives_signs_of_life(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A manifest of 70B weights takes minutes: nobody may take that for a hang. Before the first step more patience is left."""
+    """A manifest of 70B weights takes minutes: nobody may take that for a hang. Before the first step more patience is
+    left.
+    """
     monkeypatch.setattr("luthier_trainer.manifest.CHUNK_BYTES", 4)
     beats = []
     monkeypatch.setattr(checkpoint, "beat", lambda: beats.append(1))
@@ -267,7 +279,10 @@ def test_the_ranks_share_what_is_verified() -> None:
 def test_the_order_of_settings_makes_no_other_run(folder: Path) -> None:
     ours = {"spec.task": "causal-lm", "spec.method": {"type": "lora", "rank": 8}}
     save(folder, 10, ours)
-    assert newest(folder, {"spec.method": {"rank": 8, "type": "lora"}, "spec.task": "causal-lm"}) == folder / "checkpoint-10"
+    assert (
+        newest(folder, {"spec.method": {"rank": 8, "type": "lora"}, "spec.task": "causal-lm"})
+        == folder / "checkpoint-10"
+    )
 
 
 def test_a_manifest_holds_what_lies_in_folders_below_and_may_be_written_anew(folder: Path) -> None:
@@ -292,11 +307,11 @@ def test_what_a_manifest_names_is_durable_before_it_is_there(folder: Path, monke
 
 ROTATIONS = [
     # given          keep  left
-    ([10],           2,    [10]),
-    ([10, 20],       2,    [10, 20]),
-    ([9, 10, 100],   2,    [10, 100]),
-    ([10, 20, 30],   1,    [30]),
-]  # fmt: skip
+    ([10], 2, [10]),
+    ([10, 20], 2, [10, 20]),
+    ([9, 10, 100], 2, [10, 100]),
+    ([10, 20, 30], 1, [30]),
+]
 
 
 @pytest.mark.parametrize(("given", "keep", "left"), ROTATIONS)

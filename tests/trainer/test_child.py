@@ -19,19 +19,32 @@ TAILS = [
     ("more than are kept", [b"%d\n" % i for i in range(30)], "\n".join(str(i) for i in range(10, 30))),
     ("not text", [b"\xff\xfe\n"], "\ufffd\ufffd"),
     ("a token across two reads", [TOKEN[:10].encode(), TOKEN[10:].encode() + b" ok\n"], "hf_… ok"),
-    ("a token of another kind", [b"hf_oauth_" + TOKEN[3:].encode() + b" hf_jwt_eyJhbGciOiJFZERTQSJ9.e30.a-b_c ok\n"], "hf_… hf_… ok"),
+    (
+        "a token of another kind",
+        [b"hf_oauth_" + TOKEN[3:].encode() + b" hf_jwt_eyJhbGciOiJFZERTQSJ9.e30.a-b_c ok\n"],
+        "hf_… hf_… ok",
+    ),
 ]
 
 
 GPU_LINES = [
     # output                                                                                   the line that tells why
-    ("NCCL error in: x, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'\nframe", "Cuda failure 2 'out of memory'"),
-    ("NCCL error: remote process exited\n[rank3] CUDA error: uncorrectable ECC error",           "[rank3] CUDA error: uncorrectable ECC error"),
-    ("NCCL error in: x\nNCCL error in: y",                                                       "NCCL error in: x"),
-    ("UserWarning: CUDA initialization: The NVIDIA driver on your system is too old (found 1)",  ""),
-    ("WARNING retrying: [Errno 104] Connection reset by peer",                                   ""),
-    ("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.1.2.3]:5",                  "[gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.1.2.3]:5"),
-]  # fmt: skip
+    (
+        "NCCL error in: x, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'\nframe",
+        "Cuda failure 2 'out of memory'",
+    ),
+    (
+        "NCCL error: remote process exited\n[rank3] CUDA error: uncorrectable ECC error",
+        "[rank3] CUDA error: uncorrectable ECC error",
+    ),
+    ("NCCL error in: x\nNCCL error in: y", "NCCL error in: x"),
+    ("UserWarning: CUDA initialization: The NVIDIA driver on your system is too old (found 1)", ""),
+    ("WARNING retrying: [Errno 104] Connection reset by peer", ""),
+    (
+        "[gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.1.2.3]:5",
+        "[gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.1.2.3]:5",
+    ),
+]
 
 
 @pytest.mark.parametrize(("output", "line"), GPU_LINES)
@@ -56,11 +69,11 @@ def test_short_words_are_not_tokens() -> None:
 OURS = "s3cret of the\x0bcompany"
 HELD_BACK = [
     # chunks of an output                                       what is passed on
-    (["Bearer s3cret of the\x0bcompany!\n"],                    "Bearer hf_…!\n"),
-    ([r"b'Bearer s3cret of the\x0bcompany'"],                    "b'Bearer hf_…'"),
-    (["a s3cr", "et of the\x0bcom", "pany b s3cret of", " us"],  "a hf_… b s3cret of us"),
-    (["it ends with s3cret"],                                    "it ends with s3cret"),
-]  # fmt: skip
+    (["Bearer s3cret of the\x0bcompany!\n"], "Bearer hf_…!\n"),
+    ([r"b'Bearer s3cret of the\x0bcompany'"], "b'Bearer hf_…'"),
+    (["a s3cr", "et of the\x0bcom", "pany b s3cret of", " us"], "a hf_… b s3cret of us"),
+    (["it ends with s3cret"], "it ends with s3cret"),
+]
 
 
 @pytest.mark.parametrize(("chunks", "passed_on"), HELD_BACK)

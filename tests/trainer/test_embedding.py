@@ -1,4 +1,6 @@
-"""Tokens that have no row in the model's embedding: refused where they can occur, given a row where that is asked for."""
+"""Tokens that have no row in the model's embedding: refused where they can occur, given a row where that is asked
+for.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from trainer.conftest import MakeRun
 from trainer.preparing import prepared
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 
 from luthier_api.exitcodes import ExitCode
 from luthier_trainer import notices
@@ -97,12 +104,19 @@ def test_a_token_without_a_row_is_refused_where_it_can_occur(
         notices.forget()
         if expected is None:
             main(run)
-            assert [n for n in notices.given() if "have no row in the model's embedding (<image> (512)). None of the job's texts has one" in n]
+            assert [
+                n
+                for n in notices.given()
+                if "have no row in the model's embedding (<image> (512)). None of the job's texts has one" in n
+            ]
             continue
         with pytest.raises(Failure) as failure:
             main(run)
         assert failure.value.code is ExitCode.INVALID_SPEC
-        assert f"its tokenizer has 513 tokens, and 1 of those in use have no row in the model's embedding: {expected}. " in failure.value.message
+        assert (
+            f"its tokenizer has 513 tokens, and 1 of those in use have no row in the model's embedding: {expected}. "
+            in failure.value.message
+        )
         assert "model.resizeEmbeddings: true" in failure.value.message
 
 
@@ -115,21 +129,36 @@ def test_a_token_without_a_row_is_refused_where_it_can_occur(
         ("text-classification", "own"),
     ],
 )
-def test_rows_are_added_when_asked(task: str, output: str, make_run: MakeRun, tiny_model: Path, corpus_rows: Path, tmp_path: Path) -> None:
+def test_rows_are_added_when_asked(
+    task: str, output: str, make_run: MakeRun, tiny_model: Path, corpus_rows: Path, tmp_path: Path
+) -> None:
     """What was there stays, to the bit; the new row is the same in each attempt; the tokenizer finds it."""
     path = with_tokens(tiny_model, tmp_path / "m", "ordinary")
     if output == "tied":
         weights_file = path / "model.safetensors"
-        save_file({name: w for name, w in load_file(weights_file).items() if name != "lm_head.weight"}, weights_file, metadata={"format": "pt"})
+        save_file(
+            {name: w for name, w in load_file(weights_file).items() if name != "lm_head.weight"},
+            weights_file,
+            metadata={"format": "pt"},
+        )
     if output != "own":
         config = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     weights = []
     for name in ("one", "two"):
         notices.forget()
-        run = make_run(name, task=task, model={"path": str(path), "resizeEmbeddings": True}, method={"type": "full"}, dataset={"files": [str(corpus_rows)]})
+        run = make_run(
+            name,
+            task=task,
+            model={"path": str(path), "resizeEmbeddings": True},
+            method={"type": "full"},
+            dataset={"files": [str(corpus_rows)]},
+        )
         record, _ = prepared(run)
-        assert any("spec.model.resizeEmbeddings: 1 tokens had no row in the embedding (lutherie (512))" in n for n in notices.given())
+        assert any(
+            "spec.model.resizeEmbeddings: 1 tokens had no row in the embedding (lutherie (512))" in n
+            for n in notices.given()
+        )
         auto = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
         model, loaded = auto.from_pretrained(record.model_path, output_loading_info=True)
         assert set(loaded["missing_keys"]) == (set() if task == "causal-lm" else {"score.weight"})
@@ -151,4 +180,7 @@ def test_nothing_is_changed_where_each_token_has_a_row(make_run: MakeRun, tiny_m
     notices.forget()
     record, _ = prepared(make_run(model={"path": str(tiny_model), "resizeEmbeddings": True}, method={"type": "full"}))
     assert record.model_path == str(tiny_model)
-    assert "spec.model.resizeEmbeddings: each token of the tokenizer has a row in the embedding already, and nothing was changed" in notices.given()
+    assert (
+        "spec.model.resizeEmbeddings: each token of the tokenizer has a row in the embedding already, and nothing was"
+        " changed" in notices.given()
+    )

@@ -54,26 +54,70 @@ def circle() -> BaseException:
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "/workspace/x")
-FULL_SAID = "spec.workspace.size: no space is left on the volume ([Errno 28] No space left on device: '/workspace/x'). Ask for more, or free some of it"
+FULL_SAID = (
+    "spec.workspace.size: no space is left on the volume ([Errno 28] No space left on device: '/workspace/x'). Ask for"
+    " more, or free some of it"
+)
 STORAGE = ExitCode.STORAGE_ERROR
 ENDS: list[tuple[str, BaseException, ExitCode, str]] = [
     ("a full disk", FULL, STORAGE, FULL_SAID),
     ("a full disk, wrapped", wrapped(FULL), STORAGE, FULL_SAID),
     ("a full disk, wrapped twice, once without a word", wrapped(wrapped(FULL, explicitly=False)), STORAGE, FULL_SAID),
-    ("a quota", OSError(errno.EDQUOT, "Disk quota exceeded"), STORAGE, "spec.workspace.size: no space is left on the volume"),
-    ("a broken disk", wrapped(OSError(errno.EIO, "Input/output error")), STORAGE,
-     "spec.workspace: its volume is broken ([Errno 5] Input/output error). Look at the volume and at the node it is mounted on"),
-    ("a Hub that cannot be asked", LocalEntryNotFoundError("outgoing traffic"), ExitCode.HUB_UNAVAILABLE, "LocalEntryNotFoundError: outgoing"),
-    ("a file that the Hub lacks", EntryNotFoundError("no config.json"), ExitCode.NOT_FOUND, "EntryNotFoundError: no config.json"),
-    ("no token", Answered(401), ExitCode.UNAUTHORIZED, "Answered: 401 from hub.example. Check the token in hub.tokenSecret"),
+    (
+        "a quota",
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        STORAGE,
+        "spec.workspace.size: no space is left on the volume",
+    ),
+    (
+        "a broken disk",
+        wrapped(OSError(errno.EIO, "Input/output error")),
+        STORAGE,
+        (
+            "spec.workspace: its volume is broken ([Errno 5] Input/output error). Look at the volume and at the node it"
+            " is mounted on"
+        ),
+    ),
+    (
+        "a Hub that cannot be asked",
+        LocalEntryNotFoundError("outgoing traffic"),
+        ExitCode.HUB_UNAVAILABLE,
+        "LocalEntryNotFoundError: outgoing",
+    ),
+    (
+        "a file that the Hub lacks",
+        EntryNotFoundError("no config.json"),
+        ExitCode.NOT_FOUND,
+        "EntryNotFoundError: no config.json",
+    ),
+    (
+        "no token",
+        Answered(401),
+        ExitCode.UNAUTHORIZED,
+        "Answered: 401 from hub.example. Check the token in hub.tokenSecret",
+    ),
     ("too many requests", Answered(429), ExitCode.HUB_UNAVAILABLE, "Answered: 429"),
     ("a Hub that is broken", Answered(500), ExitCode.HUB_UNAVAILABLE, "Answered: 500"),
     ("causes that go round in a circle", circle(), ExitCode.TRAINING_ERROR, "RuntimeError: one"),
-    ("a Hub that hangs up", httpx.ReadError("Connection reset by peer"), ExitCode.HUB_UNAVAILABLE, "ReadError: Connection reset by peer"),
-    ("a file that is another user's", wrapped(PermissionError(errno.EACCES, "Permission denied", "/models/base/model.safetensors")),
-     ExitCode.MISCONFIGURED, "/models/base/model.safetensors: Permission denied. This process is "),
-    ("a file that is not there", wrapped(FileNotFoundError(errno.ENOENT, "No such file")), ExitCode.TRAINING_ERROR, "RuntimeError: An error"),
-]  # fmt: skip
+    (
+        "a Hub that hangs up",
+        httpx.ReadError("Connection reset by peer"),
+        ExitCode.HUB_UNAVAILABLE,
+        "ReadError: Connection reset by peer",
+    ),
+    (
+        "a file that is another user's",
+        wrapped(PermissionError(errno.EACCES, "Permission denied", "/models/base/model.safetensors")),
+        ExitCode.MISCONFIGURED,
+        "/models/base/model.safetensors: Permission denied. This process is ",
+    ),
+    (
+        "a file that is not there",
+        wrapped(FileNotFoundError(errno.ENOENT, "No such file")),
+        ExitCode.TRAINING_ERROR,
+        "RuntimeError: An error",
+    ),
+]
 
 
 @pytest.fixture
@@ -86,12 +130,17 @@ def full(tmp_path: Path) -> Iterator[Path]:
 
 TENSORS = {"weight": torch.zeros(64 << 10)}  # 256 KiB
 WRITERS: list[tuple[str, Callable[[Path], object]]] = [
-    ("torch",        lambda folder: torch.save(TENSORS, folder / "optimizer.pt")),
-    ("safetensors",  lambda folder: save_file(TENSORS, folder / "model.safetensors")),
-    ("tokenizers",   lambda folder: Tokenizer(WordLevel({f"word {i}": i for i in range(5000)}, "word 0")).save(str(folder / "tokenizer.json"))),
-    ("datasets",     lambda folder: Dataset.from_dict({"text": ["x" * (64 << 10)] * 8}).save_to_disk(folder / "dataset")),
-    ("Python",       lambda folder: (folder / "trainer_state.json").write_text("x" * (64 << 10))),
-]  # fmt: skip
+    ("torch", lambda folder: torch.save(TENSORS, folder / "optimizer.pt")),
+    ("safetensors", lambda folder: save_file(TENSORS, folder / "model.safetensors")),
+    (
+        "tokenizers",
+        lambda folder: Tokenizer(WordLevel({f"word {i}": i for i in range(5000)}, "word 0")).save(
+            str(folder / "tokenizer.json")
+        ),
+    ),
+    ("datasets", lambda folder: Dataset.from_dict({"text": ["x" * (64 << 10)] * 8}).save_to_disk(folder / "dataset")),
+    ("Python", lambda folder: (folder / "trainer_state.json").write_text("x" * (64 << 10))),
+]
 
 
 @pytest.mark.parametrize(("name", "write"), WRITERS, ids=[w[0] for w in WRITERS])
@@ -105,7 +154,10 @@ def test_a_full_volume_whoever_writes(name: str, write: Callable[[Path], object]
 def test_a_file_that_torch_cannot_write_where_there_is_space(tmp_path: Path) -> None:
     error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
     code, said = classify(error, tmp_path)
-    assert (code, said.startswith("spec.workspace: a file could not be written ([enforce fail")) == (STORAGE, True), said
+    assert (code, said.startswith("spec.workspace: a file could not be written ([enforce fail")) == (
+        STORAGE,
+        True,
+    ), said
 
 
 @pytest.mark.parametrize(("name", "error", "code", "message"), ENDS, ids=[c[0] for c in ENDS])
@@ -116,12 +168,24 @@ def test_an_exception_becomes_an_end(name: str, error: BaseException, code: Exit
 
 GPU_ENDS: list[tuple[type[Exception], str, ExitCode]] = [
     (AcceleratorError, "CUDA error: out of memory", ExitCode.CUDA_OUT_OF_MEMORY),
-    (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", ExitCode.CUDA_OUT_OF_MEMORY),
-    (DistBackendError, "NCCL error in: x, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'", ExitCode.CUDA_OUT_OF_MEMORY),
+    (
+        RuntimeError,
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        ExitCode.CUDA_OUT_OF_MEMORY,
+    ),
+    (
+        DistBackendError,
+        "NCCL error in: x, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+        ExitCode.CUDA_OUT_OF_MEMORY,
+    ),
     (AcceleratorError, "CUDA error: uncorrectable ECC error encountered", ExitCode.INFRASTRUCTURE_ERROR),
     (AcceleratorError, "CUDA error: no kernel image is available for execution on the device", ExitCode.MISCONFIGURED),
     (AcceleratorError, "CUDA error: invalid device ordinal", ExitCode.MISCONFIGURED),
-    (DistBackendError, "NCCL error in: x\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 18000", ExitCode.MISCONFIGURED),
+    (
+        DistBackendError,
+        "NCCL error in: x\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 18000",
+        ExitCode.MISCONFIGURED,
+    ),
     (DistBackendError, "NCCL error in: x, remote process exited or there was a network error", ExitCode.PEER_LOST),
     (DistBackendError, "anything else of a group", ExitCode.PEER_LOST),
     (RuntimeError, "[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.1.2.3]:5", ExitCode.PEER_LOST),

@@ -14,16 +14,18 @@ from luthier_trainer.folders import check_writable, folders
 
 PLACES: list[tuple[dict[str, str], dict[str, str]]] = [
     # variables                                   what decides → the folder, beside the workspace and the run folder
-    ({},                                          {"TMPDIR": "/tmp"}),
-    ({"TMPDIR": "/scratch"},                      {"TMPDIR": "/scratch"}),
-    ({"TMP": "/scratch"},                         {"TMP": "/scratch"}),
-    ({"TMPDIR": "", "TMP": "/b", "TEMP": "/a"},   {"TEMP": "/a"}),
-    ({"HF_HOME": "/cache", "HF_HUB_CACHE": ""},   {"TMPDIR": "/tmp", "HF_HOME": "/cache"}),
-]  # fmt: skip
+    ({}, {"TMPDIR": "/tmp"}),
+    ({"TMPDIR": "/scratch"}, {"TMPDIR": "/scratch"}),
+    ({"TMP": "/scratch"}, {"TMP": "/scratch"}),
+    ({"TMPDIR": "", "TMP": "/b", "TEMP": "/a"}, {"TEMP": "/a"}),
+    ({"HF_HOME": "/cache", "HF_HUB_CACHE": ""}, {"TMPDIR": "/tmp", "HF_HOME": "/cache"}),
+]
 
 
 @pytest.mark.parametrize(("variables", "expect"), PLACES)
-def test_the_folders_that_are_looked_at(variables: dict[str, str], expect: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folders_that_are_looked_at(
+    variables: dict[str, str], expect: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("TMPDIR", "TEMP", "TMP", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -55,4 +57,7 @@ def test_a_folder_of_somebody_else(tmp_path: Path) -> None:
     else:
         prelude = "import luthier_trainer.folders\n"  # while it may still read our files
         text = subprocess.run([sys.executable, "-c", prelude + code], capture_output=True, text=True, timeout=30).stderr
-    assert "spec.workspace: cannot write to /usr/share: Permission denied. /usr/share belongs to 0:0, mode 0755; this process is" in text
+    assert (
+        "spec.workspace: cannot write to /usr/share: Permission denied. /usr/share belongs to 0:0, mode 0755; this"
+        " process is" in text
+    )

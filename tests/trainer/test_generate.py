@@ -31,7 +31,8 @@ from luthier_trainer.telemetry import PORT_FILE
 
 IMAGE = {"width": 32, "height": 32, "steps": 2, "scheduler": "euler-ancestral"}
 PROMPTS = [
-    {"prompt": f"{thing} in the workshop"} for thing in ("a lute", "an oud", "a theorbo", "a cittern", "a viol", "a rebec", "a lyre")
+    {"prompt": f"{thing} in the workshop"}
+    for thing in ("a lute", "an oud", "a theorbo", "a cittern", "a viol", "a rebec", "a lyre")
 ]
 
 
@@ -47,7 +48,12 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def text_run(tmp_path: Path, tiny_model: Path) -> GenerateRun:
     return generate_run(
-        tmp_path / "job", PROMPTS, task="text-generation", model={"path": str(tiny_model)}, text={"maxNewTokens": 4}, batchSize=2
+        tmp_path / "job",
+        PROMPTS,
+        task="text-generation",
+        model={"path": str(tiny_model)},
+        text={"maxNewTokens": 4},
+        batchSize=2,
     )
 
 
@@ -65,7 +71,9 @@ def test_a_shard_killed_on_the_way_makes_every_row_once(tmp_path: Path, monkeypa
     model = {"path": str(write_small_sdxl(tmp_path / "sdxl"))}
 
     def run_in(name: str) -> GenerateRun:
-        return generate_run(tmp_path / name, PROMPTS, task="text-to-image", model=model, image=IMAGE | {"perPrompt": 3}, batchSize=2)
+        return generate_run(
+            tmp_path / name, PROMPTS, task="text-to-image", model=model, image=IMAGE | {"perPrompt": 3}, batchSize=2
+        )
 
     run = run_in("killed")
     prepare_by_hand(run)
@@ -83,7 +91,9 @@ def test_a_shard_killed_on_the_way_makes_every_row_once(tmp_path: Path, monkeypa
     (message,) = generate_shards(run, monkeypatch)
     assert ledger.read_bytes().startswith(before), "lines that were there stay as they were"
     lines = result_lines(run)
-    assert [(line["row"], line["sample"]) for line in lines] == [(row, sample) for row in range(7) for sample in range(3)]
+    assert [(line["row"], line["sample"]) for line in lines] == [
+        (row, sample) for row in range(7) for sample in range(3)
+    ]
     assert message.metrics
     assert (message.metrics["rows"], message.metrics["failedRows"]) == (21, 0)
     whole = run_in("whole")
@@ -95,17 +105,27 @@ def test_a_shard_killed_on_the_way_makes_every_row_once(tmp_path: Path, monkeypa
 def test_from_the_users_files_to_the_result_through_the_supervisor(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both phases as the pods run them: `python -m luthier_trainer VERB --run FILE`; the second shard in this process, for time's sake."""
+    """Both phases as the pods run them: `python -m luthier_trainer VERB --run FILE`; the second shard in this process,
+    for time's sake.
+    """
     prompts = tmp_path / "prompts.csv"
     prompts.write_text("text,seed\nThe class statement,7\nA function,\nAn import,9\n")
     inputs = {"dataset": {"files": [str(prompts)]}, "columns": {"prompt": "text"}}
-    run = GenerateRun.model_validate({
-        "name": "lutes", "workspace": str(tmp_path / "job"), "metricsPort": 0,
-        "spec": {
-            "task": "text-generation", "model": {"path": str(tiny_model)}, "inputs": inputs, "text": {"maxNewTokens": 4}, "shards": 2,
-            "resources": {"gpus": 0},
-        },
-    })  # fmt: skip
+    run = GenerateRun.model_validate(
+        {
+            "name": "lutes",
+            "workspace": str(tmp_path / "job"),
+            "metricsPort": 0,
+            "spec": {
+                "task": "text-generation",
+                "model": {"path": str(tiny_model)},
+                "inputs": inputs,
+                "text": {"maxNewTokens": 4},
+                "shards": 2,
+                "resources": {"gpus": 0},
+            },
+        }
+    )
     config = tmp_path / "run.json"
     config.write_text(run.model_dump_json(by_alias=True, exclude_none=True))
     log = Path(os.environ[Variables.TERMINATION_LOG])
@@ -122,7 +142,11 @@ def test_from_the_users_files_to_the_result_through_the_supervisor(
     monkeypatch.setenv(Variables.NODE_RANK, "1")
     generate.main(run)
     lines = result_lines(run)
-    assert [(line["row"], line["prompt"]) for line in lines] == [(0, "The class statement"), (1, "A function"), (2, "An import")]
+    assert [(line["row"], line["prompt"]) for line in lines] == [
+        (0, "The class statement"),
+        (1, "A function"),
+        (2, "An import"),
+    ]
     assert [line["seed"] for line in lines][::2] == [7, 9]
     assert all(line["text"] for line in lines)
 
@@ -164,14 +188,18 @@ def test_a_shard_without_rows_is_complete(text_run: GenerateRun, monkeypatch: py
 def test_metrics_say_how_far_it_is(text_run: GenerateRun, monkeypatch: pytest.MonkeyPatch) -> None:
     generate_shards(text_run, monkeypatch)
     port = (ending.run_dir() / PORT_FILE).read_text()
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"http://127.0.0.1:{port}/metrics") as answer:
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+        f"http://127.0.0.1:{port}/metrics"
+    ) as answer:
         progress = progress_of([read_samples(answer.read().decode())])
     assert progress
     assert (ending.run_dir() / "heartbeat").exists()
     assert (progress.rows, progress.max_rows, progress.percent, progress.eta_seconds) == (7, 7, 100, 0)
 
 
-def test_the_log_is_short(text_run: GenerateRun, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_log_is_short(
+    text_run: GenerateRun, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     generate_shards(text_run, monkeypatch)
     out, err = capfd.readouterr()
     lines = out.splitlines()
@@ -208,15 +236,25 @@ def shard_too_many(run: GenerateRun, monkeypatch: pytest.MonkeyPatch) -> Generat
 
 MISTAKES = [
     ("prepare has not run", unprepared, ExitCode.MISCONFIGURED, "Run `prepare` first"),
-    ("prepare ran for another job", prepared_for_another, ExitCode.INVALID_SPEC, "was prepared for another version of job 'lutes'"),
-    ("a shard too many", shard_too_many, ExitCode.MISCONFIGURED, "LUTHIER_NODE_RANK: 1 is not one of the 1 shards of spec.shards"),
+    (
+        "prepare ran for another job",
+        prepared_for_another,
+        ExitCode.INVALID_SPEC,
+        "was prepared for another version of job 'lutes'",
+    ),
+    (
+        "a shard too many",
+        shard_too_many,
+        ExitCode.MISCONFIGURED,
+        "LUTHIER_NODE_RANK: 1 is not one of the 1 shards of spec.shards",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("mistake", "make", "code", "words"), MISTAKES, ids=[m[0] for m in MISTAKES])
 def test_mistakes(
     text_run: GenerateRun, monkeypatch: pytest.MonkeyPatch, mistake: str, make: Any, code: ExitCode, words: str
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     prepare_by_hand(text_run)
     with pytest.raises(Failure, match=words) as failure:
@@ -237,4 +275,6 @@ def test_importing_it_imports_no_torch() -> None:
 
 def test_texts_need_neither_diffusers_nor_peft() -> None:
     code = "import sys, luthier_trainer.generation.text; print([m for m in ('diffusers', 'peft') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

@@ -1,4 +1,6 @@
-"""What new tokens add to a prompt's text, and that it is what transformers writes, with one text at a time, for models of many kinds."""
+"""What new tokens add to a prompt's text, and that it is what transformers writes, with one text at a time, for models
+of many kinds.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ TEXTS = ["An object is at the object", "An object  is", "a €uro, an é", "👩
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_text_cut_anywhere_goes_on_to_the_character(kind: str, text: str) -> None:
-    """Wherever between two tokens the prompt ends: after a word, after a blank, or inside a character of several bytes."""
+    """Wherever between two tokens the prompt ends: after a word, after a blank, or inside a character of several
+    bytes.
+    """
     tokenizer = TOKENIZERS[kind]()
     tokens = tokenizer(text)["input_ids"]
     for cut in range(1, len(tokens)):
@@ -70,11 +74,19 @@ PROMPTS = ["An object", "is", "The object is at the object in the object on the"
 
 # Architecture → which prompts share a batch.
 ARCHITECTURES: dict[str, str] = {
-    "llama": "any length", "gpt2": "any length", "bloom": "any length", "opt": "any length", "mixtral": "any length", "gemma2": "any length",
-    "mamba": "any length", "xglm": "any length",
-    "recurrent_gemma": "equal length", "bart": "equal length", "blenderbot-small": "equal length",
+    "llama": "any length",
+    "gpt2": "any length",
+    "bloom": "any length",
+    "opt": "any length",
+    "mixtral": "any length",
+    "gemma2": "any length",
+    "mamba": "any length",
+    "xglm": "any length",
+    "recurrent_gemma": "equal length",
+    "bart": "equal length",
+    "blenderbot-small": "equal length",
     "rwkv": "none",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -83,7 +95,9 @@ def test_batches_write_what_transformers_writes_alone(kind: str, tmp_path: Path)
     model = save_tiny(kind, tmp_path)
     engine = engine_of(tmp_path, batch_size=2)
     assert engine.sharing == ARCHITECTURES[kind]
-    assert [f"spec.model: {kind} does not write the same in a batch as alone" in text for text in notices.given()] == [True] * (engine.sharing != "any length")
+    assert [f"spec.model: {kind} does not write the same in a batch as alone" in text for text in notices.given()] == [
+        True
+    ] * (engine.sharing != "any length")
     made = texts(engine, PROMPTS)
     assert made == [alone(model, engine.tokenizer, prompt, NEW_TOKENS) for prompt in PROMPTS]
     assert len(set(made)) > 1, "texts that do not depend on the prompt show nothing"
@@ -104,7 +118,9 @@ def test_batches_are_judged_by_what_they_do_to_the_logits() -> None:
 
 
 def test_a_model_that_cannot_generate_is_the_users(tmp_path: Path) -> None:
-    """Jamba of two layers has no attention, and its cache cannot say how long it is: nothing that another attempt would mend."""
+    """Jamba of two layers has no attention, and its cache cannot say how long it is: nothing that another attempt would
+    mend.
+    """
     save_tiny("jamba", tmp_path, num_hidden_layers=2)
     with pytest.raises(Failure) as failure:
         engine_of(tmp_path, batch_size=2)
@@ -120,12 +136,18 @@ def test_xglm_has_room_for_as_many_tokens_as_its_configuration_says() -> None:
 BROKEN: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     ("a list", lambda config: [config], "config.json is not a JSON object"),
     ("a number where a list belongs", lambda config: config | {"rope_parameters": 7}, "config.json cannot be used: "),
-    ("a layer of a kind that is not there", lambda config: config | {"model_type": "gemma3_text", "layer_types": 3}, "config.json cannot be used: "),
+    (
+        "a layer of a kind that is not there",
+        lambda config: config | {"model_type": "gemma3_text", "layer_types": 3},
+        "config.json cannot be used: ",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("case", "change", "words"), BROKEN, ids=[b[0] for b in BROKEN])
-def test_a_configuration_that_transformers_stumbles_over_is_the_users(case: str, change: Callable[..., Any], words: str, tmp_path: Path) -> None:
+def test_a_configuration_that_transformers_stumbles_over_is_the_users(
+    case: str, change: Callable[..., Any], words: str, tmp_path: Path
+) -> None:
     config = json.loads(tiny_config("llama").to_json_string())
     (tmp_path / "config.json").write_text(json.dumps(change(config)))
     with pytest.raises(Failure, match=words) as failure:

@@ -34,7 +34,11 @@ def picture(row: int) -> bytes:
 
 
 def text(row: int, **columns: Any) -> Output:
-    return Output(Sample(row, 0, f"prompt {row}", None, row, columns or None), {"finishReason": "stop", "promptTokens": 2, "newTokens": 1}, text=f"text {row}")
+    return Output(
+        Sample(row, 0, f"prompt {row}", None, row, columns or None),
+        {"finishReason": "stop", "promptTokens": 2, "newTokens": 1},
+        text=f"text {row}",
+    )
 
 
 def image(row: int, negative: str | None = None, **columns: Any) -> Output:
@@ -50,15 +54,24 @@ FORMS: list[tuple[str, str, list[list[Output]]]] = [
     ("texts", "text-generation", [[text(0), text(2)], [text(1)]]),
     ("texts, the last with an error", "text-generation", [[text(0), text(2)], [text(1), error(3)]]),
     ("texts, the first shard with errors alone", "text-generation", [[error(0)], [text(1)]]),
-    ("other columns, empty in the first shard", "text-generation", [
-        [text(0, id=None, score=1, tags=[], about={"by": None})], [text(1, id="a", score=0.5, tags=["b"], about={"by": "c"})],
-    ]),
+    (
+        "other columns, empty in the first shard",
+        "text-generation",
+        [
+            [text(0, id=None, score=1, tags=[], about={"by": None})],
+            [text(1, id="a", score=0.5, tags=["b"], about={"by": "c"})],
+        ],
+    ),
     ("images", "text-to-image", [[image(0), image(2)], [image(1)]]),
     ("one image a shard", "text-to-image", [[image(0)], [image(1)], [image(2)]]),
-    ("images, a negative prompt in the last row", "text-to-image", [[image(0), image(2)], [image(1), image(3, "rain")]]),
+    (
+        "images, a negative prompt in the last row",
+        "text-to-image",
+        [[image(0), image(2)], [image(1), image(3, "rain")]],
+    ),
     ("images, one row with an error", "text-to-image", [[image(0), error(2)], [image(1, id=7)]]),
     ("no image", "text-to-image", [[error(0)], [error(1)]]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("form", "task", "shards"), FORMS, ids=[f[0] for f in FORMS])
@@ -79,11 +92,15 @@ def test_the_command_of_the_card_reads_the_dataset(
 def test_a_shard_without_images_is_left_out_of_images(tmp_path: Path) -> None:
     """`datasets` takes a table that names no file for a mistake; its errors stay in the repository."""
     run = finished(tmp_path / "job", "text-to-image", [[image(0)], [error(1)]])
-    front = yaml.safe_load(modelcard.card(run, read_prepared(run), WorkspaceFolder(tmp_path / "job").result).split("---\n")[1])
+    front = yaml.safe_load(
+        modelcard.card(run, read_prepared(run), WorkspaceFolder(tmp_path / "job").result).split("---\n")[1]
+    )
     assert front["configs"][0]["data_files"] == ["shard-00000-of-00002/**"]
 
 
-def test_the_command_of_the_card_reads_the_repository(tmp_path: Path, hub: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_of_the_card_reads_the_repository(
+    tmp_path: Path, hub: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shards = [[image(0), image(2)], [image(1), image(3, "rain"), error(5)]]
     run = finished(tmp_path / "job", "text-to-image", shards)
     monkeypatch.setenv(Variables.TOKEN, "hf_writer")
@@ -114,7 +131,9 @@ def run_command(card: Path, cache: Path) -> datasets.Dataset:
     load: Callable[..., Any] = datasets.load_dataset
     names: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "load_dataset", lambda *given, **options: load(*given, **options, cache_dir=str(cache / "cache")))
+        patch.setattr(
+            datasets, "load_dataset", lambda *given, **options: load(*given, **options, cache_dir=str(cache / "cache"))
+        )
         exec(code, names)
     return names["outputs"]
 
@@ -125,7 +144,12 @@ def check(rows: datasets.Dataset, outputs: list[Output]) -> None:
     assert sorted(found) == sorted(output.sample.row for output in outputs)
     for output in outputs:
         row, sample = found[output.sample.row], output.sample
-        assert (row["prompt"], row["seed"], row["error"], row["settings"]["guidance"]) == (sample.prompt, sample.seed, output.error, 5.0)
+        assert (row["prompt"], row["seed"], row["error"], row["settings"]["guidance"]) == (
+            sample.prompt,
+            sample.seed,
+            output.error,
+            5.0,
+        )
         assert {name: value for name, value in (row["input"] or {}).items() if value is not None} == {
             name: value for name, value in (sample.input or {}).items() if value is not None
         }

@@ -1,4 +1,6 @@
-"""Images of `generate`: bit-identical however rows are split, changed by what ought to change them, refused with a reason."""
+"""Images of `generate`: bit-identical however rows are split, changed by what ought to change them, refused with a
+reason.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def images(sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Images:
     """The lines of a job over the small model, each with its file's `content`; keywords are fields of its spec."""
 
-    def make(rows: list[dict[str, Any]] = ROWS[:2], image: dict[str, Any] | None = None, **spec: Any) -> list[dict[str, Any]]:
+    def make(
+        rows: list[dict[str, Any]] = ROWS[:2], image: dict[str, Any] | None = None, **spec: Any
+    ) -> list[dict[str, Any]]:
         workspace = tmp_path / f"job{len(list(tmp_path.glob('job*')))}"
         given = {"task": "text-to-image", "model": {"path": str(sdxl)}, "batchSize": 2, "image": SMALL | (image or {})}
         run = generate_run(workspace, rows, **given | spec)
@@ -57,7 +61,8 @@ def images(sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Image
         result = WorkspaceFolder(workspace).result
         shards = [shard_name(i, run.spec.shards) for i in range(run.spec.shards)]
         return [
-            line | {"content": (result / shards[line["row"] % run.spec.shards] / line["file_name"]).read_bytes()} for line in result_lines(run)
+            line | {"content": (result / shards[line["row"] % run.spec.shards] / line["file_name"]).read_bytes()}
+            for line in result_lines(run)
         ]
 
     return make
@@ -84,22 +89,31 @@ def test_images_are_what_diffusers_draws(images: Images, sdxl: Path) -> None:
     pipe.set_progress_bar_config(disable=True)
     for line in images(ROWS[1:3], image={"scheduler": "default", "guidance": 4.0}):
         expect = pipe(
-            prompt=line["prompt"], negative_prompt=line.get("negativePrompt"), num_inference_steps=2, guidance_scale=4.0, width=32, height=32,
+            prompt=line["prompt"],
+            negative_prompt=line.get("negativePrompt"),
+            num_inference_steps=2,
+            guidance_scale=4.0,
+            width=32,
+            height=32,
             generator=torch.Generator().manual_seed(line["seed"]),
-        ).images[0]  # fmt: skip
+        ).images[0]
         difference = pixels(line) - torch.frombuffer(bytearray(expect.tobytes()), dtype=torch.uint8).int()
         assert difference.abs().max() <= 1
 
 
 def test_samples_of_a_row_have_seeds_of_their_own_that_rows_can_ask_for(images: Images) -> None:
     several = images([{"prompt": "a lute", "seed": 7}], image={"perPrompt": 3})
-    assert [(line["seed"], line["file_name"]) for line in several] == [(7 + i, f"images/0000/000000-0{i}.png") for i in range(3)]
+    assert [(line["seed"], line["file_name"]) for line in several] == [
+        (7 + i, f"images/0000/000000-0{i}.png") for i in range(3)
+    ]
     asked = images([{"prompt": "a lute", "seed": 7 + i} for i in range(3)])
     for one, other in zip(several, asked, strict=True):
         assert torch.equal(pixels(one), pixels(other))
 
 
-@pytest.mark.parametrize(("row_seed", "index", "seed"), [(0, 0, 0), (7, 2, 9), (SEEDS - 1, 0, SEEDS - 1), (SEEDS - 1, 1, 0)])
+@pytest.mark.parametrize(
+    ("row_seed", "index", "seed"), [(0, 0, 0), (7, 2, 9), (SEEDS - 1, 0, SEEDS - 1), (SEEDS - 1, 1, 0)]
+)
 def test_sample_seed(row_seed: int, index: int, seed: int) -> None:
     assert sample_seed(row_seed, index) == seed
 
@@ -147,9 +161,13 @@ def test_a_png_says_how_it_was_made(images: Images) -> None:
     (line,) = images([{"prompt": "eine Laute, schön", "negativePrompt": "rain", "seed": 7}])
     info = Image.open(io.BytesIO(line["content"])).info
     assert json.loads(info["luthier"]) == {
-        "prompt": "eine Laute, schön", "negativePrompt": "rain", "seed": 7, "scheduler": "euler-ancestral", "steps": 2,
+        "prompt": "eine Laute, schön",
+        "negativePrompt": "rain",
+        "seed": 7,
+        "scheduler": "euler-ancestral",
+        "steps": 2,
         "guidance": 5.0,
-    }  # fmt: skip
+    }
     assert info["parameters"].startswith("eine Laute, schön\nNegative prompt: rain\nSteps: 2, Sampler: euler-ancestral")
 
 
@@ -158,7 +176,11 @@ def test_the_line_says_how_much_of_a_prompt_is_not_read(images: Images) -> None:
     long = "x " * 100
     found = images([{"prompt": "a lute"}, {"prompt": long}, {"prompt": "a lute", "negativePrompt": long}])
     unread = [(line.get("unreadTokens"), line.get("unreadNegativeTokens")) for line in found]
-    assert [tuple(count or 0 for count in counts) for counts in unread] == [(0, 0), (100 + 2 - 77, 0), (0, 100 + 2 - 77)]
+    assert [tuple(count or 0 for count in counts) for counts in unread] == [
+        (0, 0),
+        (100 + 2 - 77, 0),
+        (0, 100 + 2 - 77),
+    ]
 
 
 def test_prepare_says_which_prompts_are_not_read_to_their_end(sdxl: Path, tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""The table of samplers: every name that users may write, the class of diffusers behind it, and images that come of it."""
+"""The table of samplers: every name that users may write, the class of diffusers behind it, and images that come of
+it.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 NAMES = get_args(SchedulerName)
 # What Stable Diffusion XL's own repository says of its sampler.
 OWN: dict[str, Any] = {
-    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "timestep_spacing": "leading",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
     "prediction_type": "epsilon",
-}  # fmt: skip
+}
 SAMPLES = [Sample(0, 0, "a lute on a bench", None, 7), Sample(1, 0, "two lutes", None, 2**32 - 1)]
 
 
@@ -36,7 +42,11 @@ def engine(sdxl: Path) -> ImageEngine:
     from trainer.generating import generate_run
 
     run = generate_run(
-        Path("/"), [{"prompt": "-"}], task="text-to-image", model={"path": str(sdxl)}, image={"width": 32, "height": 32, "steps": 4}
+        Path("/"),
+        [{"prompt": "-"}],
+        task="text-to-image",
+        model={"path": str(sdxl)},
+        image={"width": 32, "height": 32, "steps": 4},
     )
     return ImageEngine(run.spec, sdxl, [], Hardware("cpu", "fp32"), batch_size=2)
 
@@ -49,7 +59,11 @@ def test_every_name_has_an_entry() -> None:
 EXPECTED: list[tuple[SchedulerName, str, dict[str, Any]]] = [
     ("ddim", "DDIMScheduler", {"clip_sample": False}),
     ("ddpm", "DDPMScheduler", {"clip_sample": False}),
-    ("dpm++2m", "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False}),
+    (
+        "dpm++2m",
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False},
+    ),
     ("dpm++2m-karras", "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}),
     ("dpm++2m-sde", "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     ("euler", "EulerDiscreteScheduler", {"use_karras_sigmas": False}),
@@ -61,8 +75,12 @@ EXPECTED: list[tuple[SchedulerName, str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "class_name", "config"), EXPECTED, ids=[e[0] for e in EXPECTED])
-def test_a_name_is_a_class_with_the_models_own_betas(name: SchedulerName, class_name: str, config: dict[str, Any]) -> None:
-    own = diffusers.DPMSolverMultistepScheduler.from_config(OWN | {"use_karras_sigmas": True, "algorithm_type": "sde-dpmsolver++"})
+def test_a_name_is_a_class_with_the_models_own_betas(
+    name: SchedulerName, class_name: str, config: dict[str, Any]
+) -> None:
+    own = diffusers.DPMSolverMultistepScheduler.from_config(
+        OWN | {"use_karras_sigmas": True, "algorithm_type": "sde-dpmsolver++"}
+    )
     scheduler = make_scheduler(name, own, steps=10)
     assert type(scheduler).__name__ == class_name
     found = dict(scheduler.config)
@@ -88,11 +106,17 @@ def test_every_name_draws_the_same_images_twice(engine: ImageEngine, name: Sched
 
 
 # LUTHIER_EXACT=all: with every sampler, about a minute.
-EXACT = [n for n in NAMES if n != "dpm++sde" or is_torchsde_available()] if os.environ.get("LUTHIER_EXACT") == "all" else ["euler-ancestral", "dpm++2m-sde"]
+EXACT = (
+    [n for n in NAMES if n != "dpm++sde" or is_torchsde_available()]
+    if os.environ.get("LUTHIER_EXACT") == "all"
+    else ["euler-ancestral", "dpm++2m-sde"]
+)
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_images_are_the_same_to_the_bit_however_rows_are_ordered_and_split(engine: ImageEngine, name: SchedulerName) -> None:
+def test_images_are_the_same_to_the_bit_however_rows_are_ordered_and_split(
+    engine: ImageEngine, name: SchedulerName
+) -> None:
     engine.pipe.scheduler = make_scheduler(name, diffusers.EulerDiscreteScheduler.from_config(OWN), steps=4)
     engine.scheduler_name = name
     samples = [Sample(row, 0, f"lute {row}", "rain" if row % 3 == 1 else None, 11 * row) for row in range(5)]
@@ -122,7 +146,9 @@ def test_a_package_that_is_missing_is_named() -> None:
 
 
 def test_the_model_sees_one_shape(engine: ImageEngine) -> None:
-    """Kernels are chosen by shape, and other kernels round in other ways: a short batch is filled up, latents are decoded one by one."""
+    """Kernels are chosen by shape, and other kernels round in other ways: a short batch is filled up, latents are
+    decoded one by one.
+    """
     seen: set[tuple[int, ...]] = set()
     hooks = [
         engine.pipe.unet.register_forward_pre_hook(lambda _, given: seen.add(given[0].shape)),
@@ -143,12 +169,25 @@ def test_steps_that_a_sampler_cannot_do() -> None:
 
 
 ZERO_SNR = OWN | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-KEEPING = ["ddim", "ddpm", "dpm++2m", "dpm++2m-karras", "dpm++2m-sde", "euler", "euler-ancestral", "lcm", "tcd", "unipc"]
+KEEPING = [
+    "ddim",
+    "ddpm",
+    "dpm++2m",
+    "dpm++2m-karras",
+    "dpm++2m-sde",
+    "euler",
+    "euler-ancestral",
+    "lcm",
+    "tcd",
+    "unipc",
+]
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "dpm++sde" or is_torchsde_available()])
 def test_a_sampler_keeps_what_the_model_was_trained_with_or_is_refused(name: SchedulerName) -> None:
-    """A zero terminal SNR: the last of the products of alphas, which every class computes anew from its configuration."""
+    """A zero terminal SNR: the last of the products of alphas, which every class computes anew from its
+    configuration.
+    """
     own = diffusers.EulerDiscreteScheduler.from_config(ZERO_SNR)
     if name in ("default", *KEEPING):
         scheduler = make_scheduler(name, own, steps=10)
@@ -159,9 +198,10 @@ def test_a_sampler_keeps_what_the_model_was_trained_with_or_is_refused(name: Sch
     with pytest.raises(Failure) as failure:
         make_scheduler(name, own, steps=10)
     assert failure.value.code is ExitCode.INVALID_SPEC
-    assert failure.value.message == (
-        f"spec.image.scheduler: the model was trained with rescale_betas_zero_snr: True, which {name} leaves out; its images would be others."
-        f" Choose {' or '.join(KEEPING)}"
+    assert (
+        failure.value.message
+        == f"spec.image.scheduler: the model was trained with rescale_betas_zero_snr: True, which {name} leaves out;"
+        f" its images would be others. Choose {' or '.join(KEEPING)}"
     )
 
 
@@ -173,5 +213,10 @@ def test_a_models_own_sampler_that_leaves_out_what_its_file_says() -> None:
 
 def test_a_prediction_that_a_sampler_does_not_know() -> None:
     own = diffusers.EulerDiscreteScheduler.from_config(OWN | {"prediction_type": "sample"})
-    with pytest.raises(Failure, match=r"spec\.image\.scheduler: kdpm2 cannot sample from this model: prediction_type not implemented yet: sample"):
+    with pytest.raises(
+        Failure,
+        match=(
+            r"spec\.image\.scheduler: kdpm2 cannot sample from this model: prediction_type not implemented yet: sample"
+        ),
+    ):
         rehearse("kdpm2", make_scheduler("kdpm2", own, steps=10))

@@ -27,7 +27,11 @@ def opened(tmp_path: Path, settings: dict[str, Any] = SETTINGS) -> Shard:
 
 def output(sample: Sample) -> Output:
     """An image for row 0, an error for row 1."""
-    return Output(sample, error="too dark") if sample.row == 1 else Output(sample, image=b"image %d" % sample.seed, suffix="png")
+    return (
+        Output(sample, error="too dark")
+        if sample.row == 1
+        else Output(sample, image=b"image %d" % sample.seed, suffix="png")
+    )
 
 
 def written(tmp_path: Path) -> Shard:
@@ -96,19 +100,40 @@ def replaced(index: int, **facts: Any) -> list[Sample]:
     return [Sample(**{**vars(s), **facts}) if i == index else s for i, s in enumerate(SAMPLES)]
 
 
-# What the job says now, which of its samples are left of the lines that an earlier job wrote in the same folder, and what the notice says.
+# What the job says now, which of its samples are left of the lines that an earlier job wrote in the same folder, and
+# what the notice says.
 OTHER_JOBS: list[tuple[str, list[Sample], dict[str, Any], list[int], str]] = [
     ("another prompt", replaced(1, prompt="an oud"), SETTINGS, [1], "1 because the row has another prompt"),
     ("another seed", replaced(0, seed=70), SETTINGS, [0], "1 because the row has another seed"),
-    ("no negative prompt any more", replaced(2, negative_prompt=None), SETTINGS, [2], "1 because the row has another negativePrompt"),
-    ("a negative prompt", replaced(0, negative_prompt="rain"), SETTINGS, [0], "1 because the row has another negativePrompt"),
+    (
+        "no negative prompt any more",
+        replaced(2, negative_prompt=None),
+        SETTINGS,
+        [2],
+        "1 because the row has another negativePrompt",
+    ),
+    (
+        "a negative prompt",
+        replaced(0, negative_prompt="rain"),
+        SETTINGS,
+        [0],
+        "1 because the row has another negativePrompt",
+    ),
     ("fewer rows", SAMPLES[:1], SETTINGS, [], "2 because no such row is asked for any more"),
     ("another setting", SAMPLES, SETTINGS | {"steps": 3}, [0, 1, 2], "3 because steps was 2 and is 3"),
-    ("one setting less", SAMPLES, {"task": "text-to-image", "guidance": 5.0}, [0, 1, 2], "3 because steps was 2 and is null"),
+    (
+        "one setting less",
+        SAMPLES,
+        {"task": "text-to-image", "guidance": 5.0},
+        [0, 1, 2],
+        "3 because steps was 2 and is null",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("change", "samples", "settings", "left", "reason"), OTHER_JOBS, ids=[o[0] for o in OTHER_JOBS])
+@pytest.mark.parametrize(
+    ("change", "samples", "settings", "left", "reason"), OTHER_JOBS, ids=[o[0] for o in OTHER_JOBS]
+)
 def test_lines_of_another_job_do_not_count(
     tmp_path: Path, change: str, samples: list[Sample], settings: dict[str, Any], left: list[int], reason: str
 ) -> None:
@@ -118,7 +143,9 @@ def test_lines_of_another_job_do_not_count(
     assert shard.resume(samples) == [samples[i] for i in left]
     assert set(shard.done) == {s.key for s in samples} - {samples[i].key for i in left}
     count = reason.partition(" ")[0]
-    assert notices.given() == [f"spec: {count} of 3 outputs that an earlier attempt left in shard-00000-of-00001.jsonl are not used: {reason}"]
+    assert notices.given() == [
+        f"spec: {count} of 3 outputs that an earlier attempt left in shard-00000-of-00001.jsonl are not used: {reason}"
+    ]
 
 
 def test_a_line_cut_by_a_kill_is_no_news(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Texts of `generate`: what they depend on (prompt, seed, settings, adapters) and what they do not (shards, neighbours, batches)."""
+"""Texts of `generate`: what they depend on (prompt, seed, settings, adapters) and what they do not (shards, neighbours,
+batches).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertMo
 from luthier_api.exitcodes import ExitCode
 from luthier_trainer.ending import Failure
 
-PROMPTS = ["The class statement", "A function is", "An import", "Objects are " * 12, "Names refer to", "The try statement specifies"]
+PROMPTS = [
+    "The class statement",
+    "A function is",
+    "An import",
+    "Objects are " * 12,
+    "Names refer to",
+    "The try statement specifies",
+]
 DRAWN = {"maxNewTokens": 12, "temperature": 1.0, "topP": 0.95}
 
 Texts = Callable[..., list[dict[str, Any]]]
@@ -32,7 +41,9 @@ def texts(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     def make(prompts: list[dict[str, Any]], **spec: Any) -> list[dict[str, Any]]:
         workspace = tmp_path / f"job{len(list(tmp_path.glob('job*')))}"
-        run = generate_run(workspace, prompts, **{"task": "text-generation", "model": {"path": str(tiny_model)}, "text": DRAWN} | spec)
+        run = generate_run(
+            workspace, prompts, **{"task": "text-generation", "model": {"path": str(tiny_model)}, "text": DRAWN} | spec
+        )
         generate_shards(run, monkeypatch)
         return result_lines(run)
 
@@ -46,7 +57,9 @@ def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_adapter(tiny_model: Path, folder: Path, **config: Any) -> Path:
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(r=4, target_modules="all-linear", **config))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(r=4, target_modules="all-linear", **config)
+    )
     generator = torch.Generator().manual_seed(5)
     for name, weight in model.named_parameters():
         if "lora_" in name:
@@ -95,12 +108,16 @@ def test_a_row_is_the_same_among_other_rows(texts: Texts) -> None:
 
 
 def test_the_model_sees_shapes_that_follow_from_the_row(texts: Texts, tiny_model: Path, tmp_path: Path) -> None:
-    """Kernels are chosen by shape, and other kernels round in other ways: short batches are filled up, lengths are powers of two."""
+    """Kernels are chosen by shape, and other kernels round in other ways: short batches are filled up, lengths are
+    powers of two.
+    """
     from luthier_trainer.generation.hardware import Hardware
     from luthier_trainer.generation.samples import Sample
     from luthier_trainer.generation.text import TextEngine
 
-    run = generate_run(tmp_path, rows("-"), task="text-generation", model={"path": str(tiny_model)}, text={"maxNewTokens": 2})
+    run = generate_run(
+        tmp_path, rows("-"), task="text-generation", model={"path": str(tiny_model)}, text={"maxNewTokens": 2}
+    )
     engine = TextEngine(run.spec, tiny_model, tiny_model, [], Hardware("cpu", "fp32"), batch_size=3)
     seen: list[tuple[int, ...]] = []
     engine.model.get_input_embeddings().register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape)))
@@ -133,7 +150,9 @@ def test_each_step_draws_anew() -> None:
     from luthier_trainer.generation.sampling import SeededChoice
 
     choice = SeededChoice([7], prompt_length=3, steps=50, device=torch.device("cpu"))
-    chosen = {choice(torch.zeros(1, 3 + step, dtype=torch.long), torch.zeros(1, 1000)).argmax().item() for step in range(50)}
+    chosen = {
+        choice(torch.zeros(1, 3 + step, dtype=torch.long), torch.zeros(1, 1000)).argmax().item() for step in range(50)
+    }
     assert len(chosen) > 40
 
 
@@ -188,7 +207,8 @@ def test_a_row_that_cannot_be_made_has_a_line_that_says_why(texts: Texts) -> Non
     assert "text.maxNewTokens 12 are more than the model's 256; shorten the prompt" in lines[1]["error"]
 
 
-# Mistake, what is changed in the spec (M: the model's folder, T: a folder of the test's own), code, words of the message.
+# Mistake, what is changed in the spec (M: the model's folder, T: a folder of the test's own), code, words of the
+# message.
 MISTAKES: list[tuple[str, Callable[[Path, Path], dict[str, Any]], ExitCode, list[str]]] = [
     (
         "every row is too long",
@@ -196,7 +216,12 @@ MISTAKES: list[tuple[str, Callable[[Path, Path], dict[str, Any]], ExitCode, list
         ExitCode.INVALID_DATASET,
         ["spec.inputs: not one row", "row 0: prompt: "],
     ),
-    ("no GPU is there", lambda m, t: {"resources": {"gpus": 1}}, ExitCode.MISCONFIGURED, ["spec.resources.gpus: 1 asked for", "set spec.resources.gpus: 0"]),
+    (
+        "no GPU is there",
+        lambda m, t: {"resources": {"gpus": 1}},
+        ExitCode.MISCONFIGURED,
+        ["spec.resources.gpus: 1 asked for", "set spec.resources.gpus: 0"],
+    ),
     (
         "the model is an encoder",
         lambda m, t: {"model": {"path": str(encoder(m, t))}},
@@ -220,7 +245,13 @@ MISTAKES: list[tuple[str, Callable[[Path, Path], dict[str, Any]], ExitCode, list
 
 @pytest.mark.parametrize(("mistake", "change", "code", "words"), MISTAKES, ids=[m[0] for m in MISTAKES])
 def test_mistakes(
-    texts: Texts, tiny_model: Path, tmp_path: Path, mistake: str, change: Callable[..., Any], code: ExitCode, words: list[str]
+    texts: Texts,
+    tiny_model: Path,
+    tmp_path: Path,
+    mistake: str,
+    change: Callable[..., Any],
+    code: ExitCode,
+    words: list[str],
 ) -> None:
     (own := tmp_path / "own").mkdir()
     with pytest.raises(Failure) as failure:
@@ -231,7 +262,14 @@ def test_mistakes(
 
 
 def encoder(tiny_model: Path, folder: Path) -> Path:
-    config = BertConfig(vocab_size=512, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, is_decoder=True)
+    config = BertConfig(
+        vocab_size=512,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        is_decoder=True,
+    )
     BertModel(config, add_pooling_layer=False).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny_model / name, folder)

@@ -44,13 +44,13 @@ def test_a_folder_that_grows_is_a_sign_of_life(tmp_path: Path) -> None:
 
 SILENCES = [
     # written                          seconds of silence   lost, of a limit of 10
-    ([],                               25,                  False),
-    ([],                               31,                  True),
-    ([STARTING_FILE],                  25,                  False),
-    ([STARTING_FILE],                  31,                  True),
-    ([STARTING_FILE, HEARTBEAT_FILE],  9,                   False),
-    ([STARTING_FILE, HEARTBEAT_FILE],  11,                  True),
-]  # fmt: skip
+    ([], 25, False),
+    ([], 31, True),
+    ([STARTING_FILE], 25, False),
+    ([STARTING_FILE], 31, True),
+    ([STARTING_FILE, HEARTBEAT_FILE], 9, False),
+    ([STARTING_FILE, HEARTBEAT_FILE], 11, True),
+]
 
 
 @pytest.mark.parametrize(("written", "silence", "lost"), SILENCES)

@@ -1,4 +1,6 @@
-"""Adapters of text-to-image through `prepare`: LoRA files as diffusers and the sites of LoRAs have them, alone and without a configuration."""
+"""Adapters of text-to-image through `prepare`: LoRA files as diffusers and the sites of LoRAs have them, alone and
+without a configuration.
+"""
 
 from __future__ import annotations
 
@@ -58,35 +60,47 @@ CHOICES = [
         name="several, and none is asked for",
         files=["ink.safetensors", "oil.safetensors"],
         asked=None,
-        expect=": model a/b has 2 .safetensors files (ink.safetensors, oil.safetensors); choose one with spec.adapters[0].file",
+        expect=(
+            ": model a/b has 2 .safetensors files (ink.safetensors, oil.safetensors); choose one with"
+            " spec.adapters[0].file"
+        ),
     ),
     Choice(
         name="diffusers' own beside those of checkpoints",
         files=["checkpoint-500/pytorch_lora_weights.safetensors", LORA_WEIGHTS],
         asked=None,
         expect=LORA_WEIGHTS,
-        notice="spec.adapters[0]: model a/b has 2 .safetensors files; pytorch_lora_weights.safetensors is used, and not"
-        " checkpoint-500/pytorch_lora_weights.safetensors. Set spec.adapters[0].file for another",
+        notice=(
+            "spec.adapters[0]: model a/b has 2 .safetensors files; pytorch_lora_weights.safetensors is used, and not"
+            " checkpoint-500/pytorch_lora_weights.safetensors. Set spec.adapters[0].file for another"
+        ),
     ),
     Choice(
         name="one that is not there",
         files=["ink.safetensors", "oil.safetensors"],
         asked="inc.safetensors",
-        expect=".file: model a/b has no file 'inc.safetensors' (it has: ink.safetensors, oil.safetensors). Did you mean 'ink.safetensors'?",
+        expect=(
+            ".file: model a/b has no file 'inc.safetensors' (it has: ink.safetensors, oil.safetensors). Did you mean"
+            " 'ink.safetensors'?"
+        ),
     ),
     Choice(
         name="a pickle",
         files=["pytorch_lora_weights.bin"],
         asked=None,
-        expect=": model a/b has its weights only as pytorch_lora_weights.bin. Files that can run code are not opened; convert it to"
-        " safetensors, or choose another",
+        expect=(
+            ": model a/b has its weights only as pytorch_lora_weights.bin. Files that can run code are not opened;"
+            " convert it to safetensors, or choose another"
+        ),
     ),
     Choice(
         name="a whole pipeline",
         files=["model_index.json", "unet/diffusion_pytorch_model.safetensors"],
         asked=None,
-        expect=": model a/b is a whole model, not an adapter (it has model_index.json); use it as spec.model, or name the adapter's file in"
-        " spec.adapters[0].file",
+        expect=(
+            ": model a/b is a whole model, not an adapter (it has model_index.json); use it as spec.model, or name the"
+            " adapter's file in spec.adapters[0].file"
+        ),
     ),
     Choice(
         name="nothing",
@@ -130,7 +144,11 @@ def draw(sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Draw:
 
     def make(**spec: Any) -> list[str]:
         workspace = tmp_path / f"job{len(list(tmp_path.glob('job*')))}"
-        given = {"task": "text-to-image", "model": {"path": str(sdxl)}, "image": {"width": 32, "height": 32, "steps": 2, "scheduler": "ddim"}}
+        given = {
+            "task": "text-to-image",
+            "model": {"path": str(sdxl)},
+            "image": {"width": 32, "height": 32, "steps": 2, "scheduler": "ddim"},
+        }
         run = generate_run(workspace, [{"prompt": "a lute", "seed": 7}], **given | spec)
         generate_shards(run, monkeypatch, main)
         return [line["sha256"] for line in result_lines(run)]
@@ -149,7 +167,9 @@ def test_an_adapter_by_path_and_by_id(draw: Draw, hub: Running, styles: Path) ->
 
 
 def test_the_example_of_the_readme(draw: Draw, hub: Running, sdxl: Path, styles: Path, tmp_path: Path) -> None:
-    """Its model and adapter by the names that it gives them, of a Hub that has small ones; smaller images than it asks for."""
+    """Its model and adapter by the names that it gives them, of a Hub that has small ones; smaller images than it asks
+    for.
+    """
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     blocks = [block.removeprefix("yaml\n") for block in readme.split("```")[1::2] if block.startswith("yaml\n")]
     (example,) = (manifest for manifest in map(yaml.safe_load, blocks) if manifest["kind"] == "GenerateJob")
@@ -169,14 +189,19 @@ def test_only_the_chosen_file_is_read(styles: Path, sdxl: Path, tmp_path: Path) 
     folder = tmp_path / "styles"
     shutil.copytree(styles, folder)
     run = generate_run(
-        tmp_path / "job", [{"prompt": "a lute"}], task="text-to-image", model={"path": str(sdxl)},
+        tmp_path / "job",
+        [{"prompt": "a lute"}],
+        task="text-to-image",
+        model={"path": str(sdxl)},
         adapters=[{"path": str(folder), "file": "ink.safetensors"}],
-    )  # fmt: skip
+    )
     main(run)
     assert read_prepared(run).adapter_paths == [str(folder / "ink.safetensors")]
     shutil.copy(folder / "ink.safetensors", folder / "oil.safetensors")
     main(run)
     shutil.copy(styles / "oil.safetensors", folder / "ink.safetensors")
-    with pytest.raises(Failure, match=r"spec\.adapters\[0\]\.path: .*ink\.safetensors has changed since this job was prepared") as failure:
+    with pytest.raises(
+        Failure, match=r"spec\.adapters\[0\]\.path: .*ink\.safetensors has changed since this job was prepared"
+    ) as failure:
         main(run)
     assert failure.value.code is ExitCode.INVALID_SPEC

@@ -34,7 +34,9 @@ def of_file(folder: Path, name: str, given: list[Any]) -> Rows:
     else:
         path.write_text("".join(json.dumps({"text": "t", "label": label}) + "\n" for label in given))
     source = TrainingData.model_validate({"files": [str(path)]})
-    return Loader(source, "spec.dataset", folder / "cache", columns=("text", "label"), others=False).split("train", "split")
+    return Loader(source, "spec.dataset", folder / "cache", columns=("text", "label"), others=False).split(
+        "train", "split"
+    )
 
 
 CLASSES: list[tuple[str, str, list[Any], bool, list[str], list[int]]] = [
@@ -49,11 +51,13 @@ CLASSES: list[tuple[str, str, list[Any], bool, list[str], list[int]]] = [
     ("whole numbers with a point", "x.jsonl", [1.0, 0.0, 1.0], False, ["0", "1"], [1, 0, 1]),
     ("true and false", "x.jsonl", [True, False], False, ["false", "true"], [1, 0]),
     ("accents in two forms", "x.jsonl", ["é", "e\u0301", "a"], True, ["a", "e\u0301"], [1, 1, 0]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "file", "given", "merge", "names", "ids"), CLASSES, ids=[c[0] for c in CLASSES])
-def test_labels_become_classes(name: str, file: str, given: list[Any], merge: bool, names: list[str], ids: list[int], tmp_path: Path) -> None:
+def test_labels_become_classes(
+    name: str, file: str, given: list[Any], merge: bool, names: list[str], ids: list[int], tmp_path: Path
+) -> None:
     rows = of_file(tmp_path, file, given)
     assert labels.names_of(rows, "label", LABEL, merge) == names
     assert labels.ids_of(rows, "label", LABEL, names, merge).tolist() == ids
@@ -63,29 +67,62 @@ def test_labels_that_nearly_agree_are_shown(tmp_path: Path) -> None:
     rows = of_file(tmp_path, "x.csv", ["neg"] * 90 + [" neg"] * 3 + ["NEG", "pos", "7", "007"])
     labels.names_of(rows, "label", LABEL, merge=False)
     assert notices.given() == [
-        f'{LABEL}: "007" (1 rows) and "7" (1 rows); " neg" (3 rows) and "NEG" (1 rows) and "neg" (90 rows) differ only in blanks, in capitals or in how a'
-        " number is written, and are classes of their own. To make one class of them, set spec.dataset.mergeLabels: true"
+        f'{LABEL}: "007" (1 rows) and "7" (1 rows); " neg" (3 rows) and "NEG" (1 rows) and "neg" (90 rows) differ only'
+        " in blanks, in capitals or in how a number is written, and are classes of their own. To make one class of"
+        " them, set spec.dataset.mergeLabels: true"
     ]
     notices.forget()
     labels.names_of(rows, "label", LABEL, merge=True)
-    assert notices.given()[0].startswith('spec.dataset.mergeLabels: "007" (1 rows) and "7" (1 rows); " neg" (3 rows) and "NEG" (1 rows)')
+    assert notices.given()[0].startswith(
+        'spec.dataset.mergeLabels: "007" (1 rows) and "7" (1 rows); " neg" (3 rows) and "NEG" (1 rows)'
+    )
     notices.forget()
     labels.names_of(of_file(tmp_path, "y.csv", ["neg", "pos"]), "label", LABEL, merge=False)
     assert notices.given() == []
 
 
 REFUSED: list[tuple[str, str, list[Any], bool, str]] = [
-    ("two types", "x.jsonl", ["a"] * 1500 + [1] * 2 + ["b"], False,
-     'column "label" of x.jsonl holds text in 1501 rows and numbers in 2 rows. The first of the fewest is row 1500, counted from 0 (line 1501 of x.jsonl). Write all'),
-    ("fractions", "x.jsonl", [1, 0, 0.5], False,
-     'column "label" of x.jsonl holds 0.5; a label is a name or a whole number. The first is row 2, counted from 0 (line 3 of x.jsonl)'),
-    ("blanks alone", "x.csv", ["a", "  ", "b"], False, 'column "label" of x.csv has no label in 1 rows. The first is row 1, counted from 0 (line 3 of x.csv)'),
-    ("one class once they are merged", "x.csv", ["a", "A"], True, 'all 2 rows of x.csv have the label "a"; two classes at least are needed'),
-]  # fmt: skip
+    (
+        "two types",
+        "x.jsonl",
+        ["a"] * 1500 + [1] * 2 + ["b"],
+        False,
+        (
+            'column "label" of x.jsonl holds text in 1501 rows and numbers in 2 rows. The first of the fewest is row'
+            " 1500, counted from 0 (line 1501 of x.jsonl). Write all"
+        ),
+    ),
+    (
+        "fractions",
+        "x.jsonl",
+        [1, 0, 0.5],
+        False,
+        (
+            'column "label" of x.jsonl holds 0.5; a label is a name or a whole number. The first is row 2, counted from'
+            " 0 (line 3 of x.jsonl)"
+        ),
+    ),
+    (
+        "blanks alone",
+        "x.csv",
+        ["a", "  ", "b"],
+        False,
+        'column "label" of x.csv has no label in 1 rows. The first is row 1, counted from 0 (line 3 of x.csv)',
+    ),
+    (
+        "one class once they are merged",
+        "x.csv",
+        ["a", "A"],
+        True,
+        'all 2 rows of x.csv have the label "a"; two classes at least are needed',
+    ),
+]
 
 
 @pytest.mark.parametrize(("name", "file", "given", "merge", "message"), REFUSED, ids=[c[0] for c in REFUSED])
-def test_labels_that_are_refused(name: str, file: str, given: list[Any], merge: bool, message: str, tmp_path: Path) -> None:
+def test_labels_that_are_refused(
+    name: str, file: str, given: list[Any], merge: bool, message: str, tmp_path: Path
+) -> None:
     with pytest.raises(Failure) as failure:
         labels.names_of(of_file(tmp_path, file, given), "label", LABEL, merge)
     assert failure.value.message.startswith(f"{LABEL}: {message}")
@@ -94,7 +131,12 @@ def test_labels_that_are_refused(name: str, file: str, given: list[Any], merge: 
 def test_a_label_that_was_never_learnt_names_its_row(tmp_path: Path) -> None:
     rows = of_file(tmp_path, "x.csv", ["a", "B", "b", "c"])
     assert labels.ids_of(rows, "label", LABEL, ["a", "b", "c"], merge=True).tolist() == [0, 1, 1, 2]
-    with pytest.raises(Failure, match=r"labels that the training rows do not have: B \(theirs: a, b, c\)\. The first is row 1, .*line 3 of x\.csv"):
+    with pytest.raises(
+        Failure,
+        match=(
+            r"labels that the training rows do not have: B \(theirs: a, b, c\)\. The first is row 1, .*line 3 of x\.csv"
+        ),
+    ):
         labels.ids_of(rows, "label", LABEL, ["a", "b", "c"], merge=False)
 
 
@@ -133,7 +175,9 @@ HELD: list[tuple[str, list[int], float, list[int]]] = [
 
 
 @pytest.mark.parametrize(("name", "sizes", "fraction", "held"), HELD, ids=[c[0] for c in HELD])
-def test_the_same_share_of_each_class_is_held_out(name: str, sizes: list[int], fraction: float, held: list[int]) -> None:
+def test_the_same_share_of_each_class_is_held_out(
+    name: str, sizes: list[int], fraction: float, held: list[int]
+) -> None:
     classes = numpy.random.default_rng(0).permutation(numpy.repeat(numpy.arange(len(sizes)), sizes))
     splits = [tokens.hold_out(len(classes), fraction, seed, "f", classes) for seed in (1, 2)]
     for learnt, measured in splits:

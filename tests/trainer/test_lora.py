@@ -1,7 +1,9 @@
-"""LoRA files for images, in the forms that trainers write: what each module gains, by its own alpha, and what is refused.
+"""LoRA files for images, in the forms that trainers write: what each module gains, by its own alpha, and what is
+refused.
 
-Expected weights are computed here, module by module, from the numbers that went into the file: W + weight * alpha / rank * up @ down, and the
-formulas of LoHa, LoKr and DoRA element by element. Names are held against diffusers' conversion of whole checkpoints.
+Expected weights are computed here, module by module, from the numbers that went into the file: W + weight * alpha /
+rank * up @ down, and the formulas of LoHa, LoKr and DoRA element by element. Names are held against diffusers'
+conversion of whole checkpoints.
 """
 
 from __future__ import annotations
@@ -66,7 +68,9 @@ def numbers(*size: int, seed: int = 0) -> torch.Tensor:
 
 
 def gains(models: dict[str, Any], names: Names, *adapters: tuple[Path, float]) -> dict[Place, torch.Tensor]:
-    """What `fuse` adds to the weights that it changes; the models are left as they were. Biases are at "<module>.bias"."""
+    """What `fuse` adds to the weights that it changes; the models are left as they were. Biases are at
+    "<module>.bias".
+    """
     kept = {part: {k: v.clone() for k, v in model.state_dict().items()} for part, model in models.items()}
     lora.fuse(models, [(lora.read(path, names, FIELD), weight) for path, weight in adapters])
     found = {}
@@ -81,7 +85,9 @@ def gains(models: dict[str, Any], names: Names, *adapters: tuple[Path, float]) -
 def assert_gains(found: dict[Place, torch.Tensor], expected: dict[Place, torch.Tensor]) -> None:
     assert set(found) == set(expected)
     for place, gain in expected.items():
-        torch.testing.assert_close(found[place], gain, rtol=1e-4, atol=1e-5, msg=lambda text, place=place: f"{place}: {text}")
+        torch.testing.assert_close(
+            found[place], gain, rtol=1e-4, atol=1e-5, msg=lambda text, place=place: f"{place}: {text}"
+        )
 
 
 # Linear modules of each part; a rank and an alpha of its own for each, as files that were resized have them.
@@ -126,7 +132,11 @@ def old_diffusers_name(part: str, module: str, side: str) -> str:
     if part == "unet":
         return f"unet.{module}.lora.{side}.weight"
     stem, _, last = with_text_model(part, module).rpartition(".")
-    return f"{part}.{stem}.{OLD_CLIP[last]}_lora.{side}.weight" if last in OLD_CLIP else f"{part}.{stem}.{last}.lora_linear_layer.{side}.weight"
+    return (
+        f"{part}.{stem}.{OLD_CLIP[last]}_lora.{side}.weight"
+        if last in OLD_CLIP
+        else f"{part}.{stem}.{last}.lora_linear_layer.{side}.weight"
+    )
 
 
 def kohya_name(part: str, module: str, side: str) -> str:
@@ -150,7 +160,12 @@ DIALECTS: list[tuple[str, Callable[[str, str, str], str], bool]] = [
 
 @pytest.mark.parametrize(("dialect", "name", "alphas"), DIALECTS, ids=[d[0] for d in DIALECTS])
 def test_each_module_gains_what_its_file_says(
-    models: dict[str, Any], names: Names, tmp_path: Path, dialect: str, name: Callable[[str, str, str], str], alphas: bool
+    models: dict[str, Any],
+    names: Names,
+    tmp_path: Path,
+    dialect: str,
+    name: Callable[[str, str, str], str],
+    alphas: bool,
 ) -> None:
     file, expected = {}, {}
     for (part, module), (rank, alpha) in LINEAR.items():
@@ -165,17 +180,29 @@ def test_each_module_gains_what_its_file_says(
 
 
 def test_names_are_those_of_the_whole_checkpoint() -> None:
-    """The UNet of Stable Diffusion XL: diffusers' converter of LDM checkpoints names all its modules as our table does."""
+    """The UNet of Stable Diffusion XL: diffusers' converter of LDM checkpoints names all its modules as our table
+    does.
+    """
     with torch.device("meta"):
         unet = UNet2DConditionModel(
-            block_out_channels=(320, 640, 1280), layers_per_block=2, sample_size=128, use_linear_projection=True, attention_head_dim=(5, 10, 20),
+            block_out_channels=(320, 640, 1280),
+            layers_per_block=2,
+            sample_size=128,
+            use_linear_projection=True,
+            attention_head_dim=(5, 10, 20),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2, 10),
-            addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816, cross_attention_dim=2048,
-        )  # fmt: skip
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+            cross_attention_dim=2048,
+        )
     blocks, table = _ldm_blocks(unet), Names({"unet": unet})
     ldm = {module: _ldm_name(module, blocks) for module in _weighted(unet)}
-    checkpoint = {f"model.diffusion_model.{name}.{kind}": module for module, name in ldm.items() for kind in ("weight", "bias")}
+    checkpoint = {
+        f"model.diffusion_model.{name}.{kind}": module for module, name in ldm.items() for kind in ("weight", "bias")
+    }
     converted = convert_ldm_unet_checkpoint(checkpoint, unet.config)
     assert {key.rpartition(".")[0]: module for key, module in converted.items()} == {module: module for module in ldm}
     for module, name in ldm.items():
@@ -183,13 +210,17 @@ def test_names_are_those_of_the_whole_checkpoint() -> None:
             assert table.find("lora_unet_" + written.replace(".", "_")) == ("unet", module)
 
 
-def test_a_convolution_gains_the_composition_of_its_factors(models: dict[str, Any], names: Names, tmp_path: Path) -> None:
+def test_a_convolution_gains_the_composition_of_its_factors(
+    models: dict[str, Any], names: Names, tmp_path: Path
+) -> None:
     """LoCon, and its Tucker form: by what the three convolutions do to an image, one after the other."""
     outputs, inputs, *kernel = models["unet"].get_submodule(CONVOLUTION).weight.shape
     image = numbers(1, inputs, 9, 9)
     for mid in (False, True):
         up = numbers(outputs, 4, 1, 1)
-        middle, down = (numbers(4, 4, *kernel), numbers(4, inputs, 1, 1)) if mid else (None, numbers(4, inputs, *kernel))
+        middle, down = (
+            (numbers(4, 4, *kernel), numbers(4, inputs, 1, 1)) if mid else (None, numbers(4, inputs, *kernel))
+        )
         key = "lora_unet_input_blocks_3_0_in_layers_2"
         file = {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down, f"{key}.alpha": torch.tensor(2.0)}
         file |= {f"{key}.lora_mid.weight": middle} if middle is not None else {}
@@ -199,7 +230,9 @@ def test_a_convolution_gains_the_composition_of_its_factors(models: dict[str, An
         stages = functional.conv2d(image, down, padding=0 if mid else 1)
         stages = functional.conv2d(stages, middle, padding=1) if middle is not None else stages
         expected = 2 / 4 * functional.conv2d(stages, up)
-        torch.testing.assert_close(functional.conv2d(image, found["unet", CONVOLUTION], padding=1), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            functional.conv2d(image, found["unet", CONVOLUTION], padding=1), expected, rtol=1e-4, atol=1e-4
+        )
 
 
 def dora(base: torch.Tensor, added: torch.Tensor, magnitudes: torch.Tensor, of: str) -> torch.Tensor:
@@ -226,7 +259,11 @@ class Kind:
 def factors(base: torch.Tensor, rank: int = 4) -> Tensors:
     outputs, inputs, *kernel = base.shape
     up = numbers(outputs, rank, *[1] * len(kernel))
-    return {"lora_up.weight": up, "lora_down.weight": numbers(rank, inputs, *kernel, seed=1), "alpha": torch.tensor(2.0)}
+    return {
+        "lora_up.weight": up,
+        "lora_down.weight": numbers(rank, inputs, *kernel, seed=1),
+        "alpha": torch.tensor(2.0),
+    }
 
 
 def lora_gain(base: torch.Tensor, t: Tensors) -> torch.Tensor:
@@ -239,7 +276,9 @@ def elementwise(base: torch.Tensor, entry: Callable[[int, int], float]) -> torch
 
 def loha(base: torch.Tensor) -> Tensors:
     outputs, inputs = base.shape
-    pairs = {f"hada_w{n}_{s}": numbers(*((outputs, 3) if s == "a" else (3, inputs)), seed=n) for n in (1, 2) for s in "ab"}
+    pairs = {
+        f"hada_w{n}_{s}": numbers(*((outputs, 3) if s == "a" else (3, inputs)), seed=n) for n in (1, 2) for s in "ab"
+    }
     return pairs | {"alpha": torch.tensor(1.5)}
 
 
@@ -252,7 +291,12 @@ def loha_gain(base: torch.Tensor, t: Tensors) -> torch.Tensor:
 
 def lokr(base: torch.Tensor) -> Tensors:
     outputs, inputs = base.shape
-    return {"lokr_w1": numbers(4, 2), "lokr_w2_a": numbers(outputs // 4, 2), "lokr_w2_b": numbers(2, inputs // 2), "alpha": torch.tensor(1.0)}
+    return {
+        "lokr_w1": numbers(4, 2),
+        "lokr_w2_a": numbers(outputs // 4, 2),
+        "lokr_w2_b": numbers(2, inputs // 2),
+        "alpha": torch.tensor(1.0),
+    }
 
 
 def lokr_gain(base: torch.Tensor, t: Tensors) -> torch.Tensor:
@@ -262,7 +306,11 @@ def lokr_gain(base: torch.Tensor, t: Tensors) -> torch.Tensor:
 
 def whole_lokr(base: torch.Tensor) -> Tensors:
     """Without a rank: its alpha is one that no one divides by."""
-    return {"lokr_w1": numbers(4, 2), "lokr_w2": numbers(base.shape[0] // 4, base.shape[1] // 2), "alpha": torch.tensor(1e10)}
+    return {
+        "lokr_w1": numbers(4, 2),
+        "lokr_w2": numbers(base.shape[0] // 4, base.shape[1] // 2),
+        "alpha": torch.tensor(1e10),
+    }
 
 
 def whole_lokr_gain(base: torch.Tensor, t: Tensors) -> torch.Tensor:
@@ -273,14 +321,21 @@ def whole_lokr_gain(base: torch.Tensor, t: Tensors) -> torch.Tensor:
 def tucker_lokr(base: torch.Tensor) -> Tensors:
     """Of a convolution: the second factor is itself three convolutions, among ranks the one with pixels."""
     outputs, inputs, *kernel = base.shape
-    return {"lokr_w1": numbers(4, 2), "lokr_w2_a": numbers(3, outputs // 4), "lokr_w2_b": numbers(3, inputs // 2), "lokr_t2": numbers(3, 3, *kernel)}
+    return {
+        "lokr_w1": numbers(4, 2),
+        "lokr_w2_a": numbers(3, outputs // 4),
+        "lokr_w2_b": numbers(3, inputs // 2),
+        "lokr_t2": numbers(3, 3, *kernel),
+    }
 
 
 def tucker_lokr_gain(base: torch.Tensor, t: Tensors) -> torch.Tensor:
     def second(y: int, x: int) -> torch.Tensor:
         return t["lokr_w2_a"].T @ t["lokr_t2"][..., y, x] @ t["lokr_w2_b"]
 
-    pixels = [[whole_lokr_gain(base, {"lokr_w1": t["lokr_w1"], "lokr_w2": second(y, x)}) for x in range(3)] for y in range(3)]
+    pixels = [
+        [whole_lokr_gain(base, {"lokr_w1": t["lokr_w1"], "lokr_w2": second(y, x)}) for x in range(3)] for y in range(3)
+    ]
     return torch.stack([torch.stack(row, -1) for row in pixels], -2)
 
 
@@ -300,27 +355,55 @@ KINDS = [
     Kind("LoKr of a convolution, by Tucker", CONVOLUTION, tucker_lokr, tucker_lokr_gain),
     Kind("the difference itself", ATTENTION_Q, lambda w: {"diff": numbers(*w.shape)}, lambda w, t: t["diff"]),
     Kind("the difference of a norm", NORM, lambda w: {"w_norm": numbers(*w.shape)}, lambda w, t: t["w_norm"]),
-    Kind("the difference of a bias", NORM, lambda w: {"diff_b": numbers(*w.shape)}, lambda w, t: t["diff_b"], place=f"{NORM}.bias"),
-    Kind("DoRA of LyCORIS, for outputs", ATTENTION_Q, lambda w: factors(w) | {"dora_scale": numbers(w.shape[0], 1).abs()},
-         lambda w, t: dora(w, lora_gain(w, t), t["dora_scale"], "outputs")),
-    Kind("DoRA of LyCORIS, for inputs", ATTENTION_Q, lambda w: factors(w) | {"dora_scale": numbers(1, w.shape[1]).abs()},
-         lambda w, t: dora(w, lora_gain(w, t), t["dora_scale"], "inputs")),
-    Kind("DoRA of LyCORIS, a convolution", CONVOLUTION, lambda w: factors(w) | {"dora_scale": numbers(w.shape[0], 1, 1, 1).abs()},
-         lambda w, t: dora(w, lora_gain(w, t), t["dora_scale"], "outputs")),
-    Kind("DoRA of PEFT", ATTENTION_Q, lambda w: factors(w) | {"lora_magnitude_vector.weight": numbers(w.shape[0]).abs()},
-         lambda w, t: dora(w, lora_gain(w, t), t["lora_magnitude_vector.weight"], "outputs")),
+    Kind(
+        "the difference of a bias",
+        NORM,
+        lambda w: {"diff_b": numbers(*w.shape)},
+        lambda w, t: t["diff_b"],
+        place=f"{NORM}.bias",
+    ),
+    Kind(
+        "DoRA of LyCORIS, for outputs",
+        ATTENTION_Q,
+        lambda w: factors(w) | {"dora_scale": numbers(w.shape[0], 1).abs()},
+        lambda w, t: dora(w, lora_gain(w, t), t["dora_scale"], "outputs"),
+    ),
+    Kind(
+        "DoRA of LyCORIS, for inputs",
+        ATTENTION_Q,
+        lambda w: factors(w) | {"dora_scale": numbers(1, w.shape[1]).abs()},
+        lambda w, t: dora(w, lora_gain(w, t), t["dora_scale"], "inputs"),
+    ),
+    Kind(
+        "DoRA of LyCORIS, a convolution",
+        CONVOLUTION,
+        lambda w: factors(w) | {"dora_scale": numbers(w.shape[0], 1, 1, 1).abs()},
+        lambda w, t: dora(w, lora_gain(w, t), t["dora_scale"], "outputs"),
+    ),
+    Kind(
+        "DoRA of PEFT",
+        ATTENTION_Q,
+        lambda w: factors(w) | {"lora_magnitude_vector.weight": numbers(w.shape[0]).abs()},
+        lambda w, t: dora(w, lora_gain(w, t), t["lora_magnitude_vector.weight"], "outputs"),
+    ),
     Kind("DoRA of LoHa", ATTENTION_Q, doha, lambda w, t: dora(w, loha_gain(w, t), t["dora_scale"], "outputs")),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=[k.name for k in KINDS])
 def test_kinds_by_their_formulas(models: dict[str, Any], names: Names, tmp_path: Path, kind: Kind) -> None:
     base = models["unet"].get_submodule(kind.module).weight.detach()
     tensors = kind.tensors(base)
-    save_file({f"unet.{kind.module}.{end}": tensor.contiguous() for end, tensor in tensors.items()}, tmp_path / "x.safetensors")
+    save_file(
+        {f"unet.{kind.module}.{end}": tensor.contiguous() for end, tensor in tensors.items()},
+        tmp_path / "x.safetensors",
+    )
     expected = kind.gain(base, tensors)
     for weight in (1.0, 0.25, -1.0):
-        assert_gains(gains(models, names, (tmp_path / "x.safetensors", weight)), {("unet", kind.place or kind.module): weight * expected})
+        assert_gains(
+            gains(models, names, (tmp_path / "x.safetensors", weight)),
+            {("unet", kind.place or kind.module): weight * expected},
+        )
     assert gains(models, names, (tmp_path / "x.safetensors", 0.0)) == {}
 
 
@@ -331,7 +414,9 @@ def test_two_adapters_add_up_in_any_order(models: dict[str, Any], names: Names, 
     paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
     for path, tensors in zip(paths, both, strict=True):
         save_file({f"unet.{ATTENTION_Q}.{end}": tensor for end, tensor in tensors.items()}, path)
-    expected = 0.5 * lora_gain(base, both[0]) + 0.75 * dora(base, lora_gain(base, both[1]), both[1]["dora_scale"], "outputs")
+    expected = 0.5 * lora_gain(base, both[0]) + 0.75 * dora(
+        base, lora_gain(base, both[1]), both[1]["dora_scale"], "outputs"
+    )
     adapters = list(zip(paths, (0.5, 0.75), strict=True))
     for order in (adapters, adapters[::-1]):
         assert_gains(gains(models, names, *order), {("unet", ATTENTION_Q): expected})
@@ -348,7 +433,12 @@ CONFIGURATIONS = [
 
 @pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=[c[0] for c in CONFIGURATIONS])
 def test_a_configuration_in_the_file_counts(
-    pipe: StableDiffusionXLPipeline, models: dict[str, Any], names: Names, tmp_path: Path, name: str, options: dict[str, Any]
+    pipe: StableDiffusionXLPipeline,
+    models: dict[str, Any],
+    names: Names,
+    tmp_path: Path,
+    name: str,
+    options: dict[str, Any],
 ) -> None:
     """As diffusers itself writes and fuses such a file."""
     from diffusers.training_utils import _collate_lora_metadata
@@ -367,20 +457,30 @@ def test_a_configuration_in_the_file_counts(
     other.fuse_lora()
     other.unload_lora_weights()
     expected = {
-        ("unet", key.removesuffix(".weight")): weight - own[key] for key, weight in other.unet.state_dict().items() if not torch.equal(weight, own[key])
+        ("unet", key.removesuffix(".weight")): weight - own[key]
+        for key, weight in other.unet.state_dict().items()
+        if not torch.equal(weight, own[key])
     }
     assert len(expected) == 16
     assert_gains(gains(models, names, (tmp_path / "pytorch_lora_weights.safetensors", 1.0)), expected)
 
 
-def test_peft_s_own_folder(pipe: StableDiffusionXLPipeline, models: dict[str, Any], names: Names, tmp_path: Path) -> None:
+def test_peft_s_own_folder(
+    pipe: StableDiffusionXLPipeline, models: dict[str, Any], names: Names, tmp_path: Path
+) -> None:
     """An adapter of the UNet as PEFT saves and merges it; its configuration lies beside."""
-    config = LoraConfig(r=4, lora_alpha=16, target_modules=["to_q", "conv1"], alpha_pattern={"conv1": 2}, init_lora_weights=False)
+    config = LoraConfig(
+        r=4, lora_alpha=16, target_modules=["to_q", "conv1"], alpha_pattern={"conv1": 2}, init_lora_weights=False
+    )
     model = get_peft_model(copy.deepcopy(pipe.unet), config)
     model.save_pretrained(tmp_path)
     own = pipe.unet.state_dict()
     merged = model.merge_and_unload().state_dict()
-    expected = {("unet", key.removesuffix(".weight")): merged[key] - own[key] for key in own if not torch.equal(merged[key], own[key])}
+    expected = {
+        ("unet", key.removesuffix(".weight")): merged[key] - own[key]
+        for key in own
+        if not torch.equal(merged[key], own[key])
+    }
     assert len(expected) == 16
     assert_gains(gains(models, names, (tmp_path / "adapter_model.safetensors", 1.0)), expected)
 
@@ -406,9 +506,11 @@ REFUSALS = [
         name="a module that the model does not have",
         add={f"{SD15}.lora_up.weight": numbers(320, 4), f"{SD15}.lora_down.weight": numbers(4, 320)},
         metadata={"ss_base_model_version": "sd_v1"},
-        message=f"has 5 tensors, of which 2 belong to no module of this model, or are of a kind that is not known: {SD15}.lora_down.weight, {SD15}.lora_up.weight."
-        " Adding the others alone would be another adapter. The file says that it was trained for sd_v1. LoRA, LoHa, LoKr and DoRA for Stable Diffusion"
-        " XL can be used",
+        message=(
+            "has 5 tensors, of which 2 belong to no module of this model, or are of a kind that is not known:"
+            f" {SD15}.lora_down.weight, {SD15}.lora_up.weight. Adding the others alone would be another adapter. The"
+            " file says that it was trained for sd_v1. LoRA, LoHa, LoKr and DoRA for Stable Diffusion XL can be used"
+        ),
     ),
     Refusal(
         name="a kind that is not known",
@@ -418,7 +520,10 @@ REFUSALS = [
     Refusal(
         name="an embedding that was trained beside it",
         add={"bundle_emb.ink.string_to_param.*": numbers(2, 32)},
-        message="has 4 tensors, of which 1 belong to no module of this model, or are of a kind that is not known: bundle_emb.ink.string_to_param.*",
+        message=(
+            "has 4 tensors, of which 1 belong to no module of this model, or are of a kind that is not known:"
+            " bundle_emb.ink.string_to_param.*"
+        ),
     ),
     Refusal(
         name="another width",
@@ -475,13 +580,17 @@ REFUSALS = [
         add={f"unet.{ATTENTION_Q}.lora_B.bias": numbers(16)},
         message=f"has a bias of 16 numbers for unet.{ATTENTION_Q}, which has none",
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("case", REFUSALS, ids=[r.name for r in REFUSALS])
 def test_what_is_not_used_whole_is_refused(models: dict[str, Any], names: Names, tmp_path: Path, case: Refusal) -> None:
     path = tmp_path / "style.safetensors"
-    save_file({key: tensor for key, tensor in (complete() | case.add).items() if key != case.drop}, path, metadata=case.metadata)
+    save_file(
+        {key: tensor for key, tensor in (complete() | case.add).items() if key != case.drop},
+        path,
+        metadata=case.metadata,
+    )
     with pytest.raises(Failure) as failure:
         lora.read(path, names, FIELD)
     assert failure.value.code is ExitCode.INVALID_SPEC
@@ -512,7 +621,11 @@ FOUND_IN_PREPARE: list[tuple[str, Callable[[Path], object], str]] = [
 def test_prepare_finds_it(name: str, spoil: Callable[[Path], object], message: str, sdxl: Path, tmp_path: Path) -> None:
     save_file(complete(), tmp_path / "style.safetensors")
     run = generate_run(
-        tmp_path / "job", [{"prompt": "a lute"}], task="text-to-image", model={"path": str(sdxl)}, adapters=[{"path": str(tmp_path)}]
+        tmp_path / "job",
+        [{"prompt": "a lute"}],
+        task="text-to-image",
+        model={"path": str(sdxl)},
+        adapters=[{"path": str(tmp_path)}],
     )
     spoil(tmp_path / "style.safetensors")
     with pytest.raises(Failure, match=rf"spec\.adapters\[0\]\.path: .*style\.safetensors {message}") as failure:
@@ -522,7 +635,11 @@ def test_prepare_finds_it(name: str, spoil: Callable[[Path], object], message: s
 
 def test_the_engine_draws_with_the_sum(sdxl: Path, tmp_path: Path) -> None:
     save_file(complete(), tmp_path / "style.safetensors")
-    given = {"task": "text-to-image", "model": {"path": str(sdxl)}, "adapters": [{"path": str(tmp_path), "weight": 0.5}]}
+    given = {
+        "task": "text-to-image",
+        "model": {"path": str(sdxl)},
+        "adapters": [{"path": str(tmp_path), "weight": 0.5}],
+    }
     run = generate_run(tmp_path / "job", [{"prompt": "a lute"}], **given)
     engine = ImageEngine(run.spec, sdxl, [tmp_path / "style.safetensors"], Hardware("cpu", "bf16"), batch_size=1)
     own = UNet2DConditionModel.from_pretrained(sdxl / "unet").get_submodule(ATTENTION_Q).weight.detach()

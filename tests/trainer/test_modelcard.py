@@ -1,4 +1,6 @@
-"""The commands of a model's card: run as they stand, they give the model that was measured, its class names, and batches that can be made."""
+"""The commands of a model's card: run as they stand, they give the model that was measured, its class names, and
+batches that can be made.
+"""
 
 from __future__ import annotations
 
@@ -37,14 +39,26 @@ def test_the_commands_of_a_card(
     task: str, method: str, tiny_model: Path, paragraphs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    base = save_vit(tmp_path / "model") if task == "image-classification" else without_padding(tiny_model, tmp_path / "model")
+    base = (
+        save_vit(tmp_path / "model")
+        if task == "image-classification"
+        else without_padding(tiny_model, tmp_path / "model")
+    )
     data = {
         "causal-lm": lambda: causal_lm_data(tokenizer, prose(paragraphs)),
         "text-classification": lambda: classification_data(tokenizer, paragraphs),
         "image-classification": image_data,
     }[task]()
     rows = DatasetDict(train=data["train"].select(range(32)), eval=data["eval"].select(range(16)))
-    run = prepared_run(tmp_path / "job", base, rows, CLASSES.get(task), task=task, method={"type": method}, training={"maxSteps": 4, "learningRate": 1e-2})
+    run = prepared_run(
+        tmp_path / "job",
+        base,
+        rows,
+        CLASSES.get(task),
+        task=task,
+        method={"type": method},
+        training={"maxSteps": 4, "learningRate": 1e-2},
+    )
     metrics = train.main(run).metrics
     assert metrics is not None
     monkeypatch.setattr("socket.socket.connect", refuse)
@@ -52,7 +66,11 @@ def test_the_commands_of_a_card(
     exec(commands(run, Path(run.workspace) / "result"), made)
     model = made["model"].eval()
 
-    inputs = pixels(made, rows["eval"].select(range(8))) if "processor" in made else made["tokenizer"](TEXTS, padding=True, return_tensors="pt")
+    inputs = (
+        pixels(made, rows["eval"].select(range(8)))
+        if "processor" in made
+        else made["tokenizer"](TEXTS, padding=True, return_tensors="pt")
+    )
     with torch.no_grad():
         assert len(model(**inputs).logits) == 8
     if task in CLASSES:
@@ -63,7 +81,14 @@ def test_the_commands_of_a_card(
 
 TARGETS: list[tuple[list[str], bool, list[str]]] = [
     # targetModules, whether input and output embeddings are the same, warnings
-    (["embed_tokens", "q_proj"], True, ["model.embed_tokens has the same weights as lm_head, and the adapter changes those of model.embed_tokens alone"]),
+    (
+        ["embed_tokens", "q_proj"],
+        True,
+        [
+            "model.embed_tokens has the same weights as lm_head, and the adapter changes those of model.embed_tokens"
+            " alone"
+        ],
+    ),
     (["embed_tokens", "q_proj"], False, []),
     (["q_proj"], True, []),
     (["all-linear"], True, []),
@@ -74,10 +99,20 @@ TARGETS: list[tuple[list[str], bool, list[str]]] = [
 def test_a_card_warns_of_what_peft_would_merge_wrongly(
     targets: list[str], tied: bool, warnings: list[str], make_run: MakeRun, tmp_path: Path
 ) -> None:
-    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     LlamaConfig(**sizes, tie_word_embeddings=tied).save_pretrained(tmp_path)
     record = PreparedRecord(
-        model=ResolvedSource(source="m"), dataset=ResolvedDataset(source="d", rows=1), plan=Plan(strategy="none"), model_path=str(tmp_path), dataset_path="d"
+        model=ResolvedSource(source="m"),
+        dataset=ResolvedDataset(source="d", rows=1),
+        plan=Plan(strategy="none"),
+        model_path=str(tmp_path),
+        dataset_path="d",
     )
     found = modelcard.shared_weights(make_run(method={"type": "lora", "targetModules": targets}), record)
     assert [text.partition(". ")[0] for text in found] == warnings
@@ -102,6 +137,10 @@ def refuse(*args: Any) -> None:
 @torch.no_grad()
 def accuracy(model: Any, made: dict[str, Any], rows: Any) -> float:
     """Of all rows in one batch."""
-    inputs = pixels(made, rows) if "processor" in made else made["tokenizer"].pad({"input_ids": rows["input_ids"][:]}, return_tensors="pt")
+    inputs = (
+        pixels(made, rows)
+        if "processor" in made
+        else made["tokenizer"].pad({"input_ids": rows["input_ids"][:]}, return_tensors="pt")
+    )
     answers = model(**inputs).logits.argmax(dim=1)
     return (answers == torch.tensor(rows["labels"][:])).double().mean().item()

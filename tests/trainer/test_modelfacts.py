@@ -31,17 +31,17 @@ GPT = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
 
 POSITIONS = [
     # architecture              fields                                        of 66 positions, tokens have
-    ("bert",                    SIZES,                                        66),
-    ("mpnet",                   SIZES,                                        64),
-    ("roberta",                 SIZES,                                        64),
-    ("camembert",               SIZES | {"pad_token_id": 5},                  60),
-    ("roberta-prelayernorm",    SIZES,                                        64),
-    ("data2vec-text",           SIZES,                                        64),
-    ("xlm-roberta-xl",          SIZES,                                        64),
-    ("ibert",                   SIZES,                                        64),
-    ("opt",                     SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 32}, 66),
-    ("llama",                   SIZES,                                        66),
-]  # fmt: skip
+    ("bert", SIZES, 66),
+    ("mpnet", SIZES, 64),
+    ("roberta", SIZES, 64),
+    ("camembert", SIZES | {"pad_token_id": 5}, 60),
+    ("roberta-prelayernorm", SIZES, 64),
+    ("data2vec-text", SIZES, 64),
+    ("xlm-roberta-xl", SIZES, 64),
+    ("ibert", SIZES, 64),
+    ("opt", SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 32}, 66),
+    ("llama", SIZES, 66),
+]
 
 
 @pytest.mark.parametrize(("kind", "fields", "tokens"), POSITIONS, ids=[p[0] for p in POSITIONS])
@@ -57,26 +57,31 @@ def test_room(kind: str, fields: dict[str, Any], tokens: int) -> None:
 
 READERS = [
     # architecture       fields                               looks back only
-    ("llama",            SIZES,                               True),
-    ("gpt2",             GPT,                                 True),
-    ("gpt_neox",         SIZES,                               True),
-    ("bart",             BART,                                True),
-    ("bert",             SIZES,                               False),
-    ("bert",             SIZES | {"is_decoder": True},        True),
-    ("bert-generation",  SIZES,                               False),
-    ("xlm-roberta",      SIZES,                               False),
-    ("electra",          SIZES,                               False),
-    ("xlnet",            {"vocab_size": 64, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64}, False),
-    ("xlm",              {"vocab_size": 64, "emb_dim": 32, "n_layers": 2, "n_heads": 2}, False),
-]  # fmt: skip
+    ("llama", SIZES, True),
+    ("gpt2", GPT, True),
+    ("gpt_neox", SIZES, True),
+    ("bart", BART, True),
+    ("bert", SIZES, False),
+    ("bert", SIZES | {"is_decoder": True}, True),
+    ("bert-generation", SIZES, False),
+    ("xlm-roberta", SIZES, False),
+    ("electra", SIZES, False),
+    ("xlnet", {"vocab_size": 64, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64}, False),
+    ("xlm", {"vocab_size": 64, "emb_dim": 32, "n_layers": 2, "n_heads": 2}, False),
+]
 
 
-@pytest.mark.parametrize(("kind", "fields", "back"), READERS, ids=[f"{r[0]}{' decoder' * ('is_decoder' in r[1])}" for r in READERS])
+@pytest.mark.parametrize(
+    ("kind", "fields", "back"), READERS, ids=[f"{r[0]}{' decoder' * ('is_decoder' in r[1])}" for r in READERS]
+)
 @pytest.mark.parametrize("task", ["causal-lm", "text-generation"])
 def test_a_causal_language_model_looks_back_only(task: str, kind: str, fields: dict[str, Any], back: bool) -> None:
     torch.manual_seed(1)
     config = AutoConfig.for_model(kind, **fields)
-    refusal = rf"^spec\.model: {kind} reads a text from both ends.*; choose a model that reads forward, such as llama or gpt2$"
+    refusal = (
+        rf"^spec\.model: {kind} reads a text from both ends.*; choose a model that reads forward, such as llama or"
+        r" gpt2$"
+    )
     with nullcontext() if back else pytest.raises(Failure, match=refusal):
         check_task(config, task, "spec.model")
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -88,11 +93,15 @@ def test_a_causal_language_model_looks_back_only(task: str, kind: str, fields: d
     assert torch.allclose(logits[0, :4], logits[1, :4], atol=1e-4) == back
 
 
-def test_an_encoder_is_refused_before_anything_is_learnt(make_run: Callable[..., FineTuneRun], tiny_model: Path, tmp_path: Path) -> None:
+def test_an_encoder_is_refused_before_anything_is_learnt(
+    make_run: Callable[..., FineTuneRun], tiny_model: Path, tmp_path: Path
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     BertModel(BertConfig(**SIZES | {"vocab_size": len(tokenizer)})).save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
-    with pytest.raises(Failure, match=r"spec\.model: bert reads a text from both ends \(its configuration has is_decoder: false\)"):
+    with pytest.raises(
+        Failure, match=r"spec\.model: bert reads a text from both ends \(its configuration has is_decoder: false\)"
+    ):
         main(make_run(model={"path": str(tmp_path / "bert")}))
 
 
@@ -115,6 +124,8 @@ def test_a_prompt_needs_room(name: str, new: int, fits: bool, make_generate_run:
     else:
         with pytest.raises(Failure) as failure:
             main(run)
-        assert failure.value.message == (
-            "spec.text.maxNewTokens: 256 tokens leave no room for a prompt: the model has 256 positions (max_position_embeddings); set it below that"
+        assert (
+            failure.value.message
+            == "spec.text.maxNewTokens: 256 tokens leave no room for a prompt: the model has 256 positions"
+            " (max_position_embeddings); set it below that"
         )

@@ -1,4 +1,6 @@
-"""What a user should know although nothing failed: said once, bounded, and again by a `prepare` that finds its work done."""
+"""What a user should know although nothing failed: said once, bounded, and again by a `prepare` that finds its work
+done.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ CASES = [
     ("repeated", ["a", "b", "a"], ["a", "b"]),
     ("long", ["x" * 400], ["x" * 299 + "…"]),
     ("many", [str(i) for i in range(30)], [*map(str, range(19)), "11 more notices are in the log of the phase"]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "texts", "expect"), CASES, ids=[c[0] for c in CASES])

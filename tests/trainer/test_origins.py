@@ -1,4 +1,6 @@
-"""What a job was built on and is another by now: data that was edited, results that were made anew, adapters of another base."""
+"""What a job was built on and is another by now: data that was edited, results that were made anew, adapters of another
+base.
+"""
 
 from __future__ import annotations
 
@@ -59,16 +61,34 @@ SINCE: list[tuple[str, Callable[[Path], object], str | None]] = [
     ("a copy", copy, None),
     ("all of it gone", shutil.rmtree, None),
     ("another file beside it", lambda data: (data / "z.txt").write_text("z"), None),
-    ("a row more", lambda data: (data / "a.jsonl").write_text(lines("one", "two", "three")), "spec.dataset.files: {data}/a.jsonl has changed"),
-    ("as many bytes", lambda data: (data / "b.jsonl").write_text(lines("three", "fivr")), "spec.dataset.files: {data}/b.jsonl has changed"),
-    ("a file more", lambda data: (data / "c.jsonl").write_text(lines("six")), "spec.dataset.files: {data}/c.jsonl has come"),
+    (
+        "a row more",
+        lambda data: (data / "a.jsonl").write_text(lines("one", "two", "three")),
+        "spec.dataset.files: {data}/a.jsonl has changed",
+    ),
+    (
+        "as many bytes",
+        lambda data: (data / "b.jsonl").write_text(lines("three", "fivr")),
+        "spec.dataset.files: {data}/b.jsonl has changed",
+    ),
+    (
+        "a file more",
+        lambda data: (data / "c.jsonl").write_text(lines("six")),
+        "spec.dataset.files: {data}/c.jsonl has come",
+    ),
     ("a file less", lambda data: (data / "b.jsonl").unlink(), "spec.dataset.files: {data}/b.jsonl has gone"),
-    ("other rows to measure on", lambda data: (data / "eval").write_text(lines("x x")), "spec.dataset.evalFiles: {data}/eval has changed"),
+    (
+        "other rows to measure on",
+        lambda data: (data / "eval").write_text(lines("x x")),
+        "spec.dataset.evalFiles: {data}/eval has changed",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("name", "happens", "message"), SINCE, ids=[c[0] for c in SINCE])
-def test_data_since_it_was_prepared(name: str, happens: Callable[[Path], object], message: str | None, make_run: MakeRun, tmp_path: Path) -> None:
+def test_data_since_it_was_prepared(
+    name: str, happens: Callable[[Path], object], message: str | None, make_run: MakeRun, tmp_path: Path
+) -> None:
     data = tmp_path / "data"
     data.mkdir()
     for file, texts in {"a.jsonl": ("one", "two"), "b.jsonl": ("three", "four"), "eval": ("held", "out")}.items():
@@ -91,10 +111,17 @@ def test_edited_prompts(make_generate_run: MakeGenerateRun, tmp_path: Path) -> N
 
 
 class Jobs:
-    """FineTuneJobs of one folder: prepared as always, and ended by hand, because what they learn does not matter here."""
+    """FineTuneJobs of one folder: prepared as always, and ended by hand, because what they learn does not matter
+    here.
+    """
 
     def __init__(self, make_run: MakeRun, make_generate_run: MakeGenerateRun, tiny_model: Path, root: Path) -> None:
-        self.make_run, self.make_generate_run, self.tiny_model, self.root = make_run, make_generate_run, tiny_model, root
+        self.make_run, self.make_generate_run, self.tiny_model, self.root = (
+            make_run,
+            make_generate_run,
+            tiny_model,
+            root,
+        )
 
     @property
     def sources(self) -> dict[str, str]:
@@ -117,7 +144,11 @@ class Jobs:
         run = self.make_run(name, task=task, model=model, sources=self.sources)
         main(run)
         record, result = read_prepared(run), WorkspaceFolder(Path(run.workspace)).result
-        auto, kind = (AutoModelForCausalLM, "CAUSAL_LM") if task == "causal-lm" else (AutoModelForSequenceClassification, "SEQ_CLS")
+        auto, kind = (
+            (AutoModelForCausalLM, "CAUSAL_LM")
+            if task == "causal-lm"
+            else (AutoModelForSequenceClassification, "SEQ_CLS")
+        )
         torch.manual_seed(len(name))
         lora = LoraConfig(task_type=kind, r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
         get_peft_model(auto.from_pretrained(record.model_path), lora).save_pretrained(result)
@@ -155,7 +186,9 @@ def test_a_result_made_anew_is_another_model(jobs: Jobs, tmp_path: Path) -> None
 
 
 def test_a_merged_adapter_is_the_runs_own(jobs: Jobs, tmp_path: Path) -> None:
-    """What a run has in its workspace does not change under it; a result that is to be made of the new one is another job's."""
+    """What a run has in its workspace does not change under it; a result that is to be made of the new one is another
+    job's.
+    """
     jobs.base("b0")
     jobs.adapter("ad1", {"job": "b0"})
     run = jobs.make_run("ad2", model={"job": "ad1"}, sources=jobs.sources)
@@ -187,8 +220,8 @@ def test_an_adapter_is_not_merged_into_a_base_made_anew(jobs: Jobs) -> None:
     jobs.adapter("ad1", {"job": "b0"})
     jobs.base("b0", seed=2)
     expect = (
-        "spec.model.job: the result of FineTuneJob ad1 is an adapter, and its base model, FineTuneJob b0, has changed since it was trained."
-        " Run ad1 again"
+        "spec.model.job: the result of FineTuneJob ad1 is an adapter, and its base model, FineTuneJob b0, has changed"
+        " since it was trained. Run ad1 again"
     )
     assert refusal(jobs.make_run("ad2", model={"job": "ad1"}, sources=jobs.sources)) == expect
     assert refusal(jobs.generate({"job": "ad1"})) == expect
@@ -202,8 +235,10 @@ def anything(jobs: Jobs) -> None:
     pass
 
 
-NOT_ITS_OWN = "spec.adapters[0].job: FineTuneJob {0} was trained on FineTuneJob {1}, and spec.model is FineTuneJob {2}. Set spec.model to the former," \
-    " or leave the adapter out and set model: {{job: {0}}}, which has both"  # fmt: skip
+NOT_ITS_OWN = (
+    "spec.adapters[0].job: FineTuneJob {0} was trained on FineTuneJob {1}, and spec.model is FineTuneJob {2}. Set"
+    " spec.model to the former, or leave the adapter out and set model: {{job: {0}}}, which has both"
+)
 PAIRS: list[tuple[str, Callable[[Jobs], None], dict[str, str], list[dict[str, str]], str | None]] = [
     # name, what happens first, model, adapters, refusal
     ("an adapter on its base", anything, {"job": "b0"}, [{"job": "ad1"}], None),
@@ -212,22 +247,56 @@ PAIRS: list[tuple[str, Callable[[Jobs], None], dict[str, str], list[dict[str, st
     ("the adapter by its path", anything, {"job": "b0"}, [{"path": "ROOT/ad1/result"}], None),
     ("an adapter twice", anything, {"job": "ad1"}, [{"job": "ad1"}], NOT_ITS_OWN.format("ad1", "b0", "ad1")),
     ("one between them is missing", anything, {"job": "b0"}, [{"job": "ad2"}], NOT_ITS_OWN.format("ad2", "ad1", "b0")),
-    ("one between them is missing, by its path", anything, {"job": "b0"}, [{"path": "ROOT/ad2/result"}],
-     "spec.adapters[0].path: the adapter was trained on ROOT/ad2/prepared/model, and spec.model is FineTuneJob b0. Set spec.model to the former"),
-    ("a classifier's", anything, {"job": "b0"}, [{"job": "cls"}],
-     "spec.adapters[0].job: the adapter was trained for text-classification, and text-generation needs one for causal-lm. Name another, or remove it"),
-    ("a classifier's, by its path", anything, {"job": "b0"}, [{"path": "ROOT/cls/result"}],
-     "spec.adapters[0].path: the adapter was trained for text-classification, and text-generation needs one for causal-lm. Name another, or remove it"),
-    ("its base was made anew", made_anew, {"job": "b0"}, [{"job": "ad1"}],
-     "spec.adapters[0].job: FineTuneJob b0 has changed since FineTuneJob ad1 was trained on it"),
-]  # fmt: skip
+    (
+        "one between them is missing, by its path",
+        anything,
+        {"job": "b0"},
+        [{"path": "ROOT/ad2/result"}],
+        (
+            "spec.adapters[0].path: the adapter was trained on ROOT/ad2/prepared/model, and spec.model is FineTuneJob"
+            " b0. Set spec.model to the former"
+        ),
+    ),
+    (
+        "a classifier's",
+        anything,
+        {"job": "b0"},
+        [{"job": "cls"}],
+        (
+            "spec.adapters[0].job: the adapter was trained for text-classification, and text-generation needs one for"
+            " causal-lm. Name another, or remove it"
+        ),
+    ),
+    (
+        "a classifier's, by its path",
+        anything,
+        {"job": "b0"},
+        [{"path": "ROOT/cls/result"}],
+        (
+            "spec.adapters[0].path: the adapter was trained for text-classification, and text-generation needs one for"
+            " causal-lm. Name another, or remove it"
+        ),
+    ),
+    (
+        "its base was made anew",
+        made_anew,
+        {"job": "b0"},
+        [{"job": "ad1"}],
+        "spec.adapters[0].job: FineTuneJob b0 has changed since FineTuneJob ad1 was trained on it",
+    ),
+]
 
 
 @pytest.mark.parametrize(("name", "happens", "model", "adapters", "message"), PAIRS, ids=[c[0] for c in PAIRS])
 def test_an_adapter_and_a_model(
-    name: str, happens: Callable[[Jobs], None], model: dict[str, str], adapters: list[dict[str, str]], message: str | None, jobs: Jobs,
+    name: str,
+    happens: Callable[[Jobs], None],
+    model: dict[str, str],
+    adapters: list[dict[str, str]],
+    message: str | None,
+    jobs: Jobs,
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     root = str(tmp_path / "workspace")
     jobs.base("b0")
     jobs.adapter("ad1", {"job": "b0"})
@@ -248,14 +317,23 @@ def test_an_adapter_and_a_model(
 
 FOREIGN: list[tuple[str, dict[str, int], str]] = [
     ("narrower", {"intermediate_size": 48}, "model.layers.0.mlp.down_proj has 64 inputs there, and 48 in the adapter"),
-    ("with other heads", {"head_dim": 8}, "model.layers.0.self_attn.q_proj has 32 outputs there, and 16 in the adapter"),
+    (
+        "with other heads",
+        {"head_dim": 8},
+        "model.layers.0.self_attn.q_proj has 32 outputs there, and 16 in the adapter",
+    ),
     ("deeper", {"num_hidden_layers": 3}, "which has no module model.layers.2.mlp.down_proj"),
 ]
 
 
 @pytest.mark.parametrize(("name", "fields", "message"), FOREIGN, ids=[c[0] for c in FOREIGN])
 def test_an_adapter_of_a_model_that_is(
-    name: str, fields: dict[str, int], message: str, make_generate_run: MakeGenerateRun, tiny_model: Path, tmp_path: Path
+    name: str,
+    fields: dict[str, int],
+    message: str,
+    make_generate_run: MakeGenerateRun,
+    tiny_model: Path,
+    tmp_path: Path,
 ) -> None:
     config = new_config_of(tiny_model)
     for field, value in fields.items():
@@ -268,14 +346,25 @@ def test_an_adapter_of_a_model_that_is(
     assert said.endswith("Name the model it was trained on")
 
 
-def test_an_adapter_fits_whatever_its_linear_modules_are_called(make_generate_run: MakeGenerateRun, tiny_model: Path, tmp_path: Path) -> None:
+def test_an_adapter_fits_whatever_its_linear_modules_are_called(
+    make_generate_run: MakeGenerateRun, tiny_model: Path, tmp_path: Path
+) -> None:
     """GPT-2's are transposed."""
     from luthier_api.spec import NewModel
 
     shutil.copytree(tiny_model, tmp_path / "gpt2")
-    config = new_config(NewModel(model_type="gpt2", parameters={"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}))
+    config = new_config(
+        NewModel(model_type="gpt2", parameters={"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64})
+    )
     config.vocab_size = 512
     save_new_model(config, tmp_path / "gpt2", seed=1)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2")
-    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
-    assert main(make_generate_run(model={"path": str(tmp_path / "gpt2")}, adapters=[{"path": str(tmp_path / "adapter")}])).code == 0
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")).save_pretrained(
+        tmp_path / "adapter"
+    )
+    assert (
+        main(
+            make_generate_run(model={"path": str(tmp_path / "gpt2")}, adapters=[{"path": str(tmp_path / "adapter")}])
+        ).code
+        == 0
+    )

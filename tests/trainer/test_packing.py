@@ -1,4 +1,6 @@
-"""Packing: blocks hold the tokens of the whole texts, whatever the pieces that they were tokenised in, and the work is linear."""
+"""Packing: blocks hold the tokens of the whole texts, whatever the pieces that they were tokenised in, and the work is
+linear.
+"""
 
 from __future__ import annotations
 
@@ -64,23 +66,31 @@ def test_a_long_text_has_the_tokens_that_it_has_as_a_whole(
 
 @pytest.mark.parametrize("kind", ["SentencePiece BPE", "Unigram"])
 def test_pieces_that_do_not_overlap_would_have_other_tokens(
-    kind: str, tokenizers: dict[str, PreTrainedTokenizerBase], book: str, small_pieces: None, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    tokenizers: dict[str, PreTrainedTokenizerBase],
+    book: str,
+    small_pieces: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(packing, "OVERLAP", 0)
     tokenizer = tokenizers[kind]
     whole = tokenizer(book, add_special_tokens=False, verbose=False)["input_ids"]
-    assert stream(blocks(lines(book), "text", Reader(tokenizer), 128, documents=True)) != [*Reader(tokenizer).begin, *whole, tokenizer.eos_token_id]
+    assert stream(blocks(lines(book), "text", Reader(tokenizer), 128, documents=True)) != [
+        *Reader(tokenizer).begin,
+        *whole,
+        tokenizer.eos_token_id,
+    ]
 
 
 UNBROKEN = [
     # name                text
-    ("letters",           "a" * 30_000),
-    ("blanks",            "x" + " " * 30_000 + "y"),
-    ("line breaks",       "\n" * 30_000),
-    ("digits",            "".join(str(i * i) for i in range(6000))),
-    ("no blanks",         "".join(f"{i * 7919:x}" for i in range(6000))),
-    ("other scripts",     "漢字かな交じり文🎉é" * 3000),
-]  # fmt: skip
+    ("letters", "a" * 30_000),
+    ("blanks", "x" + " " * 30_000 + "y"),
+    ("line breaks", "\n" * 30_000),
+    ("digits", "".join(str(i * i) for i in range(6000))),
+    ("no blanks", "".join(f"{i * 7919:x}" for i in range(6000))),
+    ("other scripts", "漢字かな交じり文🎉é" * 3000),
+]
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "SentencePiece BPE"])
@@ -94,19 +104,27 @@ def test_no_character_is_lost_or_doubled_where_nothing_breaks_a_text(
     assert tokenizer.decode(ids[len(Reader(tokenizer).begin) : -1]) == tokenizer.decode(whole)
 
 
-def test_texts_follow_each_other(tokenizers: dict[str, PreTrainedTokenizerBase], paragraphs: list[str], small_pieces: None) -> None:
-    """Rows of all lengths, in several batches: each has its beginning and its end, and no token is lost between batches and blocks."""
+def test_texts_follow_each_other(
+    tokenizers: dict[str, PreTrainedTokenizerBase], paragraphs: list[str], small_pieces: None
+) -> None:
+    """Rows of all lengths, in several batches: each has its beginning and its end, and no token is lost between batches
+    and blocks.
+    """
     for kind in ("byte-level", "SentencePiece BPE"):
         tokenizer = tokenizers[kind]
         reader = Reader(tokenizer)
         rows = ["", *paragraphs[:300], "\n\n".join(paragraphs[300:350]), "end"]
-        expected = [token for text in rows for token in [*tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id]]
+        expected = [
+            token for text in rows for token in [*tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id]
+        ]
         packed = blocks(Dataset.from_dict({"text": rows}), "text", reader, 100, documents=False)
         assert stream(packed) == expected[: len(expected) - len(expected) % 100 + len(packed[-1]["input_ids"]) % 100]
         assert len(stream(packed)) >= len(expected) - 1  # a last token alone predicts nothing
 
 
-def test_a_file_that_is_cut_off_has_no_end(tokenizers: dict[str, PreTrainedTokenizerBase], book: str, small_pieces: None) -> None:
+def test_a_file_that_is_cut_off_has_no_end(
+    tokenizers: dict[str, PreTrainedTokenizerBase], book: str, small_pieces: None
+) -> None:
     """train[:50%] of a file: what is left out would have gone on."""
     tokenizer = tokenizers["byte-level"]
     half = lines(book).select(range(3000))
@@ -115,7 +133,9 @@ def test_a_file_that_is_cut_off_has_no_end(tokenizers: dict[str, PreTrainedToken
 
 
 @pytest.mark.parametrize("shape", ["lines of a file", "one row", "rows"])
-def test_the_work_is_linear_and_bounded(shape: str, tokenizers: dict[str, PreTrainedTokenizerBase], book: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_work_is_linear_and_bounded(
+    shape: str, tokenizers: dict[str, PreTrainedTokenizerBase], book: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The tokenizer sees each character once, but for the overlaps, and never more than a bounded number at once."""
     calls: list[int] = []
     tokenizer = tokenizers["byte-level"]
@@ -127,8 +147,11 @@ def test_the_work_is_linear_and_bounded(shape: str, tokenizers: dict[str, PreTra
         return encode(self, text, **options)
 
     monkeypatch.setattr(type(tokenizer), "_encode_plus", counting)
-    rows = {"lines of a file": lines(book), "one row": Dataset.from_dict({"text": [book]}),
-            "rows": Dataset.from_dict({"text": [book[i : i + 3000] for i in range(0, len(book), 3000)]})}  # fmt: skip
+    rows = {
+        "lines of a file": lines(book),
+        "one row": Dataset.from_dict({"text": [book]}),
+        "rows": Dataset.from_dict({"text": [book[i : i + 3000] for i in range(0, len(book), 3000)]}),
+    }
     blocks(rows[shape], "text", Reader(tokenizer), 512, documents=shape == "lines of a file")
     assert sum(calls) <= len(book) * 1.05
     assert max(calls) <= 100_000 + packing.PIECE + 2 * packing.OVERLAP

@@ -42,16 +42,16 @@ GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2}
 OPT = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 FAMILIES: list[tuple[str, str, Any, Any, dict[str, Any]]] = [
     # name                       task                   model                             configuration
-    ("gpt2",                     "causal-lm",           GPT2LMHeadModel,                  GPT2Config,    GPT2),
-    ("opt",                      "causal-lm",           OPTForCausalLM,                   OPTConfig,     OPT),
-    ("llama",                    "causal-lm",           LlamaForCausalLM,                 LlamaConfig,   BERT),
-    ("bert decoder",             "causal-lm",           BertLMHeadModel,                  BertConfig,    BERT | {"is_decoder": True}),
-    ("roberta decoder",          "causal-lm",           RobertaForCausalLM,               RobertaConfig, BERT | {"is_decoder": True}),
-    ("bert classifier",          "text-classification", BertForSequenceClassification,    BertConfig,    BERT),
-    ("roberta classifier",       "text-classification", RobertaForSequenceClassification, RobertaConfig, BERT),
-    ("gpt2, its last token",     "text-classification", GPT2ForSequenceClassification,    GPT2Config,    GPT2),
-    ("llama, its last token",    "text-classification", LlamaForSequenceClassification,   LlamaConfig,   BERT),
-]  # fmt: skip
+    ("gpt2", "causal-lm", GPT2LMHeadModel, GPT2Config, GPT2),
+    ("opt", "causal-lm", OPTForCausalLM, OPTConfig, OPT),
+    ("llama", "causal-lm", LlamaForCausalLM, LlamaConfig, BERT),
+    ("bert decoder", "causal-lm", BertLMHeadModel, BertConfig, BERT | {"is_decoder": True}),
+    ("roberta decoder", "causal-lm", RobertaForCausalLM, RobertaConfig, BERT | {"is_decoder": True}),
+    ("bert classifier", "text-classification", BertForSequenceClassification, BertConfig, BERT),
+    ("roberta classifier", "text-classification", RobertaForSequenceClassification, RobertaConfig, BERT),
+    ("gpt2, its last token", "text-classification", GPT2ForSequenceClassification, GPT2Config, GPT2),
+    ("llama, its last token", "text-classification", LlamaForSequenceClassification, LlamaConfig, BERT),
+]
 SIDES = ["left", "right"]
 
 
@@ -86,7 +86,9 @@ def measured(task: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         loss = training.loss(model)
         with torch.no_grad():
             outputs = model(**batch) if loss else model(**batch, num_items_in_batch=torch.tensor(items))
-            minimised += (loss(outputs, batch["labels"], num_items_in_batch=torch.tensor(items)) if loss else outputs.loss).item()
+            minimised += (
+                loss(outputs, batch["labels"], num_items_in_batch=torch.tensor(items)) if loss else outputs.loss
+            ).item()
         reduced.append(figures.reduce(outputs.logits, batch["labels"]))
         labels += batch["labels"].flatten().tolist()
     gathered = type("Gathered", (), {"predictions": torch.cat(reduced), "label_ids": torch.tensor(labels)})
@@ -94,13 +96,25 @@ def measured(task: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize(("name", "task", "model_class", "config_class", "sizes"), FAMILIES, ids=[f[0] for f in FAMILIES])
+@pytest.mark.parametrize(
+    ("name", "task", "model_class", "config_class", "sizes"), FAMILIES, ids=[f[0] for f in FAMILIES]
+)
 def test_the_loss_does_not_depend_on_the_batch(
-    name: str, task: str, model_class: Any, config_class: Any, sizes: dict[str, Any], side: str, tokenizers: dict[str, PreTrainedTokenizerBase]
+    name: str,
+    task: str,
+    model_class: Any,
+    config_class: Any,
+    sizes: dict[str, Any],
+    side: str,
+    tokenizers: dict[str, PreTrainedTokenizerBase],
 ) -> None:
     tokenizer = tokenizers[side]
     torch.manual_seed(0)
-    model = model_class(config_class(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, max_position_embeddings=64, **sizes)).eval()
+    model = model_class(
+        config_class(
+            vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, max_position_embeddings=64, **sizes
+        )
+    ).eval()
     model.loss_type = "ForCausalLM" if task == "causal-lm" else model.loss_type
     with torch.no_grad():
         for weight in model.parameters():  # positions as different as a trained model's
@@ -111,11 +125,19 @@ def test_the_loss_does_not_depend_on_the_batch(
     assert measured(task, model, tokenizer, size=3) == pytest.approx(alone, abs=1e-4)
 
 
-def test_a_model_that_sees_padding_says_so(tokenizers: dict[str, PreTrainedTokenizerBase], make_run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_sees_padding_says_so(
+    tokenizers: dict[str, PreTrainedTokenizerBase], make_run: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     """No padding would be right for it; the user may choose that."""
     tokenizer = tokenizers["right"]
     torch.manual_seed(0)
-    config = FNetConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, intermediate_size=64, pad_token_id=tokenizer.pad_token_id)
+    config = FNetConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     model = FNetForSequenceClassification(config).eval()
     alone, together = (measured("text-classification", model, tokenizer, size)[0] for size in (1, 8))
     assert alone != pytest.approx(together, abs=1e-4)
@@ -125,7 +147,9 @@ def test_a_model_that_sees_padding_says_so(tokenizers: dict[str, PreTrainedToken
         assert capsys.readouterr().out.startswith("spec.model: fnet does not mask padding") is said
 
 
-def test_the_result_keeps_the_side_of_its_tokenizer(tmp_path: Path, tokenizers: dict[str, PreTrainedTokenizerBase], tiny_model: Path) -> None:
+def test_the_result_keeps_the_side_of_its_tokenizer(
+    tmp_path: Path, tokenizers: dict[str, PreTrainedTokenizerBase], tiny_model: Path
+) -> None:
     from datasets import Dataset, DatasetDict
 
     tokenizer = tokenizers["left"]

@@ -1,4 +1,6 @@
-"""Pipelines of text-to-image in `prepare`: every mistake that configurations, headers and samplers can tell ends there; and how weights are stored."""
+"""Pipelines of text-to-image in `prepare`: every mistake that configurations, headers and samplers can tell ends there;
+and how weights are stored.
+"""
 
 from __future__ import annotations
 
@@ -62,18 +64,26 @@ MISTAKES = [
     Mistake(
         name="weights that lack a tensor",
         spoil=drop_a_tensor,
-        message="spec.model.path: the weights in FOLDER/unet lack 1 of the 212 tensors of UNet2DConditionModel: mid_block.attentions.0.proj_in.weight.",
+        message=(
+            "spec.model.path: the weights in FOLDER/unet lack 1 of the 212 tensors of UNet2DConditionModel:"
+            " mid_block.attentions.0.proj_in.weight."
+        ),
     ),
     Mistake(
         name="weights by other names",
         spoil=compiled,
-        message="spec.model.path: the weights in FOLDER/unet lack 212 of the 212 tensors of UNet2DConditionModel: conv_in.weight, conv_in.bias,",
+        message=(
+            "spec.model.path: the weights in FOLDER/unet lack 212 of the 212 tensors of UNet2DConditionModel:"
+            " conv_in.weight, conv_in.bias,"
+        ),
     ),
     Mistake(
         name="weights of another configuration",
         spoil=edit("unet/config.json", cross_attention_dim=48),
-        message="spec.model.path: down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight in FOLDER/unet is (16, 64), and UNet2DConditionModel by"
-        " its config.json wants (16, 48)",
+        message=(
+            "spec.model.path: down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight in FOLDER/unet is (16,"
+            " 64), and UNet2DConditionModel by its config.json wants (16, 48)"
+        ),
     ),
     Mistake(
         name="no tokenizer",
@@ -93,7 +103,10 @@ MISTAKES = [
     Mistake(
         name="code of its own",
         spoil=edit("model_index.json", unet=["my_unet", "MyUNet"]),
-        message="spec.model.path: model_index.json names my_unet.MyUNet, which is not there. Code of a repository is never run",
+        message=(
+            "spec.model.path: model_index.json names my_unet.MyUNet, which is not there. Code of a repository is"
+            " never run"
+        ),
     ),
     Mistake(
         name="another pipeline",
@@ -119,7 +132,13 @@ def test_a_mistake_ends_in_prepare(case: Mistake, sdxl: Path, tmp_path: Path) ->
     folder = tmp_path / "model"
     shutil.copytree(sdxl, folder)
     case.spoil(folder)
-    run = generate_run(tmp_path / "job", [{"prompt": "a lute"}], task="text-to-image", model={"path": str(folder)}, image=case.image or {})
+    run = generate_run(
+        tmp_path / "job",
+        [{"prompt": "a lute"}],
+        task="text-to-image",
+        model={"path": str(folder)},
+        image=case.image or {},
+    )
     with pytest.raises(Failure) as failure:
         main(run)
     assert failure.value.code is ExitCode.INVALID_SPEC
@@ -130,14 +149,20 @@ def test_a_mistake_ends_in_prepare(case: Mistake, sdxl: Path, tmp_path: Path) ->
 def test_a_size_that_is_no_whole_number_of_latents(sdxl: Path) -> None:
     vae = StableDiffusionXLPipeline.from_pretrained(sdxl).vae
     vae.register_to_config(block_out_channels=[16] * 5)  # 16 pixels a latent
-    spec = generate_run(Path("/"), [{"prompt": "-"}], task="text-to-image", model={"path": "/m"}, image={"width": 1000, "height": 1024}).spec
-    with pytest.raises(Failure, match=r"spec\.image\.width: 1000 is not a multiple of 16, as this model wants; set 992 or 1008"):
+    spec = generate_run(
+        Path("/"), [{"prompt": "-"}], task="text-to-image", model={"path": "/m"}, image={"width": 1000, "height": 1024}
+    ).spec
+    with pytest.raises(
+        Failure, match=r"spec\.image\.width: 1000 is not a multiple of 16, as this model wants; set 992 or 1008"
+    ):
         pipelines.check_size(vae, spec)
 
 
 @pytest.fixture(scope="module")
 def halves(sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pipeline in fp16: the UNet and an encoder in shards, the rest in one file each, as repositories have their variants."""
+    """The pipeline in fp16: the UNet and an encoder in shards, the rest in one file each, as repositories have their
+    variants.
+    """
     folder = tmp_path_factory.mktemp("models") / "halves"
     pipe = StableDiffusionXLPipeline.from_pretrained(sdxl, dtype=torch.float16)
     pipe.save_pretrained(folder, variant="fp16")
@@ -156,7 +181,10 @@ def test_half_precision_in_shards(source: str, sdxl: Path, halves: Path, hub: Ru
     model = {"id": "org/halves"} if source == "id" else {"path": str(halves)}
     run = generate_run(tmp_path / "job", [{"prompt": "a lute"}], task="text-to-image", model=model)
     main(run)
-    loaded, whole = pipelines.load(Path(read_prepared(run).model_path), torch.float32), StableDiffusionXLPipeline.from_pretrained(sdxl)
+    loaded, whole = (
+        pipelines.load(Path(read_prepared(run).model_path), torch.float32),
+        StableDiffusionXLPipeline.from_pretrained(sdxl),
+    )
     assert read_prepared(run).plan.parameters == sum(getattr(whole, name).num_parameters() for name in pipelines.MODELS)
     for name in pipelines.MODELS:
         for key, weight in getattr(whole, name).state_dict().items():
@@ -167,7 +195,9 @@ def test_plain_weights_come_before_a_variant(sdxl: Path, tmp_path: Path) -> None
     """Both lie in the folder; the parameters count once."""
     shutil.copytree(sdxl, tmp_path / "model")
     shutil.copy(sdxl / UNET, (tmp_path / "model" / UNET).with_suffix(".fp16.safetensors"))
-    run = generate_run(tmp_path / "job", [{"prompt": "a lute"}], task="text-to-image", model={"path": str(tmp_path / "model")})
+    run = generate_run(
+        tmp_path / "job", [{"prompt": "a lute"}], task="text-to-image", model={"path": str(tmp_path / "model")}
+    )
     main(run)
     pipe = StableDiffusionXLPipeline.from_pretrained(sdxl)
     assert read_prepared(run).plan.parameters == sum(getattr(pipe, name).num_parameters() for name in pipelines.MODELS)

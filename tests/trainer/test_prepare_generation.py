@@ -39,7 +39,13 @@ def test_rows_written_in_the_job(make_generate_run: MakeRun) -> None:
 FILES: list[tuple[str, str, str, dict[str, Any], list[tuple[str, int | None]]]] = [
     # name, file, content, columns, (prompt, own seed)
     ("CSV with gaps in the seeds", "p.csv", "prompt,seed\na,7\nb,\n", {}, [("a", 7), ("b", None)]),
-    ("JSON lines, columns by other names", "p.jsonl", '{"q": "a", "s": 1}\n{"q": "b", "s": 2}\n', {"prompt": "q", "seed": "s"}, [("a", 1), ("b", 2)]),
+    (
+        "JSON lines, columns by other names",
+        "p.jsonl",
+        '{"q": "a", "s": 1}\n{"q": "b", "s": 2}\n',
+        {"prompt": "q", "seed": "s"},
+        [("a", 1), ("b", 2)],
+    ),
     ("text, a prompt a line", "p.txt", "a\n\nb\n", {}, [("a", None), ("b", None)]),
     ("text with a byte order mark", "p.txt", "\ufeffa\n\ufeffb\n", {}, [("a", None), ("b", None)]),
     ("TSV with ordinary quotation marks", "p.tsv", 'prompt\tn\n"a\t1\nb"\t2\n', {}, [('"a', None), ('b"', None)]),
@@ -48,28 +54,59 @@ FILES: list[tuple[str, str, str, dict[str, Any], list[tuple[str, int | None]]]] 
 
 @pytest.mark.parametrize(("name", "file", "content", "columns", "expect"), FILES, ids=[c[0] for c in FILES])
 def test_rows_of_files(
-    name: str, file: str, content: str, columns: dict[str, Any], expect: list[tuple[str, int | None]], make_generate_run: MakeRun, tmp_path: Path
+    name: str,
+    file: str,
+    content: str,
+    columns: dict[str, Any],
+    expect: list[tuple[str, int | None]],
+    make_generate_run: MakeRun,
+    tmp_path: Path,
 ) -> None:
     (tmp_path / file).write_text(content)
     rows = rows_of(make_generate_run(inputs={"dataset": {"files": [str(tmp_path / file)]}, "columns": columns}))
-    assert [(r["prompt"], r["seed"] if own is not None else None) for r, (_, own) in zip(rows, expect, strict=True)] == expect
+    assert [
+        (r["prompt"], r["seed"] if own is not None else None) for r, (_, own) in zip(rows, expect, strict=True)
+    ] == expect
 
 
 # Name, file, content, columns, what each line has under `input`.
 CARRIED: list[tuple[str, str, str, dict[str, Any], list[Any]]] = [
-    ("all other columns", "p.csv", "id,prompt,seed,note\nx7,a,1,\nx8,b,2,hm\n", {}, [{"id": "x7", "note": ""}, {"id": "x8", "note": "hm"}]),
-    ("those that are named", "p.csv", "id,prompt,note\nx7,a,\nx8,b,hm\n", {"carry": ["id"]}, [{"id": "x7"}, {"id": "x8"}]),
+    (
+        "all other columns",
+        "p.csv",
+        "id,prompt,seed,note\nx7,a,1,\nx8,b,2,hm\n",
+        {},
+        [{"id": "x7", "note": ""}, {"id": "x8", "note": "hm"}],
+    ),
+    (
+        "those that are named",
+        "p.csv",
+        "id,prompt,note\nx7,a,\nx8,b,hm\n",
+        {"carry": ["id"]},
+        [{"id": "x7"}, {"id": "x8"}],
+    ),
     ("none", "p.csv", "id,prompt\nx7,a\n", {"carry": []}, [None]),
     ("the role of a column takes it out", "p.jsonl", '{"q": "a", "id": 7}\n', {"prompt": "q"}, [{"id": 7}]),
-    ("numbers, and true and false", "p.jsonl", '{"prompt": "a", "n": 7, "x": 0.5, "t": true, "z": null}\n', {},
-     [{"n": 7, "x": 0.5, "t": True, "z": None}]),
+    (
+        "numbers, and true and false",
+        "p.jsonl",
+        '{"prompt": "a", "n": 7, "x": 0.5, "t": true, "z": null}\n',
+        {},
+        [{"n": 7, "x": 0.5, "t": True, "z": None}],
+    ),
     ("the line of a text file", "p.txt", "\na\n\n  \nb\n", {}, [{"line": 2}, {"line": 5}]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "file", "content", "columns", "expect"), CARRIED, ids=[c[0] for c in CARRIED])
 def test_other_columns_are_carried(
-    name: str, file: str, content: str, columns: dict[str, Any], expect: list[Any], make_generate_run: MakeRun, tmp_path: Path
+    name: str,
+    file: str,
+    content: str,
+    columns: dict[str, Any],
+    expect: list[Any],
+    make_generate_run: MakeRun,
+    tmp_path: Path,
 ) -> None:
     (tmp_path / file).write_text(content)
     rows = rows_of(make_generate_run(inputs={"dataset": {"files": [str(tmp_path / file)]}, "columns": columns}))
@@ -91,7 +128,12 @@ CELLS: list[tuple[str, Any, Any, Any]] = [
     ("a date", Value("date32"), datetime.date(2026, 1, 2), "2026-01-02"),
     ("not a number", Value("float64"), float("nan"), None),
     ("a number of a column that may go beyond 63 bits", Value("uint64"), 7, "7"),
-    ("a list of objects", List({"at": Value("timestamp[s]")}), [{"at": datetime.datetime(2026, 1, 2)}], [{"at": "2026-01-02T00:00:00"}]),
+    (
+        "a list of objects",
+        List({"at": Value("timestamp[s]")}),
+        [{"at": datetime.datetime(2026, 1, 2)}],
+        [{"at": "2026-01-02T00:00:00"}],
+    ),
     ("a decimal", Value("decimal128(10,2)"), Decimal("1.50"), "1.50"),
 ]
 
@@ -117,48 +159,114 @@ def test_what_json_cannot_hold_is_left_out_or_refused() -> None:
 @pytest.mark.parametrize("inputs", ["rows", "file"])
 def test_an_empty_negative_prompt_is_none(inputs: str, make_generate_run: MakeRun, tmp_path: Path) -> None:
     """Written in the job as in a file; without the model, which would be a whole pipeline."""
-    (tmp_path / "p.csv").write_text('prompt,negative_prompt\na,\nb,rain\n')
+    (tmp_path / "p.csv").write_text("prompt,negative_prompt\na,\nb,rain\n")
     given = {"rows": [{"prompt": "a", "negativePrompt": ""}, {"prompt": "b", "negativePrompt": "rain"}]}
-    run = make_generate_run(task="text-to-image", inputs=given if inputs == "rows" else {"dataset": {"files": [str(tmp_path / "p.csv")]}})
+    run = make_generate_run(
+        task="text-to-image", inputs=given if inputs == "rows" else {"dataset": {"files": [str(tmp_path / "p.csv")]}}
+    )
     rows, _, _ = read_inputs(run, tmp_path / "cache")
     assert [row.get("negativePrompt") for row in rows] == [None, "rain"]
 
 
 def test_seeds_depend_on_the_row_and_the_job_alone(make_generate_run: MakeRun) -> None:
     inputs = {"rows": [{"prompt": str(i)} for i in range(100)]}
-    seeds = [[r["seed"] for r in rows_of(make_generate_run(f"g{i}", inputs=inputs, seed=s, shards=n))] for i, (s, n) in enumerate([(1, 1), (1, 5), (2, 1)])]
+    seeds = [
+        [r["seed"] for r in rows_of(make_generate_run(f"g{i}", inputs=inputs, seed=s, shards=n))]
+        for i, (s, n) in enumerate([(1, 1), (1, 5), (2, 1)])
+    ]
     assert seeds[0] == seeds[1] != seeds[2]
     assert len(set(seeds[0])) == 100
 
 
 MISTAKES: list[tuple[str, str, dict[str, Any], ExitCode, str]] = [
-    ("no prompts", "text,n\na,1\n", {}, ExitCode.INVALID_DATASET,
-     'spec.inputs.columns.prompt: no column "prompt" in p.csv (columns: text, n). Name the one that plays this role'),
-    ("a blank prompt", "prompt,n\na,1\n,2\n", {}, ExitCode.INVALID_DATASET,
-     'spec.inputs.columns.prompt: column "prompt" of p.csv is blank in 1 of 2 rows. The first is row 1, counted from 0 (line 3 of p.csv). Remove them'),
-    ("an unquoted comma, one column", "prompt\na, b\n", {}, ExitCode.INVALID_DATASET,
-     "spec.inputs.dataset.files: row 0, counted from 0 (line 2 of {folder}/p.csv) has 2 fields, and the header has 1 (prompt). With the first as an index, as pandas"
-     ' has it, it would be prompt=" b"; with the first ones joined, prompt="a, b". Put quotation marks around cells that hold \',\', or name every column in the header'),
-    ("an unquoted comma, two columns", "prompt,n\na,1\nb, c,2\n", {}, ExitCode.INVALID_DATASET,
-     "spec.inputs.dataset.files: row 1, counted from 0 (line 3 of {folder}/p.csv) has 3 fields, and the header has 2 (prompt, n). With the first as an index, as pandas"
-     ' has it, it would be prompt=" c", n="2"; with the first ones joined, prompt="b, c", n="2". Put quotation marks around cells that hold \',\', or name every column'
-     " in the header"),
-    ("a named column that is not there", "prompt,seeed\na,1\n", {"columns": {"seed": "seeds"}}, ExitCode.INVALID_DATASET,
-     'spec.inputs.columns.seed: no column "seeds" in p.csv (columns: prompt, seeed). Did you mean "seeed"?'),
-    ("a seed that is none", "prompt,seed\na,x7\n", {}, ExitCode.INVALID_DATASET,
-     "spec.inputs.columns.seed: row 0 of p.csv has the seed 'x7'; a seed is a whole number from 0 to 2^32 - 1"),
-    ("a seed that is true", '{"prompt": "a", "seed": true}\n', {}, ExitCode.INVALID_DATASET,
-     "spec.inputs.columns.seed: row 0 of p.jsonl has the seed True; a seed is a whole number from 0 to 2^32 - 1"),
-    ("negative prompts for text", "prompt,negative_prompt\na,b\n", {}, ExitCode.INVALID_SPEC,
-     "spec.inputs: only text-to-image has negative prompts; remove them for text-generation"),
-    ("images from a language model", "prompt,n\na,1\n", {"task": "text-to-image"}, ExitCode.INVALID_SPEC,
-     "spec.model.path: text-to-image needs a diffusers pipeline, but there is no model_index.json"),
-]  # fmt: skip
+    (
+        "no prompts",
+        "text,n\na,1\n",
+        {},
+        ExitCode.INVALID_DATASET,
+        'spec.inputs.columns.prompt: no column "prompt" in p.csv (columns: text, n). Name the one that plays this role',
+    ),
+    (
+        "a blank prompt",
+        "prompt,n\na,1\n,2\n",
+        {},
+        ExitCode.INVALID_DATASET,
+        (
+            'spec.inputs.columns.prompt: column "prompt" of p.csv is blank in 1 of 2 rows. The first is row 1, counted'
+            " from 0 (line 3 of p.csv). Remove them"
+        ),
+    ),
+    (
+        "an unquoted comma, one column",
+        "prompt\na, b\n",
+        {},
+        ExitCode.INVALID_DATASET,
+        (
+            "spec.inputs.dataset.files: row 0, counted from 0 (line 2 of {folder}/p.csv) has 2 fields, and the header"
+            ' has 1 (prompt). With the first as an index, as pandas has it, it would be prompt=" b"; with the first'
+            " ones joined, prompt=\"a, b\". Put quotation marks around cells that hold ',', or name every column in the"
+            " header"
+        ),
+    ),
+    (
+        "an unquoted comma, two columns",
+        "prompt,n\na,1\nb, c,2\n",
+        {},
+        ExitCode.INVALID_DATASET,
+        (
+            "spec.inputs.dataset.files: row 1, counted from 0 (line 3 of {folder}/p.csv) has 3 fields, and the header"
+            ' has 2 (prompt, n). With the first as an index, as pandas has it, it would be prompt=" c", n="2"; with the'
+            ' first ones joined, prompt="b, c", n="2". Put quotation marks around cells that hold \',\', or name every'
+            " column in the header"
+        ),
+    ),
+    (
+        "a named column that is not there",
+        "prompt,seeed\na,1\n",
+        {"columns": {"seed": "seeds"}},
+        ExitCode.INVALID_DATASET,
+        'spec.inputs.columns.seed: no column "seeds" in p.csv (columns: prompt, seeed). Did you mean "seeed"?',
+    ),
+    (
+        "a seed that is none",
+        "prompt,seed\na,x7\n",
+        {},
+        ExitCode.INVALID_DATASET,
+        "spec.inputs.columns.seed: row 0 of p.csv has the seed 'x7'; a seed is a whole number from 0 to 2^32 - 1",
+    ),
+    (
+        "a seed that is true",
+        '{"prompt": "a", "seed": true}\n',
+        {},
+        ExitCode.INVALID_DATASET,
+        "spec.inputs.columns.seed: row 0 of p.jsonl has the seed True; a seed is a whole number from 0 to 2^32 - 1",
+    ),
+    (
+        "negative prompts for text",
+        "prompt,negative_prompt\na,b\n",
+        {},
+        ExitCode.INVALID_SPEC,
+        "spec.inputs: only text-to-image has negative prompts; remove them for text-generation",
+    ),
+    (
+        "images from a language model",
+        "prompt,n\na,1\n",
+        {"task": "text-to-image"},
+        ExitCode.INVALID_SPEC,
+        "spec.model.path: text-to-image needs a diffusers pipeline, but there is no model_index.json",
+    ),
+]
 
 
 @pytest.mark.parametrize(("name", "content", "spec", "code", "message"), MISTAKES, ids=[m[0] for m in MISTAKES])
 def test_a_mistake_names_its_field(
-    name: str, content: str, spec: dict[str, Any], code: ExitCode, message: str, make_generate_run: MakeRun, tmp_path: Path
+    name: str,
+    content: str,
+    spec: dict[str, Any],
+    code: ExitCode,
+    message: str,
+    make_generate_run: MakeRun,
+    tmp_path: Path,
 ) -> None:
     file = tmp_path / ("p.jsonl" if content.startswith("{") else "p.csv")
     file.write_text(content)
@@ -169,7 +277,11 @@ def test_a_mistake_names_its_field(
 
 
 def test_a_pipeline(make_generate_run: MakeRun, sdxl: Path) -> None:
-    run = make_generate_run(task="text-to-image", model={"path": str(sdxl)}, inputs={"rows": [{"prompt": "a", "negativePrompt": "b"}]})
+    run = make_generate_run(
+        task="text-to-image", model={"path": str(sdxl)}, inputs={"rows": [{"prompt": "a", "negativePrompt": "b"}]}
+    )
     assert rows_of(run)[0]["negativePrompt"] == "b"
     pipe = StableDiffusionXLPipeline.from_pretrained(sdxl)
-    assert read_prepared(run).plan.parameters == sum(m.num_parameters() for m in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2))
+    assert read_prepared(run).plan.parameters == sum(
+        m.num_parameters() for m in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
+    )

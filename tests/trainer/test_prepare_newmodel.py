@@ -16,22 +16,39 @@ from luthier_trainer.ending import Failure
 from luthier_trainer.newmodel import new_config, save_new_model, train_tokenizer
 
 REFUSED = [
-    ("unknown architecture", {"model_type": "lama"}, "spec.model.config.modelType: transformers has no architecture 'lama'. Did you mean 'llama'?"),
-    ("an encoder", {"model_type": "vit"}, "spec.model.config.modelType: vit is not a causal language model; choose one such as llama"),
     (
-        "a reader from both ends", {"model_type": "bert"},
-        "spec.model.config.modelType: bert reads a text from both ends (its configuration has is_decoder: false), so it would see the very tokens"
-        " that it has to predict; choose a model that reads forward, such as llama or gpt2",
+        "unknown architecture",
+        {"model_type": "lama"},
+        "spec.model.config.modelType: transformers has no architecture 'lama'. Did you mean 'llama'?",
     ),
     (
-        "unknown parameter", {"model_type": "llama", "parameters": {"hidden_sise": 64}},
-        "spec.model.config.parameters.hidden_sise: the configuration of llama has no such field. Did you mean 'hidden_size'?",
+        "an encoder",
+        {"model_type": "vit"},
+        "spec.model.config.modelType: vit is not a causal language model; choose one such as llama",
     ),
     (
-        "vocabulary twice", {"model_type": "llama", "parameters": {"vocab_size": 512}},
+        "a reader from both ends",
+        {"model_type": "bert"},
+        (
+            "spec.model.config.modelType: bert reads a text from both ends (its configuration has is_decoder: false),"
+            " so it would see the very tokens that it has to predict; choose a model that reads forward, such as llama"
+            " or gpt2"
+        ),
+    ),
+    (
+        "unknown parameter",
+        {"model_type": "llama", "parameters": {"hidden_sise": 64}},
+        (
+            "spec.model.config.parameters.hidden_sise: the configuration of llama has no such field. Did you mean"
+            " 'hidden_size'?"
+        ),
+    ),
+    (
+        "vocabulary twice",
+        {"model_type": "llama", "parameters": {"vocab_size": 512}},
         "spec.model.config.parameters.vocab_size: the tokenizer sets it; use model.config.vocabSize",
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "given", "expect"), REFUSED, ids=[c[0] for c in REFUSED])
@@ -43,15 +60,20 @@ def test_a_wrong_configuration_is_refused(name: str, given: dict[str, object], e
 
 MISFITS = [
     # name                         parameters                                     message
-    ("heads of a part of a row",   {"hidden_size": 30, "num_attention_heads": 4}, "Class validation error"),
-    ("no such function",           {"hidden_size": 32, "hidden_act": "none"}, "no model can be built: KeyError: 'none'"),
-    ("heads that do not divide",   {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 3},
-     "the model can be built, but not run: The size of tensor a (4) must match the size of tensor b (3)"),
-]  # fmt: skip
+    ("heads of a part of a row", {"hidden_size": 30, "num_attention_heads": 4}, "Class validation error"),
+    ("no such function", {"hidden_size": 32, "hidden_act": "none"}, "no model can be built: KeyError: 'none'"),
+    (
+        "heads that do not divide",
+        {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 3},
+        "the model can be built, but not run: The size of tensor a (4) must match the size of tensor b (3)",
+    ),
+]
 
 
 @pytest.mark.parametrize(("name", "parameters", "message"), MISFITS, ids=[m[0] for m in MISFITS])
-def test_sizes_that_do_not_fit_are_refused(name: str, parameters: dict[str, object], message: str, tmp_path: Path) -> None:
+def test_sizes_that_do_not_fit_are_refused(
+    name: str, parameters: dict[str, object], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(Failure) as failure:
         save_new_model(new_config(NewModel(model_type="llama", parameters=parameters)), tmp_path / "model", seed=1)
     assert failure.value.code is ExitCode.INVALID_SPEC
@@ -69,7 +91,9 @@ def test_a_new_model_loads_and_its_tokenizer_is_lossless(tiny_model: Path, parag
 
 
 def test_the_seed_decides_the_weights(tmp_path: Path) -> None:
-    config = new_config(NewModel(model_type="gpt2", parameters={"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}))
+    config = new_config(
+        NewModel(model_type="gpt2", parameters={"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32})
+    )
     digests = []
     for i, seed in enumerate((1, 1, 2)):
         save_new_model(config, tmp_path / str(i), seed)
@@ -77,8 +101,11 @@ def test_the_seed_decides_the_weights(tmp_path: Path) -> None:
     assert digests[0] == digests[1] != digests[2]
 
 
-# transformers reads the tokenizer of Qwen2's and Qwen3.5's folders with classes of their own, whatever class has saved it.
-@pytest.mark.parametrize("model_type", ["gpt2", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3", "qwen3_5_text", "qwen3_5_moe_text"])
+# transformers reads the tokenizer of Qwen2's and Qwen3.5's folders with classes of their own, whatever class has saved
+# it.
+@pytest.mark.parametrize(
+    "model_type", ["gpt2", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3", "qwen3_5_text", "qwen3_5_moe_text"]
+)
 def test_users_of_the_result_tokenise_as_training_did(model_type: str, paragraphs: list[str], tmp_path: Path) -> None:
     config = AutoConfig.for_model(model_type)
     tokenizer = train_tokenizer(paragraphs[:100], 400, config)
@@ -94,8 +121,16 @@ def test_users_of_the_result_tokenise_as_training_did(model_type: str, paragraph
 
 def test_prepare_keeps_the_tokenizer_that_it_trained_with(make_run: MakeRun, corpus_rows: Path) -> None:
     """The rows as `train` reads them are those of the tokenizer in the model's folder."""
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
-    run = make_run(model={"config": {"modelType": "qwen2", "vocabSize": 400, "parameters": small}}, method={"type": "full"})
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    run = make_run(
+        model={"config": {"modelType": "qwen2", "vocabSize": 400, "parameters": small}}, method={"type": "full"}
+    )
     record, data = prepared(run)
     users = AutoTokenizer.from_pretrained(record.model_path)
     for row, given in zip(data["train"], corpus_rows.read_text().splitlines()[:50], strict=False):

@@ -23,7 +23,14 @@ def python(code: str, run: FineTuneRun, folder: Path, timeout: float | None = No
     """`code` in a process of its own, with `run` as its run config."""
     (folder / "run.json").write_text(run.model_dump_json(by_alias=True, exclude_none=True))
     variables = {Variables.RUN: str(folder / "run.json"), Variables.RUN_DIR: str(folder)}
-    return subprocess.run([sys.executable, "-c", code], env=os.environ | variables, capture_output=True, text=True, check=False, timeout=timeout)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+    )
 
 
 def prepared(run: FineTuneRun, model: Path, config: dict[str, Any]) -> FineTuneRun:
@@ -33,20 +40,28 @@ def prepared(run: FineTuneRun, model: Path, config: dict[str, Any]) -> FineTuneR
     model.mkdir()
     (model / "config.json").write_text(json.dumps(config))
     (folder.prepared / FINGERPRINT).write_text(fingerprint(run))
-    write_prepared(run, PreparedRecord.model_validate({
-        "model": {"source": "m"}, "dataset": {"source": "d", "rows": 1}, "plan": {"strategy": "none", "worldSize": 1},
-        "modelPath": str(model), "datasetPath": "d",
-    }))  # fmt: skip
+    write_prepared(
+        run,
+        PreparedRecord.model_validate(
+            {
+                "model": {"source": "m"},
+                "dataset": {"source": "d", "rows": 1},
+                "plan": {"strategy": "none", "worldSize": 1},
+                "modelPath": str(model),
+                "datasetPath": "d",
+            }
+        ),
+    )
     return run
 
 
 QUANTISED = [
     # name                                   method   config.json                                             expect
-    ("full",                                 "full",  {},                                                     False),
-    ("adapters on plain weights",            "lora",  {"model_type": "llama"},                                False),
-    ("weights that are quantised at loading", "qlora", {},                                                    True),
-    ("weights that came quantised",          "lora",  {"quantization_config": {"quant_method": "bitsandbytes"}}, True),
-]  # fmt: skip
+    ("full", "full", {}, False),
+    ("adapters on plain weights", "lora", {"model_type": "llama"}, False),
+    ("weights that are quantised at loading", "qlora", {}, True),
+    ("weights that came quantised", "lora", {"quantization_config": {"quant_method": "bitsandbytes"}}, True),
+]
 
 
 @pytest.mark.parametrize(("method", "config", "expect"), [c[1:] for c in QUANTISED], ids=[c[0] for c in QUANTISED])
@@ -97,7 +112,9 @@ process.main("prepare")
 
 
 def test_a_thread_that_a_library_left_behind_does_not_outlive_a_good_end(make_run: Any, tmp_path: Path) -> None:
-    """It would hold the interpreter, or abort the process while the interpreter ends, as gloo's threads did once in fifteen runs."""
+    """It would hold the interpreter, or abort the process while the interpreter ends, as gloo's threads did once in
+    fifteen runs.
+    """
     ended = python(GOOD_END, make_run(), tmp_path, timeout=60)
     message = TerminationMessage.read((tmp_path / "result-0.json").read_text())
     assert message is not None

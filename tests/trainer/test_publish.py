@@ -38,9 +38,12 @@ from luthier_trainer.publish import git_blob, main
 MakeRun = Callable[..., FineTuneRun]
 HUB = {"repo": "luthier/reference", "tokenSecret": {"name": "hf"}}
 RECORD = PreparedRecord(
-    model=ResolvedSource(source="org/base", revision="abc123"), dataset=ResolvedDataset(source="rows.jsonl", rows=90, eval_rows=10),
-    plan=Plan(strategy="none", steps=7), model_path="m", dataset_path="d",
-)  # fmt: skip
+    model=ResolvedSource(source="org/base", revision="abc123"),
+    dataset=ResolvedDataset(source="rows.jsonl", rows=90, eval_rows=10),
+    plan=Plan(strategy="none", steps=7),
+    model_path="m",
+    dataset_path="d",
+)
 
 
 def remember(run: FineTuneRun | GenerateRun) -> WorkspaceFolder:
@@ -93,10 +96,18 @@ def test_the_card_says_what_it_is(trained: FineTuneRun, writer: HfApi, tmp_path:
     text = Path(writer.hf_hub_download("luthier/reference", "README.md", local_dir=tmp_path / "copy")).read_text()
     _, front, body = text.split("---\n", 2)
     assert yaml.safe_load(front) == {
-        "library_name": "peft", "pipeline_tag": "text-generation", "base_model": "org/base", "base_model_relation": "adapter",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "base_model": "org/base",
+        "base_model_relation": "adapter",
         "tags": ["luthier", "lora", "causal-lm"],
-    }  # fmt: skip
-    for line in ("| Held-out loss | 1.25 |", "| Base model | org/base @ abc123 |", "| Rows | 90, 10 held out |", "| Method | lora (rank 16, alpha 32) |"):
+    }
+    for line in (
+        "| Held-out loss | 1.25 |",
+        "| Base model | org/base @ abc123 |",
+        "| Rows | 90, 10 held out |",
+        "| Method | lora (rank 16, alpha 32) |",
+    ):
         assert line in body
     assert 'AutoPeftModelForCausalLM.from_pretrained("luthier/reference")' in body
 
@@ -107,7 +118,11 @@ def test_publishing_twice_makes_one_commit(trained: FineTuneRun, writer: HfApi, 
 
 
 def test_a_branch_of_its_own(trained: FineTuneRun, writer: HfApi) -> None:
-    run = trained.model_copy(update={"spec": trained.spec.model_copy(update={"hub": trained.spec.hub.model_copy(update={"branch": "trial"})})})  # type: ignore[union-attr]
+    run = trained.model_copy(
+        update={
+            "spec": trained.spec.model_copy(update={"hub": trained.spec.hub.model_copy(update={"branch": "trial"})})
+        }
+    )  # type: ignore[union-attr]
     status = main(run).hub
     assert status is not None
     assert writer.repo_info(status.repo, revision="trial").sha == status.revision
@@ -128,7 +143,9 @@ FAULTS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "fault"), FAULTS, ids=[f[0] for f in FAULTS])
-def test_a_hub_that_comes_back_is_waited_for(name: str, fault: dict[str, Any], trained: FineTuneRun, writer: HfApi, hub: Running) -> None:
+def test_a_hub_that_comes_back_is_waited_for(
+    name: str, fault: dict[str, Any], trained: FineTuneRun, writer: HfApi, hub: Running
+) -> None:
     hub.control.faults.append(Fault(**fault))
     status = main(trained).hub
     assert status is not None
@@ -136,23 +153,55 @@ def test_a_hub_that_comes_back_is_waited_for(name: str, fault: dict[str, Any], t
 
 
 PERMANENT: list[tuple[str, dict[str, Any], ExitCode, str]] = [
-    ("a card that it does not take", {"status": 400, "path": "/api/validate-yaml", "message": "license: unknown"}, ExitCode.INVALID_SPEC,
-     "spec.hub.repo: model luthier/reference on HUB refused (400): license: unknown"),
-    ("a commit that it does not take", {"status": 400, "path": "/commit/", "message": "Too many files"}, ExitCode.INVALID_SPEC,
-     "spec.hub.repo: model luthier/reference on HUB refused (400): Too many files"),
-    ("money", {"status": 402, "path": "/api/repos/create", "message": "Payment required"}, ExitCode.INVALID_SPEC,
-     "spec.hub.repo: model luthier/reference on HUB refused (402): Payment required"),
-    ("too much at once", {"status": 413, "path": "/commit/", "message": "Payload too large"}, ExitCode.INVALID_SPEC,
-     "spec.hub.repo: model luthier/reference on HUB refused (413): Payload too large"),
-    ("a name that it does not take", {"status": 422, "path": "/api/repos/create", "message": "Name is reserved"}, ExitCode.INVALID_SPEC,
-     "spec.hub.repo: model luthier/reference on HUB refused (422): Name is reserved"),
-    ("a quota", {"status": 403, "path": "/preupload/", "message": "Private storage quota exceeded."}, ExitCode.UNAUTHORIZED,
-     "spec.hub.tokenSecret: the Hub refused the token for model luthier/reference on HUB (403): Private storage quota exceeded."
-     " Check its value and its rights"),
-    ("a token that was taken back", {"status": 401, "path": "/api/repos/create", "message": "Invalid username or password."},
-     ExitCode.UNAUTHORIZED,
-     "spec.hub.tokenSecret: the Hub refused the token for model luthier/reference on HUB (401): Invalid username or password. Check its"),
-]  # fmt: skip
+    (
+        "a card that it does not take",
+        {"status": 400, "path": "/api/validate-yaml", "message": "license: unknown"},
+        ExitCode.INVALID_SPEC,
+        "spec.hub.repo: model luthier/reference on HUB refused (400): license: unknown",
+    ),
+    (
+        "a commit that it does not take",
+        {"status": 400, "path": "/commit/", "message": "Too many files"},
+        ExitCode.INVALID_SPEC,
+        "spec.hub.repo: model luthier/reference on HUB refused (400): Too many files",
+    ),
+    (
+        "money",
+        {"status": 402, "path": "/api/repos/create", "message": "Payment required"},
+        ExitCode.INVALID_SPEC,
+        "spec.hub.repo: model luthier/reference on HUB refused (402): Payment required",
+    ),
+    (
+        "too much at once",
+        {"status": 413, "path": "/commit/", "message": "Payload too large"},
+        ExitCode.INVALID_SPEC,
+        "spec.hub.repo: model luthier/reference on HUB refused (413): Payload too large",
+    ),
+    (
+        "a name that it does not take",
+        {"status": 422, "path": "/api/repos/create", "message": "Name is reserved"},
+        ExitCode.INVALID_SPEC,
+        "spec.hub.repo: model luthier/reference on HUB refused (422): Name is reserved",
+    ),
+    (
+        "a quota",
+        {"status": 403, "path": "/preupload/", "message": "Private storage quota exceeded."},
+        ExitCode.UNAUTHORIZED,
+        (
+            "spec.hub.tokenSecret: the Hub refused the token for model luthier/reference on HUB (403): Private storage"
+            " quota exceeded. Check its value and its rights"
+        ),
+    ),
+    (
+        "a token that was taken back",
+        {"status": 401, "path": "/api/repos/create", "message": "Invalid username or password."},
+        ExitCode.UNAUTHORIZED,
+        (
+            "spec.hub.tokenSecret: the Hub refused the token for model luthier/reference on HUB (401): Invalid username"
+            " or password. Check its"
+        ),
+    ),
+]
 
 
 @pytest.mark.parametrize(("name", "fault", "code", "message"), PERMANENT, ids=[f[0] for f in PERMANENT])
@@ -170,7 +219,12 @@ STORED = "https://s3.example/blob?X-Amz-Credential=me&X-Amz-Signature=0123"
 ANSWERS: list[tuple[str, int, str, ExitCode]] = [
     ("the object store: a slow socket", 400, STORED, ExitCode.HUB_UNAVAILABLE),
     ("the object store: an old signature", 403, STORED, ExitCode.HUB_UNAVAILABLE),
-    ("the content network: an old signature", 403, "https://cdn.example/x?Expires=1&Signature=ab&Key-Pair-Id=K", ExitCode.HUB_UNAVAILABLE),
+    (
+        "the content network: an old signature",
+        403,
+        "https://cdn.example/x?Expires=1&Signature=ab&Key-Pair-Id=K",
+        ExitCode.HUB_UNAVAILABLE,
+    ),
     ("the Hub, under another name", 403, "https://huggingface.co/api/models/a/b", ExitCode.UNAUTHORIZED),
     ("a server that is broken", 500, "https://huggingface.co/api/models/a/b", ExitCode.HUB_UNAVAILABLE),
 ]
@@ -181,13 +235,17 @@ def test_who_refuses(name: str, status: int, url: str, code: ExitCode) -> None:
     """As `_wrapped_lfs_upload` of the client raises it."""
     response = httpx2.Response(status, request=httpx2.Request("PUT", url), text="<Code>RequestTimeout</Code>")
     error = RuntimeError(f"Error while uploading 'model.safetensors' to '{url}'.")
-    error.__cause__ = HfHubHTTPError(f"{status} Client Error", response=response, server_message="<Code>RequestTimeout</Code>")
+    error.__cause__ = HfHubHTTPError(
+        f"{status} Client Error", response=response, server_message="<Code>RequestTimeout</Code>"
+    )
     failure = explain(error, "spec.hub.repo", "model a/b")
     assert failure.code is code
     assert "Signature" not in failure.message
 
 
-def test_a_repository_that_others_keep_changing(trained: FineTuneRun, writer: HfApi, hub: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repository_that_others_keep_changing(
+    trained: FineTuneRun, writer: HfApi, hub: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LUTHIER_HUB_DEADLINE", "1")
     hub.control.faults.append(Fault(status=409, path="/commit/", message="Another commit is in progress"))
     code, message = refused(trained)
@@ -201,7 +259,9 @@ def refused(run: FineTuneRun | GenerateRun) -> tuple[ExitCode, str]:
     return failure.value.code, failure.value.message
 
 
-def test_a_hub_that_stays_away_ends_the_pod(trained: FineTuneRun, writer: HfApi, hub: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_stays_away_ends_the_pod(
+    trained: FineTuneRun, writer: HfApi, hub: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LUTHIER_HUB_DEADLINE", "1")
     hub.control.faults.append(Fault(status=503))
     began = time.monotonic()
@@ -228,16 +288,47 @@ def test_a_hub_that_never_answers_ends_the_pod(
 
 
 REFUSED: list[tuple[str, str, dict[str, Any], ExitCode, str]] = [
-    ("a wrong token", "hf_wrong", {}, ExitCode.UNAUTHORIZED, "spec.hub.tokenSecret: the Hub refused the token for model luthier/reference"),
-    ("a token that may only read", "hf_reader", {}, ExitCode.UNAUTHORIZED, "spec.hub.tokenSecret: the Hub refused the token"),
-    ("no token", "", {}, ExitCode.UNAUTHORIZED, "spec.hub.tokenSecret: the token is empty. Put one with write access under key 'token'"),
-    ("somebody else's namespace", "hf_writer", {"repo": "elsewhere/x"}, ExitCode.UNAUTHORIZED, "spec.hub.tokenSecret: the Hub refused the token"),
+    (
+        "a wrong token",
+        "hf_wrong",
+        {},
+        ExitCode.UNAUTHORIZED,
+        "spec.hub.tokenSecret: the Hub refused the token for model luthier/reference",
+    ),
+    (
+        "a token that may only read",
+        "hf_reader",
+        {},
+        ExitCode.UNAUTHORIZED,
+        "spec.hub.tokenSecret: the Hub refused the token",
+    ),
+    (
+        "no token",
+        "",
+        {},
+        ExitCode.UNAUTHORIZED,
+        "spec.hub.tokenSecret: the token is empty. Put one with write access under key 'token'",
+    ),
+    (
+        "somebody else's namespace",
+        "hf_writer",
+        {"repo": "elsewhere/x"},
+        ExitCode.UNAUTHORIZED,
+        "spec.hub.tokenSecret: the Hub refused the token",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("name", "token", "wish", "code", "message"), REFUSED, ids=[r[0] for r in REFUSED])
 def test_a_refusal_names_the_field(
-    name: str, token: str, wish: dict[str, Any], code: ExitCode, message: str, trained: FineTuneRun, hub: Running, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    token: str,
+    wish: dict[str, Any],
+    code: ExitCode,
+    message: str,
+    trained: FineTuneRun,
+    hub: Running,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(Variables.TOKEN, token)
     run = FineTuneRun.model_validate(trained.dump() | {"spec": trained.spec.dump() | {"hub": HUB | wish}})
@@ -248,32 +339,54 @@ def test_a_refusal_names_the_field(
 
 
 SECRET = "s3cret"
-UNSENDABLE = [("a control character", f"{SECRET} of the\x0bcompany hub"), ("a blank", f"{SECRET} 2"), ("a letter beyond ASCII", f"{SECRET}ü"),
-              ("bytes that are no text", f"{SECRET}\udcff"), ("an escape", f"{SECRET}\x1b[0m")]  # fmt: skip
+UNSENDABLE = [
+    ("a control character", f"{SECRET} of the\x0bcompany hub"),
+    ("a blank", f"{SECRET} 2"),
+    ("a letter beyond ASCII", f"{SECRET}ü"),
+    ("bytes that are no text", f"{SECRET}\udcff"),
+    ("an escape", f"{SECRET}\x1b[0m"),
+]
 
 
 @pytest.mark.parametrize(("name", "token"), UNSENDABLE, ids=[u[0] for u in UNSENDABLE])
 @pytest.mark.parametrize("phase", [main, prepare], ids=["publish", "prepare"])
 def test_a_token_that_cannot_be_sent_is_not_shown(
-    phase: Callable[[FineTuneRun], TerminationMessage], name: str, token: str, trained: FineTuneRun, hub: Running,
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    phase: Callable[[FineTuneRun], TerminationMessage],
+    name: str,
+    token: str,
+    trained: FineTuneRun,
+    hub: Running,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.setenv(Variables.TOKEN, token)
     with pytest.raises(Failure) as failure:
         phase(trained)
     assert failure.value.code is ExitCode.UNAUTHORIZED
-    assert failure.value.message.startswith("spec.hub.tokenSecret: the token (HF_TOKEN in the pod) holds a blank or another character that no")
+    assert failure.value.message.startswith(
+        "spec.hub.tokenSecret: the token (HF_TOKEN in the pod) holds a blank or another character that no"
+    )
     assert SECRET not in failure.value.message + "".join(capfd.readouterr())
     assert hub.control.requests == []
 
 
-NO_NAMES = [("two dashes", "me/a--b"), ("two dots", "me/a..b"), ("a suffix of git", "me/x.git"), ("too long", f"me/{'x' * 97}")]
+NO_NAMES = [
+    ("two dashes", "me/a--b"),
+    ("two dots", "me/a..b"),
+    ("a suffix of git", "me/x.git"),
+    ("too long", f"me/{'x' * 97}"),
+]
 
 
 @pytest.mark.parametrize(("name", "repo"), NO_NAMES, ids=[n[0] for n in NO_NAMES])
 @pytest.mark.parametrize("phase", [main, prepare], ids=["publish", "prepare"])
 def test_a_name_that_the_hub_does_not_take(
-    phase: Callable[[FineTuneRun], TerminationMessage], name: str, repo: str, trained: FineTuneRun, writer: HfApi, hub: Running
+    phase: Callable[[FineTuneRun], TerminationMessage],
+    name: str,
+    repo: str,
+    trained: FineTuneRun,
+    writer: HfApi,
+    hub: Running,
 ) -> None:
     """`prepare` says it already: not after all the work."""
     assert trained.spec.hub is not None
@@ -289,7 +402,10 @@ def test_a_namespace_that_does_not_exist(trained: FineTuneRun, writer: HfApi, hu
     hub.control.faults.append(Fault(status=404, path="/api/repos/create"))
     code, message = refused(trained)
     assert code is ExitCode.NOT_FOUND
-    assert re.match(r"spec\.hub\.repo: luthier/reference cannot be created: there is no user or organisation 'luthier' on http", message)
+    assert re.match(
+        r"spec\.hub\.repo: luthier/reference cannot be created: there is no user or organisation 'luthier' on http",
+        message,
+    )
 
 
 def test_a_damaged_result_is_not_published(trained: FineTuneRun, writer: HfApi, hub: Running) -> None:
@@ -320,11 +436,16 @@ def generate(make_generate_run: Callable[..., GenerateRun]) -> Callable[[int], G
         folder = remember(run)
         for i in range(shards):
             (folder.result / f"images/{i}").mkdir(parents=True)
-            files = {f"{shard_name(i, shards)}.jsonl": b'{"row": %d}\n' % i, f"images/{i}/a.png": b"\x89PNG" + bytes([i]) * 99}
+            files = {
+                f"{shard_name(i, shards)}.jsonl": b'{"row": %d}\n' % i,
+                f"images/{i}/a.png": b"\x89PNG" + bytes([i]) * 99,
+            }
             for name, content in files.items():
                 (folder.result / name).write_bytes(content)
             entries = [{"path": n, "size": len(c), "sha256": sha256(folder.result / n)} for n, c in files.items()]
-            shard_manifest(folder, i, shards).write_text(json.dumps({"shard": i, "metrics": {"rows": 4, "failedRows": i}, "files": entries}))
+            shard_manifest(folder, i, shards).write_text(
+                json.dumps({"shard": i, "metrics": {"rows": 4, "failedRows": i}, "files": entries})
+            )
         return run
 
     return make
@@ -335,9 +456,14 @@ def test_the_outputs_of_all_shards_become_a_dataset(generated: GenerateRun, writ
     assert status is not None
     names = sorted(writer.list_repo_files(status.repo, repo_type="dataset", revision=status.revision))
     assert [n for n in names if not n.startswith(".")] == [
-        "README.md", "images/0/a.png", "images/1/a.png", "shard-00000-of-00002.MANIFEST.json", "shard-00000-of-00002.jsonl",
-        "shard-00001-of-00002.MANIFEST.json", "shard-00001-of-00002.jsonl",
-    ]  # fmt: skip
+        "README.md",
+        "images/0/a.png",
+        "images/1/a.png",
+        "shard-00000-of-00002.MANIFEST.json",
+        "shard-00000-of-00002.jsonl",
+        "shard-00001-of-00002.MANIFEST.json",
+        "shard-00001-of-00002.jsonl",
+    ]
     assert "/datasets/luthier/reference/tree/" in status.url
 
 
@@ -361,13 +487,23 @@ AFTER_FAULTS: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize("patterns", [200, 1], ids=["in one commit", "too many for one"])
 @pytest.mark.parametrize(("name", "fault"), AFTER_FAULTS, ids=[f[0] for f in AFTER_FAULTS])
 def test_what_an_older_result_left_goes(
-    name: str, fault: dict[str, Any], patterns: int, generate: Callable[[int], GenerateRun], writer: HfApi, hub: Running,
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    name: str,
+    fault: dict[str, Any],
+    patterns: int,
+    generate: Callable[[int], GenerateRun],
+    writer: HfApi,
+    hub: Running,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.setattr("luthier_trainer.publish.PATTERNS", patterns)
     main(generate(4))
-    writer.upload_file(path_or_fileobj=b"mine", path_in_repo="images/9/mine.png", repo_id="luthier/reference", repo_type="dataset")
-    writer.upload_file(path_or_fileobj=b"# mine", path_in_repo="README.md", repo_id="luthier/reference", repo_type="dataset")
+    writer.upload_file(
+        path_or_fileobj=b"mine", path_in_repo="images/9/mine.png", repo_id="luthier/reference", repo_type="dataset"
+    )
+    writer.upload_file(
+        path_or_fileobj=b"# mine", path_in_repo="README.md", repo_id="luthier/reference", repo_type="dataset"
+    )
     before, younger = commits(hub), generate(2)
     if fault:
         hub.control.faults.append(Fault(**fault))
@@ -376,7 +512,10 @@ def test_what_an_older_result_left_goes(
     assert files_there(writer, "dataset") == shards_of(2) | {"README.md", "images/9/mine.png"}
     assert status.revision == writer.repo_info("luthier/reference", repo_type="dataset").sha
     said = capfd.readouterr().out
-    assert "dataset luthier/reference: 10 files of an older result go, as this one has no such files: images/2/a.png, images/3/a.png, " in said
+    assert (
+        "dataset luthier/reference: 10 files of an older result go, as this one has no such files: images/2/a.png,"
+        " images/3/a.png, " in said
+    )
     assert "dataset luthier/reference: README.md is replaced by the card of this result" in said
     lost = bool(fault.get("lost"))  # a commit that was answered with 504, and counts all the same
     assert commits(hub) - before + lost == (1 if patterns > 1 else 2)
@@ -419,17 +558,28 @@ FOREIGN: list[tuple[str, str, set[str], bool]] = [
     ("one entry of another form", '{"files": [{"path": "mine.txt", "size": 1, "sha256": "x"}]}', set(), True),
     ("ours", manifest_of("mine.txt"), {"mine.txt"}, False),
     ("a name with signs of a pattern", manifest_of("a[1].txt", "sub/*"), {"a[1].txt"}, False),
-    ("names that lead out, or are the Hub's", manifest_of("../mine.txt", "/mine.txt", "sub/../mine.txt", ".gitattributes", ".hidden/x", "sub", "sub/"),
-     set(), False),
+    (
+        "names that lead out, or are the Hub's",
+        manifest_of("../mine.txt", "/mine.txt", "sub/../mine.txt", ".gitattributes", ".hidden/x", "sub", "sub/"),
+        set(),
+        False,
+    ),
     ("names of what is not there", manifest_of("gone.txt", ""), set(), False),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "text", "gone", "word"), FOREIGN, ids=[f[0] for f in FOREIGN])
 def test_what_was_never_ours_stays(
-    name: str, text: str, gone: set[str], word: bool, trained: FineTuneRun, writer: HfApi, hub: Running, tmp_path: Path,
+    name: str,
+    text: str,
+    gone: set[str],
+    word: bool,
+    trained: FineTuneRun,
+    writer: HfApi,
+    hub: Running,
+    tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     theirs = {"mine.txt", "a[1].txt", "a1.txt", "sub/x.txt", ".hidden/x", "shard-00000-of-00001.MANIFEST.json"}
     for file in theirs:
         (tmp_path / "theirs" / file).parent.mkdir(parents=True, exist_ok=True)
@@ -442,9 +592,14 @@ def test_what_was_never_ours_stays(
     assert ("MANIFEST.json is no manifest of ours, so nothing is deleted for it" in capfd.readouterr().err) is word
 
 
-def test_what_should_have_gone_is_looked_for(generate: Callable[[int], GenerateRun], writer: HfApi, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_should_have_gone_is_looked_for(
+    generate: Callable[[int], GenerateRun], writer: HfApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
     main(generate(2))
-    monkeypatch.setattr("hub.repos.changed", lambda files, lines, store: changed(files, [x for x in lines if x["key"] != "deletedFile"], store))
+    monkeypatch.setattr(
+        "hub.repos.changed",
+        lambda files, lines, store: changed(files, [x for x in lines if x["key"] != "deletedFile"], store),
+    )
     code, message = refused(generate(1))
     assert code is ExitCode.STORAGE_ERROR
     assert message.startswith("spec.hub.repo: images/1/a.png of an older result is still on ")
@@ -461,7 +616,10 @@ def test_a_missing_shard_is_not_passed_over(generated: GenerateRun, writer: HfAp
 def test_the_phase_as_the_pod_runs_it(trained: FineTuneRun, writer: HfApi, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps(trained.dump()))
     done = subprocess.run(
-        [sys.executable, "-m", "luthier_trainer", "publish", "--run", str(tmp_path / "run.json")], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "luthier_trainer", "publish", "--run", str(tmp_path / "run.json")],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     message = TerminationMessage.read((tmp_path / "run" / "termination-log").read_text())
     assert done.returncode == 0, done.stderr

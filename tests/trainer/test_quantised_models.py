@@ -1,4 +1,6 @@
-"""Models that come quantised: text is written with their weights as they are meant, and jobs that would misuse them end in `prepare`."""
+"""Models that come quantised: text is written with their weights as they are meant, and jobs that would misuse them end
+in `prepare`.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,13 @@ from luthier_trainer.tasks import TASKS
 
 BLOCK = 128  # the fields of FP8 weights that share a scale, as DeepSeek and Qwen publish them
 FP8_MAX = 448.0
-WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128}
+WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 128,
+}
 IDS = torch.arange(24)[None]
 
 
@@ -38,11 +46,15 @@ def models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model three times: plain (bf16), fp8, nf4."""
     root = tmp_path_factory.mktemp("quantised")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    save_new_model(new_config(NewModel(model_type="llama", vocab_size=512, parameters=WIDE), tokenizer), root / "new", seed=1)
+    save_new_model(
+        new_config(NewModel(model_type="llama", vocab_size=512, parameters=WIDE), tokenizer), root / "new", seed=1
+    )
     plain = AutoModelForCausalLM.from_pretrained(root / "new", dtype=torch.bfloat16)
     plain.save_pretrained(root / "plain")
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    AutoModelForCausalLM.from_pretrained(root / "plain", quantization_config=nf4, device_map={"": "cpu"}).save_pretrained(root / "nf4")
+    AutoModelForCausalLM.from_pretrained(
+        root / "plain", quantization_config=nf4, device_map={"": "cpu"}
+    ).save_pretrained(root / "nf4")
     shutil.copytree(root / "plain", root / "fp8")
     to_fp8(root / "fp8")
     for name in ("plain", "fp8", "nf4"):
@@ -68,10 +80,15 @@ def to_fp8(folder: Path) -> None:
 
 
 def engine(model: Path, *adapters: Path) -> PreTrainedModel:
-    spec = GenerateJobSpec.model_validate({
-        "task": "text-generation", "model": {"path": str(model)}, "inputs": {"rows": [{"prompt": "a"}]}, "resources": {"gpus": 0},
-        "adapters": [{"path": str(a)} for a in adapters],
-    })  # fmt: skip
+    spec = GenerateJobSpec.model_validate(
+        {
+            "task": "text-generation",
+            "model": {"path": str(model)},
+            "inputs": {"rows": [{"prompt": "a"}]},
+            "resources": {"gpus": 0},
+            "adapters": [{"path": str(a)} for a in adapters],
+        }
+    )
     return TextEngine(spec, model, model, adapters, Hardware("cpu", "bf16"), 1).model
 
 
@@ -88,7 +105,10 @@ def logits(model: PreTrainedModel | PeftModel) -> torch.Tensor:
 def test_fp8_is_unpacked_also_where_the_gpu_could_compute_in_it(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = logits(AutoModelForCausalLM.from_pretrained(models / "plain"))
     # Without a GPU transformers unpacks them by itself, and only warns.
-    monkeypatch.setattr("transformers.quantizers.quantizer_finegrained_fp8.FineGrainedFP8HfQuantizer.validate_environment", lambda *a, **k: None)
+    monkeypatch.setattr(
+        "transformers.quantizers.quantizer_finegrained_fp8.FineGrainedFP8HfQuantizer.validate_environment",
+        lambda *a, **k: None,
+    )
     assert differ(logits(engine(models / "fp8")), plain) < 0.1
 
 
@@ -99,7 +119,9 @@ def test_nf4_is_run_as_it_is(models: Path) -> None:
 
 @pytest.fixture(scope="module")
 def adapter(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(models / "plain"), LoraConfig(r=4, target_modules="all-linear"))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(models / "plain"), LoraConfig(r=4, target_modules="all-linear")
+    )
     generator = torch.Generator().manual_seed(5)
     for name, weight in model.named_parameters():
         if "lora_" in name:
@@ -110,10 +132,14 @@ def adapter(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_adapter_is_added_to_the_weights_that_nf4_stands_for(models: Path, adapter: Path, tmp_path: Path) -> None:
-    base = AutoModelForCausalLM.from_pretrained(models / "nf4", dtype=torch.bfloat16, device_map={"": "cpu"}).dequantize()
+    base = AutoModelForCausalLM.from_pretrained(
+        models / "nf4", dtype=torch.bfloat16, device_map={"": "cpu"}
+    ).dequantize()
     expect = logits(PeftModel.from_pretrained(base, adapter).merge_and_unload())
     assert differ(logits(engine(models / "nf4", adapter)), expect) < 0.05
-    merged = AutoModelForCausalLM.from_pretrained(merge(models / "nf4", adapter, tmp_path / "merged", None, "spec.model.job"))
+    merged = AutoModelForCausalLM.from_pretrained(
+        merge(models / "nf4", adapter, tmp_path / "merged", None, "spec.model.job")
+    )
     assert not getattr(merged.config, "quantization_config", None)
     assert differ(logits(merged), expect) < 0.05
     assert differ(logits(engine(models / "nf4")), expect) > 0.2  # without it
@@ -121,7 +147,9 @@ def test_an_adapter_is_added_to_the_weights_that_nf4_stands_for(models: Path, ad
 
 def test_qlora_learns_beside_weights_that_came_in_nf4(models: Path) -> None:
     method = Method(type="qlora", rank=4)
-    base, whole = TASKS["causal-lm"].load_model(str(models / "nf4"), None, **methods.weights_options(method, "fp32", False, torch.device("cpu")))
+    base, whole = TASKS["causal-lm"].load_model(
+        str(models / "nf4"), None, **methods.weights_options(method, "fp32", False, torch.device("cpu"))
+    )
     model = methods.with_method(base, method, "CAUSAL_LM", whole, deepspeed=False)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     losses = []
@@ -136,20 +164,36 @@ def test_qlora_learns_beside_weights_that_came_in_nf4(models: Path) -> None:
 
 UNFIT = [
     # task               method    quantization                          message; None: it is let pass
-    ("causal-lm",        "full",   {"quant_method": "fp8"},              "(fp8), which this job cannot use; choose the model as it was before"),
-    ("causal-lm",        "lora",   {"quant_method": "bitsandbytes"},     "(bitsandbytes), which this job cannot use"),
-    ("causal-lm",        "qlora",  {"quant_method": "gptq"},             "(gptq), which this job cannot use; choose the model as it was before or one"),
-    ("causal-lm",        "qlora",  {"quant_method": "bitsandbytes"},     None),
-    ("text-generation",  None,     {"quant_method": "awq"},              "or one quantised with bitsandbytes or fp8"),
-    ("text-generation",  None,     {"quant_method": "fp8"},              None),
-]  # fmt: skip
+    (
+        "causal-lm",
+        "full",
+        {"quant_method": "fp8"},
+        "(fp8), which this job cannot use; choose the model as it was before",
+    ),
+    ("causal-lm", "lora", {"quant_method": "bitsandbytes"}, "(bitsandbytes), which this job cannot use"),
+    (
+        "causal-lm",
+        "qlora",
+        {"quant_method": "gptq"},
+        "(gptq), which this job cannot use; choose the model as it was before or one",
+    ),
+    ("causal-lm", "qlora", {"quant_method": "bitsandbytes"}, None),
+    ("text-generation", None, {"quant_method": "awq"}, "or one quantised with bitsandbytes or fp8"),
+    ("text-generation", None, {"quant_method": "fp8"}, None),
+]
 
 
 @pytest.mark.parametrize(("task", "method", "quantisation", "message"), UNFIT)
 def test_what_prepare_says_of_them(
-    task: str, method: str | None, quantisation: dict[str, Any], message: str | None, models: Path, make_run: MakeRun, make_generate_run: Any,
+    task: str,
+    method: str | None,
+    quantisation: dict[str, Any],
+    message: str | None,
+    models: Path,
+    make_run: MakeRun,
+    make_generate_run: Any,
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     folder = tmp_path / "model"
     shutil.copytree(models / "plain", folder)
     config = json.loads((folder / "config.json").read_text())
@@ -171,15 +215,29 @@ def test_prepare_knows_the_weights_however_they_are_kept(name: str, models: Path
     """Names and shapes are those of the model as it is meant, and statistics and scales are no weights."""
     plain = AutoModelForCausalLM.from_pretrained(models / "plain")
     config = AutoConfig.from_pretrained(models / name)
-    assert weightfiles.shapes([models / name / "model.safetensors"]) == {n: tuple(w.shape) for n, w in plain.state_dict().items()}
+    assert weightfiles.shapes([models / name / "model.safetensors"]) == {
+        n: tuple(w.shape) for n, w in plain.state_dict().items()
+    }
     assert weightfiles.count(models / name, "spec.model") == sum(p.numel() for p in plain.parameters())
-    assert modelweights.fitting(models / name, config, "causal-lm", "spec.model", WorkspaceFolder(tmp_path), named_by_adapter=True) == models / name
+    assert (
+        modelweights.fitting(
+            models / name, config, "causal-lm", "spec.model", WorkspaceFolder(tmp_path), named_by_adapter=True
+        )
+        == models / name
+    )
     broken = shutil.copytree(models / name, tmp_path / name)
     weights = load_file(broken / "model.safetensors")
     lost = {n for n in weights if n.startswith("model.layers.1.mlp.up_proj.weight")}
-    save_file({n: w for n, w in weights.items() if n not in lost}, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(Failure, match=r"does not hold 1 of the 21 weights of a LlamaForCausalLM: model\.layers\.1\.mlp\.up_proj\.weight\."):
-        modelweights.fitting(broken, config, "causal-lm", "spec.model", WorkspaceFolder(tmp_path), named_by_adapter=True)
+    save_file(
+        {n: w for n, w in weights.items() if n not in lost}, broken / "model.safetensors", metadata={"format": "pt"}
+    )
+    with pytest.raises(
+        Failure,
+        match=r"does not hold 1 of the 21 weights of a LlamaForCausalLM: model\.layers\.1\.mlp\.up_proj\.weight\.",
+    ):
+        modelweights.fitting(
+            broken, config, "causal-lm", "spec.model", WorkspaceFolder(tmp_path), named_by_adapter=True
+        )
 
 
 def test_weights_in_fp8_without_their_scales_are_refused(models: Path, tmp_path: Path) -> None:
@@ -189,5 +247,12 @@ def test_weights_in_fp8_without_their_scales_are_refused(models: Path, tmp_path:
     del weights["model.layers.1.mlp.up_proj.weight_scale_inv"]
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     config = AutoConfig.from_pretrained(broken)
-    with pytest.raises(Failure, match=r"holds no scales for 1 weights in FP8: model\.layers\.1\.mlp\.up_proj\.weight\. Copy or download it again"):
-        modelweights.fitting(broken, config, "text-generation", "spec.model", WorkspaceFolder(tmp_path), named_by_adapter=False)
+    with pytest.raises(
+        Failure,
+        match=(
+            r"holds no scales for 1 weights in FP8: model\.layers\.1\.mlp\.up_proj\.weight\. Copy or download it again"
+        ),
+    ):
+        modelweights.fitting(
+            broken, config, "text-generation", "spec.model", WorkspaceFolder(tmp_path), named_by_adapter=False
+        )

@@ -1,4 +1,6 @@
-"""`luthier run` with the real trainer: the quickstart's three manifests, made short; stopped once on the way, and gone on with."""
+"""`luthier run` with the real trainer: the quickstart's three manifests, made short; stopped once on the way, and gone
+on with.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,16 @@ import yaml
 QUICKSTART = Path(__file__).resolve().parents[2] / "examples/quickstart"
 ROWS = 150
 SHORT: dict[str, dict[str, Any]] = {
-    "1-base.yaml": {"training": {"maxSteps": 24, "saveSteps": 4, "batchSize": 4, "maxLength": 32, "warmupSteps": 2, "logSteps": 2}, "resources": {"processesPerNode": 1}},
-    "2-adapter.yaml": {"training": {"maxSteps": 6, "batchSize": 4, "maxLength": 32, "logSteps": 2}, "resources": {"processesPerNode": 1}},
+    "1-base.yaml": {
+        "training": {"maxSteps": 24, "saveSteps": 4, "batchSize": 4, "maxLength": 32, "warmupSteps": 2, "logSteps": 2},
+        "resources": {"processesPerNode": 1},
+    },
+    "2-adapter.yaml": {
+        "training": {"maxSteps": 6, "batchSize": 4, "maxLength": 32, "logSteps": 2},
+        "resources": {"processesPerNode": 1},
+    },
     "3-generate.yaml": {"text": {"maxNewTokens": 8}},
-}  # fmt: skip
+}
 
 
 def test_quickstart(tmp_path: Path) -> None:
@@ -34,7 +42,12 @@ def test_quickstart(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "luthier_cli", "run", *SHORT, "--mount", "/data=data", "-o", "json"]
 
     first = subprocess.Popen(
-        words, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        words,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     until = time.monotonic() + 180
     while first.poll() is None and not list(tmp_path.glob("luthier-runs/base/checkpoints/checkpoint-*")):
@@ -46,7 +59,9 @@ def test_quickstart(tmp_path: Path) -> None:
     assert first.returncode == stopped["code"] == 75, err
     assert [job["state"] for job in stopped["jobs"]] == ["Stopped", "NotRun", "NotRun"]
 
-    done = subprocess.run(words, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        words, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     base, adapter, texts = json.loads(done.stdout)["jobs"]
     assert "prepare" in base["seconds"], base["seconds"]
@@ -54,7 +69,11 @@ def test_quickstart(tmp_path: Path) -> None:
         assert job["metrics"]["evalLoss"] < job["metrics"]["evalLossBefore"]
     assert (tmp_path / "luthier-runs/base/result/model.safetensors").exists()
     assert (tmp_path / "luthier-runs/sessions/result/adapter_model.safetensors").exists()
-    lines = [json.loads(line) for path in Path(texts["result"]).glob("shard-*.jsonl") for line in path.read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for path in Path(texts["result"]).glob("shard-*.jsonl")
+        for line in path.read_text().splitlines()
+    ]
     assert [line["row"] for line in lines] == [0, 1, 2]
     assert all(line["text"] for line in lines)
     log = (tmp_path / "luthier-runs/base/logs/run-0.log").read_text()

@@ -20,7 +20,17 @@ import pytest
 import torch
 from datasets import DatasetDict
 from peft import AutoPeftModelForCausalLM
-from prepared_workspace import causal_lm_data, classification_data, image_data, losses, pod, prepared_run, prose, save_encoder, save_llama
+from prepared_workspace import (
+    causal_lm_data,
+    classification_data,
+    image_data,
+    losses,
+    pod,
+    prepared_run,
+    prose,
+    save_encoder,
+    save_llama,
+)
 from safetensors.torch import load_file
 from trainer.digits import save_model as save_vit
 from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification, AutoTokenizer
@@ -43,13 +53,17 @@ def llama(paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def data(llama: Path, paragraphs: list[str]) -> DatasetDict:
-    """Row counts that no number of processes divides: of nine rows, the last step of an epoch has one, on one process of two."""
+    """Row counts that no number of processes divides: of nine rows, the last step of an epoch has one, on one process
+    of two.
+    """
     whole = causal_lm_data(AutoTokenizer.from_pretrained(llama), prose(paragraphs))
     return DatasetDict(train=whole["train"].select(range(9)), eval=whole["eval"].select(range(9)))
 
 
 @pytest.fixture(scope="module")
-def alone(llama: Path, data: DatasetDict, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict[str, float]]:
+def alone(
+    llama: Path, data: DatasetDict, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[float], dict[str, float]]:
     """The losses and figures of one process with the whole batch: what any number of processes must come to."""
     folder = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
@@ -100,7 +114,8 @@ def test_two_pods_stop_together_and_go_on(tmp_path: Path, llama: Path, data: Dat
     with ExitStack() as pods:
         processes = [pods.enter_context(pod(run, tmp_path / f"pod-{node}", node)) for node in (0, 1)]
         deadline = time.monotonic() + TIMEOUT
-        while "step 1/40" not in (tmp_path / "pod-0/log").read_text():  # during the evaluation before it, there would be nothing to save
+        # During the evaluation before it, there would be nothing to save
+        while "step 1/40" not in (tmp_path / "pod-0/log").read_text():
             assert time.monotonic() < deadline, (tmp_path / "pod-1/log").read_text()
             time.sleep(0.05)
         (tmp_path / "pod-1/stop").touch()
@@ -128,18 +143,29 @@ def test_two_pods_stop_together_and_go_on(tmp_path: Path, llama: Path, data: Dat
 @pytest.fixture(scope="session")
 def deepspeed_operators() -> None:
     """DeepSpeed compiles two operators for CPU: three minutes once, then they are found in TORCH_EXTENSIONS_DIR."""
-    load = "from deepspeed.ops.op_builder.cpu import CPUAdamBuilder, ShareMemCommBuilder; CPUAdamBuilder().load(); ShareMemCommBuilder().load()"
+    load = (
+        "from deepspeed.ops.op_builder.cpu import CPUAdamBuilder, ShareMemCommBuilder; CPUAdamBuilder().load();"
+        " ShareMemCommBuilder().load()"
+    )
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    subprocess.run([sys.executable, "-c", load], env=os.environ | {"PATH": path, "DS_ACCELERATOR": "cpu"}, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", load],
+        env=os.environ | {"PATH": path, "DS_ACCELERATOR": "cpu"},
+        check=True,
+        capture_output=True,
+    )
 
 
 @pytest.mark.usefixtures("deepspeed_operators")
 def test_zero2_offload(tmp_path: Path, llama: Path, data: DatasetDict, alone: Any) -> None:
     """Stopped after its first step, and resumed from DeepSpeed's own shards: still the losses of one process.
 
-    Without rows to evaluate on: a run that is to stop from the beginning would leave the evaluation before its first step.
+    Without rows to evaluate on: a run that is to stop from the beginning would leave the evaluation before its first
+    step.
     """
-    run = make(tmp_path, llama, DatasetDict(train=data["train"]), resources={"processesPerNode": 2}, strategy="zero2-offload")
+    run = make(
+        tmp_path, llama, DatasetDict(train=data["train"]), resources={"processesPerNode": 2}, strategy="zero2-offload"
+    )
     (tmp_path / "pod-0").mkdir()
     (tmp_path / "pod-0/stop").touch()
     stopped = finish(run, tmp_path)
@@ -162,17 +188,19 @@ def test_zero3_offload(tmp_path: Path, llama: Path, data: DatasetDict, alone: An
     weights = load_file(tmp_path / "job/result/adapter_model.safetensors")
     assert len(weights) == 2 * 2 * 7  # two matrices for each of seven linear modules of two layers
     assert all(torch.isfinite(w).all() and w.abs().sum() > 0 for w in weights.values())
-    assert json.loads((tmp_path / "job/result/metrics.json").read_text())["evalLoss"] == pytest.approx(alone[1]["evalLoss"], abs=2e-4)
+    assert json.loads((tmp_path / "job/result/metrics.json").read_text())["evalLoss"] == pytest.approx(
+        alone[1]["evalLoss"], abs=2e-4
+    )
 
 
 CLASSIFIERS = [
     # of        strategy          head made for
-    ("text",    "ddp",            ["a", "b"]),
-    ("text",    "zero3-offload",  ["x", "y", "z"]),
-    ("text",    "zero3-offload",  ["b", "a"]),  # whose rows are spread over the processes when they have to change places
-    ("image",   "ddp",            ["b", "a"]),
-    ("image",   "zero2-offload",  ["a", "b"]),
-]  # fmt: skip
+    ("text", "ddp", ["a", "b"]),
+    ("text", "zero3-offload", ["x", "y", "z"]),
+    ("text", "zero3-offload", ["b", "a"]),  # whose rows are spread over the processes when they have to change places
+    ("image", "ddp", ["b", "a"]),
+    ("image", "zero2-offload", ["a", "b"]),
+]
 
 
 @pytest.mark.usefixtures("deepspeed_operators")
@@ -187,7 +215,8 @@ def test_two_processes_are_one_classifier(
         tokenizer = AutoTokenizer.from_pretrained(llama)
         base, rows = save_encoder(tmp_path / "base", tokenizer), classification_data(tokenizer, paragraphs)
         auto = AutoModelForSequenceClassification
-    # Three steps an epoch. In the last, of its two micro-batches one process has two rows and one, the other two and none.
+    # Three steps an epoch. In the last, of its two micro-batches one process has two rows and one, the other two and
+    # none.
     rows = DatasetDict(train=rows["train"].select(range(21)), eval=rows["eval"])
     auto.from_pretrained(base, id2label=dict(enumerate(held))).save_pretrained(base)
     training = TRAINING | {"learningRate": 1e-3}
@@ -195,7 +224,13 @@ def test_two_processes_are_one_classifier(
     alone = prepared_run(tmp_path / "alone", base, rows, training=training, **spec)
     metrics = train.main(alone).metrics or {}
     run = make(
-        tmp_path, base, rows, resources={"processesPerNode": 2}, strategy=strategy, training=training | {"microBatchSize": 2}, **spec
+        tmp_path,
+        base,
+        rows,
+        resources={"processesPerNode": 2},
+        strategy=strategy,
+        training=training | {"microBatchSize": 2},
+        **spec,
     )
     ended = finish(run, tmp_path)
     names = [load_file(tmp_path / folder / "result/model.safetensors").keys() for folder in ("alone", "job")]
@@ -216,4 +251,6 @@ def writes_what_was_foreseen(run: FineTuneRun, base: Path) -> None:
     assert space.folder_bytes(saved) == pytest.approx(foreseen, rel=0.08)
     assert not list(saved.glob("*.safetensors"))
     processor = space.folder_bytes(folder.prepared / "processor")
-    assert space.folder_bytes(folder.result) == pytest.approx(space.result_bytes(weights, plan.strategy, processor), rel=0.05)
+    assert space.folder_bytes(folder.result) == pytest.approx(
+        space.result_bytes(weights, plan.strategy, processor), rel=0.05
+    )

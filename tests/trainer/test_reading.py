@@ -1,4 +1,6 @@
-"""What a tokenizer makes of the texts: control tokens that they spell are text, and what a text brings itself is not doubled."""
+"""What a tokenizer makes of the texts: control tokens that they spell are text, and what a text brings itself is not
+doubled.
+"""
 
 from __future__ import annotations
 
@@ -30,17 +32,21 @@ def texts(*rows: str) -> Dataset:
 
 HONOURED = [
     # kind                  read as text
-    ("byte-level",          True),
-    ("SentencePiece BPE",   True),
-    ("WordPiece",           True),
-    ("Unigram",             False),
-]  # fmt: skip
+    ("byte-level", True),
+    ("SentencePiece BPE", True),
+    ("WordPiece", True),
+    ("Unigram", False),
+]
 
 
 @pytest.mark.parametrize(("kind", "honoured"), HONOURED)
 @pytest.mark.parametrize("packed", [True, False], ids=["blocks", "rows"])
 def test_control_tokens_that_a_text_spells_are_text(
-    kind: str, honoured: bool, packed: bool, tokenizers: dict[str, PreTrainedTokenizerBase], capsys: pytest.CaptureFixture[str]
+    kind: str,
+    honoured: bool,
+    packed: bool,
+    tokenizers: dict[str, PreTrainedTokenizerBase],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     tokenizer = tokenizers[kind]
     end = tokenizer.eos_token
@@ -52,28 +58,41 @@ def test_control_tokens_that_a_text_spells_are_text(
             reader.check_spellings(rows, "text", "spec.dataset.columns.text", "rows of train.jsonl")
         assert refused.value.code == ExitCode.INVALID_DATASET
         assert str(refused.value).startswith(
-            "spec.dataset.columns.text: </s> in 2 rows of train.jsonl spell control tokens, and a tokenizer of the kind Unigram cannot read them as text"
+            "spec.dataset.columns.text: </s> in 2 rows of train.jsonl spell control tokens, and a tokenizer of the kind"
+            " Unigram cannot read them as text"
         )
         assert "spec.dataset.parseSpecialTokens: true" in str(refused.value)
         return
     reader.check_spellings(rows, "text", "spec.dataset.columns.text", "rows of train.jsonl")
-    assert capsys.readouterr().out == (
-        f"spec.dataset.columns.text: 2 of 3 rows of train.jsonl spell control tokens of the tokenizer ({end} in 2), which are read as ordinary text."
-        " Set spec.dataset.parseSpecialTokens: true if they are meant as the tokens themselves, as in text made by a chat template\n"
+    assert (
+        capsys.readouterr().out
+        == f"spec.dataset.columns.text: 2 of 3 rows of train.jsonl spell control tokens of the tokenizer ({end} in 2),"
+        " which are read as ordinary text. Set spec.dataset.parseSpecialTokens: true if they are meant as the"
+        " tokens themselves, as in text made by a chat template\n"
     )
-    made = packing.blocks(rows, "text", reader, 512, documents=False) if packed else tokens.language_rows(rows, "text", reader, 512)
+    made = (
+        packing.blocks(rows, "text", reader, 512, documents=False)
+        if packed
+        else tokens.language_rows(rows, "text", reader, 512)
+    )
     ids = [token for row in made["input_ids"] for token in row]
     assert ids.count(tokenizer.eos_token_id) == 3  # those that end the three texts
 
 
-def test_rows_without_spellings_are_no_notice(tokenizers: dict[str, PreTrainedTokenizerBase], capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_without_spellings_are_no_notice(
+    tokenizers: dict[str, PreTrainedTokenizerBase], capsys: pytest.CaptureFixture[str]
+) -> None:
     for tokenizer in tokenizers.values():
         Reader(tokenizer).check_spellings(texts("a < b", "x</a>", "<|end|>"), "text", "field", "rows")
-        Reader(tokenizer, parse_special=True).check_spellings(texts(f"a {tokenizer.eos_token}"), "text", "field", "rows")
+        Reader(tokenizer, parse_special=True).check_spellings(
+            texts(f"a {tokenizer.eos_token}"), "text", "field", "rows"
+        )
     assert capsys.readouterr().out == ""
 
 
-def test_padding_that_is_an_ordinary_character_refuses_nothing(tokenizers: dict[str, PreTrainedTokenizerBase], tmp_path: Path) -> None:
+def test_padding_that_is_an_ordinary_character_refuses_nothing(
+    tokenizers: dict[str, PreTrainedTokenizerBase], tmp_path: Path
+) -> None:
     """Some published tokenizers pad with "!": text that holds one is text."""
     tokenizers["byte-level"].save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, pad_token="!")
@@ -81,15 +100,14 @@ def test_padding_that_is_an_ordinary_character_refuses_nothing(tokenizers: dict[
 
 
 BROUGHT = [
-    # name                          kind                  text                        ids of <begin> and <end> that it has then
-    ("nothing",                     "SentencePiece BPE",  "a text",                   [1, 2]),
-    ("a beginning",                 "SentencePiece BPE",  f"{BEGIN}a text",           [1, 2]),
-    ("an end",                      "SentencePiece BPE",  f"a text{END}",             [1, 2]),
-    ("both",                        "SentencePiece BPE",  f"{BEGIN}a text{END}",      [1, 2]),
-    ("an end between",              "SentencePiece BPE",  f"a{END}text",              [1, 2, 2]),
-    ("the tokenizer adds both",     "WordPiece",          "a text",                   [1, 2]),
-    ("both, and the text too",      "WordPiece",          f"{BEGIN} a text {END}",    [1, 2]),
-]  # fmt: skip
+    ("nothing", "SentencePiece BPE", "a text", [1, 2]),
+    ("a beginning", "SentencePiece BPE", f"{BEGIN}a text", [1, 2]),
+    ("an end", "SentencePiece BPE", f"a text{END}", [1, 2]),
+    ("both", "SentencePiece BPE", f"{BEGIN}a text{END}", [1, 2]),
+    ("an end between", "SentencePiece BPE", f"a{END}text", [1, 2, 2]),
+    ("the tokenizer adds both", "WordPiece", "a text", [1, 2]),
+    ("both, and the text too", "WordPiece", f"{BEGIN} a text {END}", [1, 2]),
+]
 
 
 @pytest.mark.parametrize(("name", "kind", "text", "expect"), BROUGHT, ids=[b[0] for b in BROUGHT])
@@ -99,14 +117,20 @@ def test_what_a_text_brings_is_not_doubled(
 ) -> None:
     tokenizer = tokenizers[kind]
     reader = Reader(tokenizer, parse_special=True)
-    made = packing.blocks(texts(text), "text", reader, 64, False) if packed else tokens.language_rows(texts(text), "text", reader, 64)
+    made = (
+        packing.blocks(texts(text), "text", reader, 64, False)
+        if packed
+        else tokens.language_rows(texts(text), "text", reader, 64)
+    )
     (ids,) = made["input_ids"]
     assert [token for token in ids if token in (1, 2)] == expect
     assert (ids[0], ids[-1]) == (1, 2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_to_classify_are_tokenised_once(kind: str, tokenizers: dict[str, PreTrainedTokenizerBase], paragraphs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_to_classify_are_tokenised_once(
+    kind: str, tokenizers: dict[str, PreTrainedTokenizerBase], paragraphs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And as the tokenizer itself cuts them; rows that just fit are not counted as cut."""
     tokenizer = tokenizers[kind]
     rows = paragraphs[:200]
@@ -126,14 +150,22 @@ def test_rows_to_classify_are_tokenised_once(kind: str, tokenizers: dict[str, Pr
     assert seen == rows
 
 
-def test_the_spec_says_which(make_run: Any, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_spec_says_which(
+    make_run: Any, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Through `prepare`: the same file, as text and as what a chat template has made."""
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps({"text": f"question {i}<|endoftext|>answer"}) + "\n" for i in range(3)))
     end, counts = AutoTokenizer.from_pretrained(tiny_model).eos_token_id, {}
     for parse in (False, True):
         notices.forget()
-        _, data = prepared(make_run(f"parse-{parse}".lower(), dataset={"files": [str(path)], "parseSpecialTokens": parse}))
+        _, data = prepared(
+            make_run(f"parse-{parse}".lower(), dataset={"files": [str(path)], "parseSpecialTokens": parse})
+        )
         counts[parse] = [ids.count(end) for ids in data["train"]["input_ids"]]
     assert counts == {False: [1, 1, 1], True: [2, 2, 2]}
-    assert [line for line in capsys.readouterr().out.splitlines() if "3 of 3 training rows of x.jsonl spell control tokens" in line]
+    assert [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if "3 of 3 training rows of x.jsonl spell control tokens" in line
+    ]

@@ -1,4 +1,6 @@
-"""An interrupted run goes on as if nothing had happened: the same losses, to the last bit, and the same figures at the end."""
+"""An interrupted run goes on as if nothing had happened: the same losses, to the last bit, and the same figures at the
+end.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +40,15 @@ def data(llama: Path, paragraphs: list[str]) -> DatasetDict:
 
 
 def make(root: Path, llama: Path, data: DatasetDict, **training: Any) -> Any:
-    return prepared_run(root, llama, data, method=LORA, training={"maxSteps": STEPS, "learningRate": 1e-2, "evalSteps": 10} | training)
+    return prepared_run(
+        root, llama, data, method=LORA, training={"maxSteps": STEPS, "learningRate": 1e-2, "evalSteps": 10} | training
+    )
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(llama: Path, data: DatasetDict, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict[str, float]]:
+def uninterrupted(
+    llama: Path, data: DatasetDict, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[float], dict[str, float]]:
     folder = tmp_path_factory.mktemp("uninterrupted")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LUTHIER_RUN_DIR", str(folder))
@@ -69,16 +75,22 @@ def stopped_at(run: Any, step: int, monkeypatch: pytest.MonkeyPatch) -> Terminat
 
 STOPS = [
     # name                    stopped at steps
-    ("in the first epoch",    [7]),
-    ("at its end",            [25]),
-    ("twice",                 [3, 12]),
-    ("at the last step",      [STEPS]),
-]  # fmt: skip
+    ("in the first epoch", [7]),
+    ("at its end", [25]),
+    ("twice", [3, 12]),
+    ("at the last step", [STEPS]),
+]
 
 
 @pytest.mark.parametrize(("name", "stops"), STOPS, ids=[s[0] for s in STOPS])
 def test_stopped(
-    name: str, stops: list[int], tmp_path: Path, llama: Path, data: DatasetDict, uninterrupted: Any, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    stops: list[int],
+    tmp_path: Path,
+    llama: Path,
+    data: DatasetDict,
+    uninterrupted: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = make(tmp_path / "job", llama, data)
     for step in stops:
@@ -88,7 +100,9 @@ def test_stopped(
     metrics = train.main(run).metrics
     assert metrics is not None
     assert losses(run) == uninterrupted[0]
-    assert {k: v for k, v in metrics.items() if k != "seconds"} == {k: v for k, v in uninterrupted[1].items() if k != "seconds"}
+    assert {k: v for k, v in metrics.items() if k != "seconds"} == {
+        k: v for k, v in uninterrupted[1].items() if k != "seconds"
+    }
 
 
 def stopped_in_evaluation(run: Any, number: int, monkeypatch: pytest.MonkeyPatch) -> TerminationMessage:
@@ -110,41 +124,66 @@ def stopped_in_evaluation(run: Any, number: int, monkeypatch: pytest.MonkeyPatch
 
 
 IN_EVALUATIONS = [
-    # name                                   evaluation of those before step 1 and after 10, 20 and 26; saved every; checkpoint
-    ("before the first step",                1, 100, None),
-    ("where a save is due, too",             2, 10,  10),
-    ("where none is due",                    3, 100, 20),
-    ("of the result",                        4, 100, STEPS),
-]  # fmt: skip
+    ("before the first step", 1, 100, None),
+    ("where a save is due, too", 2, 10, 10),
+    ("where none is due", 3, 100, 20),
+    ("of the result", 4, 100, STEPS),
+]
 
 
 @pytest.mark.parametrize(("name", "number", "save_steps", "step"), IN_EVALUATIONS, ids=[s[0] for s in IN_EVALUATIONS])
 def test_stopped_in_an_evaluation(
-    name: str, number: int, save_steps: int, step: int | None, tmp_path: Path, llama: Path, data: DatasetDict, uninterrupted: Any,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    name: str,
+    number: int,
+    save_steps: int,
+    step: int | None,
+    tmp_path: Path,
+    llama: Path,
+    data: DatasetDict,
+    uninterrupted: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Nothing is lost, and what was broken off is made by the next attempt."""
     run = make(tmp_path / "job", llama, data, saveSteps=save_steps)
     message = stopped_in_evaluation(run, number, monkeypatch)
     assert (message.code, message.step, message.saved) == (75, step, True if step else None)
-    assert f"step {step or 0}/{STEPS}  the pod has to go: the next attempt makes the evaluation of this step" in capsys.readouterr().out
+    assert (
+        f"step {step or 0}/{STEPS}  the pod has to go: the next attempt makes the evaluation of this step"
+        in capsys.readouterr().out
+    )
     metrics = train.main(run).metrics
     assert metrics is not None
     assert losses(run) == uninterrupted[0]
-    assert {k: v for k, v in metrics.items() if k != "seconds"} == {k: v for k, v in uninterrupted[1].items() if k != "seconds"}
+    assert {k: v for k, v in metrics.items() if k != "seconds"} == {
+        k: v for k, v in uninterrupted[1].items() if k != "seconds"
+    }
     assert [line.split("/")[0] for line in capsys.readouterr().out.splitlines() if "held-out" in line] == [
         f"step {at}" for at in (0, 10, 20, STEPS) if at >= (step or 0)
     ]
 
 
 def test_experts_go_on_too(tmp_path: Path, data: DatasetDict, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In files each expert is a weight of its own, in memory all of a layer are one: resumed by the names in memory, they would begin anew."""
+    """In files each expert is a weight of its own, in memory all of a layer are one: resumed by the names in memory,
+    they would begin anew.
+    """
     tokenizer = AutoTokenizer.from_pretrained(llama)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
-    Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=len(tokenizer), head_dim=16, num_experts=4, num_experts_per_tok=2, **sizes)).save_pretrained(tmp_path / "m")
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(vocab_size=len(tokenizer), head_dim=16, num_experts=4, num_experts_per_tok=2, **sizes)
+    ).save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
     training = {"maxSteps": 6, "learningRate": 1e-2}
-    whole, parts = (prepared_run(tmp_path / name, tmp_path / "m", data, training=training) for name in ("whole", "parts"))
+    whole, parts = (
+        prepared_run(tmp_path / name, tmp_path / "m", data, training=training) for name in ("whole", "parts")
+    )
     train.main(whole)
     assert stopped_at(parts, 3, monkeypatch).saved
     train.main(parts)
@@ -164,7 +203,9 @@ def test_a_checkpoint_without_a_weight_is_not_gone_on_from(
     del kept["files"]
     (folder / MANIFEST).unlink()
     write_manifest(folder, **kept)
-    with pytest.raises(Failure, match=r"checkpoint-2: 1 weights of the model are not in it, among them model\.norm\.weight"):
+    with pytest.raises(
+        Failure, match=r"checkpoint-2: 1 weights of the model are not in it, among them model\.norm\.weight"
+    ):
         train.main(run)
 
 
@@ -186,7 +227,12 @@ def served_at_first(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
 
 
 def test_the_newest_checkpoint_is_broken(
-    tmp_path: Path, llama: Path, data: DatasetDict, uninterrupted: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    llama: Path,
+    data: DatasetDict,
+    uninterrupted: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As if the node had died while it wrote the result: the last checkpoint is damaged, the one before it good."""
     run, served = make(tmp_path / "job", llama, data, saveSteps=10), served_at_first(monkeypatch)
@@ -199,10 +245,16 @@ def test_the_newest_checkpoint_is_broken(
     capsys.readouterr()
     train.main(run)
     output = capsys.readouterr().out
-    assert f"checkpoint-{STEPS} is broken and set aside as .corrupt-checkpoint-{STEPS}: adapter_model.safetensors has changed" in output
+    assert (
+        f"checkpoint-{STEPS} is broken and set aside as .corrupt-checkpoint-{STEPS}: adapter_model.safetensors has"
+        " changed" in output
+    )
     assert "resuming from checkpoint-20" in output
     assert losses(run)[20:] == uninterrupted[0][20:]
-    assert [(checkpoint_step(s), broken_checkpoints(s)) for s in served] == [(0, 0), (20, 1)], "told before the first save"
+    assert [(checkpoint_step(s), broken_checkpoints(s)) for s in served] == [
+        (0, 0),
+        (20, 1),
+    ], "told before the first save"
     written = "luthier_checkpoint_last_success_timestamp_seconds"
     assert [written in s for s in served] == [False, True]
     assert abs(served[1][written] - (tmp_path / "job/checkpoints/checkpoint-20").stat().st_mtime) < 1

@@ -25,9 +25,15 @@ def trained(paragraphs: list[str], **rules: Any) -> bytes:
     """A SentencePiece model of 512 pieces, as a file holds it."""
     written = io.BytesIO()
     SentencePieceTrainer.train(
-        sentence_iterator=iter("\n".join(paragraphs[:100]).splitlines()), model_writer=written, vocab_size=512, model_type="bpe", byte_fallback=True,
-        split_digits=True, minloglevel=2, **rules,
-    )  # fmt: skip
+        sentence_iterator=iter("\n".join(paragraphs[:100]).splitlines()),
+        model_writer=written,
+        vocab_size=512,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        minloglevel=2,
+        **rules,
+    )
     return written.getvalue()
 
 
@@ -46,7 +52,9 @@ RULES: list[tuple[str, dict[str, Any], bool]] = [
 
 
 @pytest.mark.parametrize(("name", "rules", "differs"), RULES, ids=[r[0] for r in RULES])
-def test_rules_that_transformers_leaves_out_are_noticed(name: str, rules: dict[str, Any], differs: bool, paragraphs: list[str], tmp_path: Path) -> None:
+def test_rules_that_transformers_leaves_out_are_noticed(
+    name: str, rules: dict[str, Any], differs: bool, paragraphs: list[str], tmp_path: Path
+) -> None:
     save_tokenizer(tmp_path, trained(paragraphs, **rules))
     read_tokenizer(tmp_path, "spec.model.path")
     assert [text.partition(" (")[0] for text in notices.given()] == ["spec.model.path: of 8 probe texts, 7"] * differs

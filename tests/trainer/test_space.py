@@ -1,4 +1,5 @@
-"""What checkpoints and results take: the sums against files that a training has written, and what is said where they do not fit.
+"""What checkpoints and results take: the sums against files that a training has written, and what is said where they do
+not fit.
 
 `test_ranks` compares those of ZeRO-2 and ZeRO-3, whose files several processes write.
 """
@@ -41,7 +42,9 @@ METHODS = [{"type": "full"}, {"type": "lora", "rank": 64}]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=[m["type"] for m in METHODS])
-def test_a_training_writes_what_was_foreseen(method: dict[str, Any], tmp_path: Path, llama: Path, data: DatasetDict) -> None:
+def test_a_training_writes_what_was_foreseen(
+    method: dict[str, Any], tmp_path: Path, llama: Path, data: DatasetDict
+) -> None:
     run = prepared_run(tmp_path / "job", llama, data, method=method, training={"maxSteps": 1})
     folder = WorkspaceFolder(tmp_path / "job")
     plan = read_prepared(run).plan
@@ -54,25 +57,29 @@ def test_a_training_writes_what_was_foreseen(method: dict[str, Any], tmp_path: P
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 99}
 ADAPTERS: list[tuple[str, PreTrainedConfig, str, list[str]]] = [
-    ("all linear modules",            LlamaConfig(**SMALL),                                     "causal-lm",            ["all-linear"]),
-    ("some",                          LlamaConfig(**SMALL),                                     "causal-lm",            ["q_proj", "down_proj"]),
-    ("embeddings",                    LlamaConfig(**SMALL),                                     "causal-lm",            ["embed_tokens", "q_proj"]),
-    ("GPT-2, which has Conv1D",       GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=99), "causal-lm",           ["all-linear"]),
-    ("beside a head trained whole",   BertConfig(**SMALL),                                      "text-classification",  ["all-linear"]),
-]  # fmt: skip
+    ("all linear modules", LlamaConfig(**SMALL), "causal-lm", ["all-linear"]),
+    ("some", LlamaConfig(**SMALL), "causal-lm", ["q_proj", "down_proj"]),
+    ("embeddings", LlamaConfig(**SMALL), "causal-lm", ["embed_tokens", "q_proj"]),
+    ("GPT-2, which has Conv1D", GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=99), "causal-lm", ["all-linear"]),
+    ("beside a head trained whole", BertConfig(**SMALL), "text-classification", ["all-linear"]),
+]
 
 
 @pytest.mark.parametrize(("name", "config", "task", "targets"), ADAPTERS, ids=[a[0] for a in ADAPTERS])
-def test_weights_that_learn_are_those_that_peft_makes(name: str, config: PreTrainedConfig, task: str, targets: list[str]) -> None:
+def test_weights_that_learn_are_those_that_peft_makes(
+    name: str, config: PreTrainedConfig, task: str, targets: list[str]
+) -> None:
     whole = ["classifier"] if task == "text-classification" else []
     counted = trainable.adapter_sizes(skeleton(config, task, ""), Method(rank=4, target_modules=targets), whole)
     made = get_peft_model(
         skeleton(config, task, ""),
         LoraConfig(
-            r=4, target_modules=targets if targets != ["all-linear"] else "all-linear", modules_to_save=whole or None,
+            r=4,
+            target_modules=targets if targets != ["all-linear"] else "all-linear",
+            modules_to_save=whole or None,
             exclude_modules=whole or None,
         ),
-    )  # fmt: skip
+    )
     learning = [p for p in made.parameters() if p.requires_grad]
     assert (sum(counted), len(counted)) == (count_weights(learning)[0], len(learning))
 
@@ -82,20 +89,24 @@ def full(total: float) -> Weights:
 
 
 def lora(total: float, learning: float) -> Weights:
-    return Weights(total=int(total), learning=int(learning), tensors=450, adapters=True, computed_bytes=2, source_bytes=2)
+    return Weights(
+        total=int(total), learning=int(learning), tensors=450, adapters=True, computed_bytes=2, source_bytes=2
+    )
 
 
 LARGE = [
     # weights, strategy, processes                        checkpoint  result   saved in  grace
-    ("2.5B full, alone",   full(2.5e9), "none", 1,              30.0,    5.0,      181,   312),
-    ("14B full, ZeRO-3",   full(14e9), "zero3", 8,             168.0,   28.0,      862,  1333),
-    ("70B full, ZeRO-3",   full(70e9), "zero3", 64,            840.0,  140.0,     4214,  6361),
-    ("7B full, ZeRO-2",    full(7e9), "zero2", 8,               98.0,   14.0,      503,   795),
-    ("7B LoRA, DDP",       lora(7e9, 40e6), "ddp", 8,            0.5,    0.2,        3,    45),
-]  # fmt: skip
+    ("2.5B full, alone", full(2.5e9), "none", 1, 30.0, 5.0, 181, 312),
+    ("14B full, ZeRO-3", full(14e9), "zero3", 8, 168.0, 28.0, 862, 1333),
+    ("70B full, ZeRO-3", full(70e9), "zero3", 64, 840.0, 140.0, 4214, 6361),
+    ("7B full, ZeRO-2", full(7e9), "zero2", 8, 98.0, 14.0, 503, 795),
+    ("7B LoRA, DDP", lora(7e9, 40e6), "ddp", 8, 0.5, 0.2, 3, 45),
+]
 
 
-@pytest.mark.parametrize(("name", "weights", "strategy", "ranks", "size", "result", "saving", "grace"), LARGE, ids=[c[0] for c in LARGE])
+@pytest.mark.parametrize(
+    ("name", "weights", "strategy", "ranks", "size", "result", "saving", "grace"), LARGE, ids=[c[0] for c in LARGE]
+)
 def test_large_models(
     name: str, weights: Weights, strategy: str, ranks: int, size: float, result: float, saving: int, grace: int
 ) -> None:
@@ -107,10 +118,10 @@ def test_large_models(
 
 COPIES = [
     # steps  saved every  kept   at once
-    (100,    10,          2,     3),
-    (100,    1000,        2,     1),
-    (15,     10,          2,     2),
-]  # fmt: skip
+    (100, 10, 2, 3),
+    (100, 1000, 2, 1),
+    (15, 10, 2, 2),
+]
 
 
 @pytest.mark.parametrize(("steps", "every", "keep", "expect"), COPIES)
@@ -119,7 +130,10 @@ def test_no_more_checkpoints_are_counted_than_there_will_be(steps: int, every: i
 
 
 def test_a_volume_that_is_too_small_is_refused_before_the_training(tmp_path: Path, make_run: MakeRun) -> None:
-    run = make_run(method={"type": "full"}, training={"maxLength": 64, "batchSize": 4, "maxSteps": 90, "saveSteps": 1, "keepCheckpoints": 40})
+    run = make_run(
+        method={"type": "full"},
+        training={"maxLength": 64, "batchSize": 4, "maxSteps": 90, "saveSteps": 1, "keepCheckpoints": 40},
+    )
     with mounted(Path(run.workspace), kibibytes=8 << 10), pytest.raises(Failure) as caught:
         prepare.main(run)
     assert caught.value.code == 74
@@ -137,6 +151,12 @@ def test_before_a_save_broken_checkpoints_make_way(tmp_path: Path, capsys: pytes
         checkpoint.make_room(folder, 2 << 20)
         assert not broken.exists()
         assert ".corrupt-checkpoint-1 is removed: the volume has no room" in capsys.readouterr().out
-        with pytest.raises(Failure, match=r"^spec\.workspace\.size: the next checkpoint needs 8\.4 MB, and 4\.2 MB of the volume's 4\.2 MB are free") as caught:
+        with pytest.raises(
+            Failure,
+            match=(
+                r"^spec\.workspace\.size: the next checkpoint needs 8\.4 MB, and 4\.2 MB of the volume's 4\.2 MB are"
+                r" free"
+            ),
+        ) as caught:
             checkpoint.make_room(folder, 8 << 20)
         assert caught.value.code == 74

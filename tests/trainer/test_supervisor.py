@@ -37,7 +37,8 @@ from pathlib import Path
 run = Path(os.environ["LUTHIER_RUN_DIR"])
 def result(code, rank=0, **more):
     reason = {0: "Completed", 65: "InvalidDataset", 75: "Preempted", 81: "PeerLost", 71: "InfrastructureError"}[code]
-    (run / f"result-{rank}.json").write_text(json.dumps({"phase": "run", "code": code, "reason": reason, "rank": rank} | more))
+    written = {"phase": "run", "code": code, "reason": reason, "rank": rank} | more
+    (run / f"result-{rank}.json").write_text(json.dumps(written))
 """
 
 
@@ -49,10 +50,13 @@ def give_prepared(run: FineTuneRun | GenerateRun) -> None:
     write_prepared(
         run,
         PreparedRecord(
-            model=ResolvedSource(source="m"), dataset=ResolvedDataset(source="d", rows=1), plan=Plan(strategy="none"), model_path="m",
+            model=ResolvedSource(source="m"),
+            dataset=ResolvedDataset(source="d", rows=1),
+            plan=Plan(strategy="none"),
+            model_path="m",
             dataset_path="d",
         ),
-    )  # fmt: skip
+    )
 
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -63,7 +67,9 @@ def start(tmp_path: Path, make_generate_run: Callable[..., GenerateRun]) -> Iter
     """Start the supervisor over a child script; ends it, and all below it, with the test."""
     started: list[subprocess.Popen[str]] = []
 
-    def run_it(script: str, verb: str = "generate", grace_seconds: int = 60, prepared: bool = True, **environment: str) -> subprocess.Popen[str]:
+    def run_it(
+        script: str, verb: str = "generate", grace_seconds: int = 60, prepared: bool = True, **environment: str
+    ) -> subprocess.Popen[str]:
         run = make_generate_run(grace_seconds=grace_seconds)
         if prepared:
             give_prepared(run)
@@ -72,10 +78,19 @@ def start(tmp_path: Path, make_generate_run: Callable[..., GenerateRun]) -> Iter
         (tmp_path / "driver.py").write_text(DRIVER)
         started.append(
             subprocess.Popen(
-                [sys.executable, str(tmp_path / "driver.py"), verb, str(tmp_path / "run.json"), str(tmp_path / "child.py")],
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment,
+                [
+                    sys.executable,
+                    str(tmp_path / "driver.py"),
+                    verb,
+                    str(tmp_path / "run.json"),
+                    str(tmp_path / "child.py"),
+                ],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=os.environ | environment,
             )
-        )  # fmt: skip
+        )
         return started[-1]
 
     yield run_it
@@ -103,27 +118,60 @@ ENDS: list[tuple[str, str, dict[str, Any], int, str]] = [
     ("a good end", "result(0, metrics={'evalLoss': 1.5})", {}, 0, ""),
     ("a good end, then a crash in teardown", "result(0); os.abort()", {}, 0, ""),
     ("a mistake of the user", "result(65, message='spec.dataset: no'); os._exit(65)", {}, 65, "spec.dataset: no"),
-    ("a mistake on one rank, lost peers on the others", "result(81, 0, message='gone'); result(65, 1, message='bad row'); sys.exit(1)", {}, 65, "bad row"),
+    (
+        "a mistake on one rank, lost peers on the others",
+        "result(81, 0, message='gone'); result(65, 1, message='bad row'); sys.exit(1)",
+        {},
+        65,
+        "bad row",
+    ),
     ("an agreed stop on another pod", "result(75, saved=True, step=7)", {}, 75, ""),
-    ("a lost peer", "result(81, message='Connection reset by peer'); sys.exit(1)", {"LUTHIER_PEER_LOST_LINGER": "0.3"}, 81, "Connection reset"),
+    (
+        "a lost peer",
+        "result(81, message='Connection reset by peer'); sys.exit(1)",
+        {"LUTHIER_PEER_LOST_LINGER": "0.3"},
+        81,
+        "Connection reset",
+    ),
     ("no message", "print('deep trouble'); sys.exit(3)", {}, 70, "the process ended with 3 and left no message"),
     ("no message, but a code of ours", "sys.exit(74)", {}, 74, "ended with 74"),
     ("an end without a result", "pass", {}, 70, "ended with 0 but left no result"),
     (
-        "NCCL's watchdog aborts", "print('[rank0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)')\nfor n in range(40): print('frame', n)\n"
-        "sys.stdout.flush(); os.abort()", {}, 80, "WorkNCCL(SeqNum=7). A process of the group did not come",
+        "NCCL's watchdog aborts",
+        (
+            "print('[rank0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)')\nfor n in range(40):"
+            " print('frame', n)\nsys.stdout.flush(); os.abort()"
+        ),
+        {},
+        80,
+        "WorkNCCL(SeqNum=7). A process of the group did not come",
     ),
-    ("a crash of its own", "os.kill(os.getpid(), signal.SIGSEGV)", {}, 71, "ended by SIGSEGV of its own; see its last lines"),
+    (
+        "a crash of its own",
+        "os.kill(os.getpid(), signal.SIGSEGV)",
+        {},
+        71,
+        "ended by SIGSEGV of its own; see its last lines",
+    ),
     ("killed from outside", "os.kill(os.getpid(), signal.SIGKILL)", {}, 71, "ended by SIGKILL from outside"),
     (
-        "out of memory", "Path(os.environ['LUTHIER_CGROUP'], 'memory.events').write_text('oom 1\\noom_kill 3\\n'); os.kill(os.getpid(), 9)",
-        {"LUTHIER_CGROUP": "CGROUP"}, 83, "spec.resources.memory: the container ran out of memory",
+        "out of memory",
+        (
+            "Path(os.environ['LUTHIER_CGROUP'], 'memory.events').write_text('oom 1\\noom_kill 3\\n');"
+            " os.kill(os.getpid(), 9)"
+        ),
+        {"LUTHIER_CGROUP": "CGROUP"},
+        83,
+        "spec.resources.memory: the container ran out of memory",
     ),
     (
-        "a hang", "faulthandler.register(signal.SIGUSR1); (run / 'heartbeat').touch()\ndef stuck():\n    time.sleep(60)\nstuck()",
-        {"LUTHIER_STEP_TIMEOUT": "0.5"}, 80, "no step for",
+        "a hang",
+        "faulthandler.register(signal.SIGUSR1); (run / 'heartbeat').touch()\ndef stuck():\n    time.sleep(60)\nstuck()",
+        {"LUTHIER_STEP_TIMEOUT": "0.5"},
+        80,
+        "no step for",
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "script", "environment", "code", "message"), ENDS, ids=[c[0] for c in ENDS])
@@ -146,14 +194,12 @@ def test_an_end_becomes_a_code(
 
 def test_a_stop_is_agreed_on_not_forwarded(start: Start, tmp_path: Path) -> None:
     """The child would die of a SIGTERM; it sees the file, saves, and says so."""
-    process = start(
-        """
+    process = start("""
         (run / "ready").touch()
         while not (run / "stop").exists():
             time.sleep(0.02)
         result(75, saved=True, step=12)
-        """
-    )
+        """)
     wait_for(tmp_path / "run" / "ready")
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=10) == 75
@@ -173,9 +219,13 @@ def test_a_second_interrupt_waits_for_no_checkpoint(start: Start, tmp_path: Path
 
 AFTER_SIGTERM = [
     ("ignores the stop", "time.sleep(60)", "the grace period ended"),
-    ("fails of something else", "while not (run / 'stop').exists(): time.sleep(0.02)\nresult(65, message='bad'); os._exit(65)", "InvalidDataset: bad"),
+    (
+        "fails of something else",
+        "while not (run / 'stop').exists(): time.sleep(0.02)\nresult(65, message='bad'); os._exit(65)",
+        "InvalidDataset: bad",
+    ),
     ("has no message", "while not (run / 'stop').exists(): time.sleep(0.02)\nsys.exit(1)", "ended with 1"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "script", "message"), AFTER_SIGTERM, ids=[c[0] for c in AFTER_SIGTERM])
@@ -247,7 +297,10 @@ def test_the_last_word_fits_where_the_kubelet_reads_it(start: Start, tmp_path: P
 
 
 def test_run_pods_hold_no_token(start: Start, tmp_path: Path) -> None:
-    process = start("(run / 'seen').write_text(os.environ.get('HF_TOKEN', '') + os.environ['HF_HUB_OFFLINE']); result(0)", HF_TOKEN=TOKEN)
+    process = start(
+        "(run / 'seen').write_text(os.environ.get('HF_TOKEN', '') + os.environ['HF_HUB_OFFLINE']); result(0)",
+        HF_TOKEN=TOKEN,
+    )
     assert process.wait(timeout=20) == 0
     assert (tmp_path / "run" / "seen").read_text() == "1"
 
@@ -256,7 +309,10 @@ def entry(tmp_path: Path, verb: str, document: object) -> subprocess.CompletedPr
     """The image's own entry point."""
     (tmp_path / "run.json").write_text(json.dumps(document))
     return subprocess.run(
-        [sys.executable, "-m", "luthier_trainer", verb, "--run", str(tmp_path / "run.json")], capture_output=True, text=True, timeout=30
+        [sys.executable, "-m", "luthier_trainer", verb, "--run", str(tmp_path / "run.json")],
+        capture_output=True,
+        text=True,
+        timeout=30,
     )
 
 
@@ -272,7 +328,10 @@ def good(run: FineTuneRun | GenerateRun, **changes: Any) -> dict[str, Any]:
 
 
 def test_the_supervisor_imports_nothing_heavy() -> None:
-    code = "import sys, luthier_trainer.supervisor; print([m for m in ('torch', 'transformers', 'datasets', 'numpy', 'httpx') if m in sys.modules])"
+    code = (
+        "import sys, luthier_trainer.supervisor; print([m for m in ('torch', 'transformers', 'datasets', 'numpy',"
+        " 'httpx') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -291,13 +350,20 @@ def test_a_workspace_of_another_job_is_not_trained_on(tmp_path: Path, make_run: 
 
 
 CIRCUMSTANCES = [
-    ("hub", {"repo": "org/out", "tokenSecret": {"name": "hf"}}), ("restarts", {"max": 9}), ("workspace", {"claim": "another"}), ("suspend", True),
-    ("scheduling", {"queue": "team-a"}), ("volumes", [{"claim": "models", "mountPath": "/models"}]), ("activeDeadlineSeconds", 60),
-]  # fmt: skip
+    ("hub", {"repo": "org/out", "tokenSecret": {"name": "hf"}}),
+    ("restarts", {"max": 9}),
+    ("workspace", {"claim": "another"}),
+    ("suspend", True),
+    ("scheduling", {"queue": "team-a"}),
+    ("volumes", [{"claim": "models", "mountPath": "/models"}]),
+    ("activeDeadlineSeconds", 60),
+]
 
 
 @pytest.mark.parametrize(("field", "value"), CIRCUMSTANCES, ids=[c[0] for c in CIRCUMSTANCES])
-def test_what_decides_where_and_when_makes_no_other_job(field: str, value: object, make_run: Callable[..., FineTuneRun]) -> None:
+def test_what_decides_where_and_when_makes_no_other_job(
+    field: str, value: object, make_run: Callable[..., FineTuneRun]
+) -> None:
     give_prepared(make_run())
     assert read_prepared(FineTuneRun.model_validate(good(make_run(), **{f"spec__{field}": value}))).model_path == "m"
 

@@ -25,7 +25,13 @@ from prepared_workspace import (
     sign,
 )
 from trainer.digits import save_model as save_vit
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.metrics import checkpoint_step, progress_of, read_samples
@@ -57,7 +63,9 @@ def learnt(llama: Path, text_data: DatasetDict, tmp_path_factory: pytest.TempPat
     (folder / "run").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LUTHIER_RUN_DIR", str(folder / "run"))
-        run = prepared_run(folder / "job", llama, text_data, training={"maxSteps": 25, "learningRate": 1e-2, "saveSteps": 10})
+        run = prepared_run(
+            folder / "job", llama, text_data, training={"maxSteps": 25, "learningRate": 1e-2, "saveSteps": 10}
+        )
         return run, train.main(run)
 
 
@@ -66,7 +74,16 @@ def test_full(learnt: Any) -> None:
     result = Path(run.workspace) / "result"
     assert (message.code, message.reason, message.step) == (0, "Completed", 25)
     assert message.metrics["evalLoss"] < message.metrics["evalLossBefore"] - 0.7
-    assert set(message.metrics) == {"evalLossBefore", "evalLoss", "perplexity", "trainLoss", "lastLoss", "steps", "tokens", "seconds"}
+    assert set(message.metrics) == {
+        "evalLossBefore",
+        "evalLoss",
+        "perplexity",
+        "trainLoss",
+        "lastLoss",
+        "steps",
+        "tokens",
+        "seconds",
+    }
     assert json.loads((result / "metrics.json").read_text()) == message.metrics
     assert problems(result) == []
     assert not list(Path(run.workspace).rglob("training_args.bin"))
@@ -79,16 +96,18 @@ def test_full(learnt: Any) -> None:
 
 ADAPTERS = [
     # name            method
-    ("lora",          {"type": "lora", "rank": 16}),
-    ("some modules",  {"type": "lora", "targetModules": ["q_proj", "v_proj", "down_proj"], "dropout": 0.1}),
-    ("qlora",         {"type": "qlora", "rank": 8}),
-]  # fmt: skip
+    ("lora", {"type": "lora", "rank": 16}),
+    ("some modules", {"type": "lora", "targetModules": ["q_proj", "v_proj", "down_proj"], "dropout": 0.1}),
+    ("qlora", {"type": "qlora", "rank": 8}),
+]
 
 
 @pytest.mark.parametrize(("name", "method"), ADAPTERS, ids=[a[0] for a in ADAPTERS])
 def test_adapter(name: str, method: dict[str, Any], tmp_path: Path, learnt: Any, other_data: DatasetDict) -> None:
     base = Path(learnt[0].workspace) / "result"
-    run = prepared_run(tmp_path / "job", base, other_data, method=method, training={"maxSteps": 25, "learningRate": 1e-2})
+    run = prepared_run(
+        tmp_path / "job", base, other_data, method=method, training={"maxSteps": 25, "learningRate": 1e-2}
+    )
     metrics = train.main(run).metrics
     print(metrics)
     assert metrics is not None
@@ -111,7 +130,9 @@ def plain_loss(model: Any, data: DatasetDict) -> float:
 
 
 def test_an_adapter_of_a_model_of_the_hub_names_it(tmp_path: Path, llama: Path, text_data: DatasetDict) -> None:
-    run = prepared_run(tmp_path / "job", llama, text_data, method={"type": "lora"}, model={"id": "org/base"}, training={"maxSteps": 1})
+    run = prepared_run(
+        tmp_path / "job", llama, text_data, method={"type": "lora"}, model={"id": "org/base"}, training={"maxSteps": 1}
+    )
     record = tmp_path / "job/prepared/prepared.json"
     prepared = json.loads(record.read_text())
     record.write_text(json.dumps(prepared | {"model": {"source": "org/base", "revision": "0" * 40}}))
@@ -124,26 +145,33 @@ LABELS = {"task": "text-classification", "labels": ["code", "prose"]}
 IMAGES = {"task": "image-classification", "labels": ["zero", "one"]}
 SAME_TRACE: list[tuple[str, str, dict[str, Any], dict[str, Any], float]] = [
     # name                       method   task    given                             to
-    ("accumulation",             "full",  {},     {"microBatchSize": 2},            1e-4),
-    ("accumulation of labels",   "full",  LABELS, {"microBatchSize": 2},            1e-4),
-    ("labels, lora",             "lora",  LABELS, {"microBatchSize": 2},            1e-4),
-    ("gradient checkpointing",   "full",  {},     {"gradientCheckpointing": True},  1e-6),
-    ("checkpointing of lora",    "lora",  {},     {"gradientCheckpointing": True},  1e-6),
-    ("bf16",                     "full",  {},     {"precision": "bf16"},            2e-2),
-    ("bf16 of lora",             "lora",  {},     {"precision": "bf16"},            2e-2),
-    ("bf16 of qlora",            "qlora", {},     {"precision": "bf16"},            2e-2),
-    ("bf16 of labels, lora",     "lora",  LABELS, {"precision": "bf16"},            2e-2),
-    ("accumulation of images",   "full",  IMAGES, {"microBatchSize": 2},            1e-4),
-    ("checkpointing of images",  "lora",  IMAGES, {"gradientCheckpointing": True},  1e-6),
-    ("bf16 of images",           "lora",  IMAGES, {"precision": "bf16"},            2e-2),
-]  # fmt: skip
+    ("accumulation", "full", {}, {"microBatchSize": 2}, 1e-4),
+    ("accumulation of labels", "full", LABELS, {"microBatchSize": 2}, 1e-4),
+    ("labels, lora", "lora", LABELS, {"microBatchSize": 2}, 1e-4),
+    ("gradient checkpointing", "full", {}, {"gradientCheckpointing": True}, 1e-6),
+    ("checkpointing of lora", "lora", {}, {"gradientCheckpointing": True}, 1e-6),
+    ("bf16", "full", {}, {"precision": "bf16"}, 2e-2),
+    ("bf16 of lora", "lora", {}, {"precision": "bf16"}, 2e-2),
+    ("bf16 of qlora", "qlora", {}, {"precision": "bf16"}, 2e-2),
+    ("bf16 of labels, lora", "lora", LABELS, {"precision": "bf16"}, 2e-2),
+    ("accumulation of images", "full", IMAGES, {"microBatchSize": 2}, 1e-4),
+    ("checkpointing of images", "lora", IMAGES, {"gradientCheckpointing": True}, 1e-6),
+    ("bf16 of images", "lora", IMAGES, {"precision": "bf16"}, 2e-2),
+]
 
 
 @pytest.mark.parametrize(("name", "method", "task", "training", "to"), SAME_TRACE, ids=[s[0] for s in SAME_TRACE])
 def test_the_same_losses(
-    name: str, method: str, task: dict[str, Any], training: dict[str, Any], to: float, tmp_path: Path, llama: Path, text_data: DatasetDict,
+    name: str,
+    method: str,
+    task: dict[str, Any],
+    training: dict[str, Any],
+    to: float,
+    tmp_path: Path,
+    llama: Path,
+    text_data: DatasetDict,
     paragraphs: list[str],
-) -> None:  # fmt: skip
+) -> None:
     base, data = llama, text_data
     if task is IMAGES:
         base, data = save_vit(tmp_path / "vit"), image_data()
@@ -161,24 +189,38 @@ def test_the_same_losses(
 
 EVALUATIONS = [
     # name                      evalSteps  of 4 steps, evaluated after
-    ("at the end alone",        None,      [0, 4]),
-    ("that meet the end",       2,         [0, 2, 4]),
-    ("that miss it",            3,         [0, 3, 4]),
-]  # fmt: skip
+    ("at the end alone", None, [0, 4]),
+    ("that meet the end", 2, [0, 2, 4]),
+    ("that miss it", 3, [0, 3, 4]),
+]
 
 
 @pytest.mark.parametrize(("name", "every", "steps"), EVALUATIONS, ids=[e[0] for e in EVALUATIONS])
 def test_evaluations(
-    name: str, every: int | None, steps: list[int], tmp_path: Path, llama: Path, text_data: DatasetDict, capsys: pytest.CaptureFixture[str]
+    name: str,
+    every: int | None,
+    steps: list[int],
+    tmp_path: Path,
+    llama: Path,
+    text_data: DatasetDict,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """What an evaluation costs is paid once a step."""
-    train.main(prepared_run(tmp_path / "job", llama, text_data, training={"maxSteps": 4} | ({"evalSteps": every} if every else {})))
+    train.main(
+        prepared_run(
+            tmp_path / "job", llama, text_data, training={"maxSteps": 4} | ({"evalSteps": every} if every else {})
+        )
+    )
     said = [line.split("/")[0] for line in capsys.readouterr().out.splitlines() if "held-out" in line]
     assert said == [f"step {step}" for step in steps]
 
 
 def test_the_time_left_knows_nothing_of_the_first_evaluation(
-    tmp_path: Path, llama: Path, text_data: DatasetDict, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    llama: Path,
+    text_data: DatasetDict,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Slow(train.Heartbeat):
         def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -205,21 +247,28 @@ def test_an_evaluation_changes_nothing(method: str, tmp_path: Path, llama: Path,
 
 CLASSIFIERS = [
     # name     method                                                                   steps
-    ("full",   {"type": "full"},                                                        60),
-    ("lora",   {"type": "lora", "rank": 8},                                             60),
-    ("qlora",  {"type": "qlora", "rank": 8},                                            10),
-]  # fmt: skip
+    ("full", {"type": "full"}, 60),
+    ("lora", {"type": "lora", "rank": 8}, 60),
+    ("qlora", {"type": "qlora", "rank": 8}, 10),
+]
 
 
 @pytest.mark.parametrize(("name", "method", "steps"), CLASSIFIERS, ids=[c[0] for c in CLASSIFIERS])
-def test_classification(name: str, method: dict[str, Any], steps: int, tmp_path: Path, llama: Path, paragraphs: list[str]) -> None:
+def test_classification(
+    name: str, method: dict[str, Any], steps: int, tmp_path: Path, llama: Path, paragraphs: list[str]
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(llama)
     encoder = save_encoder(tmp_path / "encoder", tokenizer)
     data = classification_data(tokenizer, paragraphs)
     run = prepared_run(
-        tmp_path / "job", encoder, data, labels=["code", "prose"], task="text-classification", method=method,
+        tmp_path / "job",
+        encoder,
+        data,
+        labels=["code", "prose"],
+        task="text-classification",
+        method=method,
         training={"maxSteps": steps, "learningRate": 1e-2, "batchSize": 16},
-    )  # fmt: skip
+    )
     metrics = train.main(run).metrics
     print(metrics)
     assert metrics is not None
@@ -254,7 +303,9 @@ def test_a_finished_run_is_not_repeated(learnt: Any) -> None:
 
 
 def changed(run: Any, **training: Any) -> Any:
-    return run.model_copy(update={"spec": run.spec.model_copy(update={"training": run.spec.training.model_copy(update=training)})})
+    return run.model_copy(
+        update={"spec": run.spec.model_copy(update={"training": run.spec.training.model_copy(update=training)})}
+    )
 
 
 def fail(run: Any) -> tuple[ExitCode, str]:
@@ -284,9 +335,9 @@ def test_a_module_that_is_not_there(tmp_path: Path, llama: Path, text_data: Data
 def test_weights_that_would_never_learn(tmp_path: Path, llama: Path, text_data: DatasetDict) -> None:
     """Cross-attention that nothing attends to: transformers alone would train the rest and say nothing."""
     tokenizer = AutoTokenizer.from_pretrained(llama)
-    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, add_cross_attention=True)).save_pretrained(
-        tmp_path / "model"
-    )
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, add_cross_attention=True)
+    ).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     code, message = fail(prepared_run(tmp_path / "job", tmp_path / "model", text_data))
     assert code == ExitCode.MISCONFIGURED
@@ -295,13 +346,22 @@ def test_weights_that_would_never_learn(tmp_path: Path, llama: Path, text_data: 
 
 NOT_FINITE = [
     # name                     splits              message begins with
-    ("seen by an evaluation",  ["train", "eval"],  "spec.model: the held-out loss is nan before the first step"),
-    ("seen by the gradients",  ["train"],          "spec.training.learningRate: the gradients of 3 steps in a row, up to step 3, were not finite (the loss is nan)"),
-]  # fmt: skip
+    ("seen by an evaluation", ["train", "eval"], "spec.model: the held-out loss is nan before the first step"),
+    (
+        "seen by the gradients",
+        ["train"],
+        (
+            "spec.training.learningRate: the gradients of 3 steps in a row, up to step 3, were not finite (the loss is"
+            " nan)"
+        ),
+    ),
+]
 
 
 @pytest.mark.parametrize(("name", "splits", "text"), NOT_FINITE, ids=[n[0] for n in NOT_FINITE])
-def test_a_loss_that_is_no_number(name: str, splits: list[str], text: str, tmp_path: Path, llama: Path, text_data: DatasetDict) -> None:
+def test_a_loss_that_is_no_number(
+    name: str, splits: list[str], text: str, tmp_path: Path, llama: Path, text_data: DatasetDict
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama)
     model.model.norm.weight.data[0] = torch.inf
     model.save_pretrained(tmp_path / "model")

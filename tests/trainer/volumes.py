@@ -14,7 +14,9 @@ import pytest
 def mounted(folder: Path, kibibytes: int) -> Iterator[Path]:
     """A tmpfs of that size at `folder`. The test is skipped where this user may not mount one."""
     folder.mkdir(parents=True)
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "tmpfs", str(folder)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "tmpfs", str(folder)], capture_output=True, text=True
+    )
     if done.returncode:
         pytest.skip(f"needs root, to mount a volume that can be filled: {done.stderr.strip()}")
     try:

@@ -58,7 +58,9 @@ def test_each_rule_accepts_one_manifest_and_refuses_another(case: Case) -> None:
     assert [p for p in told if p.startswith(("spec.", "metadata.")) and case.message in p] != []
 
 
-@pytest.mark.parametrize(("written", "text"), [(w, t) for w in WRITTEN for t in w.refused], ids=lambda v: getattr(v, "field", repr(v)))
+@pytest.mark.parametrize(
+    ("written", "text"), [(w, t) for w in WRITTEN for t in w.refused], ids=lambda v: getattr(v, "field", repr(v))
+)
 def test_a_text_is_refused_with_words(written: Written, text: str) -> None:
     with pytest.raises(InvalidJob) as refused:
         check_job(changed(written.base, written.change(text)))
@@ -67,7 +69,9 @@ def test_a_text_is_refused_with_words(written: Written, text: str) -> None:
     assert problem.endswith(f": {words()[written.field]} (it is {text!r})")
 
 
-@pytest.mark.parametrize(("written", "text"), [(w, t) for w in WRITTEN for t in w.accepted], ids=lambda v: getattr(v, "field", repr(v)))
+@pytest.mark.parametrize(
+    ("written", "text"), [(w, t) for w in WRITTEN for t in w.accepted], ids=lambda v: getattr(v, "field", repr(v))
+)
 def test_a_text_passes(written: Written, text: str) -> None:
     check_job(changed(written.base, written.change(text)))
 
@@ -83,7 +87,9 @@ def broken_by_update(before: Document, after: Document) -> list[str]:
     return [r.message for r in type(new).rules if r.transition and cel.evaluate(r.cel, values) is not True]
 
 
-@pytest.mark.parametrize(("field", "base", "change"), FIXED, ids=[f"{base['kind']}.{field}" for field, base, _ in FIXED])
+@pytest.mark.parametrize(
+    ("field", "base", "change"), FIXED, ids=[f"{base['kind']}.{field}" for field, base, _ in FIXED]
+)
 def test_fields_that_never_change(field: str, base: Document, change: Change) -> None:
     assert broken_by_update(base, changed(base, change)) == [
         f"spec.{field} cannot change once the job exists; create another job for another {field}"
@@ -125,15 +131,43 @@ SHAPES = [
     ("an unknown field below", tune(method={"ranks": 4}), "spec.method.ranks: unknown field. Did you mean 'rank'?"),
     ("nothing like it", tune(zebra=1), "spec.zebra: unknown field"),
     ("a field is missing", make(inputs=None), "spec.inputs: required"),
-    ("an unknown task", tune(task="poetry"), "spec.task: input should be 'causal-lm', 'text-classification' or 'image-classification' (it is 'poetry')"),
-    ("a number out of range", tune(training={"learningRate": 2}), "spec.training.learningRate: input should be less than or equal to 1 (it is 2)"),
-    ("an element of a list", make(inputs={"rows": [{"prompt": ""}]}), "spec.inputs.rows[0].prompt: string should have at least 1 character (it is '')"),
-    ("a rule, with its place in a list", make(adapters=[{"id": "a/b"}, {"path": "/x"}, {"id": "a/b", "path": "/y"}]), "spec.adapters[2]: set exactly one of job, id and path"),
-    ("a rule on a field of it", make(adapters=[{"id": "a/b"}, {"path": "/y", "revision": "v1"}]), "spec.adapters[1].revision: only an adapter of the Hub has revisions"),
-    ("a rule below a list", tune(volumes=[{"claim": "a", "mountPath": "/a"}, {"claim": "b", "mountPath": "/tmp"}]), "spec.volumes[1].mountPath: that folder belongs to the pod; choose one such as /data or /models"),
-    ("a rule two levels down", make(inputs={"dataset": {"id": "a/b", "format": "csv"}}), "spec.inputs.dataset.format: belongs to dataset.files; a Hub dataset knows its own format"),
+    (
+        "an unknown task",
+        tune(task="poetry"),
+        "spec.task: input should be 'causal-lm', 'text-classification' or 'image-classification' (it is 'poetry')",
+    ),
+    (
+        "a number out of range",
+        tune(training={"learningRate": 2}),
+        "spec.training.learningRate: input should be less than or equal to 1 (it is 2)",
+    ),
+    (
+        "an element of a list",
+        make(inputs={"rows": [{"prompt": ""}]}),
+        "spec.inputs.rows[0].prompt: string should have at least 1 character (it is '')",
+    ),
+    (
+        "a rule, with its place in a list",
+        make(adapters=[{"id": "a/b"}, {"path": "/x"}, {"id": "a/b", "path": "/y"}]),
+        "spec.adapters[2]: set exactly one of job, id and path",
+    ),
+    (
+        "a rule on a field of it",
+        make(adapters=[{"id": "a/b"}, {"path": "/y", "revision": "v1"}]),
+        "spec.adapters[1].revision: only an adapter of the Hub has revisions",
+    ),
+    (
+        "a rule below a list",
+        tune(volumes=[{"claim": "a", "mountPath": "/a"}, {"claim": "b", "mountPath": "/tmp"}]),
+        "spec.volumes[1].mountPath: that folder belongs to the pod; choose one such as /data or /models",
+    ),
+    (
+        "a rule two levels down",
+        make(inputs={"dataset": {"id": "a/b", "format": "csv"}}),
+        "spec.inputs.dataset.format: belongs to dataset.files; a Hub dataset knows its own format",
+    ),
     ("another kind", {"kind": "Pod", "metadata": {"name": "x"}}, "kind: 'Pod' is not one of FineTuneJob, GenerateJob"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "document", "expect"), SHAPES, ids=[s[0] for s in SHAPES])
@@ -159,7 +193,9 @@ def test_no_value_means_the_default() -> None:
 
 def test_no_value_stays_where_it_may_mean_something() -> None:
     parameters = {"pad_token_id": None, "rope_theta": 10000.0}
-    job = check_job(specified(model={"config": {"modelType": "llama", "parameters": parameters}}, method={"type": "full"}))
+    job = check_job(
+        specified(model={"config": {"modelType": "llama", "parameters": parameters}}, method={"type": "full"})
+    )
     assert isinstance(job, FineTuneJob)
     assert job.spec.model.config
     assert job.spec.model.config.parameters == parameters
@@ -244,7 +280,9 @@ OUTPUTS_OF_A_ROW = [
 ]
 
 
-@pytest.mark.parametrize(("document", "expect"), [c[1:] for c in OUTPUTS_OF_A_ROW], ids=[c[0] for c in OUTPUTS_OF_A_ROW])
+@pytest.mark.parametrize(
+    ("document", "expect"), [c[1:] for c in OUTPUTS_OF_A_ROW], ids=[c[0] for c in OUTPUTS_OF_A_ROW]
+)
 def test_outputs_of_a_row_are_those_of_the_task(document: Document, expect: int) -> None:
     job = check_job(document)
     assert isinstance(job, GenerateJob)
@@ -258,11 +296,13 @@ MESSAGES = [
     ("a file's name that is no UTF-8", {"message": "caf\udce9.bin"}, "caf?.bin", ""),
     ("control characters", {"message": "m", "last_lines": "\x00\x1b" * 4000 + "end"}, "m", "end"),
     ("a long message", {"message": "x" * 9000}, "x" * 3000, ""),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "fields", "begins", "ends"), MESSAGES, ids=[m[0] for m in MESSAGES])
-def test_a_termination_message_fits_into_what_the_kubelet_keeps(name: str, fields: dict[str, str], begins: str, ends: str) -> None:
+def test_a_termination_message_fits_into_what_the_kubelet_keeps(
+    name: str, fields: dict[str, str], begins: str, ends: str
+) -> None:
     encoded = TerminationMessage(phase="run", code=70, reason="TrainingError", **fields).encode()  # type: ignore[arg-type]
     assert len(encoded) <= LIMIT_BYTES
     read = TerminationMessage.read(encoded.decode())
@@ -278,12 +318,16 @@ NOTICES = [
     ("a few", ["one", "two"], "m", (2, "two")),
     ("more than fit", [f"{i:02d} " + "x" * 297 for i in range(20)], "m", (14, "7 more notices are in the log")),
     ("beside a long message", ["x" * 300] * 20, "y" * 3500, (2, "19 more notices are in the log")),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "notices", "message", "expect"), NOTICES, ids=[n[0] for n in NOTICES])
-def test_notices_are_left_out_before_the_message_is_cut(name: str, notices: list[str], message: str, expect: tuple[int, str | None]) -> None:
-    written = TerminationMessage(phase="prepare", code=0, reason="Completed", message=message, notices=notices, last_lines="z" * 5000).encode()
+def test_notices_are_left_out_before_the_message_is_cut(
+    name: str, notices: list[str], message: str, expect: tuple[int, str | None]
+) -> None:
+    written = TerminationMessage(
+        phase="prepare", code=0, reason="Completed", message=message, notices=notices, last_lines="z" * 5000
+    ).encode()
     read = TerminationMessage.read(written.decode())
     assert read is not None
     assert len(written) <= LIMIT_BYTES
@@ -315,7 +359,12 @@ def test_progress_of_training() -> None:
     progress = progress_of([{}, samples])
     assert progress is not None
     assert (progress.step, progress.max_steps, progress.percent) == (120, 400, 30)
-    assert (progress.loss, progress.tokens_per_second, progress.rows_per_second, progress.eta_seconds) == (2.346, 5210.0, 40.72, 56)
+    assert (progress.loss, progress.tokens_per_second, progress.rows_per_second, progress.eta_seconds) == (
+        2.346,
+        5210.0,
+        40.72,
+        56,
+    )
     assert checkpoint_step(samples) == 100
 
 
@@ -326,7 +375,12 @@ def test_progress_of_generation_adds_the_shards_up() -> None:
     assert (progress.rows, progress.max_rows, progress.percent, progress.eta_seconds) == (6, 20, 30, 14)
     whole = progress_of([shard, shard], outputs=60)
     assert whole is not None
-    assert (whole.rows, whole.max_rows, whole.percent, whole.eta_seconds) == (6, 60, 10, 54), "four shards have not begun"
+    assert (whole.rows, whole.max_rows, whole.percent, whole.eta_seconds) == (
+        6,
+        60,
+        10,
+        54,
+    ), "four shards have not begun"
 
 
 @pytest.mark.parametrize("pods", [[], [{}], [{"luthier_train_step": 1.0}]])
@@ -336,17 +390,24 @@ def test_no_progress_yet(pods: list[dict[str, float]]) -> None:
 
 MAX, OUTPUTS = "luthier_train_max_steps 4\n", "luthier_generate_max_rows 4\n"
 NOT_TOLD = [
-    # given                             what a pod serves                                                   expect: that much of the status
-    ("a loss that is no number",        MAX + "luthier_train_loss NaN\n",                                   {"step": 0, "maxSteps": 4, "percent": 0}),
-    ("a loss without end",              MAX + "luthier_train_loss +Inf\nluthier_train_learning_rate -Inf\n", {"step": 0, "maxSteps": 4, "percent": 0}),
-    ("no end in sight",                 MAX + "luthier_train_eta_seconds +Inf\n",                           {"step": 0, "maxSteps": 4, "percent": 0}),
-    ("a step that is no number",        MAX + "luthier_train_step NaN\n",                                   {"step": 0, "maxSteps": 4, "percent": 0}),
-    ("a step beyond all counts",        MAX + "luthier_train_step 1e300\n",                                 {"step": 0, "maxSteps": 4, "percent": 0}),
-    ("steps without end",               "luthier_train_max_steps +Inf\n",                                   None),
-    ("less than one step",              "luthier_train_max_steps 0.2\n",                                    None),
-    ("a pace that is next to nothing",  OUTPUTS + "luthier_generate_rows_per_second 1e-320\n",              {"rows": 0, "maxRows": 4, "percent": 0}),
-    ("outputs without end",             "luthier_generate_max_rows +Inf\n",                                 None),
-]  # fmt: skip
+    ("a loss that is no number", MAX + "luthier_train_loss NaN\n", {"step": 0, "maxSteps": 4, "percent": 0}),
+    (
+        "a loss without end",
+        MAX + "luthier_train_loss +Inf\nluthier_train_learning_rate -Inf\n",
+        {"step": 0, "maxSteps": 4, "percent": 0},
+    ),
+    ("no end in sight", MAX + "luthier_train_eta_seconds +Inf\n", {"step": 0, "maxSteps": 4, "percent": 0}),
+    ("a step that is no number", MAX + "luthier_train_step NaN\n", {"step": 0, "maxSteps": 4, "percent": 0}),
+    ("a step beyond all counts", MAX + "luthier_train_step 1e300\n", {"step": 0, "maxSteps": 4, "percent": 0}),
+    ("steps without end", "luthier_train_max_steps +Inf\n", None),
+    ("less than one step", "luthier_train_max_steps 0.2\n", None),
+    (
+        "a pace that is next to nothing",
+        OUTPUTS + "luthier_generate_rows_per_second 1e-320\n",
+        {"rows": 0, "maxRows": 4, "percent": 0},
+    ),
+    ("outputs without end", "luthier_generate_max_rows +Inf\n", None),
+]
 
 
 @pytest.mark.parametrize(("text", "expect"), [c[1:] for c in NOT_TOLD], ids=[c[0] for c in NOT_TOLD])
@@ -356,13 +417,20 @@ def test_what_json_cannot_say_is_not_told(text: str, expect: Document | None) ->
 
 
 def test_a_checkpoint_beyond_all_counts_is_none() -> None:
-    assert [checkpoint_step(read_samples(f"luthier_checkpoint_last_step {n}\n")) for n in ("+Inf", "NaN", "7")] == [None, None, 7]
+    assert [checkpoint_step(read_samples(f"luthier_checkpoint_last_step {n}\n")) for n in ("+Inf", "NaN", "7")] == [
+        None,
+        None,
+        7,
+    ]
 
 
 def test_final_figures_are_finite_whoever_wrote_them() -> None:
     told = {"perplexity": float("inf"), "trainLoss": float("nan"), "evalLoss": 1.5}
     assert TerminationMessage(phase="run", code=0, reason="Completed", metrics=told).metrics == {"evalLoss": 1.5}
-    as_python_writes_it = '{"phase": "run", "code": 0, "reason": "Completed", "metrics": {"perplexity": Infinity, "trainLoss": NaN, "evalLoss": 1.5}}'
+    as_python_writes_it = (
+        '{"phase": "run", "code": 0, "reason": "Completed", "metrics": {"perplexity": Infinity, "trainLoss": NaN,'
+        ' "evalLoss": 1.5}}'
+    )
     read = TerminationMessage.read(as_python_writes_it)
     assert read is not None
     assert read.metrics == {"evalLoss": 1.5}
@@ -376,6 +444,13 @@ def test_metric_names() -> None:
 
 
 def test_a_status_without_anything_is_empty() -> None:
-    assert JobStatus().dump() == {"state": "", "conditions": [], "restarts": 0, "restartsCharged": 0, "notices": [], "attempts": []}
+    assert JobStatus().dump() == {
+        "state": "",
+        "conditions": [],
+        "restarts": 0,
+        "restartsCharged": 0,
+        "notices": [],
+        "attempts": [],
+    }
     assert not FineTuneJob.model_validate(tune()).status.finished
     assert not GenerateJob.model_validate(make()).status.finished

@@ -1,4 +1,6 @@
-"""One order of causes: the ranks of a pod, the pods of a cluster and the nodes of a laptop name the same failure as the cause."""
+"""One order of causes: the ranks of a pod, the pods of a cluster and the nodes of a laptop name the same failure as the
+cause.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,13 @@ JOB = fine_tune()
 FAILING = [code for code in ExitCode if code is not ExitCode.COMPLETED]
 PAIRS = [
     # first                            second                            cause
-    (ExitCode.PEER_LOST,               ExitCode.PREEMPTED,               ExitCode.PEER_LOST),
-    (ExitCode.TRAINING_ERROR,          ExitCode.STORAGE_ERROR,           ExitCode.STORAGE_ERROR),
-    (ExitCode.TRAINING_ERROR,          ExitCode.INFRASTRUCTURE_ERROR,    ExitCode.INFRASTRUCTURE_ERROR),
-    (ExitCode.PEER_LOST,               ExitCode.TRAINING_ERROR,          ExitCode.TRAINING_ERROR),
-    (ExitCode.INFRASTRUCTURE_ERROR,    ExitCode.INVALID_DATASET,         ExitCode.INVALID_DATASET),
-    (ExitCode.DIVERGED,                ExitCode.HOST_OUT_OF_MEMORY,      ExitCode.HOST_OUT_OF_MEMORY),
-]  # fmt: skip
+    (ExitCode.PEER_LOST, ExitCode.PREEMPTED, ExitCode.PEER_LOST),
+    (ExitCode.TRAINING_ERROR, ExitCode.STORAGE_ERROR, ExitCode.STORAGE_ERROR),
+    (ExitCode.TRAINING_ERROR, ExitCode.INFRASTRUCTURE_ERROR, ExitCode.INFRASTRUCTURE_ERROR),
+    (ExitCode.PEER_LOST, ExitCode.TRAINING_ERROR, ExitCode.TRAINING_ERROR),
+    (ExitCode.INFRASTRUCTURE_ERROR, ExitCode.INVALID_DATASET, ExitCode.INVALID_DATASET),
+    (ExitCode.DIVERGED, ExitCode.HOST_OUT_OF_MEMORY, ExitCode.HOST_OUT_OF_MEMORY),
+]
 
 
 def message(code: ExitCode, rank: int) -> TerminationMessage:

@@ -22,13 +22,22 @@ from luthier_cli.supervised import descendants
 ON_CPU: Document = {"spec.dataset": {"id": "org/data"}, "spec.resources": {"gpusPerNode": 0}}
 
 
-def luthier(*words: str, cwd: Path | None = None, stdin: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+def luthier(
+    *words: str, cwd: Path | None = None, stdin: str | None = None, **env: str
+) -> subprocess.CompletedProcess[str]:
     import os
 
     return subprocess.run(
-        [sys.executable, "-m", "luthier_cli", *words], cwd=cwd, input=stdin, capture_output=True, text=True, check=False,
-        env={k: v for k, v in os.environ.items() if k != "HF_TOKEN"} | {"COLUMNS": "200", "NO_COLOR": "1", "HF_TOKEN_PATH": "/nobody/is/logged/in"} | env,
-    )  # fmt: skip
+        [sys.executable, "-m", "luthier_cli", *words],
+        cwd=cwd,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={k: v for k, v in os.environ.items() if k != "HF_TOKEN"}
+        | {"COLUMNS": "200", "NO_COLOR": "1", "HF_TOKEN_PATH": "/nobody/is/logged/in"}
+        | env,
+    )
 
 
 def write(folder: Path, *documents: object, name: str = "job.yaml") -> str:
@@ -78,26 +87,95 @@ def test_a_command_line_that_cannot_be_read(name: str, words: tuple[str, ...]) -
 
 REFUSED: list[tuple[str, list[object], tuple[str, ...], int, list[str]]] = [
     # name, documents, more words, code, what is said
-    ("every problem of every job at once", [changed(FINE_TUNE, {"metadata.name": "a.b", "spec.hub": {"repo": "o/m"}}), changed(GENERATE, {"spec.zebra": 1})], (), 64, [
-        "job.yaml: FineTuneJob a.b: metadata.name: lower-case letters", "job.yaml: FineTuneJob a.b: spec.hub.tokenSecret: publishing",
-        "job.yaml: GenerateJob sound: spec.zebra: unknown field"]),
-    ("two jobs of one name", [changed(FINE_TUNE, ON_CPU), changed(FINE_TUNE, ON_CPU)], (), 64, ["metadata.name: 'sound' is there twice"]),
-    ("another kind only", [{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}}], (), 64, ["job.yaml: holds no FineTuneJob and no GenerateJob"]),
+    (
+        "every problem of every job at once",
+        [
+            changed(FINE_TUNE, {"metadata.name": "a.b", "spec.hub": {"repo": "o/m"}}),
+            changed(GENERATE, {"spec.zebra": 1}),
+        ],
+        (),
+        64,
+        [
+            "job.yaml: FineTuneJob a.b: metadata.name: lower-case letters",
+            "job.yaml: FineTuneJob a.b: spec.hub.tokenSecret: publishing",
+            "job.yaml: GenerateJob sound: spec.zebra: unknown field",
+        ],
+    ),
+    (
+        "two jobs of one name",
+        [changed(FINE_TUNE, ON_CPU), changed(FINE_TUNE, ON_CPU)],
+        (),
+        64,
+        ["metadata.name: 'sound' is there twice"],
+    ),
+    (
+        "another kind only",
+        [{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}}],
+        (),
+        64,
+        ["job.yaml: holds no FineTuneJob and no GenerateJob"],
+    ),
     ("no object", ["hello"], (), 64, ["job.yaml: not a Kubernetes object but 'hello'"]),
-    ("no version", [{"kind": "FineTuneJob", "metadata": {"name": "x"}, "spec": FINE_TUNE["spec"]}], (), 64, ["apiVersion: required; write luthier.dev/v1alpha1"]),
+    (
+        "no version",
+        [{"kind": "FineTuneJob", "metadata": {"name": "x"}, "spec": FINE_TUNE["spec"]}],
+        (),
+        64,
+        ["apiVersion: required; write luthier.dev/v1alpha1"],
+    ),
     ("nothing", [], (), 64, ["job.yaml: is empty"]),
-    ("a job that comes later", [changed(FINE_TUNE, ON_CPU | {"spec.model": {"job": "second"}}), changed(FINE_TUNE, ON_CPU | {"metadata.name": "second"})], (), 64, [
-        "spec.model.job: 'second' comes later on the command line; name its file first"]),
-    ("a job that never ran", [changed(GENERATE, {"spec.adapters": [{"job": "other"}], "spec.resources": {"gpus": 0}})], (), 66, [
-        "spec.adapters[0].job: no finished FineTuneJob 'other' in"]),
-    ("more GPUs than there are", [changed(FINE_TUNE, {"spec.dataset": {"id": "o/d"}, "spec.resources": {"nodes": 2, "gpusPerNode": 4}})], (), 78, [
-        "spec.resources.gpusPerNode: needs 8 GPUs, this machine has 0", "--cpu", "gpusPerNode: 0", "kubectl apply -f job.yaml"]),
+    (
+        "a job that comes later",
+        [
+            changed(FINE_TUNE, ON_CPU | {"spec.model": {"job": "second"}}),
+            changed(FINE_TUNE, ON_CPU | {"metadata.name": "second"}),
+        ],
+        (),
+        64,
+        ["spec.model.job: 'second' comes later on the command line; name its file first"],
+    ),
+    (
+        "a job that never ran",
+        [changed(GENERATE, {"spec.adapters": [{"job": "other"}], "spec.resources": {"gpus": 0}})],
+        (),
+        66,
+        ["spec.adapters[0].job: no finished FineTuneJob 'other' in"],
+    ),
+    (
+        "more GPUs than there are",
+        [changed(FINE_TUNE, {"spec.dataset": {"id": "o/d"}, "spec.resources": {"nodes": 2, "gpusPerNode": 4}})],
+        (),
+        78,
+        [
+            "spec.resources.gpusPerNode: needs 8 GPUs, this machine has 0",
+            "--cpu",
+            "gpusPerNode: 0",
+            "kubectl apply -f job.yaml",
+        ],
+    ),
     ("a GPU for a shard", [GENERATE], (), 78, ["spec.resources.gpus: needs 1 GPU, this machine has 0"]),
-    ("a mount that is none", [changed(FINE_TUNE, ON_CPU)], ("--mount", "data"), 64, ["--mount data: write it as /path/in/the/pods=folder/here"]),
-    ("a GPU's precision without a GPU", [changed(GENERATE, {"spec.precision": "fp16"})], ("--cpu",), 64, [
-        "job.yaml: without GPUs (--cpu): spec.precision: fp16 needs a GPU"]),
-    ("a token that is not there", [changed(FINE_TUNE, ON_CPU | {"spec.hub": {"tokenSecret": {"name": "hf"}}})], (), 77, ["export HF_TOKEN=..., or log in: hf auth login"]),
-]  # fmt: skip
+    (
+        "a mount that is none",
+        [changed(FINE_TUNE, ON_CPU)],
+        ("--mount", "data"),
+        64,
+        ["--mount data: write it as /path/in/the/pods=folder/here"],
+    ),
+    (
+        "a GPU's precision without a GPU",
+        [changed(GENERATE, {"spec.precision": "fp16"})],
+        ("--cpu",),
+        64,
+        ["job.yaml: without GPUs (--cpu): spec.precision: fp16 needs a GPU"],
+    ),
+    (
+        "a token that is not there",
+        [changed(FINE_TUNE, ON_CPU | {"spec.hub": {"tokenSecret": {"name": "hf"}}})],
+        (),
+        77,
+        ["export HF_TOKEN=..., or log in: hf auth login"],
+    ),
+]
 
 
 @pytest.mark.parametrize(("name", "documents", "words", "code", "says"), REFUSED, ids=[r[0] for r in REFUSED])
@@ -126,19 +204,19 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 SCALARS = [
     # written        read as kubectl does
-    ("1e-4",         1e-4),
-    ("1E+3",         1000.0),
-    (".5",           0.5),
-    ("1_000",        1000),
-    ("012",          10),
-    ("0o17",         15),
-    ("y",            True),
-    ("off",          False),
-    ("12:30:45",     "12:30:45"),
-    ("2026-03-01",   "2026-03-01"),
-    ("~",            None),
-    ("'1e-4'",       "1e-4"),
-]  # fmt: skip
+    ("1e-4", 1e-4),
+    ("1E+3", 1000.0),
+    (".5", 0.5),
+    ("1_000", 1000),
+    ("012", 10),
+    ("0o17", 15),
+    ("y", True),
+    ("off", False),
+    ("12:30:45", "12:30:45"),
+    ("2026-03-01", "2026-03-01"),
+    ("~", None),
+    ("'1e-4'", "1e-4"),
+]
 
 
 @pytest.mark.parametrize(("written", "expect"), SCALARS, ids=[s[0] for s in SCALARS])
@@ -166,13 +244,22 @@ def test_plan_quick_says_what_would_be_done_and_writes_nothing(tmp_path: Path) -
 
 def test_render_draws_what_the_operator_applies(tmp_path: Path) -> None:
     hub = {"spec.hub": {"repo": "org/out", "tokenSecret": {"name": "hf"}}}
-    done = luthier("render", write(tmp_path, changed(FINE_TUNE, hub), changed(GENERATE, {"metadata.name": "texts"})), cwd=tmp_path)
+    done = luthier(
+        "render", write(tmp_path, changed(FINE_TUNE, hub), changed(GENERATE, {"metadata.name": "texts"})), cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     drawn = [(o["kind"], o["metadata"]["name"]) for o in yaml.safe_load_all(done.stdout)]
     assert drawn == [
-        ("ConfigMap", "ftj-sound"), ("PersistentVolumeClaim", "ftj-sound"), ("Job", "ftj-sound-prepare"), ("JobSet", "ftj-sound-run"),
-        ("Job", "ftj-sound-publish"), ("ConfigMap", "gj-texts"), ("PersistentVolumeClaim", "gj-texts"), ("Job", "gj-texts-prepare"), ("Job", "gj-texts-run"),
-    ]  # fmt: skip
+        ("ConfigMap", "ftj-sound"),
+        ("PersistentVolumeClaim", "ftj-sound"),
+        ("Job", "ftj-sound-prepare"),
+        ("JobSet", "ftj-sound-run"),
+        ("Job", "ftj-sound-publish"),
+        ("ConfigMap", "gj-texts"),
+        ("PersistentVolumeClaim", "gj-texts"),
+        ("Job", "gj-texts-prepare"),
+        ("Job", "gj-texts-run"),
+    ]
     assert "run.json: |" in done.stdout
 
 
@@ -203,7 +290,11 @@ def test_every_path_of_the_api_is_known() -> None:
 
     full = {
         "FineTuneJob": {"model": {"path": "/m"}, "dataset": {"files": ["/a"], "evalFiles": ["/b"]}},
-        "GenerateJob": {"model": {"path": "/m"}, "adapters": [{"path": "/a"}], "inputs": {"dataset": {"files": ["/a"]}}},
+        "GenerateJob": {
+            "model": {"path": "/m"},
+            "adapters": [{"path": "/a"}],
+            "inputs": {"dataset": {"files": ["/a"]}},
+        },
     }
     for kind, info in KINDS.items():
         spec = crd(kind, info)["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
@@ -226,13 +317,18 @@ def test_describe(progress: Progress, expect: str) -> None:
     assert describe(progress) == expect
 
 
-@pytest.mark.parametrize(("seconds", "expect"), [(0.4, "0 s"), (59.4, "59 s"), (250, "4 min 10 s"), (7500, "2 h 5 min")])
+@pytest.mark.parametrize(
+    ("seconds", "expect"), [(0.4, "0 s"), (59.4, "59 s"), (250, "4 min 10 s"), (7500, "2 h 5 min")]
+)
 def test_duration(seconds: float, expect: str) -> None:
     assert duration(seconds) == expect
 
 
 def test_descendants_are_found_across_sessions() -> None:
-    code = "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(30)'], start_new_session=True)\nprint('up', flush=True)\nimport time; time.sleep(30)"
+    code = (
+        "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(30)'],"
+        " start_new_session=True)\nprint('up', flush=True)\nimport time; time.sleep(30)"
+    )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     assert parent.stdout.readline() == "up\n"

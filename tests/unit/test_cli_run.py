@@ -1,4 +1,5 @@
-"""`luthier run`: order, ends, stops, going on. The phases are processes; here a stand-in plays the supervisor (`stand_in`).
+"""`luthier run`: order, ends, stops, going on. The phases are processes; here a stand-in plays the supervisor
+(`stand_in`).
 
 The real one runs the quickstart in `tests/trainer` and in `make demo`.
 """
@@ -23,7 +24,9 @@ from luthier_api.run import read_run
 
 STAND_IN = Path(__file__).with_name("stand_in")
 CPU = {"gpusPerNode": 0}
-PROGRESS = "luthier_train_step 6\nluthier_train_max_steps 12\nluthier_train_loss 2.5\nluthier_train_tokens_per_second 1234\n"
+PROGRESS = (
+    "luthier_train_step 6\nluthier_train_max_steps 12\nluthier_train_loss 2.5\nluthier_train_tokens_per_second 1234\n"
+)
 
 
 @dataclass
@@ -47,7 +50,11 @@ class Laptop:
         return name
 
     def start(self, *words: str) -> subprocess.Popen[str]:
-        env = {k: v for k, v in os.environ.items() if k != "HF_TOKEN"} | {"PYTHONPATH": str(STAND_IN), "COLUMNS": "200", "HF_TOKEN_PATH": str(self.folder / "no-login")} | self.env
+        env = (
+            {k: v for k, v in os.environ.items() if k != "HF_TOKEN"}
+            | {"PYTHONPATH": str(STAND_IN), "COLUMNS": "200", "HF_TOKEN_PATH": str(self.folder / "no-login")}
+            | self.env
+        )
         return subprocess.Popen(
             [sys.executable, "-m", "luthier_cli", *words],
             cwd=self.folder,
@@ -68,7 +75,11 @@ class Laptop:
 
     def calls(self) -> list[str]:
         file = self.runs / "calls.jsonl"
-        return [f"{c['job']} {c['verb']} {c['rank']}" for c in map(json.loads, file.read_text().splitlines())] if file.exists() else []
+        return (
+            [f"{c['job']} {c['verb']} {c['rank']}" for c in map(json.loads, file.read_text().splitlines())]
+            if file.exists()
+            else []
+        )
 
 
 @pytest.fixture
@@ -85,7 +96,9 @@ def job(name: str = "tune", **spec: Any) -> Document:
 
 def outputs(name: str = "make", **spec: Any) -> Document:
     return changed(
-        GENERATE, {"metadata.name": name, "spec.resources": {"gpus": 0}} | {f"spec.{field}": value for field, value in spec.items()}
+        GENERATE,
+        {"metadata.name": name, "spec.resources": {"gpus": 0}}
+        | {f"spec.{field}": value for field, value in spec.items()},
     )
 
 
@@ -94,8 +107,16 @@ def test_phases_in_order_and_a_summary(laptop: Laptop) -> None:
     code, out, err = laptop.run("run", laptop.write(job()))
     assert (code, err) == (0, "")
     assert laptop.calls() == ["tune prepare 0", "tune train 0"]
-    for text in ("FineTuneJob tune", "org/model @ 0123456789ab, 1,000 weights", "90 rows, 10 held out", "12 steps, 2 processes, ddp, batch 4 × 1 × 2",
-                 "50 %  step 6/12  loss 2.500  1,234 tokens/s", "7.500 → 2.250  (perplexity 9.5)", "12 steps, 3,000 tokens in 5 s", "luthier-runs/tune/result"):  # fmt: skip
+    for text in (
+        "FineTuneJob tune",
+        "org/model @ 0123456789ab, 1,000 weights",
+        "90 rows, 10 held out",
+        "12 steps, 2 processes, ddp, batch 4 × 1 × 2",
+        "50 %  step 6/12  loss 2.500  1,234 tokens/s",
+        "7.500 → 2.250  (perplexity 9.5)",
+        "12 steps, 3,000 tokens in 5 s",
+        "luthier-runs/tune/result",
+    ):
         assert text in out, out
     run = read_run((laptop.runs / "tune/run.json").read_bytes())
     assert (run.workspace, run.metrics_port) == (str(laptop.runs / "tune"), 0)
@@ -104,14 +125,22 @@ def test_phases_in_order_and_a_summary(laptop: Laptop) -> None:
 
 def test_several_jobs_one_using_the_result_of_another(laptop: Laptop) -> None:
     file = laptop.write(
-        job("base"), {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "other"}}, job("next", model={"job": "base"})
+        job("base"),
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "other"}},
+        job("next", model={"job": "base"}),
     )
     last = laptop.write(outputs("texts", model={"job": "base"}, adapters=[{"job": "next"}], shards=2), name="last.yaml")
     code, document = laptop.json("run", file, last)
     assert code == document["code"] == 0
     assert laptop.calls() == [
-        "base prepare 0", "base train 0", "next prepare 0", "next train 0", "texts prepare 0", "texts generate 0", "texts generate 1",
-    ]  # fmt: skip
+        "base prepare 0",
+        "base train 0",
+        "next prepare 0",
+        "next train 0",
+        "texts prepare 0",
+        "texts generate 0",
+        "texts generate 1",
+    ]
     assert [j["state"] for j in document["jobs"]] == ["Complete"] * 3
     assert document["jobs"][0]["metrics"]["evalLoss"] == 2.25
     run = read_run((laptop.runs / "texts/run.json").read_bytes())
@@ -132,10 +161,16 @@ def test_nodes_are_processes_that_work_at_once(laptop: Laptop) -> None:
 
 FAILURES = [
     # name, script, code of the program, reason, message
-    ("a mistake in the data", {"prepare-0": {"code": 65, "message": "spec.dataset.columns.text: no column"}}, 65, "InvalidDataset", "spec.dataset.columns.text: no column"),
+    (
+        "a mistake in the data",
+        {"prepare-0": {"code": 65, "message": "spec.dataset.columns.text: no column"}},
+        65,
+        "InvalidDataset",
+        "spec.dataset.columns.text: no column",
+    ),
     ("an error in the training", {"train-0": {"code": 70, "message": "it broke"}}, 70, "TrainingError", "it broke"),
     ("a supervisor that is killed", {"train-0": {"dies": True}}, 71, "InfrastructureError", "was killed by signal 9"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "script", "code", "reason", "message"), FAILURES, ids=[f[0] for f in FAILURES])
@@ -159,7 +194,9 @@ def test_failure_for_people_names_the_log(laptop: Laptop) -> None:
 
 
 def test_the_node_to_blame_gives_the_code(laptop: Laptop) -> None:
-    laptop.script(train_0={"code": 81, "message": "peer lost"}, train_1={"code": 71, "message": "the disk", "seconds": 1})
+    laptop.script(
+        train_0={"code": 81, "message": "peer lost"}, train_1={"code": 71, "message": "the disk", "seconds": 1}
+    )
     code, document = laptop.json("run", laptop.write(job(resources={"gpusPerNode": 0, "nodes": 2})))
     assert code == 71
     assert document["jobs"][0]["message"] == "the disk"
@@ -251,7 +288,9 @@ UNUSABLE = [
 
 
 @pytest.mark.parametrize(("name", "workspace", "says", "code"), UNUSABLE, ids=[u[0] for u in UNUSABLE])
-def test_an_unusable_workspace_is_told_in_a_line(laptop: Laptop, name: str, workspace: str, says: str, code: int) -> None:
+def test_an_unusable_workspace_is_told_in_a_line(
+    laptop: Laptop, name: str, workspace: str, says: str, code: int
+) -> None:
     (laptop.folder / "not-a-folder").write_text("")
     ended, _, err = laptop.run("run", laptop.write(job()), "--workspace", workspace)
     assert (ended, len(err.strip().splitlines())) == (code, 1), err
@@ -310,7 +349,11 @@ def test_the_token_goes_to_prepare_and_publish_only(laptop: Laptop) -> None:
     code, document = laptop.json("run", file)
     assert (code, document["jobs"][0]["hub"]["revision"]) == (0, "fedcba9876543210")
     calls = [json.loads(line) for line in (laptop.runs / "calls.jsonl").read_text().splitlines()]
-    assert [(c["verb"], c["token"]) for c in calls] == [("prepare", "hf_example"), ("train", None), ("publish", "hf_example")]
+    assert [(c["verb"], c["token"]) for c in calls] == [
+        ("prepare", "hf_example"),
+        ("train", None),
+        ("publish", "hf_example"),
+    ]
     assert "hf_example" not in (laptop.runs / "tune/run.json").read_text()
 
 
@@ -324,13 +367,13 @@ def test_a_login_is_a_token(laptop: Laptop) -> None:
 HUB: Document = {"repo": "org/out", "tokenSecret": {"name": "hf"}}
 HUBS = [
     # what has changed     spec.hub                                      published again
-    ("nothing",            HUB,                                          False),
-    ("a default, said",    HUB | {"branch": "main", "private": True},    False),
-    ("the repository",     HUB | {"repo": "org/other"},                  True),
-    ("the branch",         HUB | {"branch": "trial"},                    True),
-    ("the token",          HUB | {"tokenSecret": {"name": "another"}},   True),
-    ("who may see it",     HUB | {"private": False},                     True),
-]  # fmt: skip
+    ("nothing", HUB, False),
+    ("a default, said", HUB | {"branch": "main", "private": True}, False),
+    ("the repository", HUB | {"repo": "org/other"}, True),
+    ("the branch", HUB | {"branch": "trial"}, True),
+    ("the token", HUB | {"tokenSecret": {"name": "another"}}, True),
+    ("who may see it", HUB | {"private": False}, True),
+]
 
 
 @pytest.mark.parametrize(("hub", "again"), [h[1:] for h in HUBS], ids=[h[0] for h in HUBS])
@@ -354,9 +397,9 @@ def test_plan_stops_after_prepare_and_run_goes_on(laptop: Laptop) -> None:
 
 PLANS = [
     # done before       what is said beside what was found
-    ("nothing",         "✓ prepare"),
-    ("plan",            "prepared before: nothing was looked at again"),
-    ("run",             "finished before: nothing was run"),
+    ("nothing", "✓ prepare"),
+    ("plan", "prepared before: nothing was looked at again"),
+    ("run", "finished before: nothing was run"),
 ]
 
 
@@ -396,7 +439,10 @@ def test_a_plan_of_a_job_whose_source_is_only_planned_is_refused_with_what_to_do
     assert laptop.run("plan", first, second)[0] == 0
 
 
-STEERED = [("plan only", {"planOnly": True}, "Planned", ["tune prepare 0"]), ("suspended", {"suspend": True}, "Suspended", [])]
+STEERED = [
+    ("plan only", {"planOnly": True}, "Planned", ["tune prepare 0"]),
+    ("suspended", {"suspend": True}, "Suspended", []),
+]
 
 
 @pytest.mark.parametrize(("name", "spec", "state", "calls"), STEERED, ids=[s[0] for s in STEERED])
@@ -416,19 +462,25 @@ def test_paths_relative_to_the_manifest_and_mounts(laptop: Laptop) -> None:
     assert "--mount /data=FOLDER" in err
     assert laptop.run("run", file, "--mount", "/data=mine")[0] == 0
     run = read_run((laptop.runs / "tune/run.json").read_bytes())
-    assert run.spec.dataset.files == [str(laptop.folder / "sub/rows.csv"), str(laptop.folder / "mine/more/rows.csv"), "/elsewhere/rows.csv"]  # type: ignore[union-attr]
+    assert run.spec.dataset.files == [
+        str(laptop.folder / "sub/rows.csv"),
+        str(laptop.folder / "mine/more/rows.csv"),
+        "/elsewhere/rows.csv",
+    ]  # type: ignore[union-attr]
 
 
 GPUS_OF_NODES = [
     # resources                        GPUs that each node sees, of 4,5,6,7
-    ({"nodes": 2, "gpusPerNode": 2},   {0: "4,5", 1: "6,7"}),
-    ({"gpusPerNode": 2},               {0: "4,5"}),
-    ({"gpusPerNode": 1},               {0: "4"}),
-]  # fmt: skip
+    ({"nodes": 2, "gpusPerNode": 2}, {0: "4,5", 1: "6,7"}),
+    ({"gpusPerNode": 2}, {0: "4,5"}),
+    ({"gpusPerNode": 1}, {0: "4"}),
+]
 
 
 @pytest.mark.parametrize(("resources", "gpus"), GPUS_OF_NODES)
-def test_each_node_sees_the_gpus_that_it_asks_for(laptop: Laptop, resources: dict[str, int], gpus: dict[int, str]) -> None:
+def test_each_node_sees_the_gpus_that_it_asks_for(
+    laptop: Laptop, resources: dict[str, int], gpus: dict[int, str]
+) -> None:
     laptop.env = {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}
     assert laptop.run("run", laptop.write(job(resources=resources)))[0] == 0
     calls = [json.loads(line) for line in (laptop.runs / "calls.jsonl").read_text().splitlines()]

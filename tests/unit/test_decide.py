@@ -44,18 +44,30 @@ def life(job: Job) -> list[tuple[str, Observed]]:
         ("applied", observed(job)),
         ("its pod runs", observed(job, child(job, "prepare"), pods=[pod(job, "prepare", state=RUNNING)])),
         ("prepared", observed(job, prepared, ends=ends)),
-        ("pods run", observed(job, prepared, child(job, "run"), pods=[pod(job, "run", i, 0, RUNNING) for i in (0, 1)], ends=ends)),
+        (
+            "pods run",
+            observed(
+                job, prepared, child(job, "run"), pods=[pod(job, "run", i, 0, RUNNING) for i in (0, 1)], ends=ends
+            ),
+        ),
         ("a pod is lost", observed(job, prepared, child(job, "run"), ends=lost)),
         ("restarted", observed(job, prepared, child(job, "run", restarts=1, charged=1), pods=run, ends=lost)),
         ("trained", observed(job, prepared, trained, ends=last)),
-        ("uploads", observed(job, prepared, trained, child(job, "publish"), pods=[pod(job, "publish", state=RUNNING)], ends=last)),
+        (
+            "uploads",
+            observed(
+                job, prepared, trained, child(job, "publish"), pods=[pod(job, "publish", state=RUNNING)], ends=last
+            ),
+        ),
         ("published", observed(job, prepared, trained, child(job, "publish", "Complete"), ends=[*last, hub_end(job)])),
         ("ended", observed(job, prepared, trained, child(job, "publish", "Complete"), ends=[*last, hub_end(job)])),
     ]
 
 
 def walk(job: Job) -> list[tuple[str, str, str, list[str]]]:
-    """Moment, state, what is done, events. At each moment the decision is made twice: the second time nothing may change."""
+    """Moment, state, what is done, events. At each moment the decision is made twice: the second time nothing may
+    change.
+    """
     seen = []
     for moment, given in life(job):
         here = replace(given, job=given.job.model_copy(update={"status": job.status}))
@@ -89,10 +101,17 @@ def test_the_life_of_a_fine_tune_job() -> None:
 
 def test_the_life_of_a_generate_job() -> None:
     assert [(state, events) for _, state, _, events in walk(generate(hub=HUB))] == [
-        ("Preparing", ["Preparing"]), ("Preparing", []), ("Starting", ["Prepared"]), ("Running", ["Started"]), ("Restarting", []),
-        ("Running", ["Restarting", "Running"]), ("Publishing", ["Generated", "Publishing"]), ("Publishing", []), ("Complete", ["Published", "Completed"]),
+        ("Preparing", ["Preparing"]),
+        ("Preparing", []),
+        ("Starting", ["Prepared"]),
+        ("Running", ["Started"]),
+        ("Restarting", []),
+        ("Running", ["Restarting", "Running"]),
+        ("Publishing", ["Generated", "Publishing"]),
+        ("Publishing", []),
+        ("Complete", ["Published", "Completed"]),
         ("Complete", []),
-    ]  # fmt: skip
+    ]
 
 
 def test_an_operator_that_was_away_all_the_time_comes_to_the_same_end() -> None:
@@ -122,20 +141,26 @@ def test_conditions_keep_the_time_of_their_last_turn() -> None:
             assert kept == (c.type in old and c.status == old[c.type].status), (moment, c.type)
         job = job.model_copy(update={"status": status.model_copy(update={"conditions": backdated})})
     assert {m: t for m, t in turned.items() if t} == {
-        "prepared": ["Prepared"], "pods run": ["Running"], "a pod is lost": ["Running"], "restarted": ["Running"], "trained": ["Running"],
-    }  # fmt: skip
+        "prepared": ["Prepared"],
+        "pods run": ["Running"],
+        "a pod is lost": ["Running"],
+        "restarted": ["Running"],
+        "trained": ["Running"],
+    }
 
 
 REFUSED = [
     # given                      what is there                                        expect
-    ("prepare is refused",       [],                                                  ("Prepared", "FailedCreate", ["FailedCreate"])),
-    ("run is refused",           ["prepare"],                                         ("Running", "FailedCreate", ["Prepared", "FailedCreate"])),
-    ("publish is refused",       ["prepare", "run"],                                  ("Published", "FailedCreate", ["Prepared", "Trained", "FailedCreate"])),
-]  # fmt: skip
+    ("prepare is refused", [], ("Prepared", "FailedCreate", ["FailedCreate"])),
+    ("run is refused", ["prepare"], ("Running", "FailedCreate", ["Prepared", "FailedCreate"])),
+    ("publish is refused", ["prepare", "run"], ("Published", "FailedCreate", ["Prepared", "Trained", "FailedCreate"])),
+]
 
 
 @pytest.mark.parametrize(("there", "expect"), [c[1:] for c in REFUSED], ids=[c[0] for c in REFUSED])
-def test_what_is_refused_says_so_and_the_rest_of_the_decision_stands(there: list[Any], expect: tuple[str, str, list[str]]) -> None:
+def test_what_is_refused_says_so_and_the_rest_of_the_decision_stands(
+    there: list[Any], expect: tuple[str, str, list[str]]
+) -> None:
     job = fine_tune(hub=HUB)
     given = observed(job, *(child(job, phase, "Complete") for phase in there))
     decision = decide(given, SETTINGS, NOW)
@@ -143,7 +168,11 @@ def test_what_is_refused_says_so_and_the_rest_of_the_decision_stands(there: list
     condition, state, events = expect
     assert said(answer, condition) == "False FailedCreate: Job x: exceeded quota"
     assert (answer.status.state, [e.reason for e in answer.events]) == (state, events)
-    assert (answer.apply, answer.status.start_time, said(answer, "Accepted")) == (decision.apply, decision.status.start_time, said(decision, "Accepted"))
+    assert (answer.apply, answer.status.start_time, said(answer, "Accepted")) == (
+        decision.apply,
+        decision.status.start_time,
+        said(decision, "Accepted"),
+    )
     again = replace(given, job=job.model_copy(update={"status": answer.status}))
     second = refused(again, decide(again, SETTINGS, NOW), "Job x: exceeded quota", NOW)
     assert (second.status, second.events) == (answer.status, ())

@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from cases.observed import BEGIN, NOW, at, child, decided, describe, ended, fine_tune, hub_end, prepared_end, said, status
+from cases.observed import (
+    BEGIN,
+    NOW,
+    at,
+    child,
+    decided,
+    describe,
+    ended,
+    fine_tune,
+    hub_end,
+    prepared_end,
+    said,
+    status,
+)
 
 from luthier_api.status import JobStatus, Phase
 from luthier_operator.model import Job, Object, PodEnd
@@ -43,31 +56,44 @@ def run_end(job: Job) -> PodEnd:
 HUB = {"repo": "org/bot", "tokenSecret": {"name": "hf"}}
 BEGUN = {"start_time": text(BEGIN)}
 LAST_WORDS = [
-    # what has ended, given,                                                                   spec,               its pod's words, expect
-    ("prepare", status("Accepted", **BEGUN),                                                   {"planOnly": True}, prepared_end,    "Planned"),
-    ("run",     status("Accepted", "Prepared", "Running", **BEGUN),                            {},                 run_end,         "Complete"),
-    ("publish", status("Accepted", "Prepared", "Trained", metrics={"evalLoss": 1.5}, **BEGUN), {"hub": HUB},       hub_end,         "Complete"),
-]  # fmt: skip
+    ("prepare", status("Accepted", **BEGUN), {"planOnly": True}, prepared_end, "Planned"),
+    ("run", status("Accepted", "Prepared", "Running", **BEGUN), {}, run_end, "Complete"),
+    (
+        "publish",
+        status("Accepted", "Prepared", "Trained", metrics={"evalLoss": 1.5}, **BEGUN),
+        {"hub": HUB},
+        hub_end,
+        "Complete",
+    ),
+]
 
 
 @pytest.mark.parametrize(("phase", "given", "spec", "words", "expect"), LAST_WORDS, ids=[c[0] for c in LAST_WORDS])
 def test_the_last_words_of_a_phase_are_waited_for_but_not_for_ever(
     phase: Phase, given: JobStatus, spec: Object, words: Callable[[Job], PodEnd], expect: str
 ) -> None:
-    """A Job and its pod are watched apart: whoever reads Planned, Trained or Complete finds there what the pods have said."""
+    """A Job and its pod are watched apart: whoever reads Planned, Trained or Complete finds there what the pods have
+    said.
+    """
     job = fine_tune(given, **spec)
     just = child(job, phase, "Complete", since=at(-1))
     silent = decided(job, just)
-    assert (describe(silent), [c.type for c in silent.status.conditions]) == ("again in 3 s", [c.type for c in given.conditions])
+    assert (describe(silent), [c.type for c in silent.status.conditions]) == (
+        "again in 3 s",
+        [c.type for c in given.conditions],
+    )
     told = decided(job, just, ends=[words(job)])
     assert told.status.state == expect
-    assert (told.status.prepared, told.status.metrics, told.status.hub)[("prepare", "run", "publish").index(phase)] is not None
+    assert (told.status.prepared, told.status.metrics, told.status.hub)[
+        ("prepare", "run", "publish").index(phase)
+    ] is not None
     assert decided(job, child(job, phase, "Complete", since=at(-4))).status.state == expect
 
 
 def test_what_comes_after_the_end_is_still_written() -> None:
     job = fine_tune(
-        status("Accepted", "Prepared", "Trained", "Published", "Complete", **ENDED), hub={"repo": "org/bot", "tokenSecret": {"name": "hf"}}
+        status("Accepted", "Prepared", "Trained", "Published", "Complete", **ENDED),
+        hub={"repo": "org/bot", "tokenSecret": {"name": "hf"}},
     )
     decision = decided(job, ends=[ended(job, "run", 0, metrics={"evalLoss": 1.25}), hub_end(job)])
     assert decision.status.metrics == {"evalLoss": 1.25}

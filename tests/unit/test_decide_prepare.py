@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from cases.observed import (
     said,
     status,
     waiting,
-)  # fmt: skip
+)
 
 from luthier_api.status import JobStatus
 from luthier_operator import naming
@@ -45,11 +46,15 @@ def test_it_begins_with_everything_that_the_pods_need() -> None:
     assert (decision.status.shape, decision.status.state) == ("2×8", "Preparing")
     assert decision.status.workspace is not None
     assert (decision.status.workspace.claim, decision.status.workspace.folder) == ("ftj-bot", "ftj-bot-f00dcafe")
-    assert [(e.reason, e.message) for e in decision.events] == [("Preparing", "waiting for the pod that resolves the model, loads the data and plans the run")]
+    assert [(e.reason, e.message) for e in decision.events] == [
+        ("Preparing", "waiting for the pod that resolves the model, loads the data and plans the run")
+    ]
 
 
 def test_a_claim_of_the_user_is_not_created() -> None:
-    assert describe(decided(generate(workspace={"claim": "shared"}))) == "applies ConfigMap gj-lutes, Job gj-lutes-prepare"
+    assert (
+        describe(decided(generate(workspace={"claim": "shared"}))) == "applies ConfigMap gj-lutes, Job gj-lutes-prepare"
+    )
 
 
 def test_the_pods_find_the_other_job_even_after_it_is_gone() -> None:
@@ -63,65 +68,216 @@ def test_the_pods_find_the_other_job_even_after_it_is_gone() -> None:
     for sources in ({}, anew):
         (run,) = decided(later, seen, sources=sources).apply
         claims = [
-            v["persistentVolumeClaim"]["claimName"] for v in run["spec"]["template"]["spec"]["volumes"] if "persistentVolumeClaim" in v
+            v["persistentVolumeClaim"]["claimName"]
+            for v in run["spec"]["template"]["spec"]["volumes"]
+            if "persistentVolumeClaim" in v
         ]
         assert claims == ["gj-lutes", "shared"]
 
 
-def case(*children: Object, pods: list[Object] = [], ends: list[PodEnd] = [], given: JobStatus = PREPARING, **spec: Any) -> Any:  # noqa: B006
-    return fine_tune(given, **spec), children, pods, ends
+def case(
+    *children: Object,
+    pods: Sequence[Object] = (),
+    ends: Sequence[PodEnd] = (),
+    given: JobStatus = PREPARING,
+    **spec: Any,
+) -> Any:
+    return fine_tune(given, **spec), children, list(pods), list(ends)
 
 
 CASES = [
     ("its pod is not there yet", case(child(JOB, "prepare", born=at(-2))), "again in 28.1 s", STARTING),
-    ("its pod is still not there", case(child(JOB, "prepare", born=at(-31))), "waits",
-     "False NoPods: the cluster has made no pod of Job ftj-bot-prepare so far; `kubectl describe job ftj-bot-prepare` says why: "
-     "a quota, a priority class, a node selector, an admission policy"),
-    ("its pod has ended well, the Job has not heard of it", case(child(JOB, "prepare"), ends=[prepared_end(JOB)]), "waits", STARTING),
-    ("its pod has a node", case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", state=waiting("ContainerCreating"), scheduled=at(-10))]), "again in 20 s", STARTING),
-    ("its container is long in coming", case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", state=waiting("ContainerCreating"), scheduled=at(-31))]), "waits",
-     "False ContainerCreating: pod ftj-bot-prepare-0-0 has a node, but no container after 30 s: it waits for its image or for a volume "
-     "(spec.volumes, spec.workspace); `kubectl describe pod ftj-bot-prepare-0-0` says for which"),
-    ("its node does not answer", case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", scheduled=at(-31))]), "waits",
-     "False ContainerCreating: pod ftj-bot-prepare-0-0 has a node, but no container after 30 s: it waits for its image or for a volume "
-     "(spec.volumes, spec.workspace); `kubectl describe pod ftj-bot-prepare-0-0` says for which"),
-    ("its container runs", case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", state=RUNNING, scheduled=at(-600))]), "waits",
-     "False Preparing: resolving the model, loading the data, planning the run"),
-    ("a queue that takes every Job holds it back", case(child(JOB, "prepare", suspend=True)), "waits",
-     "False WaitingForQueue: Job ftj-bot-prepare is held back by a queue; see `kubectl describe workloads`"),
-    ("the Hub was away, and the next pod is long in coming", case(child(JOB, "prepare"), ends=[ended(JOB, "prepare", 69, message="503 from hub.example")]),
-     "waits", "False HubUnavailable: 503 from hub.example (prepare, pod ftj-bot-prepare-0-0 on node-a, exit code 69). It is tried again"),
-    ("no node has room", case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", unschedulable="0/3 nodes are available: 3 Insufficient memory.")]), "waits",
-     "False Unschedulable: pod ftj-bot-prepare-0-0: 0/3 nodes are available: 3 Insufficient memory."),
-    ("its volume is not bound", case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", unschedulable='persistentvolumeclaim "ftj-bot" not found')]), "waits",
-     'False WaitingForVolume: pod ftj-bot-prepare-0-0: persistentvolumeclaim "ftj-bot" not found'),
-    ("its image does not come", case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", state=waiting("ErrImagePull", "no such host"))]), "waits",
-     "False ImagePullFailed: pod ftj-bot-prepare-0-0: ErrImagePull: no such host"),
-    ("the secret is missing", case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", state=waiting("CreateContainerConfigError", 'secret "hf" not found'))]),
-     "waits", 'False Misconfigured: spec.hub.tokenSecret: secret "hf" not found (pod ftj-bot-prepare-0-0)'),
-    ("the secret lacks the key", case(child(JOB, "prepare"),
-     pods=[pod(JOB, "prepare", state=waiting("CreateContainerConfigError", "couldn't find key token in Secret ml/hf"))]),
-     "waits", "False Misconfigured: spec.hub.tokenSecret: couldn't find key token in Secret ml/hf (pod ftj-bot-prepare-0-0)"),
-    ("the Hub is away", case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", state=RUNNING)], ends=[ended(JOB, "prepare", 69, message="503 from hub.example")]),
-     "waits", "False HubUnavailable: 503 from hub.example (prepare, pod ftj-bot-prepare-0-0 on node-a, exit code 69). It is tried again"),
-    ("a column is missing, the Job has not heard of it", case(child(JOB, "prepare"), ends=[ended(JOB, "prepare", 65, message=COLUMN)]), "waits", "absent"),
-    ("a column is missing", case(child(JOB, "prepare", "Failed"), ends=[ended(JOB, "prepare", 65, message=COLUMN)]), "Failed InvalidDataset",
-     f"False InvalidDataset: {COLUMN} (prepare, pod ftj-bot-prepare-0-0 on node-a, exit code 65)"),
-    ("it failed a moment ago, its pod has not been heard of", case(child(JOB, "prepare", "Failed", since=at(-1))), "again in 3 s", "absent"),
-    ("it failed while the operator was away, and the pod is gone", case(child(JOB, "prepare", "Failed", reason="PodFailurePolicy",
-     message="Container trainer for pod ml/ftj-bot-prepare-x7 failed with exit code 66 matching FailJob rule at index 0")), "Failed NotFound",
-     "False NotFound: Container trainer for pod ml/ftj-bot-prepare-x7 failed with exit code 66 matching FailJob rule at index 0; "
-     "what the pod said is lost. Look at `kubectl logs ftj-bot-prepare-x7 -c trainer`"),
-    ("it failed, and nobody knows why", case(child(JOB, "prepare", "Failed", message="Job has reached the specified backoff limit")), "Failed Failed",
-     "False Failed: prepare has failed: Job has reached the specified backoff limit"),
-    ("it succeeded", case(child(JOB, "prepare", "Complete"), ends=[prepared_end(JOB)]), "applies JobSet ftj-bot-run",
-     "True Prepared: org/model@c0ffeec0ffee, 900 rows and 100 to evaluate, strategy ddp, 40 steps"),
-    ("it succeeded, but what it said is lost", case(child(JOB, "prepare", "Complete")), "applies JobSet ftj-bot-run", "True Prepared: prepared"),
-    ("it is planned, and that is all", case(child(JOB, "prepare", "Complete"), ends=[prepared_end(JOB)], planOnly=True), "waits",
-     "True PlanOnly: org/model@c0ffeec0ffee, 900 rows and 100 to evaluate, strategy ddp, 40 steps"),
-    ("its Job is gone, but it was done", case(given=status("Accepted", "Prepared", prepared=PREPARED)), "applies JobSet ftj-bot-run",
-     "True Prepared: org/model@c0ffeec0ffee, 900 rows and 100 to evaluate, strategy ddp, 40 steps"),
-]  # fmt: skip
+    (
+        "its pod is still not there",
+        case(child(JOB, "prepare", born=at(-31))),
+        "waits",
+        (
+            "False NoPods: the cluster has made no pod of Job ftj-bot-prepare so far; `kubectl describe job"
+            " ftj-bot-prepare` says why: a quota, a priority class, a node selector, an admission policy"
+        ),
+    ),
+    (
+        "its pod has ended well, the Job has not heard of it",
+        case(child(JOB, "prepare"), ends=[prepared_end(JOB)]),
+        "waits",
+        STARTING,
+    ),
+    (
+        "its pod has a node",
+        case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", state=waiting("ContainerCreating"), scheduled=at(-10))]),
+        "again in 20 s",
+        STARTING,
+    ),
+    (
+        "its container is long in coming",
+        case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", state=waiting("ContainerCreating"), scheduled=at(-31))]),
+        "waits",
+        (
+            "False ContainerCreating: pod ftj-bot-prepare-0-0 has a node, but no container after 30 s: it waits for its"
+            " image or for a volume (spec.volumes, spec.workspace); `kubectl describe pod ftj-bot-prepare-0-0` says for"
+            " which"
+        ),
+    ),
+    (
+        "its node does not answer",
+        case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", scheduled=at(-31))]),
+        "waits",
+        (
+            "False ContainerCreating: pod ftj-bot-prepare-0-0 has a node, but no container after 30 s: it waits for its"
+            " image or for a volume (spec.volumes, spec.workspace); `kubectl describe pod ftj-bot-prepare-0-0` says for"
+            " which"
+        ),
+    ),
+    (
+        "its container runs",
+        case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", state=RUNNING, scheduled=at(-600))]),
+        "waits",
+        "False Preparing: resolving the model, loading the data, planning the run",
+    ),
+    (
+        "a queue that takes every Job holds it back",
+        case(child(JOB, "prepare", suspend=True)),
+        "waits",
+        "False WaitingForQueue: Job ftj-bot-prepare is held back by a queue; see `kubectl describe workloads`",
+    ),
+    (
+        "the Hub was away, and the next pod is long in coming",
+        case(child(JOB, "prepare"), ends=[ended(JOB, "prepare", 69, message="503 from hub.example")]),
+        "waits",
+        (
+            "False HubUnavailable: 503 from hub.example (prepare, pod ftj-bot-prepare-0-0 on node-a, exit code 69). It"
+            " is tried again"
+        ),
+    ),
+    (
+        "no node has room",
+        case(
+            child(JOB, "prepare"),
+            pods=[pod(JOB, "prepare", unschedulable="0/3 nodes are available: 3 Insufficient memory.")],
+        ),
+        "waits",
+        "False Unschedulable: pod ftj-bot-prepare-0-0: 0/3 nodes are available: 3 Insufficient memory.",
+    ),
+    (
+        "its volume is not bound",
+        case(
+            child(JOB, "prepare"), pods=[pod(JOB, "prepare", unschedulable='persistentvolumeclaim "ftj-bot" not found')]
+        ),
+        "waits",
+        'False WaitingForVolume: pod ftj-bot-prepare-0-0: persistentvolumeclaim "ftj-bot" not found',
+    ),
+    (
+        "its image does not come",
+        case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", state=waiting("ErrImagePull", "no such host"))]),
+        "waits",
+        "False ImagePullFailed: pod ftj-bot-prepare-0-0: ErrImagePull: no such host",
+    ),
+    (
+        "the secret is missing",
+        case(
+            child(JOB, "prepare"),
+            pods=[pod(JOB, "prepare", state=waiting("CreateContainerConfigError", 'secret "hf" not found'))],
+        ),
+        "waits",
+        'False Misconfigured: spec.hub.tokenSecret: secret "hf" not found (pod ftj-bot-prepare-0-0)',
+    ),
+    (
+        "the secret lacks the key",
+        case(
+            child(JOB, "prepare"),
+            pods=[
+                pod(
+                    JOB,
+                    "prepare",
+                    state=waiting("CreateContainerConfigError", "couldn't find key token in Secret ml/hf"),
+                )
+            ],
+        ),
+        "waits",
+        "False Misconfigured: spec.hub.tokenSecret: couldn't find key token in Secret ml/hf (pod ftj-bot-prepare-0-0)",
+    ),
+    (
+        "the Hub is away",
+        case(
+            child(JOB, "prepare"),
+            pods=[pod(JOB, "prepare", state=RUNNING)],
+            ends=[ended(JOB, "prepare", 69, message="503 from hub.example")],
+        ),
+        "waits",
+        (
+            "False HubUnavailable: 503 from hub.example (prepare, pod ftj-bot-prepare-0-0 on node-a, exit code 69). It"
+            " is tried again"
+        ),
+    ),
+    (
+        "a column is missing, the Job has not heard of it",
+        case(child(JOB, "prepare"), ends=[ended(JOB, "prepare", 65, message=COLUMN)]),
+        "waits",
+        "absent",
+    ),
+    (
+        "a column is missing",
+        case(child(JOB, "prepare", "Failed"), ends=[ended(JOB, "prepare", 65, message=COLUMN)]),
+        "Failed InvalidDataset",
+        f"False InvalidDataset: {COLUMN} (prepare, pod ftj-bot-prepare-0-0 on node-a, exit code 65)",
+    ),
+    (
+        "it failed a moment ago, its pod has not been heard of",
+        case(child(JOB, "prepare", "Failed", since=at(-1))),
+        "again in 3 s",
+        "absent",
+    ),
+    (
+        "it failed while the operator was away, and the pod is gone",
+        case(
+            child(
+                JOB,
+                "prepare",
+                "Failed",
+                reason="PodFailurePolicy",
+                message=(
+                    "Container trainer for pod ml/ftj-bot-prepare-x7 failed with exit code 66 matching FailJob rule at"
+                    " index 0"
+                ),
+            )
+        ),
+        "Failed NotFound",
+        (
+            "False NotFound: Container trainer for pod ml/ftj-bot-prepare-x7 failed with exit code 66 matching FailJob"
+            " rule at index 0; what the pod said is lost. Look at `kubectl logs ftj-bot-prepare-x7 -c trainer`"
+        ),
+    ),
+    (
+        "it failed, and nobody knows why",
+        case(child(JOB, "prepare", "Failed", message="Job has reached the specified backoff limit")),
+        "Failed Failed",
+        "False Failed: prepare has failed: Job has reached the specified backoff limit",
+    ),
+    (
+        "it succeeded",
+        case(child(JOB, "prepare", "Complete"), ends=[prepared_end(JOB)]),
+        "applies JobSet ftj-bot-run",
+        "True Prepared: org/model@c0ffeec0ffee, 900 rows and 100 to evaluate, strategy ddp, 40 steps",
+    ),
+    (
+        "it succeeded, but what it said is lost",
+        case(child(JOB, "prepare", "Complete")),
+        "applies JobSet ftj-bot-run",
+        "True Prepared: prepared",
+    ),
+    (
+        "it is planned, and that is all",
+        case(child(JOB, "prepare", "Complete"), ends=[prepared_end(JOB)], planOnly=True),
+        "waits",
+        "True PlanOnly: org/model@c0ffeec0ffee, 900 rows and 100 to evaluate, strategy ddp, 40 steps",
+    ),
+    (
+        "its Job is gone, but it was done",
+        case(given=status("Accepted", "Prepared", prepared=PREPARED)),
+        "applies JobSet ftj-bot-run",
+        "True Prepared: org/model@c0ffeec0ffee, 900 rows and 100 to evaluate, strategy ddp, 40 steps",
+    ),
+]
 
 
 @pytest.mark.parametrize(("given", "expect", "condition"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
@@ -135,7 +291,9 @@ def test_prepare(given: Any, expect: str, condition: str) -> None:
 def test_a_condition_that_is_not_true_says_nothing() -> None:
     there = child(JOB, "prepare", born=at(-31))
     there["status"]["conditions"].append({"type": "Failed", "status": "False", "lastTransitionTime": text(NOW)})
-    assert said(decided(JOB, there), "Prepared").startswith("False NoPods: the cluster has made no pod"), "due since the Job was made"
+    assert said(decided(JOB, there), "Prepared").startswith("False NoPods: the cluster has made no pod"), (
+        "due since the Job was made"
+    )
 
 
 def test_a_plan_is_a_state_and_no_end() -> None:
@@ -150,27 +308,44 @@ def test_a_plan_is_a_state_and_no_end() -> None:
 
 def test_what_prepare_said_may_come_late() -> None:
     job = fine_tune(status("Accepted", "Prepared", "Running"))
-    assert decided(job, child(job, "prepare", "Complete"), child(job, "run"), ends=[prepared_end(job)]).status.prepared == PREPARED
+    assert (
+        decided(job, child(job, "prepare", "Complete"), child(job, "run"), ends=[prepared_end(job)]).status.prepared
+        == PREPARED
+    )
 
 
 def test_each_failed_pod_is_an_attempt_once() -> None:
     ends = [ended(JOB, "prepare", 69, when=-90, suffix="-a"), ended(JOB, "prepare", 69, when=-30, suffix="-b")]
     first = decided(JOB, child(JOB, "prepare"), ends=ends).status
     assert [(a.phase, a.attempt, a.reason, a.charged, a.rank) for a in first.attempts] == [
-        ("prepare", 0, "HubUnavailable", True, None), ("prepare", 1, "HubUnavailable", True, None),
-    ]  # fmt: skip
+        ("prepare", 0, "HubUnavailable", True, None),
+        ("prepare", 1, "HubUnavailable", True, None),
+    ]
     assert decided(fine_tune(first), child(JOB, "prepare"), ends=ends).status == first
-    assert decided(fine_tune(first), child(JOB, "prepare")).status == first, "another operator, which has seen none of it"
+    assert decided(fine_tune(first), child(JOB, "prepare")).status == first, (
+        "another operator, which has seen none of it"
+    )
 
 
 def test_attempts_are_numbered_in_each_phase_from_the_beginning() -> None:
     job = fine_tune(status("Accepted", "Prepared", "Trained", start_time=text(BEGIN)), hub=HUB)
-    ends = [ended(job, phase, 69, when=when, suffix=f"{when}") for phase, when in (("prepare", -90), ("prepare", -80), ("publish", -70), ("publish", -60), ("publish", -50))]
+    ends = [
+        ended(job, phase, 69, when=when, suffix=f"{when}")
+        for phase, when in (("prepare", -90), ("prepare", -80), ("publish", -70), ("publish", -60), ("publish", -50))
+    ]
     decision = decided(job, child(job, "prepare"), child(job, "publish"), ends=ends)
-    assert [(a.phase, a.attempt) for a in decision.status.attempts] == [("prepare", 0), ("prepare", 1), ("publish", 0), ("publish", 1), ("publish", 2)]
+    assert [(a.phase, a.attempt) for a in decision.status.attempts] == [
+        ("prepare", 0),
+        ("prepare", 1),
+        ("publish", 0),
+        ("publish", 1),
+        ("publish", 2),
+    ]
 
 
 def test_what_the_other_job_left_is_noted_as_json() -> None:
     base = {"base": fine_tune(status("Complete"), name="base", uid="0ddba11-aaaa")}
     prepare = decided(generate(model={"job": "base"}), sources=base).apply[-1]
-    assert json.loads(prepare["metadata"]["annotations"][naming.SOURCES_ANNOTATION]) == {"base": ["ftj-base", "ftj-base-0ddba11-"]}
+    assert json.loads(prepare["metadata"]["annotations"][naming.SOURCES_ANNOTATION]) == {
+        "base": ["ftj-base", "ftj-base-0ddba11-"]
+    }

@@ -1,4 +1,6 @@
-"""Publish, as a table: a Hub that is away costs time, a wrong token costs a change of spec.hub, neither costs the result."""
+"""Publish, as a table: a Hub that is away costs time, a wrong token costs a change of spec.hub, neither costs the
+result.
+"""
 
 from __future__ import annotations
 
@@ -46,24 +48,86 @@ def case(*children: Object, **more: Any) -> Any:
 
 CASES = [
     ("no repository", case(job=fine_tune(TRAINED)), "Complete Completed", "absent"),
-    ("a token alone", case(job=fine_tune(TRAINED, hub={"tokenSecret": {"name": "hf"}})), "Complete Completed", "absent"),
-    ("trained", case(), "applies ConfigMap ftj-bot, Job ftj-bot-publish", "False Publishing: waiting for the pod that uploads to org/bot"),
-    ("its pod runs", case(child(JOB, "publish"), pods=[pod(JOB, "publish", state=RUNNING)]), "waits", "False Publishing: uploading to org/bot"),
-    ("the secret is missing", case(child(JOB, "publish"), pods=[pod(JOB, "publish", state=waiting("CreateContainerConfigError", 'secret "hf" not found'))]),
-     "waits", 'False Misconfigured: spec.hub.tokenSecret: secret "hf" not found (pod ftj-bot-publish-0-0)'),
-    ("the Hub is away", case(child(JOB, "publish"), ends=[ended(JOB, "publish", 69, message="503 from hub.example")]), "waits",
-     "False HubUnavailable: 503 from hub.example (publish, pod ftj-bot-publish-0-0 on node-a, exit code 69). It is tried again"),
-    ("the token is wrong", case(child(JOB, "publish", "Failed"), ends=[ended(JOB, "publish", 77, message=TOKEN)]), "Failed Unauthorized",
-     f"False Unauthorized: {TOKEN} (publish, pod ftj-bot-publish-0-0 on node-a, exit code 77). {KEPT}"),
+    (
+        "a token alone",
+        case(job=fine_tune(TRAINED, hub={"tokenSecret": {"name": "hf"}})),
+        "Complete Completed",
+        "absent",
+    ),
+    (
+        "trained",
+        case(),
+        "applies ConfigMap ftj-bot, Job ftj-bot-publish",
+        "False Publishing: waiting for the pod that uploads to org/bot",
+    ),
+    (
+        "its pod runs",
+        case(child(JOB, "publish"), pods=[pod(JOB, "publish", state=RUNNING)]),
+        "waits",
+        "False Publishing: uploading to org/bot",
+    ),
+    (
+        "the secret is missing",
+        case(
+            child(JOB, "publish"),
+            pods=[pod(JOB, "publish", state=waiting("CreateContainerConfigError", 'secret "hf" not found'))],
+        ),
+        "waits",
+        'False Misconfigured: spec.hub.tokenSecret: secret "hf" not found (pod ftj-bot-publish-0-0)',
+    ),
+    (
+        "the Hub is away",
+        case(child(JOB, "publish"), ends=[ended(JOB, "publish", 69, message="503 from hub.example")]),
+        "waits",
+        (
+            "False HubUnavailable: 503 from hub.example (publish, pod ftj-bot-publish-0-0 on node-a, exit code 69). It"
+            " is tried again"
+        ),
+    ),
+    (
+        "the token is wrong",
+        case(child(JOB, "publish", "Failed"), ends=[ended(JOB, "publish", 77, message=TOKEN)]),
+        "Failed Unauthorized",
+        f"False Unauthorized: {TOKEN} (publish, pod ftj-bot-publish-0-0 on node-a, exit code 77). {KEPT}",
+    ),
     ("failed a moment ago", case(child(JOB, "publish", "Failed", since=at(-1))), "again in 3 s", "absent"),
-    ("published", case(child(JOB, "publish", "Complete"), ends=[hub_end(JOB)]), "Complete Completed", "True Published: org/bot@abcdef012345"),
-    ("published a moment ago, its pod has not been heard of", case(child(JOB, "publish", "Complete", since=at(-1))), "again in 3 s", "absent"),
-    ("published, and what it said is lost", case(child(JOB, "publish", "Complete")), "Complete Completed", "True Published: org/bot"),
-    ("spec.hub changes while it tries", case(child(JOB, "publish"), job=fine_tune(TRAINED, hub=OTHER_HUB)), "deletes Job ftj-bot-publish",
-     "False Publishing: spec.hub has changed: publishing again"),
-    ("spec.hub goes while it tries", case(child(JOB, "publish"), job=fine_tune(TRAINED)), "deletes Job ftj-bot-publish; Complete Completed", "absent"),
-    ("the old upload still leaves", case(child(JOB, "publish", deleting=True)), "waits", "False WaitingForPods: waiting for the pods that were stopped"),
-]  # fmt: skip
+    (
+        "published",
+        case(child(JOB, "publish", "Complete"), ends=[hub_end(JOB)]),
+        "Complete Completed",
+        "True Published: org/bot@abcdef012345",
+    ),
+    (
+        "published a moment ago, its pod has not been heard of",
+        case(child(JOB, "publish", "Complete", since=at(-1))),
+        "again in 3 s",
+        "absent",
+    ),
+    (
+        "published, and what it said is lost",
+        case(child(JOB, "publish", "Complete")),
+        "Complete Completed",
+        "True Published: org/bot",
+    ),
+    (
+        "spec.hub changes while it tries",
+        case(child(JOB, "publish"), job=fine_tune(TRAINED, hub=OTHER_HUB)),
+        "deletes Job ftj-bot-publish",
+        "False Publishing: spec.hub has changed: publishing again",
+    ),
+    (
+        "spec.hub goes while it tries",
+        case(child(JOB, "publish"), job=fine_tune(TRAINED)),
+        "deletes Job ftj-bot-publish; Complete Completed",
+        "absent",
+    ),
+    (
+        "the old upload still leaves",
+        case(child(JOB, "publish", deleting=True)),
+        "waits",
+        "False WaitingForPods: waiting for the pods that were stopped",
+    ),
+]
 
 
 @pytest.mark.parametrize(("given", "expect", "condition"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
@@ -78,12 +142,15 @@ FAILED = decided(JOB, RUN, child(JOB, "publish", "Failed"), ends=[ended(JOB, "pu
 
 
 HASHES = [
-    # given                                     spec.hub                                                                         expect
-    ("what was set",                            HUB,                                                                             "6abf6fc6177b126a"),
-    ("the same, with what is the default",      HUB | {"private": True, "branch": "main", "tokenSecret": {"name": "hf", "key": "token"}}, "6abf6fc6177b126a"),
-    ("another branch",                          HUB | {"branch": "next"},                                                        "dfaa13a2da752c12"),
-    ("another token",                           OTHER_HUB,                                                                       "67d8817d1410f829"),
-]  # fmt: skip
+    ("what was set", HUB, "6abf6fc6177b126a"),
+    (
+        "the same, with what is the default",
+        HUB | {"private": True, "branch": "main", "tokenSecret": {"name": "hf", "key": "token"}},
+        "6abf6fc6177b126a",
+    ),
+    ("another branch", HUB | {"branch": "next"}, "dfaa13a2da752c12"),
+    ("another token", OTHER_HUB, "67d8817d1410f829"),
+]
 
 
 @pytest.mark.parametrize(("hub", "expect"), [c[1:] for c in HASHES], ids=[c[0] for c in HASHES])
@@ -102,7 +169,10 @@ def test_a_failed_upload_stays_failed() -> None:
 def test_a_change_of_the_hub_takes_the_failure_back() -> None:
     job = fine_tune(FAILED, hub=OTHER_HUB)
     decision = decided(job, RUN, child(JOB, "publish", "Failed"))
-    assert describe(decided(fine_tune(decision.status, hub=OTHER_HUB), RUN, child(JOB, "publish", "Failed"))) == "deletes Job ftj-bot-publish"
+    assert (
+        describe(decided(fine_tune(decision.status, hub=OTHER_HUB), RUN, child(JOB, "publish", "Failed")))
+        == "deletes Job ftj-bot-publish"
+    )
     assert said(decision, "Failed") == "False Publishing: spec.hub has changed: publishing again"
     assert (decision.status.completion_time, decision.status.state) == (None, "Publishing")
     going = decided(fine_tune(decision.status, hub=OTHER_HUB), RUN, child(JOB, "publish", "Failed", deleting=True))
@@ -115,20 +185,36 @@ def test_a_change_of_the_hub_takes_the_failure_back() -> None:
 def test_without_a_hub_the_failure_is_taken_back_too() -> None:
     job = fine_tune(decided(fine_tune(FAILED), RUN, child(JOB, "publish", "Failed")).status)
     decision = decided(job, RUN, child(JOB, "publish", "Failed"))
-    assert (describe(decision), decision.status.state) == ("deletes Job ftj-bot-publish; Complete Completed", "Complete")
+    assert (describe(decision), decision.status.state) == (
+        "deletes Job ftj-bot-publish; Complete Completed",
+        "Complete",
+    )
     assert said(decision, "Published") == "absent"
 
 
 NOT_TAKEN_BACK = [
     ("the training failed", status("Accepted", "Prepared", "Failed", false={"Running": "Diverged"})),
-    ("the deadline passed while publishing", status("Trained", false={"Published": "HubUnavailable"}).model_copy(
-        update={"conditions": [*TRAINED.conditions, FAILED.conditions[-1].model_copy(update={"reason": "DeadlineExceeded"})]})),
-]  # fmt: skip
+    (
+        "the deadline passed while publishing",
+        status("Trained", false={"Published": "HubUnavailable"}).model_copy(
+            update={
+                "conditions": [
+                    *TRAINED.conditions,
+                    FAILED.conditions[-1].model_copy(update={"reason": "DeadlineExceeded"}),
+                ]
+            }
+        ),
+    ),
+]
 
 
 @pytest.mark.parametrize("given", [c[1] for c in NOT_TAKEN_BACK], ids=[c[0] for c in NOT_TAKEN_BACK])
 def test_other_failures_are_not_taken_back(given: Any) -> None:
-    job = fine_tune(given.model_copy(update={"start_time": text(BEGIN), "completion_time": text(at(-60))}), hub=OTHER_HUB, activeDeadlineSeconds=60)
+    job = fine_tune(
+        given.model_copy(update={"start_time": text(BEGIN), "completion_time": text(at(-60))}),
+        hub=OTHER_HUB,
+        activeDeadlineSeconds=60,
+    )
     assert decided(job, RUN, child(JOB, "publish", "Failed")).status.is_true("Failed")
 
 

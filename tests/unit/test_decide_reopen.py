@@ -1,4 +1,6 @@
-"""Reopen, as a table: a job that rests, planned or ended, goes on when its spec asks for more, and has its whole time again."""
+"""Reopen, as a table: a job that rests, planned or ended, goes on when its spec asks for more, and has its whole time
+again.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,12 @@ TOKEN = HUB | {"tokenSecret": {"name": "another"}}
 OLD = HubStatus(repo="org/bot", revision="0123", url="https://hub.example/org/bot")
 
 PLANNED = status("Accepted", start_time=text(BEGIN), prepared=PREPARED).model_copy(
-    update={"conditions": [c.model_copy(update={"reason": "PlanOnly"} if c.type == "Prepared" else {}) for c in status("Accepted", "Prepared").conditions]}
+    update={
+        "conditions": [
+            c.model_copy(update={"reason": "PlanOnly"} if c.type == "Prepared" else {})
+            for c in status("Accepted", "Prepared").conditions
+        ]
+    }
 )
 AT_LIMIT = status("Accepted", "Prepared", "Failed", false={"Running": "DeadlineExceeded"}, **ENDED)
 UPLOAD_AT_LIMIT = status("Accepted", "Prepared", "Trained", "Failed", false={"Published": "DeadlineExceeded"}, **ENDED)
@@ -47,7 +54,13 @@ PUBLISHED = status("Accepted", "Prepared", "Trained", "Published", "Complete", *
 
 def failed(reason: str, given: JobStatus) -> JobStatus:
     """With this reason on the condition Failed."""
-    return given.model_copy(update={"conditions": [c.model_copy(update={"reason": reason} if c.type == "Failed" else {}) for c in given.conditions]})
+    return given.model_copy(
+        update={
+            "conditions": [
+                c.model_copy(update={"reason": reason} if c.type == "Failed" else {}) for c in given.conditions
+            ]
+        }
+    )
 
 
 AT_LIMIT, UPLOAD_AT_LIMIT = (failed("DeadlineExceeded", s) for s in (AT_LIMIT, UPLOAD_AT_LIMIT))
@@ -58,45 +71,171 @@ TOO_LONG = failed("Diverged", AT_LIMIT)
 Child = tuple[str, str, Object | None]
 RUN: Child = ("run", "Complete", None)
 CASES: list[tuple[str, JobStatus, dict[str, Any], list[Child], str, str]] = [
-    # given                                               status           spec                                  what is there                        expect                                                    STATE
-    ("a plan that still rests",                           PLANNED,         LIMIT | {"planOnly": True},           [("prepare", "Complete", None)],     "waits",                                                  "Planned"),
-    ("a plan let go on after the deadline",               PLANNED,         LIMIT,                                [("prepare", "Complete", None)],     "applies JobSet ftj-bot-run; again in 1800 s",            "Starting"),
-    ("the upload failed, another hub after the deadline", NO_TOKEN,        LIMIT | {"hub": ELSEWHERE},           [RUN, ("publish", "Failed", HUB)],   "deletes Job ftj-bot-publish; again in 1800 s",           "Publishing"),
-    ("the upload failed, the hub is the same",            NO_TOKEN,        {"activeDeadlineSeconds": 99999, "hub": HUB}, [RUN, ("publish", "Failed", HUB)], "Failed Unauthorized",                              "Failed"),
-    ("at its deadline, the same",                         AT_LIMIT,        LIMIT,                                [],                                  "Failed DeadlineExceeded",                                "Failed"),
-    ("at its deadline, now an earlier one",               AT_LIMIT,        {"activeDeadlineSeconds": 60},        [],                                  "Failed DeadlineExceeded",                                "Failed"),
-    ("at its deadline, now a later one",                  AT_LIMIT,        {"activeDeadlineSeconds": 7200},      [],                                  "applies JobSet ftj-bot-run; again in 7200 s",            "Starting"),
-    ("at its deadline, later, but that is over, too",     AT_LIMIT,        {"activeDeadlineSeconds": 2000},      [],                                  "applies JobSet ftj-bot-run; again in 2000 s",            "Starting"),
-    ("at its deadline, now none",                         AT_LIMIT,        {},                                   [],                                  "applies JobSet ftj-bot-run",                             "Starting"),
-    ("diverged, and a later deadline",                    TOO_LONG,        {"activeDeadlineSeconds": 7200},      [],                                  "Failed Diverged",                                        "Failed"),
-    ("uploading at its deadline, a later one",            UPLOAD_AT_LIMIT, {"activeDeadlineSeconds": 7200, "hub": HUB}, [RUN],                        "applies ConfigMap ftj-bot, Job ftj-bot-publish; again in 7200 s", "Publishing"),
-    ("uploading at its deadline, only another hub",       UPLOAD_AT_LIMIT, LIMIT | {"hub": ELSEWHERE},           [RUN],                               "Failed DeadlineExceeded",                                "Failed"),
-    ("complete, and nothing to publish",                  COMPLETE,        LIMIT,                                [RUN],                               "Complete Complete",                                      "Complete"),
-    ("complete, and now to be published",                 COMPLETE,        LIMIT | {"hub": HUB},                 [RUN],                               "applies ConfigMap ftj-bot, Job ftj-bot-publish; again in 1800 s", "Publishing"),
-    ("complete, a token alone",                           COMPLETE,        {"hub": {"tokenSecret": {"name": "hf"}}}, [RUN],                           "Complete Complete",                                      "Complete"),
-    ("published",                                         PUBLISHED,       LIMIT | {"hub": HUB},                 [RUN, ("publish", "Complete", HUB)], "Complete Complete",                                      "Complete"),
-    ("published, its Job is gone",                        PUBLISHED,       LIMIT | {"hub": HUB},                 [RUN],                               "Complete Complete",                                      "Complete"),
-    ("published, now wanted nowhere",                     PUBLISHED,       LIMIT,                                [RUN, ("publish", "Complete", HUB)], "Complete Complete",                                      "Complete"),
-    ("published, another token alone",                    PUBLISHED,       LIMIT | {"hub": TOKEN},               [RUN, ("publish", "Complete", HUB)], "Complete Complete",                                      "Complete"),
-    ("published, now wanted elsewhere",                   PUBLISHED,       LIMIT | {"hub": ELSEWHERE},           [RUN, ("publish", "Complete", HUB)], "deletes Job ftj-bot-publish; again in 1800 s",           "Publishing"),
-    ("wanted elsewhere, but to be deleted first",         PUBLISHED,       {"ttlSecondsAfterFinished": 0, "hub": ELSEWHERE}, [RUN, ("publish", "Complete", HUB)], "deletes Job ftj-bot-publish",                   "Publishing"),
-    ("wanted elsewhere, and suspended",                   PUBLISHED,       {"suspend": True, "hub": ELSEWHERE},  [RUN, ("publish", "Complete", HUB)], "waits",                                                  "Suspended"),
-]  # fmt: skip
+    (
+        "a plan that still rests",
+        PLANNED,
+        LIMIT | {"planOnly": True},
+        [("prepare", "Complete", None)],
+        "waits",
+        "Planned",
+    ),
+    (
+        "a plan let go on after the deadline",
+        PLANNED,
+        LIMIT,
+        [("prepare", "Complete", None)],
+        "applies JobSet ftj-bot-run; again in 1800 s",
+        "Starting",
+    ),
+    (
+        "the upload failed, another hub after the deadline",
+        NO_TOKEN,
+        LIMIT | {"hub": ELSEWHERE},
+        [RUN, ("publish", "Failed", HUB)],
+        "deletes Job ftj-bot-publish; again in 1800 s",
+        "Publishing",
+    ),
+    (
+        "the upload failed, the hub is the same",
+        NO_TOKEN,
+        {"activeDeadlineSeconds": 99999, "hub": HUB},
+        [RUN, ("publish", "Failed", HUB)],
+        "Failed Unauthorized",
+        "Failed",
+    ),
+    ("at its deadline, the same", AT_LIMIT, LIMIT, [], "Failed DeadlineExceeded", "Failed"),
+    (
+        "at its deadline, now an earlier one",
+        AT_LIMIT,
+        {"activeDeadlineSeconds": 60},
+        [],
+        "Failed DeadlineExceeded",
+        "Failed",
+    ),
+    (
+        "at its deadline, now a later one",
+        AT_LIMIT,
+        {"activeDeadlineSeconds": 7200},
+        [],
+        "applies JobSet ftj-bot-run; again in 7200 s",
+        "Starting",
+    ),
+    (
+        "at its deadline, later, but that is over, too",
+        AT_LIMIT,
+        {"activeDeadlineSeconds": 2000},
+        [],
+        "applies JobSet ftj-bot-run; again in 2000 s",
+        "Starting",
+    ),
+    ("at its deadline, now none", AT_LIMIT, {}, [], "applies JobSet ftj-bot-run", "Starting"),
+    ("diverged, and a later deadline", TOO_LONG, {"activeDeadlineSeconds": 7200}, [], "Failed Diverged", "Failed"),
+    (
+        "uploading at its deadline, a later one",
+        UPLOAD_AT_LIMIT,
+        {"activeDeadlineSeconds": 7200, "hub": HUB},
+        [RUN],
+        "applies ConfigMap ftj-bot, Job ftj-bot-publish; again in 7200 s",
+        "Publishing",
+    ),
+    (
+        "uploading at its deadline, only another hub",
+        UPLOAD_AT_LIMIT,
+        LIMIT | {"hub": ELSEWHERE},
+        [RUN],
+        "Failed DeadlineExceeded",
+        "Failed",
+    ),
+    ("complete, and nothing to publish", COMPLETE, LIMIT, [RUN], "Complete Complete", "Complete"),
+    (
+        "complete, and now to be published",
+        COMPLETE,
+        LIMIT | {"hub": HUB},
+        [RUN],
+        "applies ConfigMap ftj-bot, Job ftj-bot-publish; again in 1800 s",
+        "Publishing",
+    ),
+    (
+        "complete, a token alone",
+        COMPLETE,
+        {"hub": {"tokenSecret": {"name": "hf"}}},
+        [RUN],
+        "Complete Complete",
+        "Complete",
+    ),
+    (
+        "published",
+        PUBLISHED,
+        LIMIT | {"hub": HUB},
+        [RUN, ("publish", "Complete", HUB)],
+        "Complete Complete",
+        "Complete",
+    ),
+    ("published, its Job is gone", PUBLISHED, LIMIT | {"hub": HUB}, [RUN], "Complete Complete", "Complete"),
+    (
+        "published, now wanted nowhere",
+        PUBLISHED,
+        LIMIT,
+        [RUN, ("publish", "Complete", HUB)],
+        "Complete Complete",
+        "Complete",
+    ),
+    (
+        "published, another token alone",
+        PUBLISHED,
+        LIMIT | {"hub": TOKEN},
+        [RUN, ("publish", "Complete", HUB)],
+        "Complete Complete",
+        "Complete",
+    ),
+    (
+        "published, now wanted elsewhere",
+        PUBLISHED,
+        LIMIT | {"hub": ELSEWHERE},
+        [RUN, ("publish", "Complete", HUB)],
+        "deletes Job ftj-bot-publish; again in 1800 s",
+        "Publishing",
+    ),
+    (
+        "wanted elsewhere, but to be deleted first",
+        PUBLISHED,
+        {"ttlSecondsAfterFinished": 0, "hub": ELSEWHERE},
+        [RUN, ("publish", "Complete", HUB)],
+        "deletes Job ftj-bot-publish",
+        "Publishing",
+    ),
+    (
+        "wanted elsewhere, and suspended",
+        PUBLISHED,
+        {"suspend": True, "hub": ELSEWHERE},
+        [RUN, ("publish", "Complete", HUB)],
+        "waits",
+        "Suspended",
+    ),
+]
 
 
 def made(spec: dict[str, Any], given: JobStatus, there: list[Child]) -> tuple[Any, list[Object]]:
     """The job, and its children: the publish Job as it was made from the spec.hub of that time."""
     job = fine_tune(given, **spec)
-    return job, [child(fine_tune(hub=hub) if hub else job, phase, state, since=at(-1750)) for phase, state, hub in there]  # type: ignore[arg-type]
+    return job, [
+        child(fine_tune(hub=hub) if hub else job, phase, state, since=at(-1750)) for phase, state, hub in there
+    ]  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("given", "spec", "there", "expect", "word"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
-def test_what_lets_a_job_go_on(given: JobStatus, spec: dict[str, Any], there: list[Child], expect: str, word: str) -> None:
+@pytest.mark.parametrize(
+    ("given", "spec", "there", "expect", "word"), [c[1:] for c in CASES], ids=[c[0] for c in CASES]
+)
+def test_what_lets_a_job_go_on(
+    given: JobStatus, spec: dict[str, Any], there: list[Child], expect: str, word: str
+) -> None:
     job, children = made(spec, given, there)
     decision = decided(job, *children)
     goes_on = word not in ("Failed", "Complete", "Planned")
     if goes_on:
-        assert (describe(decision), decision.status.finished) == ("waits", False), "the status first: what is deleted next was the reason"
+        assert (describe(decision), decision.status.finished) == ("waits", False), (
+            "the status first: what is deleted next was the reason"
+        )
         assert decision.status.state in ("Starting", "Publishing")
         decision = decided(job.model_copy(update={"status": decision.status}), *children)
     assert (describe(decision), decision.status.state) == (expect, word)
@@ -124,11 +263,21 @@ def test_another_place_is_published_to_and_told_of() -> None:
     old = ended(job, "publish", 0, hub=OLD, when=-3000)
     opened = decided(job, *children, ends=[old])
     assert (said(opened, "Complete"), said(opened, "Published"), opened.status.hub) == (
-        "False Publishing: spec.hub has changed: publishing again", "False Publishing: spec.hub has changed: publishing again", None,
-    )  # fmt: skip
+        "False Publishing: spec.hub has changed: publishing again",
+        "False Publishing: spec.hub has changed: publishing again",
+        None,
+    )
     assert [(e.type, e.reason) for e in opened.events] == [("Normal", "Publishing")]
-    assert describe(decided(fine_tune(opened.status, hub=ELSEWHERE), *children, ends=[old])) == "deletes Job ftj-bot-publish"
-    leaving = decided(fine_tune(opened.status, hub=ELSEWHERE), children[0], children[1] | {"metadata": children[1]["metadata"] | {"deletionTimestamp": text(NOW)}}, ends=[old])
+    assert (
+        describe(decided(fine_tune(opened.status, hub=ELSEWHERE), *children, ends=[old]))
+        == "deletes Job ftj-bot-publish"
+    )
+    leaving = decided(
+        fine_tune(opened.status, hub=ELSEWHERE),
+        children[0],
+        children[1] | {"metadata": children[1]["metadata"] | {"deletionTimestamp": text(NOW)}},
+        ends=[old],
+    )
     assert (describe(leaving), leaving.status.hub) == ("waits", None)
     gone = decided(fine_tune(leaving.status, hub=ELSEWHERE), children[0], ends=[old])
     assert (describe(gone), gone.status.hub) == ("applies ConfigMap ftj-bot, Job ftj-bot-publish", None)

@@ -1,4 +1,6 @@
-"""The words that users see, STATE and the reasons of events, are those of the tables: whatever condition turns, none is another."""
+"""The words that users see, STATE and the reasons of events, are those of the tables: whatever condition turns, none is
+another.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,16 @@ REASONS = sorted(({*Reason} | OF_CODES) - OF_EVENTS_ALONE)
 C, R = ConditionType, Reason
 # The reasons of a condition that is True.
 HOLDS: dict[ConditionType, set[str]] = {
-    C.ACCEPTED: {R.ACCEPTED}, C.PREPARED: {R.PREPARED, R.PLAN_ONLY}, C.RUNNING: {R.RUNNING}, C.TRAINED: {R.TRAINED}, C.GENERATED: {R.GENERATED},
-    C.PUBLISHED: {R.PUBLISHED}, C.SUSPENDED: {R.SUSPENDED}, C.COMPLETE: {R.COMPLETED}, C.FAILED: {R.FAILED, R.NO_PROGRESS, *OF_CODES},
-}  # fmt: skip
+    C.ACCEPTED: {R.ACCEPTED},
+    C.PREPARED: {R.PREPARED, R.PLAN_ONLY},
+    C.RUNNING: {R.RUNNING},
+    C.TRAINED: {R.TRAINED},
+    C.GENERATED: {R.GENERATED},
+    C.PUBLISHED: {R.PUBLISHED},
+    C.SUSPENDED: {R.SUSPENDED},
+    C.COMPLETE: {R.COMPLETED},
+    C.FAILED: {R.FAILED, R.NO_PROGRESS, *OF_CODES},
+}
 ALWAYS_TRUE = set.union(*HOLDS.values()) - OF_CODES - {R.SUSPENDED, R.TRAINED, R.GENERATED}
 FATAL = {R.SOURCE_FAILED, R.FAILED, R.INVALID_SPEC}
 """Of a condition that is False only when the job has failed with it."""
@@ -36,22 +45,39 @@ def test_every_event_is_in_the_table() -> None:
         if reason not in HOLDS[kind] if value == "True" else reason in ALWAYS_TRUE:
             continue
         for before in (None, turned(kind, "False", "Restarting")):
-            if found := event(before, turned(kind, value, reason), status("Failed") if reason in FATAL else JobStatus()):
+            if found := event(
+                before, turned(kind, value, reason), status("Failed") if reason in FATAL else JobStatus()
+            ):
                 assert EVENTS.get(found.reason, "Warning") == found.type, found  # type: ignore[call-overload]
                 assert found.reason in EVENTS or found.reason in OF_CODES, found
                 seen.add(found.reason)
-    others = {Reason.RESTARTING, Reason.CHECKPOINT_BROKEN, Reason.NOTICE, Reason.SMALL_WORKSPACE}  # not of one condition
+    # Not of one condition
+    others = {
+        Reason.RESTARTING,
+        Reason.CHECKPOINT_BROKEN,
+        Reason.NOTICE,
+        Reason.SMALL_WORKSPACE,
+    }
     assert set(EVENTS) - others <= seen, "what the table names is said, too"
 
 
 def test_every_state_is_in_the_table_or_a_reason_in_the_way() -> None:
-    begun = {"Accepted": [], "Prepared": ["Accepted"], "Running": ["Accepted", "Prepared"], "Published": ["Accepted", "Prepared", "Trained"]}
+    begun = {
+        "Accepted": [],
+        "Prepared": ["Accepted"],
+        "Running": ["Accepted", "Prepared"],
+        "Published": ["Accepted", "Prepared", "Trained"],
+    }
     seen = {State.INVALID.value}  # `reconcile` says it, of what cannot be understood
     for shown, true in begun.items():
         for reason in [None, *sorted((set(REASONS) - ALWAYS_TRUE) | HOLDS[ConditionType(shown)])]:
             turns = {shown: ("True" if reason in HOLDS[ConditionType(shown)] else "False", reason)} if reason else {}
             given = status(*true)
-            given = given.model_copy(update={"conditions": given.conditions + [turned(ConditionType(t), v, r) for t, (v, r) in turns.items()]})
+            given = given.model_copy(
+                update={
+                    "conditions": given.conditions + [turned(ConditionType(t), v, r) for t, (v, r) in turns.items()]
+                }
+            )
             word = statuses.state(given, ConditionType.TRAINED)
             assert word in {*State} or turns.get(shown) == ("False", word), (shown, reason, word)
             seen.add(str(word))

@@ -1,6 +1,7 @@
 """Every command and every manifest of README, docs and examples is run, or checked against what it names.
 
-Commands for a cluster are only checked here; `tests/e2e/test_pages.py` types them in. A command of a program that nobody checks fails.
+Commands for a cluster are only checked here; `tests/e2e/test_pages.py` types them in. A command of a program that
+nobody checks fails.
 """
 
 from __future__ import annotations
@@ -44,12 +45,16 @@ def test_every_block_says_what_it_is() -> None:
 
 
 def run(words: list[str]) -> None:
-    done = subprocess.run(words, cwd=TOP, env=os.environ | {"COLUMNS": "200"}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        words, cwd=TOP, env=os.environ | {"COLUMNS": "200"}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
 def check_luthier(words: list[str]) -> None:
-    """Run it. A `run` becomes `plan --quick`, which checks manifests and options; the running itself is `make demo`'s."""
+    """Run it. A `run` becomes `plan --quick`, which checks manifests and options; the running itself is `make
+    demo`'s.
+    """
     if words[1] == "run":
         words = ["luthier", "plan", "--quick", *words[2:]]
     run([sys.executable, "-m", "luthier_cli", *words[1:]])
@@ -76,7 +81,9 @@ def check_pip(words: list[str]) -> None:
 
 
 def check_uv(words: list[str]) -> None:
-    """Run it into another file, without the network: what this machine's cache lacks cannot be resolved (1); a wrong option is another error (2)."""
+    """Run it into another file, without the network: what this machine's cache lacks cannot be resolved (1); a wrong
+    option is another error (2).
+    """
     assert words[1:3] == ["pip", "compile"]
     assert (TOP / words[-1]).is_file()
     pinned = words.index("--output-file") + 1
@@ -84,7 +91,9 @@ def check_uv(words: list[str]) -> None:
     if importable("uv"):
         with tempfile.TemporaryDirectory() as folder:
             typed = [*words[1:pinned], f"{folder}/pinned.txt", *words[pinned + 1 :], "--offline", "--quiet"]
-            done = subprocess.run([sys.executable, "-m", "uv", *typed], cwd=TOP, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                [sys.executable, "-m", "uv", *typed], cwd=TOP, capture_output=True, text=True, check=False
+            )
         assert done.returncode == 0 or (done.returncode == 1 and "network was disabled" in done.stderr), done.stderr
 
 
@@ -133,9 +142,16 @@ def importable(name: str) -> bool:
 
 
 CHECKS: dict[str, Callable[[list[str]], None]] = {
-    "luthier": check_luthier, "python": check_python, "make": check_make, "pip": check_pip, "uv": check_uv, "docker": check_docker,
-    "helm": check_helm, "kubectl": check_kubectl, "kind": check_kind,
-}  # fmt: skip
+    "luthier": check_luthier,
+    "python": check_python,
+    "make": check_make,
+    "pip": check_pip,
+    "uv": check_uv,
+    "docker": check_docker,
+    "helm": check_helm,
+    "kubectl": check_kubectl,
+    "kind": check_kind,
+}
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{p}: {c[:60]}" for p, c in COMMANDS])
@@ -163,7 +179,9 @@ DOCUMENTS = list(documents())
 
 @pytest.mark.parametrize(("where", "document"), DOCUMENTS, ids=[w for w, _ in DOCUMENTS])
 def test_yaml(where: str, document: dict[str, Any]) -> None:
-    """A manifest is one that the API accepts and the operator can draw; anything else is a piece of the chart's values."""
+    """A manifest is one that the API accepts and the operator can draw; anything else is a piece of the chart's
+    values.
+    """
     if "kind" not in document:
         values = yaml.safe_load((TOP / "charts/luthier/values.yaml").read_text())
         assert_known(document, values, where)
@@ -229,11 +247,17 @@ def test_tables_are_those_of_the_code() -> None:
 
 def test_fields_that_the_pages_name_exist() -> None:
     """Words like `spec.model.config` or `hub.tokenSecret` in the prose."""
-    names = {f.alias or n for m in crd.all_models(ApiModel) for n, f in m.model_fields.items()} | {"spec", "status", "metadata"}
+    names = {f.alias or n for m in crd.all_models(ApiModel) for n, f in m.model_fields.items()} | {
+        "spec",
+        "status",
+        "metadata",
+    }
     values = (TOP / "charts/luthier/values.yaml").read_text()
     for page in PAGES:
         prose = BLOCKLESS.sub("", page.read_text())
-        for word in re.findall(r"`((?:spec|model|dataset|method|training|resources|hub|workspace|restarts)\.[\w.]+)`", prose):
+        for word in re.findall(
+            r"`((?:spec|model|dataset|method|training|resources|hub|workspace|restarts)\.[\w.]+)`", prose
+        ):
             assert set(word.replace("[]", "").split(".")) <= names, f"{page.name}: {word}"
         for word in re.findall(r"`((?:image|trainer|crds|metrics|serviceAccount)\.[\w.]+)`", prose):
             assert word.split(".")[-1] in values, f"{page.name}: {word}"

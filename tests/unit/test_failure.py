@@ -24,7 +24,10 @@ NO_END = [
     ("it runs", pod(JOB, "run", state=RUNNING)),
     ("it waits", pod(JOB, "run", state=waiting("ContainerCreating"), over="Pending")),
     ("it has no container yet", pod(JOB, "run", over="Pending")),
-    ("its container has no state yet", pod(JOB, "run", over="Pending") | {"status": {"containerStatuses": [{"name": "trainer"}]}}),
+    (
+        "its container has no state yet",
+        pod(JOB, "run", over="Pending") | {"status": {"containerStatuses": [{"name": "trainer"}]}},
+    ),
     ("it is not ours", FOREIGN),
 ]
 
@@ -38,7 +41,14 @@ def test_an_end_is_read_as_soon_as_the_container_has_terminated() -> None:
     """The pod's phase comes later, and under a JobSet the pod may be deleted in between."""
     end = pod_end(pod(JOB, "run", 1, 2, KILLED, node="node-b", disrupted=True, deleting=True), NOW)
     assert end is not None
-    assert (end.phase, end.index, end.attempt, end.node, end.exit_code, end.disrupted) == ("run", 1, 2, "node-b", 137, True)
+    assert (end.phase, end.index, end.attempt, end.node, end.exit_code, end.disrupted) == (
+        "run",
+        1,
+        2,
+        "node-b",
+        137,
+        True,
+    )
     assert text(end.finished_at) == "2026-03-01T11:59:00Z"
 
 
@@ -47,7 +57,11 @@ def test_an_evicted_pod_has_no_exit_code() -> None:
     assert end is not None
     assert (end.exit_code, end.kubernetes_reason, end.finished_at) == (NO_EXIT_CODE, "Evicted", NOW)
     record = failure.attempt(end, 0, None)
-    assert (record.exit_code, record.reason, record.message) == (None, "InfrastructureError", "The node was low on resource: memory.")
+    assert (record.exit_code, record.reason, record.message) == (
+        None,
+        "InfrastructureError",
+        "The node was low on resource: memory.",
+    )
 
 
 def test_a_shard_counts_its_own_failures() -> None:
@@ -64,7 +78,10 @@ def test_what_was_said_is_read_and_an_output_is_kept_as_it_is() -> None:
     assert (end.message.message, failure.attempt(end, 0, None).last_lines) == ("no step for 1800 s", "step 7\n")
     plain = ended(JOB, "run", 1, message="Traceback\nValueError: no\n\n", silent=True)
     assert plain.message is None
-    assert (failure.message(plain), failure.attempt(plain, 0, None).last_lines) == ("ValueError: no", "Traceback\nValueError: no\n\n")
+    assert (failure.message(plain), failure.attempt(plain, 0, None).last_lines) == (
+        "ValueError: no",
+        "Traceback\nValueError: no\n\n",
+    )
 
 
 # name, exit code, what Kubernetes says, disrupted → reason, charged
@@ -84,7 +101,9 @@ ENDS = [
 ]
 
 
-@pytest.mark.parametrize(("code", "kubernetes", "disrupted", "reason", "charged"), [c[1:] for c in ENDS], ids=[c[0] for c in ENDS])
+@pytest.mark.parametrize(
+    ("code", "kubernetes", "disrupted", "reason", "charged"), [c[1:] for c in ENDS], ids=[c[0] for c in ENDS]
+)
 def test_the_reason_and_the_price(code: int, kubernetes: str, disrupted: bool, reason: str, charged: bool) -> None:
     record = failure.attempt(ended(JOB, "run", code, kubernetes=kubernetes, disrupted=disrupted), 0, None)
     assert (record.reason, record.charged) == (reason, charged)
@@ -183,7 +202,9 @@ def test_only_the_pods_of_a_child_are_its_failures(uid: str, when: float, expect
 LABELS = {"batch.kubernetes.io/controller-uid": "the Job", "jobset.sigs.k8s.io/jobset-uid": "the JobSet"}
 
 
-@pytest.mark.parametrize(("labels", "whose"), [(["batch.kubernetes.io/controller-uid"], "the Job"), (list(LABELS), "the JobSet"), ([], "")])
+@pytest.mark.parametrize(
+    ("labels", "whose"), [(["batch.kubernetes.io/controller-uid"], "the Job"), (list(LABELS), "the JobSet"), ([], "")]
+)
 def test_a_pod_says_whose_it_was(labels: list[str], whose: str) -> None:
     given = pod(JOB, "run", state=KILLED)
     given["metadata"]["labels"] |= {name: LABELS[name] for name in labels}

@@ -26,7 +26,12 @@ from huggingface_hub.errors import (
 
 REPO = "luthier/adapter"
 WEIGHTS = bytes(range(256)) * 4096  # has NUL bytes: goes by LFS
-FILES = {"README.md": b"# An adapter\n", "adapter_config.json": b'{"r": 8}', "adapter_model.safetensors": WEIGHTS, "logs/empty.txt": b""}
+FILES = {
+    "README.md": b"# An adapter\n",
+    "adapter_config.json": b'{"r": 8}',
+    "adapter_model.safetensors": WEIGHTS,
+    "logs/empty.txt": b"",
+}
 
 
 @pytest.fixture
@@ -59,7 +64,11 @@ def publish(hub: Running, folder: Path, repo: str = REPO, private: bool = False)
 
 def test_an_uploaded_folder_is_listed_with_sizes_and_digests(hub: Running, folder: Path) -> None:
     commit = publish(hub, folder)
-    tree = {entry.path: entry for entry in api(hub).list_repo_tree(REPO, recursive=True, revision=commit) if hasattr(entry, "size")}
+    tree = {
+        entry.path: entry
+        for entry in api(hub).list_repo_tree(REPO, recursive=True, revision=commit)
+        if hasattr(entry, "size")
+    }
     assert {path: tree[path].size for path in FILES} == {path: len(content) for path, content in FILES.items()}
     assert tree["adapter_model.safetensors"].lfs.sha256 == hashlib.sha256(WEIGHTS).hexdigest()
     assert tree["adapter_config.json"].lfs is None
@@ -87,7 +96,9 @@ def test_information_names_the_commit_of_a_branch_a_tag_and_a_commit(hub: Runnin
     api(hub).create_tag(REPO, tag="v1", exist_ok=True)
     assert [api(hub).model_info(REPO, revision=r).sha for r in (None, "main", "v1", commit)] == [commit] * 4
     info = api(hub).model_info(REPO, files_metadata=True)
-    assert {s.rfilename: s.size for s in info.siblings or []}.items() >= {path: len(content) for path, content in FILES.items()}.items()
+    assert {s.rfilename: s.size for s in info.siblings or []}.items() >= {
+        path: len(content) for path, content in FILES.items()
+    }.items()
     assert next(c.commit_id for c in api(hub).list_repo_commits(REPO)) == commit
     assert [tag.name for tag in api(hub).list_repo_refs(REPO).tags] == ["v1"]
 
@@ -95,7 +106,10 @@ def test_information_names_the_commit_of_a_branch_a_tag_and_a_commit(hub: Runnin
 def test_paths_info_knows_files_and_folders(hub: Running, folder: Path) -> None:
     publish(hub, folder)
     found = api(hub).get_paths_info(REPO, ["README.md", "logs", "nothing"])
-    assert [(type(entry).__name__, entry.path) for entry in found] == [("RepoFile", "README.md"), ("RepoFolder", "logs")]
+    assert [(type(entry).__name__, entry.path) for entry in found] == [
+        ("RepoFile", "README.md"),
+        ("RepoFolder", "logs"),
+    ]
 
 
 def test_whoami_tells_the_role_of_a_token(hub: Running) -> None:
@@ -104,25 +118,78 @@ def test_whoami_tells_the_role_of_a_token(hub: Running) -> None:
 
 
 REFUSALS = [
-    # name                                      token           call                                                                      raises, status
-    ("no such repository, with a token",        READ_TOKEN,     lambda a: a.model_info("luthier/nothing"),                                RepositoryNotFoundError, 404),
-    ("no such repository, without",             False,          lambda a: a.model_info("luthier/nothing"),                                RepositoryNotFoundError, 401),
-    ("a name without a namespace",              READ_TOKEN,     lambda a: a.model_info("gpt2"),                                           RepositoryNotFoundError, 404),
-    ("a model asked for as a dataset",          READ_TOKEN,     lambda a: a.dataset_info("luthier/private"),                              RepositoryNotFoundError, 404),
-    ("a private repository, without a token",   False,          lambda a: a.model_info("luthier/private"),                                RepositoryNotFoundError, 401),
-    ("a wrong token",                           "hf_wrong",     lambda a: a.model_info("luthier/private"),                                HfHubHTTPError, 401),
-    ("a wrong token, whoami",                   "hf_wrong",     lambda a: a.whoami(),                                                     HfHubHTTPError, 401),
-    ("no such revision",                        READ_TOKEN,     lambda a: a.model_info("luthier/private", revision="v9"),                 RevisionNotFoundError, 404),
-    ("no such folder",                          READ_TOKEN,     lambda a: list(a.list_repo_tree("luthier/private", "nothing")),           RemoteEntryNotFoundError, 404),
-    ("no such file",                            READ_TOKEN,     lambda a: a.hf_hub_download("luthier/private", "nothing.json"),           RemoteEntryNotFoundError, 404),
-    ("a gated file, without a token",           False,          lambda a: a.hf_hub_download("luthier/gated", "README.md"),                GatedRepoError, 401),
-    ("a gated file, by a reader",               READ_TOKEN,     lambda a: a.hf_hub_download("luthier/gated", "README.md"),                GatedRepoError, 403),
-    ("writing with a read token",               READ_TOKEN,     lambda a: a.create_repo("luthier/mine"),                                  HfHubHTTPError, 403),
-    ("writing without a token",                 False,          lambda a: a.create_repo("luthier/mine"),                                  HfHubHTTPError, 401),
-    ("writing to another's namespace",          WRITE_TOKEN,    lambda a: a.create_repo(f"{CLOSED_NAMESPACE}/theirs"),                    HfHubHTTPError, 403),
-    ("creating what exists",                    WRITE_TOKEN,    lambda a: a.create_repo("luthier/private"),                               HfHubHTTPError, 409),
-    ("committing on an old parent",             WRITE_TOKEN,    lambda a: upload(a, parent_commit="0" * 40),                              HfHubHTTPError, 412),
-]  # fmt: skip
+    (
+        "no such repository, with a token",
+        READ_TOKEN,
+        lambda a: a.model_info("luthier/nothing"),
+        RepositoryNotFoundError,
+        404,
+    ),
+    ("no such repository, without", False, lambda a: a.model_info("luthier/nothing"), RepositoryNotFoundError, 401),
+    ("a name without a namespace", READ_TOKEN, lambda a: a.model_info("gpt2"), RepositoryNotFoundError, 404),
+    (
+        "a model asked for as a dataset",
+        READ_TOKEN,
+        lambda a: a.dataset_info("luthier/private"),
+        RepositoryNotFoundError,
+        404,
+    ),
+    (
+        "a private repository, without a token",
+        False,
+        lambda a: a.model_info("luthier/private"),
+        RepositoryNotFoundError,
+        401,
+    ),
+    ("a wrong token", "hf_wrong", lambda a: a.model_info("luthier/private"), HfHubHTTPError, 401),
+    ("a wrong token, whoami", "hf_wrong", lambda a: a.whoami(), HfHubHTTPError, 401),
+    (
+        "no such revision",
+        READ_TOKEN,
+        lambda a: a.model_info("luthier/private", revision="v9"),
+        RevisionNotFoundError,
+        404,
+    ),
+    (
+        "no such folder",
+        READ_TOKEN,
+        lambda a: list(a.list_repo_tree("luthier/private", "nothing")),
+        RemoteEntryNotFoundError,
+        404,
+    ),
+    (
+        "no such file",
+        READ_TOKEN,
+        lambda a: a.hf_hub_download("luthier/private", "nothing.json"),
+        RemoteEntryNotFoundError,
+        404,
+    ),
+    (
+        "a gated file, without a token",
+        False,
+        lambda a: a.hf_hub_download("luthier/gated", "README.md"),
+        GatedRepoError,
+        401,
+    ),
+    (
+        "a gated file, by a reader",
+        READ_TOKEN,
+        lambda a: a.hf_hub_download("luthier/gated", "README.md"),
+        GatedRepoError,
+        403,
+    ),
+    ("writing with a read token", READ_TOKEN, lambda a: a.create_repo("luthier/mine"), HfHubHTTPError, 403),
+    ("writing without a token", False, lambda a: a.create_repo("luthier/mine"), HfHubHTTPError, 401),
+    (
+        "writing to another's namespace",
+        WRITE_TOKEN,
+        lambda a: a.create_repo(f"{CLOSED_NAMESPACE}/theirs"),
+        HfHubHTTPError,
+        403,
+    ),
+    ("creating what exists", WRITE_TOKEN, lambda a: a.create_repo("luthier/private"), HfHubHTTPError, 409),
+    ("committing on an old parent", WRITE_TOKEN, lambda a: upload(a, parent_commit="0" * 40), HfHubHTTPError, 412),
+]
 
 
 def upload(client: HfApi, **options: str) -> None:
@@ -130,7 +197,9 @@ def upload(client: HfApi, **options: str) -> None:
 
 
 @pytest.mark.parametrize(("token", "call", "error", "status"), [r[1:] for r in REFUSALS], ids=[r[0] for r in REFUSALS])
-def test_refusals_are_the_clients_own_exceptions(hub, folder, tmp_path, monkeypatch, token, call, error, status) -> None:
+def test_refusals_are_the_clients_own_exceptions(
+    hub, folder, tmp_path, monkeypatch, token, call, error, status
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     hub.store.seed("model", "luthier/private", folder, private=True)
     hub.store.seed("model", "luthier/gated", folder, gated=True)
@@ -145,7 +214,9 @@ def test_content_with_another_digest_is_refused(hub: Running) -> None:
     api(hub).create_repo(REPO)
     line = {"key": "lfsFile", "value": {"path": "x.bin", "algo": "sha256", "oid": "0" * 64, "size": 1}}
     body = "\n".join(map(json.dumps, [{"key": "header", "value": {"summary": "s", "description": ""}}, line])).encode()
-    commit = urllib.request.Request(f"{hub.url}/api/models/{REPO}/commit/main", body, {"Authorization": f"Bearer {WRITE_TOKEN}"})
+    commit = urllib.request.Request(
+        f"{hub.url}/api/models/{REPO}/commit/main", body, {"Authorization": f"Bearer {WRITE_TOKEN}"}
+    )
     with pytest.raises(urllib.error.HTTPError, match="400"):
         urllib.request.urlopen(commit)
 
@@ -153,13 +224,19 @@ def test_content_with_another_digest_is_refused(hub: Running) -> None:
 def test_a_part_of_a_large_file_can_be_read(hub: Running, folder: Path) -> None:
     publish(hub, folder)
     url = f"{hub.url}/{REPO}/resolve/main/adapter_model.safetensors"
-    for header, expect in [("bytes=10-19", WEIGHTS[10:20]), ("bytes=-5", WEIGHTS[-5:]), (f"bytes={len(WEIGHTS) - 3}-", WEIGHTS[-3:])]:
+    for header, expect in [
+        ("bytes=10-19", WEIGHTS[10:20]),
+        ("bytes=-5", WEIGHTS[-5:]),
+        (f"bytes={len(WEIGHTS) - 3}-", WEIGHTS[-3:]),
+    ]:
         with urllib.request.urlopen(urllib.request.Request(url, headers={"Range": header})) as response:
             assert (response.status, response.read()) == (206, expect)
 
 
 def control(hub: Running, method: str, fault: dict[str, object] | None = None) -> dict[str, list[dict[str, object]]]:
-    request = urllib.request.Request(f"{hub.url}/_control", json.dumps(fault).encode() if fault else None, method=method)
+    request = urllib.request.Request(
+        f"{hub.url}/_control", json.dumps(fault).encode() if fault else None, method=method
+    )
     with urllib.request.urlopen(request) as response:
         return dict(json.load(response))
 
@@ -176,7 +253,9 @@ def test_a_hub_that_is_away_for_some_requests(hub: Running, folder: Path) -> Non
         except HfHubHTTPError as error:
             statuses.append(error.response.status_code)
     assert statuses == [503, 503, 200]
-    assert [(r["method"], r["status"], r["role"]) for r in control(hub, "GET")["requests"]] == [("GET", s, "write") for s in statuses]
+    assert [(r["method"], r["status"], r["role"]) for r in control(hub, "GET")["requests"]] == [
+        ("GET", s, "write") for s in statuses
+    ]
 
 
 def test_a_hub_that_is_away_for_a_time(hub: Running, folder: Path) -> None:

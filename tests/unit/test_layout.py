@@ -1,7 +1,8 @@
 """The shape of the repository.
 
-`operator/__init__.py` must not exist: it would make the folder a package, and from the repository's root (or any path that holds it first)
-`import operator` would find ours instead of the standard library's, which `collections`, `functools` and so everything else import.
+`operator/__init__.py` must not exist: it would make the folder a package, and from the repository's root (or any path
+that holds it first) `import operator` would find ours instead of the standard library's, which `collections`,
+`functools` and so everything else import.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ HEAVY = ("torch", "transformers", "datasets", "peft", "accelerate", "diffusers",
 
 def python(code: str, *options: str, env: dict[str, str] | None = None) -> str:
     done = subprocess.run(
-        [sys.executable, *options, "-c", code], cwd=TOP, capture_output=True, text=True, check=False, env=os.environ | (env or {})
+        [sys.executable, *options, "-c", code],
+        cwd=TOP,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | (env or {}),
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -35,7 +41,11 @@ def test_the_operator_folder_is_no_package() -> None:
 
 @pytest.mark.parametrize("path", ["", str(TOP)], ids=["from the root", "with the root on the path"])
 def test_the_standard_library_finds_itself(path: str) -> None:
-    found = python("import collections, operator; print(operator.itemgetter(0)('a'), operator.__file__)", "-S", env={"PYTHONPATH": path})
+    found = python(
+        "import collections, operator; print(operator.itemgetter(0)('a'), operator.__file__)",
+        "-S",
+        env={"PYTHONPATH": path},
+    )
     letter, _, file = found.partition(" ")
     assert letter == "a"
     assert not Path(file).is_relative_to(TOP / "operator")
@@ -52,7 +62,8 @@ MODULES = sorted(
 def test_the_control_side_never_imports_torch() -> None:
     """All modules in one process of their own: the tests' own has imported who knows what."""
     code = (
-        f"import importlib, sys\nfor name in {MODULES!r}: importlib.import_module(name)\nprint([m for m in {HEAVY!r} if m in sys.modules])"
+        f"import importlib, sys\nfor name in {MODULES!r}: importlib.import_module(name)\nprint([m for m in {HEAVY!r} if"
+        " m in sys.modules])"
     )
     assert "luthier_cli.runner" in MODULES
     assert "luthier_api.kinds" in MODULES
@@ -66,7 +77,9 @@ def test_help_imports_little() -> None:
     assert python(code) == "[]"
 
 
-@pytest.mark.parametrize("source", ["crds/luthier_api", "operator/luthier_operator", "cli/luthier_cli", "trainer/luthier_trainer"])
+@pytest.mark.parametrize(
+    "source", ["crds/luthier_api", "operator/luthier_operator", "cli/luthier_cli", "trainer/luthier_trainer"]
+)
 def test_every_module_says_why_it_exists(source: str) -> None:
     """In at most eight lines."""
     import ast
@@ -88,12 +101,11 @@ def test_make_tells_of_each_verb() -> None:
 
 
 REPEATED = [
-    # what                 pattern                                                  where it must stand     the one that counts
-    ("the release",        r"REGISTRY/(?:operator|trainer):([\w.-]+)",              "docs/install.md",      versions.RELEASE),
-    ("the chart",          r"(?m)^(?:appVersion|version): (\S+)",                   "charts/luthier/Chart.yaml", versions.RELEASE),
-    ("the package",        r'(?m)^version = "(\S+)"',                               "pyproject.toml",       versions.RELEASE),
-    ("JobSet",             r"jobset/releases/download/([^/]+)/",                    "docs/install.md",      versions.JOBSET),
-]  # fmt: skip
+    ("the release", r"REGISTRY/(?:operator|trainer):([\w.-]+)", "docs/install.md", versions.RELEASE),
+    ("the chart", r"(?m)^(?:appVersion|version): (\S+)", "charts/luthier/Chart.yaml", versions.RELEASE),
+    ("the package", r'(?m)^version = "(\S+)"', "pyproject.toml", versions.RELEASE),
+    ("JobSet", r"jobset/releases/download/([^/]+)/", "docs/install.md", versions.JOBSET),
+]
 
 
 @pytest.mark.parametrize(("what", "pattern", "place", "expect"), REPEATED, ids=[r[0] for r in REPEATED])
@@ -107,7 +119,11 @@ def test_a_version_is_the_same_wherever_it_stands(what: str, pattern: str, place
 def test_no_path_of_a_machine_in_the_files() -> None:
     """What one machine calls its folders is nobody else's business."""
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=TOP, capture_output=True, text=True, check=False
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=TOP,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if listed.returncode != 0:
         pytest.skip("not a git checkout")

@@ -26,7 +26,10 @@ def test_the_plan_gives_the_pods_of_the_run_their_grace() -> None:
     found = Prepared(model=ResolvedSource(source="m"), dataset=ResolvedDataset(source="d", rows=1), plan=plan)
     job = fine_tune(status("Accepted", "Prepared", start_time=text(BEGIN), prepared=found))
     (made,) = decided(job, child(job, "prepare", "Complete")).apply
-    assert made["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == 1333
+    assert (
+        made["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+        == 1333
+    )
 
 
 def test_retries_of_shards_count_for_the_run_that_is_created_next() -> None:

@@ -1,4 +1,6 @@
-"""The Kubernetes objects, byte by byte: `REFRESH_GOLDEN=1 python -m pytest tests/unit/test_render.py` writes tests/unit/golden anew."""
+"""The Kubernetes objects, byte by byte: `REFRESH_GOLDEN=1 python -m pytest tests/unit/test_render.py` writes
+tests/unit/golden anew.
+"""
 
 from __future__ import annotations
 
@@ -24,31 +26,49 @@ GOLDEN = Path(__file__).parent / "golden"
 MIRROR = SETTINGS.model_copy(
     update={"hub_endpoint": "https://hub.example", "image_pull_secrets": ("registry",), "service_account": "trainer"}
 )
-STYLE = fine_tune(status("Complete"), name="style", uid="57y1e000-0000-4000-8000-000000000003", workspace={"claim": "shared"})
+STYLE = fine_tune(
+    status("Complete"), name="style", uid="57y1e000-0000-4000-8000-000000000003", workspace={"claim": "shared"}
+)
 
 MANIFESTS: dict[str, tuple[Job, Settings, list[Any]]] = {
     "lora-2-nodes-of-8-gpus-queued": (
         fine_tune(
-            name="support-bot", method={"type": "qlora"}, training={"batchSize": 64},
-            resources={"nodes": 2, "gpusPerNode": 8, "cpu": "64", "memory": "524288Mi"}, volumes=[{"claim": "models", "mountPath": "/models"}],
+            name="support-bot",
+            method={"type": "qlora"},
+            training={"batchSize": 64},
+            resources={"nodes": 2, "gpusPerNode": 8, "cpu": "64", "memory": "524288Mi"},
+            volumes=[{"claim": "models", "mountPath": "/models"}],
             workspace={"size": "200Gi", "storageClass": "fast", "whenDeleted": "Delete"},
-            scheduling={"queue": "team-a", "priorityClass": "low", "nodeSelector": {"pool": "h100"},
-                        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}]},
+            scheduling={
+                "queue": "team-a",
+                "priorityClass": "low",
+                "nodeSelector": {"pool": "h100"},
+                "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
+            },
         ),
-        SETTINGS, [],
+        SETTINGS,
+        [],
     ),
     "full-cpu-2-processes-zero2-offload": (
         fine_tune(
-            name="base", model={"config": {"modelType": "llama"}}, dataset={"files": ["/data/prose.txt"]}, method={"type": "full"},
-            strategy="zero2-offload", resources={"gpusPerNode": 0, "processesPerNode": 2, "cpu": "2", "memory": "4Gi"},
-            volumes=[{"claim": "data", "mountPath": "/data"}, {"configMap": "prompts", "mountPath": "/prompts"}], restarts={"max": 1},
+            name="base",
+            model={"config": {"modelType": "llama"}},
+            dataset={"files": ["/data/prose.txt"]},
+            method={"type": "full"},
+            strategy="zero2-offload",
+            resources={"gpusPerNode": 0, "processesPerNode": 2, "cpu": "2", "memory": "4Gi"},
+            volumes=[{"claim": "data", "mountPath": "/data"}, {"configMap": "prompts", "mountPath": "/prompts"}],
+            restarts={"max": 1},
         ),
-        SETTINGS, [],
+        SETTINGS,
+        [],
     ),
     "generate-2-shards-with-adapter-and-hub": (
-        generate(adapters=[{"job": "style", "weight": 0.8}], hub=HUB, scheduling={"queue": "team-a"}), MIRROR, [STYLE],
+        generate(adapters=[{"job": "style", "weight": 0.8}], hub=HUB, scheduling={"queue": "team-a"}),
+        MIRROR,
+        [STYLE],
     ),
-}  # fmt: skip
+}
 
 
 class Readable(yaml.SafeDumper):
@@ -56,7 +76,8 @@ class Readable(yaml.SafeDumper):
 
 
 Readable.add_representer(
-    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
 )
 Readable.ignore_aliases = lambda self, data: True  # type: ignore[method-assign]
 
@@ -64,7 +85,9 @@ Readable.ignore_aliases = lambda self, data: True  # type: ignore[method-assign]
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_golden(name: str) -> None:
     job, settings, sources = MANIFESTS[name]
-    drawn = yaml.dump_all(objects(job, settings, sources), Dumper=Readable, sort_keys=False, width=140, explicit_start=True)
+    drawn = yaml.dump_all(
+        objects(job, settings, sources), Dumper=Readable, sort_keys=False, width=140, explicit_start=True
+    )
     path = GOLDEN / f"{name}.yaml"
     if os.environ.get("REFRESH_GOLDEN"):
         path.write_text(drawn)
@@ -117,7 +140,11 @@ def test_every_pod_is_restricted(job: Job) -> None:
         }
         assert pod["automountServiceAccountToken"] is False
         assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
-        assert {next(k for k in v if k != "name") for v in pod["volumes"]} <= {"emptyDir", "configMap", "persistentVolumeClaim"}
+        assert {next(k for k in v if k != "name") for v in pod["volumes"]} <= {
+            "emptyDir",
+            "configMap",
+            "persistentVolumeClaim",
+        }
         mounted = {m["mountPath"] for m in container["volumeMounts"] if not m.get("readOnly")}
         assert mounted == {"/tmp", "/run/luthier", "/dev/shm", "/workspace"}
         assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
@@ -139,14 +166,14 @@ def planned(seconds: int | None, **spec: Any) -> Job:
 
 GRACES = [
     # name                               job                                                    prepare  run
-    ("nothing is planned yet",           fine_tune(),                                           60,      60),
-    ("the plan needs little",            planned(42),                                           60,      60),
-    ("the plan needs much",              planned(1333),                                         60,      1333),
-    ("a plan of an earlier version",     planned(None),                                         60,      60),
-    ("the job asks for more",            planned(42, scheduling={"gracePeriodSeconds": 900}),   60,      900),
-    ("the job asks for less",            planned(1333, scheduling={"gracePeriodSeconds": 30}),  60,      30),
-    ("a generation asks for more",       generate(scheduling={"gracePeriodSeconds": 90}),       60,      90),
-]  # fmt: skip
+    ("nothing is planned yet", fine_tune(), 60, 60),
+    ("the plan needs little", planned(42), 60, 60),
+    ("the plan needs much", planned(1333), 60, 1333),
+    ("a plan of an earlier version", planned(None), 60, 60),
+    ("the job asks for more", planned(42, scheduling={"gracePeriodSeconds": 900}), 60, 900),
+    ("the job asks for less", planned(1333, scheduling={"gracePeriodSeconds": 30}), 60, 30),
+    ("a generation asks for more", generate(scheduling={"gracePeriodSeconds": 90}), 60, 90),
+]
 
 
 @pytest.mark.parametrize(("job", "prepare", "run"), [g[1:] for g in GRACES], ids=[g[0] for g in GRACES])
@@ -157,7 +184,9 @@ def test_the_pods_of_a_run_have_the_time_that_their_plan_needs(job: Job, prepare
 
 @pytest.mark.parametrize("job", EVERY_JOB, ids=["training", "generation", "on CPU"])
 def test_variables_of_the_administrator_are_in_every_pod_and_win(job: Job) -> None:
-    settings = SETTINGS.model_copy(update={"env": {"HTTPS_PROXY": "http://proxy:3128", "TOKENIZERS_PARALLELISM": "true"}})
+    settings = SETTINGS.model_copy(
+        update={"env": {"HTTPS_PROXY": "http://proxy:3128", "TOKENIZERS_PARALLELISM": "true"}}
+    )
     for pod in pods(job, settings).values():
         names = [e["name"] for e in pod["containers"][0]["env"]]
         assert len(names) == len(set(names))
@@ -184,16 +213,20 @@ def test_processes_share_the_cores_of_their_pod(job: Job, threads: str | None) -
 
 def test_the_rules_are_those_of_the_enum() -> None:
     """A code that is added to the enum is in the rules at once; the numbers stand in the golden files."""
-    member = drawn("full-cpu-2-processes-zero2-offload", "-run")["spec"]["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"][
-        "rules"
-    ]
+    member = drawn("full-cpu-2-processes-zero2-offload", "-run")["spec"]["replicatedJobs"][0]["template"]["spec"][
+        "podFailurePolicy"
+    ]["rules"]
     shards = drawn("generate-2-shards-with-adapter-and-hub", "-run")["spec"]["podFailurePolicy"]["rules"]
     assert [(r["action"], r.get("onExitCodes", {}).get("values", "DisruptionTarget")) for r in member] == [
-        ("FailJob", ExitCode.codes(Retry.NEVER)), ("FailJob", "DisruptionTarget"), ("FailJob", ExitCode.codes(Retry.FREE)),
-    ]  # fmt: skip
+        ("FailJob", ExitCode.codes(Retry.NEVER)),
+        ("FailJob", "DisruptionTarget"),
+        ("FailJob", ExitCode.codes(Retry.FREE)),
+    ]
     assert [(r["action"], r.get("onExitCodes", {}).get("values", "DisruptionTarget")) for r in shards] == [
-        ("FailIndex", ExitCode.codes(Retry.NEVER)), ("Ignore", "DisruptionTarget"), ("Ignore", ExitCode.codes(Retry.FREE)),
-    ]  # fmt: skip
+        ("FailIndex", ExitCode.codes(Retry.NEVER)),
+        ("Ignore", "DisruptionTarget"),
+        ("Ignore", ExitCode.codes(Retry.FREE)),
+    ]
 
 
 QUEUES = [
@@ -205,13 +238,19 @@ QUEUES = [
 
 @pytest.mark.parametrize(("job", "queued"), [c[1:] for c in QUEUES], ids=[c[0] for c in QUEUES])
 def test_the_queue_is_asked_for_what_holds_gpus(job: Job, queued: list[str]) -> None:
-    assert [o["metadata"]["name"] for o in objects(job, SETTINGS) if "kueue.x-k8s.io/queue-name" in o["metadata"]["labels"]] == queued
+    assert [
+        o["metadata"]["name"] for o in objects(job, SETTINGS) if "kueue.x-k8s.io/queue-name" in o["metadata"]["labels"]
+    ] == queued
     assert not [o for o in objects(job, SETTINGS) if "suspend" in o.get("spec", {})]
 
 
 OWNERS = [
     ("a claim that is kept", {}, ["ConfigMap", "Job", "JobSet"]),
-    ("a claim that goes with the job", {"whenDeleted": "Delete"}, ["ConfigMap", "PersistentVolumeClaim", "Job", "JobSet"]),
+    (
+        "a claim that goes with the job",
+        {"whenDeleted": "Delete"},
+        ["ConfigMap", "PersistentVolumeClaim", "Job", "JobSet"],
+    ),
     ("a claim of the user", {"claim": "mine"}, ["ConfigMap", "Job", "JobSet"]),
 ]
 
@@ -227,7 +266,11 @@ def test_what_goes_with_the_job(workspace: dict[str, str], owned: list[str]) -> 
 
 def test_a_job_that_no_api_server_has_seen_owns_nothing() -> None:
     """`luthier render | kubectl apply`: the garbage collector deletes what names an owner that does not exist."""
-    assert not [o for o in objects(fine_tune(uid="", workspace={"whenDeleted": "Delete"}), SETTINGS) if "ownerReferences" in o["metadata"]]
+    assert not [
+        o
+        for o in objects(fine_tune(uid="", workspace={"whenDeleted": "Delete"}), SETTINGS)
+        if "ownerReferences" in o["metadata"]
+    ]
 
 
 ACCESS = [
@@ -246,15 +289,29 @@ def test_the_access_mode_of_a_new_claim(job: Job, mode: str) -> None:
 
 
 LEFT = [
-    # given                             what is wanted            the claim that is there                                          expect
-    ("as large as it should be",        {"size": "200Gi"},        {"spec": "200Gi"},                                                ""),
-    ("larger",                          {"size": "200Gi"},        {"spec": "1Ti"},                                                  ""),
-    ("smaller",                         {"size": "200Gi"},        {"spec": "10Gi"},                                                 "200Gi are wanted, and the claim ftj-bot, which an earlier job left, has 10Gi"),
-    ("smaller than the default",        {},                       {"spec": "1Gi"},                                                  "10Gi are wanted, and the claim ftj-bot, which an earlier job left, has 1Gi"),
-    ("its volume is larger",            {"size": "200Gi"},        {"spec": "10Gi", "status": "200Gi"},                              ""),
-    ("resized, and not there yet",      {"size": "200Gi"},        {"spec": "200Gi", "status": "10Gi"},                              "200Gi are wanted, and the claim ftj-bot, which an earlier job left, has 10Gi"),
-    ("written in another way",          {"size": "200Gi"},        {"spec": "215e9"},                                                ""),
-]  # fmt: skip
+    ("as large as it should be", {"size": "200Gi"}, {"spec": "200Gi"}, ""),
+    ("larger", {"size": "200Gi"}, {"spec": "1Ti"}, ""),
+    (
+        "smaller",
+        {"size": "200Gi"},
+        {"spec": "10Gi"},
+        "200Gi are wanted, and the claim ftj-bot, which an earlier job left, has 10Gi",
+    ),
+    (
+        "smaller than the default",
+        {},
+        {"spec": "1Gi"},
+        "10Gi are wanted, and the claim ftj-bot, which an earlier job left, has 1Gi",
+    ),
+    ("its volume is larger", {"size": "200Gi"}, {"spec": "10Gi", "status": "200Gi"}, ""),
+    (
+        "resized, and not there yet",
+        {"size": "200Gi"},
+        {"spec": "200Gi", "status": "10Gi"},
+        "200Gi are wanted, and the claim ftj-bot, which an earlier job left, has 10Gi",
+    ),
+    ("written in another way", {"size": "200Gi"}, {"spec": "215e9"}, ""),
+]
 
 
 @pytest.mark.parametrize(("workspace", "sizes", "expect"), [c[1:] for c in LEFT], ids=[c[0] for c in LEFT])
@@ -262,7 +319,11 @@ def test_a_claim_that_is_too_small_is_told_of(workspace: dict[str, str], sizes: 
     claim = render.claim(fine_tune(workspace=workspace), SETTINGS)
     assert claim is not None
     capacity = {"capacity": {"storage": sizes["status"]}} if "status" in sizes else {}
-    found = {"metadata": {"name": "ftj-bot"}, "spec": {"resources": {"requests": {"storage": sizes["spec"]}}}, "status": capacity}
+    found = {
+        "metadata": {"name": "ftj-bot"},
+        "spec": {"resources": {"requests": {"storage": sizes["spec"]}}},
+        "status": capacity,
+    }
     remedy = ". Resize the claim, delete it with the results on it, or give this job another name"
     assert render.shortfall(claim, found) == (f"spec.workspace.size: {expect}{remedy}" if expect else None)
     assert render.shortfall(claim, claim) is None
@@ -270,44 +331,68 @@ def test_a_claim_that_is_too_small_is_told_of(workspace: dict[str, str], sizes: 
 
 def test_the_pods_read_what_was_written() -> None:
     job, settings, sources = MANIFESTS["generate-2-shards-with-adapter-and-hub"]
-    (configmap, *_) = objects(job, settings, sources)
+    configmap, *_ = objects(job, settings, sources)
     run = read_run(configmap["data"]["run.json"])
-    assert (run.workspace, run.sources) == ("/workspace/gj-lutes-beefcafe", {"style": "/sources/shared/ftj-style-57y1e000"})
+    assert (run.workspace, run.sources) == (
+        "/workspace/gj-lutes-beefcafe",
+        {"style": "/sources/shared/ftj-style-57y1e000"},
+    )
     assert run.spec == job.spec
 
 
 def test_steering_a_job_does_not_change_its_run() -> None:
-    plain, steered = fine_tune(), fine_tune(suspend=True, planOnly=True, activeDeadlineSeconds=60, ttlSecondsAfterFinished=60)
+    plain, steered = (
+        fine_tune(),
+        fine_tune(suspend=True, planOnly=True, activeDeadlineSeconds=60, ttlSecondsAfterFinished=60),
+    )
     assert render.configmap(plain, SETTINGS, {}) == render.configmap(steered, SETTINGS, {})
 
 
 def test_a_job_on_the_same_claim_is_found_below_the_workspace() -> None:
-    job = generate(model={"job": "style"}, workspace={"claim": "shared"}, volumes=[{"claim": "shared", "mountPath": "/data"}])
+    job = generate(
+        model={"job": "style"}, workspace={"claim": "shared"}, volumes=[{"claim": "shared", "mountPath": "/data"}]
+    )
     configmap = objects(job, SETTINGS, [STYLE])[0]
     assert run_document(configmap)["sources"] == {"style": "/workspace/ftj-style-57y1e000"}
-    claims = [v["persistentVolumeClaim"]["claimName"] for v in pods(job)["run"]["volumes"] if "persistentVolumeClaim" in v]
-    assert claims == ["shared", "ftj-style"], "style is unknown here, so it is taken to have a claim of its own; ours is one volume"
+    claims = [
+        v["persistentVolumeClaim"]["claimName"] for v in pods(job)["run"]["volumes"] if "persistentVolumeClaim" in v
+    ]
+    assert claims == [
+        "shared",
+        "ftj-style",
+    ], "style is unknown here, so it is taken to have a claim of its own; ours is one volume"
 
 
 def test_a_job_that_is_not_there_is_drawn_as_if_no_api_server_had_seen_it() -> None:
-    (configmap, *_) = objects(generate(model={"job": "style"}), SETTINGS)
-    (unseen, *_) = objects(fine_tune(name="style", uid=""), SETTINGS)
+    configmap, *_ = objects(generate(model={"job": "style"}), SETTINGS)
+    unseen, *_ = objects(fine_tune(name="style", uid=""), SETTINGS)
     assert run_document(configmap)["sources"] == {"style": "/sources/ftj-style/ftj-style-00000000"}
     assert run_document(unseen)["workspace"] == "/workspace/ftj-style-00000000"
 
 
 def test_the_workspace_below_an_adapter_is_mounted_too() -> None:
     base = fine_tune(name="base", uid="ba5e0000-0000-4000-8000-000000000004", method={"type": "full"})
-    adapter = fine_tune(name="adapter", uid="ada00000-0000-4000-8000-000000000005", model={"job": "base"}, method={"type": "lora"})
+    adapter = fine_tune(
+        name="adapter", uid="ada00000-0000-4000-8000-000000000005", model={"job": "base"}, method={"type": "lora"}
+    )
     job = generate(model={"job": "adapter"})
     configmap, _, prepare, *_ = objects(job, SETTINGS, [base, adapter])
     assert run_document(configmap)["sources"] == {
-        "adapter": "/sources/ftj-adapter/ftj-adapter-ada00000", "base": "/sources/ftj-base/ftj-base-ba5e0000",
-    }  # fmt: skip
-    assert [m["mountPath"] for m in prepare["spec"]["template"]["spec"]["containers"][0]["volumeMounts"]][-2:] == ["/sources/ftj-adapter", "/sources/ftj-base"]
+        "adapter": "/sources/ftj-adapter/ftj-adapter-ada00000",
+        "base": "/sources/ftj-base/ftj-base-ba5e0000",
+    }
+    assert [m["mountPath"] for m in prepare["spec"]["template"]["spec"]["containers"][0]["volumeMounts"]][-2:] == [
+        "/sources/ftj-adapter",
+        "/sources/ftj-base",
+    ]
 
 
 def test_drawing_needs_no_kubernetes() -> None:
     """A laptop has none of the operator's libraries."""
-    code = "import sys; import luthier_operator.render; print([m for m in ('kubernetes', 'kopf', 'torch', 'pydantic_settings') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = (
+        "import sys; import luthier_operator.render; print([m for m in ('kubernetes', 'kopf', 'torch',"
+        " 'pydantic_settings') if m in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

@@ -36,18 +36,18 @@ def test_settings(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], 
 
 WRONG = [
     # variable                        value            what is said
-    ("LUTHIER_GRACE_SECONDS",         "5",             "greater than or equal to 15"),
-    ("LUTHIER_WORKSPACE_SIZE",        "0",             "must be an amount above zero, in bytes"),
-    ("LUTHIER_WORKSPACE_SIZE",        "1e+09",         "must be an amount above zero, in bytes"),
-    ("LUTHIER_MEMORY_REQUEST",        "100m",          "must be an amount above zero, in bytes"),
-    ("LUTHIER_CPU_REQUEST",           "two",           "must be a number of cores above zero"),
-    ("LUTHIER_SERVICE_ACCOUNT",       "My Account",    "must be the name of a Kubernetes object"),
-    ("LUTHIER_IMAGE_PULL_SECRETS",    "one,Two",       "must be the name of a Kubernetes object"),
-    ("LUTHIER_IMAGE_PULL_POLICY",     "Sometimes",     "'Always', 'IfNotPresent' or 'Never'"),
-    ("LUTHIER_ENV",                   '{"A B": "1"}',  "should match pattern"),
-    ("LUTHIER_ENV",                   '{"HF_TOKEN": "hf_x"}', "HF_TOKEN: set by Luthier itself"),
-    ("LUTHIER_LOG_LEVEL",             "LOUD",          "'DEBUG', 'INFO', 'WARNING' or 'ERROR'"),
-]  # fmt: skip
+    ("LUTHIER_GRACE_SECONDS", "5", "greater than or equal to 15"),
+    ("LUTHIER_WORKSPACE_SIZE", "0", "must be an amount above zero, in bytes"),
+    ("LUTHIER_WORKSPACE_SIZE", "1e+09", "must be an amount above zero, in bytes"),
+    ("LUTHIER_MEMORY_REQUEST", "100m", "must be an amount above zero, in bytes"),
+    ("LUTHIER_CPU_REQUEST", "two", "must be a number of cores above zero"),
+    ("LUTHIER_SERVICE_ACCOUNT", "My Account", "must be the name of a Kubernetes object"),
+    ("LUTHIER_IMAGE_PULL_SECRETS", "one,Two", "must be the name of a Kubernetes object"),
+    ("LUTHIER_IMAGE_PULL_POLICY", "Sometimes", "'Always', 'IfNotPresent' or 'Never'"),
+    ("LUTHIER_ENV", '{"A B": "1"}', "should match pattern"),
+    ("LUTHIER_ENV", '{"HF_TOKEN": "hf_x"}', "HF_TOKEN: set by Luthier itself"),
+    ("LUTHIER_LOG_LEVEL", "LOUD", "'DEBUG', 'INFO', 'WARNING' or 'ERROR'"),
+]
 
 
 @pytest.mark.parametrize(("variable", "value", "said"), WRONG, ids=[f"{w[0]}={w[1]}" for w in WRONG])
@@ -81,4 +81,6 @@ def test_the_chart_takes_what_the_settings_take() -> None:
     copies = {name: definition.get("pattern") for name, definition in schema["definitions"].items()}
     ours = {"bytes": Bytes.__metadata__[-1], "cores": Cores.__metadata__[-1], "objectName": OBJECT_NAME}
     assert {name: copies[name] for name in ours} == {name: found.pattern for name, found in ours.items()}
-    assert schema["properties"]["jobs"]["properties"]["serviceAccount"]["pattern"] == f"^({OBJECT_NAME.pattern[1:-1]})?$"
+    assert (
+        schema["properties"]["jobs"]["properties"]["serviceAccount"]["pattern"] == f"^({OBJECT_NAME.pattern[1:-1]})?$"
+    )

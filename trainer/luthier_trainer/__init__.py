@@ -1,1 +1,3 @@
-"""What runs in the pods: `python -m luthier_trainer prepare|train|generate|publish`. Importing this package imports no torch."""
+"""What runs in the pods: `python -m luthier_trainer prepare|train|generate|publish`. Importing this package imports no
+torch.
+"""

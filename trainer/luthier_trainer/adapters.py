@@ -1,8 +1,8 @@
 """Whether an adapter belongs to the model of a GenerateJob: by its task, by the base it was trained on, by its shapes.
 
-PEFT adds any adapter whose shapes fit, and leaves out silently what the model has no place for; the texts are then merely bad. What a
-job has recorded of its base is certain; of other adapters only a base that lies here can be compared, because the names that people
-give (a mirror, a quantised copy) say little. Neighbour: `preparegeneration`.
+PEFT adds any adapter whose shapes fit, and leaves out silently what the model has no place for; the texts are then
+merely bad. What a job has recorded of its base is certain; of other adapters only a base that lies here can be
+compared, because the names that people give (a mirror, a quantised copy) say little. Neighbour: `preparegeneration`.
 """
 
 from __future__ import annotations
@@ -28,14 +28,23 @@ PREFIX = "base_model.model."  # of names in it
 LORA_WEIGHT = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
 ADDED = re.compile(r"(.+?)\.lora_(?:embedding_)?[AB](?:\.(weight|bias))?")
 LAST = re.compile(r"(.+)\.[^.]+")
-REPLACED = re.compile(r"(.+?)\.(?:lora_magnitude_vector(?:\.weight)?|token_adapter\..+)")  # by DoRA, and of single tokens
+# By DoRA, and of single tokens
+REPLACED = re.compile(r"(.+?)\.(?:lora_magnitude_vector(?:\.weight)?|token_adapter\..+)")
 COPIED = ".base_layer.weight"  # PEFT saves the base's own embeddings along with an adapter on them
 SHOWN = 3  # names in a message
-NOT_MERGED = ("alora_invocation_tokens", "arrow_config", "layer_replication")  # settings of adapters that only work beside the model
+# Settings of adapters that only work beside the model
+NOT_MERGED = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "layer_replication",
+)
 
 
-def check(adapter: Path, job: str | None, field: str, run: GenerateRun, model: sources.Located, model_path: Path) -> None:
-    """Raise Failure when the adapter in folder `adapter`, the result of FineTuneJob `job` if it is one, belongs to another model.
+def check(
+    adapter: Path, job: str | None, field: str, run: GenerateRun, model: sources.Located, model_path: Path
+) -> None:
+    """Raise Failure when the adapter in folder `adapter`, the result of FineTuneJob `job` if it is one, belongs to
+    another model.
 
     `model_path`: where `model` lies now; another folder than it was found in when it was downloaded or merged.
     """
@@ -56,7 +65,8 @@ def check_task(trained_for: str | None, task: str, field: str) -> None:
     if trained_for and trained_for != NEEDS[task]:
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"{field}: the adapter was trained for {trained_for}, and {task} needs one for {NEEDS[task]}. Name another, or remove it",
+            f"{field}: the adapter was trained for {trained_for}, and {task} needs one for {NEEDS[task]}. Name another,"
+            " or remove it",
         )
 
 
@@ -65,7 +75,10 @@ def check_kind(config: Mapping[str, Any], field: str) -> None:
     if (kind := config.get("peft_type")) != "LORA":
         raise Failure(ExitCode.INVALID_SPEC, f"{field}: is a {kind} adapter; only LoRA adapters are merged")
     if setting := next((name for name in NOT_MERGED if config.get(name)), None):
-        raise Failure(ExitCode.INVALID_SPEC, f"{field}: the adapter has {setting} (adapter_config.json), and cannot become part of the model's weights")
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: the adapter has {setting} (adapter_config.json), and cannot become part of the model's weights",
+        )
 
 
 def check_weights(adapter: Path, field: str) -> None:
@@ -74,11 +87,21 @@ def check_weights(adapter: Path, field: str) -> None:
 
     if not (adapter / WEIGHTS).is_file():
         there = ", ".join(sorted(path.name for path in adapter.iterdir())[:8])
-        raise Failure(ExitCode.INVALID_SPEC, f"{field}: {adapter} has no {WEIGHTS} (it has: {there}). Save the adapter with PEFT's save_pretrained")
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: {adapter} has no {WEIGHTS} (it has: {there}). Save the adapter with PEFT's save_pretrained",
+        )
     with safe_open(adapter / WEIGHTS, "pt") as weights:
-        bad = [name.removeprefix(PREFIX) for name in weights.keys() if not weights.get_tensor(name).float().isfinite().all()]  # noqa: SIM118
+        bad = [
+            name.removeprefix(PREFIX)
+            for name in weights.keys()  # noqa: SIM118
+            if not weights.get_tensor(name).float().isfinite().all()
+        ]
     if bad:
-        raise Failure(ExitCode.INVALID_SPEC, f"{field}: weights of the adapter are not finite: {some(bad)}. Choose another version of it")
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: weights of the adapter are not finite: {some(bad)}. Choose another version of it",
+        )
 
 
 @dataclass(frozen=True)
@@ -123,14 +146,15 @@ def check_together(folders: Sequence[Path], adapters: Sequence[Adapter], field: 
         if whole and adapters[i].weight != 1:
             raise Failure(
                 ExitCode.INVALID_SPEC,
-                f"{field}[{i}].weight: the adapter replaces {some(whole)} instead of adding to it, and what is replaced has no weight; set 1",
+                f"{field}[{i}].weight: the adapter replaces {some(whole)} instead of adding to it, and what is replaced"
+                " has no weight; set 1",
             )
         for j in range(i):
             if j in found and (both := sorted((own.replaces & found[j].all) | (own.all & found[j].replaces))):
                 raise Failure(
                     ExitCode.INVALID_SPEC,
-                    f"{field}[{i}]: {some(both)} is replaced by one of this adapter and {field}[{j}], and changed by the other as well. Only one of"
-                    " them would have its effect; remove one",
+                    f"{field}[{i}]: {some(both)} is replaced by one of this adapter and {field}[{j}], and changed by"
+                    " the other as well. Only one of them would have its effect; remove one",
                 )
 
 
@@ -150,13 +174,14 @@ def check_base(job: str, field: str, run: GenerateRun, model: sources.Located) -
     if base.source != given.source:
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"{field}: FineTuneJob {job} was trained on {base.source}, and spec.model is {given.source}. Set spec.model to the former, or leave the"
-            f" adapter out and set model: {{job: {job}}}, which has both",
+            f"{field}: FineTuneJob {job} was trained on {base.source}, and spec.model is {given.source}. Set spec.model"
+            f" to the former, or leave the adapter out and set model: {{job: {job}}}, which has both",
         )
     remedy = f"Set spec.model.revision: {base.revision}" if run.spec.model.id else f"Run {job} again"
     raise Failure(
         ExitCode.INVALID_SPEC,
-        f"{field}: {given.source} has changed since FineTuneJob {job} was trained on it (then {base.revision}, now {given.revision}). {remedy}",
+        f"{field}: {given.source} has changed since FineTuneJob {job} was trained on it (then {base.revision}, now"
+        f" {given.revision}). {remedy}",
     )
 
 
@@ -164,7 +189,8 @@ def check_named_base(base: Path, field: str, model: sources.Located) -> None:
     if base.is_absolute() and base.is_dir() and folder_digest(base) != model.resolved.revision:
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"{field}: the adapter was trained on {base}, and spec.model is {model.resolved.source}. Set spec.model to the former",
+            f"{field}: the adapter was trained on {base}, and spec.model is {model.resolved.source}. Set spec.model to"
+            " the former",
         )
 
 
@@ -181,27 +207,35 @@ def check_shapes(adapter: Path, field: str, model_path: Path, name_of_model: str
     with torch.device("meta"):
         modules = dict(AutoModelForCausalLM.from_config(config).named_modules())
     for name, shape in names_in(adapter).items():
-        place = next(m[1] for m in (ADDED.fullmatch(name), REPLACED.fullmatch(name), LAST.fullmatch(name)) if m).removesuffix(".base_layer")
+        place = next(
+            m[1] for m in (ADDED.fullmatch(name), REPLACED.fullmatch(name), LAST.fullmatch(name)) if m
+        ).removesuffix(".base_layer")
         module = modules.get(place)
         if module is None:
             raise Failure(
                 ExitCode.INVALID_SPEC,
-                f"{field}: the adapter does not fit {name_of_model}, which has no module {place}. Name the model it was trained on",
+                f"{field}: the adapter does not fit {name_of_model}, which has no module {place}. Name the model it was"
+                " trained on",
             )
         if name.endswith(".lora_B.bias") and getattr(module, "bias", None) is None:
-            raise Failure(ExitCode.INVALID_SPEC, f"{field}: the adapter has a bias for {place}, which has none in {name_of_model}; it cannot be merged")
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}: the adapter has a bias for {place}, which has none in {name_of_model}; it cannot be merged",
+            )
         match = LORA_WEIGHT.fullmatch(name)
         own = getattr(module, name.rpartition(".")[2], None)
         if match and isinstance(module, torch.nn.Linear | torch.nn.Embedding | Conv1D):
             inputs, outputs = module.weight.shape[::-1] if isinstance(module, torch.nn.Linear) else module.weight.shape
             wide, given, what = (inputs, shape[1], "inputs") if match[2] == "A" else (outputs, shape[0], "outputs")
         elif not match and isinstance(own, torch.Tensor) and own.ndim == len(shape):  # what is replaced, or a copy
-            wide, given, what = next(((w, g, "rows or columns") for w, g in zip(own.shape, shape, strict=True) if w != g), (0, 0, ""))
+            wide, given, what = next(
+                ((w, g, "rows or columns") for w, g in zip(own.shape, shape, strict=True) if w != g), (0, 0, "")
+            )
         else:
             continue
         if wide != given:
             raise Failure(
                 ExitCode.INVALID_SPEC,
-                f"{field}: the adapter does not fit {name_of_model}: {place} has {wide} {what} there, and {given} in the adapter. Name the model it"
-                " was trained on",
+                f"{field}: the adapter does not fit {name_of_model}: {place} has {wide} {what} there, and {given} in"
+                " the adapter. Name the model it was trained on",
             )

@@ -20,7 +20,8 @@ IMAGE_WORKERS = 8  # a core decodes and scales 350 photographs of 512 × 384 pix
 
 
 def training_arguments(spec: FineTuneJobSpec, plan: Plan, checkpoints: Path, evaluates: bool) -> TrainingArguments:
-    """The plan's batches and steps, the spec's course; nothing reported elsewhere, no progress bars, no pickles, no rotation.
+    """The plan's batches and steps, the spec's course; nothing reported elsewhere, no progress bars, no pickles, no
+    rotation.
 
     Raises Failure where the GPUs are not what the job asks for.
     """
@@ -66,12 +67,16 @@ def training_arguments(spec: FineTuneJobSpec, plan: Plan, checkpoints: Path, eva
 
 
 def group_timeout(plan: Plan) -> int:
-    """Seconds that a process waits for the others. While one writes a checkpoint, they do: twice what is planned, for a volume that is slow."""
+    """Seconds that a process waits for the others. While one writes a checkpoint, they do: twice what is planned, for a
+    volume that is slow.
+    """
     return max(GROUP_TIMEOUT_SECONDS, 2 * (plan.save_seconds or 0))
 
 
 def loader_workers(spec: FineTuneJobSpec) -> int:
-    """Processes that make batches beside each process that trains on a GPU: for images as many as its share of the cores."""
+    """Processes that make batches beside each process that trains on a GPU: for images as many as its share of the
+    cores.
+    """
     if FACTS[spec.task].inputs == "text":
         return TEXT_WORKERS
     return min(max(cores(spec.resources) - 1, TEXT_WORKERS), IMAGE_WORKERS)
@@ -83,5 +88,9 @@ def precision_of(plan: Plan, cpu: bool) -> str:
     if plan.precision not in ("fp32", "bf16", "fp16"):
         return fitting
     if plan.precision == "bf16" and fitting == "fp16":
-        raise Failure(ExitCode.MISCONFIGURED, "spec.training.precision: bf16, which this GPU does not have; use auto or fp16, or choose GPUs from Ampere on")
+        raise Failure(
+            ExitCode.MISCONFIGURED,
+            "spec.training.precision: bf16, which this GPU does not have; use auto or fp16, or choose GPUs from"
+            " Ampere on",
+        )
     return plan.precision

@@ -1,7 +1,8 @@
 """What happens between two steps: stop when the pod has to go, report, count, notice what is wrong.
 
 Each callback is called on every rank at the same step, so collectives are safe here. Order matters: `train` lists them.
-Neighbours: `loop` calls them, `supervisor` writes the stop flag and reads the heartbeat, `telemetry` serves the figures.
+Neighbours: `loop` calls them, `supervisor` writes the stop flag and reads the heartbeat, `telemetry` serves the
+figures.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Guard(Callback):
         learning = [(name, p) for name, p in self.loop.model.named_parameters() if p.requires_grad]
         if not learning:
             raise Failure(ExitCode.INVALID_SPEC, "spec.method: no weight of the model would learn")
-        # Hooks, because DeepSpeed takes each gradient away as soon as it has it. (LoRA's A gets zeros in step 1: B is zero.)
+        # Hooks, because DeepSpeed takes each gradient away as soon as it has it. (LoRA's A gets zeros in step 1: B is
+        # zero.)
         self._waiting = {name for name, _ in learning}
         self._hooks = [p.register_hook(lambda _, name=name: self._waiting.discard(name)) for name, p in learning]
 
@@ -61,8 +63,9 @@ class Guard(Callback):
             names = sorted(self._waiting)
             raise Failure(
                 ExitCode.MISCONFIGURED,
-                f"spec.method: {len(names)} of the weights that should learn got no gradient, among them {', '.join(names[:3])}. "
-                "This model does not use them for this task; choose method lora with targetModules that it uses",
+                f"spec.method: {len(names)} of the weights that should learn got no gradient, among them"
+                f" {', '.join(names[:3])}. This model does not use them for this task; choose method lora with"
+                " targetModules that it uses",
             )
 
 
@@ -85,7 +88,9 @@ class Stop(Callback):
         if control.should_save:
             control.should_log = True  # what was not reported before a save is lost to whoever resumes from it
 
-    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         if self.loop.ranks.any(stop_requested()):
             self.agreed_step = state.global_step
             self._say_postponed(state)
@@ -93,7 +98,11 @@ class Stop(Callback):
 
     def _say_postponed(self, state: TrainerState) -> None:
         if self.loop.ranks.first:
-            print(f"step {state.global_step}/{state.max_steps}  the pod has to go: the next attempt makes the evaluation of this step", flush=True)
+            print(
+                f"step {state.global_step}/{state.max_steps}  the pod has to go: the next attempt makes the evaluation"
+                " of this step",
+                flush=True,
+            )
 
 
 class Heartbeat(Callback):
@@ -106,7 +115,9 @@ class Heartbeat(Callback):
 
 
 class Report(Callback):
-    """Loss, pace and checkpoints as metrics and as one line a report. Ends a run whose losses or gradients are no longer finite numbers."""
+    """Loss, pace and checkpoints as metrics and as one line a report. Ends a run whose losses or gradients are no
+    longer finite numbers.
+    """
 
     def __init__(self, telemetry: Telemetry) -> None:
         self.telemetry = telemetry
@@ -151,7 +162,12 @@ class Report(Callback):
         self.telemetry.set(metrics.TRAIN_ETA_SECONDS, self._eta(state, now))
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
     ) -> None:
         logs = logs or {}
         if "eval_loss" in logs:
@@ -212,8 +228,8 @@ class Report(Callback):
         if state.global_step == 0:
             raise Failure(
                 ExitCode.DIVERGED,
-                f"spec.model: the held-out loss is {loss} before the first step. Look for broken weights of the model and for broken held-out "
-                "rows; with precision fp16, try bf16 or fp32",
+                f"spec.model: the held-out loss is {loss} before the first step. Look for broken weights of the model"
+                " and for broken held-out rows; with precision fp16, try bf16 or fp32",
             )
         cause = f"spec.training.learningRate: the held-out loss is {loss} at step {state.global_step}"
         raise finite.diverged(cause, self.loop.saved, state.global_step)
@@ -225,7 +241,10 @@ class Report(Callback):
             self._say(state, f"{withheld - self._withheld} updates withheld: their gradients were not finite")
         self._withheld = withheld
         if in_a_row >= WITHHELD_UPDATES:
-            cause = f"spec.training.learningRate: the gradients of {in_a_row} steps in a row, up to step {state.global_step}, were not finite"
+            cause = (
+                f"spec.training.learningRate: the gradients of {in_a_row} steps in a row, up to step"
+                f" {state.global_step}, were not finite"
+            )
             raise finite.diverged(f"{cause} (the loss is {loss})", self.loop.saved, state.global_step)
         if math.isfinite(loss):
             self._nonfinite = 0
@@ -234,7 +253,10 @@ class Report(Callback):
         self.telemetry.add(metrics.TRAIN_NONFINITE)
         control.should_save = False  # never replace a good checkpoint by one that has gone wrong
         if self._nonfinite >= NONFINITE_REPORTS:
-            cause = f"spec.training.learningRate: the loss is {loss} at step {state.global_step}, {self._nonfinite} reports in a row"
+            cause = (
+                f"spec.training.learningRate: the loss is {loss} at step {state.global_step}, {self._nonfinite} reports"
+                " in a row"
+            )
             raise finite.diverged(cause, self.loop.saved, state.global_step)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -242,12 +264,16 @@ class Report(Callback):
         done, withheld = state.global_step - self._first_step, int(self.loop.withheld.item())
         whole = self._first_step == 0 and state.global_step >= state.max_steps
         if whole and done == max(withheld, done - self._applied):
-            cause = f"spec.training.learningRate: the gradients of all {done} steps up to step {state.global_step} were not finite"
+            cause = (
+                f"spec.training.learningRate: the gradients of all {done} steps up to step {state.global_step} were not"
+                " finite"
+            )
             raise finite.diverged(cause, self.loop.saved, state.global_step)
         if withheld and self.loop.ranks.first:
             notice(
-                f"spec.dataset: {withheld} of {done} updates were not applied, because their gradients were not finite (NaN or infinite). The "
-                "weights are those without them. Look for broken rows; lower learningRate if there are many"
+                f"spec.dataset: {withheld} of {done} updates were not applied, because their gradients were not finite"
+                " (NaN or infinite). The weights are those without them. Look for broken rows; lower learningRate if"
+                " there are many"
             )
 
     def _eta(self, state: TrainerState, now: float) -> float:

@@ -1,7 +1,8 @@
-"""Columns of the inputs that play no role in generating, carried into the lines of the outputs, so that a user can put both together again.
+"""Columns of the inputs that play no role in generating, carried into the lines of the outputs, so that a user can put
+both together again.
 
-A line is JSON, so only what JSON can hold is carried: text, numbers, true and false, and lists and objects of these. Neighbour:
-`preparegeneration`.
+A line is JSON, so only what JSON can hold is carried: text, numbers, true and false, and lists and objects of these.
+Neighbour: `preparegeneration`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ LARGE = 10_000  # characters a row, on average
 def columns(rows: Rows, wanted: Sequence[str] | None, taken: Sequence[str], field: str) -> dict[str, Any]:
     """Column → its feature, of those that are carried: the `wanted` ones, or all that are not `taken` for a role.
 
-    Raises Failure when a wanted column is missing or holds what JSON cannot. Without a wish such columns are left out, which a notice says.
+    Raises Failure when a wanted column is missing or holds what JSON cannot. Without a wish such columns are left out,
+    which a notice says.
     """
     for name in wanted or ():
         roles.require(rows, name, field, taken)
@@ -28,28 +30,39 @@ def columns(rows: Rows, wanted: Sequence[str] | None, taken: Sequence[str], fiel
     features = {name: rows.data.features[name] for name in chosen}
     unfit = [name for name, feature in features.items() if not fits(feature)]
     if unfit and wanted is not None:
-        raise roles.invalid(f'{field}: column "{unfit[0]}" of {rows.origin} holds {features[unfit[0]]}, which a line of JSON cannot hold. Remove it')
+        raise roles.invalid(
+            f'{field}: column "{unfit[0]}" of {rows.origin} holds {features[unfit[0]]}, which a line of JSON cannot'
+            " hold. Remove it"
+        )
     if unfit:
-        notice(f"{field}: the columns {', '.join(unfit)} of {rows.origin} are not carried into the outputs: a line of JSON cannot hold them")
+        notice(
+            f"{field}: the columns {', '.join(unfit)} of {rows.origin} are not carried into the outputs: a line of JSON"
+            " cannot hold them"
+        )
     carried = {name: feature for name, feature in features.items() if name not in unfit}
     if wanted is None and carried:
         first = rows.data.select_columns(list(carried))[:1000]
         size = sum(len(str(cell)) for cells in first.values() for cell in cells) / min(1000, len(rows.data))
         if size > LARGE:
             notice(
-                f"{field}: the columns {', '.join(carried)} of {rows.origin} hold about {size:,.0f} characters a row, and every output repeats them."
-                " Name those that you need; [] carries none"
+                f"{field}: the columns {', '.join(carried)} of {rows.origin} hold about {size:,.0f} characters a row,"
+                " and every output repeats them. Name those that you need; [] carries none"
             )
     return carried
 
 
 def lines(rows: Rows) -> Iterator[dict[str, Any]]:
-    """For rows of text files, where blank lines are left out: the line of each, from 1, and its file where there are several. Nothing for others."""
+    """For rows of text files, where blank lines are left out: the line of each, from 1, and its file where there are
+    several. Nothing for others.
+    """
     if not rows.parts or any(part.lines is None for part in rows.parts):
         return
     several = len(rows.parts) > 1
     places = [
-        {"line": line, **({"file": part.path.name} if several else {})} for part in rows.parts if part.lines is not None for line in part.lines()
+        {"line": line, **({"file": part.path.name} if several else {})}
+        for part in rows.parts
+        if part.lines is not None
+        for line in part.lines()
     ]
     numbers: Any = range(len(rows.data)) if rows.numbers is None else rows.numbers
     yield from (places[int(number)] for number in numbers)
@@ -68,7 +81,9 @@ def fits(feature: Any) -> bool:
 
 
 def plain(value: Any, feature: Any) -> Any:
-    """A cell as JSON has it. Classes become their names, dates and decimals their text, and so do whole numbers beyond 63 bits; NaN and infinity null."""
+    """A cell as JSON has it. Classes become their names, dates and decimals their text, and so do whole numbers beyond
+    63 bits; NaN and infinity null.
+    """
     if value is None:
         return None
     if isinstance(feature, dict):

@@ -1,8 +1,9 @@
-"""Checkpoints that can be trusted: staged beside, made durable, manifest last, renamed; what does not verify is never resumed from.
+"""Checkpoints that can be trusted: staged beside, made durable, manifest last, renamed; what does not verify is never
+resumed from.
 
 transformers writes in place and resumes from the highest number, whole or not, so the folder is ours: `loop` lets it
-write into a staging folder, this module decides what becomes of it. Each rank describes the files that it has written, and verifies its
-share of those that it may resume from; rank 0 alone moves and removes folders.
+write into a staging folder, this module decides what becomes of it. Each rank describes the files that it has written,
+and verifies its share of those that it may resume from; rank 0 alone moves and removes folders.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ FOLDER = re.compile(r"checkpoint-(\d+)")
 STAGING, CORRUPT = ".staging-", ".corrupt-"
 KEPT_CORRUPT = 2  # enough to look for the cause; each is as large as a good one
 SHARED_VOLUME_SECONDS = 60.0  # NFS clients may cache a folder's entries for 30 s (acdirmin)
-# Files that name the rank that writes them: transformers' random states, and DeepSpeed's shards of weights and optimizer. Rank 0 writes all others.
+# Files that name the rank that writes them: transformers' random states, and DeepSpeed's shards of weights and
+# optimizer. Rank 0 writes all others.
 OF_A_RANK = re.compile(r"rng_state_(\d+)\.pth|(?:.+_)?zero_pp_rank_(\d+)_mp_rank_\d+_(?:model|optim)_states\.pt")
 
 
@@ -53,20 +55,25 @@ def facts_of(run_identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_identity(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise Failure(INVALID_SPEC) when what lies in `folder`, with the manifest `found`, was made by another run, and say what differs."""
+    """Raise Failure(INVALID_SPEC) when what lies in `folder`, with the manifest `found`, was made by another run, and
+    say what differs.
+    """
     if found.get("runHash") == _digest(wanted):
         return
     differences = list(_differences("", json.loads(json.dumps(wanted)), found.get("run") or {}))
     raise Failure(
         ExitCode.INVALID_SPEC,
-        f"{folder} was made by a run with other settings: {'; '.join(differences[:5]) or 'its manifest does not say which'}. {START_OVER}",
+        f"{folder} was made by a run with other settings:"
+        f" {'; '.join(differences[:5]) or 'its manifest does not say which'}. {START_OVER}",
     )
 
 
 def newest(folder: Path, wanted: dict[str, Any], ranks: Ranks) -> Path | None:
-    """The newest checkpoint in `folder` that verifies, or None. Broken ones are set aside, left-overs of interrupted saves removed.
+    """The newest checkpoint in `folder` that verifies, or None. Broken ones are set aside, left-overs of interrupted
+    saves removed.
 
-    Called by all ranks, which share the reading. Raises Failure(INVALID_SPEC) when that checkpoint belongs to a run with other settings.
+    Called by all ranks, which share the reading. Raises Failure(INVALID_SPEC) when that checkpoint belongs to a run
+    with other settings.
     """
     for checkpoint in ranks.decide(lambda: candidates(folder)):
         found, broken = verify(checkpoint, ranks)
@@ -78,7 +85,9 @@ def newest(folder: Path, wanted: dict[str, Any], ranks: Ranks) -> Path | None:
 
 
 def verify(checkpoint: Path, ranks: Ranks) -> tuple[dict[str, Any], list[str]]:
-    """The manifest of a checkpoint, and why its files are not what that says; the same on all ranks, each of which reads a share."""
+    """The manifest of a checkpoint, and why its files are not what that says; the same on all ranks, each of which
+    reads a share.
+    """
     found = ranks.decide(lambda: read_manifest(checkpoint))
     if found is None:
         return {}, [f"its {MANIFEST} is missing, unreadable or incomplete"]
@@ -97,7 +106,9 @@ def candidates(folder: Path) -> list[Path]:
 
 
 def share_of(entries: Sequence[Entry], rank: int, count: int) -> list[Entry]:
-    """The entries that `rank` of `count` reads: the largest files are dealt out first, so that all have about as much to do."""
+    """The entries that `rank` of `count` reads: the largest files are dealt out first, so that all have about as much
+    to do.
+    """
     return sorted(entries, key=lambda entry: (-int(entry["size"]), str(entry["path"])))[rank::count]
 
 
@@ -115,7 +126,9 @@ def reject(checkpoint: Path, broken: list[str]) -> None:
 
 
 def make_room(folder: Path, size: int) -> None:
-    """See that a checkpoint of `size` bytes fits the volume; broken ones make way for it. Raises Failure(STORAGE_ERROR) where it does not."""
+    """See that a checkpoint of `size` bytes fits the volume; broken ones make way for it. Raises Failure(STORAGE_ERROR)
+    where it does not.
+    """
     for broken in set_aside(folder):
         if space.volume(folder)[0] < size:
             print(f"{broken.name} is removed: the volume has no room for the next checkpoint beside it", flush=True)
@@ -124,31 +137,39 @@ def make_room(folder: Path, size: int) -> None:
 
 
 def writer(file: Path, ranks: int) -> int:
-    """The rank of `ranks` that writes `file`, by its name. Only who reads it back depends on it, never what is recorded."""
+    """The rank of `ranks` that writes `file`, by its name. Only who reads it back depends on it, never what is
+    recorded.
+    """
     match = OF_A_RANK.fullmatch(file.name)
     rank = int(match[1] or match[2]) if match else 0
     return rank if rank < ranks else 0
 
 
 def describe(staged: Path, rank: int, ranks: int) -> list[Entry]:
-    """Path, size and digest of the files that `rank` has written to `staged`, durable: on each node, its own writes alone can be flushed."""
+    """Path, size and digest of the files that `rank` has written to `staged`, durable: on each node, its own writes
+    alone can be flushed.
+    """
     files = manifest.files_in(staged)
     return manifest.describe(staged, [file for file in files if writer(file, ranks) == rank], beat)
 
 
 def commit(staged: Path, folder: Path, described: Sequence[Sequence[Entry]], facts: dict[str, Any]) -> Path:
-    """Make `staged` the checkpoint of that name in `folder`. Called by rank 0. `described`: by each rank, what it has written.
+    """Make `staged` the checkpoint of that name in `folder`. Called by rank 0. `described`: by each rank, what it has
+    written.
 
     Raises Failure(STORAGE_ERROR) when files of some processes are not to be seen: pods that do not share the volume.
     """
     entries = {entry["path"]: entry for of_rank in described for entry in of_rank}
     deadline = time.monotonic() + SHARED_VOLUME_SECONDS
-    while missing := [rank for rank, of_rank in enumerate(described) if not all(_is_seen(staged, entry) for entry in of_rank)]:
+    while missing := [
+        rank for rank, of_rank in enumerate(described) if not all(_is_seen(staged, entry) for entry in of_rank)
+    ]:
         if time.monotonic() > deadline:
             raise Failure(
                 ExitCode.STORAGE_ERROR,
-                f"spec.workspace: only {len(described) - len(missing)} of {len(described)} processes could be seen writing to {folder}. Pods on"
-                " several nodes need a volume that they share (accessMode: ReadWriteMany)",
+                f"spec.workspace: only {len(described) - len(missing)} of {len(described)} processes could be seen"
+                f" writing to {folder}. Pods on several nodes need a volume that they share (accessMode:"
+                " ReadWriteMany)",
             )
         time.sleep(0.5)
     left = [file for file in manifest.files_in(staged) if file.relative_to(staged).as_posix() not in entries]

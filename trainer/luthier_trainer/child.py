@@ -1,7 +1,8 @@
 """The phase's process and everything below it: started in a session of its own, listened to, reaped, killed.
 
-One thread, one loop: output is passed on as it comes and its last lines are kept. Workers of torch's agent live in sessions of their own,
-so a process group does not reach them: the tree is read from /proc. Neighbour: `supervisor`, which decides when.
+One thread, one loop: output is passed on as it comes and its last lines are kept. Workers of torch's agent live in
+sessions of their own, so a process group does not reach them: the tree is read from /proc. Neighbour: `supervisor`,
+which decides when.
 """
 
 from __future__ import annotations
@@ -69,7 +70,12 @@ class Child:
         self.status: int | None = None
         """Exit code, or the negative number of the signal that ended it; None while it runs."""
         self._process = subprocess.Popen(
-            command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+            command,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
         )
         self._selector = selectors.DefaultSelector()
         for pipe, sink in ((self._process.stdout, sys.stdout), (self._process.stderr, sys.stderr)):

@@ -1,7 +1,8 @@
 """What `load_dataset` has to be told about the outputs of a GenerateJob, for the front matter of their card.
 
-`datasets` takes the types of columns from the first lines of one file, and fails where a column is null there and a text further on. So
-all types are written down, found by looking at every line. Neighbour: `generation.shard`, which writes the lines.
+`datasets` takes the types of columns from the first lines of one file, and fails where a column is null there and a
+text further on. So all types are written down, found by looking at every line. Neighbour: `generation.shard`, which
+writes the lines.
 """
 
 from __future__ import annotations
@@ -25,10 +26,15 @@ def config(result: Path, manifests: Sequence[dict[str, Any]]) -> dict[str, Any]:
     files: str | list[str] = "shard-*.jsonl"
     if isinstance(kind, dict) and FILE_NAME in kind:
         # A shard of errors alone names no file, which `datasets` takes for a mistake; without any image it reads lines.
-        folders = [f"{folder(manifest)}/**" for manifest, has_images in zip(manifests, images, strict=True) if has_images]
+        folders = [
+            f"{folder(manifest)}/**" for manifest, has_images in zip(manifests, images, strict=True) if has_images
+        ]
         files = ("shard-*/**" if all(images) else folders) if folders else "shard-*/*.jsonl"
         if folders:
-            kind = {"image" if name == FILE_NAME else name: "image" if name == FILE_NAME else inner for name, inner in kind.items()}
+            kind = {
+                "image" if name == FILE_NAME else name: "image" if name == FILE_NAME else inner
+                for name, inner in kind.items()
+            }
     return {"config_name": "default", "data_files": files, "features": fields(kind)}
 
 

@@ -1,7 +1,8 @@
 """What a process of the run phase computes with: how many GPUs torch can use, and the precision that suits them.
 
-`prepare` runs without a GPU, so this is seen here. Where torch sees no GPU, or fewer than processes, libraries silently take the CPU or
-share one. Neighbours: `arguments` (training) and `generation.hardware`; `preflight` looks for the devices before torch is there.
+`prepare` runs without a GPU, so this is seen here. Where torch sees no GPU, or fewer than processes, libraries silently
+take the CPU or share one. Neighbours: `arguments` (training) and `generation.hardware`; `preflight` looks for the
+devices before torch is there.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ def assert_gpus(asked: int, field: str) -> None:
         return
     raise Failure(
         ExitCode.MISCONFIGURED,
-        f"{field}: {asked} asked for, and torch {torch.__version__} (CUDA: {torch.version.cuda or 'none'}) can use {seen}. Check the node's driver and device"
-        f" plugin and the trainer image, or set {field}: 0 to run on CPU",
+        f"{field}: {asked} asked for, and torch {torch.__version__} (CUDA: {torch.version.cuda or 'none'}) can use"
+        f" {seen}. Check the node's driver and device plugin and the trainer image, or set {field}: 0 to run on CPU",
     )
 
 

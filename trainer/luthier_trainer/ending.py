@@ -1,8 +1,9 @@
 """How a process of a phase ends: whatever ended it becomes a code and a message, in a file that the supervisor reads.
 
-A process writes `result-<rank>.json` into the run folder. After a good end, and after an agreed stop, it exits with 0 whatever the
-message's code: a worker that exits with another code makes torch's agent kill its siblings, and every code becomes 1. Neighbours:
-`process`, whose ends these are, and `supervisor`, which turns the ranks' messages into the pod's exit code.
+A process writes `result-<rank>.json` into the run folder. After a good end, and after an agreed stop, it exits with 0
+whatever the message's code: a worker that exits with another code makes torch's agent kill its siblings, and every code
+becomes 1. Neighbours: `process`, whose ends these are, and `supervisor`, which turns the ranks' messages into the pod's
+exit code.
 """
 
 from __future__ import annotations
@@ -19,17 +20,26 @@ from luthier_api.variables import Variables
 from luthier_trainer import gpuerrors
 
 if TYPE_CHECKING:
-    from luthier_api.termination import TerminationMessage  # its types cost more than all else here, and PID 1 ends this way too
+    # Its types cost more than all else here, and PID 1 ends this way too
+    from luthier_api.termination import (
+        TerminationMessage,
+    )
 
 # In the run folder: the first is written by PID 1, the others by the phase, before its first step and from then on.
 STOP_FILE, STARTING_FILE, HEARTBEAT_FILE = "stop", "starting", "heartbeat"
 FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
 STORAGE_ERRNOS = FULL_ERRNOS | {errno.EIO, errno.EROFS, errno.ESTALE}
 FORBIDDEN_ERRNOS = {errno.EACCES, errno.EPERM}
-# What is left of ENOSPC and EDQUOT where Rust (safetensors, tokenizers) and C++ (torch) write files: no errno, and from torch not even the reason.
+# What is left of ENOSPC and EDQUOT where Rust (safetensors, tokenizers) and C++ (torch) write files: no errno, and from
+# torch not even the reason.
 FULL_TEXTS = re.compile(r"No space left on device|Disk quota exceeded|\bos error (28|122)\b")
-UNWRITTEN_TEXTS = re.compile(r"PytorchStreamWriter failed writing|inline_container\.cc.*(unexpected pos|file write failed)|unexpected pos \d+ vs \d+", re.DOTALL)
-FULL_BYTES = 64 << 20  # with less than this left, a volume is full: files of checkpoints are written in larger pieces, or there is no room for another
+UNWRITTEN_TEXTS = re.compile(
+    r"PytorchStreamWriter failed writing|inline_container\.cc.*(unexpected pos|file write failed)|unexpected pos \d+"
+    r" vs \d+",
+    re.DOTALL,
+)
+# With less free space than this, a volume counts as full: checkpoints are written in larger pieces.
+FULL_BYTES = 64 << 20
 START_OVER = "Start over: with --fresh on a laptop, under another metadata.name on a cluster"
 
 
@@ -85,17 +95,31 @@ def os_error(error: BaseException, errnos: Collection[int]) -> OSError | None:
 
 
 def storage_failure(error: BaseException, volume: Path | None) -> tuple[ExitCode, str] | None:
-    """Code and message where a file could not be written or read; None for other errors. `volume`: the workspace, to look at its free bytes."""
+    """Code and message where a file could not be written or read; None for other errors. `volume`: the workspace, to
+    look at its free bytes.
+    """
     broken = os_error(error, STORAGE_ERRNOS)
     text = next((f"{link}" for link in chain(error) if FULL_TEXTS.search(f"{link}")), "")
     unwritten = next((f"{link}" for link in chain(error) if UNWRITTEN_TEXTS.search(f"{link}")), "")
     found = " ".join(f"{broken or text or unwritten}".split())[:300]
     if (broken and broken.errno in FULL_ERRNOS) or text or (unwritten and volume and is_full(volume)):
-        return ExitCode.STORAGE_ERROR, f"spec.workspace.size: no space is left on the volume ({found}). Ask for more, or free some of it"
+        return (
+            ExitCode.STORAGE_ERROR,
+            f"spec.workspace.size: no space is left on the volume ({found}). Ask for more, or free some of it",
+        )
     if broken:
-        return ExitCode.STORAGE_ERROR, f"spec.workspace: its volume is broken ({found}). Look at the volume and at the node it is mounted on"
+        return (
+            ExitCode.STORAGE_ERROR,
+            f"spec.workspace: its volume is broken ({found}). Look at the volume and at the node it is mounted on",
+        )
     if unwritten:
-        return ExitCode.STORAGE_ERROR, f"spec.workspace: a file could not be written ({found}). Look at the volume and at the node it is mounted on"
+        return (
+            ExitCode.STORAGE_ERROR,
+            (
+                f"spec.workspace: a file could not be written ({found}). Look at the volume and at the node it is"
+                " mounted on"
+            ),
+        )
     return None
 
 
@@ -135,14 +159,19 @@ def classify(error: BaseException, volume: Path | None = None) -> tuple[ExitCode
     if storage := storage_failure(error, volume):
         return storage
     if (forbidden := os_error(error, FORBIDDEN_ERRNOS)) and forbidden.filename:
-        return ExitCode.MISCONFIGURED, (
-            f"{forbidden.filename}: {forbidden.strerror}. This process is {os.getuid()}:{os.getgid()}; give the file and its folders to that user or group,"
-            " or the right to read them to all"
+        return (
+            ExitCode.MISCONFIGURED,
+            (
+                f"{forbidden.filename}: {forbidden.strerror}. This process is {os.getuid()}:{os.getgid()}; give the"
+                " file and its folders to that user or group, or the right to read them to all"
+            ),
         )
     if found := gpuerrors.read(text):
         code, remedy = found
         return code, f"{text}. {remedy}" if remedy else text
-    if "DistBackendError" in names or any(words in text for words in ("Connection closed by peer", "Connection reset by peer")):
+    if "DistBackendError" in names or any(
+        words in text for words in ("Connection closed by peer", "Connection reset by peer")
+    ):
         return ExitCode.PEER_LOST, text
     return ExitCode.TRAINING_ERROR, text
 

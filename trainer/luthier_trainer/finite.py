@@ -1,6 +1,7 @@
 """Numbers that are not finite (NaN, infinite) end as Diverged. They are never written into a checkpoint or a result.
 
-Neighbours: `loop` withholds updates and looks at the weights before each save; `callbacks` looks at losses; `result` at the files.
+Neighbours: `loop` withholds updates and looks at the weights before each save; `callbacks` looks at losses; `result` at
+the files.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def changing_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor
 
 
 def diverged(cause: str, saved: Path | None, step: int) -> Failure:
-    """The failure of a run that has diverged. `cause` begins with a field. `saved` is the newest good checkpoint, if there is one."""
+    """The failure of a run that has diverged. `cause` begins with a field. `saved` is the newest good checkpoint, if
+    there is one.
+    """
     if saved is None:
         kept = f"No checkpoint was saved before, so all {step} steps are lost."
     else:
@@ -58,6 +61,14 @@ def check_weights(loop: Any) -> None:
     names = nonfinite_names(changing_weights(loop.model))
     if not loop.ranks.any(bool(names)):
         return
-    found = f"{len(names)} weights of the model, among them {', '.join(names[:SHOWN])}," if names else "weights on other processes"
+    found = (
+        f"{len(names)} weights of the model, among them {', '.join(names[:SHOWN])},"
+        if names
+        else "weights on other processes"
+    )
     step = loop.state.global_step
-    raise diverged(f"spec.training.learningRate: {found} are not finite numbers at step {step} and were not saved", loop.saved, step)
+    raise diverged(
+        f"spec.training.learningRate: {found} are not finite numbers at step {step} and were not saved",
+        loop.saved,
+        step,
+    )

@@ -1,6 +1,7 @@
 """The folders that the phases write to, and whether they can be written: a wrong mount should cost a tenth of a second.
 
-Imports little, because PID 1 looks before it has imported the types of the run config. Neighbours: `gate` before it, `preflight` after.
+Imports little, because PID 1 looks before it has imported the types of the run config. Neighbours: `gate` before it,
+`preflight` after.
 """
 
 from __future__ import annotations
@@ -14,11 +15,18 @@ from pathlib import Path
 from luthier_api.exitcodes import ExitCode
 from luthier_trainer.ending import STORAGE_ERRNOS, Failure, run_dir
 
-TEMPORARY = ("TMPDIR", "TEMP", "TMP")  # in the order in which tempfile looks; to import it costs as much as the whole check
+# In the order in which tempfile looks; to import it costs as much as the whole check
+TEMPORARY = (
+    "TMPDIR",
+    "TEMP",
+    "TMP",
+)
 
 
 def check(workspace: Path) -> None:
-    """Raises Failure for the first that cannot be written; creates the job's workspace folder and the run folder on the way."""
+    """Raises Failure for the first that cannot be written; creates the job's workspace folder and the run folder on the
+    way.
+    """
     for folder, field in folders(workspace):
         check_writable(folder, field)
 
@@ -57,6 +65,7 @@ def _rights(folder: Path) -> str:
     there = next(p for p in (folder, *folder.parents) if os.path.exists(p))
     facts = there.stat()
     return (
-        f"{there} belongs to {facts.st_uid}:{facts.st_gid}, mode {stat.S_IMODE(facts.st_mode):04o}; this process is {os.getuid()}:{os.getgid()}"
-        f" (groups {', '.join(map(str, os.getgroups())) or 'none'}). Use a volume that honours fsGroup, or give its folder to that group"
+        f"{there} belongs to {facts.st_uid}:{facts.st_gid}, mode {stat.S_IMODE(facts.st_mode):04o}; this process is"
+        f" {os.getuid()}:{os.getgid()} (groups {', '.join(map(str, os.getgroups())) or 'none'}). Use a volume that"
+        " honours fsGroup, or give its folder to that group"
     )

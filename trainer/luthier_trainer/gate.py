@@ -1,6 +1,7 @@
 """The first thing that PID 1 does: read the run config, so that a mistake in it costs a tenth of a second.
 
-Works on plain data, because to import the types costs more than that. Neighbours: `shape` (what is wrong with which field), `pid1`.
+Works on plain data, because to import the types costs more than that. Neighbours: `shape` (what is wrong with which
+field), `pid1`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from luthier_trainer.verbs import KINDS
 
 
 def read(verb: str, path: Path) -> dict[str, Any]:
-    """The run config as it stands, of its kind's shape, and of a kind that the verb works on. Raises Failure with the path of each wrong field."""
+    """The run config as it stands, of its kind's shape, and of a kind that the verb works on. Raises Failure with the
+    path of each wrong field.
+    """
     document = parse(path)
     if problems := shape.problems(document):
         raise Failure(ExitCode.INVALID_SPEC, "; ".join(problems))
@@ -32,6 +35,8 @@ def parse(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes().decode())
     except OSError as error:
-        raise Failure(ExitCode.MISCONFIGURED, f"{Variables.RUN}: cannot read the run config {path}: {error.strerror}") from error
+        raise Failure(
+            ExitCode.MISCONFIGURED, f"{Variables.RUN}: cannot read the run config {path}: {error.strerror}"
+        ) from error
     except (ValueError, RecursionError) as error:  # both say where
         raise Failure(ExitCode.INVALID_SPEC, f"run config: invalid JSON: {error}") from None

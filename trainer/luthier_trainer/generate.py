@@ -1,7 +1,8 @@
 """The run phase of a GenerateJob: one shard of the rows, from what `prepare` left to outputs in `result/`.
 
-Row r belongs to shard r mod shards. Outputs are kept batch by batch, so a shard that is killed goes on where it stopped, and one that is
-complete says so at once. Neighbours: `generation.text` and `generation.images` make outputs, `generation.shard` keeps them.
+Row r belongs to shard r mod shards. Outputs are kept batch by batch, so a shard that is killed goes on where it
+stopped, and one that is complete says so at once. Neighbours: `generation.text` and `generation.images` make outputs,
+`generation.shard` keeps them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from luthier_trainer.telemetry import Telemetry
 if TYPE_CHECKING:
     from luthier_trainer.generation.hardware import Hardware
 
-WINDOW_BATCHES = 64  # batches are put together within so many batches' worth of rows: enough to fill groups, few enough to begin soon
+# batches are put together within so many batches' worth of rows: enough to fill groups, few enough to begin soon
+WINDOW_BATCHES = 64
 LOG_LINES = 20  # at most, for the whole shard
 
 
@@ -48,7 +50,8 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     from luthier_trainer.generation.hardware import find_hardware
 
     hardware = find_hardware(spec)
-    # A job of fewer outputs than a batch holds would compute the rest for nothing; the number does not depend on the shards.
+    # A job of fewer outputs than a batch holds would compute the rest for nothing; the number does not depend on the
+    # shards.
     batch_size = min(spec.batch_size, sum(map(len, rows)))
     shard = Shard(folder, index, spec.shards, settings(run, record, hardware, batch_size), hardware.environment)
     left = shard.resume(samples)
@@ -56,21 +59,39 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     telemetry.set(GENERATE_MAX_ROWS, len(samples))
     telemetry.set(GENERATE_ROWS, len(shard.done))
     telemetry.serve(run.metrics_port)
-    print(f"shard {index} of {spec.shards}: {len(samples)} outputs, {len(shard.done)} of them there, on {hardware.environment}", flush=True)
-    # A shard without one good output looks, each time, whether the others can have any: a bad row costs the same however rows are split.
+    print(
+        f"shard {index} of {spec.shards}: {len(samples)} outputs, {len(shard.done)} of them there, on"
+        f" {hardware.environment}",
+        flush=True,
+    )
+    # A shard without one good output looks, each time, whether the others can have any: a bad row costs the same
+    # however rows are split.
     if left or shard.failed == len(samples) > 0:
         shard.open_result()
         with memory_explained():
             engine = load_engine(run, record, hardware, batch_size)
             if not make(engine, shard, left, len(samples), telemetry):
-                message = f"stopped with {len(shard.done)} of {len(samples)} outputs written; the rest follows when the job goes on"
+                message = (
+                    f"stopped with {len(shard.done)} of {len(samples)} outputs written; the rest follows when the job"
+                    " goes on"
+                )
                 return ending(ExitCode.PREEMPTED, message, started, saved=True, step=len(shard.done))
-            if shard.failed == len(samples) and all(engine.problem(row[0]) for row in rows if row[0].row % spec.shards != index):
-                raise Failure(ExitCode.INVALID_DATASET, f"spec.inputs: not one row can be worked on. First of them: {shard.first_error}")
+            if shard.failed == len(samples) and all(
+                engine.problem(row[0]) for row in rows if row[0].row % spec.shards != index
+            ):
+                raise Failure(
+                    ExitCode.INVALID_DATASET,
+                    f"spec.inputs: not one row can be worked on. First of them: {shard.first_error}",
+                )
     seconds = time.monotonic() - started
     pace = len(left) / seconds
     metrics = shard.finish(
-        {"rows": len(samples), "failedRows": shard.failed, "seconds": round(seconds, 3), "rowsPerSecond": round(pace, 4)}
+        {
+            "rows": len(samples),
+            "failedRows": shard.failed,
+            "seconds": round(seconds, 3),
+            "rowsPerSecond": round(pace, 4),
+        }
     )
     failed = f"; {shard.failed} cannot be made, first: {shard.first_error}" if shard.failed else ""
     return ending(ExitCode.COMPLETED, f"{len(samples) - shard.failed} outputs{failed}", started, metrics=metrics)
@@ -79,7 +100,12 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
 def ending(code: ExitCode, message: str, started: float, **facts: Any) -> TerminationMessage:
     print(message, flush=True)
     return TerminationMessage(
-        phase="run", code=code, reason=code.reason, message=message, seconds=round(time.monotonic() - started, 3), **facts
+        phase="run",
+        code=code,
+        reason=code.reason,
+        message=message,
+        seconds=round(time.monotonic() - started, 3),
+        **facts,
     )
 
 
@@ -87,12 +113,16 @@ def shard_index(shards: int) -> int:
     """Which shard this pod is. Raises Failure when it is none of them."""
     index = int(os.environ.get(Variables.NODE_RANK, "0"))
     if not 0 <= index < shards:
-        raise Failure(ExitCode.MISCONFIGURED, f"{Variables.NODE_RANK}: {index} is not one of the {shards} shards of spec.shards")
+        raise Failure(
+            ExitCode.MISCONFIGURED, f"{Variables.NODE_RANK}: {index} is not one of the {shards} shards of spec.shards"
+        )
     return index
 
 
 def settings(run: GenerateRun, record: PreparedRecord, hardware: Hardware, batch_size: int) -> dict[str, Any]:
-    """Everything that outputs depend on beside their row: what it takes to make one again, and what tells a stale one."""
+    """Everything that outputs depend on beside their row: what it takes to make one again, and what tells a stale
+    one.
+    """
     spec = run.spec
     own = spec.text if spec.task == "text-generation" else spec.image
     adapters = [
@@ -105,9 +135,13 @@ def settings(run: GenerateRun, record: PreparedRecord, hardware: Hardware, batch
         for source, adapter, path in zip(record.adapters, spec.adapters, record.adapter_paths, strict=True)
     ]
     return {
-        "task": spec.task, "model": record.model.dump(), "adapters": adapters, "precision": hardware.precision, "batchSize": batch_size,
+        "task": spec.task,
+        "model": record.model.dump(),
+        "adapters": adapters,
+        "precision": hardware.precision,
+        "batchSize": batch_size,
         **{name: value for name, value in own.dump().items() if name != "perPrompt"},
-    }  # fmt: skip
+    }
 
 
 def digest(adapter: str) -> str:
@@ -161,6 +195,6 @@ def memory_explained() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise Failure(
             ExitCode.CUDA_OUT_OF_MEMORY,
-            f"spec.batchSize: the GPU is full: {error}. Lower batchSize, the size of the images (image.width, image.height) or the length of"
-            " the texts (text.maxNewTokens), or set precision: bf16",
+            f"spec.batchSize: the GPU is full: {error}. Lower batchSize, the size of the images (image.width,"
+            " image.height) or the length of the texts (text.maxNewTokens), or set precision: bf16",
         ) from None

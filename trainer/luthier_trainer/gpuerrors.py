@@ -1,7 +1,7 @@
 """What CUDA, NCCL and the driver say when they end a process, and what it means.
 
-They say it in exceptions, and where a thread of theirs aborts the process, in the output alone. Imports nothing: PID 1 reads output
-with it. Neighbours: `ending` (exceptions), `child` (output).
+They say it in exceptions, and where a thread of theirs aborts the process, in the output alone. Imports nothing: PID 1
+reads output with it. Neighbours: `ending` (exceptions), `child` (output).
 """
 
 from __future__ import annotations
@@ -10,21 +10,60 @@ import re
 
 from luthier_api.exitcodes import ExitCode
 
-SMALLER = "The GPU is full: set training.gradientCheckpointing, a smaller microBatchSize or maxLength, a zero strategy, or method qlora"
+SMALLER = (
+    "The GPU is full: set training.gradientCheckpointing, a smaller microBatchSize or maxLength, a zero strategy, or"
+    " method qlora"
+)
 BROKEN = "Look at the GPUs of the node (nvidia-smi -q) and its kernel log (Xid)"
 
-# Words of CUDA 13, cuBLAS, NCCL 2.29 and torch 2.13 (ProcessGroupNCCL). A GPU's own fault comes before that of a peer: NCCL's errors quote it.
-WORDS: tuple[tuple[re.Pattern[str], ExitCode, str], ...] = tuple((re.compile(pattern), code, remedy) for pattern, code, remedy in (
-    (r"CUDA error: out of memory|Cuda failure (2 )?'out of memory'|CU(BLAS|DNN|SPARSE|SOLVER)_STATUS_ALLOC_FAILED", ExitCode.CUDA_OUT_OF_MEMORY, SMALLER),
-    (r"Duplicate GPU detected|invalid device ordinal", ExitCode.MISCONFIGURED,
-     "There are fewer GPUs than processes: set resources.gpusPerNode to what a node gives"),
-    (r"no kernel image is available", ExitCode.MISCONFIGURED, "The trainer image's torch is not built for this GPU: use another GPU, or image"),
-    (r"driver version is insufficient|driver on your system is too old", ExitCode.MISCONFIGURED, "Use a newer driver on the node, or an image with an older CUDA"),
-    (r"uncorrectable (ECC|NVLink) error|[Dd]evice\(?s?\)? is/are busy or unavailable|unspecified launch failure|hardware stack error",
-     ExitCode.INFRASTRUCTURE_ERROR, BROKEN),
-    (r"Watchdog caught collective operation timeout", ExitCode.HANG, "A process of the group did not come to a collective operation"),
-    (r"ncclRemoteError|remote process exited|NCCL error|gloo/.*Connection (closed|reset) by peer", ExitCode.PEER_LOST, ""),
-))  # fmt: skip
+# Words of CUDA 13, cuBLAS, NCCL 2.29 and torch 2.13 (ProcessGroupNCCL). A GPU's own fault comes before that of a peer:
+# NCCL's errors quote it.
+WORDS: tuple[tuple[re.Pattern[str], ExitCode, str], ...] = tuple(
+    (re.compile(pattern), code, remedy)
+    for pattern, code, remedy in (
+        (
+            (
+                r"CUDA error: out of memory|Cuda failure (2 )?'out of"
+                r" memory'|CU(BLAS|DNN|SPARSE|SOLVER)_STATUS_ALLOC_FAILED"
+            ),
+            ExitCode.CUDA_OUT_OF_MEMORY,
+            SMALLER,
+        ),
+        (
+            r"Duplicate GPU detected|invalid device ordinal",
+            ExitCode.MISCONFIGURED,
+            "There are fewer GPUs than processes: set resources.gpusPerNode to what a node gives",
+        ),
+        (
+            r"no kernel image is available",
+            ExitCode.MISCONFIGURED,
+            "The trainer image's torch is not built for this GPU: use another GPU, or image",
+        ),
+        (
+            r"driver version is insufficient|driver on your system is too old",
+            ExitCode.MISCONFIGURED,
+            "Use a newer driver on the node, or an image with an older CUDA",
+        ),
+        (
+            (
+                r"uncorrectable (ECC|NVLink) error|[Dd]evice\(?s?\)? is/are busy or unavailable|unspecified launch"
+                r" failure|hardware stack error"
+            ),
+            ExitCode.INFRASTRUCTURE_ERROR,
+            BROKEN,
+        ),
+        (
+            r"Watchdog caught collective operation timeout",
+            ExitCode.HANG,
+            "A process of the group did not come to a collective operation",
+        ),
+        (
+            r"ncclRemoteError|remote process exited|NCCL error|gloo/.*Connection (closed|reset) by peer",
+            ExitCode.PEER_LOST,
+            "",
+        ),
+    )
+)
 
 
 def read(text: str) -> tuple[ExitCode, str] | None:

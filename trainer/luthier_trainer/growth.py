@@ -1,7 +1,7 @@
 """A sign of life while a library writes large files: the supervisor is told for as long as they grow.
 
-transformers, safetensors and DeepSpeed write a whole file in one call, which can take longer than a step may. A write that stands still
-gives no sign, so that a volume that hangs is still found.
+transformers, safetensors and DeepSpeed write a whole file in one call, which can take longer than a step may. A write
+that stands still gives no sign, so that a volume that hangs is still found.
 """
 
 from __future__ import annotations

@@ -27,9 +27,14 @@ CONNECT_SECONDS, SILENCE_SECONDS = 15.0, 60.0
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 DEADLINE = "LUTHIER_HUB_DEADLINE"
 DEADLINE_SECONDS = 300.0
-TOO_SOON, CONFLICTS = {408, 429}, {409, 412}  # of the 4xx, those that say "not now"; the client takes the 409 of what exists itself
+# Of the 4xx, those that say "not now"; the client takes the 409 of what exists itself
+TOO_SOON, CONFLICTS = (
+    {408, 429},
+    {409, 412},
+)
 SENDABLE = re.compile(r"[!-~]+")  # printable ASCII without blanks: what the header Authorization can hold
-# The object store behind a Hub: its addresses are signed and expire, and its 400 and 403 (a slow socket, an old signature) mean no user.
+# The object store behind a Hub: its addresses are signed and expire, and its 400 and 403 (a slow socket, an old
+# signature) mean no user.
 SIGNED = re.compile(r"[?&](X-[A-Za-z]+-)?Signature=", re.IGNORECASE)
 
 
@@ -65,7 +70,8 @@ def hub_token() -> str | None:
     if token and not SENDABLE.fullmatch(token):
         raise Failure(
             ExitCode.UNAUTHORIZED,
-            f"{TOKEN}: the token (HF_TOKEN in the pod) holds a blank or another character that no token has. Copy it again, alone, as one line",
+            f"{TOKEN}: the token (HF_TOKEN in the pod) holds a blank or another character that no token has. Copy it"
+            " again, alone, as one line",
         )
     return token
 
@@ -101,7 +107,8 @@ def _limit_waiting() -> None:
 
 
 def patiently(call: Callable[[], T], field: str, what: str, seconds: float | None = None) -> T:
-    """`call`, again and again while the Hub is away; the patience is counted from its first absence, not from a long upload's start.
+    """`call`, again and again while the Hub is away; the patience is counted from its first absence, not from a long
+    upload's start.
 
     Raises Failure, with `field` and `what` in it, for everything else and in the end.
     """
@@ -141,7 +148,8 @@ def explain(error: Exception, field: str, what: str) -> Failure:
     answers = [answer for e in chain if (answer := getattr(e, "response", None)) is not None]
     signed = any(SIGNED.search(str(getattr(answer, "url", ""))) for answer in answers)
     status = None if signed else next((s for answer in answers if (s := getattr(answer, "status_code", None))), None)
-    said = _in_one_line(re.sub(r"\?[^\s']*", "", str(error)) if signed else str(error))  # whoever has a signature may write there
+    # Whoever has a signature may write there
+    said = _in_one_line(re.sub(r"\?[^\s']*", "", str(error)) if signed else str(error))
     words = _in_one_line(next((m for e in chain if (m := getattr(e, "server_message", None))), "")).rstrip(".")
     where = f"{what} on {endpoint()}"
     if "HFValidationError" in names:
@@ -157,12 +165,15 @@ def explain(error: Exception, field: str, what: str) -> Failure:
     if status in (401, 403):
         reason = f": {words}" if words else ""
         return Failure(
-            ExitCode.UNAUTHORIZED, f"{TOKEN}: the Hub refused the token for {where} ({status}){reason}. Check its value and its rights"
+            ExitCode.UNAUTHORIZED,
+            f"{TOKEN}: the Hub refused the token for {where} ({status}){reason}. Check its value and its rights",
         )
     if status == 404:
         return Failure(ExitCode.NOT_FOUND, f"{field}: there is no {where}")
     if status in CONFLICTS:
-        return Failure(ExitCode.HUB_UNAVAILABLE, f"{field}: {where} is being changed by somebody else ({status}): {words or said}")
+        return Failure(
+            ExitCode.HUB_UNAVAILABLE, f"{field}: {where} is being changed by somebody else ({status}): {words or said}"
+        )
     code, text = classify(error)
     if code is ExitCode.STORAGE_ERROR:
         return Failure(code, text)

@@ -1,8 +1,8 @@
 """The command that starts the training processes of this pod, and their environment.
 
-One process alone is plain Python. Several, or DeepSpeed, go through `accelerate launch` with a static rendezvous, so that every pod
-can be started alone. Neighbours: `supervisor` starts it, `strategy` writes DeepSpeed's configuration and checks in each rank what came
-of it. Imports no torch: it runs in PID 1.
+One process alone is plain Python. Several, or DeepSpeed, go through `accelerate launch` with a static rendezvous, so
+that every pod can be started alone. Neighbours: `supervisor` starts it, `strategy` writes DeepSpeed's configuration and
+checks in each rank what came of it. Imports no torch: it runs in PID 1.
 """
 
 from __future__ import annotations
@@ -25,23 +25,47 @@ UNITS = {"m": 1e-3, "k": 1e3, "Ki": 1024.0}  # what a number of CPUs may end wit
 
 
 def command(run: FineTuneRun, prepared: PreparedRecord, node_rank: int) -> list[str]:
-    """Arguments of the process to start on node `node_rank`. With DeepSpeed, its configuration is written to the run folder."""
+    """Arguments of the process to start on node `node_rank`. With DeepSpeed, its configuration is written to the run
+    folder.
+    """
     strategy, world_size = prepared.plan.strategy, run.spec.resources.world_size
     if world_size == 1 and not uses_deepspeed(strategy):
         return [sys.executable, "-m", MODULE, "train"]
     return [
-        sys.executable, "-m", "accelerate.commands.launch",  # `accelerate launch`, without importing its other commands
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",  # `accelerate launch`, without importing its other commands
         # --multi_gpu chooses torch's agent; the device is chosen in `train`. --cpu would start independent jobs.
         *(["--config_file", str(_write_deepspeed(run, strategy))] if uses_deepspeed(strategy) else ["--multi_gpu"]),
-        "--num_machines", str(run.spec.resources.nodes), "--num_processes", str(world_size), "--machine_rank", str(node_rank),
-        "--main_process_ip", run.rendezvous_host, "--main_process_port", str(run.rendezvous_port), "--rdzv_backend", "static",
-        "--same_network", "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", threads(run),
-        "--module", MODULE, "train",
-    ]  # fmt: skip
+        "--num_machines",
+        str(run.spec.resources.nodes),
+        "--num_processes",
+        str(world_size),
+        "--machine_rank",
+        str(node_rank),
+        "--main_process_ip",
+        run.rendezvous_host,
+        "--main_process_port",
+        str(run.rendezvous_port),
+        "--rdzv_backend",
+        "static",
+        "--same_network",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--num_cpu_threads_per_process",
+        threads(run),
+        "--module",
+        MODULE,
+        "train",
+    ]
 
 
 def environment(run: FineTuneRun, prepared: PreparedRecord) -> dict[str, str]:
-    """Variables that the processes need beside the pod's own; the pod's own win where both are set, except for the device."""
+    """Variables that the processes need beside the pod's own; the pod's own win where both are set, except for the
+    device.
+    """
     wanted = {
         "OMP_NUM_THREADS": threads(run),
         "PYTHONUNBUFFERED": "1",
@@ -54,7 +78,8 @@ def environment(run: FineTuneRun, prepared: PreparedRecord) -> dict[str, str]:
     if run.spec.resources.gpus_per_node:
         wanted["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # 44 % of fragmentation without it
     environment = {name: os.environ.get(name, value) for name, value in wanted.items()}
-    # Where DeepSpeed compiles its operators (a laptop), it calls `ninja` by name; another ninja than the environment's compiles all anew.
+    # Where DeepSpeed compiles its operators (a laptop), it calls `ninja` by name; another ninja than the environment's
+    # compiles all anew.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     if not run.spec.resources.gpus_per_node:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
@@ -90,7 +115,9 @@ def _is_loopback(host: str) -> bool:
 def _write_deepspeed(run: FineTuneRun, strategy: str) -> Path:
     """accelerate's configuration file, and DeepSpeed's beside it."""
     folder = run_dir()
-    (folder / DEEPSPEED_FILE).write_text(json.dumps(deepspeed_config(strategy, cpu=run.spec.resources.gpus_per_node == 0), indent=1))
+    (folder / DEEPSPEED_FILE).write_text(
+        json.dumps(deepspeed_config(strategy, cpu=run.spec.resources.gpus_per_node == 0), indent=1)
+    )
     accelerate = {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": "DEEPSPEED",

@@ -1,7 +1,8 @@
 """Manifests: what a folder must hold to be whole. Written last, so that its presence says that the rest is there.
 
-Checkpoints, results and shards all carry one; `publish` compares the Hub with it. Files are hashed by several threads (hashlib releases the
-interpreter's lock), and whoever waits for them is told of each chunk by `progress`: the supervisor ends a process that shows no sign of life.
+Checkpoints, results and shards all carry one; `publish` compares the Hub with it. Files are hashed by several threads
+(hashlib releases the interpreter's lock), and whoever waits for them is told of each chunk by `progress`: the
+supervisor ends a process that shows no sign of life.
 """
 
 from __future__ import annotations
@@ -68,13 +69,19 @@ def describe(folder: Path, files: Iterable[Path], progress: Progress = _silent) 
         os.chmod(path, 0o664)  # safetensors writes 0600: another uid of the group could not read it
         fsync(path)
         progress()
-        return {"path": path.relative_to(folder).as_posix(), "size": path.stat().st_size, "sha256": sha256(path, progress)}
+        return {
+            "path": path.relative_to(folder).as_posix(),
+            "size": path.stat().st_size,
+            "sha256": sha256(path, progress),
+        }
 
     with ThreadPoolExecutor(threads()) as pool:
         return list(pool.map(entry, files))
 
 
-def write_manifest(folder: Path, entries: Iterable[Entry] | None = None, progress: Progress = _silent, **facts: Any) -> dict[str, Any]:
+def write_manifest(
+    folder: Path, entries: Iterable[Entry] | None = None, progress: Progress = _silent, **facts: Any
+) -> dict[str, Any]:
     """Record every file below `folder` with size and SHA-256, beside `facts`; all of it is durable on return.
 
     `entries`: what is known of the files already; it must name all of them. Default: they are read here.
@@ -93,7 +100,8 @@ def write_manifest(folder: Path, entries: Iterable[Entry] | None = None, progres
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of `folder`; None when there is none, when it cannot be read, or when it does not say what it should of each file.
+    """The manifest of `folder`; None when there is none, when it cannot be read, or when it does not say what it should
+    of each file.
 
     One that names no file is none: a folder without files would always be what such a manifest says.
     """
@@ -106,7 +114,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def names_in(text: bytes) -> list[str] | None:
-    """The files that a manifest of unknown origin names, as it writes them; None when not every entry is as `write_manifest` makes them."""
+    """The files that a manifest of unknown origin names, as it writes them; None when not every entry is as
+    `write_manifest` makes them.
+    """
     try:
         found = entries_in(json.loads(text))
     except (ValueError, RecursionError):
@@ -124,13 +134,23 @@ def _is_entry(entry: Any) -> bool:
     if not isinstance(entry, dict):
         return False
     path, size, digest = entry.get("path"), entry.get("size"), entry.get("sha256")
-    return isinstance(path, str) and type(size) is int and size >= 0 and isinstance(digest, str) and bool(SHA256.fullmatch(digest))
+    return (
+        isinstance(path, str)
+        and type(size) is int
+        and size >= 0
+        and isinstance(digest, str)
+        and bool(SHA256.fullmatch(digest))
+    )
 
 
 def problems(folder: Path, progress: Progress = _silent) -> list[str]:
     """Why `folder` is not what its manifest says; empty when it is."""
     manifest = read_manifest(folder)
-    return [f"{MANIFEST} is missing, unreadable or incomplete"] if manifest is None else differences(folder, manifest["files"], progress)
+    return (
+        [f"{MANIFEST} is missing, unreadable or incomplete"]
+        if manifest is None
+        else differences(folder, manifest["files"], progress)
+    )
 
 
 def differences(folder: Path, entries: Collection[Entry], progress: Progress = _silent) -> list[str]:

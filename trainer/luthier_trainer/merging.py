@@ -1,7 +1,8 @@
-"""Adapters as a part of their model: their weights added to those of the base, in the base's own precision, never in 4 bits.
+"""Adapters as a part of their model: their weights added to those of the base, in the base's own precision, never in 4
+bits.
 
-`merge` writes what another job goes on from, `add_adapters` makes what a GenerateJob writes with. Both give the logits of base + adapter, as
-PEFT computes them. Neighbour: `adapters`, which has seen in `prepare` that they fit.
+`merge` writes what another job goes on from, `add_adapters` makes what a GenerateJob writes with. Both give the logits
+of base + adapter, as PEFT computes them. Neighbour: `adapters`, which has seen in `prepare` that they fit.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ SHOWN = 5  # weights in a message
 
 
 def merge(base: Path, adapter: Path, into: Path, labels: list[str] | None, field: str) -> Path:
-    """Write base + adapter to `into`. `labels` are a classifier's classes: its base has another head. Raises Failure when they do not fit."""
+    """Write base + adapter to `into`. `labels` are a classifier's classes: its base has another head. Raises Failure
+    when they do not fit.
+    """
     import torch
     import transformers
     from peft import PeftModel
@@ -36,28 +39,46 @@ def merge(base: Path, adapter: Path, into: Path, labels: list[str] | None, field
     options: dict[str, Any] = {"dtype": "auto", **OWN_WEIGHTS}
     if labels:
         names = {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
-        options |= {"num_labels": len(labels), "ignore_mismatched_sizes": True} | names  # the adapter brings its own head
-    model, loaded = getattr(transformers, f"AutoModelFor{task.model}").from_pretrained(base, output_loading_info=True, **options)
-    lacking = {*loaded["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in loaded["mismatched_keys"])}
+        options |= {
+            "num_labels": len(labels),
+            "ignore_mismatched_sizes": True,
+        } | names  # the adapter brings its own head
+    model, loaded = getattr(transformers, f"AutoModelFor{task.model}").from_pretrained(
+        base, output_loading_info=True, **options
+    )
+    lacking = {
+        *loaded["missing_keys"],
+        *(key[0] if isinstance(key, tuple) else key for key in loaded["mismatched_keys"]),
+    }
     if lost := sorted(lacking - names_in(adapter).keys()):
         # PEFT would leave what was drawn at random, and say nothing.
-        raise Failure(ExitCode.INVALID_SPEC, f"{field}: neither the adapter nor its base model {base} has {', '.join(lost[:SHOWN])}")
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: neither the adapter nor its base model {base} has {', '.join(lost[:SHOWN])}",
+        )
     if quantised := getattr(model, "is_quantized", False):
         model = model.dequantize()
     try:
         model = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")
     except (RuntimeError, ValueError, KeyError) as error:
         text = " ".join(str(error).split())[:500]
-        raise Failure(ExitCode.INVALID_SPEC, f"{field}: the adapter does not fit its base model {base}: {text}") from error
+        raise Failure(
+            ExitCode.INVALID_SPEC, f"{field}: the adapter does not fit its base model {base}: {text}"
+        ) from error
     untie(model)
     with torch.no_grad():
         whole = merged(model, field)
-    whole.save_pretrained(into, save_original_format=not quantised)  # transformers cannot turn round how it read the 4 bits
+    # Transformers cannot turn round how it read the 4 bits
+    whole.save_pretrained(into, save_original_format=not quantised)
     return into
 
 
-def add_adapters(model: PreTrainedModel, folders: Sequence[Path], weights: Sequence[float], field: str) -> PreTrainedModel:
-    """`model` with LoRA adapters added to its weights, each as many times as its weight says. Raises Failure when one does not fit."""
+def add_adapters(
+    model: PreTrainedModel, folders: Sequence[Path], weights: Sequence[float], field: str
+) -> PreTrainedModel:
+    """`model` with LoRA adapters added to its weights, each as many times as its weight says. Raises Failure when one
+    does not fit.
+    """
     used = [(i, folder, weight) for i, (folder, weight) in enumerate(zip(folders, weights, strict=True)) if weight != 0]
     originals = copied_weights(model, [folder for _, folder, _ in used]) if len(used) > 1 else {}
     for i, folder, weight in used:
@@ -66,19 +87,32 @@ def add_adapters(model: PreTrainedModel, folders: Sequence[Path], weights: Seque
 
 
 def copied_weights(model: PreTrainedModel, folders: Sequence[Path]) -> dict[str, torch.Tensor]:
-    """Name → value of the model's weights of which adapters bring a copy along: PEFT saves embeddings that an adapter sits on."""
+    """Name → value of the model's weights of which adapters bring a copy along: PEFT saves embeddings that an adapter
+    sits on.
+    """
     weights = dict(model.named_parameters(remove_duplicate=False))
-    names = {name.removesuffix(COPIED) + ".weight" for folder in folders for name in names_in(folder) if name.endswith(COPIED)}
+    names = {
+        name.removesuffix(COPIED) + ".weight"
+        for folder in folders
+        for name in names_in(folder)
+        if name.endswith(COPIED)
+    }
     return {name: weights[name].detach().clone() for name in names & weights.keys()}
 
 
-def add_adapter(model: PreTrainedModel, folder: Path, weight: float, field: str, originals: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+def add_adapter(
+    model: PreTrainedModel, folder: Path, weight: float, field: str, originals: Mapping[str, torch.Tensor]
+) -> PreTrainedModel:
     """`originals`: weights of the base, before any adapter was added to it, of which adapters bring a copy along."""
     import torch
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
-    biases = [(bias, bias.detach().clone()) for name, bias in model.named_parameters() if name.endswith("bias")] if weight != 1 else []
+    biases = (
+        [(bias, bias.detach().clone()) for name, bias in model.named_parameters() if name.endswith("bias")]
+        if weight != 1
+        else []
+    )
     before = copied_weights(model, [folder]) if originals else {}
     try:
         adapted = PeftModel.from_pretrained(model, folder)
@@ -111,10 +145,12 @@ def merged(adapted: PeftModel, field: str) -> PreTrainedModel:
 
 
 def untie(model: PeftModel) -> None:
-    """Give each module weights of its own where an adapter sits on weights that two modules share: input and output embeddings, as a rule.
+    """Give each module weights of its own where an adapter sits on weights that two modules share: input and output
+    embeddings, as a rule.
 
-    An adapter belongs to one of the two. PEFT 0.21 merges it into the shared weights, and so adds it to the other one as well, or twice
-    where both have one (peft issue 2777). `config.tie_word_embeddings` is set accordingly, so that the model is saved and loaded untied.
+    An adapter belongs to one of the two. PEFT 0.21 merges it into the shared weights, and so adds it to the other one
+    as well, or twice where both have one (peft issue 2777). `config.tie_word_embeddings` is set accordingly, so that
+    the model is saved and loaded untied.
     """
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -1,4 +1,6 @@
-"""README.md of what is published: what it is, what it was made of, how good it is, how to load it. The front matter is the Hub's."""
+"""README.md of what is published: what it is, what it was made of, how good it is, how to load it. The front matter is
+the Hub's.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,17 @@ from luthier_trainer.taskfacts import FACTS, TaskFacts
 
 PROCESSORS = {"text": "tokenizer", "image": "processor"}  # what one calls it
 TITLES = {
-    "evalLoss": "Held-out loss", "evalLossBefore": "Held-out loss before", "perplexity": "Perplexity", "accuracy": "Accuracy",
-    "f1Macro": "F1 (macro, over all labels)", "majorityShare": "Share of the commonest class", "trainLoss": "Training loss", "steps": "Steps",
-    "tokens": "Tokens", "seconds": "Seconds",
-}  # fmt: skip
+    "evalLoss": "Held-out loss",
+    "evalLossBefore": "Held-out loss before",
+    "perplexity": "Perplexity",
+    "accuracy": "Accuracy",
+    "f1Macro": "F1 (macro, over all labels)",
+    "majorityShare": "Share of the commonest class",
+    "trainLoss": "Training loss",
+    "steps": "Steps",
+    "tokens": "Tokens",
+    "seconds": "Seconds",
+}
 
 
 def card(run: FineTuneRun | GenerateRun, prepared: PreparedRecord, result: Path) -> str:
@@ -38,27 +47,51 @@ def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
     if spec.dataset.id:
         front["datasets"] = [spec.dataset.id]
     front["tags"] = ["luthier", spec.method.type, spec.task]
-    method = spec.method.type if spec.method.type == "full" else f"{spec.method.type} (rank {spec.method.rank}, alpha {spec.method.alpha})"
+    method = (
+        spec.method.type
+        if spec.method.type == "full"
+        else f"{spec.method.type} (rank {spec.method.rank}, alpha {spec.method.alpha})"
+    )
     training, plan = spec.training, prepared.plan
     facts = {
-        "Task": spec.task, "Base model": source(prepared.model.source, prepared.model.revision),
-        "Dataset": source(prepared.dataset.source, prepared.dataset.revision), "Rows": counted(prepared), "Method": method,
-        "Learning rate": f"{training.learning_rate:g}, {training.schedule}", "Batch size": training.batch_size,
-        "Epochs": None if training.max_steps else f"{training.epochs:g}", "Steps": plan.steps, "Tokens a row, at most": training.max_length if task.inputs == "text" else None,
-        "Packing": "yes" if training.packing else None, "Strategy": f"{plan.strategy}, {plan.world_size} processes", "Seed": training.seed,
+        "Task": spec.task,
+        "Base model": source(prepared.model.source, prepared.model.revision),
+        "Dataset": source(prepared.dataset.source, prepared.dataset.revision),
+        "Rows": counted(prepared),
+        "Method": method,
+        "Learning rate": f"{training.learning_rate:g}, {training.schedule}",
+        "Batch size": training.batch_size,
+        "Epochs": None if training.max_steps else f"{training.epochs:g}",
+        "Steps": plan.steps,
+        "Tokens a row, at most": training.max_length if task.inputs == "text" else None,
+        "Packing": "yes" if training.packing else None,
+        "Strategy": f"{plan.strategy}, {plan.world_size} processes",
+        "Seed": training.seed,
         "Classes": ", ".join(prepared.dataset.labels[:50]) if prepared.dataset.labels else None,
-    }  # fmt: skip
+    }
     load = loading(repo, task, result, classifier=bool(prepared.dataset.labels))
-    needs = "" if spec.model.id or not adapter else f"\nThe adapter's base model lies where the job found it ({prepared.model.source}).\n"
+    needs = (
+        ""
+        if spec.model.id or not adapter
+        else f"\nThe adapter's base model lies where the job found it ({prepared.model.source}).\n"
+    )
     needs += "".join(f"\nBefore you merge the adapter: {warning}.\n" for warning in shared_weights(run, prepared))
-    return document(front, repo, f"Fine-tuned with Luthier, FineTuneJob `{run.name}`.", [
-        ("Results", table({TITLES.get(k, k): f"{v:.6g}" for k, v in metrics.items()})), ("How it was made", table(facts)),
-        ("How to load it", f"```python\n{load}\n```\n{needs}"),
-    ])  # fmt: skip
+    return document(
+        front,
+        repo,
+        f"Fine-tuned with Luthier, FineTuneJob `{run.name}`.",
+        [
+            ("Results", table({TITLES.get(k, k): f"{v:.6g}" for k, v in metrics.items()})),
+            ("How it was made", table(facts)),
+            ("How to load it", f"```python\n{load}\n```\n{needs}"),
+        ],
+    )
 
 
 def shared_weights(run: FineTuneRun, prepared: PreparedRecord) -> list[str]:
-    """A sentence for each module with an adapter whose weights are another module's, too. None where the base is out of reach here."""
+    """A sentence for each module with an adapter whose weights are another module's, too. None where the base is out of
+    reach here.
+    """
     method, folder = run.spec.method, Path(prepared.model_path)
     if method.type == "full" or "all-linear" in method.target_modules or not (folder / "config.json").is_file():
         return []  # all-linear takes no embeddings
@@ -68,8 +101,9 @@ def shared_weights(run: FineTuneRun, prepared: PreparedRecord) -> list[str]:
     shared = modelfacts.tied_modules(model)
     return [
         modelfacts.SHARED.format(name=name, other=other)
-        for name, other in shared.items() if any(f".{name}".endswith(f".{target}") for target in method.target_modules)
-    ]  # fmt: skip
+        for name, other in shared.items()
+        if any(f".{name}".endswith(f".{target}") for target in method.target_modules)
+    ]
 
 
 def loading(repo: str, task: TaskFacts, result: Path, classifier: bool) -> str:
@@ -77,13 +111,22 @@ def loading(repo: str, task: TaskFacts, result: Path, classifier: bool) -> str:
     processor = f'{PROCESSORS[task.inputs]} = {task.processor_class}.from_pretrained("{repo}")'
     auto = f"AutoModelFor{task.model}"
     if not (result / ADAPTER_CONFIG).is_file():
-        return f'from transformers import {auto}, {task.processor_class}\n\nmodel = {auto}.from_pretrained("{repo}")\n{processor}'
+        return (
+            f"from transformers import {auto}, {task.processor_class}\n\nmodel ="
+            f' {auto}.from_pretrained("{repo}")\n{processor}'
+        )
     if not classifier:
         peft = f"AutoPeftModelFor{task.model}"
-        return f'from peft import {peft}\nfrom transformers import {task.processor_class}\n\nmodel = {peft}.from_pretrained("{repo}")\n{processor}'
-    # PEFT's Auto classes would give the base its own classes. Its head is another one, or none: the adapter brings the one that was trained.
+        return (
+            f"from peft import {peft}\nfrom transformers import {task.processor_class}\n\nmodel ="
+            f' {peft}.from_pretrained("{repo}")\n{processor}'
+        )
+    # PEFT's Auto classes would give the base its own classes. Its head is another one, or none: the adapter brings the
+    # one that was trained.
     adapter = json.loads((result / ADAPTER_CONFIG).read_text())
-    base = f'"{adapter["base_model_name_or_path"]}"' + (f', revision="{adapter["revision"]}"' if adapter.get("revision") else "")
+    base = f'"{adapter["base_model_name_or_path"]}"' + (
+        f', revision="{adapter["revision"]}"' if adapter.get("revision") else ""
+    )
     return (
         f"from peft import PeftModel\nfrom transformers import AutoConfig, {auto}, {task.processor_class}\n\n"
         f'config = AutoConfig.from_pretrained("{repo}")  # with the classes and the padding token\n'
@@ -100,15 +143,18 @@ def dataset_card(run: GenerateRun, prepared: PreparedRecord, result: Path) -> st
     front = {"tags": ["luthier", spec.task, "synthetic"], "configs": [datasetfields.config(result, manifests)]}
     settings = (spec.image if spec.task == "text-to-image" else spec.text).dump()
     facts = {
-        "Task": spec.task, "Model": source(prepared.model.source, prepared.model.revision),
+        "Task": spec.task,
+        "Model": source(prepared.model.source, prepared.model.revision),
         "Adapters": ", ".join(source(a.source, a.revision) for a in prepared.adapters) or None,
         "Inputs": f"{source(prepared.dataset.source, prepared.dataset.revision)}, {prepared.dataset.rows} rows",
-        "Outputs": f"{metrics['rows']:g}", "Of them failed": f"{metrics['failedRows']:g}" if metrics["failedRows"] else None,
-        "Seed": spec.seed, **settings,
-    }  # fmt: skip
+        "Outputs": f"{metrics['rows']:g}",
+        "Of them failed": f"{metrics['failedRows']:g}" if metrics["failedRows"] else None,
+        "Seed": spec.seed,
+        **settings,
+    }
     about = (
-        f"Generated with Luthier, GenerateJob `{run.name}`. Each row is an output: its prompt, seed, settings and digest, what else stood in its row of the"
-        " inputs (`input`), or why it could not be made (`error`)."
+        f"Generated with Luthier, GenerateJob `{run.name}`. Each row is an output: its prompt, seed, settings and"
+        " digest, what else stood in its row of the inputs (`input`), or why it could not be made (`error`)."
     )
     load = f'```python\nfrom datasets import load_dataset\n\noutputs = load_dataset("{repo}", split="train")\n```'
     return document(front, repo, about, [("How to load it", load), ("How it was made", table(facts))])
@@ -121,7 +167,9 @@ def document(front: Mapping[str, Any], title: str, about: str, sections: list[tu
 
 
 def table(facts: Mapping[str, object]) -> str:
-    rows = [f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in facts.items() if value is not None]
+    rows = [
+        f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in facts.items() if value is not None
+    ]
     return "\n".join(["| | |", "|---|---|", *rows]) if rows else ""
 
 

@@ -1,8 +1,8 @@
 """Whether the weights in a folder are those that the task's model needs; and if not, what can be done about it.
 
-transformers draws at random what it does not find, and says so in a log at most. It is asked here what it would miss: it "loads" the names
-and shapes of the files' headers onto the meta device, by all its rules for renamed, fused and tied weights, and reads none. Neighbours:
-`weightfiles` reads the headers; `prepare` of both kinds asks.
+transformers draws at random what it does not find, and says so in a log at most. It is asked here what it would miss:
+it "loads" the names and shapes of the files' headers onto the meta device, by all its rules for renamed, fused and tied
+weights, and reads none. Neighbours: `weightfiles` reads the headers; `prepare` of both kinds asks.
 """
 
 from __future__ import annotations
@@ -26,18 +26,21 @@ from luthier_trainer.taskfacts import FACTS
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")  # what DistributedDataParallel and torch.compile put before names
+# What DistributedDataParallel and torch.compile put before names
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
 SHOWN = 3  # names in a message
 FUSED = (
-    "weights that are joined in memory (those of experts, or of queries, keys and values) do not fit each other, as one of them is absent or has another"
-    " shape. Copy or download it again"
+    "weights that are joined in memory (those of experts, or of queries, keys and values) do not fit each other, as one"
+    " of them is absent or has another shape. Copy or download it again"
 )
 Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a model misses in the files, and what it finds there in another shape: (name, shape in the files, shape in the model)."""
+    """What a model misses in the files, and what it finds there in another shape: (name, shape in the files, shape in
+    the model).
+    """
 
     model: PreTrainedModel
     """On the meta device."""
@@ -46,15 +49,21 @@ class Comparison:
     unexpected: frozenset[str]
 
 
-def fitting(path: Path, config: PreTrainedConfig, task: str, field: str, folder: WorkspaceFolder, named_by_adapter: bool) -> Path:
-    """The folder whose weights are those of the model for `task`: `path`, or a copy in the workspace with the names put right.
+def fitting(
+    path: Path, config: PreTrainedConfig, task: str, field: str, folder: WorkspaceFolder, named_by_adapter: bool
+) -> Path:
+    """The folder whose weights are those of the model for `task`: `path`, or a copy in the workspace with the names put
+    right.
 
     `named_by_adapter`: the result will be an adapter that names the model on the Hub as its base. Raises Failure.
     """
     files = weightfiles.loaded(path, field)
     files += [path / name for name in type(config).extra_files if (path / name).is_file() and path / name not in files]
     if bare := weightfiles.without_scale(files):
-        raise Failure(ExitCode.INVALID_SPEC, f"{field}: {path} holds no scales for {len(bare)} weights in FP8: {some(bare)}. Copy or download it again")
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: {path} holds no scales for {len(bare)} weights in FP8: {some(bare)}. Copy or download it again",
+        )
     there = weightfiles.shapes(files)
     found = compare(there, config, task, field)
     if not (lost := lacking(found, task)):
@@ -68,7 +77,9 @@ def fitting(path: Path, config: PreTrainedConfig, task: str, field: str, folder:
 
 
 def compare(there: Shapes, config: PreTrainedConfig, task: str, field: str) -> Comparison:
-    """What transformers would say of weights with these names and shapes. Raises Failure where it cannot make the model's of them."""
+    """What transformers would say of weights with these names and shapes. Raises Failure where it cannot make the
+    model's of them.
+    """
     import torch
     from transformers.utils import logging
 
@@ -83,17 +94,26 @@ def compare(there: Shapes, config: PreTrainedConfig, task: str, field: str) -> C
     logging.set_verbosity_error()
     try:
         model, loaded = kind.from_pretrained(
-            None, config=config, state_dict=weights, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+            None,
+            config=config,
+            state_dict=weights,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     except Exception as error:  # conversions of shapes that do not fit end in exceptions of many kinds
         trouble = FUSED if "automatic conversion" in str(error) else " ".join(str(error).split())[:500]
-        raise Failure(ExitCode.INVALID_SPEC, f"{field}: its weights cannot be loaded as a {kind.__name__}: {trouble}") from error
+        raise Failure(
+            ExitCode.INVALID_SPEC, f"{field}: its weights cannot be loaded as a {kind.__name__}: {trouble}"
+        ) from error
     finally:
         logging.set_verbosity(level)
     mismatched = [(name, tuple(found), tuple(wanted)) for name, found, wanted in loaded["mismatched_keys"]]
     if quantised:  # bitsandbytes keeps the weights of GPT-2's Conv1D as those of a Linear
         mismatched = [m for m in mismatched if sorted(m[1]) != sorted(m[2])]
-    return Comparison(model, frozenset(loaded["missing_keys"]), tuple(sorted(mismatched)), frozenset(loaded["unexpected_keys"]))
+    return Comparison(
+        model, frozenset(loaded["missing_keys"]), tuple(sorted(mismatched)), frozenset(loaded["unexpected_keys"])
+    )
 
 
 def lacking(found: Comparison, task: str) -> list[str]:
@@ -109,7 +129,9 @@ def lacking(found: Comparison, task: str) -> list[str]:
 
 
 def in_head(model: PreTrainedModel, name: str) -> bool:
-    """Whether a weight of a classifier belongs to its head: it stands outside the encoder, or pools what the encoder returns."""
+    """Whether a weight of a classifier belongs to its head: it stands outside the encoder, or pools what the encoder
+    returns.
+    """
     from luthier_trainer.tasks.classification import whole_modules
 
     if "pooler" in name.split("."):  # models that learnt to fill in words have none
@@ -136,11 +158,18 @@ def refusal(found: Comparison, lost: list[str], path: Path, there: Shapes, field
     output = found.model.get_output_embeddings() if hasattr(found.model, "get_output_embeddings") else None
     head = next((name for name, module in found.model.named_modules() if module is output), None)
     if head and all(name.startswith(f"{head}.") for name in lost):
-        remedy = "Choose a model that was trained for this task; if its output layer is its embedding, set tie_word_embeddings: true in its config.json"
+        remedy = (
+            "Choose a model that was trained for this task; if its output layer is its embedding, set"
+            " tie_word_embeddings: true in its config.json"
+        )
     elif found.mismatched and any("vocab" in name or "embed" in name for name, _, _ in found.mismatched):
-        remedy = "Set vocab_size in its config.json to the rows of its embedding, or copy the files that belong together"
+        remedy = (
+            "Set vocab_size in its config.json to the rows of its embedding, or copy the files that belong together"
+        )
     else:
-        remedy = "Copy or download it again, or choose a model whose files are whole and named as transformers names them"
+        remedy = (
+            "Copy or download it again, or choose a model whose files are whole and named as transformers names them"
+        )
     return Failure(ExitCode.INVALID_SPEC, f"{text} They would be drawn at random. {remedy}")
 
 
@@ -156,14 +185,19 @@ def shown(shape: tuple[int, ...]) -> str:
 def without_wrappers(
     path: Path, files: list[Path], wrapped: list[str], field: str, folder: WorkspaceFolder, named_by_adapter: bool
 ) -> Path:
-    """A copy of the model in `prepared/model` whose weights have the names that transformers looks for. Raises Failure."""
+    """A copy of the model in `prepared/model` whose weights have the names that transformers looks for. Raises
+    Failure.
+    """
     prefixes = " and ".join(sorted({part for name in wrapped for part in ("module.", "_orig_mod.") if part in name}))
-    found = f"{field}: the names of {len(wrapped)} of its weights begin with {prefixes}, which torch.compile or DistributedDataParallel put there"
+    found = (
+        f"{field}: the names of {len(wrapped)} of its weights begin with {prefixes}, which torch.compile or"
+        " DistributedDataParallel put there"
+    )
     if named_by_adapter:
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"{found}. Whoever loads an adapter with this base would get random weights. Save the model without the wrapper and name that, or use"
-            " method.type: full",
+            f"{found}. Whoever loads an adapter with this base would get random weights. Save the model without the"
+            " wrapper and name that, or use method.type: full",
         )
     target, staged = folder.prepared / "model", folder.prepared / "model.renamed"
     shutil.rmtree(staged, ignore_errors=True)

@@ -1,7 +1,9 @@
-"""What a user should know although nothing failed: data that was dropped or changed, weights that were drawn anew, defaults that were chosen.
+"""What a user should know although nothing failed: data that was dropped or changed, weights that were drawn anew,
+defaults that were chosen.
 
-A notice is printed to the log and travels in the termination message, so that it also stands in `status.notices` and on the screen of
-`luthier run`. Each process collects its own; only those of the first rank are sent. Neighbour: `process`, which puts them into the message.
+A notice is printed to the log and travels in the termination message, so that it also stands in `status.notices` and on
+the screen of `luthier run`. Each process collects its own; only those of the first rank are sent. Neighbour: `process`,
+which puts them into the message.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ _given: list[str] = []
 
 
 def notice(text: str) -> None:
-    """Print `text`, which begins with the path of the field that it is about, and keep it for the status. Repeated texts count once."""
+    """Print `text`, which begins with the path of the field that it is about, and keep it for the status. Repeated
+    texts count once.
+    """
     if text in _given:
         return
     _given.append(text)

@@ -1,8 +1,9 @@
 """What a job was built on: files and folders outside its workspace, and whether they are still what they were.
 
-Names and dates do not tell. A job that is run again leaves another result at the same place; a volume that is mounted anew may show other
-dates for the same bytes. So content does: of data every byte, of a model's folder its manifest, or what changes with any training.
-Neighbours: `prepare` and `preflight` refuse what has changed, `sources` and `data.load` say what was read.
+Names and dates do not tell. A job that is run again leaves another result at the same place; a volume that is mounted
+anew may show other dates for the same bytes. So content does: of data every byte, of a model's folder its manifest, or
+what changes with any training. Neighbours: `prepare` and `preflight` refuse what has changed, `sources` and `data.load`
+say what was read.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from luthier_trainer.manifest import read_manifest, sha256
 
 LOADED = {".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken"}
 NOT_LOADED = {"metrics.json"}  # its seconds differ each time
-# Weights are up to hundreds of GB, and `prepare` reads nothing else of them: their header, and as much of the last tensors as no training
-# leaves alone, even where bf16 swallows most of its steps.
+# Weights are up to hundreds of GB, and `prepare` reads nothing else of them: their header, and as much of the last
+# tensors as no training leaves alone, even where bf16 swallows most of its steps.
 EDGE_BYTES = 1 << 20
 
 
@@ -47,12 +48,16 @@ def _content(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def folder_digest(folder: Path) -> str:
-    """What tells one version of a model, a pipeline or an adapter from another: a SHA-256, the same for a copy elsewhere."""
+    """What tells one version of a model, a pipeline or an adapter from another: a SHA-256, the same for a copy
+    elsewhere.
+    """
     try:
         files = {entry["path"]: entry["sha256"] for entry in (read_manifest(folder) or {})["files"]}
     except (KeyError, TypeError):  # no manifest, or somebody else's
         inside = (
-            p for p in folder.rglob("*") if p.suffix in LOADED and not any(part.startswith(".") for part in p.relative_to(folder).parts)
+            p
+            for p in folder.rglob("*")
+            if p.suffix in LOADED and not any(part.startswith(".") for part in p.relative_to(folder).parts)
         )
         files = {p.relative_to(folder).as_posix(): _edges(p) for p in inside if p.is_file()}
     return combined(f"{name} {digest}" for name, digest in files.items() if name not in NOT_LOADED)
@@ -72,7 +77,9 @@ def combined(digests: Iterable[str]) -> str:
 
 
 def refuse_changes(origins: Iterable[Origin]) -> None:
-    """Raise Failure when one of them is another than it was. One that is gone is no other: what was made of it may well outlive it."""
+    """Raise Failure when one of them is another than it was. One that is gone is no other: what was made of it may well
+    outlive it.
+    """
     for origin in origins:
         path = Path(origin.path)
         if path.exists() and not _same(origin, path):
@@ -83,10 +90,13 @@ def _same(origin: Origin, path: Path) -> bool:
     if origin.size is None:  # a model
         return folder_digest(path) == origin.digest
     size, mtime_ns = _stamp(path)
-    return (size, mtime_ns) == (origin.size, origin.mtime_ns) or (size == origin.size and _content(path, size, mtime_ns) == origin.digest)
+    return (size, mtime_ns) == (origin.size, origin.mtime_ns) or (
+        size == origin.size and _content(path, size, mtime_ns) == origin.digest
+    )
 
 
 def changed(field: str, what: str) -> Failure:
     return Failure(
-        ExitCode.INVALID_SPEC, f"{field}: {what} since this job was prepared, and what the job has made is of the old. {START_OVER}"
+        ExitCode.INVALID_SPEC,
+        f"{field}: {what} since this job was prepared, and what the job has made is of the old. {START_OVER}",
     )

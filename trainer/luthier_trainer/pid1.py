@@ -1,7 +1,7 @@
 """PID 1 of the trainer image, from its command line to its last word.
 
-What is cheap to find out comes first: the run config and the folders are looked at before the types are imported, torch never is.
-Neighbours: `gate` and `folders`, which look, and `supervisor`, which does the phase.
+What is cheap to find out comes first: the run config and the folders are looked at before the types are imported, torch
+never is. Neighbours: `gate` and `folders`, which look, and `supervisor`, which does the phase.
 """
 
 from __future__ import annotations
@@ -37,7 +37,13 @@ def main(arguments: Sequence[str], stop: Stop) -> int:
     """What the command line asks for. Returns the container's exit code."""
     parser = Parser(prog="python -m luthier_trainer", description="Run one phase of a job.")
     parser.add_argument("verb", choices=VERBS)
-    parser.add_argument("--run", type=Path, metavar="FILE", default=os.environ.get(Variables.RUN) or None, help=f"run config; default: ${Variables.RUN}")
+    parser.add_argument(
+        "--run",
+        type=Path,
+        metavar="FILE",
+        default=os.environ.get(Variables.RUN) or None,
+        help=f"run config; default: ${Variables.RUN}",
+    )
     options = parser.parse_args(arguments)
     if options.run is None:
         parser.error(f"--run is missing, and {Variables.RUN} is not set")
@@ -78,4 +84,8 @@ def report(message: dict[str, Any]) -> None:
     except OSError as error:
         print(f"supervisor: cannot write {log}: {error.strerror}", file=sys.stderr)
     text = f": {message['message']}" if message["message"] else ""
-    print(f"supervisor: {message['phase']} ended with {message['code']} {message['reason']}{text}", file=sys.stderr, flush=True)
+    print(
+        f"supervisor: {message['phase']} ended with {message['code']} {message['reason']}{text}",
+        file=sys.stderr,
+        flush=True,
+    )

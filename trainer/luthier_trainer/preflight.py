@@ -1,7 +1,8 @@
-"""What must hold before anything heavy starts: GPUs that can be seen, a prepared workspace, and models elsewhere that are still those
-it was prepared with.
+"""What must hold before anything heavy starts: GPUs that can be seen, a prepared workspace, and models elsewhere that
+are still those it was prepared with.
 
-Runs in PID 1, in milliseconds and without torch. Each check raises Failure. Neighbours: `gate` and `folders`, which were there before.
+Runs in PID 1, in milliseconds and without torch. Each check raises Failure. Neighbours: `gate` and `folders`, which
+were there before.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def check_gpus(run: FineTuneRun | GenerateRun, devices: Path) -> None:
     if asked and not any([*devices.glob("nvidia[0-9]*"), *devices.glob("kfd"), *devices.glob("dxg")]):
         raise Failure(
             ExitCode.MISCONFIGURED,
-            f"{field}: {asked} asked for, but no GPU is visible here. Check the node's driver and device plugin, or set {field}: 0 to run on CPU",
+            f"{field}: {asked} asked for, but no GPU is visible here. Check the node's driver and device plugin, or set"
+            f" {field}: 0 to run on CPU",
         )
 
 
@@ -53,7 +55,8 @@ def needs_operators(strategy: str, gpus: int) -> bool:
 
 
 def check_operators(strategy: str, accelerator: str, install: Path | None = None) -> None:
-    """DeepSpeed loads only operators that were built for the accelerator it runs on, and else compiles them, where there is a compiler.
+    """DeepSpeed loads only operators that were built for the accelerator it runs on, and else compiles them, where
+    there is a compiler.
 
     `install`: its folder; default: that of this Python.
     """
@@ -66,6 +69,7 @@ def check_operators(strategy: str, accelerator: str, install: Path | None = None
     if not shutil.which(shlex.split(os.environ.get("CXX") or "c++")[0]):  # as in `ccache g++`
         raise Failure(
             ExitCode.MISCONFIGURED,
-            f"spec.strategy: {strategy} needs DeepSpeed's operators for {accelerator}. This installation has none, and there is no C++ compiler to"
-            f" make them. Use a trainer image that was built with DS_ACCELERATOR={accelerator}, or another strategy",
+            f"spec.strategy: {strategy} needs DeepSpeed's operators for {accelerator}. This installation has none, and"
+            " there is no C++ compiler to make them. Use a trainer image that was built with"
+            f" DS_ACCELERATOR={accelerator}, or another strategy",
         )

@@ -1,7 +1,9 @@
-"""The phase that finds everything out: model, data, plan. It holds no GPU, so every mistake of the user should end here.
+"""The phase that finds everything out: model, data, plan. It holds no GPU, so every mistake of the user should end
+here.
 
-A finished `prepare` is not repeated; when what it read is another by now, that is refused. One that was interrupted keeps its downloads.
-Neighbours: `preparetraining` and `preparegeneration` do the work of the two kinds, `prepared` keeps the record, `origins` what was read.
+A finished `prepare` is not repeated; when what it read is another by now, that is refused. One that was interrupted
+keeps its downloads. Neighbours: `preparetraining` and `preparegeneration` do the work of the two kinds, `prepared`
+keeps the record, `origins` what was read.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
 def begin(run: FineTuneRun | GenerateRun, folder: WorkspaceFolder) -> None:
     """An empty `prepared/`, or the one that an interrupted `prepare` of the same job left.
 
-    What belongs to another version of the job (on a laptop, after an edit of the manifest) is set aside, never overwritten.
+    What belongs to another version of the job (on a laptop, after an edit of the manifest) is set aside, never
+    overwritten.
     """
     if folder.prepared.exists() and not belongs(run):
         if (folder.prepared / FINGERPRINT).exists():
@@ -62,9 +65,15 @@ def begin(run: FineTuneRun | GenerateRun, folder: WorkspaceFolder) -> None:
 
 
 def refuse_changes(run: FineTuneRun | GenerateRun, record: PreparedRecord) -> None:
-    """Raise Failure when what the job was made of is no longer what its manifest names: files with other content, results made anew."""
+    """Raise Failure when what the job was made of is no longer what its manifest names: files with other content,
+    results made anew.
+    """
     origins.refuse_changes(record.origins)
-    source, field = (run.spec.dataset, "spec.dataset") if isinstance(run, FineTuneRun) else (run.spec.inputs.dataset, "spec.inputs.dataset")
+    source, field = (
+        (run.spec.dataset, "spec.dataset")
+        if isinstance(run, FineTuneRun)
+        else (run.spec.inputs.dataset, "spec.inputs.dataset")
+    )
     if source is not None:
         for name, patterns in (("files", source.files), ("evalFiles", getattr(source, "eval_files", None))):
             files.refuse_other_files(record.origins, source, patterns or [], f"{field}.{name}")
@@ -87,4 +96,6 @@ def done(record: PreparedRecord) -> TerminationMessage:
     labels = found.dataset.labels
     if labels and sum(len(name.encode()) + 3 for name in labels) > LABELS_SHOWN_BYTES:
         found = found.model_copy(update={"dataset": found.dataset.model_copy(update={"labels": None})})
-    return TerminationMessage(phase="prepare", code=0, reason=ExitCode.COMPLETED.reason, prepared=found, notices=record.notices)
+    return TerminationMessage(
+        phase="prepare", code=0, reason=ExitCode.COMPLETED.reason, prepared=found, notices=record.notices
+    )

@@ -21,7 +21,14 @@ from luthier_trainer.manifest import fsync
 
 FINGERPRINT = "run.sha256"
 # What may differ between two starts of the same job: it decides where and when work is done, never what is made.
-CIRCUMSTANCES = set(JobControl.model_fields) | {"hub", "restarts", "retries_per_shard", "workspace", "volumes", "scheduling"}
+CIRCUMSTANCES = set(JobControl.model_fields) | {
+    "hub",
+    "restarts",
+    "retries_per_shard",
+    "workspace",
+    "volumes",
+    "scheduling",
+}
 
 
 def fingerprint(run: FineTuneRun | GenerateRun) -> str:
@@ -61,6 +68,7 @@ def read_prepared(run: FineTuneRun | GenerateRun) -> PreparedRecord:
     if not belongs(run):
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"{path}: was prepared for another version of job {run.name!r}. Run `prepare` again, or use another workspace",
+            f"{path}: was prepared for another version of job {run.name!r}. Run `prepare` again, or use another"
+            " workspace",
         )
     return record

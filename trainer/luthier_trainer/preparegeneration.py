@@ -1,7 +1,7 @@
 """`prepare` of a GenerateJob: model, adapters, and the rows with their seeds in `rows.jsonl`.
 
-A row's seed is its own, or the first 32 bits of BLAKE2b over "<job seed>:<row number>": it depends on neither shards nor order, so that
-any output can be made again alone.
+A row's seed is its own, or the first 32 bits of BLAKE2b over "<job seed>:<row number>": it depends on neither shards
+nor order, so that any output can be made again alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from luthier_trainer.wholemodel import whole_model
 
 MODEL, INPUTS = "spec.model", "spec.inputs"
 SEED_LIMIT = 2**32
-OTHER_TOKENIZER = "Take the tokenizer that belongs to the model, or give these rows in a FineTuneJob with model.resizeEmbeddings: true"
+OTHER_TOKENIZER = (
+    "Take the tokenizer that belongs to the model, or give these rows in a FineTuneJob with model.resizeEmbeddings:"
+    " true"
+)
 
 
 def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedRecord:
@@ -39,7 +42,9 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     found = [sources.locate(a, run, f"spec.adapters[{i}]") for i, a in enumerate(spec.adapters)]
     rows, inputs, read = read_inputs(run, cache)
     if spec.task != "text-to-image" and any("negativePrompt" in row for row in rows):
-        raise Failure(ExitCode.INVALID_SPEC, f"{INPUTS}: only text-to-image has negative prompts; remove them for {spec.task}")
+        raise Failure(
+            ExitCode.INVALID_SPEC, f"{INPUTS}: only text-to-image has negative prompts; remove them for {spec.task}"
+        )
 
     path = whole_model(located, run, folder)
     if spec.task == "text-to-image":
@@ -57,14 +62,18 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         tokenizer.save_pretrained(folder.prepared / "tokenizer")
     paths = [fetch_adapter(a, folder.prepared / "adapters" / str(i), run, i) for i, a in enumerate(found)]
     for i, adapter in enumerate(paths):
-        adapters.check(adapter.parent if found[i].file else adapter, spec.adapters[i].job, found[i].field, run, located, path)
+        adapters.check(
+            adapter.parent if found[i].file else adapter, spec.adapters[i].job, found[i].field, run, located, path
+        )
     if spec.task == "text-generation":
         adapters.check_together(paths, spec.adapters, "spec.adapters")
         parameters = weightfiles.count(path, located.field)
     else:
         from luthier_trainer.generation import pipelines  # imports torch and diffusers
 
-        parameters = pipelines.check(path, spec, [(adapter, found[i].field) for i, adapter in enumerate(paths)], rows, located.field)
+        parameters = pipelines.check(
+            path, spec, [(adapter, found[i].field) for i, adapter in enumerate(paths)], rows, located.field
+        )
 
     target = folder.prepared / "rows.jsonl"
     with target.open("w") as file:
@@ -90,7 +99,10 @@ def fetch_adapter(located: sources.Located, into: Path, run: GenerateRun, number
     if not sources.holds_adapter(path):
         job = run.spec.adapters[number].job
         remedy = f"use it as spec.model.job: {job}" if job else "use it as spec.model"
-        raise Failure(ExitCode.INVALID_SPEC, f"{located.field}: that is a whole model, not an adapter (no {sources.ADAPTER_CONFIG}); {remedy}")
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{located.field}: that is a whole model, not an adapter (no {sources.ADAPTER_CONFIG}); {remedy}",
+        )
     return path
 
 
@@ -100,9 +112,15 @@ def read_inputs(run: GenerateRun, cache: Path) -> tuple[list[dict[str, Any]], Re
     if inputs.dataset is None:
         given = [
             {"prompt": row.prompt, "negativePrompt": row.negative_prompt, "seed": row.seed} for row in inputs.rows or []
-        ]  # fmt: skip
-        return [numbered(i, row, run.spec.seed) for i, row in enumerate(given)], ResolvedDataset(source="inline", rows=len(given)), ()
-    rows = Loader(inputs.dataset, f"{INPUTS}.dataset", cache, columns=(inputs.columns.prompt,)).split(inputs.dataset.split, "split")
+        ]
+        return (
+            [numbered(i, row, run.spec.seed) for i, row in enumerate(given)],
+            ResolvedDataset(source="inline", rows=len(given)),
+            (),
+        )
+    rows = Loader(inputs.dataset, f"{INPUTS}.dataset", cache, columns=(inputs.columns.prompt,)).split(
+        inputs.dataset.split, "split"
+    )
     source = inputs.dataset.id or ", ".join(inputs.dataset.files or [])
     revision = origins.combined(origin.digest for origin in rows.origins) if rows.origins else rows.revision
     found = [numbered(i, row, run.spec.seed) for i, row in enumerate(cells(rows, run))]
@@ -148,7 +166,10 @@ def whole_seed(value: Any, row: int, origin: str) -> int | None:
     except (TypeError, ValueError):
         fits = False
     if not fits:
-        raise columns.invalid(f"{INPUTS}.columns.seed: row {row} of {origin} has the seed {value!r}; a seed is a whole number from 0 to 2^32 - 1")
+        raise columns.invalid(
+            f"{INPUTS}.columns.seed: row {row} of {origin} has the seed {value!r}; a seed is a whole number from 0 to"
+            " 2^32 - 1"
+        )
     return seed
 
 

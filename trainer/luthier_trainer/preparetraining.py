@@ -1,4 +1,5 @@
-"""`prepare` of a FineTuneJob: rows, model, what `train` reads, plan; in the order in which a mistake is cheapest to find.
+"""`prepare` of a FineTuneJob: rows, model, what `train` reads, plan; in the order in which a mistake is cheapest to
+find.
 
 Neighbours: `data.texts` and `data.images`, for what depends on what rows hold.
 """
@@ -36,7 +37,8 @@ DATASET, MODEL = "spec.dataset", "spec.model"
 LABEL = f"{DATASET}.columns.label"
 TEXTS_AT_ONCE = 1000
 ADD_ROWS = (
-    "Set model.resizeEmbeddings: true with method.type: full, which adds rows that learn; or take the tokenizer that belongs to the model"
+    "Set model.resizeEmbeddings: true with method.type: full, which adds rows that learn; or take the tokenizer that"
+    " belongs to the model"
 )
 SHOWN = 5  # labels in a notice
 
@@ -50,7 +52,9 @@ class Inputs(Protocol):
 
     def check(self, config: PreTrainedConfig, processor: Any, spec: FineTuneJobSpec, rows: int) -> None: ...
 
-    def encoded(self, rows: Rows, ids: numpy.ndarray | None, processor: Any, spec: FineTuneJobSpec, use: str) -> Dataset: ...
+    def encoded(
+        self, rows: Rows, ids: numpy.ndarray | None, processor: Any, spec: FineTuneJobSpec, use: str
+    ) -> Dataset: ...
 
 
 INPUTS: Mapping[str, Inputs] = {"text": texts, "image": images}
@@ -95,7 +99,11 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
 
         modelfacts.check_length(new_config(spec.model.config), spec.training.max_length, tokens.MAX_LENGTH)
     examples = read_examples(run, cache)
-    model = new_model(spec.model.config, examples, run, folder) if spec.model.config else existing_model(located, run, folder)
+    model = (
+        new_model(spec.model.config, examples, run, folder)
+        if spec.model.config
+        else existing_model(located, run, folder)
+    )
     check_fit(model, run, len(examples.train.data))
     if examples.labels:
         notice(f"{MODEL}: {what_becomes_of_the_head(model, spec.task, examples.labels)}")
@@ -121,14 +129,18 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     return PreparedRecord(
         model=model.resolved,
         dataset=ResolvedDataset(
-            source=source[:300], revision=revision, rows=len(train), eval_rows=len(data["eval"]) if "eval" in data else 0,
-            tokens=tokens.count_tokens(train) if FACTS[spec.task].inputs == "text" else None, labels=examples.labels,
+            source=source[:300],
+            revision=revision,
+            rows=len(train),
+            eval_rows=len(data["eval"]) if "eval" in data else 0,
+            tokens=tokens.count_tokens(train) if FACTS[spec.task].inputs == "text" else None,
+            labels=examples.labels,
         ),
         plan=plan,
         model_path=str(model.path),
         origins=[*(located.origins if located else ()), *read.values()],
         dataset_path=str(dataset_path),
-    )  # fmt: skip
+    )
 
 
 def notice_short_grace(spec: FineTuneJobSpec, plan: Plan) -> None:
@@ -136,8 +148,9 @@ def notice_short_grace(spec: FineTuneJobSpec, plan: Plan) -> None:
     asked = spec.scheduling.grace_period_seconds
     if asked is not None and plan.grace_seconds and asked < plan.grace_seconds:
         notice(
-            f"spec.scheduling.gracePeriodSeconds: a pod that is stopped gets {asked} s, and needs about {plan.grace_seconds} s to save a checkpoint of"
-            f" {space.amount(plan.checkpoint_bytes or 0)}. What was learnt since the last save may be lost; raise it, or lower training.saveSteps"
+            f"spec.scheduling.gracePeriodSeconds: a pod that is stopped gets {asked} s, and needs about"
+            f" {plan.grace_seconds} s to save a checkpoint of {space.amount(plan.checkpoint_bytes or 0)}. What was"
+            " learnt since the last save may be lost; raise it, or lower training.saveSteps"
         )
 
 
@@ -158,13 +171,19 @@ def read_examples(run: FineTuneRun, cache: Path) -> Examples:
         files.refuse_shared(train.origins, evaluation.origins)
 
     train = inputs.fitting(train, spec)
-    names = labels.names_of(train, data.columns.label, LABEL, data.merge_labels, taken=needed[:1]) if task.labelled else None
+    names = (
+        labels.names_of(train, data.columns.label, LABEL, data.merge_labels, taken=needed[:1])
+        if task.labelled
+        else None
+    )
     evaluation = inputs.fitting(evaluation, spec) if evaluation else None
     if evaluation and names:
         class_ids(evaluation, run, names)
     if data.eval_fraction is not None and not train.documents:
         classes = class_ids(train, run, names) if names else None
-        kept, held = tokens.hold_out(len(train.data), data.eval_fraction, spec.training.seed, f"{DATASET}.evalFraction", classes)
+        kept, held = tokens.hold_out(
+            len(train.data), data.eval_fraction, spec.training.seed, f"{DATASET}.evalFraction", classes
+        )
         train, evaluation = train.select(kept), train.select(held)
     return Examples(train, evaluation, names)
 
@@ -188,8 +207,8 @@ def refuse_overlap(run: FineTuneRun, loader: Loader) -> None:
     if both := len(learnt & measured):
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"{DATASET}.evalSplit: {both} of its rows are in split {data.split} too, and would be learnt and measured on."
-            f" Choose parts that do not overlap, such as {split}[:90%] and {split}[90%:]",
+            f"{DATASET}.evalSplit: {both} of its rows are in split {data.split} too, and would be learnt and measured"
+            f" on. Choose parts that do not overlap, such as {split}[:90%] and {split}[90%:]",
         )
 
 
@@ -201,16 +220,20 @@ def notice_unmeasured_labels(data: DatasetDict, labels: list[str] | None) -> Non
     if absent := [name for label, name in enumerate(labels) if label not in measured]:
         shown = ", ".join(absent[:SHOWN]) + ", ..." * (len(absent) > SHOWN)
         notice(
-            f"{LABEL}: {len(absent)} of {len(labels)} labels are in no held-out row ({shown}). f1Macro counts each as 0, and the other figures say "
-            "nothing about them. Hold out more rows, or rows of each label"
+            f"{LABEL}: {len(absent)} of {len(labels)} labels are in no held-out row ({shown}). f1Macro counts each as"
+            " 0, and the other figures say nothing about them. Hold out more rows, or rows of each label"
         )
 
 
 def new_model(new: NewModel, examples: Examples, run: FineTuneRun, folder: WorkspaceFolder) -> Model:
-    """A tokenizer from the training rows, and weights from the seed. Of files whose blocks are held out, the tokenizer sees all."""
+    """A tokenizer from the training rows, and weights from the seed. Of files whose blocks are held out, the tokenizer
+    sees all.
+    """
     from luthier_trainer.newmodel import new_config, save_new_model, train_tokenizer
 
-    tokenizer = train_tokenizer(texts_of(examples.train, run.spec.dataset.columns.text), new.vocab_size, new_config(new))
+    tokenizer = train_tokenizer(
+        texts_of(examples.train, run.spec.dataset.columns.text), new.vocab_size, new_config(new)
+    )
     config = new_config(new, tokenizer)
     if limit := modelfacts.room(config):
         tokenizer.model_max_length = limit
@@ -231,12 +254,15 @@ def texts_of(rows: Rows, column: str) -> Iterator[str]:
 
 
 def existing_model(located: sources.Located | None, run: FineTuneRun, folder: WorkspaceFolder) -> Model:
-    """The model that was located, as a folder that `from_pretrained` loads; an adapter of another job is merged into its base."""
+    """The model that was located, as a folder that `from_pretrained` loads; an adapter of another job is merged into
+    its base.
+    """
     assert located is not None
     path = whole_model(located, run, folder)
     config = modelfacts.read_config(path, located.field)
     modelfacts.check_task(config, run.spec.task, MODEL)
-    # Adapters can be trained beside 4-bit weights; to go on from quantised weights without them would be to train their rounding.
+    # Adapters can be trained beside 4-bit weights; to go on from quantised weights without them would be to train their
+    # rounding.
     modelfacts.check_quantisation(config, {"bitsandbytes"} if run.spec.method.type == "qlora" else set(), MODEL)
     named_by_adapter = run.spec.method.type != "full" and run.spec.model.id is not None
     path = modelweights.fitting(path, config, run.spec.task, located.field, folder, named_by_adapter)
@@ -253,7 +279,10 @@ def with_rows(model: Model, run: FineTuneRun, field: str, folder: WorkspaceFolde
         embedding.check(beyond, model.processor, field, ADD_ROWS)
         return replace(model, beyond=beyond)
     if not beyond:
-        notice(f"{embedding.RESIZE}: each token of the tokenizer has a row in the embedding already, and nothing was changed")
+        notice(
+            f"{embedding.RESIZE}: each token of the tokenizer has a row in the embedding already, and nothing was"
+            " changed"
+        )
         return model
     path = embedding.resized(model.path, model.config, beyond, spec.task, spec.training.seed, field, folder)
     return replace(model, path=path, config=modelfacts.read_config(path, field))
@@ -294,7 +323,9 @@ def encode(examples: Examples, processor: Any, run: FineTuneRun) -> DatasetDict:
         ids = class_ids(rows, run, examples.labels) if examples.labels else None
         return INPUTS[FACTS[spec.task].inputs].encoded(rows, ids, processor, spec, use)
 
-    splits = {"train": encoded(examples.train, "training")} | ({"eval": encoded(examples.eval, "held-out")} if examples.eval else {})
+    splits = {"train": encoded(examples.train, "training")} | (
+        {"eval": encoded(examples.eval, "held-out")} if examples.eval else {}
+    )
     if data.eval_fraction is not None and examples.train.documents:
         # A file has no rows to hold out: blocks of it are.
         blocks = splits["train"]

@@ -1,7 +1,8 @@
 """A process of a phase, from its first import to its last word: `python -m luthier_trainer.process train`.
 
-PID 1 (`supervisor`) starts it; for training in several processes `accelerate launch` does. The verb's module is imported here, so that an
-import that fails is explained like any other end, and so that its imports cost no more than they must. Neighbour: `ending`.
+PID 1 (`supervisor`) starts it; for training in several processes `accelerate launch` does. The verb's module is
+imported here, so that an import that fails is explained like any other end, and so that its imports cost no more than
+they must. Neighbour: `ending`.
 """
 
 from __future__ import annotations
@@ -58,8 +59,9 @@ def with_notices(message: TerminationMessage) -> TerminationMessage:
 def leave(code: int) -> NoReturn:
     """End the process, and the threads that libraries left in it, without taking the interpreter down first.
 
-    A thread in a collective that can never finish would keep the interpreter alive. And gloo's threads let go of the last collective's
-    tensors a moment after it is done: where the interpreter is ending by then, they abort the process (pytorch issue 190489).
+    A thread in a collective that can never finish would keep the interpreter alive. And gloo's threads let go of the
+    last collective's tensors a moment after it is done: where the interpreter is ending by then, they abort the process
+    (pytorch issue 190489).
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,6 +1,7 @@
 """What the processes of a run tell each other besides gradients: stop flags, decisions of rank 0, counts.
 
-A gloo group of its own, on CPU: asking it once a step never waits for the GPU's queue. Neighbours: `callbacks`, `checkpoint`, `train`.
+A gloo group of its own, on CPU: asking it once a step never waits for the GPU's queue. Neighbours: `callbacks`,
+`checkpoint`, `train`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ class Ranks:
     """All processes of the run. Each method is called by all of them, in the same order."""
 
     def __init__(self, timeout_seconds: float = 1800) -> None:
-        """`timeout_seconds`: how long one waits for the others. It must be above the time that a save may take on one of them."""
+        """`timeout_seconds`: how long one waits for the others. It must be above the time that a save may take on one
+        of them.
+        """
         self.distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if self.distributed else 0
         self.count = dist.get_world_size() if self.distributed else 1
@@ -44,7 +47,9 @@ class Ranks:
         return self._reduce(value, dist.ReduceOp.SUM) if self.distributed else value
 
     def decide(self, choose: Callable[[], T]) -> T:
-        """What `choose` says on rank 0, which alone calls it. Its failure is everybody's, so that all ends carry the same code."""
+        """What `choose` says on rank 0, which alone calls it. Its failure is everybody's, so that all ends carry the
+        same code.
+        """
         outcome: list[Any] = [_outcome(choose) if self.first else None]
         if self.distributed:
             dist.broadcast_object_list(outcome, src=0, group=self._group)
@@ -72,7 +77,9 @@ class Ranks:
 
 
 def _outcome(work: Callable[[], T]) -> Outcome[T]:
-    """A Failure, or an error of the system, such as a full disk, as a value. What else goes wrong here is for this process to end with."""
+    """A Failure, or an error of the system, such as a full disk, as a value. What else goes wrong here is for this
+    process to end with.
+    """
     try:
         return work(), None
     except (Failure, OSError) as error:

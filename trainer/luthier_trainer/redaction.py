@@ -1,6 +1,7 @@
 """Tokens hidden in what others can read: messages in a status, lines in a log.
 
-Imports little: PID 1 hides with it what it says before it has imported anything else. Neighbours: `child` (output), `pid1` (messages).
+Imports little: PID 1 hides with it what it says before it has imported anything else. Neighbours: `child` (output),
+`pid1` (messages).
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def _secrets() -> list[str]:
 
 
 class Veil:
-    """Output with our token hidden, also where it comes in two pieces: what could be its beginning waits for the rest."""
+    """Output with our token hidden, also where it comes in two pieces: what could be its beginning waits for the
+    rest.
+    """
 
     def __init__(self) -> None:
         self._secrets = [s.encode() for s in _secrets()]

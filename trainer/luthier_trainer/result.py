@@ -1,4 +1,6 @@
-"""The result folder: model or adapter, tokenizer, metrics.json, and last the manifest that makes it complete. Staged, then moved."""
+"""The result folder: model or adapter, tokenizer, metrics.json, and last the manifest that makes it complete. Staged,
+then moved.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ STAGING = ".staging-result"
 
 
 def finished(workspace: WorkspaceFolder, wanted: dict[str, Any]) -> dict[str, float] | None:
-    """The metrics of a complete result of this very run, or None. Raises Failure(INVALID_SPEC) when it is another run's."""
+    """The metrics of a complete result of this very run, or None. Raises Failure(INVALID_SPEC) when it is another
+    run's.
+    """
     manifest = read_manifest(workspace.result)
     if manifest is None:
         return None
@@ -40,7 +44,8 @@ def finished(workspace: WorkspaceFolder, wanted: dict[str, Any]) -> dict[str, fl
 def final_metrics(state: TrainerState, seconds: float) -> dict[str, float]:
     """The figures of a run that has ended, over all its attempts: its history came along with the checkpoints.
 
-    Only finite ones: JSON knows no others. trainLoss leaves out the reports that were none, as the training outlived them.
+    Only finite ones: JSON knows no others. trainLoss leaves out the reports that were none, as the training outlived
+    them.
     """
     metrics = {"steps": float(state.global_step), "seconds": round(seconds, 1)}
     if state.num_input_tokens_seen:
@@ -62,9 +67,16 @@ def final_metrics(state: TrainerState, seconds: float) -> dict[str, float]:
 
 
 def write(
-    loop: TrainingLoop, run: FineTuneRun, prepared: PreparedRecord, workspace: WorkspaceFolder, metrics: dict[str, float], use_cache: bool
+    loop: TrainingLoop,
+    run: FineTuneRun,
+    prepared: PreparedRecord,
+    workspace: WorkspaceFolder,
+    metrics: dict[str, float],
+    use_cache: bool,
 ) -> None:
-    """Called by all ranks: sharded weights are gathered. `use_cache` is what the model's configuration said before training."""
+    """Called by all ranks: sharded weights are gathered. `use_cache` is what the model's configuration said before
+    training.
+    """
     staged = workspace.root / STAGING
     if loop.ranks.first:
         shutil.rmtree(staged, ignore_errors=True)
@@ -77,7 +89,10 @@ def write(
         _name_base(staged, run, prepared)
         if prepared.dataset.labels and (staged / ADAPTER_CONFIG).exists():
             _describe_classifier(staged, loop.model.get_base_model(), prepared)
-        _check_weights(staged, {name for name, _ in loop.model.named_buffers()} - {name for name, _ in changing_weights(loop.model)})
+        _check_weights(
+            staged,
+            {name for name, _ in loop.model.named_buffers()} - {name for name, _ in changing_weights(loop.model)},
+        )
         (staged / METRICS_FILE).write_text(json.dumps(metrics, indent=1))
         write_manifest(staged, progress=beat, step=loop.state.global_step, **facts_of(loop.identity))
         shutil.rmtree(workspace.result, ignore_errors=True)  # without a manifest, or we would not be here
@@ -96,15 +111,19 @@ def _name_base(folder: Path, run: FineTuneRun, prepared: PreparedRecord) -> None
     if run.spec.model.id:
         base = {"base_model_name_or_path": run.spec.model.id, "revision": prepared.model.revision}
     path.write_text(json.dumps(config | base, indent=2, sort_keys=True))
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card names the local folder; `publish` writes the real one
+    # PEFT's empty card names the local folder; `publish` writes the real one
+    (folder / "README.md").unlink(missing_ok=True)
 
 
 def _describe_classifier(folder: Path, model: PreTrainedModel, prepared: PreparedRecord) -> None:
-    """The base's configuration with the classes and the padding token of the training: adapter files of PEFT hold neither.
+    """The base's configuration with the classes and the padding token of the training: adapter files of PEFT hold
+    neither.
 
-    Without them the base has two classes, LABEL_0 and LABEL_1, and a decoder cannot tell where the texts of a batch end.
+    Without them the base has two classes, LABEL_0 and LABEL_1, and a decoder cannot tell where the texts of a batch
+    end.
     """
-    config = AutoConfig.from_pretrained(prepared.model_path)  # the base's own: not as it was quantised for the training, say
+    # The base's own: not as it was quantised for the training, say
+    config = AutoConfig.from_pretrained(prepared.model_path)
     config.architectures = [type(model).__name__]
     for name in ("id2label", "label2id", "problem_type", "pad_token_id"):
         setattr(config, name, getattr(model.config, name, None))
@@ -112,7 +131,8 @@ def _describe_classifier(folder: Path, model: PreTrainedModel, prepared: Prepare
 
 
 def _check_weights(folder: Path, constants: Collection[str] = ()) -> None:
-    """Raise Failure where the files hold empty tensors, as ZeRO-3 has been seen to save, or numbers that are not finite.
+    """Raise Failure where the files hold empty tensors, as ZeRO-3 has been seen to save, or numbers that are not
+    finite.
 
     `constants` are names of tensors that no training changes: a mask may be minus infinity.
     """
@@ -122,11 +142,21 @@ def _check_weights(folder: Path, constants: Collection[str] = ()) -> None:
             names = list(weights.keys())
             empty = [name for name in names if 0 in weights.get_slice(name).get_shape()]
             if empty or not names:
-                raise Failure(ExitCode.TRAINING_ERROR, f"{file.name}: {len(empty) or 'all'} tensors were saved empty ({', '.join(empty[:3])})")
+                raise Failure(
+                    ExitCode.TRAINING_ERROR,
+                    f"{file.name}: {len(empty) or 'all'} tensors were saved empty ({', '.join(empty[:3])})",
+                )
             beat()  # of large models, each file takes seconds
             wrong = nonfinite_names((name, weights.get_tensor(name)) for name in names if name not in constants)
         if wrong:
-            cause = f"{len(wrong)} of {len(names)} tensors of the result's {file.name}, among them {', '.join(wrong[:3])}, are not finite numbers"
-            raise Failure(ExitCode.DIVERGED, f"spec.training: {cause}. The result was not delivered; lower learningRate, or use precision bf16 or fp32")
+            cause = (
+                f"{len(wrong)} of {len(names)} tensors of the result's {file.name}, among them {', '.join(wrong[:3])},"
+                " are not finite numbers"
+            )
+            raise Failure(
+                ExitCode.DIVERGED,
+                f"spec.training: {cause}. The result was not delivered; lower learningRate, or use precision bf16 or"
+                " fp32",
+            )
     if not files:
         raise Failure(ExitCode.TRAINING_ERROR, f"no weights were saved in {folder}")

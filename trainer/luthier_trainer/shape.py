@@ -1,7 +1,8 @@
-"""Whether a run config has the shape that its types ask for, seen without importing them: that alone would take longer than all of this.
+"""Whether a run config has the shape that its types ask for, seen without importing them: that alone would take longer
+than all of this.
 
-The JSON Schema is drawn from the types (`luthier_api.runschema`), with the words of each format in it. Neighbours: `gate` reads the document,
-`luthier_api.validation` says the same to those who write manifests.
+The JSON Schema is drawn from the types (`luthier_api.runschema`), with the words of each format in it. Neighbours:
+`gate` reads the document, `luthier_api.validation` says the same to those who write manifests.
 """
 
 from __future__ import annotations
@@ -20,18 +21,31 @@ from luthier_trainer.redaction import redact
 
 SHOWN = 100  # characters of a value: more would push the next problem out of the termination message
 TYPES = {
-    "string": "a text", "integer": "a whole number", "number": "a number", "boolean": "true or false", "array": "a list", "object": "an object",
-}  # fmt: skip
+    "string": "a text",
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "array": "a list",
+    "object": "an object",
+}
 BOUNDS = {
-    "minimum": "must be at least {}", "exclusiveMinimum": "must be greater than {}", "maximum": "must be at most {}",
-    "exclusiveMaximum": "must be less than {}", "multipleOf": "must be a multiple of {}", "minLength": "must have {} character or more",
-    "maxLength": "must have {} characters at most", "minItems": "must have {} item or more", "maxItems": "must have {} items at most",
+    "minimum": "must be at least {}",
+    "exclusiveMinimum": "must be greater than {}",
+    "maximum": "must be at most {}",
+    "exclusiveMaximum": "must be less than {}",
+    "multipleOf": "must be a multiple of {}",
+    "minLength": "must have {} character or more",
+    "maxLength": "must have {} characters at most",
+    "minItems": "must have {} item or more",
+    "maxItems": "must have {} items at most",
     "maxProperties": "must have {} entries at most",
-}  # fmt: skip
+}
 
 
 def problems(document: Any) -> list[str]:
-    """One line for each field that is wrong: its path, what is wrong, what was found. Empty for a document that the types will take."""
+    """One line for each field that is wrong: its path, what is wrong, what was found. Empty for a document that the
+    types will take.
+    """
     schemas = json.loads(Path(luthier_api.__file__).with_name(luthier_api.RUN_SCHEMA).read_bytes())["kinds"]
     kind = {"type": "object", "properties": {"kind": {"enum": list(schemas)}}, "required": ["kind"]}
     if unsayable := [_line(*fault) for fault in _no_json(document, ())]:
@@ -58,7 +72,8 @@ def _broken(schema: dict[str, Any], document: Any) -> list[str]:
     found: dict[tuple[Any, ...], str] = {}
     for error in validator(schema).iter_errors(document):
         for path, said, *value in _faults(error, schema):
-            found.setdefault(path, _line(path, said, *value))  # one is enough: what is no number is no small number either
+            # One is enough: what is no number is no small number either
+            found.setdefault(path, _line(path, said, *value))
     return list(found.values())
 
 

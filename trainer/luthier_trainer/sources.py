@@ -1,7 +1,7 @@
 """Where a model or an adapter comes from, as a folder: the Hub (at a commit), a path, or another FineTuneJob's result.
 
-Nothing is downloaded to find out that it is not there: `locate` asks, `fetch` gets. Code from a repository is never run, pickles are
-never opened. Neighbours: `hub` (patience), `merging` (an adapter as a model), `prepare`.
+Nothing is downloaded to find out that it is not there: `locate` asks, `fetch` gets. Code from a repository is never
+run, pickles are never opened. Neighbours: `hub` (patience), `merging` (an adapter as a model), `prepare`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,13 @@ INDEX, HALF_INDEX = ".safetensors.index.json", ".safetensors.index.fp16.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")
 MODEL_WEIGHTS = re.compile(r"model(\.fp16)?(-\d+-of-\d+)?\.safetensors")
 OWN_WEIGHTS: Mapping[str, Any] = {"adapter_kwargs": {"subfolder": "no-adapter"}}
-"""An argument of `from_pretrained`. transformers 5.23 adds an adapter that lies beside a model to it, by itself; it does not look for one there."""
+"""An argument of `from_pretrained`. transformers 5.23 adds an adapter that lies beside a model to it, by itself; it
+does not look for one there.
+"""
 LEFT_OUT = (
-    "{field}: {what} has an adapter (adapter_config.json) beside the weights of a model. Only the model's own weights are used. transformers would"
-    " add the adapter by itself: remove its files, or name them under spec.adapters of a GenerateJob if the weights lack it"
+    "{field}: {what} has an adapter (adapter_config.json) beside the weights of a model. Only the model's own weights"
+    " are used. transformers would add the adapter by itself: remove its files, or name them under spec.adapters of a"
+    " GenerateJob if the weights lack it"
 )
 
 
@@ -55,10 +58,16 @@ class Located:
         """How the folder is known again. Of the Hub, the commit says it."""
         if self.folder and self.file:
             return [origins.of_data(self.folder / self.file, self.field)]
-        return [Origin(field=self.field, path=str(self.folder), digest=self.resolved.revision or "")] if self.folder else []
+        return (
+            [Origin(field=self.field, path=str(self.folder), digest=self.resolved.revision or "")]
+            if self.folder
+            else []
+        )
 
     def fetch(self, into: Path) -> Path:
-        """The folder that holds it, its files whole; downloads to `into` when it lies on the Hub. Raises Failure for damaged files."""
+        """The folder that holds it, its files whole; downloads to `into` when it lies on the Hub. Raises Failure for
+        damaged files.
+        """
         folder = self._download(into) if self.folder is None else self.folder
         if self.file:
             weightfiles.check_file(folder / self.file, self.field)
@@ -70,12 +79,17 @@ class Located:
         api = hub_api()
         patiently(
             lambda: api.snapshot_download(
-                self.resolved.source, revision=self.resolved.revision, local_dir=into, allow_patterns=[_literal(f) for f in self.files]
+                self.resolved.source,
+                revision=self.resolved.revision,
+                local_dir=into,
+                allow_patterns=[_literal(f) for f in self.files],
             ),
-            self.field, f"model {self.resolved.source}",
-        )  # fmt: skip
+            self.field,
+            f"model {self.resolved.source}",
+        )
         for variant in into.rglob("*.fp16.safetensors") if self.file is None else ():
-            variant.rename(variant.with_name(variant.name.replace(".fp16.", ".")))  # `from_pretrained` looks for the plain name
+            # `from_pretrained` looks for the plain name
+            variant.rename(variant.with_name(variant.name.replace(".fp16.", ".")))
         return into
 
 
@@ -88,7 +102,11 @@ def locate(source: ModelSource | Adapter, run: FineTuneRun | GenerateRun, field:
     if source.path:
         place, name, folder = f"{field}.path", source.path, check_folder(Path(source.path), f"{field}.path")
     else:
-        place, name, folder = f"{field}.job", f"FineTuneJob {source.job}", result_of(str(source.job), run, f"{field}.job")
+        place, name, folder = (
+            f"{field}.job",
+            f"FineTuneJob {source.job}",
+            result_of(str(source.job), run, f"{field}.job"),
+        )
     return Located(ResolvedSource(source=name, revision=folder_digest(folder)), place, folder)
 
 
@@ -101,17 +119,27 @@ def _image_adapter(adapter: Adapter, field: str) -> Located:
         chosen = adapterfile.choose(names, adapter.file, field, what)
         config = str(PurePosixPath(chosen).parent / ADAPTER_CONFIG)
         return Located(
-            ResolvedSource(source=adapter.id, revision=info.sha), place, files=(chosen, *(n for n in names if n == config)), file=chosen
+            ResolvedSource(source=adapter.id, revision=info.sha),
+            place,
+            files=(chosen, *(n for n in names if n == config)),
+            file=chosen,
         )
     folder, place = Path(str(adapter.path)).absolute(), f"{field}.path"
     if folder.is_file():
-        raise Failure(ExitCode.INVALID_SPEC, f"{place}: {folder} is a file; set path to {folder.parent} and {field}.file to {folder.name}")
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{place}: {folder} is a file; set path to {folder.parent} and {field}.file to {folder.name}",
+        )
     if not folder.is_dir():
-        raise Failure(ExitCode.NOT_FOUND, f"{place}: there is no folder {folder}. Is its volume listed under spec.volumes?")
+        raise Failure(
+            ExitCode.NOT_FOUND, f"{place}: there is no folder {folder}. Is its volume listed under spec.volumes?"
+        )
     inside = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
     names = [p.as_posix() for p in inside if not any(part.startswith(".") for part in p.parts)]
     chosen = adapterfile.choose(names, adapter.file, field, str(folder))
-    return Located(ResolvedSource(source=str(adapter.path), revision=manifest.sha256(folder / chosen)), place, folder, file=chosen)
+    return Located(
+        ResolvedSource(source=str(adapter.path), revision=manifest.sha256(folder / chosen)), place, folder, file=chosen
+    )
 
 
 def _on_hub(name: str, revision: str | None, field: str, adapter: bool) -> Located:
@@ -122,14 +150,18 @@ def _on_hub(name: str, revision: str | None, field: str, adapter: bool) -> Locat
     if PIPELINE_CONFIG in names:
         path = patiently(lambda: api.hf_hub_download(name, PIPELINE_CONFIG, revision=info.sha), place, what)
         components = [k for k, v in json.loads(Path(path).read_text()).items() if isinstance(v, list) and v and v[0]]
-    return Located(ResolvedSource(source=name, revision=info.sha), place, files=tuple(files_to_load(names, components, place, what, adapter)))
+    return Located(
+        ResolvedSource(source=name, revision=info.sha),
+        place,
+        files=tuple(files_to_load(names, components, place, what, adapter)),
+    )
 
 
 def files_to_load(names: list[str], components: list[str], field: str, what: str, adapter: bool = False) -> list[str]:
     """Those files of a repository that are loaded: configuration, tokenizer, and one set of safetensors in each folder.
 
-    `components` are the folders of a diffusers pipeline. Where a model and an adapter lie side by side, `adapter` says which of them is meant.
-    Raises Failure when weights are missing or only there as pickles.
+    `components` are the folders of a diffusers pipeline. Where a model and an adapter lie side by side, `adapter` says
+    which of them is meant. Raises Failure when weights are missing or only there as pickles.
     """
     if adapter and ADAPTER_CONFIG in names:
         names = [n for n in names if not MODEL_WEIGHTS.fullmatch(n)]
@@ -154,12 +186,17 @@ def files_to_load(names: list[str], components: list[str], field: str, what: str
     if not weights:
         raise Failure(ExitCode.INVALID_SPEC, f"{field}: {what} has no weights (*.safetensors)")
     if not components and not {MODEL_CONFIG, ADAPTER_CONFIG} & set(names):
-        raise Failure(ExitCode.INVALID_SPEC, f"{field}: {what} has neither {MODEL_CONFIG} nor {ADAPTER_CONFIG}; it is no model of transformers")
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: {what} has neither {MODEL_CONFIG} nor {ADAPTER_CONFIG}; it is no model of transformers",
+        )
     return chosen
 
 
 def _weights(names: list[str]) -> list[str]:
-    """One set of weights among the files of a folder, with its index: the plain one before fp16, a model's before others."""
+    """One set of weights among the files of a folder, with its index: the plain one before fp16, a model's before
+    others.
+    """
     every = [n for n in names if n.endswith(".safetensors")]
     plain = [n for n in every if not VARIANT.search(n)]
     half = [n for n in every if (found := VARIANT.search(n)) and found[1] == "fp16"]
@@ -176,17 +213,25 @@ def _weights(names: list[str]) -> list[str]:
 
 
 def check_folder(folder: Path, field: str) -> Path:
-    """A folder in the pods that holds a model, a pipeline or an adapter, as an absolute path: other jobs read it too."""
+    """A folder in the pods that holds a model, a pipeline or an adapter, as an absolute path: other jobs read it
+    too.
+    """
     folder = folder.absolute()
     if not folder.is_dir():
-        raise Failure(ExitCode.NOT_FOUND, f"{field}: there is no folder {folder}. Is its volume listed under spec.volumes?")
+        raise Failure(
+            ExitCode.NOT_FOUND, f"{field}: there is no folder {folder}. Is its volume listed under spec.volumes?"
+        )
     if not any((folder / name).is_file() for name in (MODEL_CONFIG, PIPELINE_CONFIG, ADAPTER_CONFIG)):
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise Failure(
-            ExitCode.INVALID_SPEC, f"{field}: {folder} holds no {MODEL_CONFIG}, {PIPELINE_CONFIG} or {ADAPTER_CONFIG} (it holds: {there})"
+            ExitCode.INVALID_SPEC,
+            f"{field}: {folder} holds no {MODEL_CONFIG}, {PIPELINE_CONFIG} or {ADAPTER_CONFIG} (it holds: {there})",
         )
     if not any(folder.rglob("*.safetensors")):
-        raise Failure(ExitCode.INVALID_SPEC, f"{field}: {folder} holds no weights (*.safetensors); files that can run code are not opened")
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: {folder} holds no weights (*.safetensors); files that can run code are not opened",
+        )
     return folder
 
 
@@ -196,14 +241,18 @@ def result_of(job: str, run: FineTuneRun | GenerateRun, field: str) -> Path:
         raise Failure(ExitCode.NOT_FOUND, f"{field}: the workspace of FineTuneJob {job} is not mounted here")
     result = WorkspaceFolder(Path(run.sources[job])).result
     if not (result / MANIFEST).exists():
-        raise Failure(ExitCode.NOT_FOUND, f"{field}: FineTuneJob {job} has left no result in {result}. Has it finished?")
+        raise Failure(
+            ExitCode.NOT_FOUND, f"{field}: FineTuneJob {job} has left no result in {result}. Has it finished?"
+        )
     if wrong := manifest.problems(result):
         raise Failure(ExitCode.STORAGE_ERROR, f"{field}: the result of FineTuneJob {job} is damaged: {wrong[0]}")
     return result
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter and no model. One that holds both is a model: its own weights, without the adapter."""
+    """Whether a folder holds an adapter and no model. One that holds both is a model: its own weights, without the
+    adapter.
+    """
     return holds_adapter(folder) and not holds_model(path.name for path in folder.iterdir())
 
 
@@ -212,7 +261,9 @@ def holds_adapter(folder: Path) -> bool:
 
 
 def holds_model(names: Iterable[str]) -> bool:
-    """Whether files with these names are a model. An adapter may bring its model's configuration, but not its weights."""
+    """Whether files with these names are a model. An adapter may bring its model's configuration, but not its
+    weights.
+    """
     names = set(names)
     return MODEL_CONFIG in names and any(MODEL_WEIGHTS.fullmatch(name) for name in names)
 
@@ -229,8 +280,9 @@ def record_of(job: str, run: FineTuneRun | GenerateRun, field: str) -> PreparedR
 def base_of(job: str, run: FineTuneRun | GenerateRun, field: str) -> Path:
     """The model that another job's adapter belongs to, where it lies in this pod.
 
-    That job recorded the path in its own pod; what lay in its workspace, or in another one that is mounted here, is found again by
-    the name of the workspace folder. Raises Failure when it cannot be, or is no longer the model that the adapter was trained on.
+    That job recorded the path in its own pod; what lay in its workspace, or in another one that is mounted here, is
+    found again by the name of the workspace folder. Raises Failure when it cannot be, or is no longer the model that
+    the adapter was trained on.
     """
     record = record_of(job, run, field)
     recorded = record.model_path
@@ -238,14 +290,15 @@ def base_of(job: str, run: FineTuneRun | GenerateRun, field: str) -> Path:
     if path is None:
         raise Failure(
             ExitCode.NOT_FOUND,
-            f"{field}: the result of FineTuneJob {job} is an adapter, and its base model {recorded} cannot be reached from here."
-            " List the volume that holds it under spec.volumes with the same mountPath, or let that job start from a model of the Hub",
+            f"{field}: the result of FineTuneJob {job} is an adapter, and its base model {recorded} cannot be reached"
+            " from here. List the volume that holds it under spec.volumes with the same mountPath, or let that job"
+            " start from a model of the Hub",
         )
     if any(origin.path == recorded and origin.digest != folder_digest(path) for origin in record.origins):
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"{field}: the result of FineTuneJob {job} is an adapter, and its base model, {record.model.source}, has changed since it was trained."
-            f" Run {job} again",
+            f"{field}: the result of FineTuneJob {job} is an adapter, and its base model, {record.model.source}, has"
+            f" changed since it was trained. Run {job} again",
         )
     return path
 

@@ -1,7 +1,9 @@
-"""How much of the workspace a training needs, and how long a save takes: one function a term, in bytes and seconds. Imports no torch.
+"""How much of the workspace a training needs, and how long a save takes: one function a term, in bytes and seconds.
+Imports no torch.
 
-A checkpoint holds what training goes on from: weights, the optimizer's state, and beside them tokenizer, random states and history.
-transformers and DeepSpeed decide what that is for each strategy; tests compare these sums with the files that they write.
+A checkpoint holds what training goes on from: weights, the optimizer's state, and beside them tokenizer, random states
+and history. transformers and DeepSpeed decide what that is for each strategy; tests compare these sums with the files
+that they write.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ ADAM_MOMENTS = 2  # AdamW keeps two numbers for each weight that learns, in fp32
 TENSOR_BYTES = 700  # names, alignment and a step counter for each tensor in a checkpoint; 500 to 900 seen
 RANK_BYTES = 15_000  # random states of Python, NumPy and torch
 HISTORY_BYTES = 50_000  # trainer_state.json of a few hundred reports
-# What a volume takes from all nodes together: gp3 of AWS has 125 MB/s unless more is ordered, a balanced persistent disk of Google's about 240,
-# an NFS server on 10 GbE up to 1,100.
+# What a volume takes from all nodes together: gp3 of AWS has 125 MB/s unless more is ordered, a balanced persistent
+# disk of Google's about 240, an NFS server on 10 GbE up to 1,100.
 WRITE_BYTES_PER_SECOND = 200e6
 HASH_BYTES_PER_SECOND = 1e9  # of one process, read back from memory; 1.05e9 measured for one thread
 STEP_SECONDS = 30  # a stop waits for the end of a step
@@ -67,13 +69,22 @@ def optimizer_bytes(weights: Weights, strategy: str) -> int:
 
 
 def checkpoint_bytes(weights: Weights, strategy: str, ranks: int, processor_bytes: int) -> int:
-    """Of one checkpoint. `processor_bytes`: of the tokenizer's, or image processor's, files. DeepSpeed's checkpoints have none of them."""
-    beside = HISTORY_BYTES + ranks * RANK_BYTES + weights.tensors * TENSOR_BYTES + (0 if strategy in ZERO_STAGE else processor_bytes)
+    """Of one checkpoint. `processor_bytes`: of the tokenizer's, or image processor's, files. DeepSpeed's checkpoints
+    have none of them.
+    """
+    beside = (
+        HISTORY_BYTES
+        + ranks * RANK_BYTES
+        + weights.tensors * TENSOR_BYTES
+        + (0 if strategy in ZERO_STAGE else processor_bytes)
+    )
     return weight_bytes(weights, strategy) + optimizer_bytes(weights, strategy) + beside
 
 
 def result_bytes(weights: Weights, strategy: str, processor_bytes: int) -> int:
-    """Of the result: a model in its source's type, an adapter in fp32, and with DeepSpeed both in that of the computation."""
+    """Of the result: a model in its source's type, an adapter in fp32, and with DeepSpeed both in that of the
+    computation.
+    """
     deepspeed = strategy in ZERO_STAGE
     if weights.adapters:
         return weights.learning * (weights.computed_bytes if deepspeed else FP32) + processor_bytes
@@ -81,7 +92,9 @@ def result_bytes(weights: Weights, strategy: str, processor_bytes: int) -> int:
 
 
 def copies(steps: int, save_steps: int, keep: int) -> int:
-    """Checkpoints that lie in the workspace at once: those that are kept and one in the making, or fewer, where fewer are saved."""
+    """Checkpoints that lie in the workspace at once: those that are kept and one in the making, or fewer, where fewer
+    are saved.
+    """
     return min(keep + 1, math.ceil(steps / save_steps))
 
 
@@ -101,7 +114,9 @@ def folder_bytes(folder: Path) -> int:
 
 
 def check_room(spec: FineTuneJobSpec, plan: Plan, folder: Path, held: int = 0) -> None:
-    """Whether checkpoints and result fit the volume that `folder` is on; `held` checkpoints lie there already. Raises Failure(STORAGE_ERROR)."""
+    """Whether checkpoints and result fit the volume that `folder` is on; `held` checkpoints lie there already. Raises
+    Failure(STORAGE_ERROR).
+    """
     if plan.checkpoint_bytes is None or plan.result_bytes is None or not plan.steps:
         return
     wanted = copies(plan.steps, spec.training.save_steps, spec.training.keep_checkpoints)
@@ -112,9 +127,10 @@ def check_room(spec: FineTuneJobSpec, plan: Plan, folder: Path, held: int = 0) -
     enough = math.ceil((total - free + needed) * FILESYSTEM / GIB)
     raise Failure(
         ExitCode.STORAGE_ERROR,
-        f"spec.workspace.size: {wanted} checkpoints of {amount(plan.checkpoint_bytes)} (keepCheckpoints and one in the making) and a result of"
-        f" {amount(plan.result_bytes)} do not fit: {amount(free)} of the volume's {amount(total)} are free, {amount(needed)} are needed. A volume of"
-        f" {enough}Gi would do; or lower training.keepCheckpoints, or free some of it",
+        f"spec.workspace.size: {wanted} checkpoints of {amount(plan.checkpoint_bytes)} (keepCheckpoints and one in the"
+        f" making) and a result of {amount(plan.result_bytes)} do not fit: {amount(free)} of the volume's"
+        f" {amount(total)} are free, {amount(needed)} are needed. A volume of {enough}Gi would do; or lower"
+        " training.keepCheckpoints, or free some of it",
     )
 
 
@@ -125,13 +141,15 @@ def check_save(folder: Path, size: int) -> None:
         enough = math.ceil((total - free + size) * FILESYSTEM / GIB)
         raise Failure(
             ExitCode.STORAGE_ERROR,
-            f"spec.workspace.size: the next checkpoint needs {amount(size)}, and {amount(free)} of the volume's {amount(total)} are free. A volume of"
-            f" {enough}Gi would do; or free some of it",
+            f"spec.workspace.size: the next checkpoint needs {amount(size)}, and {amount(free)} of the volume's"
+            f" {amount(total)} are free. A volume of {enough}Gi would do; or free some of it",
         )
 
 
 def volume(folder: Path) -> tuple[int, int]:
-    """Free bytes, for those who are not root, and all bytes of the volume that `folder`, or the nearest folder above it that exists, is on."""
+    """Free bytes, for those who are not root, and all bytes of the volume that `folder`, or the nearest folder above it
+    that exists, is on.
+    """
     there = next(path for path in (folder, *folder.parents) if path.exists())
     facts = os.statvfs(there)
     return facts.f_bavail * facts.f_frsize, facts.f_blocks * facts.f_frsize

@@ -60,16 +60,25 @@ def requested(plan: Plan, model: str, cpu: bool) -> dict[str, Any]:
     device = {"device": "cpu" if cpu else "cuda"}
     if uses_deepspeed(plan.strategy):
         return device | {
-            "processes": plan.world_size, "distributed type": "DEEPSPEED", "model": "DeepSpeedEngine",
-            "ZeRO stage": ZERO_STAGE[plan.strategy], "optimizer on CPU": plan.strategy.endswith("-offload"),
-        }  # fmt: skip
+            "processes": plan.world_size,
+            "distributed type": "DEEPSPEED",
+            "model": "DeepSpeedEngine",
+            "ZeRO stage": ZERO_STAGE[plan.strategy],
+            "optimizer on CPU": plan.strategy.endswith("-offload"),
+        }
     if plan.world_size == 1:
         return device | {"processes": 1, "distributed type": "NO", "model": model}
-    return device | {"processes": plan.world_size, "distributed type": "MULTI_CPU" if cpu else "MULTI_GPU", "model": "DistributedDataParallel"}
+    return device | {
+        "processes": plan.world_size,
+        "distributed type": "MULTI_CPU" if cpu else "MULTI_GPU",
+        "model": "DistributedDataParallel",
+    }
 
 
 def assert_started(plan: Plan) -> None:
-    """Raise Failure(MISCONFIGURED) when this process was not started as one of the plan's: before it waits for the others."""
+    """Raise Failure(MISCONFIGURED) when this process was not started as one of the plan's: before it waits for the
+    others.
+    """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != plan.world_size:
         raise Failure(ExitCode.MISCONFIGURED, _mismatch(plan, [f"processes is {started} instead of {plan.world_size}"]))
@@ -79,7 +88,9 @@ def assert_realised(trainer: Any, plan: Plan) -> None:
     """Raise Failure(MISCONFIGURED) when this process runs something else than the plan says."""
     asked = requested(plan, type(trainer.model).__name__, cpu=trainer.args.use_cpu)
     runs = realised(trainer)
-    wrong = [f"{name} is {runs.get(name)!r} instead of {value!r}" for name, value in asked.items() if runs.get(name) != value]
+    wrong = [
+        f"{name} is {runs.get(name)!r} instead of {value!r}" for name, value in asked.items() if runs.get(name) != value
+    ]
     if wrong:
         raise Failure(ExitCode.MISCONFIGURED, _mismatch(plan, wrong))
 

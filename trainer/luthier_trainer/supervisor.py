@@ -1,8 +1,9 @@
-"""What PID 1 does once the run config is sound: checks, starts the phase's process, watches for hangs and signals, judges the end.
+"""What PID 1 does once the run config is sound: checks, starts the phase's process, watches for hangs and signals,
+judges the end.
 
-SIGTERM is never forwarded: it becomes a file that all ranks agree on once a step, so that they save the same checkpoint. Neighbours:
-`pid1` (before and after), `preflight` (what must hold first), `child` (the process tree), `verdict` (what its end means). Nothing here
-imports torch.
+SIGTERM is never forwarded: it becomes a file that all ranks agree on once a step, so that they save the same
+checkpoint. Neighbours: `pid1` (before and after), `preflight` (what must hold first), `child` (the process tree),
+`verdict` (what its end means). Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -106,7 +107,9 @@ def environment(verb: str, run: FineTuneRun | GenerateRun, path: Path, settings:
     return given
 
 
-def supervise(verb: str, run: FineTuneRun | GenerateRun, path: Path, settings: Settings, stop: Stop) -> TerminationMessage:
+def supervise(
+    verb: str, run: FineTuneRun | GenerateRun, path: Path, settings: Settings, stop: Stop
+) -> TerminationMessage:
     """Run the phase's process and judge its end."""
     for pattern in STALE:
         for file in settings.run_dir.glob(pattern):
@@ -142,19 +145,29 @@ def supervise(verb: str, run: FineTuneRun | GenerateRun, path: Path, settings: S
     assert child.status is not None
     verdict = judge(
         Evidence(
-            phase=VERBS[verb], status=child.status, messages=read_results(settings.run_dir),
+            phase=VERBS[verb],
+            status=child.status,
+            messages=read_results(settings.run_dir),
             processes=run.spec.resources.processes if isinstance(run, FineTuneRun) and verb == "train" else 1,
-            stopped=stop.at is not None, killed=killed, silence=pulse.silence(),
-            memory_kills=memory.oom_kills(settings.cgroup) - memory_kills, gpu_error=child.tail.gpu_error,
+            stopped=stop.at is not None,
+            killed=killed,
+            silence=pulse.silence(),
+            memory_kills=memory.oom_kills(settings.cgroup) - memory_kills,
+            gpu_error=child.tail.gpu_error,
         )
-    )  # fmt: skip
+    )
     if verdict.code == ExitCode.PEER_LOST:
         until = time.monotonic() + settings.peer_lost_linger
         while time.monotonic() < until:
             if stop.at is not None:
                 # The cluster has seen the cause and takes the rest of the group down.
                 return verdict.model_copy(
-                    update={"code": int(ExitCode.PREEMPTED), "reason": ExitCode.PREEMPTED.reason, "saved": False, "last_lines": child.tail.text()}
+                    update={
+                        "code": int(ExitCode.PREEMPTED),
+                        "reason": ExitCode.PREEMPTED.reason,
+                        "saved": False,
+                        "last_lines": child.tail.text(),
+                    }
                 )
             time.sleep(TICK_SECONDS)
     lines = "" if verdict.code == ExitCode.COMPLETED else child.tail.text()

@@ -30,7 +30,9 @@ class TaskFacts:
 
 FACTS: Mapping[str, TaskFacts] = {
     "causal-lm": (causal := TaskFacts("CausalLM", "text-generation", peft_type="CAUSAL_LM")),
-    "text-classification": TaskFacts("SequenceClassification", "text-classification", labelled=True, peft_type="SEQ_CLS"),
+    "text-classification": TaskFacts(
+        "SequenceClassification", "text-classification", labelled=True, peft_type="SEQ_CLS"
+    ),
     "image-classification": TaskFacts("ImageClassification", "image-classification", inputs="image", labelled=True),
     "text-generation": causal,
 }
@@ -38,6 +40,11 @@ FACTS: Mapping[str, TaskFacts] = {
 
 
 def task_of_adapter(config: Mapping[str, Any]) -> str | None:
-    """The task that an adapter was trained for, by its adapter_config.json; None where that does not tell, or tells another."""
+    """The task that an adapter was trained for, by its adapter_config.json; None where that does not tell, or tells
+    another.
+    """
     peft_type, base = config.get("task_type"), (config.get("auto_mapping") or {}).get("base_model_class") or ""
-    return next((t for t, f in FACTS.items() if (f.peft_type == peft_type if peft_type else base.endswith(f"For{f.model}"))), None)
+    return next(
+        (t for t, f in FACTS.items() if (f.peft_type == peft_type if peft_type else base.endswith(f"For{f.model}"))),
+        None,
+    )

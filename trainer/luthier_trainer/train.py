@@ -38,7 +38,8 @@ from luthier_trainer.trainable import HALF, source_dtype
 from luthier_trainer.utilisation import count_weights
 from luthier_trainer.zero3 import keep_used_conversions
 
-PEFT_PARTS = re.compile(r"^base_model\.model\.|modules_to_save\.default\.|base_layer\.|lora_[AB]\.default\.")  # in the names of weights
+# In the names of weights
+PEFT_PARTS = re.compile(r"^base_model\.model\.|modules_to_save\.default\.|base_layer\.|lora_[AB]\.default\.")
 SHOWN = 3  # weights in a line of the log
 
 
@@ -53,7 +54,8 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     assert_started(prepared.plan)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # what libraries ask of each other is nothing for a user's log
+    # What libraries ask of each other is nothing for a user's log
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
     # The processes find each other here (TrainingArguments opens the group), then agree on where to begin.
     data: DatasetDict = load_from_disk(prepared.dataset_path)
@@ -61,14 +63,20 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     arguments = training_arguments(spec, prepared.plan, workspace.checkpoints, evaluates="eval" in data)
     ranks = Ranks(arguments.ddp_timeout)
     resume = checkpoint.newest(workspace.checkpoints, identity, ranks)
-    ranks.decide(lambda: space.check_room(spec, prepared.plan, workspace.checkpoints, held=len(checkpoint.checkpoints(workspace.checkpoints))))
-    # An evaluation follows the save of its step: of a checkpoint, the attempt before may not have come to it, and its record is lost in any case.
+    ranks.decide(
+        lambda: space.check_room(
+            spec, prepared.plan, workspace.checkpoints, held=len(checkpoint.checkpoints(workspace.checkpoints))
+        )
+    )
+    # An evaluation follows the save of its step: of a checkpoint, the attempt before may not have come to it, and its
+    # record is lost in any case.
     arguments.eval_on_start = "eval" in data and (resume is None or owes_evaluation(resume, spec.training.eval_steps))
     before = (read_manifest(resume) or {}) if resume else {}
 
     task, deepspeed = TASKS[spec.task], uses_deepspeed(prepared.plan.strategy)
     processor = read_processor(workspace.prepared / "processor", spec.task, "spec.model")
-    set_seed(spec.training.seed)  # before new weights are drawn: heads and adapters begin alike on all ranks and in all attempts
+    # Before new weights are drawn: heads and adapters begin alike on all ranks and in all attempts
+    set_seed(spec.training.seed)
     precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
     weights = methods.weights_options(spec.method, precision, deepspeed, arguments.device)
     base, whole = task.load_model(prepared.model_path, prepared.dataset.labels, **weights)
@@ -83,19 +91,32 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     figures, telemetry, stop = task.figures(), Telemetry(), Stop()
     callbacks = [Guard(prepared.plan), Heartbeat(), Report(telemetry), stop]
     loop = TrainingLoop(
-        model=model, args=arguments, processing_class=processor, data_collator=task.collator(processor),
-        train_dataset=data["train"], eval_dataset=data.get("eval"),
-        compute_loss_func=task.loss(base), compute_metrics=figures, preprocess_logits_for_metrics=lambda logits, labels: figures.reduce(first(logits), labels),
+        model=model,
+        args=arguments,
+        processing_class=processor,
+        data_collator=task.collator(processor),
+        train_dataset=data["train"],
+        eval_dataset=data.get("eval"),
+        compute_loss_func=task.loss(base),
+        compute_metrics=figures,
+        preprocess_logits_for_metrics=lambda logits, labels: figures.reduce(first(logits), labels),
         callbacks=callbacks,
-        ranks=ranks, identity=identity, keep=spec.training.keep_checkpoints, checkpoint_bytes=prepared.plan.checkpoint_bytes or 0,
+        ranks=ranks,
+        identity=identity,
+        keep=spec.training.keep_checkpoints,
+        checkpoint_bytes=prepared.plan.checkpoint_bytes or 0,
         seconds_before=before.get("seconds", 0.0),
-    )  # fmt: skip
+    )
     for callback in callbacks:
         callback.loop = loop
     if ranks.first:
         telemetry.serve(run.metrics_port)
         if idle:
-            print(f"spec.model: {len(idle)} of its weights have no part in this task and stay as they are: {', '.join(sorted(idle)[:SHOWN])} ...", flush=True)
+            print(
+                f"spec.model: {len(idle)} of its weights have no part in this task and stay as they are:"
+                f" {', '.join(sorted(idle)[:SHOWN])} ...",
+                flush=True,
+            )
         print(opening(loop, prepared, precision, resume), flush=True)
 
     loop.saved = resume
@@ -105,7 +126,8 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
 
     seconds = loop.seconds
     if spec.method.type == "full" and not deepspeed:
-        loop.deliver(source_type(prepared.model_path))  # delivered in the type it came in, and measured as it is delivered
+        # Delivered in the type it came in, and measured as it is delivered
+        loop.deliver(source_type(prepared.model_path))
     try:
         if "eval" in data:
             loop.evaluate()
@@ -163,7 +185,7 @@ def opening(loop: TrainingLoop, prepared: PreparedRecord, precision: str, resume
     learning, weights = count_weights(loop.model.parameters())
     plan = prepared.plan
     return (
-        f"training {learning:,} of {weights:,} weights of {prepared.model.source}, {precision}, "
-        f"{plan.world_size} × {plan.micro_batch_size} rows × {plan.accumulation_steps or 1} accumulated, {plan.steps} steps, "
+        f"training {learning:,} of {weights:,} weights of {prepared.model.source}, {precision}, {plan.world_size} ×"
+        f" {plan.micro_batch_size} rows × {plan.accumulation_steps or 1} accumulated, {plan.steps} steps, "
         + (f"resuming from {resume.name}" if resume else "from the beginning")
     )

@@ -1,4 +1,6 @@
-"""How many weights of a model learn with a method, counted on the meta device before anything is loaded: `space` computes with them."""
+"""How many weights of a model learn with a method, counted on the meta device before anything is loaded: `space`
+computes with them.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
 HALF = ("bfloat16", "float16")
 
 
-def weights_of(config: PreTrainedConfig, spec: FineTuneJobSpec, plan: Plan, labels: list[str] | None, folder: Path) -> Weights:
+def weights_of(
+    config: PreTrainedConfig, spec: FineTuneJobSpec, plan: Plan, labels: list[str] | None, folder: Path
+) -> Weights:
     """What a training of the model with this configuration, whose files are in `folder`, saves and delivers."""
     from luthier_trainer.tasks.classification import whole_modules
 
@@ -34,10 +38,13 @@ def weights_of(config: PreTrainedConfig, spec: FineTuneJobSpec, plan: Plan, labe
         sizes = adapter_sizes(model, spec.method, whole_modules(model, set()) if FACTS[spec.task].labelled else [])
     cpu = spec.resources.gpus_per_node == 0
     return Weights(
-        total=total, learning=sum(sizes), tensors=len(sizes), adapters=spec.method.type != "full",
+        total=total,
+        learning=sum(sizes),
+        tensors=len(sizes),
+        adapters=spec.method.type != "full",
         computed_bytes=2 if plan.precision in ("bf16", "fp16") or (plan.precision == "auto" and not cpu) else 4,
         source_bytes=2 if source_dtype(folder) in HALF else 4,
-    )  # fmt: skip
+    )
 
 
 def source_dtype(folder: Path) -> str:
@@ -47,7 +54,9 @@ def source_dtype(folder: Path) -> str:
 
 
 def adapter_sizes(model: PreTrainedModel, method: Method, whole: list[str]) -> list[int]:
-    """Elements of each tensor that learns with adapters: two for each module that gets one, and those of modules that are trained whole."""
+    """Elements of each tensor that learns with adapters: two for each module that gets one, and those of modules that
+    are trained whole.
+    """
     sizes = []
     for name, module in model.named_modules():
         if name in whole:

@@ -1,7 +1,8 @@
-"""How much of a GPU's arithmetic a training uses: model FLOPs utilisation, as the PaLM paper defines it (arXiv:2204.02311, appendix B).
+"""How much of a GPU's arithmetic a training uses: model FLOPs utilisation, as the PaLM paper defines it
+(arXiv:2204.02311, appendix B).
 
-A token costs 2 operations a weight forwards, 2 backwards, and 2 more a weight that learns. Attention's own are left out, and what is
-computed twice (gradient checkpointing) counts once.
+A token costs 2 operations a weight forwards, 2 backwards, and 2 more a weight that learns. Attention's own are left
+out, and what is computed twice (gradient checkpointing) counts once.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ PEAK: tuple[tuple[str, float], ...] = (
 
 
 def count_weights(parameters: Iterable[torch.nn.Parameter]) -> tuple[int, int]:
-    """Weights that learn, and all of them: as they are meant, however DeepSpeed has split and bitsandbytes packed them."""
+    """Weights that learn, and all of them: as they are meant, however DeepSpeed has split and bitsandbytes packed
+    them.
+    """
     sizes = [(_size(p), p.requires_grad) for p in parameters]
     return sum(n for n, learns in sizes if learns), sum(n for n, _ in sizes)
 

@@ -1,4 +1,6 @@
-"""A located source as one folder that `from_pretrained` loads: as it is, downloaded, or merged from another job's adapter and its base."""
+"""A located source as one folder that `from_pretrained` loads: as it is, downloaded, or merged from another job's
+adapter and its base.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,10 @@ def whole_model(located: sources.Located, run: FineTuneRun | GenerateRun, folder
     if job is None:
         base = json.loads((path / sources.ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
         hint = " and give it under spec.adapters" if isinstance(run, GenerateRun) else ""
-        raise Failure(ExitCode.INVALID_SPEC, f"{located.field}: that is an adapter, not a model; set its base model {base!r} there{hint}")
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{located.field}: that is an adapter, not a model; set its base model {base!r} there{hint}",
+        )
     base_path = sources.base_of(job, run, located.field)
     labels = sources.record_of(job, run, located.field).dataset.labels
     staged = folder.prepared / "model.partial"

@@ -28,7 +28,9 @@ CAN_RUN = "The job can run"
 def accept(s: Situation) -> Step:
     if s.child("prepare") or s.status.is_true(ConditionType.PREPARED):
         # Begun, and yet not said: the status was not written then.
-        return s.goes_on() if s.status.is_true(ACCEPTED) else s.say(ACCEPTED, "True", Reason.ACCEPTED, CAN_RUN).goes_on()
+        return (
+            s.goes_on() if s.status.is_true(ACCEPTED) else s.say(ACCEPTED, "True", Reason.ACCEPTED, CAN_RUN).goes_on()
+        )
     if mistake := invalid(s):
         return s.say(ACCEPTED, "False", Reason.INVALID_SPEC, mistake).fails(ExitCode.INVALID_SPEC.reason, mistake)
     if wait := for_jobset(s, ACCEPTED):
@@ -38,7 +40,10 @@ def accept(s: Situation) -> Step:
         if source and (source.status.is_true(ConditionType.TRAINED) or source.status.is_true(ConditionType.COMPLETE)):
             continue
         if source and source.status.is_true(ConditionType.FAILED):
-            failed = f'{field}: FineTuneJob "{name}" has failed, so there is no result to start from. Create this job again once it has succeeded'
+            failed = (
+                f'{field}: FineTuneJob "{name}" has failed, so there is no result to start from. Create this job again'
+                " once it has succeeded"
+            )
             return s.say(ACCEPTED, "False", Reason.SOURCE_FAILED, failed).fails(Reason.SOURCE_FAILED, failed)
         state = (
             f'FineTuneJob "{name}" is {source.status.state or State.PENDING}'
@@ -68,13 +73,23 @@ def invalid(s: Situation) -> str | None:
     if isinstance(job, FineTuneJob):
         longest = naming.child(job, "run").name + POD_SUFFIX.format(index=job.spec.resources.nodes - 1)
         if (excess := len(longest) - NAME_CHARACTERS) > 0:
-            return f"metadata.name: with spec.resources.nodes: {job.spec.resources.nodes}, at most {len(job.metadata.name) - excess} characters, so that the names of pods fit; choose a shorter one"  # fmt: skip
+            return (
+                f"metadata.name: with spec.resources.nodes: {job.spec.resources.nodes}, at most"
+                f" {len(job.metadata.name) - excess} characters, so that the names of pods fit; choose a shorter one"
+            )
     size = len(next(iter(configmap(job, s.settings, s.places())["data"].values())).encode())
     if size > LIMIT_BYTES:
-        return f"spec: {size} bytes as a run config, more than the {LIMIT_BYTES} that a ConfigMap holds; put the rows into a file (spec.inputs.dataset.files)"
+        return (
+            f"spec: {size} bytes as a run config, more than the {LIMIT_BYTES} that a ConfigMap holds; put the rows into"
+            " a file (spec.inputs.dataset.files)"
+        )
     return None
 
 
 def remarks(s: Situation) -> str:
     queue = s.job.spec.scheduling.queue
-    return f'. spec.scheduling.queue: "{queue}" is not asked, because the job holds no GPUs' if queue and not gpus(s.job) else ""
+    return (
+        f'. spec.scheduling.queue: "{queue}" is not asked, because the job holds no GPUs'
+        if queue and not gpus(s.job)
+        else ""
+    )

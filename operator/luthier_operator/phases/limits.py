@@ -1,7 +1,8 @@
-"""What the user may say at any time: no longer than this, and stop for now. Both take the pods away; the workspace keeps the work.
+"""What the user may say at any time: no longer than this, and stop for now. Both take the pods away; the workspace
+keeps the work.
 
-Suspending deletes the phase's child: pods get SIGTERM, save and leave. Going on creates it again, and it resumes from the
-checkpoint. This one mechanism also works under Kueue, whose `spec.suspend` we must not touch.
+Suspending deletes the phase's child: pods get SIGTERM, save and leave. Going on creates it again, and it resumes from
+the checkpoint. This one mechanism also works under Kueue, whose `spec.suspend` we must not touch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ SUSPENDED = ConditionType.SUSPENDED
 
 
 def deadline(s: Situation) -> Step:
-    """Counted from the start of the first phase, for as long as anything is left to do. When an end is looked at does not count.
+    """Counted from the start of the first phase, for as long as anything is left to do. When an end is looked at does
+    not count.
 
     A suspended job does not come here: its time is the user's, as that of every rest (`counted_from`).
     """
@@ -30,14 +32,16 @@ def deadline(s: Situation) -> Step:
     if ended_by(s, end):
         return s.goes_on()
     message = (
-        f"spec.activeDeadlineSeconds: {s.job.spec.active_deadline_seconds} seconds have passed since {counted_from(s)}. "
-        "What was saved stays in the workspace; a higher limit lets the job go on"
+        f"spec.activeDeadlineSeconds: {s.job.spec.active_deadline_seconds} seconds have passed since {counted_from(s)}."
+        " What was saved stays in the workspace; a higher limit lets the job go on"
     )
     return halted(s, Reason.DEADLINE_EXCEEDED, message).fails(Reason.DEADLINE_EXCEEDED, message, delete=s.unfinished())
 
 
 def counted_from(s: Situation) -> str | None:
-    """A rest, planned, suspended or ended, is the user's time: whoever lets the job go on gives it the whole limit again, as Kubernetes' Jobs do."""
+    """A rest, planned, suspended or ended, is the user's time: whoever lets the job go on gives it the whole limit
+    again, as Kubernetes' Jobs do.
+    """
     return s.status.deadline_start_time or s.status.start_time
 
 
@@ -59,7 +63,12 @@ def ended_by(s: Situation, end: datetime) -> bool:
 
 def suspend(s: Situation) -> Step:
     if s.job.spec.suspend:
-        s = s.say(SUSPENDED, "True", Reason.SUSPENDED, "spec.suspend: the pods are stopped after a checkpoint; false lets the job go on")
+        s = s.say(
+            SUSPENDED,
+            "True",
+            Reason.SUSPENDED,
+            "spec.suspend: the pods are stopped after a checkpoint; false lets the job go on",
+        )
         return halted(s, Reason.SUSPENDED, "spec.suspend is true").stops(delete=s.unfinished())
     if s.status.is_true(SUSPENDED):
         s = s.say(SUSPENDED, "False", Reason.RESUMED, "spec.suspend is false: the job goes on where it stopped")

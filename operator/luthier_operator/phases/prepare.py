@@ -1,7 +1,7 @@
 """Prepare: one pod without a GPU that resolves the model, loads and tokenises the data and plans the run.
 
-It fails early and cheaply, and is tried again as often as the infrastructure needs. `planOnly` ends here. Neighbours: `render.job`
-draws the Job, `failure` judges its pods.
+It fails early and cheaply, and is tried again as often as the infrastructure needs. `planOnly` ends here. Neighbours:
+`render.job` draws the Job, `failure` judges its pods.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ def prepare(s: Situation) -> Step:
         return wait
     if job is None:
         places = s.places()
-        drawn = (render.configmap(s.job, s.settings, places), render.claim(s.job, s.settings), render.prepare(s.job, s.settings, places))
+        drawn = (
+            render.configmap(s.job, s.settings, places),
+            render.claim(s.job, s.settings),
+            render.prepare(s.job, s.settings, places),
+        )
         return s.creates(PREPARED, Reason.PREPARING, STARTING, *drawn)
     if children.succeeded(job):
         return waiting.for_last_words(s, job, s.status.prepared is not None) or go_on(s)
@@ -49,6 +53,8 @@ def summary(s: Situation) -> str:
     if found is None:
         return "prepared"
     revision = f"@{found.model.revision[:12]}" if found.model.revision else ""
-    rows = f"{found.dataset.rows} rows" + (f" and {found.dataset.eval_rows} to evaluate" if found.dataset.eval_rows else "")
+    rows = f"{found.dataset.rows} rows" + (
+        f" and {found.dataset.eval_rows} to evaluate" if found.dataset.eval_rows else ""
+    )
     steps = f", {found.plan.steps} steps" if found.plan.steps else ""
     return f"{found.model.source}{revision}, {rows}, strategy {found.plan.strategy}{steps}"

@@ -1,7 +1,8 @@
-"""Publish: one pod without a GPU that uploads the result and checks it there. A Hub that is away costs time, never the result.
+"""Publish: one pod without a GPU that uploads the result and checks it there. A Hub that is away costs time, never the
+result.
 
-The hash of `spec.hub`, kept on the Job, says whether that Job still does what the user wants; where not, it is replaced. That holds after an
-end, too (`reopen`): what was trained can always be published.
+The hash of `spec.hub`, kept on the Job, says whether that Job still does what the user wants; where not, it is
+replaced. That holds after an end, too (`reopen`): what was trained can always be published.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Reopen: what lets a job that rests go on. Its plan was seen, it gets more time, or its result is wanted somewhere else.
+"""Reopen: what lets a job that rests go on. Its plan was seen, it gets more time, or its result is wanted somewhere
+else.
 
-A job rests when its plan is all that was asked for, and when it has ended. All that may change then are fields that steer it, so a
-change of them is a wish; and the deadline counts anew, or it would be over before the wish is fulfilled. Neighbours: `prepare`, `limits`,
-`publish` and `finish`, which say what is taken back here.
+A job rests when its plan is all that was asked for, and when it has ended. All that may change then are fields that
+steer it, so a change of them is a wish; and the deadline counts anew, or it would be over before the wish is fulfilled.
+Neighbours: `prepare`, `limits`, `publish` and `finish`, which say what is taken back here.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ from luthier_operator.phases.limits import at_work, expires
 from luthier_operator.phases.step import Situation
 from luthier_operator.statuses import moment, text, without_condition
 
-PREPARED, PUBLISHED, COMPLETE, FAILED = ConditionType.PREPARED, ConditionType.PUBLISHED, ConditionType.COMPLETE, ConditionType.FAILED
+PREPARED, PUBLISHED, COMPLETE, FAILED = (
+    ConditionType.PREPARED,
+    ConditionType.PUBLISHED,
+    ConditionType.COMPLETE,
+    ConditionType.FAILED,
+)
 HUB_CHANGED, HUB_SET = "spec.hub has changed: publishing again", "spec.hub.repo is set: publishing"
 MORE_TIME = "spec.activeDeadlineSeconds leaves more time: the job goes on where it stopped"
 

@@ -1,8 +1,8 @@
 """Run: the pods that train or generate.
 
-Begins when `prepare` has succeeded, ends when its JobSet (or Job) is terminal. JobSet restarts the group by itself, also while the
-operator is away, so this step only creates, reads and judges. Neighbours: `render.jobset` and `render.job` draw the manifests,
-`record` has written restarts and failures down.
+Begins when `prepare` has succeeded, ends when its JobSet (or Job) is terminal. JobSet restarts the group by itself,
+also while the operator is away, so this step only creates, reads and judges. Neighbours: `render.jobset` and
+`render.job` draw the manifests, `record` has written restarts and failures down.
 """
 
 from __future__ import annotations
@@ -36,8 +36,14 @@ def run(s: Situation) -> Step:
         found = failure.judge(s.attempts("run"), "run", end.get("message", ""), end.get("reason", ""))
         message = found.message + (exhausted(s) if end.get("reason") == "ReachedMaxRestarts" else "")
         return s.say(RUNNING, "False", found.reason, message).fails(found.reason, message)
-    if stuck := failure.stuck(s.attempts("run")) if isinstance(s.job, FineTuneJob) else failure.stuck_shard(s.ends("run")):
-        return s.say(RUNNING, "False", Reason.NO_PROGRESS, stuck).fails(Reason.NO_PROGRESS, stuck, delete=[naming.child(s.job, "run")])
+    if (
+        stuck := failure.stuck(s.attempts("run"))
+        if isinstance(s.job, FineTuneJob)
+        else failure.stuck_shard(s.ends("run"))
+    ):
+        return s.say(RUNNING, "False", Reason.NO_PROGRESS, stuck).fails(
+            Reason.NO_PROGRESS, stuck, delete=[naming.child(s.job, "run")]
+        )
     return at_work(s, group)
 
 
@@ -79,7 +85,9 @@ def at_work(s: Situation, group: Object) -> Step:
         return s.say(RUNNING, "False", found.reason, found.message).stops(requeue_after=again)
     if failures:
         last = failures[-1]
-        return s.say(RUNNING, "False", Reason.RESTARTING, f"after {last.reason}: {last.message} ({failure.place(last)})").stops(requeue_after=again)
+        return s.say(
+            RUNNING, "False", Reason.RESTARTING, f"after {last.reason}: {last.message} ({failure.place(last)})"
+        ).stops(requeue_after=again)
     return s.say(RUNNING, "False", Reason.STARTING, starting(s)).stops(requeue_after=again)
 
 

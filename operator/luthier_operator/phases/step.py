@@ -67,7 +67,9 @@ class Situation:
     def hub_changed(self) -> bool:
         """Whether the publish Job was made from another spec.hub than that of now."""
         job = self.child("publish")
-        return job is not None and job["metadata"].get("annotations", {}).get(naming.HUB_ANNOTATION) != hub_hash(self.job)
+        return job is not None and job["metadata"].get("annotations", {}).get(naming.HUB_ANNOTATION) != hub_hash(
+            self.job
+        )
 
     @property
     def target_changed(self) -> bool:
@@ -90,7 +92,9 @@ class Situation:
         uid, since = child["metadata"].get("uid"), children.created(child)
         # Nodes' clocks may be behind the API server's: times decide only where a pod does not say whose it was.
         return [
-            e for e in self.observed.ended if e.phase == phase and (e.child == uid if e.child else since is None or e.finished_at >= since)
+            e
+            for e in self.observed.ended
+            if e.phase == phase and (e.child == uid if e.child else since is None or e.finished_at >= since)
         ]
 
     def attempts(self, phase: Phase) -> list[Attempt]:
@@ -99,10 +103,16 @@ class Situation:
         if child is None:
             return []
         since, seen = children.created(child), {e.pod for e in self.ends(phase)}
-        return [a for a in self.status.attempts if a.phase == phase and (a.pod in seen or since is None or moment(a.time or "") >= since)]
+        return [
+            a
+            for a in self.status.attempts
+            if a.phase == phase and (a.pod in seen or since is None or moment(a.time or "") >= since)
+        ]
 
     def places(self) -> dict[str, Place]:
-        """Where the jobs whose results this one needs keep their work. One that was deleted since is remembered by the prepare Job."""
+        """Where the jobs whose results this one needs keep their work. One that was deleted since is remembered by the
+        prepare Job.
+        """
         prepare = self.child("prepare")
         notes = prepare["metadata"].get("annotations", {}) if prepare else {}
         known = {name: Place(*found) for name, found in json.loads(notes.get(naming.SOURCES_ANNOTATION, "{}")).items()}
@@ -127,7 +137,11 @@ class Situation:
         return Step(self.status, goes_on=True, requeue_after=requeue_after)
 
     def stops(
-        self, apply: Sequence[Object] = (), delete: Sequence[ChildRef] = (), requeue_after: float | None = None, delete_job: bool = False
+        self,
+        apply: Sequence[Object] = (),
+        delete: Sequence[ChildRef] = (),
+        requeue_after: float | None = None,
+        delete_job: bool = False,
     ) -> Step:
         return Step(self.status, False, apply, delete, requeue_after, delete_job)
 

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 def claim(job: Job, settings: Settings) -> Object | None:
-    """None when the job names an existing one. Without an owner, unless the job says Delete: results outlive the job and its TTL."""
+    """None when the job names an existing one. Without an owner, unless the job says Delete: results outlive the job
+    and its TTL.
+    """
     workspace = job.spec.workspace
     if workspace.claim:
         return None
@@ -27,18 +29,24 @@ def claim(job: Job, settings: Settings) -> Object | None:
     if workspace.storage_class:
         spec["storageClassName"] = workspace.storage_class
     return {
-        "apiVersion": "v1", "kind": "PersistentVolumeClaim",
-        "metadata": metadata(job, naming.place(job).claim, owned=workspace.when_deleted == "Delete"), "spec": spec,
-    }  # fmt: skip
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": metadata(job, naming.place(job).claim, owned=workspace.when_deleted == "Delete"),
+        "spec": spec,
+    }
 
 
 def shortfall(wanted: Object, found: Object) -> str | None:
-    """What to say when the claim that an earlier job left is smaller than the one that this job would make. None when it is large enough."""
+    """What to say when the claim that an earlier job left is smaller than the one that this job would make. None when
+    it is large enough.
+    """
     asked = wanted["spec"]["resources"]["requests"]["storage"]
-    has = found.get("status", {}).get("capacity", {}).get("storage") or found["spec"]["resources"]["requests"]["storage"]
+    has = (
+        found.get("status", {}).get("capacity", {}).get("storage") or found["spec"]["resources"]["requests"]["storage"]
+    )
     if amount(has) >= amount(asked):
         return None
     return (
-        f"spec.workspace.size: {asked} are wanted, and the claim {found['metadata']['name']}, which an earlier job left, has {has}. "
-        "Resize the claim, delete it with the results on it, or give this job another name"
+        f"spec.workspace.size: {asked} are wanted, and the claim {found['metadata']['name']}, which an earlier job"
+        f" left, has {has}. Resize the claim, delete it with the results on it, or give this job another name"
     )

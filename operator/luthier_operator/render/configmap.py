@@ -16,8 +16,14 @@ if TYPE_CHECKING:
     from luthier_operator.settings import Settings
 
 LIMIT_BYTES = (1 << 20) - 4096  # a ConfigMap holds 1 MiB, its keys included
-# What steers a job from outside is no part of the run: a pod that starts after a suspension must find the config it knew.
-NOT_OF_THE_RUN: dict[str, Any] = {"suspend": False, "plan_only": False, "active_deadline_seconds": None, "ttl_seconds_after_finished": None}
+# What steers a job from outside is no part of the run: a pod that starts after a suspension must find the config it
+# knew.
+NOT_OF_THE_RUN: dict[str, Any] = {
+    "suspend": False,
+    "plan_only": False,
+    "active_deadline_seconds": None,
+    "ttl_seconds_after_finished": None,
+}
 
 
 def folder(place: Place, own_claim: str) -> str:
@@ -29,10 +35,13 @@ def run_config(job: Job, settings: Settings, sources: Mapping[str, Place]) -> Fi
     """The one document that the pods read."""
     own = naming.place(job)
     common: dict[str, Any] = {
-        "name": job.metadata.name, "namespace": job.metadata.namespace, "uid": job.metadata.uid,
-        "workspace": folder(own, own.claim), "sources": {name: folder(place, own.claim) for name, place in sorted(sources.items())},
+        "name": job.metadata.name,
+        "namespace": job.metadata.namespace,
+        "uid": job.metadata.uid,
+        "workspace": folder(own, own.claim),
+        "sources": {name: folder(place, own.claim) for name, place in sorted(sources.items())},
         "grace_seconds": settings.grace_seconds,
-    }  # fmt: skip
+    }
     if isinstance(job, FineTuneJob):
         spec = job.spec.model_copy(update=NOT_OF_THE_RUN)
         return FineTuneRun(**common, rendezvous_host=naming.rendezvous_host(job), spec=spec)
@@ -42,6 +51,8 @@ def run_config(job: Job, settings: Settings, sources: Mapping[str, Place]) -> Fi
 def configmap(job: Job, settings: Settings, sources: Mapping[str, Place]) -> Object:
     text = run_config(job, settings, sources).model_dump_json(by_alias=True, exclude_none=True, indent=1)
     return {
-        "apiVersion": "v1", "kind": "ConfigMap",
-        "metadata": metadata(job, naming.config_name(job)), "data": {naming.RUN_FILE: text + "\n"},
-    }  # fmt: skip
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": metadata(job, naming.config_name(job)),
+        "data": {naming.RUN_FILE: text + "\n"},
+    }

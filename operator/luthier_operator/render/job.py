@@ -1,4 +1,6 @@
-"""The Jobs: `prepare` and `publish`, one pod that is tried again, and the shards of a GenerateJob, which stand for themselves."""
+"""The Jobs: `prepare` and `publish`, one pod that is tried again, and the shards of a GenerateJob, which stand for
+themselves.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,18 @@ if TYPE_CHECKING:
 
 
 def hub_hash(job: Job) -> str:
-    """Changes when spec.hub does: what the user has set of it, because a later version may know more fields, and their defaults."""
+    """Changes when spec.hub does: what the user has set of it, because a later version may know more fields, and their
+    defaults.
+    """
     found = job.spec.hub and job.spec.hub.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     text = json.dumps(found, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def hub_target(job: Job) -> str:
-    """Where the result belongs: the part of spec.hub whose change makes a result that is published be published elsewhere."""
+    """Where the result belongs: the part of spec.hub whose change makes a result that is published be published
+    elsewhere.
+    """
     return f"{job.spec.hub.repo}@{job.spec.hub.branch}" if job.spec.hub else ""
 
 
@@ -43,26 +49,35 @@ def publish(job: Job, settings: Settings, sources: Mapping[str, Place]) -> Objec
     return _job(job, "publish", notes, _one_pod(job, settings, "publish", sources, settings.publish_retries))
 
 
-def shards(job: GenerateJob, settings: Settings, sources: Mapping[str, Place], restarts: int = 0, charged: int = 0) -> Object:
+def shards(
+    job: GenerateJob, settings: Settings, sources: Mapping[str, Place], restarts: int = 0, charged: int = 0
+) -> Object:
     """An Indexed Job: a shard that fails is started again alone, and one that cannot succeed does not stop the others.
 
     `restarts`, `charged`: those of the Jobs before, when a suspended job goes on.
     """
-    manifest = _job(job, "run", restarts_before(restarts, charged), {
-        "completionMode": "Indexed",
-        "completions": job.spec.shards,
-        "parallelism": job.spec.shards,
-        "backoffLimitPerIndex": job.spec.retries_per_shard,
-        "podReplacementPolicy": "Failed",
-        "podFailurePolicy": rules.alone("FailIndex"),
-        "template": template(job, settings, "run", sources),
-    })  # fmt: skip
+    manifest = _job(
+        job,
+        "run",
+        restarts_before(restarts, charged),
+        {
+            "completionMode": "Indexed",
+            "completions": job.spec.shards,
+            "parallelism": job.spec.shards,
+            "backoffLimitPerIndex": job.spec.retries_per_shard,
+            "podReplacementPolicy": "Failed",
+            "podFailurePolicy": rules.alone("FailIndex"),
+            "template": template(job, settings, "run", sources),
+        },
+    )
     manifest["metadata"]["labels"] |= queue_label(job)
     return manifest
 
 
 def queue_label(job: Job) -> dict[str, str]:
-    """Kueue admits what holds GPUs. Set at creation and never touched again; `spec.suspend` is Kueue's and never in our manifest."""
+    """Kueue admits what holds GPUs. Set at creation and never touched again; `spec.suspend` is Kueue's and never in our
+    manifest.
+    """
     queue = job.spec.scheduling.queue
     return {naming.QUEUE_LABEL: queue} if queue and gpus(job) else {}
 

@@ -18,8 +18,12 @@ if TYPE_CHECKING:
     from luthier_operator.settings import Settings
 
 
-def jobset(job: FineTuneJob, settings: Settings, sources: Mapping[str, Place], restarts: int = 0, charged: int = 0) -> Object:
-    """`restarts`, `charged`: those of the JobSets before, when a suspended job goes on; what was charged stays charged."""
+def jobset(
+    job: FineTuneJob, settings: Settings, sources: Mapping[str, Place], restarts: int = 0, charged: int = 0
+) -> Object:
+    """`restarts`, `charged`: those of the JobSets before, when a suspended job goes on; what was charged stays
+    charged.
+    """
     nodes = job.spec.resources.nodes
     meta = metadata(job, naming.child(job, "run").name, "run", restarts_before(restarts, charged))
     meta["labels"] |= queue_label(job)

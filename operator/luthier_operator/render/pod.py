@@ -1,6 +1,8 @@
-"""The pod of a phase: restricted, without a service-account token, its root read-only, its secrets only where they are needed.
+"""The pod of a phase: restricted, without a service-account token, its root read-only, its secrets only where they are
+needed.
 
-Every field was run on a cluster that enforces Pod Security `restricted`. Neighbours: `job` and `jobset` wrap the template.
+Every field was run on a cluster that enforces Pod Security `restricted`. Neighbours: `job` and `jobset` wrap the
+template.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
 
 USER = 1000  # of the image; the same in all pods, because safetensors writes files that only their owner can read
 UNREACHABLE_SECONDS = 60  # the default of 300 keeps the whole group waiting for a dead node
-# The root is read-only: whatever a library wants to keep for itself goes to /tmp. No PYTHONPYCACHEPREFIX: it would hide the image's byte-code.
+# The root is read-only: whatever a library wants to keep for itself goes to /tmp. No PYTHONPYCACHEPREFIX: it would hide
+# the image's byte-code.
 WRITABLE = {
     "HOME": "/tmp",
     "USER": "luthier",
@@ -50,17 +53,26 @@ def template(job: Job, settings: Settings, phase: Phase, sources: Mapping[str, P
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": grace_seconds(job, settings, phase),
         "securityContext": {
-            "runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER, "fsGroup": USER, "fsGroupChangePolicy": "OnRootMismatch",
+            "runAsNonRoot": True,
+            "runAsUser": USER,
+            "runAsGroup": USER,
+            "fsGroup": USER,
+            "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         "tolerations": [t.dump() for t in scheduling.tolerations]
         + [
-            {"key": f"node.kubernetes.io/{taint}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": UNREACHABLE_SECONDS}
+            {
+                "key": f"node.kubernetes.io/{taint}",
+                "operator": "Exists",
+                "effect": "NoExecute",
+                "tolerationSeconds": UNREACHABLE_SECONDS,
+            }
             for taint in ("not-ready", "unreachable")
         ],
         "containers": [_container(job, settings, phase, mounts)],
         "volumes": volumes,
-    }  # fmt: skip
+    }
     if settings.service_account:
         spec["serviceAccountName"] = settings.service_account
     if settings.image_pull_secrets:
@@ -72,14 +84,20 @@ def template(job: Job, settings: Settings, phase: Phase, sources: Mapping[str, P
             spec["nodeSelector"] = dict(scheduling.node_selector)
         # One pod a node where there are enough nodes, and still a run where there are not.
         spec["topologySpreadConstraints"] = [
-            {"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway",
-             "labelSelector": {"matchLabels": {naming.UID_LABEL: naming.uid(job), naming.PHASE_LABEL: phase}}}
-        ]  # fmt: skip
+            {
+                "maxSkew": 1,
+                "topologyKey": "kubernetes.io/hostname",
+                "whenUnsatisfiable": "ScheduleAnyway",
+                "labelSelector": {"matchLabels": {naming.UID_LABEL: naming.uid(job), naming.PHASE_LABEL: phase}},
+            }
+        ]
     return {"metadata": {"labels": naming.labels(job, phase)}, "spec": spec}
 
 
 def grace_seconds(job: Job, settings: Settings, phase: Phase) -> int:
-    """Seconds that a stopped pod has. Those of `run` save a checkpoint, for which `prepare` has planned; the others have nothing to save."""
+    """Seconds that a stopped pod has. Those of `run` save a checkpoint, for which `prepare` has planned; the others
+    have nothing to save.
+    """
     if phase != "run":
         return settings.grace_seconds
     prepared = job.status.prepared
@@ -96,7 +114,11 @@ def _container(job: Job, settings: Settings, phase: Phase, mounts: list[Object])
         "env": _environment(job, settings, phase),
         "resources": _resources(job, settings, phase),
         "terminationMessagePolicy": "FallbackToLogsOnError",
-        "securityContext": {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}},
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
         "volumeMounts": mounts,
     }
     if phase == "run":
@@ -108,17 +130,26 @@ def _environment(job: Job, settings: Settings, phase: Phase) -> list[Object]:
     values = WRITABLE | QUIET
     found: list[Object] = []
     if phase == "run":
-        found.append({"name": Variables.NODE_RANK, "valueFrom": {"fieldRef": {"fieldPath": f"metadata.annotations['{INDEX_ANNOTATION}']"}}})
+        found.append(
+            {
+                "name": Variables.NODE_RANK,
+                "valueFrom": {"fieldRef": {"fieldPath": f"metadata.annotations['{INDEX_ANNOTATION}']"}},
+            }
+        )
         values |= OFFLINE | (ON_CPU if not gpus(job) else {}) | _threads(job)
     else:
         if job.spec.hub and (token := job.spec.hub.token_secret):
-            found.append({"name": Variables.TOKEN, "valueFrom": {"secretKeyRef": {"name": token.name, "key": token.key}}})
+            found.append(
+                {"name": Variables.TOKEN, "valueFrom": {"secretKeyRef": {"name": token.name, "key": token.key}}}
+            )
         values |= {"HF_ENDPOINT": settings.hub_endpoint} if settings.hub_endpoint else {}
     return found + [{"name": name, "value": value} for name, value in (values | settings.env).items()]
 
 
 def _threads(job: Job) -> dict[str, str]:
-    """The cores of a pod, shared by its processes. Where the job does not say, the trainer shares those that it finds."""
+    """The cores of a pod, shared by its processes. Where the job does not say, the trainer shares those that it
+    finds.
+    """
     if not job.spec.resources.cpu:
         return {}
     processes = job.spec.resources.processes if isinstance(job, FineTuneJob) else 1
@@ -130,7 +161,9 @@ def _resources(job: Job, settings: Settings, phase: Phase) -> Object:
         return {"requests": {"cpu": canonical(settings.cpu_request), "memory": canonical(settings.memory_request)}}
     asked = job.spec.resources
     requests = {"cpu": canonical(asked.cpu)} if asked.cpu else {}
-    limits = ({"memory": canonical(asked.memory)} if asked.memory else {}) | ({settings.gpu_resource: str(gpus(job))} if gpus(job) else {})
+    limits = ({"memory": canonical(asked.memory)} if asked.memory else {}) | (
+        {settings.gpu_resource: str(gpus(job))} if gpus(job) else {}
+    )
     return {name: amounts for name, amounts in (("requests", requests | limits), ("limits", limits)) if amounts}
 
 

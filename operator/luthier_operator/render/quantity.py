@@ -1,6 +1,7 @@
 """Quantities as the API server would write them: "1024Mi" is "1Gi", "0.5" is "500m".
 
-Other forms mean the same, but after Kueue has admitted a JobSet it owns the canonical text, and ours would be a conflict.
+Other forms mean the same, but after Kueue has admitted a JobSet it owns the canonical text, and ours would be a
+conflict.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What a pod's exit code costs, as the failure rules of Job and JobSet: rendered from the enum, so that code and cluster agree.
+"""What a pod's exit code costs, as the failure rules of Job and JobSet: rendered from the enum, so that code and
+cluster agree.
 
-The Job controller sees the exit code, JobSet only the Job's message. Measured on a cluster: exit 64 ends the JobSet with no restart, 75
-restarts it at nobody's charge, 70 is charged.
+The Job controller sees the exit code, JobSet only the Job's message. Measured on a cluster: exit 64 ends the JobSet
+with no restart, 75 restarts it at nobody's charge, 70 is charged.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ DISRUPTED = [{"type": "DisruptionTarget", "status": "True"}]
 
 
 def _on_exit(action: str, retry: Retry) -> Object:
-    return {"action": action, "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": ExitCode.codes(retry)}}
+    return {
+        "action": action,
+        "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": ExitCode.codes(retry)},
+    }
 
 
 def _pattern(retry: Retry) -> str:
@@ -29,7 +33,11 @@ def member() -> Object:
     Mistakes come first: a pod that was preempted after its mistake must not come back.
     """
     return {
-        "rules": [_on_exit("FailJob", Retry.NEVER), {"action": "FailJob", "onPodConditions": DISRUPTED}, _on_exit("FailJob", Retry.FREE)]
+        "rules": [
+            _on_exit("FailJob", Retry.NEVER),
+            {"action": "FailJob", "onPodConditions": DISRUPTED},
+            _on_exit("FailJob", Retry.FREE),
+        ]
     }
 
 
@@ -39,12 +47,20 @@ def group(max_restarts: int) -> Object:
         "maxRestarts": max_restarts,
         "restartStrategy": "BlockingRecreate",
         "rules": [
-            {"name": "userError", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"],
-             "onJobFailureMessagePatterns": [_pattern(Retry.NEVER)]},
-            {"name": "disrupted", "action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": ["PodFailurePolicy"],
-             "onJobFailureMessagePatterns": ["has condition DisruptionTarget", _pattern(Retry.FREE)]},
+            {
+                "name": "userError",
+                "action": "FailJobSet",
+                "onJobFailureReasons": ["PodFailurePolicy"],
+                "onJobFailureMessagePatterns": [_pattern(Retry.NEVER)],
+            },
+            {
+                "name": "disrupted",
+                "action": "RestartJobSetAndIgnoreMaxRestarts",
+                "onJobFailureReasons": ["PodFailurePolicy"],
+                "onJobFailureMessagePatterns": ["has condition DisruptionTarget", _pattern(Retry.FREE)],
+            },
         ],
-    }  # fmt: skip
+    }
 
 
 def alone(on_mistake: str) -> Object:
@@ -53,5 +69,9 @@ def alone(on_mistake: str) -> Object:
     Never FailJob on a free end: under Kueue an eviction would end the job for good.
     """
     return {
-        "rules": [_on_exit(on_mistake, Retry.NEVER), {"action": "Ignore", "onPodConditions": DISRUPTED}, _on_exit("Ignore", Retry.FREE)]
+        "rules": [
+            _on_exit(on_mistake, Retry.NEVER),
+            {"action": "Ignore", "onPodConditions": DISRUPTED},
+            _on_exit("Ignore", Retry.FREE),
+        ]
     }

@@ -23,7 +23,13 @@ def certificates() -> None:
     PKI.mkdir(parents=True, exist_ok=True)
     for authority in ("server-ca", "client-ca", "front-proxy-ca"):
         make_authority(authority)
-    names = ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local", "localhost"]
+    names = [
+        "kubernetes",
+        "kubernetes.default",
+        "kubernetes.default.svc",
+        "kubernetes.default.svc.cluster.local",
+        "localhost",
+    ]
     addresses = [f"DNS:{name}" for name in names] + ["IP:127.0.0.1", f"IP:{NODE_IP}", "IP:10.96.0.1"]
     make_certificate("server-ca", "apiserver", "/CN=kube-apiserver", "serverAuth", addresses)
     make_certificate("client-ca", "apiserver-kubelet", "/O=kubelet-readers/CN=kube-apiserver")
@@ -43,12 +49,28 @@ def make_authority(name: str) -> None:
     openssl("req", "-x509", *key, "-days", DAYS, "-subj", f"/CN={name}", "-out", f"{name}.crt")
 
 
-def make_certificate(authority: str, name: str, subject: str, usage: str = "clientAuth", addresses: Sequence[str] = ()) -> None:
+def make_certificate(
+    authority: str, name: str, subject: str, usage: str = "clientAuth", addresses: Sequence[str] = ()
+) -> None:
     extensions = f"extendedKeyUsage={usage}\n" + (f"subjectAltName={','.join(addresses)}\n" if addresses else "")
     (PKI / f"{name}.ext").write_text(extensions)
-    openssl("req", "-new", "-newkey", "rsa:2048", "-nodes", "-subj", subject, "-keyout", f"{name}.key", "-out", f"{name}.csr")
+    openssl(
+        "req",
+        "-new",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-subj",
+        subject,
+        "-keyout",
+        f"{name}.key",
+        "-out",
+        f"{name}.csr",
+    )
     signer = ("-CA", f"{authority}.crt", "-CAkey", f"{authority}.key", "-CAcreateserial")
-    openssl("x509", "-req", "-in", f"{name}.csr", *signer, "-days", DAYS, "-extfile", f"{name}.ext", "-out", f"{name}.crt")
+    openssl(
+        "x509", "-req", "-in", f"{name}.csr", *signer, "-days", DAYS, "-extfile", f"{name}.ext", "-out", f"{name}.crt"
+    )
 
 
 def kubeconfig(user: str) -> Path:

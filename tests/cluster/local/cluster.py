@@ -77,7 +77,10 @@ def alone() -> Iterator[None]:
 def environment() -> dict[str, str]:
     """The administrator's kubeconfig, and kubectl and helm on the PATH."""
     path = os.environ.get("PATH", os.defpath).split(os.pathsep)
-    return {"KUBECONFIG": str(KUBECONFIG), "PATH": os.pathsep.join([str(BIN), *(part for part in path if part != str(BIN))])}
+    return {
+        "KUBECONFIG": str(KUBECONFIG),
+        "PATH": os.pathsep.join([str(BIN), *(part for part in path if part != str(BIN))]),
+    }
 
 
 def answers() -> bool:
@@ -85,7 +88,14 @@ def answers() -> bool:
         return False
     with contextlib.suppress(subprocess.CalledProcessError):
         kubectl(
-            "-n", "jobset-system", "rollout", "status", "deployment", "--timeout=60s", "--request-timeout=5s", stderr=subprocess.DEVNULL
+            "-n",
+            "jobset-system",
+            "rollout",
+            "status",
+            "deployment",
+            "--timeout=60s",
+            "--request-timeout=5s",
+            stderr=subprocess.DEVNULL,
         )
         return True
     return False

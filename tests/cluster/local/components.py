@@ -1,6 +1,7 @@
 """The programs of the cluster, compiled from Go modules: no release archive and no registry has to be reachable.
 
-The control plane, the node's agents, etcd and kubectl are one binary (`../kube`), told apart by the name it is called by.
+The control plane, the node's agents, etcd and kubectl are one binary (`../kube`), told apart by the name it is called
+by.
 """
 
 import hashlib
@@ -48,8 +49,12 @@ STATIC = os.environ | {"CGO_ENABLED": "0"}  # the binaries of scratch images hav
 
 def install_packages() -> None:
     """Installs what is missing, and upgrades nothing."""
-    known = subprocess.run(["dpkg-query", "-W", "-f", "${Package} ${Status}\n", *PACKAGES], text=True, capture_output=True).stdout
-    missing = sorted(set(PACKAGES) - {line.split()[0] for line in known.splitlines() if line.endswith("install ok installed")})
+    known = subprocess.run(
+        ["dpkg-query", "-W", "-f", "${Package} ${Status}\n", *PACKAGES], text=True, capture_output=True
+    ).stdout
+    missing = sorted(
+        set(PACKAGES) - {line.split()[0] for line in known.splitlines() if line.endswith("install ok installed")}
+    )
     if missing:
         sh("apt-get", "update", "-q")
         sh("apt-get", "install", "-q", "-y", "--no-install-recommends", "--no-upgrade", *missing)
@@ -77,7 +82,9 @@ def build() -> None:
 
 @contextmanager
 def built(name: str, version: str) -> Iterator[bool]:
-    """Whether `name` has to be compiled, which the block then does: a file beside the binaries says of which version it is."""
+    """Whether `name` has to be compiled, which the block then does: a file beside the binaries says of which version it
+    is.
+    """
     note = BIN / f".{name}.version"
     missing = not (BIN / name).exists() or not note.exists() or note.read_text() != version
     yield missing
@@ -86,7 +93,18 @@ def built(name: str, version: str) -> Iterator[bool]:
 
 
 def build_hyperkube() -> None:
-    sh("go", "build", "-trimpath", "-ldflags", f"-s -w {version_flags()}", "-o", BIN / "hyperkube", ".", cwd=HYPERKUBE, env=STATIC)
+    sh(
+        "go",
+        "build",
+        "-trimpath",
+        "-ldflags",
+        f"-s -w {version_flags()}",
+        "-o",
+        BIN / "hyperkube",
+        ".",
+        cwd=HYPERKUBE,
+        env=STATIC,
+    )
 
 
 def build_module(name: str, downloaded: Path, package: str) -> None:

@@ -21,7 +21,13 @@ def control_plane() -> None:
     etcd()
     api_server()
     controllers()
-    kubectl("create", "clusterrolebinding", "kubelet-readers", "--clusterrole=system:kubelet-api-admin", "--group=kubelet-readers")
+    kubectl(
+        "create",
+        "clusterrolebinding",
+        "kubelet-readers",
+        "--clusterrole=system:kubelet-api-admin",
+        "--group=kubelet-readers",
+    )
 
 
 def etcd() -> None:

@@ -1,4 +1,6 @@
-"""Images without Docker: buildah builds the Dockerfile on Debian bases made with debootstrap, and pushes to the local registry."""
+"""Images without Docker: buildah builds the Dockerfile on Debian bases made with debootstrap, and pushes to the local
+registry.
+"""
 
 import hashlib
 import io
@@ -16,8 +18,8 @@ from .shell import BIN, HOME, REGISTRY, STATE, ctr, out, sh, start, wait, write
 
 DEBIAN = "bookworm"
 RUNTIME = ["ca-certificates", "libgomp1", "python3"]
-# Stand-ins for a public base image, and for the same with compilers: both have the same /usr/bin/python3, so that a virtual
-# environment made in the second works in the first.
+# Stand-ins for a public base image, and for the same with compilers: both have the same /usr/bin/python3, so that a
+# virtual environment made in the second works in the first.
 BASES = {"runtime": RUNTIME, "build": [*RUNTIME, "g++", "ninja-build", "python3-dev", "python3-venv"]}
 CERTIFICATES = "/etc/ssl/certs"
 MANIFESTS = "application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json"
@@ -31,7 +33,9 @@ def registry() -> None:
 
 
 def image(context: str, target: str, name: str) -> str:
-    """Builds `target` of CONTEXT/Dockerfile for CPU and pushes it: only changed layers travel. Returns the reference for pods."""
+    """Builds `target` of CONTEXT/Dockerfile for CPU and pushes it: only changed layers travel. Returns the reference
+    for pods.
+    """
     arguments = {"BASE": base("runtime"), "BUILD_BASE": base("build"), "DS_ACCELERATOR": "cpu"}
     volumes = [f"{CERTIFICATES}:{CERTIFICATES}:ro"]  # this machine may trust an authority that Debian does not know
     wheels = os.environ.get("WHEELS") or os.environ.get("PIP_FIND_LINKS", "")
@@ -52,7 +56,8 @@ def image(context: str, target: str, name: str) -> str:
 
 
 def forget_others(arguments: dict[str, str]) -> None:
-    """buildah 1.28 takes a layer from its cache whatever arguments it was made with: torch for CUDA, say, where there is a wheel for CPU.
+    """buildah 1.28 takes a layer from its cache whatever arguments it was made with: torch for CUDA, say, where there
+    is a wheel for CPU.
 
     So those that were made with others than `arguments` are removed, all but the bases.
     """
@@ -72,12 +77,16 @@ def listed() -> list[dict[str, Any]]:
 def image_size(name: str) -> str:
     """Compressed bytes as a node pulls them, in JSON; `name` as it was given to `image`."""
     repository, tag = name.removeprefix(f"{REGISTRY}/").rsplit(":", 1)
-    request = urllib.request.Request(f"http://{REGISTRY}/v2/{repository}/manifests/{tag}", headers={"Accept": MANIFESTS})
+    request = urllib.request.Request(
+        f"http://{REGISTRY}/v2/{repository}/manifests/{tag}", headers={"Accept": MANIFESTS}
+    )
     try:
         with urllib.request.urlopen(request) as answer:
             layers = [layer["size"] for layer in json.load(answer)["layers"]]
     except urllib.error.HTTPError as error:
-        raise SystemExit(f"{name}: not in the registry {REGISTRY} ({error}); push it with `cluster.py image`") from error
+        raise SystemExit(
+            f"{name}: not in the registry {REGISTRY} ({error}); push it with `cluster.py image`"
+        ) from error
     return json.dumps({"image": name, "megabytes": round(sum(layers) / 1e6, 1), "layers": layers})
 
 
@@ -93,8 +102,22 @@ def base(kind: str) -> str:
         return name
     root, archive = HOME / f"base-{kind}", HOME / f"base-{kind}.tar"
     shutil.rmtree(root, ignore_errors=True)
-    sh("debootstrap", "--variant=minbase", f"--include={','.join(BASES[kind])}", DEBIAN, root, stdout=subprocess.DEVNULL)
-    for cache in ("var/cache/apt/archives", "var/lib/apt/lists", "var/log", "usr/share/doc", "usr/share/man", "usr/share/locale"):
+    sh(
+        "debootstrap",
+        "--variant=minbase",
+        f"--include={','.join(BASES[kind])}",
+        DEBIAN,
+        root,
+        stdout=subprocess.DEVNULL,
+    )
+    for cache in (
+        "var/cache/apt/archives",
+        "var/lib/apt/lists",
+        "var/log",
+        "usr/share/doc",
+        "usr/share/man",
+        "usr/share/locale",
+    ):
         for entry in (root / cache).iterdir():
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     sh("tar", "-C", root, "-cf", archive, ".")
@@ -120,7 +143,11 @@ def scratch_image(name: str, program: Path, path: str) -> Path:
         "rootfs": {"type": "layers", "diff_ids": ["sha256:" + hashlib.sha256(layer).hexdigest()]},
     }
     manifest = [{"Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"]}]
-    members = {"layer.tar": layer, "config.json": json.dumps(config).encode(), "manifest.json": json.dumps(manifest).encode()}
+    members = {
+        "layer.tar": layer,
+        "config.json": json.dumps(config).encode(),
+        "manifest.json": json.dumps(manifest).encode(),
+    }
     archive = STATE / (name.replace("/", "_").replace(":", "_") + ".tar")
     archive.write_bytes(tar(members))
     return archive

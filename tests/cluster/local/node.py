@@ -1,4 +1,6 @@
-"""The node: a bridge for the pods, containerd, the kubelet, kube-proxy and CoreDNS, and eight GPUs that are only counted."""
+"""The node: a bridge for the pods, containerd, the kubelet, kube-proxy and CoreDNS, and eight GPUs that are only
+counted.
+"""
 
 import json
 import subprocess
@@ -45,7 +47,12 @@ def node() -> None:
         f"--node-ip={NODE_IP}",
         f"--root-dir={STATE}/kubelet",
     )
-    start("kube-proxy", BIN / "kube-proxy", "--config", write("kube-proxy.yaml", KUBE_PROXY.format(state=STATE, node=NODE, net=POD_NET)))
+    start(
+        "kube-proxy",
+        BIN / "kube-proxy",
+        "--config",
+        write("kube-proxy.yaml", KUBE_PROXY.format(state=STATE, node=NODE, net=POD_NET)),
+    )
     kubectl("apply", "-f", write("coredns.yaml", COREDNS_RBAC))
     start("coredns", BIN / "coredns", "-conf", write("Corefile", COREFILE.format(state=STATE, dns=NODE_IP)))
     ready = "jsonpath={.status.conditions[?(@.type=='Ready')].status}"
@@ -97,7 +104,10 @@ KUBELET = """
     failSwapOn: false
     oomScoreAdj: 0
     maxOpenFiles: 20000
-    authentication: {{anonymous: {{enabled: false}}, webhook: {{enabled: true}}, x509: {{clientCAFile: {state}/pki/client-ca.crt}}}}
+    authentication:
+      anonymous: {{enabled: false}}
+      webhook: {{enabled: true}}
+      x509: {{clientCAFile: {state}/pki/client-ca.crt}}
     authorization: {{mode: Webhook}}
     clusterDNS: [{dns}]
     clusterDomain: cluster.local

@@ -46,7 +46,9 @@ def write(name: str, text: str) -> Path:
 def start(name: str, *args: object) -> None:
     """Starts a component that outlives this command; `stop` finds it by its pid file."""
     with (STATE / f"{name}.log").open("ab") as log:
-        process = subprocess.Popen([str(a) for a in args], stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            [str(a) for a in args], stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+        )
     (STATE / f"{name}.pid").write_text(str(process.pid))
 
 

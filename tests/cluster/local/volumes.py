@@ -1,7 +1,7 @@
 """Volumes of the local cluster: folders of this machine, offered beforehand, because there is no provisioner.
 
-A claim that is deleted leaves its volume `Released`, data and all. `recycle` wipes such volumes and offers them again; the tests
-call it between cases, so that sixty-four are enough for any number of them.
+A claim that is deleted leaves its volume `Released`, data and all. `recycle` wipes such volumes and offers them again;
+the tests call it between cases, so that sixty-four are enough for any number of them.
 """
 
 import json
@@ -58,7 +58,9 @@ def recycle() -> list[str]:
     """Wipes each `Released` volume and offers it again; returns their names."""
     items = json.loads(kubectl("get", "pv", "-o", "json"))["items"]
     released = {
-        item["metadata"]["name"]: Path(item["spec"]["hostPath"]["path"]) for item in items if item["status"].get("phase") == "Released"
+        item["metadata"]["name"]: Path(item["spec"]["hostPath"]["path"])
+        for item in items
+        if item["status"].get("phase") == "Released"
     }
     for name, path in released.items():
         for entry in path.iterdir():

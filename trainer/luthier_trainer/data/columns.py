@@ -1,4 +1,5 @@
-"""Which columns play which role, and whether what is in them fits: text is text, and a label is there, known, and one of several.
+"""Which columns play which role, and whether what is in them fits: text is text, and a label is there, known, and one
+of several.
 
 Columns are read by Arrow, in batches: a list of Python objects for each row would take more memory than the texts.
 """
@@ -42,7 +43,11 @@ def require_text(rows: Rows, column: str, field: str) -> None:
     elif is_text(feature):
         return
     else:
-        kind = getattr(feature, "dtype", None) if type(feature).__name__ in ("Value", "ClassLabel") else type(feature).__name__
+        kind = (
+            getattr(feature, "dtype", None)
+            if type(feature).__name__ in ("Value", "ClassLabel")
+            else type(feature).__name__
+        )
     texts = [name for name in rows.texts if name != column]
     hint = f"columns of text: {', '.join(texts)}" if texts else "no column holds text"
     if column in rows.rarest:
@@ -85,8 +90,13 @@ def texts(rows: Rows, column: str, field: str, drop_blank: bool) -> Rows:
         return rows
     found = f"blank in {len(empty)} of {len(rows.data)} rows"
     if not drop_blank:
-        raise invalid(f'{field}: column "{column}" of {rows.origin} is {found}. The first is {rows.place(empty[0])}. Remove them')
-    notice(f'{field}: column "{column}" of {rows.origin} is {found}, which are left out. The first is {rows.place(empty[0])}')
+        raise invalid(
+            f'{field}: column "{column}" of {rows.origin} is {found}. The first is {rows.place(empty[0])}. Remove them'
+        )
+    notice(
+        f'{field}: column "{column}" of {rows.origin} is {found}, which are left out. The first is'
+        f" {rows.place(empty[0])}"
+    )
     return rows.select(numpy.delete(numpy.arange(len(rows.data)), empty))
 
 

@@ -1,8 +1,9 @@
 """Regular CSV files, which Arrow reads ten times as fast as Python's csv module, and to the same rows.
 
-Arrow forgives what csv refuses: text after a closing quotation mark, a quotation mark that is never closed. So `is_regular` looks at every
-quotation mark first: the odd ones open a cell, the even ones close it, and two side by side are one inside a cell. A file where that does
-not hold, or that needs a judgement of any other kind (`csvrows`), is left to csv.
+Arrow forgives what csv refuses: text after a closing quotation mark, a quotation mark that is never closed. So
+`is_regular` looks at every quotation mark first: the odd ones open a cell, the even ones close it, and two side by side
+are one inside a cell. A file where that does not hold, or that needs a judgement of any other kind (`csvrows`), is left
+to csv.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ MARK = decoding.BOMS[-1][0]  # that of UTF-8
 
 
 def is_regular(path: Path, separator: str, quoted: bool) -> bool:
-    """Whether quotation marks stand where they open or close cells only, no cell holds a line break, and no byte order mark is inside.
+    """Whether quotation marks stand where they open or close cells only, no cell holds a line break, and no byte order
+    mark is inside.
 
     Without `quoted`: whether there are no quotation marks at all. For files that are UTF-8 and not compressed.
     """
@@ -43,7 +45,11 @@ def is_regular(path: Path, separator: str, quoted: bool) -> bool:
         quotes = numpy.flatnonzero(around[1 : size + 1] == QUOTE) + 1
         if not quoted and len(quotes):
             return False
-        if _has_mark(around, size) or _has_lone_return(around, size) or not _in_place(around, quotes, before, ord(separator)):
+        if (
+            _has_mark(around, size)
+            or _has_lone_return(around, size)
+            or not _in_place(around, quotes, before, ord(separator))
+        ):
             return False
         feeds = numpy.flatnonzero(around[1 : size + 1] == LF) + 1
         if ((numpy.searchsorted(quotes, feeds) + before) % 2).any():
@@ -64,7 +70,11 @@ def _in_place(around: numpy.ndarray, quotes: numpy.ndarray, before: int, separat
 
 
 def _has_mark(around: numpy.ndarray, size: int) -> bool:
-    return bool(((around[1 : size + 1] == MARK[0]) & (around[2 : size + 2] == MARK[1]) & (around[3 : size + 3] == MARK[2])).any())
+    return bool(
+        (
+            (around[1 : size + 1] == MARK[0]) & (around[2 : size + 2] == MARK[1]) & (around[3 : size + 3] == MARK[2])
+        ).any()
+    )
 
 
 def _has_lone_return(around: numpy.ndarray, size: int) -> bool:
@@ -72,7 +82,9 @@ def _has_lone_return(around: numpy.ndarray, size: int) -> bool:
 
 
 def batches(path: Path, separator: str, quoted: bool, columns: list[str]) -> Generator[pyarrow.RecordBatch, None, bool]:
-    """Batches of `columns` of a regular file. Returns whether these are all: a row of another width, which Arrow refuses, ends them early."""
+    """Batches of `columns` of a regular file. Returns whether these are all: a row of another width, which Arrow
+    refuses, ends them early.
+    """
     import pyarrow.csv
 
     try:
@@ -80,7 +92,11 @@ def batches(path: Path, separator: str, quoted: bool, columns: list[str]) -> Gen
             path,
             pyarrow.csv.ReadOptions(use_threads=False, block_size=BLOCK),
             pyarrow.csv.ParseOptions(delimiter=separator, quote_char='"' if quoted else False),
-            pyarrow.csv.ConvertOptions(include_columns=columns, column_types=dict.fromkeys(columns, pyarrow.string()), strings_can_be_null=False),
+            pyarrow.csv.ConvertOptions(
+                include_columns=columns,
+                column_types=dict.fromkeys(columns, pyarrow.string()),
+                strings_can_be_null=False,
+            ),
         )
     except pyarrow.ArrowException:
         return False

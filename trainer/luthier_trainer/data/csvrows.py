@@ -1,7 +1,8 @@
-"""Rows of CSV files, by Python's csv module in strict mode: what does not fit the header is refused, never moved or joined without notice.
+"""Rows of CSV files, by Python's csv module in strict mode: what does not fit the header is refused, never moved or
+joined without notice.
 
-Every cell is text, as it is written: "007", "NA" and "1e5" stay what they are. A file whose cells are separated by tabs has no quoting
-unless the spec asks for it, because quotation marks in such files are mostly part of the text.
+Every cell is text, as it is written: "007", "NA" and "1e5" stay what they are. A file whose cells are separated by tabs
+has no quoting unless the spec asks for it, because quotation marks in such files are mostly part of the text.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from luthier_trainer.ending import Failure
 from luthier_trainer.notices import notice
 
 AT_ONCE = 1000  # rows of a batch, as in `datasets`
-CELL_LIMIT = 1 << 28  # characters; csv's own limit is 131,072. A quotation mark that is never closed reads up to this much
+# Characters; csv's own limit is 131,072. A quotation mark that is never closed reads up to this much
+CELL_LIMIT = 1 << 28
 SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
 SHOWN = 60  # characters of a cell in a message
 ESCAPED_QUOTE = '\\"'
@@ -53,7 +55,8 @@ class Dialect:
             return csv.reader(lines, delimiter=self.separator, quoting=csv.QUOTE_NONE, quotechar=None, strict=True)
         if self.quoting == "backslash":
             escaped = (ESCAPE.sub(_keep_backslash, line) if "\\" in line else line for line in lines)
-            return csv.reader(escaped, delimiter=self.separator, escapechar="\\", strict=True)  # without doublequote, csv would not be strict
+            # Without doublequote, csv would not be strict
+            return csv.reader(escaped, delimiter=self.separator, escapechar="\\", strict=True)
         return csv.reader(lines, delimiter=self.separator, strict=True)
 
 
@@ -107,7 +110,9 @@ class CsvFile:
             try:
                 names = next(filter(None, reader), None)
             except csv.Error as error:
-                raise self._refusal(f"{self.path}: the header (line {reader.line_num}) cannot be read as csv: {_explained(str(error))}") from error
+                raise self._refusal(
+                    f"{self.path}: the header (line {reader.line_num}) cannot be read as csv: {_explained(str(error))}"
+                ) from error
         if names is None:
             raise self._refusal(f"{self.path} is empty")
         return names
@@ -118,10 +123,15 @@ class CsvFile:
         likely = next((name for name, character in SEPARATORS.items() if character in self.header[0]), None)
         if len(self.header) > 1 or likely is None:
             return ""
-        return f"The only column is called {self.header[0]!r}. If its cells are separated by {likely}, set {self.decoder.dataset}.csv.separator to {likely}"
+        return (
+            f"The only column is called {self.header[0]!r}. If its cells are separated by {likely}, set"
+            f" {self.decoder.dataset}.csv.separator to {likely}"
+        )
 
     def batches(self, columns: list[str]) -> Iterator[tuple[int, Any]]:
-        """Batches as (number of rows, the cells of each of `columns`). Raises Failure at the first row that does not fit the header."""
+        """Batches as (number of rows, the cells of each of `columns`). Raises Failure at the first row that does not
+        fit the header.
+        """
         for name in columns:
             if (times := self.header.count(name)) > 1:
                 raise self._refusal(f'{self.path} has {times} columns that are called "{name}". Rename all but one')
@@ -147,7 +157,9 @@ class CsvFile:
     def _is_regular(self, dialect: Dialect) -> bool:
         if dialect not in self.regular:
             plain = dialect.quoting != "backslash" and self.decoder.is_plain(self.path)
-            self.regular[dialect] = plain and csvregular.is_regular(self.path, dialect.separator, dialect.quoting == "double")
+            self.regular[dialect] = plain and csvregular.is_regular(
+                self.path, dialect.separator, dialect.quoting == "double"
+            )
         return self.regular[dialect]
 
     def _strictly(self, columns: list[str], done: int) -> Iterator[tuple[int, list[list[str]]]]:
@@ -203,7 +215,8 @@ class CsvFile:
 
     def _has_escaped_quotes(self) -> bool:
         with self.decoder.open(self.path, newline="") as file:
-            # Bytes are searched twice as fast as text. In UTF-16 and UTF-32, other bytes may look like these two: then the text decides.
+            # Bytes are searched twice as fast as text. In UTF-16 and UTF-32, other bytes may look like these two: then
+            # the text decides.
             found = any(ESCAPED_QUOTE.encode() in chunk for chunk in _overlapping(file.buffer.read))
             if not file.encoding.startswith(("utf-16", "utf-32")):
                 return found
@@ -211,7 +224,9 @@ class CsvFile:
             return any(ESCAPED_QUOTE in chunk for chunk in _overlapping(file.read))
 
     def _judged(self, double: Dialect, backslash: Dialect) -> Dialect:
-        """Which of two ways to write a quotation mark inside a quoted cell the file uses: the one that reads it whole."""
+        """Which of two ways to write a quotation mark inside a quoted cell the file uses: the one that reads it
+        whole.
+        """
         if self._has_doubled_quotes(backslash):
             return double
         readings = {dialect: self._attempt(dialect) for dialect in (double, backslash)}
@@ -219,20 +234,25 @@ class CsvFile:
             return double
         if readings[double] is None:
             notice(
-                f"{self.decoder.dataset}.csv.quoting: the quotation marks in the cells of {self.path.name} stand after backslashes ({ESCAPED_QUOTE}),"
-                " and are read so, as with quoting: backslash"
+                f"{self.decoder.dataset}.csv.quoting: the quotation marks in the cells of {self.path.name} stand after"
+                f" backslashes ({ESCAPED_QUOTE}), and are read so, as with quoting: backslash"
             )
             return backslash
         row, one, other = next(
-            (i, one, other) for i, (one, other) in enumerate(zip(self._flat(double), self._flat(backslash), strict=False)) if one != other
+            (i, one, other)
+            for i, (one, other) in enumerate(zip(self._flat(double), self._flat(backslash), strict=False))
+            if one != other
         )
         raise self._refusal(
-            f"{self.path} can be read in two ways: row {row}, counted from 0, is {_cells(one)} with quotation marks that are doubled, and"
-            f" {_cells(other)} with quotation marks after backslashes. Set {self.decoder.dataset}.csv.quoting to double or backslash"
+            f"{self.path} can be read in two ways: row {row}, counted from 0, is {_cells(one)} with quotation marks"
+            f" that are doubled, and {_cells(other)} with quotation marks after backslashes. Set"
+            f" {self.decoder.dataset}.csv.quoting to double or backslash"
         )
 
     def _has_doubled_quotes(self, dialect: Dialect) -> bool:
-        """Whether quotation marks stand side by side, other than as an empty cell, where those after backslashes are left out."""
+        """Whether quotation marks stand side by side, other than as an empty cell, where those after backslashes are
+        left out.
+        """
         separator = re.escape(dialect.separator)
         doubled = re.compile(f'[^{separator}]""|""[^{separator}\\r\\n]')
         with self.decoder.open(self.path, newline="") as file:
@@ -253,7 +273,9 @@ class CsvFile:
             yield from batch
 
     def _refused(self, mistake: Mistake) -> Failure:
-        """With both readings where there are more fields than columns, because other programs choose one of them without notice."""
+        """With both readings where there are more fields than columns, because other programs choose one of them
+        without notice.
+        """
         place = f"row {mistake.row}, counted from 0 (line {self.line_of(mistake.row)} of {self.path})"
         if mistake.cells is None:
             return self._refusal(f"{place} {mistake.what}")
@@ -267,22 +289,22 @@ class CsvFile:
         index = _cells(dict(zip(names, cells[more:], strict=True)))
         joined = _cells(dict(zip(names, [separator.join(cells[: more + 1]), *cells[more + 1 :]], strict=True)))
         return self._refusal(
-            f"{what}. With the first as an index, as pandas has it, it would be {index}; with the first ones joined, {joined}. Put quotation marks"
-            f" around cells that hold {separator!r}, or name every column in the header"
+            f"{what}. With the first as an index, as pandas has it, it would be {index}; with the first ones joined,"
+            f" {joined}. Put quotation marks around cells that hold {separator!r}, or name every column in the header"
         )
 
     def _tell(self, counts: Counts) -> None:
         name = self.path.name
         if counts.several_lines:
             notice(
-                f"{self.decoder.files}: {counts.several_lines} of {counts.rows} rows of {name} span several lines (the first: row"
-                f" {counts.first_several}, counted from 0, line {self.line_of(counts.first_several)}). If quotation marks are ordinary characters there,"
-                f" set {self.decoder.dataset}.csv.quoting to none"
+                f"{self.decoder.files}: {counts.several_lines} of {counts.rows} rows of {name} span several lines (the"
+                f" first: row {counts.first_several}, counted from 0, line {self.line_of(counts.first_several)}). If"
+                f" quotation marks are ordinary characters there, set {self.decoder.dataset}.csv.quoting to none"
             )
         if counts.quoted:
             notice(
-                f"{self.decoder.dataset}.csv.quoting: {counts.quoted} cells of {name} begin and end with a quotation mark, which are read as part of the"
-                " text. If they only enclose it, set quoting to double"
+                f"{self.decoder.dataset}.csv.quoting: {counts.quoted} cells of {name} begin and end with a quotation"
+                " mark, which are read as part of the text. If they only enclose it, set quoting to double"
             )
         if counts.blank_lines and len(self.header) == 1:
             notice(f"{self.decoder.files}: {counts.blank_lines} blank lines of {name} are left out, and are no rows")
@@ -292,7 +314,9 @@ class CsvFile:
 
 
 def _whole(batch: list[list[str]], width: int, counts: Counts) -> list[list[str]]:
-    """The batch without blank lines; rows of several lines are counted. Raises Mistake at the first row of another width."""
+    """The batch without blank lines; rows of several lines are counted. Raises Mistake at the first row of another
+    width.
+    """
     rows = [row for row in batch if not _blank(row, width)]
     counts.blank_lines += len(batch) - len(rows)
     for i, row in enumerate(rows, counts.rows):
@@ -320,15 +344,20 @@ def _overlapping(read: Callable[[int], Any]) -> Iterator[Any]:
 def _explained(error: str) -> str:
     if "expected after" in error:
         return (
-            "a cell that begins with a quotation mark goes on after its second one. Inside such a cell, write each quotation mark twice"
-            ' (""); where quotation marks are ordinary characters, set csv.quoting to none'
+            "a cell that begins with a quotation mark goes on after its second one. Inside such a cell, write each"
+            ' quotation mark twice (""); where quotation marks are ordinary characters, set csv.quoting to none'
         )
     if "unexpected end" in error or "field larger" in error:
-        return "a cell that begins with a quotation mark never ends. Close it; where quotation marks are ordinary characters, set csv.quoting to none"
+        return (
+            "a cell that begins with a quotation mark never ends. Close it; where quotation marks are ordinary"
+            " characters, set csv.quoting to none"
+        )
     return error
 
 
 def _cells(row: dict[str, str] | list[str]) -> str:
     """Cells for a message: text="...", label="..."."""
     named = row.items() if isinstance(row, dict) else [("", cell) for cell in row]
-    return ", ".join(f'{name}{"=" if name else ""}"{cell[:SHOWN]}{"..." if len(cell) > SHOWN else ""}"' for name, cell in named)
+    return ", ".join(
+        f'{name}{"=" if name else ""}"{cell[:SHOWN]}{"..." if len(cell) > SHOWN else ""}"' for name, cell in named
+    )

@@ -1,7 +1,8 @@
 """Data files as text: decompressed, decoded, without byte order marks.
 
-The encoding is the one that the spec names, that of a byte order mark, or UTF-8. Bytes that are not text in it are refused with their
-position, so that no character is replaced or lost without notice. Neighbours: `csvrows`, `jsonrows` and `load` read rows from the text.
+The encoding is the one that the spec names, that of a byte order mark, or UTF-8. Bytes that are not text in it are
+refused with their position, so that no character is replaced or lost without notice. Neighbours: `csvrows`, `jsonrows`
+and `load` read rows from the text.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ from luthier_trainer.notices import notice
 
 BOM = "\ufeff"
 BOMS = (  # UTF-32 first: its little-endian mark begins with the one of UTF-16
-    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
     (codecs.BOM_UTF8, "utf-8-sig"),
-)  # fmt: skip
+)
 FAMILIES = {"utf-8-sig": {"utf-8"}, "utf-16": {"utf-16-le", "utf-16-be"}, "utf-32": {"utf-32-le", "utf-32-be"}}
 HEAD_BYTES = 4096
 CHUNK = 1 << 20
@@ -34,18 +38,23 @@ CHUNK = 1 << 20
 def _zstd(path: Path) -> BinaryIO:
     import pyarrow
 
-    return pyarrow.input_stream(str(path), compression="zstd")  # raises on a truncated file, which python-zstandard's reader does not
+    # Raises on a truncated file, which python-zstandard's reader does not
+    return pyarrow.input_stream(str(path), compression="zstd")
 
 
 COMPRESSIONS: dict[bytes, Callable[[Path], Any]] = {
-    b"\x1f\x8b": gzip.open, b"\xfd7zXZ\x00": lzma.open, b"\x28\xb5\x2f\xfd": _zstd,
+    b"\x1f\x8b": gzip.open,
+    b"\xfd7zXZ\x00": lzma.open,
+    b"\x28\xb5\x2f\xfd": _zstd,
     **{b"BZh%d1AY&SY" % level: bz2.open for level in range(1, 10)},  # BZh alone may begin a text
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Opens data files. `dataset` and `files` are paths in the spec: spec.dataset, and spec.dataset.files or .evalFiles."""
+    """Opens data files. `dataset` and `files` are paths in the spec: spec.dataset, and spec.dataset.files or
+    .evalFiles.
+    """
 
     encoding: str | None
     """The spec's."""
@@ -54,10 +63,15 @@ class Decoder:
 
     @contextmanager
     def open(self, path: Path, newline: str | None = None) -> Iterator[TextIO]:
-        """The file's text. Raises Failure, also while it is read, when the file is not text in its encoding or was cut short."""
+        """The file's text. Raises Failure, also while it is read, when the file is not text in its encoding or was cut
+        short.
+        """
         try:
             encoding = self._encoding_of(path)
-            with open_bytes(path) as raw, io.TextIOWrapper(raw, encoding=encoding, errors="strict", newline=newline) as text:
+            with (
+                open_bytes(path) as raw,
+                io.TextIOWrapper(raw, encoding=encoding, errors="strict", newline=newline) as text,
+            ):
                 yield text
         except UnicodeDecodeError as error:
             raise self._undecodable(path, encoding) from error
@@ -72,7 +86,10 @@ class Decoder:
         """Whether the file's bytes are UTF-8 as they are, with or without a byte order mark."""
         with path.open("rb") as file:
             head = file.read(16)
-        return not any(head.startswith(magic) for magic in COMPRESSIONS) and self._encoding_of(path) in ("utf-8", "utf-8-sig")
+        return not any(head.startswith(magic) for magic in COMPRESSIONS) and self._encoding_of(path) in (
+            "utf-8",
+            "utf-8-sig",
+        )
 
     def _encoding_of(self, path: Path) -> str:
         with open_bytes(path) as file:
@@ -82,14 +99,14 @@ class Decoder:
         if found is None:
             if named is None and b"\0" in head:
                 raise self._refusal(
-                    f"{path} holds NUL bytes (the first at position {head.index(0)}), as UTF-16 without a byte order mark does. Set"
-                    f" {self.dataset}.encoding, for example to utf-16-le, or convert the file to UTF-8"
+                    f"{path} holds NUL bytes (the first at position {head.index(0)}), as UTF-16 without a byte order"
+                    f" mark does. Set {self.dataset}.encoding, for example to utf-16-le, or convert the file to UTF-8"
                 )
             return named or "utf-8"
         if named and named != found and named not in FAMILIES[found]:
             raise self._refusal(
-                f"{path} begins with the byte order mark of {found.removesuffix('-sig').upper()}, but {self.dataset}.encoding is"
-                f" {self.encoding}. Remove encoding, or the mark"
+                f"{path} begins with the byte order mark of {found.removesuffix('-sig').upper()}, but"
+                f" {self.dataset}.encoding is {self.encoding}. Remove encoding, or the mark"
             )
         if found != "utf-8-sig" and not named:
             notice(f"{self.files}: {path.name} is read as {found.upper()}, by its byte order mark")
@@ -100,22 +117,30 @@ class Decoder:
         name = encoding.removesuffix("-sig").upper()
         what = f"{path} is not {name}: byte 0x{byte:02x} at position {position} (line {line}) is not valid"
         if self.encoding:
-            return self._refusal(f"{what}. Set {self.dataset}.encoding to the encoding that the file was written in, or convert the file to UTF-8")
+            return self._refusal(
+                f"{what}. Set {self.dataset}.encoding to the encoding that the file was written in, or convert the file"
+                " to UTF-8"
+            )
         character = bytes([byte]).decode("cp1252", errors="replace")
         return self._refusal(
-            f'{what}. Set {self.dataset}.encoding to the encoding that the file was written in, such as cp1252, where that byte is "{character}",'
-            " or convert the file to UTF-8"
+            f"{what}. Set {self.dataset}.encoding to the encoding that the file was written in, such as cp1252, where"
+            f' that byte is "{character}", or convert the file to UTF-8'
         )
 
     def _damaged(self, path: Path, error: Exception) -> Failure:
-        return self._refusal(f"{path} cannot be decompressed: {' '.join(str(error).split())[:200]}. It may have been cut short: copy it again")
+        return self._refusal(
+            f"{path} cannot be decompressed: {' '.join(str(error).split())[:200]}. It may have been cut short: copy it"
+            " again"
+        )
 
     def _refusal(self, what: str) -> Failure:
         return Failure(ExitCode.INVALID_DATASET, f"{self.files}: {what}")
 
 
 def lines(file: Iterable[str], name: str, files: str) -> Iterator[str]:
-    """The lines of `file`. A byte order mark at the beginning of a line, where two files were joined, is removed with a notice."""
+    """The lines of `file`. A byte order mark at the beginning of a line, where two files were joined, is removed with a
+    notice.
+    """
     removed = 0
     for line in file:
         if line[0] == BOM:
@@ -123,7 +148,10 @@ def lines(file: Iterable[str], name: str, files: str) -> Iterator[str]:
             line = line.lstrip(BOM)
         yield line
     if removed:
-        notice(f"{files}: {name} has byte order marks at the beginning of {removed} lines, as joined files do; they are removed")
+        notice(
+            f"{files}: {name} has byte order marks at the beginning of {removed} lines, as joined files do; they are"
+            " removed"
+        )
 
 
 def open_bytes(path: Path) -> Any:
@@ -135,7 +163,9 @@ def open_bytes(path: Path) -> Any:
 
 
 def bad_byte(path: Path, encoding: str) -> tuple[int, int, int]:
-    """(position from 0, line from 1, value) of the first byte that `encoding` does not decode. Of a compressed file: of what is in it."""
+    """(position from 0, line from 1, value) of the first byte that `encoding` does not decode. Of a compressed file: of
+    what is in it.
+    """
     decoder = codecs.getincrementaldecoder(encoding)()
     position, line = 0, 1
     with open_bytes(path) as file:
@@ -158,5 +188,8 @@ def _codec(name: str, field: str) -> str:
         info = codecs.lookup(name)
         "".encode(name)  # refuses codecs that are not encodings of text, such as base64
     except LookupError as error:
-        raise Failure(ExitCode.INVALID_SPEC, f"{field}: Python has no text encoding {name!r}; write one such as utf-8, cp1252 or utf-16-le") from error
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: Python has no text encoding {name!r}; write one such as utf-8, cp1252 or utf-16-le",
+        ) from error
     return "utf-8" if info.name == "utf-8-sig" else info.name

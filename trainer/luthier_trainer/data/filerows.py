@@ -1,6 +1,8 @@
-"""The rows of files of one format, in an Arrow file that is mapped into memory: of any size, and only the columns that are needed.
+"""The rows of files of one format, in an Arrow file that is mapped into memory: of any size, and only the columns that
+are needed.
 
-Neighbours: `csvrows`, `jsonrows` and `parquetrows` read one file each; `load` says which files, and which of their rows.
+Neighbours: `csvrows`, `jsonrows` and `parquetrows` read one file each; `load` says which files, and which of their
+rows.
 """
 
 from __future__ import annotations
@@ -121,7 +123,9 @@ class Files:
         return Table(sink.close(), parts, tuple(survey.names), texts, mixed=survey.mixed(), rarest=survey.rarest())
 
     def _json_tables(self, files: list[JsonFile], survey: Survey, look: Survey, first: bool) -> Sink:
-        """Writes all rows. With `first`, the types are those of the first batch. Raises Widened where a row does not fit them."""
+        """Writes all rows. With `first`, the types are those of the first batch. Raises Widened where a row does not
+        fit them.
+        """
         sink = Sink(self._arrow_file("json"))
         for file in files:
             for rows in file.batches():
@@ -134,7 +138,9 @@ class Files:
                 try:
                     sink.write(survey.table(rows))
                 except UnicodeEncodeError as error:
-                    raise self._refusal(f"{file.path} has half a surrogate pair (such as \\ud83d alone) in a text: {error}") from error
+                    raise self._refusal(
+                        f"{file.path} has half a surrogate pair (such as \\ud83d alone) in a text: {error}"
+                    ) from error
             sink.end_part()
         return sink
 
@@ -145,7 +151,9 @@ class Files:
         files = [ParquetFile(path, self.decoder.files) for path in self.paths]
         names = self._names((file.path, file.schema.names) for file in files)
         known = {file.path: Features.from_arrow_schema(file.schema) for file in files}
-        features = Features({name: known[file.path][name] for name, file in self._typed_by(files, self._wanted(names)).items()})
+        features = Features(
+            {name: known[file.path][name] for name, file in self._typed_by(files, self._wanted(names)).items()}
+        )
         sink = Sink(self._arrow_file("parquet"), features.arrow_schema)
         for file in files:
             there = [name for name in features if name in file.schema.names]
@@ -155,12 +163,16 @@ class Files:
                 sink.write(table.select(list(features)).cast(features.arrow_schema))
             sink.end_part()
         parts = tuple(Part(file.path, rows) for file, rows in zip(files, sink.parts, strict=True))
-        texts = tuple(name for name, feature in known[files[0].path].items() if getattr(feature, "dtype", None) in TEXT_TYPES)
+        texts = tuple(
+            name for name, feature in known[files[0].path].items() if getattr(feature, "dtype", None) in TEXT_TYPES
+        )
         images = tuple(name for name, feature in known[files[0].path].items() if isinstance(feature, Image))
         return Table(sink.close(), parts, names, texts, images)
 
     def _typed_by(self, files: list[ParquetFile], wanted: list[str]) -> dict[str, ParquetFile]:
-        """The columns to read, each with a file that has its type. One that the job does not need is left out where files disagree about it."""
+        """The columns to read, each with a file that has its type. One that the job does not need is left out where
+        files disagree about it.
+        """
         import pyarrow
 
         found: dict[str, ParquetFile] = {}
@@ -172,7 +184,10 @@ class Files:
             if other is None:
                 found[name] = filled[0]
                 continue
-            what = f'column "{name}" of {other.path} holds {other.schema.field(name).type}, and in {filled[0].path.name} {kind}'
+            what = (
+                f'column "{name}" of {other.path} holds {other.schema.field(name).type}, and in {filled[0].path.name}'
+                f" {kind}"
+            )
             if name in self.columns:
                 raise self._refusal(f"{what}. Write it with the same type in all files")
             notice(f"{self.decoder.files}: {what}; it is left out")
@@ -189,17 +204,24 @@ class Files:
                 sink.write(pyarrow.table(columns, schema=schema))
             sink.end_part()
         counted = zip(files, sink.parts, strict=True)
-        parts = tuple(Part(file.path, rows) if documents else Part(file.path, rows, file.line_of, file.lines) for file, rows in counted)
+        parts = tuple(
+            Part(file.path, rows) if documents else Part(file.path, rows, file.line_of, file.lines)
+            for file, rows in counted
+        )
         return Table(sink.close(), parts, ("text",), ("text",))
 
     def _names(self, headers: Iterable[tuple[Path, list[str]]]) -> tuple[str, ...]:
-        """The columns of all files. Raises Failure, naming the file, when a column that the job needs is in some of them only."""
+        """The columns of all files. Raises Failure, naming the file, when a column that the job needs is in some of
+        them only.
+        """
         found = [(path, list(names)) for path, names in headers]
         for column in self.columns:
             having = [path for path, names in found if column in names]
             for path, names in found:
                 if having and column not in names:
-                    raise self._refusal(f'{path} has no column "{column}" (columns: {", ".join(names)}), and {having[0].name} has one')
+                    raise self._refusal(
+                        f'{path} has no column "{column}" (columns: {", ".join(names)}), and {having[0].name} has one'
+                    )
         return tuple(dict.fromkeys(name for _, names in found for name in names))
 
     def _wanted(self, names: tuple[str, ...]) -> list[str]:

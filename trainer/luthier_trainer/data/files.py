@@ -1,4 +1,5 @@
-"""Which local files a dataset field names, what format they have, which images are in a folder, and whether the same ones are still there.
+"""Which local files a dataset field names, what format they have, which images are in a folder, and whether the same
+ones are still there.
 
 Neighbours: `load` reads what is in them, `origins` knows them again.
 """
@@ -19,15 +20,47 @@ from luthier_api.spec import DatasetSource
 from luthier_trainer import origins
 from luthier_trainer.ending import Failure
 
-FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text",
-           ".md": "text", ".rst": "text"}  # fmt: skip
+FORMATS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".md": "text",
+    ".rst": "text",
+}
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
-BUILDERS = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet", "text": "text", "imagefolder": "imagefolder"}
+BUILDERS = {
+    "csv": "csv",
+    "json": "json",
+    "jsonl": "json",
+    "parquet": "parquet",
+    "text": "text",
+    "imagefolder": "imagefolder",
+}
 TEXTUAL = {"csv", "json", "jsonl", "text"}  # formats whose files are text in some encoding
 
 METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}  # tables beside images, as `datasets` knows them
 # What cannot be read and surely was meant to be: left out, a class would be the smaller for it, or gone.
-IMAGES_OF_OTHERS = {".heic", ".heif", ".avif", ".jxl", ".dcm", ".dng", ".nef", ".cr2", ".arw", ".npy", ".zip", ".tar", ".tgz", ".7z", ".rar"}
+IMAGES_OF_OTHERS = {
+    ".heic",
+    ".heif",
+    ".avif",
+    ".jxl",
+    ".dcm",
+    ".dng",
+    ".nef",
+    ".cr2",
+    ".arw",
+    ".npy",
+    ".zip",
+    ".tar",
+    ".tgz",
+    ".7z",
+    ".rar",
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +73,9 @@ class ImageFolder:
     """Metadata: with them, the columns are theirs, and a folder is no class."""
 
     def classes(self, field: str) -> list[str]:
-        """The class of each image: the one folder between; or this folder, where all lie directly in it. Raises Failure."""
+        """The class of each image: the one folder between; or this folder, where all lie directly in it. Raises
+        Failure.
+        """
         between = [image.relative_to(self.path).parts[:-1] for image in self.images]
         if not any(between):
             return [self.path.absolute().name] * len(between)
@@ -49,14 +84,16 @@ class ImageFolder:
                 hint = f". To take each folder of {self.path} for itself, write {self.path}/*" if folders else ""
                 raise Failure(
                     ExitCode.INVALID_DATASET,
-                    f"{field}: {image} lies in {'/'.join(folders) or 'no folder'} below {self.path}; an image lies in one folder, whose name is its"
-                    f" class, as in {self.path}/CLASS/{image.name}{hint}",
+                    f"{field}: {image} lies in {'/'.join(folders) or 'no folder'} below {self.path}; an image lies in"
+                    f" one folder, whose name is its class, as in {self.path}/CLASS/{image.name}{hint}",
                 )
         return [folders[0] for folders in between]
 
 
 def image_folder(path: Path, field: str) -> ImageFolder:
-    """What lies in the folder, in the order of names; what is left out is said. Raises Failure for what would be missing unnoticed."""
+    """What lies in the folder, in the order of names; what is left out is said. Raises Failure for what would be
+    missing unnoticed.
+    """
     import PIL.Image
 
     PIL.Image.init()
@@ -65,7 +102,11 @@ def image_folder(path: Path, field: str) -> ImageFolder:
     for place, folders, names in os.walk(path, onerror=_raise):
         folders[:] = sorted(name for name in folders if not _hidden(name))
         if link := next((name for name in folders if Path(place, name).is_symlink()), None):
-            raise Failure(ExitCode.INVALID_SPEC, f"{field}: {place}/{link} is a link to a folder, which is not followed; put the folder itself there, or name it")
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}: {place}/{link} is a link to a folder, which is not followed; put the folder itself there, or"
+                " name it",
+            )
         found = [Path(place, name) for name in sorted(names) if not _hidden(name)]
         images += [file for file in found if file.suffix.lower() in suffixes]
         tables += [file for file in found if file.name in METADATA]
@@ -75,12 +116,17 @@ def image_folder(path: Path, field: str) -> ImageFolder:
     if unread := [file for file in others if file.suffix.lower() in IMAGES_OF_OTHERS]:
         raise Failure(
             ExitCode.INVALID_DATASET,
-            f"{field}: {len(unread)} files of {path} are of a format that is not read here (the first: {unread[0]}). Convert them to JPEG or PNG, unpack them,"
-            " or remove them",
+            f"{field}: {len(unread)} files of {path} are of a format that is not read here (the first: {unread[0]})."
+            " Convert them to JPEG or PNG, unpack them, or remove them",
         )
     if others:
-        kinds = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in Counter(file.suffix for file in others).most_common())
-        print(f"{field}: {len(others)} files of {path} are no images by their suffix, and are left out ({kinds})", flush=True)
+        kinds = ", ".join(
+            f"{n} {suffix or 'without suffix'}" for suffix, n in Counter(file.suffix for file in others).most_common()
+        )
+        print(
+            f"{field}: {len(others)} files of {path} are no images by their suffix, and are left out ({kinds})",
+            flush=True,
+        )
     if not images:
         raise Failure(ExitCode.INVALID_DATASET, f"{field}: there are no images in {path}")
     return ImageFolder(path, images, tables)
@@ -95,7 +141,9 @@ def _raise(error: OSError) -> None:
 
 
 def find_files(patterns: list[str], field: str, folders: bool = False) -> list[Path]:
-    """The files (or folders) that `patterns` name, each once, each pattern's sorted. Raises Failure for a pattern that finds nothing."""
+    """The files (or folders) that `patterns` name, each once, each pattern's sorted. Raises Failure for a pattern that
+    finds nothing.
+    """
     every: dict[Path, Path] = {}
     for i, pattern in enumerate(patterns):
         path = Path(pattern)
@@ -110,7 +158,14 @@ def find_files(patterns: list[str], field: str, folders: bool = False) -> list[P
         if not matching:
             kind, hint = ("folder" if folders else "file"), ""
             if found:
-                hint = ". It is a file" if folders else ". It is a folder: name its files, for example with /*.jsonl, or set format: imagefolder for one of images"
+                hint = (
+                    ". It is a file"
+                    if folders
+                    else (
+                        ". It is a folder: name its files, for example with /*.jsonl, or set format: imagefolder for"
+                        " one of images"
+                    )
+                )
             elif near := _near(path):
                 hint = f". Did you mean {near!r}?"
             else:
@@ -120,7 +175,8 @@ def find_files(patterns: list[str], field: str, folders: bool = False) -> list[P
             if "::" in str(path):
                 raise Failure(
                     ExitCode.INVALID_SPEC,
-                    f'{field}[{i}]: {path} has "::" in its name, which the library that reads it takes for a file inside an archive; rename it',
+                    f'{field}[{i}]: {path} has "::" in its name, which the library that reads it takes for a file'
+                    " inside an archive; rename it",
                 )
             every.setdefault(path.resolve(), path)
     return list(every.values())
@@ -140,12 +196,16 @@ def format_of(paths: list[Path], field: str) -> str:
     for path in paths:
         kind = FORMATS.get(suffix_of(path))
         if kind is None:
-            raise Failure(ExitCode.INVALID_SPEC, f"{place}.format: cannot be told from {path.name}; set it to one of {', '.join(BUILDERS)}")
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{place}.format: cannot be told from {path.name}; set it to one of {', '.join(BUILDERS)}",
+            )
         found.setdefault(BUILDERS[kind], path)
     if len(found) > 1:
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"{field}: files of several formats ({', '.join(p.name for p in found.values())}); use one format, or set {place}.format",
+            f"{field}: files of several formats ({', '.join(p.name for p in found.values())}); use one format, or set"
+            f" {place}.format",
         )
     return next(iter(found))
 
@@ -157,15 +217,22 @@ def suffix_of(path: PurePath) -> str:
 
 
 def refuse_shared(learnt: Iterable[Origin], measured: Iterable[Origin]) -> None:
-    """Rows that are both learnt and measured on make every figure look better than it is. A copy, a link or a folder inside is no other."""
+    """Rows that are both learnt and measured on make every figure look better than it is. A copy, a link or a folder
+    inside is no other.
+    """
     learnt = list(learnt)
     by_content = {origin.digest: origin for origin in learnt}
     for origin in measured:
         if same := by_content.get(origin.digest):
-            what = f"is one of {same.field} too" if same.path == origin.path else f"holds the same as {same.path} of {same.field}"
+            what = (
+                f"is one of {same.field} too"
+                if same.path == origin.path
+                else f"holds the same as {same.path} of {same.field}"
+            )
             raise Failure(
                 ExitCode.INVALID_SPEC,
-                f"{origin.field}: {origin.path} {what}, and would be learnt and measured on. Name other files, or hold rows out with evalFraction",
+                f"{origin.field}: {origin.path} {what}, and would be learnt and measured on. Name other files, or hold"
+                " rows out with evalFraction",
             )
         place = Path(origin.path).resolve()
         for other in learnt:
@@ -174,13 +241,15 @@ def refuse_shared(learnt: Iterable[Origin], measured: Iterable[Origin]) -> None:
                 inside, outer = (origin, other) if place.is_relative_to(whole) else (other, origin)
                 raise Failure(
                     ExitCode.INVALID_SPEC,
-                    f"{origin.field}: {inside.path} lies in {outer.path} of {outer.field}, and its images would be learnt and measured on."
-                    " Name folders that are apart, or hold rows out with evalFraction",
+                    f"{origin.field}: {inside.path} lies in {outer.path} of {outer.field}, and its images would be"
+                    " learnt and measured on. Name folders that are apart, or hold rows out with evalFraction",
                 )
 
 
 def refuse_other_files(recorded: list[Origin], source: DatasetSource, patterns: list[str], field: str) -> None:
-    """Raise Failure when `patterns` find other files than were read. When one of them finds nothing, the data has done its part and gone."""
+    """Raise Failure when `patterns` find other files than were read. When one of them finds nothing, the data has done
+    its part and gone.
+    """
     before = {origin.path for origin in recorded if origin.field == field}
     try:
         found = {str(p) for p in find_files(patterns, field, folders=source.format == "imagefolder")}

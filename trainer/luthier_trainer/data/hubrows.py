@@ -1,7 +1,8 @@
 """Datasets of the Hub whose files are CSV, JSON or text: which files a split has, and how they are written.
 
-They are read as files of a volume are (`filerows`), so that the same rows come from the same bytes. `datasets` finds the files, by the
-dataset's card and the names in the repository; datasets that it has to be told more about, and all other formats, it reads itself.
+They are read as files of a volume are (`filerows`), so that the same rows come from the same bytes. `datasets` finds
+the files, by the dataset's card and the names in the repository; datasets that it has to be told more about, and all
+other formats, it reads itself.
 """
 
 from __future__ import annotations
@@ -22,9 +23,23 @@ if TYPE_CHECKING:
     from datasets import DatasetBuilder, Features
 
 READ_HERE = {"csv", "json", "text"}
-# Settings of a builder that are handled here, or that do not change what is read. With any other, `datasets` reads the files.
-HANDLED = {"name", "version", "data_dir", "data_files", "description", "features", "sep", "delimiter", "quoting", "encoding", "chunksize",
-           "block_size", "use_threads"}  # fmt: skip
+# Settings of a builder that are handled here, or that do not change what is read. With any other, `datasets` reads the
+# files.
+HANDLED = {
+    "name",
+    "version",
+    "data_dir",
+    "data_files",
+    "description",
+    "features",
+    "sep",
+    "delimiter",
+    "quoting",
+    "encoding",
+    "chunksize",
+    "block_size",
+    "use_threads",
+}
 QUOTING = {0: None, 3: "none"}  # csv.QUOTE_MINIMAL and csv.QUOTE_NONE
 
 
@@ -46,13 +61,20 @@ class HubFiles:
 
         if self.features is None:
             return table
-        types = {name: feature for name, feature in self.features.items() if name in table.data.column_names and name not in table.mixed}
+        types = {
+            name: feature
+            for name, feature in self.features.items()
+            if name in table.data.column_names and name not in table.mixed
+        }
         kept = {name: feature for name, feature in table.data.features.items() if name not in types}
         try:
             data = table.data.cast(Features({name: types.get(name) or kept[name] for name in table.data.column_names}))
         except Exception as error:  # each type fails in its own way
             text = " ".join(str(error).split())[:300]
-            raise Failure(ExitCode.INVALID_DATASET, f"{field}: the rows do not have the types that the dataset's card names: {text}") from error
+            raise Failure(
+                ExitCode.INVALID_DATASET,
+                f"{field}: the rows do not have the types that the dataset's card names: {text}",
+            ) from error
         return dataclasses.replace(table, data=data)
 
 
@@ -60,23 +82,37 @@ def plain_files(builder: DatasetBuilder, repository: str) -> HubFiles | None:
     """The files of the dataset, when they can be read here; None when `datasets` has to."""
     config: Any = builder.config
     kind = type(builder).__module__.rpartition(".")[2]
-    if not type(builder).__module__.startswith("datasets.packaged_modules.") or kind not in READ_HERE or not config.data_files:
+    if (
+        not type(builder).__module__.startswith("datasets.packaged_modules.")
+        or kind not in READ_HERE
+        or not config.data_files
+    ):
         return None
     usual = type(config)()
-    if any(getattr(config, f.name) != getattr(usual, f.name) for f in dataclasses.fields(config) if f.name not in HANDLED):
+    if any(
+        getattr(config, f.name) != getattr(usual, f.name) for f in dataclasses.fields(config) if f.name not in HANDLED
+    ):
         return None
     separator = next((name for name, character in SEPARATORS.items() if character == getattr(config, "sep", ",")), None)
     if separator is None or getattr(config, "quoting", 0) not in QUOTING:
         return None
     splits = {str(split): [_path(file, repository) for file in files] for split, files in config.data_files.items()}
-    if any(BUILDERS.get(FORMATS.get(suffix_of(PurePosixPath(path)), "")) != kind for paths in splits.values() for path in paths):
+    if any(
+        BUILDERS.get(FORMATS.get(suffix_of(PurePosixPath(path)), "")) != kind
+        for paths in splits.values()
+        for path in paths
+    ):
         return None
     csv = Csv.model_validate({"separator": separator, "quoting": QUOTING[getattr(config, "quoting", 0)]})
-    return HubFiles(kind, splits, csv, config.encoding if config.encoding != usual.encoding else None, builder.info.features)
+    return HubFiles(
+        kind, splits, csv, config.encoding if config.encoding != usual.encoding else None, builder.info.features
+    )
 
 
 def _path(file: str, repository: str) -> str:
-    """hf://datasets/OWNER/NAME@COMMIT/PATH → PATH. Empty when it is no file of this repository, or one inside an archive."""
+    """hf://datasets/OWNER/NAME@COMMIT/PATH → PATH. Empty when it is no file of this repository, or one inside an
+    archive.
+    """
     prefix = f"hf://datasets/{repository}@"
     if "::" in file or not file.startswith(prefix):
         return ""

@@ -1,7 +1,7 @@
 """Rows of images, as `prepare` sees them: which fit, and whether the model takes what its processor makes of them.
 
-They go into the workspace as the files they are, and are decoded when `train` reads them: as pixels they would take ten times the room.
-Neighbour: `texts` does the same for rows of text.
+They go into the workspace as the files they are, and are decoded when `train` reads them: as pixels they would take ten
+times the room. Neighbour: `texts` does the same for rows of text.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 FIELD = "spec.dataset.columns.image"
 PIXELS = "pixel_values"  # transformers' name: a column of another one would be dropped on the way to the model
 AT_ONCE = 100  # images whose files are held at a time: of a camera's, half a gigabyte
-DEEP, WHITE = ("I", "F"), 255  # Pillow's modes of more than 8 bits a channel, and what it cuts them off at instead of scaling them
+# Pillow's modes of more than 8 bits a channel, and what it cuts them off at instead of scaling them
+DEEP, WHITE = (
+    ("I", "F"),
+    255,
+)
 WIDE, TALL = (96, 48), (64, 80)  # pixels of two images that have nothing in common
 
 
@@ -45,12 +49,21 @@ def fitting(rows: Rows, spec: FineTuneJobSpec) -> Rows:
     name = column(spec)
     columns.require(rows, name, FIELD, taken=[spec.dataset.columns.label])
     if not isinstance(feature := rows.data.features[name], Image):
-        hint = f"columns of images: {', '.join(rows.images)}" if rows.images else "no column holds images; folders of them do, with dataset.format: imagefolder"
-        raise columns.invalid(f'{FIELD}: column "{name}" of {rows.origin} holds {getattr(feature, "dtype", feature)}, not images ({hint})')
+        hint = (
+            f"columns of images: {', '.join(rows.images)}"
+            if rows.images
+            else "no column holds images; folders of them do, with dataset.format: imagefolder"
+        )
+        raise columns.invalid(
+            f'{FIELD}: column "{name}" of {rows.origin} holds {getattr(feature, "dtype", feature)}, not images ({hint})'
+        )
     stored = rows.data.cast_column(name, Image(decode=False))
     if found := unusable(stored.select_columns([name]), name):
         row, first = found[0]
-        raise columns.invalid(f"{FIELD}: {len(found)} images of {rows.origin} cannot be used. The first is {rows.place(row)}: {first}. Replace or remove them")
+        raise columns.invalid(
+            f"{FIELD}: {len(found)} images of {rows.origin} cannot be used. The first is {rows.place(row)}: {first}."
+            " Replace or remove them"
+        )
     return replace(rows, data=stored)
 
 
@@ -85,12 +98,17 @@ def problem(image: dict[str, Any] | None) -> str | None:
 
 
 def loss(image: PIL.Image.Image, seen: PIL.Image.Image) -> str | None:
-    """What of an image is lost in RGB, as which everybody shows images to models; None where something is left to see."""
+    """What of an image is lost in RGB, as which everybody shows images to models; None where something is left to
+    see.
+    """
     extremes: Any = image.getextrema()
     if image.mode.startswith(DEEP):
         low, high = extremes
         if low < 0 or high > WHITE or (image.mode == "F" and high <= 1):
-            return f"its values are from {low:g} to {high:g}, and would be cut off at 0 and {WHITE}; save it with 8 bits a channel"
+            return (
+                f"its values are from {low:g} to {high:g}, and would be cut off at 0 and {WHITE}; save it with 8 bits a"
+                " channel"
+            )
     extremes = seen.getextrema()
     if image.has_transparency_data and all(low == high for low, high in extremes):
         clearest, densest = image.convert("RGBA").getchannel("A").getextrema()
@@ -100,7 +118,9 @@ def loss(image: PIL.Image.Image, seen: PIL.Image.Image) -> str | None:
 
 
 def check(config: PreTrainedConfig, processor: BaseImageProcessor, spec: FineTuneJobSpec, rows: int) -> None:
-    """Whether the processor makes batches of whatever images, and such as the model takes. `rows`: of training. Raises Failure."""
+    """Whether the processor makes batches of whatever images, and such as the model takes. `rows`: of training. Raises
+    Failure.
+    """
     import PIL.Image
 
     from luthier_trainer.tasks.image_classification import idle_weights
@@ -112,17 +132,21 @@ def check(config: PreTrainedConfig, processor: BaseImageProcessor, spec: FineTun
         except Exception as error:  # each processor checks its settings in its own way, when it needs them
             raise Failure(
                 ExitCode.INVALID_SPEC,
-                f"{modelfacts.MODEL}: its image processor ({type(processor).__name__}) fails: {type(error).__name__}: {' '.join(str(error).split())[:300]}."
-                " See its preprocessor_config.json",
+                f"{modelfacts.MODEL}: its image processor ({type(processor).__name__}) fails: {type(error).__name__}:"
+                f" {' '.join(str(error).split())[:300]}. See its preprocessor_config.json",
             ) from error
         if PIXELS not in made:
-            raise Failure(ExitCode.INVALID_SPEC, f"{modelfacts.MODEL}: its image processor makes no {PIXELS} (it makes {', '.join(made)})")
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{modelfacts.MODEL}: its image processor makes no {PIXELS} (it makes {', '.join(made)})",
+            )
         shapes.append(tuple(made[PIXELS].shape))
     if shapes[0] != shapes[1]:
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"{modelfacts.MODEL}: its image processor makes tensors of {by(shapes[0])} and of {by(shapes[1])} from images of other shapes, which form no"
-            " batch; set do_resize and a size of height and width in its preprocessor_config.json",
+            f"{modelfacts.MODEL}: its image processor makes tensors of {by(shapes[0])} and of {by(shapes[1])} from"
+            " images of other shapes, which form no batch; set do_resize and a size of height and width in its"
+            " preprocessor_config.json",
         )
     model = modelfacts.skeleton(config, spec.task, modelfacts.MODEL)
     try:
@@ -131,7 +155,9 @@ def check(config: PreTrainedConfig, processor: BaseImageProcessor, spec: FineTun
         text = " ".join(str(error).split())[:300]
         if "meta tensor" not in text.lower():  # it looks at values, which are not there: nothing is known then
             raise Failure(
-                ExitCode.INVALID_SPEC, f"{modelfacts.MODEL}: its image processor makes tensors of {by(shapes[0])}, which the model does not take: {text}"
+                ExitCode.INVALID_SPEC,
+                f"{modelfacts.MODEL}: its image processor makes tensors of {by(shapes[0])}, which the model does not"
+                f" take: {text}",
             ) from error
     if smallest_batch(spec, rows) == 1:
         check_alone(model, shapes[0][1:], rows)
@@ -155,8 +181,9 @@ def check_alone(model: PreTrainedModel, shape: tuple[int, ...], rows: int) -> No
         except ValueError as error:
             raise Failure(
                 ExitCode.INVALID_SPEC,
-                f"spec.training.microBatchSize: {model.config.model_type} cannot learn from a batch of one image, and with {rows} rows there is one in each"
-                f" epoch; choose a size of 2 or more that leaves another rest ({error})",
+                f"spec.training.microBatchSize: {model.config.model_type} cannot learn from a batch of one image, and"
+                f" with {rows} rows there is one in each epoch; choose a size of 2 or more that leaves another rest"
+                f" ({error})",
             ) from error
 
 
@@ -164,7 +191,9 @@ def by(shape: tuple[int, ...]) -> str:
     return " × ".join(map(str, shape[1:]))
 
 
-def encoded(rows: Rows, ids: numpy.ndarray | None, processor: BaseImageProcessor, spec: FineTuneJobSpec, use: str) -> Dataset:
+def encoded(
+    rows: Rows, ids: numpy.ndarray | None, processor: BaseImageProcessor, spec: FineTuneJobSpec, use: str
+) -> Dataset:
     """The rows as `train` reads them: pixel_values, which are still files, and labels. `ids`: the class of each."""
     from datasets import Features, Image, Value
 

@@ -1,7 +1,9 @@
-"""Rows of JSON files: an object a line, or a list of objects. Values keep the types that they are written with; dates stay text.
+"""Rows of JSON files: an object a line, or a list of objects. Values keep the types that they are written with; dates
+stay text.
 
-A column whose values are all text, all numbers, or all true or false has that type. Any other column is kept as JSON text, together with
-what it holds (`Survey.mixed`). Only the columns that a job needs are looked at, so that no other column can stop it.
+A column whose values are all text, all numbers, or all true or false has that type. Any other column is kept as JSON
+text, together with what it holds (`Survey.mixed`). Only the columns that a job needs are looked at, so that no other
+column can stop it.
 """
 
 from __future__ import annotations
@@ -64,7 +66,9 @@ class JsonFile:
             done += len(rows)
 
     def _lines_at_once(self) -> Iterator[list[Object] | None]:
-        """Batches of lines that hold an object each; None, and the end, at one that does not. Twice as fast as a value at a time."""
+        """Batches of lines that hold an object each; None, and the end, at one that does not. Twice as fast as a value
+        at a time.
+        """
         with self.decoder.open(self.path) as file:
             lines = decoding.lines(file, self.path.name, self.decoder.files)
             while batch := list(itertools.islice(lines, AT_ONCE)):
@@ -86,7 +90,10 @@ class JsonFile:
             if wrong is not None:
                 value, line = batch[wrong]
                 kind = KINDS.get(type(value), "null")
-                raise self._refusal(f"row {done + wrong}, counted from 0 (line {line}), is no object but of kind: {kind}. Each row is an object, {{...}}")
+                raise self._refusal(
+                    f"row {done + wrong}, counted from 0 (line {line}), is no object but of kind: {kind}. Each row is"
+                    " an object, {...}"
+                )
             yield [value for value, _ in batch]
             done += len(batch)
 
@@ -208,7 +215,9 @@ class Survey:
         self.first.setdefault((name, kind), row)
 
     def wanted(self) -> list[str]:
-        """The columns to read, of those that there are: at least one, because they also tell how many rows there are."""
+        """The columns to read, of those that there are: at least one, because they also tell how many rows there
+        are.
+        """
         return [name for name in self.names if self.columns is None or name in self.columns] or list(self.names)[:1]
 
     def table(self, rows: list[Object]) -> pyarrow.Table:
@@ -256,4 +265,6 @@ class Survey:
 
     def rarest(self) -> dict[str, int]:
         """Of columns with several kinds of values: the first row of the rarest kind."""
-        return {name: self.first[name, kinds.most_common()[-1][0]] for name, kinds in self.kinds.items() if len(kinds) > 1}
+        return {
+            name: self.first[name, kinds.most_common()[-1][0]] for name, kinds in self.kinds.items() if len(kinds) > 1
+        }

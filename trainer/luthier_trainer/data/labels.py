@@ -1,7 +1,7 @@
 """The classes of rows: their names, which of them nearly agree, and the class of each row by number.
 
-A label is text, however a file writes it: "007" and "7" are two classes. Labels that differ only in blanks, capitals or in how a number is
-written are shown, and are one class only when the spec asks for it.
+A label is text, however a file writes it: "007" and "7" are two classes. Labels that differ only in blanks, capitals or
+in how a number is written are shown, and are one class only when the spec asks for it.
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ WHOLE_NUMBER = re.compile(r"-?[0-9]+")  # str.isdigit is also true of ² and ①
 NUMBER = re.compile(r"[-+]?[0-9]+([.][0-9]*)?")
 UNLABELLED = -1  # how Hub datasets mark the rows of a hidden test set
 GROUPS_SHOWN = 3
-LABEL_TYPES = re.compile(r"string|large_string|bool|u?int\d+|float\d+")  # a column of whole numbers with a gap reads as float
+# A column of whole numbers with a gap reads as float
+LABEL_TYPES = re.compile(r"string|large_string|bool|u?int\d+|float\d+")
 ONE_A_ROW = "a label is a name or a whole number, one a row"
 
 
 def names_of(rows: Rows, column: str, field: str, merge: bool, taken: Collection[str] = ()) -> list[str]:
-    """Names of the classes of the training rows, in the order of their ids. Raises Failure when a label is missing, or there is only one.
+    """Names of the classes of the training rows, in the order of their ids. Raises Failure when a label is missing, or
+    there is only one.
 
-    With `merge`, labels that nearly agree are one class, which is called as most of its rows call it. `taken`: columns of other roles.
+    With `merge`, labels that nearly agree are one class, which is called as most of its rows call it. `taken`: columns
+    of other roles.
     """
     columns.require(rows, column, field, taken)
     _check_type(rows, column, field)
@@ -48,7 +51,10 @@ def names_of(rows: Rows, column: str, field: str, merge: bool, taken: Collection
     if near_groups := [group for group in near.values() if len(group) > 1]:
         _tell_near(near_groups, counts, merge, field)
     if len({key(name) if merge else name for name in counts}) < 2:
-        raise invalid(f'{field}: all {len(rows.data)} rows of {rows.origin} have the label "{next(iter(counts))}"; two classes at least are needed')
+        raise invalid(
+            f'{field}: all {len(rows.data)} rows of {rows.origin} have the label "{next(iter(counts))}"; two classes at'
+            " least are needed"
+        )
     return names
 
 
@@ -71,7 +77,8 @@ def ids_of(rows: Rows, column: str, field: str, names: list[str], merge: bool) -
     if unknown:
         first = rows.place(min(unknown.values()))
         raise invalid(
-            f"{field}: {rows.origin} has labels that the training rows do not have: {some(sorted(unknown))} (theirs: {some(names)}). The first is {first}"
+            f"{field}: {rows.origin} has labels that the training rows do not have: {some(sorted(unknown))} (theirs:"
+            f" {some(names)}). The first is {first}"
         )
     return numpy.concatenate(found)
 
@@ -87,7 +94,8 @@ def _check_type(rows: Rows, column: str, field: str) -> None:
     if column in rows.rarest:
         place = rows.place_of(rows.rarest[column])
         raise invalid(
-            f'{field}: column "{column}" of {rows.origin} holds {rows.mixed[column]}. The first of the fewest is {place}. Write all labels in the same way'
+            f'{field}: column "{column}" of {rows.origin} holds {rows.mixed[column]}. The first of the fewest is'
+            f" {place}. Write all labels in the same way"
         )
     if column in rows.mixed:
         raise invalid(f'{field}: column "{column}" of {rows.origin} holds {rows.mixed[column]}; {ONE_A_ROW}')
@@ -113,7 +121,8 @@ def _batches(rows: Rows, column: str, field: str) -> Iterator[tuple[int, pyarrow
             yield start, names
     if missing:
         raise invalid(
-            f'{field}: column "{column}" of {rows.origin} has no label in {len(missing)} rows. The first is {rows.place(missing[0])}. Remove them'
+            f'{field}: column "{column}" of {rows.origin} has no label in {len(missing)} rows. The first is'
+            f" {rows.place(missing[0])}. Remove them"
         )
 
 
@@ -123,12 +132,14 @@ def _as_text(rows: Rows, values: pyarrow.ChunkedArray, start: int, column: str, 
 
     if pyarrow.types.is_floating(values.type):
         values = pyarrow.compute.if_else(pyarrow.compute.is_nan(values), None, values)
-        fractions = pyarrow.compute.indices_nonzero(pyarrow.compute.not_equal(values, pyarrow.compute.floor(values)).fill_null(False))
+        fractions = pyarrow.compute.indices_nonzero(
+            pyarrow.compute.not_equal(values, pyarrow.compute.floor(values)).fill_null(False)
+        )
         if len(fractions):
             first = fractions[0].as_py()
             raise invalid(
-                f'{field}: column "{column}" of {rows.origin} holds {values[first].as_py()}; a label is a name or a whole number. The first is'
-                f" {rows.place(start + first)}"
+                f'{field}: column "{column}" of {rows.origin} holds {values[first].as_py()}; a label is a name or a'
+                f" whole number. The first is {rows.place(start + first)}"
             )
         values = values.cast(pyarrow.int64())
     return values.cast(pyarrow.string())
@@ -151,7 +162,9 @@ def _kept(group: list[str], counts: Counter[str]) -> str:
 
 
 def _tell_near(groups: list[list[str]], counts: Counter[str], merge: bool, field: str) -> None:
-    shown = "; ".join(" and ".join(f'"{name}" ({counts[name]} rows)' for name in group) for group in groups[:GROUPS_SHOWN])
+    shown = "; ".join(
+        " and ".join(f'"{name}" ({counts[name]} rows)' for name in group) for group in groups[:GROUPS_SHOWN]
+    )
     more = f"; and {len(groups) - GROUPS_SHOWN} more such groups" if len(groups) > GROUPS_SHOWN else ""
     dataset = field.partition(".columns.")[0]
     what = f"{shown}{more} differ only in blanks, in capitals or in how a number is written"
@@ -159,4 +172,6 @@ def _tell_near(groups: list[list[str]], counts: Counter[str], merge: bool, field
         kept = some(f'"{_kept(group, counts)}"' for group in groups)
         notice(f"{dataset}.mergeLabels: {what}, and are one class each: {kept}")
     else:
-        notice(f"{field}: {what}, and are classes of their own. To make one class of them, set {dataset}.mergeLabels: true")
+        notice(
+            f"{field}: {what}, and are classes of their own. To make one class of them, set {dataset}.mergeLabels: true"
+        )

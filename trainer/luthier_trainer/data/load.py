@@ -1,7 +1,7 @@
 """Rows from files or from the Hub, by split. Which rows, from where; what is in them is for `columns`.
 
-Text files: one row a line, empty lines dropped. With packing, text must read as it was written: then each line keeps its line break,
-empty lines stay, and a column `ends` marks the last line of each file.
+Text files: one row a line, empty lines dropped. With packing, text must read as it was written: then each line keeps
+its line break, empty lines stay, and a column `ends` marks the last line of each file.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class Rows:
     images: tuple[str, ...] = ()
     """Columns that hold images."""
     mixed: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Columns whose cells are JSON text, because they hold lists, objects, or values of several kinds: what they hold."""
+    """Columns whose cells are JSON text, because they hold lists, objects, or values of several kinds: what they hold.
+    """
     rarest: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Of columns with values of several kinds: the number of the first row of the rarest kind."""
     hint: str = ""
@@ -78,7 +79,9 @@ class Rows:
         for part in self.parts:
             if number < begin + part.rows:
                 row = number - begin
-                where = f"line {part.line_of(row)} of " if part.line_of else f"row {row} of " if len(self.parts) > 1 else ""
+                where = (
+                    f"line {part.line_of(row)} of " if part.line_of else f"row {row} of " if len(self.parts) > 1 else ""
+                )
                 return f"row {number}, counted from 0 ({where}{part.path.name})"
             begin += part.rows
         return f"row {number}, counted from 0"
@@ -103,7 +106,11 @@ class Loader:
 
     def split(self, instruction: str, field: str) -> Rows:
         """The rows of a split, or of slices of it (train[:80%])."""
-        return self._files(self.source.files, "files", instruction, field) if self.source.files else self._hub(instruction, field)
+        return (
+            self._files(self.source.files, "files", instruction, field)
+            if self.source.files
+            else self._hub(instruction, field)
+        )
 
     def files(self, files: list[str], field: str) -> Rows:
         """All rows of other files, of the same format."""
@@ -116,40 +123,70 @@ class Loader:
         kind = self.source.format or format_of(paths, where)
         self._check_settings(kind, paths[0].name)
         origin = paths[0].name if len(paths) == 1 else f"{len(paths)} files ({paths[0].name}, ...)"
-        table = self._images(paths, where) if image_folders else self._read(kind, paths, where, self.source.csv or Csv(), self.source.encoding, self.documents)
+        table = (
+            self._images(paths, where)
+            if image_folders
+            else self._read(kind, paths, where, self.source.csv or Csv(), self.source.encoding, self.documents)
+        )
         rows = Rows(
-            table.data, origin, documents=self.documents and kind == "text", origins=tuple(origins.of_data(p, where) for p in paths),
-            parts=table.parts, names=table.names, texts=table.texts, images=table.images, mixed=table.mixed, rarest=table.rarest, hint=table.hint,
-        )  # fmt: skip
+            table.data,
+            origin,
+            documents=self.documents and kind == "text",
+            origins=tuple(origins.of_data(p, where) for p in paths),
+            parts=table.parts,
+            names=table.names,
+            texts=table.texts,
+            images=table.images,
+            mixed=table.mixed,
+            rarest=table.rarest,
+            hint=table.hint,
+        )
         return cut(rows, instruction, [FILES_SPLIT], f"{self.field}.{field}")
 
     def _check_settings(self, kind: str, name: str) -> None:
         """Raises Failure when the spec says how to read another format than `kind`."""
         if self.source.csv is not None and kind != "csv":
-            raise Failure(ExitCode.INVALID_SPEC, f"{self.field}.csv: belongs to files of the format csv, and {name} is read as {kind}. Remove csv")
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{self.field}.csv: belongs to files of the format csv, and {name} is read as {kind}. Remove csv",
+            )
         if self.source.encoding is not None and kind not in TEXTUAL:
-            raise Failure(ExitCode.INVALID_SPEC, f"{self.field}.encoding: {kind} is no format of text, and has no encoding. Remove encoding")
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{self.field}.encoding: {kind} is no format of text, and has no encoding. Remove encoding",
+            )
 
-    def _read(self, kind: str, paths: list[Path], where: str, csv: Csv, encoding: str | None, documents: bool = False) -> Table:
+    def _read(
+        self, kind: str, paths: list[Path], where: str, csv: Csv, encoding: str | None, documents: bool = False
+    ) -> Table:
         key = tuple(paths)
         if key not in self.tables:
-            files = Files(paths, Decoder(encoding, self.field, where), csv, self.columns, self.others, self.cache / "rows")
+            files = Files(
+                paths, Decoder(encoding, self.field, where), csv, self.columns, self.others, self.cache / "rows"
+            )
             self.tables[key] = files.read(BUILDERS[kind], documents)
         return self.tables[key]
 
     def _images(self, paths: list[Path], where: str) -> Table:
-        """Columns `image` and `label`: `datasets` has its own opinion of which folders count, and tells nobody. Or those of metadata."""
+        """Columns `image` and `label`: `datasets` has its own opinion of which folders count, and tells nobody. Or
+        those of metadata.
+        """
         from datasets import Dataset, Features, Image, Value
 
         folders = [image_folder(path, where) for path in paths]
         if any(folder.tables for folder in folders):
             return self._described(folders, where)
         images = [image for folder in folders for image in folder.images]
-        columns = {"image": [str(image.absolute()) for image in images], "label": [name for folder in folders for name in folder.classes(where)]}
+        columns = {
+            "image": [str(image.absolute()) for image in images],
+            "label": [name for folder in folders for name in folder.classes(where)],
+        }
         return _as_table(Dataset.from_dict(columns, features=Features({"image": Image(), "label": Value("string")})))
 
     def _described(self, folders: list[ImageFolder], where: str) -> Table:
-        """The rows of tables beside images, each with the column `image` for what its column `file_name` names. Raises Failure."""
+        """The rows of tables beside images, each with the column `image` for what its column `file_name` names. Raises
+        Failure.
+        """
         from datasets import Image
 
         tables = [path for folder in folders for path in folder.tables]
@@ -161,7 +198,8 @@ class Loader:
         if FILE_NAME not in table.names or FILE_NAME not in table.texts or FILE_NAME in table.mixed:
             raise Failure(
                 ExitCode.INVALID_DATASET,
-                f'{where}: {rows.origin} has no column "{FILE_NAME}" of text, which names the image of a row (columns: {", ".join(table.names)})',
+                f'{where}: {rows.origin} has no column "{FILE_NAME}" of text, which names the image of a row (columns:'
+                f" {', '.join(table.names)})",
             )
         found: list[str] = []
         for part in table.parts:
@@ -169,7 +207,10 @@ class Loader:
                 path = os.path.normpath(part.path.parent / (name or ""))
                 if path not in images:
                     what = f'{part.path.parent} has no image "{name}"' if name else "no image is named"
-                    raise Failure(ExitCode.INVALID_DATASET, f"{where}: {rows.place(len(found))}: {what}. Correct {FILE_NAME}, or add the image")
+                    raise Failure(
+                        ExitCode.INVALID_DATASET,
+                        f"{where}: {rows.place(len(found))}: {what}. Correct {FILE_NAME}, or add the image",
+                    )
                 found.append(str(images[path].absolute()))
         if without := len(images) - len({*found}):
             notice(f"{where}: {without} images are in no row of the metadata, and are left out")
@@ -186,9 +227,17 @@ class Loader:
         base = instruction.partition("[")[0]
         table = patiently(lambda: self._hub_table(name, info.sha, base, field), f"{self.field}.id", what)
         rows = Rows(
-            table.data, f"{name}, split {base}", revision=info.sha, parts=table.parts, names=table.names, texts=table.texts, images=table.images,
-            mixed=table.mixed, rarest=table.rarest, hint=table.hint,
-        )  # fmt: skip
+            table.data,
+            f"{name}, split {base}",
+            revision=info.sha,
+            parts=table.parts,
+            names=table.names,
+            texts=table.texts,
+            images=table.images,
+            mixed=table.mixed,
+            rarest=table.rarest,
+            hint=table.hint,
+        )
         return cut(rows, instruction, [base], f"{self.field}.{field}", name)
 
     def _hub_table(self, name: str, commit: str, split: str, field: str) -> Table:
@@ -199,7 +248,12 @@ class Loader:
         download = DownloadConfig(cache_dir=self.cache / "downloads", token=token, max_retries=1)
         try:
             builder = load_dataset_builder(
-                name, self.source.name, revision=commit, cache_dir=str(self.cache), token=token, download_config=download
+                name,
+                self.source.name,
+                revision=commit,
+                cache_dir=str(self.cache),
+                token=token,
+                download_config=download,
             )
             files = plain_files(builder, name)
             if files is None:
@@ -212,10 +266,18 @@ class Loader:
         if split not in files.splits:
             raise no_split(split, list(files.splits), f"{self.field}.{field}")
         paths = [
-            Path(hub_api().hf_hub_download(name, path, repo_type="dataset", revision=commit, cache_dir=self.cache / "hub"))
+            Path(
+                hub_api().hf_hub_download(
+                    name, path, repo_type="dataset", revision=commit, cache_dir=self.cache / "hub"
+                )
+            )
             for path in files.splits[split]
         ]
-        csv = files.csv if self.source.csv is None else files.csv.model_copy(update=self.source.csv.model_dump(exclude_none=True))
+        csv = (
+            files.csv
+            if self.source.csv is None
+            else files.csv.model_copy(update=self.source.csv.model_dump(exclude_none=True))
+        )
         table = self._read(files.kind, paths, f"{self.field}.id", csv, self.source.encoding or files.encoding)
         return files.typed(table, f"{self.field}.id")
 
@@ -225,11 +287,15 @@ class Loader:
             return no_split(split, re.findall(r"\w+", unknown[1]), f"{self.field}.{field}")
         if "BuilderConfig" in text or "Config name is missing" in text:
             return Failure(ExitCode.INVALID_SPEC, f"{self.field}.name: {text[:1500]}")
-        return Failure(ExitCode.INVALID_DATASET, f"{self.field}.id: {self.source.id} cannot be read: {first_cause(error)}")
+        return Failure(
+            ExitCode.INVALID_DATASET, f"{self.field}.id: {self.source.id} cannot be read: {first_cause(error)}"
+        )
 
 
 def cut(rows: Rows, instruction: str, splits: list[str], field: str, origin: str | None = None) -> Rows:
-    """The rows that `instruction` names, for example train[:80%] or train[:10]+train[50:]. Raises Failure when there are none."""
+    """The rows that `instruction` names, for example train[:80%] or train[:10]+train[50:]. Raises Failure when there
+    are none.
+    """
     import numpy
 
     found = ranges(rows.data, instruction, splits, field)
@@ -237,7 +303,10 @@ def cut(rows: Rows, instruction: str, splits: list[str], field: str, origin: str
         return rows
     indices = numpy.concatenate([numpy.arange(start, end, dtype=numpy.int64) for start, end in found])
     if not len(indices):
-        raise Failure(ExitCode.INVALID_DATASET, f"{field}: {instruction} of {origin or rows.origin} is empty: it has {len(rows.data)} rows")
+        raise Failure(
+            ExitCode.INVALID_DATASET,
+            f"{field}: {instruction} of {origin or rows.origin} is empty: it has {len(rows.data)} rows",
+        )
     return rows.select(indices)
 
 
@@ -250,12 +319,17 @@ def ranges(data: Dataset, instruction: str, splits: list[str], field: str) -> li
     except ValueError as error:
         if UNKNOWN_SPLIT.search(str(error)):
             raise no_split(instruction.partition("[")[0], splits, field) from None
-        raise Failure(ExitCode.INVALID_SPEC, f"{field}: {instruction!r} is not a split; write train, train[:80%] or train[100:200]") from None
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: {instruction!r} is not a split; write train, train[:80%] or train[100:200]",
+        ) from None
     return [(p.from_ or 0, len(data) if p.to is None else p.to) for p in parsed]
 
 
 def no_split(split: str, splits: list[str], field: str) -> Failure:
-    return Failure(ExitCode.INVALID_SPEC, f"{field}: there is no split {split!r}; the splits are: {', '.join(sorted(splits))}")
+    return Failure(
+        ExitCode.INVALID_SPEC, f"{field}: there is no split {split!r}; the splits are: {', '.join(sorted(splits))}"
+    )
 
 
 def _as_table(data: Dataset) -> Table:

@@ -1,6 +1,7 @@
 """Packing: all texts one after the other, separated by the end-of-text token, in blocks of `maxLength`.
 
-Time is linear in the length of the texts, and memory does not depend on it: a long text (a file, a book) is tokenised in pieces.
+Time is linear in the length of the texts, and memory does not depend on it: a long text (a file, a book) is tokenised
+in pieces.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def blocks(texts: Dataset, column: str, reader: Reader, max_length: int, documen
 
     def pack(batch: pyarrow.Table, indices: list[int]) -> pyarrow.Table:
         cells = batch[column].to_pylist()
-        for text, ends in joined(cells, batch["ends"].to_pylist()) if documents else zip(cells, repeat(True), strict=False):
+        for text, ends in (
+            joined(cells, batch["ends"].to_pylist()) if documents else zip(cells, repeat(True), strict=False)
+        ):
             packer.add(text, ends)
         if indices[-1] < len(texts) - 1:
             return _table(packer.take(), [], max_length)
@@ -45,7 +48,9 @@ def blocks(texts: Dataset, column: str, reader: Reader, max_length: int, documen
 
     # One process, in order: what is left of a batch begins the next.
     arrow = texts.with_format("arrow")
-    packed: Dataset = mapped(arrow, pack, language_features(), with_indices=True, batch_size=rows_at_once(texts, 10_000))
+    packed: Dataset = mapped(
+        arrow, pack, language_features(), with_indices=True, batch_size=rows_at_once(texts, 10_000)
+    )
     return packed.with_format(None)
 
 
@@ -132,11 +137,13 @@ class Tokenised:
 class Packer:
     """A stream of tokens, to which texts are added and from which blocks are taken.
 
-    Pieces overlap, so that the tokens are those of the whole text. A tokenizer looks at what stands around a token: where a text is simply cut, a
-    word becomes two, two line breaks no longer are one token, and SentencePiece puts a blank before each piece. Here each piece has some characters
-    of its neighbours, and one goes on where the other stops only at a place around which both have the same tokens. Pre-tokenizers decide by a few
-    characters around them and merges stay within words, so what lies further away cannot change the tokens there. Texts that never come to such a
-    place within the overlap (a thousand blanks or letters in a row) are cut at a boundary between tokens instead: no character is lost or doubled.
+    Pieces overlap, so that the tokens are those of the whole text. A tokenizer looks at what stands around a token:
+    where a text is simply cut, a word becomes two, two line breaks no longer are one token, and SentencePiece puts a
+    blank before each piece. Here each piece has some characters of its neighbours, and one goes on where the other
+    stops only at a place around which both have the same tokens. Pre-tokenizers decide by a few characters around them
+    and merges stay within words, so what lies further away cannot change the tokens there. Texts that never come to
+    such a place within the overlap (a thousand blanks or letters in a row) are cut at a boundary between tokens
+    instead: no character is lost or doubled.
     """
 
     def __init__(self, reader: Reader, max_length: int) -> None:
@@ -170,7 +177,9 @@ class Packer:
         return taken
 
     def finish(self) -> None:
-        """Add what a text has that did not end, for want of the rows that were left out. It gets no end-of-text token."""
+        """Add what a text has that did not end, for want of the rows that were left out. It gets no end-of-text
+        token.
+        """
         if self._cutter.is_open:
             self._tokenise()
             self._cut_off = True
@@ -186,7 +195,10 @@ class Packer:
         if not self._pieces:
             return
         encoded = self.reader(
-            [piece.text for piece in self._pieces], add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
+            [piece.text for piece in self._pieces],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
         )
         encodings = encoded.encodings or [None] * len(self._pieces)
         for piece, ids, encoding in zip(self._pieces, encoded["input_ids"], encodings, strict=True):
@@ -218,7 +230,9 @@ class Packer:
 
 
 def seam(left: Tokenised, right: Tokenised) -> tuple[int, int, str]:
-    """(end, start, between): `left.ids[:end]`, the tokens of `between` and `right.ids[start:]` are the tokens of both pieces."""
+    """(end, start, between): `left.ids[:end]`, the tokens of `between` and `right.ids[start:]` are the tokens of both
+    pieces.
+    """
     a, b = left.encoding, right.encoding
     if not right.piece.before or a is None or b is None:
         return len(left.ids), 0, ""  # they do not overlap
@@ -231,11 +245,16 @@ def seam(left: Tokenised, right: Tokenised) -> tuple[int, int, str]:
                 continue
             if left.ids[i - agreeing : i + agreeing] == right.ids[j - agreeing : j + agreeing]:
                 return i, j, ""
-    # No two tokens begin at the same character: what lies between a token of the left piece and the next whole one of the right piece is left.
+    # No two tokens begin at the same character: what lies between a token of the left piece and the next whole one of
+    # the right piece is left.
     end = sum(start < middle for start, _ in a.offsets)
     after = max((stop for _, stop in a.offsets[:end]), default=0) - shift
     start = sum(begin < after for begin, _ in b.offsets)
-    return end, start, right.piece.text[after : b.offsets[start][0] if start < len(b.offsets) else len(right.piece.text)]
+    return (
+        end,
+        start,
+        right.piece.text[after : b.offsets[start][0] if start < len(b.offsets) else len(right.piece.text)],
+    )
 
 
 def beginning(encoding: Encoding, character: int) -> int | None:

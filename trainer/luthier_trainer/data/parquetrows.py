@@ -1,4 +1,6 @@
-"""Columns of Parquet files. Types that `datasets` does not know (string_view, dictionaries) become those that hold the same values."""
+"""Columns of Parquet files. Types that `datasets` does not know (string_view, dictionaries) become those that hold the
+same values.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ class ParquetFile:
             if os_error(error, STORAGE_ERRNOS | FORBIDDEN_ERRNOS):
                 raise  # the volume or its permissions, not the data
             text = " ".join(str(error).split())[:300]
-            raise Failure(ExitCode.INVALID_DATASET, f"{self.field}: {self.path} cannot be read as parquet: {text}") from error
+            raise Failure(
+                ExitCode.INVALID_DATASET, f"{self.field}: {self.path} cannot be read as parquet: {text}"
+            ) from error
 
 
 def plain(kind: pyarrow.DataType) -> pyarrow.DataType:

@@ -1,8 +1,9 @@
-"""How a tokenizer reads texts: control tokens that a text spells are ordinary text unless asked for, and none is doubled.
+"""How a tokenizer reads texts: control tokens that a text spells are ordinary text unless asked for, and none is
+doubled.
 
-A tokenizer takes the spelling of a control token, such as `</s>` or `<|im_end|>`, for the token itself. In training data that is hardly ever
-meant: a page about HTML would teach the model to end in its middle. Unless the spec asks for it, such spellings are read like other text.
-Neighbours: `tokens` and `packing` make rows of the tokens.
+A tokenizer takes the spelling of a control token, such as `</s>` or `<|im_end|>`, for the token itself. In training
+data that is hardly ever meant: a page about HTML would teach the model to end in its middle. Unless the spec asks for
+it, such spellings are read like other text. Neighbours: `tokens` and `packing` make rows of the tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 PARSE = "spec.dataset.parseSpecialTokens"
 BYTES_AT_ONCE = 1 << 23  # of rows that are in memory at once, on average
 SHOWN = 3  # spellings in a message
-MARKED = re.compile(r"\W.*\W|__\w+__", re.DOTALL)  # the spelling of a control token; others, such as "!" for padding, are ordinary text
+# The spelling of a control token; others, such as "!" for padding, are ordinary text
+MARKED = re.compile(r"\W.*\W|__\w+__", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,21 @@ class Reader:
 
     def truncated(self, texts: list[str], max_length: int) -> tuple[list[list[int]], int]:
         """(tokens of each text, how many texts were cut). The tokenizer cuts, and keeps its closing token."""
-        options = {"truncation": True, "max_length": max_length, "return_attention_mask": False, "return_token_type_ids": False}
+        options = {
+            "truncation": True,
+            "max_length": max_length,
+            "return_attention_mask": False,
+            "return_token_type_ids": False,
+        }
         if self.tokenizer.is_fast:
             encoded = self(texts, **options)
-            return encoded["input_ids"], sum(len(e.ids) == max_length and bool(e.overflowing) for e in encoded.encodings or [])
-        rows = [self.tokenizer(text, split_special_tokens=not self.parse_special, return_overflowing_tokens=True, **options) for text in texts]
+            return encoded["input_ids"], sum(
+                len(e.ids) == max_length and bool(e.overflowing) for e in encoded.encodings or []
+            )
+        rows = [
+            self.tokenizer(text, split_special_tokens=not self.parse_special, return_overflowing_tokens=True, **options)
+            for text in texts
+        ]
         return [row["input_ids"] for row in rows], sum("num_truncated_tokens" in row for row in rows)
 
     @cached_property
@@ -82,15 +94,21 @@ class Reader:
             return
         unavoidable = [spelling for spelling in found if MARKED.fullmatch(spelling) and self._unavoidable(spelling)]
         if unavoidable:
-            model = type(self.tokenizer.backend_tokenizer.model).__name__ if self.tokenizer.is_fast else type(self.tokenizer).__name__
+            model = (
+                type(self.tokenizer.backend_tokenizer.model).__name__
+                if self.tokenizer.is_fast
+                else type(self.tokenizer).__name__
+            )
             raise Failure(
                 ExitCode.INVALID_DATASET,
-                f"{field}: {_shown(Counter({s: found[s] for s in unavoidable}))} {rows} spell control tokens, and a tokenizer of the kind {model} cannot"
-                f" read them as text: the model would learn them as the tokens themselves. Remove the spellings, or set {PARSE}: true if that is meant",
+                f"{field}: {_shown(Counter({s: found[s] for s in unavoidable}))} {rows} spell control tokens, and a"
+                f" tokenizer of the kind {model} cannot read them as text: the model would learn them as the tokens"
+                f" themselves. Remove the spellings, or set {PARSE}: true if that is meant",
             )
         notice(
-            f"{field}: {count} of {len(texts)} {rows} spell control tokens of the tokenizer ({_shown(found)}), which are read as ordinary text."
-            f" Set {PARSE}: true if they are meant as the tokens themselves, as in text made by a chat template"
+            f"{field}: {count} of {len(texts)} {rows} spell control tokens of the tokenizer ({_shown(found)}), which"
+            f" are read as ordinary text. Set {PARSE}: true if they are meant as the tokens themselves, as in text made"
+            " by a chat template"
         )
 
     def _spelled(self, texts: Dataset, column: str) -> tuple[Counter[str], int]:
@@ -113,7 +131,8 @@ class Reader:
     def _unavoidable(self, spelling: str) -> bool:
         """Whether the tokenizer reads `spelling` as the control token also when it is asked not to.
 
-        Those whose vocabulary is looked up by whole pieces (Unigram, WordLevel) do: their control tokens are pieces like all others.
+        Those whose vocabulary is looked up by whole pieces (Unigram, WordLevel) do: their control tokens are pieces
+        like all others.
         """
         around = [spelling, f" {spelling} ", f"a{spelling}b", f"a {spelling} b"]
         return any(self.spellings[spelling] in ids for ids in self(around, add_special_tokens=False)["input_ids"])

@@ -40,22 +40,29 @@ def check(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, spec: Fi
     if not FACTS[spec.task].labelled and tokenizer.eos_token_id is None:
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"{modelfacts.MODEL}: its tokenizer has no end-of-text token, so the model could not learn where a text ends. Choose another model, or add"
-            " eos_token to its tokenizer_config.json",
+            f"{modelfacts.MODEL}: its tokenizer has no end-of-text token, so the model could not learn where a text"
+            " ends. Choose another model, or add eos_token to its tokenizer_config.json",
         )
     if config.model_type in modelfacts.SEE_PADDING and spec.training.micro_batch_size != 1:
         notice(
-            f"{modelfacts.MODEL}: {config.model_type} does not mask padding, so what it makes of a text depends a little on the length of the texts"
-            " beside it. Set spec.training.microBatchSize: 1 to learn without padding"
+            f"{modelfacts.MODEL}: {config.model_type} does not mask padding, so what it makes of a text depends a"
+            " little on the length of the texts beside it. Set spec.training.microBatchSize: 1 to learn without"
+            " padding"
         )
     if tokenizer.pad_token_id is None:
         raise Failure(
-            ExitCode.INVALID_SPEC, f"{modelfacts.MODEL}: its tokenizer has neither a padding nor an end-of-text token; rows cannot form batches"
+            ExitCode.INVALID_SPEC,
+            f"{modelfacts.MODEL}: its tokenizer has neither a padding nor an end-of-text token; rows cannot form"
+            " batches",
         )
 
 
-def encoded(rows: Rows, ids: numpy.ndarray | None, tokenizer: PreTrainedTokenizerBase, spec: FineTuneJobSpec, use: str) -> Dataset:
-    """The rows as `train` reads them. `ids`: the class of each, where they are classified. `use`: training or held-out, for notices."""
+def encoded(
+    rows: Rows, ids: numpy.ndarray | None, tokenizer: PreTrainedTokenizerBase, spec: FineTuneJobSpec, use: str
+) -> Dataset:
+    """The rows as `train` reads them. `ids`: the class of each, where they are classified. `use`: training or held-out,
+    for notices.
+    """
     text, longest = column(spec), spec.training.max_length
     reader = Reader(tokenizer, spec.dataset.parse_special_tokens)
     reader.check_spellings(rows.data, text, FIELD, f"{use} {'lines' if rows.documents else 'rows'} of {rows.origin}")

@@ -1,7 +1,8 @@
 """Text to tokens, once, before any GPU is held: one row a text, cut at `maxLength`.
 
-Columns are those that `train` expects: causal-lm input_ids, labels, length; text-classification input_ids, attention_mask, labels.
-Neighbours: `packing` joins all texts and cuts them into blocks; `reading` is how a tokenizer is called.
+Columns are those that `train` expects: causal-lm input_ids, labels, length; text-classification input_ids,
+attention_mask, labels. Neighbours: `packing` joins all texts and cuts them into blocks; `reading` is how a tokenizer is
+called.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ def language_rows(texts: Dataset, column: str, reader: Reader, max_length: int, 
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
         nonlocal cut
-        rows = [reader.row(ids) for ids in reader(batch[column], return_attention_mask=False, return_token_type_ids=False)["input_ids"]]
+        rows = [
+            reader.row(ids)
+            for ids in reader(batch[column], return_attention_mask=False, return_token_type_ids=False)["input_ids"]
+        ]
         cut += sum(len(row) > max_length for row in rows)
         return _language(row[:max_length] for row in rows)
 
@@ -45,24 +49,34 @@ def classification_rows(
         nonlocal cut
         rows, longer = reader.truncated(batch[column], max_length)
         cut += longer
-        return {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows], "labels": labels[indices].tolist()}
+        return {
+            "input_ids": rows,
+            "attention_mask": [[1] * len(row) for row in rows],
+            "labels": labels[indices].tolist(),
+        }
 
     rows = mapped(texts, tokenize, _classification_features(), with_indices=True)
     _tell_cut(cut, len(texts), max_length, use)
     return rows
 
 
-def hold_out(rows: int, fraction: float, seed: int, field: str, classes: numpy.ndarray | None = None) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """(train, eval): positions of the rows; `fraction` of them, chosen by `seed`, are held out. Both are in the order of the rows.
+def hold_out(
+    rows: int, fraction: float, seed: int, field: str, classes: numpy.ndarray | None = None
+) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """(train, eval): positions of the rows; `fraction` of them, chosen by `seed`, are held out. Both are in the order
+    of the rows.
 
-    `classes`, int64 of shape (rows,): of each class the same share is held out, as near as whole rows allow; one row at least stays.
-    Raises Failure.
+    `classes`, int64 of shape (rows,): of each class the same share is held out, as near as whole rows allow; one row at
+    least stays. Raises Failure.
     """
     import numpy
 
     count = round(rows * fraction)
     if not 0 < count < rows:
-        raise invalid(f"{field}: {fraction:g} of {rows} rows is {count}; both sides need one row at least. Choose another fraction")
+        raise invalid(
+            f"{field}: {fraction:g} of {rows} rows is {count}; both sides need one row at least. Choose another"
+            " fraction"
+        )
     order = numpy.random.default_rng(seed).permutation(rows)
     chosen = numpy.zeros(rows, dtype=bool)
     if classes is None:
@@ -70,14 +84,18 @@ def hold_out(rows: int, fraction: float, seed: int, field: str, classes: numpy.n
     else:
         shares = shares_of(numpy.bincount(classes), count)
         if not shares.any():
-            raise invalid(f"{field}: every class has one row, which is needed to learn from. Name rows to evaluate on instead")
+            raise invalid(
+                f"{field}: every class has one row, which is needed to learn from. Name rows to evaluate on instead"
+            )
         for number, share in enumerate(shares):
             chosen[order[classes[order] == number][:share]] = True
     return numpy.flatnonzero(~chosen), numpy.flatnonzero(chosen)
 
 
 def shares_of(sizes: numpy.ndarray, count: int) -> numpy.ndarray:
-    """How many rows of each class are held out, `count` in all: in proportion, the largest remainders rounded up. One row of each stays."""
+    """How many rows of each class are held out, `count` in all: in proportion, the largest remainders rounded up. One
+    row of each stays.
+    """
     import numpy
 
     exact = sizes * (count / sizes.sum())
@@ -96,12 +114,21 @@ def count_tokens(data: Dataset) -> int:
 
 
 def mapped(texts: Dataset, function: Any, features: Any, **options: Any) -> Dataset:
-    """What `function` makes of the batches, one after the other and never from a cache: it counts, or keeps what a batch left over.
+    """What `function` makes of the batches, one after the other and never from a cache: it counts, or keeps what a
+    batch left over.
 
-    Without `features`, a column of the texts that has the name of one of ours would keep its type: labels, say, that were booleans.
+    Without `features`, a column of the texts that has the name of one of ours would keep its type: labels, say, that
+    were booleans.
     """
     options = {"batch_size": rows_at_once(texts, 1000)} | options
-    return texts.map(function, batched=True, remove_columns=texts.column_names, features=features, load_from_cache_file=False, **options)
+    return texts.map(
+        function,
+        batched=True,
+        remove_columns=texts.column_names,
+        features=features,
+        load_from_cache_file=False,
+        **options,
+    )
 
 
 def _tell_cut(cut: int, rows: int, max_length: int, use: str) -> None:
@@ -123,7 +150,9 @@ def language_features() -> Any:
 def _classification_features() -> Any:
     from datasets import Features, List, Value
 
-    return Features({"input_ids": List(Value("int32")), "attention_mask": List(Value("int8")), "labels": Value("int64")})
+    return Features(
+        {"input_ids": List(Value("int32")), "attention_mask": List(Value("int8")), "labels": Value("int64")}
+    )
 
 
 def _keep_learnable(rows: Dataset) -> Dataset:

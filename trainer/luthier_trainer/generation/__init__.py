@@ -1,1 +1,3 @@
-"""The parts of `generate`: the table of samplers, one engine a task, and the shard's ledger. Importing this package imports no torch."""
+"""The parts of `generate`: the table of samplers, one engine a task, and the shard's ledger. Importing this package
+imports no torch.
+"""

@@ -21,13 +21,16 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def encode(image: Image, settings: ImageSettings, sample: Sample) -> tuple[str, bytes]:
-    """Suffix and content of the file. A PNG carries `parameters`, which many viewers show, and `luthier`, the same as JSON.
+    """Suffix and content of the file. A PNG carries `parameters`, which many viewers show, and `luthier`, the same as
+    JSON.
 
     Neither says which row it was: the same prompt and seed are the same bytes, wherever they stand among the rows.
     """
     suffix, options = FORMATS[settings.format]
     if settings.format == "png":
-        made_of = {name: value for name, value in sample.facts().items() if name in ("prompt", "negativePrompt", "seed")}
+        made_of = {
+            name: value for name, value in sample.facts().items() if name in ("prompt", "negativePrompt", "seed")
+        }
         facts = made_of | {"scheduler": settings.scheduler, "steps": settings.steps, "guidance": settings.guidance}
         info = PngInfo()
         info.add_itxt("parameters", parameters(settings, sample))
@@ -42,6 +45,6 @@ def parameters(settings: ImageSettings, sample: Sample) -> str:
     """How an image was made, in the words that image viewers for Stable Diffusion look for."""
     negative = f"\nNegative prompt: {sample.negative_prompt}" if sample.negative_prompt else ""
     return (
-        f"{sample.prompt}{negative}\nSteps: {settings.steps}, Sampler: {settings.scheduler}, CFG scale: {settings.guidance}, Seed: {sample.seed},"
-        f" Size: {settings.width}x{settings.height}"
+        f"{sample.prompt}{negative}\nSteps: {settings.steps}, Sampler: {settings.scheduler}, CFG scale:"
+        f" {settings.guidance}, Seed: {sample.seed}, Size: {settings.width}x{settings.height}"
     )

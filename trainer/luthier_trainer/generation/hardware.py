@@ -25,7 +25,9 @@ class Hardware:
     def environment(self) -> str:
         """What outputs are bit-identical within: library versions, GPU model, or on CPU the number of threads."""
         versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "diffusers"))
-        return f"{versions}, {torch.cuda.get_device_name() if self.device == 'cuda' else f'cpu with {torch.get_num_threads()} threads'}"
+        if self.device == "cuda":
+            return f"{versions}, {torch.cuda.get_device_name()}"
+        return f"{versions}, cpu with {torch.get_num_threads()} threads"
 
 
 def find_hardware(spec: GenerateJobSpec) -> Hardware:

@@ -1,8 +1,8 @@
 """text-to-image: Stable Diffusion XL, with LoRA adapters fused into it, over batches of prompts.
 
-An image depends on its prompts, its seed and the batch size alone: noise comes from a CPU generator an image (those of GPUs differ between
-models), batches have one size, and each latent is decoded alone. Neighbours: `pipelines` loads the model, `lora` adds adapters to it,
-`schedulers` makes the sampler, `encoding` the file.
+An image depends on its prompts, its seed and the batch size alone: noise comes from a CPU generator an image (those of
+GPUs differ between models), batches have one size, and each latent is decoded alone. Neighbours: `pipelines` loads the
+model, `lora` adds adapters to it, `schedulers` makes the sampler, `encoding` the file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from luthier_trainer.generation.schedulers import eta, make_scheduler
 class ImageEngine:
     """`batch_size` images at once with the pipeline in `model_path` and the adapters of the spec."""
 
-    def __init__(self, spec: GenerateJobSpec, model_path: Path, adapters: Sequence[Path], hardware: Hardware, batch_size: int) -> None:
+    def __init__(
+        self, spec: GenerateJobSpec, model_path: Path, adapters: Sequence[Path], hardware: Hardware, batch_size: int
+    ) -> None:
         for library in (logging, transformers_logging):
             library.disable_progress_bar()
             # Their warnings say for each batch what the manifest says once a row: that a prompt is not read to its end.
@@ -36,9 +38,17 @@ class ImageEngine:
         self.settings, self.batch_size, self.scheduler_name = spec.image, batch_size, spec.image.scheduler
         # Adapters are fused once, in fp32, and rounded with the weights.
         pipe = pipelines.load(model_path, torch.float32 if adapters else hardware.dtype)
-        parts = {name: model for name in ("unet", "text_encoder", "text_encoder_2") if (model := getattr(pipe, name, None)) is not None}
+        parts = {
+            name: model
+            for name in ("unet", "text_encoder", "text_encoder_2")
+            if (model := getattr(pipe, name, None)) is not None
+        }
         names = Names(parts) if adapters else None
-        changes = [(lora.read(path, names, f"spec.adapters[{i}]"), spec.adapters[i].weight) for i, path in enumerate(adapters) if names]
+        changes = [
+            (lora.read(path, names, f"spec.adapters[{i}]"), spec.adapters[i].weight)
+            for i, path in enumerate(adapters)
+            if names
+        ]
         lora.fuse(parts, changes)
         pipe.to(hardware.device, hardware.dtype)
         # Such a VAE overflows in fp16. diffusers moves its weights there and back for each batch; here it stays.
@@ -50,7 +60,9 @@ class ImageEngine:
         self.pipe, self.hardware = pipe, hardware
 
     def problem(self, sample: Sample) -> str | None:
-        """Every text can be drawn: of one that is too long for the text encoders the beginning is read, and its line says so."""
+        """Every text can be drawn: of one that is too long for the text encoders the beginning is read, and its line
+        says so.
+        """
         return None
 
     def group(self, sample: Sample) -> Hashable:
@@ -82,7 +94,10 @@ class ImageEngine:
         """The image file of one latent, 1 × channels × height × width."""
         pixels = self.decode(latent)
         if not torch.isfinite(pixels).all():
-            return Output(sample, error=f"the image is not finite in {self.hardware.precision}; set spec.precision to bf16 or fp32")
+            return Output(
+                sample,
+                error=f"the image is not finite in {self.hardware.precision}; set spec.precision to bf16 or fp32",
+            )
         image = self.pipe.image_processor.postprocess(pixels.float(), output_type="pil")[0]
         texts = {"unreadTokens": sample.prompt, "unreadNegativeTokens": sample.negative_prompt or ""}
         unread = {name: pipelines.unread_tokens(self.tokenizers, text) for name, text in texts.items()}
@@ -96,15 +111,17 @@ class ImageEngine:
         latent = latent.to(vae.dtype)
         mean, deviation = (getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std"))
         if mean is not None and deviation is not None:
-            latent = latent * latent.new_tensor(deviation).view(1, -1, 1, 1) / vae.config.scaling_factor + latent.new_tensor(mean).view(
+            latent = latent * latent.new_tensor(deviation).view(
                 1, -1, 1, 1
-            )
+            ) / vae.config.scaling_factor + latent.new_tensor(mean).view(1, -1, 1, 1)
         else:
             latent = latent / vae.config.scaling_factor
         return vae.decode(latent, return_dict=False)[0]
 
 
-def pulse(pipe: StableDiffusionXLPipeline, step: int, timestep: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def pulse(
+    pipe: StableDiffusionXLPipeline, step: int, timestep: int, tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """A batch on CPU can take longer than the supervisor waits for a sign of life; a step does not."""
     beat()
     return {}

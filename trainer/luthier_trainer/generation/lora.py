@@ -1,8 +1,8 @@
 """LoRA files for images: read whole or refused, checked against the model's shapes, and added to its weights in fp32.
 
-diffusers 0.42.1 reads such files too, but loses what is said of single modules: a kohya file's own alpha for each module (the names in its
-`alpha_pattern` match none), LyCORIS' `dora_scale`, and keys of modules that it does not know. Here each tensor of a file is used, or the file
-is refused.
+diffusers 0.42.1 reads such files too, but loses what is said of single modules: a kohya file's own alpha for each
+module (the names in its `alpha_pattern` match none), LyCORIS' `dora_scale`, and keys of modules that it does not know.
+Here each tensor of a file is used, or the file is refused.
 
 Neighbours: `loranames` knows the names, `images` adds the result, `pipelines` reads files against the shapes alone.
 """
@@ -55,11 +55,11 @@ class Change:
 
     What the module gains is by its authors' formulas:
 
-        LoRA   alpha / rank * up @ down                            for a convolution: the composition of `down`, `mid` and `up`
+        LoRA   alpha / rank * up @ down              for a convolution: the composition of `down`, `mid` and `up`
         LoHa   alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b)
-        LoKr   alpha / rank * kron(w1, w2)                         without alpha / rank where neither factor has a rank
+        LoKr   alpha / rank * kron(w1, w2)           without alpha / rank where neither factor has a rank
         diff   the difference itself
-        DoRA   magnitude * V / |V| - W                             V: W plus one of the first three
+        DoRA   magnitude * V / |V| - W               V: W plus one of the first three
     """
 
     part: str
@@ -69,7 +69,9 @@ class Change:
     """alpha / rank."""
 
     def weight(self, base: torch.Tensor) -> torch.Tensor | None:
-        """What is added to `base`, the module's weight in fp32, by an adapter of weight 1; None when only the bias changes."""
+        """What is added to `base`, the module's weight in fp32, by an adapter of weight 1; None when only the bias
+        changes.
+        """
         t = {name: tensor.float() for name, tensor in self.tensors.items()}
         if set(t) == {"diff_bias"}:
             return None
@@ -88,7 +90,9 @@ class Change:
 
 
 def product(t: Tensors) -> torch.Tensor:
-    """What the factors of a module make, before its scale: outputs × inputs, or outputs × (inputs · height · width) where they are flat."""
+    """What the factors of a module make, before its scale: outputs × inputs, or outputs × (inputs · height · width)
+    where they are flat.
+    """
     if "diff" in t:
         return t["diff"]
     if "up" in t:
@@ -125,7 +129,9 @@ def rank(t: Tensors) -> int | None:
 
 
 def shape(t: Tensors) -> tuple[int, ...]:
-    """Shape of the weight that the tensors are made for; trailing dimensions of 1 count for nothing. Raises ValueError when they do not fit together."""
+    """Shape of the weight that the tensors are made for; trailing dimensions of 1 count for nothing. Raises ValueError
+    when they do not fit together.
+    """
     made = product({name: torch.empty_like(tensor, device="meta", dtype=torch.float32) for name, tensor in t.items()})
     if "down" in t and "mid" not in t and t["down"].dim() > 2:  # flat: the inputs of all pixels in a row
         return (*made.shape[:1], *t["down"].shape[1:])
@@ -133,7 +139,9 @@ def shape(t: Tensors) -> tuple[int, ...]:
 
 
 def read(path: Path, names: Names, field: str) -> list[Change]:
-    """All changes in a file. `names` may be of models on the meta device. Raises Failure unless every tensor of the file is used."""
+    """All changes in a file. `names` may be of models on the meta device. Raises Failure unless every tensor of the
+    file is used.
+    """
     tensors, metadata = _load(path, field)
     found: dict[tuple[str, str], Tensors] = {}
     unknown: list[str] = []
@@ -146,14 +154,21 @@ def read(path: Path, names: Names, field: str) -> list[Change]:
         if parted[1] in found.setdefault(place, {}):
             raise _invalid(field, path, f"has {key} and another tensor for the same module, {_spoken(place)}")
         if not torch.isfinite(tensor.float()).all():
-            raise _invalid(field, path, f"{key} holds values that are not finite (NaN or infinite). Training it went wrong; use an earlier checkpoint")
+            raise _invalid(
+                field,
+                path,
+                f"{key} holds values that are not finite (NaN or infinite). Training it went wrong; use an earlier"
+                " checkpoint",
+            )
         found[place][parted[1]] = tensor
     if unknown:
         raise _invalid(
-            field, path,
-            f"has {len(tensors)} tensors, of which {len(unknown)} belong to no module of this model, or are of a kind that is not known: {_shown(unknown)}."
-            f" Adding the others alone would be another adapter.{_trained_for(metadata)} LoRA, LoHa, LoKr and DoRA for Stable Diffusion XL can be used",
-        )  # fmt: skip
+            field,
+            path,
+            f"has {len(tensors)} tensors, of which {len(unknown)} belong to no module of this model, or are of a kind"
+            f" that is not known: {_shown(unknown)}. Adding the others alone would be another"
+            f" adapter.{_trained_for(metadata)} LoRA, LoHa, LoKr and DoRA for Stable Diffusion XL can be used",
+        )
     if not found:
         raise _invalid(field, path, "holds no tensors")
     configs = _configs(path, metadata, field)
@@ -188,26 +203,43 @@ def _configs(path: Path, metadata: Mapping[str, str], field: str) -> dict[str, d
             except re.error as error:
                 raise _invalid(field, path, f"has an alpha_pattern that is no pattern, {pattern!r}: {error}") from None
         if (way := config.get("init_lora_weights")) not in PLAIN_BEGINNINGS:
-            raise _invalid(field, path, f"was begun by {way}, which changes the weights of the model too. Convert it to a plain LoRA first")
+            raise _invalid(
+                field,
+                path,
+                f"was begun by {way}, which changes the weights of the model too. Convert it to a plain LoRA first",
+            )
     return found
 
 
 def _change(
-    place: tuple[str, str], t: Tensors, config: Mapping[str, Any], names: Names, metadata: Mapping[str, str], field: str, path: Path
+    place: tuple[str, str],
+    t: Tensors,
+    config: Mapping[str, Any],
+    names: Names,
+    metadata: Mapping[str, str],
+    field: str,
+    path: Path,
 ) -> Change:
     """The change of one module, checked. Raises Failure."""
     part, name = place
     if not any(needed <= set(t) <= needed | extra for needed, extra in WHOLE):
-        raise _invalid(field, path, f"has {' and '.join(sorted(t))} for {_spoken(place)}, which is no whole LoRA, LoHa or LoKr")
+        raise _invalid(
+            field, path, f"has {' and '.join(sorted(t))} for {_spoken(place)}, which is no whole LoRA, LoHa or LoKr"
+        )
     module = names.parts[part].get_submodule(name)
     if set(t) != {"diff_bias"}:
         try:
             made = shape(t)
         except (RuntimeError, KeyError) as error:
             raise _invalid(field, path, f"the tensors for {_spoken(place)} do not fit together: {error}") from None
-        if math.prod(made) != module.weight.numel() or not _same(made, tuple(module.weight.shape), flat=not {"up", "diff"} & set(t)):
+        if math.prod(made) != module.weight.numel() or not _same(
+            made, tuple(module.weight.shape), flat=not {"up", "diff"} & set(t)
+        ):
             raise _invalid(
-                field, path, f"does not fit the model: {_spoken(place)} is {_by(module.weight.shape)} there, and {_by(made)} in the file.{_trained_for(metadata)}"
+                field,
+                path,
+                f"does not fit the model: {_spoken(place)} is {_by(module.weight.shape)} there, and {_by(made)} in the"
+                f" file.{_trained_for(metadata)}",
             )
     _check_vectors(place, t, module, field, path)
     if config.get("use_dora") and not {"magnitude", "dora_scale"} & set(t):
@@ -221,14 +253,31 @@ def _check_vectors(place: tuple[str, str], t: Tensors, module: Any, field: str, 
     if "dora_scale" in t:
         given, inputs = tuple(t["dora_scale"].shape), int(module.weight.shape[1])
         count = outputs if given[:1] == (outputs,) else inputs
-        if given[:1] not in ((outputs,), (1,)) or math.prod(given) != count or (count == inputs != outputs and given[1:2] != (inputs,)):
-            raise _invalid(field, path, f"dora_scale of {_spoken(place)} is {_by(given)}, and the module {_by(module.weight.shape)}")
+        if (
+            given[:1] not in ((outputs,), (1,))
+            or math.prod(given) != count
+            or (count == inputs != outputs and given[1:2] != (inputs,))
+        ):
+            raise _invalid(
+                field,
+                path,
+                f"dora_scale of {_spoken(place)} is {_by(given)}, and the module {_by(module.weight.shape)}",
+            )
     if "magnitude" in t and t["magnitude"].numel() != outputs:
-        raise _invalid(field, path, f"the magnitude of {_spoken(place)} has {t['magnitude'].numel()} numbers, and the module {outputs} outputs")
+        raise _invalid(
+            field,
+            path,
+            f"the magnitude of {_spoken(place)} has {t['magnitude'].numel()} numbers, and the module {outputs} outputs",
+        )
     for name in {"up_bias", "diff_bias"} & set(t):
         bias = getattr(module, "bias", None)
         if bias is None or t[name].numel() != bias.numel():
-            raise _invalid(field, path, f"has a bias of {t[name].numel()} numbers for {_spoken(place)}, which has {bias.numel() if bias is not None else 'none'}")
+            raise _invalid(
+                field,
+                path,
+                f"has a bias of {t[name].numel()} numbers for {_spoken(place)}, which has"
+                f" {bias.numel() if bias is not None else 'none'}",
+            )
 
 
 def _scale(place: tuple[str, str], t: Tensors, config: Mapping[str, Any], field: str, path: Path) -> float:
@@ -243,7 +292,12 @@ def _scale(place: tuple[str, str], t: Tensors, config: Mapping[str, Any], field:
     if configured is None:
         return (written or dimension) / dimension
     if written is not None and written != configured:
-        raise _invalid(field, path, f"says two things of alpha for {_spoken(place)}: {written:g} in a tensor and {configured:g} in its configuration")
+        raise _invalid(
+            field,
+            path,
+            f"says two things of alpha for {_spoken(place)}: {written:g} in a tensor and {configured:g} in its"
+            " configuration",
+        )
     return float(configured) / (math.sqrt(dimension) if config.get("use_rslora") else dimension)
 
 
@@ -255,7 +309,8 @@ def _pattern(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) ->
 def fuse(parts: Mapping[str, Any], adapters: Sequence[tuple[Sequence[Change], float]]) -> None:
     """Add adapters, each as often as its weight says, to models in fp32.
 
-    Each is taken by itself over the model's own weights, so their order does not matter, also for DoRA, which depends on what it is added to.
+    Each is taken by itself over the model's own weights, so their order does not matter, also for DoRA, which depends
+    on what it is added to.
     """
     places: dict[tuple[str, str], list[tuple[Change, float]]] = {}
     for changes, times in adapters:

@@ -1,8 +1,9 @@
 """What modules of Stable Diffusion XL are called in LoRA files, and what the tensors of a module are called there.
 
-Trainers write names of diffusers, of PEFT, or of Stability's own code (LDM: `input_blocks.4.1...`), with dots or, as kohya's sd-scripts and
-LyCORIS do, with underscores for dots. A name with underscores cannot be taken apart without knowing the model. So the table is made the
-other way round: of each module of the model at hand, all names that a file may have for it.
+Trainers write names of diffusers, of PEFT, or of Stability's own code (LDM: `input_blocks.4.1...`), with dots or, as
+kohya's sd-scripts and LyCORIS do, with underscores for dots. A name with underscores cannot be taken apart without
+knowing the model. So the table is made the other way round: of each module of the model at hand, all names that a file
+may have for it.
 """
 
 from __future__ import annotations
@@ -13,12 +14,18 @@ from typing import Any
 
 # Where names begin, with underscores, and the part of the pipeline that they are in. Longer ones first.
 PREFIXES = (
-    ("lora_unet_", "unet"), ("lora_te1_", "text_encoder"), ("lora_te2_", "text_encoder_2"), ("lora_te_", "text_encoder"),  # kohya
+    ("lora_unet_", "unet"),
+    ("lora_te1_", "text_encoder"),
+    ("lora_te2_", "text_encoder_2"),
+    ("lora_te_", "text_encoder"),  # kohya
     ("lycoris_", "unet"),  # LyCORIS without kohya
-    ("text_encoder_2_", "text_encoder_2"), ("text_encoder_", "text_encoder"), ("unet_", "unet"),  # diffusers
+    ("text_encoder_2_", "text_encoder_2"),
+    ("text_encoder_", "text_encoder"),
+    ("unet_", "unet"),  # diffusers
     ("base_model_model_", "unet"),  # PEFT
-    ("diffusion_model_", "unet"), ("", "unet"),
-)  # fmt: skip
+    ("diffusion_model_", "unet"),
+    ("", "unet"),
+)
 
 # What a tensor is for its module, by the end of its name. `down` and `up` are LoRA's A and B.
 ROLES = {
@@ -29,22 +36,35 @@ ROLES = {
     "alpha": r"\.alpha",
     "dora_scale": r"\.dora_scale",  # LyCORIS: (outputs, 1, ...) or (1, inputs, ...)
     "magnitude": r"\.lora_magnitude_vector(\.\w+)?(\.weight)?",  # PEFT: (outputs), or (1, outputs, 1, 1)
-    **{name: rf"\.{name}" for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},  # LoHa
-    **{name: rf"\.{name}" for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")},  # LoKr
+    **{
+        name: rf"\.{name}" for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+    },  # LoHa
+    **{
+        name: rf"\.{name}"
+        for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+    },  # LoKr
     "diff": r"\.diff|\.w_norm",
     "diff_bias": r"\.diff_b|\.b_norm",
 }
 ENDINGS = re.compile("(?:" + "|".join(f"(?P<{role}>{pattern})" for role, pattern in ROLES.items()) + ")$")
 
 LDM = {
-    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
-}  # fmt: skip
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
 LDM_RESNET = {
-    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0", "conv2": "out_layers.3",
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
-}  # fmt: skip
+}
 # diffusers before 0.22 gave its names of the UNet's attention to those of CLIP.
 OLD_CLIP = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
@@ -56,7 +76,9 @@ def split(key: str) -> tuple[str, str] | None:
 
 
 class Names:
-    """The modules of a pipeline by every name that files have for them. `parts` are its models, by diffusers' names of components."""
+    """The modules of a pipeline by every name that files have for them. `parts` are its models, by diffusers' names of
+    components.
+    """
 
     def __init__(self, parts: Mapping[str, Any]) -> None:
         self.parts = parts
@@ -92,7 +114,9 @@ def _names_of_unet(unet: Any) -> Iterator[tuple[str, str]]:
 
 
 def _names_of_clip(encoder: Any) -> Iterator[tuple[str, str]]:
-    """transformers 5 has taken `text_model` out of the names of CLIPTextModel, and not out of CLIPTextModelWithProjection's."""
+    """transformers 5 has taken `text_model` out of the names of CLIPTextModel, and not out of
+    CLIPTextModelWithProjection's.
+    """
     for module in _weighted(encoder):
         bare = module.removeprefix("text_model.")
         stem, _, last = bare.rpartition(".")

@@ -1,7 +1,8 @@
 """A folder that holds Stable Diffusion XL: checked by `prepare` from its configurations and headers, loaded by `run`.
 
-The check builds the pipeline's models on the meta device, without memory, and holds against them what the files have, what the spec asks for
-and what the adapters change. So nothing that these decide is left for a pod with a GPU to find out.
+The check builds the pipeline's models on the meta device, without memory, and holds against them what the files have,
+what the spec asks for and what the adapters change. So nothing that these decide is left for a pod with a GPU to find
+out.
 """
 
 from __future__ import annotations
@@ -29,10 +30,18 @@ POSITIONS = "embeddings.position_ids"  # a buffer that older files of CLIP have 
 SHOWN = 3  # names in a message
 
 
-def check(path: Path, spec: GenerateJobSpec, adapters: Sequence[tuple[Path, str]], rows: Sequence[Mapping[str, Any]], field: str) -> int:
-    """Whether the pipeline in `path` can do what `spec` asks for, with `adapters`, their files and fields; its number of parameters.
+def check(
+    path: Path,
+    spec: GenerateJobSpec,
+    adapters: Sequence[tuple[Path, str]],
+    rows: Sequence[Mapping[str, Any]],
+    field: str,
+) -> int:
+    """Whether the pipeline in `path` can do what `spec` asks for, with `adapters`, their files and fields; its number
+    of parameters.
 
-    A notice says which of `rows`, the lines of `rows.jsonl`, have prompts that are not read to their end. Raises Failure.
+    A notice says which of `rows`, the lines of `rows.jsonl`, have prompts that are not read to their end. Raises
+    Failure.
     """
     index = _index(path, field)
     models = skeletons(path, index, field)
@@ -40,7 +49,10 @@ def check(path: Path, spec: GenerateJobSpec, adapters: Sequence[tuple[Path, str]
         check_weights(path / name, model, field)
     check_size(models["vae"], spec)
     report_unread(_read_tokenizers(path, index, field), rows)
-    rehearse(spec.image.scheduler, make_scheduler(spec.image.scheduler, _read_scheduler(path, index, field), spec.image.steps))
+    rehearse(
+        spec.image.scheduler,
+        make_scheduler(spec.image.scheduler, _read_scheduler(path, index, field), spec.image.steps),
+    )
     names = Names({name: model for name, model in models.items() if name != "vae"})
     for file, of in adapters:
         lora.read(file, names, of)
@@ -48,7 +60,9 @@ def check(path: Path, spec: GenerateJobSpec, adapters: Sequence[tuple[Path, str]
 
 
 def load(path: Path, dtype: torch.dtype) -> Any:
-    """The pipeline, from safetensors only, whole or refused: without code of its own and without watermark. Raises Failure."""
+    """The pipeline, from safetensors only, whole or refused: without code of its own and without watermark. Raises
+    Failure.
+    """
     from diffusers import StableDiffusionXLPipeline
 
     field = "spec.model"
@@ -57,14 +71,22 @@ def load(path: Path, dtype: torch.dtype) -> Any:
         folder = path / name
         try:
             given[name], found = kind.from_pretrained(
-                folder, dtype=dtype, variant=variant(folder, field), use_safetensors=True, local_files_only=True, output_loading_info=True
+                folder,
+                dtype=dtype,
+                variant=variant(folder, field),
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
             )
         except (ValueError, OSError) as error:
             if getattr(error, "errno", None) is not None:
                 raise
             raise Failure(ExitCode.INVALID_SPEC, f"{field}: {folder} cannot be loaded: {error}") from None
         if lacking := [*found["missing_keys"], *found["mismatched_keys"]]:
-            raise Failure(ExitCode.INVALID_SPEC, f"{field}: {folder} lacks weights of its model: {_shown([str(k) for k in lacking])}")
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}: {folder} lacks weights of its model: {_shown([str(k) for k in lacking])}",
+            )
     try:
         return StableDiffusionXLPipeline.from_pretrained(path, **given, local_files_only=True, add_watermarker=False)
     except (ValueError, OSError) as error:
@@ -74,7 +96,9 @@ def load(path: Path, dtype: torch.dtype) -> Any:
 
 
 def weight_files(folder: Path, field: str) -> list[Path]:
-    """The files that `from_pretrained` reads the weights of a model from: the plain ones, or else those of fp16. Raises Failure."""
+    """The files that `from_pretrained` reads the weights of a model from: the plain ones, or else those of fp16. Raises
+    Failure.
+    """
     there = weightfiles.loaded(folder, field)
     return [p for p in there if not sources.VARIANT.search(p.name)] or [p for p in there if ".fp16" in p.name]
 
@@ -85,7 +109,9 @@ def variant(folder: Path, field: str) -> str | None:
 
 
 def skeletons(path: Path, index: Mapping[str, Any], field: str) -> dict[str, Any]:
-    """The pipeline's models on the meta device, by diffusers' names of components. Raises Failure when one cannot be built."""
+    """The pipeline's models on the meta device, by diffusers' names of components. Raises Failure when one cannot be
+    built.
+    """
     found = {}
     for name, kind in _classes(index, field).items():
         try:
@@ -96,13 +122,20 @@ def skeletons(path: Path, index: Mapping[str, Any], field: str) -> dict[str, Any
                     found[name] = kind(kind.config_class.from_pretrained(path / name, local_files_only=True))
         except Exception as error:  # each class checks its configuration with exceptions of its own
             text = " ".join(str(error).split())[:300]
-            raise Failure(ExitCode.INVALID_SPEC, f"{field}: no {kind.__name__} can be built from {path / name}: {text}") from error
+            raise Failure(
+                ExitCode.INVALID_SPEC, f"{field}: no {kind.__name__} can be built from {path / name}: {text}"
+            ) from error
     return found
 
 
 def check_weights(folder: Path, model: Any, field: str) -> None:
-    """Whether the files of a model hold every weight, in its shape: what they lack would be drawn at random. Raises Failure."""
-    held = {name: torch.empty(shape, device="meta") for name, shape in weightfiles.shapes(weight_files(folder, field)).items()}
+    """Whether the files of a model hold every weight, in its shape: what they lack would be drawn at random. Raises
+    Failure.
+    """
+    held = {
+        name: torch.empty(shape, device="meta")
+        for name, shape in weightfiles.shapes(weight_files(folder, field)).items()
+    }
     if hasattr(model, "_fix_state_dict_keys_on_load"):
         model._fix_state_dict_keys_on_load(held)  # attention of old autoencoders had other names
     shapes = {_bare(name): tuple(tensor.shape) for name, tensor in held.items()}
@@ -110,18 +143,21 @@ def check_weights(folder: Path, model: Any, field: str) -> None:
     if lacking := [name for name in wanted if name not in shapes]:
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"{field}: the weights in {folder} lack {len(lacking)} of the {len(wanted)} tensors of {type(model).__name__}: {_shown(lacking)}."
-            " Download or copy the folder again, or choose another model",
+            f"{field}: the weights in {folder} lack {len(lacking)} of the {len(wanted)} tensors of"
+            f" {type(model).__name__}: {_shown(lacking)}. Download or copy the folder again, or choose another model",
         )
     for name, shape in wanted.items():
         if shapes[name] != shape:
             raise Failure(
-                ExitCode.INVALID_SPEC, f"{field}: {name} in {folder} is {shapes[name]}, and {type(model).__name__} by its config.json wants {shape}"
+                ExitCode.INVALID_SPEC,
+                f"{field}: {name} in {folder} is {shapes[name]}, and {type(model).__name__} by its config.json wants"
+                f" {shape}",
             )
     if beside := [name for name in shapes if name not in wanted and name != POSITIONS]:
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"{field}: the weights in {folder} have {len(beside)} tensors that {type(model).__name__} by its config.json has no use for: {_shown(beside)}",
+            f"{field}: the weights in {folder} have {len(beside)} tensors that {type(model).__name__} by its"
+            f" config.json has no use for: {_shown(beside)}",
         )
 
 
@@ -137,7 +173,8 @@ def check_size(vae: Any, spec: GenerateJobSpec) -> None:
         if size % unit:
             raise Failure(
                 ExitCode.INVALID_SPEC,
-                f"spec.image.{name}: {size} is not a multiple of {unit}, as this model wants; set {size // unit * unit} or {(size // unit + 1) * unit}",
+                f"spec.image.{name}: {size} is not a multiple of {unit}, as this model wants; set {size // unit * unit}"
+                f" or {(size // unit + 1) * unit}",
             )
 
 
@@ -157,7 +194,10 @@ def _class(entry: Sequence[str], field: str) -> Any:
     library, name = entry
     kind = getattr(import_module(library), name, None) if library in LIBRARIES else None
     if kind is None:
-        raise Failure(ExitCode.INVALID_SPEC, f"{field}: model_index.json names {library}.{name}, which is not there. Code of a repository is never run")
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: model_index.json names {library}.{name}, which is not there. Code of a repository is never run",
+        )
     return kind
 
 
@@ -169,7 +209,9 @@ def _read_tokenizers(path: Path, index: Mapping[str, Any], field: str) -> list[A
                 found.append(_class(index[name], field).from_pretrained(path / name, local_files_only=True))
             except Exception as error:  # each tokenizer class fails in its own way on missing files
                 text = " ".join(str(error).split())[:300]
-                raise Failure(ExitCode.INVALID_SPEC, f"{field}: {path / name} has no usable tokenizer: {text}") from error
+                raise Failure(
+                    ExitCode.INVALID_SPEC, f"{field}: {path / name} has no usable tokenizer: {text}"
+                ) from error
     return found
 
 
@@ -181,21 +223,27 @@ def report_unread(tokenizers: Sequence[Any], rows: Sequence[Mapping[str, Any]]) 
         if cut:
             most, row = max(cut, key=lambda entry: entry[0])
             notice(
-                f"spec.inputs.columns.{key}: {len(cut)} of {len(counts)} are longer than the {min(t.model_max_length for t in tokenizers)} tokens that the"
-                f" text encoders read; their ends are not read, of row {row} {most} tokens. Shorten them; each line of the result says how much is not read"
+                f"spec.inputs.columns.{key}: {len(cut)} of {len(counts)} are longer than the"
+                f" {min(t.model_max_length for t in tokenizers)} tokens that the text encoders read; their ends are not"
+                f" read, of row {row} {most} tokens. Shorten them; each line of the result says how much is not read"
             )
 
 
 def unread_tokens(tokenizers: Sequence[Any], text: str) -> int:
     """Tokens at the end of a text that a text encoder does not see, the one that sees the least."""
-    return max(max(0, len(t(text, truncation=False, verbose=False)["input_ids"]) - t.model_max_length) for t in tokenizers)
+    return max(
+        max(0, len(t(text, truncation=False, verbose=False)["input_ids"]) - t.model_max_length) for t in tokenizers
+    )
 
 
 def _read_scheduler(path: Path, index: Mapping[str, Any], field: str) -> Any:
     try:
         return _class(index["scheduler"], field).from_pretrained(path / "scheduler", local_files_only=True)
     except (KeyError, OSError, ValueError) as error:
-        raise Failure(ExitCode.INVALID_SPEC, f"{field}: {path / 'scheduler'} has no usable scheduler: {' '.join(str(error).split())[:300]}") from error
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: {path / 'scheduler'} has no usable scheduler: {' '.join(str(error).split())[:300]}",
+        ) from error
 
 
 def _shown(names: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """What a shard has to make, and what it has made: one `Sample` an output asked for, one `Output` each that exists.
 
-A sample is fixed by the inputs alone; neither shard, batch nor attempt changes it. Neighbours: `shard` keeps the outputs, `text` and
-`images` are the engines that make them.
+A sample is fixed by the inputs alone; neither shard, batch nor attempt changes it. Neighbours: `shard` keeps the
+outputs, `text` and `images` are the engines that make them.
 """
 
 from __future__ import annotations
@@ -77,11 +77,15 @@ def read_rows(path: Path, per_prompt: int) -> Iterator[list[Sample]]:
         for line in lines:
             row = json.loads(line)
             about = row["prompt"], row.get("negativePrompt")
-            yield [Sample(row["row"], i, *about, sample_seed(row["seed"], i), row.get("input")) for i in range(per_prompt)]
+            yield [
+                Sample(row["row"], i, *about, sample_seed(row["seed"], i), row.get("input")) for i in range(per_prompt)
+            ]
 
 
 def batches(engine: Engine, samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-    """Batches of samples of one group, groups in order of their first sample; the last batch of a group may be short."""
+    """Batches of samples of one group, groups in order of their first sample; the last batch of a group may be
+    short.
+    """
     groups: dict[Hashable, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(engine.group(sample), []).append(sample)
@@ -91,5 +95,7 @@ def batches(engine: Engine, samples: Sequence[Sample]) -> Iterator[list[Sample]]
 
 
 def padded(samples: Sequence[Sample], size: int) -> list[Sample]:
-    """Exactly `size` samples: kernels are chosen by shape, so only batches of one size give the same bits in every batch."""
+    """Exactly `size` samples: kernels are chosen by shape, so only batches of one size give the same bits in every
+    batch.
+    """
     return [*samples, *[samples[0]] * (size - len(samples))]

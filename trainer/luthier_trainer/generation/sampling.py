@@ -1,7 +1,9 @@
-"""Drawing tokens so that a text depends on its own seed alone: not on its neighbours in the batch, the shard or the device's generator.
+"""Drawing tokens so that a text depends on its own seed alone: not on its neighbours in the batch, the shard or the
+device's generator.
 
-`generate` of transformers draws a whole batch from one generator of the device. Here each text has a CPU generator of its own, and the
-choice is made in a logits processor, after which the likeliest token, which a greedy `generate` takes, is the chosen one.
+`generate` of transformers draws a whole batch from one generator of the device. Here each text has a CPU generator of
+its own, and the choice is made in a logits processor, after which the likeliest token, which a greedy `generate` takes,
+is the chosen one.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ class SeededChoice(LogitsProcessor):
     """Draws one token a text by inverting the distribution at a number fixed by the text's seed and the step."""
 
     def __init__(self, seeds: Sequence[int], prompt_length: int, steps: int, device: torch.device) -> None:
-        draws = [torch.rand(steps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
+        draws = [
+            torch.rand(steps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds
+        ]
         self.draws = torch.stack(draws).to(device)
         """Texts × steps, uniform in [0, 1)."""
         self.prompt_length = prompt_length

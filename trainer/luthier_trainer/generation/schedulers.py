@@ -1,7 +1,7 @@
 """Samplers of text-to-image by the name users write: one table, diffusers' classes behind it.
 
-A sampler is made from the configuration of the model's own (its betas, prediction type and spacing are facts of the weights), with what
-the name adds. A package that a sampler needs and the image lacks ends in a message, not in a stack.
+A sampler is made from the configuration of the model's own (its betas, prediction type and spacing are facts of the
+weights), with what the name adds. A package that a sampler needs and the image lacks ends in a message, not in a stack.
 """
 
 from __future__ import annotations
@@ -32,15 +32,22 @@ UNCLIPPED = {"clip_sample": False, "thresholding": False}
 DPM = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "use_karras_sigmas": False}
 SIGMAS = {"use_karras_sigmas": False}
 
-# Facts of a model's weights that some classes of diffusers 0.42.1 have no parameter for, and what they are when nothing is said.
+# Facts of a model's weights that some classes of diffusers 0.42.1 have no parameter for, and what they are when nothing
+# is said.
 TRAINED_WITH: dict[str, Any] = {
-    "rescale_betas_zero_snr": False, "prediction_type": "epsilon", "timestep_spacing": None, "trained_betas": None, "beta_schedule": "linear",
-}  # fmt: skip
+    "rescale_betas_zero_snr": False,
+    "prediction_type": "epsilon",
+    "timestep_spacing": None,
+    "trained_betas": None,
+    "beta_schedule": "linear",
+}
 
 SAMPLERS: dict[SchedulerName, Sampler] = {
     "ddim": Sampler("DDIMScheduler", UNCLIPPED),
     "ddpm": Sampler("DDPMScheduler", UNCLIPPED),
-    "deis": Sampler("DEISMultistepScheduler", {"algorithm_type": "deis", "solver_type": "logrho", "solver_order": 2, **SIGMAS}),
+    "deis": Sampler(
+        "DEISMultistepScheduler", {"algorithm_type": "deis", "solver_type": "logrho", "solver_order": 2, **SIGMAS}
+    ),
     "dpm++2m": Sampler("DPMSolverMultistepScheduler", DPM),
     "dpm++2m-karras": Sampler("DPMSolverMultistepScheduler", DPM | {"use_karras_sigmas": True}),
     "dpm++2m-sde": Sampler("DPMSolverMultistepScheduler", DPM | {"algorithm_type": "sde-dpmsolver++"}),
@@ -55,7 +62,9 @@ SAMPLERS: dict[SchedulerName, Sampler] = {
     # The Runge-Kutta start of PNDM wants 12 model calls more and is off in every Stable Diffusion.
     "pndm": Sampler("PNDMScheduler", {"skip_prk_steps": True}),
     "tcd": Sampler("TCDScheduler", UNCLIPPED, eta=0.3),  # gamma of the paper, as in diffusers' own documentation
-    "unipc": Sampler("UniPCMultistepScheduler", {"solver_type": "bh2", "solver_order": 2, "predict_x0": True, **SIGMAS}),
+    "unipc": Sampler(
+        "UniPCMultistepScheduler", {"solver_type": "bh2", "solver_order": 2, "predict_x0": True, **SIGMAS}
+    ),
 }
 
 
@@ -66,18 +75,22 @@ def eta(name: SchedulerName) -> float:
 def make_scheduler(name: SchedulerName, own: Any, steps: int) -> Any:
     """The scheduler for `name`, from `own`, the model's scheduler; for "default" that one itself.
 
-    Raises Failure when the image lacks a package that it needs, when it would leave out what the model was trained with, or when it cannot do
-    `steps` steps.
+    Raises Failure when the image lacks a package that it needs, when it would leave out what the model was trained
+    with, or when it cannot do `steps` steps.
     """
     import diffusers
 
     kind = type(own) if name == "default" else getattr(diffusers, SAMPLERS[name].class_name)
     if lost := ignored(kind, own.config):
-        keeping = [other for other, sampler in SAMPLERS.items() if not ignored(getattr(diffusers, sampler.class_name), own.config)]
+        keeping = [
+            other
+            for other, sampler in SAMPLERS.items()
+            if not ignored(getattr(diffusers, sampler.class_name), own.config)
+        ]
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"spec.image.scheduler: the model was trained with {' and '.join(lost)}, which {name} leaves out; its images would be others."
-            f" Choose {' or '.join(keeping)}",
+            f"spec.image.scheduler: the model was trained with {' and '.join(lost)}, which {name} leaves out; its"
+            f" images would be others. Choose {' or '.join(keeping)}",
         )
     scheduler = own
     if name != "default":
@@ -87,8 +100,8 @@ def make_scheduler(name: SchedulerName, own: Any, steps: int) -> Any:
             reason = " ".join(str(error).split())
             raise Failure(
                 ExitCode.MISCONFIGURED,
-                f"spec.image.scheduler: {name} needs a package that this image lacks ({reason}); choose another scheduler, for example"
-                " dpm++2m-sde, or build the trainer image with it",
+                f"spec.image.scheduler: {name} needs a package that this image lacks ({reason}); choose another"
+                " scheduler, for example dpm++2m-sde, or build the trainer image with it",
             ) from None
     try:
         scheduler.set_timesteps(steps)
@@ -98,18 +111,25 @@ def make_scheduler(name: SchedulerName, own: Any, steps: int) -> Any:
 
 
 def ignored(kind: Any, config: Mapping[str, Any]) -> list[str]:
-    """What a model was trained with, by the configuration of its scheduler, and a class of diffusers has no parameter for.
+    """What a model was trained with, by the configuration of its scheduler, and a class of diffusers has no parameter
+    for.
 
     `from_config` leaves such entries out without a word.
     """
     known = inspect.signature(kind.__init__).parameters
     if "num_train_timesteps" not in known:  # what stands for a class whose package is missing
         return []
-    return [f"{name}: {config[name]}" for name, plain in TRAINED_WITH.items() if name not in known and config.get(name, plain) not in (plain, None)]
+    return [
+        f"{name}: {config[name]}"
+        for name, plain in TRAINED_WITH.items()
+        if name not in known and config.get(name, plain) not in (plain, None)
+    ]
 
 
 def rehearse(name: SchedulerName, scheduler: Any) -> None:
-    """All steps over one small latent of noise. Raises Failure when the class lacks what the model's configuration asks for, or goes astray."""
+    """All steps over one small latent of noise. Raises Failure when the class lacks what the model's configuration asks
+    for, or goes astray.
+    """
     import torch
 
     noise = torch.Generator().manual_seed(0)
@@ -120,10 +140,15 @@ def rehearse(name: SchedulerName, scheduler: Any) -> None:
     try:
         for timestep in scheduler.timesteps:
             scheduler.scale_model_input(latent, timestep)
-            latent = scheduler.step(torch.randn(1, 4, 2, 2, generator=noise), timestep, latent, return_dict=False, **more)[0]
+            latent = scheduler.step(
+                torch.randn(1, 4, 2, 2, generator=noise), timestep, latent, return_dict=False, **more
+            )[0]
     except (NotImplementedError, ValueError, IndexError) as error:
         problem = str(error)
     else:
         problem = "" if torch.isfinite(latent).all() else "its latents are not finite"
     if problem:
-        raise Failure(ExitCode.INVALID_SPEC, f"spec.image.scheduler: {name} cannot sample from this model: {problem}. Choose another scheduler")
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"spec.image.scheduler: {name} cannot sample from this model: {problem}. Choose another scheduler",
+        )

@@ -1,7 +1,8 @@
 """The ledger of one shard: every output has one line, written after the output itself is durable.
 
-A killed shard reads its own lines and goes on: lines that no longer fit the job are dropped, which a notice says, and images without a
-line are written again. At the end the outputs are linked into `result/`, with a manifest that `publish` waits for. Shards share no file.
+A killed shard reads its own lines and goes on: lines that no longer fit the job are dropped, which a notice says, and
+images without a line are written again. At the end the outputs are linked into `result/`, with a manifest that
+`publish` waits for. Shards share no file.
 """
 
 from __future__ import annotations
@@ -22,24 +23,58 @@ from luthier_trainer.generation.samples import Output, Sample
 from luthier_trainer.manifest import fsync, sha256
 from luthier_trainer.notices import notice
 
-FOLDER_ROWS, FOLDER_SAMPLES = 1000, 8  # rows, and samples of each, whose images share a folder; the Hub wants fewer than 10,000 files in one
-THREADS = 8  # that read images at once: hashlib releases the interpreter, and a volume in the network answers many requests as fast as one
+# Rows, and samples of each, whose images share a folder; the Hub wants fewer than 10,000 files in one
+FOLDER_ROWS, FOLDER_SAMPLES = (
+    1000,
+    8,
+)
+# that read images at once: hashlib releases the interpreter, and a volume in the network answers many requests as fast
+# as one
+THREADS = 8
 AT_ONCE = 64  # of them
 SHOWN = 60  # characters of a setting
 Line = dict[str, Any]
 
 KEYS = {
     "text-generation": (
-        "row", "sample", "prompt", "seed", "input", "text", "error", "finishReason", "promptTokens", "newTokens", "sha256", "settings", "environment",
+        "row",
+        "sample",
+        "prompt",
+        "seed",
+        "input",
+        "text",
+        "error",
+        "finishReason",
+        "promptTokens",
+        "newTokens",
+        "sha256",
+        "settings",
+        "environment",
     ),
     "text-to-image": (
-        "row", "sample", "prompt", "negativePrompt", "seed", "input", "file_name", "error", "unreadTokens", "unreadNegativeTokens", "size", "sha256",
-        "settings", "environment",
+        "row",
+        "sample",
+        "prompt",
+        "negativePrompt",
+        "seed",
+        "input",
+        "file_name",
+        "error",
+        "unreadTokens",
+        "unreadNegativeTokens",
+        "size",
+        "sha256",
+        "settings",
+        "environment",
     ),
-}  # fmt: skip
-"""Task → what each of its lines has, null where there is nothing to say: readers take the keys of the first lines for those of all."""
+}
+"""Task → what each of its lines has, null where there is nothing to say: readers take the keys of the first lines for
+those of all.
+"""
 TABLES = {"text-generation": "{shard}.jsonl", "text-to-image": "{shard}/metadata.jsonl"}
-"""Task → where the lines of a shard stand in `result/`. The name is the one that `datasets` looks for beside images, whose `file_name` begins there."""
+"""Task → where the lines of a shard stand in `result/`. The name is the one that `datasets` looks for beside images,
+whose `file_name` begins there.
+"""
 
 
 def shard_name(index: int, count: int) -> str:
@@ -53,14 +88,18 @@ def image_folder(row: int, index: int) -> str:
 
 
 def shard_manifest(folder: WorkspaceFolder, index: int, count: int) -> Path:
-    """The file that says that a shard's outputs lie in `result/`, whole: `manifest.py`'s form, paths relative to `result/`."""
+    """The file that says that a shard's outputs lie in `result/`, whole: `manifest.py`'s form, paths relative to
+    `result/`.
+    """
     return folder.result / f"{shard_name(index, count)}.{MANIFEST}"
 
 
 class Shard:
     """The outputs of shard `index` of `count`. `settings` is everything beside the sample that an output depends on."""
 
-    def __init__(self, folder: WorkspaceFolder, index: int, count: int, settings: dict[str, Any], environment: str) -> None:
+    def __init__(
+        self, folder: WorkspaceFolder, index: int, count: int, settings: dict[str, Any], environment: str
+    ) -> None:
         self.folder, self.index, self.count = folder, index, count
         # As JSON has it: 1.0 and 1 are one number there, so that lines can be compared with it.
         self.settings, self.environment = json.loads(json.dumps(settings)), environment
@@ -80,7 +119,9 @@ class Shard:
         return shard_name(self.index, self.count)
 
     def resume(self, samples: Sequence[Sample]) -> list[Sample]:
-        """Take over what earlier attempts wrote; the samples that are left, in order. A notice says what is not taken over, and why."""
+        """Take over what earlier attempts wrote; the samples that are left, in order. A notice says what is not taken
+        over, and why.
+        """
         wanted = {s.key: s for s in samples}
         written = self.ledger.read_bytes().splitlines(keepends=True) if self.ledger.exists() else []
         refused: Counter[str] = Counter()
@@ -114,7 +155,10 @@ class Shard:
     def _report(self, refused: Counter[str], written: int) -> None:
         reasons = [f"{count} because {reason}" for reason, count in refused.most_common() if count]
         if reasons:
-            notice(f"spec: {sum(refused.values())} of {written} outputs that an earlier attempt left in {self.ledger.name} are not used: {'; '.join(reasons)}")
+            notice(
+                f"spec: {sum(refused.values())} of {written} outputs that an earlier attempt left in {self.ledger.name}"
+                f" are not used: {'; '.join(reasons)}"
+            )
 
     def _changed(self, line: Line, sample: Sample) -> str | None:
         """Why the line does not describe what would be made now; None when it does."""
@@ -125,13 +169,17 @@ class Shard:
         before, now = line.get("settings") or {}, self.settings
         if before != now:
             changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
-            return ", ".join(f"{name} was {_shown(before.get(name))} and is {_shown(now.get(name))}" for name in changed)
+            return ", ".join(
+                f"{name} was {_shown(before.get(name))} and is {_shown(now.get(name))}" for name in changed
+            )
         if line.keys() != set(KEYS[self.settings["task"]]):
             return "another version of Luthier wrote the line"
         return None
 
     def _damages(self, lines: Sequence[Line]) -> Iterator[str | None]:
-        """`_damage` of each line, in order; images are read by several threads, with a sign of life for each few of them."""
+        """`_damage` of each line, in order; images are read by several threads, with a sign of life for each few of
+        them.
+        """
         with ThreadPoolExecutor(THREADS) as threads:
             for first in range(0, len(lines), AT_ONCE):
                 beat()
@@ -162,7 +210,9 @@ class Shard:
         if not outputs:
             return
         lines = [self._line(output) for output in outputs]
-        for parent in {(self.folder.shards / self.own / line["file_name"]).parent for line in lines if line.get("file_name")}:
+        for parent in {
+            (self.folder.shards / self.own / line["file_name"]).parent for line in lines if line.get("file_name")
+        }:
             fsync(parent)
         with self.ledger.open("ab") as file:
             file.write(b"".join(_encode(line) for line in lines))
@@ -173,7 +223,15 @@ class Shard:
 
     def _line(self, output: Output) -> Line:
         sample = output.sample
-        facts = sample.facts() | output.facts | {"input": sample.input, "settings": self.settings, "environment": self.environment}
+        facts = (
+            sample.facts()
+            | output.facts
+            | {
+                "input": sample.input,
+                "settings": self.settings,
+                "environment": self.environment,
+            }
+        )
         if output.error is not None:
             facts["error"] = output.error
         elif output.image is not None:
@@ -202,9 +260,16 @@ class Shard:
         self.ledger.touch()
         lines = sorted(self._lines(), key=lambda line: (line["row"], line["sample"]))
         table = b"".join(_encode(line) for line in lines)
-        name, manifest = TABLES[self.settings["task"]].format(shard=self.own), shard_manifest(self.folder, self.index, self.count)
+        name, manifest = (
+            TABLES[self.settings["task"]].format(shard=self.own),
+            shard_manifest(self.folder, self.index, self.count),
+        )
         entry = {"path": name, "size": len(table), "sha256": _digest(table)}
-        images = [{"path": f"{self.own}/{line['file_name']}", "size": line["size"], "sha256": line["sha256"]} for line in lines if line.get("file_name")]
+        images = [
+            {"path": f"{self.own}/{line['file_name']}", "size": line["size"], "sha256": line["sha256"]}
+            for line in lines
+            if line.get("file_name")
+        ]
         earlier = _parse(manifest.read_bytes()) if manifest.exists() else None
         if earlier and earlier["files"] == [entry, *images]:
             return dict(earlier["metrics"])
@@ -225,15 +290,17 @@ class Shard:
     def _lines(self) -> Iterator[Line]:
         """The line of each output, once.
 
-        An output can have two: a pod on a node that was lost may write on beside the one that took its place. Of two lines the one is kept
-        that describes the image that is there.
+        An output can have two: a pod on a node that was lost may write on beside the one that took its place. Of two
+        lines the one is kept that describes the image that is there.
         """
         found: dict[tuple[int, int], list[Line]] = {}
         for text in self.ledger.read_bytes().splitlines():
             if (line := _parse(text)) and (line.get("row"), line.get("sample")) in self.done:
                 found.setdefault((line["row"], line["sample"]), []).append(line)
         for lines in found.values():
-            yield lines[0] if len(lines) == 1 else next((line for line in lines if self._damage(line) is None), lines[-1])
+            yield (
+                lines[0] if len(lines) == 1 else next((line for line in lines if self._damage(line) is None), lines[-1])
+            )
 
 
 def _shown(value: Any) -> str:

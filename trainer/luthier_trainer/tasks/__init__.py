@@ -1,4 +1,5 @@
-"""The tasks of a FineTuneJob: one file each says what its model class, its batches and its figures are. `TASKS` is the list.
+"""The tasks of a FineTuneJob: one file each says what its model class, its batches and its figures are. `TASKS` is the
+list.
 
 Neighbour: `taskfacts`, for those who only want to know how a task is called.
 """
@@ -13,7 +14,9 @@ from luthier_trainer.tasks.image_classification import ImageClassification
 from luthier_trainer.tasks.text_classification import TextClassification
 
 Loss = Callable[..., Any]
-"""(the model's outputs, labels, num_items_in_batch=) → the loss, as transformers' Trainer calls its `compute_loss_func`."""
+"""(the model's outputs, labels, num_items_in_batch=) → the loss, as transformers' Trainer calls its
+`compute_loss_func`.
+"""
 
 
 class Task(Protocol):
@@ -34,14 +37,16 @@ class Task(Protocol):
     def loss(self, model: Any) -> Loss | None:
         """What training minimises; None where the model's own loss is exactly that.
 
-        The batch's sum, divided by the items of the whole step: all micro-batches of all processes. transformers 5.23 leaves that
-        division to every model whose `forward` takes keywords, and then neither averages over micro-batches nor over processes; but
-        many of them take the keywords and never look.
+        The batch's sum, divided by the items of the whole step: all micro-batches of all processes. transformers 5.23
+        leaves that division to every model whose `forward` takes keywords, and then neither averages over micro-batches
+        nor over processes; but many of them take the keywords and never look.
         """
         ...
 
     def figures(self) -> Any:
-        """Accumulates an evaluation: `reduce` on each process, batch by batch, then called with what all processes gathered."""
+        """Accumulates an evaluation: `reduce` on each process, batch by batch, then called with what all processes
+        gathered.
+        """
         ...
 
 

@@ -1,4 +1,6 @@
-"""causal-lm: predict the next token. Held-out loss is the mean over all tokens, whatever the batches and the number of processes."""
+"""causal-lm: predict the next token. Held-out loss is the mean over all tokens, whatever the batches and the number of
+processes.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,13 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForSeq2Seq,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from luthier_trainer.tasks.padding import padding_right
@@ -20,7 +28,8 @@ PERPLEXING = 100.0  # nats a token: beyond, the perplexity is a number that says
 class CausalLM:
     def load_model(self, path: str, labels: list[str] | None, **options: Any) -> tuple[PreTrainedModel, list[str]]:
         model = AutoModelForCausalLM.from_pretrained(path, **options)
-        # Of GPT-2 and others transformers cannot tell it by the class's name, and would count a token a row that nothing predicts.
+        # Of GPT-2 and others transformers cannot tell it by the class's name, and would count a token a row that
+        # nothing predicts.
         model.loss_type = "ForCausalLM"
         return model, []
 
@@ -32,8 +41,9 @@ class CausalLM:
         return set()
 
     def loss(self, model: PreTrainedModel) -> Any:
-        # The models that call the loss function they are given do it right, and know what to add to it (experts' balance, say). The
-        # others (BART's and Pegasus' decoders, ...) average each micro-batch for itself, and compare a token with its own prediction.
+        # The models that call the loss function they are given do it right, and know what to add to it (experts'
+        # balance, say). The others (BART's and Pegasus' decoders, ...) average each micro-batch for itself, and compare
+        # a token with its own prediction.
         return None if "loss_function" in inspect.unwrap(type(model).forward).__code__.co_names else next_token_loss
 
     def figures(self) -> TokenLoss:
@@ -42,11 +52,15 @@ class CausalLM:
 
 def next_token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
     """Cross-entropy of each token given those before it (nats), over the predicted tokens of the step."""
-    return ForCausalLMLoss(outputs.logits, labels, vocab_size=outputs.logits.shape[-1], num_items_in_batch=num_items_in_batch)
+    return ForCausalLMLoss(
+        outputs.logits, labels, vocab_size=outputs.logits.shape[-1], num_items_in_batch=num_items_in_batch
+    )
 
 
 class TokenLoss:
-    """evalLoss (nats a token) and perplexity. Rows are reduced to their sums where they are: logits are never gathered."""
+    """evalLoss (nats a token) and perplexity. Rows are reduced to their sums where they are: logits are never
+    gathered.
+    """
 
     def __init__(self) -> None:
         self.loss = self.tokens = 0.0

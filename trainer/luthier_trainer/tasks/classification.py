@@ -1,7 +1,7 @@
 """What the tasks have in common that give a row one of several labels: the head, the loss, the figures.
 
-The head is new when the model comes without one, or with one for other labels; a head for the same labels is kept, its rows in our order.
-Neighbours: `text_classification` and `image_classification`, whose rows differ.
+The head is new when the model comes without one, or with one for other labels; a head for the same labels is kept, its
+rows in our order. Neighbours: `text_classification` and `image_classification`, whose rows differ.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from luthier_api.exitcodes import ExitCode
 from luthier_trainer.ending import Failure
 from luthier_trainer.zero3 import left_out, weights_of_other_shape
 
-# What transformers' architectures call the modules behind the encoder, of which only the last knows how many labels there are.
+# What transformers' architectures call the modules behind the encoder, of which only the last knows how many labels
+# there are.
 HEADS = ("classifier", "score", "classification_head", "pre_classifier", "logits_proj")
 ZERO3 = "_hf_deepspeed_config_weak_ref"  # where transformers 5.23 remembers that models are to be spread
 SHOWN = 5  # labels in a notice
@@ -34,16 +35,20 @@ class Classification:
     def load_model(self, path: str, labels: list[str] | None, **options: Any) -> tuple[PreTrainedModel, list[str]]:
         names = labels or []
         options |= {
-            "num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)},
-            "problem_type": "single_label_classification", "ignore_mismatched_sizes": True,
-        }  # fmt: skip
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: i for i, name in enumerate(names)},
+            "problem_type": "single_label_classification",
+            "ignore_mismatched_sizes": True,
+        }
         quantization = options.get("quantization_config")
         if quantization:
             quantization.llm_int8_skip_modules = list(HEADS)
         model, missing, mismatched = self._load(path, options)
         whole = whole_modules(model, missing | mismatched)
         if quantization and (quantized := set(whole) - set(HEADS)):
-            # New weights are trained whole, which 4-bit ones cannot be. Which they are (a pooler, say) is known only after loading.
+            # New weights are trained whole, which 4-bit ones cannot be. Which they are (a pooler, say) is known only
+            # after loading.
             quantization.llm_int8_skip_modules += sorted(quantized)
             model, missing, mismatched = self._load(path, options)
         fit_head(model, missing, labels_in(path), names)
@@ -52,7 +57,8 @@ class Classification:
     def _load(self, path: str, options: dict[str, Any]) -> tuple[PreTrainedModel, set[str], set[str]]:
         """The model, the names of weights that its folder lacks, and of those that it has in another shape.
 
-        `ignore_mismatched_sizes` is meant for the head alone, and transformers applies it to every weight. Raises Failure for another one.
+        `ignore_mismatched_sizes` is meant for the head alone, and transformers applies it to every weight. Raises
+        Failure for another one.
         """
         left: set[str] = set()
         if zero.is_deepspeed_zero3_enabled():
@@ -63,7 +69,8 @@ class Classification:
         if mismatched and (others := sorted(mismatched - head_weights(model).keys())):
             raise Failure(
                 ExitCode.INVALID_SPEC,
-                f"spec.model: {path} has {', '.join(others[:SHOWN])} in another shape than its config.json says. Copy the files that belong together",
+                f"spec.model: {path} has {', '.join(others[:SHOWN])} in another shape than its config.json says. Copy"
+                " the files that belong together",
             )
         return model, set(loaded["missing_keys"]) - left, mismatched
 
@@ -74,7 +81,8 @@ class Classification:
         return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
 
     def loss(self, model: PreTrainedModel) -> Any:
-        return row_loss  # no classifier of transformers 5.23 divides by the step's rows, and most take the keyword that asks for it
+        # no classifier of transformers 5.23 divides by the step's rows, and most take the keyword that asks for it
+        return row_loss
 
     def figures(self) -> LabelFigures:
         return LabelFigures()
@@ -92,7 +100,9 @@ def labels_in(path: str) -> list[str]:
 
 
 def head_weights(model: PreTrainedModel) -> dict[str, int]:
-    """Names of the weights that have a row for each label, and which of their dimensions the labels are. Some models have two heads."""
+    """Names of the weights that have a row for each label, and which of their dimensions the labels are. Some models
+    have two heads.
+    """
     few, more = (shapes(model, labels) for labels in (3, 5))
     differing = {name: [a != b for a, b in zip(shape, more.get(name, ()), strict=False)] for name, shape in few.items()}
     return {name: differs.index(True) for name, differs in differing.items() if True in differs}
@@ -104,7 +114,9 @@ def shapes(model: PreTrainedModel, labels: int) -> dict[str, tuple[int, ...]]:
 
 
 def twin(model: PreTrainedModel, **settings: Any) -> PreTrainedModel:
-    """Such a model on the meta device, with other `settings` in its configuration: without memory, and whole where ZeRO-3 has spread it."""
+    """Such a model on the meta device, with other `settings` in its configuration: without memory, and whole where
+    ZeRO-3 has spread it.
+    """
     config = copy.deepcopy(model.config)
     for name, value in settings.items():
         setattr(config, name, value)
@@ -114,7 +126,9 @@ def twin(model: PreTrainedModel, **settings: Any) -> PreTrainedModel:
 
 @contextmanager
 def unsharded() -> Iterator[None]:
-    """Models that are made inside are whole: under ZeRO-3 transformers would spread those that are made of models, also without memory."""
+    """Models that are made inside are whole: under ZeRO-3 transformers would spread those that are made of models, also
+    without memory.
+    """
     zero3, zero.__dict__[ZERO3] = zero.__dict__[ZERO3], None
     try:
         yield
@@ -123,7 +137,8 @@ def unsharded() -> Iterator[None]:
 
 
 def fit_head(model: PreTrainedModel, missing: set[str], held: list[str], wanted: list[str]) -> None:
-    """Make the rows of a head that was made for the labels `held` those of `wanted`: in their order, or new where the labels are others.
+    """Make the rows of a head that was made for the labels `held` those of `wanted`: in their order, or new where the
+    labels are others.
 
     `describe_head` says what will happen, in `prepare`.
     """
@@ -142,7 +157,8 @@ def fit_head(model: PreTrainedModel, missing: set[str], held: list[str], wanted:
 
 
 def head_order(held: list[str], wanted: list[str]) -> list[int] | None:
-    """For each label of `wanted`, the row of a head for the labels `held` that is its; None where the head is for other labels.
+    """For each label of `wanted`, the row of a head for the labels `held` that is its; None where the head is for other
+    labels.
 
     A head whose labels have no names (LABEL_0, LABEL_1, ...) fits rows whose labels are as many numbers from 0.
     """
@@ -162,7 +178,9 @@ def are_numbers(labels: list[str]) -> bool:
 
 
 def describe_head(model: PreTrainedModel, there: Collection[str], held: list[str], wanted: list[str]) -> str:
-    """What becomes of the head of a model for the labels `held` when it is trained for `wanted`. `there`: the names of the weights in its files."""
+    """What becomes of the head of a model for the labels `held` when it is trained for `wanted`. `there`: the names of
+    the weights in its files.
+    """
     new = f"a new one for {shown(wanted)} begins with random weights"
     if not any(name in there for name in head_weights(model)):
         return f"it has no head for labels; {new}"
@@ -170,7 +188,10 @@ def describe_head(model: PreTrainedModel, there: Collection[str], held: list[str
     if order is None:
         hint = ""
         if len(held) == len(wanted) and are_unnamed(held):
-            hint = f". If {held[0]} is {wanted[0]}, and so on, name them so under id2label in its config.json, and it is kept"
+            hint = (
+                f". If {held[0]} is {wanted[0]}, and so on, name them so under id2label in its config.json, and it is"
+                " kept"
+            )
         elif len(held) == len(wanted) and are_numbers(wanted):
             hint = f". If 0 is {held[0]}, and so on, write these names into the rows, and it is kept"
         return f"its head is for other labels ({shown(held)}); {new}{hint}"
@@ -186,7 +207,9 @@ def shown(labels: list[str]) -> str:
 
 
 def gathered(parameters: list[torch.nn.Parameter]) -> Any:
-    """Whole weights inside, where ZeRO-3 has spread them over the processes; what the first one makes of them is everybody's."""
+    """Whole weights inside, where ZeRO-3 has spread them over the processes; what the first one makes of them is
+    everybody's.
+    """
     if not zero.is_deepspeed_zero3_enabled():
         return nullcontext()
     import deepspeed
@@ -195,7 +218,9 @@ def gathered(parameters: list[torch.nn.Parameter]) -> Any:
 
 
 def whole_modules(model: PreTrainedModel, new_weights: set[str]) -> list[str]:
-    """Modules that adapters must not touch: the head, and what else has no pretrained weights. Only the outermost of nested ones."""
+    """Modules that adapters must not touch: the head, and what else has no pretrained weights. Only the outermost of
+    nested ones.
+    """
     names = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in HEADS}
     names |= {weight.rpartition(".")[0] for weight in new_weights | head_weights(model).keys()}
     return sorted(name for name in names if name and not any(name.startswith(f"{other}.") for other in names))
@@ -204,8 +229,8 @@ def whole_modules(model: PreTrainedModel, new_weights: set[str]) -> list[str]:
 class LabelFigures:
     """evalLoss, accuracy, f1Macro, and majorityShare: the accuracy of always answering the commonest label.
 
-    f1Macro is the mean over all labels of the training. A label that the held-out rows do not have counts as 0, so that the figure does not
-    grow because a rare label is missing from them.
+    f1Macro is the mean over all labels of the training. A label that the held-out rows do not have counts as 0, so that
+    the figure does not grow because a rare label is missing from them.
     """
 
     def __init__(self) -> None:
@@ -229,7 +254,9 @@ class LabelFigures:
         figures = {
             "loss": self.loss / rows,
             "accuracy": float(accuracy_score(self.truth, self.answers)),
-            "f1Macro": float(f1_score(self.truth, self.answers, labels=range(self.labels), average="macro", zero_division=0)),
+            "f1Macro": float(
+                f1_score(self.truth, self.answers, labels=range(self.labels), average="macro", zero_division=0)
+            ),
             "majorityShare": max(self.truth.count(label) for label in set(self.truth)) / rows,
         }
         self.__init__()  # type: ignore[misc]  # the next evaluation begins at nothing

@@ -1,4 +1,6 @@
-"""image-classification: one label for an image. What the model sees is what its own processor makes of it, without augmentation."""
+"""image-classification: one label for an image. What the model sees is what its own processor makes of it, without
+augmentation.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,11 @@ from transformers import AutoModelForImageClassification, BaseImageProcessor, Pr
 from luthier_trainer.tasks.classification import Classification, twin
 
 Batch = dict[str, torch.Tensor]
-SIDES = (64, 64)  # pixels of an image that stands for all of them: `prepare` has seen that the processor makes the same shape of any
+# Pixels of an image that stands for all of them: `prepare` has seen that the processor makes the same shape of any
+SIDES = (
+    64,
+    64,
+)
 
 
 class ImageClassification(Classification):
@@ -20,7 +26,9 @@ class ImageClassification(Classification):
 
     def collator(self, processor: BaseImageProcessor) -> Callable[[list[dict[str, Any]]], Batch]:
         def collate(rows: list[dict[str, Any]]) -> Batch:
-            """Images, decoded as they are read, and labels → pixels [rows, channels, height, width] and labels [rows]."""
+            """Images, decoded as they are read, and labels → pixels [rows, channels, height, width] and labels
+            [rows].
+            """
             images = [row["pixel_values"].convert("RGB") for row in rows]
             pixels = processor(images=images, return_tensors="pt")["pixel_values"]
             return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
@@ -36,8 +44,10 @@ class ImageClassification(Classification):
 
 
 def idle_weights(model: PreTrainedModel, shape: tuple[int, ...]) -> set[str]:
-    """Names of the weights that have no part in the logits of images that are `shape` [channels, height, width]: of a pre-training's
-    other task, say. Seen on the meta device, without memory. Raises whatever the model does where it does not take such images."""
+    """Names of the weights that have no part in the logits of images that are `shape` [channels, height, width]: of a
+    pre-training's other task, say. Seen on the meta device, without memory. Raises whatever the model does where it
+    does not take such images.
+    """
     bare = twin(model).eval()
     bare(pixel_values=torch.empty(2, *shape, device="meta")).logits.sum().backward()
     return {name for name, weight in bare.named_parameters() if weight.grad is None}

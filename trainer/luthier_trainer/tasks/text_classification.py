@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from luthier_trainer.tasks.classification import Classification
 from luthier_trainer.tasks.padding import padding_right

@@ -1,1 +1,3 @@
-"""Stands where the trainer stands, so that `luthier run` is tested in seconds: a supervisor that does what a script says."""
+"""Stands where the trainer stands, so that `luthier run` is tested in seconds: a supervisor that does what a script
+says.
+"""

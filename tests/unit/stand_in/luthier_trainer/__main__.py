@@ -1,6 +1,8 @@
-"""`python -m luthier_trainer VERB --run FILE`: notes how it was called, and ends as `script.json` beside the job's folder says.
+"""`python -m luthier_trainer VERB --run FILE`: notes how it was called, and ends as `script.json` beside the job's
+folder says.
 
-The script maps `VERB-RANK` to {"code", "message", "seconds", "metrics" (text to serve), "until_stopped", "deaf", "dies", "notices"}.
+The script maps `VERB-RANK` to {"code", "message", "seconds", "metrics" (text to serve), "until_stopped", "deaf",
+"dies", "notices"}.
 """
 
 import http.server
@@ -55,25 +57,56 @@ if script.get("dies"):
     os.kill(os.getpid(), signal.SIGKILL)
 code = script.get("code", 0)
 phase = verb if verb in ("prepare", "publish") else "run"
-reasons = {0: "Completed", 65: "InvalidDataset", 70: "TrainingError", 71: "InfrastructureError", 75: "Preempted", 81: "PeerLost"}
+reasons = {
+    0: "Completed",
+    65: "InvalidDataset",
+    70: "TrainingError",
+    71: "InfrastructureError",
+    75: "Preempted",
+    81: "PeerLost",
+}
 end = {"phase": phase, "code": code, "reason": reasons[code], "message": script.get("message", "")}
 if code == 0 and verb == "prepare":
     (workspace / "prepared").mkdir(parents=True, exist_ok=True)
     (workspace / "prepared/prepared.json").write_text("{}")
-    end["prepared"] = {"model": {"source": "org/model", "revision": "0123456789abcdef"}, "dataset": {"source": "data.csv", "rows": 90, "evalRows": 10},
-                       "plan": {"strategy": "ddp", "worldSize": 2, "steps": 12, "parameters": 1000, "microBatchSize": 4, "accumulationSteps": 1}}  # fmt: skip
+    end["prepared"] = {
+        "model": {"source": "org/model", "revision": "0123456789abcdef"},
+        "dataset": {"source": "data.csv", "rows": 90, "evalRows": 10},
+        "plan": {
+            "strategy": "ddp",
+            "worldSize": 2,
+            "steps": 12,
+            "parameters": 1000,
+            "microBatchSize": 4,
+            "accumulationSteps": 1,
+        },
+    }
 if code == 0 and verb == "train":
     (workspace / "result").mkdir(exist_ok=True)
     (workspace / "result/MANIFEST.json").write_text('{"files": []}')
-    end["metrics"] = {"evalLossBefore": 7.5, "evalLoss": 2.25, "perplexity": 9.49, "steps": 12, "tokens": 3000, "seconds": 5}
+    end["metrics"] = {
+        "evalLossBefore": 7.5,
+        "evalLoss": 2.25,
+        "perplexity": 9.49,
+        "steps": 12,
+        "tokens": 3000,
+        "seconds": 5,
+    }
 if code == 0 and verb == "generate":
     (workspace / "result").mkdir(exist_ok=True)
     (workspace / f"result/shard-{int(rank):05d}-of-00002.jsonl").write_text(
-        json.dumps({"row": int(rank), "prompt": "Once", "text": f" upon {rank}{script.get('writes', '')}"}, ensure_ascii=False) + "\n"
+        json.dumps(
+            {"row": int(rank), "prompt": "Once", "text": f" upon {rank}{script.get('writes', '')}"}, ensure_ascii=False
+        )
+        + "\n"
     )
     end["metrics"] = {"rows": 1, "failedRows": script.get("failed", 0), "seconds": 2}
 if code == 0 and verb == "publish":
-    end["hub"] = {"repo": run["spec"]["hub"]["repo"], "revision": "fedcba9876543210", "url": "https://hub.example/org/model"}
+    end["hub"] = {
+        "repo": run["spec"]["hub"]["repo"],
+        "revision": "fedcba9876543210",
+        "url": "https://hub.example/org/model",
+    }
 if code or "lastLines" in script:
     end["lastLines"] = f"{verb} {rank} says hello"
 if "notices" in script:
