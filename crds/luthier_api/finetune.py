@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from luthier_api.base import ApiModel, Rule
+from luthier_api.methods import MethodType, Strategy
 from luthier_api.spec import (
     VOLUMES_APART,
     Bytes,
@@ -26,17 +27,11 @@ from luthier_api.spec import (
     immutable,
     train_alone,
 )
+from luthier_api.tasks import FineTuneTask, training_tasks
 
-FineTuneTask = Literal["causal-lm", "text-classification", "image-classification"]
-LINEAR = ("causal-lm", "text-classification")
-"""Tasks whose models are made of linear layers. Those that look at images may be made of convolutions, which
-bitsandbytes leaves as they are.
-"""
-TEXTS = ("causal-lm", "text-classification")
-"""Tasks whose rows hold text."""
-LABELLED = ("text-classification", "image-classification")
-"""Tasks whose rows have a class each."""
-Strategy = Literal["auto", "ddp", "zero2", "zero2-offload", "zero3", "zero3-offload"]
+LINEAR = training_tasks(lambda task: bool(task.training and task.training.quantizations))
+TEXTS = training_tasks(lambda task: task.modality == "text")
+LABELLED = training_tasks(lambda task: task.labels)
 
 
 class Columns(ApiModel):
@@ -96,7 +91,7 @@ class TrainingData(DatasetSource):
 class Method(ApiModel):
     """Which weights learn, and how."""
 
-    type: Literal["full", "lora", "qlora"] = "lora"
+    type: MethodType = "lora"
     """full: all weights. lora: low-rank adapters on a frozen model. qlora: the same on a model whose linear layers are
     quantised to 4 bits (NF4); not for image-classification.
     """

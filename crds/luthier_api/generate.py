@@ -29,9 +29,7 @@ from luthier_api.spec import (
     immutable,
     train_alone,
 )
-
-GenerateTask = Literal["text-generation", "text-to-image"]
-
+from luthier_api.tasks import GenerateTask
 
 WeightsFile = Annotated[
     str,

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from luthier_api.base import ApiModel, Format, Rule
+from luthier_api.tasks import DatasetFormat
 
 ShortText = Annotated[str, Field(min_length=1, max_length=253)]
 Path = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -201,7 +202,7 @@ class DatasetSource(ApiModel):
     """Configuration of a Hub dataset that has several."""
     files: Annotated[list[Path] | None, Field(min_length=1, max_length=256)] = None
     """Files or glob patterns inside the pods; for imagefolder, folders."""
-    format: Literal["csv", "json", "jsonl", "parquet", "text", "imagefolder"] | None = None
+    format: DatasetFormat | None = None
     """Format of `files`; told from the first file's suffix when left out."""
     csv: Csv | None = None
     """How CSV files are written."""

@@ -1,0 +1,96 @@
+"""The methods of training and the quantisations, one row each.
+
+The API's types, its CEL rules, the docs and the trainer's checks are drawn from these rows. Imports no torch: what a
+method does stands in `luthier_trainer`, and tests on both sides hold that each row has an implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+Strategy = Literal["auto", "ddp", "zero2", "zero2-offload", "zero3", "zero3-offload"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+UNSHARDED: tuple[Strategy, ...] = ("auto", "ddp", "zero2", "zero2-offload")
+"""Strategies that keep a whole copy of the model's weights on each GPU."""
+
+QuantizationType = Literal["nf4", "fp4", "int8"]
+
+
+@dataclass(frozen=True)
+class QuantizationInfo:
+    """A type in which the frozen weights of linear layers rest."""
+
+    title: str
+    """As pages and model cards call it."""
+    bits: int
+    """Of one weight, without the scales beside it."""
+    strategies: tuple[Strategy, ...]
+    """Those that work with such weights."""
+
+
+QUANTIZATIONS: Mapping[QuantizationType, QuantizationInfo] = {
+    # DeepSpeed's ZeRO-3 cannot shard the packed weights of bitsandbytes.
+    "nf4": QuantizationInfo(title="4-bit NormalFloat (NF4)", bits=4, strategies=UNSHARDED),
+    "fp4": QuantizationInfo(title="4-bit float (FP4)", bits=4, strategies=UNSHARDED),
+    "int8": QuantizationInfo(title="8-bit integer (LLM.int8)", bits=8, strategies=UNSHARDED),
+}
+
+MethodType = Literal["full", "lora", "qlora"]
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """A method of training: which weights learn, and what its result can be used for."""
+
+    title: str
+    """As pages and model cards call it."""
+    adapter: bool
+    """The result is an adapter beside a frozen model; otherwise it is a whole model."""
+    mergeable: bool = False
+    """The adapter can be merged into its base: `model.job` and GenerateJobs over texts do so."""
+    weighted: bool = False
+    """The adapter can be added with a weight other than 1 (`adapters[].weight` of a GenerateJob)."""
+    quantizations: tuple[QuantizationType, ...] = ()
+    """Types in which the frozen model may rest (`model.quantization.type`)."""
+    quantization: QuantizationType | None = None
+    """The type in which the frozen model rests unless `model.quantization` says so: part of the method's name."""
+    strategies: tuple[Strategy, ...] = STRATEGIES
+    """Those that the method works with. A quantisation may allow fewer."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Path in the spec → default, of the fields that belong to it; None: no default. Other methods refuse them."""
+
+
+LORA_FIELDS = {
+    "method.rank": 16,
+    "method.alpha": 32,
+    "method.dropout": 0.0,
+    "method.targetModules": ["all-linear"],
+    "model.quantization": None,
+}
+
+METHODS: Mapping[MethodType, MethodInfo] = {
+    "full": MethodInfo(
+        title="full fine-tuning",
+        adapter=False,
+        fields={"model.config": None, "model.resizeEmbeddings": False},
+    ),
+    "lora": MethodInfo(
+        title="LoRA",
+        adapter=True,
+        mergeable=True,
+        weighted=True,
+        quantizations=("nf4", "fp4", "int8"),
+        fields=LORA_FIELDS,
+    ),
+    "qlora": MethodInfo(
+        title="QLoRA",
+        adapter=True,
+        mergeable=True,
+        weighted=True,
+        quantizations=("nf4",),
+        quantization="nf4",
+        fields=LORA_FIELDS,
+    ),
+}

@@ -1,0 +1,221 @@
+"""The tasks, one row each: what a FineTuneJob can learn and a GenerateJob can make.
+
+The API's types, its CEL rules, the docs and the trainer's checks are drawn from these rows. Imports no torch: what a
+task does stands in `luthier_trainer`, and tests on both sides hold that each row has an implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from luthier_api.methods import MethodType, QuantizationType
+
+Modality = Literal["text", "image"]
+DatasetFormat = Literal["csv", "json", "jsonl", "parquet", "text", "imagefolder"]
+FineTuneTask = Literal["causal-lm", "text-classification", "image-classification"]
+"""The rows of `TASKS` that have a training half."""
+GenerateTask = Literal["text-generation", "text-to-image"]
+"""The rows of `TASKS` that have a generation half."""
+
+
+@dataclass(frozen=True)
+class TaskMetric:
+    """A figure of an evaluation, as the task's code returns it."""
+
+    name: str
+    """Its key in metrics.json and in the status."""
+    title: str
+    """As model cards and pages call it."""
+
+
+@dataclass(frozen=True)
+class TrainingTask:
+    """What a FineTuneJob of the task reads, and how it may learn."""
+
+    columns: Mapping[str, str]
+    """Roles in `dataset.columns` that each row must have → the column's name unless the job gives another."""
+    formats: tuple[DatasetFormat, ...]
+    """Formats of files that can hold such rows."""
+    methods: tuple[MethodType, ...]
+    """Methods that suit the models of the task."""
+    metrics: tuple[TaskMetric, ...]
+    """What an evaluation tells beside the loss."""
+    optional_columns: Mapping[str, str] = field(default_factory=dict)
+    """The same as `columns` for roles that rows need not have."""
+    quantizations: tuple[QuantizationType, ...] = ()
+    """Types in which a frozen model of the task may rest. bitsandbytes quantises linear layers alone, and a model that
+    looks at images may be made of convolutions.
+    """
+    settings: str | None = None
+    """The block of the spec that belongs to the task."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Path in the spec → default, of the other fields that belong to the task; None: no default."""
+
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        """Path in the spec → default, of all fields that belong to the task. Other tasks refuse them."""
+        columns = {f"dataset.columns.{role}": name for role, name in {**self.columns, **self.optional_columns}.items()}
+        quantization = {"model.quantization": None} if self.quantizations else {}
+        settings: dict[str, Any] = {self.settings: {}} if self.settings else {}
+        return {**columns, **quantization, **settings, **self.options}
+
+    @property
+    def packing(self) -> bool:
+        """Whether rows can be joined and cut into blocks of `training.maxLength`."""
+        return "training.packing" in self.options
+
+    @property
+    def new_model(self) -> bool:
+        """Whether training can start from new weights (`model.config`)."""
+        return "model.config" in self.options
+
+
+@dataclass(frozen=True)
+class GenerationTask:
+    """What a GenerateJob of the task reads, and where its settings stand."""
+
+    columns: Mapping[str, str]
+    """Roles in `inputs.columns` that each row must have → the column's name unless the job gives another."""
+    optional_columns: Mapping[str, str]
+    """The same for roles that rows need not have."""
+    settings: str
+    """The block of the spec that belongs to the task."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Path in the spec → default, of the other fields that belong to the task; None: no default."""
+
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        """Path in the spec → default, of all fields that belong to the task. Other tasks refuse them."""
+        columns = {**self.columns, **self.optional_columns}
+        return {
+            **{f"inputs.columns.{role}": name for role, name in columns.items()},
+            **{f"inputs.rows[].{role}": None for role in columns},
+            self.settings: {},
+            **self.options,
+        }
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """A task: what its models are, and what can be done with them."""
+
+    modality: Modality
+    """What the rows hold, and so what prepares them: a tokenizer, or an image processor."""
+    pipeline_tag: str
+    """The Hub's name of the task."""
+    auto_model: str | None = None
+    """transformers' classes of such models are named for it: AutoModelFor<auto_model>. None: they are diffusers'."""
+    peft_task_type: str | None = None
+    """PEFT's name of the task. For those it has no name for, its adapters remember the class of their base model."""
+    labels: bool = False
+    """Whether each row has a class, with which a head of the model answers. A head for other classes is made anew."""
+    training: TrainingTask | None = None
+    """None: no FineTuneJob does this task."""
+    generation: GenerationTask | None = None
+    """None: no GenerateJob does this task."""
+
+
+TEXT_FORMATS: tuple[DatasetFormat, ...] = ("csv", "json", "jsonl", "parquet", "text")
+TABLE_FORMATS: tuple[DatasetFormat, ...] = ("csv", "json", "jsonl", "parquet")
+IMAGE_FORMATS: tuple[DatasetFormat, ...] = ("imagefolder", "parquet")
+
+TEXT_OPTIONS = {
+    "training.maxLength": 1024,
+    "dataset.parseSpecialTokens": False,
+    "model.resizeEmbeddings": False,
+}
+"""Fields of the tasks whose rows hold text."""
+LABEL_OPTIONS = {"dataset.mergeLabels": False}
+"""Fields of the tasks whose rows have a class each."""
+
+LABEL_METRICS = (
+    TaskMetric("accuracy", "Accuracy"),
+    TaskMetric("f1Macro", "F1 (macro, over all labels)"),
+    TaskMetric("majorityShare", "Share of the commonest class"),
+)
+
+TASKS: Mapping[str, TaskInfo] = {
+    "causal-lm": TaskInfo(
+        modality="text",
+        pipeline_tag="text-generation",
+        auto_model="CausalLM",
+        peft_task_type="CAUSAL_LM",
+        training=TrainingTask(
+            columns={"text": "text"},
+            formats=TEXT_FORMATS,
+            methods=("full", "lora", "qlora"),
+            quantizations=("nf4", "fp4", "int8"),
+            options={**TEXT_OPTIONS, "training.packing": False, "model.config": None},
+            metrics=(TaskMetric("perplexity", "Perplexity"),),
+        ),
+    ),
+    "text-classification": TaskInfo(
+        modality="text",
+        pipeline_tag="text-classification",
+        auto_model="SequenceClassification",
+        peft_task_type="SEQ_CLS",
+        labels=True,
+        training=TrainingTask(
+            columns={"text": "text", "label": "label"},
+            formats=TABLE_FORMATS,
+            methods=("full", "lora", "qlora"),
+            quantizations=("nf4", "fp4", "int8"),
+            options={**TEXT_OPTIONS, **LABEL_OPTIONS},
+            metrics=LABEL_METRICS,
+        ),
+    ),
+    "image-classification": TaskInfo(
+        modality="image",
+        pipeline_tag="image-classification",
+        auto_model="ImageClassification",
+        labels=True,
+        training=TrainingTask(
+            columns={"image": "image", "label": "label"},
+            formats=IMAGE_FORMATS,
+            methods=("full", "lora"),
+            options=LABEL_OPTIONS,
+            metrics=LABEL_METRICS,
+        ),
+    ),
+    "text-generation": TaskInfo(
+        modality="text",
+        pipeline_tag="text-generation",
+        auto_model="CausalLM",
+        peft_task_type="CAUSAL_LM",
+        generation=GenerationTask(
+            columns={"prompt": "prompt"},
+            optional_columns={"seed": "seed"},
+            settings="text",
+            options={"model.job": None, "adapters[].job": None},
+        ),
+    ),
+    "text-to-image": TaskInfo(
+        modality="image",
+        pipeline_tag="text-to-image",
+        generation=GenerationTask(
+            columns={"prompt": "prompt"},
+            optional_columns={"negativePrompt": "negative_prompt", "seed": "seed"},
+            settings="image",
+            options={"adapters[].file": None},
+        ),
+    ),
+}
+
+TRAINING_TASKS: Mapping[str, TrainingTask] = {name: info.training for name, info in TASKS.items() if info.training}
+"""The training halves of the rows that have one."""
+GENERATION_TASKS: Mapping[str, GenerationTask] = {
+    name: info.generation for name, info in TASKS.items() if info.generation
+}
+"""The generation halves of the rows that have one."""
+
+
+def training_tasks(suits: Callable[[TaskInfo], bool]) -> tuple[str, ...]:
+    """Names of the tasks of a FineTuneJob whose row `suits`."""
+    return tuple(name for name in TRAINING_TASKS if suits(TASKS[name]))
+
+
+def generation_tasks(suits: Callable[[TaskInfo], bool]) -> tuple[str, ...]:
+    """Names of the tasks of a GenerateJob whose row `suits`."""
+    return tuple(name for name in GENERATION_TASKS if suits(TASKS[name]))
