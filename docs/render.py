@@ -39,7 +39,7 @@ ADVICE: dict[ExitCode, str] = {
     ExitCode.PREEMPTED: (
         "Stopped from outside. Training had saved a checkpoint if it could; the next attempt goes on from the newest."
     ),
-    ExitCode.UNAUTHORIZED: "The token is missing, wrong, or without access. See `hub.tokenSecret`.",
+    ExitCode.UNAUTHORIZED: "The token is missing, wrong, or without access. See `hub.tokenSecretRef`.",
     ExitCode.MISCONFIGURED: "The place cannot run this: no GPU, a folder that cannot be written, a missing library.",
     ExitCode.CUDA_OUT_OF_MEMORY: (
         "Smaller `microBatchSize` or `maxLength`, `gradientCheckpointing: true`, a `zero` strategy, or `method.type:"
@@ -58,7 +58,7 @@ STATES: dict[State, str] = {
     State.WAITING: "Waits for the result of another job.",
     State.PREPARING: "Resolves the model, loads the data, plans the run.",
     State.PLANNED: "`planOnly`: the plan is in the status. It rests until that is false.",
-    State.QUEUED: "A queue (`scheduling.queue`) has not let it start.",
+    State.QUEUED: "A queue (`scheduling.queueName`) has not let it start.",
     State.STARTING: "The pods of the run are on their way.",
     State.RUNNING: "The pods train or generate.",
     State.RESTARTING: "A pod has failed; the run starts again from its newest checkpoint, or output.",

@@ -278,7 +278,7 @@ def check_place(
                 (
                     ExitCode.UNAUTHORIZED,
                     (
-                        f"{file}: spec.hub.tokenSecret: here the token comes from the environment: export"
+                        f"{file}: spec.hub.tokenSecretRef: here the token comes from the environment: export"
                         f" {Variables.TOKEN}=..., or log in: hf auth login"
                     ),
                 )

@@ -241,13 +241,13 @@ class Workspace(ApiModel):
     creates.
     """
 
-    claim: ObjectName | None = None
+    claim_name: ObjectName | None = None
     """An existing PersistentVolumeClaim of the namespace. Each job works in a folder of its own on it."""
     size: Bytes | None = None
     """Size of the claim that the operator creates, for example 200Gi. When left out, what the administrator has set
     (`jobs.workspaceSize` of the chart; 10Gi if they have not).
     """
-    storage_class: ObjectName | None = None
+    storage_class_name: ObjectName | None = None
     """Its storage class; the cluster's default when left out."""
     access_mode: Literal["ReadWriteOnce", "ReadWriteMany", "ReadWriteOncePod"] | None = None
     """Its access mode; ReadWriteMany where several pods work at once, else ReadWriteOnce."""
@@ -256,11 +256,12 @@ class Workspace(ApiModel):
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            "!has(self.claim) || !(has(self.size) || has(self.storageClass) || has(self.accessMode))",
-            "workspace: size, storageClass and accessMode describe a new claim; remove them, or remove workspace.claim",
+            "!has(self.claimName) || !(has(self.size) || has(self.storageClassName) || has(self.accessMode))",
+            "workspace: size, storageClassName and accessMode describe a new claim; remove them, or remove"
+            " workspace.claimName",
         ),
         Rule(
-            "!has(self.claim) || self.whenDeleted == 'Keep'",
+            "!has(self.claimName) || self.whenDeleted == 'Keep'",
             "workspace.whenDeleted: a claim that you brought is never deleted; remove whenDeleted, or let the operator"
             " create the claim",
         ),
@@ -294,7 +295,7 @@ RESERVED = (
 class Volume(ApiModel):
     """A claim or config map of the namespace, mounted read-only into every pod of the job."""
 
-    claim: ObjectName | None = None
+    claim_name: ObjectName | None = None
     """PersistentVolumeClaim to mount, whole."""
     config_map: ObjectName | None = None
     """ConfigMap to mount: each of its keys is a file."""
@@ -302,7 +303,7 @@ class Volume(ApiModel):
     """Absolute folder in the pods, for example /data; none of the system's, such as /tmp or /usr."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
-        Rule(exactly_one("claim", "configMap"), "volumes: set exactly one of claim and configMap"),
+        Rule(exactly_one("claimName", "configMap"), "volumes: set exactly one of claimName and configMap"),
         Rule(
             f"!self.mountPath.matches('^/({'|'.join(RESERVED)})(/|$)')",
             "volumes.mountPath: that folder belongs to the pod; choose one such as /data or /models",
@@ -330,17 +331,17 @@ class Hub(ApiModel):
     """Whether a repository that is created is private."""
     branch: Branch = "main"
     """Branch that receives the commit."""
-    token_secret: SecretKey | None = None
+    token_secret_ref: SecretKey | None = None
     """Token of the Hub; only the pods of `prepare` and `publish` get it."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            "!has(self.repo) || has(self.tokenSecret)",
-            "hub.tokenSecret: publishing to hub.repo needs a token with write access",
+            "!has(self.repo) || has(self.tokenSecretRef)",
+            "hub.tokenSecretRef: publishing to hub.repo needs a token with write access",
         ),
         Rule(
-            "has(self.repo) || has(self.tokenSecret)",
-            "hub: set repo (to publish), tokenSecret (to read private sources), or remove hub",
+            "has(self.repo) || has(self.tokenSecretRef)",
+            "hub: set repo (to publish), tokenSecretRef (to read private sources), or remove hub",
         ),
     )
 
@@ -368,9 +369,9 @@ class Toleration(ApiModel):
 class Scheduling(ApiModel):
     """Where and when the pods that do the work run."""
 
-    queue: QueueName | None = None
+    queue_name: QueueName | None = None
     """Kueue LocalQueue of the namespace, for the pods that hold GPUs; without it they start as soon as they fit."""
-    priority_class: ObjectName | None = None
+    priority_class_name: ObjectName | None = None
     """PriorityClass of the pods of all phases; the cluster's default when left out."""
     node_selector: Annotated[dict[LabelKey, LabelValue], Field(max_length=32)] = Field(default_factory=dict)
     """Labels that a node must have for the pods that train or generate, for example {gpu: h100}. `prepare` and

@@ -211,7 +211,7 @@ class HubStatus(ApiModel):
 
 
 class WorkspaceStatus(ApiModel):
-    claim: str
+    claim_name: str
     """PersistentVolumeClaim that holds it."""
     folder: str
     """Folder of this job on the claim; results are in its `result`."""

@@ -72,7 +72,7 @@ def restarted(old: JobStatus, new: JobStatus) -> Event:
 
 def broken(status: JobStatus) -> Event:
     place, step = status.workspace, status.checkpoint and status.checkpoint.step
-    where = f" in {place.folder}/checkpoints of claim {place.claim}" if place else ""
+    where = f" in {place.folder}/checkpoints of claim {place.claim_name}" if place else ""
     on = f"goes on from step {step}" if step else "begins anew"
     return Event(
         "Warning",

@@ -174,6 +174,6 @@ def _trouble(pod: Object) -> Trouble | None:
     if reason in IMAGE_REASONS:
         return Trouble(Reason.IMAGE_PULL_FAILED, f"pod {name}: {reason}: {message}")
     if reason in CONTAINER_REASONS:
-        where = "spec.hub.tokenSecret: " if "secret" in message.lower() else ""
+        where = "spec.hub.tokenSecretRef: " if "secret" in message.lower() else ""
         return Trouble(ExitCode.MISCONFIGURED.reason, f"{where}{message or reason} (pod {name})")
     return None

@@ -82,12 +82,12 @@ def child(job: Job, phase: Phase) -> ChildRef:
 
 def place(job: Job) -> Place:
     """Claim and folder of a job's workspace."""
-    return Place(job.spec.workspace.claim or config_name(job), f"{config_name(job)}-{uid(job)[:8]}")
+    return Place(job.spec.workspace.claim_name or config_name(job), f"{config_name(job)}-{uid(job)[:8]}")
 
 
 def workspace_status(job: Job) -> WorkspaceStatus:
     where = place(job)
-    return WorkspaceStatus(claim=where.claim, folder=where.folder)
+    return WorkspaceStatus(claim_name=where.claim, folder=where.folder)
 
 
 def labels(job: Job, phase: Phase | None = None) -> dict[str, str]:

@@ -110,7 +110,7 @@ def _models(model: type[ApiModel]) -> Iterator[type[ApiModel]]:
 
 
 def mounted(*paths: str) -> Change:
-    return {"spec.volumes": [{"claim": "a", "mountPath": path} for path in paths]}
+    return {"spec.volumes": [{"claimName": "a", "mountPath": path} for path in paths]}
 
 
 SECRET = {"name": "hf", "key": "token"}
@@ -199,16 +199,18 @@ CASES: list[Case] = [
     Case("spec.model.job: is this job", {"spec.model": {"job": "sound"}}, {"spec.model": {"job": "another"}}),
     # where work lies
     Case(
-        "workspace: size", {"spec.workspace": {"claim": "mine", "size": "1Gi"}}, {"spec.workspace": {"claim": "mine"}}
+        "workspace: size",
+        {"spec.workspace": {"claimName": "mine", "size": "1Gi"}},
+        {"spec.workspace": {"claimName": "mine"}},
     ),
     Case(
         "workspace.whenDeleted:",
-        {"spec.workspace": {"claim": "mine", "whenDeleted": "Delete"}},
+        {"spec.workspace": {"claimName": "mine", "whenDeleted": "Delete"}},
         {"spec.workspace": {"whenDeleted": "Delete"}},
     ),
     Case(
         "volumes: set exactly one",
-        {"spec.volumes": [{"claim": "a", "configMap": "b", "mountPath": "/data"}]},
+        {"spec.volumes": [{"claimName": "a", "configMap": "b", "mountPath": "/data"}]},
         {"spec.volumes": [{"configMap": "b", "mountPath": "/data"}]},
     ),
     *(
@@ -241,9 +243,11 @@ CASES: list[Case] = [
     ),
     # the Hub
     Case(
-        "hub.tokenSecret:", {"spec.hub": {"repo": "org/out"}}, {"spec.hub": {"repo": "org/out", "tokenSecret": SECRET}}
+        "hub.tokenSecretRef:",
+        {"spec.hub": {"repo": "org/out"}},
+        {"spec.hub": {"repo": "org/out", "tokenSecretRef": SECRET}},
     ),
-    Case("hub: set repo", {"spec.hub": {"private": True}}, {"spec.hub": {"tokenSecret": SECRET}}),
+    Case("hub: set repo", {"spec.hub": {"private": True}}, {"spec.hub": {"tokenSecretRef": SECRET}}),
     # FineTuneJob
     Case(
         "resources.processesPerNode:",
@@ -564,12 +568,12 @@ WRITTEN: list[Written] = [
         GENERATE,
     ),
     Written("spec.adapters[].revision", lambda t: {"spec.adapters": [{"id": "org/a", "revision": t}]}, *REFS, GENERATE),
-    Written("spec.hub.branch", lambda t: {"spec.hub": {"branch": t, "tokenSecret": SECRET}}, *REFS),
-    Written("spec.hub.repo", lambda t: {"spec.hub": {"repo": t, "tokenSecret": SECRET}}, *HUB_NAMES),
-    Written("spec.hub.tokenSecret.name", lambda t: {"spec.hub": {"tokenSecret": {"name": t}}}, *NAMES),
+    Written("spec.hub.branch", lambda t: {"spec.hub": {"branch": t, "tokenSecretRef": SECRET}}, *REFS),
+    Written("spec.hub.repo", lambda t: {"spec.hub": {"repo": t, "tokenSecretRef": SECRET}}, *HUB_NAMES),
+    Written("spec.hub.tokenSecretRef.name", lambda t: {"spec.hub": {"tokenSecretRef": {"name": t}}}, *NAMES),
     Written(
-        "spec.hub.tokenSecret.key",
-        lambda t: {"spec.hub": {"tokenSecret": {"name": "hf", "key": t}}},
+        "spec.hub.tokenSecretRef.key",
+        lambda t: {"spec.hub": {"tokenSecretRef": {"name": "hf", "key": t}}},
         ("a/b", "a b", ".", "..", "..a"),
         ("HF_TOKEN", ".token", "a.b"),
     ),
@@ -578,18 +582,18 @@ WRITTEN: list[Written] = [
     Written("spec.resources.cpu", lambda t: {"spec.resources.cpu": t}, *CORES, GENERATE),
     Written("spec.resources.memory", lambda t: {"spec.resources.memory": t}, *BYTES, GENERATE),
     Written("spec.workspace.size", lambda t: {"spec.workspace.size": t}, *BYTES),
-    Written("spec.workspace.claim", lambda t: {"spec.workspace.claim": t}, *NAMES),
-    Written("spec.workspace.storageClass", lambda t: {"spec.workspace.storageClass": t}, *NAMES),
-    Written("spec.volumes[].claim", lambda t: volume(claim=t), *NAMES),
+    Written("spec.workspace.claimName", lambda t: {"spec.workspace.claimName": t}, *NAMES),
+    Written("spec.workspace.storageClassName", lambda t: {"spec.workspace.storageClassName": t}, *NAMES),
+    Written("spec.volumes[].claimName", lambda t: volume(claimName=t), *NAMES),
     Written("spec.volumes[].configMap", lambda t: volume(configMap=t), *NAMES),
     Written(
         "spec.volumes[].mountPath",
-        lambda t: volume(claim="a", mountPath=t),
+        lambda t: volume(claimName="a", mountPath=t),
         ("data", "/", "//tmp", "/./tmp", "/data/../tmp", "/data/..", "/data/", "/a:b", "/ü"),
         ("/data", "/models/.cache", "/mnt/a..b", "/data/v1.2_3-4"),
     ),
-    Written("spec.scheduling.queue", lambda t: {"spec.scheduling.queue": t}, *NAMES),
-    Written("spec.scheduling.priorityClass", lambda t: {"spec.scheduling.priorityClass": t}, *NAMES),
+    Written("spec.scheduling.queueName", lambda t: {"spec.scheduling.queueName": t}, *NAMES),
+    Written("spec.scheduling.priorityClassName", lambda t: {"spec.scheduling.priorityClassName": t}, *NAMES),
     Written(
         "spec.scheduling.nodeSelector",
         lambda t: {"spec.scheduling.nodeSelector": {t: "x"}},
@@ -663,7 +667,9 @@ STRANGE: list[tuple[str, Document, str | None]] = [
 ]
 
 EXISTING: dict[str, Document] = {
-    base["kind"]: changed(base, {"metadata.name": "fixed", "spec.suspend": True, "spec.hub": {"tokenSecret": SECRET}})
+    base["kind"]: changed(
+        base, {"metadata.name": "fixed", "spec.suspend": True, "spec.hub": {"tokenSecretRef": SECRET}}
+    )
     for base in (FINE_TUNE, GENERATE)
 }
 """A job of each kind that is there already; suspended, so that no operator begins with it."""
@@ -674,7 +680,7 @@ STEERING: Change = {
     "spec.activeDeadlineSeconds": 60,
     "spec.ttlSecondsAfterFinished": 60,
     "spec.planOnly": True,
-    "spec.hub": {"repo": "org/out", "tokenSecret": SECRET},
+    "spec.hub": {"repo": "org/out", "tokenSecretRef": SECRET},
 }
 LIVE: dict[str, Change] = {
     "FineTuneJob": STEERING | {"spec.restarts": {"max": 7}},
@@ -688,9 +694,9 @@ FIXED: list[tuple[str, Document, Change]] = [
     ("training", FINE_TUNE, {"spec.training.epochs": 7}),
     ("resources", FINE_TUNE, {"spec.resources.nodes": 2}),
     ("strategy", FINE_TUNE, {"spec.strategy": "zero2"}),
-    ("workspace", FINE_TUNE, {"spec.workspace.claim": "mine"}),
-    ("volumes", FINE_TUNE, {"spec.volumes": [{"claim": "a", "mountPath": "/data"}]}),
-    ("scheduling", FINE_TUNE, {"spec.scheduling.queue": "team-a"}),
+    ("workspace", FINE_TUNE, {"spec.workspace.claimName": "mine"}),
+    ("volumes", FINE_TUNE, {"spec.volumes": [{"claimName": "a", "mountPath": "/data"}]}),
+    ("scheduling", FINE_TUNE, {"spec.scheduling.queueName": "team-a"}),
     ("task", GENERATE, {"spec.task": "text-to-image"}),
     ("model", GENERATE, {"spec.model.revision": "v2"}),
     ("adapters", GENERATE, {"spec.adapters": [{"job": "tune"}]}),
@@ -702,7 +708,7 @@ FIXED: list[tuple[str, Document, Change]] = [
     ("seed", GENERATE, {"spec.seed": 9}),
     ("shards", GENERATE, {"spec.shards": 9}),
     ("resources", GENERATE, {"spec.resources.gpus": 0}),
-    ("workspace", GENERATE, {"spec.workspace.claim": "mine"}),
-    ("volumes", GENERATE, {"spec.volumes": [{"claim": "a", "mountPath": "/data"}]}),
-    ("scheduling", GENERATE, {"spec.scheduling.queue": "team-a"}),
+    ("workspace", GENERATE, {"spec.workspace.claimName": "mine"}),
+    ("volumes", GENERATE, {"spec.volumes": [{"claimName": "a", "mountPath": "/data"}]}),
+    ("scheduling", GENERATE, {"spec.scheduling.queueName": "team-a"}),
 ]

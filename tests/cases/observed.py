@@ -29,7 +29,7 @@ PREPARED = Prepared(
     dataset=ResolvedDataset(source="org/chats", rows=900, eval_rows=100),
     plan=Plan(strategy="ddp", world_size=2, steps=40),
 )
-HUB = {"repo": "org/bot", "tokenSecret": {"name": "hf"}}
+HUB = {"repo": "org/bot", "tokenSecretRef": {"name": "hf"}}
 
 
 def at(seconds: float) -> datetime:

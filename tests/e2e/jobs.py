@@ -6,12 +6,12 @@ from typing import Any
 
 from e2e.kube import Object
 
-DATA = [{"claim": "data", "mountPath": "/data"}]
-WORK = {"claim": "work"}
+DATA = [{"claimName": "data", "mountPath": "/data"}]
+WORK = {"claimName": "work"}
 PROSE = {"files": ["/data/prose.txt"], "split": "train[:90%]", "evalSplit": "train[90%:]"}
 REGISTER = {"files": ["/data/docstrings.txt"], "split": "train[:90%]", "evalSplit": "train[90%:]"}
 CPU = {"gpusPerNode": 0, "cpu": "200m"}  # a request keeps pods from starving beside each other; one thread each
-HUB = {"repo": "luthier/adapter", "tokenSecret": {"name": "hub-token", "key": "token"}}
+HUB = {"repo": "luthier/adapter", "tokenSecretRef": {"name": "hub-token", "key": "token"}}
 
 
 def fine_tune(name: str, **spec: Any) -> Object:

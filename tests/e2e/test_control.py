@@ -88,7 +88,9 @@ def test_a_finished_job_goes_after_its_time_and_its_result_stays(kube: Kube) -> 
 def test_gpus_are_asked_for_and_missed_with_a_word(kube: Kube) -> None:
     """The node of the local cluster counts GPUs that are not there: what a broken device plugin looks like to a job."""
     kube.apply(
-        lora("gpu", training=jobs.training(maxSteps=2), resources={"gpusPerNode": 1}, scheduling={"queue": "team-a"})
+        lora(
+            "gpu", training=jobs.training(maxSteps=2), resources={"gpusPerNode": 1}, scheduling={"queueName": "team-a"}
+        )
     )
     kube.until("ftj", "gpu", lambda o: kube.list("jobsets", "luthier.dev/job=gpu"), timeout=120, what="given a JobSet")
     jobset = kube.list("jobsets", "luthier.dev/job=gpu")[0]

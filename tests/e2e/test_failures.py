@@ -183,10 +183,10 @@ def test_a_published_job_goes_with_all_that_it_made_and_stays_on_the_hub(kube: K
 
 
 def test_a_wrong_token_is_told_and_the_result_stays(kube: Kube) -> None:
-    published(kube, "locked-out", {"repo": "luthier/locked-out", "tokenSecret": {"name": "wrong-token"}})
+    published(kube, "locked-out", {"repo": "luthier/locked-out", "tokenSecretRef": {"name": "wrong-token"}})
     job = kube.failed("ftj", "locked-out")
     assert conditions(job)["Published"]["reason"] == "Unauthorized"
-    assert "hub.tokenSecret" in conditions(job)["Published"]["message"]
+    assert "hub.tokenSecretRef" in conditions(job)["Published"]["message"]
     assert condition(job, "Trained") == "True"
     assert "MANIFEST.json" in kube.run(
         "exec", "inspector", "--", "ls", f"/workspace/{job['status']['workspace']['folder']}/result"
@@ -202,7 +202,7 @@ def test_a_wrong_token_is_told_and_the_result_stays(kube: Kube) -> None:
         "locked-out",
         "--type=merge",
         "-p",
-        json.dumps({"spec": {"hub": {"tokenSecret": {"name": "hub-token"}}}}),
+        json.dumps({"spec": {"hub": {"tokenSecretRef": {"name": "hub-token"}}}}),
     )
     deadline = time.monotonic() + 180
     while condition(kube.get("ftj", "locked-out") or {}, "Complete") != "True":

@@ -66,7 +66,7 @@ def generate(name: str = "gen", **spec: Any) -> Object:
     }
 
 
-HUB = {"repo": "org/result", "tokenSecret": {"name": "hf"}}
+HUB = {"repo": "org/result", "tokenSecretRef": {"name": "hf"}}
 
 
 @dataclass

@@ -36,7 +36,7 @@ def job(i: int) -> Object:
             "task": "causal-lm",
             "model": {"id": "org/model"},
             "dataset": {"id": "org/data"},
-            "workspace": {"claim": "bench"},
+            "workspace": {"claimName": "bench"},
             "resources": {"nodes": 2, "gpusPerNode": 1},
             "scheduling": {"nodeSelector": SELECTOR},
         },

@@ -48,8 +48,8 @@ def job(name: str) -> Object:
             "dataset": {"files": ["/data/text.txt"], "split": "train[:90%]", "evalSplit": "train[90%:]"},
             "training": {"maxSteps": 100_000, "batchSize": 8, "maxLength": 128, "logSteps": 1},
             "resources": {"nodes": 2, "gpusPerNode": 0, "cpu": "200m"},
-            "workspace": {"claim": "data"},
-            "volumes": [{"claim": "data", "mountPath": "/data"}],
+            "workspace": {"claimName": "data"},
+            "volumes": [{"claimName": "data", "mountPath": "/data"}],
         },
     }
 

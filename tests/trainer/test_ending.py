@@ -94,7 +94,7 @@ ENDS: list[tuple[str, BaseException, ExitCode, str]] = [
         "no token",
         Answered(401),
         ExitCode.UNAUTHORIZED,
-        "Answered: 401 from hub.example. Check the token in hub.tokenSecret",
+        "Answered: 401 from hub.example. Check the token in hub.tokenSecretRef",
     ),
     ("too many requests", Answered(429), ExitCode.HUB_UNAVAILABLE, "Answered: 429"),
     ("a Hub that is broken", Answered(500), ExitCode.HUB_UNAVAILABLE, "Answered: 500"),

@@ -114,7 +114,7 @@ def test_the_command_of_the_card_reads_the_repository(
 def finished(workspace: Path, task: str, shards: list[list[Output]]) -> GenerateRun:
     """A job whose shards have these outputs."""
     rows = [{"prompt": f"prompt {i}"} for i in range(sum(map(len, shards)))]
-    hub = {"repo": REPO, "tokenSecret": {"name": "hf", "key": "token"}}
+    hub = {"repo": REPO, "tokenSecretRef": {"name": "hf", "key": "token"}}
     run = generate_run(workspace, rows, task=task, model={"path": "/models/m"}, shards=len(shards), hub=hub)
     prepare_by_hand(run)
     for i, outputs in enumerate(shards):

@@ -348,7 +348,7 @@ def test_a_changed_manifest_sets_the_old_work_aside(make_run: MakeRun) -> None:
 
 def test_what_may_change_does_not_count_as_a_change(make_run: MakeRun) -> None:
     main(make_run())
-    main(make_run(restarts={"max": 9}, suspend=True, hub={"repo": "a/b", "tokenSecret": {"name": "hf"}}))
+    main(make_run(restarts={"max": 9}, suspend=True, hub={"repo": "a/b", "tokenSecretRef": {"name": "hf"}}))
     assert not (Path(make_run().workspace) / "previous-1").exists()
 
 

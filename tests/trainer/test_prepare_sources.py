@@ -259,7 +259,7 @@ NOT_GIVEN: list[tuple[str, dict[str, Any], str, ExitCode, str]] = [
         {"id": "org/none"},
         "",
         ExitCode.NOT_FOUND,
-        "spec.model.id: there is no model org/none on HUB, or it is private: then set spec.hub.tokenSecret",
+        "spec.model.id: there is no model org/none on HUB, or it is private: then set spec.hub.tokenSecretRef",
     ),
     (
         "no such model, with a token",
@@ -287,7 +287,7 @@ NOT_GIVEN: list[tuple[str, dict[str, Any], str, ExitCode, str]] = [
         {"id": "org/tiny"},
         "hf_wrong",
         ExitCode.UNAUTHORIZED,
-        "spec.hub.tokenSecret: the Hub refused the token for model org/tiny on HUB",
+        "spec.hub.tokenSecretRef: the Hub refused the token for model org/tiny on HUB",
     ),
     (
         "an adapter for a model",

@@ -36,7 +36,7 @@ from luthier_trainer.prepared import FINGERPRINT, fingerprint, write_prepared
 from luthier_trainer.publish import git_blob, main
 
 MakeRun = Callable[..., FineTuneRun]
-HUB = {"repo": "luthier/reference", "tokenSecret": {"name": "hf"}}
+HUB = {"repo": "luthier/reference", "tokenSecretRef": {"name": "hf"}}
 RECORD = PreparedRecord(
     model=ResolvedSource(source="org/base", revision="abc123"),
     dataset=ResolvedDataset(source="rows.jsonl", rows=90, eval_rows=10),
@@ -188,8 +188,8 @@ PERMANENT: list[tuple[str, dict[str, Any], ExitCode, str]] = [
         {"status": 403, "path": "/preupload/", "message": "Private storage quota exceeded."},
         ExitCode.UNAUTHORIZED,
         (
-            "spec.hub.tokenSecret: the Hub refused the token for model luthier/reference on HUB (403): Private storage"
-            " quota exceeded. Check its value and its rights"
+            "spec.hub.tokenSecretRef: the Hub refused the token for model luthier/reference on HUB (403): Private"
+            " storage quota exceeded. Check its value and its rights"
         ),
     ),
     (
@@ -197,8 +197,8 @@ PERMANENT: list[tuple[str, dict[str, Any], ExitCode, str]] = [
         {"status": 401, "path": "/api/repos/create", "message": "Invalid username or password."},
         ExitCode.UNAUTHORIZED,
         (
-            "spec.hub.tokenSecret: the Hub refused the token for model luthier/reference on HUB (401): Invalid username"
-            " or password. Check its"
+            "spec.hub.tokenSecretRef: the Hub refused the token for model luthier/reference on HUB (401): Invalid"
+            " username or password. Check its"
         ),
     ),
 ]
@@ -293,28 +293,28 @@ REFUSED: list[tuple[str, str, dict[str, Any], ExitCode, str]] = [
         "hf_wrong",
         {},
         ExitCode.UNAUTHORIZED,
-        "spec.hub.tokenSecret: the Hub refused the token for model luthier/reference",
+        "spec.hub.tokenSecretRef: the Hub refused the token for model luthier/reference",
     ),
     (
         "a token that may only read",
         "hf_reader",
         {},
         ExitCode.UNAUTHORIZED,
-        "spec.hub.tokenSecret: the Hub refused the token",
+        "spec.hub.tokenSecretRef: the Hub refused the token",
     ),
     (
         "no token",
         "",
         {},
         ExitCode.UNAUTHORIZED,
-        "spec.hub.tokenSecret: the token is empty. Put one with write access under key 'token'",
+        "spec.hub.tokenSecretRef: the token is empty. Put one with write access under key 'token'",
     ),
     (
         "somebody else's namespace",
         "hf_writer",
         {"repo": "elsewhere/x"},
         ExitCode.UNAUTHORIZED,
-        "spec.hub.tokenSecret: the Hub refused the token",
+        "spec.hub.tokenSecretRef: the Hub refused the token",
     ),
 ]
 
@@ -364,7 +364,7 @@ def test_a_token_that_cannot_be_sent_is_not_shown(
         phase(trained)
     assert failure.value.code is ExitCode.UNAUTHORIZED
     assert failure.value.message.startswith(
-        "spec.hub.tokenSecret: the token (HF_TOKEN in the pod) holds a blank or another character that no"
+        "spec.hub.tokenSecretRef: the token (HF_TOKEN in the pod) holds a blank or another character that no"
     )
     assert SECRET not in failure.value.message + "".join(capfd.readouterr())
     assert hub.control.requests == []

@@ -350,12 +350,12 @@ def test_a_workspace_of_another_job_is_not_trained_on(tmp_path: Path, make_run: 
 
 
 CIRCUMSTANCES = [
-    ("hub", {"repo": "org/out", "tokenSecret": {"name": "hf"}}),
+    ("hub", {"repo": "org/out", "tokenSecretRef": {"name": "hf"}}),
     ("restarts", {"max": 9}),
-    ("workspace", {"claim": "another"}),
+    ("workspace", {"claimName": "another"}),
     ("suspend", True),
-    ("scheduling", {"queue": "team-a"}),
-    ("volumes", [{"claim": "models", "mountPath": "/models"}]),
+    ("scheduling", {"queueName": "team-a"}),
+    ("volumes", [{"claimName": "models", "mountPath": "/models"}]),
     ("activeDeadlineSeconds", 60),
 ]
 

@@ -158,7 +158,7 @@ SHAPES = [
     ),
     (
         "a rule below a list",
-        tune(volumes=[{"claim": "a", "mountPath": "/a"}, {"claim": "b", "mountPath": "/tmp"}]),
+        tune(volumes=[{"claimName": "a", "mountPath": "/a"}, {"claimName": "b", "mountPath": "/tmp"}]),
         "spec.volumes[1].mountPath: that folder belongs to the pod; choose one such as /data or /models",
     ),
     (

@@ -97,7 +97,7 @@ REFUSED: list[tuple[str, list[object], tuple[str, ...], int, list[str]]] = [
         64,
         [
             "job.yaml: FineTuneJob a.b: metadata.name: lower-case letters",
-            "job.yaml: FineTuneJob a.b: spec.hub.tokenSecret: publishing",
+            "job.yaml: FineTuneJob a.b: spec.hub.tokenSecretRef: publishing",
             "job.yaml: GenerateJob sound: spec.zebra: unknown field",
         ],
     ),
@@ -170,7 +170,7 @@ REFUSED: list[tuple[str, list[object], tuple[str, ...], int, list[str]]] = [
     ),
     (
         "a token that is not there",
-        [changed(FINE_TUNE, ON_CPU | {"spec.hub": {"tokenSecret": {"name": "hf"}}})],
+        [changed(FINE_TUNE, ON_CPU | {"spec.hub": {"tokenSecretRef": {"name": "hf"}}})],
         (),
         77,
         ["export HF_TOKEN=..., or log in: hf auth login"],
@@ -243,7 +243,7 @@ def test_plan_quick_says_what_would_be_done_and_writes_nothing(tmp_path: Path) -
 
 
 def test_render_draws_what_the_operator_applies(tmp_path: Path) -> None:
-    hub = {"spec.hub": {"repo": "org/out", "tokenSecret": {"name": "hf"}}}
+    hub = {"spec.hub": {"repo": "org/out", "tokenSecretRef": {"name": "hf"}}}
     done = luthier(
         "render", write(tmp_path, changed(FINE_TUNE, hub), changed(GENERATE, {"metadata.name": "texts"})), cwd=tmp_path
     )

@@ -341,10 +341,10 @@ def test_two_at_once_in_one_folder(laptop: Laptop) -> None:
 
 
 def test_the_token_goes_to_prepare_and_publish_only(laptop: Laptop) -> None:
-    file = laptop.write(job(hub={"repo": "org/out", "tokenSecret": {"name": "hf"}}))
+    file = laptop.write(job(hub={"repo": "org/out", "tokenSecretRef": {"name": "hf"}}))
     code, _, err = laptop.run("run", file)
     assert code == 77
-    assert "spec.hub.tokenSecret: here the token comes from the environment: export HF_TOKEN=..." in err
+    assert "spec.hub.tokenSecretRef: here the token comes from the environment: export HF_TOKEN=..." in err
     laptop.env = {"HF_TOKEN": "hf_example"}
     code, document = laptop.json("run", file)
     assert (code, document["jobs"][0]["hub"]["revision"]) == (0, "fedcba9876543210")
@@ -364,14 +364,14 @@ def test_a_login_is_a_token(laptop: Laptop) -> None:
     assert (code, document["jobs"][0]["state"], laptop.calls()[-1]) == (0, "Complete", "tune publish 0")
 
 
-HUB: Document = {"repo": "org/out", "tokenSecret": {"name": "hf"}}
+HUB: Document = {"repo": "org/out", "tokenSecretRef": {"name": "hf"}}
 HUBS = [
     # what has changed     spec.hub                                      published again
     ("nothing", HUB, False),
     ("a default, said", HUB | {"branch": "main", "private": True}, False),
     ("the repository", HUB | {"repo": "org/other"}, True),
     ("the branch", HUB | {"branch": "trial"}, True),
-    ("the token", HUB | {"tokenSecret": {"name": "another"}}, True),
+    ("the token", HUB | {"tokenSecretRef": {"name": "another"}}, True),
     ("who may see it", HUB | {"private": False}, True),
 ]
 
@@ -423,7 +423,7 @@ def test_notices_are_shown_after_their_phase_and_stand_in_the_document(laptop: L
 
 
 def test_a_plan_needs_neither_the_gpus_nor_the_token_of_the_run(laptop: Laptop) -> None:
-    asked = job(resources={"gpusPerNode": 8}, hub={"repo": "org/out", "tokenSecret": {"name": "hf"}})
+    asked = job(resources={"gpusPerNode": 8}, hub={"repo": "org/out", "tokenSecretRef": {"name": "hf"}})
     code, document = laptop.json("plan", laptop.write(asked))
     assert (code, document["jobs"][0]["state"], laptop.calls()) == (0, "Planned", ["tune prepare 0"])
 
@@ -454,7 +454,7 @@ def test_fields_that_steer(laptop: Laptop, name: str, spec: Document, state: str
 def test_paths_relative_to_the_manifest_and_mounts(laptop: Laptop) -> None:
     (laptop.folder / "sub").mkdir()
     files = ["rows.csv", "/data/more/rows.csv", "/elsewhere/rows.csv"]
-    volumes = [{"claim": "c", "mountPath": "/data"}]
+    volumes = [{"claimName": "c", "mountPath": "/data"}]
     file = laptop.write(job(dataset={"files": files}, volumes=volumes), name="sub/job.yaml")
     code, _, err = laptop.run("run", file)
     assert code == 66

@@ -18,8 +18,9 @@ CASES = [
     ("nothing is missing", lambda: decided(fine_tune()), "True Accepted: The job can run", "Preparing"),
     (
         "a queue for a job without GPUs",
-        lambda: decided(fine_tune(resources={"gpusPerNode": 0}, scheduling={"queue": "team-a"})),
-        'True Accepted: The job can run. spec.scheduling.queue: "team-a" is not asked, because the job holds no GPUs',
+        lambda: decided(fine_tune(resources={"gpusPerNode": 0}, scheduling={"queueName": "team-a"})),
+        'True Accepted: The job can run. spec.scheduling.queueName: "team-a" is not asked, because the job holds no'
+        " GPUs",
         "Preparing",
     ),
     (
@@ -126,7 +127,7 @@ def test_accept(given: object, expect: str, state: str) -> None:
 
 def test_only_a_queue_that_is_named_is_worth_a_remark() -> None:
     assert said(decided(fine_tune(resources={"gpusPerNode": 0})), "Accepted") == "True Accepted: The job can run"
-    assert said(decided(fine_tune(scheduling={"queue": "team-a"})), "Accepted") == "True Accepted: The job can run"
+    assert said(decided(fine_tune(scheduling={"queueName": "team-a"})), "Accepted") == "True Accepted: The job can run"
 
 
 def test_a_status_that_was_not_written_is_caught_up_with() -> None:

@@ -53,7 +53,7 @@ def run_end(job: Job) -> PodEnd:
     return ended(job, "run", 0, metrics={"evalLoss": 1.5})
 
 
-HUB = {"repo": "org/bot", "tokenSecret": {"name": "hf"}}
+HUB = {"repo": "org/bot", "tokenSecretRef": {"name": "hf"}}
 BEGUN = {"start_time": text(BEGIN)}
 LAST_WORDS = [
     ("prepare", status("Accepted", **BEGUN), {"planOnly": True}, prepared_end, "Planned"),
@@ -93,7 +93,7 @@ def test_the_last_words_of_a_phase_are_waited_for_but_not_for_ever(
 def test_what_comes_after_the_end_is_still_written() -> None:
     job = fine_tune(
         status("Accepted", "Prepared", "Trained", "Published", "Complete", **ENDED),
-        hub={"repo": "org/bot", "tokenSecret": {"name": "hf"}},
+        hub={"repo": "org/bot", "tokenSecretRef": {"name": "hf"}},
     )
     decision = decided(job, ends=[ended(job, "run", 0, metrics={"evalLoss": 1.25}), hub_end(job)])
     assert decision.status.metrics == {"evalLoss": 1.25}

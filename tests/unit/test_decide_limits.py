@@ -63,7 +63,7 @@ def test_a_job_that_goes_on_gets_no_new_deadline() -> None:
 
 TEN_MINUTES = {"activeDeadlineSeconds": 600}  # over for 50 minutes now
 IN_TIME, LATE = at(-3500), at(-2000)
-HUB = {"hub": {"repo": "org/bot", "tokenSecret": {"name": "hf"}}}
+HUB = {"hub": {"repo": "org/bot", "tokenSecretRef": {"name": "hf"}}}
 PREPARED = status("Accepted", "Prepared", **BEGUN)
 TRAINED = status("Accepted", "Prepared", **BEGUN).model_copy(
     update={
@@ -135,7 +135,7 @@ SUSPENDED = [
         fine_tune(
             status("Accepted", "Prepared", "Trained", **BEGUN),
             suspend=True,
-            hub={"repo": "org/bot", "tokenSecret": {"name": "hf"}},
+            hub={"repo": "org/bot", "tokenSecretRef": {"name": "hf"}},
         ),
         ["publish"],
         "deletes Job ftj-bot-publish",
@@ -151,7 +151,7 @@ def test_suspending_deletes_what_is_at_work(job: object, phases: list[str], expe
     assert said(decision, "Running") in ("absent", "False Suspended: spec.suspend is true")
 
 
-HUB_SET: Object = {"hub": {"repo": "org/bot", "tokenSecret": {"name": "hf"}}}
+HUB_SET: Object = {"hub": {"repo": "org/bot", "tokenSecretRef": {"name": "hf"}}}
 DONE = status("Accepted", "Prepared", "Trained", **BEGUN)
 HALTED = [
     ("preparing", status("Accepted", false={"Prepared": "Preparing"}, **BEGUN), "Prepared", "False"),

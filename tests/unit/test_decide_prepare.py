@@ -45,7 +45,7 @@ def test_it_begins_with_everything_that_the_pods_need() -> None:
     assert decision.status.start_time == text(NOW)
     assert (decision.status.shape, decision.status.state) == ("2×8", "Preparing")
     assert decision.status.workspace is not None
-    assert (decision.status.workspace.claim, decision.status.workspace.folder) == ("ftj-bot", "ftj-bot-f00dcafe")
+    assert (decision.status.workspace.claim_name, decision.status.workspace.folder) == ("ftj-bot", "ftj-bot-f00dcafe")
     assert [(e.reason, e.message) for e in decision.events] == [
         ("Preparing", "waiting for the pod that resolves the model, loads the data and plans the run")
     ]
@@ -53,12 +53,13 @@ def test_it_begins_with_everything_that_the_pods_need() -> None:
 
 def test_a_claim_of_the_user_is_not_created() -> None:
     assert (
-        describe(decided(generate(workspace={"claim": "shared"}))) == "applies ConfigMap gj-lutes, Job gj-lutes-prepare"
+        describe(decided(generate(workspace={"claimName": "shared"})))
+        == "applies ConfigMap gj-lutes, Job gj-lutes-prepare"
     )
 
 
 def test_the_pods_find_the_other_job_even_after_it_is_gone() -> None:
-    base = {"base": fine_tune(status("Trained"), name="base", uid="0ddba11-aaaa", workspace={"claim": "shared"})}
+    base = {"base": fine_tune(status("Trained"), name="base", uid="0ddba11-aaaa", workspace={"claimName": "shared"})}
     job = generate(model={"job": "base"})
     configmap, _, prepare = decided(job, sources=base).apply
     assert run_document(configmap)["sources"] == {"base": "/sources/shared/ftj-base-0ddba11-"}
@@ -179,7 +180,7 @@ CASES = [
             pods=[pod(JOB, "prepare", state=waiting("CreateContainerConfigError", 'secret "hf" not found'))],
         ),
         "waits",
-        'False Misconfigured: spec.hub.tokenSecret: secret "hf" not found (pod ftj-bot-prepare-0-0)',
+        'False Misconfigured: spec.hub.tokenSecretRef: secret "hf" not found (pod ftj-bot-prepare-0-0)',
     ),
     (
         "the secret lacks the key",
@@ -194,7 +195,8 @@ CASES = [
             ],
         ),
         "waits",
-        "False Misconfigured: spec.hub.tokenSecret: couldn't find key token in Secret ml/hf (pod ftj-bot-prepare-0-0)",
+        "False Misconfigured: spec.hub.tokenSecretRef: couldn't find key token in Secret ml/hf"
+        " (pod ftj-bot-prepare-0-0)",
     ),
     (
         "the Hub is away",

@@ -35,10 +35,10 @@ from luthier_operator.render.job import hub_hash
 from luthier_operator.statuses import text
 
 TRAINED = status("Accepted", "Prepared", "Trained", start_time=text(BEGIN), metrics={"evalLoss": 1.5})
-OTHER_HUB = HUB | {"tokenSecret": {"name": "better"}}
+OTHER_HUB = HUB | {"tokenSecretRef": {"name": "better"}}
 JOB = fine_tune(TRAINED, hub=HUB)
 RUN = child(JOB, "run", "Complete")
-TOKEN = "401 from hub.example. Check the token in hub.tokenSecret"
+TOKEN = "401 from hub.example. Check the token in hub.tokenSecretRef"
 KEPT = "The result stays in ftj-bot-f00dcafe/result of claim ftj-bot; a change of spec.hub publishes it again"
 
 
@@ -50,7 +50,7 @@ CASES = [
     ("no repository", case(job=fine_tune(TRAINED)), "Complete Completed", "absent"),
     (
         "a token alone",
-        case(job=fine_tune(TRAINED, hub={"tokenSecret": {"name": "hf"}})),
+        case(job=fine_tune(TRAINED, hub={"tokenSecretRef": {"name": "hf"}})),
         "Complete Completed",
         "absent",
     ),
@@ -73,7 +73,7 @@ CASES = [
             pods=[pod(JOB, "publish", state=waiting("CreateContainerConfigError", 'secret "hf" not found'))],
         ),
         "waits",
-        'False Misconfigured: spec.hub.tokenSecret: secret "hf" not found (pod ftj-bot-publish-0-0)',
+        'False Misconfigured: spec.hub.tokenSecretRef: secret "hf" not found (pod ftj-bot-publish-0-0)',
     ),
     (
         "the Hub is away",
@@ -142,14 +142,14 @@ FAILED = decided(JOB, RUN, child(JOB, "publish", "Failed"), ends=[ended(JOB, "pu
 
 
 HASHES = [
-    ("what was set", HUB, "6abf6fc6177b126a"),
+    ("what was set", HUB, "22fb2f809da21f47"),
     (
         "the same, with what is the default",
-        HUB | {"private": True, "branch": "main", "tokenSecret": {"name": "hf", "key": "token"}},
-        "6abf6fc6177b126a",
+        HUB | {"private": True, "branch": "main", "tokenSecretRef": {"name": "hf", "key": "token"}},
+        "22fb2f809da21f47",
     ),
-    ("another branch", HUB | {"branch": "next"}, "dfaa13a2da752c12"),
-    ("another token", OTHER_HUB, "67d8817d1410f829"),
+    ("another branch", HUB | {"branch": "next"}, "c82b589ab075fae8"),
+    ("another token", OTHER_HUB, "7ef9f8bb05935980"),
 ]
 
 
@@ -179,7 +179,7 @@ def test_a_change_of_the_hub_takes_the_failure_back() -> None:
     assert describe(going) == "waits"
     gone = decided(fine_tune(decision.status, hub=OTHER_HUB), RUN)
     assert describe(gone) == "applies ConfigMap ftj-bot, Job ftj-bot-publish"
-    assert run_document(gone.apply[0])["spec"]["hub"]["tokenSecret"]["name"] == "better"
+    assert run_document(gone.apply[0])["spec"]["hub"]["tokenSecretRef"]["name"] == "better"
 
 
 def test_without_a_hub_the_failure_is_taken_back_too() -> None:

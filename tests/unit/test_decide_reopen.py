@@ -34,7 +34,7 @@ LIMIT = {"activeDeadlineSeconds": 1800}  # over for half an hour, counted from B
 SAID: dict[str, Any] = {"start_time": text(BEGIN), "metrics": {"evalLoss": 1.5}}
 ENDED = SAID | {"completion_time": text(at(-1700))}
 ELSEWHERE = HUB | {"repo": "org/other"}
-TOKEN = HUB | {"tokenSecret": {"name": "another"}}
+TOKEN = HUB | {"tokenSecretRef": {"name": "another"}}
 OLD = HubStatus(repo="org/bot", revision="0123", url="https://hub.example/org/bot")
 
 PLANNED = status("Accepted", start_time=text(BEGIN), prepared=PREPARED).model_copy(
@@ -158,7 +158,7 @@ CASES: list[tuple[str, JobStatus, dict[str, Any], list[Child], str, str]] = [
     (
         "complete, a token alone",
         COMPLETE,
-        {"hub": {"tokenSecret": {"name": "hf"}}},
+        {"hub": {"tokenSecretRef": {"name": "hf"}}},
         [RUN],
         "Complete Complete",
         "Complete",

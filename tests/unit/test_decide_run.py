@@ -33,7 +33,7 @@ from luthier_operator.statuses import at_end, text
 
 BEGUN = status("Accepted", "Prepared", start_time=text(BEGIN))
 JOB, SHARDS, CPU = fine_tune(BEGUN), generate(BEGUN), fine_tune(BEGUN, resources={"gpusPerNode": 0})
-QUEUED = fine_tune(BEGUN, scheduling={"queue": "team-a"})
+QUEUED = fine_tune(BEGUN, scheduling={"queueName": "team-a"})
 BOTH = [pod(JOB, "run", 0, state=RUNNING), pod(JOB, "run", 1, state=RUNNING)]
 EXIT_66 = (
     "Container trainer for pod ml/ftj-bot-run-node-0-0-x failed with exit code 66 matching FailJob rule at index 0"

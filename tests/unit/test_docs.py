@@ -246,7 +246,7 @@ def test_tables_are_those_of_the_code() -> None:
 
 
 def test_fields_that_the_pages_name_exist() -> None:
-    """Words like `spec.model.config` or `hub.tokenSecret` in the prose."""
+    """Words like `spec.model.config` or `hub.tokenSecretRef` in the prose."""
     names = {f.alias or n for m in crd.all_models(ApiModel) for n, f in m.model_fields.items()} | {
         "spec",
         "status",

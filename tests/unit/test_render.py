@@ -27,7 +27,7 @@ MIRROR = SETTINGS.model_copy(
     update={"hub_endpoint": "https://hub.example", "image_pull_secrets": ("registry",), "service_account": "trainer"}
 )
 STYLE = fine_tune(
-    status("Complete"), name="style", uid="57y1e000-0000-4000-8000-000000000003", workspace={"claim": "shared"}
+    status("Complete"), name="style", uid="57y1e000-0000-4000-8000-000000000003", workspace={"claimName": "shared"}
 )
 
 MANIFESTS: dict[str, tuple[Job, Settings, list[Any]]] = {
@@ -37,11 +37,11 @@ MANIFESTS: dict[str, tuple[Job, Settings, list[Any]]] = {
             method={"type": "qlora"},
             training={"batchSize": 64},
             resources={"nodes": 2, "gpusPerNode": 8, "cpu": "64", "memory": "524288Mi"},
-            volumes=[{"claim": "models", "mountPath": "/models"}],
-            workspace={"size": "200Gi", "storageClass": "fast", "whenDeleted": "Delete"},
+            volumes=[{"claimName": "models", "mountPath": "/models"}],
+            workspace={"size": "200Gi", "storageClassName": "fast", "whenDeleted": "Delete"},
             scheduling={
-                "queue": "team-a",
-                "priorityClass": "low",
+                "queueName": "team-a",
+                "priorityClassName": "low",
                 "nodeSelector": {"pool": "h100"},
                 "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
             },
@@ -57,14 +57,14 @@ MANIFESTS: dict[str, tuple[Job, Settings, list[Any]]] = {
             method={"type": "full"},
             strategy="zero2-offload",
             resources={"gpusPerNode": 0, "processesPerNode": 2, "cpu": "2", "memory": "4Gi"},
-            volumes=[{"claim": "data", "mountPath": "/data"}, {"configMap": "prompts", "mountPath": "/prompts"}],
+            volumes=[{"claimName": "data", "mountPath": "/data"}, {"configMap": "prompts", "mountPath": "/prompts"}],
             restarts={"max": 1},
         ),
         SETTINGS,
         [],
     ),
     "generate-2-shards-with-adapter-and-hub": (
-        generate(adapters=[{"job": "style", "weight": 0.8}], hub=HUB, scheduling={"queue": "team-a"}),
+        generate(adapters=[{"job": "style", "weight": 0.8}], hub=HUB, scheduling={"queueName": "team-a"}),
         MIRROR,
         [STYLE],
     ),
@@ -230,9 +230,9 @@ def test_the_rules_are_those_of_the_enum() -> None:
 
 
 QUEUES = [
-    ("on GPUs", fine_tune(scheduling={"queue": "a"}), ["ftj-bot-run"]),
-    ("on CPU", fine_tune(scheduling={"queue": "a"}, resources={"gpusPerNode": 0}), []),
-    ("shards", generate(scheduling={"queue": "a"}, hub=HUB), ["gj-lutes-run"]),
+    ("on GPUs", fine_tune(scheduling={"queueName": "a"}), ["ftj-bot-run"]),
+    ("on CPU", fine_tune(scheduling={"queueName": "a"}, resources={"gpusPerNode": 0}), []),
+    ("shards", generate(scheduling={"queueName": "a"}, hub=HUB), ["gj-lutes-run"]),
 ]
 
 
@@ -251,7 +251,7 @@ OWNERS = [
         {"whenDeleted": "Delete"},
         ["ConfigMap", "PersistentVolumeClaim", "Job", "JobSet"],
     ),
-    ("a claim of the user", {"claim": "mine"}, ["ConfigMap", "Job", "JobSet"]),
+    ("a claim of the user", {"claimName": "mine"}, ["ConfigMap", "Job", "JobSet"]),
 ]
 
 
@@ -350,7 +350,9 @@ def test_steering_a_job_does_not_change_its_run() -> None:
 
 def test_a_job_on_the_same_claim_is_found_below_the_workspace() -> None:
     job = generate(
-        model={"job": "style"}, workspace={"claim": "shared"}, volumes=[{"claim": "shared", "mountPath": "/data"}]
+        model={"job": "style"},
+        workspace={"claimName": "shared"},
+        volumes=[{"claimName": "shared", "mountPath": "/data"}],
     )
     configmap = objects(job, SETTINGS, [STYLE])[0]
     assert run_document(configmap)["sources"] == {"style": "/workspace/ftj-style-57y1e000"}

@@ -143,14 +143,14 @@ def classify(error: BaseException, volume: Path | None = None) -> tuple[ExitCode
     if "OutOfMemoryError" in names:
         return ExitCode.CUDA_OUT_OF_MEMORY, f"{text}. {gpuerrors.SMALLER}"
     if "GatedRepoError" in names:
-        return ExitCode.UNAUTHORIZED, f"{text}. Ask for access on the Hub and set hub.tokenSecret"
+        return ExitCode.UNAUTHORIZED, f"{text}. Ask for access on the Hub and set hub.tokenSecretRef"
     if "LocalEntryNotFoundError" in names:  # to huggingface_hub an entry that was not found: it could not ask
         return ExitCode.HUB_UNAVAILABLE, text
     if names & {"RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundError"}:
         return ExitCode.NOT_FOUND, text
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
-        return ExitCode.UNAUTHORIZED, f"{text}. Check the token in hub.tokenSecret"
+        return ExitCode.UNAUTHORIZED, f"{text}. Check the token in hub.tokenSecretRef"
     if status is not None and (status == 429 or status >= 500):
         return ExitCode.HUB_UNAVAILABLE, text
     module = type(error).__module__.split(".")[0]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 T = TypeVar("T")
-REPO, TOKEN = "spec.hub.repo", "spec.hub.tokenSecret"
+REPO, TOKEN = "spec.hub.repo", "spec.hub.tokenSecretRef"
 CONNECT_SECONDS, SILENCE_SECONDS = 15.0, 60.0
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 DEADLINE = "LUTHIER_HUB_DEADLINE"

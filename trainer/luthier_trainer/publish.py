@@ -73,7 +73,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
         raise Failure(
             ExitCode.UNAUTHORIZED,
             f"{TOKEN}: the token is empty. Put one with write access under key"
-            f" {hub.token_secret and hub.token_secret.key!r}",
+            f" {hub.token_secret_ref and hub.token_secret_ref.key!r}",
         )
     files = verified_files(run)
     api = hub_api()

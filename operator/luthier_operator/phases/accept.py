@@ -87,9 +87,9 @@ def invalid(s: Situation) -> str | None:
 
 
 def remarks(s: Situation) -> str:
-    queue = s.job.spec.scheduling.queue
+    queue = s.job.spec.scheduling.queue_name
     return (
-        f'. spec.scheduling.queue: "{queue}" is not asked, because the job holds no GPUs'
+        f'. spec.scheduling.queueName: "{queue}" is not asked, because the job holds no GPUs'
         if queue and not gpus(s.job)
         else ""
     )

@@ -13,7 +13,7 @@ def finish(s: Situation) -> Step:
     """Complete: everything that was asked for is done."""
     hub = f" and {s.status.hub.url}" if s.status.hub else ""
     place = s.status.workspace
-    message = f"the result is in {place.folder}/result of claim {place.claim}{hub}" if place else "done"
+    message = f"the result is in {place.folder}/result of claim {place.claim_name}{hub}" if place else "done"
     return s.say(ConditionType.COMPLETE, "True", Reason.COMPLETED, message).note(completion_time=text(s.now)).stops()
 
 

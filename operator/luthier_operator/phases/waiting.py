@@ -64,7 +64,7 @@ def obstacle(s: Situation, phase: Phase, pods: int) -> tuple[Trouble | None, flo
     child = s.child(phase)
     if child and children.held(child):
         queue = (
-            f'waiting for quota in queue "{s.job.spec.scheduling.queue}"'
+            f'waiting for quota in queue "{s.job.spec.scheduling.queue_name}"'
             if phase == "run"
             else f"{name(child)} is held back by a queue"
         )

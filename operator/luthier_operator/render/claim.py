@@ -19,15 +19,15 @@ def claim(job: Job, settings: Settings) -> Object | None:
     and its TTL.
     """
     workspace = job.spec.workspace
-    if workspace.claim:
+    if workspace.claim_name:
         return None
     pods = job.spec.resources.nodes if isinstance(job, FineTuneJob) else job.spec.shards
     spec: Object = {
         "accessModes": [workspace.access_mode or ("ReadWriteMany" if pods > 1 else "ReadWriteOnce")],
         "resources": {"requests": {"storage": canonical(workspace.size or settings.workspace_size)}},
     }
-    if workspace.storage_class:
-        spec["storageClassName"] = workspace.storage_class
+    if workspace.storage_class_name:
+        spec["storageClassName"] = workspace.storage_class_name
     return {
         "apiVersion": "v1",
         "kind": "PersistentVolumeClaim",

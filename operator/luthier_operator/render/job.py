@@ -78,7 +78,7 @@ def queue_label(job: Job) -> dict[str, str]:
     """Kueue admits what holds GPUs. Set at creation and never touched again; `spec.suspend` is Kueue's and never in our
     manifest.
     """
-    queue = job.spec.scheduling.queue
+    queue = job.spec.scheduling.queue_name
     return {naming.QUEUE_LABEL: queue} if queue and gpus(job) else {}
 
 

@@ -77,8 +77,8 @@ def template(job: Job, settings: Settings, phase: Phase, sources: Mapping[str, P
         spec["serviceAccountName"] = settings.service_account
     if settings.image_pull_secrets:
         spec["imagePullSecrets"] = [{"name": name} for name in settings.image_pull_secrets]
-    if scheduling.priority_class:
-        spec["priorityClassName"] = scheduling.priority_class
+    if scheduling.priority_class_name:
+        spec["priorityClassName"] = scheduling.priority_class_name
     if phase == "run":
         if scheduling.node_selector:
             spec["nodeSelector"] = dict(scheduling.node_selector)
@@ -138,7 +138,7 @@ def _environment(job: Job, settings: Settings, phase: Phase) -> list[Object]:
         )
         values |= OFFLINE | (ON_CPU if not gpus(job) else {}) | _threads(job)
     else:
-        if job.spec.hub and (token := job.spec.hub.token_secret):
+        if job.spec.hub and (token := job.spec.hub.token_secret_ref):
             found.append(
                 {"name": Variables.TOKEN, "valueFrom": {"secretKeyRef": {"name": token.name, "key": token.key}}}
             )
@@ -198,8 +198,8 @@ def _volumes(job: Job, phase: Phase, sources: Mapping[str, Place]) -> tuple[list
     for claim in sorted({place.claim for place in sources.values()} - {own}):
         mount(claim, f"{SOURCES}/{claim}")
     for i, volume in enumerate(job.spec.volumes):
-        if volume.claim:
-            mount(volume.claim, volume.mount_path)
+        if volume.claim_name:
+            mount(volume.claim_name, volume.mount_path)
         else:
             volumes.append({"name": f"configmap-{i}", "configMap": {"name": volume.config_map}})
             mounts.append({"name": f"configmap-{i}", "mountPath": volume.mount_path, "readOnly": True})
