@@ -10,7 +10,7 @@ from typing import Literal
 from luthier_api.conditions import ConditionType, Reason
 from luthier_api.exitcodes import ExitCode
 from luthier_api.status import Condition, JobStatus
-from luthier_operator.failure import place
+from luthier_operator.failure.cause import location
 from luthier_operator.model import Event
 
 C, R = ConditionType, Reason
@@ -65,7 +65,7 @@ def events(old: JobStatus, new: JobStatus) -> list[Event]:
 
 def restarted(old: JobStatus, new: JobStatus) -> Event:
     last = next((a for a in reversed(new.attempts) if a.phase == "run"), None)
-    why = f" after {last.reason}: {last.message} ({place(last)})" if last else ""
+    why = f" after {last.reason}: {last.message} ({location(last)})" if last else ""
     free = "" if new.restarts_charged > old.restarts_charged else ", at no charge"
     return Event("Warning", R.RESTARTING, f"restart {new.restarts}{free}{why}")
 

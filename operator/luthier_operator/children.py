@@ -111,9 +111,9 @@ def index(pod: Object) -> int:
     return number((pod["metadata"].get("annotations") or {}).get(INDEX_ANNOTATION) or label(pod, INDEX_ANNOTATION))
 
 
-def attempt(pod: Object) -> tuple[int, int]:
-    """How often its group, or its index, was started again before this pod, and how often of those at no charge, as far
-    as the pod says.
+def starts_before(pod: Object) -> tuple[int, int]:
+    """How often its group, or its index, was started before this pod, and how many of these starts were not charged.
+    Zero where the pod does not say.
     """
     notes = pod["metadata"].get("annotations") or {}
     free = number(notes.get(INDEX_IGNORED_ANNOTATION))

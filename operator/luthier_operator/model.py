@@ -58,8 +58,8 @@ class PodEnd:
     message: TerminationMessage | None
     raw_message: str
     finished_at: datetime
-    free_before: int = 0
-    """Of a shard: how many of those starts were at no charge."""
+    uncharged_before: int = 0
+    """Of a shard: how many of those starts were not charged."""
     child: str = ""
     """uid of the Job or JobSet that the pod belonged to."""
 

@@ -16,8 +16,7 @@ from luthier_api.kinds import KINDS, FineTuneJob, GenerateJob, JobKind, parse_jo
 from luthier_api.metrics import CHECKPOINT_STEP, broken_checkpoints, checkpoint_step, progress_of, samples_at_end
 from luthier_api.status import Progress
 from luthier_operator import naming
-from luthier_operator.ends import Ends
-from luthier_operator.failure import pod_end
+from luthier_operator.failure.pod_end import PodEnds, pod_end
 from luthier_operator.model import ChildRef, Job, Key, Object, Observed
 
 DELETED_KEPT = 10_000  # uids that are remembered as deleted, against answers that were under way meanwhile
@@ -47,7 +46,7 @@ class Store:
         self._jobs: dict[Key, Object] = {}
         self._children: dict[Owner, dict[ChildRef, Object]] = {}
         self._pods: dict[Owner, dict[str, Object]] = {}
-        self._ended: dict[Owner, Ends] = {}
+        self._ended: dict[Owner, PodEnds] = {}
         self._samples: dict[Owner, dict[int, dict[str, float]]] = {}
         self._sampled: dict[Owner, datetime] = {}
         self._dependents: dict[Key, set[Key]] = {}  # FineTuneJob → jobs that use its result
@@ -202,7 +201,7 @@ class Store:
 
     def _remember_end(self, owner: Owner, pod: Object) -> None:
         end = pod_end(pod, self._now())
-        if end is None or not self._ended.setdefault(owner, Ends()).put(end):
+        if end is None or not self._ended.setdefault(owner, PodEnds()).put(end):
             return
         if end.phase == "run":  # its last word is newer than what was last read of it, and the next pod finds its own
             self._samples.get(owner, {}).get(0, {}).pop(CHECKPOINT_STEP.name, None)

@@ -14,8 +14,9 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.kinds import FineTuneJob, GenerateJob
 from luthier_api.status import Condition, HubStatus, JobStatus, Phase, Plan, Prepared, ResolvedDataset, ResolvedSource
 from luthier_api.termination import TerminationMessage
-from luthier_operator import failure, naming
+from luthier_operator import naming
 from luthier_operator.decide import decide
+from luthier_operator.failure.pod_end import pod_end
 from luthier_operator.model import ChildRef, Decision, Job, Object, Observed, PodEnd
 from luthier_operator.render.job import hub_hash, hub_target
 from luthier_operator.settings import Settings
@@ -223,7 +224,7 @@ def ended(
         "message": message if silent else word.encode().decode(),
     }
     over = "Failed" if code else "Succeeded"
-    found = failure.pod_end(
+    found = pod_end(
         pod(
             job,
             phase,

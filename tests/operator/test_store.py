@@ -11,7 +11,7 @@ from luthier_api.kinds import JobKind, parse_job
 from luthier_api.status import Progress
 from luthier_operator import naming
 from luthier_operator.children import held
-from luthier_operator.ends import FAILURES_KEPT, Ends
+from luthier_operator.failure.pod_end import FAILED_ENDS_KEPT, PodEnds
 from luthier_operator.model import ChildRef, Key
 from luthier_operator.store import Owner, Store
 
@@ -137,9 +137,9 @@ def test_the_first_end_stays() -> None:
 def test_failures_are_bounded_and_go_with_the_job() -> None:
     store = Store()
     store.put(job())
-    for number in range(FAILURES_KEPT + 10):
+    for number in range(FAILED_ENDS_KEPT + 10):
         store.put(ended(f"pod-{number}"))
-    assert (len(seen(store).ended), seen(store).ended[-1].pod) == (FAILURES_KEPT, f"pod-{FAILURES_KEPT + 9}")
+    assert (len(seen(store).ended), seen(store).ended[-1].pod) == (FAILED_ENDS_KEPT, f"pod-{FAILED_ENDS_KEPT + 9}")
     store.remove(job())
     assert not store._ended
 
@@ -148,7 +148,7 @@ def test_every_shard_that_ended_well_is_remembered_and_each_once() -> None:
     """However many there are, and however often they were started: one end an index, and nothing of what they
     printed.
     """
-    store, shards = Store(), FAILURES_KEPT + 44
+    store, shards = Store(), FAILED_ENDS_KEPT + 44
     store.put(job())
     for attempt in range(3):
         for index in range(shards):
@@ -172,7 +172,7 @@ def test_every_shard_that_ended_well_is_remembered_and_each_once() -> None:
 @pytest.mark.parametrize("code", [0, 70])
 def test_an_end_is_news_once(code: int) -> None:
     """What is news takes the place of the figures that were read since."""
-    store, ends = Store(), Ends()
+    store, ends = Store(), PodEnds()
     store.put(job())
     store.put(ended("pod", code))
     (end,) = seen(store).ended

@@ -12,7 +12,7 @@ from cases.observed import ended, fine_tune
 from luthier_api.exitcodes import ExitCode
 from luthier_api.termination import TerminationMessage
 from luthier_cli.runner import cause_rank
-from luthier_operator import failure
+from luthier_operator.failure.cause import cause as cause_of
 
 JOB = fine_tune()
 FAILING = [code for code in ExitCode if code is not ExitCode.COMPLETED]
@@ -32,7 +32,7 @@ def message(code: ExitCode, rank: int) -> TerminationMessage:
 
 
 def by_operator(*codes: ExitCode) -> ExitCode | None:
-    found = failure.cause([ended(JOB, "run", code, index) for index, code in enumerate(codes)])
+    found = cause_of([ended(JOB, "run", code, index) for index, code in enumerate(codes)])
     return ExitCode.of(found.exit_code) if found else None
 
 

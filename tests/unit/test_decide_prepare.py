@@ -246,14 +246,14 @@ CASES = [
         "Failed NotFound",
         (
             "False NotFound: Container trainer for pod ml/ftj-bot-prepare-x7 failed with exit code 66 matching FailJob"
-            " rule at index 0; what the pod said is lost. Look at `kubectl logs ftj-bot-prepare-x7 -c trainer`"
+            " rule at index 0; the pod's own message was not seen. See `kubectl logs ftj-bot-prepare-x7 -c trainer`"
         ),
     ),
     (
         "it failed, and nobody knows why",
         case(child(JOB, "prepare", "Failed", message="Job has reached the specified backoff limit")),
         "Failed Failed",
-        "False Failed: prepare has failed: Job has reached the specified backoff limit",
+        "False Failed: prepare failed: Job has reached the specified backoff limit",
     ),
     (
         "it succeeded",

@@ -315,7 +315,7 @@ CASES = [
         case(group(), ends=[ended(JOB, "run", 137, silent=True)]),
         "waits",
         (
-            "False Restarting: after InfrastructureError: the process ended without a word (run, rank 0, pod"
+            "False Restarting: after InfrastructureError: the process ended without an error message (run, rank 0, pod"
             " ftj-bot-run-0-0 on node-a, exit code 137)"
         ),
     ),
@@ -334,8 +334,8 @@ CASES = [
         case(group(state="Failed", message=EXIT_66)),
         "Failed NotFound",
         (
-            f"False NotFound: {EXIT_66}; what the pod said is lost. Look at `kubectl logs ftj-bot-run-node-0-0-x -c"
-            " trainer`"
+            f"False NotFound: {EXIT_66}; the pod's own message was not seen. See `kubectl logs"
+            " ftj-bot-run-node-0-0-x -c trainer`"
         ),
     ),
     ("failed a moment ago", case(group(state="Failed", since=at(-2))), "again in 3 s", "absent"),

@@ -9,8 +9,9 @@ import pytest
 from cases.observed import BEGIN, NOW, RUNNING, at, child, decided, ended, fine_tune, generate, pod, status, waiting
 
 from luthier_api.exitcodes import ExitCode, Retry
-from luthier_operator import failure
-from luthier_operator.failure import NO_EXIT_CODE, cause, pod_end
+from luthier_operator.failure.attempts import attempt, attempts_of_pods
+from luthier_operator.failure.cause import cause
+from luthier_operator.failure.pod_end import NO_EXIT_CODE, message, pod_end
 from luthier_operator.statuses import text
 
 JOB, SHARDS = fine_tune(status("Accepted", "Prepared", start_time=text(BEGIN))), generate()
@@ -56,7 +57,7 @@ def test_an_evicted_pod_has_no_exit_code() -> None:
     end = pod_end(EVICTED, NOW)
     assert end is not None
     assert (end.exit_code, end.kubernetes_reason, end.finished_at) == (NO_EXIT_CODE, "Evicted", NOW)
-    record = failure.attempt(end, 0, None)
+    record = attempt(end, 0, None)
     assert (record.exit_code, record.reason, record.message) == (
         None,
         "InfrastructureError",
@@ -75,10 +76,10 @@ def test_a_shard_counts_its_own_failures() -> None:
 def test_what_was_said_is_read_and_an_output_is_kept_as_it_is() -> None:
     end = ended(JOB, "run", 80, message="no step for 1800 s", last_lines="step 7\n")
     assert end.message is not None
-    assert (end.message.message, failure.attempt(end, 0, None).last_lines) == ("no step for 1800 s", "step 7\n")
+    assert (end.message.message, attempt(end, 0, None).last_lines) == ("no step for 1800 s", "step 7\n")
     plain = ended(JOB, "run", 1, message="Traceback\nValueError: no\n\n", silent=True)
     assert plain.message is None
-    assert (failure.message(plain), failure.attempt(plain, 0, None).last_lines) == (
+    assert (message(plain), attempt(plain, 0, None).last_lines) == (
         "ValueError: no",
         "Traceback\nValueError: no\n\n",
     )
@@ -105,13 +106,13 @@ ENDS = [
     ("code", "kubernetes", "disrupted", "reason", "charged"), [c[1:] for c in ENDS], ids=[c[0] for c in ENDS]
 )
 def test_the_reason_and_the_price(code: int, kubernetes: str, disrupted: bool, reason: str, charged: bool) -> None:
-    record = failure.attempt(ended(JOB, "run", code, kubernetes=kubernetes, disrupted=disrupted), 0, None)
+    record = attempt(ended(JOB, "run", code, kubernetes=kubernetes, disrupted=disrupted), 0, None)
     assert (record.reason, record.charged) == (reason, charged)
 
 
 @pytest.mark.parametrize("code", [c for c in ExitCode if c], ids=lambda c: c.reason)
 def test_every_exit_code_has_its_reason_and_price(code: ExitCode) -> None:
-    record = failure.attempt(ended(JOB, "run", int(code)), 0, None)
+    record = attempt(ended(JOB, "run", int(code)), 0, None)
     assert (record.reason, record.charged) == (code.reason, code.retry is Retry.COUNTED)
 
 
@@ -121,7 +122,7 @@ FIELDS = [("prepare", "jobs.memoryRequest"), ("run", "spec.resources.memory"), (
 @pytest.mark.parametrize(("phase", "field"), FIELDS)
 def test_a_pod_that_was_killed_for_its_memory_names_what_decides_it(phase: Any, field: str) -> None:
     """Only the pods of `run` have what the job says; the others have the administrator's request, and no limit."""
-    said = failure.message(ended(JOB, phase, 137, kubernetes="OOMKilled", silent=True))
+    said = message(ended(JOB, phase, 137, kubernetes="OOMKilled", silent=True))
     assert [f for f in ("jobs.memoryRequest", "spec.resources.memory") if f in said] == [field]
 
 
@@ -166,8 +167,8 @@ def test_attempts_of_a_phase_are_numbered_one_by_one_also_when_the_first_are_for
     attempts: list[Any] = []
     ends = [ended(JOB, "publish", 69, when=-600 + 10 * i, suffix=str(i)) for i in range(20)]
     for seen in range(1, len(ends) + 1):
-        attempts = failure.single(attempts, ends[:seen], "publish")
-        assert failure.single(attempts, ends[:seen], "publish") == attempts
+        attempts = attempts_of_pods(attempts, ends[:seen], "publish")
+        assert attempts_of_pods(attempts, ends[:seen], "publish") == attempts
     assert [a.attempt for a in attempts] == list(range(10, 20))
 
 
@@ -179,7 +180,7 @@ def test_an_attempt_remembers_the_checkpoint() -> None:
 
 
 def test_long_output_is_cut_from_its_beginning() -> None:
-    record = failure.attempt(ended(JOB, "run", 70, last_lines="x" * 2000 + "end"), 0, None)
+    record = attempt(ended(JOB, "run", 70, last_lines="x" * 2000 + "end"), 0, None)
     assert (len(record.last_lines), record.last_lines[-3:]) == (1000, "end")
 
 

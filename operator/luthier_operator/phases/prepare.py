@@ -7,7 +7,8 @@ It fails early and cheaply, and is tried again as often as the infrastructure ne
 from __future__ import annotations
 
 from luthier_api.conditions import ConditionType, Reason
-from luthier_operator import children, failure, render, statuses
+from luthier_operator import children, render, statuses
+from luthier_operator.failure.cause import judge
 from luthier_operator.phases import waiting
 from luthier_operator.phases.step import Situation, Step
 
@@ -36,7 +37,7 @@ def prepare(s: Situation) -> Step:
     if end := children.failed(job):
         if wait := waiting.for_evidence(s, "prepare", job):
             return wait
-        found = failure.judge(s.attempts("prepare"), "prepare", end.get("message", ""), end.get("reason", ""))
+        found = judge(s.attempts("prepare"), "prepare", end)
         return s.say(PREPARED, "False", found.reason, found.message).fails(found.reason, found.message)
     return waiting.for_one_pod(s, "prepare", PREPARED, Reason.PREPARING, STARTING, DOING)
 

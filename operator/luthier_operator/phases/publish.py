@@ -8,7 +8,8 @@ replaced. That holds after an end, too (`reopen`): what was trained can always b
 from __future__ import annotations
 
 from luthier_api.conditions import ConditionType, Reason
-from luthier_operator import children, failure, naming, render, statuses
+from luthier_operator import children, naming, render, statuses
+from luthier_operator.failure.cause import judge
 from luthier_operator.phases import waiting
 from luthier_operator.phases.reopen import HUB_CHANGED
 from luthier_operator.phases.step import Situation, Step
@@ -40,7 +41,7 @@ def publish(s: Situation) -> Step:
     if end := children.failed(job):
         if wait := waiting.for_evidence(s, "publish", job):
             return wait
-        found = failure.judge(s.attempts("publish"), "publish", end.get("message", ""), end.get("reason", ""))
+        found = judge(s.attempts("publish"), "publish", end)
         message = f"{found.message}. The result stays in {kept(s)}; a change of spec.hub publishes it again"
         return s.say(PUBLISHED, "False", found.reason, message).fails(found.reason, message)
     return waiting.for_one_pod(s, "publish", PUBLISHED, Reason.PUBLISHING, starting(s), f"uploading to {repo(s)}")

@@ -10,7 +10,8 @@ from __future__ import annotations
 from luthier_api.conditions import ConditionType
 from luthier_api.kinds import FineTuneJob
 from luthier_api.status import Attempt, Checkpoint, HubStatus, Phase, finite
-from luthier_operator import children, failure, naming, statuses
+from luthier_operator import children, naming, statuses
+from luthier_operator.failure.attempts import attempts_of_group, attempts_of_pods
 from luthier_operator.model import Object, PodEnd
 from luthier_operator.phases.step import Situation
 
@@ -28,7 +29,7 @@ def record(s: Situation) -> Situation:
     if not s.status.finished and not s.job.spec.suspend:
         s = restarts(s)
         for phase in ("prepare", "publish"):
-            s = s.note(attempts=failure.single(s.status.attempts, s.ends(phase), phase))
+            s = s.note(attempts=attempts_of_pods(s.status.attempts, s.ends(phase), phase))
     return s
 
 
@@ -111,13 +112,13 @@ def restarts(s: Situation) -> Situation:
     if group["kind"] == "Job":
         total, charged = restarts_of_shards(s, group)
         return s.note(
-            attempts=failure.single(s.status.attempts, s.ends("run"), "run"), restarts=total, restarts_charged=charged
+            attempts=attempts_of_pods(s.status.attempts, s.ends("run"), "run"), restarts=total, restarts_charged=charged
         )
     (total, charged), (before, _) = children.restarts(group), children.restarts_before(group)
     end = children.failed(group)
     fatal = bool(end and end.get("reason") == "FailJobSetFailurePolicyAction")
     step = s.status.checkpoint.step if s.status.checkpoint else None
-    attempts = failure.grouped(s.status.attempts, s.ends("run"), before, step, fatal)
+    attempts = attempts_of_group(s.status.attempts, s.ends("run"), before, step, fatal)
     if total == s.status.restarts + 1:
         # JobSet knows what it has charged; the exit code alone was a guess.
         attempts = [charge(a, "run", s.status.restarts, charged > s.status.restarts_charged) for a in attempts]
@@ -128,9 +129,9 @@ def restarts_of_shards(s: Situation, group: Object) -> tuple[int, int]:
     """All of them, and those that were charged. Each pod knows how often its index was started before, so the newest of
     each tell it all.
     """
-    known = {e.index: (e.attempt, e.free_before) for e in sorted(s.ends("run"), key=lambda e: e.attempt)}
+    known = {e.index: (e.attempt, e.uncharged_before) for e in sorted(s.ends("run"), key=lambda e: e.attempt)}
     for pod in s.pods("run"):
-        known[children.index(pod)] = max(children.attempt(pod), known.get(children.index(pod), (0, 0)))
+        known[children.index(pod)] = max(children.starts_before(pod), known.get(children.index(pod), (0, 0)))
     before, charged = children.restarts_before(group)
     total = before + sum(number for number, _ in known.values())
     # Pods that are gone, of an operator that was away, are missing here: what was counted stays counted.

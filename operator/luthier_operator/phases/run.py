@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from luthier_api.conditions import ConditionType, Reason
 from luthier_api.kinds import FineTuneJob
-from luthier_operator import children, failure, naming, render, statuses
+from luthier_operator import children, naming, render, statuses
+from luthier_operator.failure.attempts import no_progress_of_group, no_progress_of_shards
+from luthier_operator.failure.cause import judge, location, repeated_out_of_memory
 from luthier_operator.model import Object
 from luthier_operator.phases import waiting
 from luthier_operator.phases.accept import for_jobset
@@ -33,13 +35,13 @@ def run(s: Situation) -> Step:
     if end := children.failed(group):
         if wait := waiting.for_evidence(s, "run", group):
             return wait
-        found = failure.judge(s.attempts("run"), "run", end.get("message", ""), end.get("reason", ""))
+        found = judge(s.attempts("run"), "run", end)
         message = found.message + (exhausted(s) if end.get("reason") == "ReachedMaxRestarts" else "")
         return s.say(RUNNING, "False", found.reason, message).fails(found.reason, message)
     if (
-        stuck := failure.stuck(s.attempts("run"))
+        stuck := no_progress_of_group(s.attempts("run"))
         if isinstance(s.job, FineTuneJob)
-        else failure.stuck_shard(s.ends("run"))
+        else no_progress_of_shards(s.ends("run"))
     ):
         return s.say(RUNNING, "False", Reason.NO_PROGRESS, stuck).fails(
             Reason.NO_PROGRESS, stuck, delete=[naming.child(s.job, "run")]
@@ -76,7 +78,7 @@ def at_work(s: Situation, group: Object) -> Step:
         since = s.status.condition(RUNNING)
         return s.note(run_start_time=s.status.run_start_time or (since and since.last_transition_time)).stops()
     failures = s.attempts("run")
-    if attempt is not None and (hopeless := failure.hopeless(failures)):
+    if attempt is not None and (hopeless := repeated_out_of_memory(failures)):
         return s.say(RUNNING, "False", hopeless.reason, hopeless.message).fails(
             hopeless.reason, hopeless.message, delete=[naming.child(s.job, "run")]
         )
@@ -86,7 +88,7 @@ def at_work(s: Situation, group: Object) -> Step:
     if failures:
         last = failures[-1]
         return s.say(
-            RUNNING, "False", Reason.RESTARTING, f"after {last.reason}: {last.message} ({failure.place(last)})"
+            RUNNING, "False", Reason.RESTARTING, f"after {last.reason}: {last.message} ({location(last)})"
         ).stops(requeue_after=again)
     return s.say(RUNNING, "False", Reason.STARTING, starting(s)).stops(requeue_after=again)
 

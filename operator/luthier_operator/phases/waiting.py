@@ -12,7 +12,8 @@ from luthier_api.exitcodes import ExitCode, Retry
 from luthier_api.status import Phase
 from luthier_operator import children, naming
 from luthier_operator.children import Trouble
-from luthier_operator.failure import KEPT, place
+from luthier_operator.failure.attempts import ATTEMPTS_KEPT
+from luthier_operator.failure.cause import location
 from luthier_operator.model import Object
 from luthier_operator.phases.step import Situation, Step
 
@@ -55,7 +56,7 @@ def for_one_pod(s: Situation, phase: Phase, condition: ConditionType, reason: st
         last = failures[-1]
         if last.exit_code in ExitCode.codes(Retry.NEVER):
             return s.stops(requeue_after=again)  # the Job says in a moment that it has failed
-        reason, message = last.reason, f"{last.message} ({place(last)}). It is tried again"
+        reason, message = last.reason, f"{last.message} ({location(last)}). It is tried again"
     return s.say(condition, "False", reason, message).stops(requeue_after=again)
 
 
@@ -116,7 +117,7 @@ def for_evidence(s: Situation, phase: Phase, child: Object) -> Step | None:
     if child["kind"] == "JobSet":
         explained = any(a.attempt == children.restarts(child)[0] for a in known)
     else:
-        explained = len(known) >= min(KEPT, max(1, child.get("status", {}).get("failed") or 0))
+        explained = len(known) >= min(ATTEMPTS_KEPT, max(1, child.get("status", {}).get("failed") or 0))
     return for_last_words(s, child, explained)
 
 

@@ -1,0 +1,128 @@
+"""The failures that a status keeps, as attempts: one for each restart of a group, one for each failed pod otherwise.
+
+Also finds restarts that make no progress, which would go on forever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from luthier_api.status import Attempt, Phase
+from luthier_operator.failure.cause import cause, location
+from luthier_operator.failure.pod_end import NO_EXIT_CODE, is_fatal, is_uncharged, message, reason
+from luthier_operator.model import PodEnd
+from luthier_operator.statuses import text
+
+ATTEMPTS_KEPT = 10  # in a status, which lies in etcd
+LAST_LINES_CHARACTERS = 1000
+NO_PROGRESS_RESTARTS = 3
+
+
+def attempt(end: PodEnd, number: int, step: int | None) -> Attempt:
+    """`end` as the status keeps it. `step` of the newest known checkpoint is used where the pod does not report one."""
+    last_lines = end.message.last_lines if end.message else end.raw_message
+    reported = end.message.step if end.message else None
+    return Attempt(
+        phase=end.phase,
+        attempt=number,
+        reason=reason(end),
+        exit_code=None if end.exit_code == NO_EXIT_CODE else end.exit_code,
+        pod=end.pod,
+        rank=end.index if end.phase == "run" else None,
+        node=end.node,
+        step=step if reported is None else reported,
+        message=message(end),
+        last_lines=last_lines[-LAST_LINES_CHARACTERS:],
+        charged=not is_fatal(end) and not is_uncharged(end),
+        time=text(end.finished_at),
+    )
+
+
+def attempts_of_group(
+    known: Sequence[Attempt], ends: Sequence[PodEnd], restarts_before: int, step: int | None, fatal: bool
+) -> list[Attempt]:
+    """`known` with the attempts of a group of pods: one cause for each restart of the JobSet, revised while ends come
+    in.
+
+    `restarts_before`: restarts of earlier JobSets of this job. `fatal`: the JobSet has failed without a restart, so the
+    cause of its last attempt is an end after which the cluster does not start it again.
+    """
+    by_number = {known_one.attempt: known_one for known_one in known if known_one.phase == "run"}
+    latest = max((end.attempt for end in ends), default=0)
+    for restart in sorted({end.attempt for end in ends}):
+        number = restarts_before + restart
+        of_restart = [end for end in ends if end.attempt == restart]
+        fatal_ends = [end for end in of_restart if is_fatal(end)] if fatal and restart == latest else []
+        found = cause(fatal_ends or of_restart)
+        if found is None:
+            continue
+        kept = by_number.get(number)
+        # A record whose pod is unknown was written by an earlier operator process, from ends that are gone: keep it.
+        revisable = kept is None or kept.pod in {end.pod for end in of_restart}
+        if revisable and (kept is None or kept.pod != found.pod):
+            reported = [end.message.step for end in of_restart if end.message and end.message.step is not None]
+            by_number[number] = attempt(found, number, max(reported, default=step))
+    others = [known_one for known_one in known if known_one.phase != "run"]
+    return newest([*others, *by_number.values()])
+
+
+def attempts_of_pods(known: Sequence[Attempt], ends: Sequence[PodEnd], phase: Phase) -> list[Attempt]:
+    """`known` with the attempts of pods that are restarted independently: one for each that failed."""
+    found = list(known)
+    # Ends that were dropped from `known` to make room are still among `ends`, and must not be added again.
+    oldest_kept = ("", "")
+    if len(known) >= ATTEMPTS_KEPT:
+        oldest_kept = (known[0].time or "", known[0].pod or "")
+    for end in sorted(ends, key=lambda end: (end.finished_at, end.pod)):
+        if end.exit_code == 0 or (text(end.finished_at), end.pod) < oldest_kept:
+            continue
+        if end.pod not in {known_one.pod for known_one in found}:
+            found.append(attempt(end, end.attempt or next_number(found, end, phase), None))
+    return newest(found)
+
+
+def next_number(attempts: Iterable[Attempt], end: PodEnd, phase: Phase) -> int:
+    """The number after the last attempt of this pod's index."""
+    rank = end.index if phase == "run" else None
+    numbers = [known.attempt for known in attempts if known.phase == phase and known.rank == rank]
+    return max(numbers) + 1 if numbers else 0
+
+
+def newest(attempts: Iterable[Attempt]) -> list[Attempt]:
+    """The last attempts that the status has room for, oldest first."""
+    return sorted(attempts, key=lambda known: (known.time or "", known.pod or ""))[-ATTEMPTS_KEPT:]
+
+
+def no_progress_of_group(attempts: Sequence[Attempt]) -> str | None:
+    """The message about a group whose last restarts brought no newer checkpoint, else None."""
+    last = [known for known in attempts if known.phase == "run"][-(NO_PROGRESS_RESTARTS + 1) :]
+    if len(last) <= NO_PROGRESS_RESTARTS:
+        return None
+    first = last[0].attempt
+    consecutive = [known.attempt for known in last] == list(range(first, first + len(last)))
+    same_step = len({known.step or 0 for known in last}) == 1
+    if not (consecutive and same_step):
+        return None
+    step = last[-1].step or 0
+    return f"{NO_PROGRESS_RESTARTS} restarts in a row brought no checkpoint after step {step}; {last_end(last[-1])}"
+
+
+def no_progress_of_shards(ends: Sequence[PodEnd]) -> str | None:
+    """The message about the first shard whose last restarts brought no further output, else None.
+
+    A pod that was killed does not report how far it came, and is taken for progress.
+    """
+    for index in sorted({end.index for end in ends}):
+        of_shard = sorted((end for end in ends if end.index == index), key=lambda end: (end.finished_at, end.pod))
+        last = of_shard[-(NO_PROGRESS_RESTARTS + 1) :]
+        outputs = [end.message.step or 0 for end in last if end.message and end.exit_code != 0]
+        if len(outputs) > NO_PROGRESS_RESTARTS and len(set(outputs)) == 1:
+            return (
+                f"{NO_PROGRESS_RESTARTS} restarts in a row of shard {index} brought no output after the first"
+                f" {outputs[-1]}; {last_end(attempt(last[-1], 0, None))}"
+            )
+    return None
+
+
+def last_end(last: Attempt) -> str:
+    return f"the last one ended with {last.reason}: {last.message} ({location(last)})"
