@@ -22,10 +22,10 @@ from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_api.spec import NewModel
 from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer import launch
-from luthier_trainer.modelfacts import read_processor
-from luthier_trainer.newmodel import new_config, save_new_model, train_tokenizer
-from luthier_trainer.prepared import FINGERPRINT, fingerprint, write_prepared
+from luthier_trainer.distributed import launch
+from luthier_trainer.models.new_model import new_config, save_new_model, train_tokenizer
+from luthier_trainer.models.processors import read_processor
+from luthier_trainer.workspace.prepared import FINGERPRINT, fingerprint, write_prepared
 
 LENGTH = 48
 

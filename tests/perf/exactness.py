@@ -164,7 +164,7 @@ def start(run: Any, root: Path) -> subprocess.Popen[bytes]:
     config.write_text(run.model_dump_json(by_alias=True, exclude_none=True))
     environment = os.environ | {"LUTHIER_RUN": str(config), "LUTHIER_NODE_RANK": "0"}
     return subprocess.Popen(
-        [sys.executable, "-m", "luthier_trainer.process", "generate"], env=environment, stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "luthier_trainer.worker", "generate"], env=environment, stdout=subprocess.DEVNULL
     )
 
 

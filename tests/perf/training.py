@@ -35,7 +35,7 @@ def prepare(root: Path, **spec: Any) -> Any:
     from prepared_workspace import prepared_run
 
     from luthier_api.spec import NewModel
-    from luthier_trainer.newmodel import new_config, save_new_model, train_tokenizer
+    from luthier_trainer.models.new_model import new_config, save_new_model, train_tokenizer
 
     text = "\n\n".join(body for _, body in sorted(topics.items()))
     tokenizer = train_tokenizer(text.split("\n\n"), 2048)
@@ -101,7 +101,7 @@ def measuring(base: type) -> type:
 def ours(root: Path) -> dict[str, Any]:
     """The very process that a pod starts, with one callback that measures."""
     from luthier_api.run import read_run
-    from luthier_trainer import train
+    from luthier_trainer.training import main as train
 
     train.Heartbeat = measuring(train.Heartbeat)  # type: ignore[misc]
     train.main(read_run((root / "run.json").read_bytes()))

@@ -22,9 +22,9 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from luthier_trainer.generation.engines.text import TextEngine
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.samples import Sample, batches
-from luthier_trainer.generation.text import TextEngine
 
 VOCABULARY = 512
 WEIGHT = 8  # times that of a new model, so that texts depend on their prompts

@@ -18,8 +18,8 @@ from hub.server import Running
 from luthier_api.run import FineTuneRun, GenerateRun
 from luthier_api.spec import NewModel
 from luthier_api.variables import Variables
-from luthier_trainer import notices
-from luthier_trainer.newmodel import new_config, save_new_model, train_tokenizer
+from luthier_trainer.models.new_model import new_config, save_new_model, train_tokenizer
+from luthier_trainer.runtime import notices
 
 # Before torch is imported, which reads it once: two workers with two threads each on two cores spend most of their time
 # waiting for each other.

@@ -14,9 +14,9 @@ from luthier_api.status import Plan, ResolvedDataset, ResolvedSource
 from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer import generate
-from luthier_trainer.generation.shard import TABLES, shard_name
-from luthier_trainer.prepared import FINGERPRINT, fingerprint, write_prepared
+from luthier_trainer.generation import main as generate
+from luthier_trainer.generation.ledger import TABLES, shard_name
+from luthier_trainer.workspace.prepared import FINGERPRINT, fingerprint, write_prepared
 
 Row = dict[str, Any]
 

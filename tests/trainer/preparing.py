@@ -7,8 +7,8 @@ from typing import Any
 from datasets import DatasetDict, load_from_disk
 
 from luthier_api.run import FineTuneRun
-from luthier_trainer.prepare import main
-from luthier_trainer.prepared import read_prepared
+from luthier_trainer.prepare.main import main
+from luthier_trainer.workspace.prepared import read_prepared
 
 
 def prepared(run: FineTuneRun) -> tuple[Any, DatasetDict]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from luthier_trainer.signals import Stop
+from luthier_trainer.supervisor.signals import Stop
 
 
 def run() -> int:
     stop = Stop()  # before the imports below, which take time
-    from luthier_trainer.pid1 import main
+    from luthier_trainer.supervisor.entrypoint import main
 
     return main(sys.argv[1:], stop)
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from luthier_api.exitcodes import ExitCode
 from luthier_trainer.data.filerows import TEXT_TYPES
 from luthier_trainer.data.load import Rows
-from luthier_trainer.ending import Failure
-from luthier_trainer.notices import notice
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.notices import notice
 
 if TYPE_CHECKING:
     import pyarrow

@@ -23,8 +23,8 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.spec import Csv
 from luthier_trainer.data import csvregular, decoding
 from luthier_trainer.data.files import suffix_of
-from luthier_trainer.ending import Failure
-from luthier_trainer.notices import notice
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.notices import notice
 
 AT_ONCE = 1000  # rows of a batch, as in `datasets`
 # Characters; csv's own limit is 131,072. A quotation mark that is never closed reads up to this much

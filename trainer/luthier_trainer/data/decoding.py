@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from luthier_api.exitcodes import ExitCode
-from luthier_trainer.ending import Failure
-from luthier_trainer.notices import notice
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.notices import notice
 
 BOM = "\ufeff"
 BOMS = (  # UTF-32 first: its little-endian mark begins with the one of UTF-16

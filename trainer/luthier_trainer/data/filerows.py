@@ -20,8 +20,8 @@ from luthier_trainer.data import decoding
 from luthier_trainer.data.csvrows import CsvFile
 from luthier_trainer.data.jsonrows import JsonFile, Survey, Widened
 from luthier_trainer.data.parquetrows import ParquetFile
-from luthier_trainer.ending import Failure
-from luthier_trainer.notices import notice
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.notices import notice
 
 if TYPE_CHECKING:
     import pyarrow

@@ -17,8 +17,8 @@ from pathlib import Path, PurePath
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import Origin
 from luthier_api.spec import DatasetSource
-from luthier_trainer import origins
-from luthier_trainer.ending import Failure
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.workspace import provenance
 
 FORMATS = {
     ".csv": "csv",
@@ -256,4 +256,4 @@ def refuse_other_files(recorded: list[Origin], source: DatasetSource, patterns: 
     except Failure:
         return
     if before and (other := sorted(found ^ before)):
-        raise origins.changed(field, f"{other[0]} has {'come' if other[0] in found else 'gone'}")
+        raise provenance.changed(field, f"{other[0]} has {'come' if other[0] in found else 'gone'}")

@@ -17,7 +17,7 @@ from luthier_api.spec import Csv
 from luthier_trainer.data.csvrows import SEPARATORS
 from luthier_trainer.data.filerows import Table
 from luthier_trainer.data.files import BUILDERS, FORMATS, suffix_of
-from luthier_trainer.ending import Failure
+from luthier_trainer.runtime.failure import Failure
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder, Features

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from luthier_api.exitcodes import ExitCode
 from luthier_trainer.data import decoding
-from luthier_trainer.ending import Failure
+from luthier_trainer.runtime.failure import Failure
 
 if TYPE_CHECKING:
     import pyarrow

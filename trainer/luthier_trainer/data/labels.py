@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from luthier_trainer.data import columns
 from luthier_trainer.data.columns import invalid, some
 from luthier_trainer.data.load import Rows
-from luthier_trainer.notices import notice
+from luthier_trainer.runtime.notices import notice
 
 if TYPE_CHECKING:
     import numpy

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import Origin
 from luthier_api.spec import Csv, DatasetSource
-from luthier_trainer import origins
 from luthier_trainer.data.decoding import Decoder
 from luthier_trainer.data.filerows import TEXT_TYPES, Files, Part, Table
 from luthier_trainer.data.files import BUILDERS, TEXTUAL, ImageFolder, find_files, format_of, image_folder
 from luthier_trainer.data.hubrows import plain_files
-from luthier_trainer.ending import Failure
-from luthier_trainer.hub import hub_api, patiently
-from luthier_trainer.notices import notice
+from luthier_trainer.models.hub import hub_api, patiently
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.notices import notice
+from luthier_trainer.workspace import provenance
 
 if TYPE_CHECKING:
     import numpy
@@ -132,7 +132,7 @@ class Loader:
             table.data,
             origin,
             documents=self.documents and kind == "text",
-            origins=tuple(origins.of_data(p, where) for p in paths),
+            origins=tuple(provenance.of_data(p, where) for p in paths),
             parts=table.parts,
             names=table.names,
             texts=table.texts,

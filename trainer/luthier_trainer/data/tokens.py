@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier_trainer.data.columns import invalid
 from luthier_trainer.data.reading import Reader, rows_at_once
-from luthier_trainer.notices import notice
+from luthier_trainer.runtime.notices import notice
 
 if TYPE_CHECKING:
     import numpy

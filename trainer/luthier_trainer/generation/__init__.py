@@ -1,3 +1,1 @@
-"""The parts of `generate`: the table of samplers, one engine a task, and the shard's ledger. Importing this package
-imports no torch.
-"""
+"""The phase `run` of a GenerateJob: samples, their ledger, and the engines that make outputs."""

@@ -8,7 +8,7 @@ from importlib.metadata import version
 import torch
 
 from luthier_api.generate import GenerateJobSpec
-from luthier_trainer.devices import DTYPES, assert_gpus, fitting_precision
+from luthier_trainer.runtime.devices import DTYPES, assert_gpus, fitting_precision
 
 
 @dataclass(frozen=True)

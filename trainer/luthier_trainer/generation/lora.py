@@ -21,8 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from luthier_api.exitcodes import ExitCode
-from luthier_trainer.ending import Failure
 from luthier_trainer.generation.loranames import Names, split
+from luthier_trainer.runtime.failure import Failure
 
 Tensors = dict[str, torch.Tensor]
 """Role (`loranames.ROLES`) → tensor."""

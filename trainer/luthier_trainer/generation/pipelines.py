@@ -17,12 +17,12 @@ import torch
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import GenerateJobSpec
-from luthier_trainer import modelfacts, sources, weightfiles
-from luthier_trainer.ending import Failure
 from luthier_trainer.generation import lora
 from luthier_trainer.generation.loranames import Names
 from luthier_trainer.generation.schedulers import make_scheduler, rehearse
-from luthier_trainer.notices import notice
+from luthier_trainer.models import checks, sources, weight_files
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.notices import notice
 
 MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
 LIBRARIES = ("diffusers", "transformers")  # no code of a repository's own
@@ -95,17 +95,17 @@ def load(path: Path, dtype: torch.dtype) -> Any:
         raise Failure(ExitCode.INVALID_SPEC, f"{field}: the pipeline in {path} cannot be loaded: {error}") from None
 
 
-def weight_files(folder: Path, field: str) -> list[Path]:
+def weight_files_of(folder: Path, field: str) -> list[Path]:
     """The files that `from_pretrained` reads the weights of a model from: the plain ones, or else those of fp16. Raises
     Failure.
     """
-    there = weightfiles.loaded(folder, field)
+    there = weight_files.loaded(folder, field)
     return [p for p in there if not sources.VARIANT.search(p.name)] or [p for p in there if ".fp16" in p.name]
 
 
 def variant(folder: Path, field: str) -> str | None:
     """diffusers' name for the weights in `folder` that are read."""
-    return "fp16" if any(sources.VARIANT.search(p.name) for p in weight_files(folder, field)) else None
+    return "fp16" if any(sources.VARIANT.search(p.name) for p in weight_files_of(folder, field)) else None
 
 
 def skeletons(path: Path, index: Mapping[str, Any], field: str) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def check_weights(folder: Path, model: Any, field: str) -> None:
     """
     held = {
         name: torch.empty(shape, device="meta")
-        for name, shape in weightfiles.shapes(weight_files(folder, field)).items()
+        for name, shape in weight_files.shapes(weight_files_of(folder, field)).items()
     }
     if hasattr(model, "_fix_state_dict_keys_on_load"):
         model._fix_state_dict_keys_on_load(held)  # attention of old autoencoders had other names
@@ -179,7 +179,7 @@ def check_size(vae: Any, spec: GenerateJobSpec) -> None:
 
 
 def _index(path: Path, field: str) -> dict[str, Any]:
-    modelfacts.check_pipeline(path, field)
+    checks.check_pipeline(path, field)
     return dict(json.loads((path / sources.PIPELINE_CONFIG).read_text()))
 
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from luthier_api.generate import TextSettings
-from luthier_trainer.ending import beat
+from luthier_trainer.runtime.heartbeat import beat
 
 
 class SeededChoice(LogitsProcessor):

@@ -13,7 +13,7 @@ from typing import Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import SchedulerName
-from luthier_trainer.ending import Failure
+from luthier_trainer.runtime.failure import Failure
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import PIL.Image
 import torch
 from transformers import AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 
-from luthier_trainer.tasks.classification import Classification, twin
+from luthier_trainer.models.heads import twin
+from luthier_trainer.tasks.classification import Classification
 
 Batch = dict[str, torch.Tensor]
 # Pixels of an image that stands for all of them: `prepare` has seen that the processor makes the same shape of any

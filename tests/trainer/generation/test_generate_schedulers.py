@@ -1,0 +1,222 @@
+"""The table of samplers: every name that users may write, the class of diffusers behind it, and images that come of
+it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, get_args
+
+import diffusers
+import pytest
+from diffusers.utils import is_torchsde_available
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.generate import SchedulerName
+from luthier_trainer.generation.engines.images import ImageEngine
+from luthier_trainer.generation.hardware import Hardware
+from luthier_trainer.generation.samples import Sample, batches
+from luthier_trainer.generation.schedulers import SAMPLERS, make_scheduler, rehearse
+from luthier_trainer.runtime.failure import Failure
+
+# diffusers and numpy 2 talk about each other.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+NAMES = get_args(SchedulerName)
+# What Stable Diffusion XL's own repository says of its sampler.
+OWN: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "prediction_type": "epsilon",
+}
+SAMPLES = [Sample(0, 0, "a lute on a bench", None, 7), Sample(1, 0, "two lutes", None, 2**32 - 1)]
+
+
+@pytest.fixture(scope="module")
+def engine(sdxl: Path) -> ImageEngine:
+    """An engine whose sampler the tests change: loading the model takes longer than drawing."""
+    from trainer.generating import generate_run
+
+    run = generate_run(
+        Path("/"),
+        [{"prompt": "-"}],
+        task="text-to-image",
+        model={"path": str(sdxl)},
+        image={"width": 32, "height": 32, "steps": 4},
+    )
+    return ImageEngine(run.spec, sdxl, [], Hardware("cpu", "fp32"), batch_size=2)
+
+
+def test_every_name_has_an_entry() -> None:
+    assert {"default", *SAMPLERS} == set(NAMES)
+
+
+# Name, class, what its configuration says beside the model's own.
+EXPECTED: list[tuple[SchedulerName, str, dict[str, Any]]] = [
+    ("ddim", "DDIMScheduler", {"clip_sample": False}),
+    ("ddpm", "DDPMScheduler", {"clip_sample": False}),
+    (
+        "dpm++2m",
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False},
+    ),
+    ("dpm++2m-karras", "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}),
+    ("dpm++2m-sde", "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    ("euler", "EulerDiscreteScheduler", {"use_karras_sigmas": False}),
+    ("euler-ancestral", "EulerAncestralDiscreteScheduler", {}),
+    ("lcm", "LCMScheduler", {"clip_sample": False}),
+    ("pndm", "PNDMScheduler", {"skip_prk_steps": True}),
+    ("unipc", "UniPCMultistepScheduler", {"solver_type": "bh2", "predict_x0": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "class_name", "config"), EXPECTED, ids=[e[0] for e in EXPECTED])
+def test_a_name_is_a_class_with_the_models_own_betas(
+    name: SchedulerName, class_name: str, config: dict[str, Any]
+) -> None:
+    own = diffusers.DPMSolverMultistepScheduler.from_config(
+        OWN | {"use_karras_sigmas": True, "algorithm_type": "sde-dpmsolver++"}
+    )
+    scheduler = make_scheduler(name, own, steps=10)
+    assert type(scheduler).__name__ == class_name
+    found = dict(scheduler.config)
+    assert {k: found[k] for k in OWN} == OWN
+    assert {k: found[k] for k in config} == config
+
+
+def test_default_is_the_models_own() -> None:
+    own = diffusers.DDIMScheduler.from_config(OWN)
+    assert make_scheduler("default", own, steps=10) is own
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "dpm++sde" or is_torchsde_available()])
+def test_every_name_draws_the_same_images_twice(engine: ImageEngine, name: SchedulerName) -> None:
+    engine.pipe.scheduler = make_scheduler(name, diffusers.EulerDiscreteScheduler.from_config(OWN), steps=4)
+    engine.scheduler_name = name
+    first, again = engine.make(SAMPLES), engine.make(SAMPLES)
+    assert [o.error for o in first] == [None, None]
+    assert [o.image for o in first] == [o.image for o in again]
+    # The second row alone: no neighbour, no place in the batch, no shared generator decides.
+    assert engine.make(SAMPLES[1:])[0].image == first[1].image
+    assert first[0].image != first[1].image
+
+
+# LUTHIER_EXACT=all: with every sampler, about a minute.
+EXACT = (
+    [n for n in NAMES if n != "dpm++sde" or is_torchsde_available()]
+    if os.environ.get("LUTHIER_EXACT") == "all"
+    else ["euler-ancestral", "dpm++2m-sde"]
+)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_images_are_the_same_to_the_bit_however_rows_are_ordered_and_split(
+    engine: ImageEngine, name: SchedulerName
+) -> None:
+    engine.pipe.scheduler = make_scheduler(name, diffusers.EulerDiscreteScheduler.from_config(OWN), steps=4)
+    engine.scheduler_name = name
+    samples = [Sample(row, 0, f"lute {row}", "rain" if row % 3 == 1 else None, 11 * row) for row in range(5)]
+
+    def drawn(order: list[Sample], shards: int) -> dict[int, bytes | None]:
+        return {
+            output.sample.row: output.image
+            for shard in range(shards)
+            for batch in batches(engine, [s for s in order if s.row % shards == shard])
+            for output in engine.make(batch)
+        }
+
+    whole = drawn(samples, 1)
+    assert len(set(whole.values())) == 5
+    permuted = [samples[i] for i in (3, 0, 4, 1, 2)]
+    for order, shards in ((permuted, 1), (samples, 2), (permuted, 3)):
+        assert drawn(order, shards) == whole
+
+
+@pytest.mark.skipif(is_torchsde_available(), reason="torchsde is installed: dpm++sde draws, as the test above shows")
+def test_a_package_that_is_missing_is_named() -> None:
+    with pytest.raises(Failure) as failure:
+        make_scheduler("dpm++sde", diffusers.EulerDiscreteScheduler.from_config(OWN), steps=4)
+    assert failure.value.code is ExitCode.MISCONFIGURED
+    assert failure.value.message.startswith("spec.image.scheduler: dpm++sde needs a package that this image lacks")
+    assert "torchsde" in failure.value.message
+
+
+def test_the_model_sees_one_shape(engine: ImageEngine) -> None:
+    """Kernels are chosen by shape, and other kernels round in other ways: a short batch is filled up, latents are
+    decoded one by one.
+    """
+    seen: set[tuple[int, ...]] = set()
+    hooks = [
+        engine.pipe.unet.register_forward_pre_hook(lambda _, given: seen.add(given[0].shape)),
+        engine.pipe.vae.decoder.register_forward_pre_hook(lambda _, given: seen.add(given[0].shape)),
+    ]
+    for samples in (SAMPLES, SAMPLES[:1]):
+        engine.make(samples)
+    for hook in hooks:
+        hook.remove()
+    assert seen == {(4, 4, 16, 16), (1, 4, 16, 16)}  # two rows with guidance, and one latent
+
+
+def test_steps_that_a_sampler_cannot_do() -> None:
+    with pytest.raises(Failure) as failure:
+        make_scheduler("lcm", diffusers.EulerDiscreteScheduler.from_config(OWN), steps=100)
+    assert failure.value.code is ExitCode.INVALID_SPEC
+    assert failure.value.message.startswith("spec.image.steps: lcm cannot do 100 steps: ")
+
+
+ZERO_SNR = OWN | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+KEEPING = [
+    "ddim",
+    "ddpm",
+    "dpm++2m",
+    "dpm++2m-karras",
+    "dpm++2m-sde",
+    "euler",
+    "euler-ancestral",
+    "lcm",
+    "tcd",
+    "unipc",
+]
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "dpm++sde" or is_torchsde_available()])
+def test_a_sampler_keeps_what_the_model_was_trained_with_or_is_refused(name: SchedulerName) -> None:
+    """A zero terminal SNR: the last of the products of alphas, which every class computes anew from its
+    configuration.
+    """
+    own = diffusers.EulerDiscreteScheduler.from_config(ZERO_SNR)
+    if name in ("default", *KEEPING):
+        scheduler = make_scheduler(name, own, steps=10)
+        rehearse(name, scheduler)
+        assert float(scheduler.alphas_cumprod[-1]) < 1e-6
+        assert {k: scheduler.config[k] for k in ZERO_SNR} == ZERO_SNR
+        return
+    with pytest.raises(Failure) as failure:
+        make_scheduler(name, own, steps=10)
+    assert failure.value.code is ExitCode.INVALID_SPEC
+    assert (
+        failure.value.message
+        == f"spec.image.scheduler: the model was trained with rescale_betas_zero_snr: True, which {name} leaves out;"
+        f" its images would be others. Choose {' or '.join(KEEPING)}"
+    )
+
+
+def test_a_models_own_sampler_that_leaves_out_what_its_file_says() -> None:
+    own = diffusers.HeunDiscreteScheduler.from_config(ZERO_SNR)
+    with pytest.raises(Failure, match="trained with rescale_betas_zero_snr: True, which default leaves out"):
+        make_scheduler("default", own, steps=10)
+
+
+def test_a_prediction_that_a_sampler_does_not_know() -> None:
+    own = diffusers.EulerDiscreteScheduler.from_config(OWN | {"prediction_type": "sample"})
+    with pytest.raises(
+        Failure,
+        match=(
+            r"spec\.image\.scheduler: kdpm2 cannot sample from this model: prediction_type not implemented yet: sample"
+        ),
+    ):
+        rehearse("kdpm2", make_scheduler("kdpm2", own, steps=10))

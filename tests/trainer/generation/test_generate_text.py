@@ -1,0 +1,285 @@
+"""Texts of `generate`: what they depend on (prompt, seed, settings, adapters) and what they do not (shards, neighbours,
+batches).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from trainer.generating import generate_run, generate_shards, result_lines
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
+
+from luthier_api.exitcodes import ExitCode
+from luthier_trainer.runtime.failure import Failure
+
+PROMPTS = [
+    "The class statement",
+    "A function is",
+    "An import",
+    "Objects are " * 12,
+    "Names refer to",
+    "The try statement specifies",
+]
+DRAWN = {"maxNewTokens": 12, "temperature": 1.0, "topP": 0.95}
+
+Texts = Callable[..., list[dict[str, Any]]]
+
+
+def rows(*prompts: str) -> list[dict[str, Any]]:
+    return [{"prompt": p} for p in prompts]
+
+
+@pytest.fixture
+def texts(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Texts:
+    """The lines of a job over the tiny model; keywords are fields of its spec."""
+
+    def make(prompts: list[dict[str, Any]], **spec: Any) -> list[dict[str, Any]]:
+        workspace = tmp_path / f"job{len(list(tmp_path.glob('job*')))}"
+        run = generate_run(
+            workspace, prompts, **{"task": "text-generation", "model": {"path": str(tiny_model)}, "text": DRAWN} | spec
+        )
+        generate_shards(run, monkeypatch)
+        return result_lines(run)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter whose weights were drawn, not learnt."""
+    return write_adapter(tiny_model, tmp_path_factory.mktemp("adapter"))
+
+
+def write_adapter(tiny_model: Path, folder: Path, **config: Any) -> Path:
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(r=4, target_modules="all-linear", **config)
+    )
+    generator = torch.Generator().manual_seed(5)
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.5, generator=generator)
+    model.save_pretrained(folder)
+    return folder
+
+
+def written(lines: list[dict[str, Any]]) -> list[str]:
+    return [line["text"] for line in lines]
+
+
+def test_greedy_text_is_what_transformers_writes(texts: Texts, tiny_model: Path) -> None:
+    lines = texts(rows(*PROMPTS[:3]), text={"maxNewTokens": 12})
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    for line in lines:
+        ids = tokenizer(line["prompt"], return_tensors="pt")
+        expect = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids.input_ids.shape[1] :]
+        assert line["text"] == tokenizer.decode(expect, skip_special_tokens=True)
+        assert line["newTokens"] == len(expect)
+
+
+# What changes                                 → whether the texts of the same rows do.
+DEPENDENCE: list[tuple[str, dict[str, Any], bool]] = [
+    ("nothing", {}, False),
+    ("2 shards instead of 1", {"shards": 2}, False),
+    ("5 shards, some with one row", {"shards": 5}, False),
+    ("another temperature", {"text": DRAWN | {"temperature": 3.0}}, True),
+    ("a penalty for repetition", {"text": DRAWN | {"repetitionPenalty": 5.0}}, True),
+    ("few tokens to choose from", {"text": DRAWN | {"topK": 2}}, True),
+    ("bf16", {"precision": "bf16"}, True),
+]
+
+
+@pytest.mark.parametrize(("change", "spec", "differs"), DEPENDENCE, ids=[c[0] for c in DEPENDENCE])
+def test_what_texts_depend_on(texts: Texts, change: str, spec: dict[str, Any], differs: bool) -> None:
+    prompts = rows(*PROMPTS, *PROMPTS)
+    assert (written(texts(prompts)) != written(texts(prompts, **spec))) is differs
+
+
+def test_a_row_is_the_same_among_other_rows(texts: Texts) -> None:
+    many = texts(rows(*PROMPTS), batchSize=4)
+    for row, neighbours in ((0, [1, 2, 4]), (3, [3, 3, 3]), (5, [0, 1, 3])):
+        alone = [{"prompt": PROMPTS[i], "seed": 100 * i} for i in (row, *neighbours)]
+        assert texts(alone, batchSize=4)[0]["text"] == many[row]["text"]
+
+
+def test_the_model_sees_shapes_that_follow_from_the_row(texts: Texts, tiny_model: Path, tmp_path: Path) -> None:
+    """Kernels are chosen by shape, and other kernels round in other ways: short batches are filled up, lengths are
+    powers of two.
+    """
+    from luthier_trainer.generation.engines.text import TextEngine
+    from luthier_trainer.generation.hardware import Hardware
+    from luthier_trainer.generation.samples import Sample
+
+    run = generate_run(
+        tmp_path, rows("-"), task="text-generation", model={"path": str(tiny_model)}, text={"maxNewTokens": 2}
+    )
+    engine = TextEngine(run.spec, tiny_model, tiny_model, [], Hardware("cpu", "fp32"), batch_size=3)
+    seen: list[tuple[int, ...]] = []
+    engine.model.get_input_embeddings().register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape)))
+    for prompts in (["The class"] * 3, ["An import"], ["The class " * 20], ["The class " * 40] * 2):
+        engine.make([Sample(i, 0, prompt, None, 0) for i, prompt in enumerate(prompts)])
+    assert [shape for shape in seen if shape[1] > 1] == [(3, 32), (3, 32), (3, 64), (3, 128)]
+    assert {shape for shape in seen if shape[1] == 1} == {(3, 1)}
+
+
+def test_samples_of_a_row_have_seeds_of_their_own_that_rows_can_ask_for(texts: Texts) -> None:
+    several = texts([{"prompt": PROMPTS[0], "seed": 7}], text=DRAWN | {"perPrompt": 3}, batchSize=3)
+    assert [line["seed"] for line in several] == [7, 8, 9]
+    assert len(set(written(several))) == 3
+    asked = texts([{"prompt": PROMPTS[0], "seed": 7 + i} for i in range(3)], batchSize=3)
+    assert written(asked) == written(several)
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    from luthier_trainer.generation.sampling import SeededChoice
+
+    likelihood = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    choice = SeededChoice(range(4000), prompt_length=1, steps=1, device=torch.device("cpu"))
+    chosen = choice(torch.zeros(4000, 1, dtype=torch.long), likelihood.log().expand(4000, 4)).argmax(-1)
+    shares = chosen.bincount(minlength=4) / 4000
+    assert shares[1] == 0
+    assert torch.allclose(shares, likelihood, atol=0.03)  # 4 standard deviations
+
+
+def test_each_step_draws_anew() -> None:
+    from luthier_trainer.generation.sampling import SeededChoice
+
+    choice = SeededChoice([7], prompt_length=3, steps=50, device=torch.device("cpu"))
+    chosen = {
+        choice(torch.zeros(1, 3 + step, dtype=torch.long), torch.zeros(1, 1000)).argmax().item() for step in range(50)
+    }
+    assert len(chosen) > 40
+
+
+def test_padding_counts_for_no_penalty() -> None:
+    from luthier_trainer.generation.sampling import RepetitionPenalty
+
+    penalised = RepetitionPenalty(2.0, torch.tensor([[0, 0, 1, 1]]))(torch.tensor([[3, 3, 1, 2, 0]]), torch.ones(1, 5))
+    assert penalised.tolist() == [[0.5, 0.5, 0.5, 1.0, 1.0]]
+
+
+def test_text_ends_at_the_first_end_token(texts: Texts, tiny_model: Path, tmp_path: Path) -> None:
+    """A model that has learnt to say one thing: the end."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    model.generation_config.eos_token_id = [0, tokenizer.eos_token_id]  # as Llama 3 has two
+    model.save_pretrained(tmp_path / "terse")
+    tokenizer.save_pretrained(tmp_path / "terse")
+    (line,) = texts(rows("The end"), model={"path": str(tmp_path / "terse")}, text={"maxNewTokens": 5})
+    assert (line["text"], line["newTokens"], line["finishReason"]) == ("", 0, "stop")
+
+
+def test_adapters(texts: Texts, adapter: Path) -> None:
+    prompts = rows(*PROMPTS[:2])
+    plain = written(texts(prompts))
+
+    def adapted(*weights: float) -> list[str]:
+        return written(texts(prompts, adapters=[{"path": str(adapter), "weight": w} for w in weights]))
+
+    full = adapted(1.0)
+    assert full != plain
+    assert adapted(0.0) == plain
+    assert adapted(0.5) not in (full, plain)
+    assert adapted(0.75, 0.25) == full
+    assert adapted(1.0, -1.0) == plain
+
+
+def test_an_adapter_merged_is_the_adapter_that_peft_runs(texts: Texts, adapter: Path, tiny_model: Path) -> None:
+    from peft import PeftModel
+
+    (line,) = texts(rows(PROMPTS[1]), adapters=[{"path": str(adapter)}], text={"maxNewTokens": 12})
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), adapter)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    ids = tokenizer(PROMPTS[1], return_tensors="pt")
+    expect = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids.input_ids.shape[1] :]
+    assert line["text"] == tokenizer.decode(expect, skip_special_tokens=True)
+
+
+def test_a_row_that_cannot_be_made_has_a_line_that_says_why(texts: Texts) -> None:
+    lines = texts(rows("short", "The class statement. " * 100, "also short"), shards=3)
+    assert [line["error"] is not None for line in lines] == [False, True, False]
+    assert "text.maxNewTokens 12 are more than the model's 256; shorten the prompt" in lines[1]["error"]
+
+
+# Mistake, what is changed in the spec (M: the model's folder, T: a folder of the test's own), code, words of the
+# message.
+MISTAKES: list[tuple[str, Callable[[Path, Path], dict[str, Any]], ExitCode, list[str]]] = [
+    (
+        "every row is too long",
+        lambda m, t: {"inputs": {"rows": rows("long " * 300, "long " * 400)}, "shards": 2},
+        ExitCode.INVALID_DATASET,
+        ["spec.inputs: not one row", "row 0: prompt: "],
+    ),
+    (
+        "no GPU is there",
+        lambda m, t: {"resources": {"gpus": 1}},
+        ExitCode.MISCONFIGURED,
+        ["spec.resources.gpus: 1 asked for", "set spec.resources.gpus: 0"],
+    ),
+    (
+        "the model is an encoder",
+        lambda m, t: {"model": {"path": str(encoder(m, t))}},
+        ExitCode.INVALID_SPEC,
+        ["spec.model: ", "holds no weights for", "BertLMHeadModel"],
+    ),
+    (
+        "the adapter is of another model",
+        lambda m, t: {"adapters": [{"path": str(adapter_of_another(m, t))}]},
+        ExitCode.INVALID_SPEC,
+        ["spec.adapters[0]: does not fit the model", "size mismatch"],
+    ),
+    (
+        "an empty adapter folder",
+        lambda m, t: {"adapters": [{"path": str(t)}]},
+        ExitCode.INVALID_SPEC,
+        ["spec.adapters[0]", "adapter_config"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("mistake", "change", "code", "words"), MISTAKES, ids=[m[0] for m in MISTAKES])
+def test_mistakes(
+    texts: Texts,
+    tiny_model: Path,
+    tmp_path: Path,
+    mistake: str,
+    change: Callable[..., Any],
+    code: ExitCode,
+    words: list[str],
+) -> None:
+    (own := tmp_path / "own").mkdir()
+    with pytest.raises(Failure) as failure:
+        texts(rows("The class"), **change(tiny_model, own))
+    assert failure.value.code is code
+    for word in words:
+        assert word in failure.value.message
+
+
+def encoder(tiny_model: Path, folder: Path) -> Path:
+    config = BertConfig(
+        vocab_size=512,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        is_decoder=True,
+    )
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_model / name, folder)
+    return folder
+
+
+def adapter_of_another(tiny_model: Path, folder: Path) -> Path:
+    """An adapter of a model with wider layers."""
+    config = AutoModelForCausalLM.from_pretrained(tiny_model).config
+    config.hidden_size, config.head_dim = 64, 32
+    model = AutoModelForCausalLM.from_config(config)
+    get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(folder)
+    return folder

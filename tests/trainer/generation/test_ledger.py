@@ -1,0 +1,259 @@
+"""The ledger of a shard: what an attempt takes over from the one before, and what lies in `result/` at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.generation import ledger as shards
+from luthier_trainer.generation.ledger import KEYS, Shard, image_folder, shard_manifest
+from luthier_trainer.generation.samples import Output, Sample, batches, padded
+from luthier_trainer.runtime import notices
+
+SETTINGS = {"task": "text-to-image", "guidance": 5.0, "steps": 2}
+SAMPLES = [Sample(0, 0, "a lute", None, 7), Sample(0, 1, "a lute", None, 8), Sample(1, 0, "two lutes", "rain", 9)]
+
+
+def opened(tmp_path: Path, settings: dict[str, Any] = SETTINGS) -> Shard:
+    return Shard(WorkspaceFolder(tmp_path), 0, 1, settings, "here")
+
+
+def output(sample: Sample) -> Output:
+    """An image for row 0, an error for row 1."""
+    return (
+        Output(sample, error="too dark")
+        if sample.row == 1
+        else Output(sample, image=b"image %d" % sample.seed, suffix="png")
+    )
+
+
+def written(tmp_path: Path) -> Shard:
+    shard = opened(tmp_path)
+    assert shard.resume(SAMPLES) == SAMPLES
+    shard.append([output(s) for s in SAMPLES])
+    return shard
+
+
+def cut_last_line(shard: Shard) -> None:
+    shard.ledger.write_bytes(shard.ledger.read_bytes()[:-20])
+
+
+def cut_last_newline(shard: Shard) -> None:
+    shard.ledger.write_bytes(shard.ledger.read_bytes()[:-1])
+
+
+def lose_first_image(shard: Shard) -> None:
+    (shard.folder.shards / shard.own / "images/0000/000000-00.png").unlink()
+
+
+def cut_first_image(shard: Shard) -> None:
+    (shard.folder.shards / shard.own / "images/0000/000000-00.png").write_bytes(b"im")
+
+
+def spoil_first_image(shard: Shard) -> None:
+    """As long as before."""
+    (shard.folder.shards / shard.own / "images/0000/000000-00.png").write_bytes(b"imagE 7")
+
+
+def repeat_first_line(shard: Shard) -> None:
+    shard.ledger.write_bytes(shard.ledger.read_bytes() + shard.ledger.read_bytes().splitlines(keepends=True)[0])
+
+
+def spoil_middle_line(shard: Shard) -> None:
+    lines = shard.ledger.read_bytes().splitlines(keepends=True)
+    shard.ledger.write_bytes(lines[0] + b"\0" * 40 + b"\n" + lines[2])
+
+
+# What happened to the files, and which samples are left then.
+DAMAGE: list[tuple[str, Callable[[Shard], None], list[int]]] = [
+    ("nothing", lambda s: None, []),
+    ("torn last line", cut_last_line, [2]),
+    ("last line without its end", cut_last_newline, [2]),
+    ("an image is gone", lose_first_image, [0]),
+    ("an image is short", cut_first_image, [0]),
+    ("an image is another of the same size", spoil_first_image, [0]),
+    ("a line is there twice", repeat_first_line, []),
+    ("a block of zeros", spoil_middle_line, [1]),
+    ("the ledger is gone", lambda s: s.ledger.unlink(), [0, 1, 2]),
+]
+
+
+@pytest.mark.parametrize(("damage", "do", "left"), DAMAGE, ids=[d[0] for d in DAMAGE])
+def test_resume(tmp_path: Path, damage: str, do: Callable[[Shard], None], left: list[int]) -> None:
+    do(written(tmp_path))
+    shard = opened(tmp_path)
+    assert shard.resume(SAMPLES) == [SAMPLES[i] for i in left]
+    shard.append([output(SAMPLES[i]) for i in left])
+    lines = [json.loads(line) for line in shard.ledger.read_text().splitlines()]
+    assert sorted((line["row"], line["sample"]) for line in lines) == [(0, 0), (0, 1), (1, 0)]
+    assert (len(shard.done), shard.failed, shard.first_error) == (3, 1, "row 1: too dark")
+
+
+def replaced(index: int, **facts: Any) -> list[Sample]:
+    return [Sample(**{**vars(s), **facts}) if i == index else s for i, s in enumerate(SAMPLES)]
+
+
+# What the job says now, which of its samples are left of the lines that an earlier job wrote in the same folder, and
+# what the notice says.
+OTHER_JOBS: list[tuple[str, list[Sample], dict[str, Any], list[int], str]] = [
+    ("another prompt", replaced(1, prompt="an oud"), SETTINGS, [1], "1 because the row has another prompt"),
+    ("another seed", replaced(0, seed=70), SETTINGS, [0], "1 because the row has another seed"),
+    (
+        "no negative prompt any more",
+        replaced(2, negative_prompt=None),
+        SETTINGS,
+        [2],
+        "1 because the row has another negativePrompt",
+    ),
+    (
+        "a negative prompt",
+        replaced(0, negative_prompt="rain"),
+        SETTINGS,
+        [0],
+        "1 because the row has another negativePrompt",
+    ),
+    ("fewer rows", SAMPLES[:1], SETTINGS, [], "2 because no such row is asked for any more"),
+    ("another setting", SAMPLES, SETTINGS | {"steps": 3}, [0, 1, 2], "3 because steps was 2 and is 3"),
+    (
+        "one setting less",
+        SAMPLES,
+        {"task": "text-to-image", "guidance": 5.0},
+        [0, 1, 2],
+        "3 because steps was 2 and is null",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "samples", "settings", "left", "reason"), OTHER_JOBS, ids=[o[0] for o in OTHER_JOBS]
+)
+def test_lines_of_another_job_do_not_count(
+    tmp_path: Path, change: str, samples: list[Sample], settings: dict[str, Any], left: list[int], reason: str
+) -> None:
+    written(tmp_path)
+    notices.forget()
+    shard = opened(tmp_path, settings)
+    assert shard.resume(samples) == [samples[i] for i in left]
+    assert set(shard.done) == {s.key for s in samples} - {samples[i].key for i in left}
+    count = reason.partition(" ")[0]
+    assert notices.given() == [
+        f"spec: {count} of 3 outputs that an earlier attempt left in shard-00000-of-00001.jsonl are not used: {reason}"
+    ]
+
+
+def test_a_line_cut_by_a_kill_is_no_news(tmp_path: Path) -> None:
+    cut_last_line(written(tmp_path))
+    notices.forget()
+    opened(tmp_path).resume(SAMPLES)
+    assert notices.given() == []
+
+
+def test_other_columns_that_changed_cost_no_output(tmp_path: Path) -> None:
+    written(tmp_path)
+    shard = opened(tmp_path)
+    assert shard.resume(replaced(0, input={"id": 5})) == []
+    shard.finish({})
+    assert [line["input"] for line in table(shard)] == [{"id": 5}, None, None]
+
+
+def test_lines_of_two_pods_become_one_that_fits_the_image(tmp_path: Path) -> None:
+    """The pod of a lost node writes on: its line comes last, and either pod's image is the one that is there."""
+    for last in (b"image 7", b"IMAGE 7"):
+        folder = tmp_path / last.decode()
+        shard = written(folder)
+        shard.append([Output(SAMPLES[0], image=b"IMAGE 7", suffix="png")])
+        image = shard.folder.shards / shard.own / "images/0000/000000-00.png"
+        image.write_bytes(last)
+        shard.ledger.write_bytes(shard.ledger.read_bytes() + b'{"row": 0, "sam')
+        shard.finish({})
+        lines = table(shard)
+        assert [(line["row"], line["sample"]) for line in lines] == [(0, 0), (0, 1), (1, 0)]
+        assert lines[0]["sha256"] == hashlib.sha256(last).hexdigest()
+        assert (folder / "result" / shard.own / lines[0]["file_name"]).read_bytes() == last
+
+
+def table(shard: Shard) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (shard.folder.result / shard.own / "metadata.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("task", KEYS)
+def test_every_line_of_a_task_has_the_same_keys(task: str, tmp_path: Path) -> None:
+    shard = opened(tmp_path, {"task": task})
+    good = {"text": "a"} if task == "text-generation" else {"image": b"i", "suffix": "png"}
+    shard.append([Output(SAMPLES[0], **good), Output(SAMPLES[1], error="too long")])
+    assert [tuple(json.loads(line)) for line in shard.ledger.read_text().splitlines()] == [KEYS[task]] * 2
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "a volume without hard links"])
+def test_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(shards.os, "link", refuse)
+    shard = written(tmp_path)
+    metrics = {"rows": 3.0, "seconds": 5.0}
+    assert shard.finish(metrics) == metrics
+    result, manifest = tmp_path / "result", json.loads(shard_manifest(shard.folder, 0, 1).read_text())
+    assert [f["path"] for f in manifest["files"]] == [
+        "shard-00000-of-00001/metadata.jsonl",
+        "shard-00000-of-00001/images/0000/000000-00.png",
+        "shard-00000-of-00001/images/0000/000000-01.png",
+    ]
+    for file in manifest["files"]:
+        content = (result / file["path"]).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (file["size"], file["sha256"])
+    found = {str(p.relative_to(result)) for p in result.rglob("*") if p.is_file()}
+    assert found == {f["path"] for f in manifest["files"]} | {"shard-00000-of-00001.MANIFEST.json"}
+    # Asked again, a complete shard says what it said.
+    assert shard.finish({"rows": 3.0, "seconds": 0.0}) == metrics
+    # And one that lost an image of its result while it had no manifest puts it back.
+    shard.open_result()
+    (result / "shard-00000-of-00001/images/0000/000000-01.png").unlink()
+    assert shard.finish(metrics) == metrics
+    assert (result / "shard-00000-of-00001/images/0000/000000-01.png").read_bytes() == b"image 8"
+
+
+def test_an_image_made_again_leaves_the_result_alone(tmp_path: Path) -> None:
+    shard = written(tmp_path)
+    shard.finish({})
+    shard.append([Output(SAMPLES[0], image=b"another", suffix="png")])
+    assert (tmp_path / "result/shard-00000-of-00001/images/0000/000000-00.png").read_bytes() == b"image 7"
+
+
+@pytest.mark.parametrize("per_prompt", [1, 8, 9, 1000])
+def test_no_folder_holds_ten_thousand_images(per_prompt: int) -> None:
+    files = Counter(image_folder(row, index) for row in range(2500) for index in range(per_prompt))
+    assert max(files.values()) <= 8000
+    assert image_folder(1234, 0) == "images/0001"
+
+
+class Pairs:
+    """An engine that puts at most two samples of one prompt together."""
+
+    batch_size = 2
+
+    def problem(self, sample: Sample) -> str | None:
+        return None
+
+    def group(self, sample: Sample) -> str:
+        return sample.prompt
+
+    def make(self, samples: Any) -> list[Output]:
+        return [output(s) for s in samples]
+
+
+def test_batches_hold_samples_of_one_group_and_each_once() -> None:
+    samples = [Sample(i, 0, prompt, None, i) for i, prompt in enumerate("aabaabb")]
+    assert [[s.row for s in batch] for batch in batches(Pairs(), samples)] == [[0, 1], [3, 4], [2, 5], [6]]
+
+
+def test_padding_repeats_the_first() -> None:
+    assert padded(SAMPLES[1:], 4) == [SAMPLES[1], SAMPLES[2], SAMPLES[1], SAMPLES[1]]

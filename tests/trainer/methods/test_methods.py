@@ -1,0 +1,40 @@
+"""Which weights learn, in which type; and what `run` says of target modules that only the loaded model shows to be
+wrong.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from luthier_api.finetune import Method
+from luthier_trainer.methods.base import weights_options, with_method
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.tasks.table import TASKS
+
+
+def test_modules_that_are_trained_whole_are_not_offered_for_adapters(tiny_model: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2)
+    with pytest.raises(Failure) as failure:
+        with_method(model, Method(type="lora", target_modules=["score"]), "SEQ_CLS", ["score"], deepspeed=False)
+    assert failure.value.message.startswith(
+        "spec.method.targetModules: score does not suit LlamaForSequenceClassification"
+    )
+    assert failure.value.message.endswith(
+        "Its linear modules: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj; all-linear takes them all"
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_what_learns_is_kept_in_fp32(precision: str, tiny_model: Path) -> None:
+    """A head, too: in 16 bit its small steps would be rounded away, and fp16's gradients could not be unscaled."""
+    method = Method(type="lora", rank=2)
+    options = weights_options(method, precision, deepspeed=False, device=torch.device("cpu"))
+    base, whole = TASKS["text-classification"].load_model(str(tiny_model), ["a", "b"], **options)
+    model = with_method(base, method, "SEQ_CLS", whole, deepspeed=False)
+    assert whole
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {options["dtype"]}

@@ -1,0 +1,451 @@
+"""Adapters as part of a model: a merged model gives the logits of base + adapter, as PEFT computes them, for every
+target that is accepted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedConfig,
+)
+
+from luthier_api.generate import Adapter
+from luthier_trainer.generation.engines.text import load_model
+from luthier_trainer.methods import checks as method_checks
+from luthier_trainer.models import inspect
+from luthier_trainer.models.adapters import check_kind, check_shapes, check_together, check_weights
+from luthier_trainer.models.merge import add_adapters, merge
+from luthier_trainer.runtime import notices
+from luthier_trainer.runtime.failure import Failure
+
+SIZES: dict[str, Any] = {"vocab_size": 64, "max_position_embeddings": 32, "pad_token_id": 1}
+WIDTHS: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+IDS = torch.randint(5, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**WIDTHS, **SIZES),
+    "gpt2": GPT2Config(
+        n_embd=16, n_layer=1, n_head=2, n_positions=32, vocab_size=64
+    ),  # Conv1D instead of linear layers
+    "gemma3": Gemma3TextConfig(head_dim=8, num_key_value_heads=2, **WIDTHS, **SIZES),  # embeddings with a scale
+    "opt": OPTConfig(ffn_dim=32, word_embed_proj_dim=16, **WIDTHS, **SIZES),  # positions with an offset
+    "bert": BertConfig(is_decoder=True, **WIDTHS, **SIZES),
+}
+CLASSES = ["neg", "pos", "mixed"]
+
+
+def save_base(folder: Path, name: str, tied: bool, task: str = "causal-lm") -> Path:
+    """A model with random weights, biases and norms."""
+    config = CONFIGS[name].__class__.from_dict(CONFIGS[name].to_dict() | {"tie_word_embeddings": tied})
+    torch.manual_seed(0)
+    if task == "causal-lm":
+        model = AutoModelForCausalLM.from_config(config)
+    else:
+        config.num_labels = len(CLASSES)
+        model = AutoModelForSequenceClassification.from_config(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(0, 0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def save_adapter(base: Any, folder: Path, **config: Any) -> torch.Tensor:
+    """An adapter on the model `base` with random weights; the logits of both together."""
+    torch.manual_seed(1)
+    model = get_peft_model(base, LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | config))
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn_like(weight) * 0.3)
+    model.save_pretrained(folder)
+    return logits(model)
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    result: torch.Tensor = model.eval()(IDS).logits
+    return result
+
+
+def with_adapters(base: Path, *adapters: tuple[Path, float]) -> Any:
+    """The model that a GenerateJob writes with."""
+    model = load_model(base, torch.float32, torch.device("cpu"))
+    return add_adapters(model, [path for path, _ in adapters], [weight for _, weight in adapters], "spec.adapters")
+
+
+def accepted_targets(base: Path, task: str) -> list[list[str]]:
+    """What `prepare` takes for targetModules: each name of an embedding or of an output layer, these together, and all
+    other names together.
+    """
+    config = AutoConfig.from_pretrained(base)
+    model = inspect.skeleton(config, task, "spec.model")
+    names = {name.rpartition(".")[2]: module for name, module in model.named_modules() if name}
+    accepted = [name for name in names if is_accepted(config, task, [name])]
+    output = model.get_output_embeddings()
+    apart = [name for name in accepted if isinstance(names[name], torch.nn.Embedding) or names[name] is output]
+    return [[*(n for n in accepted if n not in apart)], *([name] for name in apart), apart, ["all-linear"]]
+
+
+def is_accepted(config: PreTrainedConfig, task: str, target: list[str]) -> bool:
+    try:
+        method_checks.check_adapters(config, task, target, "spec.method.targetModules")
+    except Failure:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("name", "tied"), [*((name, True) for name in CONFIGS), ("llama", False), ("gpt2", False)])
+@pytest.mark.filterwarnings("ignore")
+def test_a_merged_language_model_is_base_and_adapter(name: str, tied: bool, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", name, tied)
+    targets = accepted_targets(base, "causal-lm")
+    assert len(targets) >= 5
+    for target in targets:
+        adapter = tmp_path / "-".join(target)
+        together = save_adapter(
+            AutoModelForCausalLM.from_pretrained(base),
+            adapter,
+            target_modules=target[0] if target == ["all-linear"] else target,
+        )
+        alone = logits(AutoModelForCausalLM.from_pretrained(base))
+        assert (together - alone).abs().max() > 0.01, target
+        # What users of the result load with plain PEFT.
+        torch.testing.assert_close(
+            logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)), together
+        )
+        # What a job with model.job trains on, and what a GenerateJob with adapters writes with.
+        merged = merge(base, adapter, tmp_path / f"merged-{adapter.name}", None, "spec.model.job")
+        generating = with_adapters(base, (adapter, 1.0))
+        for what, model in (("merged", AutoModelForCausalLM.from_pretrained(merged)), ("generating", generating)):
+            torch.testing.assert_close(
+                logits(model),
+                together,
+                rtol=1e-3,
+                atol=1e-4,
+                msg=lambda text, what=what, target=target: f"{what} {target}: {text}",
+            )
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_merged_classifier_is_base_and_adapter(name: str, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", name, True, "text-classification")
+    head = {"bert": "classifier", "llama": "score"}[name]
+    for target in accepted_targets(base, "text-classification"):
+        adapter = tmp_path / "-".join(target)
+        together = save_adapter(
+            AutoModelForSequenceClassification.from_pretrained(base),
+            adapter,
+            task_type="SEQ_CLS",
+            modules_to_save=[head],
+            target_modules=target[0] if target == ["all-linear"] else target,
+            exclude_modules=rf".*{head}.*",
+        )
+        merged = merge(base, adapter, tmp_path / f"merged-{adapter.name}", CLASSES, "spec.model.job")
+        torch.testing.assert_close(
+            logits(AutoModelForSequenceClassification.from_pretrained(merged)), together, rtol=1e-3, atol=1e-4
+        )
+
+
+KINDS: list[tuple[str, dict[str, Any]]] = [
+    # what else the adapters that others publish do to shared weights
+    ("input embeddings trained whole", {"modules_to_save": ["embed_tokens"]}),
+    ("both embeddings trained whole", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    ("both trained whole, and tied", {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}),
+    ("both adapted, and tied", {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}),
+    ("a few tokens", {"trainable_token_indices": {"embed_tokens": [7, 20], "lm_head": [20, 21]}}),
+    ("DoRA", {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True}),
+    ("a head trained whole", {"modules_to_save": ["lm_head"]}),
+]
+
+
+@pytest.mark.parametrize(("name", "config"), KINDS, ids=[k[0] for k in KINDS])
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_of_others_on_shared_weights(name: str, config: dict[str, Any], tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama", True)
+    together = save_adapter(
+        AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter", **{"target_modules": ["q_proj"]} | config
+    )
+    merged = merge(base, tmp_path / "adapter", tmp_path / "merged", None, "spec.model.job")
+    generating = with_adapters(base, (tmp_path / "adapter", 1.0))
+    for model in (AutoModelForCausalLM.from_pretrained(merged), generating):
+        torch.testing.assert_close(logits(model), together, rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_stays_tied_where_no_adapter_sits_on_shared_weights(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama", True)
+    save_adapter(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter", target_modules=["q_proj"])
+    model = AutoModelForCausalLM.from_pretrained(
+        merge(base, tmp_path / "adapter", tmp_path / "merged", None, "spec.model.job")
+    )
+    assert model.config.tie_word_embeddings
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_targets_that_share_weights_are_pointed_out() -> None:
+    notices.forget()
+    method_checks.check_adapters(CONFIGS["gpt2"], "causal-lm", ["c_attn", "wte"], "spec.method.targetModules")
+    (text,) = notices.given()
+    assert text.startswith(
+        "spec.method.targetModules[1]: transformer.wte has the same weights as lm_head, and the adapter changes those"
+        " of transformer.wte alone"
+    )
+
+
+def test_embeddings_that_peft_would_look_up_wrongly_are_refused() -> None:
+    with pytest.raises(
+        Failure,
+        match=(
+            r"targetModules\[0\]: 'embed_positions' is a OPTLearnedPositionalEmbedding, whose rows are found in"
+            r" another way"
+        ),
+    ):
+        method_checks.check_adapters(CONFIGS["opt"], "causal-lm", ["embed_positions"], "spec.method.targetModules")
+
+
+LINEAR: list[tuple[str, str, dict[str, Any]]] = [
+    # what an adapter may consist of, where its weight counts
+    ("linear layers", "llama", {"target_modules": "all-linear"}),
+    ("rank-stabilised", "llama", {"target_modules": "all-linear", "use_rslora": True}),
+    ("shared embeddings", "llama", {"target_modules": ["embed_tokens", "lm_head"]}),
+    ("all biases", "gpt2", {"target_modules": ["c_attn"], "bias": "all"}),
+    ("biases beside the adapters", "gpt2", {"target_modules": ["c_attn"], "bias": "lora_only"}),
+    ("biases of the adapters", "gpt2", {"target_modules": ["c_attn"], "lora_bias": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "config"), LINEAR, ids=[k[0] for k in LINEAR])
+@pytest.mark.filterwarnings("ignore")
+def test_a_weight_counts_for_all_of_an_adapter(name: str, kind: str, config: dict[str, Any], tmp_path: Path) -> None:
+    base, adapter = save_base(tmp_path / "base", kind, True), tmp_path / "adapter"
+    save_adapter(AutoModelForCausalLM.from_pretrained(base), adapter, **config)
+    plain, once, half = (weights_of(with_adapters(base, (adapter, weight))) for weight in (0.0, 1.0, 0.5))
+    changed = [name for name in once if not torch.equal(once[name], plain[name])]
+    assert changed
+    for weight in once:
+        torch.testing.assert_close(half[weight], plain[weight] + 0.5 * (once[weight] - plain[weight]))
+    check_together([adapter], [Adapter(path="/a", weight=0.5)], "spec.adapters")  # and `prepare` takes it
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_add_up(tied: bool, tmp_path: Path) -> None:
+    """Also on embeddings, of which PEFT's files bring the base's own along, and on shared ones."""
+    base = save_base(tmp_path / "base", "llama", tied)
+    targets = {"one": ["embed_tokens", "q_proj"], "two": ["embed_tokens", "lm_head", "q_proj"], "three": ["lm_head"]}
+    for name, names in targets.items():
+        save_adapter(AutoModelForCausalLM.from_pretrained(base), tmp_path / name, target_modules=names)
+    plain, *alone = (
+        weights_of(with_adapters(base, *adapters)) for adapters in ([], *([(tmp_path / name, 1.0)] for name in targets))
+    )
+    together = weights_of(with_adapters(base, *((tmp_path / name, 1.0) for name in targets)))
+    for weight in together:
+        torch.testing.assert_close(
+            together[weight], plain[weight] + sum(model[weight] - plain[weight] for model in alone)
+        )
+
+
+def weights_of(model: Any) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in model.named_parameters(remove_duplicate=False)}
+
+
+WHOLE, LORA, EMBEDDING = (
+    {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    {"target_modules": ["q_proj"]},
+    {"target_modules": ["embed_tokens"]},
+)
+TOGETHER: list[tuple[str, list[tuple[dict[str, Any], float]], str | None]] = [
+    # name, adapters with their weights, refusal
+    ("two of the same kind", [(LORA, 0.5), (LORA, -1)], None),
+    ("two on embeddings", [(EMBEDDING, 1), (EMBEDDING, 0.5)], None),
+    ("one with a head", [(LORA, 0.5), (WHOLE, 1)], None),
+    (
+        "two heads",
+        [(WHOLE, 1), (WHOLE, 1)],
+        (
+            "spec.adapters[1]: lm_head.weight is replaced by one of this adapter and spec.adapters[0], and changed by"
+            " the other as well"
+        ),
+    ),
+    ("two heads, of which one does not count", [(WHOLE, 1), (WHOLE, 0)], None),
+    (
+        "a head and an adapter on it",
+        [({"target_modules": ["lm_head"]}, 1), (WHOLE, 1)],
+        "spec.adapters[1]: lm_head.weight is replaced by one of",
+    ),
+    (
+        "half a head",
+        [(WHOLE, 0.5)],
+        (
+            "spec.adapters[0].weight: the adapter replaces lm_head.weight instead of adding to it, and what is replaced"
+            " has no"
+        ),
+    ),
+    (
+        "half of DoRA",
+        [(LORA | {"use_dora": True}, 0.5)],
+        "spec.adapters[0].weight: the adapter replaces model.layers.0.self_attn.q_proj.weight instead",
+    ),
+    (
+        "DoRA and LoRA",
+        [(LORA | {"use_dora": True}, 1), (LORA, 1)],
+        "spec.adapters[1]: model.layers.0.self_attn.q_proj.weight is replaced by one of",
+    ),
+    (
+        "tokens and an adapter on embeddings",
+        [(LORA | {"trainable_token_indices": [7]}, 1), (EMBEDDING, 1)],
+        "spec.adapters[1]: model.embed_tokens.weight is replaced by one of",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "adapters", "message"), TOGETHER, ids=[t[0] for t in TOGETHER])
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_that_would_undo_each_other(
+    name: str, adapters: list[tuple[dict[str, Any], float]], message: str | None, tmp_path: Path
+) -> None:
+    folders = [tmp_path / str(i) for i in range(len(adapters))]
+    for folder, (config, _) in zip(folders, adapters, strict=True):
+        base = AutoModelForCausalLM.from_config(CONFIGS["llama"].__class__.from_dict(CONFIGS["llama"].to_dict()))
+        get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM", **config)).save_pretrained(folder)
+    given = [Adapter(path=str(folder), weight=weight) for folder, (_, weight) in zip(folders, adapters, strict=True)]
+    if message is None:
+        check_together(folders, given, "spec.adapters")
+        return
+    with pytest.raises(Failure) as failure:
+        check_together(folders, given, "spec.adapters")
+    assert failure.value.message.startswith(message)
+
+
+UNFIT: list[tuple[str, dict[str, Any], dict[str, list[int]], str]] = [
+    # name, changes to adapter_config.json, tensors of its file, refusal
+    ("not LoRA", {"peft_type": "LOHA"}, {}, "spec.adapters[0]: is a LOHA adapter; only LoRA adapters are merged"),
+    (
+        "layers of its own",
+        {"layer_replication": [[0, 1], [0, 1]]},
+        {},
+        "spec.adapters[0]: the adapter has layer_replication (adapter_config.json), and cannot",
+    ),
+    (
+        "a head that is not there",
+        {},
+        {"value_head.weight": [1, 16]},
+        "spec.adapters[0]: the adapter does not fit org/m, which has no module value_head.",
+    ),
+    (
+        "an embedding that is not there",
+        {},
+        {"model.wte.lora_embedding_A": [2, 64]},
+        "spec.adapters[0]: the adapter does not fit org/m, which has no module",
+    ),
+    (
+        "a bias where there is none",
+        {},
+        {"model.layers.0.self_attn.q_proj.lora_B.bias": [16]},
+        (
+            "spec.adapters[0]: the adapter has a bias for model.layers.0.self_attn.q_proj, which has none in org/m; it"
+            " cannot be merged"
+        ),
+    ),
+    (
+        "other widths",
+        {},
+        {"model.layers.0.self_attn.q_proj.lora_A.weight": [2, 32]},
+        (
+            "spec.adapters[0]: the adapter does not fit org/m: model.layers.0.self_attn.q_proj has 16 inputs there, and"
+            " 32 in the adapter"
+        ),
+    ),
+    (
+        "another vocabulary",
+        {},
+        {"model.embed_tokens.lora_embedding_A": [2, 70]},
+        (
+            "spec.adapters[0]: the adapter does not fit org/m: model.embed_tokens has 64 inputs there, and 70 in the"
+            " adapter"
+        ),
+    ),
+    (
+        "a head for another vocabulary",
+        {},
+        {"lm_head.weight": [70, 16]},
+        "spec.adapters[0]: the adapter does not fit org/m: lm_head has 64 rows or columns there, and 70 in the adapter",
+    ),
+    (
+        "the embeddings of another vocabulary",
+        {},
+        {"model.embed_tokens.base_layer.weight": [70, 16]},
+        (
+            "spec.adapters[0]: the adapter does not fit org/m: model.embed_tokens has 64 rows or columns there, and 70"
+            " in the adapter"
+        ),
+    ),
+    (
+        "a name that a checkpoint of another program has",
+        {},
+        {"model.layers.0.self_attn.q_proj.lora_A.default.weight": [2, 16]},
+        (
+            "spec.adapters[0]: the adapter does not fit org/m, which has no module"
+            " model.layers.0.self_attn.q_proj.lora_A.default"
+        ),
+    ),
+    (
+        "not finite",
+        {},
+        {"model.layers.0.self_attn.q_proj.lora_A.weight": [2, 16]},
+        (
+            "spec.adapters[0]: weights of the adapter are not finite: model.layers.0.self_attn.q_proj.lora_A.weight."
+            " Choose another"
+        ),
+    ),
+    (
+        "another name",
+        {},
+        {"model.layers.0.self_attn.q_proj.lora_A.weight": [2, 16]},
+        "spec.adapters[0]: FOLDER has no adapter_model.safetensors (it has: ",
+    ),
+    (
+        "nothing wrong",
+        {},
+        {"model.layers.0.self_attn.q_proj.lora_A.weight": [2, 16], "model.embed_tokens.base_layer.weight": [64, 16]},
+        "",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "tensors", "message"), UNFIT, ids=[u[0] for u in UNFIT])
+def test_an_adapter_that_the_model_has_no_place_for(
+    name: str, config: dict[str, Any], tensors: dict[str, list[int]], message: str, tmp_path: Path
+) -> None:
+    CONFIGS["llama"].save_pretrained(tmp_path)
+    weights = {
+        f"base_model.model.{key}": torch.full(shape, torch.nan if name == "not finite" else 0.0)
+        for key, shape in tensors.items()
+    }
+    save_file(weights, tmp_path / ("model.safetensors" if name == "another name" else "adapter_model.safetensors"))
+
+    def check() -> None:
+        check_kind({"peft_type": "LORA"} | config, "spec.adapters[0]")
+        check_weights(tmp_path, "spec.adapters[0]")
+        check_shapes(tmp_path, "spec.adapters[0]", tmp_path, "org/m")
+
+    if not message:
+        check()
+        return
+    with pytest.raises(Failure) as failure:
+        check()
+    assert failure.value.message.startswith(message.replace("FOLDER", str(tmp_path)))

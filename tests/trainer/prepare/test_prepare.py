@@ -1,0 +1,873 @@
+"""`prepare` of a FineTuneJob over real files, tokenizers and models: what it makes, and how each mistake is told."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from PIL import Image
+from trainer.preparing import prepared
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.run import FineTuneRun
+from luthier_trainer.models.new_model import train_tokenizer
+from luthier_trainer.prepare.main import LABELS_SHOWN_BYTES, main
+from luthier_trainer.runtime.classify import classify
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.workspace.prepared import read_prepared
+
+MakeRun = Callable[..., FineTuneRun]
+CLASSIFY = {"task": "text-classification"}
+ROWS = [
+    {"text": f"The {w} is a word.", "label": w[0]}
+    for w in ("apple", "bear", "axe", "bench", "arc", "bow", "ant", "bell")
+]
+
+
+def write(folder: Path, name: str, content: object = None) -> str:
+    """A file of the format that its name says; `content` replaces the eight rows."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows: Any = ROWS if content is None else content
+    if isinstance(rows, str | bytes):
+        path.write_bytes(rows.encode() if isinstance(rows, str) else rows)
+        return str(path)
+    columns = {k: [r.get(k) for r in rows] for k in rows[0]}
+    match Path(path.name).suffixes:
+        case [".csv"]:
+            Dataset.from_dict(columns).to_csv(path, index=False)
+        case [".tsv"] | [".TSV"]:
+            Dataset.from_dict(columns).to_csv(path, index=False, sep="\t")
+        case [".tsv", ".gz"]:
+            path.write_bytes(gzip.compress(Path(write(folder, "unpacked.tsv", rows)).read_bytes()))
+        case [".json"]:
+            path.write_text(json.dumps(rows))
+        case [".jsonl"]:
+            path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        case [".jsonl", ".gz"]:
+            path.write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in rows).encode()))
+        case [".parquet"]:
+            Dataset.from_dict(columns).to_parquet(path)
+        case [".txt"]:
+            path.write_text("".join(r["text"] + "\n\n" for r in rows))
+    return str(path)
+
+
+FORMATS = [
+    "rows.csv",
+    "rows.tsv",
+    "rows.TSV",
+    "rows.tsv.gz",
+    "rows.json",
+    "rows.jsonl",
+    "rows.jsonl.gz",
+    "rows.parquet",
+    "rows.txt",
+    "run[1]*/rows.jsonl",
+]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_rows(name: str, make_run: MakeRun, tmp_path: Path) -> None:
+    record, data = prepared(make_run(dataset={"files": [write(tmp_path, name)]}))
+    tokenizer = AutoTokenizer.from_pretrained(Path(record.model_path))
+    assert [tokenizer.decode(ids) for ids in data["train"]["input_ids"]] == [
+        r["text"] + tokenizer.eos_token for r in ROWS
+    ]
+    assert (record.dataset.rows, record.dataset.tokens) == (8, sum(map(len, data["train"]["input_ids"])))
+
+
+def test_captions_of_an_image_folder_are_text(make_run: MakeRun, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(len(ROWS)):
+        Image.new("RGB", (8, 8), (i * 20, 0, 0)).save(folder / f"{i}.png")
+    (folder / "metadata.jsonl").write_text(
+        "".join(json.dumps({"file_name": f"{i}.png", "text": r["text"]}) + "\n" for i, r in enumerate(ROWS))
+    )
+    record, _ = prepared(make_run(dataset={"files": [str(folder)], "format": "imagefolder"}))
+    assert record.dataset.rows == 8
+
+
+def test_globs_columns_and_slices(make_run: MakeRun, tmp_path: Path) -> None:
+    for i in range(2):
+        write(tmp_path, f"part-{i}.jsonl", [{"body": r["text"]} for r in ROWS])
+    dataset = {
+        "files": [str(tmp_path / "part-*.jsonl")],
+        "columns": {"text": "body"},
+        "split": "train[:75%]",
+        "evalSplit": "train[75%:]",
+    }
+    record, data = prepared(make_run(dataset=dataset))
+    assert (record.dataset.rows, record.dataset.eval_rows) == (12, 4)
+    twice = make_run(
+        "twice",
+        dataset=dataset
+        | {"files": [*dataset["files"], str(tmp_path / "part-0.jsonl"), str(tmp_path / "x/../part-1.jsonl")]},
+    )
+    (tmp_path / "x").mkdir()
+    assert prepared(twice)[0].dataset == record.dataset.model_copy(
+        update={"source": ", ".join(twice.spec.dataset.files or [])}
+    )
+    assert data["train"].column_names == ["input_ids", "labels", "length"]
+
+
+def test_csv_cells_stay_what_they_are(make_run: MakeRun, tmp_path: Path) -> None:
+    """pandas would read NA and null as nothing."""
+    path = write(tmp_path, "x.csv", "text,label\nNA,a\nnull,b\nNone,a\n")
+    record, _ = prepared(make_run(task="text-classification", dataset={"files": [path]}))
+    assert record.dataset.rows == 3
+
+
+def test_packing_loses_no_token_and_keeps_line_breaks(make_run: MakeRun, tmp_path: Path) -> None:
+    texts = ["def f():\n    return 1\n\n\nclass A:\n    pass\n", "two\nlines"]
+    files = [write(tmp_path, f"{i}.txt", text) for i, text in enumerate(texts)]
+    record, data = prepared(
+        make_run(dataset={"files": files}, training={"maxLength": 8, "batchSize": 4, "packing": True})
+    )
+    tokenizer = AutoTokenizer.from_pretrained(record.model_path)
+    assert "".join(tokenizer.decode(ids) for ids in data["train"]["input_ids"]) == "".join(
+        t + tokenizer.eos_token for t in texts
+    )
+    assert set(data["train"]["length"][:-1]) == {8}
+
+
+@pytest.mark.parametrize("name", ["long.txt", "long.jsonl"])
+def test_packing_goes_on_from_one_batch_to_the_next(name: str, make_run: MakeRun, tmp_path: Path) -> None:
+    """More rows than `datasets` hands over at once."""
+    rows = [{"text": f"line {i}"} for i in range(2500)]
+    path = write(tmp_path, name, "\n".join(r["text"] for r in rows) if name.endswith(".txt") else rows)
+    record, data = prepared(
+        make_run(dataset={"files": [path]}, training={"maxLength": 64, "batchSize": 4, "packing": True})
+    )
+    tokenizer = AutoTokenizer.from_pretrained(record.model_path)
+    joint, end = ("\n", tokenizer.eos_token) if name.endswith(".txt") else (tokenizer.eos_token, tokenizer.eos_token)
+    assert (
+        "".join(tokenizer.decode(ids) for ids in data["train"]["input_ids"])
+        == joint.join(r["text"] for r in rows) + end
+    )
+
+
+def test_packed_blocks_are_held_out(make_run: MakeRun, corpus_file: Path) -> None:
+    run = make_run(
+        dataset={"files": [str(corpus_file)], "evalFraction": 0.1},
+        training={"maxLength": 64, "batchSize": 4, "packing": True},
+    )
+    record, data = prepared(run)
+    total = record.dataset.rows + record.dataset.eval_rows
+    assert record.dataset.eval_rows == round(total * 0.1) > 5
+    assert not {tuple(r) for r in data["train"]["input_ids"]} & {tuple(r) for r in data["eval"]["input_ids"]}
+
+
+def test_rows_are_held_out_by_the_seed(make_run: MakeRun, corpus_rows: Path) -> None:
+    held = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        dataset = {"files": [str(corpus_rows)], "evalFraction": 0.25}
+        _, data = prepared(make_run(name, dataset=dataset, training={"maxLength": 64, "batchSize": 4, "seed": seed}))
+        held.append(data["eval"]["input_ids"][:])
+        assert len(data["eval"]) == 50
+    assert held[0] == held[1] != held[2]
+
+
+CLASSES: list[tuple[str, list[Any], list[str], list[int]]] = [
+    ("names", ["b", "a", "b"], ["a", "b"], [1, 0, 1]),
+    ("numbers", [10, 2, 10], ["2", "10"], [1, 0, 1]),
+    ("truth", [True, False, True], ["false", "true"], [1, 0, 1]),
+    ("signs that look like numbers", ["²", "10", "--1", "-1", "①"], ["-1", "10", "--1", "²", "①"], [3, 1, 2, 0, 4]),
+]
+
+
+@pytest.mark.parametrize(("name", "given", "names", "ids"), CLASSES, ids=[c[0] for c in CLASSES])
+def test_labels_become_ids(
+    name: str, given: list[Any], names: list[str], ids: list[int], make_run: MakeRun, tmp_path: Path
+) -> None:
+    rows = [{"text": f"row {i}", "label": v} for i, v in enumerate(given)]
+    record, data = prepared(make_run(task="text-classification", dataset={"files": [write(tmp_path, "x.jsonl", rows)]}))
+    assert (record.dataset.labels, data["train"]["labels"][:]) == (names, ids)
+    assert data["train"].column_names == ["input_ids", "attention_mask", "labels"]
+
+
+OWN_NAMES: list[tuple[str, list[Any]]] = [
+    ("fractions", [1.0, 0.0]),
+    ("truth", [True, False]),
+    ("names", ["b", "a"]),
+    ("numbers", [7, 3]),
+]
+
+
+@pytest.mark.parametrize(("name", "given"), OWN_NAMES, ids=[c[0] for c in OWN_NAMES])
+def test_a_column_of_our_own_name_does_not_decide_our_types(
+    name: str, given: list[Any], make_run: MakeRun, tmp_path: Path
+) -> None:
+    rows = [{"attention_mask": f"row {i}", "labels": v} for i, v in enumerate(given)]
+    dataset = {"files": [write(tmp_path, "x.jsonl", rows)], "columns": {"text": "attention_mask", "label": "labels"}}
+    _, data = prepared(make_run(task="text-classification", dataset=dataset))
+    assert {k: str(v) for k, v in data["train"].features.items()} == {
+        "input_ids": "List(Value('int32'))",
+        "attention_mask": "List(Value('int8'))",
+        "labels": "Value('int64')",
+    }
+    assert data["train"]["labels"][:] == [1, 0]
+
+
+CUT = [
+    # name                 spec                              said
+    ("texts", {}, "2 of 4 training rows are longer than 8 tokens and are cut"),
+    ("texts that fit", {"maxLength": 16}, None),
+    ("texts to classify", CLASSIFY, "1 of 4 training rows are longer than 8 tokens and are cut"),
+    ("packed texts", {"packing": True}, None),
+]
+
+
+@pytest.mark.parametrize(("name", "given", "said"), CUT, ids=[c[0] for c in CUT])
+def test_rows_that_are_cut_are_counted(
+    name: str,
+    given: dict[str, Any],
+    said: str | None,
+    make_run: MakeRun,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A tilde is a token here; one more ends a text to learn from."""
+    path = write(tmp_path, "x.jsonl", [{"text": "~" * n, "label": "ab"[n % 2]} for n in (1, 7, 8, 9)])
+    task = {"task": given.get("task", "causal-lm")}
+    training = {"maxLength": 8, "batchSize": 4} | {name: value for name, value in given.items() if name != "task"}
+    main(make_run(dataset={"files": [path]}, training=training, **task))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("spec.training.maxLength")]
+    assert lines == ([f"spec.training.maxLength: {said}"] if said else [])
+
+
+def test_a_new_model_learns_its_tokenizer_from_the_rows(make_run: MakeRun, corpus_file: Path) -> None:
+    parameters = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    run = make_run(
+        model={"config": {"modelType": "llama", "vocabSize": 400, "parameters": parameters}},
+        method={"type": "full"},
+        dataset={"files": [str(corpus_file)]},
+        training={"maxLength": 64, "batchSize": 4, "packing": True},
+    )
+    record, _ = prepared(run)
+    model = AutoModelForCausalLM.from_pretrained(record.model_path)
+    assert (
+        len(AutoTokenizer.from_pretrained(Path(record.model_path).parent / "processor"))
+        == 400
+        == model.config.vocab_size
+    )
+    assert record.plan.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_a_tokenizer_does_not_learn_from_rows_that_are_held_out(
+    make_run: MakeRun, corpus_rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def train(texts: Iterator[str], vocabulary: int, *given: Any) -> Any:
+        seen.extend(texts)
+        return train_tokenizer(iter(seen), vocabulary, *given)
+
+    monkeypatch.setattr("luthier_trainer.models.new_model.train_tokenizer", train)
+    parameters = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 512,
+    }
+    run = make_run(
+        model={"config": {"modelType": "llama", "vocabSize": 400, "parameters": parameters}},
+        method={"type": "full"},
+        dataset={"files": [str(corpus_rows)], "evalFraction": 0.25},
+        training={"maxLength": 512, "batchSize": 4},
+    )
+    record, data = prepared(run)
+    tokenizer = AutoTokenizer.from_pretrained(record.model_path)
+    learnt, held = (
+        [tokenizer.decode(ids, skip_special_tokens=True) for ids in data[split]["input_ids"]]
+        for split in ("train", "eval")
+    )
+    assert (len(seen), len(held)) == (150, 50)
+    assert [text[:200] for text in seen] == [text[:200] for text in learnt]
+
+
+def test_a_full_disk_is_no_mistake_of_the_user(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The volume may be larger, or emptier, the next time."""
+
+    def full(*args: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/workspace/cache.arrow")
+
+    monkeypatch.setattr("datasets.arrow_writer.ArrowWriter.write_table", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        main(make_run())
+    assert classify(error.value) == (
+        ExitCode.STORAGE_ERROR,
+        (
+            "spec.workspace.size: no space is left on the volume ([Errno 28] No space left on device:"
+            " '/workspace/cache.arrow'). Ask for more, or free some of it"
+        ),
+    )
+
+
+def test_a_finished_prepare_is_not_repeated(make_run: MakeRun, tmp_path: Path) -> None:
+    path = write(tmp_path, "rows.jsonl")
+    run = make_run(dataset={"files": [path]})
+    first = main(run)
+    Path(path).unlink()
+    assert main(run) == first
+
+
+def test_an_interrupted_prepare_begins_again(make_run: MakeRun) -> None:
+    run = make_run()
+    first = main(run)
+    record = Path(run.workspace) / "prepared" / "prepared.json"
+    record.unlink()
+    assert main(run) == first
+
+
+def test_a_changed_manifest_sets_the_old_work_aside(make_run: MakeRun) -> None:
+    main(make_run())
+    folder = Path(make_run().workspace)
+    (folder / "result").mkdir()
+    changed = make_run(training={"maxLength": 32, "batchSize": 4})
+    main(changed)
+    assert read_prepared(changed).dataset.rows == 200
+    assert sorted(p.name for p in (folder / "previous-1").iterdir()) == ["prepared", "result"]
+    assert not (folder / "result").exists()
+
+
+def test_what_may_change_does_not_count_as_a_change(make_run: MakeRun) -> None:
+    main(make_run())
+    main(make_run(restarts={"max": 9}, suspend=True, hub={"repo": "a/b", "tokenSecretRef": {"name": "hf"}}))
+    assert not (Path(make_run().workspace) / "previous-1").exists()
+
+
+def test_many_labels_fit_the_termination_message(make_run: MakeRun, tmp_path: Path) -> None:
+    rows = [{"text": f"row {i}", "label": f"a rather long name of a class, number {i}"} for i in range(100)]
+    run = make_run(task="text-classification", dataset={"files": [write(tmp_path, "x.jsonl", rows)]})
+    message = main(run)
+    assert message.prepared is not None
+    assert message.prepared.dataset.labels is None
+    assert len(message.encode()) < LABELS_SHOWN_BYTES * 4
+    labels = read_prepared(run).dataset.labels
+    assert labels is not None
+    assert len(labels) == 100
+
+
+D, S = ExitCode.INVALID_DATASET, ExitCode.INVALID_SPEC
+
+
+def only(**column: Any) -> list[dict[str, Any]]:
+    return [{"text": r["text"]} | column for r in ROWS]
+
+
+MISTAKES: list[tuple[str, str, object, dict[str, Any], dict[str, Any], ExitCode, str]] = [
+    # name, file, content, dataset, spec, code, message ({file} is its path)
+    (
+        "a column that is called otherwise",
+        "train.jsonl",
+        [{"text": "a", "intent": "b"}],
+        {},
+        CLASSIFY,
+        D,
+        'spec.dataset.columns.label: no column "label" in train.jsonl (columns: text, intent). Did you mean "intent"?',
+    ),
+    (
+        "a misspelt column",
+        "x.csv",
+        None,
+        {"columns": {"text": "texts"}},
+        {},
+        D,
+        'spec.dataset.columns.text: no column "texts" in x.csv (columns: text, label). Did you mean "text"?',
+    ),
+    (
+        "no column that comes near",
+        "x.jsonl",
+        [{"a": "1", "b": "2", "c": "3"}],
+        {},
+        {},
+        D,
+        'spec.dataset.columns.text: no column "text" in x.jsonl (columns: a, b, c). Name the one that plays this role',
+    ),
+    (
+        "numbers for text",
+        "x.jsonl",
+        [{"text": 5, "body": "b"}],
+        {},
+        {},
+        D,
+        'spec.dataset.columns.text: column "text" of x.jsonl holds int64, not text (columns of text: body)',
+    ),
+    (
+        "chats for text",
+        "x.jsonl",
+        [{"text": [{"role": "user"}]}],
+        {},
+        {},
+        D,
+        'spec.dataset.columns.text: column "text" of x.jsonl holds lists, not text (no column holds text)',
+    ),
+    (
+        "blank text to classify",
+        "x.jsonl",
+        [*ROWS, {"text": " ", "label": "a"}],
+        {},
+        CLASSIFY,
+        D,
+        (
+            'spec.dataset.columns.text: column "text" of x.jsonl is blank in 1 of 9 rows. The first is row 8, counted'
+            " from 0 (line 9 of x.jsonl). Remove them"
+        ),
+    ),
+    (
+        "nothing but blanks",
+        "x.jsonl",
+        [{"text": ""}],
+        {},
+        {},
+        D,
+        'spec.dataset.columns.text: column "text" of x.jsonl is blank in all 1 rows',
+    ),
+    (
+        "a row without a label",
+        "x.jsonl",
+        [*ROWS, {"text": "t", "label": None}],
+        {},
+        CLASSIFY,
+        D,
+        (
+            'spec.dataset.columns.label: column "label" of x.jsonl has no label in 1 rows. The first is row 8, counted'
+            " from 0 (line 9 of x.jsonl). Remove them"
+        ),
+    ),
+    (
+        "a number that is missing in CSV",
+        "x.csv",
+        "text,label\na,1\nb,\nc,0\n",
+        {},
+        CLASSIFY,
+        D,
+        (
+            'spec.dataset.columns.label: column "label" of x.csv has no label in 1 rows. The first is row 1, counted'
+            " from 0 (line 3 of x.csv). Remove them"
+        ),
+    ),
+    (
+        "one class",
+        "x.jsonl",
+        only(label="a"),
+        {},
+        CLASSIFY,
+        D,
+        'spec.dataset.columns.label: all 8 rows of x.jsonl have the label "a"; two classes at least are needed',
+    ),
+    (
+        "scores for labels",
+        "x.jsonl",
+        [{"text": "a", "label": 0.5}, {"text": "b", "label": 1.0}],
+        {},
+        CLASSIFY,
+        D,
+        'spec.dataset.columns.label: column "label" of x.jsonl holds 0.5; a label is a name or a whole number',
+    ),
+    (
+        "several labels a row",
+        "x.jsonl",
+        only(label=["a", "b"]),
+        {},
+        CLASSIFY,
+        D,
+        (
+            'spec.dataset.columns.label: column "label" of x.jsonl holds lists; a label is a name or a whole number,'
+            " one a row"
+        ),
+    ),
+    (
+        "a broken CSV",
+        "x.csv",
+        'text,label\na,"b\n',
+        {},
+        {},
+        D,
+        (
+            "spec.dataset.files: row 0, counted from 0 (line 2 of {file}) cannot be read as csv: a cell that begins"
+            " with a quotation mark never ends."
+        ),
+    ),
+    (
+        "broken JSON",
+        "x.jsonl",
+        '{"text": "a"}\n{"text": \n',
+        {},
+        {},
+        D,
+        "spec.dataset.files: {file} cannot be read as json: ",
+    ),
+    (
+        "no parquet",
+        "x.parquet",
+        "text",
+        {},
+        {},
+        D,
+        "spec.dataset.files: {file} cannot be read as parquet: Parquet file size is 4 bytes",
+    ),
+    (
+        "bytes that are no text",
+        "x.txt",
+        b"a\n\xfa\xff",
+        {},
+        {},
+        D,
+        "spec.dataset.files: {file} is not UTF-8: byte 0xfa at position 2 (line 2) is not valid",
+    ),
+    ("an empty file", "x.jsonl", "", {}, {}, D, "spec.dataset.files: {file} is empty"),
+    (
+        "a suffix that says nothing",
+        "x.dat",
+        "a",
+        {},
+        {},
+        S,
+        "spec.dataset.format: cannot be told from x.dat; set it to one of csv, json, jsonl, parquet, text, imagefolder",
+    ),
+    (
+        "a file that is not there",
+        "rows.jsonl",
+        None,
+        {"files": ["{folder}/row.jsonl"]},
+        {},
+        ExitCode.NOT_FOUND,
+        "spec.dataset.files[0]: there is no file {folder}/row.jsonl. Did you mean '{folder}/rows.jsonl'?",
+    ),
+    (
+        "a pattern that finds nothing",
+        "rows.jsonl",
+        None,
+        {"files": ["{folder}/*.tsv"]},
+        {},
+        ExitCode.NOT_FOUND,
+        "spec.dataset.files[0]: there is no file {folder}/*.tsv. Is its volume listed under spec.volumes?",
+    ),
+    (
+        "a file of a volume that is not mounted",
+        "x.jsonl",
+        None,
+        {"files": ["/data/none/x.jsonl"]},
+        {},
+        ExitCode.NOT_FOUND,
+        "spec.dataset.files[0]: there is no file /data/none/x.jsonl. Is its volume listed under spec.volumes?",
+    ),
+    (
+        "a folder for a file",
+        "rows.jsonl",
+        None,
+        {"files": ["{folder}"]},
+        {},
+        ExitCode.NOT_FOUND,
+        "spec.dataset.files[0]: there is no file {folder}. It is a folder: name its files, for example with /*.jsonl",
+    ),
+    (
+        "two formats",
+        "rows.jsonl",
+        None,
+        {"files": ["{folder}/rows.jsonl", "{folder}/more.csv"]},
+        {},
+        S,
+        (
+            "spec.dataset.files: files of several formats (rows.jsonl, more.csv); use one format, or set"
+            " spec.dataset.format"
+        ),
+    ),
+    (
+        "the broken one of two files",
+        "a.jsonl",
+        "{",
+        {"files": ["{folder}/rows.jsonl", "{folder}/a.jsonl"]},
+        {},
+        D,
+        "spec.dataset.files: {file} cannot be read as json: ",
+    ),
+    (
+        "an unknown split",
+        "x.jsonl",
+        None,
+        {"split": "test"},
+        {},
+        S,
+        "spec.dataset.split: there is no split 'test'; the splits are: train",
+    ),
+    (
+        "a slice that is none",
+        "x.jsonl",
+        None,
+        {"split": "train[80%"},
+        {},
+        S,
+        "spec.dataset.split: 'train[80%' is not a split; write train, train[:80%] or train[100:200]",
+    ),
+    (
+        "an empty slice",
+        "x.jsonl",
+        None,
+        {"split": "train[100:]"},
+        {},
+        D,
+        "spec.dataset.split: train[100:] of x.jsonl is empty: it has 8 rows",
+    ),
+    (
+        "measured on what was learnt",
+        "x.jsonl",
+        None,
+        {"evalSplit": "train[75%:]"},
+        {},
+        S,
+        (
+            "spec.dataset.evalSplit: 2 of its rows are in split train too, and would be learnt and measured on."
+            " Choose parts that do not overlap, such as train[:90%] and train[90%:]"
+        ),
+    ),
+    (
+        "nothing to hold out",
+        "x.jsonl",
+        None,
+        {"evalFraction": 0.01},
+        {},
+        D,
+        "spec.dataset.evalFraction: 0.01 of 8 rows is 0; both sides need one row at least. Choose another fraction",
+    ),
+    (
+        "labels that were never learnt",
+        "x.jsonl",
+        None,
+        {"evalFiles": ["{folder}/other.jsonl"]},
+        CLASSIFY,
+        D,
+        "spec.dataset.columns.label: other.jsonl has labels that the training rows do not have: z (theirs: a, b)",
+    ),
+    (
+        "measured on the file that was learnt",
+        "x.jsonl",
+        None,
+        {"evalFiles": ["{folder}/rows.jsonl"]},
+        {},
+        S,
+        (
+            "spec.dataset.evalFiles: {folder}/rows.jsonl holds the same as {file} of spec.dataset.files, and would be"
+            " learnt and measured on. Name other files, or hold rows out with evalFraction"
+        ),
+    ),
+    (
+        "measured on a file of many that were learnt",
+        "other.jsonl",
+        None,
+        {"files": ["{folder}/*.jsonl"], "evalFiles": ["{file}"]},
+        {},
+        S,
+        "spec.dataset.evalFiles: {file} is one of spec.dataset.files too, and would be learnt and measured on.",
+    ),
+    (
+        "a name that is taken for a chain",
+        "a::b.jsonl",
+        None,
+        {},
+        {},
+        S,
+        (
+            'spec.dataset.files[0]: {file} has "::" in its name, which the library that reads it takes for a file'
+            " inside an archive; rename it"
+        ),
+    ),
+    (
+        "no file to evaluate on",
+        "x.jsonl",
+        None,
+        {"evalFiles": ["{folder}/none.jsonl"]},
+        {},
+        ExitCode.NOT_FOUND,
+        "spec.dataset.evalFiles[0]: there is no file {folder}/none.jsonl",
+    ),
+    (
+        "longer than the model",
+        "x.jsonl",
+        None,
+        {},
+        {"training": {"maxLength": 4096}},
+        S,
+        (
+            "spec.training.maxLength: 4096 tokens do not fit: the model has 256 positions (max_position_embeddings);"
+            " set it to at most that"
+        ),
+    ),
+    (
+        "a module that is not there",
+        "x.jsonl",
+        None,
+        {},
+        {"method": {"type": "qlora", "targetModules": ["q_proj", "v_porj"]}},
+        S,
+        (
+            "spec.method.targetModules[1]: the model has no module 'v_porj' (it has: down_proj, embed_tokens,"
+            " gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj). Did you mean 'v_proj'?"
+        ),
+    ),
+    (
+        "a module beside all of them",
+        "x.jsonl",
+        None,
+        {},
+        {"method": {"type": "lora", "targetModules": ["q_proj", "all-linear"]}},
+        S,
+        "spec.method.targetModules[1]: all-linear takes all linear modules; leave the others out, or it",
+    ),
+    (
+        "nothing like a module",
+        "x.jsonl",
+        None,
+        {},
+        {"method": {"type": "lora", "targetModules": ["zzz"]}},
+        S,
+        (
+            "spec.method.targetModules[0]: the model has no module 'zzz' (it has: down_proj, embed_tokens, gate_proj,"
+            " k_proj, lm_head, o_proj, q_proj, up_proj, v_proj). Or use all-linear alone"
+        ),
+    ),
+    (
+        "the head",
+        "x.jsonl",
+        None,
+        {},
+        CLASSIFY | {"method": {"type": "lora", "targetModules": ["q_proj", "score"]}},
+        S,
+        "spec.method.targetModules[1]: 'score' is the head, which is trained whole in any case; leave it out",
+    ),
+    (
+        "no module, for a classifier",
+        "x.jsonl",
+        None,
+        {},
+        CLASSIFY | {"method": {"type": "lora", "targetModules": ["scores"]}},
+        S,
+        (
+            "spec.method.targetModules[0]: the model has no module 'scores' (it has: down_proj, embed_tokens,"
+            " gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj). Or use all-linear alone"
+        ),
+    ),
+    (
+        "too narrow for NF4 on CPU",
+        "x.jsonl",
+        None,
+        {},
+        {"method": {"type": "qlora"}},
+        S,
+        (
+            "spec.method.type: qlora on CPU needs widths of a multiple of 64, and the model's hidden_size is 32; use"
+            " lora, or a GPU"
+        ),
+    ),
+    (
+        "no such folder",
+        "x.jsonl",
+        None,
+        {},
+        {"model": {"path": "/models/none"}},
+        ExitCode.NOT_FOUND,
+        "spec.model.path: there is no folder /models/none. Is its volume listed under spec.volumes?",
+    ),
+    (
+        "a folder without a model",
+        "x.jsonl",
+        None,
+        {},
+        {"model": {"path": "{folder}"}},
+        S,
+        "spec.model.path: {folder} holds no config.json, model_index.json or adapter_config.json (it holds: ",
+    ),
+    (
+        "a job that is not mounted",
+        "x.jsonl",
+        None,
+        {},
+        {"model": {"job": "other"}},
+        ExitCode.NOT_FOUND,
+        "spec.model.job: the workspace of FineTuneJob other is not mounted here",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "dataset", "spec", "code", "message"), MISTAKES, ids=[m[0] for m in MISTAKES]
+)
+def test_a_mistake_names_its_field(
+    name: str,
+    file: str,
+    content: object,
+    dataset: dict[str, Any],
+    spec: dict[str, Any],
+    code: ExitCode,
+    message: str,
+    make_run: MakeRun,
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "data"
+    path = write(folder, file, content)
+    write(folder, "rows.jsonl")
+    write(folder, "more.csv")
+    write(folder, "other.jsonl", [{"text": "t", "label": "z"}])
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: fill(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [fill(v) for v in value]
+        return value.replace("{folder}", str(folder)).replace("{file}", path) if isinstance(value, str) else value
+
+    with pytest.raises(Failure) as failure:
+        main(make_run(dataset={"files": [path]} | fill(dataset), **fill(spec)))
+    expect = message.replace("{folder}", str(folder)).replace("{file}", path)
+    assert (failure.value.code, failure.value.message[: len(expect)]) == (code, expect)
+
+
+def change(model: Path, into: Path, file: str, **fields: Any) -> str:
+    """A copy of `model` with other fields in one of its JSON files; None removes a field."""
+    shutil.copytree(model, into)
+    data = json.loads((into / file).read_text()) | fields
+    (into / file).write_text(json.dumps({k: v for k, v in data.items() if v is not None}))
+    return str(into)
+
+
+def test_a_tokenizer_without_an_end_is_refused(make_run: MakeRun, tiny_model: Path, tmp_path: Path) -> None:
+    path = change(tiny_model, tmp_path / "m", "tokenizer_config.json", eos_token=None)
+    with pytest.raises(
+        Failure, match=r"spec\.model: its tokenizer has no end-of-text token.* Choose another model, or add eos_token"
+    ) as failure:
+        main(make_run(model={"path": path}))
+    assert failure.value.code is S
+
+
+def test_code_of_a_model_is_never_run(make_run: MakeRun, tiny_model: Path, tmp_path: Path) -> None:
+    path = change(tiny_model, tmp_path / "m", "config.json", model_type="mine", auto_map={"AutoConfig": "evil.py"})
+    (tmp_path / "m" / "evil.py").write_text("raise SystemExit('was run')")
+    with pytest.raises(
+        Failure, match=r"transformers has no architecture 'mine'\. It brings code of its own, which is never run"
+    ):
+        main(make_run(model={"path": path}))
+
+
+def test_pickles_are_never_opened(make_run: MakeRun, tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "pytorch_model.bin")
+    with pytest.raises(Failure, match=r"spec\.model\.path: .* holds no weights \(\*\.safetensors\)"):
+        main(make_run(model={"path": str(tmp_path / "m")}))

@@ -1,0 +1,70 @@
+"""Signs of life while files are written, and how the supervisor reads them."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from luthier_trainer.runtime.heartbeat import HEARTBEAT_FILE, STARTING_FILE, beating_while_growing
+from luthier_trainer.runtime.run_folder import run_dir
+from luthier_trainer.supervisor import main as supervisor
+
+LOOK = 0.02
+
+
+def beats(seconds: float = 0.5) -> bool:
+    """Whether a sign of life comes within `seconds`. It is taken away, so that the next one is seen."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if (run_dir() / HEARTBEAT_FILE).exists():
+            time.sleep(2 * LOOK)
+            (run_dir() / HEARTBEAT_FILE).unlink()
+            return True
+        time.sleep(LOOK)
+    return False
+
+
+def test_a_folder_that_grows_is_a_sign_of_life(tmp_path: Path) -> None:
+    folder = tmp_path / ".staging-checkpoint-7"
+    with beating_while_growing(folder, LOOK):
+        assert not beats(0.2), "nothing is written yet"
+        (folder / "global_step7").mkdir(parents=True)
+        file = folder / "global_step7/zero_pp_rank_0_mp_rank_00_optim_states.pt"
+        file.write_bytes(b"x" * 10)
+        assert beats()
+        assert not beats(0.2), "a write that stands still is none"
+        file.write_bytes(b"x" * 20)
+        assert beats()
+    file.write_bytes(b"x" * 30)
+    assert not beats(0.2), "it is over"
+
+
+SILENCES = [
+    # written                          seconds of silence   lost, of a limit of 10
+    ([], 25, False),
+    ([], 31, True),
+    ([STARTING_FILE], 25, False),
+    ([STARTING_FILE], 31, True),
+    ([STARTING_FILE, HEARTBEAT_FILE], 9, False),
+    ([STARTING_FILE, HEARTBEAT_FILE], 11, True),
+]
+
+
+@pytest.mark.parametrize(("written", "silence", "lost"), SILENCES)
+def test_reading_a_checkpoint_leaves_the_patience_for_the_first_step(
+    written: list[str], silence: float, lost: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: now)
+    pulse = supervisor.Pulse(tmp_path, limit=10)
+    for name in written:
+        (tmp_path / name).touch()
+        assert not pulse.lost()
+    now += silence
+    assert pulse.lost() == lost
+    for name in written:
+        os.utime(tmp_path / name, ns=(1, 1))  # as any other time: clocks of nodes and volumes differ
+        assert not pulse.lost()

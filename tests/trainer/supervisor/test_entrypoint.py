@@ -1,0 +1,233 @@
+"""PID 1 before it has any types: what it refuses, in which words, and what it has imported for that. Each case is a
+process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier_api.termination import TerminationMessage
+from luthier_api.terminationlog import LIMIT_BYTES
+from luthier_api.variables import Variables
+
+TOKEN = "hf_" + "a1B2" * 9
+SPEC = {"task": "causal-lm", "model": {"id": "org/model"}, "dataset": {"id": "org/rows"}}
+HEAVY = {"pydantic", "pydantic_core", "torch", "dataclasses", "tempfile"}
+
+
+def entry(folder: Path, arguments: list[str], **environment: str) -> tuple[int, set[str], str]:
+    """The image's own entry point: its exit code, the modules that it has imported, and what else it has said."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "luthier_trainer", *arguments],
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    lines = done.stderr.splitlines()
+    imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+    return done.returncode, imported, "\n".join(line for line in lines if not line.startswith("import time:"))
+
+
+def last_word() -> bytes:
+    return Path(os.environ[Variables.TERMINATION_LOG]).read_bytes()
+
+
+def config(folder: Path, **changes: Any) -> str:
+    return json.dumps({"kind": "FineTuneJob", "name": "job", "workspace": str(folder / "job"), "spec": SPEC} | changes)
+
+
+UNKNOWN = {f"field{i}": i for i in range(1000)}
+REFUSED: list[tuple[str, str, dict[str, Any] | str | bytes, int, str, str]] = [
+    (
+        "no JSON",
+        "prepare",
+        "{\n 1",
+        64,
+        "InvalidSpec",
+        "run config: invalid JSON: Expecting property name enclosed in double quotes: line 2 column 2 (char 3)",
+    ),
+    (
+        "no text",
+        "prepare",
+        b"\xff",
+        64,
+        "InvalidSpec",
+        "run config: invalid JSON: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte",
+    ),
+    (
+        "deeper than anybody reads",
+        "prepare",
+        "[" * 9999 + "]" * 9999,
+        64,
+        "InvalidSpec",
+        "run config: invalid JSON: maximum recursion depth",
+    ),
+    (
+        "a number without an end",
+        "prepare",
+        '{"kind": %s}' % ("9" * 5000),
+        64,
+        "InvalidSpec",
+        "run config: invalid JSON: Exceeds the limit (4300 digits)",
+    ),
+    ("a list", "prepare", "[]", 64, "InvalidSpec", "run config: must be an object (it is [])"),
+    (
+        "an unknown field",
+        "prepare",
+        {"spec": SPEC | {"model": {"pat": "x"}}},
+        64,
+        "InvalidSpec",
+        "spec.model.pat: unknown field. Did you mean 'path'?",
+    ),
+    (
+        "a wrong value",
+        "train",
+        {"spec": SPEC | {"training": {"epochs": 0}}},
+        64,
+        "InvalidSpec",
+        "spec.training.epochs: must be greater than 0 (it is 0)",
+    ),
+    (
+        "two mistakes",
+        "publish",
+        {"spec": SPEC | {"task": "a", "hub": 1}},
+        64,
+        "InvalidSpec",
+        "spec.task: must be 'causal-lm'|; spec.hub: must be an object (it is 1)",
+    ),
+    (
+        "a kind that does not fit",
+        "generate",
+        {},
+        64,
+        "InvalidSpec",
+        "kind: generate needs a GenerateJob, but run.json describes a FineTuneJob",
+    ),
+    ("a token in a wrong place", "prepare", {"spec": SPEC | {"strategy": TOKEN}}, 64, "InvalidSpec", "|(it is 'hf_…')"),
+    ("more than the kubelet keeps", "prepare", UNKNOWN, 64, "InvalidSpec", "field0: unknown field; "),
+    (
+        "a workspace that cannot be",
+        "prepare",
+        {"workspace": "FOLDER/file/job"},
+        78,
+        "Misconfigured",
+        (
+            "spec.workspace: cannot write to FOLDER/file/job: Not a directory. FOLDER/file belongs to USER, mode 0640;"
+            " this process is USER (groups "
+        ),
+    ),
+    (
+        "a workspace of the system",
+        "prepare",
+        {"workspace": "/proc/luthier/job"},
+        78,
+        "Misconfigured",
+        (
+            "spec.workspace: cannot write to /proc/luthier/job: |. Use a volume that honours fsGroup, or give its"
+            " folder to that group"
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("verb", "given", "code", "reason", "message"), [c[1:] for c in REFUSED], ids=[c[0] for c in REFUSED]
+)
+def test_a_mistake_ends_before_the_types_are_imported(
+    verb: str, given: dict[str, Any] | str | bytes, code: int, reason: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch(0o640)
+    text = given if isinstance(given, str | bytes) else config(tmp_path, **given).replace("FOLDER", str(tmp_path))
+    (tmp_path / "run.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    ended, imported, said = entry(tmp_path, [verb, "--run", "run.json"])
+    assert ended == code, said
+    assert imported & HEAVY == set()
+    assert "luthier_trainer.supervisor.gate" in imported
+
+    raw = last_word()
+    word = TerminationMessage.read(raw.decode())
+    assert word is not None
+    assert len(raw) <= LIMIT_BYTES
+    assert word.encode() == raw, "as the types write it"
+    assert (word.phase, word.code, word.reason) == ("run" if verb in ("train", "generate") else verb, code, reason)
+    begins, _, ends = (
+        message.replace("FOLDER", str(tmp_path)).replace("USER", f"{os.getuid()}:{os.getgid()}").partition("|")
+    )
+    assert word.message.startswith(begins)
+    assert word.message.endswith(ends)
+    assert word.seconds is not None
+    assert 0 <= word.seconds < 30
+    assert said.splitlines()[-1].startswith(f"supervisor: {word.phase} ended with {code} {reason}: {word.message}")
+    assert TOKEN not in said + raw.decode()
+
+
+PLACES = ["LUTHIER_RUN_DIR", "TMPDIR", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE"]
+
+
+@pytest.mark.parametrize("variable", PLACES)
+def test_a_folder_that_cannot_be_written_ends_before_the_types_are_imported(variable: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "run.json").write_text(config(tmp_path))
+    ended, imported, _ = entry(
+        tmp_path, ["prepare", "--run", "run.json"], **{variable: str(tmp_path / "file" / "below")}
+    )
+    word = TerminationMessage.read(last_word().decode())
+    assert word is not None
+    assert (ended, word.code) == (78, 78)
+    assert word.message.startswith(
+        f"{variable}: cannot write to {tmp_path}/file/below: Not a directory. {tmp_path}/file belongs to "
+    )
+    assert imported & HEAVY == set()
+
+
+COMMANDS = [
+    # arguments              variables                  says
+    (["teach"], {}, "invalid choice: 'teach'"),
+    (["train"], {"LUTHIER_RUN": ""}, "--run is missing, and LUTHIER_RUN is not set"),
+    (
+        ["train"],
+        {"LUTHIER_RUN": "none"},
+        "supervisor: run ended with 78 Misconfigured: LUTHIER_RUN: cannot read the run config none: No such file",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "variables", "says"), COMMANDS)
+def test_a_wrong_command(arguments: list[str], variables: dict[str, str], says: str, tmp_path: Path) -> None:
+    ended, imported, said = entry(tmp_path, arguments, **variables)
+    assert ended in (64, 78)
+    assert says in said
+    assert imported & HEAVY == set()
+
+
+def test_a_stop_at_the_very_beginning_is_not_lost(tmp_path: Path) -> None:
+    """The kernel would not deliver a SIGTERM to a process 1 that has no handler yet."""
+    early = """
+import os, runpy, signal, sys
+class Kubelet:
+    def find_spec(self, name, path=None, target=None):
+        if name == "luthier_trainer.supervisor.entrypoint":
+            os.kill(os.getpid(), signal.SIGTERM)
+sys.meta_path.insert(0, Kubelet())
+runpy.run_module("luthier_trainer", run_name="__main__", alter_sys=True)
+"""
+    (tmp_path / "run.json").write_text(config(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", early, "prepare", "--run", str(tmp_path / "run.json")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    word = TerminationMessage.read(last_word().decode())
+    assert word is not None
+    assert done.returncode == 75, done.stderr
+    assert word.message == "stopped; the next start goes on from here"

@@ -1,0 +1,386 @@
+"""PID 1 with real children: what it returns, says, kills and waits for."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
+from luthier_api.status import Plan, ResolvedDataset, ResolvedSource
+from luthier_api.termination import TerminationMessage
+from luthier_api.terminationlog import LIMIT_BYTES
+from luthier_trainer.workspace.prepared import FINGERPRINT, fingerprint, read_prepared, write_prepared
+
+TOKEN = "hf_" + "a1B2" * 9
+
+# The supervisor itself, with a small script in the place of the phase's process.
+DRIVER = """
+import sys
+from pathlib import Path
+from luthier_trainer import pid1, signals, supervisor
+supervisor.command = lambda verb, run, node_rank: [sys.executable, sys.argv[3]]
+raise SystemExit(pid1.phase(sys.argv[1], Path(sys.argv[2]), signals.Stop()))
+"""
+CHILD = """
+import faulthandler, json, os, signal, subprocess, sys, time
+from pathlib import Path
+run = Path(os.environ["LUTHIER_RUN_DIR"])
+def result(code, rank=0, **more):
+    reason = {0: "Completed", 65: "InvalidDataset", 75: "Preempted", 81: "PeerLost", 71: "InfrastructureError"}[code]
+    written = {"phase": "run", "code": code, "reason": reason, "rank": rank} | more
+    (run / f"result-{rank}.json").write_text(json.dumps(written))
+"""
+
+
+def give_prepared(run: FineTuneRun | GenerateRun) -> None:
+    """A workspace whose `prepare` has ended well."""
+    folder = Path(run.workspace) / "prepared"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FINGERPRINT).write_text(fingerprint(run))
+    write_prepared(
+        run,
+        PreparedRecord(
+            model=ResolvedSource(source="m"),
+            dataset=ResolvedDataset(source="d", rows=1),
+            plan=Plan(strategy="none"),
+            model_path="m",
+            dataset_path="d",
+        ),
+    )
+
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(tmp_path: Path, make_generate_run: Callable[..., GenerateRun]) -> Iterator[Start]:
+    """Start the supervisor over a child script; ends it, and all below it, with the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run_it(
+        script: str, verb: str = "generate", grace_seconds: int = 60, prepared: bool = True, **environment: str
+    ) -> subprocess.Popen[str]:
+        run = make_generate_run(grace_seconds=grace_seconds)
+        if prepared:
+            give_prepared(run)
+        (tmp_path / "run.json").write_text(json.dumps(run.dump()))
+        (tmp_path / "child.py").write_text(CHILD + textwrap.dedent(script))
+        (tmp_path / "driver.py").write_text(DRIVER)
+        started.append(
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    str(tmp_path / "driver.py"),
+                    verb,
+                    str(tmp_path / "run.json"),
+                    str(tmp_path / "child.py"),
+                ],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=os.environ | environment,
+            )
+        )
+        return started[-1]
+
+    yield run_it
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def last_word(tmp_path: Path) -> TerminationMessage:
+    message = TerminationMessage.read((tmp_path / "run" / "termination-log").read_text())
+    assert message is not None
+    return message
+
+
+def wait_for(path: Path, seconds: float = 20) -> None:
+    until = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < until, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+ENDS: list[tuple[str, str, dict[str, Any], int, str]] = [
+    # name, child, environment, exit code, message
+    ("a good end", "result(0, metrics={'evalLoss': 1.5})", {}, 0, ""),
+    ("a good end, then a crash in teardown", "result(0); os.abort()", {}, 0, ""),
+    ("a mistake of the user", "result(65, message='spec.dataset: no'); os._exit(65)", {}, 65, "spec.dataset: no"),
+    (
+        "a mistake on one rank, lost peers on the others",
+        "result(81, 0, message='gone'); result(65, 1, message='bad row'); sys.exit(1)",
+        {},
+        65,
+        "bad row",
+    ),
+    ("an agreed stop on another pod", "result(75, saved=True, step=7)", {}, 75, ""),
+    (
+        "a lost peer",
+        "result(81, message='Connection reset by peer'); sys.exit(1)",
+        {"LUTHIER_PEER_LOST_LINGER": "0.3"},
+        81,
+        "Connection reset",
+    ),
+    ("no message", "print('deep trouble'); sys.exit(3)", {}, 70, "the process ended with 3 and left no message"),
+    ("no message, but a code of ours", "sys.exit(74)", {}, 74, "ended with 74"),
+    ("an end without a result", "pass", {}, 70, "ended with 0 but left no result"),
+    (
+        "NCCL's watchdog aborts",
+        (
+            "print('[rank0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)')\nfor n in range(40):"
+            " print('frame', n)\nsys.stdout.flush(); os.abort()"
+        ),
+        {},
+        80,
+        "WorkNCCL(SeqNum=7). A process of the group did not come",
+    ),
+    (
+        "a crash of its own",
+        "os.kill(os.getpid(), signal.SIGSEGV)",
+        {},
+        71,
+        "ended by SIGSEGV of its own; see its last lines",
+    ),
+    ("killed from outside", "os.kill(os.getpid(), signal.SIGKILL)", {}, 71, "ended by SIGKILL from outside"),
+    (
+        "out of memory",
+        (
+            "Path(os.environ['LUTHIER_CGROUP'], 'memory.events').write_text('oom 1\\noom_kill 3\\n');"
+            " os.kill(os.getpid(), 9)"
+        ),
+        {"LUTHIER_CGROUP": "CGROUP"},
+        83,
+        "spec.resources.memory: the container ran out of memory",
+    ),
+    (
+        "a hang",
+        "faulthandler.register(signal.SIGUSR1); (run / 'heartbeat').touch()\ndef stuck():\n    time.sleep(60)\nstuck()",
+        {"LUTHIER_STEP_TIMEOUT": "0.5"},
+        80,
+        "no step for",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "script", "environment", "code", "message"), ENDS, ids=[c[0] for c in ENDS])
+def test_an_end_becomes_a_code(
+    name: str, script: str, environment: dict[str, str], code: int, message: str, start: Start, tmp_path: Path
+) -> None:
+    (tmp_path / "cgroup").mkdir()
+    (tmp_path / "cgroup" / "memory.events").write_text("oom 0\noom_kill 2\n")
+    process = start(script, **{k: str(tmp_path / "cgroup") if v == "CGROUP" else v for k, v in environment.items()})
+    output, _ = process.communicate(timeout=30)
+    said = last_word(tmp_path)
+    assert (process.returncode, said.code) == (code, code), output
+    assert message in said.message
+    if name == "a hang":
+        assert "in stuck" in output
+    if name == "no message":
+        assert "deep trouble" in output
+        assert said.last_lines == "deep trouble"
+
+
+def test_a_stop_is_agreed_on_not_forwarded(start: Start, tmp_path: Path) -> None:
+    """The child would die of a SIGTERM; it sees the file, saves, and says so."""
+    process = start("""
+        (run / "ready").touch()
+        while not (run / "stop").exists():
+            time.sleep(0.02)
+        result(75, saved=True, step=12)
+        """)
+    wait_for(tmp_path / "run" / "ready")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 75
+    assert (last_word(tmp_path).saved, last_word(tmp_path).step) == (True, 12)
+
+
+def test_a_second_interrupt_waits_for_no_checkpoint(start: Start, tmp_path: Path) -> None:
+    """Ctrl-C twice, on a laptop."""
+    process = start("(run / 'ready').touch()\ntime.sleep(60)")
+    wait_for(tmp_path / "run" / "ready")
+    process.send_signal(signal.SIGINT)
+    wait_for(tmp_path / "run" / "stop")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == 75
+    assert last_word(tmp_path).saved is False
+
+
+AFTER_SIGTERM = [
+    ("ignores the stop", "time.sleep(60)", "the grace period ended"),
+    (
+        "fails of something else",
+        "while not (run / 'stop').exists(): time.sleep(0.02)\nresult(65, message='bad'); os._exit(65)",
+        "InvalidDataset: bad",
+    ),
+    ("has no message", "while not (run / 'stop').exists(): time.sleep(0.02)\nsys.exit(1)", "ended with 1"),
+]
+
+
+@pytest.mark.parametrize(("name", "script", "message"), AFTER_SIGTERM, ids=[c[0] for c in AFTER_SIGTERM])
+def test_after_a_sigterm_nothing_is_final(name: str, script: str, message: str, start: Start, tmp_path: Path) -> None:
+    process = start("(run / 'ready').touch()\n" + script, grace_seconds=2)
+    wait_for(tmp_path / "run" / "ready")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 75
+    assert last_word(tmp_path).saved is False
+    assert message in last_word(tmp_path).message
+
+
+def test_workers_in_sessions_of_their_own_are_killed_too(start: Start, tmp_path: Path) -> None:
+    process = start(
+        """
+        grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+        (run / "pid").write_text(str(grandchild.pid))
+        (run / "ready").touch()
+        time.sleep(60)
+        """,
+        grace_seconds=2,
+    )
+    wait_for(tmp_path / "run" / "ready")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 75
+    assert not Path(f"/proc/{(tmp_path / 'run' / 'pid').read_text()}").exists()
+
+
+def test_prepare_has_nothing_to_save_and_stops_at_once(start: Start, tmp_path: Path) -> None:
+    process = start("(run / 'ready').touch(); time.sleep(60)", verb="prepare")
+    wait_for(tmp_path / "run" / "ready")
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 75
+    assert time.monotonic() - began < 5
+    assert last_word(tmp_path).message == "stopped; the next start goes on from here"
+
+
+def test_a_lost_peer_waits_to_be_stopped(start: Start, tmp_path: Path) -> None:
+    """The pod that caused it fails first; the cluster then stops us, which costs nothing."""
+    process = start("result(81, message='gone'); (run / 'ready').touch(); sys.exit(1)", LUTHIER_PEER_LOST_LINGER="20")
+    wait_for(tmp_path / "run" / "ready")
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 75
+
+
+def test_stale_files_of_an_earlier_start_are_gone(start: Start, tmp_path: Path) -> None:
+    for name in ("stop", "heartbeat", "result-0.json"):
+        (tmp_path / "run" / name).write_text('{"phase":"run","code":65,"reason":"InvalidDataset"}')
+    process = start("assert not (run / 'stop').exists() and not (run / 'heartbeat').exists(); result(0)")
+    assert process.wait(timeout=20) == 0
+
+
+def test_tokens_reach_neither_lines_nor_message(start: Start, tmp_path: Path) -> None:
+    process = start(f"print('curl -H {TOKEN}', flush=True); result(71, message='401 for {TOKEN}'); sys.exit(1)")
+    process.communicate(timeout=20)
+    raw = (tmp_path / "run" / "termination-log").read_text()
+    assert TOKEN not in raw
+    assert "curl -H hf_…" in raw
+
+
+def test_the_last_word_fits_where_the_kubelet_reads_it(start: Start, tmp_path: Path) -> None:
+    process = start("for i in range(200): print(i, 'é' * 300)\nresult(71, message='x' * 9000); sys.exit(1)")
+    process.communicate(timeout=20)
+    raw = (tmp_path / "run" / "termination-log").read_bytes()
+    assert len(raw) <= LIMIT_BYTES
+    assert TerminationMessage.read(raw.decode()) is not None
+
+
+def test_run_pods_hold_no_token(start: Start, tmp_path: Path) -> None:
+    process = start(
+        "(run / 'seen').write_text(os.environ.get('HF_TOKEN', '') + os.environ['HF_HUB_OFFLINE']); result(0)",
+        HF_TOKEN=TOKEN,
+    )
+    assert process.wait(timeout=20) == 0
+    assert (tmp_path / "run" / "seen").read_text() == "1"
+
+
+def entry(tmp_path: Path, verb: str, document: object) -> subprocess.CompletedProcess[str]:
+    """The image's own entry point."""
+    (tmp_path / "run.json").write_text(json.dumps(document))
+    return subprocess.run(
+        [sys.executable, "-m", "luthier_trainer", verb, "--run", str(tmp_path / "run.json")],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+def good(run: FineTuneRun | GenerateRun, **changes: Any) -> dict[str, Any]:
+    document: Any = run.dump()
+    for path, value in changes.items():
+        *way, last = path.split("__")
+        place = document
+        for step in way:
+            place = place[step]
+        place[last] = value
+    return document
+
+
+def test_the_supervisor_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, luthier_trainer.supervisor.main; print([m for m in ('torch', 'transformers', 'datasets', 'numpy',"
+        " 'httpx') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_workspace_that_is_not_prepared(tmp_path: Path, make_run: Callable[..., FineTuneRun]) -> None:
+    done = entry(tmp_path, "train", good(make_run()))
+    assert done.returncode == 78
+    assert "prepared.json: missing. Run `prepare` first, on the same workspace" in last_word(tmp_path).message
+
+
+def test_a_workspace_of_another_job_is_not_trained_on(tmp_path: Path, make_run: Callable[..., FineTuneRun]) -> None:
+    give_prepared(make_run())
+    done = entry(tmp_path, "train", good(make_run(), spec__training__seed=7))
+    assert done.returncode == 64
+    assert "was prepared for another version of job 'job'" in last_word(tmp_path).message
+
+
+CIRCUMSTANCES = [
+    ("hub", {"repo": "org/out", "tokenSecretRef": {"name": "hf"}}),
+    ("restarts", {"max": 9}),
+    ("workspace", {"claimName": "another"}),
+    ("suspend", True),
+    ("scheduling", {"queueName": "team-a"}),
+    ("volumes", [{"claimName": "models", "mountPath": "/models"}]),
+    ("activeDeadlineSeconds", 60),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), CIRCUMSTANCES, ids=[c[0] for c in CIRCUMSTANCES])
+def test_what_decides_where_and_when_makes_no_other_job(
+    field: str, value: object, make_run: Callable[..., FineTuneRun]
+) -> None:
+    give_prepared(make_run())
+    assert read_prepared(FineTuneRun.model_validate(good(make_run(), **{f"spec__{field}": value}))).model_path == "m"
+
+
+ENDPOINTS = [
+    ("the Hub itself", None, None),
+    ("the Hub, spelt out", "https://huggingface.co/", None),
+    ("a mirror: uploads by LFS, which all of them speak", "http://hub.example:8080", "1"),
+]
+
+
+@pytest.mark.parametrize(("name", "endpoint", "expect"), ENDPOINTS, ids=[c[0] for c in ENDPOINTS])
+def test_only_the_hub_itself_is_spoken_to_by_xet(
+    name: str, endpoint: str | None, expect: str | None, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_DISABLE_XET", raising=False)
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    script = CHILD + "print('xet', os.environ.get('HF_HUB_DISABLE_XET')); result(0)"
+    process = start(script, **({"HF_ENDPOINT": endpoint} if endpoint else {}))
+    assert f"xet {expect}" in process.communicate(timeout=60)[0]

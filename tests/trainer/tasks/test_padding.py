@@ -1,0 +1,162 @@
+"""The loss of a row does not depend on the rows beside it in a batch, nor on the side on which the tokenizer pads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from prepared_workspace import prepared_run
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertLMHeadModel,
+    FNetConfig,
+    FNetForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RobertaConfig,
+    RobertaForCausalLM,
+    RobertaForSequenceClassification,
+)
+
+from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.models.processors import read_tokenizer
+from luthier_trainer.tasks import texts
+from luthier_trainer.tasks.table import TASKS
+from luthier_trainer.training import main as train
+
+LENGTHS = (3, 40, 7, 21, 12, 5, 33, 18)
+BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2}
+OPT = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+FAMILIES: list[tuple[str, str, Any, Any, dict[str, Any]]] = [
+    # name                       task                   model                             configuration
+    ("gpt2", "causal-lm", GPT2LMHeadModel, GPT2Config, GPT2),
+    ("opt", "causal-lm", OPTForCausalLM, OPTConfig, OPT),
+    ("llama", "causal-lm", LlamaForCausalLM, LlamaConfig, BERT),
+    ("bert decoder", "causal-lm", BertLMHeadModel, BertConfig, BERT | {"is_decoder": True}),
+    ("roberta decoder", "causal-lm", RobertaForCausalLM, RobertaConfig, BERT | {"is_decoder": True}),
+    ("bert classifier", "text-classification", BertForSequenceClassification, BertConfig, BERT),
+    ("roberta classifier", "text-classification", RobertaForSequenceClassification, RobertaConfig, BERT),
+    ("gpt2, its last token", "text-classification", GPT2ForSequenceClassification, GPT2Config, GPT2),
+    ("llama, its last token", "text-classification", LlamaForSequenceClassification, LlamaConfig, BERT),
+]
+SIDES = ["left", "right"]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, PreTrainedTokenizerBase]:
+    """Padding side → a tokenizer that was published with it."""
+    found = {}
+    for side in SIDES:
+        folder = tmp_path_factory.mktemp(side)
+        AutoTokenizer.from_pretrained(tiny_model, padding_side=side).save_pretrained(folder)
+        found[side] = read_tokenizer(folder, "spec.model")
+    return found
+
+
+def encoded(task: str, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Rows of `LENGTHS` tokens, as `prepare` leaves them."""
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randint(10, len(tokenizer), (length,), generator=generator).tolist() for length in LENGTHS]
+    if task == "causal-lm":
+        return [{"input_ids": ids, "labels": ids, "length": len(ids)} for ids in rows]
+    return [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": i % 2} for i, ids in enumerate(rows)]
+
+
+def measured(task: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[float, float]:
+    """(loss that training minimises, loss of the evaluation) over all rows, in batches of `size`."""
+    rows, training, figures = encoded(task, tokenizer), TASKS[task], TASKS[task].figures()
+    items = sum(LENGTHS) - len(LENGTHS) if task == "causal-lm" else len(LENGTHS)
+    collate, minimised, reduced, labels = training.collator(tokenizer), 0.0, [], []
+    for start in range(0, len(rows), size):
+        batch = collate(rows[start : start + size])
+        batch.pop("length", None)
+        loss = training.loss(model)
+        with torch.no_grad():
+            outputs = model(**batch) if loss else model(**batch, num_items_in_batch=torch.tensor(items))
+            minimised += (
+                loss(outputs, batch["labels"], num_items_in_batch=torch.tensor(items)) if loss else outputs.loss
+            ).item()
+        reduced.append(figures.reduce(outputs.logits, batch["labels"]))
+        labels += batch["labels"].flatten().tolist()
+    gathered = type("Gathered", (), {"predictions": torch.cat(reduced), "label_ids": torch.tensor(labels)})
+    return minimised, figures(gathered, compute_result=True)["loss"]
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize(
+    ("name", "task", "model_class", "config_class", "sizes"), FAMILIES, ids=[f[0] for f in FAMILIES]
+)
+def test_the_loss_does_not_depend_on_the_batch(
+    name: str,
+    task: str,
+    model_class: Any,
+    config_class: Any,
+    sizes: dict[str, Any],
+    side: str,
+    tokenizers: dict[str, PreTrainedTokenizerBase],
+) -> None:
+    tokenizer = tokenizers[side]
+    torch.manual_seed(0)
+    model = model_class(
+        config_class(
+            vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, max_position_embeddings=64, **sizes
+        )
+    ).eval()
+    model.loss_type = "ForCausalLM" if task == "causal-lm" else model.loss_type
+    with torch.no_grad():
+        for weight in model.parameters():  # positions as different as a trained model's
+            weight.copy_(torch.randn_like(weight) * 0.3)
+    alone = measured(task, model, tokenizer, size=1)
+    assert alone[0] == pytest.approx(alone[1], abs=1e-4)
+    assert measured(task, model, tokenizer, size=8) == pytest.approx(alone, abs=1e-4)
+    assert measured(task, model, tokenizer, size=3) == pytest.approx(alone, abs=1e-4)
+
+
+def test_a_model_that_sees_padding_says_so(
+    tokenizers: dict[str, PreTrainedTokenizerBase], make_run: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No padding would be right for it; the user may choose that."""
+    tokenizer = tokenizers["right"]
+    torch.manual_seed(0)
+    config = FNetConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = FNetForSequenceClassification(config).eval()
+    alone, together = (measured("text-classification", model, tokenizer, size)[0] for size in (1, 8))
+    assert alone != pytest.approx(together, abs=1e-4)
+    for micro, said in ((None, True), (1, False)):
+        training = {"maxLength": 64, "batchSize": 4} | ({"microBatchSize": micro} if micro else {})
+        texts.check(config, tokenizer, make_run(task="text-classification", training=training).spec, 10)
+        assert capsys.readouterr().out.startswith("spec.model: fnet does not mask padding") is said
+
+
+def test_the_result_keeps_the_side_of_its_tokenizer(
+    tmp_path: Path, tokenizers: dict[str, PreTrainedTokenizerBase], tiny_model: Path
+) -> None:
+    from datasets import Dataset, DatasetDict
+
+    tokenizer = tokenizers["left"]
+    base = tmp_path / "model"
+    LlamaForCausalLM.from_pretrained(tiny_model).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    rows = encoded("causal-lm", tokenizer)
+    run = prepared_run(tmp_path / "job", base, DatasetDict(train=Dataset.from_list(rows)), training={"maxSteps": 1})
+    train.main(run)
+    assert AutoTokenizer.from_pretrained(WorkspaceFolder(Path(run.workspace)).result).padding_side == "left"

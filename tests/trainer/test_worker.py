@@ -1,0 +1,127 @@
+"""The process of a phase: what it imports, and that every end has a message."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier_api.run import FineTuneRun, PreparedRecord
+from luthier_api.termination import TerminationMessage
+from luthier_api.variables import Variables
+from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.worker import quantised
+from luthier_trainer.workspace.prepared import FINGERPRINT, fingerprint, write_prepared
+
+
+def python(code: str, run: FineTuneRun, folder: Path, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
+    """`code` in a process of its own, with `run` as its run config."""
+    (folder / "run.json").write_text(run.model_dump_json(by_alias=True, exclude_none=True))
+    variables = {Variables.RUN: str(folder / "run.json"), Variables.RUN_DIR: str(folder)}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+    )
+
+
+def prepared(run: FineTuneRun, model: Path, config: dict[str, Any]) -> FineTuneRun:
+    """`run`, as if `prepare` had found a model with this config.json."""
+    folder = WorkspaceFolder(Path(run.workspace))
+    folder.prepared.mkdir(parents=True)
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(config))
+    (folder.prepared / FINGERPRINT).write_text(fingerprint(run))
+    write_prepared(
+        run,
+        PreparedRecord.model_validate(
+            {
+                "model": {"source": "m"},
+                "dataset": {"source": "d", "rows": 1},
+                "plan": {"strategy": "none", "worldSize": 1},
+                "modelPath": str(model),
+                "datasetPath": "d",
+            }
+        ),
+    )
+    return run
+
+
+QUANTISED = [
+    # name                                   method   config.json                                             expect
+    ("full", "full", {}, False),
+    ("adapters on plain weights", "lora", {"model_type": "llama"}, False),
+    ("weights that are quantised at loading", "qlora", {}, True),
+    ("weights that came quantised", "lora", {"quantization_config": {"quant_method": "bitsandbytes"}}, True),
+]
+
+
+@pytest.mark.parametrize(("method", "config", "expect"), [c[1:] for c in QUANTISED], ids=[c[0] for c in QUANTISED])
+def test_quantised(make_run: Any, tmp_path: Path, method: str, config: dict[str, Any], expect: bool) -> None:
+    assert quantised(prepared(make_run(method={"type": method}), tmp_path / "model", config)) is expect
+
+
+def test_plain_weights_cost_no_import_of_bitsandbytes(make_run: Any, tmp_path: Path) -> None:
+    """It takes torch's compiler along: an eighth of a training process's start."""
+    code = """
+import os, sys
+from pathlib import Path
+from luthier_api.run import read_run
+from luthier_trainer import process
+process.load("train", read_run(Path(os.environ["LUTHIER_RUN"]).read_bytes()))
+import gc, peft
+print([name for name in ("bitsandbytes", "torch._inductor.compile_fx") if sys.modules.get(name)], gc.isenabled())
+"""
+    run = prepared(make_run(method={"type": "lora"}), tmp_path / "model", {})
+    assert python(code, run, tmp_path).stdout.strip() == "[] True"
+
+
+def test_an_import_that_fails_is_an_end_like_any_other(make_run: Any, tmp_path: Path) -> None:
+    code = "import sys; sys.modules['datasets'] = None\nfrom luthier_trainer import process; process.main('prepare')"
+    ended = python(code, make_run(), tmp_path)
+    message = TerminationMessage.read((tmp_path / "result-0.json").read_text())
+    assert message is not None
+    assert (ended.returncode, message.code, message.phase) == (70, 70, "prepare")
+    assert message.message.startswith("ModuleNotFoundError: import of datasets halted")
+    assert "Traceback" in ended.stderr
+
+
+GOOD_END = """
+import atexit, threading, time
+from luthier_api.exitcodes import ExitCode
+from luthier_api.termination import TerminationMessage
+from luthier_trainer import process
+
+def work(run):
+    threading.Thread(target=time.sleep, args=(3600,)).start()
+    atexit.register(print, "the loaders' workers have ended")
+    print("done")
+    return TerminationMessage(phase="prepare", code=ExitCode.COMPLETED, reason="Completed", message="", rank=0)
+
+process.load = lambda verb, run: work
+process.main("prepare")
+"""
+
+
+def test_a_thread_that_a_library_left_behind_does_not_outlive_a_good_end(make_run: Any, tmp_path: Path) -> None:
+    """It would hold the interpreter, or abort the process while the interpreter ends, as gloo's threads did once in
+    fifteen runs.
+    """
+    ended = python(GOOD_END, make_run(), tmp_path, timeout=60)
+    message = TerminationMessage.read((tmp_path / "result-0.json").read_text())
+    assert message is not None
+    assert (ended.returncode, message.code) == (0, 0)
+    assert ended.stdout.splitlines() == ["done", "the loaders' workers have ended"]
+
+
+def test_importing_it_imports_no_torch() -> None:
+    code = "import sys, luthier_trainer.worker; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

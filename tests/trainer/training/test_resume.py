@@ -1,0 +1,263 @@
+"""An interrupted run goes on as if nothing had happened: the same losses, to the last bit, and the same figures at the
+end.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import DatasetDict
+from prepared_workspace import causal_lm_data, losses, prepared_run, prose, save_llama
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from luthier_api.metrics import broken_checkpoints, checkpoint_step, read_samples
+from luthier_api.termination import TerminationMessage
+from luthier_api.workspace import MANIFEST
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.run_folder import run_dir
+from luthier_trainer.training import main as train
+from luthier_trainer.training.callbacks import Heartbeat
+from luthier_trainer.workspace.manifest import write_manifest
+
+STEPS = 26  # an epoch has 25, so that one resumption crosses its border
+LORA = {"type": "lora", "rank": 4, "dropout": 0.1}
+
+
+@pytest.fixture(scope="module")
+def llama(paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("llama"), paragraphs)
+
+
+@pytest.fixture(scope="module")
+def data(llama: Path, paragraphs: list[str]) -> DatasetDict:
+    whole = causal_lm_data(AutoTokenizer.from_pretrained(llama), prose(paragraphs))
+    return DatasetDict(train=whole["train"].select(range(200)), eval=whole["eval"].select(range(8)))
+
+
+def make(root: Path, llama: Path, data: DatasetDict, **training: Any) -> Any:
+    return prepared_run(
+        root, llama, data, method=LORA, training={"maxSteps": STEPS, "learningRate": 1e-2, "evalSteps": 10} | training
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    llama: Path, data: DatasetDict, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[float], dict[str, float]]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LUTHIER_RUN_DIR", str(folder))
+        run = make(folder / "job", llama, data)
+        metrics = train.main(run).metrics
+    assert metrics is not None
+    return losses(run), metrics
+
+
+def stopped_at(run: Any, step: int, monkeypatch: pytest.MonkeyPatch) -> TerminationMessage:
+    """Train until the stop flag appears, as it would be set by the supervisor, in the middle of `step`."""
+
+    class Flag(Heartbeat):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == step - 1:
+                (run_dir() / "stop").touch()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Heartbeat", Flag)
+        message = train.main(run)
+    (run_dir() / "stop").unlink()
+    return message
+
+
+STOPS = [
+    # name                    stopped at steps
+    ("in the first epoch", [7]),
+    ("at its end", [25]),
+    ("twice", [3, 12]),
+    ("at the last step", [STEPS]),
+]
+
+
+@pytest.mark.parametrize(("name", "stops"), STOPS, ids=[s[0] for s in STOPS])
+def test_stopped(
+    name: str,
+    stops: list[int],
+    tmp_path: Path,
+    llama: Path,
+    data: DatasetDict,
+    uninterrupted: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = make(tmp_path / "job", llama, data)
+    for step in stops:
+        message = stopped_at(run, step, monkeypatch)
+        assert (message.code, message.reason, message.step, message.saved) == (75, "Preempted", step, True)
+        assert not (tmp_path / "job/result").exists()
+    metrics = train.main(run).metrics
+    assert metrics is not None
+    assert losses(run) == uninterrupted[0]
+    assert {k: v for k, v in metrics.items() if k != "seconds"} == {
+        k: v for k, v in uninterrupted[1].items() if k != "seconds"
+    }
+
+
+def stopped_in_evaluation(run: Any, number: int, monkeypatch: pytest.MonkeyPatch) -> TerminationMessage:
+    """Train until the stop flag appears in the middle of the evaluation of that number, counted from 1."""
+    evaluated: list[int] = []
+
+    class Flag(Heartbeat):
+        def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            evaluated.append(state.global_step)
+            if len(set(evaluated)) == number:
+                (run_dir() / "stop").touch()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Heartbeat", Flag)
+        message = train.main(run)
+    (run_dir() / "stop").unlink()
+    assert len(set(evaluated)) == number, "nothing went on after the stop"
+    return message
+
+
+IN_EVALUATIONS = [
+    ("before the first step", 1, 100, None),
+    ("where a save is due, too", 2, 10, 10),
+    ("where none is due", 3, 100, 20),
+    ("of the result", 4, 100, STEPS),
+]
+
+
+@pytest.mark.parametrize(("name", "number", "save_steps", "step"), IN_EVALUATIONS, ids=[s[0] for s in IN_EVALUATIONS])
+def test_stopped_in_an_evaluation(
+    name: str,
+    number: int,
+    save_steps: int,
+    step: int | None,
+    tmp_path: Path,
+    llama: Path,
+    data: DatasetDict,
+    uninterrupted: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Nothing is lost, and what was broken off is made by the next attempt."""
+    run = make(tmp_path / "job", llama, data, saveSteps=save_steps)
+    message = stopped_in_evaluation(run, number, monkeypatch)
+    assert (message.code, message.step, message.saved) == (75, step, True if step else None)
+    assert (
+        f"step {step or 0}/{STEPS}  the pod has to go: the next attempt makes the evaluation of this step"
+        in capsys.readouterr().out
+    )
+    metrics = train.main(run).metrics
+    assert metrics is not None
+    assert losses(run) == uninterrupted[0]
+    assert {k: v for k, v in metrics.items() if k != "seconds"} == {
+        k: v for k, v in uninterrupted[1].items() if k != "seconds"
+    }
+    assert [line.split("/")[0] for line in capsys.readouterr().out.splitlines() if "held-out" in line] == [
+        f"step {at}" for at in (0, 10, 20, STEPS) if at >= (step or 0)
+    ]
+
+
+def test_experts_go_on_too(tmp_path: Path, data: DatasetDict, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In files each expert is a weight of its own, in memory all of a layer are one: resumed by the names in memory,
+    they would begin anew.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(vocab_size=len(tokenizer), head_dim=16, num_experts=4, num_experts_per_tok=2, **sizes)
+    ).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    training = {"maxSteps": 6, "learningRate": 1e-2}
+    whole, parts = (
+        prepared_run(tmp_path / name, tmp_path / "m", data, training=training) for name in ("whole", "parts")
+    )
+    train.main(whole)
+    assert stopped_at(parts, 3, monkeypatch).saved
+    train.main(parts)
+    assert losses(parts) == losses(whole)
+
+
+def test_a_checkpoint_without_a_weight_is_not_gone_on_from(
+    tmp_path: Path, llama: Path, data: DatasetDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepared_run(tmp_path / "job", llama, data, training={"maxSteps": 4})
+    assert stopped_at(run, 2, monkeypatch).saved
+    folder = tmp_path / "job/checkpoints/checkpoint-2"
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    kept = json.loads((folder / MANIFEST).read_text())
+    del kept["files"]
+    (folder / MANIFEST).unlink()
+    write_manifest(folder, **kept)
+    with pytest.raises(
+        Failure, match=r"checkpoint-2: 1 weights of the model are not in it, among them model\.norm\.weight"
+    ):
+        train.main(run)
+
+
+def served_at_first(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
+    """What the pod serves when its first step begins: filled by the runs to come."""
+    served: list[dict[str, float]] = []
+
+    class Reader(Heartbeat):
+        read = False
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if not self.read:
+                self.read = True
+                port = (run_dir() / "metrics-port").read_text()
+                served.append(read_samples(urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()))
+
+    monkeypatch.setattr(train, "Heartbeat", Reader)
+    return served
+
+
+def test_the_newest_checkpoint_is_broken(
+    tmp_path: Path,
+    llama: Path,
+    data: DatasetDict,
+    uninterrupted: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As if the node had died while it wrote the result: the last checkpoint is damaged, the one before it good."""
+    run, served = make(tmp_path / "job", llama, data, saveSteps=10), served_at_first(monkeypatch)
+    train.main(run)
+    shutil.rmtree(tmp_path / "job/result")
+    newest = tmp_path / f"job/checkpoints/checkpoint-{STEPS}"
+    weights = bytearray((newest / "adapter_model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (newest / "adapter_model.safetensors").write_bytes(weights)
+    capsys.readouterr()
+    train.main(run)
+    output = capsys.readouterr().out
+    assert (
+        f"checkpoint-{STEPS} is broken and set aside as .corrupt-checkpoint-{STEPS}: adapter_model.safetensors has"
+        " changed" in output
+    )
+    assert "resuming from checkpoint-20" in output
+    assert losses(run)[20:] == uninterrupted[0][20:]
+    assert [(checkpoint_step(s), broken_checkpoints(s)) for s in served] == [
+        (0, 0),
+        (20, 1),
+    ], "told before the first save"
+    written = "luthier_checkpoint_last_success_timestamp_seconds"
+    assert [written in s for s in served] == [False, True]
+    assert abs(served[1][written] - (tmp_path / "job/checkpoints/checkpoint-20").stat().st_mtime) < 1
+    assert [s["luthier_train_nonfinite_total"] for s in served] == [0, 0]
+    assert not [name for s in served for name in s if name.endswith("_created")]

@@ -1,0 +1,380 @@
+"""One process: each method and task learns from real text, and what it delivers is what it measured."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import DatasetDict
+from peft import AutoPeftModelForCausalLM
+from prepared_workspace import (
+    causal_lm_data,
+    classification_data,
+    code,
+    image_data,
+    losses,
+    prepared_run,
+    prose,
+    save_encoder,
+    save_llama,
+    sign,
+)
+from trainer.digits import save_model as save_vit
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.metrics import checkpoint_step, progress_of, read_samples
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.run_folder import run_dir
+from luthier_trainer.training import main as train
+from luthier_trainer.workspace.manifest import problems
+
+
+@pytest.fixture(scope="module")
+def llama(paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("llama"), paragraphs)
+
+
+@pytest.fixture(scope="module")
+def text_data(llama: Path, paragraphs: list[str]) -> DatasetDict:
+    return causal_lm_data(AutoTokenizer.from_pretrained(llama), prose(paragraphs))
+
+
+@pytest.fixture(scope="module")
+def other_data(llama: Path, paragraphs: list[str]) -> DatasetDict:
+    """Another register than the base has learnt."""
+    return causal_lm_data(AutoTokenizer.from_pretrained(llama), code(paragraphs))
+
+
+@pytest.fixture(scope="module")
+def learnt(llama: Path, text_data: DatasetDict, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A full training of 25 steps: its run, its message, and a base for the adapters."""
+    folder = tmp_path_factory.mktemp("learnt")
+    (folder / "run").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LUTHIER_RUN_DIR", str(folder / "run"))
+        run = prepared_run(
+            folder / "job", llama, text_data, training={"maxSteps": 25, "learningRate": 1e-2, "saveSteps": 10}
+        )
+        return run, train.main(run)
+
+
+def test_full(learnt: Any) -> None:
+    run, message = learnt
+    result = Path(run.workspace) / "result"
+    assert (message.code, message.reason, message.step) == (0, "Completed", 25)
+    assert message.metrics["evalLoss"] < message.metrics["evalLossBefore"] - 0.7
+    assert set(message.metrics) == {
+        "evalLossBefore",
+        "evalLoss",
+        "perplexity",
+        "trainLoss",
+        "lastLoss",
+        "steps",
+        "tokens",
+        "seconds",
+    }
+    assert json.loads((result / "metrics.json").read_text()) == message.metrics
+    assert problems(result) == []
+    assert not list(Path(run.workspace).rglob("training_args.bin"))
+    model = AutoModelForCausalLM.from_pretrained(result)
+    assert model.config.use_cache
+    assert AutoTokenizer.from_pretrained(result).pad_token_id == model.config.pad_token_id
+    # The default of keepCheckpoints is 2; the last step is always saved.
+    assert sorted(p.name for p in (Path(run.workspace) / "checkpoints").iterdir()) == ["checkpoint-20", "checkpoint-25"]
+
+
+ADAPTERS = [
+    # name            method
+    ("lora", {"type": "lora", "rank": 16}),
+    ("some modules", {"type": "lora", "targetModules": ["q_proj", "v_proj", "down_proj"], "dropout": 0.1}),
+    ("qlora", {"type": "qlora", "rank": 8}),
+]
+
+
+@pytest.mark.parametrize(("name", "method"), ADAPTERS, ids=[a[0] for a in ADAPTERS])
+def test_adapter(name: str, method: dict[str, Any], tmp_path: Path, learnt: Any, other_data: DatasetDict) -> None:
+    base = Path(learnt[0].workspace) / "result"
+    run = prepared_run(
+        tmp_path / "job", base, other_data, method=method, training={"maxSteps": 25, "learningRate": 1e-2}
+    )
+    metrics = train.main(run).metrics
+    print(metrics)
+    assert metrics is not None
+    assert metrics["evalLoss"] < metrics["evalLossBefore"] - 0.05
+    model = AutoPeftModelForCausalLM.from_pretrained(Path(run.workspace) / "result")
+    assert model.peft_config["default"].base_model_name_or_path == str(base)
+    # The base of qlora is 4-bit in training and whole here: near, not equal.
+    assert plain_loss(model, other_data) == pytest.approx(metrics["evalLoss"], abs=0.1 if name == "qlora" else 1e-4)
+
+
+def plain_loss(model: Any, data: DatasetDict) -> float:
+    """Mean loss over the held-out tokens, row by row, without any code of ours."""
+    loss = tokens = 0.0
+    for row in data["eval"]:
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            loss += model(input_ids=ids, labels=ids).loss.item() * (ids.numel() - 1)
+        tokens += ids.numel() - 1
+    return loss / tokens
+
+
+def test_an_adapter_of_a_model_of_the_hub_names_it(tmp_path: Path, llama: Path, text_data: DatasetDict) -> None:
+    run = prepared_run(
+        tmp_path / "job", llama, text_data, method={"type": "lora"}, model={"id": "org/base"}, training={"maxSteps": 1}
+    )
+    record = tmp_path / "job/prepared/prepared.json"
+    prepared = json.loads(record.read_text())
+    record.write_text(json.dumps(prepared | {"model": {"source": "org/base", "revision": "0" * 40}}))
+    train.main(run)
+    config = json.loads((tmp_path / "job/result/adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", "0" * 40)
+
+
+LABELS = {"task": "text-classification", "labels": ["code", "prose"]}
+IMAGES = {"task": "image-classification", "labels": ["zero", "one"]}
+SAME_TRACE: list[tuple[str, str, dict[str, Any], dict[str, Any], float]] = [
+    # name                       method   task    given                             to
+    ("accumulation", "full", {}, {"microBatchSize": 2}, 1e-4),
+    ("accumulation of labels", "full", LABELS, {"microBatchSize": 2}, 1e-4),
+    ("labels, lora", "lora", LABELS, {"microBatchSize": 2}, 1e-4),
+    ("gradient checkpointing", "full", {}, {"gradientCheckpointing": True}, 1e-6),
+    ("checkpointing of lora", "lora", {}, {"gradientCheckpointing": True}, 1e-6),
+    ("bf16", "full", {}, {"precision": "bf16"}, 2e-2),
+    ("bf16 of lora", "lora", {}, {"precision": "bf16"}, 2e-2),
+    ("bf16 of qlora", "qlora", {}, {"precision": "bf16"}, 2e-2),
+    ("bf16 of labels, lora", "lora", LABELS, {"precision": "bf16"}, 2e-2),
+    ("accumulation of images", "full", IMAGES, {"microBatchSize": 2}, 1e-4),
+    ("checkpointing of images", "lora", IMAGES, {"gradientCheckpointing": True}, 1e-6),
+    ("bf16 of images", "lora", IMAGES, {"precision": "bf16"}, 2e-2),
+]
+
+
+@pytest.mark.parametrize(("name", "method", "task", "training", "to"), SAME_TRACE, ids=[s[0] for s in SAME_TRACE])
+def test_the_same_losses(
+    name: str,
+    method: str,
+    task: dict[str, Any],
+    training: dict[str, Any],
+    to: float,
+    tmp_path: Path,
+    llama: Path,
+    text_data: DatasetDict,
+    paragraphs: list[str],
+) -> None:
+    base, data = llama, text_data
+    if task is IMAGES:
+        base, data = save_vit(tmp_path / "vit"), image_data()
+    elif task:
+        tokenizer = AutoTokenizer.from_pretrained(llama)
+        base, data = save_encoder(tmp_path / "encoder", tokenizer), classification_data(tokenizer, paragraphs)
+    plain, other = (
+        prepared_run(tmp_path / n, base, data, method={"type": method}, training={"maxSteps": 4} | t, **task)
+        for n, t in (("plain", {}), ("other", training))
+    )
+    messages = [train.main(run) for run in (plain, other)]
+    assert losses(other) == pytest.approx(losses(plain), abs=to)
+    assert messages[1].metrics["evalLoss"] == pytest.approx(messages[0].metrics["evalLoss"], abs=to)  # type: ignore[index]
+
+
+EVALUATIONS = [
+    # name                      evalSteps  of 4 steps, evaluated after
+    ("at the end alone", None, [0, 4]),
+    ("that meet the end", 2, [0, 2, 4]),
+    ("that miss it", 3, [0, 3, 4]),
+]
+
+
+@pytest.mark.parametrize(("name", "every", "steps"), EVALUATIONS, ids=[e[0] for e in EVALUATIONS])
+def test_evaluations(
+    name: str,
+    every: int | None,
+    steps: list[int],
+    tmp_path: Path,
+    llama: Path,
+    text_data: DatasetDict,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What an evaluation costs is paid once a step."""
+    train.main(
+        prepared_run(
+            tmp_path / "job", llama, text_data, training={"maxSteps": 4} | ({"evalSteps": every} if every else {})
+        )
+    )
+    said = [line.split("/")[0] for line in capsys.readouterr().out.splitlines() if "held-out" in line]
+    assert said == [f"step {step}" for step in steps]
+
+
+def test_the_time_left_knows_nothing_of_the_first_evaluation(
+    tmp_path: Path,
+    llama: Path,
+    text_data: DatasetDict,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Slow(train.Heartbeat):
+        def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            time.sleep(0.6 * (state.global_step == 0))
+
+    monkeypatch.setattr(train, "Heartbeat", Slow)
+    train.main(prepared_run(tmp_path / "job", llama, text_data, training={"maxSteps": 21}))
+    first = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1/21"))
+    assert 0 <= int(first.split()[-2].split(":")[-1]) < 20 * 0.6  # seconds; the evaluation alone would be as much
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_an_evaluation_changes_nothing(method: str, tmp_path: Path, llama: Path, text_data: DatasetDict) -> None:
+    """bitsandbytes once went without the gradients of 4-bit weights after an evaluation on CPU."""
+    without = DatasetDict(train=text_data["train"])
+    runs = [
+        prepared_run(tmp_path / n, llama, data, method={"type": method}, training={"maxSteps": 4, "learningRate": 1e-2})
+        for n, data in (("with", text_data), ("without", without))
+    ]
+    for run in runs:
+        train.main(run)
+    assert losses(runs[0]) == losses(runs[1])
+
+
+CLASSIFIERS = [
+    # name     method                                                                   steps
+    ("full", {"type": "full"}, 60),
+    ("lora", {"type": "lora", "rank": 8}, 60),
+    ("qlora", {"type": "qlora", "rank": 8}, 10),
+]
+
+
+@pytest.mark.parametrize(("name", "method", "steps"), CLASSIFIERS, ids=[c[0] for c in CLASSIFIERS])
+def test_classification(
+    name: str, method: dict[str, Any], steps: int, tmp_path: Path, llama: Path, paragraphs: list[str]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    encoder = save_encoder(tmp_path / "encoder", tokenizer)
+    data = classification_data(tokenizer, paragraphs)
+    run = prepared_run(
+        tmp_path / "job",
+        encoder,
+        data,
+        labels=["code", "prose"],
+        task="text-classification",
+        method=method,
+        training={"maxSteps": steps, "learningRate": 1e-2, "batchSize": 16},
+    )
+    metrics = train.main(run).metrics
+    print(metrics)
+    assert metrics is not None
+    assert {"accuracy", "f1Macro", "majorityShare"} < set(metrics)
+    if steps >= 60:
+        assert metrics["accuracy"] > metrics["majorityShare"] + 0.1
+    if method["type"] == "full":
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "job/result")
+        assert model.config.id2label == {0: "code", 1: "prose"}
+
+
+def test_metrics_are_served(tmp_path: Path, llama: Path, text_data: DatasetDict) -> None:
+    run = prepared_run(tmp_path / "job", llama, text_data, training={"maxSteps": 3, "saveSteps": 2})
+    metrics = train.main(run).metrics
+    port = (run_dir() / "metrics-port").read_text()
+    samples = read_samples(urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode())
+    progress = progress_of([samples])
+    assert progress is not None
+    assert (progress.step, progress.max_steps, progress.percent, progress.eta_seconds) == (3, 3, 100, 0)
+    assert checkpoint_step(samples) == 3
+    tokens = sum(text_data["train"]["length"])
+    assert metrics is not None
+    assert 0 < samples["luthier_train_tokens_total"] == metrics["tokens"] < tokens
+    assert samples["luthier_train_step_duration_seconds_count"] == 3
+    assert samples["luthier_train_eval_loss"] == metrics["evalLoss"]
+    assert (run_dir() / "heartbeat").exists()
+
+
+def test_a_finished_run_is_not_repeated(learnt: Any) -> None:
+    run, message = learnt
+    assert train.main(run).metrics == message.metrics
+
+
+def changed(run: Any, **training: Any) -> Any:
+    return run.model_copy(
+        update={"spec": run.spec.model_copy(update={"training": run.spec.training.model_copy(update=training)})}
+    )
+
+
+def fail(run: Any) -> tuple[ExitCode, str]:
+    with pytest.raises(Failure) as caught:
+        train.main(run)
+    return caught.value.code, caught.value.message
+
+
+def test_a_result_of_other_settings_is_not_taken_for_ours(learnt: Any) -> None:
+    other = changed(learnt[0], learning_rate=0.5)
+    sign(other)  # as if `prepare` had been run again
+    code, message = fail(other)
+    sign(learnt[0])
+    assert code == ExitCode.INVALID_SPEC
+    assert "spec.training.learningRate is 0.5, there it was 0.01" in message
+    assert "another metadata.name" in message
+
+
+def test_a_module_that_is_not_there(tmp_path: Path, llama: Path, text_data: DatasetDict) -> None:
+    run = prepared_run(tmp_path / "job", llama, text_data, method={"type": "lora", "targetModules": ["query"]})
+    code, message = fail(run)
+    assert code == ExitCode.INVALID_SPEC
+    assert message.startswith("spec.method.targetModules: query does not suit LlamaForCausalLM")
+    assert "q_proj" in message
+
+
+def test_weights_that_would_never_learn(tmp_path: Path, llama: Path, text_data: DatasetDict) -> None:
+    """Cross-attention that nothing attends to: transformers alone would train the rest and say nothing."""
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, add_cross_attention=True)
+    ).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    code, message = fail(prepared_run(tmp_path / "job", tmp_path / "model", text_data))
+    assert code == ExitCode.MISCONFIGURED
+    assert "got no gradient, among them transformer.h.0.crossattention" in message
+
+
+NOT_FINITE = [
+    # name                     splits              message begins with
+    ("seen by an evaluation", ["train", "eval"], "spec.model: the held-out loss is nan before the first step"),
+    (
+        "seen by the gradients",
+        ["train"],
+        (
+            "spec.training.learningRate: the gradients of 3 steps in a row, up to step 3, were not finite (the loss is"
+            " nan)"
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "splits", "text"), NOT_FINITE, ids=[n[0] for n in NOT_FINITE])
+def test_a_loss_that_is_no_number(
+    name: str, splits: list[str], text: str, tmp_path: Path, llama: Path, text_data: DatasetDict
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    model.model.norm.weight.data[0] = torch.inf
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path / "model")
+    data = DatasetDict({split: text_data[split] for split in splits})
+    code, message = fail(prepared_run(tmp_path / "job", tmp_path / "model", data, training={"saveSteps": 5}))
+    assert code == ExitCode.DIVERGED
+    assert message.startswith(text)
+    assert list((tmp_path / "job/checkpoints").iterdir()) == []
+
+
+def test_a_process_alone_that_should_be_one_of_two(tmp_path: Path, llama: Path, text_data: DatasetDict) -> None:
+    code, message = fail(prepared_run(tmp_path / "job", llama, text_data, resources={"processesPerNode": 2}))
+    assert code == ExitCode.MISCONFIGURED
+    assert message.startswith("spec.strategy: ddp over 2 processes was asked for, but processes is 1 instead of 2")

@@ -1,0 +1,102 @@
+"""How processes share the work: DeepSpeed's configuration for each strategy, and the check that it is what really runs.
+
+The check is not a formality: on CPU, transformers and `accelerate launch --cpu` silently train independent replicas,
+which looks like a good run that learnt from a part of the data. Imported by PID 1, so without torch.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.status import Plan
+from luthier_trainer.runtime.failure import Failure
+
+ZERO_STAGE = {"zero2": 2, "zero2-offload": 2, "zero3": 3, "zero3-offload": 3}
+
+
+def uses_deepspeed(strategy: str) -> bool:
+    return strategy in ZERO_STAGE
+
+
+def deepspeed_config(strategy: str, cpu: bool) -> dict[str, Any]:
+    """DeepSpeed's JSON for `strategy`; what is "auto" is filled in by transformers from its own arguments."""
+    zero: dict[str, Any] = {"stage": ZERO_STAGE[strategy]}
+    place = {"device": "cpu", "pin_memory": not cpu}
+    if strategy.endswith("-offload"):
+        zero["offload_optimizer"] = place
+    if ZERO_STAGE[strategy] == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+        if strategy.endswith("-offload") and not cpu:
+            zero["offload_param"] = place  # on CPU the weights are in that memory already
+    return {
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
+    }
+
+
+def realised(trainer: Any) -> dict[str, Any]:
+    """What this process really runs, once the trainer has wrapped the model."""
+    engine = trainer.model_wrapped
+    facts: dict[str, Any] = {
+        "device": trainer.args.device.type,
+        "processes": trainer.args.world_size,
+        "distributed type": trainer.accelerator.distributed_type.value,
+        "model": type(engine).__name__,
+    }
+    if hasattr(engine, "zero_optimization_stage"):
+        facts["ZeRO stage"] = engine.zero_optimization_stage()
+        facts["optimizer on CPU"] = type(engine.optimizer.optimizer).__name__ == "DeepSpeedCPUAdam"
+    return facts
+
+
+def requested(plan: Plan, model: str, cpu: bool) -> dict[str, Any]:
+    """What `realised` has to say. `model` is the class name of the model before it is wrapped."""
+    device = {"device": "cpu" if cpu else "cuda"}
+    if uses_deepspeed(plan.strategy):
+        return device | {
+            "processes": plan.world_size,
+            "distributed type": "DEEPSPEED",
+            "model": "DeepSpeedEngine",
+            "ZeRO stage": ZERO_STAGE[plan.strategy],
+            "optimizer on CPU": plan.strategy.endswith("-offload"),
+        }
+    if plan.world_size == 1:
+        return device | {"processes": 1, "distributed type": "NO", "model": model}
+    return device | {
+        "processes": plan.world_size,
+        "distributed type": "MULTI_CPU" if cpu else "MULTI_GPU",
+        "model": "DistributedDataParallel",
+    }
+
+
+def assert_started(plan: Plan) -> None:
+    """Raise Failure(MISCONFIGURED) when this process was not started as one of the plan's: before it waits for the
+    others.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != plan.world_size:
+        raise Failure(ExitCode.MISCONFIGURED, _mismatch(plan, [f"processes is {started} instead of {plan.world_size}"]))
+
+
+def assert_realised(trainer: Any, plan: Plan) -> None:
+    """Raise Failure(MISCONFIGURED) when this process runs something else than the plan says."""
+    asked = requested(plan, type(trainer.model).__name__, cpu=trainer.args.use_cpu)
+    runs = realised(trainer)
+    wrong = [
+        f"{name} is {runs.get(name)!r} instead of {value!r}" for name, value in asked.items() if runs.get(name) != value
+    ]
+    if wrong:
+        raise Failure(ExitCode.MISCONFIGURED, _mismatch(plan, wrong))
+
+
+def _mismatch(plan: Plan, wrong: list[str]) -> str:
+    return (
+        f"spec.strategy: {plan.strategy} over {plan.world_size} processes was asked for, but {', '.join(wrong)}. "
+        "The processes would learn apart from each other; start them with the image's own command"
+    )

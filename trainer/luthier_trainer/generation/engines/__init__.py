@@ -1,0 +1,1 @@
+"""The engines of generation, one file for each kind of model."""

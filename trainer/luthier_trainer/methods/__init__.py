@@ -1,0 +1,1 @@
+"""The methods of fine-tuning as data for transformers and PEFT."""

@@ -1,0 +1,104 @@
+"""Checks of a method against the model: which modules adapters may sit on, and what can be quantised."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+from luthier_api.exitcodes import ExitCode
+from luthier_trainer.models.inspect import ALL_LINEAR, MODEL, counts, looks_up_otherwise, skeleton, tied_modules
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.notices import notice
+from luthier_trainer.runtime.taskfacts import FACTS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+SHARED = (
+    "{name} has the same weights as {other}, and the adapter changes those of {name} alone. Jobs with model.job or"
+    " adapters do the same; PEFT's own merge_and_unload (0.21) would change both, so untie the weights before you"
+    " call it"
+)
+NF4_CPU_BLOCK = 64  # bitsandbytes 0.50
+
+
+def check_adapters(config: PreTrainedConfig, task: str, targets: list[str], field: str) -> None:
+    """Whether adapters hold all that would be learnt, and `targets` name modules that they can sit on. Raises
+    Failure.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    from luthier_trainer.methods.experts import fused_experts
+    from luthier_trainer.models.heads import whole_modules
+
+    model = skeleton(config, task, MODEL)
+    heads = whole_modules(model, set()) if FACTS[task].labelled else []
+    beside = {
+        name: m for name, m in model.named_modules() if not any(f"{name}.".startswith(f"{head}.") for head in heads)
+    }
+    if counting := next((name for name, m in beside.items() if counts(m)), None):
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"spec.method.type: {config.model_type} keeps statistics of its batches ({counting}), which change in"
+            " training and which no adapter holds: the result would not be what was trained. Use method.type: full",
+        )
+    if ALL_LINEAR in targets:
+        if len(targets) > 1:
+            at = targets.index(ALL_LINEAR)
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}[{at}]: {ALL_LINEAR} takes all linear modules; leave the others out, or it",
+            )
+        # PEFT takes these, and no embeddings.
+        if not any(isinstance(m, torch.nn.Linear | Conv1D) for m in beside.values()):
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}[0]: {config.model_type} has no linear modules for {ALL_LINEAR}. Use method.type: full",
+            )
+        return
+    fitting = {name: m for name, m in beside.items() if isinstance(m, torch.nn.Linear | torch.nn.Embedding | Conv1D)}
+    linear = [name for name, m in fitting.items() if not looks_up_otherwise(m)]
+    known = sorted({name.rpartition(".")[2] for name in linear})
+    shared = tied_modules(model)
+    for i, target in enumerate(targets):
+        if target in heads:
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}[{i}]: {target!r} is the head, which is trained whole in any case; leave it out",
+            )
+        if other := next(
+            (m for name, m in fitting.items() if f".{name}".endswith(f".{target}") and looks_up_otherwise(m)), None
+        ):
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}[{i}]: {target!r} is a {type(other).__name__}, whose rows are found in another way than PEFT's"
+                " adapters do; leave it out",
+            )
+        for name in shared:
+            if f".{name}".endswith(f".{target}"):
+                notice(f"{field}[{i}]: {SHARED.format(name=name, other=shared[name])}")
+        # Of mixtures of experts, `experts.check_adapters` asks PEFT, which knows names from before their weights became
+        # one parameter.
+        if not fused_experts(model) and not any(name == target or name.endswith(f".{target}") for name in linear):
+            near = difflib.get_close_matches(target, known, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" Or use {ALL_LINEAR} alone"
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}[{i}]: the model has no module {target!r} (it has: {', '.join(known)}).{hint}",
+            )
+
+
+def check_quantisable(config: PreTrainedConfig, field: str) -> None:
+    """Whether bitsandbytes can quantise the model to 4 bits on CPU: its kernels there want rows of a multiple of 64.
+    Raises Failure.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name in ("hidden_size", "intermediate_size"):
+        width = getattr(text, name, None)
+        if isinstance(width, int) and width % NF4_CPU_BLOCK:
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}: qlora on CPU needs widths of a multiple of {NF4_CPU_BLOCK}, and the model's {name} is"
+                f" {width}; use lora, or a GPU",
+            )

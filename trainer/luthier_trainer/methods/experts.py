@@ -1,0 +1,181 @@
+"""Mixtures of experts: transformers keeps the weights of all experts of a layer in one parameter. What reaches those,
+and what does not.
+
+bitsandbytes quantises linear modules, so it leaves them as they are. PEFT 0.21 puts adapters on them where it is told
+their names, and in some architectures for all-linear; it then leaves out linear modules of the same name (of a shared
+expert, say). Both are told, or refused, in `prepare`. Neighbours: `methods`, whose adapters are tried on the meta
+device; `preparetraining`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.finetune import FineTuneJobSpec
+from luthier_trainer.models import inspect
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.notices import notice
+from luthier_trainer.runtime.taskfacts import FACTS
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+TYPE, TARGETS = "spec.method.type", "spec.method.targetModules"
+# Bits of a weight in NF4 with double quantisation: a scale of 8 bits for 64 weights, and one of 32 bits for 256 scales.
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+REST_BITS = 16  # bf16 or fp16: what GPUs hold of weights that are not quantised
+LEAST_SHARE = 0.5  # of the weights in 4 bits, below which qlora saves less than it seems to
+GIB = 2**30
+SHOWN = 5  # names in a message
+
+
+def fused_experts(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Name → parameter that holds a matrix of all experts of a layer, mostly [experts, rows, columns]."""
+    return {
+        f"{name}.{own}".lstrip("."): weight
+        for name, module in model.named_modules()
+        if "Expert" in type(module).__name__
+        for own, weight in module.named_parameters(recurse=False)
+        if weight.ndim >= 2 and not own.endswith("bias")
+    }
+
+
+def leaves(names: Any) -> list[str]:
+    """The last parts of dotted names, each once."""
+    return sorted({name.rpartition(".")[2] for name in names})
+
+
+def quantised_weights(model: PreTrainedModel) -> int:
+    """How many of the model's weights bitsandbytes turns into 4 bits: those of linear modules, without heads."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    from luthier_trainer.models.heads import HEADS
+
+    kept = {*get_keys_to_not_convert(model), *HEADS}
+    return sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if (type(module) is torch.nn.Linear or isinstance(module, Conv1D))
+        and not any(f".{name}.".find(f".{k}.") >= 0 for k in kept)
+    )
+
+
+def check_four_bits(config: PreTrainedConfig, task: str) -> None:
+    """Say what part of the weights qlora quantises, where that is little. Raises Failure for experts that would stay as
+    they are.
+    """
+    model = inspect.skeleton(config, task, inspect.MODEL)
+    weights = sum(weight.numel() for weight in model.parameters())
+    quantised, experts = quantised_weights(model), sum(weight.numel() for weight in fused_experts(model).values())
+    share = quantised / weights
+    held = (quantised * NF4_BITS + (weights - quantised) * REST_BITS) / 8 / GIB
+    figures = (
+        f"{share:.0%} of the {weights:,} weights of {config.model_type} would be in 4 bits, about {held:,.1f} GiB on"
+        " each GPU"
+    )
+    if not experts and share >= LEAST_SHARE:
+        return
+    if not experts:
+        notice(f"{TYPE}: {figures}; embeddings are not quantised")
+        return
+    reason = (
+        f"The {experts / weights:.0%} that are experts stay in 16 bits: they are one parameter a layer, which"
+        " bitsandbytes does not quantise"
+    )
+    if share >= LEAST_SHARE:
+        notice(f"{TYPE}: {figures}. {reason}")
+        return
+    raise Failure(
+        ExitCode.INVALID_SPEC,
+        f"{TYPE}: qlora would save little: {figures}. {reason}. Use lora, which needs about"
+        f" {weights * REST_BITS / 8 / GIB:,.1f} GiB for the weights (shared between the GPUs with strategy zero3), or a"
+        " smaller model",
+    )
+
+
+def check_adapters(config: PreTrainedConfig, spec: FineTuneJobSpec) -> None:
+    """For a mixture of experts, put the adapters on its skeleton: say which weights get none. Raises Failure where they
+    cannot be put there.
+    """
+    model = inspect.skeleton(config, spec.task, inspect.MODEL)
+    fused = fused_experts(model)
+    if not fused:
+        return
+    import torch
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+
+    from luthier_trainer.methods.base import with_method
+    from luthier_trainer.models.heads import whole_modules
+
+    linear = linear_modules(model)
+    whole = whole_modules(model, set()) if FACTS[spec.task].labelled else []
+    method = spec.method.model_copy(update={"dropout": 0.0})
+    with torch.device("meta"):
+        adapted = with_method(model, method, FACTS[spec.task].peft_type, whole, deepspeed=True)
+    layers = {
+        name: module for name, module in adapted.base_model.model.named_modules() if isinstance(module, LoraLayer)
+    }
+    on_experts = {
+        f"{name}.{m.parameter_name}".replace(".base_layer", "")
+        for name, m in layers.items()
+        if isinstance(m, ParamWrapper)
+    } & fused.keys()
+    targets = spec.method.target_modules
+    everything = targets == [inspect.ALL_LINEAR]
+    if not everything:
+        left = set(adapted.peft_config["default"].target_modules or [])
+        known = leaves([*linear, *fused])
+        for i, target in enumerate(targets):
+            if target in left and not any(f".{name}".endswith(f".{target}") for name in [*layers, *fused]):
+                raise Failure(
+                    ExitCode.INVALID_SPEC,
+                    f"{TARGETS}[{i}]: the model has no module {target!r} (it has: {', '.join(known)})",
+                )
+    if on_experts and spec.method.dropout:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"spec.method.dropout: adapters on experts ({', '.join(leaves(on_experts))}) know no dropout. Set it to 0,"
+            f" or name other modules in {TARGETS}",
+        )
+    if on_experts and spec.strategy.startswith("zero3"):
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"spec.strategy: ZeRO-3 does not spread weights with adapters on experts ({', '.join(leaves(on_experts))};"
+            f" peft issue 2916). Use ddp or zero2, or name other modules in {TARGETS}",
+        )
+    asked = {**linear, **fused}
+    if not everything:
+        asked = {
+            name: weight
+            for name, weight in asked.items()
+            if any(f".{name}".endswith(f".{target}") for target in targets)
+        }
+    without = {name: weight for name, weight in asked.items() if name not in layers and name not in on_experts}
+    if without:
+        share = sum(weight.numel() for weight in without.values()) / sum(weight.numel() for weight in asked.values())
+        names = leaves(without)
+        remedy = (
+            f"; to put some on experts, name {', '.join(leaves(fused))} and the others in it"
+            if everything and not on_experts
+            else ""
+        )
+        notice(
+            f"{TARGETS}: {share:.0%} of the weights that it means get no adapter and stay as they are:"
+            f" {', '.join(names[:SHOWN])}{', ...' * (len(names) > SHOWN)} (what PEFT reaches in"
+            f" {config.model_type}){remedy}"
+        )
+
+
+def linear_modules(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+    """Name → weight of the modules that all-linear means: not the output embeddings."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    last = model.get_output_embeddings()
+    return {
+        name: m.weight for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not last
+    }

@@ -1,0 +1,78 @@
+"""How many weights of a model learn with a method, counted on the meta device before anything is loaded: `space`
+computes with them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier_api.finetune import FineTuneJobSpec, Method
+from luthier_api.status import Plan
+from luthier_trainer.models.inspect import ALL_LINEAR, MODEL, skeleton
+from luthier_trainer.runtime.taskfacts import FACTS
+from luthier_trainer.workspace.space import Weights
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+HALF = ("bfloat16", "float16")
+
+
+def weights_of(
+    config: PreTrainedConfig, spec: FineTuneJobSpec, plan: Plan, labels: list[str] | None, folder: Path
+) -> Weights:
+    """What a training of the model with this configuration, whose files are in `folder`, saves and delivers."""
+    from luthier_trainer.models.heads import whole_modules
+
+    fitted = copy.deepcopy(config)
+    if labels:
+        fitted.num_labels = len(labels)
+    model = skeleton(fitted, spec.task, MODEL)
+    total = sum(weight.numel() for weight in model.parameters())
+    sizes = [weight.numel() for weight in model.parameters()]
+    if spec.method.type != "full":
+        sizes = adapter_sizes(model, spec.method, whole_modules(model, set()) if FACTS[spec.task].labelled else [])
+    cpu = spec.resources.gpus_per_node == 0
+    return Weights(
+        total=total,
+        learning=sum(sizes),
+        tensors=len(sizes),
+        adapters=spec.method.type != "full",
+        computed_bytes=2 if plan.precision in ("bf16", "fp16") or (plan.precision == "auto" and not cpu) else 4,
+        source_bytes=2 if source_dtype(folder) in HALF else 4,
+    )
+
+
+def source_dtype(folder: Path) -> str:
+    """The type of the weights in a model's folder, by its configuration."""
+    config = json.loads((folder / "config.json").read_text())
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
+
+def adapter_sizes(model: PreTrainedModel, method: Method, whole: list[str]) -> list[int]:
+    """Elements of each tensor that learns with adapters: two for each module that gets one, and those of modules that
+    are trained whole.
+    """
+    sizes = []
+    for name, module in model.named_modules():
+        if name in whole:
+            sizes += [weight.numel() for weight in module.parameters()]
+        elif gets_adapter(name, module, model, method) and not any(name.startswith(f"{head}.") for head in whole):
+            weight: torch.Tensor = module.weight
+            sizes += [method.rank * weight.shape[0], method.rank * weight[0].numel()]
+    return sizes
+
+
+def gets_adapter(name: str, module: Any, model: PreTrainedModel, method: Method) -> bool:
+    """As PEFT decides: `all-linear` takes all linear modules but that which gives the tokens' logits."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    if method.target_modules == [ALL_LINEAR]:
+        return isinstance(module, torch.nn.Linear | Conv1D) and module is not model.get_output_embeddings()
+    suits = any(name == target or name.endswith(f".{target}") for target in method.target_modules)
+    return suits and getattr(module, "weight", None) is not None

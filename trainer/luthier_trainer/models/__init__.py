@@ -1,0 +1,1 @@
+"""Models: where they come from, what their files say, heads, merging, and new models from a configuration."""

@@ -1,0 +1,76 @@
+"""Which file is the adapter of a text-to-image job: LoRA files for images come alone, without a configuration, and
+often several together.
+
+Neighbours: `sources` finds the repository or folder, `generation.lora` reads the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from luthier_api.exitcodes import ExitCode
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.notices import notice
+
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' own name
+WHOLE_MODEL = ("model_index.json", "config.json")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+SHOWN = 8  # file names in a message
+
+
+def choose(names: Sequence[str], asked: str | None, field: str, where: str) -> str:
+    """The adapter's file among `names`, the files of a repository or folder `where`.
+
+    `asked` is the user's choice, `field` the path of the adapter in the spec. Raises Failure when there is none or more
+    than one.
+    """
+    found = sorted(name for name in names if name.endswith(".safetensors"))
+    if asked is not None:
+        return _asked(found, asked, field, where)
+    if whole := next((name for name in WHOLE_MODEL if name in names), None):
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: {where} is a whole model, not an adapter (it has {whole}); use it as spec.model, or name the"
+            f" adapter's file in {field}.file",
+        )
+    if len(found) == 1:
+        return found[0]
+    if LORA_WEIGHTS in found:
+        others = [name for name in found if name != LORA_WEIGHTS]
+        notice(
+            f"{field}: {where} has {len(found)} .safetensors files; {LORA_WEIGHTS} is used, and not {_shown(others)}."
+            f" Set {field}.file for another"
+        )
+        return LORA_WEIGHTS
+    if found:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: {where} has {len(found)} .safetensors files ({_shown(found)}); choose one with {field}.file",
+        )
+    if pickle := next((name for name in names if name.endswith(PICKLES)), None):
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: {where} has its weights only as {pickle}. Files that can run code are not opened; convert it to"
+            " safetensors, or choose another",
+        )
+    raise Failure(
+        ExitCode.INVALID_SPEC,
+        f"{field}: {where} has no weights (*.safetensors); it has: {_shown(sorted(names)) or 'nothing'}",
+    )
+
+
+def _asked(found: list[str], asked: str, field: str, where: str) -> str:
+    if asked in found:
+        return asked
+    near = difflib.get_close_matches(asked, found, 1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise Failure(
+        ExitCode.NOT_FOUND,
+        f"{field}.file: {where} has no file {asked!r} (it has: {_shown(found) or 'no .safetensors'}).{hint}",
+    )
+
+
+def _shown(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

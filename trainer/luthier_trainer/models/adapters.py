@@ -1,0 +1,241 @@
+"""Whether an adapter belongs to the model of a GenerateJob: by its task, by the base it was trained on, by its shapes.
+
+PEFT adds any adapter whose shapes fit, and leaves out silently what the model has no place for; the texts are then
+merely bad. What a job has recorded of its base is certain; of other adapters only a base that lies here can be
+compared, because the names that people give (a mirror, a quantised copy) say little. Neighbour: `preparegeneration`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.generate import Adapter
+from luthier_api.run import GenerateRun
+from luthier_trainer.models import sources, weight_files
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.taskfacts import task_of_adapter
+from luthier_trainer.workspace.provenance import folder_digest
+
+NEEDS = {"text-generation": "causal-lm", "text-to-image": "Stable Diffusion XL"}
+WEIGHTS = "adapter_model.safetensors"  # the one file that PEFT 0.21 writes and reads
+PREFIX = "base_model.model."  # of names in it
+LORA_WEIGHT = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
+ADDED = re.compile(r"(.+?)\.lora_(?:embedding_)?[AB](?:\.(weight|bias))?")
+LAST = re.compile(r"(.+)\.[^.]+")
+# By DoRA, and of single tokens
+REPLACED = re.compile(r"(.+?)\.(?:lora_magnitude_vector(?:\.weight)?|token_adapter\..+)")
+COPIED = ".base_layer.weight"  # PEFT saves the base's own embeddings along with an adapter on them
+SHOWN = 3  # names in a message
+# Settings of adapters that only work beside the model
+NOT_MERGED = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "layer_replication",
+)
+
+
+def check(
+    adapter: Path, job: str | None, field: str, run: GenerateRun, model: sources.Located, model_path: Path
+) -> None:
+    """Raise Failure when the adapter in folder `adapter`, the result of FineTuneJob `job` if it is one, belongs to
+    another model.
+
+    `model_path`: where `model` lies now; another folder than it was found in when it was downloaded or merged.
+    """
+    path = adapter / sources.ADAPTER_CONFIG
+    config: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    check_task(task_of_adapter(config) or config.get("task_type"), run.spec.task, field)
+    if job:
+        check_base(job, field, run, model)
+    elif model.folder == model_path:
+        check_named_base(Path(config.get("base_model_name_or_path") or ""), field, model)
+    if run.spec.task == "text-generation":
+        check_kind(config, field)
+        check_weights(adapter, field)
+        check_shapes(adapter, field, model_path, model.resolved.source)
+
+
+def check_task(trained_for: str | None, task: str, field: str) -> None:
+    if trained_for and trained_for != NEEDS[task]:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: the adapter was trained for {trained_for}, and {task} needs one for {NEEDS[task]}. Name another,"
+            " or remove it",
+        )
+
+
+def check_kind(config: Mapping[str, Any], field: str) -> None:
+    """Whether the adapter can become part of the model's weights. Raises Failure."""
+    if (kind := config.get("peft_type")) != "LORA":
+        raise Failure(ExitCode.INVALID_SPEC, f"{field}: is a {kind} adapter; only LoRA adapters are merged")
+    if setting := next((name for name in NOT_MERGED if config.get(name)), None):
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: the adapter has {setting} (adapter_config.json), and cannot become part of the model's weights",
+        )
+
+
+def check_weights(adapter: Path, field: str) -> None:
+    """Whether the adapter's weights are there, in a file that cannot run code, and finite. Raises Failure."""
+    from safetensors import safe_open
+
+    if not (adapter / WEIGHTS).is_file():
+        there = ", ".join(sorted(path.name for path in adapter.iterdir())[:8])
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: {adapter} has no {WEIGHTS} (it has: {there}). Save the adapter with PEFT's save_pretrained",
+        )
+    with safe_open(adapter / WEIGHTS, "pt") as weights:
+        bad = [
+            name.removeprefix(PREFIX)
+            for name in weights.keys()  # noqa: SIM118
+            if not weights.get_tensor(name).float().isfinite().all()
+        ]
+    if bad:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: weights of the adapter are not finite: {some(bad)}. Choose another version of it",
+        )
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What an adapter does to the weights of its model, by name."""
+
+    adds: frozenset[str]
+    replaces: frozenset[str]
+    """Also those of which it replaces a part (single tokens), or the norm (DoRA)."""
+
+    @property
+    def all(self) -> frozenset[str]:
+        return self.adds | self.replaces
+
+
+def changes(adapter: Path) -> Changes:
+    adds, replaces = set[str](), set[str]()
+    for name in names_in(adapter):
+        if added := ADDED.fullmatch(name):
+            adds.add(f"{added[1]}.{added[2] or 'weight'}")
+        elif replaced := REPLACED.fullmatch(name):
+            replaces.add(f"{replaced[1]}.weight")
+        elif not name.endswith(COPIED):
+            replaces.add(name.replace(".base_layer.", "."))
+    return Changes(frozenset(adds), frozenset(replaces))
+
+
+def names_in(adapter: Path) -> dict[str, list[int]]:
+    """Name → shape of the tensors in an adapter's file, without PEFT's prefix."""
+    header = weight_files.safetensors_header(adapter / WEIGHTS)
+    return {key.removeprefix(PREFIX): tensor["shape"] for key, tensor in header.items() if key != "__metadata__"}
+
+
+def check_together(folders: Sequence[Path], adapters: Sequence[Adapter], field: str) -> None:
+    """Whether each adapter has its full effect beside the others, and at its weight. Raises Failure.
+
+    What one adapter replaces, another one must not change: only the last of them would count.
+    """
+    found = {i: changes(folders[i]) for i, adapter in enumerate(adapters) if adapter.weight != 0}
+    for i, own in found.items():
+        whole = sorted(name for name in own.replaces if not name.endswith(".bias"))  # trained biases have a weight
+        if whole and adapters[i].weight != 1:
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}[{i}].weight: the adapter replaces {some(whole)} instead of adding to it, and what is replaced"
+                " has no weight; set 1",
+            )
+        for j in range(i):
+            if j in found and (both := sorted((own.replaces & found[j].all) | (own.all & found[j].replaces))):
+                raise Failure(
+                    ExitCode.INVALID_SPEC,
+                    f"{field}[{i}]: {some(both)} is replaced by one of this adapter and {field}[{j}], and changed by"
+                    " the other as well. Only one of them would have its effect; remove one",
+                )
+
+
+def some(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + f" and {len(names) - SHOWN} others" * (len(names) > SHOWN)
+
+
+def check_base(job: str, field: str, run: GenerateRun, model: sources.Located) -> None:
+    base, given = sources.record_of(job, run, field).model, model.resolved
+    if base.revision and given.revision:
+        if base.revision == given.revision:
+            return
+        if len(base.revision) != len(given.revision):
+            return  # a commit on the Hub and a SHA-256 say nothing about each other
+    elif base.source == given.source:
+        return
+    if base.source != given.source:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: FineTuneJob {job} was trained on {base.source}, and spec.model is {given.source}. Set spec.model"
+            f" to the former, or leave the adapter out and set model: {{job: {job}}}, which has both",
+        )
+    remedy = f"Set spec.model.revision: {base.revision}" if run.spec.model.id else f"Run {job} again"
+    raise Failure(
+        ExitCode.INVALID_SPEC,
+        f"{field}: {given.source} has changed since FineTuneJob {job} was trained on it (then {base.revision}, now"
+        f" {given.revision}). {remedy}",
+    )
+
+
+def check_named_base(base: Path, field: str, model: sources.Located) -> None:
+    if base.is_absolute() and base.is_dir() and folder_digest(base) != model.resolved.revision:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: the adapter was trained on {base}, and spec.model is {model.resolved.source}. Set spec.model to"
+            " the former",
+        )
+
+
+def check_shapes(adapter: Path, field: str, model_path: Path, name_of_model: str) -> None:
+    """Whether each module that the adapter adds to is in the model, and as wide as it thinks."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.pytorch_utils import Conv1D
+
+    config = AutoConfig.from_pretrained(model_path)
+    if get_checkpoint_conversion_mapping(config.model_type):
+        return  # names in files are not those of modules
+    with torch.device("meta"):
+        modules = dict(AutoModelForCausalLM.from_config(config).named_modules())
+    for name, shape in names_in(adapter).items():
+        place = next(
+            m[1] for m in (ADDED.fullmatch(name), REPLACED.fullmatch(name), LAST.fullmatch(name)) if m
+        ).removesuffix(".base_layer")
+        module = modules.get(place)
+        if module is None:
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}: the adapter does not fit {name_of_model}, which has no module {place}. Name the model it was"
+                " trained on",
+            )
+        if name.endswith(".lora_B.bias") and getattr(module, "bias", None) is None:
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}: the adapter has a bias for {place}, which has none in {name_of_model}; it cannot be merged",
+            )
+        match = LORA_WEIGHT.fullmatch(name)
+        own = getattr(module, name.rpartition(".")[2], None)
+        if match and isinstance(module, torch.nn.Linear | torch.nn.Embedding | Conv1D):
+            inputs, outputs = module.weight.shape[::-1] if isinstance(module, torch.nn.Linear) else module.weight.shape
+            wide, given, what = (inputs, shape[1], "inputs") if match[2] == "A" else (outputs, shape[0], "outputs")
+        elif not match and isinstance(own, torch.Tensor) and own.ndim == len(shape):  # what is replaced, or a copy
+            wide, given, what = next(
+                ((w, g, "rows or columns") for w, g in zip(own.shape, shape, strict=True) if w != g), (0, 0, "")
+            )
+        else:
+            continue
+        if wide != given:
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}: the adapter does not fit {name_of_model}: {place} has {wide} {what} there, and {given} in"
+                " the adapter. Name the model it was trained on",
+            )

@@ -1,0 +1,52 @@
+"""A located source as one folder that `from_pretrained` loads: as it is, downloaded, or merged from another job's
+adapter and its base.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.run import FineTuneRun, GenerateRun
+from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.models import sources
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.notices import notice
+
+TEXT_FILES = {".json", ".txt", ".model", ".jinja"}
+NOT_TOKENIZER = {sources.ADAPTER_CONFIG, "MANIFEST.json", "metrics.json", "adapter_model.safetensors.index.json"}
+
+
+def whole_model(located: sources.Located, run: FineTuneRun | GenerateRun, folder: WorkspaceFolder) -> Path:
+    """The model's folder. Raises Failure when the source is an adapter whose base is not known here."""
+    target = folder.prepared / "model"
+    path = located.fetch(target)
+    shutil.rmtree(target / ".cache", ignore_errors=True)  # the download's own notes
+    job = run.spec.model.job
+    if not sources.is_adapter(path):
+        if sources.holds_adapter(path):
+            notice(sources.LEFT_OUT.format(field=located.field, what=located.resolved.source))
+        return path
+    if job is None:
+        base = json.loads((path / sources.ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
+        hint = " and give it under spec.adapters" if isinstance(run, GenerateRun) else ""
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{located.field}: that is an adapter, not a model; set its base model {base!r} there{hint}",
+        )
+    base_path = sources.base_of(job, run, located.field)
+    labels = sources.record_of(job, run, located.field).dataset.labels
+    staged = folder.prepared / "model.partial"
+    shutil.rmtree(staged, ignore_errors=True)
+    shutil.rmtree(target, ignore_errors=True)
+
+    from luthier_trainer.models.merge import merge
+
+    merge(base_path, path, staged, labels, located.field)
+    for file in path.iterdir():  # the tokenizer and its templates
+        if file.suffix in TEXT_FILES and file.name not in NOT_TOKENIZER and not (staged / file.name).exists():
+            shutil.copyfile(file, staged / file.name)
+    staged.rename(target)
+    return target

@@ -1,0 +1,172 @@
+"""Adapters as a part of their model: their weights added to those of the base, in the base's own precision, never in 4
+bits.
+
+`merge` writes what another job goes on from, `add_adapters` makes what a GenerateJob writes with. Both give the logits
+of base + adapter, as PEFT computes them. Neighbour: `adapters`, which has seen in `prepare` that they fit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier_api.exitcodes import ExitCode
+from luthier_trainer.models.adapters import COPIED, names_in
+from luthier_trainer.models.sources import ADAPTER_CONFIG, OWN_WEIGHTS
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.taskfacts import FACTS, task_of_adapter
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+SHOWN = 5  # weights in a message
+
+
+def merge(base: Path, adapter: Path, into: Path, labels: list[str] | None, field: str) -> Path:
+    """Write base + adapter to `into`. `labels` are a classifier's classes: its base has another head. Raises Failure
+    when they do not fit.
+    """
+    import torch
+    import transformers
+    from peft import PeftModel
+
+    task = FACTS[task_of_adapter(json.loads((adapter / ADAPTER_CONFIG).read_text())) or "causal-lm"]
+    options: dict[str, Any] = {"dtype": "auto", **OWN_WEIGHTS}
+    if labels:
+        names = {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
+        options |= {
+            "num_labels": len(labels),
+            "ignore_mismatched_sizes": True,
+        } | names  # the adapter brings its own head
+    model, loaded = getattr(transformers, f"AutoModelFor{task.model}").from_pretrained(
+        base, output_loading_info=True, **options
+    )
+    lacking = {
+        *loaded["missing_keys"],
+        *(key[0] if isinstance(key, tuple) else key for key in loaded["mismatched_keys"]),
+    }
+    if lost := sorted(lacking - names_in(adapter).keys()):
+        # PEFT would leave what was drawn at random, and say nothing.
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: neither the adapter nor its base model {base} has {', '.join(lost[:SHOWN])}",
+        )
+    if quantised := getattr(model, "is_quantized", False):
+        model = model.dequantize()
+    try:
+        model = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")
+    except (RuntimeError, ValueError, KeyError) as error:
+        text = " ".join(str(error).split())[:500]
+        raise Failure(
+            ExitCode.INVALID_SPEC, f"{field}: the adapter does not fit its base model {base}: {text}"
+        ) from error
+    untie(model)
+    with torch.no_grad():
+        whole = merged(model, field)
+    # Transformers cannot turn round how it read the 4 bits
+    whole.save_pretrained(into, save_original_format=not quantised)
+    return into
+
+
+def add_adapters(
+    model: PreTrainedModel, folders: Sequence[Path], weights: Sequence[float], field: str
+) -> PreTrainedModel:
+    """`model` with LoRA adapters added to its weights, each as many times as its weight says. Raises Failure when one
+    does not fit.
+    """
+    used = [(i, folder, weight) for i, (folder, weight) in enumerate(zip(folders, weights, strict=True)) if weight != 0]
+    originals = copied_weights(model, [folder for _, folder, _ in used]) if len(used) > 1 else {}
+    for i, folder, weight in used:
+        model = add_adapter(model, folder, weight, f"{field}[{i}]", originals)
+    return model
+
+
+def copied_weights(model: PreTrainedModel, folders: Sequence[Path]) -> dict[str, torch.Tensor]:
+    """Name → value of the model's weights of which adapters bring a copy along: PEFT saves embeddings that an adapter
+    sits on.
+    """
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    names = {
+        name.removesuffix(COPIED) + ".weight"
+        for folder in folders
+        for name in names_in(folder)
+        if name.endswith(COPIED)
+    }
+    return {name: weights[name].detach().clone() for name in names & weights.keys()}
+
+
+def add_adapter(
+    model: PreTrainedModel, folder: Path, weight: float, field: str, originals: Mapping[str, torch.Tensor]
+) -> PreTrainedModel:
+    """`originals`: weights of the base, before any adapter was added to it, of which adapters bring a copy along."""
+    import torch
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    biases = (
+        [(bias, bias.detach().clone()) for name, bias in model.named_parameters() if name.endswith("bias")]
+        if weight != 1
+        else []
+    )
+    before = copied_weights(model, [folder]) if originals else {}
+    try:
+        adapted = PeftModel.from_pretrained(model, folder)
+    except (ValueError, RuntimeError, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise
+        raise Failure(ExitCode.INVALID_SPEC, f"{field}: does not fit the model: {error}") from None
+    untie(adapted)
+    with torch.no_grad():
+        # PEFT has replaced the biases that were trained. What they changed counts as often as the rest of the adapter.
+        for bias, old in biases:
+            bias.copy_(old + weight * (bias - old))
+        # It has replaced embeddings by the copy, too, which lacks what earlier adapters have added.
+        for name, old in before.items():
+            copied = adapted.base_model.model.get_submodule(name.removesuffix(".weight")).get_base_layer().weight
+            copied.copy_(old + (copied - originals[name]))
+        for module in adapted.modules():
+            if isinstance(module, LoraLayer):
+                module.set_scale("default", weight)
+        return merged(adapted, field)
+
+
+def merged(adapted: PeftModel, field: str) -> PreTrainedModel:
+    """The model with the adapters in its weights. Raises Failure for weights that are not finite."""
+    try:
+        model: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise Failure(ExitCode.INVALID_SPEC, f"{field}: cannot be merged: {error}") from None
+    return model
+
+
+def untie(model: PeftModel) -> None:
+    """Give each module weights of its own where an adapter sits on weights that two modules share: input and output
+    embeddings, as a rule.
+
+    An adapter belongs to one of the two. PEFT 0.21 merges it into the shared weights, and so adds it to the other one
+    as well, or twice where both have one (peft issue 2777). `config.tie_word_embeddings` is set accordingly, so that
+    the model is saved and loaded untied.
+    """
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+    from transformers import PreTrainedModel
+
+    uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    if not any(uses[id(weight)] > 1 for module in adapted for weight in module.parameters()):
+        return
+    seen = set[int]()
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if id(weight) in seen:
+                setattr(module, name, torch.nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
+            seen.add(id(weight))
+        if isinstance(module, PreTrainedModel):
+            module.config.tie_word_embeddings = False
+            module.all_tied_weights_keys = {}

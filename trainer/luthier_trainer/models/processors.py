@@ -1,0 +1,55 @@
+"""Reads tokenizers and image processors from the folder of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier_api.exitcodes import ExitCode
+from luthier_trainer.models import sentencepieces
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.taskfacts import FACTS
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+
+
+def read_processor(folder: Path, task: str, field: str) -> Any:
+    """What turns the inputs of `task` into tensors: a tokenizer, or an image processor. Raises Failure where there is
+    none.
+    """
+    return (read_tokenizer if FACTS[task].inputs == "text" else read_image_processor)(folder, field)
+
+
+def read_image_processor(folder: Path, field: str) -> BaseImageProcessor:
+    """The image processor, by Pillow wherever torchvision is: the two round differently, and a model learns what it is
+    shown.
+    """
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, backend="pil")
+    except Exception as error:  # each processor's class fails in its own way
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: {folder} has no usable image processor (preprocessor_config.json):"
+            f" {' '.join(str(error).split())[:300]}",
+        ) from error
+
+
+def read_tokenizer(folder: Path, field: str) -> PreTrainedTokenizerBase:
+    """The tokenizer. One without a padding token pads with its end-of-text token: masks are built by position, so that
+    nothing is hidden.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # each tokenizer class fails in its own way on missing files
+        raise Failure(
+            ExitCode.INVALID_SPEC, f"{field}: {folder} has no usable tokenizer: {' '.join(str(error).split())[:300]}"
+        ) from error
+    sentencepieces.report_differences(folder, tokenizer, field)
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

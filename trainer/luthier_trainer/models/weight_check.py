@@ -1,0 +1,212 @@
+"""Whether the weights in a folder are those that the task's model needs; and if not, what can be done about it.
+
+transformers draws at random what it does not find, and says so in a log at most. It is asked here what it would miss:
+it "loads" the names and shapes of the files' headers onto the meta device, by all its rules for renamed, fused and tied
+weights, and reads none. Neighbours: `weightfiles` reads the headers; `prepare` of both kinds asks.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.models import inspect, weight_files
+from luthier_trainer.models.sources import ADAPTER_CONFIG, TEXT_FILES
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.notices import notice
+from luthier_trainer.runtime.taskfacts import FACTS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# What DistributedDataParallel and torch.compile put before names
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
+SHOWN = 3  # names in a message
+FUSED = (
+    "weights that are joined in memory (those of experts, or of queries, keys and values) do not fit each other, as one"
+    " of them is absent or has another shape. Copy or download it again"
+)
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a model misses in the files, and what it finds there in another shape: (name, shape in the files, shape in
+    the model).
+    """
+
+    model: PreTrainedModel
+    """On the meta device."""
+    missing: frozenset[str]
+    mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    unexpected: frozenset[str]
+
+
+def fitting(
+    path: Path, config: PreTrainedConfig, task: str, field: str, folder: WorkspaceFolder, named_by_adapter: bool
+) -> Path:
+    """The folder whose weights are those of the model for `task`: `path`, or a copy in the workspace with the names put
+    right.
+
+    `named_by_adapter`: the result will be an adapter that names the model on the Hub as its base. Raises Failure.
+    """
+    files = weight_files.loaded(path, field)
+    files += [path / name for name in type(config).extra_files if (path / name).is_file() and path / name not in files]
+    if bare := weight_files.without_scale(files):
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: {path} holds no scales for {len(bare)} weights in FP8: {some(bare)}. Copy or download it again",
+        )
+    there = weight_files.shapes(files)
+    found = compare(there, config, task, field)
+    if not (lost := lacking(found, task)):
+        return path
+    wrapped = [name for name in there if WRAPPERS.search(name)]
+    if wrapped:
+        plain = compare({WRAPPERS.sub("", name): shape for name, shape in there.items()}, config, task, field)
+        if not lacking(plain, task):
+            return without_wrappers(path, files, wrapped, field, folder, named_by_adapter)
+    raise refusal(found, lost, path, there, field)
+
+
+def compare(there: Shapes, config: PreTrainedConfig, task: str, field: str) -> Comparison:
+    """What transformers would say of weights with these names and shapes. Raises Failure where it cannot make the
+    model's of them.
+    """
+    import torch
+    from transformers.utils import logging
+
+    config = copy.deepcopy(config)
+    quantised = getattr(config, "quantization_config", None) is not None
+    if quantised:
+        del config.quantization_config  # `there` is as the weights are meant
+    kind = type(inspect.skeleton(config, task, field))
+    weights = {name: torch.empty(shape, device="meta") for name, shape in there.items()}
+    logging.disable_progress_bar()
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, loaded = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=weights,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except Exception as error:  # conversions of shapes that do not fit end in exceptions of many kinds
+        trouble = FUSED if "automatic conversion" in str(error) else " ".join(str(error).split())[:500]
+        raise Failure(
+            ExitCode.INVALID_SPEC, f"{field}: its weights cannot be loaded as a {kind.__name__}: {trouble}"
+        ) from error
+    finally:
+        logging.set_verbosity(level)
+    mismatched = [(name, tuple(found), tuple(wanted)) for name, found, wanted in loaded["mismatched_keys"]]
+    if quantised:  # bitsandbytes keeps the weights of GPT-2's Conv1D as those of a Linear
+        mismatched = [m for m in mismatched if sorted(m[1]) != sorted(m[2])]
+    return Comparison(
+        model, frozenset(loaded["missing_keys"]), tuple(sorted(mismatched)), frozenset(loaded["unexpected_keys"])
+    )
+
+
+def lacking(found: Comparison, task: str) -> list[str]:
+    """The weights that would be drawn at random though they are no new head, each with what is wrong with it."""
+    labelled = FACTS[task].labelled
+    missing = [name for name in sorted(found.missing) if not (labelled and in_head(found.model, name))]
+    mismatched = [
+        f"{name} ({shown(there)} in the files, {shown(wanted)} by config.json)"
+        for name, there, wanted in found.mismatched
+        if not (labelled and has_labels(found.model, name))
+    ]
+    return missing + mismatched
+
+
+def in_head(model: PreTrainedModel, name: str) -> bool:
+    """Whether a weight of a classifier belongs to its head: it stands outside the encoder, or pools what the encoder
+    returns.
+    """
+    from luthier_trainer.models.heads import whole_modules
+
+    if "pooler" in name.split("."):  # models that learnt to fill in words have none
+        return True
+    if model.base_model is not model:
+        encoder = next(inner for inner, module in model.named_modules() if module is model.base_model)
+        return not name.startswith(f"{encoder}.")
+    return any(name.startswith(f"{head}.") for head in whole_modules(model, set()))
+
+
+def has_labels(model: PreTrainedModel, name: str) -> bool:
+    """Whether a weight has a row for each label, so that one for other labels has another shape."""
+    from luthier_trainer.models.heads import head_weights
+
+    return name in head_weights(model)
+
+
+def refusal(found: Comparison, lost: list[str], path: Path, there: Shapes, field: str) -> Failure:
+    """What is wrong with the folder, with names, number and remedy."""
+    kind, needed = type(found.model).__name__, len(found.model.state_dict())
+    text = f"{field}: {path} does not hold {len(lost)} of the {needed} weights of a {kind}: {some(lost)}."
+    if found.unexpected:
+        text += f" It holds {len(found.unexpected)} others ({some(sorted(found.unexpected))})."
+    output = found.model.get_output_embeddings() if hasattr(found.model, "get_output_embeddings") else None
+    head = next((name for name, module in found.model.named_modules() if module is output), None)
+    if head and all(name.startswith(f"{head}.") for name in lost):
+        remedy = (
+            "Choose a model that was trained for this task; if its output layer is its embedding, set"
+            " tie_word_embeddings: true in its config.json"
+        )
+    elif found.mismatched and any("vocab" in name or "embed" in name for name, _, _ in found.mismatched):
+        remedy = (
+            "Set vocab_size in its config.json to the rows of its embedding, or copy the files that belong together"
+        )
+    else:
+        remedy = (
+            "Copy or download it again, or choose a model whose files are whole and named as transformers names them"
+        )
+    return Failure(ExitCode.INVALID_SPEC, f"{text} They would be drawn at random. {remedy}")
+
+
+def some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
+
+
+def shown(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape)) or "a number"
+
+
+def without_wrappers(
+    path: Path, files: list[Path], wrapped: list[str], field: str, folder: WorkspaceFolder, named_by_adapter: bool
+) -> Path:
+    """A copy of the model in `prepared/model` whose weights have the names that transformers looks for. Raises
+    Failure.
+    """
+    prefixes = " and ".join(sorted({part for name in wrapped for part in ("module.", "_orig_mod.") if part in name}))
+    found = (
+        f"{field}: the names of {len(wrapped)} of its weights begin with {prefixes}, which torch.compile or"
+        " DistributedDataParallel put there"
+    )
+    if named_by_adapter:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{found}. Whoever loads an adapter with this base would get random weights. Save the model without the"
+            " wrapper and name that, or use method.type: full",
+        )
+    target, staged = folder.prepared / "model", folder.prepared / "model.renamed"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir()
+    for file in path.iterdir():
+        if file.suffix in TEXT_FILES and not file.name.endswith(weight_files.INDEX) and file.name != ADAPTER_CONFIG:
+            shutil.copyfile(file, staged / file.name)
+    weight_files.rename(files, lambda name: WRAPPERS.sub("", name), staged)
+    shutil.rmtree(target, ignore_errors=True)
+    staged.rename(target)
+    notice(f"{found}. The job works with a copy without them; the model itself stays as it is")
+    return target

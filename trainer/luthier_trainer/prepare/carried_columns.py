@@ -1,0 +1,106 @@
+"""Columns of the inputs that play no role in generating, carried into the lines of the outputs, so that a user can put
+both together again.
+
+A line is JSON, so only what JSON can hold is carried: text, numbers, true and false, and lists and objects of these.
+Neighbour: `preparegeneration`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from luthier_trainer.data import columns as roles
+from luthier_trainer.data.load import Rows
+from luthier_trainer.runtime.notices import notice
+
+LARGE = 10_000  # characters a row, on average
+
+
+def columns(rows: Rows, wanted: Sequence[str] | None, taken: Sequence[str], field: str) -> dict[str, Any]:
+    """Column → its feature, of those that are carried: the `wanted` ones, or all that are not `taken` for a role.
+
+    Raises Failure when a wanted column is missing or holds what JSON cannot. Without a wish such columns are left out,
+    which a notice says.
+    """
+    for name in wanted or ():
+        roles.require(rows, name, field, taken)
+    chosen = [name for name in rows.data.column_names if name not in taken] if wanted is None else list(wanted)
+    features = {name: rows.data.features[name] for name in chosen}
+    unfit = [name for name, feature in features.items() if not fits(feature)]
+    if unfit and wanted is not None:
+        raise roles.invalid(
+            f'{field}: column "{unfit[0]}" of {rows.origin} holds {features[unfit[0]]}, which a line of JSON cannot'
+            " hold. Remove it"
+        )
+    if unfit:
+        notice(
+            f"{field}: the columns {', '.join(unfit)} of {rows.origin} are not carried into the outputs: a line of JSON"
+            " cannot hold them"
+        )
+    carried = {name: feature for name, feature in features.items() if name not in unfit}
+    if wanted is None and carried:
+        first = rows.data.select_columns(list(carried))[:1000]
+        size = sum(len(str(cell)) for cells in first.values() for cell in cells) / min(1000, len(rows.data))
+        if size > LARGE:
+            notice(
+                f"{field}: the columns {', '.join(carried)} of {rows.origin} hold about {size:,.0f} characters a row,"
+                " and every output repeats them. Name those that you need; [] carries none"
+            )
+    return carried
+
+
+def lines(rows: Rows) -> Iterator[dict[str, Any]]:
+    """For rows of text files, where blank lines are left out: the line of each, from 1, and its file where there are
+    several. Nothing for others.
+    """
+    if not rows.parts or any(part.lines is None for part in rows.parts):
+        return
+    several = len(rows.parts) > 1
+    places = [
+        {"line": line, **({"file": part.path.name} if several else {})}
+        for part in rows.parts
+        if part.lines is not None
+        for line in part.lines()
+    ]
+    numbers: Any = range(len(rows.data)) if rows.numbers is None else rows.numbers
+    yield from (places[int(number)] for number in numbers)
+
+
+def fits(feature: Any) -> bool:
+    """Whether JSON can hold what a feature of `datasets` describes."""
+    if isinstance(feature, dict):
+        return all(fits(inner) for inner in feature.values())
+    if isinstance(feature, list):
+        return all(fits(inner) for inner in feature)
+    kind = type(feature).__name__
+    if kind in ("List", "LargeList", "Sequence"):
+        return fits(feature.feature)
+    return kind == "ClassLabel" or (kind == "Value" and "binary" not in feature.dtype)
+
+
+def plain(value: Any, feature: Any) -> Any:
+    """A cell as JSON has it. Classes become their names, dates and decimals their text, and so do whole numbers beyond
+    63 bits; NaN and infinity null.
+    """
+    if value is None:
+        return None
+    if isinstance(feature, dict):
+        return {name: plain(value[name], inner) for name, inner in feature.items()}
+    if isinstance(feature, list):
+        return [plain(item, feature[0]) for item in value]
+    kind = type(feature).__name__
+    if kind in ("List", "LargeList", "Sequence"):
+        if isinstance(value, dict):  # `datasets` turns a list of objects into an object of lists
+            return {name: [plain(item, feature.feature[name]) for item in items] for name, items in value.items()}
+        return [plain(item, feature.feature) for item in value]
+    if kind == "ClassLabel":
+        return feature.int2str(value) if value >= 0 else None
+    if feature.dtype == "uint64":  # a reader that finds a large one in the middle cannot change its mind
+        return str(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, str | int):
+        return value
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)

@@ -1,0 +1,189 @@
+"""`prepare` of a GenerateJob: model, adapters, and the rows with their seeds in `rows.jsonl`.
+
+A row's seed is its own, or the first 32 bits of BLAKE2b over "<job seed>:<row number>": it depends on neither shards
+nor order, so that any output can be made again alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.run import GenerateRun, Origin, PreparedRecord
+from luthier_api.status import ResolvedDataset
+from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.data import columns
+from luthier_trainer.data.load import Loader, Rows
+from luthier_trainer.models import adapters, checks, embedding, inspect, processors, sources, weight_check, weight_files
+from luthier_trainer.models.materialize import whole_model
+from luthier_trainer.prepare import carried_columns
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.workspace import provenance
+from luthier_trainer.workspace.manifest import fsync
+from luthier_trainer.workspace.plan import plan_generation
+
+MODEL, INPUTS = "spec.model", "spec.inputs"
+SEED_LIMIT = 2**32
+OTHER_TOKENIZER = (
+    "Take the tokenizer that belongs to the model, or give these rows in a FineTuneJob with model.resizeEmbeddings:"
+    " true"
+)
+
+
+def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedRecord:
+    """Everything but the record itself. Raises Failure."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    spec = run.spec
+    located = sources.locate(spec.model, run, MODEL)
+    found = [sources.locate(a, run, f"spec.adapters[{i}]") for i, a in enumerate(spec.adapters)]
+    rows, inputs, read = read_inputs(run, cache)
+    if spec.task != "text-to-image" and any("negativePrompt" in row for row in rows):
+        raise Failure(
+            ExitCode.INVALID_SPEC, f"{INPUTS}: only text-to-image has negative prompts; remove them for {spec.task}"
+        )
+
+    path = whole_model(located, run, folder)
+    if spec.task == "text-to-image":
+        checks.check_pipeline(path, located.field)
+    else:
+        config = inspect.read_config(path, located.field)
+        checks.check_task(config, spec.task, located.field)
+        checks.check_quantisation(config, {"bitsandbytes", "fp8"}, located.field)
+        checks.check_new_tokens(config, spec.text.max_new_tokens, "spec.text.maxNewTokens")
+        path = weight_check.fitting(path, config, spec.task, located.field, folder, named_by_adapter=False)
+        tokenizer = processors.read_tokenizer(located.folder or path, located.field)
+        beyond = embedding.without_row(config, tokenizer, spec.task, located.field)
+        embedding.check(beyond, tokenizer, located.field, OTHER_TOKENIZER)
+        embedding.check_prompts(beyond, (row["prompt"] for row in rows), tokenizer, located.field, OTHER_TOKENIZER)
+        tokenizer.save_pretrained(folder.prepared / "tokenizer")
+    paths = [fetch_adapter(a, folder.prepared / "adapters" / str(i), run, i) for i, a in enumerate(found)]
+    for i, adapter in enumerate(paths):
+        adapters.check(
+            adapter.parent if found[i].file else adapter, spec.adapters[i].job, found[i].field, run, located, path
+        )
+    if spec.task == "text-generation":
+        adapters.check_together(paths, spec.adapters, "spec.adapters")
+        parameters = weight_files.count(path, located.field)
+    else:
+        from luthier_trainer.generation import pipelines  # imports torch and diffusers
+
+        parameters = pipelines.check(
+            path, spec, [(adapter, found[i].field) for i, adapter in enumerate(paths)], rows, located.field
+        )
+
+    target = folder.prepared / "rows.jsonl"
+    with target.open("w") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    fsync(target)
+    return PreparedRecord(
+        model=located.resolved,
+        dataset=inputs,
+        adapters=[a.resolved for a in found],
+        plan=plan_generation(len(rows), spec.shards, spec.precision, spec.resources.gpus, parameters),
+        model_path=str(path),
+        adapter_paths=[str(p) for p in paths],
+        origins=[*(origin for source in (located, *found) for origin in source.origins), *read],
+        dataset_path=str(target),
+    )
+
+
+def fetch_adapter(located: sources.Located, into: Path, run: GenerateRun, number: int) -> Path:
+    """One adapter: its folder, or for images its file. Raises Failure when it is a whole model."""
+    path = located.fetch(into)
+    if located.file:
+        return path / located.file
+    if not sources.holds_adapter(path):
+        job = run.spec.adapters[number].job
+        remedy = f"use it as spec.model.job: {job}" if job else "use it as spec.model"
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{located.field}: that is a whole model, not an adapter (no {sources.ADAPTER_CONFIG}); {remedy}",
+        )
+    return path
+
+
+def read_inputs(run: GenerateRun, cache: Path) -> tuple[list[dict[str, Any]], ResolvedDataset, tuple[Origin, ...]]:
+    """The rows as `rows.jsonl` holds them, what they came from, and the files of it."""
+    inputs = run.spec.inputs
+    if inputs.dataset is None:
+        given = [
+            {"prompt": row.prompt, "negativePrompt": row.negative_prompt, "seed": row.seed} for row in inputs.rows or []
+        ]
+        return (
+            [numbered(i, row, run.spec.seed) for i, row in enumerate(given)],
+            ResolvedDataset(source="inline", rows=len(given)),
+            (),
+        )
+    rows = Loader(inputs.dataset, f"{INPUTS}.dataset", cache, columns=(inputs.columns.prompt,)).split(
+        inputs.dataset.split, "split"
+    )
+    source = inputs.dataset.id or ", ".join(inputs.dataset.files or [])
+    revision = provenance.combined(origin.digest for origin in rows.origins) if rows.origins else rows.revision
+    found = [numbered(i, row, run.spec.seed) for i, row in enumerate(cells(rows, run))]
+    return found, ResolvedDataset(source=source[:300], revision=revision, rows=len(found)), rows.origins
+
+
+def cells(rows: Rows, run: GenerateRun) -> Iterator[dict[str, Any]]:
+    """Prompt, negative prompt and seed of each row. Text files hold one prompt a line."""
+    names = run.spec.inputs.columns
+    defaults = type(names)()
+    prompt = "text" if set(rows.data.column_names) == {"text"} and names.prompt == defaults.prompt else names.prompt
+    columns.texts(rows, prompt, f"{INPUTS}.columns.prompt", drop_blank=False)
+    has_negative = optional(rows, names.negative_prompt, defaults.negative_prompt, "negativePrompt")
+    if has_negative:
+        columns.require_text(rows, names.negative_prompt, f"{INPUTS}.columns.negativePrompt")
+    has_seed = optional(rows, names.seed, defaults.seed, "seed")
+    roles = [prompt, *([names.negative_prompt] if has_negative else []), *([names.seed] if has_seed else [])]
+    others = carried_columns.columns(rows, names.carry, roles, f"{INPUTS}.columns.carry")
+    lines = carried_columns.lines(rows)
+    for i, row in enumerate(rows.data.select_columns([*roles, *others])):
+        yield {
+            "prompt": row[prompt],
+            "negativePrompt": row[names.negative_prompt] if has_negative else None,
+            "seed": whole_seed(row[names.seed], i, rows.origin) if has_seed else None,
+            "input": {**next(lines, {}), **{name: carried_columns.plain(row[name], others[name]) for name in others}}
+            or None,
+        }
+
+
+def optional(rows: Rows, column: str, default: str, role: str) -> bool:
+    """Whether `column` is there; one that the user named has to be."""
+    if column != default:
+        columns.require(rows, column, f"{INPUTS}.columns.{role}")
+    return column in rows.data.column_names
+
+
+def whole_seed(value: Any, row: int, origin: str) -> int | None:
+    """A seed from a cell; None when it is empty. Raises Failure when it is no whole number of 32 bits."""
+    if value is None or value == "":
+        return None
+    try:
+        seed = int(value)
+        fits = not isinstance(value, bool) and 0 <= seed < SEED_LIMIT and float(value) == seed
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise columns.invalid(
+            f"{INPUTS}.columns.seed: row {row} of {origin} has the seed {value!r}; a seed is a whole number from 0 to"
+            " 2^32 - 1"
+        )
+    return seed
+
+
+def numbered(row: int, cell: dict[str, Any], job_seed: int) -> dict[str, Any]:
+    """A line of `rows.jsonl`."""
+    own = cell["seed"]
+    line = {"row": row, "prompt": cell["prompt"], "seed": derive_seed(job_seed, row) if own is None else own}
+    # An empty cell and an empty text in a manifest both say that there is none.
+    optional_cells = {"negativePrompt": cell["negativePrompt"] or None, "input": cell.get("input")}
+    return line | {name: value for name, value in optional_cells.items() if value is not None}
+
+
+def derive_seed(job_seed: int, row: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{job_seed}:{row}".encode(), digest_size=4).digest(), "big")

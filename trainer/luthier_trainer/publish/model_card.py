@@ -1,0 +1,192 @@
+"""README.md of what is published: what it is, what it was made of, how good it is, how to load it. The front matter is
+the Hub's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
+from luthier_api.workspace import MANIFEST
+from luthier_trainer.models.sources import ADAPTER_CONFIG
+from luthier_trainer.publish import dataset_fields
+from luthier_trainer.runtime.taskfacts import FACTS, TaskFacts
+
+PROCESSORS = {"text": "tokenizer", "image": "processor"}  # what one calls it
+TITLES = {
+    "evalLoss": "Held-out loss",
+    "evalLossBefore": "Held-out loss before",
+    "perplexity": "Perplexity",
+    "accuracy": "Accuracy",
+    "f1Macro": "F1 (macro, over all labels)",
+    "majorityShare": "Share of the commonest class",
+    "trainLoss": "Training loss",
+    "steps": "Steps",
+    "tokens": "Tokens",
+    "seconds": "Seconds",
+}
+
+
+def card(run: FineTuneRun | GenerateRun, prepared: PreparedRecord, result: Path) -> str:
+    """The whole README of `result`."""
+    return model_card(run, prepared, result) if isinstance(run, FineTuneRun) else dataset_card(run, prepared, result)
+
+
+def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
+    spec, task, adapter = run.spec, FACTS[run.spec.task], (result / ADAPTER_CONFIG).is_file()
+    repo = (spec.hub and spec.hub.repo) or run.name
+    metrics = read_metrics(result / "metrics.json")
+    front: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": task.pipeline_tag}
+    if spec.model.id:
+        front |= {"base_model": spec.model.id, "base_model_relation": "adapter" if adapter else "finetune"}
+    if spec.dataset.id:
+        front["datasets"] = [spec.dataset.id]
+    front["tags"] = ["luthier", spec.method.type, spec.task]
+    method = (
+        spec.method.type
+        if spec.method.type == "full"
+        else f"{spec.method.type} (rank {spec.method.rank}, alpha {spec.method.alpha})"
+    )
+    training, plan = spec.training, prepared.plan
+    facts = {
+        "Task": spec.task,
+        "Base model": source(prepared.model.source, prepared.model.revision),
+        "Dataset": source(prepared.dataset.source, prepared.dataset.revision),
+        "Rows": counted(prepared),
+        "Method": method,
+        "Learning rate": f"{training.learning_rate:g}, {training.schedule}",
+        "Batch size": training.batch_size,
+        "Epochs": None if training.max_steps else f"{training.epochs:g}",
+        "Steps": plan.steps,
+        "Tokens a row, at most": training.max_length if task.inputs == "text" else None,
+        "Packing": "yes" if training.packing else None,
+        "Strategy": f"{plan.strategy}, {plan.world_size} processes",
+        "Seed": training.seed,
+        "Classes": ", ".join(prepared.dataset.labels[:50]) if prepared.dataset.labels else None,
+    }
+    load = loading(repo, task, result, classifier=bool(prepared.dataset.labels))
+    needs = (
+        ""
+        if spec.model.id or not adapter
+        else f"\nThe adapter's base model lies where the job found it ({prepared.model.source}).\n"
+    )
+    needs += "".join(f"\nBefore you merge the adapter: {warning}.\n" for warning in shared_weights(run, prepared))
+    return document(
+        front,
+        repo,
+        f"Fine-tuned with Luthier, FineTuneJob `{run.name}`.",
+        [
+            ("Results", table({TITLES.get(k, k): f"{v:.6g}" for k, v in metrics.items()})),
+            ("How it was made", table(facts)),
+            ("How to load it", f"```python\n{load}\n```\n{needs}"),
+        ],
+    )
+
+
+def shared_weights(run: FineTuneRun, prepared: PreparedRecord) -> list[str]:
+    """A sentence for each module with an adapter whose weights are another module's, too. None where the base is out of
+    reach here.
+    """
+    method, folder = run.spec.method, Path(prepared.model_path)
+    if method.type == "full" or "all-linear" in method.target_modules or not (folder / "config.json").is_file():
+        return []  # all-linear takes no embeddings
+    from luthier_trainer.methods import checks as method_checks
+    from luthier_trainer.models import inspect  # it needs torch to list modules, and few jobs name theirs
+
+    model = inspect.skeleton(inspect.read_config(folder, "spec.model"), run.spec.task, "spec.model")
+    shared = inspect.tied_modules(model)
+    return [
+        method_checks.SHARED.format(name=name, other=other)
+        for name, other in shared.items()
+        if any(f".{name}".endswith(f".{target}") for target in method.target_modules)
+    ]
+
+
+def loading(repo: str, task: TaskFacts, result: Path, classifier: bool) -> str:
+    """The lines of Python that load `result`, under the name `repo`."""
+    processor = f'{PROCESSORS[task.inputs]} = {task.processor_class}.from_pretrained("{repo}")'
+    auto = f"AutoModelFor{task.model}"
+    if not (result / ADAPTER_CONFIG).is_file():
+        return (
+            f"from transformers import {auto}, {task.processor_class}\n\nmodel ="
+            f' {auto}.from_pretrained("{repo}")\n{processor}'
+        )
+    if not classifier:
+        peft = f"AutoPeftModelFor{task.model}"
+        return (
+            f"from peft import {peft}\nfrom transformers import {task.processor_class}\n\nmodel ="
+            f' {peft}.from_pretrained("{repo}")\n{processor}'
+        )
+    # PEFT's Auto classes would give the base its own classes. Its head is another one, or none: the adapter brings the
+    # one that was trained.
+    adapter = json.loads((result / ADAPTER_CONFIG).read_text())
+    base = f'"{adapter["base_model_name_or_path"]}"' + (
+        f', revision="{adapter["revision"]}"' if adapter.get("revision") else ""
+    )
+    return (
+        f"from peft import PeftModel\nfrom transformers import AutoConfig, {auto}, {task.processor_class}\n\n"
+        f'config = AutoConfig.from_pretrained("{repo}")  # with the classes and the padding token\n'
+        f"base = {auto}.from_pretrained({base}, config=config, ignore_mismatched_sizes=True)\n"
+        f'model = PeftModel.from_pretrained(base, "{repo}")\n{processor}'
+    )
+
+
+def dataset_card(run: GenerateRun, prepared: PreparedRecord, result: Path) -> str:
+    spec = run.spec
+    repo = (spec.hub and spec.hub.repo) or run.name
+    manifests = [json.loads(path.read_text()) for path in sorted(result.glob(f"*.{MANIFEST}"))]
+    metrics = {name: sum(manifest["metrics"].get(name, 0) for manifest in manifests) for name in ("rows", "failedRows")}
+    front = {"tags": ["luthier", spec.task, "synthetic"], "configs": [dataset_fields.config(result, manifests)]}
+    settings = (spec.image if spec.task == "text-to-image" else spec.text).dump()
+    facts = {
+        "Task": spec.task,
+        "Model": source(prepared.model.source, prepared.model.revision),
+        "Adapters": ", ".join(source(a.source, a.revision) for a in prepared.adapters) or None,
+        "Inputs": f"{source(prepared.dataset.source, prepared.dataset.revision)}, {prepared.dataset.rows} rows",
+        "Outputs": f"{metrics['rows']:g}",
+        "Of them failed": f"{metrics['failedRows']:g}" if metrics["failedRows"] else None,
+        "Seed": spec.seed,
+        **settings,
+    }
+    about = (
+        f"Generated with Luthier, GenerateJob `{run.name}`. Each row is an output: its prompt, seed, settings and"
+        " digest, what else stood in its row of the inputs (`input`), or why it could not be made (`error`)."
+    )
+    load = f'```python\nfrom datasets import load_dataset\n\noutputs = load_dataset("{repo}", split="train")\n```'
+    return document(front, repo, about, [("How to load it", load), ("How it was made", table(facts))])
+
+
+def document(front: Mapping[str, Any], title: str, about: str, sections: list[tuple[str, str]]) -> str:
+    head = yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True)
+    body = "\n\n".join(f"## {name}\n\n{text.rstrip()}" for name, text in sections if text.strip())
+    return f"---\n{head}---\n\n# {title}\n\n{about}\n\n{body}\n"
+
+
+def table(facts: Mapping[str, object]) -> str:
+    rows = [
+        f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in facts.items() if value is not None
+    ]
+    return "\n".join(["| | |", "|---|---|", *rows]) if rows else ""
+
+
+def source(name: str, revision: str | None) -> str:
+    return f"{name} @ {revision}" if revision else name
+
+
+def counted(prepared: PreparedRecord) -> str:
+    held_out = f", {prepared.dataset.eval_rows} held out" if prepared.dataset.eval_rows else ""
+    return f"{prepared.dataset.rows}{held_out}"
+
+
+def read_metrics(path: Path, key: str | None = None) -> dict[str, float]:
+    """Figures from a JSON file; none when it is not there."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return dict(data.get(key, {}) if key else data)

@@ -1,0 +1,1 @@
+"""What every process needs: failures and exit codes, the run folder, notices, telemetry, devices."""

@@ -1,0 +1,21 @@
+"""The exception that carries an exit code and a message for the user."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from luthier_api.exitcodes import ExitCode
+
+if TYPE_CHECKING:
+    # Its types cost more than all else here, and PID 1 ends this way too
+    pass
+
+START_OVER = "Start over: with --fresh on a laptop, under another metadata.name on a cluster"
+
+
+class Failure(Exception):
+    """An end that we understand. `message` is for the user: path of the field, what was found, what to do."""
+
+    def __init__(self, code: ExitCode, message: str) -> None:
+        super().__init__(message)
+        self.code, self.message = code, message

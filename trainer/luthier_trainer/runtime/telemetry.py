@@ -1,0 +1,55 @@
+"""The metrics of a pod: gauges by the table in `luthier_api.metrics`, served by the first process of the pod."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
+
+from luthier_api.metrics import POD_METRICS, Metric
+from luthier_trainer.runtime.run_folder import run_dir
+
+# Steps take from a tenth of a second (small models) to minutes (large batches).
+STEP_BUCKETS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
+PORT_FILE = "metrics-port"
+
+# A gauge beside each counter would say when it began: nobody asks, and no table names it.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+class Telemetry:
+    """Metrics of one process. A metric that was never set is not served."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._metrics: dict[str, Gauge | Counter | Histogram] = {}
+
+    def _metric(self, metric: Metric) -> Gauge | Counter | Histogram:
+        if metric not in POD_METRICS:
+            raise KeyError(metric.name)
+        if metric.name not in self._metrics:
+            make: dict[str, type[Gauge] | type[Counter]] = {"gauge": Gauge, "counter": Counter}
+            self._metrics[metric.name] = (
+                Histogram(metric.name, metric.help, registry=self.registry, buckets=STEP_BUCKETS)
+                if metric.type == "histogram"
+                else make[metric.type](metric.name, metric.help, registry=self.registry)
+            )
+        return self._metrics[metric.name]
+
+    def set(self, metric: Metric, value: float) -> None:
+        gauge = self._metric(metric)
+        assert isinstance(gauge, Gauge)
+        gauge.set(value)
+
+    def add(self, metric: Metric, value: float = 1) -> None:
+        counter = self._metric(metric)
+        assert isinstance(counter, Counter)
+        counter.inc(value)
+
+    def observe(self, metric: Metric, value: float) -> None:
+        histogram = self._metric(metric)
+        assert isinstance(histogram, Histogram)
+        histogram.observe(value)
+
+    def serve(self, port: int) -> None:
+        """Serve on `port`; with 0 on any free one, whose number goes to `metrics-port` in the run folder."""
+        server, _ = start_http_server(port, registry=self.registry)
+        (run_dir() / PORT_FILE).write_text(str(server.server_port))

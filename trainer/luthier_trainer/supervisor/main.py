@@ -1,0 +1,218 @@
+"""What PID 1 does once the run config is sound: checks, starts the phase's process, watches for hangs and signals,
+judges the end.
+
+SIGTERM is never forwarded: it becomes a file that all ranks agree on once a step, so that they save the same
+checkpoint. Neighbours: `pid1` (before and after), `preflight` (what must hold first), `child` (the process tree),
+`verdict` (what its end means). Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from pydantic import ValidationError
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.run import FineTuneRun, GenerateRun, grace_of, read_run
+from luthier_api.termination import TerminationMessage
+from luthier_api.variables import Variables
+from luthier_trainer.distributed import launch
+from luthier_trainer.runtime.commands import VERBS
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.heartbeat import HEARTBEAT_FILE, STARTING_FILE
+from luthier_trainer.runtime.run_folder import STOP_FILE, run_dir
+from luthier_trainer.supervisor import oom, preflight
+from luthier_trainer.supervisor.process_tree import Child
+from luthier_trainer.supervisor.signals import Stop
+from luthier_trainer.supervisor.verdict import Evidence, judge
+from luthier_trainer.workspace import space
+from luthier_trainer.workspace.prepared import read_prepared
+
+HUB = "https://huggingface.co"
+STALE = (STOP_FILE, STARTING_FILE, HEARTBEAT_FILE, "metrics-port", "result-*.json", "result-*.partial")
+FIRST_STEP_FACTOR = 3  # loading, compilation and the first allocation come before the first heartbeat
+DUMP_SECONDS = 2.0
+TICK_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the pod tells us beside the run config; every default is the cluster's."""
+
+    run_dir: Path
+    node_rank: int
+    step_timeout: float
+    """Seconds without a heartbeat after which a run counts as hung."""
+    peer_lost_linger: float
+    """Seconds to wait before reporting a lost peer: the pod that caused it should be seen to fail first."""
+    cgroup: Path
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> Settings:
+        def number(name: str, default: float) -> float:
+            try:
+                return float(environment.get(name) or default)
+            except ValueError:
+                raise Failure(ExitCode.MISCONFIGURED, f"{name}: {environment[name]!r} is not a number") from None
+
+        return cls(
+            run_dir=run_dir(),
+            node_rank=int(number(Variables.NODE_RANK, 0)),
+            step_timeout=number("LUTHIER_STEP_TIMEOUT", 1800),
+            peer_lost_linger=number("LUTHIER_PEER_LOST_LINGER", 20),
+            cgroup=Path(environment.get("LUTHIER_CGROUP") or oom.CGROUP),
+        )
+
+
+def main(verb: str, path: Path, stop: Stop) -> TerminationMessage:
+    """The phase, from checks that need the types of its run config to its last word. Raises Failure."""
+    settings = Settings.of(os.environ)
+    try:
+        run = read_run(path.read_bytes())
+    except ValidationError as error:  # hardly ever: `gate` knows the shape, but not, for one, how deep pydantic reads
+        raise Failure(ExitCode.INVALID_SPEC, f"run config: {' '.join(str(error).split())}") from error
+    preflight.check(verb, run)
+    return supervise(verb, run, path, settings, stop)
+
+
+def command(verb: str, run: FineTuneRun | GenerateRun, node_rank: int) -> list[str]:
+    """Arguments of the phase's own process."""
+    if verb == "train":
+        assert isinstance(run, FineTuneRun)
+        return launch.command(run, read_prepared(run), node_rank)
+    return [sys.executable, "-m", launch.MODULE, verb]
+
+
+def environment(verb: str, run: FineTuneRun | GenerateRun, path: Path, settings: Settings) -> dict[str, str]:
+    """Environment of the phase's process: `prepare` and `publish` alone may speak to the Hub."""
+    given = dict(os.environ) | {
+        Variables.RUN: str(path),
+        Variables.RUN_DIR: str(settings.run_dir),
+        Variables.NODE_RANK: str(settings.node_rank),
+        "PYTHONUNBUFFERED": "1",  # the last lines before a SIGKILL are the ones that matter
+        "PYTHONFAULTHANDLER": "1",
+    }
+    if urlsplit(given.get("HF_ENDPOINT") or HUB).hostname != urlsplit(HUB).hostname:
+        # Mirrors rarely speak Xet; without it the client uploads by LFS, which all of them do.
+        given.setdefault("HF_HUB_DISABLE_XET", "1")
+    if VERBS[verb] == "run":
+        given.pop(Variables.TOKEN, None)
+        given["HF_HUB_OFFLINE"] = "1"
+    if verb == "train":
+        assert isinstance(run, FineTuneRun)
+        given |= launch.environment(run, read_prepared(run))
+    return given
+
+
+def supervise(
+    verb: str, run: FineTuneRun | GenerateRun, path: Path, settings: Settings, stop: Stop
+) -> TerminationMessage:
+    """Run the phase's process and judge its end."""
+    for pattern in STALE:
+        for file in settings.run_dir.glob(pattern):
+            file.unlink()
+    memory_kills = oom.oom_kills(settings.cgroup)
+    child = Child(command(verb, run, settings.node_rank), environment(verb, run, path.resolve(), settings))
+    plan = read_prepared(run).plan if VERBS[verb] == "run" else None
+    # While a checkpoint is saved, there may be no step for as long as is planned for it, and longer on a slow volume.
+    pulse = Pulse(settings.run_dir, max(settings.step_timeout, 2 * ((plan and plan.save_seconds) or 0)))
+    grace = grace_of(run.spec, plan, run.grace_seconds)
+    # A short grace keeps half of itself for the checkpoint.
+    patience = grace - min(space.TEARDOWN_SECONDS, grace / 2)
+    killed: Literal["stop", "grace", "hang"] | None = None
+    while not child.ended:
+        child.listen(TICK_SECONDS)
+        if stop.at is not None:
+            if VERBS[verb] != "run":
+                killed = "stop"  # nothing to save: both phases go on where they were
+                child.kill()
+            elif stop.now or time.monotonic() > stop.at + patience:
+                killed = "grace"
+                child.kill()
+            else:
+                (settings.run_dir / STOP_FILE).touch()
+        elif VERBS[verb] == "run" and pulse.lost():
+            killed = "hang"
+            child.dump_stacks()
+            until = time.monotonic() + DUMP_SECONDS
+            while time.monotonic() < until:
+                child.listen(0.1)
+            child.kill()
+    child.drain()
+    assert child.status is not None
+    verdict = judge(
+        Evidence(
+            phase=VERBS[verb],
+            status=child.status,
+            messages=read_results(settings.run_dir),
+            processes=run.spec.resources.processes if isinstance(run, FineTuneRun) and verb == "train" else 1,
+            stopped=stop.at is not None,
+            killed=killed,
+            silence=pulse.silence(),
+            memory_kills=oom.oom_kills(settings.cgroup) - memory_kills,
+            gpu_error=child.tail.gpu_error,
+        )
+    )
+    if verdict.code == ExitCode.PEER_LOST:
+        until = time.monotonic() + settings.peer_lost_linger
+        while time.monotonic() < until:
+            if stop.at is not None:
+                # The cluster has seen the cause and takes the rest of the group down.
+                return verdict.model_copy(
+                    update={
+                        "code": int(ExitCode.PREEMPTED),
+                        "reason": ExitCode.PREEMPTED.reason,
+                        "saved": False,
+                        "last_lines": child.tail.text(),
+                    }
+                )
+            time.sleep(TICK_SECONDS)
+    lines = "" if verdict.code == ExitCode.COMPLETED else child.tail.text()
+    return verdict.model_copy(update={"last_lines": lines})
+
+
+class Pulse:
+    """The heartbeat files, watched by a clock that nobody sets: only changes of their times count."""
+
+    def __init__(self, run_dir: Path, limit: float) -> None:
+        """`limit`: seconds of silence that are too many; before the first step, several times as many."""
+        self._starting, self._heartbeat = run_dir / STARTING_FILE, run_dir / HEARTBEAT_FILE
+        self._limit = limit
+        self._seen: tuple[int | None, int | None] = (None, None)
+        self._since = time.monotonic()
+
+    def silence(self) -> float:
+        """Seconds since the last change."""
+        return time.monotonic() - self._since
+
+    def lost(self) -> bool:
+        seen = changed_at(self._starting), changed_at(self._heartbeat)
+        if seen != self._seen:
+            self._seen, self._since = seen, time.monotonic()
+        begun = self._seen[1] is not None
+        return self.silence() > self._limit * (1 if begun else FIRST_STEP_FACTOR)
+
+
+def changed_at(file: Path) -> int | None:
+    """When `file` was last written, in ns; None when it is not there."""
+    try:
+        return file.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def read_results(run_dir: Path) -> dict[int, TerminationMessage]:
+    """What the ranks of this pod left, by global rank."""
+    found = {}
+    for file in run_dir.glob("result-*.json"):
+        message = TerminationMessage.read(file.read_text(errors="replace"))
+        if message is not None:
+            found[int(file.stem.removeprefix("result-"))] = message
+    return found

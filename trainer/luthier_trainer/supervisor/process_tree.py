@@ -1,0 +1,182 @@
+"""The phase's process and everything below it: started in a session of its own, listened to, reaped, killed.
+
+One thread, one loop: output is passed on as it comes and its last lines are kept. Workers of torch's agent live in
+sessions of their own, so a process group does not reach them: the tree is read from /proc. Neighbour: `supervisor`,
+which decides when.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from luthier_trainer.runtime import gpu_errors
+from luthier_trainer.supervisor.redaction import Veil, redact
+
+KEPT_LINES = 20
+KEPT_LINE_BYTES = 400
+PR_SET_CHILD_SUBREAPER = 36
+
+
+class Tail:
+    """The last lines of an output. What a carriage return overwrote (progress bars) is not a line."""
+
+    def __init__(self) -> None:
+        self._lines: deque[str] = deque(maxlen=KEPT_LINES)
+        self._open = b""
+        self._rank = len(gpu_errors.WORDS)
+        self.gpu_error = ""
+        """The line of CUDA's or NCCL's that says most: the frames that follow it may push it out of the last lines."""
+
+    def feed(self, data: bytes) -> None:
+        *whole, self._open = (self._open + data).split(b"\n")
+        # A writer that never ends its line must not grow us.
+        self._open = self._open[-64 * 1024 :]
+        for line in whole:
+            self._keep(line)
+
+    def _keep(self, line: bytes) -> None:
+        visible = line.rstrip(b"\r").rsplit(b"\r", 1)[-1]
+        if visible.strip():
+            text = redact(visible.decode(errors="replace"))
+            self._lines.append(text[:KEPT_LINE_BYTES])
+            found = None if "Warning" in text else gpu_errors.rank(text)  # after a warning the work goes on
+            if found is not None and found < self._rank:
+                self._rank, self.gpu_error = found, text[:KEPT_LINE_BYTES]
+
+    def text(self) -> str:
+        if self._open:
+            self._keep(self._open)
+            self._open = b""
+        return "\n".join(self._lines)
+
+
+class Child:
+    """A running phase. Call `listen` until `ended`."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        _adopt_orphans()
+        self.tail = Tail()
+        self.status: int | None = None
+        """Exit code, or the negative number of the signal that ended it; None while it runs."""
+        self._process = subprocess.Popen(
+            command,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        self._selector = selectors.DefaultSelector()
+        for pipe, sink in ((self._process.stdout, sys.stdout), (self._process.stderr, sys.stderr)):
+            assert pipe is not None
+            os.set_blocking(pipe.fileno(), False)
+            self._selector.register(pipe, selectors.EVENT_READ, (sink.buffer, Veil()))
+
+    @property
+    def ended(self) -> bool:
+        return self.status is not None
+
+    def listen(self, seconds: float) -> None:
+        """Pass on output and reap whoever has ended, for up to `seconds`; returns early when something happened."""
+        self._pass_on(seconds)
+        self._reap()
+
+    def _pass_on(self, seconds: float) -> bool:
+        """True when there was output."""
+        if not self._selector.get_map():
+            time.sleep(seconds)
+            return False
+        events = self._selector.select(seconds)
+        for key, _ in events:
+            data = os.read(key.fd, 1 << 16)
+            sink: BinaryIO
+            veil: Veil
+            sink, veil = key.data
+            if data:
+                self.tail.feed(data)
+            else:
+                self._selector.unregister(key.fileobj)
+            with contextlib.suppress(BrokenPipeError, ValueError):
+                sink.write(veil.feed(data) if data else veil.rest())
+                sink.flush()
+        return bool(events)
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if pid == self._process.pid:
+                self.status = self._process.returncode = os.waitstatus_to_exitcode(status)
+
+    def drain(self, seconds: float = 1.0) -> None:
+        """What is left in the pipes after the end. Bounded: an orphan may hold them open."""
+        until = time.monotonic() + seconds
+        while self._selector.get_map() and time.monotonic() < until and self._pass_on(0.05):
+            pass
+
+    def dump_stacks(self) -> None:
+        """SIGUSR1 to each process that catches it (faulthandler does); the others would die of it."""
+        for pid in descendants(os.getpid()):
+            if _catches(pid, signal.SIGUSR1):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGUSR1)
+
+    def kill(self, seconds: float = 5.0) -> None:
+        """SIGKILL to the whole tree, until nothing of it is left or `seconds` are over."""
+        until = time.monotonic() + seconds
+        while True:
+            tree = descendants(os.getpid())
+            for pid in tree:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+            if not self.ended:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+            self.listen(0.05)
+            if (self.ended and not descendants(os.getpid())) or time.monotonic() > until:
+                return
+
+
+def descendants(pid: int) -> list[int]:
+    """Every process below `pid`, parents first. Empty where there is no /proc."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            # Field 4 is the parent; the name before it may hold blanks and brackets.
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(entry.name))
+    found, queue = [], deque(children.get(pid, ()))
+    while queue:
+        found.append(queue.popleft())
+        queue.extend(children.get(found[-1], ()))
+    return found
+
+
+def _catches(pid: int, number: int) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("SigCgt:"):
+                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return False
+
+
+def _adopt_orphans() -> None:
+    """In a pod we are PID 1 and orphans are ours anyway; on a laptop this makes them so, and none is left behind."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

@@ -1,0 +1,205 @@
+"""Rows of images, as `prepare` sees them: which fit, and whether the model takes what its processor makes of them.
+
+They go into the workspace as the files they are, and are decoded when `train` reads them: as pixels they would take ten
+times the room. Neighbour: `texts` does the same for rows of text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.finetune import FineTuneJobSpec
+from luthier_trainer.data import columns
+from luthier_trainer.data.load import Rows
+from luthier_trainer.models import inspect
+from luthier_trainer.runtime.classify import FORBIDDEN_ERRNOS, STORAGE_ERRNOS, os_error
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.workspace.plan import plan_training
+
+if TYPE_CHECKING:
+    import numpy
+    import PIL.Image
+    from datasets import Dataset
+    from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+
+FIELD = "spec.dataset.columns.image"
+PIXELS = "pixel_values"  # transformers' name: a column of another one would be dropped on the way to the model
+AT_ONCE = 100  # images whose files are held at a time: of a camera's, half a gigabyte
+# Pillow's modes of more than 8 bits a channel, and what it cuts them off at instead of scaling them
+DEEP, WHITE = (
+    ("I", "F"),
+    255,
+)
+WIDE, TALL = (96, 48), (64, 80)  # pixels of two images that have nothing in common
+
+
+def column(spec: FineTuneJobSpec) -> str:
+    return spec.dataset.columns.image
+
+
+def fitting(rows: Rows, spec: FineTuneJobSpec) -> Rows:
+    """The rows, each with an image that can be read. Raises Failure."""
+    from datasets import Image
+
+    name = column(spec)
+    columns.require(rows, name, FIELD, taken=[spec.dataset.columns.label])
+    if not isinstance(feature := rows.data.features[name], Image):
+        hint = (
+            f"columns of images: {', '.join(rows.images)}"
+            if rows.images
+            else "no column holds images; folders of them do, with dataset.format: imagefolder"
+        )
+        raise columns.invalid(
+            f'{FIELD}: column "{name}" of {rows.origin} holds {getattr(feature, "dtype", feature)}, not images ({hint})'
+        )
+    stored = rows.data.cast_column(name, Image(decode=False))
+    if found := unusable(stored.select_columns([name]), name):
+        row, first = found[0]
+        raise columns.invalid(
+            f"{FIELD}: {len(found)} images of {rows.origin} cannot be used. The first is {rows.place(row)}: {first}."
+            " Replace or remove them"
+        )
+    return replace(rows, data=stored)
+
+
+def unusable(stored: Dataset, name: str) -> list[tuple[int, str]]:
+    """Row and reason of each image that cannot be read, or not be seen."""
+    found = []
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        for start in range(0, len(stored), AT_ONCE):
+            problems = threads.map(problem, stored[start : start + AT_ONCE][name])
+            found += [(start + i, text) for i, text in enumerate(problems) if text]
+    return found
+
+
+def problem(image: dict[str, Any] | None) -> str | None:
+    """Why `train` could not show an image to a model; None when it can."""
+    import PIL.Image
+    import PIL.ImageOps
+
+    if image is None:
+        return "there is none"
+    name = f"{image['path']}: " if image["path"] else ""
+    try:
+        with PIL.Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as opened:
+            opened.load()
+            seen = PIL.ImageOps.exif_transpose(opened).convert("RGB")
+            lost = loss(opened, seen)
+    except Exception as error:  # each format's decoder fails in its own way
+        if os_error(error, STORAGE_ERRNOS | FORBIDDEN_ERRNOS):
+            raise  # the volume or its rights, not the data
+        return f"{name}{' '.join(str(error).split())[:200]}"
+    return f"{name}{lost}" if lost else None
+
+
+def loss(image: PIL.Image.Image, seen: PIL.Image.Image) -> str | None:
+    """What of an image is lost in RGB, as which everybody shows images to models; None where something is left to
+    see.
+    """
+    extremes: Any = image.getextrema()
+    if image.mode.startswith(DEEP):
+        low, high = extremes
+        if low < 0 or high > WHITE or (image.mode == "F" and high <= 1):
+            return (
+                f"its values are from {low:g} to {high:g}, and would be cut off at 0 and {WHITE}; save it with 8 bits a"
+                " channel"
+            )
+    extremes = seen.getextrema()
+    if image.has_transparency_data and all(low == high for low, high in extremes):
+        clearest, densest = image.convert("RGBA").getchannel("A").getextrema()
+        if clearest != densest:
+            return "it is drawn in its transparency alone, which a model does not see; put it on a background"
+    return None
+
+
+def check(config: PreTrainedConfig, processor: BaseImageProcessor, spec: FineTuneJobSpec, rows: int) -> None:
+    """Whether the processor makes batches of whatever images, and such as the model takes. `rows`: of training. Raises
+    Failure.
+    """
+    import PIL.Image
+
+    from luthier_trainer.tasks.image_classification import idle_weights
+
+    shapes = []
+    for size in (WIDE, TALL):
+        try:
+            made = processor(images=[PIL.Image.new("RGB", size)], return_tensors="pt")
+        except Exception as error:  # each processor checks its settings in its own way, when it needs them
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{inspect.MODEL}: its image processor ({type(processor).__name__}) fails: {type(error).__name__}:"
+                f" {' '.join(str(error).split())[:300]}. See its preprocessor_config.json",
+            ) from error
+        if PIXELS not in made:
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{inspect.MODEL}: its image processor makes no {PIXELS} (it makes {', '.join(made)})",
+            )
+        shapes.append(tuple(made[PIXELS].shape))
+    if shapes[0] != shapes[1]:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{inspect.MODEL}: its image processor makes tensors of {by(shapes[0])} and of {by(shapes[1])} from"
+            " images of other shapes, which form no batch; set do_resize and a size of height and width in its"
+            " preprocessor_config.json",
+        )
+    model = inspect.skeleton(config, spec.task, inspect.MODEL)
+    try:
+        idle_weights(model, shapes[0][1:])
+    except Exception as error:  # each architecture checks what it is given in its own way
+        text = " ".join(str(error).split())[:300]
+        if "meta tensor" not in text.lower():  # it looks at values, which are not there: nothing is known then
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{inspect.MODEL}: its image processor makes tensors of {by(shapes[0])}, which the model does not"
+                f" take: {text}",
+            ) from error
+    if smallest_batch(spec, rows) == 1:
+        check_alone(model, shapes[0][1:], rows)
+
+
+def smallest_batch(spec: FineTuneJobSpec, rows: int) -> int:
+    """Rows of the smallest micro-batch. Several processes fill their last ones up; one process does not."""
+    plan = plan_training(spec, rows, None)
+    micro = plan.micro_batch_size or 1
+    reached = (plan.steps or 0) * spec.training.batch_size >= rows
+    return rows % micro or micro if plan.world_size == 1 and reached else micro
+
+
+def check_alone(model: PreTrainedModel, shape: tuple[int, ...], rows: int) -> None:
+    """Whether the model can learn from one image alone: its statistics may need more than one value. Raises Failure."""
+    import torch
+
+    with contextlib.suppress(NotImplementedError, RuntimeError):  # it looks at values, which are not there
+        try:
+            model.train()(pixel_values=torch.empty(1, *shape, device="meta"))
+        except ValueError as error:
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"spec.training.microBatchSize: {model.config.model_type} cannot learn from a batch of one image, and"
+                f" with {rows} rows there is one in each epoch; choose a size of 2 or more that leaves another rest"
+                f" ({error})",
+            ) from error
+
+
+def by(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape[1:]))
+
+
+def encoded(
+    rows: Rows, ids: numpy.ndarray | None, processor: BaseImageProcessor, spec: FineTuneJobSpec, use: str
+) -> Dataset:
+    """The rows as `train` reads them: pixel_values, which are still files, and labels. `ids`: the class of each."""
+    from datasets import Features, Image, Value
+
+    name = column(spec)
+    assert ids is not None, "an image alone has nothing to learn"
+    data = rows.data.select_columns([name])
+    data = data if name == PIXELS else data.rename_column(name, PIXELS)
+    return data.add_column("labels", ids).cast(Features({PIXELS: Image(), "labels": Value("int64")}))

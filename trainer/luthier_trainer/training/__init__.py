@@ -1,0 +1,1 @@
+"""The phase `run` of a FineTuneJob: training that survives stops and failures."""

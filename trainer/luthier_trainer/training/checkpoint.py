@@ -1,0 +1,222 @@
+"""Checkpoints that can be trusted: staged beside, made durable, manifest last, renamed; what does not verify is never
+resumed from.
+
+transformers writes in place and resumes from the highest number, whole or not, so the folder is ours: `loop` lets it
+write into a staging folder, this module decides what becomes of it. Each rank describes the files that it has written,
+and verifies its share of those that it may resume from; rank 0 alone moves and removes folders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.run import FineTuneRun, PreparedRecord
+from luthier_api.workspace import MANIFEST
+from luthier_trainer.runtime.failure import START_OVER, Failure
+from luthier_trainer.runtime.heartbeat import beat, beat_before_training
+from luthier_trainer.workspace import manifest, space
+from luthier_trainer.workspace.manifest import Entry, fsync, read_manifest
+
+if TYPE_CHECKING:
+    from luthier_trainer.distributed.ranks import Ranks  # brings torch
+
+FOLDER = re.compile(r"checkpoint-(\d+)")
+STAGING, CORRUPT = ".staging-", ".corrupt-"
+KEPT_CORRUPT = 2  # enough to look for the cause; each is as large as a good one
+SHARED_VOLUME_SECONDS = 60.0  # NFS clients may cache a folder's entries for 30 s (acdirmin)
+# Files that name the rank that writes them: transformers' random states, and DeepSpeed's shards of weights and
+# optimizer. Rank 0 writes all others.
+OF_A_RANK = re.compile(r"rng_state_(\d+)\.pth|(?:.+_)?zero_pp_rank_(\d+)_mp_rank_\d+_(?:model|optim)_states\.pt")
+
+
+def identity(run: FineTuneRun, prepared: PreparedRecord) -> dict[str, Any]:
+    """What must be the same for a checkpoint, or a result, to belong to this run: field → value."""
+    spec = run.spec.dump()
+    return {f"spec.{field}": spec.get(field) for field in ("task", "model", "dataset", "method", "training")} | {
+        "the model's revision": prepared.model.revision,
+        "the dataset's revision": prepared.dataset.revision,
+        "spec.strategy": prepared.plan.strategy,
+        "the number of processes": run.spec.resources.world_size,
+    }
+
+
+def facts_of(run_identity: dict[str, Any]) -> dict[str, Any]:
+    """How an identity is written into a manifest."""
+    return {"run": run_identity, "runHash": _digest(run_identity)}
+
+
+def check_identity(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise Failure(INVALID_SPEC) when what lies in `folder`, with the manifest `found`, was made by another run, and
+    say what differs.
+    """
+    if found.get("runHash") == _digest(wanted):
+        return
+    differences = list(_differences("", json.loads(json.dumps(wanted)), found.get("run") or {}))
+    raise Failure(
+        ExitCode.INVALID_SPEC,
+        f"{folder} was made by a run with other settings:"
+        f" {'; '.join(differences[:5]) or 'its manifest does not say which'}. {START_OVER}",
+    )
+
+
+def newest(folder: Path, wanted: dict[str, Any], ranks: Ranks) -> Path | None:
+    """The newest checkpoint in `folder` that verifies, or None. Broken ones are set aside, left-overs of interrupted
+    saves removed.
+
+    Called by all ranks, which share the reading. Raises Failure(INVALID_SPEC) when that checkpoint belongs to a run
+    with other settings.
+    """
+    for checkpoint in ranks.decide(lambda: candidates(folder)):
+        found, broken = verify(checkpoint, ranks)
+        if not broken:
+            check_identity(checkpoint, found, wanted)
+            return checkpoint
+        ranks.decide(partial(reject, checkpoint, broken))
+    return None
+
+
+def verify(checkpoint: Path, ranks: Ranks) -> tuple[dict[str, Any], list[str]]:
+    """The manifest of a checkpoint, and why its files are not what that says; the same on all ranks, each of which
+    reads a share.
+    """
+    found = ranks.decide(lambda: read_manifest(checkpoint))
+    if found is None:
+        return {}, [f"its {MANIFEST} is missing, unreadable or incomplete"]
+    share = share_of(found["files"], ranks.rank, ranks.count)
+    reports = ranks.each(lambda: manifest.differences(checkpoint, share, beat_before_training))
+    return found, [line for report in reports for line in report]
+
+
+def candidates(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, newest first. What an interrupted save has left is removed."""
+    if not folder.is_dir():
+        return []
+    for staging in folder.glob(f"{STAGING}*"):
+        shutil.rmtree(staging)
+    return sorted(checkpoints(folder), key=step_of, reverse=True)
+
+
+def share_of(entries: Sequence[Entry], rank: int, count: int) -> list[Entry]:
+    """The entries that `rank` of `count` reads: the largest files are dealt out first, so that all have about as much
+    to do.
+    """
+    return sorted(entries, key=lambda entry: (-int(entry["size"]), str(entry["path"])))[rank::count]
+
+
+def reject(checkpoint: Path, broken: list[str]) -> None:
+    """Set a broken checkpoint aside, where nobody resumes from it. The oldest of those that lie there make way."""
+    aside = checkpoint.with_name(f"{CORRUPT}{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    os.utime(aside)
+    print(f"{checkpoint.name} is broken and set aside as {aside.name}: {'; '.join(broken[:3])}", flush=True)
+    by_age = sorted(set_aside(checkpoint.parent), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for old in by_age[KEPT_CORRUPT:]:
+        print(f"{old.name} is removed: {KEPT_CORRUPT} newer ones lie set aside", flush=True)
+        shutil.rmtree(old)
+
+
+def make_room(folder: Path, size: int) -> None:
+    """See that a checkpoint of `size` bytes fits the volume; broken ones make way for it. Raises Failure(STORAGE_ERROR)
+    where it does not.
+    """
+    for broken in set_aside(folder):
+        if space.volume(folder)[0] < size:
+            print(f"{broken.name} is removed: the volume has no room for the next checkpoint beside it", flush=True)
+            shutil.rmtree(broken)
+    space.check_save(folder, size)
+
+
+def writer(file: Path, ranks: int) -> int:
+    """The rank of `ranks` that writes `file`, by its name. Only who reads it back depends on it, never what is
+    recorded.
+    """
+    match = OF_A_RANK.fullmatch(file.name)
+    rank = int(match[1] or match[2]) if match else 0
+    return rank if rank < ranks else 0
+
+
+def describe(staged: Path, rank: int, ranks: int) -> list[Entry]:
+    """Path, size and digest of the files that `rank` has written to `staged`, durable: on each node, its own writes
+    alone can be flushed.
+    """
+    files = manifest.files_in(staged)
+    return manifest.describe(staged, [file for file in files if writer(file, ranks) == rank], beat)
+
+
+def commit(staged: Path, folder: Path, described: Sequence[Sequence[Entry]], facts: dict[str, Any]) -> Path:
+    """Make `staged` the checkpoint of that name in `folder`. Called by rank 0. `described`: by each rank, what it has
+    written.
+
+    Raises Failure(STORAGE_ERROR) when files of some processes are not to be seen: pods that do not share the volume.
+    """
+    entries = {entry["path"]: entry for of_rank in described for entry in of_rank}
+    deadline = time.monotonic() + SHARED_VOLUME_SECONDS
+    while missing := [
+        rank for rank, of_rank in enumerate(described) if not all(_is_seen(staged, entry) for entry in of_rank)
+    ]:
+        if time.monotonic() > deadline:
+            raise Failure(
+                ExitCode.STORAGE_ERROR,
+                f"spec.workspace: only {len(described) - len(missing)} of {len(described)} processes could be seen"
+                f" writing to {folder}. Pods on several nodes need a volume that they share (accessMode:"
+                " ReadWriteMany)",
+            )
+        time.sleep(0.5)
+    left = [file for file in manifest.files_in(staged) if file.relative_to(staged).as_posix() not in entries]
+    manifest.write_manifest(staged, [*entries.values(), *manifest.describe(staged, left, beat)], **facts)
+    final = folder / staged.name
+    if final.exists():
+        final.rename(staged.parent / "replaced")
+    staged.rename(final)
+    fsync(folder)
+    shutil.rmtree(staged.parent)
+    return final
+
+
+def _is_seen(staged: Path, entry: Entry) -> bool:
+    path = staged / entry["path"]
+    return path.is_file() and path.stat().st_size == entry["size"]
+
+
+def rotate(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints. Called when the newest has just been committed."""
+    for old in sorted(checkpoints(folder), key=step_of)[:-keep]:
+        shutil.rmtree(old)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return [p for p in folder.iterdir() if p.is_dir() and FOLDER.fullmatch(p.name)]
+
+
+def set_aside(folder: Path) -> list[Path]:
+    """Those in `folder` that were found broken."""
+    return list(folder.glob(f"{CORRUPT}*"))
+
+
+def step_of(checkpoint: Path) -> int:
+    match = FOLDER.fullmatch(checkpoint.name)
+    assert match, checkpoint
+    return int(match[1])
+
+
+def _digest(run_identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(run_identity, sort_keys=True).encode()).hexdigest()
+
+
+def _differences(path: str, wanted: Any, found: Any) -> Any:
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        for key in sorted(wanted.keys() | found.keys()):
+            yield from _differences(f"{path}.{key}".lstrip("."), wanted.get(key), found.get(key))
+    elif wanted != found:
+        yield f"{path} is {wanted!r}, there it was {found!r}"

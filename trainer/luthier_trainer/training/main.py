@@ -1,0 +1,193 @@
+"""The process of the run phase of a FineTuneJob, one on each device: read top to bottom, it is the whole training.
+
+`process` starts it and turns its ends into exit codes. What `prepare` left is read, never repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import DatasetDict, load_from_disk
+from transformers import set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging as transformers_logging
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
+from luthier_api.termination import TerminationMessage
+from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.distributed.ranks import Ranks
+from luthier_trainer.distributed.strategy import assert_started, uses_deepspeed
+from luthier_trainer.methods import base as methods
+from luthier_trainer.methods.trainable import HALF, source_dtype
+from luthier_trainer.models.processors import read_processor
+from luthier_trainer.models.zero3 import keep_used_conversions
+from luthier_trainer.runtime.run_folder import global_rank
+from luthier_trainer.runtime.taskfacts import FACTS
+from luthier_trainer.runtime.telemetry import Telemetry
+from luthier_trainer.tasks.table import TASKS
+from luthier_trainer.training import checkpoint, result
+from luthier_trainer.training.arguments import training_arguments
+from luthier_trainer.training.callbacks import Guard, Heartbeat, Report, Stop
+from luthier_trainer.training.loop import EvaluationStopped, TrainingLoop
+from luthier_trainer.training.utilisation import count_weights
+from luthier_trainer.workspace import space
+from luthier_trainer.workspace.manifest import read_manifest
+from luthier_trainer.workspace.prepared import read_prepared
+
+# In the names of weights
+PEFT_PARTS = re.compile(r"^base_model\.model\.|modules_to_save\.default\.|base_layer\.|lora_[AB]\.default\.")
+SHOWN = 3  # weights in a line of the log
+
+
+def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
+    """Train as the run config and `prepared.json` say; resume if there is something to resume from."""
+    assert isinstance(run, FineTuneRun), "train is a verb of FineTuneJob"
+    workspace, spec = WorkspaceFolder(Path(run.workspace)), run.spec
+    prepared = read_prepared(run)
+    identity = checkpoint.identity(run, prepared)
+    if (metrics := result.finished(workspace, identity)) is not None:
+        return ended(ExitCode.COMPLETED, metrics=metrics, step=int(metrics["steps"]))
+    assert_started(prepared.plan)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    # What libraries ask of each other is nothing for a user's log
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+    # The processes find each other here (TrainingArguments opens the group), then agree on where to begin.
+    data: DatasetDict = load_from_disk(prepared.dataset_path)
+    workspace.checkpoints.mkdir(parents=True, exist_ok=True)
+    arguments = training_arguments(spec, prepared.plan, workspace.checkpoints, evaluates="eval" in data)
+    ranks = Ranks(arguments.ddp_timeout)
+    resume = checkpoint.newest(workspace.checkpoints, identity, ranks)
+    ranks.decide(
+        lambda: space.check_room(
+            spec, prepared.plan, workspace.checkpoints, held=len(checkpoint.checkpoints(workspace.checkpoints))
+        )
+    )
+    # An evaluation follows the save of its step: of a checkpoint, the attempt before may not have come to it, and its
+    # record is lost in any case.
+    arguments.eval_on_start = "eval" in data and (resume is None or owes_evaluation(resume, spec.training.eval_steps))
+    before = (read_manifest(resume) or {}) if resume else {}
+
+    task, deepspeed = TASKS[spec.task], uses_deepspeed(prepared.plan.strategy)
+    processor = read_processor(workspace.prepared / "processor", spec.task, "spec.model")
+    # Before new weights are drawn: heads and adapters begin alike on all ranks and in all attempts
+    set_seed(spec.training.seed)
+    precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
+    weights = methods.weights_options(spec.method, precision, deepspeed, arguments.device)
+    base, whole = task.load_model(prepared.model_path, prepared.dataset.labels, **weights)
+    keep_used_conversions(base)
+    if FACTS[spec.task].inputs == "text":
+        base.config.pad_token_id = processor.pad_token_id
+    use_cache = getattr(base.config, "use_cache", False)
+    idle = task.idle(base, processor)
+    model = methods.with_method(base, spec.method, FACTS[spec.task].peft_type, whole, deepspeed)
+    leave(model, idle)
+
+    figures, telemetry, stop = task.figures(), Telemetry(), Stop()
+    callbacks = [Guard(prepared.plan), Heartbeat(), Report(telemetry), stop]
+    loop = TrainingLoop(
+        model=model,
+        args=arguments,
+        processing_class=processor,
+        data_collator=task.collator(processor),
+        train_dataset=data["train"],
+        eval_dataset=data.get("eval"),
+        compute_loss_func=task.loss(base),
+        compute_metrics=figures,
+        preprocess_logits_for_metrics=lambda logits, labels: figures.reduce(first(logits), labels),
+        callbacks=callbacks,
+        ranks=ranks,
+        identity=identity,
+        keep=spec.training.keep_checkpoints,
+        checkpoint_bytes=prepared.plan.checkpoint_bytes or 0,
+        seconds_before=before.get("seconds", 0.0),
+    )
+    for callback in callbacks:
+        callback.loop = loop
+    if ranks.first:
+        telemetry.serve(run.metrics_port)
+        if idle:
+            print(
+                f"spec.model: {len(idle)} of its weights have no part in this task and stay as they are:"
+                f" {', '.join(sorted(idle)[:SHOWN])} ...",
+                flush=True,
+            )
+        print(opening(loop, prepared, precision, resume), flush=True)
+
+    loop.saved = resume
+    loop.train(resume_from_checkpoint=str(resume) if resume else None)
+    if stop.agreed_step is not None:
+        return stopped(loop, stop.agreed_step)
+
+    seconds = loop.seconds
+    if spec.method.type == "full" and not deepspeed:
+        # Delivered in the type it came in, and measured as it is delivered
+        loop.deliver(source_type(prepared.model_path))
+    try:
+        if "eval" in data:
+            loop.evaluate()
+    except EvaluationStopped:
+        return stopped(loop, loop.state.global_step)
+    metrics = result.final_metrics(loop.state, seconds)
+    result.write(loop, run, prepared, workspace, metrics, use_cache)
+    if ranks.first:
+        print("done: " + "  ".join(f"{name} {value:g}" for name, value in metrics.items()), flush=True)
+    return ended(ExitCode.COMPLETED, metrics=metrics, step=loop.state.global_step)
+
+
+def owes_evaluation(resume: Path, every: int | None) -> bool:
+    """Whether an evaluation was due at the step of a checkpoint, `every` so many steps, and its history has none."""
+    step = checkpoint.step_of(resume)
+    if not every or step % every:
+        return False
+    history = json.loads((resume / TRAINER_STATE_NAME).read_text())["log_history"]
+    return not any("eval_loss" in entry and entry["step"] == step for entry in history)
+
+
+def stopped(loop: TrainingLoop, agreed: int) -> TerminationMessage:
+    """The end of a run that all ranks have agreed to stop, after `agreed` steps."""
+    if agreed == 0:
+        return ended(ExitCode.PREEMPTED, "stopped before the first step: there was nothing to save yet")
+    step = checkpoint.step_of(loop.saved) if loop.saved else None
+    return ended(ExitCode.PREEMPTED, f"stopped after step {agreed}", step=step, saved=step == agreed)
+
+
+def leave(model: Any, idle: set[str]) -> None:
+    """Weights that are `idle`, and what the method has put beside them, do not learn: they would get no gradient."""
+    for name, weight in model.named_parameters():
+        if PEFT_PARTS.sub("", name) in idle:
+            weight.requires_grad_(False)
+
+
+def ended(code: ExitCode, message: str = "", **facts: Any) -> TerminationMessage:
+    return TerminationMessage(phase="run", code=code, reason=code.reason, message=message, rank=global_rank(), **facts)
+
+
+def first(logits: Any) -> torch.Tensor:
+    """Some models return more than logits; the logits come first."""
+    tensor: torch.Tensor = logits[0] if isinstance(logits, tuple) else logits
+    return tensor
+
+
+def source_type(model_path: str) -> torch.dtype:
+    """The type of the weights in a model's folder."""
+    name = source_dtype(Path(model_path))
+    return getattr(torch, name) if name in HALF else torch.float32
+
+
+def opening(loop: TrainingLoop, prepared: PreparedRecord, precision: str, resume: Path | None) -> str:
+    """The first line of the log: what is about to happen."""
+    learning, weights = count_weights(loop.model.parameters())
+    plan = prepared.plan
+    return (
+        f"training {learning:,} of {weights:,} weights of {prepared.model.source}, {precision}, {plan.world_size} ×"
+        f" {plan.micro_batch_size} rows × {plan.accumulation_steps or 1} accumulated, {plan.steps} steps, "
+        + (f"resuming from {resume.name}" if resume else "from the beginning")
+    )

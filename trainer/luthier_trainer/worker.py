@@ -1,0 +1,95 @@
+"""A process of a phase, from its first import to its last word: `python -m luthier_trainer.worker train`.
+
+PID 1 (`supervisor`) starts it; for training in several processes `accelerate launch` does. The verb's module is
+imported here, so that an import that fails is explained like any other end, and so that its imports cost no more than
+they must. Neighbour: `ending`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import gc
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import NoReturn
+
+from luthier_api.run import FineTuneRun, GenerateRun, read_run
+from luthier_api.termination import TerminationMessage
+from luthier_api.variables import Variables
+from luthier_trainer.runtime import notices
+from luthier_trainer.runtime.classify import classify
+from luthier_trainer.runtime.commands import MODULES, VERBS
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.run_folder import global_rank, write_result
+from luthier_trainer.workspace.prepared import read_prepared
+
+Work = Callable[[FineTuneRun | GenerateRun], TerminationMessage]
+
+
+def main(verb: str) -> NoReturn:
+    """The whole life of a process."""
+    faulthandler.register(signal.SIGUSR1)  # the supervisor asks a process that hangs where it is
+    volume = None
+    try:
+        run = read_run(Path(os.environ[Variables.RUN]).read_bytes())
+        volume = Path(run.workspace)
+        message = load(verb, run)(run)
+    except BaseException as error:
+        if not isinstance(error, Failure):
+            traceback.print_exc()
+        code, text = classify(error, volume)
+        failed = TerminationMessage(phase=VERBS[verb], code=code, reason=code.reason, message=text, rank=global_rank())
+        write_result(with_notices(failed))
+        leave(code)
+    write_result(with_notices(message))
+    atexit._run_exitfuncs()  # workers of data loaders, temporary folders
+    leave(0)
+
+
+def with_notices(message: TerminationMessage) -> TerminationMessage:
+    """`message` with the notices of this process, unless it brings its own."""
+    return message if message.notices else message.model_copy(update={"notices": notices.given()})
+
+
+def leave(code: int) -> NoReturn:
+    """End the process, and the threads that libraries left in it, without taking the interpreter down first.
+
+    A thread in a collective that can never finish would keep the interpreter alive. And gloo's threads let go of the
+    last collective's tensors a moment after it is done: where the interpreter is ending by then, they abort the process
+    (pytorch issue 190489).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def load(verb: str, run: FineTuneRun | GenerateRun) -> Work:
+    """`main` of the verb's module."""
+    if VERBS[verb] == "run" and not quantised(run):
+        # PEFT imports bitsandbytes wherever it is installed, and with it the whole of torch's compiler.
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # the import system's word for "not to be had"
+    # Nearly all that imports make stays: to look for garbage meanwhile is in vain.
+    gc.disable()
+    work: Work = import_module(MODULES[verb]).main
+    gc.enable()
+    gc.freeze()
+    return work
+
+
+def quantised(run: FineTuneRun | GenerateRun) -> bool:
+    """Whether the base model's weights are, or will be, in fewer bits than torch knows types for. Raises Failure."""
+    if isinstance(run, FineTuneRun) and run.spec.method.type == "qlora":
+        return True
+    config = Path(read_prepared(run).model_path) / "config.json"
+    return config.exists() and "quantization_config" in json.loads(config.read_text())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

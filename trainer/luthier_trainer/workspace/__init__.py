@@ -1,0 +1,1 @@
+"""The workspace of a job: manifests, the prepared record, provenance of the inputs, plan and disk space."""

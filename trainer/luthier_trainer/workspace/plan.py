@@ -1,0 +1,151 @@
+"""How a run is laid out: strategy, batches, steps. What the user set stays; the rest is decided here, once, and shown
+in the status.
+
+`train` takes these figures as they are, so that status, log and arithmetic agree.
+"""
+
+from __future__ import annotations
+
+import math
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.status import Plan
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.notices import notice
+from luthier_trainer.runtime.taskfacts import FACTS
+from luthier_trainer.workspace import space
+
+MICRO_BATCH_LIMIT = 8  # rows of one forward pass, where the spec leaves it open
+# Tokens of one forward pass of a language model on a GPU, likewise. A token costs 12 bytes for each entry of the
+# vocabulary: log-probabilities and two gradients in fp32 (counted with torch 2.13 and transformers 5.23). For 2,048
+# tokens and Qwen2.5's 152,064 entries that is 3.5 GiB: docs/memory.md.
+GPU_TOKENS = 2048
+BATCH_SIZE, WARM_UP, CHECKPOINTING = (
+    f"spec.training.{name}" for name in ("batchSize", "warmupSteps", "gradientCheckpointing")
+)
+
+
+def plan_training(
+    spec: FineTuneJobSpec, rows: int, parameters: int | None, cannot_recompute: str | None = None
+) -> Plan:
+    """The layout of a FineTuneJob over `rows` training rows. The CRD's rules have checked that batchSize divides.
+
+    `cannot_recompute`: why the model cannot recompute its activations, if so.
+    """
+    world_size, training = spec.resources.world_size, spec.training
+    share = training.batch_size // world_size
+    micro, reasons = micro_batch(spec, share)
+    accumulation = share // micro
+    recompute, why = recomputes(spec, cannot_recompute)
+    strategy = spec.strategy
+    return Plan(
+        strategy=strategy if strategy != "auto" else ("ddp" if world_size > 1 else "none"),
+        world_size=world_size,
+        micro_batch_size=micro,
+        accumulation_steps=accumulation,
+        steps=training.max_steps or count_steps(rows, world_size, micro, accumulation, training.epochs),
+        precision=plan_precision(training.precision, spec.resources.gpus_per_node),
+        gradient_checkpointing=recompute,
+        reasons=reasons + why,
+        parameters=parameters,
+    )
+
+
+def micro_batch(spec: FineTuneJobSpec, share: int) -> tuple[int, list[str]]:
+    """(rows of one forward pass, why) of a process that sees `share` rows in a step. The plan does not know the GPU's
+    memory.
+
+    Classifiers have no logits over a vocabulary, and some of their models normalise over the rows of a forward pass.
+    """
+    training = spec.training
+    if training.micro_batch_size:
+        return training.micro_batch_size, []
+    rows = largest_divisor(share, MICRO_BATCH_LIMIT)
+    if not spec.resources.gpus_per_node or FACTS[spec.task].labelled:
+        return rows, []
+    fewer = largest_divisor(share, min(max(GPU_TOKENS // training.max_length, 1), MICRO_BATCH_LIMIT))
+    why = (
+        f"microBatchSize: {fewer}, because rows of {training.max_length} tokens are large for a GPU. Set it higher if"
+        " yours has memory left"
+    )
+    return fewer, [why] if fewer < rows else []
+
+
+def recomputes(spec: FineTuneJobSpec, cannot: str | None) -> tuple[bool, list[str]]:
+    """(whether activations are recomputed, why), from the spec or, where it leaves that open, the devices and the
+    model.
+    """
+    asked = spec.training.gradient_checkpointing
+    if asked is not None:
+        return asked, []
+    if not spec.resources.gpus_per_node:
+        return False, []
+    if cannot:
+        return False, [f"gradientCheckpointing: false, because {cannot}"]
+    return True, [
+        "gradientCheckpointing: true, the default on GPUs. Set it to false if yours have memory left: a step takes"
+        " about a quarter less time"
+    ]
+
+
+def check_course(spec: FineTuneJobSpec, plan: Plan, rows: int) -> None:
+    """Whether the number of rows suits batch and warm-up. Raises Failure."""
+    training, steps = spec.training, plan.steps or 0
+    what = "blocks" if training.packing else "rows"
+    if training.batch_size > rows:
+        notice(
+            f"{BATCH_SIZE}: {training.batch_size} rows a step, but there are {rows} {what} to learn from: each step"
+            f" sees all of them, and the loss is the mean over {rows}"
+        )
+    if training.warmup_steps >= steps:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{WARM_UP}: {training.warmup_steps} steps, but the training ends after {steps} ({rows} {what},"
+            f" {training.batch_size} a step, {training.epochs:g} epochs), before the peak of the learning rate. Choose"
+            f" fewer than {steps}, or more epochs",
+        )
+
+
+def plan_space(plan: Plan, weights: space.Weights, processor_bytes: int) -> Plan:
+    """With what checkpoints and the result take of the workspace, and how long a save takes. `processor_bytes`: of the
+    tokenizer's files.
+    """
+    size = space.checkpoint_bytes(weights, plan.strategy, plan.world_size, processor_bytes)
+    saving = space.save_seconds(size, plan.world_size)
+    return plan.model_copy(
+        update={
+            "checkpoint_bytes": size,
+            "result_bytes": space.result_bytes(weights, plan.strategy, processor_bytes),
+            "save_seconds": saving,
+            "grace_seconds": space.grace_seconds(saving),
+        }
+    )
+
+
+def plan_generation(rows: int, shards: int, precision: str, gpus: int, parameters: int | None) -> Plan:
+    """The layout of a GenerateJob: row r belongs to shard r modulo `shards`."""
+    return Plan(
+        strategy="none",
+        world_size=1,
+        precision=plan_precision(precision, gpus),
+        parameters=parameters,
+        rows_per_shard=math.ceil(rows / shards),
+    )
+
+
+def plan_precision(asked: str, gpus: int) -> str:
+    """fp32 on CPU unless set. `prepare` has no GPU to look at, so on GPUs `auto` stays: bf16 where the GPU has it,
+    decided by the run.
+    """
+    return "fp32" if asked == "auto" and gpus == 0 else asked
+
+
+def count_steps(rows: int, world_size: int, micro_batch: int, accumulation: int, epochs: float) -> int:
+    """Optimiser steps as transformers' Trainer counts them: the last, smaller batch of an epoch is a step too."""
+    batches = math.ceil(math.ceil(rows / micro_batch) / world_size)
+    return math.ceil(epochs * max(math.ceil(batches / accumulation), 1))
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)

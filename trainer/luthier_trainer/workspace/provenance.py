@@ -1,0 +1,102 @@
+"""What a job was built on: files and folders outside its workspace, and whether they are still what they were.
+
+Names and dates do not tell. A job that is run again leaves another result at the same place; a volume that is mounted
+anew may show other dates for the same bytes. So content does: of data every byte, of a model's folder its manifest, or
+what changes with any training. Neighbours: `prepare` and `preflight` refuse what has changed, `sources` and `data.load`
+say what was read.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.run import Origin
+from luthier_trainer.runtime.failure import START_OVER, Failure
+from luthier_trainer.workspace.manifest import read_manifest, sha256
+
+LOADED = {".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken"}
+NOT_LOADED = {"metrics.json"}  # its seconds differ each time
+# Weights are up to hundreds of GB, and `prepare` reads nothing else of them: their header, and as much of the last
+# tensors as no training leaves alone, even where bf16 swallows most of its steps.
+EDGE_BYTES = 1 << 20
+
+
+def of_data(path: Path, field: str) -> Origin:
+    """A data file, or a folder of images, as it is now."""
+    size, mtime_ns = _stamp(path)
+    return Origin(field=field, path=str(path), digest=_content(path, size, mtime_ns), size=size, mtime_ns=mtime_ns)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """(bytes, when last written) of a file, or of all that is in a folder; folders say when something came or went."""
+    facts = [path.stat(), *(p.stat() for p in path.rglob("*") if p.exists())]  # a link may lead nowhere
+    return sum(f.st_size for f in facts if stat.S_ISREG(f.st_mode)), max(f.st_mtime_ns for f in facts)
+
+
+@functools.cache
+def _content(path: Path, size: int, mtime_ns: int) -> str:
+    """SHA-256 of a file, or of the files of a folder, read once for as many slices as are taken of it."""
+    if path.is_dir():
+        return combined(f"{p.relative_to(path).as_posix()} {sha256(p)}" for p in path.rglob("*") if p.is_file())
+    return sha256(path)
+
+
+def folder_digest(folder: Path) -> str:
+    """What tells one version of a model, a pipeline or an adapter from another: a SHA-256, the same for a copy
+    elsewhere.
+    """
+    try:
+        files = {entry["path"]: entry["sha256"] for entry in (read_manifest(folder) or {})["files"]}
+    except (KeyError, TypeError):  # no manifest, or somebody else's
+        inside = (
+            p
+            for p in folder.rglob("*")
+            if p.suffix in LOADED and not any(part.startswith(".") for part in p.relative_to(folder).parts)
+        )
+        files = {p.relative_to(folder).as_posix(): _edges(p) for p in inside if p.is_file()}
+    return combined(f"{name} {digest}" for name, digest in files.items() if name not in NOT_LOADED)
+
+
+def _edges(path: Path) -> str:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(EDGE_BYTES)
+        file.seek(max(len(first), size - EDGE_BYTES))
+        return hashlib.sha256(b"%d " % size + first + file.read(EDGE_BYTES)).hexdigest()
+
+
+def combined(digests: Iterable[str]) -> str:
+    """One SHA-256 for several, whatever their order."""
+    return hashlib.sha256(json.dumps(sorted(digests)).encode()).hexdigest()
+
+
+def refuse_changes(origins: Iterable[Origin]) -> None:
+    """Raise Failure when one of them is another than it was. One that is gone is no other: what was made of it may well
+    outlive it.
+    """
+    for origin in origins:
+        path = Path(origin.path)
+        if path.exists() and not _same(origin, path):
+            raise changed(origin.field, f"{path} has changed")
+
+
+def _same(origin: Origin, path: Path) -> bool:
+    if origin.size is None:  # a model
+        return folder_digest(path) == origin.digest
+    size, mtime_ns = _stamp(path)
+    return (size, mtime_ns) == (origin.size, origin.mtime_ns) or (
+        size == origin.size and _content(path, size, mtime_ns) == origin.digest
+    )
+
+
+def changed(field: str, what: str) -> Failure:
+    return Failure(
+        ExitCode.INVALID_SPEC,
+        f"{field}: {what} since this job was prepared, and what the job has made is of the old. {START_OVER}",
+    )

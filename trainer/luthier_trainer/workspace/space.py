@@ -1,0 +1,159 @@
+"""How much of the workspace a training needs, and how long a save takes: one function a term, in bytes and seconds.
+Imports no torch.
+
+A checkpoint holds what training goes on from: weights, the optimizer's state, and beside them tokenizer, random states
+and history. transformers and DeepSpeed decide what that is for each strategy; tests compare these sums with the files
+that they write.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.status import Plan
+from luthier_trainer.distributed.strategy import ZERO_STAGE
+from luthier_trainer.runtime.failure import Failure
+
+FP32 = 4
+ADAM_MOMENTS = 2  # AdamW keeps two numbers for each weight that learns, in fp32
+TENSOR_BYTES = 700  # names, alignment and a step counter for each tensor in a checkpoint; 500 to 900 seen
+RANK_BYTES = 15_000  # random states of Python, NumPy and torch
+HISTORY_BYTES = 50_000  # trainer_state.json of a few hundred reports
+# What a volume takes from all nodes together: gp3 of AWS has 125 MB/s unless more is ordered, a balanced persistent
+# disk of Google's about 240, an NFS server on 10 GbE up to 1,100.
+WRITE_BYTES_PER_SECOND = 200e6
+HASH_BYTES_PER_SECOND = 1e9  # of one process, read back from memory; 1.05e9 measured for one thread
+STEP_SECONDS = 30  # a stop waits for the end of a step
+TEARDOWN_SECONDS = 10  # of ranks and of torch's agent: 2 to 7 s measured in pods
+SLOWER = 1.5  # that a volume may be while others write to it, too
+FILESYSTEM = 1.06  # of the size that is asked for, ext4 keeps about 6 % for itself
+GIB, GB = 1 << 30, 1e9
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the terms count."""
+
+    total: int
+    """Weights of the model."""
+    learning: int
+    """Weights that learn: of the adapters alone, or all."""
+    tensors: int
+    """Tensors that learn."""
+    adapters: bool
+    """Whether the result is an adapter."""
+    computed_bytes: int
+    """Bytes of a weight in the precision of the computation."""
+    source_bytes: int
+    """Bytes of a weight in the files of the base model, in whose type a model is delivered."""
+
+
+def weight_bytes(weights: Weights, strategy: str) -> int:
+    """Of the weights in a checkpoint, apart from those that the optimizer keeps."""
+    stage = ZERO_STAGE.get(strategy)
+    if stage == 3:
+        return 0  # only the optimizer's shards hold them
+    kept = weights.learning if weights.adapters else weights.total
+    return kept * (weights.computed_bytes if stage else FP32)
+
+
+def optimizer_bytes(weights: Weights, strategy: str) -> int:
+    """Of the optimizer's state in a checkpoint. DeepSpeed's has the weights in fp32, too."""
+    copies = ADAM_MOMENTS + (1 if strategy in ZERO_STAGE else 0)
+    return weights.learning * copies * FP32
+
+
+def checkpoint_bytes(weights: Weights, strategy: str, ranks: int, processor_bytes: int) -> int:
+    """Of one checkpoint. `processor_bytes`: of the tokenizer's, or image processor's, files. DeepSpeed's checkpoints
+    have none of them.
+    """
+    beside = (
+        HISTORY_BYTES
+        + ranks * RANK_BYTES
+        + weights.tensors * TENSOR_BYTES
+        + (0 if strategy in ZERO_STAGE else processor_bytes)
+    )
+    return weight_bytes(weights, strategy) + optimizer_bytes(weights, strategy) + beside
+
+
+def result_bytes(weights: Weights, strategy: str, processor_bytes: int) -> int:
+    """Of the result: a model in its source's type, an adapter in fp32, and with DeepSpeed both in that of the
+    computation.
+    """
+    deepspeed = strategy in ZERO_STAGE
+    if weights.adapters:
+        return weights.learning * (weights.computed_bytes if deepspeed else FP32) + processor_bytes
+    return weights.total * (weights.computed_bytes if deepspeed else weights.source_bytes) + processor_bytes
+
+
+def copies(steps: int, save_steps: int, keep: int) -> int:
+    """Checkpoints that lie in the workspace at once: those that are kept and one in the making, or fewer, where fewer
+    are saved.
+    """
+    return min(keep + 1, math.ceil(steps / save_steps))
+
+
+def save_seconds(size: int, ranks: int) -> int:
+    """That a checkpoint of `size` bytes takes: written by all to one volume, then hashed by each rank for itself."""
+    return math.ceil(size / WRITE_BYTES_PER_SECOND + size / (HASH_BYTES_PER_SECOND * ranks))
+
+
+def grace_seconds(saving: int) -> int:
+    """That a pod needs from SIGTERM to its end, where a save takes `saving` seconds."""
+    return math.ceil(STEP_SECONDS + TEARDOWN_SECONDS + SLOWER * saving)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Of all files below `folder`."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def check_room(spec: FineTuneJobSpec, plan: Plan, folder: Path, held: int = 0) -> None:
+    """Whether checkpoints and result fit the volume that `folder` is on; `held` checkpoints lie there already. Raises
+    Failure(STORAGE_ERROR).
+    """
+    if plan.checkpoint_bytes is None or plan.result_bytes is None or not plan.steps:
+        return
+    wanted = copies(plan.steps, spec.training.save_steps, spec.training.keep_checkpoints)
+    needed = max(0, wanted - held) * plan.checkpoint_bytes + plan.result_bytes
+    free, total = volume(folder)
+    if free >= needed:
+        return
+    enough = math.ceil((total - free + needed) * FILESYSTEM / GIB)
+    raise Failure(
+        ExitCode.STORAGE_ERROR,
+        f"spec.workspace.size: {wanted} checkpoints of {amount(plan.checkpoint_bytes)} (keepCheckpoints and one in the"
+        f" making) and a result of {amount(plan.result_bytes)} do not fit: {amount(free)} of the volume's"
+        f" {amount(total)} are free, {amount(needed)} are needed. A volume of {enough}Gi would do; or lower"
+        " training.keepCheckpoints, or free some of it",
+    )
+
+
+def check_save(folder: Path, size: int) -> None:
+    """Whether a checkpoint of `size` bytes fits the volume that `folder` is on. Raises Failure(STORAGE_ERROR)."""
+    free, total = volume(folder)
+    if free < size:
+        enough = math.ceil((total - free + size) * FILESYSTEM / GIB)
+        raise Failure(
+            ExitCode.STORAGE_ERROR,
+            f"spec.workspace.size: the next checkpoint needs {amount(size)}, and {amount(free)} of the volume's"
+            f" {amount(total)} are free. A volume of {enough}Gi would do; or free some of it",
+        )
+
+
+def volume(folder: Path) -> tuple[int, int]:
+    """Free bytes, for those who are not root, and all bytes of the volume that `folder`, or the nearest folder above it
+    that exists, is on.
+    """
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    facts = os.statvfs(there)
+    return facts.f_bavail * facts.f_frsize, facts.f_blocks * facts.f_frsize
+
+
+def amount(size: int) -> str:
+    return f"{size / GB:,.1f} GB" if size >= GB / 10 else f"{size / 1e6:,.1f} MB"
