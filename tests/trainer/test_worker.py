@@ -75,8 +75,8 @@ def test_plain_weights_cost_no_import_of_bitsandbytes(make_run: Any, tmp_path: P
 import os, sys
 from pathlib import Path
 from luthier_api.run import read_run
-from luthier_trainer import process
-process.load("train", read_run(Path(os.environ["LUTHIER_RUN"]).read_bytes()))
+from luthier_trainer import worker
+worker.load("train", read_run(Path(os.environ["LUTHIER_RUN"]).read_bytes()))
 import gc, peft
 print([name for name in ("bitsandbytes", "torch._inductor.compile_fx") if sys.modules.get(name)], gc.isenabled())
 """
@@ -85,7 +85,7 @@ print([name for name in ("bitsandbytes", "torch._inductor.compile_fx") if sys.mo
 
 
 def test_an_import_that_fails_is_an_end_like_any_other(make_run: Any, tmp_path: Path) -> None:
-    code = "import sys; sys.modules['datasets'] = None\nfrom luthier_trainer import process; process.main('prepare')"
+    code = "import sys; sys.modules['datasets'] = None\nfrom luthier_trainer import worker; worker.main('prepare')"
     ended = python(code, make_run(), tmp_path)
     message = TerminationMessage.read((tmp_path / "result-0.json").read_text())
     assert message is not None
@@ -98,7 +98,7 @@ GOOD_END = """
 import atexit, threading, time
 from luthier_api.exitcodes import ExitCode
 from luthier_api.termination import TerminationMessage
-from luthier_trainer import process
+from luthier_trainer import worker
 
 def work(run):
     threading.Thread(target=time.sleep, args=(3600,)).start()
@@ -106,8 +106,8 @@ def work(run):
     print("done")
     return TerminationMessage(phase="prepare", code=ExitCode.COMPLETED, reason="Completed", message="", rank=0)
 
-process.load = lambda verb, run: work
-process.main("prepare")
+worker.load = lambda verb, run: work
+worker.main("prepare")
 """
 
 

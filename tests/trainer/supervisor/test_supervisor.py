@@ -27,9 +27,10 @@ TOKEN = "hf_" + "a1B2" * 9
 DRIVER = """
 import sys
 from pathlib import Path
-from luthier_trainer import pid1, signals, supervisor
+from luthier_trainer.supervisor import entrypoint, signals
+from luthier_trainer.supervisor import main as supervisor
 supervisor.command = lambda verb, run, node_rank: [sys.executable, sys.argv[3]]
-raise SystemExit(pid1.phase(sys.argv[1], Path(sys.argv[2]), signals.Stop()))
+raise SystemExit(entrypoint.phase(sys.argv[1], Path(sys.argv[2]), signals.Stop()))
 """
 CHILD = """
 import faulthandler, json, os, signal, subprocess, sys, time
