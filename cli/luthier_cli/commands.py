@@ -101,7 +101,6 @@ def render(files: Files) -> None:
     """
     import yaml
 
-    from luthier_api.kinds import FineTuneJob
     from luthier_cli.manifests import Refused, read_manifests
 
     try:
@@ -110,7 +109,7 @@ def render(files: Files) -> None:
         _refuse(refused.problems, refused.code, Output.TEXT)
     settings = _settings()
     with _extra("operator"):
-        from luthier_operator.render import objects
+        from luthier_operator.objects import objects
 
     class Readable(yaml.SafeDumper):
         """Texts of several lines, such as run.json, as blocks."""
@@ -121,9 +120,8 @@ def render(files: Files) -> None:
             "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
         ),
     )
-    sources = [job for job in jobs if isinstance(job, FineTuneJob)]
     for job in jobs:
-        drawn = objects(job, settings, sources)
+        drawn = objects(job, settings, jobs)
         typer.echo(
             yaml.dump_all(drawn, Dumper=Readable, sort_keys=False, explicit_start=True, width=120, allow_unicode=True),
             nl=False,

@@ -19,14 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.kinds import FineTuneJob, JobKind
-from luthier_api.run import FineTuneRun, GenerateRun, read_run
+from luthier_api.kinds import JobKind
+from luthier_api.run import RUNS, FineTuneRun, GenerateRun, read_run
 from luthier_api.spec import JobControl
 from luthier_api.status import Phase
 from luthier_api.validation import InvalidJob, check_job
 from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
 from luthier_cli.manifests import Manifest, Refused
+from luthier_operator.workloads.base import Workload
+from luthier_operator.workloads.sources import SOURCE_KIND
 
 RUN_FILE = "run.json"
 # Fields that may change between two runs in one folder, as they may on a cluster while the job lives.
@@ -61,8 +63,12 @@ class LocalJob:
         return self.manifest.name
 
     @property
+    def workload(self) -> Workload:
+        return self.manifest.workload
+
+    @property
     def kind(self) -> JobKind:
-        return JobKind(self.manifest.job.kind)
+        return self.workload.kind
 
     @property
     def folder(self) -> WorkspaceFolder:
@@ -89,14 +95,6 @@ class LocalJob:
     def phases(self) -> list[Phase]:
         spec = self.manifest.job.spec
         return ["prepare", "run", *(["publish"] if spec.hub and spec.hub.repo else [])]  # type: ignore[list-item]
-
-    @property
-    def groups(self) -> list[list[int]]:
-        """Pods of `run` by index: those of one group work at once, the groups one after the other."""
-        job = self.manifest.job
-        if isinstance(job, FineTuneJob):
-            return [list(range(job.spec.resources.nodes))]
-        return [[shard] for shard in range(job.spec.shards)]
 
     @cached_property
     def spec(self) -> dict[str, Any]:
@@ -127,7 +125,7 @@ class LocalJob:
 
     def write_run(self) -> None:
         """Write the run config. Raises Refused where work lies in the folder that was done by another one."""
-        sources = {name: str(self.place.folder(name)) for _, name in self.manifest.needs}
+        sources = {name: str(self.place.folder(name)) for name in self.workload.sources.values()}
         before = self._run_before()
         port = before.rendezvous_port if before and is_free(before.rendezvous_port) else free_port()
         run = {
@@ -139,7 +137,7 @@ class LocalJob:
             "rendezvousPort": port,
             "metricsPort": 0,
         }
-        after = (FineTuneRun if self.kind is JobKind.FINE_TUNE else GenerateRun).model_validate(run)
+        after = RUNS[self.kind].model_validate(run)
         if before and (changed := difference(before.spec.dump(), after.spec.dump())):
             if any(made.exists() for made in (self.folder.checkpoints, self.folder.shards, self.folder.result)):
                 raise Refused(
@@ -181,14 +179,15 @@ class LocalJob:
         env.setdefault("LUTHIER_PEER_LOST_LINGER", "1")
         if phase in ("prepare", "publish") and (token := os.environ.get(Variables.TOKEN)):
             env[Variables.TOKEN] = token
-        job = self.manifest.job
-        if phase == "run" and isinstance(job, FineTuneJob) and (each := job.spec.resources.gpus_per_node):
-            # As a pod has only what it asks for: one process that sees several GPUs splits its batches over all of
-            # them.
+        each = self.workload.gpus_per_pod
+        if phase == "run" and each:
+            # Only the GPUs that a pod would have: a process that sees more of them splits its batches over all.
             gpus = visible_gpus()
+            group = next(group for group in self.workload.groups if index in group)
+            first = group.index(index) * each
             if "CUDA_VISIBLE_DEVICES" not in env:
                 env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the driver's, whose indices these are
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[index * each : (index + 1) * each])
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[first : first + each])
         return env
 
 
@@ -228,7 +227,8 @@ def difference(before: dict[str, Any], after: dict[str, Any], path: str = "spec"
 def on_cpu(manifest: Manifest) -> Manifest:
     """The same job without GPUs. Raises Refused where it asks for something that only a GPU can do."""
     document = manifest.job.model_dump(mode="json", by_alias=True, exclude_none=True)
-    document["spec"]["resources"]["gpusPerNode" if isinstance(manifest.job, FineTuneJob) else "gpus"] = 0
+    field = manifest.workload.gpus_field.rpartition(".")[2]
+    document["spec"]["resources"][field] = 0
     try:
         return Manifest(check_job(document), manifest.file)
     except InvalidJob as error:
@@ -248,8 +248,8 @@ def check_place(
     problems: list[tuple[ExitCode, str]] = []
     for i, job in enumerate(jobs):
         spec, file = job.manifest.job.spec, job.manifest.file
-        for field, name in job.manifest.needs:
-            earlier = any(j.name == name and j.kind is JobKind.FINE_TUNE for j in jobs[:i])
+        for field, name in job.workload.sources.items():
+            earlier = any(j.name == name and j.kind is SOURCE_KIND for j in jobs[:i])
             if earlier and not plan_only:
                 continue
             if any(j.name == name for j in jobs[i:]):
@@ -283,7 +283,7 @@ def check_place(
                     ),
                 )
             )
-        field, needed = gpus_of(job.manifest)
+        field, needed = job.workload.gpus_field, job.workload.gpus_at_once
         if needed and (here := len((gpus or visible_gpus)())) < needed:
             problems.append(
                 (
@@ -316,14 +316,6 @@ def logged_in() -> bool:
         return bool(Path(HF_TOKEN_PATH).read_bytes().strip())
     except OSError:
         return False
-
-
-def gpus_of(manifest: Manifest) -> tuple[str, int]:
-    """The field that asks for GPUs, and how many it needs on this machine at once."""
-    job = manifest.job
-    if isinstance(job, FineTuneJob):
-        return "spec.resources.gpusPerNode", job.spec.resources.nodes * job.spec.resources.gpus_per_node
-    return "spec.resources.gpus", job.spec.resources.gpus
 
 
 def visible_gpus() -> list[str]:

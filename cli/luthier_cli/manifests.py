@@ -9,6 +9,7 @@ import math
 import re
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +19,8 @@ from luthier_api import API_VERSION, GROUP
 from luthier_api.exitcodes import ExitCode
 from luthier_api.kinds import FineTuneJob, GenerateJob
 from luthier_api.validation import InvalidJob, check_job
+from luthier_operator.workloads import workload
+from luthier_operator.workloads.base import Workload
 
 STDIN = "-"
 # What is no text without quotes. PyYAML has other ideas: it takes 1e-4 for a text, 12:30:45 for a number and 2026-03-01
@@ -93,14 +96,9 @@ class Manifest:
         """Relative paths in a manifest start here."""
         return Path.cwd() if self.file == STDIN else Path(self.file).resolve().parent
 
-    @property
-    def needs(self) -> list[tuple[str, str]]:
-        """(field, name) of the FineTuneJobs whose results this job uses."""
-        spec = self.job.spec
-        needs = [("spec.model.job", spec.model.job)]
-        if isinstance(self.job, GenerateJob):
-            needs += [(f"spec.adapters[{i}].job", adapter.job) for i, adapter in enumerate(self.job.spec.adapters)]
-        return [(field, name) for field, name in needs if name]
+    @cached_property
+    def workload(self) -> Workload:
+        return workload(self.job)
 
 
 def read_manifests(files: list[str]) -> list[Manifest]:

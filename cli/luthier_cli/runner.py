@@ -18,8 +18,6 @@ from types import FrameType
 from typing import Any, Protocol
 
 from luthier_api.exitcodes import ERROR_RANK, ExitCode
-from luthier_api.kinds import JobKind
-from luthier_api.metrics import over_shards, progress_of
 from luthier_api.status import Phase, Prepared, Progress
 from luthier_api.termination import TerminationMessage
 from luthier_cli.local import LocalJob
@@ -31,7 +29,6 @@ PROGRESS_SECONDS = 1.0
 # Once one node has failed, the others wait for it in a collective; give them this long to say so themselves.
 PEER_SECONDS = 20
 LOCK = ".lock"
-VERBS: dict[JobKind, str] = {JobKind.FINE_TUNE: "train", JobKind.GENERATE: "generate"}
 
 
 class Watcher(Protocol):
@@ -171,7 +168,7 @@ def run_job(job: LocalJob, watcher: Watcher, stop: Stop, *, plan_only: bool = Fa
 
 
 def _groups(job: LocalJob, phase: Phase) -> list[list[int]]:
-    return job.groups if phase == "run" else [[0]]
+    return job.workload.groups if phase == "run" else [[0]]
 
 
 def _run_phase(job: LocalJob, phase: Phase, watcher: Watcher, stop: Stop, lock: int) -> TerminationMessage:
@@ -195,7 +192,9 @@ def _run_phase(job: LocalJob, phase: Phase, watcher: Watcher, stop: Stop, lock: 
     if len(ends) == 1:
         return ends[0]
     notices = list(dict.fromkeys(text for end in ends for text in end.notices))
-    return ends[-1].model_copy(update={"metrics": over_shards([end.metrics or {} for end in ends]), "notices": notices})
+    by_shard = {group[0]: end.metrics or {} for group, end in zip(groups, ends, strict=True)}
+    metrics = job.workload.final_metrics(by_shard)
+    return ends[-1].model_copy(update={"metrics": metrics, "notices": notices})
 
 
 def _run_group(
@@ -204,8 +203,7 @@ def _run_group(
     """Processes that work at once, from their start to the end of the last. Returns the message that explains the
     end.
     """
-    verb = VERBS[job.kind] if phase == "run" else phase
-    members = [Supervised(job, phase, verb, index, lock) for index in group]
+    members = [Supervised(job, phase, index, lock) for index in group]
     ended: list[Supervised] = []
     asked = seen = 0
     looked, failed_at = 0.0, None
@@ -229,7 +227,9 @@ def _run_group(
                     member.kill()
         if phase == "run" and time.monotonic() > looked + PROGRESS_SECONDS:
             looked = time.monotonic()
-            if progress := progress_of([s for m in members if m not in ended and (s := m.samples())]):
+            samples = {member.index: member.samples() for member in members if member not in ended}
+            progress = job.workload.progress(samples, None)
+            if progress:
                 watcher.progress(progress)
         time.sleep(POLL_SECONDS)
     messages = [member.message() for member in ended]

@@ -19,7 +19,6 @@ from rich.table import Table
 
 from luthier_api import status
 from luthier_api.exitcodes import ExitCode
-from luthier_api.kinds import GenerateJob
 from luthier_api.status import Phase, Prepared
 from luthier_api.termination import TerminationMessage
 from luthier_cli.local import LocalJob
@@ -83,7 +82,7 @@ class Screen:
 
     def show(self, prepared: Prepared) -> None:
         self.shown = True
-        self.console.print(found(prepared, GenerateJob.__name__ == self.job.kind.value))
+        self.console.print(found(prepared, self.job.workload.row_noun))
 
     def show_notices(self, notices: Sequence[str]) -> None:
         for text in notices:
@@ -144,12 +143,12 @@ def describe(progress: status.Progress) -> str:
     return "  ".join(parts)
 
 
-def found(prepared: Prepared, generates: bool) -> Table:
+def found(prepared: Prepared, row_noun: str) -> Table:
     """What `prepare` found and planned."""
     plan, data = prepared.plan, prepared.dataset
     revision = f" @ {prepared.model.revision[:12]}" if prepared.model.revision else ""
     weights = f", {plan.parameters:,} weights" if plan.parameters else ""
-    rows = [f"{data.rows:,} {'outputs' if generates else 'rows'}"]
+    rows = [f"{data.rows:,} {row_noun}"]
     if data.eval_rows:
         rows.append(f"{data.eval_rows:,} held out")
     if data.tokens:
@@ -220,8 +219,6 @@ def results(outcome: Outcome) -> Table:
 
 def samples(job: LocalJob) -> list[str]:
     """The first texts of a GenerateJob; none where it makes images."""
-    if not isinstance(job.manifest.job, GenerateJob):
-        return []
     texts = []
     for shard in sorted(job.folder.result.glob("shard-*.jsonl")):
         # Splitlines() would also split at U+2028, which a text may hold
@@ -237,14 +234,8 @@ def samples(job: LocalJob) -> list[str]:
 def intent(job: LocalJob) -> dict[str, Any]:
     """What a run would do, before anything is looked up."""
     spec = job.manifest.job.spec
-    run: dict[str, Any] = {"pods": sum(len(g) for g in job.groups), "atOnce": len(job.groups[0])}
-    if not isinstance(job.manifest.job, GenerateJob):
-        resources = job.manifest.job.spec.resources
-        run |= {
-            "processes": resources.world_size,
-            "gpus": resources.nodes * resources.gpus_per_node,
-            "strategy": job.manifest.job.spec.strategy,
-        }
+    work = job.workload
+    run = {"pods": work.pods, "atOnce": len(work.groups[0]), **work.describe_processes()}
     return {
         "name": job.name,
         "kind": job.kind.value,
@@ -252,7 +243,7 @@ def intent(job: LocalJob) -> dict[str, Any]:
         "phases": list(job.phases),
         "folder": str(job.folder.root),
         "run": run,
-        "uses": [name for _, name in job.manifest.needs],
+        "uses": list(work.sources.values()),
         "publishesTo": spec.hub.repo if spec.hub else None,
     }
 

@@ -29,8 +29,9 @@ TAIL_LINES = 15
 class Supervised:
     """A running `python -m luthier_trainer VERB`."""
 
-    def __init__(self, job: LocalJob, phase: Phase, verb: str, index: int, lock: int) -> None:
-        step = job.step(phase, index)
+    def __init__(self, job: LocalJob, phase: Phase, index: int, lock: int) -> None:
+        step, verb = job.step(phase, index), job.workload.verb(phase)
+        self.index = index
         self.phase, self.log, self.end = phase, job.log(step), job.end(step)
         self.folder = tempfile.TemporaryDirectory(prefix="luthier-", ignore_cleanup_errors=True)
         for parent in (self.log.parent, self.end.parent):
@@ -54,14 +55,14 @@ class Supervised:
                 pass_fds=(lock,),
             )
 
-    def samples(self) -> dict[str, float] | None:
-        """What it measures now; None while it serves nothing."""
+    def samples(self) -> dict[str, float]:
+        """Its metrics. Empty while it serves none."""
         try:
             port = int((Path(self.folder.name) / PORT_FILE).read_text())
             answer = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=2, trust_env=False)
             return read_samples(answer.text)
         except (OSError, ValueError, httpx.HTTPError):
-            return None
+            return {}
 
     def stop(self) -> None:
         """Ask for a checkpoint and an end."""

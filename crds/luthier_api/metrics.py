@@ -6,8 +6,6 @@ docs list it.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
@@ -80,29 +78,33 @@ def read_samples(text: str) -> dict[str, float]:
     )
 
 
-def progress_of(
+def training_progress(pods: list[dict[str, float]], now: datetime | None = None) -> Progress | None:
+    """Progress of a training from the first pod that reports it. None when none does yet."""
+    training = next((p for p in pods if count(p, TRAIN_MAX_STEPS)), None)
+    if training is None:
+        return None
+    step, most = count(training, TRAIN_STEP), count(training, TRAIN_MAX_STEPS)
+    return Progress(
+        step=step,
+        max_steps=most,
+        percent=100 * step // most,
+        epoch=figure(training.get(TRAIN_EPOCH.name)),
+        loss=figure(training.get(TRAIN_LOSS.name)),
+        learning_rate=figure(training.get(TRAIN_LEARNING_RATE.name)),
+        tokens_per_second=figure(training.get(TRAIN_TOKENS_PER_SECOND.name)),
+        rows_per_second=figure(training.get(TRAIN_SAMPLES_PER_SECOND.name)),
+        eta_seconds=_whole(training.get(TRAIN_ETA_SECONDS.name)),
+        time=_time_text(now),
+    )
+
+
+def generation_progress(
     pods: list[dict[str, float]], now: datetime | None = None, outputs: int | None = None
 ) -> Progress | None:
-    """Progress from the samples of rank 0 (training) or of all shards (generation); None when they say nothing yet.
+    """Progress of a generation, summed over its shards. None when no shard reports it yet.
 
-    `outputs`: of the whole GenerateJob, where that is known; else those of the shards that have begun.
+    `outputs`: those of the whole job. Without it, the outputs of the shards that report are taken for all.
     """
-    time = (now or datetime.now(UTC)).strftime("%Y-%m-%dT%H:%M:%SZ")
-    training = next((p for p in pods if count(p, TRAIN_MAX_STEPS)), None)
-    if training is not None:
-        step, most = count(training, TRAIN_STEP), count(training, TRAIN_MAX_STEPS)
-        return Progress(
-            step=step,
-            max_steps=most,
-            percent=100 * step // most,
-            epoch=figure(training.get(TRAIN_EPOCH.name)),
-            loss=figure(training.get(TRAIN_LOSS.name)),
-            learning_rate=figure(training.get(TRAIN_LEARNING_RATE.name)),
-            tokens_per_second=figure(training.get(TRAIN_TOKENS_PER_SECOND.name)),
-            rows_per_second=figure(training.get(TRAIN_SAMPLES_PER_SECOND.name)),
-            eta_seconds=_whole(training.get(TRAIN_ETA_SECONDS.name)),
-            time=time,
-        )
     shards = [p for p in pods if count(p, GENERATE_MAX_ROWS)]
     if not shards:
         return None
@@ -114,16 +116,8 @@ def progress_of(
         max_rows=most,
         percent=100 * rows // most,
         eta_seconds=_whole((most - rows) / pace if pace else None),
-        time=time,
+        time=_time_text(now),
     )
-
-
-def over_shards(shards: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Final figures of a generation: the sums over its shards."""
-    total: Counter[str] = Counter()
-    for figures in shards:
-        total.update(figures)
-    return dict(total)
 
 
 def samples_at_end(metrics: dict[str, float] | None) -> dict[str, float]:
@@ -149,6 +143,10 @@ def figure(value: float | None) -> float | None:
 
 def count(samples: dict[str, float], metric: Metric) -> int:
     return _whole(samples.get(metric.name)) or 0
+
+
+def _time_text(time: datetime | None) -> str:
+    return (time or datetime.now(UTC)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _whole(value: float | None) -> int | None:

@@ -11,7 +11,7 @@ import cel
 from pydantic import BaseModel, ValidationError
 
 from luthier_api.base import ApiModel
-from luthier_api.kinds import FineTuneJob, GenerateJob, kind_of
+from luthier_api.kinds import KINDS, FineTuneJob, GenerateJob, JobKind, kind_of
 
 
 class InvalidJob(ValueError):
@@ -101,7 +101,7 @@ def _line(error: Any, document: dict[str, Any]) -> str:
 
 def _fields_at(kind: str, location: list[Any]) -> list[str]:
     """Names of the fields that exist at `location`."""
-    model: Any = {"FineTuneJob": FineTuneJob, "GenerateJob": GenerateJob}.get(kind)
+    model: Any = KINDS[JobKind(kind)].model if kind in KINDS else None
     for part in (p for p in location if isinstance(p, str)):
         field = next((f for n, f in model.model_fields.items() if part in (n, f.alias)), None) if model else None
         model = _model_in(field.annotation) if field else None

@@ -12,8 +12,7 @@ from dataclasses import replace
 from datetime import datetime
 
 from luthier_api.conditions import Reason
-from luthier_api.kinds import KINDS
-from luthier_operator import naming, statuses
+from luthier_operator import statuses
 from luthier_operator.announce import events
 from luthier_operator.model import ChildRef, Decision, Object, Observed
 from luthier_operator.phases.accept import accept
@@ -26,6 +25,7 @@ from luthier_operator.phases.reopen import reopen
 from luthier_operator.phases.run import run
 from luthier_operator.phases.step import Situation, Step
 from luthier_operator.settings import Settings
+from luthier_operator.workloads import workload
 
 STEPS: tuple[Callable[[Situation], Step], ...] = (accept, suspend, deadline, prepare, run, publish, finish)
 
@@ -67,7 +67,5 @@ def refused(observed: Observed, decision: Decision, message: str, now: datetime)
 
 def told(observed: Observed, decision: Decision) -> Decision:
     """With the word for people, and the events that follow from how the status changes."""
-    status = decision.status.model_copy(
-        update={"state": statuses.state(decision.status, KINDS[naming.kind(observed.job)].done)}
-    )
+    status = decision.status.model_copy(update={"state": statuses.state(decision.status, workload(observed.job).done)})
     return replace(decision, status=status, events=tuple(events(observed.job.status, status)))

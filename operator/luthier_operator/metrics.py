@@ -20,6 +20,7 @@ from luthier_api.kinds import JobKind
 from luthier_api.metrics import Metric
 from luthier_api.status import JobStatus, State
 from luthier_operator.model import Key, Object
+from luthier_operator.workloads import WORKLOADS
 
 # A gauge beside each series would say when it began: nobody asks, and no table names it.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -168,7 +169,7 @@ class Metrics:
         self.observe(RECONCILE_SECONDS, seconds, CONTROLLER)
         self.observe(WORK_SECONDS, seconds, CONTROLLER)
 
-    def status_changed(self, kind: str, created: str | None, before: JobStatus, after: JobStatus) -> None:
+    def status_changed(self, kind: JobKind, created: str | None, before: JobStatus, after: JobStatus) -> None:
         """What a status that was written means for the figures of the jobs."""
         for reason in _restarted(kind, before, after):
             self.add(JOB_RESTARTS, 1, kind, reason)
@@ -194,14 +195,10 @@ class Metrics:
                 )
 
 
-def _restarted(kind: str, before: JobStatus, after: JobStatus) -> Iterator[str]:
+def _restarted(kind: JobKind, before: JobStatus, after: JobStatus) -> Iterator[str]:
     """The reason of each restart since `before`."""
-    failures = [a for a in after.attempts if a.phase == "run"]
-    # A group counts its attempts; each shard has its own count, but what a shard is started again after is among the
-    # newest failures.
-    numbered = {a.attempt: a.reason for a in failures}
-    newest = {after.restarts - 1 - n: a.reason for n, a in enumerate(reversed(failures))}
-    reasons = numbered if kind == JobKind.FINE_TUNE else newest
+    attempts = [attempt for attempt in after.attempts if attempt.phase == "run"]
+    reasons = WORKLOADS[kind].restart_reasons(attempts, after.restarts)
     return (reasons.get(number, "Unknown") for number in range(before.restarts, after.restarts))
 
 

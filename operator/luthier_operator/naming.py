@@ -5,12 +5,11 @@ All of them follow from the job alone, so nothing has to be remembered or looked
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from luthier_api.kinds import KINDS, FineTuneJob, JobKind
+from luthier_api.kinds import KINDS, JobKind
 from luthier_api.status import Phase, WorkspaceStatus
-from luthier_operator.model import ChildRef, Job
+from luthier_operator.model import Job
 
 KIND_LABEL = "luthier.dev/kind"
 JOB_LABEL = "luthier.dev/job"
@@ -74,10 +73,14 @@ def config_name(job: Job) -> str:
     return stem(kind(job), job.metadata.name)
 
 
-def child(job: Job, phase: Phase) -> ChildRef:
-    """The child that does the work of `phase`."""
-    group = phase == "run" and kind(job) is JobKind.FINE_TUNE
-    return ChildRef("JobSet" if group else "Job", f"{config_name(job)}-{phase}")
+def child_name(job: Job, phase: Phase) -> str:
+    """Name of the Job or JobSet that does the work of `phase`."""
+    return f"{config_name(job)}-{phase}"
+
+
+def restarts_before(restarts: int, charged: int) -> dict[str, str]:
+    """Annotation of the child of `run`: restarts of the children before it, and those of them that were charged."""
+    return {BEFORE_ANNOTATION: f"{restarts},{charged}"} if restarts else {}
 
 
 def place(job: Job) -> Place:
@@ -94,29 +97,3 @@ def labels(job: Job, phase: Phase | None = None) -> dict[str, str]:
     """Labels of a child and of its pods."""
     own = {KIND_LABEL: job.kind, JOB_LABEL: job.metadata.name, UID_LABEL: uid(job)}
     return MANAGED_BY | own | ({PHASE_LABEL: phase} if phase else {})
-
-
-def rendezvous_host(job: Job) -> str:
-    """Host name of rank 0 (FineTuneJob): JobSet's name is also that of its headless service."""
-    group = child(job, "run").name
-    return f"{group}-{NODE}-0-0.{group}" if kind(job) is JobKind.FINE_TUNE else "127.0.0.1"
-
-
-def needed_jobs(job: Job, find: Callable[[str], FineTuneJob | None]) -> dict[str, FineTuneJob | None]:
-    """Name → FineTuneJob of each workspace that `job` reads: of the jobs that it names and, where a result is an
-    adapter, of the model below.
-
-    A model below that was an adapter itself was merged into the workspace of the job that went on from it.
-    """
-    found = {name: find(name) for name in source_jobs(job).values()}
-    adapters = [source for source in found.values() if source and source.spec.method.type != "full"]
-    below = {name: find(name) for adapter in adapters for name in source_jobs(adapter).values()}
-    return {name: base for name, base in below.items() if base and base.spec.method.type == "full"} | found
-
-
-def source_jobs(job: Job) -> dict[str, str]:
-    """Field of the spec → name of the FineTuneJob that it names."""
-    found = {"spec.model.job": job.spec.model.job} | {
-        f"spec.adapters[{i}].job": adapter.job for i, adapter in enumerate(getattr(job.spec, "adapters", []))
-    }
-    return {field: name for field, name in found.items() if name}

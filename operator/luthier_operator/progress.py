@@ -12,13 +12,13 @@ from collections.abc import Callable
 
 import aiohttp
 
-from luthier_api.kinds import JobKind
 from luthier_api.metrics import read_samples
 from luthier_api.run import METRICS_PORT
 from luthier_operator import naming
 from luthier_operator.children import index
 from luthier_operator.model import Key, Object
 from luthier_operator.store import Owner, Store
+from luthier_operator.workloads import WORKLOADS
 
 log = logging.getLogger(__name__)
 
@@ -86,5 +86,5 @@ def speaks(key: Key, pod: Object) -> bool:
         and status.get("phase") == "Running"
         and bool(status.get("podIP"))
         and not meta.get("deletionTimestamp")
-        and (key.kind is JobKind.GENERATE or index(pod) == 0)
+        and WORKLOADS[key.kind].serves_progress(index(pod))
     )

@@ -18,13 +18,13 @@ from pydantic import ValidationError
 from luthier_api.conditions import ConditionType, Reason
 from luthier_api.kinds import parse_job
 from luthier_api.status import Condition, State
-from luthier_operator import render
 from luthier_operator.client import RESOURCES, ApiError, Client
 from luthier_operator.decide import decide, refused
 from luthier_operator.events import Recorder
 from luthier_operator.metrics import Metrics
 from luthier_operator.model import Decision, Event, Job, Key, Object
 from luthier_operator.queue import Queue
+from luthier_operator.render.claim import shortfall
 from luthier_operator.settings import Settings
 from luthier_operator.store import Store
 
@@ -126,7 +126,7 @@ class Reconciler:
             try:
                 if manifest["kind"] == "PersistentVolumeClaim":
                     made = await self._client.claim(manifest)
-                    if small := render.shortfall(manifest, made):
+                    if small := shortfall(manifest, made):
                         self._events.record(found, Event("Warning", Reason.SMALL_WORKSPACE, small))
                 else:
                     made = await self._client.apply(manifest)
@@ -159,7 +159,7 @@ class Reconciler:
                 return wait
         if await self._write_status(found, desired):
             meta = found["metadata"]
-            self._metrics.status_changed(key.kind.value, meta.get("creationTimestamp"), job.status, decision.status)
+            self._metrics.status_changed(key.kind, meta.get("creationTimestamp"), job.status, decision.status)
         # After the write: when it fails, the same decision is made again, and its events with it.
         for event in decision.events:
             self._events.record(found, event)

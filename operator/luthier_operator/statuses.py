@@ -10,10 +10,8 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from luthier_api.conditions import ConditionType, Reason
-from luthier_api.kinds import FineTuneJob
 from luthier_api.metrics import figure
 from luthier_api.status import Condition, JobStatus, Progress, State
-from luthier_operator.model import Job
 
 Value = Literal["True", "False", "Unknown"]
 MESSAGE_CHARACTERS = 4096  # as much as a pod can say; describe and etcd bear it
@@ -88,15 +86,6 @@ def state(status: JobStatus, done: ConditionType) -> str:
         shown, otherwise = C.ACCEPTED, State.PENDING
     condition = status.condition(shown)
     return WORDS.get(condition.reason, condition.reason) if condition else otherwise
-
-
-def shape(job: Job) -> str:
-    """2×8: nodes, or shards, times the GPUs of each."""
-    if isinstance(job, FineTuneJob):
-        pods, gpus = job.spec.resources.nodes, job.spec.resources.gpus_per_node
-    else:
-        pods, gpus = job.spec.shards, job.spec.resources.gpus
-    return f"{pods}×{gpus or 'CPU'}"
 
 
 def at_end(progress: Progress | None, metrics: dict[str, float] | None) -> Progress | None:

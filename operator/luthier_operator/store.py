@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import NamedTuple, TypeVar
 
-from luthier_api.kinds import KINDS, FineTuneJob, GenerateJob, JobKind, parse_job
-from luthier_api.metrics import CHECKPOINT_STEP, broken_checkpoints, checkpoint_step, progress_of, samples_at_end
+from luthier_api.kinds import KINDS, FineTuneJob, JobKind
+from luthier_api.metrics import CHECKPOINT_STEP, broken_checkpoints, checkpoint_step, samples_at_end
 from luthier_api.status import Progress
 from luthier_operator import naming
 from luthier_operator.failure.pod_end import PodEnds, pod_end
 from luthier_operator.model import ChildRef, Job, Key, Object, Observed
+from luthier_operator.workloads import workload
+from luthier_operator.workloads.sources import SOURCE_KIND, needed_jobs
 
 DELETED_KEPT = 10_000  # uids that are remembered as deleted, against answers that were under way meanwhile
 OWNED = {"Job", "JobSet"}
@@ -161,9 +163,7 @@ class Store:
     # Parts
 
     def _progress(self, job: Job, owner: Owner) -> Progress | None:
-        figures, prepared = self._samples.get(owner, {}), job.status.prepared
-        outputs = prepared.dataset.rows * job.spec.per_prompt if prepared and isinstance(job, GenerateJob) else None
-        return progress_of([figures[i] for i in sorted(figures)], self._sampled.get(owner), outputs)
+        return workload(job).progress(self._samples.get(owner, {}), self._sampled.get(owner))
 
     def _exists(self, owner: Owner) -> bool:
         job = self._jobs.get(owner.key)
@@ -211,13 +211,12 @@ class Store:
     def _sources(self, job: Job) -> dict[str, FineTuneJob]:
         def find(name: str) -> FineTuneJob | None:
             try:
-                parsed = parse_job(self._jobs[Key(JobKind.FINE_TUNE, job.metadata.namespace, name)])
-            except (KeyError, ValueError):  # it does not exist, or cannot be understood: the same for who waits for it
+                found = self._jobs[Key(SOURCE_KIND, job.metadata.namespace, name)]
+                return FineTuneJob.model_validate(found)
+            except (KeyError, ValueError):  # missing or invalid: the job that needs it waits in both cases
                 return None
-            assert isinstance(parsed, FineTuneJob)
-            return parsed
 
-        return {name: source for name, source in naming.needed_jobs(job, find).items() if source}
+        return {name: source for name, source in needed_jobs(job, find).items() if source}
 
 
 def owner_of(found: Object) -> Owner | None:
@@ -238,7 +237,7 @@ def source_keys(job: Object) -> set[Key]:
     """The FineTuneJobs whose results `job` names."""
     spec = job.get("spec", {})
     names = [spec.get("model", {}).get("job"), *(a.get("job") for a in spec.get("adapters") or [])]
-    return {Key(JobKind.FINE_TUNE, job["metadata"]["namespace"], name) for name in names if name}
+    return {Key(SOURCE_KIND, job["metadata"]["namespace"], name) for name in names if name}
 
 
 def version(found: Object) -> int:

@@ -21,6 +21,7 @@ from luthier_operator.model import ChildRef, Decision, Job, Object, Observed, Po
 from luthier_operator.render.job import hub_hash, hub_target
 from luthier_operator.settings import Settings
 from luthier_operator.statuses import text
+from luthier_operator.workloads import workload
 
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
 BEGIN = NOW - timedelta(hours=1)
@@ -102,7 +103,7 @@ def child(
     """The Job or JobSet of `phase`. `state`: Complete, Failed, or nothing while it is at work. `resumed`: when its
     queue let it go on.
     """
-    ref = naming.child(job, phase)
+    ref = workload(job).child(phase)
     word = "Completed" if ref.kind == "JobSet" and state == "Complete" else state
     conditions = (
         [{"type": word, "status": "True", "reason": reason, "message": message, "lastTransitionTime": text(since)}]
@@ -168,7 +169,7 @@ def pod(
         )
     if scheduled:
         conditions.append({"type": "PodScheduled", "status": "True", "lastTransitionTime": text(scheduled)})
-    name = f"{naming.child(job, phase).name}-{index}-{attempt}{suffix}"
+    name = f"{naming.child_name(job, phase)}-{index}-{attempt}{suffix}"
     shard = {naming.INDEX_FAILURES_ANNOTATION: str(attempt - free)} | (
         {naming.INDEX_IGNORED_ANNOTATION: str(free)} if free else {}
     )

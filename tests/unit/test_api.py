@@ -34,7 +34,13 @@ from luthier_api import crd, drawn
 from luthier_api.base import Rule
 from luthier_api.exitcodes import ExitCode, Retry
 from luthier_api.kinds import FineTuneJob, GenerateJob, parse_job
-from luthier_api.metrics import POD_METRICS, checkpoint_step, progress_of, read_samples
+from luthier_api.metrics import (
+    POD_METRICS,
+    checkpoint_step,
+    generation_progress,
+    read_samples,
+    training_progress,
+)
 from luthier_api.status import JobStatus
 from luthier_api.termination import TerminationMessage
 from luthier_api.terminationlog import LIMIT_BYTES
@@ -356,7 +362,7 @@ luthier_checkpoint_last_step 100
 def test_progress_of_training() -> None:
     samples = read_samples(TRAIN)
     assert 'luthier_train_step_duration_seconds_bucket{le="0.1"}' not in samples
-    progress = progress_of([{}, samples])
+    progress = training_progress([{}, samples])
     assert progress is not None
     assert (progress.step, progress.max_steps, progress.percent) == (120, 400, 30)
     assert (progress.loss, progress.tokens_per_second, progress.rows_per_second, progress.eta_seconds) == (
@@ -370,10 +376,10 @@ def test_progress_of_training() -> None:
 
 def test_progress_of_generation_adds_the_shards_up() -> None:
     shard = {"luthier_generate_rows": 3.0, "luthier_generate_max_rows": 10.0, "luthier_generate_rows_per_second": 0.5}
-    progress = progress_of([shard, shard])
+    progress = generation_progress([shard, shard])
     assert progress is not None
     assert (progress.rows, progress.max_rows, progress.percent, progress.eta_seconds) == (6, 20, 30, 14)
-    whole = progress_of([shard, shard], outputs=60)
+    whole = generation_progress([shard, shard], outputs=60)
     assert whole is not None
     assert (whole.rows, whole.max_rows, whole.percent, whole.eta_seconds) == (
         6,
@@ -385,7 +391,8 @@ def test_progress_of_generation_adds_the_shards_up() -> None:
 
 @pytest.mark.parametrize("pods", [[], [{}], [{"luthier_train_step": 1.0}]])
 def test_no_progress_yet(pods: list[dict[str, float]]) -> None:
-    assert progress_of(pods) is None
+    assert training_progress(pods) is None
+    assert generation_progress(pods) is None
 
 
 MAX, OUTPUTS = "luthier_train_max_steps 4\n", "luthier_generate_max_rows 4\n"
@@ -412,7 +419,8 @@ NOT_TOLD = [
 
 @pytest.mark.parametrize(("text", "expect"), [c[1:] for c in NOT_TOLD], ids=[c[0] for c in NOT_TOLD])
 def test_what_json_cannot_say_is_not_told(text: str, expect: Document | None) -> None:
-    progress = progress_of([read_samples(text)])
+    samples = [read_samples(text)]
+    progress = training_progress(samples) or generation_progress(samples)
     assert (progress.dump() | {"time": None} if progress else None) == (expect | {"time": None} if expect else None)
 
 

@@ -487,6 +487,15 @@ def test_each_node_sees_the_gpus_that_it_asks_for(
     assert {c["rank"]: c["gpus"] for c in calls if c["verb"] == "train"} == gpus
 
 
+def test_each_shard_sees_the_gpu_that_it_asks_for(laptop: Laptop) -> None:
+    """Shards run one after another, so all of them get the first GPU."""
+    laptop.env = {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}
+    manifest = changed(GENERATE, {"spec.shards": 2, "spec.resources": {"gpus": 1}})
+    assert laptop.run("run", laptop.write(manifest))[0] == 0
+    calls = [json.loads(line) for line in (laptop.runs / "calls.jsonl").read_text().splitlines()]
+    assert [(c["rank"], c["gpus"]) for c in calls if c["verb"] == "generate"] == [(0, "4"), (1, "4")]
+
+
 def wait_for(condition: Any, seconds: float = 20) -> None:
     until = time.monotonic() + seconds
     while not condition():

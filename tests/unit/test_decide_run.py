@@ -26,10 +26,10 @@ from cases.observed import (
 )
 
 from luthier_api.status import Attempt, Checkpoint, Progress
-from luthier_operator import naming
 from luthier_operator.decide import decide
 from luthier_operator.model import Object, PodEnd
 from luthier_operator.statuses import at_end, text
+from luthier_operator.workloads import workload
 
 BEGUN = status("Accepted", "Prepared", start_time=text(BEGIN))
 JOB, SHARDS, CPU = fine_tune(BEGUN), generate(BEGUN), fine_tune(BEGUN, resources={"gpusPerNode": 0})
@@ -697,7 +697,7 @@ def test_the_run_may_have_begun_under_another_setting() -> None:
     """Nothing that exists is applied again: Kueue owns part of it, and JobSet refuses changes."""
     assert SETTINGS.trainer_image
     assert decided(JOB, group(), pods=BOTH).apply == ()
-    assert naming.child(JOB, "run").kind == "JobSet"
+    assert workload(JOB).child("run").kind == "JobSet"
 
 
 def test_both_prepared_and_begun_at_once() -> None:

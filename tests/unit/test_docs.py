@@ -26,7 +26,7 @@ from luthier_api import crd
 from luthier_api.base import ApiModel
 from luthier_api.kinds import KINDS, FineTuneJob, JobKind
 from luthier_api.validation import check_job
-from luthier_operator.render import objects
+from luthier_operator.objects import objects
 
 MANIFESTS = sorted((TOP / "examples").rglob("*.yaml"))
 LINK = re.compile(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)")

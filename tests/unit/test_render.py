@@ -17,10 +17,12 @@ from cases.observed import HUB, SETTINGS, fine_tune, generate, run_document, sta
 from luthier_api.exitcodes import ExitCode, Retry
 from luthier_api.run import read_run
 from luthier_api.status import JobStatus, Plan, Prepared, ResolvedDataset, ResolvedSource
-from luthier_operator import render
 from luthier_operator.model import Job, Object
-from luthier_operator.render import objects
+from luthier_operator.objects import objects
+from luthier_operator.render.claim import claim, shortfall
+from luthier_operator.render.configmap import configmap
 from luthier_operator.settings import Settings
+from luthier_operator.workloads import workload
 
 GOLDEN = Path(__file__).parent / "golden"
 MIRROR = SETTINGS.model_copy(
@@ -154,7 +156,7 @@ def test_the_grace_of_the_pod_is_that_of_the_run_config() -> None:
     settings = SETTINGS.model_copy(update={"grace_seconds": 90})
     job = fine_tune()
     assert {p["terminationGracePeriodSeconds"] for p in pods(job, settings).values()} == {90}
-    assert run_document(render.configmap(job, settings, {}))["graceSeconds"] == 90
+    assert run_document(configmap(workload(job), settings, {}))["graceSeconds"] == 90
 
 
 def planned(seconds: int | None, **spec: Any) -> Job:
@@ -208,7 +210,7 @@ THREADS = [
 def test_processes_share_the_cores_of_their_pod(job: Job, threads: str | None) -> None:
     values = environment(pods(job)["run"])
     assert values.get("OMP_NUM_THREADS") == threads
-    assert set(values) & CPU_ONLY == (set() if render.pod.gpus(job) else CPU_ONLY)
+    assert set(values) & CPU_ONLY == (set() if workload(job).gpus_per_pod else CPU_ONLY)
 
 
 def test_the_rules_are_those_of_the_enum() -> None:
@@ -283,9 +285,9 @@ ACCESS = [
 
 @pytest.mark.parametrize(("job", "mode"), [c[1:] for c in ACCESS], ids=[c[0] for c in ACCESS])
 def test_the_access_mode_of_a_new_claim(job: Job, mode: str) -> None:
-    claim = render.claim(job, SETTINGS)
-    assert claim is not None
-    assert claim["spec"]["accessModes"] == [mode]
+    made = claim(workload(job), SETTINGS)
+    assert made is not None
+    assert made["spec"]["accessModes"] == [mode]
 
 
 LEFT = [
@@ -316,8 +318,8 @@ LEFT = [
 
 @pytest.mark.parametrize(("workspace", "sizes", "expect"), [c[1:] for c in LEFT], ids=[c[0] for c in LEFT])
 def test_a_claim_that_is_too_small_is_told_of(workspace: dict[str, str], sizes: dict[str, str], expect: str) -> None:
-    claim = render.claim(fine_tune(workspace=workspace), SETTINGS)
-    assert claim is not None
+    made = claim(workload(fine_tune(workspace=workspace)), SETTINGS)
+    assert made is not None
     capacity = {"capacity": {"storage": sizes["status"]}} if "status" in sizes else {}
     found = {
         "metadata": {"name": "ftj-bot"},
@@ -325,14 +327,14 @@ def test_a_claim_that_is_too_small_is_told_of(workspace: dict[str, str], sizes: 
         "status": capacity,
     }
     remedy = ". Resize the claim, delete it with the results on it, or give this job another name"
-    assert render.shortfall(claim, found) == (f"spec.workspace.size: {expect}{remedy}" if expect else None)
-    assert render.shortfall(claim, claim) is None
+    assert shortfall(made, found) == (f"spec.workspace.size: {expect}{remedy}" if expect else None)
+    assert shortfall(made, made) is None
 
 
 def test_the_pods_read_what_was_written() -> None:
     job, settings, sources = MANIFESTS["generate-2-shards-with-adapter-and-hub"]
-    configmap, *_ = objects(job, settings, sources)
-    run = read_run(configmap["data"]["run.json"])
+    config, *_ = objects(job, settings, sources)
+    run = read_run(config["data"]["run.json"])
     assert (run.workspace, run.sources) == (
         "/workspace/gj-lutes-beefcafe",
         {"style": "/sources/shared/ftj-style-57y1e000"},
@@ -345,7 +347,7 @@ def test_steering_a_job_does_not_change_its_run() -> None:
         fine_tune(),
         fine_tune(suspend=True, planOnly=True, activeDeadlineSeconds=60, ttlSecondsAfterFinished=60),
     )
-    assert render.configmap(plain, SETTINGS, {}) == render.configmap(steered, SETTINGS, {})
+    assert configmap(workload(plain), SETTINGS, {}) == configmap(workload(steered), SETTINGS, {})
 
 
 def test_a_job_on_the_same_claim_is_found_below_the_workspace() -> None:
@@ -354,8 +356,8 @@ def test_a_job_on_the_same_claim_is_found_below_the_workspace() -> None:
         workspace={"claimName": "shared"},
         volumes=[{"claimName": "shared", "mountPath": "/data"}],
     )
-    configmap = objects(job, SETTINGS, [STYLE])[0]
-    assert run_document(configmap)["sources"] == {"style": "/workspace/ftj-style-57y1e000"}
+    config = objects(job, SETTINGS, [STYLE])[0]
+    assert run_document(config)["sources"] == {"style": "/workspace/ftj-style-57y1e000"}
     claims = [
         v["persistentVolumeClaim"]["claimName"] for v in pods(job)["run"]["volumes"] if "persistentVolumeClaim" in v
     ]
@@ -366,9 +368,9 @@ def test_a_job_on_the_same_claim_is_found_below_the_workspace() -> None:
 
 
 def test_a_job_that_is_not_there_is_drawn_as_if_no_api_server_had_seen_it() -> None:
-    configmap, *_ = objects(generate(model={"job": "style"}), SETTINGS)
+    config, *_ = objects(generate(model={"job": "style"}), SETTINGS)
     unseen, *_ = objects(fine_tune(name="style", uid=""), SETTINGS)
-    assert run_document(configmap)["sources"] == {"style": "/sources/ftj-style/ftj-style-00000000"}
+    assert run_document(config)["sources"] == {"style": "/sources/ftj-style/ftj-style-00000000"}
     assert run_document(unseen)["workspace"] == "/workspace/ftj-style-00000000"
 
 
@@ -378,8 +380,8 @@ def test_the_workspace_below_an_adapter_is_mounted_too() -> None:
         name="adapter", uid="ada00000-0000-4000-8000-000000000005", model={"job": "base"}, method={"type": "lora"}
     )
     job = generate(model={"job": "adapter"})
-    configmap, _, prepare, *_ = objects(job, SETTINGS, [base, adapter])
-    assert run_document(configmap)["sources"] == {
+    config, _, prepare, *_ = objects(job, SETTINGS, [base, adapter])
+    assert run_document(config)["sources"] == {
         "adapter": "/sources/ftj-adapter/ftj-adapter-ada00000",
         "base": "/sources/ftj-base/ftj-base-ba5e0000",
     }
@@ -392,7 +394,7 @@ def test_the_workspace_below_an_adapter_is_mounted_too() -> None:
 def test_drawing_needs_no_kubernetes() -> None:
     """A laptop has none of the operator's libraries."""
     code = (
-        "import sys; import luthier_operator.render; print([m for m in ('kubernetes', 'kopf', 'torch',"
+        "import sys; import luthier_operator.objects; print([m for m in ('kubernetes', 'kopf', 'torch',"
         " 'pydantic_settings') if m in sys.modules])"
     )
     assert (

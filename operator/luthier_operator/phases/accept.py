@@ -7,19 +7,12 @@ from __future__ import annotations
 
 from luthier_api.conditions import ConditionType, Reason
 from luthier_api.exitcodes import ExitCode
-from luthier_api.kinds import FineTuneJob, JobKind
 from luthier_api.status import State
-from luthier_operator import naming
-from luthier_operator.naming import source_jobs
 from luthier_operator.phases.step import Situation, Step
-from luthier_operator.render import configmap
-from luthier_operator.render.configmap import LIMIT_BYTES
-from luthier_operator.render.pod import gpus
+from luthier_operator.render.configmap import LIMIT_BYTES, configmap
 from luthier_operator.versions import INSTALL_JOBSET
 
 LOOK_AGAIN_SECONDS = 30
-POD_SUFFIX = "-node-0-{index}-abcde"  # JobSet refuses names whose pods would exceed a DNS label
-NAME_CHARACTERS = 63
 
 ACCEPTED = ConditionType.ACCEPTED
 CAN_RUN = "The job can run"
@@ -35,7 +28,7 @@ def accept(s: Situation) -> Step:
         return s.say(ACCEPTED, "False", Reason.INVALID_SPEC, mistake).fails(ExitCode.INVALID_SPEC.reason, mistake)
     if wait := for_jobset(s, ACCEPTED):
         return wait
-    for field, name in source_jobs(s.job).items():
+    for field, name in s.workload.sources.items():
         source = s.observed.sources.get(name)
         if source and (source.status.is_true(ConditionType.TRAINED) or source.status.is_true(ConditionType.COMPLETE)):
             continue
@@ -57,7 +50,7 @@ def accept(s: Situation) -> Step:
 
 def for_jobset(s: Situation, condition: ConditionType) -> Step | None:
     """Waits until JobSet is installed. None where it is, or is not needed."""
-    if s.observed.jobset_installed or not isinstance(s.job, FineTuneJob):
+    if s.observed.jobset_installed or s.workload.run_child_kind != "JobSet":
         return None
     missing = f"FineTuneJobs need JobSet, which this cluster does not have. Install it: {INSTALL_JOBSET}"
     return s.say(condition, "False", Reason.JOB_SET_MISSING, missing).stops(requeue_after=LOOK_AGAIN_SECONDS)
@@ -65,19 +58,9 @@ def for_jobset(s: Situation, condition: ConditionType) -> Step | None:
 
 def invalid(s: Situation) -> str | None:
     """A mistake that can never come right."""
-    job = s.job
-    if naming.kind(job) is JobKind.FINE_TUNE:
-        for field, name in source_jobs(job).items():
-            if name == job.metadata.name:
-                return f"{field}: {name} is this job itself; name the job whose result it starts from"
-    if isinstance(job, FineTuneJob):
-        longest = naming.child(job, "run").name + POD_SUFFIX.format(index=job.spec.resources.nodes - 1)
-        if (excess := len(longest) - NAME_CHARACTERS) > 0:
-            return (
-                f"metadata.name: with spec.resources.nodes: {job.spec.resources.nodes}, at most"
-                f" {len(job.metadata.name) - excess} characters, so that the names of pods fit; choose a shorter one"
-            )
-    size = len(next(iter(configmap(job, s.settings, s.places())["data"].values())).encode())
+    if mistake := s.workload.find_mistake():
+        return mistake
+    size = len(next(iter(configmap(s.workload, s.settings, s.places())["data"].values())).encode())
     if size > LIMIT_BYTES:
         return (
             f"spec: {size} bytes as a run config, more than the {LIMIT_BYTES} that a ConfigMap holds; put the rows into"
@@ -90,6 +73,6 @@ def remarks(s: Situation) -> str:
     queue = s.job.spec.scheduling.queue_name
     return (
         f'. spec.scheduling.queueName: "{queue}" is not asked, because the job holds no GPUs'
-        if queue and not gpus(s.job)
+        if queue and not s.workload.gpus_per_pod
         else ""
     )

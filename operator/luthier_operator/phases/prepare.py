@@ -7,10 +7,13 @@ It fails early and cheaply, and is tried again as often as the infrastructure ne
 from __future__ import annotations
 
 from luthier_api.conditions import ConditionType, Reason
-from luthier_operator import children, render, statuses
+from luthier_operator import children, statuses
 from luthier_operator.failure.cause import judge
 from luthier_operator.phases import waiting
 from luthier_operator.phases.step import Situation, Step
+from luthier_operator.render.claim import claim
+from luthier_operator.render.configmap import configmap
+from luthier_operator.render.job import prepare as job_of_prepare
 
 PREPARED = ConditionType.PREPARED
 DOING = "resolving the model, loading the data, planning the run"
@@ -27,9 +30,9 @@ def prepare(s: Situation) -> Step:
     if job is None:
         places = s.places()
         drawn = (
-            render.configmap(s.job, s.settings, places),
-            render.claim(s.job, s.settings),
-            render.prepare(s.job, s.settings, places),
+            configmap(s.workload, s.settings, places),
+            claim(s.workload, s.settings),
+            job_of_prepare(s.workload, s.settings, places),
         )
         return s.creates(PREPARED, Reason.PREPARING, STARTING, *drawn)
     if children.succeeded(job):

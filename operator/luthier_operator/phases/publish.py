@@ -8,11 +8,13 @@ replaced. That holds after an end, too (`reopen`): what was trained can always b
 from __future__ import annotations
 
 from luthier_api.conditions import ConditionType, Reason
-from luthier_operator import children, naming, render, statuses
+from luthier_operator import children, naming, statuses
 from luthier_operator.failure.cause import judge
 from luthier_operator.phases import waiting
 from luthier_operator.phases.reopen import HUB_CHANGED
 from luthier_operator.phases.step import Situation, Step
+from luthier_operator.render.configmap import configmap
+from luthier_operator.render.job import publish as job_of_publish
 
 PUBLISHED = ConditionType.PUBLISHED
 
@@ -20,7 +22,7 @@ PUBLISHED = ConditionType.PUBLISHED
 def publish(s: Situation) -> Step:
     if s.status.is_true(PUBLISHED):
         return s.goes_on()
-    ref, job = naming.child(s.job, "publish"), s.child("publish")
+    ref, job = s.workload.child("publish"), s.child("publish")
     if not s.publishes:
         at_work = [ref] if job and not children.deleting(job) and not children.succeeded(job) else []
         return Step(statuses.without_condition(s.status, PUBLISHED), goes_on=True, delete=at_work)
@@ -29,7 +31,7 @@ def publish(s: Situation) -> Step:
     if job is None:
         places = s.places()
         # The config map once more: spec.hub may have changed since.
-        drawn = (render.configmap(s.job, s.settings, places), render.publish(s.job, s.settings, places))
+        drawn = (configmap(s.workload, s.settings, places), job_of_publish(s.workload, s.settings, places))
         return s.creates(PUBLISHED, Reason.PUBLISHING, starting(s), *drawn)
     if s.hub_changed:
         return s.say(PUBLISHED, "False", Reason.PUBLISHING, HUB_CHANGED).stops(delete=[ref])

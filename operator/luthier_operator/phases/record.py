@@ -8,11 +8,10 @@ step waits for them for ever (`waiting.for_last_words`).
 from __future__ import annotations
 
 from luthier_api.conditions import ConditionType
-from luthier_api.kinds import FineTuneJob
-from luthier_api.status import Attempt, Checkpoint, HubStatus, Phase, finite
+from luthier_api.status import Checkpoint, HubStatus
 from luthier_operator import children, naming, statuses
-from luthier_operator.failure.attempts import attempts_of_group, attempts_of_pods
-from luthier_operator.model import Object, PodEnd
+from luthier_operator.failure.attempts import attempts_of_pods
+from luthier_operator.model import PodEnd
 from luthier_operator.phases.step import Situation
 
 NOTICES = 40  # as many as the status may hold
@@ -22,7 +21,7 @@ def record(s: Situation) -> Situation:
     """The situation with everything noted that was observed."""
     s = s.note(
         observed_generation=s.job.metadata.generation,
-        shape=statuses.shape(s.job),
+        shape=s.workload.shape,
         workspace=naming.workspace_status(s.job),
     )
     s = said(s)
@@ -76,14 +75,9 @@ def hub(s: Situation) -> HubStatus | None:
 
 
 def run_metrics(s: Situation, ends: list[PodEnd]) -> dict[str, float] | None:
-    """Final figures: those of the first node, or the sums over all shards once all have spoken."""
-    latest = {e.index: e.message.metrics for e in ends if e.message and e.message.metrics}
-    if isinstance(s.job, FineTuneJob):
-        return latest.get(0)
-    if len(latest) < s.job.spec.shards:
-        return None
-    names = {name: None for metrics in latest.values() for name in metrics}
-    return finite({name: sum(metrics.get(name, 0) for metrics in latest.values()) for name in names})
+    """Metrics of the result. None until all pods that count have reported."""
+    by_index = {end.index: end.message.metrics for end in ends if end.message and end.message.metrics}
+    return s.workload.final_metrics(by_index)
 
 
 def checkpoint(s: Situation) -> Checkpoint | None:
@@ -93,7 +87,7 @@ def checkpoint(s: Situation) -> Checkpoint | None:
     It may be an older one than was known: a broken one is set aside when the run goes on.
     """
     known, step = s.status.checkpoint, s.observed.checkpoint_step
-    if not isinstance(s.job, FineTuneJob):
+    if not s.workload.has_checkpoints:
         return known
     if step is None:
         ends = s.ends("run")
@@ -106,40 +100,8 @@ def checkpoint(s: Situation) -> Checkpoint | None:
 
 def restarts(s: Situation) -> Situation:
     """Failures of the run, and its restarts."""
-    group = s.child("run")
-    if group is None or children.deleting(group):
+    child = s.child("run")
+    if child is None or children.deleting(child):
         return s
-    if group["kind"] == "Job":
-        total, charged = restarts_of_shards(s, group)
-        return s.note(
-            attempts=attempts_of_pods(s.status.attempts, s.ends("run"), "run"), restarts=total, restarts_charged=charged
-        )
-    (total, charged), (before, _) = children.restarts(group), children.restarts_before(group)
-    end = children.failed(group)
-    fatal = bool(end and end.get("reason") == "FailJobSetFailurePolicyAction")
-    step = s.status.checkpoint.step if s.status.checkpoint else None
-    attempts = attempts_of_group(s.status.attempts, s.ends("run"), before, step, fatal)
-    if total == s.status.restarts + 1:
-        # JobSet knows what it has charged; the exit code alone was a guess.
-        attempts = [charge(a, "run", s.status.restarts, charged > s.status.restarts_charged) for a in attempts]
-    return s.note(attempts=attempts, restarts=total, restarts_charged=charged)
-
-
-def restarts_of_shards(s: Situation, group: Object) -> tuple[int, int]:
-    """All of them, and those that were charged. Each pod knows how often its index was started before, so the newest of
-    each tell it all.
-    """
-    known = {e.index: (e.attempt, e.uncharged_before) for e in sorted(s.ends("run"), key=lambda e: e.attempt)}
-    for pod in s.pods("run"):
-        known[children.index(pod)] = max(children.starts_before(pod), known.get(children.index(pod), (0, 0)))
-    before, charged = children.restarts_before(group)
-    total = before + sum(number for number, _ in known.values())
-    # Pods that are gone, of an operator that was away, are missing here: what was counted stays counted.
-    return max(total, s.status.restarts), max(
-        charged + sum(n - free for n, free in known.values()), s.status.restarts_charged
-    )
-
-
-def charge(attempt: Attempt, phase: Phase, number: int, charged: bool) -> Attempt:
-    same = attempt.phase == phase and attempt.attempt == number
-    return attempt.model_copy(update={"charged": charged}) if same and attempt.charged != charged else attempt
+    found = s.workload.restarts(child, s.status, s.ends("run"), s.pods("run"))
+    return s.note(attempts=found.attempts, restarts=found.total, restarts_charged=found.charged)

@@ -6,10 +6,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 from luthier_api.conditions import ConditionType
-from luthier_api.kinds import KINDS
 from luthier_api.status import PHASES, Attempt, JobStatus, Phase
 from luthier_operator import children, naming
 from luthier_operator.model import ChildRef, Job, Object, Observed, PodEnd
@@ -17,6 +17,8 @@ from luthier_operator.naming import Place
 from luthier_operator.render.job import hub_hash, hub_target
 from luthier_operator.settings import Settings
 from luthier_operator.statuses import Value, moment, text, with_condition
+from luthier_operator.workloads import workload
+from luthier_operator.workloads.base import Workload
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,15 @@ class Situation:
     def job(self) -> Job:
         return self.observed.job
 
+    @cached_property
+    def workload(self) -> Workload:
+        """The job as the work of its kind, with the status as it is now: the plan may have come in a moment ago."""
+        return workload(self.observed.job.model_copy(update={"status": self.status}))
+
     @property
     def done(self) -> ConditionType:
-        """The condition that says that `run` has ended well."""
-        return KINDS[naming.kind(self.job)].done
+        """The condition that is True once `run` has succeeded."""
+        return self.workload.done
 
     @property
     def publishes(self) -> bool:
@@ -79,7 +86,7 @@ class Situation:
         return brought is not None and brought != hub_target(self.job)
 
     def child(self, phase: Phase) -> Object | None:
-        return self.observed.children.get(naming.child(self.job, phase))
+        return self.observed.children.get(self.workload.child(phase))
 
     def pods(self, phase: Phase) -> list[Object]:
         return children.living(self.observed.pods, phase)
@@ -121,7 +128,7 @@ class Situation:
 
     def unfinished(self) -> list[ChildRef]:
         """Children that are at work."""
-        found = ((naming.child(self.job, p), self.child(p)) for p in PHASES)
+        found = ((self.workload.child(p), self.child(p)) for p in PHASES)
         return [ref for ref, child in found if child and not children.finished(child) and not children.deleting(child)]
 
     def say(self, type: ConditionType, value: Value, reason: str, message: str) -> Situation:

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from luthier_api.kinds import FineTuneJob
 from luthier_operator import naming
-from luthier_operator.model import Job, Object
+from luthier_operator.model import Object
 from luthier_operator.render.meta import metadata
 from luthier_operator.render.quantity import amount, canonical
 
 if TYPE_CHECKING:
     from luthier_operator.settings import Settings
+    from luthier_operator.workloads.base import Workload
 
 
-def claim(job: Job, settings: Settings) -> Object | None:
+def claim(workload: Workload, settings: Settings) -> Object | None:
     """None when the job names an existing one. Without an owner, unless the job says Delete: results outlive the job
     and its TTL.
     """
+    job = workload.job
     workspace = job.spec.workspace
     if workspace.claim_name:
         return None
-    pods = job.spec.resources.nodes if isinstance(job, FineTuneJob) else job.spec.shards
+    access_mode = "ReadWriteMany" if workload.pods > 1 else "ReadWriteOnce"
     spec: Object = {
-        "accessModes": [workspace.access_mode or ("ReadWriteMany" if pods > 1 else "ReadWriteOnce")],
+        "accessModes": [workspace.access_mode or access_mode],
         "resources": {"requests": {"storage": canonical(workspace.size or settings.workspace_size)}},
     }
     if workspace.storage_class_name:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from luthier_api.kinds import FineTuneJob
-from luthier_api.run import FineTuneRun, GenerateRun
+from luthier_api.run import RUNS, FineTuneRun, GenerateRun
 from luthier_operator import naming
-from luthier_operator.model import Job, Object
+from luthier_operator.model import Object
 from luthier_operator.naming import Place
 from luthier_operator.render.meta import metadata
 
 if TYPE_CHECKING:
     from luthier_operator.settings import Settings
+    from luthier_operator.workloads.base import Workload
 
 LIMIT_BYTES = (1 << 20) - 4096  # a ConfigMap holds 1 MiB, its keys included
 # What steers a job from outside is no part of the run: a pod that starts after a suspension must find the config it
@@ -31,25 +31,26 @@ def folder(place: Place, own_claim: str) -> str:
     return f"{naming.WORKSPACE if place.claim == own_claim else f'{naming.SOURCES}/{place.claim}'}/{place.folder}"
 
 
-def run_config(job: Job, settings: Settings, sources: Mapping[str, Place]) -> FineTuneRun | GenerateRun:
+def run_config(workload: Workload, settings: Settings, sources: Mapping[str, Place]) -> FineTuneRun | GenerateRun:
     """The one document that the pods read."""
+    job = workload.job
     own = naming.place(job)
-    common: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "name": job.metadata.name,
         "namespace": job.metadata.namespace,
         "uid": job.metadata.uid,
         "workspace": folder(own, own.claim),
         "sources": {name: folder(place, own.claim) for name, place in sorted(sources.items())},
+        "rendezvous_host": workload.rendezvous_host,
         "grace_seconds": settings.grace_seconds,
+        "spec": job.spec.model_copy(update=NOT_OF_THE_RUN),
     }
-    if isinstance(job, FineTuneJob):
-        spec = job.spec.model_copy(update=NOT_OF_THE_RUN)
-        return FineTuneRun(**common, rendezvous_host=naming.rendezvous_host(job), spec=spec)
-    return GenerateRun(**common, spec=job.spec.model_copy(update=NOT_OF_THE_RUN))
+    return RUNS[job.kind](**fields)
 
 
-def configmap(job: Job, settings: Settings, sources: Mapping[str, Place]) -> Object:
-    text = run_config(job, settings, sources).model_dump_json(by_alias=True, exclude_none=True, indent=1)
+def configmap(workload: Workload, settings: Settings, sources: Mapping[str, Place]) -> Object:
+    job = workload.job
+    text = run_config(workload, settings, sources).model_dump_json(by_alias=True, exclude_none=True, indent=1)
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",

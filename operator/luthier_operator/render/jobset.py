@@ -5,34 +5,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from luthier_api.kinds import FineTuneJob
 from luthier_operator import naming
 from luthier_operator.model import Object
 from luthier_operator.naming import Place
 from luthier_operator.render import rules
 from luthier_operator.render.job import queue_label
-from luthier_operator.render.meta import metadata, restarts_before
+from luthier_operator.render.meta import metadata
 from luthier_operator.render.pod import template
 
 if TYPE_CHECKING:
     from luthier_operator.settings import Settings
+    from luthier_operator.workloads.base import Workload
 
 
 def jobset(
-    job: FineTuneJob, settings: Settings, sources: Mapping[str, Place], restarts: int = 0, charged: int = 0
+    workload: Workload,
+    settings: Settings,
+    sources: Mapping[str, Place],
+    max_restarts: int,
+    annotations: dict[str, str],
 ) -> Object:
-    """`restarts`, `charged`: those of the JobSets before, when a suspended job goes on; what was charged stays
-    charged.
-    """
-    nodes = job.spec.resources.nodes
-    meta = metadata(job, naming.child(job, "run").name, "run", restarts_before(restarts, charged))
-    meta["labels"] |= queue_label(job)
+    """The JobSet of `run`."""
+    meta = metadata(workload.job, workload.child("run").name, "run", annotations)
+    meta["labels"] |= queue_label(workload)
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
         "metadata": meta,
         "spec": {
-            "failurePolicy": rules.group(max(0, job.spec.restarts.max - charged)),
+            "failurePolicy": rules.group(max_restarts),
             "replicatedJobs": [
                 {
                     "name": naming.NODE,
@@ -40,12 +41,12 @@ def jobset(
                     "template": {
                         "spec": {
                             "completionMode": "Indexed",
-                            "completions": nodes,
-                            "parallelism": nodes,
+                            "completions": workload.pods,
+                            "parallelism": workload.pods,
                             "backoffLimit": 0,
                             "podReplacementPolicy": "Failed",
                             "podFailurePolicy": rules.member(),
-                            "template": template(job, settings, "run", sources),
+                            "template": template(workload, settings, "run", sources),
                         }
                     },
                 }

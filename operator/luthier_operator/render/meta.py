@@ -26,8 +26,3 @@ def metadata(
             }
         ]
     return meta
-
-
-def restarts_before(restarts: int, charged: int) -> dict[str, str]:
-    """Annotation of the child of `run`: restarts of the children before it, and those of them that were charged."""
-    return {naming.BEFORE_ANNOTATION: f"{restarts},{charged}"} if restarts else {}

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from luthier_api.kinds import FineTuneJob
 from luthier_api.run import METRICS_PORT, grace_of
 from luthier_api.status import Phase
 from luthier_api.variables import Variables
@@ -21,6 +20,7 @@ from luthier_operator.render.quantity import canonical, cores
 
 if TYPE_CHECKING:
     from luthier_operator.settings import Settings
+    from luthier_operator.workloads.base import Workload
 
 USER = 1000  # of the image; the same in all pods, because safetensors writes files that only their owner can read
 UNREACHABLE_SECONDS = 60  # the default of 300 keeps the whole group waiting for a dead node
@@ -38,15 +38,11 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 ON_CPU = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "eth0"}
 
 
-def gpus(job: Job) -> int:
-    """GPUs of each pod of `run`."""
-    return job.spec.resources.gpus_per_node if isinstance(job, FineTuneJob) else job.spec.resources.gpus
-
-
-def template(job: Job, settings: Settings, phase: Phase, sources: Mapping[str, Place]) -> Object:
+def template(workload: Workload, settings: Settings, phase: Phase, sources: Mapping[str, Place]) -> Object:
     """Pod template of `phase`. `sources`: where the jobs that it names keep their work."""
+    job = workload.job
     scheduling = job.spec.scheduling
-    volumes, mounts = _volumes(job, phase, sources)
+    volumes, mounts = _volumes(workload, phase, sources)
     spec: Object = {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
@@ -70,7 +66,7 @@ def template(job: Job, settings: Settings, phase: Phase, sources: Mapping[str, P
             }
             for taint in ("not-ready", "unreachable")
         ],
-        "containers": [_container(job, settings, phase, mounts)],
+        "containers": [_container(workload, settings, phase, mounts)],
         "volumes": volumes,
     }
     if settings.service_account:
@@ -104,15 +100,15 @@ def grace_seconds(job: Job, settings: Settings, phase: Phase) -> int:
     return grace_of(job.spec, prepared.plan if prepared else None, settings.grace_seconds)
 
 
-def _container(job: Job, settings: Settings, phase: Phase, mounts: list[Object]) -> Object:
-    verb = phase if phase != "run" else "train" if isinstance(job, FineTuneJob) else "generate"
+def _container(workload: Workload, settings: Settings, phase: Phase, mounts: list[Object]) -> Object:
+    verb = workload.verb(phase)
     container: Object = {
         "name": CONTAINER,
         "image": settings.trainer_image,
         "imagePullPolicy": settings.image_pull_policy,
         "command": ["python", "-m", "luthier_trainer", verb, "--run", f"{CONFIG}/{RUN_FILE}"],
-        "env": _environment(job, settings, phase),
-        "resources": _resources(job, settings, phase),
+        "env": _environment(workload, settings, phase),
+        "resources": _resources(workload, settings, phase),
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -126,7 +122,8 @@ def _container(job: Job, settings: Settings, phase: Phase, mounts: list[Object])
     return container
 
 
-def _environment(job: Job, settings: Settings, phase: Phase) -> list[Object]:
+def _environment(workload: Workload, settings: Settings, phase: Phase) -> list[Object]:
+    job = workload.job
     values = WRITABLE | QUIET
     found: list[Object] = []
     if phase == "run":
@@ -136,7 +133,10 @@ def _environment(job: Job, settings: Settings, phase: Phase) -> list[Object]:
                 "valueFrom": {"fieldRef": {"fieldPath": f"metadata.annotations['{INDEX_ANNOTATION}']"}},
             }
         )
-        values |= OFFLINE | (ON_CPU if not gpus(job) else {}) | _threads(job)
+        values |= OFFLINE
+        if not workload.gpus_per_pod:
+            values |= ON_CPU
+        values |= _threads(workload)
     else:
         if job.spec.hub and (token := job.spec.hub.token_secret_ref):
             found.append(
@@ -146,32 +146,43 @@ def _environment(job: Job, settings: Settings, phase: Phase) -> list[Object]:
     return found + [{"name": name, "value": value} for name, value in (values | settings.env).items()]
 
 
-def _threads(job: Job) -> dict[str, str]:
-    """The cores of a pod, shared by its processes. Where the job does not say, the trainer shares those that it
-    finds.
+def _threads(workload: Workload) -> dict[str, str]:
+    """The cores of a pod, divided among its processes. Where the job requests none, the trainer divides those of the
+    node.
     """
-    if not job.spec.resources.cpu:
+    cpu = workload.job.spec.resources.cpu
+    if not cpu:
         return {}
-    processes = job.spec.resources.processes if isinstance(job, FineTuneJob) else 1
-    return {"OMP_NUM_THREADS": str(max(1, cores(job.spec.resources.cpu) // processes))}
+    threads = max(1, cores(cpu) // workload.processes_per_pod)
+    return {"OMP_NUM_THREADS": str(threads)}
 
 
-def _resources(job: Job, settings: Settings, phase: Phase) -> Object:
+def _resources(workload: Workload, settings: Settings, phase: Phase) -> Object:
     if phase != "run":
         return {"requests": {"cpu": canonical(settings.cpu_request), "memory": canonical(settings.memory_request)}}
-    asked = job.spec.resources
-    requests = {"cpu": canonical(asked.cpu)} if asked.cpu else {}
-    limits = ({"memory": canonical(asked.memory)} if asked.memory else {}) | (
-        {settings.gpu_resource: str(gpus(job))} if gpus(job) else {}
-    )
-    return {name: amounts for name, amounts in (("requests", requests | limits), ("limits", limits)) if amounts}
+    asked = workload.job.spec.resources
+    limits = {}
+    if asked.memory:
+        limits["memory"] = canonical(asked.memory)
+    if workload.gpus_per_pod:
+        limits[settings.gpu_resource] = str(workload.gpus_per_pod)
+    requests = {"cpu": canonical(asked.cpu), **limits} if asked.cpu else limits
+    found = {}
+    if requests:
+        found["requests"] = requests
+    if limits:
+        found["limits"] = limits
+    return found
 
 
-def _volumes(job: Job, phase: Phase, sources: Mapping[str, Place]) -> tuple[list[Object], list[Object]]:
-    """Volumes and mounts. Each claim is one volume, however often it is mounted; only our own folder is written to."""
+def _volumes(workload: Workload, phase: Phase, sources: Mapping[str, Place]) -> tuple[list[Object], list[Object]]:
+    """Volumes and mounts. Each claim is one volume, however often it is mounted. Only the job's own claim is mounted
+    writable.
+    """
+    job = workload.job
     own = naming.place(job).claim
     claims = {own: "workspace"}
-    shared = max(1, gpus(job) if phase == "run" else 1)
+    shared = max(1, workload.gpus_per_pod) if phase == "run" else 1
     volumes: list[Object] = [
         {"name": "tmp", "emptyDir": {}},
         {"name": "run", "emptyDir": {}},

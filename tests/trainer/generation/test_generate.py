@@ -18,7 +18,7 @@ from trainer.generating import generate_run, generate_shards, prepare_by_hand, r
 from trainer.small_sdxl import write_small_sdxl
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.metrics import progress_of, read_samples
+from luthier_api.metrics import generation_progress, read_samples
 from luthier_api.run import FineTuneRun, GenerateRun
 from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
@@ -192,7 +192,7 @@ def test_metrics_say_how_far_it_is(text_run: GenerateRun, monkeypatch: pytest.Mo
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
         f"http://127.0.0.1:{port}/metrics"
     ) as answer:
-        progress = progress_of([read_samples(answer.read().decode())])
+        progress = generation_progress([read_samples(answer.read().decode())])
     assert progress
     assert (run_folder.run_dir() / "heartbeat").exists()
     assert (progress.rows, progress.max_rows, progress.percent, progress.eta_seconds) == (7, 7, 100, 0)

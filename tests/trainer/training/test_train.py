@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.metrics import checkpoint_step, progress_of, read_samples
+from luthier_api.metrics import checkpoint_step, read_samples, training_progress
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.run_folder import run_dir
 from luthier_trainer.training import main as train
@@ -286,7 +286,7 @@ def test_metrics_are_served(tmp_path: Path, llama: Path, text_data: DatasetDict)
     metrics = train.main(run).metrics
     port = (run_dir() / "metrics-port").read_text()
     samples = read_samples(urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode())
-    progress = progress_of([samples])
+    progress = training_progress([samples])
     assert progress is not None
     assert (progress.step, progress.max_steps, progress.percent, progress.eta_seconds) == (3, 3, 100, 0)
     assert checkpoint_step(samples) == 3

@@ -1,0 +1,145 @@
+"""A FineTuneJob: the nodes of one group, which start together and restart together from the newest checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from luthier_api.kinds import FineTuneJob, JobKind
+from luthier_api.metrics import training_progress
+from luthier_api.status import Attempt, JobStatus, Progress
+from luthier_operator import children, naming
+from luthier_operator.failure.attempts import attempts_of_group, no_progress_of_group
+from luthier_operator.failure.cause import Failure, repeated_out_of_memory
+from luthier_operator.model import Object, PodEnd
+from luthier_operator.naming import Place
+from luthier_operator.render.jobset import jobset
+from luthier_operator.workloads.base import Restarts, Samples, Workload
+
+if TYPE_CHECKING:
+    from luthier_operator.settings import Settings
+
+POD_SUFFIX = "-node-0-{index}-abcde"  # JobSet refuses names whose pods would exceed a DNS label
+DNS_LABEL_CHARACTERS = 63
+RANK_0 = 0
+
+
+@dataclass(frozen=True)
+class FineTune(Workload):
+    job: FineTuneJob
+
+    kind: ClassVar = JobKind.FINE_TUNE
+    run_verb: ClassVar[str] = "train"
+    run_child_kind: ClassVar[Literal["Job", "JobSet"]] = "JobSet"
+    pod_noun: ClassVar[str] = "pod"
+    row_noun: ClassVar[str] = "rows"
+    gpus_field: ClassVar[str] = "spec.resources.gpusPerNode"
+    has_checkpoints: ClassVar[bool] = True
+
+    def find_mistake(self) -> str | None:
+        name = self.job.metadata.name
+        for field, source in self.sources.items():
+            if source == name:
+                return f"{field}: {name} is this job itself; name the job whose result it starts from"
+        longest = self.child("run").name + POD_SUFFIX.format(index=self.pods - 1)
+        excess = len(longest) - DNS_LABEL_CHARACTERS
+        if excess > 0:
+            return (
+                f"metadata.name: with spec.resources.nodes: {self.pods}, at most {len(name) - excess} characters, so"
+                " that the names of pods fit; choose a shorter one"
+            )
+        return None
+
+    @property
+    def pods(self) -> int:
+        return self.job.spec.resources.nodes
+
+    @property
+    def gpus_per_pod(self) -> int:
+        return self.job.spec.resources.gpus_per_node
+
+    @property
+    def processes_per_pod(self) -> int:
+        return self.job.spec.resources.processes
+
+    @property
+    def groups(self) -> list[list[int]]:
+        return [list(range(self.pods))]
+
+    @property
+    def rendezvous_host(self) -> str:
+        """The name of a JobSet is also that of its headless service."""
+        group = self.child("run").name
+        return f"{group}-{naming.NODE}-0-{RANK_0}.{group}"
+
+    def describe_processes(self) -> dict[str, object]:
+        resources = self.job.spec.resources
+        return {
+            "processes": resources.world_size,
+            "gpus": self.pods * self.gpus_per_pod,
+            "strategy": self.job.spec.strategy,
+        }
+
+    def run_manifest(self, settings: Settings, sources: Mapping[str, Place], restarts: int, charged: int) -> Object:
+        """A JobSet. What earlier JobSets were charged stays charged."""
+        max_restarts = max(0, self.job.spec.restarts.max - charged)
+        before = naming.restarts_before(restarts, charged)
+        return jobset(self, settings, sources, max_restarts, before)
+
+    def restarts(self, child: Object, status: JobStatus, ends: Sequence[PodEnd], pods: Sequence[Object]) -> Restarts:
+        """The JobSet counts its restarts itself."""
+        before, _ = children.restarts_before(child)
+        total, charged = children.restarts(child)
+        failed = children.failed(child)
+        fatal = failed is not None and failed.get("reason") == "FailJobSetFailurePolicyAction"
+        step = status.checkpoint.step if status.checkpoint else None
+        attempts = attempts_of_group(status.attempts, ends, before, step, fatal)
+        if total == status.restarts + 1:
+            # Whether the restart was charged was estimated from the exit code. JobSet has decided it now.
+            was_charged = charged > status.restarts_charged
+            attempts = [with_charge(attempt, status.restarts, was_charged) for attempt in attempts]
+        return Restarts(attempts, total, charged)
+
+    def current_restart(self, child: Object) -> int | None:
+        restarts: int = child.get("status", {}).get("restarts", 0)
+        return restarts
+
+    def is_running(self, running: int, succeeded: int) -> bool:
+        """The nodes of a group work together or not at all."""
+        return running + succeeded >= self.pods
+
+    def no_progress(self, attempts: Sequence[Attempt], ends: Sequence[PodEnd]) -> str | None:
+        return no_progress_of_group(attempts)
+
+    def repeated_failure(self, attempts: Sequence[Attempt]) -> Failure | None:
+        return repeated_out_of_memory(attempts)
+
+    def describe_budget(self, condition: Object) -> str:
+        if condition.get("reason") != "ReachedMaxRestarts":
+            return ""
+        return f". That was the last of {self.job.spec.restarts.max} restarts (spec.restarts.max)"
+
+    @staticmethod
+    def restart_reasons(attempts: Sequence[Attempt], restarts: int) -> dict[int, str]:
+        """A group numbers its attempts."""
+        return {attempt.attempt: attempt.reason for attempt in attempts}
+
+    @staticmethod
+    def serves_progress(index: int) -> bool:
+        return index == RANK_0
+
+    def progress(self, samples: Samples, read_at: datetime | None) -> Progress | None:
+        return training_progress([samples[rank] for rank in sorted(samples)], read_at)
+
+    def final_metrics(self, metrics: Samples) -> dict[str, float] | None:
+        """Those of rank 0: they are over all ranks already."""
+        return metrics.get(RANK_0)
+
+
+def with_charge(attempt: Attempt, number: int, charged: bool) -> Attempt:
+    """`attempt` with `charged`, if it is the one of `run` with this number."""
+    if (attempt.phase, attempt.attempt) != ("run", number):
+        return attempt
+    return attempt.model_copy(update={"charged": charged})
