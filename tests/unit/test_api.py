@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import cel
@@ -131,56 +132,84 @@ def test_messages_begin_with_a_field_and_say_what_to_do(rule: Rule) -> None:
     assert " " not in path
 
 
+@dataclass(frozen=True)
+class ShapeCase:
+    name: str
+    document: Document
+    expect: str
+
+
 SHAPES = [
-    # name                     given                                                   expect
-    ("an unknown field", tune(trainning={"epochs": 1}), "spec.trainning: unknown field. Did you mean 'training'?"),
-    ("an unknown field below", tune(method={"ranks": 4}), "spec.method.ranks: unknown field. Did you mean 'rank'?"),
-    ("nothing like it", tune(zebra=1), "spec.zebra: unknown field"),
-    ("a field is missing", make(inputs=None), "spec.inputs: required"),
-    (
-        "an unknown task",
-        tune(task="poetry"),
-        "spec.task: input should be 'causal-lm', 'text-classification' or 'image-classification' (it is 'poetry')",
+    ShapeCase(
+        name="an unknown field",
+        document=tune(trainning={"epochs": 1}),
+        expect="spec.trainning: unknown field. Did you mean 'training'?",
     ),
-    (
-        "a number out of range",
-        tune(training={"learningRate": 2}),
-        "spec.training.learningRate: input should be less than or equal to 1 (it is 2)",
+    ShapeCase(
+        name="an unknown field below",
+        document=tune(method={"ranks": 4}),
+        expect="spec.method.ranks: unknown field. Did you mean 'rank'?",
     ),
-    (
-        "an element of a list",
-        make(inputs={"rows": [{"prompt": ""}]}),
-        "spec.inputs.rows[0].prompt: string should have at least 1 character (it is '')",
+    ShapeCase(
+        name="nothing like it",
+        document=tune(zebra=1),
+        expect="spec.zebra: unknown field",
     ),
-    (
-        "a rule, with its place in a list",
-        make(adapters=[{"id": "a/b"}, {"path": "/x"}, {"id": "a/b", "path": "/y"}]),
-        "spec.adapters[2]: set exactly one of job, id and path",
+    ShapeCase(
+        name="a field is missing",
+        document=make(inputs=None),
+        expect="spec.inputs: required",
     ),
-    (
-        "a rule on a field of it",
-        make(adapters=[{"id": "a/b"}, {"path": "/y", "revision": "v1"}]),
-        "spec.adapters[1].revision: only an adapter of the Hub has revisions",
+    ShapeCase(
+        name="an unknown task",
+        document=tune(task="poetry"),
+        expect=(
+            "spec.task: input should be 'causal-lm', 'text-classification' or 'image-classification' (it is 'poetry')"
+        ),
     ),
-    (
-        "a rule below a list",
-        tune(volumes=[{"claimName": "a", "mountPath": "/a"}, {"claimName": "b", "mountPath": "/tmp"}]),
-        "spec.volumes[1].mountPath: that folder belongs to the pod; choose one such as /data or /models",
+    ShapeCase(
+        name="a number out of range",
+        document=tune(training={"learningRate": 2}),
+        expect="spec.training.learningRate: input should be less than or equal to 1 (it is 2)",
     ),
-    (
-        "a rule two levels down",
-        make(inputs={"dataset": {"id": "a/b", "format": "csv"}}),
-        "spec.inputs.dataset.format: belongs to dataset.files; a Hub dataset knows its own format",
+    ShapeCase(
+        name="an element of a list",
+        document=make(inputs={"rows": [{"prompt": ""}]}),
+        expect="spec.inputs.rows[0].prompt: string should have at least 1 character (it is '')",
     ),
-    ("another kind", {"kind": "Pod", "metadata": {"name": "x"}}, "kind: 'Pod' is not one of FineTuneJob, GenerateJob"),
+    ShapeCase(
+        name="a rule, with its place in a list",
+        document=make(adapters=[{"id": "a/b"}, {"path": "/x"}, {"id": "a/b", "path": "/y"}]),
+        expect="spec.adapters[2]: set exactly one of job, id and path",
+    ),
+    ShapeCase(
+        name="a rule on a field of it",
+        document=make(adapters=[{"id": "a/b"}, {"path": "/y", "revision": "v1"}]),
+        expect="spec.adapters[1].revision: only an adapter of the Hub has revisions",
+    ),
+    ShapeCase(
+        name="a rule below a list",
+        document=tune(volumes=[{"claimName": "a", "mountPath": "/a"}, {"claimName": "b", "mountPath": "/tmp"}]),
+        expect="spec.volumes[1].mountPath: that folder belongs to the pod; choose one such as /data or /models",
+    ),
+    ShapeCase(
+        name="a rule two levels down",
+        document=make(inputs={"dataset": {"id": "a/b", "format": "csv"}}),
+        expect="spec.inputs.dataset.format: belongs to dataset.files; a Hub dataset knows its own format",
+    ),
+    ShapeCase(
+        name="another kind",
+        document={"kind": "Pod", "metadata": {"name": "x"}},
+        expect="kind: 'Pod' is not one of FineTuneJob, GenerateJob",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "document", "expect"), SHAPES, ids=[s[0] for s in SHAPES])
-def test_shape(name: str, document: Document, expect: str) -> None:
+@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
+def test_shape(case: ShapeCase) -> None:
     with pytest.raises(InvalidJob) as refused:
-        check_job(document)
-    assert expect in refused.value.problems
+        check_job(case.document)
+    assert case.expect in refused.value.problems
 
 
 @pytest.mark.parametrize(("document", "says"), [s[1:] for s in STRANGE], ids=[s[0] for s in STRANGE])
@@ -280,65 +309,139 @@ def test_exit_codes() -> None:
     assert sorted(code for codes in by_retry.values() for code in codes) == [int(c) for c in ExitCode if c]
 
 
+@dataclass(frozen=True)
+class OutputsOfARowCase:
+    name: str
+    document: Document
+    expect: int
+
+
 OUTPUTS_OF_A_ROW = [
-    ("texts", make(text={"perPrompt": 2, "temperature": 1.0}, image={"perPrompt": 3}), 2),
-    ("images", make(task="text-to-image", text={"perPrompt": 2, "temperature": 1.0}, image={"perPrompt": 3}), 3),
+    OutputsOfARowCase(
+        name="texts",
+        document=make(text={"perPrompt": 2, "temperature": 1.0}, image={"perPrompt": 3}),
+        expect=2,
+    ),
+    OutputsOfARowCase(
+        name="images",
+        document=make(task="text-to-image", text={"perPrompt": 2, "temperature": 1.0}, image={"perPrompt": 3}),
+        expect=3,
+    ),
 ]
 
 
-@pytest.mark.parametrize(
-    ("document", "expect"), [c[1:] for c in OUTPUTS_OF_A_ROW], ids=[c[0] for c in OUTPUTS_OF_A_ROW]
-)
-def test_outputs_of_a_row_are_those_of_the_task(document: Document, expect: int) -> None:
-    job = check_job(document)
+@pytest.mark.parametrize("case", OUTPUTS_OF_A_ROW, ids=lambda case: case.name)
+def test_outputs_of_a_row_are_those_of_the_task(case: OutputsOfARowCase) -> None:
+    job = check_job(case.document)
     assert isinstance(job, GenerateJob)
-    assert job.spec.per_prompt == expect
+    assert job.spec.per_prompt == case.expect
+
+
+@dataclass(frozen=True)
+class MessageCase:
+    name: str
+    fields: dict[str, str]
+    message_begins: str
+    output_ends: str
 
 
 MESSAGES = [
-    ("short", {"message": "spec.x: no"}, "spec.x: no", ""),
-    ("many lines", {"message": "spec.x: no", "last_lines": "line\n" * 4000 + "the end"}, "spec.x: no", "the end"),
-    ("other letters", {"message": "nein", "last_lines": "ß€🎻" * 4000}, "nein", "🎻"),
-    ("a file's name that is no UTF-8", {"message": "caf\udce9.bin"}, "caf?.bin", ""),
-    ("control characters", {"message": "m", "last_lines": "\x00\x1b" * 4000 + "end"}, "m", "end"),
-    ("a long message", {"message": "x" * 9000}, "x" * 3000, ""),
+    MessageCase(
+        name="short",
+        fields={"message": "spec.x: no"},
+        message_begins="spec.x: no",
+        output_ends="",
+    ),
+    MessageCase(
+        name="many lines",
+        fields={"message": "spec.x: no", "last_lines": "line\n" * 4000 + "the end"},
+        message_begins="spec.x: no",
+        output_ends="the end",
+    ),
+    MessageCase(
+        name="other letters",
+        fields={"message": "nein", "last_lines": "ß€🎻" * 4000},
+        message_begins="nein",
+        output_ends="🎻",
+    ),
+    MessageCase(
+        name="a file's name that is no UTF-8",
+        fields={"message": "caf\udce9.bin"},
+        message_begins="caf?.bin",
+        output_ends="",
+    ),
+    MessageCase(
+        name="control characters",
+        fields={"message": "m", "last_lines": "\x00\x1b" * 4000 + "end"},
+        message_begins="m",
+        output_ends="end",
+    ),
+    MessageCase(
+        name="a long message",
+        fields={"message": "x" * 9000},
+        message_begins="x" * 3000,
+        output_ends="",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "fields", "begins", "ends"), MESSAGES, ids=[m[0] for m in MESSAGES])
-def test_a_termination_message_fits_into_what_the_kubelet_keeps(
-    name: str, fields: dict[str, str], begins: str, ends: str
-) -> None:
-    encoded = TerminationMessage(phase="run", code=70, reason="TrainingError", **fields).encode()  # type: ignore[arg-type]
+@pytest.mark.parametrize("case", MESSAGES, ids=lambda case: case.name)
+def test_a_termination_message_fits_into_what_the_kubelet_keeps(case: MessageCase) -> None:
+    encoded = TerminationMessage(phase="run", code=70, reason="TrainingError", **case.fields).encode()  # type: ignore[arg-type]
     assert len(encoded) <= LIMIT_BYTES
     read = TerminationMessage.read(encoded.decode())
     assert read is not None
-    assert read.message.startswith(begins)
-    assert read.last_lines.endswith(ends)
-    assert len(encoded) > LIMIT_BYTES * 0.6 or sum(map(len, fields.values())) < LIMIT_BYTES * 0.6
+    assert read.message.startswith(case.message_begins)
+    assert read.last_lines.endswith(case.output_ends)
+    assert len(encoded) > LIMIT_BYTES * 0.6 or sum(map(len, case.fields.values())) < LIMIT_BYTES * 0.6
+
+
+@dataclass(frozen=True)
+class NoticeCase:
+    name: str
+    notices: list[str]
+    message: str
+    expect: tuple[int, str | None]  # how many are kept, and the last one
 
 
 NOTICES = [
-    # name                                  notices          message      expect: how many are kept, and the last one
-    ("none", [], "m", (0, None)),
-    ("a few", ["one", "two"], "m", (2, "two")),
-    ("more than fit", [f"{i:02d} " + "x" * 297 for i in range(20)], "m", (14, "7 more notices are in the log")),
-    ("beside a long message", ["x" * 300] * 20, "y" * 3500, (2, "19 more notices are in the log")),
+    NoticeCase(
+        name="none",
+        notices=[],
+        message="m",
+        expect=(0, None),
+    ),
+    NoticeCase(
+        name="a few",
+        notices=["one", "two"],
+        message="m",
+        expect=(2, "two"),
+    ),
+    NoticeCase(
+        name="more than fit",
+        notices=[f"{i:02d} " + "x" * 297 for i in range(20)],
+        message="m",
+        expect=(14, "7 more notices are in the log"),
+    ),
+    NoticeCase(
+        name="beside a long message",
+        notices=["x" * 300] * 20,
+        message="y" * 3500,
+        expect=(2, "19 more notices are in the log"),
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "notices", "message", "expect"), NOTICES, ids=[n[0] for n in NOTICES])
-def test_notices_are_left_out_before_the_message_is_cut(
-    name: str, notices: list[str], message: str, expect: tuple[int, str | None]
-) -> None:
+@pytest.mark.parametrize("case", NOTICES, ids=lambda case: case.name)
+def test_notices_are_left_out_before_the_message_is_cut(case: NoticeCase) -> None:
     written = TerminationMessage(
-        phase="prepare", code=0, reason="Completed", message=message, notices=notices, last_lines="z" * 5000
+        phase="prepare", code=0, reason="Completed", message=case.message, notices=case.notices, last_lines="z" * 5000
     ).encode()
     read = TerminationMessage.read(written.decode())
     assert read is not None
     assert len(written) <= LIMIT_BYTES
-    assert (len(read.notices), read.notices[-1] if read.notices else None) == expect
-    assert read.message == message
+    assert (len(read.notices), read.notices[-1] if read.notices else None) == case.expect
+    assert read.message == case.message
 
 
 @pytest.mark.parametrize("text", [None, "", "Traceback (most recent call last)", "{}", '{"phase": "run"}'])
@@ -396,32 +499,71 @@ def test_no_progress_yet(pods: list[dict[str, float]]) -> None:
 
 
 MAX, OUTPUTS = "luthier_train_max_steps 4\n", "luthier_generate_max_rows 4\n"
+
+
+@dataclass(frozen=True)
+class NotToldCase:
+    name: str
+    text: str
+    expect: Document | None
+
+
 NOT_TOLD = [
-    ("a loss that is no number", MAX + "luthier_train_loss NaN\n", {"step": 0, "maxSteps": 4, "percent": 0}),
-    (
-        "a loss without end",
-        MAX + "luthier_train_loss +Inf\nluthier_train_learning_rate -Inf\n",
-        {"step": 0, "maxSteps": 4, "percent": 0},
+    NotToldCase(
+        name="a loss that is no number",
+        text=MAX + "luthier_train_loss NaN\n",
+        expect={"step": 0, "maxSteps": 4, "percent": 0},
     ),
-    ("no end in sight", MAX + "luthier_train_eta_seconds +Inf\n", {"step": 0, "maxSteps": 4, "percent": 0}),
-    ("a step that is no number", MAX + "luthier_train_step NaN\n", {"step": 0, "maxSteps": 4, "percent": 0}),
-    ("a step beyond all counts", MAX + "luthier_train_step 1e300\n", {"step": 0, "maxSteps": 4, "percent": 0}),
-    ("steps without end", "luthier_train_max_steps +Inf\n", None),
-    ("less than one step", "luthier_train_max_steps 0.2\n", None),
-    (
-        "a pace that is next to nothing",
-        OUTPUTS + "luthier_generate_rows_per_second 1e-320\n",
-        {"rows": 0, "maxRows": 4, "percent": 0},
+    NotToldCase(
+        name="a loss without end",
+        text=MAX + "luthier_train_loss +Inf\nluthier_train_learning_rate -Inf\n",
+        expect={"step": 0, "maxSteps": 4, "percent": 0},
     ),
-    ("outputs without end", "luthier_generate_max_rows +Inf\n", None),
+    NotToldCase(
+        name="no end in sight",
+        text=MAX + "luthier_train_eta_seconds +Inf\n",
+        expect={"step": 0, "maxSteps": 4, "percent": 0},
+    ),
+    NotToldCase(
+        name="a step that is no number",
+        text=MAX + "luthier_train_step NaN\n",
+        expect={"step": 0, "maxSteps": 4, "percent": 0},
+    ),
+    NotToldCase(
+        name="a step beyond all counts",
+        text=MAX + "luthier_train_step 1e300\n",
+        expect={"step": 0, "maxSteps": 4, "percent": 0},
+    ),
+    NotToldCase(
+        name="steps without end",
+        text="luthier_train_max_steps +Inf\n",
+        expect=None,
+    ),
+    NotToldCase(
+        name="less than one step",
+        text="luthier_train_max_steps 0.2\n",
+        expect=None,
+    ),
+    NotToldCase(
+        name="a pace that is next to nothing",
+        text=OUTPUTS + "luthier_generate_rows_per_second 1e-320\n",
+        expect={"rows": 0, "maxRows": 4, "percent": 0},
+    ),
+    NotToldCase(
+        name="outputs without end",
+        text="luthier_generate_max_rows +Inf\n",
+        expect=None,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("text", "expect"), [c[1:] for c in NOT_TOLD], ids=[c[0] for c in NOT_TOLD])
-def test_what_json_cannot_say_is_not_told(text: str, expect: Document | None) -> None:
-    samples = [read_samples(text)]
+@pytest.mark.parametrize("case", NOT_TOLD, ids=lambda case: case.name)
+def test_what_json_cannot_say_is_not_told(case: NotToldCase) -> None:
+    samples = [read_samples(case.text)]
     progress = training_progress(samples) or generation_progress(samples)
-    assert (progress.dump() | {"time": None} if progress else None) == (expect | {"time": None} if expect else None)
+    assert (progress.dump() | {"time": None} if progress else None) == (
+        case.expect | {"time": None} if case.expect else None
+    )
 
 
 def test_a_checkpoint_beyond_all_counts_is_none() -> None:

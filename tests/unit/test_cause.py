@@ -5,6 +5,7 @@ cause.
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 import pytest
 from cases.observed import ended, fine_tune
@@ -16,14 +17,46 @@ from luthier_operator.failure.cause import cause as cause_of
 
 JOB = fine_tune()
 FAILING = [code for code in ExitCode if code is not ExitCode.COMPLETED]
+
+
+@dataclass(frozen=True)
+class Case:
+    first: ExitCode
+    second: ExitCode
+    cause: ExitCode
+
+
 PAIRS = [
-    # first                            second                            cause
-    (ExitCode.PEER_LOST, ExitCode.PREEMPTED, ExitCode.PEER_LOST),
-    (ExitCode.TRAINING_ERROR, ExitCode.STORAGE_ERROR, ExitCode.STORAGE_ERROR),
-    (ExitCode.TRAINING_ERROR, ExitCode.INFRASTRUCTURE_ERROR, ExitCode.INFRASTRUCTURE_ERROR),
-    (ExitCode.PEER_LOST, ExitCode.TRAINING_ERROR, ExitCode.TRAINING_ERROR),
-    (ExitCode.INFRASTRUCTURE_ERROR, ExitCode.INVALID_DATASET, ExitCode.INVALID_DATASET),
-    (ExitCode.DIVERGED, ExitCode.HOST_OUT_OF_MEMORY, ExitCode.HOST_OUT_OF_MEMORY),
+    Case(
+        first=ExitCode.PEER_LOST,
+        second=ExitCode.PREEMPTED,
+        cause=ExitCode.PEER_LOST,
+    ),
+    Case(
+        first=ExitCode.TRAINING_ERROR,
+        second=ExitCode.STORAGE_ERROR,
+        cause=ExitCode.STORAGE_ERROR,
+    ),
+    Case(
+        first=ExitCode.TRAINING_ERROR,
+        second=ExitCode.INFRASTRUCTURE_ERROR,
+        cause=ExitCode.INFRASTRUCTURE_ERROR,
+    ),
+    Case(
+        first=ExitCode.PEER_LOST,
+        second=ExitCode.TRAINING_ERROR,
+        cause=ExitCode.TRAINING_ERROR,
+    ),
+    Case(
+        first=ExitCode.INFRASTRUCTURE_ERROR,
+        second=ExitCode.INVALID_DATASET,
+        cause=ExitCode.INVALID_DATASET,
+    ),
+    Case(
+        first=ExitCode.DIVERGED,
+        second=ExitCode.HOST_OUT_OF_MEMORY,
+        cause=ExitCode.HOST_OUT_OF_MEMORY,
+    ),
 ]
 
 
@@ -40,10 +73,10 @@ def by_command_line(*codes: ExitCode) -> int:
     return min((message(code, rank) for rank, code in enumerate(codes)), key=cause_rank).code
 
 
-@pytest.mark.parametrize(("first", "second", "cause"), PAIRS, ids=[f"{a.reason}, {b.reason}" for a, b, _ in PAIRS])
-def test_the_cause_of_two_failures(first: ExitCode, second: ExitCode, cause: ExitCode) -> None:
-    for codes in ((first, second), (second, first)):
-        assert (by_operator(*codes), by_command_line(*codes)) == (cause, cause)
+@pytest.mark.parametrize("case", PAIRS, ids=lambda case: f"{case.first.reason}, {case.second.reason}")
+def test_the_cause_of_two_failures(case: Case) -> None:
+    for codes in ((case.first, case.second), (case.second, case.first)):
+        assert (by_operator(*codes), by_command_line(*codes)) == (case.cause, case.cause)
 
 
 def test_all_pairs_agree() -> None:

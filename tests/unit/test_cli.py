@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -61,20 +62,47 @@ def test_crds_are_those_of_the_types() -> None:
     assert printed == [yaml.safe_load(text) for text in crds().values()]
 
 
+@dataclass(frozen=True)
+class SettingCase:
+    name: str
+    environment: dict[str, str]
+    message: str
+
+
 SETTINGS = [
-    ("not a number", {"LUTHIER_WORKERS": "many"}, "LUTHIER_WORKERS: Input should be a valid integer"),
-    ("not a size", {"LUTHIER_WORKSPACE_SIZE": "big"}, "LUTHIER_WORKSPACE_SIZE: must be an amount above zero"),
-    ("ours", {"LUTHIER_ENV": '{"HF_TOKEN": "x"}'}, "LUTHIER_ENV: HF_TOKEN: set by Luthier itself; remove it"),
-    ("not JSON", {"LUTHIER_ENV": "NCCL_DEBUG=WARN"}, "LUTHIER_ENV: must be a JSON object of names and texts"),
-    ("no image for the jobs", {}, "LUTHIER_TRAINER_IMAGE: needed, the image of every pod of a job"),
+    SettingCase(
+        name="not a number",
+        environment={"LUTHIER_WORKERS": "many"},
+        message="LUTHIER_WORKERS: Input should be a valid integer",
+    ),
+    SettingCase(
+        name="not a size",
+        environment={"LUTHIER_WORKSPACE_SIZE": "big"},
+        message="LUTHIER_WORKSPACE_SIZE: must be an amount above zero",
+    ),
+    SettingCase(
+        name="ours",
+        environment={"LUTHIER_ENV": '{"HF_TOKEN": "x"}'},
+        message="LUTHIER_ENV: HF_TOKEN: set by Luthier itself; remove it",
+    ),
+    SettingCase(
+        name="not JSON",
+        environment={"LUTHIER_ENV": "NCCL_DEBUG=WARN"},
+        message="LUTHIER_ENV: must be a JSON object of names and texts",
+    ),
+    SettingCase(
+        name="no image for the jobs",
+        environment={},
+        message="LUTHIER_TRAINER_IMAGE: needed, the image of every pod of a job",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "environment", "says"), SETTINGS, ids=[s[0] for s in SETTINGS])
-def test_a_wrong_setting_ends_the_operator_with_a_line(name: str, environment: dict[str, str], says: str) -> None:
-    done = luthier("operator", **environment)
+@pytest.mark.parametrize("case", SETTINGS, ids=lambda case: case.name)
+def test_a_wrong_setting_ends_the_operator_with_a_line(case: SettingCase) -> None:
+    done = luthier("operator", **case.environment)
     assert (done.returncode, len(done.stderr.strip().splitlines())) == (78, 1), done.stderr
-    assert says in done.stderr
+    assert case.message in done.stderr
 
 
 USAGE = [("no such verb", ("fly",)), ("no such option", ("run", "--fast", "x.yaml")), ("no file named", ("run",))]
@@ -85,108 +113,125 @@ def test_a_command_line_that_cannot_be_read(name: str, words: tuple[str, ...]) -
     assert luthier(*words).returncode == 64
 
 
-REFUSED: list[tuple[str, list[object], tuple[str, ...], int, list[str]]] = [
-    # name, documents, more words, code, what is said
-    (
-        "every problem of every job at once",
-        [
+@dataclass(frozen=True)
+class RefusedCase:
+    name: str
+    documents: list[object]
+    code: int
+    problems: list[str]
+    arguments: tuple[str, ...] = ()
+
+
+REFUSED = [
+    RefusedCase(
+        name="every problem of every job at once",
+        documents=[
             changed(FINE_TUNE, {"metadata.name": "a.b", "spec.hub": {"repo": "o/m"}}),
             changed(GENERATE, {"spec.zebra": 1}),
         ],
-        (),
-        64,
-        [
+        code=64,
+        problems=[
             "job.yaml: FineTuneJob a.b: metadata.name: lower-case letters",
             "job.yaml: FineTuneJob a.b: spec.hub.tokenSecretRef: publishing",
             "job.yaml: GenerateJob sound: spec.zebra: unknown field",
         ],
     ),
-    (
-        "two jobs of one name",
-        [changed(FINE_TUNE, ON_CPU), changed(FINE_TUNE, ON_CPU)],
-        (),
-        64,
-        ["metadata.name: 'sound' is there twice"],
+    RefusedCase(
+        name="two jobs of one name",
+        documents=[changed(FINE_TUNE, ON_CPU), changed(FINE_TUNE, ON_CPU)],
+        code=64,
+        problems=["metadata.name: 'sound' is there twice"],
     ),
-    (
-        "another kind only",
-        [{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}}],
-        (),
-        64,
-        ["job.yaml: holds no FineTuneJob and no GenerateJob"],
+    RefusedCase(
+        name="another kind only",
+        documents=[{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}}],
+        code=64,
+        problems=["job.yaml: holds no FineTuneJob and no GenerateJob"],
     ),
-    ("no object", ["hello"], (), 64, ["job.yaml: not a Kubernetes object but 'hello'"]),
-    (
-        "no version",
-        [{"kind": "FineTuneJob", "metadata": {"name": "x"}, "spec": FINE_TUNE["spec"]}],
-        (),
-        64,
-        ["apiVersion: required; write luthier.dev/v1alpha1"],
+    RefusedCase(
+        name="no object",
+        documents=["hello"],
+        code=64,
+        problems=["job.yaml: not a Kubernetes object but 'hello'"],
     ),
-    ("nothing", [], (), 64, ["job.yaml: is empty"]),
-    (
-        "a job that comes later",
-        [
+    RefusedCase(
+        name="no version",
+        documents=[{"kind": "FineTuneJob", "metadata": {"name": "x"}, "spec": FINE_TUNE["spec"]}],
+        code=64,
+        problems=["apiVersion: required; write luthier.dev/v1alpha1"],
+    ),
+    RefusedCase(
+        name="nothing",
+        documents=[],
+        code=64,
+        problems=["job.yaml: is empty"],
+    ),
+    RefusedCase(
+        name="a job that comes later",
+        documents=[
             changed(FINE_TUNE, ON_CPU | {"spec.model": {"job": "second"}}),
             changed(FINE_TUNE, ON_CPU | {"metadata.name": "second"}),
         ],
-        (),
-        64,
-        ["spec.model.job: 'second' comes later on the command line; name its file first"],
+        code=64,
+        problems=["spec.model.job: 'second' comes later on the command line; name its file first"],
     ),
-    (
-        "a job that never ran",
-        [changed(GENERATE, {"spec.adapters": [{"job": "other"}], "spec.resources": {"gpus": 0}})],
-        (),
-        66,
-        ["spec.adapters[0].job: no finished FineTuneJob 'other' in"],
+    RefusedCase(
+        name="a job that never ran",
+        documents=[changed(GENERATE, {"spec.adapters": [{"job": "other"}], "spec.resources": {"gpus": 0}})],
+        code=66,
+        problems=["spec.adapters[0].job: no finished FineTuneJob 'other' in"],
     ),
-    (
-        "more GPUs than there are",
-        [changed(FINE_TUNE, {"spec.dataset": {"id": "o/d"}, "spec.resources": {"nodes": 2, "gpusPerNode": 4}})],
-        (),
-        78,
-        [
+    RefusedCase(
+        name="more GPUs than there are",
+        documents=[
+            changed(FINE_TUNE, {"spec.dataset": {"id": "o/d"}, "spec.resources": {"nodes": 2, "gpusPerNode": 4}})
+        ],
+        code=78,
+        problems=[
             "spec.resources.gpusPerNode: needs 8 GPUs, this machine has 0",
             "--cpu",
             "gpusPerNode: 0",
             "kubectl apply -f job.yaml",
         ],
     ),
-    ("a GPU for a shard", [GENERATE], (), 78, ["spec.resources.gpus: needs 1 GPU, this machine has 0"]),
-    (
-        "a mount that is none",
-        [changed(FINE_TUNE, ON_CPU)],
-        ("--mount", "data"),
-        64,
-        ["--mount data: write it as /path/in/the/pods=folder/here"],
+    RefusedCase(
+        name="a GPU for a shard",
+        documents=[GENERATE],
+        code=78,
+        problems=["spec.resources.gpus: needs 1 GPU, this machine has 0"],
     ),
-    (
-        "a GPU's precision without a GPU",
-        [changed(GENERATE, {"spec.precision": "fp16"})],
-        ("--cpu",),
-        64,
-        ["job.yaml: without GPUs (--cpu): spec.precision: fp16 needs a GPU"],
+    RefusedCase(
+        name="a mount that is none",
+        documents=[changed(FINE_TUNE, ON_CPU)],
+        arguments=("--mount", "data"),
+        code=64,
+        problems=["--mount data: write it as /path/in/the/pods=folder/here"],
     ),
-    (
-        "a token that is not there",
-        [changed(FINE_TUNE, ON_CPU | {"spec.hub": {"tokenSecretRef": {"name": "hf"}}})],
-        (),
-        77,
-        ["export HF_TOKEN=..., or log in: hf auth login"],
+    RefusedCase(
+        name="a GPU's precision without a GPU",
+        documents=[changed(GENERATE, {"spec.precision": "fp16"})],
+        arguments=("--cpu",),
+        code=64,
+        problems=["job.yaml: without GPUs (--cpu): spec.precision: fp16 needs a GPU"],
+    ),
+    RefusedCase(
+        name="a token that is not there",
+        documents=[changed(FINE_TUNE, ON_CPU | {"spec.hub": {"tokenSecretRef": {"name": "hf"}}})],
+        code=77,
+        problems=["export HF_TOKEN=..., or log in: hf auth login"],
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "documents", "words", "code", "says"), REFUSED, ids=[r[0] for r in REFUSED])
-def test_refused_before_anything_starts(
-    tmp_path: Path, name: str, documents: list[object], words: tuple[str, ...], code: int, says: list[str]
-) -> None:
-    done = luthier("run", write(tmp_path, *documents), *words, "-o", "json", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == code, done.stderr
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
+def test_refused_before_anything_starts(tmp_path: Path, case: RefusedCase) -> None:
+    done = luthier(
+        "run", write(tmp_path, *case.documents), *case.arguments, "-o", "json", cwd=tmp_path, CUDA_VISIBLE_DEVICES=""
+    )
+    assert done.returncode == case.code, done.stderr
     answer = json.loads(done.stdout)
-    assert (answer["code"], answer["jobs"]) == (code, [])
-    for text in says:
+    assert (answer["code"], answer["jobs"]) == (case.code, [])
+    for text in case.problems:
         assert any(text in problem for problem in answer["problems"]), answer["problems"]
     assert done.stderr.strip().splitlines() == answer["problems"]
     assert not (tmp_path / "luthier-runs").exists()
@@ -263,17 +308,45 @@ def test_render_draws_what_the_operator_applies(tmp_path: Path) -> None:
     assert "run.json: |" in done.stdout
 
 
+@dataclass(frozen=True)
+class DifferenceCase:
+    name: str
+    before: Document
+    after: Document
+    expect: str | None
+
+
 DIFFERENCES = [
-    ("nothing", {}, {}, None),
-    ("a field", {"training": {"epochs": 1}}, {"training": {"epochs": 2}}, "spec.training.epochs was 1 and is 2"),
-    ("a field that is new", {"model": {"id": "a"}}, {"model": {"path": "a"}}, "spec.model.id was 'a' and is None"),
-    ("what steers", {"suspend": True, "hub": {"repo": "a/b"}, "restarts": {"max": 1}}, {"suspend": False}, None),
+    DifferenceCase(
+        name="nothing",
+        before={},
+        after={},
+        expect=None,
+    ),
+    DifferenceCase(
+        name="a field",
+        before={"training": {"epochs": 1}},
+        after={"training": {"epochs": 2}},
+        expect="spec.training.epochs was 1 and is 2",
+    ),
+    DifferenceCase(
+        name="a field that is new",
+        before={"model": {"id": "a"}},
+        after={"model": {"path": "a"}},
+        expect="spec.model.id was 'a' and is None",
+    ),
+    DifferenceCase(
+        name="what steers",
+        before={"suspend": True, "hub": {"repo": "a/b"}, "restarts": {"max": 1}},
+        after={"suspend": False},
+        expect=None,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "before", "after", "expect"), DIFFERENCES, ids=[d[0] for d in DIFFERENCES])
-def test_difference(name: str, before: Document, after: Document, expect: str | None) -> None:
-    assert difference(before, after) == expect
+@pytest.mark.parametrize("case", DIFFERENCES, ids=lambda case: case.name)
+def test_difference(case: DifferenceCase) -> None:
+    assert difference(case.before, case.after) == case.expect
 
 
 def test_every_path_of_the_api_is_known() -> None:
@@ -301,20 +374,35 @@ def test_every_path_of_the_api_is_known() -> None:
         assert {field for field, _, _ in paths_in(full[kind.value])} == fields(spec, "spec")
 
 
+@dataclass(frozen=True)
+class ProgressCase:
+    progress: Progress
+    expect: str
+
+
 WORDS = [
-    (
-        Progress(step=120, max_steps=400, loss=2.3456, tokens_per_second=5210.4, eta_seconds=58),
-        "step 120/400  loss 2.346  5,210 tokens/s  58 s left",
+    ProgressCase(
+        progress=Progress(step=120, max_steps=400, loss=2.3456, tokens_per_second=5210.4, eta_seconds=58),
+        expect="step 120/400  loss 2.346  5,210 tokens/s  58 s left",
     ),
-    (Progress(step=1, max_steps=2, loss=1.0, rows_per_second=40.71), "step 1/2  loss 1.000  40.7 rows/s"),
-    (Progress(rows=6, max_rows=20, eta_seconds=3700), "6/20 outputs  1 h 1 min left"),
-    (Progress(step=0, max_steps=10), "step 0/10"),
+    ProgressCase(
+        progress=Progress(step=1, max_steps=2, loss=1.0, rows_per_second=40.71),
+        expect="step 1/2  loss 1.000  40.7 rows/s",
+    ),
+    ProgressCase(
+        progress=Progress(rows=6, max_rows=20, eta_seconds=3700),
+        expect="6/20 outputs  1 h 1 min left",
+    ),
+    ProgressCase(
+        progress=Progress(step=0, max_steps=10),
+        expect="step 0/10",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("progress", "expect"), WORDS, ids=[w[1] for w in WORDS])
-def test_describe(progress: Progress, expect: str) -> None:
-    assert describe(progress) == expect
+@pytest.mark.parametrize("case", WORDS, ids=lambda case: case.expect)
+def test_describe(case: ProgressCase) -> None:
+    assert describe(case.progress) == case.expect
 
 
 @pytest.mark.parametrize(

@@ -159,27 +159,47 @@ def test_nodes_are_processes_that_work_at_once(laptop: Laptop) -> None:
     assert sorted(laptop.calls()) == ["tune prepare 0", "tune train 0", "tune train 1"]
 
 
+@dataclass(frozen=True)
+class FailureCase:
+    name: str
+    script: Document
+    code: int
+    reason: str
+    message: str
+
+
 FAILURES = [
-    # name, script, code of the program, reason, message
-    (
-        "a mistake in the data",
-        {"prepare-0": {"code": 65, "message": "spec.dataset.columns.text: no column"}},
-        65,
-        "InvalidDataset",
-        "spec.dataset.columns.text: no column",
+    FailureCase(
+        name="a mistake in the data",
+        script={"prepare-0": {"code": 65, "message": "spec.dataset.columns.text: no column"}},
+        code=65,
+        reason="InvalidDataset",
+        message="spec.dataset.columns.text: no column",
     ),
-    ("an error in the training", {"train-0": {"code": 70, "message": "it broke"}}, 70, "TrainingError", "it broke"),
-    ("a supervisor that is killed", {"train-0": {"dies": True}}, 71, "InfrastructureError", "was killed by signal 9"),
+    FailureCase(
+        name="an error in the training",
+        script={"train-0": {"code": 70, "message": "it broke"}},
+        code=70,
+        reason="TrainingError",
+        message="it broke",
+    ),
+    FailureCase(
+        name="a supervisor that is killed",
+        script={"train-0": {"dies": True}},
+        code=71,
+        reason="InfrastructureError",
+        message="was killed by signal 9",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "script", "code", "reason", "message"), FAILURES, ids=[f[0] for f in FAILURES])
-def test_failure(laptop: Laptop, name: str, script: Document, code: int, reason: str, message: str) -> None:
-    (laptop.runs / "script.json").write_text(json.dumps(script))
+@pytest.mark.parametrize("case", FAILURES, ids=lambda case: case.name)
+def test_failure(laptop: Laptop, case: FailureCase) -> None:
+    (laptop.runs / "script.json").write_text(json.dumps(case.script))
     ended, document = laptop.json("run", laptop.write(job(), job("after")))
     first, second = document["jobs"]
-    assert (ended, document["code"], first["code"], first["reason"]) == (code, code, code, reason)
-    assert message in first["message"]
+    assert (ended, document["code"], first["code"], first["reason"]) == (case.code, case.code, case.code, case.reason)
+    assert case.message in first["message"]
     assert "says hello" in first["lastLines"]
     assert (first["state"], second["state"], second["code"]) == ("Failed", "NotRun", 0)
 
@@ -281,20 +301,36 @@ def test_a_mistake_that_prepare_found_is_mended_in_place(laptop: Laptop) -> None
     assert run.spec.dataset.id == "org/more"  # type: ignore[union-attr]
 
 
+@dataclass(frozen=True)
+class UnusableCase:
+    name: str
+    workspace: str
+    message: str
+    code: int
+
+
 UNUSABLE = [
-    ("a file for a workspace", "not-a-folder", "--workspace: ", 78),
-    ("a workspace that cannot be made", "/proc/nope", "--workspace: /proc/nope", 78),
+    UnusableCase(
+        name="a file for a workspace",
+        workspace="not-a-folder",
+        message="--workspace: ",
+        code=78,
+    ),
+    UnusableCase(
+        name="a workspace that cannot be made",
+        workspace="/proc/nope",
+        message="--workspace: /proc/nope",
+        code=78,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "workspace", "says", "code"), UNUSABLE, ids=[u[0] for u in UNUSABLE])
-def test_an_unusable_workspace_is_told_in_a_line(
-    laptop: Laptop, name: str, workspace: str, says: str, code: int
-) -> None:
+@pytest.mark.parametrize("case", UNUSABLE, ids=lambda case: case.name)
+def test_an_unusable_workspace_is_told_in_a_line(laptop: Laptop, case: UnusableCase) -> None:
     (laptop.folder / "not-a-folder").write_text("")
-    ended, _, err = laptop.run("run", laptop.write(job()), "--workspace", workspace)
-    assert (ended, len(err.strip().splitlines())) == (code, 1), err
-    assert says in err
+    ended, _, err = laptop.run("run", laptop.write(job()), "--workspace", case.workspace)
+    assert (ended, len(err.strip().splitlines())) == (case.code, 1), err
+    assert case.message in err
 
 
 def test_a_run_config_of_another_version_is_told_in_a_line(laptop: Laptop) -> None:
@@ -365,25 +401,57 @@ def test_a_login_is_a_token(laptop: Laptop) -> None:
 
 
 HUB: Document = {"repo": "org/out", "tokenSecretRef": {"name": "hf"}}
+
+
+@dataclass(frozen=True)
+class HubCase:
+    name: str
+    hub: Document
+    again: bool
+
+
 HUBS = [
-    # what has changed     spec.hub                                      published again
-    ("nothing", HUB, False),
-    ("a default, said", HUB | {"branch": "main", "private": True}, False),
-    ("the repository", HUB | {"repo": "org/other"}, True),
-    ("the branch", HUB | {"branch": "trial"}, True),
-    ("the token", HUB | {"tokenSecretRef": {"name": "another"}}, True),
-    ("who may see it", HUB | {"private": False}, True),
+    HubCase(
+        name="nothing",
+        hub=HUB,
+        again=False,
+    ),
+    HubCase(
+        name="a default, said",
+        hub=HUB | {"branch": "main", "private": True},
+        again=False,
+    ),
+    HubCase(
+        name="the repository",
+        hub=HUB | {"repo": "org/other"},
+        again=True,
+    ),
+    HubCase(
+        name="the branch",
+        hub=HUB | {"branch": "trial"},
+        again=True,
+    ),
+    HubCase(
+        name="the token",
+        hub=HUB | {"tokenSecretRef": {"name": "another"}},
+        again=True,
+    ),
+    HubCase(
+        name="who may see it",
+        hub=HUB | {"private": False},
+        again=True,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("hub", "again"), [h[1:] for h in HUBS], ids=[h[0] for h in HUBS])
-def test_a_result_is_published_again_where_its_place_has_changed(laptop: Laptop, hub: Document, again: bool) -> None:
+@pytest.mark.parametrize("case", HUBS, ids=lambda case: case.name)
+def test_a_result_is_published_again_where_its_place_has_changed(laptop: Laptop, case: HubCase) -> None:
     laptop.env = {"HF_TOKEN": "hf_example"}
     assert laptop.run("run", laptop.write(job(hub=HUB)))[0] == 0
-    code, document = laptop.json("run", laptop.write(job(hub=hub)))
-    assert (code, document["jobs"][0]["finishedBefore"]) == (0, not again)
-    assert laptop.calls() == ["tune prepare 0", "tune train 0", "tune publish 0"] + ["tune publish 0"] * again
-    assert laptop.json("run", laptop.write(job(hub=hub)))[1]["jobs"][0]["finishedBefore"]
+    code, document = laptop.json("run", laptop.write(job(hub=case.hub)))
+    assert (code, document["jobs"][0]["finishedBefore"]) == (0, not case.again)
+    assert laptop.calls() == ["tune prepare 0", "tune train 0", "tune publish 0"] + ["tune publish 0"] * case.again
+    assert laptop.json("run", laptop.write(job(hub=case.hub)))[1]["jobs"][0]["finishedBefore"]
 
 
 def test_plan_stops_after_prepare_and_run_goes_on(laptop: Laptop) -> None:
@@ -439,16 +507,34 @@ def test_a_plan_of_a_job_whose_source_is_only_planned_is_refused_with_what_to_do
     assert laptop.run("plan", first, second)[0] == 0
 
 
+@dataclass(frozen=True)
+class SteeredCase:
+    name: str
+    spec: Document
+    state: str
+    calls: list[str]
+
+
 STEERED = [
-    ("plan only", {"planOnly": True}, "Planned", ["tune prepare 0"]),
-    ("suspended", {"suspend": True}, "Suspended", []),
+    SteeredCase(
+        name="plan only",
+        spec={"planOnly": True},
+        state="Planned",
+        calls=["tune prepare 0"],
+    ),
+    SteeredCase(
+        name="suspended",
+        spec={"suspend": True},
+        state="Suspended",
+        calls=[],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "spec", "state", "calls"), STEERED, ids=[s[0] for s in STEERED])
-def test_fields_that_steer(laptop: Laptop, name: str, spec: Document, state: str, calls: list[str]) -> None:
-    code, document = laptop.json("run", laptop.write(job(**spec)))
-    assert (code, document["jobs"][0]["state"], laptop.calls()) == (0, state, calls)
+@pytest.mark.parametrize("case", STEERED, ids=lambda case: case.name)
+def test_fields_that_steer(laptop: Laptop, case: SteeredCase) -> None:
+    code, document = laptop.json("run", laptop.write(job(**case.spec)))
+    assert (code, document["jobs"][0]["state"], laptop.calls()) == (0, case.state, case.calls)
 
 
 def test_paths_relative_to_the_manifest_and_mounts(laptop: Laptop) -> None:

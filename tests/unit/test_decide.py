@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -149,23 +149,39 @@ def test_conditions_keep_the_time_of_their_last_turn() -> None:
     }
 
 
+@dataclass(frozen=True)
+class Case:
+    name: str
+    phases: list[Any]  # that are complete
+    expect: tuple[str, str, list[str]]  # condition, state, events
+
+
 REFUSED = [
-    # given                      what is there                                        expect
-    ("prepare is refused", [], ("Prepared", "FailedCreate", ["FailedCreate"])),
-    ("run is refused", ["prepare"], ("Running", "FailedCreate", ["Prepared", "FailedCreate"])),
-    ("publish is refused", ["prepare", "run"], ("Published", "FailedCreate", ["Prepared", "Trained", "FailedCreate"])),
+    Case(
+        name="prepare is refused",
+        phases=[],
+        expect=("Prepared", "FailedCreate", ["FailedCreate"]),
+    ),
+    Case(
+        name="run is refused",
+        phases=["prepare"],
+        expect=("Running", "FailedCreate", ["Prepared", "FailedCreate"]),
+    ),
+    Case(
+        name="publish is refused",
+        phases=["prepare", "run"],
+        expect=("Published", "FailedCreate", ["Prepared", "Trained", "FailedCreate"]),
+    ),
 ]
 
 
-@pytest.mark.parametrize(("there", "expect"), [c[1:] for c in REFUSED], ids=[c[0] for c in REFUSED])
-def test_what_is_refused_says_so_and_the_rest_of_the_decision_stands(
-    there: list[Any], expect: tuple[str, str, list[str]]
-) -> None:
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
+def test_what_is_refused_says_so_and_the_rest_of_the_decision_stands(case: Case) -> None:
     job = fine_tune(hub=HUB)
-    given = observed(job, *(child(job, phase, "Complete") for phase in there))
+    given = observed(job, *(child(job, phase, "Complete") for phase in case.phases))
     decision = decide(given, SETTINGS, NOW)
     answer = refused(given, decision, "Job x: exceeded quota", NOW)
-    condition, state, events = expect
+    condition, state, events = case.expect
     assert said(answer, condition) == "False FailedCreate: Job x: exceeded quota"
     assert (answer.status.state, [e.reason for e in answer.events]) == (state, events)
     assert (answer.apply, answer.status.start_time, said(answer, "Accepted")) == (

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import pytest
 from cases.observed import NOW, child, decided, describe, fine_tune, generate, said, status
 
@@ -14,115 +17,134 @@ FAILED_BASE = {"base": fine_tune(status("Failed"), name="base")}
 ADAPTER = {"adapters": [{"id": "org/style"}, {"job": "style"}]}
 MANY_ROWS = {"inputs": {"rows": [{"prompt": "x" * 8000}] * 200}}
 
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    given: Callable[[], Decision]
+    expect: str
+    state: str
+
+
 CASES = [
-    ("nothing is missing", lambda: decided(fine_tune()), "True Accepted: The job can run", "Preparing"),
-    (
-        "a queue for a job without GPUs",
-        lambda: decided(fine_tune(resources={"gpusPerNode": 0}, scheduling={"queueName": "team-a"})),
-        'True Accepted: The job can run. spec.scheduling.queueName: "team-a" is not asked, because the job holds no'
-        " GPUs",
-        "Preparing",
+    Case(
+        name="nothing is missing",
+        given=lambda: decided(fine_tune()),
+        expect="True Accepted: The job can run",
+        state="Preparing",
     ),
-    (
-        "no JobSet",
-        lambda: decided(fine_tune(), jobset_installed=False),
-        (
+    Case(
+        name="a queue for a job without GPUs",
+        given=lambda: decided(fine_tune(resources={"gpusPerNode": 0}, scheduling={"queueName": "team-a"})),
+        expect=(
+            'True Accepted: The job can run. spec.scheduling.queueName: "team-a" is not asked, because the job holds no'
+            " GPUs"
+        ),
+        state="Preparing",
+    ),
+    Case(
+        name="no JobSet",
+        given=lambda: decided(fine_tune(), jobset_installed=False),
+        expect=(
             "False JobSetMissing: FineTuneJobs need JobSet, which this cluster does not have. Install it: kubectl apply"
             " --server-side -f https://github.com/kubernetes-sigs/jobset/releases/download/v0.12.0/manifests.yaml"
         ),
-        "Pending",
+        state="Pending",
     ),
-    (
-        "no JobSet, but generation needs none",
-        lambda: decided(generate(), jobset_installed=False),
-        "True Accepted: The job can run",
-        "Preparing",
+    Case(
+        name="no JobSet, but generation needs none",
+        given=lambda: decided(generate(), jobset_installed=False),
+        expect="True Accepted: The job can run",
+        state="Preparing",
     ),
-    (
-        "no JobSet any more, once begun",
-        lambda: (
+    Case(
+        name="no JobSet any more, once begun",
+        given=lambda: (
             (j := fine_tune(status("Accepted"))) and decided(j, child(j, "prepare", born=NOW), jobset_installed=False)
         ),
-        "True Accepted: ",
-        "Preparing",
+        expect="True Accepted: ",
+        state="Preparing",
     ),
-    (
-        "the named job does not exist",
-        lambda: decided(fine_tune(**SOURCE)),
-        'False WaitingForJob: spec.model.job: there is no FineTuneJob "base" in this namespace; waiting for its result',
-        "Waiting",
+    Case(
+        name="the named job does not exist",
+        given=lambda: decided(fine_tune(**SOURCE)),
+        expect=(
+            'False WaitingForJob: spec.model.job: there is no FineTuneJob "base" in this namespace; waiting for its'
+            " result"
+        ),
+        state="Waiting",
     ),
-    (
-        "the named job still runs",
-        lambda: decided(fine_tune(**SOURCE), sources=RUNNING_BASE),
-        'False WaitingForJob: spec.model.job: FineTuneJob "base" is Running; waiting for its result',
-        "Waiting",
+    Case(
+        name="the named job still runs",
+        given=lambda: decided(fine_tune(**SOURCE), sources=RUNNING_BASE),
+        expect='False WaitingForJob: spec.model.job: FineTuneJob "base" is Running; waiting for its result',
+        state="Waiting",
     ),
-    (
-        "the named job has its result, and publishes it",
-        lambda: decided(fine_tune(**SOURCE), sources=BASE),
-        "True Accepted: The job can run",
-        "Preparing",
+    Case(
+        name="the named job has its result, and publishes it",
+        given=lambda: decided(fine_tune(**SOURCE), sources=BASE),
+        expect="True Accepted: The job can run",
+        state="Preparing",
     ),
-    (
-        "the named job has failed",
-        lambda: decided(fine_tune(**SOURCE), sources=FAILED_BASE),
-        (
+    Case(
+        name="the named job has failed",
+        given=lambda: decided(fine_tune(**SOURCE), sources=FAILED_BASE),
+        expect=(
             'False SourceFailed: spec.model.job: FineTuneJob "base" has failed, so there is no result to start from. '
             "Create this job again once it has succeeded"
         ),
-        "Failed",
+        state="Failed",
     ),
-    (
-        "an adapter's job does not exist",
-        lambda: decided(generate(**ADAPTER)),
-        (
+    Case(
+        name="an adapter's job does not exist",
+        given=lambda: decided(generate(**ADAPTER)),
+        expect=(
             'False WaitingForJob: spec.adapters[1].job: there is no FineTuneJob "style" in this namespace; waiting for'
             " its result"
         ),
-        "Waiting",
+        state="Waiting",
     ),
-    (
-        "it names itself",
-        lambda: decided(fine_tune(name="base", **SOURCE), sources=BASE),
-        "False InvalidSpec: spec.model.job: base is this job itself; name the job whose result it starts from",
-        "Failed",
+    Case(
+        name="it names itself",
+        given=lambda: decided(fine_tune(name="base", **SOURCE), sources=BASE),
+        expect="False InvalidSpec: spec.model.job: base is this job itself; name the job whose result it starts from",
+        state="Failed",
     ),
-    (
-        "a GenerateJob may be called as its model",
-        lambda: decided(generate(name="base", **SOURCE), sources=BASE),
-        "True Accepted: The job can run",
-        "Preparing",
+    Case(
+        name="a GenerateJob may be called as its model",
+        given=lambda: decided(generate(name="base", **SOURCE), sources=BASE),
+        expect="True Accepted: The job can run",
+        state="Preparing",
     ),
-    (
-        "the names of a hundred pods would be too long",
-        lambda: decided(fine_tune(name="n" * 40, resources={"nodes": 100}, training={"batchSize": 100})),
-        (
+    Case(
+        name="the names of a hundred pods would be too long",
+        given=lambda: decided(fine_tune(name="n" * 40, resources={"nodes": 100}, training={"batchSize": 100})),
+        expect=(
             "False InvalidSpec: metadata.name: with spec.resources.nodes: 100, at most 39 characters, so that the names"
             " of pods fit; choose a shorter one"
         ),
-        "Failed",
+        state="Failed",
     ),
-    (
-        "the longest name for ten nodes",
-        lambda: decided(fine_tune(name="n" * 40, resources={"nodes": 10}, training={"batchSize": 80})),
-        "True Accepted: The job can run",
-        "Preparing",
+    Case(
+        name="the longest name for ten nodes",
+        given=lambda: decided(fine_tune(name="n" * 40, resources={"nodes": 10}, training={"batchSize": 80})),
+        expect="True Accepted: The job can run",
+        state="Preparing",
     ),
-    (
-        "more rows than a ConfigMap holds",
-        lambda: decided(generate(**MANY_ROWS)),
-        "False InvalidSpec: spec: 16",
-        "Failed",
+    Case(
+        name="more rows than a ConfigMap holds",
+        given=lambda: decided(generate(**MANY_ROWS)),
+        expect="False InvalidSpec: spec: 16",
+        state="Failed",
     ),
 ]
 
 
-@pytest.mark.parametrize(("given", "expect", "state"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
-def test_accept(given: object, expect: str, state: str) -> None:
-    decision: Decision = given()  # type: ignore[operator]
-    assert said(decision, "Accepted")[: len(expect)] == expect
-    assert decision.status.state == state
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_accept(case: Case) -> None:
+    decision = case.given()
+    assert said(decision, "Accepted")[: len(case.expect)] == case.expect
+    assert decision.status.state == case.state
 
 
 def test_only_a_queue_that_is_named_is_worth_a_remark() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 from cases.observed import (
@@ -27,18 +28,52 @@ from luthier_operator.statuses import text
 TRAINED = status("Accepted", "Prepared", "Trained", start_time=text(BEGIN), metrics={"evalLoss": 1.5})
 ENDED = {"completion_time": text(at(-60))}
 
+
+@dataclass(frozen=True)
+class TtlCase:
+    name: str
+    given: object
+    spec: dict[str, int]
+    expect: str
+
+
 TTL = [
-    ("none", status("Complete", **ENDED), {}, "Complete Complete"),
-    ("not over", status("Complete", **ENDED), {"ttlSecondsAfterFinished": 100}, "Complete Complete; again in 40 s"),
-    ("over", status("Complete", **ENDED), {"ttlSecondsAfterFinished": 60}, "deletes the job; Complete Complete"),
-    ("over, of a failure", status("Failed", **ENDED), {"ttlSecondsAfterFinished": 0}, "deletes the job; Failed Failed"),
-    ("not finished", status("Accepted", "Prepared"), {"ttlSecondsAfterFinished": 0}, "applies JobSet ftj-bot-run"),
+    TtlCase(
+        name="none",
+        given=status("Complete", **ENDED),
+        spec={},
+        expect="Complete Complete",
+    ),
+    TtlCase(
+        name="not over",
+        given=status("Complete", **ENDED),
+        spec={"ttlSecondsAfterFinished": 100},
+        expect="Complete Complete; again in 40 s",
+    ),
+    TtlCase(
+        name="over",
+        given=status("Complete", **ENDED),
+        spec={"ttlSecondsAfterFinished": 60},
+        expect="deletes the job; Complete Complete",
+    ),
+    TtlCase(
+        name="over, of a failure",
+        given=status("Failed", **ENDED),
+        spec={"ttlSecondsAfterFinished": 0},
+        expect="deletes the job; Failed Failed",
+    ),
+    TtlCase(
+        name="not finished",
+        given=status("Accepted", "Prepared"),
+        spec={"ttlSecondsAfterFinished": 0},
+        expect="applies JobSet ftj-bot-run",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("given", "spec", "expect"), [c[1:] for c in TTL], ids=[c[0] for c in TTL])
-def test_the_time_to_live(given: object, spec: dict[str, int], expect: str) -> None:
-    assert describe(decided(fine_tune(given, **spec))) == expect  # type: ignore[arg-type]
+@pytest.mark.parametrize("case", TTL, ids=lambda case: case.name)
+def test_the_time_to_live(case: TtlCase) -> None:
+    assert describe(decided(fine_tune(case.given, **case.spec))) == case.expect  # type: ignore[arg-type]
 
 
 def test_complete_says_where_the_result_is() -> None:
@@ -55,39 +90,60 @@ def run_end(job: Job) -> PodEnd:
 
 HUB = {"repo": "org/bot", "tokenSecretRef": {"name": "hf"}}
 BEGUN = {"start_time": text(BEGIN)}
+
+
+@dataclass(frozen=True)
+class LastWordsCase:
+    phase: Phase
+    given: JobStatus
+    spec: Object
+    last_end: Callable[[Job], PodEnd]
+    expect: str
+
+
 LAST_WORDS = [
-    ("prepare", status("Accepted", **BEGUN), {"planOnly": True}, prepared_end, "Planned"),
-    ("run", status("Accepted", "Prepared", "Running", **BEGUN), {}, run_end, "Complete"),
-    (
-        "publish",
-        status("Accepted", "Prepared", "Trained", metrics={"evalLoss": 1.5}, **BEGUN),
-        {"hub": HUB},
-        hub_end,
-        "Complete",
+    LastWordsCase(
+        phase="prepare",
+        given=status("Accepted", **BEGUN),
+        spec={"planOnly": True},
+        last_end=prepared_end,
+        expect="Planned",
+    ),
+    LastWordsCase(
+        phase="run",
+        given=status("Accepted", "Prepared", "Running", **BEGUN),
+        spec={},
+        last_end=run_end,
+        expect="Complete",
+    ),
+    LastWordsCase(
+        phase="publish",
+        given=status("Accepted", "Prepared", "Trained", metrics={"evalLoss": 1.5}, **BEGUN),
+        spec={"hub": HUB},
+        last_end=hub_end,
+        expect="Complete",
     ),
 ]
 
 
-@pytest.mark.parametrize(("phase", "given", "spec", "words", "expect"), LAST_WORDS, ids=[c[0] for c in LAST_WORDS])
-def test_the_last_words_of_a_phase_are_waited_for_but_not_for_ever(
-    phase: Phase, given: JobStatus, spec: Object, words: Callable[[Job], PodEnd], expect: str
-) -> None:
+@pytest.mark.parametrize("case", LAST_WORDS, ids=lambda case: case.phase)
+def test_the_last_words_of_a_phase_are_waited_for_but_not_for_ever(case: LastWordsCase) -> None:
     """A Job and its pod are watched apart: whoever reads Planned, Trained or Complete finds there what the pods have
     said.
     """
-    job = fine_tune(given, **spec)
-    just = child(job, phase, "Complete", since=at(-1))
+    job = fine_tune(case.given, **case.spec)
+    just = child(job, case.phase, "Complete", since=at(-1))
     silent = decided(job, just)
     assert (describe(silent), [c.type for c in silent.status.conditions]) == (
         "again in 3 s",
-        [c.type for c in given.conditions],
+        [c.type for c in case.given.conditions],
     )
-    told = decided(job, just, ends=[words(job)])
-    assert told.status.state == expect
+    told = decided(job, just, ends=[case.last_end(job)])
+    assert told.status.state == case.expect
     assert (told.status.prepared, told.status.metrics, told.status.hub)[
-        ("prepare", "run", "publish").index(phase)
+        ("prepare", "run", "publish").index(case.phase)
     ] is not None
-    assert decided(job, child(job, phase, "Complete", since=at(-4))).status.state == expect
+    assert decided(job, child(job, case.phase, "Complete", since=at(-4))).status.state == case.expect
 
 
 def test_what_comes_after_the_end_is_still_written() -> None:

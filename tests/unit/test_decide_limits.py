@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from datetime import datetime
 
 import pytest
@@ -41,17 +42,33 @@ def test_the_deadline_counts_from_the_first_phase() -> None:
     assert describe(decided(early, child(early, "prepare", "Complete"), child(early, "run"))) == "again in 100 s"
 
 
+@dataclass(frozen=True)
+class NearestCase:
+    name: str
+    deadline_seconds: int
+    expect: str
+
+
 NEAREST = [
-    # given                                 seconds of the deadline     expect
-    ("evidence before the deadline", 7200, "again in 3 s"),
-    ("the deadline before evidence", 3601, "again in 1 s"),
+    NearestCase(
+        name="evidence before the deadline",
+        deadline_seconds=7200,
+        expect="again in 3 s",
+    ),
+    NearestCase(
+        name="the deadline before evidence",
+        deadline_seconds=3601,
+        expect="again in 1 s",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("seconds", "expect"), [c[1:] for c in NEAREST], ids=[c[0] for c in NEAREST])
-def test_of_several_reasons_to_look_again_the_nearest_counts(seconds: int, expect: str) -> None:
-    job = fine_tune(AT_WORK, activeDeadlineSeconds=seconds)
-    assert describe(decided(job, child(job, "prepare", "Complete"), child(job, "run", "Failed", since=NOW))) == expect
+@pytest.mark.parametrize("case", NEAREST, ids=lambda case: case.name)
+def test_of_several_reasons_to_look_again_the_nearest_counts(case: NearestCase) -> None:
+    job = fine_tune(AT_WORK, activeDeadlineSeconds=case.deadline_seconds)
+    assert (
+        describe(decided(job, child(job, "prepare", "Complete"), child(job, "run", "Failed", since=NOW))) == case.expect
+    )
 
 
 def test_a_job_that_goes_on_gets_no_new_deadline() -> None:
@@ -74,130 +91,250 @@ TRAINED = status("Accepted", "Prepared", **BEGUN).model_copy(
     }
 )
 FATAL = {"message": "Container trainer for pod ml/x failed with exit code 82 matching FailJob rule at index 0"}
+
+
+@dataclass(frozen=True)
+class DeadlineCase:
+    name: str
+    given: JobStatus
+    child: tuple[Phase, str, datetime] | None  # phase, condition, since
+    expect: str
+    spec: Object = field(default_factory=dict)
+
+
 DEADLINES = [
-    # given                                                what is there                          expect
-    ("trained in time, looked at late", AT_WORK, {}, ("run", "Complete", IN_TIME), "Complete Completed"),
-    ("trained in time, and its JobSet is gone", TRAINED, {}, None, "Complete Completed"),
-    ("trained too late", AT_WORK, {}, ("run", "Complete", LATE), "Failed DeadlineExceeded"),
-    (
-        "trained in time, the upload is still to be created",
-        AT_WORK,
-        HUB,
-        ("run", "Complete", IN_TIME),
-        "Failed DeadlineExceeded",
+    DeadlineCase(
+        name="trained in time, looked at late",
+        given=AT_WORK,
+        child=("run", "Complete", IN_TIME),
+        expect="Complete Completed",
     ),
-    ("published in time, looked at late", TRAINED, HUB, ("publish", "Complete", IN_TIME), "Complete Completed"),
-    ("published too late", TRAINED, HUB, ("publish", "Complete", LATE), "Failed DeadlineExceeded"),
-    ("still uploading", TRAINED, HUB, ("publish", "", IN_TIME), "deletes Job ftj-bot-publish; Failed DeadlineExceeded"),
-    ("failed in time, looked at late", AT_WORK, {}, ("run", "Failed", IN_TIME), "Failed Diverged"),
-    ("failed too late", AT_WORK, {}, ("run", "Failed", LATE), "Failed DeadlineExceeded"),
-    ("planned in time: it rests", PREPARED, {"planOnly": True}, ("prepare", "Complete", IN_TIME), "waits"),
-    (
-        "planned too late",
-        status("Accepted", **BEGUN),
-        {"planOnly": True},
-        ("prepare", "Complete", LATE),
-        "Failed DeadlineExceeded",
+    DeadlineCase(
+        name="trained in time, and its JobSet is gone",
+        given=TRAINED,
+        child=None,
+        expect="Complete Completed",
     ),
-    (
-        "prepared in time, the run is still to be created",
-        PREPARED,
-        {},
-        ("prepare", "Complete", IN_TIME),
-        "Failed DeadlineExceeded",
+    DeadlineCase(
+        name="trained too late",
+        given=AT_WORK,
+        child=("run", "Complete", LATE),
+        expect="Failed DeadlineExceeded",
+    ),
+    DeadlineCase(
+        name="trained in time, the upload is still to be created",
+        given=AT_WORK,
+        spec=HUB,
+        child=("run", "Complete", IN_TIME),
+        expect="Failed DeadlineExceeded",
+    ),
+    DeadlineCase(
+        name="published in time, looked at late",
+        given=TRAINED,
+        spec=HUB,
+        child=("publish", "Complete", IN_TIME),
+        expect="Complete Completed",
+    ),
+    DeadlineCase(
+        name="published too late",
+        given=TRAINED,
+        spec=HUB,
+        child=("publish", "Complete", LATE),
+        expect="Failed DeadlineExceeded",
+    ),
+    DeadlineCase(
+        name="still uploading",
+        given=TRAINED,
+        spec=HUB,
+        child=("publish", "", IN_TIME),
+        expect="deletes Job ftj-bot-publish; Failed DeadlineExceeded",
+    ),
+    DeadlineCase(
+        name="failed in time, looked at late",
+        given=AT_WORK,
+        child=("run", "Failed", IN_TIME),
+        expect="Failed Diverged",
+    ),
+    DeadlineCase(
+        name="failed too late",
+        given=AT_WORK,
+        child=("run", "Failed", LATE),
+        expect="Failed DeadlineExceeded",
+    ),
+    DeadlineCase(
+        name="planned in time: it rests",
+        given=PREPARED,
+        spec={"planOnly": True},
+        child=("prepare", "Complete", IN_TIME),
+        expect="waits",
+    ),
+    DeadlineCase(
+        name="planned too late",
+        given=status("Accepted", **BEGUN),
+        spec={"planOnly": True},
+        child=("prepare", "Complete", LATE),
+        expect="Failed DeadlineExceeded",
+    ),
+    DeadlineCase(
+        name="prepared in time, the run is still to be created",
+        given=PREPARED,
+        child=("prepare", "Complete", IN_TIME),
+        expect="Failed DeadlineExceeded",
     ),
 ]
 
 
-@pytest.mark.parametrize(
-    ("given", "spec", "there", "expect"), [c[1:] for c in DEADLINES], ids=[c[0] for c in DEADLINES]
-)
-def test_the_deadline_counts_while_anything_is_left_to_do(
-    given: JobStatus, spec: Object, there: tuple[Phase, str, datetime] | None, expect: str
-) -> None:
-    job = fine_tune(given, **TEN_MINUTES, **spec)
-    found = [child(job, there[0], there[1], since=there[2], **(FATAL if there[1] == "Failed" else {}))] if there else []
-    assert describe(decided(job, *found)) == expect
+@pytest.mark.parametrize("case", DEADLINES, ids=lambda case: case.name)
+def test_the_deadline_counts_while_anything_is_left_to_do(case: DeadlineCase) -> None:
+    job = fine_tune(case.given, **TEN_MINUTES, **case.spec)
+    found = (
+        [child(job, case.child[0], case.child[1], since=case.child[2], **(FATAL if case.child[1] == "Failed" else {}))]
+        if case.child
+        else []
+    )
+    assert describe(decided(job, *found)) == case.expect
+
+
+@dataclass(frozen=True)
+class SuspendedCase:
+    name: str
+    job: object
+    phases: list[str]
+    expect: str
 
 
 SUSPENDED = [
-    ("before anything", fine_tune(suspend=True), [], "waits"),
-    (
-        "while it prepares",
-        fine_tune(status("Accepted", **BEGUN), suspend=True),
-        ["prepare"],
-        "deletes Job ftj-bot-prepare",
+    SuspendedCase(
+        name="before anything",
+        job=fine_tune(suspend=True),
+        phases=[],
+        expect="waits",
     ),
-    ("while it trains", fine_tune(AT_WORK, suspend=True), ["run"], "deletes JobSet ftj-bot-run"),
-    ("while it generates", generate(AT_WORK, suspend=True), ["run"], "deletes Job gj-lutes-run"),
-    (
-        "while it publishes",
-        fine_tune(
+    SuspendedCase(
+        name="while it prepares",
+        job=fine_tune(status("Accepted", **BEGUN), suspend=True),
+        phases=["prepare"],
+        expect="deletes Job ftj-bot-prepare",
+    ),
+    SuspendedCase(
+        name="while it trains",
+        job=fine_tune(AT_WORK, suspend=True),
+        phases=["run"],
+        expect="deletes JobSet ftj-bot-run",
+    ),
+    SuspendedCase(
+        name="while it generates",
+        job=generate(AT_WORK, suspend=True),
+        phases=["run"],
+        expect="deletes Job gj-lutes-run",
+    ),
+    SuspendedCase(
+        name="while it publishes",
+        job=fine_tune(
             status("Accepted", "Prepared", "Trained", **BEGUN),
             suspend=True,
             hub={"repo": "org/bot", "tokenSecretRef": {"name": "hf"}},
         ),
-        ["publish"],
-        "deletes Job ftj-bot-publish",
+        phases=["publish"],
+        expect="deletes Job ftj-bot-publish",
     ),
 ]
 
 
-@pytest.mark.parametrize(("job", "phases", "expect"), [c[1:] for c in SUSPENDED], ids=[c[0] for c in SUSPENDED])
-def test_suspending_deletes_what_is_at_work(job: object, phases: list[str], expect: str) -> None:
-    decision = decided(job, *(child(job, p) for p in phases))  # type: ignore[arg-type]
-    assert describe(decision) == expect
+@pytest.mark.parametrize("case", SUSPENDED, ids=lambda case: case.name)
+def test_suspending_deletes_what_is_at_work(case: SuspendedCase) -> None:
+    decision = decided(case.job, *(child(case.job, p) for p in case.phases))  # type: ignore[arg-type]
+    assert describe(decision) == case.expect
     assert decision.status.state == "Suspended"
     assert said(decision, "Running") in ("absent", "False Suspended: spec.suspend is true")
 
 
 HUB_SET: Object = {"hub": {"repo": "org/bot", "tokenSecretRef": {"name": "hf"}}}
 DONE = status("Accepted", "Prepared", "Trained", **BEGUN)
+
+
+@dataclass(frozen=True)
+class HaltedCase:
+    name: str
+    given: JobStatus
+    condition: str
+    expect: str
+
+
 HALTED = [
-    ("preparing", status("Accepted", false={"Prepared": "Preparing"}, **BEGUN), "Prepared", "False"),
-    (
-        "waiting for its image to prepare",
-        status("Accepted", false={"Prepared": "ImagePullFailed"}, **BEGUN),
-        "Prepared",
-        "False",
+    HaltedCase(
+        name="preparing",
+        given=status("Accepted", false={"Prepared": "Preparing"}, **BEGUN),
+        condition="Prepared",
+        expect="False",
     ),
-    ("running", AT_WORK, "Running", "False"),
-    ("starting", status("Accepted", "Prepared", false={"Running": "Starting"}, **BEGUN), "Running", "False"),
-    (
-        "publishing",
-        status("Accepted", "Prepared", "Trained", false={"Running": "Trained", "Published": "Publishing"}, **BEGUN),
-        "Published",
-        "False",
+    HaltedCase(
+        name="waiting for its image to prepare",
+        given=status("Accepted", false={"Prepared": "ImagePullFailed"}, **BEGUN),
+        condition="Prepared",
+        expect="False",
     ),
-    (
-        "publishing: the run is over, and stays so",
-        status("Accepted", "Prepared", "Trained", false={"Running": "Trained", "Published": "Publishing"}, **BEGUN),
-        "Running",
-        "False Trained",
+    HaltedCase(
+        name="running",
+        given=AT_WORK,
+        condition="Running",
+        expect="False",
     ),
-    ("not yet publishing", DONE, "Published", "absent"),
-    ("not yet running", status("Accepted", "Prepared", **BEGUN), "Running", "absent"),
-    (
-        "published, its last words under way",
-        status("Accepted", "Prepared", "Trained", "Published", **BEGUN),
-        "Published",
-        "True Published",
+    HaltedCase(
+        name="starting",
+        given=status("Accepted", "Prepared", false={"Running": "Starting"}, **BEGUN),
+        condition="Running",
+        expect="False",
+    ),
+    HaltedCase(
+        name="publishing",
+        given=status(
+            "Accepted", "Prepared", "Trained", false={"Running": "Trained", "Published": "Publishing"}, **BEGUN
+        ),
+        condition="Published",
+        expect="False",
+    ),
+    HaltedCase(
+        name="publishing: the run is over, and stays so",
+        given=status(
+            "Accepted", "Prepared", "Trained", false={"Running": "Trained", "Published": "Publishing"}, **BEGUN
+        ),
+        condition="Running",
+        expect="False Trained",
+    ),
+    HaltedCase(
+        name="not yet publishing",
+        given=DONE,
+        condition="Published",
+        expect="absent",
+    ),
+    HaltedCase(
+        name="not yet running",
+        given=status("Accepted", "Prepared", **BEGUN),
+        condition="Running",
+        expect="absent",
+    ),
+    HaltedCase(
+        name="published, its last words under way",
+        given=status("Accepted", "Prepared", "Trained", "Published", **BEGUN),
+        condition="Published",
+        expect="True Published",
     ),
 ]
 
 
-@pytest.mark.parametrize(("given", "condition", "expect"), [c[1:] for c in HALTED], ids=[c[0] for c in HALTED])
+@pytest.mark.parametrize("case", HALTED, ids=lambda case: case.name)
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [({"suspend": True}, "Suspended"), (TEN_MINUTES, "DeadlineExceeded")],
     ids=["suspended", "at the deadline"],
 )
-def test_no_condition_tells_of_pods_that_were_taken_away(
-    given: JobStatus, condition: str, expect: str, spec: Object, reason: str
-) -> None:
-    decision = decided(fine_tune(given, **HUB_SET, **spec))
-    assert said(decision, condition).split(":")[0] == (f"False {reason}" if expect == "False" else expect)
-    end = "Suspended" if "suspend" in spec else "Completed" if given.is_true("Published") else "Failed"  # type: ignore[arg-type]
+def test_no_condition_tells_of_pods_that_were_taken_away(case: HaltedCase, spec: Object, reason: str) -> None:
+    decision = decided(fine_tune(case.given, **HUB_SET, **spec))
+    assert said(decision, case.condition).split(":")[0] == (
+        f"False {reason}" if case.expect == "False" else case.expect
+    )
+    end = "Suspended" if "suspend" in spec else "Completed" if case.given.is_true("Published") else "Failed"  # type: ignore[arg-type]
     assert [e.reason for e in decision.events] == [end], "one line tells it all"
 
 
@@ -212,27 +349,48 @@ def test_the_stop_itself_is_no_failure() -> None:
 
 
 ASLEEP = status("Accepted", "Prepared", "Suspended", **BEGUN)
+
+
+@dataclass(frozen=True)
+class RestCase:
+    name: str
+    given: JobStatus
+    suspend: bool
+    expect: str
+    deadline_start: datetime | None
+
+
 RESTS = [
-    ("asleep for longer than it has", ASLEEP, True, "waits", None),
-    ("goes on after that", ASLEEP, False, "applies JobSet ftj-bot-run; again in 600 s", NOW),
-    (
-        "goes on before it ever began",
-        status("Accepted", "Suspended"),
-        False,
-        "applies ConfigMap ftj-bot, PersistentVolumeClaim ftj-bot, Job ftj-bot-prepare",
-        None,
+    RestCase(
+        name="asleep for longer than it has",
+        given=ASLEEP,
+        suspend=True,
+        expect="waits",
+        deadline_start=None,
+    ),
+    RestCase(
+        name="goes on after that",
+        given=ASLEEP,
+        suspend=False,
+        expect="applies JobSet ftj-bot-run; again in 600 s",
+        deadline_start=NOW,
+    ),
+    RestCase(
+        name="goes on before it ever began",
+        given=status("Accepted", "Suspended"),
+        suspend=False,
+        expect="applies ConfigMap ftj-bot, PersistentVolumeClaim ftj-bot, Job ftj-bot-prepare",
+        deadline_start=None,
     ),
 ]
 
 
-@pytest.mark.parametrize(("given", "suspend", "expect", "start"), [c[1:] for c in RESTS], ids=[c[0] for c in RESTS])
-def test_the_deadline_stands_while_a_job_is_suspended_and_counts_anew_when_it_goes_on(
-    given: JobStatus, suspend: bool, expect: str, start: datetime | None
-) -> None:
-    job = fine_tune(given, suspend=suspend, **TEN_MINUTES)
-    decision = decided(job, child(job, "prepare", "Complete")) if given.is_true("Prepared") else decided(job)  # type: ignore[arg-type]
-    assert describe(decision) == expect
-    assert decision.status.deadline_start_time == (text(start) if start else None)
+@pytest.mark.parametrize("case", RESTS, ids=lambda case: case.name)
+def test_the_deadline_stands_while_a_job_is_suspended_and_counts_anew_when_it_goes_on(case: RestCase) -> None:
+    job = fine_tune(case.given, suspend=case.suspend, **TEN_MINUTES)
+    decision = decided(job, child(job, "prepare", "Complete")) if case.given.is_true("Prepared") else decided(job)  # type: ignore[arg-type]
+    assert describe(decision) == case.expect
+    assert decision.status.deadline_start_time == (text(case.deadline_start) if case.deadline_start else None)
 
 
 def test_going_on_waits_for_the_old_pods() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -76,7 +77,7 @@ def test_the_pods_find_the_other_job_even_after_it_is_gone() -> None:
         assert claims == ["gj-lutes", "shared"]
 
 
-def case(
+def situation(
     *children: Object,
     pods: Sequence[Object] = (),
     ends: Sequence[PodEnd] = (),
@@ -86,105 +87,126 @@ def case(
     return fine_tune(given, **spec), children, list(pods), list(ends)
 
 
+@dataclass(frozen=True)
+class Case:
+    name: str
+    given: Any
+    expect: str
+    condition: str
+
+
 CASES = [
-    ("its pod is not there yet", case(child(JOB, "prepare", born=at(-2))), "again in 28.1 s", STARTING),
-    (
-        "its pod is still not there",
-        case(child(JOB, "prepare", born=at(-31))),
-        "waits",
-        (
+    Case(
+        name="its pod is not there yet",
+        given=situation(child(JOB, "prepare", born=at(-2))),
+        expect="again in 28.1 s",
+        condition=STARTING,
+    ),
+    Case(
+        name="its pod is still not there",
+        given=situation(child(JOB, "prepare", born=at(-31))),
+        expect="waits",
+        condition=(
             "False NoPods: the cluster has made no pod of Job ftj-bot-prepare so far; `kubectl describe job"
             " ftj-bot-prepare` says why: a quota, a priority class, a node selector, an admission policy"
         ),
     ),
-    (
-        "its pod has ended well, the Job has not heard of it",
-        case(child(JOB, "prepare"), ends=[prepared_end(JOB)]),
-        "waits",
-        STARTING,
+    Case(
+        name="its pod has ended well, the Job has not heard of it",
+        given=situation(child(JOB, "prepare"), ends=[prepared_end(JOB)]),
+        expect="waits",
+        condition=STARTING,
     ),
-    (
-        "its pod has a node",
-        case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", state=waiting("ContainerCreating"), scheduled=at(-10))]),
-        "again in 20 s",
-        STARTING,
+    Case(
+        name="its pod has a node",
+        given=situation(
+            child(JOB, "prepare"), pods=[pod(JOB, "prepare", state=waiting("ContainerCreating"), scheduled=at(-10))]
+        ),
+        expect="again in 20 s",
+        condition=STARTING,
     ),
-    (
-        "its container is long in coming",
-        case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", state=waiting("ContainerCreating"), scheduled=at(-31))]),
-        "waits",
-        (
+    Case(
+        name="its container is long in coming",
+        given=situation(
+            child(JOB, "prepare"), pods=[pod(JOB, "prepare", state=waiting("ContainerCreating"), scheduled=at(-31))]
+        ),
+        expect="waits",
+        condition=(
             "False ContainerCreating: pod ftj-bot-prepare-0-0 has a node, but no container after 30 s: it waits for its"
             " image or for a volume (spec.volumes, spec.workspace); `kubectl describe pod ftj-bot-prepare-0-0` says for"
             " which"
         ),
     ),
-    (
-        "its node does not answer",
-        case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", scheduled=at(-31))]),
-        "waits",
-        (
+    Case(
+        name="its node does not answer",
+        given=situation(child(JOB, "prepare"), pods=[pod(JOB, "prepare", scheduled=at(-31))]),
+        expect="waits",
+        condition=(
             "False ContainerCreating: pod ftj-bot-prepare-0-0 has a node, but no container after 30 s: it waits for its"
             " image or for a volume (spec.volumes, spec.workspace); `kubectl describe pod ftj-bot-prepare-0-0` says for"
             " which"
         ),
     ),
-    (
-        "its container runs",
-        case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", state=RUNNING, scheduled=at(-600))]),
-        "waits",
-        "False Preparing: resolving the model, loading the data, planning the run",
+    Case(
+        name="its container runs",
+        given=situation(child(JOB, "prepare"), pods=[pod(JOB, "prepare", state=RUNNING, scheduled=at(-600))]),
+        expect="waits",
+        condition="False Preparing: resolving the model, loading the data, planning the run",
     ),
-    (
-        "a queue that takes every Job holds it back",
-        case(child(JOB, "prepare", suspend=True)),
-        "waits",
-        "False WaitingForQueue: Job ftj-bot-prepare is held back by a queue; see `kubectl describe workloads`",
+    Case(
+        name="a queue that takes every Job holds it back",
+        given=situation(child(JOB, "prepare", suspend=True)),
+        expect="waits",
+        condition=(
+            "False WaitingForQueue: Job ftj-bot-prepare is held back by a queue; see `kubectl describe workloads`"
+        ),
     ),
-    (
-        "the Hub was away, and the next pod is long in coming",
-        case(child(JOB, "prepare"), ends=[ended(JOB, "prepare", 69, message="503 from hub.example")]),
-        "waits",
-        (
+    Case(
+        name="the Hub was away, and the next pod is long in coming",
+        given=situation(child(JOB, "prepare"), ends=[ended(JOB, "prepare", 69, message="503 from hub.example")]),
+        expect="waits",
+        condition=(
             "False HubUnavailable: 503 from hub.example (prepare, pod ftj-bot-prepare-0-0 on node-a, exit code 69). It"
             " is tried again"
         ),
     ),
-    (
-        "no node has room",
-        case(
+    Case(
+        name="no node has room",
+        given=situation(
             child(JOB, "prepare"),
             pods=[pod(JOB, "prepare", unschedulable="0/3 nodes are available: 3 Insufficient memory.")],
         ),
-        "waits",
-        "False Unschedulable: pod ftj-bot-prepare-0-0: 0/3 nodes are available: 3 Insufficient memory.",
+        expect="waits",
+        condition="False Unschedulable: pod ftj-bot-prepare-0-0: 0/3 nodes are available: 3 Insufficient memory.",
     ),
-    (
-        "its volume is not bound",
-        case(
+    Case(
+        name="its volume is not bound",
+        given=situation(
             child(JOB, "prepare"), pods=[pod(JOB, "prepare", unschedulable='persistentvolumeclaim "ftj-bot" not found')]
         ),
-        "waits",
-        'False WaitingForVolume: pod ftj-bot-prepare-0-0: persistentvolumeclaim "ftj-bot" not found',
+        expect="waits",
+        condition='False WaitingForVolume: pod ftj-bot-prepare-0-0: persistentvolumeclaim "ftj-bot" not found',
     ),
-    (
-        "its image does not come",
-        case(child(JOB, "prepare"), pods=[pod(JOB, "prepare", state=waiting("ErrImagePull", "no such host"))]),
-        "waits",
-        "False ImagePullFailed: pod ftj-bot-prepare-0-0: ErrImagePull: no such host",
+    Case(
+        name="its image does not come",
+        given=situation(
+            child(JOB, "prepare"), pods=[pod(JOB, "prepare", state=waiting("ErrImagePull", "no such host"))]
+        ),
+        expect="waits",
+        condition="False ImagePullFailed: pod ftj-bot-prepare-0-0: ErrImagePull: no such host",
     ),
-    (
-        "the secret is missing",
-        case(
+    Case(
+        name="the secret is missing",
+        given=situation(
             child(JOB, "prepare"),
             pods=[pod(JOB, "prepare", state=waiting("CreateContainerConfigError", 'secret "hf" not found'))],
         ),
-        "waits",
-        'False Misconfigured: spec.hub.tokenSecretRef: secret "hf" not found (pod ftj-bot-prepare-0-0)',
+        expect="waits",
+        condition='False Misconfigured: spec.hub.tokenSecretRef: secret "hf" not found (pod ftj-bot-prepare-0-0)',
     ),
-    (
-        "the secret lacks the key",
-        case(
+    Case(
+        name="the secret lacks the key",
+        given=situation(
             child(JOB, "prepare"),
             pods=[
                 pod(
@@ -194,44 +216,44 @@ CASES = [
                 )
             ],
         ),
-        "waits",
-        "False Misconfigured: spec.hub.tokenSecretRef: couldn't find key token in Secret ml/hf"
+        expect="waits",
+        condition="False Misconfigured: spec.hub.tokenSecretRef: couldn't find key token in Secret ml/hf"
         " (pod ftj-bot-prepare-0-0)",
     ),
-    (
-        "the Hub is away",
-        case(
+    Case(
+        name="the Hub is away",
+        given=situation(
             child(JOB, "prepare"),
             pods=[pod(JOB, "prepare", state=RUNNING)],
             ends=[ended(JOB, "prepare", 69, message="503 from hub.example")],
         ),
-        "waits",
-        (
+        expect="waits",
+        condition=(
             "False HubUnavailable: 503 from hub.example (prepare, pod ftj-bot-prepare-0-0 on node-a, exit code 69). It"
             " is tried again"
         ),
     ),
-    (
-        "a column is missing, the Job has not heard of it",
-        case(child(JOB, "prepare"), ends=[ended(JOB, "prepare", 65, message=COLUMN)]),
-        "waits",
-        "absent",
+    Case(
+        name="a column is missing, the Job has not heard of it",
+        given=situation(child(JOB, "prepare"), ends=[ended(JOB, "prepare", 65, message=COLUMN)]),
+        expect="waits",
+        condition="absent",
     ),
-    (
-        "a column is missing",
-        case(child(JOB, "prepare", "Failed"), ends=[ended(JOB, "prepare", 65, message=COLUMN)]),
-        "Failed InvalidDataset",
-        f"False InvalidDataset: {COLUMN} (prepare, pod ftj-bot-prepare-0-0 on node-a, exit code 65)",
+    Case(
+        name="a column is missing",
+        given=situation(child(JOB, "prepare", "Failed"), ends=[ended(JOB, "prepare", 65, message=COLUMN)]),
+        expect="Failed InvalidDataset",
+        condition=f"False InvalidDataset: {COLUMN} (prepare, pod ftj-bot-prepare-0-0 on node-a, exit code 65)",
     ),
-    (
-        "it failed a moment ago, its pod has not been heard of",
-        case(child(JOB, "prepare", "Failed", since=at(-1))),
-        "again in 3 s",
-        "absent",
+    Case(
+        name="it failed a moment ago, its pod has not been heard of",
+        given=situation(child(JOB, "prepare", "Failed", since=at(-1))),
+        expect="again in 3 s",
+        condition="absent",
     ),
-    (
-        "it failed while the operator was away, and the pod is gone",
-        case(
+    Case(
+        name="it failed while the operator was away, and the pod is gone",
+        given=situation(
             child(
                 JOB,
                 "prepare",
@@ -243,51 +265,51 @@ CASES = [
                 ),
             )
         ),
-        "Failed NotFound",
-        (
+        expect="Failed NotFound",
+        condition=(
             "False NotFound: Container trainer for pod ml/ftj-bot-prepare-x7 failed with exit code 66 matching FailJob"
             " rule at index 0; the pod's own message was not seen. See `kubectl logs ftj-bot-prepare-x7 -c trainer`"
         ),
     ),
-    (
-        "it failed, and nobody knows why",
-        case(child(JOB, "prepare", "Failed", message="Job has reached the specified backoff limit")),
-        "Failed Failed",
-        "False Failed: prepare failed: Job has reached the specified backoff limit",
+    Case(
+        name="it failed, and nobody knows why",
+        given=situation(child(JOB, "prepare", "Failed", message="Job has reached the specified backoff limit")),
+        expect="Failed Failed",
+        condition="False Failed: prepare failed: Job has reached the specified backoff limit",
     ),
-    (
-        "it succeeded",
-        case(child(JOB, "prepare", "Complete"), ends=[prepared_end(JOB)]),
-        "applies JobSet ftj-bot-run",
-        "True Prepared: org/model@c0ffeec0ffee, 900 rows and 100 to evaluate, strategy ddp, 40 steps",
+    Case(
+        name="it succeeded",
+        given=situation(child(JOB, "prepare", "Complete"), ends=[prepared_end(JOB)]),
+        expect="applies JobSet ftj-bot-run",
+        condition="True Prepared: org/model@c0ffeec0ffee, 900 rows and 100 to evaluate, strategy ddp, 40 steps",
     ),
-    (
-        "it succeeded, but what it said is lost",
-        case(child(JOB, "prepare", "Complete")),
-        "applies JobSet ftj-bot-run",
-        "True Prepared: prepared",
+    Case(
+        name="it succeeded, but what it said is lost",
+        given=situation(child(JOB, "prepare", "Complete")),
+        expect="applies JobSet ftj-bot-run",
+        condition="True Prepared: prepared",
     ),
-    (
-        "it is planned, and that is all",
-        case(child(JOB, "prepare", "Complete"), ends=[prepared_end(JOB)], planOnly=True),
-        "waits",
-        "True PlanOnly: org/model@c0ffeec0ffee, 900 rows and 100 to evaluate, strategy ddp, 40 steps",
+    Case(
+        name="it is planned, and that is all",
+        given=situation(child(JOB, "prepare", "Complete"), ends=[prepared_end(JOB)], planOnly=True),
+        expect="waits",
+        condition="True PlanOnly: org/model@c0ffeec0ffee, 900 rows and 100 to evaluate, strategy ddp, 40 steps",
     ),
-    (
-        "its Job is gone, but it was done",
-        case(given=status("Accepted", "Prepared", prepared=PREPARED)),
-        "applies JobSet ftj-bot-run",
-        "True Prepared: org/model@c0ffeec0ffee, 900 rows and 100 to evaluate, strategy ddp, 40 steps",
+    Case(
+        name="its Job is gone, but it was done",
+        given=situation(given=status("Accepted", "Prepared", prepared=PREPARED)),
+        expect="applies JobSet ftj-bot-run",
+        condition="True Prepared: org/model@c0ffeec0ffee, 900 rows and 100 to evaluate, strategy ddp, 40 steps",
     ),
 ]
 
 
-@pytest.mark.parametrize(("given", "expect", "condition"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
-def test_prepare(given: Any, expect: str, condition: str) -> None:
-    job, children, pods, ends = given
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_prepare(case: Case) -> None:
+    job, children, pods, ends = case.given
     decision = decided(job, *children, pods=pods, ends=ends)
-    assert describe(decision) == expect
-    assert said(decision, "Prepared") == condition
+    assert describe(decision) == case.expect
+    assert said(decision, "Prepared") == case.condition
 
 
 def test_a_condition_that_is_not_true_says_nothing() -> None:

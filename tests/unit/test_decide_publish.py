@@ -4,6 +4,7 @@ result.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -42,121 +43,158 @@ TOKEN = "401 from hub.example. Check the token in hub.tokenSecretRef"
 KEPT = "The result stays in ftj-bot-f00dcafe/result of claim ftj-bot; a change of spec.hub publishes it again"
 
 
-def case(*children: Object, **more: Any) -> Any:
+def situation(*children: Object, **more: Any) -> Any:
     return (more.pop("job", JOB), (RUN, *children), more)
 
 
+@dataclass(frozen=True)
+class Case:
+    name: str
+    given: Any
+    expect: str
+    condition: str
+
+
 CASES = [
-    ("no repository", case(job=fine_tune(TRAINED)), "Complete Completed", "absent"),
-    (
-        "a token alone",
-        case(job=fine_tune(TRAINED, hub={"tokenSecretRef": {"name": "hf"}})),
-        "Complete Completed",
-        "absent",
+    Case(
+        name="no repository",
+        given=situation(job=fine_tune(TRAINED)),
+        expect="Complete Completed",
+        condition="absent",
     ),
-    (
-        "trained",
-        case(),
-        "applies ConfigMap ftj-bot, Job ftj-bot-publish",
-        "False Publishing: waiting for the pod that uploads to org/bot",
+    Case(
+        name="a token alone",
+        given=situation(job=fine_tune(TRAINED, hub={"tokenSecretRef": {"name": "hf"}})),
+        expect="Complete Completed",
+        condition="absent",
     ),
-    (
-        "its pod runs",
-        case(child(JOB, "publish"), pods=[pod(JOB, "publish", state=RUNNING)]),
-        "waits",
-        "False Publishing: uploading to org/bot",
+    Case(
+        name="trained",
+        given=situation(),
+        expect="applies ConfigMap ftj-bot, Job ftj-bot-publish",
+        condition="False Publishing: waiting for the pod that uploads to org/bot",
     ),
-    (
-        "the secret is missing",
-        case(
+    Case(
+        name="its pod runs",
+        given=situation(child(JOB, "publish"), pods=[pod(JOB, "publish", state=RUNNING)]),
+        expect="waits",
+        condition="False Publishing: uploading to org/bot",
+    ),
+    Case(
+        name="the secret is missing",
+        given=situation(
             child(JOB, "publish"),
             pods=[pod(JOB, "publish", state=waiting("CreateContainerConfigError", 'secret "hf" not found'))],
         ),
-        "waits",
-        'False Misconfigured: spec.hub.tokenSecretRef: secret "hf" not found (pod ftj-bot-publish-0-0)',
+        expect="waits",
+        condition='False Misconfigured: spec.hub.tokenSecretRef: secret "hf" not found (pod ftj-bot-publish-0-0)',
     ),
-    (
-        "the Hub is away",
-        case(child(JOB, "publish"), ends=[ended(JOB, "publish", 69, message="503 from hub.example")]),
-        "waits",
-        (
+    Case(
+        name="the Hub is away",
+        given=situation(child(JOB, "publish"), ends=[ended(JOB, "publish", 69, message="503 from hub.example")]),
+        expect="waits",
+        condition=(
             "False HubUnavailable: 503 from hub.example (publish, pod ftj-bot-publish-0-0 on node-a, exit code 69). It"
             " is tried again"
         ),
     ),
-    (
-        "the token is wrong",
-        case(child(JOB, "publish", "Failed"), ends=[ended(JOB, "publish", 77, message=TOKEN)]),
-        "Failed Unauthorized",
-        f"False Unauthorized: {TOKEN} (publish, pod ftj-bot-publish-0-0 on node-a, exit code 77). {KEPT}",
+    Case(
+        name="the token is wrong",
+        given=situation(child(JOB, "publish", "Failed"), ends=[ended(JOB, "publish", 77, message=TOKEN)]),
+        expect="Failed Unauthorized",
+        condition=f"False Unauthorized: {TOKEN} (publish, pod ftj-bot-publish-0-0 on node-a, exit code 77). {KEPT}",
     ),
-    ("failed a moment ago", case(child(JOB, "publish", "Failed", since=at(-1))), "again in 3 s", "absent"),
-    (
-        "published",
-        case(child(JOB, "publish", "Complete"), ends=[hub_end(JOB)]),
-        "Complete Completed",
-        "True Published: org/bot@abcdef012345",
+    Case(
+        name="failed a moment ago",
+        given=situation(child(JOB, "publish", "Failed", since=at(-1))),
+        expect="again in 3 s",
+        condition="absent",
     ),
-    (
-        "published a moment ago, its pod has not been heard of",
-        case(child(JOB, "publish", "Complete", since=at(-1))),
-        "again in 3 s",
-        "absent",
+    Case(
+        name="published",
+        given=situation(child(JOB, "publish", "Complete"), ends=[hub_end(JOB)]),
+        expect="Complete Completed",
+        condition="True Published: org/bot@abcdef012345",
     ),
-    (
-        "published, and what it said is lost",
-        case(child(JOB, "publish", "Complete")),
-        "Complete Completed",
-        "True Published: org/bot",
+    Case(
+        name="published a moment ago, its pod has not been heard of",
+        given=situation(child(JOB, "publish", "Complete", since=at(-1))),
+        expect="again in 3 s",
+        condition="absent",
     ),
-    (
-        "spec.hub changes while it tries",
-        case(child(JOB, "publish"), job=fine_tune(TRAINED, hub=OTHER_HUB)),
-        "deletes Job ftj-bot-publish",
-        "False Publishing: spec.hub has changed: publishing again",
+    Case(
+        name="published, and what it said is lost",
+        given=situation(child(JOB, "publish", "Complete")),
+        expect="Complete Completed",
+        condition="True Published: org/bot",
     ),
-    (
-        "spec.hub goes while it tries",
-        case(child(JOB, "publish"), job=fine_tune(TRAINED)),
-        "deletes Job ftj-bot-publish; Complete Completed",
-        "absent",
+    Case(
+        name="spec.hub changes while it tries",
+        given=situation(child(JOB, "publish"), job=fine_tune(TRAINED, hub=OTHER_HUB)),
+        expect="deletes Job ftj-bot-publish",
+        condition="False Publishing: spec.hub has changed: publishing again",
     ),
-    (
-        "the old upload still leaves",
-        case(child(JOB, "publish", deleting=True)),
-        "waits",
-        "False WaitingForPods: waiting for the pods that were stopped",
+    Case(
+        name="spec.hub goes while it tries",
+        given=situation(child(JOB, "publish"), job=fine_tune(TRAINED)),
+        expect="deletes Job ftj-bot-publish; Complete Completed",
+        condition="absent",
+    ),
+    Case(
+        name="the old upload still leaves",
+        given=situation(child(JOB, "publish", deleting=True)),
+        expect="waits",
+        condition="False WaitingForPods: waiting for the pods that were stopped",
     ),
 ]
 
 
-@pytest.mark.parametrize(("given", "expect", "condition"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
-def test_publish(given: Any, expect: str, condition: str) -> None:
-    job, children, more = given
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_publish(case: Case) -> None:
+    job, children, more = case.given
     decision = decided(job, *children, **more)
-    assert describe(decision) == expect
-    assert said(decision, "Published") == condition
+    assert describe(decision) == case.expect
+    assert said(decision, "Published") == case.condition
 
 
 FAILED = decided(JOB, RUN, child(JOB, "publish", "Failed"), ends=[ended(JOB, "publish", 77, message=TOKEN)]).status
 
 
+@dataclass(frozen=True)
+class HashCase:
+    name: str
+    hub: Object
+    expect: str
+
+
 HASHES = [
-    ("what was set", HUB, "22fb2f809da21f47"),
-    (
-        "the same, with what is the default",
-        HUB | {"private": True, "branch": "main", "tokenSecretRef": {"name": "hf", "key": "token"}},
-        "22fb2f809da21f47",
+    HashCase(
+        name="what was set",
+        hub=HUB,
+        expect="22fb2f809da21f47",
     ),
-    ("another branch", HUB | {"branch": "next"}, "c82b589ab075fae8"),
-    ("another token", OTHER_HUB, "7ef9f8bb05935980"),
+    HashCase(
+        name="the same, with what is the default",
+        hub=HUB | {"private": True, "branch": "main", "tokenSecretRef": {"name": "hf", "key": "token"}},
+        expect="22fb2f809da21f47",
+    ),
+    HashCase(
+        name="another branch",
+        hub=HUB | {"branch": "next"},
+        expect="c82b589ab075fae8",
+    ),
+    HashCase(
+        name="another token",
+        hub=OTHER_HUB,
+        expect="7ef9f8bb05935980",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("hub", "expect"), [c[1:] for c in HASHES], ids=[c[0] for c in HASHES])
-def test_the_hash_of_the_hub_is_of_what_the_user_has_set(hub: Object, expect: str) -> None:
+@pytest.mark.parametrize("case", HASHES, ids=lambda case: case.name)
+def test_the_hash_of_the_hub_is_of_what_the_user_has_set(case: HashCase) -> None:
     """Written down, because it lies in clusters: a version with one field more must not take every old failure back."""
-    assert hub_hash(fine_tune(hub=hub)) == expect
+    assert hub_hash(fine_tune(hub=case.hub)) == case.expect
 
 
 def test_a_failed_upload_stays_failed() -> None:
@@ -192,11 +230,20 @@ def test_without_a_hub_the_failure_is_taken_back_too() -> None:
     assert said(decision, "Published") == "absent"
 
 
+@dataclass(frozen=True)
+class NotTakenBackCase:
+    name: str
+    given: Any
+
+
 NOT_TAKEN_BACK = [
-    ("the training failed", status("Accepted", "Prepared", "Failed", false={"Running": "Diverged"})),
-    (
-        "the deadline passed while publishing",
-        status("Trained", false={"Published": "HubUnavailable"}).model_copy(
+    NotTakenBackCase(
+        name="the training failed",
+        given=status("Accepted", "Prepared", "Failed", false={"Running": "Diverged"}),
+    ),
+    NotTakenBackCase(
+        name="the deadline passed while publishing",
+        given=status("Trained", false={"Published": "HubUnavailable"}).model_copy(
             update={
                 "conditions": [
                     *TRAINED.conditions,
@@ -208,10 +255,10 @@ NOT_TAKEN_BACK = [
 ]
 
 
-@pytest.mark.parametrize("given", [c[1] for c in NOT_TAKEN_BACK], ids=[c[0] for c in NOT_TAKEN_BACK])
-def test_other_failures_are_not_taken_back(given: Any) -> None:
+@pytest.mark.parametrize("case", NOT_TAKEN_BACK, ids=lambda case: case.name)
+def test_other_failures_are_not_taken_back(case: NotTakenBackCase) -> None:
     job = fine_tune(
-        given.model_copy(update={"start_time": text(BEGIN), "completion_time": text(at(-60))}),
+        case.given.model_copy(update={"start_time": text(BEGIN), "completion_time": text(at(-60))}),
         hub=OTHER_HUB,
         activeDeadlineSeconds=60,
     )

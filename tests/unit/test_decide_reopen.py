@@ -4,6 +4,7 @@ again.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -70,147 +71,194 @@ TOO_LONG = failed("Diverged", AT_LIMIT)
 # A child: phase, its end, and the spec.hub that it was made from.
 Child = tuple[str, str, Object | None]
 RUN: Child = ("run", "Complete", None)
-CASES: list[tuple[str, JobStatus, dict[str, Any], list[Child], str, str]] = [
-    (
-        "a plan that still rests",
-        PLANNED,
-        LIMIT | {"planOnly": True},
-        [("prepare", "Complete", None)],
-        "waits",
-        "Planned",
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    given: JobStatus
+    spec: dict[str, Any]
+    children: list[Child]
+    expect: str
+    event: str
+
+
+CASES = [
+    Case(
+        name="a plan that still rests",
+        given=PLANNED,
+        spec=LIMIT | {"planOnly": True},
+        children=[("prepare", "Complete", None)],
+        expect="waits",
+        event="Planned",
     ),
-    (
-        "a plan let go on after the deadline",
-        PLANNED,
-        LIMIT,
-        [("prepare", "Complete", None)],
-        "applies JobSet ftj-bot-run; again in 1800 s",
-        "Starting",
+    Case(
+        name="a plan let go on after the deadline",
+        given=PLANNED,
+        spec=LIMIT,
+        children=[("prepare", "Complete", None)],
+        expect="applies JobSet ftj-bot-run; again in 1800 s",
+        event="Starting",
     ),
-    (
-        "the upload failed, another hub after the deadline",
-        NO_TOKEN,
-        LIMIT | {"hub": ELSEWHERE},
-        [RUN, ("publish", "Failed", HUB)],
-        "deletes Job ftj-bot-publish; again in 1800 s",
-        "Publishing",
+    Case(
+        name="the upload failed, another hub after the deadline",
+        given=NO_TOKEN,
+        spec=LIMIT | {"hub": ELSEWHERE},
+        children=[RUN, ("publish", "Failed", HUB)],
+        expect="deletes Job ftj-bot-publish; again in 1800 s",
+        event="Publishing",
     ),
-    (
-        "the upload failed, the hub is the same",
-        NO_TOKEN,
-        {"activeDeadlineSeconds": 99999, "hub": HUB},
-        [RUN, ("publish", "Failed", HUB)],
-        "Failed Unauthorized",
-        "Failed",
+    Case(
+        name="the upload failed, the hub is the same",
+        given=NO_TOKEN,
+        spec={"activeDeadlineSeconds": 99999, "hub": HUB},
+        children=[RUN, ("publish", "Failed", HUB)],
+        expect="Failed Unauthorized",
+        event="Failed",
     ),
-    ("at its deadline, the same", AT_LIMIT, LIMIT, [], "Failed DeadlineExceeded", "Failed"),
-    (
-        "at its deadline, now an earlier one",
-        AT_LIMIT,
-        {"activeDeadlineSeconds": 60},
-        [],
-        "Failed DeadlineExceeded",
-        "Failed",
+    Case(
+        name="at its deadline, the same",
+        given=AT_LIMIT,
+        spec=LIMIT,
+        children=[],
+        expect="Failed DeadlineExceeded",
+        event="Failed",
     ),
-    (
-        "at its deadline, now a later one",
-        AT_LIMIT,
-        {"activeDeadlineSeconds": 7200},
-        [],
-        "applies JobSet ftj-bot-run; again in 7200 s",
-        "Starting",
+    Case(
+        name="at its deadline, now an earlier one",
+        given=AT_LIMIT,
+        spec={"activeDeadlineSeconds": 60},
+        children=[],
+        expect="Failed DeadlineExceeded",
+        event="Failed",
     ),
-    (
-        "at its deadline, later, but that is over, too",
-        AT_LIMIT,
-        {"activeDeadlineSeconds": 2000},
-        [],
-        "applies JobSet ftj-bot-run; again in 2000 s",
-        "Starting",
+    Case(
+        name="at its deadline, now a later one",
+        given=AT_LIMIT,
+        spec={"activeDeadlineSeconds": 7200},
+        children=[],
+        expect="applies JobSet ftj-bot-run; again in 7200 s",
+        event="Starting",
     ),
-    ("at its deadline, now none", AT_LIMIT, {}, [], "applies JobSet ftj-bot-run", "Starting"),
-    ("diverged, and a later deadline", TOO_LONG, {"activeDeadlineSeconds": 7200}, [], "Failed Diverged", "Failed"),
-    (
-        "uploading at its deadline, a later one",
-        UPLOAD_AT_LIMIT,
-        {"activeDeadlineSeconds": 7200, "hub": HUB},
-        [RUN],
-        "applies ConfigMap ftj-bot, Job ftj-bot-publish; again in 7200 s",
-        "Publishing",
+    Case(
+        name="at its deadline, later, but that is over, too",
+        given=AT_LIMIT,
+        spec={"activeDeadlineSeconds": 2000},
+        children=[],
+        expect="applies JobSet ftj-bot-run; again in 2000 s",
+        event="Starting",
     ),
-    (
-        "uploading at its deadline, only another hub",
-        UPLOAD_AT_LIMIT,
-        LIMIT | {"hub": ELSEWHERE},
-        [RUN],
-        "Failed DeadlineExceeded",
-        "Failed",
+    Case(
+        name="at its deadline, now none",
+        given=AT_LIMIT,
+        spec={},
+        children=[],
+        expect="applies JobSet ftj-bot-run",
+        event="Starting",
     ),
-    ("complete, and nothing to publish", COMPLETE, LIMIT, [RUN], "Complete Complete", "Complete"),
-    (
-        "complete, and now to be published",
-        COMPLETE,
-        LIMIT | {"hub": HUB},
-        [RUN],
-        "applies ConfigMap ftj-bot, Job ftj-bot-publish; again in 1800 s",
-        "Publishing",
+    Case(
+        name="diverged, and a later deadline",
+        given=TOO_LONG,
+        spec={"activeDeadlineSeconds": 7200},
+        children=[],
+        expect="Failed Diverged",
+        event="Failed",
     ),
-    (
-        "complete, a token alone",
-        COMPLETE,
-        {"hub": {"tokenSecretRef": {"name": "hf"}}},
-        [RUN],
-        "Complete Complete",
-        "Complete",
+    Case(
+        name="uploading at its deadline, a later one",
+        given=UPLOAD_AT_LIMIT,
+        spec={"activeDeadlineSeconds": 7200, "hub": HUB},
+        children=[RUN],
+        expect="applies ConfigMap ftj-bot, Job ftj-bot-publish; again in 7200 s",
+        event="Publishing",
     ),
-    (
-        "published",
-        PUBLISHED,
-        LIMIT | {"hub": HUB},
-        [RUN, ("publish", "Complete", HUB)],
-        "Complete Complete",
-        "Complete",
+    Case(
+        name="uploading at its deadline, only another hub",
+        given=UPLOAD_AT_LIMIT,
+        spec=LIMIT | {"hub": ELSEWHERE},
+        children=[RUN],
+        expect="Failed DeadlineExceeded",
+        event="Failed",
     ),
-    ("published, its Job is gone", PUBLISHED, LIMIT | {"hub": HUB}, [RUN], "Complete Complete", "Complete"),
-    (
-        "published, now wanted nowhere",
-        PUBLISHED,
-        LIMIT,
-        [RUN, ("publish", "Complete", HUB)],
-        "Complete Complete",
-        "Complete",
+    Case(
+        name="complete, and nothing to publish",
+        given=COMPLETE,
+        spec=LIMIT,
+        children=[RUN],
+        expect="Complete Complete",
+        event="Complete",
     ),
-    (
-        "published, another token alone",
-        PUBLISHED,
-        LIMIT | {"hub": TOKEN},
-        [RUN, ("publish", "Complete", HUB)],
-        "Complete Complete",
-        "Complete",
+    Case(
+        name="complete, and now to be published",
+        given=COMPLETE,
+        spec=LIMIT | {"hub": HUB},
+        children=[RUN],
+        expect="applies ConfigMap ftj-bot, Job ftj-bot-publish; again in 1800 s",
+        event="Publishing",
     ),
-    (
-        "published, now wanted elsewhere",
-        PUBLISHED,
-        LIMIT | {"hub": ELSEWHERE},
-        [RUN, ("publish", "Complete", HUB)],
-        "deletes Job ftj-bot-publish; again in 1800 s",
-        "Publishing",
+    Case(
+        name="complete, a token alone",
+        given=COMPLETE,
+        spec={"hub": {"tokenSecretRef": {"name": "hf"}}},
+        children=[RUN],
+        expect="Complete Complete",
+        event="Complete",
     ),
-    (
-        "wanted elsewhere, but to be deleted first",
-        PUBLISHED,
-        {"ttlSecondsAfterFinished": 0, "hub": ELSEWHERE},
-        [RUN, ("publish", "Complete", HUB)],
-        "deletes Job ftj-bot-publish",
-        "Publishing",
+    Case(
+        name="published",
+        given=PUBLISHED,
+        spec=LIMIT | {"hub": HUB},
+        children=[RUN, ("publish", "Complete", HUB)],
+        expect="Complete Complete",
+        event="Complete",
     ),
-    (
-        "wanted elsewhere, and suspended",
-        PUBLISHED,
-        {"suspend": True, "hub": ELSEWHERE},
-        [RUN, ("publish", "Complete", HUB)],
-        "waits",
-        "Suspended",
+    Case(
+        name="published, its Job is gone",
+        given=PUBLISHED,
+        spec=LIMIT | {"hub": HUB},
+        children=[RUN],
+        expect="Complete Complete",
+        event="Complete",
+    ),
+    Case(
+        name="published, now wanted nowhere",
+        given=PUBLISHED,
+        spec=LIMIT,
+        children=[RUN, ("publish", "Complete", HUB)],
+        expect="Complete Complete",
+        event="Complete",
+    ),
+    Case(
+        name="published, another token alone",
+        given=PUBLISHED,
+        spec=LIMIT | {"hub": TOKEN},
+        children=[RUN, ("publish", "Complete", HUB)],
+        expect="Complete Complete",
+        event="Complete",
+    ),
+    Case(
+        name="published, now wanted elsewhere",
+        given=PUBLISHED,
+        spec=LIMIT | {"hub": ELSEWHERE},
+        children=[RUN, ("publish", "Complete", HUB)],
+        expect="deletes Job ftj-bot-publish; again in 1800 s",
+        event="Publishing",
+    ),
+    Case(
+        name="wanted elsewhere, but to be deleted first",
+        given=PUBLISHED,
+        spec={"ttlSecondsAfterFinished": 0, "hub": ELSEWHERE},
+        children=[RUN, ("publish", "Complete", HUB)],
+        expect="deletes Job ftj-bot-publish",
+        event="Publishing",
+    ),
+    Case(
+        name="wanted elsewhere, and suspended",
+        given=PUBLISHED,
+        spec={"suspend": True, "hub": ELSEWHERE},
+        children=[RUN, ("publish", "Complete", HUB)],
+        expect="waits",
+        event="Suspended",
     ),
 ]
 
@@ -223,24 +271,20 @@ def made(spec: dict[str, Any], given: JobStatus, there: list[Child]) -> tuple[An
     ]  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("given", "spec", "there", "expect", "word"), [c[1:] for c in CASES], ids=[c[0] for c in CASES]
-)
-def test_what_lets_a_job_go_on(
-    given: JobStatus, spec: dict[str, Any], there: list[Child], expect: str, word: str
-) -> None:
-    job, children = made(spec, given, there)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_what_lets_a_job_go_on(case: Case) -> None:
+    job, children = made(case.spec, case.given, case.children)
     decision = decided(job, *children)
-    goes_on = word not in ("Failed", "Complete", "Planned")
+    goes_on = case.event not in ("Failed", "Complete", "Planned")
     if goes_on:
         assert (describe(decision), decision.status.finished) == ("waits", False), (
             "the status first: what is deleted next was the reason"
         )
         assert decision.status.state in ("Starting", "Publishing")
         decision = decided(job.model_copy(update={"status": decision.status}), *children)
-    assert (describe(decision), decision.status.state) == (expect, word)
+    assert (describe(decision), decision.status.state) == (case.expect, case.event)
     assert decision.status.deadline_start_time == (text(NOW) if goes_on else None)
-    assert (decision.status.completion_time is None) == (goes_on or given is PLANNED)
+    assert (decision.status.completion_time is None) == (goes_on or case.given is PLANNED)
     again = decided(job.model_copy(update={"status": decision.status}), *children)
     assert (again.status, again.events) == (decision.status, ()), "once is enough"
 

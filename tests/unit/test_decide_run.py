@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -44,316 +45,356 @@ def group(**given: Any) -> Object:
     return child(JOB, "run", **given)
 
 
-def case(*children: Object, job: Any = JOB, **more: Any) -> Any:
+def situation(*children: Object, job: Any = JOB, **more: Any) -> Any:
     return job, children, more
 
 
+@dataclass(frozen=True)
+class Case:
+    name: str
+    given: Any
+    expect: str
+    condition: str
+
+
 CASES = [
-    ("prepare is still at work", case(child(JOB, "prepare"), job=fine_tune(status("Accepted"))), "waits", "absent"),
-    ("prepared", case(), "applies JobSet ftj-bot-run", "False Starting: waiting for 2 pods on 16 GPUs to start"),
-    (
-        "prepared, on CPU",
-        case(job=CPU),
-        "applies JobSet ftj-bot-run",
-        "False Starting: waiting for 1 pod on CPU to start",
+    Case(
+        name="prepare is still at work",
+        given=situation(child(JOB, "prepare"), job=fine_tune(status("Accepted"))),
+        expect="waits",
+        condition="absent",
     ),
-    (
-        "prepared, to generate",
-        case(job=SHARDS),
-        "applies Job gj-lutes-run",
-        "False Starting: waiting for 2 shards on 2 GPUs to start",
+    Case(
+        name="prepared",
+        given=situation(),
+        expect="applies JobSet ftj-bot-run",
+        condition="False Starting: waiting for 2 pods on 16 GPUs to start",
     ),
-    (
-        "no pod yet",
-        case(group(born=at(-2))),
-        "again in 28.2 s",
-        "False Starting: waiting for 2 pods on 16 GPUs to start",
+    Case(
+        name="prepared, on CPU",
+        given=situation(job=CPU),
+        expect="applies JobSet ftj-bot-run",
+        condition="False Starting: waiting for 1 pod on CPU to start",
     ),
-    (
-        "still no pod",
-        case(group(born=at(-31))),
-        "waits",
-        (
+    Case(
+        name="prepared, to generate",
+        given=situation(job=SHARDS),
+        expect="applies Job gj-lutes-run",
+        condition="False Starting: waiting for 2 shards on 2 GPUs to start",
+    ),
+    Case(
+        name="no pod yet",
+        given=situation(group(born=at(-2))),
+        expect="again in 28.2 s",
+        condition="False Starting: waiting for 2 pods on 16 GPUs to start",
+    ),
+    Case(
+        name="still no pod",
+        given=situation(group(born=at(-31))),
+        expect="waits",
+        condition=(
             "False NoPods: the cluster has made no pod of JobSet ftj-bot-run so far; `kubectl describe jobset"
             " ftj-bot-run`, or `kubectl describe job ftj-bot-run-node-0`, says why: a quota, a priority class, a node"
             " selector, an admission policy"
         ),
     ),
-    (
-        "still one of two pods",
-        case(group(), pods=BOTH[:1]),
-        "waits",
-        (
+    Case(
+        name="still one of two pods",
+        given=situation(group(), pods=BOTH[:1]),
+        expect="waits",
+        condition=(
             "False NoPods: the cluster has made only 1 of 2 pods of JobSet ftj-bot-run so far; `kubectl describe jobset"
             " ftj-bot-run`, or `kubectl describe job ftj-bot-run-node-0`, says why: a quota, a priority class, a node"
             " selector, an admission policy"
         ),
     ),
-    (
-        "still no shard",
-        case(child(SHARDS, "run"), job=SHARDS),
-        "waits",
-        (
+    Case(
+        name="still no shard",
+        given=situation(child(SHARDS, "run"), job=SHARDS),
+        expect="waits",
+        condition=(
             "False NoPods: the cluster has made no pod of Job gj-lutes-run so far; `kubectl describe job gj-lutes-run`"
             " says why: a quota, a priority class, a node selector, an admission policy"
         ),
     ),
-    (
-        "one of two runs",
-        case(group(), pods=[BOTH[0], pod(JOB, "run", 1, over="Pending")]),
-        "waits",
-        "False Starting: waiting for 2 pods on 16 GPUs to start",
+    Case(
+        name="one of two runs",
+        given=situation(group(), pods=[BOTH[0], pod(JOB, "run", 1, over="Pending")]),
+        expect="waits",
+        condition="False Starting: waiting for 2 pods on 16 GPUs to start",
     ),
-    (
-        "one of two runs, and prepare has ended well",
-        case(group(), pods=[BOTH[0], pod(JOB, "run", 1, over="Pending")], ends=[prepared_end(JOB)]),
-        "waits",
-        "False Starting: waiting for 2 pods on 16 GPUs to start",
+    Case(
+        name="one of two runs, and prepare has ended well",
+        given=situation(group(), pods=[BOTH[0], pod(JOB, "run", 1, over="Pending")], ends=[prepared_end(JOB)]),
+        expect="waits",
+        condition="False Starting: waiting for 2 pods on 16 GPUs to start",
     ),
-    (
-        "one of two has a node, the other is not there: what is due first",
-        case(group(born=at(-2)), pods=[pod(JOB, "run", 0, scheduled=at(-10))]),
-        "again in 20 s",
-        "False Starting: waiting for 2 pods on 16 GPUs to start",
+    Case(
+        name="one of two has a node, the other is not there: what is due first",
+        given=situation(group(born=at(-2)), pods=[pod(JOB, "run", 0, scheduled=at(-10))]),
+        expect="again in 20 s",
+        condition="False Starting: waiting for 2 pods on 16 GPUs to start",
     ),
-    (
-        "one of two runs, the other waits for its volume",
-        case(group(), pods=[BOTH[0], pod(JOB, "run", 1, state=waiting("ContainerCreating"), scheduled=at(-40))]),
-        "waits",
-        (
+    Case(
+        name="one of two runs, the other waits for its volume",
+        given=situation(
+            group(), pods=[BOTH[0], pod(JOB, "run", 1, state=waiting("ContainerCreating"), scheduled=at(-40))]
+        ),
+        expect="waits",
+        condition=(
             "False ContainerCreating: pod ftj-bot-run-1-0 has a node, but no container after 30 s: it waits for its"
             " image or for a volume (spec.volumes, spec.workspace); `kubectl describe pod ftj-bot-run-1-0` says for"
             " which"
         ),
     ),
-    (
-        "JobSet is gone from the cluster",
-        case(jobset_installed=False),
-        "again in 30 s",
-        (
+    Case(
+        name="JobSet is gone from the cluster",
+        given=situation(jobset_installed=False),
+        expect="again in 30 s",
+        condition=(
             "False JobSetMissing: FineTuneJobs need JobSet, which this cluster does not have. Install it: kubectl apply"
             " --server-side -f https://github.com/kubernetes-sigs/jobset/releases/download/v0.12.0/manifests.yaml"
         ),
     ),
-    ("all run", case(group(), pods=BOTH), "waits", "True Running: 2 pods on 16 GPUs"),
-    (
-        "one shard of two runs",
-        case(child(SHARDS, "run"), job=SHARDS, pods=[pod(SHARDS, "run", 1, state=RUNNING)]),
-        "waits",
-        "True Running: 2 shards on 2 GPUs",
+    Case(
+        name="all run",
+        given=situation(group(), pods=BOTH),
+        expect="waits",
+        condition="True Running: 2 pods on 16 GPUs",
     ),
-    (
-        "one runs, one has ended well",
-        case(group(), pods=BOTH[:1], ends=[ended(JOB, "run", 0, 1)]),
-        "waits",
-        "True Running: 2 pods on 16 GPUs",
+    Case(
+        name="one shard of two runs",
+        given=situation(child(SHARDS, "run"), job=SHARDS, pods=[pod(SHARDS, "run", 1, state=RUNNING)]),
+        expect="waits",
+        condition="True Running: 2 shards on 2 GPUs",
     ),
-    (
-        "all have ended well, the JobSet not yet",
-        case(group(), ends=[ended(JOB, "run", 0, i) for i in (0, 1)]),
-        "waits",
-        "True Running: 2 pods on 16 GPUs",
+    Case(
+        name="one runs, one has ended well",
+        given=situation(group(), pods=BOTH[:1], ends=[ended(JOB, "run", 0, 1)]),
+        expect="waits",
+        condition="True Running: 2 pods on 16 GPUs",
     ),
-    (
-        "one ended well in the attempt before",
-        case(group(restarts=1), pods=[pod(JOB, "run", 0, 1, RUNNING)], ends=[ended(JOB, "run", 0, 1)]),
-        "waits",
-        "False Starting: waiting for 2 pods on 16 GPUs to start",
+    Case(
+        name="all have ended well, the JobSet not yet",
+        given=situation(group(), ends=[ended(JOB, "run", 0, i) for i in (0, 1)]),
+        expect="waits",
+        condition="True Running: 2 pods on 16 GPUs",
     ),
-    (
-        "one shard has ended, the other finds no node",
-        case(
+    Case(
+        name="one ended well in the attempt before",
+        given=situation(group(restarts=1), pods=[pod(JOB, "run", 0, 1, RUNNING)], ends=[ended(JOB, "run", 0, 1)]),
+        expect="waits",
+        condition="False Starting: waiting for 2 pods on 16 GPUs to start",
+    ),
+    Case(
+        name="one shard has ended, the other finds no node",
+        given=situation(
             child(SHARDS, "run"),
             job=SHARDS,
             ends=[ended(SHARDS, "run", 0)],
             pods=[pod(SHARDS, "run", 1, unschedulable="none")],
         ),
-        "waits",
-        "False Unschedulable: pod gj-lutes-run-1-0: none",
+        expect="waits",
+        condition="False Unschedulable: pod gj-lutes-run-1-0: none",
     ),
-    (
-        "held by the queue",
-        case(child(QUEUED, "run", suspend=True), job=QUEUED),
-        "waits",
-        'False WaitingForQueue: waiting for quota in queue "team-a"; see `kubectl describe workloads`',
+    Case(
+        name="held by the queue",
+        given=situation(child(QUEUED, "run", suspend=True), job=QUEUED),
+        expect="waits",
+        condition='False WaitingForQueue: waiting for quota in queue "team-a"; see `kubectl describe workloads`',
     ),
-    (
-        "let go by the queue a moment ago",
-        case(child(QUEUED, "run", resumed=at(-2)), job=QUEUED),
-        "again in 28.2 s",
-        "False Starting: waiting for 2 pods on 16 GPUs to start",
+    Case(
+        name="let go by the queue a moment ago",
+        given=situation(child(QUEUED, "run", resumed=at(-2)), job=QUEUED),
+        expect="again in 28.2 s",
+        condition="False Starting: waiting for 2 pods on 16 GPUs to start",
     ),
-    (
-        "let go by the queue this moment",
-        case(child(QUEUED, "run", suspend=True) | {"spec": {"suspend": False}}, job=QUEUED),
-        "waits",
-        "False Starting: waiting for 2 pods on 16 GPUs to start",
+    Case(
+        name="let go by the queue this moment",
+        given=situation(child(QUEUED, "run", suspend=True) | {"spec": {"suspend": False}}, job=QUEUED),
+        expect="waits",
+        condition="False Starting: waiting for 2 pods on 16 GPUs to start",
     ),
-    (
-        "preempted by the queue, still saving",
-        case(
+    Case(
+        name="preempted by the queue, still saving",
+        given=situation(
             child(QUEUED, "run", suspend=True),
             job=QUEUED,
             pods=[pod(QUEUED, "run", i, state=RUNNING, deleting=True) for i in (0, 1)],
         ),
-        "waits",
-        'False WaitingForQueue: waiting for quota in queue "team-a"; see `kubectl describe workloads`',
+        expect="waits",
+        condition='False WaitingForQueue: waiting for quota in queue "team-a"; see `kubectl describe workloads`',
     ),
-    (
-        "no node has the GPUs",
-        case(
+    Case(
+        name="no node has the GPUs",
+        given=situation(
             group(), pods=[pod(JOB, "run", 1, unschedulable="0/4 nodes are available: 4 Insufficient nvidia.com/gpu.")]
         ),
-        "waits",
-        "False Unschedulable: pod ftj-bot-run-1-0: 0/4 nodes are available: 4 Insufficient nvidia.com/gpu.",
+        expect="waits",
+        condition="False Unschedulable: pod ftj-bot-run-1-0: 0/4 nodes are available: 4 Insufficient nvidia.com/gpu.",
     ),
-    (
-        "no node has the GPUs of the second",
-        case(
+    Case(
+        name="no node has the GPUs of the second",
+        given=situation(
             group(),
             pods=[BOTH[0], pod(JOB, "run", 1, unschedulable="0/4 nodes are available: 4 Insufficient nvidia.com/gpu.")],
         ),
-        "waits",
-        "False Unschedulable: pod ftj-bot-run-1-0: 0/4 nodes are available: 4 Insufficient nvidia.com/gpu.",
+        expect="waits",
+        condition="False Unschedulable: pod ftj-bot-run-1-0: 0/4 nodes are available: 4 Insufficient nvidia.com/gpu.",
     ),
-    (
-        "the image does not come",
-        case(group(), pods=[pod(JOB, "run", 0, state=waiting("ImagePullBackOff", "not found"))]),
-        "waits",
-        "False ImagePullFailed: pod ftj-bot-run-0-0: ImagePullBackOff: not found",
+    Case(
+        name="the image does not come",
+        given=situation(group(), pods=[pod(JOB, "run", 0, state=waiting("ImagePullBackOff", "not found"))]),
+        expect="waits",
+        condition="False ImagePullFailed: pod ftj-bot-run-0-0: ImagePullBackOff: not found",
     ),
-    (
-        "a peer was lost",
-        case(
+    Case(
+        name="a peer was lost",
+        given=situation(
             group(),
             ends=[
                 ended(JOB, "run", 81, 0, message="peer 1 is gone"),
                 ended(JOB, "run", 71, 1, message="XID 79", when=-50),
             ],
         ),
-        "waits",
-        (
+        expect="waits",
+        condition=(
             "False Restarting: after InfrastructureError: XID 79 (run, rank 1, pod ftj-bot-run-1-0 on node-a, exit"
             " code 71)"
         ),
     ),
-    (
-        "restarted, the pods of before still leave",
-        case(group(restarts=1), pods=BOTH, ends=[ended(JOB, "run", 71, 1, message="XID 79")]),
-        "waits",
-        (
+    Case(
+        name="restarted, the pods of before still leave",
+        given=situation(group(restarts=1), pods=BOTH, ends=[ended(JOB, "run", 71, 1, message="XID 79")]),
+        expect="waits",
+        condition=(
             "False Restarting: after InfrastructureError: XID 79 (run, rank 1, pod ftj-bot-run-1-0 on node-a, exit"
             " code 71)"
         ),
     ),
-    (
-        "restarted, and at work",
-        case(group(restarts=1), pods=[pod(JOB, "run", i, 1, RUNNING) for i in (0, 1)], ends=[ended(JOB, "run", 71)]),
-        "waits",
-        "True Running: 2 pods on 16 GPUs",
+    Case(
+        name="restarted, and at work",
+        given=situation(
+            group(restarts=1), pods=[pod(JOB, "run", i, 1, RUNNING) for i in (0, 1)], ends=[ended(JOB, "run", 71)]
+        ),
+        expect="waits",
+        condition="True Running: 2 pods on 16 GPUs",
     ),
-    (
-        "out of GPU memory",
-        case(
+    Case(
+        name="out of GPU memory",
+        given=situation(
             group(state="Failed", reason="FailJobSetFailurePolicyAction"),
             ends=[ended(JOB, "run", 79, message="The GPU is full: set ...")],
         ),
-        "Failed CudaOutOfMemory",
-        "False CudaOutOfMemory: The GPU is full: set ... (run, rank 0, pod ftj-bot-run-0-0 on node-a, exit code 79)",
+        expect="Failed CudaOutOfMemory",
+        condition=(
+            "False CudaOutOfMemory: The GPU is full: set ... (run, rank 0, pod ftj-bot-run-0-0 on node-a, exit code 79)"
+        ),
     ),
-    (
-        "a mistake, though a pod was evicted with it",
-        case(
+    Case(
+        name="a mistake, though a pod was evicted with it",
+        given=situation(
             group(state="Failed", reason="FailJobSetFailurePolicyAction"),
             ends=[ended(JOB, "run", 75, 0, disrupted=True), ended(JOB, "run", 82, 1, message="loss is NaN")],
         ),
-        "Failed Diverged",
-        "False Diverged: loss is NaN (run, rank 1, pod ftj-bot-run-1-0 on node-a, exit code 82)",
+        expect="Failed Diverged",
+        condition="False Diverged: loss is NaN (run, rank 1, pod ftj-bot-run-1-0 on node-a, exit code 82)",
     ),
-    (
-        "killed for its memory, whatever the exit code",
-        case(
+    Case(
+        name="killed for its memory, whatever the exit code",
+        given=situation(
             group(state="Failed", reason="ReachedMaxRestarts"),
             ends=[ended(JOB, "run", 1, kubernetes="OOMKilled", silent=True)],
         ),
-        "Failed HostOutOfMemory",
-        (
+        expect="Failed HostOutOfMemory",
+        condition=(
             "False HostOutOfMemory: the pod used more memory than its limit; raise spec.resources.memory, or use"
             " smaller batches (run, rank 0, pod ftj-bot-run-0-0 on node-a, exit code 1). That was the last of 3"
             " restarts (spec.restarts.max)"
         ),
     ),
-    (
-        "killed whole for its memory: the same would come again",
-        case(group(), ends=[ended(JOB, "run", 137, 1, kubernetes="OOMKilled", silent=True)], pods=BOTH[:1]),
-        "deletes JobSet ftj-bot-run; Failed HostOutOfMemory",
-        (
+    Case(
+        name="killed whole for its memory: the same would come again",
+        given=situation(group(), ends=[ended(JOB, "run", 137, 1, kubernetes="OOMKilled", silent=True)], pods=BOTH[:1]),
+        expect="deletes JobSet ftj-bot-run; Failed HostOutOfMemory",
+        condition=(
             "False HostOutOfMemory: the pod used more memory than its limit; raise spec.resources.memory, "
             "or use smaller batches (run, rank 1, pod ftj-bot-run-1-0 on node-a, exit code 137)"
         ),
     ),
-    (
-        "killed whole for its memory, restarted before we looked",
-        case(group(restarts=1, charged=1), ends=[ended(JOB, "run", 137, kubernetes="OOMKilled", silent=True)]),
-        "deletes JobSet ftj-bot-run; Failed HostOutOfMemory",
-        (
+    Case(
+        name="killed whole for its memory, restarted before we looked",
+        given=situation(
+            group(restarts=1, charged=1), ends=[ended(JOB, "run", 137, kubernetes="OOMKilled", silent=True)]
+        ),
+        expect="deletes JobSet ftj-bot-run; Failed HostOutOfMemory",
+        condition=(
             "False HostOutOfMemory: the pod used more memory than its limit; raise spec.resources.memory, "
             "or use smaller batches (run, rank 0, pod ftj-bot-run-0-0 on node-a, exit code 137)"
         ),
     ),
-    (
-        "evicted by a node that ran out of memory",
-        case(group(), ends=[ended(JOB, "run", 137, kubernetes="OOMKilled", silent=True, disrupted=True)]),
-        "waits",
-        (
+    Case(
+        name="evicted by a node that ran out of memory",
+        given=situation(group(), ends=[ended(JOB, "run", 137, kubernetes="OOMKilled", silent=True, disrupted=True)]),
+        expect="waits",
+        condition=(
             "False Restarting: after HostOutOfMemory: the pod used more memory than its limit; raise"
             " spec.resources.memory, or use smaller batches (run, rank 0, pod ftj-bot-run-0-0 on node-a, exit code 137)"
         ),
     ),
-    (
-        "killed by somebody",
-        case(group(), ends=[ended(JOB, "run", 137, silent=True)]),
-        "waits",
-        (
+    Case(
+        name="killed by somebody",
+        given=situation(group(), ends=[ended(JOB, "run", 137, silent=True)]),
+        expect="waits",
+        condition=(
             "False Restarting: after InfrastructureError: the process ended without an error message (run, rank 0, pod"
             " ftj-bot-run-0-0 on node-a, exit code 137)"
         ),
     ),
-    (
-        "a shard killed whole for its memory stops no other",
-        case(child(SHARDS, "run"), job=SHARDS, ends=[ended(SHARDS, "run", 137, kubernetes="OOMKilled", silent=True)]),
-        "waits",
-        (
+    Case(
+        name="a shard killed whole for its memory stops no other",
+        given=situation(
+            child(SHARDS, "run"), job=SHARDS, ends=[ended(SHARDS, "run", 137, kubernetes="OOMKilled", silent=True)]
+        ),
+        expect="waits",
+        condition=(
             "False Restarting: after HostOutOfMemory: the pod used more memory than its limit; raise"
             " spec.resources.memory, or use smaller batches (run, rank 0, pod gj-lutes-run-0-0 on node-a, exit code"
             " 137)"
         ),
     ),
-    (
-        "failed while the operator was away, its Job still tells",
-        case(group(state="Failed", message=EXIT_66)),
-        "Failed NotFound",
-        (
+    Case(
+        name="failed while the operator was away, its Job still tells",
+        given=situation(group(state="Failed", message=EXIT_66)),
+        expect="Failed NotFound",
+        condition=(
             f"False NotFound: {EXIT_66}; the pod's own message was not seen. See `kubectl logs"
             " ftj-bot-run-node-0-0-x -c trainer`"
         ),
     ),
-    ("failed a moment ago", case(group(state="Failed", since=at(-2))), "again in 3 s", "absent"),
-    (
-        "failed a moment ago, only the failure before is known",
-        case(group(state="Failed", since=at(-2), restarts=1), ends=[ended(JOB, "run", 70)]),
-        "again in 3 s",
-        "absent",
+    Case(
+        name="failed a moment ago",
+        given=situation(group(state="Failed", since=at(-2))),
+        expect="again in 3 s",
+        condition="absent",
     ),
-    (
-        "failed a moment ago, and why is known",
-        case(group(state="Failed", since=at(-2), restarts=1), ends=[ended(JOB, "run", 70, attempt=1, message="no")]),
-        "Failed TrainingError",
-        "False TrainingError: no (run, rank 0, pod ftj-bot-run-0-1 on node-a, exit code 70)",
+    Case(
+        name="failed a moment ago, only the failure before is known",
+        given=situation(group(state="Failed", since=at(-2), restarts=1), ends=[ended(JOB, "run", 70)]),
+        expect="again in 3 s",
+        condition="absent",
     ),
-    (
-        "some shards cannot succeed",
-        case(
+    Case(
+        name="failed a moment ago, and why is known",
+        given=situation(
+            group(state="Failed", since=at(-2), restarts=1), ends=[ended(JOB, "run", 70, attempt=1, message="no")]
+        ),
+        expect="Failed TrainingError",
+        condition="False TrainingError: no (run, rank 0, pod ftj-bot-run-0-1 on node-a, exit code 70)",
+    ),
+    Case(
+        name="some shards cannot succeed",
+        given=situation(
             child(SHARDS, "run", "Failed", reason="FailedIndexes"),
             job=SHARDS,
             ends=[
@@ -361,44 +402,72 @@ CASES = [
                 ended(SHARDS, "run", 71, 0, when=-10, suffix="-b"),
             ],
         ),
-        "Failed CudaOutOfMemory",
-        "False CudaOutOfMemory: The GPU is full (run, rank 1, pod gj-lutes-run-1-0 on node-a, exit code 79)",
+        expect="Failed CudaOutOfMemory",
+        condition="False CudaOutOfMemory: The GPU is full (run, rank 1, pod gj-lutes-run-1-0 on node-a, exit code 79)",
     ),
-    ("trained", case(group(state="Complete")), "Complete Completed", "False Trained: the pods have ended"),
-    (
-        "generated",
-        case(child(SHARDS, "run", "Complete"), job=SHARDS),
-        "Complete Completed",
-        "False Generated: the pods have ended",
+    Case(
+        name="trained",
+        given=situation(group(state="Complete")),
+        expect="Complete Completed",
+        condition="False Trained: the pods have ended",
     ),
-    (
-        "trained, and the JobSet is gone",
-        case(job=fine_tune(status("Accepted", "Prepared", "Trained"))),
-        "Complete Completed",
-        "absent",
+    Case(
+        name="generated",
+        given=situation(child(SHARDS, "run", "Complete"), job=SHARDS),
+        expect="Complete Completed",
+        condition="False Generated: the pods have ended",
+    ),
+    Case(
+        name="trained, and the JobSet is gone",
+        given=situation(job=fine_tune(status("Accepted", "Prepared", "Trained"))),
+        expect="Complete Completed",
+        condition="absent",
     ),
 ]
 
 
-@pytest.mark.parametrize(("given", "expect", "condition"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
-def test_run(given: Any, expect: str, condition: str) -> None:
-    job, children, more = given
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_run(case: Case) -> None:
+    job, children, more = case.given
     decision = decided(job, *children, **more)
-    assert describe(decision) == expect
-    assert said(decision, "Running") == condition
+    assert describe(decision) == case.expect
+    assert said(decision, "Running") == case.condition
+
+
+@dataclass(frozen=True)
+class StateCase:
+    name: str
+    pods: list[Object]
+    state: str
 
 
 STATES = [
-    ("Pending pods", [pod(JOB, "run", 0, unschedulable="none")], "Unschedulable"),
-    ("no pods", [], "NoPods"),
-    ("a pod each, not yet with a node", [pod(JOB, "run", i, over="Pending") for i in (0, 1)], "Starting"),
-    ("all", BOTH, "Running"),
+    StateCase(
+        name="Pending pods",
+        pods=[pod(JOB, "run", 0, unschedulable="none")],
+        state="Unschedulable",
+    ),
+    StateCase(
+        name="no pods",
+        pods=[],
+        state="NoPods",
+    ),
+    StateCase(
+        name="a pod each, not yet with a node",
+        pods=[pod(JOB, "run", i, over="Pending") for i in (0, 1)],
+        state="Starting",
+    ),
+    StateCase(
+        name="all",
+        pods=BOTH,
+        state="Running",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("pods", "state"), [c[1:] for c in STATES], ids=[c[0] for c in STATES])
-def test_the_state_is_one_word_for_people(pods: list[Object], state: str) -> None:
-    assert decided(JOB, group(), pods=pods).status.state == state
+@pytest.mark.parametrize("case", STATES, ids=lambda case: case.name)
+def test_the_state_is_one_word_for_people(case: StateCase) -> None:
+    assert decided(JOB, group(), pods=case.pods).status.state == case.state
 
 
 def test_each_new_trouble_is_an_event_and_none_twice() -> None:
@@ -467,28 +536,49 @@ def stopped(number: int, step: int | None) -> Attempt:
     )
 
 
+@dataclass(frozen=True)
+class NoProgressCase:
+    name: str
+    attempts: list[Attempt]
+    expect: str
+
+
 NO_PROGRESS = [
-    ("a checkpoint each time", [stopped(i, 10 * i) for i in range(4)], "waits"),
-    ("two restarts without", [stopped(0, 10), stopped(1, 10), stopped(2, 10)], "waits"),
-    (
-        "three restarts without",
-        [stopped(0, 10), stopped(1, 10), stopped(2, 10), stopped(3, 10)],
-        "deletes JobSet ftj-bot-run; Failed NoProgress",
+    NoProgressCase(
+        name="a checkpoint each time",
+        attempts=[stopped(i, 10 * i) for i in range(4)],
+        expect="waits",
     ),
-    (
-        "never a checkpoint at all",
-        [stopped(i, None) for i in range(4)],
-        "deletes JobSet ftj-bot-run; Failed NoProgress",
+    NoProgressCase(
+        name="two restarts without",
+        attempts=[stopped(0, 10), stopped(1, 10), stopped(2, 10)],
+        expect="waits",
     ),
-    ("one went unseen", [stopped(i, 10) for i in (0, 1, 3, 4)], "waits"),
+    NoProgressCase(
+        name="three restarts without",
+        attempts=[stopped(0, 10), stopped(1, 10), stopped(2, 10), stopped(3, 10)],
+        expect="deletes JobSet ftj-bot-run; Failed NoProgress",
+    ),
+    NoProgressCase(
+        name="never a checkpoint at all",
+        attempts=[stopped(i, None) for i in range(4)],
+        expect="deletes JobSet ftj-bot-run; Failed NoProgress",
+    ),
+    NoProgressCase(
+        name="one went unseen",
+        attempts=[stopped(i, 10) for i in (0, 1, 3, 4)],
+        expect="waits",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("attempts", "expect"), [c[1:] for c in NO_PROGRESS], ids=[c[0] for c in NO_PROGRESS])
-def test_restarts_that_make_no_progress_end_the_job(attempts: list[Attempt], expect: str) -> None:
-    decision = decided(fine_tune(BEGUN.model_copy(update={"attempts": attempts})), group(restarts=len(attempts)))
-    assert describe(decision) == expect
-    if "Failed" in expect:
+@pytest.mark.parametrize("case", NO_PROGRESS, ids=lambda case: case.name)
+def test_restarts_that_make_no_progress_end_the_job(case: NoProgressCase) -> None:
+    decision = decided(
+        fine_tune(BEGUN.model_copy(update={"attempts": case.attempts})), group(restarts=len(case.attempts))
+    )
+    assert describe(decision) == case.expect
+    if "Failed" in case.expect:
         assert said(decision, "Failed").startswith(
             "True NoProgress: 3 restarts in a row brought no checkpoint after step "
         )
@@ -503,50 +593,115 @@ def shards(*steps: tuple[int, int | None]) -> list[PodEnd]:
 
 
 KILLED = ended(SHARDS, "run", 137, 0, when=-50, suffix="-killed", silent=True)
+
+
+@dataclass(frozen=True)
+class NoOutputCase:
+    name: str
+    ends: list[PodEnd]
+    expect: str
+
+
 NO_OUTPUT = [
-    ("more outputs each time", shards((0, 8), (0, 16), (0, 24), (0, 32)), "waits"),
-    ("two restarts without", shards((0, 8), (0, 8), (0, 8)), "waits"),
-    ("three restarts without", shards((0, 8), (0, 8), (0, 8), (0, 8)), "deletes Job gj-lutes-run; Failed NoProgress"),
-    (
-        "never an output",
-        shards((1, None), (1, None), (1, None), (1, None)),
-        "deletes Job gj-lutes-run; Failed NoProgress",
+    NoOutputCase(
+        name="more outputs each time",
+        ends=shards((0, 8), (0, 16), (0, 24), (0, 32)),
+        expect="waits",
     ),
-    ("of two shards each", shards((0, 8), (1, 8), (0, 8), (1, 8), (0, 8), (1, 8)), "waits"),
-    ("the last was killed, and does not say", [*shards((0, 8), (0, 8), (0, 8)), KILLED], "waits"),
+    NoOutputCase(
+        name="two restarts without",
+        ends=shards((0, 8), (0, 8), (0, 8)),
+        expect="waits",
+    ),
+    NoOutputCase(
+        name="three restarts without",
+        ends=shards((0, 8), (0, 8), (0, 8), (0, 8)),
+        expect="deletes Job gj-lutes-run; Failed NoProgress",
+    ),
+    NoOutputCase(
+        name="never an output",
+        ends=shards((1, None), (1, None), (1, None), (1, None)),
+        expect="deletes Job gj-lutes-run; Failed NoProgress",
+    ),
+    NoOutputCase(
+        name="of two shards each",
+        ends=shards((0, 8), (1, 8), (0, 8), (1, 8), (0, 8), (1, 8)),
+        expect="waits",
+    ),
+    NoOutputCase(
+        name="the last was killed, and does not say",
+        ends=[*shards((0, 8), (0, 8), (0, 8)), KILLED],
+        expect="waits",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("ends", "expect"), [c[1:] for c in NO_OUTPUT], ids=[c[0] for c in NO_OUTPUT])
-def test_shards_that_make_no_progress_end_the_job(ends: list[PodEnd], expect: str) -> None:
-    decision = decided(SHARDS, child(SHARDS, "run"), ends=ends)
-    assert describe(decision) == expect
-    if "Failed" in expect:
+@pytest.mark.parametrize("case", NO_OUTPUT, ids=lambda case: case.name)
+def test_shards_that_make_no_progress_end_the_job(case: NoOutputCase) -> None:
+    decision = decided(SHARDS, child(SHARDS, "run"), ends=case.ends)
+    assert describe(decision) == case.expect
+    if "Failed" in case.expect:
         assert said(decision, "Failed").startswith("True NoProgress: 3 restarts in a row of shard ")
-        assert f"brought no output after the first {ends[-1].message.step or 0}; " in said(decision, "Failed")  # type: ignore[union-attr]
+        assert f"brought no output after the first {case.ends[-1].message.step or 0}; " in said(decision, "Failed")  # type: ignore[union-attr]
     assert decision.status.checkpoint is None
 
 
+@dataclass(frozen=True)
+class RestartCase:
+    name: str
+    running: list[tuple[int, int, int]]  # index, attempt and uncharged failures of each pod
+    ended: list[tuple[int, int, int]]  # likewise
+    expect: tuple[int, int]  # restarts, charged restarts
+
+
 RESTARTS = [
-    ("each at its first attempt", [(0, 0, 0), (1, 0, 0)], [], (0, 0)),
-    ("one was started again", [(0, 0, 0), (1, 1, 0)], [(1, 0, 0)], (1, 1)),
-    ("one was evicted, which is free", [(0, 0, 0), (1, 1, 1)], [(1, 0, 0)], (1, 0)),
-    ("both, one of them twice", [(0, 2, 1), (1, 1, 0)], [(0, 0, 0), (0, 1, 0), (1, 0, 0)], (3, 2)),
-    ("one has failed, its next pod is not there", [(0, 0, 0)], [(1, 0, 0)], (0, 0)),
-    ("one has ended at its second attempt", [(0, 0, 0)], [(1, 1, 0)], (1, 1)),
+    RestartCase(
+        name="each at its first attempt",
+        running=[(0, 0, 0), (1, 0, 0)],
+        ended=[],
+        expect=(0, 0),
+    ),
+    RestartCase(
+        name="one was started again",
+        running=[(0, 0, 0), (1, 1, 0)],
+        ended=[(1, 0, 0)],
+        expect=(1, 1),
+    ),
+    RestartCase(
+        name="one was evicted, which is free",
+        running=[(0, 0, 0), (1, 1, 1)],
+        ended=[(1, 0, 0)],
+        expect=(1, 0),
+    ),
+    RestartCase(
+        name="both, one of them twice",
+        running=[(0, 2, 1), (1, 1, 0)],
+        ended=[(0, 0, 0), (0, 1, 0), (1, 0, 0)],
+        expect=(3, 2),
+    ),
+    RestartCase(
+        name="one has failed, its next pod is not there",
+        running=[(0, 0, 0)],
+        ended=[(1, 0, 0)],
+        expect=(0, 0),
+    ),
+    RestartCase(
+        name="one has ended at its second attempt",
+        running=[(0, 0, 0)],
+        ended=[(1, 1, 0)],
+        expect=(1, 1),
+    ),
 ]
 
 
-@pytest.mark.parametrize(("living", "over", "expect"), [c[1:] for c in RESTARTS], ids=[c[0] for c in RESTARTS])
-def test_restarts_of_shards_are_counted(
-    living: list[tuple[int, int, int]], over: list[tuple[int, int, int]], expect: tuple[int, int]
-) -> None:
-    pods = [pod(SHARDS, "run", index, attempt, RUNNING, free=free) for index, attempt, free in living]
-    ends = [ended(SHARDS, "run", 71, index, attempt, free=free) for index, attempt, free in over]
+@pytest.mark.parametrize("case", RESTARTS, ids=lambda case: case.name)
+def test_restarts_of_shards_are_counted(case: RestartCase) -> None:
+    pods = [pod(SHARDS, "run", index, attempt, RUNNING, free=free) for index, attempt, free in case.running]
+    ends = [ended(SHARDS, "run", 71, index, attempt, free=free) for index, attempt, free in case.ended]
     status = decided(SHARDS, child(SHARDS, "run"), pods=pods, ends=ends).status
-    assert (status.restarts, status.restarts_charged) == expect
+    assert (status.restarts, status.restarts_charged) == case.expect
     later = decided(generate(status), child(SHARDS, "run")).status
-    assert (later.restarts, later.restarts_charged) == expect, "another operator, which has seen none of it"
+    assert (later.restarts, later.restarts_charged) == case.expect, "another operator, which has seen none of it"
 
 
 SHAPES = [(JOB, "2×8"), (CPU, "1×CPU"), (SHARDS, "2×1"), (generate(resources={"gpus": 0}), "2×CPU")]
@@ -602,60 +757,149 @@ def test_a_pod_that_ends_says_what_it_saved() -> None:
 
 KNOWN_20 = BEGUN.model_copy(update={"checkpoint": Checkpoint(step=20, time=text(BEGIN)), "restarts": 1})
 AGAIN = [pod(JOB, "run", i, 2, RUNNING) for i in (0, 1)]
-NEWEST: list[tuple[str, list[PodEnd], int | None, int | None]] = [
-    ("nothing is heard", [], None, 20),
-    ("a newer one", [], 30, 30),
-    ("20 was broken, as rank 0 says", [], 10, 10),
-    ("every one was broken, as rank 0 says", [], 0, None),
-    ("20 was broken, as a pod said when it ended", [ended(JOB, "run", 71, attempt=1, step=10)], None, 10),
-    (
-        "what two nodes said, one of them before",
-        [ended(JOB, "run", 75, i, 1, step=30 - 10 * i) for i in (0, 1)],
-        None,
-        30,
+
+
+@dataclass(frozen=True)
+class NewestCase:
+    name: str
+    served_step: int | None
+    expect: int | None
+    ends: list[PodEnd] = field(default_factory=list)
+
+
+NEWEST = [
+    NewestCase(
+        name="nothing is heard",
+        served_step=None,
+        expect=20,
     ),
-    (
-        "an older attempt's word is no news",
-        [ended(JOB, "run", 71, step=10), ended(JOB, "run", 137, attempt=1, silent=True)],
-        None,
-        20,
+    NewestCase(
+        name="a newer one",
+        served_step=30,
+        expect=30,
     ),
-    ("a pod that runs knows better than one that ended", [ended(JOB, "run", 71, attempt=0, step=20)], 10, 10),
+    NewestCase(
+        name="20 was broken, as rank 0 says",
+        served_step=10,
+        expect=10,
+    ),
+    NewestCase(
+        name="every one was broken, as rank 0 says",
+        served_step=0,
+        expect=None,
+    ),
+    NewestCase(
+        name="20 was broken, as a pod said when it ended",
+        ends=[ended(JOB, "run", 71, attempt=1, step=10)],
+        served_step=None,
+        expect=10,
+    ),
+    NewestCase(
+        name="what two nodes said, one of them before",
+        ends=[ended(JOB, "run", 75, i, 1, step=30 - 10 * i) for i in (0, 1)],
+        served_step=None,
+        expect=30,
+    ),
+    NewestCase(
+        name="an older attempt's word is no news",
+        ends=[ended(JOB, "run", 71, step=10), ended(JOB, "run", 137, attempt=1, silent=True)],
+        served_step=None,
+        expect=20,
+    ),
+    NewestCase(
+        name="a pod that runs knows better than one that ended",
+        ends=[ended(JOB, "run", 71, attempt=0, step=20)],
+        served_step=10,
+        expect=10,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("ends", "served", "expect"), [c[1:] for c in NEWEST], ids=[c[0] for c in NEWEST])
-def test_the_newest_word_on_the_checkpoint_counts(ends: list[PodEnd], served: int | None, expect: int | None) -> None:
-    decision = decided(fine_tune(KNOWN_20), group(restarts=1, charged=1), ends=ends, pods=AGAIN, checkpoint_step=served)
-    assert (decision.status.checkpoint.step if decision.status.checkpoint else None) == expect
+@pytest.mark.parametrize("case", NEWEST, ids=lambda case: case.name)
+def test_the_newest_word_on_the_checkpoint_counts(case: NewestCase) -> None:
+    decision = decided(
+        fine_tune(KNOWN_20), group(restarts=1, charged=1), ends=case.ends, pods=AGAIN, checkpoint_step=case.served_step
+    )
+    assert (decision.status.checkpoint.step if decision.status.checkpoint else None) == case.expect
+
+
+@dataclass(frozen=True)
+class BrokenCase:
+    known_broken: int | None  # as the status says
+    served_broken: int | None  # as the metrics say
+    checkpoint_step: int
+    expect: list[str]
 
 
 BROKEN = [
-    # set aside: known  served   checkpoint  expect
-    (None, None, 10, []),
-    (None, 0, 10, []),
-    (None, 1, 10, ["; the run goes on from step 10"]),
-    (None, 2, 0, ["; the run begins anew"]),
-    (1, 1, 10, []),
-    (1, None, 10, []),
-    (1, 2, 10, ["; the run goes on from step 10"]),
-    (1, 0, 10, []),
+    BrokenCase(
+        known_broken=None,
+        served_broken=None,
+        checkpoint_step=10,
+        expect=[],
+    ),
+    BrokenCase(
+        known_broken=None,
+        served_broken=0,
+        checkpoint_step=10,
+        expect=[],
+    ),
+    BrokenCase(
+        known_broken=None,
+        served_broken=1,
+        checkpoint_step=10,
+        expect=["; the run goes on from step 10"],
+    ),
+    BrokenCase(
+        known_broken=None,
+        served_broken=2,
+        checkpoint_step=0,
+        expect=["; the run begins anew"],
+    ),
+    BrokenCase(
+        known_broken=1,
+        served_broken=1,
+        checkpoint_step=10,
+        expect=[],
+    ),
+    BrokenCase(
+        known_broken=1,
+        served_broken=None,
+        checkpoint_step=10,
+        expect=[],
+    ),
+    BrokenCase(
+        known_broken=1,
+        served_broken=2,
+        checkpoint_step=10,
+        expect=["; the run goes on from step 10"],
+    ),
+    BrokenCase(
+        known_broken=1,
+        served_broken=0,
+        checkpoint_step=10,
+        expect=[],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("known", "served", "step", "expect"), BROKEN)
-def test_a_checkpoint_that_is_set_aside_is_an_event(
-    known: int | None, served: int | None, step: int, expect: list[str]
-) -> None:
-    job = fine_tune(KNOWN_20.model_copy(update={"broken_checkpoints": known}))
-    decision = decided(job, group(restarts=1), pods=AGAIN, checkpoint_step=step, broken_checkpoints=served)
+@pytest.mark.parametrize(
+    "case", BROKEN, ids=lambda case: f"{case.known_broken}-{case.served_broken}-{case.checkpoint_step}"
+)
+def test_a_checkpoint_that_is_set_aside_is_an_event(case: BrokenCase) -> None:
+    job = fine_tune(KNOWN_20.model_copy(update={"broken_checkpoints": case.known_broken}))
+    decision = decided(
+        job, group(restarts=1), pods=AGAIN, checkpoint_step=case.checkpoint_step, broken_checkpoints=case.served_broken
+    )
     where = (
         "a checkpoint does not match its manifest and is set aside as .corrupt-checkpoint-* in"
         " ftj-bot-f00dcafe/checkpoints of claim ftj-bot"
     )
     told = [e for e in decision.events if e.reason == "CheckpointBroken"]
-    assert [(e.type, e.message) for e in told] == [("Warning", where + words) for words in expect]
-    assert decision.status.broken_checkpoints == (known if served is None else served or None)
+    assert [(e.type, e.message) for e in told] == [("Warning", where + words) for words in case.expect]
+    assert decision.status.broken_checkpoints == (
+        case.known_broken if case.served_broken is None else case.served_broken or None
+    )
 
 
 def test_notices_of_all_phases_stand_in_the_status_and_are_events_once() -> None:
@@ -706,27 +950,45 @@ def test_both_prepared_and_begun_at_once() -> None:
     assert [(e.type, e.reason) for e in decision.events] == [("Normal", "Prepared")]
 
 
+@dataclass(frozen=True)
+class AtEndCase:
+    name: str
+    metrics: dict[str, float] | None
+    expect: Progress | None
+    progress: Progress | None = None
+
+
 AT_END = [
-    (
-        "read on the way",
-        Progress(step=18, max_steps=20, loss=2.0),
-        {"steps": 20.0, "lastLoss": 1.51239},
-        Progress(step=20, max_steps=20, loss=1.512, percent=100, eta_seconds=0),
+    AtEndCase(
+        name="read on the way",
+        progress=Progress(step=18, max_steps=20, loss=2.0),
+        metrics={"steps": 20.0, "lastLoss": 1.51239},
+        expect=Progress(step=20, max_steps=20, loss=1.512, percent=100, eta_seconds=0),
     ),
-    ("too quick to be read", None, {"steps": 4.0}, Progress(step=4, max_steps=4, percent=100, eta_seconds=0)),
-    ("rows, too quick to be read", None, {"rows": 3.0}, Progress(rows=3, max_rows=3, percent=100, eta_seconds=0)),
-    (
-        "rows, the pods' last words lost",
-        Progress(rows=2, max_rows=3),
-        None,
-        Progress(rows=3, max_rows=3, percent=100, eta_seconds=0),
+    AtEndCase(
+        name="too quick to be read",
+        metrics={"steps": 4.0},
+        expect=Progress(step=4, max_steps=4, percent=100, eta_seconds=0),
     ),
-    ("nothing known", None, None, None),
+    AtEndCase(
+        name="rows, too quick to be read",
+        metrics={"rows": 3.0},
+        expect=Progress(rows=3, max_rows=3, percent=100, eta_seconds=0),
+    ),
+    AtEndCase(
+        name="rows, the pods' last words lost",
+        progress=Progress(rows=2, max_rows=3),
+        metrics=None,
+        expect=Progress(rows=3, max_rows=3, percent=100, eta_seconds=0),
+    ),
+    AtEndCase(
+        name="nothing known",
+        metrics=None,
+        expect=None,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "read", "metrics", "expect"), AT_END, ids=[c[0] for c in AT_END])
-def test_progress_of_a_run_that_has_ended(
-    name: str, read: Progress | None, metrics: dict[str, float] | None, expect: Progress | None
-) -> None:
-    assert at_end(read, metrics) == expect
+@pytest.mark.parametrize("case", AT_END, ids=lambda case: case.name)
+def test_progress_of_a_run_that_has_ended(case: AtEndCase) -> None:
+    assert at_end(case.progress, case.metrics) == case.expect

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -21,21 +21,40 @@ EVICTED = pod(JOB, "run", 1, over="Failed") | {
 }
 FOREIGN = {"metadata": {"name": "db", "uid": "1", "labels": {}}, "status": {"phase": "Failed"}}
 
+
+@dataclass(frozen=True)
+class NoEndCase:
+    name: str
+    given: Any
+
+
 NO_END = [
-    ("it runs", pod(JOB, "run", state=RUNNING)),
-    ("it waits", pod(JOB, "run", state=waiting("ContainerCreating"), over="Pending")),
-    ("it has no container yet", pod(JOB, "run", over="Pending")),
-    (
-        "its container has no state yet",
-        pod(JOB, "run", over="Pending") | {"status": {"containerStatuses": [{"name": "trainer"}]}},
+    NoEndCase(
+        name="it runs",
+        given=pod(JOB, "run", state=RUNNING),
     ),
-    ("it is not ours", FOREIGN),
+    NoEndCase(
+        name="it waits",
+        given=pod(JOB, "run", state=waiting("ContainerCreating"), over="Pending"),
+    ),
+    NoEndCase(
+        name="it has no container yet",
+        given=pod(JOB, "run", over="Pending"),
+    ),
+    NoEndCase(
+        name="its container has no state yet",
+        given=pod(JOB, "run", over="Pending") | {"status": {"containerStatuses": [{"name": "trainer"}]}},
+    ),
+    NoEndCase(
+        name="it is not ours",
+        given=FOREIGN,
+    ),
 ]
 
 
-@pytest.mark.parametrize("given", [c[1] for c in NO_END], ids=[c[0] for c in NO_END])
-def test_a_pod_that_may_still_run_has_no_end(given: Any) -> None:
-    assert pod_end(given, NOW) is None
+@pytest.mark.parametrize("case", NO_END, ids=lambda case: case.name)
+def test_a_pod_that_may_still_run_has_no_end(case: NoEndCase) -> None:
+    assert pod_end(case.given, NOW) is None
 
 
 def test_an_end_is_read_as_soon_as_the_container_has_terminated() -> None:
@@ -85,29 +104,111 @@ def test_what_was_said_is_read_and_an_output_is_kept_as_it_is() -> None:
     )
 
 
-# name, exit code, what Kubernetes says, disrupted → reason, charged
+@dataclass(frozen=True)
+class EndCase:
+    name: str
+    code: int
+    kubernetes_reason: str
+    reason: str
+    charged: bool
+    disrupted: bool = False
+
+
 ENDS = [
-    ("a mistake", 65, "Error", False, "InvalidDataset", False),
-    ("a mistake of a pod that was evicted as well", 65, "Error", True, "InvalidDataset", False),
-    ("infrastructure", 71, "Error", False, "InfrastructureError", True),
-    ("preempted and saved", 75, "Error", False, "Preempted", False),
-    ("evicted", 137, "Error", True, "Preempted", False),
-    ("evicted in the middle of a collective", 81, "Error", True, "Preempted", False),
-    ("memory, found by the supervisor", 83, "OOMKilled", False, "HostOutOfMemory", False),
-    ("memory, PID 1 itself", 137, "OOMKilled", False, "HostOutOfMemory", True),
-    ("memory, another code", 1, "OOMKilled", False, "HostOutOfMemory", True),
-    ("killed by somebody", 137, "Error", False, "InfrastructureError", True),
-    ("terminated by somebody", 143, "Error", False, "InfrastructureError", True),
-    ("an exception that nobody classified", 1, "Error", False, "TrainingError", True),
+    EndCase(
+        name="a mistake",
+        code=65,
+        kubernetes_reason="Error",
+        reason="InvalidDataset",
+        charged=False,
+    ),
+    EndCase(
+        name="a mistake of a pod that was evicted as well",
+        code=65,
+        kubernetes_reason="Error",
+        disrupted=True,
+        reason="InvalidDataset",
+        charged=False,
+    ),
+    EndCase(
+        name="infrastructure",
+        code=71,
+        kubernetes_reason="Error",
+        reason="InfrastructureError",
+        charged=True,
+    ),
+    EndCase(
+        name="preempted and saved",
+        code=75,
+        kubernetes_reason="Error",
+        reason="Preempted",
+        charged=False,
+    ),
+    EndCase(
+        name="evicted",
+        code=137,
+        kubernetes_reason="Error",
+        disrupted=True,
+        reason="Preempted",
+        charged=False,
+    ),
+    EndCase(
+        name="evicted in the middle of a collective",
+        code=81,
+        kubernetes_reason="Error",
+        disrupted=True,
+        reason="Preempted",
+        charged=False,
+    ),
+    EndCase(
+        name="memory, found by the supervisor",
+        code=83,
+        kubernetes_reason="OOMKilled",
+        reason="HostOutOfMemory",
+        charged=False,
+    ),
+    EndCase(
+        name="memory, PID 1 itself",
+        code=137,
+        kubernetes_reason="OOMKilled",
+        reason="HostOutOfMemory",
+        charged=True,
+    ),
+    EndCase(
+        name="memory, another code",
+        code=1,
+        kubernetes_reason="OOMKilled",
+        reason="HostOutOfMemory",
+        charged=True,
+    ),
+    EndCase(
+        name="killed by somebody",
+        code=137,
+        kubernetes_reason="Error",
+        reason="InfrastructureError",
+        charged=True,
+    ),
+    EndCase(
+        name="terminated by somebody",
+        code=143,
+        kubernetes_reason="Error",
+        reason="InfrastructureError",
+        charged=True,
+    ),
+    EndCase(
+        name="an exception that nobody classified",
+        code=1,
+        kubernetes_reason="Error",
+        reason="TrainingError",
+        charged=True,
+    ),
 ]
 
 
-@pytest.mark.parametrize(
-    ("code", "kubernetes", "disrupted", "reason", "charged"), [c[1:] for c in ENDS], ids=[c[0] for c in ENDS]
-)
-def test_the_reason_and_the_price(code: int, kubernetes: str, disrupted: bool, reason: str, charged: bool) -> None:
-    record = attempt(ended(JOB, "run", code, kubernetes=kubernetes, disrupted=disrupted), 0, None)
-    assert (record.reason, record.charged) == (reason, charged)
+@pytest.mark.parametrize("case", ENDS, ids=lambda case: case.name)
+def test_the_reason_and_the_price(case: EndCase) -> None:
+    record = attempt(ended(JOB, "run", case.code, kubernetes=case.kubernetes_reason, disrupted=case.disrupted), 0, None)
+    assert (record.reason, record.charged) == (case.reason, case.charged)
 
 
 @pytest.mark.parametrize("code", [c for c in ExitCode if c], ids=lambda c: c.reason)
@@ -130,25 +231,61 @@ def e(code: int, index: int, when: float = -60, **more: Any) -> Any:
     return ended(JOB, "run", code, index, when=when, **more)
 
 
+@dataclass(frozen=True)
+class CauseCase:
+    name: str
+    ends: list[Any]  # the first is the cause
+
+
 # The first of each row is the cause, whatever the order in which they were seen and ended.
 CAUSES = [
-    ("an eviction breaks the links of the others", [e(75, 1, -10, disrupted=True), e(81, 0, -60), e(71, 2)]),
-    ("memory before what it broke", [e(137, 1, -10, kubernetes="OOMKilled"), e(81, 0), e(79, 2)]),
-    ("a full GPU leaves its peers alone", [e(79, 1, -10), e(81, 0, -60)]),
-    ("a broken node", [e(71, 1, -10), e(70, 2), e(81, 0)]),
-    ("an exception", [e(70, 1, -10), e(81, 0, -60)]),
-    ("a hang", [e(80, 0, -10), e(81, 1)]),
-    ("a lost peer, when nothing better is known", [e(81, 0, -10), e(75, 1, -60)]),
-    ("the survivors are stopped by the Job controller", [e(1, 0, -10), e(75, 1, -60), e(75, 2, -60)]),
-    ("of equal ends the first", [e(81, 1, -60), e(81, 0, -50)]),
-    ("success explains nothing", [e(81, 1, -10), e(0, 0, -60)]),
+    CauseCase(
+        name="an eviction breaks the links of the others",
+        ends=[e(75, 1, -10, disrupted=True), e(81, 0, -60), e(71, 2)],
+    ),
+    CauseCase(
+        name="memory before what it broke",
+        ends=[e(137, 1, -10, kubernetes="OOMKilled"), e(81, 0), e(79, 2)],
+    ),
+    CauseCase(
+        name="a full GPU leaves its peers alone",
+        ends=[e(79, 1, -10), e(81, 0, -60)],
+    ),
+    CauseCase(
+        name="a broken node",
+        ends=[e(71, 1, -10), e(70, 2), e(81, 0)],
+    ),
+    CauseCase(
+        name="an exception",
+        ends=[e(70, 1, -10), e(81, 0, -60)],
+    ),
+    CauseCase(
+        name="a hang",
+        ends=[e(80, 0, -10), e(81, 1)],
+    ),
+    CauseCase(
+        name="a lost peer, when nothing better is known",
+        ends=[e(81, 0, -10), e(75, 1, -60)],
+    ),
+    CauseCase(
+        name="the survivors are stopped by the Job controller",
+        ends=[e(1, 0, -10), e(75, 1, -60), e(75, 2, -60)],
+    ),
+    CauseCase(
+        name="of equal ends the first",
+        ends=[e(81, 1, -60), e(81, 0, -50)],
+    ),
+    CauseCase(
+        name="success explains nothing",
+        ends=[e(81, 1, -10), e(0, 0, -60)],
+    ),
 ]
 
 
-@pytest.mark.parametrize("ends", [c[1] for c in CAUSES], ids=[c[0] for c in CAUSES])
-def test_one_end_explains_the_others(ends: list[Any]) -> None:
-    assert cause(ends) == ends[0]
-    assert cause(reversed(ends)) == ends[0]
+@pytest.mark.parametrize("case", CAUSES, ids=lambda case: case.name)
+def test_one_end_explains_the_others(case: CauseCase) -> None:
+    assert cause(case.ends) == case.ends[0]
+    assert cause(reversed(case.ends)) == case.ends[0]
 
 
 def test_no_failure_has_no_cause() -> None:
@@ -184,20 +321,48 @@ def test_long_output_is_cut_from_its_beginning() -> None:
     assert (len(record.last_lines), record.last_lines[-3:]) == (1000, "end")
 
 
+@dataclass(frozen=True)
+class OwnerCase:
+    name: str
+    child_uid: str
+    when: float
+    expect: list[str]
+
+
 WHOSE = [
-    ("of an earlier child, by the time", "", -60, []),
-    ("of this child, by the time", "", -20, ["InfrastructureError"]),
-    ("of an earlier child, by its uid", "another-uid", -20, []),
-    ("of this child, on a node whose clock is behind", "ftj-bot-run-uid", -60, ["InfrastructureError"]),
+    OwnerCase(
+        name="of an earlier child, by the time",
+        child_uid="",
+        when=-60,
+        expect=[],
+    ),
+    OwnerCase(
+        name="of this child, by the time",
+        child_uid="",
+        when=-20,
+        expect=["InfrastructureError"],
+    ),
+    OwnerCase(
+        name="of an earlier child, by its uid",
+        child_uid="another-uid",
+        when=-20,
+        expect=[],
+    ),
+    OwnerCase(
+        name="of this child, on a node whose clock is behind",
+        child_uid="ftj-bot-run-uid",
+        when=-60,
+        expect=["InfrastructureError"],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("uid", "when", "expect"), [c[1:] for c in WHOSE], ids=[c[0] for c in WHOSE])
-def test_only_the_pods_of_a_child_are_its_failures(uid: str, when: float, expect: list[str]) -> None:
-    end = replace(e(71, 0, when), child=uid)
+@pytest.mark.parametrize("case", WHOSE, ids=lambda case: case.name)
+def test_only_the_pods_of_a_child_are_its_failures(case: OwnerCase) -> None:
+    end = replace(e(71, 0, case.when), child=case.child_uid)
     decision = decided(JOB, child(JOB, "run", "Failed", born=at(-30), reason="ReachedMaxRestarts"), ends=[end])
-    assert [a.reason for a in decision.status.attempts] == expect
-    assert decision.status.conditions[-1].reason == (expect or ["Failed"])[0]
+    assert [a.reason for a in decision.status.attempts] == case.expect
+    assert decision.status.conditions[-1].reason == (case.expect or ["Failed"])[0]
 
 
 LABELS = {"batch.kubernetes.io/controller-uid": "the Job", "jobset.sigs.k8s.io/jobset-uid": "the JobSet"}

@@ -8,7 +8,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -117,78 +118,135 @@ def test_whoami_tells_the_role_of_a_token(hub: Running) -> None:
     assert api(hub, READ_TOKEN).whoami()["auth"]["accessToken"]["role"] == "read"
 
 
+@dataclass(frozen=True)
+class Case:
+    name: str
+    token: str | bool
+    call: Callable[[HfApi], object]
+    error: type[Exception]
+    status: int
+
+
 REFUSALS = [
-    (
-        "no such repository, with a token",
-        READ_TOKEN,
-        lambda a: a.model_info("luthier/nothing"),
-        RepositoryNotFoundError,
-        404,
+    Case(
+        name="no such repository, with a token",
+        token=READ_TOKEN,
+        call=lambda a: a.model_info("luthier/nothing"),
+        error=RepositoryNotFoundError,
+        status=404,
     ),
-    ("no such repository, without", False, lambda a: a.model_info("luthier/nothing"), RepositoryNotFoundError, 401),
-    ("a name without a namespace", READ_TOKEN, lambda a: a.model_info("gpt2"), RepositoryNotFoundError, 404),
-    (
-        "a model asked for as a dataset",
-        READ_TOKEN,
-        lambda a: a.dataset_info("luthier/private"),
-        RepositoryNotFoundError,
-        404,
+    Case(
+        name="no such repository, without",
+        token=False,
+        call=lambda a: a.model_info("luthier/nothing"),
+        error=RepositoryNotFoundError,
+        status=401,
     ),
-    (
-        "a private repository, without a token",
-        False,
-        lambda a: a.model_info("luthier/private"),
-        RepositoryNotFoundError,
-        401,
+    Case(
+        name="a name without a namespace",
+        token=READ_TOKEN,
+        call=lambda a: a.model_info("gpt2"),
+        error=RepositoryNotFoundError,
+        status=404,
     ),
-    ("a wrong token", "hf_wrong", lambda a: a.model_info("luthier/private"), HfHubHTTPError, 401),
-    ("a wrong token, whoami", "hf_wrong", lambda a: a.whoami(), HfHubHTTPError, 401),
-    (
-        "no such revision",
-        READ_TOKEN,
-        lambda a: a.model_info("luthier/private", revision="v9"),
-        RevisionNotFoundError,
-        404,
+    Case(
+        name="a model asked for as a dataset",
+        token=READ_TOKEN,
+        call=lambda a: a.dataset_info("luthier/private"),
+        error=RepositoryNotFoundError,
+        status=404,
     ),
-    (
-        "no such folder",
-        READ_TOKEN,
-        lambda a: list(a.list_repo_tree("luthier/private", "nothing")),
-        RemoteEntryNotFoundError,
-        404,
+    Case(
+        name="a private repository, without a token",
+        token=False,
+        call=lambda a: a.model_info("luthier/private"),
+        error=RepositoryNotFoundError,
+        status=401,
     ),
-    (
-        "no such file",
-        READ_TOKEN,
-        lambda a: a.hf_hub_download("luthier/private", "nothing.json"),
-        RemoteEntryNotFoundError,
-        404,
+    Case(
+        name="a wrong token",
+        token="hf_wrong",
+        call=lambda a: a.model_info("luthier/private"),
+        error=HfHubHTTPError,
+        status=401,
     ),
-    (
-        "a gated file, without a token",
-        False,
-        lambda a: a.hf_hub_download("luthier/gated", "README.md"),
-        GatedRepoError,
-        401,
+    Case(
+        name="a wrong token, whoami",
+        token="hf_wrong",
+        call=lambda a: a.whoami(),
+        error=HfHubHTTPError,
+        status=401,
     ),
-    (
-        "a gated file, by a reader",
-        READ_TOKEN,
-        lambda a: a.hf_hub_download("luthier/gated", "README.md"),
-        GatedRepoError,
-        403,
+    Case(
+        name="no such revision",
+        token=READ_TOKEN,
+        call=lambda a: a.model_info("luthier/private", revision="v9"),
+        error=RevisionNotFoundError,
+        status=404,
     ),
-    ("writing with a read token", READ_TOKEN, lambda a: a.create_repo("luthier/mine"), HfHubHTTPError, 403),
-    ("writing without a token", False, lambda a: a.create_repo("luthier/mine"), HfHubHTTPError, 401),
-    (
-        "writing to another's namespace",
-        WRITE_TOKEN,
-        lambda a: a.create_repo(f"{CLOSED_NAMESPACE}/theirs"),
-        HfHubHTTPError,
-        403,
+    Case(
+        name="no such folder",
+        token=READ_TOKEN,
+        call=lambda a: list(a.list_repo_tree("luthier/private", "nothing")),
+        error=RemoteEntryNotFoundError,
+        status=404,
     ),
-    ("creating what exists", WRITE_TOKEN, lambda a: a.create_repo("luthier/private"), HfHubHTTPError, 409),
-    ("committing on an old parent", WRITE_TOKEN, lambda a: upload(a, parent_commit="0" * 40), HfHubHTTPError, 412),
+    Case(
+        name="no such file",
+        token=READ_TOKEN,
+        call=lambda a: a.hf_hub_download("luthier/private", "nothing.json"),
+        error=RemoteEntryNotFoundError,
+        status=404,
+    ),
+    Case(
+        name="a gated file, without a token",
+        token=False,
+        call=lambda a: a.hf_hub_download("luthier/gated", "README.md"),
+        error=GatedRepoError,
+        status=401,
+    ),
+    Case(
+        name="a gated file, by a reader",
+        token=READ_TOKEN,
+        call=lambda a: a.hf_hub_download("luthier/gated", "README.md"),
+        error=GatedRepoError,
+        status=403,
+    ),
+    Case(
+        name="writing with a read token",
+        token=READ_TOKEN,
+        call=lambda a: a.create_repo("luthier/mine"),
+        error=HfHubHTTPError,
+        status=403,
+    ),
+    Case(
+        name="writing without a token",
+        token=False,
+        call=lambda a: a.create_repo("luthier/mine"),
+        error=HfHubHTTPError,
+        status=401,
+    ),
+    Case(
+        name="writing to another's namespace",
+        token=WRITE_TOKEN,
+        call=lambda a: a.create_repo(f"{CLOSED_NAMESPACE}/theirs"),
+        error=HfHubHTTPError,
+        status=403,
+    ),
+    Case(
+        name="creating what exists",
+        token=WRITE_TOKEN,
+        call=lambda a: a.create_repo("luthier/private"),
+        error=HfHubHTTPError,
+        status=409,
+    ),
+    Case(
+        name="committing on an old parent",
+        token=WRITE_TOKEN,
+        call=lambda a: upload(a, parent_commit="0" * 40),
+        error=HfHubHTTPError,
+        status=412,
+    ),
 ]
 
 
@@ -196,16 +254,16 @@ def upload(client: HfApi, **options: str) -> None:
     client.upload_file(path_or_fileobj=b"text", path_in_repo="notes.txt", repo_id="luthier/private", **options)
 
 
-@pytest.mark.parametrize(("token", "call", "error", "status"), [r[1:] for r in REFUSALS], ids=[r[0] for r in REFUSALS])
+@pytest.mark.parametrize("case", REFUSALS, ids=lambda case: case.name)
 def test_refusals_are_the_clients_own_exceptions(
-    hub, folder, tmp_path, monkeypatch, token, call, error, status
+    hub: Running, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     hub.store.seed("model", "luthier/private", folder, private=True)
     hub.store.seed("model", "luthier/gated", folder, gated=True)
-    with pytest.raises(error) as raised:
-        call(api(hub, token))
-    assert (type(raised.value), raised.value.response.status_code) == (error, status)
+    with pytest.raises(case.error) as raised:
+        case.call(api(hub, case.token))
+    assert (type(raised.value), raised.value.response.status_code) == (case.error, case.status)
 
 
 def test_content_with_another_digest_is_refused(hub: Running) -> None:

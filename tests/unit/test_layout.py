@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -100,20 +101,53 @@ def test_make_tells_of_each_verb() -> None:
     assert set(phony.split()) == set(verbs)
 
 
+@dataclass(frozen=True)
+class Case:
+    name: str
+    pattern: str
+    defined_in: str
+    expect: str
+
+
 REPEATED = [
-    ("the release", r"REGISTRY/(?:operator|trainer):([\w.-]+)", "docs/install.md", versions.RELEASE),
-    ("the chart", r"(?m)^(?:appVersion|version): (\S+)", "charts/luthier/Chart.yaml", versions.RELEASE),
-    ("the package", r'(?m)^version = "(\S+)"', "pyproject.toml", versions.RELEASE),
-    ("JobSet", r"jobset/releases/download/([^/]+)/", "docs/install.md", versions.JOBSET),
+    Case(
+        name="the release",
+        pattern=r"REGISTRY/(?:operator|trainer):([\w.-]+)",
+        defined_in="docs/install.md",
+        expect=versions.RELEASE,
+    ),
+    Case(
+        name="the chart",
+        pattern=r"(?m)^(?:appVersion|version): (\S+)",
+        defined_in="charts/luthier/Chart.yaml",
+        expect=versions.RELEASE,
+    ),
+    Case(
+        name="the package",
+        pattern=r'(?m)^version = "(\S+)"',
+        defined_in="pyproject.toml",
+        expect=versions.RELEASE,
+    ),
+    Case(
+        name="JobSet",
+        pattern=r"jobset/releases/download/([^/]+)/",
+        defined_in="docs/install.md",
+        expect=versions.JOBSET,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("what", "pattern", "place", "expect"), REPEATED, ids=[r[0] for r in REPEATED])
-def test_a_version_is_the_same_wherever_it_stands(what: str, pattern: str, place: str, expect: str) -> None:
-    pages = [TOP / place, TOP / "README.md", TOP / "charts/luthier/templates/NOTES.txt", *(TOP / "docs").glob("*.md")]
-    found = {page: re.findall(pattern, page.read_text()) for page in pages}
-    assert found[TOP / place], "the pattern finds what it is about"
-    assert {number for numbers in found.values() for number in numbers} == {expect}
+@pytest.mark.parametrize("case", REPEATED, ids=lambda case: case.name)
+def test_a_version_is_the_same_wherever_it_stands(case: Case) -> None:
+    pages = [
+        TOP / case.defined_in,
+        TOP / "README.md",
+        TOP / "charts/luthier/templates/NOTES.txt",
+        *(TOP / "docs").glob("*.md"),
+    ]
+    found = {page: re.findall(case.pattern, page.read_text()) for page in pages}
+    assert found[TOP / case.defined_in], "the pattern finds what it is about"
+    assert {number for numbers in found.values() for number in numbers} == {case.expect}
 
 
 def test_no_path_of_a_machine_in_the_files() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -166,22 +167,64 @@ def planned(seconds: int | None, **spec: Any) -> Job:
     return fine_tune(**spec).model_copy(update={"status": JobStatus(prepared=prepared)})
 
 
+@dataclass(frozen=True)
+class GraceCase:
+    name: str
+    job: Job
+    prepare: int
+    run: int
+
+
 GRACES = [
-    # name                               job                                                    prepare  run
-    ("nothing is planned yet", fine_tune(), 60, 60),
-    ("the plan needs little", planned(42), 60, 60),
-    ("the plan needs much", planned(1333), 60, 1333),
-    ("a plan of an earlier version", planned(None), 60, 60),
-    ("the job asks for more", planned(42, scheduling={"gracePeriodSeconds": 900}), 60, 900),
-    ("the job asks for less", planned(1333, scheduling={"gracePeriodSeconds": 30}), 60, 30),
-    ("a generation asks for more", generate(scheduling={"gracePeriodSeconds": 90}), 60, 90),
+    GraceCase(
+        name="nothing is planned yet",
+        job=fine_tune(),
+        prepare=60,
+        run=60,
+    ),
+    GraceCase(
+        name="the plan needs little",
+        job=planned(42),
+        prepare=60,
+        run=60,
+    ),
+    GraceCase(
+        name="the plan needs much",
+        job=planned(1333),
+        prepare=60,
+        run=1333,
+    ),
+    GraceCase(
+        name="a plan of an earlier version",
+        job=planned(None),
+        prepare=60,
+        run=60,
+    ),
+    GraceCase(
+        name="the job asks for more",
+        job=planned(42, scheduling={"gracePeriodSeconds": 900}),
+        prepare=60,
+        run=900,
+    ),
+    GraceCase(
+        name="the job asks for less",
+        job=planned(1333, scheduling={"gracePeriodSeconds": 30}),
+        prepare=60,
+        run=30,
+    ),
+    GraceCase(
+        name="a generation asks for more",
+        job=generate(scheduling={"gracePeriodSeconds": 90}),
+        prepare=60,
+        run=90,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("job", "prepare", "run"), [g[1:] for g in GRACES], ids=[g[0] for g in GRACES])
-def test_the_pods_of_a_run_have_the_time_that_their_plan_needs(job: Job, prepare: int, run: int) -> None:
-    found = {phase: pod["terminationGracePeriodSeconds"] for phase, pod in pods(job).items()}
-    assert (found["prepare"], found["run"]) == (prepare, run)
+@pytest.mark.parametrize("case", GRACES, ids=lambda case: case.name)
+def test_the_pods_of_a_run_have_the_time_that_their_plan_needs(case: GraceCase) -> None:
+    found = {phase: pod["terminationGracePeriodSeconds"] for phase, pod in pods(case.job).items()}
+    assert (found["prepare"], found["run"]) == (case.prepare, case.run)
 
 
 @pytest.mark.parametrize("job", EVERY_JOB, ids=["training", "generation", "on CPU"])
@@ -196,21 +239,54 @@ def test_variables_of_the_administrator_are_in_every_pod_and_win(job: Job) -> No
 
 
 CPU_ONLY = {"DS_ACCELERATOR", "GLOO_SOCKET_IFNAME"}
+
+
+@dataclass(frozen=True)
+class ThreadCase:
+    name: str
+    job: Job
+    threads: str | None
+
+
 THREADS = [
-    ("GPUs, cores unknown", fine_tune(), None),
-    ("GPUs, 8 cores for each", fine_tune(resources={"gpusPerNode": 8, "cpu": "64"}), "8"),
-    ("one process, cores unknown", fine_tune(resources={"gpusPerNode": 0}), None),
-    ("two processes, three cores", fine_tune(resources={"gpusPerNode": 0, "processesPerNode": 2, "cpu": "3500m"}), "1"),
-    ("a shard with four cores", generate(resources={"gpus": 0, "cpu": "4"}), "4"),
-    ("half a core", generate(resources={"gpus": 0, "cpu": "0.5"}), "1"),
+    ThreadCase(
+        name="GPUs, cores unknown",
+        job=fine_tune(),
+        threads=None,
+    ),
+    ThreadCase(
+        name="GPUs, 8 cores for each",
+        job=fine_tune(resources={"gpusPerNode": 8, "cpu": "64"}),
+        threads="8",
+    ),
+    ThreadCase(
+        name="one process, cores unknown",
+        job=fine_tune(resources={"gpusPerNode": 0}),
+        threads=None,
+    ),
+    ThreadCase(
+        name="two processes, three cores",
+        job=fine_tune(resources={"gpusPerNode": 0, "processesPerNode": 2, "cpu": "3500m"}),
+        threads="1",
+    ),
+    ThreadCase(
+        name="a shard with four cores",
+        job=generate(resources={"gpus": 0, "cpu": "4"}),
+        threads="4",
+    ),
+    ThreadCase(
+        name="half a core",
+        job=generate(resources={"gpus": 0, "cpu": "0.5"}),
+        threads="1",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("job", "threads"), [c[1:] for c in THREADS], ids=[c[0] for c in THREADS])
-def test_processes_share_the_cores_of_their_pod(job: Job, threads: str | None) -> None:
-    values = environment(pods(job)["run"])
-    assert values.get("OMP_NUM_THREADS") == threads
-    assert set(values) & CPU_ONLY == (set() if workload(job).gpus_per_pod else CPU_ONLY)
+@pytest.mark.parametrize("case", THREADS, ids=lambda case: case.name)
+def test_processes_share_the_cores_of_their_pod(case: ThreadCase) -> None:
+    values = environment(pods(case.job)["run"])
+    assert values.get("OMP_NUM_THREADS") == case.threads
+    assert set(values) & CPU_ONLY == (set() if workload(case.job).gpus_per_pod else CPU_ONLY)
 
 
 def test_the_rules_are_those_of_the_enum() -> None:
@@ -231,36 +307,72 @@ def test_the_rules_are_those_of_the_enum() -> None:
     ]
 
 
+@dataclass(frozen=True)
+class QueueCase:
+    name: str
+    job: Job
+    queued: list[str]
+
+
 QUEUES = [
-    ("on GPUs", fine_tune(scheduling={"queueName": "a"}), ["ftj-bot-run"]),
-    ("on CPU", fine_tune(scheduling={"queueName": "a"}, resources={"gpusPerNode": 0}), []),
-    ("shards", generate(scheduling={"queueName": "a"}, hub=HUB), ["gj-lutes-run"]),
+    QueueCase(
+        name="on GPUs",
+        job=fine_tune(scheduling={"queueName": "a"}),
+        queued=["ftj-bot-run"],
+    ),
+    QueueCase(
+        name="on CPU",
+        job=fine_tune(scheduling={"queueName": "a"}, resources={"gpusPerNode": 0}),
+        queued=[],
+    ),
+    QueueCase(
+        name="shards",
+        job=generate(scheduling={"queueName": "a"}, hub=HUB),
+        queued=["gj-lutes-run"],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("job", "queued"), [c[1:] for c in QUEUES], ids=[c[0] for c in QUEUES])
-def test_the_queue_is_asked_for_what_holds_gpus(job: Job, queued: list[str]) -> None:
+@pytest.mark.parametrize("case", QUEUES, ids=lambda case: case.name)
+def test_the_queue_is_asked_for_what_holds_gpus(case: QueueCase) -> None:
     assert [
-        o["metadata"]["name"] for o in objects(job, SETTINGS) if "kueue.x-k8s.io/queue-name" in o["metadata"]["labels"]
-    ] == queued
-    assert not [o for o in objects(job, SETTINGS) if "suspend" in o.get("spec", {})]
+        o["metadata"]["name"]
+        for o in objects(case.job, SETTINGS)
+        if "kueue.x-k8s.io/queue-name" in o["metadata"]["labels"]
+    ] == case.queued
+    assert not [o for o in objects(case.job, SETTINGS) if "suspend" in o.get("spec", {})]
+
+
+@dataclass(frozen=True)
+class OwnerCase:
+    name: str
+    workspace: dict[str, str]
+    owned: list[str]
 
 
 OWNERS = [
-    ("a claim that is kept", {}, ["ConfigMap", "Job", "JobSet"]),
-    (
-        "a claim that goes with the job",
-        {"whenDeleted": "Delete"},
-        ["ConfigMap", "PersistentVolumeClaim", "Job", "JobSet"],
+    OwnerCase(
+        name="a claim that is kept",
+        workspace={},
+        owned=["ConfigMap", "Job", "JobSet"],
     ),
-    ("a claim of the user", {"claimName": "mine"}, ["ConfigMap", "Job", "JobSet"]),
+    OwnerCase(
+        name="a claim that goes with the job",
+        workspace={"whenDeleted": "Delete"},
+        owned=["ConfigMap", "PersistentVolumeClaim", "Job", "JobSet"],
+    ),
+    OwnerCase(
+        name="a claim of the user",
+        workspace={"claimName": "mine"},
+        owned=["ConfigMap", "Job", "JobSet"],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("workspace", "owned"), [c[1:] for c in OWNERS], ids=[c[0] for c in OWNERS])
-def test_what_goes_with_the_job(workspace: dict[str, str], owned: list[str]) -> None:
-    job = fine_tune(workspace=workspace)
-    assert [o["kind"] for o in objects(job, SETTINGS) if "ownerReferences" in o["metadata"]] == owned
+@pytest.mark.parametrize("case", OWNERS, ids=lambda case: case.name)
+def test_what_goes_with_the_job(case: OwnerCase) -> None:
+    job = fine_tune(workspace=case.workspace)
+    assert [o["kind"] for o in objects(job, SETTINGS) if "ownerReferences" in o["metadata"]] == case.owned
     for o in objects(job, SETTINGS):
         for owner in o["metadata"].get("ownerReferences", []):
             assert (owner["uid"], owner["controller"]) == (job.metadata.uid, True)
@@ -275,59 +387,110 @@ def test_a_job_that_no_api_server_has_seen_owns_nothing() -> None:
     ]
 
 
+@dataclass(frozen=True)
+class AccessCase:
+    name: str
+    job: Job
+    mode: str
+
+
 ACCESS = [
-    ("one pod", fine_tune(resources={}), "ReadWriteOnce"),
-    ("two nodes", fine_tune(), "ReadWriteMany"),
-    ("two shards", generate(), "ReadWriteMany"),
-    ("as the user says", fine_tune(workspace={"accessMode": "ReadWriteOnce"}), "ReadWriteOnce"),
+    AccessCase(
+        name="one pod",
+        job=fine_tune(resources={}),
+        mode="ReadWriteOnce",
+    ),
+    AccessCase(
+        name="two nodes",
+        job=fine_tune(),
+        mode="ReadWriteMany",
+    ),
+    AccessCase(
+        name="two shards",
+        job=generate(),
+        mode="ReadWriteMany",
+    ),
+    AccessCase(
+        name="as the user says",
+        job=fine_tune(workspace={"accessMode": "ReadWriteOnce"}),
+        mode="ReadWriteOnce",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("job", "mode"), [c[1:] for c in ACCESS], ids=[c[0] for c in ACCESS])
-def test_the_access_mode_of_a_new_claim(job: Job, mode: str) -> None:
-    made = claim(workload(job), SETTINGS)
+@pytest.mark.parametrize("case", ACCESS, ids=lambda case: case.name)
+def test_the_access_mode_of_a_new_claim(case: AccessCase) -> None:
+    made = claim(workload(case.job), SETTINGS)
     assert made is not None
-    assert made["spec"]["accessModes"] == [mode]
+    assert made["spec"]["accessModes"] == [case.mode]
+
+
+@dataclass(frozen=True)
+class LeftCase:
+    name: str
+    workspace: dict[str, str]
+    sizes: dict[str, str]
+    expect: str
 
 
 LEFT = [
-    ("as large as it should be", {"size": "200Gi"}, {"spec": "200Gi"}, ""),
-    ("larger", {"size": "200Gi"}, {"spec": "1Ti"}, ""),
-    (
-        "smaller",
-        {"size": "200Gi"},
-        {"spec": "10Gi"},
-        "200Gi are wanted, and the claim ftj-bot, which an earlier job left, has 10Gi",
+    LeftCase(
+        name="as large as it should be",
+        workspace={"size": "200Gi"},
+        sizes={"spec": "200Gi"},
+        expect="",
     ),
-    (
-        "smaller than the default",
-        {},
-        {"spec": "1Gi"},
-        "10Gi are wanted, and the claim ftj-bot, which an earlier job left, has 1Gi",
+    LeftCase(
+        name="larger",
+        workspace={"size": "200Gi"},
+        sizes={"spec": "1Ti"},
+        expect="",
     ),
-    ("its volume is larger", {"size": "200Gi"}, {"spec": "10Gi", "status": "200Gi"}, ""),
-    (
-        "resized, and not there yet",
-        {"size": "200Gi"},
-        {"spec": "200Gi", "status": "10Gi"},
-        "200Gi are wanted, and the claim ftj-bot, which an earlier job left, has 10Gi",
+    LeftCase(
+        name="smaller",
+        workspace={"size": "200Gi"},
+        sizes={"spec": "10Gi"},
+        expect="200Gi are wanted, and the claim ftj-bot, which an earlier job left, has 10Gi",
     ),
-    ("written in another way", {"size": "200Gi"}, {"spec": "215e9"}, ""),
+    LeftCase(
+        name="smaller than the default",
+        workspace={},
+        sizes={"spec": "1Gi"},
+        expect="10Gi are wanted, and the claim ftj-bot, which an earlier job left, has 1Gi",
+    ),
+    LeftCase(
+        name="its volume is larger",
+        workspace={"size": "200Gi"},
+        sizes={"spec": "10Gi", "status": "200Gi"},
+        expect="",
+    ),
+    LeftCase(
+        name="resized, and not there yet",
+        workspace={"size": "200Gi"},
+        sizes={"spec": "200Gi", "status": "10Gi"},
+        expect="200Gi are wanted, and the claim ftj-bot, which an earlier job left, has 10Gi",
+    ),
+    LeftCase(
+        name="written in another way",
+        workspace={"size": "200Gi"},
+        sizes={"spec": "215e9"},
+        expect="",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("workspace", "sizes", "expect"), [c[1:] for c in LEFT], ids=[c[0] for c in LEFT])
-def test_a_claim_that_is_too_small_is_told_of(workspace: dict[str, str], sizes: dict[str, str], expect: str) -> None:
-    made = claim(workload(fine_tune(workspace=workspace)), SETTINGS)
+@pytest.mark.parametrize("case", LEFT, ids=lambda case: case.name)
+def test_a_claim_that_is_too_small_is_told_of(case: LeftCase) -> None:
+    made = claim(workload(fine_tune(workspace=case.workspace)), SETTINGS)
     assert made is not None
-    capacity = {"capacity": {"storage": sizes["status"]}} if "status" in sizes else {}
+    capacity = {"capacity": {"storage": case.sizes["status"]}} if "status" in case.sizes else {}
     found = {
         "metadata": {"name": "ftj-bot"},
-        "spec": {"resources": {"requests": {"storage": sizes["spec"]}}},
+        "spec": {"resources": {"requests": {"storage": case.sizes["spec"]}}},
         "status": capacity,
     }
     remedy = ". Resize the claim, delete it with the results on it, or give this job another name"
-    assert shortfall(made, found) == (f"spec.workspace.size: {expect}{remedy}" if expect else None)
+    assert shortfall(made, found) == (f"spec.workspace.size: {case.expect}{remedy}" if case.expect else None)
     assert shortfall(made, made) is None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,50 +13,164 @@ import yaml
 from luthier_api.spec import OBJECT_NAME, Bytes, Cores
 from luthier_operator.settings import Settings
 
+
+@dataclass(frozen=True)
+class GivenCase:
+    name: str
+    environment: dict[str, str]
+    field: str
+    expect: object
+
+
 GIVEN = [
-    ("names with commas", {"LUTHIER_NAMESPACES": "team-a, team-b"}, "namespaces", ("team-a", "team-b")),
-    ("an empty list is no name", {"LUTHIER_NAMESPACES": ""}, "namespaces", ()),
-    ("pull secrets", {"LUTHIER_IMAGE_PULL_SECRETS": "one,two"}, "image_pull_secrets", ("one", "two")),
-    ("a number", {"LUTHIER_WORKERS": "4"}, "workers", 4),
-    ("an empty endpoint is none", {"LUTHIER_HUB_ENDPOINT": ""}, "hub_endpoint", None),
-    ("a mirror", {"LUTHIER_HUB_ENDPOINT": "https://hub.example"}, "hub_endpoint", "https://hub.example"),
-    ("a size", {"LUTHIER_WORKSPACE_SIZE": "1.5Ti"}, "workspace_size", "1.5Ti"),
-    ("no service account", {"LUTHIER_SERVICE_ACCOUNT": ""}, "service_account", None),
-    ("a level in small letters", {"LUTHIER_LOG_LEVEL": "debug"}, "log_level", "DEBUG"),
-    ("variables for the jobs", {"LUTHIER_ENV": '{"NCCL_DEBUG": "WARN"}'}, "env", {"NCCL_DEBUG": "WARN"}),
-    ("nothing", {}, "gpu_resource", "nvidia.com/gpu"),
+    GivenCase(
+        name="names with commas",
+        environment={"LUTHIER_NAMESPACES": "team-a, team-b"},
+        field="namespaces",
+        expect=("team-a", "team-b"),
+    ),
+    GivenCase(
+        name="an empty list is no name",
+        environment={"LUTHIER_NAMESPACES": ""},
+        field="namespaces",
+        expect=(),
+    ),
+    GivenCase(
+        name="pull secrets",
+        environment={"LUTHIER_IMAGE_PULL_SECRETS": "one,two"},
+        field="image_pull_secrets",
+        expect=("one", "two"),
+    ),
+    GivenCase(
+        name="a number",
+        environment={"LUTHIER_WORKERS": "4"},
+        field="workers",
+        expect=4,
+    ),
+    GivenCase(
+        name="an empty endpoint is none",
+        environment={"LUTHIER_HUB_ENDPOINT": ""},
+        field="hub_endpoint",
+        expect=None,
+    ),
+    GivenCase(
+        name="a mirror",
+        environment={"LUTHIER_HUB_ENDPOINT": "https://hub.example"},
+        field="hub_endpoint",
+        expect="https://hub.example",
+    ),
+    GivenCase(
+        name="a size",
+        environment={"LUTHIER_WORKSPACE_SIZE": "1.5Ti"},
+        field="workspace_size",
+        expect="1.5Ti",
+    ),
+    GivenCase(
+        name="no service account",
+        environment={"LUTHIER_SERVICE_ACCOUNT": ""},
+        field="service_account",
+        expect=None,
+    ),
+    GivenCase(
+        name="a level in small letters",
+        environment={"LUTHIER_LOG_LEVEL": "debug"},
+        field="log_level",
+        expect="DEBUG",
+    ),
+    GivenCase(
+        name="variables for the jobs",
+        environment={"LUTHIER_ENV": '{"NCCL_DEBUG": "WARN"}'},
+        field="env",
+        expect={"NCCL_DEBUG": "WARN"},
+    ),
+    GivenCase(
+        name="nothing",
+        environment={},
+        field="gpu_resource",
+        expect="nvidia.com/gpu",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("environment", "field", "expect"), [c[1:] for c in GIVEN], ids=[c[0] for c in GIVEN])
-def test_settings(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], field: str, expect: object) -> None:
-    for name, value in environment.items():
+@pytest.mark.parametrize("case", GIVEN, ids=lambda case: case.name)
+def test_settings(monkeypatch: pytest.MonkeyPatch, case: GivenCase) -> None:
+    for name, value in case.environment.items():
         monkeypatch.setenv(name, value)
-    assert getattr(Settings(), field) == expect
+    assert getattr(Settings(), case.field) == case.expect
+
+
+@dataclass(frozen=True)
+class WrongCase:
+    variable: str
+    value: str
+    message: str
 
 
 WRONG = [
-    # variable                        value            what is said
-    ("LUTHIER_GRACE_SECONDS", "5", "greater than or equal to 15"),
-    ("LUTHIER_WORKSPACE_SIZE", "0", "must be an amount above zero, in bytes"),
-    ("LUTHIER_WORKSPACE_SIZE", "1e+09", "must be an amount above zero, in bytes"),
-    ("LUTHIER_MEMORY_REQUEST", "100m", "must be an amount above zero, in bytes"),
-    ("LUTHIER_CPU_REQUEST", "two", "must be a number of cores above zero"),
-    ("LUTHIER_SERVICE_ACCOUNT", "My Account", "must be the name of a Kubernetes object"),
-    ("LUTHIER_IMAGE_PULL_SECRETS", "one,Two", "must be the name of a Kubernetes object"),
-    ("LUTHIER_IMAGE_PULL_POLICY", "Sometimes", "'Always', 'IfNotPresent' or 'Never'"),
-    ("LUTHIER_ENV", '{"A B": "1"}', "should match pattern"),
-    ("LUTHIER_ENV", '{"HF_TOKEN": "hf_x"}', "HF_TOKEN: set by Luthier itself"),
-    ("LUTHIER_LOG_LEVEL", "LOUD", "'DEBUG', 'INFO', 'WARNING' or 'ERROR'"),
+    WrongCase(
+        variable="LUTHIER_GRACE_SECONDS",
+        value="5",
+        message="greater than or equal to 15",
+    ),
+    WrongCase(
+        variable="LUTHIER_WORKSPACE_SIZE",
+        value="0",
+        message="must be an amount above zero, in bytes",
+    ),
+    WrongCase(
+        variable="LUTHIER_WORKSPACE_SIZE",
+        value="1e+09",
+        message="must be an amount above zero, in bytes",
+    ),
+    WrongCase(
+        variable="LUTHIER_MEMORY_REQUEST",
+        value="100m",
+        message="must be an amount above zero, in bytes",
+    ),
+    WrongCase(
+        variable="LUTHIER_CPU_REQUEST",
+        value="two",
+        message="must be a number of cores above zero",
+    ),
+    WrongCase(
+        variable="LUTHIER_SERVICE_ACCOUNT",
+        value="My Account",
+        message="must be the name of a Kubernetes object",
+    ),
+    WrongCase(
+        variable="LUTHIER_IMAGE_PULL_SECRETS",
+        value="one,Two",
+        message="must be the name of a Kubernetes object",
+    ),
+    WrongCase(
+        variable="LUTHIER_IMAGE_PULL_POLICY",
+        value="Sometimes",
+        message="'Always', 'IfNotPresent' or 'Never'",
+    ),
+    WrongCase(
+        variable="LUTHIER_ENV",
+        value='{"A B": "1"}',
+        message="should match pattern",
+    ),
+    WrongCase(
+        variable="LUTHIER_ENV",
+        value='{"HF_TOKEN": "hf_x"}',
+        message="HF_TOKEN: set by Luthier itself",
+    ),
+    WrongCase(
+        variable="LUTHIER_LOG_LEVEL",
+        value="LOUD",
+        message="'DEBUG', 'INFO', 'WARNING' or 'ERROR'",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("variable", "value", "said"), WRONG, ids=[f"{w[0]}={w[1]}" for w in WRONG])
-def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch, variable: str, value: str, said: str) -> None:
-    monkeypatch.setenv(variable, value)
-    with pytest.raises(ValueError, match=variable) as refused:
+@pytest.mark.parametrize("case", WRONG, ids=lambda case: f"{case.variable}={case.value}")
+def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch, case: WrongCase) -> None:
+    monkeypatch.setenv(case.variable, case.value)
+    with pytest.raises(ValueError, match=case.variable) as refused:
         Settings()
-    assert said in str(refused.value)
+    assert case.message in str(refused.value)
 
 
 def test_every_setting_is_described() -> None:
