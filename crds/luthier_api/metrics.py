@@ -66,7 +66,33 @@ GENERATE_ROWS_PER_SECOND = Metric("luthier_generate_rows_per_second", "Outputs a
 # A pod may serve anything: the sum over 4096 shards must still be a whole number to JSON and the API server (2**53)
 LARGEST_COUNT = 2.0**41
 
-POD_METRICS: tuple[Metric, ...] = tuple(m for m in globals().values() if isinstance(m, Metric))
+POD_METRICS: tuple[Metric, ...] = (
+    TRAIN_STEP,
+    TRAIN_MAX_STEPS,
+    TRAIN_EPOCH,
+    TRAIN_LOSS,
+    EVAL_LOSS,
+    TRAIN_LEARNING_RATE,
+    TRAIN_GRAD_NORM,
+    TRAIN_TOKENS,
+    TRAIN_TOKENS_PER_SECOND,
+    TRAIN_SAMPLES,
+    TRAIN_SAMPLES_PER_SECOND,
+    TRAIN_MFU,
+    GPU_MEMORY_ALLOCATED,
+    GPU_MEMORY_RESERVED,
+    GPU_MEMORY_PEAK,
+    TRAIN_STEP_SECONDS,
+    TRAIN_NONFINITE,
+    TRAIN_ETA_SECONDS,
+    CHECKPOINT_STEP,
+    CHECKPOINT_TIME,
+    CHECKPOINT_SECONDS,
+    CHECKPOINTS_BROKEN,
+    GENERATE_ROWS,
+    GENERATE_MAX_ROWS,
+    GENERATE_ROWS_PER_SECOND,
+)
 
 
 def read_samples(text: str) -> dict[str, float]:

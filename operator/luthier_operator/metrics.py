@@ -91,8 +91,40 @@ HUB_FAILURES = OperatorMetric(
     "luthier_hub_upload_failures_total", "Pods of publish that failed, by reason", "counter", ("kind", "reason")
 )
 
-OPERATOR_METRICS: tuple[OperatorMetric, ...] = tuple(m for m in globals().values() if isinstance(m, OperatorMetric))
+OPERATOR_METRICS: tuple[OperatorMetric, ...] = (
+    RECONCILES,
+    RECONCILE_ERRORS,
+    RECONCILE_SECONDS,
+    ACTIVE_WORKERS,
+    MAX_WORKERS,
+    QUEUE_DEPTH,
+    QUEUE_ADDS,
+    QUEUE_SECONDS,
+    WORK_SECONDS,
+    QUEUE_RETRIES,
+    REQUESTS,
+    LEADS,
+    BUILD,
+    JOBS,
+    JOB_SECONDS,
+    JOB_QUEUE_SECONDS,
+    JOB_RESTARTS,
+    JOB_FAILURES,
+    HUB_BYTES,
+    HUB_FAILURES,
+)
 CONTROLLER = "luthier"
+
+
+def create(metric: OperatorMetric, registry: CollectorRegistry) -> Gauge | Counter | Histogram:
+    """The collector of one metric."""
+    match metric.type:
+        case "gauge":
+            return Gauge(metric.name, metric.help, metric.labels, registry=registry)
+        case "counter":
+            return Counter(metric.name, metric.help, metric.labels, registry=registry)
+        case "histogram":
+            return Histogram(metric.name, metric.help, metric.labels, registry=registry, buckets=metric.buckets)
 
 
 class Metrics:
@@ -100,13 +132,7 @@ class Metrics:
 
     def __init__(self, version: str, host: str = "", workers: int = 0) -> None:
         self.registry = CollectorRegistry()
-        make = {"gauge": Gauge, "counter": Counter}
-        self._made = {
-            m: Histogram(m.name, m.help, m.labels, registry=self.registry, buckets=m.buckets)
-            if m.type == "histogram"
-            else make[m.type](m.name, m.help, m.labels, registry=self.registry)
-            for m in OPERATOR_METRICS
-        }
+        self._made = {metric: create(metric, self.registry) for metric in OPERATOR_METRICS}
         self._host = urlsplit(host).netloc
         self.set(BUILD, 1, version)
         self.set(MAX_WORKERS, workers, CONTROLLER)

@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from test_lifecycle import CRASH, at
 
 from luthier_api.status import Attempt, JobStatus
-from luthier_operator import health
+from luthier_operator import health, metrics
 from luthier_operator.client import ApiError, Client
 from luthier_operator.events import Recorder
 from luthier_operator.metrics import OPERATOR_METRICS, Metrics
@@ -56,11 +56,12 @@ async def test_metrics_tell_the_life_of_a_job() -> None:
 
 
 def test_every_metric_of_the_table_is_served_with_its_help() -> None:
-    metrics = Metrics("1.2.3", "https://host:6443", 4)
-    families = {f.name for f in text_string_to_metric_families(metrics.text([]).decode())}
+    made = Metrics("1.2.3", "https://host:6443", 4)
+    families = {f.name for f in text_string_to_metric_families(made.text([]).decode())}
     assert families == {m.name.removesuffix("_total") if m.type == "counter" else m.name for m in OPERATOR_METRICS}
     assert all(m.help for m in OPERATOR_METRICS)
     assert len({m.name for m in OPERATOR_METRICS}) == len(OPERATOR_METRICS)
+    assert set(OPERATOR_METRICS) == {m for m in vars(metrics).values() if isinstance(m, metrics.OperatorMetric)}
 
 
 def told(restarts: int = 0, first_ran: str | None = None, *failures: tuple[int, int, str]) -> JobStatus:

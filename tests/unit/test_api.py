@@ -31,7 +31,7 @@ from cases.api import (
     words,
 )
 
-from luthier_api import crd, drawn
+from luthier_api import crd, drawn, metrics
 from luthier_api.base import Rule
 from luthier_api.exitcodes import ExitCode, Retry
 from luthier_api.kinds import FineTuneJob, GenerateJob, parse_job
@@ -588,6 +588,7 @@ def test_final_figures_are_finite_whoever_wrote_them() -> None:
 
 def test_metric_names() -> None:
     assert len({m.name for m in POD_METRICS}) == len(POD_METRICS)
+    assert set(POD_METRICS) == {m for m in vars(metrics).values() if isinstance(m, metrics.Metric)}
     for metric in POD_METRICS:
         assert metric.name.startswith("luthier_")
         assert metric.name.endswith("_total") == (metric.type == "counter")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic.alias_generators import to_camel
 
 from luthier_api.spec import OBJECT_NAME, Bytes, Cores
 from luthier_operator.settings import Settings
@@ -183,11 +184,14 @@ CHART = Path(__file__).parents[2] / "charts/luthier"
 def test_the_chart_has_every_setting_with_its_default() -> None:
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     template = (CHART / "templates/deployment.yaml").read_text()
-    of_jobs = {re.sub("[A-Z]", lambda m: f"_{m[0].lower()}", name): value for name, value in values["jobs"].items()}
-    by_name = set(re.findall(r"name: LUTHIER_([A-Z_]+)", template))
-    assert of_jobs.keys() | {name.lower() for name in by_name} - {""} == set(Settings.model_fields)
-    for name, value in of_jobs.items():
-        assert (getattr(Settings(), name) or None) == (value or None), name
+    of_jobs = dict(re.findall(r'"(LUTHIER_[A-Z_]+)" \.Values\.jobs\.(\w+)', template))
+    named_in_full = {f"LUTHIER_{name.upper()}" for name in Settings.model_fields}
+    assert set(re.findall(r"LUTHIER_[A-Z_]+", template.replace("see LUTHIER_LEASE", ""))) == named_in_full
+    assert sorted(of_jobs.values()) == sorted(values["jobs"])
+    for variable, value_name in of_jobs.items():
+        setting = variable.removeprefix("LUTHIER_").lower()
+        assert value_name == to_camel(setting)
+        assert (getattr(Settings(), setting) or None) == (values["jobs"][value_name] or None), setting
 
 
 def test_the_chart_takes_what_the_settings_take() -> None:

@@ -19,6 +19,15 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{ kindIs "string" . | ternary . (toJson .) | quote }}
 {{- end }}
 
+{{- /* An environment variable of the operator. Takes (list NAME VALUE); null leaves the operator its default. */ -}}
+{{- define "luthier.setting" -}}
+{{- $value := index . 1 }}
+{{- if not (kindIs "invalid" $value) -}}
+- name: {{ index . 0 }}
+  value: {{ include "luthier.text" $value }}
+{{- end }}
+{{- end }}
+
 {{- define "luthier.serviceAccount" -}}
 {{ .Values.serviceAccount.name | default (.Values.serviceAccount.create | ternary (include "luthier.name" .) "default") }}
 {{- end }}
