@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 from fake_api import Call, Fault
@@ -106,45 +106,96 @@ async def test_events_that_cannot_be_posted_hold_nothing_up() -> None:
         assert not cluster.all("Event")
 
 
+@dataclass(frozen=True)
+class RefusalCase:
+    name: str
+    status: int
+    child: str
+    condition: str
+    then: str
+
+
 REFUSALS = [
-    ("an invalid field", 400, "Job ftj-tune-prepare", "Prepared", "Preparing"),
-    ("a quota", 403, "ConfigMap ftj-tune", "Prepared", "Preparing"),
-    ("storage that is away", 503, "PersistentVolumeClaim ftj-tune", "Prepared", "Preparing"),
-    ("an admission policy", 422, "JobSet ftj-tune-run", "Running", "Starting"),
-    ("JobSet's webhook does not answer", 500, "JobSet ftj-tune-run", "Running", "Starting"),
-    ("JobSet's kind is gone, which we have not yet noticed", 404, "JobSet ftj-tune-run", "Running", "Starting"),
-    ("an upload that may not start", 403, "Job ftj-tune-publish", "Published", "Publishing"),
+    RefusalCase(
+        name="an invalid field",
+        status=400,
+        child="Job ftj-tune-prepare",
+        condition="Prepared",
+        then="Preparing",
+    ),
+    RefusalCase(
+        name="a quota",
+        status=403,
+        child="ConfigMap ftj-tune",
+        condition="Prepared",
+        then="Preparing",
+    ),
+    RefusalCase(
+        name="storage that is away",
+        status=503,
+        child="PersistentVolumeClaim ftj-tune",
+        condition="Prepared",
+        then="Preparing",
+    ),
+    RefusalCase(
+        name="an admission policy",
+        status=422,
+        child="JobSet ftj-tune-run",
+        condition="Running",
+        then="Starting",
+    ),
+    RefusalCase(
+        name="JobSet's webhook does not answer",
+        status=500,
+        child="JobSet ftj-tune-run",
+        condition="Running",
+        then="Starting",
+    ),
+    RefusalCase(
+        name="JobSet's kind is gone, which we have not yet noticed",
+        status=404,
+        child="JobSet ftj-tune-run",
+        condition="Running",
+        then="Starting",
+    ),
+    RefusalCase(
+        name="an upload that may not start",
+        status=403,
+        child="Job ftj-tune-publish",
+        condition="Published",
+        then="Publishing",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("answer", "child", "where", "after"), [c[1:] for c in REFUSALS], ids=[c[0] for c in REFUSALS])
-async def test_a_child_that_is_refused_is_told_of_once_and_tried_again(
-    answer: int, child: str, where: str, after: str
-) -> None:
+@pytest.mark.parametrize("case", REFUSALS, ids=lambda case: case.name)
+async def test_a_child_that_is_refused_is_told_of_once_and_tried_again(case: RefusalCase) -> None:
     async with FakeCluster() as cluster, running(cluster):
         tries = 0
 
         def refuse(number: int, call: Call) -> Fault | None:
             nonlocal tries
             mine = (
-                f"{call.kind} {call.name or (call.body or {}).get('metadata', {}).get('name')}" == child
+                f"{call.kind} {call.name or (call.body or {}).get('metadata', {}).get('name')}" == case.child
                 and call.verb != "DELETE"
             )
             tries += mine
-            return Fault(answer=answer) if mine else None
+            return Fault(answer=case.status) if mine else None
 
         cluster.fault = refuse
         cluster.create(fine_tune(hub=HUB))
         told = await until(
             "told",
-            lambda: (c := condition(cluster, "FineTuneJob", "tune", where)) and c["reason"] == "FailedCreate" and c,
+            lambda: (
+                (c := condition(cluster, "FineTuneJob", "tune", case.condition)) and c["reason"] == "FailedCreate" and c
+            ),
         )
-        assert (told["status"], told["message"]) == ("False", f"{child}: a fault")
+        assert (told["status"], told["message"]) == ("False", f"{case.child}: a fault")
         found = cluster.get("FineTuneJob", "tune")["status"]
         assert found["state"] == "FailedCreate"
         assert found["startTime"]
         assert holds(cluster, "FineTuneJob", "tune", "Accepted")
-        if where == "Running":  # what the pod of prepare has said may come in a moment later
+        if case.condition == "Running":  # what the pod of prepare has said may come in a moment later
             await until("prepared", lambda: cluster.get("FineTuneJob", "tune")["status"].get("prepared"))
         written = len([c for c in cluster.calls if str(c) == "PATCH FineTuneJob/status tune"])
         before = tries
@@ -155,7 +206,7 @@ async def test_a_child_that_is_refused_is_told_of_once_and_tried_again(
         cluster.fault = lambda number, call: None
         await until("complete", lambda: holds(cluster, "FineTuneJob", "tune", "Complete"))
         assert [e["count"] for e in cluster.all("Event") if e["reason"] == "FailedCreate"] == [1]
-        assert after in {
+        assert case.then in {
             c["reason"]
             for _, _, o in cluster.history
             if o["kind"] == "FineTuneJob"
@@ -163,26 +214,33 @@ async def test_a_child_that_is_refused_is_told_of_once_and_tried_again(
         }
 
 
+@dataclass(frozen=True)
+class ClaimCase:
+    name: str
+    metadata: Object
+    expect: str
+
+
 CLAIMS = [
-    (
-        "it is being deleted",
-        {"deletionTimestamp": "2026-01-01T00:00:00Z", "finalizers": ["kubernetes.io/pvc-protection"]},
-        "the claim of an earlier job is being deleted",
+    ClaimCase(
+        name="it is being deleted",
+        metadata={"deletionTimestamp": "2026-01-01T00:00:00Z", "finalizers": ["kubernetes.io/pvc-protection"]},
+        expect="the claim of an earlier job is being deleted",
     ),
-    (
-        "it goes with a job that is gone already",
-        {"ownerReferences": [{"kind": "FineTuneJob", "name": "tune", "uid": "an-earlier-uid"}]},
-        "there is one that goes with another FineTuneJob tune (an-earlier-uid)",
+    ClaimCase(
+        name="it goes with a job that is gone already",
+        metadata={"ownerReferences": [{"kind": "FineTuneJob", "name": "tune", "uid": "an-earlier-uid"}]},
+        expect="there is one that goes with another FineTuneJob tune (an-earlier-uid)",
     ),
 ]
 
 
-@pytest.mark.parametrize(("meta", "expect"), [c[1:] for c in CLAIMS], ids=[c[0] for c in CLAIMS])
+@pytest.mark.parametrize("case", CLAIMS, ids=lambda case: case.name)
 @pytest.mark.parametrize("kept", ["Keep", "Delete"])
-async def test_a_claim_that_is_about_to_go_is_waited_for(meta: Object, expect: str, kept: str) -> None:
+async def test_a_claim_that_is_about_to_go_is_waited_for(case: ClaimCase, kept: str) -> None:
     async with FakeCluster() as cluster:
         cluster.collect_garbage = lambda: False  # type: ignore[method-assign]  # it is late, as it may be
-        old = cluster.create(claim() | {"metadata": {"name": "ftj-tune", "namespace": "default"} | meta})
+        old = cluster.create(claim() | {"metadata": {"name": "ftj-tune", "namespace": "default"} | case.metadata})
         async with running(cluster):
             cluster.create(fine_tune(workspace={"whenDeleted": kept}))
             told = await until(
@@ -191,7 +249,7 @@ async def test_a_claim_that_is_about_to_go_is_waited_for(meta: Object, expect: s
                     (c := condition(cluster, "FineTuneJob", "tune", "Prepared")) and c["reason"] == "FailedCreate" and c
                 ),
             )
-            assert told["message"] == f"PersistentVolumeClaim ftj-tune: {expect}"
+            assert told["message"] == f"PersistentVolumeClaim ftj-tune: {case.expect}"
             cluster.delete(old)
             await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
             assert cluster.get("PersistentVolumeClaim", "ftj-tune")["metadata"]["uid"] != old["metadata"]["uid"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import pytest
 from fake_cluster import FakeCluster, Object, Outcome, Pod, all_well, said
@@ -84,58 +85,77 @@ LATER_CRASH = Outcome(70, said("run", 70, message="RuntimeError: boom", step=20)
 EVICTED = Outcome(75, said("run", 75, saved=True, step=10), disrupted=True)
 OOM = Outcome(137, "", reason="OOMKilled")
 
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    script: Callable[[Pod], Outcome]
+    expect: object
+    spec: Object = field(default_factory=dict)
+
+
 FAILURES = [
-    (
-        "a mistake in prepare is not retried",
-        at("prepare", MISTAKE),
-        {},
-        ("Failed InvalidDataset", [("InvalidDataset", False)], 0),
+    Case(
+        name="a mistake in prepare is not retried",
+        script=at("prepare", MISTAKE),
+        expect=("Failed InvalidDataset", [("InvalidDataset", False)], 0),
     ),
-    (
-        "the Hub is away for a moment",
-        at("prepare", Outcome(69, said("prepare", 69))),
-        {},
-        ("Complete Completed", [("HubUnavailable", True)], 0),
+    Case(
+        name="the Hub is away for a moment",
+        script=at("prepare", Outcome(69, said("prepare", 69))),
+        expect=("Complete Completed", [("HubUnavailable", True)], 0),
     ),
-    ("a crash restarts the group", at("run", CRASH), {}, ("Complete Completed", [("TrainingError", True)], 1)),
-    ("rank 1 crashes", at("run", CRASH, index=1), {}, ("Complete Completed", [("TrainingError", True)], 1)),
-    (
-        "an eviction is free",
-        at("run", EVICTED),
-        {"restarts": {"max": 0}},
-        ("Complete Completed", [("Preempted", False)], 1),
+    Case(
+        name="a crash restarts the group",
+        script=at("run", CRASH),
+        expect=("Complete Completed", [("TrainingError", True)], 1),
     ),
-    (
-        "crashes until the budget is spent",
-        at("run", CRASH, LATER_CRASH),
-        {"restarts": {"max": 1}},
-        ("Failed TrainingError", [("TrainingError", True), ("TrainingError", True)], 1),
+    Case(
+        name="rank 1 crashes",
+        script=at("run", CRASH, index=1),
+        expect=("Complete Completed", [("TrainingError", True)], 1),
     ),
-    ("divergence is not retried", at("run", DIVERGED), {}, ("Failed Diverged", [("Diverged", False)], 0)),
-    (
-        "killed by the kernel for memory",
-        at("run", OOM),
-        {"restarts": {"max": 0}},
-        ("Failed HostOutOfMemory", [("HostOutOfMemory", True)], 0),
+    Case(
+        name="an eviction is free",
+        script=at("run", EVICTED),
+        spec={"restarts": {"max": 0}},
+        expect=("Complete Completed", [("Preempted", False)], 1),
     ),
-    (
-        "a wrong token: the result stays",
-        at("publish", Outcome(77, said("publish", 77, message="401 from the Hub"))),
-        {"hub": HUB},
-        ("Failed Unauthorized", [("Unauthorized", False)], 0),
+    Case(
+        name="crashes until the budget is spent",
+        script=at("run", CRASH, LATER_CRASH),
+        spec={"restarts": {"max": 1}},
+        expect=("Failed TrainingError", [("TrainingError", True), ("TrainingError", True)], 1),
+    ),
+    Case(
+        name="divergence is not retried",
+        script=at("run", DIVERGED),
+        expect=("Failed Diverged", [("Diverged", False)], 0),
+    ),
+    Case(
+        name="killed by the kernel for memory",
+        script=at("run", OOM),
+        spec={"restarts": {"max": 0}},
+        expect=("Failed HostOutOfMemory", [("HostOutOfMemory", True)], 0),
+    ),
+    Case(
+        name="a wrong token: the result stays",
+        script=at("publish", Outcome(77, said("publish", 77, message="401 from the Hub"))),
+        spec={"hub": HUB},
+        expect=("Failed Unauthorized", [("Unauthorized", False)], 0),
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "script", "spec", "expect"), FAILURES, ids=[f[0] for f in FAILURES])
-async def test_failures(name: str, script: Callable[[Pod], Outcome], spec: Object, expect: object) -> None:
-    async with FakeCluster(script) as cluster, running(cluster):
-        cluster.create(fine_tune(**spec))
+@pytest.mark.parametrize("case", FAILURES, ids=lambda case: case.name)
+async def test_failures(case: Case) -> None:
+    async with FakeCluster(case.script) as cluster, running(cluster):
+        cluster.create(fine_tune(**case.spec))
         await until("an end", lambda: finished(cluster, "FineTuneJob", "tune"))
         found = status(cluster, "FineTuneJob", "tune")
         end = next(c for c in found["conditions"] if c["type"] in ("Complete", "Failed") and c["status"] == "True")
         attempts = [(a["reason"], a["charged"]) for a in found["attempts"]]
-        assert (f"{end['type']} {end['reason']}", attempts, found["restarts"]) == expect
+        assert (f"{end['type']} {end['reason']}", attempts, found["restarts"]) == case.expect
 
 
 async def test_the_message_of_a_mistake_reaches_the_status() -> None:

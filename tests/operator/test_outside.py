@@ -6,7 +6,7 @@ import asyncio
 import socket
 import time
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import aiohttp
 import pytest
@@ -75,38 +75,95 @@ def told(restarts: int = 0, first_ran: str | None = None, *failures: tuple[int, 
 
 RAN, CRASHES = "2026-03-01T12:00:00Z", [(0, 0, "Hang"), (1, 0, "PeerLost")]
 SHARDS = [(0, 3, "Hang"), (0, 1, "PeerLost"), (1, 3, "StorageError")]
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    kind: str
+    before: JobStatus
+    after: JobStatus
+    queued: int
+    restarts: dict[str, int]
+
+
 COUNTS = [
-    ("it runs at last", "FineTuneJob", told(), told(0, RAN), 1, {}),
-    ("it runs on", "FineTuneJob", told(0, RAN), told(0, RAN), 0, {}),
-    ("it runs again", "GenerateJob", told(1, RAN, *SHARDS), told(1, RAN, *SHARDS), 0, {}),
-    ("a group was restarted", "FineTuneJob", told(0, RAN), told(1, RAN, *CRASHES[:1]), 0, {"Hang": 1}),
-    ("twice, while nobody looked", "FineTuneJob", told(0, RAN), told(2, RAN, *CRASHES), 0, {"Hang": 1, "PeerLost": 1}),
-    ("and nobody has seen why", "FineTuneJob", told(0, RAN), told(1, RAN), 0, {"Unknown": 1}),
-    ("a shard was started again", "GenerateJob", told(0, RAN), told(1, RAN, *SHARDS[:1]), 0, {"Hang": 1}),
-    (
-        "two more shards",
-        "GenerateJob",
-        told(1, RAN, *SHARDS[:1]),
-        told(3, RAN, *SHARDS),
-        0,
-        {"PeerLost": 1, "StorageError": 1},
+    Case(
+        name="it runs at last",
+        kind="FineTuneJob",
+        before=told(),
+        after=told(0, RAN),
+        queued=1,
+        restarts={},
+    ),
+    Case(
+        name="it runs on",
+        kind="FineTuneJob",
+        before=told(0, RAN),
+        after=told(0, RAN),
+        queued=0,
+        restarts={},
+    ),
+    Case(
+        name="it runs again",
+        kind="GenerateJob",
+        before=told(1, RAN, *SHARDS),
+        after=told(1, RAN, *SHARDS),
+        queued=0,
+        restarts={},
+    ),
+    Case(
+        name="a group was restarted",
+        kind="FineTuneJob",
+        before=told(0, RAN),
+        after=told(1, RAN, *CRASHES[:1]),
+        queued=0,
+        restarts={"Hang": 1},
+    ),
+    Case(
+        name="twice, while nobody looked",
+        kind="FineTuneJob",
+        before=told(0, RAN),
+        after=told(2, RAN, *CRASHES),
+        queued=0,
+        restarts={"Hang": 1, "PeerLost": 1},
+    ),
+    Case(
+        name="and nobody has seen why",
+        kind="FineTuneJob",
+        before=told(0, RAN),
+        after=told(1, RAN),
+        queued=0,
+        restarts={"Unknown": 1},
+    ),
+    Case(
+        name="a shard was started again",
+        kind="GenerateJob",
+        before=told(0, RAN),
+        after=told(1, RAN, *SHARDS[:1]),
+        queued=0,
+        restarts={"Hang": 1},
+    ),
+    Case(
+        name="two more shards",
+        kind="GenerateJob",
+        before=told(1, RAN, *SHARDS[:1]),
+        after=told(3, RAN, *SHARDS),
+        queued=0,
+        restarts={"PeerLost": 1, "StorageError": 1},
     ),
 ]
 
 
-@pytest.mark.parametrize(
-    ("kind", "before", "after", "queued", "restarts"), [c[1:] for c in COUNTS], ids=[c[0] for c in COUNTS]
-)
-def test_what_a_status_means_for_the_figures(
-    kind: str, before: JobStatus, after: JobStatus, queued: int, restarts: dict[str, int]
-) -> None:
+@pytest.mark.parametrize("case", COUNTS, ids=lambda case: case.name)
+def test_what_a_status_means_for_the_figures(case: Case) -> None:
     metrics = Metrics("test")
-    metrics.status_changed(kind, "2026-03-01T11:00:00Z", before, after)
+    metrics.status_changed(case.kind, "2026-03-01T11:00:00Z", case.before, case.after)
     found = samples(metrics.text([]))
-    assert found.get(("luthier_job_queue_seconds_count", (("kind", kind),)), 0) == queued
+    assert found.get(("luthier_job_queue_seconds_count", (("kind", case.kind),)), 0) == case.queued
     assert {
         dict(labels)["reason"]: n for (name, labels), n in found.items() if name == "luthier_job_restarts_total"
-    } == restarts
+    } == case.restarts
 
 
 async def test_failures_are_counted_by_reason() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 
 import pytest
 
@@ -46,35 +47,125 @@ def play(steps: str, backoff: float = 1.0) -> str:
     return " ".join(taken)
 
 
+@dataclass(frozen=True)
+class Case:
+    name: str
+    steps: str
+    expect: str
+
+
 CASES = [
-    # given                                         steps                              expect
-    ("nothing", "?", "·"),
-    ("in the order of their coming", "+a +b ? ?", "a b"),
-    ("a key that waits is not added again", "+a +a +b ? ? ?", "a b ·"),
-    ("one worker a key", "+a ? +a ?", "a ·"),
-    ("what came in meanwhile is worked on after", "+a ? +a -a ?", "a a"),
-    ("many that came in meanwhile are one", "+a ? +a +a -a ? -a ?", "a a ·"),
-    ("done and nothing new", "+a ? -a ?", "a ·"),
-    ("later is not now", "a@5 ? t4 ?", "· ·"),
-    ("later comes", "a@5 t5 ?", "a"),
-    ("what comes with it is one look", "~a ? t0.05 ~a ~a t0.06 ? -a t1 ?", "· a ·"),
-    ("nobody waits because others keep coming", "~a t0.06 ~a t0.06 ?", "a"),
-    ("what came soon while it was worked on", "+a ? ~a ? -a ? t0.1 ?", "a · · a"),
-    ("the earliest of two wishes counts", "a@5 a@3 t3 ? -a t2 ?", "a ·"),
-    ("a later wish does not put off", "a@3 a@5 t3 ?", "a"),
-    ("in no seconds is now", "a@0 ?", "a"),
-    ("a wish does not hold an add up", "a@60 +a ?", "a"),
-    ("a wish while at work is kept", "+a ? a@2 t2 ? -a ?", "a · a"),
-    ("after an error: one second", "+a ? !a -a ? t1 ?", "a · a"),
-    ("after two: two more", "+a ? !a -a t1 ? !a -a t1 ? t1 ?", "a a · a"),
-    ("after success the first delay again", "+a ? !a -a t1 ? !a -a t2 ? ok:a !a -a t1 ?", "a a a a"),
-    ("an event does not wait for the back-off", "+a ? !a -a +a ?", "a a"),
+    Case(
+        name="nothing",
+        steps="?",
+        expect="·",
+    ),
+    Case(
+        name="in the order of their coming",
+        steps="+a +b ? ?",
+        expect="a b",
+    ),
+    Case(
+        name="a key that waits is not added again",
+        steps="+a +a +b ? ? ?",
+        expect="a b ·",
+    ),
+    Case(
+        name="one worker a key",
+        steps="+a ? +a ?",
+        expect="a ·",
+    ),
+    Case(
+        name="what came in meanwhile is worked on after",
+        steps="+a ? +a -a ?",
+        expect="a a",
+    ),
+    Case(
+        name="many that came in meanwhile are one",
+        steps="+a ? +a +a -a ? -a ?",
+        expect="a a ·",
+    ),
+    Case(
+        name="done and nothing new",
+        steps="+a ? -a ?",
+        expect="a ·",
+    ),
+    Case(
+        name="later is not now",
+        steps="a@5 ? t4 ?",
+        expect="· ·",
+    ),
+    Case(
+        name="later comes",
+        steps="a@5 t5 ?",
+        expect="a",
+    ),
+    Case(
+        name="what comes with it is one look",
+        steps="~a ? t0.05 ~a ~a t0.06 ? -a t1 ?",
+        expect="· a ·",
+    ),
+    Case(
+        name="nobody waits because others keep coming",
+        steps="~a t0.06 ~a t0.06 ?",
+        expect="a",
+    ),
+    Case(
+        name="what came soon while it was worked on",
+        steps="+a ? ~a ? -a ? t0.1 ?",
+        expect="a · · a",
+    ),
+    Case(
+        name="the earliest of two wishes counts",
+        steps="a@5 a@3 t3 ? -a t2 ?",
+        expect="a ·",
+    ),
+    Case(
+        name="a later wish does not put off",
+        steps="a@3 a@5 t3 ?",
+        expect="a",
+    ),
+    Case(
+        name="in no seconds is now",
+        steps="a@0 ?",
+        expect="a",
+    ),
+    Case(
+        name="a wish does not hold an add up",
+        steps="a@60 +a ?",
+        expect="a",
+    ),
+    Case(
+        name="a wish while at work is kept",
+        steps="+a ? a@2 t2 ? -a ?",
+        expect="a · a",
+    ),
+    Case(
+        name="after an error: one second",
+        steps="+a ? !a -a ? t1 ?",
+        expect="a · a",
+    ),
+    Case(
+        name="after two: two more",
+        steps="+a ? !a -a t1 ? !a -a t1 ? t1 ?",
+        expect="a a · a",
+    ),
+    Case(
+        name="after success the first delay again",
+        steps="+a ? !a -a t1 ? !a -a t2 ? ok:a !a -a t1 ?",
+        expect="a a a a",
+    ),
+    Case(
+        name="an event does not wait for the back-off",
+        steps="+a ? !a -a +a ?",
+        expect="a a",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "steps", "expect"), CASES, ids=[c[0] for c in CASES])
-async def test_queue(name: str, steps: str, expect: str) -> None:
-    assert play(steps) == expect
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+async def test_queue(case: Case) -> None:
+    assert play(case.steps) == case.expect
 
 
 async def test_backoff_has_a_limit() -> None:

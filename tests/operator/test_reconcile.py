@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,46 +15,112 @@ from luthier_api.kinds import JobKind
 from luthier_operator.model import Key
 from luthier_operator.reconcile import InvalidSpec, essence, invalid_status, merge_patch, read_job
 
+
+@dataclass(frozen=True)
+class PatchCase:
+    name: str
+    before: dict[str, Any]
+    after: dict[str, Any]
+    expect: dict[str, Any]
+
+
 PATCHES = [
-    # given                 before                                after                             expect
-    ("nothing changed", {"a": 1}, {"a": 1}, {}),
-    ("a new field", {}, {"a": 1}, {"a": 1}),
-    ("another value", {"a": 1, "b": 2}, {"a": 3, "b": 2}, {"a": 3}),
-    ("gone", {"a": 1, "b": 2}, {"b": 2}, {"a": None}),
-    ("deep", {"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}, {"a": {"c": 3}}),
-    ("deep and gone", {"a": {"b": 1, "c": 2}}, {"a": {"b": 1}}, {"a": {"c": None}}),
-    ("lists are replaced", {"a": [1, 2]}, {"a": [1]}, {"a": [1]}),
-    ("a map for a value", {"a": 1}, {"a": {"b": 2}}, {"a": {"b": 2}}),
+    PatchCase(
+        name="nothing changed",
+        before={"a": 1},
+        after={"a": 1},
+        expect={},
+    ),
+    PatchCase(
+        name="a new field",
+        before={},
+        after={"a": 1},
+        expect={"a": 1},
+    ),
+    PatchCase(
+        name="another value",
+        before={"a": 1, "b": 2},
+        after={"a": 3, "b": 2},
+        expect={"a": 3},
+    ),
+    PatchCase(
+        name="gone",
+        before={"a": 1, "b": 2},
+        after={"b": 2},
+        expect={"a": None},
+    ),
+    PatchCase(
+        name="deep",
+        before={"a": {"b": 1, "c": 2}},
+        after={"a": {"b": 1, "c": 3}},
+        expect={"a": {"c": 3}},
+    ),
+    PatchCase(
+        name="deep and gone",
+        before={"a": {"b": 1, "c": 2}},
+        after={"a": {"b": 1}},
+        expect={"a": {"c": None}},
+    ),
+    PatchCase(
+        name="lists are replaced",
+        before={"a": [1, 2]},
+        after={"a": [1]},
+        expect={"a": [1]},
+    ),
+    PatchCase(
+        name="a map for a value",
+        before={"a": 1},
+        after={"a": {"b": 2}},
+        expect={"a": {"b": 2}},
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "before", "after", "expect"), PATCHES, ids=[p[0] for p in PATCHES])
-def test_merge_patch(name: str, before: dict[str, Any], after: dict[str, Any], expect: dict[str, Any]) -> None:
-    assert merge_patch(before, after) == expect
-    assert merged(before, expect) == after
+@pytest.mark.parametrize("case", PATCHES, ids=lambda case: case.name)
+def test_merge_patch(case: PatchCase) -> None:
+    assert merge_patch(case.before, case.after) == case.expect
+    assert merged(case.before, case.expect) == case.after
+
+
+@dataclass(frozen=True)
+class EssenceCase:
+    name: str
+    before: dict[str, Any]
+    after: dict[str, Any]
+    same: bool
 
 
 ESSENCES = [
-    ("another step", {"progress": {"step": 1}}, {"progress": {"step": 2}}, True),
-    (
-        "another word",
-        {"conditions": [{"type": "A", "status": "True", "reason": "R", "message": "1"}]},
-        {"conditions": [{"type": "A", "status": "True", "reason": "R", "message": "2"}]},
-        True,
+    EssenceCase(
+        name="another step",
+        before={"progress": {"step": 1}},
+        after={"progress": {"step": 2}},
+        same=True,
     ),
-    (
-        "another reason",
-        {"conditions": [{"type": "A", "status": "True", "reason": "R"}]},
-        {"conditions": [{"type": "A", "status": "True", "reason": "S"}]},
-        False,
+    EssenceCase(
+        name="another word",
+        before={"conditions": [{"type": "A", "status": "True", "reason": "R", "message": "1"}]},
+        after={"conditions": [{"type": "A", "status": "True", "reason": "R", "message": "2"}]},
+        same=True,
     ),
-    ("another restart", {"restarts": 0}, {"restarts": 1}, False),
+    EssenceCase(
+        name="another reason",
+        before={"conditions": [{"type": "A", "status": "True", "reason": "R"}]},
+        after={"conditions": [{"type": "A", "status": "True", "reason": "S"}]},
+        same=False,
+    ),
+    EssenceCase(
+        name="another restart",
+        before={"restarts": 0},
+        after={"restarts": 1},
+        same=False,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "before", "after", "same"), ESSENCES, ids=[e[0] for e in ESSENCES])
-def test_what_may_wait(name: str, before: dict[str, Any], after: dict[str, Any], same: bool) -> None:
-    assert (essence(before) == essence(after)) is same
+@pytest.mark.parametrize("case", ESSENCES, ids=lambda case: case.name)
+def test_what_may_wait(case: EssenceCase) -> None:
+    assert (essence(case.before) == essence(case.after)) is case.same
 
 
 def job(**parts: Any) -> dict[str, Any]:
@@ -93,18 +160,42 @@ async def test_a_job_that_cannot_be_understood_says_so_and_stops_nothing() -> No
 
 
 BEFORE = "2026-01-01T00:00:00Z"
+
+
+@dataclass(frozen=True)
+class TurnCase:
+    name: str
+    accepted_before: str | None
+    time_kept: bool
+
+
 TURNS = [
-    # given: Accepted before     expect: the time of its last turn is kept
-    ("it was accepted", "True", False),
-    ("it was refused already", "False", True),
-    ("nothing was said yet", None, False),
+    TurnCase(
+        name="it was accepted",
+        accepted_before="True",
+        time_kept=False,
+    ),
+    TurnCase(
+        name="it was refused already",
+        accepted_before="False",
+        time_kept=True,
+    ),
+    TurnCase(
+        name="nothing was said yet",
+        accepted_before=None,
+        time_kept=False,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("value", "kept"), [c[1:] for c in TURNS], ids=[c[0] for c in TURNS])
-def test_what_cannot_be_understood_any_more_has_turned(value: str | None, kept: bool) -> None:
+@pytest.mark.parametrize("case", TURNS, ids=lambda case: case.name)
+def test_what_cannot_be_understood_any_more_has_turned(case: TurnCase) -> None:
     others = [{"type": "Prepared", "status": "True", "reason": "Prepared", "lastTransitionTime": BEFORE}]
-    accepted = [{"type": "Accepted", "status": value, "reason": "x", "lastTransitionTime": BEFORE}] if value else []
+    accepted = (
+        [{"type": "Accepted", "status": case.accepted_before, "reason": "x", "lastTransitionTime": BEFORE}]
+        if case.accepted_before
+        else []
+    )
     status = invalid_status(
         {"metadata": {"generation": 2}, "status": {"conditions": accepted + others, "restarts": 3}}, "spec.fancy: no"
     )
@@ -113,7 +204,7 @@ def test_what_cannot_be_understood_any_more_has_turned(value: str | None, kept: 
         "Accepted",
         "False",
         2,
-        kept,
+        case.time_kept,
     )
     assert (rest, status["restarts"], status["state"], status["observedGeneration"]) == (others, 3, "Invalid", 2)
 

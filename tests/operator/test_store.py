@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -218,25 +219,58 @@ def test_what_a_pod_served_of_its_checkpoint_ends_with_it() -> None:
 
 
 CHILD, POD = owned("Job", "ftj-tune-prepare"), ended("pod")
+
+
+@dataclass(frozen=True)
+class CopyCase:
+    name: str
+    given: dict[str, Any]
+    counts: bool
+
+
 COPIES = [
-    ("our Job", CHILD, True),
-    ("our pod", POD, True),
-    ("a Job with our labels, elsewhere", moved(CHILD, namespace="other"), False),
-    ("a pod with our labels, elsewhere", moved(POD, namespace="other"), False),
-    ("a Job with our labels that nobody owns", moved(CHILD, ownerReferences=[]), False),
-    ("a Job with our labels, of another owner", moved(CHILD, ownerReferences=[{"uid": "uid-of-another"}]), False),
+    CopyCase(
+        name="our Job",
+        given=CHILD,
+        counts=True,
+    ),
+    CopyCase(
+        name="our pod",
+        given=POD,
+        counts=True,
+    ),
+    CopyCase(
+        name="a Job with our labels, elsewhere",
+        given=moved(CHILD, namespace="other"),
+        counts=False,
+    ),
+    CopyCase(
+        name="a pod with our labels, elsewhere",
+        given=moved(POD, namespace="other"),
+        counts=False,
+    ),
+    CopyCase(
+        name="a Job with our labels that nobody owns",
+        given=moved(CHILD, ownerReferences=[]),
+        counts=False,
+    ),
+    CopyCase(
+        name="a Job with our labels, of another owner",
+        given=moved(CHILD, ownerReferences=[{"uid": "uid-of-another"}]),
+        counts=False,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("found", "ours"), [c[1:] for c in COPIES], ids=[c[0] for c in COPIES])
-def test_labels_alone_make_nothing_ours(found: dict[str, Any], ours: bool) -> None:
+@pytest.mark.parametrize("case", COPIES, ids=lambda case: case.name)
+def test_labels_alone_make_nothing_ours(case: CopyCase) -> None:
     store = Store()
     store.put(job())
-    store.put(found)
-    assert bool(seen(store).children or seen(store).pods or seen(store).ended) is ours
-    assert bool(list(store.pods())) is (ours and found["kind"] == "Pod"), "whose metrics are read"
-    store.remove(found)
-    assert bool(seen(store).ended) is (ours and found["kind"] == "Pod")
+    store.put(case.given)
+    assert bool(seen(store).children or seen(store).pods or seen(store).ended) is case.counts
+    assert bool(list(store.pods())) is (case.counts and case.given["kind"] == "Pod"), "whose metrics are read"
+    store.remove(case.given)
+    assert bool(seen(store).ended) is (case.counts and case.given["kind"] == "Pod")
 
 
 NO_NUMBERS = ["abc", "-1", "1.5", "9" * 5000, "", "٣٣٣٣٣٣٣٣٣٣٣"]
@@ -266,20 +300,46 @@ def test_what_pods_say_after_their_job_was_deleted_is_not_kept() -> None:
     assert (store._ended, store._samples, store._pods) == ({}, {}, {})
 
 
+@dataclass(frozen=True)
+class ListCase:
+    name: str
+    version: int  # resourceVersion of the job that is known
+    listed_at: int  # resourceVersion of the list
+    in_list: bool  # the list has the job
+    kept: bool
+
+
 LISTS = [
-    # given                                    version of the object, of the list; listed   expect: still there
-    ("it is in the list", 5, 9, True, True),
-    ("it is not: its deletion went unseen", 5, 9, False, False),
-    ("it was created while the list was made", 10, 9, False, True),
+    ListCase(
+        name="it is in the list",
+        version=5,
+        listed_at=9,
+        in_list=True,
+        kept=True,
+    ),
+    ListCase(
+        name="it is not: its deletion went unseen",
+        version=5,
+        listed_at=9,
+        in_list=False,
+        kept=False,
+    ),
+    ListCase(
+        name="it was created while the list was made",
+        version=10,
+        listed_at=9,
+        in_list=False,
+        kept=True,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "version", "listed_at", "listed", "there"), LISTS, ids=[c[0] for c in LISTS])
-def test_prune(name: str, version: int, listed_at: int, listed: bool, there: bool) -> None:
+@pytest.mark.parametrize("case", LISTS, ids=lambda case: case.name)
+def test_prune(case: ListCase) -> None:
     store = Store()
-    store.put(job(version=version))
-    touched = store.prune("FineTuneJob", None, {"uid-tune"} if listed else set(), str(listed_at))
-    assert (store.job(TUNE) is not None, touched) == (there, set() if there else {TUNE})
+    store.put(job(version=case.version))
+    touched = store.prune("FineTuneJob", None, {"uid-tune"} if case.in_list else set(), str(case.listed_at))
+    assert (store.job(TUNE) is not None, touched) == (case.kept, set() if case.kept else {TUNE})
 
 
 def test_prune_of_one_namespace_leaves_the_others() -> None:
@@ -299,23 +359,54 @@ def test_who_waits_for_a_job_hears_of_it() -> None:
     assert not store._dependents
 
 
+@dataclass(frozen=True)
+class ChainCase:
+    name: str
+    chain: dict[str, tuple[str, str | None]]
+    expect: list[str]
+
+
 CHAINS = [
-    ("a whole model", {"base": ("full", None)}, ["base"]),
-    ("an adapter on a model of the Hub", {"base": ("lora", None)}, ["base"]),
-    ("an adapter on a whole model", {"base": ("lora", "below"), "below": ("full", None)}, ["base", "below"]),
-    ("an adapter on an adapter, merged there", {"base": ("lora", "below"), "below": ("qlora", None)}, ["base"]),
-    ("a whole model that began as another", {"base": ("full", "below"), "below": ("full", None)}, ["base"]),
-    ("an adapter on a model whose job is gone", {"base": ("lora", "below")}, ["base"]),
+    ChainCase(
+        name="a whole model",
+        chain={"base": ("full", None)},
+        expect=["base"],
+    ),
+    ChainCase(
+        name="an adapter on a model of the Hub",
+        chain={"base": ("lora", None)},
+        expect=["base"],
+    ),
+    ChainCase(
+        name="an adapter on a whole model",
+        chain={"base": ("lora", "below"), "below": ("full", None)},
+        expect=["base", "below"],
+    ),
+    ChainCase(
+        name="an adapter on an adapter, merged there",
+        chain={"base": ("lora", "below"), "below": ("qlora", None)},
+        expect=["base"],
+    ),
+    ChainCase(
+        name="a whole model that began as another",
+        chain={"base": ("full", "below"), "below": ("full", None)},
+        expect=["base"],
+    ),
+    ChainCase(
+        name="an adapter on a model whose job is gone",
+        chain={"base": ("lora", "below")},
+        expect=["base"],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("chain", "expect"), [c[1:] for c in CHAINS], ids=[c[0] for c in CHAINS])
-def test_the_model_below_an_adapter_is_needed_too(chain: dict[str, tuple[str, str | None]], expect: list[str]) -> None:
+@pytest.mark.parametrize("case", CHAINS, ids=lambda case: case.name)
+def test_the_model_below_an_adapter_is_needed_too(case: ChainCase) -> None:
     store = Store()
     store.put(job(model={"job": "base"}))
-    for name, (method, below) in chain.items():
+    for name, (method, below) in case.chain.items():
         store.put(job(name, method={"type": method}, **({"model": {"job": below}} if below else {})))
-    assert sorted(seen(store).sources) == expect
+    assert sorted(seen(store).sources) == case.expect
 
 
 def test_what_nobody_reads_is_not_kept() -> None:
