@@ -187,7 +187,8 @@ def fields(kind: JobKind) -> str:
 def walk(node: dict[str, Any], path: str) -> Iterator[Sequence[object]]:
     for name, below in node.get("properties", {}).items():
         here = f"{path}.{name}"
-        scalar = below["type"] not in ("object", "array") or "properties" not in below
+        shape = below.get("type", "integer or string")
+        scalar = shape not in ("object", "array") or "properties" not in below
         default = (
             f"`{json.dumps(below['default'])}`"
             if "default" in below and scalar
@@ -195,7 +196,7 @@ def walk(node: dict[str, Any], path: str) -> Iterator[Sequence[object]]:
             if name in node.get("required", [])
             else ""
         )
-        kind = " ".join(f"`{v}`" for v in below["enum"]) if "enum" in below else below["type"]
+        kind = " ".join(f"`{v}`" for v in below["enum"]) if "enum" in below else shape
         yield (f"`{here}`", kind, default, below.get("description", ""))
         yield from walk(below, here)
         if isinstance(below.get("items"), dict):

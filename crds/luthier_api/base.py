@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.alias_generators import to_camel
-from pydantic_core import CoreSchema, core_schema
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,43 @@ class Format:
     def cel(self, text: str) -> str:
         """CEL: whether `text`, itself an expression, is written so."""
         return f"{text}.matches('{self.pattern}')" + (f" && !{text}.matches('{self.never}')" if self.never else "")
+
+
+@dataclass(frozen=True)
+class ListType:
+    """How the API server merges a list when several clients apply it (`x-kubernetes-list-type`). Lists without one are
+    replaced whole: they are atomic.
+    """
+
+    name: Literal["set", "map"]
+    key: str | None = None
+    """Of a map: the field of its items that no two of them share, by its outer name."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._without_duplicates, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        keys = {"x-kubernetes-list-map-keys": [self.key]} if self.key else {}
+        return {**handler(schema), "x-kubernetes-list-type": self.name, **keys}
+
+    def _without_duplicates(self, items: list[Any]) -> list[Any]:
+        """Raises PydanticCustomError, because pydantic opens the message of a ValueError with words of its own."""
+        values = [item.dump()[self.key] for item in items] if self.key else items
+        twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
+        if twice is not None:
+            field = self.key or "value"
+            raise PydanticCustomError(
+                "duplicate", f"two items have the {field} {{value}}; each must be there once", {"value": repr(twice)}
+            )
+        return items
+
+
+SET = ListType("set")
+
+
+def map_by(key: str) -> ListType:
+    """A list whose items differ in `key`, their field by its outer name."""
+    return ListType("map", key)
 
 
 class ApiModel(BaseModel):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from textwrap import dedent
@@ -23,6 +24,9 @@ from luthier_api.base import ApiModel, Format, Rule
 from luthier_api.kinds import CATEGORY, KINDS, JobKind, KindInfo
 
 HEADER = "# Generated from crds/luthier_api by `make generate`. Do not edit.\n"
+LIST_MARKS = {"x-kubernetes-list-type", "x-kubernetes-list-map-keys"}
+INT_OR_STRING = "x-kubernetes-int-or-string"
+INT32_MAX = 2**31 - 1
 KEPT = {
     "type",
     "description",
@@ -102,15 +106,18 @@ def structural(schema: dict[str, Any], defs: dict[str, Any], models: dict[str, t
             k: structural(({"description": texts[k]} if k in texts else {}) | v, defs, models)
             for k, v in schema["properties"].items()
         }
-        keys = getattr(model, "list_map_keys", {})
-        for name, key in keys.items():
-            node["properties"][name] |= {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}
     elif schema.get("additionalProperties") is True:
         node["x-kubernetes-preserve-unknown-fields"] = True
     elif isinstance(schema.get("additionalProperties"), dict):
         node["additionalProperties"] = structural(schema["additionalProperties"], defs, models)
     if "items" in schema:
+        node |= {"x-kubernetes-list-type": "atomic"} | {k: v for k, v in schema.items() if k in LIST_MARKS}
         node["items"] = structural(schema["items"], defs, models)
+    if schema.get(INT_OR_STRING):
+        del node["type"]
+        node[INT_OR_STRING] = True
+    if schema.get("type") == "integer":
+        node["format"] = "int32" if node.get("maximum", math.inf) <= INT32_MAX else "int64"
     if rules := [*(model.rules if model else ()), *written(schema)]:
         node["x-kubernetes-validations"] = validations(rules)
     return node

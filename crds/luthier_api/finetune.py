@@ -6,12 +6,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from luthier_api.base import ApiModel, Rule
+from luthier_api.base import SET, ApiModel, Rule
 from luthier_api.methods import MethodType, Strategy
+from luthier_api.quantity import Bytes, Cores
 from luthier_api.spec import (
-    VOLUMES_APART,
-    Bytes,
-    Cores,
     DatasetSource,
     Hub,
     JobControl,
@@ -101,7 +99,7 @@ class Method(ApiModel):
     """Scale of the adapters: their output counts alpha / rank (lora, qlora)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout before the adapters (lora, qlora). Adapters on the experts of a mixture of experts know none."""
-    target_modules: Annotated[list[ShortText], Field(min_length=1, max_length=64)] = ["all-linear"]
+    target_modules: Annotated[list[ShortText], Field(min_length=1, max_length=64), SET] = ["all-linear"]
     """Modules that get an adapter: all-linear, or names such as q_proj (lora, qlora); for the experts of a mixture of
     experts, their parameters' names, such as gate_up_proj.
     """
@@ -251,7 +249,6 @@ class FineTuneJobSpec(JobControl):
             "volumes",
             "scheduling",
         ),
-        VOLUMES_APART,
         alone_on_its_claim("resources.nodes"),
         Rule(
             "!has(self.model.config) || self.method.type == 'full'",

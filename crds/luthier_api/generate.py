@@ -6,11 +6,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from luthier_api.base import ApiModel, Format, Rule
+from luthier_api.base import SET, ApiModel, Format, Rule
+from luthier_api.quantity import Bytes, Cores
 from luthier_api.spec import (
-    VOLUMES_APART,
-    Bytes,
-    Cores,
     DatasetSource,
     Hub,
     JobControl,
@@ -97,7 +95,7 @@ class InputColumns(ApiModel):
     """Seed of the row, a whole number below 2^32. Used where there is such a column; a name other than the default must
     exist.
     """
-    carry: Annotated[list[ShortText] | None, Field(max_length=100)] = None
+    carry: Annotated[Annotated[list[ShortText], SET] | None, Field(max_length=100)] = None
     """Other columns that each output repeats under `input`, such as ids; all of them when left out, none with []. Text
     files have the line there.
     """
@@ -265,7 +263,6 @@ class GenerateJobSpec(JobControl):
             "volumes",
             "scheduling",
         ),
-        VOLUMES_APART,
         alone_on_its_claim("shards"),
         Rule(
             "!self.model.resizeEmbeddings",

@@ -32,6 +32,8 @@ KEPT = {
 BELOW = {"properties", "additionalProperties", "propertyNames", "items"}
 DROPPED = {"title", "description", "default", "$defs"}
 """Says nothing about the shape: a third of the file."""
+OF_KUBERNETES = {"x-kubernetes-list-type", "x-kubernetes-list-map-keys", "x-kubernetes-int-or-string"}
+"""For the API server."""
 
 
 def render() -> str:
@@ -52,13 +54,17 @@ def draw(schema: dict[str, Any], defs: dict[str, Any] | None = None) -> dict[str
         return _or_null(schema["anyOf"], defs)
     if "$ref" in schema:
         schema = defs[schema["$ref"].rsplit("/", 1)[1]]
-    if unknown := schema.keys() - KEPT - BELOW - DROPPED - {"const", Format.EXTENSION}:
+    if unknown := schema.keys() - KEPT - BELOW - DROPPED - OF_KUBERNETES - {"const", Format.EXTENSION}:
         raise ValueError(f"no word for {', '.join(sorted(unknown))}: {schema}")
     node = {k: v for k, v in schema.items() if k in KEPT}
     if "const" in schema:
         node["enum"] = [schema["const"]]
     if written := schema.get(Format.EXTENSION):
         node |= _written(written)
+    if schema.get("x-kubernetes-int-or-string"):
+        node |= {"type": ["string", "integer"], "exclusiveMinimum": 0}
+    if schema.get("x-kubernetes-list-type") == "set":
+        node["uniqueItems"] = True
     for key in BELOW & schema.keys():
         below = schema[key]
         if key == "properties":
@@ -73,7 +79,8 @@ def _or_null(options: list[dict[str, Any]], defs: dict[str, Any]) -> dict[str, A
     found = [draw(option, defs) for option in options if option != {"type": "null"}]
     if len(found) != 1 or len(options) != 2:
         raise ValueError(f"neither one thing nor null: {options}")
-    node = found[0] | {"type": [found[0]["type"], "null"]}
+    types = found[0]["type"] if isinstance(found[0]["type"], list) else [found[0]["type"]]
+    node = found[0] | {"type": [*types, "null"]}
     return node | {"enum": [*node["enum"], None]} if "enum" in node else node
 
 

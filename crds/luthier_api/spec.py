@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from luthier_api.base import ApiModel, Format, Rule
+from luthier_api.base import ApiModel, Format, Rule, map_by
+from luthier_api.quantity import Bytes
 from luthier_api.tasks import DatasetFormat
 
 ShortText = Annotated[str, Field(min_length=1, max_length=253)]
@@ -25,7 +26,6 @@ REPOSITORY = (  # with what is never in one: huggingface_hub's validate_repo_id
 # with what is never in one: git check-ref-format; of its characters those that need no quotes
 REF = "^[_a-zA-Z0-9][-_.+=@#/a-zA-Z0-9]*$"
 NEVER_IN_REF = "[.][.]|//|/[.]|[.]lock(/|$)|[./]$"
-ABOVE_ZERO = "([0-9]*[1-9][0-9]*([.][0-9]+)?|[0-9]+[.][0-9]*[1-9][0-9]*)"
 
 OBJECT_NAME = Format(
     f"^{LABEL}([.]{LABEL})*$",
@@ -87,22 +87,10 @@ Revision = Annotated[
 Branch = Annotated[
     str, Field(max_length=253), Format(REF, "must be the name of a branch, such as main or team/v2", never=NEVER_IN_REF)
 ]
-Bytes = Annotated[
-    str,
-    Field(max_length=32),
-    Format(
-        f"^{ABOVE_ZERO}(k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$", "must be an amount above zero, in bytes, such as 200Gi or 512Mi"
-    ),
-]
 Encoding = Annotated[
     str,
     Field(max_length=32),
     Format("^[a-zA-Z0-9][-_a-zA-Z0-9]*$", "must be Python's name of an encoding, such as cp1252 or utf-16-le"),
-]
-Cores = Annotated[
-    str,
-    Field(max_length=32),
-    Format(f"^{ABOVE_ZERO}m?$", "must be a number of cores above zero, such as 4, 0.5 or 500m"),
 ]
 
 
@@ -403,11 +391,7 @@ class JobControl(ApiModel):
     """Stop after `prepare` and show the plan in the status; false later lets the job go on."""
 
 
-Volumes = Annotated[list[Volume], Field(max_length=16)]
-VOLUMES_APART = Rule(
-    "!has(self.volumes) || self.volumes.all(v, self.volumes.exists_one(w, w.mountPath == v.mountPath))",
-    "spec.volumes: two of them have the same mountPath; give each a folder of its own",
-)
+Volumes = Annotated[list[Volume], Field(max_length=16), map_by("mountPath")]
 
 
 def immutable(*fields: str) -> tuple[Rule, ...]:

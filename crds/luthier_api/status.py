@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from luthier_api.base import ApiModel
+from luthier_api.base import ApiModel, map_by
 from luthier_api.conditions import ConditionType
 
+Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+"""A time as Kubernetes writes it, such as 2026-11-28T09:30:00Z."""
 Phase = Literal["prepare", "run", "publish"]
 PHASES: tuple[Phase, ...] = ("prepare", "run", "publish")
 
@@ -46,7 +48,7 @@ Figures = Annotated[dict[str, float], AfterValidator(finite)]
 class Condition(ApiModel):
     """As in the Kubernetes API conventions."""
 
-    type: ConditionType
+    type: str
     """What it is about: Accepted, Prepared, Running, Complete, Failed, ..."""
     status: Literal["True", "False", "Unknown"]
     """True, False, or Unknown."""
@@ -54,7 +56,7 @@ class Condition(ApiModel):
     """One word that programs may read; those of failures are the reasons of the exit codes."""
     message: str = ""
     """For people: where things stand, or what went wrong and what to do."""
-    last_transition_time: str
+    last_transition_time: Time
     """When its status last changed."""
     observed_generation: int | None = None
     """Generation of the spec that it speaks of."""
@@ -155,7 +157,7 @@ class Progress(ApiModel):
     """Share of steps or outputs that is done."""
     eta_seconds: int | None = None
     """Seconds left at the pace of now."""
-    time: str | None = None
+    time: Time | None = None
     """When it was read."""
 
 
@@ -164,7 +166,7 @@ class Checkpoint(ApiModel):
 
     step: int
     """Optimiser step at which it was written."""
-    time: str | None = None
+    time: Time | None = None
     """When the operator first saw it."""
 
 
@@ -193,7 +195,7 @@ class Attempt(ApiModel):
     """The end of the pod's output."""
     charged: bool = False
     """Whether it counted against `restarts.max`."""
-    time: str | None = None
+    time: Time | None = None
     """When the pod ended."""
 
 
@@ -224,17 +226,17 @@ class JobStatus(ApiModel):
     """Generation of the spec that this status speaks of."""
     state: str = ""
     """One word for people: Pending, Preparing, Running, ... Programs read the conditions."""
-    conditions: list[Condition] = Field(default_factory=list)
+    conditions: Annotated[list[Condition], map_by("type")] = Field(default_factory=list)
     """Where the job stands, a condition for each thing that can be true of it."""
-    start_time: str | None = None
+    start_time: Time | None = None
     """When the first phase began; deadlines count from here."""
-    deadline_start_time: str | None = None
+    deadline_start_time: Time | None = None
     """When the job last went on after it had rested, planned, suspended or ended: from then on, deadlines count from
     here.
     """
-    run_start_time: str | None = None
+    run_start_time: Time | None = None
     """When the pods of `run` first ran."""
-    completion_time: str | None = None
+    completion_time: Time | None = None
     """When the job was complete, or failed."""
     shape: str | None = None
     """Nodes × GPUs, or shards × GPUs."""
@@ -263,9 +265,7 @@ class JobStatus(ApiModel):
     hub: HubStatus | None = None
     """Where the result was published."""
 
-    list_map_keys: ClassVar = {"conditions": "type"}
-
-    def condition(self, type: ConditionType) -> Condition | None:
+    def condition(self, type: str) -> Condition | None:
         return next((c for c in self.conditions if c.type == type), None)
 
     def is_true(self, type: ConditionType) -> bool:

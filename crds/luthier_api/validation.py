@@ -96,6 +96,8 @@ def _line(error: Any, document: dict[str, Any]) -> str:
             return f"{path}: unknown field" + (f". Did you mean {near[0]!r}?" if near else "")
         case "missing":
             return f"{path}: required"
+        case "duplicate":
+            return f"{path}: {error['msg']}"
     return f"{path}: {error['msg'][:1].lower()}{error['msg'][1:]} (it is {error['input']!r})"
 
 

@@ -85,23 +85,23 @@ def event(before: Condition | None, now: Condition, status: JobStatus) -> Event 
     """The event of one condition, if it has turned or got another reason."""
     if before and (before.status, before.reason) == (now.status, now.reason):
         return None
-    if now.type is C.FAILED and now.status == "True":
+    if now.type == C.FAILED and now.status == "True":
         return Event("Warning", R.FAILED, f"{now.reason}: {now.message}")
-    if now.type is C.RUNNING and now.status == "True":
+    if now.type == C.RUNNING and now.status == "True":
         again = status.restarts or (before and before.reason == R.RESTARTING)
         return Event("Normal", R.RUNNING if again else R.STARTED, now.message)
-    if now.type is C.ACCEPTED and now.status == "True" and before is None:
+    if now.type == C.ACCEPTED and now.status == "True" and before is None:
         return None  # Preparing says it, in the same moment
     if now.status == "True":
         return Event("Normal", now.reason, now.message)
     if now.type in (C.FAILED, C.COMPLETE) and now.reason == R.PUBLISHING:
         return None  # Published says it, in the same moment
-    if now.reason in SILENT or (now.type is C.RUNNING and now.reason in ORDINARY - OF_WAITING):
+    if now.reason in SILENT or (now.type == C.RUNNING and now.reason in ORDINARY - OF_WAITING):
         return None
     if now.reason in ORDINARY:
         return Event("Normal", now.reason, now.message)
     if status.is_true(C.FAILED):
         return None  # the event of Failed says it
     return Event(
-        "Warning", R.PUBLISH_FAILED if now.type is C.PUBLISHED and now.reason in OF_PODS else now.reason, now.message
+        "Warning", R.PUBLISH_FAILED if now.type == C.PUBLISHED and now.reason in OF_PODS else now.reason, now.message
     )

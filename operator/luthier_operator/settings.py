@@ -12,7 +12,8 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from luthier_api.spec import Bytes, Cores, ObjectName
+from luthier_api.quantity import Bytes, Cores
+from luthier_api.spec import ObjectName
 from luthier_api.variables import Variables
 from luthier_operator.versions import RELEASE
 

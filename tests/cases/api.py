@@ -95,7 +95,7 @@ def words() -> dict[str, str]:
         for kind in KINDS
         for path, node in schemas(kind)
         for rule in node.get("x-kubernetes-validations", [])
-        if node["type"] == "string" or "additionalProperties" in node
+        if node.get("type", "string") == "string" or "additionalProperties" in node
     }
 
 
@@ -224,7 +224,6 @@ CASES: list[Case] = [
             ("/root", "/roots"),
         ]
     ),
-    Case("spec.volumes: two", mounted("/data", "/models", "/data"), mounted("/data", "/models", "/data/more")),
     Case(
         "spec.workspace.accessMode:",
         {"spec.workspace": {"accessMode": "ReadWriteOncePod"}, "spec.resources.nodes": 2},
@@ -483,8 +482,11 @@ def toleration(**fields: str) -> Change:
     return {"spec.scheduling.tolerations": [{"key": "gpu"} | fields]}
 
 
-BYTES = (("0", "0.0Gi", "-1Gi", "100m", "1e3", "many"), ("1Gi", "0.5Ti", "1000000000"))
-CORES = (("0", "0m", "-1", "1Gi"), ("1", "0.5", "500m", "10"))
+BYTES = (
+    ("0", "0.0Gi", "-1Gi", "100m", "0e3", "1e", "Gi", "1.2.3", "many"),
+    ("1Gi", "0.5Ti", ".5G", "1e9", "+1Ei", "1000000000"),
+)
+CORES = (("0", "0m", "-1", "1Gi"), ("1", "0.5", "500m", "10", "1500000u"))
 NAMES = (("Mine", "my_claim", "-a", "a-", "a..b", "a/b"), ("a", "my-claim", "v1.models"))
 HUB_NAMES = (
     (
@@ -645,10 +647,38 @@ STRANGE: list[tuple[str, Document, str | None]] = [
         specified(training={"maxLength": 64.5}),
         "spec.training.maxLength: input should be a valid integer (it is 64.5)",
     ),
+    ("a whole number for a quantity", specified(resources={"cpu": 16, "memory": 64_000_000_000}), None),
+    ("a whole number with a point for a quantity", specified(resources={"cpu": 16.0}), None),
+    (
+        "no quantity above zero",
+        specified(resources={"cpu": 0}),
+        "spec.resources.cpu: must be a number of cores above zero, such as 4, \"0.5\" or 500m (it is '0')",
+    ),
+    (
+        "a fraction for a quantity",
+        specified(resources={"cpu": 0.5}),
+        'spec.resources.cpu: must be a number of cores above zero, such as 4, "0.5" or 500m (it is 0.5)',
+    ),
+    (
+        "yes for a quantity",
+        specified(resources={"cpu": True}),
+        'spec.resources.cpu: must be a number of cores above zero, such as 4, "0.5" or 500m (it is True)',
+    ),
     (
         "a number for a text",
-        specified(resources={"cpu": 16}),
-        "spec.resources.cpu: input should be a valid string (it is 16)",
+        specified(dataset={"id": "org/data", "name": 16}),
+        "spec.dataset.name: input should be a valid string (it is 16)",
+    ),
+    (
+        "two volumes at one place",
+        specified(volumes=[{"claimName": name, "mountPath": "/data"} for name in "ab"]),
+        "spec.volumes: two items have the mountPath '/data'; each must be there once",
+    ),
+    ("a volume below another", changed(FINE_TUNE, mounted("/data", "/models", "/data/more")), None),
+    (
+        "a module twice",
+        specified(method={"targetModules": ["q_proj", "v_proj", "q_proj"]}),
+        "spec.method.targetModules: two items have the value 'q_proj'; each must be there once",
     ),
     ("null for what must be there", specified(model=None), "spec.model: required"),
     ("null for what does not exist", specified(zebra=None), "spec.zebra: unknown field"),

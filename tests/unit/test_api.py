@@ -289,6 +289,32 @@ def test_the_schema_is_structural(kind: str) -> None:
     walk(crd.crd(kind, info), str(kind))  # type: ignore[arg-type]
 
 
+LISTS = {
+    "set": {"spec.method.targetModules", "spec.inputs.columns.carry"},
+    "map": {"spec.volumes", "status.conditions"},
+}
+
+
+@pytest.mark.parametrize("part", ["spec", "status"])
+@pytest.mark.parametrize("kind", crd.KINDS)
+def test_every_node_of_the_schema_follows_the_conventions_of_kubernetes(kind: str, part: str) -> None:
+    for path, node in schemas(kind, part):
+        if node.get("type") == "array":
+            expected = next((name for name, paths in LISTS.items() if path in paths), "atomic")
+            assert node["x-kubernetes-list-type"] == expected, path
+            assert ("x-kubernetes-list-map-keys" in node) == (expected == "map"), path
+        if node.get("type") == "integer":
+            assert node["format"] in ("int32", "int64"), path
+            assert node["format"] == "int64" or node["maximum"] < 2**31, path
+        if path.lower().endswith("time"):
+            assert node["format"] == "date-time", path
+
+
+def test_a_later_operator_may_write_conditions_that_this_schema_does_not_know() -> None:
+    condition = dict(schemas("FineTuneJob", "status"))["status.conditions[]"]["properties"]
+    assert [name for name in ("type", "reason") if "enum" in condition[name]] == []
+
+
 @pytest.mark.parametrize("part", ["spec", "status"])
 @pytest.mark.parametrize("kind", crd.KINDS)
 def test_every_field_is_described(kind: str, part: str) -> None:

@@ -134,7 +134,7 @@ def test_conditions_keep_the_time_of_their_last_turn() -> None:
         status = decide(replace(given, job=given.job.model_copy(update={"status": job.status})), SETTINGS, NOW).status
         assert all(c.observed_generation == 1 for c in status.conditions)
         old = {c.type: c for c in job.status.conditions}
-        turned[moment] = [c.type.value for c in status.conditions if c.type in old and c.status != old[c.type].status]
+        turned[moment] = [c.type for c in status.conditions if c.type in old and c.status != old[c.type].status]
         backdated = [c.model_copy(update={"last_transition_time": "2026-03-01T00:00:00Z"}) for c in status.conditions]
         for c in status.conditions:
             kept = c.last_transition_time == (old[c.type].last_transition_time if c.type in old else None)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from luthier_api.quantity import amount, canonical
 from luthier_operator import naming
 from luthier_operator.model import Object
 from luthier_operator.render.meta import metadata
-from luthier_operator.render.quantity import amount, canonical
 
 if TYPE_CHECKING:
     from luthier_operator.settings import Settings

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from luthier_api.quantity import canonical, cores
 from luthier_api.run import METRICS_PORT, grace_of
 from luthier_api.status import Phase
 from luthier_api.variables import Variables
 from luthier_operator import naming
 from luthier_operator.model import Job, Object
 from luthier_operator.naming import CONFIG, CONTAINER, INDEX_ANNOTATION, RUN_FILE, SOURCES, WORKSPACE, Place
-from luthier_operator.render.quantity import canonical, cores
 
 if TYPE_CHECKING:
     from luthier_operator.settings import Settings

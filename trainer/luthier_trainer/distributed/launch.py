@@ -15,13 +15,13 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from luthier_api.finetune import TrainingResources
+from luthier_api.quantity import amount
 from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_trainer.distributed.strategy import deepspeed_config, uses_deepspeed
 from luthier_trainer.runtime.run_folder import run_dir
 
 MODULE = "luthier_trainer.worker"
 ACCELERATE_FILE, DEEPSPEED_FILE = "accelerate.json", "deepspeed.json"
-UNITS = {"m": 1e-3, "k": 1e3, "Ki": 1024.0}  # what a number of CPUs may end with
 
 
 def command(run: FineTuneRun, prepared: PreparedRecord, node_rank: int) -> list[str]:
@@ -96,13 +96,8 @@ def threads(run: FineTuneRun) -> str:
 
 def cores(resources: TrainingResources) -> int:
     """CPU cores of each process: its share of those that the job asks for, else of those that the pod may use."""
-    cpus = _cpus(resources.cpu) if resources.cpu else float(len(os.sched_getaffinity(0)))
+    cpus = amount(resources.cpu) if resources.cpu else len(os.sched_getaffinity(0))
     return math.floor(cpus / resources.processes)
-
-
-def _cpus(quantity: str) -> float:
-    unit = quantity.lstrip("0123456789.")
-    return float(quantity.removesuffix(unit)) * UNITS.get(unit, 1.0)
 
 
 def _is_loopback(host: str) -> bool:

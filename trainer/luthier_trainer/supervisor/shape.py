@@ -38,6 +38,7 @@ BOUNDS = {
     "maxLength": "must have {} characters at most",
     "minItems": "must have {} item or more",
     "maxItems": "must have {} items at most",
+    "uniqueItems": "must not hold an item twice",
     "maxProperties": "must have {} entries at most",
 }
 
@@ -109,6 +110,8 @@ def words(keyword: str, node: dict[str, Any]) -> str:
             *but_last, last = [repr(v) for v in node["enum"] if v is not None]
             return "must be " + (f"{', '.join(but_last)} or {last}" if but_last else last)
         case "pattern" | "not":
+            return str(node["words"])
+        case "exclusiveMinimum" if "words" in node:  # of a quantity
             return str(node["words"])
     return BOUNDS[keyword].format(node[keyword])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from luthier_operator.render.quantity import canonical, cores
+from luthier_api.quantity import canonical, cores
 
 CANONICAL = [
     ("1", "1"),
@@ -29,6 +29,11 @@ CANONICAL = [
     ("0.0001", "1m"),
     ("0.1Ki", "103"),
     ("0.9999", "1"),
+    ("1e3", "1k"),
+    ("1e+09", "1G"),
+    ("12E-1", "1200m"),
+    ("+.5Gi", "512Mi"),
+    ("1E", "1E"),
 ]
 
 
