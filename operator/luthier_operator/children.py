@@ -1,6 +1,6 @@
-"""Reading the objects that the cluster shows of a job: its Jobs and JobSets, and its pods.
+"""Reading the children of a job as the API server sends them: Jobs, JobSets and pods.
 
-Plain dictionaries in, facts out. Neighbours: `failure` reads how pods ended, `phases` decides what the facts mean.
+Nothing is decided here.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ CONTAINER_REASONS = {"CreateContainerConfigError", "CreateContainerError", "RunC
 
 
 @dataclass(frozen=True)
-class Trouble:
-    """Why a pod does not run."""
+class PendingReason:
+    """Why a pod does not run yet: reason and message of a condition."""
 
     reason: str
     message: str
@@ -43,7 +43,7 @@ def condition(child: Object, *types: str) -> Object | None:
 
 
 def succeeded(child: Object) -> Object | None:
-    """The condition that says so. Job calls it Complete, JobSet Completed."""
+    """The condition of success, if it is True. A Job calls it Complete, a JobSet Completed."""
     return condition(child, "Complete", "Completed")
 
 
@@ -55,8 +55,8 @@ def finished(child: Object) -> bool:
     return bool(succeeded(child) or failed(child))
 
 
-def deleting(meta_of: Object) -> bool:
-    return "deletionTimestamp" in meta_of["metadata"]
+def deleting(found: Object) -> bool:
+    return "deletionTimestamp" in found["metadata"]
 
 
 def created(child: Object) -> datetime | None:
@@ -65,22 +65,27 @@ def created(child: Object) -> datetime | None:
 
 
 def ended_at(child: Object) -> datetime | None:
-    """When it became terminal."""
+    """When it succeeded or failed."""
     end = succeeded(child) or failed(child)
     return moment(end["lastTransitionTime"]) if end and end.get("lastTransitionTime") else None
 
 
-def held(child: Object) -> bool:
-    """Whether a queue holds it back: we never suspend a child ourselves."""
+def suspended(child: Object) -> bool:
+    """Whether a queue has suspended it. The operator itself never does."""
     return bool(child.get("spec", {}).get("suspend"))
 
 
-def since(child: Object) -> datetime | None:
-    """Since when it may make pods: its creation, or when a queue let it go on. None while it is suspended."""
-    suspended = next((c for c in child.get("status", {}).get("conditions") or [] if c["type"] == "Suspended"), None)
-    if held(child) or (suspended and suspended["status"] == "True"):
+def active_since(child: Object) -> datetime | None:
+    """Since when it may create pods: since its creation, or since a queue admitted it. None while it is suspended."""
+    conditions = child.get("status", {}).get("conditions") or []
+    suspension = next((c for c in conditions if c["type"] == "Suspended"), None)
+    if suspended(child):
         return None
-    return moment(suspended["lastTransitionTime"]) if suspended else created(child)
+    if suspension is None:
+        return created(child)
+    if suspension["status"] == "True":
+        return None
+    return moment(suspension["lastTransitionTime"])
 
 
 def restarts_before(child: Object) -> tuple[int, int]:
@@ -102,7 +107,7 @@ def label(pod: Object, name: str) -> str | None:
 
 
 def number(text: str | None) -> int:
-    """A label or an annotation as the number that it should be: whoever may create pods may write anything there."""
+    """A label or an annotation as a number. Zero for anything else: users who may create pods may write anything."""
     return int(text) if text and text.isdecimal() and len(text) < 10 else 0
 
 
@@ -155,25 +160,28 @@ def running(pods: Iterable[Object], attempt: int | None = None) -> int:
     )
 
 
-def trouble(pods: Iterable[Object]) -> Trouble | None:
-    """What keeps the first of the pods that cannot start from doing so."""
-    found = (_trouble(p) for p in sorted(pods, key=lambda p: str(p["metadata"]["name"])) if not deleting(p))
-    return next((t for t in found if t), None)
+def pending_reason(pods: Iterable[Object]) -> PendingReason | None:
+    """Why the first pod, by name, that cannot start does not. None if all can."""
+    for pod in sorted(pods, key=lambda pod: str(pod["metadata"]["name"])):
+        found = None if deleting(pod) else _pending_reason(pod)
+        if found:
+            return found
+    return None
 
 
-def _trouble(pod: Object) -> Trouble | None:
+def _pending_reason(pod: Object) -> PendingReason | None:
     name = pod["metadata"]["name"]
     for c in pod.get("status", {}).get("conditions") or []:
         if c["type"] == "PodScheduled" and c["status"] == "False" and c.get("reason") == "Unschedulable":
-            volume = "persistentvolumeclaim" in c.get("message", "").lower()
-            return Trouble(
-                Reason.WAITING_FOR_VOLUME if volume else Reason.UNSCHEDULABLE, f"pod {name}: {c.get('message', '')}"
-            )
+            text = c.get("message", "")
+            volume = "persistentvolumeclaim" in text.lower()
+            reason = Reason.WAITING_FOR_VOLUME if volume else Reason.UNSCHEDULABLE
+            return PendingReason(reason, f"pod {name}: {text}")
     waiting = container(pod).get("waiting") or {}
     reason, message = waiting.get("reason", ""), waiting.get("message", "")
     if reason in IMAGE_REASONS:
-        return Trouble(Reason.IMAGE_PULL_FAILED, f"pod {name}: {reason}: {message}")
+        return PendingReason(Reason.IMAGE_PULL_FAILED, f"pod {name}: {reason}: {message}")
     if reason in CONTAINER_REASONS:
         where = "spec.hub.tokenSecretRef: " if "secret" in message.lower() else ""
-        return Trouble(ExitCode.MISCONFIGURED.reason, f"{where}{message or reason} (pod {name})")
+        return PendingReason(ExitCode.MISCONFIGURED.reason, f"{where}{message or reason} (pod {name})")
     return None

@@ -1,5 +1,4 @@
-"""decide: from what is observed of a job to what is to be done. Pure: no clock, no I/O, nothing remembered between two
-calls.
+"""decide: from what was observed of a job to what is to be done. Pure: no clock, no I/O, no memory between two calls.
 
 Level-triggered: it may be called at any time, any number of times, after any event or none. The steps are in `phases`;
 `reconcile` carries the decision out.
@@ -16,6 +15,7 @@ from luthier_operator import statuses
 from luthier_operator.announce import events
 from luthier_operator.model import ChildRef, Decision, Object, Observed
 from luthier_operator.phases.accept import accept
+from luthier_operator.phases.context import Context, Step
 from luthier_operator.phases.finish import finish, retire
 from luthier_operator.phases.limits import deadline, suspend
 from luthier_operator.phases.prepare import prepare
@@ -23,49 +23,63 @@ from luthier_operator.phases.publish import publish
 from luthier_operator.phases.record import record
 from luthier_operator.phases.reopen import reopen
 from luthier_operator.phases.run import run
-from luthier_operator.phases.step import Situation, Step
 from luthier_operator.settings import Settings
 from luthier_operator.workloads import workload
 
-STEPS: tuple[Callable[[Situation], Step], ...] = (accept, suspend, deadline, prepare, run, publish, finish)
+STEPS: tuple[Callable[[Context], Step], ...] = (accept, suspend, deadline, prepare, run, publish, finish)
+AFTER_THE_END: tuple[Callable[[Context], Step], ...] = (retire,)
 
 
 def decide(observed: Observed, settings: Settings, now: datetime) -> Decision:
     """What to do now. Its status equals the observed one when nothing has changed."""
-    old = observed.job.status
+    before = observed.job.status
     if observed.job.metadata.deletion_timestamp:
-        return Decision(status=old)  # the garbage collector takes the children
-    s = record(Situation(observed, settings, now, old))
-    if reopened := reopen(s):
-        return told(observed, Decision(reopened.status))
+        return Decision(status=before)  # the garbage collector deletes the children
+
+    ctx = record(Context(observed, settings, now, before))
+    reopened = reopen(ctx)
+    if reopened:
+        return with_events(observed, Decision(reopened.status))
+
     apply: list[Object] = []
     delete: list[ChildRef] = []
-    requeue: list[float] = []
+    requeue_after: list[float] = []
     creating, delete_job = None, False
-    for step in (retire,) if s.status.finished else STEPS:
-        outcome = step(s)
-        s = replace(s, status=outcome.status)
+    for step in AFTER_THE_END if ctx.status.finished else STEPS:
+        outcome = step(ctx)
+        ctx = replace(ctx, status=outcome.status)
         apply += outcome.apply
         delete += outcome.delete
-        requeue += [] if outcome.requeue_after is None else [outcome.requeue_after]
+        if outcome.requeue_after is not None:
+            requeue_after.append(outcome.requeue_after)
         creating, delete_job = outcome.creating, outcome.delete_job
         if not outcome.goes_on:
             break
-    decision = Decision(s.status, tuple(apply), creating, tuple(delete), (), min(requeue, default=None), delete_job)
-    return told(observed, decision)
+    decision = Decision(
+        status=ctx.status,
+        apply=tuple(apply),
+        creating=creating,
+        delete=tuple(delete),
+        requeue_after=min(requeue_after, default=None),
+        delete_job=delete_job,
+    )
+    return with_events(observed, decision)
 
 
 def refused(observed: Observed, decision: Decision, message: str, now: datetime) -> Decision:
-    """`decision`, of which the API server has refused a child: what waits for that child says so, all else holds."""
-    assert decision.creating, "nothing else applies children"
+    """`decision` after the API server has refused to create a child. The condition that waits for the child says so;
+    everything else holds.
+    """
+    assert decision.creating, "only a decision that applies children can be refused"
     generation = observed.job.metadata.generation
     status = statuses.with_condition(
         decision.status, decision.creating, "False", Reason.FAILED_CREATE, message, now, generation
     )
-    return told(observed, replace(decision, status=status))
+    return with_events(observed, replace(decision, status=status))
 
 
-def told(observed: Observed, decision: Decision) -> Decision:
-    """With the word for people, and the events that follow from how the status changes."""
-    status = decision.status.model_copy(update={"state": statuses.state(decision.status, workload(observed.job).done)})
+def with_events(observed: Observed, decision: Decision) -> Decision:
+    """`decision` with the column STATE of kubectl, and with the events that follow from the change of the status."""
+    state = statuses.state(decision.status, workload(observed.job).done)
+    status = decision.status.model_copy(update={"state": state})
     return replace(decision, status=status, events=tuple(events(observed.job.status, status)))

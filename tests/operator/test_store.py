@@ -11,7 +11,7 @@ from fake_cluster import said
 from luthier_api.kinds import JobKind, parse_job
 from luthier_api.status import Progress
 from luthier_operator import naming
-from luthier_operator.children import held
+from luthier_operator.children import suspended
 from luthier_operator.failure.pod_end import FAILED_ENDS_KEPT, PodEnds
 from luthier_operator.model import ChildRef, Key
 from luthier_operator.store import Owner, Store
@@ -442,6 +442,6 @@ def test_what_is_decided_by_is_kept() -> None:
     store.put(owned("Job", "ftj-tune-prepare", spec={"suspend": True, "template": {"spec": {}}}))
     store.put(ended("pod") | {"spec": {"nodeName": "node-1", "containers": [{}]}})
     found = seen(store)
-    assert held(next(iter(found.children.values())))
+    assert suspended(next(iter(found.children.values())))
     assert found.ended[0].node == "node-1"
     assert found.pods[0]["spec"] == {"nodeName": "node-1"}

@@ -37,8 +37,8 @@ CASES = [
         name="a queue for a job without GPUs",
         given=lambda: decided(fine_tune(resources={"gpusPerNode": 0}, scheduling={"queueName": "team-a"})),
         expect=(
-            'True Accepted: The job can run. spec.scheduling.queueName: "team-a" is not asked, because the job holds no'
-            " GPUs"
+            'True Accepted: The job can run. spec.scheduling.queueName: "team-a" is not used, because the job requests'
+            " no GPUs"
         ),
         state="Preparing",
     ),

@@ -397,10 +397,10 @@ def test_going_on_waits_for_the_old_pods() -> None:
     job = fine_tune(status("Accepted", "Prepared", "Suspended", **BEGUN, restarts=2, restarts_charged=1))
     saving = decided(job, pods=[pod(job, "run", 1, state=RUNNING, deleting=True)])
     assert describe(saving) == "waits"
-    assert said(saving, "Suspended") == "False Resumed: spec.suspend is false: the job goes on where it stopped"
+    assert said(saving, "Suspended") == "False Resumed: spec.suspend is false: the job resumes where it stopped"
     assert (
         said(saving, "Running")
-        == "False WaitingForPods: waiting for the pods that were stopped: ftj-bot-run-1-0 on node-a"
+        == "False WaitingForPods: waiting for the stopped pods to end: ftj-bot-run-1-0 on node-a"
     )
     assert describe(decided(job, child(job, "run", deleting=True))) == "waits"
     gone = decided(job, pods=[pod(job, "run", 1, state={"terminated": {"exitCode": 75}}, over="Failed")])

@@ -107,8 +107,8 @@ CASES = [
         given=situation(child(JOB, "prepare", born=at(-31))),
         expect="waits",
         condition=(
-            "False NoPods: the cluster has made no pod of Job ftj-bot-prepare so far; `kubectl describe job"
-            " ftj-bot-prepare` says why: a quota, a priority class, a node selector, an admission policy"
+            "False NoPods: the cluster has created no pods for Job ftj-bot-prepare so far; see `kubectl describe job"
+            " ftj-bot-prepare`. Possible causes: a quota, a priority class, a node selector, an admission policy"
         ),
     ),
     Case(
@@ -132,9 +132,9 @@ CASES = [
         ),
         expect="waits",
         condition=(
-            "False ContainerCreating: pod ftj-bot-prepare-0-0 has a node, but no container after 30 s: it waits for its"
-            " image or for a volume (spec.volumes, spec.workspace); `kubectl describe pod ftj-bot-prepare-0-0` says for"
-            " which"
+            "False ContainerCreating: pod ftj-bot-prepare-0-0 was scheduled, but its container has not started after"
+            " 30 s: it waits for its image or for a volume (spec.volumes, spec.workspace); see `kubectl describe pod"
+            " ftj-bot-prepare-0-0`"
         ),
     ),
     Case(
@@ -142,9 +142,9 @@ CASES = [
         given=situation(child(JOB, "prepare"), pods=[pod(JOB, "prepare", scheduled=at(-31))]),
         expect="waits",
         condition=(
-            "False ContainerCreating: pod ftj-bot-prepare-0-0 has a node, but no container after 30 s: it waits for its"
-            " image or for a volume (spec.volumes, spec.workspace); `kubectl describe pod ftj-bot-prepare-0-0` says for"
-            " which"
+            "False ContainerCreating: pod ftj-bot-prepare-0-0 was scheduled, but its container has not started after"
+            " 30 s: it waits for its image or for a volume (spec.volumes, spec.workspace); see `kubectl describe pod"
+            " ftj-bot-prepare-0-0`"
         ),
     ),
     Case(
@@ -158,7 +158,7 @@ CASES = [
         given=situation(child(JOB, "prepare", suspend=True)),
         expect="waits",
         condition=(
-            "False WaitingForQueue: Job ftj-bot-prepare is held back by a queue; see `kubectl describe workloads`"
+            "False WaitingForQueue: Job ftj-bot-prepare is suspended by a queue; see `kubectl describe workloads`"
         ),
     ),
     Case(
@@ -166,8 +166,8 @@ CASES = [
         given=situation(child(JOB, "prepare"), ends=[ended(JOB, "prepare", 69, message="503 from hub.example")]),
         expect="waits",
         condition=(
-            "False HubUnavailable: 503 from hub.example (prepare, pod ftj-bot-prepare-0-0 on node-a, exit code 69). It"
-            " is tried again"
+            "False HubUnavailable: 503 from hub.example (prepare, pod ftj-bot-prepare-0-0 on node-a, exit code 69)."
+            " It will be retried"
         ),
     ),
     Case(
@@ -229,8 +229,8 @@ CASES = [
         ),
         expect="waits",
         condition=(
-            "False HubUnavailable: 503 from hub.example (prepare, pod ftj-bot-prepare-0-0 on node-a, exit code 69). It"
-            " is tried again"
+            "False HubUnavailable: 503 from hub.example (prepare, pod ftj-bot-prepare-0-0 on node-a, exit code 69)."
+            " It will be retried"
         ),
     ),
     Case(
@@ -315,7 +315,7 @@ def test_prepare(case: Case) -> None:
 def test_a_condition_that_is_not_true_says_nothing() -> None:
     there = child(JOB, "prepare", born=at(-31))
     there["status"]["conditions"].append({"type": "Failed", "status": "False", "lastTransitionTime": text(NOW)})
-    assert said(decided(JOB, there), "Prepared").startswith("False NoPods: the cluster has made no pod"), (
+    assert said(decided(JOB, there), "Prepared").startswith("False NoPods: the cluster has created no pods"), (
         "due since the Job was made"
     )
 

@@ -40,7 +40,7 @@ OTHER_HUB = HUB | {"tokenSecretRef": {"name": "better"}}
 JOB = fine_tune(TRAINED, hub=HUB)
 RUN = child(JOB, "run", "Complete")
 TOKEN = "401 from hub.example. Check the token in hub.tokenSecretRef"
-KEPT = "The result stays in ftj-bot-f00dcafe/result of claim ftj-bot; a change of spec.hub publishes it again"
+KEPT = "The result stays in ftj-bot-f00dcafe/result of claim ftj-bot; change spec.hub to publish it again"
 
 
 def situation(*children: Object, **more: Any) -> Any:
@@ -94,8 +94,8 @@ CASES = [
         given=situation(child(JOB, "publish"), ends=[ended(JOB, "publish", 69, message="503 from hub.example")]),
         expect="waits",
         condition=(
-            "False HubUnavailable: 503 from hub.example (publish, pod ftj-bot-publish-0-0 on node-a, exit code 69). It"
-            " is tried again"
+            "False HubUnavailable: 503 from hub.example (publish, pod ftj-bot-publish-0-0 on node-a, exit code 69)."
+            " It will be retried"
         ),
     ),
     Case(
@@ -144,7 +144,7 @@ CASES = [
         name="the old upload still leaves",
         given=situation(child(JOB, "publish", deleting=True)),
         expect="waits",
-        condition="False WaitingForPods: waiting for the pods that were stopped",
+        condition="False WaitingForPods: waiting for the stopped pods to end",
     ),
 ]
 

@@ -296,8 +296,8 @@ def test_the_clock_that_started_again_runs_out_too() -> None:
     late = decide(observed(job, *children, child(job, "run")), SETTINGS, at(1800))
     assert describe(late) == "deletes JobSet ftj-bot-run; Failed DeadlineExceeded"
     assert said(late, "Running") == (
-        "False DeadlineExceeded: spec.activeDeadlineSeconds: 1800 seconds have passed since 2026-03-01T12:00:00Z. "
-        "What was saved stays in the workspace; a higher limit lets the job go on"
+        "False DeadlineExceeded: spec.activeDeadlineSeconds: 1800 seconds have passed since 2026-03-01T12:00:00Z."
+        " Checkpoints and outputs stay in the workspace; raise the limit to resume the job"
     )
 
 
@@ -344,5 +344,5 @@ def test_an_upload_to_the_old_place_is_none_to_the_new_one() -> None:
 def test_more_time_is_told_of() -> None:
     decision = decided(fine_tune(AT_LIMIT))
     assert [(e.type, e.reason, e.message) for e in decision.events][-1:] == [
-        ("Normal", "Resumed", "spec.activeDeadlineSeconds leaves more time: the job goes on where it stopped")
+        ("Normal", "Resumed", "spec.activeDeadlineSeconds was raised: the job resumes where it stopped")
     ]

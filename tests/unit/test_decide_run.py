@@ -93,9 +93,9 @@ CASES = [
         given=situation(group(born=at(-31))),
         expect="waits",
         condition=(
-            "False NoPods: the cluster has made no pod of JobSet ftj-bot-run so far; `kubectl describe jobset"
-            " ftj-bot-run`, or `kubectl describe job ftj-bot-run-node-0`, says why: a quota, a priority class, a node"
-            " selector, an admission policy"
+            "False NoPods: the cluster has created no pods for JobSet ftj-bot-run so far; see `kubectl describe"
+            " jobset ftj-bot-run` and `kubectl describe job ftj-bot-run-node-0`. Possible causes: a quota, a"
+            " priority class, a node selector, an admission policy"
         ),
     ),
     Case(
@@ -103,9 +103,9 @@ CASES = [
         given=situation(group(), pods=BOTH[:1]),
         expect="waits",
         condition=(
-            "False NoPods: the cluster has made only 1 of 2 pods of JobSet ftj-bot-run so far; `kubectl describe jobset"
-            " ftj-bot-run`, or `kubectl describe job ftj-bot-run-node-0`, says why: a quota, a priority class, a node"
-            " selector, an admission policy"
+            "False NoPods: the cluster has created only 1 of 2 pods for JobSet ftj-bot-run so far; see `kubectl"
+            " describe jobset ftj-bot-run` and `kubectl describe job ftj-bot-run-node-0`. Possible causes: a quota,"
+            " a priority class, a node selector, an admission policy"
         ),
     ),
     Case(
@@ -113,8 +113,8 @@ CASES = [
         given=situation(child(SHARDS, "run"), job=SHARDS),
         expect="waits",
         condition=(
-            "False NoPods: the cluster has made no pod of Job gj-lutes-run so far; `kubectl describe job gj-lutes-run`"
-            " says why: a quota, a priority class, a node selector, an admission policy"
+            "False NoPods: the cluster has created no pods for Job gj-lutes-run so far; see `kubectl describe job"
+            " gj-lutes-run`. Possible causes: a quota, a priority class, a node selector, an admission policy"
         ),
     ),
     Case(
@@ -142,9 +142,9 @@ CASES = [
         ),
         expect="waits",
         condition=(
-            "False ContainerCreating: pod ftj-bot-run-1-0 has a node, but no container after 30 s: it waits for its"
-            " image or for a volume (spec.volumes, spec.workspace); `kubectl describe pod ftj-bot-run-1-0` says for"
-            " which"
+            "False ContainerCreating: pod ftj-bot-run-1-0 was scheduled, but its container has not started after 30"
+            " s: it waits for its image or for a volume (spec.volumes, spec.workspace); see `kubectl describe pod"
+            " ftj-bot-run-1-0`"
         ),
     ),
     Case(
@@ -409,13 +409,13 @@ CASES = [
         name="trained",
         given=situation(group(state="Complete")),
         expect="Complete Completed",
-        condition="False Trained: the pods have ended",
+        condition="False Trained: all pods have succeeded",
     ),
     Case(
         name="generated",
         given=situation(child(SHARDS, "run", "Complete"), job=SHARDS),
         expect="Complete Completed",
-        condition="False Generated: the pods have ended",
+        condition="False Generated: all pods have succeeded",
     ),
     Case(
         name="trained, and the JobSet is gone",

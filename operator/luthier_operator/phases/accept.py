@@ -1,6 +1,7 @@
-"""Accept: what the CRD's own rules cannot see. Is there what the job names, and does the cluster have what it needs?
+"""Accept: the checks that need a look at the cluster, which the rules of the CRD cannot do.
 
-Looked at until `prepare` has begun: from then on the job stands on what it found.
+Do the jobs exist whose results this one uses, and is everything installed that it needs? Checked until `prepare` has
+begun; from then on the job works with what was found.
 """
 
 from __future__ import annotations
@@ -8,59 +9,70 @@ from __future__ import annotations
 from luthier_api.conditions import ConditionType, Reason
 from luthier_api.exitcodes import ExitCode
 from luthier_api.status import State
-from luthier_operator.phases.step import Situation, Step
+from luthier_operator.phases.context import Context, Step
 from luthier_operator.render.configmap import LIMIT_BYTES, configmap
 from luthier_operator.versions import INSTALL_JOBSET
 
-LOOK_AGAIN_SECONDS = 30
+CHECK_AGAIN_SECONDS = 30
 
 ACCEPTED = ConditionType.ACCEPTED
 CAN_RUN = "The job can run"
 
 
-def accept(s: Situation) -> Step:
-    if s.child("prepare") or s.status.is_true(ConditionType.PREPARED):
-        # Begun, and yet not said: the status was not written then.
-        return (
-            s.goes_on() if s.status.is_true(ACCEPTED) else s.say(ACCEPTED, "True", Reason.ACCEPTED, CAN_RUN).goes_on()
-        )
-    if mistake := invalid(s):
-        return s.say(ACCEPTED, "False", Reason.INVALID_SPEC, mistake).fails(ExitCode.INVALID_SPEC.reason, mistake)
-    if wait := for_jobset(s, ACCEPTED):
-        return wait
-    for field, name in s.workload.sources.items():
-        source = s.observed.sources.get(name)
-        if source and (source.status.is_true(ConditionType.TRAINED) or source.status.is_true(ConditionType.COMPLETE)):
-            continue
-        if source and source.status.is_true(ConditionType.FAILED):
-            failed = (
-                f'{field}: FineTuneJob "{name}" has failed, so there is no result to start from. Create this job again'
-                " once it has succeeded"
-            )
-            return s.say(ACCEPTED, "False", Reason.SOURCE_FAILED, failed).fails(Reason.SOURCE_FAILED, failed)
-        state = (
-            f'FineTuneJob "{name}" is {source.status.state or State.PENDING}'
-            if source
-            else f'there is no FineTuneJob "{name}" in this namespace'
-        )
-        waiting = f"{field}: {state}; waiting for its result"
-        return s.say(ACCEPTED, "False", Reason.WAITING_FOR_JOB, waiting).stops(requeue_after=LOOK_AGAIN_SECONDS)
-    return s.say(ACCEPTED, "True", Reason.ACCEPTED, CAN_RUN + remarks(s)).goes_on()
+def accept(ctx: Context) -> Step:
+    """Set the condition Accepted. The job waits while it is False."""
+    if ctx.child("prepare") or ctx.status.is_true(ConditionType.PREPARED):
+        if not ctx.status.is_true(ACCEPTED):  # the status was not written when `prepare` was created
+            ctx = ctx.with_condition(ACCEPTED, "True", Reason.ACCEPTED, CAN_RUN)
+        return ctx.goes_on()
+
+    mistake = find_mistake(ctx)
+    if mistake:
+        ctx = ctx.with_condition(ACCEPTED, "False", Reason.INVALID_SPEC, mistake)
+        return ctx.fails(ExitCode.INVALID_SPEC.reason, mistake)
+
+    if waits := for_jobset(ctx, ACCEPTED):
+        return waits
+    for field, name in ctx.workload.sources.items():
+        if waits := for_source(ctx, field, name):
+            return waits
+    return ctx.with_condition(ACCEPTED, "True", Reason.ACCEPTED, CAN_RUN + unused_queue(ctx)).goes_on()
 
 
-def for_jobset(s: Situation, condition: ConditionType) -> Step | None:
-    """Waits until JobSet is installed. None where it is, or is not needed."""
-    if s.observed.jobset_installed or s.workload.run_child_kind != "JobSet":
+def for_jobset(ctx: Context, condition: ConditionType) -> Step | None:
+    """Wait until JobSet is installed. None if it is, or if the job does not need it."""
+    if ctx.observed.jobset_installed or ctx.workload.run_child_kind != "JobSet":
         return None
     missing = f"FineTuneJobs need JobSet, which this cluster does not have. Install it: {INSTALL_JOBSET}"
-    return s.say(condition, "False", Reason.JOB_SET_MISSING, missing).stops(requeue_after=LOOK_AGAIN_SECONDS)
+    return ctx.waits(condition, Reason.JOB_SET_MISSING, missing, requeue_after=CHECK_AGAIN_SECONDS)
 
 
-def invalid(s: Situation) -> str | None:
-    """A mistake that can never come right."""
-    if mistake := s.workload.find_mistake():
+def for_source(ctx: Context, field: str, name: str) -> Step | None:
+    """Wait until the FineTuneJob `name`, whose result the job uses, has succeeded. None if it has."""
+    source = ctx.observed.sources.get(name)
+    if source is None:
+        waiting = f'{field}: there is no FineTuneJob "{name}" in this namespace; waiting for its result'
+        return ctx.waits(ACCEPTED, Reason.WAITING_FOR_JOB, waiting, requeue_after=CHECK_AGAIN_SECONDS)
+
+    if source.status.is_true(ConditionType.TRAINED) or source.status.is_true(ConditionType.COMPLETE):
+        return None
+    if source.status.is_true(ConditionType.FAILED):
+        failed = (
+            f'{field}: FineTuneJob "{name}" has failed, so there is no result to start from. Create this job again once'
+            " it has succeeded"
+        )
+        return ctx.with_condition(ACCEPTED, "False", Reason.SOURCE_FAILED, failed).fails(Reason.SOURCE_FAILED, failed)
+    waiting = f'{field}: FineTuneJob "{name}" is {source.status.state or State.PENDING}; waiting for its result'
+    return ctx.waits(ACCEPTED, Reason.WAITING_FOR_JOB, waiting, requeue_after=CHECK_AGAIN_SECONDS)
+
+
+def find_mistake(ctx: Context) -> str | None:
+    """A mistake in the spec with which the job can never run."""
+    mistake = ctx.workload.find_mistake()
+    if mistake:
         return mistake
-    size = len(next(iter(configmap(s.workload, s.settings, s.places())["data"].values())).encode())
+    (document,) = configmap(ctx.workload, ctx.settings, ctx.places())["data"].values()
+    size = len(document.encode())
     if size > LIMIT_BYTES:
         return (
             f"spec: {size} bytes as a run config, more than the {LIMIT_BYTES} that a ConfigMap holds; put the rows into"
@@ -69,10 +81,8 @@ def invalid(s: Situation) -> str | None:
     return None
 
 
-def remarks(s: Situation) -> str:
-    queue = s.job.spec.scheduling.queue_name
-    return (
-        f'. spec.scheduling.queueName: "{queue}" is not asked, because the job holds no GPUs'
-        if queue and not s.workload.gpus_per_pod
-        else ""
-    )
+def unused_queue(ctx: Context) -> str:
+    queue = ctx.job.spec.scheduling.queue_name
+    if not queue or ctx.workload.gpus_per_pod:
+        return ""
+    return f'. spec.scheduling.queueName: "{queue}" is not used, because the job requests no GPUs'

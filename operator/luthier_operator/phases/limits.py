@@ -1,8 +1,8 @@
-"""What the user may say at any time: no longer than this, and stop for now. Both take the pods away; the workspace
-keeps the work.
+"""What the user may change at any time: the deadline, and whether the job is suspended. Both stop the pods; the
+workspace keeps their work.
 
-Suspending deletes the phase's child: pods get SIGTERM, save and leave. Going on creates it again, and it resumes from
-the checkpoint. This one mechanism also works under Kueue, whose `spec.suspend` we must not touch.
+Suspending deletes the child of the current phase: its pods get SIGTERM, save a checkpoint and end. Resuming creates the
+child again, which continues from the checkpoint. This also works under Kueue, which owns `spec.suspend` of a child.
 """
 
 from __future__ import annotations
@@ -10,82 +10,94 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 from luthier_api.conditions import ConditionType, Reason
-from luthier_api.status import PHASES
+from luthier_api.status import PHASES, Phase
 from luthier_operator import children
-from luthier_operator.phases.step import Situation, Step
+from luthier_operator.phases.context import Context, Step
 from luthier_operator.statuses import moment, text
 
 SUSPENDED = ConditionType.SUSPENDED
 
 
-def deadline(s: Situation) -> Step:
-    """Counted from the start of the first phase, for as long as anything is left to do. When an end is looked at does
-    not count.
+def suspend(ctx: Context) -> Step:
+    """Set the condition Suspended, if the job is or was suspended."""
+    if ctx.job.spec.suspend:
+        message = "spec.suspend is true: the pods save a checkpoint and stop; set it to false to resume the job"
+        ctx = ctx.with_condition(SUSPENDED, "True", Reason.SUSPENDED, message)
+        return halted(ctx, Reason.SUSPENDED, "spec.suspend is true").stops(delete=ctx.unfinished())
+    if ctx.status.is_true(SUSPENDED):
+        message = "spec.suspend is false: the job resumes where it stopped"
+        ctx = ctx.with_condition(SUSPENDED, "False", Reason.RESUMED, message)
+        if ctx.status.start_time:
+            ctx = ctx.with_status(deadline_start_time=text(ctx.now))
+    return ctx.goes_on()
 
-    A suspended job does not come here: its time is the user's, as that of every rest (`counted_from`).
+
+def deadline(ctx: Context) -> Step:
+    """Fail the job at its deadline, unless its work was finished by then.
+
+    The time in which a job is suspended does not count: this step does not run then, and resuming starts the time anew.
     """
-    end = expires(s)
-    if end is None:
-        return s.goes_on()
-    if s.now < end:
-        return s.goes_on(requeue_after=(end - s.now).total_seconds())
-    if ended_by(s, end):
-        return s.goes_on()
+    expiry = expires(ctx)
+    if expiry is None:
+        return ctx.goes_on()
+    if ctx.now < expiry:
+        return ctx.goes_on(requeue_after=(expiry - ctx.now).total_seconds())
+    if finished_by(ctx, expiry):  # the operator may look at the job later than that
+        return ctx.goes_on()
     message = (
-        f"spec.activeDeadlineSeconds: {s.job.spec.active_deadline_seconds} seconds have passed since {counted_from(s)}."
-        " What was saved stays in the workspace; a higher limit lets the job go on"
+        f"spec.activeDeadlineSeconds: {ctx.job.spec.active_deadline_seconds} seconds have passed since"
+        f" {counted_from(ctx)}. Checkpoints and outputs stay in the workspace; raise the limit to resume the job"
     )
-    return halted(s, Reason.DEADLINE_EXCEEDED, message).fails(Reason.DEADLINE_EXCEEDED, message, delete=s.unfinished())
+    ctx = halted(ctx, Reason.DEADLINE_EXCEEDED, message)
+    return ctx.fails(Reason.DEADLINE_EXCEEDED, message, delete=ctx.unfinished())
 
 
-def counted_from(s: Situation) -> str | None:
-    """A rest, planned, suspended or ended, is the user's time: whoever lets the job go on gives it the whole limit
-    again, as Kubernetes' Jobs do.
-    """
-    return s.status.deadline_start_time or s.status.start_time
+def counted_from(ctx: Context) -> str | None:
+    """When the deadline began to run. A job that resumes gets the whole time again, as Kubernetes' Jobs do."""
+    return ctx.status.deadline_start_time or ctx.status.start_time
 
 
-def expires(s: Situation) -> datetime | None:
-    """When the time that the user gives is over; None without a limit, and before the first phase."""
-    seconds, since = s.job.spec.active_deadline_seconds, counted_from(s)
-    return moment(since) + timedelta(seconds=seconds) if seconds and since else None
+def expires(ctx: Context) -> datetime | None:
+    """The deadline. None without a limit, and before the first phase."""
+    seconds, since = ctx.job.spec.active_deadline_seconds, counted_from(ctx)
+    if not seconds or not since:
+        return None
+    return moment(since) + timedelta(seconds=seconds)
 
 
-def ended_by(s: Situation, end: datetime) -> bool:
-    """Whether the work was over by then: the last phase had ended well, or any of them had failed."""
-    conditions = {"prepare": ConditionType.PREPARED, "run": s.done, "publish": ConditionType.PUBLISHED}
-    known = s.status.condition(conditions[s.last])
-    if known and known.status == "True" and moment(known.last_transition_time) <= end:
+def finished_by(ctx: Context, time: datetime) -> bool:
+    """Whether the last phase had succeeded, or any phase had failed, at `time`."""
+    conditions = {"prepare": ConditionType.PREPARED, "run": ctx.done, "publish": ConditionType.PUBLISHED}
+    condition = ctx.status.condition(conditions[ctx.last])
+    if condition and condition.status == "True" and moment(condition.last_transition_time) <= time:
         return True
-    over = (c for p in PHASES if (c := s.child(p)) and (children.failed(c) or (p == s.last and children.succeeded(c))))
-    return any((at := children.ended_at(child)) is not None and at <= end for child in over)
+    return any(child_finished_by(ctx, phase, time) for phase in PHASES)
 
 
-def suspend(s: Situation) -> Step:
-    if s.job.spec.suspend:
-        s = s.say(
-            SUSPENDED,
-            "True",
-            Reason.SUSPENDED,
-            "spec.suspend: the pods are stopped after a checkpoint; false lets the job go on",
-        )
-        return halted(s, Reason.SUSPENDED, "spec.suspend is true").stops(delete=s.unfinished())
-    if s.status.is_true(SUSPENDED):
-        s = s.say(SUSPENDED, "False", Reason.RESUMED, "spec.suspend is false: the job goes on where it stopped")
-        s = s.note(deadline_start_time=text(s.now)) if s.status.start_time else s
-    return s.goes_on()
+def child_finished_by(ctx: Context, phase: Phase, time: datetime) -> bool:
+    child = ctx.child(phase)
+    if child is None:
+        return False
+    if not children.failed(child) and phase != ctx.last:  # the success of an earlier phase does not finish the job
+        return False
+    ended_at = children.ended_at(child)
+    return ended_at is not None and ended_at <= time
 
 
-def halted(s: Situation, reason: Reason, message: str) -> Situation:
-    """What was said of the phase at work holds no longer: its pods are gone."""
-    told = at_work(s)
-    return s.say(told, "False", reason, message) if told and s.status.condition(told) else s
+def halted(ctx: Context, reason: Reason, message: str) -> Context:
+    """With the condition of the current phase set to False, because its pods are stopped."""
+    condition = current_condition(ctx)
+    if condition is None or ctx.status.condition(condition) is None:
+        return ctx
+    return ctx.with_condition(condition, "False", reason, message)
 
 
-def at_work(s: Situation) -> ConditionType | None:
-    """The condition that tells of the phase at work; None after the last one."""
-    if not s.status.is_true(ConditionType.PREPARED):
+def current_condition(ctx: Context) -> ConditionType | None:
+    """The condition of the phase at work. None after the last one."""
+    if not ctx.status.is_true(ConditionType.PREPARED):
         return ConditionType.PREPARED
-    if not s.status.is_true(s.done):
+    if not ctx.status.is_true(ctx.done):
         return ConditionType.RUNNING
-    return None if s.status.is_true(ConditionType.PUBLISHED) else ConditionType.PUBLISHED
+    if not ctx.status.is_true(ConditionType.PUBLISHED):
+        return ConditionType.PUBLISHED
+    return None

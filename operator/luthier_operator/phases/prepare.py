@@ -1,7 +1,6 @@
 """Prepare: one pod without a GPU that resolves the model, loads and tokenises the data and plans the run.
 
-It fails early and cheaply, and is tried again as often as the infrastructure needs. `planOnly` ends here. Neighbours:
-`render.job` draws the Job, `failure` judges its pods.
+It fails early and cheaply, and is retried after failures of the infrastructure. A job with `planOnly` ends here.
 """
 
 from __future__ import annotations
@@ -10,55 +9,69 @@ from luthier_api.conditions import ConditionType, Reason
 from luthier_operator import children, statuses
 from luthier_operator.failure.cause import judge
 from luthier_operator.phases import waiting
-from luthier_operator.phases.step import Situation, Step
+from luthier_operator.phases.context import Context, Step
 from luthier_operator.render.claim import claim
 from luthier_operator.render.configmap import configmap
-from luthier_operator.render.job import prepare as job_of_prepare
+from luthier_operator.render.job import prepare as prepare_job
 
 PREPARED = ConditionType.PREPARED
 DOING = "resolving the model, loading the data, planning the run"
 STARTING = "waiting for the pod that resolves the model, loads the data and plans the run"
 
 
-def prepare(s: Situation) -> Step:
-    if s.status.is_true(PREPARED):
-        return go_on(s)
-    job = s.child("prepare")
-    s = s.note(start_time=s.status.start_time or statuses.text((job and children.created(job)) or s.now))
-    if wait := waiting.for_old_pods(s, "prepare", PREPARED):
-        return wait
+def prepare(ctx: Context) -> Step:
+    """Set the condition Prepared."""
+    if ctx.status.is_true(PREPARED):
+        return prepared(ctx)
+    job = ctx.child("prepare")
+    if not ctx.status.start_time:
+        # A Job that exists was created before a status that was never written.
+        ctx = ctx.with_status(start_time=statuses.text((job and children.created(job)) or ctx.now))
+    if waits := waiting.for_old_pods(ctx, "prepare", PREPARED):
+        return waits
+
     if job is None:
-        places = s.places()
-        drawn = (
-            configmap(s.workload, s.settings, places),
-            claim(s.workload, s.settings),
-            job_of_prepare(s.workload, s.settings, places),
+        places = ctx.places()
+        return ctx.creates(
+            PREPARED,
+            Reason.PREPARING,
+            STARTING,
+            configmap(ctx.workload, ctx.settings, places),
+            claim(ctx.workload, ctx.settings),
+            prepare_job(ctx.workload, ctx.settings, places),
         )
-        return s.creates(PREPARED, Reason.PREPARING, STARTING, *drawn)
     if children.succeeded(job):
-        return waiting.for_last_words(s, job, s.status.prepared is not None) or go_on(s)
-    if end := children.failed(job):
-        if wait := waiting.for_evidence(s, "prepare", job):
-            return wait
-        found = judge(s.attempts("prepare"), "prepare", end)
-        return s.say(PREPARED, "False", found.reason, found.message).fails(found.reason, found.message)
-    return waiting.for_one_pod(s, "prepare", PREPARED, Reason.PREPARING, STARTING, DOING)
+        waits = waiting.for_messages(ctx, job, known=ctx.status.prepared is not None)
+        return waits or prepared(ctx)
+    if failed := children.failed(job):
+        if waits := waiting.for_evidence(ctx, "prepare", job):
+            return waits
+        failure = judge(ctx.attempts("prepare"), "prepare", failed)
+        ctx = ctx.with_condition(PREPARED, "False", failure.reason, failure.message)
+        return ctx.fails(failure.reason, failure.message)
+    return waiting.for_one_pod(ctx, "prepare", PREPARED, Reason.PREPARING, starting=STARTING, doing=DOING)
 
 
-def go_on(s: Situation) -> Step:
-    """Prepared; and on, unless the plan is all that was asked for."""
-    only = s.last == "prepare"
-    s = s.say(PREPARED, "True", Reason.PLAN_ONLY if only else Reason.PREPARED, summary(s))
-    return s.stops() if only else s.goes_on()
+def prepared(ctx: Context) -> Step:
+    """Prepared. The next step follows unless only the plan was asked for."""
+    plan_only = ctx.last == "prepare"
+    reason = Reason.PLAN_ONLY if plan_only else Reason.PREPARED
+    ctx = ctx.with_condition(PREPARED, "True", reason, summary(ctx))
+    return ctx.stops() if plan_only else ctx.goes_on()
 
 
-def summary(s: Situation) -> str:
-    found = s.status.prepared
+def summary(ctx: Context) -> str:
+    """`org/model@c0ffee, 900 rows and 100 to evaluate, strategy ddp, 40 steps`."""
+    found = ctx.status.prepared
     if found is None:
         return "prepared"
-    revision = f"@{found.model.revision[:12]}" if found.model.revision else ""
-    rows = f"{found.dataset.rows} rows" + (
-        f" and {found.dataset.eval_rows} to evaluate" if found.dataset.eval_rows else ""
-    )
-    steps = f", {found.plan.steps} steps" if found.plan.steps else ""
-    return f"{found.model.source}{revision}, {rows}, strategy {found.plan.strategy}{steps}"
+    model = found.model.source
+    if found.model.revision:
+        model += f"@{found.model.revision[:12]}"
+    rows = f"{found.dataset.rows} rows"
+    if found.dataset.eval_rows:
+        rows += f" and {found.dataset.eval_rows} to evaluate"
+    parts = [model, rows, f"strategy {found.plan.strategy}"]
+    if found.plan.steps:
+        parts.append(f"{found.plan.steps} steps")
+    return ", ".join(parts)

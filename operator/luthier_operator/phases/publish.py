@@ -1,8 +1,8 @@
-"""Publish: one pod without a GPU that uploads the result and checks it there. A Hub that is away costs time, never the
-result.
+"""Publish: one pod without a GPU that uploads the result and verifies the upload. While the Hub is away it is retried;
+the result is not lost.
 
-The hash of `spec.hub`, kept on the Job, says whether that Job still does what the user wants; where not, it is
-replaced. That holds after an end, too (`reopen`): what was trained can always be published.
+The publish Job carries the hash of the `spec.hub` that it was made from. When `spec.hub` changes, the Job is replaced,
+also after the job has ended (`reopen`): a trained result can be published at any time.
 """
 
 from __future__ import annotations
@@ -11,52 +11,64 @@ from luthier_api.conditions import ConditionType, Reason
 from luthier_operator import children, naming, statuses
 from luthier_operator.failure.cause import judge
 from luthier_operator.phases import waiting
+from luthier_operator.phases.context import Context, Step
 from luthier_operator.phases.reopen import HUB_CHANGED
-from luthier_operator.phases.step import Situation, Step
 from luthier_operator.render.configmap import configmap
-from luthier_operator.render.job import publish as job_of_publish
+from luthier_operator.render.job import publish as publish_job
 
 PUBLISHED = ConditionType.PUBLISHED
 
 
-def publish(s: Situation) -> Step:
-    if s.status.is_true(PUBLISHED):
-        return s.goes_on()
-    ref, job = s.workload.child("publish"), s.child("publish")
-    if not s.publishes:
-        at_work = [ref] if job and not children.deleting(job) and not children.succeeded(job) else []
-        return Step(statuses.without_condition(s.status, PUBLISHED), goes_on=True, delete=at_work)
-    if wait := waiting.for_old_pods(s, "publish", PUBLISHED):
-        return wait
+def publish(ctx: Context) -> Step:
+    """Set the condition Published, if the job has a repository."""
+    if ctx.status.is_true(PUBLISHED):
+        return ctx.goes_on()
+    job = ctx.child("publish")
+    if not ctx.publishes:
+        at_work = job is not None and not children.deleting(job) and not children.succeeded(job)
+        delete = [ctx.workload.child("publish")] if at_work else []
+        return Step(statuses.without_condition(ctx.status, PUBLISHED), goes_on=True, delete=delete)
+    if waits := waiting.for_old_pods(ctx, "publish", PUBLISHED):
+        return waits
+
     if job is None:
-        places = s.places()
-        # The config map once more: spec.hub may have changed since.
-        drawn = (configmap(s.workload, s.settings, places), job_of_publish(s.workload, s.settings, places))
-        return s.creates(PUBLISHED, Reason.PUBLISHING, starting(s), *drawn)
-    if s.hub_changed:
-        return s.say(PUBLISHED, "False", Reason.PUBLISHING, HUB_CHANGED).stops(delete=[ref])
+        places = ctx.places()
+        return ctx.creates(
+            PUBLISHED,
+            Reason.PUBLISHING,
+            starting(ctx),
+            configmap(ctx.workload, ctx.settings, places),  # applied again, because spec.hub may have changed
+            publish_job(ctx.workload, ctx.settings, places),
+        )
+    if ctx.hub_changed:
+        ctx = ctx.with_condition(PUBLISHED, "False", Reason.PUBLISHING, HUB_CHANGED)
+        return ctx.stops(delete=[ctx.workload.child("publish")])
     if children.succeeded(job):
-        if wait := waiting.for_last_words(s, job, s.status.hub is not None):
-            return wait
-        at = f"@{s.status.hub.revision[:12]}" if s.status.hub else ""
-        return s.say(PUBLISHED, "True", Reason.PUBLISHED, f"{repo(s)}{at}").goes_on()
-    if end := children.failed(job):
-        if wait := waiting.for_evidence(s, "publish", job):
-            return wait
-        found = judge(s.attempts("publish"), "publish", end)
-        message = f"{found.message}. The result stays in {kept(s)}; a change of spec.hub publishes it again"
-        return s.say(PUBLISHED, "False", found.reason, message).fails(found.reason, message)
-    return waiting.for_one_pod(s, "publish", PUBLISHED, Reason.PUBLISHING, starting(s), f"uploading to {repo(s)}")
+        waits = waiting.for_messages(ctx, job, known=ctx.status.hub is not None)
+        return waits or published(ctx)
+    if failed := children.failed(job):
+        if waits := waiting.for_evidence(ctx, "publish", job):
+            return waits
+        failure, place = judge(ctx.attempts("publish"), "publish", failed), naming.place(ctx.job)
+        message = (
+            f"{failure.message}. The result stays in {place.folder}/result of claim {place.claim}; change spec.hub to"
+            " publish it again"
+        )
+        return ctx.with_condition(PUBLISHED, "False", failure.reason, message).fails(failure.reason, message)
+    doing = f"uploading to {repo(ctx)}"
+    return waiting.for_one_pod(ctx, "publish", PUBLISHED, Reason.PUBLISHING, starting=starting(ctx), doing=doing)
 
 
-def starting(s: Situation) -> str:
-    return f"waiting for the pod that uploads to {repo(s)}"
+def published(ctx: Context) -> Step:
+    message = repo(ctx)
+    if ctx.status.hub:
+        message += f"@{ctx.status.hub.revision[:12]}"
+    return ctx.with_condition(PUBLISHED, "True", Reason.PUBLISHED, message).goes_on()
 
 
-def repo(s: Situation) -> str:
-    return (s.job.spec.hub and s.job.spec.hub.repo) or ""
+def starting(ctx: Context) -> str:
+    return f"waiting for the pod that uploads to {repo(ctx)}"
 
 
-def kept(s: Situation) -> str:
-    where = naming.place(s.job)
-    return f"{where.folder}/result of claim {where.claim}"
+def repo(ctx: Context) -> str:
+    return (ctx.job.spec.hub and ctx.job.spec.hub.repo) or ""

@@ -1,107 +1,124 @@
-"""Facts that come in by themselves, written down before anything is decided: what pods have said, progress, restarts,
-failures.
+"""What is observed goes into the status before anything is decided: reports of pods, progress, restarts, failures.
 
-They may come late, even after the job is complete, or not at all when a pod is gone before the operator saw it end: no
-step waits for them for ever (`waiting.for_last_words`).
+Reports may come late, even after the job is complete, or never, if a pod was deleted before the operator saw it end. No
+step waits for them forever (`waiting.for_messages`).
 """
 
 from __future__ import annotations
 
 from luthier_api.conditions import ConditionType
-from luthier_api.status import Checkpoint, HubStatus
+from luthier_api.status import PHASES, Checkpoint, HubStatus, Phase, Prepared
 from luthier_operator import children, naming, statuses
 from luthier_operator.failure.attempts import attempts_of_pods
 from luthier_operator.model import PodEnd
-from luthier_operator.phases.step import Situation
+from luthier_operator.phases.context import Context
 
-NOTICES = 40  # as many as the status may hold
+NOTICES_KEPT = 40  # the limit in the CRD
+PHASES_OF_ONE_POD: tuple[Phase, ...] = tuple(phase for phase in PHASES if phase != "run")
 
 
-def record(s: Situation) -> Situation:
-    """The situation with everything noted that was observed."""
-    s = s.note(
-        observed_generation=s.job.metadata.generation,
-        shape=s.workload.shape,
-        workspace=naming.workspace_status(s.job),
+def record(ctx: Context) -> Context:
+    """`ctx` with everything in its status that was observed."""
+    ctx = ctx.with_status(
+        observed_generation=ctx.job.metadata.generation,
+        shape=ctx.workload.shape,
+        workspace=naming.workspace_status(ctx.job),
     )
-    s = said(s)
-    if not s.status.finished and not s.job.spec.suspend:
-        s = restarts(s)
-        for phase in ("prepare", "publish"):
-            s = s.note(attempts=attempts_of_pods(s.status.attempts, s.ends(phase), phase))
-    return s
+    ctx = reports(ctx)
+    if ctx.status.finished or ctx.job.spec.suspend:
+        return ctx
+    ctx = restarts(ctx)
+    for phase in PHASES_OF_ONE_POD:
+        attempts = attempts_of_pods(ctx.status.attempts, ctx.ends(phase), phase)
+        ctx = ctx.with_status(attempts=attempts)
+    return ctx
 
 
-def said(s: Situation) -> Situation:
-    """What pods that ended well have said, and what is read of those that run."""
-    status = s.status
-    whole = [e for e in s.observed.ended if e.exit_code == 0 and e.message]
-    prepared = next(
-        (e.message.prepared for e in reversed(whole) if e.phase == "prepare" and e.message and e.message.prepared), None
-    )
-    metrics = run_metrics(s, [e for e in whole if e.phase == "run"]) or status.metrics
-    progress = s.observed.progress if s.observed.progress and not status.is_true(s.done) else status.progress
-    if status.is_true(s.done):
+def reports(ctx: Context) -> Context:
+    """What pods reported when they succeeded, and the metrics of those that run."""
+    status, observed = ctx.status, ctx.observed
+    metrics = final_metrics(ctx) or status.metrics
+    progress = status.progress
+    if status.is_true(ctx.done):
         progress = statuses.at_end(progress, metrics)
-    return s.note(
-        notices=notices(s),
-        prepared=status.prepared or prepared,
+    elif observed.progress:
+        progress = observed.progress
+    broken = status.broken_checkpoints
+    if observed.broken_checkpoints is not None:
+        broken = observed.broken_checkpoints or None
+    return ctx.with_status(
+        notices=notices(ctx),
+        prepared=status.prepared or prepared(ctx),
         metrics=metrics,
-        hub=hub(s) or status.hub,
+        hub=hub(ctx) or status.hub,
         progress=progress,
-        checkpoint=checkpoint(s),
-        broken_checkpoints=status.broken_checkpoints
-        if (broken := s.observed.broken_checkpoints) is None
-        else broken or None,
+        checkpoint=checkpoint(ctx),
+        broken_checkpoints=broken,
     )
 
 
-def notices(s: Situation) -> list[str]:
-    """Those that are known, and after them the new ones of pods that have ended; at most `NOTICES` of them, each
-    once.
-    """
-    told = [text for e in s.observed.ended if e.message for text in e.message.notices]
-    return list(dict.fromkeys([*s.status.notices, *told]))[:NOTICES]
+def succeeded(ctx: Context, phase: Phase) -> list[PodEnd]:
+    """Ends of pods of `phase` that succeeded and left a message."""
+    ended = ctx.observed.ended
+    return [end for end in ended if end.phase == phase and end.exit_code == 0 and end.message]
 
 
-def hub(s: Situation) -> HubStatus | None:
-    """Where the pod of `publish` has put the result, if that is where spec.hub still wants it."""
-    ends = s.ends("publish")
-    # The Job is gone, its word may still come
-    if s.child("publish") is None and s.status.is_true(ConditionType.PUBLISHED):
-        ends = [e for e in s.observed.ended if e.phase == "publish"]
-    told = (e.message.hub for e in reversed(ends) if e.exit_code == 0 and e.message and e.message.hub)
-    return None if s.hub_changed else next(told, None)
+def prepared(ctx: Context) -> Prepared | None:
+    """What the newest pod of `prepare` found."""
+    found = [end.message.prepared for end in succeeded(ctx, "prepare") if end.message and end.message.prepared]
+    return found[-1] if found else None
 
 
-def run_metrics(s: Situation, ends: list[PodEnd]) -> dict[str, float] | None:
+def notices(ctx: Context) -> list[str]:
+    """The known notices and after them the new ones, each once."""
+    reported = [notice for end in ctx.observed.ended if end.message for notice in end.message.notices]
+    return list(dict.fromkeys([*ctx.status.notices, *reported]))[:NOTICES_KEPT]
+
+
+def hub(ctx: Context) -> HubStatus | None:
+    """Where the pod of `publish` uploaded the result, if spec.hub still names that place."""
+    if ctx.hub_changed:
+        return None
+    ends = ctx.ends("publish")
+    if ctx.child("publish") is None and ctx.status.is_true(ConditionType.PUBLISHED):
+        ends = [end for end in ctx.observed.ended if end.phase == "publish"]  # the Job was deleted before the report
+    reported = [end.message.hub for end in ends if end.exit_code == 0 and end.message and end.message.hub]
+    return reported[-1] if reported else None
+
+
+def final_metrics(ctx: Context) -> dict[str, float] | None:
     """Metrics of the result. None until all pods that count have reported."""
+    ends = succeeded(ctx, "run")
     by_index = {end.index: end.message.metrics for end in ends if end.message and end.message.metrics}
-    return s.workload.final_metrics(by_index)
+    return ctx.workload.final_metrics(by_index)
 
 
-def checkpoint(s: Situation) -> Checkpoint | None:
-    """The newest verified one, by the newest word: as the first node serves it, or as the last pods said when they
-    ended.
+def checkpoint(ctx: Context) -> Checkpoint | None:
+    """The newest verified checkpoint: as rank 0 serves it, else as the last pods reported it when they ended.
 
-    It may be an older one than was known: a broken one is set aside when the run goes on.
+    It may be older than the known one, because a broken checkpoint is set aside when the run resumes.
     """
-    known, step = s.status.checkpoint, s.observed.checkpoint_step
-    if not s.workload.has_checkpoints:
+    known, step = ctx.status.checkpoint, ctx.observed.checkpoint_step
+    if not ctx.workload.has_checkpoints:
         return known
     if step is None:
-        ends = s.ends("run")
-        last = [e.message.step for e in ends if e.attempt == max(e.attempt for e in ends) and e.message]
-        step = max((told for told in last if told is not None), default=None)
+        step = last_reported_step(ctx.ends("run"))
     if step is None or (known and known.step == step):
         return known
-    return Checkpoint(step=step, time=statuses.text(s.now)) if step else None
+    return Checkpoint(step=step, time=statuses.text(ctx.now)) if step else None
 
 
-def restarts(s: Situation) -> Situation:
+def last_reported_step(ends: list[PodEnd]) -> int | None:
+    """The highest step that a pod of the last attempt reported."""
+    last = max((end.attempt for end in ends), default=0)
+    steps = [end.message.step for end in ends if end.attempt == last and end.message and end.message.step is not None]
+    return max(steps, default=None)
+
+
+def restarts(ctx: Context) -> Context:
     """Failures of the run, and its restarts."""
-    child = s.child("run")
+    child = ctx.child("run")
     if child is None or children.deleting(child):
-        return s
-    found = s.workload.restarts(child, s.status, s.ends("run"), s.pods("run"))
-    return s.note(attempts=found.attempts, restarts=found.total, restarts_charged=found.charged)
+        return ctx
+    found = ctx.workload.restarts(child, ctx.status, ctx.ends("run"), ctx.pods("run"))
+    return ctx.with_status(attempts=found.attempts, restarts=found.total, restarts_charged=found.charged)

@@ -1,9 +1,7 @@
-"""Reopen: what lets a job that rests go on. Its plan was seen, it gets more time, or its result is wanted somewhere
-else.
+"""Reopen: what makes a job resume that has ended, or that stopped after its plan.
 
-A job rests when its plan is all that was asked for, and when it has ended. All that may change then are fields that
-steer it, so a change of them is a wish; and the deadline counts anew, or it would be over before the wish is fulfilled.
-Neighbours: `prepare`, `limits`, `publish` and `finish`, which say what is taken back here.
+Only fields that control a job may change then, so a change of them is a request: more time, another place for the
+result, or the run after the plan. The deadline starts anew, or it would be over before the request is fulfilled.
 """
 
 from __future__ import annotations
@@ -12,68 +10,79 @@ from dataclasses import replace
 
 from luthier_api.conditions import ConditionType, Reason
 from luthier_operator import children
-from luthier_operator.phases.limits import at_work, expires
-from luthier_operator.phases.step import Situation
+from luthier_operator.phases.context import Context
+from luthier_operator.phases.limits import current_condition, expires
 from luthier_operator.statuses import moment, text, without_condition
 
-PREPARED, PUBLISHED, COMPLETE, FAILED = (
-    ConditionType.PREPARED,
-    ConditionType.PUBLISHED,
-    ConditionType.COMPLETE,
-    ConditionType.FAILED,
-)
-HUB_CHANGED, HUB_SET = "spec.hub has changed: publishing again", "spec.hub.repo is set: publishing"
-MORE_TIME = "spec.activeDeadlineSeconds leaves more time: the job goes on where it stopped"
+PREPARED = ConditionType.PREPARED
+PUBLISHED = ConditionType.PUBLISHED
+COMPLETE = ConditionType.COMPLETE
+FAILED = ConditionType.FAILED
+
+HUB_CHANGED = "spec.hub has changed: publishing again"
+HUB_SET = "spec.hub.repo is set: publishing"
+MORE_TIME = "spec.activeDeadlineSeconds was raised: the job resumes where it stopped"
 
 
-def reopen(s: Situation) -> Situation | None:
-    """A job that rests as one that goes on; None where there is nothing to go on with.
+def reopen(ctx: Context) -> Context | None:
+    """The job as one that resumes. None where nothing makes it resume.
 
-    This is a look of its own, after which the status is written: the next one may delete what gave the reason.
+    The status is written after this alone, because the next decision may delete the child that gave the reason.
     """
-    if more_time(s):
-        s = s.say(FAILED, "False", Reason.RESUMED, MORE_TIME)
-        halted = at_work(s)
-        return again(replace(s, status=without_condition(s.status, halted)) if halted else s)
-    if failed_to_publish(s) and s.hub_changed:
-        return publishing(again(s.say(FAILED, "False", Reason.PUBLISHING, HUB_CHANGED)), HUB_CHANGED)
-    if published_elsewhere(s):
-        why = HUB_CHANGED if s.status.condition(PUBLISHED) else HUB_SET
-        return publishing(again(s.say(COMPLETE, "False", Reason.PUBLISHING, why)).note(hub=None), why)
-    plan = s.status.condition(PREPARED)
-    if plan and plan.reason == Reason.PLAN_ONLY and s.last != "prepare" and not s.status.finished:
-        return again(s.say(PREPARED, "True", Reason.PREPARED, plan.message))
+    if has_more_time(ctx):
+        ctx = ctx.with_condition(FAILED, "False", Reason.RESUMED, MORE_TIME)
+        halted = current_condition(ctx)
+        if halted:
+            ctx = replace(ctx, status=without_condition(ctx.status, halted))
+        return restarted(ctx)
+    if failed_to_publish(ctx) and ctx.hub_changed:
+        ctx = ctx.with_condition(FAILED, "False", Reason.PUBLISHING, HUB_CHANGED)
+        return publishing(restarted(ctx), HUB_CHANGED)
+    if belongs_elsewhere(ctx):
+        why = HUB_CHANGED if ctx.status.condition(PUBLISHED) else HUB_SET
+        ctx = ctx.with_condition(COMPLETE, "False", Reason.PUBLISHING, why).with_status(hub=None)
+        return publishing(restarted(ctx), why)
+    plan = ctx.status.condition(PREPARED)
+    if plan and plan.reason == Reason.PLAN_ONLY and ctx.last != "prepare" and not ctx.status.finished:
+        return restarted(ctx.with_condition(PREPARED, "True", Reason.PREPARED, plan.message))
     return None
 
 
-def publishing(s: Situation, why: str) -> Situation:
-    if s.publishes:
-        return s.say(PUBLISHED, "False", Reason.PUBLISHING, why)
-    return replace(s, status=without_condition(s.status, PUBLISHED))
+def publishing(ctx: Context, why: str) -> Context:
+    if ctx.publishes:
+        return ctx.with_condition(PUBLISHED, "False", Reason.PUBLISHING, why)
+    return replace(ctx, status=without_condition(ctx.status, PUBLISHED))
 
 
-def again(s: Situation) -> Situation:
-    return s.note(completion_time=None, deadline_start_time=text(s.now))
+def restarted(ctx: Context) -> Context:
+    return ctx.with_status(completion_time=None, deadline_start_time=text(ctx.now))
 
 
-def more_time(s: Situation) -> bool:
-    """Whether the deadline, at which it ended, is a later one now, or none."""
-    end, at = s.status.condition(FAILED), s.status.completion_time
-    if not (end and end.status == "True" and end.reason == Reason.DEADLINE_EXCEEDED and at):
+def has_more_time(ctx: Context) -> bool:
+    """Whether the job ended at its deadline, which is later now, or gone."""
+    failed, ended_at = ctx.status.condition(FAILED), ctx.status.completion_time
+    if failed is None or failed.status != "True" or ended_at is None:
         return False
-    return (later := expires(s)) is None or later > moment(at)
-
-
-def failed_to_publish(s: Situation) -> bool:
-    """Whether it has failed over `publish`, and nothing else."""
-    job, end, known = s.child("publish"), s.status.condition(FAILED), s.status.condition(PUBLISHED)
-    if not (end and end.status == "True" and end.reason != Reason.DEADLINE_EXCEEDED):
+    if failed.reason != Reason.DEADLINE_EXCEEDED:
         return False
-    return s.status.is_true(s.done) and bool(known and known.status != "True" and job and children.failed(job))
+    expiry = expires(ctx)
+    return expiry is None or expiry > moment(ended_at)
 
 
-def published_elsewhere(s: Situation) -> bool:
-    """Whether it is complete, and its result is not where spec.hub says now."""
-    if not (s.status.is_true(COMPLETE) and s.status.is_true(s.done) and s.last == "publish"):
+def failed_to_publish(ctx: Context) -> bool:
+    """Whether the job has failed in `publish`, by a failure of its Job."""
+    failed, published = ctx.status.condition(FAILED), ctx.status.condition(PUBLISHED)
+    if failed is None or failed.status != "True" or failed.reason == Reason.DEADLINE_EXCEEDED:
         return False
-    return s.target_changed or not s.status.is_true(PUBLISHED)  # another token alone brings nothing anywhere
+    if published is None or published.status == "True" or not ctx.status.is_true(ctx.done):
+        return False
+    job = ctx.child("publish")
+    return job is not None and children.failed(job) is not None
+
+
+def belongs_elsewhere(ctx: Context) -> bool:
+    """Whether the job is complete, and its result is not in the place that spec.hub names now."""
+    if not (ctx.status.is_true(COMPLETE) and ctx.status.is_true(ctx.done) and ctx.last == "publish"):
+        return False
+    # The target, not all of spec.hub: another token alone moves nothing.
+    return ctx.target_changed or not ctx.status.is_true(PUBLISHED)

@@ -1,8 +1,7 @@
 """Run: the pods that train or generate.
 
-Begins when `prepare` has succeeded, ends when its JobSet (or Job) is terminal. JobSet restarts the group by itself,
-also while the operator is away, so this step only creates, reads and judges. Neighbours: `render.jobset` and
-`render.job` draw the manifests, `record` has written restarts and failures down.
+Begins when `prepare` has succeeded, ends when the JobSet or Job is finished. The cluster restarts pods by itself, also
+while the operator is away, so this step only creates the child, reads it and judges how it ended.
 """
 
 from __future__ import annotations
@@ -13,71 +12,87 @@ from luthier_operator.failure.cause import judge, location
 from luthier_operator.model import Object
 from luthier_operator.phases import waiting
 from luthier_operator.phases.accept import for_jobset
-from luthier_operator.phases.step import Situation, Step
+from luthier_operator.phases.context import Context, Step
 
 RUNNING = ConditionType.RUNNING
 
 
-def run(s: Situation) -> Step:
-    if s.status.is_true(s.done):
-        return s.goes_on()
-    if wait := waiting.for_old_pods(s, "run", RUNNING):
-        return wait
-    group = s.child("run")
-    if group is None:
-        if wait := for_jobset(s, RUNNING):  # it was installed when the job was accepted, and may be gone since
-            return wait
-        manifest = s.workload.run_manifest(s.settings, s.places(), s.status.restarts, s.status.restarts_charged)
-        return s.creates(RUNNING, Reason.STARTING, starting(s), manifest)
-    if children.succeeded(group):
-        return waiting.for_last_words(s, group, s.status.metrics is not None) or ended_well(s)
-    if end := children.failed(group):
-        if wait := waiting.for_evidence(s, "run", group):
-            return wait
-        found = judge(s.attempts("run"), "run", end)
-        message = found.message + s.workload.describe_budget(end)
-        return s.say(RUNNING, "False", found.reason, message).fails(found.reason, message)
-    no_progress = s.workload.no_progress(s.attempts("run"), s.ends("run"))
+def run(ctx: Context) -> Step:
+    """Set the condition Running, and Trained or Generated at the end."""
+    if ctx.status.is_true(ctx.done):
+        return ctx.goes_on()
+    if waits := waiting.for_old_pods(ctx, "run", RUNNING):
+        return waits
+
+    child = ctx.child("run")
+    if child is None:
+        if waits := for_jobset(ctx, RUNNING):  # it was installed when the job was accepted, and may be gone since
+            return waits
+        status = ctx.status
+        manifest = ctx.workload.run_manifest(ctx.settings, ctx.places(), status.restarts, status.restarts_charged)
+        return ctx.creates(RUNNING, Reason.STARTING, starting(ctx), manifest)
+
+    if children.succeeded(child):
+        waits = waiting.for_messages(ctx, child, known=ctx.status.metrics is not None)
+        return waits or succeeded(ctx)
+
+    if failed := children.failed(child):
+        if waits := waiting.for_evidence(ctx, "run", child):
+            return waits
+        failure = judge(ctx.attempts("run"), "run", failed)
+        message = failure.message + ctx.workload.describe_budget(failed)
+        return ctx.with_condition(RUNNING, "False", failure.reason, message).fails(failure.reason, message)
+
+    no_progress = ctx.workload.no_progress(ctx.attempts("run"), ctx.ends("run"))
     if no_progress:
-        ended = s.say(RUNNING, "False", Reason.NO_PROGRESS, no_progress)
-        return ended.fails(Reason.NO_PROGRESS, no_progress, delete=[s.workload.child("run")])
-    return at_work(s, group)
+        return stop_run(ctx, Reason.NO_PROGRESS, no_progress)
+    return at_work(ctx, child)
 
 
-def ended_well(s: Situation) -> Step:
-    done = Reason(s.done)
-    s = s.note(progress=statuses.at_end(s.status.progress, s.status.metrics))
-    where = naming.place(s.job)
-    s = s.say(s.done, "True", done, f"the result lies in {where.folder}/result of claim {where.claim}")
-    return s.say(RUNNING, "False", done, "the pods have ended").goes_on()
+def succeeded(ctx: Context) -> Step:
+    ctx = ctx.with_status(progress=statuses.at_end(ctx.status.progress, ctx.status.metrics))
+    place, reason = naming.place(ctx.job), Reason(ctx.done)
+    ctx = ctx.with_condition(ctx.done, "True", reason, f"the result is in {place.folder}/result of claim {place.claim}")
+    return ctx.with_condition(RUNNING, "False", reason, "all pods have succeeded").goes_on()
 
 
-def at_work(s: Situation, child: Object) -> Step:
+def at_work(ctx: Context, child: Object) -> Step:
     """The pods are queued, starting, running or restarting."""
-    restart = s.workload.current_restart(child)
-    running = children.running(s.pods("run"), restart)
-    # The first pods of a group end before the others, and all of them before the child does: that is no new start.
-    succeeded = sum(end.exit_code == 0 and restart in (None, end.attempt) for end in s.ends("run"))
-    if s.workload.is_running(running, succeeded):
-        s = s.say(RUNNING, "True", Reason.RUNNING, s.workload.describe_pods())
-        since = s.status.condition(RUNNING)
-        return s.note(run_start_time=s.status.run_start_time or (since and since.last_transition_time)).stops()
+    restart = ctx.workload.current_restart(child)
+    running = children.running(ctx.pods("run"), restart)
+    # Pods succeed one after another, and all of them before the child does. Those that have succeeded count as running.
+    succeeded = sum(end.exit_code == 0 and restart in (None, end.attempt) for end in ctx.ends("run"))
+    if ctx.workload.is_running(running, succeeded):
+        return is_running(ctx)
 
-    attempts = s.attempts("run")
-    repeated = s.workload.repeated_failure(attempts)
+    attempts = ctx.attempts("run")
+    repeated = ctx.workload.repeated_failure(attempts)
     if repeated:
-        ended = s.say(RUNNING, "False", repeated.reason, repeated.message)
-        return ended.fails(repeated.reason, repeated.message, delete=[s.workload.child("run")])
+        return stop_run(ctx, repeated.reason, repeated.message)
 
-    found, again = waiting.obstacle(s, "run", s.workload.pods)
-    if found:
-        return s.say(RUNNING, "False", found.reason, found.message).stops(requeue_after=again)
+    pending, again = waiting.pending_reason(ctx, "run", ctx.workload.pods)
+    if pending:
+        return ctx.waits(RUNNING, pending.reason, pending.message, requeue_after=again)
     if attempts:
         last = attempts[-1]
         message = f"after {last.reason}: {last.message} ({location(last)})"
-        return s.say(RUNNING, "False", Reason.RESTARTING, message).stops(requeue_after=again)
-    return s.say(RUNNING, "False", Reason.STARTING, starting(s)).stops(requeue_after=again)
+        return ctx.waits(RUNNING, Reason.RESTARTING, message, requeue_after=again)
+    return ctx.waits(RUNNING, Reason.STARTING, starting(ctx), requeue_after=again)
 
 
-def starting(s: Situation) -> str:
-    return f"waiting for {s.workload.describe_pods()} to start"
+def is_running(ctx: Context) -> Step:
+    ctx = ctx.with_condition(RUNNING, "True", Reason.RUNNING, ctx.workload.describe_pods())
+    condition = ctx.status.condition(RUNNING)
+    if condition and not ctx.status.run_start_time:
+        ctx = ctx.with_status(run_start_time=condition.last_transition_time)
+    return ctx.stops()
+
+
+def stop_run(ctx: Context, reason: str, message: str) -> Step:
+    """Fail the job although the cluster would restart its pods."""
+    ctx = ctx.with_condition(RUNNING, "False", reason, message)
+    return ctx.fails(reason, message, delete=[ctx.workload.child("run")])
+
+
+def starting(ctx: Context) -> str:
+    return f"waiting for {ctx.workload.describe_pods()} to start"

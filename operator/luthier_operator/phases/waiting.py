@@ -1,130 +1,164 @@
-"""What a phase says of a child that is at work or not yet there: never nothing, so that a pending job explains
-itself.
-"""
+"""Why a child does not run yet, as the message of a condition: a pending job always explains itself."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from luthier_api.conditions import ConditionType, Reason
 from luthier_api.exitcodes import ExitCode, Retry
 from luthier_api.status import Phase
 from luthier_operator import children, naming
-from luthier_operator.children import Trouble
+from luthier_operator.children import PendingReason
 from luthier_operator.failure.attempts import ATTEMPTS_KEPT
 from luthier_operator.failure.cause import location
 from luthier_operator.model import Object
-from luthier_operator.phases.step import Situation, Step
+from luthier_operator.phases.context import Context, Step
 
 EVIDENCE_SECONDS = 3.0
-"""A child and its pods are watched apart: for so long after an end, the word of a pod may still be under way."""
-NO_POD_SECONDS = 30.0
-"""A Job has its first pod within a second, a JobSet within two; where 200 come at once, after ten. Later than this,
-something refuses them.
+"""A child and its pods are watched separately. For this long after a child has ended, messages of its pods may still
+arrive.
 """
-EACH_POD_SECONDS = 0.1  # the controllers make about 20 a second, for all jobs together
+NO_POD_SECONDS = 30.0
+"""A Job has its first pod within 1 s, a JobSet within 2 s; where 200 are created at once, within 10 s. A longer delay
+means that something refuses the pods.
+"""
+SECONDS_PER_POD = 0.1  # the controllers create about 20 pods a second, for all jobs together
 CONTAINER_SECONDS = 30.0
-"""Volumes are mounted within seconds. What takes longer is worth a word, be it only a large image."""
+"""Volumes are mounted within seconds. A longer delay is reported, even if it is only a large image."""
+PODS_NAMED = 3  # in a message
 
 
-def for_old_pods(s: Situation, phase: Phase, condition: ConditionType) -> Step | None:
-    """Waits until what was stopped has left: two groups of pods must never write to one folder. None when nothing is
-    left.
-    """
-    child, pods = s.child(phase), s.pods(phase)
-    if not (child and children.deleting(child)) and (child or not pods):
+@dataclass(frozen=True)
+class Overdue:
+    """What has not happened yet, and when it becomes worth reporting."""
+
+    due: datetime
+    reason: PendingReason
+
+
+def for_old_pods(ctx: Context, phase: Phase, condition: ConditionType) -> Step | None:
+    """Wait until stopped pods have ended: two groups of pods must never write to one folder. None if there are none."""
+    child, pods = ctx.child(phase), ctx.pods(phase)
+    child_ends = child is not None and children.deleting(child)
+    orphans = child is None and pods
+    if not (child_ends or orphans):
         return None
-    names = ", ".join(
-        sorted(p["metadata"]["name"] + (f" on {n}" if (n := p.get("spec", {}).get("nodeName")) else "") for p in pods)[
-            :3
-        ]
-    )
-    message = f"waiting for the pods that were stopped{': ' if names else ''}{names}{', ...' if len(pods) > 3 else ''}"
-    return s.say(condition, "False", Reason.WAITING_FOR_PODS, message).stops()
+    message = "waiting for the stopped pods to end"
+    if pods:
+        names = sorted(with_node(pod) for pod in pods)
+        more = ", ..." if len(names) > PODS_NAMED else ""
+        message += f": {', '.join(names[:PODS_NAMED])}{more}"
+    return ctx.waits(condition, Reason.WAITING_FOR_PODS, message)
 
 
-def for_one_pod(s: Situation, phase: Phase, condition: ConditionType, reason: str, starting: str, doing: str) -> Step:
-    """What stands in the way of the one pod of `prepare` or `publish`; else its last failure, until it has succeeded;
-    else what it does.
+def with_node(pod: Object) -> str:
+    """`pod-name on node-name`."""
+    name: str = pod["metadata"]["name"]
+    node = pod.get("spec", {}).get("nodeName")
+    return f"{name} on {node}" if node else name
+
+
+def for_one_pod(
+    ctx: Context, phase: Phase, condition: ConditionType, reason: str, *, starting: str, doing: str
+) -> Step:
+    """Wait for the one pod of `prepare` or `publish`.
+
+    The condition says, in this order: why the pod does not start, how it failed last, or what it does (`reason`).
     """
-    (trouble, again), failures = obstacle(s, phase, 1), s.attempts(phase)
-    message = doing if children.running(s.pods(phase)) else starting
-    if trouble:
-        reason, message = trouble.reason, trouble.message
-    elif failures:
-        last = failures[-1]
+    pending, again = pending_reason(ctx, phase, 1)
+    if pending:
+        return ctx.waits(condition, pending.reason, pending.message, requeue_after=again)
+    attempts = ctx.attempts(phase)
+    if attempts:
+        last = attempts[-1]
         if last.exit_code in ExitCode.codes(Retry.NEVER):
-            return s.stops(requeue_after=again)  # the Job says in a moment that it has failed
-        reason, message = last.reason, f"{last.message} ({location(last)}). It is tried again"
-    return s.say(condition, "False", reason, message).stops(requeue_after=again)
+            return ctx.stops(requeue_after=again)  # the Job is about to fail
+        message = f"{last.message} ({location(last)}). It will be retried"
+        return ctx.waits(condition, last.reason, message, requeue_after=again)
+    message = doing if children.running(ctx.pods(phase)) else starting
+    return ctx.waits(condition, reason, message, requeue_after=again)
 
 
-def obstacle(s: Situation, phase: Phase, pods: int) -> tuple[Trouble | None, float | None]:
-    """What keeps the `pods` of a phase from running; and, where only time will tell, the seconds until it has."""
-    child = s.child(phase)
-    if child and children.held(child):
-        queue = (
-            f'waiting for quota in queue "{s.job.spec.scheduling.queue_name}"'
-            if phase == "run"
-            else f"{name(child)} is held back by a queue"
-        )
-        return Trouble(Reason.WAITING_FOR_QUEUE, f"{queue}; see `kubectl describe workloads`"), None
-    if found := children.trouble(s.pods(phase)):
+def pending_reason(ctx: Context, phase: Phase, pods: int) -> tuple[PendingReason | None, float | None]:
+    """Why not all `pods` of a phase run.
+
+    The second value is given where only time will tell: the seconds after which to look again.
+    """
+    child = ctx.child(phase)
+    if child and children.suspended(child):
+        queue = f"{name(child)} is suspended by a queue"
+        if phase == "run":
+            queue = f'waiting for quota in queue "{ctx.job.spec.scheduling.queue_name}"'
+        return PendingReason(Reason.WAITING_FOR_QUEUE, f"{queue}; see `kubectl describe workloads`"), None
+
+    found = children.pending_reason(ctx.pods(phase))
+    if found:
         return found, None
-    due, found = min(overdue(s, phase, pods), key=lambda late: late[0], default=(s.now, None))
-    return (found, None) if due <= s.now else (None, (due - s.now).total_seconds())
+
+    first = min(overdue(ctx, phase, pods), key=lambda expected: expected.due, default=None)
+    if first is None:
+        return None, None
+    if first.due <= ctx.now:
+        return first.reason, None
+    return None, (first.due - ctx.now).total_seconds()
 
 
-def overdue(s: Situation, phase: Phase, pods: int) -> Iterator[tuple[datetime, Trouble]]:
-    """What has not happened yet, and the time from which on that is a trouble."""
-    child, living = s.child(phase), s.pods(phase)
-    made = len(living) + sum(e.exit_code == 0 for e in s.ends(phase))
-    # Between two attempts there may be none for as long as the Job's back-off takes.
-    if child and (since := children.since(child)) and made < pods and not s.attempts(phase):
-        number = f"only {made} of {pods} pods" if made else "no pod"
-        inner = (
-            f", or `kubectl describe job {child['metadata']['name']}-{naming.NODE}-0`,"
-            if child["kind"] == "JobSet"
-            else ""
-        )
-        message = (
-            f"the cluster has made {number} of {name(child)} so far; `kubectl describe {child['kind'].lower()}"
-            f" {child['metadata']['name']}`{inner} says why: a quota, a priority class, a node selector, an admission"
-            " policy"
-        )
-        yield since + timedelta(seconds=NO_POD_SECONDS + EACH_POD_SECONDS * pods), Trouble(Reason.NO_PODS, message)
+def overdue(ctx: Context, phase: Phase, pods: int) -> Iterator[Overdue]:
+    """Pods that do not exist yet, and containers that have not started."""
+    child, living = ctx.child(phase), ctx.pods(phase)
+    since = children.active_since(child) if child else None
+    created = len(living) + sum(end.exit_code == 0 for end in ctx.ends(phase))
+    # After a failure the Job's back-off may delay the next pod for minutes.
+    if child and since and created < pods and not ctx.attempts(phase):
+        due = since + timedelta(seconds=NO_POD_SECONDS + SECONDS_PER_POD * pods)
+        yield Overdue(due, PendingReason(Reason.NO_PODS, no_pods(child, created, pods)))
     for pod in living:
-        at = children.scheduled(pod)
-        if at and not children.deleting(pod) and "running" not in children.container(pod):
-            called = pod["metadata"]["name"]
-            message = (
-                f"pod {called} has a node, but no container after {CONTAINER_SECONDS:g} s: it waits for its image or"
-                f" for a volume (spec.volumes, spec.workspace); `kubectl describe pod {called}` says for which"
-            )
-            yield at + timedelta(seconds=CONTAINER_SECONDS), Trouble(Reason.CONTAINER_CREATING, message)
+        scheduled = children.scheduled(pod)
+        if scheduled and not children.deleting(pod) and "running" not in children.container(pod):
+            due = scheduled + timedelta(seconds=CONTAINER_SECONDS)
+            yield Overdue(due, PendingReason(Reason.CONTAINER_CREATING, no_container(pod)))
+
+
+def no_pods(child: Object, created: int, pods: int) -> str:
+    number = f"only {created} of {pods} pods" if created else "no pods"
+    describe = f"`kubectl describe {child['kind'].lower()} {child['metadata']['name']}`"
+    if child["kind"] == "JobSet":
+        describe += f" and `kubectl describe job {child['metadata']['name']}-{naming.NODE}-0`"
+    return (
+        f"the cluster has created {number} for {name(child)} so far; see {describe}. Possible causes: a quota, a"
+        " priority class, a node selector, an admission policy"
+    )
+
+
+def no_container(pod: Object) -> str:
+    pod_name = pod["metadata"]["name"]
+    return (
+        f"pod {pod_name} was scheduled, but its container has not started after {CONTAINER_SECONDS:g} s: it waits for"
+        f" its image or for a volume (spec.volumes, spec.workspace); see `kubectl describe pod {pod_name}`"
+    )
 
 
 def name(child: Object) -> str:
     return f"{child['kind']} {child['metadata']['name']}"
 
 
-def for_evidence(s: Situation, phase: Phase, child: Object) -> Step | None:
-    """Waits a little until the last failure of a child that has just failed is explained by a pod. None when it is, or
-    never will be.
-    """
-    known = s.attempts(phase)
+def for_evidence(ctx: Context, phase: Phase, child: Object) -> Step | None:
+    """Wait briefly until a pod explains why `child` has just failed. None if one does, or if it is too late."""
+    attempts = ctx.attempts(phase)
     if child["kind"] == "JobSet":
-        explained = any(a.attempt == children.restarts(child)[0] for a in known)
+        last, _ = children.restarts(child)
+        explained = any(attempt.attempt == last for attempt in attempts)
     else:
-        explained = len(known) >= min(ATTEMPTS_KEPT, max(1, child.get("status", {}).get("failed") or 0))
-    return for_last_words(s, child, explained)
+        failed_pods = max(1, child.get("status", {}).get("failed") or 0)
+        explained = len(attempts) >= min(ATTEMPTS_KEPT, failed_pods)
+    return for_messages(ctx, child, known=explained)
 
 
-def for_last_words(s: Situation, child: Object | None, known: bool) -> Step | None:
-    """Waits a little, after the end of a child, for what its pods have to say. None when that is `known`, or never will
-    be.
-    """
-    at = children.ended_at(child) if child else None
-    late = at is None or s.now >= at + timedelta(seconds=EVIDENCE_SECONDS)
-    return None if known or late else s.stops(requeue_after=EVIDENCE_SECONDS)
+def for_messages(ctx: Context, child: Object, *, known: bool) -> Step | None:
+    """Wait briefly, after `child` has ended, for the messages of its pods. None if they are known, or too late."""
+    ended_at = children.ended_at(child)
+    if known or ended_at is None or ctx.now >= ended_at + timedelta(seconds=EVIDENCE_SECONDS):
+        return None
+    return ctx.stops(requeue_after=EVIDENCE_SECONDS)

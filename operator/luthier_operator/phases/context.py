@@ -1,0 +1,186 @@
+"""What a step of `decide` sees (`Context`) and what it answers (`Step`). Both are values: a change makes a new one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+from luthier_api.conditions import ConditionType
+from luthier_api.status import PHASES, Attempt, JobStatus, Phase
+from luthier_operator import children, naming
+from luthier_operator.model import ChildRef, Job, Object, Observed, PodEnd
+from luthier_operator.naming import Place
+from luthier_operator.render.job import hub_hash, hub_target
+from luthier_operator.settings import Settings
+from luthier_operator.statuses import Value, moment, text, with_condition
+from luthier_operator.workloads import workload
+from luthier_operator.workloads.base import Workload
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step wants to be done, and whether the next step follows."""
+
+    status: JobStatus
+    goes_on: bool = False
+    apply: Sequence[Object] = ()
+    delete: Sequence[ChildRef] = ()
+    requeue_after: float | None = None
+    """Seconds."""
+    delete_job: bool = False
+    creating: ConditionType | None = None
+    """The condition that reports on the objects in `apply`."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything that a step may use. `status` is the one that the steps before it have made."""
+
+    observed: Observed
+    settings: Settings
+    now: datetime
+    status: JobStatus
+
+    @property
+    def job(self) -> Job:
+        return self.observed.job
+
+    @cached_property
+    def workload(self) -> Workload:
+        """The job as the work of its kind. It has the current status, because the plan may have just come in."""
+        return workload(self.observed.job.model_copy(update={"status": self.status}))
+
+    @property
+    def done(self) -> ConditionType:
+        """The condition that is True once `run` has succeeded."""
+        return self.workload.done
+
+    @property
+    def publishes(self) -> bool:
+        return bool(self.job.spec.hub and self.job.spec.hub.repo)
+
+    @property
+    def last(self) -> Phase:
+        """The phase after which the job is finished, by its current spec."""
+        if self.job.spec.plan_only and not self.child("run"):
+            return "prepare"
+        return "publish" if self.publishes else "run"
+
+    @property
+    def hub_changed(self) -> bool:
+        """Whether spec.hub differs from the one that the publish Job was made from."""
+        job = self.child("publish")
+        return job is not None and annotation(job, naming.HUB_ANNOTATION) != hub_hash(self.job)
+
+    @property
+    def target_changed(self) -> bool:
+        """Whether spec.hub names another repository or branch than the publish Job uploads to."""
+        job = self.child("publish")
+        target = annotation(job, naming.TARGET_ANNOTATION) if job else None
+        return target is not None and target != hub_target(self.job)
+
+    def child(self, phase: Phase) -> Object | None:
+        return self.observed.children.get(self.workload.child(phase))
+
+    def pods(self, phase: Phase) -> list[Object]:
+        """The pods of `phase` that have not terminated."""
+        return children.living(self.observed.pods, phase)
+
+    def ends(self, phase: Phase) -> list[PodEnd]:
+        """The ends of pods of the existing child.
+
+        Pods of an earlier child, which was deleted when the job was suspended, did not fail.
+        """
+        child = self.child(phase)
+        if child is None:
+            return []
+        uid: str | None = child["metadata"].get("uid")
+        created = children.created(child)
+
+        def belongs(end: PodEnd) -> bool:
+            if end.child:
+                return end.child == uid
+            # Compared only where the pod does not name its child: clocks of nodes may be behind the API server's.
+            return created is None or end.finished_at >= created
+
+        return [end for end in self.observed.ended if end.phase == phase and belongs(end)]
+
+    def attempts(self, phase: Phase) -> list[Attempt]:
+        """The failures of the existing child that the status holds, oldest first."""
+        child = self.child(phase)
+        if child is None:
+            return []
+        created, seen = children.created(child), {end.pod for end in self.ends(phase)}
+
+        def belongs(attempt: Attempt) -> bool:
+            return attempt.pod in seen or created is None or moment(attempt.time or "") >= created
+
+        return [attempt for attempt in self.status.attempts if attempt.phase == phase and belongs(attempt)]
+
+    def places(self) -> dict[str, Place]:
+        """Where the jobs whose results this one uses keep their work, by name.
+
+        The prepare Job remembers them: a job may have been deleted since, or created again with another folder.
+        """
+        prepare = self.child("prepare")
+        remembered = json.loads((prepare and annotation(prepare, naming.SOURCES_ANNOTATION)) or "{}")
+        current = {name: naming.place(source) for name, source in self.observed.sources.items()}
+        return current | {name: Place(*place) for name, place in remembered.items()}
+
+    def unfinished(self) -> list[ChildRef]:
+        """The children that are neither finished nor being deleted."""
+        found = []
+        for phase in PHASES:
+            child = self.child(phase)
+            if child and not children.finished(child) and not children.deleting(child):
+                found.append(self.workload.child(phase))
+        return found
+
+    # Changes of the status
+
+    def with_condition(self, type: ConditionType, value: Value, reason: str, message: str) -> Context:
+        generation = self.job.metadata.generation
+        status = with_condition(self.status, type, value, reason, message, self.now, generation)
+        return replace(self, status=status)
+
+    def with_status(self, **fields: Any) -> Context:
+        return replace(self, status=self.status.model_copy(update=fields))
+
+    # Answers
+
+    def goes_on(self, requeue_after: float | None = None) -> Step:
+        """The next step follows."""
+        return Step(self.status, goes_on=True, requeue_after=requeue_after)
+
+    def stops(
+        self,
+        apply: Sequence[Object] = (),
+        delete: Sequence[ChildRef] = (),
+        requeue_after: float | None = None,
+        delete_job: bool = False,
+    ) -> Step:
+        """No further step follows now."""
+        return Step(self.status, False, apply, delete, requeue_after, delete_job)
+
+    def waits(self, type: ConditionType, reason: str, message: str, requeue_after: float | None = None) -> Step:
+        """The job waits, and the condition `type` is False and says for what."""
+        return self.with_condition(type, "False", reason, message).stops(requeue_after=requeue_after)
+
+    def creates(self, type: ConditionType, reason: str, message: str, *manifests: Object | None) -> Step:
+        """Children are created. If the API server refuses one, the condition `type` says so (`decide.refused`)."""
+        step = self.waits(type, reason, message)
+        return replace(step, apply=[manifest for manifest in manifests if manifest], creating=type)
+
+    def fails(self, reason: str, message: str, delete: Sequence[ChildRef] = ()) -> Step:
+        """The job has failed."""
+        ctx = self.with_condition(ConditionType.FAILED, "True", reason, message)
+        return ctx.with_status(completion_time=text(self.now)).stops(delete=delete)
+
+
+def annotation(child: Object, name: str) -> str | None:
+    value: str | None = child["metadata"].get("annotations", {}).get(name)
+    return value
