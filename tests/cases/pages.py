@@ -14,6 +14,9 @@ TOP = Path(__file__).resolve().parents[2]
 PAGES = [
     TOP / "README.md",
     TOP / "CHANGELOG.md",
+    TOP / "CODE_OF_CONDUCT.md",
+    TOP / "CONTRIBUTING.md",
+    TOP / "SECURITY.md",
     *sorted((TOP / "docs").glob("*.md")),
     *sorted((TOP / "examples").rglob("*.md")),
 ]

@@ -67,6 +67,11 @@ def check_python(words: list[str]) -> None:
         assert "--check" in words or words[2:] == []
 
 
+def check_pytest(words: list[str]) -> None:
+    assert words[1:3] == ["-m", "pytest"]
+    assert (TOP / words[3]).is_file()
+
+
 def check_make(words: list[str]) -> None:
     targets = set(re.findall(r"^(\w+):.*##", (TOP / "Makefile").read_text(), re.MULTILINE))
     assert set(words[1:]) <= targets
@@ -135,6 +140,11 @@ def check_kind(words: list[str]) -> None:
     assert words[1:3] in (["create", "cluster"], ["load", "docker-image"])
 
 
+def check_pre_commit(words: list[str]) -> None:
+    assert words[1:] == ["install"]
+    assert (TOP / ".pre-commit-config.yaml").is_file()
+
+
 def importable(name: str) -> bool:
     from importlib.util import find_spec
 
@@ -144,6 +154,8 @@ def importable(name: str) -> bool:
 CHECKS: dict[str, Callable[[list[str]], None]] = {
     "luthier": check_luthier,
     "python": check_python,
+    ".venv/bin/python": check_pytest,
+    "pre-commit": check_pre_commit,
     "make": check_make,
     "pip": check_pip,
     "uv": check_uv,
