@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from luthier_api.conditions import OF_EVENTS_ALONE, ConditionType, Reason
+from luthier_api.conditions import ONLY_EVENTS, ConditionType, Reason
 from luthier_api.crd import crd
 from luthier_api.exitcodes import ExitCode, Retry
 from luthier_api.kinds import KINDS, JobKind
@@ -134,7 +134,7 @@ def conditions() -> str:
 
 def reasons() -> str:
     codes = {c.reason for c in ExitCode}
-    return ", ".join(f"`{r}`" for r in Reason if r not in codes | OF_EVENTS_ALONE) + "\n"
+    return ", ".join(f"`{r}`" for r in Reason if r not in codes | ONLY_EVENTS) + "\n"
 
 
 def states() -> str:

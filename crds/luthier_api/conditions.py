@@ -1,6 +1,4 @@
-"""Condition types, and the reasons of conditions and events of both kinds, in one place. Reasons of failed pods come
-from `exitcodes`.
-"""
+"""Condition types of both kinds, and the reasons of conditions and events. Those of failed pods are in `exitcodes`."""
 
 from __future__ import annotations
 
@@ -30,11 +28,11 @@ class Reason(StrEnum):
     WAITING_FOR_PODS = "WaitingForPods"
     WAITING_FOR_VOLUME = "WaitingForVolume"
     FAILED_CREATE = "FailedCreate"
-    """The API server refuses a child; Kubernetes' own word for it."""
+    """The API server refuses to create a child. Kubernetes uses the same reason."""
     NO_PODS = "NoPods"
-    """A child is there, and the cluster makes no pod of it."""
+    """A Job or JobSet exists, but the cluster creates no pods for it."""
     CONTAINER_CREATING = "ContainerCreating"
-    """A pod has a node, and its container is long in coming: its image, or a volume."""
+    """A pod was scheduled, but its container has not started: it waits for its image or for a volume."""
     UNSCHEDULABLE = "Unschedulable"
     IMAGE_PULL_FAILED = "ImagePullFailed"
     SOURCE_FAILED = "SourceFailed"
@@ -56,7 +54,7 @@ class Reason(StrEnum):
     DEADLINE_EXCEEDED = "DeadlineExceeded"
     NO_PROGRESS = "NoProgress"
     FAILED = "Failed"
-    # of events alone
+    # only of events
     STARTED = "Started"
     PUBLISH_FAILED = "PublishFailed"
     SMALL_WORKSPACE = "SmallWorkspace"
@@ -64,7 +62,7 @@ class Reason(StrEnum):
     NOTICE = "Notice"
 
 
-OF_EVENTS_ALONE = frozenset(
+ONLY_EVENTS = frozenset(
     {Reason.STARTED, Reason.PUBLISH_FAILED, Reason.SMALL_WORKSPACE, Reason.CHECKPOINT_BROKEN, Reason.NOTICE}
 )
-"""Those that no condition ever has."""
+"""Reasons that no condition has."""

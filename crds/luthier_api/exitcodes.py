@@ -1,7 +1,7 @@
-"""How a pod ends: the one list of exit codes. JobSet and Job failure rules are rendered from it, conditions take their
-reasons from it.
+"""The exit codes of the container `trainer`. The failure rules of Jobs and JobSets and the reasons of conditions are
+derived from them.
 
-64 to 78 follow sysexits.h where it has a word for the case; 79 and above are ours.
+64 to 78 follow sysexits.h where it has a code for the case; 79 and above are Luthier's own.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from enum import Enum, IntEnum
 
 
 class Retry(Enum):
-    """What an end of this class costs."""
+    """Whether a pod is started again after an exit code of this class, and whether that counts."""
 
     NEVER = "never"
-    """The same pod would end the same way: the user has to change something."""
+    """It is not started again, because it would fail in the same way: the user has to change something."""
     COUNTED = "counted"
-    """Tried again, charged to `restarts.max`."""
+    """It is started again, and that counts against `restarts.max`."""
     FREE = "free"
-    """Tried again, at nobody's charge: the cluster took the pod away."""
+    """It is started again, and that does not count: the cluster stopped the pod."""
 
 
 class ExitCode(IntEnum):
@@ -26,7 +26,7 @@ class ExitCode(IntEnum):
     reason: str
     """CamelCase, as conditions and attempts show it."""
     retry: Retry
-    """What an end with this code costs."""
+    """Whether the pod is started again, and whether that counts."""
 
     def __new__(cls, code: int, reason: str, retry: Retry) -> ExitCode:
         member = int.__new__(cls, code)
@@ -53,10 +53,10 @@ class ExitCode(IntEnum):
 
     @property
     def cause_rank(self) -> int:
-        """Where several processes or pods have failed together, the one with the lowest rank is the cause of the
-        others; of equal ones, the first.
+        """Order of causes. Where several processes or pods fail together, the one with the lowest rank has caused the
+        others to fail; of equal ranks, the first.
 
-        A peer that was lost and an orderly stop are what a failure elsewhere looks like, so these come last.
+        A lost peer and an orderly stop come last, because a failure elsewhere causes them.
         """
         if self in CAUSES:
             return CAUSES.index(self)
@@ -64,7 +64,7 @@ class ExitCode(IntEnum):
 
     @classmethod
     def of(cls, code: int) -> ExitCode | None:
-        """The member for `code`, or None for a code that is not ours (137, 1, ...)."""
+        """The member for `code`, or None for any other code (137, 1, ...)."""
         try:
             return cls(code)  # type: ignore[call-arg]  # looks the member up
         except ValueError:
@@ -78,7 +78,7 @@ class ExitCode(IntEnum):
 
 MISTAKE_RANK, ERROR_RANK = 1, 4
 CAUSES: tuple[ExitCode | None, ...] = (
-    ExitCode.HOST_OUT_OF_MEMORY,  # the kernel kills without asking, and what is left of the process fails in any way
+    ExitCode.HOST_OUT_OF_MEMORY,  # the kernel kills one process, and the others then fail with any code
     None,  # MISTAKE_RANK: every other code that is never retried
     ExitCode.INFRASTRUCTURE_ERROR,
     ExitCode.STORAGE_ERROR,
@@ -86,4 +86,4 @@ CAUSES: tuple[ExitCode | None, ...] = (
     ExitCode.PEER_LOST,
     ExitCode.PREEMPTED,
 )
-"""Codes by `ExitCode.cause_rank`."""
+"""Exit codes in the order of `ExitCode.cause_rank`."""

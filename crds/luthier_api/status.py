@@ -1,4 +1,4 @@
-"""What the operator reports: the status of both kinds, written once a reconcile."""
+"""The status of both kinds, which the operator writes at most once a reconcile."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PHASES: tuple[Phase, ...] = ("prepare", "run", "publish")
 
 
 class State(StrEnum):
-    """What kubectl shows as STATE; while something stands in the way, the reason of a condition takes their place."""
+    """The column STATE of kubectl. While a job waits, the reason of a condition is shown instead."""
 
     PENDING = "Pending"
     WAITING = "Waiting"
@@ -37,38 +37,38 @@ class State(StrEnum):
 
 
 def finite(figures: Mapping[str, float]) -> dict[str, float]:
-    """Without infinities and NaN. JSON has no word for them: the API server refuses a whole status for one of them."""
+    """Without infinities and NaN. JSON cannot express them: the API server refuses a whole status because of one."""
     return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 Figures = Annotated[dict[str, float], AfterValidator(finite)]
-"""Name → figure, as pods tell them. What is not finite is left out where it comes in."""
+"""Name → value, as pods report them. Values that are not finite are left out."""
 
 
 class Condition(ApiModel):
     """As in the Kubernetes API conventions."""
 
     type: str
-    """What it is about: Accepted, Prepared, Running, Complete, Failed, ..."""
+    """Type of the condition: Accepted, Prepared, Running, Complete, Failed, ..."""
     status: Literal["True", "False", "Unknown"]
     """True, False, or Unknown."""
     reason: str
-    """One word that programs may read; those of failures are the reasons of the exit codes."""
+    """CamelCase, for programs. Reasons of failures are those of the exit codes."""
     message: str = ""
-    """For people: where things stand, or what went wrong and what to do."""
+    """For people: the current state, or what went wrong and what to do."""
     last_transition_time: Time
-    """When its status last changed."""
+    """When the status of the condition last changed."""
     observed_generation: int | None = None
-    """Generation of the spec that it speaks of."""
+    """Generation of the spec for which the condition was set."""
 
 
 class ResolvedSource(ApiModel):
     """A model or dataset as `prepare` found it."""
 
     source: str
-    """Where it came from: a Hub id, a folder, a job."""
+    """Where it comes from: an id on the Hub, a folder, or a job."""
     revision: str | None = None
-    """Which version of it: the commit on the Hub, else a SHA-256 over its files."""
+    """Its version: the commit on the Hub, else a SHA-256 over its files."""
 
 
 class ResolvedDataset(ResolvedSource):
@@ -79,20 +79,20 @@ class ResolvedDataset(ResolvedSource):
     tokens: int | None = None
     """Tokens of the training rows, after truncation; images have none."""
     labels: list[str] | None = None
-    """Names of the classes, where rows are classified."""
+    """Names of the classes, for a task of classification."""
 
 
 class Plan(ApiModel):
-    """How the run is laid out: what the user set, and what was decided for them."""
+    """How the run is configured: what the user has set, and what was chosen where the spec leaves it open."""
 
     strategy: str
     """none, ddp, zero2, zero2-offload, zero3 or zero3-offload."""
     world_size: int = 1
-    """Processes, over all pods that work at once."""
+    """Processes over all pods that run at the same time."""
     micro_batch_size: int | None = None
     """Rows in one forward pass of one process."""
     accumulation_steps: int | None = None
-    """Forward passes of each process for one optimiser step."""
+    """Forward passes of each process in one optimiser step."""
     steps: int | None = None
     """Optimiser steps."""
     precision: str | None = None
@@ -100,27 +100,25 @@ class Plan(ApiModel):
     gradient_checkpointing: bool | None = None
     """Whether activations are recomputed in the backward pass (FineTuneJob)."""
     reasons: list[str] = Field(default_factory=list)
-    """Why, where something was chosen that the spec leaves open."""
+    """The reasons for what was chosen."""
     parameters: int | None = None
-    """Weights of the model."""
+    """Number of weights of the model."""
     checkpoint_bytes: int | None = None
-    """Bytes of a checkpoint (FineTuneJob)."""
+    """Size of a checkpoint in bytes (FineTuneJob)."""
     result_bytes: int | None = None
-    """Bytes of the result (FineTuneJob)."""
+    """Size of the result in bytes (FineTuneJob)."""
     save_seconds: int | None = None
-    """Seconds that saving a checkpoint is expected to take, on a volume that takes 200 MB/s (FineTuneJob)."""
+    """Expected seconds to save a checkpoint, on a volume that writes 200 MB/s (FineTuneJob)."""
     grace_seconds: int | None = None
-    """Seconds that a pod needs from SIGTERM to its end, to finish its step and save (FineTuneJob).
-    `scheduling.gracePeriodSeconds` sets another.
+    """Seconds that a pod needs after SIGTERM to finish its step and save a checkpoint (FineTuneJob).
+    `scheduling.gracePeriodSeconds` overrides it.
     """
     rows_per_shard: int | None = None
     """Outputs of the largest shard (GenerateJob)."""
 
 
 class Prepared(ApiModel):
-    """What `prepare` found. It comes back in its termination message and lies in the workspace for the pods of
-    `run`.
-    """
+    """What `prepare` found and planned. Its pod reports it in the termination message."""
 
     model: ResolvedSource
     """The model that the run starts from."""
@@ -129,7 +127,7 @@ class Prepared(ApiModel):
     adapters: list[ResolvedSource] = Field(default_factory=list)
     """Adapters on the model, in their order (GenerateJob)."""
     plan: Plan
-    """How the run is laid out."""
+    """How the run is configured."""
 
 
 class Progress(ApiModel):
@@ -142,59 +140,59 @@ class Progress(ApiModel):
     epoch: float | None = None
     """Passes over the training rows done."""
     loss: float | None = None
-    """Training loss, mean since the report before."""
+    """Training loss, mean since the previous report."""
     learning_rate: float | None = None
     """Learning rate of the last step."""
     tokens_per_second: float | None = None
-    """Tokens a second over all processes, padding excluded."""
+    """Tokens per second over all processes, padding excluded."""
     rows_per_second: float | None = None
-    """Rows a second over all processes."""
+    """Rows per second over all processes."""
     rows: int | None = None
     """Outputs written (GenerateJob)."""
     max_rows: int | None = None
     """Outputs of the whole job (GenerateJob)."""
     percent: int | None = None
-    """Share of steps or outputs that is done."""
+    """Percentage of the steps or outputs that are done."""
     eta_seconds: int | None = None
-    """Seconds left at the pace of now."""
+    """Estimated seconds left."""
     time: Time | None = None
-    """When it was read."""
+    """When the progress was read."""
 
 
 class Checkpoint(ApiModel):
-    """The newest one whose files matched its manifest: no other is ever told of."""
+    """The newest checkpoint whose files match its manifest."""
 
     step: int
-    """Optimiser step at which it was written."""
+    """Optimiser step at which it was saved."""
     time: Time | None = None
     """When the operator first saw it."""
 
 
 class Attempt(ApiModel):
-    """One end of a pod that failed: the evidence outlives the pod."""
+    """A failure of a pod, kept after the pod is deleted."""
 
     phase: Phase
     """The phase that failed."""
     attempt: int = 0
-    """Counts the restarts of the phase."""
+    """Number of restarts before it: of the phase, or of the shard."""
     reason: str
-    """What kind of end it was: the reason of the exit code, or the cluster's word."""
+    """Reason of the exit code, or of what the cluster did to the pod."""
     exit_code: int | None = None
-    """Exit code of the container; none when it never ended by itself."""
+    """Exit code of the container. Absent if the pod disappeared without one."""
     pod: str | None = None
     """Name of the pod."""
     rank: int | None = None
     """Index of the pod: node rank or shard."""
     node: str | None = None
-    """Node that the pod was on."""
+    """Node on which the pod ran."""
     step: int | None = None
-    """Step of the newest checkpoint at that time."""
+    """Step of the newest checkpoint at that time. Of a shard: outputs written."""
     message: str = ""
-    """What the process had to say: field, finding and remedy."""
+    """What went wrong and what to do."""
     last_lines: str = ""
-    """The end of the pod's output."""
+    """The last lines of the pod's output."""
     charged: bool = False
-    """Whether it counted against `restarts.max`."""
+    """Whether the restart after it counts against `restarts.max`."""
     time: Time | None = None
     """When the pod ended."""
 
@@ -207,61 +205,61 @@ class HubStatus(ApiModel):
     url: str
     """Address of that commit."""
     files: int | None = None
-    """Files of the result."""
+    """Number of files of the result."""
     bytes: int | None = None
-    """Bytes of the result."""
+    """Size of the result in bytes."""
 
 
 class WorkspaceStatus(ApiModel):
     claim_name: str
-    """PersistentVolumeClaim that holds it."""
+    """PersistentVolumeClaim of the workspace."""
     folder: str
-    """Folder of this job on the claim; results are in its `result`."""
+    """Folder of this job on the claim. The result is in its subfolder `result`."""
 
 
 class JobStatus(ApiModel):
     """Status of a FineTuneJob or a GenerateJob."""
 
     observed_generation: int | None = None
-    """Generation of the spec that this status speaks of."""
+    """Generation of the spec for which this status was written."""
     state: str = ""
-    """One word for people: Pending, Preparing, Running, ... Programs read the conditions."""
+    """Summary for people: Pending, Preparing, Running, ... Programs should read the conditions."""
     conditions: Annotated[list[Condition], map_by("type")] = Field(default_factory=list)
-    """Where the job stands, a condition for each thing that can be true of it."""
+    """State of the job in detail."""
     start_time: Time | None = None
-    """When the first phase began; deadlines count from here."""
+    """When the first phase began. `activeDeadlineSeconds` counts from here."""
     deadline_start_time: Time | None = None
-    """When the job last went on after it had rested, planned, suspended or ended: from then on, deadlines count from
-    here.
+    """When the job was last resumed: after its plan, after a suspension, or after its end. `activeDeadlineSeconds`
+    then counts from here.
     """
     run_start_time: Time | None = None
-    """When the pods of `run` first ran."""
+    """When the pods of `run` were first running."""
     completion_time: Time | None = None
-    """When the job was complete, or failed."""
+    """When the job completed or failed."""
     shape: str | None = None
     """Nodes × GPUs, or shards × GPUs."""
     prepared: Prepared | None = None
-    """What `prepare` found and decided."""
+    """What `prepare` found and planned."""
     progress: Progress | None = None
-    """Where the run stands, read every few seconds."""
+    """Progress of the run, updated every few seconds."""
     checkpoint: Checkpoint | None = None
-    """The newest checkpoint that a restart would go on from."""
+    """The newest checkpoint. A restart resumes from it."""
     broken_checkpoints: int | None = None
-    """How many checkpoints lie set aside, because their files did not match their manifest."""
+    """Number of checkpoints that were set aside because their files do not match their manifest."""
     restarts: int = 0
-    """Of the group of pods; of a GenerateJob, those of all shards together."""
+    """Restarts of the group of pods (FineTuneJob), or of all shards together (GenerateJob)."""
     restarts_charged: int = 0
-    """Restarts that counted against `restarts.max`, or `retriesPerShard`."""
+    """Restarts that count against `restarts.max` (FineTuneJob) or `retriesPerShard` (GenerateJob)."""
     metrics: Figures | None = None
-    """Final figures, for example evalLoss."""
+    """Final metrics, for example evalLoss."""
     notices: Annotated[list[str], Field(max_length=40)] = Field(default_factory=list)
-    """What should be known although nothing failed: rows or weights that were left out, changed or drawn anew, and
-    settings that were chosen.
+    """What the user should know although nothing has failed: rows or weights that were left out, changed or newly
+    initialised, and settings that were chosen.
     """
     attempts: Annotated[list[Attempt], Field(max_length=10)] = Field(default_factory=list)
     """The last ten failures."""
     workspace: WorkspaceStatus | None = None
-    """Where model, checkpoints and result lie."""
+    """Where model, checkpoints and result are stored."""
     hub: HubStatus | None = None
     """Where the result was published."""
 

@@ -1,6 +1,6 @@
-"""Events: what a user wants to see in `kubectl describe`, derived from how the status changes.
+"""The events that a user sees in `kubectl describe`, derived from the changes of the status.
 
-Nothing is remembered: an event that was lost on the way is not sent again, one for an unchanged status never arises.
+Nothing is remembered: an event that could not be posted is not sent again, and an unchanged status causes none.
 """
 
 from __future__ import annotations
@@ -44,64 +44,91 @@ EVENTS: dict[Reason, Literal["Normal", "Warning"]] = {
     R.COMPLETED: "Normal",
     R.FAILED: "Warning",
 }
-"""All that are ever posted, in the order of a job's life; and, as warnings, the reasons of exit codes while a pod is
-tried again.
+"""All events that are ever posted, in the order of a job's life. While a failed pod is retried, the reason of its exit
+code is posted as well, as a warning.
 """
-# Said by other events, or by the conditions alone.
-SILENT = {R.STARTING, R.RESTARTING, R.WAITING_FOR_PODS, R.DEADLINE_EXCEEDED, R.NO_PROGRESS, R.SUSPENDED}
-OF_PODS = {code.reason for code in ExitCode}
-# Worth a line while a job waits to run; the others are said of other conditions then.
-OF_WAITING = {R.WAITING_FOR_QUEUE, R.CONTAINER_CREATING}
-ORDINARY = {reason for reason, kind in EVENTS.items() if kind == "Normal"}
+# Reported by another event, or only by a condition.
+WITHOUT_EVENT = {
+    R.STARTING,
+    R.RESTARTING,
+    R.WAITING_FOR_PODS,
+    R.DEADLINE_EXCEEDED,
+    R.NO_PROGRESS,
+    R.SUSPENDED,
+}
+REASONS_OF_EXIT_CODES = {code.reason for code in ExitCode}
+# Of the reasons why a job does not run yet, those that are an event. The others are events of other conditions.
+WORTH_AN_EVENT_WHILE_PENDING = {R.WAITING_FOR_QUEUE, R.CONTAINER_CREATING}
+NORMAL = {reason for reason, event_type in EVENTS.items() if event_type == "Normal"}
 
 
 def events(old: JobStatus, new: JobStatus) -> list[Event]:
-    """A restart first, and what it found, then what has turned, in the order in which the conditions arose."""
-    found = [restarted(old, new)] if new.restarts > old.restarts else []
-    found += [broken(new)] if (new.broken_checkpoints or 0) > (old.broken_checkpoints or 0) else []
+    """The events between two statuses: a restart, what it found, new notices, then the changes of conditions."""
+    found = []
+    if new.restarts > old.restarts:
+        found.append(restarted(old, new))
+    if (new.broken_checkpoints or 0) > (old.broken_checkpoints or 0):
+        found.append(broken_checkpoint(new))
     found += [Event("Normal", R.NOTICE, text) for text in new.notices if text not in old.notices]
-    return found + [e for c in new.conditions if (e := event(old.condition(c.type), c, new))]
+    for condition in new.conditions:
+        changed = event(old.condition(condition.type), condition, new)
+        if changed:
+            found.append(changed)
+    return found
 
 
 def restarted(old: JobStatus, new: JobStatus) -> Event:
-    last = next((a for a in reversed(new.attempts) if a.phase == "run"), None)
-    why = f" after {last.reason}: {last.message} ({location(last)})" if last else ""
-    free = "" if new.restarts_charged > old.restarts_charged else ", at no charge"
-    return Event("Warning", R.RESTARTING, f"restart {new.restarts}{free}{why}")
+    message = f"restart {new.restarts}"
+    if new.restarts_charged == old.restarts_charged:
+        message += " (not charged)"
+    last = next((attempt for attempt in reversed(new.attempts) if attempt.phase == "run"), None)
+    if last:
+        message += f" after {last.reason}: {last.message} ({location(last)})"
+    return Event("Warning", R.RESTARTING, message)
 
 
-def broken(status: JobStatus) -> Event:
-    place, step = status.workspace, status.checkpoint and status.checkpoint.step
-    where = f" in {place.folder}/checkpoints of claim {place.claim_name}" if place else ""
-    on = f"goes on from step {step}" if step else "begins anew"
-    return Event(
-        "Warning",
-        R.CHECKPOINT_BROKEN,
-        f"a checkpoint does not match its manifest and is set aside as .corrupt-checkpoint-*{where}; the run {on}",
+def broken_checkpoint(status: JobStatus) -> Event:
+    where = ""
+    if status.workspace:
+        where = f" in {status.workspace.folder}/checkpoints of claim {status.workspace.claim_name}"
+    resumes = "starts from the beginning"
+    if status.checkpoint and status.checkpoint.step:
+        resumes = f"resumes from step {status.checkpoint.step}"
+    message = (
+        f"a checkpoint does not match its manifest and was set aside as .corrupt-checkpoint-*{where}; the run {resumes}"
     )
+    return Event("Warning", R.CHECKPOINT_BROKEN, message)
 
 
 def event(before: Condition | None, now: Condition, status: JobStatus) -> Event | None:
-    """The event of one condition, if it has turned or got another reason."""
+    """The event of one condition, if its status or its reason has changed."""
     if before and (before.status, before.reason) == (now.status, now.reason):
         return None
-    if now.type == C.FAILED and now.status == "True":
-        return Event("Warning", R.FAILED, f"{now.reason}: {now.message}")
-    if now.type == C.RUNNING and now.status == "True":
-        again = status.restarts or (before and before.reason == R.RESTARTING)
-        return Event("Normal", R.RUNNING if again else R.STARTED, now.message)
-    if now.type == C.ACCEPTED and now.status == "True" and before is None:
-        return None  # Preparing says it, in the same moment
     if now.status == "True":
-        return Event("Normal", now.reason, now.message)
+        return event_of_true(before, now, status)
     if now.type in (C.FAILED, C.COMPLETE) and now.reason == R.PUBLISHING:
-        return None  # Published says it, in the same moment
-    if now.reason in SILENT or (now.type == C.RUNNING and now.reason in ORDINARY - OF_WAITING):
+        return None  # the event of Published follows at once
+    if now.reason in WITHOUT_EVENT:
         return None
-    if now.reason in ORDINARY:
+    if now.type == C.RUNNING and now.reason in NORMAL - WORTH_AN_EVENT_WHILE_PENDING:
+        return None
+    if now.reason in NORMAL:
         return Event("Normal", now.reason, now.message)
     if status.is_true(C.FAILED):
-        return None  # the event of Failed says it
-    return Event(
-        "Warning", R.PUBLISH_FAILED if now.type == C.PUBLISHED and now.reason in OF_PODS else now.reason, now.message
-    )
+        return None  # the event of Failed has the same message
+    reason = now.reason
+    if now.type == C.PUBLISHED and now.reason in REASONS_OF_EXIT_CODES:
+        reason = R.PUBLISH_FAILED
+    return Event("Warning", reason, now.message)
+
+
+def event_of_true(before: Condition | None, now: Condition, status: JobStatus) -> Event | None:
+    """The event of a condition that is True."""
+    if now.type == C.FAILED:
+        return Event("Warning", R.FAILED, f"{now.reason}: {now.message}")
+    if now.type == C.RUNNING:
+        again = status.restarts or (before and before.reason == R.RESTARTING)
+        return Event("Normal", R.RUNNING if again else R.STARTED, now.message)
+    if now.type == C.ACCEPTED and before is None:
+        return None  # the event of Preparing follows at once
+    return Event("Normal", now.reason, now.message)

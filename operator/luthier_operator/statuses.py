@@ -1,7 +1,6 @@
-"""Editing a status without changing what has not changed: a status that stays equal costs no write.
+"""Changing a status so that it stays equal where nothing has changed: an equal status is not written.
 
-Conditions keep their transition time while their value stays; the word in STATE is read off the conditions, never
-remembered.
+A condition keeps its transition time while its value stays. The column STATE is derived from the conditions.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ from luthier_api.metrics import figure
 from luthier_api.status import Condition, JobStatus, Progress, State
 
 Value = Literal["True", "False", "Unknown"]
-MESSAGE_CHARACTERS = 4096  # as much as a pod can say; describe and etcd bear it
+MESSAGE_CHARACTERS = 4096  # the size of a termination message
 
 C, R = ConditionType, Reason
-# What people would call it, where the reason is not that word already.
-WORDS: dict[str, State] = {
+# The column STATE, where it is not the reason of the condition.
+STATES: dict[str, State] = {
     R.WAITING_FOR_JOB: State.WAITING,
     R.WAITING_FOR_QUEUE: State.QUEUED,
     R.WAITING_FOR_PODS: State.PENDING,
@@ -30,11 +29,12 @@ WORDS: dict[str, State] = {
 
 
 def text(moment: datetime) -> str:
-    """As Kubernetes writes times: UTC, whole seconds."""
+    """A time as Kubernetes writes it: UTC, whole seconds."""
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def moment(text: str) -> datetime:
+    """The time that Kubernetes has written as `text`. Raises ValueError when it is none."""
     return datetime.fromisoformat(text.replace("Z", "+00:00"))
 
 
@@ -47,7 +47,7 @@ def with_condition(
     now: datetime,
     generation: int | None,
 ) -> JobStatus:
-    """`status` with this condition, in the place where it stood."""
+    """`status` with this condition, at its old position in the list."""
     old = status.condition(type)
     since = old.last_transition_time if old and old.status == value else text(now)
     new = Condition(
@@ -69,12 +69,12 @@ def without_condition(status: JobStatus, type: ConditionType) -> JobStatus:
 
 
 def state(status: JobStatus, done: ConditionType) -> str:
-    """One word for people: of `State`, or what stands in the way. `done` is the condition that says that `run` has
-    ended well.
+    """The column STATE of kubectl: a `State`, or the reason why the job waits. `done`: the condition that is True once
+    `run` has succeeded.
     """
-    for end, word in ((C.FAILED, State.FAILED), (C.COMPLETE, State.COMPLETE), (C.SUSPENDED, State.SUSPENDED)):
-        if status.is_true(end):
-            return word
+    for final, shown_as in ((C.FAILED, State.FAILED), (C.COMPLETE, State.COMPLETE), (C.SUSPENDED, State.SUSPENDED)):
+        if status.is_true(final):
+            return shown_as
     prepared = status.condition(C.PREPARED)
     if status.is_true(done):
         shown, otherwise = C.PUBLISHED, State.PUBLISHING
@@ -85,14 +85,12 @@ def state(status: JobStatus, done: ConditionType) -> str:
     else:
         shown, otherwise = C.ACCEPTED, State.PENDING
     condition = status.condition(shown)
-    return WORDS.get(condition.reason, condition.reason) if condition else otherwise
+    return STATES.get(condition.reason, condition.reason) if condition else otherwise
 
 
 def at_end(progress: Progress | None, metrics: dict[str, float] | None) -> Progress | None:
-    """Progress of a run that has ended well: its last steps, or rows, came after it was last read, if it was read at
-    all.
-    """
-    steps, rows = (int(metrics[name]) if metrics and name in metrics else None for name in ("steps", "rows"))
+    """Progress of a run that has succeeded. Its last steps or rows came after its progress was last read, if ever."""
+    steps, rows = _count(metrics, "steps"), _count(metrics, "rows")
     if progress is None and steps is None and rows is None:
         return None
     last = progress or Progress()
@@ -108,3 +106,7 @@ def at_end(progress: Progress | None, metrics: dict[str, float] | None) -> Progr
         "eta_seconds": 0,
     }
     return last.model_copy(update=ended)
+
+
+def _count(metrics: dict[str, float] | None, name: str) -> int | None:
+    return int(metrics[name]) if metrics and name in metrics else None

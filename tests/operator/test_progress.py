@@ -93,7 +93,7 @@ async def test_a_broken_checkpoint_is_told_of() -> None:
         event = await until(
             "an event", lambda: next((e for e in cluster.all("Event") if e["reason"] == "CheckpointBroken"), None)
         )
-        assert (event["type"], event["message"].split("; ")[-1]) == ("Warning", "the run goes on from step 9")
+        assert (event["type"], event["message"].split("; ")[-1]) == ("Warning", "the run resumes from step 9")
         found = cluster.get("FineTuneJob", "tune")["status"]
         assert (found["checkpoint"]["step"], found["brokenCheckpoints"]) == (9, 1)
 

@@ -507,7 +507,7 @@ def test_the_jobset_knows_better_what_it_charged() -> None:
     after = decided(fine_tune(before), group(restarts=1), ends=[ended(JOB, "run", 137, silent=True)])
     assert [a.charged for a in after.status.attempts] == [False]
     assert [(e.type, e.reason, e.message[:24]) for e in after.events] == [
-        ("Warning", "Restarting", "restart 1, at no charge ")
+        ("Warning", "Restarting", "restart 1 (not charged) ")
     ]
     again = decided(fine_tune(after.status), group(restarts=1), ends=[ended(JOB, "run", 137, silent=True)])
     assert (again.status, again.events) == (after.status, ())
@@ -848,13 +848,13 @@ BROKEN = [
         known_broken=None,
         served_broken=1,
         checkpoint_step=10,
-        expect=["; the run goes on from step 10"],
+        expect=["; the run resumes from step 10"],
     ),
     BrokenCase(
         known_broken=None,
         served_broken=2,
         checkpoint_step=0,
-        expect=["; the run begins anew"],
+        expect=["; the run starts from the beginning"],
     ),
     BrokenCase(
         known_broken=1,
@@ -872,7 +872,7 @@ BROKEN = [
         known_broken=1,
         served_broken=2,
         checkpoint_step=10,
-        expect=["; the run goes on from step 10"],
+        expect=["; the run resumes from step 10"],
     ),
     BrokenCase(
         known_broken=1,
@@ -892,7 +892,7 @@ def test_a_checkpoint_that_is_set_aside_is_an_event(case: BrokenCase) -> None:
         job, group(restarts=1), pods=AGAIN, checkpoint_step=case.checkpoint_step, broken_checkpoints=case.served_broken
     )
     where = (
-        "a checkpoint does not match its manifest and is set aside as .corrupt-checkpoint-* in"
+        "a checkpoint does not match its manifest and was set aside as .corrupt-checkpoint-* in"
         " ftj-bot-f00dcafe/checkpoints of claim ftj-bot"
     )
     told = [e for e in decision.events if e.reason == "CheckpointBroken"]

@@ -8,7 +8,7 @@ import itertools
 
 from cases.observed import BEGIN, status
 
-from luthier_api.conditions import OF_EVENTS_ALONE, ConditionType, Reason
+from luthier_api.conditions import ONLY_EVENTS, ConditionType, Reason
 from luthier_api.exitcodes import ExitCode
 from luthier_api.status import Condition, JobStatus, State
 from luthier_operator import statuses
@@ -16,7 +16,7 @@ from luthier_operator.announce import EVENTS, event
 from luthier_operator.statuses import text
 
 OF_CODES = {code.reason for code in ExitCode}
-REASONS = sorted(({*Reason} | OF_CODES) - OF_EVENTS_ALONE)
+REASONS = sorted(({*Reason} | OF_CODES) - ONLY_EVENTS)
 C, R = ConditionType, Reason
 # The reasons of a condition that is True.
 HOLDS: dict[ConditionType, set[str]] = {
