@@ -7,4 +7,3 @@ share them.
 GROUP = "luthier.dev"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
-RUN_SCHEMA = "run.schema.json"  # beside this file: the shape of the run config, drawn by `runschema`

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.alias_generators import to_camel
@@ -125,3 +125,10 @@ class ApiModel(BaseModel):
     def dump(self) -> dict[str, object]:
         """As JSON-ready data with the names users write; fields that are not set are left out."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def model_in(annotation: Any) -> type[ApiModel] | None:
+    """The type of objects that `annotation` holds: itself, as an option, or in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, ApiModel):
+        return annotation
+    return next((model for part in get_args(annotation) if (model := model_in(part))), None)

@@ -1,14 +1,11 @@
-"""The files that are drawn from the types: `python -m luthier_api.drawn` writes them, `--check` fails when they differ.
-
-Neighbours: `crd` and `runschema` draw.
-"""
+"""Writes the files that are drawn from the types: `python -m luthier_api.drawn`. `--check` fails on a difference."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from luthier_api import RUN_SCHEMA, crd, runschema
+from luthier_api import crd
 
 TOP = Path(__file__).resolve().parents[2]
 
@@ -16,8 +13,7 @@ TOP = Path(__file__).resolve().parents[2]
 def files() -> dict[str, str]:
     """Path from the top of the repository → text."""
     folders = ("crds", "charts/luthier/files/crds")
-    definitions = {f"{folder}/{name}": text for folder in folders for name, text in crd.render().items()}
-    return definitions | {f"crds/luthier_api/{RUN_SCHEMA}": runschema.render()}
+    return {f"{folder}/{name}": text for folder in folders for name, text in crd.render().items()}
 
 
 def main(check: bool) -> int:

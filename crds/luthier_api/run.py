@@ -9,13 +9,16 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import Field
+from pydantic_core import from_json
 
 from luthier_api.base import ApiModel
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.generate import GenerateJobSpec
+from luthier_api.problems import InvalidDocument, Problem, parse
 from luthier_api.status import Plan, Prepared
 
 RUN_VERSION = "luthier.dev/run-v1"
+DOCUMENT = "run config"
 METRICS_PORT = 9464
 RENDEZVOUS_PORT = 29500
 
@@ -63,9 +66,13 @@ RUNS: dict[str, type[FineTuneRun] | type[GenerateRun]] = {"FineTuneJob": FineTun
 
 
 def read_run(text: str | bytes) -> FineTuneRun | GenerateRun:
-    """The run config from its JSON. Raises pydantic.ValidationError."""
-    kind = _Kind.model_validate_json(text).kind
-    return RUNS[kind].model_validate_json(text)
+    """The run config from its JSON. Raises InvalidDocument with the path of each wrong field."""
+    try:
+        document = from_json(text, allow_inf_nan=False)
+    except ValueError as error:  # says where
+        raise InvalidDocument([Problem(DOCUMENT, f"invalid JSON: {error}")]) from None
+    kind = parse(_Kind, document, DOCUMENT).kind
+    return parse(RUNS[kind], document, DOCUMENT)
 
 
 class _Kind(ApiModel):

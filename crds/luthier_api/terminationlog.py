@@ -1,7 +1,6 @@
 """What fits into a termination log: a message as JSON, shortened until the kubelet keeps all of it.
 
-Works on plain data, because PID 1 may have to write before it has time for types. Neighbour: `termination`, whose
-messages these are.
+Works on plain data, because PID 1 also reports an environment in which the types of `termination` cannot be imported.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a pod of the trainer image is told beside its run config: the names of environment variables.
 
-They stand alone, because PID 1 needs them before it has time for the types of the run config.
+They stand alone, because PID 1 also reports an environment in which the types of the run config cannot be imported.
 """
 
 from __future__ import annotations

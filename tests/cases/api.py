@@ -100,11 +100,11 @@ def words() -> dict[str, str]:
 
 
 def _models(model: type[ApiModel]) -> Iterator[type[ApiModel]]:
-    from luthier_api.validation import _model_in
+    from luthier_api.base import model_in
 
     yield model
     for info in model.model_fields.values():
-        below = _model_in(info.annotation)
+        below = model_in(info.annotation)
         if below is not None and issubclass(below, ApiModel):
             yield from _models(below)
 

@@ -3,8 +3,7 @@ trainer can avoid.
 
 The supervisor starts as in a pod; two of them, as two pods, find each other on this machine. What is measured is read
 off their own output as it comes. Byte-code must be compiled, as `make setup` and the image do it: without it every
-start compiles 3,900 modules. Neighbours: `pods` measures the same in real pods, where the local cluster is up;
-`refusal` a start that a mistake ends.
+start compiles 3,900 modules. Neighbours: `pods` measures the same in real pods, where the local cluster is up.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from perf import pods, refusal
+from perf import pods
 from perf.training import prepare
 
 ROUNDS = 3
@@ -98,7 +97,6 @@ def main() -> dict[str, Any]:
             "imports_alone_s": bare,
             "first_step_ratio_to_imports": round(parts["first_step"] / bare, 2),
         },
-        "broken_run_config": refusal.main(),
         "on_the_cluster": pods.main(),
     }
 

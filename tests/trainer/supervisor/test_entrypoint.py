@@ -1,5 +1,6 @@
-"""PID 1 before it has any types: what it refuses, in which words, and what it has imported for that. Each case is a
-process of its own.
+"""PID 1 before it starts anything: what it refuses, with which message, and that it imports nothing heavy for it.
+
+Each case is a process of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from luthier_api.variables import Variables
 
 TOKEN = "hf_" + "a1B2" * 9
 SPEC = {"task": "causal-lm", "model": {"id": "org/model"}, "dataset": {"id": "org/rows"}}
-HEAVY = {"pydantic", "pydantic_core", "torch", "dataclasses", "tempfile"}
+HEAVY = {"torch", "transformers", "datasets", "numpy", "httpx"}
 
 
 def entry(folder: Path, arguments: list[str], **environment: str) -> tuple[int, set[str], str]:
@@ -53,7 +54,7 @@ REFUSED: list[tuple[str, str, dict[str, Any] | str | bytes, int, str, str]] = [
         "{\n 1",
         64,
         "InvalidSpec",
-        "run config: invalid JSON: Expecting property name enclosed in double quotes: line 2 column 2 (char 3)",
+        "run config: invalid JSON: key must be a string at line 2 column 2",
     ),
     (
         "no text",
@@ -61,7 +62,7 @@ REFUSED: list[tuple[str, str, dict[str, Any] | str | bytes, int, str, str]] = [
         b"\xff",
         64,
         "InvalidSpec",
-        "run config: invalid JSON: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte",
+        "run config: invalid JSON: expected value at line 1 column 1",
     ),
     (
         "deeper than anybody reads",
@@ -69,7 +70,7 @@ REFUSED: list[tuple[str, str, dict[str, Any] | str | bytes, int, str, str]] = [
         "[" * 9999 + "]" * 9999,
         64,
         "InvalidSpec",
-        "run config: invalid JSON: maximum recursion depth",
+        "run config: invalid JSON: recursion limit exceeded at line 1 column 202",
     ),
     (
         "a number without an end",
@@ -77,9 +78,9 @@ REFUSED: list[tuple[str, str, dict[str, Any] | str | bytes, int, str, str]] = [
         '{"kind": %s}' % ("9" * 5000),
         64,
         "InvalidSpec",
-        "run config: invalid JSON: Exceeds the limit (4300 digits)",
+        "run config: invalid JSON: number out of range at line 1 column 4311",
     ),
-    ("a list", "prepare", "[]", 64, "InvalidSpec", "run config: must be an object (it is [])"),
+    ("a list", "prepare", "[]", 64, "InvalidSpec", "run config: input should be an object (it is [])"),
     (
         "an unknown field",
         "prepare",
@@ -94,7 +95,7 @@ REFUSED: list[tuple[str, str, dict[str, Any] | str | bytes, int, str, str]] = [
         {"spec": SPEC | {"training": {"epochs": 0}}},
         64,
         "InvalidSpec",
-        "spec.training.epochs: must be greater than 0 (it is 0)",
+        "spec.training.epochs: input should be greater than 0 (it is 0)",
     ),
     (
         "two mistakes",
@@ -102,7 +103,7 @@ REFUSED: list[tuple[str, str, dict[str, Any] | str | bytes, int, str, str]] = [
         {"spec": SPEC | {"task": "a", "hub": 1}},
         64,
         "InvalidSpec",
-        "spec.task: must be 'causal-lm'|; spec.hub: must be an object (it is 1)",
+        "spec.task: input should be 'causal-lm'|; spec.hub: input should be an object (it is 1)",
     ),
     (
         "a kind that does not fit",
@@ -142,7 +143,7 @@ REFUSED: list[tuple[str, str, dict[str, Any] | str | bytes, int, str, str]] = [
 @pytest.mark.parametrize(
     ("verb", "given", "code", "reason", "message"), [c[1:] for c in REFUSED], ids=[c[0] for c in REFUSED]
 )
-def test_a_mistake_ends_before_the_types_are_imported(
+def test_a_mistake_ends_before_torch_is_imported(
     verb: str, given: dict[str, Any] | str | bytes, code: int, reason: str, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch(0o640)
@@ -151,7 +152,7 @@ def test_a_mistake_ends_before_the_types_are_imported(
     ended, imported, said = entry(tmp_path, [verb, "--run", "run.json"])
     assert ended == code, said
     assert imported & HEAVY == set()
-    assert "luthier_trainer.supervisor.gate" in imported
+    assert "luthier_trainer.supervisor.run_config" in imported
 
     raw = last_word()
     word = TerminationMessage.read(raw.decode())
@@ -174,7 +175,7 @@ PLACES = ["LUTHIER_RUN_DIR", "TMPDIR", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_C
 
 
 @pytest.mark.parametrize("variable", PLACES)
-def test_a_folder_that_cannot_be_written_ends_before_the_types_are_imported(variable: str, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_ends_before_torch_is_imported(variable: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "run.json").write_text(config(tmp_path))
     ended, imported, _ = entry(
@@ -231,3 +232,14 @@ runpy.run_module("luthier_trainer", run_name="__main__", alter_sys=True)
     assert word is not None
     assert done.returncode == 75, done.stderr
     assert word.message == "stopped; the next start goes on from here"
+
+
+def test_an_environment_without_the_types_ends_with_a_message_too(tmp_path: Path) -> None:
+    """As in an image in which somebody has installed another pydantic."""
+    (tmp_path / "pydantic.py").write_text("raise ImportError('cannot import name ConfigDict')")
+    (tmp_path / "run.json").write_text(config(tmp_path))
+    ended, _, said = entry(tmp_path, ["prepare", "--run", "run.json"], PYTHONPATH=str(tmp_path))
+    word = TerminationMessage.read(last_word().decode())
+    assert word is not None
+    assert (ended, word.code, word.reason) == (70, 70, "TrainingError"), said
+    assert word.message == "ImportError: cannot import name ConfigDict"

@@ -10,15 +10,10 @@ import os
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from luthier_api.exitcodes import ExitCode
 from luthier_trainer.runtime import gpu_errors
 from luthier_trainer.runtime.failure import Failure
-
-if TYPE_CHECKING:
-    # Its types cost more than all else here, and PID 1 ends this way too
-    pass
 
 FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
 STORAGE_ERRNOS = FULL_ERRNOS | {errno.EIO, errno.EROFS, errno.ESTALE}

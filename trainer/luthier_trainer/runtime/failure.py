@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from luthier_api.exitcodes import ExitCode
-
-if TYPE_CHECKING:
-    # Its types cost more than all else here, and PID 1 ends this way too
-    pass
 
 START_OVER = "Start over: with --fresh on a laptop, under another metadata.name on a cluster"
 

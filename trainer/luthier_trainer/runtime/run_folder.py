@@ -9,15 +9,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
-
-if TYPE_CHECKING:
-    # Its types cost more than all else here, and PID 1 ends this way too
-    from luthier_api.termination import (
-        TerminationMessage,
-    )
 
 STOP_FILE = "stop"  # written by PID 1
 

@@ -1,8 +1,4 @@
-"""PID 1 of the trainer image, from its command line to its last word.
-
-What is cheap to find out comes first: the run config and the folders are looked at before the types are imported, torch
-never is. Neighbours: `gate` and `folders`, which look, and `supervisor`, which does the phase.
-"""
+"""PID 1 of the trainer image, from its command line to its termination message. It never imports torch."""
 
 from __future__ import annotations
 
@@ -20,7 +16,6 @@ from luthier_api.variables import Variables
 from luthier_trainer.runtime.classify import classify
 from luthier_trainer.runtime.commands import VERBS
 from luthier_trainer.runtime.failure import Failure
-from luthier_trainer.supervisor import folders, gate
 from luthier_trainer.supervisor.redaction import redact
 from luthier_trainer.supervisor.signals import Stop
 
@@ -35,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str], stop: Stop) -> int:
-    """What the command line asks for. Returns the container's exit code."""
+    """Run the phase that the command line names. Returns the container's exit code."""
     parser = Parser(prog="python -m luthier_trainer", description="Run one phase of a job.")
     parser.add_argument("verb", choices=VERBS)
     parser.add_argument(
@@ -52,7 +47,7 @@ def main(arguments: Sequence[str], stop: Stop) -> int:
 
 
 def phase(verb: str, path: Path, stop: Stop) -> int:
-    """One phase from start to last word. Returns the container's exit code."""
+    """Run one phase and report how it ended, also where it fails. Returns the container's exit code."""
     began = time.monotonic()
     try:
         message = work(verb, path, stop)
@@ -69,17 +64,21 @@ def phase(verb: str, path: Path, stop: Stop) -> int:
 
 
 def work(verb: str, path: Path, stop: Stop) -> dict[str, Any]:
-    """The phase, and before it what is found out without types. Returns its TerminationMessage as plain data."""
-    folders.check(Path(gate.read(verb, path)["workspace"]))
-    from luthier_trainer.supervisor import (
-        main as supervisor,  # with it come the types, which take longer than all before
-    )
+    """Check the run config and the folders, then run the phase. Returns its TerminationMessage as plain data.
 
-    return supervisor.main(verb, path, stop).dump()
+    Raises Failure.
+    """
+    # Imported here, so that an environment in which the types cannot be imported also ends with a message.
+    from luthier_trainer.supervisor import folders, run_config
+    from luthier_trainer.supervisor import main as supervisor
+
+    run = run_config.read(verb, path)
+    folders.check(Path(run.workspace))
+    return supervisor.main(verb, run, path, stop).dump()
 
 
 def report(message: dict[str, Any]) -> None:
-    """Leave a TerminationMessage, as plain data, where the kubelet reads it, and a line of it in the log."""
+    """Write a TerminationMessage, given as plain data, where the kubelet reads it, and a line of it to the log."""
     log = Path(os.environ.get(Variables.TERMINATION_LOG) or TERMINATION_LOG)
     try:
         if log != TERMINATION_LOG or log.exists():  # outside a pod there is none, and /dev is no place to make one

@@ -1,8 +1,4 @@
-"""The folders that the phases write to, and whether they can be written: a wrong mount should cost a tenth of a second.
-
-Imports little, because PID 1 looks before it has imported the types of the run config. Neighbours: `gate` before it,
-`preflight` after.
-"""
+"""Checks that the folders that the phases write to can be written, so that a wrong mount fails in PID 1, at once."""
 
 from __future__ import annotations
 
@@ -17,24 +13,19 @@ from luthier_trainer.runtime.classify import STORAGE_ERRNOS
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.run_folder import run_dir
 
-# In the order in which tempfile looks; to import it costs as much as the whole check
-TEMPORARY = (
-    "TMPDIR",
-    "TEMP",
-    "TMP",
-)
+TEMPORARY = ("TMPDIR", "TEMP", "TMP")  # in the order in which `tempfile` looks
 
 
 def check(workspace: Path) -> None:
-    """Raises Failure for the first that cannot be written; creates the job's workspace folder and the run folder on the
-    way.
+    """Create the job's workspace folder and the run folder, and write to each folder. Raises Failure if one cannot be
+    written.
     """
     for folder, field in folders(workspace):
         check_writable(folder, field)
 
 
 def folders(workspace: Path) -> Iterator[tuple[Path, str]]:
-    """Each of them, with the name of what decides its place."""
+    """Each folder, with the field or the environment variable that sets its location."""
     yield workspace, "spec.workspace"
     yield run_dir(), "LUTHIER_RUN_DIR"
     temporary = next((name for name in TEMPORARY if os.environ.get(name)), TEMPORARY[0])
@@ -45,8 +36,8 @@ def folders(workspace: Path) -> Iterator[tuple[Path, str]]:
 
 
 def check_writable(folder: Path, field: str) -> None:
-    """Create `folder` if need be, and in it create, flush and delete a file."""
-    # A name of its own: the pods of a group do this at once, and each of them is process 1.
+    """Create `folder` if it is missing, and in it create, flush and delete a file. Raises Failure."""
+    # The pods of a group do this at the same time, and each of them is process 1, so that the name is drawn at random.
     probe = folder / f".luthier-probe-{os.urandom(8).hex()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -62,12 +53,13 @@ def check_writable(folder: Path, field: str) -> None:
 
 
 def _rights(folder: Path) -> str:
-    """Owner and mode of the nearest folder that exists, against who we are, and what to do about it."""
-    # Not `Path.exists`, which raises where a folder above may not be looked into.
-    there = next(p for p in (folder, *folder.parents) if os.path.exists(p))
-    facts = there.stat()
+    """Owner and mode of the nearest folder that exists, user and groups of this process, and what to do."""
+    # Not `Path.exists`, which raises if a folder above may not be entered.
+    nearest = next(p for p in (folder, *folder.parents) if os.path.exists(p))
+    status = nearest.stat()
+    groups = ", ".join(map(str, os.getgroups())) or "none"
     return (
-        f"{there} belongs to {facts.st_uid}:{facts.st_gid}, mode {stat.S_IMODE(facts.st_mode):04o}; this process is"
-        f" {os.getuid()}:{os.getgid()} (groups {', '.join(map(str, os.getgroups())) or 'none'}). Use a volume that"
-        " honours fsGroup, or give its folder to that group"
+        f"{nearest} belongs to {status.st_uid}:{status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}; this process"
+        f" is {os.getuid()}:{os.getgid()} (groups {groups}). Use a volume that honours fsGroup, or give its folder to"
+        " that group"
     )

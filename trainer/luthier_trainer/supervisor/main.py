@@ -1,9 +1,8 @@
-"""What PID 1 does once the run config is sound: checks, starts the phase's process, watches for hangs and signals,
-judges the end.
+"""What PID 1 does with a valid run config: it starts the phase's process, watches for hangs and signals, and judges how
+the process ended.
 
 SIGTERM is never forwarded: it becomes a file that all ranks agree on once a step, so that they save the same
-checkpoint. Neighbours: `pid1` (before and after), `preflight` (what must hold first), `child` (the process tree),
-`verdict` (what its end means). Nothing here imports torch.
+checkpoint. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -17,10 +16,8 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from pydantic import ValidationError
-
 from luthier_api.exitcodes import ExitCode
-from luthier_api.run import FineTuneRun, GenerateRun, grace_of, read_run
+from luthier_api.run import FineTuneRun, GenerateRun, grace_of
 from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
 from luthier_trainer.distributed import launch
@@ -71,13 +68,9 @@ class Settings:
         )
 
 
-def main(verb: str, path: Path, stop: Stop) -> TerminationMessage:
-    """The phase, from checks that need the types of its run config to its last word. Raises Failure."""
+def main(verb: str, run: FineTuneRun | GenerateRun, path: Path, stop: Stop) -> TerminationMessage:
+    """Check that the phase can start, then supervise it. `path`: the file of the run config. Raises Failure."""
     settings = Settings.of(os.environ)
-    try:
-        run = read_run(path.read_bytes())
-    except ValidationError as error:  # hardly ever: `gate` knows the shape, but not, for one, how deep pydantic reads
-        raise Failure(ExitCode.INVALID_SPEC, f"run config: {' '.join(str(error).split())}") from error
     preflight.check(verb, run)
     return supervise(verb, run, path, settings, stop)
 

@@ -1,8 +1,7 @@
-"""What must hold before anything heavy starts: GPUs that can be seen, a prepared workspace, and models elsewhere that
-are still those it was prepared with.
+"""Checks before anything heavy starts: visible GPUs, a prepared workspace, and models outside the workspace that have
+not changed since.
 
-Runs in PID 1, in milliseconds and without torch. Each check raises Failure. Neighbours: `gate` and `folders`, which
-were there before.
+They run in PID 1, in milliseconds and without torch. Each raises Failure.
 """
 
 from __future__ import annotations
