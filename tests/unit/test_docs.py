@@ -140,11 +140,6 @@ def check_kind(words: list[str]) -> None:
     assert words[1:3] in (["create", "cluster"], ["load", "docker-image"])
 
 
-def check_pre_commit(words: list[str]) -> None:
-    assert words[1:] == ["install"]
-    assert (TOP / ".pre-commit-config.yaml").is_file()
-
-
 def importable(name: str) -> bool:
     from importlib.util import find_spec
 
@@ -155,7 +150,6 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "luthier": check_luthier,
     "python": check_python,
     ".venv/bin/python": check_pytest,
-    "pre-commit": check_pre_commit,
     "make": check_make,
     "pip": check_pip,
     "uv": check_uv,
