@@ -18,6 +18,7 @@ from luthier_api.conditions import ONLY_EVENTS, ConditionType, Reason
 from luthier_api.crd import crd
 from luthier_api.exitcodes import ExitCode, Retry
 from luthier_api.kinds import KINDS, JobKind
+from luthier_api.marks import default_text, marked_fields
 from luthier_api.metrics import POD_METRICS, Metric
 from luthier_api.status import State
 
@@ -181,26 +182,27 @@ def settings() -> str:
 
 def fields(kind: JobKind) -> str:
     spec = crd(kind, KINDS[kind])["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
-    return table(("field", "type", "default", "meaning"), walk(spec, "spec"))
+    model = KINDS[kind].spec
+    by_table = {f"spec.{field.path}": default_text(model, field) for field in marked_fields(model)}
+    return table(("field", "type", "default", "meaning"), walk(spec, "spec", by_table))
 
 
-def walk(node: dict[str, Any], path: str) -> Iterator[Sequence[object]]:
+def walk(node: dict[str, Any], path: str, by_table: dict[str, str]) -> Iterator[Sequence[object]]:
+    """The rows of all fields below `node`. `by_table`: path → default, of the fields whose default a table has."""
     for name, below in node.get("properties", {}).items():
         here = f"{path}.{name}"
-        shape = below.get("type", "integer or string")
-        scalar = shape not in ("object", "array") or "properties" not in below
-        default = (
-            f"`{json.dumps(below['default'])}`"
-            if "default" in below and scalar
-            else "required"
-            if name in node.get("required", [])
-            else ""
-        )
-        kind = " ".join(f"`{v}`" for v in below["enum"]) if "enum" in below else shape
+        default = ""
+        if name in node.get("required", []):
+            default = "required"
+        elif "default" in below and "properties" not in below:
+            default = f"`{json.dumps(below['default'])}`"
+        elif by_table.get(here):
+            default = f"`{by_table[here]}`"
+        kind = " ".join(f"`{v}`" for v in below["enum"]) if "enum" in below else below.get("type", "integer or string")
         yield (f"`{here}`", kind, default, below.get("description", ""))
-        yield from walk(below, here)
+        yield from walk(below, here, by_table)
         if isinstance(below.get("items"), dict):
-            yield from walk(below["items"], f"{here}[]")
+            yield from walk(below["items"], f"{here}[]", by_table)
 
 
 TABLES: dict[str, Callable[[], str]] = {

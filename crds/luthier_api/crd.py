@@ -22,6 +22,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from luthier_api import GROUP, VERSION
 from luthier_api.base import ApiModel, Format, Rule
 from luthier_api.kinds import CATEGORY, KINDS, JobKind, KindInfo
+from luthier_api.marks import TabledSpec, explained, marked_fields, rules_of
 
 HEADER = "# Generated from crds/luthier_api by `make generate`. Do not edit.\n"
 LIST_MARKS = {"x-kubernetes-list-type", "x-kubernetes-list-map-keys"}
@@ -92,6 +93,8 @@ def structural(schema: dict[str, Any], defs: dict[str, Any], models: dict[str, t
     if "pattern" in schema:
         raise ValueError(f"a pattern without words, use Format: {schema}")
     node = {k: v for k, v in schema.items() if k in KEPT}
+    if node.get("default", ...) is None:
+        del node["default"]
     if isinstance(node.get("default"), dict):
         # Whole: rules are checked against it before the fields below add theirs
         node["default"] = without_nulls(node["default"])
@@ -118,9 +121,19 @@ def structural(schema: dict[str, Any], defs: dict[str, Any], models: dict[str, t
         node[INT_OR_STRING] = True
     if schema.get("type") == "integer":
         node["format"] = "int32" if node.get("maximum", math.inf) <= INT32_MAX else "int64"
-    if rules := [*(model.rules if model else ()), *written(schema)]:
+    if rules := [*(rules_of(model) if model else ()), *written(schema)]:
         node["x-kubernetes-validations"] = validations(rules)
     return node
+
+
+def explain_marks(model: type[TabledSpec], spec: dict[str, Any]) -> None:
+    """Add to the descriptions below `spec` what its marks and tables say."""
+    for field in marked_fields(model):
+        node = spec
+        for name in field.path.split("."):
+            node = node["properties"][name.removesuffix("[]")]
+            node = node["items"] if name.endswith("[]") else node
+        node["description"] = " ".join(filter(None, [node.get("description"), explained(model, field)]))
 
 
 def without_nulls(value: Any) -> Any:
@@ -156,6 +169,7 @@ def crd(kind: JobKind, info: KindInfo) -> dict[str, Any]:
     models = {m.__name__: m for m in all_models(ApiModel)}
     root = structural(schema, schema["$defs"], models)
     spec, status = root["properties"]["spec"], without_defaults(root["properties"]["status"])
+    explain_marks(info.spec, spec)
     status.pop("default", None)
     columns = [
         {"name": c.name, "jsonPath": c.path, "type": c.type, **({"priority": c.priority} if c.priority else {})}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
 from luthier_api.base import SET, ApiModel, Rule
-from luthier_api.methods import MethodType, Strategy
+from luthier_api.marks import For, Table, TabledSpec, by_table, works_with
+from luthier_api.methods import METHODS, QUANTIZATIONS, STRATEGIES, MethodType, Strategy
 from luthier_api.quantity import Bytes, Cores
 from luthier_api.spec import (
     DatasetSource,
@@ -25,23 +27,18 @@ from luthier_api.spec import (
     immutable,
     train_alone,
 )
-from luthier_api.tasks import FineTuneTask, training_tasks
-
-LINEAR = training_tasks(lambda task: bool(task.training and task.training.quantizations))
-TEXTS = training_tasks(lambda task: task.modality == "text")
-LABELLED = training_tasks(lambda task: task.labels)
+from luthier_api.tasks import TRAINING_TASKS, DatasetFormat, FineTuneTask
 
 
 class Columns(ApiModel):
     """Which columns of the dataset play which role."""
 
-    text: ShortText = "text"
+    text: Annotated[ShortText, For("task")] = by_table()
     """The text to learn (causal-lm) or to classify (text-classification)."""
-    image: ShortText = "image"
-    """The image to classify (image-classification), with 8 bits a channel."""
-    label: ShortText = "label"
-    """The class of a row (text-classification, image-classification): a name or a number. Images in folders have it by
-    the folder's name: FOLDER/CLASS/image.png.
+    image: Annotated[ShortText, For("task")] = by_table()
+    """The image to classify, with 8 bits a channel."""
+    label: Annotated[ShortText, For("task")] = by_table()
+    """The class of a row: a name or a number. Images in folders have it by the folder's name: FOLDER/CLASS/image.png.
     """
 
 
@@ -57,13 +54,13 @@ class TrainingData(DatasetSource):
     eval_fraction: Annotated[float | None, Field(gt=0, lt=1)] = None
     """Share of the training rows, chosen by `training.seed`, that is held out to evaluate on."""
     columns: Columns = Field(default_factory=Columns)
-    parse_special_tokens: bool = False
+    parse_special_tokens: Annotated[bool, For("task")] = by_table()
     """Whether control tokens that a text spells, such as </s> or <|im_end|>, are read as these tokens: for text that a
-    chat template has made. Otherwise they are ordinary text (causal-lm, text-classification).
+    chat template has made. Otherwise they are ordinary text.
     """
-    merge_labels: bool = False
+    merge_labels: Annotated[bool, For("task")] = by_table()
     """Whether labels that differ only in blanks, in capitals or in how a number is written (7, 007, 7.0) are one class,
-    which is named as most of its rows have it. They are shown in any case (text-classification, image-classification).
+    which is named as most of its rows have it. They are shown in any case.
     """
 
     rules: ClassVar[tuple[Rule, ...]] = (
@@ -90,23 +87,23 @@ class Method(ApiModel):
     """Which weights learn, and how."""
 
     type: MethodType = "lora"
-    """full: all weights. lora: low-rank adapters on a frozen model. qlora: the same on a model whose linear layers are
-    quantised to 4 bits (NF4); not for image-classification.
+    """full: all weights. lora: low-rank adapters on a frozen model. qlora: the common name of lora on a model whose
+    linear layers are quantised to 4 bits (`model.quantization.type: nf4`).
     """
-    rank: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Rank of the adapters (lora, qlora)."""
-    alpha: Annotated[int, Field(ge=1, le=4096)] = 32
-    """Scale of the adapters: their output counts alpha / rank (lora, qlora)."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout before the adapters (lora, qlora). Adapters on the experts of a mixture of experts know none."""
-    target_modules: Annotated[list[ShortText], Field(min_length=1, max_length=64), SET] = ["all-linear"]
-    """Modules that get an adapter: all-linear, or names such as q_proj (lora, qlora); for the experts of a mixture of
-    experts, their parameters' names, such as gate_up_proj.
+    rank: Annotated[int, Field(ge=1, le=1024), For("method")] = by_table()
+    """Rank of the adapters."""
+    alpha: Annotated[int, Field(ge=1, le=4096), For("method")] = by_table()
+    """Scale of the adapters: their output counts alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1), For("method")] = by_table()
+    """Dropout before the adapters. Adapters on the experts of a mixture of experts know none."""
+    target_modules: Annotated[list[ShortText], Field(min_length=1, max_length=64), SET, For("method")] = by_table()
+    """Modules that get an adapter: all-linear, or names such as q_proj; for the experts of a mixture of experts, their
+    parameters' names, such as gate_up_proj.
     """
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            "!('all-linear' in self.targetModules) || size(self.targetModules) == 1",
+            "!has(self.targetModules) || !('all-linear' in self.targetModules) || size(self.targetModules) == 1",
             "method.targetModules: all-linear takes every module already; write it alone, or list names only",
         ),
     )
@@ -137,11 +134,11 @@ class Training(ApiModel):
     """Rows that one process sees in one forward pass. When left out: at most 8, and on GPUs, for causal-lm, at most
     2,048 tokens or one row. Models that normalise over a batch (BatchNorm) do so over these.
     """
-    max_length: Annotated[int, Field(ge=8, le=1_048_576)] = 1024
-    """Tokens of a row; longer rows are cut (causal-lm with packing: split). Images have none."""
-    packing: bool = False
-    """causal-lm: join all rows, separated by the end-of-text token, and cut them into blocks of maxLength. Lines of
-    text files keep their breaks; there the token stands at the end of a file.
+    max_length: Annotated[int, Field(ge=8, le=1_048_576), For("task")] = by_table()
+    """Tokens of a row; longer rows are cut (with packing: split)."""
+    packing: Annotated[bool, For("task")] = by_table()
+    """Join all rows, separated by the end-of-text token, and cut them into blocks of maxLength. Lines of text files
+    keep their breaks; there the token stands at the end of a file.
     """
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the computation. auto: bf16 on a GPU that has it, fp16 on one before Ampere, fp32 on CPU."""
@@ -215,8 +212,21 @@ class Restarts(ApiModel):
     """
 
 
-class FineTuneJobSpec(JobControl):
+METHODS_OF_TASKS = {name: task.methods for name, task in TRAINING_TASKS.items()}
+FORMATS_OF_TASKS = {name: task.formats for name, task in TRAINING_TASKS.items()}
+QUANTIZATIONS_OF_TASKS = {name: task.quantizations for name, task in TRAINING_TASKS.items()}
+QUANTIZATIONS_OF_METHODS = {name: method.quantizations for name, method in METHODS.items()}
+STRATEGIES_OF_METHODS = {name: method.strategies for name, method in METHODS.items()}
+STRATEGIES_OF_QUANTIZATIONS = {name: quantization.strategies for name, quantization in QUANTIZATIONS.items()}
+
+
+class FineTuneJobSpec(JobControl, TabledSpec):
     """What to adapt, to what, how, and where the result goes."""
+
+    tables: ClassVar[Mapping[str, Table]] = {
+        "task": Table(TRAINING_TASKS, selector="task", noun="task"),
+        "method": Table(METHODS, selector="method.type", noun="method"),
+    }
 
     task: FineTuneTask
     """What the model learns to do."""
@@ -227,7 +237,7 @@ class FineTuneJobSpec(JobControl):
     resources: TrainingResources = Field(default_factory=TrainingResources)
     strategy: Strategy = "auto"
     """How processes share the work. auto: one process alone, several by ddp. zero2 and zero3 shard optimiser and
-    weights with DeepSpeed.
+    weights with DeepSpeed; zero3 not with a quantised model.
     """
     workspace: Workspace = Field(default_factory=Workspace)
     volumes: Volumes = Field(default_factory=list)
@@ -250,55 +260,17 @@ class FineTuneJobSpec(JobControl):
             "scheduling",
         ),
         alone_on_its_claim("resources.nodes"),
-        Rule(
-            "!has(self.model.config) || self.method.type == 'full'",
-            "spec.method.type: new weights (spec.model.config) are trained whole; set method.type: full",
-        ),
-        Rule(
-            "self.method.type != 'qlora' || !self.strategy.startsWith('zero3')",
-            "spec.strategy: ZeRO-3 cannot shard a model quantised to 4 bits; use ddp or zero2 with method.type: qlora",
-        ),
-        Rule(
-            "!self.training.packing || self.task == 'causal-lm'",
-            "spec.training.packing: only causal-lm can join rows; remove packing for this task",
-        ),
+        *works_with("task", METHODS_OF_TASKS, "method.type", METHODS),
+        *works_with("task", FORMATS_OF_TASKS, "dataset.?format", get_args(DatasetFormat)),
+        *works_with("task", QUANTIZATIONS_OF_TASKS, "model.?quantization.type", QUANTIZATIONS),
+        *works_with("method.type", QUANTIZATIONS_OF_METHODS, "model.?quantization.type", QUANTIZATIONS),
+        *works_with("method.type", STRATEGIES_OF_METHODS, "strategy", STRATEGIES),
+        *works_with("model.?quantization.type", STRATEGIES_OF_QUANTIZATIONS, "strategy", STRATEGIES),
         Rule(
             "!has(self.training.evalSteps) || has(self.dataset.evalSplit) || has(self.dataset.evalFiles) ||"
             " has(self.dataset.evalFraction)",
             "spec.training.evalSteps: no rows are held out to evaluate on; set dataset.evalSplit, evalFiles or"
             " evalFraction, or remove evalSteps",
-        ),
-        Rule(
-            "!has(self.model.config) || self.task == 'causal-lm'",
-            "spec.model.config: only causal-lm starts from new weights; set model.id, path or job for this task",
-        ),
-        Rule(
-            "!self.model.resizeEmbeddings || self.method.type == 'full'",
-            "spec.model.resizeEmbeddings: an adapter would not hold the new rows, nor would its base; set method.type:"
-            " full, or add the rows in a job of its own and train the adapter on its result (model.job)",
-        ),
-        Rule(
-            f"!self.model.resizeEmbeddings || self.task in {list(TEXTS)}",
-            "spec.model.resizeEmbeddings: the rows of this task hold no text; remove resizeEmbeddings",
-        ),
-        Rule(
-            f"self.method.type != 'qlora' || self.task in {list(LINEAR)}",
-            "spec.method.type: qlora quantises linear layers, and a model of image-classification need not have any;"
-            " use lora or full",
-        ),
-        Rule(
-            f"!self.dataset.parseSpecialTokens || self.task in {list(TEXTS)}",
-            "spec.dataset.parseSpecialTokens: the rows of this task hold no text; remove parseSpecialTokens",
-        ),
-        Rule(
-            f"!self.dataset.mergeLabels || self.task in {list(LABELLED)}",
-            "spec.dataset.mergeLabels: the rows of this task have no labels; remove mergeLabels",
-        ),
-        Rule(
-            "self.task != 'image-classification' || !has(self.dataset.format) || self.dataset.format in ['imagefolder',"
-            " 'parquet']",
-            "spec.dataset.format: images come in folders or in parquet; use imagefolder or parquet for"
-            " image-classification",
         ),
         Rule(
             "self.resources.gpusPerNode > 0 || self.training.precision != 'fp16'",

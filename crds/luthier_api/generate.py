@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
 from luthier_api.base import SET, ApiModel, Format, Rule
+from luthier_api.marks import For, Table, TabledSpec, by_table
 from luthier_api.quantity import Bytes, Cores
 from luthier_api.spec import (
     DatasetSource,
@@ -27,7 +29,7 @@ from luthier_api.spec import (
     immutable,
     train_alone,
 )
-from luthier_api.tasks import GenerateTask
+from luthier_api.tasks import GENERATION_TASKS, GenerateTask
 
 WeightsFile = Annotated[
     str,
@@ -46,7 +48,7 @@ WeightsFile = Annotated[
 class Adapter(ApiModel):
     """A LoRA adapter: exactly one of job, id and path."""
 
-    job: JobName | None = None
+    job: Annotated[JobName | None, For("task", remedy="set id or path")] = None
     """A FineTuneJob of the same namespace."""
     id: Repository | None = None
     """Repository on the Hub."""
@@ -54,9 +56,9 @@ class Adapter(ApiModel):
     """Branch, tag or commit of `id`; `main` when left out. `prepare` resolves it to a commit."""
     path: Path | None = None
     """Folder inside the pods."""
-    file: WeightsFile | None = None
-    """Which `.safetensors` file of the repository or folder is the adapter, for example styles/ink.safetensors
-    (text-to-image). Needed where there are several.
+    file: Annotated[WeightsFile | None, For("task")] = None
+    """Which `.safetensors` file of the repository or folder is the adapter, for example styles/ink.safetensors. Needed
+    where there are several.
     """
     weight: Annotated[float, Field(ge=-10, le=10)] = 1.0
     """How much it counts: 1 as it was trained, 0 not at all, below zero the opposite."""
@@ -76,22 +78,20 @@ class Row(ApiModel):
 
     prompt: Annotated[str, Field(min_length=1, max_length=8192)]
     """What to go on from (text-generation), or what to show (text-to-image)."""
-    negative_prompt: Annotated[str | None, Field(max_length=8192)] = None
-    """What the image should not show (text-to-image). An empty text is none, as an empty cell of a dataset is."""
+    negative_prompt: Annotated[str | None, Field(max_length=8192), For("task")] = None
+    """What the image should not show. An empty text is none, as an empty cell of a dataset is."""
     seed: Seed | None = None
     """Seed of this row; derived from the job's seed and the row's number when left out."""
 
 
 class InputColumns(ApiModel):
-    """Which columns of the inputs play which role. Only the prompt's column must exist."""
+    """Which columns of the dataset play which role. Only the prompt's column must exist."""
 
-    prompt: ShortText = "prompt"
+    prompt: Annotated[ShortText, For("task")] = by_table()
     """The prompt. Text files hold one a line and need no name here."""
-    negative_prompt: ShortText = "negative_prompt"
-    """What the image should not show (text-to-image). Used where there is such a column; a name other than the default
-    must exist.
-    """
-    seed: ShortText = "seed"
+    negative_prompt: Annotated[ShortText, For("task")] = by_table()
+    """What the image should not show. Used where there is such a column; a name other than the default must exist."""
+    seed: Annotated[ShortText, For("task")] = by_table()
     """Seed of the row, a whole number below 2^32. Used where there is such a column; a name other than the default must
     exist.
     """
@@ -117,15 +117,24 @@ class Inputs(ApiModel):
     """Rows written here."""
     dataset: InputData | None = None
     """Rows from files or from the Hub."""
-    columns: InputColumns = Field(default_factory=InputColumns)
+    columns: InputColumns | None = None
+    """Names of the dataset's columns."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(exactly_one("rows", "dataset"), "inputs: set exactly one of rows and dataset"),
         Rule(
-            "!has(self.rows) || !has(self.columns) || !has(self.columns.carry)",
-            "inputs.columns.carry: rows that stand in the job have no other columns; remove it, or set inputs.dataset",
+            "!has(self.rows) || !has(self.columns)",
+            "inputs.columns: rows that stand in the job have no columns to name; remove it, or set inputs.dataset",
         ),
     )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _dataset_has_columns(cls, data: Any, handler: ModelWrapValidatorHandler[Inputs]) -> Inputs:
+        inputs = handler(data)
+        if inputs.dataset and not inputs.columns:
+            return inputs.model_copy(update={"columns": InputColumns()})
+        return inputs
 
 
 class TextSettings(ApiModel):
@@ -136,10 +145,9 @@ class TextSettings(ApiModel):
     temperature: Annotated[float, Field(ge=0, le=10)] = 0.0
     """0: the likeliest token each time. Above: tokens are drawn."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Draw from the likeliest tokens whose probabilities add up to this; 1: from all. Counts with a temperature only.
-    """
+    """Draw from the likeliest tokens whose probabilities add up to this; 1: from all. Needs a temperature."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Draw from the k likeliest tokens; 0: from all. Counts with a temperature only."""
+    """Draw from the k likeliest tokens; 0: from all. Needs a temperature."""
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
     """Tokens that stand in the prompt or the text are made less likely by this factor; 1: none, below 1: likelier."""
     per_prompt: Annotated[int, Field(ge=1, le=1000)] = 1
@@ -149,6 +157,14 @@ class TextSettings(ApiModel):
         Rule(
             "self.perPrompt == 1 || self.temperature > 0.0",
             "text.perPrompt: several texts for a row would be the same without a temperature; set text.temperature",
+        ),
+        Rule(
+            "self.topP == 1.0 || self.temperature > 0.0",
+            "text.topP: without a temperature the likeliest token is taken; set text.temperature, or remove topP",
+        ),
+        Rule(
+            "self.topK == 0 || self.temperature > 0.0",
+            "text.topK: without a temperature the likeliest token is taken; set text.temperature, or remove topK",
         ),
     )
 
@@ -207,8 +223,10 @@ class GenerateResources(ApiModel):
     """Memory request and limit of each shard, for example 24Gi; neither when left out."""
 
 
-class GenerateJobSpec(JobControl):
+class GenerateJobSpec(JobControl, TabledSpec):
     """Which model, over which inputs, how, and where the results go."""
+
+    tables: ClassVar[Mapping[str, Table]] = {"task": Table(GENERATION_TASKS, selector="task", noun="task")}
 
     task: GenerateTask
     """What the model makes: text-generation goes on from prompts, text-to-image draws them (Stable Diffusion XL)."""
@@ -218,10 +236,10 @@ class GenerateJobSpec(JobControl):
     diffusers, kohya and LyCORIS.
     """
     inputs: Inputs
-    text: TextSettings = Field(default_factory=TextSettings)
-    """For text-generation."""
-    image: ImageSettings = Field(default_factory=ImageSettings)
-    """For text-to-image."""
+    text: Annotated[TextSettings, For("task")] = by_table()
+    """How text is generated."""
+    image: Annotated[ImageSettings, For("task")] = by_table()
+    """How images are generated."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of weights and computation. auto: bf16 on a GPU that has it, fp16 on one before Ampere, fp32 on CPU."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 4
@@ -242,9 +260,15 @@ class GenerateJobSpec(JobControl):
     """
 
     @property
+    def settings(self) -> TextSettings | ImageSettings:
+        """The block of the job's task."""
+        settings: TextSettings | ImageSettings = getattr(self, GENERATION_TASKS[self.task].settings)
+        return settings
+
+    @property
     def per_prompt(self) -> int:
         """Outputs of each row."""
-        return self.text.per_prompt if self.task == "text-generation" else self.image.per_prompt
+        return self.settings.per_prompt
 
     rules: ClassVar[tuple[Rule, ...]] = (
         *immutable(
@@ -265,33 +289,13 @@ class GenerateJobSpec(JobControl):
         ),
         alone_on_its_claim("shards"),
         Rule(
-            "!self.model.resizeEmbeddings",
-            "spec.model.resizeEmbeddings: new rows say nothing before they have learnt; remove it, or add them in a"
-            " FineTuneJob",
-        ),
-        Rule(
-            "!has(self.model.config)",
-            "spec.model.config: new weights cannot generate anything; set model.id, path or job",
-        ),
-        Rule(
             "self.resources.gpus > 0 || self.precision != 'fp16'",
             "spec.precision: fp16 needs a GPU; use fp32 or bf16 on CPU",
         ),
         Rule(
-            "!(self.task == 'text-to-image' && has(self.model.job))",
-            "spec.model.job: no FineTuneJob makes a model of text-to-image; set model.id or model.path",
-        ),
-        Rule(
-            "self.task != 'text-to-image' || !has(self.adapters) || !self.adapters.exists(a, has(a.job))",
-            "spec.adapters.job: no FineTuneJob makes an adapter of text-to-image; set id or path",
-        ),
-        Rule(
-            "self.task == 'text-to-image' || !has(self.adapters) || !self.adapters.exists(a, has(a.file))",
-            "spec.adapters.file: only adapters of text-to-image are chosen by file; remove it",
-        ),
-        Rule(
-            "self.task == 'text-to-image' || !has(self.inputs.rows) || !self.inputs.rows.exists(r,"
-            " has(r.negativePrompt))",
-            "spec.inputs.rows.negativePrompt: only text-to-image has negative prompts; remove them",
+            "!has(self.inputs.rows) || !has(self.image) || self.image.guidance > 1.0 ||"
+            " !self.inputs.rows.exists(row, has(row.negativePrompt))",
+            "spec.inputs.rows.negativePrompt: has no effect with image.guidance up to 1; remove it, or set guidance"
+            " above 1",
         ),
     )

@@ -9,10 +9,11 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from luthier_api import API_VERSION
-from luthier_api.base import ApiModel, Rule
+from luthier_api.base import ApiModel, Rule, model_in
 from luthier_api.conditions import ConditionType
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.generate import GenerateJobSpec
+from luthier_api.marks import TabledSpec
 from luthier_api.status import JobStatus
 
 
@@ -105,6 +106,14 @@ class KindInfo:
     done: ConditionType
     """The condition that says that `run` has ended well."""
     columns: tuple[Column, ...]
+
+    @property
+    def spec(self) -> type[TabledSpec]:
+        """The type of the kind's spec."""
+        spec = model_in(self.model.model_fields["spec"].annotation)
+        assert spec is not None
+        assert issubclass(spec, TabledSpec)
+        return spec
 
 
 SHAPE = Column("Nodes×GPUs", ".status.shape")

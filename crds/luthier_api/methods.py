@@ -58,23 +58,30 @@ class MethodInfo:
     """The type in which the frozen model rests unless `model.quantization` says so: part of the method's name."""
     strategies: tuple[Strategy, ...] = STRATEGIES
     """Those that the method works with. A quantisation may allow fewer."""
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    """Path in the spec → default, of the fields that belong to it; None: no default. Other methods refuse them."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Path in the spec → default, of the other fields that belong to it; None: no default."""
+
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        """Path in the spec → default, of all fields that belong to the method. Other methods refuse them."""
+        if not self.quantizations:
+            return self.options
+        default = {"type": self.quantization} if self.quantization else None
+        return {**self.options, "model.quantization": default}
 
 
-LORA_FIELDS = {
+LORA_OPTIONS = {
     "method.rank": 16,
     "method.alpha": 32,
     "method.dropout": 0.0,
     "method.targetModules": ["all-linear"],
-    "model.quantization": None,
 }
 
 METHODS: Mapping[MethodType, MethodInfo] = {
     "full": MethodInfo(
         title="full fine-tuning",
         adapter=False,
-        fields={"model.config": None, "model.resizeEmbeddings": False},
+        options={"model.config": None, "model.resizeEmbeddings": False},
     ),
     "lora": MethodInfo(
         title="LoRA",
@@ -82,7 +89,7 @@ METHODS: Mapping[MethodType, MethodInfo] = {
         mergeable=True,
         weighted=True,
         quantizations=("nf4", "fp4", "int8"),
-        fields=LORA_FIELDS,
+        options=LORA_OPTIONS,
     ),
     "qlora": MethodInfo(
         title="QLoRA",
@@ -91,6 +98,7 @@ METHODS: Mapping[MethodType, MethodInfo] = {
         weighted=True,
         quantizations=("nf4",),
         quantization="nf4",
-        fields=LORA_FIELDS,
+        strategies=UNSHARDED,
+        options=LORA_OPTIONS,
     ),
 }

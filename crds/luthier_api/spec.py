@@ -9,6 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from luthier_api.base import ApiModel, Format, Rule, map_by
+from luthier_api.marks import For, by_table
+from luthier_api.methods import QuantizationType
 from luthier_api.quantity import Bytes
 from luthier_api.tasks import DatasetFormat
 
@@ -135,6 +137,20 @@ class NewModel(ApiModel):
     """Arguments of the architecture's transformers configuration, for example hidden_size: 256."""
 
 
+class Quantization(ApiModel):
+    """The type in which frozen weights rest."""
+
+    type: QuantizationType
+    """nf4, fp4: 4 bits, for weights that are normally distributed, or not; int8: 8 bits, as LLM.int8 does it."""
+
+
+NEW_WEIGHTS = "new weights are trained whole: set method.type: full"
+NEW_ROWS = (
+    "an adapter would not hold the new rows, nor would its base: set method.type: full, or add the rows in a job of its"
+    " own and train the adapter on its result (model.job)"
+)
+
+
 class ModelSource(ApiModel):
     """Where the model comes from: exactly one of id, path, job and config."""
 
@@ -144,14 +160,18 @@ class ModelSource(ApiModel):
     """Branch, tag or commit of `id`; `main` when left out. `prepare` resolves it to a commit."""
     path: Path | None = None
     """Folder inside the pods, for example on one of `volumes`."""
-    job: JobName | None = None
+    job: Annotated[JobName | None, For("task", remedy="set model.id or model.path")] = None
     """A FineTuneJob of the same namespace, whose result is the model. An adapter is merged into its base."""
-    config: NewModel | None = None
+    config: Annotated[NewModel | None, For("task"), For("method", remedy=NEW_WEIGHTS)] = None
     """Start from new weights."""
-    resize_embeddings: bool = False
+    quantization: Annotated[Quantization | None, For("task"), For("method")] = by_table()
+    """Hold the frozen weights of the model's linear layers in a smaller type. The adapter's base stays the model as it
+    was published.
+    """
+    resize_embeddings: Annotated[bool, For("task"), For("method", remedy=NEW_ROWS)] = by_table()
     """Give each token of the tokenizer that has no row in the model's embedding a new one. The new rows are drawn
-    around the mean of the others by the training's seed, and learn. For FineTuneJobs over texts, with method.type:
-    full; `prepare` holds the whole model in memory meanwhile. When left out, such a tokenizer is refused.
+    around the mean of the others by the training's seed, and learn; `prepare` holds the whole model in memory
+    meanwhile. Otherwise such a tokenizer is refused.
     """
 
     rules: ClassVar[tuple[Rule, ...]] = (
@@ -161,7 +181,7 @@ class ModelSource(ApiModel):
             "model.revision: only a model of the Hub has revisions; set model.id or remove it",
         ),
         Rule(
-            "!has(self.config) || !self.resizeEmbeddings",
+            "!has(self.config) || !has(self.resizeEmbeddings) || !self.resizeEmbeddings",
             "model.resizeEmbeddings: a model from model.config has a row for each token; remove resizeEmbeddings",
         ),
     )

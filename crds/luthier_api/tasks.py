@@ -34,7 +34,7 @@ class TaskMetric:
 class TrainingTask:
     """What a FineTuneJob of the task reads, and how it may learn."""
 
-    columns: Mapping[str, str]
+    columns: dict[str, str]
     """Roles in `dataset.columns` that each row must have → the column's name unless the job gives another."""
     formats: tuple[DatasetFormat, ...]
     """Formats of files that can hold such rows."""
@@ -42,7 +42,7 @@ class TrainingTask:
     """Methods that suit the models of the task."""
     metrics: tuple[TaskMetric, ...]
     """What an evaluation tells beside the loss."""
-    optional_columns: Mapping[str, str] = field(default_factory=dict)
+    optional_columns: dict[str, str] = field(default_factory=dict)
     """The same as `columns` for roles that rows need not have."""
     quantizations: tuple[QuantizationType, ...] = ()
     """Types in which a frozen model of the task may rest. bitsandbytes quantises linear layers alone, and a model that
@@ -50,16 +50,16 @@ class TrainingTask:
     """
     settings: str | None = None
     """The block of the spec that belongs to the task."""
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     """Path in the spec → default, of the other fields that belong to the task; None: no default."""
 
     @property
-    def fields(self) -> Mapping[str, Any]:
+    def fields(self) -> dict[str, Any]:
         """Path in the spec → default, of all fields that belong to the task. Other tasks refuse them."""
-        columns = {f"dataset.columns.{role}": name for role, name in {**self.columns, **self.optional_columns}.items()}
+        columns = {f"dataset.columns.{role}": name for role, name in (self.columns | self.optional_columns).items()}
         quantization = {"model.quantization": None} if self.quantizations else {}
         settings: dict[str, Any] = {self.settings: {}} if self.settings else {}
-        return {**columns, **quantization, **settings, **self.options}
+        return columns | quantization | settings | self.options
 
     @property
     def packing(self) -> bool:
@@ -76,25 +76,20 @@ class TrainingTask:
 class GenerationTask:
     """What a GenerateJob of the task reads, and where its settings stand."""
 
-    columns: Mapping[str, str]
+    columns: dict[str, str]
     """Roles in `inputs.columns` that each row must have → the column's name unless the job gives another."""
-    optional_columns: Mapping[str, str]
+    optional_columns: dict[str, str]
     """The same for roles that rows need not have."""
     settings: str
     """The block of the spec that belongs to the task."""
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     """Path in the spec → default, of the other fields that belong to the task; None: no default."""
 
     @property
-    def fields(self) -> Mapping[str, Any]:
+    def fields(self) -> dict[str, Any]:
         """Path in the spec → default, of all fields that belong to the task. Other tasks refuse them."""
-        columns = {**self.columns, **self.optional_columns}
-        return {
-            **{f"inputs.columns.{role}": name for role, name in columns.items()},
-            **{f"inputs.rows[].{role}": None for role in columns},
-            self.settings: {},
-            **self.options,
-        }
+        columns = self.columns | self.optional_columns
+        return {f"inputs.columns.{role}": name for role, name in columns.items()} | {self.settings: {}} | self.options
 
 
 @dataclass(frozen=True)
@@ -121,13 +116,15 @@ TEXT_FORMATS: tuple[DatasetFormat, ...] = ("csv", "json", "jsonl", "parquet", "t
 TABLE_FORMATS: tuple[DatasetFormat, ...] = ("csv", "json", "jsonl", "parquet")
 IMAGE_FORMATS: tuple[DatasetFormat, ...] = ("imagefolder", "parquet")
 
-TEXT_OPTIONS = {
+RESULT_OPTIONS: dict[str, Any] = {"model.job": None}
+"""Fields of the tasks that can work with the result of a FineTuneJob as their model."""
+TEXT_OPTIONS: dict[str, Any] = RESULT_OPTIONS | {
     "training.maxLength": 1024,
     "dataset.parseSpecialTokens": False,
     "model.resizeEmbeddings": False,
 }
 """Fields of the tasks whose rows hold text."""
-LABEL_OPTIONS = {"dataset.mergeLabels": False}
+LABEL_OPTIONS: dict[str, Any] = {"dataset.mergeLabels": False}
 """Fields of the tasks whose rows have a class each."""
 
 LABEL_METRICS = (
@@ -147,7 +144,7 @@ TASKS: Mapping[str, TaskInfo] = {
             formats=TEXT_FORMATS,
             methods=("full", "lora", "qlora"),
             quantizations=("nf4", "fp4", "int8"),
-            options={**TEXT_OPTIONS, "training.packing": False, "model.config": None},
+            options=TEXT_OPTIONS | {"training.packing": False, "model.config": None},
             metrics=(TaskMetric("perplexity", "Perplexity"),),
         ),
     ),
@@ -162,7 +159,7 @@ TASKS: Mapping[str, TaskInfo] = {
             formats=TABLE_FORMATS,
             methods=("full", "lora", "qlora"),
             quantizations=("nf4", "fp4", "int8"),
-            options={**TEXT_OPTIONS, **LABEL_OPTIONS},
+            options=TEXT_OPTIONS | LABEL_OPTIONS,
             metrics=LABEL_METRICS,
         ),
     ),
@@ -175,7 +172,7 @@ TASKS: Mapping[str, TaskInfo] = {
             columns={"image": "image", "label": "label"},
             formats=IMAGE_FORMATS,
             methods=("full", "lora"),
-            options=LABEL_OPTIONS,
+            options=RESULT_OPTIONS | LABEL_OPTIONS,
             metrics=LABEL_METRICS,
         ),
     ),
@@ -188,7 +185,7 @@ TASKS: Mapping[str, TaskInfo] = {
             columns={"prompt": "prompt"},
             optional_columns={"seed": "seed"},
             settings="text",
-            options={"model.job": None, "adapters[].job": None},
+            options=RESULT_OPTIONS | {"adapters[].job": None},
         ),
     ),
     "text-to-image": TaskInfo(
@@ -198,7 +195,7 @@ TASKS: Mapping[str, TaskInfo] = {
             columns={"prompt": "prompt"},
             optional_columns={"negativePrompt": "negative_prompt", "seed": "seed"},
             settings="image",
-            options={"adapters[].file": None},
+            options={"adapters[].file": None, "inputs.rows[].negativePrompt": None},
         ),
     ),
 }
@@ -211,11 +208,11 @@ GENERATION_TASKS: Mapping[str, GenerationTask] = {
 """The generation halves of the rows that have one."""
 
 
-def training_tasks(suits: Callable[[TaskInfo], bool]) -> tuple[str, ...]:
-    """Names of the tasks of a FineTuneJob whose row `suits`."""
-    return tuple(name for name in TRAINING_TASKS if suits(TASKS[name]))
+def training_tasks(suits: Callable[[TrainingTask], bool]) -> tuple[str, ...]:
+    """Names of the tasks of a FineTuneJob whose training half `suits`."""
+    return tuple(name for name, task in TRAINING_TASKS.items() if suits(task))
 
 
-def generation_tasks(suits: Callable[[TaskInfo], bool]) -> tuple[str, ...]:
-    """Names of the tasks of a GenerateJob whose row `suits`."""
-    return tuple(name for name in GENERATION_TASKS if suits(TASKS[name]))
+def generation_tasks(suits: Callable[[GenerationTask], bool]) -> tuple[str, ...]:
+    """Names of the tasks of a GenerateJob whose generation half `suits`."""
+    return tuple(name for name, task in GENERATION_TASKS.items() if suits(task))

@@ -10,6 +10,7 @@ import cel
 
 from luthier_api.base import ApiModel
 from luthier_api.kinds import FineTuneJob, GenerateJob, kind_of
+from luthier_api.marks import rules_of
 from luthier_api.problems import InvalidDocument, parse
 
 
@@ -53,7 +54,7 @@ def _with_path(path: str, message: str) -> str:
 def broken_rules(model: ApiModel, path: str = "") -> Iterator[tuple[str, str]]:
     """(path, message) of each rule that does not hold in `model` or below it. Rules on updates are not looked at."""
     data = model.dump()
-    for rule in type(model).rules:
+    for rule in rules_of(type(model)):
         if not rule.transition and cel.evaluate(rule.cel, {"self": data}) is not True:
             yield path, rule.message
     for name, field in type(model).model_fields.items():

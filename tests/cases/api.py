@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from luthier_api.base import ApiModel, Rule
+from luthier_api.base import ApiModel, Rule, model_in
 from luthier_api.crd import crd
 from luthier_api.kinds import KINDS
+from luthier_api.marks import rules_of
 
 Document = dict[str, Any]
 
@@ -55,7 +56,7 @@ def changed(base: Document, change: Change) -> Document:
         if value is None:
             node.pop(last, None)
         else:
-            node[last] = value
+            node[last] = copy.deepcopy(value)
     return document
 
 
@@ -64,7 +65,7 @@ def all_rules() -> Iterator[Rule]:
     seen: set[Rule] = set()
     for info in KINDS.values():
         for model in _models(info.model):
-            for rule in model.rules:
+            for rule in rules_of(model):
                 if rule not in seen:
                     seen.add(rule)
                     yield rule
@@ -87,6 +88,22 @@ def schemas(kind: str, part: str = "spec") -> Iterator[tuple[str, Document]]:
     return walk(part, drawn["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"][part])
 
 
+def stored(document: Document) -> Document:
+    """`document` as the API server keeps it: with the defaults that stand in the CRD."""
+
+    def fill(value: Any, schema: Document) -> Any:
+        if isinstance(value, dict) and "properties" in schema:
+            defaults = {name: below["default"] for name, below in schema["properties"].items() if "default" in below}
+            whole = copy.deepcopy(defaults) | value
+            return {name: fill(below, schema["properties"].get(name, {})) for name, below in whole.items()}
+        if isinstance(value, list) and "items" in schema:
+            return [fill(item, schema["items"]) for item in value]
+        return value
+
+    _, schema = next(schemas(document["kind"]))
+    return document | {"spec": fill(document["spec"], schema)}
+
+
 @cache
 def words() -> dict[str, str]:
     """Path of each field with a format → what its message says, over both kinds."""
@@ -100,12 +117,10 @@ def words() -> dict[str, str]:
 
 
 def _models(model: type[ApiModel]) -> Iterator[type[ApiModel]]:
-    from luthier_api.base import model_in
-
     yield model
     for info in model.model_fields.values():
         below = model_in(info.annotation)
-        if below is not None and issubclass(below, ApiModel):
+        if below is not None:
             yield from _models(below)
 
 
@@ -114,7 +129,176 @@ def mounted(*paths: str) -> Change:
 
 
 SECRET = {"name": "hf", "key": "token"}
+NEGATIVE = [{"prompt": "a lute"}, {"prompt": "a harp", "negativePrompt": "strings"}]
+FULL, LORA, QLORA = ({"spec.method": {"type": method}} for method in ("full", "lora", "qlora"))
+CAUSAL, TEXTS, IMAGES = ({"spec.task": task} for task in ("causal-lm", "text-classification", "image-classification"))
+PICTURES = {"spec.task": "text-to-image"}
+
+
+def quantised(type: str) -> Change:
+    return {"spec.model.quantization": {"type": type}}
+
+
+# What is drawn from the tables of tasks, methods and quantisations: the fields that belong to some rows only ...
+MARKS: list[Case] = [
+    *(
+        Case(f"spec.method.{field}: applies to lora, qlora;", FULL | change, method | change)
+        for method in (LORA, QLORA)
+        for field, change in {
+            "rank": {"spec.method.rank": 4},
+            "alpha": {"spec.method.alpha": 4},
+            "dropout": {"spec.method.dropout": 0.1},
+            "targetModules": {"spec.method.targetModules": ["q_proj"]},
+        }.items()
+    ),
+    *(
+        Case(f"spec.{field}: applies to causal-lm, text-classification;", IMAGES | change, task | change)
+        for task in (CAUSAL, TEXTS)
+        for field, change in {
+            "training.maxLength": {"spec.training.maxLength": 64},
+            "dataset.parseSpecialTokens": {"spec.dataset.parseSpecialTokens": True},
+            "dataset.columns.text": {"spec.dataset.columns": {"text": "body"}},
+            "model.quantization": quantised("int8"),
+            "model.resizeEmbeddings": FULL | {"spec.model.resizeEmbeddings": True},
+        }.items()
+    ),
+    *(
+        Case(f"spec.{field}: applies to text-classification, image-classification;", CAUSAL | change, task | change)
+        for task in (TEXTS, IMAGES)
+        for field, change in {
+            "dataset.mergeLabels": {"spec.dataset.mergeLabels": True},
+            "dataset.columns.label": {"spec.dataset.columns": {"label": "intent"}},
+        }.items()
+    ),
+    *(
+        Case("spec.dataset.columns.image: applies to image-classification;", task | change, IMAGES | change)
+        for task in (CAUSAL, TEXTS)
+        for change in [{"spec.dataset.columns": {"image": "photo"}}]
+    ),
+    *(
+        Case(f"spec.{field}: applies to causal-lm;", task | change, CAUSAL | change)
+        for task in (TEXTS, IMAGES)
+        for field, change in {
+            "training.packing": {"spec.training.packing": True},
+            "model.config": FULL | {"spec.model": {"config": {"modelType": "llama"}}},
+        }.items()
+    ),
+    *(
+        Case("spec.training.packing: applies to causal-lm;", IMAGES | {"spec.training.packing": off}, IMAGES)
+        for off in (True, False)
+    ),
+    Case(
+        "spec.model.quantization: applies to lora, qlora;",
+        FULL | quantised("nf4"),
+        LORA | quantised("nf4"),
+    ),
+    *(
+        Case(
+            "spec.model.config: applies to full; new weights are trained whole",
+            adapters | {"spec.model": {"config": {"modelType": "llama"}}},
+            FULL | {"spec.model": {"config": {"modelType": "llama"}}},
+        )
+        for adapters in ({}, LORA, QLORA)
+    ),
+    *(
+        Case(
+            "spec.model.resizeEmbeddings: applies to full; an adapter would not hold the new rows",
+            adapters | {"spec.model.resizeEmbeddings": True},
+            FULL | {"spec.model.resizeEmbeddings": True},
+        )
+        for adapters in ({}, LORA)
+    ),
+    Case("spec.text: applies to text-generation;", PICTURES | {"spec.text": {}}, {"spec.text": {}}, GENERATE),
+    Case("spec.image: applies to text-to-image;", {"spec.image": {}}, PICTURES | {"spec.image": {}}, GENERATE),
+    Case(
+        "spec.model.job: applies to text-generation; set model.id or model.path",
+        PICTURES | {"spec.model": {"job": "tune"}},
+        {"spec.model": {"job": "tune"}},
+        GENERATE,
+    ),
+    Case(
+        "spec.adapters.job: applies to text-generation; set id or path",
+        PICTURES | {"spec.adapters": [{"id": "org/a"}, {"job": "tune"}]},
+        PICTURES | {"spec.adapters": [{"id": "org/a"}, {"path": "/a"}]},
+        GENERATE,
+    ),
+    Case(
+        "spec.adapters.file: applies to text-to-image;",
+        {"spec.adapters": [{"path": "/a", "file": "a.safetensors"}]},
+        PICTURES | {"spec.adapters": [{"path": "/a", "file": "a.safetensors"}]},
+        GENERATE,
+    ),
+    Case(
+        "spec.inputs.rows.negativePrompt: applies to text-to-image;",
+        {"spec.inputs.rows": NEGATIVE},
+        PICTURES | {"spec.inputs.rows": NEGATIVE},
+        GENERATE,
+    ),
+    Case(
+        "spec.inputs.columns.negativePrompt: applies to text-to-image;",
+        {"spec.inputs": {"dataset": {"files": ["/p.csv"]}, "columns": {"negativePrompt": "no"}}},
+        PICTURES | {"spec.inputs": {"dataset": {"files": ["/p.csv"]}, "columns": {"negativePrompt": "no"}}},
+        GENERATE,
+    ),
+    *(
+        Case(f"spec.model.{field}: does not apply to a GenerateJob; remove it", change, {}, GENERATE)
+        for field, change in {
+            "resizeEmbeddings": {"spec.model.resizeEmbeddings": True},
+            "config": {"spec.model": {"config": {"modelType": "llama"}}},
+            "quantization": quantised("int8"),
+        }.items()
+    ),
+]
+# ... and the values that suit some rows only.
+CHOICES: list[Case] = [
+    *(
+        Case(
+            "spec.method.type: image-classification works with full, lora; choose one of these, or another task",
+            IMAGES | QLORA,
+            accepted,
+        )
+        for accepted in (IMAGES | LORA, IMAGES | FULL, TEXTS | QLORA, CAUSAL | QLORA)
+    ),
+    *(
+        Case(
+            f"spec.dataset.format: {task['spec.task']} works with {formats}; choose one of these, or another task",
+            task | {"spec.dataset.format": refused},
+            task | {"spec.dataset.format": accepted},
+        )
+        for task, formats, refused, accepted in [
+            (IMAGES, "imagefolder, parquet", "csv", "imagefolder"),
+            (IMAGES, "imagefolder, parquet", "text", "parquet"),
+            (CAUSAL, "csv, json, jsonl, parquet, text", "imagefolder", "text"),
+            (TEXTS, "csv, json, jsonl, parquet", "text", "jsonl"),
+            (TEXTS, "csv, json, jsonl, parquet", "imagefolder", "csv"),
+        ]
+    ),
+    *(
+        Case(
+            "spec.model.quantization.type: qlora works with nf4; choose that, or another method.type",
+            QLORA | quantised(refused),
+            accepted,
+        )
+        for refused, accepted in [("int8", QLORA | quantised("nf4")), ("fp4", LORA | quantised("fp4"))]
+    ),
+    *(
+        Case(
+            f"spec.strategy: {name} works with auto, ddp, zero2, zero2-offload; choose one of these",
+            change | {"spec.strategy": refused},
+            change | {"spec.strategy": accepted},
+        )
+        for refused, accepted in [("zero3", "zero2"), ("zero3-offload", "zero2-offload")]
+        for name, change in {
+            "qlora": QLORA,
+            "nf4": LORA | quantised("nf4"),
+            "fp4": LORA | quantised("fp4"),
+            "int8": LORA | quantised("int8"),
+        }.items()
+    ),
+]
 CASES: list[Case] = [
+    *MARKS,
+    *CHOICES,
     # names
     Case("metadata.name: at most 40 characters", {"metadata.name": "a" * 41}, {"metadata.name": "a" * 40}),
     Case("metadata.name: lower-case letters", {"metadata.name": "a.b"}, {"metadata.name": "a-b"}),
@@ -254,29 +438,9 @@ CASES: list[Case] = [
         {"spec.resources": {"gpusPerNode": 0, "processesPerNode": 2}},
     ),
     Case(
-        "spec.method.type: new weights",
-        {"spec.model": {"config": {"modelType": "llama"}}},
-        {"spec.model": {"config": {"modelType": "llama"}}, "spec.method": {"type": "full"}},
-    ),
-    Case(
         "method.targetModules:",
         {"spec.method.targetModules": ["all-linear", "q_proj"]},
         {"spec.method.targetModules": ["q_proj", "v_proj"]},
-    ),
-    Case(
-        "spec.strategy: ZeRO-3",
-        {"spec.method": {"type": "qlora"}, "spec.strategy": "zero3"},
-        {"spec.method": {"type": "qlora"}, "spec.strategy": "zero2"},
-    ),
-    Case(
-        "spec.dataset.parseSpecialTokens:",
-        {"spec.task": "image-classification", "spec.dataset.parseSpecialTokens": True},
-        {"spec.task": "text-classification", "spec.dataset.parseSpecialTokens": True},
-    ),
-    Case(
-        "spec.training.packing:",
-        {"spec.task": "text-classification", "spec.training": {"packing": True}},
-        {"spec.training": {"packing": True}},
     ),
     Case(
         "training.warmupSteps: schedule",
@@ -304,65 +468,6 @@ CASES: list[Case] = [
         "model.resizeEmbeddings: a model from",
         {"spec.model": {"config": {"modelType": "llama"}, "resizeEmbeddings": True}, "spec.method": {"type": "full"}},
         {"spec.model": {"config": {"modelType": "llama"}}, "spec.method": {"type": "full"}},
-    ),
-    Case(
-        "spec.model.resizeEmbeddings: an adapter",
-        {"spec.model": {"path": "/m", "resizeEmbeddings": True}, "spec.method": {"type": "lora"}},
-        {"spec.model": {"path": "/m", "resizeEmbeddings": True}, "spec.method": {"type": "full"}},
-    ),
-    Case(
-        "spec.model.resizeEmbeddings: the rows of this task",
-        {
-            "spec.task": "image-classification",
-            "spec.model": {"path": "/m", "resizeEmbeddings": True},
-            "spec.method": {"type": "full"},
-        },
-        {
-            "spec.task": "text-classification",
-            "spec.model": {"path": "/m", "resizeEmbeddings": True},
-            "spec.method": {"type": "full"},
-        },
-    ),
-    *(
-        Case(
-            "spec.model.config: only causal-lm",
-            {"spec.task": task, "spec.model": {"config": {"modelType": "bert"}}, "spec.method": {"type": "full"}},
-            {"spec.task": task, "spec.model": {"path": "/m"}, "spec.method": {"type": "full"}},
-        )
-        for task in ("text-classification", "image-classification")
-    ),
-    *(
-        Case(
-            "spec.method.type: qlora quantises linear layers",
-            {"spec.task": "image-classification", "spec.method": {"type": "qlora"}},
-            accepted,
-        )
-        for accepted in [
-            {"spec.task": "image-classification", "spec.method": {"type": "lora"}},
-            {"spec.task": "image-classification", "spec.method": {"type": "full"}},
-            {"spec.task": "text-classification", "spec.method": {"type": "qlora"}},
-            {"spec.task": "causal-lm", "spec.method": {"type": "qlora"}},
-        ]
-    ),
-    *(
-        Case(
-            "spec.dataset.mergeLabels:",
-            {"spec.dataset.mergeLabels": True},
-            {"spec.task": task, "spec.dataset.mergeLabels": True},
-        )
-        for task in ("text-classification", "image-classification")
-    ),
-    *(
-        Case(
-            "spec.dataset.format: images come",
-            {"spec.task": "image-classification", "spec.dataset.format": refused},
-            {"spec.task": task, "spec.dataset.format": accepted},
-        )
-        for refused, task, accepted in [
-            ("csv", "image-classification", "imagefolder"),
-            ("text", "image-classification", "parquet"),
-            ("jsonl", "causal-lm", "jsonl"),
-        ]
     ),
     Case(
         "spec.training.precision:",
@@ -402,33 +507,9 @@ CASES: list[Case] = [
         GENERATE,
     ),
     Case(
-        "spec.model.resizeEmbeddings: new rows",
-        {"spec.model": {"path": "/m", "resizeEmbeddings": True}},
-        {"spec.model": {"path": "/m"}},
-        GENERATE,
-    ),
-    Case(
-        "spec.model.config: new weights cannot",
-        {"spec.model": {"config": {"modelType": "llama"}}},
-        {"spec.model": {"path": "/m"}},
-        GENERATE,
-    ),
-    Case(
         "spec.precision:",
         {"spec.resources": {"gpus": 0}, "spec.precision": "fp16"},
         {"spec.precision": "fp16"},
-        GENERATE,
-    ),
-    Case(
-        "spec.model.job:",
-        {"spec.task": "text-to-image", "spec.model": {"job": "tune"}},
-        {"spec.model": {"job": "tune"}},
-        GENERATE,
-    ),
-    Case(
-        "spec.adapters.job:",
-        {"spec.task": "text-to-image", "spec.adapters": [{"id": "org/a"}, {"job": "tune"}]},
-        {"spec.task": "text-to-image", "spec.adapters": [{"id": "org/a"}, {"path": "/a"}]},
         GENERATE,
     ),
     Case(
@@ -438,21 +519,27 @@ CASES: list[Case] = [
         GENERATE,
     ),
     Case(
-        "spec.adapters.file:",
-        {"spec.adapters": [{"path": "/a", "file": "a.safetensors"}]},
-        {"spec.task": "text-to-image", "spec.adapters": [{"path": "/a", "file": "a.safetensors"}]},
-        GENERATE,
-    ),
-    Case(
-        "inputs.columns.carry:",
-        {"spec.inputs": {"rows": [{"prompt": "a"}], "columns": {"carry": ["id"]}}},
+        "inputs.columns: rows that stand",
+        {"spec.inputs": {"rows": [{"prompt": "a"}], "columns": {}}},
         {"spec.inputs": {"dataset": {"files": ["/p.jsonl"]}, "columns": {"carry": ["id"]}}},
         GENERATE,
     ),
     Case(
-        "spec.inputs.rows.negativePrompt:",
-        {"spec.inputs.rows": [{"prompt": "a"}, {"prompt": "b", "negativePrompt": "c"}]},
-        {"spec.task": "text-to-image", "spec.inputs.rows": [{"prompt": "b", "negativePrompt": "c"}]},
+        "text.topP:",
+        {"spec.text": {"topP": 0.9}},
+        {"spec.text": {"topP": 0.9, "temperature": 0.7}},
+        GENERATE,
+    ),
+    Case(
+        "text.topK:",
+        {"spec.text": {"topK": 40}},
+        {"spec.text": {"topK": 40, "temperature": 0.7}},
+        GENERATE,
+    ),
+    Case(
+        "spec.inputs.rows.negativePrompt: has no effect",
+        {"spec.task": "text-to-image", "spec.inputs.rows": NEGATIVE, "spec.image": {"guidance": 1}},
+        {"spec.task": "text-to-image", "spec.inputs.rows": NEGATIVE},
         GENERATE,
     ),
 ]

@@ -34,16 +34,14 @@ def generate(name: str, **spec: Any) -> Object:
     }
 
 
+def course(**values: Any) -> dict[str, Any]:
+    """Training settings that any task has."""
+    return {"maxSteps": 30, "batchSize": 8, "logSteps": 2, "saveSteps": 10, "learningRate": 0.002} | values
+
+
 def training(**values: Any) -> dict[str, Any]:
-    return {
-        "maxSteps": 30,
-        "batchSize": 8,
-        "maxLength": 64,
-        "packing": True,
-        "logSteps": 2,
-        "saveSteps": 10,
-        "learningRate": 0.002,
-    } | values
+    """Those of causal-lm, which packs its rows."""
+    return course(maxLength=64, packing=True, **values)
 
 
 LLAMA = {
@@ -86,7 +84,7 @@ CLASSIFIER = fine_tune(
     model={"path": "/data/encoder"},
     dataset={"files": ["/data/packages.jsonl"], "evalFiles": ["/data/packages-test.jsonl"]},
     method={"type": "lora", "rank": 16},
-    training=training(maxSteps=60, packing=False, batchSize=16, learningRate=0.001, maxLength=96),
+    training=course(maxSteps=60, batchSize=16, learningRate=0.001, maxLength=96),
 )
 READER = fine_tune(
     "reader",
@@ -94,7 +92,7 @@ READER = fine_tune(
     model={"path": "/data/vit"},
     dataset={"files": ["/data/digits"], "format": "imagefolder", "evalFraction": 0.2},
     method={"type": "full"},
-    training=training(maxSteps=100, packing=False, batchSize=32, learningRate=0.003),
+    training=course(maxSteps=100, batchSize=32, learningRate=0.003),
     resources=CPU | {"nodes": 2},
 )
 TEXT = generate(

@@ -28,13 +28,15 @@ from cases.api import (
     changed,
     schemas,
     specified,
+    stored,
     words,
 )
 
 from luthier_api import crd, drawn, metrics
 from luthier_api.base import Rule
 from luthier_api.exitcodes import ExitCode, Retry
-from luthier_api.kinds import FineTuneJob, GenerateJob, parse_job
+from luthier_api.kinds import KINDS, FineTuneJob, GenerateJob, JobKind, parse_job
+from luthier_api.marks import marked_fields, rules_of
 from luthier_api.metrics import (
     POD_METRICS,
     checkpoint_step,
@@ -89,9 +91,9 @@ def test_every_field_with_a_format_has_texts() -> None:
 
 def broken_by_update(before: Document, after: Document) -> list[str]:
     """What the API server would say, as far as the spec's own rules go."""
-    old, new = (parse_job(d).spec for d in (before, after))
-    values = {"self": new.dump(), "oldSelf": old.dump()}
-    return [r.message for r in type(new).rules if r.transition and cel.evaluate(r.cel, values) is not True]
+    rules = rules_of(KINDS[JobKind(after["kind"])].spec)
+    values = {"self": stored(after)["spec"], "oldSelf": stored(before)["spec"]}
+    return [rule.message for rule in rules if rule.transition and cel.evaluate(rule.cel, values) is not True]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def test_each_field_either_may_change_or_never_does(base: Document) -> None:
     live, fixed = {path.removeprefix("spec.") for path in LIVE[base["kind"]]}, {f for f, b, _ in FIXED if b is base}
     assert live & fixed == set()
     assert live | fixed == {f.alias or n for n, f in type(parse_job(base).spec).model_fields.items()}
-    told = {r.message.split()[0].removeprefix("spec.") for r in type(parse_job(base).spec).rules if r.transition}
+    told = {r.message.split()[0].removeprefix("spec.") for r in rules_of(type(parse_job(base).spec)) if r.transition}
     assert fixed == told
 
 
@@ -243,27 +245,25 @@ def test_all_problems_are_reported_at_once() -> None:
     assert len(refused.value.problems) == 3
 
 
-def test_defaults_are_those_of_the_crd() -> None:
-    """The API server fills in what the schema says; pydantic must fill in the same."""
-    schemas = {
-        kind.value: crd.crd(kind, info)["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
-        for kind, info in crd.KINDS.items()
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """Path → value, of all that is no object."""
+    if not isinstance(value, dict):
+        return {path: value}
+    return {
+        at: leaf for name, below in value.items() for at, leaf in leaves(below, f"{path}.{name}".strip(".")).items()
     }
 
-    def fill(value: object, schema: Document) -> object:
-        if isinstance(value, dict) and "properties" in schema:
-            for name, below in schema["properties"].items():
-                if name not in value and "default" in below:
-                    value[name] = below["default"]
-                if name in value:
-                    value[name] = fill(value[name], below)
-        elif isinstance(value, list):
-            return [fill(v, schema["items"]) for v in value]
-        return value
 
-    for document in (tune(), make()):
-        filled = fill(dict(document["spec"]), schemas[document["kind"]])
-        assert filled == {k: v for k, v in parse_job(document).spec.dump().items() if v != []}
+@pytest.mark.parametrize("document", [FINE_TUNE, GENERATE], ids=["FineTuneJob", "GenerateJob"])
+def test_defaults_are_those_of_the_crd_and_of_the_tables(document: Document) -> None:
+    """The API server fills in what the schema says; pydantic must fill in the same, and only the tables know more."""
+    spec = parse_job(document).spec
+    read, kept = leaves(spec.dump()), leaves(stored(document)["spec"])
+    assert {path: read[path] for path in kept} == kept
+    marked = [field.path for field in marked_fields(type(spec))]
+    beyond = [path for path, value in read.items() if path not in kept and value != []]
+    assert [path for path in beyond if not any(f"{path}.".startswith(f"{mark}.") for mark in marked)] == []
+    assert parse_job(stored(document)) == parse_job(document)
 
 
 def test_drawn_files_are_current() -> None:
@@ -345,13 +345,18 @@ class OutputsOfARowCase:
 OUTPUTS_OF_A_ROW = [
     OutputsOfARowCase(
         name="texts",
-        document=make(text={"perPrompt": 2, "temperature": 1.0}, image={"perPrompt": 3}),
+        document=make(text={"perPrompt": 2, "temperature": 1.0}),
         expect=2,
     ),
     OutputsOfARowCase(
         name="images",
-        document=make(task="text-to-image", text={"perPrompt": 2, "temperature": 1.0}, image={"perPrompt": 3}),
+        document=make(task="text-to-image", image={"perPrompt": 3}),
         expect=3,
+    ),
+    OutputsOfARowCase(
+        name="what the job leaves open",
+        document=make(),
+        expect=1,
     ),
 ]
 

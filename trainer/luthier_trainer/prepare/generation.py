@@ -15,6 +15,7 @@ from typing import Any
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import GenerateRun, Origin, PreparedRecord
 from luthier_api.status import ResolvedDataset
+from luthier_api.tasks import GENERATION_TASKS, generation_tasks
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import columns
 from luthier_trainer.data.load import Loader, Rows
@@ -28,6 +29,10 @@ from luthier_trainer.workspace.plan import plan_generation
 
 MODEL, INPUTS = "spec.model", "spec.inputs"
 SEED_LIMIT = 2**32
+OPTIONAL_COLUMNS = {
+    role: column for task in GENERATION_TASKS.values() for role, column in task.optional_columns.items()
+}
+"""Role → name of the column where the job names none, over all tasks: a column of another task's is not overlooked."""
 OTHER_TOKENIZER = (
     "Take the tokenizer that belongs to the model, or give these rows in a FineTuneJob with model.resizeEmbeddings:"
     " true"
@@ -43,9 +48,11 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     located = sources.locate(spec.model, run, MODEL)
     found = [sources.locate(a, run, f"spec.adapters[{i}]") for i, a in enumerate(spec.adapters)]
     rows, inputs, read = read_inputs(run, cache)
-    if spec.task != "text-to-image" and any("negativePrompt" in row for row in rows):
+    with_negative_prompts = generation_tasks(lambda task: "inputs.columns.negativePrompt" in task.fields)
+    if spec.task not in with_negative_prompts and any("negativePrompt" in row for row in rows):
         raise Failure(
-            ExitCode.INVALID_SPEC, f"{INPUTS}: only text-to-image has negative prompts; remove them for {spec.task}"
+            ExitCode.INVALID_SPEC,
+            f"{INPUTS}: only {', '.join(with_negative_prompts)} has negative prompts; remove them for {spec.task}",
         )
 
     path = whole_model(located, run, folder)
@@ -120,9 +127,9 @@ def read_inputs(run: GenerateRun, cache: Path) -> tuple[list[dict[str, Any]], Re
             ResolvedDataset(source="inline", rows=len(given)),
             (),
         )
-    rows = Loader(inputs.dataset, f"{INPUTS}.dataset", cache, columns=(inputs.columns.prompt,)).split(
-        inputs.dataset.split, "split"
-    )
+    assert inputs.columns is not None, "every dataset has columns"
+    loader = Loader(inputs.dataset, f"{INPUTS}.dataset", cache, columns=(inputs.columns.prompt,))
+    rows = loader.split(inputs.dataset.split, "split")
     source = inputs.dataset.id or ", ".join(inputs.dataset.files or [])
     revision = provenance.combined(origin.digest for origin in rows.origins) if rows.origins else rows.revision
     found = [numbered(i, row, run.spec.seed) for i, row in enumerate(cells(rows, run))]
@@ -132,29 +139,32 @@ def read_inputs(run: GenerateRun, cache: Path) -> tuple[list[dict[str, Any]], Re
 def cells(rows: Rows, run: GenerateRun) -> Iterator[dict[str, Any]]:
     """Prompt, negative prompt and seed of each row. Text files hold one prompt a line."""
     names = run.spec.inputs.columns
-    defaults = type(names)()
-    prompt = "text" if set(rows.data.column_names) == {"text"} and names.prompt == defaults.prompt else names.prompt
+    assert names is not None, "every dataset has columns"
+    prompt = names.prompt
+    if set(rows.data.column_names) == {"text"} and prompt == GENERATION_TASKS[run.spec.task].columns["prompt"]:
+        prompt = "text"
+    negative_prompt = names.negative_prompt or OPTIONAL_COLUMNS["negativePrompt"]
     columns.texts(rows, prompt, f"{INPUTS}.columns.prompt", drop_blank=False)
-    has_negative = optional(rows, names.negative_prompt, defaults.negative_prompt, "negativePrompt")
+    has_negative = optional(rows, negative_prompt, "negativePrompt")
     if has_negative:
-        columns.require_text(rows, names.negative_prompt, f"{INPUTS}.columns.negativePrompt")
-    has_seed = optional(rows, names.seed, defaults.seed, "seed")
-    roles = [prompt, *([names.negative_prompt] if has_negative else []), *([names.seed] if has_seed else [])]
+        columns.require_text(rows, negative_prompt, f"{INPUTS}.columns.negativePrompt")
+    has_seed = optional(rows, names.seed, "seed")
+    roles = [prompt, *([negative_prompt] if has_negative else []), *([names.seed] if has_seed else [])]
     others = carried_columns.columns(rows, names.carry, roles, f"{INPUTS}.columns.carry")
     lines = carried_columns.lines(rows)
     for i, row in enumerate(rows.data.select_columns([*roles, *others])):
         yield {
             "prompt": row[prompt],
-            "negativePrompt": row[names.negative_prompt] if has_negative else None,
+            "negativePrompt": row[negative_prompt] if has_negative else None,
             "seed": whole_seed(row[names.seed], i, rows.origin) if has_seed else None,
             "input": {**next(lines, {}), **{name: carried_columns.plain(row[name], others[name]) for name in others}}
             or None,
         }
 
 
-def optional(rows: Rows, column: str, default: str, role: str) -> bool:
+def optional(rows: Rows, column: str, role: str) -> bool:
     """Whether `column` is there; one that the user named has to be."""
-    if column != default:
+    if column != OPTIONAL_COLUMNS[role]:
         columns.require(rows, column, f"{INPUTS}.columns.{role}")
     return column in rows.data.column_names
 
