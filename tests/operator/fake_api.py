@@ -13,7 +13,7 @@ import copy
 import json
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -88,6 +88,7 @@ class FakeApi:
         self.on_kill: Callable[[str], None] = lambda sender: None
         self.missing: set[str] = set()
         self.lost: Callable[[str, Object], bool] = lambda event, found: False
+        self.before_list: Callable[[str], Awaitable[None]] = _at_once  # is awaited before a kind is listed
         self.used: set[Right] = set()
         self.refused: set[Right] = set()
         self.watched: set[str] = set()  # kinds that somebody has begun to watch
@@ -273,6 +274,7 @@ class FakeApi:
             if name:
                 return web.json_response(self._existing(kind, ns, name))
             self.calls.append(Call("LIST", kind, "", "", sender))
+            await self.before_list(kind)
             return web.json_response(self._list(request, resource, ns))
         self.calls.append(call)
         fault = None
@@ -427,6 +429,10 @@ class FakeApi:
                     ],
                 }
         return None
+
+
+async def _at_once(kind: str) -> None:
+    """Do not wait."""
 
 
 def no_number(word: str) -> Any:
