@@ -5,6 +5,7 @@ installed.
 from __future__ import annotations
 
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,45 +44,136 @@ def settings(monkeypatch: pytest.MonkeyPatch, values: str, *options: str) -> Set
     return Settings()
 
 
+@dataclass(frozen=True)
+class ValueCase:
+    name: str
+    value: str
+    field: str
+    expect: object
+
+
 VALUES = [
-    ("seconds to save", "jobs: {graceSeconds: 120}", "grace_seconds", 120),
-    ("retries", "jobs: {publishRetries: 0}", "publish_retries", 0),
-    ("a size", "jobs: {workspaceSize: 1Ti}", "workspace_size", "1Ti"),
-    ("a whole number of cores", "jobs: {cpuRequest: 2}", "cpu_request", "2"),
-    ("a part of a core", "jobs: {cpuRequest: 0.5}", "cpu_request", "0.5"),
-    ("a number of bytes", "jobs: {memoryRequest: 1000000000}", "memory_request", "1000000000"),
-    ("a million seconds", "jobs: {graceSeconds: 1000000}", "grace_seconds", 1_000_000),
-    ("pull secrets", "imagePullSecrets: [{name: one}, {name: two}]", "image_pull_secrets", ("one", "two")),
-    ("a service account", "jobs: {serviceAccount: trainers}", "service_account", "trainers"),
-    ("how often progress is read", "jobs: {progressEvery: 2.5}", "progress_every", 2.5),
-    ("a mirror", "hub: {endpoint: https://hub.example}", "hub_endpoint", "https://hub.example"),
-    ("namespaces", "watchNamespaces: [team-a, team-b]", "namespaces", ("team-a", "team-b")),
-    (
-        "an image by digest",
-        "trainer: {image: {digest: 'sha256:" + "a" * 64 + "'}}",
-        "trainer_image",
-        f"registry.example/trainer@sha256:{'a' * 64}",
+    ValueCase(
+        name="seconds to save",
+        value="jobs: {graceSeconds: 120}",
+        field="grace_seconds",
+        expect=120,
+    ),
+    ValueCase(
+        name="retries",
+        value="jobs: {publishRetries: 0}",
+        field="publish_retries",
+        expect=0,
+    ),
+    ValueCase(
+        name="a size",
+        value="jobs: {workspaceSize: 1Ti}",
+        field="workspace_size",
+        expect="1Ti",
+    ),
+    ValueCase(
+        name="a whole number of cores",
+        value="jobs: {cpuRequest: 2}",
+        field="cpu_request",
+        expect="2",
+    ),
+    ValueCase(
+        name="a part of a core",
+        value="jobs: {cpuRequest: 0.5}",
+        field="cpu_request",
+        expect="0.5",
+    ),
+    ValueCase(
+        name="a number of bytes",
+        value="jobs: {memoryRequest: 1000000000}",
+        field="memory_request",
+        expect="1000000000",
+    ),
+    ValueCase(
+        name="a million seconds",
+        value="jobs: {graceSeconds: 1000000}",
+        field="grace_seconds",
+        expect=1_000_000,
+    ),
+    ValueCase(
+        name="pull secrets",
+        value="imagePullSecrets: [{name: one}, {name: two}]",
+        field="image_pull_secrets",
+        expect=("one", "two"),
+    ),
+    ValueCase(
+        name="a service account",
+        value="jobs: {serviceAccount: trainers}",
+        field="service_account",
+        expect="trainers",
+    ),
+    ValueCase(
+        name="how often progress is read",
+        value="jobs: {progressEvery: 2.5}",
+        field="progress_every",
+        expect=2.5,
+    ),
+    ValueCase(
+        name="a mirror",
+        value="hub: {endpoint: https://hub.example}",
+        field="hub_endpoint",
+        expect="https://hub.example",
+    ),
+    ValueCase(
+        name="namespaces",
+        value="watchNamespaces: [team-a, team-b]",
+        field="namespaces",
+        expect=("team-a", "team-b"),
+    ),
+    ValueCase(
+        name="an image by digest",
+        value="trainer: {image: {digest: 'sha256:" + "a" * 64 + "'}}",
+        field="trainer_image",
+        expect=f"registry.example/trainer@sha256:{'a' * 64}",
     ),
 ]
 
 
-@pytest.mark.parametrize(("value", "field", "expect"), [v[1:] for v in VALUES], ids=[v[0] for v in VALUES])
-def test_values_become_settings(monkeypatch: pytest.MonkeyPatch, value: str, field: str, expect: object) -> None:
-    assert getattr(settings(monkeypatch, value), field) == expect
+@pytest.mark.parametrize("case", VALUES, ids=lambda case: case.name)
+def test_values_become_settings(monkeypatch: pytest.MonkeyPatch, case: ValueCase) -> None:
+    assert getattr(settings(monkeypatch, case.value), case.field) == case.expect
+
+
+@dataclass(frozen=True)
+class OptionCase:
+    option: str
+    field: str
+    expect: object
 
 
 SET = [
-    ("jobs.progressEvery=0.5", "progress_every", 0.5),
-    ("jobs.progressEvery=2", "progress_every", 2.0),
-    ("jobs.cpuRequest=0.5", "cpu_request", "0.5"),
-    ("jobs.memoryRequest=1000000000", "memory_request", "1000000000"),
+    OptionCase(
+        option="jobs.progressEvery=0.5",
+        field="progress_every",
+        expect=0.5,
+    ),
+    OptionCase(
+        option="jobs.progressEvery=2",
+        field="progress_every",
+        expect=2.0,
+    ),
+    OptionCase(
+        option="jobs.cpuRequest=0.5",
+        field="cpu_request",
+        expect="0.5",
+    ),
+    OptionCase(
+        option="jobs.memoryRequest=1000000000",
+        field="memory_request",
+        expect="1000000000",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("option", "field", "expect"), SET, ids=[s[0] for s in SET])
-def test_options_become_settings(monkeypatch: pytest.MonkeyPatch, option: str, field: str, expect: object) -> None:
+@pytest.mark.parametrize("case", SET, ids=lambda case: case.option)
+def test_options_become_settings(monkeypatch: pytest.MonkeyPatch, case: OptionCase) -> None:
     """`--set` gives a fraction as text."""
-    assert getattr(settings(monkeypatch, "", "--set", option), field) == expect
+    assert getattr(settings(monkeypatch, "", "--set", case.option), case.field) == case.expect
 
 
 def test_without_values_the_settings_are_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,31 +191,82 @@ def test_no_image_of_a_strangers_is_run_by_default(missing: str) -> None:
     )
 
 
+@dataclass(frozen=True)
+class RefusedCase:
+    name: str
+    value: str
+    message: str
+
+
 REFUSED = [
-    ("too short a grace", "jobs: {graceSeconds: 5}", "graceSeconds"),
-    ("a size that is none", "jobs: {workspaceSize: many}", "workspaceSize"),
-    ("no size at all", "jobs: {workspaceSize: 0}", "workspaceSize"),
-    ("parts of bytes", "jobs: {memoryRequest: 100m}", "memoryRequest"),
-    ("a name that is none", "jobs: {serviceAccount: My Account}", "serviceAccount"),
-    ("a secret without a name", "imagePullSecrets: [{}]", "imagePullSecrets"),
-    ("no progress", "jobs: {progressEvery: 0}", "progressEvery"),
-    ("no progress, as a text", "jobs: {progressEvery: '0.0'}", "progressEvery"),
-    ("a variable that is no text", "extraEnv: [{name: A, value: 1000000}]", "extraEnv"),
-    (
-        "a label that the Deployment selects by",
-        "podLabels: {app.kubernetes.io/name: mine}",
-        "podLabels: app.kubernetes.io/name is what the Deployment selects",
+    RefusedCase(
+        name="too short a grace",
+        value="jobs: {graceSeconds: 5}",
+        message="graceSeconds",
     ),
-    ("another one", "podLabels: {app.kubernetes.io/instance: mine}", "podLabels: app.kubernetes.io/instance"),
-    ("a value that does not exist", "jobs: {grace: 60}", "grace"),
+    RefusedCase(
+        name="a size that is none",
+        value="jobs: {workspaceSize: many}",
+        message="workspaceSize",
+    ),
+    RefusedCase(
+        name="no size at all",
+        value="jobs: {workspaceSize: 0}",
+        message="workspaceSize",
+    ),
+    RefusedCase(
+        name="parts of bytes",
+        value="jobs: {memoryRequest: 100m}",
+        message="memoryRequest",
+    ),
+    RefusedCase(
+        name="a name that is none",
+        value="jobs: {serviceAccount: My Account}",
+        message="serviceAccount",
+    ),
+    RefusedCase(
+        name="a secret without a name",
+        value="imagePullSecrets: [{}]",
+        message="imagePullSecrets",
+    ),
+    RefusedCase(
+        name="no progress",
+        value="jobs: {progressEvery: 0}",
+        message="progressEvery",
+    ),
+    RefusedCase(
+        name="no progress, as a text",
+        value="jobs: {progressEvery: '0.0'}",
+        message="progressEvery",
+    ),
+    RefusedCase(
+        name="a variable that is no text",
+        value="extraEnv: [{name: A, value: 1000000}]",
+        message="extraEnv",
+    ),
+    RefusedCase(
+        name="a label that the Deployment selects by",
+        value="podLabels: {app.kubernetes.io/name: mine}",
+        message="podLabels: app.kubernetes.io/name is what the Deployment selects",
+    ),
+    RefusedCase(
+        name="another one",
+        value="podLabels: {app.kubernetes.io/instance: mine}",
+        message="podLabels: app.kubernetes.io/instance",
+    ),
+    RefusedCase(
+        name="a value that does not exist",
+        value="jobs: {grace: 60}",
+        message="grace",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("value", "named"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
-def test_a_wrong_value_is_refused(value: str, named: str) -> None:
-    refused = template(value)
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
+def test_a_wrong_value_is_refused(case: RefusedCase) -> None:
+    refused = template(case.value)
     assert refused.returncode != 0
-    assert named in refused.stderr
+    assert case.message in refused.stderr
 
 
 def test_labels_of_the_pod_are_the_users_too() -> None:
@@ -142,15 +285,36 @@ def test_names_fit(release: str) -> None:
     assert "--" not in service["metadata"]["name"]
 
 
-REPLICAS = [("two", "", 2, 1), ("one", "replicas: 1", 1, 0)]
+@dataclass(frozen=True)
+class ReplicaCase:
+    name: str
+    values: str
+    replicas: int
+    budgets: int
 
 
-@pytest.mark.parametrize(("values", "replicas", "budgets"), [r[1:] for r in REPLICAS], ids=[r[0] for r in REPLICAS])
-def test_a_drain_leaves_one_of_several(values: str, replicas: int, budgets: int) -> None:
+REPLICAS = [
+    ReplicaCase(
+        name="two",
+        values="",
+        replicas=2,
+        budgets=1,
+    ),
+    ReplicaCase(
+        name="one",
+        values="replicas: 1",
+        replicas=1,
+        budgets=0,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", REPLICAS, ids=lambda case: case.name)
+def test_a_drain_leaves_one_of_several(case: ReplicaCase) -> None:
     """A budget over a single one would stop every drain."""
-    (deployment,) = objects("Deployment", values)
-    assert deployment["spec"]["replicas"] == replicas
-    assert len(objects("PodDisruptionBudget", values)) == budgets
+    (deployment,) = objects("Deployment", case.values)
+    assert deployment["spec"]["replicas"] == case.replicas
+    assert len(objects("PodDisruptionBudget", case.values)) == case.budgets
 
 
 def test_the_lease_is_a_right_of_its_own() -> None:
@@ -185,22 +349,44 @@ def user_roles(kind: str, values: str) -> list[tuple[str, str | None, set[str], 
     return sorted(found, key=str)
 
 
+@dataclass(frozen=True)
+class RoleCase:
+    name: str
+    values: str
+    kind: str
+    expect: list[tuple[str, str | None, set[str], set[str]]]
+
+
 ROLES = [
-    # given                          values                                              kind           expect
-    ("the whole cluster", "", "ClusterRole", [("editor", None, EDIT, {"edit"}), ("viewer", None, VIEW, {"view"})]),
-    (
-        "not added to others",
-        "rbac: {userRoles: {aggregate: false}}",
-        "ClusterRole",
-        [("editor", None, EDIT, set()), ("viewer", None, VIEW, set())],
+    RoleCase(
+        name="the whole cluster",
+        values="",
+        kind="ClusterRole",
+        expect=[("editor", None, EDIT, {"edit"}), ("viewer", None, VIEW, {"view"})],
     ),
-    ("none", "rbac: {userRoles: {create: false}}", "ClusterRole", []),
-    ("no rights at all", "rbac: {create: false}", "ClusterRole", []),
-    (
-        "some namespaces",
-        "watchNamespaces: [a, b]",
-        "Role",
-        [
+    RoleCase(
+        name="not added to others",
+        values="rbac: {userRoles: {aggregate: false}}",
+        kind="ClusterRole",
+        expect=[("editor", None, EDIT, set()), ("viewer", None, VIEW, set())],
+    ),
+    RoleCase(
+        name="none",
+        values="rbac: {userRoles: {create: false}}",
+        kind="ClusterRole",
+        expect=[],
+    ),
+    RoleCase(
+        name="no rights at all",
+        values="rbac: {create: false}",
+        kind="ClusterRole",
+        expect=[],
+    ),
+    RoleCase(
+        name="some namespaces",
+        values="watchNamespaces: [a, b]",
+        kind="Role",
+        expect=[
             ("editor", "a", EDIT, set()),
             ("editor", "b", EDIT, set()),
             ("viewer", "a", VIEW, set()),
@@ -210,9 +396,11 @@ ROLES = [
 ]
 
 
-@pytest.mark.parametrize(("values", "kind", "expect"), [r[1:] for r in ROLES], ids=[r[0] for r in ROLES])
-def test_roles_for_users(values: str, kind: str, expect: list[tuple[str, str | None, set[str], set[str]]]) -> None:
-    assert user_roles(kind, values) == sorted(((f"luthier-{name}", *rest) for name, *rest in expect), key=str)
+@pytest.mark.parametrize("case", ROLES, ids=lambda case: case.name)
+def test_roles_for_users(case: RoleCase) -> None:
+    assert user_roles(case.kind, case.values) == sorted(
+        ((f"luthier-{name}", *rest) for name, *rest in case.expect), key=str
+    )
 
 
 def test_one_namespace_needs_no_cluster_role() -> None:

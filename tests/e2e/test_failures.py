@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 
 import pytest
 from cluster import choice
@@ -27,43 +28,51 @@ def base(kube: Kube) -> None:
     kube.complete("ftj", "base")
 
 
+@dataclass(frozen=True)
+class Case:
+    name: str
+    mistake: dict[str, object]
+    reason: str
+    messages: list[str]
+
+
 MISTAKES = [
-    (
-        "missing-column",
-        {"dataset": {"files": ["/data/packages.jsonl"], "columns": {"text": "txet"}}},
-        "InvalidDataset",
-        ["spec.dataset.columns.text", "txet", "text, label", "Did you mean"],
+    Case(
+        name="missing-column",
+        mistake={"dataset": {"files": ["/data/packages.jsonl"], "columns": {"text": "txet"}}},
+        reason="InvalidDataset",
+        messages=["spec.dataset.columns.text", "txet", "text, label", "Did you mean"],
     ),
-    (
-        "unknown-model",
-        {"model": {"id": "luthier/no-such-model"}},
-        "NotFound",
-        ["spec.model.id", "luthier/no-such-model"],
+    Case(
+        name="unknown-model",
+        mistake={"model": {"id": "luthier/no-such-model"}},
+        reason="NotFound",
+        messages=["spec.model.id", "luthier/no-such-model"],
     ),
-    (
-        "impossible-split",
-        {"dataset": {"files": ["/data/packages.jsonl"], "split": "train[500%:]"}},
-        "InvalidSpec",
-        ["spec.dataset.split", "train[500%:]"],
+    Case(
+        name="impossible-split",
+        mistake={"dataset": {"files": ["/data/packages.jsonl"], "split": "train[500%:]"}},
+        reason="InvalidSpec",
+        messages=["spec.dataset.split", "train[500%:]"],
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "mistake", "reason", "said"), MISTAKES, ids=[m[0] for m in MISTAKES])
-def test_a_mistake_is_told_and_not_retried(
-    kube: Kube, name: str, mistake: dict[str, object], reason: str, said: list[str]
-) -> None:
+@pytest.mark.parametrize("case", MISTAKES, ids=lambda case: case.name)
+def test_a_mistake_is_told_and_not_retried(kube: Kube, case: Case) -> None:
     kube.apply(
         jobs.fine_tune(
-            name, **({"model": {"job": "base"}, "dataset": jobs.PROSE, "training": jobs.training()} | mistake)
+            case.name, **({"model": {"job": "base"}, "dataset": jobs.PROSE, "training": jobs.training()} | case.mistake)
         )
     )
-    job = kube.failed("ftj", name)
+    job = kube.failed("ftj", case.name)
     failed = conditions(job)["Failed"]
-    assert failed["reason"] == reason
-    assert [text for text in said if text not in failed["message"]] == []
-    assert len(kube.list("pods", f"luthier.dev/job={name}")) == 1
-    assert [(a["phase"], a["reason"], a["charged"]) for a in job["status"]["attempts"]] == [("prepare", reason, False)]
+    assert failed["reason"] == case.reason
+    assert [text for text in case.messages if text not in failed["message"]] == []
+    assert len(kube.list("pods", f"luthier.dev/job={case.name}")) == 1
+    assert [(a["phase"], a["reason"], a["charged"]) for a in job["status"]["attempts"]] == [
+        ("prepare", case.reason, False)
+    ]
 
 
 def test_a_lost_pod_restarts_the_group_from_the_checkpoint(kube: Kube) -> None:
