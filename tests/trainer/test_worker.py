@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +56,43 @@ def prepared(run: FineTuneRun, model: Path, config: dict[str, Any]) -> FineTuneR
     return run
 
 
+@dataclass(frozen=True)
+class Case:
+    name: str
+    method: str
+    expect: bool
+    config: dict[str, Any] = field(default_factory=dict)
+
+
 QUANTISED = [
-    # name                                   method   config.json                                             expect
-    ("full", "full", {}, False),
-    ("adapters on plain weights", "lora", {"model_type": "llama"}, False),
-    ("weights that are quantised at loading", "qlora", {}, True),
-    ("weights that came quantised", "lora", {"quantization_config": {"quant_method": "bitsandbytes"}}, True),
+    Case(
+        name="full",
+        method="full",
+        expect=False,
+    ),
+    Case(
+        name="adapters on plain weights",
+        method="lora",
+        config={"model_type": "llama"},
+        expect=False,
+    ),
+    Case(
+        name="weights that are quantised at loading",
+        method="qlora",
+        expect=True,
+    ),
+    Case(
+        name="weights that came quantised",
+        method="lora",
+        config={"quantization_config": {"quant_method": "bitsandbytes"}},
+        expect=True,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("method", "config", "expect"), [c[1:] for c in QUANTISED], ids=[c[0] for c in QUANTISED])
-def test_quantised(make_run: Any, tmp_path: Path, method: str, config: dict[str, Any], expect: bool) -> None:
-    assert quantised(prepared(make_run(method={"type": method}), tmp_path / "model", config)) is expect
+@pytest.mark.parametrize("case", QUANTISED, ids=lambda case: case.name)
+def test_quantised(make_run: Any, tmp_path: Path, case: Case) -> None:
+    assert quantised(prepared(make_run(method={"type": case.method}), tmp_path / "model", case.config)) is case.expect
 
 
 def test_plain_weights_cost_no_import_of_bitsandbytes(make_run: Any, tmp_path: Path) -> None:

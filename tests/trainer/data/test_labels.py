@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tracemalloc
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,28 +40,105 @@ def of_file(folder: Path, name: str, given: list[Any]) -> Rows:
     )
 
 
-CLASSES: list[tuple[str, str, list[Any], bool, list[str], list[int]]] = [
-    # name, file, labels, merged, names, ids
-    ("text that looks like numbers", "x.csv", ["007", "7", "7.0", "007"], False, ["007", "7", "7.0"], [0, 1, 2, 0]),
-    ("the same, merged", "x.csv", ["007", "7", "7.0", "007", "8"], True, ["007", "8"], [0, 0, 0, 0, 1]),
-    ("blanks and capitals", "x.csv", ["neg", " neg", "NEG", "pos"], False, [" neg", "NEG", "neg", "pos"], [2, 0, 1, 3]),
-    ("the same, merged", "x.csv", ["neg", " neg", "NEG", "pos", "neg"], True, ["neg", "pos"], [0, 0, 0, 1, 0]),
-    ("called as most rows call it", "x.csv", ["Neg", "neg", "Neg", "pos"], True, ["Neg", "pos"], [0, 0, 0, 1]),
-    ("numbers of JSON", "x.jsonl", [10, 2, 10], False, ["2", "10"], [1, 0, 1]),
-    ("text of JSON", "x.jsonl", ["10", "02", "10"], False, ["02", "10"], [1, 0, 1]),
-    ("whole numbers with a point", "x.jsonl", [1.0, 0.0, 1.0], False, ["0", "1"], [1, 0, 1]),
-    ("true and false", "x.jsonl", [True, False], False, ["false", "true"], [1, 0]),
-    ("accents in two forms", "x.jsonl", ["é", "e\u0301", "a"], True, ["a", "e\u0301"], [1, 1, 0]),
+@dataclass(frozen=True)
+class ClassCase:
+    name: str
+    file: str
+    labels: list[Any]
+    merge: bool
+    names: list[str]
+    ids: list[int]
+
+
+CLASSES = [
+    ClassCase(
+        name="text that looks like numbers",
+        file="x.csv",
+        labels=["007", "7", "7.0", "007"],
+        merge=False,
+        names=["007", "7", "7.0"],
+        ids=[0, 1, 2, 0],
+    ),
+    ClassCase(
+        name="the same, merged",
+        file="x.csv",
+        labels=["007", "7", "7.0", "007", "8"],
+        merge=True,
+        names=["007", "8"],
+        ids=[0, 0, 0, 0, 1],
+    ),
+    ClassCase(
+        name="blanks and capitals",
+        file="x.csv",
+        labels=["neg", " neg", "NEG", "pos"],
+        merge=False,
+        names=[" neg", "NEG", "neg", "pos"],
+        ids=[2, 0, 1, 3],
+    ),
+    ClassCase(
+        name="the same, merged",
+        file="x.csv",
+        labels=["neg", " neg", "NEG", "pos", "neg"],
+        merge=True,
+        names=["neg", "pos"],
+        ids=[0, 0, 0, 1, 0],
+    ),
+    ClassCase(
+        name="called as most rows call it",
+        file="x.csv",
+        labels=["Neg", "neg", "Neg", "pos"],
+        merge=True,
+        names=["Neg", "pos"],
+        ids=[0, 0, 0, 1],
+    ),
+    ClassCase(
+        name="numbers of JSON",
+        file="x.jsonl",
+        labels=[10, 2, 10],
+        merge=False,
+        names=["2", "10"],
+        ids=[1, 0, 1],
+    ),
+    ClassCase(
+        name="text of JSON",
+        file="x.jsonl",
+        labels=["10", "02", "10"],
+        merge=False,
+        names=["02", "10"],
+        ids=[1, 0, 1],
+    ),
+    ClassCase(
+        name="whole numbers with a point",
+        file="x.jsonl",
+        labels=[1.0, 0.0, 1.0],
+        merge=False,
+        names=["0", "1"],
+        ids=[1, 0, 1],
+    ),
+    ClassCase(
+        name="true and false",
+        file="x.jsonl",
+        labels=[True, False],
+        merge=False,
+        names=["false", "true"],
+        ids=[1, 0],
+    ),
+    ClassCase(
+        name="accents in two forms",
+        file="x.jsonl",
+        labels=["é", "e\u0301", "a"],
+        merge=True,
+        names=["a", "e\u0301"],
+        ids=[1, 1, 0],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "file", "given", "merge", "names", "ids"), CLASSES, ids=[c[0] for c in CLASSES])
-def test_labels_become_classes(
-    name: str, file: str, given: list[Any], merge: bool, names: list[str], ids: list[int], tmp_path: Path
-) -> None:
-    rows = of_file(tmp_path, file, given)
-    assert labels.names_of(rows, "label", LABEL, merge) == names
-    assert labels.ids_of(rows, "label", LABEL, names, merge).tolist() == ids
+@pytest.mark.parametrize("case", CLASSES, ids=lambda case: case.name)
+def test_labels_become_classes(case: ClassCase, tmp_path: Path) -> None:
+    rows = of_file(tmp_path, case.file, case.labels)
+    assert labels.names_of(rows, "label", LABEL, case.merge) == case.names
+    assert labels.ids_of(rows, "label", LABEL, case.names, case.merge).tolist() == case.ids
 
 
 def test_labels_that_nearly_agree_are_shown(tmp_path: Path) -> None:
@@ -81,51 +159,58 @@ def test_labels_that_nearly_agree_are_shown(tmp_path: Path) -> None:
     assert notices.given() == []
 
 
-REFUSED: list[tuple[str, str, list[Any], bool, str]] = [
-    (
-        "two types",
-        "x.jsonl",
-        ["a"] * 1500 + [1] * 2 + ["b"],
-        False,
-        (
+@dataclass(frozen=True)
+class RefusedCase:
+    name: str
+    file: str
+    labels: list[Any]
+    merge: bool
+    message: str
+
+
+REFUSED = [
+    RefusedCase(
+        name="two types",
+        file="x.jsonl",
+        labels=["a"] * 1500 + [1] * 2 + ["b"],
+        merge=False,
+        message=(
             'column "label" of x.jsonl holds text in 1501 rows and numbers in 2 rows. The first of the fewest is row'
             " 1500, counted from 0 (line 1501 of x.jsonl). Write all"
         ),
     ),
-    (
-        "fractions",
-        "x.jsonl",
-        [1, 0, 0.5],
-        False,
-        (
+    RefusedCase(
+        name="fractions",
+        file="x.jsonl",
+        labels=[1, 0, 0.5],
+        merge=False,
+        message=(
             'column "label" of x.jsonl holds 0.5; a label is a name or a whole number. The first is row 2, counted from'
             " 0 (line 3 of x.jsonl)"
         ),
     ),
-    (
-        "blanks alone",
-        "x.csv",
-        ["a", "  ", "b"],
-        False,
-        'column "label" of x.csv has no label in 1 rows. The first is row 1, counted from 0 (line 3 of x.csv)',
+    RefusedCase(
+        name="blanks alone",
+        file="x.csv",
+        labels=["a", "  ", "b"],
+        merge=False,
+        message='column "label" of x.csv has no label in 1 rows. The first is row 1, counted from 0 (line 3 of x.csv)',
     ),
-    (
-        "one class once they are merged",
-        "x.csv",
-        ["a", "A"],
-        True,
-        'all 2 rows of x.csv have the label "a"; two classes at least are needed',
+    RefusedCase(
+        name="one class once they are merged",
+        file="x.csv",
+        labels=["a", "A"],
+        merge=True,
+        message='all 2 rows of x.csv have the label "a"; two classes at least are needed',
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "file", "given", "merge", "message"), REFUSED, ids=[c[0] for c in REFUSED])
-def test_labels_that_are_refused(
-    name: str, file: str, given: list[Any], merge: bool, message: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
+def test_labels_that_are_refused(case: RefusedCase, tmp_path: Path) -> None:
     with pytest.raises(Failure) as failure:
-        labels.names_of(of_file(tmp_path, file, given), "label", LABEL, merge)
-    assert failure.value.message.startswith(f"{LABEL}: {message}")
+        labels.names_of(of_file(tmp_path, case.file, case.labels), "label", LABEL, case.merge)
+    assert failure.value.message.startswith(f"{LABEL}: {case.message}")
 
 
 def test_a_label_that_was_never_learnt_names_its_row(tmp_path: Path) -> None:
@@ -163,27 +248,64 @@ def test_a_million_labels_take_eight_bytes_each() -> None:
     assert peak < 2.5 * ids.nbytes
 
 
-HELD: list[tuple[str, list[int], float, list[int]]] = [
-    # name, rows of each class, fraction, rows held out of each class
-    ("even", [50, 50], 0.2, [10, 10]),
-    ("uneven", [900, 90, 10], 0.1, [90, 9, 1]),
-    ("remainders", [7, 7, 6], 0.25, [2, 2, 1]),
-    ("a class of one row is learnt", [10, 1, 1], 0.25, [3, 0, 0]),
-    ("one row of each stays", [2, 2, 2], 0.9, [1, 1, 1]),
-    ("a class that no row has", [5, 0, 5], 0.4, [2, 0, 2]),
+@dataclass(frozen=True)
+class HoldOutCase:
+    name: str
+    class_sizes: list[int]
+    fraction: float
+    held_out: list[int]  # rows of each class
+
+
+HELD = [
+    HoldOutCase(
+        name="even",
+        class_sizes=[50, 50],
+        fraction=0.2,
+        held_out=[10, 10],
+    ),
+    HoldOutCase(
+        name="uneven",
+        class_sizes=[900, 90, 10],
+        fraction=0.1,
+        held_out=[90, 9, 1],
+    ),
+    HoldOutCase(
+        name="remainders",
+        class_sizes=[7, 7, 6],
+        fraction=0.25,
+        held_out=[2, 2, 1],
+    ),
+    HoldOutCase(
+        name="a class of one row is learnt",
+        class_sizes=[10, 1, 1],
+        fraction=0.25,
+        held_out=[3, 0, 0],
+    ),
+    HoldOutCase(
+        name="one row of each stays",
+        class_sizes=[2, 2, 2],
+        fraction=0.9,
+        held_out=[1, 1, 1],
+    ),
+    HoldOutCase(
+        name="a class that no row has",
+        class_sizes=[5, 0, 5],
+        fraction=0.4,
+        held_out=[2, 0, 2],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "sizes", "fraction", "held"), HELD, ids=[c[0] for c in HELD])
-def test_the_same_share_of_each_class_is_held_out(
-    name: str, sizes: list[int], fraction: float, held: list[int]
-) -> None:
-    classes = numpy.random.default_rng(0).permutation(numpy.repeat(numpy.arange(len(sizes)), sizes))
-    splits = [tokens.hold_out(len(classes), fraction, seed, "f", classes) for seed in (1, 2)]
+@pytest.mark.parametrize("case", HELD, ids=lambda case: case.name)
+def test_the_same_share_of_each_class_is_held_out(case: HoldOutCase) -> None:
+    classes = numpy.random.default_rng(0).permutation(
+        numpy.repeat(numpy.arange(len(case.class_sizes)), case.class_sizes)
+    )
+    splits = [tokens.hold_out(len(classes), case.fraction, seed, "f", classes) for seed in (1, 2)]
     for learnt, measured in splits:
         assert sorted([*learnt, *measured]) == list(range(len(classes)))
         counts = Counter(classes[measured].tolist())
-        assert [counts[number] for number in range(len(sizes))] == held
+        assert [counts[number] for number in range(len(case.class_sizes))] == case.held_out
     assert splits[0][1].tolist() != splits[1][1].tolist(), "another seed holds out others"
 
 

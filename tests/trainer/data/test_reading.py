@@ -5,6 +5,7 @@ doubled.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,31 +100,74 @@ def test_padding_that_is_an_ordinary_character_refuses_nothing(
     Reader(tokenizer).check_spellings(texts("Stop!", "go"), "text", "field", "rows")
 
 
+@dataclass(frozen=True)
+class Case:
+    name: str
+    tokenizer: str
+    text: str
+    expect: list[int]
+
+
 BROUGHT = [
-    ("nothing", "SentencePiece BPE", "a text", [1, 2]),
-    ("a beginning", "SentencePiece BPE", f"{BEGIN}a text", [1, 2]),
-    ("an end", "SentencePiece BPE", f"a text{END}", [1, 2]),
-    ("both", "SentencePiece BPE", f"{BEGIN}a text{END}", [1, 2]),
-    ("an end between", "SentencePiece BPE", f"a{END}text", [1, 2, 2]),
-    ("the tokenizer adds both", "WordPiece", "a text", [1, 2]),
-    ("both, and the text too", "WordPiece", f"{BEGIN} a text {END}", [1, 2]),
+    Case(
+        name="nothing",
+        tokenizer="SentencePiece BPE",
+        text="a text",
+        expect=[1, 2],
+    ),
+    Case(
+        name="a beginning",
+        tokenizer="SentencePiece BPE",
+        text=f"{BEGIN}a text",
+        expect=[1, 2],
+    ),
+    Case(
+        name="an end",
+        tokenizer="SentencePiece BPE",
+        text=f"a text{END}",
+        expect=[1, 2],
+    ),
+    Case(
+        name="both",
+        tokenizer="SentencePiece BPE",
+        text=f"{BEGIN}a text{END}",
+        expect=[1, 2],
+    ),
+    Case(
+        name="an end between",
+        tokenizer="SentencePiece BPE",
+        text=f"a{END}text",
+        expect=[1, 2, 2],
+    ),
+    Case(
+        name="the tokenizer adds both",
+        tokenizer="WordPiece",
+        text="a text",
+        expect=[1, 2],
+    ),
+    Case(
+        name="both, and the text too",
+        tokenizer="WordPiece",
+        text=f"{BEGIN} a text {END}",
+        expect=[1, 2],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "kind", "text", "expect"), BROUGHT, ids=[b[0] for b in BROUGHT])
+@pytest.mark.parametrize("case", BROUGHT, ids=lambda case: case.name)
 @pytest.mark.parametrize("packed", [True, False], ids=["blocks", "rows"])
 def test_what_a_text_brings_is_not_doubled(
-    name: str, kind: str, text: str, expect: list[int], packed: bool, tokenizers: dict[str, PreTrainedTokenizerBase]
+    case: Case, packed: bool, tokenizers: dict[str, PreTrainedTokenizerBase]
 ) -> None:
-    tokenizer = tokenizers[kind]
+    tokenizer = tokenizers[case.tokenizer]
     reader = Reader(tokenizer, parse_special=True)
     made = (
-        packing.blocks(texts(text), "text", reader, 64, False)
+        packing.blocks(texts(case.text), "text", reader, 64, False)
         if packed
-        else tokens.language_rows(texts(text), "text", reader, 64)
+        else tokens.language_rows(texts(case.text), "text", reader, 64)
     )
     (ids,) = made["input_ids"]
-    assert [token for token in ids if token in (1, 2)] == expect
+    assert [token for token in ids if token in (1, 2)] == case.expect
     assert (ids[0], ids[-1]) == (1, 2)
 
 

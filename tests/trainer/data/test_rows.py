@@ -12,6 +12,7 @@ import json
 import lzma
 import random
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,391 +65,483 @@ def refusal(folder: Path, files: dict[str, str | bytes], **dataset: Any) -> str:
     return failure.value.message.replace(f"{folder}/", "")
 
 
-READ: list[tuple[str, str, str | bytes, dict[str, Any], list[tuple[Any, ...]]]] = [
-    # name, file, content, dataset, rows
-    ("a quoted comma", "x.csv", 'text,label\n"Hello, world",a\nb,c\n', {}, [("Hello, world", "a"), ("b", "c")]),
-    ("doubled quotation marks", "x.csv", 'text,label\n"He said ""hi""",a\n', {}, [('He said "hi"', "a")]),
-    ("a quotation mark inside an unquoted cell", "x.csv", 'text,label\n5" pipe,a\n', {}, [('5" pipe', "a")]),
-    (
-        "quotation marks after backslashes",
-        "x.csv",
-        'text,label\n"He said \\"hi, you\\"",a\n"C:\\dir \\n",b\n',
-        {},
-        [('He said "hi, you"', "a"), ("C:\\dir \\n", "b")],
+@dataclass(frozen=True)
+class ReadCase:
+    name: str
+    file: str
+    content: str | bytes
+    expect: list[tuple[Any, ...]]
+    dataset: dict[str, Any] = field(default_factory=dict)
+
+
+READ = [
+    ReadCase(
+        name="a quoted comma",
+        file="x.csv",
+        content='text,label\n"Hello, world",a\nb,c\n',
+        expect=[("Hello, world", "a"), ("b", "c")],
     ),
-    (
-        "a backslash before the closing quotation mark",
-        "x.csv",
-        'text,label\n"C:\\dir\\",a\nb,c\n',
-        {},
-        [("C:\\dir\\", "a"), ("b", "c")],
+    ReadCase(
+        name="doubled quotation marks",
+        file="x.csv",
+        content='text,label\n"He said ""hi""",a\n',
+        expect=[('He said "hi"', "a")],
     ),
-    (
-        "an escaped backslash before the closing one",
-        "x.csv",
-        'text,label\n"say \\"C:\\dir\\\\\\"",a\n"C:\\\\",b\n',
-        {},
-        [('say "C:\\dir\\"', "a"), ("C:\\", "b")],
+    ReadCase(
+        name="a quotation mark inside an unquoted cell",
+        file="x.csv",
+        content='text,label\n5" pipe,a\n',
+        expect=[('5" pipe', "a")],
     ),
-    ("JSON in a cell", "x.csv", 'text,label\n"{""a"": ""x\\""y""}",a\n', {}, [('{"a": "x\\"y"}', "a")]),
-    ("line breaks in a cell", "x.csv", 'text,label\r\n"a\r\nb",c\r\nd,e\r\n', {}, [("a\r\nb", "c"), ("d", "e")]),
-    (
-        "words that pandas takes for nothing",
-        "x.csv",
-        "text,label\nNA,null\nNone,nan\n",
-        {},
-        [("NA", "null"), ("None", "nan")],
+    ReadCase(
+        name="quotation marks after backslashes",
+        file="x.csv",
+        content='text,label\n"He said \\"hi, you\\"",a\n"C:\\dir \\n",b\n',
+        expect=[('He said "hi, you"', "a"), ("C:\\dir \\n", "b")],
     ),
-    (
-        "numbers stay as written",
-        "x.csv",
-        "text,label\n1e5,007\n2020-01-01,7\ntrue,1.0\n",
-        {},
-        [("1e5", "007"), ("2020-01-01", "7"), ("true", "1.0")],
+    ReadCase(
+        name="a backslash before the closing quotation mark",
+        file="x.csv",
+        content='text,label\n"C:\\dir\\",a\nb,c\n',
+        expect=[("C:\\dir\\", "a"), ("b", "c")],
     ),
-    ("blank lines", "x.csv", "\ntext,label\n\na,b\n  \nc,d\n\n", {}, [("a", "b"), ("c", "d")]),
-    ("columns in another order, and more of them", "x.csv", "n,label,m,text\n1,a,,b\n", {}, [("a", "b")]),
-    ("text that begins as bzip2 does", "x.csv", "BZh9,text,label\n1,a,b\n", {}, [("a", "b")]),
-    ("blanks around cells", "x.csv", "text,label\n a , neg\n", {}, [(" a ", " neg")]),
-    ("semicolons", "x.csv", "text;label\na, b;c\n", {"csv": {"separator": "semicolon"}}, [("a, b", "c")]),
-    ("no quoting, by the spec", "x.csv", 'text,label\n"a,b"\n', {"csv": {"quoting": "none"}}, [('"a', 'b"')]),
-    (
-        "TSV with ordinary quotation marks",
-        "x.tsv",
-        'text\tlabel\n"a\tb\nc"\td\n"" e\t"f"\n',
-        {},
-        [('"a', "b"), ('c"', "d"), ('"" e', '"f"')],
+    ReadCase(
+        name="an escaped backslash before the closing one",
+        file="x.csv",
+        content='text,label\n"say \\"C:\\dir\\\\\\"",a\n"C:\\\\",b\n',
+        expect=[('say "C:\\dir\\"', "a"), ("C:\\", "b")],
     ),
-    (
-        "TSV with quoting, by the spec",
-        "x.tsv",
-        'text\tlabel\n"a\tb"\tc\n',
-        {"csv": {"quoting": "double"}},
-        [("a\tb", "c")],
+    ReadCase(
+        name="JSON in a cell",
+        file="x.csv",
+        content='text,label\n"{""a"": ""x\\""y""}",a\n',
+        expect=[('{"a": "x\\"y"}', "a")],
     ),
-    ("tabs in .csv", "x.csv", 'text\tlabel\na,b\t"c\n', {"csv": {"separator": "tab"}}, [("a,b", '"c')]),
-    ("a BOM in CSV", "x.csv", "\ufefftext,label\na,b\n", {}, [("a", "b")]),
-    ("UTF-16 CSV", "x.csv", "text,label\nä,b\n".encode(UTF16), {}, [("ä", "b")]),
-    ("UTF-32 JSON lines", "x.jsonl", '{"text": "ä", "label": "b"}\n'.encode(UTF32), {}, [("ä", "b")]),
-    (
-        "UTF-16 without a mark, by the spec",
-        "x.csv",
-        "text,label\nä,b\n".encode("utf-16-le"),
-        {"encoding": "utf-16-le"},
-        [("ä", "b")],
+    ReadCase(
+        name="line breaks in a cell",
+        file="x.csv",
+        content='text,label\r\n"a\r\nb",c\r\nd,e\r\n',
+        expect=[("a\r\nb", "c"), ("d", "e")],
     ),
-    ("cp1252, by the spec", "x.csv", "text,label\n’ä,b\n".encode("cp1252"), {"encoding": "cp1252"}, [("’ä", "b")]),
-    ("a BOM in JSON lines", "x.jsonl", b'\xef\xbb\xbf{"text": "a", "label": "b"}\n', {}, [("a", "b")]),
-    ("a BOM in a list", "x.json", b'\xef\xbb\xbf\n [{"text": "a", "label": "b"}]', {}, [("a", "b")]),
-    (
-        "joined files, each with a BOM",
-        "x.jsonl",
-        '\ufeff{"text": "a", "label": "b"}\n\ufeff{"text": "c", "label": "d"}\n',
-        {},
-        [("a", "b"), ("c", "d")],
+    ReadCase(
+        name="words that pandas takes for nothing",
+        file="x.csv",
+        content="text,label\nNA,null\nNone,nan\n",
+        expect=[("NA", "null"), ("None", "nan")],
     ),
-    (
-        "a list over several lines",
-        "x.json",
-        '[\n {"text": "a",\n "label": "b"} ,\n{"text": "c", "label": "d"}\n]\n',
-        {},
-        [("a", "b"), ("c", "d")],
+    ReadCase(
+        name="numbers stay as written",
+        file="x.csv",
+        content="text,label\n1e5,007\n2020-01-01,7\ntrue,1.0\n",
+        expect=[("1e5", "007"), ("2020-01-01", "7"), ("true", "1.0")],
     ),
-    ("a list in .jsonl", "x.jsonl", '[{"text": "a", "label": "b"}]', {}, [("a", "b")]),
-    (
-        "dates in JSON",
-        "x.jsonl",
-        '{"text": "2020-01-01", "label": "2020-01-01T00:00:00Z"}\n',
-        {},
-        [("2020-01-01", "2020-01-01T00:00:00Z")],
+    ReadCase(
+        name="blank lines",
+        file="x.csv",
+        content="\ntext,label\n\na,b\n  \nc,d\n\n",
+        expect=[("a", "b"), ("c", "d")],
     ),
-    (
-        "blank lines in JSON lines",
-        "x.jsonl",
-        '\n{"text": "a", "label": "b"}\n \n{"text": "c", "label": "d"}',
-        {},
-        [("a", "b"), ("c", "d")],
+    ReadCase(
+        name="columns in another order, and more of them",
+        file="x.csv",
+        content="n,label,m,text\n1,a,,b\n",
+        expect=[("a", "b")],
     ),
-    ("a key that is missing", "x.jsonl", '{"text": "a", "label": "b"}\n{"text": "c"}\n', {}, [("a", "b"), ("c", None)]),
-    (
-        "numbers, then fractions",
-        "x.jsonl",
-        '{"text": "a", "label": 1}\n' * 1500 + '{"text": "a", "label": 2.5}\n',
-        {},
-        [("a", 1.0)] * 1500 + [("a", 2.5)],
+    ReadCase(
+        name="text that begins as bzip2 does",
+        file="x.csv",
+        content="BZh9,text,label\n1,a,b\n",
+        expect=[("a", "b")],
     ),
-    (
-        "other spaces inside a line",
-        "x.jsonl",
-        '{"text": "a\u2028b\x85c", "label": "b"}\n',
-        {},
-        [("a\u2028b\x85c", "b")],
+    ReadCase(
+        name="blanks around cells",
+        file="x.csv",
+        content="text,label\n a , neg\n",
+        expect=[(" a ", " neg")],
+    ),
+    ReadCase(
+        name="semicolons",
+        file="x.csv",
+        content="text;label\na, b;c\n",
+        dataset={"csv": {"separator": "semicolon"}},
+        expect=[("a, b", "c")],
+    ),
+    ReadCase(
+        name="no quoting, by the spec",
+        file="x.csv",
+        content='text,label\n"a,b"\n',
+        dataset={"csv": {"quoting": "none"}},
+        expect=[('"a', 'b"')],
+    ),
+    ReadCase(
+        name="TSV with ordinary quotation marks",
+        file="x.tsv",
+        content='text\tlabel\n"a\tb\nc"\td\n"" e\t"f"\n',
+        expect=[('"a', "b"), ('c"', "d"), ('"" e', '"f"')],
+    ),
+    ReadCase(
+        name="TSV with quoting, by the spec",
+        file="x.tsv",
+        content='text\tlabel\n"a\tb"\tc\n',
+        dataset={"csv": {"quoting": "double"}},
+        expect=[("a\tb", "c")],
+    ),
+    ReadCase(
+        name="tabs in .csv",
+        file="x.csv",
+        content='text\tlabel\na,b\t"c\n',
+        dataset={"csv": {"separator": "tab"}},
+        expect=[("a,b", '"c')],
+    ),
+    ReadCase(
+        name="a BOM in CSV",
+        file="x.csv",
+        content="\ufefftext,label\na,b\n",
+        expect=[("a", "b")],
+    ),
+    ReadCase(
+        name="UTF-16 CSV",
+        file="x.csv",
+        content="text,label\nä,b\n".encode(UTF16),
+        expect=[("ä", "b")],
+    ),
+    ReadCase(
+        name="UTF-32 JSON lines",
+        file="x.jsonl",
+        content='{"text": "ä", "label": "b"}\n'.encode(UTF32),
+        expect=[("ä", "b")],
+    ),
+    ReadCase(
+        name="UTF-16 without a mark, by the spec",
+        file="x.csv",
+        content="text,label\nä,b\n".encode("utf-16-le"),
+        dataset={"encoding": "utf-16-le"},
+        expect=[("ä", "b")],
+    ),
+    ReadCase(
+        name="cp1252, by the spec",
+        file="x.csv",
+        content="text,label\n’ä,b\n".encode("cp1252"),
+        dataset={"encoding": "cp1252"},
+        expect=[("’ä", "b")],
+    ),
+    ReadCase(
+        name="a BOM in JSON lines",
+        file="x.jsonl",
+        content=b'\xef\xbb\xbf{"text": "a", "label": "b"}\n',
+        expect=[("a", "b")],
+    ),
+    ReadCase(
+        name="a BOM in a list",
+        file="x.json",
+        content=b'\xef\xbb\xbf\n [{"text": "a", "label": "b"}]',
+        expect=[("a", "b")],
+    ),
+    ReadCase(
+        name="joined files, each with a BOM",
+        file="x.jsonl",
+        content='\ufeff{"text": "a", "label": "b"}\n\ufeff{"text": "c", "label": "d"}\n',
+        expect=[("a", "b"), ("c", "d")],
+    ),
+    ReadCase(
+        name="a list over several lines",
+        file="x.json",
+        content='[\n {"text": "a",\n "label": "b"} ,\n{"text": "c", "label": "d"}\n]\n',
+        expect=[("a", "b"), ("c", "d")],
+    ),
+    ReadCase(
+        name="a list in .jsonl",
+        file="x.jsonl",
+        content='[{"text": "a", "label": "b"}]',
+        expect=[("a", "b")],
+    ),
+    ReadCase(
+        name="dates in JSON",
+        file="x.jsonl",
+        content='{"text": "2020-01-01", "label": "2020-01-01T00:00:00Z"}\n',
+        expect=[("2020-01-01", "2020-01-01T00:00:00Z")],
+    ),
+    ReadCase(
+        name="blank lines in JSON lines",
+        file="x.jsonl",
+        content='\n{"text": "a", "label": "b"}\n \n{"text": "c", "label": "d"}',
+        expect=[("a", "b"), ("c", "d")],
+    ),
+    ReadCase(
+        name="a key that is missing",
+        file="x.jsonl",
+        content='{"text": "a", "label": "b"}\n{"text": "c"}\n',
+        expect=[("a", "b"), ("c", None)],
+    ),
+    ReadCase(
+        name="numbers, then fractions",
+        file="x.jsonl",
+        content='{"text": "a", "label": 1}\n' * 1500 + '{"text": "a", "label": 2.5}\n',
+        expect=[("a", 1.0)] * 1500 + [("a", 2.5)],
+    ),
+    ReadCase(
+        name="other spaces inside a line",
+        file="x.jsonl",
+        content='{"text": "a\u2028b\x85c", "label": "b"}\n',
+        expect=[("a\u2028b\x85c", "b")],
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "file", "content", "dataset", "expect"), READ, ids=[c[0] for c in READ])
-def test_files_that_are_read(
-    name: str, file: str, content: str | bytes, dataset: dict[str, Any], expect: list[tuple[Any, ...]], tmp_path: Path
-) -> None:
-    assert as_rows(load(tmp_path, {file: content}, **dataset)) == expect
+@pytest.mark.parametrize("case", READ, ids=lambda case: case.name)
+def test_files_that_are_read(case: ReadCase, tmp_path: Path) -> None:
+    assert as_rows(load(tmp_path, {case.file: case.content}, **case.dataset)) == case.expect
 
 
-REFUSED: list[tuple[str, dict[str, str | bytes], dict[str, Any], str]] = [
-    # name, files, dataset, how the message begins
-    (
-        "an unquoted comma",
-        {"x.csv": "text,label\na,b\nHello, world,c\n"},
-        {},
-        (
+@dataclass(frozen=True)
+class RefusedCase:
+    name: str
+    files: dict[str, str | bytes]
+    message: str  # its beginning
+    dataset: dict[str, Any] = field(default_factory=dict)
+
+
+REFUSED = [
+    RefusedCase(
+        name="an unquoted comma",
+        files={"x.csv": "text,label\na,b\nHello, world,c\n"},
+        message=(
             "spec.dataset.files: row 1, counted from 0 (line 3 of x.csv) has 3 fields, and the header has 2 (text,"
             ' label). With the first as an index, as pandas has it, it would be text=" world", label="c"; with the'
             ' first ones joined, text="Hello, world", label="c". Put quotation marks around cells that hold \',\''
         ),
     ),
-    (
-        "an unquoted comma in every row",
-        {"x.csv": "text,label\na,b,c\n"},
-        {},
-        "spec.dataset.files: row 0, counted from 0 (line 2 of x.csv) has 3 fields",
+    RefusedCase(
+        name="an unquoted comma in every row",
+        files={"x.csv": "text,label\na,b,c\n"},
+        message="spec.dataset.files: row 0, counted from 0 (line 2 of x.csv) has 3 fields",
     ),
-    (
-        "a comma at the end of each row",
-        {"x.csv": "text,label\na,b,\nc,d,\n"},
-        {},
-        "spec.dataset.files: row 0, counted from 0 (line 2 of x.csv) has 3 fields",
+    RefusedCase(
+        name="a comma at the end of each row",
+        files={"x.csv": "text,label\na,b,\nc,d,\n"},
+        message="spec.dataset.files: row 0, counted from 0 (line 2 of x.csv) has 3 fields",
     ),
-    (
-        "a tab too many",
-        {"x.tsv": "text\tlabel\na\tb\n\nc\td\te\n"},
-        {},
-        "spec.dataset.files: row 1, counted from 0 (line 4 of x.tsv) has 3 fields",
+    RefusedCase(
+        name="a tab too many",
+        files={"x.tsv": "text\tlabel\na\tb\n\nc\td\te\n"},
+        message="spec.dataset.files: row 1, counted from 0 (line 4 of x.tsv) has 3 fields",
     ),
-    (
-        "a field too few",
-        {"x.csv": 'text,label\n"a\nb",c\nd\n'},
-        {},
-        (
+    RefusedCase(
+        name="a field too few",
+        files={"x.csv": 'text,label\n"a\nb",c\nd\n'},
+        message=(
             "spec.dataset.files: row 1, counted from 0 (line 4 of x.csv) has 1 fields, and the header has 2 (text,"
             " label). A line break in a cell needs"
         ),
     ),
-    (
-        "a quoted word that begins a cell",
-        {"x.csv": 'text,label\na,b\n"Hello" he said,c\n'},
-        {},
-        (
+    RefusedCase(
+        name="a quoted word that begins a cell",
+        files={"x.csv": 'text,label\na,b\n"Hello" he said,c\n'},
+        message=(
             "spec.dataset.files: row 1, counted from 0 (line 3 of x.csv) cannot be read as csv: a cell that begins with"
             " a quotation mark goes on after its second one."
         ),
     ),
-    (
-        "doubled and escaped quotation marks in one file",
-        {"x.csv": 'text,label\n"a \\"b\\"",c\n"a ""b""",c\n'},
-        {},
-        "spec.dataset.files: row 0, counted from 0 (line 2 of x.csv) cannot be read as csv",
+    RefusedCase(
+        name="doubled and escaped quotation marks in one file",
+        files={"x.csv": 'text,label\n"a \\"b\\"",c\n"a ""b""",c\n'},
+        message="spec.dataset.files: row 0, counted from 0 (line 2 of x.csv) cannot be read as csv",
     ),
-    (
-        "two readings",
-        {"x.csv": 'text,label\nsay \\"hi\\",c\n'},
-        {},
-        (
+    RefusedCase(
+        name="two readings",
+        files={"x.csv": 'text,label\nsay \\"hi\\",c\n'},
+        message=(
             'spec.dataset.files: x.csv can be read in two ways: row 0, counted from 0, is "say \\"hi\\"", "c" with'
             ' quotation marks that are doubled, and "say "hi"", "c"'
         ),
     ),
-    (
-        "semicolons",
-        {"x.csv": "text;label\na, b;c\n"},
-        {},
-        (
+    RefusedCase(
+        name="semicolons",
+        files={"x.csv": "text;label\na, b;c\n"},
+        message=(
             "spec.dataset.files: row 0, counted from 0 (line 2 of x.csv) has 2 fields, and the header has 1"
             " (text;label). The only column is called 'text;label'. If its cells are separated by semicolon, set"
             " spec.dataset.csv.separator to semicolon"
         ),
     ),
-    (
-        "a column twice",
-        {"x.csv": "text,label,text\na,b,c\n"},
-        {},
-        'spec.dataset.files: x.csv has 2 columns that are called "text". Rename all but one',
+    RefusedCase(
+        name="a column twice",
+        files={"x.csv": "text,label,text\na,b,c\n"},
+        message='spec.dataset.files: x.csv has 2 columns that are called "text". Rename all but one',
     ),
-    (
-        "the second of two files",
-        {"x.csv": "text,label\na,b\n", "y.csv": "text,intent\na,b\n"},
-        {},
-        'spec.dataset.files: y.csv has no column "label" (columns: text, intent), and x.csv has one',
+    RefusedCase(
+        name="the second of two files",
+        files={"x.csv": "text,label\na,b\n", "y.csv": "text,intent\na,b\n"},
+        message='spec.dataset.files: y.csv has no column "label" (columns: text, intent), and x.csv has one',
     ),
-    (
-        "the first of two files",
-        {"x.csv": "body,label\na,b\n", "y.csv": "text,label\na,b\n"},
-        {},
-        'spec.dataset.files: x.csv has no column "text" (columns: body, label), and y.csv has one',
+    RefusedCase(
+        name="the first of two files",
+        files={"x.csv": "body,label\na,b\n", "y.csv": "text,label\na,b\n"},
+        message='spec.dataset.files: x.csv has no column "text" (columns: body, label), and y.csv has one',
     ),
-    (
-        "cp1252",
-        {"x.csv": "text,label\na,b\nit’s,c\n".encode("cp1252")},
-        {},
-        (
+    RefusedCase(
+        name="cp1252",
+        files={"x.csv": "text,label\na,b\nit’s,c\n".encode("cp1252")},
+        message=(
             "spec.dataset.files: x.csv is not UTF-8: byte 0x92 at position 17 (line 3) is not valid. Set"
             " spec.dataset.encoding to the encoding that the file was written in, such as cp1252, where that byte"
             ' is "’"'
         ),
     ),
-    (
-        "latin-1 JSON lines",
-        {"x.jsonl": '{"text": "ä"}\n'.encode("latin-1")},
-        {},
-        "spec.dataset.files: x.jsonl is not UTF-8: byte 0xe4 at position 10 (line 1)",
+    RefusedCase(
+        name="latin-1 JSON lines",
+        files={"x.jsonl": '{"text": "ä"}\n'.encode("latin-1")},
+        message="spec.dataset.files: x.jsonl is not UTF-8: byte 0xe4 at position 10 (line 1)",
     ),
-    (
-        "UTF-16 without a mark",
-        {"x.jsonl": '{"text": "a"}\n'.encode("utf-16-le")},
-        {},
-        "spec.dataset.files: x.jsonl holds NUL bytes (the first at position 1), as UTF-16",
+    RefusedCase(
+        name="UTF-16 without a mark",
+        files={"x.jsonl": '{"text": "a"}\n'.encode("utf-16-le")},
+        message="spec.dataset.files: x.jsonl holds NUL bytes (the first at position 1), as UTF-16",
     ),
-    (
-        "an encoding against the mark",
-        {"x.csv": "\ufefftext,label\na,b\n"},
-        {"encoding": "cp1252"},
-        (
+    RefusedCase(
+        name="an encoding against the mark",
+        files={"x.csv": "\ufefftext,label\na,b\n"},
+        dataset={"encoding": "cp1252"},
+        message=(
             "spec.dataset.files: x.csv begins with the byte order mark of UTF-8, but spec.dataset.encoding is cp1252."
             " Remove encoding, or the mark"
         ),
     ),
-    (
-        "an encoding that does not exist",
-        {"x.csv": "text,label\na,b\n"},
-        {"encoding": "cp99"},
-        "spec.dataset.encoding: Python has no text encoding 'cp99'",
+    RefusedCase(
+        name="an encoding that does not exist",
+        files={"x.csv": "text,label\na,b\n"},
+        dataset={"encoding": "cp99"},
+        message="spec.dataset.encoding: Python has no text encoding 'cp99'",
     ),
-    (
-        "an encoding of Parquet",
-        {"x.parquet": b"PAR1"},
-        {"encoding": "cp1252"},
-        "spec.dataset.encoding: parquet is no format of text, and has no encoding",
+    RefusedCase(
+        name="an encoding of Parquet",
+        files={"x.parquet": b"PAR1"},
+        dataset={"encoding": "cp1252"},
+        message="spec.dataset.encoding: parquet is no format of text, and has no encoding",
     ),
-    (
-        "how CSV is written, for JSON",
-        {"x.jsonl": "{}"},
-        {"csv": {"separator": "tab"}},
-        "spec.dataset.csv: belongs to files of the format csv, and x.jsonl is read as json",
+    RefusedCase(
+        name="how CSV is written, for JSON",
+        files={"x.jsonl": "{}"},
+        dataset={"csv": {"separator": "tab"}},
+        message="spec.dataset.csv: belongs to files of the format csv, and x.jsonl is read as json",
     ),
-    (
-        "a file cut short",
-        {"x.jsonl.gz": gzip.compress(b'{"text": "a"}\n' * 99)[:-9]},
-        {},
-        "spec.dataset.files: x.jsonl.gz cannot be decompressed: Compressed file ended",
+    RefusedCase(
+        name="a file cut short",
+        files={"x.jsonl.gz": gzip.compress(b'{"text": "a"}\n' * 99)[:-9]},
+        message="spec.dataset.files: x.jsonl.gz cannot be decompressed: Compressed file ended",
     ),
-    (
-        "zstd cut short",
-        {"x.jsonl.zst": pyarrow.compress(b'{"text": "a"}\n' * 99, "zstd", asbytes=True)[:-9]},
-        {},
-        "spec.dataset.files: x.jsonl.zst cannot be decompressed: Truncated compressed stream",
+    RefusedCase(
+        name="zstd cut short",
+        files={"x.jsonl.zst": pyarrow.compress(b'{"text": "a"}\n' * 99, "zstd", asbytes=True)[:-9]},
+        message="spec.dataset.files: x.jsonl.zst cannot be decompressed: Truncated compressed stream",
     ),
-    (
-        "broken JSON",
-        {"x.jsonl": '{"text": "a"}\n{"text": \n'},
-        {},
-        "spec.dataset.files: x.jsonl cannot be read as json: line 2, column 9: Expecting value.",
+    RefusedCase(
+        name="broken JSON",
+        files={"x.jsonl": '{"text": "a"}\n{"text": \n'},
+        message="spec.dataset.files: x.jsonl cannot be read as json: line 2, column 9: Expecting value.",
     ),
-    (
-        "a list that does not end",
-        {"x.json": '[{"text": "a"},\n{"text": "b"}'},
-        {},
-        "spec.dataset.files: x.json cannot be read as json: the list that begins the file has no end",
+    RefusedCase(
+        name="a list that does not end",
+        files={"x.json": '[{"text": "a"},\n{"text": "b"}'},
+        message="spec.dataset.files: x.json cannot be read as json: the list that begins the file has no end",
     ),
-    (
-        "something after the list",
-        {"x.json": '[{"text": "a"}]\n[]'},
-        {},
-        "spec.dataset.files: x.json cannot be read as json: line 1: something follows the end of the list",
+    RefusedCase(
+        name="something after the list",
+        files={"x.json": '[{"text": "a"}]\n[]'},
+        message="spec.dataset.files: x.json cannot be read as json: line 1: something follows the end of the list",
     ),
-    (
-        "no objects",
-        {"x.json": '[{"text": "a"},\n["b"]]'},
-        {},
-        (
+    RefusedCase(
+        name="no objects",
+        files={"x.json": '[{"text": "a"},\n["b"]]'},
+        message=(
             "spec.dataset.files: x.json cannot be read as json: row 1, counted from 0 (line 2), is no object but of"
             " kind: lists"
         ),
     ),
-    (
-        "a key twice",
-        {"x.jsonl": '{"text": "a", "text": "b"}\n'},
-        {},
-        'spec.dataset.files: x.jsonl cannot be read as json: line 1: an object has the key "text" more than once',
+    RefusedCase(
+        name="a key twice",
+        files={"x.jsonl": '{"text": "a", "text": "b"}\n'},
+        message=(
+            'spec.dataset.files: x.jsonl cannot be read as json: line 1: an object has the key "text" more than once'
+        ),
     ),
-    (
-        "half a character",
-        {"x.jsonl": '{"text": "\\ud83d"}\n'},
-        {},
-        "spec.dataset.files: x.jsonl has half a surrogate pair",
+    RefusedCase(
+        name="half a character",
+        files={"x.jsonl": '{"text": "\\ud83d"}\n'},
+        message="spec.dataset.files: x.jsonl has half a surrogate pair",
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "files", "dataset", "message"), REFUSED, ids=[c[0] for c in REFUSED])
-def test_files_that_are_refused(
-    name: str, files: dict[str, str | bytes], dataset: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    assert refusal(tmp_path, files, **dataset)[: len(message)] == message
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
+def test_files_that_are_refused(case: RefusedCase, tmp_path: Path) -> None:
+    assert refusal(tmp_path, case.files, **case.dataset)[: len(case.message)] == case.message
 
 
-NOTICED: list[tuple[str, str, str | bytes, str | None]] = [
-    # name, file, content, how the notice begins
-    (
-        "backslashes",
-        "x.csv",
-        'text,label\n"a \\"b\\"",c\n',
-        (
+@dataclass(frozen=True)
+class NoticedCase:
+    name: str
+    file: str
+    content: str | bytes
+    notice: str | None  # its beginning
+
+
+NOTICED = [
+    NoticedCase(
+        name="backslashes",
+        file="x.csv",
+        content='text,label\n"a \\"b\\"",c\n',
+        notice=(
             'spec.dataset.csv.quoting: the quotation marks in the cells of x.csv stand after backslashes (\\"), and are'
             " read so, as with quoting: backslash"
         ),
     ),
-    (
-        "rows of several lines",
-        "x.csv",
-        'text,label\na,b\n"c\nd",e\n',
-        (
+    NoticedCase(
+        name="rows of several lines",
+        file="x.csv",
+        content='text,label\na,b\n"c\nd",e\n',
+        notice=(
             "spec.dataset.files: 1 of 2 rows of x.csv span several lines (the first: row 1, counted from 0, line 3). If"
             " quotation marks are ordinary characters there, set"
         ),
     ),
-    (
-        "cells between quotation marks in TSV",
-        "x.tsv",
-        'text\tlabel\n"a ""b"""\tc\n',
-        "spec.dataset.csv.quoting: 1 cells of x.tsv begin and end with a quotation mark",
+    NoticedCase(
+        name="cells between quotation marks in TSV",
+        file="x.tsv",
+        content='text\tlabel\n"a ""b"""\tc\n',
+        notice="spec.dataset.csv.quoting: 1 cells of x.tsv begin and end with a quotation mark",
     ),
-    (
-        "UTF-16",
-        "x.csv",
-        "text,label\na,b\n".encode(UTF16),
-        "spec.dataset.files: x.csv is read as UTF-16, by its byte order mark",
+    NoticedCase(
+        name="UTF-16",
+        file="x.csv",
+        content="text,label\na,b\n".encode(UTF16),
+        notice="spec.dataset.files: x.csv is read as UTF-16, by its byte order mark",
     ),
-    (
-        "joined files",
-        "x.jsonl",
-        '\ufeff{"text": "a"}\n\ufeff{"text": "b"}\n',
-        "spec.dataset.files: x.jsonl has byte order marks at the beginning of 1 lines",
+    NoticedCase(
+        name="joined files",
+        file="x.jsonl",
+        content='\ufeff{"text": "a"}\n\ufeff{"text": "b"}\n',
+        notice="spec.dataset.files: x.jsonl has byte order marks at the beginning of 1 lines",
     ),
-    (
-        "blank lines",
-        "x.txt",
-        "a\n\n \nb\n\n",
-        "spec.dataset.files: 2 blank lines of x.txt are left out, and are no rows",
+    NoticedCase(
+        name="blank lines",
+        file="x.txt",
+        content="a\n\n \nb\n\n",
+        notice="spec.dataset.files: 2 blank lines of x.txt are left out, and are no rows",
     ),
-    ("an ordinary file", "x.csv", "\ufefftext,label\na,b\n\n", None),
+    NoticedCase(
+        name="an ordinary file",
+        file="x.csv",
+        content="\ufefftext,label\na,b\n\n",
+        notice=None,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "file", "content", "notice"), NOTICED, ids=[c[0] for c in NOTICED])
-def test_what_is_chosen_is_noticed(
-    name: str, file: str, content: str | bytes, notice: str | None, tmp_path: Path
-) -> None:
-    load(tmp_path, {file: content})
-    assert [given[: len(notice or "")] for given in notices.given()] == ([notice] if notice else [])
+@pytest.mark.parametrize("case", NOTICED, ids=lambda case: case.name)
+def test_what_is_chosen_is_noticed(case: NoticedCase, tmp_path: Path) -> None:
+    load(tmp_path, {case.file: case.content})
+    assert [given[: len(case.notice or "")] for given in notices.given()] == ([case.notice] if case.notice else [])
 
 
 PACKED = [
@@ -547,20 +640,31 @@ def test_json_of_any_size_is_read_as_python_reads_it(
     assert as_rows(load(tmp_path, {name: content})) == [(row["text"], row["label"]) for row in rows]
 
 
-LATE: list[tuple[str, str, str]] = [
+@dataclass(frozen=True)
+class LateCase:
+    name: str
+    early: str
+    late: str
+
+
+LATE = [
     # a column that the job does not use, and that changes after more rows than are looked at first
-    ("x.csv", "text,label,other\n" + "a,b,1\n" * 30_000, "a,b,not a number\n"),
-    (
-        "x.jsonl",
-        '{"text": "a", "label": "b", "other": 1}\n' * 30_000,
-        '{"text": "a", "label": "b", "other": {"not": ["a number"]}}\n',
+    LateCase(
+        name="x.csv",
+        early="text,label,other\n" + "a,b,1\n" * 30_000,
+        late="a,b,not a number\n",
+    ),
+    LateCase(
+        name="x.jsonl",
+        early='{"text": "a", "label": "b", "other": 1}\n' * 30_000,
+        late='{"text": "a", "label": "b", "other": {"not": ["a number"]}}\n',
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "early", "late"), LATE, ids=[c[0] for c in LATE])
-def test_a_column_that_the_job_does_not_use_does_not_stop_it(name: str, early: str, late: str, tmp_path: Path) -> None:
-    assert len(load(tmp_path, {name: early + late}).data) == 30_001
+@pytest.mark.parametrize("case", LATE, ids=lambda case: case.name)
+def test_a_column_that_the_job_does_not_use_does_not_stop_it(case: LateCase, tmp_path: Path) -> None:
+    assert len(load(tmp_path, {case.name: case.early + case.late}).data) == 30_001
 
 
 def test_a_job_that_reads_all_columns_keeps_what_has_no_single_type_as_json(tmp_path: Path) -> None:
@@ -623,32 +727,55 @@ def test_parquet_files_of_two_types_name_the_column_and_the_file(tmp_path: Path)
     assert refusal(tmp_path, files) == message
 
 
-PLACES: list[tuple[str, dict[str, str | bytes], int, str]] = [
-    (
-        "blank lines and cells of several lines",
-        {"x.csv": '\ntext,label\n\n"a\nb",c\n\nd,e\n'},
-        1,
-        "row 1, counted from 0 (line 7 of x.csv)",
+@dataclass(frozen=True)
+class PlaceCase:
+    name: str
+    files: dict[str, str | bytes]
+    row: int
+    location: str
+
+
+PLACES = [
+    PlaceCase(
+        name="blank lines and cells of several lines",
+        files={"x.csv": '\ntext,label\n\n"a\nb",c\n\nd,e\n'},
+        row=1,
+        location="row 1, counted from 0 (line 7 of x.csv)",
     ),
-    (
-        "the second file",
-        {"x.csv": "text,label\na,b\n", "y.csv": "label,text\nc,d\ne,f\n"},
-        2,
-        "row 2, counted from 0 (line 3 of y.csv)",
+    PlaceCase(
+        name="the second file",
+        files={"x.csv": "text,label\na,b\n", "y.csv": "label,text\nc,d\ne,f\n"},
+        row=2,
+        location="row 2, counted from 0 (line 3 of y.csv)",
     ),
-    ("JSON lines", {"x.jsonl": '\n{"text": "a"}\n\n{"text": "b"}\n'}, 1, "row 1, counted from 0 (line 4 of x.jsonl)"),
-    ("a list", {"x.json": '[{"text":\n "a"},\n\n{"text": "b"}]'}, 1, "row 1, counted from 0 (line 4 of x.json)"),
-    ("text", {"x.txt": "a\n\nb\n"}, 1, "row 1, counted from 0 (line 3 of x.txt)"),
+    PlaceCase(
+        name="JSON lines",
+        files={"x.jsonl": '\n{"text": "a"}\n\n{"text": "b"}\n'},
+        row=1,
+        location="row 1, counted from 0 (line 4 of x.jsonl)",
+    ),
+    PlaceCase(
+        name="a list",
+        files={"x.json": '[{"text":\n "a"},\n\n{"text": "b"}]'},
+        row=1,
+        location="row 1, counted from 0 (line 4 of x.json)",
+    ),
+    PlaceCase(
+        name="text",
+        files={"x.txt": "a\n\nb\n"},
+        row=1,
+        location="row 1, counted from 0 (line 3 of x.txt)",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "files", "row", "place"), PLACES, ids=[c[0] for c in PLACES])
-def test_a_row_has_a_number_and_a_line(
-    name: str, files: dict[str, str | bytes], row: int, place: str, tmp_path: Path
-) -> None:
-    rows = load(tmp_path, files)
-    assert rows.place(row) == place
-    assert rows.select(numpy.array([row])).place(0) == place, "a row keeps its number when others are left out"
+@pytest.mark.parametrize("case", PLACES, ids=lambda case: case.name)
+def test_a_row_has_a_number_and_a_line(case: PlaceCase, tmp_path: Path) -> None:
+    rows = load(tmp_path, case.files)
+    assert rows.place(case.row) == case.location
+    assert rows.select(numpy.array([case.row])).place(0) == case.location, (
+        "a row keeps its number when others are left out"
+    )
 
 
 def test_slices_keep_the_numbers_of_rows(tmp_path: Path) -> None:
@@ -659,59 +786,63 @@ def test_slices_keep_the_numbers_of_rows(tmp_path: Path) -> None:
     )
 
 
-DESCRIBED: list[tuple[str, dict[str, str], list[tuple[str, str]] | str]] = [
-    # name, tables in the folder, (image, label) of each row or how the message begins
-    (
-        "labels that look like numbers",
-        {"metadata.csv": "file_name,label\na/1.png,007\nb/2.png,7\n"},
-        [("a/1.png", "007"), ("b/2.png", "7")],
+@dataclass(frozen=True)
+class DescribedCase:
+    name: str
+    tables: dict[str, str]  # in the folder
+    expect: list[tuple[str, str]] | str  # image and label of each row, or how the message begins
+
+
+DESCRIBED = [
+    DescribedCase(
+        name="labels that look like numbers",
+        tables={"metadata.csv": "file_name,label\na/1.png,007\nb/2.png,7\n"},
+        expect=[("a/1.png", "007"), ("b/2.png", "7")],
     ),
-    (
-        "a table in each folder",
-        {
+    DescribedCase(
+        name="a table in each folder",
+        tables={
             "a/metadata.jsonl": '{"file_name": "1.png", "label": "x"}',
             "b/metadata.jsonl": '{"file_name": "../b/2.png", "label": "y"}',
         },
-        [("a/1.png", "x"), ("b/2.png", "y")],
+        expect=[("a/1.png", "x"), ("b/2.png", "y")],
     ),
-    (
-        "an unquoted comma",
-        {"metadata.csv": "file_name,label\na/1.png,b, c\n"},
-        "spec.dataset.files: row 0, counted from 0 (line 2 of pets/metadata.csv) has 3 fields",
+    DescribedCase(
+        name="an unquoted comma",
+        tables={"metadata.csv": "file_name,label\na/1.png,b, c\n"},
+        expect="spec.dataset.files: row 0, counted from 0 (line 2 of pets/metadata.csv) has 3 fields",
     ),
-    (
-        "an image that is not there",
-        {"metadata.csv": "file_name,label\na/1.png,b\na/3.png,b\n"},
-        (
+    DescribedCase(
+        name="an image that is not there",
+        tables={"metadata.csv": "file_name,label\na/1.png,b\na/3.png,b\n"},
+        expect=(
             'spec.dataset.files: row 1, counted from 0 (line 3 of metadata.csv): pets has no image "a/3.png". Correct'
             " file_name, or add the image"
         ),
     ),
-    (
-        "no name of a file",
-        {"metadata.csv": "file,label\na/1.png,b\n"},
-        'spec.dataset.files: metadata.csv has no column "file_name" of text, which names the image',
+    DescribedCase(
+        name="no name of a file",
+        tables={"metadata.csv": "file,label\na/1.png,b\n"},
+        expect='spec.dataset.files: metadata.csv has no column "file_name" of text, which names the image',
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "tables", "expect"), DESCRIBED, ids=[c[0] for c in DESCRIBED])
-def test_tables_beside_images(
-    name: str, tables: dict[str, str], expect: list[tuple[str, str]] | str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("case", DESCRIBED, ids=lambda case: case.name)
+def test_tables_beside_images(case: DescribedCase, tmp_path: Path) -> None:
     folder = tmp_path / "pets"
     for path in ("a/1.png", "b/2.png"):
         (folder / path).parent.mkdir(parents=True)
         Image.new("RGB", (4, 4)).save(folder / path)
-    for path, content in tables.items():
+    for path, content in case.tables.items():
         (folder / path).write_text(content)
     source = TrainingData.model_validate({"files": [str(folder)], "format": "imagefolder"})
     loader = Loader(source, "spec.dataset", tmp_path / "cache", columns=("image", "label"), others=False)
-    if isinstance(expect, str):
+    if isinstance(case.expect, str):
         with pytest.raises(Failure) as failure:
             loader.split("train", "split")
-        assert failure.value.message.replace(f"{tmp_path}/", "").startswith(expect)
+        assert failure.value.message.replace(f"{tmp_path}/", "").startswith(case.expect)
         return
     rows = loader.split("train", "split").data
     paths = [image["path"] for image in rows.cast_column("image", datasets.Image(decode=False))["image"]]
-    assert list(zip([str(Path(path).relative_to(folder)) for path in paths], rows["label"], strict=True)) == expect
+    assert list(zip([str(Path(path).relative_to(folder)) for path in paths], rows["label"], strict=True)) == case.expect

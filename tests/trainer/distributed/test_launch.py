@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,68 +39,142 @@ def given(resources: dict[str, Any], strategy: str, host: str = "127.0.0.1") -> 
     return run, prepared
 
 
+@dataclass(frozen=True)
+class CommandCase:
+    name: str
+    resources: dict[str, Any]
+    strategy: str
+    node: int
+    expect: str  # a part of the command line
+
+
 COMMANDS = [
-    # name                        resources                                    strategy         node  the command has
-    ("alone on CPU", {"gpusPerNode": 0}, "none", 0, "python -m luthier_trainer.worker train"),
-    ("alone on a GPU", {}, "none", 0, "python -m luthier_trainer.worker train"),
-    (
-        "two processes",
-        {"gpusPerNode": 0, "processesPerNode": 2},
-        "ddp",
-        0,
-        "accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes 2 --machine_rank 0",
+    CommandCase(
+        name="alone on CPU",
+        resources={"gpusPerNode": 0},
+        strategy="none",
+        node=0,
+        expect="python -m luthier_trainer.worker train",
     ),
-    (
-        "second of two pods",
-        {"gpusPerNode": 8, "nodes": 2},
-        "ddp",
-        1,
-        "accelerate.commands.launch --multi_gpu --num_machines 2 --num_processes 16 --machine_rank 1",
+    CommandCase(
+        name="alone on a GPU",
+        resources={},
+        strategy="none",
+        node=0,
+        expect="python -m luthier_trainer.worker train",
     ),
-    ("DeepSpeed, alone", {}, "zero2-offload", 0, "--num_machines 1 --num_processes 1 --machine_rank 0"),
-    (
-        "DeepSpeed, two pods",
-        {"gpusPerNode": 4, "nodes": 2},
-        "zero3",
-        1,
-        "--num_machines 2 --num_processes 8 --machine_rank 1",
+    CommandCase(
+        name="two processes",
+        resources={"gpusPerNode": 0, "processesPerNode": 2},
+        strategy="ddp",
+        node=0,
+        expect="accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes 2 --machine_rank 0",
+    ),
+    CommandCase(
+        name="second of two pods",
+        resources={"gpusPerNode": 8, "nodes": 2},
+        strategy="ddp",
+        node=1,
+        expect="accelerate.commands.launch --multi_gpu --num_machines 2 --num_processes 16 --machine_rank 1",
+    ),
+    CommandCase(
+        name="DeepSpeed, alone",
+        resources={},
+        strategy="zero2-offload",
+        node=0,
+        expect="--num_machines 1 --num_processes 1 --machine_rank 0",
+    ),
+    CommandCase(
+        name="DeepSpeed, two pods",
+        resources={"gpusPerNode": 4, "nodes": 2},
+        strategy="zero3",
+        node=1,
+        expect="--num_machines 2 --num_processes 8 --machine_rank 1",
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "resources", "strategy", "node", "has"), COMMANDS, ids=[c[0] for c in COMMANDS])
-def test_command(name: str, resources: dict[str, Any], strategy: str, node: int, has: str) -> None:
-    command = launch.command(*given(resources, strategy), node)
+@pytest.mark.parametrize("case", COMMANDS, ids=lambda case: case.name)
+def test_command(case: CommandCase) -> None:
+    command = launch.command(*given(case.resources, case.strategy), case.node)
     assert command[0] == sys.executable
     line = " ".join(command).replace(sys.executable, "python")
-    assert has in line
+    assert case.expect in line
     assert "--cpu" not in command  # it would start jobs that know nothing of each other
-    assert ("--config_file" in command) == strategy.startswith("zero")
+    assert ("--config_file" in command) == case.strategy.startswith("zero")
     if "accelerate.commands.launch" in command:
         assert "--main_process_ip 127.0.0.1 --main_process_port 29500 --rdzv_backend static --same_network" in line
         assert line.endswith("--module luthier_trainer.worker train")
 
 
+@dataclass(frozen=True)
+class ZeroCase:
+    strategy: str
+    gpus: int
+    stage: int
+    optimizer_device: Any  # of DeepSpeed's configuration
+    parameter_device: Any  # likewise
+
+
 ZERO = [
-    # strategy         gpus  stage  optimizer on CPU                        parameters on CPU
-    ("zero2", 1, 2, None, None),
-    ("zero2-offload", 1, 2, {"device": "cpu", "pin_memory": True}, None),
-    ("zero2-offload", 0, 2, {"device": "cpu", "pin_memory": False}, None),
-    ("zero3", 1, 3, None, None),
-    ("zero3-offload", 1, 3, {"device": "cpu", "pin_memory": True}, {"device": "cpu", "pin_memory": True}),
-    ("zero3-offload", 0, 3, {"device": "cpu", "pin_memory": False}, None),
+    ZeroCase(
+        strategy="zero2",
+        gpus=1,
+        stage=2,
+        optimizer_device=None,
+        parameter_device=None,
+    ),
+    ZeroCase(
+        strategy="zero2-offload",
+        gpus=1,
+        stage=2,
+        optimizer_device={"device": "cpu", "pin_memory": True},
+        parameter_device=None,
+    ),
+    ZeroCase(
+        strategy="zero2-offload",
+        gpus=0,
+        stage=2,
+        optimizer_device={"device": "cpu", "pin_memory": False},
+        parameter_device=None,
+    ),
+    ZeroCase(
+        strategy="zero3",
+        gpus=1,
+        stage=3,
+        optimizer_device=None,
+        parameter_device=None,
+    ),
+    ZeroCase(
+        strategy="zero3-offload",
+        gpus=1,
+        stage=3,
+        optimizer_device={"device": "cpu", "pin_memory": True},
+        parameter_device={"device": "cpu", "pin_memory": True},
+    ),
+    ZeroCase(
+        strategy="zero3-offload",
+        gpus=0,
+        stage=3,
+        optimizer_device={"device": "cpu", "pin_memory": False},
+        parameter_device=None,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("strategy", "gpus", "stage", "optimizer", "parameters"), ZERO)
-def test_deepspeed_files(strategy: str, gpus: int, stage: int, optimizer: Any, parameters: Any) -> None:
-    command = launch.command(*given({"gpusPerNode": gpus}, strategy), 0)
+@pytest.mark.parametrize("case", ZERO, ids=lambda case: f"{case.strategy}-{case.gpus}-{case.stage}")
+def test_deepspeed_files(case: ZeroCase) -> None:
+    command = launch.command(*given({"gpusPerNode": case.gpus}, case.strategy), 0)
     accelerate = json.loads(Path(command[command.index("--config_file") + 1]).read_text())
     assert accelerate["deepspeed_config"]["deepspeed_multinode_launcher"] == "standard"
-    assert accelerate["use_cpu"] == (gpus == 0)
+    assert accelerate["use_cpu"] == (case.gpus == 0)
     zero = json.loads((run_dir() / "deepspeed.json").read_text())["zero_optimization"]
-    assert (zero["stage"], zero.get("offload_optimizer"), zero.get("offload_param")) == (stage, optimizer, parameters)
-    assert zero.get("stage3_gather_16bit_weights_on_model_save", False) == (stage == 3)
+    assert (zero["stage"], zero.get("offload_optimizer"), zero.get("offload_param")) == (
+        case.stage,
+        case.optimizer_device,
+        case.parameter_device,
+    )
+    assert zero.get("stage3_gather_16bit_weights_on_model_save", False) == (case.stage == 3)
 
 
 THREADS = [

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -195,23 +196,48 @@ def test_zero3_offload(tmp_path: Path, llama: Path, data: DatasetDict, alone: An
     )
 
 
+@dataclass(frozen=True)
+class Case:
+    inputs: str
+    strategy: str
+    labels: list[str]  # for which the head of the base was made
+
+
 CLASSIFIERS = [
-    # of        strategy          head made for
-    ("text", "ddp", ["a", "b"]),
-    ("text", "zero3-offload", ["x", "y", "z"]),
-    ("text", "zero3-offload", ["b", "a"]),  # whose rows are spread over the processes when they have to change places
-    ("image", "ddp", ["b", "a"]),
-    ("image", "zero2-offload", ["a", "b"]),
+    Case(
+        inputs="text",
+        strategy="ddp",
+        labels=["a", "b"],
+    ),
+    Case(
+        inputs="text",
+        strategy="zero3-offload",
+        labels=["x", "y", "z"],
+    ),
+    # whose rows are spread over the processes when they have to change places
+    Case(
+        inputs="text",
+        strategy="zero3-offload",
+        labels=["b", "a"],
+    ),
+    Case(
+        inputs="image",
+        strategy="ddp",
+        labels=["b", "a"],
+    ),
+    Case(
+        inputs="image",
+        strategy="zero2-offload",
+        labels=["a", "b"],
+    ),
 ]
 
 
 @pytest.mark.usefixtures("deepspeed_operators")
-@pytest.mark.parametrize(("inputs", "strategy", "held"), CLASSIFIERS, ids=[f"{c[0]}, {c[1]}" for c in CLASSIFIERS])
-def test_two_processes_are_one_classifier(
-    inputs: str, strategy: str, held: list[str], tmp_path: Path, llama: Path, paragraphs: list[str]
-) -> None:
+@pytest.mark.parametrize("case", CLASSIFIERS, ids=lambda case: f"{case.inputs}, {case.strategy}")
+def test_two_processes_are_one_classifier(case: Case, tmp_path: Path, llama: Path, paragraphs: list[str]) -> None:
     """Each takes two micro-batches a step; the mean is over the rows of all."""
-    if inputs == "image":
+    if case.inputs == "image":
         base, rows, auto = save_vit(tmp_path / "base"), image_data(), AutoModelForImageClassification
     else:
         tokenizer = AutoTokenizer.from_pretrained(llama)
@@ -220,9 +246,9 @@ def test_two_processes_are_one_classifier(
     # Three steps an epoch. In the last, of its two micro-batches one process has two rows and one, the other two and
     # none.
     rows = DatasetDict(train=rows["train"].select(range(21)), eval=rows["eval"])
-    auto.from_pretrained(base, id2label=dict(enumerate(held))).save_pretrained(base)
+    auto.from_pretrained(base, id2label=dict(enumerate(case.labels))).save_pretrained(base)
     training = TRAINING | {"learningRate": 1e-3}
-    spec: dict[str, Any] = {"task": f"{inputs}-classification", "labels": ["a", "b"], "method": {"type": "full"}}
+    spec: dict[str, Any] = {"task": f"{case.inputs}-classification", "labels": ["a", "b"], "method": {"type": "full"}}
     alone = prepared_run(tmp_path / "alone", base, rows, training=training, **spec)
     metrics = train.main(alone).metrics or {}
     run = make(
@@ -230,7 +256,7 @@ def test_two_processes_are_one_classifier(
         base,
         rows,
         resources={"processesPerNode": 2},
-        strategy=strategy,
+        strategy=case.strategy,
         training=training | {"microBatchSize": 2},
         **spec,
     )
@@ -240,7 +266,7 @@ def test_two_processes_are_one_classifier(
     assert losses(run) == pytest.approx(losses(alone), abs=2e-4)
     for figure in {"evalLossBefore", "evalLoss", "accuracy", "tokens"} & metrics.keys():
         assert (ended[0].metrics or {})[figure] == pytest.approx(metrics[figure], abs=2e-4)
-    if strategy.startswith("zero"):
+    if case.strategy.startswith("zero"):
         writes_what_was_foreseen(run, base)
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -235,32 +236,43 @@ def shard_too_many(run: GenerateRun, monkeypatch: pytest.MonkeyPatch) -> Generat
     return run
 
 
+@dataclass(frozen=True)
+class Case:
+    name: str
+    make: Any
+    code: ExitCode
+    message: str
+
+
 MISTAKES = [
-    ("prepare has not run", unprepared, ExitCode.MISCONFIGURED, "Run `prepare` first"),
-    (
-        "prepare ran for another job",
-        prepared_for_another,
-        ExitCode.INVALID_SPEC,
-        "was prepared for another version of job 'lutes'",
+    Case(
+        name="prepare has not run",
+        make=unprepared,
+        code=ExitCode.MISCONFIGURED,
+        message="Run `prepare` first",
     ),
-    (
-        "a shard too many",
-        shard_too_many,
-        ExitCode.MISCONFIGURED,
-        "LUTHIER_NODE_RANK: 1 is not one of the 1 shards of spec.shards",
+    Case(
+        name="prepare ran for another job",
+        make=prepared_for_another,
+        code=ExitCode.INVALID_SPEC,
+        message="was prepared for another version of job 'lutes'",
+    ),
+    Case(
+        name="a shard too many",
+        make=shard_too_many,
+        code=ExitCode.MISCONFIGURED,
+        message="LUTHIER_NODE_RANK: 1 is not one of the 1 shards of spec.shards",
     ),
 ]
 
 
-@pytest.mark.parametrize(("mistake", "make", "code", "words"), MISTAKES, ids=[m[0] for m in MISTAKES])
-def test_mistakes(
-    text_run: GenerateRun, monkeypatch: pytest.MonkeyPatch, mistake: str, make: Any, code: ExitCode, words: str
-) -> None:
+@pytest.mark.parametrize("case", MISTAKES, ids=lambda case: case.name)
+def test_mistakes(text_run: GenerateRun, monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     prepare_by_hand(text_run)
-    with pytest.raises(Failure, match=words) as failure:
-        generate.main(make(text_run, monkeypatch))
-    assert failure.value.code is code
+    with pytest.raises(Failure, match=case.message) as failure:
+        generate.main(case.make(text_run, monkeypatch))
+    assert failure.value.code is case.code
 
 
 def test_a_fine_tuning_is_not_generated(make_run: Any) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,28 +40,90 @@ def test_a_text_cut_anywhere_goes_on_to_the_character(kind: str, text: str) -> N
         assert before + continuation(tokenizer, tokens[:cut], tokens[cut:]) == text
 
 
-# Tokenizer, prompt, new tokens, what they add.
-CONTINUATIONS: list[tuple[str, str, list[str], str]] = [
-    ("unigram", "An object", ["▁is"], " is"),
-    ("unigram", "An object ", ["is"], "is"),
-    ("unigram", "An object", ["▁", "▁is"], "  is"),
-    ("unigram", "An obj", ["e", "c", "t"], "ect"),
-    ("llama", "An object", ["▁", "i", "s"], " is"),
-    ("llama", "An object ", ["i", "s"], "is"),
-    ("llama", "An object", ["<0xE2>", "<0x82>", "<0xAC>"], "€"),
-    ("llama", "An object", ["<s>", "▁", "i", "s"], " is"),
-    ("llama", "An object", [], ""),
-    ("byte-level", "An object", ["Ġ", "i", "s"], " is"),
-    ("byte-level", "An object ", ["i", "s"], "is"),
+@dataclass(frozen=True)
+class ContinuationCase:
+    tokenizer: str
+    prompt: str
+    generated: list[str]
+    expect: str
+
+
+CONTINUATIONS = [
+    ContinuationCase(
+        tokenizer="unigram",
+        prompt="An object",
+        generated=["▁is"],
+        expect=" is",
+    ),
+    ContinuationCase(
+        tokenizer="unigram",
+        prompt="An object ",
+        generated=["is"],
+        expect="is",
+    ),
+    ContinuationCase(
+        tokenizer="unigram",
+        prompt="An object",
+        generated=["▁", "▁is"],
+        expect="  is",
+    ),
+    ContinuationCase(
+        tokenizer="unigram",
+        prompt="An obj",
+        generated=["e", "c", "t"],
+        expect="ect",
+    ),
+    ContinuationCase(
+        tokenizer="llama",
+        prompt="An object",
+        generated=["▁", "i", "s"],
+        expect=" is",
+    ),
+    ContinuationCase(
+        tokenizer="llama",
+        prompt="An object ",
+        generated=["i", "s"],
+        expect="is",
+    ),
+    ContinuationCase(
+        tokenizer="llama",
+        prompt="An object",
+        generated=["<0xE2>", "<0x82>", "<0xAC>"],
+        expect="€",
+    ),
+    ContinuationCase(
+        tokenizer="llama",
+        prompt="An object",
+        generated=["<s>", "▁", "i", "s"],
+        expect=" is",
+    ),
+    ContinuationCase(
+        tokenizer="llama",
+        prompt="An object",
+        generated=[],
+        expect="",
+    ),
+    ContinuationCase(
+        tokenizer="byte-level",
+        prompt="An object",
+        generated=["Ġ", "i", "s"],
+        expect=" is",
+    ),
+    ContinuationCase(
+        tokenizer="byte-level",
+        prompt="An object ",
+        generated=["i", "s"],
+        expect="is",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("kind", "prompt", "new", "expect"), CONTINUATIONS)
-def test_continuations(kind: str, prompt: str, new: list[str], expect: str) -> None:
-    tokenizer = TOKENIZERS[kind]()
-    ids = tokenizer.convert_tokens_to_ids(new)
+@pytest.mark.parametrize("case", CONTINUATIONS, ids=lambda case: f"{case.tokenizer}-{case.prompt}-{case.expect}")
+def test_continuations(case: ContinuationCase) -> None:
+    tokenizer = TOKENIZERS[case.tokenizer]()
+    ids = tokenizer.convert_tokens_to_ids(case.generated)
     assert tokenizer.unk_token_id not in ids
-    assert continuation(tokenizer, tokenizer(prompt)["input_ids"], ids) == expect
+    assert continuation(tokenizer, tokenizer(case.prompt)["input_ids"], ids) == case.expect
 
 
 def test_blanks_before_punctuation_stay() -> None:
@@ -134,23 +197,36 @@ def test_xglm_has_room_for_as_many_tokens_as_its_configuration_says() -> None:
     assert inspect.max_positions(tiny_config("xglm")) == 256
 
 
-BROKEN: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
-    ("a list", lambda config: [config], "config.json is not a JSON object"),
-    ("a number where a list belongs", lambda config: config | {"rope_parameters": 7}, "config.json cannot be used: "),
-    (
-        "a layer of a kind that is not there",
-        lambda config: config | {"model_type": "gemma3_text", "layer_types": 3},
-        "config.json cannot be used: ",
+@dataclass(frozen=True)
+class BrokenCase:
+    name: str
+    change: Callable[..., Any]
+    message: str
+
+
+BROKEN = [
+    BrokenCase(
+        name="a list",
+        change=lambda config: [config],
+        message="config.json is not a JSON object",
+    ),
+    BrokenCase(
+        name="a number where a list belongs",
+        change=lambda config: config | {"rope_parameters": 7},
+        message="config.json cannot be used: ",
+    ),
+    BrokenCase(
+        name="a layer of a kind that is not there",
+        change=lambda config: config | {"model_type": "gemma3_text", "layer_types": 3},
+        message="config.json cannot be used: ",
     ),
 ]
 
 
-@pytest.mark.parametrize(("case", "change", "words"), BROKEN, ids=[b[0] for b in BROKEN])
-def test_a_configuration_that_transformers_stumbles_over_is_the_users(
-    case: str, change: Callable[..., Any], words: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("case", BROKEN, ids=lambda case: case.name)
+def test_a_configuration_that_transformers_stumbles_over_is_the_users(case: BrokenCase, tmp_path: Path) -> None:
     config = json.loads(tiny_config("llama").to_json_string())
-    (tmp_path / "config.json").write_text(json.dumps(change(config)))
-    with pytest.raises(Failure, match=words) as failure:
+    (tmp_path / "config.json").write_text(json.dumps(case.change(config)))
+    with pytest.raises(Failure, match=case.message) as failure:
         inspect.read_config(tmp_path, "spec.model.path")
     assert failure.value.code is ExitCode.INVALID_SPEC

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,36 +51,70 @@ def error(row: int) -> Output:
     return Output(Sample(row, 0, f"prompt {row}", None, row), error="too long")
 
 
-# Form, task, outputs of each shard.
-FORMS: list[tuple[str, str, list[list[Output]]]] = [
-    ("texts", "text-generation", [[text(0), text(2)], [text(1)]]),
-    ("texts, the last with an error", "text-generation", [[text(0), text(2)], [text(1), error(3)]]),
-    ("texts, the first shard with errors alone", "text-generation", [[error(0)], [text(1)]]),
-    (
-        "other columns, empty in the first shard",
-        "text-generation",
-        [
+@dataclass(frozen=True)
+class FormCase:
+    name: str
+    task: str
+    shards: list[list[Output]]
+
+
+FORMS = [
+    FormCase(
+        name="texts",
+        task="text-generation",
+        shards=[[text(0), text(2)], [text(1)]],
+    ),
+    FormCase(
+        name="texts, the last with an error",
+        task="text-generation",
+        shards=[[text(0), text(2)], [text(1), error(3)]],
+    ),
+    FormCase(
+        name="texts, the first shard with errors alone",
+        task="text-generation",
+        shards=[[error(0)], [text(1)]],
+    ),
+    FormCase(
+        name="other columns, empty in the first shard",
+        task="text-generation",
+        shards=[
             [text(0, id=None, score=1, tags=[], about={"by": None})],
             [text(1, id="a", score=0.5, tags=["b"], about={"by": "c"})],
         ],
     ),
-    ("images", "text-to-image", [[image(0), image(2)], [image(1)]]),
-    ("one image a shard", "text-to-image", [[image(0)], [image(1)], [image(2)]]),
-    (
-        "images, a negative prompt in the last row",
-        "text-to-image",
-        [[image(0), image(2)], [image(1), image(3, "rain")]],
+    FormCase(
+        name="images",
+        task="text-to-image",
+        shards=[[image(0), image(2)], [image(1)]],
     ),
-    ("images, one row with an error", "text-to-image", [[image(0), error(2)], [image(1, id=7)]]),
-    ("no image", "text-to-image", [[error(0)], [error(1)]]),
+    FormCase(
+        name="one image a shard",
+        task="text-to-image",
+        shards=[[image(0)], [image(1)], [image(2)]],
+    ),
+    FormCase(
+        name="images, a negative prompt in the last row",
+        task="text-to-image",
+        shards=[[image(0), image(2)], [image(1), image(3, "rain")]],
+    ),
+    FormCase(
+        name="images, one row with an error",
+        task="text-to-image",
+        shards=[[image(0), error(2)], [image(1, id=7)]],
+    ),
+    FormCase(
+        name="no image",
+        task="text-to-image",
+        shards=[[error(0)], [error(1)]],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("form", "task", "shards"), FORMS, ids=[f[0] for f in FORMS])
+@pytest.mark.parametrize("case", FORMS, ids=lambda case: case.name)
 def test_the_command_of_the_card_reads_the_dataset(
-    form: str, task: str, shards: list[list[Output]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: FormCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = finished(tmp_path / "job", task, shards)
+    run = finished(tmp_path / "job", case.task, case.shards)
     result = WorkspaceFolder(tmp_path / "job").result
     (result / "README.md").write_text(model_card.card(run, read_prepared(run), result))
     # `datasets` takes a folder of that name for the repository.
@@ -87,7 +122,7 @@ def test_the_command_of_the_card_reads_the_dataset(
     (tmp_path / REPO).symlink_to(result, target_is_directory=True)
     monkeypatch.chdir(tmp_path)
     rows = run_command(result / "README.md", tmp_path)
-    check(rows, [output for shard in shards for output in shard])
+    check(rows, [output for shard in case.shards for output in shard])
 
 
 def test_a_shard_without_images_is_left_out_of_images(tmp_path: Path) -> None:
@@ -162,15 +197,42 @@ def check(rows: datasets.Dataset, outputs: list[Output]) -> None:
             assert row["image"].getpixel((0, 0)) == (sample.row, 0, 0)
 
 
-KINDS: list[tuple[str, list[Any], Any]] = [
-    ("null at first", [None, "a"], "string"),
-    ("whole, then not", [1, 0.5], "float64"),
-    ("a list, empty at first", [[], [1]], ["int64"]),
-    ("a field that comes late", [{"a": 1}, {"b": True}], {"a": "int64", "b": "bool"}),
-    ("of two kinds", [1, "a"], "string"),
+@dataclass(frozen=True)
+class KindCase:
+    name: str
+    values: list[Any]
+    expect: Any
+
+
+KINDS = [
+    KindCase(
+        name="null at first",
+        values=[None, "a"],
+        expect="string",
+    ),
+    KindCase(
+        name="whole, then not",
+        values=[1, 0.5],
+        expect="float64",
+    ),
+    KindCase(
+        name="a list, empty at first",
+        values=[[], [1]],
+        expect=["int64"],
+    ),
+    KindCase(
+        name="a field that comes late",
+        values=[{"a": 1}, {"b": True}],
+        expect={"a": "int64", "b": "bool"},
+    ),
+    KindCase(
+        name="of two kinds",
+        values=[1, "a"],
+        expect="string",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("case", "values", "expect"), KINDS, ids=[k[0] for k in KINDS])
-def test_types_hold_for_all_lines(case: str, values: list[Any], expect: Any) -> None:
-    assert dataset_fields.kind_of_lines({"x": value} for value in values) == {"x": expect}
+@pytest.mark.parametrize("case", KINDS, ids=lambda case: case.name)
+def test_types_hold_for_all_lines(case: KindCase) -> None:
+    assert dataset_fields.kind_of_lines({"x": value} for value in case.values) == {"x": case.expect}

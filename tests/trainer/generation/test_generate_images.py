@@ -8,6 +8,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -119,19 +120,43 @@ def test_sample_seed(row_seed: int, index: int, seed: int) -> None:
     assert sample_seed(row_seed, index) == seed
 
 
-CHANGES: list[tuple[str, dict[str, Any]]] = [
-    ("another scheduler", {"image": {"scheduler": "ddim"}}),
-    ("more guidance", {"image": {"guidance": 9.0}}),
-    ("more steps", {"image": {"steps": 3}}),
-    ("another seed", {"rows": [{"prompt": r["prompt"], "seed": 12345} for r in ROWS[:2]]}),
-    ("negative prompts", {"rows": [ROWS[0] | {"negativePrompt": "wood"}, ROWS[1] | {"negativePrompt": "wood"}]}),
-    ("bf16", {"precision": "bf16"}),
+@dataclass(frozen=True)
+class Case:
+    name: str
+    given: dict[str, Any]
+
+
+CHANGES = [
+    Case(
+        name="another scheduler",
+        given={"image": {"scheduler": "ddim"}},
+    ),
+    Case(
+        name="more guidance",
+        given={"image": {"guidance": 9.0}},
+    ),
+    Case(
+        name="more steps",
+        given={"image": {"steps": 3}},
+    ),
+    Case(
+        name="another seed",
+        given={"rows": [{"prompt": r["prompt"], "seed": 12345} for r in ROWS[:2]]},
+    ),
+    Case(
+        name="negative prompts",
+        given={"rows": [ROWS[0] | {"negativePrompt": "wood"}, ROWS[1] | {"negativePrompt": "wood"}]},
+    ),
+    Case(
+        name="bf16",
+        given={"precision": "bf16"},
+    ),
 ]
 
 
-@pytest.mark.parametrize(("change", "given"), CHANGES, ids=[c[0] for c in CHANGES])
-def test_what_images_depend_on(images: Images, change: str, given: dict[str, Any]) -> None:
-    for before, after in zip(images(), images(**given), strict=True):
+@pytest.mark.parametrize("case", CHANGES, ids=lambda case: case.name)
+def test_what_images_depend_on(images: Images, case: Case) -> None:
+    for before, after in zip(images(), images(**case.given), strict=True):
         assert not torch.equal(pixels(before), pixels(after))
 
 

@@ -5,6 +5,7 @@ it.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -55,37 +56,77 @@ def test_every_name_has_an_entry() -> None:
     assert {"default", *SAMPLERS} == set(NAMES)
 
 
-# Name, class, what its configuration says beside the model's own.
-EXPECTED: list[tuple[SchedulerName, str, dict[str, Any]]] = [
-    ("ddim", "DDIMScheduler", {"clip_sample": False}),
-    ("ddpm", "DDPMScheduler", {"clip_sample": False}),
-    (
-        "dpm++2m",
-        "DPMSolverMultistepScheduler",
-        {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False},
+@dataclass(frozen=True)
+class Case:
+    name: SchedulerName
+    class_name: str
+    config: dict[str, Any]
+
+
+EXPECTED = [
+    Case(
+        name="ddim",
+        class_name="DDIMScheduler",
+        config={"clip_sample": False},
     ),
-    ("dpm++2m-karras", "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}),
-    ("dpm++2m-sde", "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    ("euler", "EulerDiscreteScheduler", {"use_karras_sigmas": False}),
-    ("euler-ancestral", "EulerAncestralDiscreteScheduler", {}),
-    ("lcm", "LCMScheduler", {"clip_sample": False}),
-    ("pndm", "PNDMScheduler", {"skip_prk_steps": True}),
-    ("unipc", "UniPCMultistepScheduler", {"solver_type": "bh2", "predict_x0": True}),
+    Case(
+        name="ddpm",
+        class_name="DDPMScheduler",
+        config={"clip_sample": False},
+    ),
+    Case(
+        name="dpm++2m",
+        class_name="DPMSolverMultistepScheduler",
+        config={"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False},
+    ),
+    Case(
+        name="dpm++2m-karras",
+        class_name="DPMSolverMultistepScheduler",
+        config={"algorithm_type": "dpmsolver++", "use_karras_sigmas": True},
+    ),
+    Case(
+        name="dpm++2m-sde",
+        class_name="DPMSolverMultistepScheduler",
+        config={"algorithm_type": "sde-dpmsolver++"},
+    ),
+    Case(
+        name="euler",
+        class_name="EulerDiscreteScheduler",
+        config={"use_karras_sigmas": False},
+    ),
+    Case(
+        name="euler-ancestral",
+        class_name="EulerAncestralDiscreteScheduler",
+        config={},
+    ),
+    Case(
+        name="lcm",
+        class_name="LCMScheduler",
+        config={"clip_sample": False},
+    ),
+    Case(
+        name="pndm",
+        class_name="PNDMScheduler",
+        config={"skip_prk_steps": True},
+    ),
+    Case(
+        name="unipc",
+        class_name="UniPCMultistepScheduler",
+        config={"solver_type": "bh2", "predict_x0": True},
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "class_name", "config"), EXPECTED, ids=[e[0] for e in EXPECTED])
-def test_a_name_is_a_class_with_the_models_own_betas(
-    name: SchedulerName, class_name: str, config: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("case", EXPECTED, ids=lambda case: case.name)
+def test_a_name_is_a_class_with_the_models_own_betas(case: Case) -> None:
     own = diffusers.DPMSolverMultistepScheduler.from_config(
         OWN | {"use_karras_sigmas": True, "algorithm_type": "sde-dpmsolver++"}
     )
-    scheduler = make_scheduler(name, own, steps=10)
-    assert type(scheduler).__name__ == class_name
+    scheduler = make_scheduler(case.name, own, steps=10)
+    assert type(scheduler).__name__ == case.class_name
     found = dict(scheduler.config)
     assert {k: found[k] for k in OWN} == OWN
-    assert {k: found[k] for k in config} == config
+    assert {k: found[k] for k in case.config} == case.config
 
 
 def test_default_is_the_models_own() -> None:

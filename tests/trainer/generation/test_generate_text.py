@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,22 +83,56 @@ def test_greedy_text_is_what_transformers_writes(texts: Texts, tiny_model: Path)
         assert line["newTokens"] == len(expect)
 
 
-# What changes                                 → whether the texts of the same rows do.
-DEPENDENCE: list[tuple[str, dict[str, Any], bool]] = [
-    ("nothing", {}, False),
-    ("2 shards instead of 1", {"shards": 2}, False),
-    ("5 shards, some with one row", {"shards": 5}, False),
-    ("another temperature", {"text": DRAWN | {"temperature": 3.0}}, True),
-    ("a penalty for repetition", {"text": DRAWN | {"repetitionPenalty": 5.0}}, True),
-    ("few tokens to choose from", {"text": DRAWN | {"topK": 2}}, True),
-    ("bf16", {"precision": "bf16"}, True),
+@dataclass(frozen=True)
+class DependenceCase:
+    name: str
+    spec: dict[str, Any]
+    differs: bool
+
+
+DEPENDENCE = [
+    DependenceCase(
+        name="nothing",
+        spec={},
+        differs=False,
+    ),
+    DependenceCase(
+        name="2 shards instead of 1",
+        spec={"shards": 2},
+        differs=False,
+    ),
+    DependenceCase(
+        name="5 shards, some with one row",
+        spec={"shards": 5},
+        differs=False,
+    ),
+    DependenceCase(
+        name="another temperature",
+        spec={"text": DRAWN | {"temperature": 3.0}},
+        differs=True,
+    ),
+    DependenceCase(
+        name="a penalty for repetition",
+        spec={"text": DRAWN | {"repetitionPenalty": 5.0}},
+        differs=True,
+    ),
+    DependenceCase(
+        name="few tokens to choose from",
+        spec={"text": DRAWN | {"topK": 2}},
+        differs=True,
+    ),
+    DependenceCase(
+        name="bf16",
+        spec={"precision": "bf16"},
+        differs=True,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("change", "spec", "differs"), DEPENDENCE, ids=[c[0] for c in DEPENDENCE])
-def test_what_texts_depend_on(texts: Texts, change: str, spec: dict[str, Any], differs: bool) -> None:
+@pytest.mark.parametrize("case", DEPENDENCE, ids=lambda case: case.name)
+def test_what_texts_depend_on(texts: Texts, case: DependenceCase) -> None:
     prompts = rows(*PROMPTS, *PROMPTS)
-    assert (written(texts(prompts)) != written(texts(prompts, **spec))) is differs
+    assert (written(texts(prompts)) != written(texts(prompts, **case.spec))) is case.differs
 
 
 def test_a_row_is_the_same_among_other_rows(texts: Texts) -> None:
@@ -207,57 +242,55 @@ def test_a_row_that_cannot_be_made_has_a_line_that_says_why(texts: Texts) -> Non
     assert "text.maxNewTokens 12 are more than the model's 256; shorten the prompt" in lines[1]["error"]
 
 
-# Mistake, what is changed in the spec (M: the model's folder, T: a folder of the test's own), code, words of the
-# message.
-MISTAKES: list[tuple[str, Callable[[Path, Path], dict[str, Any]], ExitCode, list[str]]] = [
-    (
-        "every row is too long",
-        lambda m, t: {"inputs": {"rows": rows("long " * 300, "long " * 400)}, "shards": 2},
-        ExitCode.INVALID_DATASET,
-        ["spec.inputs: not one row", "row 0: prompt: "],
+@dataclass(frozen=True)
+class MistakeCase:
+    name: str
+    change: Callable[..., Any]
+    code: ExitCode
+    messages: list[str]
+
+
+MISTAKES = [
+    MistakeCase(
+        name="every row is too long",
+        change=lambda m, t: {"inputs": {"rows": rows("long " * 300, "long " * 400)}, "shards": 2},
+        code=ExitCode.INVALID_DATASET,
+        messages=["spec.inputs: not one row", "row 0: prompt: "],
     ),
-    (
-        "no GPU is there",
-        lambda m, t: {"resources": {"gpus": 1}},
-        ExitCode.MISCONFIGURED,
-        ["spec.resources.gpus: 1 asked for", "set spec.resources.gpus: 0"],
+    MistakeCase(
+        name="no GPU is there",
+        change=lambda m, t: {"resources": {"gpus": 1}},
+        code=ExitCode.MISCONFIGURED,
+        messages=["spec.resources.gpus: 1 asked for", "set spec.resources.gpus: 0"],
     ),
-    (
-        "the model is an encoder",
-        lambda m, t: {"model": {"path": str(encoder(m, t))}},
-        ExitCode.INVALID_SPEC,
-        ["spec.model: ", "holds no weights for", "BertLMHeadModel"],
+    MistakeCase(
+        name="the model is an encoder",
+        change=lambda m, t: {"model": {"path": str(encoder(m, t))}},
+        code=ExitCode.INVALID_SPEC,
+        messages=["spec.model: ", "holds no weights for", "BertLMHeadModel"],
     ),
-    (
-        "the adapter is of another model",
-        lambda m, t: {"adapters": [{"path": str(adapter_of_another(m, t))}]},
-        ExitCode.INVALID_SPEC,
-        ["spec.adapters[0]: does not fit the model", "size mismatch"],
+    MistakeCase(
+        name="the adapter is of another model",
+        change=lambda m, t: {"adapters": [{"path": str(adapter_of_another(m, t))}]},
+        code=ExitCode.INVALID_SPEC,
+        messages=["spec.adapters[0]: does not fit the model", "size mismatch"],
     ),
-    (
-        "an empty adapter folder",
-        lambda m, t: {"adapters": [{"path": str(t)}]},
-        ExitCode.INVALID_SPEC,
-        ["spec.adapters[0]", "adapter_config"],
+    MistakeCase(
+        name="an empty adapter folder",
+        change=lambda m, t: {"adapters": [{"path": str(t)}]},
+        code=ExitCode.INVALID_SPEC,
+        messages=["spec.adapters[0]", "adapter_config"],
     ),
 ]
 
 
-@pytest.mark.parametrize(("mistake", "change", "code", "words"), MISTAKES, ids=[m[0] for m in MISTAKES])
-def test_mistakes(
-    texts: Texts,
-    tiny_model: Path,
-    tmp_path: Path,
-    mistake: str,
-    change: Callable[..., Any],
-    code: ExitCode,
-    words: list[str],
-) -> None:
+@pytest.mark.parametrize("case", MISTAKES, ids=lambda case: case.name)
+def test_mistakes(texts: Texts, tiny_model: Path, tmp_path: Path, case: MistakeCase) -> None:
     (own := tmp_path / "own").mkdir()
     with pytest.raises(Failure) as failure:
-        texts(rows("The class"), **change(tiny_model, own))
-    assert failure.value.code is code
-    for word in words:
+        texts(rows("The class"), **case.change(tiny_model, own))
+    assert failure.value.code is case.code
+    for word in case.messages:
         assert word in failure.value.message
 
 

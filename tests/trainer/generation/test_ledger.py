@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,26 +72,68 @@ def spoil_middle_line(shard: Shard) -> None:
     shard.ledger.write_bytes(lines[0] + b"\0" * 40 + b"\n" + lines[2])
 
 
-# What happened to the files, and which samples are left then.
-DAMAGE: list[tuple[str, Callable[[Shard], None], list[int]]] = [
-    ("nothing", lambda s: None, []),
-    ("torn last line", cut_last_line, [2]),
-    ("last line without its end", cut_last_newline, [2]),
-    ("an image is gone", lose_first_image, [0]),
-    ("an image is short", cut_first_image, [0]),
-    ("an image is another of the same size", spoil_first_image, [0]),
-    ("a line is there twice", repeat_first_line, []),
-    ("a block of zeros", spoil_middle_line, [1]),
-    ("the ledger is gone", lambda s: s.ledger.unlink(), [0, 1, 2]),
+@dataclass(frozen=True)
+class DamageCase:
+    name: str
+    damage: Callable[[Shard], None]
+    expect: list[int]
+
+
+DAMAGE = [
+    DamageCase(
+        name="nothing",
+        damage=lambda s: None,
+        expect=[],
+    ),
+    DamageCase(
+        name="torn last line",
+        damage=cut_last_line,
+        expect=[2],
+    ),
+    DamageCase(
+        name="last line without its end",
+        damage=cut_last_newline,
+        expect=[2],
+    ),
+    DamageCase(
+        name="an image is gone",
+        damage=lose_first_image,
+        expect=[0],
+    ),
+    DamageCase(
+        name="an image is short",
+        damage=cut_first_image,
+        expect=[0],
+    ),
+    DamageCase(
+        name="an image is another of the same size",
+        damage=spoil_first_image,
+        expect=[0],
+    ),
+    DamageCase(
+        name="a line is there twice",
+        damage=repeat_first_line,
+        expect=[],
+    ),
+    DamageCase(
+        name="a block of zeros",
+        damage=spoil_middle_line,
+        expect=[1],
+    ),
+    DamageCase(
+        name="the ledger is gone",
+        damage=lambda s: s.ledger.unlink(),
+        expect=[0, 1, 2],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("damage", "do", "left"), DAMAGE, ids=[d[0] for d in DAMAGE])
-def test_resume(tmp_path: Path, damage: str, do: Callable[[Shard], None], left: list[int]) -> None:
-    do(written(tmp_path))
+@pytest.mark.parametrize("case", DAMAGE, ids=lambda case: case.name)
+def test_resume(tmp_path: Path, case: DamageCase) -> None:
+    case.damage(written(tmp_path))
     shard = opened(tmp_path)
-    assert shard.resume(SAMPLES) == [SAMPLES[i] for i in left]
-    shard.append([output(SAMPLES[i]) for i in left])
+    assert shard.resume(SAMPLES) == [SAMPLES[i] for i in case.expect]
+    shard.append([output(SAMPLES[i]) for i in case.expect])
     lines = [json.loads(line) for line in shard.ledger.read_text().splitlines()]
     assert sorted((line["row"], line["sample"]) for line in lines) == [(0, 0), (0, 1), (1, 0)]
     assert (len(shard.done), shard.failed, shard.first_error) == (3, 1, "row 1: too dark")
@@ -100,51 +143,79 @@ def replaced(index: int, **facts: Any) -> list[Sample]:
     return [Sample(**{**vars(s), **facts}) if i == index else s for i, s in enumerate(SAMPLES)]
 
 
-# What the job says now, which of its samples are left of the lines that an earlier job wrote in the same folder, and
-# what the notice says.
-OTHER_JOBS: list[tuple[str, list[Sample], dict[str, Any], list[int], str]] = [
-    ("another prompt", replaced(1, prompt="an oud"), SETTINGS, [1], "1 because the row has another prompt"),
-    ("another seed", replaced(0, seed=70), SETTINGS, [0], "1 because the row has another seed"),
-    (
-        "no negative prompt any more",
-        replaced(2, negative_prompt=None),
-        SETTINGS,
-        [2],
-        "1 because the row has another negativePrompt",
+@dataclass(frozen=True)
+class OtherJobCase:
+    name: str
+    samples: list[Sample]  # of the job as it is now
+    settings: dict[str, Any]
+    left: list[int]  # samples that have no line of an earlier job
+    reason: str
+
+
+OTHER_JOBS = [
+    OtherJobCase(
+        name="another prompt",
+        samples=replaced(1, prompt="an oud"),
+        settings=SETTINGS,
+        left=[1],
+        reason="1 because the row has another prompt",
     ),
-    (
-        "a negative prompt",
-        replaced(0, negative_prompt="rain"),
-        SETTINGS,
-        [0],
-        "1 because the row has another negativePrompt",
+    OtherJobCase(
+        name="another seed",
+        samples=replaced(0, seed=70),
+        settings=SETTINGS,
+        left=[0],
+        reason="1 because the row has another seed",
     ),
-    ("fewer rows", SAMPLES[:1], SETTINGS, [], "2 because no such row is asked for any more"),
-    ("another setting", SAMPLES, SETTINGS | {"steps": 3}, [0, 1, 2], "3 because steps was 2 and is 3"),
-    (
-        "one setting less",
-        SAMPLES,
-        {"task": "text-to-image", "guidance": 5.0},
-        [0, 1, 2],
-        "3 because steps was 2 and is null",
+    OtherJobCase(
+        name="no negative prompt any more",
+        samples=replaced(2, negative_prompt=None),
+        settings=SETTINGS,
+        left=[2],
+        reason="1 because the row has another negativePrompt",
+    ),
+    OtherJobCase(
+        name="a negative prompt",
+        samples=replaced(0, negative_prompt="rain"),
+        settings=SETTINGS,
+        left=[0],
+        reason="1 because the row has another negativePrompt",
+    ),
+    OtherJobCase(
+        name="fewer rows",
+        samples=SAMPLES[:1],
+        settings=SETTINGS,
+        left=[],
+        reason="2 because no such row is asked for any more",
+    ),
+    OtherJobCase(
+        name="another setting",
+        samples=SAMPLES,
+        settings=SETTINGS | {"steps": 3},
+        left=[0, 1, 2],
+        reason="3 because steps was 2 and is 3",
+    ),
+    OtherJobCase(
+        name="one setting less",
+        samples=SAMPLES,
+        settings={"task": "text-to-image", "guidance": 5.0},
+        left=[0, 1, 2],
+        reason="3 because steps was 2 and is null",
     ),
 ]
 
 
-@pytest.mark.parametrize(
-    ("change", "samples", "settings", "left", "reason"), OTHER_JOBS, ids=[o[0] for o in OTHER_JOBS]
-)
-def test_lines_of_another_job_do_not_count(
-    tmp_path: Path, change: str, samples: list[Sample], settings: dict[str, Any], left: list[int], reason: str
-) -> None:
+@pytest.mark.parametrize("case", OTHER_JOBS, ids=lambda case: case.name)
+def test_lines_of_another_job_do_not_count(tmp_path: Path, case: OtherJobCase) -> None:
     written(tmp_path)
     notices.forget()
-    shard = opened(tmp_path, settings)
-    assert shard.resume(samples) == [samples[i] for i in left]
-    assert set(shard.done) == {s.key for s in samples} - {samples[i].key for i in left}
-    count = reason.partition(" ")[0]
+    shard = opened(tmp_path, case.settings)
+    assert shard.resume(case.samples) == [case.samples[i] for i in case.left]
+    assert set(shard.done) == {s.key for s in case.samples} - {case.samples[i].key for i in case.left}
+    count = case.reason.partition(" ")[0]
     assert notices.given() == [
-        f"spec: {count} of 3 outputs that an earlier attempt left in shard-00000-of-00001.jsonl are not used: {reason}"
+        f"spec: {count} of 3 outputs that an earlier attempt left in shard-00000-of-00001.jsonl are not used:"
+        f" {case.reason}"
     ]
 
 

@@ -147,34 +147,59 @@ def kohya_ldm_name(part: str, module: str, side: str) -> str:
     return kohya_name(part, LDM.get(module, module), side)
 
 
-DIALECTS: list[tuple[str, Callable[[str, str, str], str], bool]] = [
-    # name, how tensors are called, whether an alpha is beside them
-    ("diffusers, PEFT's names", peft_name, False),
-    ("PEFT's names of an adapter", peft_default_name, False),
-    ("diffusers before 0.22", old_diffusers_name, False),
-    ("kohya, diffusers' blocks", kohya_name, True),
-    ("kohya, LDM's blocks", kohya_ldm_name, True),
-    ("kohya without alpha", kohya_ldm_name, False),
+@dataclass(frozen=True)
+class DialectCase:
+    name: str
+    tensor_name: Callable[[str, str, str], str]  # of part, module and side
+    has_alpha: bool  # a tensor of its own
+
+
+DIALECTS = [
+    DialectCase(
+        name="diffusers, PEFT's names",
+        tensor_name=peft_name,
+        has_alpha=False,
+    ),
+    DialectCase(
+        name="PEFT's names of an adapter",
+        tensor_name=peft_default_name,
+        has_alpha=False,
+    ),
+    DialectCase(
+        name="diffusers before 0.22",
+        tensor_name=old_diffusers_name,
+        has_alpha=False,
+    ),
+    DialectCase(
+        name="kohya, diffusers' blocks",
+        tensor_name=kohya_name,
+        has_alpha=True,
+    ),
+    DialectCase(
+        name="kohya, LDM's blocks",
+        tensor_name=kohya_ldm_name,
+        has_alpha=True,
+    ),
+    DialectCase(
+        name="kohya without alpha",
+        tensor_name=kohya_ldm_name,
+        has_alpha=False,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("dialect", "name", "alphas"), DIALECTS, ids=[d[0] for d in DIALECTS])
+@pytest.mark.parametrize("case", DIALECTS, ids=lambda case: case.name)
 def test_each_module_gains_what_its_file_says(
-    models: dict[str, Any],
-    names: Names,
-    tmp_path: Path,
-    dialect: str,
-    name: Callable[[str, str, str], str],
-    alphas: bool,
+    models: dict[str, Any], names: Names, tmp_path: Path, case: DialectCase
 ) -> None:
     file, expected = {}, {}
     for (part, module), (rank, alpha) in LINEAR.items():
         outputs, inputs = models[part].get_submodule(module).weight.shape
         up, down = numbers(outputs, rank), numbers(rank, inputs, seed=1)
-        file |= {name(part, module, "down"): down, name(part, module, "up"): up}
-        if alphas:
-            file[name(part, module, "down").replace("lora_down.weight", "alpha")] = torch.tensor(alpha)
-        expected[part, module] = 0.5 * (alpha / rank if alphas else 1.0) * up @ down
+        file |= {case.tensor_name(part, module, "down"): down, case.tensor_name(part, module, "up"): up}
+        if case.has_alpha:
+            file[case.tensor_name(part, module, "down").replace("lora_down.weight", "alpha")] = torch.tensor(alpha)
+        expected[part, module] = 0.5 * (alpha / rank if case.has_alpha else 1.0) * up @ down
     save_file(file, tmp_path / "x.safetensors")
     assert_gains(gains(models, names, (tmp_path / "x.safetensors", 0.5)), expected)
 
@@ -422,30 +447,46 @@ def test_two_adapters_add_up_in_any_order(models: dict[str, Any], names: Names, 
         assert_gains(gains(models, names, *order), {("unet", ATTENTION_Q): expected})
 
 
+@dataclass(frozen=True)
+class ConfigurationCase:
+    name: str
+    options: dict[str, Any]
+
+
 CONFIGURATIONS = [
-    ("alpha", {"lora_alpha": 16}),
-    ("rank-stabilised", {"lora_alpha": 16, "use_rslora": True}),
-    ("an alpha for some modules", {"lora_alpha": 4, "alpha_pattern": {"attn1.to_q": 1, "attn2.to_v": 8}}),
-    ("a rank for some modules", {"lora_alpha": 4, "rank_pattern": {"attn1.to_q": 2}}),
-    ("DoRA", {"lora_alpha": 8, "use_dora": True}),
+    ConfigurationCase(
+        name="alpha",
+        options={"lora_alpha": 16},
+    ),
+    ConfigurationCase(
+        name="rank-stabilised",
+        options={"lora_alpha": 16, "use_rslora": True},
+    ),
+    ConfigurationCase(
+        name="an alpha for some modules",
+        options={"lora_alpha": 4, "alpha_pattern": {"attn1.to_q": 1, "attn2.to_v": 8}},
+    ),
+    ConfigurationCase(
+        name="a rank for some modules",
+        options={"lora_alpha": 4, "rank_pattern": {"attn1.to_q": 2}},
+    ),
+    ConfigurationCase(
+        name="DoRA",
+        options={"lora_alpha": 8, "use_dora": True},
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=[c[0] for c in CONFIGURATIONS])
+@pytest.mark.parametrize("case", CONFIGURATIONS, ids=lambda case: case.name)
 def test_a_configuration_in_the_file_counts(
-    pipe: StableDiffusionXLPipeline,
-    models: dict[str, Any],
-    names: Names,
-    tmp_path: Path,
-    name: str,
-    options: dict[str, Any],
+    pipe: StableDiffusionXLPipeline, models: dict[str, Any], names: Names, tmp_path: Path, case: ConfigurationCase
 ) -> None:
     """As diffusers itself writes and fuses such a file."""
     from diffusers.training_utils import _collate_lora_metadata
     from peft.utils import get_peft_model_state_dict
 
     trained = copy.deepcopy(pipe.unet)
-    trained.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v"], **options))
+    trained.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v"], **case.options))
     for i, (key, weight) in enumerate(trained.named_parameters()):
         if "lora_" in key:
             weight.data = numbers(*weight.shape, seed=i).abs() / 4
@@ -609,16 +650,34 @@ def unfit(path: Path) -> None:
     save_file(complete() | {f"unet.{ATTENTION_Q}.lora_up.weight": numbers(320, 4)}, path)
 
 
-# How a file is spoiled, what `prepare` says.
-FOUND_IN_PREPARE: list[tuple[str, Callable[[Path], object], str]] = [
-    ("cut short", cut, "is cut short: it has"),
-    ("a pointer of git-lfs", pointer, "is a pointer of git-lfs"),
-    ("of another model", unfit, "does not fit the model"),
+@dataclass(frozen=True)
+class FoundInPrepareCase:
+    name: str
+    spoil: Callable[[Path], object]
+    message: str
+
+
+FOUND_IN_PREPARE = [
+    FoundInPrepareCase(
+        name="cut short",
+        spoil=cut,
+        message="is cut short: it has",
+    ),
+    FoundInPrepareCase(
+        name="a pointer of git-lfs",
+        spoil=pointer,
+        message="is a pointer of git-lfs",
+    ),
+    FoundInPrepareCase(
+        name="of another model",
+        spoil=unfit,
+        message="does not fit the model",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "spoil", "message"), FOUND_IN_PREPARE, ids=[f[0] for f in FOUND_IN_PREPARE])
-def test_prepare_finds_it(name: str, spoil: Callable[[Path], object], message: str, sdxl: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", FOUND_IN_PREPARE, ids=lambda case: case.name)
+def test_prepare_finds_it(case: FoundInPrepareCase, sdxl: Path, tmp_path: Path) -> None:
     save_file(complete(), tmp_path / "style.safetensors")
     run = generate_run(
         tmp_path / "job",
@@ -627,8 +686,8 @@ def test_prepare_finds_it(name: str, spoil: Callable[[Path], object], message: s
         model={"path": str(sdxl)},
         adapters=[{"path": str(tmp_path)}],
     )
-    spoil(tmp_path / "style.safetensors")
-    with pytest.raises(Failure, match=rf"spec\.adapters\[0\]\.path: .*style\.safetensors {message}") as failure:
+    case.spoil(tmp_path / "style.safetensors")
+    with pytest.raises(Failure, match=rf"spec\.adapters\[0\]\.path: .*style\.safetensors {case.message}") as failure:
         main(run)
     assert failure.value.code is ExitCode.INVALID_SPEC
 

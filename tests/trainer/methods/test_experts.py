@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -87,94 +88,165 @@ def spec_of(targets: list[str], **given: Any) -> FineTuneJobSpec:
 
 
 ALL = ["all-linear"]
-REACH: list[tuple[str, list[str], str | None]] = [
-    # model         targetModules                            what the notice says
-    ("llama", ALL, None),
-    ("qwen3_moe", ALL, None),
-    ("qwen3_moe", ["q_proj"], None),
-    ("qwen3_moe", ["gate_proj", "up_proj", "down_proj"], None),
-    ("qwen3_moe", ["q_proj", "gate_up_proj"], None),
-    (
-        "qwen2_moe",
-        ALL,
-        "stay as they are: down_proj, gate_up_proj (what PEFT reaches in qwen2_moe); to put some on experts, name",
+
+
+@dataclass(frozen=True)
+class ReachCase:
+    model: str
+    targets: list[str]
+    notice: str | None
+
+
+REACH = [
+    ReachCase(
+        model="llama",
+        targets=ALL,
+        notice=None,
     ),
-    ("qwen2_moe", ["down_proj", "gate_up_proj"], None),
-    (
-        "gpt_oss",
-        ALL,
-        "stay as they are: down_proj, gate_up_proj (what PEFT reaches in gpt_oss); to put some on experts, name",
+    ReachCase(
+        model="qwen3_moe",
+        targets=ALL,
+        notice=None,
     ),
-    ("gpt_oss", ["q_proj", "down_proj"], None),
-    ("deepseek_v3", ALL, "stay as they are: down_proj, gate_proj, up_proj (what PEFT reaches in deepseek_v3)"),
+    ReachCase(
+        model="qwen3_moe",
+        targets=["q_proj"],
+        notice=None,
+    ),
+    ReachCase(
+        model="qwen3_moe",
+        targets=["gate_proj", "up_proj", "down_proj"],
+        notice=None,
+    ),
+    ReachCase(
+        model="qwen3_moe",
+        targets=["q_proj", "gate_up_proj"],
+        notice=None,
+    ),
+    ReachCase(
+        model="qwen2_moe",
+        targets=ALL,
+        notice=(
+            "stay as they are: down_proj, gate_up_proj (what PEFT reaches in qwen2_moe); to put some on experts, name"
+        ),
+    ),
+    ReachCase(
+        model="qwen2_moe",
+        targets=["down_proj", "gate_up_proj"],
+        notice=None,
+    ),
+    ReachCase(
+        model="gpt_oss",
+        targets=ALL,
+        notice="stay as they are: down_proj, gate_up_proj (what PEFT reaches in gpt_oss); to put some on experts, name",
+    ),
+    ReachCase(
+        model="gpt_oss",
+        targets=["q_proj", "down_proj"],
+        notice=None,
+    ),
+    ReachCase(
+        model="deepseek_v3",
+        targets=ALL,
+        notice="stay as they are: down_proj, gate_proj, up_proj (what PEFT reaches in deepseek_v3)",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "targets", "text"), REACH, ids=[f"{r[0]}: {' '.join(r[1])}" for r in REACH])
-def test_weights_without_an_adapter_are_named(name: str, targets: list[str], text: str | None) -> None:
-    method_checks.check_adapters(CONFIGS[name], "causal-lm", targets, "spec.method.targetModules")
-    experts.check_adapters(CONFIGS[name], spec_of(targets))
-    assert [text in said for said in notices.given()] == ([] if text is None else [True])
+@pytest.mark.parametrize("case", REACH, ids=lambda case: f"{case.model}: {' '.join(case.targets)}")
+def test_weights_without_an_adapter_are_named(case: ReachCase) -> None:
+    method_checks.check_adapters(CONFIGS[case.model], "causal-lm", case.targets, "spec.method.targetModules")
+    experts.check_adapters(CONFIGS[case.model], spec_of(case.targets))
+    assert [case.notice in said for said in notices.given()] == ([] if case.notice is None else [True])
 
 
-REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    # model, spec, message
-    (
-        "qwen3_moe",
-        {"targets": ["q_proj", "w1"]},
-        "spec.method.targetModules[1]: the model has no module 'w1' (it has: down_proj, gate_up_proj, k_proj, ",
+@dataclass(frozen=True)
+class RefusedCase:
+    model: str
+    spec: dict[str, Any]
+    message: str
+
+
+REFUSED = [
+    RefusedCase(
+        model="qwen3_moe",
+        spec={"targets": ["q_proj", "w1"]},
+        message="spec.method.targetModules[1]: the model has no module 'w1' (it has: down_proj, gate_up_proj, k_proj, ",
     ),
-    (
-        "qwen3_moe",
-        {"targets": ["gate_proj"]},
-        "without also targeting up_proj because they are fused into gate_up_proj",
+    RefusedCase(
+        model="qwen3_moe",
+        spec={"targets": ["gate_proj"]},
+        message="without also targeting up_proj because they are fused into gate_up_proj",
     ),
-    (
-        "qwen3_moe",
-        {"targets": ALL, "method": {"dropout": 0.1}},
-        "spec.method.dropout: adapters on experts (down_proj, gate_up_proj) know no dropout",
+    RefusedCase(
+        model="qwen3_moe",
+        spec={"targets": ALL, "method": {"dropout": 0.1}},
+        message="spec.method.dropout: adapters on experts (down_proj, gate_up_proj) know no dropout",
     ),
-    (
-        "qwen3_moe",
-        {"targets": ALL, "strategy": "zero3", "resources": {"gpusPerNode": 2}},
-        "spec.strategy: ZeRO-3 does not spread weights with adapters on",
+    RefusedCase(
+        model="qwen3_moe",
+        spec={"targets": ALL, "strategy": "zero3", "resources": {"gpusPerNode": 2}},
+        message="spec.strategy: ZeRO-3 does not spread weights with adapters on",
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "given", "text"), REFUSED, ids=[r[2][:40] for r in REFUSED])
-def test_adapters_that_cannot_be_put_there(name: str, given: dict[str, Any], text: str) -> None:
-    spec = spec_of(**given)
-    method_checks.check_adapters(CONFIGS[name], "causal-lm", spec.method.target_modules, "spec.method.targetModules")
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.message[:40])
+def test_adapters_that_cannot_be_put_there(case: RefusedCase) -> None:
+    spec = spec_of(**case.spec)
+    method_checks.check_adapters(
+        CONFIGS[case.model], "causal-lm", spec.method.target_modules, "spec.method.targetModules"
+    )
     with pytest.raises(Failure) as caught:
-        experts.check_adapters(CONFIGS[name], spec)
+        experts.check_adapters(CONFIGS[case.model], spec)
     assert caught.value.code.reason == "InvalidSpec"
-    assert text in caught.value.message
+    assert case.message in caught.value.message
 
 
-FOUR_BITS: list[tuple[str, dict[str, int], str | None, str | None]] = [
-    # model         other sizes               notice or ...                                   ... refusal
-    ("llama", {}, None, None),
-    ("llama", {"vocab_size": 4096}, "7% of the 282,784 weights of llama", None),
-    ("qwen3_moe", {}, None, "22% of the 37,344 weights of qwen3_moe would be in 4 bits"),
-    ("qwen3_moe", {"num_experts": 1, "moe_intermediate_size": 8, "vocab_size": 8}, "The ", None),
+@dataclass(frozen=True)
+class FourBitsCase:
+    model: str
+    notice: str | None
+    refusal: str | None
+    sizes: dict[str, int] = field(default_factory=dict)
+
+
+FOUR_BITS = [
+    FourBitsCase(
+        model="llama",
+        notice=None,
+        refusal=None,
+    ),
+    FourBitsCase(
+        model="llama",
+        sizes={"vocab_size": 4096},
+        notice="7% of the 282,784 weights of llama",
+        refusal=None,
+    ),
+    FourBitsCase(
+        model="qwen3_moe",
+        notice=None,
+        refusal="22% of the 37,344 weights of qwen3_moe would be in 4 bits",
+    ),
+    FourBitsCase(
+        model="qwen3_moe",
+        sizes={"num_experts": 1, "moe_intermediate_size": 8, "vocab_size": 8},
+        notice="The ",
+        refusal=None,
+    ),
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "sizes", "text", "refusal"), FOUR_BITS, ids=[f"{f[0]} {' '.join(f[1])}" for f in FOUR_BITS]
-)
-def test_the_share_of_the_weights_in_four_bits(
-    name: str, sizes: dict[str, int], text: str | None, refusal: str | None
-) -> None:
-    config = type(CONFIGS[name])(**CONFIGS[name].to_dict() | sizes)
-    if refusal is None:
+@pytest.mark.parametrize("case", FOUR_BITS, ids=lambda case: f"{case.model} {' '.join(case.sizes)}")
+def test_the_share_of_the_weights_in_four_bits(case: FourBitsCase) -> None:
+    config = type(CONFIGS[case.model])(**CONFIGS[case.model].to_dict() | case.sizes)
+    if case.refusal is None:
         experts.check_four_bits(config, "causal-lm")
     else:
         with pytest.raises(Failure) as caught:
             experts.check_four_bits(config, "causal-lm")
-        assert refusal in caught.value.message
-    assert [text in said for said in notices.given()] == ([] if text is None else [True])
+        assert case.refusal in caught.value.message
+    assert [case.notice in said for said in notices.given()] == ([] if case.notice is None else [True])
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,60 +31,157 @@ BART = {
 }
 GPT = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
 
+
+@dataclass(frozen=True)
+class PositionCase:
+    architecture: str
+    fields: dict[str, Any]
+    tokens: int  # how many fit into 66 positions
+
+
 POSITIONS = [
-    # architecture              fields                                        of 66 positions, tokens have
-    ("bert", SIZES, 66),
-    ("mpnet", SIZES, 64),
-    ("roberta", SIZES, 64),
-    ("camembert", SIZES | {"pad_token_id": 5}, 60),
-    ("roberta-prelayernorm", SIZES, 64),
-    ("data2vec-text", SIZES, 64),
-    ("xlm-roberta-xl", SIZES, 64),
-    ("ibert", SIZES, 64),
-    ("opt", SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 32}, 66),
-    ("llama", SIZES, 66),
+    PositionCase(
+        architecture="bert",
+        fields=SIZES,
+        tokens=66,
+    ),
+    PositionCase(
+        architecture="mpnet",
+        fields=SIZES,
+        tokens=64,
+    ),
+    PositionCase(
+        architecture="roberta",
+        fields=SIZES,
+        tokens=64,
+    ),
+    PositionCase(
+        architecture="camembert",
+        fields=SIZES | {"pad_token_id": 5},
+        tokens=60,
+    ),
+    PositionCase(
+        architecture="roberta-prelayernorm",
+        fields=SIZES,
+        tokens=64,
+    ),
+    PositionCase(
+        architecture="data2vec-text",
+        fields=SIZES,
+        tokens=64,
+    ),
+    PositionCase(
+        architecture="xlm-roberta-xl",
+        fields=SIZES,
+        tokens=64,
+    ),
+    PositionCase(
+        architecture="ibert",
+        fields=SIZES,
+        tokens=64,
+    ),
+    PositionCase(
+        architecture="opt",
+        fields=SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 32},
+        tokens=66,
+    ),
+    PositionCase(
+        architecture="llama",
+        fields=SIZES,
+        tokens=66,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("kind", "fields", "tokens"), POSITIONS, ids=[p[0] for p in POSITIONS])
-def test_room(kind: str, fields: dict[str, Any], tokens: int) -> None:
-    config = AutoConfig.for_model(kind, **fields, max_position_embeddings=66)
-    assert max_positions(config) == tokens
+@pytest.mark.parametrize("case", POSITIONS, ids=lambda case: case.architecture)
+def test_room(case: PositionCase) -> None:
+    config = AutoConfig.for_model(case.architecture, **case.fields, max_position_embeddings=66)
+    assert max_positions(config) == case.tokens
     model = AutoModel.from_config(config).eval()
-    model(input_ids=torch.full((1, tokens), 9))
-    if kind != "llama":  # which has no table to run out of
+    model(input_ids=torch.full((1, case.tokens), 9))
+    if case.architecture != "llama":  # which has no table to run out of
         with pytest.raises((IndexError, RuntimeError)):
-            model(input_ids=torch.full((1, tokens + 1), 9))
+            model(input_ids=torch.full((1, case.tokens + 1), 9))
+
+
+@dataclass(frozen=True)
+class ReaderCase:
+    architecture: str
+    fields: dict[str, Any]
+    causal: bool  # each token attends to earlier ones alone
 
 
 READERS = [
-    # architecture       fields                               looks back only
-    ("llama", SIZES, True),
-    ("gpt2", GPT, True),
-    ("gpt_neox", SIZES, True),
-    ("bart", BART, True),
-    ("bert", SIZES, False),
-    ("bert", SIZES | {"is_decoder": True}, True),
-    ("bert-generation", SIZES, False),
-    ("xlm-roberta", SIZES, False),
-    ("electra", SIZES, False),
-    ("xlnet", {"vocab_size": 64, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64}, False),
-    ("xlm", {"vocab_size": 64, "emb_dim": 32, "n_layers": 2, "n_heads": 2}, False),
+    ReaderCase(
+        architecture="llama",
+        fields=SIZES,
+        causal=True,
+    ),
+    ReaderCase(
+        architecture="gpt2",
+        fields=GPT,
+        causal=True,
+    ),
+    ReaderCase(
+        architecture="gpt_neox",
+        fields=SIZES,
+        causal=True,
+    ),
+    ReaderCase(
+        architecture="bart",
+        fields=BART,
+        causal=True,
+    ),
+    ReaderCase(
+        architecture="bert",
+        fields=SIZES,
+        causal=False,
+    ),
+    ReaderCase(
+        architecture="bert",
+        fields=SIZES | {"is_decoder": True},
+        causal=True,
+    ),
+    ReaderCase(
+        architecture="bert-generation",
+        fields=SIZES,
+        causal=False,
+    ),
+    ReaderCase(
+        architecture="xlm-roberta",
+        fields=SIZES,
+        causal=False,
+    ),
+    ReaderCase(
+        architecture="electra",
+        fields=SIZES,
+        causal=False,
+    ),
+    ReaderCase(
+        architecture="xlnet",
+        fields={"vocab_size": 64, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64},
+        causal=False,
+    ),
+    ReaderCase(
+        architecture="xlm",
+        fields={"vocab_size": 64, "emb_dim": 32, "n_layers": 2, "n_heads": 2},
+        causal=False,
+    ),
 ]
 
 
 @pytest.mark.parametrize(
-    ("kind", "fields", "back"), READERS, ids=[f"{r[0]}{' decoder' * ('is_decoder' in r[1])}" for r in READERS]
+    "case", READERS, ids=lambda case: f"{case.architecture}{' decoder' * ('is_decoder' in case.fields)}"
 )
 @pytest.mark.parametrize("task", ["causal-lm", "text-generation"])
-def test_a_causal_language_model_looks_back_only(task: str, kind: str, fields: dict[str, Any], back: bool) -> None:
+def test_a_causal_language_model_looks_back_only(task: str, case: ReaderCase) -> None:
     torch.manual_seed(1)
-    config = AutoConfig.for_model(kind, **fields)
+    config = AutoConfig.for_model(case.architecture, **case.fields)
     refusal = (
-        rf"^spec\.model: {kind} reads a text from both ends.*; choose a model that reads forward, such as llama or"
-        r" gpt2$"
+        rf"^spec\.model: {case.architecture} reads a text from both ends.*; choose a model that reads forward,"
+        r" such as llama or gpt2$"
     )
-    with nullcontext() if back else pytest.raises(Failure, match=refusal):
+    with nullcontext() if case.causal else pytest.raises(Failure, match=refusal):
         check_task(config, task, "spec.model")
     model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
@@ -91,7 +189,7 @@ def test_a_causal_language_model_looks_back_only(task: str, kind: str, fields: d
             torch.nn.init.normal_(parameter, std=0.3)  # so that what is seen shows
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 8, 10]])).logits
-    assert torch.allclose(logits[0, :4], logits[1, :4], atol=1e-4) == back
+    assert torch.allclose(logits[0, :4], logits[1, :4], atol=1e-4) == case.causal
 
 
 def test_an_encoder_is_refused_before_anything_is_learnt(
@@ -114,13 +212,31 @@ def test_a_model_that_cannot_be_built(make_run: Callable[..., FineTuneRun], tiny
         main(make_run(model={"path": str(tmp_path / "m")}))
 
 
-NEW_TOKENS = [("all positions", 256, False), ("all but one", 255, True)]
+@dataclass(frozen=True)
+class NewTokenCase:
+    name: str
+    tokens: int
+    fits: bool
 
 
-@pytest.mark.parametrize(("name", "new", "fits"), NEW_TOKENS, ids=[n[0] for n in NEW_TOKENS])
-def test_a_prompt_needs_room(name: str, new: int, fits: bool, make_generate_run: Callable[..., GenerateRun]) -> None:
-    run = make_generate_run(text={"maxNewTokens": new})
-    if fits:
+NEW_TOKENS = [
+    NewTokenCase(
+        name="all positions",
+        tokens=256,
+        fits=False,
+    ),
+    NewTokenCase(
+        name="all but one",
+        tokens=255,
+        fits=True,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", NEW_TOKENS, ids=lambda case: case.name)
+def test_a_prompt_needs_room(case: NewTokenCase, make_generate_run: Callable[..., GenerateRun]) -> None:
+    run = make_generate_run(text={"maxNewTokens": case.tokens})
+    if case.fits:
         main(run)
     else:
         with pytest.raises(Failure) as failure:

@@ -4,6 +4,7 @@ target that is accepted.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -161,24 +162,51 @@ def test_a_merged_classifier_is_base_and_adapter(name: str, tmp_path: Path) -> N
         )
 
 
-KINDS: list[tuple[str, dict[str, Any]]] = [
+@dataclass(frozen=True)
+class KindCase:
+    name: str
+    config: dict[str, Any]
+
+
+KINDS = [
     # what else the adapters that others publish do to shared weights
-    ("input embeddings trained whole", {"modules_to_save": ["embed_tokens"]}),
-    ("both embeddings trained whole", {"modules_to_save": ["embed_tokens", "lm_head"]}),
-    ("both trained whole, and tied", {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}),
-    ("both adapted, and tied", {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}),
-    ("a few tokens", {"trainable_token_indices": {"embed_tokens": [7, 20], "lm_head": [20, 21]}}),
-    ("DoRA", {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True}),
-    ("a head trained whole", {"modules_to_save": ["lm_head"]}),
+    KindCase(
+        name="input embeddings trained whole",
+        config={"modules_to_save": ["embed_tokens"]},
+    ),
+    KindCase(
+        name="both embeddings trained whole",
+        config={"modules_to_save": ["embed_tokens", "lm_head"]},
+    ),
+    KindCase(
+        name="both trained whole, and tied",
+        config={"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+    ),
+    KindCase(
+        name="both adapted, and tied",
+        config={"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+    ),
+    KindCase(
+        name="a few tokens",
+        config={"trainable_token_indices": {"embed_tokens": [7, 20], "lm_head": [20, 21]}},
+    ),
+    KindCase(
+        name="DoRA",
+        config={"target_modules": ["embed_tokens", "lm_head"], "use_dora": True},
+    ),
+    KindCase(
+        name="a head trained whole",
+        config={"modules_to_save": ["lm_head"]},
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "config"), KINDS, ids=[k[0] for k in KINDS])
+@pytest.mark.parametrize("case", KINDS, ids=lambda case: case.name)
 @pytest.mark.filterwarnings("ignore")
-def test_adapters_of_others_on_shared_weights(name: str, config: dict[str, Any], tmp_path: Path) -> None:
+def test_adapters_of_others_on_shared_weights(case: KindCase, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "llama", True)
     together = save_adapter(
-        AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter", **{"target_modules": ["q_proj"]} | config
+        AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter", **{"target_modules": ["q_proj"]} | case.config
     )
     merged = merge(base, tmp_path / "adapter", tmp_path / "merged", None, "spec.model.job")
     generating = with_adapters(base, (tmp_path / "adapter", 1.0))
@@ -217,22 +245,53 @@ def test_embeddings_that_peft_would_look_up_wrongly_are_refused() -> None:
         method_checks.check_adapters(CONFIGS["opt"], "causal-lm", ["embed_positions"], "spec.method.targetModules")
 
 
-LINEAR: list[tuple[str, str, dict[str, Any]]] = [
+@dataclass(frozen=True)
+class LinearCase:
+    name: str
+    architecture: str
+    config: dict[str, Any]
+
+
+LINEAR = [
     # what an adapter may consist of, where its weight counts
-    ("linear layers", "llama", {"target_modules": "all-linear"}),
-    ("rank-stabilised", "llama", {"target_modules": "all-linear", "use_rslora": True}),
-    ("shared embeddings", "llama", {"target_modules": ["embed_tokens", "lm_head"]}),
-    ("all biases", "gpt2", {"target_modules": ["c_attn"], "bias": "all"}),
-    ("biases beside the adapters", "gpt2", {"target_modules": ["c_attn"], "bias": "lora_only"}),
-    ("biases of the adapters", "gpt2", {"target_modules": ["c_attn"], "lora_bias": True}),
+    LinearCase(
+        name="linear layers",
+        architecture="llama",
+        config={"target_modules": "all-linear"},
+    ),
+    LinearCase(
+        name="rank-stabilised",
+        architecture="llama",
+        config={"target_modules": "all-linear", "use_rslora": True},
+    ),
+    LinearCase(
+        name="shared embeddings",
+        architecture="llama",
+        config={"target_modules": ["embed_tokens", "lm_head"]},
+    ),
+    LinearCase(
+        name="all biases",
+        architecture="gpt2",
+        config={"target_modules": ["c_attn"], "bias": "all"},
+    ),
+    LinearCase(
+        name="biases beside the adapters",
+        architecture="gpt2",
+        config={"target_modules": ["c_attn"], "bias": "lora_only"},
+    ),
+    LinearCase(
+        name="biases of the adapters",
+        architecture="gpt2",
+        config={"target_modules": ["c_attn"], "lora_bias": True},
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "kind", "config"), LINEAR, ids=[k[0] for k in LINEAR])
+@pytest.mark.parametrize("case", LINEAR, ids=lambda case: case.name)
 @pytest.mark.filterwarnings("ignore")
-def test_a_weight_counts_for_all_of_an_adapter(name: str, kind: str, config: dict[str, Any], tmp_path: Path) -> None:
-    base, adapter = save_base(tmp_path / "base", kind, True), tmp_path / "adapter"
-    save_adapter(AutoModelForCausalLM.from_pretrained(base), adapter, **config)
+def test_a_weight_counts_for_all_of_an_adapter(case: LinearCase, tmp_path: Path) -> None:
+    base, adapter = save_base(tmp_path / "base", case.architecture, True), tmp_path / "adapter"
+    save_adapter(AutoModelForCausalLM.from_pretrained(base), adapter, **case.config)
     plain, once, half = (weights_of(with_adapters(base, (adapter, weight))) for weight in (0.0, 1.0, 0.5))
     changed = [name for name in once if not torch.equal(once[name], plain[name])]
     assert changed
@@ -268,184 +327,213 @@ WHOLE, LORA, EMBEDDING = (
     {"target_modules": ["q_proj"]},
     {"target_modules": ["embed_tokens"]},
 )
-TOGETHER: list[tuple[str, list[tuple[dict[str, Any], float]], str | None]] = [
-    # name, adapters with their weights, refusal
-    ("two of the same kind", [(LORA, 0.5), (LORA, -1)], None),
-    ("two on embeddings", [(EMBEDDING, 1), (EMBEDDING, 0.5)], None),
-    ("one with a head", [(LORA, 0.5), (WHOLE, 1)], None),
-    (
-        "two heads",
-        [(WHOLE, 1), (WHOLE, 1)],
-        (
+
+
+@dataclass(frozen=True)
+class TogetherCase:
+    name: str
+    adapters: list[tuple[dict[str, Any], float]]  # configuration and weight of each
+    refusal: str | None  # None: accepted
+
+
+TOGETHER = [
+    TogetherCase(
+        name="two of the same kind",
+        adapters=[(LORA, 0.5), (LORA, -1)],
+        refusal=None,
+    ),
+    TogetherCase(
+        name="two on embeddings",
+        adapters=[(EMBEDDING, 1), (EMBEDDING, 0.5)],
+        refusal=None,
+    ),
+    TogetherCase(
+        name="one with a head",
+        adapters=[(LORA, 0.5), (WHOLE, 1)],
+        refusal=None,
+    ),
+    TogetherCase(
+        name="two heads",
+        adapters=[(WHOLE, 1), (WHOLE, 1)],
+        refusal=(
             "spec.adapters[1]: lm_head.weight is replaced by one of this adapter and spec.adapters[0], and changed by"
             " the other as well"
         ),
     ),
-    ("two heads, of which one does not count", [(WHOLE, 1), (WHOLE, 0)], None),
-    (
-        "a head and an adapter on it",
-        [({"target_modules": ["lm_head"]}, 1), (WHOLE, 1)],
-        "spec.adapters[1]: lm_head.weight is replaced by one of",
+    TogetherCase(
+        name="two heads, of which one does not count",
+        adapters=[(WHOLE, 1), (WHOLE, 0)],
+        refusal=None,
     ),
-    (
-        "half a head",
-        [(WHOLE, 0.5)],
-        (
+    TogetherCase(
+        name="a head and an adapter on it",
+        adapters=[({"target_modules": ["lm_head"]}, 1), (WHOLE, 1)],
+        refusal="spec.adapters[1]: lm_head.weight is replaced by one of",
+    ),
+    TogetherCase(
+        name="half a head",
+        adapters=[(WHOLE, 0.5)],
+        refusal=(
             "spec.adapters[0].weight: the adapter replaces lm_head.weight instead of adding to it, and what is replaced"
             " has no"
         ),
     ),
-    (
-        "half of DoRA",
-        [(LORA | {"use_dora": True}, 0.5)],
-        "spec.adapters[0].weight: the adapter replaces model.layers.0.self_attn.q_proj.weight instead",
+    TogetherCase(
+        name="half of DoRA",
+        adapters=[(LORA | {"use_dora": True}, 0.5)],
+        refusal="spec.adapters[0].weight: the adapter replaces model.layers.0.self_attn.q_proj.weight instead",
     ),
-    (
-        "DoRA and LoRA",
-        [(LORA | {"use_dora": True}, 1), (LORA, 1)],
-        "spec.adapters[1]: model.layers.0.self_attn.q_proj.weight is replaced by one of",
+    TogetherCase(
+        name="DoRA and LoRA",
+        adapters=[(LORA | {"use_dora": True}, 1), (LORA, 1)],
+        refusal="spec.adapters[1]: model.layers.0.self_attn.q_proj.weight is replaced by one of",
     ),
-    (
-        "tokens and an adapter on embeddings",
-        [(LORA | {"trainable_token_indices": [7]}, 1), (EMBEDDING, 1)],
-        "spec.adapters[1]: model.embed_tokens.weight is replaced by one of",
+    TogetherCase(
+        name="tokens and an adapter on embeddings",
+        adapters=[(LORA | {"trainable_token_indices": [7]}, 1), (EMBEDDING, 1)],
+        refusal="spec.adapters[1]: model.embed_tokens.weight is replaced by one of",
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "adapters", "message"), TOGETHER, ids=[t[0] for t in TOGETHER])
+@pytest.mark.parametrize("case", TOGETHER, ids=lambda case: case.name)
 @pytest.mark.filterwarnings("ignore")
-def test_adapters_that_would_undo_each_other(
-    name: str, adapters: list[tuple[dict[str, Any], float]], message: str | None, tmp_path: Path
-) -> None:
-    folders = [tmp_path / str(i) for i in range(len(adapters))]
-    for folder, (config, _) in zip(folders, adapters, strict=True):
+def test_adapters_that_would_undo_each_other(case: TogetherCase, tmp_path: Path) -> None:
+    folders = [tmp_path / str(i) for i in range(len(case.adapters))]
+    for folder, (config, _) in zip(folders, case.adapters, strict=True):
         base = AutoModelForCausalLM.from_config(CONFIGS["llama"].__class__.from_dict(CONFIGS["llama"].to_dict()))
         get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM", **config)).save_pretrained(folder)
-    given = [Adapter(path=str(folder), weight=weight) for folder, (_, weight) in zip(folders, adapters, strict=True)]
-    if message is None:
+    given = [
+        Adapter(path=str(folder), weight=weight) for folder, (_, weight) in zip(folders, case.adapters, strict=True)
+    ]
+    if case.refusal is None:
         check_together(folders, given, "spec.adapters")
         return
     with pytest.raises(Failure) as failure:
         check_together(folders, given, "spec.adapters")
-    assert failure.value.message.startswith(message)
+    assert failure.value.message.startswith(case.refusal)
 
 
-UNFIT: list[tuple[str, dict[str, Any], dict[str, list[int]], str]] = [
-    # name, changes to adapter_config.json, tensors of its file, refusal
-    ("not LoRA", {"peft_type": "LOHA"}, {}, "spec.adapters[0]: is a LOHA adapter; only LoRA adapters are merged"),
-    (
-        "layers of its own",
-        {"layer_replication": [[0, 1], [0, 1]]},
-        {},
-        "spec.adapters[0]: the adapter has layer_replication (adapter_config.json), and cannot",
+@dataclass(frozen=True)
+class UnfitCase:
+    name: str
+    tensors: dict[str, list[int]]  # shapes in its file
+    refusal: str
+    config: dict[str, Any] = field(default_factory=dict)  # changes to adapter_config.json
+
+
+UNFIT = [
+    UnfitCase(
+        name="not LoRA",
+        config={"peft_type": "LOHA"},
+        tensors={},
+        refusal="spec.adapters[0]: is a LOHA adapter; only LoRA adapters are merged",
     ),
-    (
-        "a head that is not there",
-        {},
-        {"value_head.weight": [1, 16]},
-        "spec.adapters[0]: the adapter does not fit org/m, which has no module value_head.",
+    UnfitCase(
+        name="layers of its own",
+        config={"layer_replication": [[0, 1], [0, 1]]},
+        tensors={},
+        refusal="spec.adapters[0]: the adapter has layer_replication (adapter_config.json), and cannot",
     ),
-    (
-        "an embedding that is not there",
-        {},
-        {"model.wte.lora_embedding_A": [2, 64]},
-        "spec.adapters[0]: the adapter does not fit org/m, which has no module",
+    UnfitCase(
+        name="a head that is not there",
+        tensors={"value_head.weight": [1, 16]},
+        refusal="spec.adapters[0]: the adapter does not fit org/m, which has no module value_head.",
     ),
-    (
-        "a bias where there is none",
-        {},
-        {"model.layers.0.self_attn.q_proj.lora_B.bias": [16]},
-        (
+    UnfitCase(
+        name="an embedding that is not there",
+        tensors={"model.wte.lora_embedding_A": [2, 64]},
+        refusal="spec.adapters[0]: the adapter does not fit org/m, which has no module",
+    ),
+    UnfitCase(
+        name="a bias where there is none",
+        tensors={"model.layers.0.self_attn.q_proj.lora_B.bias": [16]},
+        refusal=(
             "spec.adapters[0]: the adapter has a bias for model.layers.0.self_attn.q_proj, which has none in org/m; it"
             " cannot be merged"
         ),
     ),
-    (
-        "other widths",
-        {},
-        {"model.layers.0.self_attn.q_proj.lora_A.weight": [2, 32]},
-        (
+    UnfitCase(
+        name="other widths",
+        tensors={"model.layers.0.self_attn.q_proj.lora_A.weight": [2, 32]},
+        refusal=(
             "spec.adapters[0]: the adapter does not fit org/m: model.layers.0.self_attn.q_proj has 16 inputs there, and"
             " 32 in the adapter"
         ),
     ),
-    (
-        "another vocabulary",
-        {},
-        {"model.embed_tokens.lora_embedding_A": [2, 70]},
-        (
+    UnfitCase(
+        name="another vocabulary",
+        tensors={"model.embed_tokens.lora_embedding_A": [2, 70]},
+        refusal=(
             "spec.adapters[0]: the adapter does not fit org/m: model.embed_tokens has 64 inputs there, and 70 in the"
             " adapter"
         ),
     ),
-    (
-        "a head for another vocabulary",
-        {},
-        {"lm_head.weight": [70, 16]},
-        "spec.adapters[0]: the adapter does not fit org/m: lm_head has 64 rows or columns there, and 70 in the adapter",
+    UnfitCase(
+        name="a head for another vocabulary",
+        tensors={"lm_head.weight": [70, 16]},
+        refusal=(
+            "spec.adapters[0]: the adapter does not fit org/m: lm_head has 64 rows or columns there, and 70 in the"
+            " adapter"
+        ),
     ),
-    (
-        "the embeddings of another vocabulary",
-        {},
-        {"model.embed_tokens.base_layer.weight": [70, 16]},
-        (
+    UnfitCase(
+        name="the embeddings of another vocabulary",
+        tensors={"model.embed_tokens.base_layer.weight": [70, 16]},
+        refusal=(
             "spec.adapters[0]: the adapter does not fit org/m: model.embed_tokens has 64 rows or columns there, and 70"
             " in the adapter"
         ),
     ),
-    (
-        "a name that a checkpoint of another program has",
-        {},
-        {"model.layers.0.self_attn.q_proj.lora_A.default.weight": [2, 16]},
-        (
+    UnfitCase(
+        name="a name that a checkpoint of another program has",
+        tensors={"model.layers.0.self_attn.q_proj.lora_A.default.weight": [2, 16]},
+        refusal=(
             "spec.adapters[0]: the adapter does not fit org/m, which has no module"
             " model.layers.0.self_attn.q_proj.lora_A.default"
         ),
     ),
-    (
-        "not finite",
-        {},
-        {"model.layers.0.self_attn.q_proj.lora_A.weight": [2, 16]},
-        (
+    UnfitCase(
+        name="not finite",
+        tensors={"model.layers.0.self_attn.q_proj.lora_A.weight": [2, 16]},
+        refusal=(
             "spec.adapters[0]: weights of the adapter are not finite: model.layers.0.self_attn.q_proj.lora_A.weight."
             " Choose another"
         ),
     ),
-    (
-        "another name",
-        {},
-        {"model.layers.0.self_attn.q_proj.lora_A.weight": [2, 16]},
-        "spec.adapters[0]: FOLDER has no adapter_model.safetensors (it has: ",
+    UnfitCase(
+        name="another name",
+        tensors={"model.layers.0.self_attn.q_proj.lora_A.weight": [2, 16]},
+        refusal="spec.adapters[0]: FOLDER has no adapter_model.safetensors (it has: ",
     ),
-    (
-        "nothing wrong",
-        {},
-        {"model.layers.0.self_attn.q_proj.lora_A.weight": [2, 16], "model.embed_tokens.base_layer.weight": [64, 16]},
-        "",
+    UnfitCase(
+        name="nothing wrong",
+        tensors={
+            "model.layers.0.self_attn.q_proj.lora_A.weight": [2, 16],
+            "model.embed_tokens.base_layer.weight": [64, 16],
+        },
+        refusal="",
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "config", "tensors", "message"), UNFIT, ids=[u[0] for u in UNFIT])
-def test_an_adapter_that_the_model_has_no_place_for(
-    name: str, config: dict[str, Any], tensors: dict[str, list[int]], message: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("case", UNFIT, ids=lambda case: case.name)
+def test_an_adapter_that_the_model_has_no_place_for(case: UnfitCase, tmp_path: Path) -> None:
     CONFIGS["llama"].save_pretrained(tmp_path)
     weights = {
-        f"base_model.model.{key}": torch.full(shape, torch.nan if name == "not finite" else 0.0)
-        for key, shape in tensors.items()
+        f"base_model.model.{key}": torch.full(shape, torch.nan if case.name == "not finite" else 0.0)
+        for key, shape in case.tensors.items()
     }
-    save_file(weights, tmp_path / ("model.safetensors" if name == "another name" else "adapter_model.safetensors"))
+    save_file(weights, tmp_path / ("model.safetensors" if case.name == "another name" else "adapter_model.safetensors"))
 
     def check() -> None:
-        check_kind({"peft_type": "LORA"} | config, "spec.adapters[0]")
+        check_kind({"peft_type": "LORA"} | case.config, "spec.adapters[0]")
         check_weights(tmp_path, "spec.adapters[0]")
         check_shapes(tmp_path, "spec.adapters[0]", tmp_path, "org/m")
 
-    if not message:
+    if not case.refusal:
         check()
         return
     with pytest.raises(Failure) as failure:
         check()
-    assert failure.value.message.startswith(message.replace("FOLDER", str(tmp_path)))
+    assert failure.value.message.startswith(case.refusal.replace("FOLDER", str(tmp_path)))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -164,52 +165,76 @@ def test_qlora_learns_beside_weights_that_came_in_nf4(models: Path) -> None:
     assert losses[-1] < losses[0] - 0.1
 
 
+@dataclass(frozen=True)
+class Case:
+    task: str
+    method: str | None
+    quantisation: dict[str, Any]
+    refusal: str | None  # None: accepted
+
+
 UNFIT = [
-    # task               method    quantization                          message; None: it is let pass
-    (
-        "causal-lm",
-        "full",
-        {"quant_method": "fp8"},
-        "(fp8), which this job cannot use; choose the model as it was before",
+    Case(
+        task="causal-lm",
+        method="full",
+        quantisation={"quant_method": "fp8"},
+        refusal="(fp8), which this job cannot use; choose the model as it was before",
     ),
-    ("causal-lm", "lora", {"quant_method": "bitsandbytes"}, "(bitsandbytes), which this job cannot use"),
-    (
-        "causal-lm",
-        "qlora",
-        {"quant_method": "gptq"},
-        "(gptq), which this job cannot use; choose the model as it was before or one",
+    Case(
+        task="causal-lm",
+        method="lora",
+        quantisation={"quant_method": "bitsandbytes"},
+        refusal="(bitsandbytes), which this job cannot use",
     ),
-    ("causal-lm", "qlora", {"quant_method": "bitsandbytes"}, None),
-    ("text-generation", None, {"quant_method": "awq"}, "or one quantised with bitsandbytes or fp8"),
-    ("text-generation", None, {"quant_method": "fp8"}, None),
+    Case(
+        task="causal-lm",
+        method="qlora",
+        quantisation={"quant_method": "gptq"},
+        refusal="(gptq), which this job cannot use; choose the model as it was before or one",
+    ),
+    Case(
+        task="causal-lm",
+        method="qlora",
+        quantisation={"quant_method": "bitsandbytes"},
+        refusal=None,
+    ),
+    Case(
+        task="text-generation",
+        method=None,
+        quantisation={"quant_method": "awq"},
+        refusal="or one quantised with bitsandbytes or fp8",
+    ),
+    Case(
+        task="text-generation",
+        method=None,
+        quantisation={"quant_method": "fp8"},
+        refusal=None,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("task", "method", "quantisation", "message"), UNFIT)
+@pytest.mark.parametrize("case", UNFIT, ids=lambda case: f"{case.task}-{case.method}-{case.refusal}")
 def test_what_prepare_says_of_them(
-    task: str,
-    method: str | None,
-    quantisation: dict[str, Any],
-    message: str | None,
-    models: Path,
-    make_run: MakeRun,
-    make_generate_run: Any,
-    tmp_path: Path,
+    case: Case, models: Path, make_run: MakeRun, make_generate_run: Any, tmp_path: Path
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(models / "plain", folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": case.quantisation}))
     model = {"path": str(folder)}
-    run = make_run(model=model, method={"type": method}) if method else make_generate_run(model=model, task=task)
-    if message is None:
+    run = (
+        make_run(model=model, method={"type": case.method})
+        if case.method
+        else make_generate_run(model=model, task=case.task)
+    )
+    if case.refusal is None:
         assert prepare.main(run).code == ExitCode.COMPLETED
         return
     with pytest.raises(Failure) as failure:
         prepare.main(run)
     assert failure.value.code == ExitCode.INVALID_SPEC
     assert failure.value.message.startswith("spec.model")
-    assert message in failure.value.message
+    assert case.refusal in failure.value.message
 
 
 @pytest.mark.parametrize("name", ["plain", "fp8", "nf4"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +45,34 @@ def save_tokenizer(folder: Path, model: bytes) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | special))
 
 
-RULES: list[tuple[str, dict[str, Any], bool]] = [
-    # rules of the file                expect a notice
-    ("Llama's", {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}, False),
-    ("SentencePiece's own", {}, True),
+@dataclass(frozen=True)
+class Case:
+    name: str
+    rules: dict[str, Any]
+    differs: bool
+
+
+RULES = [
+    Case(
+        name="Llama's",
+        rules={"normalization_rule_name": "identity", "remove_extra_whitespaces": False},
+        differs=False,
+    ),
+    Case(
+        name="SentencePiece's own",
+        rules={},
+        differs=True,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "rules", "differs"), RULES, ids=[r[0] for r in RULES])
-def test_rules_that_transformers_leaves_out_are_noticed(
-    name: str, rules: dict[str, Any], differs: bool, paragraphs: list[str], tmp_path: Path
-) -> None:
-    save_tokenizer(tmp_path, trained(paragraphs, **rules))
+@pytest.mark.parametrize("case", RULES, ids=lambda case: case.name)
+def test_rules_that_transformers_leaves_out_are_noticed(case: Case, paragraphs: list[str], tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, trained(paragraphs, **case.rules))
     read_tokenizer(tmp_path, "spec.model.path")
-    assert [text.partition(" (")[0] for text in notices.given()] == ["spec.model.path: of 8 probe texts, 7"] * differs
+    assert [text.partition(" (")[0] for text in notices.given()] == [
+        "spec.model.path: of 8 probe texts, 7"
+    ] * case.differs
 
 
 def test_a_tokenizer_that_is_a_sentencepiece_model_alone(

@@ -196,31 +196,90 @@ def test_weights_that_would_be_drawn_at_random_are_refused(
     assert failure.value.message.startswith(f"{FIELD}: {path} {case.message}")
 
 
+@dataclass(frozen=True)
+class TakenCase:
+    name: str
+    model: str
+    task: str
+    change: Any
+
+
 TAKEN = [
-    # name                                                  model         task                   change
-    ("the model as it was saved", "llama", "causal-lm", lambda weights: weights),
-    ("an output layer that a classifier has no use for", "llama", "text-classification", lambda weights: weights),
-    ("a base without prefix", "llama", "text-classification", without("lm_head")),
-    ("no pooler, where words were filled in", "bert-mlm", "text-classification", lambda weights: weights),
-    ("no head", "bert", "text-classification", lambda weights: weights),
-    ("a head for other labels", "classifier", "text-classification", lambda weights: weights),
+    TakenCase(
+        name="the model as it was saved",
+        model="llama",
+        task="causal-lm",
+        change=lambda weights: weights,
+    ),
+    TakenCase(
+        name="an output layer that a classifier has no use for",
+        model="llama",
+        task="text-classification",
+        change=lambda weights: weights,
+    ),
+    TakenCase(
+        name="a base without prefix",
+        model="llama",
+        task="text-classification",
+        change=without("lm_head"),
+    ),
+    TakenCase(
+        name="no pooler, where words were filled in",
+        model="bert-mlm",
+        task="text-classification",
+        change=lambda weights: weights,
+    ),
+    TakenCase(
+        name="no head",
+        model="bert",
+        task="text-classification",
+        change=lambda weights: weights,
+    ),
+    TakenCase(
+        name="a head for other labels",
+        model="classifier",
+        task="text-classification",
+        change=lambda weights: weights,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "model", "task", "change"), TAKEN, ids=[t[0] for t in TAKEN])
-def test_only_a_head_may_be_new(
-    name: str, model: str, task: str, change: Any, models: dict[str, Path], tmp_path: Path
-) -> None:
-    path = changed(models[model], tmp_path / "m", change, id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1})
-    assert fitted(path, task, tmp_path / "w") == path
+@pytest.mark.parametrize("case", TAKEN, ids=lambda case: case.name)
+def test_only_a_head_may_be_new(case: TakenCase, models: dict[str, Path], tmp_path: Path) -> None:
+    path = changed(
+        models[case.model], tmp_path / "m", case.change, id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1}
+    )
+    assert fitted(path, case.task, tmp_path / "w") == path
+
+
+@dataclass(frozen=True)
+class WrappedCase:
+    name: str
+    change: Any
+    prefixes: str
 
 
 WRAPPED = [
-    # name                     change                           what is said
-    ("torch.compile", prefixed("_orig_mod."), "_orig_mod."),
-    ("DDP", prefixed("module."), "module."),
-    ("compiled, then DDP", prefixed("module._orig_mod."), "_orig_mod. and module."),
-    ("an inner module", compiled_inside, "_orig_mod."),
+    WrappedCase(
+        name="torch.compile",
+        change=prefixed("_orig_mod."),
+        prefixes="_orig_mod.",
+    ),
+    WrappedCase(
+        name="DDP",
+        change=prefixed("module."),
+        prefixes="module.",
+    ),
+    WrappedCase(
+        name="compiled, then DDP",
+        change=prefixed("module._orig_mod."),
+        prefixes="_orig_mod. and module.",
+    ),
+    WrappedCase(
+        name="an inner module",
+        change=compiled_inside,
+        prefixes="_orig_mod.",
+    ),
 ]
 
 
@@ -230,15 +289,15 @@ def loss(model: PreTrainedModel) -> float:
     return float(model(input_ids=ids, labels=ids).loss)
 
 
-@pytest.mark.parametrize(("name", "change", "prefixes"), WRAPPED, ids=[w[0] for w in WRAPPED])
+@pytest.mark.parametrize("case", WRAPPED, ids=lambda case: case.name)
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
 def test_prefixes_of_wrappers_are_removed(
-    name: str, change: Any, prefixes: str, sharded: bool, models: dict[str, Path], tmp_path: Path
+    case: WrappedCase, sharded: bool, models: dict[str, Path], tmp_path: Path
 ) -> None:
-    path = changed(models["llama"], tmp_path / "m", change)
+    path = changed(models["llama"], tmp_path / "m", case.change)
     if sharded:
         (path / "model.safetensors").unlink()
-        weights = change(load_file(models["llama"] / "model.safetensors"))
+        weights = case.change(load_file(models["llama"] / "model.safetensors"))
         parts = {f"model-0000{i + 1}-of-00002.safetensors": dict(list(weights.items())[i::2]) for i in range(2)}
         for file, part in parts.items():
             save_file(part, path / file)
@@ -257,10 +316,11 @@ def test_prefixes_of_wrappers_are_removed(
         == AutoTokenizer.from_pretrained(path)("class")["input_ids"]
     )
     count = sum(
-        "_orig_mod" in n or n.startswith("module.") for n in change(load_file(models["llama"] / "model.safetensors"))
+        "_orig_mod" in n or n.startswith("module.")
+        for n in case.change(load_file(models["llama"] / "model.safetensors"))
     )
     assert notices.given() == [
-        f"{FIELD}: the names of {count} of its weights begin with {prefixes}, which torch.compile or"
+        f"{FIELD}: the names of {count} of its weights begin with {case.prefixes}, which torch.compile or"
         " DistributedDataParallel put there. The job works with a copy without them; the model itself stays as it is"
     ]
 
@@ -291,55 +351,82 @@ def test_prepare_of_both_kinds_asks(
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234567\n"
 HEADER = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
 WHOLE = len(HEADER).to_bytes(8, "little") + HEADER + bytes(8)
+
+
+@dataclass(frozen=True)
+class DamagedCase:
+    name: str
+    file: str
+    content: bytes
+    message: str
+
+
 DAMAGED = [
-    # name                       file                    content                             message
-    (
-        "weights by git-lfs",
-        "model.safetensors",
-        POINTER.encode(),
-        "FILE is a pointer of git-lfs, not the file that it stands for. Run `git lfs install && git lfs pull`",
+    DamagedCase(
+        name="weights by git-lfs",
+        file="model.safetensors",
+        content=POINTER.encode(),
+        message="FILE is a pointer of git-lfs, not the file that it stands for. Run `git lfs install && git lfs pull`",
     ),
-    ("a tokenizer by git-lfs", "tokenizer.json", POINTER.encode(), "FILE is a pointer of git-lfs"),
-    ("an empty file", "model.safetensors", b"", "FILE (0 bytes) is no safetensors file"),
-    (
-        "cut in the header",
-        "model.safetensors",
-        WHOLE[:30],
-        "FILE (30 bytes) is no safetensors file: its header would have 54 bytes. Copy or download it again",
+    DamagedCase(
+        name="a tokenizer by git-lfs",
+        file="tokenizer.json",
+        content=POINTER.encode(),
+        message="FILE is a pointer of git-lfs",
     ),
-    (
-        "cut in the weights",
-        "model.safetensors",
-        WHOLE[:-4],
-        "FILE is cut short: it has 66 bytes, and its header asks for 70. Copy or download it again",
+    DamagedCase(
+        name="an empty file",
+        file="model.safetensors",
+        content=b"",
+        message="FILE (0 bytes) is no safetensors file",
     ),
-    ("a web page", "model.safetensors", b"<!DOCTYPE html><html>" * 9, "FILE (189 bytes) is no safetensors file"),
-    (
-        "a header that is no JSON",
-        "model.safetensors",
-        WHOLE.replace(b'"a":', b'"a";'),
-        "FILE (70 bytes) is no safetensors file",
+    DamagedCase(
+        name="cut in the header",
+        file="model.safetensors",
+        content=WHOLE[:30],
+        message="FILE (30 bytes) is no safetensors file: its header would have 54 bytes. Copy or download it again",
     ),
-    (
-        "a header without offsets",
-        "model.safetensors",
-        WHOLE.replace(b"data_off", b"xxxx_off"),
-        "FILE (70 bytes) is no safetensors file",
+    DamagedCase(
+        name="cut in the weights",
+        file="model.safetensors",
+        content=WHOLE[:-4],
+        message="FILE is cut short: it has 66 bytes, and its header asks for 70. Copy or download it again",
     ),
-    ("a shape that does not fit", "model.safetensors", WHOLE.replace(b"[2]", b"[3]"), "FILE is damaged"),
+    DamagedCase(
+        name="a web page",
+        file="model.safetensors",
+        content=b"<!DOCTYPE html><html>" * 9,
+        message="FILE (189 bytes) is no safetensors file",
+    ),
+    DamagedCase(
+        name="a header that is no JSON",
+        file="model.safetensors",
+        content=WHOLE.replace(b'"a":', b'"a";'),
+        message="FILE (70 bytes) is no safetensors file",
+    ),
+    DamagedCase(
+        name="a header without offsets",
+        file="model.safetensors",
+        content=WHOLE.replace(b"data_off", b"xxxx_off"),
+        message="FILE (70 bytes) is no safetensors file",
+    ),
+    DamagedCase(
+        name="a shape that does not fit",
+        file="model.safetensors",
+        content=WHOLE.replace(b"[2]", b"[3]"),
+        message="FILE is damaged",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "file", "content", "message"), DAMAGED, ids=[d[0] for d in DAMAGED])
-def test_a_damaged_file_is_named(
-    name: str, file: str, content: bytes, message: str, tiny_model: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("case", DAMAGED, ids=lambda case: case.name)
+def test_a_damaged_file_is_named(case: DamagedCase, tiny_model: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model, tmp_path / "m")
-    (tmp_path / "m" / file).write_bytes(content)
+    (tmp_path / "m" / case.file).write_bytes(case.content)
     with pytest.raises(Failure) as failure:
         weight_files.check(tmp_path / "m", FIELD)
     assert failure.value.code is ExitCode.INVALID_SPEC
-    assert failure.value.message.startswith(f"{FIELD}: {message.replace('FILE', str(tmp_path / 'm' / file))}")
+    assert failure.value.message.startswith(f"{FIELD}: {case.message.replace('FILE', str(tmp_path / 'm' / case.file))}")
 
 
 def sharded(folder: Path, into: Path) -> Path:
@@ -405,52 +492,70 @@ def test_mismatched_sizes_are_ignored_for_the_head_alone(models: dict[str, Path]
         TASKS["text-classification"].load_model(str(path), labels)
 
 
+@dataclass(frozen=True)
+class ConvertedCase:
+    model_type: str
+    task: str
+    settings: dict[str, Any]
+    weight: str
+    missed: str
+
+
 CONVERTED = [
-    (
-        "swin",
-        "image-classification",
-        {},
-        "encoder.layers.0.blocks.0.attention.self.query.weight",
-        "attention.q_proj.weight",
+    ConvertedCase(
+        model_type="swin",
+        task="image-classification",
+        settings={},
+        weight="encoder.layers.0.blocks.0.attention.self.query.weight",
+        missed="attention.q_proj.weight",
     ),
-    ("gemma3_text", "causal-lm", {"num_hidden_layers": 2}, "layers.0.self_attn.q_proj.weight", "q_proj.weight"),
-    ("gpt2", "causal-lm", {"n_layer": 2}, "h.1.attn.c_attn.weight", "c_attn.weight"),
-    (
-        "mixtral",
-        "causal-lm",
-        {"num_hidden_layers": 2, "num_local_experts": 3},
-        "layers.1.block_sparse_moe.experts.2.w1.weight",
-        "one of them is absent",
+    ConvertedCase(
+        model_type="gemma3_text",
+        task="causal-lm",
+        settings={"num_hidden_layers": 2},
+        weight="layers.0.self_attn.q_proj.weight",
+        missed="q_proj.weight",
     ),
-    (
-        "qwen3_moe",
-        "causal-lm",
-        {"num_hidden_layers": 2, "num_experts": 4},
-        "layers.0.mlp.experts.3.down_proj.weight",
-        "experts.down_proj",
+    ConvertedCase(
+        model_type="gpt2",
+        task="causal-lm",
+        settings={"n_layer": 2},
+        weight="h.1.attn.c_attn.weight",
+        missed="c_attn.weight",
+    ),
+    ConvertedCase(
+        model_type="mixtral",
+        task="causal-lm",
+        settings={"num_hidden_layers": 2, "num_local_experts": 3},
+        weight="layers.1.block_sparse_moe.experts.2.w1.weight",
+        missed="one of them is absent",
+    ),
+    ConvertedCase(
+        model_type="qwen3_moe",
+        task="causal-lm",
+        settings={"num_hidden_layers": 2, "num_experts": 4},
+        weight="layers.0.mlp.experts.3.down_proj.weight",
+        missed="experts.down_proj",
     ),
 ]
 
 
-@pytest.mark.parametrize(
-    ("model_type", "task", "settings", "weight", "missed"), CONVERTED, ids=[c[0] for c in CONVERTED]
-)
-def test_names_in_files_may_differ_from_those_in_memory(
-    model_type: str, task: str, settings: dict[str, Any], weight: str, missed: str
-) -> None:
+@pytest.mark.parametrize("case", CONVERTED, ids=lambda case: case.model_type)
+def test_names_in_files_may_differ_from_those_in_memory(case: ConvertedCase) -> None:
     """Experts are fused and weights renamed when a model is loaded. The names in its files are those that transformers
     would save.
     """
-    config = AutoConfig.for_model(model_type, **settings)
+    task = case.task
+    config = AutoConfig.for_model(case.model_type, **case.settings)
     model = inspect.skeleton(config, task, FIELD)
     tied = set(model.all_tied_weights_keys)
     files = revert_weight_conversion(model, {name: w for name, w in model.state_dict().items() if name not in tied})
     there = {name: tuple(w.shape) for name, w in files.items()}
     assert weight_check.lacking(weight_check.compare(there, config, task, FIELD), task) == []
-    name = next(name for name in there if name.endswith(weight))
+    name = next(name for name in there if name.endswith(case.weight))
     del there[name]
     try:
         lacking = weight_check.lacking(weight_check.compare(there, config, task, FIELD), task)
     except Failure as failure:
         lacking = [failure.message]
-    assert any(missed in line for line in lacking)
+    assert any(case.missed in line for line in lacking)

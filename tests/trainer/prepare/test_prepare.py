@@ -7,6 +7,7 @@ import gzip
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -177,21 +178,47 @@ def test_rows_are_held_out_by_the_seed(make_run: MakeRun, corpus_rows: Path) -> 
     assert held[0] == held[1] != held[2]
 
 
-CLASSES: list[tuple[str, list[Any], list[str], list[int]]] = [
-    ("names", ["b", "a", "b"], ["a", "b"], [1, 0, 1]),
-    ("numbers", [10, 2, 10], ["2", "10"], [1, 0, 1]),
-    ("truth", [True, False, True], ["false", "true"], [1, 0, 1]),
-    ("signs that look like numbers", ["²", "10", "--1", "-1", "①"], ["-1", "10", "--1", "²", "①"], [3, 1, 2, 0, 4]),
+@dataclass(frozen=True)
+class ClassCase:
+    name: str
+    labels: list[Any]
+    names: list[str]
+    ids: list[int]
+
+
+CLASSES = [
+    ClassCase(
+        name="names",
+        labels=["b", "a", "b"],
+        names=["a", "b"],
+        ids=[1, 0, 1],
+    ),
+    ClassCase(
+        name="numbers",
+        labels=[10, 2, 10],
+        names=["2", "10"],
+        ids=[1, 0, 1],
+    ),
+    ClassCase(
+        name="truth",
+        labels=[True, False, True],
+        names=["false", "true"],
+        ids=[1, 0, 1],
+    ),
+    ClassCase(
+        name="signs that look like numbers",
+        labels=["²", "10", "--1", "-1", "①"],
+        names=["-1", "10", "--1", "²", "①"],
+        ids=[3, 1, 2, 0, 4],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "given", "names", "ids"), CLASSES, ids=[c[0] for c in CLASSES])
-def test_labels_become_ids(
-    name: str, given: list[Any], names: list[str], ids: list[int], make_run: MakeRun, tmp_path: Path
-) -> None:
-    rows = [{"text": f"row {i}", "label": v} for i, v in enumerate(given)]
+@pytest.mark.parametrize("case", CLASSES, ids=lambda case: case.name)
+def test_labels_become_ids(case: ClassCase, make_run: MakeRun, tmp_path: Path) -> None:
+    rows = [{"text": f"row {i}", "label": v} for i, v in enumerate(case.labels)]
     record, data = prepared(make_run(task="text-classification", dataset={"files": [write(tmp_path, "x.jsonl", rows)]}))
-    assert (record.dataset.labels, data["train"]["labels"][:]) == (names, ids)
+    assert (record.dataset.labels, data["train"]["labels"][:]) == (case.names, case.ids)
     assert data["train"].column_names == ["input_ids", "attention_mask", "labels"]
 
 
@@ -218,31 +245,48 @@ def test_a_column_of_our_own_name_does_not_decide_our_types(
     assert data["train"]["labels"][:] == [1, 0]
 
 
+@dataclass(frozen=True)
+class CutRowsCase:
+    name: str
+    given: dict[str, Any]
+    notice: str | None
+
+
 CUT = [
-    # name                 spec                              said
-    ("texts", {}, "2 of 4 training rows are longer than 8 tokens and are cut"),
-    ("texts that fit", {"maxLength": 16}, None),
-    ("texts to classify", CLASSIFY, "1 of 4 training rows are longer than 8 tokens and are cut"),
-    ("packed texts", {"packing": True}, None),
+    CutRowsCase(
+        name="texts",
+        given={},
+        notice="2 of 4 training rows are longer than 8 tokens and are cut",
+    ),
+    CutRowsCase(
+        name="texts that fit",
+        given={"maxLength": 16},
+        notice=None,
+    ),
+    CutRowsCase(
+        name="texts to classify",
+        given=CLASSIFY,
+        notice="1 of 4 training rows are longer than 8 tokens and are cut",
+    ),
+    CutRowsCase(
+        name="packed texts",
+        given={"packing": True},
+        notice=None,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "given", "said"), CUT, ids=[c[0] for c in CUT])
+@pytest.mark.parametrize("case", CUT, ids=lambda case: case.name)
 def test_rows_that_are_cut_are_counted(
-    name: str,
-    given: dict[str, Any],
-    said: str | None,
-    make_run: MakeRun,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    case: CutRowsCase, make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A tilde is a token here; one more ends a text to learn from."""
     path = write(tmp_path, "x.jsonl", [{"text": "~" * n, "label": "ab"[n % 2]} for n in (1, 7, 8, 9)])
-    task = {"task": given.get("task", "causal-lm")}
-    training = {"maxLength": 8, "batchSize": 4} | {name: value for name, value in given.items() if name != "task"}
+    task = {"task": case.given.get("task", "causal-lm")}
+    training = {"maxLength": 8, "batchSize": 4} | {name: value for name, value in case.given.items() if name != "task"}
     main(make_run(dataset={"files": [path]}, training=training, **task))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("spec.training.maxLength")]
-    assert lines == ([f"spec.training.maxLength: {said}"] if said else [])
+    assert lines == ([f"spec.training.maxLength: {case.notice}"] if case.notice else [])
 
 
 def test_a_new_model_learns_its_tokenizer_from_the_rows(make_run: MakeRun, corpus_file: Path) -> None:
@@ -372,457 +416,399 @@ def only(**column: Any) -> list[dict[str, Any]]:
     return [{"text": r["text"]} | column for r in ROWS]
 
 
-MISTAKES: list[tuple[str, str, object, dict[str, Any], dict[str, Any], ExitCode, str]] = [
-    # name, file, content, dataset, spec, code, message ({file} is its path)
-    (
-        "a column that is called otherwise",
-        "train.jsonl",
-        [{"text": "a", "intent": "b"}],
-        {},
-        CLASSIFY,
-        D,
-        'spec.dataset.columns.label: no column "label" in train.jsonl (columns: text, intent). Did you mean "intent"?',
+@dataclass(frozen=True)
+class MistakeCase:
+    name: str
+    file: str
+    code: ExitCode
+    message: str  # {file} stands for its path
+    content: object = None
+    dataset: dict[str, Any] = field(default_factory=dict)
+    spec: dict[str, Any] = field(default_factory=dict)
+
+
+MISTAKES = [
+    MistakeCase(
+        name="a column that is called otherwise",
+        file="train.jsonl",
+        content=[{"text": "a", "intent": "b"}],
+        spec=CLASSIFY,
+        code=D,
+        message=(
+            'spec.dataset.columns.label: no column "label" in train.jsonl (columns: text, intent). Did you mean'
+            ' "intent"?'
+        ),
     ),
-    (
-        "a misspelt column",
-        "x.csv",
-        None,
-        {"columns": {"text": "texts"}},
-        {},
-        D,
-        'spec.dataset.columns.text: no column "texts" in x.csv (columns: text, label). Did you mean "text"?',
+    MistakeCase(
+        name="a misspelt column",
+        file="x.csv",
+        dataset={"columns": {"text": "texts"}},
+        code=D,
+        message='spec.dataset.columns.text: no column "texts" in x.csv (columns: text, label). Did you mean "text"?',
     ),
-    (
-        "no column that comes near",
-        "x.jsonl",
-        [{"a": "1", "b": "2", "c": "3"}],
-        {},
-        {},
-        D,
-        'spec.dataset.columns.text: no column "text" in x.jsonl (columns: a, b, c). Name the one that plays this role',
+    MistakeCase(
+        name="no column that comes near",
+        file="x.jsonl",
+        content=[{"a": "1", "b": "2", "c": "3"}],
+        code=D,
+        message=(
+            'spec.dataset.columns.text: no column "text" in x.jsonl (columns: a, b, c). Name the one that plays this'
+            " role"
+        ),
     ),
-    (
-        "numbers for text",
-        "x.jsonl",
-        [{"text": 5, "body": "b"}],
-        {},
-        {},
-        D,
-        'spec.dataset.columns.text: column "text" of x.jsonl holds int64, not text (columns of text: body)',
+    MistakeCase(
+        name="numbers for text",
+        file="x.jsonl",
+        content=[{"text": 5, "body": "b"}],
+        code=D,
+        message='spec.dataset.columns.text: column "text" of x.jsonl holds int64, not text (columns of text: body)',
     ),
-    (
-        "chats for text",
-        "x.jsonl",
-        [{"text": [{"role": "user"}]}],
-        {},
-        {},
-        D,
-        'spec.dataset.columns.text: column "text" of x.jsonl holds lists, not text (no column holds text)',
+    MistakeCase(
+        name="chats for text",
+        file="x.jsonl",
+        content=[{"text": [{"role": "user"}]}],
+        code=D,
+        message='spec.dataset.columns.text: column "text" of x.jsonl holds lists, not text (no column holds text)',
     ),
-    (
-        "blank text to classify",
-        "x.jsonl",
-        [*ROWS, {"text": " ", "label": "a"}],
-        {},
-        CLASSIFY,
-        D,
-        (
+    MistakeCase(
+        name="blank text to classify",
+        file="x.jsonl",
+        content=[*ROWS, {"text": " ", "label": "a"}],
+        spec=CLASSIFY,
+        code=D,
+        message=(
             'spec.dataset.columns.text: column "text" of x.jsonl is blank in 1 of 9 rows. The first is row 8, counted'
             " from 0 (line 9 of x.jsonl). Remove them"
         ),
     ),
-    (
-        "nothing but blanks",
-        "x.jsonl",
-        [{"text": ""}],
-        {},
-        {},
-        D,
-        'spec.dataset.columns.text: column "text" of x.jsonl is blank in all 1 rows',
+    MistakeCase(
+        name="nothing but blanks",
+        file="x.jsonl",
+        content=[{"text": ""}],
+        code=D,
+        message='spec.dataset.columns.text: column "text" of x.jsonl is blank in all 1 rows',
     ),
-    (
-        "a row without a label",
-        "x.jsonl",
-        [*ROWS, {"text": "t", "label": None}],
-        {},
-        CLASSIFY,
-        D,
-        (
+    MistakeCase(
+        name="a row without a label",
+        file="x.jsonl",
+        content=[*ROWS, {"text": "t", "label": None}],
+        spec=CLASSIFY,
+        code=D,
+        message=(
             'spec.dataset.columns.label: column "label" of x.jsonl has no label in 1 rows. The first is row 8, counted'
             " from 0 (line 9 of x.jsonl). Remove them"
         ),
     ),
-    (
-        "a number that is missing in CSV",
-        "x.csv",
-        "text,label\na,1\nb,\nc,0\n",
-        {},
-        CLASSIFY,
-        D,
-        (
+    MistakeCase(
+        name="a number that is missing in CSV",
+        file="x.csv",
+        content="text,label\na,1\nb,\nc,0\n",
+        spec=CLASSIFY,
+        code=D,
+        message=(
             'spec.dataset.columns.label: column "label" of x.csv has no label in 1 rows. The first is row 1, counted'
             " from 0 (line 3 of x.csv). Remove them"
         ),
     ),
-    (
-        "one class",
-        "x.jsonl",
-        only(label="a"),
-        {},
-        CLASSIFY,
-        D,
-        'spec.dataset.columns.label: all 8 rows of x.jsonl have the label "a"; two classes at least are needed',
+    MistakeCase(
+        name="one class",
+        file="x.jsonl",
+        content=only(label="a"),
+        spec=CLASSIFY,
+        code=D,
+        message='spec.dataset.columns.label: all 8 rows of x.jsonl have the label "a"; two classes at least are needed',
     ),
-    (
-        "scores for labels",
-        "x.jsonl",
-        [{"text": "a", "label": 0.5}, {"text": "b", "label": 1.0}],
-        {},
-        CLASSIFY,
-        D,
-        'spec.dataset.columns.label: column "label" of x.jsonl holds 0.5; a label is a name or a whole number',
+    MistakeCase(
+        name="scores for labels",
+        file="x.jsonl",
+        content=[{"text": "a", "label": 0.5}, {"text": "b", "label": 1.0}],
+        spec=CLASSIFY,
+        code=D,
+        message='spec.dataset.columns.label: column "label" of x.jsonl holds 0.5; a label is a name or a whole number',
     ),
-    (
-        "several labels a row",
-        "x.jsonl",
-        only(label=["a", "b"]),
-        {},
-        CLASSIFY,
-        D,
-        (
+    MistakeCase(
+        name="several labels a row",
+        file="x.jsonl",
+        content=only(label=["a", "b"]),
+        spec=CLASSIFY,
+        code=D,
+        message=(
             'spec.dataset.columns.label: column "label" of x.jsonl holds lists; a label is a name or a whole number,'
             " one a row"
         ),
     ),
-    (
-        "a broken CSV",
-        "x.csv",
-        'text,label\na,"b\n',
-        {},
-        {},
-        D,
-        (
+    MistakeCase(
+        name="a broken CSV",
+        file="x.csv",
+        content='text,label\na,"b\n',
+        code=D,
+        message=(
             "spec.dataset.files: row 0, counted from 0 (line 2 of {file}) cannot be read as csv: a cell that begins"
             " with a quotation mark never ends."
         ),
     ),
-    (
-        "broken JSON",
-        "x.jsonl",
-        '{"text": "a"}\n{"text": \n',
-        {},
-        {},
-        D,
-        "spec.dataset.files: {file} cannot be read as json: ",
+    MistakeCase(
+        name="broken JSON",
+        file="x.jsonl",
+        content='{"text": "a"}\n{"text": \n',
+        code=D,
+        message="spec.dataset.files: {file} cannot be read as json: ",
     ),
-    (
-        "no parquet",
-        "x.parquet",
-        "text",
-        {},
-        {},
-        D,
-        "spec.dataset.files: {file} cannot be read as parquet: Parquet file size is 4 bytes",
+    MistakeCase(
+        name="no parquet",
+        file="x.parquet",
+        content="text",
+        code=D,
+        message="spec.dataset.files: {file} cannot be read as parquet: Parquet file size is 4 bytes",
     ),
-    (
-        "bytes that are no text",
-        "x.txt",
-        b"a\n\xfa\xff",
-        {},
-        {},
-        D,
-        "spec.dataset.files: {file} is not UTF-8: byte 0xfa at position 2 (line 2) is not valid",
+    MistakeCase(
+        name="bytes that are no text",
+        file="x.txt",
+        content=b"a\n\xfa\xff",
+        code=D,
+        message="spec.dataset.files: {file} is not UTF-8: byte 0xfa at position 2 (line 2) is not valid",
     ),
-    ("an empty file", "x.jsonl", "", {}, {}, D, "spec.dataset.files: {file} is empty"),
-    (
-        "a suffix that says nothing",
-        "x.dat",
-        "a",
-        {},
-        {},
-        S,
-        "spec.dataset.format: cannot be told from x.dat; set it to one of csv, json, jsonl, parquet, text, imagefolder",
+    MistakeCase(
+        name="an empty file",
+        file="x.jsonl",
+        content="",
+        code=D,
+        message="spec.dataset.files: {file} is empty",
     ),
-    (
-        "a file that is not there",
-        "rows.jsonl",
-        None,
-        {"files": ["{folder}/row.jsonl"]},
-        {},
-        ExitCode.NOT_FOUND,
-        "spec.dataset.files[0]: there is no file {folder}/row.jsonl. Did you mean '{folder}/rows.jsonl'?",
+    MistakeCase(
+        name="a suffix that says nothing",
+        file="x.dat",
+        content="a",
+        code=S,
+        message=(
+            "spec.dataset.format: cannot be told from x.dat; set it to one of csv, json, jsonl, parquet, text,"
+            " imagefolder"
+        ),
     ),
-    (
-        "a pattern that finds nothing",
-        "rows.jsonl",
-        None,
-        {"files": ["{folder}/*.tsv"]},
-        {},
-        ExitCode.NOT_FOUND,
-        "spec.dataset.files[0]: there is no file {folder}/*.tsv. Is its volume listed under spec.volumes?",
+    MistakeCase(
+        name="a file that is not there",
+        file="rows.jsonl",
+        dataset={"files": ["{folder}/row.jsonl"]},
+        code=ExitCode.NOT_FOUND,
+        message="spec.dataset.files[0]: there is no file {folder}/row.jsonl. Did you mean '{folder}/rows.jsonl'?",
     ),
-    (
-        "a file of a volume that is not mounted",
-        "x.jsonl",
-        None,
-        {"files": ["/data/none/x.jsonl"]},
-        {},
-        ExitCode.NOT_FOUND,
-        "spec.dataset.files[0]: there is no file /data/none/x.jsonl. Is its volume listed under spec.volumes?",
+    MistakeCase(
+        name="a pattern that finds nothing",
+        file="rows.jsonl",
+        dataset={"files": ["{folder}/*.tsv"]},
+        code=ExitCode.NOT_FOUND,
+        message="spec.dataset.files[0]: there is no file {folder}/*.tsv. Is its volume listed under spec.volumes?",
     ),
-    (
-        "a folder for a file",
-        "rows.jsonl",
-        None,
-        {"files": ["{folder}"]},
-        {},
-        ExitCode.NOT_FOUND,
-        "spec.dataset.files[0]: there is no file {folder}. It is a folder: name its files, for example with /*.jsonl",
+    MistakeCase(
+        name="a file of a volume that is not mounted",
+        file="x.jsonl",
+        dataset={"files": ["/data/none/x.jsonl"]},
+        code=ExitCode.NOT_FOUND,
+        message="spec.dataset.files[0]: there is no file /data/none/x.jsonl. Is its volume listed under spec.volumes?",
     ),
-    (
-        "two formats",
-        "rows.jsonl",
-        None,
-        {"files": ["{folder}/rows.jsonl", "{folder}/more.csv"]},
-        {},
-        S,
-        (
+    MistakeCase(
+        name="a folder for a file",
+        file="rows.jsonl",
+        dataset={"files": ["{folder}"]},
+        code=ExitCode.NOT_FOUND,
+        message=(
+            "spec.dataset.files[0]: there is no file {folder}. It is a folder: name its files, for example with"
+            " /*.jsonl"
+        ),
+    ),
+    MistakeCase(
+        name="two formats",
+        file="rows.jsonl",
+        dataset={"files": ["{folder}/rows.jsonl", "{folder}/more.csv"]},
+        code=S,
+        message=(
             "spec.dataset.files: files of several formats (rows.jsonl, more.csv); use one format, or set"
             " spec.dataset.format"
         ),
     ),
-    (
-        "the broken one of two files",
-        "a.jsonl",
-        "{",
-        {"files": ["{folder}/rows.jsonl", "{folder}/a.jsonl"]},
-        {},
-        D,
-        "spec.dataset.files: {file} cannot be read as json: ",
+    MistakeCase(
+        name="the broken one of two files",
+        file="a.jsonl",
+        content="{",
+        dataset={"files": ["{folder}/rows.jsonl", "{folder}/a.jsonl"]},
+        code=D,
+        message="spec.dataset.files: {file} cannot be read as json: ",
     ),
-    (
-        "an unknown split",
-        "x.jsonl",
-        None,
-        {"split": "test"},
-        {},
-        S,
-        "spec.dataset.split: there is no split 'test'; the splits are: train",
+    MistakeCase(
+        name="an unknown split",
+        file="x.jsonl",
+        dataset={"split": "test"},
+        code=S,
+        message="spec.dataset.split: there is no split 'test'; the splits are: train",
     ),
-    (
-        "a slice that is none",
-        "x.jsonl",
-        None,
-        {"split": "train[80%"},
-        {},
-        S,
-        "spec.dataset.split: 'train[80%' is not a split; write train, train[:80%] or train[100:200]",
+    MistakeCase(
+        name="a slice that is none",
+        file="x.jsonl",
+        dataset={"split": "train[80%"},
+        code=S,
+        message="spec.dataset.split: 'train[80%' is not a split; write train, train[:80%] or train[100:200]",
     ),
-    (
-        "an empty slice",
-        "x.jsonl",
-        None,
-        {"split": "train[100:]"},
-        {},
-        D,
-        "spec.dataset.split: train[100:] of x.jsonl is empty: it has 8 rows",
+    MistakeCase(
+        name="an empty slice",
+        file="x.jsonl",
+        dataset={"split": "train[100:]"},
+        code=D,
+        message="spec.dataset.split: train[100:] of x.jsonl is empty: it has 8 rows",
     ),
-    (
-        "measured on what was learnt",
-        "x.jsonl",
-        None,
-        {"evalSplit": "train[75%:]"},
-        {},
-        S,
-        (
+    MistakeCase(
+        name="measured on what was learnt",
+        file="x.jsonl",
+        dataset={"evalSplit": "train[75%:]"},
+        code=S,
+        message=(
             "spec.dataset.evalSplit: 2 of its rows are in split train too, and would be learnt and measured on."
             " Choose parts that do not overlap, such as train[:90%] and train[90%:]"
         ),
     ),
-    (
-        "nothing to hold out",
-        "x.jsonl",
-        None,
-        {"evalFraction": 0.01},
-        {},
-        D,
-        "spec.dataset.evalFraction: 0.01 of 8 rows is 0; both sides need one row at least. Choose another fraction",
+    MistakeCase(
+        name="nothing to hold out",
+        file="x.jsonl",
+        dataset={"evalFraction": 0.01},
+        code=D,
+        message=(
+            "spec.dataset.evalFraction: 0.01 of 8 rows is 0; both sides need one row at least. Choose another fraction"
+        ),
     ),
-    (
-        "labels that were never learnt",
-        "x.jsonl",
-        None,
-        {"evalFiles": ["{folder}/other.jsonl"]},
-        CLASSIFY,
-        D,
-        "spec.dataset.columns.label: other.jsonl has labels that the training rows do not have: z (theirs: a, b)",
+    MistakeCase(
+        name="labels that were never learnt",
+        file="x.jsonl",
+        dataset={"evalFiles": ["{folder}/other.jsonl"]},
+        spec=CLASSIFY,
+        code=D,
+        message=(
+            "spec.dataset.columns.label: other.jsonl has labels that the training rows do not have: z (theirs: a, b)"
+        ),
     ),
-    (
-        "measured on the file that was learnt",
-        "x.jsonl",
-        None,
-        {"evalFiles": ["{folder}/rows.jsonl"]},
-        {},
-        S,
-        (
+    MistakeCase(
+        name="measured on the file that was learnt",
+        file="x.jsonl",
+        dataset={"evalFiles": ["{folder}/rows.jsonl"]},
+        code=S,
+        message=(
             "spec.dataset.evalFiles: {folder}/rows.jsonl holds the same as {file} of spec.dataset.files, and would be"
             " learnt and measured on. Name other files, or hold rows out with evalFraction"
         ),
     ),
-    (
-        "measured on a file of many that were learnt",
-        "other.jsonl",
-        None,
-        {"files": ["{folder}/*.jsonl"], "evalFiles": ["{file}"]},
-        {},
-        S,
-        "spec.dataset.evalFiles: {file} is one of spec.dataset.files too, and would be learnt and measured on.",
+    MistakeCase(
+        name="measured on a file of many that were learnt",
+        file="other.jsonl",
+        dataset={"files": ["{folder}/*.jsonl"], "evalFiles": ["{file}"]},
+        code=S,
+        message="spec.dataset.evalFiles: {file} is one of spec.dataset.files too, and would be learnt and measured on.",
     ),
-    (
-        "a name that is taken for a chain",
-        "a::b.jsonl",
-        None,
-        {},
-        {},
-        S,
-        (
+    MistakeCase(
+        name="a name that is taken for a chain",
+        file="a::b.jsonl",
+        code=S,
+        message=(
             'spec.dataset.files[0]: {file} has "::" in its name, which the library that reads it takes for a file'
             " inside an archive; rename it"
         ),
     ),
-    (
-        "no file to evaluate on",
-        "x.jsonl",
-        None,
-        {"evalFiles": ["{folder}/none.jsonl"]},
-        {},
-        ExitCode.NOT_FOUND,
-        "spec.dataset.evalFiles[0]: there is no file {folder}/none.jsonl",
+    MistakeCase(
+        name="no file to evaluate on",
+        file="x.jsonl",
+        dataset={"evalFiles": ["{folder}/none.jsonl"]},
+        code=ExitCode.NOT_FOUND,
+        message="spec.dataset.evalFiles[0]: there is no file {folder}/none.jsonl",
     ),
-    (
-        "longer than the model",
-        "x.jsonl",
-        None,
-        {},
-        {"training": {"maxLength": 4096}},
-        S,
-        (
+    MistakeCase(
+        name="longer than the model",
+        file="x.jsonl",
+        spec={"training": {"maxLength": 4096}},
+        code=S,
+        message=(
             "spec.training.maxLength: 4096 tokens do not fit: the model has 256 positions (max_position_embeddings);"
             " set it to at most that"
         ),
     ),
-    (
-        "a module that is not there",
-        "x.jsonl",
-        None,
-        {},
-        {"method": {"type": "qlora", "targetModules": ["q_proj", "v_porj"]}},
-        S,
-        (
+    MistakeCase(
+        name="a module that is not there",
+        file="x.jsonl",
+        spec={"method": {"type": "qlora", "targetModules": ["q_proj", "v_porj"]}},
+        code=S,
+        message=(
             "spec.method.targetModules[1]: the model has no module 'v_porj' (it has: down_proj, embed_tokens,"
             " gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj). Did you mean 'v_proj'?"
         ),
     ),
-    (
-        "a module beside all of them",
-        "x.jsonl",
-        None,
-        {},
-        {"method": {"type": "lora", "targetModules": ["q_proj", "all-linear"]}},
-        S,
-        "spec.method.targetModules[1]: all-linear takes all linear modules; leave the others out, or it",
+    MistakeCase(
+        name="a module beside all of them",
+        file="x.jsonl",
+        spec={"method": {"type": "lora", "targetModules": ["q_proj", "all-linear"]}},
+        code=S,
+        message="spec.method.targetModules[1]: all-linear takes all linear modules; leave the others out, or it",
     ),
-    (
-        "nothing like a module",
-        "x.jsonl",
-        None,
-        {},
-        {"method": {"type": "lora", "targetModules": ["zzz"]}},
-        S,
-        (
+    MistakeCase(
+        name="nothing like a module",
+        file="x.jsonl",
+        spec={"method": {"type": "lora", "targetModules": ["zzz"]}},
+        code=S,
+        message=(
             "spec.method.targetModules[0]: the model has no module 'zzz' (it has: down_proj, embed_tokens, gate_proj,"
             " k_proj, lm_head, o_proj, q_proj, up_proj, v_proj). Or use all-linear alone"
         ),
     ),
-    (
-        "the head",
-        "x.jsonl",
-        None,
-        {},
-        CLASSIFY | {"method": {"type": "lora", "targetModules": ["q_proj", "score"]}},
-        S,
-        "spec.method.targetModules[1]: 'score' is the head, which is trained whole in any case; leave it out",
+    MistakeCase(
+        name="the head",
+        file="x.jsonl",
+        spec=CLASSIFY | {"method": {"type": "lora", "targetModules": ["q_proj", "score"]}},
+        code=S,
+        message="spec.method.targetModules[1]: 'score' is the head, which is trained whole in any case; leave it out",
     ),
-    (
-        "no module, for a classifier",
-        "x.jsonl",
-        None,
-        {},
-        CLASSIFY | {"method": {"type": "lora", "targetModules": ["scores"]}},
-        S,
-        (
+    MistakeCase(
+        name="no module, for a classifier",
+        file="x.jsonl",
+        spec=CLASSIFY | {"method": {"type": "lora", "targetModules": ["scores"]}},
+        code=S,
+        message=(
             "spec.method.targetModules[0]: the model has no module 'scores' (it has: down_proj, embed_tokens,"
             " gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj). Or use all-linear alone"
         ),
     ),
-    (
-        "too narrow for NF4 on CPU",
-        "x.jsonl",
-        None,
-        {},
-        {"method": {"type": "qlora"}},
-        S,
-        (
+    MistakeCase(
+        name="too narrow for NF4 on CPU",
+        file="x.jsonl",
+        spec={"method": {"type": "qlora"}},
+        code=S,
+        message=(
             "spec.method.type: qlora on CPU needs widths of a multiple of 64, and the model's hidden_size is 32; use"
             " lora, or a GPU"
         ),
     ),
-    (
-        "no such folder",
-        "x.jsonl",
-        None,
-        {},
-        {"model": {"path": "/models/none"}},
-        ExitCode.NOT_FOUND,
-        "spec.model.path: there is no folder /models/none. Is its volume listed under spec.volumes?",
+    MistakeCase(
+        name="no such folder",
+        file="x.jsonl",
+        spec={"model": {"path": "/models/none"}},
+        code=ExitCode.NOT_FOUND,
+        message="spec.model.path: there is no folder /models/none. Is its volume listed under spec.volumes?",
     ),
-    (
-        "a folder without a model",
-        "x.jsonl",
-        None,
-        {},
-        {"model": {"path": "{folder}"}},
-        S,
-        "spec.model.path: {folder} holds no config.json, model_index.json or adapter_config.json (it holds: ",
+    MistakeCase(
+        name="a folder without a model",
+        file="x.jsonl",
+        spec={"model": {"path": "{folder}"}},
+        code=S,
+        message="spec.model.path: {folder} holds no config.json, model_index.json or adapter_config.json (it holds: ",
     ),
-    (
-        "a job that is not mounted",
-        "x.jsonl",
-        None,
-        {},
-        {"model": {"job": "other"}},
-        ExitCode.NOT_FOUND,
-        "spec.model.job: the workspace of FineTuneJob other is not mounted here",
+    MistakeCase(
+        name="a job that is not mounted",
+        file="x.jsonl",
+        spec={"model": {"job": "other"}},
+        code=ExitCode.NOT_FOUND,
+        message="spec.model.job: the workspace of FineTuneJob other is not mounted here",
     ),
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "file", "content", "dataset", "spec", "code", "message"), MISTAKES, ids=[m[0] for m in MISTAKES]
-)
-def test_a_mistake_names_its_field(
-    name: str,
-    file: str,
-    content: object,
-    dataset: dict[str, Any],
-    spec: dict[str, Any],
-    code: ExitCode,
-    message: str,
-    make_run: MakeRun,
-    tmp_path: Path,
-) -> None:
+@pytest.mark.parametrize("case", MISTAKES, ids=lambda case: case.name)
+def test_a_mistake_names_its_field(case: MistakeCase, make_run: MakeRun, tmp_path: Path) -> None:
     folder = tmp_path / "data"
-    path = write(folder, file, content)
+    path = write(folder, case.file, case.content)
     write(folder, "rows.jsonl")
     write(folder, "more.csv")
     write(folder, "other.jsonl", [{"text": "t", "label": "z"}])
@@ -835,9 +821,9 @@ def test_a_mistake_names_its_field(
         return value.replace("{folder}", str(folder)).replace("{file}", path) if isinstance(value, str) else value
 
     with pytest.raises(Failure) as failure:
-        main(make_run(dataset={"files": [path]} | fill(dataset), **fill(spec)))
-    expect = message.replace("{folder}", str(folder)).replace("{file}", path)
-    assert (failure.value.code, failure.value.message[: len(expect)]) == (code, expect)
+        main(make_run(dataset={"files": [path]} | fill(case.dataset), **fill(case.spec)))
+    expect = case.message.replace("{folder}", str(folder)).replace("{file}", path)
+    assert (failure.value.code, failure.value.message[: len(expect)]) == (case.code, expect)
 
 
 def change(model: Path, into: Path, file: str, **fields: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -37,82 +38,121 @@ def test_rows_written_in_the_job(make_generate_run: MakeRun) -> None:
     assert (read_prepared(run).plan.rows_per_shard, read_prepared(run).plan.precision) == (1, "fp32")
 
 
-FILES: list[tuple[str, str, str, dict[str, Any], list[tuple[str, int | None]]]] = [
-    # name, file, content, columns, (prompt, own seed)
-    ("CSV with gaps in the seeds", "p.csv", "prompt,seed\na,7\nb,\n", {}, [("a", 7), ("b", None)]),
-    (
-        "JSON lines, columns by other names",
-        "p.jsonl",
-        '{"q": "a", "s": 1}\n{"q": "b", "s": 2}\n',
-        {"prompt": "q", "seed": "s"},
-        [("a", 1), ("b", 2)],
+@dataclass(frozen=True)
+class FileCase:
+    name: str
+    file: str
+    content: str
+    expect: list[tuple[str, int | None]]  # prompt and own seed of each row
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+FILES = [
+    FileCase(
+        name="CSV with gaps in the seeds",
+        file="p.csv",
+        content="prompt,seed\na,7\nb,\n",
+        expect=[("a", 7), ("b", None)],
     ),
-    ("text, a prompt a line", "p.txt", "a\n\nb\n", {}, [("a", None), ("b", None)]),
-    ("text with a byte order mark", "p.txt", "\ufeffa\n\ufeffb\n", {}, [("a", None), ("b", None)]),
-    ("TSV with ordinary quotation marks", "p.tsv", 'prompt\tn\n"a\t1\nb"\t2\n', {}, [('"a', None), ('b"', None)]),
+    FileCase(
+        name="JSON lines, columns by other names",
+        file="p.jsonl",
+        content='{"q": "a", "s": 1}\n{"q": "b", "s": 2}\n',
+        columns={"prompt": "q", "seed": "s"},
+        expect=[("a", 1), ("b", 2)],
+    ),
+    FileCase(
+        name="text, a prompt a line",
+        file="p.txt",
+        content="a\n\nb\n",
+        expect=[("a", None), ("b", None)],
+    ),
+    FileCase(
+        name="text with a byte order mark",
+        file="p.txt",
+        content="\ufeffa\n\ufeffb\n",
+        expect=[("a", None), ("b", None)],
+    ),
+    FileCase(
+        name="TSV with ordinary quotation marks",
+        file="p.tsv",
+        content='prompt\tn\n"a\t1\nb"\t2\n',
+        expect=[('"a', None), ('b"', None)],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "file", "content", "columns", "expect"), FILES, ids=[c[0] for c in FILES])
-def test_rows_of_files(
-    name: str,
-    file: str,
-    content: str,
-    columns: dict[str, Any],
-    expect: list[tuple[str, int | None]],
-    make_generate_run: MakeRun,
-    tmp_path: Path,
-) -> None:
-    (tmp_path / file).write_text(content)
-    rows = rows_of(make_generate_run(inputs={"dataset": {"files": [str(tmp_path / file)]}, "columns": columns}))
+@pytest.mark.parametrize("case", FILES, ids=lambda case: case.name)
+def test_rows_of_files(case: FileCase, make_generate_run: MakeRun, tmp_path: Path) -> None:
+    (tmp_path / case.file).write_text(case.content)
+    rows = rows_of(
+        make_generate_run(inputs={"dataset": {"files": [str(tmp_path / case.file)]}, "columns": case.columns})
+    )
     assert [
-        (r["prompt"], r["seed"] if own is not None else None) for r, (_, own) in zip(rows, expect, strict=True)
-    ] == expect
+        (r["prompt"], r["seed"] if own is not None else None) for r, (_, own) in zip(rows, case.expect, strict=True)
+    ] == case.expect
 
 
-# Name, file, content, columns, what each line has under `input`.
-CARRIED: list[tuple[str, str, str, dict[str, Any], list[Any]]] = [
-    (
-        "all other columns",
-        "p.csv",
-        "id,prompt,seed,note\nx7,a,1,\nx8,b,2,hm\n",
-        {},
-        [{"id": "x7", "note": ""}, {"id": "x8", "note": "hm"}],
+@dataclass(frozen=True)
+class CarriedCase:
+    name: str
+    file: str
+    content: str
+    expect: list[Any]
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+CARRIED = [
+    CarriedCase(
+        name="all other columns",
+        file="p.csv",
+        content="id,prompt,seed,note\nx7,a,1,\nx8,b,2,hm\n",
+        expect=[{"id": "x7", "note": ""}, {"id": "x8", "note": "hm"}],
     ),
-    (
-        "those that are named",
-        "p.csv",
-        "id,prompt,note\nx7,a,\nx8,b,hm\n",
-        {"carry": ["id"]},
-        [{"id": "x7"}, {"id": "x8"}],
+    CarriedCase(
+        name="those that are named",
+        file="p.csv",
+        content="id,prompt,note\nx7,a,\nx8,b,hm\n",
+        columns={"carry": ["id"]},
+        expect=[{"id": "x7"}, {"id": "x8"}],
     ),
-    ("none", "p.csv", "id,prompt\nx7,a\n", {"carry": []}, [None]),
-    ("the role of a column takes it out", "p.jsonl", '{"q": "a", "id": 7}\n', {"prompt": "q"}, [{"id": 7}]),
-    (
-        "numbers, and true and false",
-        "p.jsonl",
-        '{"prompt": "a", "n": 7, "x": 0.5, "t": true, "z": null}\n',
-        {},
-        [{"n": 7, "x": 0.5, "t": True, "z": None}],
+    CarriedCase(
+        name="none",
+        file="p.csv",
+        content="id,prompt\nx7,a\n",
+        columns={"carry": []},
+        expect=[None],
     ),
-    ("the line of a text file", "p.txt", "\na\n\n  \nb\n", {}, [{"line": 2}, {"line": 5}]),
+    CarriedCase(
+        name="the role of a column takes it out",
+        file="p.jsonl",
+        content='{"q": "a", "id": 7}\n',
+        columns={"prompt": "q"},
+        expect=[{"id": 7}],
+    ),
+    CarriedCase(
+        name="numbers, and true and false",
+        file="p.jsonl",
+        content='{"prompt": "a", "n": 7, "x": 0.5, "t": true, "z": null}\n',
+        expect=[{"n": 7, "x": 0.5, "t": True, "z": None}],
+    ),
+    CarriedCase(
+        name="the line of a text file",
+        file="p.txt",
+        content="\na\n\n  \nb\n",
+        expect=[{"line": 2}, {"line": 5}],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "file", "content", "columns", "expect"), CARRIED, ids=[c[0] for c in CARRIED])
-def test_other_columns_are_carried(
-    name: str,
-    file: str,
-    content: str,
-    columns: dict[str, Any],
-    expect: list[Any],
-    make_generate_run: MakeRun,
-    tmp_path: Path,
-) -> None:
-    (tmp_path / file).write_text(content)
-    rows = rows_of(make_generate_run(inputs={"dataset": {"files": [str(tmp_path / file)]}, "columns": columns}))
-    assert [row.get("input") for row in rows] == expect
-    assert [row["row"] for row in rows] == list(range(len(expect)))
+@pytest.mark.parametrize("case", CARRIED, ids=lambda case: case.name)
+def test_other_columns_are_carried(case: CarriedCase, make_generate_run: MakeRun, tmp_path: Path) -> None:
+    (tmp_path / case.file).write_text(case.content)
+    rows = rows_of(
+        make_generate_run(inputs={"dataset": {"files": [str(tmp_path / case.file)]}, "columns": case.columns})
+    )
+    assert [row.get("input") for row in rows] == case.expect
+    assert [row["row"] for row in rows] == list(range(len(case.expect)))
 
 
 def test_lines_of_several_files_and_of_a_slice_are_named(make_generate_run: MakeRun, tmp_path: Path) -> None:
@@ -123,26 +163,64 @@ def test_lines_of_several_files_and_of_a_slice_are_named(make_generate_run: Make
     assert [row["input"] for row in rows] == [{"line": 4, "file": "p.txt"}, {"line": 2, "file": "q.txt"}]
 
 
-CELLS: list[tuple[str, Any, Any, Any]] = [
-    ("a class", ClassLabel(names=["no", "yes"]), 1, "yes"),
-    ("no class", ClassLabel(names=["no", "yes"]), -1, None),
-    ("a date", Value("date32"), datetime.date(2026, 1, 2), "2026-01-02"),
-    ("not a number", Value("float64"), float("nan"), None),
-    ("a number of a column that may go beyond 63 bits", Value("uint64"), 7, "7"),
-    (
-        "a list of objects",
-        List({"at": Value("timestamp[s]")}),
-        [{"at": datetime.datetime(2026, 1, 2)}],
-        [{"at": "2026-01-02T00:00:00"}],
+@dataclass(frozen=True)
+class CellCase:
+    name: str
+    feature: Any
+    value: Any
+    expect: Any
+
+
+CELLS = [
+    CellCase(
+        name="a class",
+        feature=ClassLabel(names=["no", "yes"]),
+        value=1,
+        expect="yes",
     ),
-    ("a decimal", Value("decimal128(10,2)"), Decimal("1.50"), "1.50"),
+    CellCase(
+        name="no class",
+        feature=ClassLabel(names=["no", "yes"]),
+        value=-1,
+        expect=None,
+    ),
+    CellCase(
+        name="a date",
+        feature=Value("date32"),
+        value=datetime.date(2026, 1, 2),
+        expect="2026-01-02",
+    ),
+    CellCase(
+        name="not a number",
+        feature=Value("float64"),
+        value=float("nan"),
+        expect=None,
+    ),
+    CellCase(
+        name="a number of a column that may go beyond 63 bits",
+        feature=Value("uint64"),
+        value=7,
+        expect="7",
+    ),
+    CellCase(
+        name="a list of objects",
+        feature=List({"at": Value("timestamp[s]")}),
+        value=[{"at": datetime.datetime(2026, 1, 2)}],
+        expect=[{"at": "2026-01-02T00:00:00"}],
+    ),
+    CellCase(
+        name="a decimal",
+        feature=Value("decimal128(10,2)"),
+        value=Decimal("1.50"),
+        expect="1.50",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("cell", "feature", "value", "expect"), CELLS, ids=[c[0] for c in CELLS])
-def test_cells_become_json(cell: str, feature: Any, value: Any, expect: Any) -> None:
-    data = Dataset.from_dict({"x": [value]}, features=Features({"x": feature}))
-    assert carried_columns.plain(data[0]["x"], data.features["x"]) == expect
+@pytest.mark.parametrize("case", CELLS, ids=lambda case: case.name)
+def test_cells_become_json(case: CellCase) -> None:
+    data = Dataset.from_dict({"x": [case.value]}, features=Features({"x": case.feature}))
+    assert carried_columns.plain(data[0]["x"], data.features["x"]) == case.expect
 
 
 def test_what_json_cannot_hold_is_left_out_or_refused() -> None:
@@ -179,102 +257,103 @@ def test_seeds_depend_on_the_row_and_the_job_alone(make_generate_run: MakeRun) -
     assert len(set(seeds[0])) == 100
 
 
-MISTAKES: list[tuple[str, str, dict[str, Any], ExitCode, str]] = [
-    (
-        "no prompts",
-        "text,n\na,1\n",
-        {},
-        ExitCode.INVALID_DATASET,
-        'spec.inputs.columns.prompt: no column "prompt" in p.csv (columns: text, n). Name the one that plays this role',
+@dataclass(frozen=True)
+class MistakeCase:
+    name: str
+    content: str
+    code: ExitCode
+    message: str
+    spec: dict[str, Any] = field(default_factory=dict)
+
+
+MISTAKES = [
+    MistakeCase(
+        name="no prompts",
+        content="text,n\na,1\n",
+        code=ExitCode.INVALID_DATASET,
+        message=(
+            'spec.inputs.columns.prompt: no column "prompt" in p.csv (columns: text, n). Name the one that plays this'
+            " role"
+        ),
     ),
-    (
-        "a blank prompt",
-        "prompt,n\na,1\n,2\n",
-        {},
-        ExitCode.INVALID_DATASET,
-        (
+    MistakeCase(
+        name="a blank prompt",
+        content="prompt,n\na,1\n,2\n",
+        code=ExitCode.INVALID_DATASET,
+        message=(
             'spec.inputs.columns.prompt: column "prompt" of p.csv is blank in 1 of 2 rows. The first is row 1, counted'
             " from 0 (line 3 of p.csv). Remove them"
         ),
     ),
-    (
-        "an unquoted comma, one column",
-        "prompt\na, b\n",
-        {},
-        ExitCode.INVALID_DATASET,
-        (
+    MistakeCase(
+        name="an unquoted comma, one column",
+        content="prompt\na, b\n",
+        code=ExitCode.INVALID_DATASET,
+        message=(
             "spec.inputs.dataset.files: row 0, counted from 0 (line 2 of {folder}/p.csv) has 2 fields, and the header"
             ' has 1 (prompt). With the first as an index, as pandas has it, it would be prompt=" b"; with the first'
             " ones joined, prompt=\"a, b\". Put quotation marks around cells that hold ',', or name every column in the"
             " header"
         ),
     ),
-    (
-        "an unquoted comma, two columns",
-        "prompt,n\na,1\nb, c,2\n",
-        {},
-        ExitCode.INVALID_DATASET,
-        (
+    MistakeCase(
+        name="an unquoted comma, two columns",
+        content="prompt,n\na,1\nb, c,2\n",
+        code=ExitCode.INVALID_DATASET,
+        message=(
             "spec.inputs.dataset.files: row 1, counted from 0 (line 3 of {folder}/p.csv) has 3 fields, and the header"
             ' has 2 (prompt, n). With the first as an index, as pandas has it, it would be prompt=" c", n="2"; with the'
             ' first ones joined, prompt="b, c", n="2". Put quotation marks around cells that hold \',\', or name every'
             " column in the header"
         ),
     ),
-    (
-        "a named column that is not there",
-        "prompt,seeed\na,1\n",
-        {"columns": {"seed": "seeds"}},
-        ExitCode.INVALID_DATASET,
-        'spec.inputs.columns.seed: no column "seeds" in p.csv (columns: prompt, seeed). Did you mean "seeed"?',
+    MistakeCase(
+        name="a named column that is not there",
+        content="prompt,seeed\na,1\n",
+        spec={"columns": {"seed": "seeds"}},
+        code=ExitCode.INVALID_DATASET,
+        message='spec.inputs.columns.seed: no column "seeds" in p.csv (columns: prompt, seeed). Did you mean "seeed"?',
     ),
-    (
-        "a seed that is none",
-        "prompt,seed\na,x7\n",
-        {},
-        ExitCode.INVALID_DATASET,
-        "spec.inputs.columns.seed: row 0 of p.csv has the seed 'x7'; a seed is a whole number from 0 to 2^32 - 1",
+    MistakeCase(
+        name="a seed that is none",
+        content="prompt,seed\na,x7\n",
+        code=ExitCode.INVALID_DATASET,
+        message=(
+            "spec.inputs.columns.seed: row 0 of p.csv has the seed 'x7'; a seed is a whole number from 0 to 2^32 - 1"
+        ),
     ),
-    (
-        "a seed that is true",
-        '{"prompt": "a", "seed": true}\n',
-        {},
-        ExitCode.INVALID_DATASET,
-        "spec.inputs.columns.seed: row 0 of p.jsonl has the seed True; a seed is a whole number from 0 to 2^32 - 1",
+    MistakeCase(
+        name="a seed that is true",
+        content='{"prompt": "a", "seed": true}\n',
+        code=ExitCode.INVALID_DATASET,
+        message=(
+            "spec.inputs.columns.seed: row 0 of p.jsonl has the seed True; a seed is a whole number from 0 to 2^32 - 1"
+        ),
     ),
-    (
-        "negative prompts for text",
-        "prompt,negative_prompt\na,b\n",
-        {},
-        ExitCode.INVALID_SPEC,
-        "spec.inputs: only text-to-image has negative prompts; remove them for text-generation",
+    MistakeCase(
+        name="negative prompts for text",
+        content="prompt,negative_prompt\na,b\n",
+        code=ExitCode.INVALID_SPEC,
+        message="spec.inputs: only text-to-image has negative prompts; remove them for text-generation",
     ),
-    (
-        "images from a language model",
-        "prompt,n\na,1\n",
-        {"task": "text-to-image"},
-        ExitCode.INVALID_SPEC,
-        "spec.model.path: text-to-image needs a diffusers pipeline, but there is no model_index.json",
+    MistakeCase(
+        name="images from a language model",
+        content="prompt,n\na,1\n",
+        spec={"task": "text-to-image"},
+        code=ExitCode.INVALID_SPEC,
+        message="spec.model.path: text-to-image needs a diffusers pipeline, but there is no model_index.json",
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "spec", "code", "message"), MISTAKES, ids=[m[0] for m in MISTAKES])
-def test_a_mistake_names_its_field(
-    name: str,
-    content: str,
-    spec: dict[str, Any],
-    code: ExitCode,
-    message: str,
-    make_generate_run: MakeRun,
-    tmp_path: Path,
-) -> None:
-    file = tmp_path / ("p.jsonl" if content.startswith("{") else "p.csv")
-    file.write_text(content)
-    inputs = {"dataset": {"files": [str(file)]}} | ({"columns": spec["columns"]} if "columns" in spec else {})
+@pytest.mark.parametrize("case", MISTAKES, ids=lambda case: case.name)
+def test_a_mistake_names_its_field(case: MistakeCase, make_generate_run: MakeRun, tmp_path: Path) -> None:
+    file = tmp_path / ("p.jsonl" if case.content.startswith("{") else "p.csv")
+    file.write_text(case.content)
+    inputs = {"dataset": {"files": [str(file)]}} | ({"columns": case.spec["columns"]} if "columns" in case.spec else {})
     with pytest.raises(Failure) as failure:
-        main(make_generate_run(inputs=inputs, **{k: v for k, v in spec.items() if k != "columns"}))
-    assert (failure.value.code, failure.value.message) == (code, message.replace("{folder}", str(tmp_path)))
+        main(make_generate_run(inputs=inputs, **{k: v for k, v in case.spec.items() if k != "columns"}))
+    assert (failure.value.code, failure.value.message) == (case.code, case.message.replace("{folder}", str(tmp_path)))
 
 
 def test_a_pipeline(make_generate_run: MakeRun, sdxl: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,69 +16,89 @@ from luthier_api.spec import NewModel
 from luthier_trainer.models.new_model import new_config, save_new_model, train_tokenizer
 from luthier_trainer.runtime.failure import Failure
 
+
+@dataclass(frozen=True)
+class RefusedCase:
+    name: str
+    given: dict[str, object]
+    expect: str
+
+
 REFUSED = [
-    (
-        "unknown architecture",
-        {"model_type": "lama"},
-        "spec.model.config.modelType: transformers has no architecture 'lama'. Did you mean 'llama'?",
+    RefusedCase(
+        name="unknown architecture",
+        given={"model_type": "lama"},
+        expect="spec.model.config.modelType: transformers has no architecture 'lama'. Did you mean 'llama'?",
     ),
-    (
-        "an encoder",
-        {"model_type": "vit"},
-        "spec.model.config.modelType: vit is not a causal language model; choose one such as llama",
+    RefusedCase(
+        name="an encoder",
+        given={"model_type": "vit"},
+        expect="spec.model.config.modelType: vit is not a causal language model; choose one such as llama",
     ),
-    (
-        "a reader from both ends",
-        {"model_type": "bert"},
-        (
+    RefusedCase(
+        name="a reader from both ends",
+        given={"model_type": "bert"},
+        expect=(
             "spec.model.config.modelType: bert reads a text from both ends (its configuration has is_decoder: false),"
             " so it would see the very tokens that it has to predict; choose a model that reads forward, such as llama"
             " or gpt2"
         ),
     ),
-    (
-        "unknown parameter",
-        {"model_type": "llama", "parameters": {"hidden_sise": 64}},
-        (
+    RefusedCase(
+        name="unknown parameter",
+        given={"model_type": "llama", "parameters": {"hidden_sise": 64}},
+        expect=(
             "spec.model.config.parameters.hidden_sise: the configuration of llama has no such field. Did you mean"
             " 'hidden_size'?"
         ),
     ),
-    (
-        "vocabulary twice",
-        {"model_type": "llama", "parameters": {"vocab_size": 512}},
-        "spec.model.config.parameters.vocab_size: the tokenizer sets it; use model.config.vocabSize",
+    RefusedCase(
+        name="vocabulary twice",
+        given={"model_type": "llama", "parameters": {"vocab_size": 512}},
+        expect="spec.model.config.parameters.vocab_size: the tokenizer sets it; use model.config.vocabSize",
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "given", "expect"), REFUSED, ids=[c[0] for c in REFUSED])
-def test_a_wrong_configuration_is_refused(name: str, given: dict[str, object], expect: str) -> None:
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
+def test_a_wrong_configuration_is_refused(case: RefusedCase) -> None:
     with pytest.raises(Failure) as failure:
-        new_config(NewModel.model_validate(given))
-    assert (failure.value.code, failure.value.message) == (ExitCode.INVALID_SPEC, expect)
+        new_config(NewModel.model_validate(case.given))
+    assert (failure.value.code, failure.value.message) == (ExitCode.INVALID_SPEC, case.expect)
+
+
+@dataclass(frozen=True)
+class MisfitCase:
+    name: str
+    parameters: dict[str, object]
+    message: str
 
 
 MISFITS = [
-    # name                         parameters                                     message
-    ("heads of a part of a row", {"hidden_size": 30, "num_attention_heads": 4}, "Class validation error"),
-    ("no such function", {"hidden_size": 32, "hidden_act": "none"}, "no model can be built: KeyError: 'none'"),
-    (
-        "heads that do not divide",
-        {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 3},
-        "the model can be built, but not run: The size of tensor a (4) must match the size of tensor b (3)",
+    MisfitCase(
+        name="heads of a part of a row",
+        parameters={"hidden_size": 30, "num_attention_heads": 4},
+        message="Class validation error",
+    ),
+    MisfitCase(
+        name="no such function",
+        parameters={"hidden_size": 32, "hidden_act": "none"},
+        message="no model can be built: KeyError: 'none'",
+    ),
+    MisfitCase(
+        name="heads that do not divide",
+        parameters={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 3},
+        message="the model can be built, but not run: The size of tensor a (4) must match the size of tensor b (3)",
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "parameters", "message"), MISFITS, ids=[m[0] for m in MISFITS])
-def test_sizes_that_do_not_fit_are_refused(
-    name: str, parameters: dict[str, object], message: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("case", MISFITS, ids=lambda case: case.name)
+def test_sizes_that_do_not_fit_are_refused(case: MisfitCase, tmp_path: Path) -> None:
     with pytest.raises(Failure) as failure:
-        save_new_model(new_config(NewModel(model_type="llama", parameters=parameters)), tmp_path / "model", seed=1)
+        save_new_model(new_config(NewModel(model_type="llama", parameters=case.parameters)), tmp_path / "model", seed=1)
     assert failure.value.code is ExitCode.INVALID_SPEC
-    assert failure.value.message.startswith(f"spec.model.config.parameters: {message}")
+    assert failure.value.message.startswith(f"spec.model.config.parameters: {case.message}")
     assert not (tmp_path / "model").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,134 +20,155 @@ from luthier_trainer.workspace.plan import check_course, count_steps, plan_train
 
 MakeRun = Callable[..., FineTuneRun]
 
-LAYOUTS: list[tuple[str, dict[str, Any], dict[str, Any], str, dict[str, Any]]] = [
-    # name, training, resources, strategy, expect
-    (
-        "one process",
-        {"batchSize": 8},
-        {"gpusPerNode": 0},
-        "auto",
-        {"strategy": "none", "micro_batch_size": 8, "accumulation_steps": 1},
+
+@dataclass(frozen=True)
+class LayoutCase:
+    name: str
+    training: dict[str, Any]
+    resources: dict[str, Any]
+    strategy: str
+    expect: dict[str, Any]
+
+
+LAYOUTS = [
+    LayoutCase(
+        name="one process",
+        training={"batchSize": 8},
+        resources={"gpusPerNode": 0},
+        strategy="auto",
+        expect={"strategy": "none", "micro_batch_size": 8, "accumulation_steps": 1},
     ),
-    (
-        "one GPU, long rows",
-        {"batchSize": 64, "maxLength": 2048},
-        {"gpusPerNode": 1},
-        "auto",
-        {"micro_batch_size": 1, "accumulation_steps": 64, "precision": "auto"},
+    LayoutCase(
+        name="one GPU, long rows",
+        training={"batchSize": 64, "maxLength": 2048},
+        resources={"gpusPerNode": 1},
+        strategy="auto",
+        expect={"micro_batch_size": 1, "accumulation_steps": 64, "precision": "auto"},
     ),
-    (
-        "README's eight GPUs",
-        {"batchSize": 64, "maxLength": 2048, "packing": True},
-        {"gpusPerNode": 8},
-        "auto",
-        {"strategy": "ddp", "micro_batch_size": 1, "accumulation_steps": 8, "gradient_checkpointing": True},
+    LayoutCase(
+        name="README's eight GPUs",
+        training={"batchSize": 64, "maxLength": 2048, "packing": True},
+        resources={"gpusPerNode": 8},
+        strategy="auto",
+        expect={"strategy": "ddp", "micro_batch_size": 1, "accumulation_steps": 8, "gradient_checkpointing": True},
     ),
-    (
-        "one GPU, rows of 512",
-        {"batchSize": 64, "maxLength": 512},
-        {"gpusPerNode": 1},
-        "auto",
-        {"micro_batch_size": 4, "accumulation_steps": 16},
+    LayoutCase(
+        name="one GPU, rows of 512",
+        training={"batchSize": 64, "maxLength": 512},
+        resources={"gpusPerNode": 1},
+        strategy="auto",
+        expect={"micro_batch_size": 4, "accumulation_steps": 16},
     ),
-    (
-        "one GPU, short rows",
-        {"batchSize": 64, "maxLength": 64},
-        {"gpusPerNode": 1},
-        "auto",
-        {"micro_batch_size": 8, "accumulation_steps": 8},
+    LayoutCase(
+        name="one GPU, short rows",
+        training={"batchSize": 64, "maxLength": 64},
+        resources={"gpusPerNode": 1},
+        strategy="auto",
+        expect={"micro_batch_size": 8, "accumulation_steps": 8},
     ),
-    (
-        "two nodes of eight",
-        {"batchSize": 64, "maxLength": 4096},
-        {"nodes": 2, "gpusPerNode": 8},
-        "auto",
-        {"strategy": "ddp", "world_size": 16, "micro_batch_size": 1},
+    LayoutCase(
+        name="two nodes of eight",
+        training={"batchSize": 64, "maxLength": 4096},
+        resources={"nodes": 2, "gpusPerNode": 8},
+        strategy="auto",
+        expect={"strategy": "ddp", "world_size": 16, "micro_batch_size": 1},
     ),
-    (
-        "a batch that eight does not divide",
-        {"batchSize": 22},
-        {"gpusPerNode": 0, "processesPerNode": 2},
-        "auto",
-        {"micro_batch_size": 1, "accumulation_steps": 11},
+    LayoutCase(
+        name="a batch that eight does not divide",
+        training={"batchSize": 22},
+        resources={"gpusPerNode": 0, "processesPerNode": 2},
+        strategy="auto",
+        expect={"micro_batch_size": 1, "accumulation_steps": 11},
     ),
-    (
-        "what the user set",
-        {"batchSize": 64, "microBatchSize": 16, "precision": "bf16"},
-        {"gpusPerNode": 2},
-        "zero2",
-        {"strategy": "zero2", "micro_batch_size": 16, "accumulation_steps": 2, "precision": "bf16"},
+    LayoutCase(
+        name="what the user set",
+        training={"batchSize": 64, "microBatchSize": 16, "precision": "bf16"},
+        resources={"gpusPerNode": 2},
+        strategy="zero2",
+        expect={"strategy": "zero2", "micro_batch_size": 16, "accumulation_steps": 2, "precision": "bf16"},
     ),
-    (
-        "steps that the user set",
-        {"batchSize": 8, "maxSteps": 3, "epochs": 9},
-        {"gpusPerNode": 0},
-        "auto",
-        {"steps": 3, "precision": "fp32"},
+    LayoutCase(
+        name="steps that the user set",
+        training={"batchSize": 8, "maxSteps": 3, "epochs": 9},
+        resources={"gpusPerNode": 0},
+        strategy="auto",
+        expect={"steps": 3, "precision": "fp32"},
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "training", "resources", "strategy", "expect"), LAYOUTS, ids=[c[0] for c in LAYOUTS])
-def test_layout(
-    name: str,
-    training: dict[str, Any],
-    resources: dict[str, Any],
-    strategy: str,
-    expect: dict[str, Any],
-    make_run: MakeRun,
-) -> None:
+@pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: case.name)
+def test_layout(case: LayoutCase, make_run: MakeRun) -> None:
     plan = plan_training(
-        make_run(training=training, resources=resources, strategy=strategy).spec, rows=1000, parameters=1
+        make_run(training=case.training, resources=case.resources, strategy=case.strategy).spec, rows=1000, parameters=1
     )
-    assert plan.model_dump(include=set(expect)) == expect
+    assert plan.model_dump(include=set(case.expect)) == case.expect
     assert plan.micro_batch_size is not None
     assert plan.accumulation_steps is not None
-    assert plan.micro_batch_size * plan.accumulation_steps * plan.world_size == training["batchSize"]
+    assert plan.micro_batch_size * plan.accumulation_steps * plan.world_size == case.training["batchSize"]
 
 
-RECOMPUTING: list[tuple[str, dict[str, Any], int, str | None, bool, list[str]]] = [
-    # name                     training                          GPUs  why the model cannot   planned  reasons
-    (
-        "a GPU",
-        {},
-        1,
-        None,
-        True,
-        [
+@dataclass(frozen=True)
+class RecomputingCase:
+    name: str
+    gpus: int
+    obstacle: str | None
+    planned: bool
+    reasons: list[str]
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+RECOMPUTING = [
+    RecomputingCase(
+        name="a GPU",
+        gpus=1,
+        obstacle=None,
+        planned=True,
+        reasons=[
             "gradientCheckpointing: true, the default on GPUs. Set it to false if yours have memory left: a step takes"
             " about a quarter less time"
         ],
     ),
-    (
-        "a model that cannot",
-        {},
-        1,
-        "fnet cannot do that",
-        False,
-        ["gradientCheckpointing: false, because fnet cannot do that"],
+    RecomputingCase(
+        name="a model that cannot",
+        gpus=1,
+        obstacle="fnet cannot do that",
+        planned=False,
+        reasons=["gradientCheckpointing: false, because fnet cannot do that"],
     ),
-    ("no GPU", {}, 0, None, False, []),
-    ("as asked for", {"gradientCheckpointing": False}, 1, None, False, []),
-    ("as asked for on CPU", {"gradientCheckpointing": True}, 0, None, True, []),
+    RecomputingCase(
+        name="no GPU",
+        gpus=0,
+        obstacle=None,
+        planned=False,
+        reasons=[],
+    ),
+    RecomputingCase(
+        name="as asked for",
+        training={"gradientCheckpointing": False},
+        gpus=1,
+        obstacle=None,
+        planned=False,
+        reasons=[],
+    ),
+    RecomputingCase(
+        name="as asked for on CPU",
+        training={"gradientCheckpointing": True},
+        gpus=0,
+        obstacle=None,
+        planned=True,
+        reasons=[],
+    ),
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "training", "gpus", "cannot", "planned", "reasons"), RECOMPUTING, ids=[r[0] for r in RECOMPUTING]
-)
-def test_activations_are_recomputed_on_gpus(
-    name: str,
-    training: dict[str, Any],
-    gpus: int,
-    cannot: str | None,
-    planned: bool,
-    reasons: list[str],
-    make_run: MakeRun,
-) -> None:
-    spec = make_run(training={"maxLength": 64, "batchSize": 4} | training, resources={"gpusPerNode": gpus}).spec
-    plan = plan_training(spec, rows=100, parameters=1, cannot_recompute=cannot)
-    assert (plan.gradient_checkpointing, plan.reasons) == (planned, reasons)
+@pytest.mark.parametrize("case", RECOMPUTING, ids=lambda case: case.name)
+def test_activations_are_recomputed_on_gpus(case: RecomputingCase, make_run: MakeRun) -> None:
+    spec = make_run(
+        training={"maxLength": 64, "batchSize": 4} | case.training, resources={"gpusPerNode": case.gpus}
+    ).spec
+    plan = plan_training(spec, rows=100, parameters=1, cannot_recompute=case.obstacle)
+    assert (plan.gradient_checkpointing, plan.reasons) == (case.planned, case.reasons)
 
 
 def test_a_classifier_sees_more_rows_at_once(make_run: MakeRun) -> None:
@@ -168,32 +190,53 @@ def test_the_plan_says_why_rows_are_few(make_run: MakeRun) -> None:
     ]
 
 
-COURSES: list[tuple[str, dict[str, Any], int, str | None, str | None]] = [
-    ("all in order", {"batchSize": 4, "warmupSteps": 9}, 40, None, None),
-    (
-        "warm-up to the end",
-        {"batchSize": 4, "warmupSteps": 10},
-        40,
-        (
+@dataclass(frozen=True)
+class CourseCase:
+    name: str
+    training: dict[str, Any]
+    rows: int
+    refusal: str | None
+    notice: str | None
+
+
+COURSES = [
+    CourseCase(
+        name="all in order",
+        training={"batchSize": 4, "warmupSteps": 9},
+        rows=40,
+        refusal=None,
+        notice=None,
+    ),
+    CourseCase(
+        name="warm-up to the end",
+        training={"batchSize": 4, "warmupSteps": 10},
+        rows=40,
+        refusal=(
             "spec.training.warmupSteps: 10 steps, but the training ends after 10 (40 rows, 4 a step, 1 epochs), before"
             " the peak"
         ),
-        None,
+        notice=None,
     ),
-    (
-        "warm-up of blocks",
-        {"batchSize": 4, "warmupSteps": 100, "epochs": 3, "packing": True},
-        41,
-        "spec.training.warmupSteps: 100 steps, but the training ends after 33 (41 blocks, 4 a step, 3 epochs)",
-        None,
+    CourseCase(
+        name="warm-up of blocks",
+        training={"batchSize": 4, "warmupSteps": 100, "epochs": 3, "packing": True},
+        rows=41,
+        refusal="spec.training.warmupSteps: 100 steps, but the training ends after 33 (41 blocks, 4 a step, 3 epochs)",
+        notice=None,
     ),
-    ("a batch of all rows", {"batchSize": 13}, 13, None, None),
-    (
-        "a batch beyond them",
-        {"batchSize": 64},
-        13,
-        None,
-        (
+    CourseCase(
+        name="a batch of all rows",
+        training={"batchSize": 13},
+        rows=13,
+        refusal=None,
+        notice=None,
+    ),
+    CourseCase(
+        name="a batch beyond them",
+        training={"batchSize": 64},
+        rows=13,
+        refusal=None,
+        notice=(
             "spec.training.batchSize: 64 rows a step, but there are 13 rows to learn from: each step sees all of them,"
             " and the loss is the mean over 13\n"
         ),
@@ -201,26 +244,20 @@ COURSES: list[tuple[str, dict[str, Any], int, str | None, str | None]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "training", "rows", "refused", "said"), COURSES, ids=[c[0] for c in COURSES])
+@pytest.mark.parametrize("case", COURSES, ids=lambda case: case.name)
 def test_batch_and_warm_up_suit_the_rows(
-    name: str,
-    training: dict[str, Any],
-    rows: int,
-    refused: str | None,
-    said: str | None,
-    make_run: MakeRun,
-    capsys: pytest.CaptureFixture[str],
+    case: CourseCase, make_run: MakeRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spec = make_run(training={"maxLength": 64} | training).spec
-    plan = plan_training(spec, rows, None)
-    if refused:
+    spec = make_run(training={"maxLength": 64} | case.training).spec
+    plan = plan_training(spec, case.rows, None)
+    if case.refusal:
         with pytest.raises(Failure) as failure:
-            check_course(spec, plan, rows)
+            check_course(spec, plan, case.rows)
         assert failure.value.code == ExitCode.INVALID_SPEC
-        assert str(failure.value).startswith(refused)
+        assert str(failure.value).startswith(case.refusal)
     else:
-        check_course(spec, plan, rows)
-    assert capsys.readouterr().out == (said or "")
+        check_course(spec, plan, case.rows)
+    assert capsys.readouterr().out == (case.notice or "")
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])

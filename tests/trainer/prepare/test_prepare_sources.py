@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,58 +49,89 @@ HALF = [
 ]
 ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
 
-CHOICES: list[tuple[str, list[str], list[str], list[str] | str]] = [
-    # name, files of the repository, components of a pipeline, what is loaded (or the refusal)
-    ("one file of weights", [*CONFIGS, "model.safetensors", "README.md"], [], [*CONFIGS, "model.safetensors"]),
-    (
-        "the same weights as pickles",
-        [*CONFIGS, "model.safetensors", "pytorch_model.bin", "tf_model.h5"],
-        [],
-        [*CONFIGS, "model.safetensors"],
+
+@dataclass(frozen=True)
+class ChoiceCase:
+    name: str
+    files: list[str]  # of the repository
+    expect: list[str] | str  # files that are loaded, or the refusal
+    components: list[str] = field(default_factory=list)  # of a pipeline
+
+
+CHOICES = [
+    ChoiceCase(
+        name="one file of weights",
+        files=[*CONFIGS, "model.safetensors", "README.md"],
+        expect=[*CONFIGS, "model.safetensors"],
     ),
-    (
-        "shards with an index",
-        [
+    ChoiceCase(
+        name="the same weights as pickles",
+        files=[*CONFIGS, "model.safetensors", "pytorch_model.bin", "tf_model.h5"],
+        expect=[*CONFIGS, "model.safetensors"],
+    ),
+    ChoiceCase(
+        name="shards with an index",
+        files=[
             *CONFIGS,
             "model-00001-of-00002.safetensors",
             "model-00002-of-00002.safetensors",
             "model.safetensors.index.json",
         ],
-        [],
-        [
+        expect=[
             *CONFIGS,
             "model-00001-of-00002.safetensors",
             "model-00002-of-00002.safetensors",
             "model.safetensors.index.json",
         ],
     ),
-    (
-        "weights for another program",
-        [*CONFIGS, "model.safetensors", "consolidated.safetensors", "original/x.safetensors"],
-        [],
-        [*CONFIGS, "model.safetensors"],
+    ChoiceCase(
+        name="weights for another program",
+        files=[*CONFIGS, "model.safetensors", "consolidated.safetensors", "original/x.safetensors"],
+        expect=[*CONFIGS, "model.safetensors"],
     ),
-    ("an adapter", ADAPTER, [], ADAPTER),
-    ("a model and an adapter", [*CONFIGS, "model.safetensors", *ADAPTER], [], [*CONFIGS, "model.safetensors"]),
-    (
-        "a model in shards and an adapter",
-        [*CONFIGS, "model-00001-of-00001.safetensors", *ADAPTER],
-        [],
-        [*CONFIGS, "model-00001-of-00001.safetensors"],
+    ChoiceCase(
+        name="an adapter",
+        files=ADAPTER,
+        expect=ADAPTER,
     ),
-    ("an adapter with the configuration of its model", [*CONFIGS, *ADAPTER], [], [*CONFIGS, *ADAPTER]),
-    ("code is left where it is", [*CONFIGS, "modeling_x.py", "model.safetensors"], [], [*CONFIGS, "model.safetensors"]),
-    (
-        "pickles only",
-        [*CONFIGS, "pytorch_model.bin"],
-        [],
-        "spec.model.id: model a/b has its weights only as pytorch_model.bin. Files that can run code",
+    ChoiceCase(
+        name="a model and an adapter",
+        files=[*CONFIGS, "model.safetensors", *ADAPTER],
+        expect=[*CONFIGS, "model.safetensors"],
     ),
-    ("no weights", CONFIGS, [], "spec.model.id: model a/b has no weights (*.safetensors)"),
-    ("no model", ["x.safetensors"], [], "spec.model.id: model a/b has neither config.json nor adapter_config.json"),
-    (
-        "a pipeline in two precisions",
-        [
+    ChoiceCase(
+        name="a model in shards and an adapter",
+        files=[*CONFIGS, "model-00001-of-00001.safetensors", *ADAPTER],
+        expect=[*CONFIGS, "model-00001-of-00001.safetensors"],
+    ),
+    ChoiceCase(
+        name="an adapter with the configuration of its model",
+        files=[*CONFIGS, *ADAPTER],
+        expect=[*CONFIGS, *ADAPTER],
+    ),
+    ChoiceCase(
+        name="code is left where it is",
+        files=[*CONFIGS, "modeling_x.py", "model.safetensors"],
+        expect=[*CONFIGS, "model.safetensors"],
+    ),
+    ChoiceCase(
+        name="pickles only",
+        files=[*CONFIGS, "pytorch_model.bin"],
+        expect="spec.model.id: model a/b has its weights only as pytorch_model.bin. Files that can run code",
+    ),
+    ChoiceCase(
+        name="no weights",
+        files=CONFIGS,
+        expect="spec.model.id: model a/b has no weights (*.safetensors)",
+    ),
+    ChoiceCase(
+        name="no model",
+        files=["x.safetensors"],
+        expect="spec.model.id: model a/b has neither config.json nor adapter_config.json",
+    ),
+    ChoiceCase(
+        name="a pipeline in two precisions",
+        files=[
             "model_index.json",
             "unet/config.json",
             "unet/diffusion_pytorch_model.safetensors",
@@ -110,8 +142,8 @@ CHOICES: list[tuple[str, list[str], list[str], list[str] | str]] = [
             "sd_xl.safetensors",
             "vae_onnx/model.onnx",
         ],
-        ["unet", "vae", "scheduler"],
-        [
+        components=["unet", "vae", "scheduler"],
+        expect=[
             "model_index.json",
             "unet/config.json",
             "unet/diffusion_pytorch_model.safetensors",
@@ -120,9 +152,9 @@ CHOICES: list[tuple[str, list[str], list[str], list[str] | str]] = [
             "scheduler/scheduler_config.json",
         ],
     ),
-    (
-        "a pipeline whose half precision is in shards",
-        [
+    ChoiceCase(
+        name="a pipeline whose half precision is in shards",
+        files=[
             "model_index.json",
             "unet/config.json",
             *HALF,
@@ -130,20 +162,26 @@ CHOICES: list[tuple[str, list[str], list[str], list[str] | str]] = [
             "vae/diffusion_pytorch_model.safetensors",
             *[n.replace("unet", "vae") for n in HALF],
         ],
-        ["unet", "vae"],
-        ["model_index.json", "unet/config.json", *HALF, "vae/config.json", "vae/diffusion_pytorch_model.safetensors"],
+        components=["unet", "vae"],
+        expect=[
+            "model_index.json",
+            "unet/config.json",
+            *HALF,
+            "vae/config.json",
+            "vae/diffusion_pytorch_model.safetensors",
+        ],
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "files", "components", "expect"), CHOICES, ids=[c[0] for c in CHOICES])
-def test_which_files_are_loaded(name: str, files: list[str], components: list[str], expect: list[str] | str) -> None:
-    if isinstance(expect, str):
+@pytest.mark.parametrize("case", CHOICES, ids=lambda case: case.name)
+def test_which_files_are_loaded(case: ChoiceCase) -> None:
+    if isinstance(case.expect, str):
         with pytest.raises(Failure) as failure:
-            files_to_load(files, components, "spec.model.id", "model a/b")
-        assert failure.value.message.startswith(expect)
+            files_to_load(case.files, case.components, "spec.model.id", "model a/b")
+        assert failure.value.message.startswith(case.expect)
     else:
-        assert sorted(files_to_load(files, components, "spec.model.id", "model a/b")) == sorted(expect)
+        assert sorted(files_to_load(case.files, case.components, "spec.model.id", "model a/b")) == sorted(case.expect)
 
 
 def test_an_adapter_is_taken_from_beside_a_model_where_an_adapter_is_asked_for() -> None:
@@ -253,59 +291,61 @@ def test_a_model_of_the_hub_is_fixed_to_a_commit(make_run: MakeRun, hub: Running
     ).read_bytes()
 
 
-NOT_GIVEN: list[tuple[str, dict[str, Any], str, ExitCode, str]] = [
-    (
-        "no such model",
-        {"id": "org/none"},
-        "",
-        ExitCode.NOT_FOUND,
-        "spec.model.id: there is no model org/none on HUB, or it is private: then set spec.hub.tokenSecretRef",
+@dataclass(frozen=True)
+class NotGivenCase:
+    name: str
+    model: dict[str, Any]
+    code: ExitCode
+    message: str
+    token: str = ""
+
+
+NOT_GIVEN = [
+    NotGivenCase(
+        name="no such model",
+        model={"id": "org/none"},
+        code=ExitCode.NOT_FOUND,
+        message="spec.model.id: there is no model org/none on HUB, or it is private: then set spec.hub.tokenSecretRef",
     ),
-    (
-        "no such model, with a token",
-        {"id": "org/none"},
-        "hf_reader",
-        ExitCode.NOT_FOUND,
-        "spec.model.id: there is no model org/none on HUB",
+    NotGivenCase(
+        name="no such model, with a token",
+        model={"id": "org/none"},
+        token="hf_reader",
+        code=ExitCode.NOT_FOUND,
+        message="spec.model.id: there is no model org/none on HUB",
     ),
-    (
-        "no such revision",
-        {"id": "org/tiny", "revision": "v9"},
-        "",
-        ExitCode.NOT_FOUND,
-        "spec.model.revision: model org/tiny on HUB has no such branch, tag or commit",
+    NotGivenCase(
+        name="no such revision",
+        model={"id": "org/tiny", "revision": "v9"},
+        code=ExitCode.NOT_FOUND,
+        message="spec.model.revision: model org/tiny on HUB has no such branch, tag or commit",
     ),
-    (
-        "gated",
-        {"id": "org/gated"},
-        "hf_reader",
-        ExitCode.UNAUTHORIZED,
-        "spec.model.id: model org/gated on HUB is gated. Ask for access there",
+    NotGivenCase(
+        name="gated",
+        model={"id": "org/gated"},
+        token="hf_reader",
+        code=ExitCode.UNAUTHORIZED,
+        message="spec.model.id: model org/gated on HUB is gated. Ask for access there",
     ),
-    (
-        "a wrong token",
-        {"id": "org/tiny"},
-        "hf_wrong",
-        ExitCode.UNAUTHORIZED,
-        "spec.hub.tokenSecretRef: the Hub refused the token for model org/tiny on HUB",
+    NotGivenCase(
+        name="a wrong token",
+        model={"id": "org/tiny"},
+        token="hf_wrong",
+        code=ExitCode.UNAUTHORIZED,
+        message="spec.hub.tokenSecretRef: the Hub refused the token for model org/tiny on HUB",
     ),
-    (
-        "an adapter for a model",
-        {"id": "org/adapter"},
-        "",
-        ExitCode.INVALID_SPEC,
-        "spec.model.id: that is an adapter, not a model; set its base model 'org/tiny' there",
+    NotGivenCase(
+        name="an adapter for a model",
+        model={"id": "org/adapter"},
+        code=ExitCode.INVALID_SPEC,
+        message="spec.model.id: that is an adapter, not a model; set its base model 'org/tiny' there",
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "model", "token", "code", "message"), NOT_GIVEN, ids=[c[0] for c in NOT_GIVEN])
+@pytest.mark.parametrize("case", NOT_GIVEN, ids=lambda case: case.name)
 def test_what_the_hub_does_not_give(
-    name: str,
-    model: dict[str, Any],
-    token: str,
-    code: ExitCode,
-    message: str,
+    case: NotGivenCase,
     make_run: MakeRun,
     hub: Running,
     tiny_model: Path,
@@ -319,12 +359,12 @@ def test_what_the_hub_does_not_give(
     hub.store.seed("model", "org/tiny", tiny_model)
     hub.store.seed("model", "org/adapter", adapter)
     hub.store.seed("model", "org/gated", tiny_model, gated=True)
-    if token:
-        monkeypatch.setenv(Variables.TOKEN, token)
+    if case.token:
+        monkeypatch.setenv(Variables.TOKEN, case.token)
     with pytest.raises(Failure) as failure:
-        main(make_run(model=model))
-    expect = message.replace("HUB", hub.url)
-    assert (failure.value.code, failure.value.message[: len(expect)]) == (code, expect)
+        main(make_run(model=case.model))
+    expect = case.message.replace("HUB", hub.url)
+    assert (failure.value.code, failure.value.message[: len(expect)]) == (case.code, expect)
 
 
 def test_a_hub_that_is_away_is_no_mistake_of_the_user(
@@ -374,115 +414,129 @@ CARD = (
     "---\nconfigs: [{config_name: default, data_files: x.csv}]\ndataset_info: {features: [{name: text, dtype: string},"
     " {name: label, dtype: %s}]}\n---\n"
 )
-HUB_FILES: list[tuple[str, dict[str, str], dict[str, Any], list[tuple[str, str]] | str]] = [
-    # name, files of the repository, fields of the dataset, (text, name of the label) of each row or how the message
-    # begins
-    (
-        "TSV with ordinary quotation marks",
-        {"train.tsv": 'text\tlabel\n"a\t007\nb"\t7\nc\t7\n'},
-        {},
-        [('"a', "007"), ('b"', "7"), ("c", "7")],
+
+
+@dataclass(frozen=True)
+class HubFileCase:
+    name: str
+    files: dict[str, str]  # of the repository
+    expect: list[tuple[str, str]] | str  # text and label of each row, or how the message begins
+    dataset: dict[str, Any] = field(default_factory=dict)
+
+
+HUB_FILES = [
+    HubFileCase(
+        name="TSV with ordinary quotation marks",
+        files={"train.tsv": 'text\tlabel\n"a\t007\nb"\t7\nc\t7\n'},
+        expect=[('"a', "007"), ('b"', "7"), ("c", "7")],
     ),
-    (
-        "an unquoted comma",
-        {"train.csv": "text,label\na, b,c\n"},
-        {},
-        "spec.dataset.id: row 0, counted from 0 (line 2 of ",
+    HubFileCase(
+        name="an unquoted comma",
+        files={"train.csv": "text,label\na, b,c\n"},
+        expect="spec.dataset.id: row 0, counted from 0 (line 2 of ",
     ),
-    (
-        "semicolons, by the spec",
-        {"train.csv": "text;label\na, b;c\nd;e\n"},
-        {"csv": {"separator": "semicolon"}},
-        [("a, b", "c"), ("d", "e")],
+    HubFileCase(
+        name="semicolons, by the spec",
+        files={"train.csv": "text;label\na, b;c\nd;e\n"},
+        dataset={"csv": {"separator": "semicolon"}},
+        expect=[("a, b", "c"), ("d", "e")],
     ),
-    (
-        "classes, by the card",
-        {"x.csv": "text,label\na,pos\nb,neg\n", "README.md": CARD % "{class_label: {names: {'0': pos, '1': neg}}}"},
-        {},
-        [("a", "pos"), ("b", "neg")],
+    HubFileCase(
+        name="classes, by the card",
+        files={
+            "x.csv": "text,label\na,pos\nb,neg\n",
+            "README.md": CARD % "{class_label: {names: {'0': pos, '1': neg}}}",
+        },
+        expect=[("a", "pos"), ("b", "neg")],
     ),
-    (
-        "rows that are not of the card's type",
-        {"x.csv": "text,label\na,pos\nb,neg\n", "README.md": CARD % "int64"},
-        {},
-        "spec.dataset.id: the rows do not have the types that the dataset's card names",
+    HubFileCase(
+        name="rows that are not of the card's type",
+        files={"x.csv": "text,label\na,pos\nb,neg\n", "README.md": CARD % "int64"},
+        expect="spec.dataset.id: the rows do not have the types that the dataset's card names",
     ),
-    (
-        "Latin letters, by the spec",
-        {"train.csv": "text,label\na,b\nc,d\n"},
-        {"encoding": "cp1252"},
-        [("a", "b"), ("c", "d")],
+    HubFileCase(
+        name="Latin letters, by the spec",
+        files={"train.csv": "text,label\na,b\nc,d\n"},
+        dataset={"encoding": "cp1252"},
+        expect=[("a", "b"), ("c", "d")],
     ),
-    (
-        "how CSV is written, for JSON",
-        {"train.jsonl": '{"text": "a"}'},
-        {"csv": {}},
-        "spec.dataset.csv: belongs to files of the format csv, and org/d is read as json",
+    HubFileCase(
+        name="how CSV is written, for JSON",
+        files={"train.jsonl": '{"text": "a"}'},
+        dataset={"csv": {}},
+        expect="spec.dataset.csv: belongs to files of the format csv, and org/d is read as json",
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "files", "dataset", "expect"), HUB_FILES, ids=[c[0] for c in HUB_FILES])
+@pytest.mark.parametrize("case", HUB_FILES, ids=lambda case: case.name)
 def test_files_of_the_hub_are_read_as_those_of_a_volume(
-    name: str,
-    files: dict[str, str],
-    dataset: dict[str, Any],
-    expect: list[tuple[str, str]] | str,
-    hub: Running,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    case: HubFileCase, hub: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.url)  # read once, when `datasets` is imported
     folder = tmp_path / "dataset"
     folder.mkdir()
-    for file, content in files.items():
+    for file, content in case.files.items():
         (folder / file).write_text(content)
     hub.store.seed("dataset", "org/d", folder)
     loader = Loader(
-        TrainingData.model_validate({"id": "org/d"} | dataset),
+        TrainingData.model_validate({"id": "org/d"} | case.dataset),
         "spec.dataset",
         tmp_path / "cache",
         columns=("text", "label"),
         others=False,
     )
-    if isinstance(expect, str):
+    if isinstance(case.expect, str):
         with pytest.raises(Failure) as failure:
             loader.split("train", "split")
-        assert failure.value.message.startswith(expect)
+        assert failure.value.message.startswith(case.expect)
         return
     rows = loader.split("train", "split")
     names = labels.names_of(rows, "label", "f", merge=False)
     assert [
         (row["text"], names[i])
         for row, i in zip(rows.data, labels.ids_of(rows, "label", "f", names, merge=False), strict=True)
-    ] == expect
+    ] == case.expect
 
 
-NO_ROWS: list[tuple[str, dict[str, Any], ExitCode, str]] = [
-    ("no such dataset", {"id": "org/none"}, ExitCode.NOT_FOUND, "spec.dataset.id: there is no dataset org/none on HUB"),
-    (
-        "no such split",
-        {"split": "validation"},
-        ExitCode.INVALID_SPEC,
-        "spec.dataset.split: there is no split 'validation'; the splits are: test, train",
+@dataclass(frozen=True)
+class NoRowsCase:
+    name: str
+    dataset: dict[str, Any]
+    code: ExitCode
+    message: str
+
+
+NO_ROWS = [
+    NoRowsCase(
+        name="no such dataset",
+        dataset={"id": "org/none"},
+        code=ExitCode.NOT_FOUND,
+        message="spec.dataset.id: there is no dataset org/none on HUB",
     ),
-    (
-        "no such configuration",
-        {"name": "german"},
-        ExitCode.INVALID_SPEC,
-        "spec.dataset.name: BuilderConfig 'german' not found. Available: ['default']",
+    NoRowsCase(
+        name="no such split",
+        dataset={"split": "validation"},
+        code=ExitCode.INVALID_SPEC,
+        message="spec.dataset.split: there is no split 'validation'; the splits are: test, train",
     ),
-    (
-        "no such revision",
-        {"revision": "v9"},
-        ExitCode.NOT_FOUND,
-        "spec.dataset.revision: dataset org/rows on HUB has no such branch, tag or commit",
+    NoRowsCase(
+        name="no such configuration",
+        dataset={"name": "german"},
+        code=ExitCode.INVALID_SPEC,
+        message="spec.dataset.name: BuilderConfig 'german' not found. Available: ['default']",
     ),
-    (
-        "no such column",
-        {"columns": {"text": "txt"}},
-        ExitCode.INVALID_DATASET,
-        (
+    NoRowsCase(
+        name="no such revision",
+        dataset={"revision": "v9"},
+        code=ExitCode.NOT_FOUND,
+        message="spec.dataset.revision: dataset org/rows on HUB has no such branch, tag or commit",
+    ),
+    NoRowsCase(
+        name="no such column",
+        dataset={"columns": {"text": "txt"}},
+        code=ExitCode.INVALID_DATASET,
+        message=(
             'spec.dataset.columns.text: no column "txt" in org/rows, split train (columns: text, label). Did you mean'
             ' "text"?'
         ),
@@ -490,14 +544,14 @@ NO_ROWS: list[tuple[str, dict[str, Any], ExitCode, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "dataset", "code", "message"), NO_ROWS, ids=[c[0] for c in NO_ROWS])
+@pytest.mark.parametrize("case", NO_ROWS, ids=lambda case: case.name)
 def test_a_dataset_that_the_hub_does_not_give(
-    name: str, dataset: dict[str, Any], code: ExitCode, message: str, make_run: MakeRun, hub: Running, rows_on_hub: str
+    case: NoRowsCase, make_run: MakeRun, hub: Running, rows_on_hub: str
 ) -> None:
     with pytest.raises(Failure) as failure:
-        main(make_run(dataset={"id": "org/rows"} | dataset))
-    expect = message.replace("HUB", hub.url)
-    assert (failure.value.code, failure.value.message[: len(expect)]) == (code, expect)
+        main(make_run(dataset={"id": "org/rows"} | case.dataset))
+    expect = case.message.replace("HUB", hub.url)
+    assert (failure.value.code, failure.value.message[: len(expect)]) == (case.code, expect)
 
 
 def finish_job(folder: Path, base: str, adapter: bool, tiny_model: Path, revision: str | None = None) -> torch.Tensor:
@@ -527,28 +581,46 @@ def finish_job(folder: Path, base: str, adapter: bool, tiny_model: Path, revisio
     return logits
 
 
+@dataclass(frozen=True)
+class JobResultCase:
+    name: str
+    adapter: bool
+    base: str
+    expect: str
+
+
 JOB_RESULTS = [
-    ("a whole model", False, "/workspace/ftj-first-1234abcd/prepared/model", "SOURCE/result"),
-    (
-        "an adapter on a model of its own workspace",
-        True,
-        "/workspace/ftj-first-1234abcd/prepared/model",
-        "WORKSPACE/prepared/model",
+    JobResultCase(
+        name="a whole model",
+        adapter=False,
+        base="/workspace/ftj-first-1234abcd/prepared/model",
+        expect="SOURCE/result",
     ),
-    ("an adapter on a model that both see", True, "MODEL", "WORKSPACE/prepared/model"),
+    JobResultCase(
+        name="an adapter on a model of its own workspace",
+        adapter=True,
+        base="/workspace/ftj-first-1234abcd/prepared/model",
+        expect="WORKSPACE/prepared/model",
+    ),
+    JobResultCase(
+        name="an adapter on a model that both see",
+        adapter=True,
+        base="MODEL",
+        expect="WORKSPACE/prepared/model",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "adapter", "base", "expect"), JOB_RESULTS, ids=[c[0] for c in JOB_RESULTS])
+@pytest.mark.parametrize("case", JOB_RESULTS, ids=lambda case: case.name)
 def test_the_result_of_another_job_is_a_model(
-    name: str, adapter: bool, base: str, expect: str, make_run: MakeRun, tiny_model: Path, tmp_path: Path
+    case: JobResultCase, make_run: MakeRun, tiny_model: Path, tmp_path: Path
 ) -> None:
     source = tmp_path / "sources" / "claim" / "ftj-first-1234abcd"
-    logits = finish_job(source, base.replace("MODEL", str(tiny_model)), adapter, tiny_model)
+    logits = finish_job(source, case.base.replace("MODEL", str(tiny_model)), case.adapter, tiny_model)
     run = make_run(model={"job": "first"}, sources={"first": str(source)})
     main(run)
     record = read_prepared(run)
-    assert record.model_path == expect.replace("SOURCE", str(source)).replace("WORKSPACE", run.workspace)
+    assert record.model_path == case.expect.replace("SOURCE", str(source)).replace("WORKSPACE", run.workspace)
     with torch.no_grad():
         again = AutoModelForCausalLM.from_pretrained(record.model_path).eval()(torch.arange(20)[None]).logits
     torch.testing.assert_close(again, logits, rtol=1e-4, atol=1e-5)
@@ -628,24 +700,41 @@ def test_adapters_keep_their_order(make_generate_run: MakeGenerateRun, tiny_mode
     assert [a.source for a in record.adapters] == ["FineTuneJob two", str(tmp_path / "one" / "result")]
 
 
-BASES: list[tuple[str, str, str | None, str | None]] = [
-    # name, what the adapter's job recorded of its model, its commit, refusal
-    ("the same commit", "org/tiny", "COMMIT", None),
-    ("a folder, which no commit can be compared with", "/models/tiny", "5" * 64, None),
-    (
-        "a commit of long ago",
-        "org/tiny",
-        "0" * 40,
-        (
+@dataclass(frozen=True)
+class BaseCase:
+    name: str
+    base: str  # model that the adapter's job recorded
+    revision: str  # its commit
+    refusal: str | None  # None: accepted
+
+
+BASES = [
+    BaseCase(
+        name="the same commit",
+        base="org/tiny",
+        revision="COMMIT",
+        refusal=None,
+    ),
+    BaseCase(
+        name="a folder, which no commit can be compared with",
+        base="/models/tiny",
+        revision="5" * 64,
+        refusal=None,
+    ),
+    BaseCase(
+        name="a commit of long ago",
+        base="org/tiny",
+        revision="0" * 40,
+        refusal=(
             f"org/tiny has changed since FineTuneJob one was trained on it (then {'0' * 40}, now COMMIT). Set"
             f" spec.model.revision: {'0' * 40}"
         ),
     ),
-    (
-        "another model",
-        "org/other",
-        "0" * 40,
-        (
+    BaseCase(
+        name="another model",
+        base="org/other",
+        revision="0" * 40,
+        refusal=(
             "FineTuneJob one was trained on org/other, and spec.model is org/tiny. Set spec.model to the former, or"
             " leave the adapter out and set model: {job: one}, which has both"
         ),
@@ -653,26 +742,19 @@ BASES: list[tuple[str, str, str | None, str | None]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "base", "revision", "message"), BASES, ids=[c[0] for c in BASES])
+@pytest.mark.parametrize("case", BASES, ids=lambda case: case.name)
 def test_an_adapter_of_a_model_of_the_hub(
-    name: str,
-    base: str,
-    revision: str,
-    message: str | None,
-    make_generate_run: MakeGenerateRun,
-    hub: Running,
-    tiny_model: Path,
-    tmp_path: Path,
+    case: BaseCase, make_generate_run: MakeGenerateRun, hub: Running, tiny_model: Path, tmp_path: Path
 ) -> None:
     commit = hub.store.seed("model", "org/tiny", tiny_model).oid
-    finish_job(tmp_path / "one", base, True, tiny_model, revision.replace("COMMIT", commit))
+    finish_job(tmp_path / "one", case.base, True, tiny_model, case.revision.replace("COMMIT", commit))
     run = make_generate_run(model={"id": "org/tiny"}, adapters=[{"job": "one"}], sources={"one": str(tmp_path / "one")})
-    if message is None:
+    if case.refusal is None:
         main(run)
         return
     with pytest.raises(Failure) as failure:
         main(run)
-    assert failure.value.message == f"spec.adapters[0].job: {message.replace('COMMIT', commit)}"
+    assert failure.value.message == f"spec.adapters[0].job: {case.refusal.replace('COMMIT', commit)}"
 
 
 def test_a_whole_model_is_no_adapter(make_generate_run: MakeGenerateRun, tiny_model: Path, tmp_path: Path) -> None:

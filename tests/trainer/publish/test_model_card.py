@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,26 +81,44 @@ def test_the_commands_of_a_card(
         assert accuracy(model, made, rows["eval"]) == pytest.approx(metrics["accuracy"])
 
 
-TARGETS: list[tuple[list[str], bool, list[str]]] = [
-    # targetModules, whether input and output embeddings are the same, warnings
-    (
-        ["embed_tokens", "q_proj"],
-        True,
-        [
+@dataclass(frozen=True)
+class Case:
+    targets: list[str]
+    tied: bool
+    warnings: list[str]
+
+
+TARGETS = [
+    Case(
+        targets=["embed_tokens", "q_proj"],
+        tied=True,
+        warnings=[
             "model.embed_tokens has the same weights as lm_head, and the adapter changes those of model.embed_tokens"
             " alone"
         ],
     ),
-    (["embed_tokens", "q_proj"], False, []),
-    (["q_proj"], True, []),
-    (["all-linear"], True, []),
+    Case(
+        targets=["embed_tokens", "q_proj"],
+        tied=False,
+        warnings=[],
+    ),
+    Case(
+        targets=["q_proj"],
+        tied=True,
+        warnings=[],
+    ),
+    Case(
+        targets=["all-linear"],
+        tied=True,
+        warnings=[],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("targets", "tied", "warnings"), TARGETS)
-def test_a_card_warns_of_what_peft_would_merge_wrongly(
-    targets: list[str], tied: bool, warnings: list[str], make_run: MakeRun, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    "case", TARGETS, ids=lambda case: f"{' '.join(case.targets)}, {'tied' if case.tied else 'untied'}"
+)
+def test_a_card_warns_of_what_peft_would_merge_wrongly(case: Case, make_run: MakeRun, tmp_path: Path) -> None:
     sizes = {
         "vocab_size": 64,
         "hidden_size": 16,
@@ -107,7 +126,7 @@ def test_a_card_warns_of_what_peft_would_merge_wrongly(
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
     }
-    LlamaConfig(**sizes, tie_word_embeddings=tied).save_pretrained(tmp_path)
+    LlamaConfig(**sizes, tie_word_embeddings=case.tied).save_pretrained(tmp_path)
     record = PreparedRecord(
         model=ResolvedSource(source="m"),
         dataset=ResolvedDataset(source="d", rows=1),
@@ -115,8 +134,8 @@ def test_a_card_warns_of_what_peft_would_merge_wrongly(
         model_path=str(tmp_path),
         dataset_path="d",
     )
-    found = model_card.shared_weights(make_run(method={"type": "lora", "targetModules": targets}), record)
-    assert [text.partition(". ")[0] for text in found] == warnings
+    found = model_card.shared_weights(make_run(method={"type": "lora", "targetModules": case.targets}), record)
+    assert [text.partition(". ")[0] for text in found] == case.warnings
 
 
 def without_padding(model: Path, folder: Path) -> Path:

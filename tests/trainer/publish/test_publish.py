@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -152,51 +153,59 @@ def test_a_hub_that_comes_back_is_waited_for(
     assert writer.repo_info(status.repo).sha == status.revision
 
 
-PERMANENT: list[tuple[str, dict[str, Any], ExitCode, str]] = [
-    (
-        "a card that it does not take",
-        {"status": 400, "path": "/api/validate-yaml", "message": "license: unknown"},
-        ExitCode.INVALID_SPEC,
-        "spec.hub.repo: model luthier/reference on HUB refused (400): license: unknown",
+@dataclass(frozen=True)
+class PermanentCase:
+    name: str
+    fault: dict[str, Any]
+    code: ExitCode
+    message: str
+
+
+PERMANENT = [
+    PermanentCase(
+        name="a card that it does not take",
+        fault={"status": 400, "path": "/api/validate-yaml", "message": "license: unknown"},
+        code=ExitCode.INVALID_SPEC,
+        message="spec.hub.repo: model luthier/reference on HUB refused (400): license: unknown",
     ),
-    (
-        "a commit that it does not take",
-        {"status": 400, "path": "/commit/", "message": "Too many files"},
-        ExitCode.INVALID_SPEC,
-        "spec.hub.repo: model luthier/reference on HUB refused (400): Too many files",
+    PermanentCase(
+        name="a commit that it does not take",
+        fault={"status": 400, "path": "/commit/", "message": "Too many files"},
+        code=ExitCode.INVALID_SPEC,
+        message="spec.hub.repo: model luthier/reference on HUB refused (400): Too many files",
     ),
-    (
-        "money",
-        {"status": 402, "path": "/api/repos/create", "message": "Payment required"},
-        ExitCode.INVALID_SPEC,
-        "spec.hub.repo: model luthier/reference on HUB refused (402): Payment required",
+    PermanentCase(
+        name="money",
+        fault={"status": 402, "path": "/api/repos/create", "message": "Payment required"},
+        code=ExitCode.INVALID_SPEC,
+        message="spec.hub.repo: model luthier/reference on HUB refused (402): Payment required",
     ),
-    (
-        "too much at once",
-        {"status": 413, "path": "/commit/", "message": "Payload too large"},
-        ExitCode.INVALID_SPEC,
-        "spec.hub.repo: model luthier/reference on HUB refused (413): Payload too large",
+    PermanentCase(
+        name="too much at once",
+        fault={"status": 413, "path": "/commit/", "message": "Payload too large"},
+        code=ExitCode.INVALID_SPEC,
+        message="spec.hub.repo: model luthier/reference on HUB refused (413): Payload too large",
     ),
-    (
-        "a name that it does not take",
-        {"status": 422, "path": "/api/repos/create", "message": "Name is reserved"},
-        ExitCode.INVALID_SPEC,
-        "spec.hub.repo: model luthier/reference on HUB refused (422): Name is reserved",
+    PermanentCase(
+        name="a name that it does not take",
+        fault={"status": 422, "path": "/api/repos/create", "message": "Name is reserved"},
+        code=ExitCode.INVALID_SPEC,
+        message="spec.hub.repo: model luthier/reference on HUB refused (422): Name is reserved",
     ),
-    (
-        "a quota",
-        {"status": 403, "path": "/preupload/", "message": "Private storage quota exceeded."},
-        ExitCode.UNAUTHORIZED,
-        (
+    PermanentCase(
+        name="a quota",
+        fault={"status": 403, "path": "/preupload/", "message": "Private storage quota exceeded."},
+        code=ExitCode.UNAUTHORIZED,
+        message=(
             "spec.hub.tokenSecretRef: the Hub refused the token for model luthier/reference on HUB (403): Private"
             " storage quota exceeded. Check its value and its rights"
         ),
     ),
-    (
-        "a token that was taken back",
-        {"status": 401, "path": "/api/repos/create", "message": "Invalid username or password."},
-        ExitCode.UNAUTHORIZED,
-        (
+    PermanentCase(
+        name="a token that was taken back",
+        fault={"status": 401, "path": "/api/repos/create", "message": "Invalid username or password."},
+        code=ExitCode.UNAUTHORIZED,
+        message=(
             "spec.hub.tokenSecretRef: the Hub refused the token for model luthier/reference on HUB (401): Invalid"
             " username or password. Check its"
         ),
@@ -204,42 +213,72 @@ PERMANENT: list[tuple[str, dict[str, Any], ExitCode, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "fault", "code", "message"), PERMANENT, ids=[f[0] for f in PERMANENT])
+@pytest.mark.parametrize("case", PERMANENT, ids=lambda case: case.name)
 def test_what_the_hub_refuses_is_not_asked_again(
-    name: str, fault: dict[str, Any], code: ExitCode, message: str, trained: FineTuneRun, writer: HfApi, hub: Running
+    case: PermanentCase, trained: FineTuneRun, writer: HfApi, hub: Running
 ) -> None:
-    hub.control.faults.append(Fault(**fault))
-    expect = message.replace("HUB", hub.url)
+    hub.control.faults.append(Fault(**case.fault))
+    expect = case.message.replace("HUB", hub.url)
     found, text = refused(trained)
-    assert (found, text[: len(expect)]) == (code, expect)
-    assert sum(fault["path"] in request["path"] for request in hub.control.requests) == 1
+    assert (found, text[: len(expect)]) == (case.code, expect)
+    assert sum(case.fault["path"] in request["path"] for request in hub.control.requests) == 1
 
 
 STORED = "https://s3.example/blob?X-Amz-Credential=me&X-Amz-Signature=0123"
-ANSWERS: list[tuple[str, int, str, ExitCode]] = [
-    ("the object store: a slow socket", 400, STORED, ExitCode.HUB_UNAVAILABLE),
-    ("the object store: an old signature", 403, STORED, ExitCode.HUB_UNAVAILABLE),
-    (
-        "the content network: an old signature",
-        403,
-        "https://cdn.example/x?Expires=1&Signature=ab&Key-Pair-Id=K",
-        ExitCode.HUB_UNAVAILABLE,
+
+
+@dataclass(frozen=True)
+class AnswerCase:
+    name: str
+    status: int
+    url: str
+    code: ExitCode
+
+
+ANSWERS = [
+    AnswerCase(
+        name="the object store: a slow socket",
+        status=400,
+        url=STORED,
+        code=ExitCode.HUB_UNAVAILABLE,
     ),
-    ("the Hub, under another name", 403, "https://huggingface.co/api/models/a/b", ExitCode.UNAUTHORIZED),
-    ("a server that is broken", 500, "https://huggingface.co/api/models/a/b", ExitCode.HUB_UNAVAILABLE),
+    AnswerCase(
+        name="the object store: an old signature",
+        status=403,
+        url=STORED,
+        code=ExitCode.HUB_UNAVAILABLE,
+    ),
+    AnswerCase(
+        name="the content network: an old signature",
+        status=403,
+        url="https://cdn.example/x?Expires=1&Signature=ab&Key-Pair-Id=K",
+        code=ExitCode.HUB_UNAVAILABLE,
+    ),
+    AnswerCase(
+        name="the Hub, under another name",
+        status=403,
+        url="https://huggingface.co/api/models/a/b",
+        code=ExitCode.UNAUTHORIZED,
+    ),
+    AnswerCase(
+        name="a server that is broken",
+        status=500,
+        url="https://huggingface.co/api/models/a/b",
+        code=ExitCode.HUB_UNAVAILABLE,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "status", "url", "code"), ANSWERS, ids=[a[0] for a in ANSWERS])
-def test_who_refuses(name: str, status: int, url: str, code: ExitCode) -> None:
+@pytest.mark.parametrize("case", ANSWERS, ids=lambda case: case.name)
+def test_who_refuses(case: AnswerCase) -> None:
     """As `_wrapped_lfs_upload` of the client raises it."""
-    response = httpx2.Response(status, request=httpx2.Request("PUT", url), text="<Code>RequestTimeout</Code>")
-    error = RuntimeError(f"Error while uploading 'model.safetensors' to '{url}'.")
+    response = httpx2.Response(case.status, request=httpx2.Request("PUT", case.url), text="<Code>RequestTimeout</Code>")
+    error = RuntimeError(f"Error while uploading 'model.safetensors' to '{case.url}'.")
     error.__cause__ = HfHubHTTPError(
-        f"{status} Client Error", response=response, server_message="<Code>RequestTimeout</Code>"
+        f"{case.status} Client Error", response=response, server_message="<Code>RequestTimeout</Code>"
     )
     failure = explain(error, "spec.hub.repo", "model a/b")
-    assert failure.code is code
+    assert failure.code is case.code
     assert "Signature" not in failure.message
 
 
@@ -287,54 +326,53 @@ def test_a_hub_that_never_answers_ends_the_pod(
     huggingface_hub.close_session()
 
 
-REFUSED: list[tuple[str, str, dict[str, Any], ExitCode, str]] = [
-    (
-        "a wrong token",
-        "hf_wrong",
-        {},
-        ExitCode.UNAUTHORIZED,
-        "spec.hub.tokenSecretRef: the Hub refused the token for model luthier/reference",
+@dataclass(frozen=True)
+class RefusedCase:
+    name: str
+    token: str
+    code: ExitCode
+    message: str
+    wish: dict[str, Any] = field(default_factory=dict)
+
+
+REFUSED = [
+    RefusedCase(
+        name="a wrong token",
+        token="hf_wrong",
+        code=ExitCode.UNAUTHORIZED,
+        message="spec.hub.tokenSecretRef: the Hub refused the token for model luthier/reference",
     ),
-    (
-        "a token that may only read",
-        "hf_reader",
-        {},
-        ExitCode.UNAUTHORIZED,
-        "spec.hub.tokenSecretRef: the Hub refused the token",
+    RefusedCase(
+        name="a token that may only read",
+        token="hf_reader",
+        code=ExitCode.UNAUTHORIZED,
+        message="spec.hub.tokenSecretRef: the Hub refused the token",
     ),
-    (
-        "no token",
-        "",
-        {},
-        ExitCode.UNAUTHORIZED,
-        "spec.hub.tokenSecretRef: the token is empty. Put one with write access under key 'token'",
+    RefusedCase(
+        name="no token",
+        token="",
+        code=ExitCode.UNAUTHORIZED,
+        message="spec.hub.tokenSecretRef: the token is empty. Put one with write access under key 'token'",
     ),
-    (
-        "somebody else's namespace",
-        "hf_writer",
-        {"repo": "elsewhere/x"},
-        ExitCode.UNAUTHORIZED,
-        "spec.hub.tokenSecretRef: the Hub refused the token",
+    RefusedCase(
+        name="somebody else's namespace",
+        token="hf_writer",
+        wish={"repo": "elsewhere/x"},
+        code=ExitCode.UNAUTHORIZED,
+        message="spec.hub.tokenSecretRef: the Hub refused the token",
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "token", "wish", "code", "message"), REFUSED, ids=[r[0] for r in REFUSED])
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
 def test_a_refusal_names_the_field(
-    name: str,
-    token: str,
-    wish: dict[str, Any],
-    code: ExitCode,
-    message: str,
-    trained: FineTuneRun,
-    hub: Running,
-    monkeypatch: pytest.MonkeyPatch,
+    case: RefusedCase, trained: FineTuneRun, hub: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(Variables.TOKEN, token)
-    run = FineTuneRun.model_validate(trained.dump() | {"spec": trained.spec.dump() | {"hub": HUB | wish}})
+    monkeypatch.setenv(Variables.TOKEN, case.token)
+    run = FineTuneRun.model_validate(trained.dump() | {"spec": trained.spec.dump() | {"hub": HUB | case.wish}})
     found, text = refused(run)
-    assert (found, text[: len(message)]) == (code, message)
-    assert token not in text or not token
+    assert (found, text[: len(case.message)]) == (case.code, case.message)
+    assert case.token not in text or not case.token
     assert (Path(run.workspace) / "result" / "adapter_model.safetensors").exists()
 
 
@@ -548,32 +586,83 @@ def manifest_of(*names: str) -> str:
     return json.dumps({"files": [{"path": name, "size": 1, "sha256": "0" * 64} for name in names]})
 
 
-FOREIGN: list[tuple[str, str, set[str], bool]] = [
-    # name, MANIFEST.json of the repository, what goes, whether a word is said
-    ("no JSON", "{", set(), True),
-    ("bytes", "\0\1", set(), True),
-    ("a list", "[]", set(), True),
-    ("without files", '{"files": 3}', set(), True),
-    ("files of another form", '{"files": ["mine.txt", "a[1].txt"]}', set(), True),
-    ("one entry of another form", '{"files": [{"path": "mine.txt", "size": 1, "sha256": "x"}]}', set(), True),
-    ("ours", manifest_of("mine.txt"), {"mine.txt"}, False),
-    ("a name with signs of a pattern", manifest_of("a[1].txt", "sub/*"), {"a[1].txt"}, False),
-    (
-        "names that lead out, or are the Hub's",
-        manifest_of("../mine.txt", "/mine.txt", "sub/../mine.txt", ".gitattributes", ".hidden/x", "sub", "sub/"),
-        set(),
-        False,
+@dataclass(frozen=True)
+class ForeignCase:
+    name: str
+    manifest: str  # MANIFEST.json of the repository
+    deleted: set[str]
+    notice: bool  # it is said to be no manifest of ours
+
+
+FOREIGN = [
+    ForeignCase(
+        name="no JSON",
+        manifest="{",
+        deleted=set(),
+        notice=True,
     ),
-    ("names of what is not there", manifest_of("gone.txt", ""), set(), False),
+    ForeignCase(
+        name="bytes",
+        manifest="\0\1",
+        deleted=set(),
+        notice=True,
+    ),
+    ForeignCase(
+        name="a list",
+        manifest="[]",
+        deleted=set(),
+        notice=True,
+    ),
+    ForeignCase(
+        name="without files",
+        manifest='{"files": 3}',
+        deleted=set(),
+        notice=True,
+    ),
+    ForeignCase(
+        name="files of another form",
+        manifest='{"files": ["mine.txt", "a[1].txt"]}',
+        deleted=set(),
+        notice=True,
+    ),
+    ForeignCase(
+        name="one entry of another form",
+        manifest='{"files": [{"path": "mine.txt", "size": 1, "sha256": "x"}]}',
+        deleted=set(),
+        notice=True,
+    ),
+    ForeignCase(
+        name="ours",
+        manifest=manifest_of("mine.txt"),
+        deleted={"mine.txt"},
+        notice=False,
+    ),
+    ForeignCase(
+        name="a name with signs of a pattern",
+        manifest=manifest_of("a[1].txt", "sub/*"),
+        deleted={"a[1].txt"},
+        notice=False,
+    ),
+    ForeignCase(
+        name="names that lead out, or are the Hub's",
+        manifest=manifest_of(
+            "../mine.txt", "/mine.txt", "sub/../mine.txt", ".gitattributes", ".hidden/x", "sub", "sub/"
+        ),
+        deleted=set(),
+        notice=False,
+    ),
+    ForeignCase(
+        name="names of what is not there",
+        manifest=manifest_of("gone.txt", ""),
+        deleted=set(),
+        notice=False,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "text", "gone", "word"), FOREIGN, ids=[f[0] for f in FOREIGN])
+@pytest.mark.parametrize("case", FOREIGN, ids=lambda case: case.name)
 def test_what_was_never_ours_stays(
-    name: str,
-    text: str,
-    gone: set[str],
-    word: bool,
+    case: ForeignCase,
     trained: FineTuneRun,
     writer: HfApi,
     hub: Running,
@@ -584,12 +673,14 @@ def test_what_was_never_ours_stays(
     for file in theirs:
         (tmp_path / "theirs" / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "theirs" / file).write_text(manifest_of("mine.txt"))
-    (tmp_path / "theirs" / "MANIFEST.json").write_text(text)
+    (tmp_path / "theirs" / "MANIFEST.json").write_text(case.manifest)
     hub.store.seed("model", "luthier/reference", tmp_path / "theirs")
     main(trained)
     ours = {"README.md", "adapter_config.json", "adapter_model.safetensors", "metrics.json", "MANIFEST.json"}
-    assert files_there(writer, "model") == ours | theirs - gone
-    assert ("MANIFEST.json is no manifest of ours, so nothing is deleted for it" in capfd.readouterr().err) is word
+    assert files_there(writer, "model") == ours | theirs - case.deleted
+    assert (
+        "MANIFEST.json is no manifest of ours, so nothing is deleted for it" in capfd.readouterr().err
+    ) is case.notice
 
 
 def test_what_should_have_gone_is_looked_for(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,63 +60,103 @@ FULL_SAID = (
     " more, or free some of it"
 )
 STORAGE = ExitCode.STORAGE_ERROR
-ENDS: list[tuple[str, BaseException, ExitCode, str]] = [
-    ("a full disk", FULL, STORAGE, FULL_SAID),
-    ("a full disk, wrapped", wrapped(FULL), STORAGE, FULL_SAID),
-    ("a full disk, wrapped twice, once without a word", wrapped(wrapped(FULL, explicitly=False)), STORAGE, FULL_SAID),
-    (
-        "a quota",
-        OSError(errno.EDQUOT, "Disk quota exceeded"),
-        STORAGE,
-        "spec.workspace.size: no space is left on the volume",
+
+
+@dataclass(frozen=True)
+class EndCase:
+    name: str
+    error: BaseException
+    code: ExitCode
+    message: str
+
+
+ENDS = [
+    EndCase(
+        name="a full disk",
+        error=FULL,
+        code=STORAGE,
+        message=FULL_SAID,
     ),
-    (
-        "a broken disk",
-        wrapped(OSError(errno.EIO, "Input/output error")),
-        STORAGE,
-        (
+    EndCase(
+        name="a full disk, wrapped",
+        error=wrapped(FULL),
+        code=STORAGE,
+        message=FULL_SAID,
+    ),
+    EndCase(
+        name="a full disk, wrapped twice, once without a word",
+        error=wrapped(wrapped(FULL, explicitly=False)),
+        code=STORAGE,
+        message=FULL_SAID,
+    ),
+    EndCase(
+        name="a quota",
+        error=OSError(errno.EDQUOT, "Disk quota exceeded"),
+        code=STORAGE,
+        message="spec.workspace.size: no space is left on the volume",
+    ),
+    EndCase(
+        name="a broken disk",
+        error=wrapped(OSError(errno.EIO, "Input/output error")),
+        code=STORAGE,
+        message=(
             "spec.workspace: its volume is broken ([Errno 5] Input/output error). Look at the volume and at the node it"
             " is mounted on"
         ),
     ),
-    (
-        "a Hub that cannot be asked",
-        LocalEntryNotFoundError("outgoing traffic"),
-        ExitCode.HUB_UNAVAILABLE,
-        "LocalEntryNotFoundError: outgoing",
+    EndCase(
+        name="a Hub that cannot be asked",
+        error=LocalEntryNotFoundError("outgoing traffic"),
+        code=ExitCode.HUB_UNAVAILABLE,
+        message="LocalEntryNotFoundError: outgoing",
     ),
-    (
-        "a file that the Hub lacks",
-        EntryNotFoundError("no config.json"),
-        ExitCode.NOT_FOUND,
-        "EntryNotFoundError: no config.json",
+    EndCase(
+        name="a file that the Hub lacks",
+        error=EntryNotFoundError("no config.json"),
+        code=ExitCode.NOT_FOUND,
+        message="EntryNotFoundError: no config.json",
     ),
-    (
-        "no token",
-        Answered(401),
-        ExitCode.UNAUTHORIZED,
-        "Answered: 401 from hub.example. Check the token in hub.tokenSecretRef",
+    EndCase(
+        name="no token",
+        error=Answered(401),
+        code=ExitCode.UNAUTHORIZED,
+        message="Answered: 401 from hub.example. Check the token in hub.tokenSecretRef",
     ),
-    ("too many requests", Answered(429), ExitCode.HUB_UNAVAILABLE, "Answered: 429"),
-    ("a Hub that is broken", Answered(500), ExitCode.HUB_UNAVAILABLE, "Answered: 500"),
-    ("causes that go round in a circle", circle(), ExitCode.TRAINING_ERROR, "RuntimeError: one"),
-    (
-        "a Hub that hangs up",
-        httpx.ReadError("Connection reset by peer"),
-        ExitCode.HUB_UNAVAILABLE,
-        "ReadError: Connection reset by peer",
+    EndCase(
+        name="too many requests",
+        error=Answered(429),
+        code=ExitCode.HUB_UNAVAILABLE,
+        message="Answered: 429",
     ),
-    (
-        "a file that is another user's",
-        wrapped(PermissionError(errno.EACCES, "Permission denied", "/models/base/model.safetensors")),
-        ExitCode.MISCONFIGURED,
-        "/models/base/model.safetensors: Permission denied. This process is ",
+    EndCase(
+        name="a Hub that is broken",
+        error=Answered(500),
+        code=ExitCode.HUB_UNAVAILABLE,
+        message="Answered: 500",
     ),
-    (
-        "a file that is not there",
-        wrapped(FileNotFoundError(errno.ENOENT, "No such file")),
-        ExitCode.TRAINING_ERROR,
-        "RuntimeError: An error",
+    EndCase(
+        name="causes that go round in a circle",
+        error=circle(),
+        code=ExitCode.TRAINING_ERROR,
+        message="RuntimeError: one",
+    ),
+    EndCase(
+        name="a Hub that hangs up",
+        error=httpx.ReadError("Connection reset by peer"),
+        code=ExitCode.HUB_UNAVAILABLE,
+        message="ReadError: Connection reset by peer",
+    ),
+    EndCase(
+        name="a file that is another user's",
+        error=wrapped(PermissionError(errno.EACCES, "Permission denied", "/models/base/model.safetensors")),
+        code=ExitCode.MISCONFIGURED,
+        message="/models/base/model.safetensors: Permission denied. This process is ",
+    ),
+    EndCase(
+        name="a file that is not there",
+        error=wrapped(FileNotFoundError(errno.ENOENT, "No such file")),
+        code=ExitCode.TRAINING_ERROR,
+        message="RuntimeError: An error",
     ),
 ]
 
@@ -129,24 +170,44 @@ def full(tmp_path: Path) -> Iterator[Path]:
 
 
 TENSORS = {"weight": torch.zeros(64 << 10)}  # 256 KiB
-WRITERS: list[tuple[str, Callable[[Path], object]]] = [
-    ("torch", lambda folder: torch.save(TENSORS, folder / "optimizer.pt")),
-    ("safetensors", lambda folder: save_file(TENSORS, folder / "model.safetensors")),
-    (
-        "tokenizers",
-        lambda folder: Tokenizer(WordLevel({f"word {i}": i for i in range(5000)}, "word 0")).save(
+
+
+@dataclass(frozen=True)
+class WriterCase:
+    name: str
+    write: Callable[[Path], object]
+
+
+WRITERS = [
+    WriterCase(
+        name="torch",
+        write=lambda folder: torch.save(TENSORS, folder / "optimizer.pt"),
+    ),
+    WriterCase(
+        name="safetensors",
+        write=lambda folder: save_file(TENSORS, folder / "model.safetensors"),
+    ),
+    WriterCase(
+        name="tokenizers",
+        write=lambda folder: Tokenizer(WordLevel({f"word {i}": i for i in range(5000)}, "word 0")).save(
             str(folder / "tokenizer.json")
         ),
     ),
-    ("datasets", lambda folder: Dataset.from_dict({"text": ["x" * (64 << 10)] * 8}).save_to_disk(folder / "dataset")),
-    ("Python", lambda folder: (folder / "trainer_state.json").write_text("x" * (64 << 10))),
+    WriterCase(
+        name="datasets",
+        write=lambda folder: Dataset.from_dict({"text": ["x" * (64 << 10)] * 8}).save_to_disk(folder / "dataset"),
+    ),
+    WriterCase(
+        name="Python",
+        write=lambda folder: (folder / "trainer_state.json").write_text("x" * (64 << 10)),
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "write"), WRITERS, ids=[w[0] for w in WRITERS])
-def test_a_full_volume_whoever_writes(name: str, write: Callable[[Path], object], full: Path) -> None:
+@pytest.mark.parametrize("case", WRITERS, ids=lambda case: case.name)
+def test_a_full_volume_whoever_writes(case: WriterCase, full: Path) -> None:
     with pytest.raises(Exception) as caught:  # noqa: PT011  # each library has an exception of its own
-        write(full)
+        case.write(full)
     code, said = classify(caught.value, full)
     assert (code, said.startswith("spec.workspace.size: no space is left on the volume (")) == (STORAGE, True), said
 
@@ -160,43 +221,82 @@ def test_a_file_that_torch_cannot_write_where_there_is_space(tmp_path: Path) -> 
     ), said
 
 
-@pytest.mark.parametrize(("name", "error", "code", "message"), ENDS, ids=[c[0] for c in ENDS])
-def test_an_exception_becomes_an_end(name: str, error: BaseException, code: ExitCode, message: str) -> None:
-    found, said = classify(error)
-    assert (found, said[: len(message)]) == (code, message)
+@pytest.mark.parametrize("case", ENDS, ids=lambda case: case.name)
+def test_an_exception_becomes_an_end(case: EndCase) -> None:
+    found, said = classify(case.error)
+    assert (found, said[: len(case.message)]) == (case.code, case.message)
 
 
-GPU_ENDS: list[tuple[type[Exception], str, ExitCode]] = [
-    (AcceleratorError, "CUDA error: out of memory", ExitCode.CUDA_OUT_OF_MEMORY),
-    (
-        RuntimeError,
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-        ExitCode.CUDA_OUT_OF_MEMORY,
+@dataclass(frozen=True)
+class GpuEndCase:
+    error: type[Exception]
+    message: str
+    code: ExitCode
+
+
+GPU_ENDS = [
+    GpuEndCase(
+        error=AcceleratorError,
+        message="CUDA error: out of memory",
+        code=ExitCode.CUDA_OUT_OF_MEMORY,
     ),
-    (
-        DistBackendError,
-        "NCCL error in: x, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
-        ExitCode.CUDA_OUT_OF_MEMORY,
+    GpuEndCase(
+        error=RuntimeError,
+        message="CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        code=ExitCode.CUDA_OUT_OF_MEMORY,
     ),
-    (AcceleratorError, "CUDA error: uncorrectable ECC error encountered", ExitCode.INFRASTRUCTURE_ERROR),
-    (AcceleratorError, "CUDA error: no kernel image is available for execution on the device", ExitCode.MISCONFIGURED),
-    (AcceleratorError, "CUDA error: invalid device ordinal", ExitCode.MISCONFIGURED),
-    (
-        DistBackendError,
-        "NCCL error in: x\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 18000",
-        ExitCode.MISCONFIGURED,
+    GpuEndCase(
+        error=DistBackendError,
+        message="NCCL error in: x, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+        code=ExitCode.CUDA_OUT_OF_MEMORY,
     ),
-    (DistBackendError, "NCCL error in: x, remote process exited or there was a network error", ExitCode.PEER_LOST),
-    (DistBackendError, "anything else of a group", ExitCode.PEER_LOST),
-    (RuntimeError, "[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.1.2.3]:5", ExitCode.PEER_LOST),
-    (AcceleratorError, "CUDA error: an illegal memory access was encountered", ExitCode.TRAINING_ERROR),
+    GpuEndCase(
+        error=AcceleratorError,
+        message="CUDA error: uncorrectable ECC error encountered",
+        code=ExitCode.INFRASTRUCTURE_ERROR,
+    ),
+    GpuEndCase(
+        error=AcceleratorError,
+        message="CUDA error: no kernel image is available for execution on the device",
+        code=ExitCode.MISCONFIGURED,
+    ),
+    GpuEndCase(
+        error=AcceleratorError,
+        message="CUDA error: invalid device ordinal",
+        code=ExitCode.MISCONFIGURED,
+    ),
+    GpuEndCase(
+        error=DistBackendError,
+        message="NCCL error in: x\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 18000",
+        code=ExitCode.MISCONFIGURED,
+    ),
+    GpuEndCase(
+        error=DistBackendError,
+        message="NCCL error in: x, remote process exited or there was a network error",
+        code=ExitCode.PEER_LOST,
+    ),
+    GpuEndCase(
+        error=DistBackendError,
+        message="anything else of a group",
+        code=ExitCode.PEER_LOST,
+    ),
+    GpuEndCase(
+        error=RuntimeError,
+        message="[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.1.2.3]:5",
+        code=ExitCode.PEER_LOST,
+    ),
+    GpuEndCase(
+        error=AcceleratorError,
+        message="CUDA error: an illegal memory access was encountered",
+        code=ExitCode.TRAINING_ERROR,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("kind", "text", "code"), GPU_ENDS, ids=[g[1][:60] for g in GPU_ENDS])
-def test_what_cuda_and_nccl_say(kind: type[Exception], text: str, code: ExitCode) -> None:
-    found, said = classify(kind(text))
-    assert (found, said.startswith(f"{kind.__name__}: {text}")) == (code, True)
+@pytest.mark.parametrize("case", GPU_ENDS, ids=lambda case: case.message[:60])
+def test_what_cuda_and_nccl_say(case: GpuEndCase) -> None:
+    found, said = classify(case.error(case.message))
+    assert (found, said.startswith(f"{case.error.__name__}: {case.message}")) == (case.code, True)
 
 
 def test_a_disk_that_is_full_while_the_hub_answers() -> None:
@@ -204,16 +304,35 @@ def test_a_disk_that_is_full_while_the_hub_answers() -> None:
     assert (failure.code, failure.message) == (STORAGE, FULL_SAID)
 
 
-SHORT_OF_MEMORY: list[tuple[Phase, str, str]] = [
-    ("prepare", "jobs.memoryRequest: ", "spec.resources is for the run alone. Fewer rows (split) need less"),
-    ("run", "spec.resources.memory: ", "Raise it, or lower batch sizes or maxLength"),
-    ("publish", "jobs.memoryRequest: ", "spec.resources is for the run alone"),
+@dataclass(frozen=True)
+class ShortOfMemoryCase:
+    phase: Phase
+    field: str
+    remedy: str
+
+
+SHORT_OF_MEMORY = [
+    ShortOfMemoryCase(
+        phase="prepare",
+        field="jobs.memoryRequest: ",
+        remedy="spec.resources is for the run alone. Fewer rows (split) need less",
+    ),
+    ShortOfMemoryCase(
+        phase="run",
+        field="spec.resources.memory: ",
+        remedy="Raise it, or lower batch sizes or maxLength",
+    ),
+    ShortOfMemoryCase(
+        phase="publish",
+        field="jobs.memoryRequest: ",
+        remedy="spec.resources is for the run alone",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("phase", "field", "remedy"), SHORT_OF_MEMORY)
-def test_memory_is_asked_for_where_the_phase_gets_it_from(phase: Phase, field: str, remedy: str) -> None:
-    said = judge(Evidence(phase=phase, status=-9, memory_kills=1))
+@pytest.mark.parametrize("case", SHORT_OF_MEMORY, ids=lambda case: case.phase)
+def test_memory_is_asked_for_where_the_phase_gets_it_from(case: ShortOfMemoryCase) -> None:
+    said = judge(Evidence(phase=case.phase, status=-9, memory_kills=1))
     assert said.code == ExitCode.HOST_OUT_OF_MEMORY
-    assert said.message.startswith(f"{field}the container ran out of memory and the kernel killed a process. ")
-    assert said.message.endswith(remedy)
+    assert said.message.startswith(f"{case.field}the container ran out of memory and the kernel killed a process. ")
+    assert said.message.endswith(case.remedy)

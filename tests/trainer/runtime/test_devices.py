@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +17,68 @@ from luthier_trainer.runtime.devices import assert_gpus
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.training.arguments import precision_of, training_arguments
 
+
+@dataclass(frozen=True)
+class CountCase:
+    asked: int  # by the spec
+    reported: int  # by torch
+    usable: bool  # torch.cuda.is_available()
+    allowed: bool
+
+
 COUNTS = [
-    # GPUs asked for, that torch says are there, that it can use;  whether the job may go on
-    (0, 0, False, True),
-    (1, 0, False, False),
-    (1, 1, False, False),  # a driver that is too old
-    (2, 1, True, False),
-    (2, 2, True, True),
-    (1, 8, True, True),
+    CountCase(
+        asked=0,
+        reported=0,
+        usable=False,
+        allowed=True,
+    ),
+    CountCase(
+        asked=1,
+        reported=0,
+        usable=False,
+        allowed=False,
+    ),
+    # a driver that is too old
+    CountCase(
+        asked=1,
+        reported=1,
+        usable=False,
+        allowed=False,
+    ),
+    CountCase(
+        asked=2,
+        reported=1,
+        usable=True,
+        allowed=False,
+    ),
+    CountCase(
+        asked=2,
+        reported=2,
+        usable=True,
+        allowed=True,
+    ),
+    CountCase(
+        asked=1,
+        reported=8,
+        usable=True,
+        allowed=True,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("asked", "counted", "available", "good"), COUNTS)
-def test_gpus_are_counted(
-    asked: int, counted: int, available: bool, good: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: counted)
-    if good:
-        assert_gpus(asked, "spec.resources.gpusPerNode")
+@pytest.mark.parametrize("case", COUNTS, ids=lambda case: f"{case.asked}-{case.reported}-{case.usable}-{case.allowed}")
+def test_gpus_are_counted(case: CountCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: case.usable)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: case.reported)
+    if case.allowed:
+        assert_gpus(case.asked, "spec.resources.gpusPerNode")
         return
     with pytest.raises(Failure) as failure:
-        assert_gpus(asked, "spec.resources.gpusPerNode")
+        assert_gpus(case.asked, "spec.resources.gpusPerNode")
     assert failure.value.code == ExitCode.MISCONFIGURED
     assert failure.value.message.startswith(
-        f"spec.resources.gpusPerNode: {asked} asked for, and torch {torch.__version__}"
+        f"spec.resources.gpusPerNode: {case.asked} asked for, and torch {torch.__version__}"
     )
     assert failure.value.message.endswith("set spec.resources.gpusPerNode: 0 to run on CPU")
 
@@ -51,28 +89,68 @@ def test_a_job_for_gpus_does_not_train_on_cpu(make_run: MakeRun, tmp_path: Path)
         training_arguments(spec, Plan(strategy="none", precision="fp32"), tmp_path, evaluates=False)
 
 
-PRECISIONS: list[tuple[str | None, bool, bool, Any]] = [
-    # planned  on CPU  GPU with bf16   computed in
-    ("auto", True, False, "fp32"),
-    ("bf16", True, False, "bf16"),
-    ("auto", False, True, "bf16"),
-    ("auto", False, False, "fp16"),
-    (None, False, False, "fp16"),
-    ("fp16", False, False, "fp16"),
-    ("fp16", False, True, "fp16"),
-    ("fp32", False, False, "fp32"),
-    ("bf16", False, False, Failure),
+@dataclass(frozen=True)
+class PrecisionCase:
+    planned: str | None
+    expect: Any  # precision, or the failure
+    cpu: bool = False
+    gpu_has_bf16: bool = False
+
+
+PRECISIONS = [
+    PrecisionCase(
+        planned="auto",
+        cpu=True,
+        expect="fp32",
+    ),
+    PrecisionCase(
+        planned="bf16",
+        cpu=True,
+        expect="bf16",
+    ),
+    PrecisionCase(
+        planned="auto",
+        gpu_has_bf16=True,
+        expect="bf16",
+    ),
+    PrecisionCase(
+        planned="auto",
+        expect="fp16",
+    ),
+    PrecisionCase(
+        planned=None,
+        expect="fp16",
+    ),
+    PrecisionCase(
+        planned="fp16",
+        expect="fp16",
+    ),
+    PrecisionCase(
+        planned="fp16",
+        gpu_has_bf16=True,
+        expect="fp16",
+    ),
+    PrecisionCase(
+        planned="fp32",
+        expect="fp32",
+    ),
+    PrecisionCase(
+        planned="bf16",
+        expect=Failure,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("planned", "cpu", "bf16", "expect"), PRECISIONS)
-def test_precision(planned: str | None, cpu: bool, bf16: bool, expect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation)
-    plan = Plan(strategy="none", precision=planned)
-    if isinstance(expect, str):
-        assert precision_of(plan, cpu) == expect
+@pytest.mark.parametrize("case", PRECISIONS, ids=lambda case: f"{case.planned}-{case.cpu}-{case.gpu_has_bf16}")
+def test_precision(case: PrecisionCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: case.gpu_has_bf16 or including_emulation
+    )
+    plan = Plan(strategy="none", precision=case.planned)
+    if isinstance(case.expect, str):
+        assert precision_of(plan, case.cpu) == case.expect
         return
     with pytest.raises(
         Failure, match=r"^spec.training.precision: bf16, which this GPU does not have; use auto or fp16"
     ):
-        precision_of(plan, cpu)
+        precision_of(plan, case.cpu)

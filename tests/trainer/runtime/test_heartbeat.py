@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -42,29 +43,59 @@ def test_a_folder_that_grows_is_a_sign_of_life(tmp_path: Path) -> None:
     assert not beats(0.2), "it is over"
 
 
+@dataclass(frozen=True)
+class Case:
+    written: list[str]
+    silent_seconds: float
+    lost: bool  # at a limit of 10 s
+
+
 SILENCES = [
-    # written                          seconds of silence   lost, of a limit of 10
-    ([], 25, False),
-    ([], 31, True),
-    ([STARTING_FILE], 25, False),
-    ([STARTING_FILE], 31, True),
-    ([STARTING_FILE, HEARTBEAT_FILE], 9, False),
-    ([STARTING_FILE, HEARTBEAT_FILE], 11, True),
+    Case(
+        written=[],
+        silent_seconds=25,
+        lost=False,
+    ),
+    Case(
+        written=[],
+        silent_seconds=31,
+        lost=True,
+    ),
+    Case(
+        written=[STARTING_FILE],
+        silent_seconds=25,
+        lost=False,
+    ),
+    Case(
+        written=[STARTING_FILE],
+        silent_seconds=31,
+        lost=True,
+    ),
+    Case(
+        written=[STARTING_FILE, HEARTBEAT_FILE],
+        silent_seconds=9,
+        lost=False,
+    ),
+    Case(
+        written=[STARTING_FILE, HEARTBEAT_FILE],
+        silent_seconds=11,
+        lost=True,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("written", "silence", "lost"), SILENCES)
+@pytest.mark.parametrize("case", SILENCES, ids=lambda case: f"{case.silent_seconds:g} s after {case.written}")
 def test_reading_a_checkpoint_leaves_the_patience_for_the_first_step(
-    written: list[str], silence: float, lost: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 1000.0
     monkeypatch.setattr(supervisor.time, "monotonic", lambda: now)
     pulse = supervisor.Pulse(tmp_path, limit=10)
-    for name in written:
+    for name in case.written:
         (tmp_path / name).touch()
         assert not pulse.lost()
-    now += silence
-    assert pulse.lost() == lost
-    for name in written:
+    now += case.silent_seconds
+    assert pulse.lost() == case.lost
+    for name in case.written:
         os.utime(tmp_path / name, ns=(1, 1))  # as any other time: clocks of nodes and volumes differ
         assert not pulse.lost()

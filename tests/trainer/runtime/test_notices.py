@@ -4,6 +4,8 @@ done.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 from trainer.conftest import MakeRun
 
@@ -11,21 +13,44 @@ from luthier_trainer.prepare import main as prepare
 from luthier_trainer.runtime import notices
 from luthier_trainer.runtime.notices import given, notice
 
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    texts: list[str]
+    expect: list[str]
+
+
 CASES = [
-    # name                 given                              expect
-    ("none", [], []),
-    ("repeated", ["a", "b", "a"], ["a", "b"]),
-    ("long", ["x" * 400], ["x" * 299 + "…"]),
-    ("many", [str(i) for i in range(30)], [*map(str, range(19)), "11 more notices are in the log of the phase"]),
+    Case(
+        name="none",
+        texts=[],
+        expect=[],
+    ),
+    Case(
+        name="repeated",
+        texts=["a", "b", "a"],
+        expect=["a", "b"],
+    ),
+    Case(
+        name="long",
+        texts=["x" * 400],
+        expect=["x" * 299 + "…"],
+    ),
+    Case(
+        name="many",
+        texts=[str(i) for i in range(30)],
+        expect=[*map(str, range(19)), "11 more notices are in the log of the phase"],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "texts", "expect"), CASES, ids=[c[0] for c in CASES])
-def test_what_is_kept(name: str, texts: list[str], expect: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    for text in texts:
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_what_is_kept(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in case.texts:
         notice(text)
-    assert given() == expect
-    assert capsys.readouterr().out.split("\n")[:-1] == list(dict.fromkeys(texts)), "the log has all of them, whole"
+    assert given() == case.expect
+    assert capsys.readouterr().out.split("\n")[:-1] == list(dict.fromkeys(case.texts)), "the log has all of them, whole"
 
 
 def test_prepare_says_again_what_it_said(make_run: MakeRun) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,92 +48,125 @@ def config(folder: Path, **changes: Any) -> str:
 
 
 UNKNOWN = {f"field{i}": i for i in range(1000)}
-REFUSED: list[tuple[str, str, dict[str, Any] | str | bytes, int, str, str]] = [
-    (
-        "no JSON",
-        "prepare",
-        "{\n 1",
-        64,
-        "InvalidSpec",
-        "run config: invalid JSON: key must be a string at line 2 column 2",
+
+
+@dataclass(frozen=True)
+class RefusedCase:
+    name: str
+    verb: str
+    given: dict[str, Any] | str | bytes
+    code: int
+    reason: str
+    message: str
+
+
+REFUSED = [
+    RefusedCase(
+        name="no JSON",
+        verb="prepare",
+        given="{\n 1",
+        code=64,
+        reason="InvalidSpec",
+        message="run config: invalid JSON: key must be a string at line 2 column 2",
     ),
-    (
-        "no text",
-        "prepare",
-        b"\xff",
-        64,
-        "InvalidSpec",
-        "run config: invalid JSON: expected value at line 1 column 1",
+    RefusedCase(
+        name="no text",
+        verb="prepare",
+        given=b"\xff",
+        code=64,
+        reason="InvalidSpec",
+        message="run config: invalid JSON: expected value at line 1 column 1",
     ),
-    (
-        "deeper than anybody reads",
-        "prepare",
-        "[" * 9999 + "]" * 9999,
-        64,
-        "InvalidSpec",
-        "run config: invalid JSON: recursion limit exceeded at line 1 column 202",
+    RefusedCase(
+        name="deeper than anybody reads",
+        verb="prepare",
+        given="[" * 9999 + "]" * 9999,
+        code=64,
+        reason="InvalidSpec",
+        message="run config: invalid JSON: recursion limit exceeded at line 1 column 202",
     ),
-    (
-        "a number without an end",
-        "prepare",
-        '{"kind": %s}' % ("9" * 5000),
-        64,
-        "InvalidSpec",
-        "run config: invalid JSON: number out of range at line 1 column 4311",
+    RefusedCase(
+        name="a number without an end",
+        verb="prepare",
+        given='{"kind": %s}' % ("9" * 5000),
+        code=64,
+        reason="InvalidSpec",
+        message="run config: invalid JSON: number out of range at line 1 column 4311",
     ),
-    ("a list", "prepare", "[]", 64, "InvalidSpec", "run config: input should be an object (it is [])"),
-    (
-        "an unknown field",
-        "prepare",
-        {"spec": SPEC | {"model": {"pat": "x"}}},
-        64,
-        "InvalidSpec",
-        "spec.model.pat: unknown field. Did you mean 'path'?",
+    RefusedCase(
+        name="a list",
+        verb="prepare",
+        given="[]",
+        code=64,
+        reason="InvalidSpec",
+        message="run config: input should be an object (it is [])",
     ),
-    (
-        "a wrong value",
-        "train",
-        {"spec": SPEC | {"training": {"epochs": 0}}},
-        64,
-        "InvalidSpec",
-        "spec.training.epochs: input should be greater than 0 (it is 0)",
+    RefusedCase(
+        name="an unknown field",
+        verb="prepare",
+        given={"spec": SPEC | {"model": {"pat": "x"}}},
+        code=64,
+        reason="InvalidSpec",
+        message="spec.model.pat: unknown field. Did you mean 'path'?",
     ),
-    (
-        "two mistakes",
-        "publish",
-        {"spec": SPEC | {"task": "a", "hub": 1}},
-        64,
-        "InvalidSpec",
-        "spec.task: input should be 'causal-lm'|; spec.hub: input should be an object (it is 1)",
+    RefusedCase(
+        name="a wrong value",
+        verb="train",
+        given={"spec": SPEC | {"training": {"epochs": 0}}},
+        code=64,
+        reason="InvalidSpec",
+        message="spec.training.epochs: input should be greater than 0 (it is 0)",
     ),
-    (
-        "a kind that does not fit",
-        "generate",
-        {},
-        64,
-        "InvalidSpec",
-        "kind: generate needs a GenerateJob, but run.json describes a FineTuneJob",
+    RefusedCase(
+        name="two mistakes",
+        verb="publish",
+        given={"spec": SPEC | {"task": "a", "hub": 1}},
+        code=64,
+        reason="InvalidSpec",
+        message="spec.task: input should be 'causal-lm'|; spec.hub: input should be an object (it is 1)",
     ),
-    ("a token in a wrong place", "prepare", {"spec": SPEC | {"strategy": TOKEN}}, 64, "InvalidSpec", "|(it is 'hf_…')"),
-    ("more than the kubelet keeps", "prepare", UNKNOWN, 64, "InvalidSpec", "field0: unknown field; "),
-    (
-        "a workspace that cannot be",
-        "prepare",
-        {"workspace": "FOLDER/file/job"},
-        78,
-        "Misconfigured",
-        (
+    RefusedCase(
+        name="a kind that does not fit",
+        verb="generate",
+        given={},
+        code=64,
+        reason="InvalidSpec",
+        message="kind: generate needs a GenerateJob, but run.json describes a FineTuneJob",
+    ),
+    RefusedCase(
+        name="a token in a wrong place",
+        verb="prepare",
+        given={"spec": SPEC | {"strategy": TOKEN}},
+        code=64,
+        reason="InvalidSpec",
+        message="|(it is 'hf_…')",
+    ),
+    RefusedCase(
+        name="more than the kubelet keeps",
+        verb="prepare",
+        given=UNKNOWN,
+        code=64,
+        reason="InvalidSpec",
+        message="field0: unknown field; ",
+    ),
+    RefusedCase(
+        name="a workspace that cannot be",
+        verb="prepare",
+        given={"workspace": "FOLDER/file/job"},
+        code=78,
+        reason="Misconfigured",
+        message=(
             "spec.workspace: cannot write to FOLDER/file/job: Not a directory. FOLDER/file belongs to USER, mode 0640;"
             " this process is USER (groups "
         ),
     ),
-    (
-        "a workspace of the system",
-        "prepare",
-        {"workspace": "/proc/luthier/job"},
-        78,
-        "Misconfigured",
-        (
+    RefusedCase(
+        name="a workspace of the system",
+        verb="prepare",
+        given={"workspace": "/proc/luthier/job"},
+        code=78,
+        reason="Misconfigured",
+        message=(
             "spec.workspace: cannot write to /proc/luthier/job: |. Use a volume that honours fsGroup, or give its"
             " folder to that group"
         ),
@@ -140,17 +174,17 @@ REFUSED: list[tuple[str, str, dict[str, Any] | str | bytes, int, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("verb", "given", "code", "reason", "message"), [c[1:] for c in REFUSED], ids=[c[0] for c in REFUSED]
-)
-def test_a_mistake_ends_before_torch_is_imported(
-    verb: str, given: dict[str, Any] | str | bytes, code: int, reason: str, message: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
+def test_a_mistake_ends_before_torch_is_imported(case: RefusedCase, tmp_path: Path) -> None:
     (tmp_path / "file").touch(0o640)
-    text = given if isinstance(given, str | bytes) else config(tmp_path, **given).replace("FOLDER", str(tmp_path))
+    text = (
+        case.given
+        if isinstance(case.given, str | bytes)
+        else config(tmp_path, **case.given).replace("FOLDER", str(tmp_path))
+    )
     (tmp_path / "run.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-    ended, imported, said = entry(tmp_path, [verb, "--run", "run.json"])
-    assert ended == code, said
+    ended, imported, said = entry(tmp_path, [case.verb, "--run", "run.json"])
+    assert ended == case.code, said
     assert imported & HEAVY == set()
     assert "luthier_trainer.supervisor.run_config" in imported
 
@@ -159,15 +193,21 @@ def test_a_mistake_ends_before_torch_is_imported(
     assert word is not None
     assert len(raw) <= LIMIT_BYTES
     assert word.encode() == raw, "as the types write it"
-    assert (word.phase, word.code, word.reason) == ("run" if verb in ("train", "generate") else verb, code, reason)
+    assert (word.phase, word.code, word.reason) == (
+        "run" if case.verb in ("train", "generate") else case.verb,
+        case.code,
+        case.reason,
+    )
     begins, _, ends = (
-        message.replace("FOLDER", str(tmp_path)).replace("USER", f"{os.getuid()}:{os.getgid()}").partition("|")
+        case.message.replace("FOLDER", str(tmp_path)).replace("USER", f"{os.getuid()}:{os.getgid()}").partition("|")
     )
     assert word.message.startswith(begins)
     assert word.message.endswith(ends)
     assert word.seconds is not None
     assert 0 <= word.seconds < 30
-    assert said.splitlines()[-1].startswith(f"supervisor: {word.phase} ended with {code} {reason}: {word.message}")
+    assert said.splitlines()[-1].startswith(
+        f"supervisor: {word.phase} ended with {case.code} {case.reason}: {word.message}"
+    )
     assert TOKEN not in said + raw.decode()
 
 
@@ -190,23 +230,39 @@ def test_a_folder_that_cannot_be_written_ends_before_torch_is_imported(variable:
     assert imported & HEAVY == set()
 
 
+@dataclass(frozen=True)
+class CommandCase:
+    arguments: list[str]
+    variables: dict[str, str]
+    message: str
+
+
 COMMANDS = [
-    # arguments              variables                  says
-    (["teach"], {}, "invalid choice: 'teach'"),
-    (["train"], {"LUTHIER_RUN": ""}, "--run is missing, and LUTHIER_RUN is not set"),
-    (
-        ["train"],
-        {"LUTHIER_RUN": "none"},
-        "supervisor: run ended with 78 Misconfigured: LUTHIER_RUN: cannot read the run config none: No such file",
+    CommandCase(
+        arguments=["teach"],
+        variables={},
+        message="invalid choice: 'teach'",
+    ),
+    CommandCase(
+        arguments=["train"],
+        variables={"LUTHIER_RUN": ""},
+        message="--run is missing, and LUTHIER_RUN is not set",
+    ),
+    CommandCase(
+        arguments=["train"],
+        variables={"LUTHIER_RUN": "none"},
+        message=(
+            "supervisor: run ended with 78 Misconfigured: LUTHIER_RUN: cannot read the run config none: No such file"
+        ),
     ),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "variables", "says"), COMMANDS)
-def test_a_wrong_command(arguments: list[str], variables: dict[str, str], says: str, tmp_path: Path) -> None:
-    ended, imported, said = entry(tmp_path, arguments, **variables)
+@pytest.mark.parametrize("case", COMMANDS, ids=lambda case: case.message[:60])
+def test_a_wrong_command(case: CommandCase, tmp_path: Path) -> None:
+    ended, imported, said = entry(tmp_path, case.arguments, **case.variables)
     assert ended in (64, 78)
-    assert says in said
+    assert case.message in said
     assert imported & HEAVY == set()
 
 

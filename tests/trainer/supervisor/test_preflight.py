@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -22,40 +23,86 @@ def test_gpus_that_nobody_sees(make_run: Callable[..., FineTuneRun], tmp_path: P
     check_gpus(run, tmp_path)
 
 
+@dataclass(frozen=True)
+class Case:
+    built_for: str | None
+    has_optimizer: bool  # the build has cpu_adam
+    runs_on: str
+    has_compiler: bool
+    works: bool
+
+
 OPERATORS = [
-    # built for, with its optimizer,  runs on   a compiler is there;  can it work
-    ("cpu", True, "cpu", False, True),
-    ("cuda", True, "cuda", False, True),
-    ("cuda", True, "cpu", False, False),
-    ("cuda", True, "cpu", True, True),
-    ("cpu", False, "cpu", False, False),
-    ("cpu", False, "cpu", True, True),
-    (None, False, "cpu", False, False),
+    Case(
+        built_for="cpu",
+        has_optimizer=True,
+        runs_on="cpu",
+        has_compiler=False,
+        works=True,
+    ),
+    Case(
+        built_for="cuda",
+        has_optimizer=True,
+        runs_on="cuda",
+        has_compiler=False,
+        works=True,
+    ),
+    Case(
+        built_for="cuda",
+        has_optimizer=True,
+        runs_on="cpu",
+        has_compiler=False,
+        works=False,
+    ),
+    Case(
+        built_for="cuda",
+        has_optimizer=True,
+        runs_on="cpu",
+        has_compiler=True,
+        works=True,
+    ),
+    Case(
+        built_for="cpu",
+        has_optimizer=False,
+        runs_on="cpu",
+        has_compiler=False,
+        works=False,
+    ),
+    Case(
+        built_for="cpu",
+        has_optimizer=False,
+        runs_on="cpu",
+        has_compiler=True,
+        works=True,
+    ),
+    Case(
+        built_for=None,
+        has_optimizer=False,
+        runs_on="cpu",
+        has_compiler=False,
+        works=False,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("built", "optimizer", "accelerator", "compiler", "good"), OPERATORS)
-def test_deepspeed_needs_operators_or_a_compiler(
-    built: str | None,
-    optimizer: bool,
-    accelerator: str,
-    compiler: bool,
-    good: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("CXX", "sh -c g++" if compiler else "no-such-compiler")
-    if built:
+@pytest.mark.parametrize(
+    "case",
+    OPERATORS,
+    ids=lambda case: f"{case.built_for}-{case.has_optimizer}-{case.runs_on}-{case.has_compiler}-{case.works}",
+)
+def test_deepspeed_needs_operators_or_a_compiler(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "sh -c g++" if case.has_compiler else "no-such-compiler")
+    if case.built_for:
         (tmp_path / "git_version_info_installed.py").write_text(
-            f"accelerator_name={built!r}\ninstalled_ops={{'cpu_adam': {optimizer}}}\n"
+            f"accelerator_name={case.built_for!r}\ninstalled_ops={{'cpu_adam': {case.has_optimizer}}}\n"
         )
-    if good:
-        check_operators("zero2-offload", accelerator, tmp_path)
+    if case.works:
+        check_operators("zero2-offload", case.runs_on, tmp_path)
         return
     with pytest.raises(
-        Failure, match=rf"^spec.strategy: zero2-offload needs .* built with DS_ACCELERATOR={accelerator}"
+        Failure, match=rf"^spec.strategy: zero2-offload needs .* built with DS_ACCELERATOR={case.runs_on}"
     ) as failure:
-        check_operators("zero2-offload", accelerator, tmp_path)
+        check_operators("zero2-offload", case.runs_on, tmp_path)
     assert failure.value.code is ExitCode.MISCONFIGURED
 
 

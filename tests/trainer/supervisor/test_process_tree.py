@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,55 +12,106 @@ from luthier_trainer.supervisor.process_tree import Tail
 from luthier_trainer.supervisor.redaction import Veil, redact
 
 TOKEN = "hf_" + "a1B2" * 9
+
+
+@dataclass(frozen=True)
+class TailCase:
+    name: str
+    chunks: list[bytes]
+    expect: str
+
+
 TAILS = [
-    ("lines", [b"a\nb", b"c\n"], "a\nbc"),
-    ("an open line", [b"a\nb"], "a\nb"),
-    ("a progress bar", [b" 1%\r 2%\r100%\ndone\n"], "100%\ndone"),
-    ("CRLF", [b"a\r\nb\r\n"], "a\nb"),
-    ("more than are kept", [b"%d\n" % i for i in range(30)], "\n".join(str(i) for i in range(10, 30))),
-    ("not text", [b"\xff\xfe\n"], "\ufffd\ufffd"),
-    ("a token across two reads", [TOKEN[:10].encode(), TOKEN[10:].encode() + b" ok\n"], "hf_… ok"),
-    (
-        "a token of another kind",
-        [b"hf_oauth_" + TOKEN[3:].encode() + b" hf_jwt_eyJhbGciOiJFZERTQSJ9.e30.a-b_c ok\n"],
-        "hf_… hf_… ok",
+    TailCase(
+        name="lines",
+        chunks=[b"a\nb", b"c\n"],
+        expect="a\nbc",
+    ),
+    TailCase(
+        name="an open line",
+        chunks=[b"a\nb"],
+        expect="a\nb",
+    ),
+    TailCase(
+        name="a progress bar",
+        chunks=[b" 1%\r 2%\r100%\ndone\n"],
+        expect="100%\ndone",
+    ),
+    TailCase(
+        name="CRLF",
+        chunks=[b"a\r\nb\r\n"],
+        expect="a\nb",
+    ),
+    TailCase(
+        name="more than are kept",
+        chunks=[b"%d\n" % i for i in range(30)],
+        expect="\n".join(str(i) for i in range(10, 30)),
+    ),
+    TailCase(
+        name="not text",
+        chunks=[b"\xff\xfe\n"],
+        expect="\ufffd\ufffd",
+    ),
+    TailCase(
+        name="a token across two reads",
+        chunks=[TOKEN[:10].encode(), TOKEN[10:].encode() + b" ok\n"],
+        expect="hf_… ok",
+    ),
+    TailCase(
+        name="a token of another kind",
+        chunks=[b"hf_oauth_" + TOKEN[3:].encode() + b" hf_jwt_eyJhbGciOiJFZERTQSJ9.e30.a-b_c ok\n"],
+        expect="hf_… hf_… ok",
     ),
 ]
+
+
+@dataclass(frozen=True)
+class GpuLineCase:
+    output: str
+    line: str
 
 
 GPU_LINES = [
-    # output                                                                                   the line that tells why
-    (
-        "NCCL error in: x, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'\nframe",
-        "Cuda failure 2 'out of memory'",
+    GpuLineCase(
+        output="NCCL error in: x, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'\nframe",
+        line="Cuda failure 2 'out of memory'",
     ),
-    (
-        "NCCL error: remote process exited\n[rank3] CUDA error: uncorrectable ECC error",
-        "[rank3] CUDA error: uncorrectable ECC error",
+    GpuLineCase(
+        output="NCCL error: remote process exited\n[rank3] CUDA error: uncorrectable ECC error",
+        line="[rank3] CUDA error: uncorrectable ECC error",
     ),
-    ("NCCL error in: x\nNCCL error in: y", "NCCL error in: x"),
-    ("UserWarning: CUDA initialization: The NVIDIA driver on your system is too old (found 1)", ""),
-    ("WARNING retrying: [Errno 104] Connection reset by peer", ""),
-    (
-        "[gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.1.2.3]:5",
-        "[gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.1.2.3]:5",
+    GpuLineCase(
+        output="NCCL error in: x\nNCCL error in: y",
+        line="NCCL error in: x",
+    ),
+    GpuLineCase(
+        output="UserWarning: CUDA initialization: The NVIDIA driver on your system is too old (found 1)",
+        line="",
+    ),
+    GpuLineCase(
+        output="WARNING retrying: [Errno 104] Connection reset by peer",
+        line="",
+    ),
+    GpuLineCase(
+        output="[gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.1.2.3]:5",
+        line="[gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.1.2.3]:5",
     ),
 ]
 
 
-@pytest.mark.parametrize(("output", "line"), GPU_LINES)
-def test_the_line_that_tells_why_a_gpu_process_ended(output: str, line: str) -> None:
+@pytest.mark.parametrize("case", GPU_LINES, ids=lambda case: f"{case.output}-{case.line}")
+def test_the_line_that_tells_why_a_gpu_process_ended(case: GpuLineCase) -> None:
     tail = Tail()
-    tail.feed(output.encode() + b"\n")
-    assert tail.gpu_error == line
+    tail.feed(case.output.encode() + b"\n")
+    assert tail.gpu_error == case.line
 
 
-@pytest.mark.parametrize(("name", "chunks", "expect"), TAILS, ids=[c[0] for c in TAILS])
-def test_the_tail_of_an_output(name: str, chunks: list[bytes], expect: str) -> None:
+@pytest.mark.parametrize("case", TAILS, ids=lambda case: case.name)
+def test_the_tail_of_an_output(case: TailCase) -> None:
     tail = Tail()
-    for chunk in chunks:
+    for chunk in case.chunks:
         tail.feed(chunk)
-    assert tail.text() == expect
+    assert tail.text() == case.expect
 
 
 def test_short_words_are_not_tokens() -> None:
@@ -84,15 +136,38 @@ def test_our_token_is_in_no_log(chunks: list[str], passed_on: str, monkeypatch: 
     assert redact("".join(chunks)) == passed_on
 
 
+@dataclass(frozen=True)
+class CounterCase:
+    name: str
+    file: str
+    text: str
+    expect: int
+
+
 COUNTERS = [
-    ("v2", "memory.events", "low 0\noom 1\noom_kill 4\noom_group_kill 0\n", 4),
-    ("v1", "memory/memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 2\n", 2),
-    ("none", "other", "", 0),
+    CounterCase(
+        name="v2",
+        file="memory.events",
+        text="low 0\noom 1\noom_kill 4\noom_group_kill 0\n",
+        expect=4,
+    ),
+    CounterCase(
+        name="v1",
+        file="memory/memory.oom_control",
+        text="oom_kill_disable 0\nunder_oom 0\noom_kill 2\n",
+        expect=2,
+    ),
+    CounterCase(
+        name="none",
+        file="other",
+        text="",
+        expect=0,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "file", "text", "expect"), COUNTERS, ids=[c[0] for c in COUNTERS])
-def test_the_counter_of_memory_kills(name: str, file: str, text: str, expect: int, tmp_path: Path) -> None:
-    (tmp_path / file).parent.mkdir(exist_ok=True)
-    (tmp_path / file).write_text(text)
-    assert oom_kills(tmp_path) == expect
+@pytest.mark.parametrize("case", COUNTERS, ids=lambda case: case.name)
+def test_the_counter_of_memory_kills(case: CounterCase, tmp_path: Path) -> None:
+    (tmp_path / case.file).parent.mkdir(exist_ok=True)
+    (tmp_path / case.file).write_text(case.text)
+    assert oom_kills(tmp_path) == case.expect

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -114,81 +115,129 @@ def wait_for(path: Path, seconds: float = 20) -> None:
         time.sleep(0.02)
 
 
-ENDS: list[tuple[str, str, dict[str, Any], int, str]] = [
-    # name, child, environment, exit code, message
-    ("a good end", "result(0, metrics={'evalLoss': 1.5})", {}, 0, ""),
-    ("a good end, then a crash in teardown", "result(0); os.abort()", {}, 0, ""),
-    ("a mistake of the user", "result(65, message='spec.dataset: no'); os._exit(65)", {}, 65, "spec.dataset: no"),
-    (
-        "a mistake on one rank, lost peers on the others",
-        "result(81, 0, message='gone'); result(65, 1, message='bad row'); sys.exit(1)",
-        {},
-        65,
-        "bad row",
+@dataclass(frozen=True)
+class EndCase:
+    name: str
+    script: str
+    code: int
+    message: str
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+ENDS = [
+    EndCase(
+        name="a good end",
+        script="result(0, metrics={'evalLoss': 1.5})",
+        code=0,
+        message="",
     ),
-    ("an agreed stop on another pod", "result(75, saved=True, step=7)", {}, 75, ""),
-    (
-        "a lost peer",
-        "result(81, message='Connection reset by peer'); sys.exit(1)",
-        {"LUTHIER_PEER_LOST_LINGER": "0.3"},
-        81,
-        "Connection reset",
+    EndCase(
+        name="a good end, then a crash in teardown",
+        script="result(0); os.abort()",
+        code=0,
+        message="",
     ),
-    ("no message", "print('deep trouble'); sys.exit(3)", {}, 70, "the process ended with 3 and left no message"),
-    ("no message, but a code of ours", "sys.exit(74)", {}, 74, "ended with 74"),
-    ("an end without a result", "pass", {}, 70, "ended with 0 but left no result"),
-    (
-        "NCCL's watchdog aborts",
-        (
+    EndCase(
+        name="a mistake of the user",
+        script="result(65, message='spec.dataset: no'); os._exit(65)",
+        code=65,
+        message="spec.dataset: no",
+    ),
+    EndCase(
+        name="a mistake on one rank, lost peers on the others",
+        script="result(81, 0, message='gone'); result(65, 1, message='bad row'); sys.exit(1)",
+        code=65,
+        message="bad row",
+    ),
+    EndCase(
+        name="an agreed stop on another pod",
+        script="result(75, saved=True, step=7)",
+        code=75,
+        message="",
+    ),
+    EndCase(
+        name="a lost peer",
+        script="result(81, message='Connection reset by peer'); sys.exit(1)",
+        environment={"LUTHIER_PEER_LOST_LINGER": "0.3"},
+        code=81,
+        message="Connection reset",
+    ),
+    EndCase(
+        name="no message",
+        script="print('deep trouble'); sys.exit(3)",
+        code=70,
+        message="the process ended with 3 and left no message",
+    ),
+    EndCase(
+        name="no message, but a code of ours",
+        script="sys.exit(74)",
+        code=74,
+        message="ended with 74",
+    ),
+    EndCase(
+        name="an end without a result",
+        script="pass",
+        code=70,
+        message="ended with 0 but left no result",
+    ),
+    EndCase(
+        name="NCCL's watchdog aborts",
+        script=(
             "print('[rank0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)')\nfor n in range(40):"
             " print('frame', n)\nsys.stdout.flush(); os.abort()"
         ),
-        {},
-        80,
-        "WorkNCCL(SeqNum=7). A process of the group did not come",
+        code=80,
+        message="WorkNCCL(SeqNum=7). A process of the group did not come",
     ),
-    (
-        "a crash of its own",
-        "os.kill(os.getpid(), signal.SIGSEGV)",
-        {},
-        71,
-        "ended by SIGSEGV of its own; see its last lines",
+    EndCase(
+        name="a crash of its own",
+        script="os.kill(os.getpid(), signal.SIGSEGV)",
+        code=71,
+        message="ended by SIGSEGV of its own; see its last lines",
     ),
-    ("killed from outside", "os.kill(os.getpid(), signal.SIGKILL)", {}, 71, "ended by SIGKILL from outside"),
-    (
-        "out of memory",
-        (
+    EndCase(
+        name="killed from outside",
+        script="os.kill(os.getpid(), signal.SIGKILL)",
+        code=71,
+        message="ended by SIGKILL from outside",
+    ),
+    EndCase(
+        name="out of memory",
+        script=(
             "Path(os.environ['LUTHIER_CGROUP'], 'memory.events').write_text('oom 1\\noom_kill 3\\n');"
             " os.kill(os.getpid(), 9)"
         ),
-        {"LUTHIER_CGROUP": "CGROUP"},
-        83,
-        "spec.resources.memory: the container ran out of memory",
+        environment={"LUTHIER_CGROUP": "CGROUP"},
+        code=83,
+        message="spec.resources.memory: the container ran out of memory",
     ),
-    (
-        "a hang",
-        "faulthandler.register(signal.SIGUSR1); (run / 'heartbeat').touch()\ndef stuck():\n    time.sleep(60)\nstuck()",
-        {"LUTHIER_STEP_TIMEOUT": "0.5"},
-        80,
-        "no step for",
+    EndCase(
+        name="a hang",
+        script=(
+            "faulthandler.register(signal.SIGUSR1); (run / 'heartbeat').touch()\ndef stuck():\n   "
+            " time.sleep(60)\nstuck()"
+        ),
+        environment={"LUTHIER_STEP_TIMEOUT": "0.5"},
+        code=80,
+        message="no step for",
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "script", "environment", "code", "message"), ENDS, ids=[c[0] for c in ENDS])
-def test_an_end_becomes_a_code(
-    name: str, script: str, environment: dict[str, str], code: int, message: str, start: Start, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("case", ENDS, ids=lambda case: case.name)
+def test_an_end_becomes_a_code(case: EndCase, start: Start, tmp_path: Path) -> None:
     (tmp_path / "cgroup").mkdir()
     (tmp_path / "cgroup" / "memory.events").write_text("oom 0\noom_kill 2\n")
-    process = start(script, **{k: str(tmp_path / "cgroup") if v == "CGROUP" else v for k, v in environment.items()})
+    process = start(
+        case.script, **{k: str(tmp_path / "cgroup") if v == "CGROUP" else v for k, v in case.environment.items()}
+    )
     output, _ = process.communicate(timeout=30)
     said = last_word(tmp_path)
-    assert (process.returncode, said.code) == (code, code), output
-    assert message in said.message
-    if name == "a hang":
+    assert (process.returncode, said.code) == (case.code, case.code), output
+    assert case.message in said.message
+    if case.name == "a hang":
         assert "in stuck" in output
-    if name == "no message":
+    if case.name == "no message":
         assert "deep trouble" in output
         assert said.last_lines == "deep trouble"
 
@@ -218,25 +267,40 @@ def test_a_second_interrupt_waits_for_no_checkpoint(start: Start, tmp_path: Path
     assert last_word(tmp_path).saved is False
 
 
+@dataclass(frozen=True)
+class AfterSigtermCase:
+    name: str
+    script: str
+    message: str
+
+
 AFTER_SIGTERM = [
-    ("ignores the stop", "time.sleep(60)", "the grace period ended"),
-    (
-        "fails of something else",
-        "while not (run / 'stop').exists(): time.sleep(0.02)\nresult(65, message='bad'); os._exit(65)",
-        "InvalidDataset: bad",
+    AfterSigtermCase(
+        name="ignores the stop",
+        script="time.sleep(60)",
+        message="the grace period ended",
     ),
-    ("has no message", "while not (run / 'stop').exists(): time.sleep(0.02)\nsys.exit(1)", "ended with 1"),
+    AfterSigtermCase(
+        name="fails of something else",
+        script="while not (run / 'stop').exists(): time.sleep(0.02)\nresult(65, message='bad'); os._exit(65)",
+        message="InvalidDataset: bad",
+    ),
+    AfterSigtermCase(
+        name="has no message",
+        script="while not (run / 'stop').exists(): time.sleep(0.02)\nsys.exit(1)",
+        message="ended with 1",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "script", "message"), AFTER_SIGTERM, ids=[c[0] for c in AFTER_SIGTERM])
-def test_after_a_sigterm_nothing_is_final(name: str, script: str, message: str, start: Start, tmp_path: Path) -> None:
-    process = start("(run / 'ready').touch()\n" + script, grace_seconds=2)
+@pytest.mark.parametrize("case", AFTER_SIGTERM, ids=lambda case: case.name)
+def test_after_a_sigterm_nothing_is_final(case: AfterSigtermCase, start: Start, tmp_path: Path) -> None:
+    process = start("(run / 'ready').touch()\n" + case.script, grace_seconds=2)
     wait_for(tmp_path / "run" / "ready")
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=10) == 75
     assert last_word(tmp_path).saved is False
-    assert message in last_word(tmp_path).message
+    assert case.message in last_word(tmp_path).message
 
 
 def test_workers_in_sessions_of_their_own_are_killed_too(start: Start, tmp_path: Path) -> None:
@@ -369,19 +433,38 @@ def test_what_decides_where_and_when_makes_no_other_job(
     assert read_prepared(FineTuneRun.model_validate(good(make_run(), **{f"spec__{field}": value}))).model_path == "m"
 
 
+@dataclass(frozen=True)
+class EndpointCase:
+    name: str
+    endpoint: str | None
+    expect: str | None
+
+
 ENDPOINTS = [
-    ("the Hub itself", None, None),
-    ("the Hub, spelt out", "https://huggingface.co/", None),
-    ("a mirror: uploads by LFS, which all of them speak", "http://hub.example:8080", "1"),
+    EndpointCase(
+        name="the Hub itself",
+        endpoint=None,
+        expect=None,
+    ),
+    EndpointCase(
+        name="the Hub, spelt out",
+        endpoint="https://huggingface.co/",
+        expect=None,
+    ),
+    EndpointCase(
+        name="a mirror: uploads by LFS, which all of them speak",
+        endpoint="http://hub.example:8080",
+        expect="1",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "endpoint", "expect"), ENDPOINTS, ids=[c[0] for c in ENDPOINTS])
+@pytest.mark.parametrize("case", ENDPOINTS, ids=lambda case: case.name)
 def test_only_the_hub_itself_is_spoken_to_by_xet(
-    name: str, endpoint: str | None, expect: str | None, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: EndpointCase, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_HUB_DISABLE_XET", raising=False)
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
     script = CHILD + "print('xet', os.environ.get('HF_HUB_DISABLE_XET')); result(0)"
-    process = start(script, **({"HF_ENDPOINT": endpoint} if endpoint else {}))
-    assert f"xet {expect}" in process.communicate(timeout=60)[0]
+    process = start(script, **({"HF_ENDPOINT": case.endpoint} if case.endpoint else {}))
+    assert f"xet {case.expect}" in process.communicate(timeout=60)[0]

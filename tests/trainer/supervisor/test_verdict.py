@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -16,131 +17,191 @@ def said(code: ExitCode, rank: int = 0, **more: Any) -> TerminationMessage:
 
 
 E = ExitCode
-VERDICTS: list[tuple[str, list[TerminationMessage], dict[str, Any], ExitCode]] = [
-    ("all ranks done", [said(E.COMPLETED), said(E.COMPLETED, 1)], {"processes": 2}, E.COMPLETED),
-    ("one rank done, the other vanished", [said(E.COMPLETED)], {"processes": 2, "status": 1}, E.TRAINING_ERROR),
-    ("done, while being stopped", [said(E.COMPLETED)], {"stopped": True}, E.COMPLETED),
-    (
-        "CUDA memory on one rank, peers lost",
-        [said(E.PEER_LOST), said(E.CUDA_OUT_OF_MEMORY, 1)],
-        {"status": 1},
-        E.CUDA_OUT_OF_MEMORY,
-    ),
-    (
-        "what NCCL's watchdog said",
-        [],
-        {"gpu_error": "Watchdog caught collective operation timeout", "status": 1},
-        E.HANG,
-    ),
-    (
-        "a GPU that broke, its peers saw it go",
-        [said(E.PEER_LOST, 1)],
-        {"gpu_error": "uncorrectable ECC error", "status": 1},
-        E.INFRASTRUCTURE_ERROR,
-    ),
-    ("words before a kill", [], {"gpu_error": "CUDA error: out of memory", "status": -9}, E.INFRASTRUCTURE_ERROR),
-    (
-        "words that a rank explains better",
-        [said(E.DIVERGED)],
-        {"gpu_error": "uncorrectable ECC error", "status": 1},
-        E.DIVERGED,
-    ),
-    ("storage before a lost peer", [said(E.PEER_LOST), said(E.STORAGE_ERROR, 1)], {"status": 1}, E.STORAGE_ERROR),
-    ("saved on one rank, a peer lost on the other", [said(E.PREEMPTED), said(E.PEER_LOST, 1)], {}, E.PREEMPTED),
-    (
-        "the kernel killed a rank, its peers saw it go",
-        [said(E.PEER_LOST, 1)],
-        {"memory_kills": 1, "status": 1},
-        E.HOST_OUT_OF_MEMORY,
-    ),
-    (
-        "one rank failed, the others hung on it",
-        [said(E.INVALID_DATASET, 1)],
-        {"killed": "hang", "status": -9},
-        E.INVALID_DATASET,
-    ),
-    ("hung", [], {"killed": "hang", "status": -9}, E.HANG),
-    ("hung while being stopped", [], {"killed": "grace", "stopped": True, "status": -9}, E.PREEMPTED),
-    ("out of memory while being stopped", [], {"memory_kills": 1, "stopped": True, "status": -9}, E.PREEMPTED),
-]
 
 
-@pytest.mark.parametrize(("name", "messages", "facts", "expect"), VERDICTS, ids=[c[0] for c in VERDICTS])
-def test_verdict(name: str, messages: list[TerminationMessage], facts: dict[str, Any], expect: ExitCode) -> None:
-    evidence = Evidence(phase="run", messages={m.rank or 0: m for m in messages}, **({"status": 0} | facts))
-    assert judge(evidence).code == expect
+@dataclass(frozen=True)
+class VerdictCase:
+    name: str
+    messages: list[TerminationMessage]
+    evidence: dict[str, Any]
+    expect: ExitCode
 
 
-LAST_WORDS: list[
-    tuple[str, list[TerminationMessage], dict[str, Any], tuple[ExitCode, bool | None, int | None, str]]
-] = [
-    (
-        "hung, after a checkpoint",
-        [said(E.PEER_LOST, step=20), said(E.PEER_LOST, 1, step=30)],
-        {"killed": "hang", "silence": 61, "status": -9},
-        (E.HANG, None, 30, "no step for 61 s; the stacks of all threads are in the log"),
+VERDICTS = [
+    VerdictCase(
+        name="all ranks done",
+        messages=[said(E.COMPLETED), said(E.COMPLETED, 1)],
+        evidence={"processes": 2},
+        expect=E.COMPLETED,
     ),
-    (
-        "killed at the end of its grace",
-        [said(E.PEER_LOST, step=30)],
-        {"killed": "grace", "stopped": True, "status": -9},
-        (E.PREEMPTED, False, 30, "the grace period ended before a checkpoint was saved"),
+    VerdictCase(
+        name="one rank done, the other vanished",
+        messages=[said(E.COMPLETED)],
+        evidence={"processes": 2, "status": 1},
+        expect=E.TRAINING_ERROR,
     ),
-    (
-        "stopped, one rank had saved",
-        [said(E.STORAGE_ERROR, message="full"), said(E.COMPLETED, 1, saved=True, step=40)],
-        {"stopped": True},
-        (E.PREEMPTED, True, 40, "stopped before a checkpoint was saved (StorageError: full)"),
+    VerdictCase(
+        name="done, while being stopped",
+        messages=[said(E.COMPLETED)],
+        evidence={"stopped": True},
+        expect=E.COMPLETED,
     ),
-    (
-        "stopped, and none had saved",
-        [said(E.STORAGE_ERROR, message="full")],
-        {"stopped": True},
-        (E.PREEMPTED, False, None, "stopped before a checkpoint was saved (StorageError: full)"),
+    VerdictCase(
+        name="CUDA memory on one rank, peers lost",
+        messages=[said(E.PEER_LOST), said(E.CUDA_OUT_OF_MEMORY, 1)],
+        evidence={"status": 1},
+        expect=E.CUDA_OUT_OF_MEMORY,
     ),
-    (
-        "prepare is stopped",
-        [],
-        {"phase": "prepare", "killed": "stop", "stopped": True, "status": -9},
-        (E.PREEMPTED, None, None, "stopped; the next start goes on from here"),
+    VerdictCase(
+        name="what NCCL's watchdog said",
+        messages=[],
+        evidence={"gpu_error": "Watchdog caught collective operation timeout", "status": 1},
+        expect=E.HANG,
     ),
-    (
-        "of equal mistakes that of the first rank",
-        [said(E.INVALID_DATASET, 1, message="b"), said(E.INVALID_DATASET, message="a")],
-        {},
-        (E.INVALID_DATASET, None, None, "a"),
+    VerdictCase(
+        name="a GPU that broke, its peers saw it go",
+        messages=[said(E.PEER_LOST, 1)],
+        evidence={"gpu_error": "uncorrectable ECC error", "status": 1},
+        expect=E.INFRASTRUCTURE_ERROR,
     ),
-    (
-        "the first rank speaks for all",
-        [said(E.COMPLETED, 1, message="b"), said(E.COMPLETED, message="a")],
-        {"processes": 2},
-        (E.COMPLETED, None, None, "a"),
+    VerdictCase(
+        name="words before a kill",
+        messages=[],
+        evidence={"gpu_error": "CUDA error: out of memory", "status": -9},
+        expect=E.INFRASTRUCTURE_ERROR,
     ),
-    (
-        "both done, one crashed in teardown",
-        [said(E.COMPLETED), said(E.COMPLETED, 1)],
-        {"processes": 2, "status": 1},
-        (E.COMPLETED, None, None, ""),
+    VerdictCase(
+        name="words that a rank explains better",
+        messages=[said(E.DIVERGED)],
+        evidence={"gpu_error": "uncorrectable ECC error", "status": 1},
+        expect=E.DIVERGED,
     ),
-    (
-        "terminated by somebody",
-        [],
-        {"status": -15},
-        (E.INFRASTRUCTURE_ERROR, None, None, "the process was ended by SIGTERM from outside the container"),
+    VerdictCase(
+        name="storage before a lost peer",
+        messages=[said(E.PEER_LOST), said(E.STORAGE_ERROR, 1)],
+        evidence={"status": 1},
+        expect=E.STORAGE_ERROR,
+    ),
+    VerdictCase(
+        name="saved on one rank, a peer lost on the other",
+        messages=[said(E.PREEMPTED), said(E.PEER_LOST, 1)],
+        evidence={},
+        expect=E.PREEMPTED,
+    ),
+    VerdictCase(
+        name="the kernel killed a rank, its peers saw it go",
+        messages=[said(E.PEER_LOST, 1)],
+        evidence={"memory_kills": 1, "status": 1},
+        expect=E.HOST_OUT_OF_MEMORY,
+    ),
+    VerdictCase(
+        name="one rank failed, the others hung on it",
+        messages=[said(E.INVALID_DATASET, 1)],
+        evidence={"killed": "hang", "status": -9},
+        expect=E.INVALID_DATASET,
+    ),
+    VerdictCase(
+        name="hung",
+        messages=[],
+        evidence={"killed": "hang", "status": -9},
+        expect=E.HANG,
+    ),
+    VerdictCase(
+        name="hung while being stopped",
+        messages=[],
+        evidence={"killed": "grace", "stopped": True, "status": -9},
+        expect=E.PREEMPTED,
+    ),
+    VerdictCase(
+        name="out of memory while being stopped",
+        messages=[],
+        evidence={"memory_kills": 1, "stopped": True, "status": -9},
+        expect=E.PREEMPTED,
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "messages", "facts", "expect"), LAST_WORDS, ids=[c[0] for c in LAST_WORDS])
-def test_what_a_verdict_says(
-    name: str,
-    messages: list[TerminationMessage],
-    facts: dict[str, Any],
-    expect: tuple[ExitCode, bool | None, int | None, str],
-) -> None:
-    verdict = judge(Evidence(messages={m.rank or 0: m for m in messages}, **({"phase": "run", "status": 0} | facts)))
-    assert (verdict.code, verdict.saved, verdict.step, verdict.message) == expect
-    assert verdict.reason == expect[0].reason
+@pytest.mark.parametrize("case", VERDICTS, ids=lambda case: case.name)
+def test_verdict(case: VerdictCase) -> None:
+    evidence = Evidence(
+        phase="run", messages={m.rank or 0: m for m in case.messages}, **({"status": 0} | case.evidence)
+    )
+    assert judge(evidence).code == case.expect
+
+
+@dataclass(frozen=True)
+class LastWordsCase:
+    name: str
+    messages: list[TerminationMessage]
+    evidence: dict[str, Any]
+    expect: tuple[ExitCode, bool | None, int | None, str]
+
+
+LAST_WORDS = [
+    LastWordsCase(
+        name="hung, after a checkpoint",
+        messages=[said(E.PEER_LOST, step=20), said(E.PEER_LOST, 1, step=30)],
+        evidence={"killed": "hang", "silence": 61, "status": -9},
+        expect=(E.HANG, None, 30, "no step for 61 s; the stacks of all threads are in the log"),
+    ),
+    LastWordsCase(
+        name="killed at the end of its grace",
+        messages=[said(E.PEER_LOST, step=30)],
+        evidence={"killed": "grace", "stopped": True, "status": -9},
+        expect=(E.PREEMPTED, False, 30, "the grace period ended before a checkpoint was saved"),
+    ),
+    LastWordsCase(
+        name="stopped, one rank had saved",
+        messages=[said(E.STORAGE_ERROR, message="full"), said(E.COMPLETED, 1, saved=True, step=40)],
+        evidence={"stopped": True},
+        expect=(E.PREEMPTED, True, 40, "stopped before a checkpoint was saved (StorageError: full)"),
+    ),
+    LastWordsCase(
+        name="stopped, and none had saved",
+        messages=[said(E.STORAGE_ERROR, message="full")],
+        evidence={"stopped": True},
+        expect=(E.PREEMPTED, False, None, "stopped before a checkpoint was saved (StorageError: full)"),
+    ),
+    LastWordsCase(
+        name="prepare is stopped",
+        messages=[],
+        evidence={"phase": "prepare", "killed": "stop", "stopped": True, "status": -9},
+        expect=(E.PREEMPTED, None, None, "stopped; the next start goes on from here"),
+    ),
+    LastWordsCase(
+        name="of equal mistakes that of the first rank",
+        messages=[said(E.INVALID_DATASET, 1, message="b"), said(E.INVALID_DATASET, message="a")],
+        evidence={},
+        expect=(E.INVALID_DATASET, None, None, "a"),
+    ),
+    LastWordsCase(
+        name="the first rank speaks for all",
+        messages=[said(E.COMPLETED, 1, message="b"), said(E.COMPLETED, message="a")],
+        evidence={"processes": 2},
+        expect=(E.COMPLETED, None, None, "a"),
+    ),
+    LastWordsCase(
+        name="both done, one crashed in teardown",
+        messages=[said(E.COMPLETED), said(E.COMPLETED, 1)],
+        evidence={"processes": 2, "status": 1},
+        expect=(E.COMPLETED, None, None, ""),
+    ),
+    LastWordsCase(
+        name="terminated by somebody",
+        messages=[],
+        evidence={"status": -15},
+        expect=(E.INFRASTRUCTURE_ERROR, None, None, "the process was ended by SIGTERM from outside the container"),
+    ),
+]
+
+
+@pytest.mark.parametrize("case", LAST_WORDS, ids=lambda case: case.name)
+def test_what_a_verdict_says(case: LastWordsCase) -> None:
+    verdict = judge(
+        Evidence(messages={m.rank or 0: m for m in case.messages}, **({"phase": "run", "status": 0} | case.evidence))
+    )
+    assert (verdict.code, verdict.saved, verdict.step, verdict.message) == case.expect
+    assert verdict.reason == case.expect[0].reason
 
 
 def test_after_a_stop_no_code_is_one_that_ends_the_job() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -117,169 +118,202 @@ def cut(digits: Path) -> bytes:
 
 
 ROWS = "spec.dataset"
-MISTAKES: list[tuple[str, Callable[[Path, Path], dict[str, Any]], str]] = [
-    # name, (scratch folder, digits) → fields of the dataset, message
-    (
-        "no such column",
-        lambda t, d: {"columns": {"image": "photo"}},
-        f'{ROWS}.columns.image: no column "photo" in digits (columns: image, label). Did you mean "image"?',
+
+
+@dataclass(frozen=True)
+class MistakeCase:
+    name: str
+    dataset: Callable[[Path, Path], dict[str, Any]]  # from a scratch folder and the folder of digits
+    message: str
+
+
+MISTAKES = [
+    MistakeCase(
+        name="no such column",
+        dataset=lambda t, d: {"columns": {"image": "photo"}},
+        message=f'{ROWS}.columns.image: no column "photo" in digits (columns: image, label). Did you mean "image"?',
     ),
-    (
-        "a label that is none",
-        lambda t, d: flat(t / "flat"),
-        f'{ROWS}.columns.label: all 3 rows of flat have the label "flat"; two classes at least are needed',
+    MistakeCase(
+        name="a label that is none",
+        dataset=lambda t, d: flat(t / "flat"),
+        message=f'{ROWS}.columns.label: all 3 rows of flat have the label "flat"; two classes at least are needed',
     ),
-    (
-        "an image that is cut",
-        lambda t, d: with_file(t / "pets", "4/cut.png", cut(d)),
-        f"{ROWS}.columns.image: 1 images of pets cannot be used. The first is row 4, counted from 0: ",
+    MistakeCase(
+        name="an image that is cut",
+        dataset=lambda t, d: with_file(t / "pets", "4/cut.png", cut(d)),
+        message=f"{ROWS}.columns.image: 1 images of pets cannot be used. The first is row 4, counted from 0: ",
     ),
-    ("no image at all", lambda t, d: with_file(t / "pets", "3/text.png", b"hello"), "cannot identify image file"),
-    (
-        "a row without an image",
-        lambda t, d: {
+    MistakeCase(
+        name="no image at all",
+        dataset=lambda t, d: with_file(t / "pets", "3/text.png", b"hello"),
+        message="cannot identify image file",
+    ),
+    MistakeCase(
+        name="a row without an image",
+        dataset=lambda t, d: {
             "files": [table(t, [(Image.new("L", (9, 9)), "1"), (None, "2")])],
             "format": "parquet",
             "columns": COLUMNS,
         },
-        (
+        message=(
             f"{ROWS}.columns.image: 1 images of rows.parquet cannot be used. The first is row 1, counted from 0"
             " (rows.parquet): there is none. Replace or remove them"
         ),
     ),
-    (
-        "a column of text",
-        lambda t, d: {
+    MistakeCase(
+        name="a column of text",
+        dataset=lambda t, d: {
             "files": [table(t, [(Image.new("L", (9, 9)), "1")])],
             "format": "parquet",
             "columns": COLUMNS | {"image": "digit"},
         },
-        f'{ROWS}.columns.image: column "digit" of rows.parquet holds int64, not images (columns of images: picture)',
+        message=(
+            f'{ROWS}.columns.image: column "digit" of rows.parquet holds int64, not images (columns of images: picture)'
+        ),
     ),
-    (
-        "one class alone",
-        lambda t, d: {"files": [str(d / "3"), str(d / "3")]},
-        f'{ROWS}.columns.label: all 40 rows of 3 have the label "3"; two',
+    MistakeCase(
+        name="one class alone",
+        dataset=lambda t, d: {"files": [str(d / "3"), str(d / "3")]},
+        message=f'{ROWS}.columns.label: all 40 rows of 3 have the label "3"; two',
     ),
-    (
-        "an image beside the classes",
-        lambda t, d: {"files": [str(layout(t / "pets", *TWO, "more.png"))]},
-        "pets/more.png lies in no folder below ",
+    MistakeCase(
+        name="an image beside the classes",
+        dataset=lambda t, d: {"files": [str(layout(t / "pets", *TWO, "more.png"))]},
+        message="pets/more.png lies in no folder below ",
     ),
-    (
-        "splits for classes",
-        lambda t, d: {"files": [str(layout(t / "pets", "train/cat/1.png", "train/dog/1.png", "test/cat/1.png"))]},
-        "pets/test/cat/1.png lies in test/cat below ",
+    MistakeCase(
+        name="splits for classes",
+        dataset=lambda t, d: {
+            "files": [str(layout(t / "pets", "train/cat/1.png", "train/dog/1.png", "test/cat/1.png"))]
+        },
+        message="pets/test/cat/1.png lies in test/cat below ",
     ),
-    (
-        "a class that is a link",
-        lambda t, d: {"files": [str(linked(t / "pets"))]},
-        "pets/cow is a link to a folder, which is not followed; ",
+    MistakeCase(
+        name="a class that is a link",
+        dataset=lambda t, d: {"files": [str(linked(t / "pets"))]},
+        message="pets/cow is a link to a folder, which is not followed; ",
     ),
-    (
-        "images of a telephone",
-        lambda t, d: with_file(t / "pets", "3/photo.HEIC", b"ftypheic"),
-        "pets are of a format that is not read here (the first: ",
+    MistakeCase(
+        name="images of a telephone",
+        dataset=lambda t, d: with_file(t / "pets", "3/photo.HEIC", b"ftypheic"),
+        message="pets are of a format that is not read here (the first: ",
     ),
-    (
-        "an archive",
-        lambda t, d: with_file(t / "pets", "3/more.zip", b"PK"),
-        "pets/3/more.zip). Convert them to JPEG or PNG, unpack them",
+    MistakeCase(
+        name="an archive",
+        dataset=lambda t, d: with_file(t / "pets", "3/more.zip", b"PK"),
+        message="pets/3/more.zip). Convert them to JPEG or PNG, unpack them",
     ),
-    (
-        "no images in it",
-        lambda t, d: {"files": [str(layout(t / "pets", "a/1.txt"))]},
-        f"{ROWS}.files: there are no images in ",
+    MistakeCase(
+        name="no images in it",
+        dataset=lambda t, d: {"files": [str(layout(t / "pets", "a/1.txt"))]},
+        message=f"{ROWS}.files: there are no images in ",
     ),
-    (
-        "16 bits",
-        lambda t, d: {"files": [unlike(t, drawn("I;16", [90, 65535]))], "format": "parquet", "columns": COLUMNS},
-        (
+    MistakeCase(
+        name="16 bits",
+        dataset=lambda t, d: {
+            "files": [unlike(t, drawn("I;16", [90, 65535]))],
+            "format": "parquet",
+            "columns": COLUMNS,
+        },
+        message=(
             "cannot be used. The first is row 1, counted from 0 (rows.parquet): its values are from 90 to 65535, and"
             " would be cut off at 0 and 255; save it with 8 bits a channel"
         ),
     ),
-    (
-        "from 0 to 1",
-        lambda t, d: {"files": [unlike(t, drawn("F", [0.25, 0.75]))], "format": "parquet", "columns": COLUMNS},
-        "row 1, counted from 0 (rows.parquet): its values are from 0.25 to 0.75, and would be",
+    MistakeCase(
+        name="from 0 to 1",
+        dataset=lambda t, d: {"files": [unlike(t, drawn("F", [0.25, 0.75]))], "format": "parquet", "columns": COLUMNS},
+        message="row 1, counted from 0 (rows.parquet): its values are from 0.25 to 0.75, and would be",
     ),
-    (
-        "black on nothing",
-        lambda t, d: {"files": [unlike(t, drawn("LA", [(0, 0), (0, 255)]))], "format": "parquet", "columns": COLUMNS},
-        (
+    MistakeCase(
+        name="black on nothing",
+        dataset=lambda t, d: {
+            "files": [unlike(t, drawn("LA", [(0, 0), (0, 255)]))],
+            "format": "parquet",
+            "columns": COLUMNS,
+        },
+        message=(
             "row 1, counted from 0 (rows.parquet): it is drawn in its transparency alone, which a model does not see;"
             " put it on a background"
         ),
     ),
-    ("measured on what is learnt", lambda t, d: {"evalFraction": None, "evalFiles": [str(d)]}, f"{ROWS}.evalFiles: "),
-    (
-        "measured on a part of what is learnt",
-        lambda t, d: {"evalFraction": None, "evalFiles": [str(d / "3")]},
-        "/3 lies in ",
+    MistakeCase(
+        name="measured on what is learnt",
+        dataset=lambda t, d: {"evalFraction": None, "evalFiles": [str(d)]},
+        message=f"{ROWS}.evalFiles: ",
     ),
-    (
-        "a class that was never learnt",
-        lambda t, d: {
+    MistakeCase(
+        name="measured on a part of what is learnt",
+        dataset=lambda t, d: {"evalFraction": None, "evalFiles": [str(d / "3")]},
+        message="/3 lies in ",
+    ),
+    MistakeCase(
+        name="a class that was never learnt",
+        dataset=lambda t, d: {
             "files": [str(write_digits(t / "two", [1, 2]))],
             "evalFraction": None,
             "evalFiles": [str(write_digits(t / "three", [1, 3]))],
         },
-        f"{ROWS}.columns.label: three has labels that the training rows do not have: 3 (theirs: 1, 2)",
+        message=f"{ROWS}.columns.label: three has labels that the training rows do not have: 3 (theirs: 1, 2)",
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "dataset", "message"), MISTAKES, ids=[m[0] for m in MISTAKES])
-def test_a_dataset_that_does_not_fit(
-    name: str,
-    dataset: Callable[[Path, Path], dict[str, Any]],
-    message: str,
-    classify: MakeRun,
-    digits: Path,
-    tmp_path: Path,
-) -> None:
-    assert message in failure(classify(dataset=dataset(tmp_path, digits)))
+@pytest.mark.parametrize("case", MISTAKES, ids=lambda case: case.name)
+def test_a_dataset_that_does_not_fit(case: MistakeCase, classify: MakeRun, digits: Path, tmp_path: Path) -> None:
+    assert case.message in failure(classify(dataset=case.dataset(tmp_path, digits)))
 
 
-LAYOUTS: list[tuple[str, Callable[[Path], list[str]], list[str], str]] = [
-    # name, scratch folder → files; labels, and what is said
-    (
-        "names of all kinds",
-        lambda t: [
+@dataclass(frozen=True)
+class LayoutCase:
+    name: str
+    files: Callable[[Path], list[str]]  # written into a scratch folder
+    labels: list[str]
+    notice: str
+
+
+LAYOUTS = [
+    LayoutCase(
+        name="names of all kinds",
+        files=lambda t: [
             str(layout(t / "st[a]r *", "__background__/1.PNG", "ü 2/x.1.png", "10/1.png", "9/1.jpeg", ".trash/2.png"))
         ],
-        ["9", "10", "__background__", "ü 2"],
-        "",
+        labels=["9", "10", "__background__", "ü 2"],
+        notice="",
     ),
-    (
-        "several folders",
-        lambda t: [str(layout(t / "a", *TWO)), str(layout(t / "far" / "b", "dog/2.png", "cow/1.png"))],
-        ["cat", "cow", "dog"],
-        "",
+    LayoutCase(
+        name="several folders",
+        files=lambda t: [str(layout(t / "a", *TWO)), str(layout(t / "far" / "b", "dog/2.png", "cow/1.png"))],
+        labels=["cat", "cow", "dog"],
+        notice="",
     ),
-    ("a folder for each class", lambda t: [str(layout(t / "pets", *TWO) / "*")], ["cat", "dog"], ""),
-    (
-        "other files",
-        lambda t: [str(layout(t / "pets", *TWO, "cat/1.xml", "cat/._1.png", "LICENSE"))],
-        ["cat", "dog"],
-        "pets are no images by their suffix, and are left out (1 without suffix, 1 .xml)",
+    LayoutCase(
+        name="a folder for each class",
+        files=lambda t: [str(layout(t / "pets", *TWO) / "*")],
+        labels=["cat", "dog"],
+        notice="",
     ),
-    (
-        "an empty class",
-        lambda t: [str((layout(t / "pets", *TWO) / "cow").mkdir() or t / "pets")],
-        ["cat", "dog"],
-        "pets/cow is empty, and no class",
+    LayoutCase(
+        name="other files",
+        files=lambda t: [str(layout(t / "pets", *TWO, "cat/1.xml", "cat/._1.png", "LICENSE"))],
+        labels=["cat", "dog"],
+        notice="pets are no images by their suffix, and are left out (1 without suffix, 1 .xml)",
     ),
-    (
-        "a link that leads nowhere",
-        lambda t: [str((layout(t / "pets", *TWO) / ".old").symlink_to("/nowhere") or t / "pets")],
-        ["cat", "dog"],
-        "",
+    LayoutCase(
+        name="an empty class",
+        files=lambda t: [str((layout(t / "pets", *TWO) / "cow").mkdir() or t / "pets")],
+        labels=["cat", "dog"],
+        notice="pets/cow is empty, and no class",
     ),
-    (
-        "some in the metadata",
-        lambda t: [
+    LayoutCase(
+        name="a link that leads nowhere",
+        files=lambda t: [str((layout(t / "pets", *TWO) / ".old").symlink_to("/nowhere") or t / "pets")],
+        labels=["cat", "dog"],
+        notice="",
+    ),
+    LayoutCase(
+        name="some in the metadata",
+        files=lambda t: [
             str(
                 (layout(t / "pets", *TWO, "dog/2.png") / "metadata.csv").write_text(
                     "file_name,label\ncat/1.png,a\ndog/1.png,b\n"
@@ -287,28 +321,22 @@ LAYOUTS: list[tuple[str, Callable[[Path], list[str]], list[str], str]] = [
                 and t / "pets"
             )
         ],
-        ["a", "b"],
-        "1 images are in no row of the metadata, and are left out",
+        labels=["a", "b"],
+        notice="1 images are in no row of the metadata, and are left out",
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "files", "labels", "said"), LAYOUTS, ids=[x[0] for x in LAYOUTS])
+@pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: case.name)
 def test_what_counts_in_a_folder(
-    name: str,
-    files: Callable[[Path], list[str]],
-    labels: list[str],
-    said: str,
-    classify: MakeRun,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    case: LayoutCase, classify: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = classify(dataset={"files": files(tmp_path), "evalFraction": None})
+    run = classify(dataset={"files": case.files(tmp_path), "evalFraction": None})
     record, data = prepared(run)
-    assert record.dataset.labels == labels
-    assert set(data["train"]["labels"]) == set(range(len(labels)))
+    assert record.dataset.labels == case.labels
+    assert set(data["train"]["labels"]) == set(range(len(case.labels)))
     output = capsys.readouterr().out
-    assert said in output if said else "spec.dataset" not in output
+    assert case.notice in output if case.notice else "spec.dataset" not in output
 
 
 def test_images_are_looked_at_as_they_are_shown(classify: MakeRun, tmp_path: Path) -> None:
@@ -334,114 +362,112 @@ TINY_LEVIT = LevitConfig(
     architectures=["LevitForImageClassification"],
 )
 
-MODELS: list[tuple[str, Any, dict[str, Any], dict[str, Any], str]] = [
-    # name, configuration, its processor, fields of the spec, message
-    (
-        "images of another size",
-        VIT,
-        {"size": {"height": 32, "width": 32}},
-        {},
-        (
+
+@dataclass(frozen=True)
+class ModelCase:
+    name: str
+    config: Any
+    spec: dict[str, Any]
+    message: str
+    processor: dict[str, Any] = field(default_factory=dict)
+
+
+MODELS = [
+    ModelCase(
+        name="images of another size",
+        config=VIT,
+        processor={"size": {"height": 32, "width": 32}},
+        spec={},
+        message=(
             "spec.model: its image processor makes tensors of 3 × 32 × 32, which the model does not take: Input image"
             " size (32*32) doesn't match model (16*16)."
         ),
     ),
-    (
-        "images of whatever size",
-        RESNET,
-        {"do_resize": False},
-        {},
-        (
+    ModelCase(
+        name="images of whatever size",
+        config=RESNET,
+        processor={"do_resize": False},
+        spec={},
+        message=(
             "spec.model: its image processor makes tensors of 3 × 48 × 96 and of 3 × 80 × 64 from images of other"
             " shapes, which form no batch;"
         ),
     ),
-    (
-        "adapters beside statistics",
-        RESNET,
-        {},
-        {"method": {"type": "lora"}},
-        (
+    ModelCase(
+        name="adapters beside statistics",
+        config=RESNET,
+        spec={"method": {"type": "lora"}},
+        message=(
             "spec.method.type: resnet keeps statistics of its batches (resnet.embedder.embedder.normalization), which"
             " change in training and which no adapter"
         ),
     ),
-    (
-        "spreading what counts",
-        RESNET,
-        {},
-        {"strategy": "zero3", "resources": {"gpusPerNode": 0, "processesPerNode": 2}},
-        (
+    ModelCase(
+        name="spreading what counts",
+        config=RESNET,
+        spec={"strategy": "zero3", "resources": {"gpusPerNode": 0, "processesPerNode": 2}},
+        message=(
             "spec.strategy: resnet keeps statistics of its batches, which ZeRO-3 does not spread; use ddp or zero2 for"
             " such a model"
         ),
     ),
-    (
-        "recomputing what cannot be",
-        RESNET,
-        {},
-        {"training": {"gradientCheckpointing": True}},
-        (
+    ModelCase(
+        name="recomputing what cannot be",
+        config=RESNET,
+        spec={"training": {"gradientCheckpointing": True}},
+        message=(
             "spec.training.gradientCheckpointing: resnet cannot recompute its activations; remove it, or use a smaller"
             " microBatchSize"
         ),
     ),
-    (
-        "recomputing what counts",
-        MobileViTConfig(image_size=64),
-        {"size": {"height": 64, "width": 64}},
-        {"training": {"gradientCheckpointing": True}},
-        (
+    ModelCase(
+        name="recomputing what counts",
+        config=MobileViTConfig(image_size=64),
+        processor={"size": {"height": 64, "width": 64}},
+        spec={"training": {"gradientCheckpointing": True}},
+        message=(
             "spec.training.gradientCheckpointing: mobilevit keeps statistics of its batches, and would count each"
             " twice; remove it, or use a smaller"
         ),
     ),
-    (
-        "a processor that fails",
-        VIT,
-        {"image_mean": [0.5, 0.5]},
-        {},
-        "spec.model: its image processor (ViTImageProcessorPil) fails: ",
+    ModelCase(
+        name="a processor that fails",
+        config=VIT,
+        processor={"image_mean": [0.5, 0.5]},
+        spec={},
+        message="spec.model: its image processor (ViTImageProcessorPil) fails: ",
     ),
-    (
-        "one image in the last batch",
-        TINY_LEVIT,
-        {"size": {"height": 64, "width": 64}},
-        {"training": {"batchSize": 8}, "dataset": {"evalFraction": None, "split": "train[:89]"}},
-        (
+    ModelCase(
+        name="one image in the last batch",
+        config=TINY_LEVIT,
+        processor={"size": {"height": 64, "width": 64}},
+        spec={"training": {"batchSize": 8}, "dataset": {"evalFraction": None, "split": "train[:89]"}},
+        message=(
             "spec.training.microBatchSize: levit cannot learn from a batch of one image, and with 89 rows there is one"
             " in each epoch;"
         ),
     ),
-    (
-        "a module that is not there",
-        VIT,
-        {},
-        {"method": {"type": "lora", "targetModules": ["querry"]}},
-        "spec.method.targetModules[0]: the model has no module 'querry'",
+    ModelCase(
+        name="a module that is not there",
+        config=VIT,
+        spec={"method": {"type": "lora", "targetModules": ["querry"]}},
+        message="spec.method.targetModules[0]: the model has no module 'querry'",
     ),
-    (
-        "the head",
-        VIT,
-        {},
-        {"method": {"type": "lora", "targetModules": ["classifier"]}},
-        "spec.method.targetModules[0]: 'classifier' is the head, which is trained whole in any case; leave it out",
+    ModelCase(
+        name="the head",
+        config=VIT,
+        spec={"method": {"type": "lora", "targetModules": ["classifier"]}},
+        message=(
+            "spec.method.targetModules[0]: 'classifier' is the head, which is trained whole in any case; leave it out"
+        ),
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "config", "processor", "spec", "message"), MODELS, ids=[m[0] for m in MODELS])
-def test_a_model_that_does_not_fit(
-    name: str,
-    config: Any,
-    processor: dict[str, Any],
-    spec: dict[str, Any],
-    message: str,
-    classify: MakeRun,
-    tmp_path: Path,
-) -> None:
-    model = save_model(tmp_path / "model", config, **processor)
-    assert failure(classify(model={"path": str(model)}, **spec)).startswith(message)
+@pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
+def test_a_model_that_does_not_fit(case: ModelCase, classify: MakeRun, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", case.config, **case.processor)
+    assert failure(classify(model={"path": str(model)}, **case.spec)).startswith(case.message)
 
 
 def test_a_model_without_a_processor(classify: MakeRun, vit: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import json
 import shutil
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -134,37 +135,60 @@ WIDTHS: dict[str, Any] = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
 }
-IDLE: list[tuple[str, Any, str, str]] = [
-    # name, configuration, method, what has no part
-    (
-        "dinov2",
-        Dinov2Config(**WIDTHS),
-        "full",
-        "1 of its weights have no part in this task and stay as they are: dinov2.embeddings.mask_token",
+
+
+@dataclass(frozen=True)
+class IdleCase:
+    name: str
+    config: Any
+    method: str
+    notice: str
+
+
+IDLE = [
+    IdleCase(
+        name="dinov2",
+        config=Dinov2Config(**WIDTHS),
+        method="full",
+        notice="1 of its weights have no part in this task and stay as they are: dinov2.embeddings.mask_token",
     ),
-    ("clip", CLIPConfig(vision_config=WIDTHS), "full", "2 of its weights have no part"),
-    ("siglip", SiglipConfig(vision_config=WIDTHS), "full", "11 of its weights have no part"),
-    ("siglip", SiglipConfig(vision_config=WIDTHS), "lora", "11 of its weights have no part"),
-    ("two heads", None, "lora", ""),
+    IdleCase(
+        name="clip",
+        config=CLIPConfig(vision_config=WIDTHS),
+        method="full",
+        notice="2 of its weights have no part",
+    ),
+    IdleCase(
+        name="siglip",
+        config=SiglipConfig(vision_config=WIDTHS),
+        method="full",
+        notice="11 of its weights have no part",
+    ),
+    IdleCase(
+        name="siglip",
+        config=SiglipConfig(vision_config=WIDTHS),
+        method="lora",
+        notice="11 of its weights have no part",
+    ),
+    IdleCase(
+        name="two heads",
+        config=None,
+        method="lora",
+        notice="",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "config", "method", "said"), IDLE, ids=[f"{x[0]}, {x[2]}" for x in IDLE])
+@pytest.mark.parametrize("case", IDLE, ids=lambda case: f"{case.name}, {case.method}")
 def test_what_is_loaded_is_what_was_measured(
-    name: str,
-    config: Any,
-    method: str,
-    said: str,
-    classify: MakeRun,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    case: IdleCase, classify: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also where a model has weights of another task, and where the base has a head for as many labels."""
-    model = save_model(tmp_path / "model", config) if config else two_heads(tmp_path / "model", DIGITS[::-1])
-    run = classify(model={"path": str(model)}, method={"type": method}, training={"maxSteps": 3})
+    model = save_model(tmp_path / "model", case.config) if case.config else two_heads(tmp_path / "model", DIGITS[::-1])
+    run = classify(model={"path": str(model)}, method={"type": case.method}, training={"maxSteps": 3})
     _, data = prepared(run)
     metrics = train.main(run).metrics or {}
-    assert said in capsys.readouterr().out
+    assert case.notice in capsys.readouterr().out
     made = load_as_the_card_says(run, Path(run.workspace) / "result")
     assert loss(made["model"], made["processor"], data["eval"]) == pytest.approx(metrics["evalLoss"], abs=1e-4)
 
@@ -302,30 +326,40 @@ def test_two_processes_measure_what_they_deliver(tmp_path: Path) -> None:
     )
 
 
-ARCHITECTURES: list[tuple[str, Any, int, str]] = [
-    # name, configuration, pixels of a side, method
-    (
-        "convnextv2",
-        ConvNextV2Config(image_size=SIDE, patch_size=2, hidden_sizes=[16, 32], depths=[1, 1], num_stages=2),
-        SIDE,
-        "lora",
+@dataclass(frozen=True)
+class ArchitectureCase:
+    name: str
+    config: Any
+    side: int  # pixels
+    method: str
+
+
+ARCHITECTURES = [
+    ArchitectureCase(
+        name="convnextv2",
+        config=ConvNextV2Config(image_size=SIDE, patch_size=2, hidden_sizes=[16, 32], depths=[1, 1], num_stages=2),
+        side=SIDE,
+        method="lora",
     ),
-    ("swin", SWIN, SIDE, "lora"),
-    (
-        "efficientnet",
-        EfficientNetConfig(image_size=64, hidden_dim=128, width_coefficient=0.1, depth_coefficient=0.1),
-        64,
-        "full",
+    ArchitectureCase(
+        name="swin",
+        config=SWIN,
+        side=SIDE,
+        method="lora",
+    ),
+    ArchitectureCase(
+        name="efficientnet",
+        config=EfficientNetConfig(image_size=64, hidden_dim=128, width_coefficient=0.1, depth_coefficient=0.1),
+        side=64,
+        method="full",
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "config", "side", "method"), ARCHITECTURES, ids=[a[0] for a in ARCHITECTURES])
-def test_other_architectures_learn(
-    name: str, config: Any, side: int, method: str, classify: MakeRun, tmp_path: Path
-) -> None:
-    model = save_model(tmp_path / "model", config, size={"height": side, "width": side})
-    run = classify(model={"path": str(model)}, method={"type": method}, training={"maxSteps": 4})
+@pytest.mark.parametrize("case", ARCHITECTURES, ids=lambda case: case.name)
+def test_other_architectures_learn(case: ArchitectureCase, classify: MakeRun, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", case.config, size={"height": case.side, "width": case.side})
+    run = classify(model={"path": str(model)}, method={"type": case.method}, training={"maxSteps": 4})
     main(run)
     metrics = train.main(run).metrics or {}
     assert metrics["lastLoss"] < 4

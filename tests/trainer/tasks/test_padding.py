@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +41,81 @@ LENGTHS = (3, 40, 7, 21, 12, 5, 33, 18)
 BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2}
 OPT = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-FAMILIES: list[tuple[str, str, Any, Any, dict[str, Any]]] = [
-    # name                       task                   model                             configuration
-    ("gpt2", "causal-lm", GPT2LMHeadModel, GPT2Config, GPT2),
-    ("opt", "causal-lm", OPTForCausalLM, OPTConfig, OPT),
-    ("llama", "causal-lm", LlamaForCausalLM, LlamaConfig, BERT),
-    ("bert decoder", "causal-lm", BertLMHeadModel, BertConfig, BERT | {"is_decoder": True}),
-    ("roberta decoder", "causal-lm", RobertaForCausalLM, RobertaConfig, BERT | {"is_decoder": True}),
-    ("bert classifier", "text-classification", BertForSequenceClassification, BertConfig, BERT),
-    ("roberta classifier", "text-classification", RobertaForSequenceClassification, RobertaConfig, BERT),
-    ("gpt2, its last token", "text-classification", GPT2ForSequenceClassification, GPT2Config, GPT2),
-    ("llama, its last token", "text-classification", LlamaForSequenceClassification, LlamaConfig, BERT),
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    task: str
+    model_class: Any
+    config_class: Any
+    sizes: dict[str, Any]
+
+
+FAMILIES = [
+    Case(
+        name="gpt2",
+        task="causal-lm",
+        model_class=GPT2LMHeadModel,
+        config_class=GPT2Config,
+        sizes=GPT2,
+    ),
+    Case(
+        name="opt",
+        task="causal-lm",
+        model_class=OPTForCausalLM,
+        config_class=OPTConfig,
+        sizes=OPT,
+    ),
+    Case(
+        name="llama",
+        task="causal-lm",
+        model_class=LlamaForCausalLM,
+        config_class=LlamaConfig,
+        sizes=BERT,
+    ),
+    Case(
+        name="bert decoder",
+        task="causal-lm",
+        model_class=BertLMHeadModel,
+        config_class=BertConfig,
+        sizes=BERT | {"is_decoder": True},
+    ),
+    Case(
+        name="roberta decoder",
+        task="causal-lm",
+        model_class=RobertaForCausalLM,
+        config_class=RobertaConfig,
+        sizes=BERT | {"is_decoder": True},
+    ),
+    Case(
+        name="bert classifier",
+        task="text-classification",
+        model_class=BertForSequenceClassification,
+        config_class=BertConfig,
+        sizes=BERT,
+    ),
+    Case(
+        name="roberta classifier",
+        task="text-classification",
+        model_class=RobertaForSequenceClassification,
+        config_class=RobertaConfig,
+        sizes=BERT,
+    ),
+    Case(
+        name="gpt2, its last token",
+        task="text-classification",
+        model_class=GPT2ForSequenceClassification,
+        config_class=GPT2Config,
+        sizes=GPT2,
+    ),
+    Case(
+        name="llama, its last token",
+        task="text-classification",
+        model_class=LlamaForSequenceClassification,
+        config_class=LlamaConfig,
+        sizes=BERT,
+    ),
 ]
 SIDES = ["left", "right"]
 
@@ -96,33 +161,25 @@ def measured(task: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize(
-    ("name", "task", "model_class", "config_class", "sizes"), FAMILIES, ids=[f[0] for f in FAMILIES]
-)
+@pytest.mark.parametrize("case", FAMILIES, ids=lambda case: case.name)
 def test_the_loss_does_not_depend_on_the_batch(
-    name: str,
-    task: str,
-    model_class: Any,
-    config_class: Any,
-    sizes: dict[str, Any],
-    side: str,
-    tokenizers: dict[str, PreTrainedTokenizerBase],
+    case: Case, side: str, tokenizers: dict[str, PreTrainedTokenizerBase]
 ) -> None:
     tokenizer = tokenizers[side]
     torch.manual_seed(0)
-    model = model_class(
-        config_class(
-            vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, max_position_embeddings=64, **sizes
+    model = case.model_class(
+        case.config_class(
+            vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, max_position_embeddings=64, **case.sizes
         )
     ).eval()
-    model.loss_type = "ForCausalLM" if task == "causal-lm" else model.loss_type
+    model.loss_type = "ForCausalLM" if case.task == "causal-lm" else model.loss_type
     with torch.no_grad():
         for weight in model.parameters():  # positions as different as a trained model's
             weight.copy_(torch.randn_like(weight) * 0.3)
-    alone = measured(task, model, tokenizer, size=1)
+    alone = measured(case.task, model, tokenizer, size=1)
     assert alone[0] == pytest.approx(alone[1], abs=1e-4)
-    assert measured(task, model, tokenizer, size=8) == pytest.approx(alone, abs=1e-4)
-    assert measured(task, model, tokenizer, size=3) == pytest.approx(alone, abs=1e-4)
+    assert measured(case.task, model, tokenizer, size=8) == pytest.approx(alone, abs=1e-4)
+    assert measured(case.task, model, tokenizer, size=3) == pytest.approx(alone, abs=1e-4)
 
 
 def test_a_model_that_sees_padding_says_so(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -153,94 +154,110 @@ def rows(model: Any) -> dict[str, list[float]]:
     return {name: [*layer.weight[i].tolist(), layer.bias[i].item()] for i, name in model.config.id2label.items()}
 
 
-HEADS: list[tuple[str, str, list[str], list[str], bool, str]] = [
-    # name               architecture  made for                  wanted           rows kept  notice
-    ("the same labels", "bert", ["a", "b"], ["a", "b"], True, "its head is for the same labels (a, b) and is kept"),
-    (
-        "another order",
-        "bert",
-        ["c", "a", "b"],
-        ["a", "b", "c"],
-        True,
-        "its head knows the labels in another order (c, a, b) and is put into ours (a, b, c)",
+@dataclass(frozen=True)
+class HeadCase:
+    name: str
+    architecture: str
+    base_labels: list[str]  # for which the head of the base was made
+    labels: list[str]
+    rows_kept: bool
+    notice: str
+
+
+HEADS = [
+    HeadCase(
+        name="the same labels",
+        architecture="bert",
+        base_labels=["a", "b"],
+        labels=["a", "b"],
+        rows_kept=True,
+        notice="its head is for the same labels (a, b) and is kept",
     ),
-    (
-        "a layer before",
-        "roberta",
-        ["b", "a"],
-        ["a", "b"],
-        True,
-        "its head knows the labels in another order (b, a) and is put into ours (a, b)",
+    HeadCase(
+        name="another order",
+        architecture="bert",
+        base_labels=["c", "a", "b"],
+        labels=["a", "b", "c"],
+        rows_kept=True,
+        notice="its head knows the labels in another order (c, a, b) and is put into ours (a, b, c)",
     ),
-    (
-        "other labels",
-        "bert",
-        ["x", "y"],
-        ["a", "b"],
-        False,
-        "its head is for other labels (x, y); a new one for a, b begins with random weights",
+    HeadCase(
+        name="a layer before",
+        architecture="roberta",
+        base_labels=["b", "a"],
+        labels=["a", "b"],
+        rows_kept=True,
+        notice="its head knows the labels in another order (b, a) and is put into ours (a, b)",
     ),
-    (
-        "one label more",
-        "bert",
-        ["a", "b"],
-        ["a", "b", "c"],
-        False,
-        "its head is for other labels (a, b); a new one for a, b, c begins with random weights",
+    HeadCase(
+        name="other labels",
+        architecture="bert",
+        base_labels=["x", "y"],
+        labels=["a", "b"],
+        rows_kept=False,
+        notice="its head is for other labels (x, y); a new one for a, b begins with random weights",
     ),
-    (
-        "no names, and numbers",
-        "bert",
-        ["LABEL_0", "LABEL_1"],
-        ["0", "1"],
-        True,
-        "its head names no labels and is kept: LABEL_0 is 0, and so on",
+    HeadCase(
+        name="one label more",
+        architecture="bert",
+        base_labels=["a", "b"],
+        labels=["a", "b", "c"],
+        rows_kept=False,
+        notice="its head is for other labels (a, b); a new one for a, b, c begins with random weights",
     ),
-    (
-        "eleven of them",
-        "bert",
-        [f"LABEL_{i}" for i in range(11)],
-        [str(i) for i in range(11)],
-        True,
-        "its head names no labels and is kept: LABEL_0 is 0, and so on",
+    HeadCase(
+        name="no names, and numbers",
+        architecture="bert",
+        base_labels=["LABEL_0", "LABEL_1"],
+        labels=["0", "1"],
+        rows_kept=True,
+        notice="its head names no labels and is kept: LABEL_0 is 0, and so on",
     ),
-    (
-        "no names, and a number more",
-        "bert",
-        ["LABEL_0", "LABEL_1"],
-        ["0", "1", "2"],
-        False,
-        "its head is for other labels (LABEL_0, LABEL_1); a new one for 0, 1, 2 begins with random weights",
+    HeadCase(
+        name="eleven of them",
+        architecture="bert",
+        base_labels=[f"LABEL_{i}" for i in range(11)],
+        labels=[str(i) for i in range(11)],
+        rows_kept=True,
+        notice="its head names no labels and is kept: LABEL_0 is 0, and so on",
     ),
-    (
-        "no names, and numbers from 1",
-        "bert",
-        ["LABEL_0", "LABEL_1"],
-        ["1", "2"],
-        False,
-        (
+    HeadCase(
+        name="no names, and a number more",
+        architecture="bert",
+        base_labels=["LABEL_0", "LABEL_1"],
+        labels=["0", "1", "2"],
+        rows_kept=False,
+        notice="its head is for other labels (LABEL_0, LABEL_1); a new one for 0, 1, 2 begins with random weights",
+    ),
+    HeadCase(
+        name="no names, and numbers from 1",
+        architecture="bert",
+        base_labels=["LABEL_0", "LABEL_1"],
+        labels=["1", "2"],
+        rows_kept=False,
+        notice=(
             "its head is for other labels (LABEL_0, LABEL_1); a new one for 1, 2 begins with random weights. If LABEL_0"
             " is 1, and so on, name them so under id2label in its config.json, and it is kept"
         ),
     ),
-    (
-        "no names",
-        "roberta",
-        ["LABEL_0", "LABEL_1"],
-        ["a", "b"],
-        False,
-        (
+    HeadCase(
+        name="no names",
+        architecture="roberta",
+        base_labels=["LABEL_0", "LABEL_1"],
+        labels=["a", "b"],
+        rows_kept=False,
+        notice=(
             "its head is for other labels (LABEL_0, LABEL_1); a new one for a, b begins with random weights. If LABEL_0"
             " is a, and so on, name them so under id2label in its config.json, and it is kept"
         ),
     ),
-    (
-        "names, and numbers",
-        "bert",
-        ["neg", "pos"],
-        ["0", "1"],
-        False,
-        (
+    HeadCase(
+        name="names, and numbers",
+        architecture="bert",
+        base_labels=["neg", "pos"],
+        labels=["0", "1"],
+        rows_kept=False,
+        notice=(
             "its head is for other labels (neg, pos); a new one for 0, 1 begins with random weights. If 0 is neg, and"
             " so on, write these names into the rows, and it is kept"
         ),
@@ -248,17 +265,15 @@ HEADS: list[tuple[str, str, list[str], list[str], bool, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "kind", "held", "wanted", "kept", "said"), HEADS, ids=[h[0] for h in HEADS])
-def test_a_head_is_kept_for_the_labels_it_knows(
-    name: str, kind: str, held: list[str], wanted: list[str], kept: bool, said: str, tmp_path: Path
-) -> None:
-    before = rows(classifier(kind, tmp_path, held))
-    assert said_in_prepare(tmp_path, wanted) == said
-    model, whole = TextClassification().load_model(str(tmp_path), wanted)
+@pytest.mark.parametrize("case", HEADS, ids=lambda case: case.name)
+def test_a_head_is_kept_for_the_labels_it_knows(case: HeadCase, tmp_path: Path) -> None:
+    before = rows(classifier(case.architecture, tmp_path, case.base_labels))
+    assert said_in_prepare(tmp_path, case.labels) == case.notice
+    model, whole = TextClassification().load_model(str(tmp_path), case.labels)
     after = rows(model)
-    assert list(after) == wanted
+    assert list(after) == case.labels
     assert whole == ["classifier"]
-    if kept:
+    if case.rows_kept:
         assert after == {label.removeprefix("LABEL_"): row for label, row in before.items()}
     else:
         assert not {tuple(row) for row in after.values()} & {tuple(row) for row in before.values()}
@@ -279,32 +294,75 @@ def said_in_prepare(folder: Path, wanted: list[str]) -> str:
     return training.what_becomes_of_the_head(model, "text-classification", wanted)
 
 
+@dataclass(frozen=True)
+class PerplexityCase:
+    name: str
+    loss: float
+    metrics: dict[str, float]
+
+
 PERPLEXITIES = [
-    ("a small loss", 1.0, {"loss": 1.0, "perplexity": math.e}),
-    ("a huge loss", 800.0, {"loss": 800.0}),
-    ("no number", math.nan, {"loss": math.nan}),
+    PerplexityCase(
+        name="a small loss",
+        loss=1.0,
+        metrics={"loss": 1.0, "perplexity": math.e},
+    ),
+    PerplexityCase(
+        name="a huge loss",
+        loss=800.0,
+        metrics={"loss": 800.0},
+    ),
+    PerplexityCase(
+        name="no number",
+        loss=math.nan,
+        metrics={"loss": math.nan},
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "loss", "figures"), PERPLEXITIES, ids=[p[0] for p in PERPLEXITIES])
-def test_a_perplexity_is_a_number_or_missing(name: str, loss: float, figures: dict[str, float]) -> None:
-    gathered = EvalPrediction(predictions=torch.tensor([[loss * 2, 2.0]]), label_ids=torch.zeros(1, 2))
-    assert TokenLoss()(gathered, compute_result=True) == pytest.approx(figures, nan_ok=True)
+@pytest.mark.parametrize("case", PERPLEXITIES, ids=lambda case: case.name)
+def test_a_perplexity_is_a_number_or_missing(case: PerplexityCase) -> None:
+    gathered = EvalPrediction(predictions=torch.tensor([[case.loss * 2, 2.0]]), label_ids=torch.zeros(1, 2))
+    assert TokenLoss()(gathered, compute_result=True) == pytest.approx(case.metrics, nan_ok=True)
+
+
+@dataclass(frozen=True)
+class F1Case:
+    name: str
+    truth: list[int]
+    answers: list[int]
+    classes: int
+    f1: float
 
 
 F1 = [
-    # name                                  truth         answers       of classes  f1Macro
-    ("all classes are held out", [0, 1, 2], [0, 1, 2], 3, 1.0),
-    ("one is neither held out nor given", [0, 1], [0, 1], 3, 2 / 3),
-    ("one is given and not held out", [0, 1, 1], [0, 1, 2], 3, (1 + 2 / 3 + 0) / 3),
+    F1Case(
+        name="all classes are held out",
+        truth=[0, 1, 2],
+        answers=[0, 1, 2],
+        classes=3,
+        f1=1.0,
+    ),
+    F1Case(
+        name="one is neither held out nor given",
+        truth=[0, 1],
+        answers=[0, 1],
+        classes=3,
+        f1=2 / 3,
+    ),
+    F1Case(
+        name="one is given and not held out",
+        truth=[0, 1, 1],
+        answers=[0, 1, 2],
+        classes=3,
+        f1=(1 + 2 / 3 + 0) / 3,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "truth", "answers", "classes", "f1"), F1, ids=[f[0] for f in F1])
-def test_f1_counts_every_class_of_the_training(
-    name: str, truth: list[int], answers: list[int], classes: int, f1: float
-) -> None:
+@pytest.mark.parametrize("case", F1, ids=lambda case: case.name)
+def test_f1_counts_every_class_of_the_training(case: F1Case) -> None:
     """sklearn alone would leave out a class that occurs nowhere."""
-    figures, labels = LabelFigures(), torch.tensor(truth)
-    rows = figures.reduce(torch.nn.functional.one_hot(torch.tensor(answers), classes).float(), labels)
-    assert figures(EvalPrediction(rows, labels), compute_result=True)["f1Macro"] == pytest.approx(f1)
+    figures, labels = LabelFigures(), torch.tensor(case.truth)
+    rows = figures.reduce(torch.nn.functional.one_hot(torch.tensor(case.answers), case.classes).float(), labels)
+    assert figures(EvalPrediction(rows, labels), compute_result=True)["f1Macro"] == pytest.approx(case.f1)

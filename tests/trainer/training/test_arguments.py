@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,22 +11,65 @@ import pytest
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_trainer.training.arguments import loader_workers
 
+
+@dataclass(frozen=True)
+class Case:
+    task: str
+    resources: dict[str, Any]
+    cores: int  # of the node
+    workers: int  # of each process
+
+
 WORKERS = [
-    # task                    resources                        cores of the node  workers of each process
-    ("causal-lm", {"gpusPerNode": 8}, 128, 2),
-    ("text-classification", {"gpusPerNode": 1}, 2, 2),
-    ("image-classification", {"gpusPerNode": 1}, 4, 3),
-    ("image-classification", {"gpusPerNode": 8}, 128, 8),
-    ("image-classification", {"gpusPerNode": 8}, 32, 3),
-    ("image-classification", {"gpusPerNode": 4}, 4, 2),
-    ("image-classification", {"gpusPerNode": 2, "cpu": "8"}, 128, 3),
+    Case(
+        task="causal-lm",
+        resources={"gpusPerNode": 8},
+        cores=128,
+        workers=2,
+    ),
+    Case(
+        task="text-classification",
+        resources={"gpusPerNode": 1},
+        cores=2,
+        workers=2,
+    ),
+    Case(
+        task="image-classification",
+        resources={"gpusPerNode": 1},
+        cores=4,
+        workers=3,
+    ),
+    Case(
+        task="image-classification",
+        resources={"gpusPerNode": 8},
+        cores=128,
+        workers=8,
+    ),
+    Case(
+        task="image-classification",
+        resources={"gpusPerNode": 8},
+        cores=32,
+        workers=3,
+    ),
+    Case(
+        task="image-classification",
+        resources={"gpusPerNode": 4},
+        cores=4,
+        workers=2,
+    ),
+    Case(
+        task="image-classification",
+        resources={"gpusPerNode": 2, "cpu": "8"},
+        cores=128,
+        workers=3,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("task", "resources", "cores", "workers"), WORKERS)
+@pytest.mark.parametrize("case", WORKERS, ids=lambda case: f"{case.task}-{case.cores}-{case.workers}")
 def test_images_are_decoded_by_as_many_processes_as_there_are_cores(
-    task: str, resources: dict[str, Any], cores: int, workers: int, monkeypatch: pytest.MonkeyPatch
+    case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    spec: Any = {"task": task, "model": {"id": "a/b"}, "dataset": {"id": "a/c"}, "resources": resources}
-    assert loader_workers(FineTuneJobSpec.model_validate(spec)) == workers
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(case.cores)))
+    spec: Any = {"task": case.task, "model": {"id": "a/b"}, "dataset": {"id": "a/c"}, "resources": case.resources}
+    assert loader_workers(FineTuneJobSpec.model_validate(spec)) == case.workers

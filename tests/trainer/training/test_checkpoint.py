@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +65,48 @@ def rewrite(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None
     return harm
 
 
-DAMAGES: list[tuple[str, Callable[[Path], None]]] = [
-    ("changed", damage),
-    ("shorter", truncate),
-    ("gone", lose),
-    ("no manifest", half_write),
-    ("a manifest without a size", rewrite(lambda m: m["files"][0].pop("size"))),
-    ("a manifest without a digest", rewrite(lambda m: m["files"][0].pop("sha256"))),
-    ("a manifest whose files are names", rewrite(lambda m: m.update(files=["model.safetensors"]))),
-    ("a manifest with no files", rewrite(lambda m: m.update(files=[]))),
-    (
-        "a manifest of files elsewhere",
-        rewrite(lambda m: m["files"][0].update(path="../checkpoint-10/model.safetensors")),
+@dataclass(frozen=True)
+class DamageCase:
+    name: str
+    damage: Callable[[Path], None]
+
+
+DAMAGES = [
+    DamageCase(
+        name="changed",
+        damage=damage,
+    ),
+    DamageCase(
+        name="shorter",
+        damage=truncate,
+    ),
+    DamageCase(
+        name="gone",
+        damage=lose,
+    ),
+    DamageCase(
+        name="no manifest",
+        damage=half_write,
+    ),
+    DamageCase(
+        name="a manifest without a size",
+        damage=rewrite(lambda m: m["files"][0].pop("size")),
+    ),
+    DamageCase(
+        name="a manifest without a digest",
+        damage=rewrite(lambda m: m["files"][0].pop("sha256")),
+    ),
+    DamageCase(
+        name="a manifest whose files are names",
+        damage=rewrite(lambda m: m.update(files=["model.safetensors"])),
+    ),
+    DamageCase(
+        name="a manifest with no files",
+        damage=rewrite(lambda m: m.update(files=[])),
+    ),
+    DamageCase(
+        name="a manifest of files elsewhere",
+        damage=rewrite(lambda m: m["files"][0].update(path="../checkpoint-10/model.safetensors")),
     ),
 ]
 
@@ -103,10 +134,10 @@ def test_the_highest_step_wins_not_the_last_name(folder: Path) -> None:
     assert newest(folder, OURS) == folder / "checkpoint-100"
 
 
-@pytest.mark.parametrize(("name", "harm"), DAMAGES, ids=[d[0] for d in DAMAGES])
-def test_a_broken_one_is_set_aside(name: str, harm: Callable[[Path], None], folder: Path) -> None:
+@pytest.mark.parametrize("case", DAMAGES, ids=lambda case: case.name)
+def test_a_broken_one_is_set_aside(case: DamageCase, folder: Path) -> None:
     save(folder, 10)
-    harm(save(folder, 20))
+    case.damage(save(folder, 20))
     assert newest(folder, OURS) == folder / "checkpoint-10"
     assert names(folder) == [".corrupt-checkpoint-20", "checkpoint-10"]
 
@@ -137,25 +168,43 @@ def test_few_broken_ones_are_kept(folder: Path, capsys: pytest.CaptureFixture[st
     assert ".corrupt-checkpoint-30 is removed" in said
 
 
+@dataclass(frozen=True)
+class AsideCase:
+    saved: list[int]  # steps
+    damaged: list[int]
+    set_aside: list[int]  # steps
+
+
 ASIDE = [
-    # saved     damaged   set aside
-    ([10, 20], [], []),
-    ([10, 20], [20], [20]),
-    ([10, 20], [10, 20], [10, 20]),
+    AsideCase(
+        saved=[10, 20],
+        damaged=[],
+        set_aside=[],
+    ),
+    AsideCase(
+        saved=[10, 20],
+        damaged=[20],
+        set_aside=[20],
+    ),
+    AsideCase(
+        saved=[10, 20],
+        damaged=[10, 20],
+        set_aside=[10, 20],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("given", "damaged", "expect"), ASIDE)
-def test_what_was_set_aside_can_be_counted(
-    given: list[int], damaged: list[int], expect: list[int], folder: Path
-) -> None:
-    for step in given:
+@pytest.mark.parametrize("case", ASIDE, ids=lambda case: f"{case.damaged} of {case.saved}")
+def test_what_was_set_aside_can_be_counted(case: AsideCase, folder: Path) -> None:
+    for step in case.saved:
         save(folder, step)
-    for step in damaged:
+    for step in case.damaged:
         damage(folder / f"checkpoint-{step}")
     newest(folder, OURS)
     save(folder / ".staging-checkpoint-30", 30)
-    assert sorted(p.name for p in checkpoint.set_aside(folder)) == [f".corrupt-checkpoint-{step}" for step in expect]
+    assert sorted(p.name for p in checkpoint.set_aside(folder)) == [
+        f".corrupt-checkpoint-{step}" for step in case.set_aside
+    ]
 
 
 def test_left_overs_of_an_interrupted_save_are_removed(folder: Path) -> None:
@@ -307,19 +356,41 @@ def test_what_a_manifest_names_is_durable_before_it_is_there(folder: Path, monke
     assert synced[3:] == ["global_step7", ".MANIFEST.json.partial", folder.name]
 
 
+@dataclass(frozen=True)
+class RotationCase:
+    saved: list[int]  # steps
+    keep: int
+    left: list[int]  # steps
+
+
 ROTATIONS = [
-    # given          keep  left
-    ([10], 2, [10]),
-    ([10, 20], 2, [10, 20]),
-    ([9, 10, 100], 2, [10, 100]),
-    ([10, 20, 30], 1, [30]),
+    RotationCase(
+        saved=[10],
+        keep=2,
+        left=[10],
+    ),
+    RotationCase(
+        saved=[10, 20],
+        keep=2,
+        left=[10, 20],
+    ),
+    RotationCase(
+        saved=[9, 10, 100],
+        keep=2,
+        left=[10, 100],
+    ),
+    RotationCase(
+        saved=[10, 20, 30],
+        keep=1,
+        left=[30],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("given", "keep", "left"), ROTATIONS)
-def test_rotate(given: list[int], keep: int, left: list[int], folder: Path) -> None:
-    for step in given:
+@pytest.mark.parametrize("case", ROTATIONS, ids=lambda case: f"{case.keep} of {case.saved}")
+def test_rotate(case: RotationCase, folder: Path) -> None:
+    for step in case.saved:
         save(folder, step)
     damage(save(folder / ".corrupt", 5))
-    checkpoint.rotate(folder, keep)
-    assert sorted(map(checkpoint.step_of, checkpoint.checkpoints(folder))) == left
+    checkpoint.rotate(folder, case.keep)
+    assert sorted(map(checkpoint.step_of, checkpoint.checkpoints(folder))) == case.left

@@ -5,6 +5,7 @@ Completed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -153,44 +154,50 @@ def test_what_comes_after_it_is_as_if_it_had_not_been(
     assert torch.allclose(load_file(tmp_path / "a/result/model.safetensors")[name], weight, atol=1e-6)
 
 
+@dataclass(frozen=True)
+class Case:
+    name: str
+    spoil: Spoil
+    message: str
+    newest: str
+
+
 ENDS = [
-    (
-        "three gradients in a row",
-        gradients_at(3, 4, 5, 6),
-        "the gradients of 3 steps in a row, up to step 5, were not finite",
-        "checkpoint-4",
+    Case(
+        name="three gradients in a row",
+        spoil=gradients_at(3, 4, 5, 6),
+        message="the gradients of 3 steps in a row, up to step 5, were not finite",
+        newest="checkpoint-4",
     ),
-    (
-        "gradients from the first",
-        gradients_at(1, 2, 3),
-        "the gradients of 3 steps in a row, up to step 3, were not finite",
-        "checkpoint-2",
+    Case(
+        name="gradients from the first",
+        spoil=gradients_at(1, 2, 3),
+        message="the gradients of 3 steps in a row, up to step 3, were not finite",
+        newest="checkpoint-2",
     ),
-    ("a weight, after the last save", weights_at(7), "the held-out loss is nan at step 6", "checkpoint-6"),
+    Case(
+        name="a weight, after the last save",
+        spoil=weights_at(7),
+        message="the held-out loss is nan at step 6",
+        newest="checkpoint-6",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "spoil", "text", "kept"), ENDS, ids=[e[0] for e in ENDS])
+@pytest.mark.parametrize("case", ENDS, ids=lambda case: case.name)
 def test_the_run_has_diverged(
-    name: str,
-    spoil: Spoil,
-    text: str,
-    kept: str,
-    tmp_path: Path,
-    llama: Path,
-    data: DatasetDict,
-    monkeypatch: pytest.MonkeyPatch,
+    case: Case, tmp_path: Path, llama: Path, data: DatasetDict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(Failure) as caught:
-        run_spoiled(spoil, monkeypatch, tmp_path / "a", llama, data)
+        run_spoiled(case.spoil, monkeypatch, tmp_path / "a", llama, data)
     assert caught.value.code.reason == "Diverged"
-    assert text in caught.value.message
+    assert case.message in caught.value.message
     assert (
-        f"newest good checkpoint is {tmp_path}/a/checkpoints/{kept}; the steps after it are lost"
+        f"newest good checkpoint is {tmp_path}/a/checkpoints/{case.newest}; the steps after it are lost"
         in caught.value.message
     )
-    assert [p.name for p in (tmp_path / "a/checkpoints").iterdir()] == [kept]
-    assert problems(tmp_path / "a/checkpoints" / kept) == []
+    assert [p.name for p in (tmp_path / "a/checkpoints").iterdir()] == [case.newest]
+    assert problems(tmp_path / "a/checkpoints" / case.newest) == []
     assert not (tmp_path / "a/result").exists()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -124,20 +125,45 @@ def stopped_in_evaluation(run: Any, number: int, monkeypatch: pytest.MonkeyPatch
     return message
 
 
+@dataclass(frozen=True)
+class Case:
+    name: str
+    number: int
+    save_steps: int
+    step: int | None
+
+
 IN_EVALUATIONS = [
-    ("before the first step", 1, 100, None),
-    ("where a save is due, too", 2, 10, 10),
-    ("where none is due", 3, 100, 20),
-    ("of the result", 4, 100, STEPS),
+    Case(
+        name="before the first step",
+        number=1,
+        save_steps=100,
+        step=None,
+    ),
+    Case(
+        name="where a save is due, too",
+        number=2,
+        save_steps=10,
+        step=10,
+    ),
+    Case(
+        name="where none is due",
+        number=3,
+        save_steps=100,
+        step=20,
+    ),
+    Case(
+        name="of the result",
+        number=4,
+        save_steps=100,
+        step=STEPS,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "number", "save_steps", "step"), IN_EVALUATIONS, ids=[s[0] for s in IN_EVALUATIONS])
+@pytest.mark.parametrize("case", IN_EVALUATIONS, ids=lambda case: case.name)
 def test_stopped_in_an_evaluation(
-    name: str,
-    number: int,
-    save_steps: int,
-    step: int | None,
+    case: Case,
     tmp_path: Path,
     llama: Path,
     data: DatasetDict,
@@ -146,11 +172,11 @@ def test_stopped_in_an_evaluation(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Nothing is lost, and what was broken off is made by the next attempt."""
-    run = make(tmp_path / "job", llama, data, saveSteps=save_steps)
-    message = stopped_in_evaluation(run, number, monkeypatch)
-    assert (message.code, message.step, message.saved) == (75, step, True if step else None)
+    run = make(tmp_path / "job", llama, data, saveSteps=case.save_steps)
+    message = stopped_in_evaluation(run, case.number, monkeypatch)
+    assert (message.code, message.step, message.saved) == (75, case.step, True if case.step else None)
     assert (
-        f"step {step or 0}/{STEPS}  the pod has to go: the next attempt makes the evaluation of this step"
+        f"step {case.step or 0}/{STEPS}  the pod has to go: the next attempt makes the evaluation of this step"
         in capsys.readouterr().out
     )
     metrics = train.main(run).metrics
@@ -160,7 +186,7 @@ def test_stopped_in_an_evaluation(
         k: v for k, v in uninterrupted[1].items() if k != "seconds"
     }
     assert [line.split("/")[0] for line in capsys.readouterr().out.splitlines() if "held-out" in line] == [
-        f"step {at}" for at in (0, 10, 20, STEPS) if at >= (step or 0)
+        f"step {at}" for at in (0, 10, 20, STEPS) if at >= (case.step or 0)
     ]
 
 

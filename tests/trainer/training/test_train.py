@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import urllib.request
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -95,19 +96,33 @@ def test_full(learnt: Any) -> None:
     assert sorted(p.name for p in (Path(run.workspace) / "checkpoints").iterdir()) == ["checkpoint-20", "checkpoint-25"]
 
 
+@dataclass(frozen=True)
+class AdapterCase:
+    name: str
+    method: dict[str, Any]
+
+
 ADAPTERS = [
-    # name            method
-    ("lora", {"type": "lora", "rank": 16}),
-    ("some modules", {"type": "lora", "targetModules": ["q_proj", "v_proj", "down_proj"], "dropout": 0.1}),
-    ("qlora", {"type": "qlora", "rank": 8}),
+    AdapterCase(
+        name="lora",
+        method={"type": "lora", "rank": 16},
+    ),
+    AdapterCase(
+        name="some modules",
+        method={"type": "lora", "targetModules": ["q_proj", "v_proj", "down_proj"], "dropout": 0.1},
+    ),
+    AdapterCase(
+        name="qlora",
+        method={"type": "qlora", "rank": 8},
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "method"), ADAPTERS, ids=[a[0] for a in ADAPTERS])
-def test_adapter(name: str, method: dict[str, Any], tmp_path: Path, learnt: Any, other_data: DatasetDict) -> None:
+@pytest.mark.parametrize("case", ADAPTERS, ids=lambda case: case.name)
+def test_adapter(case: AdapterCase, tmp_path: Path, learnt: Any, other_data: DatasetDict) -> None:
     base = Path(learnt[0].workspace) / "result"
     run = prepared_run(
-        tmp_path / "job", base, other_data, method=method, training={"maxSteps": 25, "learningRate": 1e-2}
+        tmp_path / "job", base, other_data, method=case.method, training={"maxSteps": 25, "learningRate": 1e-2}
     )
     metrics = train.main(run).metrics
     print(metrics)
@@ -116,7 +131,9 @@ def test_adapter(name: str, method: dict[str, Any], tmp_path: Path, learnt: Any,
     model = AutoPeftModelForCausalLM.from_pretrained(Path(run.workspace) / "result")
     assert model.peft_config["default"].base_model_name_or_path == str(base)
     # The base of qlora is 4-bit in training and whole here: near, not equal.
-    assert plain_loss(model, other_data) == pytest.approx(metrics["evalLoss"], abs=0.1 if name == "qlora" else 1e-4)
+    assert plain_loss(model, other_data) == pytest.approx(
+        metrics["evalLoss"], abs=0.1 if case.name == "qlora" else 1e-4
+    )
 
 
 def plain_loss(model: Any, data: DatasetDict) -> float:
@@ -144,76 +161,159 @@ def test_an_adapter_of_a_model_of_the_hub_names_it(tmp_path: Path, llama: Path, 
 
 LABELS = {"task": "text-classification", "labels": ["code", "prose"]}
 IMAGES = {"task": "image-classification", "labels": ["zero", "one"]}
-SAME_TRACE: list[tuple[str, str, dict[str, Any], dict[str, Any], float]] = [
-    # name                       method   task    given                             to
-    ("accumulation", "full", {}, {"microBatchSize": 2}, 1e-4),
-    ("accumulation of labels", "full", LABELS, {"microBatchSize": 2}, 1e-4),
-    ("labels, lora", "lora", LABELS, {"microBatchSize": 2}, 1e-4),
-    ("gradient checkpointing", "full", {}, {"gradientCheckpointing": True}, 1e-6),
-    ("checkpointing of lora", "lora", {}, {"gradientCheckpointing": True}, 1e-6),
-    ("bf16", "full", {}, {"precision": "bf16"}, 2e-2),
-    ("bf16 of lora", "lora", {}, {"precision": "bf16"}, 2e-2),
-    ("bf16 of qlora", "qlora", {}, {"precision": "bf16"}, 2e-2),
-    ("bf16 of labels, lora", "lora", LABELS, {"precision": "bf16"}, 2e-2),
-    ("accumulation of images", "full", IMAGES, {"microBatchSize": 2}, 1e-4),
-    ("checkpointing of images", "lora", IMAGES, {"gradientCheckpointing": True}, 1e-6),
-    ("bf16 of images", "lora", IMAGES, {"precision": "bf16"}, 2e-2),
+
+
+@dataclass(frozen=True)
+class SameTraceCase:
+    name: str
+    method: str
+    training: dict[str, Any]
+    tolerance: float
+    task: dict[str, Any] = field(default_factory=dict)
+
+
+SAME_TRACE = [
+    SameTraceCase(
+        name="accumulation",
+        method="full",
+        training={"microBatchSize": 2},
+        tolerance=1e-4,
+    ),
+    SameTraceCase(
+        name="accumulation of labels",
+        method="full",
+        task=LABELS,
+        training={"microBatchSize": 2},
+        tolerance=1e-4,
+    ),
+    SameTraceCase(
+        name="labels, lora",
+        method="lora",
+        task=LABELS,
+        training={"microBatchSize": 2},
+        tolerance=1e-4,
+    ),
+    SameTraceCase(
+        name="gradient checkpointing",
+        method="full",
+        training={"gradientCheckpointing": True},
+        tolerance=1e-6,
+    ),
+    SameTraceCase(
+        name="checkpointing of lora",
+        method="lora",
+        training={"gradientCheckpointing": True},
+        tolerance=1e-6,
+    ),
+    SameTraceCase(
+        name="bf16",
+        method="full",
+        training={"precision": "bf16"},
+        tolerance=2e-2,
+    ),
+    SameTraceCase(
+        name="bf16 of lora",
+        method="lora",
+        training={"precision": "bf16"},
+        tolerance=2e-2,
+    ),
+    SameTraceCase(
+        name="bf16 of qlora",
+        method="qlora",
+        training={"precision": "bf16"},
+        tolerance=2e-2,
+    ),
+    SameTraceCase(
+        name="bf16 of labels, lora",
+        method="lora",
+        task=LABELS,
+        training={"precision": "bf16"},
+        tolerance=2e-2,
+    ),
+    SameTraceCase(
+        name="accumulation of images",
+        method="full",
+        task=IMAGES,
+        training={"microBatchSize": 2},
+        tolerance=1e-4,
+    ),
+    SameTraceCase(
+        name="checkpointing of images",
+        method="lora",
+        task=IMAGES,
+        training={"gradientCheckpointing": True},
+        tolerance=1e-6,
+    ),
+    SameTraceCase(
+        name="bf16 of images",
+        method="lora",
+        task=IMAGES,
+        training={"precision": "bf16"},
+        tolerance=2e-2,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "method", "task", "training", "to"), SAME_TRACE, ids=[s[0] for s in SAME_TRACE])
+@pytest.mark.parametrize("case", SAME_TRACE, ids=lambda case: case.name)
 def test_the_same_losses(
-    name: str,
-    method: str,
-    task: dict[str, Any],
-    training: dict[str, Any],
-    to: float,
-    tmp_path: Path,
-    llama: Path,
-    text_data: DatasetDict,
-    paragraphs: list[str],
+    case: SameTraceCase, tmp_path: Path, llama: Path, text_data: DatasetDict, paragraphs: list[str]
 ) -> None:
     base, data = llama, text_data
-    if task is IMAGES:
+    if case.task is IMAGES:
         base, data = save_vit(tmp_path / "vit"), image_data()
-    elif task:
+    elif case.task:
         tokenizer = AutoTokenizer.from_pretrained(llama)
         base, data = save_encoder(tmp_path / "encoder", tokenizer), classification_data(tokenizer, paragraphs)
     plain, other = (
-        prepared_run(tmp_path / n, base, data, method={"type": method}, training={"maxSteps": 4} | t, **task)
-        for n, t in (("plain", {}), ("other", training))
+        prepared_run(tmp_path / n, base, data, method={"type": case.method}, training={"maxSteps": 4} | t, **case.task)
+        for n, t in (("plain", {}), ("other", case.training))
     )
     messages = [train.main(run) for run in (plain, other)]
-    assert losses(other) == pytest.approx(losses(plain), abs=to)
-    assert messages[1].metrics["evalLoss"] == pytest.approx(messages[0].metrics["evalLoss"], abs=to)  # type: ignore[index]
+    assert losses(other) == pytest.approx(losses(plain), abs=case.tolerance)
+    assert messages[1].metrics["evalLoss"] == pytest.approx(messages[0].metrics["evalLoss"], abs=case.tolerance)  # type: ignore[index]
+
+
+@dataclass(frozen=True)
+class EvaluationCase:
+    name: str
+    eval_steps: int | None
+    evaluated_after: list[int]
 
 
 EVALUATIONS = [
-    # name                      evalSteps  of 4 steps, evaluated after
-    ("at the end alone", None, [0, 4]),
-    ("that meet the end", 2, [0, 2, 4]),
-    ("that miss it", 3, [0, 3, 4]),
+    EvaluationCase(
+        name="at the end alone",
+        eval_steps=None,
+        evaluated_after=[0, 4],
+    ),
+    EvaluationCase(
+        name="that meet the end",
+        eval_steps=2,
+        evaluated_after=[0, 2, 4],
+    ),
+    EvaluationCase(
+        name="that miss it",
+        eval_steps=3,
+        evaluated_after=[0, 3, 4],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "every", "steps"), EVALUATIONS, ids=[e[0] for e in EVALUATIONS])
+@pytest.mark.parametrize("case", EVALUATIONS, ids=lambda case: case.name)
 def test_evaluations(
-    name: str,
-    every: int | None,
-    steps: list[int],
-    tmp_path: Path,
-    llama: Path,
-    text_data: DatasetDict,
-    capsys: pytest.CaptureFixture[str],
+    case: EvaluationCase, tmp_path: Path, llama: Path, text_data: DatasetDict, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What an evaluation costs is paid once a step."""
     train.main(
         prepared_run(
-            tmp_path / "job", llama, text_data, training={"maxSteps": 4} | ({"evalSteps": every} if every else {})
+            tmp_path / "job",
+            llama,
+            text_data,
+            training={"maxSteps": 4} | ({"evalSteps": case.eval_steps} if case.eval_steps else {}),
         )
     )
     said = [line.split("/")[0] for line in capsys.readouterr().out.splitlines() if "held-out" in line]
-    assert said == [f"step {step}" for step in steps]
+    assert said == [f"step {step}" for step in case.evaluated_after]
 
 
 def test_the_time_left_knows_nothing_of_the_first_evaluation(
@@ -246,18 +346,34 @@ def test_an_evaluation_changes_nothing(method: str, tmp_path: Path, llama: Path,
     assert losses(runs[0]) == losses(runs[1])
 
 
+@dataclass(frozen=True)
+class ClassifierCase:
+    name: str
+    method: dict[str, Any]
+    steps: int
+
+
 CLASSIFIERS = [
-    # name     method                                                                   steps
-    ("full", {"type": "full"}, 60),
-    ("lora", {"type": "lora", "rank": 8}, 60),
-    ("qlora", {"type": "qlora", "rank": 8}, 10),
+    ClassifierCase(
+        name="full",
+        method={"type": "full"},
+        steps=60,
+    ),
+    ClassifierCase(
+        name="lora",
+        method={"type": "lora", "rank": 8},
+        steps=60,
+    ),
+    ClassifierCase(
+        name="qlora",
+        method={"type": "qlora", "rank": 8},
+        steps=10,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "method", "steps"), CLASSIFIERS, ids=[c[0] for c in CLASSIFIERS])
-def test_classification(
-    name: str, method: dict[str, Any], steps: int, tmp_path: Path, llama: Path, paragraphs: list[str]
-) -> None:
+@pytest.mark.parametrize("case", CLASSIFIERS, ids=lambda case: case.name)
+def test_classification(case: ClassifierCase, tmp_path: Path, llama: Path, paragraphs: list[str]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(llama)
     encoder = save_encoder(tmp_path / "encoder", tokenizer)
     data = classification_data(tokenizer, paragraphs)
@@ -267,16 +383,16 @@ def test_classification(
         data,
         labels=["code", "prose"],
         task="text-classification",
-        method=method,
-        training={"maxSteps": steps, "learningRate": 1e-2, "batchSize": 16},
+        method=case.method,
+        training={"maxSteps": case.steps, "learningRate": 1e-2, "batchSize": 16},
     )
     metrics = train.main(run).metrics
     print(metrics)
     assert metrics is not None
     assert {"accuracy", "f1Macro", "majorityShare"} < set(metrics)
-    if steps >= 60:
+    if case.steps >= 60:
         assert metrics["accuracy"] > metrics["majorityShare"] + 0.1
-    if method["type"] == "full":
+    if case.method["type"] == "full":
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "job/result")
         assert model.config.id2label == {0: "code", 1: "prose"}
 
@@ -345,13 +461,23 @@ def test_weights_that_would_never_learn(tmp_path: Path, llama: Path, text_data: 
     assert "got no gradient, among them transformer.h.0.crossattention" in message
 
 
+@dataclass(frozen=True)
+class NotFiniteCase:
+    name: str
+    splits: list[str]
+    message: str
+
+
 NOT_FINITE = [
-    # name                     splits              message begins with
-    ("seen by an evaluation", ["train", "eval"], "spec.model: the held-out loss is nan before the first step"),
-    (
-        "seen by the gradients",
-        ["train"],
-        (
+    NotFiniteCase(
+        name="seen by an evaluation",
+        splits=["train", "eval"],
+        message="spec.model: the held-out loss is nan before the first step",
+    ),
+    NotFiniteCase(
+        name="seen by the gradients",
+        splits=["train"],
+        message=(
             "spec.training.learningRate: the gradients of 3 steps in a row, up to step 3, were not finite (the loss is"
             " nan)"
         ),
@@ -359,18 +485,16 @@ NOT_FINITE = [
 ]
 
 
-@pytest.mark.parametrize(("name", "splits", "text"), NOT_FINITE, ids=[n[0] for n in NOT_FINITE])
-def test_a_loss_that_is_no_number(
-    name: str, splits: list[str], text: str, tmp_path: Path, llama: Path, text_data: DatasetDict
-) -> None:
+@pytest.mark.parametrize("case", NOT_FINITE, ids=lambda case: case.name)
+def test_a_loss_that_is_no_number(case: NotFiniteCase, tmp_path: Path, llama: Path, text_data: DatasetDict) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama)
     model.model.norm.weight.data[0] = torch.inf
     model.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path / "model")
-    data = DatasetDict({split: text_data[split] for split in splits})
+    data = DatasetDict({split: text_data[split] for split in case.splits})
     code, message = fail(prepared_run(tmp_path / "job", tmp_path / "model", data, training={"saveSteps": 5}))
     assert code == ExitCode.DIVERGED
-    assert message.startswith(text)
+    assert message.startswith(case.message)
     assert list((tmp_path / "job/checkpoints").iterdir()) == []
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,52 +55,80 @@ def copy(data: Path) -> None:
     (data / "a.jsonl.new").replace(data / "a.jsonl")
 
 
-SINCE: list[tuple[str, Callable[[Path], object], str | None]] = [
-    # name, what happens to the data after it was prepared, refusal
-    ("nothing", lambda data: None, None),
-    ("other dates", touch, None),
-    ("a copy", copy, None),
-    ("all of it gone", shutil.rmtree, None),
-    ("another file beside it", lambda data: (data / "z.txt").write_text("z"), None),
-    (
-        "a row more",
-        lambda data: (data / "a.jsonl").write_text(lines("one", "two", "three")),
-        "spec.dataset.files: {data}/a.jsonl has changed",
+@dataclass(frozen=True)
+class ChangedDataCase:
+    name: str
+    happens: Callable[[Path], object]  # to the data, after it was prepared
+    refusal: str | None  # None: accepted
+
+
+SINCE = [
+    ChangedDataCase(
+        name="nothing",
+        happens=lambda data: None,
+        refusal=None,
     ),
-    (
-        "as many bytes",
-        lambda data: (data / "b.jsonl").write_text(lines("three", "fivr")),
-        "spec.dataset.files: {data}/b.jsonl has changed",
+    ChangedDataCase(
+        name="other dates",
+        happens=touch,
+        refusal=None,
     ),
-    (
-        "a file more",
-        lambda data: (data / "c.jsonl").write_text(lines("six")),
-        "spec.dataset.files: {data}/c.jsonl has come",
+    ChangedDataCase(
+        name="a copy",
+        happens=copy,
+        refusal=None,
     ),
-    ("a file less", lambda data: (data / "b.jsonl").unlink(), "spec.dataset.files: {data}/b.jsonl has gone"),
-    (
-        "other rows to measure on",
-        lambda data: (data / "eval").write_text(lines("x x")),
-        "spec.dataset.evalFiles: {data}/eval has changed",
+    ChangedDataCase(
+        name="all of it gone",
+        happens=shutil.rmtree,
+        refusal=None,
+    ),
+    ChangedDataCase(
+        name="another file beside it",
+        happens=lambda data: (data / "z.txt").write_text("z"),
+        refusal=None,
+    ),
+    ChangedDataCase(
+        name="a row more",
+        happens=lambda data: (data / "a.jsonl").write_text(lines("one", "two", "three")),
+        refusal="spec.dataset.files: {data}/a.jsonl has changed",
+    ),
+    ChangedDataCase(
+        name="as many bytes",
+        happens=lambda data: (data / "b.jsonl").write_text(lines("three", "fivr")),
+        refusal="spec.dataset.files: {data}/b.jsonl has changed",
+    ),
+    ChangedDataCase(
+        name="a file more",
+        happens=lambda data: (data / "c.jsonl").write_text(lines("six")),
+        refusal="spec.dataset.files: {data}/c.jsonl has come",
+    ),
+    ChangedDataCase(
+        name="a file less",
+        happens=lambda data: (data / "b.jsonl").unlink(),
+        refusal="spec.dataset.files: {data}/b.jsonl has gone",
+    ),
+    ChangedDataCase(
+        name="other rows to measure on",
+        happens=lambda data: (data / "eval").write_text(lines("x x")),
+        refusal="spec.dataset.evalFiles: {data}/eval has changed",
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "happens", "message"), SINCE, ids=[c[0] for c in SINCE])
-def test_data_since_it_was_prepared(
-    name: str, happens: Callable[[Path], object], message: str | None, make_run: MakeRun, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("case", SINCE, ids=lambda case: case.name)
+def test_data_since_it_was_prepared(case: ChangedDataCase, make_run: MakeRun, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     for file, texts in {"a.jsonl": ("one", "two"), "b.jsonl": ("three", "four"), "eval": ("held", "out")}.items():
         (data / file).write_text(lines(*texts))
     run = make_run(dataset={"files": [str(data / "*.jsonl")], "evalFiles": [str(data / "eval")], "format": "jsonl"})
     first = main(run)
-    happens(data)
-    if message is None:
+    case.happens(data)
+    if case.refusal is None:
         assert main(run) == first
     else:
-        assert refusal(run) == message.format(data=data) + OLD
+        assert refusal(run) == case.refusal.format(data=data) + OLD
 
 
 def test_edited_prompts(make_generate_run: MakeGenerateRun, tmp_path: Path) -> None:
@@ -239,110 +268,158 @@ NOT_ITS_OWN = (
     "spec.adapters[0].job: FineTuneJob {0} was trained on FineTuneJob {1}, and spec.model is FineTuneJob {2}. Set"
     " spec.model to the former, or leave the adapter out and set model: {{job: {0}}}, which has both"
 )
-PAIRS: list[tuple[str, Callable[[Jobs], None], dict[str, str], list[dict[str, str]], str | None]] = [
-    # name, what happens first, model, adapters, refusal
-    ("an adapter on its base", anything, {"job": "b0"}, [{"job": "ad1"}], None),
-    ("the second on the first", anything, {"job": "ad1"}, [{"job": "ad2"}], None),
-    ("the same base by its path", anything, {"path": "ROOT/b0/result"}, [{"job": "ad1"}], None),
-    ("the adapter by its path", anything, {"job": "b0"}, [{"path": "ROOT/ad1/result"}], None),
-    ("an adapter twice", anything, {"job": "ad1"}, [{"job": "ad1"}], NOT_ITS_OWN.format("ad1", "b0", "ad1")),
-    ("one between them is missing", anything, {"job": "b0"}, [{"job": "ad2"}], NOT_ITS_OWN.format("ad2", "ad1", "b0")),
-    (
-        "one between them is missing, by its path",
-        anything,
-        {"job": "b0"},
-        [{"path": "ROOT/ad2/result"}],
-        (
+
+
+@dataclass(frozen=True)
+class PairCase:
+    name: str
+    happens: Callable[[Jobs], None]  # to the jobs, before this one starts
+    model: dict[str, str]
+    adapters: list[dict[str, str]]
+    refusal: str | None  # None: accepted
+
+
+PAIRS = [
+    PairCase(
+        name="an adapter on its base",
+        happens=anything,
+        model={"job": "b0"},
+        adapters=[{"job": "ad1"}],
+        refusal=None,
+    ),
+    PairCase(
+        name="the second on the first",
+        happens=anything,
+        model={"job": "ad1"},
+        adapters=[{"job": "ad2"}],
+        refusal=None,
+    ),
+    PairCase(
+        name="the same base by its path",
+        happens=anything,
+        model={"path": "ROOT/b0/result"},
+        adapters=[{"job": "ad1"}],
+        refusal=None,
+    ),
+    PairCase(
+        name="the adapter by its path",
+        happens=anything,
+        model={"job": "b0"},
+        adapters=[{"path": "ROOT/ad1/result"}],
+        refusal=None,
+    ),
+    PairCase(
+        name="an adapter twice",
+        happens=anything,
+        model={"job": "ad1"},
+        adapters=[{"job": "ad1"}],
+        refusal=NOT_ITS_OWN.format("ad1", "b0", "ad1"),
+    ),
+    PairCase(
+        name="one between them is missing",
+        happens=anything,
+        model={"job": "b0"},
+        adapters=[{"job": "ad2"}],
+        refusal=NOT_ITS_OWN.format("ad2", "ad1", "b0"),
+    ),
+    PairCase(
+        name="one between them is missing, by its path",
+        happens=anything,
+        model={"job": "b0"},
+        adapters=[{"path": "ROOT/ad2/result"}],
+        refusal=(
             "spec.adapters[0].path: the adapter was trained on ROOT/ad2/prepared/model, and spec.model is FineTuneJob"
             " b0. Set spec.model to the former"
         ),
     ),
-    (
-        "a classifier's",
-        anything,
-        {"job": "b0"},
-        [{"job": "cls"}],
-        (
+    PairCase(
+        name="a classifier's",
+        happens=anything,
+        model={"job": "b0"},
+        adapters=[{"job": "cls"}],
+        refusal=(
             "spec.adapters[0].job: the adapter was trained for text-classification, and text-generation needs one for"
             " causal-lm. Name another, or remove it"
         ),
     ),
-    (
-        "a classifier's, by its path",
-        anything,
-        {"job": "b0"},
-        [{"path": "ROOT/cls/result"}],
-        (
+    PairCase(
+        name="a classifier's, by its path",
+        happens=anything,
+        model={"job": "b0"},
+        adapters=[{"path": "ROOT/cls/result"}],
+        refusal=(
             "spec.adapters[0].path: the adapter was trained for text-classification, and text-generation needs one for"
             " causal-lm. Name another, or remove it"
         ),
     ),
-    (
-        "its base was made anew",
-        made_anew,
-        {"job": "b0"},
-        [{"job": "ad1"}],
-        "spec.adapters[0].job: FineTuneJob b0 has changed since FineTuneJob ad1 was trained on it",
+    PairCase(
+        name="its base was made anew",
+        happens=made_anew,
+        model={"job": "b0"},
+        adapters=[{"job": "ad1"}],
+        refusal="spec.adapters[0].job: FineTuneJob b0 has changed since FineTuneJob ad1 was trained on it",
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "happens", "model", "adapters", "message"), PAIRS, ids=[c[0] for c in PAIRS])
-def test_an_adapter_and_a_model(
-    name: str,
-    happens: Callable[[Jobs], None],
-    model: dict[str, str],
-    adapters: list[dict[str, str]],
-    message: str | None,
-    jobs: Jobs,
-    tmp_path: Path,
-) -> None:
+@pytest.mark.parametrize("case", PAIRS, ids=lambda case: case.name)
+def test_an_adapter_and_a_model(case: PairCase, jobs: Jobs, tmp_path: Path) -> None:
     root = str(tmp_path / "workspace")
     jobs.base("b0")
     jobs.adapter("ad1", {"job": "b0"})
     jobs.adapter("ad2", {"job": "ad1"})
     jobs.adapter("cls", {"job": "b0"}, task="text-classification")
-    happens(jobs)
+    case.happens(jobs)
 
     def here(source: dict[str, str]) -> dict[str, str]:
         return {k: v.replace("ROOT", root) for k, v in source.items()}
 
-    run = jobs.generate(here(model), *map(here, adapters))
-    if message is None:
+    run = jobs.generate(here(case.model), *map(here, case.adapters))
+    if case.refusal is None:
         main(run)
     else:
-        expect = message.replace("ROOT", root)
+        expect = case.refusal.replace("ROOT", root)
         assert refusal(run)[: len(expect)] == expect
 
 
-FOREIGN: list[tuple[str, dict[str, int], str]] = [
-    ("narrower", {"intermediate_size": 48}, "model.layers.0.mlp.down_proj has 64 inputs there, and 48 in the adapter"),
-    (
-        "with other heads",
-        {"head_dim": 8},
-        "model.layers.0.self_attn.q_proj has 32 outputs there, and 16 in the adapter",
+@dataclass(frozen=True)
+class ForeignCase:
+    name: str
+    fields: dict[str, int]
+    message: str
+
+
+FOREIGN = [
+    ForeignCase(
+        name="narrower",
+        fields={"intermediate_size": 48},
+        message="model.layers.0.mlp.down_proj has 64 inputs there, and 48 in the adapter",
     ),
-    ("deeper", {"num_hidden_layers": 3}, "which has no module model.layers.2.mlp.down_proj"),
+    ForeignCase(
+        name="with other heads",
+        fields={"head_dim": 8},
+        message="model.layers.0.self_attn.q_proj has 32 outputs there, and 16 in the adapter",
+    ),
+    ForeignCase(
+        name="deeper",
+        fields={"num_hidden_layers": 3},
+        message="which has no module model.layers.2.mlp.down_proj",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "fields", "message"), FOREIGN, ids=[c[0] for c in FOREIGN])
+@pytest.mark.parametrize("case", FOREIGN, ids=lambda case: case.name)
 def test_an_adapter_of_a_model_that_is(
-    name: str,
-    fields: dict[str, int],
-    message: str,
-    make_generate_run: MakeGenerateRun,
-    tiny_model: Path,
-    tmp_path: Path,
+    case: ForeignCase, make_generate_run: MakeGenerateRun, tiny_model: Path, tmp_path: Path
 ) -> None:
     config = new_config_of(tiny_model)
-    for field, value in fields.items():
+    for field, value in case.fields.items():
         setattr(config, field, value)
     lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "down_proj"])
     get_peft_model(AutoModelForCausalLM.from_config(config), lora).save_pretrained(tmp_path / "adapter")
     said = refusal(make_generate_run(adapters=[{"path": str(tmp_path / "adapter")}]))
     assert said.startswith(f"spec.adapters[0].path: the adapter does not fit {tiny_model}")
-    assert message in said
+    assert case.message in said
     assert said.endswith("Name the model it was trained on")
 
 

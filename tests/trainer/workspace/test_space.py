@@ -6,6 +6,7 @@ not fit.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,26 +61,61 @@ def test_a_training_writes_what_was_foreseen(
 
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 99}
-ADAPTERS: list[tuple[str, PreTrainedConfig, str, list[str]]] = [
-    ("all linear modules", LlamaConfig(**SMALL), "causal-lm", ["all-linear"]),
-    ("some", LlamaConfig(**SMALL), "causal-lm", ["q_proj", "down_proj"]),
-    ("embeddings", LlamaConfig(**SMALL), "causal-lm", ["embed_tokens", "q_proj"]),
-    ("GPT-2, which has Conv1D", GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=99), "causal-lm", ["all-linear"]),
-    ("beside a head trained whole", BertConfig(**SMALL), "text-classification", ["all-linear"]),
+
+
+@dataclass(frozen=True)
+class AdapterCase:
+    name: str
+    config: PreTrainedConfig
+    task: str
+    targets: list[str]
+
+
+ADAPTERS = [
+    AdapterCase(
+        name="all linear modules",
+        config=LlamaConfig(**SMALL),
+        task="causal-lm",
+        targets=["all-linear"],
+    ),
+    AdapterCase(
+        name="some",
+        config=LlamaConfig(**SMALL),
+        task="causal-lm",
+        targets=["q_proj", "down_proj"],
+    ),
+    AdapterCase(
+        name="embeddings",
+        config=LlamaConfig(**SMALL),
+        task="causal-lm",
+        targets=["embed_tokens", "q_proj"],
+    ),
+    AdapterCase(
+        name="GPT-2, which has Conv1D",
+        config=GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=99),
+        task="causal-lm",
+        targets=["all-linear"],
+    ),
+    AdapterCase(
+        name="beside a head trained whole",
+        config=BertConfig(**SMALL),
+        task="text-classification",
+        targets=["all-linear"],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "config", "task", "targets"), ADAPTERS, ids=[a[0] for a in ADAPTERS])
-def test_weights_that_learn_are_those_that_peft_makes(
-    name: str, config: PreTrainedConfig, task: str, targets: list[str]
-) -> None:
-    whole = ["classifier"] if task == "text-classification" else []
-    counted = trainable.adapter_sizes(skeleton(config, task, ""), Method(rank=4, target_modules=targets), whole)
+@pytest.mark.parametrize("case", ADAPTERS, ids=lambda case: case.name)
+def test_weights_that_learn_are_those_that_peft_makes(case: AdapterCase) -> None:
+    whole = ["classifier"] if case.task == "text-classification" else []
+    counted = trainable.adapter_sizes(
+        skeleton(case.config, case.task, ""), Method(rank=4, target_modules=case.targets), whole
+    )
     made = get_peft_model(
-        skeleton(config, task, ""),
+        skeleton(case.config, case.task, ""),
         LoraConfig(
             r=4,
-            target_modules=targets if targets != ["all-linear"] else "all-linear",
+            target_modules=case.targets if case.targets != ["all-linear"] else "all-linear",
             modules_to_save=whole or None,
             exclude_modules=whole or None,
         ),
@@ -98,26 +134,81 @@ def lora(total: float, learning: float) -> Weights:
     )
 
 
+@dataclass(frozen=True)
+class LargeCase:
+    name: str
+    weights: Weights
+    strategy: str
+    ranks: int
+    checkpoint_gb: float
+    result_gb: float
+    save_seconds: int
+    grace_seconds: int
+
+
 LARGE = [
-    # weights, strategy, processes                        checkpoint  result   saved in  grace
-    ("2.5B full, alone", full(2.5e9), "none", 1, 30.0, 5.0, 181, 312),
-    ("14B full, ZeRO-3", full(14e9), "zero3", 8, 168.0, 28.0, 862, 1333),
-    ("70B full, ZeRO-3", full(70e9), "zero3", 64, 840.0, 140.0, 4214, 6361),
-    ("7B full, ZeRO-2", full(7e9), "zero2", 8, 98.0, 14.0, 503, 795),
-    ("7B LoRA, DDP", lora(7e9, 40e6), "ddp", 8, 0.5, 0.2, 3, 45),
+    LargeCase(
+        name="2.5B full, alone",
+        weights=full(2.5e9),
+        strategy="none",
+        ranks=1,
+        checkpoint_gb=30.0,
+        result_gb=5.0,
+        save_seconds=181,
+        grace_seconds=312,
+    ),
+    LargeCase(
+        name="14B full, ZeRO-3",
+        weights=full(14e9),
+        strategy="zero3",
+        ranks=8,
+        checkpoint_gb=168.0,
+        result_gb=28.0,
+        save_seconds=862,
+        grace_seconds=1333,
+    ),
+    LargeCase(
+        name="70B full, ZeRO-3",
+        weights=full(70e9),
+        strategy="zero3",
+        ranks=64,
+        checkpoint_gb=840.0,
+        result_gb=140.0,
+        save_seconds=4214,
+        grace_seconds=6361,
+    ),
+    LargeCase(
+        name="7B full, ZeRO-2",
+        weights=full(7e9),
+        strategy="zero2",
+        ranks=8,
+        checkpoint_gb=98.0,
+        result_gb=14.0,
+        save_seconds=503,
+        grace_seconds=795,
+    ),
+    LargeCase(
+        name="7B LoRA, DDP",
+        weights=lora(7e9, 40e6),
+        strategy="ddp",
+        ranks=8,
+        checkpoint_gb=0.5,
+        result_gb=0.2,
+        save_seconds=3,
+        grace_seconds=45,
+    ),
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "weights", "strategy", "ranks", "size", "result", "saving", "grace"), LARGE, ids=[c[0] for c in LARGE]
-)
-def test_large_models(
-    name: str, weights: Weights, strategy: str, ranks: int, size: float, result: float, saving: int, grace: int
-) -> None:
-    found = space.checkpoint_bytes(weights, strategy, ranks, processor_bytes=0)
-    seconds = space.save_seconds(found, ranks)
-    assert (round(found / 1e9, 1), round(space.result_bytes(weights, strategy, 0) / 1e9, 1)) == (size, result)
-    assert (seconds, space.grace_seconds(seconds)) == (saving, grace)
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+def test_large_models(case: LargeCase) -> None:
+    found = space.checkpoint_bytes(case.weights, case.strategy, case.ranks, processor_bytes=0)
+    seconds = space.save_seconds(found, case.ranks)
+    assert (round(found / 1e9, 1), round(space.result_bytes(case.weights, case.strategy, 0) / 1e9, 1)) == (
+        case.checkpoint_gb,
+        case.result_gb,
+    )
+    assert (seconds, space.grace_seconds(seconds)) == (case.save_seconds, case.grace_seconds)
 
 
 COPIES = [
