@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 from pydantic import Field
 
 from luthier_api.base import SET, ApiModel, Rule
+from luthier_api.formats import DatasetFormat
 from luthier_api.marks import For, Table, TabledSpec, by_table, works_with
 from luthier_api.methods import METHODS, QUANTIZATIONS, STRATEGIES, MethodType, Strategy
 from luthier_api.quantity import Bytes, Cores
@@ -27,7 +28,7 @@ from luthier_api.spec import (
     immutable,
     train_alone,
 )
-from luthier_api.tasks import TRAINING_TASKS, DatasetFormat, FineTuneTask
+from luthier_api.tasks import TRAINING_TASKS, FineTuneTask
 
 
 class Columns(ApiModel):

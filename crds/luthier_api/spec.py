@@ -9,10 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from luthier_api.base import ApiModel, Format, Rule, map_by
+from luthier_api.formats import FORMATS, DatasetFormat
 from luthier_api.marks import For, by_table
 from luthier_api.methods import QuantizationType
 from luthier_api.quantity import Bytes
-from luthier_api.tasks import DatasetFormat
 
 ShortText = Annotated[str, Field(min_length=1, max_length=253)]
 Path = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -199,6 +199,9 @@ class Csv(ApiModel):
     """
 
 
+TEXT_FORMATS = tuple(name for name, info in FORMATS.items() if info.text)
+
+
 class DatasetSource(ApiModel):
     """Where the rows come from: exactly one of id (the Hub) and files."""
 
@@ -238,8 +241,8 @@ class DatasetSource(ApiModel):
             "dataset.csv: belongs to files of the format csv; remove it, or set format: csv",
         ),
         Rule(
-            "!has(self.encoding) || !has(self.format) || self.format in ['csv', 'json', 'jsonl', 'text']",
-            "dataset.encoding: belongs to files of text (csv, json, jsonl, text); remove it",
+            f"!has(self.encoding) || !has(self.format) || self.format in {list(TEXT_FORMATS)}",
+            f"dataset.encoding: belongs to files of text ({', '.join(TEXT_FORMATS)}); remove it",
         ),
     )
 

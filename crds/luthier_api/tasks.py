@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from luthier_api.formats import DatasetFormat
 from luthier_api.methods import MethodType, QuantizationType
 
 Modality = Literal["text", "image"]
-DatasetFormat = Literal["csv", "json", "jsonl", "parquet", "text", "imagefolder"]
 FineTuneTask = Literal["causal-lm", "text-classification", "image-classification"]
 """The rows of `TASKS` that have a training half."""
 GenerateTask = Literal["text-generation", "text-to-image"]

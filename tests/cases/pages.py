@@ -17,7 +17,7 @@ PAGES = [
     TOP / "CODE_OF_CONDUCT.md",
     TOP / "CONTRIBUTING.md",
     TOP / "SECURITY.md",
-    *sorted((TOP / "docs").glob("*.md")),
+    *sorted((TOP / "docs").rglob("*.md")),
     *sorted((TOP / "examples").rglob("*.md")),
 ]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)

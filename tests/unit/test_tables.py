@@ -7,8 +7,9 @@ from typing import Any, get_args
 
 import pytest
 
+from luthier_api.formats import FORMATS, DatasetFormat
 from luthier_api.methods import METHODS, QUANTIZATIONS, STRATEGIES, MethodType, QuantizationType, Strategy
-from luthier_api.tasks import GENERATION_TASKS, TASKS, TRAINING_TASKS, DatasetFormat, FineTuneTask, GenerateTask
+from luthier_api.tasks import GENERATION_TASKS, TASKS, TRAINING_TASKS, FineTuneTask, GenerateTask
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Table:
 TABLES = [
     Table(name="FineTuneTask", members=FineTuneTask, rows=TRAINING_TASKS),
     Table(name="GenerateTask", members=GenerateTask, rows=GENERATION_TASKS),
+    Table(name="DatasetFormat", members=DatasetFormat, rows=FORMATS),
     Table(name="MethodType", members=MethodType, rows=METHODS),
     Table(name="QuantizationType", members=QuantizationType, rows=QUANTIZATIONS),
 ]

@@ -29,6 +29,8 @@ from luthier_api.spec import Csv
 from luthier_trainer.data import csvregular, decoding, labels
 from luthier_trainer.data.csvrows import CsvFile
 from luthier_trainer.data.decoding import Decoder
+from luthier_trainer.data.filerows import READERS
+from luthier_trainer.data.files import READ_AS
 from luthier_trainer.data.load import Loader, Rows
 from luthier_trainer.runtime import notices
 from luthier_trainer.runtime.failure import Failure
@@ -291,6 +293,10 @@ READ = [
 @pytest.mark.parametrize("case", READ, ids=lambda case: case.name)
 def test_files_that_are_read(case: ReadCase, tmp_path: Path) -> None:
     assert as_rows(load(tmp_path, {case.file: case.content}, **case.dataset)) == case.expect
+
+
+def test_each_format_of_files_has_a_reader() -> None:
+    assert READERS.keys() == {*READ_AS.values()} - {"imagefolder"}
 
 
 @dataclass(frozen=True)

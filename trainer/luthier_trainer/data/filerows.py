@@ -82,13 +82,9 @@ class Files:
         for path in self.paths:
             if path.stat().st_size == 0:
                 raise self._refusal(f"{path} is empty")
-        if kind == "csv":
-            return self._csv()
-        if kind == "json":
-            return self._json()
-        return self._text(documents) if kind == "text" else self._parquet()
+        return READERS[kind](self, documents)
 
-    def _csv(self) -> Table:
+    def _csv(self, documents: bool) -> Table:
         import pyarrow
 
         files = [CsvFile(path, self.decoder, self.csv) for path in self.paths]
@@ -105,7 +101,7 @@ class Files:
         parts = tuple(Part(file.path, rows, file.line_of) for file, rows in zip(files, sink.parts, strict=True))
         return Table(sink.close(), parts, names, names, hint=files[0].hint)
 
-    def _json(self) -> Table:
+    def _json(self, documents: bool) -> Table:
         files = [JsonFile(path, self.decoder) for path in self.paths]
         survey = Survey(None if self.others else list(self.columns))
         look = Survey(None)
@@ -144,7 +140,7 @@ class Files:
             sink.end_part()
         return sink
 
-    def _parquet(self) -> Table:
+    def _parquet(self, documents: bool) -> Table:
         import pyarrow
         from datasets import Features, Image
 
@@ -235,6 +231,14 @@ class Files:
 
     def _refusal(self, what: str) -> Failure:
         return Failure(ExitCode.INVALID_DATASET, f"{self.decoder.files}: {what}")
+
+
+READERS: Mapping[str, Callable[[Files, bool], Table]] = {
+    "csv": Files._csv,
+    "json": Files._json,
+    "parquet": Files._parquet,
+    "text": Files._text,
+}
 
 
 @dataclass(frozen=True)

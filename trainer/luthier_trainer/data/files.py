@@ -15,32 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from luthier_api.exitcodes import ExitCode
+from luthier_api.formats import FORMATS
 from luthier_api.run import Origin
 from luthier_api.spec import DatasetSource
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.workspace import provenance
 
-FORMATS = {
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".json": "json",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".md": "text",
-    ".rst": "text",
-}
+FORMAT_OF_SUFFIX: dict[str, str] = {suffix: name for name, info in FORMATS.items() for suffix in info.suffixes}
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
-BUILDERS = {
-    "csv": "csv",
-    "json": "json",
-    "jsonl": "json",
-    "parquet": "parquet",
-    "text": "text",
-    "imagefolder": "imagefolder",
-}
-TEXTUAL = {"csv", "json", "jsonl", "text"}  # formats whose files are text in some encoding
+READ_AS: dict[str, str] = {name: info.read_as or name for name, info in FORMATS.items()}
+"""Format → the one whose reader reads it."""
+TEXTUAL = {name for name, info in FORMATS.items() if info.text}
 
 METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}  # tables beside images, as `datasets` knows them
 # What cannot be read and surely was meant to be: left out, a class would be the smaller for it, or gone.
@@ -194,13 +179,13 @@ def format_of(paths: list[Path], field: str) -> str:
     place = field.rpartition(".")[0]
     found: dict[str, Path] = {}
     for path in paths:
-        kind = FORMATS.get(suffix_of(path))
+        kind = FORMAT_OF_SUFFIX.get(suffix_of(path))
         if kind is None:
             raise Failure(
                 ExitCode.INVALID_SPEC,
-                f"{place}.format: cannot be told from {path.name}; set it to one of {', '.join(BUILDERS)}",
+                f"{place}.format: cannot be told from {path.name}; set it to one of {', '.join(FORMATS)}",
             )
-        found.setdefault(BUILDERS[kind], path)
+        found.setdefault(READ_AS[kind], path)
     if len(found) > 1:
         raise Failure(
             ExitCode.INVALID_SPEC,

@@ -16,7 +16,7 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.spec import Csv
 from luthier_trainer.data.csvrows import SEPARATORS
 from luthier_trainer.data.filerows import Table
-from luthier_trainer.data.files import BUILDERS, FORMATS, suffix_of
+from luthier_trainer.data.files import FORMAT_OF_SUFFIX, READ_AS, suffix_of
 from luthier_trainer.runtime.failure import Failure
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def plain_files(builder: DatasetBuilder, repository: str) -> HubFiles | None:
         return None
     splits = {str(split): [_path(file, repository) for file in files] for split, files in config.data_files.items()}
     if any(
-        BUILDERS.get(FORMATS.get(suffix_of(PurePosixPath(path)), "")) != kind
+        READ_AS.get(FORMAT_OF_SUFFIX.get(suffix_of(PurePosixPath(path)), "")) != kind
         for paths in splits.values()
         for path in paths
     ):

@@ -19,7 +19,7 @@ from luthier_api.run import Origin
 from luthier_api.spec import Csv, DatasetSource
 from luthier_trainer.data.decoding import Decoder
 from luthier_trainer.data.filerows import TEXT_TYPES, Files, Part, Table
-from luthier_trainer.data.files import BUILDERS, TEXTUAL, ImageFolder, find_files, format_of, image_folder
+from luthier_trainer.data.files import READ_AS, TEXTUAL, ImageFolder, find_files, format_of, image_folder
 from luthier_trainer.data.hubrows import plain_files
 from luthier_trainer.models.hub import hub_api, patiently
 from luthier_trainer.runtime.failure import Failure
@@ -164,7 +164,7 @@ class Loader:
             files = Files(
                 paths, Decoder(encoding, self.field, where), csv, self.columns, self.others, self.cache / "rows"
             )
-            self.tables[key] = files.read(BUILDERS[kind], documents)
+            self.tables[key] = files.read(READ_AS[kind], documents)
         return self.tables[key]
 
     def _images(self, paths: list[Path], where: str) -> Table:
