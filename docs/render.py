@@ -38,7 +38,7 @@ ADVICE: dict[ExitCode, str] = {
     ExitCode.INFRASTRUCTURE_ERROR: "The machine, its driver or its network failed.",
     ExitCode.STORAGE_ERROR: "The workspace is full, read-only or broken.",
     ExitCode.PREEMPTED: (
-        "Stopped from outside. Training had saved a checkpoint if it could; the next attempt goes on from the newest."
+        "Stopped from outside. Training had saved a checkpoint if it could; the next attempt resumes from the newest."
     ),
     ExitCode.UNAUTHORIZED: "The token is missing, wrong, or without access. See `hub.tokenSecretRef`.",
     ExitCode.MISCONFIGURED: "The place cannot run this: no GPU, a folder that cannot be written, a missing library.",

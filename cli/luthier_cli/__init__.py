@@ -1,8 +1,8 @@
-"""The command line `luthier`: the same manifests on a laptop, and what an administrator prints.
+"""The command line `luthier`: runs the manifests of a cluster on one machine, and prints what an administrator needs.
 
-`commands` are the verbs. For `run` and `plan`: `manifests` reads files, `local` lays a job out on this machine,
-`supervised` is one process of it, `runner` takes a job through its phases, `screen` shows that. Nothing here imports
-torch: the phases are processes.
+`commands` has the verbs. For `run` and `plan`, `manifests` reads files, `local` maps a job to this machine,
+`supervised` is one process of it, `runner` runs the phases, `screen` displays them. Nothing here imports torch: the
+phases are separate processes.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import sys
 
 from luthier_api.exitcodes import ExitCode
 
-# what click ends with when it cannot read the command line; for us that is a mistake in the user's words like any other
-USAGE = 2
+USAGE_ERROR = 2  # click's exit code for a wrong command line; reported as INVALID_SPEC, like other mistakes of the user
 
 
 def main() -> None:
@@ -22,4 +21,4 @@ def main() -> None:
     try:
         app(prog_name="luthier")
     except SystemExit as end:
-        sys.exit(int(ExitCode.INVALID_SPEC) if end.code == USAGE else end.code)
+        sys.exit(int(ExitCode.INVALID_SPEC) if end.code == USAGE_ERROR else end.code)

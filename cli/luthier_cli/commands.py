@@ -1,7 +1,6 @@
 """The verbs of `luthier`. Each imports what it needs when it is called, so that `--help` and `version` answer at once.
 
-Neighbours: see the package. Output for people goes to stdout, with `-o json` to stderr: stdout then holds one JSON
-document.
+Output for people goes to stdout. With `-o json` it goes to stderr, and stdout holds one JSON document.
 """
 
 from __future__ import annotations
@@ -41,19 +40,20 @@ Files = Annotated[
     list[str],
     typer.Argument(
         metavar="FILE...",
-        help="Manifests in order; a later job may use the result of an earlier one. '-' is standard input.",
+        help="Manifests, run in this order. A job may use the result of an earlier one. '-' is standard input.",
     ),
 ]
 Root = Annotated[
-    Path, typer.Option("--workspace", "-w", metavar="DIR", help="Each job works, and leaves its result, in DIR/<name>.")
+    Path,
+    typer.Option("--workspace", "-w", metavar="DIR", help="Each job works in DIR/<name> and leaves its result there."),
 ]
 Mounts = Annotated[
     list[str] | None,
-    typer.Option("--mount", metavar="PATH=FOLDER", help="FOLDER stands for what the manifest mounts at PATH."),
+    typer.Option("--mount", metavar="PATH=FOLDER", help="Use FOLDER for the volume that the manifest mounts at PATH."),
 ]
 As = Annotated[Output, typer.Option("--output", "-o", help="json: one document on stdout, everything else on stderr.")]
-OnCpu = Annotated[bool, typer.Option("--cpu", help="Run without GPUs whatever the manifest asks for.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: delete what earlier runs of these jobs left.")]
+OnCpu = Annotated[bool, typer.Option("--cpu", help="Run without GPUs, whatever the manifest requests.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: delete the files of earlier runs of these jobs.")]
 DEFAULT_ROOT = Path("luthier-runs")
 
 
@@ -66,8 +66,8 @@ def run(
     cpu: OnCpu = False,
     fresh: Fresh = False,
 ) -> None:
-    """Run jobs on this machine: prepare, train or generate, publish. Ctrl-C saves a checkpoint; the same command goes
-    on from it.
+    """Run jobs on this machine: prepare, train or generate, publish. Ctrl-C saves a checkpoint; the same command
+    resumes from it.
     """
     _run(files, workspace, mount or [], output, cpu, fresh, plan_only=False)
 
@@ -83,11 +83,11 @@ def plan(
     quick: Annotated[
         bool,
         typer.Option(
-            "--quick", help="Only check the manifest and say what would be done: nothing is downloaded or written."
+            "--quick", help="Only check the manifest and show what would run. Nothing is downloaded or written."
         ),
     ] = False,
 ) -> None:
-    """Prepare a job and show what was found and how it would run. `luthier run` goes on from there."""
+    """Prepare a job and show what was found and how it would run. `luthier run` continues from there."""
     if quick:
         _intend(files, workspace, mount or [], output, cpu)
     else:
@@ -96,8 +96,8 @@ def plan(
 
 @app.command()
 def render(files: Files) -> None:
-    """Print the Kubernetes objects that the operator would create, as YAML. Settings come from the environment, as the
-    operator's do.
+    """Print the Kubernetes objects that the operator would create, as YAML. Settings are read from the environment, as
+    by the operator.
     """
     import yaml
 
@@ -112,7 +112,7 @@ def render(files: Files) -> None:
         from luthier_operator.objects import objects
 
     class Readable(yaml.SafeDumper):
-        """Texts of several lines, such as run.json, as blocks."""
+        """Writes texts of several lines, such as run.json, as blocks."""
 
     Readable.add_representer(
         str,
@@ -130,16 +130,16 @@ def render(files: Files) -> None:
 
 @app.command()
 def operator() -> None:
-    """Run the operator against the cluster of KUBECONFIG, or the one this process lives in. Settings come from the
-    environment.
+    """Run the operator against the cluster of KUBECONFIG, or the one that this process runs in. Settings are read from
+    the environment.
     """
     from luthier_operator.settings import NO_IMAGE
 
     settings = _settings()
     if settings.trainer_image == NO_IMAGE:
         problem = (
-            "LUTHIER_TRAINER_IMAGE: needed, the image of every pod of a job: the Dockerfile's target trainer, in a"
-            " registry that the nodes reach"
+            "LUTHIER_TRAINER_IMAGE: required, the image of every pod of a job: the Dockerfile's target trainer, in a"
+            " registry that the nodes can reach"
         )
         _refuse([problem], ExitCode.MISCONFIGURED, Output.TEXT)
     with _extra("operator"):
@@ -164,8 +164,9 @@ def version() -> None:
     typer.echo(installed("luthier"))
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(wanted: bool) -> None:
+    """Raises typer.Exit after the version was printed."""
+    if wanted:
         version()
         raise typer.Exit
 
@@ -181,7 +182,7 @@ def _options(
 
 @contextmanager
 def _extra(name: str) -> Iterator[None]:
-    """Around imports that need an extra: says how to install it when it is not there."""
+    """Around imports that need an extra. Where it is not installed, the program says how to install it, and exits."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -195,7 +196,7 @@ def _extra(name: str) -> Iterator[None]:
 
 
 def _settings() -> Settings:
-    """The operator's, from the environment; a wrong one is told in a line with its variable."""
+    """Settings of the operator, from the environment. The program ends with a message about each wrong variable."""
     from pydantic import ValidationError
 
     from luthier_operator.settings import Settings
@@ -203,7 +204,7 @@ def _settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        # Without the value: a proxy's may hold a password
+        # Without the value: the URL of a proxy may hold a password
         problems = [f"{e['loc'][0]}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
         _refuse(problems, ExitCode.MISCONFIGURED, Output.TEXT)
 
@@ -213,10 +214,17 @@ def _lay_out(files: list[str], workspace: Path, mount: list[str], cpu: bool) -> 
     from luthier_cli.local import LocalJob, Place, on_cpu
     from luthier_cli.manifests import Refused, read_manifests
 
-    mounts = dict(pair.split("=", 1) for pair in mount if pair.startswith("/") and "=" in pair)
-    if wrong := [pair for pair in mount if not (pair.startswith("/") and "=" in pair)]:
-        raise Refused([f"--mount {pair}: write it as /path/in/the/pods=folder/here" for pair in wrong])
-    place = Place(workspace.resolve(), {path: Path(folder).resolve() for path, folder in mounts.items()})
+    mounts: dict[str, Path] = {}
+    problems = []
+    for pair in mount:
+        path, separator, folder = pair.partition("=")
+        if path.startswith("/") and separator:
+            mounts[path] = Path(folder).resolve()
+        else:
+            problems.append(f"--mount {pair}: write it as /path/in/the/pods=folder/here")
+    if problems:
+        raise Refused(problems)
+    place = Place(workspace.resolve(), mounts)
     manifests = read_manifests(files)
     return [LocalJob(on_cpu(m) if cpu else m, place) for m in manifests]
 
@@ -224,6 +232,7 @@ def _lay_out(files: list[str], workspace: Path, mount: list[str], cpu: bool) -> 
 def _run(
     files: list[str], workspace: Path, mount: list[str], output: Output, cpu: bool, fresh: bool, *, plan_only: bool
 ) -> None:
+    """Raises typer.Exit with the exit code of the first job that failed."""
     from rich.console import Console
 
     from luthier_cli.local import check_place
@@ -277,7 +286,7 @@ def _code(outcomes: list[Outcome]) -> int:
 
 
 def _refuse(problems: list[str], code: ExitCode, output: Output, outcomes: list[Outcome] | None = None) -> NoReturn:
-    """Say why nothing (more) was started, and end."""
+    """Print why no (further) job was started, and exit."""
     for problem in problems:
         typer.echo(problem, err=True)
     if output is Output.JSON:

@@ -1,7 +1,6 @@
-"""A job on this machine: its folder, its paths, its devices, its run config.
+"""A job on this machine: its folder, its paths, its GPUs, its run config.
 
-What volumes, claims and names of pods are on a cluster are folders here. Neighbours: `manifests` gives the jobs,
-`runner` runs them.
+Folders replace the volumes and claims of a cluster.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from luthier_api.validation import InvalidJob, check_job
 from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
 from luthier_cli.manifests import Manifest, Refused
-from luthier_operator.workloads.base import Workload
+from luthier_operator.workloads.base import Workload, plural
 from luthier_operator.workloads.sources import SOURCE_KIND
 
 RUN_FILE = "run.json"
@@ -41,7 +40,7 @@ FREE_FIELDS = {field.alias or name for name, field in JobControl.model_fields.it
 
 @dataclass(frozen=True)
 class Place:
-    """Where `luthier run` works, and which folders stand for the volumes of a cluster."""
+    """Where `luthier run` works, and which folders replace the volumes of a cluster."""
 
     root: Path
     mounts: dict[str, Path]
@@ -53,7 +52,7 @@ class Place:
 
 @dataclass(frozen=True)
 class LocalJob:
-    """One manifest, laid out on this machine."""
+    """One manifest, mapped to this machine."""
 
     manifest: Manifest
     place: Place
@@ -80,7 +79,7 @@ class LocalJob:
 
     @staticmethod
     def step(phase: Phase, index: int) -> str:
-        """Name of what one pod of a phase does: `prepare`, `run-0`, `run-1`, `publish`."""
+        """Name of what a pod would do: `prepare`, `run-0`, `run-1`, `publish`."""
         return f"run-{index}" if phase == "run" else phase
 
     def log(self, step: str) -> Path:
@@ -93,8 +92,9 @@ class LocalJob:
 
     @property
     def phases(self) -> list[Phase]:
-        spec = self.manifest.job.spec
-        return ["prepare", "run", *(["publish"] if spec.hub and spec.hub.repo else [])]  # type: ignore[list-item]
+        """The phases of the job, in their order."""
+        hub = self.manifest.job.spec.hub
+        return ["prepare", "run", "publish"] if hub and hub.repo else ["prepare", "run"]
 
     @cached_property
     def spec(self) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class LocalJob:
         """`path` on this machine: below a mount, or relative to the manifest. Raises Refused."""
         if not Path(path).is_absolute():
             return str(self.manifest.folder / path)
-        for mount in sorted(self.place.mounts, key=len, reverse=True):  # the innermost, where one lies in another
+        for mount in sorted(self.place.mounts, key=len, reverse=True):  # a mount inside another one comes first
             if Path(path).is_relative_to(mount):
                 return str(self.place.mounts[mount] / Path(path).relative_to(mount))
         for volume in self.manifest.job.spec.volumes:
@@ -116,15 +116,15 @@ class LocalJob:
             if Path(path).is_relative_to(mount) and not Path(mount).exists():
                 raise Refused(
                     [
-                        f"{self.manifest.file}: {field}: {path} lies on a volume of the cluster; say which folder it is"
-                        f" here: --mount {mount}=FOLDER"
+                        f"{self.manifest.file}: {field}: {path} is on a volume of the cluster; name the folder of this"
+                        f" machine that replaces it: --mount {mount}=FOLDER"
                     ],
                     ExitCode.NOT_FOUND,
                 )
         return path
 
     def write_run(self) -> None:
-        """Write the run config. Raises Refused where work lies in the folder that was done by another one."""
+        """Write the run config. Raises Refused if the folder holds work of a different manifest."""
         sources = {name: str(self.place.folder(name)) for name in self.workload.sources.values()}
         before = self._run_before()
         port = before.rendezvous_port if before and is_free(before.rendezvous_port) else free_port()
@@ -142,13 +142,13 @@ class LocalJob:
             if any(made.exists() for made in (self.folder.checkpoints, self.folder.shards, self.folder.result)):
                 raise Refused(
                     [
-                        f"{self.manifest.file}: {changed}. {self.folder.root} holds the run of the manifest as it was;"
+                        f"{self.manifest.file}: {changed}. {self.folder.root} holds a run of the earlier manifest;"
                         " give the job another metadata.name, or start it over with --fresh"
                     ]
                 )
-            self.end("prepare").unlink(missing_ok=True)  # nothing is lost but what `prepare` found, and it looks again
+            self.end("prepare").unlink(missing_ok=True)  # only `prepare` has run, and it runs again
         if before and before.spec.hub != after.spec.hub:
-            self.end("publish").unlink(missing_ok=True)  # what is elsewhere is not yet where the manifest wants it now
+            self.end("publish").unlink(missing_ok=True)  # the result is published again, to the new place
         self.run_file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.run_file.with_suffix(".partial")
         partial.write_text(json.dumps(after.dump(), indent=1))
@@ -169,13 +169,11 @@ class LocalJob:
             ) from None
 
     def environment(self, phase: Phase, index: int = 0) -> dict[str, str]:
-        """Variables of one supervisor beside its folders: the token for those who need it, GPUs for each node its
-        own.
-        """
+        """Environment of one supervisor: the Hub's token only where it is needed, and only the GPUs of its pod."""
         env = {
             k: v for k, v in os.environ.items() if k not in (Variables.TOKEN, "HUGGING_FACE_HUB_TOKEN", Variables.RUN)
         }
-        # We see all nodes of the group, and find the one to blame by ourselves
+        # All nodes of the group run here, and `runner` finds the one that failed first.
         env.setdefault("LUTHIER_PEER_LOST_LINGER", "1")
         if phase in ("prepare", "publish") and (token := os.environ.get(Variables.TOKEN)):
             env[Variables.TOKEN] = token
@@ -186,13 +184,13 @@ class LocalJob:
             group = next(group for group in self.workload.groups if index in group)
             first = group.index(index) * each
             if "CUDA_VISIBLE_DEVICES" not in env:
-                env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the driver's, whose indices these are
+                env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # nvidia-smi numbers them so
             env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[first : first + each])
         return env
 
 
 def paths_in(spec: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(field, container, key) of every path of the pods that a spec holds."""
+    """(field, container, key) of every path in a spec."""
     found: list[tuple[str, Any, Any]] = []
     if "path" in spec["model"]:
         found.append(("spec.model.path", spec["model"], "path"))
@@ -211,7 +209,7 @@ def paths_in(spec: dict[str, Any]) -> list[tuple[str, Any, Any]]:
 
 
 def difference(before: dict[str, Any], after: dict[str, Any], path: str = "spec") -> str | None:
-    """The first field that differs, as a sentence; fields that may change are not looked at."""
+    """The first field that differs, as a sentence. Fields that may change are ignored."""
     for key in sorted(before.keys() | after.keys()):
         if path == "spec" and key in FREE_FIELDS:
             continue
@@ -225,7 +223,7 @@ def difference(before: dict[str, Any], after: dict[str, Any], path: str = "spec"
 
 
 def on_cpu(manifest: Manifest) -> Manifest:
-    """The same job without GPUs. Raises Refused where it asks for something that only a GPU can do."""
+    """The same job without GPUs. Raises Refused if it requests something that needs a GPU."""
     document = manifest.job.model_dump(mode="json", by_alias=True, exclude_none=True)
     field = manifest.workload.gpus_field.rpartition(".")[2]
     document["spec"]["resources"][field] = 0
@@ -242,8 +240,9 @@ def check_place(
     *,
     plan_only: bool = False,
 ) -> None:
-    """Everything that can be seen before the first process starts. Planning holds no GPU and publishes nothing. Raises
-    Refused.
+    """Check what can be checked before the first process starts. Planning needs no GPU and publishes nothing.
+
+    Raises Refused.
     """
     problems: list[tuple[ExitCode, str]] = []
     for i, job in enumerate(jobs):
@@ -261,7 +260,7 @@ def check_place(
                 )
             elif not WorkspaceFolder(job.place.folder(name)).result_manifest.exists():
                 what_now = (
-                    "run it first: what is only planned has no result"
+                    "run it first: a job that was only planned has no result"
                     if earlier
                     else "run its manifest first, or name it before this one"
                 )
@@ -284,12 +283,13 @@ def check_place(
                 )
             )
         field, needed = job.workload.gpus_field, job.workload.gpus_at_once
-        if needed and (here := len((gpus or visible_gpus)())) < needed:
+        here = len((gpus or visible_gpus)()) if needed else 0
+        if here < needed:
             problems.append(
                 (
                     ExitCode.MISCONFIGURED,
                     (
-                        f"{file}: {field}: needs {needed} GPU{'s' * (needed > 1)}, this machine has {here}. Run it on"
+                        f"{file}: {field}: needs {plural(needed, 'GPU')}, this machine has {here}. Run it on"
                         f" the CPU with --cpu (or {field.rsplit('.', 1)[1]}: 0), or on a cluster: kubectl apply -f"
                         f" {file}"
                     ),
@@ -319,9 +319,7 @@ def logged_in() -> bool:
 
 
 def visible_gpus() -> list[str]:
-    """Indices or ids of the GPUs that a process of ours would see; asked of the driver, because importing torch takes
-    seconds.
-    """
+    """Indices or ids of the GPUs that a process would see, from the driver: importing torch would take seconds."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         return [gpu for gpu in chosen.split(",") if gpu and gpu != "-1"]
@@ -334,6 +332,7 @@ def visible_gpus() -> list[str]:
 
 
 def free_port() -> int:
+    """A port of this machine that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

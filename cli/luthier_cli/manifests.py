@@ -1,7 +1,4 @@
-"""Files → jobs: several files, several YAML documents in each, all mistakes of all of them reported at once.
-
-Neighbours: `luthier_api.validation` judges one document; `commands` prints what is wrong.
-"""
+"""Reads jobs from files. A file may hold several YAML documents. The mistakes in all files are reported together."""
 
 from __future__ import annotations
 
@@ -23,8 +20,8 @@ from luthier_operator.workloads import workload
 from luthier_operator.workloads.base import Workload
 
 STDIN = "-"
-# What is no text without quotes. PyYAML has other ideas: it takes 1e-4 for a text, 12:30:45 for a number and 2026-03-01
-# for a date.
+# What is not a text although it has no quotes, as in Kubernetes. PyYAML differs: it reads 1e-4 as a text, 12:30:45 as a
+# number and 2026-03-01 as a date.
 PLAIN = [
     ("bool", "y|Y|yes|Yes|YES|true|True|TRUE|on|On|ON|n|N|no|No|NO|false|False|FALSE|off|Off|OFF", "yYtToOnNfF"),
     ("int", "[-+]?(0b[01][01_]*|0o?[0-7][0-7_]*|0x[0-9a-fA-F][0-9a-fA-F_]*|0|[1-9][0-9_]*)", "-+0123456789"),
@@ -37,28 +34,30 @@ PLAIN = [
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML as kubectl reads it: each key once, where PyYAML would silently take the last, and plain words as in
-    PLAIN.
+    """YAML as kubectl reads it. A repeated key is an error (PyYAML silently takes the last one), and values without
+    quotes have the types of PLAIN.
     """
 
     bool_values: ClassVar = yaml.SafeLoader.bool_values | {"y": True, "n": False}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Raises ConstructorError for a repeated key."""
         seen: set[Any] = set()
         for key, _ in node.value:
             name = self.construct_object(key, deep=True)
             if name in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"{name!r} is there twice; keep one of them", key.start_mark
+                    None, None, f"{name!r} is given twice; keep one of them", key.start_mark
                 )
             seen.add(name)
         return super().construct_mapping(node, deep)
 
     def construct_finite(self, node: yaml.ScalarNode) -> float:
+        """Raises ConstructorError for infinities and NaN."""
         value = self.construct_yaml_float(node)
         if not math.isfinite(value):
             raise yaml.constructor.ConstructorError(
-                None, None, f"{node.value}: JSON has no word for it; write a number", node.start_mark
+                None, None, f"{node.value}: JSON cannot express it; write a number", node.start_mark
             )
         return value
 
@@ -73,7 +72,7 @@ StrictLoader.add_constructor("tag:yaml.org,2002:float", StrictLoader.construct_f
 
 
 class Refused(Exception):
-    """Nothing was started. `problems` holds a line each for the user: where, what, what now."""
+    """No job was started. `problems` holds one line each: where the problem is, what it is, what to do."""
 
     def __init__(self, problems: list[str], code: ExitCode = ExitCode.INVALID_SPEC) -> None:
         super().__init__("\n".join(problems))
@@ -82,7 +81,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Manifest:
-    """One job of ours, and where it was written."""
+    """One job, and the file that it was read from."""
 
     job: FineTuneJob | GenerateJob
     file: str
@@ -93,7 +92,7 @@ class Manifest:
 
     @property
     def folder(self) -> Path:
-        """Relative paths in a manifest start here."""
+        """Relative paths in the manifest are relative to this folder."""
         return Path.cwd() if self.file == STDIN else Path(self.file).resolve().parent
 
     @cached_property
@@ -102,8 +101,9 @@ class Manifest:
 
 
 def read_manifests(files: list[str]) -> list[Manifest]:
-    """The jobs of `files` in order; `-` is standard input. Objects of other groups are left to kubectl. Raises
-    Refused.
+    """The jobs of `files`, in their order. `-` is standard input. Objects of other API groups are ignored.
+
+    Raises Refused.
     """
     found: list[Manifest] = []
     problems: list[str] = []
@@ -115,7 +115,7 @@ def read_manifests(files: list[str]) -> list[Manifest]:
         for document in ours:
             if not isinstance(document, dict):
                 problems.append(
-                    f"{file}: not a Kubernetes object but {document!r:.60}; it begins with apiVersion: {API_VERSION}"
+                    f"{file}: not a Kubernetes object: {document!r:.60}; start it with apiVersion: {API_VERSION}"
                 )
                 continue
             if "apiVersion" not in document:
@@ -126,9 +126,7 @@ def read_manifests(files: list[str]) -> list[Manifest]:
                 problems += [f"{file}: {_title(document)}: {problem}" for problem in error.problems]
                 continue
             if any(m.name == manifest.name for m in found):
-                problems.append(
-                    f"{file}: metadata.name: {manifest.name!r} is there twice; each job needs a name of its own"
-                )
+                problems.append(f"{file}: metadata.name: {manifest.name!r} is used twice; each job needs its own name")
             found.append(manifest)
     if problems:
         raise Refused(problems)
@@ -151,7 +149,7 @@ def _documents(file: str, problems: list[str]) -> list[Any]:
 
 
 def _foreign(document: Any) -> bool:
-    """Whether it is a whole Kubernetes object of somebody else, such as a claim beside the job."""
+    """Whether it is a Kubernetes object of another API group, such as a volume claim beside the job."""
     if not isinstance(document, dict):
         return False
     version = str(document.get("apiVersion", ""))

@@ -1,7 +1,6 @@
-"""A job through its phases on this machine: start, watch, stop, go on where it stopped.
+"""Runs the phases of a job on this machine: starts their processes, watches, stops and resumes them.
 
-What has ended well is not done again: each step leaves its termination message in the job's folder. Neighbours: `local`
-says what to start, `supervised` is one process, `screen` shows what happens.
+Steps that have succeeded are not run again: each leaves its termination message in the folder of the job.
 """
 
 from __future__ import annotations
@@ -26,13 +25,12 @@ from luthier_cli.supervised import Supervised
 
 POLL_SECONDS = 0.2
 PROGRESS_SECONDS = 1.0
-# Once one node has failed, the others wait for it in a collective; give them this long to say so themselves.
-PEER_SECONDS = 20
+PEER_SECONDS = 20  # after a node has failed, the others wait in a collective; this long they may report it themselves
 LOCK = ".lock"
 
 
 class Watcher(Protocol):
-    """What a runner tells of."""
+    """What is notified while a job runs."""
 
     def began(self, phase: Phase, detail: str) -> None: ...
     def progress(self, progress: Progress) -> None: ...
@@ -42,22 +40,22 @@ class Watcher(Protocol):
 
 @dataclass
 class Outcome:
-    """What became of one job."""
+    """How one job ended."""
 
     job: LocalJob
     state: str = "Pending"
     """Complete, Planned, Suspended, Stopped, Failed or NotRun."""
     message: TerminationMessage | None = None
-    """Of the step that ended it, when it did not end well."""
+    """Of the step that ended the job, unless it succeeded."""
     prepared: Prepared | None = None
     metrics: dict[str, float] | None = None
     hub: dict[str, object] | None = None
     notices: list[str] = field(default_factory=list)
-    """Of all phases that have ended, in their order, each once."""
+    """Of all phases that have ended, each notice once."""
     finished_before: bool = False
-    """Whether an earlier call had done all of it, so that this one ran nothing."""
+    """Whether an earlier call has finished the job, so that nothing was run now."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Phase → what it took in this call."""
+    """Phase → how long it took in this call."""
 
     @property
     def code(self) -> int:
@@ -67,8 +65,13 @@ class Outcome:
     def finished(self) -> bool:
         return self.state in ("Complete", "Planned", "Suspended")
 
+    def _reason(self) -> str | None:
+        if self.message:
+            return self.message.reason
+        return ExitCode.COMPLETED.reason if self.state == "Complete" else None
+
     def document(self) -> dict[str, Any]:
-        """For scripts: `-o json`."""
+        """The entry of this job in the output of `-o json`."""
         end = self.message
         return {
             "name": self.job.name,
@@ -76,7 +79,7 @@ class Outcome:
             "file": self.job.manifest.file,
             "state": self.state,
             "code": self.code,
-            "reason": end.reason if end else "Completed" if self.state == "Complete" else None,
+            "reason": self._reason(),
             "message": end.message if end else None,
             "lastLines": end.last_lines if end else None,
             "folder": str(self.job.folder.root),
@@ -92,7 +95,7 @@ class Outcome:
 
 
 class Stop:
-    """Ctrl-C and SIGTERM, counted: the first asks for a checkpoint, the second ends everything."""
+    """Counts Ctrl-C and SIGTERM: the first stops the job after a checkpoint, the second stops it at once."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -112,7 +115,10 @@ class Stop:
 
 @contextmanager
 def only_one(job: LocalJob) -> Iterator[int]:
-    """Hold the folder of `job`. The supervisors inherit the lock: it is free only when the last of them has gone."""
+    """Lock the folder of `job`. The supervisors inherit the lock, so it is free only when the last of them has ended.
+
+    Raises Refused if the folder cannot be used, or is locked.
+    """
     root = job.folder.root
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -127,7 +133,10 @@ def only_one(job: LocalJob) -> Iterator[int]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Refused(
-                [f"{job.manifest.file}: another luthier works in {root}; wait for it, or use another --workspace"],
+                [
+                    f"{job.manifest.file}: another luthier process is working in {root}; wait for it, or use another"
+                    " --workspace"
+                ],
                 ExitCode.STORAGE_ERROR,
             ) from None
         yield handle
@@ -136,7 +145,7 @@ def only_one(job: LocalJob) -> Iterator[int]:
 
 
 def run_job(job: LocalJob, watcher: Watcher, stop: Stop, *, plan_only: bool = False, fresh: bool = False) -> Outcome:
-    """Take `job` as far as it goes. Raises Refused when nothing could be started."""
+    """Run the phases of `job` until one does not succeed. Raises Refused if nothing could be started."""
     with only_one(job) as lock:
         if fresh:
             _empty(job)
@@ -179,11 +188,13 @@ def _run_phase(job: LocalJob, phase: Phase, watcher: Watcher, stop: Stop, lock: 
             ends.append(done)
             continue
         if stop.count:
-            return _stopped(phase, "stopped before it began")
-        several = len(groups) > 1
-        watcher.began(
-            phase, f"shard {number} of {len(groups)}" if several else f"{len(group)} nodes" if len(group) > 1 else ""
-        )
+            return _stopped(phase, "stopped before it started")
+        detail = ""
+        if len(groups) > 1:
+            detail = f"shard {number} of {len(groups)}"
+        elif len(group) > 1:
+            detail = f"{len(group)} nodes"
+        watcher.began(phase, detail)
         end = _run_group(job, phase, group, watcher, stop, lock)
         watcher.ended(phase, end)
         if end.code != ExitCode.COMPLETED:
@@ -200,9 +211,7 @@ def _run_phase(job: LocalJob, phase: Phase, watcher: Watcher, stop: Stop, lock: 
 def _run_group(
     job: LocalJob, phase: Phase, group: Sequence[int], watcher: Watcher, stop: Stop, lock: int
 ) -> TerminationMessage:
-    """Processes that work at once, from their start to the end of the last. Returns the message that explains the
-    end.
-    """
+    """Run the processes of a group until the last one has ended. Returns the message that explains how it ended."""
     members = [Supervised(job, phase, index, lock) for index in group]
     ended: list[Supervised] = []
     asked = seen = 0
@@ -234,22 +243,21 @@ def _run_group(
         time.sleep(POLL_SECONDS)
     messages = [member.message() for member in ended]
     if stop.count > 1:
-        return _stopped(
-            phase, "ended at once, without a checkpoint of its own; the same command goes on from the newest one"
-        )
+        return _stopped(phase, "stopped without saving a checkpoint; the same command resumes from the newest one")
     bad = [m for m in messages if m.code != ExitCode.COMPLETED]
     if bad:
-        return min(bad, key=cause_rank)  # a node that lost the one that failed may be the first to end
+        return min(bad, key=cause_rank)  # a node that lost its failed peer may have ended before the peer
     return next((m for m in messages if m.metrics or m.prepared or m.hub), messages[0])
 
 
 def cause_rank(message: TerminationMessage) -> int:
+    """`ExitCode.cause_rank` of a process."""
     code = message.exit_code
     return ERROR_RANK if code is None else code.cause_rank
 
 
 def _done(job: LocalJob, phase: Phase, group: Sequence[int]) -> TerminationMessage | None:
-    """The message of a group that ended well before; None when it has to run."""
+    """The message of a group that has succeeded in an earlier call. None if it has to run."""
     files = [job.end(job.step(phase, index)) for index in group]
     messages = [TerminationMessage.read(f.read_text(errors="replace")) if f.exists() else None for f in files]
     if any(m is None or m.code != ExitCode.COMPLETED for m in messages):
@@ -267,15 +275,13 @@ def _stopped(phase: Phase, message: str) -> TerminationMessage:
 
 
 def _empty(job: LocalJob) -> None:
-    """Remove what earlier runs left, but not the lock that we hold. Raises Refused when the folder is not one of
-    ours.
-    """
+    """Delete the files of earlier runs, except the lock. Raises Refused if luthier did not create the folder."""
     entries = [path for path in job.folder.root.iterdir() if path.name != LOCK]
     if entries and not job.run_file.exists():
         raise Refused(
             [
-                f"--fresh: {job.folder.root} holds files but no {job.run_file.name}: it is not a folder of luthier's."
-                " Choose another --workspace"
+                f"--fresh: {job.folder.root} holds files but no {job.run_file.name}: luthier did not create it. Choose"
+                " another --workspace"
             ]
         )
     for path in entries:

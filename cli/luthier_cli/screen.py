@@ -1,7 +1,6 @@
-"""What `luthier run` shows people: phases, a progress bar, what was found, a summary. For scripts it stays silent on
-stdout.
+"""What `luthier run` displays: phases, a progress bar, what `prepare` found, and a summary.
 
-Neighbours: `runner` tells it what happens. On something that is no terminal the bar becomes a line now and then.
+Without a terminal, lines of progress replace the bar.
 """
 
 from __future__ import annotations
@@ -24,13 +23,16 @@ from luthier_api.termination import TerminationMessage
 from luthier_cli.local import LocalJob
 from luthier_cli.runner import Outcome
 
-LINE_PERCENT = 10  # of progress between two lines where there is no terminal
+LINE_PERCENT = 10  # of progress between two lines, without a terminal
 SAMPLES, SAMPLE_CHARACTERS = 3, 600
+LINES_OF_OUTPUT = 15  # of a process that failed
+EXPLAINED_BY_MESSAGE = (ExitCode.INVALID_SPEC, ExitCode.INVALID_DATASET, ExitCode.NOT_FOUND)  # without its output
+MARKS: dict[int, str] = {ExitCode.COMPLETED: "[green]✓[/]", ExitCode.PREEMPTED: "[yellow]■[/]"}
 DOING: dict[Phase, str] = {"prepare": "preparing", "run": "running", "publish": "publishing"}
 
 
 class Screen:
-    """One job's display; the watcher of `run_job`."""
+    """The display of one job: the watcher of `run_job`."""
 
     def __init__(self, console: Console, job: LocalJob) -> None:
         self.console, self.job = console, job
@@ -38,7 +40,7 @@ class Screen:
         self.line = -LINE_PERCENT
         self.started = 0.0
         self.shown = False
-        """What `prepare` found."""
+        """Whether the result of `prepare` was displayed."""
         console.print(f"\n[bold]{job.kind} {job.name}[/]  [dim]{escape(_short(job.folder.root))}[/]")
 
     def began(self, phase: Phase, detail: str) -> None:
@@ -51,32 +53,32 @@ class Screen:
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=28),
-            TextColumn("{task.fields[says]}"),
+            TextColumn("{task.fields[figures]}"),
             TimeElapsedColumn(),
         )
         self.bar = Progress(*columns, console=self.console, transient=True)
-        self.bar.add_task(f"  {title}", total=None, says="")
+        self.bar.add_task(f"  {title}", total=None, figures="")
         self.bar.start()
 
     def progress(self, progress: status.Progress) -> None:
-        says = describe(progress)
+        figures = describe(progress)
         if self.bar:
-            done, total = (
-                (progress.step, progress.max_steps) if progress.max_steps else (progress.rows, progress.max_rows)
-            )
-            self.bar.update(self.bar.task_ids[0], completed=done, total=total, says=says)
+            done, total = progress.rows, progress.max_rows
+            if progress.max_steps:
+                done, total = progress.step, progress.max_steps
+            self.bar.update(self.bar.task_ids[0], completed=done, total=total, figures=figures)
         elif (progress.percent or 0) >= self.line + LINE_PERCENT:
             self.line = progress.percent or 0
-            self.console.print(f"    {self.line:3d} %  {says}", highlight=False)
+            self.console.print(f"    {self.line:3d} %  {figures}", highlight=False)
 
     def ended(self, phase: Phase, message: TerminationMessage) -> None:
         if self.bar:
             self.bar.stop()
             self.bar = None
-        good = message.code == ExitCode.COMPLETED
-        mark = "[green]✓[/]" if good else "[yellow]■[/]" if message.code == ExitCode.PREEMPTED else "[red]✗[/]"
+        succeeded = message.code == ExitCode.COMPLETED
+        mark = MARKS.get(message.code, "[red]✗[/]")
         self.console.print(f"  {mark} {phase} [dim]{time.monotonic() - self.started:.1f} s[/]", highlight=False)
-        if good and message.prepared:
+        if succeeded and message.prepared:
             self.show(message.prepared)
         self.show_notices(message.notices)
 
@@ -89,15 +91,17 @@ class Screen:
             self.console.print(f"  [yellow]![/] {escape(text)}", highlight=False)
 
     def stopping(self, hard: bool) -> None:
-        self.console.print("  ending everything" if hard else "  stopping: a checkpoint first (again to end at once)")
+        self.console.print(
+            "  stopping at once" if hard else "  stopping after a checkpoint (Ctrl-C again stops at once)"
+        )
 
     def summary(self, outcome: Outcome) -> None:
-        """Where the job stands and what it has brought."""
+        """How the job ended, and its results."""
         job, end = outcome.job, outcome.message
         if outcome.finished_before:
-            self.console.print("  finished before: nothing was run, and nothing looked at again; --fresh starts over")
+            self.console.print("  already finished: nothing was run or checked again; --fresh starts over")
         elif outcome.state == "Planned" and not self.shown:
-            self.console.print("  prepared before: nothing was looked at again; --fresh starts over")
+            self.console.print("  already prepared: nothing was checked again; --fresh starts over")
         if outcome.state == "Planned" and outcome.prepared and not self.shown:
             self.show(outcome.prepared)
             self.show_notices(outcome.notices)
@@ -110,18 +114,13 @@ class Screen:
         elif outcome.state == "Stopped" and end:
             self.console.print(
                 f"  [yellow]stopped[/] ({end.code}):"
-                f" {escape(end.message) or 'the same command goes on where it stopped'}"
+                f" {escape(end.message) or 'the same command resumes where it stopped'}"
             )
         elif outcome.state == "Failed" and end:
             self.console.print(f"  [red]{end.reason}[/] ({end.code}): {escape(end.message)}", highlight=False)
-            if end.last_lines and ExitCode.of(end.code) not in (
-                ExitCode.INVALID_SPEC,
-                ExitCode.INVALID_DATASET,
-                ExitCode.NOT_FOUND,
-            ):
-                self.console.print(
-                    "".join(f"    [dim]{escape(line)}[/]\n" for line in end.last_lines.splitlines()[-15:]).rstrip()
-                )
+            if end.code not in EXPLAINED_BY_MESSAGE:
+                for line in end.last_lines.splitlines()[-LINES_OF_OUTPUT:]:
+                    self.console.print(f"    [dim]{escape(line)}[/]")
             self.console.print(f"  logs: {escape(_short(job.log('x').parent))}", highlight=False)
 
 
@@ -144,7 +143,7 @@ def describe(progress: status.Progress) -> str:
 
 
 def found(prepared: Prepared, row_noun: str) -> Table:
-    """What `prepare` found and planned."""
+    """What `prepare` found and planned. `row_noun`: what it has counted."""
     plan, data = prepared.plan, prepared.dataset
     revision = f" @ {prepared.model.revision[:12]}" if prepared.model.revision else ""
     weights = f", {plan.parameters:,} weights" if plan.parameters else ""
@@ -155,84 +154,112 @@ def found(prepared: Prepared, row_noun: str) -> Table:
         rows.append(f"{data.tokens:,} tokens")
     if data.labels:
         rows.append(f"{len(data.labels)} classes")
-    planned = [
-        f"{plan.steps:,} steps" if plan.steps else "",
-        f"{plan.world_size} process{'es' if plan.world_size > 1 else ''}",
-    ]
-    planned += [plan.strategy if plan.strategy != "none" else "", plan.precision or ""]
+    planned = []
+    if plan.steps:
+        planned.append(f"{plan.steps:,} steps")
+    planned.append("1 process" if plan.world_size == 1 else f"{plan.world_size} processes")
+    if plan.strategy != "none":
+        planned.append(plan.strategy)
+    if plan.precision:
+        planned.append(plan.precision)
     if plan.micro_batch_size:
         planned.append(f"batch {plan.micro_batch_size} × {plan.accumulation_steps or 1} × {plan.world_size}")
-    planned.append("activations recomputed" if plan.gradient_checkpointing else "")
+    if plan.gradient_checkpointing:
+        planned.append("activations recomputed")
     table = _table()
     table.add_row("model", escape(f"{_short(prepared.model.source)}{revision}{weights}"))
     for adapter in prepared.adapters:
         table.add_row("adapter", escape(_short(adapter.source)))
     table.add_row("data", ", ".join(rows))
-    table.add_row("plan", ", ".join(p for p in planned if p))
+    table.add_row("plan", ", ".join(planned))
     for reason in plan.reasons:
         table.add_row("", escape(reason))
     if plan.checkpoint_bytes and plan.save_seconds:
         saved = f"{plan.checkpoint_bytes / 1e6:,.0f} MB, saved in about {duration(plan.save_seconds)}"
-        table.add_row("checkpoint", f"{saved}; a pod that is stopped needs {plan.grace_seconds} s")
+        table.add_row("checkpoint", f"{saved}; a stopped pod needs {plan.grace_seconds} s")
     return table
 
 
 def results(outcome: Outcome) -> Table:
-    """Figures and places of a finished job."""
-    figures = outcome.metrics or {}
+    """Metrics of a finished job, and where its result is."""
+    metrics = outcome.metrics or {}
     table = _table()
-    before, after = figures.get("evalLossBefore"), figures.get("evalLoss")
-    if before is not None and after is not None:
-        table.add_row(
-            "held-out loss",
-            f"[bold]{before:.3f} → {after:.3f}[/]"
-            + (f"  (perplexity {p:.1f})" if (p := figures.get("perplexity")) else ""),
-        )
-    if (accuracy := figures.get("accuracy")) is not None:
-        share = figures.get("majorityShare")
-        table.add_row(
-            "accuracy",
-            f"{accuracy:.3f}" + (f"  (the most frequent class alone: {share:.3f})" if share is not None else ""),
-        )
-    steps, tokens, seconds = (figures.get(k) for k in ("steps", "tokens", "seconds"))
-    if steps and seconds:
-        table.add_row(
-            "trained",
-            f"{steps:,.0f} steps" + (f", {tokens:,.0f} tokens" if tokens else "") + f" in {duration(seconds)}",
-        )
-    if (made := figures.get("rows")) is not None:
-        failed = figures.get("failedRows", 0)
-        table.add_row(
-            "outputs",
-            f"{made:,.0f}"
-            + (
-                f"; [bold]{failed:,.0f} could not be made[/]: see the lines with an error in the result"
-                if failed
-                else ""
-            ),
-        )
+    if loss := held_out_loss(metrics):
+        table.add_row("held-out loss", loss)
+    if "accuracy" in metrics:
+        table.add_row("accuracy", accuracy(metrics))
+    if trained := training(metrics):
+        table.add_row("trained", trained)
+    if "rows" in metrics:
+        table.add_row("outputs", outputs(metrics))
     table.add_row("result", escape(_short(outcome.job.folder.result)))
     if outcome.hub:
         table.add_row("published", escape(f"{outcome.hub['url']} @ {str(outcome.hub['revision'])[:12]}"))
     return table
 
 
+def held_out_loss(metrics: dict[str, float]) -> str:
+    """`3.212 → 2.310  (perplexity 10.1)`; empty without an evaluation."""
+    before, after = metrics.get("evalLossBefore"), metrics.get("evalLoss")
+    if before is None or after is None:
+        return ""
+    text = f"[bold]{before:.3f} → {after:.3f}[/]"
+    if perplexity := metrics.get("perplexity"):
+        text += f"  (perplexity {perplexity:.1f})"
+    return text
+
+
+def accuracy(metrics: dict[str, float]) -> str:
+    """`0.912  (the most frequent class alone: 0.500)`."""
+    text = f"{metrics['accuracy']:.3f}"
+    share = metrics.get("majorityShare")
+    if share is not None:
+        text += f"  (the most frequent class alone: {share:.3f})"
+    return text
+
+
+def training(metrics: dict[str, float]) -> str:
+    """`400 steps, 5,210 tokens in 38 s`; empty without a training."""
+    steps, tokens, seconds = (metrics.get(name) for name in ("steps", "tokens", "seconds"))
+    if not steps or not seconds:
+        return ""
+    amount = f"{steps:,.0f} steps"
+    if tokens:
+        amount += f", {tokens:,.0f} tokens"
+    return f"{amount} in {duration(seconds)}"
+
+
+def outputs(metrics: dict[str, float]) -> str:
+    """`120`, or `120; 3 failed: see ...`."""
+    text = f"{metrics['rows']:,.0f}"
+    failed = metrics.get("failedRows", 0)
+    if failed:
+        text += f"; [bold]{failed:,.0f} failed[/]: see the lines with an error in the result"
+    return text
+
+
 def samples(job: LocalJob) -> list[str]:
-    """The first texts of a GenerateJob; none where it makes images."""
-    texts = []
+    """The first generated texts. Empty where the job generates none."""
+    found = []
     for shard in sorted(job.folder.result.glob("shard-*.jsonl")):
-        # Splitlines() would also split at U+2028, which a text may hold
-        for line in filter(None, shard.read_text().split("\n")):
-            row = json.loads(line)
-            if text := row.get("text"):
-                said = text if len(text) <= SAMPLE_CHARACTERS else text[:SAMPLE_CHARACTERS] + " ..."
-                prompt, said = (escape(t.replace("\n", "\n    ")) for t in (str(row.get("prompt", "")), said))
-                texts.append((row.get("row", 0), f"\n    [cyan]{prompt}[/][dim]▸[/]{said}"))
-    return [text for _, text in sorted(texts)[:SAMPLES]]
+        for line in shard.read_text().split("\n"):  # splitlines() would also split at U+2028, which a text may hold
+            row = json.loads(line) if line else {}
+            text = row.get("text")
+            if text:
+                found.append((row.get("row", 0), sample(str(row.get("prompt", "")), text)))
+    return [shown for _, shown in sorted(found)[:SAMPLES]]
+
+
+def sample(prompt: str, text: str) -> str:
+    """A prompt and its text, indented."""
+    if len(text) > SAMPLE_CHARACTERS:
+        text = text[:SAMPLE_CHARACTERS] + " ..."
+    prompt, text = (escape(part.replace("\n", "\n    ")) for part in (prompt, text))
+    return f"\n    [cyan]{prompt}[/][dim]▸[/]{text}"
 
 
 def intent(job: LocalJob) -> dict[str, Any]:
-    """What a run would do, before anything is looked up."""
+    """What a run would do, from the manifest alone."""
     spec = job.manifest.job.spec
     work = job.workload
     run = {"pods": work.pods, "atOnce": len(work.groups[0]), **work.describe_processes()}
@@ -253,7 +280,9 @@ def duration(seconds: float) -> str:
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
-    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def _table() -> Table:
@@ -264,7 +293,7 @@ def _table() -> Table:
 
 
 def _short(path: str | Path) -> str:
-    """Relative to here, where that is shorter."""
+    """Relative to the current folder, if it is below that."""
     text = str(path)
     here = f"{Path.cwd()}/"
     return text.removeprefix(here)

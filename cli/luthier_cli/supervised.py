@@ -1,7 +1,6 @@
-"""One supervisor as a process of this machine: what the kubelet is to a pod.
+"""One supervisor (`luthier_trainer`) as a process of this machine. Does what the kubelet does for a pod.
 
-Its run folder is a temporary one, its output goes to a log, its termination message to a file. Neighbours:
-`luthier_trainer.supervisor` is what runs, `runner` starts and stops it.
+The process gets a temporary run folder, writes its output to a log and its termination message to a file.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class Supervised:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=job.environment(phase, index) | own,
-                # A session of its own: Ctrl-C must reach the supervisor once, from us, and not its workers too.
+                # In a session of its own: Ctrl-C must reach the supervisor only through `stop`, and never its workers.
                 start_new_session=True,
                 pass_fds=(lock,),
             )
@@ -65,12 +64,12 @@ class Supervised:
             return {}
 
     def stop(self) -> None:
-        """Ask for a checkpoint and an end."""
+        """Ask the process to save a checkpoint and end."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it and everything below it at once."""
+        """Kill the process and everything below it."""
         for pid in [*descendants(self.process.pid), self.process.pid]:
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -78,22 +77,30 @@ class Supervised:
                 continue
 
     def message(self) -> TerminationMessage:
-        """Its last word. One that died without any gets a message of our own."""
+        """Its termination message, once it has ended. A process that left none gets one from here."""
         code = self.process.wait()
         self.folder.cleanup()
-        said = TerminationMessage.read(self.end.read_text(errors="replace") if self.end.exists() else None)
-        if said is not None:
-            return said
-        killed = code < 0 or code > 128
-        ours = ExitCode.of(code) or (ExitCode.INFRASTRUCTURE_ERROR if killed else ExitCode.TRAINING_ERROR)
-        how = f"was killed by signal {-code if code < 0 else code - 128}" if killed else f"ended with {code}"
-        message = f"the supervisor {how} and left no message; see {self.log}"
+        text = self.end.read_text(errors="replace") if self.end.exists() else None
+        message = TerminationMessage.read(text)
+        if message is not None:
+            return message
+
+        if code < 0:
+            how, exit_code = f"was killed by signal {-code}", ExitCode.INFRASTRUCTURE_ERROR
+        elif code > 128:
+            how, exit_code = f"was killed by signal {code - 128}", ExitCode.INFRASTRUCTURE_ERROR
+        else:
+            how, exit_code = f"ended with {code}", ExitCode.of(code) or ExitCode.TRAINING_ERROR
         return TerminationMessage(
-            phase=self.phase, code=ours, reason=ours.reason, message=message, last_lines=self.tail()
+            phase=self.phase,
+            code=exit_code,
+            reason=exit_code.reason,
+            message=f"the supervisor {how} and left no message; see {self.log}",
+            last_lines=self.tail(),
         )
 
     def tail(self, lines: int = TAIL_LINES) -> str:
-        """The end of what this process wrote."""
+        """The last lines that this process wrote to its log."""
         with self.log.open("rb") as file:
             file.seek(self.log_start)
             text = file.read().decode(errors="replace")
@@ -101,8 +108,8 @@ class Supervised:
 
 
 def descendants(pid: int) -> list[int]:
-    """Processes below `pid`, deepest first. The supervisor puts its workers into groups of their own, so a group is not
-    enough.
+    """Processes below `pid`, deepest first. The supervisor starts its workers in process groups of their own, so
+    killing one group is not enough.
     """
     try:
         listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=False).stdout

@@ -1,8 +1,7 @@
 """The base of every API type, and the rules that travel with it into the CRD: those of objects in CEL, those of texts
 as patterns.
 
-Neighbours: `crd` draws the schema and its rules, `validation` evaluates the same rules where no API server does (a
-laptop).
+`validation` evaluates the same rules where there is no API server.
 """
 
 from __future__ import annotations
@@ -59,6 +58,7 @@ class Format:
         return {**handler(schema), self.EXTENSION: self}
 
     def _without(self, text: str) -> str:
+        """Raises ValueError if `never` occurs in `text`."""
         if self.never and re.search(self.never, text):
             raise ValueError(self.words)
         return text

@@ -2,7 +2,7 @@
 
 The walk turns pydantic's JSON schema into the structural OpenAPI schema that the API server wants: references inlined,
 optional fields without null, no `additionalProperties: false` beside `properties` (strict validation refuses unknown
-fields by itself), rules and formats as CEL. Neighbour: `drawn` writes the files.
+fields by itself), rules and formats as CEL.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The API server, as the operator needs it: dictionaries in, dictionaries out, one error type.
+"""A client of the API server that takes and returns dictionaries, and raises one type of error.
 
-A thin adapter over the lower layer of the official client's asyncio half: its models and typed calls cost four times
-the CPU. Reads of the steady state come from kopf's watches; here are writes, lists and discovery.
+It uses the lower layer of the official asyncio client, because its models and typed calls take four times the CPU.
+Changes of objects come from kopf's watches; this client writes, lists and discovers.
 """
 
 from __future__ import annotations
@@ -31,18 +31,16 @@ from luthier_operator.model import Object
 
 VERSION = importlib.metadata.version("luthier")
 FIELD_MANAGER = "luthier"
-IN_FLIGHT = 32  # more gains nothing on one API server, and keeps a burst from starving others (measured)
-CHUNK = 500  # objects a list response: bounds the memory of the largest answer
+IN_FLIGHT = 32  # requests; more bring no gain on one API server (measured), and a burst would delay other clients
+CHUNK = 500  # objects in one response of a list, which bounds its memory
 TIMEOUT = aiohttp.ClientTimeout(total=30, sock_connect=5)
-TOO_MANY_ATTEMPTS = (
-    5  # of one request, each after the pause that the server asked for; then the queue's back-off takes over
-)
-RETRY_AFTER = 1.0  # seconds, when a 429 does not say
+TOO_MANY_ATTEMPTS = 5  # of one request that is answered with 429; after them the back-off of the queue applies
+RETRY_AFTER = 1.0  # seconds, if a 429 has no Retry-After
 
 
 @dataclass(frozen=True)
 class Resource:
-    """Where a kind lives in the API."""
+    """A kind, and its path in the API."""
 
     api_version: str
     kind: str
@@ -57,8 +55,8 @@ class Resource:
         return f"/apis/{self.api_version}" if "/" in self.api_version else f"/api/{self.api_version}"
 
     def path(self, namespace: str | None, name: str | None = None, subresource: str | None = None) -> str:
-        place = f"/namespaces/{namespace}" if namespace else ""
-        return "/".join([f"{self.root}{place}/{self.plural}", *filter(None, (name, subresource))])
+        scope = f"/namespaces/{namespace}" if namespace else ""
+        return "/".join([f"{self.root}{scope}/{self.plural}", *filter(None, (name, subresource))])
 
 
 RESOURCES: dict[str, Resource] = {
@@ -74,7 +72,7 @@ RESOURCES: dict[str, Resource] = {
 
 
 class ApiError(Exception):
-    """An answer that is not 2xx, or none at all (status 0)."""
+    """An answer other than 2xx, or no answer at all (status 0)."""
 
     def __init__(self, status: int, reason: str, message: str) -> None:
         super().__init__(f"{status} {reason}: {message}")
@@ -82,8 +80,9 @@ class ApiError(Exception):
 
 
 async def login() -> Configuration:
-    """In the cluster the service account (its token is read again each minute), else the kubeconfig. Raises
-    ConfigException.
+    """The service account in a cluster (its token is read again every minute), else the kubeconfig.
+
+    Raises ConfigException if there is neither.
     """
     configuration = Configuration()
     try:
@@ -96,13 +95,16 @@ async def login() -> Configuration:
 
 
 class Client:
-    """Requests of all workers: bounded in flight, paused together when the server says so."""
+    """Requests of all workers. Their number is bounded, and all pause when the API server asks for it.
+
+    Every method that sends a request raises ApiError.
+    """
 
     def __init__(
         self, configuration: Configuration, count: Callable[[str, str], None] = lambda method, code: None
     ) -> None:
-        """`count` is told method and status code of each answer."""
-        # Looking ~/.netrc up at each request took 27 % of the client's CPU.
+        """`count` is called with method and status code of each answer."""
+        # Reading ~/.netrc for each request took 27 % of the client's CPU.
         configuration.client_session_kwargs = {"trust_env": False}
         self._api = ApiClient(configuration)
         self._api.user_agent = f"luthier/{VERSION}"
@@ -118,7 +120,7 @@ class Client:
         return await self._request("GET", path, query)
 
     async def installed(self, resources: Sequence[Resource]) -> bool:
-        """Whether the API server knows all of these kinds: CRDs may come later than we do."""
+        """Whether the API server serves all of these kinds. CRDs may be installed after the operator."""
         served: set[tuple[str, str]] = set()
         for root, version in {(r.root, r.api_version) for r in resources}:
             try:
@@ -133,7 +135,7 @@ class Client:
     async def list(
         self, resource: Resource, namespace: str | None, selector: str = ""
     ) -> AsyncIterator[tuple[list[Object], str]]:
-        """Chunks of all objects, each with the resourceVersion of the whole list. A chunk's items know their kind."""
+        """All objects in chunks, each with the resourceVersion of the whole list. Objects have apiVersion and kind."""
         query = {"limit": str(CHUNK)} | ({"labelSelector": selector} if selector else {})
         while True:
             chunk = await self.get(resource.path(namespace), query)
@@ -146,16 +148,18 @@ class Client:
             query["continue"] = chunk["metadata"]["continue"]
 
     async def apply(self, manifest: Object) -> Object:
-        """Server-side apply: creates or changes, and takes fields over that others have set."""
+        """Server-side apply: create or change an object, and take over fields that others have set."""
         meta = manifest["metadata"]
         path = RESOURCES[manifest["kind"]].path(meta["namespace"], meta["name"])
         query = {"fieldManager": FIELD_MANAGER, "force": "true"}
         return await self._request("PATCH", path, query, manifest, "application/apply-patch+yaml")
 
     async def claim(self, manifest: Object) -> Object:
-        """A volume claim, made if there is none of that name. One that an earlier job has left is used as it is, never
-        changed: to give it an owner would delete its results with the new job. Raises ApiError 409 while it is being
-        deleted, or is about to be with another owner: the garbage collector comes a moment after a job is gone.
+        """Create a volume claim if there is none of that name.
+
+        An existing claim of an earlier job is used and never changed: with an owner, its results would be deleted with
+        the new job. Raises ApiError 409 while it is being deleted, and while it is owned by another object, with which
+        the garbage collector may be about to delete it.
         """
         try:
             return await self.create(manifest)
@@ -169,20 +173,21 @@ class Client:
         owners = {r["uid"]: f"{r['kind']} {r['name']}" for r in found["metadata"].get("ownerReferences") or []}
         if owners and meta["labels"][naming.UID_LABEL] not in owners:
             raise ApiError(
-                409, "Owned", f"there is one that goes with another {', '.join(owners.values())} ({', '.join(owners)})"
+                409, "Owned", f"it exists and is owned by another {', '.join(owners.values())} ({', '.join(owners)})"
             )
         return found
 
     async def patch_status(self, job: Object, patch: Object) -> Object:
-        """Merge `patch` into the status of `job`, if nobody has changed it since. Raises ApiError 409 otherwise."""
+        """Merge `patch` into the status of `job`. Raises ApiError 409 if the object was changed since it was read."""
         meta = job["metadata"]
         path = RESOURCES[job["kind"]].path(meta["namespace"], meta["name"], "status")
         body = {"metadata": {"resourceVersion": meta["resourceVersion"]}, "status": patch}
         return await self._request("PATCH", path, {"fieldManager": FIELD_MANAGER}, body, "application/merge-patch+json")
 
     async def delete(self, target: Object, propagation: str) -> Object | None:
-        """Delete exactly this object, not a later one of its name. Returns what is left of it, or None when it is
-        gone.
+        """Delete this object, but not a later one with the same name.
+
+        Returns the object while finalizers keep it, None when it is gone.
         """
         meta = target["metadata"]
         body = {
@@ -219,13 +224,14 @@ class Client:
         body: Object | None = None,
         content: str = "application/json",
     ) -> Object:
+        """Send a request, again while the API server answers 429. Raises ApiError for any other answer than 2xx."""
         for _ in range(TOO_MANY_ATTEMPTS):
             while (wait := self._paused_until - asyncio.get_running_loop().time()) > 0:
                 await asyncio.sleep(wait * random.uniform(1, 1.2))
             status, headers, answer = await self._send(method, path, query, body, content)
             if status != 429:
                 break
-            # Priority and fairness has turned us away: that holds for whatever any worker would send next.
+            # API priority and fairness has rejected the request, and would reject those of the other workers as well.
             pause = _seconds(headers.get("Retry-After"))
             self._paused_until = max(self._paused_until, asyncio.get_running_loop().time() + pause)
         if not 200 <= status < 300:
@@ -235,6 +241,7 @@ class Client:
     async def _send(
         self, method: str, path: str, query: dict[str, str] | None, body: Object | None, content: str
     ) -> tuple[int, Any, Object]:
+        """Send a request once. Returns status, headers and body. Raises ApiError with status 0 without an answer."""
         headers = {"Accept": "application/json", "Content-Type": content}
         async with self._slots:
             try:

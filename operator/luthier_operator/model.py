@@ -1,7 +1,7 @@
-"""The nouns of the operator: what was observed, what was decided.
+"""The types of the operator: what is observed, what is decided.
 
-`reconcile` makes an `Observed` from the store, `decide` makes a `Decision` of it without any I/O, `reconcile` carries
-that out.
+`reconcile` takes an `Observed` from the store, `decide` turns it into a `Decision` without any I/O, and `reconcile`
+carries that out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Object = dict[str, Any]
 
 @dataclass(frozen=True, order=True)
 class Key:
-    """Names a job of ours."""
+    """Identifies a job."""
 
     kind: JobKind
     namespace: str
@@ -32,7 +32,7 @@ class Key:
 
 @dataclass(frozen=True, order=True)
 class ChildRef:
-    """Names a child within the job's namespace."""
+    """Identifies a child in the namespace of its job."""
 
     kind: Literal["Job", "JobSet", "ConfigMap", "PersistentVolumeClaim"]
     name: str
@@ -40,13 +40,13 @@ class ChildRef:
 
 @dataclass(frozen=True)
 class PodEnd:
-    """A pod's container `trainer` that has terminated, as it was first seen: the evidence outlives the pod."""
+    """How the container `trainer` of a pod terminated, kept after the pod is deleted."""
 
     pod: str
     uid: str
     phase: Phase
     attempt: int
-    """How often its group (JobSet), or its index (Job), was started again before."""
+    """How often its group (JobSet), or its index (Job), was restarted before."""
     index: int
     """Node rank or shard."""
     node: str | None
@@ -59,7 +59,7 @@ class PodEnd:
     raw_message: str
     finished_at: datetime
     uncharged_before: int = 0
-    """Of a shard: how many of those starts were not charged."""
+    """Of a shard: how many of these restarts were not charged."""
     child: str = ""
     """uid of the Job or JobSet that the pod belonged to."""
 
@@ -70,24 +70,24 @@ class Observed:
 
     job: Job
     children: Mapping[ChildRef, Object]
-    """Jobs and JobSets that carry the job's labels and uid."""
+    """Jobs and JobSets with the labels and the uid of the job."""
     pods: Sequence[Object]
-    """Its live pods."""
+    """Its pods that exist."""
     ended: Sequence[PodEnd]
-    """Its terminated pods of this operator's lifetime: those that ended well, then those that failed, oldest first."""
+    """Ends of its pods that this operator process has seen: the successful ones, then the failed ones, oldest first."""
     progress: Progress | None = None
-    """Read from the pods' metrics lately."""
+    """As last read from the metrics of its pods."""
     checkpoint_step: int | None = None
-    """Of the newest verified checkpoint, 0 for none, as a pod that has not ended serves it."""
+    """Step of the newest verified checkpoint, as a running pod serves it. 0: there is none."""
     broken_checkpoints: int | None = None
     sources: Mapping[str, FineTuneJob] = field(default_factory=dict)
-    """The FineTuneJobs that it names and that exist, by name."""
+    """The existing FineTuneJobs whose results it uses, by name."""
     jobset_installed: bool = True
 
 
 @dataclass(frozen=True)
 class Event:
-    """A line of `kubectl describe`."""
+    """A Kubernetes Event about the job."""
 
     type: Literal["Normal", "Warning"]
     reason: str
@@ -100,14 +100,14 @@ class Decision:
 
     status: JobStatus
     apply: Sequence[Object] = ()
-    """Children to apply, in order: those that are missing. What exists is left alone: a queue owns part of it, and
-    templates never change.
+    """Missing children, in the order in which they are created. Existing ones are not changed: a queue owns part of
+    them, and templates are immutable.
     """
     creating: ConditionType | None = None
-    """The condition that tells of them."""
+    """The condition that reports on them."""
     delete: Sequence[ChildRef] = ()
     events: Sequence[Event] = ()
     requeue_after: float | None = None
-    """Seconds until the job wants another look without any event."""
+    """Seconds until the job is to be reconciled again without an event."""
     delete_job: bool = False
-    """Its time to live is over."""
+    """Whether its time to live is over."""

@@ -1,6 +1,6 @@
-"""Names and labels: which children a job has, what they are called, and where its folder lies.
+"""Names, labels and annotations of the children of a job, and the place of its folder.
 
-All of them follow from the job alone, so nothing has to be remembered or looked up.
+All of them follow from the job alone, so nothing has to be stored or looked up.
 """
 
 from __future__ import annotations
@@ -19,22 +19,21 @@ MANAGED_BY = {"app.kubernetes.io/managed-by": "luthier"}
 
 HUB_ANNOTATION = "luthier.dev/hub-hash"
 TARGET_ANNOTATION = "luthier.dev/hub-target"
-"""On the publish Job: which spec.hub it was made from."""
+"""On the publish Job: repository and branch to which it uploads."""
 SOURCES_ANNOTATION = "luthier.dev/sources"
-"""On the prepare Job: where the jobs that it names keep their work, because they may be deleted before our run begins.
-"""
+"""On the prepare Job: where the jobs whose results it uses keep their work. They may be deleted before `run` begins."""
 BEFORE_ANNOTATION = "luthier.dev/restarts-before"
-"""On the child of `run`: restarts, and those charged, of the children before it (a suspended job gets another one when
-it goes on).
+"""On the child of `run`: restarts, and those charged, of the children before it. A suspended job gets another child
+when it resumes.
 """
 
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
 INDEX_FAILURES_ANNOTATION = "batch.kubernetes.io/job-index-failure-count"
 INDEX_IGNORED_ANNOTATION = "batch.kubernetes.io/job-index-ignored-failure-count"
-"""On a pod: failures of its index before it, those that were counted and those that were free."""
+"""On a pod: failures of its index before it, those that were counted and those that were ignored."""
 RESTART_LABEL = "jobset.sigs.k8s.io/restart-attempt"
 CHILD_LABELS = ("jobset.sigs.k8s.io/jobset-uid", "batch.kubernetes.io/controller-uid")
-"""On a pod: uid of its JobSet, else of its Job."""
+"""On a pod: uid of its JobSet, or else of its Job."""
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 
 CONTAINER = "trainer"
@@ -45,12 +44,12 @@ SOURCES = "/sources"
 CONFIG = "/etc/luthier"
 RUN_FILE = "run.json"
 UNKNOWN_UID = "00000000-0000-0000-0000-000000000000"
-"""Stands for the uid of a job that no API server has seen (`luthier render`)."""
+"""Replaces the uid of a job that exists in no cluster (`luthier render`)."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a job keeps its work: a claim of its namespace, and its folder there."""
+    """Where a job keeps its work: a claim in its namespace, and a folder on it."""
 
     claim: str
     folder: str
@@ -65,7 +64,7 @@ def uid(job: Job) -> str:
 
 
 def stem(kind: JobKind, name: str) -> str:
-    """What the names of all children of a job begin with."""
+    """The common beginning of the names of all children of a job."""
     return f"{KINDS[kind].short}-{name}"
 
 

@@ -1,7 +1,6 @@
-"""Reads the metrics of running pods, so that `kubectl get` shows how far a job is.
+"""Reads the metrics of running pods into the store, so that `kubectl get` shows the progress of jobs.
 
-Training is read from rank 0, generation from every shard. A pod that cannot be read is read again next time: progress
-is never worth an error. Neighbours: `luthier_api.metrics` understands the text, `store` keeps the figures.
+A pod that cannot be read is read again in the next round; that is no error.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ log = logging.getLogger(__name__)
 
 AT_ONCE = 32
 TIMEOUT = aiohttp.ClientTimeout(total=3)
-TEXT_LIMIT = 1 << 20  # bytes; ours are 10 kB, and pods are not to be trusted with our memory
+TEXT_LIMIT = 1 << 20  # bytes. The trainer serves 10 kB; a pod of a user must not fill the operator's memory
 
 
 def pod_url(pod: Object) -> str:
@@ -36,7 +35,7 @@ class Scraper:
     def __init__(
         self, store: Store, enqueue: Callable[[Key], None], every: float, url: Callable[[Object], str] = pod_url
     ) -> None:
-        """`url` says where the metrics of a running pod are."""
+        """`url` maps a running pod to the address of its metrics."""
         self._store, self._enqueue, self._every, self._url = store, enqueue, every, url
 
     async def serve(self) -> None:
@@ -47,7 +46,7 @@ class Scraper:
                 await self.read_all(session)
 
     async def read_all(self, session: aiohttp.ClientSession) -> None:
-        """Read every pod that has something to say, and have its job looked at."""
+        """Read the metrics of all pods that serve progress, and reconcile their jobs."""
         slots = asyncio.Semaphore(AT_ONCE)
         found: dict[Owner, dict[int, dict[str, float]]] = {}
 
@@ -57,28 +56,31 @@ class Scraper:
             if samples:
                 found.setdefault(owner, {})[index(pod)] = samples
 
-        await asyncio.gather(*(one(owner, pod) for owner, pod in self._store.pods() if speaks(owner.key, pod)))
+        await asyncio.gather(*(one(owner, pod) for owner, pod in self._store.pods() if serves_progress(owner.key, pod)))
         for owner, samples in found.items():
             self._store.put_samples(owner, samples)
             self._enqueue(owner.key)
 
     async def _read(self, session: aiohttp.ClientSession, pod: Object) -> dict[str, float]:
+        """The samples of a pod. Empty if it cannot be read."""
+        name = pod["metadata"]["name"]
         try:
-            # A redirect would have us ask, from inside the cluster, whatever address a user's pod names.
+            # Not allowed, because the pod of a user could redirect the operator to any address inside the cluster.
             async with session.get(self._url(pod), allow_redirects=False) as response:
                 response.raise_for_status()
                 text = bytearray()
                 async for chunk in response.content.iter_chunked(1 << 16):
                     text += chunk
                     if len(text) > TEXT_LIMIT:
-                        raise ValueError(f"more than {TEXT_LIMIT} bytes")
+                        log.debug("metrics of %s: more than %d bytes", name, TEXT_LIMIT)
+                        return {}
                 return read_samples(text.decode())
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            log.debug("metrics of %s: %r", pod["metadata"]["name"], error)
+            log.debug("metrics of %s: %r", name, error)
             return {}
 
 
-def speaks(key: Key, pod: Object) -> bool:
+def serves_progress(key: Key, pod: Object) -> bool:
     """Whether progress is read from this pod."""
     meta, status = pod["metadata"], pod.get("status", {})
     return (

@@ -1,7 +1,6 @@
-"""What the administrator sets, from the environment: `LUTHIER_TRAINER_IMAGE=...`. The chart's values end here.
+"""Settings of the administrator, from environment variables such as `LUTHIER_TRAINER_IMAGE`. The chart sets them.
 
-Nothing of it can be set in a job: the image, the Hub's endpoint and the service account decide what a user's pods may
-do.
+A job cannot set them: the image, the Hub's endpoint and the service account decide what the pods of a user may do.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from luthier_api.variables import Variables
 from luthier_operator.versions import RELEASE
 
 Names = Annotated[tuple[ObjectName, ...], NoDecode]
-"""Written with commas between."""
+"""Names, separated by commas."""
 
 NO_IMAGE = f"REGISTRY/trainer:{RELEASE}"
 
 
 class Settings(BaseSettings):
-    """Settings of the operator; field docstrings are the documentation. A wrong one ends the start, with the variable's
-    name.
+    """Settings of the operator. The docstrings of the fields are their documentation. The operator does not start with
+    a wrong one, and names its variable.
     """
 
     model_config = SettingsConfigDict(
@@ -38,49 +37,53 @@ class Settings(BaseSettings):
     )
 
     trainer_image: Annotated[str, Field(min_length=1)] = NO_IMAGE
-    """Image of every pod of a job; the default only fills a place in what `luthier render` prints."""
+    """Image of every pod of a job. Required by the operator; the default is only for the output of `luthier render`."""
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     """When the nodes pull that image."""
     image_pull_secrets: Names = ()
-    """Secrets, in the namespace of each job, to pull the image with; with commas between."""
+    """Secrets, in the namespace of each job, for pulling the image; separated by commas."""
     service_account: ObjectName | None = None
     """Service account of the jobs' pods; the namespace's default when empty. Its token is never mounted."""
     hub_endpoint: str | None = None
-    """HF_ENDPOINT of `prepare` and `publish`: a mirror, or a Hub of one's own."""
+    """HF_ENDPOINT of `prepare` and `publish`: a mirror, or a private Hub."""
     gpu_resource: str = "nvidia.com/gpu"
-    """Extended resource that a GPU is."""
+    """Extended resource name of a GPU."""
     cpu_request: Cores = "100m"
     """CPU request of the pods of `prepare` and `publish`, in cores."""
     memory_request: Bytes = "512Mi"
     """Memory request of the pods of `prepare` and `publish`."""
     prepare_retries: Annotated[int, Field(ge=0)] = 6
-    """Failures of the infrastructure that `prepare` survives: about 10 minutes at Kubernetes' back-off."""
+    """Retries of `prepare` after failures of the infrastructure. The default takes about 10 minutes, with Kubernetes'
+    back-off.
+    """
     publish_retries: Annotated[int, Field(ge=0)] = 20
-    """The same of `publish`, where a finished run waits for the Hub: about 2.5 hours."""
+    """Retries of `publish`, during which a finished run waits for the Hub. The default takes about 2.5 hours."""
     grace_seconds: Annotated[int, Field(ge=15)] = 60
-    """Seconds that a stopped pod has at least to save its work; a plan with large checkpoints, or a job, asks for more.
+    """Minimum grace period of a stopped pod in seconds, in which it saves its work. A plan with large checkpoints, or a
+    job, may set a longer one.
     """
     workspace_size: Bytes = "10Gi"
-    """Size of a workspace whose job sets none."""
+    """Size of the workspace of a job that sets none."""
     env: Annotated[dict[Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")], str], NoDecode] = {}
-    """More environment variables of every pod of a job, as JSON: a proxy, an authority's file, NCCL's own settings."""
+    """Additional environment variables of every pod of a job, as JSON: a proxy, a certificate file, settings of NCCL.
+    """
 
     namespaces: Names = ()
-    """Namespaces to watch, with commas between; empty: all."""
+    """Namespaces to watch, separated by commas; empty: all."""
     lease: Annotated[str, Field(pattern="^([a-z0-9.-]+/[a-z0-9.-]+)?$")] = ""
-    """NAMESPACE/NAME of the Lease whose holder, of several operators, does the work; empty: this one is alone."""
+    """NAMESPACE/NAME of the Lease whose holder works while the other replicas stand by; empty: there is only one."""
     identity: str = ""
-    """Name of this operator in that Lease: its pod's, so that a container that starts again goes on at once; empty: the
-    host's, with a random part.
+    """Name of this replica in the Lease. The name of its pod lets a restarted container continue at once; empty: the
+    host name with a random part.
     """
     workers: Annotated[int, Field(ge=1)] = 16
     """Jobs reconciled at once."""
     progress_every: Annotated[float, Field(gt=0)] = 15
-    """Seconds between two readings of a running job's progress."""
+    """Seconds between two updates of the progress of a running job."""
     metrics_port: int = 8080
     """Port of the operator's own /metrics, /healthz and /readyz."""
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(str.upper)] = "INFO"
-    """The least severe that the operator writes to its log."""
+    """Lowest level of messages in the log of the operator."""
 
     @field_validator("namespaces", "image_pull_secrets", mode="before")
     @classmethod
@@ -90,6 +93,7 @@ class Settings(BaseSettings):
     @field_validator("env", mode="before")
     @classmethod
     def _read(cls, value: object) -> object:
+        """Raises ValueError for what is not JSON."""
         try:
             return json.loads(value) if isinstance(value, str) else value
         except ValueError as error:
@@ -97,11 +101,11 @@ class Settings(BaseSettings):
 
     @field_validator("env")
     @classmethod
-    def _ours_stay(cls, value: dict[str, str]) -> dict[str, str]:
-        if ours := sorted(
-            name for name in value if name.startswith("LUTHIER_") or name in (Variables.TOKEN, Variables.NODE_RANK)
-        ):
-            raise ValueError(f"{', '.join(ours)}: set by Luthier itself; remove it")
+    def _not_reserved(cls, value: dict[str, str]) -> dict[str, str]:
+        """Raises ValueError for a variable that Luthier itself sets."""
+        reserved = [name for name in sorted(value) if name.startswith("LUTHIER_") or name == Variables.TOKEN]
+        if reserved:
+            raise ValueError(f"{', '.join(reserved)}: set by Luthier itself; remove it")
         return value
 
     @field_validator("service_account", "hub_endpoint", mode="before")

@@ -93,7 +93,7 @@ SETTINGS = [
     SettingCase(
         name="no image for the jobs",
         environment={},
-        message="LUTHIER_TRAINER_IMAGE: needed, the image of every pod of a job",
+        message="LUTHIER_TRAINER_IMAGE: required, the image of every pod of a job",
     ),
 ]
 
@@ -140,7 +140,7 @@ REFUSED = [
         name="two jobs of one name",
         documents=[changed(FINE_TUNE, ON_CPU), changed(FINE_TUNE, ON_CPU)],
         code=64,
-        problems=["metadata.name: 'sound' is there twice"],
+        problems=["metadata.name: 'sound' is used twice"],
     ),
     RefusedCase(
         name="another kind only",
@@ -152,7 +152,7 @@ REFUSED = [
         name="no object",
         documents=["hello"],
         code=64,
-        problems=["job.yaml: not a Kubernetes object but 'hello'"],
+        problems=["job.yaml: not a Kubernetes object: 'hello'"],
     ),
     RefusedCase(
         name="no version",
@@ -244,7 +244,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert done.returncode == 64
     assert "missing.yaml: No such file or directory" in done.stderr
     assert "broken.yaml: not YAML" in done.stderr
-    assert "twice.yaml: not YAML: 'spec' is there twice; keep one of them" in done.stderr
+    assert "twice.yaml: not YAML: 'spec' is given twice; keep one of them" in done.stderr
 
 
 SCALARS = [
@@ -272,7 +272,7 @@ def test_a_word_of_yaml_is_what_kubectl_makes_of_it(written: str, expect: object
 
 @pytest.mark.parametrize("written", [".inf", "-.Inf", ".nan", "1e999"])
 def test_a_number_that_json_cannot_say_is_refused(written: str) -> None:
-    with pytest.raises(yaml.YAMLError, match="JSON has no word for it"):
+    with pytest.raises(yaml.YAMLError, match="JSON cannot express it"):
         yaml.load(f"a: {written}", StrictLoader)
 
 

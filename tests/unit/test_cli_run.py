@@ -261,7 +261,7 @@ def test_what_is_complete_is_not_done_again(laptop: Laptop) -> None:
     code, document = laptop.json("run", file)
     assert (code, document["jobs"][0]["state"], document["jobs"][0]["metrics"]["evalLoss"]) == (0, "Complete", 2.25)
     assert document["jobs"][0]["finishedBefore"]
-    assert "finished before: nothing was run" in laptop.run("run", file)[1]
+    assert "already finished: nothing was run" in laptop.run("run", file)[1]
     assert len(laptop.calls()) == 2
 
 
@@ -279,7 +279,7 @@ def test_figures_are_those_of_all_shards_and_failed_rows_are_told(laptop: Laptop
     file = laptop.write(outputs(shards=3))
     code, document = laptop.json("run", file)
     assert (code, document["jobs"][0]["metrics"]) == (0, {"rows": 3, "failedRows": 1, "seconds": 6})
-    assert "3; 1 could not be made" in laptop.run("run", file)[1]
+    assert "3; 1 failed" in laptop.run("run", file)[1]
 
 
 def test_texts_with_every_kind_of_line_break(laptop: Laptop) -> None:
@@ -360,7 +360,7 @@ def test_fresh_empties_no_folder_of_others(laptop: Laptop) -> None:
     (laptop.runs / "tune/thesis.tex").write_text("precious")
     code, _, err = laptop.run("run", laptop.write(job()), "--fresh")
     assert code == 64
-    assert "it is not a folder of luthier's" in err
+    assert "luthier did not create it" in err
     assert (laptop.runs / "tune/thesis.tex").exists()
 
 
@@ -373,7 +373,7 @@ def test_two_at_once_in_one_folder(laptop: Laptop) -> None:
     first.send_signal(signal.SIGTERM)
     first.communicate(timeout=30)
     assert code == 74
-    assert "another luthier works in" in err
+    assert "another luthier process is working in" in err
 
 
 def test_the_token_goes_to_prepare_and_publish_only(laptop: Laptop) -> None:
@@ -466,8 +466,8 @@ def test_plan_stops_after_prepare_and_run_goes_on(laptop: Laptop) -> None:
 PLANS = [
     # done before       what is said beside what was found
     ("nothing", "✓ prepare"),
-    ("plan", "prepared before: nothing was looked at again"),
-    ("run", "finished before: nothing was run"),
+    ("plan", "already prepared: nothing was checked again"),
+    ("run", "already finished: nothing was run"),
 ]
 
 
@@ -502,7 +502,7 @@ def test_a_plan_of_a_job_whose_source_is_only_planned_is_refused_with_what_to_do
     code, _, err = laptop.run("plan", first, second)
     assert code == 66
     assert "spec.model.job: no finished FineTuneJob 'tune' in" in err
-    assert "run it first: what is only planned has no result" in err
+    assert "run it first: a job that was only planned has no result" in err
     assert laptop.run("run", first)[0] == 0
     assert laptop.run("plan", first, second)[0] == 0
 
@@ -544,7 +544,7 @@ def test_paths_relative_to_the_manifest_and_mounts(laptop: Laptop) -> None:
     file = laptop.write(job(dataset={"files": files}, volumes=volumes), name="sub/job.yaml")
     code, _, err = laptop.run("run", file)
     assert code == 66
-    assert "spec.dataset.files[1]: /data/more/rows.csv lies on a volume of the cluster" in err
+    assert "spec.dataset.files[1]: /data/more/rows.csv is on a volume of the cluster" in err
     assert "--mount /data=FOLDER" in err
     assert laptop.run("run", file, "--mount", "/data=mine")[0] == 0
     run = read_run((laptop.runs / "tune/run.json").read_bytes())
