@@ -18,6 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
 
+from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_api.spec import NewModel
 from luthier_api.variables import Variables
@@ -25,6 +26,8 @@ from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.distributed import launch
 from luthier_trainer.models.new_model import new_config, save_new_model, train_tokenizer
 from luthier_trainer.models.processors import read_processor
+from luthier_trainer.tasks.base import LoadedModel, TrainingContext
+from luthier_trainer.tasks.table import TASKS
 from luthier_trainer.workspace.prepared import FINGERPRINT, fingerprint, write_prepared
 
 LENGTH = 48
@@ -82,6 +85,15 @@ def prepared_run(
     sign(run)
     write_prepared(run, record)
     return run
+
+
+def loaded(
+    task: str, folder: Path, labels: list[str] | None = None, processor: Any = None, **weights: Any
+) -> LoadedModel:
+    """The model in `folder` as the training of `task` loads it."""
+    spec = {"task": task, "model": {"path": str(folder)}, "dataset": {"files": ["unused.jsonl"]}}
+    context = TrainingContext(FineTuneJobSpec.model_validate(spec), folder, processor, labels, weights)
+    return TASKS[task].load_model(context)
 
 
 def sign(run: FineTuneRun) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from prepared_workspace import loaded
 from transformers import AutoModelForSequenceClassification
 
 from luthier_api.finetune import Method
 from luthier_trainer.methods.base import weights_options, with_method
 from luthier_trainer.runtime.failure import Failure
-from luthier_trainer.tasks.table import TASKS
 
 
 def test_modules_that_are_trained_whole_are_not_offered_for_adapters(tiny_model: Path) -> None:
@@ -33,8 +33,8 @@ def test_what_learns_is_kept_in_fp32(precision: str, tiny_model: Path) -> None:
     """A head, too: in 16 bit its small steps would be rounded away, and fp16's gradients could not be unscaled."""
     method = Method(type="lora", rank=2)
     options = weights_options(method, precision, deepspeed=False, device=torch.device("cpu"))
-    base, whole = TASKS["text-classification"].load_model(str(tiny_model), ["a", "b"], **options)
-    model = with_method(base, method, "SEQ_CLS", whole, deepspeed=False)
-    assert whole
+    base = loaded("text-classification", tiny_model, ["a", "b"], **options)
+    model = with_method(base.model, method, "SEQ_CLS", base.new_modules, deepspeed=False)
+    assert base.new_modules
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {options["dtype"]}

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from prepared_workspace import loaded
 from safetensors.torch import load_file, save_file
 from trainer.conftest import MakeRun
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
@@ -30,7 +31,6 @@ from luthier_trainer.models.merge import merge
 from luthier_trainer.models.new_model import new_config, save_new_model
 from luthier_trainer.prepare import main as prepare
 from luthier_trainer.runtime.failure import Failure
-from luthier_trainer.tasks.table import TASKS
 
 BLOCK = 128  # the fields of FP8 weights that share a scale, as DeepSeek and Qwen publish them
 FP8_MAX = 448.0
@@ -150,10 +150,9 @@ def test_an_adapter_is_added_to_the_weights_that_nf4_stands_for(models: Path, ad
 
 def test_qlora_learns_beside_weights_that_came_in_nf4(models: Path) -> None:
     method = Method(type="qlora", rank=4)
-    base, whole = TASKS["causal-lm"].load_model(
-        str(models / "nf4"), None, **methods.weights_options(method, "fp32", False, torch.device("cpu"))
-    )
-    model = methods.with_method(base, method, "CAUSAL_LM", whole, deepspeed=False)
+    options = methods.weights_options(method, "fp32", False, torch.device("cpu"))
+    base = loaded("causal-lm", models / "nf4", **options)
+    model = methods.with_method(base.model, method, "CAUSAL_LM", base.new_modules, deepspeed=False)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     losses = []
     for _ in range(5):

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from prepared_workspace import loaded
 from safetensors.torch import load_file, save_file
 from trainer.conftest import MakeRun
 from transformers import (
@@ -32,7 +33,6 @@ from luthier_trainer.models import inspect, weight_check, weight_files
 from luthier_trainer.prepare.main import main
 from luthier_trainer.runtime import notices
 from luthier_trainer.runtime.failure import Failure
-from luthier_trainer.tasks.table import TASKS
 from luthier_trainer.workspace.prepared import read_prepared
 
 FIELD = "spec.model.path"
@@ -480,7 +480,7 @@ def test_weights_that_lie_beside_the_model_do_not_count(tiny_model: Path, tmp_pa
 
 def test_mismatched_sizes_are_ignored_for_the_head_alone(models: dict[str, Path], tmp_path: Path) -> None:
     labels = ["a", "b"]
-    model, _ = TASKS["text-classification"].load_model(str(models["classifier"]), labels)
+    model = loaded("text-classification", models["classifier"], labels).model
     assert model.classifier.out_features == 2
     path = changed(models["classifier"], tmp_path / "m", rows_added(8))
     with pytest.raises(
@@ -489,7 +489,7 @@ def test_mismatched_sizes_are_ignored_for_the_head_alone(models: dict[str, Path]
             r"spec\.model: .* has bert\.embeddings\.word_embeddings\.weight in another shape than its config\.json says"
         ),
     ):
-        TASKS["text-classification"].load_model(str(path), labels)
+        loaded("text-classification", path, labels)
 
 
 @dataclass(frozen=True)

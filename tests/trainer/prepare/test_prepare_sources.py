@@ -18,6 +18,7 @@ import torch
 from hub.faults import Fault
 from hub.server import Running
 from peft import LoraConfig, PeftModel, get_peft_model
+from prepared_workspace import loaded
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -36,7 +37,6 @@ from luthier_trainer.models.sources import files_to_load
 from luthier_trainer.prepare.main import main
 from luthier_trainer.runtime import notices
 from luthier_trainer.runtime.failure import Failure
-from luthier_trainer.tasks.table import TASKS
 from luthier_trainer.workspace.manifest import write_manifest
 from luthier_trainer.workspace.prepared import read_prepared
 
@@ -232,9 +232,8 @@ def test_the_weights_of_a_model_do_not_get_an_adapter_that_lies_beside_them(
             )
         ]
         assert read_prepared(run).model_path == str(both)
-    trained, _ = TASKS["causal-lm"].load_model(
-        str(both), None, **weights_options(Method(type="full"), "fp32", False, torch.device("cpu"))
-    )
+    options = weights_options(Method(type="full"), "fp32", False, torch.device("cpu"))
+    trained = loaded("causal-lm", both, **options).model
     assert all(weight.requires_grad for weight in trained.parameters())
     for model in (trained, load_model(both, torch.float32, torch.device("cpu"))):
         torch.testing.assert_close(logits_of(model), expect)

@@ -15,6 +15,7 @@ from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.status import Plan
 from luthier_trainer.runtime.devices import assert_gpus
 from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.tasks.table import task_of
 from luthier_trainer.training.arguments import precision_of, training_arguments
 
 
@@ -86,7 +87,7 @@ def test_gpus_are_counted(case: CountCase, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_job_for_gpus_does_not_train_on_cpu(make_run: MakeRun, tmp_path: Path) -> None:
     spec: FineTuneJobSpec = make_run(resources={"gpusPerNode": 1}).spec
     with pytest.raises(Failure, match=r"^spec\.resources\.gpusPerNode: 1 asked for"):
-        training_arguments(spec, Plan(strategy="none", precision="fp32"), tmp_path, evaluates=False)
+        training_arguments(task_of(spec), spec, Plan(strategy="none", precision="fp32"), tmp_path, evaluates=False)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from prepared_workspace import image_data, pod, prepared_run
+from prepared_workspace import image_data, loaded, pod, prepared_run
 from safetensors.torch import load_file, save_file
 from trainer.digits import RESNET, SIDE, VIT, save_model, write_digits
 from trainer.preparing import prepared
@@ -39,7 +39,6 @@ from luthier_trainer.models.merge import merge
 from luthier_trainer.prepare.main import main
 from luthier_trainer.publish import model_card
 from luthier_trainer.runtime.failure import Failure
-from luthier_trainer.tasks.image_classification import ImageClassification
 from luthier_trainer.training import main as train
 from luthier_trainer.workspace.prepared import read_prepared
 
@@ -99,9 +98,11 @@ def answers(model: Any) -> torch.Tensor:
 def test_two_heads_change_their_order_together(tmp_path: Path) -> None:
     path = two_heads(tmp_path, ["c", "a", "b"])
     before = answers(AutoModelForImageClassification.from_pretrained(path))
-    model, whole = ImageClassification().load_model(str(path), ["a", "b", "c"])
-    assert torch.allclose(answers(model), before)
-    assert whole == ["cls_classifier", "distillation_classifier"]
+    model = loaded(
+        "image-classification", path, ["a", "b", "c"], ViTImageProcessor(size={"height": SIDE, "width": SIDE})
+    )
+    assert torch.allclose(answers(model.model), before)
+    assert model.new_modules == ["cls_classifier", "distillation_classifier"]
 
 
 def loss(model: Any, processor: Any, rows: Dataset) -> float:

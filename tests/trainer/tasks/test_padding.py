@@ -31,9 +31,11 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.models.processors import read_tokenizer
 from luthier_trainer.tasks import texts
+from luthier_trainer.tasks.base import TrainingContext
 from luthier_trainer.tasks.table import TASKS
 from luthier_trainer.training import main as train
 
@@ -142,22 +144,25 @@ def encoded(task: str, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any
 
 def measured(task: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[float, float]:
     """(loss that training minimises, loss of the evaluation) over all rows, in batches of `size`."""
-    rows, training, figures = encoded(task, tokenizer), TASKS[task], TASKS[task].figures()
+    rows = encoded(task, tokenizer)
+    spec = {"task": task, "model": {"path": "unused"}, "dataset": {"files": ["unused.jsonl"]}}
+    context = TrainingContext(FineTuneJobSpec.model_validate(spec), Path("unused"), tokenizer)
+    setup = TASKS[task].trainer(context, model)
+    loss, metrics = setup.options["compute_loss_func"], setup.options["compute_metrics"]
     items = sum(LENGTHS) - len(LENGTHS) if task == "causal-lm" else len(LENGTHS)
-    collate, minimised, reduced, labels = training.collator(tokenizer), 0.0, [], []
+    minimised, reduced, labels = 0.0, [], []
     for start in range(0, len(rows), size):
-        batch = collate(rows[start : start + size])
+        batch = setup.collator(rows[start : start + size])
         batch.pop("length", None)
-        loss = training.loss(model)
         with torch.no_grad():
             outputs = model(**batch) if loss else model(**batch, num_items_in_batch=torch.tensor(items))
             minimised += (
                 loss(outputs, batch["labels"], num_items_in_batch=torch.tensor(items)) if loss else outputs.loss
             ).item()
-        reduced.append(figures.reduce(outputs.logits, batch["labels"]))
+        reduced.append(setup.options["preprocess_logits_for_metrics"](outputs.logits, batch["labels"]))
         labels += batch["labels"].flatten().tolist()
     gathered = type("Gathered", (), {"predictions": torch.cat(reduced), "label_ids": torch.tensor(labels)})
-    return minimised, figures(gathered, compute_result=True)["loss"]
+    return minimised, metrics(gathered, compute_result=True)["loss"]
 
 
 @pytest.mark.parametrize("side", SIDES)

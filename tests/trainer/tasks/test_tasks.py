@@ -14,6 +14,7 @@ from prepared_workspace import (
     causal_lm_data,
     classification_data,
     image_data,
+    loaded,
     losses,
     prepared_run,
     prose,
@@ -39,8 +40,7 @@ from transformers.trainer_utils import EvalPrediction
 from luthier_api.status import ResolvedSource
 from luthier_trainer.prepare import training
 from luthier_trainer.tasks.causal_lm import TokenLoss
-from luthier_trainer.tasks.classification import LabelFigures
-from luthier_trainer.tasks.text_classification import TextClassification
+from luthier_trainer.tasks.classification import LabelMetrics
 from luthier_trainer.training import main as train
 
 
@@ -269,10 +269,10 @@ HEADS = [
 def test_a_head_is_kept_for_the_labels_it_knows(case: HeadCase, tmp_path: Path) -> None:
     before = rows(classifier(case.architecture, tmp_path, case.base_labels))
     assert said_in_prepare(tmp_path, case.labels) == case.notice
-    model, whole = TextClassification().load_model(str(tmp_path), case.labels)
-    after = rows(model)
+    model = loaded("text-classification", tmp_path, case.labels)
+    after = rows(model.model)
     assert list(after) == case.labels
-    assert whole == ["classifier"]
+    assert model.new_modules == ["classifier"]
     if case.rows_kept:
         assert after == {label.removeprefix("LABEL_"): row for label, row in before.items()}
     else:
@@ -285,8 +285,8 @@ def test_a_model_without_a_head_gets_one(tmp_path: Path) -> None:
         said_in_prepare(tmp_path, ["a", "b"])
         == "it has no head for labels; a new one for a, b begins with random weights"
     )
-    model, _ = TextClassification().load_model(str(tmp_path), ["a", "b"])
-    assert list(rows(model)) == ["a", "b"]
+    model = loaded("text-classification", tmp_path, ["a", "b"])
+    assert list(rows(model.model)) == ["a", "b"]
 
 
 def said_in_prepare(folder: Path, wanted: list[str]) -> str:
@@ -363,6 +363,6 @@ F1 = [
 @pytest.mark.parametrize("case", F1, ids=lambda case: case.name)
 def test_f1_counts_every_class_of_the_training(case: F1Case) -> None:
     """sklearn alone would leave out a class that occurs nowhere."""
-    figures, labels = LabelFigures(), torch.tensor(case.truth)
+    figures, labels = LabelMetrics(), torch.tensor(case.truth)
     rows = figures.reduce(torch.nn.functional.one_hot(torch.tensor(case.answers), case.classes).float(), labels)
     assert figures(EvalPrediction(rows, labels), compute_result=True)["f1Macro"] == pytest.approx(case.f1)

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from luthier_api.finetune import FineTuneJobSpec
-from luthier_trainer.training.arguments import loader_workers
+from luthier_api.finetune import TrainingResources
+from luthier_trainer.distributed.launch import cores
+from luthier_trainer.tasks.table import TASKS
 
 
 @dataclass(frozen=True)
@@ -71,5 +72,5 @@ def test_images_are_decoded_by_as_many_processes_as_there_are_cores(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(case.cores)))
-    spec: Any = {"task": case.task, "model": {"id": "a/b"}, "dataset": {"id": "a/c"}, "resources": case.resources}
-    assert loader_workers(FineTuneJobSpec.model_validate(spec)) == case.workers
+    given = TrainingResources.model_validate(case.resources)
+    assert TASKS[case.task].loader_workers(cores(given)) == case.workers

@@ -15,7 +15,6 @@ from transformers.integrations import deepspeed as zero
 # What transformers' architectures call the modules behind the encoder, of which only the last knows how many labels
 # there are.
 HEADS = ("classifier", "score", "classification_head", "pre_classifier", "logits_proj")
-ZERO3 = "_hf_deepspeed_config_weak_ref"  # where transformers 5.23 remembers that models are to be spread
 SHOWN = 5  # labels in a notice
 
 
@@ -60,11 +59,16 @@ def unsharded() -> Iterator[None]:
     """Models that are made inside are whole: under ZeRO-3 transformers would spread those that are made of models, also
     without memory.
     """
-    zero3, zero.__dict__[ZERO3] = zero.__dict__[ZERO3], None
+    # transformers 5.23 keeps a weak reference to the configuration by which models are spread. It has a function to set
+    # it and one to unset it, but none to read it.
+    reference = zero._hf_deepspeed_config_weak_ref
+    config = reference() if reference is not None else None
+    zero.unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        zero.__dict__[ZERO3] = zero3
+        if config is not None:
+            zero.set_hf_deepspeed_config(config)
 
 
 def fit_head(model: PreTrainedModel, missing: set[str], held: list[str], wanted: list[str]) -> None:

@@ -7,35 +7,43 @@ its rows in our order.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, EvalPrediction, PreTrainedModel
-from transformers.integrations import deepspeed as zero
+from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
-from luthier_trainer.models.heads import (
-    HEADS,
-    fit_head,
-    head_weights,
-    labels_in,
-    row_loss,
-    shown,
-    unsharded,
-    whole_modules,
-)
-from luthier_trainer.models.zero3 import left_out, weights_of_other_shape
+from luthier_trainer.models.sources import ADAPTER_CONFIG
 from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.tasks.base import Collator, LoadedModel, Processor, Task, TrainerSetup, TrainingContext
+from luthier_trainer.tasks.batches import LabelledBatches, measured_by
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import EvalPrediction, PreTrainedModel
 
 
-class Classification:
-    auto: Any
-    """transformers' class that finds the model's."""
+class Classification(LabelledBatches, Task):
+    @property
+    def auto_class(self) -> Any:
+        """transformers' class that finds the model's."""
+        raise NotImplementedError
 
-    def load_model(self, path: str, labels: list[str] | None, **options: Any) -> tuple[PreTrainedModel, list[str]]:
-        names = labels or []
-        options |= {
+    def collator(self, processor: Processor) -> Collator:
+        raise NotImplementedError
+
+    def trainer(self, context: TrainingContext, model: Any) -> TrainerSetup:
+        from transformers import Trainer
+
+        from luthier_trainer.models.heads import row_loss
+
+        # No classifier of transformers 5.23 divides by the step's rows, and most take the keyword that asks for it.
+        options = {"compute_loss_func": row_loss, **measured_by(LabelMetrics())}
+        return TrainerSetup(Trainer, self.collator(context.processor), options)
+
+    def load_model(self, context: TrainingContext) -> LoadedModel:
+        from luthier_trainer.models.heads import HEADS, fit_head, labels_in, whole_modules
+
+        path, names = context.model_path, context.labels or []
+        options: dict[str, Any] = {
+            **context.weights,
             "num_labels": len(names),
             "id2label": dict(enumerate(names)),
             "label2id": {name: i for i, name in enumerate(names)},
@@ -47,27 +55,35 @@ class Classification:
             quantization.llm_int8_skip_modules = list(HEADS)
         model, missing, mismatched = self._load(path, options)
         whole = whole_modules(model, missing | mismatched)
-        if quantization and (quantized := set(whole) - set(HEADS)):
+        quantized = set(whole) - set(HEADS)
+        if quantization and quantized:
             # New weights are trained whole, which 4-bit ones cannot be. Which they are (a pooler, say) is known only
             # after loading.
             quantization.llm_int8_skip_modules += sorted(quantized)
             model, missing, mismatched = self._load(path, options)
-        fit_head(model, missing, labels_in(path), names)
-        return model, whole
+        fit_head(model, missing, labels_in(str(path)), names)
+        return LoadedModel(model, whole)
 
-    def _load(self, path: str, options: dict[str, Any]) -> tuple[PreTrainedModel, set[str], set[str]]:
+    def _load(self, path: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, set[str], set[str]]:
         """The model, the names of weights that its folder lacks, and of those that it has in another shape.
 
         `ignore_mismatched_sizes` is meant for the head alone, and transformers applies it to every weight. Raises
         Failure for another one.
         """
+        from transformers.integrations import deepspeed
+
+        from luthier_trainer.models.heads import head_weights, shown
+        from luthier_trainer.models.zero3 import left_out, weights_of_other_shape
+
         left: set[str] = set()
-        if zero.is_deepspeed_zero3_enabled():
-            left = weights_of_other_shape(Path(path), self._shapes(path, options["num_labels"]))
-            options = options | ({"key_mapping": left_out(left)} if left else {})
-        model, loaded = self.auto.from_pretrained(path, output_loading_info=True, **options)
+        if deepspeed.is_deepspeed_zero3_enabled():
+            left = weights_of_other_shape(path, self._shapes(path, options["num_labels"]))
+        if left:
+            options = options | {"key_mapping": left_out(left)}
+        model, loaded = self.auto_class.from_pretrained(path, output_loading_info=True, **options)
         mismatched = left | {key[0] if isinstance(key, tuple) else key for key in loaded["mismatched_keys"]}
-        if mismatched and (others := sorted(mismatched - head_weights(model).keys())):
+        others = sorted(mismatched - head_weights(model).keys()) if mismatched else []
+        if others:
             raise Failure(
                 ExitCode.INVALID_SPEC,
                 f"spec.model: {path} has {shown(others)} in another shape than its config.json says. Copy"
@@ -75,32 +91,55 @@ class Classification:
             )
         return model, set(loaded["missing_keys"]) - left, mismatched
 
-    def _shapes(self, path: str, labels: int) -> dict[str, tuple[int, ...]]:
+    def _shapes(self, path: Path, labels: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the weights of the model in folder `path`, if it had so many labels."""
+        import torch
+        from transformers import AutoConfig
+
+        from luthier_trainer.models.heads import unsharded
+
         with unsharded(), torch.device("meta"):
-            model = self.auto.from_config(AutoConfig.from_pretrained(path, num_labels=labels))
+            model = self.auto_class.from_config(AutoConfig.from_pretrained(path, num_labels=labels))
         return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
 
-    def loss(self, model: PreTrainedModel) -> Any:
-        # no classifier of transformers 5.23 divides by the step's rows, and most take the keyword that asks for it
-        return row_loss
+    def complete_result(self, folder: Path, model: Any, context: TrainingContext) -> None:
+        """Beside an adapter: the base's configuration with the classes and the padding token of the training. The files
+        of PEFT hold neither.
 
-    def figures(self) -> LabelFigures:
-        return LabelFigures()
+        Without them the base has two classes, LABEL_0 and LABEL_1, and a decoder cannot tell where the texts of a batch
+        end.
+        """
+        from transformers import AutoConfig
+
+        if not (folder / ADAPTER_CONFIG).exists():
+            return
+        trained = model.get_base_model()
+        # The base's own: not as it was quantised for the training, say
+        config = AutoConfig.from_pretrained(context.model_path)
+        config.architectures = [type(trained).__name__]
+        for name in ("id2label", "label2id", "problem_type", "pad_token_id"):
+            setattr(config, name, getattr(trained.config, name, None))
+        config.save_pretrained(folder)
 
 
-class LabelFigures:
+class LabelMetrics:
     """evalLoss, accuracy, f1Macro, and majorityShare: the accuracy of always answering the commonest label.
 
     f1Macro is the mean over all labels of the training. A label that the held-out rows do not have counts as 0, so that
-    the figure does not grow because a rare label is missing from them.
+    the metric does not grow because a rare label is missing from them.
     """
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         self.loss, self.answers, self.truth, self.labels = 0.0, list[int](), list[int](), 0
 
     def reduce(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Logits [rows, labels] → [rows, 2]: loss and answer of each row."""
+        import torch
+        from torch.nn.functional import cross_entropy
+
         self.labels = logits.shape[1]
         losses = cross_entropy(logits.float(), labels, reduction="none")
         return torch.stack([losses.double(), logits.argmax(dim=1).double()], dim=1)
@@ -111,16 +150,18 @@ class LabelFigures:
         self.truth += gathered.label_ids.tolist()
         if not compute_result:
             return {}
+        metrics = self._result()
+        self._begin()
+        return metrics
+
+    def _result(self) -> dict[str, float]:
         from sklearn.metrics import accuracy_score, f1_score  # 0.4 s that every start of every task would pay
 
-        rows = len(self.truth)
-        figures = {
+        rows, classes = len(self.truth), range(self.labels)
+        f1 = f1_score(self.truth, self.answers, labels=classes, average="macro", zero_division=0)
+        return {
             "loss": self.loss / rows,
             "accuracy": float(accuracy_score(self.truth, self.answers)),
-            "f1Macro": float(
-                f1_score(self.truth, self.answers, labels=range(self.labels), average="macro", zero_division=0)
-            ),
+            "f1Macro": float(f1),
             "majorityShare": max(self.truth.count(label) for label in set(self.truth)) / rows,
         }
-        self.__init__()  # type: ignore[misc]  # the next evaluation begins at nothing
-        return figures

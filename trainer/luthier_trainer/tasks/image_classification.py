@@ -4,28 +4,34 @@ augmentation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-import PIL.Image
-import torch
-from transformers import AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
-
-from luthier_trainer.models.heads import twin
+from luthier_trainer.tasks.base import Batch, Collator, LoadedModel, TrainingContext
 from luthier_trainer.tasks.classification import Classification
+from luthier_trainer.tasks.images import ImageTask, unused_parameters
 
-Batch = dict[str, torch.Tensor]
-# Pixels of an image that stands for all of them: `prepare` has seen that the processor makes the same shape of any
-SIDES = (
-    64,
-    64,
-)
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedModel
+
+# Pixels of an image that stands for all of them: `prepare` has seen that the processor makes the same shape of any.
+SIDES = (64, 64)
 
 
-class ImageClassification(Classification):
-    auto = AutoModelForImageClassification
+class ImageClassification(ImageTask, Classification):
+    @property
+    def auto_class(self) -> Any:
+        from transformers import AutoModelForImageClassification
 
-    def collator(self, processor: BaseImageProcessor) -> Callable[[list[dict[str, Any]]], Batch]:
+        return AutoModelForImageClassification
+
+    def load_model(self, context: TrainingContext) -> LoadedModel:
+        loaded = super().load_model(context)
+        return replace(loaded, unused_parameters=unused_in(loaded.model, context.processor))
+
+    def collator(self, processor: BaseImageProcessor) -> Collator:
+        import torch
+
         def collate(rows: list[dict[str, Any]]) -> Batch:
             """Images, decoded as they are read, and labels → pixels [rows, channels, height, width] and labels
             [rows].
@@ -36,19 +42,13 @@ class ImageClassification(Classification):
 
         return collate
 
-    def idle(self, model: PreTrainedModel, processor: BaseImageProcessor) -> set[str]:
-        pixels = processor(images=[PIL.Image.new("RGB", SIDES)], return_tensors="pt")["pixel_values"]
-        try:
-            return idle_weights(model, tuple(pixels.shape[1:]))
-        except Exception:  # it looks at values, which are not there; what it takes has been seen in `prepare`
-            return set()
 
+def unused_in(model: PreTrainedModel, processor: BaseImageProcessor) -> set[str]:
+    """Names of the parameters that have no part in the logits of an image."""
+    import PIL.Image
 
-def idle_weights(model: PreTrainedModel, shape: tuple[int, ...]) -> set[str]:
-    """Names of the weights that have no part in the logits of images that are `shape` [channels, height, width]: of a
-    pre-training's other task, say. Seen on the meta device, without memory. Raises whatever the model does where it
-    does not take such images.
-    """
-    bare = twin(model).eval()
-    bare(pixel_values=torch.empty(2, *shape, device="meta")).logits.sum().backward()
-    return {name for name, weight in bare.named_parameters() if weight.grad is None}
+    pixels = processor(images=[PIL.Image.new("RGB", SIDES)], return_tensors="pt")["pixel_values"]
+    try:
+        return unused_parameters(model, tuple(pixels.shape[1:]))
+    except Exception:  # it looks at values, which are not there; what it takes has been seen in `prepare`
+        return set()

@@ -5,6 +5,7 @@ Neighbours: `tokens` and `packing` make the tokens; `images` does the same for r
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier_api.exitcodes import ExitCode
@@ -12,7 +13,7 @@ from luthier_api.finetune import FineTuneJobSpec
 from luthier_trainer.data import columns, packing, tokens
 from luthier_trainer.data.load import Rows
 from luthier_trainer.data.reading import Reader
-from luthier_trainer.models import checks, inspect
+from luthier_trainer.models import checks, inspect, processors
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 from luthier_trainer.runtime.taskfacts import FACTS
@@ -22,7 +23,18 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+WORKERS = 2  # enough to keep padding off the GPU's path
 FIELD = "spec.dataset.columns.text"
+
+
+class TextTask:
+    """What the tasks share whose rows hold a text."""
+
+    def read_processor(self, folder: Path, field: str) -> PreTrainedTokenizerBase:
+        return processors.read_tokenizer(folder, field)
+
+    def loader_workers(self, cores: int) -> int:
+        return WORKERS
 
 
 def column(spec: FineTuneJobSpec) -> str:

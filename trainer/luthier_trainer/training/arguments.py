@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -12,14 +13,14 @@ from luthier_api.status import Plan
 from luthier_trainer.distributed.launch import cores
 from luthier_trainer.runtime.devices import assert_gpus, fitting_precision
 from luthier_trainer.runtime.failure import Failure
-from luthier_trainer.runtime.taskfacts import FACTS
+from luthier_trainer.tasks.base import Task
 
 GROUP_TIMEOUT_SECONDS = 1800  # transformers' own default
-TEXT_WORKERS = 2  # enough to keep padding off the GPU's path; on CPU they would only take cores from the model
-IMAGE_WORKERS = 8  # a core decodes and scales 350 photographs of 512 × 384 pixels a second; a GPU sees more
 
 
-def training_arguments(spec: FineTuneJobSpec, plan: Plan, checkpoints: Path, evaluates: bool) -> TrainingArguments:
+def training_arguments(
+    task: Task, spec: FineTuneJobSpec, plan: Plan, checkpoints: Path, evaluates: bool
+) -> TrainingArguments:
     """The plan's batches and steps, the spec's course; nothing reported elsewhere, no progress bars, no pickles, no
     rotation.
 
@@ -28,42 +29,44 @@ def training_arguments(spec: FineTuneJobSpec, plan: Plan, checkpoints: Path, eva
     training, cpu = spec.training, spec.resources.gpus_per_node == 0
     assert_gpus(spec.resources.gpus_per_node, "spec.resources.gpusPerNode")
     precision = precision_of(plan, cpu)
-    return TrainingArguments(
-        output_dir=str(checkpoints),
-        max_steps=plan.steps or -1,
-        num_train_epochs=training.epochs,
-        per_device_train_batch_size=plan.micro_batch_size or training.batch_size,
-        per_device_eval_batch_size=plan.micro_batch_size or training.batch_size,
-        gradient_accumulation_steps=plan.accumulation_steps or 1,
-        learning_rate=training.learning_rate,
-        lr_scheduler_type=training.schedule,
-        warmup_steps=training.warmup_steps,
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        seed=training.seed,
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
-        use_cpu=cpu,
-        ddp_timeout=group_timeout(plan),
-        ddp_backend="gloo" if cpu and plan.world_size > 1 else None,
-        ddp_find_unused_parameters=False,
-        activation_checkpointing=bool(plan.gradient_checkpointing),
-        activation_checkpointing_kwargs={"use_reentrant": False} if plan.gradient_checkpointing else None,
-        dataloader_num_workers=0 if cpu else loader_workers(spec),
-        dataloader_pin_memory=not cpu,
-        label_names=["labels"],
-        logging_steps=training.log_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # it would show the last good mean in place of NaN
-        eval_strategy="steps" if evaluates and training.eval_steps else "no",
-        eval_steps=training.eval_steps,
-        batch_eval_metrics=True,
-        save_strategy="steps",
-        save_steps=training.save_steps,
-        save_total_limit=None,  # rotation is ours: by what verifies, not by number
-        report_to="none",
-        disable_tqdm=True,
-    )
+    common: dict[str, Any] = {
+        "output_dir": str(checkpoints),
+        "max_steps": plan.steps or -1,
+        "num_train_epochs": training.epochs,
+        "per_device_train_batch_size": plan.micro_batch_size or training.batch_size,
+        "per_device_eval_batch_size": plan.micro_batch_size or training.batch_size,
+        "gradient_accumulation_steps": plan.accumulation_steps or 1,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": training.schedule,
+        "warmup_steps": training.warmup_steps,
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "seed": training.seed,
+        "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
+        "use_cpu": cpu,
+        "ddp_timeout": group_timeout(plan),
+        "ddp_backend": "gloo" if cpu and plan.world_size > 1 else None,
+        "ddp_find_unused_parameters": False,
+        "activation_checkpointing": bool(plan.gradient_checkpointing),
+        "activation_checkpointing_kwargs": {"use_reentrant": False} if plan.gradient_checkpointing else None,
+        # On CPU they would only take cores from the model.
+        "dataloader_num_workers": 0 if cpu else task.loader_workers(cores(spec.resources)),
+        "dataloader_pin_memory": not cpu,
+        "label_names": ["labels"],
+        "logging_steps": training.log_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # it would show the last good mean in place of NaN
+        "eval_strategy": "steps" if evaluates and training.eval_steps else "no",
+        "eval_steps": training.eval_steps,
+        "batch_eval_metrics": True,
+        "save_strategy": "steps",
+        "save_steps": training.save_steps,
+        "save_total_limit": None,  # rotation is ours: by what verifies, not by number
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return task.arguments(spec, common)
 
 
 def group_timeout(plan: Plan) -> int:
@@ -71,15 +74,6 @@ def group_timeout(plan: Plan) -> int:
     volume that is slow.
     """
     return max(GROUP_TIMEOUT_SECONDS, 2 * (plan.save_seconds or 0))
-
-
-def loader_workers(spec: FineTuneJobSpec) -> int:
-    """Processes that make batches beside each process that trains on a GPU: for images as many as its share of the
-    cores.
-    """
-    if FACTS[spec.task].inputs == "text":
-        return TEXT_WORKERS
-    return min(max(cores(spec.resources) - 1, TEXT_WORKERS), IMAGE_WORKERS)
 
 
 def precision_of(plan: Plan, cpu: bool) -> str:

@@ -27,7 +27,7 @@ from luthier_trainer.runtime.run_folder import stop_requested
 from luthier_trainer.runtime.telemetry import Telemetry
 from luthier_trainer.training import finite
 from luthier_trainer.training.checkpoint import set_aside, step_of
-from luthier_trainer.training.loop import EvaluationStopped, TrainingLoop
+from luthier_trainer.training.resilience import EvaluationStopped, Resilient
 from luthier_trainer.training.utilisation import count_weights, operations_per_token, peak
 
 NONFINITE_REPORTS = 3  # one bad batch can spoil a report; a loss that stays NaN does not come back
@@ -37,7 +37,7 @@ WITHHELD_UPDATES = 3  # in a row: one bad batch costs its own update, and no mor
 class Callback(TrainerCallback):
     """Knows its loop. Set after the loop is made, before it runs."""
 
-    loop: TrainingLoop
+    loop: Resilient
 
 
 class Guard(Callback):

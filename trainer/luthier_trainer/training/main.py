@@ -19,22 +19,22 @@ from transformers.utils import logging as transformers_logging
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
+from luthier_api.tasks import TASKS, TRAINING_TASKS
 from luthier_api.termination import TerminationMessage
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.distributed.ranks import Ranks
 from luthier_trainer.distributed.strategy import assert_started, uses_deepspeed
 from luthier_trainer.methods import base as methods
 from luthier_trainer.methods.trainable import HALF, source_dtype
-from luthier_trainer.models.processors import read_processor
 from luthier_trainer.models.zero3 import keep_used_conversions
 from luthier_trainer.runtime.run_folder import global_rank
-from luthier_trainer.runtime.taskfacts import FACTS
 from luthier_trainer.runtime.telemetry import Telemetry
-from luthier_trainer.tasks.table import TASKS
+from luthier_trainer.tasks.base import TrainingContext
+from luthier_trainer.tasks.table import task_of
 from luthier_trainer.training import checkpoint, result
 from luthier_trainer.training.arguments import training_arguments
 from luthier_trainer.training.callbacks import Guard, Heartbeat, Report, Stop
-from luthier_trainer.training.loop import EvaluationStopped, TrainingLoop
+from luthier_trainer.training.resilience import EvaluationStopped, Resilient, resilient
 from luthier_trainer.training.utilisation import count_weights
 from luthier_trainer.workspace import space
 from luthier_trainer.workspace.manifest import read_manifest
@@ -49,7 +49,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     """Train as the run config and `prepared.json` say; resume if there is something to resume from."""
     assert isinstance(run, FineTuneRun), "train is a verb of FineTuneJob"
     workspace, spec = WorkspaceFolder(Path(run.workspace)), run.spec
-    prepared = read_prepared(run)
+    prepared, task = read_prepared(run), task_of(spec)
     identity = checkpoint.identity(run, prepared)
     if (metrics := result.finished(workspace, identity)) is not None:
         return ended(ExitCode.COMPLETED, metrics=metrics, step=int(metrics["steps"]))
@@ -62,7 +62,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     # The processes find each other here (TrainingArguments opens the group), then agree on where to begin.
     data: DatasetDict = load_from_disk(prepared.dataset_path)
     workspace.checkpoints.mkdir(parents=True, exist_ok=True)
-    arguments = training_arguments(spec, prepared.plan, workspace.checkpoints, evaluates="eval" in data)
+    arguments = training_arguments(task, spec, prepared.plan, workspace.checkpoints, evaluates="eval" in data)
     ranks = Ranks(arguments.ddp_timeout)
     resume = checkpoint.newest(workspace.checkpoints, identity, ranks)
     ranks.decide(
@@ -75,34 +75,39 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     arguments.eval_on_start = "eval" in data and (resume is None or owes_evaluation(resume, spec.training.eval_steps))
     before = (read_manifest(resume) or {}) if resume else {}
 
-    task, deepspeed = TASKS[spec.task], uses_deepspeed(prepared.plan.strategy)
-    processor = read_processor(workspace.prepared / "processor", spec.task, "spec.model")
+    deepspeed = uses_deepspeed(prepared.plan.strategy)
+    processor = task.read_processor(workspace.prepared / "processor", "spec.model")
     # Before new weights are drawn: heads and adapters begin alike on all ranks and in all attempts
     set_seed(spec.training.seed)
     precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
-    weights = methods.weights_options(spec.method, precision, deepspeed, arguments.device)
-    base, whole = task.load_model(prepared.model_path, prepared.dataset.labels, **weights)
-    keep_used_conversions(base)
-    if FACTS[spec.task].inputs == "text":
-        base.config.pad_token_id = processor.pad_token_id
-    use_cache = getattr(base.config, "use_cache", False)
-    idle = task.idle(base, processor)
-    model = methods.with_method(base, spec.method, FACTS[spec.task].peft_type, whole, deepspeed)
-    leave(model, idle)
+    context = TrainingContext(
+        spec=spec,
+        model_path=Path(prepared.model_path),
+        processor=processor,
+        labels=prepared.dataset.labels,
+        weights=methods.weights_options(spec.method, precision, deepspeed, arguments.device),
+    )
+    loaded = task.load_model(context)
+    keep_used_conversions(loaded.model)
+    use_cache = getattr(loaded.model.config, "use_cache", None)
+    model = methods.with_method(
+        loaded.model, spec.method, TASKS[spec.task].peft_task_type, loaded.new_modules, deepspeed
+    )
+    freeze(model, loaded.unused_parameters)
 
-    figures, telemetry, stop = task.figures(), Telemetry(), Stop()
+    telemetry, stop = Telemetry(), Stop()
     callbacks = [Guard(prepared.plan), Heartbeat(), Report(telemetry), stop]
-    loop = TrainingLoop(
+    setup = task.trainer(context, loaded.model)
+    loop = resilient(setup.trainer)(
         model=model,
         args=arguments,
         processing_class=processor,
-        data_collator=task.collator(processor),
+        data_collator=setup.collator,
         train_dataset=data["train"],
         eval_dataset=data.get("eval"),
-        compute_loss_func=task.loss(base),
-        compute_metrics=figures,
-        preprocess_logits_for_metrics=lambda logits, labels: figures.reduce(first(logits), labels),
         callbacks=callbacks,
+        **setup.options,
+        batches=task,
         ranks=ranks,
         identity=identity,
         keep=spec.training.keep_checkpoints,
@@ -113,10 +118,10 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
         callback.loop = loop
     if ranks.first:
         telemetry.serve(run.metrics_port)
-        if idle:
+        if loaded.unused_parameters:
             print(
-                f"spec.model: {len(idle)} of its weights have no part in this task and stay as they are:"
-                f" {', '.join(sorted(idle)[:SHOWN])} ...",
+                f"spec.model: {len(loaded.unused_parameters)} of its weights have no part in this task and stay as they"
+                f" are: {', '.join(sorted(loaded.unused_parameters)[:SHOWN])} ...",
                 flush=True,
             )
         print(opening(loop, prepared, precision, resume), flush=True)
@@ -135,8 +140,9 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
             loop.evaluate()
     except EvaluationStopped:
         return stopped(loop, loop.state.global_step)
-    metrics = result.final_metrics(loop.state, seconds)
-    result.write(loop, run, prepared, workspace, metrics, use_cache)
+    names = [metric.name for metric in TRAINING_TASKS[spec.task].metrics]
+    metrics = result.final_metrics(loop.state, seconds, names)
+    result.write(loop, task, context, run, prepared, workspace, metrics, use_cache)
     if ranks.first:
         print("done: " + "  ".join(f"{name} {value:g}" for name, value in metrics.items()), flush=True)
     return ended(ExitCode.COMPLETED, metrics=metrics, step=loop.state.global_step)
@@ -151,7 +157,7 @@ def owes_evaluation(resume: Path, every: int | None) -> bool:
     return not any("eval_loss" in entry and entry["step"] == step for entry in history)
 
 
-def stopped(loop: TrainingLoop, agreed: int) -> TerminationMessage:
+def stopped(loop: Resilient, agreed: int) -> TerminationMessage:
     """The end of a run that all ranks have agreed to stop, after `agreed` steps."""
     if agreed == 0:
         return ended(ExitCode.PREEMPTED, "stopped before the first step: there was nothing to save yet")
@@ -159,21 +165,17 @@ def stopped(loop: TrainingLoop, agreed: int) -> TerminationMessage:
     return ended(ExitCode.PREEMPTED, f"stopped after step {agreed}", step=step, saved=step == agreed)
 
 
-def leave(model: Any, idle: set[str]) -> None:
-    """Weights that are `idle`, and what the method has put beside them, do not learn: they would get no gradient."""
+def freeze(model: Any, unused: set[str]) -> None:
+    """Let the parameters that are `unused`, and what the method has put beside them, not learn: they would get no
+    gradient.
+    """
     for name, weight in model.named_parameters():
-        if PEFT_PARTS.sub("", name) in idle:
+        if PEFT_PARTS.sub("", name) in unused:
             weight.requires_grad_(False)
 
 
 def ended(code: ExitCode, message: str = "", **facts: Any) -> TerminationMessage:
     return TerminationMessage(phase="run", code=code, reason=code.reason, message=message, rank=global_rank(), **facts)
-
-
-def first(logits: Any) -> torch.Tensor:
-    """Some models return more than logits; the logits come first."""
-    tensor: torch.Tensor = logits[0] if isinstance(logits, tuple) else logits
-    return tensor
 
 
 def source_type(model_path: str) -> torch.dtype:
@@ -182,7 +184,7 @@ def source_type(model_path: str) -> torch.dtype:
     return getattr(torch, name) if name in HALF else torch.float32
 
 
-def opening(loop: TrainingLoop, prepared: PreparedRecord, precision: str, resume: Path | None) -> str:
+def opening(loop: Resilient, prepared: PreparedRecord, precision: str, resume: Path | None) -> str:
     """The first line of the log: what is about to happen."""
     learning, weights = count_weights(loop.model.parameters())
     plan = prepared.plan

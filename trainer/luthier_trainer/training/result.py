@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from transformers import AutoConfig, PreTrainedModel, TrainerState
+from transformers import TrainerState
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.heartbeat import beat, beating_while_growing
+from luthier_trainer.tasks.base import Task, TrainingContext
 from luthier_trainer.training.checkpoint import check_identity, facts_of
 from luthier_trainer.training.finite import changing_weights, nonfinite_names
-from luthier_trainer.training.loop import TrainingLoop
+from luthier_trainer.training.resilience import Resilient
 from luthier_trainer.workspace.manifest import fsync, read_manifest, write_manifest
 
 METRICS_FILE, ADAPTER_CONFIG = "metrics.json", "adapter_config.json"
-FIGURES = ("perplexity", "accuracy", "f1Macro", "majorityShare")
 STAGING = ".staging-result"
 
 
@@ -41,8 +41,9 @@ def finished(workspace: WorkspaceFolder, wanted: dict[str, Any]) -> dict[str, fl
     return metrics
 
 
-def final_metrics(state: TrainerState, seconds: float) -> dict[str, float]:
-    """The figures of a run that has ended, over all its attempts: its history came along with the checkpoints.
+def final_metrics(state: TrainerState, seconds: float, names: Collection[str]) -> dict[str, float]:
+    """The metrics of a run that has ended, over all its attempts: its history came along with the checkpoints. `names`:
+    those of the task beside the losses.
 
     Only finite ones: JSON knows no others. trainLoss leaves out the reports that were none, as the training outlived
     them.
@@ -60,35 +61,37 @@ def final_metrics(state: TrainerState, seconds: float) -> dict[str, float]:
     evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
     if evaluations:
         metrics["evalLoss"] = evaluations[-1]["eval_loss"]
-        metrics |= {name: evaluations[-1][f"eval_{name}"] for name in FIGURES if f"eval_{name}" in evaluations[-1]}
+        metrics |= {name: evaluations[-1][f"eval_{name}"] for name in names if f"eval_{name}" in evaluations[-1]}
         if evaluations[0]["step"] == 0:
             metrics["evalLossBefore"] = evaluations[0]["eval_loss"]
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def write(
-    loop: TrainingLoop,
+    loop: Resilient,
+    task: Task,
+    context: TrainingContext,
     run: FineTuneRun,
     prepared: PreparedRecord,
     workspace: WorkspaceFolder,
     metrics: dict[str, float],
-    use_cache: bool,
+    use_cache: bool | None,
 ) -> None:
     """Called by all ranks: sharded weights are gathered. `use_cache` is what the model's configuration said before
-    training.
+    training; None where it says nothing.
     """
     staged = workspace.root / STAGING
     if loop.ranks.first:
         shutil.rmtree(staged, ignore_errors=True)
     loop.ranks.wait()
-    loop.model.config.use_cache = use_cache
+    if use_cache is not None:
+        loop.model.config.use_cache = use_cache
     with beating_while_growing(staged):
         loop.save_model(str(staged))
     loop.ranks.wait()
     if loop.ranks.first:
         _name_base(staged, run, prepared)
-        if prepared.dataset.labels and (staged / ADAPTER_CONFIG).exists():
-            _describe_classifier(staged, loop.model.get_base_model(), prepared)
+        task.complete_result(staged, loop.model, context)
         _check_weights(
             staged,
             {name for name, _ in loop.model.named_buffers()} - {name for name, _ in changing_weights(loop.model)},
@@ -113,21 +116,6 @@ def _name_base(folder: Path, run: FineTuneRun, prepared: PreparedRecord) -> None
     path.write_text(json.dumps(config | base, indent=2, sort_keys=True))
     # PEFT's empty card names the local folder; `publish` writes the real one
     (folder / "README.md").unlink(missing_ok=True)
-
-
-def _describe_classifier(folder: Path, model: PreTrainedModel, prepared: PreparedRecord) -> None:
-    """The base's configuration with the classes and the padding token of the training: adapter files of PEFT hold
-    neither.
-
-    Without them the base has two classes, LABEL_0 and LABEL_1, and a decoder cannot tell where the texts of a batch
-    end.
-    """
-    # The base's own: not as it was quantised for the training, say
-    config = AutoConfig.from_pretrained(prepared.model_path)
-    config.architectures = [type(model).__name__]
-    for name in ("id2label", "label2id", "problem_type", "pad_token_id"):
-        setattr(config, name, getattr(model.config, name, None))
-    config.save_pretrained(folder)
 
 
 def _check_weights(folder: Path, constants: Collection[str] = ()) -> None:

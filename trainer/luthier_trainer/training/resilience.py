@@ -1,7 +1,8 @@
-"""transformers' Trainer with the few changes that make a run survivable and exact: checkpoints are staged and
-committed, NaN is neither hidden nor saved, each row counts once an epoch.
+"""A mixin that makes any transformers Trainer survivable and exact: checkpoints are staged, verified and committed, all
+processes agree on a stop, NaN is neither hidden nor saved, and each row counts once an epoch.
 
-Neighbours: `checkpoint` owns the folders, `callbacks` watches the steps, `train` puts it together.
+`resilient(Trainer)` is the class that runs. What a batch holds only its task knows: `tasks.base.Batches` is all that is
+asked of it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.data_loader import BatchSamplerShard
@@ -23,22 +24,33 @@ from luthier_trainer.distributed.ranks import Ranks
 from luthier_trainer.models.inspect import counts
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.heartbeat import beating_while_growing
+from luthier_trainer.tasks.base import Batch, Batches
 from luthier_trainer.training import checkpoint, finite
 
-IGNORED = -100  # of a label that no loss counts
-WITHOUT_WEIGHT = "labels_without_weight"  # where the labels of a batch are that counts nothing
+WITHOUT_WEIGHT = "without_weight"  # key of a batch that counts nothing: the batch as it was before
+
+if TYPE_CHECKING:
+    from transformers import Trainer as Base
+else:
+    Base = object  # a mixin: the Trainer that it calls comes after it in the order of base classes
 
 
 class EvaluationStopped(Exception):
-    """All ranks have agreed, between two batches of an evaluation, that the pod has to go."""
+    """All processes have agreed, between two batches of an evaluation, to stop."""
 
 
-class TrainingLoop(Trainer):
-    """Neutral about task and method. `args.output_dir` is the folder of the checkpoints."""
+def resilient(trainer: type[Trainer]) -> type[Resilient]:
+    """The class of a run whose task trains with `trainer`, which is transformers' Trainer or a subclass of it."""
+    return type(f"Resilient{trainer.__name__}", (Resilient, trainer), {})
+
+
+class Resilient(Base):
+    """Stands before a Trainer in the order of base classes. `args.output_dir` is the folder of the checkpoints."""
 
     def __init__(
         self,
         *,
+        batches: Batches,
         ranks: Ranks,
         identity: dict[str, Any],
         keep: int,
@@ -48,9 +60,9 @@ class TrainingLoop(Trainer):
     ) -> None:
         super().__init__(**kwargs)
         self.remove_callback(PrinterCallback)  # `callbacks.Report` prints one readable line instead
-        self.ranks, self.identity, self.keep = ranks, identity, keep
+        self.batches, self.ranks, self.identity, self.keep = batches, ranks, identity, keep
         self.checkpoint_bytes = checkpoint_bytes
-        """What the next checkpoint will take: as planned, then as the one before it took."""
+        """Expected size of the next checkpoint: as planned, then as the previous one was."""
         self.seconds_before = seconds_before
         """Seconds of training that earlier attempts have put into the checkpoint."""
         self.tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
@@ -69,6 +81,8 @@ class TrainingLoop(Trainer):
         self._folder = Path(self.args.output_dir)
         self._delivered: torch.dtype | None = None
         self._evaluation_stopped = False
+        self._mean_rows: float | torch.Tensor | None = None
+        """Rows of the step's mean micro-batch, over all processes; None where the loss counts its items itself."""
 
     def deliver(self, dtype: torch.dtype) -> None:
         """Turn the weights into the type that they are saved in; what is evaluated from here on is given in it too."""
@@ -81,8 +95,9 @@ class TrainingLoop(Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Any]:
-        """This process's micro-batches of a step, and the number of labels in those of all processes.
+    ) -> tuple[list[Batch], Any]:
+        """This process's micro-batches of a step, and the number of items in those of all processes where the loss is
+        a mean over items.
 
         In the last step of an epoch a process may have one micro-batch less than others. It still has to take part in
         their forward and backward passes, so it gets a batch that counts nothing.
@@ -90,32 +105,48 @@ class TrainingLoop(Trainer):
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if len(batches) < num_batches:
             batches.append(self._batch_without_weight())
-        return batches, self._get_num_items_in_batch(batches, device)
+        items = self._get_num_items_in_batch(batches, device)
+        self._mean_rows = self._rows_of_a_mean_batch(batches) if items is None else None
+        return batches, items
 
-    def _batch_without_weight(self) -> dict[str, Any]:
-        """The first row, whose labels are ignored in counts, and whose loss `compute_loss` multiplies by zero."""
+    def _batch_without_weight(self) -> Batch:
+        """The first row, as a batch that the counts leave out and whose loss `compute_loss` multiplies by zero."""
         loader = self.callback_handler.train_dataloader
-        # Of a single one BatchNorm has no statistics
+        # BatchNorm has no statistics of a single row.
         rows = [loader.dataset[0]] * min(self.args.per_device_train_batch_size, 2)
-        batch: dict[str, Any] = self._prepare_inputs(loader.collate_fn(rows))
-        labels = batch["labels"]
-        return batch | {"labels": torch.full_like(labels, IGNORED), WITHOUT_WEIGHT: labels}
+        batch: Batch = self._prepare_inputs(loader.collate_fn(rows))
+        return self.batches.without_weight(batch) | {WITHOUT_WEIGHT: batch}
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if WITHOUT_WEIGHT not in inputs:
+    def _rows_of_a_mean_batch(self, batches: list[Batch]) -> float | torch.Tensor:
+        """Rows of the step, over all processes, divided by its micro-batches: those of each process are as many."""
+        rows = sum(self._rows_in(batch) for batch in batches)
+        if self.ranks.count == 1:
+            return rows / len(batches)
+        # Stays on the device: reading it each step would make the host wait.
+        of_all = self.accelerator.reduce(torch.tensor(float(rows), device=self.args.device), reduction="sum")
+        return of_all / (len(batches) * self.ranks.count)
+
+    def _rows_in(self, batch: Batch) -> int:
+        return 0 if WITHOUT_WEIGHT in batch else self.batches.rows(batch)
+
+    def compute_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
+        if WITHOUT_WEIGHT in inputs:
+            # The whole batch's loss is finite; that of a batch whose items are left out is a mean over nothing in some
+            # models.
+            return super().compute_loss(model, inputs[WITHOUT_WEIGHT], *args, **kwargs) * 0.0
+        if self._mean_rows is None or not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        # The loss of real labels is finite, whatever a model computes; that of ignored ones is a mean over nothing in
-        # some.
-        counted = {name: value for name, value in inputs.items() if name != WITHOUT_WEIGHT} | {
-            "labels": inputs[WITHOUT_WEIGHT]
-        }
-        return super().compute_loss(model, counted, *args, **kwargs) * 0.0
+        # A trainer that counts no items takes the mean over each micro-batch, then over micro-batches and processes.
+        # The last ones of an epoch may have fewer rows, whose weight would be larger than that of the others.
+        weight = self.batches.rows(inputs) / self._mean_rows
+        return super().compute_loss(model, inputs, *args, **kwargs) * weight
 
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
         if WITHOUT_WEIGHT not in inputs:
-            self.rows += len(inputs["labels"])
-            if (mask := inputs.get("attention_mask")) is not None:
-                self.tokens += mask.sum()  # stays on the device: reading it each step would make the host wait
+            self.rows += self.batches.rows(inputs)
+            tokens = self.batches.tokens(inputs)
+            if tokens is not None:
+                self.tokens += tokens  # stays on the device: reading it each step would make the host wait
         return super().training_step(model, inputs, *args, **kwargs)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
