@@ -25,7 +25,6 @@ from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.distributed import launch
 from luthier_trainer.models.new_model import new_config, save_new_model, train_tokenizer
-from luthier_trainer.models.processors import read_processor
 from luthier_trainer.tasks.base import LoadedModel, TrainingContext
 from luthier_trainer.tasks.table import TASKS
 from luthier_trainer.workspace.prepared import FINGERPRINT, fingerprint, write_prepared
@@ -64,7 +63,7 @@ def prepared_run(
     workspace = WorkspaceFolder(root)
     workspace.prepared.mkdir(parents=True)
     data.save_to_disk(workspace.prepared / "dataset")
-    read_processor(base, run.spec.task, "spec.model").save_pretrained(workspace.prepared / "processor")
+    TASKS[run.spec.task].read_processor(base, "spec.model").save_pretrained(workspace.prepared / "processor")
     record = PreparedRecord.model_validate(
         {
             "model": {"source": str(base)},

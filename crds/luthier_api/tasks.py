@@ -42,6 +42,8 @@ class TrainingTask:
     """Methods that suit the models of the task."""
     metrics: tuple[TaskMetric, ...]
     """What an evaluation tells beside the loss."""
+    sequences: int = 0
+    """Sequences of tokens in a row for which a model computes logits over its vocabulary."""
     optional_columns: dict[str, str] = field(default_factory=dict)
     """The same as `columns` for roles that rows need not have."""
     quantizations: tuple[QuantizationType, ...] = ()
@@ -142,6 +144,7 @@ TASKS: Mapping[str, TaskInfo] = {
         training=TrainingTask(
             columns={"text": "text"},
             formats=TEXT_FORMATS,
+            sequences=1,
             methods=("full", "lora", "qlora"),
             quantizations=("nf4", "fp4", "int8"),
             options=TEXT_OPTIONS | {"training.packing": False, "model.config": None},

@@ -205,7 +205,7 @@ def test_a_model_that_sees_padding_says_so(
     assert alone != pytest.approx(together, abs=1e-4)
     for micro, said in ((None, True), (1, False)):
         training = {"maxLength": 64, "batchSize": 4} | ({"microBatchSize": micro} if micro else {})
-        texts.check(config, tokenizer, make_run(task="text-classification", training=training).spec, 10)
+        texts.check(config, tokenizer, make_run(task="text-classification", training=training).spec)
         assert capsys.readouterr().out.startswith("spec.model: fnet does not mask padding") is said
 
 

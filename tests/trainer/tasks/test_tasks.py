@@ -38,9 +38,9 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction
 
 from luthier_api.status import ResolvedSource
-from luthier_trainer.prepare import training
+from luthier_trainer.tasks.base import Model
 from luthier_trainer.tasks.causal_lm import TokenLoss
-from luthier_trainer.tasks.classification import LabelMetrics
+from luthier_trainer.tasks.classification import LabelMetrics, what_becomes_of_the_head
 from luthier_trainer.training import main as train
 
 
@@ -290,8 +290,8 @@ def test_a_model_without_a_head_gets_one(tmp_path: Path) -> None:
 
 
 def said_in_prepare(folder: Path, wanted: list[str]) -> str:
-    model = training.Model(ResolvedSource(source=str(folder)), folder, AutoConfig.from_pretrained(folder), None)
-    return training.what_becomes_of_the_head(model, "text-classification", wanted)
+    model = Model(ResolvedSource(source=str(folder)), folder, AutoConfig.from_pretrained(folder), None)
+    return what_becomes_of_the_head(model, "text-classification", wanted)
 
 
 @dataclass(frozen=True)

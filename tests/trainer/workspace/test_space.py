@@ -53,7 +53,7 @@ def test_a_training_writes_what_was_foreseen(
     run = prepared_run(tmp_path / "job", llama, data, method=method, training={"maxSteps": 1})
     folder = WorkspaceFolder(tmp_path / "job")
     plan = read_prepared(run).plan
-    weights = trainable.weights_of(AutoConfig.from_pretrained(llama), run.spec, plan, None, llama)
+    weights = trainable.weights_of(AutoConfig.from_pretrained(llama), run.spec, plan, llama)
     plan = plan_space(plan, weights, space.folder_bytes(folder.prepared / "processor"))
     train.main(run)
     assert space.folder_bytes(folder.checkpoints / "checkpoint-1") == pytest.approx(plan.checkpoint_bytes, rel=0.05)

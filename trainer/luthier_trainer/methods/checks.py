@@ -9,7 +9,6 @@ from luthier_api.exitcodes import ExitCode
 from luthier_trainer.models.inspect import ALL_LINEAR, MODEL, counts, looks_up_otherwise, skeleton, tied_modules
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
-from luthier_trainer.runtime.taskfacts import FACTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -30,10 +29,10 @@ def check_adapters(config: PreTrainedConfig, task: str, targets: list[str], fiel
     from transformers.pytorch_utils import Conv1D
 
     from luthier_trainer.methods.experts import fused_experts
-    from luthier_trainer.models.heads import whole_modules
+    from luthier_trainer.models.heads import heads_of
 
     model = skeleton(config, task, MODEL)
-    heads = whole_modules(model, set()) if FACTS[task].labelled else []
+    heads = heads_of(model, task)
     beside = {
         name: m for name, m in model.named_modules() if not any(f"{name}.".startswith(f"{head}.") for head in heads)
     }

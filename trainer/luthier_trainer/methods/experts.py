@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.tasks import TASKS
 from luthier_trainer.models import inspect
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
-from luthier_trainer.runtime.taskfacts import FACTS
 
 if TYPE_CHECKING:
     import torch
@@ -109,13 +109,13 @@ def check_adapters(config: PreTrainedConfig, spec: FineTuneJobSpec) -> None:
     from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
     from luthier_trainer.methods.base import with_method
-    from luthier_trainer.models.heads import whole_modules
+    from luthier_trainer.models.heads import heads_of
 
     linear = linear_modules(model)
-    whole = whole_modules(model, set()) if FACTS[spec.task].labelled else []
+    whole = heads_of(model, spec.task)
     method = spec.method.model_copy(update={"dropout": 0.0})
     with torch.device("meta"):
-        adapted = with_method(model, method, FACTS[spec.task].peft_type, whole, deepspeed=True)
+        adapted = with_method(model, method, TASKS[spec.task].peft_task_type, whole, deepspeed=True)
     layers = {
         name: module for name, module in adapted.base_model.model.named_modules() if isinstance(module, LoraLayer)
     }

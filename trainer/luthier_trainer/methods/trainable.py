@@ -4,7 +4,6 @@ computes with them.
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from luthier_api.finetune import FineTuneJobSpec, Method
 from luthier_api.status import Plan
 from luthier_trainer.models.inspect import ALL_LINEAR, MODEL, skeleton
-from luthier_trainer.runtime.taskfacts import FACTS
 from luthier_trainer.workspace.space import Weights
 
 if TYPE_CHECKING:
@@ -22,20 +20,15 @@ if TYPE_CHECKING:
 HALF = ("bfloat16", "float16")
 
 
-def weights_of(
-    config: PreTrainedConfig, spec: FineTuneJobSpec, plan: Plan, labels: list[str] | None, folder: Path
-) -> Weights:
+def weights_of(config: PreTrainedConfig, spec: FineTuneJobSpec, plan: Plan, folder: Path) -> Weights:
     """What a training of the model with this configuration, whose files are in `folder`, saves and delivers."""
-    from luthier_trainer.models.heads import whole_modules
+    from luthier_trainer.models.heads import heads_of
 
-    fitted = copy.deepcopy(config)
-    if labels:
-        fitted.num_labels = len(labels)
-    model = skeleton(fitted, spec.task, MODEL)
+    model = skeleton(config, spec.task, MODEL)
     total = sum(weight.numel() for weight in model.parameters())
     sizes = [weight.numel() for weight in model.parameters()]
     if spec.method.type != "full":
-        sizes = adapter_sizes(model, spec.method, whole_modules(model, set()) if FACTS[spec.task].labelled else [])
+        sizes = adapter_sizes(model, spec.method, heads_of(model, spec.task))
     cpu = spec.resources.gpus_per_node == 0
     return Weights(
         total=total,

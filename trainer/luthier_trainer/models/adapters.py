@@ -17,9 +17,9 @@ from typing import Any
 from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import Adapter
 from luthier_api.run import GenerateRun
+from luthier_api.tasks import TASKS
 from luthier_trainer.models import sources, weight_files
 from luthier_trainer.runtime.failure import Failure
-from luthier_trainer.runtime.taskfacts import task_of_adapter
 from luthier_trainer.workspace.provenance import folder_digest
 
 NEEDS = {"text-generation": "causal-lm", "text-to-image": "Stable Diffusion XL"}
@@ -59,6 +59,20 @@ def check(
         check_kind(config, field)
         check_weights(adapter, field)
         check_shapes(adapter, field, model_path, model.resolved.source)
+
+
+def task_of_adapter(config: Mapping[str, Any]) -> str | None:
+    """The first task that an adapter may have been trained for, by its adapter_config.json; None where that does not
+    tell, or names another.
+    """
+    peft_type = config.get("task_type")
+    base = (config.get("auto_mapping") or {}).get("base_model_class") or ""
+    for name, task in TASKS.items():
+        if peft_type and task.peft_task_type == peft_type:
+            return name
+        if not peft_type and task.auto_model and base.endswith(f"For{task.auto_model}"):
+            return name
+    return None
 
 
 def check_task(trained_for: str | None, task: str, field: str) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier_api.exitcodes import ExitCode
+from luthier_api.tasks import TASKS
 from luthier_trainer.models.inspect import MODEL, auto_class, counts, max_positions, skeleton
 from luthier_trainer.runtime.failure import Failure
-from luthier_trainer.runtime.taskfacts import FACTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -34,7 +34,7 @@ def check_task(config: PreTrainedConfig, task: str, field: str) -> None:
             f"{field}: architecture {config.model_type} cannot do {task}; choose another model or task",
         )
     made_for = (getattr(config, "architectures", None) or [""])[0]
-    if FACTS[task].labelled:
+    if TASKS[task].labels:
         return
     if made_for.endswith("ForSequenceClassification"):
         raise Failure(

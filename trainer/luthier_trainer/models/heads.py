@@ -12,6 +12,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, PreTrainedModel
 from transformers.integrations import deepspeed as zero
 
+from luthier_api.tasks import TASKS
+
 # What transformers' architectures call the modules behind the encoder, of which only the last knows how many labels
 # there are.
 HEADS = ("classifier", "score", "classification_head", "pre_classifier", "logits_proj")
@@ -150,6 +152,11 @@ def gathered(parameters: list[torch.nn.Parameter]) -> Any:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+
+def heads_of(model: PreTrainedModel, task: str) -> list[str]:
+    """Modules of a skeleton that are trained whole whatever the adapters: none, for tasks without classes."""
+    return whole_modules(model, set()) if TASKS[task].labels else []
 
 
 def whole_modules(model: PreTrainedModel, new_weights: set[str]) -> list[str]:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
+from luthier_api.tasks import TASKS
 from luthier_trainer.runtime.failure import Failure
-from luthier_trainer.runtime.taskfacts import FACTS
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +71,7 @@ def auto_class(task: str) -> Any:
     """transformers' class that finds the class of a model for `task`."""
     import transformers
 
-    return getattr(transformers, f"AutoModelFor{FACTS[task].model}")
+    return getattr(transformers, f"AutoModelFor{TASKS[task].auto_model}")
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:

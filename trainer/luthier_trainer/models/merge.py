@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
-from luthier_trainer.models.adapters import COPIED, names_in
+from luthier_api.tasks import TASKS
+from luthier_trainer.models.adapters import COPIED, names_in, task_of_adapter
 from luthier_trainer.models.sources import ADAPTER_CONFIG, OWN_WEIGHTS
 from luthier_trainer.runtime.failure import Failure
-from luthier_trainer.runtime.taskfacts import FACTS, task_of_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ def merge(base: Path, adapter: Path, into: Path, labels: list[str] | None, field
     import transformers
     from peft import PeftModel
 
-    task = FACTS[task_of_adapter(json.loads((adapter / ADAPTER_CONFIG).read_text())) or "causal-lm"]
+    task = TASKS[task_of_adapter(json.loads((adapter / ADAPTER_CONFIG).read_text())) or "causal-lm"]
     options: dict[str, Any] = {"dtype": "auto", **OWN_WEIGHTS}
     if labels:
         names = {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
@@ -43,7 +43,7 @@ def merge(base: Path, adapter: Path, into: Path, labels: list[str] | None, field
             "num_labels": len(labels),
             "ignore_mismatched_sizes": True,
         } | names  # the adapter brings its own head
-    model, loaded = getattr(transformers, f"AutoModelFor{task.model}").from_pretrained(
+    model, loaded = getattr(transformers, f"AutoModelFor{task.auto_model}").from_pretrained(
         base, output_loading_info=True, **options
     )
     lacking = {

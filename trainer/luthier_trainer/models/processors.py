@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from luthier_api.exitcodes import ExitCode
 from luthier_trainer.models import sentencepieces
 from luthier_trainer.runtime.failure import Failure
-from luthier_trainer.runtime.taskfacts import FACTS
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 
-def read_processor(folder: Path, task: str, field: str) -> Any:
-    """What turns the inputs of `task` into tensors: a tokenizer, or an image processor. Raises Failure where there is
-    none.
-    """
-    return (read_tokenizer if FACTS[task].inputs == "text" else read_image_processor)(folder, field)
-
-
 def read_image_processor(folder: Path, field: str) -> BaseImageProcessor:
     """The image processor, by Pillow wherever torchvision is: the two round differently, and a model learns what it is
-    shown.
+    shown. Raises Failure where there is none.
     """
     from transformers import AutoImageProcessor
 
@@ -39,7 +31,7 @@ def read_image_processor(folder: Path, field: str) -> BaseImageProcessor:
 
 def read_tokenizer(folder: Path, field: str) -> PreTrainedTokenizerBase:
     """The tokenizer. One without a padding token pads with its end-of-text token: masks are built by position, so that
-    nothing is hidden.
+    nothing is hidden. Raises Failure where there is none.
     """
     from transformers import AutoTokenizer
 

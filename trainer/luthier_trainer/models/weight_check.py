@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier_api.exitcodes import ExitCode
+from luthier_api.tasks import TASKS
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.models import inspect, weight_files
 from luthier_trainer.models.sources import ADAPTER_CONFIG, TEXT_FILES
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
-from luthier_trainer.runtime.taskfacts import FACTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -118,7 +118,7 @@ def compare(there: Shapes, config: PreTrainedConfig, task: str, field: str) -> C
 
 def lacking(found: Comparison, task: str) -> list[str]:
     """The weights that would be drawn at random though they are no new head, each with what is wrong with it."""
-    labelled = FACTS[task].labelled
+    labelled = TASKS[task].labels
     missing = [name for name in sorted(found.missing) if not (labelled and in_head(found.model, name))]
     mismatched = [
         f"{name} ({shown(there)} in the files, {shown(wanted)} by config.json)"

@@ -12,12 +12,13 @@ from typing import Any
 import yaml
 
 from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
+from luthier_api.tasks import TASKS, TaskInfo
 from luthier_api.workspace import MANIFEST
 from luthier_trainer.models.sources import ADAPTER_CONFIG
 from luthier_trainer.publish import dataset_fields
-from luthier_trainer.runtime.taskfacts import FACTS, TaskFacts
 
-PROCESSORS = {"text": "tokenizer", "image": "processor"}  # what one calls it
+# Modality → what one calls its processor, and the class that loads it
+PROCESSORS = {"text": ("tokenizer", "AutoTokenizer"), "image": ("processor", "AutoImageProcessor")}
 TITLES = {
     "evalLoss": "Held-out loss",
     "evalLossBefore": "Held-out loss before",
@@ -38,7 +39,7 @@ def card(run: FineTuneRun | GenerateRun, prepared: PreparedRecord, result: Path)
 
 
 def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
-    spec, task, adapter = run.spec, FACTS[run.spec.task], (result / ADAPTER_CONFIG).is_file()
+    spec, task, adapter = run.spec, TASKS[run.spec.task], (result / ADAPTER_CONFIG).is_file()
     repo = (spec.hub and spec.hub.repo) or run.name
     metrics = read_metrics(result / "metrics.json")
     front: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": task.pipeline_tag}
@@ -63,7 +64,7 @@ def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
         "Batch size": training.batch_size,
         "Epochs": None if training.max_steps else f"{training.epochs:g}",
         "Steps": plan.steps,
-        "Tokens a row, at most": training.max_length if task.inputs == "text" else None,
+        "Tokens a row, at most": training.max_length if task.modality == "text" else None,
         "Packing": "yes" if training.packing else None,
         "Strategy": f"{plan.strategy}, {plan.world_size} processes",
         "Seed": training.seed,
@@ -107,19 +108,20 @@ def shared_weights(run: FineTuneRun, prepared: PreparedRecord) -> list[str]:
     ]
 
 
-def loading(repo: str, task: TaskFacts, result: Path, classifier: bool) -> str:
+def loading(repo: str, task: TaskInfo, result: Path, classifier: bool) -> str:
     """The lines of Python that load `result`, under the name `repo`."""
-    processor = f'{PROCESSORS[task.inputs]} = {task.processor_class}.from_pretrained("{repo}")'
-    auto = f"AutoModelFor{task.model}"
+    variable, processor_class = PROCESSORS[task.modality]
+    processor = f'{variable} = {processor_class}.from_pretrained("{repo}")'
+    auto = f"AutoModelFor{task.auto_model}"
     if not (result / ADAPTER_CONFIG).is_file():
         return (
-            f"from transformers import {auto}, {task.processor_class}\n\nmodel ="
+            f"from transformers import {auto}, {processor_class}\n\nmodel ="
             f' {auto}.from_pretrained("{repo}")\n{processor}'
         )
     if not classifier:
-        peft = f"AutoPeftModelFor{task.model}"
+        peft = f"AutoPeftModelFor{task.auto_model}"
         return (
-            f"from peft import {peft}\nfrom transformers import {task.processor_class}\n\nmodel ="
+            f"from peft import {peft}\nfrom transformers import {processor_class}\n\nmodel ="
             f' {peft}.from_pretrained("{repo}")\n{processor}'
         )
     # PEFT's Auto classes would give the base its own classes. Its head is another one, or none: the adapter brings the
@@ -129,7 +131,7 @@ def loading(repo: str, task: TaskFacts, result: Path, classifier: bool) -> str:
         f', revision="{adapter["revision"]}"' if adapter.get("revision") else ""
     )
     return (
-        f"from peft import PeftModel\nfrom transformers import AutoConfig, {auto}, {task.processor_class}\n\n"
+        f"from peft import PeftModel\nfrom transformers import AutoConfig, {auto}, {processor_class}\n\n"
         f'config = AutoConfig.from_pretrained("{repo}")  # with the classes and the padding token\n'
         f"base = {auto}.from_pretrained({base}, config=config, ignore_mismatched_sizes=True)\n"
         f'model = PeftModel.from_pretrained(base, "{repo}")\n{processor}'

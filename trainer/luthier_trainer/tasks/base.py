@@ -1,5 +1,8 @@
 """What a task of a FineTuneJob is: one object that answers for both halves, `prepare` and training.
 
+`prepare.training` and `training.main` ask these methods in the order in which they stand here, and know no task by its
+name.
+
 A task is one file of this folder and a line of `table`. Nothing here, nor at the top of such a file, imports torch:
 `prepare` refuses a mistake before it would be loaded.
 """
@@ -12,9 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.run import FineTuneRun
+from luthier_api.status import Plan, ResolvedSource
+from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.data.load import Rows
+from luthier_trainer.models.sources import Located
+from luthier_trainer.workspace.space import Weights
 
 if TYPE_CHECKING:
+    import numpy
     import torch
+    from datasets import Dataset, DatasetDict
     from transformers import EvalPrediction, Trainer, TrainingArguments
 
 Batch = dict[str, Any]
@@ -60,6 +71,19 @@ class Metrics(Protocol):
 
 
 @dataclass(frozen=True)
+class Model:
+    """The model to start from, in a folder, as `prepare` sees it."""
+
+    resolved: ResolvedSource
+    path: Path
+    config: Any
+    """transformers' or diffusers' configuration, which have no common type."""
+    processor: Processor
+    missing_tokens: Mapping[str, int] = field(default_factory=dict)
+    """Spelling → id of the tokens without a row in the embedding. None of them occurs in every text."""
+
+
+@dataclass(frozen=True)
 class TrainingContext:
     """What the training half of a task is given."""
 
@@ -96,6 +120,68 @@ class TrainerSetup:
 
 class Task(Batches, Protocol):
     """One task. Methods with a body are defaults, which a task inherits that names this class as its base."""
+
+    # ---- prepare
+
+    def columns(self, spec: FineTuneJobSpec) -> tuple[str, ...]:
+        """Names of the columns that are read."""
+        ...
+
+    def check_new_model(self, spec: FineTuneJobSpec) -> None:
+        """Whether a model of `model.config` fits the spec, before anything is read. Raises Failure. For tasks whose row
+        in `luthier_api.tasks` has the option model.config.
+        """
+        raise TypeError(f"{type(self).__name__} has no option model.config")
+
+    def fitting(self, rows: Rows, spec: FineTuneJobSpec) -> Rows:
+        """The rows that can be learnt from. Raises Failure where a column is missing or holds something else."""
+        ...
+
+    def labels(self, rows: Rows, spec: FineTuneJobSpec) -> list[str] | None:
+        """Names of the classes that the training rows have; None for tasks without classes. Raises Failure."""
+        return None
+
+    def label_ids(self, rows: Rows, spec: FineTuneJobSpec, labels: list[str] | None) -> numpy.ndarray | None:
+        """int64 of shape (rows,): the class of each row. Raises Failure on one that is not in `labels`."""
+        return None
+
+    def new_model(self, rows: Rows, run: FineTuneRun, folder: WorkspaceFolder) -> Model:
+        """A model with new weights, made from `model.config` and the training rows, in the workspace."""
+        raise TypeError(f"{type(self).__name__} has no option model.config")
+
+    def read_model(self, located: Located, run: FineTuneRun, folder: WorkspaceFolder) -> Model:
+        """The model that was located, downloaded or merged, as a folder that `load_model` loads. Raises Failure where
+        it does not suit the task.
+        """
+        ...
+
+    def check_model(self, model: Model, spec: FineTuneJobSpec, rows: int, labels: list[str] | None) -> None:
+        """What of the spec depends on the model, and on the number of training rows. Raises Failure."""
+        ...
+
+    def encode(
+        self, rows: Rows, processor: Processor, spec: FineTuneJobSpec, labels: list[str] | None, use: str
+    ) -> Dataset:
+        """The rows as `train` reads them. `use`: training or held-out, for notices. Raises Failure."""
+        ...
+
+    def check_encoded(self, data: DatasetDict, model: Model, labels: list[str] | None) -> None:
+        """What of the model depends on the encoded rows. Raises Failure."""
+        return
+
+    def count_tokens(self, data: Dataset) -> int | None:
+        """Tokens of encoded rows; None where rows have none."""
+        return None
+
+    def cannot_recompute(self, model: Model) -> str | None:
+        """Why the model cannot drop its activations and compute them again, if so."""
+        ...
+
+    def weights(self, model: Model, spec: FineTuneJobSpec, plan: Plan, labels: list[str] | None) -> Weights:
+        """How many weights there are and learn, for the plan of the space that checkpoints take."""
+        ...
+
+    # ---- training
 
     def read_processor(self, folder: Path, field: str) -> Processor:
         """The tokenizer or image processor in `folder`. Raises Failure where there is none; `field` is named in it."""

@@ -6,20 +6,88 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from luthier_trainer.tasks.base import LoadedModel, Loss, Task, TrainerSetup, TrainingContext
+from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.run import FineTuneRun
+from luthier_api.status import ResolvedSource
+from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.data import columns, packing, tokens
+from luthier_trainer.data.load import Rows
+from luthier_trainer.models import checks
+from luthier_trainer.models.inspect import max_positions
+from luthier_trainer.tasks.base import LoadedModel, Loss, Model, TrainerSetup, TrainingContext
 from luthier_trainer.tasks.batches import IGNORED, LabelledBatches, measured_by, padding_right
-from luthier_trainer.tasks.texts import TextTask
+from luthier_trainer.tasks.texts import FIELD, TextTask, check_ends, reader_of
 
 if TYPE_CHECKING:
     import torch
+    from datasets import Dataset, DatasetDict
     from transformers import DataCollatorForSeq2Seq, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
+TEXTS_AT_ONCE = 1000
 MAX_PERPLEXING_LOSS = 100.0  # nats a token: beyond it, a perplexity is a number that tells nothing
 
 
-class CausalLM(LabelledBatches, TextTask, Task):
+class CausalLM(LabelledBatches, TextTask):
+    task = "causal-lm"
+
+    def columns(self, spec: FineTuneJobSpec) -> tuple[str, ...]:
+        return self.inputs(spec)
+
+    def check_new_model(self, spec: FineTuneJobSpec) -> None:
+        from luthier_trainer.models.new_model import new_config
+
+        assert spec.model.config is not None
+        checks.check_length(new_config(spec.model.config), spec.training.max_length, tokens.MAX_LENGTH)
+
+    def fitting(self, rows: Rows, spec: FineTuneJobSpec) -> Rows:
+        return columns.texts(rows, spec.dataset.columns.text, FIELD, drop_blank=True)
+
+    def new_model(self, rows: Rows, run: FineTuneRun, folder: WorkspaceFolder) -> Model:
+        """A tokenizer from the training rows, and weights from the seed. Of files whose blocks are held out, the
+        tokenizer sees all.
+        """
+        from luthier_trainer.models.new_model import new_config, save_new_model, train_tokenizer
+
+        new = run.spec.model.config
+        assert new is not None
+        texts = texts_of(rows, run.spec.dataset.columns.text)
+        tokenizer = train_tokenizer(texts, new.vocab_size, new_config(new))
+        config = new_config(new, tokenizer)
+        limit = max_positions(config)
+        if limit:
+            tokenizer.model_max_length = limit
+        path = folder.prepared / "model"
+        save_new_model(config, path, run.spec.training.seed)
+        tokenizer.save_pretrained(path)
+        return Model(ResolvedSource(source=f"new {new.model_type}"), path, config, tokenizer)
+
+    def check_model(self, model: Model, spec: FineTuneJobSpec, rows: int, labels: list[str] | None) -> None:
+        check_ends(model.processor)
+        super().check_model(model, spec, rows, labels)
+
+    def encode(
+        self,
+        rows: Rows,
+        processor: PreTrainedTokenizerBase,
+        spec: FineTuneJobSpec,
+        labels: list[str] | None,
+        use: str,
+    ) -> Dataset:
+        text, longest = spec.dataset.columns.text, spec.training.max_length
+        reader = reader_of(rows, text, FIELD, processor, spec, use)
+        if spec.training.packing:
+            return packing.blocks(rows.data, text, reader, longest, rows.documents)
+        return tokens.language_rows(rows.data, text, reader, longest, use)
+
+    def check_encoded(self, data: DatasetDict, model: Model, labels: list[str] | None) -> None:
+        for name, rows in data.items():
+            if len(rows) == 0:
+                raise columns.invalid(f"{FIELD}: no row of the {name} split has {tokens.SHORTEST} tokens or more")
+        super().check_encoded(data, model, labels)
+
     def load_model(self, context: TrainingContext) -> LoadedModel:
         from transformers import AutoModelForCausalLM
 
@@ -51,6 +119,16 @@ class CausalLM(LabelledBatches, TextTask, Task):
         """
         calls_its_loss_function = "loss_function" in inspect.unwrap(type(model).forward).__code__.co_names
         return None if calls_its_loss_function else next_token_loss
+
+
+def texts_of(rows: Rows, column: str) -> Iterator[str]:
+    """The texts; lines of a file are put together again, so that pairs across line breaks count."""
+    for start in range(0, len(rows.data), TEXTS_AT_ONCE):
+        batch = rows.data[start : start + TEXTS_AT_ONCE][column]
+        if rows.documents:
+            yield "".join(batch)
+        else:
+            yield from batch
 
 
 def next_token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:

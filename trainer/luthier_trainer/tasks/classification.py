@@ -10,21 +10,51 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
+from luthier_api.finetune import FineTuneJobSpec
+from luthier_trainer.data import labels as classes
+from luthier_trainer.data.load import Rows
+from luthier_trainer.models import inspect, weight_files
 from luthier_trainer.models.sources import ADAPTER_CONFIG
 from luthier_trainer.runtime.failure import Failure
-from luthier_trainer.tasks.base import Collator, LoadedModel, Processor, Task, TrainerSetup, TrainingContext
+from luthier_trainer.runtime.notices import notice
+from luthier_trainer.tasks.base import Collator, LoadedModel, Model, Processor, TrainerSetup, TrainingContext
 from luthier_trainer.tasks.batches import LabelledBatches, measured_by
+from luthier_trainer.tasks.pretrained import PretrainedTask
 
 if TYPE_CHECKING:
+    import numpy
     import torch
+    from datasets import DatasetDict
     from transformers import EvalPrediction, PreTrainedModel
 
+LABEL = "spec.dataset.columns.label"
+SHOWN = 5  # labels in a notice
 
-class Classification(LabelledBatches, Task):
+
+class Classification(LabelledBatches, PretrainedTask):
     @property
     def auto_class(self) -> Any:
         """transformers' class that finds the model's."""
         raise NotImplementedError
+
+    def columns(self, spec: FineTuneJobSpec) -> tuple[str, ...]:
+        return (*self.inputs(spec), spec.dataset.columns.label)
+
+    def labels(self, rows: Rows, spec: FineTuneJobSpec) -> list[str]:
+        data = spec.dataset
+        return classes.names_of(rows, data.columns.label, LABEL, data.merge_labels, taken=self.inputs(spec))
+
+    def label_ids(self, rows: Rows, spec: FineTuneJobSpec, labels: list[str] | None) -> numpy.ndarray:
+        data = spec.dataset
+        return classes.ids_of(rows, data.columns.label, LABEL, labels or [], data.merge_labels)
+
+    def check_model(self, model: Model, spec: FineTuneJobSpec, rows: int, labels: list[str] | None) -> None:
+        super().check_model(model, spec, rows, labels)
+        notice(f"{inspect.MODEL}: {what_becomes_of_the_head(model, self.task, labels or [])}")
+
+    def check_encoded(self, data: DatasetDict, model: Model, labels: list[str] | None) -> None:
+        super().check_encoded(data, model, labels)
+        notice_unmeasured_labels(data, labels or [])
 
     def collator(self, processor: Processor) -> Collator:
         raise NotImplementedError
@@ -120,6 +150,28 @@ class Classification(LabelledBatches, Task):
         for name in ("id2label", "label2id", "problem_type", "pad_token_id"):
             setattr(config, name, getattr(trained.config, name, None))
         config.save_pretrained(folder)
+
+
+def what_becomes_of_the_head(model: Model, task: str, labels: list[str]) -> str:
+    """Whether the head of a classifier goes on learning, or starts anew."""
+    from luthier_trainer.models.heads import describe_head, labels_in
+
+    there = weight_files.shapes(weight_files.loaded(model.path, inspect.MODEL))
+    return describe_head(inspect.skeleton(model.config, task, inspect.MODEL), there, labels_in(str(model.path)), labels)
+
+
+def notice_unmeasured_labels(data: DatasetDict, labels: list[str]) -> None:
+    """Say which labels of the training no held-out row has: f1Macro counts each of them as 0."""
+    if "eval" not in data:
+        return
+    measured = set(data["eval"].unique("labels"))
+    absent = [name for label, name in enumerate(labels) if label not in measured]
+    if absent:
+        shown = ", ".join(absent[:SHOWN]) + ", ..." * (len(absent) > SHOWN)
+        notice(
+            f"{LABEL}: {len(absent)} of {len(labels)} labels are in no held-out row ({shown}). f1Macro counts each as"
+            " 0, and the other figures say nothing about them. Hold out more rows, or rows of each label"
+        )
 
 
 class LabelMetrics:

@@ -7,18 +7,35 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from luthier_api.finetune import FineTuneJobSpec
+from luthier_trainer.data.load import Rows
 from luthier_trainer.tasks.base import Batch, Collator, LoadedModel, TrainingContext
 from luthier_trainer.tasks.classification import Classification
-from luthier_trainer.tasks.images import ImageTask, unused_parameters
+from luthier_trainer.tasks.images import PIXELS, ImageTask, unused_parameters
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import BaseImageProcessor, PreTrainedModel
 
 # Pixels of an image that stands for all of them: `prepare` has seen that the processor makes the same shape of any.
 SIDES = (64, 64)
 
 
-class ImageClassification(ImageTask, Classification):
+class ImageClassification(Classification, ImageTask):
+    task = "image-classification"
+
+    def encode(
+        self, rows: Rows, processor: BaseImageProcessor, spec: FineTuneJobSpec, labels: list[str] | None, use: str
+    ) -> Dataset:
+        """Columns pixel_values, which are still files, and labels."""
+        from datasets import Features, Image, Value
+
+        name = spec.dataset.columns.image
+        data = rows.data.select_columns([name])
+        data = data if name == PIXELS else data.rename_column(name, PIXELS)
+        data = data.add_column("labels", self.label_ids(rows, spec, labels))
+        return data.cast(Features({PIXELS: Image(), "labels": Value("int64")}))
+
     @property
     def auto_class(self) -> Any:
         from transformers import AutoModelForImageClassification

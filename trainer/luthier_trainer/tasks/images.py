@@ -21,10 +21,11 @@ from luthier_trainer.data.load import Rows
 from luthier_trainer.models import inspect, processors
 from luthier_trainer.runtime.classify import FORBIDDEN_ERRNOS, STORAGE_ERRNOS, os_error
 from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.tasks.base import Model
+from luthier_trainer.tasks.pretrained import PretrainedTask
 from luthier_trainer.workspace.plan import plan_training
 
 if TYPE_CHECKING:
-    import numpy
     import PIL.Image
     from datasets import Dataset
     from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
@@ -42,25 +43,29 @@ DEEP, WHITE = (
 WIDE, TALL = (96, 48), (64, 80)  # pixels of two images that have nothing in common
 
 
-class ImageTask:
-    """What the tasks share whose rows hold an image."""
+class ImageTask(PretrainedTask):
+    def inputs(self, spec: FineTuneJobSpec) -> tuple[str, ...]:
+        return (spec.dataset.columns.image,)
+
+    def fitting(self, rows: Rows, spec: FineTuneJobSpec) -> Rows:
+        return fitting(rows, spec)
 
     def read_processor(self, folder: Path, field: str) -> BaseImageProcessor:
         return processors.read_image_processor(folder, field)
 
+    def check_model(self, model: Model, spec: FineTuneJobSpec, rows: int, labels: list[str] | None) -> None:
+        check(model.config, model.processor, spec, rows)
+        super().check_model(model, spec, rows, labels)
+
     def loader_workers(self, cores: int) -> int:
         return min(max(cores - 1, MIN_WORKERS), MAX_WORKERS)
-
-
-def column(spec: FineTuneJobSpec) -> str:
-    return spec.dataset.columns.image
 
 
 def fitting(rows: Rows, spec: FineTuneJobSpec) -> Rows:
     """The rows, each with an image that can be read. Raises Failure."""
     from datasets import Image
 
-    name = column(spec)
+    name = spec.dataset.columns.image
     columns.require(rows, name, FIELD, taken=[spec.dataset.columns.label])
     if not isinstance(feature := rows.data.features[name], Image):
         hint = (
@@ -215,16 +220,3 @@ def check_alone(model: PreTrainedModel, shape: tuple[int, ...], rows: int) -> No
 
 def by(shape: tuple[int, ...]) -> str:
     return " × ".join(map(str, shape[1:]))
-
-
-def encoded(
-    rows: Rows, ids: numpy.ndarray | None, processor: BaseImageProcessor, spec: FineTuneJobSpec, use: str
-) -> Dataset:
-    """The rows as `train` reads them: pixel_values, which are still files, and labels. `ids`: the class of each."""
-    from datasets import Features, Image, Value
-
-    name = column(spec)
-    assert ids is not None, "an image alone has nothing to learn"
-    data = rows.data.select_columns([name])
-    data = data if name == PIXELS else data.rename_column(name, PIXELS)
-    return data.add_column("labels", ids).cast(Features({PIXELS: Image(), "labels": Value("int64")}))

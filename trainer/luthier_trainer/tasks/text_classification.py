@@ -4,16 +4,37 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from luthier_api.finetune import FineTuneJobSpec
+from luthier_trainer.data import columns, tokens
+from luthier_trainer.data.load import Rows
 from luthier_trainer.tasks.base import Collator, TrainerSetup, TrainingContext
 from luthier_trainer.tasks.batches import padding_right
 from luthier_trainer.tasks.classification import Classification
-from luthier_trainer.tasks.texts import TextTask
+from luthier_trainer.tasks.texts import FIELD, TextTask, reader_of
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 
-class TextClassification(TextTask, Classification):
+class TextClassification(Classification, TextTask):
+    task = "text-classification"
+
+    def fitting(self, rows: Rows, spec: FineTuneJobSpec) -> Rows:
+        return columns.texts(rows, spec.dataset.columns.text, FIELD, drop_blank=False)
+
+    def encode(
+        self,
+        rows: Rows,
+        processor: PreTrainedTokenizerBase,
+        spec: FineTuneJobSpec,
+        labels: list[str] | None,
+        use: str,
+    ) -> Dataset:
+        text, classes = spec.dataset.columns.text, self.label_ids(rows, spec, labels)
+        reader = reader_of(rows, text, FIELD, processor, spec, use)
+        return tokens.classification_rows(rows.data, text, classes, reader, spec.training.max_length, use)
+
     @property
     def auto_class(self) -> Any:
         from transformers import AutoModelForSequenceClassification

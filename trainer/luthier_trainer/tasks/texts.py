@@ -1,60 +1,80 @@
-"""Rows of text, as `prepare` sees them: which fit, whether the model takes them, and as tokens.
+"""What the tasks share whose rows hold texts: which rows fit, whether the model takes them, and how they are read.
 
-Neighbours: `tokens` and `packing` make the tokens; `images` does the same for rows of images.
+Neighbours: `data.tokens` and `data.packing` make the tokens; `images` does the same for rows of images.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
-from luthier_trainer.data import columns, packing, tokens
+from luthier_api.run import FineTuneRun
+from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.data import tokens
 from luthier_trainer.data.load import Rows
 from luthier_trainer.data.reading import Reader
-from luthier_trainer.models import checks, inspect, processors
+from luthier_trainer.models import checks, embedding, inspect, processors
+from luthier_trainer.models.sources import Located
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
-from luthier_trainer.runtime.taskfacts import FACTS
+from luthier_trainer.tasks.base import Model
+from luthier_trainer.tasks.pretrained import PretrainedTask
 
 if TYPE_CHECKING:
-    import numpy
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-WORKERS = 2  # enough to keep padding off the GPU's path
 FIELD = "spec.dataset.columns.text"
+ADD_ROWS = (
+    "Set model.resizeEmbeddings: true with method.type: full, which adds rows that learn; or take the tokenizer that"
+    " belongs to the model"
+)
+WORKERS = 2  # enough to keep padding off the GPU's path
 
 
-class TextTask:
-    """What the tasks share whose rows hold a text."""
+class TextTask(PretrainedTask):
+    def inputs(self, spec: FineTuneJobSpec) -> tuple[str, ...]:
+        return (spec.dataset.columns.text,)
 
     def read_processor(self, folder: Path, field: str) -> PreTrainedTokenizerBase:
         return processors.read_tokenizer(folder, field)
+
+    def read_model(self, located: Located, run: FineTuneRun, folder: WorkspaceFolder) -> Model:
+        """The model with a row of its embedding for each token that can occur. Raises Failure."""
+        model, spec, field = super().read_model(located, run, folder), run.spec, located.field
+        missing = embedding.without_row(model.config, model.processor, self.task, field)
+        if not spec.model.resize_embeddings:
+            embedding.check(missing, model.processor, field, ADD_ROWS)
+            return replace(model, missing_tokens=missing)
+        if not missing:
+            notice(
+                f"{embedding.RESIZE}: each token of the tokenizer has a row in the embedding already, and nothing was"
+                " changed"
+            )
+            return model
+        path = embedding.resized(model.path, model.config, missing, self.task, spec.training.seed, field, folder)
+        return replace(model, path=path, config=inspect.read_config(path, field))
+
+    def check_model(self, model: Model, spec: FineTuneJobSpec, rows: int, labels: list[str] | None) -> None:
+        check(model.config, model.processor, spec)
+        super().check_model(model, spec, rows, labels)
+
+    def check_encoded(self, data: DatasetDict, model: Model, labels: list[str] | None) -> None:
+        embedding.check_rows(model.missing_tokens, data, model.processor, inspect.MODEL, ADD_ROWS)
+
+    def count_tokens(self, data: Dataset) -> int:
+        return tokens.count_tokens(data)
 
     def loader_workers(self, cores: int) -> int:
         return WORKERS
 
 
-def column(spec: FineTuneJobSpec) -> str:
-    return spec.dataset.columns.text
-
-
-def fitting(rows: Rows, spec: FineTuneJobSpec) -> Rows:
-    """The rows that have a text. Raises Failure."""
-    return columns.texts(rows, column(spec), FIELD, drop_blank=not FACTS[spec.task].labelled)
-
-
-def check(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, spec: FineTuneJobSpec, rows: int) -> None:
-    """Whether model and tokenizer are made for such rows. Raises Failure."""
+def check(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, spec: FineTuneJobSpec) -> None:
+    """Whether model and tokenizer are made for texts of the length that the spec asks for. Raises Failure."""
     checks.check_length(config, spec.training.max_length, tokens.MAX_LENGTH)
-    if not FACTS[spec.task].labelled and tokenizer.eos_token_id is None:
-        raise Failure(
-            ExitCode.INVALID_SPEC,
-            f"{inspect.MODEL}: its tokenizer has no end-of-text token, so the model could not learn where a text"
-            " ends. Choose another model, or add eos_token to its tokenizer_config.json",
-        )
     if config.model_type in inspect.SEE_PADDING and spec.training.micro_batch_size != 1:
         notice(
             f"{inspect.MODEL}: {config.model_type} does not mask padding, so what it makes of a text depends a"
@@ -68,17 +88,23 @@ def check(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, spec: Fi
         )
 
 
-def encoded(
-    rows: Rows, ids: numpy.ndarray | None, tokenizer: PreTrainedTokenizerBase, spec: FineTuneJobSpec, use: str
-) -> Dataset:
-    """The rows as `train` reads them. `ids`: the class of each, where they are classified. `use`: training or held-out,
-    for notices.
+def check_ends(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Whether the tokenizer has a token that ends a text. Raises Failure."""
+    if tokenizer.eos_token_id is None:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{inspect.MODEL}: its tokenizer has no end-of-text token, so the model could not learn where a text"
+            " ends. Choose another model, or add eos_token to its tokenizer_config.json",
+        )
+
+
+def reader_of(
+    rows: Rows, column: str, field: str, tokenizer: PreTrainedTokenizerBase, spec: FineTuneJobSpec, use: str
+) -> Reader:
+    """How the tokenizer reads the texts of a column. Gives notice of those that spell control tokens, or raises Failure
+    where the tokenizer cannot read them as text.
     """
-    text, longest = column(spec), spec.training.max_length
     reader = Reader(tokenizer, spec.dataset.parse_special_tokens)
-    reader.check_spellings(rows.data, text, FIELD, f"{use} {'lines' if rows.documents else 'rows'} of {rows.origin}")
-    if ids is not None:
-        return tokens.classification_rows(rows.data, text, ids, reader, longest, use)
-    if spec.training.packing:
-        return packing.blocks(rows.data, text, reader, longest, rows.documents)
-    return tokens.language_rows(rows.data, text, reader, longest, use)
+    lines = "lines" if rows.documents else "rows"
+    reader.check_spellings(rows.data, column, field, f"{use} {lines} of {rows.origin}")
+    return reader

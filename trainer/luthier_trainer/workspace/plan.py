@@ -11,9 +11,9 @@ import math
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.status import Plan
+from luthier_api.tasks import TRAINING_TASKS
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
-from luthier_trainer.runtime.taskfacts import FACTS
 from luthier_trainer.workspace import space
 
 MICRO_BATCH_LIMIT = 8  # rows of one forward pass, where the spec leaves it open
@@ -56,15 +56,17 @@ def micro_batch(spec: FineTuneJobSpec, share: int) -> tuple[int, list[str]]:
     """(rows of one forward pass, why) of a process that sees `share` rows in a step. The plan does not know the GPU's
     memory.
 
-    Classifiers have no logits over a vocabulary, and some of their models normalise over the rows of a forward pass.
+    Classifiers have no logits over a vocabulary, and some of their models normalise over the rows of a forward pass:
+    their rows have no sequences in the table of tasks.
     """
     training = spec.training
     if training.micro_batch_size:
         return training.micro_batch_size, []
     rows = largest_divisor(share, MICRO_BATCH_LIMIT)
-    if not spec.resources.gpus_per_node or FACTS[spec.task].labelled:
+    sequences = TRAINING_TASKS[spec.task].sequences
+    if not spec.resources.gpus_per_node or not sequences:
         return rows, []
-    fewer = largest_divisor(share, min(max(GPU_TOKENS // training.max_length, 1), MICRO_BATCH_LIMIT))
+    fewer = largest_divisor(share, min(max(GPU_TOKENS // (training.max_length * sequences), 1), MICRO_BATCH_LIMIT))
     why = (
         f"microBatchSize: {fewer}, because rows of {training.max_length} tokens are large for a GPU. Set it higher if"
         " yours has memory left"

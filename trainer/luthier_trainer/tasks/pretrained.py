@@ -1,0 +1,81 @@
+"""What the tasks share whose models are transformers': the model in a folder, checked against task, method and spec."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.run import FineTuneRun
+from luthier_api.status import Plan
+from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.methods import checks as method_checks
+from luthier_trainer.methods import experts
+from luthier_trainer.methods.trainable import weights_of
+from luthier_trainer.models import checks, inspect, weight_check
+from luthier_trainer.models.materialize import whole_model
+from luthier_trainer.models.sources import Located
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.tasks.base import Model, Task
+from luthier_trainer.workspace.plan import CHECKPOINTING
+from luthier_trainer.workspace.space import Weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+class PretrainedTask(Task):
+    task: str
+    """Its name in `luthier_api.tasks`."""
+
+    def inputs(self, spec: FineTuneJobSpec) -> tuple[str, ...]:
+        """Names of the columns that the model is shown."""
+        raise NotImplementedError
+
+    def read_model(self, located: Located, run: FineTuneRun, folder: WorkspaceFolder) -> Model:
+        """The model as a folder that `from_pretrained` loads; an adapter of another job is merged into its base. Raises
+        Failure.
+        """
+        path = whole_model(located, run, folder)
+        config = inspect.read_config(path, located.field)
+        checks.check_task(config, self.task, inspect.MODEL)
+        # Adapters can be trained beside 4-bit weights; to go on from quantised weights without them would be to train
+        # their rounding.
+        checks.check_quantisation(config, {"bitsandbytes"} if run.spec.method.type == "qlora" else set(), inspect.MODEL)
+        named_by_adapter = run.spec.method.type != "full" and run.spec.model.id is not None
+        path = weight_check.fitting(path, config, self.task, located.field, folder, named_by_adapter)
+        processor = self.read_processor(located.folder or path, located.field)
+        return Model(located.resolved, path, config, processor)
+
+    def check_model(self, model: Model, spec: FineTuneJobSpec, rows: int, labels: list[str] | None) -> None:
+        """What strategy, method and recomputed activations ask of the model. Raises Failure."""
+        if spec.strategy.startswith("zero3"):
+            checks.check_sharding(model.config, self.task, "spec.strategy")
+        trouble = self.cannot_recompute(model) if spec.training.gradient_checkpointing else None
+        if trouble:
+            raise Failure(
+                ExitCode.INVALID_SPEC, f"{CHECKPOINTING}: {trouble}; remove it, or use a smaller microBatchSize"
+            )
+        if spec.method.type != "full":
+            targets = spec.method.target_modules
+            method_checks.check_adapters(model.config, self.task, targets, "spec.method.targetModules")
+            experts.check_adapters(model.config, spec)
+        if spec.method.type == "qlora":
+            experts.check_four_bits(model.config, self.task)
+        if spec.method.type == "qlora" and not spec.resources.gpus_per_node:
+            method_checks.check_quantisable(model.config, "spec.method.type")
+
+    def cannot_recompute(self, model: Model) -> str | None:
+        return checks.cannot_recompute(model.config, self.task)
+
+    def weights(self, model: Model, spec: FineTuneJobSpec, plan: Plan, labels: list[str] | None) -> Weights:
+        return weights_of(with_labels(model.config, labels), spec, plan, model.path)
+
+
+def with_labels(config: PreTrainedConfig, labels: list[str] | None) -> PreTrainedConfig:
+    """The configuration of a model whose head is for so many labels."""
+    fitted = copy.deepcopy(config)
+    if labels:
+        fitted.num_labels = len(labels)
+    return fitted
