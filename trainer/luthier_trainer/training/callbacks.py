@@ -1,7 +1,7 @@
 """What happens between two steps: stop when the pod has to go, report, count, notice what is wrong.
 
 Each callback is called on every rank at the same step, so collectives are safe here. Order matters: `train` lists them.
-Neighbours: `loop` calls them, `supervisor` writes the stop flag and reads the heartbeat, `telemetry` serves the
+Neighbours: `resilience` calls them, `supervisor` writes the stop flag and reads the heartbeat, `telemetry` serves the
 figures.
 """
 

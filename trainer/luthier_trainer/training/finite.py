@@ -1,6 +1,6 @@
 """Numbers that are not finite (NaN, infinite) end as Diverged. They are never written into a checkpoint or a result.
 
-Neighbours: `loop` withholds updates and looks at the weights before each save; `callbacks` looks at losses; `result` at
+Neighbours: `resilience` withholds updates and looks at the weights before each save; `callbacks` looks at losses; `result` at
 the files.
 """
 
