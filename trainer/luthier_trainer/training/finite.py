@@ -1,7 +1,7 @@
 """Numbers that are not finite (NaN, infinite) end as Diverged. They are never written into a checkpoint or a result.
 
-Neighbours: `resilience` withholds updates and looks at the weights before each save; `callbacks` looks at losses; `result` at
-the files.
+`resilience` withholds updates and looks at the weights before each save, `callbacks` looks at losses, `result` at the
+files.
 """
 
 from __future__ import annotations
