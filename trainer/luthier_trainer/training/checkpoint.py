@@ -2,8 +2,8 @@
 resumed from.
 
 transformers writes in place and resumes from the highest number, whole or not, so the folder is ours: `resilience`
-lets it write into a staging folder, this module decides what becomes of it. Each rank describes the files that it has written,
-and verifies its share of those that it may resume from; rank 0 alone moves and removes folders.
+lets it write into a staging folder, this module decides what becomes of it. Each rank describes the files that it has
+written, and verifies its share of those that it may resume from; rank 0 alone moves and removes folders.
 """
 
 from __future__ import annotations
