@@ -17,10 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from luthier_api.decides import result_part
 from luthier_api.exitcodes import ExitCode
 from luthier_api.kinds import JobKind
 from luthier_api.run import RUNS, FineTuneRun, GenerateRun, read_run
-from luthier_api.spec import JobControl
 from luthier_api.status import Phase
 from luthier_api.validation import InvalidJob, check_job
 from luthier_api.variables import Variables
@@ -30,12 +30,6 @@ from luthier_operator.workloads.base import Workload, plural
 from luthier_operator.workloads.sources import SOURCE_KIND
 
 RUN_FILE = "run.json"
-# Fields that may change between two runs in one folder, as they may on a cluster while the job lives.
-FREE_FIELDS = {field.alias or name for name, field in JobControl.model_fields.items()} | {
-    "hub",
-    "restarts",
-    "retriesPerShard",
-}
 
 
 @dataclass(frozen=True)
@@ -138,7 +132,7 @@ class LocalJob:
             "metricsPort": 0,
         }
         after = RUNS[self.kind].model_validate(run)
-        if before and (changed := difference(before.spec.dump(), after.spec.dump())):
+        if before and (changed := difference(result_part(before.spec), result_part(after.spec))):
             if any(made.exists() for made in (self.folder.checkpoints, self.folder.shards, self.folder.result)):
                 raise Refused(
                     [
@@ -209,10 +203,8 @@ def paths_in(spec: dict[str, Any]) -> list[tuple[str, Any, Any]]:
 
 
 def difference(before: dict[str, Any], after: dict[str, Any], path: str = "spec") -> str | None:
-    """The first field that differs, as a sentence. Fields that may change are ignored."""
+    """The first field that differs, as a sentence."""
     for key in sorted(before.keys() | after.keys()):
-        if path == "spec" and key in FREE_FIELDS:
-            continue
         old, new = before.get(key), after.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             if deeper := difference(old, new, f"{path}.{key}"):

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 from pydantic import Field
 
 from luthier_api.base import SET, ApiModel, Rule
+from luthier_api.decides import CIRCUMSTANCES, LIFE_CYCLE, PUBLICATION, RESULT
 from luthier_api.formats import DatasetFormat
 from luthier_api.marks import For, Table, TabledSpec, by_table, works_with
 from luthier_api.methods import METHODS, QUANTIZATIONS, STRATEGIES, MethodType, Strategy
@@ -25,7 +26,6 @@ from luthier_api.spec import (
     Workspace,
     alone_on_its_claim,
     at_most_one,
-    immutable,
     train_alone,
 )
 from luthier_api.tasks import TRAINING_TASKS, FineTuneTask
@@ -149,13 +149,13 @@ class Training(ApiModel):
     """
     seed: Seed = 42
     """Seed of everything that is drawn: new weights, adapters, the order of rows, and what evalFraction holds out."""
-    log_steps: Annotated[int, Field(ge=1)] = 10
+    log_steps: Annotated[int, Field(ge=1), CIRCUMSTANCES] = 10
     """Steps between two reports of the loss."""
     eval_steps: Annotated[int | None, Field(ge=1)] = None
     """Steps between two evaluations; only before and after the training when left out."""
-    save_steps: Annotated[int, Field(ge=1)] = 500
+    save_steps: Annotated[int, Field(ge=1), CIRCUMSTANCES] = 500
     """Steps between two checkpoints."""
-    keep_checkpoints: Annotated[int, Field(ge=1, le=100)] = 2
+    keep_checkpoints: Annotated[int, Field(ge=1, le=100), CIRCUMSTANCES] = 2
     """Verified checkpoints that are kept."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
@@ -180,9 +180,9 @@ class TrainingResources(ApiModel):
     """GPUs of each pod, one process on each. 0: train on CPU."""
     processes_per_node: Annotated[int | None, Field(ge=1, le=64)] = None
     """Processes of each pod of a CPU job; 1 when left out."""
-    cpu: Cores | None = None
+    cpu: Annotated[Cores | None, CIRCUMSTANCES] = None
     """CPU request of each pod, in cores, for example 16 or 500m; none when left out."""
-    memory: Bytes | None = None
+    memory: Annotated[Bytes | None, CIRCUMSTANCES] = None
     """Memory request and limit of each pod, for example 64Gi; neither when left out."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
@@ -229,37 +229,25 @@ class FineTuneJobSpec(JobControl, TabledSpec):
         "method": Table(METHODS, selector="method.type", noun="method"),
     }
 
-    task: FineTuneTask
+    task: Annotated[FineTuneTask, RESULT]
     """What the model learns to do."""
-    model: ModelSource
-    dataset: TrainingData
-    method: Method = Field(default_factory=Method)
-    training: Training = Field(default_factory=Training)
-    resources: TrainingResources = Field(default_factory=TrainingResources)
-    strategy: Strategy = "auto"
+    model: Annotated[ModelSource, RESULT]
+    dataset: Annotated[TrainingData, RESULT]
+    method: Annotated[Method, RESULT] = Field(default_factory=Method)
+    training: Annotated[Training, RESULT] = Field(default_factory=Training)
+    resources: Annotated[TrainingResources, RESULT] = Field(default_factory=TrainingResources)
+    strategy: Annotated[Strategy, RESULT] = "auto"
     """How processes share the work. auto: one process alone, several by ddp. zero2 and zero3 shard optimiser and
     weights with DeepSpeed; zero3 not with a quantised model.
     """
-    workspace: Workspace = Field(default_factory=Workspace)
-    volumes: Volumes = Field(default_factory=list)
+    workspace: Annotated[Workspace, CIRCUMSTANCES] = Field(default_factory=Workspace)
+    volumes: Annotated[Volumes, CIRCUMSTANCES] = Field(default_factory=list)
     """Claims and config maps of the namespace that every pod of the job sees, read-only: data, models, prompts."""
-    hub: Hub | None = None
-    scheduling: Scheduling = Field(default_factory=Scheduling)
-    restarts: Restarts = Field(default_factory=Restarts)
+    hub: Annotated[Hub | None, PUBLICATION] = None
+    scheduling: Annotated[Scheduling, CIRCUMSTANCES] = Field(default_factory=Scheduling)
+    restarts: Annotated[Restarts, LIFE_CYCLE] = Field(default_factory=Restarts)
 
     rules: ClassVar[tuple[Rule, ...]] = (
-        *immutable(
-            "task",
-            "model",
-            "dataset",
-            "method",
-            "training",
-            "resources",
-            "strategy",
-            "workspace",
-            "volumes",
-            "scheduling",
-        ),
         alone_on_its_claim("resources.nodes"),
         *works_with("task", METHODS_OF_TASKS, "method.type", METHODS),
         *works_with("task", FORMATS_OF_TASKS, "dataset.?format", get_args(DatasetFormat)),

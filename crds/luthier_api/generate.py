@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
 from luthier_api.base import SET, ApiModel, Format, Rule
+from luthier_api.decides import CIRCUMSTANCES, LIFE_CYCLE, PUBLICATION, RESULT
 from luthier_api.marks import For, Table, TabledSpec, by_table
 from luthier_api.quantity import Bytes, Cores
 from luthier_api.spec import (
@@ -26,7 +27,6 @@ from luthier_api.spec import (
     Workspace,
     alone_on_its_claim,
     exactly_one,
-    immutable,
     train_alone,
 )
 from luthier_api.tasks import GENERATION_TASKS, GenerateTask
@@ -217,9 +217,9 @@ class GenerateResources(ApiModel):
 
     gpus: Annotated[int, Field(ge=0, le=1)] = 1
     """GPUs of each shard: 1, or 0 to run on CPU."""
-    cpu: Cores | None = None
+    cpu: Annotated[Cores | None, CIRCUMSTANCES] = None
     """CPU request of each shard, in cores, for example 8 or 500m; none when left out."""
-    memory: Bytes | None = None
+    memory: Annotated[Bytes | None, CIRCUMSTANCES] = None
     """Memory request and limit of each shard, for example 24Gi; neither when left out."""
 
 
@@ -228,33 +228,33 @@ class GenerateJobSpec(JobControl, TabledSpec):
 
     tables: ClassVar[Mapping[str, Table]] = {"task": Table(GENERATION_TASKS, selector="task", noun="task")}
 
-    task: GenerateTask
+    task: Annotated[GenerateTask, RESULT]
     """What the model makes: text-generation goes on from prompts, text-to-image draws them (Stable Diffusion XL)."""
-    model: ModelSource
-    adapters: Annotated[list[Adapter], Field(max_length=8)] = Field(default_factory=list)
+    model: Annotated[ModelSource, RESULT]
+    adapters: Annotated[list[Adapter], Field(max_length=8), RESULT] = Field(default_factory=list)
     """LoRA adapters that are added to the model, each by its weight. For images also LoHa, LoKr and DoRA, in files of
     diffusers, kohya and LyCORIS.
     """
-    inputs: Inputs
-    text: Annotated[TextSettings, For("task")] = by_table()
+    inputs: Annotated[Inputs, RESULT]
+    text: Annotated[TextSettings, For("task"), RESULT] = by_table()
     """How text is generated."""
-    image: Annotated[ImageSettings, For("task")] = by_table()
+    image: Annotated[ImageSettings, For("task"), RESULT] = by_table()
     """How images are generated."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], RESULT] = "auto"
     """Precision of weights and computation. auto: bf16 on a GPU that has it, fp16 on one before Ampere, fp32 on CPU."""
-    batch_size: Annotated[int, Field(ge=1, le=4096)] = 4
+    batch_size: Annotated[int, Field(ge=1, le=4096), RESULT] = 4
     """Outputs computed at once. Results do not depend on the number of shards, only on this."""
-    seed: Seed = 0
+    seed: Annotated[Seed, RESULT] = 0
     """Seed of rows that have none of their own."""
-    shards: Annotated[int, Field(ge=1, le=4096)] = 1
+    shards: Annotated[int, Field(ge=1, le=4096), RESULT] = 1
     """Pods that share the rows; each goes on where it stopped."""
-    resources: GenerateResources = Field(default_factory=GenerateResources)
-    workspace: Workspace = Field(default_factory=Workspace)
-    volumes: Volumes = Field(default_factory=list)
+    resources: Annotated[GenerateResources, RESULT] = Field(default_factory=GenerateResources)
+    workspace: Annotated[Workspace, CIRCUMSTANCES] = Field(default_factory=Workspace)
+    volumes: Annotated[Volumes, CIRCUMSTANCES] = Field(default_factory=list)
     """Claims and config maps of the namespace that every pod of the job sees, read-only: data, models, prompts."""
-    hub: Hub | None = None
-    scheduling: Scheduling = Field(default_factory=Scheduling)
-    retries_per_shard: Annotated[int, Field(ge=0, le=100)] = 3
+    hub: Annotated[Hub | None, PUBLICATION] = None
+    scheduling: Annotated[Scheduling, CIRCUMSTANCES] = Field(default_factory=Scheduling)
+    retries_per_shard: Annotated[int, Field(ge=0, le=100), LIFE_CYCLE] = 3
     """How often a shard is started again after a failure of the infrastructure. Read when the run is created: to apply
     a change to a running job, suspend the job and let it go on.
     """
@@ -271,22 +271,6 @@ class GenerateJobSpec(JobControl, TabledSpec):
         return self.settings.per_prompt
 
     rules: ClassVar[tuple[Rule, ...]] = (
-        *immutable(
-            "task",
-            "model",
-            "adapters",
-            "inputs",
-            "text",
-            "image",
-            "precision",
-            "batchSize",
-            "seed",
-            "shards",
-            "resources",
-            "workspace",
-            "volumes",
-            "scheduling",
-        ),
         alone_on_its_claim("shards"),
         Rule(
             "self.resources.gpus > 0 || self.precision != 'fp16'",

@@ -18,6 +18,7 @@ from pydantic import ModelWrapValidatorHandler, model_validator
 from pydantic.alias_generators import to_camel
 
 from luthier_api.base import ApiModel, Rule, model_in
+from luthier_api.decides import immutable
 
 Spec = TypeVar("Spec", bound="TabledSpec")
 
@@ -136,10 +137,14 @@ def _all_members(spec: type[TabledSpec], field: MarkedField) -> dict[str, Row]:
 
 @cache
 def rules_of(model: type[ApiModel]) -> tuple[Rule, ...]:
-    """The CEL rules of an object: those of its type, and those that its marks draw."""
+    """The CEL rules of an object: those of its type, and those that are drawn from marks."""
     if not issubclass(model, TabledSpec):
         return model.rules
-    return (*model.rules, *(rule for field in marked_fields(model) for rule in _refusals(model, field)))
+    return (
+        *immutable(model),
+        *model.rules,
+        *(rule for field in marked_fields(model) for rule in _refusals(model, field)),
+    )
 
 
 def _refusals(spec: type[TabledSpec], field: MarkedField) -> Iterator[Rule]:

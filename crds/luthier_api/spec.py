@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from luthier_api.base import ApiModel, Format, Rule, map_by
+from luthier_api.decides import LIFE_CYCLE
 from luthier_api.formats import FORMATS, DatasetFormat
 from luthier_api.marks import For, by_table
 from luthier_api.methods import QuantizationType
@@ -398,31 +399,20 @@ class Scheduling(ApiModel):
 
 
 class JobControl(ApiModel):
-    """Fields of both kinds that steer a job and may change while it lives."""
+    """Fields of both kinds that steer a job."""
 
-    suspend: bool = False
+    suspend: Annotated[bool, LIFE_CYCLE] = False
     """Stop the pods after a checkpoint, hold no resources, and go on when it becomes false."""
-    active_deadline_seconds: Annotated[Seconds, Field(ge=1)] | None = None
+    active_deadline_seconds: Annotated[Annotated[Seconds, Field(ge=1)] | None, LIFE_CYCLE] = None
     """Seconds from the start of the first phase after which the job is stopped and fails; no limit when left out. The
     clock starts again when a planned, suspended or ended job goes on.
     """
-    ttl_seconds_after_finished: Seconds | None = None
+    ttl_seconds_after_finished: Annotated[Seconds | None, LIFE_CYCLE] = None
     """Seconds after which a finished job is deleted; it stays when left out. Its workspace stays unless
     `workspace.whenDeleted` says otherwise.
     """
-    plan_only: bool = False
+    plan_only: Annotated[bool, LIFE_CYCLE] = False
     """Stop after `prepare` and show the plan in the status; false later lets the job go on."""
 
 
 Volumes = Annotated[list[Volume], Field(max_length=16), map_by("mountPath")]
-
-
-def immutable(*fields: str) -> tuple[Rule, ...]:
-    """A run is what its manifest said when it began: these fields never change."""
-    return tuple(
-        Rule(
-            f"has(self.{f}) == has(oldSelf.{f}) && (!has(self.{f}) || self.{f} == oldSelf.{f})",
-            f"spec.{f} cannot change once the job exists; create another job for another {f}",
-        )
-        for f in fields
-    )

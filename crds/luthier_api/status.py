@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field
 
 from luthier_api.base import ApiModel, map_by
 from luthier_api.conditions import ConditionType
+from luthier_api.decides import MAY_WAIT
 
 Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 """A time as Kubernetes writes it, such as 2026-11-28T09:30:00Z."""
@@ -54,7 +55,7 @@ class Condition(ApiModel):
     """True, False, or Unknown."""
     reason: str
     """CamelCase, for programs. Reasons of failures are those of the exit codes."""
-    message: str = ""
+    message: Annotated[str, MAY_WAIT] = ""
     """For people: the current state, or what went wrong and what to do."""
     last_transition_time: Time
     """When the status of the condition last changed."""
@@ -240,9 +241,9 @@ class JobStatus(ApiModel):
     """Nodes × GPUs, or shards × GPUs."""
     prepared: Prepared | None = None
     """What `prepare` found and planned."""
-    progress: Progress | None = None
+    progress: Annotated[Progress | None, MAY_WAIT] = None
     """Progress of the run, updated every few seconds."""
-    checkpoint: Checkpoint | None = None
+    checkpoint: Annotated[Checkpoint | None, MAY_WAIT] = None
     """The newest checkpoint. A restart resumes from it."""
     broken_checkpoints: int | None = None
     """Number of checkpoints that were set aside because their files do not match their manifest."""

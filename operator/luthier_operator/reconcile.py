@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 from pydantic import ValidationError
 
 from luthier_api.conditions import ConditionType, Reason
+from luthier_api.decides import urgent_part
 from luthier_api.kinds import parse_job
-from luthier_api.status import Condition, State
+from luthier_api.status import Condition, JobStatus, State
 from luthier_operator.client import RESOURCES, ApiError, Client
 from luthier_operator.decide import decide, refused
 from luthier_operator.events import Recorder
@@ -153,7 +153,7 @@ class Reconciler:
         """
         desired, before = decision.status.dump(), found.get("status", {})
         last = self._writes.get(found["metadata"]["uid"])
-        if last and essence(desired) == essence(before):
+        if last and urgent_part(desired, JobStatus) == urgent_part(before, JobStatus):
             wait = last.at + self._settings.progress_every - self._clock()
             if wait > 0 and desired != before:
                 return wait
@@ -246,12 +246,6 @@ def invalid_status(found: Object, message: str) -> Object:
         | ({"observedGeneration": generation} if generation else {})
     )
     return status
-
-
-def essence(status: Object) -> Any:
-    """A status without what changes while a job merely goes on: figures, and the words of its conditions."""
-    conditions = [(c.get("type"), c.get("status"), c.get("reason")) for c in status.get("conditions", [])]
-    return {k: v for k, v in status.items() if k not in ("progress", "checkpoint")} | {"conditions": conditions}
 
 
 def merge_patch(before: Object, after: Object) -> Object:

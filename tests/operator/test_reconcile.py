@@ -13,7 +13,7 @@ from harness import condition, fine_tune, finished, running, until
 
 from luthier_api.kinds import JobKind
 from luthier_operator.model import Key
-from luthier_operator.reconcile import InvalidSpec, essence, invalid_status, merge_patch, read_job
+from luthier_operator.reconcile import InvalidSpec, invalid_status, merge_patch, read_job
 
 
 @dataclass(frozen=True)
@@ -80,47 +80,6 @@ PATCHES = [
 def test_merge_patch(case: PatchCase) -> None:
     assert merge_patch(case.before, case.after) == case.expect
     assert merged(case.before, case.expect) == case.after
-
-
-@dataclass(frozen=True)
-class EssenceCase:
-    name: str
-    before: dict[str, Any]
-    after: dict[str, Any]
-    same: bool
-
-
-ESSENCES = [
-    EssenceCase(
-        name="another step",
-        before={"progress": {"step": 1}},
-        after={"progress": {"step": 2}},
-        same=True,
-    ),
-    EssenceCase(
-        name="another word",
-        before={"conditions": [{"type": "A", "status": "True", "reason": "R", "message": "1"}]},
-        after={"conditions": [{"type": "A", "status": "True", "reason": "R", "message": "2"}]},
-        same=True,
-    ),
-    EssenceCase(
-        name="another reason",
-        before={"conditions": [{"type": "A", "status": "True", "reason": "R"}]},
-        after={"conditions": [{"type": "A", "status": "True", "reason": "S"}]},
-        same=False,
-    ),
-    EssenceCase(
-        name="another restart",
-        before={"restarts": 0},
-        after={"restarts": 1},
-        same=False,
-    ),
-]
-
-
-@pytest.mark.parametrize("case", ESSENCES, ids=lambda case: case.name)
-def test_what_may_wait(case: EssenceCase) -> None:
-    assert (essence(case.before) == essence(case.after)) is case.same
 
 
 def job(**parts: Any) -> dict[str, Any]:

@@ -335,12 +335,6 @@ DIFFERENCES = [
         after={"model": {"path": "a"}},
         expect="spec.model.id was 'a' and is None",
     ),
-    DifferenceCase(
-        name="what steers",
-        before={"suspend": True, "hub": {"repo": "a/b"}, "restarts": {"max": 1}},
-        after={"suspend": False},
-        expect=None,
-    ),
 ]
 
 

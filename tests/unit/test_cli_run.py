@@ -355,6 +355,14 @@ def test_another_manifest_does_not_go_on_from_this_one(laptop: Laptop) -> None:
     assert laptop.calls() == ["tune prepare 0", "tune train 0"] * 2
 
 
+def test_a_manifest_whose_circumstances_have_changed_goes_on(laptop: Laptop) -> None:
+    laptop.run("run", laptop.write(job()))
+    changed_one = job(training={"saveSteps": 7}, resources=CPU | {"memory": "1Gi"}, scheduling={"queueName": "team-a"})
+    code, document = laptop.json("run", laptop.write(changed_one))
+    assert (code, document["jobs"][0]["finishedBefore"]) == (0, True)
+    assert laptop.calls() == ["tune prepare 0", "tune train 0"]
+
+
 def test_fresh_empties_no_folder_of_others(laptop: Laptop) -> None:
     (laptop.runs / "tune").mkdir()
     (laptop.runs / "tune/thesis.tex").write_text("precious")

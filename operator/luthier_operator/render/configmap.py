@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from luthier_api.decides import run_part
 from luthier_api.run import RUNS, FineTuneRun, GenerateRun
 from luthier_operator import naming
 from luthier_operator.model import Object
@@ -16,14 +17,6 @@ if TYPE_CHECKING:
     from luthier_operator.workloads.base import Workload
 
 LIMIT_BYTES = (1 << 20) - 4096  # a ConfigMap holds 1 MiB, its keys included
-# What steers a job from outside is no part of the run: a pod that starts after a suspension must find the config it
-# knew.
-NOT_OF_THE_RUN: dict[str, Any] = {
-    "suspend": False,
-    "plan_only": False,
-    "active_deadline_seconds": None,
-    "ttl_seconds_after_finished": None,
-}
 
 
 def folder(place: Place, own_claim: str) -> str:
@@ -43,7 +36,7 @@ def run_config(workload: Workload, settings: Settings, sources: Mapping[str, Pla
         "sources": {name: folder(place, own.claim) for name, place in sorted(sources.items())},
         "rendezvous_host": workload.rendezvous_host,
         "grace_seconds": settings.grace_seconds,
-        "spec": job.spec.model_copy(update=NOT_OF_THE_RUN),
+        "spec": run_part(job.spec),
     }
     return RUNS[job.kind](**fields)
 

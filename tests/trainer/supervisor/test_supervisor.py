@@ -411,7 +411,10 @@ def test_a_workspace_of_another_job_is_not_trained_on(tmp_path: Path, make_run: 
     give_prepared(make_run())
     done = entry(tmp_path, "train", good(make_run(), spec__training__seed=7))
     assert done.returncode == 64
-    assert "was prepared for another version of job 'job'" in last_word(tmp_path).message
+    assert (
+        "was prepared for another version of job 'job': spec.training.seed is 7, there it was 42."
+        in last_word(tmp_path).message
+    )
 
 
 CIRCUMSTANCES = [
@@ -422,6 +425,8 @@ CIRCUMSTANCES = [
     ("scheduling", {"queueName": "team-a"}),
     ("volumes", [{"claimName": "models", "mountPath": "/models"}]),
     ("activeDeadlineSeconds", 60),
+    ("training__saveSteps", 7),
+    ("resources__memory", "8Gi"),
 ]
 
 

@@ -25,6 +25,7 @@ from luthier_trainer.runtime.run_folder import run_dir
 from luthier_trainer.training import main as train
 from luthier_trainer.training.callbacks import Heartbeat
 from luthier_trainer.workspace.manifest import write_manifest
+from luthier_trainer.workspace.prepared import FINGERPRINT, fingerprint
 
 STEPS = 26  # an epoch has 25, so that one resumption crosses its border
 LORA = {"type": "lora", "rank": 4, "dropout": 0.1}
@@ -105,6 +106,34 @@ def test_stopped(
     assert {k: v for k, v in metrics.items() if k != "seconds"} == {
         k: v for k, v in uninterrupted[1].items() if k != "seconds"
     }
+
+
+def test_a_run_whose_circumstances_have_changed_goes_on(
+    tmp_path: Path, llama: Path, data: DatasetDict, uninterrupted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make(tmp_path / "job", llama, data)
+    stopped_at(run, 7, monkeypatch)
+    changes = {
+        "resources": run.spec.resources.model_copy(update={"memory": "8Gi"}),
+        "training": run.spec.training.model_copy(update={"save_steps": 4, "keep_checkpoints": 1}),
+        "scheduling": run.spec.scheduling.model_copy(update={"node_selector": {"gpu": "h100"}}),
+    }
+    train.main(run.model_copy(update={"spec": run.spec.model_copy(update=changes)}))
+    assert losses(run) == uninterrupted[0]
+    kept = sorted(path.name for path in (tmp_path / "job/checkpoints").iterdir())
+    assert kept == [f"checkpoint-{STEPS}"]
+
+
+def test_a_checkpoint_of_another_result_is_refused_by_the_name_of_the_field(
+    tmp_path: Path, llama: Path, data: DatasetDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make(tmp_path / "job", llama, data)
+    stopped_at(run, 7, monkeypatch)
+    training = run.spec.training.model_copy(update={"weight_decay": 0.5})
+    other = run.model_copy(update={"spec": run.spec.model_copy(update={"training": training})})
+    (tmp_path / "job/prepared" / FINGERPRINT).write_text(fingerprint(other))  # as a `prepare` of the other run
+    with pytest.raises(Failure, match=r"other settings: spec\.training\.weightDecay is 0\.5, there it was 0\.0\."):
+        train.main(other)
 
 
 def stopped_in_evaluation(run: Any, number: int, monkeypatch: pytest.MonkeyPatch) -> TerminationMessage:

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier_api.decides import result_part
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_api.workspace import MANIFEST
@@ -26,6 +27,7 @@ from luthier_trainer.runtime.failure import START_OVER, Failure
 from luthier_trainer.runtime.heartbeat import beat, beat_before_training
 from luthier_trainer.workspace import manifest, space
 from luthier_trainer.workspace.manifest import Entry, fsync, read_manifest
+from luthier_trainer.workspace.prepared import DIFFERENCES_SHOWN, differences
 
 if TYPE_CHECKING:
     from luthier_trainer.distributed.ranks import Ranks  # brings torch
@@ -40,9 +42,12 @@ OF_A_RANK = re.compile(r"rng_state_(\d+)\.pth|(?:.+_)?zero_pp_rank_(\d+)_mp_rank
 
 
 def identity(run: FineTuneRun, prepared: PreparedRecord) -> dict[str, Any]:
-    """What must be the same for a checkpoint, or a result, to belong to this run: field → value."""
-    spec = run.spec.dump()
-    return {f"spec.{field}": spec.get(field) for field in ("task", "model", "dataset", "method", "training")} | {
+    """What must be the same for a checkpoint, or a result, to belong to this run: field → value.
+
+    The part of the spec that decides the result; of strategy and resources, what they come to.
+    """
+    spec = {f"spec.{field}": value for field, value in result_part(run.spec).items() if field != "resources"}
+    return spec | {
         "the model's revision": prepared.model.revision,
         "the dataset's revision": prepared.dataset.revision,
         "spec.strategy": prepared.plan.strategy,
@@ -61,11 +66,11 @@ def check_identity(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) 
     """
     if found.get("runHash") == _digest(wanted):
         return
-    differences = list(_differences("", json.loads(json.dumps(wanted)), found.get("run") or {}))
+    found_differences = list(differences(json.loads(json.dumps(wanted)), found.get("run") or {}))
     raise Failure(
         ExitCode.INVALID_SPEC,
         f"{folder} was made by a run with other settings:"
-        f" {'; '.join(differences[:5]) or 'its manifest does not say which'}. {START_OVER}",
+        f" {'; '.join(found_differences[:DIFFERENCES_SHOWN]) or 'its manifest does not say which'}. {START_OVER}",
     )
 
 
@@ -212,11 +217,3 @@ def step_of(checkpoint: Path) -> int:
 
 def _digest(run_identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(run_identity, sort_keys=True).encode()).hexdigest()
-
-
-def _differences(path: str, wanted: Any, found: Any) -> Any:
-    if isinstance(wanted, dict) and isinstance(found, dict):
-        for key in sorted(wanted.keys() | found.keys()):
-            yield from _differences(f"{path}.{key}".lstrip("."), wanted.get(key), found.get(key))
-    elif wanted != found:
-        yield f"{path} is {wanted!r}, there it was {found!r}"

@@ -5,45 +5,41 @@ Neighbours: `prepare` writes it, `train`, `generate` and `publish` read it throu
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
+from luthier_api.decides import result_part
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
-from luthier_api.spec import JobControl
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.workspace.manifest import fsync
 
-FINGERPRINT = "run.sha256"
-# What may differ between two starts of the same job: it decides where and when work is done, never what is made.
-CIRCUMSTANCES = set(JobControl.model_fields) | {
-    "hub",
-    "restarts",
-    "retries_per_shard",
-    "workspace",
-    "volumes",
-    "scheduling",
-}
+FINGERPRINT = "fingerprint.json"
+DIFFERENCES_SHOWN = 5
 
 
 def fingerprint(run: FineTuneRun | GenerateRun) -> str:
-    """SHA-256 of what the job is: its kind, its uid, and the part of its spec that decides the result."""
-    spec = run.spec.model_dump(mode="json", exclude=CIRCUMSTANCES)
-    identity = {"kind": run.kind, "name": run.name, "uid": run.uid, "spec": spec}
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    """What the job is, as JSON: its kind, its name, its uid, and the part of its spec that decides the result."""
+    identity = {"kind": run.kind, "name": run.name, "uid": run.uid, "spec": result_part(run.spec)}
+    return json.dumps(identity, sort_keys=True)
 
 
 def belongs(run: FineTuneRun | GenerateRun) -> bool:
     """Whether `prepared/` was begun for this job and not for an earlier manifest in the same folder."""
+    return _fingerprint_found(run) == fingerprint(run)
+
+
+def _fingerprint_found(run: FineTuneRun | GenerateRun) -> str | None:
     try:
-        return (WorkspaceFolder(Path(run.workspace)).prepared / FINGERPRINT).read_text().strip() == fingerprint(run)
-    except OSError:
-        return False
+        return (WorkspaceFolder(Path(run.workspace)).prepared / FINGERPRINT).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 def write_prepared(run: FineTuneRun | GenerateRun, record: PreparedRecord) -> None:
@@ -68,7 +64,26 @@ def read_prepared(run: FineTuneRun | GenerateRun) -> PreparedRecord:
     if not belongs(run):
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"{path}: was prepared for another version of job {run.name!r}. Run `prepare` again, or use another"
-            " workspace",
+            f"{path}: was prepared for another version of job {run.name!r}{_what_differs(run)}. Run `prepare` again,"
+            " or use another workspace",
         )
     return record
+
+
+def _what_differs(run: FineTuneRun | GenerateRun) -> str:
+    """Nothing for what another version of this image has written otherwise."""
+    try:
+        found = json.loads(_fingerprint_found(run) or "")
+    except ValueError:
+        return ""
+    shown = list(differences(json.loads(fingerprint(run)), found))[:DIFFERENCES_SHOWN]
+    return f": {'; '.join(shown)}" if shown else ""
+
+
+def differences(wanted: Any, found: Any, path: str = "") -> Iterator[str]:
+    """What differs between two JSON documents, a sentence for each field."""
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        for key in sorted(wanted.keys() | found.keys()):
+            yield from differences(wanted.get(key), found.get(key), f"{path}.{key}".lstrip("."))
+    elif wanted != found:
+        yield f"{path} is {wanted!r}, there it was {found!r}"
