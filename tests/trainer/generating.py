@@ -15,7 +15,8 @@ from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.generation import main as generate
-from luthier_trainer.generation.ledger import TABLES, shard_name
+from luthier_trainer.generation.engines.table import engine_class
+from luthier_trainer.generation.ledger import shard_name
 from luthier_trainer.workspace.prepared import FINGERPRINT, fingerprint, write_prepared
 
 Row = dict[str, Any]
@@ -64,8 +65,7 @@ def generate_shards(
 def result_lines(run: GenerateRun) -> list[Row]:
     """The lines of the result, over all shards, in order of row and sample."""
     result = WorkspaceFolder(Path(run.workspace)).result
-    files = [
-        result / TABLES[run.spec.task].format(shard=shard_name(i, run.spec.shards)) for i in range(run.spec.shards)
-    ]
+    records, shards = engine_class(run.spec.task).records, run.spec.shards
+    files = [result / records.table(shard_name(i, shards)) for i in range(shards)]
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     return sorted(lines, key=lambda line: (line["row"], line["sample"]))

@@ -25,6 +25,7 @@ from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.generation import main as generate
+from luthier_trainer.generation.engines.text import TextEngine
 from luthier_trainer.generation.ledger import shard_manifest
 from luthier_trainer.runtime import heartbeat, run_folder
 from luthier_trainer.runtime.failure import Failure
@@ -175,7 +176,7 @@ def test_a_stop_ends_after_the_batch_and_loses_nothing(text_run: GenerateRun, mo
 
 def test_a_complete_shard_says_so_without_its_model(text_run: GenerateRun, monkeypatch: pytest.MonkeyPatch) -> None:
     (first,) = generate_shards(text_run, monkeypatch)
-    monkeypatch.setattr(generate, "load_engine", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(TextEngine, "load", lambda *_: pytest.fail("the model was loaded"))
     (again,) = generate_shards(text_run, monkeypatch)
     assert again.metrics == first.metrics
 
@@ -215,7 +216,7 @@ def test_a_full_gpu_is_explained(text_run: GenerateRun, monkeypatch: pytest.Monk
     def load(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(generate, "load_engine", load)
+    monkeypatch.setattr(TextEngine, "load", load)
     with pytest.raises(Failure) as failure:
         generate_shards(text_run, monkeypatch)
     assert failure.value.code is ExitCode.CUDA_OUT_OF_MEMORY

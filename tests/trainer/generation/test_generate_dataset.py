@@ -19,6 +19,7 @@ from trainer.generating import generate_run, prepare_by_hand
 from luthier_api.run import GenerateRun
 from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.generation.engines.table import engine_class
 from luthier_trainer.generation.ledger import Shard
 from luthier_trainer.generation.samples import Output, Sample
 from luthier_trainer.publish import dataset_fields, model_card
@@ -44,7 +45,7 @@ def text(row: int, **columns: Any) -> Output:
 
 
 def image(row: int, negative: str | None = None, **columns: Any) -> Output:
-    return Output(Sample(row, 0, f"prompt {row}", negative, row, columns or None), image=picture(row), suffix="png")
+    return Output(Sample(row, 0, f"prompt {row}", negative, row, columns or None), file=picture(row), suffix="png")
 
 
 def error(row: int) -> Output:
@@ -154,7 +155,9 @@ def finished(workspace: Path, task: str, shards: list[list[Output]]) -> Generate
     run = generate_run(workspace, rows, task=task, model={"path": "/models/m"}, shards=len(shards), hub=hub)
     prepare_by_hand(run)
     for i, outputs in enumerate(shards):
-        shard = Shard(WorkspaceFolder(workspace), i, len(shards), {"task": task, **SETTINGS}, "here")
+        shard = Shard(
+            WorkspaceFolder(workspace), i, len(shards), engine_class(task).records, {"task": task, **SETTINGS}, "here"
+        )
         shard.resume([output.sample for output in outputs])
         shard.append(outputs)
         shard.finish({"rows": len(outputs), "failedRows": shard.failed})
@@ -193,7 +196,7 @@ def check(rows: datasets.Dataset, outputs: list[Output]) -> None:
             assert row["text"] == output.text
         else:
             assert row["negativePrompt"] == sample.negative_prompt
-        if output.image:
+        if output.file:
             assert row["image"].getpixel((0, 0)) == (sample.row, 0, 0)
 
 

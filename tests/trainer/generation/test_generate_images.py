@@ -249,5 +249,5 @@ def test_a_vae_that_asks_for_it_stays_in_fp32(sdxl: Path) -> None:
     run = generate_run(Path("/"), ROWS[:1], task="text-to-image", model={"path": str(sdxl)}, image=SMALL)
     engine = ImageEngine(run.spec, sdxl, [], Hardware("cpu", "fp16"), batch_size=1)
     (output,) = engine.make([Sample(0, 0, "a lute", None, 7)])
-    assert output.image
+    assert output.file
     assert (engine.pipe.unet.dtype, engine.pipe.vae.dtype) == (torch.float16, torch.float32)

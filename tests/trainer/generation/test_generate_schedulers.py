@@ -17,7 +17,8 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import SchedulerName
 from luthier_trainer.generation.engines.images import ImageEngine
 from luthier_trainer.generation.hardware import Hardware
-from luthier_trainer.generation.samples import Sample, batches
+from luthier_trainer.generation.main import batches
+from luthier_trainer.generation.samples import Sample
 from luthier_trainer.generation.schedulers import SAMPLERS, make_scheduler, rehearse
 from luthier_trainer.runtime.failure import Failure
 
@@ -140,10 +141,10 @@ def test_every_name_draws_the_same_images_twice(engine: ImageEngine, name: Sched
     engine.scheduler_name = name
     first, again = engine.make(SAMPLES), engine.make(SAMPLES)
     assert [o.error for o in first] == [None, None]
-    assert [o.image for o in first] == [o.image for o in again]
+    assert [o.file for o in first] == [o.file for o in again]
     # The second row alone: no neighbour, no place in the batch, no shared generator decides.
-    assert engine.make(SAMPLES[1:])[0].image == first[1].image
-    assert first[0].image != first[1].image
+    assert engine.make(SAMPLES[1:])[0].file == first[1].file
+    assert first[0].file != first[1].file
 
 
 # LUTHIER_EXACT=all: with every sampler, about a minute.
@@ -164,7 +165,7 @@ def test_images_are_the_same_to_the_bit_however_rows_are_ordered_and_split(
 
     def drawn(order: list[Sample], shards: int) -> dict[int, bytes | None]:
         return {
-            output.sample.row: output.image
+            output.sample.row: output.file
             for shard in range(shards)
             for batch in batches(engine, [s for s in order if s.row % shards == shard])
             for output in engine.make(batch)

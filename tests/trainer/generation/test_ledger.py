@@ -12,10 +12,14 @@ from typing import Any
 
 import pytest
 
+from luthier_api.tasks import GENERATION_TASKS, GenerateTask
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.generation import ledger as shards
-from luthier_trainer.generation.ledger import KEYS, Shard, image_folder, shard_manifest
-from luthier_trainer.generation.samples import Output, Sample, batches, padded
+from luthier_trainer.generation.engines.table import ENGINES, engine_class
+from luthier_trainer.generation.ledger import Shard, shard_manifest
+from luthier_trainer.generation.main import batches
+from luthier_trainer.generation.records import image_folder
+from luthier_trainer.generation.samples import Output, Sample, padded
 from luthier_trainer.runtime import notices
 
 SETTINGS = {"task": "text-to-image", "guidance": 5.0, "steps": 2}
@@ -23,7 +27,7 @@ SAMPLES = [Sample(0, 0, "a lute", None, 7), Sample(0, 1, "a lute", None, 8), Sam
 
 
 def opened(tmp_path: Path, settings: dict[str, Any] = SETTINGS) -> Shard:
-    return Shard(WorkspaceFolder(tmp_path), 0, 1, settings, "here")
+    return Shard(WorkspaceFolder(tmp_path), 0, 1, engine_class(settings["task"]).records, settings, "here")
 
 
 def output(sample: Sample) -> Output:
@@ -31,7 +35,7 @@ def output(sample: Sample) -> Output:
     return (
         Output(sample, error="too dark")
         if sample.row == 1
-        else Output(sample, image=b"image %d" % sample.seed, suffix="png")
+        else Output(sample, file=b"image %d" % sample.seed, suffix="png")
     )
 
 
@@ -239,7 +243,7 @@ def test_lines_of_two_pods_become_one_that_fits_the_image(tmp_path: Path) -> Non
     for last in (b"image 7", b"IMAGE 7"):
         folder = tmp_path / last.decode()
         shard = written(folder)
-        shard.append([Output(SAMPLES[0], image=b"IMAGE 7", suffix="png")])
+        shard.append([Output(SAMPLES[0], file=b"IMAGE 7", suffix="png")])
         image = shard.folder.shards / shard.own / "images/0000/000000-00.png"
         image.write_bytes(last)
         shard.ledger.write_bytes(shard.ledger.read_bytes() + b'{"row": 0, "sam')
@@ -254,12 +258,17 @@ def table(shard: Shard) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (shard.folder.result / shard.own / "metadata.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("task", KEYS)
-def test_every_line_of_a_task_has_the_same_keys(task: str, tmp_path: Path) -> None:
+def test_every_task_has_an_engine() -> None:
+    assert set(ENGINES) == set(GENERATION_TASKS)
+
+
+@pytest.mark.parametrize("task", ENGINES)
+def test_every_line_of_a_task_has_the_same_keys(task: GenerateTask, tmp_path: Path) -> None:
     shard = opened(tmp_path, {"task": task})
-    good = {"text": "a"} if task == "text-generation" else {"image": b"i", "suffix": "png"}
+    good = {"text": "a", "file": b"i", "suffix": "png"}
     shard.append([Output(SAMPLES[0], **good), Output(SAMPLES[1], error="too long")])
-    assert [tuple(json.loads(line)) for line in shard.ledger.read_text().splitlines()] == [KEYS[task]] * 2
+    lines = [tuple(json.loads(line)) for line in shard.ledger.read_text().splitlines()]
+    assert lines == [shard.records.keys] * 2
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "a volume without hard links"])
@@ -295,7 +304,7 @@ def test_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) ->
 def test_an_image_made_again_leaves_the_result_alone(tmp_path: Path) -> None:
     shard = written(tmp_path)
     shard.finish({})
-    shard.append([Output(SAMPLES[0], image=b"another", suffix="png")])
+    shard.append([Output(SAMPLES[0], file=b"another", suffix="png")])
     assert (tmp_path / "result/shard-00000-of-00001/images/0000/000000-00.png").read_bytes() == b"image 7"
 
 

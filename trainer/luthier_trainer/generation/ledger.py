@@ -1,90 +1,33 @@
 """The ledger of one shard: every output has one line, written after the output itself is durable.
 
 A killed shard reads its own lines and goes on: lines that no longer fit the job are dropped, which a notice says, and
-images without a line are written again. At the end the outputs are linked into `result/`, with a manifest that
+files without a line are written again. At the end the outputs are linked into `result/`, with a manifest that
 `publish` waits for. Shards share no file.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from luthier_api.workspace import MANIFEST, WorkspaceFolder
+from luthier_trainer.generation.records import Line, RecordForm, digest
 from luthier_trainer.generation.samples import Output, Sample
 from luthier_trainer.runtime.heartbeat import beat
 from luthier_trainer.runtime.notices import notice
-from luthier_trainer.workspace.manifest import fsync, sha256
+from luthier_trainer.workspace.manifest import fsync, replace_file, sha256
 
-# Rows, and samples of each, whose images share a folder; the Hub wants fewer than 10,000 files in one
-FOLDER_ROWS, FOLDER_SAMPLES = (
-    1000,
-    8,
-)
-# that read images at once: hashlib releases the interpreter, and a volume in the network answers many requests as fast
-# as one
-THREADS = 8
-AT_ONCE = 64  # of them
-SHOWN = 60  # characters of a setting
-Line = dict[str, Any]
-
-KEYS = {
-    "text-generation": (
-        "row",
-        "sample",
-        "prompt",
-        "seed",
-        "input",
-        "text",
-        "error",
-        "finishReason",
-        "promptTokens",
-        "newTokens",
-        "sha256",
-        "settings",
-        "environment",
-    ),
-    "text-to-image": (
-        "row",
-        "sample",
-        "prompt",
-        "negativePrompt",
-        "seed",
-        "input",
-        "file_name",
-        "error",
-        "unreadTokens",
-        "unreadNegativeTokens",
-        "size",
-        "sha256",
-        "settings",
-        "environment",
-    ),
-}
-"""Task → what each of its lines has, null where there is nothing to say: readers take the keys of the first lines for
-those of all.
-"""
-TABLES = {"text-generation": "{shard}.jsonl", "text-to-image": "{shard}/metadata.jsonl"}
-"""Task → where the lines of a shard stand in `result/`. The name is the one that `datasets` looks for beside images,
-whose `file_name` begins there.
-"""
+AT_ONCE = 64  # lines that are verified between two heartbeats
+SHOWN = 60  # characters of a setting in a notice
 
 
 def shard_name(index: int, count: int) -> str:
     return f"shard-{index:05d}-of-{count:05d}"
-
-
-def image_folder(row: int, index: int) -> str:
-    """Where the image `index` of a row lies in the folder of its shard."""
-    more = f"-{index // FOLDER_SAMPLES:03d}" if index >= FOLDER_SAMPLES else ""
-    return f"images/{row // FOLDER_ROWS:04d}{more}"
 
 
 def shard_manifest(folder: WorkspaceFolder, index: int, count: int) -> Path:
@@ -95,12 +38,21 @@ def shard_manifest(folder: WorkspaceFolder, index: int, count: int) -> Path:
 
 
 class Shard:
-    """The outputs of shard `index` of `count`. `settings` is everything beside the sample that an output depends on."""
+    """The outputs of shard `index` of `count`, kept in the form of their engine.
+
+    `settings` is everything beside the sample that an output depends on.
+    """
 
     def __init__(
-        self, folder: WorkspaceFolder, index: int, count: int, settings: dict[str, Any], environment: str
+        self,
+        folder: WorkspaceFolder,
+        index: int,
+        count: int,
+        records: RecordForm,
+        settings: dict[str, Any],
+        environment: str,
     ) -> None:
-        self.folder, self.index, self.count = folder, index, count
+        self.folder, self.index, self.count, self.records = folder, index, count, records
         # As JSON has it: 1.0 and 1 are one number there, so that lines can be compared with it.
         self.settings, self.environment = json.loads(json.dumps(settings)), environment
         self.ledger = folder.shards / f"{shard_name(index, count)}.jsonl"
@@ -115,8 +67,13 @@ class Shard:
 
     @property
     def own(self) -> str:
-        """The folder of its images, below `shards/` and below `result/`."""
+        """The folder of its files, below `shards/` and below `result/`."""
         return shard_name(self.index, self.count)
+
+    @property
+    def files(self) -> Path:
+        """Where its files are written."""
+        return self.folder.shards / self.own
 
     def resume(self, samples: Sequence[Sample]) -> list[Sample]:
         """Take over what earlier attempts wrote; the samples that are left, in order. A notice says what is not taken
@@ -148,7 +105,7 @@ class Shard:
                 self._count(line)
         table = b"".join(kept)
         if table != b"".join(written):
-            _replace(self.ledger, table)
+            replace_file(self.ledger, table)
         self._report(refused, len(written))
         return [s for s in samples if s.key not in self.done]
 
@@ -172,33 +129,15 @@ class Shard:
             return ", ".join(
                 f"{name} was {_shown(before.get(name))} and is {_shown(now.get(name))}" for name in changed
             )
-        if line.keys() != set(KEYS[self.settings["task"]]):
+        if line.keys() != set(self.records.keys):
             return "another version of Luthier wrote the line"
         return None
 
     def _damages(self, lines: Sequence[Line]) -> Iterator[str | None]:
-        """`_damage` of each line, in order; images are read by several threads, with a sign of life for each few of
-        them.
-        """
-        with ThreadPoolExecutor(THREADS) as threads:
-            for first in range(0, len(lines), AT_ONCE):
-                beat()
-                some = lines[first : first + AT_ONCE]
-                yield from threads.map(self._damage, some) if "file_name" in some[0] else map(self._damage, some)
-
-    def _damage(self, line: Line) -> str | None:
-        """Why the output of a line cannot be used; None when it is there, as it was written."""
-        if line["error"] is not None:
-            return None
-        if "text" in line:
-            return None if _digest(str(line["text"]).encode()) == line["sha256"] else "its text is damaged"
-        path = self.folder.shards / self.own / (line["file_name"] or "")
-        try:
-            if path.stat().st_size != line["size"]:
-                return "its image is damaged"
-            return None if sha256(path) == line["sha256"] else "its image is damaged"
-        except FileNotFoundError:
-            return "its image is gone"
+        """For each line why its output cannot be used, with a heartbeat for each few of them."""
+        for first in range(0, len(lines), AT_ONCE):
+            beat()
+            yield from self.records.damages(lines[first : first + AT_ONCE], self.files)
 
     def _count(self, line: Line) -> None:
         self.done[line["row"], line["sample"]] = line["error"] is None
@@ -210,9 +149,7 @@ class Shard:
         if not outputs:
             return
         lines = [self._line(output) for output in outputs]
-        for parent in {
-            (self.folder.shards / self.own / line["file_name"]).parent for line in lines if line.get("file_name")
-        }:
+        for parent in {(self.files / name).parent for line in lines if (name := self.records.file(line))}:
             fsync(parent)
         with self.ledger.open("ab") as file:
             file.write(b"".join(_encode(line) for line in lines))
@@ -222,31 +159,20 @@ class Shard:
             self._count(line)
 
     def _line(self, output: Output) -> Line:
+        """Write the file of an output, if it has one, and describe it in a line."""
         sample = output.sample
-        facts = (
-            sample.facts()
-            | output.facts
-            | {
-                "input": sample.input,
-                "settings": self.settings,
-                "environment": self.environment,
-            }
-        )
-        if output.error is not None:
-            facts["error"] = output.error
-        elif output.image is not None:
-            row, index = sample.key
-            name = f"{image_folder(row, index)}/{row:06d}-{index:02d}.{output.suffix}"
-            path = self.folder.shards / self.own / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _replace(path, output.image)
-            facts |= {"file_name": name, "size": len(output.image), "sha256": _digest(output.image)}
-        else:
-            text = output.text or ""
-            facts |= {"text": text, "sha256": _digest(text.encode())}
-        keys = KEYS[self.settings["task"]]
-        assert facts.keys() <= set(keys), f"lines have no {facts.keys() - set(keys)}"
-        return {key: facts.get(key) for key in keys}
+        made = {"error": output.error} if output.error is not None else self.records.write(output, self.files)
+        line = {
+            **sample.facts(),
+            **output.facts,
+            "input": sample.input,
+            "settings": self.settings,
+            "environment": self.environment,
+            **made,
+        }
+        keys = self.records.keys
+        assert line.keys() <= set(keys), f"lines have no {line.keys() - set(keys)}"
+        return {key: line.get(key) for key in keys}
 
     def open_result(self) -> None:
         """Take back an older result of this shard, so that `publish` cannot take it for the one in the making."""
@@ -260,56 +186,52 @@ class Shard:
         self.ledger.touch()
         lines = sorted(self._lines(), key=lambda line: (line["row"], line["sample"]))
         table = b"".join(_encode(line) for line in lines)
-        name, manifest = (
-            TABLES[self.settings["task"]].format(shard=self.own),
-            shard_manifest(self.folder, self.index, self.count),
-        )
-        entry = {"path": name, "size": len(table), "sha256": _digest(table)}
-        images = [
-            {"path": f"{self.own}/{line['file_name']}", "size": line["size"], "sha256": line["sha256"]}
+        name = self.records.table(self.own)
+        manifest = shard_manifest(self.folder, self.index, self.count)
+        entry = {"path": name, "size": len(table), "sha256": digest(table)}
+        files = [
+            {"path": f"{self.own}/{file}", "size": line["size"], "sha256": line["sha256"]}
             for line in lines
-            if line.get("file_name")
+            if (file := self.records.file(line))
         ]
         earlier = _parse(manifest.read_bytes()) if manifest.exists() else None
-        if earlier and earlier["files"] == [entry, *images]:
+        if earlier and earlier["files"] == [entry, *files]:
             return dict(earlier["metrics"])
         (self.folder.result / name).parent.mkdir(parents=True, exist_ok=True)
         parents = {self.folder.result, (self.folder.result / name).parent}
-        for image in images:
-            source, target = self.folder.shards / image["path"], self.folder.result / image["path"]
+        for item in files:
+            source, target = self.folder.shards / item["path"], self.folder.result / item["path"]
             target.parent.mkdir(parents=True, exist_ok=True)
-            _link(source, target, image["sha256"])
+            _link(source, target, item["sha256"])
             parents.add(target.parent)
-        _replace(self.folder.result / name, table)
+        replace_file(self.folder.result / name, table)
         for parent in parents:
             fsync(parent)
         facts = {"shard": self.index, "shards": self.count, "settings": self.settings, "metrics": metrics}
-        _replace(manifest, json.dumps({**facts, "files": [entry, *images]}, indent=1).encode())
+        replace_file(manifest, json.dumps({**facts, "files": [entry, *files]}, indent=1).encode())
         return metrics
 
     def _lines(self) -> Iterator[Line]:
         """The line of each output, once.
 
         An output can have two: a pod on a node that was lost may write on beside the one that took its place. Of two
-        lines the one is kept that describes the image that is there.
+        lines the one is kept that describes the file that is there.
         """
         found: dict[tuple[int, int], list[Line]] = {}
         for text in self.ledger.read_bytes().splitlines():
             if (line := _parse(text)) and (line.get("row"), line.get("sample")) in self.done:
                 found.setdefault((line["row"], line["sample"]), []).append(line)
         for lines in found.values():
-            yield (
-                lines[0] if len(lines) == 1 else next((line for line in lines if self._damage(line) is None), lines[-1])
-            )
+            if len(lines) == 1:
+                yield lines[0]
+                continue
+            damages = zip(lines, self.records.damages(lines, self.files), strict=True)
+            yield next((line for line, damage in damages if damage is None), lines[-1])
 
 
 def _shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _parse(text: bytes) -> Line | None:
@@ -323,17 +245,6 @@ def _parse(text: bytes) -> Line | None:
 
 def _encode(line: Line) -> bytes:
     return json.dumps(line, ensure_ascii=False).encode() + b"\n"
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, durably. A file that is linked elsewhere keeps its old bytes there."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    fsync(path.parent)
 
 
 def _link(source: Path, target: Path, digest: str) -> None:

@@ -1,15 +1,14 @@
 """The run phase of a GenerateJob: one shard of the rows, from what `prepare` left to outputs in `result/`.
 
 Row r belongs to shard r mod shards. Outputs are kept batch by batch, so a shard that is killed goes on where it
-stopped, and one that is complete says so at once. Neighbours: `generation.text` and `generation.images` make outputs,
-`generation.shard` keeps them.
+stopped, and one that is complete says so at once.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +19,9 @@ from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
 from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.generation.engines.table import engine_class
 from luthier_trainer.generation.ledger import Shard
-from luthier_trainer.generation.samples import Engine, Output, Sample, batches, read_rows
+from luthier_trainer.generation.samples import Output, Sample, read_rows
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.heartbeat import beat
 from luthier_trainer.runtime.run_folder import stop_requested
@@ -30,6 +30,7 @@ from luthier_trainer.workspace.manifest import sha256
 from luthier_trainer.workspace.prepared import read_prepared
 
 if TYPE_CHECKING:
+    from luthier_trainer.generation.engines.base import Engine
     from luthier_trainer.generation.hardware import Hardware
 
 # batches are put together within so many batches' worth of rows: enough to fill groups, few enough to begin soon
@@ -52,10 +53,18 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     from luthier_trainer.generation.hardware import find_hardware
 
     hardware = find_hardware(spec)
+    task = engine_class(spec.task)
     # A job of fewer outputs than a batch holds would compute the rest for nothing; the number does not depend on the
     # shards.
     batch_size = min(spec.batch_size, sum(map(len, rows)))
-    shard = Shard(folder, index, spec.shards, settings(run, record, hardware, batch_size), hardware.environment)
+    shard = Shard(
+        folder,
+        index,
+        spec.shards,
+        task.records,
+        settings(run, record, hardware, batch_size),
+        hardware.environment,
+    )
     left = shard.resume(samples)
     telemetry = Telemetry()
     telemetry.set(GENERATE_MAX_ROWS, len(samples))
@@ -71,7 +80,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     if left or shard.failed == len(samples) > 0:
         shard.open_result()
         with memory_explained():
-            engine = load_engine(run, record, hardware, batch_size)
+            engine = task.load(run, record, hardware, batch_size)
             if not make(engine, shard, left, len(samples), telemetry):
                 message = (
                     f"stopped with {len(shard.done)} of {len(samples)} outputs written; the rest follows when the job"
@@ -126,11 +135,9 @@ def settings(run: GenerateRun, record: PreparedRecord, hardware: Hardware, batch
     one.
     """
     spec = run.spec
-    own = spec.text if spec.task == "text-generation" else spec.image
     adapters = [
         {
-            "source": source.source,
-            **({"revision": source.revision} if source.revision else {}),
+            **source.dump(),
             "weight": adapter.weight,
             "sha256": digest(path),
         }
@@ -142,7 +149,7 @@ def settings(run: GenerateRun, record: PreparedRecord, hardware: Hardware, batch
         "adapters": adapters,
         "precision": hardware.precision,
         "batchSize": batch_size,
-        **{name: value for name, value in own.dump().items() if name != "perPrompt"},
+        **{name: value for name, value in spec.settings.dump().items() if name != "perPrompt"},
     }
 
 
@@ -151,19 +158,6 @@ def digest(adapter: str) -> str:
     if Path(adapter).is_file():
         return sha256(Path(adapter))
     return next((sha256(p) for suffix in ("safetensors", "bin") for p in sorted(Path(adapter).glob(f"*.{suffix}"))), "")
-
-
-def load_engine(run: GenerateRun, record: PreparedRecord, hardware: Hardware, batch_size: int) -> Engine:
-    """The engine of the task, with its model on the device. Only what the task needs is imported."""
-    model, adapters = Path(record.model_path), [Path(p) for p in record.adapter_paths]
-    if run.spec.task == "text-generation":
-        from luthier_trainer.generation.engines.text import TextEngine
-
-        own = WorkspaceFolder(Path(run.workspace)).prepared / "tokenizer"
-        return TextEngine(run.spec, model, own if own.exists() else model, adapters, hardware, batch_size)
-    from luthier_trainer.generation.engines.images import ImageEngine
-
-    return ImageEngine(run.spec, model, adapters, hardware, batch_size)
 
 
 def make(engine: Engine, shard: Shard, left: list[Sample], total: int, telemetry: Telemetry) -> bool:
@@ -185,6 +179,18 @@ def make(engine: Engine, shard: Shard, left: list[Sample], total: int, telemetry
                 logged = len(shard.done)
                 print(f"{logged} of {total} outputs, {pace:.2f} a second", flush=True)
     return True
+
+
+def batches(engine: Engine, samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+    """Batches of samples of one group, groups in order of their first sample; the last batch of a group may be
+    short.
+    """
+    groups: dict[Hashable, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(engine.group(sample), []).append(sample)
+    for members in groups.values():
+        for first in range(0, len(members), engine.batch_size):
+            yield members[first : first + engine.batch_size]
 
 
 @contextmanager

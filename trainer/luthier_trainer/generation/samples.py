@@ -1,16 +1,15 @@
 """What a shard has to make, and what it has made: one `Sample` an output asked for, one `Output` each that exists.
 
-A sample is fixed by the inputs alone; neither shard, batch nor attempt changes it. Neighbours: `shard` keeps the
-outputs, `text` and `images` are the engines that make them.
+A sample is fixed by the inputs alone; neither shard, batch nor attempt changes it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 SEEDS = 2**32  # seeds are 32 bits wide, as in the API, so that a line's seed can be given as a row's
 
@@ -43,27 +42,13 @@ class Output:
 
     sample: Sample
     facts: dict[str, Any] = field(default_factory=dict)
-    """What the manifest line says beside the sample's own facts."""
+    """Further fields of its line, beside those of the sample."""
     text: str | None = None
-    image: bytes | None = None
+    file: bytes | None = None
+    """Content of the file that holds the output."""
     suffix: str = ""
-    """Of the image's file."""
+    """Of that file's name."""
     error: str | None = None
-
-
-class Engine(Protocol):
-    """Makes outputs in batches of one size."""
-
-    batch_size: int
-
-    def problem(self, sample: Sample) -> str | None:
-        """Why this sample can never be made; None when it can. Cheap: the model is not run."""
-
-    def group(self, sample: Sample) -> Hashable:
-        """Samples of one group may share a batch: then its shapes do not depend on who else is in it."""
-
-    def make(self, samples: Sequence[Sample]) -> list[Output]:
-        """The outputs of one to `batch_size` samples of one group, in their order."""
 
 
 def sample_seed(row_seed: int, index: int) -> int:
@@ -80,18 +65,6 @@ def read_rows(path: Path, per_prompt: int) -> Iterator[list[Sample]]:
             yield [
                 Sample(row["row"], i, *about, sample_seed(row["seed"], i), row.get("input")) for i in range(per_prompt)
             ]
-
-
-def batches(engine: Engine, samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-    """Batches of samples of one group, groups in order of their first sample; the last batch of a group may be
-    short.
-    """
-    groups: dict[Hashable, list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault(engine.group(sample), []).append(sample)
-    for members in groups.values():
-        for first in range(0, len(members), engine.batch_size):
-            yield members[first : first + engine.batch_size]
 
 
 def padded(samples: Sequence[Sample], size: int) -> list[Sample]:

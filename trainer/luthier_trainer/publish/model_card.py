@@ -144,7 +144,6 @@ def dataset_card(run: GenerateRun, prepared: PreparedRecord, result: Path) -> st
     manifests = [json.loads(path.read_text()) for path in sorted(result.glob(f"*.{MANIFEST}"))]
     metrics = {name: sum(manifest["metrics"].get(name, 0) for manifest in manifests) for name in ("rows", "failedRows")}
     front = {"tags": ["luthier", spec.task, "synthetic"], "configs": [dataset_fields.config(result, manifests)]}
-    settings = (spec.image if spec.task == "text-to-image" else spec.text).dump()
     facts = {
         "Task": spec.task,
         "Model": source(prepared.model.source, prepared.model.revision),
@@ -153,7 +152,7 @@ def dataset_card(run: GenerateRun, prepared: PreparedRecord, result: Path) -> st
         "Outputs": f"{metrics['rows']:g}",
         "Of them failed": f"{metrics['failedRows']:g}" if metrics["failedRows"] else None,
         "Seed": spec.seed,
-        **settings,
+        **spec.settings.dump(),
     }
     about = (
         f"Generated with Luthier, GenerateJob `{run.name}`. Each row is an output: its prompt, seed, settings and"

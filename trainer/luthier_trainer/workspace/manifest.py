@@ -57,6 +57,17 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, durably. A file that is linked elsewhere keeps its old bytes there."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    fsync(path.parent)
+
+
 def files_in(folder: Path) -> list[Path]:
     """Every file below `folder`, in order, but its manifest."""
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
@@ -91,11 +102,7 @@ def write_manifest(
     for below in sorted({parent for file in files for parent in file.parents if folder in parent.parents}):
         fsync(below)
     manifest = facts | {"files": known}
-    partial = folder / f".{MANIFEST}.partial"
-    partial.write_text(json.dumps(manifest, indent=1))
-    fsync(partial)
-    partial.replace(folder / MANIFEST)
-    fsync(folder)
+    replace_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
     return manifest
 
 

@@ -6,7 +6,6 @@ Neighbours: `prepare` writes it, `train`, `generate` and `publish` read it throu
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.runtime.failure import Failure
-from luthier_trainer.workspace.manifest import fsync
+from luthier_trainer.workspace.manifest import replace_file
 
 FINGERPRINT = "fingerprint.json"
 DIFFERENCES_SHOWN = 5
@@ -45,11 +44,7 @@ def _fingerprint_found(run: FineTuneRun | GenerateRun) -> str | None:
 def write_prepared(run: FineTuneRun | GenerateRun, record: PreparedRecord) -> None:
     """Make the record appear, whole and durable. `prepare` does this last."""
     path = WorkspaceFolder(Path(run.workspace)).prepared_record
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record.dump(), indent=1))
-    fsync(partial)
-    os.replace(partial, path)
-    fsync(path.parent)
+    replace_file(path, json.dumps(record.dump(), indent=1).encode())
 
 
 def read_prepared(run: FineTuneRun | GenerateRun) -> PreparedRecord:

@@ -1,8 +1,7 @@
 """text-to-image: Stable Diffusion XL, with LoRA adapters fused into it, over batches of prompts.
 
 An image depends on its prompts, its seed and the batch size alone: noise comes from a CPU generator an image (those of
-GPUs differ between models), batches have one size, and each latent is decoded alone. Neighbours: `pipelines` loads the
-model, `lora` adds adapters to it, `schedulers` makes the sampler, `encoding` the file.
+GPUs differ between models), batches have one size, and each latent is decoded alone.
 """
 
 from __future__ import annotations
@@ -16,10 +15,12 @@ from diffusers.utils import logging
 from transformers.utils import logging as transformers_logging
 
 from luthier_api.generate import GenerateJobSpec
+from luthier_api.run import GenerateRun, PreparedRecord
 from luthier_trainer.generation import lora, pipelines
 from luthier_trainer.generation.encoding import encode
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.loranames import Names
+from luthier_trainer.generation.records import ImageRecords
 from luthier_trainer.generation.samples import Output, Sample, padded
 from luthier_trainer.generation.schedulers import eta, make_scheduler
 from luthier_trainer.runtime.heartbeat import beat
@@ -27,6 +28,31 @@ from luthier_trainer.runtime.heartbeat import beat
 
 class ImageEngine:
     """`batch_size` images at once with the pipeline in `model_path` and the adapters of the spec."""
+
+    records = ImageRecords(
+        keys=(
+            "row",
+            "sample",
+            "prompt",
+            "negativePrompt",
+            "seed",
+            "input",
+            "file_name",
+            "error",
+            "unreadTokens",
+            "unreadNegativeTokens",
+            "size",
+            "sha256",
+            "settings",
+            "environment",
+        )
+    )
+
+    @classmethod
+    def load(cls, run: GenerateRun, prepared: PreparedRecord, hardware: Hardware, batch_size: int) -> ImageEngine:
+        """The engine with its pipeline on the device. Raises Failure."""
+        adapters = [Path(path) for path in prepared.adapter_paths]
+        return cls(run.spec, Path(prepared.model_path), adapters, hardware, batch_size)
 
     def __init__(
         self, spec: GenerateJobSpec, model_path: Path, adapters: Sequence[Path], hardware: Hardware, batch_size: int
@@ -103,7 +129,7 @@ class ImageEngine:
         unread = {name: pipelines.unread_tokens(self.tokenizers, text) for name, text in texts.items()}
         facts = {name: count for name, count in unread.items() if count}
         suffix, content = encode(image, self.settings, sample)
-        return Output(sample, facts, image=content, suffix=suffix)
+        return Output(sample, facts, file=content, suffix=suffix)
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
         """Pixels in [-1, 1], as the pipeline itself decodes them."""

@@ -2,8 +2,7 @@
 
 A text depends on its prompt, its seed and the batch size alone: batches have one size, and prompts are padded to a
 length that follows from the prompt itself, so that kernels see the same shapes whoever shares the batch. Models that
-cannot be padded get none. Neighbours: `sampling` draws the tokens, `batching` finds out which prompts may share a
-batch.
+cannot be padded get none.
 """
 
 from __future__ import annotations
@@ -24,8 +23,11 @@ from transformers.utils import logging
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import GenerateJobSpec
+from luthier_api.run import GenerateRun, PreparedRecord
+from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.generation.batching import find_sharing
 from luthier_trainer.generation.hardware import Hardware
+from luthier_trainer.generation.records import TextRecords
 from luthier_trainer.generation.samples import Output, Sample, padded
 from luthier_trainer.generation.sampling import processors
 from luthier_trainer.models.inspect import max_positions
@@ -40,6 +42,32 @@ TEST_TOKENS = 8  # of it, at most
 
 class TextEngine:
     """`batch_size` texts at once with the model in `model_path` and the adapters of the spec."""
+
+    records = TextRecords(
+        keys=(
+            "row",
+            "sample",
+            "prompt",
+            "seed",
+            "input",
+            "text",
+            "error",
+            "finishReason",
+            "promptTokens",
+            "newTokens",
+            "sha256",
+            "settings",
+            "environment",
+        )
+    )
+
+    @classmethod
+    def load(cls, run: GenerateRun, prepared: PreparedRecord, hardware: Hardware, batch_size: int) -> TextEngine:
+        """The engine with its model on the device. Raises Failure."""
+        model = Path(prepared.model_path)
+        tokenizer = WorkspaceFolder(Path(run.workspace)).prepared / "tokenizer"
+        adapters = [Path(path) for path in prepared.adapter_paths]
+        return cls(run.spec, model, tokenizer if tokenizer.exists() else model, adapters, hardware, batch_size)
 
     def __init__(
         self,

@@ -1,0 +1,25 @@
+"""The engine of each task of a GenerateJob. Imports none of them: each brings torch and its own libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from luthier_api.tasks import GenerateTask
+
+if TYPE_CHECKING:
+    from luthier_trainer.generation.engines.base import Engine
+
+ENGINES: Mapping[GenerateTask, tuple[str, str]] = {
+    "text-generation": ("luthier_trainer.generation.engines.text", "TextEngine"),
+    "text-to-image": ("luthier_trainer.generation.engines.images", "ImageEngine"),
+}
+"""Task → module and class."""
+
+
+def engine_class(task: GenerateTask) -> type[Engine]:
+    """The engine of a task."""
+    module, name = ENGINES[task]
+    found: type[Engine] = getattr(import_module(module), name)
+    return found
