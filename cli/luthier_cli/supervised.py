@@ -16,6 +16,7 @@ import httpx
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.metrics import read_samples
+from luthier_api.processes import descendants
 from luthier_api.status import Phase
 from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
@@ -70,7 +71,7 @@ class Supervised:
 
     def kill(self) -> None:
         """Kill the process and everything below it."""
-        for pid in [*descendants(self.process.pid), self.process.pid]:
+        for pid in [*reversed(descendants(self.process.pid)), self.process.pid]:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -105,22 +106,3 @@ class Supervised:
             file.seek(self.log_start)
             text = file.read().decode(errors="replace")
         return "\n".join(text.replace("\r", "\n").splitlines()[-lines:])
-
-
-def descendants(pid: int) -> list[int]:
-    """Processes below `pid`, deepest first. The supervisor starts its workers in process groups of their own, so
-    killing one group is not enough.
-    """
-    try:
-        listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=False).stdout
-    except FileNotFoundError:
-        return []
-    children: dict[int, list[int]] = {}
-    for line in listing.splitlines():
-        child, parent = map(int, line.split())
-        children.setdefault(parent, []).append(child)
-
-    def below(parent: int) -> list[int]:
-        return [p for child in children.get(parent, []) for p in (*below(child), child)]
-
-    return below(pid)

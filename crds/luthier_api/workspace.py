@@ -43,3 +43,5 @@ class WorkspaceFolder:
 
 
 MANIFEST = "MANIFEST.json"
+METRICS_FILE = "metrics.json"
+"""The metrics of a training, in its result."""

@@ -14,11 +14,11 @@ import yaml
 from cases.api import FINE_TUNE, GENERATE, Document, changed
 
 from luthier_api.crd import render as crds
+from luthier_api.processes import descendants
 from luthier_api.status import Progress
 from luthier_cli.local import difference, paths_in
 from luthier_cli.manifests import StrictLoader
 from luthier_cli.screen import describe, duration
-from luthier_cli.supervised import descendants
 
 ON_CPU: Document = {"spec.dataset": {"id": "org/data"}, "spec.resources": {"gpusPerNode": 0}}
 

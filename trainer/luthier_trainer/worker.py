@@ -28,6 +28,7 @@ from luthier_trainer.runtime.classify import classify
 from luthier_trainer.runtime.commands import MODULES, VERBS
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.run_folder import global_rank, write_result
+from luthier_trainer.workspace.model_files import MODEL_CONFIG
 from luthier_trainer.workspace.prepared import read_prepared
 
 Work = Callable[[FineTuneRun | GenerateRun], TerminationMessage]
@@ -87,7 +88,7 @@ def quantised(run: FineTuneRun | GenerateRun) -> bool:
     """Whether the base model's weights are, or will be, in fewer bits than torch knows types for. Raises Failure."""
     if isinstance(run, FineTuneRun) and run.spec.method.type == "qlora":
         return True
-    config = Path(read_prepared(run).model_path) / "config.json"
+    config = Path(read_prepared(run).model_path) / MODEL_CONFIG
     return config.exists() and "quantization_config" in json.loads(config.read_text())
 
 

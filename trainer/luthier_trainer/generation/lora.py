@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from luthier_api.exitcodes import ExitCode
 from luthier_trainer.generation.loranames import Names, split
 from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.workspace.model_files import ADAPTER_CONFIG
 
 Tensors = dict[str, torch.Tensor]
 """Role (`loranames.ROLES`) → tensor."""
@@ -193,7 +194,7 @@ def _configs(path: Path, metadata: Mapping[str, str], field: str) -> dict[str, d
     for key, value in whole.items():
         part, _, name = key.partition(".")
         found.setdefault(part, {})[name] = value
-    beside = path.with_name("adapter_config.json")
+    beside = path.with_name(ADAPTER_CONFIG)
     if path.name.startswith("adapter_model") and beside.is_file():
         found["unet"] = json.loads(beside.read_text())
     for config in found.values():

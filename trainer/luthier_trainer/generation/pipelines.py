@@ -23,6 +23,7 @@ from luthier_trainer.generation.schedulers import make_scheduler, rehearse
 from luthier_trainer.models import checks, sources, weight_files
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
+from luthier_trainer.workspace.model_files import PIPELINE_CONFIG
 
 MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
 LIBRARIES = ("diffusers", "transformers")  # no code of a repository's own
@@ -180,7 +181,7 @@ def check_size(vae: Any, spec: GenerateJobSpec) -> None:
 
 def _index(path: Path, field: str) -> dict[str, Any]:
     checks.check_pipeline(path, field)
-    return dict(json.loads((path / sources.PIPELINE_CONFIG).read_text()))
+    return dict(json.loads((path / PIPELINE_CONFIG).read_text()))
 
 
 def _classes(index: Mapping[str, Any], field: str) -> dict[str, Any]:

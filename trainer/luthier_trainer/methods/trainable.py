@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from luthier_api.finetune import FineTuneJobSpec, Method
 from luthier_api.status import Plan
 from luthier_trainer.models.inspect import ALL_LINEAR, MODEL, skeleton
+from luthier_trainer.workspace.model_files import MODEL_CONFIG
 from luthier_trainer.workspace.space import Weights
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def weights_of(config: PreTrainedConfig, spec: FineTuneJobSpec, plan: Plan, fold
 
 def source_dtype(folder: Path) -> str:
     """The type of the weights in a model's folder, by its configuration."""
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / MODEL_CONFIG).read_text())
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from luthier_api.exitcodes import ExitCode
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
+from luthier_trainer.workspace.model_files import MODEL_CONFIG, PIPELINE_CONFIG
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' own name
-WHOLE_MODEL = ("model_index.json", "config.json")
+WHOLE_MODEL = (PIPELINE_CONFIG, MODEL_CONFIG)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SHOWN = 8  # file names in a message
 

@@ -20,6 +20,7 @@ from luthier_api.run import GenerateRun
 from luthier_api.tasks import TASKS
 from luthier_trainer.models import sources, weight_files
 from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.workspace.model_files import ADAPTER_CONFIG
 from luthier_trainer.workspace.provenance import folder_digest
 
 NEEDS = {"text-generation": "causal-lm", "text-to-image": "Stable Diffusion XL"}
@@ -48,7 +49,7 @@ def check(
 
     `model_path`: where `model` lies now; another folder than it was found in when it was downloaded or merged.
     """
-    path = adapter / sources.ADAPTER_CONFIG
+    path = adapter / ADAPTER_CONFIG
     config: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     check_task(task_of_adapter(config) or config.get("task_type"), run.spec.task, field)
     if job:
@@ -91,7 +92,7 @@ def check_kind(config: Mapping[str, Any], field: str) -> None:
     if setting := next((name for name in NOT_MERGED if config.get(name)), None):
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"{field}: the adapter has {setting} (adapter_config.json), and cannot become part of the model's weights",
+            f"{field}: the adapter has {setting} ({ADAPTER_CONFIG}), and cannot become part of the model's weights",
         )
 
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from luthier_api.exitcodes import ExitCode
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.models import inspect
-from luthier_trainer.models.sources import ADAPTER_CONFIG, OWN_WEIGHTS, TEXT_FILES
-from luthier_trainer.models.weight_files import INDEX
+from luthier_trainer.models.sources import OWN_WEIGHTS
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
+from luthier_trainer.workspace.model_files import copy_text_files
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -135,14 +135,7 @@ def resized(
     model.save_pretrained(
         staged, state_dict={name: weight for name, weight in model.state_dict().items() if name not in new}
     )
-    for file in path.iterdir():
-        if (
-            file.suffix in TEXT_FILES
-            and not file.name.endswith(INDEX)
-            and file.name != ADAPTER_CONFIG
-            and not (staged / file.name).exists()
-        ):
-            shutil.copyfile(file, staged / file.name)
+    copy_text_files(path, staged)
     shutil.rmtree(target, ignore_errors=True)
     staged.rename(target)
     notice(

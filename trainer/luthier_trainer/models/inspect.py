@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from luthier_api.exitcodes import ExitCode
 from luthier_api.tasks import TASKS
 from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.workspace.model_files import MODEL_CONFIG
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +34,7 @@ def read_config(folder: Path, field: str) -> PreTrainedConfig:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
-        raw = dict(json.loads((folder / "config.json").read_text()))
+        raw = dict(json.loads((folder / MODEL_CONFIG).read_text()))
     except ValueError as error:
         raise Failure(ExitCode.INVALID_SPEC, f"{field}: config.json is not a JSON object: {error}") from error
     kind = raw.get("model_type")

@@ -14,9 +14,7 @@ from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.models import sources
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
-
-TEXT_FILES = {".json", ".txt", ".model", ".jinja"}
-NOT_TOKENIZER = {sources.ADAPTER_CONFIG, "MANIFEST.json", "metrics.json", "adapter_model.safetensors.index.json"}
+from luthier_trainer.workspace.model_files import ADAPTER_CONFIG, copy_text_files
 
 
 def whole_model(located: sources.Located, run: FineTuneRun | GenerateRun, folder: WorkspaceFolder) -> Path:
@@ -30,7 +28,7 @@ def whole_model(located: sources.Located, run: FineTuneRun | GenerateRun, folder
             notice(sources.LEFT_OUT.format(field=located.field, what=located.resolved.source))
         return path
     if job is None:
-        base = json.loads((path / sources.ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
+        base = json.loads((path / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
         hint = " and give it under spec.adapters" if isinstance(run, GenerateRun) else ""
         raise Failure(
             ExitCode.INVALID_SPEC,
@@ -45,8 +43,6 @@ def whole_model(located: sources.Located, run: FineTuneRun | GenerateRun, folder
     from luthier_trainer.models.merge import merge
 
     merge(base_path, path, staged, labels, located.field)
-    for file in path.iterdir():  # the tokenizer and its templates
-        if file.suffix in TEXT_FILES and file.name not in NOT_TOKENIZER and not (staged / file.name).exists():
-            shutil.copyfile(file, staged / file.name)
+    copy_text_files(path, staged)  # the tokenizer and its templates
     staged.rename(target)
     return target

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from luthier_api.exitcodes import ExitCode
 from luthier_api.tasks import TASKS
 from luthier_trainer.models.adapters import COPIED, names_in, task_of_adapter
-from luthier_trainer.models.sources import ADAPTER_CONFIG, OWN_WEIGHTS
+from luthier_trainer.models.sources import OWN_WEIGHTS
 from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.workspace.model_files import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     import torch

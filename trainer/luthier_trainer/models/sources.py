@@ -24,12 +24,17 @@ from luthier_trainer.models.hub import hub_api, patiently
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 from luthier_trainer.workspace import manifest, provenance
+from luthier_trainer.workspace.model_files import (
+    ADAPTER_CONFIG,
+    MODEL_CONFIG,
+    PIPELINE_CONFIG,
+    TEXT_SUFFIXES,
+    WEIGHTS_INDEX,
+)
 from luthier_trainer.workspace.provenance import folder_digest
 
-ADAPTER_CONFIG, MODEL_CONFIG, PIPELINE_CONFIG = "adapter_config.json", "config.json", weight_files.PIPELINE_CONFIG
-TEXT_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 VARIANT = re.compile(r"\.(fp16|bf16|non_ema)(-\d+-of-\d+)?\.safetensors$")  # of weights, whole or in shards
-INDEX, HALF_INDEX = ".safetensors.index.json", ".safetensors.index.fp16.json"
+HALF_INDEX = ".safetensors.index.fp16.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")
 MODEL_WEIGHTS = re.compile(r"model(\.fp16)?(-\d+-of-\d+)?\.safetensors")
 OWN_WEIGHTS: Mapping[str, Any] = {"adapter_kwargs": {"subfolder": "no-adapter"}}
@@ -174,7 +179,9 @@ def files_to_load(names: list[str], components: list[str], field: str, what: str
     weights: list[str] = []
     for folder in folders:
         inside = [n for n in names if n.rpartition("/")[0] == folder]
-        chosen += [n for n in inside if n.endswith(TEXT_FILES) and ".safetensors.index." not in n and n not in chosen]
+        chosen += [
+            n for n in inside if n.endswith(TEXT_SUFFIXES) and ".safetensors.index." not in n and n not in chosen
+        ]
         weights += (found := _weights(inside))
         chosen += found
         pickles = [n for n in inside if n.endswith(PICKLES)]
@@ -201,7 +208,7 @@ def _weights(names: list[str]) -> list[str]:
     every = [n for n in names if n.endswith(".safetensors")]
     plain = [n for n in every if not VARIANT.search(n)]
     half = [n for n in every if (found := VARIANT.search(n)) and found[1] == "fp16"]
-    kept, ending = (plain, INDEX) if plain else (half, HALF_INDEX)
+    kept, ending = (plain, WEIGHTS_INDEX) if plain else (half, HALF_INDEX)
     index = [n for n in names if n.endswith(ending)]
     for stem in ("model", "diffusion_pytorch_model", "adapter_model"):
         of_stem = [n for n in kept if n.rpartition("/")[2].startswith((f"{stem}.", f"{stem}-"))]

@@ -19,9 +19,9 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.tasks import TASKS
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.models import inspect, weight_files
-from luthier_trainer.models.sources import ADAPTER_CONFIG, TEXT_FILES
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
+from luthier_trainer.workspace.model_files import copy_text_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -202,9 +202,7 @@ def without_wrappers(
     target, staged = folder.prepared / "model", folder.prepared / "model.renamed"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
-    for file in path.iterdir():
-        if file.suffix in TEXT_FILES and not file.name.endswith(weight_files.INDEX) and file.name != ADAPTER_CONFIG:
-            shutil.copyfile(file, staged / file.name)
+    copy_text_files(path, staged)
     weight_files.rename(files, lambda name: WRAPPERS.sub("", name), staged)
     shutil.rmtree(target, ignore_errors=True)
     staged.rename(target)

@@ -18,9 +18,8 @@ from typing import Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.workspace.model_files import PIPELINE_CONFIG, WEIGHTS_INDEX
 
-PIPELINE_CONFIG = "model_index.json"
-INDEX = ".safetensors.index.json"
 # What transformers, diffusers and PEFT call the weights that they load
 STEMS = (
     "model",
@@ -69,7 +68,7 @@ def loaded(folder: Path, field: str) -> list[Path]:
     """
     there = sorted(folder.glob("*.safetensors"))
     for stem in STEMS:
-        single, index = folder / f"{stem}.safetensors", folder / f"{stem}{INDEX}"
+        single, index = folder / f"{stem}.safetensors", folder / f"{stem}{WEIGHTS_INDEX}"
         if single.is_file():
             return [single]
         if index.is_file():
@@ -234,7 +233,7 @@ def rename(files: Iterable[Path], new_name: Callable[[str], str], into: Path) ->
         weight_map |= {name: path.name for name in renamed if name != METADATA}
     if len(set(weight_map.values())) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (into / f"model{INDEX}").write_text(json.dumps(index, indent=2))
+        (into / f"model{WEIGHTS_INDEX}").write_text(json.dumps(index, indent=2))
 
 
 def safetensors_header(path: Path) -> dict[str, Any]:

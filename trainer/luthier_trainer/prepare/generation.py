@@ -25,6 +25,7 @@ from luthier_trainer.prepare import carried_columns
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.workspace import provenance
 from luthier_trainer.workspace.manifest import fsync
+from luthier_trainer.workspace.model_files import ADAPTER_CONFIG
 from luthier_trainer.workspace.plan import plan_generation
 
 MODEL, INPUTS = "spec.model", "spec.inputs"
@@ -110,7 +111,7 @@ def fetch_adapter(located: sources.Located, into: Path, run: GenerateRun, number
         remedy = f"use it as spec.model.job: {job}" if job else "use it as spec.model"
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"{located.field}: that is a whole model, not an adapter (no {sources.ADAPTER_CONFIG}); {remedy}",
+            f"{located.field}: that is a whole model, not an adapter (no {ADAPTER_CONFIG}); {remedy}",
         )
     return path
 

@@ -13,9 +13,9 @@ import yaml
 
 from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
 from luthier_api.tasks import TASKS, TaskInfo
-from luthier_api.workspace import MANIFEST
-from luthier_trainer.models.sources import ADAPTER_CONFIG
+from luthier_api.workspace import MANIFEST, METRICS_FILE
 from luthier_trainer.publish import dataset_fields
+from luthier_trainer.workspace.model_files import ADAPTER_CONFIG, MODEL_CONFIG
 
 # Modality → what one calls its processor, and the class that loads it
 PROCESSORS = {"text": ("tokenizer", "AutoTokenizer"), "image": ("processor", "AutoImageProcessor")}
@@ -41,7 +41,7 @@ def card(run: FineTuneRun | GenerateRun, prepared: PreparedRecord, result: Path)
 def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
     spec, task, adapter = run.spec, TASKS[run.spec.task], (result / ADAPTER_CONFIG).is_file()
     repo = (spec.hub and spec.hub.repo) or run.name
-    metrics = read_metrics(result / "metrics.json")
+    metrics = read_metrics(result / METRICS_FILE)
     front: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": task.pipeline_tag}
     if spec.model.id:
         front |= {"base_model": spec.model.id, "base_model_relation": "adapter" if adapter else "finetune"}
@@ -94,7 +94,7 @@ def shared_weights(run: FineTuneRun, prepared: PreparedRecord) -> list[str]:
     reach here.
     """
     method, folder = run.spec.method, Path(prepared.model_path)
-    if method.type == "full" or "all-linear" in method.target_modules or not (folder / "config.json").is_file():
+    if method.type == "full" or "all-linear" in method.target_modules or not (folder / MODEL_CONFIG).is_file():
         return []  # all-linear takes no embeddings
     from luthier_trainer.methods import checks as method_checks
     from luthier_trainer.models import inspect  # it needs torch to list modules, and few jobs name theirs

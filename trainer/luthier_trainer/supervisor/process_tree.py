@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from luthier_api.processes import descendants
 from luthier_trainer.runtime import gpu_errors
 from luthier_trainer.supervisor.redaction import Veil, redact
 
@@ -150,21 +151,6 @@ class Child:
             self.listen(0.05)
             if (self.ended and not descendants(os.getpid())) or time.monotonic() > until:
                 return
-
-
-def descendants(pid: int) -> list[int]:
-    """Every process below `pid`, parents first. Empty where there is no /proc."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            # Field 4 is the parent; the name before it may hold blanks and brackets.
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(entry.name))
-    found, queue = [], deque(children.get(pid, ()))
-    while queue:
-        found.append(queue.popleft())
-        queue.extend(children.get(found[-1], ()))
-    return found
 
 
 def _catches(pid: int, number: int) -> bool:

@@ -14,12 +14,12 @@ from luthier_api.finetune import FineTuneJobSpec
 from luthier_trainer.data import labels as classes
 from luthier_trainer.data.load import Rows
 from luthier_trainer.models import inspect, weight_files
-from luthier_trainer.models.sources import ADAPTER_CONFIG
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 from luthier_trainer.tasks.base import Collator, LoadedModel, Model, Processor, TrainerSetup, TrainingContext
 from luthier_trainer.tasks.batches import LabelledBatches, measured_by
 from luthier_trainer.tasks.pretrained import PretrainedTask
+from luthier_trainer.workspace.model_files import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     import numpy

@@ -16,7 +16,7 @@ from transformers import TrainerState
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun, PreparedRecord
-from luthier_api.workspace import WorkspaceFolder
+from luthier_api.workspace import METRICS_FILE, WorkspaceFolder
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.heartbeat import beat, beating_while_growing
 from luthier_trainer.tasks.base import Task, TrainingContext
@@ -24,8 +24,8 @@ from luthier_trainer.training.checkpoint import check_identity, facts_of
 from luthier_trainer.training.finite import changing_weights, nonfinite_names
 from luthier_trainer.training.resilience import Resilient
 from luthier_trainer.workspace.manifest import fsync, read_manifest, write_manifest
+from luthier_trainer.workspace.model_files import ADAPTER_CONFIG
 
-METRICS_FILE, ADAPTER_CONFIG = "metrics.json", "adapter_config.json"
 STAGING = ".staging-result"
 
 

@@ -17,11 +17,13 @@ from pathlib import Path
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import Origin
+from luthier_api.workspace import METRICS_FILE
 from luthier_trainer.runtime.failure import START_OVER, Failure
 from luthier_trainer.workspace.manifest import read_manifest, sha256
+from luthier_trainer.workspace.model_files import TEXT_SUFFIXES
 
-LOADED = {".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken"}
-NOT_LOADED = {"metrics.json"}  # its seconds differ each time
+LOADED = {".safetensors", *TEXT_SUFFIXES}
+NOT_LOADED = {METRICS_FILE}  # its seconds differ each time
 # Weights are up to hundreds of GB, and `prepare` reads nothing else of them: their header, and as much of the last
 # tensors as no training leaves alone, even where bf16 swallows most of its steps.
 EDGE_BYTES = 1 << 20
