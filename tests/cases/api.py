@@ -142,7 +142,11 @@ def quantised(type: str) -> Change:
 # What is drawn from the tables of tasks, methods and quantisations: the fields that belong to some rows only ...
 MARKS: list[Case] = [
     *(
-        Case(f"spec.method.{field}: applies to lora, qlora;", FULL | change, method | change)
+        Case(
+            message=f"spec.method.{field}: applies to lora, qlora;",
+            refused=FULL | change,
+            accepted=method | change,
+        )
         for method in (LORA, QLORA)
         for field, change in {
             "rank": {"spec.method.rank": 4},
@@ -152,7 +156,11 @@ MARKS: list[Case] = [
         }.items()
     ),
     *(
-        Case(f"spec.{field}: applies to causal-lm, text-classification;", IMAGES | change, task | change)
+        Case(
+            message=f"spec.{field}: applies to causal-lm, text-classification;",
+            refused=IMAGES | change,
+            accepted=task | change,
+        )
         for task in (CAUSAL, TEXTS)
         for field, change in {
             "training.maxLength": {"spec.training.maxLength": 64},
@@ -163,7 +171,11 @@ MARKS: list[Case] = [
         }.items()
     ),
     *(
-        Case(f"spec.{field}: applies to text-classification, image-classification;", CAUSAL | change, task | change)
+        Case(
+            message=f"spec.{field}: applies to text-classification, image-classification;",
+            refused=CAUSAL | change,
+            accepted=task | change,
+        )
         for task in (TEXTS, IMAGES)
         for field, change in {
             "dataset.mergeLabels": {"spec.dataset.mergeLabels": True},
@@ -171,12 +183,20 @@ MARKS: list[Case] = [
         }.items()
     ),
     *(
-        Case("spec.dataset.columns.image: applies to image-classification;", task | change, IMAGES | change)
+        Case(
+            message="spec.dataset.columns.image: applies to image-classification;",
+            refused=task | change,
+            accepted=IMAGES | change,
+        )
         for task in (CAUSAL, TEXTS)
         for change in [{"spec.dataset.columns": {"image": "photo"}}]
     ),
     *(
-        Case(f"spec.{field}: applies to causal-lm;", task | change, CAUSAL | change)
+        Case(
+            message=f"spec.{field}: applies to causal-lm;",
+            refused=task | change,
+            accepted=CAUSAL | change,
+        )
         for task in (TEXTS, IMAGES)
         for field, change in {
             "training.packing": {"spec.training.packing": True},
@@ -184,64 +204,83 @@ MARKS: list[Case] = [
         }.items()
     ),
     *(
-        Case("spec.training.packing: applies to causal-lm;", IMAGES | {"spec.training.packing": off}, IMAGES)
+        Case(
+            message="spec.training.packing: applies to causal-lm;",
+            refused=IMAGES | {"spec.training.packing": off},
+            accepted=IMAGES,
+        )
         for off in (True, False)
     ),
     Case(
-        "spec.model.quantization: applies to lora, qlora;",
-        FULL | quantised("nf4"),
-        LORA | quantised("nf4"),
+        message="spec.model.quantization: applies to lora, qlora;",
+        refused=FULL | quantised("nf4"),
+        accepted=LORA | quantised("nf4"),
     ),
     *(
         Case(
-            "spec.model.config: applies to full; new weights are trained whole",
-            adapters | {"spec.model": {"config": {"modelType": "llama"}}},
-            FULL | {"spec.model": {"config": {"modelType": "llama"}}},
+            message="spec.model.config: applies to full; new weights are trained whole",
+            refused=adapters | {"spec.model": {"config": {"modelType": "llama"}}},
+            accepted=FULL | {"spec.model": {"config": {"modelType": "llama"}}},
         )
         for adapters in ({}, LORA, QLORA)
     ),
     *(
         Case(
-            "spec.model.resizeEmbeddings: applies to full; an adapter would not hold the new rows",
-            adapters | {"spec.model.resizeEmbeddings": True},
-            FULL | {"spec.model.resizeEmbeddings": True},
+            message="spec.model.resizeEmbeddings: applies to full; an adapter would not hold the new rows",
+            refused=adapters | {"spec.model.resizeEmbeddings": True},
+            accepted=FULL | {"spec.model.resizeEmbeddings": True},
         )
         for adapters in ({}, LORA)
     ),
-    Case("spec.text: applies to text-generation;", PICTURES | {"spec.text": {}}, {"spec.text": {}}, GENERATE),
-    Case("spec.image: applies to text-to-image;", {"spec.image": {}}, PICTURES | {"spec.image": {}}, GENERATE),
     Case(
-        "spec.model.job: applies to text-generation; set model.id or model.path",
-        PICTURES | {"spec.model": {"job": "tune"}},
-        {"spec.model": {"job": "tune"}},
-        GENERATE,
+        message="spec.text: applies to text-generation;",
+        refused=PICTURES | {"spec.text": {}},
+        accepted={"spec.text": {}},
+        base=GENERATE,
     ),
     Case(
-        "spec.adapters.job: applies to text-generation; set id or path",
-        PICTURES | {"spec.adapters": [{"id": "org/a"}, {"job": "tune"}]},
-        PICTURES | {"spec.adapters": [{"id": "org/a"}, {"path": "/a"}]},
-        GENERATE,
+        message="spec.image: applies to text-to-image;",
+        refused={"spec.image": {}},
+        accepted=PICTURES | {"spec.image": {}},
+        base=GENERATE,
     ),
     Case(
-        "spec.adapters.file: applies to text-to-image;",
-        {"spec.adapters": [{"path": "/a", "file": "a.safetensors"}]},
-        PICTURES | {"spec.adapters": [{"path": "/a", "file": "a.safetensors"}]},
-        GENERATE,
+        message="spec.model.job: applies to text-generation; set model.id or model.path",
+        refused=PICTURES | {"spec.model": {"job": "tune"}},
+        accepted={"spec.model": {"job": "tune"}},
+        base=GENERATE,
     ),
     Case(
-        "spec.inputs.rows.negativePrompt: applies to text-to-image;",
-        {"spec.inputs.rows": NEGATIVE},
-        PICTURES | {"spec.inputs.rows": NEGATIVE},
-        GENERATE,
+        message="spec.adapters.job: applies to text-generation; set id or path",
+        refused=PICTURES | {"spec.adapters": [{"id": "org/a"}, {"job": "tune"}]},
+        accepted=PICTURES | {"spec.adapters": [{"id": "org/a"}, {"path": "/a"}]},
+        base=GENERATE,
     ),
     Case(
-        "spec.inputs.columns.negativePrompt: applies to text-to-image;",
-        {"spec.inputs": {"dataset": {"files": ["/p.csv"]}, "columns": {"negativePrompt": "no"}}},
-        PICTURES | {"spec.inputs": {"dataset": {"files": ["/p.csv"]}, "columns": {"negativePrompt": "no"}}},
-        GENERATE,
+        message="spec.adapters.file: applies to text-to-image;",
+        refused={"spec.adapters": [{"path": "/a", "file": "a.safetensors"}]},
+        accepted=PICTURES | {"spec.adapters": [{"path": "/a", "file": "a.safetensors"}]},
+        base=GENERATE,
+    ),
+    Case(
+        message="spec.inputs.rows.negativePrompt: applies to text-to-image;",
+        refused={"spec.inputs.rows": NEGATIVE},
+        accepted=PICTURES | {"spec.inputs.rows": NEGATIVE},
+        base=GENERATE,
+    ),
+    Case(
+        message="spec.inputs.columns.negativePrompt: applies to text-to-image;",
+        refused={"spec.inputs": {"dataset": {"files": ["/p.csv"]}, "columns": {"negativePrompt": "no"}}},
+        accepted=PICTURES | {"spec.inputs": {"dataset": {"files": ["/p.csv"]}, "columns": {"negativePrompt": "no"}}},
+        base=GENERATE,
     ),
     *(
-        Case(f"spec.model.{field}: does not apply to a GenerateJob; remove it", change, {}, GENERATE)
+        Case(
+            message=f"spec.model.{field}: does not apply to a GenerateJob; remove it",
+            refused=change,
+            accepted={},
+            base=GENERATE,
+        )
         for field, change in {
             "resizeEmbeddings": {"spec.model.resizeEmbeddings": True},
             "config": {"spec.model": {"config": {"modelType": "llama"}}},
@@ -253,17 +292,21 @@ MARKS: list[Case] = [
 CHOICES: list[Case] = [
     *(
         Case(
-            "spec.method.type: image-classification works with full, lora; choose one of these, or another task",
-            IMAGES | QLORA,
-            accepted,
+            message=(
+                "spec.method.type: image-classification works with full, lora; choose one of these, or another task"
+            ),
+            refused=IMAGES | QLORA,
+            accepted=accepted,
         )
         for accepted in (IMAGES | LORA, IMAGES | FULL, TEXTS | QLORA, CAUSAL | QLORA)
     ),
     *(
         Case(
-            f"spec.dataset.format: {task['spec.task']} works with {formats}; choose one of these, or another task",
-            task | {"spec.dataset.format": refused},
-            task | {"spec.dataset.format": accepted},
+            message=(
+                f"spec.dataset.format: {task['spec.task']} works with {formats}; choose one of these, or another task"
+            ),
+            refused=task | {"spec.dataset.format": refused},
+            accepted=task | {"spec.dataset.format": accepted},
         )
         for task, formats, refused, accepted in [
             (IMAGES, "imagefolder, parquet", "csv", "imagefolder"),
@@ -275,17 +318,17 @@ CHOICES: list[Case] = [
     ),
     *(
         Case(
-            "spec.model.quantization.type: qlora works with nf4; choose that, or another method.type",
-            QLORA | quantised(refused),
-            accepted,
+            message="spec.model.quantization.type: qlora works with nf4; choose that, or another method.type",
+            refused=QLORA | quantised(refused),
+            accepted=accepted,
         )
         for refused, accepted in [("int8", QLORA | quantised("nf4")), ("fp4", LORA | quantised("fp4"))]
     ),
     *(
         Case(
-            f"spec.strategy: {name} works with auto, ddp, zero2, zero2-offload; choose one of these",
-            change | {"spec.strategy": refused},
-            change | {"spec.strategy": accepted},
+            message=f"spec.strategy: {name} works with auto, ddp, zero2, zero2-offload; choose one of these",
+            refused=change | {"spec.strategy": refused},
+            accepted=change | {"spec.strategy": accepted},
         )
         for refused, accepted in [("zero3", "zero2"), ("zero3-offload", "zero2-offload")]
         for name, change in {
@@ -300,31 +343,64 @@ CASES: list[Case] = [
     *MARKS,
     *CHOICES,
     # names
-    Case("metadata.name: at most 40 characters", {"metadata.name": "a" * 41}, {"metadata.name": "a" * 40}),
-    Case("metadata.name: lower-case letters", {"metadata.name": "a.b"}, {"metadata.name": "a-b"}),
     Case(
-        "metadata.name: at most 39",
-        {"metadata.name": "a" * 40, "spec.resources.nodes": 11, "spec.training.batchSize": 11},
-        {"metadata.name": "a" * 39, "spec.resources.nodes": 11, "spec.training.batchSize": 11},
+        message="metadata.name: at most 40 characters",
+        refused={"metadata.name": "a" * 41},
+        accepted={"metadata.name": "a" * 40},
     ),
     Case(
-        "metadata.name: at most 39",
-        {"metadata.name": "a" * 39, "spec.resources.nodes": 101, "spec.training.batchSize": 101},
-        {"metadata.name": "a" * 40, "spec.resources.nodes": 10, "spec.training.batchSize": 10},
+        message="metadata.name: lower-case letters",
+        refused={"metadata.name": "a.b"},
+        accepted={"metadata.name": "a-b"},
+    ),
+    Case(
+        message="metadata.name: at most 39",
+        refused={"metadata.name": "a" * 40, "spec.resources.nodes": 11, "spec.training.batchSize": 11},
+        accepted={"metadata.name": "a" * 39, "spec.resources.nodes": 11, "spec.training.batchSize": 11},
+    ),
+    Case(
+        message="metadata.name: at most 39",
+        refused={"metadata.name": "a" * 39, "spec.resources.nodes": 101, "spec.training.batchSize": 101},
+        accepted={"metadata.name": "a" * 40, "spec.resources.nodes": 10, "spec.training.batchSize": 10},
     ),
     # sources
-    Case("model: set exactly one of", {"spec.model.path": "/models/m"}, {"spec.model": {"path": "/models/m"}}),
-    Case("model.revision:", {"spec.model": {"path": "/m", "revision": "v1"}}, {"spec.model.revision": "v1"}),
     Case(
-        "dataset: set exactly one of id and files",
-        {"spec.dataset.id": "org/data"},
-        {"spec.dataset": {"id": "org/data"}},
+        message="model: set exactly one of",
+        refused={"spec.model.path": "/models/m"},
+        accepted={"spec.model": {"path": "/models/m"}},
     ),
-    Case("dataset.revision:", {"spec.dataset.revision": "v1"}, {"spec.dataset": {"id": "org/data", "revision": "v1"}}),
-    Case("dataset.name:", {"spec.dataset.name": "en"}, {"spec.dataset": {"id": "org/data", "name": "en"}}),
-    Case("dataset.format:", {"spec.dataset": {"id": "org/data", "format": "csv"}}, {"spec.dataset.format": "csv"}),
+    Case(
+        message="model.revision:",
+        refused={"spec.model": {"path": "/m", "revision": "v1"}},
+        accepted={"spec.model.revision": "v1"},
+    ),
+    Case(
+        message="dataset: set exactly one of id and files",
+        refused={"spec.dataset.id": "org/data"},
+        accepted={"spec.dataset": {"id": "org/data"}},
+    ),
+    Case(
+        message="dataset.revision:",
+        refused={"spec.dataset.revision": "v1"},
+        accepted={"spec.dataset": {"id": "org/data", "revision": "v1"}},
+    ),
+    Case(
+        message="dataset.name:",
+        refused={"spec.dataset.name": "en"},
+        accepted={"spec.dataset": {"id": "org/data", "name": "en"}},
+    ),
+    Case(
+        message="dataset.format:",
+        refused={"spec.dataset": {"id": "org/data", "format": "csv"}},
+        accepted={"spec.dataset.format": "csv"},
+    ),
     *(
-        Case("dataset.csv:", refused, accepted, base)
+        Case(
+            message="dataset.csv:",
+            refused=refused,
+            accepted=accepted,
+            base=base,
+        )
         for refused, accepted, base in [
             (
                 {"spec.dataset": {"files": ["/x"], "format": "json", "csv": {}}},
@@ -344,7 +420,11 @@ CASES: list[Case] = [
         ]
     ),
     *(
-        Case("dataset.encoding:", {"spec.dataset": refused}, {"spec.dataset": accepted})
+        Case(
+            message="dataset.encoding:",
+            refused={"spec.dataset": refused},
+            accepted={"spec.dataset": accepted},
+        )
         for refused, accepted in [
             (
                 {"files": ["/x"], "format": "imagefolder", "encoding": "cp1252"},
@@ -357,48 +437,68 @@ CASES: list[Case] = [
         ]
     ),
     Case(
-        "dataset: set at most one of",
-        {"spec.dataset.evalSplit": "test", "spec.dataset.evalFraction": 0.1},
-        {"spec.dataset.evalFraction": 0.1},
+        message="dataset: set at most one of",
+        refused={"spec.dataset.evalSplit": "test", "spec.dataset.evalFraction": 0.1},
+        accepted={"spec.dataset.evalFraction": 0.1},
     ),
     Case(
-        "dataset.evalFiles:",
-        {"spec.dataset": {"id": "org/data", "evalFiles": ["/e"]}},
-        {"spec.dataset.evalFiles": ["/e"]},
+        message="dataset.evalFiles:",
+        refused={"spec.dataset": {"id": "org/data", "evalFiles": ["/e"]}},
+        accepted={"spec.dataset.evalFiles": ["/e"]},
     ),
-    Case("dataset.split:", {"spec.dataset.split": "test"}, {"spec.dataset.split": "train[:10%]+train[20%:]"}),
-    Case("dataset.split:", {"spec.dataset.split": "trainer"}, {"spec.dataset": {"id": "org/data", "split": "trainer"}}),
     Case(
-        "dataset.split:",
-        {"spec.inputs": {"dataset": {"files": ["/p.jsonl"], "split": "test"}}},
-        {"spec.inputs": {"dataset": {"files": ["/p.jsonl"], "split": "train[:9]"}}},
-        GENERATE,
+        message="dataset.split:",
+        refused={"spec.dataset.split": "test"},
+        accepted={"spec.dataset.split": "train[:10%]+train[20%:]"},
     ),
-    Case("dataset.evalSplit: files", {"spec.dataset.evalSplit": "test"}, {"spec.dataset.evalSplit": "train[90%:]"}),
     Case(
-        "dataset.evalSplit: is what",
-        {"spec.dataset.evalSplit": "train"},
-        {"spec.dataset": {"id": "org/data", "evalSplit": "validation"}},
+        message="dataset.split:",
+        refused={"spec.dataset.split": "trainer"},
+        accepted={"spec.dataset": {"id": "org/data", "split": "trainer"}},
     ),
-    Case("spec.model.job: is this job", {"spec.model": {"job": "sound"}}, {"spec.model": {"job": "another"}}),
+    Case(
+        message="dataset.split:",
+        refused={"spec.inputs": {"dataset": {"files": ["/p.jsonl"], "split": "test"}}},
+        accepted={"spec.inputs": {"dataset": {"files": ["/p.jsonl"], "split": "train[:9]"}}},
+        base=GENERATE,
+    ),
+    Case(
+        message="dataset.evalSplit: files",
+        refused={"spec.dataset.evalSplit": "test"},
+        accepted={"spec.dataset.evalSplit": "train[90%:]"},
+    ),
+    Case(
+        message="dataset.evalSplit: is what",
+        refused={"spec.dataset.evalSplit": "train"},
+        accepted={"spec.dataset": {"id": "org/data", "evalSplit": "validation"}},
+    ),
+    Case(
+        message="spec.model.job: is this job",
+        refused={"spec.model": {"job": "sound"}},
+        accepted={"spec.model": {"job": "another"}},
+    ),
     # where work lies
     Case(
-        "workspace: size",
-        {"spec.workspace": {"claimName": "mine", "size": "1Gi"}},
-        {"spec.workspace": {"claimName": "mine"}},
+        message="workspace: size",
+        refused={"spec.workspace": {"claimName": "mine", "size": "1Gi"}},
+        accepted={"spec.workspace": {"claimName": "mine"}},
     ),
     Case(
-        "workspace.whenDeleted:",
-        {"spec.workspace": {"claimName": "mine", "whenDeleted": "Delete"}},
-        {"spec.workspace": {"whenDeleted": "Delete"}},
+        message="workspace.whenDeleted:",
+        refused={"spec.workspace": {"claimName": "mine", "whenDeleted": "Delete"}},
+        accepted={"spec.workspace": {"whenDeleted": "Delete"}},
     ),
     Case(
-        "volumes: set exactly one",
-        {"spec.volumes": [{"claimName": "a", "configMap": "b", "mountPath": "/data"}]},
-        {"spec.volumes": [{"configMap": "b", "mountPath": "/data"}]},
+        message="volumes: set exactly one",
+        refused={"spec.volumes": [{"claimName": "a", "configMap": "b", "mountPath": "/data"}]},
+        accepted={"spec.volumes": [{"configMap": "b", "mountPath": "/data"}]},
     ),
     *(
-        Case("volumes.mountPath:", mounted(taken), mounted(free))
+        Case(
+            message="volumes.mountPath:",
+            refused=mounted(taken),
+            accepted=mounted(free),
+        )
         for taken, free in [
             ("/workspace/x", "/workspaces"),
             ("/tmp", "/tmp2"),
@@ -409,54 +509,60 @@ CASES: list[Case] = [
         ]
     ),
     Case(
-        "spec.workspace.accessMode:",
-        {"spec.workspace": {"accessMode": "ReadWriteOncePod"}, "spec.resources.nodes": 2},
-        {"spec.workspace": {"accessMode": "ReadWriteOncePod"}},
+        message="spec.workspace.accessMode:",
+        refused={"spec.workspace": {"accessMode": "ReadWriteOncePod"}, "spec.resources.nodes": 2},
+        accepted={"spec.workspace": {"accessMode": "ReadWriteOncePod"}},
     ),
     Case(
-        "spec.workspace.accessMode:",
-        {"spec.workspace": {"accessMode": "ReadWriteOncePod"}, "spec.shards": 2},
-        {"spec.workspace": {"accessMode": "ReadWriteMany"}, "spec.shards": 2},
-        GENERATE,
+        message="spec.workspace.accessMode:",
+        refused={"spec.workspace": {"accessMode": "ReadWriteOncePod"}, "spec.shards": 2},
+        accepted={"spec.workspace": {"accessMode": "ReadWriteMany"}, "spec.shards": 2},
+        base=GENERATE,
     ),
     Case(
-        "tolerations.value:",
-        {"spec.scheduling.tolerations": [{"key": "gpu", "operator": "Exists", "value": "yes"}]},
-        {"spec.scheduling.tolerations": [{"key": "gpu", "operator": "Exists"}, {"key": "gpu", "value": "yes"}]},
+        message="tolerations.value:",
+        refused={"spec.scheduling.tolerations": [{"key": "gpu", "operator": "Exists", "value": "yes"}]},
+        accepted={
+            "spec.scheduling.tolerations": [{"key": "gpu", "operator": "Exists"}, {"key": "gpu", "value": "yes"}]
+        },
     ),
     # the Hub
     Case(
-        "hub.tokenSecretRef:",
-        {"spec.hub": {"repo": "org/out"}},
-        {"spec.hub": {"repo": "org/out", "tokenSecretRef": SECRET}},
+        message="hub.tokenSecretRef:",
+        refused={"spec.hub": {"repo": "org/out"}},
+        accepted={"spec.hub": {"repo": "org/out", "tokenSecretRef": SECRET}},
     ),
-    Case("hub: set repo", {"spec.hub": {"private": True}}, {"spec.hub": {"tokenSecretRef": SECRET}}),
+    Case(
+        message="hub: set repo",
+        refused={"spec.hub": {"private": True}},
+        accepted={"spec.hub": {"tokenSecretRef": SECRET}},
+    ),
     # FineTuneJob
     Case(
-        "resources.processesPerNode:",
-        {"spec.resources": {"gpusPerNode": 1, "processesPerNode": 2}},
-        {"spec.resources": {"gpusPerNode": 0, "processesPerNode": 2}},
+        message="resources.processesPerNode:",
+        refused={"spec.resources": {"gpusPerNode": 1, "processesPerNode": 2}},
+        accepted={"spec.resources": {"gpusPerNode": 0, "processesPerNode": 2}},
     ),
     Case(
-        "method.targetModules:",
-        {"spec.method.targetModules": ["all-linear", "q_proj"]},
-        {"spec.method.targetModules": ["q_proj", "v_proj"]},
+        message="method.targetModules:",
+        refused={"spec.method.targetModules": ["all-linear", "q_proj"]},
+        accepted={"spec.method.targetModules": ["q_proj", "v_proj"]},
     ),
     Case(
-        "training.warmupSteps: schedule",
-        {"spec.training": {"schedule": "constant", "warmupSteps": 10}},
-        {"spec.training": {"schedule": "constant_with_warmup", "warmupSteps": 10}},
+        message="training.warmupSteps: schedule",
+        refused={"spec.training": {"schedule": "constant", "warmupSteps": 10}},
+        accepted={"spec.training": {"schedule": "constant_with_warmup", "warmupSteps": 10}},
     ),
     Case(
-        "training.warmupSteps: training would end",
-        {"spec.training": {"maxSteps": 10, "warmupSteps": 10}},
-        {"spec.training": {"maxSteps": 10, "warmupSteps": 9}},
+        message="training.warmupSteps: training would end",
+        refused={"spec.training": {"maxSteps": 10, "warmupSteps": 10}},
+        accepted={"spec.training": {"maxSteps": 10, "warmupSteps": 9}},
     ),
     *(
         Case(
-            "spec.training.evalSteps:",
-            {"spec.training.evalSteps": 10},
-            {"spec.training.evalSteps": 10, f"spec.dataset.{held_out}": value},
+            message="spec.training.evalSteps:",
+            refused={"spec.training.evalSteps": 10},
+            accepted={"spec.training.evalSteps": 10, f"spec.dataset.{held_out}": value},
         )
         for held_out, value in [
             ("evalSplit", "train[90%:]"),
@@ -465,82 +571,88 @@ CASES: list[Case] = [
         ]
     ),
     Case(
-        "model.resizeEmbeddings: a model from",
-        {"spec.model": {"config": {"modelType": "llama"}, "resizeEmbeddings": True}, "spec.method": {"type": "full"}},
-        {"spec.model": {"config": {"modelType": "llama"}}, "spec.method": {"type": "full"}},
+        message="model.resizeEmbeddings: a model from",
+        refused={
+            "spec.model": {"config": {"modelType": "llama"}, "resizeEmbeddings": True},
+            "spec.method": {"type": "full"},
+        },
+        accepted={"spec.model": {"config": {"modelType": "llama"}}, "spec.method": {"type": "full"}},
     ),
     Case(
-        "spec.training.precision:",
-        {"spec.resources": {"gpusPerNode": 0}, "spec.training": {"precision": "fp16"}},
-        {"spec.training": {"precision": "fp16"}},
+        message="spec.training.precision:",
+        refused={"spec.resources": {"gpusPerNode": 0}, "spec.training": {"precision": "fp16"}},
+        accepted={"spec.training": {"precision": "fp16"}},
     ),
     Case(
-        "spec.training.batchSize: must be a multiple of microBatchSize",
-        {"spec.training": {"batchSize": 8, "microBatchSize": 3}},
-        {"spec.training": {"batchSize": 9, "microBatchSize": 3}},
+        message="spec.training.batchSize: must be a multiple of microBatchSize",
+        refused={"spec.training": {"batchSize": 8, "microBatchSize": 3}},
+        accepted={"spec.training": {"batchSize": 9, "microBatchSize": 3}},
     ),
     Case(
-        "spec.training.batchSize: must be a multiple of the number",
-        {"spec.training": {"batchSize": 6}, "spec.resources": {"nodes": 2, "gpusPerNode": 2}},
-        {"spec.training": {"batchSize": 8}, "spec.resources": {"nodes": 2, "gpusPerNode": 2}},
+        message="spec.training.batchSize: must be a multiple of the number",
+        refused={"spec.training": {"batchSize": 6}, "spec.resources": {"nodes": 2, "gpusPerNode": 2}},
+        accepted={"spec.training": {"batchSize": 8}, "spec.resources": {"nodes": 2, "gpusPerNode": 2}},
     ),
     # GenerateJob
     Case(
-        "adapters: set exactly one",
-        {"spec.adapters": [{"id": "org/a", "path": "/a"}]},
-        {"spec.adapters": [{"job": "tune"}]},
-        GENERATE,
+        message="adapters: set exactly one",
+        refused={"spec.adapters": [{"id": "org/a", "path": "/a"}]},
+        accepted={"spec.adapters": [{"job": "tune"}]},
+        base=GENERATE,
     ),
     Case(
-        "adapters.revision:",
-        {"spec.adapters": [{"path": "/a", "revision": "v1"}]},
-        {"spec.adapters": [{"id": "org/a", "revision": "v1"}]},
-        GENERATE,
+        message="adapters.revision:",
+        refused={"spec.adapters": [{"path": "/a", "revision": "v1"}]},
+        accepted={"spec.adapters": [{"id": "org/a", "revision": "v1"}]},
+        base=GENERATE,
     ),
     Case(
-        "inputs: set exactly one", {"spec.inputs": {}}, {"spec.inputs": {"dataset": {"files": ["/p.jsonl"]}}}, GENERATE
+        message="inputs: set exactly one",
+        refused={"spec.inputs": {}},
+        accepted={"spec.inputs": {"dataset": {"files": ["/p.jsonl"]}}},
+        base=GENERATE,
     ),
     Case(
-        "text.perPrompt:",
-        {"spec.text": {"perPrompt": 2}},
-        {"spec.text": {"perPrompt": 2, "temperature": 0.7}},
-        GENERATE,
+        message="text.perPrompt:",
+        refused={"spec.text": {"perPrompt": 2}},
+        accepted={"spec.text": {"perPrompt": 2, "temperature": 0.7}},
+        base=GENERATE,
     ),
     Case(
-        "spec.precision:",
-        {"spec.resources": {"gpus": 0}, "spec.precision": "fp16"},
-        {"spec.precision": "fp16"},
-        GENERATE,
+        message="spec.precision:",
+        refused={"spec.resources": {"gpus": 0}, "spec.precision": "fp16"},
+        accepted={"spec.precision": "fp16"},
+        base=GENERATE,
     ),
     Case(
-        "adapters.file:",
-        {"spec.task": "text-to-image", "spec.adapters": [{"job": "tune", "file": "a.safetensors"}]},
-        {"spec.task": "text-to-image", "spec.adapters": [{"id": "org/a", "file": "styles/a.safetensors"}]},
-        GENERATE,
+        message="adapters.file:",
+        refused={"spec.task": "text-to-image", "spec.adapters": [{"job": "tune", "file": "a.safetensors"}]},
+        accepted={"spec.task": "text-to-image", "spec.adapters": [{"id": "org/a", "file": "styles/a.safetensors"}]},
+        base=GENERATE,
     ),
     Case(
-        "inputs.columns: rows that stand",
-        {"spec.inputs": {"rows": [{"prompt": "a"}], "columns": {}}},
-        {"spec.inputs": {"dataset": {"files": ["/p.jsonl"]}, "columns": {"carry": ["id"]}}},
-        GENERATE,
+        message="inputs.columns: rows that stand",
+        refused={"spec.inputs": {"rows": [{"prompt": "a"}], "columns": {}}},
+        accepted={"spec.inputs": {"dataset": {"files": ["/p.jsonl"]}, "columns": {"carry": ["id"]}}},
+        base=GENERATE,
     ),
     Case(
-        "text.topP:",
-        {"spec.text": {"topP": 0.9}},
-        {"spec.text": {"topP": 0.9, "temperature": 0.7}},
-        GENERATE,
+        message="text.topP:",
+        refused={"spec.text": {"topP": 0.9}},
+        accepted={"spec.text": {"topP": 0.9, "temperature": 0.7}},
+        base=GENERATE,
     ),
     Case(
-        "text.topK:",
-        {"spec.text": {"topK": 40}},
-        {"spec.text": {"topK": 40, "temperature": 0.7}},
-        GENERATE,
+        message="text.topK:",
+        refused={"spec.text": {"topK": 40}},
+        accepted={"spec.text": {"topK": 40, "temperature": 0.7}},
+        base=GENERATE,
     ),
     Case(
-        "spec.inputs.rows.negativePrompt: has no effect",
-        {"spec.task": "text-to-image", "spec.inputs.rows": NEGATIVE, "spec.image": {"guidance": 1}},
-        {"spec.task": "text-to-image", "spec.inputs.rows": NEGATIVE},
-        GENERATE,
+        message="spec.inputs.rows.negativePrompt: has no effect",
+        refused={"spec.task": "text-to-image", "spec.inputs.rows": NEGATIVE, "spec.image": {"guidance": 1}},
+        accepted={"spec.task": "text-to-image", "spec.inputs.rows": NEGATIVE},
+        base=GENERATE,
     ),
 ]
 
@@ -617,12 +729,17 @@ ENCODINGS = (("", "-8", "utf 8", "utf-8;"), ("cp1252", "utf-16-le", "utf_8"))
 WRITTEN: list[Written] = [
     # field, how to set it, what is refused, what passes
     Written("spec.model.id", lambda t: {"spec.model.id": t}, *HUB_NAMES),
-    Written("spec.model.job", lambda t: {"spec.model": {"job": t}}, ("Base", "a.b", "a-"), ("base", "b-2")),
     Written(
-        "spec.model.config.modelType",
-        lambda t: {"spec.model": {"config": {"modelType": t}}, "spec.method.type": "full"},
-        ("", "Llama"),
-        ("llama", "qwen3_moe"),
+        field="spec.model.job",
+        change=lambda t: {"spec.model": {"job": t}},
+        refused=("Base", "a.b", "a-"),
+        accepted=("base", "b-2"),
+    ),
+    Written(
+        field="spec.model.config.modelType",
+        change=lambda t: {"spec.model": {"config": {"modelType": t}}, "spec.method.type": "full"},
+        refused=("", "Llama"),
+        accepted=("llama", "qwen3_moe"),
     ),
     Written("spec.dataset.id", lambda t: {"spec.dataset": {"id": t}}, *HUB_NAMES),
     Written("spec.dataset.encoding", lambda t: {"spec.dataset": {"files": ["/x"], "encoding": t}}, *ENCODINGS),
@@ -635,18 +752,26 @@ WRITTEN: list[Written] = [
     Written("spec.inputs.dataset.id", lambda t: {"spec.inputs": {"dataset": {"id": t}}}, *HUB_NAMES, GENERATE),
     Written("spec.adapters[].id", lambda t: {"spec.adapters": [{"id": t}]}, *HUB_NAMES, GENERATE),
     Written(
-        "spec.adapters[].job",
-        lambda t: {"spec.adapters": [{"job": t}]},
-        ("Base", "a.b", "a-"),
-        ("base", "b-2"),
-        GENERATE,
+        field="spec.adapters[].job",
+        change=lambda t: {"spec.adapters": [{"job": t}]},
+        refused=("Base", "a.b", "a-"),
+        accepted=("base", "b-2"),
+        base=GENERATE,
     ),
     Written(
-        "spec.adapters[].file",
-        lambda t: {"spec.task": "text-to-image", "spec.adapters": [{"id": "org/a", "file": t}]},
-        ("", "a.bin", ".safetensors/a", "/a.safetensors", "../a.safetensors", "a/./b.safetensors", "a//b.safetensors"),
-        ("a.safetensors", "styles/Pixel Art.safetensors", "a..b.safetensors"),
-        GENERATE,
+        field="spec.adapters[].file",
+        change=lambda t: {"spec.task": "text-to-image", "spec.adapters": [{"id": "org/a", "file": t}]},
+        refused=(
+            "",
+            "a.bin",
+            ".safetensors/a",
+            "/a.safetensors",
+            "../a.safetensors",
+            "a/./b.safetensors",
+            "a//b.safetensors",
+        ),
+        accepted=("a.safetensors", "styles/Pixel Art.safetensors", "a..b.safetensors"),
+        base=GENERATE,
     ),
     Written("spec.model.revision", lambda t: {"spec.model.revision": t}, *REFS),
     Written("spec.dataset.revision", lambda t: {"spec.dataset": {"id": "org/data", "revision": t}}, *REFS),
@@ -661,10 +786,10 @@ WRITTEN: list[Written] = [
     Written("spec.hub.repo", lambda t: {"spec.hub": {"repo": t, "tokenSecretRef": SECRET}}, *HUB_NAMES),
     Written("spec.hub.tokenSecretRef.name", lambda t: {"spec.hub": {"tokenSecretRef": {"name": t}}}, *NAMES),
     Written(
-        "spec.hub.tokenSecretRef.key",
-        lambda t: {"spec.hub": {"tokenSecretRef": {"name": "hf", "key": t}}},
-        ("a/b", "a b", ".", "..", "..a"),
-        ("HF_TOKEN", ".token", "a.b"),
+        field="spec.hub.tokenSecretRef.key",
+        change=lambda t: {"spec.hub": {"tokenSecretRef": {"name": "hf", "key": t}}},
+        refused=("a/b", "a b", ".", "..", "..a"),
+        accepted=("HF_TOKEN", ".token", "a.b"),
     ),
     Written("spec.resources.cpu", lambda t: {"spec.resources.cpu": t}, *CORES),
     Written("spec.resources.memory", lambda t: {"spec.resources.memory": t}, *BYTES),
@@ -676,29 +801,37 @@ WRITTEN: list[Written] = [
     Written("spec.volumes[].claimName", lambda t: volume(claimName=t), *NAMES),
     Written("spec.volumes[].configMap", lambda t: volume(configMap=t), *NAMES),
     Written(
-        "spec.volumes[].mountPath",
-        lambda t: volume(claimName="a", mountPath=t),
-        ("data", "/", "//tmp", "/./tmp", "/data/../tmp", "/data/..", "/data/", "/a:b", "/ü"),
-        ("/data", "/models/.cache", "/mnt/a..b", "/data/v1.2_3-4"),
+        field="spec.volumes[].mountPath",
+        change=lambda t: volume(claimName="a", mountPath=t),
+        refused=("data", "/", "//tmp", "/./tmp", "/data/../tmp", "/data/..", "/data/", "/a:b", "/ü"),
+        accepted=("/data", "/models/.cache", "/mnt/a..b", "/data/v1.2_3-4"),
     ),
     Written("spec.scheduling.queueName", lambda t: {"spec.scheduling.queueName": t}, *NAMES),
     Written("spec.scheduling.priorityClassName", lambda t: {"spec.scheduling.priorityClassName": t}, *NAMES),
     Written(
-        "spec.scheduling.nodeSelector",
-        lambda t: {"spec.scheduling.nodeSelector": {t: "x"}},
-        ("", "a b", "-a", "a/b/c", "/a", "Example.com/gpu", "a" * 64),
-        ("gpu", "example.com/GPU_type", "a" * 63),
+        field="spec.scheduling.nodeSelector",
+        change=lambda t: {"spec.scheduling.nodeSelector": {t: "x"}},
+        refused=("", "a b", "-a", "a/b/c", "/a", "Example.com/gpu", "a" * 64),
+        accepted=("gpu", "example.com/GPU_type", "a" * 63),
     ),
     Written(
-        "spec.scheduling.nodeSelector{}",
-        lambda t: {"spec.scheduling.nodeSelector": {"gpu": t}},
-        ("a b", "-a", "a/b"),
-        ("", "h100", "A_100.80"),
+        field="spec.scheduling.nodeSelector{}",
+        change=lambda t: {"spec.scheduling.nodeSelector": {"gpu": t}},
+        refused=("a b", "-a", "a/b"),
+        accepted=("", "h100", "A_100.80"),
     ),
     Written(
-        "spec.scheduling.tolerations[].key", lambda t: toleration(key=t), ("", "a b", "/a"), ("gpu", "nvidia.com/gpu")
+        field="spec.scheduling.tolerations[].key",
+        change=lambda t: toleration(key=t),
+        refused=("", "a b", "/a"),
+        accepted=("gpu", "nvidia.com/gpu"),
     ),
-    Written("spec.scheduling.tolerations[].value", lambda t: toleration(value=t), ("a b", "a/b"), ("", "h100")),
+    Written(
+        field="spec.scheduling.tolerations[].value",
+        change=lambda t: toleration(value=t),
+        refused=("a b", "a/b"),
+        accepted=("", "h100"),
+    ),
 ]
 
 
@@ -707,80 +840,135 @@ def specified(**spec: Any) -> Document:
     return {**FINE_TUNE, "spec": FINE_TUNE["spec"] | spec}
 
 
+@dataclass(frozen=True)
+class StrangeCase:
+    name: str
+    document: Document
+    message: str | None  # None: accepted
+
+
 # Where a reader that means well and the API server could disagree.
-STRANGE: list[tuple[str, Document, str | None]] = [
-    (
-        "a name of Python's",
-        specified(resources={"gpus_per_node": 0}),
-        "spec.resources.gpus_per_node: unknown field. Did you mean 'gpusPerNode'?",
+STRANGE = [
+    StrangeCase(
+        name="a name of Python's",
+        document=specified(resources={"gpus_per_node": 0}),
+        message="spec.resources.gpus_per_node: unknown field. Did you mean 'gpusPerNode'?",
     ),
-    (
-        "a text for a number",
-        specified(training={"batchSize": "16"}),
-        "spec.training.batchSize: input should be a valid integer (it is '16')",
+    StrangeCase(
+        name="a text for a number",
+        document=specified(training={"batchSize": "16"}),
+        message="spec.training.batchSize: input should be a valid integer (it is '16')",
     ),
-    (
-        "a text for yes or no",
-        specified(training={"packing": "yes"}),
-        "spec.training.packing: input should be a valid boolean (it is 'yes')",
+    StrangeCase(
+        name="a text for yes or no",
+        document=specified(training={"packing": "yes"}),
+        message="spec.training.packing: input should be a valid boolean (it is 'yes')",
     ),
-    (
-        "yes for a number",
-        specified(training={"epochs": True}),
-        "spec.training.epochs: input should be a valid number (it is True)",
+    StrangeCase(
+        name="yes for a number",
+        document=specified(training={"epochs": True}),
+        message="spec.training.epochs: input should be a valid number (it is True)",
     ),
-    (
-        "a part of a number",
-        specified(training={"maxLength": 64.5}),
-        "spec.training.maxLength: input should be a valid integer (it is 64.5)",
+    StrangeCase(
+        name="a part of a number",
+        document=specified(training={"maxLength": 64.5}),
+        message="spec.training.maxLength: input should be a valid integer (it is 64.5)",
     ),
-    ("a whole number for a quantity", specified(resources={"cpu": 16, "memory": 64_000_000_000}), None),
-    ("a whole number with a point for a quantity", specified(resources={"cpu": 16.0}), None),
-    (
-        "no quantity above zero",
-        specified(resources={"cpu": 0}),
-        "spec.resources.cpu: must be a number of cores above zero, such as 4, \"0.5\" or 500m (it is '0')",
+    StrangeCase(
+        name="a whole number for a quantity",
+        document=specified(resources={"cpu": 16, "memory": 64_000_000_000}),
+        message=None,
     ),
-    (
-        "a fraction for a quantity",
-        specified(resources={"cpu": 0.5}),
-        'spec.resources.cpu: must be a number of cores above zero, such as 4, "0.5" or 500m (it is 0.5)',
+    StrangeCase(
+        name="a whole number with a point for a quantity",
+        document=specified(resources={"cpu": 16.0}),
+        message=None,
     ),
-    (
-        "yes for a quantity",
-        specified(resources={"cpu": True}),
-        'spec.resources.cpu: must be a number of cores above zero, such as 4, "0.5" or 500m (it is True)',
+    StrangeCase(
+        name="no quantity above zero",
+        document=specified(resources={"cpu": 0}),
+        message="spec.resources.cpu: must be a number of cores above zero, such as 4, \"0.5\" or 500m (it is '0')",
     ),
-    (
-        "a number for a text",
-        specified(dataset={"id": "org/data", "name": 16}),
-        "spec.dataset.name: input should be a valid string (it is 16)",
+    StrangeCase(
+        name="a fraction for a quantity",
+        document=specified(resources={"cpu": 0.5}),
+        message='spec.resources.cpu: must be a number of cores above zero, such as 4, "0.5" or 500m (it is 0.5)',
     ),
-    (
-        "two volumes at one place",
-        specified(volumes=[{"claimName": name, "mountPath": "/data"} for name in "ab"]),
-        "spec.volumes: two items have the mountPath '/data'; each must be there once",
+    StrangeCase(
+        name="yes for a quantity",
+        document=specified(resources={"cpu": True}),
+        message='spec.resources.cpu: must be a number of cores above zero, such as 4, "0.5" or 500m (it is True)',
     ),
-    ("a volume below another", changed(FINE_TUNE, mounted("/data", "/models", "/data/more")), None),
-    (
-        "a module twice",
-        specified(method={"targetModules": ["q_proj", "v_proj", "q_proj"]}),
-        "spec.method.targetModules: two items have the value 'q_proj'; each must be there once",
+    StrangeCase(
+        name="a number for a text",
+        document=specified(dataset={"id": "org/data", "name": 16}),
+        message="spec.dataset.name: input should be a valid string (it is 16)",
     ),
-    ("null for what must be there", specified(model=None), "spec.model: required"),
-    ("null for what does not exist", specified(zebra=None), "spec.zebra: unknown field"),
-    (
-        "null in a list",
-        specified(method={"targetModules": [None]}),
-        "spec.method.targetModules[0]: input should be a valid string (it is None)",
+    StrangeCase(
+        name="two volumes at one place",
+        document=specified(volumes=[{"claimName": name, "mountPath": "/data"} for name in "ab"]),
+        message="spec.volumes: two items have the mountPath '/data'; each must be there once",
     ),
-    ("null where there is a default", specified(training=None, workspace=None), None),
-    ("null where there is none", specified(hub=None), None),
-    ("null below a default", specified(training={"batchSize": None, "epochs": 2}), None),
-    ("null for a label", specified(scheduling={"nodeSelector": {"gpu": None}}), None),
-    ("a whole number with a point", specified(training={"maxLength": 64.0}), None),
-    ("a whole number for a fraction", specified(training={"learningRate": 1}), None),
-    ("a status", FINE_TUNE | {"status": {"state": "Running"}}, None),
+    StrangeCase(
+        name="a volume below another",
+        document=changed(FINE_TUNE, mounted("/data", "/models", "/data/more")),
+        message=None,
+    ),
+    StrangeCase(
+        name="a module twice",
+        document=specified(method={"targetModules": ["q_proj", "v_proj", "q_proj"]}),
+        message="spec.method.targetModules: two items have the value 'q_proj'; each must be there once",
+    ),
+    StrangeCase(
+        name="null for what must be there",
+        document=specified(model=None),
+        message="spec.model: required",
+    ),
+    StrangeCase(
+        name="null for what does not exist",
+        document=specified(zebra=None),
+        message="spec.zebra: unknown field",
+    ),
+    StrangeCase(
+        name="null in a list",
+        document=specified(method={"targetModules": [None]}),
+        message="spec.method.targetModules[0]: input should be a valid string (it is None)",
+    ),
+    StrangeCase(
+        name="null where there is a default",
+        document=specified(training=None, workspace=None),
+        message=None,
+    ),
+    StrangeCase(
+        name="null where there is none",
+        document=specified(hub=None),
+        message=None,
+    ),
+    StrangeCase(
+        name="null below a default",
+        document=specified(training={"batchSize": None, "epochs": 2}),
+        message=None,
+    ),
+    StrangeCase(
+        name="null for a label",
+        document=specified(scheduling={"nodeSelector": {"gpu": None}}),
+        message=None,
+    ),
+    StrangeCase(
+        name="a whole number with a point",
+        document=specified(training={"maxLength": 64.0}),
+        message=None,
+    ),
+    StrangeCase(
+        name="a whole number for a fraction",
+        document=specified(training={"learningRate": 1}),
+        message=None,
+    ),
+    StrangeCase(
+        name="a status",
+        document=FINE_TUNE | {"status": {"state": "Running"}},
+        message=None,
+    ),
 ]
 
 EXISTING: dict[str, Document] = {
@@ -803,29 +991,136 @@ LIVE: dict[str, Change] = {
     "FineTuneJob": STEERING | {"spec.restarts": {"max": 7}},
     "GenerateJob": STEERING | {"spec.retriesPerShard": 7},
 }
-FIXED: list[tuple[str, Document, Change]] = [
-    ("task", FINE_TUNE, {"spec.task": "text-classification"}),
-    ("model", FINE_TUNE, {"spec.model.revision": "v2"}),
-    ("dataset", FINE_TUNE, {"spec.dataset.split": "test"}),
-    ("method", FINE_TUNE, {"spec.method.rank": 4}),
-    ("training", FINE_TUNE, {"spec.training.epochs": 7}),
-    ("resources", FINE_TUNE, {"spec.resources.nodes": 2}),
-    ("strategy", FINE_TUNE, {"spec.strategy": "zero2"}),
-    ("workspace", FINE_TUNE, {"spec.workspace.claimName": "mine"}),
-    ("volumes", FINE_TUNE, {"spec.volumes": [{"claimName": "a", "mountPath": "/data"}]}),
-    ("scheduling", FINE_TUNE, {"spec.scheduling.queueName": "team-a"}),
-    ("task", GENERATE, {"spec.task": "text-to-image"}),
-    ("model", GENERATE, {"spec.model.revision": "v2"}),
-    ("adapters", GENERATE, {"spec.adapters": [{"job": "tune"}]}),
-    ("inputs", GENERATE, {"spec.inputs.rows": [{"prompt": "a harp"}]}),
-    ("text", GENERATE, {"spec.text.maxNewTokens": 3}),
-    ("image", GENERATE, {"spec.image.steps": 3}),
-    ("precision", GENERATE, {"spec.precision": "bf16"}),
-    ("batchSize", GENERATE, {"spec.batchSize": 9}),
-    ("seed", GENERATE, {"spec.seed": 9}),
-    ("shards", GENERATE, {"spec.shards": 9}),
-    ("resources", GENERATE, {"spec.resources.gpus": 0}),
-    ("workspace", GENERATE, {"spec.workspace.claimName": "mine"}),
-    ("volumes", GENERATE, {"spec.volumes": [{"claimName": "a", "mountPath": "/data"}]}),
-    ("scheduling", GENERATE, {"spec.scheduling.queueName": "team-a"}),
+
+
+@dataclass(frozen=True)
+class FixedCase:
+    """A field that may not change once the job exists, and another value for it."""
+
+    field: str
+    base: Document
+    change: Change
+
+
+FIXED = [
+    FixedCase(
+        field="task",
+        base=FINE_TUNE,
+        change={"spec.task": "text-classification"},
+    ),
+    FixedCase(
+        field="model",
+        base=FINE_TUNE,
+        change={"spec.model.revision": "v2"},
+    ),
+    FixedCase(
+        field="dataset",
+        base=FINE_TUNE,
+        change={"spec.dataset.split": "test"},
+    ),
+    FixedCase(
+        field="method",
+        base=FINE_TUNE,
+        change={"spec.method.rank": 4},
+    ),
+    FixedCase(
+        field="training",
+        base=FINE_TUNE,
+        change={"spec.training.epochs": 7},
+    ),
+    FixedCase(
+        field="resources",
+        base=FINE_TUNE,
+        change={"spec.resources.nodes": 2},
+    ),
+    FixedCase(
+        field="strategy",
+        base=FINE_TUNE,
+        change={"spec.strategy": "zero2"},
+    ),
+    FixedCase(
+        field="workspace",
+        base=FINE_TUNE,
+        change={"spec.workspace.claimName": "mine"},
+    ),
+    FixedCase(
+        field="volumes",
+        base=FINE_TUNE,
+        change={"spec.volumes": [{"claimName": "a", "mountPath": "/data"}]},
+    ),
+    FixedCase(
+        field="scheduling",
+        base=FINE_TUNE,
+        change={"spec.scheduling.queueName": "team-a"},
+    ),
+    FixedCase(
+        field="task",
+        base=GENERATE,
+        change={"spec.task": "text-to-image"},
+    ),
+    FixedCase(
+        field="model",
+        base=GENERATE,
+        change={"spec.model.revision": "v2"},
+    ),
+    FixedCase(
+        field="adapters",
+        base=GENERATE,
+        change={"spec.adapters": [{"job": "tune"}]},
+    ),
+    FixedCase(
+        field="inputs",
+        base=GENERATE,
+        change={"spec.inputs.rows": [{"prompt": "a harp"}]},
+    ),
+    FixedCase(
+        field="text",
+        base=GENERATE,
+        change={"spec.text.maxNewTokens": 3},
+    ),
+    FixedCase(
+        field="image",
+        base=GENERATE,
+        change={"spec.image.steps": 3},
+    ),
+    FixedCase(
+        field="precision",
+        base=GENERATE,
+        change={"spec.precision": "bf16"},
+    ),
+    FixedCase(
+        field="batchSize",
+        base=GENERATE,
+        change={"spec.batchSize": 9},
+    ),
+    FixedCase(
+        field="seed",
+        base=GENERATE,
+        change={"spec.seed": 9},
+    ),
+    FixedCase(
+        field="shards",
+        base=GENERATE,
+        change={"spec.shards": 9},
+    ),
+    FixedCase(
+        field="resources",
+        base=GENERATE,
+        change={"spec.resources.gpus": 0},
+    ),
+    FixedCase(
+        field="workspace",
+        base=GENERATE,
+        change={"spec.workspace.claimName": "mine"},
+    ),
+    FixedCase(
+        field="volumes",
+        base=GENERATE,
+        change={"spec.volumes": [{"claimName": "a", "mountPath": "/data"}]},
+    ),
+    FixedCase(
+        field="scheduling",
+        base=GENERATE,
+        change={"spec.scheduling.queueName": "team-a"},
+    ),
 ]

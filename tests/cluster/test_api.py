@@ -22,6 +22,8 @@ from cases.api import (
     WRITTEN,
     Case,
     Document,
+    FixedCase,
+    StrangeCase,
     Written,
     all_rules,
     changed,
@@ -84,10 +86,10 @@ def test_a_format_refuses_and_lets_pass(written: Written) -> None:
         assert accepted.returncode == 0, accepted.stderr
 
 
-@pytest.mark.parametrize(("document", "says"), [s[1:] for s in STRANGE], ids=[s[0] for s in STRANGE])
-def test_a_strange_manifest_is_judged_as_on_a_laptop(document: Document, says: str | None) -> None:
-    answer = create(document)
-    assert (answer.returncode == 0) == (says is None), answer.stderr
+@pytest.mark.parametrize("case", STRANGE, ids=lambda case: case.name)
+def test_a_strange_manifest_is_judged_as_on_a_laptop(case: StrangeCase) -> None:
+    answer = create(case.document)
+    assert (answer.returncode == 0) == (case.message is None), answer.stderr
 
 
 @pytest.mark.parametrize("base", [FINE_TUNE, GENERATE], ids=["FineTuneJob", "GenerateJob"])
@@ -114,11 +116,11 @@ def update(document: Document) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize(("field", "base", "change"), FIXED, ids=[f"{b['kind']}.{f}" for f, b, _ in FIXED])
-def test_a_field_is_fixed(existing: None, field: str, base: Document, change: dict[str, object]) -> None:
-    answer = update(changed(EXISTING[base["kind"]], change))
+@pytest.mark.parametrize("case", FIXED, ids=lambda case: f"{case.base['kind']}.{case.field}")
+def test_a_field_is_fixed(existing: None, case: FixedCase) -> None:
+    answer = update(changed(EXISTING[case.base["kind"]], case.change))
     assert answer.returncode != 0
-    assert f"spec.{field} cannot change once the job exists" in answer.stderr
+    assert f"spec.{case.field} cannot change once the job exists" in answer.stderr
 
 
 @pytest.mark.parametrize(("kind", "path"), [(kind, path) for kind, changes in LIVE.items() for path in changes])

@@ -21,8 +21,9 @@ from cases.api import (
     STRANGE,
     WRITTEN,
     Case,
-    Change,
     Document,
+    FixedCase,
+    StrangeCase,
     Written,
     all_rules,
     changed,
@@ -96,12 +97,10 @@ def broken_by_update(before: Document, after: Document) -> list[str]:
     return [rule.message for rule in rules if rule.transition and cel.evaluate(rule.cel, values) is not True]
 
 
-@pytest.mark.parametrize(
-    ("field", "base", "change"), FIXED, ids=[f"{base['kind']}.{field}" for field, base, _ in FIXED]
-)
-def test_fields_that_never_change(field: str, base: Document, change: Change) -> None:
-    assert broken_by_update(base, changed(base, change)) == [
-        f"spec.{field} cannot change once the job exists; create another job for another {field}"
+@pytest.mark.parametrize("case", FIXED, ids=lambda case: f"{case.base['kind']}.{case.field}")
+def test_fields_that_never_change(case: FixedCase) -> None:
+    assert broken_by_update(case.base, changed(case.base, case.change)) == [
+        f"spec.{case.field} cannot change once the job exists; create another job for another {case.field}"
     ]
 
 
@@ -115,7 +114,8 @@ def test_fields_that_may_change(kind: str) -> None:
 
 @pytest.mark.parametrize("base", [FINE_TUNE, GENERATE], ids=["FineTuneJob", "GenerateJob"])
 def test_each_field_either_may_change_or_never_does(base: Document) -> None:
-    live, fixed = {path.removeprefix("spec.") for path in LIVE[base["kind"]]}, {f for f, b, _ in FIXED if b is base}
+    live = {path.removeprefix("spec.") for path in LIVE[base["kind"]]}
+    fixed = {case.field for case in FIXED if case.base is base}
     assert live & fixed == set()
     assert live | fixed == {f.alias or n for n, f in type(parse_job(base).spec).model_fields.items()}
     told = {r.message.split()[0].removeprefix("spec.") for r in rules_of(type(parse_job(base).spec)) if r.transition}
@@ -123,7 +123,7 @@ def test_each_field_either_may_change_or_never_does(base: Document) -> None:
 
 
 def test_the_tables_cover_all_rules() -> None:
-    told = [c.message for c in CASES] + [f"spec.{field} cannot change" for field, _, _ in FIXED]
+    told = [c.message for c in CASES] + [f"spec.{c.field} cannot change" for c in FIXED]
     assert [rule.message for rule in all_rules() if not any(rule.message.startswith(t) for t in told)] == []
 
 
@@ -214,14 +214,14 @@ def test_shape(case: ShapeCase) -> None:
     assert case.expect in refused.value.problems
 
 
-@pytest.mark.parametrize(("document", "says"), [s[1:] for s in STRANGE], ids=[s[0] for s in STRANGE])
-def test_a_strange_manifest_is_judged_as_by_the_api_server(document: Document, says: str | None) -> None:
-    if says is None:
-        check_job(document)
+@pytest.mark.parametrize("case", STRANGE, ids=lambda case: case.name)
+def test_a_strange_manifest_is_judged_as_by_the_api_server(case: StrangeCase) -> None:
+    if case.message is None:
+        check_job(case.document)
         return
     with pytest.raises(InvalidJob) as refused:
-        check_job(document)
-    assert refused.value.problems == [says]
+        check_job(case.document)
+    assert refused.value.problems == [case.message]
 
 
 def test_no_value_means_the_default() -> None:

@@ -110,23 +110,45 @@ def test_an_unknown_kind_is_an_error() -> None:
         workload(fine_tune().model_copy(update={"kind": "EvaluateJob"}))
 
 
+@dataclass(frozen=True)
+class SumCase:
+    name: str
+    job: Job
+    metrics: dict[int, dict[str, float]]
+    expect: dict[str, float] | None
+
+
 SUMS = [
-    # name                         job                    metrics by index            result
-    ("rank 0 speaks for all", fine_tune(), {0: {"loss": 2.0}, 1: {"loss": 9.0}}, {"loss": 2.0}),
-    ("rank 0 is missing", fine_tune(), {1: {"loss": 9.0}}, None),
-    (
-        "shards are added",
-        generate(shards=2),
-        {0: {"rows": 3.0}, 1: {"rows": 4.0, "failed": 1.0}},
-        {"rows": 7.0, "failed": 1.0},
+    SumCase(
+        name="rank 0 speaks for all",
+        job=fine_tune(),
+        metrics={0: {"loss": 2.0}, 1: {"loss": 9.0}},
+        expect={"loss": 2.0},
     ),
-    ("a shard is missing", generate(shards=2), {1: {"rows": 4.0}}, None),
+    SumCase(
+        name="rank 0 is missing",
+        job=fine_tune(),
+        metrics={1: {"loss": 9.0}},
+        expect=None,
+    ),
+    SumCase(
+        name="shards are added",
+        job=generate(shards=2),
+        metrics={0: {"rows": 3.0}, 1: {"rows": 4.0, "failed": 1.0}},
+        expect={"rows": 7.0, "failed": 1.0},
+    ),
+    SumCase(
+        name="a shard is missing",
+        job=generate(shards=2),
+        metrics={1: {"rows": 4.0}},
+        expect=None,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("job", "metrics", "expect"), [s[1:] for s in SUMS], ids=[s[0] for s in SUMS])
-def test_final_metrics(job: Job, metrics: dict[int, dict[str, float]], expect: dict[str, float] | None) -> None:
-    assert workload(job).final_metrics(metrics) == expect
+@pytest.mark.parametrize("case", SUMS, ids=lambda case: case.name)
+def test_final_metrics(case: SumCase) -> None:
+    assert workload(case.job).final_metrics(case.metrics) == case.expect
 
 
 def test_progress_of_a_generation_counts_the_outputs_of_the_whole_job() -> None:
