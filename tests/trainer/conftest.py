@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hub.server import Running
@@ -20,6 +20,9 @@ from luthier_api.spec import NewModel
 from luthier_api.variables import Variables
 from luthier_trainer.models.new_model import new_config, save_new_model, train_tokenizer
 from luthier_trainer.runtime import notices
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 # Before torch is imported, which reads it once: two workers with two threads each on two cores spend most of their time
 # waiting for each other.
@@ -84,6 +87,23 @@ def tiny_model(paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory) 
     tokenizer.save_pretrained(folder)
     save_new_model(new_config(NewModel(model_type="llama", vocab_size=512, parameters=TINY), tokenizer), folder, seed=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def llama(paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama with new weights and a tokenizer of its own, wide enough for weights in 4 bits. Read-only."""
+    from prepared_workspace import save_llama  # brings what most tests do without
+
+    return save_llama(tmp_path_factory.mktemp("llama"), paragraphs)
+
+
+@pytest.fixture(scope="session")
+def prose_data(llama: Path, paragraphs: list[str]) -> DatasetDict:
+    """Paragraphs of prose as rows of token ids of `llama`, in the splits `train` and `eval`."""
+    from prepared_workspace import causal_lm_data, prose
+    from transformers import AutoTokenizer
+
+    return causal_lm_data(AutoTokenizer.from_pretrained(llama), prose(paragraphs))
 
 
 @pytest.fixture

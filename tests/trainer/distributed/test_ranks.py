@@ -22,15 +22,12 @@ import torch
 from datasets import DatasetDict
 from peft import AutoPeftModelForCausalLM
 from prepared_workspace import (
-    causal_lm_data,
     classification_data,
     image_data,
     losses,
     pod,
     prepared_run,
-    prose,
     save_encoder,
-    save_llama,
 )
 from safetensors.torch import load_file
 from trainer.digits import save_model as save_vit
@@ -50,17 +47,11 @@ TIMEOUT = 240  # of one start, on a machine that has other things to do
 
 
 @pytest.fixture(scope="module")
-def llama(paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("llama"), paragraphs)
-
-
-@pytest.fixture(scope="module")
-def data(llama: Path, paragraphs: list[str]) -> DatasetDict:
+def data(prose_data: DatasetDict) -> DatasetDict:
     """Row counts that no number of processes divides: of nine rows, the last step of an epoch has one, on one process
     of two.
     """
-    whole = causal_lm_data(AutoTokenizer.from_pretrained(llama), prose(paragraphs))
-    return DatasetDict(train=whole["train"].select(range(9)), eval=whole["eval"].select(range(9)))
+    return DatasetDict(train=prose_data["train"].select(range(9)), eval=prose_data["eval"].select(range(9)))
 
 
 @pytest.fixture(scope="module")

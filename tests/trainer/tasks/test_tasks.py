@@ -19,7 +19,6 @@ from prepared_workspace import (
     prepared_run,
     prose,
     save_encoder,
-    save_llama,
 )
 from trainer.digits import save_model as save_vit
 from transformers import (
@@ -42,11 +41,6 @@ from luthier_trainer.tasks.base import Model
 from luthier_trainer.tasks.causal_lm import TokenLoss
 from luthier_trainer.tasks.classification import LabelMetrics, what_becomes_of_the_head
 from luthier_trainer.training import main as train
-
-
-@pytest.fixture(scope="module")
-def llama(paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("llama"), paragraphs)
 
 
 def save_model(name: str, folder: Path, llama: Path) -> Path:

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import DatasetDict
-from prepared_workspace import causal_lm_data, prepared_run, prose, save_llama
+from prepared_workspace import prepared_run
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
 
 from luthier_trainer.runtime import notices
 from luthier_trainer.runtime.failure import Failure
@@ -29,14 +28,8 @@ NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture(scope="module")
-def llama(paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("llama"), paragraphs)
-
-
-@pytest.fixture(scope="module")
-def data(llama: Path, paragraphs: list[str]) -> DatasetDict:
-    whole = causal_lm_data(AutoTokenizer.from_pretrained(llama), prose(paragraphs))
-    return DatasetDict(train=whole["train"].select(range(48)), eval=whole["eval"].select(range(4)))
+def data(prose_data: DatasetDict) -> DatasetDict:
+    return DatasetDict(train=prose_data["train"].select(range(48)), eval=prose_data["eval"].select(range(4)))
 
 
 Spoil = Callable[[Any, int], None]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from datasets import DatasetDict
-from prepared_workspace import causal_lm_data, losses, prepared_run, prose, save_llama
+from prepared_workspace import losses, prepared_run
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -32,14 +32,8 @@ LORA = {"type": "lora", "rank": 4, "dropout": 0.1}
 
 
 @pytest.fixture(scope="module")
-def llama(paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("llama"), paragraphs)
-
-
-@pytest.fixture(scope="module")
-def data(llama: Path, paragraphs: list[str]) -> DatasetDict:
-    whole = causal_lm_data(AutoTokenizer.from_pretrained(llama), prose(paragraphs))
-    return DatasetDict(train=whole["train"].select(range(200)), eval=whole["eval"].select(range(8)))
+def data(prose_data: DatasetDict) -> DatasetDict:
+    return DatasetDict(train=prose_data["train"].select(range(200)), eval=prose_data["eval"].select(range(8)))
 
 
 def make(root: Path, llama: Path, data: DatasetDict, **training: Any) -> Any:

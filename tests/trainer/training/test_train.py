@@ -20,9 +20,7 @@ from prepared_workspace import (
     image_data,
     losses,
     prepared_run,
-    prose,
     save_encoder,
-    save_llama,
     sign,
 )
 from trainer.digits import save_model as save_vit
@@ -43,30 +41,20 @@ from luthier_trainer.workspace.manifest import problems
 
 
 @pytest.fixture(scope="module")
-def llama(paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("llama"), paragraphs)
-
-
-@pytest.fixture(scope="module")
-def text_data(llama: Path, paragraphs: list[str]) -> DatasetDict:
-    return causal_lm_data(AutoTokenizer.from_pretrained(llama), prose(paragraphs))
-
-
-@pytest.fixture(scope="module")
 def other_data(llama: Path, paragraphs: list[str]) -> DatasetDict:
     """Another register than the base has learnt."""
     return causal_lm_data(AutoTokenizer.from_pretrained(llama), code(paragraphs))
 
 
 @pytest.fixture(scope="module")
-def learnt(llama: Path, text_data: DatasetDict, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def learnt(llama: Path, prose_data: DatasetDict, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A full training of 25 steps: its run, its message, and a base for the adapters."""
     folder = tmp_path_factory.mktemp("learnt")
     (folder / "run").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LUTHIER_RUN_DIR", str(folder / "run"))
         run = prepared_run(
-            folder / "job", llama, text_data, training={"maxSteps": 25, "learningRate": 1e-2, "saveSteps": 10}
+            folder / "job", llama, prose_data, training={"maxSteps": 25, "learningRate": 1e-2, "saveSteps": 10}
         )
         return run, train.main(run)
 
@@ -147,9 +135,9 @@ def plain_loss(model: Any, data: DatasetDict) -> float:
     return loss / tokens
 
 
-def test_an_adapter_of_a_model_of_the_hub_names_it(tmp_path: Path, llama: Path, text_data: DatasetDict) -> None:
+def test_an_adapter_of_a_model_of_the_hub_names_it(tmp_path: Path, llama: Path, prose_data: DatasetDict) -> None:
     run = prepared_run(
-        tmp_path / "job", llama, text_data, method={"type": "lora"}, model={"id": "org/base"}, training={"maxSteps": 1}
+        tmp_path / "job", llama, prose_data, method={"type": "lora"}, model={"id": "org/base"}, training={"maxSteps": 1}
     )
     record = tmp_path / "job/prepared/prepared.json"
     prepared = json.loads(record.read_text())
@@ -256,9 +244,9 @@ SAME_TRACE = [
 
 @pytest.mark.parametrize("case", SAME_TRACE, ids=lambda case: case.name)
 def test_the_same_losses(
-    case: SameTraceCase, tmp_path: Path, llama: Path, text_data: DatasetDict, paragraphs: list[str]
+    case: SameTraceCase, tmp_path: Path, llama: Path, prose_data: DatasetDict, paragraphs: list[str]
 ) -> None:
-    base, data = llama, text_data
+    base, data = llama, prose_data
     if case.task is IMAGES:
         base, data = save_vit(tmp_path / "vit"), image_data()
     elif case.task:
@@ -301,14 +289,14 @@ EVALUATIONS = [
 
 @pytest.mark.parametrize("case", EVALUATIONS, ids=lambda case: case.name)
 def test_evaluations(
-    case: EvaluationCase, tmp_path: Path, llama: Path, text_data: DatasetDict, capsys: pytest.CaptureFixture[str]
+    case: EvaluationCase, tmp_path: Path, llama: Path, prose_data: DatasetDict, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What an evaluation costs is paid once a step."""
     train.main(
         prepared_run(
             tmp_path / "job",
             llama,
-            text_data,
+            prose_data,
             training={"maxSteps": 4} | ({"evalSteps": case.eval_steps} if case.eval_steps else {}),
         )
     )
@@ -319,7 +307,7 @@ def test_evaluations(
 def test_the_time_left_knows_nothing_of_the_first_evaluation(
     tmp_path: Path,
     llama: Path,
-    text_data: DatasetDict,
+    prose_data: DatasetDict,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -328,18 +316,18 @@ def test_the_time_left_knows_nothing_of_the_first_evaluation(
             time.sleep(0.6 * (state.global_step == 0))
 
     monkeypatch.setattr(train, "Heartbeat", Slow)
-    train.main(prepared_run(tmp_path / "job", llama, text_data, training={"maxSteps": 21}))
+    train.main(prepared_run(tmp_path / "job", llama, prose_data, training={"maxSteps": 21}))
     first = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1/21"))
     assert 0 <= int(first.split()[-2].split(":")[-1]) < 20 * 0.6  # seconds; the evaluation alone would be as much
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_an_evaluation_changes_nothing(method: str, tmp_path: Path, llama: Path, text_data: DatasetDict) -> None:
+def test_an_evaluation_changes_nothing(method: str, tmp_path: Path, llama: Path, prose_data: DatasetDict) -> None:
     """bitsandbytes once went without the gradients of 4-bit weights after an evaluation on CPU."""
-    without = DatasetDict(train=text_data["train"])
+    without = DatasetDict(train=prose_data["train"])
     runs = [
         prepared_run(tmp_path / n, llama, data, method={"type": method}, training={"maxSteps": 4, "learningRate": 1e-2})
-        for n, data in (("with", text_data), ("without", without))
+        for n, data in (("with", prose_data), ("without", without))
     ]
     for run in runs:
         train.main(run)
@@ -397,8 +385,8 @@ def test_classification(case: ClassifierCase, tmp_path: Path, llama: Path, parag
         assert model.config.id2label == {0: "code", 1: "prose"}
 
 
-def test_metrics_are_served(tmp_path: Path, llama: Path, text_data: DatasetDict) -> None:
-    run = prepared_run(tmp_path / "job", llama, text_data, training={"maxSteps": 3, "saveSteps": 2})
+def test_metrics_are_served(tmp_path: Path, llama: Path, prose_data: DatasetDict) -> None:
+    run = prepared_run(tmp_path / "job", llama, prose_data, training={"maxSteps": 3, "saveSteps": 2})
     metrics = train.main(run).metrics
     port = (run_dir() / "metrics-port").read_text()
     samples = read_samples(urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode())
@@ -406,7 +394,7 @@ def test_metrics_are_served(tmp_path: Path, llama: Path, text_data: DatasetDict)
     assert progress is not None
     assert (progress.step, progress.max_steps, progress.percent, progress.eta_seconds) == (3, 3, 100, 0)
     assert checkpoint_step(samples) == 3
-    tokens = sum(text_data["train"]["length"])
+    tokens = sum(prose_data["train"]["length"])
     assert metrics is not None
     assert 0 < samples["luthier_train_tokens_total"] == metrics["tokens"] < tokens
     assert samples["luthier_train_step_duration_seconds_count"] == 3
@@ -441,22 +429,22 @@ def test_a_result_of_other_settings_is_not_taken_for_ours(learnt: Any) -> None:
     assert "another metadata.name" in message
 
 
-def test_a_module_that_is_not_there(tmp_path: Path, llama: Path, text_data: DatasetDict) -> None:
-    run = prepared_run(tmp_path / "job", llama, text_data, method={"type": "lora", "targetModules": ["query"]})
+def test_a_module_that_is_not_there(tmp_path: Path, llama: Path, prose_data: DatasetDict) -> None:
+    run = prepared_run(tmp_path / "job", llama, prose_data, method={"type": "lora", "targetModules": ["query"]})
     code, message = fail(run)
     assert code == ExitCode.INVALID_SPEC
     assert message.startswith("spec.method.targetModules: query does not suit LlamaForCausalLM")
     assert "q_proj" in message
 
 
-def test_weights_that_would_never_learn(tmp_path: Path, llama: Path, text_data: DatasetDict) -> None:
+def test_weights_that_would_never_learn(tmp_path: Path, llama: Path, prose_data: DatasetDict) -> None:
     """Cross-attention that nothing attends to: transformers alone would train the rest and say nothing."""
     tokenizer = AutoTokenizer.from_pretrained(llama)
     GPT2LMHeadModel(
         GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, add_cross_attention=True)
     ).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    code, message = fail(prepared_run(tmp_path / "job", tmp_path / "model", text_data))
+    code, message = fail(prepared_run(tmp_path / "job", tmp_path / "model", prose_data))
     assert code == ExitCode.MISCONFIGURED
     assert "got no gradient, among them transformer.h.0.crossattention" in message
 
@@ -486,19 +474,19 @@ NOT_FINITE = [
 
 
 @pytest.mark.parametrize("case", NOT_FINITE, ids=lambda case: case.name)
-def test_a_loss_that_is_no_number(case: NotFiniteCase, tmp_path: Path, llama: Path, text_data: DatasetDict) -> None:
+def test_a_loss_that_is_no_number(case: NotFiniteCase, tmp_path: Path, llama: Path, prose_data: DatasetDict) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama)
     model.model.norm.weight.data[0] = torch.inf
     model.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path / "model")
-    data = DatasetDict({split: text_data[split] for split in case.splits})
+    data = DatasetDict({split: prose_data[split] for split in case.splits})
     code, message = fail(prepared_run(tmp_path / "job", tmp_path / "model", data, training={"saveSteps": 5}))
     assert code == ExitCode.DIVERGED
     assert message.startswith(case.message)
     assert list((tmp_path / "job/checkpoints").iterdir()) == []
 
 
-def test_a_process_alone_that_should_be_one_of_two(tmp_path: Path, llama: Path, text_data: DatasetDict) -> None:
-    code, message = fail(prepared_run(tmp_path / "job", llama, text_data, resources={"processesPerNode": 2}))
+def test_a_process_alone_that_should_be_one_of_two(tmp_path: Path, llama: Path, prose_data: DatasetDict) -> None:
+    code, message = fail(prepared_run(tmp_path / "job", llama, prose_data, resources={"processesPerNode": 2}))
     assert code == ExitCode.MISCONFIGURED
     assert message.startswith("spec.strategy: ddp over 2 processes was asked for, but processes is 1 instead of 2")

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from datasets import DatasetDict
 from peft import LoraConfig, get_peft_model
-from prepared_workspace import causal_lm_data, prepared_run, prose, save_llama
+from prepared_workspace import prepared_run
 from trainer.conftest import MakeRun
 from trainer.volumes import mounted
-from transformers import AutoConfig, AutoTokenizer, BertConfig, GPT2Config, LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, BertConfig, GPT2Config, LlamaConfig, PreTrainedConfig
 
 from luthier_api.finetune import Method
 from luthier_api.workspace import WorkspaceFolder
@@ -34,13 +34,8 @@ from luthier_trainer.workspace.space import Weights
 
 
 @pytest.fixture(scope="module")
-def llama(paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("llama"), paragraphs)
-
-
-@pytest.fixture(scope="module")
-def data(llama: Path, paragraphs: list[str]) -> DatasetDict:
-    return DatasetDict(train=causal_lm_data(AutoTokenizer.from_pretrained(llama), prose(paragraphs))["train"])
+def data(prose_data: DatasetDict) -> DatasetDict:
+    return DatasetDict(train=prose_data["train"])
 
 
 METHODS = [{"type": "full"}, {"type": "lora", "rank": 64}]
