@@ -59,7 +59,9 @@ def prepared_run(
     )
     world, training = run.spec.resources.world_size, run.spec.training
     micro = training.micro_batch_size or training.batch_size // world
-    strategy = run.spec.strategy if run.spec.strategy != "auto" else "none" if world == 1 else "ddp"
+    strategy = run.spec.strategy
+    if strategy == "auto":
+        strategy = "none" if world == 1 else "ddp"
     workspace = WorkspaceFolder(root)
     workspace.prepared.mkdir(parents=True)
     data.save_to_disk(workspace.prepared / "dataset")

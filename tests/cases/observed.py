@@ -118,11 +118,11 @@ def child(
                 "lastTransitionTime": text(resumed or BEGIN),
             }
         )
-    counters = (
-        {"restarts": restarts} | ({"restartsCountTowardsMax": charged} if charged else {})
-        if ref.kind == "JobSet"
-        else {}
-    )
+    counters = {}
+    if ref.kind == "JobSet":
+        counters["restarts"] = restarts
+        if charged:  # JobSet leaves it out while it is zero
+            counters["restartsCountTowardsMax"] = charged
     annotations = (
         {naming.HUB_ANNOTATION: hub_hash(job), naming.TARGET_ANNOTATION: hub_target(job)} if phase == "publish" else {}
     ) | (notes or {})
@@ -176,14 +176,17 @@ def pod(
     labels = naming.labels(job, phase) | (
         {naming.RESTART_LABEL: str(attempt)} if phase == "run" and job.kind == "FineTuneJob" else {}
     )
+    annotations = {}
+    if phase == "run":
+        annotations[naming.INDEX_ANNOTATION] = str(index)
+    if phase == "run" and job.kind == "GenerateJob":
+        annotations |= shard
     meta = {
         "name": name,
         "namespace": "ml",
         "uid": f"{name}-uid",
         "labels": labels,
-        "annotations": {naming.INDEX_ANNOTATION: str(index)} | (shard if job.kind == "GenerateJob" else {})
-        if phase == "run"
-        else {},
+        "annotations": annotations,
     } | ({"deletionTimestamp": text(NOW)} if deleting else {})
     statuses = [{"name": naming.CONTAINER, "state": state}] if state else []
     return {

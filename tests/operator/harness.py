@@ -161,6 +161,11 @@ def condition(cluster: FakeCluster, kind: str, name: str, type: str) -> Object |
     return next((c for c in job.get("status", {}).get("conditions", []) if c["type"] == type), None)
 
 
+def condition_with(cluster: FakeCluster, kind: str, name: str, type: str, reason: str) -> Object | None:
+    found = condition(cluster, kind, name, type)
+    return found if found is not None and found["reason"] == reason else None
+
+
 def holds(cluster: FakeCluster, kind: str, name: str, type: str) -> bool:
     found = condition(cluster, kind, name, type)
     return found is not None and found["status"] == "True"

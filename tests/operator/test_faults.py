@@ -17,7 +17,21 @@ from dataclasses import dataclass, replace
 import pytest
 from fake_api import Call, Fault
 from fake_cluster import FakeCluster, Object, Outcome, Pod, all_well, said
-from harness import FAST, HUB, condition, fine_tune, finished, generate, holds, outlive, running, start, summary, until
+from harness import (
+    FAST,
+    HUB,
+    condition,
+    condition_with,
+    fine_tune,
+    finished,
+    generate,
+    holds,
+    outlive,
+    running,
+    start,
+    summary,
+    until,
+)
 
 AT_ONCE = 6
 
@@ -69,10 +83,13 @@ async def test_a_fault_at_any_one_write_changes_nothing_in_the_end(kind: str, na
 
 @pytest.mark.parametrize("kind", JOBS)
 async def test_an_operator_that_never_survives_two_writes(kind: str) -> None:
+    def kill_at_each_second_write(number: int, call: Call) -> Fault | None:
+        if number % 2 == 0:
+            return None
+        return Fault(reset="before" if number % 3 else "after", kill=True)
+
     reference, writes, _ = await life(kind)
-    end, _, operators = await life(
-        kind, lambda number, call: Fault(reset="before" if number % 3 else "after", kill=True) if number % 2 else None
-    )
+    end, _, operators = await life(kind, kill_at_each_second_write)
     assert end == reference
     assert operators > writes / 2
 
@@ -186,9 +203,7 @@ async def test_a_child_that_is_refused_is_told_of_once_and_tried_again(case: Ref
         cluster.create(fine_tune(hub=HUB))
         told = await until(
             "told",
-            lambda: (
-                (c := condition(cluster, "FineTuneJob", "tune", case.condition)) and c["reason"] == "FailedCreate" and c
-            ),
+            lambda: condition_with(cluster, "FineTuneJob", "tune", case.condition, "FailedCreate"),
         )
         assert (told["status"], told["message"]) == ("False", f"{case.child}: a fault")
         found = cluster.get("FineTuneJob", "tune")["status"]
@@ -245,9 +260,7 @@ async def test_a_claim_that_is_about_to_go_is_waited_for(case: ClaimCase, kept: 
             cluster.create(fine_tune(workspace={"whenDeleted": kept}))
             told = await until(
                 "told",
-                lambda: (
-                    (c := condition(cluster, "FineTuneJob", "tune", "Prepared")) and c["reason"] == "FailedCreate" and c
-                ),
+                lambda: condition_with(cluster, "FineTuneJob", "tune", "Prepared", "FailedCreate"),
             )
             assert told["message"] == f"PersistentVolumeClaim ftj-tune: {case.expect}"
             cluster.delete(old)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fake_api import Refused, merged
 from fake_cluster import FakeCluster
-from harness import condition, fine_tune, finished, running, until
+from harness import condition, condition_with, fine_tune, finished, running, until
 
 from luthier_api.kinds import JobKind
 from luthier_operator.model import Key
@@ -106,9 +106,7 @@ async def test_a_job_that_cannot_be_understood_says_so_and_stops_nothing() -> No
         cluster.create(fine_tune("good"))
         found = await until(
             "said",
-            lambda: (
-                (c := condition(cluster, "FineTuneJob", "broken", "Accepted")) and c["reason"] == "InvalidSpec" and c
-            ),
+            lambda: condition_with(cluster, "FineTuneJob", "broken", "Accepted", "InvalidSpec"),
         )
         assert found["status"] == "False"
         assert found["message"].startswith("spec.fancy: extra inputs are not permitted\n")

@@ -15,12 +15,19 @@ LETTERS = [chr(code) for code in range(33, 127)]
 WORDS = ["an", "An", "object", "is", "on", "in", "at", "the", "er", "ing"]
 
 
+def score(piece: str) -> float:
+    """Long pieces are likelier than short ones, and bytes, such as `<0x0A>`, are a last resort."""
+    if piece in SPECIAL:
+        return 0.0
+    if len(piece) == 6:
+        return -100.0
+    return -10.0 + len(piece)
+
+
 def unigram() -> PreTrainedTokenizerFast:
     """T5's and XLNet's kind: a blank before each word, also the first; the decoder drops that of the first."""
     pieces = [*SPECIAL, *BYTES, "▁", *LETTERS, *WORDS, *[f"▁{word}" for word in (*WORDS, *LETTERS)]]
-    scores = [
-        (piece, 0.0 if piece in SPECIAL else -100.0 if len(piece) == 6 else -10.0 + len(piece)) for piece in pieces
-    ]
+    scores = [(piece, score(piece)) for piece in pieces]
     tokenizer = Tokenizer(models.Unigram(scores, unk_id=3, byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])

@@ -18,6 +18,9 @@ ADAPTER = {"adapters": [{"id": "org/style"}, {"job": "style"}]}
 MANY_ROWS = {"inputs": {"rows": [{"prompt": "x" * 8000}] * 200}}
 
 
+BEGUN = fine_tune(status("Accepted"))
+
+
 @dataclass(frozen=True)
 class Case:
     name: str
@@ -59,9 +62,7 @@ CASES = [
     ),
     Case(
         name="no JobSet any more, once begun",
-        given=lambda: (
-            (j := fine_tune(status("Accepted"))) and decided(j, child(j, "prepare", born=NOW), jobset_installed=False)
-        ),
+        given=lambda: decided(BEGUN, child(BEGUN, "prepare", born=NOW), jobset_installed=False),
         expect="True Accepted: ",
         state="Preparing",
     ),

@@ -22,6 +22,7 @@ from cases.observed import (
     status,
 )
 
+from luthier_api.conditions import ConditionType
 from luthier_api.status import Attempt, JobStatus, Phase
 from luthier_operator import naming
 from luthier_operator.model import Object
@@ -187,12 +188,11 @@ DEADLINES = [
 @pytest.mark.parametrize("case", DEADLINES, ids=lambda case: case.name)
 def test_the_deadline_counts_while_anything_is_left_to_do(case: DeadlineCase) -> None:
     job = fine_tune(case.given, **TEN_MINUTES, **case.spec)
-    found = (
-        [child(job, case.child[0], case.child[1], since=case.child[2], **(FATAL if case.child[1] == "Failed" else {}))]
-        if case.child
-        else []
-    )
-    assert describe(decided(job, *found)) == case.expect
+    children = []
+    if case.child:
+        phase, condition, since = case.child
+        children.append(child(job, phase, condition, since=since, **(FATAL if condition == "Failed" else {})))
+    assert describe(decided(job, *children)) == case.expect
 
 
 @dataclass(frozen=True)
@@ -331,10 +331,11 @@ HALTED = [
 )
 def test_no_condition_tells_of_pods_that_were_taken_away(case: HaltedCase, spec: Object, reason: str) -> None:
     decision = decided(fine_tune(case.given, **HUB_SET, **spec))
-    assert said(decision, case.condition).split(":")[0] == (
-        f"False {reason}" if case.expect == "False" else case.expect
-    )
-    end = "Suspended" if "suspend" in spec else "Completed" if case.given.is_true("Published") else "Failed"  # type: ignore[arg-type]
+    expect = f"False {reason}" if case.expect == "False" else case.expect
+    assert said(decision, case.condition).split(":")[0] == expect
+    end = "Completed" if case.given.is_true(ConditionType.PUBLISHED) else "Failed"
+    if "suspend" in spec:
+        end = "Suspended"
     assert [e.reason for e in decision.events] == [end], "one line tells it all"
 
 
