@@ -26,15 +26,35 @@ class QuantizationInfo:
     """As pages and model cards call it."""
     bits: int
     """Of one weight, without the scales beside it."""
+    bits_with_scales: float
+    """Of one weight, with its part of the scales."""
     strategies: tuple[Strategy, ...]
     """Those that work with such weights."""
+    cpu_multiple: int = 1
+    """What the widths of a model have to be a multiple of, for bitsandbytes' kernels on CPU."""
 
+
+# Double quantisation: a scale of 8 bits for 64 weights, and one of 32 bits for 256 scales.
+DOUBLE_QUANT_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 
 QUANTIZATIONS: Mapping[QuantizationType, QuantizationInfo] = {
     # DeepSpeed's ZeRO-3 cannot shard the packed weights of bitsandbytes.
-    "nf4": QuantizationInfo(title="4-bit NormalFloat (NF4)", bits=4, strategies=UNSHARDED),
-    "fp4": QuantizationInfo(title="4-bit float (FP4)", bits=4, strategies=UNSHARDED),
-    "int8": QuantizationInfo(title="8-bit integer (LLM.int8)", bits=8, strategies=UNSHARDED),
+    "nf4": QuantizationInfo(
+        title="4-bit NormalFloat (NF4)",
+        bits=4,
+        bits_with_scales=DOUBLE_QUANT_BITS,
+        strategies=UNSHARDED,
+        cpu_multiple=64,  # bitsandbytes 0.50
+    ),
+    "fp4": QuantizationInfo(
+        title="4-bit float (FP4)",
+        bits=4,
+        bits_with_scales=DOUBLE_QUANT_BITS,
+        strategies=UNSHARDED,
+        cpu_multiple=64,
+    ),
+    # One scale of 32 bits a row: nothing beside thousands of weights.
+    "int8": QuantizationInfo(title="8-bit integer (LLM.int8)", bits=8, bits_with_scales=8, strategies=UNSHARDED),
 }
 
 MethodType = Literal["full", "lora", "qlora"]

@@ -62,6 +62,7 @@ class Case:
     method: str
     expect: bool
     config: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
 
 
 QUANTISED = [
@@ -82,6 +83,12 @@ QUANTISED = [
         expect=True,
     ),
     Case(
+        name="weights that lora has quantised at loading",
+        method="lora",
+        model={"quantization": {"type": "int8"}},
+        expect=True,
+    ),
+    Case(
         name="weights that came quantised",
         method="lora",
         config={"quantization_config": {"quant_method": "bitsandbytes"}},
@@ -92,7 +99,8 @@ QUANTISED = [
 
 @pytest.mark.parametrize("case", QUANTISED, ids=lambda case: case.name)
 def test_quantised(make_run: Any, tmp_path: Path, case: Case) -> None:
-    assert quantised(prepared(make_run(method={"type": case.method}), tmp_path / "model", case.config)) is case.expect
+    run = make_run(method={"type": case.method}, model={"path": "/m"} | case.model)
+    assert quantised(prepared(run, tmp_path / "model", case.config)) is case.expect
 
 
 def test_plain_weights_cost_no_import_of_bitsandbytes(make_run: Any, tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def load(verb: str, run: FineTuneRun | GenerateRun) -> Work:
 
 def quantised(run: FineTuneRun | GenerateRun) -> bool:
     """Whether the base model's weights are, or will be, in fewer bits than torch knows types for. Raises Failure."""
-    if isinstance(run, FineTuneRun) and run.spec.method.type == "qlora":
+    if isinstance(run, FineTuneRun) and run.spec.model.quantization:
         return True
     config = Path(read_prepared(run).model_path) / MODEL_CONFIG
     return config.exists() and "quantization_config" in json.loads(config.read_text())

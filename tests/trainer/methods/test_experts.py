@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases.methods import method_of
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -23,7 +24,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from luthier_api.finetune import FineTuneJobSpec, Method
+from luthier_api.finetune import FineTuneJobSpec
 from luthier_trainer.methods import checks as method_checks
 from luthier_trainer.methods import experts
 from luthier_trainer.methods.base import with_method
@@ -241,10 +242,10 @@ FOUR_BITS = [
 def test_the_share_of_the_weights_in_four_bits(case: FourBitsCase) -> None:
     config = type(CONFIGS[case.model])(**CONFIGS[case.model].to_dict() | case.sizes)
     if case.refusal is None:
-        experts.check_four_bits(config, "causal-lm")
+        experts.check_quantised_share(config, "causal-lm", "nf4", "spec.method.type")
     else:
         with pytest.raises(Failure) as caught:
-            experts.check_four_bits(config, "causal-lm")
+            experts.check_quantised_share(config, "causal-lm", "nf4", "spec.method.type")
         assert case.refusal in caught.value.message
     assert [case.notice in said for said in notices.given()] == ([] if case.notice is None else [True])
 
@@ -278,7 +279,7 @@ def test_what_was_trained_is_what_is_merged(name: str, targets: list[str], tmp_p
     base = AutoModelForCausalLM.from_config(CONFIGS[name])
     base.save_pretrained(tmp_path / "base")
     model = with_method(
-        base, Method(type="lora", rank=2, target_modules=targets), "CAUSAL_LM", [], deepspeed=False
+        base, method_of(type="lora", rank=2, targetModules=targets), "CAUSAL_LM", [], deepspeed=False
     ).eval()
     ids = torch.arange(40).view(2, 20)
     adapters = {n: p for n, p in model.named_parameters() if p.requires_grad}

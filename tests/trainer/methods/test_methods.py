@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases.methods import method_of
 from prepared_workspace import loaded
 from transformers import AutoModelForSequenceClassification
 
-from luthier_api.finetune import Method
 from luthier_trainer.methods.base import weights_options, with_method
 from luthier_trainer.runtime.failure import Failure
 
@@ -19,7 +19,7 @@ from luthier_trainer.runtime.failure import Failure
 def test_modules_that_are_trained_whole_are_not_offered_for_adapters(tiny_model: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2)
     with pytest.raises(Failure) as failure:
-        with_method(model, Method(type="lora", target_modules=["score"]), "SEQ_CLS", ["score"], deepspeed=False)
+        with_method(model, method_of(type="lora", targetModules=["score"]), "SEQ_CLS", ["score"], deepspeed=False)
     assert failure.value.message.startswith(
         "spec.method.targetModules: score does not suit LlamaForSequenceClassification"
     )
@@ -31,7 +31,7 @@ def test_modules_that_are_trained_whole_are_not_offered_for_adapters(tiny_model:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_what_learns_is_kept_in_fp32(precision: str, tiny_model: Path) -> None:
     """A head, too: in 16 bit its small steps would be rounded away, and fp16's gradients could not be unscaled."""
-    method = Method(type="lora", rank=2)
+    method = method_of(type="lora", rank=2)
     options = weights_options(method, precision, deepspeed=False, device=torch.device("cpu"))
     base = loaded("text-classification", tiny_model, ["a", "b"], **options)
     model = with_method(base.model, method, "SEQ_CLS", base.new_modules, deepspeed=False)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases.methods import method_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from prepared_workspace import loaded
 from safetensors.torch import load_file, save_file
@@ -19,9 +20,8 @@ from trainer.conftest import MakeRun
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.finetune import Method
 from luthier_api.generate import GenerateJobSpec
-from luthier_api.spec import NewModel
+from luthier_api.spec import NewModel, Quantization
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.generation.engines.text import TextEngine
 from luthier_trainer.generation.hardware import Hardware
@@ -149,8 +149,8 @@ def test_an_adapter_is_added_to_the_weights_that_nf4_stands_for(models: Path, ad
 
 
 def test_qlora_learns_beside_weights_that_came_in_nf4(models: Path) -> None:
-    method = Method(type="qlora", rank=4)
-    options = methods.weights_options(method, "fp32", False, torch.device("cpu"))
+    method = method_of(type="qlora", rank=4)
+    options = methods.weights_options(method, "fp32", False, torch.device("cpu"), Quantization(type="nf4"))
     base = loaded("causal-lm", models / "nf4", **options)
     model = methods.with_method(base.model, method, "CAUSAL_LM", base.new_modules, deepspeed=False)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
@@ -194,8 +194,14 @@ UNFIT = [
     Case(
         task="causal-lm",
         method="qlora",
-        quantisation={"quant_method": "bitsandbytes"},
+        quantisation={"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
         refusal=None,
+    ),
+    Case(
+        task="causal-lm",
+        method="qlora",
+        quantisation={"quant_method": "bitsandbytes", "load_in_8bit": True},
+        refusal="its weights are quantised already, in int8, and the job asks for nf4",
     ),
     Case(
         task="text-generation",

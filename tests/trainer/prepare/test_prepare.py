@@ -777,8 +777,8 @@ MISTAKES = [
         spec={"method": {"type": "qlora"}},
         code=S,
         message=(
-            "spec.method.type: qlora on CPU needs widths of a multiple of 64, and the model's hidden_size is 32; use"
-            " lora, or a GPU"
+            "spec.method.type: nf4 on CPU needs widths of a multiple of 64, and the model's hidden_size is 32; use"
+            " method.type: lora without model.quantization, or a GPU"
         ),
     ),
     MistakeCase(

@@ -1,20 +1,23 @@
-"""Which weights learn: full, lora and qlora as data for transformers and PEFT. A model goes in, the model to train
-comes out.
+"""Which weights learn: the methods of `luthier_api.methods` as data for transformers and PEFT. A model goes in, the
+model to train comes out.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from peft import LoraConfig, PeftConfig, get_peft_model
+from transformers import PreTrainedModel
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import Method
+from luthier_api.methods import METHODS, MethodType
+from luthier_api.spec import Quantization
 from luthier_trainer.methods.experts import fused_experts
+from luthier_trainer.methods.quantization import settings
 from luthier_trainer.models.sources import OWN_WEIGHTS
 from luthier_trainer.runtime.devices import DTYPES
 from luthier_trainer.runtime.failure import Failure
@@ -22,22 +25,18 @@ from luthier_trainer.runtime.failure import Failure
 ALL_LINEAR = ["all-linear"]
 
 
-def weights_options(method: Method, precision: str, deepspeed: bool, device: torch.device) -> dict[str, Any]:
+def weights_options(
+    method: Method, precision: str, deepspeed: bool, device: torch.device, quantization: Quantization | None = None
+) -> dict[str, Any]:
     """Arguments of `from_pretrained`. Frozen weights rest in the precision of the computation; weights that learn are
     kept in fp32, beside which the 16-bit computation is autocast. DeepSpeed keeps the fp32 copy itself, and wants one
     type throughout.
     """
-    frozen = method.type != "full"
+    frozen = METHODS[method.type].adapter
     options: dict[str, Any] = {"dtype": DTYPES[precision] if frozen or deepspeed else torch.float32, **OWN_WEIGHTS}
-    if method.type == "qlora":
-        compute = torch.float16 if precision == "fp16" else torch.bfloat16
+    if quantization:
         options |= {
-            "quantization_config": BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=compute,
-            ),
+            "quantization_config": settings(quantization.type, precision),
             "device_map": {"": device},
         }
     return options
@@ -49,17 +48,16 @@ def with_method(
     """The model that learns. `whole`: modules trained entirely beside the adapters. Adapters start from torch's current
     seed.
     """
-    if method.type == "full":
+    if not METHODS[method.type].adapter:
         return model
     # On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights in the first evaluation, for a kernel without a
     # backward pass, and keeps using it in training: gradients then silently skip the frozen weights.
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    config = PEFT_CONFIGS[method.type](method, peft_type, whole, fused_experts(model))
     try:
-        adapted = get_peft_model(
-            model, lora_config(method, peft_type, whole, fused_experts(model)), autocast_adapter_dtype=not deepspeed
-        )
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=not deepspeed)
     except ValueError as error:
         linear = {
             name.rpartition(".")[2]
@@ -97,3 +95,10 @@ def lora_config(method: Method, peft_type: str | None, whole: list[str], experts
         # all-linear would also put adapters into heads that are trained whole, which PEFT refuses.
         exclude_modules=rf"(.*\.)?({'|'.join(map(re.escape, whole))})(\..*)?" if whole else None,
     )
+
+
+PEFT_CONFIGS: Mapping[MethodType, Callable[[Method, str | None, list[str], Iterable[str]], PeftConfig]] = {
+    "lora": lora_config,
+    "qlora": lora_config,
+}
+"""Method → its adapters: for each row of `METHODS` that makes adapters."""

@@ -6,6 +6,7 @@ import difflib
 from typing import TYPE_CHECKING
 
 from luthier_api.exitcodes import ExitCode
+from luthier_api.methods import QUANTIZATIONS, QuantizationType
 from luthier_trainer.models.inspect import ALL_LINEAR, MODEL, counts, looks_up_otherwise, skeleton, tied_modules
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
@@ -18,7 +19,6 @@ SHARED = (
     " adapters do the same; PEFT's own merge_and_unload (0.21) would change both, so untie the weights before you"
     " call it"
 )
-NF4_CPU_BLOCK = 64  # bitsandbytes 0.50
 
 
 def check_adapters(config: PreTrainedConfig, task: str, targets: list[str], field: str) -> None:
@@ -88,16 +88,17 @@ def check_adapters(config: PreTrainedConfig, task: str, targets: list[str], fiel
             )
 
 
-def check_quantisable(config: PreTrainedConfig, field: str) -> None:
-    """Whether bitsandbytes can quantise the model to 4 bits on CPU: its kernels there want rows of a multiple of 64.
+def check_quantisable(config: PreTrainedConfig, kind: QuantizationType, field: str) -> None:
+    """Whether bitsandbytes can quantise the model on CPU, where some of its kernels want rows of a certain multiple.
     Raises Failure.
     """
+    multiple = QUANTIZATIONS[kind].cpu_multiple
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for name in ("hidden_size", "intermediate_size"):
         width = getattr(text, name, None)
-        if isinstance(width, int) and width % NF4_CPU_BLOCK:
+        if isinstance(width, int) and width % multiple:
             raise Failure(
                 ExitCode.INVALID_SPEC,
-                f"{field}: qlora on CPU needs widths of a multiple of {NF4_CPU_BLOCK}, and the model's {name} is"
-                f" {width}; use lora, or a GPU",
+                f"{field}: {kind} on CPU needs widths of a multiple of {multiple}, and the model's {name} is {width};"
+                " use method.type: lora without model.quantization, or a GPU",
             )

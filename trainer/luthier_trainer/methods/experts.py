@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.methods import QUANTIZATIONS, QuantizationType
 from luthier_api.tasks import TASKS
 from luthier_trainer.models import inspect
 from luthier_trainer.runtime.failure import Failure
@@ -22,11 +23,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-TYPE, TARGETS = "spec.method.type", "spec.method.targetModules"
-# Bits of a weight in NF4 with double quantisation: a scale of 8 bits for 64 weights, and one of 32 bits for 256 scales.
-NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+TARGETS = "spec.method.targetModules"
 REST_BITS = 16  # bf16 or fp16: what GPUs hold of weights that are not quantised
-LEAST_SHARE = 0.5  # of the weights in 4 bits, below which qlora saves less than it seems to
+LEAST_SHARE = 0.5  # of the weights that are quantised, below which that saves less than it seems to
 GIB = 2**30
 SHOWN = 5  # names in a message
 
@@ -48,7 +47,7 @@ def leaves(names: Any) -> list[str]:
 
 
 def quantised_weights(model: PreTrainedModel) -> int:
-    """How many of the model's weights bitsandbytes turns into 4 bits: those of linear modules, without heads."""
+    """How many of the model's weights bitsandbytes quantises: those of linear modules, without heads."""
     import torch
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import get_keys_to_not_convert
@@ -64,36 +63,36 @@ def quantised_weights(model: PreTrainedModel) -> int:
     )
 
 
-def check_four_bits(config: PreTrainedConfig, task: str) -> None:
-    """Say what part of the weights qlora quantises, where that is little. Raises Failure for experts that would stay as
-    they are.
+def check_quantised_share(config: PreTrainedConfig, task: str, kind: QuantizationType, field: str) -> None:
+    """Say what part of the weights is quantised to `kind`, where that is little. Raises Failure for experts that would
+    stay as they are. `field`: of the spec, which asks for quantised weights.
     """
     model = inspect.skeleton(config, task, inspect.MODEL)
     weights = sum(weight.numel() for weight in model.parameters())
     quantised, experts = quantised_weights(model), sum(weight.numel() for weight in fused_experts(model).values())
     share = quantised / weights
-    held = (quantised * NF4_BITS + (weights - quantised) * REST_BITS) / 8 / GIB
+    held = (quantised * QUANTIZATIONS[kind].bits_with_scales + (weights - quantised) * REST_BITS) / 8 / GIB
     figures = (
-        f"{share:.0%} of the {weights:,} weights of {config.model_type} would be in 4 bits, about {held:,.1f} GiB on"
-        " each GPU"
+        f"{share:.0%} of the {weights:,} weights of {config.model_type} would be in {QUANTIZATIONS[kind].bits} bits,"
+        f" about {held:,.1f} GiB on each GPU"
     )
     if not experts and share >= LEAST_SHARE:
         return
     if not experts:
-        notice(f"{TYPE}: {figures}; embeddings are not quantised")
+        notice(f"{field}: {figures}; embeddings are not quantised")
         return
     reason = (
         f"The {experts / weights:.0%} that are experts stay in 16 bits: they are one parameter a layer, which"
         " bitsandbytes does not quantise"
     )
     if share >= LEAST_SHARE:
-        notice(f"{TYPE}: {figures}. {reason}")
+        notice(f"{field}: {figures}. {reason}")
         return
     raise Failure(
         ExitCode.INVALID_SPEC,
-        f"{TYPE}: qlora would save little: {figures}. {reason}. Use lora, which needs about"
-        f" {weights * REST_BITS / 8 / GIB:,.1f} GiB for the weights (shared between the GPUs with strategy zero3), or a"
-        " smaller model",
+        f"{field}: {kind} would save little: {figures}. {reason}. Use method.type: lora without model.quantization,"
+        f" which needs about {weights * REST_BITS / 8 / GIB:,.1f} GiB for the weights (shared between the GPUs with"
+        " strategy zero3), or a smaller model",
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier_api.finetune import FineTuneJobSpec, Method
+from luthier_api.methods import METHODS
 from luthier_api.status import Plan
 from luthier_trainer.models.inspect import ALL_LINEAR, MODEL, skeleton
 from luthier_trainer.workspace.model_files import MODEL_CONFIG
@@ -28,14 +29,15 @@ def weights_of(config: PreTrainedConfig, spec: FineTuneJobSpec, plan: Plan, fold
     model = skeleton(config, spec.task, MODEL)
     total = sum(weight.numel() for weight in model.parameters())
     sizes = [weight.numel() for weight in model.parameters()]
-    if spec.method.type != "full":
+    adapters = METHODS[spec.method.type].adapter
+    if adapters:
         sizes = adapter_sizes(model, spec.method, heads_of(model, spec.task))
     cpu = spec.resources.gpus_per_node == 0
     return Weights(
         total=total,
         learning=sum(sizes),
         tensors=len(sizes),
-        adapters=spec.method.type != "full",
+        adapters=adapters,
         computed_bytes=2 if plan.precision in ("bf16", "fp16") or (plan.precision == "auto" and not cpu) else 4,
         source_bytes=2 if source_dtype(folder) in HALF else 4,
     )

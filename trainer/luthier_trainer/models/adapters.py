@@ -62,20 +62,6 @@ def check(
         check_shapes(adapter, field, model_path, model.resolved.source)
 
 
-def task_of_adapter(config: Mapping[str, Any]) -> str | None:
-    """The first task that an adapter may have been trained for, by its adapter_config.json; None where that does not
-    tell, or names another.
-    """
-    peft_type = config.get("task_type")
-    base = (config.get("auto_mapping") or {}).get("base_model_class") or ""
-    for name, task in TASKS.items():
-        if peft_type and task.peft_task_type == peft_type:
-            return name
-        if not peft_type and task.auto_model and base.endswith(f"For{task.auto_model}"):
-            return name
-    return None
-
-
 def check_task(trained_for: str | None, task: str, field: str) -> None:
     if trained_for and trained_for != NEEDS[task]:
         raise Failure(
@@ -83,6 +69,19 @@ def check_task(trained_for: str | None, task: str, field: str) -> None:
             f"{field}: the adapter was trained for {trained_for}, and {task} needs one for {NEEDS[task]}. Name another,"
             " or remove it",
         )
+
+
+def task_of_adapter(config: Mapping[str, Any]) -> str | None:
+    """The task that an adapter was trained for, by its adapter_config.json; None where that does not tell, or tells
+    another.
+    """
+    peft_type, base = config.get("task_type"), (config.get("auto_mapping") or {}).get("base_model_class") or ""
+    for name, task in TASKS.items():
+        if peft_type and peft_type == task.peft_task_type:
+            return name
+        if not peft_type and task.auto_model and base.endswith(f"For{task.auto_model}"):
+            return name
+    return None
 
 
 def check_kind(config: Mapping[str, Any], field: str) -> None:

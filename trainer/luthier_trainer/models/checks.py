@@ -123,6 +123,22 @@ def check_quantisation(config: PreTrainedConfig, allowed: Collection[str], field
         )
 
 
+def check_stored_type(config: PreTrainedConfig, wanted: str, field: str) -> None:
+    """Whether weights that are stored as bitsandbytes quantised them are in the type that the job asks for:
+    transformers would load them as they are. Raises Failure.
+    """
+    stored = dict(getattr(config, "quantization_config", None) or {})
+    if not stored:
+        return
+    kind = "int8" if stored.get("load_in_8bit") else stored.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' default
+    if kind != wanted:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: its weights are quantised already, in {kind}, and the job asks for {wanted}; set method.type:"
+            f" lora and model.quantization.type: {kind}, or choose the model as it was before",
+        )
+
+
 def check_pipeline(folder: Path, field: str) -> None:
     """Whether `folder` is a diffusers pipeline that text-to-image runs."""
     index = folder / "model_index.json"

@@ -36,7 +36,9 @@ def merge(base: Path, adapter: Path, into: Path, labels: list[str] | None, field
     import transformers
     from peft import PeftModel
 
-    task = TASKS[task_of_adapter(json.loads((adapter / ADAPTER_CONFIG).read_text())) or "causal-lm"]
+    task = task_of_adapter(json.loads((adapter / ADAPTER_CONFIG).read_text()))
+    if task is None:
+        raise Failure(ExitCode.INVALID_SPEC, f"{field}: {adapter / ADAPTER_CONFIG} does not say for which task it is")
     options: dict[str, Any] = {"dtype": "auto", **OWN_WEIGHTS}
     if labels:
         names = {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
@@ -44,7 +46,7 @@ def merge(base: Path, adapter: Path, into: Path, labels: list[str] | None, field
             "num_labels": len(labels),
             "ignore_mismatched_sizes": True,
         } | names  # the adapter brings its own head
-    model, loaded = getattr(transformers, f"AutoModelFor{task.auto_model}").from_pretrained(
+    model, loaded = getattr(transformers, f"AutoModelFor{TASKS[task].auto_model}").from_pretrained(
         base, output_loading_info=True, **options
     )
     lacking = {

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from luthier_api.exitcodes import ExitCode
+from luthier_api.generate import GenerateJobSpec
 from luthier_api.run import GenerateRun, Origin, PreparedRecord
 from luthier_api.status import ResolvedDataset
 from luthier_api.tasks import GENERATION_TASKS, generation_tasks
@@ -57,33 +58,14 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         )
 
     path = whole_model(located, run, folder)
-    if spec.task == "text-to-image":
-        checks.check_pipeline(path, located.field)
-    else:
-        config = inspect.read_config(path, located.field)
-        checks.check_task(config, spec.task, located.field)
-        checks.check_quantisation(config, {"bitsandbytes", "fp8"}, located.field)
-        checks.check_new_tokens(config, spec.text.max_new_tokens, "spec.text.maxNewTokens")
-        path = weight_check.fitting(path, config, spec.task, located.field, folder, named_by_adapter=False)
-        tokenizer = processors.read_tokenizer(located.folder or path, located.field)
-        beyond = embedding.without_row(config, tokenizer, spec.task, located.field)
-        embedding.check(beyond, tokenizer, located.field, OTHER_TOKENIZER)
-        embedding.check_prompts(beyond, (row["prompt"] for row in rows), tokenizer, located.field, OTHER_TOKENIZER)
-        tokenizer.save_pretrained(folder.prepared / "tokenizer")
+    path = CHECKED_MODELS[spec.task](path, spec, located, rows, folder)
     paths = [fetch_adapter(a, folder.prepared / "adapters" / str(i), run, i) for i, a in enumerate(found)]
     for i, adapter in enumerate(paths):
         adapters.check(
             adapter.parent if found[i].file else adapter, spec.adapters[i].job, found[i].field, run, located, path
         )
-    if spec.task == "text-generation":
-        adapters.check_together(paths, spec.adapters, "spec.adapters")
-        parameters = weight_files.count(path, located.field)
-    else:
-        from luthier_trainer.generation import pipelines  # imports torch and diffusers
-
-        parameters = pipelines.check(
-            path, spec, [(adapter, found[i].field) for i, adapter in enumerate(paths)], rows, located.field
-        )
+    fields = [adapter.field for adapter in found]
+    parameters = CHECKED_TOGETHER[spec.task](path, spec, list(zip(paths, fields, strict=True)), rows, located.field)
 
     target = folder.prepared / "rows.jsonl"
     with target.open("w") as file:
@@ -99,6 +81,66 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         origins=[*(origin for source in (located, *found) for origin in source.origins), *read],
         dataset_path=str(target),
     )
+
+
+Line = dict[str, Any]
+"""A line of `rows.jsonl`."""
+NamedAdapter = tuple[Path, str]
+"""Where an adapter lies, and the field that names it."""
+
+
+def language_model(
+    path: Path, spec: GenerateJobSpec, located: sources.Located, rows: list[Line], folder: WorkspaceFolder
+) -> Path:
+    """The model in folder `path` as one that can go on from the prompts of `rows`. Raises Failure."""
+    config = inspect.read_config(path, located.field)
+    checks.check_task(config, spec.task, located.field)
+    checks.check_quantisation(config, {"bitsandbytes", "fp8"}, located.field)
+    checks.check_new_tokens(config, spec.text.max_new_tokens, "spec.text.maxNewTokens")
+    path = weight_check.fitting(path, config, spec.task, located.field, folder, named_by_adapter=False)
+    tokenizer = processors.read_tokenizer(located.folder or path, located.field)
+    beyond = embedding.without_row(config, tokenizer, spec.task, located.field)
+    embedding.check(beyond, tokenizer, located.field, OTHER_TOKENIZER)
+    embedding.check_prompts(beyond, (row["prompt"] for row in rows), tokenizer, located.field, OTHER_TOKENIZER)
+    tokenizer.save_pretrained(folder.prepared / "tokenizer")
+    return path
+
+
+def pipeline(
+    path: Path, spec: GenerateJobSpec, located: sources.Located, rows: list[Line], folder: WorkspaceFolder
+) -> Path:
+    """The diffusers pipeline in folder `path`. Raises Failure where it is none."""
+    checks.check_pipeline(path, located.field)
+    return path
+
+
+def language_model_with_adapters(
+    path: Path, spec: GenerateJobSpec, found: list[NamedAdapter], rows: list[Line], field: str
+) -> int | None:
+    """How many weights the model has. Raises Failure for adapters that cannot be added together."""
+    adapters.check_together([adapter for adapter, _ in found], spec.adapters, "spec.adapters")
+    return weight_files.count(path, field)
+
+
+def pipeline_with_adapters(
+    path: Path, spec: GenerateJobSpec, found: list[NamedAdapter], rows: list[Line], field: str
+) -> int | None:
+    """How many weights the pipeline has. Raises Failure for settings or adapters that do not suit it."""
+    from luthier_trainer.generation import pipelines  # imports torch and diffusers
+
+    return pipelines.check(path, spec, found, rows, field)
+
+
+CHECKED_MODELS: Mapping[str, Callable[[Path, GenerateJobSpec, sources.Located, list[Line], WorkspaceFolder], Path]] = {
+    "text-generation": language_model,
+    "text-to-image": pipeline,
+}
+"""Task → its model, checked, as a folder that its engine loads."""
+CHECKED_TOGETHER: Mapping[str, Callable[[Path, GenerateJobSpec, list[NamedAdapter], list[Line], str], int | None]] = {
+    "text-generation": language_model_with_adapters,
+    "text-to-image": pipeline_with_adapters,
+}
+"""Task → its model and adapters, checked together, and how many weights the model has."""
 
 
 def fetch_adapter(located: sources.Located, into: Path, run: GenerateRun, number: int) -> Path:

@@ -11,8 +11,10 @@ from typing import Any
 
 import yaml
 
+from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.methods import METHODS, QUANTIZATIONS
 from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
-from luthier_api.tasks import TASKS, TaskInfo
+from luthier_api.tasks import TASKS, TRAINING_TASKS, TaskInfo
 from luthier_api.workspace import MANIFEST, METRICS_FILE
 from luthier_trainer.publish import dataset_fields
 from luthier_trainer.workspace.model_files import ADAPTER_CONFIG, MODEL_CONFIG
@@ -22,10 +24,6 @@ PROCESSORS = {"text": ("tokenizer", "AutoTokenizer"), "image": ("processor", "Au
 TITLES = {
     "evalLoss": "Held-out loss",
     "evalLossBefore": "Held-out loss before",
-    "perplexity": "Perplexity",
-    "accuracy": "Accuracy",
-    "f1Macro": "F1 (macro, over all labels)",
-    "majorityShare": "Share of the commonest class",
     "trainLoss": "Training loss",
     "steps": "Steps",
     "tokens": "Tokens",
@@ -48,18 +46,13 @@ def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
     if spec.dataset.id:
         front["datasets"] = [spec.dataset.id]
     front["tags"] = ["luthier", spec.method.type, spec.task]
-    method = (
-        spec.method.type
-        if spec.method.type == "full"
-        else f"{spec.method.type} (rank {spec.method.rank}, alpha {spec.method.alpha})"
-    )
     training, plan = spec.training, prepared.plan
     facts = {
         "Task": spec.task,
         "Base model": source(prepared.model.source, prepared.model.revision),
         "Dataset": source(prepared.dataset.source, prepared.dataset.revision),
         "Rows": counted(prepared),
-        "Method": method,
+        "Method": described_method(spec),
         "Learning rate": f"{training.learning_rate:g}, {training.schedule}",
         "Batch size": training.batch_size,
         "Epochs": None if training.max_steps else f"{training.epochs:g}",
@@ -70,6 +63,7 @@ def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
         "Seed": training.seed,
         "Classes": ", ".join(prepared.dataset.labels[:50]) if prepared.dataset.labels else None,
     }
+    titles = TITLES | {metric.name: metric.title for metric in TRAINING_TASKS[spec.task].metrics}
     load = loading(repo, task, result, classifier=bool(prepared.dataset.labels))
     needs = (
         ""
@@ -82,11 +76,25 @@ def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
         repo,
         f"Fine-tuned with Luthier, FineTuneJob `{run.name}`.",
         [
-            ("Results", table({TITLES.get(k, k): f"{v:.6g}" for k, v in metrics.items()})),
+            ("Results", table({titles.get(name, name): f"{value:.6g}" for name, value in metrics.items()})),
             ("How it was made", table(facts)),
             ("How to load it", f"```python\n{load}\n```\n{needs}"),
         ],
     )
+
+
+def described_method(spec: FineTuneJobSpec) -> str:
+    """The method with its own settings, and in which type the frozen weights rested."""
+    fields = [path.removeprefix("method.") for path in METHODS[spec.method.type].fields if path.startswith("method.")]
+    values = spec.method.dump()
+    settings = ", ".join(f"{name} {plain(values[name])}" for name in fields)
+    quantization = spec.model.quantization
+    beside = f" on a base in {QUANTIZATIONS[quantization.type].title}" if quantization else ""
+    return f"{spec.method.type}{f' ({settings})' if settings else ''}{beside}"
+
+
+def plain(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def shared_weights(run: FineTuneRun, prepared: PreparedRecord) -> list[str]:
@@ -94,7 +102,11 @@ def shared_weights(run: FineTuneRun, prepared: PreparedRecord) -> list[str]:
     reach here.
     """
     method, folder = run.spec.method, Path(prepared.model_path)
-    if method.type == "full" or "all-linear" in method.target_modules or not (folder / MODEL_CONFIG).is_file():
+    if (
+        not METHODS[method.type].adapter
+        or "all-linear" in method.target_modules
+        or not (folder / MODEL_CONFIG).is_file()
+    ):
         return []  # all-linear takes no embeddings
     from luthier_trainer.methods import checks as method_checks
     from luthier_trainer.models import inspect  # it needs torch to list modules, and few jobs name theirs

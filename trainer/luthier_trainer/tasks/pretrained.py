@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.methods import METHODS
 from luthier_api.run import FineTuneRun
 from luthier_api.status import Plan
 from luthier_api.workspace import WorkspaceFolder
@@ -40,10 +41,13 @@ class PretrainedTask(Task):
         path = whole_model(located, run, folder)
         config = inspect.read_config(path, located.field)
         checks.check_task(config, self.task, inspect.MODEL)
-        # Adapters can be trained beside 4-bit weights; to go on from quantised weights without them would be to train
+        # Adapters can be trained beside quantised weights; to go on from such weights without them would be to train
         # their rounding.
-        checks.check_quantisation(config, {"bitsandbytes"} if run.spec.method.type == "qlora" else set(), inspect.MODEL)
-        named_by_adapter = run.spec.method.type != "full" and run.spec.model.id is not None
+        quantization = run.spec.model.quantization
+        checks.check_quantisation(config, {"bitsandbytes"} if quantization else set(), inspect.MODEL)
+        if quantization:
+            checks.check_stored_type(config, quantization.type, inspect.MODEL)
+        named_by_adapter = METHODS[run.spec.method.type].adapter and run.spec.model.id is not None
         path = weight_check.fitting(path, config, self.task, located.field, folder, named_by_adapter)
         processor = self.read_processor(located.folder or path, located.field)
         return Model(located.resolved, path, config, processor)
@@ -57,20 +61,26 @@ class PretrainedTask(Task):
             raise Failure(
                 ExitCode.INVALID_SPEC, f"{CHECKPOINTING}: {trouble}; remove it, or use a smaller microBatchSize"
             )
-        if spec.method.type != "full":
+        if METHODS[spec.method.type].adapter:
             targets = spec.method.target_modules
             method_checks.check_adapters(model.config, self.task, targets, "spec.method.targetModules")
             experts.check_adapters(model.config, spec)
-        if spec.method.type == "qlora":
-            experts.check_four_bits(model.config, self.task)
-        if spec.method.type == "qlora" and not spec.resources.gpus_per_node:
-            method_checks.check_quantisable(model.config, "spec.method.type")
+        if spec.model.quantization:
+            kind, field = spec.model.quantization.type, quantization_field(spec)
+            experts.check_quantised_share(model.config, self.task, kind, field)
+            if not spec.resources.gpus_per_node:
+                method_checks.check_quantisable(model.config, kind, field)
 
     def cannot_recompute(self, model: Model) -> str | None:
         return checks.cannot_recompute(model.config, self.task)
 
     def weights(self, model: Model, spec: FineTuneJobSpec, plan: Plan, labels: list[str] | None) -> Weights:
         return weights_of(with_labels(model.config, labels), spec, plan, model.path)
+
+
+def quantization_field(spec: FineTuneJobSpec) -> str:
+    """The field that asks for quantised weights: some methods imply them."""
+    return "spec.method.type" if METHODS[spec.method.type].quantization else "spec.model.quantization"
 
 
 def with_labels(config: PreTrainedConfig, labels: list[str] | None) -> PreTrainedConfig:

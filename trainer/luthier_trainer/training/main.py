@@ -18,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging as transformers_logging
 
 from luthier_api.exitcodes import ExitCode
+from luthier_api.methods import METHODS
 from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
 from luthier_api.tasks import TASKS, TRAINING_TASKS
 from luthier_api.termination import TerminationMessage
@@ -85,7 +86,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
         model_path=Path(prepared.model_path),
         processor=processor,
         labels=prepared.dataset.labels,
-        weights=methods.weights_options(spec.method, precision, deepspeed, arguments.device),
+        weights=methods.weights_options(spec.method, precision, deepspeed, arguments.device, spec.model.quantization),
     )
     loaded = task.load_model(context)
     keep_used_conversions(loaded.model)
@@ -132,7 +133,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
         return stopped(loop, stop.agreed_step)
 
     seconds = loop.seconds
-    if spec.method.type == "full" and not deepspeed:
+    if not METHODS[spec.method.type].adapter and not deepspeed:
         # Delivered in the type it came in, and measured as it is delivered
         loop.deliver(source_type(prepared.model_path))
     try:
