@@ -1,8 +1,8 @@
-"""The operator as a process: which parts there are, in which order they start, and how they stop.
+"""The operator as a process: its tasks, the order in which they start, and how they stop.
 
-A table of contents: `watch` fills the `store`, which names keys to the `queue`, which `reconcile` works off; `progress`
-reads pods, `events` posts, `health` answers; `election` lets one of several work. A watch that ends is started again;
-only a signal ends the operator, or the loss of its Lease.
+`watch` fills the `store`, which names the affected keys; `queue` passes them to `reconcile`; `progress` reads metrics
+of pods, `events` posts events, `health` serves probes and metrics, `election` chooses the leader. A watch that ends is
+restarted. Only a signal or the loss of the Lease ends the operator.
 """
 
 from __future__ import annotations
@@ -37,19 +37,20 @@ log = logging.getLogger(__name__)
 
 JOBSET = "JobSet"
 GROUPS: tuple[tuple[str, ...], ...] = (("FineTuneJob", "GenerateJob"), ("Job", "Pod"), (JOBSET,))
-"""Kinds that exist, or are missing, together. Each group is watched on its own, so that a missing one holds nothing
-else up.
+"""Kinds that are installed together. Each group is watched separately, so that a missing one does not delay the others.
 """
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds between the things that the operator does by itself."""
+    """Intervals of the operator in seconds."""
 
-    relist: float = 600  # between two lists that nothing has asked for
-    settle: float = 5  # from a list of kopf's to one of ours, which finds what was deleted between its watches
-    discovery: float = 20  # until a CRD that has appeared is noticed
-    restart: float = 2  # from the end of a watch to the next one
+    relist: float = 600  # between two periodic lists
+    settle: float = (
+        5  # from a list by kopf to one of the operator's own, which finds what was deleted between two watches
+    )
+    discovery: float = 20  # between two checks whether a missing CRD is installed
+    restart: float = 2  # from the end of a watch to its restart
     backoff: float = BACKOFF_BASE
     flush: float = 2  # for events, when the operator stops
 
@@ -66,8 +67,8 @@ class Operator:
         signals: bool = True,
         election: Election | None = None,
     ) -> None:
-        """`url` says where the metrics of a running pod are; `signals`: whether SIGTERM and SIGINT end this operator;
-        without an `election` it is alone.
+        """`url` maps a running pod to the address of its metrics. `signals`: whether SIGTERM and SIGINT end the
+        operator. Without an `election` it is the only replica.
         """
         self.settings, self._client, self._metrics, self._login, self._pace = settings, client, metrics, login, pace
         self.store = Store()
@@ -85,24 +86,20 @@ class Operator:
         self._stop.set()
 
     async def serve(self) -> None:
-        """Work until `stop`, or SIGTERM, or SIGINT. Raises LeaseLost."""
+        """Work until `stop`, SIGTERM or SIGINT. Raises LeaseLost."""
         self._take_signals()
         if self._election and not await self._elected(self._election):
             return
         log.info("luthier %s watches %s", VERSION, ", ".join(self.settings.namespaces) or "all namespaces")
         posting = asyncio.create_task(self._events.serve(), name="events")
-        self._parts = [
-            posting,
-            *(
-                asyncio.create_task(c, name=n)
-                for n, c in [
-                    *((f"watch {group[0]}", self._follow(group)) for group in GROUPS),
-                    ("workers", self._work()),
-                    ("progress", self._scraper.serve()),
-                    *([("lease", self._election.hold())] if self._election else []),
-                ]
-            ),
+        self._parts = [posting]
+        self._parts += [asyncio.create_task(self._follow(group), name=f"watch {group[0]}") for group in GROUPS]
+        self._parts += [
+            asyncio.create_task(self._work(), name="workers"),
+            asyncio.create_task(self._scraper.serve(), name="progress"),
         ]
+        if self._election:
+            self._parts.append(asyncio.create_task(self._election.hold(), name="lease"))
         stopping = asyncio.create_task(self._stop.wait())
         try:
             done, _ = await asyncio.wait([stopping, *self._parts], return_when=asyncio.FIRST_COMPLETED)
@@ -124,11 +121,11 @@ class Operator:
             part.result()
 
     def alive(self) -> bool:
-        """Whether no part has ended."""
+        """Whether no task has ended."""
         return not any(part.done() for part in self._parts)
 
     def serving(self) -> bool:
-        """Whether it does what it is there for: it knows all jobs, or stands by for the one that does."""
+        """Whether it knows all jobs, or stands by while another replica is the leader."""
         return self.ready.is_set() or bool(self._election and self._election.follows)
 
     def metrics_text(self) -> bytes:
@@ -138,7 +135,7 @@ class Operator:
     # Parts
 
     async def _elected(self, election: Election) -> bool:
-        """Stand by until this one is to work. False if it is stopped before."""
+        """Stand by until this replica is the leader. False if it is stopped before."""
         log.info("luthier %s stands by for the Lease %s", VERSION, election.lease)
         self._metrics.set(LEADS, 0, election.lease)
         winning, stopping = asyncio.create_task(election.win()), asyncio.create_task(self._stop.wait())
@@ -154,17 +151,15 @@ class Operator:
         return True
 
     async def _work(self) -> None:
-        # Deciding before the first lists are done would mean to create what is there already.
+        # Before the first lists are complete, existing children would be created again.
         await self.ready.wait()
         log.info("ready: %d jobs", len(self.store.keys()))
         await self.queue.serve(self._reconciler.work, self.settings.workers)
 
     async def _follow(self, group: Sequence[str]) -> None:
-        """Keep the store's picture of `group` true, for ever: wait until its kinds exist, list, watch, and list again
-        now and then.
-        """
+        """Keep the kinds of `group` up to date in the store: wait until they exist, list, watch, list periodically."""
         resources = [RESOURCES[kind] for kind in group]
-        # Not for ever: a task group that is cancelled while one of its tasks fails tells of the failure alone.
+        # Not `while True`: a task group that is cancelled while one of its tasks fails raises only the failure.
         while not self._stop.is_set():
             try:
                 await self._until_installed(resources)
@@ -176,7 +171,7 @@ class Operator:
                     tasks.create_task(self._watch(resources, listing))
             except* Exception as errors:
                 log.warning(
-                    "watch of %s: again in %g s: %s",
+                    "watch of %s: restart in %g s: %s",
                     ", ".join(group),
                     self._pace.restart,
                     "; ".join(map(repr, errors.exceptions)),
@@ -185,7 +180,7 @@ class Operator:
 
     async def _watch(self, resources: Sequence[Resource], listing: asyncio.Event) -> None:
         def deliver(type: str | None, found: Object) -> None:
-            # kopf lists anew when a watch was away for too long (410), and never tells what was deleted meanwhile.
+            # After a 410 kopf lists again, and does not report what was deleted meanwhile.
             if type is None:
                 listing.set()
             touched = self.store.remove(found) if type == "DELETED" else self.store.put(found)
@@ -201,11 +196,13 @@ class Operator:
         while not await self._client.installed(resources):
             if not missing:
                 log.warning(
-                    "the API server has no %s: looking again every %g s", resources[0].api_version, self._pace.discovery
+                    "the API server does not serve %s: checking every %g s",
+                    resources[0].api_version,
+                    self._pace.discovery,
                 )
             missing = True
             if resources[0].kind == JOBSET:
-                # Jobs that do not need it run; the others say that it is missing.
+                # Jobs that do not need JobSet run. The others report that it is missing.
                 self._set_jobset_installed(False)
                 self._listed((JOBSET,))
             await asyncio.sleep(self._pace.discovery)
@@ -226,8 +223,8 @@ class Operator:
             self.ready.set()
 
     async def _relist_for_ever(self, resources: Sequence[Resource], listing: asyncio.Event) -> None:
-        """`listing` is set whenever kopf lists."""
-        listing.set()  # as it does now, without a word where there is nothing
+        """List periodically, and after every list of kopf, which sets `listing`."""
+        listing.set()  # kopf lists at its start, and reports nothing where there are no objects
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._pace.relist):
@@ -255,21 +252,21 @@ class Operator:
             self.queue.add(key)
 
     def _take_signals(self) -> None:
-        """Each start of kopf takes the signals for itself."""
+        """Handle signals here again, because kopf installs its own handlers at each start."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             if self._signals:
-                # In the place of kopf's: without any, even for a moment, a signal would kill
+                # Replaced, not removed first: without a handler a signal would kill the process.
                 loop.add_signal_handler(number, self._stop.set)
             else:
                 loop.remove_signal_handler(number)
 
 
 async def serve(settings: Settings) -> None:
-    """Be the operator until SIGTERM."""
+    """Run the operator until SIGTERM."""
     begin = time.monotonic()
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("kopf").setLevel(logging.WARNING)  # it tells of every event
+    logging.getLogger("kopf").setLevel(logging.WARNING)  # it logs every event
     configuration = await client_login()
     metrics = Metrics(VERSION, configuration.host, settings.workers)
     client = Client(configuration, metrics.requested)
@@ -286,7 +283,7 @@ async def serve(settings: Settings) -> None:
 
 
 def run(settings: Settings | None = None) -> None:
-    """`serve`, from a place without an event loop. Exits with 1 where the Lease is lost: the log tells of it."""
+    """Run `serve` in an event loop. Exits with 1 if the Lease was lost, which is logged."""
     try:
         asyncio.run(serve(settings or Settings()))
     except LeaseLost:

@@ -1,9 +1,8 @@
-"""Which of several operators works: the one that holds the Lease. The others stand by, and ask the API server for
-nothing else.
+"""Leader election: of several replicas only the holder of the Lease works. The others read nothing but the Lease.
 
-The rules are client-go's. The official client's own election cannot make a Lease (37.0.0: its call refuses its own
-argument), has no end for a request that hangs, and never gives a Lease back. No clock is compared with another
-machine's: a Lease has run out when nobody has written it for as long as it says, seen from here.
+The rules are those of client-go. The election of the official Python client cannot create a Lease (37.0.0 refuses its
+own argument), has no timeout for requests, and never releases a Lease. Clocks of machines are not compared: a Lease has
+expired if this process has not seen it change for the duration that it names.
 """
 
 from __future__ import annotations
@@ -18,14 +17,15 @@ from luthier_operator.model import Object
 
 log = logging.getLogger(__name__)
 
-# Seconds, as Kubernetes' own controllers have them. Whoever cannot renew is gone before another one begins: the last
-# attempt begins RENEW_WITHIN + RETRY after the last renewal at the latest, and takes RETRY at most.
+# Seconds, as in Kubernetes' own controllers. A leader that cannot renew stops before another one starts: its last
+# attempt
+# begins at most RENEW_WITHIN + RETRY after the last renewal, and takes at most RETRY.
 DURATION, RENEW_WITHIN, RETRY = 15.0, 10.0, 2.0
 CONFLICT = 409
 
 
 class LeaseLost(Exception):
-    """Another operator may be at work from now on."""
+    """This replica is no longer the leader; another one may be working."""
 
 
 class Election:
@@ -40,10 +40,11 @@ class Election:
         renew_within: float = RENEW_WITHIN,
         retry: float = RETRY,
     ) -> None:
-        """`client` is nobody else's: a renewal waits for no other request. `lease`: NAMESPACE/NAME. Two processes with
-        one `identity` would both lead; one that starts again under its own goes on at once.
+        """`client` must not be shared, so that a renewal never waits for another request. `lease`: NAMESPACE/NAME.
+
+        Two processes with the same `identity` would both be leaders. A process that restarts with its own continues.
         """
-        assert renew_within + 2 * retry < duration, "it would lead on beside the next one"
+        assert renew_within + 2 * retry < duration, "a leader must stop before the next one starts"
         self.lease, self.leads, self.follows = lease, False, False
         self._client, self._identity = client, identity
         self._duration, self._renew_within, self._retry = duration, renew_within, retry
@@ -53,52 +54,53 @@ class Election:
         self._version, self._seen_at, self._holder = "", 0.0, ""
 
     async def win(self) -> None:
-        """Return once this one leads."""
+        """Return once this replica is the leader."""
         while not await self._attempt():
             await asyncio.sleep(self._retry)
         self.leads, self.follows = True, False
 
     async def hold(self) -> None:
-        """Lead for as long as the Lease can be renewed. Raises LeaseLost."""
+        """Renew the Lease. Raises LeaseLost when that is not possible."""
         while self.leads:
             await asyncio.sleep(self._retry)
             if not await self._attempt():
                 self.leads = not self.follows and time.monotonic() - self._renewed <= self._renew_within
-        raise LeaseLost(f"{self.lease}: {f'{self._holder} has taken it' if self.follows else 'not renewed in time'}")
+        reason = f"{self._holder} has taken it" if self.follows else "not renewed in time"
+        raise LeaseLost(f"{self.lease}: {reason}")
 
     async def leave(self) -> None:
-        """Give back what is held, so that the next one need not wait until it runs out."""
+        """Release the Lease, so that the next leader need not wait until it expires."""
         try:
             async with asyncio.timeout(self._retry):
-                # Looked at once more: a renewal may have been under way when this one was stopped.
-                found = await self._look() if self.leads else None
+                # Read again, because a renewal may have been sent when this process was stopped.
+                found = await self._read() if self.leads else None
                 if found and found["spec"].get("holderIdentity") == self._identity:
                     await self._write(found, {"holderIdentity": None, "leaseDurationSeconds": 1})
         except (ApiError, TimeoutError) as error:
-            log.warning("the Lease %s is not given back: %s", self.lease, error)
+            log.warning("the Lease %s was not released: %s", self.lease, error)
         finally:
             self.leads = False
             await self._client.close()
 
     async def _attempt(self) -> bool:
-        """Take or renew the Lease where that may be. Whether it is ours now."""
+        """Acquire or renew the Lease, if possible. Returns whether this replica holds it."""
         begin = time.monotonic()
         try:
             async with asyncio.timeout(self._retry):
-                ours = await self._take(self._mine or await self._look())
+                ours = await self._take(self._mine or await self._read())
         except (ApiError, TimeoutError) as error:
-            self._mine = None  # if it was written, the next look shows it
+            self._mine = None  # the write may have succeeded: read it again next time
             faster = isinstance(error, ApiError) and error.status == CONFLICT
             log.log(
                 logging.DEBUG if faster else logging.WARNING, "the Lease %s: %s", self.lease, str(error) or "no answer"
             )
             return False
         if ours:
-            self._renewed = begin  # the others may count from then: the answer came later
+            self._renewed = begin  # not the time of the answer: the others may have seen the renewal earlier
         return ours
 
-    async def _look(self) -> Object | None:
-        """The Lease as it is now; None where there is none."""
+    async def _read(self) -> Object | None:
+        """Read the Lease. None if it does not exist. Raises ApiError."""
         try:
             found = await self._client.get(RESOURCES["Lease"].path(self._namespace, self._name))
         except ApiError as error:
@@ -136,6 +138,6 @@ class Election:
         return True
 
     async def _write(self, found: Object, spec: Object) -> Object:
-        """Raises ApiError 409 where somebody has written it since `found`."""
+        """Write the Lease. Raises ApiError 409 if it was changed since `found` was read."""
         patch = {"metadata": {"resourceVersion": found["metadata"]["resourceVersion"]}, "spec": spec}
         return await self._client.patch("Lease", self._namespace, self._name, patch)

@@ -1,7 +1,7 @@
-"""Lines of `kubectl describe`: Kubernetes Events on the jobs, the same line counted instead of repeated.
+"""Posts Kubernetes Events about jobs. A repeated event increases the count of the first one.
 
-Best effort by design: they wait in a bounded queue for one task of their own, so that no reconcile waits for an event
-or fails with one.
+Best effort: events are posted by a task of their own from a bounded queue, so that no reconcile waits for an event or
+fails with one.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from luthier_operator.model import Event, Object
 
 log = logging.getLogger(__name__)
 
-WAITING = 1000  # more than that are dropped: then the API server has greater worries
-REMEMBERED = 2000  # lines that may still be counted up
-SAME_WITHIN = 600.0  # seconds; kubectl shows an older line on its own
+QUEUE_SIZE = 1000  # further events are dropped
+POSTED_KEPT = 2000  # events whose count may still be increased
+SAME_WITHIN = 600.0  # seconds in which an equal event counts as a repetition
 MESSAGE_LIMIT = 1024  # the API server refuses longer ones
 COMPONENT = "luthier"
 
@@ -34,15 +34,15 @@ class _Posted:
 
 
 class Recorder:
-    """Takes events at once, posts them one after another."""
+    """Queues events, and posts them one after another."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._waiting: asyncio.Queue[tuple[Object, Event]] = asyncio.Queue(WAITING)
+        self._waiting: asyncio.Queue[tuple[Object, Event]] = asyncio.Queue(QUEUE_SIZE)
         self._posted: OrderedDict[tuple[str, Event], _Posted] = OrderedDict()
 
     def record(self, job: Object, event: Event) -> None:
-        """`job` is the object as the API server sent it."""
+        """Queue an event about `job`, which is the object as the API server sent it."""
         try:
             self._waiting.put_nowait((job, event))
         except asyncio.QueueFull:
@@ -60,7 +60,7 @@ class Recorder:
                 self._waiting.task_done()
 
     async def flush(self, seconds: float) -> None:
-        """Wait for those that still wait."""
+        """Wait until the queued events are posted, at most `seconds`."""
         try:
             await asyncio.wait_for(self._waiting.join(), seconds)
         except TimeoutError:
@@ -79,7 +79,7 @@ class Recorder:
                 )
                 return
             except ApiError as error:
-                if error.status != 404:  # events live for an hour; this one is gone
+                if error.status != 404:  # the API server deletes events after an hour
                     raise
         name = f"{meta['name']}.{uuid4().hex[:16]}"
         about = {
@@ -107,5 +107,5 @@ class Recorder:
             }
         )
         self._posted[line] = _Posted(name, 1, clock)
-        while len(self._posted) > REMEMBERED:
+        while len(self._posted) > POSTED_KEPT:
             self._posted.popitem(last=False)

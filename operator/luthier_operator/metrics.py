@@ -1,8 +1,8 @@
-"""The operator's metrics: controller-runtime's names, so that dashboards and alerts for Go operators work, and those of
-the jobs.
+"""The metrics of the operator: those of controller-runtime, for which dashboards and alerts exist, and those of the
+jobs.
 
-One table, from which the metrics are made and which the docs list. No job's name is ever a label: their number has no
-bound. Neighbours: `health` serves them; `luthier_api.metrics` holds those of the pods.
+The metrics are created, and the tables of the docs are written, from one table. The name of a job is never a label,
+because the number of jobs has no limit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from luthier_api.status import JobStatus, State
 from luthier_operator.model import Key, Object
 from luthier_operator.workloads import WORKLOADS
 
-# A gauge beside each series would say when it began: nobody asks, and no table names it.
+# Without this, each series would have another one with its creation time.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
@@ -32,9 +32,9 @@ class OperatorMetric(Metric):
     buckets: tuple[float, ...] = ()
 
 
-# Reconciles take milliseconds; those that wait for an API server that is away take its timeouts.
+# Seconds. Reconciles take milliseconds; while the API server does not answer, they take its timeouts.
 SHORT = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 30)
-# Jobs take minutes to days.
+# Seconds. Jobs take minutes to days.
 LONG = (10, 60, 300, 900, 3600, 3 * 3600, 10 * 3600, 24 * 3600, 3 * 24 * 3600, 7 * 24 * 3600)
 
 RECONCILES = OperatorMetric(
@@ -128,7 +128,7 @@ def create(metric: OperatorMetric, registry: CollectorRegistry) -> Gauge | Count
 
 
 class Metrics:
-    """The metrics of one operator, in a registry of their own."""
+    """The metrics of one operator, in their own registry."""
 
     def __init__(self, version: str, host: str = "", workers: int = 0) -> None:
         self.registry = CollectorRegistry()
@@ -136,7 +136,7 @@ class Metrics:
         self._host = urlsplit(host).netloc
         self.set(BUILD, 1, version)
         self.set(MAX_WORKERS, workers, CONTROLLER)
-        # Series that exist before their first event, so that a rate over them begins at zero.
+        # Series exist before their first event, so that their rate starts at zero.
         for result in ("success", "error", "requeue_after"):
             self.add(RECONCILES, 0, CONTROLLER, result)
         for metric in (RECONCILE_ERRORS, QUEUE_ADDS, QUEUE_RETRIES):
@@ -160,7 +160,7 @@ class Metrics:
         histogram.observe(value)
 
     def text(self, jobs: Iterable[tuple[Key, Object]]) -> bytes:
-        """Prometheus text, with `jobs` counted now."""
+        """The metrics as Prometheus text. `jobs` are counted now."""
         states = Tally(
             (key.kind.value, key.namespace, job.get("status", {}).get("state") or State.PENDING) for key, job in jobs
         )
@@ -196,7 +196,7 @@ class Metrics:
         self.observe(WORK_SECONDS, seconds, CONTROLLER)
 
     def status_changed(self, kind: JobKind, created: str | None, before: JobStatus, after: JobStatus) -> None:
-        """What a status that was written means for the figures of the jobs."""
+        """Update the metrics of jobs after a status was written."""
         for reason in _restarted(kind, before, after):
             self.add(JOB_RESTARTS, 1, kind, reason)
         if created and after.run_start_time and not before.run_start_time:

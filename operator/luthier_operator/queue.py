@@ -1,8 +1,7 @@
-"""Which jobs want a look: keys without duplicates, one worker a key, later looks, and back-off after errors.
+"""The work queue: keys of jobs without duplicates, one worker for each key, delays, and back-off after errors.
 
-The rules are those of client-go's work queue, so that nothing is ever dropped: a key that comes in while it is being
-worked on is worked on once more. Time is given, not read, so that tests own it. Neighbours: `store` says which key an
-object belongs to, `reconcile` works.
+It has the rules of client-go's work queue, so that no change is lost: a key that is added while it is processed is
+processed once more. The clock is a parameter, for tests.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from luthier_operator.model import Key
 
 BACKOFF_BASE = 0.2  # seconds, after the first error
 SETTLE_SECONDS = (
-    0.1  # what has one cause (a Job, its pod, our own writes) is known within that: one look instead of four
+    0.1  # events of one job are coalesced: a Job, its pod and the operator's own writes cause one reconcile
 )
-STOP_SECONDS = 10.0  # for the writes that are under way when the operator stops
+STOP_SECONDS = 10.0  # for reconciles that are not finished when the operator stops
 BACKOFF_LIMIT = 120.0  # an API server or a quota that comes back is noticed within two minutes
 
 
 class Observer(Protocol):
-    """What the metrics want to know."""
+    """Is notified about the queue, for metrics."""
 
     def added(self, depth: int) -> None: ...
     def taken(self, waited: float, depth: int) -> None: ...
@@ -43,11 +42,11 @@ class Queue:
         jitter: Callable[[], float] = lambda: random.uniform(0.5, 1.0),
     ) -> None:
         self._clock, self._backoff, self._observer, self._jitter = clock, backoff, observer, jitter
-        self._ready: OrderedDict[Key, float] = OrderedDict()  # key → when it came in
+        self._ready: OrderedDict[Key, float] = OrderedDict()  # key → when it was added
         self._working: set[Key] = set()
-        self._again: dict[Key, float] = {}  # came in while being worked on
+        self._again: dict[Key, float] = {}  # added while being processed
         self._later: list[tuple[float, Key]] = []
-        self._deadline: dict[Key, float] = {}  # the earliest wish of each key; other entries of the heap are void
+        self._deadline: dict[Key, float] = {}  # the earliest of each key; other entries of the heap are ignored
         self._failures: dict[Key, int] = {}
         self._changed = asyncio.Event()
 
@@ -55,7 +54,7 @@ class Queue:
         return len(self._ready)
 
     def add(self, key: Key) -> None:
-        """Have `key` looked at now."""
+        """Process `key` as soon as possible."""
         if key in self._working:
             self._again.setdefault(key, self._clock())
         elif key not in self._ready:
@@ -65,13 +64,11 @@ class Queue:
             self._changed.set()
 
     def soon(self, key: Key) -> None:
-        """Have `key` looked at when what has just changed has settled."""
+        """Process `key` after a short time, in which further events of the same cause may arrive."""
         self.add_after(key, SETTLE_SECONDS)
 
     def add_after(self, key: Key, seconds: float) -> None:
-        """Have `key` looked at in `seconds`, or sooner if something else asks for it. Of several wishes the earliest
-        counts.
-        """
+        """Process `key` after `seconds`, or earlier if it is added again. Of several times the earliest counts."""
         if seconds <= 0:
             self.add(key)
             return
@@ -82,7 +79,7 @@ class Queue:
             self._changed.set()
 
     def retry(self, key: Key) -> float:
-        """Have `key` looked at again after an error, later each time. Returns the seconds until then."""
+        """Process `key` again after an error, with a delay that grows. Returns the delay in seconds."""
         failures = self._failures.get(key, 0)
         self._failures[key] = failures + 1
         delay = min(BACKOFF_LIMIT, self._backoff * 2.0 ** min(failures, 30)) * self._jitter()
@@ -92,11 +89,11 @@ class Queue:
         return delay
 
     def forget(self, key: Key) -> None:
-        """The errors of `key` are over."""
+        """Reset the delay after errors of `key`."""
         self._failures.pop(key, None)
 
     def take(self) -> Key | None:
-        """The key that has waited longest, or None when none is due. Call `done` afterwards."""
+        """The key that has waited longest, or None if none is due. `done` must be called afterwards."""
         self._release_due()
         if not self._ready:
             return None
@@ -107,31 +104,32 @@ class Queue:
         return key
 
     def done(self, key: Key) -> None:
-        """Whoever took `key` has finished with it."""
+        """`key`, which was taken, is processed."""
         self._working.discard(key)
         if self._again.pop(key, None) is not None:
             self.add(key)
 
     def next_deadline(self) -> float | None:
-        """Clock time of the next delayed key."""
+        """Time of the next delayed key, by the clock of the queue."""
         while self._later and self._deadline.get(self._later[0][1]) != self._later[0][0]:
             heapq.heappop(self._later)
         return self._later[0][0] if self._later else None
 
     async def get(self) -> Key:
-        """Wait for a key that is due. For one waiter at a time."""
+        """Wait for a key that is due. Only one task may wait at a time."""
         while (key := self.take()) is None:
             self._changed.clear()
             deadline = self.next_deadline()
             with contextlib.suppress(TimeoutError):
-                # Not wait_for: in Python 3.11 it swallows a cancellation that comes together with the event.
+                # Not asyncio.wait_for: in Python 3.11 it loses a cancellation that comes together with the event.
                 async with asyncio.timeout(None if deadline is None else max(0.0, deadline - self._clock())):
                     await self._changed.wait()
         return key
 
     async def serve(self, work: Callable[[Key], Awaitable[None]], workers: int) -> None:
-        """Give keys to `work`, at most `workers` at once, until cancelled; then let those at work finish. `work` raises
-        nothing.
+        """Call `work` with each key, at most `workers` at once, until cancelled. Running calls may then finish.
+
+        `work` must not raise.
         """
         slots = asyncio.Semaphore(workers)
         running: set[asyncio.Task[None]] = set()
@@ -145,7 +143,7 @@ class Queue:
 
         try:
             while True:
-                # The slot first: a key that still waits in the queue takes further events in without another turn.
+                # The slot first: further events of a key that is still in the queue are coalesced with it.
                 await slots.acquire()
                 task = asyncio.create_task(one(await self.get()))
                 running.add(task)

@@ -1,7 +1,7 @@
-"""One job, once: what was observed → `decide` → children → one status write, only if it changed → events.
+"""Reconciles one job: observe → `decide` → apply children → write the status, if it has changed → post events.
 
-Any failure puts the job back into the queue: every step may be repeated at any time, from the beginning, by a process
-that knows nothing of this one. Neighbours: `queue` calls, `store` is read and written through, `client` carries out.
+After any error the job goes back into the queue. Every step may be repeated from the beginning, also by another process
+that knows nothing of this one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from luthier_api.conditions import ConditionType, Reason
 from luthier_api.decides import urgent_part
@@ -30,17 +31,17 @@ from luthier_operator.store import Store
 
 log = logging.getLogger(__name__)
 
-# A JobSet or Job of the same name may follow: it must not meet the pods of this one. What has no pods goes at once.
+# A Job or JobSet of the same name may follow, and must not exist together with the pods of this one.
 PROPAGATION = {"Job": "Foreground", "JobSet": "Foreground"}
 
 
 class InvalidSpec(ValueError):
-    """The object does not fit the types: its CRD is older or newer than this operator."""
+    """The object does not match the types, because its CRD is older or newer than this operator."""
 
 
 @dataclass(frozen=True)
 class _Write:
-    """A status as it was meant, as the server kept it, and when."""
+    """A status as it was sent, as the API server stored it, and when."""
 
     desired: Object
     kept: Object
@@ -65,7 +66,7 @@ class Reconciler:
         self._active = 0
 
     async def work(self, key: Key) -> None:
-        """Reconcile `key` and see to it that it comes back when it should. Raises nothing."""
+        """Reconcile `key`, and put it back into the queue after an error or when it is due again. Raises nothing."""
         self._active += 1
         self._metrics.active(self._active)
         begin, result = self._clock(), "success"
@@ -79,21 +80,24 @@ class Reconciler:
             result = "error"
             delay = self._queue.retry(key)
             if isinstance(error, ApiError):
-                log.warning("%s %s/%s: again in %.1f s: %s", key.kind, key.namespace, key.name, delay, error)
+                log.warning("%s %s/%s: retry in %.1f s: %s", key.kind, key.namespace, key.name, delay, error)
             else:
-                log.exception("%s %s/%s: again in %.1f s", key.kind, key.namespace, key.name, delay)
+                log.exception("%s %s/%s: retry in %.1f s", key.kind, key.namespace, key.name, delay)
         finally:
             self._active -= 1
             self._metrics.active(self._active)
             self._metrics.reconciled(result, self._clock() - begin)
 
     async def reconcile(self, key: Key) -> float | None:
-        """Bring `key` one step further. Returns the seconds until it wants another look; raises ApiError and whatever
-        `decide` raises.
+        """Reconcile `key` once. Returns the seconds after which to do it again, if any.
+
+        Raises ApiError, and what `decide` raises.
         """
         found = self._store.job(key)
         if found is None or found["metadata"].get("deletionTimestamp"):
-            self._writes.pop(self._uids.pop(key, ""), None)  # its children go with it: they have owner references
+            self._writes.pop(
+                self._uids.pop(key, ""), None
+            )  # its children have owner references, and are deleted with it
             return None
         self._uids[key] = found["metadata"]["uid"]
         try:
@@ -119,8 +123,9 @@ class Reconciler:
         return again
 
     async def _apply(self, found: Object, decision: Decision) -> ApiError | None:
-        """What the API server has against a child; those after it are not tried. Raises ApiError where it has not
-        answered at all.
+        """Create the missing children in their order, until the API server refuses one. Returns that refusal.
+
+        Raises ApiError if the API server does not answer.
         """
         for manifest in decision.apply:
             try:
@@ -148,8 +153,8 @@ class Reconciler:
             self._enqueue(self._store.put(left) if left else self._store.remove(child))
 
     async def _report(self, key: Key, found: Object, job: Job, decision: Decision) -> float | None:
-        """Write the status and what follows from it. Returns the seconds to wait when it is too early for mere
-        progress.
+        """Write the status, then post its events. Returns the seconds to wait if only the progress has changed and was
+        written a short time ago.
         """
         desired, before = decision.status.dump(), found.get("status", {})
         last = self._writes.get(found["metadata"]["uid"])
@@ -160,35 +165,37 @@ class Reconciler:
         if await self._write_status(found, desired):
             meta = found["metadata"]
             self._metrics.status_changed(key.kind, meta.get("creationTimestamp"), job.status, decision.status)
-        # After the write: when it fails, the same decision is made again, and its events with it.
+        # After the write: if it fails, the same decision and its events are made again.
         for event in decision.events:
             self._events.record(found, event)
         return None
 
     async def _write_status(self, found: Object, desired: Object) -> bool:
-        """Whether there was anything to write. Raises ApiError; after a conflict the store knows better."""
+        """Write the status if it has changed. Returns whether it was written.
+
+        Raises ApiError; after a conflict the store has the current object.
+        """
         before, uid = found.get("status", {}), found["metadata"]["uid"]
         patch = merge_patch(before, desired)
         last = self._writes.get(uid)
-        # A CRD that is older than this operator drops the fields that it does not know: writing them again would never
-        # end.
+        # An older CRD drops fields that it does not know. They must not be written again and again.
         if not patch or (last and last.desired == desired and last.kept == before):
             return False
         try:
             kept = await self._client.patch_status(found, patch)
         except ApiError as error:
             if error.status in (404, 409):
-                await self._look_again(found)
-            if error.status == 404:  # deleted meanwhile: there is nobody left to tell
+                await self._read_again(found)
+            if error.status == 404:  # the job was deleted meanwhile
                 return False
             raise
         self._writes[uid] = _Write(desired, kept.get("status", {}), self._clock())
-        # Its own key, too: what follows from this status, such as a time to live, is decided when it is looked at
-        # again.
+        # Includes its own key: what follows from the new status, such as the time to live, is decided next.
         self._enqueue(self._store.put(kept))
         return True
 
-    async def _look_again(self, found: Object) -> None:
+    async def _read_again(self, found: Object) -> None:
+        """Read the object into the store. Raises ApiError."""
         meta = found["metadata"]
         try:
             self._enqueue(
@@ -205,8 +212,9 @@ class Reconciler:
 
 
 def read_job(found: Object) -> Job:
-    """The job, without the parts of its status that another version of the operator wrote. Raises InvalidSpec, a line
-    for each problem.
+    """The job, without the parts of its status that this version of the operator does not understand.
+
+    Raises InvalidSpec, with one line for each problem.
     """
     try:
         return parse_job(found)
@@ -214,15 +222,20 @@ def read_job(found: Object) -> Job:
         problems = error.errors()
     wrong = [p for p in problems if p["loc"][:1] != ("status",)]
     if wrong:
-        raise InvalidSpec(
-            "\n".join(f"{'.'.join(map(str, p['loc']))}: {p['msg'][:1].lower()}{p['msg'][1:]}" for p in wrong)
-        )
+        raise InvalidSpec("\n".join(problem_line(problem) for problem in wrong))
     unreadable = {p["loc"][1] for p in problems}
     return parse_job(found | {"status": {k: v for k, v in found["status"].items() if k not in unreadable}})
 
 
+def problem_line(problem: ErrorDetails) -> str:
+    """`spec.task: field required`."""
+    path = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"]
+    return f"{path}: {message[:1].lower()}{message[1:]}"
+
+
 def invalid_status(found: Object, message: str) -> Object:
-    """The status of a job that cannot be understood: what stood there, and why nothing happens."""
+    """The status of a job that this operator cannot read: the old one, with the reason in the condition Accepted."""
     before, generation = found.get("status", {}), found["metadata"].get("generation")
     known = next((c for c in before.get("conditions", []) if c.get("type") == ConditionType.ACCEPTED), None)
     since = (
@@ -230,7 +243,7 @@ def invalid_status(found: Object, message: str) -> Object:
         if known and known.get("status") == "False"
         else datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     )
-    text = f"{message}\nThe CRDs and the operator are of different versions: install those of the same chart."
+    text = f"{message}\nThe CRDs and the operator have different versions: install both from the same chart."
     condition = Condition(
         type=ConditionType.ACCEPTED,
         status="False",
@@ -249,9 +262,7 @@ def invalid_status(found: Object, message: str) -> Object:
 
 
 def merge_patch(before: Object, after: Object) -> Object:
-    """The JSON merge patch (RFC 7396) from `before` to `after`: empty when they are the same; what is gone becomes
-    null.
-    """
+    """The JSON merge patch (RFC 7396) from `before` to `after`. Empty if they are equal; a removed key becomes null."""
     patch: Object = {key: None for key in before if key not in after}
     for key, value in after.items():
         if key not in before:

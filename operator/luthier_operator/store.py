@@ -1,8 +1,8 @@
-"""What the cluster last said: jobs, their children and pods, the ends of pods, and what the pods' metrics tell.
+"""The last known state of the cluster: jobs, their children and pods, the ends of pods, and the metrics of pods.
 
-Fed by the watches, by the answers to our own writes (so that a reconcile sees what the one before it did), and by a
-periodic relist that drops what kopf keeps after a 410. Nothing is decided here. Neighbours: `watch` feeds it,
-`reconcile` reads it.
+It is updated by the watches, by the answers to the operator's own writes (so that a reconcile sees what the previous
+one did), and by a periodic relist that drops objects whose deletion kopf has missed after a 410. Nothing is decided
+here.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from luthier_operator.model import ChildRef, Job, Key, Object, Observed
 from luthier_operator.workloads import workload
 from luthier_operator.workloads.sources import SOURCE_KIND, needed_jobs
 
-DELETED_KEPT = 10_000  # uids that are remembered as deleted, against answers that were under way meanwhile
+DELETED_KEPT = 10_000  # uids of deleted objects, so that a late answer does not bring one back
 OWNED = {"Job", "JobSet"}
 WATCHED = {*KINDS, *OWNED, "Pod"}
-"""Config maps and claims are applied and not watched: what is known of them would only grow old."""
+"""Config maps and claims are created, but neither watched nor kept."""
 READ = ("nodeName", "suspend")
-"""What `children` and `failure` read of the specs of pods, Jobs and JobSets."""
+"""Fields of the specs of pods, Jobs and JobSets that `children` and `failure` read."""
 K = TypeVar("K")
 
 
 class Owner(NamedTuple):
-    """The job that an object belongs to, by its namespace and labels. The uid alone would let a copy of the labels
-    speak from elsewhere.
+    """The job that an object belongs to, by its namespace and labels. The uid alone could be a copied label in another
+    namespace.
     """
 
     key: Key
@@ -40,7 +40,7 @@ class Owner(NamedTuple):
 
 
 class Store:
-    """Every change returns the keys of the jobs that it concerns."""
+    """Every change returns the keys of the jobs that it affects."""
 
     def __init__(self, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self._now = now
@@ -73,7 +73,7 @@ class Store:
         return self._children.get(Owner(key, job["metadata"]["uid"]), {}).get(ref) if job else None
 
     def observed(self, job: Job) -> Observed:
-        """All that is known of `job`."""
+        """Everything that is known about `job`."""
         owner = Owner(Key(naming.kind(job), job.metadata.namespace, job.metadata.name), job.metadata.uid)
         return Observed(
             job=job,
@@ -90,7 +90,7 @@ class Store:
     # Writing
 
     def put(self, found: Object) -> set[Key]:
-        """`found` exists and looks like this. Older than what is known, or deleted since, it changes nothing."""
+        """Store `found`, unless it is older than the known object, or was deleted."""
         owner, meta = owner_of(found), found["metadata"]
         if owner is None or meta["uid"] in self._deleted or found["kind"] not in WATCHED:
             return set()
@@ -102,7 +102,7 @@ class Store:
             return self._put_job(owner.key, found, known)
         if found["kind"] == "Pod":
             self._pods.setdefault(owner, {})[meta["uid"]] = found
-            # Pods outlive their job by a moment: nobody asks for their ends any more
+            # Pods exist for a moment after their job is deleted: their ends are not needed any more
             if owner.uid not in self._deleted:
                 self._remember_end(owner, found)
         else:
@@ -110,7 +110,7 @@ class Store:
         return {owner.key}
 
     def remove(self, gone: Object) -> set[Key]:
-        """`gone` exists no more; this is how it looked at last."""
+        """Remove an object that was deleted. `gone` is its last state."""
         owner, meta = owner_of(gone), gone["metadata"]
         if owner is None:
             return set()
@@ -126,8 +126,7 @@ class Store:
                 remembered.pop(owner, None)
             return {key} | self._dependents.get(key, set())
         if gone["kind"] == "Pod":
-            # The Job controller deletes the survivors as soon as one pod has failed: this may be the first that we hear
-            # of its end.
+            # The Job controller deletes the other pods as soon as one has failed: their ends may be seen only now.
             if self._exists(owner):
                 self._remember_end(owner, gone)
             _drop(self._pods, owner, meta["uid"])
@@ -139,8 +138,9 @@ class Store:
         return {key}
 
     def prune(self, kind: str, namespace: str | None, listed: set[str], list_version: str) -> set[Key]:
-        """Forget objects of `kind` that a list at `list_version` did not hold: their deletion went unseen. `listed` are
-        uids.
+        """Remove objects of `kind` that are missing in a list of `list_version`: their deletion was missed.
+
+        `listed`: the uids in the list.
         """
         touched: set[Key] = set()
         for known in self._all(kind):
@@ -151,9 +151,7 @@ class Store:
         return touched
 
     def put_samples(self, owner: Owner, samples: Mapping[int, dict[str, float]]) -> None:
-        """What the pods' metrics say, by node rank or shard. A pod that is gone keeps counting with its last
-        figures.
-        """
+        """Store metrics of pods, by node rank or shard. The last metrics of a deleted pod stay."""
         if owner.uid in self._deleted:
             return
         figures = self._samples.setdefault(owner, {})
@@ -203,7 +201,7 @@ class Store:
         end = pod_end(pod, self._now())
         if end is None or not self._ended.setdefault(owner, PodEnds()).put(end):
             return
-        if end.phase == "run":  # its last word is newer than what was last read of it, and the next pod finds its own
+        if end.phase == "run":  # its message is newer than the metric, and the next pod reports its own
             self._samples.get(owner, {}).get(0, {}).pop(CHECKPOINT_STEP.name, None)
         if end.exit_code == 0 and end.message and (last := samples_at_end(end.message.metrics)):
             self.put_samples(owner, {end.index: last})
@@ -220,13 +218,13 @@ class Store:
 
 
 def owner_of(found: Object) -> Owner | None:
-    """The job that an object is, or belongs to; None when it is none of ours."""
+    """The job that an object is, or belongs to. None for any other object."""
     meta = found.get("metadata", {})
     kind, name, uid = found.get("kind"), meta.get("name"), meta.get("uid")
     if kind not in KINDS:
         labels = meta.get("labels") or {}
-        # Labels travel with copies and backups. Our own Jobs and JobSets have an owner, too; pods belong to the Job
-        # controller.
+        # Labels are kept in copies and backups, so Jobs and JobSets must also be owned by the job. Pods are owned by
+        # the Job.
         if kind in OWNED and labels.get(naming.UID_LABEL) not in {r["uid"] for r in meta.get("ownerReferences") or []}:
             return None
         kind, name, uid = labels.get(naming.KIND_LABEL), labels.get(naming.JOB_LABEL), labels.get(naming.UID_LABEL)
@@ -241,13 +239,13 @@ def source_keys(job: Object) -> set[Key]:
 
 
 def version(found: Object) -> int:
-    """Since Kubernetes 1.35 resource versions are numbers that grow; they always were, with etcd."""
+    """The resource version as a number, which grows: guaranteed since Kubernetes 1.35, and always true with etcd."""
     return int(found["metadata"]["resourceVersion"])
 
 
 def slim(found: Object) -> Object:
-    """Without what nobody reads, which is most of an object's memory: of a child's spec that is all but the fields in
-    READ.
+    """`found` without the fields that are never read, which take most of the memory. Of the spec of a child, only the
+    fields in READ stay.
     """
     meta = {k: v for k, v in found["metadata"].items() if k != "managedFields"}
     spec = found.get("spec", {})

@@ -1,10 +1,10 @@
-"""Versions that stand in commands and messages, each once. A test holds the chart and the pages against them."""
+"""Versions in commands and messages. A test compares the chart and the docs with them."""
 
 from __future__ import annotations
 
 from importlib.metadata import version
 
 RELEASE = version("luthier")
-"""Of Luthier: pyproject.toml is its source. The chart and the images have the same."""
+"""Version of Luthier, from pyproject.toml. The chart and the images have the same."""
 JOBSET = "v0.12.0"
 INSTALL_JOBSET = f"kubectl apply --server-side -f https://github.com/kubernetes-sigs/jobset/releases/download/{JOBSET}/manifests.yaml"

@@ -1,9 +1,7 @@
-"""The kopf shell: logs in and hands on what the watches say. Nothing is decided here, and nothing is ever written to an
-object.
+"""Watches objects with kopf and passes the events on. Nothing is decided here, and no object is ever written.
 
-kopf is used for its watches alone: no change handlers, timers, finalizers, peering or stored state (each costs writes
-to the user's objects; handlers of `on.event` cost none). Neighbours: `app` starts one `Watch` a group of kinds, `store`
-takes the events.
+Of kopf only the watches are used: no change handlers, timers, finalizers, peering or stored state, each of which writes
+to the objects of users. Handlers of `on.event` write nothing.
 """
 
 from __future__ import annotations
@@ -22,15 +20,15 @@ from luthier_operator.model import Object
 CHUNK = 500
 STOP_SECONDS = 10
 SELECTOR = naming.JOB_LABEL
-"""Selects what is ours among Jobs, JobSets and pods: whatever has this label."""
+"""Selects the Jobs, JobSets and pods of Luthier."""
 
 Deliver = Callable[[str | None, Object], None]
-"""Told the type of an event (None: it was there already) and the object."""
+"""Called with the type of an event (None: the object existed already) and the object."""
 Login = Callable[..., kopf.ConnectionInfo | None]
 
 
 def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
-    """In the cluster the service account, else the kubeconfig: the same as our own client's."""
+    """The service account in a cluster, else the kubeconfig, as `client.login`."""
     return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
 
 
@@ -39,9 +37,7 @@ def selector(kind: str) -> str:
 
 
 class NoDiffBase(kopf.DiffBaseStorage):
-    """kopf keeps no copy of what it saw: we compare states, not differences. It also saves half of kopf's time for an
-    event.
-    """
+    """kopf keeps no copy of the last state, which no handler needs. That halves its time for an event."""
 
     def build(self, **_: Any) -> Any:
         return {}
@@ -54,7 +50,7 @@ class NoDiffBase(kopf.DiffBaseStorage):
 
 
 class NoProgress(kopf.ProgressStorage):
-    """kopf has no progress to keep: `on.event` has no retries."""
+    """kopf keeps no progress of handlers: `on.event` has no retries."""
 
     def fetch(self, **_: Any) -> None:
         return None
@@ -84,7 +80,7 @@ def kopf_settings(resources: Sequence[Resource]) -> kopf.OperatorSettings:
             settings.watching.label_selectors[resource.group, resource.plural] = text
     settings.networking.error_backoffs = (0.5, 1, 2, 4)  # then `app` starts the watch anew
     settings.queueing.idle_timeout = 1
-    # When its tasks are cancelled kopf kills the process ten minutes later, to be sure. Ours goes on: only a watch has
+    # kopf would kill the process ten minutes after its tasks were cancelled. The operator goes on: only a watch has
     # ended.
     settings.process.ultimate_exiting_timeout = None
     return settings
@@ -97,11 +93,10 @@ async def watch(
     started: Callable[[], None],
     login: Login = login,
 ) -> None:
-    """Watch `resources`, which exist, until cancelled. `started` is called once kopf runs. Raises what ends a watch for
-    good.
+    """Watch `resources`, whose kinds must exist, until cancelled. `started` is called once kopf runs.
 
-    Returns only when kopf has caught a signal: it takes those for itself at its start, and `started` can be a moment
-    late.
+    Returns only when kopf has caught a signal, which may happen just before `started` is called. Raises what ends a
+    watch permanently.
     """
     registry = kopf.OperatorRegistry()
 
@@ -118,7 +113,7 @@ async def watch(
         )(handle)
     kopf.on.login(registry=registry, id="login", errors=kopf.ErrorsMode.TEMPORARY, backoff=5)(login)
 
-    # Not kopf.operator(): at its end that cancels every task of the process that is younger than itself.
+    # Not kopf.operator(): when it ends, it cancels every task of the process that was started after it.
     spawning = asyncio.ensure_future(
         kopf.spawn_tasks(
             registry=registry,
@@ -141,4 +136,4 @@ async def watch(
         await asyncio.wait(tasks, timeout=STOP_SECONDS)
         for task in tasks:
             if task.done() and not task.cancelled():
-                task.exception()  # said, so that asyncio does not say it again
+                task.exception()  # retrieved, so that asyncio does not log it

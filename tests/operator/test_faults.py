@@ -245,7 +245,7 @@ CLAIMS = [
     ClaimCase(
         name="it goes with a job that is gone already",
         metadata={"ownerReferences": [{"kind": "FineTuneJob", "name": "tune", "uid": "an-earlier-uid"}]},
-        expect="there is one that goes with another FineTuneJob tune (an-earlier-uid)",
+        expect="it exists and is owned by another FineTuneJob tune (an-earlier-uid)",
     ),
 ]
 
@@ -279,8 +279,8 @@ async def test_a_claim_that_an_earlier_job_left_is_used_and_one_that_is_too_smal
         )
         assert (event["type"], event["message"]) == (
             "Warning",
-            "spec.workspace.size: 5Gi are wanted, and the claim ftj-tune, which an earlier job left, has 1Gi. "
-            "Resize the claim, delete it with the results on it, or give this job another name",
+            "spec.workspace.size: 5Gi are requested, but the claim ftj-tune of an earlier job has 1Gi. Resize the"
+            " claim, delete it with the results on it, or give this job another name",
         )
 
 

@@ -7,10 +7,12 @@ that holds it first) `import operator` would find ours instead of the standard l
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,8 +85,6 @@ def test_help_imports_little() -> None:
 )
 def test_every_module_says_why_it_exists(source: str) -> None:
     """In at most eight lines."""
-    import ast
-
     for path in sorted((TOP / source).rglob("*.py")):
         text = ast.get_docstring(ast.parse(path.read_text()))
         assert text, path
@@ -168,3 +168,31 @@ def test_no_path_of_a_machine_in_the_files() -> None:
         if path.suffix in {".py", ".md", ".yaml", ".toml", ".sh", ".txt", ""} and path.is_file():
             found += [f"{name}: {word}" for word in words if word in path.read_text(errors="ignore")]
     assert found == []
+
+
+CONTROL_SIDE = ("crds/luthier_api", "operator/luthier_operator", "cli/luthier_cli")
+
+
+def own_nodes(function: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a function without those of functions and classes inside it."""
+    for node in ast.iter_child_nodes(function):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)):
+            yield node
+            yield from own_nodes(node)
+
+
+def raises(function: ast.AST) -> bool:
+    """Whether its body has a `raise` with an exception; a bare one passes on what another function raises."""
+    return any(isinstance(node, ast.Raise) and node.exc is not None for node in own_nodes(function))
+
+
+@pytest.mark.parametrize("package", CONTROL_SIDE)
+def test_a_function_that_raises_says_so(package: str) -> None:
+    silent = []
+    for path in sorted((TOP / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or not raises(node):
+                continue
+            if "Raises" not in (ast.get_docstring(node) or ""):
+                silent.append(f"{path.relative_to(TOP)}:{node.lineno} {node.name}")
+    assert silent == []

@@ -450,13 +450,13 @@ LEFT = [
         name="smaller",
         workspace={"size": "200Gi"},
         sizes={"spec": "10Gi"},
-        expect="200Gi are wanted, and the claim ftj-bot, which an earlier job left, has 10Gi",
+        expect="200Gi are requested, but the claim ftj-bot of an earlier job has 10Gi",
     ),
     LeftCase(
         name="smaller than the default",
         workspace={},
         sizes={"spec": "1Gi"},
-        expect="10Gi are wanted, and the claim ftj-bot, which an earlier job left, has 1Gi",
+        expect="10Gi are requested, but the claim ftj-bot of an earlier job has 1Gi",
     ),
     LeftCase(
         name="its volume is larger",
@@ -468,7 +468,7 @@ LEFT = [
         name="resized, and not there yet",
         workspace={"size": "200Gi"},
         sizes={"spec": "200Gi", "status": "10Gi"},
-        expect="200Gi are wanted, and the claim ftj-bot, which an earlier job left, has 10Gi",
+        expect="200Gi are requested, but the claim ftj-bot of an earlier job has 10Gi",
     ),
     LeftCase(
         name="written in another way",

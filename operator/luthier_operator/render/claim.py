@@ -1,4 +1,4 @@
-"""The workspace's claim, when the job brings none."""
+"""The claim of the workspace, for a job that names none."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 
 def claim(workload: Workload, settings: Settings) -> Object | None:
-    """None when the job names an existing one. Without an owner, unless the job says Delete: results outlive the job
-    and its TTL.
+    """The claim, or None if the job names an existing one.
+
+    It has an owner only with `whenDeleted: Delete`: otherwise the results stay when the job is deleted.
     """
     job = workload.job
     workspace = job.spec.workspace
@@ -38,9 +39,7 @@ def claim(workload: Workload, settings: Settings) -> Object | None:
 
 
 def shortfall(wanted: Object, found: Object) -> str | None:
-    """What to say when the claim that an earlier job left is smaller than the one that this job would make. None when
-    it is large enough.
-    """
+    """The message about a claim of an earlier job that is too small for this job. None if it is large enough."""
     asked = wanted["spec"]["resources"]["requests"]["storage"]
     has = (
         found.get("status", {}).get("capacity", {}).get("storage") or found["spec"]["resources"]["requests"]["storage"]
@@ -48,6 +47,6 @@ def shortfall(wanted: Object, found: Object) -> str | None:
     if amount(has) >= amount(asked):
         return None
     return (
-        f"spec.workspace.size: {asked} are wanted, and the claim {found['metadata']['name']}, which an earlier job"
-        f" left, has {has}. Resize the claim, delete it with the results on it, or give this job another name"
+        f"spec.workspace.size: {asked} are requested, but the claim {found['metadata']['name']} of an earlier job"
+        f" has {has}. Resize the claim, delete it with the results on it, or give this job another name"
     )

@@ -20,12 +20,13 @@ LIMIT_BYTES = (1 << 20) - 4096  # a ConfigMap holds 1 MiB, its keys included
 
 
 def folder(place: Place, own_claim: str) -> str:
-    """Where the pods see the folder of a job: their own claim is mounted whole, another one below /sources."""
-    return f"{naming.WORKSPACE if place.claim == own_claim else f'{naming.SOURCES}/{place.claim}'}/{place.folder}"
+    """Path of the folder of a job in the pods: their own claim is mounted at /workspace, others below /sources."""
+    mount = naming.WORKSPACE if place.claim == own_claim else f"{naming.SOURCES}/{place.claim}"
+    return f"{mount}/{place.folder}"
 
 
 def run_config(workload: Workload, settings: Settings, sources: Mapping[str, Place]) -> FineTuneRun | GenerateRun:
-    """The one document that the pods read."""
+    """The run config: the document that the pods read."""
     job = workload.job
     own = naming.place(job)
     fields: dict[str, Any] = {

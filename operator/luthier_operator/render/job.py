@@ -1,6 +1,4 @@
-"""The Jobs: `prepare` and `publish`, one pod that is tried again, and the shards of a GenerateJob, which stand for
-themselves.
-"""
+"""The Jobs: one pod with retries for `prepare` and `publish`, and an Indexed Job for the shards of a GenerateJob."""
 
 from __future__ import annotations
 
@@ -23,18 +21,14 @@ if TYPE_CHECKING:
 
 
 def hub_hash(job: Job) -> str:
-    """Changes when spec.hub does: what the user has set of it, because a later version may know more fields, and their
-    defaults.
-    """
+    """Hash of spec.hub. Only of the fields that the user has set: a later version may add fields with defaults."""
     found = job.spec.hub and job.spec.hub.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     text = json.dumps(found, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def hub_target(job: Job) -> str:
-    """Where the result belongs: the part of spec.hub whose change makes a result that is published be published
-    elsewhere.
-    """
+    """Repository and branch of spec.hub. If they change, a published result is published again."""
     return f"{job.spec.hub.repo}@{job.spec.hub.branch}" if job.spec.hub else ""
 
 
@@ -76,8 +70,9 @@ def shards(
 
 
 def queue_label(workload: Workload) -> dict[str, str]:
-    """Kueue admits what holds GPUs. Set at creation and never touched again; `spec.suspend` is Kueue's and never in our
-    manifest.
+    """The queue of a child with GPUs, which Kueue has to admit.
+
+    Set at creation and never changed. `spec.suspend` belongs to Kueue, and is in no manifest.
     """
     queue = workload.job.spec.scheduling.queue_name
     return {naming.QUEUE_LABEL: queue} if queue and workload.gpus_per_pod else {}

@@ -1,4 +1,4 @@
-"""The JobSet that trains: all nodes start together, and when one fails all start again from the checkpoint."""
+"""The JobSet of a training: all nodes start together, and if one fails all restart from the newest checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every child's metadata says: its name, whose it is, and that it goes when the job goes."""
+"""The metadata of children: name, labels, annotations, owner."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from luthier_operator.model import Job, Object
 def metadata(
     job: Job, name: str, phase: Phase | None = None, annotations: dict[str, str] | None = None, owned: bool = True
 ) -> Object:
-    """`owned`: deleted together with the job. A job that no API server has seen cannot own anything."""
+    """Metadata of a child. `owned`: it is deleted with the job. A job without a uid, which exists in no cluster, owns
+    nothing.
+    """
     meta: Object = {"name": name, "namespace": job.metadata.namespace, "labels": naming.labels(job, phase)}
     if annotations:
         meta["annotations"] = annotations

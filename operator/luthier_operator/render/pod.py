@@ -1,8 +1,6 @@
-"""The pod of a phase: restricted, without a service-account token, its root read-only, its secrets only where they are
-needed.
+"""The pod template of a phase: restricted, no service-account token, a read-only root, secrets only where needed.
 
-Every field was run on a cluster that enforces Pod Security `restricted`. Neighbours: `job` and `jobset` wrap the
-template.
+Every field was tested on a cluster that enforces Pod Security `restricted`.
 """
 
 from __future__ import annotations
@@ -22,10 +20,10 @@ if TYPE_CHECKING:
     from luthier_operator.settings import Settings
     from luthier_operator.workloads.base import Workload
 
-USER = 1000  # of the image; the same in all pods, because safetensors writes files that only their owner can read
-UNREACHABLE_SECONDS = 60  # the default of 300 keeps the whole group waiting for a dead node
-# The root is read-only: whatever a library wants to keep for itself goes to /tmp. No PYTHONPYCACHEPREFIX: it would hide
-# the image's byte-code.
+USER = 1000  # of the image. The same in all pods, because only the owner of files written by safetensors can read them
+UNREACHABLE_SECONDS = 60  # with the default of 300 the whole group would wait longer for a dead node
+# The root is read-only, so caches of libraries go to /tmp. PYTHONPYCACHEPREFIX is not set: Python would not find the
+# byte-code in the image.
 WRITABLE = {
     "HOME": "/tmp",
     "USER": "luthier",
@@ -78,7 +76,7 @@ def template(workload: Workload, settings: Settings, phase: Phase, sources: Mapp
     if phase == "run":
         if scheduling.node_selector:
             spec["nodeSelector"] = dict(scheduling.node_selector)
-        # One pod a node where there are enough nodes, and still a run where there are not.
+        # One pod on each node if there are enough nodes, and several if not.
         spec["topologySpreadConstraints"] = [
             {
                 "maxSkew": 1,
@@ -91,9 +89,7 @@ def template(workload: Workload, settings: Settings, phase: Phase, sources: Mapp
 
 
 def grace_seconds(job: Job, settings: Settings, phase: Phase) -> int:
-    """Seconds that a stopped pod has. Those of `run` save a checkpoint, for which `prepare` has planned; the others
-    have nothing to save.
-    """
+    """Grace period in seconds. Pods of `run` save a checkpoint, for which `prepare` has planned the time."""
     if phase != "run":
         return settings.grace_seconds
     prepared = job.status.prepared
@@ -186,7 +182,7 @@ def _volumes(workload: Workload, phase: Phase, sources: Mapping[str, Place]) -> 
     volumes: list[Object] = [
         {"name": "tmp", "emptyDir": {}},
         {"name": "run", "emptyDir": {}},
-        # 64 MiB without it, and data loaders and NCCL need more; it counts towards the memory limit.
+        # The default of 64 MiB is too small for data loaders and NCCL. It counts towards the memory limit.
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{shared}Gi"}},
         {"name": "config", "configMap": {"name": naming.config_name(job)}},
         {"name": "workspace", "persistentVolumeClaim": {"claimName": own}},
@@ -203,7 +199,7 @@ def _volumes(workload: Workload, phase: Phase, sources: Mapping[str, Place]) -> 
         if claim not in claims:
             claims[claim] = f"claim-{len(claims)}"
             volumes.append({"name": claims[claim], "persistentVolumeClaim": {"claimName": claim}})
-        # Read-only here and not on the volume: another job may be writing to the claim on the same node.
+        # Read-only in the mount, not in the volume: another job on the same node may write to the claim.
         mounts.append({"name": claims[claim], "mountPath": path, "readOnly": True})
 
     for claim in sorted({place.claim for place in sources.values()} - {own}):

@@ -1,8 +1,7 @@
-"""What a pod's exit code costs, as the failure rules of Job and JobSet: rendered from the enum, so that code and
-cluster agree.
+"""The failure rules of Jobs and JobSets, rendered from the exit codes, so that the code and the cluster agree.
 
-The Job controller sees the exit code, JobSet only the Job's message. Measured on a cluster: exit 64 ends the JobSet
-with no restart, 75 restarts it at nobody's charge, 70 is charged.
+The Job controller sees the exit code, JobSet only the message of the Job. Measured on a cluster: 64 ends the JobSet
+without a restart, 75 restarts it and is not charged, 70 restarts it and is charged.
 """
 
 from __future__ import annotations
@@ -22,15 +21,17 @@ def _on_exit(action: str, retry: Retry) -> Object:
 
 
 def _pattern(retry: Retry) -> str:
-    """RE2 over the Job's message. The blank at the end keeps 7 from matching 75."""
+    """A pattern (RE2) for the message of a Job. The blank at the end keeps 7 from matching 75."""
     codes = "|".join(map(str, ExitCode.codes(retry)))
-    return f"failed with exit code {f'({codes})' if '|' in codes else codes} "
+    if "|" in codes:
+        codes = f"({codes})"
+    return f"failed with exit code {codes} "
 
 
 def member() -> Object:
-    """For the Job within a JobSet: any failure ends the Job, and its message tells JobSet which kind it was.
+    """Rules of the Job in a JobSet: any failure ends the Job, and its message tells JobSet the class of the failure.
 
-    Mistakes come first: a pod that was preempted after its mistake must not come back.
+    Fatal exit codes come first: a pod that was also preempted must not be restarted.
     """
     return {
         "rules": [
@@ -42,7 +43,7 @@ def member() -> Object:
 
 
 def group(max_restarts: int) -> Object:
-    """JobSet's failurePolicy."""
+    """The failurePolicy of a JobSet."""
     return {
         "maxRestarts": max_restarts,
         "restartStrategy": "BlockingRecreate",
@@ -63,14 +64,14 @@ def group(max_restarts: int) -> Object:
     }
 
 
-def alone(on_mistake: str) -> Object:
-    """For a Job of its own. `on_mistake`: FailJob, or FailIndex where indexes stand for themselves.
+def alone(on_fatal: str) -> Object:
+    """Rules of a Job without a JobSet. `on_fatal`: FailJob, or FailIndex where indexes are restarted independently.
 
-    Never FailJob on a free end: under Kueue an eviction would end the job for good.
+    Never FailJob for an uncharged end: under Kueue an eviction would then fail the job permanently.
     """
     return {
         "rules": [
-            _on_exit(on_mistake, Retry.NEVER),
+            _on_exit(on_fatal, Retry.NEVER),
             {"action": "Ignore", "onPodConditions": DISRUPTED},
             _on_exit("Ignore", Retry.FREE),
         ]
