@@ -28,81 +28,83 @@ COST = {Retry.NEVER: "never retried", Retry.COUNTED: "retried, counted", Retry.F
 # What each end means and what helps; the codes and reasons themselves are the code's.
 ADVICE: dict[ExitCode, str] = {
     ExitCode.COMPLETED: "The phase did what it should.",
-    ExitCode.INVALID_SPEC: "The manifest asks for something that cannot be. The message names the field.",
+    ExitCode.INVALID_SPEC: "The manifest asks for something impossible. The message names the field.",
     ExitCode.INVALID_DATASET: (
-        "The data do not fit: a column, a label, a split, a file. The message names what was found."
+        "The data do not fit the spec: a column, a label, a split, a file. The message names what was found."
     ),
-    ExitCode.NOT_FOUND: "A model, dataset, revision, file or job is not there.",
-    ExitCode.HUB_UNAVAILABLE: "The Hub did not answer. A finished training waits for it; nothing is lost.",
+    ExitCode.NOT_FOUND: "A model, dataset, revision, file or job does not exist.",
+    ExitCode.HUB_UNAVAILABLE: "The Hub did not answer. A finished training is published later; nothing is lost.",
     ExitCode.TRAINING_ERROR: "An exception in the phase. Its last lines are in the status and in the log.",
     ExitCode.INFRASTRUCTURE_ERROR: "The machine, its driver or its network failed.",
     ExitCode.STORAGE_ERROR: "The workspace is full, read-only or broken.",
     ExitCode.PREEMPTED: (
-        "Stopped from outside. Training had saved a checkpoint if it could; the next attempt resumes from the newest."
+        "The cluster or the user stopped the pod. A training has saved a checkpoint if there was time; the next attempt"
+        " resumes from the newest."
     ),
     ExitCode.UNAUTHORIZED: "The token is missing, wrong, or without access. See `hub.tokenSecretRef`.",
-    ExitCode.MISCONFIGURED: "The place cannot run this: no GPU, a folder that cannot be written, a missing library.",
+    ExitCode.MISCONFIGURED: "The environment cannot run this: no GPU, a read-only folder, a missing library.",
     ExitCode.CUDA_OUT_OF_MEMORY: (
         "Smaller `microBatchSize` or `maxLength`, `gradientCheckpointing: true`, a `zero` strategy, or `method.type:"
         " qlora`. What takes how much: [memory](memory.md)."
     ),
     ExitCode.HANG: "No step for longer than the limit. The stacks of all threads are in the log.",
-    ExitCode.PEER_LOST: "Another process of the group went away. Its own end says why.",
+    ExitCode.PEER_LOST: "Another process of the group ended or became unreachable. Its own attempt has the reason.",
     ExitCode.DIVERGED: (
-        "Losses, gradients or weights stopped being finite numbers; the message names the newest good checkpoint. A"
+        "Losses, gradients or weights were not finite any more; the message names the newest good checkpoint. Set a"
         " lower `learningRate` or more `warmupSteps`."
     ),
     ExitCode.HOST_OUT_OF_MEMORY: "More `resources.memory`, or fewer processes on a node.",
 }
 STATES: dict[State, str] = {
-    State.PENDING: "Waits for what its phase needs: JobSet, a volume, or the pods that were stopped.",
+    State.PENDING: "Waits for JobSet, for a volume, or until stopped pods have ended.",
     State.WAITING: "Waits for the result of another job.",
     State.PREPARING: "Resolves the model, loads the data, plans the run.",
-    State.PLANNED: "`planOnly`: the plan is in the status. It rests until that is false.",
-    State.QUEUED: "A queue (`scheduling.queueName`) has not let it start.",
-    State.STARTING: "The pods of the run are on their way.",
+    State.PLANNED: "`planOnly` is true, and the plan is in the status. Set it to false to run the job.",
+    State.QUEUED: "Waits to be admitted by its queue (`scheduling.queueName`).",
+    State.STARTING: "The pods of the run are being created and scheduled.",
     State.RUNNING: "The pods train or generate.",
-    State.RESTARTING: "A pod has failed; the run starts again from its newest checkpoint, or output.",
-    State.PUBLISHING: "The result goes to the Hub.",
-    State.SUSPENDED: "`suspend`: no pods, no GPUs. It goes on when that is false.",
-    State.COMPLETE: "All that was asked for is done.",
-    State.FAILED: "It has ended; the condition `Failed` says why.",
-    State.INVALID: "CRDs and operator are of different versions. Install those of the same chart.",
+    State.RESTARTING: "A pod has failed; the run restarts from the newest checkpoint or output.",
+    State.PUBLISHING: "The result is being uploaded to the Hub.",
+    State.SUSPENDED: "`suspend` is true: no pods and no GPUs. Set it to false to resume the job.",
+    State.COMPLETE: "All phases are done.",
+    State.FAILED: "The job has failed; the condition `Failed` has the reason.",
+    State.INVALID: "CRDs and operator have different versions. Install both from the same chart.",
 }
-# Of those whose name is a condition's reason, what the event tells is that condition's message.
+# When each event is posted. An event that is named like a reason of a condition has the message of that condition.
 OCCASIONS: dict[Reason, str] = {
-    Reason.ACCEPTED: "What it waited for is there.",
-    Reason.WAITING_FOR_JOB: "Another job's result is not there yet.",
+    Reason.ACCEPTED: "The job has stopped waiting: what it needs exists now.",
+    Reason.WAITING_FOR_JOB: "The result of another job does not exist yet.",
     Reason.JOB_SET_MISSING: "The cluster has no JobSet.",
-    Reason.SMALL_WORKSPACE: "A claim of an earlier job is used, and smaller than `workspace.size`.",
-    Reason.PREPARING: "`prepare` begins.",
-    Reason.PREPARED: "`prepare` has ended well: model, rows and plan.",
-    Reason.PLAN_ONLY: "The same, and with `planOnly` that is all.",
-    Reason.FAILED_CREATE: "The API server refuses a child.",
-    Reason.NO_PODS: "A child is there, and the cluster makes no pod of it.",
-    Reason.UNSCHEDULABLE: "No node has what a pod asks for.",
-    Reason.WAITING_FOR_QUEUE: "A queue holds it back.",
+    Reason.SMALL_WORKSPACE: "The existing claim of an earlier job is used, and is smaller than `workspace.size`.",
+    Reason.PREPARING: "`prepare` starts.",
+    Reason.PREPARED: "`prepare` has succeeded: model, rows and plan.",
+    Reason.PLAN_ONLY: "`prepare` has succeeded, and with `planOnly` the job stops there.",
+    Reason.FAILED_CREATE: "The API server refuses to create a child.",
+    Reason.NO_PODS: "A Job or JobSet exists, but the cluster creates no pods for it.",
+    Reason.UNSCHEDULABLE: "No node has what a pod requests.",
+    Reason.WAITING_FOR_QUEUE: "The job waits to be admitted by its queue.",
     Reason.WAITING_FOR_VOLUME: "A claim is not bound.",
-    Reason.CONTAINER_CREATING: "A pod has a node, and its container is long in coming.",
-    Reason.IMAGE_PULL_FAILED: "An image does not come.",
+    Reason.CONTAINER_CREATING: "A pod was scheduled, but its container has not started.",
+    Reason.IMAGE_PULL_FAILED: "An image cannot be pulled.",
     Reason.STARTED: "The pods run for the first time.",
-    Reason.RESTARTING: "A restart of the run: its number, and the failure before it.",
+    Reason.RESTARTING: "The run restarts: number of the restart, and the failure before it.",
     Reason.RUNNING: "The pods run again.",
     Reason.NOTICE: (
-        "Nothing failed, but something was dropped, changed, drawn anew or chosen; all of them are in `status.notices`."
+        "Nothing has failed, but something was left out, changed, newly initialised or chosen. All notices are in"
+        " `status.notices`."
     ),
     Reason.CHECKPOINT_BROKEN: (
-        "A checkpoint did not verify and was set aside: where it lies, and from where the run goes on."
+        "A checkpoint does not match its manifest and was set aside: where it is, and from which step the run resumes."
     ),
-    Reason.TRAINED: "The training has ended well.",
-    Reason.GENERATED: "The generation has ended well.",
-    Reason.PUBLISHING: "`publish` begins, or begins again.",
-    Reason.PUBLISH_FAILED: "A pod of `publish` has failed; it is tried again where that may help.",
+    Reason.TRAINED: "The training has succeeded.",
+    Reason.GENERATED: "The generation has succeeded.",
+    Reason.PUBLISHING: "`publish` starts, or starts again.",
+    Reason.PUBLISH_FAILED: "A pod of `publish` has failed; it is retried if that may help.",
     Reason.PUBLISHED: "The result is on the Hub.",
     Reason.SUSPENDED: "`suspend` is true.",
-    Reason.RESUMED: "The job goes on: `suspend` is false again, or `activeDeadlineSeconds` leaves more time.",
-    Reason.COMPLETED: "The end: where the result is.",
-    Reason.FAILED: "The end: the reason, and what to do.",
+    Reason.RESUMED: "The job resumes: `suspend` is false again, or `activeDeadlineSeconds` was raised.",
+    Reason.COMPLETED: "The job is complete: where the result is.",
+    Reason.FAILED: "The job has failed: the reason, and what to do.",
 }
 
 

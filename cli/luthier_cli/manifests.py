@@ -109,10 +109,10 @@ def read_manifests(files: list[str]) -> list[Manifest]:
     problems: list[str] = []
     for file in files:
         documents = _documents(file, problems)
-        ours = [d for d in documents if not _foreign(d)]
-        if documents and not ours:
+        of_luthier = [document for document in documents if not _foreign(document)]
+        if documents and not of_luthier:
             problems.append(f"{file}: holds no FineTuneJob and no GenerateJob")
-        for document in ours:
+        for document in of_luthier:
             if not isinstance(document, dict):
                 problems.append(
                     f"{file}: not a Kubernetes object: {document!r:.60}; start it with apiVersion: {API_VERSION}"

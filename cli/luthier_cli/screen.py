@@ -44,7 +44,7 @@ class Screen:
         console.print(f"\n[bold]{job.kind} {job.name}[/]  [dim]{escape(_short(job.folder.root))}[/]")
 
     def began(self, phase: Phase, detail: str) -> None:
-        title = f"{DOING[phase]}{f', {detail}' if detail else ''}"
+        title = f"{DOING[phase]}, {detail}" if detail else DOING[phase]
         self.line, self.started = -LINE_PERCENT, time.monotonic()
         if not self.console.is_terminal:
             self.console.print(f"  {title}")

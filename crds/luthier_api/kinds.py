@@ -1,4 +1,4 @@
-"""The two kinds as objects: what distinguishes them, in one table."""
+"""The kinds of jobs as objects, and a table of what Kubernetes has to know of each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class JobKind(StrEnum):
 
 
 class Metadata(ApiModel):
-    """The part of an object's metadata that we read."""
+    """The fields of an object's metadata that are read."""
 
     model_config = ApiModel.model_config | {"extra": "ignore"}
 
@@ -97,14 +97,14 @@ class Column:
 
 @dataclass(frozen=True)
 class KindInfo:
-    """What Kubernetes has to know of a kind."""
+    """What Kubernetes has to know of a kind, and its final condition."""
 
     model: type[FineTuneJob] | type[GenerateJob]
     plural: str
     short: str
     """Short name for kubectl; it also begins the names of the kind's children."""
     done: ConditionType
-    """The condition that says that `run` has ended well."""
+    """The condition that is True once `run` has succeeded."""
     columns: tuple[Column, ...]
 
     @property
@@ -158,13 +158,13 @@ CATEGORY = "luthier"
 def parse_job(document: dict[str, Any]) -> FineTuneJob | GenerateJob:
     """A job from an object as the API server or a manifest has it.
 
-    Raises pydantic.ValidationError when the shape is wrong, ValueError when the kind is not ours.
+    Raises pydantic.ValidationError for a wrong shape, ValueError for an unknown kind.
     """
     return kind_of(document).model.model_validate(document)
 
 
 def kind_of(document: dict[str, Any]) -> KindInfo:
-    """Raises ValueError when it is not ours."""
+    """The kind of `document`. Raises ValueError for an unknown one."""
     try:
         return KINDS[JobKind(document.get("kind", ""))]
     except ValueError:

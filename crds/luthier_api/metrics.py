@@ -1,7 +1,6 @@
 """Names of the metrics that the pods serve, and how progress is read from them.
 
-One table for three readers: the trainer makes its gauges from it, operator and `luthier run` read progress through it,
-docs list it.
+From one table the trainer creates its gauges, the operator and `luthier run` read progress, and the docs are written.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ GENERATE_ROWS = Metric("luthier_generate_rows", "Outputs that lie in the workspa
 GENERATE_MAX_ROWS = Metric("luthier_generate_max_rows", "Outputs that this shard has to write")
 GENERATE_ROWS_PER_SECOND = Metric("luthier_generate_rows_per_second", "Outputs a second in this attempt")
 
-# A pod may serve anything: the sum over 4096 shards must still be a whole number to JSON and the API server (2**53)
+# A pod may serve anything. The sum over 4096 shards must stay a whole number in JSON and for the API server (2**53).
 LARGEST_COUNT = 2.0**41
 
 POD_METRICS: tuple[Metric, ...] = (
@@ -147,23 +146,23 @@ def generation_progress(
 
 
 def samples_at_end(metrics: dict[str, float] | None) -> dict[str, float]:
-    """What a shard would serve that has ended with these final figures: its outputs count on, its pace does not."""
+    """Metrics of a shard that has ended with these final metrics: its outputs still count, its rate does not."""
     rows = (metrics or {}).get("rows")
     return {GENERATE_ROWS.name: rows, GENERATE_MAX_ROWS.name: rows} if rows else {}
 
 
 def checkpoint_step(samples: dict[str, float]) -> int | None:
-    """Step of the newest verified checkpoint, 0 if there is none; None where the pod has not said yet."""
+    """Step of the newest verified checkpoint, 0 if there is none; None if the pod does not report it yet."""
     return _whole(samples.get(CHECKPOINT_STEP.name))
 
 
 def broken_checkpoints(samples: dict[str, float]) -> int | None:
-    """How many checkpoints lie set aside; None where the pod has not said yet."""
+    """Number of checkpoints that were set aside; None if the pod does not report it yet."""
     return _whole(samples.get(CHECKPOINTS_BROKEN.name))
 
 
 def figure(value: float | None) -> float | None:
-    """Four significant digits: enough to read, few enough that a status does not change for nothing."""
+    """Four significant digits, so that a status does not change because of rounding."""
     return None if value is None else float(f"{value:.4g}")
 
 

@@ -1,4 +1,4 @@
-"""The last word of a pod: one JSON document, written by the supervisor, read by the operator and by `luthier run`."""
+"""The termination message of a pod: JSON, written by the supervisor, read by the operator and by `luthier run`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from luthier_api.terminationlog import encode
 
 
 class TerminationMessage(ApiModel):
-    """What happened in this pod."""
+    """How the pod ended."""
 
     phase: Phase
     code: int
@@ -19,9 +19,9 @@ class TerminationMessage(ApiModel):
     message: str = ""
     """For the user: the path of the field, what was found, what to do."""
     rank: int | None = None
-    """Global rank of the process that failed, when one process is to blame."""
+    """Global rank of the process that failed first, if there is one."""
     step: int | None = None
-    """Of the newest verified checkpoint; of a shard, how many outputs lie in the workspace."""
+    """Step of the newest verified checkpoint. Of a shard: number of outputs in the workspace."""
     saved: bool | None = None
     """After a stop: whether a checkpoint was saved for it."""
     last_lines: str = ""
@@ -30,15 +30,16 @@ class TerminationMessage(ApiModel):
     metrics: Figures | None = None
     hub: HubStatus | None = None
     notices: list[str] = Field(default_factory=list)
-    """What the user should know although nothing failed: what was dropped, changed, drawn anew or chosen."""
+    """What the user should know although nothing has failed: what was left out, changed, newly initialised or chosen.
+    """
 
     def encode(self) -> bytes:
-        """As JSON that the kubelet keeps whole."""
+        """As JSON that fits into a termination log."""
         return encode(self.dump())
 
     @classmethod
     def read(cls, text: str | None) -> TerminationMessage | None:
-        """The message in `text`, or None when it is not one (an image that is not ours, an output's tail)."""
+        """The message in `text`, or None for any other text (of another image, or the end of an output)."""
         try:
             return cls.model_validate_json(text or "")
         except ValueError:

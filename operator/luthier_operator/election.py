@@ -87,7 +87,7 @@ class Election:
         begin = time.monotonic()
         try:
             async with asyncio.timeout(self._retry):
-                ours = await self._take(self._mine or await self._read())
+                held = await self._take(self._mine or await self._read())
         except (ApiError, TimeoutError) as error:
             self._mine = None  # the write may have succeeded: read it again next time
             faster = isinstance(error, ApiError) and error.status == CONFLICT
@@ -95,9 +95,9 @@ class Election:
                 logging.DEBUG if faster else logging.WARNING, "the Lease %s: %s", self.lease, str(error) or "no answer"
             )
             return False
-        if ours:
+        if held:
             self._renewed = begin  # not the time of the answer: the others may have seen the renewal earlier
-        return ours
+        return held
 
     async def _read(self) -> Object | None:
         """Read the Lease. None if it does not exist. Raises ApiError."""
@@ -113,14 +113,18 @@ class Election:
 
     async def _take(self, found: Object | None) -> bool:
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-        ours = {"holderIdentity": self._identity, "leaseDurationSeconds": round(self._duration), "renewTime": now}
+        spec_of_holder = {
+            "holderIdentity": self._identity,
+            "leaseDurationSeconds": round(self._duration),
+            "renewTime": now,
+        }
         if found is None:
             meta = {"namespace": self._namespace, "name": self._name}
             lease = {
                 "apiVersion": RESOURCES["Lease"].api_version,
                 "kind": "Lease",
                 "metadata": meta,
-                "spec": ours | {"acquireTime": now},
+                "spec": spec_of_holder | {"acquireTime": now},
             }
             self._mine = await self._client.create(lease)
             return True
@@ -133,8 +137,8 @@ class Election:
             self._holder, self.follows = holder, True
             return False
         if holder != self._identity:
-            ours |= {"acquireTime": now, "leaseTransitions": spec.get("leaseTransitions", 0) + 1}
-        self._mine = await self._write(found, ours)
+            spec_of_holder |= {"acquireTime": now, "leaseTransitions": spec.get("leaseTransitions", 0) + 1}
+        self._mine = await self._write(found, spec_of_holder)
         return True
 
     async def _write(self, found: Object, spec: Object) -> Object:

@@ -27,8 +27,11 @@ TEXT_LIMIT = 1 << 20  # bytes. The trainer serves 10 kB; a pod of a user must no
 
 
 def pod_url(pod: Object) -> str:
+    """Address of the metrics of a running pod."""
     address = pod["status"]["podIP"]
-    return f"http://{f'[{address}]' if ':' in address else address}:{METRICS_PORT}/metrics"
+    if ":" in address:  # IPv6
+        address = f"[{address}]"
+    return f"http://{address}:{METRICS_PORT}/metrics"
 
 
 class Scraper:

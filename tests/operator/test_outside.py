@@ -195,8 +195,10 @@ async def test_probes() -> None:
 
             await asyncio.sleep(0.05)
             assert await ask("/healthz") == (200, "ok")
-            assert await ask("/readyz") == (503, "the first lists are not complete, and no"
-                                                 " other replica is known to be the leader")
+            assert await ask("/readyz") == (
+                503,
+                "the first lists are not complete, and no other replica is known to be the leader",
+            )
             cluster.missing.clear()
             await started.operator.ready.wait()
             assert await ask("/readyz") == (200, "ok")

@@ -13,7 +13,7 @@ from luthier_operator.failure.pod_end import NO_EXIT_CODE, is_fatal, is_uncharge
 from luthier_operator.model import PodEnd
 from luthier_operator.statuses import text
 
-ATTEMPTS_KEPT = 10  # in a status, which lies in etcd
+ATTEMPTS_KEPT = 10  # the limit in the CRD
 LAST_LINES_CHARACTERS = 1000
 NO_PROGRESS_RESTARTS = 3
 

@@ -56,7 +56,8 @@ def failure_of(attempt: Attempt) -> Failure:
 
 
 def repeated_out_of_memory(attempts: Sequence[Attempt]) -> Failure | None:
-    """The failure of a group that ran out of memory and that the cluster is about to start again in vain.
+    """The failure of a group that ran out of memory, where the cluster is about to restart it although it will fail
+    again.
 
     The kernel kills a container as a whole (memory.oom.group, cgroup v2) with exit code 137. The cluster's rules see
     only the exit code, which any SIGKILL has, and after which a restart may help.

@@ -1,4 +1,4 @@
-"""Accept: the checks that need a look at the cluster, which the rules of the CRD cannot do.
+"""Accept: the checks that need the state of the cluster, which the rules of the CRD do not have.
 
 Do the jobs exist whose results this one uses, and is everything installed that it needs? Checked until `prepare` has
 begun; from then on the job works with what was found.

@@ -115,7 +115,8 @@ class Workload(Protocol):
     def describe_pods(self) -> str:
         """`2 pods on 16 GPUs`."""
         gpus = self.pods * self.gpus_per_pod
-        return f"{plural(self.pods, self.pod_noun)} on {plural(gpus, 'GPU') if gpus else 'CPU'}"
+        hardware = plural(gpus, "GPU") if gpus else "CPU"
+        return f"{plural(self.pods, self.pod_noun)} on {hardware}"
 
     def describe_processes(self) -> dict[str, object]:
         """What `luthier plan --quick` shows besides the pods."""
