@@ -282,3 +282,20 @@ def test_the_licence_is_whole() -> None:
     text = (TOP / "LICENSE").read_text()
     assert "Apache License" in text
     assert "END OF TERMS AND CONDITIONS" in text
+
+
+# The walk of one field through the code
+
+STOP = re.compile(r"^\| (\d+) \| `([\w/]+\.py):(\w+)` \|", re.MULTILINE)
+
+
+def test_the_walk_of_packing_names_what_exists_in_at_most_twelve_stops() -> None:
+    stops = STOP.findall((TOP / "docs/architecture.md").read_text())
+    assert [int(number) for number, _, _ in stops] == list(range(1, len(stops) + 1))
+    assert 6 <= len(stops) <= 12
+    missing = [
+        f"{file}:{name}"
+        for _, file, name in stops
+        if not re.search(rf"^\s*(def|class) {name}\b", (TOP / file).read_text(), re.MULTILINE)
+    ]
+    assert missing == []
