@@ -1,8 +1,7 @@
 """Draws the tables of these pages from the code, so that the two cannot disagree: `python docs/render.py` (`--check`
 only compares).
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`. Neighbour: `tests/unit/test_docs.py`, which runs the
-check.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations

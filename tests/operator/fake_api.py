@@ -2,8 +2,7 @@
 
 What the operator relies on is here: resource versions, watch events with bookmarks and 410, server-side apply (as a
 merge that does nothing when nothing changes), the status subresource with its conflict, immutable templates, deletion
-with a uid, owner references, and the rights of the chart's role. Neighbour: `fake_cluster` adds the controllers and the
-kubelet.
+with a uid, owner references, and the rights of the chart's role.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@ two cores.
 
 Architectures: texts in batches equal to transformers' own, one text at a time without padding. Samplers: the same image
 files from permuted rows and from one, two and three shards. Kills: a shard killed at random moments ends with the files
-of one that was not. `make test` has a sample of each. Neighbour: `trainer.architectures`, which makes the models.
+of one that was not. `make test` has a sample of each.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 kubelet starts them.
 
 On the local cluster and only where it is up and has the image (`make cluster images`): elsewhere the answer says why
-there are no figures. The operator runs as a process and watches one namespace, as in `jobs`. Neighbour: `startup`
-measures the same without pods.
+there are no figures. The operator runs as a process and watches one namespace, as in `jobs`.
 """
 
 from __future__ import annotations

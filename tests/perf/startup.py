@@ -3,7 +3,7 @@ trainer can avoid.
 
 The supervisor starts as in a pod; two of them, as two pods, find each other on this machine. What is measured is read
 off their own output as it comes. Byte-code must be compiled, as `make setup` and the image do it: without it every
-start compiles 3,900 modules. Neighbours: `pods` measures the same in real pods, where the local cluster is up.
+start compiles 3,900 modules.
 """
 
 from __future__ import annotations

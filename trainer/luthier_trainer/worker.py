@@ -2,7 +2,7 @@
 
 PID 1 (`supervisor`) starts it; for training in several processes `accelerate launch` does. The verb's module is
 imported here, so that an import that fails is explained like any other end, and so that its imports cost no more than
-they must. Neighbour: `ending`.
+they must.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Data files as text: decompressed, decoded, without byte order marks.
 
 The encoding is the one that the spec names, that of a byte order mark, or UTF-8. Bytes that are not text in it are
-refused with their position, so that no character is replaced or lost without notice. Neighbours: `csvrows`, `jsonrows`
-and `load` read rows from the text.
+refused with their position, so that no character is replaced or lost without notice.
 """
 
 from __future__ import annotations

@@ -1,8 +1,5 @@
 """The rows of files of one format, in an Arrow file that is mapped into memory: of any size, and only the columns that
 are needed.
-
-Neighbours: `csvrows`, `jsonrows` and `parquetrows` read one file each; `load` says which files, and which of their
-rows.
 """
 
 from __future__ import annotations

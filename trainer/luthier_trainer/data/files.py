@@ -1,7 +1,5 @@
 """Which local files a dataset field names, what format they have, which images are in a folder, and whether the same
 ones are still there.
-
-Neighbours: `load` reads what is in them, `origins` knows them again.
 """
 
 from __future__ import annotations

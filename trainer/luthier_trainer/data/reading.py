@@ -3,7 +3,7 @@ doubled.
 
 A tokenizer takes the spelling of a control token, such as `</s>` or `<|im_end|>`, for the token itself. In training
 data that is hardly ever meant: a page about HTML would teach the model to end in its middle. Unless the spec asks for
-it, such spellings are read like other text. Neighbours: `tokens` and `packing` make rows of the tokens.
+it, such spellings are read like other text.
 """
 
 from __future__ import annotations

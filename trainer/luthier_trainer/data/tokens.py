@@ -1,8 +1,7 @@
 """Text to tokens, once, before any GPU is held: one row a text, cut at `maxLength`.
 
 Columns are those that `train` expects: causal-lm input_ids, labels, length; text-classification input_ids,
-attention_mask, labels. Neighbours: `packing` joins all texts and cuts them into blocks; `reading` is how a tokenizer is
-called.
+attention_mask, labels.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The command that starts the training processes of this pod, and their environment.
 
 One process alone is plain Python. Several, or DeepSpeed, go through `accelerate launch` with a static rendezvous, so
-that every pod can be started alone. Neighbours: `supervisor` starts it, `strategy` writes DeepSpeed's configuration and
-checks in each rank what came of it. Imports no torch: it runs in PID 1.
+that every pod can be started alone. Imports no torch: it runs in PID 1.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """What the processes of a run tell each other besides gradients: stop flags, decisions of rank 0, counts.
 
-A gloo group of its own, on CPU: asking it once a step never waits for the GPU's queue. Neighbours: `callbacks`,
-`checkpoint`, `train`.
+A gloo group of its own, on CPU: asking it once a step never waits for the GPU's queue.
 """
 
 from __future__ import annotations

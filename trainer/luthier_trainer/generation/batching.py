@@ -3,7 +3,7 @@
 Prompts of different lengths share a batch when the shorter ones are padded on the left. That is right only for models
 that mask the padding and count positions from the first real token. RecurrentGemma reads padding like text, the
 decoders of BART's family count positions from it on, and RWKV (transformers 5.23) mixes up the states of several texts
-even without padding. None of them reports anything. Neighbour: `text`, which puts batches together as the test allows.
+even without padding. None of them reports anything.
 """
 
 from __future__ import annotations

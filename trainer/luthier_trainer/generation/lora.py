@@ -3,8 +3,6 @@
 diffusers 0.42.1 reads such files too, but loses what is said of single modules: a kohya file's own alpha for each
 module (the names in its `alpha_pattern` match none), LyCORIS' `dora_scale`, and keys of modules that it does not know.
 Here each tensor of a file is used, or the file is refused.
-
-Neighbours: `loranames` knows the names, `images` adds the result, `pipelines` reads files against the shapes alone.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@ and what does not.
 
 bitsandbytes quantises linear modules, so it leaves them as they are. PEFT 0.21 puts adapters on them where it is told
 their names, and in some architectures for all-linear; it then leaves out linear modules of the same name (of a shared
-expert, say). Both are told, or refused, in `prepare`. Neighbours: `methods`, whose adapters are tried on the meta
-device; `preparetraining`.
+expert, say). Both are told, or refused, in `prepare`.
 """
 
 from __future__ import annotations

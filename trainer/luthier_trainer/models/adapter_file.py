@@ -1,7 +1,5 @@
 """Which file is the adapter of a text-to-image job: LoRA files for images come alone, without a configuration, and
 often several together.
-
-Neighbours: `sources` finds the repository or folder, `generation.lora` reads the file.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 PEFT adds any adapter whose shapes fit, and leaves out silently what the model has no place for; the texts are then
 merely bad. What a job has recorded of its base is certain; of other adapters only a base that lies here can be
-compared, because the names that people give (a mirror, a quantised copy) say little. Neighbour: `preparegeneration`.
+compared, because the names that people give (a mirror, a quantised copy) say little.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 without naming it.
 
 Some models are published with such tokens and never use them (Gemma 3 1B has one for images), so it counts whether they
-can occur: ordinary ones can in any text; those with a task of their own, such as padding, do. Neighbours:
-`modelweights`; `prepare` of both kinds asks.
+can occur: ordinary ones can in any text; those with a task of their own, such as padding, do.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Speaking to the Hub with patience and with an end: time limits, back-off, and errors that name the field.
 
 huggingface_hub's own client waits for ever on a server that accepts and never answers, and does not retry commits.
-Neighbours: `sources` and `data` read through it, `publish` writes.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 bits.
 
 `merge` writes what another job goes on from, `add_adapters` makes what a GenerateJob writes with. Both give the logits
-of base + adapter, as PEFT computes them. Neighbour: `adapters`, which has seen in `prepare` that they fit.
+of base + adapter, as PEFT computes them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """A model that starts from a configuration: a tokenizer trained on the dataset's own text, and new weights.
 
 transformers takes any keyword for a configuration and keeps it without a word, so the names are checked here first.
-Neighbour: `prepare`, which saves both where a downloaded model would lie.
 """
 
 from __future__ import annotations

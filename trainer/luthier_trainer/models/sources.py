@@ -1,7 +1,7 @@
 """Where a model or an adapter comes from, as a folder: the Hub (at a commit), a path, or another FineTuneJob's result.
 
 Nothing is downloaded to find out that it is not there: `locate` asks, `fetch` gets. Code from a repository is never
-run, pickles are never opened. Neighbours: `hub` (patience), `merging` (an adapter as a model), `prepare`.
+run, pickles are never opened.
 """
 
 from __future__ import annotations

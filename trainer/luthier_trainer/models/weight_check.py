@@ -2,7 +2,7 @@
 
 transformers draws at random what it does not find, and says so in a log at most. It is asked here what it would miss:
 it "loads" the names and shapes of the files' headers onto the meta device, by all its rules for renamed, fused and tied
-weights, and reads none. Neighbours: `weightfiles` reads the headers; `prepare` of both kinds asks.
+weights, and reads none.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The weights in a folder: which files are loaded, what their headers promise, and whether they are whole.
 
-Only headers are read, never a weight. Neighbours: `modelweights` compares what is found here with what a model needs;
-`sources` checks every folder that it hands out.
+Only headers are read, never a weight.
 """
 
 from __future__ import annotations

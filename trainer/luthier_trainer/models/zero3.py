@@ -1,7 +1,5 @@
 """Loading a model that ZeRO-3 spreads over the processes: what transformers 5.23 does otherwise than for a model in one
 piece, put right.
-
-Neighbour: `tasks.classification`, whose heads may be for other labels.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 both together again.
 
 A line is JSON, so only what JSON can hold is carried: text, numbers, true and false, and lists and objects of these.
-Neighbour: `preparegeneration`.
 """
 
 from __future__ import annotations

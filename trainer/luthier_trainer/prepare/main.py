@@ -2,8 +2,7 @@
 here.
 
 A finished `prepare` is not repeated; when what it read is another by now, that is refused. One that was interrupted
-keeps its downloads. Neighbours: `preparetraining` and `preparegeneration` do the work of the two kinds, `prepared`
-keeps the record, `origins` what was read.
+keeps its downloads.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """What `load_dataset` has to be told about the outputs of a GenerateJob, for the front matter of their card.
 
 `datasets` takes the types of columns from the first lines of one file, and fails where a column is null there and a
-text further on. So all types are written down, found by looking at every line. Neighbour: `generation.shard`, which
-writes the lines.
+text further on. So all types are written down, found by looking at every line.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@ after.
 
 The same commit takes away what an older result left there, known by its manifest, and replaces README.md; files that
 were never ours stay. Everything in it may be done twice: what the Hub has already is not sent again, and the same
-content makes no second commit. So a pod that loses its Hub ends, and the next one goes on. Neighbours: `hub`
-(patience), `modelcard` (the README), `manifest`.
+content makes no second commit. So a pod that loses its Hub ends, and the next one goes on.
 """
 
 from __future__ import annotations

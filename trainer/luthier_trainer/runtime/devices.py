@@ -1,8 +1,7 @@
 """What a process of the run phase computes with: how many GPUs torch can use, and the precision that suits them.
 
 `prepare` runs without a GPU, so this is seen here. Where torch sees no GPU, or fewer than processes, libraries silently
-take the CPU or share one. Neighbours: `arguments` (training) and `generation.hardware`; `preflight` looks for the
-devices before torch is there.
+take the CPU or share one.
 """
 
 from __future__ import annotations

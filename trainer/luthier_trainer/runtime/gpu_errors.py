@@ -1,7 +1,7 @@
 """What CUDA, NCCL and the driver say when they end a process, and what it means.
 
 They say it in exceptions, and where a thread of theirs aborts the process, in the output alone. Imports nothing: PID 1
-reads output with it. Neighbours: `ending` (exceptions), `child` (output).
+reads output with it.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 defaults that were chosen.
 
 A notice is printed to the log and travels in the termination message, so that it also stands in `status.notices` and on
-the screen of `luthier run`. Each process collects its own; only those of the first rank are sent. Neighbour: `process`,
-which puts them into the message.
+the screen of `luthier run`. Each process collects its own; only those of the first rank are sent.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Whether the kernel killed a process of this container for its memory.
 
 An exit code cannot tell (137 is any SIGKILL; torch's agent turns it into 1), the cgroup's counter can: cluster-measured
-on v1, same field on v2. Neighbour: `verdict`, which turns an increase into HostOutOfMemory.
+on v1, same field on v2.
 """
 
 from __future__ import annotations

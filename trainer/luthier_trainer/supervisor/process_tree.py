@@ -1,8 +1,7 @@
 """The phase's process and everything below it: started in a session of its own, listened to, reaped, killed.
 
 One thread, one loop: output is passed on as it comes and its last lines are kept. Workers of torch's agent live in
-sessions of their own, so a process group does not reach them: the tree is read from /proc. Neighbour: `supervisor`,
-which decides when.
+sessions of their own, so a process group does not reach them: the tree is read from /proc.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Tokens hidden in what others can read: messages in a status, lines in a log.
 
-Imports little: PID 1 hides with it what it says before it has imported anything else. Neighbours: `child` (output),
-`pid1` (messages).
+Imports little: PID 1 hides with it what it says before it has imported anything else.
 """
 
 from __future__ import annotations

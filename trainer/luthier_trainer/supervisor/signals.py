@@ -1,7 +1,6 @@
 """The signals that ask PID 1 to end, remembered until somebody looks.
 
-Set up before anything slow is imported: a process 1 without a handler loses a SIGTERM. Neighbour: `supervisor`, which
-looks.
+Set up before anything slow is imported: a process 1 without a handler loses a SIGTERM.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How a pod ended: one message out of what its ranks said, how its process ended, and what PID 1 did to it. Pure.
 
 When one rank fails, its peers fail of it a moment later; the message to send is the first cause, so messages are
-ordered by what they can be a consequence of. Neighbour: `supervisor`, which collects the evidence.
+ordered by what they can be a consequence of.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""`prepared/`: whether it is there, whole, and of this very job. Torch-free, because PID 1 looks too.
-
-Neighbours: `prepare` writes it, `train`, `generate` and `publish` read it through `read_prepared`.
-"""
+"""`prepared/`: whether it is there, whole, and of this very job. Torch-free, because PID 1 looks too."""
 
 from __future__ import annotations
 

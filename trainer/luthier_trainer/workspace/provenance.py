@@ -2,8 +2,7 @@
 
 Names and dates do not tell. A job that is run again leaves another result at the same place; a volume that is mounted
 anew may show other dates for the same bytes. So content does: of data every byte, of a model's folder its manifest, or
-what changes with any training. Neighbours: `prepare` and `preflight` refuse what has changed, `sources` and `data.load`
-say what was read.
+what changes with any training.
 """
 
 from __future__ import annotations
