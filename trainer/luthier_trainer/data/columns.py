@@ -79,7 +79,9 @@ def blanks(rows: Rows, column: str) -> list[int]:
 
 
 def texts(rows: Rows, column: str, field: str, drop_blank: bool) -> Rows:
-    """The rows that have a text in `column`. Blank ones are dropped, with a notice, or refused."""
+    """The rows that have a text in `column`. Blank ones are dropped, with a notice, or refused. Raises Failure if a row
+    is refused, or none is left.
+    """
     import numpy
 
     require_text(rows, column, field)

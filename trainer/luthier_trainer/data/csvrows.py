@@ -163,7 +163,7 @@ class CsvFile:
         return self.regular[dialect]
 
     def _strictly(self, columns: list[str], done: int) -> Iterator[tuple[int, list[list[str]]]]:
-        """The same by csv, from row `done` on."""
+        """The same by csv, from row `done` on. Raises Failure with the line of a mistake."""
         cells = [itemgetter(self.header.index(name)) for name in columns]
         counts = Counts()
         try:
@@ -224,8 +224,8 @@ class CsvFile:
             return any(ESCAPED_QUOTE in chunk for chunk in _overlapping(file.read))
 
     def _judged(self, double: Dialect, backslash: Dialect) -> Dialect:
-        """Which of two ways to write a quotation mark inside a quoted cell the file uses: the one that reads it
-        whole.
+        """Which of two ways to write a quotation mark inside a quoted cell the file uses: the one that reads it whole.
+        Raises Failure if both are possible and give other rows.
         """
         if self._has_doubled_quotes(backslash):
             return double

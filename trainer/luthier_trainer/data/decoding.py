@@ -91,6 +91,7 @@ class Decoder:
         )
 
     def _encoding_of(self, path: Path) -> str:
+        """The encoding of a file, by its first bytes. Raises Failure if they contradict `dataset.encoding`."""
         with open_bytes(path) as file:
             head = file.read(HEAD_BYTES)
         named = _codec(self.encoding, f"{self.dataset}.encoding") if self.encoding else None
@@ -163,7 +164,7 @@ def open_bytes(path: Path) -> Any:
 
 def bad_byte(path: Path, encoding: str) -> tuple[int, int, int]:
     """(position from 0, line from 1, value) of the first byte that `encoding` does not decode. Of a compressed file: of
-    what is in it.
+    what is in it. Raises AssertionError if there is none.
     """
     decoder = codecs.getincrementaldecoder(encoding)()
     position, line = 0, 1
@@ -183,6 +184,7 @@ def bad_byte(path: Path, encoding: str) -> tuple[int, int, int]:
 
 
 def _codec(name: str, field: str) -> str:
+    """Python's codec for `dataset.encoding`. Raises Failure if there is none."""
     try:
         info = codecs.lookup(name)
         "".encode(name)  # refuses codecs that are not encodings of text, such as base64

@@ -164,7 +164,7 @@ class Files:
 
     def _typed_by(self, files: list[ParquetFile], wanted: list[str]) -> dict[str, ParquetFile]:
         """The columns to read, each with a file that has its type. One that the job does not need is left out where
-        files disagree about it.
+        files disagree about it. Raises Failure if two files differ in a type.
         """
         import pyarrow
 

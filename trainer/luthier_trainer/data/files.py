@@ -120,6 +120,7 @@ def _hidden(name: str) -> bool:
 
 
 def _raise(error: OSError) -> None:
+    """Raise an error that `os.walk` would leave out."""
     raise error  # os.walk would leave out, without a word, what it may not read
 
 
@@ -173,7 +174,7 @@ def _near(path: Path) -> str | None:
 
 
 def format_of(paths: list[Path], field: str) -> str:
-    """Format of files, told by their suffixes, which must agree."""
+    """Format of files, told by their suffixes, which must agree. Raises Failure if they do not."""
     place = field.rpartition(".")[0]
     found: dict[str, Path] = {}
     for path in paths:
@@ -201,7 +202,7 @@ def suffix_of(path: PurePath) -> str:
 
 def refuse_shared(learnt: Iterable[Origin], measured: Iterable[Origin]) -> None:
     """Rows that are both learnt and measured on make every figure look better than it is. A copy, a link or a folder
-    inside is no other.
+    inside is no other. Raises Failure for a file of both.
     """
     learnt = list(learnt)
     by_content = {origin.digest: origin for origin in learnt}

@@ -37,7 +37,7 @@ class Widened(Exception):
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Object:
-    """json keeps the last of two values without notice."""
+    """json keeps the last of two values without notice. Raises ValueError for such an object."""
     made = dict(pairs)
     if len(made) != len(pairs):
         twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
@@ -83,7 +83,7 @@ class JsonFile:
                     yield rows
 
     def _slowly(self, done: int) -> Iterator[list[Object]]:
-        """The same for any file, from row `done` on, with the line of what is wrong."""
+        """The same for any file, from row `done` on, with the line of what is wrong. Raises Failure."""
         values = itertools.islice(self._values(), done, None)
         while batch := list(itertools.islice(values, AT_ONCE)):
             wrong = next((i for i, (value, _) in enumerate(batch) if not isinstance(value, dict)), None)
@@ -117,6 +117,7 @@ class JsonFile:
                 yield from self._lines(itertools.chain([first], rest), begin)
 
     def _lines(self, lines: Iterator[str], begin: int) -> Iterator[tuple[Any, int]]:
+        """The rows of a file with one JSON object a line. Raises Failure with the line of a mistake."""
         for number, line in enumerate(lines, begin):
             if line.strip():
                 try:
@@ -125,7 +126,7 @@ class JsonFile:
                     raise self._broken(error, number) from error
 
     def _listed(self, text: str, line: int, file: TextIO) -> Iterator[tuple[Any, int]]:
-        """The elements of a list, of which no more than a part is in memory."""
+        """The elements of a list, of which only a part is in memory. Raises Failure with the line of a mistake."""
         decoder = json.JSONDecoder(object_pairs_hook=_object)
         position, opened = 1, True
         text += file.read(decoding.CHUNK)

@@ -90,6 +90,7 @@ def key(name: str) -> tuple[str, Any]:
 
 
 def _check_type(rows: Rows, column: str, field: str) -> None:
+    """Check that a column has a type that classes can have. Raises Failure."""
     feature = rows.data.features[column]
     if column in rows.rarest:
         place = rows.place_of(rows.rarest[column])
@@ -127,7 +128,9 @@ def _batches(rows: Rows, column: str, field: str) -> Iterator[tuple[int, pyarrow
 
 
 def _as_text(rows: Rows, values: pyarrow.ChunkedArray, start: int, column: str, field: str) -> pyarrow.ChunkedArray:
-    """Values as names of classes: 1, and 1.0 in a column of fractions, are "1"; true is "true"."""
+    """Values as names of classes: 1, and 1.0 in a column of fractions, are "1"; true is "true". Raises Failure for a
+    fraction.
+    """
     import pyarrow.compute
 
     if pyarrow.types.is_floating(values.type):

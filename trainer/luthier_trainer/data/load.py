@@ -241,7 +241,9 @@ class Loader:
         return cut(rows, instruction, [base], f"{self.field}.{field}", name)
 
     def _hub_table(self, name: str, commit: str, split: str, field: str) -> Table:
-        """A whole split. Its files are read here if they are CSV, JSON or text, and else by `datasets`."""
+        """A whole split. Its files are read here if they are CSV, JSON or text, and else by `datasets`. Raises Failure
+        if there is no such split, or its files do not fit together.
+        """
         from datasets import DownloadConfig, load_dataset_builder
 
         token = hub_api().token or None
@@ -311,7 +313,9 @@ def cut(rows: Rows, instruction: str, splits: list[str], field: str, origin: str
 
 
 def ranges(data: Dataset, instruction: str, splits: list[str], field: str) -> list[tuple[int, int]]:
-    """Row numbers (from, to) that `instruction` names in a split of `data`."""
+    """Row numbers (from, to) that `instruction` names in a split of `data`. Raises Failure if it is not an
+    instruction, or names a split that does not exist.
+    """
     from datasets import ReadInstruction
 
     try:

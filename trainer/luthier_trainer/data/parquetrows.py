@@ -52,6 +52,7 @@ class ParquetFile:
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
+        """Convert an error of pyarrow about a file into a Failure. Raises Failure."""
         import pyarrow
 
         try:

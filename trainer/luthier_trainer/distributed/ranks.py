@@ -87,6 +87,7 @@ def _outcome(work: Callable[[], T]) -> Outcome[T]:
 
 
 def _value(outcome: Outcome[T]) -> T:
+    """What was found. Raises Failure if the work has failed."""
     found, failure = outcome
     if failure is not None:
         raise Failure(*failure)

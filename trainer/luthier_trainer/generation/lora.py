@@ -175,6 +175,7 @@ def read(path: Path, names: Names, field: str) -> list[Change]:
 
 
 def _load(path: Path, field: str) -> tuple[Tensors, dict[str, str]]:
+    """The tensors and the metadata of a safetensors file. Raises Failure if it is damaged."""
     try:
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -183,7 +184,9 @@ def _load(path: Path, field: str) -> tuple[Tensors, dict[str, str]]:
 
 
 def _configs(path: Path, metadata: Mapping[str, str], field: str) -> dict[str, dict[str, Any]]:
-    """PEFT's configuration of each part of the pipeline, where the file brings one."""
+    """PEFT's configuration of each part of the pipeline, where the file brings one. Raises Failure for one that cannot
+    be applied.
+    """
     found: dict[str, dict[str, Any]] = {}
     try:
         whole = dict(json.loads(metadata.get(METADATA, "{}")))
@@ -280,7 +283,9 @@ def _check_vectors(place: tuple[str, str], t: Tensors, module: Any, field: str, 
 
 
 def _scale(place: tuple[str, str], t: Tensors, config: Mapping[str, Any], field: str, path: Path) -> float:
-    """alpha / rank of one module: of the file's own alpha, or of PEFT's configuration, or 1."""
+    """alpha / rank of one module: of the file's own alpha, or of PEFT's configuration, or 1. Raises Failure if they
+    contradict each other.
+    """
     dimension = rank(t) or config.get("r")  # PEFT's LoKr divides by its rank also where no factor has one
     if dimension is None:
         return 1.0

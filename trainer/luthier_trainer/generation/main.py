@@ -195,7 +195,7 @@ def batches(engine: Engine, samples: Sequence[Sample]) -> Iterator[list[Sample]]
 
 @contextmanager
 def memory_explained() -> Iterator[None]:
-    """A full GPU as a message about the fields that decide how much a batch needs."""
+    """A full GPU as a message about the fields that decide how much a batch needs. Raises Failure."""
     import torch
 
     try:

@@ -192,6 +192,7 @@ def _classes(index: Mapping[str, Any], field: str) -> dict[str, Any]:
 
 
 def _class(entry: Sequence[str], field: str) -> Any:
+    """The class of a component, by its name in the pipeline's configuration. Raises Failure if there is none."""
     library, name = entry
     kind = getattr(import_module(library), name, None) if library in LIBRARIES else None
     if kind is None:
@@ -203,6 +204,7 @@ def _class(entry: Sequence[str], field: str) -> Any:
 
 
 def _read_tokenizers(path: Path, index: Mapping[str, Any], field: str) -> list[Any]:
+    """The tokenizers of a pipeline. Raises Failure if one cannot be read."""
     found = []
     for name in ("tokenizer", "tokenizer_2"):
         if (index.get(name) or [None])[0]:
@@ -238,6 +240,7 @@ def unread_tokens(tokenizers: Sequence[Any], text: str) -> int:
 
 
 def _read_scheduler(path: Path, index: Mapping[str, Any], field: str) -> Any:
+    """The scheduler that the repository names. Raises Failure if it cannot be read."""
     try:
         return _class(index["scheduler"], field).from_pretrained(path / "scheduler", local_files_only=True)
     except (KeyError, OSError, ValueError) as error:

@@ -60,6 +60,7 @@ def choose(names: Sequence[str], asked: str | None, field: str, where: str) -> s
 
 
 def _asked(found: list[str], asked: str, field: str, where: str) -> str:
+    """The file that `file` names. Raises Failure if it is not there."""
     if asked in found:
         return asked
     near = difflib.get_close_matches(asked, found, 1)

@@ -63,6 +63,7 @@ def check(
 
 
 def check_task(trained_for: str | None, task: str, field: str) -> None:
+    """Check that an adapter was trained for models such as those of `task`. Raises Failure."""
     if trained_for and trained_for != NEEDS[task]:
         raise Failure(
             ExitCode.INVALID_SPEC,
@@ -177,6 +178,7 @@ def some(names: Sequence[str]) -> str:
 
 
 def check_base(job: str, field: str, run: GenerateRun, model: sources.Located) -> None:
+    """Check that the adapter of `job` was trained on this model. Raises Failure."""
     base, given = sources.record_of(job, run, field).model, model.resolved
     if base.revision and given.revision:
         if base.revision == given.revision:
@@ -200,6 +202,7 @@ def check_base(job: str, field: str, run: GenerateRun, model: sources.Located) -
 
 
 def check_named_base(base: Path, field: str, model: sources.Located) -> None:
+    """Check that the base model that an adapter names is the one it is added to. Raises Failure."""
     if base.is_absolute() and base.is_dir() and folder_digest(base) != model.resolved.revision:
         raise Failure(
             ExitCode.INVALID_SPEC,
@@ -209,7 +212,9 @@ def check_named_base(base: Path, field: str, model: sources.Located) -> None:
 
 
 def check_shapes(adapter: Path, field: str, model_path: Path, name_of_model: str) -> None:
-    """Whether each module that the adapter adds to is in the model, and as wide as it thinks."""
+    """Whether each module that the adapter adds to is in the model, and as wide as it thinks. Raises Failure if one is
+    not.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping

@@ -58,6 +58,7 @@ def check_looks_back(model: PreTrainedModel, field: str) -> None:
 
 
 def check_length(config: PreTrainedConfig, max_length: int, field: str) -> None:
+    """Check `training.maxLength` against the positions that the model has. Raises Failure."""
     limit = max_positions(config)
     if limit is not None and max_length > limit:
         raise Failure(
@@ -140,7 +141,7 @@ def check_stored_type(config: PreTrainedConfig, wanted: str, field: str) -> None
 
 
 def check_pipeline(folder: Path, field: str) -> None:
-    """Whether `folder` is a diffusers pipeline that text-to-image runs."""
+    """Whether `folder` is a diffusers pipeline that text-to-image runs. Raises Failure if it is not."""
     index = folder / "model_index.json"
     if not index.is_file():
         raise Failure(

@@ -106,7 +106,10 @@ def copied_weights(model: PreTrainedModel, folders: Sequence[Path]) -> dict[str,
 def add_adapter(
     model: PreTrainedModel, folder: Path, weight: float, field: str, originals: Mapping[str, torch.Tensor]
 ) -> PreTrainedModel:
-    """`originals`: weights of the base, before any adapter was added to it, of which adapters bring a copy along."""
+    """Add one adapter to the weights of a model. Raises Failure if it does not fit.
+
+    `originals`: weights of the base, before any adapter was added to it, of which adapters bring a copy along.
+    """
     import torch
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer

@@ -117,7 +117,9 @@ def locate(source: ModelSource | Adapter, run: FineTuneRun | GenerateRun, field:
 
 
 def _image_adapter(adapter: Adapter, field: str) -> Located:
-    """The one file of an adapter for images; its repository or folder needs no configuration."""
+    """The one file of an adapter for images; its repository or folder needs no configuration. Raises Failure if it is
+    not there.
+    """
     if adapter.id:
         api, what, place = hub_api(), f"model {adapter.id}", f"{field}.id"
         info = patiently(lambda: api.model_info(str(adapter.id), revision=adapter.revision), place, what)
@@ -221,8 +223,8 @@ def _weights(names: list[str]) -> list[str]:
 
 
 def check_folder(folder: Path, field: str) -> Path:
-    """A folder in the pods that holds a model, a pipeline or an adapter, as an absolute path: other jobs read it
-    too.
+    """A folder in the pods that holds a model, a pipeline or an adapter, as an absolute path: other jobs read it too.
+    Raises Failure if it is missing or holds none.
     """
     folder = folder.absolute()
     if not folder.is_dir():
@@ -244,7 +246,7 @@ def check_folder(folder: Path, field: str) -> Path:
 
 
 def result_of(job: str, run: FineTuneRun | GenerateRun, field: str) -> Path:
-    """Folder of another job's result, whole by its manifest."""
+    """Folder of another job's result, whole by its manifest. Raises Failure if it is not there, or not whole."""
     if job not in run.sources:
         raise Failure(ExitCode.NOT_FOUND, f"{field}: the workspace of FineTuneJob {job} is not mounted here")
     result = WorkspaceFolder(Path(run.sources[job])).result

@@ -134,7 +134,9 @@ def read_examples(task: Task, run: FineTuneRun, cache: Path) -> Examples:
 
 
 def refuse_overlap(run: FineTuneRun, loader: Loader) -> None:
-    """Rows that are both learnt and measured on make every figure look better than it is."""
+    """Rows that are both learnt and measured on make every figure look better than it is. Raises Failure if there are
+    any.
+    """
     data = run.spec.dataset
     split, other = data.split.partition("[")[0], str(data.eval_split).partition("[")[0]
     if split != other:

@@ -124,7 +124,9 @@ def verified_files(run: FineTuneRun | GenerateRun) -> list[Path]:
 
 
 def create(api: HfApi, target: Target) -> Target:
-    """The repository and its branch, made where they are missing; the target with its full name."""
+    """The repository and its branch, made where they are missing; the target with its full name. Raises Failure if the
+    owner does not exist.
+    """
 
     def make() -> str:
         return str(api.create_repo(target.repo, repo_type=target.type, private=target.private, exist_ok=True).repo_id)

@@ -23,6 +23,7 @@ class Telemetry:
         self._metrics: dict[str, Gauge | Counter | Histogram] = {}
 
     def _metric(self, metric: Metric) -> Gauge | Counter | Histogram:
+        """The collector of a metric. Raises KeyError for a metric that is not in the table of those of pods."""
         if metric not in POD_METRICS:
             raise KeyError(metric.name)
         if metric.name not in self._metrics:

@@ -54,6 +54,7 @@ class Settings:
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Settings:
         def number(name: str, default: float) -> float:
+            """The number in a variable. Raises Failure if it is none."""
             try:
                 return float(environment.get(name) or default)
             except ValueError:

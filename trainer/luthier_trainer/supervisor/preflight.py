@@ -33,7 +33,9 @@ def check(verb: str, run: FineTuneRun | GenerateRun, devices: Path = Path("/dev"
 
 
 def check_gpus(run: FineTuneRun | GenerateRun, devices: Path) -> None:
-    """A pod that asked for GPUs sees one at least; how many torch can use is counted by the processes themselves."""
+    """A pod that asked for GPUs sees one at least; how many torch can use is counted by the processes themselves.
+    Raises Failure if none is visible.
+    """
     field, asked = (
         ("spec.resources.gpusPerNode", run.spec.resources.gpus_per_node)
         if isinstance(run, FineTuneRun)
@@ -58,6 +60,8 @@ def check_operators(strategy: str, accelerator: str, install: Path | None = None
     there is a compiler.
 
     `install`: its folder; default: that of this Python.
+
+    Raises Failure where there are neither.
     """
     spec = find_spec("deepspeed")
     folder = install or Path(next(iter((spec and spec.submodule_search_locations) or ["/"])))
