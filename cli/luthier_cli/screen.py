@@ -18,6 +18,7 @@ from rich.table import Table
 
 from luthier_api import status
 from luthier_api.exitcodes import ExitCode
+from luthier_api.marks import settings_of
 from luthier_api.status import Phase, Prepared
 from luthier_api.termination import TerminationMessage
 from luthier_cli.local import LocalJob
@@ -84,7 +85,7 @@ class Screen:
 
     def show(self, prepared: Prepared) -> None:
         self.shown = True
-        self.console.print(found(prepared, self.job.workload.row_noun))
+        self.console.print(found(prepared, self.job.workload.row_noun, settings_of(self.job.manifest.job.spec)))
 
     def show_notices(self, notices: Sequence[str]) -> None:
         for text in notices:
@@ -142,8 +143,10 @@ def describe(progress: status.Progress) -> str:
     return "  ".join(parts)
 
 
-def found(prepared: Prepared, row_noun: str) -> Table:
-    """What `prepare` found and planned. `row_noun`: what it has counted."""
+def found(prepared: Prepared, row_noun: str, settings: dict[str, Any]) -> Table:
+    """What `prepare` found and planned. `row_noun`: what it has counted. `settings`: those that depend on task and
+    method, with their defaults.
+    """
     plan, data = prepared.plan, prepared.dataset
     revision = f" @ {prepared.model.revision[:12]}" if prepared.model.revision else ""
     weights = f", {plan.parameters:,} weights" if plan.parameters else ""
@@ -171,6 +174,7 @@ def found(prepared: Prepared, row_noun: str) -> Table:
     for adapter in prepared.adapters:
         table.add_row("adapter", escape(_short(adapter.source)))
     table.add_row("data", ", ".join(rows))
+    table.add_row("settings", escape(", ".join(f"{path} {plain(value)}" for path, value in settings.items())))
     table.add_row("plan", ", ".join(planned))
     for reason in plan.reasons:
         table.add_row("", escape(reason))
@@ -273,6 +277,11 @@ def intent(job: LocalJob) -> dict[str, Any]:
         "uses": list(work.sources.values()),
         "publishesTo": spec.hub.repo if spec.hub else None,
     }
+
+
+def plain(value: Any) -> str:
+    """`value` as a manifest has it, without brackets around a list."""
+    return " ".join(value) if isinstance(value, list) else json.dumps(value)
 
 
 def duration(seconds: float) -> str:

@@ -232,8 +232,21 @@ def with_defaults(spec: Spec) -> Spec:
     return spec
 
 
-def _value(model: ApiModel, path: str) -> Any:
+def settings_of(spec: TabledSpec) -> dict[str, Any]:
+    """Path → value, of the marked fields that belong to the rows that `spec` chooses; blocks and lists are left out."""
+    found = {}
+    for field in marked_fields(type(spec)):
+        value = None if "[]" in field.path else _value(spec, field.path)
+        if value is not None and not isinstance(value, ApiModel):
+            found[field.path] = value
+    return found
+
+
+def _value(model: Any, path: str) -> Any:
+    """What is at `path`; None where there is nothing that could hold it."""
     for name in path.split("."):
+        if model is None:
+            return None
         model = getattr(model, _attribute(type(model), name))
     return model
 

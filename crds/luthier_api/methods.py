@@ -53,8 +53,12 @@ QUANTIZATIONS: Mapping[QuantizationType, QuantizationInfo] = {
         strategies=UNSHARDED,
         cpu_multiple=64,
     ),
-    # One scale of 32 bits a row: nothing beside thousands of weights.
-    "int8": QuantizationInfo(title="8-bit integer (LLM.int8)", bits=8, bits_with_scales=8, strategies=UNSHARDED),
+    "int8": QuantizationInfo(
+        title="8-bit integer (LLM.int8)",
+        bits=8,
+        bits_with_scales=8,  # one scale of 32 bits a row: nothing beside thousands of weights
+        strategies=("auto", "ddp"),  # DeepSpeed with bitsandbytes' 8-bit layers has not been tried
+    ),
 }
 
 MethodType = Literal["full", "lora", "qlora"]

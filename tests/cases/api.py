@@ -335,8 +335,15 @@ CHOICES: list[Case] = [
             "qlora": QLORA,
             "nf4": LORA | quantised("nf4"),
             "fp4": LORA | quantised("fp4"),
-            "int8": LORA | quantised("int8"),
         }.items()
+    ),
+    *(
+        Case(
+            "spec.strategy: int8 works with auto, ddp; choose one of these",
+            LORA | quantised("int8") | {"spec.strategy": refused},
+            LORA | quantised("int8") | {"spec.strategy": accepted},
+        )
+        for refused, accepted in [("zero2", "auto"), ("zero3", "ddp")]
     ),
 ]
 CASES: list[Case] = [

@@ -37,7 +37,7 @@ from luthier_api import crd, drawn, metrics
 from luthier_api.base import Rule
 from luthier_api.exitcodes import ExitCode, Retry
 from luthier_api.kinds import KINDS, FineTuneJob, GenerateJob, JobKind, parse_job
-from luthier_api.marks import marked_fields, rules_of
+from luthier_api.marks import marked_fields, rules_of, settings_of
 from luthier_api.metrics import (
     POD_METRICS,
     checkpoint_step,
@@ -264,6 +264,35 @@ def test_defaults_are_those_of_the_crd_and_of_the_tables(document: Document) -> 
     beyond = [path for path, value in read.items() if path not in kept and value != []]
     assert [path for path in beyond if not any(f"{path}.".startswith(f"{mark}.") for mark in marked)] == []
     assert parse_job(stored(document)) == parse_job(document)
+
+
+def test_settings_that_depend_on_task_and_method() -> None:
+    given = tune(method={"type": "qlora", "rank": 4})
+    assert settings_of(check_job(given).spec) == {
+        "dataset.columns.text": "text",
+        "dataset.parseSpecialTokens": False,
+        "method.rank": 4,
+        "method.alpha": 32,
+        "method.dropout": 0.0,
+        "method.targetModules": ["all-linear"],
+        "training.maxLength": 1024,
+        "training.packing": False,
+    }
+    assert settings_of(check_job(make()).spec) == {}
+
+
+@pytest.mark.parametrize(
+    ("method", "expect"),
+    [
+        ({"type": "qlora"}, {"type": "nf4"}),
+        ({"type": "lora"}, None),
+        ({"type": "full"}, None),
+    ],
+)
+def test_qlora_is_lora_on_nf4(method: dict[str, str], expect: dict[str, str] | None) -> None:
+    job = check_job(tune(method=method))
+    assert isinstance(job, FineTuneJob)
+    assert job.spec.dump()["model"].get("quantization") == expect
 
 
 def test_drawn_files_are_current() -> None:

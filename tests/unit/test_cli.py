@@ -284,6 +284,15 @@ def test_plan_quick_says_what_would_be_done_and_writes_nothing(tmp_path: Path) -
     assert answer["phases"] == ["prepare", "run"]
     assert answer["run"] == {"pods": 2, "atOnce": 2, "processes": 16, "gpus": 16, "strategy": "auto"}
     assert answer["spec"]["training"]["learningRate"] == 2e-4
+    # The defaults that depend on task and method are shown, too.
+    assert answer["spec"]["training"]["maxLength"] == 1024
+    assert answer["spec"]["method"] == {
+        "type": "lora",
+        "rank": 16,
+        "alpha": 32,
+        "dropout": 0.0,
+        "targetModules": ["all-linear"],
+    }
     assert list(tmp_path.iterdir()) == []
 
 
