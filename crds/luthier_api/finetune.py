@@ -36,6 +36,12 @@ class Columns(ApiModel):
 
     text: Annotated[ShortText, For("task")] = by_table()
     """The text to learn (causal-lm) or to classify (text-classification)."""
+    prompt: Annotated[ShortText, For("task")] = by_table()
+    """The text that both answers continue. Each answer follows it directly, without a blank between them."""
+    chosen: Annotated[ShortText, For("task")] = by_table()
+    """The answer to prefer."""
+    rejected: Annotated[ShortText, For("task")] = by_table()
+    """The answer to avoid."""
     image: Annotated[ShortText, For("task")] = by_table()
     """The image to classify, with 8 bits a channel."""
     label: Annotated[ShortText, For("task")] = by_table()
@@ -171,6 +177,17 @@ class Training(ApiModel):
     )
 
 
+class Preference(ApiModel):
+    """How a model learns to prefer answers."""
+
+    beta: Annotated[float, Field(gt=0, le=10)] = 0.1
+    """How strongly the model is held to the one it started from: larger values change it less."""
+    loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    """sigmoid: DPO (arXiv:2305.18290). hinge: SLiC (arXiv:2305.10425). ipo: IPO (arXiv:2310.12036), which overfits less
+    where one answer is always preferred.
+    """
+
+
 class TrainingResources(ApiModel):
     """The pods that train: one a node."""
 
@@ -217,6 +234,7 @@ METHODS_OF_TASKS = {name: task.methods for name, task in TRAINING_TASKS.items()}
 FORMATS_OF_TASKS = {name: task.formats for name, task in TRAINING_TASKS.items()}
 QUANTIZATIONS_OF_TASKS = {name: task.quantizations for name, task in TRAINING_TASKS.items()}
 QUANTIZATIONS_OF_METHODS = {name: method.quantizations for name, method in METHODS.items()}
+STRATEGIES_OF_TASKS = {name: task.strategies for name, task in TRAINING_TASKS.items()}
 STRATEGIES_OF_METHODS = {name: method.strategies for name, method in METHODS.items()}
 STRATEGIES_OF_QUANTIZATIONS = {name: quantization.strategies for name, quantization in QUANTIZATIONS.items()}
 
@@ -235,6 +253,8 @@ class FineTuneJobSpec(JobControl, TabledSpec):
     dataset: Annotated[TrainingData, RESULT]
     method: Annotated[Method, RESULT] = Field(default_factory=Method)
     training: Annotated[Training, RESULT] = Field(default_factory=Training)
+    preference: Annotated[Preference, RESULT, For("task")] = by_table()
+    """How a model learns to prefer answers."""
     resources: Annotated[TrainingResources, RESULT] = Field(default_factory=TrainingResources)
     strategy: Annotated[Strategy, RESULT] = "auto"
     """How processes share the work. auto: one process alone, several by ddp. zero2 and zero3 shard optimiser and
@@ -253,6 +273,7 @@ class FineTuneJobSpec(JobControl, TabledSpec):
         *works_with("task", FORMATS_OF_TASKS, "dataset.?format", get_args(DatasetFormat)),
         *works_with("task", QUANTIZATIONS_OF_TASKS, "model.?quantization.type", QUANTIZATIONS),
         *works_with("method.type", QUANTIZATIONS_OF_METHODS, "model.?quantization.type", QUANTIZATIONS),
+        *works_with("task", STRATEGIES_OF_TASKS, "strategy", STRATEGIES),
         *works_with("method.type", STRATEGIES_OF_METHODS, "strategy", STRATEGIES),
         *works_with("model.?quantization.type", STRATEGIES_OF_QUANTIZATIONS, "strategy", STRATEGIES),
         Rule(

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from luthier_api.formats import DatasetFormat
-from luthier_api.methods import MethodType, QuantizationType
+from luthier_api.methods import STRATEGIES, MethodType, QuantizationType, Strategy
 
 Modality = Literal["text", "image"]
-FineTuneTask = Literal["causal-lm", "text-classification", "image-classification"]
+FineTuneTask = Literal["causal-lm", "preference", "text-classification", "image-classification"]
 """The rows of `TASKS` that have a training half."""
 GenerateTask = Literal["text-generation", "text-to-image"]
 """The rows of `TASKS` that have a generation half."""
@@ -50,6 +50,8 @@ class TrainingTask:
     """Types in which a frozen model of the task may rest. bitsandbytes quantises linear layers alone, and a model that
     looks at images may be made of convolutions.
     """
+    strategies: tuple[Strategy, ...] = STRATEGIES
+    """Those that the task's trainer works with. A method or a quantisation may allow fewer."""
     settings: str | None = None
     """The block of the spec that belongs to the task."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -106,6 +108,8 @@ class TaskInfo:
     """transformers' classes of such models are named for it: AutoModelFor<auto_model>. None: they are diffusers'."""
     peft_task_type: str | None = None
     """PEFT's name of the task. For those it has no name for, its adapters remember the class of their base model."""
+    tags: tuple[str, ...] = ()
+    """Further tags of its model cards."""
     labels: bool = False
     """Whether each row has a class, with which a head of the model answers. A head for other classes is made anew."""
     training: TrainingTask | None = None
@@ -149,6 +153,28 @@ TASKS: Mapping[str, TaskInfo] = {
             quantizations=("nf4", "fp4", "int8"),
             options=TEXT_OPTIONS | {"training.packing": False, "model.config": None},
             metrics=(TaskMetric("perplexity", "Perplexity"),),
+        ),
+    ),
+    "preference": TaskInfo(
+        modality="text",
+        pipeline_tag="text-generation",
+        auto_model="CausalLM",
+        peft_task_type="CAUSAL_LM",
+        tags=("dpo", "trl"),
+        training=TrainingTask(
+            columns={"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
+            formats=TABLE_FORMATS,
+            sequences=2,
+            methods=("full", "lora", "qlora"),
+            quantizations=("nf4", "fp4", "int8"),
+            # Unproven with DeepSpeed: TRL 1.16 prepares the reference model with an engine of its own.
+            strategies=("auto", "ddp"),
+            settings="preference",
+            options=TEXT_OPTIONS,
+            metrics=(
+                TaskMetric("rewardAccuracy", "Share of pairs whose chosen answer has the higher reward"),
+                TaskMetric("rewardMargin", "Reward of the chosen answers above that of the rejected ones"),
+            ),
         ),
     ),
     "text-classification": TaskInfo(

@@ -133,6 +133,7 @@ NEGATIVE = [{"prompt": "a lute"}, {"prompt": "a harp", "negativePrompt": "string
 FULL, LORA, QLORA = ({"spec.method": {"type": method}} for method in ("full", "lora", "qlora"))
 CAUSAL, TEXTS, IMAGES = ({"spec.task": task} for task in ("causal-lm", "text-classification", "image-classification"))
 PICTURES = {"spec.task": "text-to-image"}
+PREFERENCE = {"spec.task": "preference"}
 
 
 def quantised(type: str) -> Change:
@@ -157,26 +158,50 @@ MARKS: list[Case] = [
     ),
     *(
         Case(
-            message=f"spec.{field}: applies to causal-lm, text-classification;",
+            message=f"spec.{field}: applies to causal-lm, preference, text-classification;",
             refused=IMAGES | change,
             accepted=task | change,
         )
-        for task in (CAUSAL, TEXTS)
+        for task in (CAUSAL, PREFERENCE, TEXTS)
         for field, change in {
             "training.maxLength": {"spec.training.maxLength": 64},
             "dataset.parseSpecialTokens": {"spec.dataset.parseSpecialTokens": True},
-            "dataset.columns.text": {"spec.dataset.columns": {"text": "body"}},
             "model.quantization": quantised("int8"),
             "model.resizeEmbeddings": FULL | {"spec.model.resizeEmbeddings": True},
         }.items()
     ),
     *(
         Case(
-            message=f"spec.{field}: applies to text-classification, image-classification;",
-            refused=CAUSAL | change,
+            message=f"spec.{field}: applies to preference;",
+            refused=task | change,
+            accepted=PREFERENCE | change,
+        )
+        for task in (CAUSAL, TEXTS, IMAGES)
+        for field, change in {
+            "preference": {"spec.preference": {"beta": 0.2, "lossType": "ipo"}},
+            "dataset.columns.prompt": {"spec.dataset.columns": {"prompt": "question"}},
+            "dataset.columns.chosen": {"spec.dataset.columns": {"chosen": "better"}},
+            "dataset.columns.rejected": {"spec.dataset.columns": {"rejected": "worse"}},
+        }.items()
+    ),
+    *(
+        Case(
+            message=f"spec.{field}: applies to causal-lm, text-classification;",
+            refused=refused | change,
             accepted=task | change,
         )
-        for task in (TEXTS, IMAGES)
+        for task, refused in ((CAUSAL, IMAGES), (TEXTS, PREFERENCE))
+        for field, change in {
+            "dataset.columns.text": {"spec.dataset.columns": {"text": "body"}},
+        }.items()
+    ),
+    *(
+        Case(
+            message=f"spec.{field}: applies to text-classification, image-classification;",
+            refused=refused | change,
+            accepted=task | change,
+        )
+        for task, refused in ((TEXTS, CAUSAL), (IMAGES, PREFERENCE))
         for field, change in {
             "dataset.mergeLabels": {"spec.dataset.mergeLabels": True},
             "dataset.columns.label": {"spec.dataset.columns": {"label": "intent"}},
@@ -197,7 +222,7 @@ MARKS: list[Case] = [
             refused=task | change,
             accepted=CAUSAL | change,
         )
-        for task in (TEXTS, IMAGES)
+        for task in (PREFERENCE, TEXTS, IMAGES)
         for field, change in {
             "training.packing": {"spec.training.packing": True},
             "model.config": FULL | {"spec.model": {"config": {"modelType": "llama"}}},
@@ -314,7 +339,16 @@ CHOICES: list[Case] = [
             (CAUSAL, "csv, json, jsonl, parquet, text", "imagefolder", "text"),
             (TEXTS, "csv, json, jsonl, parquet", "text", "jsonl"),
             (TEXTS, "csv, json, jsonl, parquet", "imagefolder", "csv"),
+            (PREFERENCE, "csv, json, jsonl, parquet", "text", "jsonl"),
         ]
+    ),
+    *(
+        Case(
+            message="spec.strategy: preference works with auto, ddp; choose one of these, or another task",
+            refused=PREFERENCE | {"spec.strategy": refused},
+            accepted=PREFERENCE | {"spec.strategy": accepted},
+        )
+        for refused, accepted in [("zero3", "ddp"), ("zero2", "auto")]
     ),
     *(
         Case(
@@ -1034,6 +1068,11 @@ FIXED = [
         field="training",
         base=FINE_TUNE,
         change={"spec.training.epochs": 7},
+    ),
+    FixedCase(
+        field="preference",
+        base=FINE_TUNE,
+        change={"spec.preference": {"beta": 0.2}},
     ),
     FixedCase(
         field="resources",

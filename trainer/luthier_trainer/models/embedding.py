@@ -8,7 +8,7 @@ can occur: ordinary ones can in any text; those with a task of their own, such a
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +56,17 @@ def check(beyond: Tokens, tokenizer: PreTrainedTokenizerBase, field: str, remedy
         raise refusal(used, tokenizer, field, remedy)
 
 
-def check_rows(beyond: Tokens, data: DatasetDict, tokenizer: PreTrainedTokenizerBase, field: str, remedy: str) -> None:
-    """Raise Failure where one of the tokens `beyond` occurs in the rows that will be learnt or measured on."""
+def check_rows(
+    beyond: Tokens,
+    data: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    field: str,
+    remedy: str,
+    columns: Collection[str] = ("input_ids",),
+) -> None:
+    """Raise Failure where one of the tokens `beyond` occurs in the rows that will be learnt or measured on. `columns`:
+    those with lists of tokens.
+    """
     if not beyond:
         return
     import pyarrow.compute
@@ -65,7 +74,8 @@ def check_rows(beyond: Tokens, data: DatasetDict, tokenizer: PreTrainedTokenizer
     occurring: set[int] = set()
     for split in data.values():
         for batch in split.with_format("arrow").iter(1000):
-            occurring.update(pyarrow.compute.unique(pyarrow.compute.list_flatten(batch["input_ids"])).to_pylist())
+            for column in columns:
+                occurring.update(pyarrow.compute.unique(pyarrow.compute.list_flatten(batch[column])).to_pylist())
     settle({token: number for token, number in beyond.items() if number in occurring}, beyond, tokenizer, field, remedy)
 
 

@@ -45,7 +45,7 @@ def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
         front |= {"base_model": spec.model.id, "base_model_relation": "adapter" if adapter else "finetune"}
     if spec.dataset.id:
         front["datasets"] = [spec.dataset.id]
-    front["tags"] = ["luthier", spec.method.type, spec.task]
+    front["tags"] = ["luthier", spec.method.type, spec.task, *task.tags]
     training, plan = spec.training, prepared.plan
     facts = {
         "Task": spec.task,
@@ -63,6 +63,9 @@ def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
         "Seed": training.seed,
         "Classes": ", ".join(prepared.dataset.labels[:50]) if prepared.dataset.labels else None,
     }
+    settings = TRAINING_TASKS[spec.task].settings
+    if settings:
+        facts |= getattr(spec, settings).dump()
     titles = TITLES | {metric.name: metric.title for metric in TRAINING_TASKS[spec.task].metrics}
     load = loading(repo, task, result, classifier=bool(prepared.dataset.labels))
     needs = (

@@ -8,10 +8,12 @@ from luthier_api.finetune import FineTuneJobSpec
 from luthier_trainer.tasks.base import Task
 from luthier_trainer.tasks.causal_lm import CausalLM
 from luthier_trainer.tasks.image_classification import ImageClassification
+from luthier_trainer.tasks.preference import PreferenceTask
 from luthier_trainer.tasks.text_classification import TextClassification
 
 TASKS: Mapping[str, Task] = {
     "causal-lm": CausalLM(),
+    "preference": PreferenceTask(),
     "text-classification": TextClassification(),
     "image-classification": ImageClassification(),
 }

@@ -1,0 +1,309 @@
+"""Preference learning: pairs are checked, learnt from as TRL does, and a run survives as any other."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, DatasetDict, load_from_disk
+from peft import LoraConfig
+from prepared_workspace import losses, pod, prepared_run
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
+
+from luthier_api.run import FineTuneRun
+from luthier_api.termination import TerminationMessage
+from luthier_trainer.prepare import main as prepare
+from luthier_trainer.publish.model_card import card
+from luthier_trainer.runtime import notices
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.run_folder import run_dir
+from luthier_trainer.training import main as train
+from luthier_trainer.training.callbacks import Heartbeat
+from luthier_trainer.workspace.prepared import read_prepared
+
+FULL = {"type": "full"}
+LORA = {"type": "lora", "rank": 4}
+COURSE = {"maxLength": 48, "batchSize": 4, "maxSteps": 6, "learningRate": 1e-3, "logSteps": 1, "evalSteps": 3}
+
+
+@pytest.fixture(scope="module")
+def pairs(paragraphs: list[str]) -> list[dict[str, str]]:
+    """24 pairs: how a paragraph goes on, or its words backwards."""
+    found = []
+    for text in [p for p in paragraphs if len(p.split()) > 20][:24]:
+        words = text.split()
+        answer = words[5:15]
+        found.append(
+            {"prompt": " ".join(words[:5]), "chosen": " " + " ".join(answer), "rejected": " " + " ".join(answer[::-1])}
+        )
+    return found
+
+
+@pytest.fixture
+def prefer(make_run: Any, tmp_path: Path, pairs: list[dict[str, str]]) -> Callable[..., FineTuneRun]:
+    """The run config of a job over `rows`, 8 of whose pairs are held out."""
+
+    def make(name: str = "job", rows: list[dict[str, Any]] | None = None, **spec: Any) -> FineTuneRun:
+        given = rows or pairs
+        train_file, eval_file = tmp_path / f"{name}-train.jsonl", tmp_path / f"{name}-eval.jsonl"
+        train_file.write_text("".join(json.dumps(row) + "\n" for row in given[: len(given) - 8 or None]))
+        eval_file.write_text("".join(json.dumps(row) + "\n" for row in pairs[-8:]))
+        dataset = {"files": [str(train_file)], "evalFiles": [str(eval_file)]}
+        return make_run(name, **{"task": "preference", "dataset": dataset, "method": LORA, "training": COURSE} | spec)
+
+    return make
+
+
+@dataclass(frozen=True)
+class Refusal:
+    name: str
+    change: dict[str, Any]
+    message: str
+
+
+REFUSALS = [
+    Refusal(
+        name="no chosen answer",
+        change={"chosen": ""},
+        message=r'spec\.dataset\.columns\.chosen: column "chosen" of .* is blank in 1 of 16 rows',
+    ),
+    Refusal(
+        name="chat messages",
+        change={"chosen": [{"role": "assistant", "content": "Yes."}]},
+        message=r'spec\.dataset\.columns\.chosen: column "chosen" of .* holds lists or objects, such as chat messages',
+    ),
+]
+
+
+@pytest.mark.parametrize("case", REFUSALS, ids=lambda case: case.name)
+def test_pairs_that_cannot_be_learnt_from(
+    case: Refusal, prefer: Callable[..., FineTuneRun], pairs: list[dict[str, str]]
+) -> None:
+    rows = [pairs[0] | case.change, *pairs[1:]]
+    with pytest.raises(Failure, match=case.message):
+        prepare.main(prefer(rows=rows))
+
+
+def test_a_column_that_is_missing(prefer: Callable[..., FineTuneRun], pairs: list[dict[str, str]]) -> None:
+    rows = [{"prompt": pair["prompt"], "choosen": pair["chosen"], "rejected": pair["rejected"]} for pair in pairs]
+    with pytest.raises(Failure, match=r'columns\.chosen: no column "chosen" .* Did you mean "choosen"\?'):
+        prepare.main(prefer(rows=rows))
+
+
+def test_pairs_that_do_not_differ_are_left_out(prefer: Callable[..., FineTuneRun], pairs: list[dict[str, str]]) -> None:
+    run = prefer(rows=[pairs[0] | {"rejected": pairs[0]["chosen"]}, *pairs[1:]])
+    prepare.main(run)
+    assert len(load_from_disk(read_prepared(run).dataset_path)["train"]) == 15
+    assert any("are the same in 1 of 16 rows" in notice for notice in notices.given())
+
+
+def test_long_pairs_are_cut_or_left_out(prefer: Callable[..., FineTuneRun], pairs: list[dict[str, str]]) -> None:
+    long = " ".join(pair["chosen"] for pair in pairs)
+    rows = [pairs[0] | {"prompt": long}, pairs[1] | {"chosen": long}, *pairs[2:]]
+    run = prefer(rows=rows, training=COURSE | {"maxLength": 96})
+    prepare.main(run)
+    data = load_from_disk(read_prepared(run).dataset_path)["train"]
+    assert len(data) == 15
+    assert max(len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in data) == 96
+    given = "\n".join(notices.given())
+    assert "1 of 16 training pairs are longer than 96 tokens and are cut" in given
+    assert "the prompts of 1 of 16 training pairs alone have 96 tokens or more" in given
+
+
+def test_an_adapter_on_the_head_is_refused(prefer: Callable[..., FineTuneRun]) -> None:
+    with pytest.raises(Failure, match=r"spec\.method\.targetModules\[1\]: TRL reads the weights of lm_head"):
+        prepare.main(prefer(method=LORA | {"targetModules": ["q_proj", "lm_head"]}))
+
+
+def plain_trl(run: FineTuneRun, folder: Path, model_path: Path, pairs: list[dict[str, str]]) -> tuple[Any, list[float]]:
+    """A script of TRL's documentation over the same rows: its trainer after training, and its losses."""
+    from trl import DPOConfig, DPOTrainer
+
+    spec = run.spec
+    config = DPOConfig(
+        output_dir=str(folder),
+        max_steps=6,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        learning_rate=1e-3,
+        max_length=48,
+        beta=spec.preference.beta,
+        loss_type=[spec.preference.loss_type],
+        seed=spec.training.seed,
+        logging_steps=1,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    adapters = LoraConfig(r=4, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(model_path),
+        ref_model=AutoModelForCausalLM.from_pretrained(model_path) if spec.method.type == "full" else None,
+        args=config,
+        train_dataset=Dataset.from_list(pairs[:-8]),
+        eval_dataset=Dataset.from_list(pairs[-8:]),
+        processing_class=AutoTokenizer.from_pretrained(model_path),
+        peft_config=None if spec.method.type == "full" else adapters,
+    )
+    trainer.train()
+    return trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@dataclass(frozen=True)
+class Learning:
+    name: str
+    method: dict[str, Any]
+    loss_type: str
+
+
+LEARNINGS = [
+    Learning(name="all weights", method=FULL, loss_type="sigmoid"),
+    Learning(name="adapters", method=LORA, loss_type="sigmoid"),
+    Learning(name="adapters, hinge", method=LORA, loss_type="hinge"),
+    Learning(name="adapters, ipo", method=LORA, loss_type="ipo"),
+]
+
+
+@pytest.mark.parametrize("case", LEARNINGS, ids=lambda case: case.name)
+def test_losses_and_rewards_are_those_of_trl(
+    case: Learning,
+    prefer: Callable[..., FineTuneRun],
+    pairs: list[dict[str, str]],
+    tiny_model: Path,
+    tmp_path: Path,
+) -> None:
+    run = prefer(method=case.method, preference={"lossType": case.loss_type})
+    prepare.main(run)
+    metrics = train.main(run).metrics
+    assert metrics is not None
+    trainer, expect = plain_trl(run, tmp_path / "trl", tiny_model, pairs)
+    assert losses(run) == pytest.approx(expect, abs=1e-5)
+    assert expect[-1] < expect[0]
+    measured = trainer.evaluate()
+    assert metrics["evalLoss"] == pytest.approx(measured["eval_loss"], abs=1e-5)
+    assert metrics["rewardAccuracy"] == pytest.approx(measured["eval_rewards/accuracies"])
+    assert metrics["rewardMargin"] == pytest.approx(measured["eval_rewards/margins"], abs=1e-5)
+    if case.loss_type == "sigmoid":
+        assert metrics["evalLossBefore"] == pytest.approx(0.693147, abs=1e-5)  # ln 2: both models are the same
+
+
+def stopped_at(run: FineTuneRun, step: int, monkeypatch: pytest.MonkeyPatch) -> TerminationMessage:
+    """Train until the stop flag appears, as the supervisor would set it, in the middle of `step`."""
+
+    class Flag(Heartbeat):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == step - 1:
+                (run_dir() / "stop").touch()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Heartbeat", Flag)
+        message = train.main(run)
+    (run_dir() / "stop").unlink()
+    return message
+
+
+METHODS = [FULL, LORA | {"dropout": 0.1}, {"type": "qlora", "rank": 4}]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method["type"])
+def test_a_stopped_run_goes_on_to_the_last_bit(
+    method: dict[str, Any], prefer: Callable[..., FineTuneRun], monkeypatch: pytest.MonkeyPatch, wide_model: Path
+) -> None:
+    runs = [prefer(name, method=method, model={"path": str(wide_model)}) for name in ("whole", "stopped")]
+    for run in runs:
+        prepare.main(run)
+    train.main(runs[0])
+    message = stopped_at(runs[1], 3, monkeypatch)
+    assert (message.code, message.step, message.saved) == (75, 3, True)
+    train.main(runs[1])
+    assert losses(runs[1]) == losses(runs[0])
+    results = [Path(run.workspace) / "result" for run in runs]
+    for file in results[0].glob("*.safetensors"):
+        other = load_file(results[1] / file.name)
+        for name, tensor in load_file(file).items():
+            assert tensor.equal(other[name]), name
+    metrics = [json.loads((result / "metrics.json").read_text()) for result in results]
+    for found in metrics:
+        del found["seconds"]
+    assert metrics[0] == metrics[1]
+
+
+@pytest.fixture(scope="module")
+def wide_model(paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose widths bitsandbytes can quantise on CPU."""
+    from luthier_api.spec import NewModel
+    from luthier_trainer.models.new_model import new_config, save_new_model, train_tokenizer
+
+    folder = tmp_path_factory.mktemp("wide")
+    tokenizer = train_tokenizer(paragraphs[:250], 512)
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    new = NewModel(model_type="llama", vocab_size=512, parameters=sizes)
+    save_new_model(new_config(new, tokenizer), folder, seed=1)
+    return folder
+
+
+def test_two_processes_are_one(
+    prefer: Callable[..., FineTuneRun], pairs: list[dict[str, str]], tiny_model: Path, tmp_path: Path
+) -> None:
+    """Of 9 pairs in steps of 4 and micro-batches of 2, the last step of an epoch has one pair: one process has none of
+    its own, and all pairs count alike.
+    """
+    alone = prefer("alone", rows=[*pairs[:9], *pairs[-8:]], training=COURSE | {"microBatchSize": 2})
+    prepare.main(alone)
+    data = DatasetDict(load_from_disk(read_prepared(alone).dataset_path))
+    expect = train.main(alone).metrics
+    assert expect is not None
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = int(s.getsockname()[1])
+    run = prepared_run(
+        tmp_path / "two",
+        tiny_model,
+        data,
+        port=port,
+        task="preference",
+        method=LORA,
+        training=COURSE | {"microBatchSize": 2},
+        resources={"processesPerNode": 2},
+    )
+    with pod(run, tmp_path / "pod") as process:
+        assert process.wait(240) == 0, (tmp_path / "pod/log").read_text()[-3000:]
+    assert losses(run) == pytest.approx(losses(alone), abs=1e-5)
+    found = json.loads((Path(run.workspace) / "result/metrics.json").read_text())
+    for name in ("evalLoss", "rewardAccuracy", "rewardMargin", "tokens"):
+        assert found[name] == pytest.approx(expect[name], abs=1e-5), name
+
+
+def test_a_head_that_trl_cannot_read_is_refused(
+    prefer: Callable[..., FineTuneRun], tiny_model: Path, tmp_path: Path
+) -> None:
+    """BERT's decoders have a layer between the last hidden state and the head's weights."""
+    tokenizer, path = AutoTokenizer.from_pretrained(tiny_model), tmp_path / "bert"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    BertLMHeadModel(BertConfig(vocab_size=len(tokenizer), is_decoder=True, **sizes)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    run = prefer(model={"path": str(path)}, method=FULL)
+    prepare.main(run)
+    with pytest.raises(Failure, match=r"^spec\.model: TRL cannot read log-probabilities from a bert"):
+        train.main(run)
+
+
+def test_the_card_names_the_method(prefer: Callable[..., FineTuneRun]) -> None:
+    run = prefer(training=COURSE | {"maxSteps": 1, "evalSteps": None})
+    prepare.main(run)
+    train.main(run)
+    text = card(run, read_prepared(run), Path(run.workspace) / "result")
+    for expected in ("- dpo", "- preference", "| Task | preference |", "| lossType | sigmoid |"):
+        assert expected in text
+    assert "AutoPeftModelForCausalLM" in text
+    assert "Share of pairs whose chosen answer has the higher reward" in text

@@ -1,0 +1,324 @@
+"""preference: learn from pairs of answers which one is better (DPO, arXiv:2305.18290), by TRL's DPOTrainer.
+
+The reward of an answer is how much more likely it has become than under the model that the training started from, the
+reference. Beside an adapter that is the base model without it; otherwise it is a second, frozen copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.finetune import FineTuneJobSpec
+from luthier_trainer.data import columns, tokens
+from luthier_trainer.data.load import Rows
+from luthier_trainer.data.reading import Reader
+from luthier_trainer.models import embedding, inspect
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.notices import notice
+from luthier_trainer.tasks.base import Batch, LoadedModel, Model, TrainerSetup, TrainingContext
+from luthier_trainer.tasks.texts import ADD_ROWS, TextTask, check_ends, reader_of
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset, DatasetDict
+    from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments
+
+COLUMNS = "spec.dataset.columns"
+ENCODED = ("prompt_ids", "chosen_ids", "rejected_ids")  # TRL's names: a column of another one would be dropped
+FUSED_TOLERANCE = 0.05  # nats: what 16-bit arithmetic may make of one log-probability
+
+
+class PreferenceTask(TextTask):
+    task = "preference"
+
+    # ---- prepare
+
+    def columns(self, spec: FineTuneJobSpec) -> tuple[str, ...]:
+        return tuple(roles(spec).values())
+
+    def fitting(self, rows: Rows, spec: FineTuneJobSpec) -> Rows:
+        """The pairs that differ. Raises Failure where a column is missing, blank or holds something else than text."""
+        for role, column in roles(spec).items():
+            refuse_messages(rows, column, f"{COLUMNS}.{role}")
+            rows = columns.texts(rows, column, f"{COLUMNS}.{role}", drop_blank=False)
+        import numpy
+
+        chosen, rejected = spec.dataset.columns.chosen, spec.dataset.columns.rejected
+        pairs = rows.data.select_columns([chosen, rejected])
+        differs = numpy.array([pair[chosen].strip() != pair[rejected].strip() for pair in pairs])
+        same = numpy.flatnonzero(~differs)
+        if not len(same):
+            return rows
+        found = f"the same in {len(same)} of {len(rows.data)} rows of {rows.origin}"
+        first = f"The first is {rows.place(int(same[0]))}"
+        if len(same) == len(rows.data):
+            raise columns.invalid(
+                f'{COLUMNS}.rejected: "{chosen}" and "{rejected}" are {found}. Name two other columns'
+            )
+        notice(f'{COLUMNS}.rejected: "{chosen}" and "{rejected}" are {found}, which are left out. {first}')
+        return rows.select(numpy.flatnonzero(differs))
+
+    def check_model(self, model: Model, spec: FineTuneJobSpec, rows: int, labels: list[str] | None) -> None:
+        check_ends(model.processor)
+        super().check_model(model, spec, rows, labels)
+        if spec.method.type == "full":
+            return
+        skeleton = inspect.skeleton(model.config, self.task, inspect.MODEL)
+        head = next(name for name, m in skeleton.named_modules() if m is skeleton.get_output_embeddings())
+        for i, target in enumerate(spec.method.target_modules):
+            if f".{head}".endswith(f".{target}"):
+                raise Failure(
+                    ExitCode.INVALID_SPEC,
+                    f"spec.method.targetModules[{i}]: TRL reads the weights of {head} without an adapter, which would"
+                    f" never learn; leave {target} out",
+                )
+
+    def encode(
+        self,
+        rows: Rows,
+        processor: PreTrainedTokenizerBase,
+        spec: FineTuneJobSpec,
+        labels: list[str] | None,
+        use: str,
+    ) -> Dataset:
+        """Tokens of the prompt, and of each answer behind it. An answer that does not fit is cut; a pair of which
+        nothing would be left is left out.
+        """
+        import numpy
+        from datasets import Features, List, Value
+
+        names, longest = roles(spec), spec.training.max_length
+        for role, column in names.items():
+            reader = reader_of(rows, column, f"{COLUMNS}.{role}", processor, spec, use)
+        texts = rows.data.select_columns(list(names.values()))
+        lists = {name: List(Value("int32")) for name in ENCODED}
+        encoded = tokens.mapped(
+            texts,
+            lambda batch: pairs_of(reader, longest, *(batch[column] for column in names.values())),
+            Features(lists | {"length": Value("int64")}),
+        )
+        fits = numpy.array([len(answer) > 0 for answer in encoded["chosen_ids"]])
+        lost = int((~fits).sum())
+        cut = int((numpy.array(encoded["length"]) > longest).sum()) - lost
+        of_all = f"of {len(texts)} {use} pairs"
+        if cut:
+            notice(f"{tokens.MAX_LENGTH}: {cut} {of_all} are longer than {longest} tokens and are cut")
+        if lost:
+            notice(
+                f"{tokens.MAX_LENGTH}: the prompts of {lost} {of_all} alone have {longest} tokens or more; these pairs"
+                " are left out"
+            )
+        return encoded.select(numpy.flatnonzero(fits)).remove_columns("length")
+
+    def check_encoded(self, data: DatasetDict, model: Model, labels: list[str] | None) -> None:
+        for name, rows in data.items():
+            if len(rows) == 0:
+                raise columns.invalid(
+                    f"{tokens.MAX_LENGTH}: no prompt of the {name} split leaves room for an answer; set it higher"
+                )
+        embedding.check_rows(model.missing_tokens, data, model.processor, inspect.MODEL, ADD_ROWS, ENCODED)
+
+    def count_tokens(self, data: Dataset) -> int:
+        """Of both sequences of each pair."""
+        prompts, chosen, rejected = (sum(len(ids) for ids in data[name]) for name in ENCODED)
+        return 2 * prompts + chosen + rejected
+
+    # ---- training
+
+    def rows(self, batch: Batch) -> int:
+        return len(batch["input_ids"]) // 2  # the chosen sequences, then the rejected ones
+
+    def tokens(self, batch: Batch) -> torch.Tensor:
+        return batch["attention_mask"].sum()
+
+    def without_weight(self, batch: Batch) -> Batch:
+        return batch  # TRL's loss counts no items
+
+    def arguments(self, spec: FineTuneJobSpec, common: Mapping[str, Any]) -> TrainingArguments:
+        from trl import DPOConfig
+
+        return DPOConfig(
+            **common,
+            beta=spec.preference.beta,
+            loss_type=[spec.preference.loss_type],
+            max_length=None,  # `encode` has cut the answers
+            gradient_checkpointing=False,  # transformers' name for it stands in `common`
+        )
+
+    def load_model(self, context: TrainingContext) -> LoadedModel:
+        from transformers import AutoModelForCausalLM
+
+        return LoadedModel(AutoModelForCausalLM.from_pretrained(context.model_path, **context.weights))
+
+    def trainer(self, context: TrainingContext, model: Any) -> TrainerSetup:
+        from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+        options: dict[str, Any] = {"compute_metrics": PairMetrics()}
+        if context.spec.method.type == "full":
+            options["ref_model"] = self.load_model(context).model.requires_grad_(False)
+        return TrainerSetup(trainer_class(), DataCollatorForPreference(context.processor.pad_token_id), options)
+
+
+@cache
+def trainer_class() -> type:
+    """TRL's trainer without what a job must not do (reports, cards), and with exact figures of an evaluation."""
+    import torch
+    from torch.nn.functional import logsigmoid
+    from trl import DPOTrainer
+
+    losses = {
+        "sigmoid": lambda margin, chosen, rejected, beta: -logsigmoid(margin),
+        "hinge": lambda margin, chosen, rejected, beta: torch.relu(1 - margin),
+        "ipo": lambda margin, chosen, rejected, beta: (chosen - rejected - 1 / (2 * beta)) ** 2,
+    }
+
+    class PreferenceTrainer(DPOTrainer):
+        def __init__(self, *, model: Any, **options: Any) -> None:
+            # TRL 1.16 puts a copy of the adapter beside it as the reference, and turns adapters on a quantised model
+            # into bf16, in which small steps are rounded away.
+            initial = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
+            super().__init__(model=model, **options)
+            if "ref" in getattr(model, "peft_config", {}):
+                model.delete_adapter("ref")
+            for name, weight in model.named_parameters():
+                if name in initial:
+                    weight.data = initial[name]
+            check_fused_head(model)
+
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset  # `prepare` has encoded it
+
+        def _send_telemetry(self) -> None:
+            return
+
+        def create_model_card(self, *_: Any, **__: Any) -> None:
+            return
+
+        def compute_loss(self, *args: Any, **options: Any) -> Any:
+            # TRL 1.16 gathers the figures of its log after each micro-batch. Of the last ones of an epoch processes
+            # may have different numbers of rows, for which a collective would wait for ever.
+            accelerator = self.accelerator
+            accelerator.gather = accelerator.gather_for_metrics = lambda tensor, *_, **__: tensor
+            try:
+                return super().compute_loss(*args, **options)
+            finally:
+                del accelerator.gather, accelerator.gather_for_metrics
+
+        def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> tuple[Any, Any, Any]:
+            """Loss, and [rows, 3]: loss and both rewards of each pair. TRL's own are means over a batch and what fills
+            it up.
+            """
+            inputs = self._prepare_inputs(inputs)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+                outputs = model(
+                    input_ids=inputs["input_ids"],
+                    attention_mask=inputs["attention_mask"],
+                    labels=labels,
+                    use_cache=False,
+                    fused_lm_head=True,
+                )
+                chosen, rejected = outputs.log_probs.sum(dim=1).chunk(2)
+                before = self.compute_ref_log_probs(self.ref_model or model, inputs)
+            chosen, rejected = chosen.float() - before[0].float(), rejected.float() - before[1].float()
+            lengths = inputs["completion_mask"].sum(dim=1).clamp(min=1).chunk(2)
+            loss = losses[self.loss_types[0]](
+                self.beta * (chosen - rejected), chosen / lengths[0], rejected / lengths[1], self.beta
+            )
+            pairs = torch.stack([loss, self.beta * chosen, self.beta * rejected], dim=1).double()
+            return loss.mean(), pairs, torch.zeros(len(pairs), device=pairs.device)
+
+    return PreferenceTrainer
+
+
+class PairMetrics:
+    """evalLoss, rewardAccuracy and rewardMargin, each a mean over all held-out pairs."""
+
+    def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        self.pairs, self.loss, self.right, self.margin = 0, 0.0, 0, 0.0
+
+    def __call__(self, gathered: EvalPrediction, compute_result: bool) -> dict[str, float]:
+        loss, chosen, rejected = gathered.predictions.unbind(dim=1)
+        self.pairs += len(loss)
+        self.loss += loss.sum().item()
+        self.right += int((chosen > rejected).sum().item())
+        self.margin += (chosen - rejected).sum().item()
+        if not compute_result:
+            return {}
+        metrics = {
+            "loss": self.loss / self.pairs,
+            "rewardAccuracy": self.right / self.pairs,
+            "rewardMargin": self.margin / self.pairs,
+        }
+        self._begin()
+        return metrics
+
+
+def roles(spec: FineTuneJobSpec) -> dict[str, str]:
+    """Role → name of the column, in the order of a pair."""
+    names = spec.dataset.columns
+    return {"prompt": names.prompt, "chosen": names.chosen, "rejected": names.rejected}
+
+
+def refuse_messages(rows: Rows, column: str, field: str) -> None:
+    """Raise Failure where a column holds chat messages: which template makes text of them is for the user to say."""
+    columns.require(rows, column, field)
+    feature = rows.data.features[column]
+    if column in rows.mixed or isinstance(feature, list | dict) or type(feature).__name__ in ("List", "LargeList"):
+        raise columns.invalid(
+            f'{field}: column "{column}" of {rows.origin} holds lists or objects, such as chat messages, not text.'
+            " Write each as the text that the model's chat template makes of it, and set"
+            " dataset.parseSpecialTokens: true"
+        )
+
+
+def pairs_of(
+    reader: Reader, longest: int, prompts: list[str], chosen: list[str], rejected: list[str]
+) -> dict[str, list[Any]]:
+    """Tokens of prompts and answers, divided as TRL does: the prompt is what its tokens have in common with those of it
+    and each answer. A token that spans both belongs to the answer. Answers are cut at `longest` tokens with the prompt;
+    `length` is that of the longer sequence before.
+    """
+    options = {"return_attention_mask": False, "return_token_type_ids": False}
+    alone = reader(prompts, **options)["input_ids"]
+    better = reader([prompt + answer for prompt, answer in zip(prompts, chosen, strict=True)], **options)["input_ids"]
+    worse = reader([prompt + answer for prompt, answer in zip(prompts, rejected, strict=True)], **options)["input_ids"]
+    encoded: dict[str, list[Any]] = {name: [] for name in (*ENCODED, "length")}
+    for prompt, ids_of_chosen, ids_of_rejected in zip(alone, better, worse, strict=True):
+        good, bad = reader.row(ids_of_chosen), reader.row(ids_of_rejected)
+        together = zip(prompt, good, bad, strict=False)
+        common = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, together))
+        encoded["prompt_ids"].append(good[:common])
+        encoded["chosen_ids"].append(good[common : max(longest, common)])
+        encoded["rejected_ids"].append(bad[common : max(longest, common)])
+        encoded["length"].append(max(len(good), len(bad)))
+    return encoded
+
+
+def check_fused_head(model: Any) -> None:
+    """Whether log-probabilities as TRL computes them, from the last hidden state and the head's weights, are those of
+    the model. They are not where a head has layers before those weights (BERT's decoders). Raises Failure.
+    """
+    import torch
+
+    ids = torch.arange(1, 9, device=next(model.parameters()).device)[None]
+    with torch.no_grad():
+        training = model.training
+        model.eval()
+        own = model(input_ids=ids).logits.float().log_softmax(dim=-1)[0, :-1]
+        fused = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True).log_probs[0]
+        model.train(training)
+    expect = own.gather(1, ids[0, 1:, None])[:, 0]
+    if not torch.allclose(fused.float(), expect, atol=FUSED_TOLERANCE):
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"spec.model: TRL cannot read log-probabilities from a {model.config.model_type}, which computes its logits"
+            " in a way of its own. Choose another model for the task preference",
+        )
