@@ -166,8 +166,8 @@ SHAPES = [
         name="an unknown task",
         document=tune(task="poetry"),
         expect=(
-            "spec.task: input should be 'causal-lm', 'preference', 'text-classification' or 'image-classification' (it is"
-            " 'poetry')"
+            "spec.task: input should be 'causal-lm', 'preference', 'text-classification' or 'image-classification'"
+            " (it is 'poetry')"
         ),
     ),
     ShapeCase(
