@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from luthier_api.kinds import FineTuneJob, JobKind
+from luthier_api.methods import METHODS
 from luthier_operator.model import Job
 from luthier_operator.workloads import workload
 
@@ -21,10 +22,10 @@ def needed_jobs(job: Job, find: Callable[[str], FineTuneJob | None]) -> dict[str
     named = {name: find(name) for name in workload(job).sources.values()}
     below: dict[str, FineTuneJob | None] = {}
     for source in named.values():
-        if source is None or source.spec.method.type == "full":
+        if source is None or not METHODS[source.spec.method.type].adapter:
             continue
         for name in workload(source).sources.values():
             base = find(name)
-            if base and base.spec.method.type == "full":
+            if base and not METHODS[base.spec.method.type].adapter:
                 below[name] = base
     return below | named
