@@ -12,8 +12,8 @@ from transformers import AutoModel
 from luthier_api.methods import METHODS, QUANTIZATIONS
 from luthier_api.tasks import GENERATION_TASKS, TASKS, TRAINING_TASKS
 from luthier_trainer.generation.engines import table as engines
-from luthier_trainer.methods import base as methods
 from luthier_trainer.methods import quantization
+from luthier_trainer.methods import table as methods
 from luthier_trainer.models import inspect
 from luthier_trainer.prepare import generation as prepare_generation
 from luthier_trainer.publish import model_card
@@ -51,7 +51,7 @@ CASES = [
     Case(
         name="methods that make adapters",
         rows=[name for name, method in METHODS.items() if method.adapter],
-        implementations=methods.PEFT_CONFIGS,
+        implementations=methods.FAMILIES,
     ),
     Case(
         name="quantisations",

@@ -27,7 +27,7 @@ from transformers import (
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_trainer.methods import checks as method_checks
 from luthier_trainer.methods import experts
-from luthier_trainer.methods.base import with_method
+from luthier_trainer.methods.apply import with_method
 from luthier_trainer.models import inspect
 from luthier_trainer.models.merge import merge
 from luthier_trainer.runtime import notices

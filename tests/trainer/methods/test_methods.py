@@ -12,7 +12,7 @@ from cases.methods import method_of
 from prepared_workspace import loaded
 from transformers import AutoModelForSequenceClassification
 
-from luthier_trainer.methods.base import weights_options, with_method
+from luthier_trainer.methods.apply import weights_options, with_method
 from luthier_trainer.runtime.failure import Failure
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.methods import QuantizationType
 from luthier_api.spec import Quantization
-from luthier_trainer.methods.base import weights_options, with_method
+from luthier_trainer.methods.apply import weights_options, with_method
 from luthier_trainer.methods.checks import check_quantisable
 from luthier_trainer.models.checks import check_stored_type
 from luthier_trainer.runtime.failure import Failure

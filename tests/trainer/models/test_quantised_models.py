@@ -25,7 +25,7 @@ from luthier_api.spec import NewModel, Quantization
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.generation.engines.text import TextEngine
 from luthier_trainer.generation.hardware import Hardware
-from luthier_trainer.methods import base as methods
+from luthier_trainer.methods import apply as methods
 from luthier_trainer.models import weight_check, weight_files
 from luthier_trainer.models.merge import merge
 from luthier_trainer.models.new_model import new_config, save_new_model

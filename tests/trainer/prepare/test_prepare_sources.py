@@ -32,7 +32,7 @@ from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import labels
 from luthier_trainer.data.load import Loader
 from luthier_trainer.generation.engines.text import load_model
-from luthier_trainer.methods.base import weights_options
+from luthier_trainer.methods.apply import weights_options
 from luthier_trainer.models.sources import files_to_load
 from luthier_trainer.prepare.main import main
 from luthier_trainer.runtime import notices

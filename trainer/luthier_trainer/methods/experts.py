@@ -106,7 +106,7 @@ def check_adapters(config: PreTrainedConfig, spec: FineTuneJobSpec) -> None:
     import torch
     from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
-    from luthier_trainer.methods.base import with_method
+    from luthier_trainer.methods.apply import with_method
     from luthier_trainer.models.heads import heads_of
 
     linear = linear_modules(model)

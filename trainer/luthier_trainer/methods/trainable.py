@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from luthier_api.finetune import FineTuneJobSpec, Method
 from luthier_api.methods import METHODS
 from luthier_api.status import Plan
+from luthier_trainer.methods.table import FAMILIES
 from luthier_trainer.models.inspect import ALL_LINEAR, MODEL, skeleton
 from luthier_trainer.workspace.model_files import MODEL_CONFIG
 from luthier_trainer.workspace.space import Weights
@@ -50,16 +51,15 @@ def source_dtype(folder: Path) -> str:
 
 
 def adapter_sizes(model: PreTrainedModel, method: Method, whole: list[str]) -> list[int]:
-    """Elements of each tensor that learns with adapters: two for each module that gets one, and those of modules that
-    are trained whole.
-    """
+    """Elements of each tensor that learns with adapters: those of the adapters, and modules that are trained whole."""
+    family = FAMILIES[method.type]
     sizes = []
     for name, module in model.named_modules():
         if name in whole:
             sizes += [weight.numel() for weight in module.parameters()]
         elif gets_adapter(name, module, model, method) and not any(name.startswith(f"{head}.") for head in whole):
             weight: torch.Tensor = module.weight
-            sizes += [method.rank * weight.shape[0], method.rank * weight[0].numel()]
+            sizes += family.sizes(method, (weight.shape[0], weight[0].numel()))
     return sizes
 
 

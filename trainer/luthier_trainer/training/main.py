@@ -25,7 +25,7 @@ from luthier_api.termination import TerminationMessage
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.distributed.ranks import Ranks
 from luthier_trainer.distributed.strategy import assert_started, uses_deepspeed
-from luthier_trainer.methods import base as methods
+from luthier_trainer.methods import apply as methods
 from luthier_trainer.methods.trainable import HALF, source_dtype
 from luthier_trainer.models.zero3 import keep_used_conversions
 from luthier_trainer.runtime.run_folder import global_rank

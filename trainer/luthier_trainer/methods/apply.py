@@ -1,0 +1,76 @@
+"""Applies a method to a model: how its weights are loaded, and the model to train, with adapters on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from transformers import PreTrainedModel
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.finetune import Method
+from luthier_api.methods import METHODS
+from luthier_api.spec import Quantization
+from luthier_trainer.methods.base import Surroundings
+from luthier_trainer.methods.experts import fused_experts
+from luthier_trainer.methods.quantization import settings
+from luthier_trainer.methods.table import FAMILIES
+from luthier_trainer.models.sources import OWN_WEIGHTS
+from luthier_trainer.runtime.devices import DTYPES
+from luthier_trainer.runtime.failure import Failure
+
+
+def weights_options(
+    method: Method, precision: str, deepspeed: bool, device: torch.device, quantization: Quantization | None = None
+) -> dict[str, Any]:
+    """Arguments of `from_pretrained`.
+
+    Frozen weights rest in the precision of the computation, or quantised. Weights that learn are kept in fp32, beside
+    which the 16-bit computation is autocast; DeepSpeed keeps the fp32 copy itself, and wants one type throughout.
+    """
+    frozen = METHODS[method.type].adapter
+    options: dict[str, Any] = {"dtype": DTYPES[precision] if frozen or deepspeed else torch.float32, **OWN_WEIGHTS}
+    if quantization:
+        options |= {
+            "quantization_config": settings(quantization.type, precision),
+            "device_map": {"": device},
+        }
+    return options
+
+
+def with_method(
+    model: PreTrainedModel, method: Method, peft_type: str | None, whole: list[str], deepspeed: bool
+) -> Any:
+    """The model that learns: the model itself, or with adapters. Raises Failure if they do not suit the model.
+
+    `whole`: modules trained entirely beside the adapters. Adapters start from torch's current seed.
+    """
+    if not METHODS[method.type].adapter:
+        return model
+    # On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights in the first evaluation, for a kernel without a
+    # backward pass, and keeps using it in training: gradients then silently skip the frozen weights.
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    config = FAMILIES[method.type].config(method, Surroundings(peft_type, whole, fused_experts(model)))
+    try:
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=not deepspeed)
+    except ValueError as error:
+        linear = {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and not any(f"{name}.".startswith(f"{head}.") for head in whole)
+        }
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"spec.method.targetModules: {', '.join(method.target_modules)} does not suit {type(model).__name__}"
+            f" ({error}). Its linear modules: {', '.join(sorted(linear))}; all-linear takes them all",
+        ) from None
+    if not deepspeed:
+        # PEFT does so for adapters alone: heads would learn in 16 bit, where a small step is rounded away and fp16
+        # cannot be unscaled.
+        for weight in adapted.parameters():
+            if weight.requires_grad:
+                weight.data = weight.data.float()
+    return adapted

@@ -1,0 +1,37 @@
+"""LoRA: two small matrices beside each linear layer. QLoRA is the same over a quantised model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from luthier_api.finetune import Method
+from luthier_trainer.methods.base import Surroundings
+from luthier_trainer.models.inspect import ALL_LINEAR
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+class Lora:
+    """Updates of rank `method.rank`, scaled by `method.alpha`."""
+
+    def config(self, method: Method, around: Surroundings) -> PeftConfig:
+        from peft import LoraConfig
+
+        targets = method.target_modules
+        # PEFT knows such a parameter by the last two parts of its name.
+        experts = {".".join(name.split(".")[-2:]) for name in around.experts if name.rpartition(".")[2] in targets}
+        return LoraConfig(
+            r=method.rank,
+            lora_alpha=method.alpha,
+            lora_dropout=method.dropout,
+            target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else list(targets),
+            target_parameters=sorted(experts) or None,
+            task_type=around.task_type,
+            modules_to_save=around.whole or None,
+            exclude_modules=around.excluded,
+        )
+
+    def sizes(self, method: Method, shape: tuple[int, int]) -> list[int]:
+        outputs, inputs = shape
+        return [method.rank * outputs, method.rank * inputs]
