@@ -186,7 +186,18 @@ def raises(function: ast.AST) -> bool:
     return any(isinstance(node, ast.Raise) and node.exc is not None for node in own_nodes(function))
 
 
-TRAINER = ("data", "distributed", "generation", "methods", "models", "prepare", "publish", "runtime", "supervisor", "workspace")
+TRAINER = (
+    "data",
+    "distributed",
+    "generation",
+    "methods",
+    "models",
+    "prepare",
+    "publish",
+    "runtime",
+    "supervisor",
+    "workspace",
+)
 
 
 @pytest.mark.parametrize("package", [*CONTROL_SIDE, *(f"trainer/luthier_trainer/{folder}" for folder in TRAINER)])
