@@ -35,7 +35,8 @@ class Columns(ApiModel):
     """Which columns of the dataset play which role."""
 
     text: Annotated[ShortText, For("task")] = by_table()
-    """The text to learn (causal-lm) or to classify (text-classification)."""
+    """The text to learn (causal-lm) or to classify (text-classification), or the caption of the image (text-to-image).
+    """
     prompt: Annotated[ShortText, For("task")] = by_table()
     """The text that both answers continue. Each answer follows it directly, without a blank between them."""
     chosen: Annotated[ShortText, For("task")] = by_table()
@@ -43,7 +44,7 @@ class Columns(ApiModel):
     rejected: Annotated[ShortText, For("task")] = by_table()
     """The answer to avoid."""
     image: Annotated[ShortText, For("task")] = by_table()
-    """The image to classify, with 8 bits a channel."""
+    """The image to classify or to learn, with 8 bits a channel."""
     label: Annotated[ShortText, For("task")] = by_table()
     """The class of a row: a name or a number. Images in folders have it by the folder's name: FOLDER/CLASS/image.png.
     """
@@ -188,6 +189,15 @@ class Preference(ApiModel):
     """
 
 
+class TrainingImages(ApiModel):
+    """How images are shown to a model that learns to make them."""
+
+    resolution: Annotated[int, Field(ge=8, le=8192, multiple_of=8)] = 1024
+    """Pixels of both sides, a multiple of 8. Of an image the middle is taken, scaled to this size. The models of Stable
+    Diffusion XL were trained with 1024.
+    """
+
+
 class TrainingResources(ApiModel):
     """The pods that train: one a node."""
 
@@ -255,6 +265,8 @@ class FineTuneJobSpec(JobControl, TabledSpec):
     training: Annotated[Training, RESULT] = Field(default_factory=Training)
     preference: Annotated[Preference, RESULT, For("task")] = by_table()
     """How a model learns to prefer answers."""
+    image: Annotated[TrainingImages, For("task"), RESULT] = by_table()
+    """How images are shown to the model."""
     resources: Annotated[TrainingResources, RESULT] = Field(default_factory=TrainingResources)
     strategy: Annotated[Strategy, RESULT] = "auto"
     """How processes share the work. auto: one process alone, several by ddp. zero2 and zero3 shard optimiser and

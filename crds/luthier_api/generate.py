@@ -48,7 +48,7 @@ WeightsFile = Annotated[
 class Adapter(ApiModel):
     """A LoRA adapter: exactly one of job, id and path."""
 
-    job: Annotated[JobName | None, For("task", remedy="set id or path")] = None
+    job: JobName | None = None
     """A FineTuneJob of the same namespace."""
     id: Repository | None = None
     """Repository on the Hub."""

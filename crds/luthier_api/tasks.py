@@ -14,7 +14,7 @@ from luthier_api.formats import DatasetFormat
 from luthier_api.methods import STRATEGIES, MethodType, QuantizationType, Strategy
 
 Modality = Literal["text", "image"]
-FineTuneTask = Literal["causal-lm", "preference", "text-classification", "image-classification"]
+FineTuneTask = Literal["causal-lm", "preference", "text-classification", "image-classification", "text-to-image"]
 """The rows of `TASKS` that have a training half."""
 GenerateTask = Literal["text-generation", "text-to-image"]
 """The rows of `TASKS` that have a generation half."""
@@ -214,12 +214,22 @@ TASKS: Mapping[str, TaskInfo] = {
             columns={"prompt": "prompt"},
             optional_columns={"seed": "seed"},
             settings="text",
-            options=RESULT_OPTIONS | {"adapters[].job": None},
+            options=RESULT_OPTIONS,
         ),
     ),
     "text-to-image": TaskInfo(
         modality="image",
         pipeline_tag="text-to-image",
+        training=TrainingTask(
+            columns={"image": "image", "text": "text"},
+            formats=IMAGE_FORMATS,
+            methods=("lora",),
+            # diffusers cannot load a model in the shards of ZeRO-3, and an adapter's optimizer state is too small for
+            # ZeRO-2 to help.
+            strategies=("auto", "ddp"),
+            settings="image",
+            metrics=(),
+        ),
         generation=GenerationTask(
             columns={"prompt": "prompt"},
             optional_columns={"negativePrompt": "negative_prompt", "seed": "seed"},

@@ -186,17 +186,6 @@ MARKS: list[Case] = [
     ),
     *(
         Case(
-            message=f"spec.{field}: applies to causal-lm, text-classification;",
-            refused=refused | change,
-            accepted=task | change,
-        )
-        for task, refused in ((CAUSAL, IMAGES), (TEXTS, PREFERENCE))
-        for field, change in {
-            "dataset.columns.text": {"spec.dataset.columns": {"text": "body"}},
-        }.items()
-    ),
-    *(
-        Case(
             message=f"spec.{field}: applies to text-classification, image-classification;",
             refused=refused | change,
             accepted=task | change,
@@ -209,12 +198,32 @@ MARKS: list[Case] = [
     ),
     *(
         Case(
-            message="spec.dataset.columns.image: applies to image-classification;",
-            refused=task | change,
-            accepted=IMAGES | change,
+            message="spec.dataset.columns.text: applies to causal-lm, text-classification, text-to-image;",
+            refused=refused | {"spec.dataset.columns": {"text": "body"}},
+            accepted=task | {"spec.dataset.columns": {"text": "body"}},
         )
-        for task in (CAUSAL, TEXTS)
-        for change in [{"spec.dataset.columns": {"image": "photo"}}]
+        for task, refused in ((CAUSAL, IMAGES), (TEXTS, PREFERENCE), (PICTURES, IMAGES))
+    ),
+    *(
+        Case(
+            message="spec.dataset.columns.image: applies to image-classification, text-to-image;",
+            refused=refused | {"spec.dataset.columns": {"image": "photo"}},
+            accepted=accepted | {"spec.dataset.columns": {"image": "photo"}},
+        )
+        for refused, accepted in [(CAUSAL, IMAGES), (TEXTS, PICTURES)]
+    ),
+    Case(
+        message="spec.image: applies to text-to-image;",
+        refused={"spec.image": {}},
+        accepted=PICTURES | {"spec.image": {}},
+    ),
+    Case(
+        message=(
+            "spec.model.job: applies to causal-lm, preference, text-classification, image-classification; set model.id"
+            " or model.path"
+        ),
+        refused=PICTURES | {"spec.model": {"job": "tune"}},
+        accepted=IMAGES | {"spec.model": {"job": "tune"}},
     ),
     *(
         Case(
@@ -276,12 +285,6 @@ MARKS: list[Case] = [
         base=GENERATE,
     ),
     Case(
-        message="spec.adapters.job: applies to text-generation; set id or path",
-        refused=PICTURES | {"spec.adapters": [{"id": "org/a"}, {"job": "tune"}]},
-        accepted=PICTURES | {"spec.adapters": [{"id": "org/a"}, {"path": "/a"}]},
-        base=GENERATE,
-    ),
-    Case(
         message="spec.adapters.file: applies to text-to-image;",
         refused={"spec.adapters": [{"path": "/a", "file": "a.safetensors"}]},
         accepted=PICTURES | {"spec.adapters": [{"path": "/a", "file": "a.safetensors"}]},
@@ -327,6 +330,22 @@ CHOICES: list[Case] = [
     ),
     *(
         Case(
+            message="spec.method.type: text-to-image works with lora; choose that, or another task",
+            refused=PICTURES | method,
+            accepted=PICTURES | LORA,
+        )
+        for method in (FULL, QLORA)
+    ),
+    *(
+        Case(
+            message="spec.strategy: text-to-image works with auto, ddp; choose one of these, or another task",
+            refused=PICTURES | {"spec.strategy": refused},
+            accepted=PICTURES | {"spec.strategy": accepted},
+        )
+        for refused, accepted in [("zero2", "auto"), ("zero3", "ddp")]
+    ),
+    *(
+        Case(
             message=(
                 f"spec.dataset.format: {task['spec.task']} works with {formats}; choose one of these, or another task"
             ),
@@ -336,6 +355,7 @@ CHOICES: list[Case] = [
         for task, formats, refused, accepted in [
             (IMAGES, "imagefolder, parquet", "csv", "imagefolder"),
             (IMAGES, "imagefolder, parquet", "text", "parquet"),
+            (PICTURES, "imagefolder, parquet", "jsonl", "imagefolder"),
             (CAUSAL, "csv, json, jsonl, parquet, text", "imagefolder", "text"),
             (TEXTS, "csv, json, jsonl, parquet", "text", "jsonl"),
             (TEXTS, "csv, json, jsonl, parquet", "imagefolder", "csv"),
@@ -1073,6 +1093,11 @@ FIXED = [
         field="preference",
         base=FINE_TUNE,
         change={"spec.preference": {"beta": 0.2}},
+    ),
+    FixedCase(
+        field="image",
+        base=FINE_TUNE,
+        change={"spec.image.resolution": 512},
     ),
     FixedCase(
         field="resources",

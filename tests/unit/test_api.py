@@ -166,7 +166,8 @@ SHAPES = [
         name="an unknown task",
         document=tune(task="poetry"),
         expect=(
-            "spec.task: input should be 'causal-lm', 'preference', 'text-classification' or 'image-classification'"
+            "spec.task: input should be 'causal-lm', 'preference', 'text-classification', 'image-classification' or"
+            " 'text-to-image'"
             " (it is 'poetry')"
         ),
     ),

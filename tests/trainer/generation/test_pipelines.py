@@ -20,6 +20,7 @@ from trainer.generating import generate_run
 
 from luthier_api.exitcodes import ExitCode
 from luthier_trainer.generation import pipelines
+from luthier_trainer.models.pipelines import MODELS, variant
 from luthier_trainer.prepare.main import main
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.workspace.prepared import read_prepared
@@ -185,8 +186,8 @@ def test_half_precision_in_shards(source: str, sdxl: Path, halves: Path, hub: Ru
         pipelines.load(Path(read_prepared(run).model_path), torch.float32),
         StableDiffusionXLPipeline.from_pretrained(sdxl),
     )
-    assert read_prepared(run).plan.parameters == sum(getattr(whole, name).num_parameters() for name in pipelines.MODELS)
-    for name in pipelines.MODELS:
+    assert read_prepared(run).plan.parameters == sum(getattr(whole, name).num_parameters() for name in MODELS)
+    for name in MODELS:
         for key, weight in getattr(whole, name).state_dict().items():
             assert torch.equal(getattr(loaded, name).state_dict()[key], weight.half().float()), (name, key)
 
@@ -200,5 +201,5 @@ def test_plain_weights_come_before_a_variant(sdxl: Path, tmp_path: Path) -> None
     )
     main(run)
     pipe = StableDiffusionXLPipeline.from_pretrained(sdxl)
-    assert read_prepared(run).plan.parameters == sum(getattr(pipe, name).num_parameters() for name in pipelines.MODELS)
-    assert pipelines.variant(tmp_path / "model" / "unet", "spec.model") is None
+    assert read_prepared(run).plan.parameters == sum(getattr(pipe, name).num_parameters() for name in MODELS)
+    assert variant(tmp_path / "model" / "unet", "spec.model") is None

@@ -214,8 +214,9 @@ class Loader:
                 found.append(str(images[path].absolute()))
         if without := len(images) - len({*found}):
             notice(f"{where}: {without} images are in no row of the metadata, and are left out")
-        data = table.data.remove_columns([name for name in (FILE_NAME, "image") if name in table.data.column_names])
-        data = data.add_column("image", found).cast_column("image", Image())
+        data = table.data.remove_columns("image") if "image" in table.data.column_names else table.data
+        # A table without columns has no rows: the images come before the names go.
+        data = data.add_column("image", found).remove_columns(FILE_NAME).cast_column("image", Image())
         names = ("image", *(name for name in table.names if name not in (FILE_NAME, "image")))
         texts = tuple(name for name in table.texts if name in names and name != "image")
         return replace(table, data=data, names=names, texts=texts, images=("image",))

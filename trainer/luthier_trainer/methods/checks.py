@@ -12,6 +12,7 @@ from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig
 
 SHARED = (
@@ -25,21 +26,26 @@ def check_adapters(config: PreTrainedConfig, task: str, targets: list[str], fiel
     """Whether adapters hold all that would be learnt, and `targets` name modules that they can sit on. Raises
     Failure.
     """
+    from luthier_trainer.models.heads import heads_of
+
+    model = skeleton(config, task, MODEL)
+    check_modules(model, config.model_type, heads_of(model, task), targets, field)
+
+
+def check_modules(model: torch.nn.Module, kind: str, heads: list[str], targets: list[str], field: str) -> None:
+    """The same, for the modules of a `model`, which messages call `kind`. `heads` are trained whole. Raises Failure."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
     from luthier_trainer.methods.experts import fused_experts
-    from luthier_trainer.models.heads import heads_of
 
-    model = skeleton(config, task, MODEL)
-    heads = heads_of(model, task)
     beside = {
         name: m for name, m in model.named_modules() if not any(f"{name}.".startswith(f"{head}.") for head in heads)
     }
     if counting := next((name for name, m in beside.items() if counts(m)), None):
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"spec.method.type: {config.model_type} keeps statistics of its batches ({counting}), which change in"
+            f"spec.method.type: {kind} keeps statistics of its batches ({counting}), which change in"
             " training and which no adapter holds: the result would not be what was trained. Use method.type: full",
         )
     if ALL_LINEAR in targets:
@@ -53,7 +59,7 @@ def check_adapters(config: PreTrainedConfig, task: str, targets: list[str], fiel
         if not any(isinstance(m, torch.nn.Linear | Conv1D) for m in beside.values()):
             raise Failure(
                 ExitCode.INVALID_SPEC,
-                f"{field}[0]: {config.model_type} has no linear modules for {ALL_LINEAR}. Use method.type: full",
+                f"{field}[0]: {kind} has no linear modules for {ALL_LINEAR}. Use method.type: full",
             )
         return
     fitting = {name: m for name, m in beside.items() if isinstance(m, torch.nn.Linear | torch.nn.Embedding | Conv1D)}

@@ -18,7 +18,7 @@ from luthier_trainer.workspace.space import Weights
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 HALF = ("bfloat16", "float16")
 
@@ -28,11 +28,16 @@ def weights_of(config: PreTrainedConfig, spec: FineTuneJobSpec, plan: Plan, fold
     from luthier_trainer.models.heads import heads_of
 
     model = skeleton(config, spec.task, MODEL)
+    return weights_in(model, heads_of(model, spec.task), spec, plan, source_dtype(folder))
+
+
+def weights_in(model: torch.nn.Module, heads: list[str], spec: FineTuneJobSpec, plan: Plan, source: str) -> Weights:
+    """The same, for a `model` whose `heads` are trained whole, and whose files have weights of the type `source`."""
     total = sum(weight.numel() for weight in model.parameters())
     sizes = [weight.numel() for weight in model.parameters()]
     adapters = METHODS[spec.method.type].adapter
     if adapters:
-        sizes = adapter_sizes(model, spec.method, heads_of(model, spec.task))
+        sizes = adapter_sizes(model, spec.method, heads)
     cpu = spec.resources.gpus_per_node == 0
     return Weights(
         total=total,
@@ -40,7 +45,7 @@ def weights_of(config: PreTrainedConfig, spec: FineTuneJobSpec, plan: Plan, fold
         tensors=len(sizes),
         adapters=adapters,
         computed_bytes=2 if plan.precision in ("bf16", "fp16") or (plan.precision == "auto" and not cpu) else 4,
-        source_bytes=2 if source_dtype(folder) in HALF else 4,
+        source_bytes=2 if source in HALF else 4,
     )
 
 
@@ -50,7 +55,7 @@ def source_dtype(folder: Path) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
-def adapter_sizes(model: PreTrainedModel, method: Method, whole: list[str]) -> list[int]:
+def adapter_sizes(model: torch.nn.Module, method: Method, whole: list[str]) -> list[int]:
     """Elements of each tensor that learns with adapters: those of the adapters, and modules that are trained whole."""
     family = FAMILIES[method.type]
     sizes = []
@@ -63,12 +68,14 @@ def adapter_sizes(model: PreTrainedModel, method: Method, whole: list[str]) -> l
     return sizes
 
 
-def gets_adapter(name: str, module: Any, model: PreTrainedModel, method: Method) -> bool:
+def gets_adapter(name: str, module: Any, model: torch.nn.Module, method: Method) -> bool:
     """As PEFT decides: `all-linear` takes all linear modules but that which gives the tokens' logits."""
     import torch
+    from transformers import PreTrainedModel
     from transformers.pytorch_utils import Conv1D
 
     if method.target_modules == [ALL_LINEAR]:
-        return isinstance(module, torch.nn.Linear | Conv1D) and module is not model.get_output_embeddings()
+        last = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        return isinstance(module, torch.nn.Linear | Conv1D) and module is not last
     suits = any(name == target or name.endswith(f".{target}") for target in method.target_modules)
     return suits and getattr(module, "weight", None) is not None

@@ -102,7 +102,7 @@ class Located:
 def locate(source: ModelSource | Adapter, run: FineTuneRun | GenerateRun, field: str) -> Located:
     """Find what `source` names. Raises Failure when it is not there, not allowed, or not loadable."""
     if isinstance(source, Adapter) and isinstance(run, GenerateRun) and run.spec.task == "text-to-image":
-        return _image_adapter(source, field)
+        return _image_adapter(source, run, field)
     if source.id:
         return _on_hub(source.id, source.revision, field, adapter=isinstance(source, Adapter))
     if source.path:
@@ -116,7 +116,7 @@ def locate(source: ModelSource | Adapter, run: FineTuneRun | GenerateRun, field:
     return Located(ResolvedSource(source=name, revision=folder_digest(folder)), place, folder)
 
 
-def _image_adapter(adapter: Adapter, field: str) -> Located:
+def _image_adapter(adapter: Adapter, run: GenerateRun, field: str) -> Located:
     """The one file of an adapter for images; its repository or folder needs no configuration. Raises Failure if it is
     not there.
     """
@@ -132,6 +132,9 @@ def _image_adapter(adapter: Adapter, field: str) -> Located:
             files=(chosen, *(n for n in names if n == config)),
             file=chosen,
         )
+    if adapter.job:
+        place, source = f"{field}.job", f"FineTuneJob {adapter.job}"
+        return _adapter_file(result_of(adapter.job, run, place), None, field, place, source)
     folder, place = Path(str(adapter.path)).absolute(), f"{field}.path"
     if folder.is_file():
         raise Failure(
@@ -142,12 +145,15 @@ def _image_adapter(adapter: Adapter, field: str) -> Located:
         raise Failure(
             ExitCode.NOT_FOUND, f"{place}: there is no folder {folder}. Is its volume listed under spec.volumes?"
         )
+    return _adapter_file(folder, adapter.file, field, place, str(adapter.path))
+
+
+def _adapter_file(folder: Path, asked: str | None, field: str, place: str, source: str) -> Located:
+    """The one file of `folder` that is an adapter for images; `asked` is the user's choice. Raises Failure."""
     inside = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
     names = [p.as_posix() for p in inside if not any(part.startswith(".") for part in p.parts)]
-    chosen = adapter_file.choose(names, adapter.file, field, str(folder))
-    return Located(
-        ResolvedSource(source=str(adapter.path), revision=manifest.sha256(folder / chosen)), place, folder, file=chosen
-    )
+    chosen = adapter_file.choose(names, asked, field, str(folder))
+    return Located(ResolvedSource(source=source, revision=manifest.sha256(folder / chosen)), place, folder, file=chosen)
 
 
 def _on_hub(name: str, revision: str | None, field: str, adapter: bool) -> Located:

@@ -65,7 +65,8 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     task.check_encoded(data, model, examples.labels)
     dataset_path = folder.prepared / "dataset"
     data.save_to_disk(str(dataset_path))
-    model.processor.save_pretrained(folder.prepared / "processor")
+    if model.processor is not None:
+        model.processor.save_pretrained(folder.prepared / "processor")
     train = data["train"]
     open_on_gpus = spec.training.gradient_checkpointing is None and spec.resources.gpus_per_node > 0
     trouble = task.cannot_recompute(model) if open_on_gpus else None

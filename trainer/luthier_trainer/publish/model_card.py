@@ -29,6 +29,11 @@ TITLES = {
     "tokens": "Tokens",
     "seconds": "Seconds",
 }
+LOAD_LORA = """\
+from diffusers import StableDiffusionXLPipeline
+
+pipe = StableDiffusionXLPipeline.from_pretrained("{base}")
+pipe.load_lora_weights("{repo}")"""
 
 
 def card(run: FineTuneRun | GenerateRun, prepared: PreparedRecord, result: Path) -> str:
@@ -37,10 +42,10 @@ def card(run: FineTuneRun | GenerateRun, prepared: PreparedRecord, result: Path)
 
 
 def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
-    spec, task, adapter = run.spec, TASKS[run.spec.task], (result / ADAPTER_CONFIG).is_file()
+    spec, task, adapter = run.spec, TASKS[run.spec.task], METHODS[run.spec.method.type].adapter
     repo = (spec.hub and spec.hub.repo) or run.name
     metrics = read_metrics(result / METRICS_FILE)
-    front: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": task.pipeline_tag}
+    front: dict[str, Any] = {"library_name": library_of(task, adapter), "pipeline_tag": task.pipeline_tag}
     if spec.model.id:
         front |= {"base_model": spec.model.id, "base_model_relation": "adapter" if adapter else "finetune"}
     if spec.dataset.id:
@@ -58,6 +63,7 @@ def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
         "Epochs": None if training.max_steps else f"{training.epochs:g}",
         "Steps": plan.steps,
         "Tokens a row, at most": training.max_length if task.modality == "text" else None,
+        "Pixels of an image": f"{spec.image.resolution} × {spec.image.resolution}" if spec.image else None,
         "Packing": "yes" if training.packing else None,
         "Strategy": f"{plan.strategy}, {plan.world_size} processes",
         "Seed": training.seed,
@@ -67,7 +73,9 @@ def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
     if settings:
         facts |= getattr(spec, settings).dump()
     titles = TITLES | {metric.name: metric.title for metric in TRAINING_TASKS[spec.task].metrics}
-    load = loading(repo, task, result, classifier=bool(prepared.dataset.labels))
+    load = LOAD_LORA.format(base=spec.model.id or prepared.model.source, repo=repo)
+    if task.auto_model is not None:
+        load = loading(repo, task, result, classifier=bool(prepared.dataset.labels))
     needs = (
         ""
         if spec.model.id or not adapter
@@ -98,6 +106,13 @@ def described_method(spec: FineTuneJobSpec) -> str:
 
 def plain(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def library_of(task: TaskInfo, adapter: bool) -> str:
+    """The Hub's name of the library that loads the result."""
+    if task.auto_model is None:
+        return "diffusers"
+    return "peft" if adapter else "transformers"
 
 
 def shared_weights(run: FineTuneRun, prepared: PreparedRecord) -> list[str]:

@@ -39,7 +39,9 @@ transformers 5.23 leaves that division to every model whose `forward` takes keyw
 micro-batches nor over processes; but many of them take the keywords and never look.
 """
 Processor = Any
-"""What turns inputs into tensors: a tokenizer, or an image processor. transformers gives them no common type."""
+"""What turns inputs into tensors: a tokenizer, or an image processor. transformers gives them no common type. None: the
+task reads what it needs from the model's folder.
+"""
 
 
 class Batches(Protocol):

@@ -58,7 +58,12 @@ class ImageTask(PretrainedTask):
         super().check_model(model, spec, rows, labels)
 
     def loader_workers(self, cores: int) -> int:
-        return min(max(cores - 1, MIN_WORKERS), MAX_WORKERS)
+        return loader_workers(cores)
+
+
+def loader_workers(cores: int) -> int:
+    """Processes that decode and scale images beside each process that trains on a GPU, which has so many cores."""
+    return min(max(cores - 1, MIN_WORKERS), MAX_WORKERS)
 
 
 def fitting(rows: Rows, spec: FineTuneJobSpec) -> Rows:
@@ -66,7 +71,8 @@ def fitting(rows: Rows, spec: FineTuneJobSpec) -> Rows:
     from datasets import Image
 
     name = spec.dataset.columns.image
-    columns.require(rows, name, FIELD, taken=[spec.dataset.columns.label])
+    others = [other for other in (spec.dataset.columns.label, spec.dataset.columns.text) if other is not None]
+    columns.require(rows, name, FIELD, taken=others)
     if not isinstance(feature := rows.data.features[name], Image):
         hint = (
             f"columns of images: {', '.join(rows.images)}"

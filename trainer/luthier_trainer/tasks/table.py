@@ -10,12 +10,14 @@ from luthier_trainer.tasks.causal_lm import CausalLM
 from luthier_trainer.tasks.image_classification import ImageClassification
 from luthier_trainer.tasks.preference import PreferenceTask
 from luthier_trainer.tasks.text_classification import TextClassification
+from luthier_trainer.tasks.text_to_image import TextToImage
 
 TASKS: Mapping[str, Task] = {
     "causal-lm": CausalLM(),
     "preference": PreferenceTask(),
     "text-classification": TextClassification(),
     "image-classification": ImageClassification(),
+    "text-to-image": TextToImage(),
 }
 
 

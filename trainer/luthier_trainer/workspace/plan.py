@@ -21,6 +21,9 @@ MICRO_BATCH_LIMIT = 8  # rows of one forward pass, where the spec leaves it open
 # vocabulary: log-probabilities and two gradients in fp32 (counted with torch 2.13 and transformers 5.23). For 2,048
 # tokens and Qwen2.5's 152,064 entries that is 3.5 GiB: docs/memory.md.
 GPU_TOKENS = 2048
+# Pixels of one forward pass of Stable Diffusion XL. Its VAE, in fp32, holds a few tensors of 128 channels at once: half
+# a gigabyte each for an image of 1024 × 1024 pixels.
+GPU_PIXELS = 2 * 1024**2
 BATCH_SIZE, WARM_UP, CHECKPOINTING = (
     f"spec.training.{name}" for name in ("batchSize", "warmupSteps", "gradientCheckpointing")
 )
@@ -63,15 +66,24 @@ def micro_batch(spec: FineTuneJobSpec, share: int) -> tuple[int, list[str]]:
     if training.micro_batch_size:
         return training.micro_batch_size, []
     rows = largest_divisor(share, MICRO_BATCH_LIMIT)
-    sequences = TRAINING_TASKS[spec.task].sequences
-    if not spec.resources.gpus_per_node or not sequences:
+    most, what = rows_for_a_gpu(spec)
+    if not spec.resources.gpus_per_node or most is None:
         return rows, []
-    fewer = largest_divisor(share, min(max(GPU_TOKENS // (training.max_length * sequences), 1), MICRO_BATCH_LIMIT))
-    why = (
-        f"microBatchSize: {fewer}, because rows of {training.max_length} tokens are large for a GPU. Set it higher if"
-        " yours has memory left"
-    )
+    fewer = largest_divisor(share, min(max(most, 1), MICRO_BATCH_LIMIT))
+    why = f"microBatchSize: {fewer}, because {what} are large for a GPU. Set it higher if yours has memory left"
     return fewer, [why] if fewer < rows else []
+
+
+def rows_for_a_gpu(spec: FineTuneJobSpec) -> tuple[int | None, str]:
+    """(rows of one forward pass that most GPUs have memory for, what a row is); None where that is not limited."""
+    sequences = TRAINING_TASKS[spec.task].sequences
+    if sequences:
+        length = spec.training.max_length
+        return GPU_TOKENS // (length * sequences), f"rows of {length} tokens"
+    if spec.image is not None:
+        side = spec.image.resolution
+        return GPU_PIXELS // side**2, f"images of {side} × {side} pixels"
+    return None, ""
 
 
 def recomputes(spec: FineTuneJobSpec, cannot: str | None) -> tuple[bool, list[str]]:

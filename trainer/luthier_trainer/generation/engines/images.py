@@ -23,6 +23,7 @@ from luthier_trainer.generation.loranames import Names
 from luthier_trainer.generation.records import ImageRecords
 from luthier_trainer.generation.samples import Output, Sample, padded
 from luthier_trainer.generation.schedulers import eta, make_scheduler
+from luthier_trainer.models.pipelines import unread_tokens
 from luthier_trainer.runtime.heartbeat import beat
 
 
@@ -126,7 +127,7 @@ class ImageEngine:
             )
         image = self.pipe.image_processor.postprocess(pixels.float(), output_type="pil")[0]
         texts = {"unreadTokens": sample.prompt, "unreadNegativeTokens": sample.negative_prompt or ""}
-        unread = {name: pipelines.unread_tokens(self.tokenizers, text) for name, text in texts.items()}
+        unread = {name: unread_tokens(self.tokenizers, text) for name, text in texts.items()}
         facts = {name: count for name, count in unread.items() if count}
         suffix, content = encode(image, self.settings, sample)
         return Output(sample, facts, file=content, suffix=suffix)

@@ -1,0 +1,154 @@
+"""The loss of a denoising UNet: what plain diffusers computes, and noise that depends on seed, step and row alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from transformers import TrainingArguments
+
+from luthier_trainer.tasks.diffusion import (
+    DiffusionTrainer,
+    FrozenModels,
+    draw,
+    draw_for_evaluation,
+    draw_for_training,
+)
+from luthier_trainer.tasks.text_to_image import collator
+
+# diffusers and numpy 2 talk about each other.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+SIDE, SEED, STEP = 32, 11, 3
+CAPTIONS = ["a lute on a bench", "two lutes, seen from above"]
+SIZES = [(40, 64), (96, 32)]
+LATENT = torch.Size((4, SIDE // 2, SIDE // 2))
+
+
+def picture(size: tuple[int, int], seed: int) -> Image.Image:
+    """Noise of this width and height."""
+    width, height = size
+    values = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(values.numpy())
+
+
+ROWS = [
+    {"pixel_values": picture(size, i), "caption": caption, "labels": i}
+    for i, (size, caption) in enumerate(zip(SIZES, CAPTIONS, strict=True))
+]
+
+
+@pytest.fixture
+def pipe(sdxl: Path) -> StableDiffusionXLPipeline:
+    return StableDiffusionXLPipeline.from_pretrained(sdxl, add_watermarker=False)
+
+
+@pytest.fixture
+def make(pipe: StableDiffusionXLPipeline, tmp_path: Path) -> Callable[..., DiffusionTrainer]:
+    """A trainer of an adapter with weights of its own on the pipeline's UNet."""
+
+    def make(prediction: str = "epsilon") -> DiffusionTrainer:
+        schedule = DDPMScheduler.from_config(pipe.scheduler.config, prediction_type=prediction)
+        torch.manual_seed(1)
+        model = get_peft_model(pipe.unet, LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
+        trainer = DiffusionTrainer(
+            model=model,
+            args=TrainingArguments(str(tmp_path), seed=SEED, use_cpu=True, report_to="none"),
+            frozen=FrozenModels(pipe.vae, (pipe.text_encoder, pipe.text_encoder_2), schedule),
+            data_collator=collator([pipe.tokenizer, pipe.tokenizer_2], SIDE),
+        )
+        trainer.state.global_step = STEP
+        return trainer
+
+    return make
+
+
+def plain_losses(pipe: StableDiffusionXLPipeline, unet: Any, schedule: DDPMScheduler, drawn: Any) -> torch.Tensor:
+    """What the pipeline's own methods and diffusers' scheduler make of the rows, one by one."""
+    losses = []
+    for i, (row, (width, height)) in enumerate(zip(ROWS, SIZES, strict=True)):
+        scale = SIDE / min(width, height)
+        box = ((width - min(width, height)) / 2, (height - min(width, height)) / 2)
+        square = row["pixel_values"].resize(
+            (SIDE, SIDE),
+            Image.Resampling.LANCZOS,
+            box=(*box, box[0] + min(width, height), box[1] + min(width, height)),
+        )
+        pixels = pipe.image_processor.preprocess(square)
+        posterior = pipe.vae.encode(pixels).latent_dist
+        latents = (posterior.mean + posterior.std * drawn.posterior[i : i + 1]) * pipe.vae.config.scaling_factor
+        hidden, _, pooled, _ = pipe.encode_prompt(row["caption"], do_classifier_free_guidance=False)
+        time_ids = pipe._get_add_time_ids(
+            (height, width),
+            (round(box[1] * scale), round(box[0] * scale)),
+            (SIDE, SIDE),
+            hidden.dtype,
+            text_encoder_projection_dim=pipe.text_encoder_2.config.projection_dim,
+        )
+        noise, timestep = drawn.noise[i : i + 1], drawn.timesteps[i : i + 1]
+        predicted = unet(
+            schedule.add_noise(latents, noise, timestep),
+            timestep,
+            encoder_hidden_states=hidden,
+            added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids},
+        ).sample
+        velocity = schedule.config.prediction_type == "v_prediction"
+        target = schedule.get_velocity(latents, noise, timestep) if velocity else noise
+        losses.append(((predicted - target) ** 2).mean())
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("learning", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_loss_is_that_of_plain_diffusers(
+    make: Callable[..., DiffusionTrainer], pipe: StableDiffusionXLPipeline, prediction: str, learning: bool
+) -> None:
+    trainer = make(prediction)
+    trainer.model.train(learning)
+    batch = trainer.data_collator(ROWS)
+    with torch.no_grad():
+        loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True, num_items_in_batch=4)
+        drawn = (
+            draw_for_training(SEED, STEP, [0, 1], LATENT, 1000)
+            if learning
+            else draw_for_evaluation(SEED, [0, 1], LATENT, 1000)
+        )
+        expect = plain_losses(pipe, trainer.model, trainer.frozen.schedule, drawn)
+    torch.testing.assert_close(outputs["losses"], expect, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss, expect.sum() / 4, rtol=1e-4, atol=1e-6)
+
+
+def test_noise_of_a_row_depends_on_nothing_beside_it() -> None:
+    together, alone = draw(["a", "b", "c"], LATENT, 1000), draw(["b"], LATENT, 1000)
+    for part in ("timesteps", "posterior", "noise"):
+        assert torch.equal(getattr(together, part)[1:2], getattr(alone, part))
+
+
+def test_noise_is_drawn_anew_for_each_row_step_and_seed() -> None:
+    drawn = [
+        draw_for_training(seed, step, [row], LATENT, 1000).noise for seed in (1, 2) for step in (0, 1) for row in (0, 1)
+    ]
+    drawn.append(draw_for_evaluation(1, [0], LATENT, 1000).noise)
+    assert len({tuple(noise.flatten().tolist()) for noise in drawn}) == len(drawn)
+
+
+def test_held_out_rows_cover_the_timesteps_evenly() -> None:
+    timesteps = draw_for_evaluation(0, range(100), torch.Size((1, 1, 1)), 1000).timesteps
+    assert torch.histc(timesteps.float(), bins=10, min=0, max=1000).tolist() == pytest.approx([10] * 10, abs=1)
+
+
+def test_latents_with_statistics_of_their_own() -> None:
+    """What the pipeline undoes before it decodes."""
+    mean, deviation = [0.1, -0.2, 0.3, 0.4], [1.5, 2.0, 0.5, 0.8]
+    config = SimpleNamespace(latents_mean=mean, latents_std=deviation, scaling_factor=0.5)
+    frozen = FrozenModels(SimpleNamespace(config=config), (None, None), None)  # type: ignore[arg-type]
+    latents = torch.arange(4.0).view(1, 4, 1, 1)
+    found = frozen.scaled(latents).flatten().tolist()
+    assert found == pytest.approx([(i - m) / d * 0.5 for i, (m, d) in enumerate(zip(mean, deviation, strict=True))])

@@ -1,0 +1,315 @@
+"""text-to-image: prepared, trained, stopped and resumed; the adapter gives the same images here and in diffusers."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import EDMEulerScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
+from prepared_workspace import losses
+from safetensors import safe_open
+from safetensors.torch import load_file
+from trainer.generating import generate_run, generate_shards, result_lines
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.run import FineTuneRun
+from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.prepare import main as prepare
+from luthier_trainer.publish.model_card import card
+from luthier_trainer.runtime import notices
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.run_folder import run_dir
+from luthier_trainer.training import main as train
+from luthier_trainer.training.callbacks import Heartbeat
+from luthier_trainer.workspace.plan import plan_training
+from luthier_trainer.workspace.prepared import read_prepared
+
+# diffusers and numpy 2 talk about each other.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+ROWS, HELD_OUT, STEPS = 14, 4, 7  # an epoch of ten rows is three steps, the last one of two rows
+METHOD = {"type": "lora", "rank": 4, "alpha": 8, "dropout": 0.1, "targetModules": ["to_q", "to_k", "to_v", "to_out.0"]}
+PICTURES = {"width": 32, "height": 32, "steps": 2}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images of several shapes, whose captions stand in metadata.jsonl. Read-only."""
+    folder = tmp_path_factory.mktemp("pictures") / "lutes"
+    folder.mkdir()
+    lines = []
+    for i in range(ROWS):
+        colour = (20 * i % 256, 90, 200 - 10 * i)
+        Image.new("RGB", (40 + 4 * i, 64), colour).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"lute number {i}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def job(root: Path, sdxl: Path, pictures: Path, **changes: Any) -> FineTuneRun:
+    """A job over the pictures on CPU; keywords replace fields of its spec, those of `training` and `dataset` one by
+    one.
+    """
+    training = {"batchSize": 4, "microBatchSize": 2, "maxSteps": STEPS, "learningRate": 1e-2, "logSteps": 1}
+    dataset = {"files": [str(pictures)], "format": "imagefolder", "evalFraction": HELD_OUT / ROWS}
+    spec = {
+        "task": "text-to-image",
+        "model": {"path": str(sdxl)},
+        "method": METHOD,
+        "image": {"resolution": 32},
+        "resources": {"gpusPerNode": 0},
+        **changes,
+        "training": training | changes.get("training", {}),
+        "dataset": dataset | changes.get("dataset", {}),
+    }
+    return FineTuneRun.model_validate(
+        {"name": "style", "workspace": str(root), "metricsPort": 0, "rendezvousPort": 29517, "spec": spec}
+    )
+
+
+@dataclass(frozen=True)
+class Trained:
+    run: FineTuneRun
+    metrics: dict[str, float]
+
+    @property
+    def result(self) -> Path:
+        return WorkspaceFolder(Path(self.run.workspace)).result
+
+
+@pytest.fixture(scope="module")
+def trained(sdxl: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A job that ran without a stop."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LUTHIER_RUN_DIR", str(folder))
+        run = job(folder / "style", sdxl, pictures)
+        prepare.main(run)
+        metrics = train.main(run).metrics
+    assert metrics is not None
+    return Trained(run, metrics)
+
+
+def test_the_held_out_loss_falls(trained: Trained) -> None:
+    assert trained.metrics["evalLoss"] < trained.metrics["evalLossBefore"]
+    assert "tokens" not in trained.metrics
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(
+    trained: Trained, sdxl: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Flag(Heartbeat):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 3:
+                (run_dir() / "stop").touch()
+
+    run = job(tmp_path / "style", sdxl, pictures)
+    prepare.main(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Heartbeat", Flag)
+        message = train.main(run)
+    (run_dir() / "stop").unlink()
+    assert (message.code, message.step, message.saved) == (75, 4, True)
+
+    metrics = train.main(run).metrics
+    assert metrics is not None
+    assert metrics | {"seconds": 0} == trained.metrics | {"seconds": 0}
+    assert losses(run) == losses(trained.run)
+    expect = load_file(trained.result / WEIGHTS)
+    found = load_file(tmp_path / "style/result" / WEIGHTS)
+    assert found.keys() == expect.keys()
+    assert all(torch.equal(found[name], expect[name]) for name in expect)
+
+
+def test_the_result_is_an_adapter_of_diffusers(trained: Trained) -> None:
+    assert sorted(path.name for path in trained.result.iterdir()) == ["MANIFEST.json", "metrics.json", WEIGHTS]
+    with safe_open(trained.result / WEIGHTS, "pt") as file:
+        described = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert (described["unet.r"], described["unet.lora_alpha"]) == (4, 8)
+    assert described["unet.lora_dropout"] == 0, "diffusers would leave it switched on"
+    assert "/" not in str(described["unet.base_model_name_or_path"]), "the path of a folder in a pod"
+
+
+def test_images_are_those_of_plain_diffusers(
+    trained: Trained, sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the adapter of the job, loaded by our GenerateJob, and by the pipeline's own `load_lora_weights`."""
+
+    def drawn(name: str, **spec: Any) -> torch.Tensor:
+        rows = [{"prompt": "a lute", "seed": 7}]
+        given = {"task": "text-to-image", "model": {"path": str(sdxl)}, "batchSize": 1, "image": PICTURES} | spec
+        run = generate_run(tmp_path / name, rows, **given)
+        run = run.model_copy(update={"sources": {"style": trained.run.workspace}})
+        (message,) = generate_shards(run, monkeypatch, prepare.main)
+        assert message.code == 0
+        (line,) = result_lines(run)
+        (file,) = (tmp_path / name / "result").rglob(Path(line["file_name"]).name)
+        return as_tensor(Image.open(io.BytesIO(file.read_bytes())))
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(sdxl, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(trained.result)
+    expect = pipe(
+        prompt="a lute",
+        num_inference_steps=2,
+        guidance_scale=5.0,
+        width=32,
+        height=32,
+        generator=torch.Generator().manual_seed(7),
+    ).images[0]
+    with_adapter, without = drawn("with", adapters=[{"job": "style"}]), drawn("without")
+    assert (with_adapter - as_tensor(expect)).abs().max() <= 1  # rounded to 8 bits
+    assert (with_adapter - without).abs().max() > 1
+
+
+def as_tensor(image: Image.Image) -> torch.Tensor:
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).int()
+
+
+def test_card(trained: Trained) -> None:
+    text = card(trained.run, read_prepared(trained.run), trained.result)
+    for line in ("library_name: diffusers", "pipeline_tag: text-to-image", "pipe.load_lora_weights(", "lora (rank 4"):
+        assert line in text
+
+
+def edit(file: str, **changes: Any) -> Callable[[Path], object]:
+    """Set fields of a JSON file of a pipeline."""
+
+    def spoil(folder: Path) -> None:
+        path = folder / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return spoil
+
+
+def caption(text: str) -> Callable[[Path], object]:
+    """Give the first image another caption."""
+
+    def spoil(folder: Path) -> None:
+        lines = (folder / "metadata.jsonl").read_text().splitlines()
+        lines[0] = json.dumps({"file_name": "0.png", "text": text})
+        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+    return spoil
+
+
+def of_edm(folder: Path) -> None:
+    """A scheduler whose noise has no betas, as that of Playground v2.5."""
+    EDMEulerScheduler().save_pretrained(folder / "scheduler")
+    edit("model_index.json", scheduler=["diffusers", "EDMEulerScheduler"])(folder)
+
+
+def refining(folder: Path) -> None:
+    """A UNet with new weights that is told five numbers of an image instead of six."""
+    config = dict(UNet2DConditionModel.load_config(folder / "unet"))
+    config["projection_class_embeddings_input_dim"] -= config["addition_time_embed_dim"]
+    UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
+
+
+@dataclass(frozen=True)
+class Mistake:
+    name: str
+    message: str
+    """How it begins."""
+    pipeline: Callable[[Path], object] = lambda folder: None
+    pictures: Callable[[Path], object] = lambda folder: None
+    spec: dict[str, Any] = field(default_factory=dict)
+    code: ExitCode = ExitCode.INVALID_SPEC
+
+
+MISTAKES = [
+    Mistake(
+        name="a model of another kind",
+        pipeline=edit("model_index.json", _class_name="StableDiffusionPipeline"),
+        message="spec.model.path: StableDiffusionPipeline is not supported; text-to-image runs",
+    ),
+    Mistake(
+        name="a pipeline without one of the text encoders",
+        pipeline=edit("model_index.json", text_encoder=[None, None]),
+        message="spec.model: the pipeline has no text_encoder; choose a base model of Stable Diffusion XL",
+    ),
+    Mistake(
+        name="a UNet that takes fewer numbers about an image, as a refiner's does",
+        pipeline=refining,
+        message="spec.model: its UNet does not take what its VAE and its text encoders make: ",
+    ),
+    Mistake(
+        name="a scheduler without betas",
+        pipeline=of_edm,
+        message="spec.model: its scheduler (EDMEulerScheduler, prediction_type epsilon) adds noise in another way",
+    ),
+    Mistake(
+        name="a prediction that is not known",
+        pipeline=edit("scheduler/scheduler_config.json", prediction_type="sample"),
+        message="spec.model: its scheduler (EulerDiscreteScheduler, prediction_type sample) adds noise in another",
+    ),
+    Mistake(
+        name="an adapter on a module that is not there",
+        spec={"method": METHOD | {"targetModules": ["q_proj"]}},
+        message="spec.method.targetModules[0]: the model has no module 'q_proj' (it has: ",
+    ),
+    Mistake(
+        name="an image that cannot be read",
+        pictures=lambda folder: (folder / "3.png").write_bytes(b"no image"),
+        message="spec.dataset.columns.image: 1 images of lutes cannot be used. The first is row 3",
+        code=ExitCode.INVALID_DATASET,
+    ),
+    Mistake(
+        name="a caption that is blank",
+        pictures=caption(" "),
+        message='spec.dataset.columns.text: column "text" of lutes is blank in 1 of 14 rows. The first is',
+        code=ExitCode.INVALID_DATASET,
+    ),
+    Mistake(
+        name="a column of captions that is not there",
+        spec={"dataset": {"columns": {"text": "prompt"}}},
+        message='spec.dataset.columns.text: no column "prompt" in',
+        code=ExitCode.INVALID_DATASET,
+    ),
+    Mistake(
+        name="folders of classes, which have no captions",
+        pictures=lambda folder: (folder / "metadata.jsonl").unlink(),
+        message='spec.dataset.columns.text: no column "text" in',
+        code=ExitCode.INVALID_DATASET,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", MISTAKES, ids=lambda case: case.name)
+def test_mistakes_end_in_prepare(case: Mistake, sdxl: Path, pictures: Path, tmp_path: Path) -> None:
+    model, data = (Path(shutil.copytree(source, tmp_path / source.name)) for source in (sdxl, pictures))
+    case.pipeline(model)
+    case.pictures(data)
+    with pytest.raises(Failure) as refused:
+        prepare.main(job(tmp_path / "style", model, data, **case.spec))
+    assert str(refused.value).startswith(case.message)
+    assert refused.value.code == case.code
+
+
+def test_a_long_caption_is_noticed(sdxl: Path, pictures: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(pictures, tmp_path / "pictures"))
+    caption("lute " * 200)(data)
+    prepare.main(job(tmp_path / "style", sdxl, data))
+    (found,) = [text for text in notices.given() if text.startswith("spec.dataset.columns.text")]
+    assert "1 of the 10 captions of split train are longer than the 77 tokens that the text encoders read" in found
+    assert 'of "lute lute lute' in found
+
+
+def test_what_is_planned(sdxl: Path, pictures: Path, tmp_path: Path, trained: Trained) -> None:
+    """Space by what was saved, and few large images in a forward pass of a GPU."""
+    plan = read_prepared(trained.run).plan
+    assert plan.result_bytes == pytest.approx((trained.result / WEIGHTS).stat().st_size, rel=0.5)
+    run = job(tmp_path / "gpu", sdxl, pictures, resources={"gpusPerNode": 1}, image={"resolution": 1024})
+    training = run.spec.training.model_copy(update={"micro_batch_size": None, "batch_size": 16})
+    planned = plan_training(run.spec.model_copy(update={"training": training}), 100, None)
+    assert planned.micro_batch_size == 2
+    assert "images of 1024 × 1024 pixels are large for a GPU" in planned.reasons[0]

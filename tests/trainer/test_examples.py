@@ -1,0 +1,73 @@
+"""`luthier run` with the real trainer: the two manifests of a style for Stable Diffusion XL, made short, on a small
+pipeline.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+from prepared_workspace import losses
+from trainer.small_sdxl import write_small_sdxl
+
+from luthier_api.run import FineTuneRun
+from luthier_trainer.prepare import main as prepare
+from luthier_trainer.training import main as train
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SHORT: dict[str, dict[str, Any]] = {
+    "finetune-sdxl.yaml": {
+        "model": {"path": "/data/sdxl"},
+        "image": {"resolution": 32},
+        "training": {"maxSteps": 4, "batchSize": 4, "saveSteps": 2, "learningRate": 1e-2, "logSteps": 1},
+        "resources": {"gpusPerNode": 0, "processesPerNode": 2},
+    },
+    "generate-sdxl-style.yaml": {
+        "model": {"path": "/data/sdxl"},
+        "image": {"steps": 2, "width": 32, "height": 32},
+        "resources": {"gpus": 0},
+    },
+}
+
+
+def test_a_style_is_learnt_and_drawn(tmp_path: Path) -> None:
+    write_small_sdxl(tmp_path / "data/sdxl")
+    lutes = tmp_path / "data/lutes"
+    lutes.mkdir()
+    lines = []
+    for i in range(10):
+        Image.new("RGB", (40, 32 + i), (20 * i, 90, 120)).save(lutes / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a lute on bench {i}"}))
+    (lutes / "metadata.jsonl").write_text("\n".join(lines))
+    for name, changes in SHORT.items():
+        document = yaml.safe_load((EXAMPLES / name).read_text())
+        (tmp_path / name).write_text(yaml.safe_dump(document | {"spec": document["spec"] | changes}))
+
+    words = [sys.executable, "-m", "luthier_cli", "run", *SHORT, "--mount", "/data=data", "-o", "json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    style, drawn = json.loads(done.stdout)["jobs"]
+    assert {"steps", "evalLoss", "evalLossBefore"} <= style["metrics"].keys()
+    assert (tmp_path / "luthier-runs/lute-style/result/pytorch_lora_weights.safetensors").exists()
+    assert len(list(Path(drawn["result"]).rglob("*.png"))) == 2
+
+    # Noise belongs to rows: one process alone learns the same, but for rounding.
+    spec = yaml.safe_load((tmp_path / "finetune-sdxl.yaml").read_text())["spec"]
+    spec |= {"model": {"path": str(tmp_path / "data/sdxl")}, "resources": {"gpusPerNode": 0}, "volumes": []}
+    spec["dataset"] |= {"files": [str(lutes)]}
+    alone, shared = (
+        FineTuneRun.model_validate({"name": "style", "workspace": str(folder), "metricsPort": 0, "spec": spec})
+        for folder in (tmp_path / "alone", tmp_path / "luthier-runs/lute-style")
+    )
+    prepare.main(alone)
+    train.main(alone)
+    assert losses(alone) == pytest.approx(losses(shared), rel=1e-4)

@@ -1,0 +1,186 @@
+"""The components of a diffusers pipeline (Stable Diffusion XL) in a folder: classes, modules, weights, tokenizers.
+
+A check builds the models on the meta device, without memory, and compares them with the headers of the files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luthier_api.exitcodes import ExitCode
+from luthier_trainer.models import checks, sources, weight_files
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.workspace.model_files import PIPELINE_CONFIG
+
+MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
+LIBRARIES = ("diffusers", "transformers")  # no code of a repository's own
+POSITIONS = "embeddings.position_ids"  # a buffer that older files of CLIP have as a tensor
+SHOWN = 3  # names in a message
+
+
+def index_of(path: Path, field: str) -> dict[str, Any]:
+    """What model_index.json says: component → its library and class. Raises Failure for another kind of pipeline."""
+    checks.check_pipeline(path, field)
+    return dict(json.loads((path / PIPELINE_CONFIG).read_text()))
+
+
+def classes(index: Mapping[str, Any], field: str) -> dict[str, Any]:
+    """The classes of the pipeline's models. Raises Failure when it lacks one that it cannot do without."""
+    if lacking := next((name for name in ("unet", "vae", "scheduler") if not (index.get(name) or [None])[0]), None):
+        raise Failure(ExitCode.INVALID_SPEC, f"{field}: model_index.json names no {lacking}; choose a whole pipeline")
+    return {name: _class(index[name], field) for name in MODELS if (index.get(name) or [None])[0]}
+
+
+def _class(entry: Sequence[str], field: str) -> Any:
+    """The class of a component, by its name in the pipeline's configuration. Raises Failure if there is none."""
+    library, name = entry
+    kind = getattr(import_module(library), name, None) if library in LIBRARIES else None
+    if kind is None:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: model_index.json names {library}.{name}, which is not there. Code of a repository is never run",
+        )
+    return kind
+
+
+def skeletons(path: Path, index: Mapping[str, Any], field: str) -> dict[str, Any]:
+    """The pipeline's models on the meta device, by diffusers' names of components. Raises Failure when one cannot be
+    built.
+    """
+    found = {}
+    for name, kind in classes(index, field).items():
+        try:
+            with torch.device("meta"):
+                if hasattr(kind, "load_config"):
+                    found[name] = kind.from_config(kind.load_config(path / name, local_files_only=True))
+                else:
+                    found[name] = kind(kind.config_class.from_pretrained(path / name, local_files_only=True))
+        except Exception as error:  # each class checks its configuration with exceptions of its own
+            text = " ".join(str(error).split())[:300]
+            raise Failure(
+                ExitCode.INVALID_SPEC, f"{field}: no {kind.__name__} can be built from {path / name}: {text}"
+            ) from error
+    return found
+
+
+def weight_files_of(folder: Path, field: str) -> list[Path]:
+    """The files that `from_pretrained` reads the weights of a model from: the plain ones, or else those of fp16. Raises
+    Failure.
+    """
+    there = weight_files.loaded(folder, field)
+    return [p for p in there if not sources.VARIANT.search(p.name)] or [p for p in there if ".fp16" in p.name]
+
+
+def variant(folder: Path, field: str) -> str | None:
+    """diffusers' name for the weights in `folder` that are read."""
+    return "fp16" if any(sources.VARIANT.search(p.name) for p in weight_files_of(folder, field)) else None
+
+
+def check_weights(folder: Path, model: Any, field: str) -> None:
+    """Whether the files of a model hold every weight, in its shape: what they lack would be drawn at random. Raises
+    Failure.
+    """
+    held = {
+        name: torch.empty(shape, device="meta")
+        for name, shape in weight_files.shapes(weight_files_of(folder, field)).items()
+    }
+    if hasattr(model, "_fix_state_dict_keys_on_load"):
+        model._fix_state_dict_keys_on_load(held)  # attention of old autoencoders had other names
+    shapes = {_bare(name): tuple(tensor.shape) for name, tensor in held.items()}
+    wanted = {_bare(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if lacking := [name for name in wanted if name not in shapes]:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: the weights in {folder} lack {len(lacking)} of the {len(wanted)} tensors of"
+            f" {type(model).__name__}: {_shown(lacking)}. Download or copy the folder again, or choose another model",
+        )
+    for name, shape in wanted.items():
+        if shapes[name] != shape:
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}: {name} in {folder} is {shapes[name]}, and {type(model).__name__} by its config.json wants"
+                f" {shape}",
+            )
+    if beside := [name for name in shapes if name not in wanted and name != POSITIONS]:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: the weights in {folder} have {len(beside)} tensors that {type(model).__name__} by its"
+            f" config.json has no use for: {_shown(beside)}",
+        )
+
+
+def _bare(name: str) -> str:
+    """transformers 5 has taken `text_model` out of the names of CLIPTextModel; files have it."""
+    return name.removeprefix("text_model.")
+
+
+def read_tokenizers(path: Path, index: Mapping[str, Any], field: str) -> list[Any]:
+    """The tokenizer of each text encoder. Raises Failure."""
+    found = []
+    for name in ("tokenizer", "tokenizer_2"):
+        if (index.get(name) or [None])[0]:
+            try:
+                found.append(_class(index[name], field).from_pretrained(path / name, local_files_only=True))
+            except Exception as error:  # each tokenizer class fails in its own way on missing files
+                text = " ".join(str(error).split())[:300]
+                raise Failure(
+                    ExitCode.INVALID_SPEC, f"{field}: {path / name} has no usable tokenizer: {text}"
+                ) from error
+    return found
+
+
+def pixels_of_a_latent(vae: Any) -> int:
+    """Pixels of one side of an image that a VAE turns into one number: sides are multiples of it."""
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def unread_tokens(tokenizers: Sequence[Any], text: str) -> int:
+    """Tokens at the end of a text that a text encoder does not see, the one that sees the least."""
+    return max(
+        max(0, len(t(text, truncation=False, verbose=False)["input_ids"]) - t.model_max_length) for t in tokenizers
+    )
+
+
+def read_scheduler(path: Path, index: Mapping[str, Any], field: str) -> Any:
+    """The scheduler that the pipeline names. Raises Failure."""
+    try:
+        return _class(index["scheduler"], field).from_pretrained(path / "scheduler", local_files_only=True)
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: {path / 'scheduler'} has no usable scheduler: {' '.join(str(error).split())[:300]}",
+        ) from error
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def load_model(path: Path, name: str, dtype: torch.dtype, field: str) -> Any:
+    """The model of component `name`, from safetensors only, whole or refused. Raises Failure."""
+    kind, folder = classes(index_of(path, field), field)[name], path / name
+    try:
+        model, found = kind.from_pretrained(
+            folder,
+            dtype=dtype,
+            variant=variant(folder, field),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (ValueError, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise
+        raise Failure(ExitCode.INVALID_SPEC, f"{field}: {folder} cannot be loaded: {error}") from None
+    if lacking := [*found["missing_keys"], *found["mismatched_keys"]]:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: {folder} lacks weights of its model: {_shown([str(k) for k in lacking])}",
+        )
+    return model

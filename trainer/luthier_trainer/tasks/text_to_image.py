@@ -1,0 +1,268 @@
+"""text-to-image: LoRA adapters on the UNet of Stable Diffusion XL learn from images with captions.
+
+The adapter is delivered as diffusers saves one (`pytorch_lora_weights.safetensors`): GenerateJobs load it, and so does
+`StableDiffusionXLPipeline.load_lora_weights`. `diffusion` has the trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.run import FineTuneRun
+from luthier_api.status import Plan
+from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.data import columns
+from luthier_trainer.data.load import Rows
+from luthier_trainer.methods import checks as method_checks
+from luthier_trainer.methods.trainable import weights_in
+from luthier_trainer.models import inspect
+from luthier_trainer.models.adapter_file import LORA_WEIGHTS
+from luthier_trainer.models.adapters import WEIGHTS as PEFT_WEIGHTS
+from luthier_trainer.models.materialize import whole_model
+from luthier_trainer.models.sources import Located
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.notices import notice
+from luthier_trainer.tasks import images
+from luthier_trainer.tasks.base import Batch, Collator, LoadedModel, Model, Task, TrainerSetup, TrainingContext
+from luthier_trainer.tasks.batches import LabelledBatches, measured_by
+from luthier_trainer.tasks.images import PIXELS
+from luthier_trainer.workspace.model_files import ADAPTER_CONFIG
+from luthier_trainer.workspace.space import Weights
+
+if TYPE_CHECKING:
+    import PIL.Image
+    import torch
+    from datasets import Dataset, DatasetDict
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+CAPTION, ROW = "caption", "labels"
+"""Columns of the prepared rows. transformers counts the rows of a step by their `labels`, so that is where the number
+of a row in its split stands: what is drawn for the row depends on it.
+"""
+CAPTIONS = "spec.dataset.columns.text"
+SHOWN = 60  # characters of a caption in a message
+PREDICTIONS = ("epsilon", "v_prediction")
+TIME_IDS = 6  # numbers that tell the size and the part of an image, of which refiners are given five
+
+
+class TextToImage(LabelledBatches, Task):
+    def columns(self, spec: FineTuneJobSpec) -> tuple[str, ...]:
+        return (spec.dataset.columns.image, spec.dataset.columns.text)
+
+    def fitting(self, rows: Rows, spec: FineTuneJobSpec) -> Rows:
+        """The rows, each with an image that can be read and a caption. Raises Failure."""
+        return columns.texts(images.fitting(rows, spec), spec.dataset.columns.text, CAPTIONS, drop_blank=False)
+
+    def read_model(self, located: Located, run: FineTuneRun, folder: WorkspaceFolder) -> Model:
+        from luthier_trainer.models import pipelines
+
+        path = whole_model(located, run, folder)
+        unet = pipelines.skeletons(path, pipelines.index_of(path, located.field), located.field)["unet"]
+        return Model(located.resolved, path, unet.config, processor=None)
+
+    def check_model(self, model: Model, spec: FineTuneJobSpec, rows: int, labels: list[str] | None) -> None:
+        unet = check_pipeline(model.path, spec, inspect.MODEL)
+        method_checks.check_modules(unet, "the UNet", [], spec.method.target_modules, "spec.method.targetModules")
+
+    def encode(self, rows: Rows, processor: None, spec: FineTuneJobSpec, labels: list[str] | None, use: str) -> Dataset:
+        """Columns pixel_values, which are still files, caption, and labels: the number of each row."""
+        from datasets import Features, Image, Value
+
+        names = {spec.dataset.columns.image: PIXELS, spec.dataset.columns.text: CAPTION}
+        data = rows.data.select_columns(list(names)).rename_columns({a: b for a, b in names.items() if a != b})
+        data = data.add_column(ROW, list(range(len(data))))
+        return data.cast(Features({PIXELS: Image(), CAPTION: Value("large_string"), ROW: Value("int64")}))
+
+    def check_encoded(self, data: DatasetDict, model: Model, labels: list[str] | None) -> None:
+        """A notice for the captions of each split that are longer than the text encoders read."""
+        for use, rows in data.items():
+            report_unread(rows, read_tokenizers(model.path), use)
+
+    def cannot_recompute(self, model: Model) -> str | None:
+        return None
+
+    def weights(self, model: Model, spec: FineTuneJobSpec, plan: Plan, labels: list[str] | None) -> Weights:
+        from luthier_trainer.models import pipelines
+
+        unet = pipelines.skeletons(model.path, pipelines.index_of(model.path, inspect.MODEL), inspect.MODEL)["unet"]
+        return weights_in(unet, [], spec, plan, source="float32")
+
+    def read_processor(self, folder: Path, field: str) -> None:
+        """None: the tokenizers are read from the pipeline's folder."""
+        return
+
+    def loader_workers(self, cores: int) -> int:
+        return images.loader_workers(cores)
+
+    def arguments(self, spec: FineTuneJobSpec, common: Mapping[str, Any]) -> TrainingArguments:
+        # transformers would drop the columns that the UNet's `forward` does not know.
+        return super().arguments(spec, {**common, "remove_unused_columns": False})
+
+    def load_model(self, context: TrainingContext) -> LoadedModel:
+        from luthier_trainer.models import pipelines
+
+        return LoadedModel(pipelines.load_model(context.model_path, "unet", context.weights["dtype"], inspect.MODEL))
+
+    def trainer(self, context: TrainingContext, model: Any) -> TrainerSetup:
+        from luthier_trainer.tasks.diffusion import DiffusionTrainer, RowLosses, load_frozen
+
+        frozen = load_frozen(context.model_path, context.weights["dtype"], inspect.MODEL)
+        options = {"frozen": frozen, **measured_by(RowLosses())}
+        make_batch = collator(read_tokenizers(context.model_path), context.spec.image.resolution)
+        return TrainerSetup(DiffusionTrainer, make_batch, options)
+
+    def complete_result(self, folder: Path, model: Any, context: TrainingContext) -> None:
+        """Turn the adapter that PEFT has saved in `folder` into one of diffusers."""
+        from diffusers import StableDiffusionXLPipeline
+        from safetensors.torch import load_file
+
+        saved = folder / PEFT_WEIGHTS
+        weights = {name.removeprefix("base_model.model."): tensor for name, tensor in load_file(saved).items()}
+        # diffusers 0.42.1 leaves the dropout of an adapter that it loads switched on, so the file has none. Nor does it
+        # name a folder in a pod.
+        described = model.peft_config["default"].to_dict() | {"lora_dropout": 0.0, "base_model_name_or_path": None}
+        StableDiffusionXLPipeline.save_lora_weights(
+            folder, unet_lora_layers=weights, unet_lora_adapter_metadata=described, weight_name=LORA_WEIGHTS
+        )
+        saved.unlink()
+        (folder / ADAPTER_CONFIG).unlink()
+
+
+def check_pipeline(path: Path, spec: FineTuneJobSpec, field: str) -> Any:
+    """The UNet of the pipeline in `path`, without weights. Raises Failure where it cannot learn what is asked for."""
+    from luthier_trainer.models import pipelines
+
+    index = pipelines.index_of(path, field)
+    models = pipelines.skeletons(path, index, field)
+    if lacking := [name for name in pipelines.MODELS if name not in models]:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: the pipeline has no {lacking[0]}; choose a base model of Stable Diffusion XL, not a refiner",
+        )
+    for name, model in models.items():
+        pipelines.check_weights(path / name, model, field)
+    pipelines.read_tokenizers(path, index, field)
+    check_schedule(pipelines.read_scheduler(path, index, field).config, field)
+    unit = pipelines.pixels_of_a_latent(models["vae"])
+    side = spec.image.resolution
+    if side % unit:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"spec.image.resolution: {side} is not a multiple of {unit}, as this model wants; set"
+            f" {side // unit * unit} or {(side // unit + 1) * unit}",
+        )
+    check_conditioning(models, side // unit, field)
+    return models["unet"]
+
+
+def check_schedule(config: Mapping[str, Any], field: str) -> None:
+    """Whether the noise that the model was trained with can be made here. Raises Failure."""
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS or "beta_start" not in config:
+        found = f"{config.get('_class_name')}, prediction_type {prediction}"
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: its scheduler ({found}) adds noise in another way than Stable Diffusion XL does, which cannot be"
+            f" trained here; choose a model with betas and a prediction_type of {' or '.join(PREDICTIONS)}",
+        )
+
+
+def check_conditioning(models: Mapping[str, Any], side: int, field: str) -> None:
+    """Whether the UNet takes what the other models make, latents of `side` × `side`; seen on the meta device, without
+    memory. Raises Failure.
+    """
+    import torch
+
+    first, second = models["text_encoder"].config, models["text_encoder_2"].config
+    with torch.device("meta"):
+        sample = torch.empty(1, models["vae"].config.latent_channels, side, side)
+        hidden = torch.empty(1, first.max_position_embeddings, first.hidden_size + second.hidden_size)
+        conditions = {"text_embeds": torch.empty(1, second.projection_dim), "time_ids": torch.empty(1, TIME_IDS)}
+        try:
+            models["unet"](sample, torch.empty(1), hidden, added_cond_kwargs=conditions)
+        except Exception as error:  # each block checks what it is given in its own way
+            text = " ".join(str(error).split())[:300]
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}: its UNet does not take what its VAE and its text encoders make: {text}. Choose a base model"
+                " of Stable Diffusion XL, not a refiner, and none for inpainting",
+            ) from error
+
+
+def report_unread(rows: Dataset, tokenizers: list[PreTrainedTokenizerBase], use: str) -> None:
+    """A notice for the captions that are longer than the text encoders read. `use`: the split of the rows."""
+    from luthier_trainer.models import pipelines
+
+    counts = [pipelines.unread_tokens(tokenizers, caption) for caption in rows[CAPTION]]
+    if most := max(counts):
+        limit = min(tokenizer.model_max_length for tokenizer in tokenizers)
+        notice(
+            f"{CAPTIONS}: {sum(count > 0 for count in counts)} of the {len(counts)} captions of split {use} are longer"
+            f" than the {limit} tokens that the text encoders read, and their ends are not learnt: up to {most} tokens,"
+            f' of "{rows[counts.index(most)][CAPTION][:SHOWN]} ...". Shorten them'
+        )
+
+
+def read_tokenizers(path: Path) -> list[PreTrainedTokenizerBase]:
+    """Those of the pipeline in `path`, one for each text encoder. Raises Failure."""
+    from luthier_trainer.models import pipelines
+
+    return pipelines.read_tokenizers(path, pipelines.index_of(path, inspect.MODEL), inspect.MODEL)
+
+
+@dataclass(frozen=True)
+class Framed:
+    """A square part of an image, and what of the image it is."""
+
+    image: PIL.Image.Image
+    time_ids: tuple[int, ...]
+    """What SDXL is given beside the caption: original height and width, top and left of the part, height and width."""
+
+
+def framed(image: PIL.Image.Image, resolution: int) -> Framed:
+    """The middle of an image, scaled so that its shorter side has `resolution` pixels."""
+    import PIL.Image
+    import PIL.ImageOps
+
+    width, height = image.size
+    scale = resolution / min(width, height)
+    top, left = (round((side * scale - resolution) / 2) for side in (height, width))
+    square = PIL.ImageOps.fit(image.convert("RGB"), (resolution, resolution), PIL.Image.Resampling.LANCZOS)
+    return Framed(square, (height, width, top, left, resolution, resolution))
+
+
+def pixels_of(image: PIL.Image.Image) -> torch.Tensor:
+    """fp32 [3, height, width] from -1 to 1."""
+    import torch
+
+    values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+    return values.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> torch.Tensor:
+    """int64 [rows, positions of the text encoder]: the beginning of a caption that is too long."""
+    ids: torch.Tensor = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
+    return ids
+
+
+def collator(tokenizers: list[PreTrainedTokenizerBase], resolution: int) -> Collator:
+    import torch
+
+    def collate(rows: list[dict[str, Any]]) -> Batch:
+        """Images, decoded as they are read, captions and row numbers → a batch of `DiffusionTrainer`."""
+        frames = [framed(row[PIXELS], resolution) for row in rows]
+        captions = [row[CAPTION] for row in rows]
+        return {
+            PIXELS: torch.stack([pixels_of(frame.image) for frame in frames]),
+            "input_ids": token_ids(tokenizers[0], captions),
+            "input_ids_2": token_ids(tokenizers[1], captions),
+            "time_ids": torch.tensor([frame.time_ids for frame in frames], dtype=torch.float32),
+            ROW: torch.tensor([row[ROW] for row in rows]),
+        }
+
+    return collate
