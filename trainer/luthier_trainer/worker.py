@@ -1,8 +1,7 @@
-"""A process of a phase, from its first import to its last word: `python -m luthier_trainer.worker train`.
+"""A process of a phase: `python -m luthier_trainer.worker train`. Its result is a termination message.
 
 PID 1 (`supervisor`) starts it; for training in several processes `accelerate launch` does. The verb's module is
-imported here, so that an import that fails is explained like any other end, and so that its imports cost no more than
-they must.
+imported here, so that a failed import is reported like any other failure, and each verb imports only what it needs.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ Work = Callable[[FineTuneRun | GenerateRun], TerminationMessage]
 
 
 def main(verb: str) -> NoReturn:
-    """The whole life of a process."""
-    faulthandler.register(signal.SIGUSR1)  # the supervisor asks a process that hangs where it is
+    """Run the verb, write the message for the supervisor, and end the process."""
+    faulthandler.register(signal.SIGUSR1)  # the supervisor asks a process that hangs for its stacks
     volume = None
     try:
         run = read_run(Path(os.environ[Variables.RUN]).read_bytes())
@@ -75,8 +74,8 @@ def load(verb: str, run: FineTuneRun | GenerateRun) -> Work:
     """`main` of the verb's module."""
     if VERBS[verb] == "run" and not quantised(run):
         # PEFT imports bitsandbytes wherever it is installed, and with it the whole of torch's compiler.
-        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # the import system's word for "not to be had"
-    # Nearly all that imports make stays: to look for garbage meanwhile is in vain.
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # None marks a module that cannot be imported
+    # Nearly all objects that imports create stay alive, so that collecting garbage meanwhile only costs time.
     gc.disable()
     work: Work = import_module(MODULES[verb]).main
     gc.enable()

@@ -90,12 +90,12 @@ def test_reading_a_checkpoint_leaves_the_patience_for_the_first_step(
 ) -> None:
     now = 1000.0
     monkeypatch.setattr(supervisor.time, "monotonic", lambda: now)
-    pulse = supervisor.Pulse(tmp_path, limit=10)
+    watch = supervisor.HeartbeatWatch(tmp_path, limit=10)
     for name in case.written:
         (tmp_path / name).touch()
-        assert not pulse.lost()
+        assert not watch.lost()
     now += case.silent_seconds
-    assert pulse.lost() == case.lost
+    assert watch.lost() == case.lost
     for name in case.written:
         os.utime(tmp_path / name, ns=(1, 1))  # as any other time: clocks of nodes and volumes differ
-        assert not pulse.lost()
+        assert not watch.lost()

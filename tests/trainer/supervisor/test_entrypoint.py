@@ -287,7 +287,7 @@ runpy.run_module("luthier_trainer", run_name="__main__", alter_sys=True)
     word = TerminationMessage.read(last_word().decode())
     assert word is not None
     assert done.returncode == 75, done.stderr
-    assert word.message == "stopped; the next start goes on from here"
+    assert word.message == "stopped; the next start continues from here"
 
 
 def test_an_environment_without_the_types_ends_with_a_message_too(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from luthier_trainer.supervisor.oom import oom_kills
 from luthier_trainer.supervisor.process_tree import Tail
-from luthier_trainer.supervisor.redaction import Veil, redact
+from luthier_trainer.supervisor.redaction import OutputRedaction, redact
 
 TOKEN = "hf_" + "a1B2" * 9
 
@@ -131,8 +131,8 @@ HELD_BACK = [
 @pytest.mark.parametrize(("chunks", "passed_on"), HELD_BACK)
 def test_our_token_is_in_no_log(chunks: list[str], passed_on: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", OURS)
-    veil = Veil()
-    assert b"".join([*(veil.feed(c.encode()) for c in chunks), veil.rest()]).decode() == passed_on
+    redaction = OutputRedaction()
+    assert b"".join([*(redaction.feed(c.encode()) for c in chunks), redaction.rest()]).decode() == passed_on
     assert redact("".join(chunks)) == passed_on
 
 

@@ -193,13 +193,13 @@ ENDS = [
         name="a crash of its own",
         script="os.kill(os.getpid(), signal.SIGSEGV)",
         code=71,
-        message="ended by SIGSEGV of its own; see its last lines",
+        message="the process crashed with SIGSEGV; see its last lines",
     ),
     EndCase(
         name="killed from outside",
         script="os.kill(os.getpid(), signal.SIGKILL)",
         code=71,
-        message="ended by SIGKILL from outside",
+        message="killed by SIGKILL from outside",
     ),
     EndCase(
         name="out of memory",
@@ -326,7 +326,7 @@ def test_prepare_has_nothing_to_save_and_stops_at_once(start: Start, tmp_path: P
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=10) == 75
     assert time.monotonic() - began < 5
-    assert last_word(tmp_path).message == "stopped; the next start goes on from here"
+    assert last_word(tmp_path).message == "stopped; the next start continues from here"
 
 
 def test_a_lost_peer_waits_to_be_stopped(start: Start, tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ LAST_WORDS = [
         name="prepare is stopped",
         messages=[],
         evidence={"phase": "prepare", "killed": "stop", "stopped": True, "status": -9},
-        expect=(E.PREEMPTED, None, None, "stopped; the next start goes on from here"),
+        expect=(E.PREEMPTED, None, None, "stopped; the next start continues from here"),
     ),
     LastWordsCase(
         name="of equal mistakes that of the first rank",
@@ -190,7 +190,7 @@ LAST_WORDS = [
         name="terminated by somebody",
         messages=[],
         evidence={"status": -15},
-        expect=(E.INFRASTRUCTURE_ERROR, None, None, "the process was ended by SIGTERM from outside the container"),
+        expect=(E.INFRASTRUCTURE_ERROR, None, None, "the process was killed by SIGTERM from outside the container"),
     ),
 ]
 

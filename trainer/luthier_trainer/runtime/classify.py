@@ -31,7 +31,7 @@ FULL_BYTES = 64 << 20
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """`error`, and what it was raised from, however deep libraries have wrapped it."""
+    """`error` and the exceptions that it was raised from, however deep libraries have wrapped them."""
     seen: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in seen:
@@ -41,7 +41,7 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def os_error(error: BaseException, errnos: Collection[int]) -> OSError | None:
-    """The system's complaint behind `error`."""
+    """The OSError behind `error` with one of these numbers, if there is one."""
     return next((link for link in chain(error) if isinstance(link, OSError) and link.errno in errnos), None)
 
 
@@ -83,10 +83,7 @@ def is_full(volume: Path) -> bool:
 
 
 def classify(error: BaseException, volume: Path | None = None) -> tuple[ExitCode, str]:
-    """Exit code and message for any exception. Libraries are looked up by name, so that nothing is imported for it.
-
-    `volume`: the folder of the workspace, where it is known.
-    """
+    """Exit code and message for any exception. `volume`: the folder of the workspace, where it is known."""
     if isinstance(error, Failure):
         return error.code, error.message
     names = {c.__name__ for c in type(error).__mro__}
@@ -95,7 +92,7 @@ def classify(error: BaseException, volume: Path | None = None) -> tuple[ExitCode
         return ExitCode.CUDA_OUT_OF_MEMORY, f"{text}. {gpu_errors.SMALLER}"
     if "GatedRepoError" in names:
         return ExitCode.UNAUTHORIZED, f"{text}. Ask for access on the Hub and set hub.tokenSecretRef"
-    if "LocalEntryNotFoundError" in names:  # to huggingface_hub an entry that was not found: it could not ask
+    if "LocalEntryNotFoundError" in names:  # a kind of EntryNotFoundError, but the client could not ask the Hub
         return ExitCode.HUB_UNAVAILABLE, text
     if names & {"RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundError"}:
         return ExitCode.NOT_FOUND, text
@@ -117,7 +114,7 @@ def classify(error: BaseException, volume: Path | None = None) -> tuple[ExitCode
                 " file and its folders to that user or group, or the right to read them to all"
             ),
         )
-    if found := gpu_errors.read(text):
+    if found := gpu_errors.match(text):
         code, remedy = found
         return code, f"{text}. {remedy}" if remedy else text
     if "DistBackendError" in names or any(

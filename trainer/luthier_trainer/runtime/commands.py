@@ -1,4 +1,4 @@
-"""What the trainer image can be told to do. Plain data: PID 1 reads it before anything else is imported."""
+"""The verbs of the trainer image. Plain data: PID 1 reads it before anything else is imported."""
 
 from __future__ import annotations
 

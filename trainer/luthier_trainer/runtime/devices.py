@@ -1,7 +1,7 @@
 """What a process of the run phase computes with: how many GPUs torch can use, and the precision that suits them.
 
-`prepare` runs without a GPU, so this is seen here. Where torch sees no GPU, or fewer than processes, libraries silently
-take the CPU or share one.
+`prepare` runs without a GPU, so this can only be checked here. Where torch sees no GPU, or fewer than there are
+processes, libraries silently use the CPU, or one GPU for several processes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def assert_gpus(asked: int, field: str) -> None:
     """Raise Failure(MISCONFIGURED) where torch can use fewer GPUs than the `asked` of this pod."""
     if not asked:
-        return  # to ask torch would make it warn of a driver that nobody needs
+        return  # torch would warn of a missing driver, which this job does not need
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if seen >= asked:
         return

@@ -8,7 +8,7 @@ START_OVER = "Start over: with --fresh on a laptop, under another metadata.name 
 
 
 class Failure(Exception):
-    """An end that we understand. `message` is for the user: path of the field, what was found, what to do."""
+    """A failure with a known cause. `message` is for the user: path of the field, what was found, what to do."""
 
     def __init__(self, code: ExitCode, message: str) -> None:
         super().__init__(message)

@@ -1,7 +1,7 @@
-"""What CUDA, NCCL and the driver say when they end a process, and what it means.
+"""Recognises the errors of CUDA, NCCL and the driver by their texts, with the exit code and a remedy for each.
 
-They say it in exceptions, and where a thread of theirs aborts the process, in the output alone. Imports nothing: PID 1
-reads output with it.
+They come in exceptions; where a thread of these libraries aborts the process, they are only in its output. Imports no
+library, because PID 1 reads output with it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ SMALLER = (
 )
 BROKEN = "Look at the GPUs of the node (nvidia-smi -q) and its kernel log (Xid)"
 
-# Words of CUDA 13, cuBLAS, NCCL 2.29 and torch 2.13 (ProcessGroupNCCL). A GPU's own fault comes before that of a peer:
+# Texts of CUDA 13, cuBLAS, NCCL 2.29 and torch 2.13 (ProcessGroupNCCL). A GPU's own fault comes before that of a peer:
 # NCCL's errors quote it.
-WORDS: tuple[tuple[re.Pattern[str], ExitCode, str], ...] = tuple(
+PATTERNS: tuple[tuple[re.Pattern[str], ExitCode, str], ...] = tuple(
     (re.compile(pattern), code, remedy)
     for pattern, code, remedy in (
         (
@@ -66,12 +66,12 @@ WORDS: tuple[tuple[re.Pattern[str], ExitCode, str], ...] = tuple(
 )
 
 
-def read(text: str) -> tuple[ExitCode, str] | None:
-    """The end that `text` tells of, and what to do about it; None where it tells of none of these."""
+def match(text: str) -> tuple[ExitCode, str] | None:
+    """The exit code of the error in `text`, and what to do; None if it holds none of these errors."""
     found = rank(text)
-    return None if found is None else WORDS[found][1:]
+    return None if found is None else PATTERNS[found][1:]
 
 
 def rank(text: str) -> int | None:
-    """Where in WORDS it stands: of two lines of an output, the one with the smaller number says more."""
-    return next((i for i, (pattern, _, _) in enumerate(WORDS) if pattern.search(text)), None)
+    """The index in PATTERNS: of two lines of an output, the one with the smaller number is more specific."""
+    return next((i for i, (pattern, _, _) in enumerate(PATTERNS) if pattern.search(text)), None)

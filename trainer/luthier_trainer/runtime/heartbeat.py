@@ -19,7 +19,7 @@ LOOK_SECONDS = 5.0
 
 
 def beat() -> None:
-    """Tell the supervisor that the work goes on: once a step or batch, and while files are written or read."""
+    """Tell the supervisor that the work makes progress: once a step or batch, and while files are written or read."""
     (run_dir() / HEARTBEAT_FILE).touch()
 
 
@@ -30,7 +30,7 @@ def beat_before_training() -> None:
 
 @contextmanager
 def beating_while_growing(folder: Path, every: float = LOOK_SECONDS) -> Iterator[None]:
-    """Beat whenever the files below `folder` have become more, or larger, since `every` seconds ago."""
+    """Send a heartbeat every `every` seconds in which the files below `folder` have become more, or larger."""
     over = threading.Event()
 
     def watch() -> None:
@@ -51,7 +51,7 @@ def beating_while_growing(folder: Path, every: float = LOOK_SECONDS) -> Iterator
 
 
 def extent(folder: Path) -> tuple[int, int]:
-    """Files below `folder`, and their bytes. What is renamed meanwhile is left out."""
+    """Number of files below `folder`, and their bytes. Files that are renamed meanwhile are left out."""
     sizes = []
     with suppress(OSError):
         for path in folder.rglob("*"):

@@ -32,5 +32,5 @@ def given() -> list[str]:
 
 
 def forget() -> None:
-    """Begin anew. For processes that run several phases, as tests do."""
+    """Forget all notices. For processes that run several phases, as tests do."""
     _given.clear()

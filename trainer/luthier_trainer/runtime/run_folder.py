@@ -35,7 +35,7 @@ def global_rank() -> int:
 
 
 def write_result(message: TerminationMessage, rank: int | None = None) -> None:
-    """Leave the message for the supervisor, whole or not at all."""
+    """Write the message for the supervisor, whole or not at all."""
     path = result_file(global_rank() if rank is None else rank)
     partial = path.with_suffix(".partial")
     partial.write_bytes(message.encode())

@@ -11,7 +11,7 @@ from luthier_trainer.runtime.run_folder import run_dir
 STEP_BUCKETS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
 PORT_FILE = "metrics-port"
 
-# A gauge beside each counter would say when it began: nobody asks, and no table names it.
+# prometheus_client would add a gauge with the time of creation to each counter, which no table documents.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 

@@ -1,1 +1,1 @@
-"""PID 1 of the pods: checks the run config, starts the processes of a phase, stops them, judges how they ended."""
+"""PID 1 of the pods: checks the run config, starts and stops the processes of a phase, and reports how they ended."""

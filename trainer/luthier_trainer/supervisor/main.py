@@ -41,14 +41,14 @@ TICK_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Settings:
-    """What the pod tells us beside the run config; every default is the cluster's."""
+    """What the pod sets beside the run config. The defaults are those of a cluster."""
 
     run_dir: Path
     node_rank: int
     step_timeout: float
     """Seconds without a heartbeat after which a run counts as hung."""
     peer_lost_linger: float
-    """Seconds to wait before reporting a lost peer: the pod that caused it should be seen to fail first."""
+    """Seconds to wait before a lost peer is reported, so that the operator sees the pod that caused it fail first."""
     cgroup: Path
 
     @classmethod
@@ -85,16 +85,16 @@ def command(verb: str, run: FineTuneRun | GenerateRun, node_rank: int) -> list[s
 
 
 def environment(verb: str, run: FineTuneRun | GenerateRun, path: Path, settings: Settings) -> dict[str, str]:
-    """Environment of the phase's process: `prepare` and `publish` alone may speak to the Hub."""
+    """Environment of the phase's process. Only `prepare` and `publish` may connect to the Hub."""
     given = dict(os.environ) | {
         Variables.RUN: str(path),
         Variables.RUN_DIR: str(settings.run_dir),
         Variables.NODE_RANK: str(settings.node_rank),
-        "PYTHONUNBUFFERED": "1",  # the last lines before a SIGKILL are the ones that matter
+        "PYTHONUNBUFFERED": "1",  # otherwise the last lines before a SIGKILL would be lost
         "PYTHONFAULTHANDLER": "1",
     }
     if urlsplit(given.get("HF_ENDPOINT") or HUB).hostname != urlsplit(HUB).hostname:
-        # Mirrors rarely speak Xet; without it the client uploads by LFS, which all of them do.
+        # Most mirrors do not support Xet; without it the client uploads by LFS, which all of them support.
         given.setdefault("HF_HUB_DISABLE_XET", "1")
     if VERBS[verb] == "run":
         given.pop(Variables.TOKEN, None)
@@ -115,24 +115,24 @@ def supervise(
     memory_kills = oom.oom_kills(settings.cgroup)
     child = Child(command(verb, run, settings.node_rank), environment(verb, run, path.resolve(), settings))
     plan = read_prepared(run).plan if VERBS[verb] == "run" else None
-    # While a checkpoint is saved, there may be no step for as long as is planned for it, and longer on a slow volume.
-    pulse = Pulse(settings.run_dir, max(settings.step_timeout, 2 * ((plan and plan.save_seconds) or 0)))
+    # A save may take as long as the plan says without a heartbeat, and longer on a slow volume.
+    heartbeat = HeartbeatWatch(settings.run_dir, max(settings.step_timeout, 2 * ((plan and plan.save_seconds) or 0)))
     grace = grace_of(run.spec, plan, run.grace_seconds)
-    # A short grace keeps half of itself for the checkpoint.
+    # Of a short grace period, at least half is for the checkpoint.
     patience = grace - min(space.TEARDOWN_SECONDS, grace / 2)
     killed: Literal["stop", "grace", "hang"] | None = None
     while not child.ended:
         child.listen(TICK_SECONDS)
         if stop.at is not None:
             if VERBS[verb] != "run":
-                killed = "stop"  # nothing to save: both phases go on where they were
+                killed = "stop"  # nothing to save: the next start continues where this one stopped
                 child.kill()
             elif stop.now or time.monotonic() > stop.at + patience:
                 killed = "grace"
                 child.kill()
             else:
                 (settings.run_dir / STOP_FILE).touch()
-        elif VERBS[verb] == "run" and pulse.lost():
+        elif VERBS[verb] == "run" and heartbeat.lost():
             killed = "hang"
             child.dump_stacks()
             until = time.monotonic() + DUMP_SECONDS
@@ -149,7 +149,7 @@ def supervise(
             processes=run.spec.resources.processes if isinstance(run, FineTuneRun) and verb == "train" else 1,
             stopped=stop.at is not None,
             killed=killed,
-            silence=pulse.silence(),
+            silence=heartbeat.silence(),
             memory_kills=oom.oom_kills(settings.cgroup) - memory_kills,
             gpu_error=child.tail.gpu_error,
         )
@@ -158,7 +158,7 @@ def supervise(
         until = time.monotonic() + settings.peer_lost_linger
         while time.monotonic() < until:
             if stop.at is not None:
-                # The cluster has seen the cause and takes the rest of the group down.
+                # The cluster has seen the cause, and is stopping the rest of the group.
                 return verdict.model_copy(
                     update={
                         "code": int(ExitCode.PREEMPTED),
@@ -172,21 +172,22 @@ def supervise(
     return verdict.model_copy(update={"last_lines": lines})
 
 
-class Pulse:
-    """The heartbeat files, watched by a clock that nobody sets: only changes of their times count."""
+class HeartbeatWatch:
+    """Watches the heartbeat files by the monotonic clock: changes of their times count, not the times themselves."""
 
     def __init__(self, run_dir: Path, limit: float) -> None:
-        """`limit`: seconds of silence that are too many; before the first step, several times as many."""
+        """`limit`: seconds without a heartbeat after which a run is lost; before the first step several times this."""
         self._starting, self._heartbeat = run_dir / STARTING_FILE, run_dir / HEARTBEAT_FILE
         self._limit = limit
         self._seen: tuple[int | None, int | None] = (None, None)
         self._since = time.monotonic()
 
     def silence(self) -> float:
-        """Seconds since the last change."""
+        """Seconds since the last heartbeat."""
         return time.monotonic() - self._since
 
     def lost(self) -> bool:
+        """Whether there has been no heartbeat for too long."""
         seen = changed_at(self._starting), changed_at(self._heartbeat)
         if seen != self._seen:
             self._seen, self._since = seen, time.monotonic()
@@ -203,7 +204,7 @@ def changed_at(file: Path) -> int | None:
 
 
 def read_results(run_dir: Path) -> dict[int, TerminationMessage]:
-    """What the ranks of this pod left, by global rank."""
+    """The messages that the ranks of this pod left, by global rank."""
     found = {}
     for file in run_dir.glob("result-*.json"):
         message = TerminationMessage.read(file.read_text(errors="replace"))

@@ -1,7 +1,7 @@
 """Whether the kernel killed a process of this container for its memory.
 
-An exit code cannot tell (137 is any SIGKILL; torch's agent turns it into 1), the cgroup's counter can: cluster-measured
-on v1, same field on v2.
+The exit code does not show it: 137 is any SIGKILL, and torch's agent turns it into 1. The cgroup's counter does.
+Measured in pods with cgroup v1; v2 has the same field.
 """
 
 from __future__ import annotations

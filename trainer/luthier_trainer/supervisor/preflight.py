@@ -33,9 +33,7 @@ def check(verb: str, run: FineTuneRun | GenerateRun, devices: Path = Path("/dev"
 
 
 def check_gpus(run: FineTuneRun | GenerateRun, devices: Path) -> None:
-    """A pod that asked for GPUs sees one at least; how many torch can use is counted by the processes themselves.
-    Raises Failure if none is visible.
-    """
+    """Raise Failure if the pod asked for GPUs and none is visible. The processes count how many torch can use."""
     field, asked = (
         ("spec.resources.gpusPerNode", run.spec.resources.gpus_per_node)
         if isinstance(run, FineTuneRun)
@@ -51,7 +49,7 @@ def check_gpus(run: FineTuneRun | GenerateRun, devices: Path) -> None:
 
 
 def needs_operators(strategy: str, gpus: int) -> bool:
-    """Whether DeepSpeed works with operators of its own: an optimizer for the CPU, and there its collectives."""
+    """Whether DeepSpeed needs its own compiled operators: the CPU optimizer for offload, and its collectives on CPU."""
     return uses_deepspeed(strategy) and (strategy.endswith("-offload") or not gpus)
 
 
@@ -69,7 +67,7 @@ def check_operators(strategy: str, accelerator: str, install: Path | None = None
     built = runpy.run_path(str(notes)) if notes.exists() else {}
     if built.get("accelerator_name") == accelerator and built.get("installed_ops", {}).get("cpu_adam"):
         return
-    if not shutil.which(shlex.split(os.environ.get("CXX") or "c++")[0]):  # as in `ccache g++`
+    if not shutil.which(shlex.split(os.environ.get("CXX") or "c++")[0]):  # CXX may hold arguments, as in `ccache g++`
         raise Failure(
             ExitCode.MISCONFIGURED,
             f"spec.strategy: {strategy} needs DeepSpeed's operators for {accelerator}. This installation has none, and"

@@ -1,7 +1,7 @@
-"""The phase's process and everything below it: started in a session of its own, listened to, reaped, killed.
+"""The phase's process and everything below it: started in a session of its own, listened to, reaped and killed.
 
-One thread, one loop: output is passed on as it comes and its last lines are kept. Workers of torch's agent live in
-sessions of their own, so a process group does not reach them: the tree is read from /proc.
+One thread and one loop: output is passed on as it comes, and its last lines are kept. Workers of torch's agent live in
+sessions of their own, which a signal to the process group does not reach; the tree is therefore read from /proc.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 from luthier_api.processes import descendants
 from luthier_trainer.runtime import gpu_errors
-from luthier_trainer.supervisor.redaction import Veil, redact
+from luthier_trainer.supervisor.redaction import OutputRedaction, redact
 
 KEPT_LINES = 20
 KEPT_LINE_BYTES = 400
@@ -29,18 +29,18 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 class Tail:
-    """The last lines of an output. What a carriage return overwrote (progress bars) is not a line."""
+    """The last lines of an output. A line that a carriage return overwrote, as progress bars do, is not kept."""
 
     def __init__(self) -> None:
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._open = b""
-        self._rank = len(gpu_errors.WORDS)
+        self._rank = len(gpu_errors.PATTERNS)
         self.gpu_error = ""
-        """The line of CUDA's or NCCL's that says most: the frames that follow it may push it out of the last lines."""
+        """The most specific error of CUDA or NCCL: the stack frames after it may push it out of the last lines."""
 
     def feed(self, data: bytes) -> None:
         *whole, self._open = (self._open + data).split(b"\n")
-        # A writer that never ends its line must not grow us.
+        # A program that never ends its line must not fill the memory of PID 1.
         self._open = self._open[-64 * 1024 :]
         for line in whole:
             self._keep(line)
@@ -50,7 +50,7 @@ class Tail:
         if visible.strip():
             text = redact(visible.decode(errors="replace"))
             self._lines.append(text[:KEPT_LINE_BYTES])
-            found = None if "Warning" in text else gpu_errors.rank(text)  # after a warning the work goes on
+            found = None if "Warning" in text else gpu_errors.rank(text)  # the program continues after a warning
             if found is not None and found < self._rank:
                 self._rank, self.gpu_error = found, text[:KEPT_LINE_BYTES]
 
@@ -81,19 +81,19 @@ class Child:
         for pipe, sink in ((self._process.stdout, sys.stdout), (self._process.stderr, sys.stderr)):
             assert pipe is not None
             os.set_blocking(pipe.fileno(), False)
-            self._selector.register(pipe, selectors.EVENT_READ, (sink.buffer, Veil()))
+            self._selector.register(pipe, selectors.EVENT_READ, (sink.buffer, OutputRedaction()))
 
     @property
     def ended(self) -> bool:
         return self.status is not None
 
     def listen(self, seconds: float) -> None:
-        """Pass on output and reap whoever has ended, for up to `seconds`; returns early when something happened."""
+        """Pass on output and reap ended processes for up to `seconds`; returns early when something happened."""
         self._pass_on(seconds)
         self._reap()
 
     def _pass_on(self, seconds: float) -> bool:
-        """True when there was output."""
+        """Pass on output. Returns whether there was any."""
         if not self._selector.get_map():
             time.sleep(seconds)
             return False
@@ -101,14 +101,14 @@ class Child:
         for key, _ in events:
             data = os.read(key.fd, 1 << 16)
             sink: BinaryIO
-            veil: Veil
-            sink, veil = key.data
+            redaction: OutputRedaction
+            sink, redaction = key.data
             if data:
                 self.tail.feed(data)
             else:
                 self._selector.unregister(key.fileobj)
             with contextlib.suppress(BrokenPipeError, ValueError):
-                sink.write(veil.feed(data) if data else veil.rest())
+                sink.write(redaction.feed(data) if data else redaction.rest())
                 sink.flush()
         return bool(events)
 
@@ -124,20 +124,20 @@ class Child:
                 self.status = self._process.returncode = os.waitstatus_to_exitcode(status)
 
     def drain(self, seconds: float = 1.0) -> None:
-        """What is left in the pipes after the end. Bounded: an orphan may hold them open."""
+        """Pass on what is left in the pipes after the end, for up to `seconds`: an orphan may hold them open."""
         until = time.monotonic() + seconds
         while self._selector.get_map() and time.monotonic() < until and self._pass_on(0.05):
             pass
 
     def dump_stacks(self) -> None:
-        """SIGUSR1 to each process that catches it (faulthandler does); the others would die of it."""
+        """Send SIGUSR1 to each process that catches it, as faulthandler does; it would kill the others."""
         for pid in descendants(os.getpid()):
             if _catches(pid, signal.SIGUSR1):
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGUSR1)
 
     def kill(self, seconds: float = 5.0) -> None:
-        """SIGKILL to the whole tree, until nothing of it is left or `seconds` are over."""
+        """Send SIGKILL to the whole tree until nothing of it is left, for up to `seconds`."""
         until = time.monotonic() + seconds
         while True:
             tree = descendants(os.getpid())
@@ -161,7 +161,7 @@ def _catches(pid: int, number: int) -> bool:
 
 
 def _adopt_orphans() -> None:
-    """In a pod we are PID 1 and orphans are ours anyway; on a laptop this makes them so, and none is left behind."""
+    """Become the parent of orphans, so that none is left behind on a laptop. PID 1 of a pod is their parent anyway."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

@@ -1,6 +1,6 @@
-"""Tokens hidden in what others can read: messages in a status, lines in a log.
+"""Hides tokens in what others can read: messages in a status, lines in a log.
 
-Imports little: PID 1 hides with it what it says before it has imported anything else.
+Imports no types of the API: PID 1 also reports an environment in which these cannot be imported.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import re
 from luthier_api.variables import Variables
 
 TOKEN = re.compile(r"hf_(?:(?:oauth|jwt)_[\w.\-]{20,}|[A-Za-z0-9]{20,})")
-SHORTEST_SECRET = 8  # characters; to hide less would hide words
+SHORTEST_SECRET = 8  # characters; a shorter one could be an ordinary word
 HIDDEN = "hf_…"
 
 
 def redact(text: str) -> str:
-    """`text` without Hub tokens, ours first of all: it goes into a status that others can read."""
+    """`text` without the token of this pod, and without anything that looks like a token of the Hub."""
     for secret in _secrets():
         text = text.replace(secret, HIDDEN)
     return TOKEN.sub(HIDDEN, text)
@@ -28,9 +28,9 @@ def _secrets() -> list[str]:
     return list({token, repr(token)[1:-1]}) if len(token) >= SHORTEST_SECRET else []
 
 
-class Veil:
-    """Output with our token hidden, also where it comes in two pieces: what could be its beginning waits for the
-    rest.
+class OutputRedaction:
+    """Hides the token of this pod in a stream of output, also if it is split over two chunks: bytes that could be its
+    beginning are held back until the next chunk.
     """
 
     def __init__(self) -> None:

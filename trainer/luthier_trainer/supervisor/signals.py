@@ -1,6 +1,6 @@
-"""The signals that ask PID 1 to end, remembered until somebody looks.
+"""Remembers the signals that ask PID 1 to stop, until the supervisor reads them.
 
-Set up before anything slow is imported: a process 1 without a handler loses a SIGTERM.
+The handlers are set before anything slow is imported: the kernel drops a SIGTERM to a process 1 without a handler.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import time
 
 
 class Stop:
-    """SIGTERM and SIGINT, remembered. A second SIGINT is an impatient user: `now` says not to wait for a checkpoint."""
+    """Whether SIGTERM or SIGINT has come. After a second SIGINT `now` is set: do not wait for a checkpoint."""
 
     def __init__(self) -> None:
         self.at: float | None = None

@@ -1,7 +1,8 @@
-"""How a pod ended: one message out of what its ranks said, how its process ended, and what PID 1 did to it. Pure.
+"""Converts how a pod ended into one termination message: from the messages of its ranks, the exit of its process, and
+what PID 1 did to it. Pure: no I/O, no clock.
 
-When one rank fails, its peers fail of it a moment later; the message to send is the first cause, so messages are
-ordered by what they can be a consequence of.
+When one rank fails, its peers fail a moment later as a consequence. The message to send is the cause, so messages are
+ordered by `ExitCode.cause_rank`.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ MORE_MEMORY: Mapping[Phase, tuple[str, str]] = {
     "publish": ("jobs.memoryRequest", _ASK),
 }
 
-FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}  # a process that crashes raises others
+EXTERNAL_SIGNALS = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}  # a process that crashes gets others
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known when the phase's process is gone."""
+    """What is known once the phase's process has ended."""
 
     phase: Phase
     status: int
@@ -50,11 +51,11 @@ class Evidence:
     memory_kills: int = 0
     """Processes that the kernel killed for their memory."""
     gpu_error: str = ""
-    """The line of the output in which CUDA or NCCL tell why: their threads abort a process without an exception."""
+    """The line of the output with an error of CUDA or NCCL: their threads abort a process without an exception."""
 
 
 def judge(evidence: Evidence) -> TerminationMessage:
-    """The pod's last word. Its code is what the container exits with."""
+    """The pod's termination message. The container exits with its code."""
     messages = evidence.messages
     done = [m for m in messages.values() if m.code == ExitCode.COMPLETED]
     if messages and len(done) == len(messages) and (evidence.status == 0 or len(done) >= evidence.processes):
@@ -62,8 +63,8 @@ def judge(evidence: Evidence) -> TerminationMessage:
         return messages[min(messages)]
     verdict = _cause(evidence)
     if evidence.stopped and verdict.code != ExitCode.PREEMPTED:
-        # The cluster wanted us gone: whatever broke meanwhile is not the job's fault, and comes again if it is.
-        return _say(
+        # The cluster stopped the pod: a failure after that is not charged to the job. A real one will happen again.
+        return _message(
             evidence.phase,
             ExitCode.PREEMPTED,
             f"stopped before a checkpoint was saved ({verdict.reason}: {verdict.message})",
@@ -77,15 +78,15 @@ def _cause(e: Evidence) -> TerminationMessage:
     failed = sorted((m for m in e.messages.values() if m.code != ExitCode.COMPLETED), key=_cause_rank)
     first = failed[0] if failed else None
     if first and first.code == ExitCode.PEER_LOST:
-        # A rank ends with 75 only after all of them have agreed to stop: then the connection broke because one had left
-        # already.
+        # A rank ends with 75 only after all ranks have agreed to stop: the connection broke because one had already
+        # exited.
         first = next((m for m in failed if m.code == ExitCode.PREEMPTED), first)
     if first and first.exit_code and first.exit_code.retry is Retry.NEVER:
         return first
     if e.killed == "stop":
-        return _say(e.phase, ExitCode.PREEMPTED, "stopped; the next start goes on from here")
+        return _message(e.phase, ExitCode.PREEMPTED, "stopped; the next start continues from here")
     if e.killed == "grace":
-        return _say(
+        return _message(
             e.phase,
             ExitCode.PREEMPTED,
             "the grace period ended before a checkpoint was saved",
@@ -93,39 +94,43 @@ def _cause(e: Evidence) -> TerminationMessage:
             step=_step(e.messages),
         )
     if e.memory_kills:
-        place, remedy = MORE_MEMORY[e.phase]
-        return _say(
+        field, remedy = MORE_MEMORY[e.phase]
+        return _message(
             e.phase,
             ExitCode.HOST_OUT_OF_MEMORY,
-            f"{place}: the container ran out of memory and the kernel killed a process. {remedy}",
+            f"{field}: the container ran out of memory and the kernel killed a process. {remedy}",
         )
     if e.killed == "hang":
-        return _say(
+        return _message(
             e.phase,
             ExitCode.HANG,
             f"no step for {e.silence:.0f} s; the stacks of all threads are in the log",
             step=_step(e.messages),
         )
-    # What CUDA said before a kill, the process had got over
-    of_its_own = e.phase == "run" and -e.status not in FROM_OUTSIDE
-    if of_its_own and (found := gpu_errors.read(e.gpu_error)) and (first is None or first.code == ExitCode.PEER_LOST):
+    # A process that was killed from outside had survived the errors of CUDA before it.
+    ended_by_itself = e.phase == "run" and -e.status not in EXTERNAL_SIGNALS
+    found = gpu_errors.match(e.gpu_error) if ended_by_itself else None
+    if found and (first is None or first.code == ExitCode.PEER_LOST):
         code, remedy = found
-        return _say(e.phase, code, f"{e.gpu_error.strip()}. {remedy}".removesuffix(". "), step=_step(e.messages))
+        return _message(e.phase, code, f"{e.gpu_error.strip()}. {remedy}".removesuffix(". "), step=_step(e.messages))
     if first:
         return first
     if e.status == 0:
-        return _say(e.phase, ExitCode.TRAINING_ERROR, "the process ended with 0 but left no result; see its last lines")
-    if e.status < 0:
-        where = "from outside the container" if -e.status in FROM_OUTSIDE else "of its own; see its last lines"
-        return _say(
-            e.phase, ExitCode.INFRASTRUCTURE_ERROR, f"the process was ended by {_signal_name(-e.status)} {where}"
+        return _message(
+            e.phase, ExitCode.TRAINING_ERROR, "the process ended with 0 but left no result; see its last lines"
         )
+    if e.status < 0:
+        name = _signal_name(-e.status)
+        message = f"the process crashed with {name}; see its last lines"
+        if -e.status in EXTERNAL_SIGNALS:
+            message = f"the process was killed by {name} from outside the container"
+        return _message(e.phase, ExitCode.INFRASTRUCTURE_ERROR, message)
     code = ExitCode.of(e.status) or ExitCode.TRAINING_ERROR
-    return _say(e.phase, code, f"the process ended with {e.status} and left no message; see its last lines")
+    return _message(e.phase, code, f"the process ended with {e.status} and left no message; see its last lines")
 
 
 def _cause_rank(message: TerminationMessage) -> tuple[int, int]:
-    """The smallest is the cause of the others: by code, then by rank."""
+    """A key for sorting, by code and then by rank: the message with the smallest one is the cause of the others."""
     code = message.exit_code
     return ERROR_RANK if code is None else code.cause_rank, message.rank or 0
 
@@ -134,7 +139,7 @@ def _step(messages: Mapping[int, TerminationMessage]) -> int | None:
     return max((m.step for m in messages.values() if m.step is not None), default=None)
 
 
-def _say(
+def _message(
     phase: Phase, code: ExitCode, message: str, *, saved: bool | None = None, step: int | None = None
 ) -> TerminationMessage:
     return TerminationMessage(phase=phase, code=code, reason=code.reason, message=message, saved=saved, step=step)
