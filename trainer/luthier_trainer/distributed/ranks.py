@@ -1,6 +1,6 @@
-"""What the processes of a run tell each other besides gradients: stop flags, decisions of rank 0, counts.
+"""Communication between the processes of a run besides gradients: stop flags, decisions of rank 0, counts.
 
-A gloo group of its own, on CPU: asking it once a step never waits for the GPU's queue.
+It uses a gloo group of its own, on CPU, so that a call in each step never waits for the GPU's queue.
 """
 
 from __future__ import annotations
@@ -18,16 +18,14 @@ from luthier_trainer.runtime.failure import Failure
 
 T = TypeVar("T")
 Outcome = tuple[T | None, tuple[ExitCode, str] | None]
-"""What was found, or the code and the message of a failure."""
+"""The value that the work returned, or the exit code and the message of its failure."""
 
 
 class Ranks:
     """All processes of the run. Each method is called by all of them, in the same order."""
 
     def __init__(self, timeout_seconds: float = 1800) -> None:
-        """`timeout_seconds`: how long one waits for the others. It must be above the time that a save may take on one
-        of them.
-        """
+        """`timeout_seconds`: how long a process waits for the others; more than a save may take on one of them."""
         self.distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if self.distributed else 0
         self.count = dist.get_world_size() if self.distributed else 1
@@ -47,16 +45,14 @@ class Ranks:
         return self._reduce(value, dist.ReduceOp.SUM) if self.distributed else value
 
     def decide(self, choose: Callable[[], T]) -> T:
-        """What `choose` says on rank 0, which alone calls it. Its failure is everybody's, so that all ends carry the
-        same code.
-        """
+        """The value of `choose`, which only rank 0 calls. Raises its Failure on all ranks, with the same code."""
         outcome: list[Any] = [_outcome(choose) if self.first else None]
         if self.distributed:
             dist.broadcast_object_list(outcome, src=0, group=self._group)
         return _value(outcome[0])
 
     def each(self, work: Callable[[], T]) -> list[T]:
-        """What `work` says on each rank, in their order: all do it at once. The failure of one is everybody's."""
+        """The values of `work`, which each rank calls, in the order of ranks. Raises the Failure of one on all."""
         outcomes: list[Any] = [_outcome(work)]
         if self.distributed:
             mine, outcomes = outcomes[0], [None] * self.count
@@ -66,7 +62,7 @@ class Ranks:
         return [_value(outcome) for outcome in outcomes]
 
     def wait(self) -> None:
-        """Return once all have come here."""
+        """Return once all ranks have called this."""
         if self.distributed:
             dist.barrier(group=self._group)
 
@@ -77,9 +73,7 @@ class Ranks:
 
 
 def _outcome(work: Callable[[], T]) -> Outcome[T]:
-    """A Failure, or an error of the system, such as a full disk, as a value. What else goes wrong here is for this
-    process to end with.
-    """
+    """The value of `work`, or its Failure or OSError, such as a full disk, as data. Others end this process."""
     try:
         return work(), None
     except (Failure, OSError) as error:
@@ -87,7 +81,7 @@ def _outcome(work: Callable[[], T]) -> Outcome[T]:
 
 
 def _value(outcome: Outcome[T]) -> T:
-    """What was found. Raises Failure if the work has failed."""
+    """The value of an outcome. Raises Failure if it is a failure."""
     found, failure = outcome
     if failure is not None:
         raise Failure(*failure)

@@ -1,7 +1,7 @@
-"""How processes share the work: DeepSpeed's configuration for each strategy, and the check that it is what really runs.
+"""How processes share the work: DeepSpeed's configuration for each strategy, and the check that it really runs.
 
-The check is not a formality: on CPU, transformers and `accelerate launch --cpu` silently train independent replicas,
-which looks like a good run that learnt from a part of the data. Imported by PID 1, so without torch.
+The check matters: on CPU, transformers and `accelerate launch --cpu` silently train independent replicas, which looks
+like a good run on a part of the data. Imported by PID 1, so without torch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def deepspeed_config(strategy: str, cpu: bool) -> dict[str, Any]:
 
 
 def realised(trainer: Any) -> dict[str, Any]:
-    """What this process really runs, once the trainer has wrapped the model."""
+    """The settings that this process really runs with, once the trainer has wrapped the model."""
     engine = trainer.model_wrapped
     facts: dict[str, Any] = {
         "device": trainer.args.device.type,
@@ -56,7 +56,7 @@ def realised(trainer: Any) -> dict[str, Any]:
 
 
 def requested(plan: Plan, model: str, cpu: bool) -> dict[str, Any]:
-    """What `realised` has to say. `model` is the class name of the model before it is wrapped."""
+    """The settings that `realised` must return. `model` is the class name of the model before it is wrapped."""
     device = {"device": "cpu" if cpu else "cuda"}
     if uses_deepspeed(plan.strategy):
         return device | {
@@ -98,5 +98,5 @@ def assert_realised(trainer: Any, plan: Plan) -> None:
 def _mismatch(plan: Plan, wrong: list[str]) -> str:
     return (
         f"spec.strategy: {plan.strategy} over {plan.world_size} processes was asked for, but {', '.join(wrong)}. "
-        "The processes would learn apart from each other; start them with the image's own command"
+        "The processes would train independent models; start them with the image's own command"
     )

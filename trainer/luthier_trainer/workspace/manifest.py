@@ -1,8 +1,9 @@
-"""Manifests: what a folder must hold to be whole. Written last, so that its presence says that the rest is there.
+"""Manifests: the files that a folder must hold, with sizes and digests. A manifest is written last, so that a folder
+with one is complete.
 
-Checkpoints, results and shards all carry one; `publish` compares the Hub with it. Files are hashed by several threads
-(hashlib releases the interpreter's lock), and whoever waits for them is told of each chunk by `progress`: the
-supervisor ends a process that shows no sign of life.
+Checkpoints, results and shards have one, and `publish` compares the Hub with it. Files are hashed by several threads,
+because hashlib releases the interpreter's lock. `progress` is called for each chunk, so that a caller can send
+heartbeats: the supervisor ends a process without them.
 """
 
 from __future__ import annotations
@@ -93,9 +94,9 @@ def describe(folder: Path, files: Iterable[Path], progress: Progress = _silent) 
 def write_manifest(
     folder: Path, entries: Iterable[Entry] | None = None, progress: Progress = _silent, **facts: Any
 ) -> dict[str, Any]:
-    """Record every file below `folder` with size and SHA-256, beside `facts`; all of it is durable on return.
+    """Write a manifest of every file below `folder`, with its size and SHA-256, and `facts`. All is durable on return.
 
-    `entries`: what is known of the files already; it must name all of them. Default: they are read here.
+    `entries`: the entries of all files, if they are known already. Default: the files are read here.
     """
     files = files_in(folder)
     known = describe(folder, files, progress) if entries is None else sorted(entries, key=lambda e: str(e["path"]))
@@ -107,10 +108,9 @@ def write_manifest(
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of `folder`; None when there is none, when it cannot be read, or when it does not say what it should
-    of each file.
+    """The manifest of `folder`; None if it is missing, cannot be read, or lacks an entry's fields.
 
-    One that names no file is none: a folder without files would always be what such a manifest says.
+    A manifest without files counts as missing: every folder without files would match it.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -121,9 +121,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def names_in(text: bytes) -> list[str] | None:
-    """The files that a manifest of unknown origin names, as it writes them; None when not every entry is as
-    `write_manifest` makes them.
-    """
+    """The paths in a manifest of unknown origin; None if an entry is not as `write_manifest` makes it."""
     try:
         found = entries_in(json.loads(text))
     except (ValueError, RecursionError):
@@ -132,7 +130,7 @@ def names_in(text: bytes) -> list[str] | None:
 
 
 def entries_in(manifest: Any) -> list[Entry] | None:
-    """The entries of a manifest of unknown origin; None when not every one is as `write_manifest` makes them."""
+    """The entries of a manifest of unknown origin; None if one is not as `write_manifest` makes it."""
     entries = manifest.get("files") if isinstance(manifest, dict) else None
     return entries if isinstance(entries, list) and all(map(_is_entry, entries)) else None
 
@@ -151,7 +149,7 @@ def _is_entry(entry: Any) -> bool:
 
 
 def problems(folder: Path, progress: Progress = _silent) -> list[str]:
-    """Why `folder` is not what its manifest says; empty when it is."""
+    """How `folder` differs from its manifest; empty if it does not."""
     manifest = read_manifest(folder)
     return (
         [f"{MANIFEST} is missing, unreadable or incomplete"]
@@ -161,7 +159,7 @@ def problems(folder: Path, progress: Progress = _silent) -> list[str]:
 
 
 def differences(folder: Path, entries: Collection[Entry], progress: Progress = _silent) -> list[str]:
-    """What of `entries` does not hold for the files below `folder`."""
+    """How the files below `folder` differ from `entries`."""
 
     def difference(entry: Entry) -> str | None:
         name, path = entry["path"], folder / entry["path"]

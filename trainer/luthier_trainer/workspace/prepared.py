@@ -1,4 +1,4 @@
-"""`prepared/`: whether it is there, whole, and of this very job. Torch-free, because PID 1 looks too."""
+"""Reads and writes the record of `prepare`, and checks that it is of this job. Torch-free: PID 1 reads it too."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _fingerprint_found(run: FineTuneRun | GenerateRun) -> str | None:
 
 
 def write_prepared(run: FineTuneRun | GenerateRun, record: PreparedRecord) -> None:
-    """Make the record appear, whole and durable. `prepare` does this last."""
+    """Write the record, whole and durable. `prepare` does this last."""
     path = WorkspaceFolder(Path(run.workspace)).prepared_record
     replace_file(path, json.dumps(record.dump(), indent=1).encode())
 
@@ -63,7 +63,7 @@ def read_prepared(run: FineTuneRun | GenerateRun) -> PreparedRecord:
 
 
 def _what_differs(run: FineTuneRun | GenerateRun) -> str:
-    """Nothing for what another version of this image has written otherwise."""
+    """The fields that differ, for the message; nothing if another version of the image has written the fingerprint."""
     try:
         found = json.loads(_fingerprint_found(run) or "")
     except ValueError:

@@ -1,8 +1,8 @@
-"""What a job was built on: files and folders outside its workspace, and whether they are still what they were.
+"""The provenance of a job: files and folders outside its workspace that it was built on, and whether they have changed.
 
-Names and dates do not tell. A job that is run again leaves another result at the same place; a volume that is mounted
-anew may show other dates for the same bytes. So content does: of data every byte, of a model's folder its manifest, or
-what changes with any training.
+Names and dates do not show it. A job that runs again leaves another result in the same folder, and a volume that is
+mounted again may show other dates for the same bytes. So the content is compared: of data every byte, of a model's
+folder its manifest, or what changes with any training.
 """
 
 from __future__ import annotations
@@ -22,39 +22,37 @@ from luthier_trainer.workspace.manifest import read_manifest, sha256
 from luthier_trainer.workspace.model_files import TEXT_SUFFIXES
 
 LOADED = {".safetensors", *TEXT_SUFFIXES}
-NOT_LOADED = {METRICS_FILE}  # its seconds differ each time
-# Weights are up to hundreds of GB, and `prepare` reads nothing else of them: their header, and as much of the last
-# tensors as no training leaves alone, even where bf16 swallows most of its steps.
+NOT_LOADED = {METRICS_FILE}  # it holds the seconds of the run
+# Weights have up to hundreds of GB, so only their header and the last tensors are read. Any training changes these
+# tensors, even in bf16, which rounds most small steps away.
 EDGE_BYTES = 1 << 20
 
 
 def of_data(path: Path, field: str) -> Origin:
-    """A data file, or a folder of images, as it is now."""
+    """The origin of a data file, or of a folder of images, as it is now."""
     size, mtime_ns = _stamp(path)
     return Origin(field=field, path=str(path), digest=_content(path, size, mtime_ns), size=size, mtime_ns=mtime_ns)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """(bytes, when last written) of a file, or of all that is in a folder; folders say when something came or went."""
+    """(bytes, time of the last change in ns) of a file, or of all files and folders in a folder."""
     facts = [path.stat(), *(p.stat() for p in path.rglob("*") if p.exists())]  # a link may lead nowhere
     return sum(f.st_size for f in facts if stat.S_ISREG(f.st_mode)), max(f.st_mtime_ns for f in facts)
 
 
 @functools.cache
 def _content(path: Path, size: int, mtime_ns: int) -> str:
-    """SHA-256 of a file, or of the files of a folder, read once for as many slices as are taken of it."""
+    """SHA-256 of a file, or of the files of a folder. Cached, because several splits may be slices of the same file."""
     if path.is_dir():
         return combined(f"{p.relative_to(path).as_posix()} {sha256(p)}" for p in path.rglob("*") if p.is_file())
     return sha256(path)
 
 
 def folder_digest(folder: Path) -> str:
-    """What tells one version of a model, a pipeline or an adapter from another: a SHA-256, the same for a copy
-    elsewhere.
-    """
+    """A SHA-256 that identifies a version of a model, a pipeline or an adapter. A copy elsewhere has the same."""
     try:
         files = {entry["path"]: entry["sha256"] for entry in (read_manifest(folder) or {})["files"]}
-    except (KeyError, TypeError):  # no manifest, or somebody else's
+    except (KeyError, TypeError):  # no manifest, or one of another program
         inside = (
             p
             for p in folder.rglob("*")
