@@ -63,8 +63,8 @@ class TrainingData(DatasetSource):
     """Share of the training rows, chosen by `training.seed`, that is held out to evaluate on."""
     columns: Columns = Field(default_factory=Columns)
     parse_special_tokens: Annotated[bool, For("task")] = by_table()
-    """Whether control tokens that a text spells, such as </s> or <|im_end|>, are read as these tokens: for text that a
-    chat template has made. Otherwise they are ordinary text.
+    """Whether control tokens that a text spells, such as </s> or <|im_end|>, become these tokens. Set it for texts that
+    were made with a chat template. Otherwise such spellings are ordinary text.
     """
     merge_labels: Annotated[bool, For("task")] = by_table()
     """Whether labels that differ only in blanks, in capitals or in how a number is written (7, 007, 7.0) are one class,
@@ -77,7 +77,7 @@ class TrainingData(DatasetSource):
         train_alone("evalSplit"),
         Rule(
             "!has(self.evalSplit) || self.evalSplit != self.split",
-            "dataset.evalSplit: is what is learnt; choose another split, or parts that do not overlap, such as"
+            "dataset.evalSplit: is also the training split; choose another split, or parts that do not overlap, such as"
             " train[:90%] and train[90%:]",
         ),
         Rule(
@@ -103,7 +103,7 @@ class Method(ApiModel):
     alpha: Annotated[int, Field(ge=1, le=4096), For("method")] = by_table()
     """Scale of the adapters: their output counts alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1), For("method")] = by_table()
-    """Dropout before the adapters. Adapters on the experts of a mixture of experts know none."""
+    """Dropout before the adapters. Adapters on the experts of a mixture of experts have none."""
     target_modules: Annotated[list[ShortText], Field(min_length=1, max_length=64), SET, For("method")] = by_table()
     """Modules that get an adapter: all-linear, or names such as q_proj; for the experts of a mixture of experts, their
     parameters' names, such as gate_up_proj.
@@ -118,7 +118,7 @@ class Method(ApiModel):
 
 
 class Training(ApiModel):
-    """The course of the optimisation."""
+    """Length, learning rate, batches and precision of the training."""
 
     epochs: Annotated[float, Field(gt=0, le=10_000)] = 1
     """Passes over the training rows, unless maxSteps is set."""
@@ -155,7 +155,7 @@ class Training(ApiModel):
     the model can, not on CPU.
     """
     seed: Seed = 42
-    """Seed of everything that is drawn: new weights, adapters, the order of rows, and what evalFraction holds out."""
+    """Seed of everything random: new weights, adapters, the order of rows, and the rows that evalFraction holds out."""
     log_steps: Annotated[int, Field(ge=1), CIRCUMSTANCES] = 10
     """Steps between two reports of the loss."""
     eval_steps: Annotated[int | None, Field(ge=1)] = None
@@ -235,8 +235,8 @@ class Restarts(ApiModel):
     """How often a failed run is started again."""
 
     max: Annotated[int, Field(ge=0, le=100)] = 3
-    """Restarts after failures of the infrastructure; mistakes are never retried, preemptions cost nothing. Read when
-    the run is created: to apply a change to a running job, suspend the job and let it go on.
+    """Restarts after failures of the infrastructure. User errors are never retried, and preemptions do not count. Read
+    when the run is created: to apply a change to a running job, suspend and resume it.
     """
 
 
@@ -250,7 +250,7 @@ STRATEGIES_OF_QUANTIZATIONS = {name: quantization.strategies for name, quantizat
 
 
 class FineTuneJobSpec(JobControl, TabledSpec):
-    """What to adapt, to what, how, and where the result goes."""
+    """Model, dataset, method and resources of a fine-tuning, and where its result goes."""
 
     tables: ClassVar[Mapping[str, Table]] = {
         "task": Table(TRAINING_TASKS, selector="task", noun="task"),

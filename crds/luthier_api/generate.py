@@ -61,7 +61,7 @@ class Adapter(ApiModel):
     where there are several.
     """
     weight: Annotated[float, Field(ge=-10, le=10)] = 1.0
-    """How much it counts: 1 as it was trained, 0 not at all, below zero the opposite."""
+    """Factor of the adapter: 1 as it was trained, 0 no effect, below zero the opposite."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(exactly_one("job", "id", "path"), "adapters: set exactly one of job, id and path"),
@@ -77,7 +77,7 @@ class Row(ApiModel):
     """One input."""
 
     prompt: Annotated[str, Field(min_length=1, max_length=8192)]
-    """What to go on from (text-generation), or what to show (text-to-image)."""
+    """The text to continue (text-generation), or what the image shows (text-to-image)."""
     negative_prompt: Annotated[str | None, Field(max_length=8192), For("task")] = None
     """What the image should not show. An empty text is none, as an empty cell of a dataset is."""
     seed: Seed | None = None
@@ -143,7 +143,7 @@ class TextSettings(ApiModel):
     max_new_tokens: Annotated[int, Field(ge=1, le=1_048_576)] = 256
     """Tokens after which a text ends, unless the model ends it before. Prompt and text together must fit the model."""
     temperature: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """0: the likeliest token each time. Above: tokens are drawn."""
+    """0: always take the most likely token. Above: sample."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Draw from the likeliest tokens whose probabilities add up to this; 1: from all. Needs a temperature."""
     top_k: Annotated[int, Field(ge=0)] = 0
@@ -224,12 +224,12 @@ class GenerateResources(ApiModel):
 
 
 class GenerateJobSpec(JobControl, TabledSpec):
-    """Which model, over which inputs, how, and where the results go."""
+    """Model, inputs and settings of a generation, and where its results go."""
 
     tables: ClassVar[Mapping[str, Table]] = {"task": Table(GENERATION_TASKS, selector="task", noun="task")}
 
     task: Annotated[GenerateTask, RESULT]
-    """What the model makes: text-generation goes on from prompts, text-to-image draws them (Stable Diffusion XL)."""
+    """What the model generates: text-generation continues prompts, text-to-image makes images (Stable Diffusion XL)."""
     model: Annotated[ModelSource, RESULT]
     adapters: Annotated[list[Adapter], Field(max_length=8), RESULT] = Field(default_factory=list)
     """LoRA adapters that are added to the model, each by its weight. For images also LoHa, LoKr and DoRA, in files of
@@ -247,7 +247,7 @@ class GenerateJobSpec(JobControl, TabledSpec):
     seed: Annotated[Seed, RESULT] = 0
     """Seed of rows that have none of their own."""
     shards: Annotated[int, Field(ge=1, le=4096), RESULT] = 1
-    """Pods that share the rows; each goes on where it stopped."""
+    """Pods that share the rows; each resumes where it stopped."""
     resources: Annotated[GenerateResources, RESULT] = Field(default_factory=GenerateResources)
     workspace: Annotated[Workspace, CIRCUMSTANCES] = Field(default_factory=Workspace)
     volumes: Annotated[Volumes, CIRCUMSTANCES] = Field(default_factory=list)
@@ -256,7 +256,7 @@ class GenerateJobSpec(JobControl, TabledSpec):
     scheduling: Annotated[Scheduling, CIRCUMSTANCES] = Field(default_factory=Scheduling)
     retries_per_shard: Annotated[int, Field(ge=0, le=100), LIFE_CYCLE] = 3
     """How often a shard is started again after a failure of the infrastructure. Read when the run is created: to apply
-    a change to a running job, suspend the job and let it go on.
+    a change to a running job, suspend and resume it.
     """
 
     @property

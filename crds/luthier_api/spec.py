@@ -1,6 +1,4 @@
-"""What the specs of both kinds share: where models and data come from, where work lies, what it may use, where results
-go.
-"""
+"""Types that the specs of both kinds use: sources of models and data, workspace, volumes, Hub, scheduling."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ Path = Annotated[str, Field(min_length=1, max_length=1024)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Seconds = Annotated[int, Field(ge=0, le=2**31 - 1)]  # as wide as Kubernetes' own
 
-# What the API server would refuse in a child, or a pod would trip over, is refused in the job.
+# The job refuses what the API server would refuse in a child, and what would make a pod fail.
 LABEL = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"  # of RFC 1123
 WORD = "[a-zA-Z0-9]([-_.a-zA-Z0-9]*[a-zA-Z0-9])?"
 REPOSITORY = (  # with what is never in one: huggingface_hub's validate_repo_id
@@ -139,10 +137,10 @@ class NewModel(ApiModel):
 
 
 class Quantization(ApiModel):
-    """The type in which frozen weights rest."""
+    """The data type in which frozen weights are stored."""
 
     type: QuantizationType
-    """nf4, fp4: 4 bits, for weights that are normally distributed, or not; int8: 8 bits, as LLM.int8 does it."""
+    """nf4: 4 bits, for normally distributed weights. fp4: 4 bits, floating point. int8: 8 bits, by LLM.int8()."""
 
 
 NEW_WEIGHTS = "new weights are trained whole: set method.type: full"
@@ -249,9 +247,7 @@ class DatasetSource(ApiModel):
 
 
 class Workspace(ApiModel):
-    """The volume where the phases meet and where results stay: a claim that exists, or one that the operator
-    creates.
-    """
+    """The volume that all phases share and that keeps the results: an existing claim, or one that Luthier creates."""
 
     claim_name: ObjectName | None = None
     """An existing PersistentVolumeClaim of the namespace. Each job works in a folder of its own on it."""
@@ -264,7 +260,7 @@ class Workspace(ApiModel):
     access_mode: Literal["ReadWriteOnce", "ReadWriteMany", "ReadWriteOncePod"] | None = None
     """Its access mode; ReadWriteMany where several pods work at once, else ReadWriteOnce."""
     when_deleted: Literal["Keep", "Delete"] = "Keep"
-    """What becomes of the created claim when the job is deleted. Keep: results outlive the job and its TTL."""
+    """Whether the created claim is deleted with the job. Keep: results remain after the job and its TTL."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -274,7 +270,7 @@ class Workspace(ApiModel):
         ),
         Rule(
             "!has(self.claimName) || self.whenDeleted == 'Keep'",
-            "workspace.whenDeleted: a claim that you brought is never deleted; remove whenDeleted, or let the operator"
+            "workspace.whenDeleted: an existing claim is never deleted; remove whenDeleted, or let the operator"
             " create the claim",
         ),
     )
@@ -301,7 +297,7 @@ RESERVED = (
     "var",
     "workspace",
 )
-"""Folders of the image, of the pod, and our own: a volume there would hide them, or not be reached."""
+"""Folders of the image, of the pod and of Luthier: a volume there would hide them, or could not be reached."""
 
 
 class Volume(ApiModel):
@@ -329,7 +325,7 @@ class SecretKey(ApiModel):
     name: ObjectName
     """Name of the Secret."""
     key: KeyName = "token"
-    """Key in it whose value is meant."""
+    """Key of the Secret that holds the value."""
 
 
 class Hub(ApiModel):
@@ -390,7 +386,7 @@ class Scheduling(ApiModel):
     `publish` run anywhere.
     """
     tolerations: Annotated[list[Toleration], Field(max_length=32)] = Field(default_factory=list)
-    """Taints that the pods of all phases accept. A node that cannot be reached is left after a minute."""
+    """Taints that the pods of all phases accept. Pods leave an unreachable node after one minute."""
     grace_period_seconds: Annotated[Seconds, Field(ge=15)] | None = None
     """Seconds between SIGTERM and SIGKILL of the pods that train or generate (terminationGracePeriodSeconds). Left out:
     what the plan needs to save a checkpoint, and no less than the operator's setting. Spot nodes and the cluster
@@ -399,20 +395,20 @@ class Scheduling(ApiModel):
 
 
 class JobControl(ApiModel):
-    """Fields of both kinds that steer a job."""
+    """Fields of both kinds that control the life cycle of a job."""
 
     suspend: Annotated[bool, LIFE_CYCLE] = False
-    """Stop the pods after a checkpoint, hold no resources, and go on when it becomes false."""
+    """Stop the pods after a checkpoint and release their resources. The job resumes when it becomes false."""
     active_deadline_seconds: Annotated[Annotated[Seconds, Field(ge=1)] | None, LIFE_CYCLE] = None
     """Seconds from the start of the first phase after which the job is stopped and fails; no limit when left out. The
-    clock starts again when a planned, suspended or ended job goes on.
+    clock starts again when a planned, suspended or ended job resumes.
     """
     ttl_seconds_after_finished: Annotated[Seconds | None, LIFE_CYCLE] = None
     """Seconds after which a finished job is deleted; it stays when left out. Its workspace stays unless
     `workspace.whenDeleted` says otherwise.
     """
     plan_only: Annotated[bool, LIFE_CYCLE] = False
-    """Stop after `prepare` and show the plan in the status; false later lets the job go on."""
+    """Stop after `prepare` and show the plan in the status. Set it to false later to continue the job."""
 
 
 Volumes = Annotated[list[Volume], Field(max_length=16), map_by("mountPath")]

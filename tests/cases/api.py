@@ -529,7 +529,7 @@ CASES: list[Case] = [
         accepted={"spec.dataset.evalSplit": "train[90%:]"},
     ),
     Case(
-        message="dataset.evalSplit: is what",
+        message="dataset.evalSplit: is also the training split",
         refused={"spec.dataset.evalSplit": "train"},
         accepted={"spec.dataset": {"id": "org/data", "evalSplit": "validation"}},
     ),
