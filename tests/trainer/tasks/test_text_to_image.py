@@ -18,6 +18,7 @@ from prepared_workspace import losses
 from safetensors import safe_open
 from safetensors.torch import load_file
 from trainer.generating import generate_run, generate_shards, result_lines
+from trainer.small_sdxl import write_small_sdxl
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun
@@ -173,6 +174,23 @@ def test_images_are_those_of_plain_diffusers(
 
 def as_tensor(image: Image.Image) -> torch.Tensor:
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).int()
+
+
+@pytest.mark.parametrize("use", ["model", "adapters"])
+def test_texts_do_not_take_the_adapter(use: str, trained: Trained, tiny_model: Path, tmp_path: Path) -> None:
+    spec: dict[str, Any] = {"task": "text-generation", "model": {"path": str(tiny_model)}}
+    spec |= {"model": {"job": "style"}} if use == "model" else {"adapters": [{"job": "style"}]}
+    run = generate_run(tmp_path / "texts", [{"prompt": "a lute"}], **spec)
+    with pytest.raises(Failure, match=r"\.job: FineTuneJob style is an adapter for Stable Diffusion XL, which belongs"):
+        prepare.main(run.model_copy(update={"sources": {"style": trained.run.workspace}}))
+
+
+def test_another_base_model_is_refused(trained: Trained, tmp_path: Path) -> None:
+    other = write_small_sdxl(tmp_path / "other", seed=5)
+    spec = {"task": "text-to-image", "model": {"path": str(other)}, "adapters": [{"job": "style"}]}
+    run = generate_run(tmp_path / "drawn", [{"prompt": "a lute"}], **spec)
+    with pytest.raises(Failure, match=r"FineTuneJob style was trained on .*Set spec\.model to the former$"):
+        prepare.main(run.model_copy(update={"sources": {"style": trained.run.workspace}}))
 
 
 def test_card(trained: Trained) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import Adapter
 from luthier_api.run import GenerateRun
-from luthier_api.tasks import TASKS
+from luthier_api.tasks import GENERATION_TASKS, TASKS
 from luthier_trainer.models import sources, weight_files
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.workspace.model_files import ADAPTER_CONFIG
@@ -188,10 +188,12 @@ def check_base(job: str, field: str, run: GenerateRun, model: sources.Located) -
     elif base.source == given.source:
         return
     if base.source != given.source:
+        merged = f", or leave the adapter out and set model: {{job: {job}}}, which has both"
+        can_merge = "model.job" in GENERATION_TASKS[run.spec.task].fields
         raise Failure(
             ExitCode.INVALID_SPEC,
             f"{field}: FineTuneJob {job} was trained on {base.source}, and spec.model is {given.source}. Set spec.model"
-            f" to the former, or leave the adapter out and set model: {{job: {job}}}, which has both",
+            f" to the former{merged if can_merge else ''}",
         )
     remedy = f"Set spec.model.revision: {base.revision}" if run.spec.model.id else f"Run {job} again"
     raise Failure(
