@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from luthier_trainer.generation.engines.base import Engine
     from luthier_trainer.generation.hardware import Hardware
 
-# batches are put together within so many batches' worth of rows: enough to fill groups, few enough to begin soon
+# Batches are composed within a window of so many: enough to fill the groups, few enough to start soon.
 WINDOW_BATCHES = 64
 LOG_LINES = 20  # at most, for the whole shard
 
@@ -42,7 +42,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     """Make the outputs of this shard that are missing. Raises Failure."""
     if not isinstance(run, GenerateRun):
         raise Failure(ExitCode.MISCONFIGURED, "generate: the run config is of a FineTuneJob; `train` runs those")
-    # Everything lies in the workspace; a look at the Hub would only wait for a network that these pods need not have.
+    # Everything is in the workspace; a request to the Hub would only wait for a network that these pods may not have.
     os.environ["HF_HUB_OFFLINE"] = "1"
     started, spec, folder = time.monotonic(), run.spec, WorkspaceFolder(Path(run.workspace))
     record = read_prepared(run)
@@ -75,8 +75,8 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
         f" {hardware.environment}",
         flush=True,
     )
-    # A shard without one good output looks, each time, whether the others can have any: a bad row costs the same
-    # however rows are split.
+    # If all outputs of a shard failed, check whether the rows of other shards can be made: the job fails only if no row
+    # can, however the rows are split.
     if left or shard.failed == len(samples) > 0:
         shard.open_result()
         with memory_explained():
@@ -161,7 +161,7 @@ def digest(adapter: str) -> str:
 
 
 def make(engine: Engine, shard: Shard, left: list[Sample], total: int, telemetry: Telemetry) -> bool:
-    """Make and keep what is left of `total` outputs; False when a stop was asked for on the way."""
+    """Make and keep the outputs that are left of `total`. Returns False if a stop was requested before the end."""
     started, before, logged = time.monotonic(), len(shard.done), len(shard.done)
     window = WINDOW_BATCHES * engine.batch_size
     for first in range(0, len(left), window):

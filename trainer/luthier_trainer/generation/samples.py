@@ -1,4 +1,4 @@
-"""What a shard has to make, and what it has made: one `Sample` an output asked for, one `Output` each that exists.
+"""A `Sample` is one output that a shard must make, an `Output` is one that it has made.
 
 A sample is fixed by the inputs alone; neither shard, batch nor attempt changes it.
 """
@@ -24,14 +24,14 @@ class Sample:
     negative_prompt: str | None
     seed: int
     input: dict[str, Any] | None = field(default=None, hash=False)
-    """The other columns of its row, which its line repeats and its output does not depend on."""
+    """The other columns of its row. Its line repeats them; its output does not depend on them."""
 
     @property
     def key(self) -> tuple[int, int]:
         return self.row, self.index
 
     def facts(self) -> dict[str, Any]:
-        """What its output depends on, and which it is."""
+        """The fields of its line: which output it is, and what the output depends on."""
         negative = {} if self.negative_prompt is None else {"negativePrompt": self.negative_prompt}
         return {"row": self.row, "sample": self.index, "prompt": self.prompt, **negative, "seed": self.seed}
 

@@ -1,9 +1,7 @@
-"""Drawing tokens so that a text depends on its own seed alone: not on its neighbours in the batch, the shard or the
-device's generator.
+"""Draws tokens so that a text depends only on its own seed, and not on the other texts of its batch or shard.
 
-`generate` of transformers draws a whole batch from one generator of the device. Here each text has a CPU generator of
-its own, and the choice is made in a logits processor, after which the likeliest token, which a greedy `generate` takes,
-is the chosen one.
+`generate` of transformers draws a whole batch from one generator of the device. Here each text has its own generator on
+the CPU. A logits processor draws the token and makes it the most likely one, which a greedy `generate` then takes.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from luthier_trainer.runtime.heartbeat import beat
 
 
 class SeededChoice(LogitsProcessor):
-    """Draws one token a text by inverting the distribution at a number fixed by the text's seed and the step."""
+    """Draws one token for each text: it inverts the distribution at a number that the text's seed and the step give."""
 
     def __init__(self, seeds: Sequence[int], prompt_length: int, steps: int, device: torch.device) -> None:
         draws = [
@@ -36,7 +34,7 @@ class SeededChoice(LogitsProcessor):
         self.prompt_length = prompt_length
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        # In doubles, so that the order in which a device sums does not decide between neighbours.
+        # In doubles, so that the order in which a device sums does not decide between two tokens.
         cumulative = scores.double().softmax(-1).cumsum(-1)
         step = input_ids.shape[1] - self.prompt_length
         targets = self.draws[:, step : step + 1] * cumulative[:, -1:]
@@ -45,7 +43,7 @@ class SeededChoice(LogitsProcessor):
 
 
 class RepetitionPenalty(LogitsProcessor):
-    """transformers' penalty, blind to padding: else the padding token, often the end of text, would count as said."""
+    """transformers' penalty without padding: otherwise the padding token, often the end of text, would be penalised."""
 
     def __init__(self, penalty: float, attention_mask: torch.Tensor) -> None:
         self.penalty = RepetitionPenaltyLogitsProcessor(penalty)
@@ -53,14 +51,14 @@ class RepetitionPenalty(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         length = self.padding.shape[1]
-        said = input_ids.clone()
-        # The last token of the prompt is never padding, and saying it twice changes nothing.
-        said[:, :length] = torch.where(self.padding, input_ids[:, length - 1 : length], input_ids[:, :length])
-        return self.penalty(said, scores)
+        tokens = input_ids.clone()
+        # The last token of the prompt is never padding, and a token that appears twice is penalised once.
+        tokens[:, :length] = torch.where(self.padding, input_ids[:, length - 1 : length], input_ids[:, :length])
+        return self.penalty(tokens, scores)
 
 
-class Pulse(LogitsProcessor):
-    """A sign of life each token: a batch of long texts can take longer than the supervisor waits."""
+class TokenHeartbeat(LogitsProcessor):
+    """Sends a heartbeat for each token: a batch of long texts can take longer than the supervisor waits."""
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         beat()
@@ -68,8 +66,8 @@ class Pulse(LogitsProcessor):
 
 
 def processors(settings: TextSettings, seeds: Sequence[int], attention_mask: torch.Tensor) -> LogitsProcessorList:
-    """What turns a greedy `generate` over prompts of one padded length into what `settings` ask for."""
-    chain = LogitsProcessorList([Pulse()])
+    """The processors that make a greedy `generate` over prompts of one padded length sample as `settings` say."""
+    chain = LogitsProcessorList([TokenHeartbeat()])
     if settings.repetition_penalty != 1.0:
         chain.append(RepetitionPenalty(settings.repetition_penalty, attention_mask))
     if settings.temperature > 0:

@@ -1,8 +1,8 @@
-"""The phase that finds everything out: model, data, plan. It holds no GPU, so every mistake of the user should end
-here.
+"""The phase that resolves and checks model and data, and plans. It holds no GPU, so that mistakes of the user should be
+found here.
 
-A finished `prepare` is not repeated; when what it read is another by now, that is refused. One that was interrupted
-keeps its downloads.
+A finished `prepare` is not repeated; if its sources have changed since, the job is refused. An interrupted one keeps
+its downloads.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
         refuse_changes(run, record)
         return done(record)
     cache = folder.prepared / ".cache"
-    # Imported here: each brings libraries that the other kind does without.
+    # Imported here, because each needs libraries that the other does not.
     if isinstance(run, FineTuneRun):
         from luthier_trainer.prepare import training
 
@@ -50,7 +50,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
 
 
 def begin(run: FineTuneRun | GenerateRun, folder: WorkspaceFolder) -> None:
-    """An empty `prepared/`, or the one that an interrupted `prepare` of the same job left.
+    """Make an empty `prepared/`, or keep the one that an interrupted `prepare` of the same job left.
 
     What belongs to another version of the job (on a laptop, after an edit of the manifest) is set aside, never
     overwritten.

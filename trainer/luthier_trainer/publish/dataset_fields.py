@@ -1,7 +1,7 @@
-"""What `load_dataset` has to be told about the outputs of a GenerateJob, for the front matter of their card.
+"""The `configs` entry of the card of a GenerateJob's outputs: files and column types for `load_dataset`.
 
-`datasets` takes the types of columns from the first lines of one file, and fails where a column is null there and a
-text further on. So all types are written down, found by looking at every line.
+`datasets` infers the types of columns from the first lines of one file, and fails if a column is null there and a text
+later. So all types are written down; they are found by reading every line.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 FILE_NAME = "file_name"
 LINES = ".jsonl"
+IMAGE = ("image", "image")
+"""Name and type of the column that `datasets` makes of the files."""
 
 Kind = str | dict[str, Any] | list[Any] | None
 """A dtype, fields of an object, the kind of the items of a list, or None where all values are null so far."""
@@ -21,20 +23,24 @@ Kind = str | dict[str, Any] | list[Any] | None
 def config(result: Path, manifests: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The only entry of `configs`. `manifests` are those of the shards."""
     kind = kind_of_lines(line for manifest in manifests for line in lines(result, manifest))
-    images = [any(not entry["path"].endswith(LINES) for entry in manifest["files"]) for manifest in manifests]
     files: str | list[str] = "shard-*.jsonl"
     if isinstance(kind, dict) and FILE_NAME in kind:
-        # A shard of errors alone names no file, which `datasets` takes for a mistake; without any image it reads lines.
-        folders = [
-            f"{folder(manifest)}/**" for manifest, has_images in zip(manifests, images, strict=True) if has_images
-        ]
-        files = ("shard-*/**" if all(images) else folders) if folders else "shard-*/*.jsonl"
-        if folders:
-            kind = {
-                "image" if name == FILE_NAME else name: "image" if name == FILE_NAME else inner
-                for name, inner in kind.items()
-            }
+        # `datasets` refuses a folder of images without any image, as that of a shard that has only errors.
+        with_images = [manifest for manifest in manifests if has_images(manifest)]
+        if not with_images:
+            files = "shard-*/*.jsonl"
+        elif len(with_images) == len(manifests):
+            files = "shard-*/**"
+        else:
+            files = [f"{folder(manifest)}/**" for manifest in with_images]
+        if with_images:
+            kind = dict(IMAGE if name == FILE_NAME else (name, inner) for name, inner in kind.items())
     return {"config_name": "default", "data_files": files, "features": fields(kind)}
+
+
+def has_images(manifest: dict[str, Any]) -> bool:
+    """Whether a shard has files beside its lines."""
+    return any(not entry["path"].endswith(LINES) for entry in manifest["files"])
 
 
 def folder(manifest: dict[str, Any]) -> str:

@@ -60,7 +60,7 @@ class ImageEngine:
     ) -> None:
         for library in (logging, transformers_logging):
             library.disable_progress_bar()
-            # Their warnings say for each batch what the manifest says once a row: that a prompt is not read to its end.
+            # They warn in each batch that a prompt is truncated; the lines of the outputs say it once.
             library.set_verbosity_error()
         self.settings, self.batch_size, self.scheduler_name = spec.image, batch_size, spec.image.scheduler
         # Adapters are fused once, in fp32, and rounded with the weights.
@@ -112,7 +112,7 @@ class ImageEngine:
             height=self.settings.height,
             generator=[torch.Generator().manual_seed(s.seed) for s in batch],
             eta=eta(self.scheduler_name),
-            callback_on_step_end=pulse,
+            callback_on_step_end=heartbeat_after_step,
             output_type="latent",
         ).images
         return [self.output(sample, latents[i : i + 1]) for i, sample in enumerate(samples)]
@@ -146,9 +146,9 @@ class ImageEngine:
         return vae.decode(latent, return_dict=False)[0]
 
 
-def pulse(
+def heartbeat_after_step(
     pipe: StableDiffusionXLPipeline, step: int, timestep: int, tensors: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """A batch on CPU can take longer than the supervisor waits for a sign of life; a step does not."""
+    """Send a heartbeat after each step: a batch on CPU can take longer than the supervisor waits for one."""
     beat()
     return {}
