@@ -170,7 +170,7 @@ def notice_unmeasured_labels(data: DatasetDict, labels: list[str]) -> None:
         shown = ", ".join(absent[:SHOWN]) + ", ..." * (len(absent) > SHOWN)
         notice(
             f"{LABEL}: {len(absent)} of {len(labels)} labels are in no held-out row ({shown}). f1Macro counts each as"
-            " 0, and the other figures say nothing about them. Hold out more rows, or rows of each label"
+            " 0, and the other metrics say nothing about them. Hold out more rows, or rows of each label"
         )
 
 

@@ -165,7 +165,7 @@ class PreferenceTask(TextTask):
 
 @cache
 def trainer_class() -> type:
-    """TRL's trainer without what a job must not do (reports, cards), and with exact figures of an evaluation."""
+    """TRL's trainer without what a job must not do (reports, cards), and with exact metrics of an evaluation."""
     import torch
     from torch.nn.functional import logsigmoid
     from trl import DPOTrainer
@@ -199,7 +199,7 @@ def trainer_class() -> type:
             return
 
         def compute_loss(self, *args: Any, **options: Any) -> Any:
-            # TRL 1.16 gathers the figures of its log after each micro-batch. Of the last ones of an epoch processes
+            # TRL 1.16 gathers the metrics of its log after each micro-batch. Of the last ones of an epoch processes
             # may have different numbers of rows, for which a collective would wait for ever.
             accelerator = self.accelerator
             accelerator.gather = accelerator.gather_for_metrics = lambda tensor, *_, **__: tensor
