@@ -24,7 +24,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from luthier_trainer.generation.engines.text import TextEngine
 from luthier_trainer.generation.hardware import Hardware
-from luthier_trainer.generation.samples import Sample, batches
+from luthier_trainer.generation.main import batches
+from luthier_trainer.generation.samples import Sample
 
 VOCABULARY = 512
 WEIGHT = 8  # times that of a new model, so that texts depend on their prompts
