@@ -20,12 +20,14 @@ from luthier_api import status
 from luthier_api.exitcodes import ExitCode
 from luthier_api.marks import settings_of
 from luthier_api.status import Phase, Prepared
+from luthier_api.tasks import TRAINING_TASKS
 from luthier_api.termination import TerminationMessage
 from luthier_cli.local import LocalJob
 from luthier_cli.runner import Outcome
 
 LINE_PERCENT = 10  # of progress between two lines, without a terminal
 SAMPLES, SAMPLE_CHARACTERS = 3, 600
+WITH_OWN_LINE = ("perplexity", "accuracy", "f1Macro", "majorityShare")  # metrics beside the loss or the accuracy
 LINES_OF_OUTPUT = 15  # of a process that failed
 EXPLAINED_BY_MESSAGE = (ExitCode.INVALID_SPEC, ExitCode.INVALID_DATASET, ExitCode.NOT_FOUND)  # without its output
 MARKS: dict[int, str] = {ExitCode.COMPLETED: "[green]✓[/]", ExitCode.PREEMPTED: "[yellow]■[/]"}
@@ -192,6 +194,8 @@ def results(outcome: Outcome) -> Table:
         table.add_row("held-out loss", loss)
     if "accuracy" in metrics:
         table.add_row("accuracy", accuracy(metrics))
+    for name, value in other_metrics(metrics).items():
+        table.add_row(name, f"{value:.3f}")
     if trained := training(metrics):
         table.add_row("trained", trained)
     if "rows" in metrics:
@@ -220,6 +224,12 @@ def accuracy(metrics: dict[str, float]) -> str:
     if share is not None:
         text += f"  (the most frequent class alone: {share:.3f})"
     return text
+
+
+def other_metrics(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics of an evaluation by the tables of the tasks that have no line of their own, such as rewardAccuracy."""
+    names = [metric.name for task in TRAINING_TASKS.values() for metric in task.metrics]
+    return {name: metrics[name] for name in names if name in metrics and name not in WITH_OWN_LINE}
 
 
 def training(metrics: dict[str, float]) -> str:

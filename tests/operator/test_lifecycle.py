@@ -178,7 +178,9 @@ async def test_a_killed_shard_is_started_again_alone() -> None:
         event = await until(
             "an event", lambda: next((e for e in cluster.all("Event") if e["reason"] == "Restarting"), None)
         )
-        assert event["message"].startswith("restart 1 after InfrastructureError: ")
+        # The replacement pod may be seen before the end of the one that failed. Then the event cannot name the reason yet.
+        assert event["message"] == "restart 1" or event["message"].startswith("restart 1 after InfrastructureError: ")
+        assert [attempt["reason"] for attempt in found["attempts"]] == ["InfrastructureError"]
 
 
 async def test_an_image_that_is_not_there() -> None:

@@ -21,6 +21,7 @@ import yaml
 from cases.api import FINE_TUNE, GENERATE, Document, changed
 
 from luthier_api.run import read_run
+from luthier_cli.screen import other_metrics
 
 STAND_IN = Path(__file__).with_name("stand_in")
 CPU = {"gpusPerNode": 0}
@@ -595,3 +596,9 @@ def wait_for(condition: Any, seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < until, "waited in vain"
         time.sleep(0.05)
+
+
+def test_the_summary_has_a_line_for_each_metric_of_the_tables() -> None:
+    """`rewardAccuracy` of preference; accuracy and perplexity stand on lines that say more."""
+    metrics = {"accuracy": 0.9, "perplexity": 9.5, "evalLoss": 2.25, "rewardAccuracy": 0.7, "rewardMargin": 0.02}
+    assert other_metrics(metrics) == {"rewardAccuracy": 0.7, "rewardMargin": 0.02}
