@@ -351,6 +351,14 @@ class Hub(ApiModel):
             "has(self.repo) || has(self.tokenSecretRef)",
             "hub: set repo (to publish), tokenSecretRef (to read private sources), or remove hub",
         ),
+        Rule(
+            "has(self.repo) || self.branch == 'main'",
+            "hub.branch: belongs to hub.repo, the repository to publish to; set hub.repo, or remove branch",
+        ),
+        Rule(
+            "has(self.repo) || self.private",
+            "hub.private: belongs to hub.repo, the repository to publish to; set hub.repo, or remove private",
+        ),
     )
 
 

@@ -598,6 +598,16 @@ CASES: list[Case] = [
         refused={"spec.hub": {"private": True}},
         accepted={"spec.hub": {"tokenSecretRef": SECRET}},
     ),
+    Case(
+        message="hub.branch:",
+        refused={"spec.hub": {"tokenSecretRef": SECRET, "branch": "v2"}},
+        accepted={"spec.hub": {"repo": "org/out", "tokenSecretRef": SECRET, "branch": "v2"}},
+    ),
+    Case(
+        message="hub.private:",
+        refused={"spec.hub": {"tokenSecretRef": SECRET, "private": False}},
+        accepted={"spec.hub": {"repo": "org/out", "tokenSecretRef": SECRET, "private": False}},
+    ),
     # FineTuneJob
     Case(
         message="resources.processesPerNode:",
@@ -843,7 +853,9 @@ WRITTEN: list[Written] = [
         GENERATE,
     ),
     Written("spec.adapters[].revision", lambda t: {"spec.adapters": [{"id": "org/a", "revision": t}]}, *REFS, GENERATE),
-    Written("spec.hub.branch", lambda t: {"spec.hub": {"branch": t, "tokenSecretRef": SECRET}}, *REFS),
+    Written(
+        "spec.hub.branch", lambda t: {"spec.hub": {"repo": "org/out", "branch": t, "tokenSecretRef": SECRET}}, *REFS
+    ),
     Written("spec.hub.repo", lambda t: {"spec.hub": {"repo": t, "tokenSecretRef": SECRET}}, *HUB_NAMES),
     Written("spec.hub.tokenSecretRef.name", lambda t: {"spec.hub": {"tokenSecretRef": {"name": t}}}, *NAMES),
     Written(
