@@ -1,1 +1,1 @@
-"""Models: where they come from, what their files say, heads, merging, and new models from a configuration."""
+"""Models: sources, checks of their files, heads, merging of adapters, and new models from a configuration."""

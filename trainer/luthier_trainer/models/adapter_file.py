@@ -1,5 +1,6 @@
-"""Which file is the adapter of a text-to-image job: LoRA files for images come alone, without a configuration, and
-often several together.
+"""Chooses the file of the adapter for a text-to-image job.
+
+LoRA adapters for images are published without a configuration, and often several of them in one repository.
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 from luthier_trainer.workspace.model_files import MODEL_CONFIG, PIPELINE_CONFIG
 
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' own name
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # the name that diffusers gives to the file
 WHOLE_MODEL = (PIPELINE_CONFIG, MODEL_CONFIG)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SHOWN = 8  # file names in a message
 
 
 def choose(names: Sequence[str], asked: str | None, field: str, where: str) -> str:
-    """The adapter's file among `names`, the files of a repository or folder `where`.
+    """Return the adapter's file among `names`, the files of the repository or folder `where`.
 
-    `asked` is the user's choice, `field` the path of the adapter in the spec. Raises Failure when there is none or more
-    than one.
+    `asked` is the file that the user chose, if any. `field` is the path of the adapter in the spec. If there are
+    several safetensors files, the one with diffusers' own name is used, with a notice. Raises Failure if there is none,
+    if there are several and none has that name, or if the files are a whole model.
     """
     found = sorted(name for name in names if name.endswith(".safetensors"))
     if asked is not None:
@@ -60,7 +62,7 @@ def choose(names: Sequence[str], asked: str | None, field: str, where: str) -> s
 
 
 def _asked(found: list[str], asked: str, field: str, where: str) -> str:
-    """The file that `file` names. Raises Failure if it is not there."""
+    """Return the file that `spec.adapters[].file` names. Raises Failure if it is not there."""
     if asked in found:
         return asked
     near = difflib.get_close_matches(asked, found, 1)
@@ -72,5 +74,6 @@ def _asked(found: list[str], asked: str, field: str, where: str) -> str:
 
 
 def _shown(names: Sequence[str]) -> str:
+    """Return the first names for a message, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

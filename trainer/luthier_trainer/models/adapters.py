@@ -1,8 +1,9 @@
-"""Whether an adapter belongs to the model of a GenerateJob: by its task, by the base it was trained on, by its shapes.
+"""Checks whether an adapter belongs to the model of a GenerateJob: by its task, its base model and its shapes.
 
-PEFT adds any adapter whose shapes fit, and leaves out silently what the model has no place for; the texts are then
-merely bad. What a job has recorded of its base is certain; of other adapters only a base that lies here can be
-compared, because the names that people give (a mirror, a quantised copy) say little.
+PEFT adds any adapter whose shapes fit, and silently ignores weights whose module the model does not have; the outputs
+are then of poor quality, without an error. The base of another job's adapter is recorded and can be compared exactly.
+For other adapters the base can only be compared if the adapter names a local folder, because the names that people
+write there (a mirror, a quantised copy) are not reliable.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from luthier_trainer.workspace.provenance import folder_digest
 
 NEEDS = {"text-generation": "causal-lm", "text-to-image": "Stable Diffusion XL"}
 WEIGHTS = "adapter_model.safetensors"  # the one file that PEFT 0.21 writes and reads
-PREFIX = "base_model.model."  # of names in it
+PREFIX = "base_model.model."  # PEFT's prefix of the names in that file
 LORA_WEIGHT = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
 ADDED = re.compile(r"(.+?)\.lora_(?:embedding_)?[AB](?:\.(weight|bias))?")
 LAST = re.compile(r"(.+)\.[^.]+")
-# By DoRA, and of single tokens
+# DoRA replaces the norm of a weight, and trainable tokens replace single rows of an embedding.
 REPLACED = re.compile(r"(.+?)\.(?:lora_magnitude_vector(?:\.weight)?|token_adapter\..+)")
-COPIED = ".base_layer.weight"  # PEFT saves the base's own embeddings along with an adapter on them
+COPIED = ".base_layer.weight"  # PEFT also saves the base's embeddings if an adapter is on them
 SHOWN = 3  # names in a message
-# Settings of adapters that only work beside the model
+# Settings of adapters that cannot be merged, because they act while the model runs.
 NOT_MERGED = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -44,10 +45,11 @@ NOT_MERGED = (
 def check(
     adapter: Path, job: str | None, field: str, run: GenerateRun, model: sources.Located, model_path: Path
 ) -> None:
-    """Raise Failure when the adapter in folder `adapter`, the result of FineTuneJob `job` if it is one, belongs to
-    another model.
+    """Check that the adapter in folder `adapter` belongs to `model`.
 
-    `model_path`: where `model` lies now; another folder than it was found in when it was downloaded or merged.
+    `job` is the FineTuneJob that the adapter is the result of, if it is one. `model_path` is the folder of the model
+    now; it differs from `model.folder` if the model was downloaded or merged. Raises Failure if the adapter was made
+    for another task or model, or cannot be merged.
     """
     path = adapter / ADAPTER_CONFIG
     config: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
@@ -63,7 +65,7 @@ def check(
 
 
 def check_task(trained_for: str | None, task: str, field: str) -> None:
-    """Check that an adapter was trained for models such as those of `task`. Raises Failure."""
+    """Check that an adapter was trained for the kind of model that `task` uses. Raises Failure if not."""
     if trained_for and trained_for != NEEDS[task]:
         raise Failure(
             ExitCode.INVALID_SPEC,
@@ -73,8 +75,9 @@ def check_task(trained_for: str | None, task: str, field: str) -> None:
 
 
 def task_of_adapter(config: Mapping[str, Any]) -> str | None:
-    """The task that an adapter was trained for, by its adapter_config.json; None where that does not tell, or tells
-    another.
+    """Return the task that an adapter was trained for, from the content of its adapter_config.json.
+
+    Returns None if the configuration does not name a task, or names one that is not in `TASKS`.
     """
     peft_type, base = config.get("task_type"), (config.get("auto_mapping") or {}).get("base_model_class") or ""
     for name, task in TASKS.items():
@@ -86,7 +89,7 @@ def task_of_adapter(config: Mapping[str, Any]) -> str | None:
 
 
 def check_kind(config: Mapping[str, Any], field: str) -> None:
-    """Whether the adapter can become part of the model's weights. Raises Failure."""
+    """Check that the adapter can be merged into the weights of the model. Raises Failure if it cannot."""
     if (kind := config.get("peft_type")) != "LORA":
         raise Failure(ExitCode.INVALID_SPEC, f"{field}: is a {kind} adapter; only LoRA adapters are merged")
     if setting := next((name for name in NOT_MERGED if config.get(name)), None):
@@ -97,7 +100,7 @@ def check_kind(config: Mapping[str, Any], field: str) -> None:
 
 
 def check_weights(adapter: Path, field: str) -> None:
-    """Whether the adapter's weights are there, in a file that cannot run code, and finite. Raises Failure."""
+    """Check that the adapter's weights exist as safetensors and are finite. Raises Failure if not."""
     from safetensors import safe_open
 
     if not (adapter / WEIGHTS).is_file():
@@ -121,18 +124,20 @@ def check_weights(adapter: Path, field: str) -> None:
 
 @dataclass(frozen=True)
 class Changes:
-    """What an adapter does to the weights of its model, by name."""
+    """The weights of a model that an adapter changes, by name."""
 
     adds: frozenset[str]
     replaces: frozenset[str]
-    """Also those of which it replaces a part (single tokens), or the norm (DoRA)."""
+    """Includes weights of which only a part is replaced: rows for single tokens, or the norm (DoRA)."""
 
     @property
     def all(self) -> frozenset[str]:
+        """Return the names of all weights that the adapter changes."""
         return self.adds | self.replaces
 
 
 def changes(adapter: Path) -> Changes:
+    """Return the weights that the adapter in folder `adapter` adds to and replaces, from the names in its file."""
     adds, replaces = set[str](), set[str]()
     for name in names_in(adapter):
         if added := ADDED.fullmatch(name):
@@ -145,19 +150,22 @@ def changes(adapter: Path) -> Changes:
 
 
 def names_in(adapter: Path) -> dict[str, list[int]]:
-    """Name → shape of the tensors in an adapter's file, without PEFT's prefix."""
+    """Return name → shape of the tensors in an adapter's file; the names are without PEFT's prefix."""
     header = weight_files.safetensors_header(adapter / WEIGHTS)
     return {key.removeprefix(PREFIX): tensor["shape"] for key, tensor in header.items() if key != "__metadata__"}
 
 
 def check_together(folders: Sequence[Path], adapters: Sequence[Adapter], field: str) -> None:
-    """Whether each adapter has its full effect beside the others, and at its weight. Raises Failure.
+    """Check that each adapter has its full effect beside the others, and at its weight.
 
-    What one adapter replaces, another one must not change: only the last of them would count.
+    `folders` and `adapters` have the same order. If one adapter replaces a weight, no other adapter may change this
+    weight, because only the last of them would have an effect. Raises Failure if two adapters conflict, or if an
+    adapter that replaces weights has another weight than 1.
     """
     found = {i: changes(folders[i]) for i, adapter in enumerate(adapters) if adapter.weight != 0}
     for i, own in found.items():
-        whole = sorted(name for name in own.replaces if not name.endswith(".bias"))  # trained biases have a weight
+        # Biases are excluded: `merge.add_adapter` multiplies their change by the weight.
+        whole = sorted(name for name in own.replaces if not name.endswith(".bias"))
         if whole and adapters[i].weight != 1:
             raise Failure(
                 ExitCode.INVALID_SPEC,
@@ -174,17 +182,21 @@ def check_together(folders: Sequence[Path], adapters: Sequence[Adapter], field: 
 
 
 def some(names: Sequence[str]) -> str:
+    """Return the first names for a message, and how many others there are."""
     return ", ".join(names[:SHOWN]) + f" and {len(names) - SHOWN} others" * (len(names) > SHOWN)
 
 
 def check_base(job: str, field: str, run: GenerateRun, model: sources.Located) -> None:
-    """Check that the adapter of `job` was trained on this model. Raises Failure."""
+    """Check that the adapter of FineTuneJob `job` was trained on this model.
+
+    Revisions are compared if both are known and of the same kind, otherwise sources. Raises Failure if they differ.
+    """
     base, given = sources.record_of(job, run, field).model, model.resolved
     if base.revision and given.revision:
         if base.revision == given.revision:
             return
         if len(base.revision) != len(given.revision):
-            return  # a commit on the Hub and a SHA-256 say nothing about each other
+            return  # a commit on the Hub and the SHA-256 of a folder cannot be compared
     elif base.source == given.source:
         return
     if base.source != given.source:
@@ -204,7 +216,10 @@ def check_base(job: str, field: str, run: GenerateRun, model: sources.Located) -
 
 
 def check_named_base(base: Path, field: str, model: sources.Located) -> None:
-    """Check that the base model that an adapter names is the one it is added to. Raises Failure."""
+    """Check that the base model that an adapter names is the model that it is added to.
+
+    Only a base that is a folder in this pod can be compared. Raises Failure if its content differs.
+    """
     if base.is_absolute() and base.is_dir() and folder_digest(base) != model.resolved.revision:
         raise Failure(
             ExitCode.INVALID_SPEC,
@@ -214,8 +229,9 @@ def check_named_base(base: Path, field: str, model: sources.Located) -> None:
 
 
 def check_shapes(adapter: Path, field: str, model_path: Path, name_of_model: str) -> None:
-    """Whether each module that the adapter adds to is in the model, and as wide as it thinks. Raises Failure if one is
-    not.
+    """Check that each module that the adapter changes exists in the model, and has the same shape.
+
+    The modules of the model are built on the meta device, without memory. Raises Failure if one is absent or differs.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -224,7 +240,7 @@ def check_shapes(adapter: Path, field: str, model_path: Path, name_of_model: str
 
     config = AutoConfig.from_pretrained(model_path)
     if get_checkpoint_conversion_mapping(config.model_type):
-        return  # names in files are not those of modules
+        return  # the names of tensors in the files differ from those of the modules
     with torch.device("meta"):
         modules = dict(AutoModelForCausalLM.from_config(config).named_modules())
     for name, shape in names_in(adapter).items():
@@ -246,9 +262,11 @@ def check_shapes(adapter: Path, field: str, model_path: Path, name_of_model: str
         match = LORA_WEIGHT.fullmatch(name)
         own = getattr(module, name.rpartition(".")[2], None)
         if match and isinstance(module, torch.nn.Linear | torch.nn.Embedding | Conv1D):
+            # A Linear's weight has the shape (outputs, inputs); an Embedding's and a Conv1D's (inputs, outputs).
             inputs, outputs = module.weight.shape[::-1] if isinstance(module, torch.nn.Linear) else module.weight.shape
+            # lora_A has the shape (rank, inputs), lora_B (outputs, rank).
             wide, given, what = (inputs, shape[1], "inputs") if match[2] == "A" else (outputs, shape[0], "outputs")
-        elif not match and isinstance(own, torch.Tensor) and own.ndim == len(shape):  # what is replaced, or a copy
+        elif not match and isinstance(own, torch.Tensor) and own.ndim == len(shape):  # a replaced weight, or a copy
             wide, given, what = next(
                 ((w, g, "rows or columns") for w, g in zip(own.shape, shape, strict=True) if w != g), (0, 0, "")
             )

@@ -1,6 +1,6 @@
 """Checks of a job against its model: task, length, sharding, recomputed activations, stored quantisation.
 
-All of them read the configuration only, and raise Failure with the path of the field.
+All of them read only the configuration, and raise Failure with the path of the field.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 PIPELINES = ("StableDiffusionXLPipeline",)
-# transformers 5.23, by changing the last of six tokens: these see it from earlier positions, and have no `is_decoder`
-# that tells ...
+# Measured with transformers 5.23 by changing the last of six tokens: the outputs of earlier positions change, and
+# `is_decoder` does not tell.
 SEE_AHEAD = {"prophetnet", "xlm", "xlnet"}
-# ... and these have an `is_decoder` that is false, never read it, and look back only.
+# These have `is_decoder: false`, but never read it, and attend only to earlier tokens.
 NEVER_SEE_AHEAD = {"gpt_neox", "gpt_neox_japanese"}
 
 
 def check_task(config: PreTrainedConfig, task: str, field: str) -> None:
-    """Whether the architecture can do `task`, and was not made for another one. Raises Failure."""
+    """Check that the architecture can do `task`, and that the model was not made for another one.
+
+    Raises Failure if the architecture has no model class for the task, or if a classifier is used for generation.
+    """
     if type(config) not in auto_class(task)._model_mapping:
         raise Failure(
             ExitCode.INVALID_SPEC,
@@ -44,8 +47,10 @@ def check_task(config: PreTrainedConfig, task: str, field: str) -> None:
 
 
 def check_looks_back(model: PreTrainedModel, field: str) -> None:
-    """Whether no position of a causal language model sees the tokens after it. One that does learns to copy what it
-    should predict: its loss falls on any text, and it can generate none. Raises Failure.
+    """Check that no position of a causal language model attends to later tokens.
+
+    A model that does learns to copy the token that it should predict: its loss falls on any text, but it cannot
+    generate text. Raises Failure for such a model.
     """
     kind, is_decoder = model.config.model_type, getattr(model.config, "is_decoder", None)
     if kind in SEE_AHEAD or (is_decoder is False and kind not in NEVER_SEE_AHEAD):
@@ -58,7 +63,7 @@ def check_looks_back(model: PreTrainedModel, field: str) -> None:
 
 
 def check_length(config: PreTrainedConfig, max_length: int, field: str) -> None:
-    """Check `training.maxLength` against the positions that the model has. Raises Failure."""
+    """Check `training.maxLength` against the positions that the model has. Raises Failure if it is larger."""
     limit = max_positions(config)
     if limit is not None and max_length > limit:
         raise Failure(
@@ -69,7 +74,7 @@ def check_length(config: PreTrainedConfig, max_length: int, field: str) -> None:
 
 
 def check_new_tokens(config: PreTrainedConfig, new_tokens: int, field: str) -> None:
-    """Whether a prompt of one token and `new_tokens` more fit the model. Raises Failure."""
+    """Check that a prompt of one token and `new_tokens` tokens fit into the model. Raises Failure if not."""
     limit = max_positions(config)
     if limit is not None and new_tokens >= limit:
         raise Failure(
@@ -80,9 +85,9 @@ def check_new_tokens(config: PreTrainedConfig, new_tokens: int, field: str) -> N
 
 
 def check_sharding(config: PreTrainedConfig, task: str, field: str) -> None:
-    """Whether ZeRO-3 can spread the model. Raises Failure."""
+    """Check that ZeRO-3 can shard the model. Raises Failure if the model has batch normalisation."""
     if any(counts(module) for module in skeleton(config, task, MODEL).modules()):
-        # ResNet's own initialisation, for one, meets weights that are not whole (transformers 5.23).
+        # The initialisation of ResNet, for example, fails on sharded weights (transformers 5.23).
         raise Failure(
             ExitCode.INVALID_SPEC,
             f"{field}: {config.model_type} keeps statistics of its batches, which ZeRO-3 does not spread; use ddp or"
@@ -91,8 +96,9 @@ def check_sharding(config: PreTrainedConfig, task: str, field: str) -> None:
 
 
 def cannot_recompute(config: PreTrainedConfig, task: str) -> str | None:
-    """Why the model cannot drop its activations and compute them again, if so. Raises Failure when no model can be
-    built.
+    """Return why the model cannot use activation checkpointing, or None if it can.
+
+    Raises Failure if no model can be built from the configuration.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -105,14 +111,15 @@ def cannot_recompute(config: PreTrainedConfig, task: str) -> str | None:
         return f"{config.model_type} keeps statistics of its batches, and would count each twice"
     try:
         model.activation_checkpointing_enable()
-    except Exception as error:  # some classes say that they can, and have no layers that do (transformers 5.23)
+    except Exception as error:  # some classes claim support and have no layer that does (transformers 5.23)
         return f"{config.model_type} cannot recompute its activations ({' '.join(str(error).split())[:200]})"
     return None
 
 
 def check_quantisation(config: PreTrainedConfig, allowed: Collection[str], field: str) -> None:
-    """Whether the weights are in types that the job's work is known to be right with; `allowed` are transformers' names
-    of methods. Raises Failure.
+    """Check that the stored weights are not quantised, or by a method for which the job is known to be correct.
+
+    `allowed` holds names of quantisation methods as transformers spells them. Raises Failure for any other method.
     """
     quantisation = getattr(config, "quantization_config", None)
     if quantisation and (method := dict(quantisation).get("quant_method")) not in allowed:
@@ -125,13 +132,15 @@ def check_quantisation(config: PreTrainedConfig, allowed: Collection[str], field
 
 
 def check_stored_type(config: PreTrainedConfig, wanted: str, field: str) -> None:
-    """Whether weights that are stored as bitsandbytes quantised them are in the type that the job asks for:
-    transformers would load them as they are. Raises Failure.
+    """Check that weights that bitsandbytes has quantised have the type that the job asks for.
+
+    transformers would load them in their stored type whatever the job asks for. Raises Failure if the types differ.
     """
     stored = dict(getattr(config, "quantization_config", None) or {})
     if not stored:
         return
-    kind = "int8" if stored.get("load_in_8bit") else stored.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' default
+    # fp4 is the default of bitsandbytes.
+    kind = "int8" if stored.get("load_in_8bit") else stored.get("bnb_4bit_quant_type", "fp4")
     if kind != wanted:
         raise Failure(
             ExitCode.INVALID_SPEC,
@@ -141,7 +150,7 @@ def check_stored_type(config: PreTrainedConfig, wanted: str, field: str) -> None
 
 
 def check_pipeline(folder: Path, field: str) -> None:
-    """Whether `folder` is a diffusers pipeline that text-to-image runs. Raises Failure if it is not."""
+    """Check that `folder` is a diffusers pipeline that text-to-image can run. Raises Failure if it is not."""
     index = folder / "model_index.json"
     if not index.is_file():
         raise Failure(

@@ -1,8 +1,9 @@
-"""Tokens against rows: a token beyond the last row of the embedding stops a training at its first batch, on a GPU
-without naming it.
+"""Tokens that have no row in the model's embedding.
 
-Some models are published with such tokens and never use them (Gemma 3 1B has one for images), so it counts whether they
-can occur: ordinary ones can in any text; those with a task of their own, such as padding, do.
+Such a token stops a training at its first batch, with an error on the GPU that does not name the token. Some models are
+published with such tokens and never use them (Gemma 3 1B has one for images). The checks therefore ask whether the
+token can occur: an ordinary token can occur in any text, and one with a role, such as padding, is used by the job
+itself.
 """
 
 from __future__ import annotations
@@ -31,14 +32,15 @@ Tokens = Mapping[str, int]
 
 
 def without_row(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, task: str, field: str) -> Tokens:
-    """The tokens whose number is beyond the last row of the embedding, by number. None where the model has no table of
-    tokens.
+    """Return token → id of the tokens whose id is beyond the last row of the embedding, in the order of ids.
+
+    Returns nothing if the model has no table of embeddings. Raises Failure if the model cannot be built.
     """
     import torch
 
     table = inspect.skeleton(config, task, field).get_input_embeddings()
     if not isinstance(table, torch.nn.Embedding):
-        return {}  # CANINE, for one, hashes characters
+        return {}  # CANINE, for example, hashes characters
     rows = table.num_embeddings
     return {
         token: number
@@ -48,7 +50,10 @@ def without_row(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, ta
 
 
 def check(beyond: Tokens, tokenizer: PreTrainedTokenizerBase, field: str, remedy: str) -> None:
-    """Raise Failure where one of the tokens `beyond` can occur in any text, or is used by the job itself."""
+    """Check that no token of `beyond` can occur in any text, or is used by the job itself.
+
+    `beyond` are the tokens without a row, `remedy` ends the error message. Raises Failure if there is such a token.
+    """
     special = {str(token) for token in tokenizer.all_special_tokens}
     special |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     roles = {getattr(tokenizer, role, None) for role in ROLES}
@@ -64,8 +69,9 @@ def check_rows(
     remedy: str,
     columns: Collection[str] = ("input_ids",),
 ) -> None:
-    """Raise Failure where one of the tokens `beyond` occurs in the rows that will be learnt or measured on. `columns`:
-    those with lists of tokens.
+    """Check that no token of `beyond` occurs in the rows for training or evaluation.
+
+    `columns` are the columns of `data` that hold lists of token ids. Raises Failure if one occurs.
     """
     if not beyond:
         return
@@ -82,7 +88,7 @@ def check_rows(
 def check_prompts(
     beyond: Tokens, prompts: Iterable[str], tokenizer: PreTrainedTokenizerBase, field: str, remedy: str
 ) -> None:
-    """Raise Failure where one of the tokens `beyond` is spelled out in a prompt."""
+    """Check that no token of `beyond` is spelled out in a prompt. Raises Failure if one is."""
     if beyond:
         spelled = {token for prompt in prompts for token in beyond if token in prompt}
         settle(
@@ -91,7 +97,7 @@ def check_prompts(
 
 
 def settle(used: Tokens, beyond: Tokens, tokenizer: PreTrainedTokenizerBase, field: str, remedy: str) -> None:
-    """Raise Failure for tokens that are used; say which are there for nothing."""
+    """Raise Failure if tokens without a row are used; otherwise give notice of those that exist and are not used."""
     if used:
         raise refusal(used, tokenizer, field, remedy)
     notice(
@@ -101,6 +107,7 @@ def settle(used: Tokens, beyond: Tokens, tokenizer: PreTrainedTokenizerBase, fie
 
 
 def refusal(used: Tokens, tokenizer: PreTrainedTokenizerBase, field: str, remedy: str) -> Failure:
+    """Return the Failure for tokens that are used and have no row."""
     return Failure(
         ExitCode.INVALID_SPEC,
         f"{field}: its tokenizer has {len(tokenizer)} tokens, and {len(used)} of those in use have no row in the"
@@ -109,7 +116,7 @@ def refusal(used: Tokens, tokenizer: PreTrainedTokenizerBase, field: str, remedy
 
 
 def some(tokens: Tokens) -> str:
-    """Tokens with their numbers."""
+    """Return the first tokens with their ids, for a message."""
     return ", ".join(f"{token} ({number})" for token, number in list(tokens.items())[:SHOWN]) + ", ..." * (
         len(tokens) > SHOWN
     )
@@ -118,11 +125,10 @@ def some(tokens: Tokens) -> str:
 def resized(
     path: Path, config: PreTrainedConfig, beyond: Tokens, task: str, seed: int, field: str, folder: WorkspaceFolder
 ) -> Path:
-    """A copy of the model in `prepared/model` with a row for each of the tokens `beyond`; weights that it lacks (a new
-    head) stay absent.
+    """Save a copy of the model with a row for each token of `beyond` to `prepared/model`, and return its folder.
 
-    The whole model is in memory meanwhile. The new rows are drawn, by `seed`, around the mean of the others and as wide
-    as those spread.
+    Weights that the files lack (a new head) stay absent in the copy. The whole model is in memory meanwhile. The new
+    rows are drawn with `seed`, from a normal distribution with the mean and the covariance of the existing rows.
     """
     from transformers import set_seed
 
@@ -130,12 +136,13 @@ def resized(
     model, loaded = kind.from_pretrained(
         path, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **OWN_WEIGHTS
     )
+    # Not saved, so that `train` initialises them: they hold random values here.
     new = set(loaded["missing_keys"]) | {name for name, *_ in loaded["mismatched_keys"]}
     before = model.get_input_embeddings().num_embeddings
     output = model.get_output_embeddings()
     if output is not None and output.weight is not model.get_input_embeddings().weight:
-        # transformers 5.23 does not tie two weights that differ in the files, whatever the configuration says; resizing
-        # would.
+        # transformers 5.23 does not tie two weights that differ in the files, even if the configuration asks for it;
+        # `resize_token_embeddings` would tie them.
         model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
     set_seed(seed)
     model.resize_token_embeddings(max(beyond.values()) + 1)

@@ -1,4 +1,4 @@
-"""Heads of classifiers: which weights belong to them, which are kept, and which begin with random values."""
+"""Heads of classifiers: which weights belong to a head, which are kept, and which start with random values."""
 
 from __future__ import annotations
 
@@ -14,40 +14,47 @@ from transformers.integrations import deepspeed as zero
 
 from luthier_api.tasks import TASKS
 
-# What transformers' architectures call the modules behind the encoder, of which only the last knows how many labels
-# there are.
+# Names that transformers' architectures give to the modules after the encoder. Of these modules, only the last has a
+# dimension for the labels.
 HEADS = ("classifier", "score", "classification_head", "pre_classifier", "logits_proj")
 SHOWN = 5  # labels in a notice
 
 
 def row_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
-    """Cross-entropy of each row's label (nats), over the rows of the step."""
+    """Return the mean cross-entropy of the labels (nats), a scalar.
+
+    `outputs.logits` has the shape (rows, labels), `labels` has the shape (rows,). `num_items_in_batch` is the number of
+    rows of the whole optimizer step, over all of its batches; without it, the mean is over the rows of this batch.
+    """
     losses = cross_entropy(outputs.logits.float(), labels, reduction="none")
     return losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
 
 
 def labels_in(path: str) -> list[str]:
-    """The labels that a model's configuration names, by id; `LABEL_0` and so on where it names none."""
+    """Return the labels in a model's configuration in the order of ids; `LABEL_0` and so on if it names none."""
     return [name for _, name in sorted((AutoConfig.from_pretrained(path).id2label or {}).items())]
 
 
 def head_weights(model: PreTrainedModel) -> dict[str, int]:
-    """Names of the weights that have a row for each label, and which of their dimensions the labels are. Some models
-    have two heads.
+    """Return name → dimension of the weights that have one entry for each label along this dimension.
+
+    They are found by comparing the shapes of the model for three and for five labels. Some models have two heads.
     """
+    # A dimension that differs between three and five labels is the dimension of the labels.
     few, more = (shapes(model, labels) for labels in (3, 5))
     differing = {name: [a != b for a, b in zip(shape, more.get(name, ()), strict=False)] for name, shape in few.items()}
     return {name: differs.index(True) for name, differs in differing.items() if True in differs}
 
 
 def shapes(model: PreTrainedModel, labels: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the weights that such a model would have for so many labels."""
+    """Return name → shape of the parameters that the model would have for so many labels."""
     return {name: tuple(p.shape) for name, p in twin(model, num_labels=labels).named_parameters()}
 
 
 def twin(model: PreTrainedModel, **settings: Any) -> PreTrainedModel:
-    """Such a model on the meta device, with other `settings` in its configuration: without memory, and whole where
-    ZeRO-3 has spread it.
+    """Return a model of the same class on the meta device, with `settings` changed in its configuration.
+
+    It takes no memory, and its shapes are complete also where ZeRO-3 has sharded `model`.
     """
     config = copy.deepcopy(model.config)
     for name, value in settings.items():
@@ -58,11 +65,12 @@ def twin(model: PreTrainedModel, **settings: Any) -> PreTrainedModel:
 
 @contextmanager
 def unsharded() -> Iterator[None]:
-    """Models that are made inside are whole: under ZeRO-3 transformers would spread those that are made of models, also
-    without memory.
+    """Create models unsharded inside this context.
+
+    Under ZeRO-3, transformers would also shard models that are created on the meta device.
     """
-    # transformers 5.23 keeps a weak reference to the configuration by which models are spread. It has a function to set
-    # it and one to unset it, but none to read it.
+    # transformers 5.23 keeps a weak reference to the DeepSpeed configuration. It has functions to set and unset it, but
+    # none to read it.
     reference = zero._hf_deepspeed_config_weak_ref
     config = reference() if reference is not None else None
     zero.unset_hf_deepspeed_config()
@@ -74,10 +82,10 @@ def unsharded() -> Iterator[None]:
 
 
 def fit_head(model: PreTrainedModel, missing: set[str], held: list[str], wanted: list[str]) -> None:
-    """Make the rows of a head that was made for the labels `held` those of `wanted`: in their order, or new where the
-    labels are others.
+    """Change a head that was made for the labels `held` into one for `wanted`, in place.
 
-    `describe_head` says what will happen, in `prepare`.
+    Its rows are put into the order of `wanted`, or initialised anew if the labels are others. `missing` are the weights
+    that were not in the files: these are random already. `describe_head` announces the same decision in `prepare`.
     """
     kept = {name: dimension for name, dimension in head_weights(model).items() if name not in missing}
     if held == wanted or not kept:
@@ -94,10 +102,10 @@ def fit_head(model: PreTrainedModel, missing: set[str], held: list[str], wanted:
 
 
 def head_order(held: list[str], wanted: list[str]) -> list[int] | None:
-    """For each label of `wanted`, the row of a head for the labels `held` that is its; None where the head is for other
-    labels.
+    """Return, for each label of `wanted`, its row in a head for the labels `held`.
 
-    A head whose labels have no names (LABEL_0, LABEL_1, ...) fits rows whose labels are as many numbers from 0.
+    A head whose labels have no names (LABEL_0, LABEL_1, ...) fits rows whose labels are the numbers from 0, if there
+    are as many. Returns None if the head is for other labels.
     """
     if sorted(held) == sorted(wanted):
         return [held.index(name) for name in wanted]
@@ -107,16 +115,19 @@ def head_order(held: list[str], wanted: list[str]) -> list[int] | None:
 
 
 def are_unnamed(labels: list[str]) -> bool:
+    """Return whether the labels are the default names that transformers gives: LABEL_0, LABEL_1, ..."""
     return labels == [f"LABEL_{i}" for i in range(len(labels))]
 
 
 def are_numbers(labels: list[str]) -> bool:
+    """Return whether the labels are the numbers from 0, in any order."""
     return sorted(labels) == sorted(str(i) for i in range(len(labels)))
 
 
 def describe_head(model: PreTrainedModel, there: Collection[str], held: list[str], wanted: list[str]) -> str:
-    """What becomes of the head of a model for the labels `held` when it is trained for `wanted`. `there`: the names of
-    the weights in its files.
+    """Return a sentence on what happens to the model's head for the labels `held` in a training for `wanted`.
+
+    `there` holds the names of the weights in the model's files.
     """
     new = f"a new one for {shown(wanted)} begins with random weights"
     if not any(name in there for name in head_weights(model)):
@@ -140,12 +151,14 @@ def describe_head(model: PreTrainedModel, there: Collection[str], held: list[str
 
 
 def shown(labels: list[str]) -> str:
+    """Return the first labels, for a message."""
     return ", ".join(labels[:SHOWN]) + ", ..." * (len(labels) > SHOWN)
 
 
 def gathered(parameters: list[torch.nn.Parameter]) -> Any:
-    """Whole weights inside, where ZeRO-3 has spread them over the processes; what the first one makes of them is
-    everybody's.
+    """Return a context in which the parameters are whole where ZeRO-3 has sharded them over the processes.
+
+    At its end, the values that rank 0 has written are distributed to all processes. Without ZeRO-3 it does nothing.
     """
     if not zero.is_deepspeed_zero3_enabled():
         return nullcontext()
@@ -155,13 +168,14 @@ def gathered(parameters: list[torch.nn.Parameter]) -> Any:
 
 
 def heads_of(model: PreTrainedModel, task: str) -> list[str]:
-    """Modules of a skeleton that are trained whole whatever the adapters: none, for tasks without classes."""
+    """Return the modules of a skeleton that are always trained in full: the heads, for tasks with labels."""
     return whole_modules(model, set()) if TASKS[task].labels else []
 
 
 def whole_modules(model: PreTrainedModel, new_weights: set[str]) -> list[str]:
-    """Modules that adapters must not touch: the head, and what else has no pretrained weights. Only the outermost of
-    nested ones.
+    """Return the modules that adapters must not be added to: the head, and all others without pretrained weights.
+
+    `new_weights` are the weights that were not in the files. Of nested modules, only the outermost is returned.
     """
     names = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in HEADS}
     names |= {weight.rpartition(".")[0] for weight in new_weights | head_weights(model).keys()}

@@ -1,6 +1,7 @@
-"""Speaking to the Hub with patience and with an end: time limits, back-off, and errors that name the field.
+"""Requests to the Hub with time limits, retries with back-off, and errors that name the field of the spec.
 
-huggingface_hub's own client waits for ever on a server that accepts and never answers, and does not retry commits.
+huggingface_hub's own client waits without limit for a server that accepts a connection and never answers, and does not
+retry commits.
 """
 
 from __future__ import annotations
@@ -23,33 +24,37 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 REPO, TOKEN = "spec.hub.repo", "spec.hub.tokenSecretRef"
-CONNECT_SECONDS, SILENCE_SECONDS = 15.0, 60.0
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
-DEADLINE = "LUTHIER_HUB_DEADLINE"
+CONNECT_SECONDS, SILENCE_SECONDS = 15.0, 60.0  # limits for a connection, and between two packets of an answer
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds; the pause doubles after each attempt
+DEADLINE = "LUTHIER_HUB_DEADLINE"  # environment variable, in seconds
 DEADLINE_SECONDS = 300.0
-# Of the 4xx, those that say "not now"; the client takes the 409 of what exists itself
+# Statuses that are temporary although they are 4xx. The client itself handles the 409 of a repository that exists
+# already.
 TOO_SOON, CONFLICTS = (
     {408, 429},
     {409, 412},
 )
-SENDABLE = re.compile(r"[!-~]+")  # printable ASCII without blanks: what the header Authorization can hold
-# The object store behind a Hub: its addresses are signed and expire, and its 400 and 403 (a slow socket, an old
-# signature) mean no user.
+SENDABLE = re.compile(r"[!-~]+")  # printable ASCII without blanks, as the header Authorization requires
+# URLs of the object store behind a Hub. They are signed and expire, so its 400 (slow connection) and 403 (expired
+# signature) are not mistakes of the user.
 SIGNED = re.compile(r"[?&](X-[A-Za-z]+-)?Signature=", re.IGNORECASE)
 
 
 def deadline_seconds() -> float:
-    """How long one pod waits for a Hub that is away; the next pod of the phase goes on from there."""
+    """Return for how many seconds one pod retries while the Hub is unavailable.
+
+    The next pod of the phase continues from there.
+    """
     return float(os.environ.get(DEADLINE) or DEADLINE_SECONDS)
 
 
 def endpoint() -> str:
-    """The administrator's Hub: huggingface.co, a mirror, or one of their own."""
+    """Return the URL of the Hub that the administrator has set: huggingface.co, a mirror, or their own."""
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
 def hub_api() -> HfApi:
-    """The client, with time limits and the token of this pod (without one: as anybody)."""
+    """Return a client with time limits and the token of this pod. Without a token it is anonymous."""
     from huggingface_hub import HfApi
 
     _limit_waiting()
@@ -57,16 +62,16 @@ def hub_api() -> HfApi:
 
 
 def hub_token() -> str | None:
-    """The token of this pod; on a laptop, failing that, the one of `hf auth login`.
+    """Return the token of this pod, or None. On a laptop, the one of `hf auth login` is used if none is set.
 
-    Raises Failure(UNAUTHORIZED) for one that cannot be sent: the client's own complaint would show it.
+    Raises Failure(UNAUTHORIZED) for a token that cannot be sent: the client's own error message would contain it.
     """
     from huggingface_hub import get_token
 
     try:
         token = get_token()
     except UnicodeDecodeError:
-        token = "\0"  # a file of `hf auth login` that is no text
+        token = "\0"  # the file of `hf auth login` is not text; this value is refused below
     if token and not SENDABLE.fullmatch(token):
         raise Failure(
             ExitCode.UNAUTHORIZED,
@@ -77,7 +82,10 @@ def hub_token() -> str | None:
 
 
 def check_target(run: FineTuneRun | GenerateRun) -> None:
-    """What `publish` would refuse after all the work, and what needs no Hub to be known. Raises Failure."""
+    """Check what `publish` would refuse after all the work and what can be checked without the Hub.
+
+    These are the name of the repository and the characters of the token. Raises Failure if one is not valid.
+    """
     hub = run.spec.hub
     if hub is None or hub.repo is None:
         return
@@ -93,7 +101,7 @@ def check_target(run: FineTuneRun | GenerateRun) -> None:
 
 @functools.cache
 def _limit_waiting() -> None:
-    """The client's own factory, but no request waits for ever."""
+    """Set time limits on the requests of all clients that huggingface_hub creates in this process."""
     import httpx2
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils._http import default_client_factory
@@ -107,10 +115,10 @@ def _limit_waiting() -> None:
 
 
 def patiently(call: Callable[[], T], field: str, what: str, seconds: float | None = None) -> T:
-    """`call`, again and again while the Hub is away; the patience is counted from its first absence, not from a long
-    upload's start.
+    """Return the result of `call`, which is repeated while the Hub is unavailable, for at most `seconds`.
 
-    Raises Failure, with `field` and `what` in it, for everything else and in the end.
+    The time is counted from the first error of this kind, so a long upload before it does not count. Raises Failure,
+    which names `field` and `what`, for any other error and when the time is over.
     """
     until: float | None = None
     pause = FIRST_PAUSE
@@ -131,7 +139,7 @@ def patiently(call: Callable[[], T], field: str, what: str, seconds: float | Non
 
 
 def _asked_to_wait(error: BaseException) -> float:
-    """Seconds that a 429 asks for; 0 when it does not say."""
+    """Return the seconds that a 429 asks for in its Retry-After, at most 60; 0 if it does not."""
     headers = getattr(getattr(error, "response", None), "headers", None) or {}
     try:
         return min(float(headers.get("Retry-After", 0)), 2 * LONGEST_PAUSE)
@@ -140,7 +148,10 @@ def _asked_to_wait(error: BaseException) -> float:
 
 
 def explain(error: Exception, field: str, what: str) -> Failure:
-    """An exception of the Hub's clients as an end that a user understands. `what` names the repository."""
+    """Return the Failure for an exception of the Hub's clients, with a message for the user.
+
+    `field` is the path in the spec, `what` names the repository. The exception and its causes are all considered.
+    """
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
@@ -148,7 +159,7 @@ def explain(error: Exception, field: str, what: str) -> Failure:
     answers = [answer for e in chain if (answer := getattr(e, "response", None)) is not None]
     signed = any(SIGNED.search(str(getattr(answer, "url", ""))) for answer in answers)
     status = None if signed else next((s for answer in answers if (s := getattr(answer, "status_code", None))), None)
-    # Whoever has a signature may write there
+    # Remove the query: the signature in it grants write access.
     said = _in_one_line(re.sub(r"\?[^\s']*", "", str(error)) if signed else str(error))
     words = _in_one_line(next((m for e in chain if (m := getattr(e, "server_message", None))), "")).rstrip(".")
     where = f"{what} on {endpoint()}"
@@ -190,4 +201,5 @@ def explain(error: Exception, field: str, what: str) -> Failure:
 
 
 def _in_one_line(text: str) -> str:
+    """Return the text in one line, at most 300 characters long."""
     return " ".join(text.split())[:300]

@@ -1,6 +1,6 @@
-"""What the folder of a model says about it before anything loads it: architecture, positions, modules.
+"""Reads from a model's folder, before the model is loaded, its architecture, positions and modules.
 
-Read from the configuration. Modules are listed on the meta device, which takes no memory.
+Only the configuration is read. Modules are listed on the meta device, which takes no memory.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ if TYPE_CHECKING:
 
 ALL_LINEAR = "all-linear"
 MODEL = "spec.model"
-# transformers 5.23, by comparing rows alone and padded in a batch: these have no mask for padding, or let it into means
-# and convolutions. No causal language model does.
+# Measured with transformers 5.23 by comparing rows alone and padded in a batch: these architectures have no mask for
+# padding, or include padding in means and convolutions. No causal language model does.
 SEE_PADDING = {"canine", "convbert", "fnet", "nystromformer", "yoso"}
 
 
 def read_config(folder: Path, field: str) -> PreTrainedConfig:
-    """The configuration. Raises Failure for architectures that transformers does not know without running a
-    repository's code.
+    """Return the configuration of the model in `folder`.
+
+    Raises Failure if it cannot be read, or if transformers does not know the architecture without running code of the
+    repository.
     """
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -51,8 +53,9 @@ def read_config(folder: Path, field: str) -> PreTrainedConfig:
 
 
 def skeleton(config: PreTrainedConfig, task: str | None, field: str) -> PreTrainedModel:
-    """The model of `task`, or without a head, on the meta device: all modules and no memory. Raises Failure when it
-    cannot be built.
+    """Return the model for `task`, or without a head if that is None, on the meta device: all modules and no memory.
+
+    Raises Failure if the model cannot be built from the configuration.
     """
     import torch
     from transformers import AutoModel
@@ -69,17 +72,17 @@ def skeleton(config: PreTrainedConfig, task: str | None, field: str) -> PreTrain
 
 
 def auto_class(task: str) -> Any:
-    """transformers' class that finds the class of a model for `task`."""
+    """Return the class of transformers that selects the model class for `task`, such as AutoModelForCausalLM."""
     import transformers
 
     return getattr(transformers, f"AutoModelFor{TASKS[task].auto_model}")
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
-    """Positions that the model has for tokens; None when its configuration does not limit them.
+    """Return the number of tokens that the model has positions for; None if its configuration sets no limit.
 
-    RoBERTa and its many kin (MPNet, Longformer, ...) count positions from the one after padding's, so the first rows of
-    their table, which knows a padding row, are never a token's.
+    RoBERTa and related architectures (MPNet, Longformer, ...) count positions from padding_idx + 1. The first rows of
+    their position table, which has a padding row, are therefore never used for a token, and are subtracted.
     """
     import torch
 
@@ -90,7 +93,7 @@ def max_positions(config: PreTrainedConfig) -> int | None:
     tables = [
         module
         for name, module in skeleton(config, None, MODEL).named_modules()
-        # Tables of sines (XGLM) know a padding row as well, but are computed for any length.
+        # Sinusoidal tables (XGLM) have a padding row as well, but are computed for any length.
         if "position" in name.rpartition(".")[2]
         and getattr(module, "padding_idx", None) is not None
         and isinstance(getattr(module, "weight", None), torch.nn.Parameter)
@@ -99,8 +102,9 @@ def max_positions(config: PreTrainedConfig) -> int | None:
 
 
 def looks_up_otherwise(module: torch.nn.Module) -> bool:
-    """Whether an embedding finds its rows in a way of its own, from an offset say, which PEFT 0.21 does not follow. It
-    does know of a scale.
+    """Return whether an embedding looks up its rows in its own way, for example from an offset.
+
+    PEFT 0.21 does not reproduce this in its adapter for embeddings, except for a scale (`embed_scale`).
     """
     import torch
 
@@ -109,7 +113,10 @@ def looks_up_otherwise(module: torch.nn.Module) -> bool:
 
 
 def tied_modules(model: torch.nn.Module) -> dict[str, str]:
-    """Name of each module whose weight is another module's too → the name of that one."""
+    """Return module → another module that shares its weight, by name.
+
+    Only modules with a shared weight are in the result, each of them as a key.
+    """
     names: dict[int, list[str]] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
         if name.endswith(".weight"):
@@ -118,7 +125,7 @@ def tied_modules(model: torch.nn.Module) -> dict[str, str]:
 
 
 def counts(module: torch.nn.Module) -> bool:
-    """Whether a module keeps statistics of the batches that it has seen."""
+    """Return whether a module keeps running statistics of the batches that it has seen (batch normalisation)."""
     from torch.nn.modules.batchnorm import _BatchNorm
 
     return isinstance(module, _BatchNorm) and module.track_running_stats

@@ -1,5 +1,6 @@
-"""A located source as one folder that `from_pretrained` loads: as it is, downloaded, or merged from another job's
-adapter and its base.
+"""Provides a located source as one folder that `from_pretrained` loads.
+
+The folder is used as it is, downloaded, or merged from another job's adapter and its base model.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from luthier_trainer.workspace.model_files import ADAPTER_CONFIG, copy_text_file
 
 
 def whole_model(located: sources.Located, run: FineTuneRun | GenerateRun, folder: WorkspaceFolder) -> Path:
-    """The model's folder. Raises Failure when the source is an adapter whose base is not known here."""
+    """Return the folder of the model, which is downloaded or merged into `prepared/model` if necessary.
+
+    Raises Failure if the source is damaged, or is an adapter whose base model is not known here.
+    """
     target = folder.prepared / "model"
     path = located.fetch(target)
-    shutil.rmtree(target / ".cache", ignore_errors=True)  # the download's own notes
+    shutil.rmtree(target / ".cache", ignore_errors=True)  # metadata that the download leaves
     job = run.spec.model.job
     if not sources.is_adapter(path):
         if sources.holds_adapter(path):
@@ -36,6 +40,7 @@ def whole_model(located: sources.Located, run: FineTuneRun | GenerateRun, folder
         )
     base_path = sources.base_of(job, run, located.field)
     labels = sources.record_of(job, run, located.field).dataset.labels
+    # Written beside the target and then renamed, so that an interrupted merge leaves no incomplete model.
     staged = folder.prepared / "model.partial"
     shutil.rmtree(staged, ignore_errors=True)
     shutil.rmtree(target, ignore_errors=True)

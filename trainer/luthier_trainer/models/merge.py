@@ -1,8 +1,8 @@
-"""Adapters as a part of their model: their weights added to those of the base, in the base's own precision, never in 4
-bits.
+"""Merges adapters into their model.
 
-`merge` writes what another job goes on from, `add_adapters` makes what a GenerateJob writes with. Both give the logits
-of base + adapter, as PEFT computes them.
+Their weights are added to those of the base in the base's own precision, never in 4 bits. `merge` writes the model that
+another job starts from, `add_adapters` changes the model that a GenerateJob runs. Both give the same logits as base +
+adapter in PEFT.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ SHOWN = 5  # weights in a message
 
 
 def merge(base: Path, adapter: Path, into: Path, labels: list[str] | None, field: str) -> Path:
-    """Write base + adapter to `into`. `labels` are a classifier's classes: its base has another head. Raises Failure
-    when they do not fit.
+    """Write base + adapter to the folder `into`, and return it.
+
+    `labels` are the classes of a classifier: the adapter brings its head, and the base has another one. Raises Failure
+    if the adapter and the base do not fit each other.
     """
     import torch
     import transformers
@@ -54,7 +56,7 @@ def merge(base: Path, adapter: Path, into: Path, labels: list[str] | None, field
         *(key[0] if isinstance(key, tuple) else key for key in loaded["mismatched_keys"]),
     }
     if lost := sorted(lacking - names_in(adapter).keys()):
-        # PEFT would leave what was drawn at random, and say nothing.
+        # PEFT would keep these weights at their random values without a warning.
         raise Failure(
             ExitCode.INVALID_SPEC,
             f"{field}: neither the adapter nor its base model {base} has {', '.join(lost[:SHOWN])}",
@@ -71,7 +73,7 @@ def merge(base: Path, adapter: Path, into: Path, labels: list[str] | None, field
     untie(model)
     with torch.no_grad():
         whole = merged(model, field)
-    # Transformers cannot turn round how it read the 4 bits
+    # transformers cannot invert the conversion by which it has read weights in 4 bits.
     whole.save_pretrained(into, save_original_format=not quantised)
     return into
 
@@ -79,8 +81,9 @@ def merge(base: Path, adapter: Path, into: Path, labels: list[str] | None, field
 def add_adapters(
     model: PreTrainedModel, folders: Sequence[Path], weights: Sequence[float], field: str
 ) -> PreTrainedModel:
-    """`model` with LoRA adapters added to its weights, each as many times as its weight says. Raises Failure when one
-    does not fit.
+    """Return `model` with LoRA adapters merged into its weights, each multiplied by its entry of `weights`.
+
+    Adapters of weight 0 are left out. Raises Failure if an adapter does not fit the model.
     """
     used = [(i, folder, weight) for i, (folder, weight) in enumerate(zip(folders, weights, strict=True)) if weight != 0]
     originals = copied_weights(model, [folder for _, folder, _ in used]) if len(used) > 1 else {}
@@ -90,8 +93,9 @@ def add_adapters(
 
 
 def copied_weights(model: PreTrainedModel, folders: Sequence[Path]) -> dict[str, torch.Tensor]:
-    """Name → value of the model's weights of which adapters bring a copy along: PEFT saves embeddings that an adapter
-    sits on.
+    """Return name → copy of those weights of the model that adapters in `folders` contain as well.
+
+    PEFT saves the embeddings of the base with an adapter that is on them.
     """
     weights = dict(model.named_parameters(remove_duplicate=False))
     names = {
@@ -106,9 +110,9 @@ def copied_weights(model: PreTrainedModel, folders: Sequence[Path]) -> dict[str,
 def add_adapter(
     model: PreTrainedModel, folder: Path, weight: float, field: str, originals: Mapping[str, torch.Tensor]
 ) -> PreTrainedModel:
-    """Add one adapter to the weights of a model. Raises Failure if it does not fit.
+    """Return the model with one adapter merged into its weights. Raises Failure if it does not fit.
 
-    `originals`: weights of the base, before any adapter was added to it, of which adapters bring a copy along.
+    `originals` are the weights that adapters contain a copy of, as they were in the base before any adapter was merged.
     """
     import torch
     from peft import PeftModel
@@ -124,14 +128,15 @@ def add_adapter(
         adapted = PeftModel.from_pretrained(model, folder)
     except (ValueError, RuntimeError, OSError) as error:
         if getattr(error, "errno", None) is not None:
-            raise
+            raise  # an error of the volume, not of the adapter
         raise Failure(ExitCode.INVALID_SPEC, f"{field}: does not fit the model: {error}") from None
     untie(adapted)
     with torch.no_grad():
-        # PEFT has replaced the biases that were trained. What they changed counts as often as the rest of the adapter.
+        # PEFT has replaced the trained biases. Their change is multiplied by the same weight as the rest of the
+        # adapter.
         for bias, old in biases:
             bias.copy_(old + weight * (bias - old))
-        # It has replaced embeddings by the copy, too, which lacks what earlier adapters have added.
+        # PEFT has also replaced embeddings by the adapter's copy, which lacks the changes of earlier adapters.
         for name, old in before.items():
             copied = adapted.base_model.model.get_submodule(name.removesuffix(".weight")).get_base_layer().weight
             copied.copy_(old + (copied - originals[name]))
@@ -142,7 +147,7 @@ def add_adapter(
 
 
 def merged(adapted: PeftModel, field: str) -> PreTrainedModel:
-    """The model with the adapters in its weights. Raises Failure for weights that are not finite."""
+    """Return the model with the adapters merged into its weights. Raises Failure if weights are not finite."""
     try:
         model: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:
@@ -151,12 +156,11 @@ def merged(adapted: PeftModel, field: str) -> PreTrainedModel:
 
 
 def untie(model: PeftModel) -> None:
-    """Give each module weights of its own where an adapter sits on weights that two modules share: input and output
-    embeddings, as a rule.
+    """Copy weights that two modules share, usually input and output embeddings, if an adapter is on one of them.
 
-    An adapter belongs to one of the two. PEFT 0.21 merges it into the shared weights, and so adds it to the other one
-    as well, or twice where both have one (peft issue 2777). `config.tie_word_embeddings` is set accordingly, so that
-    the model is saved and loaded untied.
+    The adapter belongs to only one of the two modules. PEFT 0.21 merges it into the shared weights, and so adds it to
+    the other module as well, or twice if both modules have one (peft issue 2777). `config.tie_word_embeddings` is set
+    to false, so that the model is saved and loaded untied.
     """
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -1,6 +1,7 @@
-"""A model that starts from a configuration: a tokenizer trained on the dataset's own text, and new weights.
+"""Creates a model from a configuration: a tokenizer trained on the text of the dataset, and new weights.
 
-transformers takes any keyword for a configuration and keeps it without a word, so the names are checked here first.
+transformers accepts any keyword for a configuration and stores it without a warning, so the names are checked here
+first.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
-# a token of its own: where padding is the end-of-text token, collators hide the real ones from the loss too
+# Padding has its own token: if it were the end-of-text token, collators would also hide the real ones from the loss.
 PADDING = "<|pad|>"
-# contractions, digits, blanks and bytes: what ways of splitting texts differ in
+# Text that differs between pre-tokenizers: contractions, digits, white space, and characters of several bytes.
 SAMPLE = "It's 2024:\n\n\t“ünïcode” 🎻  x2 don't"
 FIELD = "spec.model.config"
 
@@ -32,12 +33,14 @@ FIELD = "spec.model.config"
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, config: PreTrainedConfig | None = None
 ) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with at most `vocab_size` entries (special tokens included; fewer when the text has no more
-    pairs).
+    """Return a byte-level BPE tokenizer with at most `vocab_size` entries, trained on `texts`.
 
-    AutoTokenizer reads the tokenizer of some architectures (Qwen2, Qwen3.5) with a class that puts its own way of
-    splitting texts in place of the saved one. So the tokenizer is trained with what AutoTokenizer makes of it beside a
-    model of this `config` (None: it is read as it is saved). Raises Failure where that is no byte-level BPE.
+    The special tokens are included; there are fewer entries if the text has no more pairs. For some architectures
+    (Qwen2, Qwen3.5), AutoTokenizer reads the tokenizer with a class that replaces the saved pre-tokenizer by its own.
+    The tokenizer is therefore trained with the parts that AutoTokenizer gives it beside a model of this `config`.
+    Without `config`, it is read as it is saved.
+
+    Raises Failure if AutoTokenizer reads it as something else than byte-level BPE.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -50,6 +53,7 @@ def train_tokenizer(
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    # An empty training creates the vocabulary of bytes, with which the tokenizer can be saved and read.
     tokenizer.train_from_iterator([], trainer)
     read = as_read(tokenizer, config).backend_tokenizer
     for part in ("normalizer", "pre_tokenizer", "decoder"):
@@ -69,7 +73,7 @@ def train_tokenizer(
 
 
 def as_read(tokenizer: Tokenizer, config: PreTrainedConfig | None) -> PreTrainedTokenizerFast:
-    """What AutoTokenizer makes of `tokenizer` where it lies beside a model of this `config`."""
+    """Return the tokenizer as AutoTokenizer reads it from a folder that holds a model of this `config`."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     saved = PreTrainedTokenizerFast(
@@ -83,8 +87,9 @@ def as_read(tokenizer: Tokenizer, config: PreTrainedConfig | None) -> PreTrained
 
 
 def new_config(new: NewModel, tokenizer: PreTrainedTokenizerFast | None = None) -> PreTrainedConfig:
-    """The configuration that `new` describes; sizes and ids of the tokenizer win. Raises Failure with the field's
-    path.
+    """Return the configuration that `new` describes, with the vocabulary size and token ids of the tokenizer.
+
+    Raises Failure with the path of the field if the architecture or a parameter is not valid.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -129,7 +134,10 @@ def new_config(new: NewModel, tokenizer: PreTrainedTokenizerFast | None = None) 
 
 
 def save_new_model(config: PreTrainedConfig, folder: Path, seed: int) -> None:
-    """Make weights by `seed` and save them with their configuration. Raises Failure when the model could not run."""
+    """Create weights with `seed` and save them with their configuration.
+
+    Raises Failure if the model can be built but not run.
+    """
     import torch
     from transformers import AutoModelForCausalLM, set_seed
 
@@ -137,8 +145,9 @@ def save_new_model(config: PreTrainedConfig, folder: Path, seed: int) -> None:
     model = AutoModelForCausalLM.from_config(config)
     try:
         with torch.no_grad():
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long))  # sizes that can be built need not fit each other
-    except Exception as error:  # whatever the architecture's arithmetic stumbles over
+            # A model can be built from sizes that do not fit each other; such a model fails when it runs.
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long))
+    except Exception as error:  # the exception depends on the architecture
         raise Failure(
             ExitCode.INVALID_SPEC,
             f"{FIELD}.parameters: the model can be built, but not run: {' '.join(str(error).split())[:500]}",
@@ -147,5 +156,6 @@ def save_new_model(config: PreTrainedConfig, folder: Path, seed: int) -> None:
 
 
 def _refuse(path: str, what: str, name: str, known: Iterable[str]) -> Failure:
+    """Return the Failure for a name that is not among `known`, with a suggestion if one is similar."""
     near = difflib.get_close_matches(name, list(known), 1)
     return Failure(ExitCode.INVALID_SPEC, f"{FIELD}.{path}: {what}" + (f" Did you mean {near[0]!r}?" if near else ""))

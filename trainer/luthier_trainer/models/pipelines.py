@@ -1,6 +1,6 @@
 """The components of a diffusers pipeline (Stable Diffusion XL) in a folder: classes, modules, weights, tokenizers.
 
-A check builds the models on the meta device, without memory, and compares them with the headers of the files.
+The checks build the models on the meta device, without memory, and compare them with the headers of the files.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.workspace.model_files import PIPELINE_CONFIG
 
 MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
-LIBRARIES = ("diffusers", "transformers")  # no code of a repository's own
-POSITIONS = "embeddings.position_ids"  # a buffer that older files of CLIP have as a tensor
+LIBRARIES = ("diffusers", "transformers")  # code that a repository brings is never run
+POSITIONS = "embeddings.position_ids"  # a buffer that older files of CLIP hold as a tensor
 SHOWN = 3  # names in a message
 
 
 def index_of(path: Path, field: str) -> dict[str, Any]:
-    """What model_index.json says: component → its library and class. Raises Failure for another kind of pipeline."""
+    """Return model_index.json: component → [library, class]. Raises Failure for another kind of pipeline."""
     checks.check_pipeline(path, field)
     return dict(json.loads((path / PIPELINE_CONFIG).read_text()))
 
 
 def classes(index: Mapping[str, Any], field: str) -> dict[str, Any]:
-    """The classes of the pipeline's models. Raises Failure when it lacks one that it cannot do without."""
+    """Return the classes of the pipeline's models by component. Raises Failure if a necessary component is absent."""
     if lacking := next((name for name in ("unet", "vae", "scheduler") if not (index.get(name) or [None])[0]), None):
         raise Failure(ExitCode.INVALID_SPEC, f"{field}: model_index.json names no {lacking}; choose a whole pipeline")
     return {name: _class(index[name], field) for name in MODELS if (index.get(name) or [None])[0]}
 
 
 def _class(entry: Sequence[str], field: str) -> Any:
-    """The class of a component, by its name in the pipeline's configuration. Raises Failure if there is none."""
+    """Return the class of a component from its [library, class]. Raises Failure if there is none."""
     library, name = entry
     kind = getattr(import_module(library), name, None) if library in LIBRARIES else None
     if kind is None:
@@ -50,8 +50,9 @@ def _class(entry: Sequence[str], field: str) -> Any:
 
 
 def skeletons(path: Path, index: Mapping[str, Any], field: str) -> dict[str, Any]:
-    """The pipeline's models on the meta device, by diffusers' names of components. Raises Failure when one cannot be
-    built.
+    """Return the pipeline's models on the meta device, by diffusers' names of the components.
+
+    Raises Failure if a model cannot be built from its configuration.
     """
     found = {}
     for name, kind in classes(index, field).items():
@@ -70,28 +71,34 @@ def skeletons(path: Path, index: Mapping[str, Any], field: str) -> dict[str, Any
 
 
 def weight_files_of(folder: Path, field: str) -> list[Path]:
-    """The files that `from_pretrained` reads the weights of a model from: the plain ones, or else those of fp16. Raises
-    Failure.
+    """Return the files that `from_pretrained` reads a model's weights from: the plain ones, otherwise those of fp16.
+
+    Raises Failure if shards are absent.
     """
     there = weight_files.loaded(folder, field)
     return [p for p in there if not sources.VARIANT.search(p.name)] or [p for p in there if ".fp16" in p.name]
 
 
 def variant(folder: Path, field: str) -> str | None:
-    """diffusers' name for the weights in `folder` that are read."""
+    """Return diffusers' name for the set of weights in `folder` that is read: "fp16", or None for the plain ones.
+
+    Raises Failure if shards are absent.
+    """
     return "fp16" if any(sources.VARIANT.search(p.name) for p in weight_files_of(folder, field)) else None
 
 
 def check_weights(folder: Path, model: Any, field: str) -> None:
-    """Whether the files of a model hold every weight, in its shape: what they lack would be drawn at random. Raises
-    Failure.
+    """Check that the files of a model hold each of its weights in its shape, and no others.
+
+    `model` is on the meta device. Weights that the files lack would be initialised randomly. Raises Failure if tensors
+    are absent, have another shape, or do not belong to the model.
     """
     held = {
         name: torch.empty(shape, device="meta")
         for name, shape in weight_files.shapes(weight_files_of(folder, field)).items()
     }
     if hasattr(model, "_fix_state_dict_keys_on_load"):
-        model._fix_state_dict_keys_on_load(held)  # attention of old autoencoders had other names
+        model._fix_state_dict_keys_on_load(held)  # renames the attention weights of old autoencoders
     shapes = {_bare(name): tuple(tensor.shape) for name, tensor in held.items()}
     wanted = {_bare(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if lacking := [name for name in wanted if name not in shapes]:
@@ -116,12 +123,12 @@ def check_weights(folder: Path, model: Any, field: str) -> None:
 
 
 def _bare(name: str) -> str:
-    """transformers 5 has taken `text_model` out of the names of CLIPTextModel; files have it."""
+    """Return the name without `text_model.`: transformers 5 removed this part from CLIPTextModel, but files have it."""
     return name.removeprefix("text_model.")
 
 
 def read_tokenizers(path: Path, index: Mapping[str, Any], field: str) -> list[Any]:
-    """The tokenizer of each text encoder. Raises Failure."""
+    """Return the tokenizer of each text encoder, in their order. Raises Failure if one cannot be read."""
     found = []
     for name in ("tokenizer", "tokenizer_2"):
         if (index.get(name) or [None])[0]:
@@ -136,19 +143,22 @@ def read_tokenizers(path: Path, index: Mapping[str, Any], field: str) -> list[An
 
 
 def pixels_of_a_latent(vae: Any) -> int:
-    """Pixels of one side of an image that a VAE turns into one number: sides are multiples of it."""
+    """Return how many pixels, along one side, the VAE encodes as one element of the latent.
+
+    The width and height of an image are multiples of it. Each block but the last halves the size.
+    """
     return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
 def unread_tokens(tokenizers: Sequence[Any], text: str) -> int:
-    """Tokens at the end of a text that a text encoder does not see, the one that sees the least."""
+    """Return how many tokens at the end of a text are truncated, for the tokenizer that truncates the most."""
     return max(
         max(0, len(t(text, truncation=False, verbose=False)["input_ids"]) - t.model_max_length) for t in tokenizers
     )
 
 
 def read_scheduler(path: Path, index: Mapping[str, Any], field: str) -> Any:
-    """The scheduler that the pipeline names. Raises Failure."""
+    """Return the scheduler that the pipeline names. Raises Failure if it cannot be read."""
     try:
         return _class(index["scheduler"], field).from_pretrained(path / "scheduler", local_files_only=True)
     except (KeyError, OSError, TypeError, ValueError) as error:
@@ -159,11 +169,15 @@ def read_scheduler(path: Path, index: Mapping[str, Any], field: str) -> Any:
 
 
 def _shown(names: Sequence[str]) -> str:
+    """Return the first names for a message, and how many more there are."""
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def load_model(path: Path, name: str, dtype: torch.dtype, field: str) -> Any:
-    """The model of component `name`, from safetensors only, whole or refused. Raises Failure."""
+    """Return the model of component `name`, loaded from safetensors only.
+
+    Raises Failure if it cannot be loaded, or if one of its weights is absent or has another shape.
+    """
     kind, folder = classes(index_of(path, field), field)[name], path / name
     try:
         model, found = kind.from_pretrained(
@@ -176,7 +190,7 @@ def load_model(path: Path, name: str, dtype: torch.dtype, field: str) -> Any:
         )
     except (ValueError, OSError) as error:
         if getattr(error, "errno", None) is not None:
-            raise
+            raise  # an error of the volume, not of the files' content
         raise Failure(ExitCode.INVALID_SPEC, f"{field}: {folder} cannot be loaded: {error}") from None
     if lacking := [*found["missing_keys"], *found["mismatched_keys"]]:
         raise Failure(

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 
 def read_image_processor(folder: Path, field: str) -> BaseImageProcessor:
-    """The image processor, by Pillow wherever torchvision is: the two round differently, and a model learns what it is
-    shown. Raises Failure where there is none.
+    """Return the image processor in `folder`, in its version for Pillow even if torchvision is installed.
+
+    The two versions round differently, and a model learns from the exact pixels, so the result must not depend on what
+    is installed. Raises Failure if there is no usable image processor.
     """
     from transformers import AutoImageProcessor
 
@@ -30,8 +32,10 @@ def read_image_processor(folder: Path, field: str) -> BaseImageProcessor:
 
 
 def read_tokenizer(folder: Path, field: str) -> PreTrainedTokenizerBase:
-    """The tokenizer. One without a padding token pads with its end-of-text token: masks are built by position, so that
-    nothing is hidden. Raises Failure where there is none.
+    """Return the tokenizer in `folder`. If it has no padding token, it pads with its end-of-text token.
+
+    This hides no real token from the loss, because masks are built by position. Raises Failure if there is no usable
+    tokenizer.
     """
     from transformers import AutoTokenizer
 

@@ -1,8 +1,8 @@
-"""A tokenizer that is a SentencePiece model alone: whether transformers reads it as SentencePiece itself does.
+"""Checks whether transformers reads a tokenizer that is only a SentencePiece model as SentencePiece itself does.
 
-transformers 5.23 converts such a file. Its Llama tokenizer leaves out the file's rules of normalisation (NFKC, runs of
-blanks), which Llama's own file does not have: a model that was trained with them would then be given other tokens than
-it knows.
+transformers 5.23 converts such a file. Its Llama tokenizer leaves out the normalisation rules in the file (NFKC, runs
+of blanks). Llama's own file has no such rules, but a model that was trained with them would then be given other tokens
+than in its training.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FILE, CONVERTED = "tokenizer.model", "tokenizer.json"
-# What the usual rules change (ligatures, full-width letters, circled digits, runs of blanks, blanks at the end), and
-# plain text. Not a blank at the beginning: transformers' Llama tokenizer puts no second one before it, whatever the
-# rules.
+# Texts that the usual rules change (ligatures, full-width letters, circled digits, runs of blanks, blanks at the end),
+# and plain text. No text begins with a blank: transformers' Llama tokenizer does not add a second blank before it,
+# whatever the rules are.
 PROBES = (
     "A plain sentence, with 12 words or so: it's here (and there).",
     "ﬁne ﬂour",
@@ -32,8 +32,9 @@ PROBES = (
 
 
 def report_differences(folder: Path, tokenizer: PreTrainedTokenizerBase, field: str) -> None:
-    """Give notice of texts that become other pieces than SentencePiece makes of them, where the folder holds
-    `tokenizer.model` alone.
+    """Give notice if probe texts become other tokens than SentencePiece makes of them.
+
+    Only a folder that holds `tokenizer.model` and no `tokenizer.json` is checked.
     """
     if not (folder / FILE).is_file() or (folder / CONVERTED).is_file():
         return

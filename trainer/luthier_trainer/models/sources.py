@@ -1,7 +1,7 @@
-"""Where a model or an adapter comes from, as a folder: the Hub (at a commit), a path, or another FineTuneJob's result.
+"""Locates a model or an adapter, and provides its folder.
 
-Nothing is downloaded to find out that it is not there: `locate` asks, `fetch` gets. Code from a repository is never
-run, pickles are never opened.
+A source is on the Hub (at a commit), at a path, or the result of another FineTuneJob. `locate` checks that the source
+exists without downloading it, `fetch` downloads it. Code from a repository is never run, and pickles are never opened.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from luthier_trainer.workspace.model_files import (
 )
 from luthier_trainer.workspace.provenance import folder_digest
 
-VARIANT = re.compile(r"\.(fp16|bf16|non_ema)(-\d+-of-\d+)?\.safetensors$")  # of weights, whole or in shards
+VARIANT = re.compile(r"\.(fp16|bf16|non_ema)(-\d+-of-\d+)?\.safetensors$")  # whole or sharded
 HALF_INDEX = ".safetensors.index.fp16.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")
 MODEL_WEIGHTS = re.compile(r"model(\.fp16)?(-\d+-of-\d+)?\.safetensors")
 OWN_WEIGHTS: Mapping[str, Any] = {"adapter_kwargs": {"subfolder": "no-adapter"}}
-"""An argument of `from_pretrained`. transformers 5.23 adds an adapter that lies beside a model to it, by itself; it
-does not look for one there.
+"""An argument of `from_pretrained` that makes it load only the model's own weights. transformers 5.23 finds an adapter
+beside a model and adds it by itself; with this argument it looks for one in a folder that does not exist.
 """
 LEFT_OUT = (
     "{field}: {what} has an adapter (adapter_config.json) beside the weights of a model. Only the model's own weights"
@@ -50,18 +50,21 @@ LEFT_OUT = (
 
 @dataclass(frozen=True)
 class Located:
-    """A source that exists. Either `folder`, or a repository's `files` at a commit."""
+    """A source that exists: either in `folder`, or as `files` of a repository at a commit."""
 
     resolved: ResolvedSource
     field: str
     folder: Path | None = None
     files: tuple[str, ...] = ()
     file: str | None = None
-    """The one file of an adapter for images, in `folder` or among `files`. What else lies there is not read."""
+    """The one file of an adapter for images, in `folder` or among `files`. Other files there are not read."""
 
     @property
     def origins(self) -> list[Origin]:
-        """How the folder is known again. Of the Hub, the commit says it."""
+        """Return the origins by which a later pod checks that the folder is unchanged.
+
+        For a source on the Hub there are none, because its commit identifies it.
+        """
         if self.folder and self.file:
             return [provenance.of_data(self.folder / self.file, self.field)]
         return (
@@ -71,8 +74,9 @@ class Located:
         )
 
     def fetch(self, into: Path) -> Path:
-        """The folder that holds it, its files whole; downloads to `into` when it lies on the Hub. Raises Failure for
-        damaged files.
+        """Return the folder that holds the source; a source on the Hub is downloaded to `into`.
+
+        Raises Failure if files are damaged or absent.
         """
         folder = self._download(into) if self.folder is None else self.folder
         if self.file:
@@ -82,6 +86,7 @@ class Located:
         return folder
 
     def _download(self, into: Path) -> Path:
+        """Download `files` from the Hub to `into`. Files of the variant fp16 get the plain names."""
         api = hub_api()
         patiently(
             lambda: api.snapshot_download(
@@ -94,13 +99,13 @@ class Located:
             f"model {self.resolved.source}",
         )
         for variant in into.rglob("*.fp16.safetensors") if self.file is None else ():
-            # `from_pretrained` looks for the plain name
+            # `from_pretrained` looks for the plain name.
             variant.rename(variant.with_name(variant.name.replace(".fp16.", ".")))
         return into
 
 
 def locate(source: ModelSource | Adapter, run: FineTuneRun | GenerateRun, field: str) -> Located:
-    """Find what `source` names. Raises Failure when it is not there, not allowed, or not loadable."""
+    """Find what `source` names. Raises Failure if it does not exist, is not accessible, or cannot be loaded."""
     if isinstance(source, Adapter) and isinstance(run, GenerateRun) and run.spec.task == "text-to-image":
         return _image_adapter(source, run, field)
     if source.id:
@@ -123,8 +128,9 @@ def locate(source: ModelSource | Adapter, run: FineTuneRun | GenerateRun, field:
 
 
 def _image_adapter(adapter: Adapter, run: GenerateRun, field: str) -> Located:
-    """The one file of an adapter for images; its repository or folder needs no configuration. Raises Failure if it is
-    not there.
+    """Locate the one file of an adapter for images. Its repository or folder needs no configuration.
+
+    Raises Failure if it does not exist.
     """
     if adapter.id:
         api, what, place = hub_api(), f"model {adapter.id}", f"{field}.id"
@@ -155,7 +161,10 @@ def _image_adapter(adapter: Adapter, run: GenerateRun, field: str) -> Located:
 
 
 def _adapter_file(folder: Path, asked: str | None, field: str, place: str, source: str) -> Located:
-    """The one file of `folder` that is an adapter for images; `asked` is the user's choice. Raises Failure."""
+    """Locate the one file of `folder` that is an adapter for images; `asked` is the file that the user chose, if any.
+
+    Raises Failure if there is no such file, or more than one.
+    """
     inside = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
     names = [p.as_posix() for p in inside if not any(part.startswith(".") for part in p.parts)]
     chosen = adapter_file.choose(names, asked, field, str(folder))
@@ -163,6 +172,7 @@ def _adapter_file(folder: Path, asked: str | None, field: str, place: str, sourc
 
 
 def _on_hub(name: str, revision: str | None, field: str, adapter: bool) -> Located:
+    """Locate a model or an adapter on the Hub. Raises Failure if it does not exist or cannot be loaded."""
     api, what, place = hub_api(), f"model {name}", f"{field}.id"
     info = patiently(lambda: api.model_info(name, revision=revision), place, what)
     names = [s.rfilename for s in info.siblings or []]
@@ -178,10 +188,11 @@ def _on_hub(name: str, revision: str | None, field: str, adapter: bool) -> Locat
 
 
 def files_to_load(names: list[str], components: list[str], field: str, what: str, adapter: bool = False) -> list[str]:
-    """Those files of a repository that are loaded: configuration, tokenizer, and one set of safetensors in each folder.
+    """Return the files of a repository that are loaded.
 
-    `components` are the folders of a diffusers pipeline. Where a model and an adapter lie side by side, `adapter` says
-    which of them is meant. Raises Failure when weights are missing or only there as pickles.
+    These are the configuration, the tokenizer, and one set of safetensors in each folder. `components` are the folders
+    of a diffusers pipeline. If a repository holds a model and an adapter, `adapter` tells which of them is loaded.
+    Raises Failure if weights are missing or exist only as pickles.
     """
     if adapter and ADAPTER_CONFIG in names:
         names = [n for n in names if not MODEL_WEIGHTS.fullmatch(n)]
@@ -216,8 +227,9 @@ def files_to_load(names: list[str], components: list[str], field: str, what: str
 
 
 def _weights(names: list[str]) -> list[str]:
-    """One set of weights among the files of a folder, with its index: the plain one before fp16, a model's before
-    others.
+    """Return one set of weights among the files of a folder, with its index.
+
+    The plain set is preferred to fp16, and the file names of a model to any others.
     """
     every = [n for n in names if n.endswith(".safetensors")]
     plain = [n for n in every if not VARIANT.search(n)]
@@ -235,8 +247,10 @@ def _weights(names: list[str]) -> list[str]:
 
 
 def check_folder(folder: Path, field: str) -> Path:
-    """A folder in the pods that holds a model, a pipeline or an adapter, as an absolute path: other jobs read it too.
-    Raises Failure if it is missing or holds none.
+    """Return a folder in the pod that holds a model, a pipeline or an adapter, as an absolute path.
+
+    The path is recorded and read by other jobs, so it must not be relative. Raises Failure if the folder does not
+    exist, or holds no such source with safetensors.
     """
     folder = folder.absolute()
     if not folder.is_dir():
@@ -258,7 +272,10 @@ def check_folder(folder: Path, field: str) -> Path:
 
 
 def result_of(job: str, run: FineTuneRun | GenerateRun, field: str) -> Path:
-    """Folder of another job's result, whole by its manifest. Raises Failure if it is not there, or not whole."""
+    """Return the folder of another job's result, which is verified by its manifest.
+
+    Raises Failure if the result does not exist or is damaged.
+    """
     if job not in run.sources:
         raise Failure(ExitCode.NOT_FOUND, f"{field}: the workspace of FineTuneJob {job} is not mounted here")
     result = WorkspaceFolder(Path(run.sources[job])).result
@@ -272,26 +289,29 @@ def result_of(job: str, run: FineTuneRun | GenerateRun, field: str) -> Path:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter and no model. One that holds both is a model: its own weights, without the
-    adapter.
+    """Return whether a folder holds an adapter and no model.
+
+    A folder that holds both is used as a model: its own weights, without the adapter.
     """
     return holds_adapter(folder) and not holds_model(path.name for path in folder.iterdir())
 
 
 def holds_adapter(folder: Path) -> bool:
+    """Return whether a folder holds an adapter, possibly beside a model."""
     return (folder / ADAPTER_CONFIG).is_file()
 
 
 def holds_model(names: Iterable[str]) -> bool:
-    """Whether files with these names are a model. An adapter may bring its model's configuration, but not its
-    weights.
+    """Return whether files with these names are a model.
+
+    An adapter may be saved with the configuration of its model, but not with its weights.
     """
     names = set(names)
     return MODEL_CONFIG in names and any(MODEL_WEIGHTS.fullmatch(name) for name in names)
 
 
 def record_of(job: str, run: FineTuneRun | GenerateRun, field: str) -> PreparedRecord:
-    """What another job's `prepare` left. Raises Failure."""
+    """Return the record that another job's `prepare` has written. Raises Failure if it cannot be read."""
     path = WorkspaceFolder(Path(run.sources[job])).prepared_record
     try:
         return PreparedRecord.model_validate_json(path.read_bytes())
@@ -300,11 +320,11 @@ def record_of(job: str, run: FineTuneRun | GenerateRun, field: str) -> PreparedR
 
 
 def base_of(job: str, run: FineTuneRun | GenerateRun, field: str) -> Path:
-    """The model that another job's adapter belongs to, where it lies in this pod.
+    """Return the folder in this pod of the model that another job's adapter was trained on.
 
-    That job recorded the path in its own pod; what lay in its workspace, or in another one that is mounted here, is
-    found again by the name of the workspace folder. Raises Failure when it cannot be, or is no longer the model that
-    the adapter was trained on.
+    That job recorded the path in its own pod. A folder in its workspace, or in another workspace that is mounted here,
+    is found by the name of the workspace folder. Raises Failure if the model cannot be found, or has changed since the
+    adapter was trained on it.
     """
     record = record_of(job, run, field)
     recorded = record.model_path
@@ -326,6 +346,7 @@ def base_of(job: str, run: FineTuneRun | GenerateRun, field: str) -> Path:
 
 
 def _reachable(recorded: str, job: str, run: FineTuneRun | GenerateRun) -> Path | None:
+    """Return where the path that job `job` recorded is mounted in this pod, or None if it is not."""
     parts = PurePosixPath(recorded).parts
     for mounted in (run.sources[job], *run.sources.values()):
         name = Path(mounted).name
@@ -337,5 +358,5 @@ def _reachable(recorded: str, job: str, run: FineTuneRun | GenerateRun) -> Path 
 
 
 def _literal(name: str) -> str:
-    """A file name as a glob pattern that matches it alone."""
+    """Return a glob pattern that matches only this file name."""
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)

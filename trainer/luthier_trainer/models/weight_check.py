@@ -1,8 +1,8 @@
-"""Whether the weights in a folder are those that the task's model needs; and if not, what can be done about it.
+"""Checks whether the weights in a folder are those that the task's model needs.
 
-transformers draws at random what it does not find, and says so in a log at most. It is asked here what it would miss:
-it "loads" the names and shapes of the files' headers onto the meta device, by all its rules for renamed, fused and tied
-weights, and reads none.
+transformers initialises weights that it does not find randomly, and at most logs this. The check therefore lets it
+"load" the names and shapes in the headers of the files onto the meta device, with all its rules for renamed, fused and
+tied weights, and asks which weights are missing. No weight is read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from luthier_trainer.workspace.model_files import copy_text_files
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# What DistributedDataParallel and torch.compile put before names
+# Prefixes that DistributedDataParallel and torch.compile put before names.
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
 SHOWN = 3  # names in a message
 FUSED = (
@@ -38,8 +38,9 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a model misses in the files, and what it finds there in another shape: (name, shape in the files, shape in
-    the model).
+    """The weights that a model does not find in the files, and those that have another shape there.
+
+    An entry of `mismatched` is (name, shape in the files, shape in the model).
     """
 
     model: PreTrainedModel
@@ -52,10 +53,11 @@ class Comparison:
 def fitting(
     path: Path, config: PreTrainedConfig, task: str, field: str, folder: WorkspaceFolder, named_by_adapter: bool
 ) -> Path:
-    """The folder whose weights are those of the model for `task`: `path`, or a copy in the workspace with the names put
-    right.
+    """Return the folder whose weights are those of the model for `task`.
 
-    `named_by_adapter`: the result will be an adapter that names the model on the Hub as its base. Raises Failure.
+    This is `path`, or a copy in the workspace without the prefixes that wrappers put before names. `named_by_adapter`:
+    the result is an adapter that names the model on the Hub as its base, so that a copy cannot be used. Raises Failure
+    if the weights do not fit.
     """
     files = weight_files.loaded(path, field)
     files += [path / name for name in type(config).extra_files if (path / name).is_file() and path / name not in files]
@@ -77,8 +79,9 @@ def fitting(
 
 
 def compare(there: Shapes, config: PreTrainedConfig, task: str, field: str) -> Comparison:
-    """What transformers would say of weights with these names and shapes. Raises Failure where it cannot make the
-    model's of them.
+    """Return the difference between the model for `task` and weights with these names and shapes.
+
+    Raises Failure if transformers cannot convert them into the weights of the model.
     """
     import torch
     from transformers.utils import logging
@@ -86,7 +89,7 @@ def compare(there: Shapes, config: PreTrainedConfig, task: str, field: str) -> C
     config = copy.deepcopy(config)
     quantised = getattr(config, "quantization_config", None) is not None
     if quantised:
-        del config.quantization_config  # `there` is as the weights are meant
+        del config.quantization_config  # `there` holds the shapes of the dequantised weights
     kind = type(inspect.skeleton(config, task, field))
     weights = {name: torch.empty(shape, device="meta") for name, shape in there.items()}
     logging.disable_progress_bar()
@@ -101,7 +104,7 @@ def compare(there: Shapes, config: PreTrainedConfig, task: str, field: str) -> C
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    except Exception as error:  # conversions of shapes that do not fit end in exceptions of many kinds
+    except Exception as error:  # converting shapes that do not fit raises exceptions of many kinds
         trouble = FUSED if "automatic conversion" in str(error) else " ".join(str(error).split())[:500]
         raise Failure(
             ExitCode.INVALID_SPEC, f"{field}: its weights cannot be loaded as a {kind.__name__}: {trouble}"
@@ -109,7 +112,7 @@ def compare(there: Shapes, config: PreTrainedConfig, task: str, field: str) -> C
     finally:
         logging.set_verbosity(level)
     mismatched = [(name, tuple(found), tuple(wanted)) for name, found, wanted in loaded["mismatched_keys"]]
-    if quantised:  # bitsandbytes keeps the weights of GPT-2's Conv1D as those of a Linear
+    if quantised:  # bitsandbytes stores GPT-2's Conv1D transposed, as a Linear
         mismatched = [m for m in mismatched if sorted(m[1]) != sorted(m[2])]
     return Comparison(
         model, frozenset(loaded["missing_keys"]), tuple(sorted(mismatched)), frozenset(loaded["unexpected_keys"])
@@ -117,7 +120,10 @@ def compare(there: Shapes, config: PreTrainedConfig, task: str, field: str) -> C
 
 
 def lacking(found: Comparison, task: str) -> list[str]:
-    """The weights that would be drawn at random though they are no new head, each with what is wrong with it."""
+    """Return the weights that would be initialised randomly and are not part of a new head.
+
+    Each entry is a name; for a weight of another shape, both shapes follow.
+    """
     labelled = TASKS[task].labels
     missing = [name for name in sorted(found.missing) if not (labelled and in_head(found.model, name))]
     mismatched = [
@@ -129,12 +135,13 @@ def lacking(found: Comparison, task: str) -> list[str]:
 
 
 def in_head(model: PreTrainedModel, name: str) -> bool:
-    """Whether a weight of a classifier belongs to its head: it stands outside the encoder, or pools what the encoder
-    returns.
+    """Return whether a weight of a classifier belongs to its head.
+
+    It does if it is outside of the encoder, or pools the output of the encoder.
     """
     from luthier_trainer.models.heads import whole_modules
 
-    if "pooler" in name.split("."):  # models that learnt to fill in words have none
+    if "pooler" in name.split("."):  # models pretrained with masked tokens have no pooler
         return True
     if model.base_model is not model:
         encoder = next(inner for inner, module in model.named_modules() if module is model.base_model)
@@ -143,14 +150,14 @@ def in_head(model: PreTrainedModel, name: str) -> bool:
 
 
 def has_labels(model: PreTrainedModel, name: str) -> bool:
-    """Whether a weight has a row for each label, so that one for other labels has another shape."""
+    """Return whether a weight has a row for each label, so that its shape depends on the number of labels."""
     from luthier_trainer.models.heads import head_weights
 
     return name in head_weights(model)
 
 
 def refusal(found: Comparison, lost: list[str], path: Path, there: Shapes, field: str) -> Failure:
-    """What is wrong with the folder, with names, number and remedy."""
+    """Return the Failure for weights that are missing: their names, their number, and what to do."""
     kind, needed = type(found.model).__name__, len(found.model.state_dict())
     text = f"{field}: {path} does not hold {len(lost)} of the {needed} weights of a {kind}: {some(lost)}."
     if found.unexpected:
@@ -174,19 +181,22 @@ def refusal(found: Comparison, lost: list[str], path: Path, there: Shapes, field
 
 
 def some(names: Iterable[str]) -> str:
+    """Return the first names, for a message."""
     names = list(names)
     return ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
 
 
 def shown(shape: tuple[int, ...]) -> str:
+    """Return a shape for a message, such as 2 × 3."""
     return " × ".join(map(str, shape)) or "a number"
 
 
 def without_wrappers(
     path: Path, files: list[Path], wrapped: list[str], field: str, folder: WorkspaceFolder, named_by_adapter: bool
 ) -> Path:
-    """A copy of the model in `prepared/model` whose weights have the names that transformers looks for. Raises
-    Failure.
+    """Write a copy of the model to `prepared/model`, with the weights' names without prefixes of wrappers.
+
+    Returns the folder of the copy. Raises Failure if the result is an adapter that names the model as its base.
     """
     prefixes = " and ".join(sorted({part for name in wrapped for part in ("module.", "_orig_mod.") if part in name}))
     found = (

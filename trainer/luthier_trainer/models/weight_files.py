@@ -1,4 +1,4 @@
-"""The weights in a folder: which files are loaded, what their headers promise, and whether they are whole.
+"""The weight files in a folder: which of them are loaded, what their headers describe, and whether they are complete.
 
 Only headers are read, never a weight.
 """
@@ -19,29 +19,31 @@ from luthier_api.exitcodes import ExitCode
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.workspace.model_files import PIPELINE_CONFIG, WEIGHTS_INDEX
 
-# What transformers, diffusers and PEFT call the weights that they load
+# The names, without suffix, of the weight files that transformers, diffusers and PEFT load.
 STEMS = (
     "model",
     "diffusion_pytorch_model",
     "adapter_model",
 )
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-LFS_POINTER_BYTES = 1024  # git-lfs: a pointer file is smaller
+LFS_POINTER_BYTES = 1024  # a pointer file is smaller, by the specification of git-lfs
 METADATA = "__metadata__"
 FETCH_AGAIN = "Copy or download it again"
-SHOWN = 3
+SHOWN = 3  # names in a message
 
-# What stands beside a quantised weight: bitsandbytes' statistics, and the scales of FP8.
+# Names of tensors that describe a quantised weight: bitsandbytes' statistics, and the scales of FP8.
 QUANT_STATE = re.compile(r"(?P<of>.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
 BESIDE = re.compile(
     r"(?P<of>.+?)(\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB|weight_format|activation_scale|input_scale)|_scale|_scale_inv)"
 )
-QUANTISED = {"U8", "I8", "F8_E4M3", "F8_E5M2"}  # safetensors' names of the types that such weights have
+QUANTISED = {"U8", "I8", "F8_E4M3", "F8_E5M2"}  # safetensors' names for the types of quantised weights
 
 
 def check(folder: Path, field: str) -> None:
-    """Whether the files that are loaded from `folder`, a model, an adapter or a pipeline, are there and whole. Raises
-    Failure.
+    """Check that the files that are loaded from `folder` exist and are complete.
+
+    `folder` holds a model, an adapter or a pipeline. Raises Failure if files are absent, truncated, or pointers of
+    git-lfs.
     """
     for part in {folder, *parts(folder)}:
         for path in sorted(p for p in part.iterdir() if p.is_file() and p.suffix != ".safetensors"):
@@ -52,18 +54,18 @@ def check(folder: Path, field: str) -> None:
 
 
 def parts(folder: Path) -> list[Path]:
-    """The folders that weights are loaded from: those of a pipeline's components, or `folder` itself."""
+    """Return the folders that weights are loaded from: those of a pipeline's components, or `folder` itself."""
     if (folder / PIPELINE_CONFIG).is_file():
         return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     return [folder]
 
 
 def loaded(folder: Path, field: str) -> list[Path]:
-    """The weight files that are loaded from `folder`: one file, or the shards that an index names. Raises Failure where
-    shards are absent.
+    """Return the weight files that are loaded from `folder`: a single file, or the shards that an index names.
 
-    transformers, diffusers and PEFT look for their own name, and take the single file before an index. A folder that
-    has none of these names (a LoRA for images, say) holds what it holds.
+    transformers, diffusers and PEFT each look for their own name, and prefer the single file to an index. If a folder
+    has none of these names (for example a LoRA for images), all of its safetensors files are returned. Raises Failure
+    if shards or their index are absent.
     """
     there = sorted(folder.glob("*.safetensors"))
     for stem in STEMS:
@@ -81,7 +83,7 @@ def loaded(folder: Path, field: str) -> list[Path]:
 
 
 def shards(index: Path, field: str) -> list[Path]:
-    """The files that an index names. Raises Failure where it cannot be read, or one of them is absent."""
+    """Return the files that an index names. Raises Failure if it cannot be read, or if one of them is absent."""
     check_pointer(index, field)
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -100,7 +102,7 @@ def shards(index: Path, field: str) -> list[Path]:
 
 
 def check_pointer(path: Path, field: str) -> None:
-    """Raises Failure for a file that git-lfs was to replace with the real one."""
+    """Check that a file is not a pointer that git-lfs should have replaced. Raises Failure if it is."""
     if path.stat().st_size > LFS_POINTER_BYTES:
         return
     with path.open("rb") as file:
@@ -113,7 +115,7 @@ def check_pointer(path: Path, field: str) -> None:
 
 
 def check_file(path: Path, field: str) -> None:
-    """Whether a safetensors file has a header and as many bytes as that asks for. Raises Failure."""
+    """Check that a safetensors file has a valid header, and all bytes of its tensors. Raises Failure if not."""
     from safetensors import SafetensorError, safe_open
 
     check_pointer(path, field)
@@ -134,14 +136,15 @@ def check_file(path: Path, field: str) -> None:
         )
     try:
         with safe_open(path, "np"):
-            pass  # the library's own checks: overlaps, gaps, sizes that do not fit shapes
+            pass  # opening it runs the library's checks: overlaps, gaps, sizes that do not fit shapes
     except SafetensorError as error:
         raise Failure(ExitCode.INVALID_SPEC, f"{field}: {path} is damaged ({error}). {FETCH_AGAIN}") from error
 
 
 def header_bytes(path: Path) -> int:
-    """Where the weights begin in a safetensors file, in bytes. Raises ValueError where the file is shorter than
-    that.
+    """Return the offset of the weights in a safetensors file, in bytes: 8 + the length of the header.
+
+    Raises ValueError if the file is shorter than that.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -151,14 +154,15 @@ def header_bytes(path: Path) -> int:
 
 
 def header_of(path: Path) -> dict[str, Any]:
-    """Name → {"dtype", "shape", "data_offsets"}. Raises ValueError where there is no header."""
+    """Return name → {"dtype", "shape", "data_offsets"}. Raises ValueError if there is no header."""
     header_bytes(path)
     return safetensors_header(path)
 
 
 def shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
-    """Name → shape of the weights in `files`, as they are meant: a weight in 4 bits with its real shape, and nothing
-    that stands beside it.
+    """Return name → shape of the weights in `files`, dequantised.
+
+    A weight in 4 bits has its original shape, and tensors that only describe a quantised weight are left out.
     """
     tensors = {
         name: (path, tensor) for path in files for name, tensor in safetensors_header(path).items() if name != METADATA
@@ -173,15 +177,16 @@ def shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
 
 
 def stands_beside(name: str, tensors: Mapping[str, tuple[Path, Mapping[str, Any]]]) -> bool:
-    """Whether a tensor belongs to a quantised weight among `tensors`, and is none itself."""
+    """Return whether a tensor only describes a quantised weight of `tensors`, and is not a weight itself."""
     beside = BESIDE.fullmatch(name)
     owners = (beside["of"], f"{beside['of']}.weight") if beside else ()
     return any(owner in tensors and tensors[owner][1]["dtype"] in QUANTISED for owner in owners)
 
 
 def without_scale(files: Iterable[Path]) -> list[str]:
-    """The weights in FP8 that no scale stands beside: transformers 5.23 takes such numbers for the weights themselves,
-    hundreds of times too large.
+    """Return the weights in FP8 that have no scale in the files.
+
+    transformers 5.23 would use such numbers as the weights themselves, which makes them hundreds of times too large.
     """
     types = {
         name: tensor["dtype"] for path in files for name, tensor in safetensors_header(path).items() if name != METADATA
@@ -194,7 +199,10 @@ def without_scale(files: Iterable[Path]) -> list[str]:
 
 
 def quantised_shape(path: Path, tensor: Mapping[str, Any]) -> tuple[int, ...]:
-    """The shape in bitsandbytes' description of a weight in 4 bits: JSON, a few hundred bytes."""
+    """Return the original shape of a weight in 4 bits, from bitsandbytes' description of it.
+
+    `tensor` is the header's entry for the description, which is JSON of a few hundred bytes.
+    """
     start, end = tensor["data_offsets"]
     with path.open("rb") as file:
         file.seek(header_bytes(path) + start)
@@ -202,15 +210,17 @@ def quantised_shape(path: Path, tensor: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def count(folder: Path, field: str) -> int:
-    """Elements of the weights that are loaded from `folder`. What else lies there (`consolidated.safetensors`, an
-    adapter) does not count.
+    """Return the number of elements of the weights that are loaded from `folder`.
+
+    Other files there (`consolidated.safetensors`, an adapter) do not count. Raises Failure if shards are absent.
     """
     return sum(prod(shape) for part in parts(folder) for shape in shapes(loaded(part, field)).values())
 
 
 def rename(files: Iterable[Path], new_name: Callable[[str], str], into: Path) -> None:
-    """Write `files` to folder `into` with other names of weights, and an index where there are several. The weights are
-    copied as bytes.
+    """Write `files` to the folder `into` with other names of the weights, and an index if there are several files.
+
+    The weights are copied as bytes.
     """
     total, weight_map = 0, dict[str, str]()
     for path in files:
@@ -236,7 +246,10 @@ def rename(files: Iterable[Path], new_name: Callable[[str], str], into: Path) ->
 
 
 def safetensors_header(path: Path) -> dict[str, Any]:
-    """Name → {"dtype", "shape", "data_offsets"}; the first 8 bytes of the file say how long it is."""
+    """Return name → {"dtype", "shape", "data_offsets"} of the tensors, and `__metadata__` if there is any.
+
+    The first 8 bytes of the file are the length of the header, little-endian.
+    """
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         return dict(json.loads(file.read(length)))

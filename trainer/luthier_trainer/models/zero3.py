@@ -1,5 +1,6 @@
-"""Loading a model that ZeRO-3 spreads over the processes: what transformers 5.23 does otherwise than for a model in one
-piece, put right.
+"""Corrects how transformers 5.23 loads a model that ZeRO-3 shards over the processes.
+
+Each function restores what transformers does for a model that is not sharded.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ NOT_LOADED = "not_loaded"
 
 
 def weights_of_other_shape(folder: Path, shapes: dict[str, tuple[int, ...]]) -> set[str]:
-    """Names of the tensors in `folder` that have another shape than `shapes` says."""
+    """Return the names of the tensors in `folder` whose shape differs from the one in `shapes`."""
     headers = (safetensors_header(file) for file in sorted(folder.glob("*.safetensors")))
     return {
         name
@@ -28,19 +29,19 @@ def weights_of_other_shape(folder: Path, shapes: dict[str, tuple[int, ...]]) -> 
 
 
 def left_out(names: Iterable[str]) -> dict[str, str]:
-    """`key_mapping` of `from_pretrained` that makes tensors of these names unknown to the model, which then begins
-    those weights anew.
+    """Return a `key_mapping` for `from_pretrained` that renames these tensors to names that the model does not have.
 
-    In one piece, `ignore_mismatched_sizes` does so. Under ZeRO-3 it is ignored, and the load fails.
+    The model then initialises those weights anew. Without ZeRO-3, `ignore_mismatched_sizes` has this effect; under
+    ZeRO-3 it is ignored, and loading fails.
     """
     return {rf"^{re.escape(name)}$": f"{NOT_LOADED}.{name}" for name in names}
 
 
 def keep_used_conversions(model: Any) -> None:
-    """Save weights under the names that they were loaded by.
+    """Keep only the renamings that were used in loading, so that weights are saved under their original names.
 
-    In one piece, a model remembers the renamings that were used. Under ZeRO-3 it remembers all there are, and saves
-    LayerNorm.weight as LayerNorm.gamma, a name that only transformers still reads.
+    Without ZeRO-3, transformers keeps only the renamings that were used. Under ZeRO-3 it keeps all that exist, and
+    saves LayerNorm.weight as LayerNorm.gamma, a name that only transformers still reads.
     """
     if isinstance(model, PreTrainedModel) and (conversions := getattr(model, "_weight_conversions", None)):
         used = (conversion for conversion in conversions if conversion.was_used())
