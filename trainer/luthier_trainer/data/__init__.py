@@ -1,1 +1,1 @@
-"""Datasets: reading files and the Hub, columns, labels, tokens, packing."""
+"""Datasets: rows of files and of the Hub, columns, labels, tokens, and packing."""

@@ -1,7 +1,7 @@
-"""Which columns play which role, and whether what is in them fits: text is text, and a label is there, known, and one
-of several.
+"""Checks that the columns of a dataset exist and hold what their role requires: text, or labels.
 
-Columns are read by Arrow, in batches: a list of Python objects for each row would take more memory than the texts.
+Columns are read as Arrow arrays, in batches, because a list of Python objects for each row would take more memory than
+the texts.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ if TYPE_CHECKING:
     import pyarrow
 
 AT_ONCE = 10_000  # rows of a batch
-SHOWN = 10
+SHOWN = 10  # names in a message
 
 
 def require(rows: Rows, column: str, field: str, taken: Collection[str] = ()) -> None:
-    """Raises Failure when there is no `column`. Columns in `taken` play another role and are not suggested."""
+    """Check that `rows` have the column. Raises Failure if not, with a suggestion if a name is similar.
+
+    `field` is the path in the spec that names the column. Columns in `taken` have another role and are not suggested.
+    """
     names = rows.names or tuple(rows.data.column_names)
     if column in names:
         return
@@ -35,7 +38,7 @@ def require(rows: Rows, column: str, field: str, taken: Collection[str] = ()) ->
 
 
 def require_text(rows: Rows, column: str, field: str) -> None:
-    """Raises Failure when `column` is missing or does not hold text."""
+    """Check that the column exists and holds text. Raises Failure if not."""
     require(rows, column, field)
     feature = rows.data.features[column]
     if column in rows.mixed:
@@ -56,11 +59,12 @@ def require_text(rows: Rows, column: str, field: str) -> None:
 
 
 def is_text(feature: Any) -> bool:
+    """Return whether a feature of `datasets` is text."""
     return getattr(feature, "dtype", None) in TEXT_TYPES
 
 
 def batches(rows: Rows, column: str) -> Iterator[tuple[int, pyarrow.ChunkedArray]]:
-    """(number of rows before, values) of a column, batch by batch."""
+    """Yield (number of rows before, values) for batches of a column."""
     start = 0
     for table in rows.data.select_columns([column]).with_format("arrow").iter(AT_ONCE):
         yield start, table.column(0)
@@ -68,7 +72,7 @@ def batches(rows: Rows, column: str) -> Iterator[tuple[int, pyarrow.ChunkedArray
 
 
 def blanks(rows: Rows, column: str) -> list[int]:
-    """Positions of the rows whose text is missing or blank."""
+    """Return the positions of the rows whose text is missing or blank."""
     import pyarrow.compute
 
     found: list[int] = []
@@ -79,8 +83,10 @@ def blanks(rows: Rows, column: str) -> list[int]:
 
 
 def texts(rows: Rows, column: str, field: str, drop_blank: bool) -> Rows:
-    """The rows that have a text in `column`. Blank ones are dropped, with a notice, or refused. Raises Failure if a row
-    is refused, or none is left.
+    """Return the rows that have a text in `column`.
+
+    Rows without text are dropped, with a notice, or refused if `drop_blank` is false. Raises Failure if a row is
+    refused, or if no row is left.
     """
     import numpy
 
@@ -103,9 +109,11 @@ def texts(rows: Rows, column: str, field: str, drop_blank: bool) -> Rows:
 
 
 def some(names: Iterable[str]) -> str:
+    """Return the first names, for a message."""
     listed = list(names)
     return ", ".join(listed[:SHOWN]) + (", ..." if len(listed) > SHOWN else "")
 
 
 def invalid(message: str) -> Failure:
+    """Return a Failure of the kind INVALID_DATASET."""
     return Failure(ExitCode.INVALID_DATASET, message)

@@ -1,9 +1,9 @@
-"""Regular CSV files, which Arrow reads ten times as fast as Python's csv module, and to the same rows.
+"""Reads regular CSV files with Arrow, ten times as fast as Python's csv module and to the same rows.
 
-Arrow forgives what csv refuses: text after a closing quotation mark, a quotation mark that is never closed. So
-`is_regular` looks at every quotation mark first: the odd ones open a cell, the even ones close it, and two side by side
-are one inside a cell. A file where that does not hold, or that needs a judgement of any other kind (`csvrows`), is left
-to csv.
+Arrow accepts what csv refuses: text after a closing quotation mark, and a quotation mark that is never closed.
+`is_regular` therefore checks every quotation mark first: odd ones must open a cell, even ones must close it, and two
+side by side are one quotation mark inside a cell. Files for which this does not hold, or that need any other decision
+(see `csvrows`), are read by csv.
 """
 
 from __future__ import annotations
@@ -18,25 +18,26 @@ if TYPE_CHECKING:
     import numpy
     import pyarrow
 
-CHUNK = 1 << 18  # bytes that are looked at at once: they fit a core's cache
-BLOCK = 1 << 22  # bytes that Arrow reads at once: a row that is longer is left to csv
+CHUNK = 1 << 18  # bytes that are checked at once: they fit into the cache of a core
+BLOCK = 1 << 22  # bytes that Arrow reads at once: a file with a longer row is read by csv
 QUOTE, BACKSLASH, CR, LF = b'"\\\r\n'
-MARK = decoding.BOMS[-1][0]  # that of UTF-8
+MARK = decoding.BOMS[-1][0]  # the byte order mark of UTF-8
 
 
 def is_regular(path: Path, separator: str, quoted: bool) -> bool:
-    """Whether quotation marks stand where they open or close cells only, no cell holds a line break, and no byte order
-    mark is inside.
+    """Return whether the file has no syntax that Arrow and csv read differently.
 
-    Without `quoted`: whether there are no quotation marks at all. For files that are UTF-8 and not compressed.
+    Quotation marks must only open or close cells, no cell may hold a line break, and there must be no carriage return
+    without a line feed and no byte order mark inside the file. Without `quoted`, there must be no quotation marks at
+    all. The file must be UTF-8 and not compressed.
     """
     import numpy
 
     data = numpy.memmap(path, dtype=numpy.uint8, mode="r")
     begin = len(MARK) if bytes(data[: len(MARK)]) == MARK else 0
-    before = 0  # quotation marks up to here
+    before = 0  # quotation marks before the chunk
     for start in range(begin, len(data), CHUNK):
-        # One byte before the chunk and two after it; beyond the file, line feeds.
+        # The chunk with one byte before it and two after it; line feeds stand for bytes outside of the file.
         around = numpy.full(CHUNK + 3, LF, numpy.uint8)
         first, last = max(start - 1, begin), min(start + CHUNK + 2, len(data))
         offset = first - (start - 1)
@@ -59,9 +60,15 @@ def is_regular(path: Path, separator: str, quoted: bool) -> bool:
 
 
 def _in_place(around: numpy.ndarray, quotes: numpy.ndarray, before: int, separator: int) -> bool:
-    """Whether each quotation mark opens or closes a cell, or is next to another one; none stands after a backslash."""
+    """Return whether each quotation mark opens or closes a cell, or is next to another one, and none follows a
+    backslash.
+
+    `around` is uint8 of shape (CHUNK + 3,), `quotes` are the positions of quotation marks in it, and `before` is the
+    number of quotation marks before the chunk.
+    """
     import numpy
 
+    # Counted from 0 over the whole file, even ones open a cell.
     opening = (numpy.arange(len(quotes)) + before) % 2 == 0
     left, right = around[quotes - 1], around[quotes + 1]
     opens = (left == separator) | (left == LF) | (left == QUOTE)
@@ -70,6 +77,7 @@ def _in_place(around: numpy.ndarray, quotes: numpy.ndarray, before: int, separat
 
 
 def _has_mark(around: numpy.ndarray, size: int) -> bool:
+    """Return whether the chunk in `around[1 : size + 1]` holds a byte order mark of UTF-8."""
     return bool(
         (
             (around[1 : size + 1] == MARK[0]) & (around[2 : size + 2] == MARK[1]) & (around[3 : size + 3] == MARK[2])
@@ -78,12 +86,14 @@ def _has_mark(around: numpy.ndarray, size: int) -> bool:
 
 
 def _has_lone_return(around: numpy.ndarray, size: int) -> bool:
+    """Return whether the chunk in `around[1 : size + 1]` holds a carriage return without a line feed after it."""
     return bool(((around[1 : size + 1] == CR) & (around[2 : size + 2] != LF)).any())
 
 
 def batches(path: Path, separator: str, quoted: bool, columns: list[str]) -> Generator[pyarrow.RecordBatch, None, bool]:
-    """Batches of `columns` of a regular file. Returns whether these are all: a row of another width, which Arrow
-    refuses, ends them early.
+    """Yield batches of `columns` of a regular file. Returns whether these are all rows.
+
+    Arrow refuses a row with another number of cells, which ends the batches early.
     """
     import pyarrow.csv
 

@@ -1,8 +1,8 @@
-"""Rows of CSV files, by Python's csv module in strict mode: what does not fit the header is refused, never moved or
-joined without notice.
+"""Reads rows of CSV files with Python's csv module in strict mode.
 
-Every cell is text, as it is written: "007", "NA" and "1e5" stay what they are. A file whose cells are separated by tabs
-has no quoting unless the spec asks for it, because quotation marks in such files are mostly part of the text.
+A row that does not fit the header is refused; cells are never moved or joined without notice. Every cell is text, as it
+is written: "007", "NA" and "1e5" are not converted. A file whose cells are separated by tabs has no quoting unless the
+spec asks for it, because quotation marks in such files are mostly part of the text.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 
 AT_ONCE = 1000  # rows of a batch, as in `datasets`
-# Characters; csv's own limit is 131,072. A quotation mark that is never closed reads up to this much
+# Characters in a cell; csv's own limit is 131,072. After a quotation mark that is never closed, this much is read.
 CELL_LIMIT = 1 << 28
 SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
 SHOWN = 60  # characters of a cell in a message
@@ -36,7 +36,7 @@ ESCAPE = re.compile(r"\\(.?)", re.DOTALL)  # a backslash and what follows it
 
 
 class Mistake(Exception):
-    """A row, counted from 0, that does not fit."""
+    """A row, counted from 0, that does not fit the header or cannot be read."""
 
     def __init__(self, row: int, what: str, cells: list[str] | None = None) -> None:
         super().__init__(what)
@@ -45,53 +45,61 @@ class Mistake(Exception):
 
 @dataclass(frozen=True)
 class Dialect:
+    """How cells are separated and quoted. `quoting` is a value of `spec.dataset.csv.quoting`."""
+
     separator: str
     quoting: str
 
     def reader(self, lines: Iterator[str]) -> Any:
-        """A csv.reader in strict mode."""
+        """Return a csv.reader in strict mode."""
         csv.field_size_limit(CELL_LIMIT)
         if self.quoting == "none":
             return csv.reader(lines, delimiter=self.separator, quoting=csv.QUOTE_NONE, quotechar=None, strict=True)
         if self.quoting == "backslash":
             escaped = (ESCAPE.sub(_keep_backslash, line) if "\\" in line else line for line in lines)
-            # Without doublequote, csv would not be strict
+            # `doublequote` stays on, because csv is not strict without it.
             return csv.reader(escaped, delimiter=self.separator, escapechar="\\", strict=True)
         return csv.reader(lines, delimiter=self.separator, strict=True)
 
 
 def _keep_backslash(escape: re.Match[str]) -> str:
-    """csv drops every backslash; one that escapes neither a quotation mark nor a backslash is part of the text."""
+    """Return an escape with its backslash doubled, unless it escapes a quotation mark or a backslash.
+
+    csv removes every backslash, but one that escapes neither of them is part of the text.
+    """
     return escape[0] if escape[1] in ('"', "\\") else "\\" + escape[0]
 
 
 @dataclass
 class Counts:
-    """What is noticed while a file is read."""
+    """What is counted while a file is read, for the notices at its end."""
 
     rows: int = 0
     several_lines: int = 0
     """Rows that span several lines."""
     first_several: int = 0
-    """The first of them."""
+    """The first such row, counted from 0."""
     blank_lines: int = 0
     quoted: int = 0
-    """Cells that begin and end with a quotation mark although there is no quoting."""
+    """Cells that begin and end with a quotation mark although the dialect has no quoting."""
 
 
 @dataclass(frozen=True)
 class CsvFile:
-    """One file. Mistakes are refused with the paths of fields that `decoder` knows."""
+    """One CSV file. `decoder` holds the paths in the spec that error messages name."""
 
     path: Path
     decoder: decoding.Decoder
     settings: Csv
     regular: dict[Dialect, bool] = field(default_factory=dict)
-    """Dialect → whether Arrow reads the same rows."""
+    """Dialect → whether Arrow reads the same rows as csv."""
 
     @cached_property
     def dialect(self) -> Dialect:
-        """As the spec says, or as fits the file. Raises Failure where two readings are possible."""
+        """Return the dialect that the spec names, or the one that fits the file.
+
+        Raises Failure if two dialects are possible and give different rows.
+        """
         name = self.settings.separator or ("tab" if suffix_of(self.path) == ".tsv" else "comma")
         separator = SEPARATORS[name]
         if self.settings.quoting:
@@ -105,7 +113,7 @@ class CsvFile:
 
     @cached_property
     def header(self) -> list[str]:
-        """Names of the columns, from the first line that is not blank. Raises Failure."""
+        """Return the names of the columns, from the first line that is not blank. Raises Failure if there is none."""
         with self._records(self.dialect) as reader:
             try:
                 names = next(filter(None, reader), None)
@@ -119,7 +127,7 @@ class CsvFile:
 
     @cached_property
     def hint(self) -> str:
-        """What to do where the header looks as if another character separated the cells; empty where it does not."""
+        """Return what to do if the header looks as if the cells had another separator; empty otherwise."""
         likely = next((name for name, character in SEPARATORS.items() if character in self.header[0]), None)
         if len(self.header) > 1 or likely is None:
             return ""
@@ -129,8 +137,9 @@ class CsvFile:
         )
 
     def batches(self, columns: list[str]) -> Iterator[tuple[int, Any]]:
-        """Batches as (number of rows, the cells of each of `columns`). Raises Failure at the first row that does not
-        fit the header.
+        """Yield batches as (number of rows, the cells of each of `columns`).
+
+        Raises Failure at the first row that does not fit the header.
         """
         for name in columns:
             if (times := self.header.count(name)) > 1:
@@ -140,7 +149,10 @@ class CsvFile:
             yield from self._strictly(columns, read)
 
     def _regularly(self, columns: list[str]) -> Generator[tuple[int, Any], None, int | None]:
-        """Batches that Arrow reads as csv does. Returns how many rows they have; None when these are all."""
+        """Yield the batches that Arrow reads in the same way as csv.
+
+        Returns None if these are all rows of the file, otherwise how many rows they have.
+        """
         read = 0
         # In a file of one column, a blank line may be a row, which Arrow does not count.
         if len(self.header) == 1 or len(set(self.header)) < len(self.header) or not self._is_regular(self.dialect):
@@ -155,6 +167,7 @@ class CsvFile:
             read += len(batch)
 
     def _is_regular(self, dialect: Dialect) -> bool:
+        """Return whether Arrow reads the same rows as csv with this dialect. The answer is cached."""
         if dialect not in self.regular:
             plain = dialect.quoting != "backslash" and self.decoder.is_plain(self.path)
             self.regular[dialect] = plain and csvregular.is_regular(
@@ -163,7 +176,7 @@ class CsvFile:
         return self.regular[dialect]
 
     def _strictly(self, columns: list[str], done: int) -> Iterator[tuple[int, list[list[str]]]]:
-        """The same by csv, from row `done` on. Raises Failure with the line of a mistake."""
+        """Yield batches that csv reads, from row `done` on. Raises Failure with the line of a mistake."""
         cells = [itemgetter(self.header.index(name)) for name in columns]
         counts = Counts()
         try:
@@ -176,7 +189,7 @@ class CsvFile:
         self._tell(counts)
 
     def line_of(self, row: int) -> int:
-        """The line, from 1, on which a row begins; found by reading the file again up to it."""
+        """Return the line, from 1, on which a row begins. The file is read again up to this row."""
         with self._records(self.dialect) as reader:
             width = len(next(filter(None, reader)))
             before, found = reader.line_num, -1
@@ -190,17 +203,18 @@ class CsvFile:
 
     @contextmanager
     def _records(self, dialect: Dialect) -> Iterator[Any]:
+        """Open the file as a csv.reader."""
         with self.decoder.open(self.path, newline="") as file:
             yield dialect.reader(decoding.lines(file, self.path.name, self.decoder.files))
 
     def _rows(self, dialect: Dialect, counts: Counts) -> Iterator[list[list[str]]]:
-        """Batches of whole rows. Raises Mistake."""
+        """Yield batches of complete rows. Raises Mistake at the first row that does not fit."""
         with self._records(dialect) as reader:
             width = len(next(filter(None, reader), []))
             while True:
                 line, batch = reader.line_num, list[list[str]]()
                 try:
-                    batch.extend(itertools.islice(reader, AT_ONCE))  # what was read before an error stays in the list
+                    batch.extend(itertools.islice(reader, AT_ONCE))  # rows before an error stay in the list
                 except csv.Error as error:
                     good = sum(not _blank(row, width) for row in batch)
                     raise Mistake(counts.rows + good, f"cannot be read as csv: {_explained(str(error))}") from error
@@ -214,9 +228,10 @@ class CsvFile:
                 yield batch
 
     def _has_escaped_quotes(self) -> bool:
+        """Return whether a quotation mark follows a backslash anywhere in the file."""
         with self.decoder.open(self.path, newline="") as file:
-            # Bytes are searched twice as fast as text. In UTF-16 and UTF-32, other bytes may look like these two: then
-            # the text decides.
+            # Bytes are searched twice as fast as text. In UTF-16 and UTF-32, bytes of other characters may look like
+            # these two, so the decoded text is searched instead.
             found = any(ESCAPED_QUOTE.encode() in chunk for chunk in _overlapping(file.buffer.read))
             if not file.encoding.startswith(("utf-16", "utf-32")):
                 return found
@@ -224,8 +239,10 @@ class CsvFile:
             return any(ESCAPED_QUOTE in chunk for chunk in _overlapping(file.read))
 
     def _judged(self, double: Dialect, backslash: Dialect) -> Dialect:
-        """Which of two ways to write a quotation mark inside a quoted cell the file uses: the one that reads it whole.
-        Raises Failure if both are possible and give other rows.
+        """Return which of two ways of writing a quotation mark inside a quoted cell the file uses.
+
+        This is the one with which the whole file can be read. Raises Failure if both are possible and give different
+        rows.
         """
         if self._has_doubled_quotes(backslash):
             return double
@@ -250,8 +267,9 @@ class CsvFile:
         )
 
     def _has_doubled_quotes(self, dialect: Dialect) -> bool:
-        """Whether quotation marks stand side by side, other than as an empty cell, where those after backslashes are
-        left out.
+        """Return whether quotation marks are doubled inside a cell. Those after backslashes are removed first.
+
+        An empty cell, which is two quotation marks between separators, does not count.
         """
         separator = re.escape(dialect.separator)
         doubled = re.compile(f'[^{separator}]""|""[^{separator}\\r\\n]')
@@ -259,7 +277,7 @@ class CsvFile:
             return any('""' in line and doubled.search(ESCAPE.sub("", line)) for line in file)
 
     def _attempt(self, dialect: Dialect) -> bytes | None:
-        """A digest of all rows; None where the file cannot be read so."""
+        """Return a digest of all rows, or None if the file cannot be read with this dialect."""
         digest = hashlib.blake2b()
         try:
             for row in self._flat(dialect):
@@ -269,12 +287,14 @@ class CsvFile:
         return digest.digest()
 
     def _flat(self, dialect: Dialect) -> Iterator[list[str]]:
+        """Yield the rows one by one. Raises Mistake."""
         for batch in self._rows(dialect, Counts()):
             yield from batch
 
     def _refused(self, mistake: Mistake) -> Failure:
-        """With both readings where there are more fields than columns, because other programs choose one of them
-        without notice.
+        """Return the Failure for a row that does not fit the header.
+
+        For a row with too many fields, it shows both ways in which other programs read such a row without notice.
         """
         place = f"row {mistake.row}, counted from 0 (line {self.line_of(mistake.row)} of {self.path})"
         if mistake.cells is None:
@@ -294,6 +314,7 @@ class CsvFile:
         )
 
     def _tell(self, counts: Counts) -> None:
+        """Give notice of rows and cells that may not have been read as they were meant."""
         name = self.path.name
         if counts.several_lines:
             notice(
@@ -314,8 +335,9 @@ class CsvFile:
 
 
 def _whole(batch: list[list[str]], width: int, counts: Counts) -> list[list[str]]:
-    """The batch without blank lines; rows of several lines are counted. Raises Mistake at the first row of another
-    width.
+    """Return the batch without blank lines, and count the rows that span several lines.
+
+    Raises Mistake at the first row whose number of fields is not `width`.
     """
     rows = [row for row in batch if not _blank(row, width)]
     counts.blank_lines += len(batch) - len(rows)
@@ -329,12 +351,12 @@ def _whole(batch: list[list[str]], width: int, counts: Counts) -> list[list[str]
 
 
 def _blank(row: list[str], width: int) -> bool:
-    """Whether a line holds nothing. In a file of one column, blanks are a cell."""
+    """Return whether a line is blank and therefore not a row. In a file of one column, blanks are a cell."""
     return not row or (len(row) == 1 < width and not row[0].strip())
 
 
 def _overlapping(read: Callable[[int], Any]) -> Iterator[Any]:
-    """Chunks, each with the last character of the one before: for what has two characters."""
+    """Yield chunks that each begin with the last character of the one before, to find pairs of characters."""
     before = read(0)
     while chunk := read(decoding.CHUNK):
         yield before + chunk
@@ -342,6 +364,7 @@ def _overlapping(read: Callable[[int], Any]) -> Iterator[Any]:
 
 
 def _explained(error: str) -> str:
+    """Return what is wrong and what to do, for an error message of csv."""
     if "expected after" in error:
         return (
             "a cell that begins with a quotation mark goes on after its second one. Inside such a cell, write each"
@@ -356,7 +379,7 @@ def _explained(error: str) -> str:
 
 
 def _cells(row: dict[str, str] | list[str]) -> str:
-    """Cells for a message: text="...", label="..."."""
+    """Return cells for a message: text="...", label="..."."""
     named = row.items() if isinstance(row, dict) else [("", cell) for cell in row]
     return ", ".join(
         f'{name}{"=" if name else ""}"{cell[:SHOWN]}{"..." if len(cell) > SHOWN else ""}"' for name, cell in named

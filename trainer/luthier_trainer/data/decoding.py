@@ -1,6 +1,6 @@
-"""Data files as text: decompressed, decoded, without byte order marks.
+"""Opens data files as text: decompressed, decoded, and without byte order marks.
 
-The encoding is the one that the spec names, that of a byte order mark, or UTF-8. Bytes that are not text in it are
+The encoding is the one that the spec names, the one of a byte order mark, or UTF-8. Bytes that cannot be decoded are
 refused with their position, so that no character is replaced or lost without notice.
 """
 
@@ -22,7 +22,7 @@ from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 
 BOM = "\ufeff"
-BOMS = (  # UTF-32 first: its little-endian mark begins with the one of UTF-16
+BOMS = (  # UTF-32 first, because its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -30,14 +30,15 @@ BOMS = (  # UTF-32 first: its little-endian mark begins with the one of UTF-16
     (codecs.BOM_UTF8, "utf-8-sig"),
 )
 FAMILIES = {"utf-8-sig": {"utf-8"}, "utf-16": {"utf-16-le", "utf-16-be"}, "utf-32": {"utf-32-le", "utf-32-be"}}
-HEAD_BYTES = 4096
-CHUNK = 1 << 20
+HEAD_BYTES = 4096  # read to find the encoding
+CHUNK = 1 << 20  # bytes or characters that are read at once
 
 
 def _zstd(path: Path) -> BinaryIO:
+    """Open a file that is compressed with zstd."""
     import pyarrow
 
-    # Raises on a truncated file, which python-zstandard's reader does not
+    # pyarrow's reader raises an error for a truncated file, which python-zstandard's reader does not.
     return pyarrow.input_stream(str(path), compression="zstd")
 
 
@@ -45,25 +46,29 @@ COMPRESSIONS: dict[bytes, Callable[[Path], Any]] = {
     b"\x1f\x8b": gzip.open,
     b"\xfd7zXZ\x00": lzma.open,
     b"\x28\xb5\x2f\xfd": _zstd,
-    **{b"BZh%d1AY&SY" % level: bz2.open for level in range(1, 10)},  # BZh alone may begin a text
+    # The whole signature of bzip2, because a text may begin with "BZh".
+    **{b"BZh%d1AY&SY" % level: bz2.open for level in range(1, 10)},
 }
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Opens data files. `dataset` and `files` are paths in the spec: spec.dataset, and spec.dataset.files or
-    .evalFiles.
+    """Opens data files.
+
+    `dataset` and `files` are paths in the spec, for error messages: for example spec.dataset, and spec.dataset.files or
+    spec.dataset.evalFiles.
     """
 
     encoding: str | None
-    """The spec's."""
+    """The encoding that the spec names, if any."""
     dataset: str
     files: str
 
     @contextmanager
     def open(self, path: Path, newline: str | None = None) -> Iterator[TextIO]:
-        """The file's text. Raises Failure, also while it is read, when the file is not text in its encoding or was cut
-        short.
+        """Open the file as text.
+
+        Raises Failure, also while the text is read, if the file is not text in its encoding or is truncated.
         """
         try:
             encoding = self._encoding_of(path)
@@ -78,11 +83,11 @@ class Decoder:
             raise self._damaged(path, error) from error
         except OSError as error:
             if error.errno is not None:
-                raise  # the volume or its permissions, not the data
+                raise  # an error of the volume or its permissions, not of the data
             raise self._damaged(path, error) from error
 
     def is_plain(self, path: Path) -> bool:
-        """Whether the file's bytes are UTF-8 as they are, with or without a byte order mark."""
+        """Return whether the file's bytes are uncompressed UTF-8, with or without a byte order mark."""
         with path.open("rb") as file:
             head = file.read(16)
         return not any(head.startswith(magic) for magic in COMPRESSIONS) and self._encoding_of(path) in (
@@ -91,7 +96,7 @@ class Decoder:
         )
 
     def _encoding_of(self, path: Path) -> str:
-        """The encoding of a file, by its first bytes. Raises Failure if they contradict `dataset.encoding`."""
+        """Return the encoding of a file, from its first bytes. Raises Failure if they contradict `dataset.encoding`."""
         with open_bytes(path) as file:
             head = file.read(HEAD_BYTES)
         named = _codec(self.encoding, f"{self.dataset}.encoding") if self.encoding else None
@@ -113,6 +118,7 @@ class Decoder:
         return found
 
     def _undecodable(self, path: Path, encoding: str) -> Failure:
+        """Return the Failure for a file that cannot be decoded, with the position of the first such byte."""
         position, line, byte = bad_byte(path, encoding)
         name = encoding.removesuffix("-sig").upper()
         what = f"{path} is not {name}: byte 0x{byte:02x} at position {position} (line {line}) is not valid"
@@ -138,8 +144,9 @@ class Decoder:
 
 
 def lines(file: Iterable[str], name: str, files: str) -> Iterator[str]:
-    """The lines of `file`. A byte order mark at the beginning of a line, where two files were joined, is removed with a
-    notice.
+    """Yield the lines of `file`, without a byte order mark at the beginning of a line.
+
+    Such marks are found where two files were joined; they are removed with a notice.
     """
     removed = 0
     for line in file:
@@ -155,7 +162,10 @@ def lines(file: Iterable[str], name: str, files: str) -> Iterator[str]:
 
 
 def open_bytes(path: Path) -> Any:
-    """The file's bytes, decompressed where they begin as a compressed file does, whatever the file's name."""
+    """Open the file's bytes, decompressed if its first bytes are those of a compressed file.
+
+    The name of the file does not matter.
+    """
     with path.open("rb") as file:
         head = file.read(16)
     opened = next((opener for magic, opener in COMPRESSIONS.items() if head.startswith(magic)), None)
@@ -163,15 +173,16 @@ def open_bytes(path: Path) -> Any:
 
 
 def bad_byte(path: Path, encoding: str) -> tuple[int, int, int]:
-    """(position from 0, line from 1, value) of the first byte that `encoding` does not decode. Of a compressed file: of
-    what is in it. Raises AssertionError if there is none.
+    """Return (position from 0, line from 1, value) of the first byte that `encoding` cannot decode.
+
+    The position is in the decompressed content. Raises AssertionError if there is no such byte.
     """
     decoder = codecs.getincrementaldecoder(encoding)()
     position, line = 0, 1
     with open_bytes(path) as file:
         while True:
             chunk = file.read(CHUNK)
-            pending = decoder.getstate()[0]
+            pending = decoder.getstate()[0]  # bytes of an incomplete character at the end of the chunk before
             try:
                 line += decoder.decode(chunk, final=not chunk).count("\n")
             except UnicodeDecodeError as error:
@@ -184,7 +195,7 @@ def bad_byte(path: Path, encoding: str) -> tuple[int, int, int]:
 
 
 def _codec(name: str, field: str) -> str:
-    """Python's codec for `dataset.encoding`. Raises Failure if there is none."""
+    """Return Python's name of the codec for `dataset.encoding`. Raises Failure if it is not a text encoding."""
     try:
         info = codecs.lookup(name)
         "".encode(name)  # refuses codecs that are not encodings of text, such as base64

@@ -1,5 +1,6 @@
-"""The rows of files of one format, in an Arrow file that is mapped into memory: of any size, and only the columns that
-are needed.
+"""Reads the rows of files of one format into an Arrow file, which is mapped into memory.
+
+The files may be of any size. Only the columns that are needed are read.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 AT_ONCE = 1000  # rows of a batch, as in `datasets`
-CHARACTERS_AT_ONCE = 1 << 24  # of a document: one batch of Arrow's strings holds 2 GiB at most
-TEXT_TYPES = ("string", "large_string")  # names of `datasets`
+CHARACTERS_AT_ONCE = 1 << 24  # of a document; one batch of Arrow's strings holds at most 2 GiB
+TEXT_TYPES = ("string", "large_string")  # as `datasets` names them
 
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of one file, and on which line each of them begins."""
+    """The rows of one file, and how to find the line on which each of them begins."""
 
     path: Path
     rows: int
@@ -42,22 +43,23 @@ class Part:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of files, one after the other."""
+    """The rows of several files, one file after the other."""
 
     data: Dataset
     parts: tuple[Part, ...]
     names: tuple[str, ...]
     """All columns of the files, also those that were not read."""
     texts: tuple[str, ...]
-    """Those of them that hold text, as far as their first rows tell."""
+    """Columns that hold text, as far as the first rows show."""
     images: tuple[str, ...] = ()
-    """Those of them that hold images."""
+    """Columns that hold images."""
     mixed: Mapping[str, str] = field(default_factory=dict)
-    """Columns that hold something else than text, numbers, or true and false: what. Their cells are JSON text."""
+    """Column → what it holds, if that is not only text, only numbers, or only true and false. Its cells are JSON text.
+    """
     rarest: Mapping[str, int] = field(default_factory=dict)
-    """Of columns with several kinds of values: the first row of the rarest kind."""
+    """Column with several kinds of values → the first row of the rarest kind."""
     hint: str = ""
-    """What to do where a column is missing."""
+    """What to do if a column is missing."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,17 @@ class Files:
     decoder: decoding.Decoder
     csv: Csv
     columns: tuple[str, ...]
-    """The columns that the job needs. Each is in all of the files or in none."""
+    """The columns that the job needs. Each must be in all of the files or in none."""
     others: bool
-    """Whether the other columns are read too."""
+    """Whether the other columns are also read."""
     target: Path
     """Folder for the Arrow file."""
 
     def read(self, kind: str, documents: bool) -> Table:
-        """All rows. `documents`: of text files, with line breaks. Raises Failure."""
+        """Return all rows of files of the format `kind`.
+
+        With `documents`, the rows of text files keep their line breaks. Raises Failure if a file cannot be read.
+        """
         for path in self.paths:
             if path.stat().st_size == 0:
                 raise self._refusal(f"{path} is empty")
@@ -105,7 +110,7 @@ class Files:
         try:
             sink = self._json_tables(files, survey, look, first=True)
         except Widened:
-            # The types of the first batch are not those of the file: look at all rows first.
+            # The types of the first batch do not fit the whole file: survey all rows first, then read them again.
             survey = Survey(survey.columns)
             for file in files:
                 for rows in file.batches():
@@ -116,8 +121,10 @@ class Files:
         return Table(sink.close(), parts, tuple(survey.names), texts, mixed=survey.mixed(), rarest=survey.rarest())
 
     def _json_tables(self, files: list[JsonFile], survey: Survey, look: Survey, first: bool) -> Sink:
-        """Writes all rows. With `first`, the types are those of the first batch. Raises Widened where a row does not
-        fit them.
+        """Write all rows, and return the file that they are in, still open.
+
+        With `first`, the types of the columns are those of the first batch. Raises Widened if a row does not fit them,
+        or Failure if a text cannot be encoded.
         """
         sink = Sink(self._arrow_file("json"))
         for file in files:
@@ -163,8 +170,10 @@ class Files:
         return Table(sink.close(), parts, names, texts, images)
 
     def _typed_by(self, files: list[ParquetFile], wanted: list[str]) -> dict[str, ParquetFile]:
-        """The columns to read, each with a file that has its type. One that the job does not need is left out where
-        files disagree about it. Raises Failure if two files differ in a type.
+        """Return the columns to read, each with a file that has its type.
+
+        A column that the job does not need is left out if files have different types for it. Raises Failure for such a
+        column if the job needs it.
         """
         import pyarrow
 
@@ -204,8 +213,9 @@ class Files:
         return Table(sink.close(), parts, ("text",), ("text",))
 
     def _names(self, headers: Iterable[tuple[Path, list[str]]]) -> tuple[str, ...]:
-        """The columns of all files. Raises Failure, naming the file, when a column that the job needs is in some of
-        them only.
+        """Return the names of the columns of all files.
+
+        Raises Failure, which names the file, if a column that the job needs is only in some of the files.
         """
         found = [(path, list(names)) for path, names in headers]
         for column in self.columns:
@@ -218,10 +228,11 @@ class Files:
         return tuple(dict.fromkeys(name for _, names in found for name in names))
 
     def _wanted(self, names: tuple[str, ...]) -> list[str]:
-        """The columns to read: at least one, because they also tell how many rows there are."""
+        """Return the columns to read. There is at least one, because it also gives the number of rows."""
         return [name for name in names if name in self.columns or (self.others and name)] or [*names[:1]]
 
     def _arrow_file(self, kind: str) -> Path:
+        """Return the path of the Arrow file for these files and columns."""
         self.target.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256(repr((kind, self.paths, self.columns)).encode()).hexdigest()
         return self.target / f"rows-{digest[:16]}.arrow"
@@ -240,13 +251,16 @@ READERS: Mapping[str, Callable[[Files, bool], Table]] = {
 
 @dataclass(frozen=True)
 class TextFile:
-    """A text file: a row a line, or the lines of one document."""
+    """A text file, whose rows are its lines, or the lines of one document."""
 
     path: Path
     decoder: decoding.Decoder
 
     def batches(self) -> Iterator[dict[str, list[Any]]]:
-        """Lines that are not blank, without their line breaks. Blank ones between them are counted in a notice."""
+        """Yield batches of the lines that are not blank, without their line breaks.
+
+        Blank lines before the last row are counted in a notice.
+        """
         batch: list[str] = []
         rows = last = 0
         for number, line in self._rows():
@@ -261,7 +275,10 @@ class TextFile:
             notice(f"{self.decoder.files}: {last - rows} blank lines of {self.path.name} are left out, and are no rows")
 
     def documents(self) -> Iterator[dict[str, list[Any]]]:
-        """All lines, with their line breaks; `ends` is true on the last of them. A very long line comes in pieces."""
+        """Yield batches of all lines, with their line breaks; `ends` is true on the last line of the file.
+
+        A line of more than `decoding.CHUNK` characters comes in pieces.
+        """
         with self.decoder.open(self.path) as file:
             lines = decoding.lines(iter(lambda: file.readline(decoding.CHUNK), ""), self.path.name, self.decoder.files)
             batch: list[str] = []
@@ -276,14 +293,15 @@ class TextFile:
                 yield {"text": batch, "ends": [False] * (len(batch) - 1) + [True]}
 
     def line_of(self, row: int) -> int:
-        """The line, from 1, of a row."""
+        """Return the line, from 1, of a row. The file is read again up to this row."""
         return next(number for i, (number, _) in enumerate(self._rows()) if i == row)
 
     def lines(self) -> Iterator[int]:
-        """The line, from 1, of each row."""
+        """Yield the line, from 1, of each row."""
         return (number for number, _ in self._rows())
 
     def _rows(self) -> Iterator[tuple[int, str]]:
+        """Yield (line from 1, text) of the lines that are not blank."""
         with self.decoder.open(self.path) as file:
             for number, line in enumerate(decoding.lines(file, self.path.name, self.decoder.files), 1):
                 if line.strip():
@@ -291,7 +309,7 @@ class TextFile:
 
 
 class Sink:
-    """Writes tables into an Arrow file, which appears when it is whole."""
+    """Writes tables into an Arrow file, which appears under its name only when it is complete."""
 
     def __init__(self, path: Path, schema: pyarrow.Schema | None = None) -> None:
         self.path, self.schema = path, schema
@@ -301,17 +319,17 @@ class Sink:
         self._writer: Any = None
 
     def write(self, table: pyarrow.Table) -> None:
-        """Append a table. The first one decides the schema where none was given."""
+        """Append a table. The first table decides the schema if none was given."""
         self._open(self.schema or table.schema)
         self._writer.write_table(table)
         self._rows += len(table)
 
     def end_part(self) -> None:
-        """Note how many rows came since the last part."""
+        """Record how many rows were written since the last part."""
         self.parts.append(self._rows - sum(self.parts))
 
     def close(self) -> Dataset:
-        """The rows, mapped into memory."""
+        """Complete the file and return its rows, mapped into memory."""
         import pyarrow
         from datasets import Dataset
 
@@ -329,7 +347,8 @@ class Sink:
         import pyarrow
 
         if self._writer is None:
-            # A new file: one that was given up may still hold bytes in a buffer, which must not end up in this one.
+            # Start a new file: an abandoned writer may still have buffered bytes of the old one, which must not be
+            # written into this one.
             self._partial.unlink(missing_ok=True)
             self._file = self._partial.open("wb")
             self._writer = pyarrow.ipc.new_stream(self._file, schema)

@@ -1,5 +1,6 @@
-"""Which local files a dataset field names, what format they have, which images are in a folder, and whether the same
-ones are still there.
+"""Finds the local files that a dataset field names: their format, and the images in a folder.
+
+Also checks that files for training and for evaluation are different, and that the same files still exist.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from luthier_trainer.workspace import provenance
 FORMAT_OF_SUFFIX: dict[str, str] = {suffix: name for name, info in FORMATS.items() for suffix in info.suffixes}
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 READ_AS: dict[str, str] = {name: info.read_as or name for name, info in FORMATS.items()}
-"""Format → the one whose reader reads it."""
+"""Format → the format whose reader reads it."""
 TEXTUAL = {name for name, info in FORMATS.items() if info.text}
 
-METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}  # tables beside images, as `datasets` knows them
-# What cannot be read and surely was meant to be: left out, a class would be the smaller for it, or gone.
+METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}  # tables beside images, as in `datasets`
+# Suffixes of files that are not read but were probably meant to be data. If they were left out, a class would be
+# smaller, or missing.
 IMAGES_OF_OTHERS = {
     ".heic",
     ".heif",
@@ -48,16 +50,18 @@ IMAGES_OF_OTHERS = {
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """What lies in a folder of images, hidden files aside."""
+    """The files in a folder of images, except hidden files."""
 
     path: Path
     images: list[Path]
     tables: list[Path]
-    """Metadata: with them, the columns are theirs, and a folder is no class."""
+    """Tables of metadata. If there are any, the columns are theirs, and folders are not classes."""
 
     def classes(self, field: str) -> list[str]:
-        """The class of each image: the one folder between; or this folder, where all lie directly in it. Raises
-        Failure.
+        """Return the class of each image, in the order of `images`.
+
+        The class is the name of the folder between this folder and the image, or of this folder if all images are
+        directly in it. Raises Failure if an image is in any other folder.
         """
         between = [image.relative_to(self.path).parts[:-1] for image in self.images]
         if not any(between):
@@ -74,8 +78,10 @@ class ImageFolder:
 
 
 def image_folder(path: Path, field: str) -> ImageFolder:
-    """What lies in the folder, in the order of names; what is left out is said. Raises Failure for what would be
-    missing unnoticed.
+    """Return the images and tables in the folder, in the order of their names.
+
+    Files that are left out are printed. Raises Failure for files that would otherwise be missing from the data without
+    notice: images of formats that are not read, archives, and links to folders.
     """
     import PIL.Image
 
@@ -116,17 +122,19 @@ def image_folder(path: Path, field: str) -> ImageFolder:
 
 
 def _hidden(name: str) -> bool:
+    """Return whether a file or folder is hidden, or one that an operating system creates."""
     return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
 def _raise(error: OSError) -> None:
-    """Raise an error that `os.walk` would leave out."""
-    raise error  # os.walk would leave out, without a word, what it may not read
+    """Raise the error of `os.walk`, which would otherwise skip what it cannot read without notice."""
+    raise error
 
 
 def find_files(patterns: list[str], field: str, folders: bool = False) -> list[Path]:
-    """The files (or folders) that `patterns` name, each once, each pattern's sorted. Raises Failure for a pattern that
-    finds nothing.
+    """Return the files (or `folders`) that `patterns` name, each of them once.
+
+    They are in the order of the patterns, and sorted within each pattern. Raises Failure if a pattern finds nothing.
     """
     every: dict[Path, Path] = {}
     for i, pattern in enumerate(patterns):
@@ -167,6 +175,7 @@ def find_files(patterns: list[str], field: str, folders: bool = False) -> list[P
 
 
 def _near(path: Path) -> str | None:
+    """Return the path in the same folder whose name is the most similar, if there is one."""
     with contextlib.suppress(OSError):
         for name in difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1):
             return str(path.parent / name)
@@ -174,7 +183,7 @@ def _near(path: Path) -> str | None:
 
 
 def format_of(paths: list[Path], field: str) -> str:
-    """Format of files, told by their suffixes, which must agree. Raises Failure if they do not."""
+    """Return the format of files from their suffixes. Raises Failure if it is unknown, or not the same for all."""
     place = field.rpartition(".")[0]
     found: dict[str, Path] = {}
     for path in paths:
@@ -195,14 +204,16 @@ def format_of(paths: list[Path], field: str) -> str:
 
 
 def suffix_of(path: PurePath) -> str:
-    """The suffix that tells the format: in small letters, without that of a compression."""
+    """Return the suffix that shows the format: in lower case, and without the suffix of a compression."""
     suffixes = [s.lower() for s in path.suffixes if s.lower() not in COMPRESSED]
     return suffixes[-1] if suffixes else ""
 
 
 def refuse_shared(learnt: Iterable[Origin], measured: Iterable[Origin]) -> None:
-    """Rows that are both learnt and measured on make every figure look better than it is. A copy, a link or a folder
-    inside is no other. Raises Failure for a file of both.
+    """Check that no file is used both for training and for evaluation.
+
+    Rows that a model was trained on make every metric look better than it is. A copy, a link, and a folder inside of
+    another one count as the same file. Raises Failure if there is such a file.
     """
     learnt = list(learnt)
     by_content = {origin.digest: origin for origin in learnt}
@@ -231,8 +242,9 @@ def refuse_shared(learnt: Iterable[Origin], measured: Iterable[Origin]) -> None:
 
 
 def refuse_other_files(recorded: list[Origin], source: DatasetSource, patterns: list[str], field: str) -> None:
-    """Raise Failure when `patterns` find other files than were read. When one of them finds nothing, the data has done
-    its part and gone.
+    """Check that `patterns` still find the files that were read. Raises Failure if they find others.
+
+    If a pattern finds nothing, this is accepted: the data was read already, and may have been removed since.
     """
     before = {origin.path for origin in recorded if origin.field == field}
     try:

@@ -1,8 +1,8 @@
-"""Datasets of the Hub whose files are CSV, JSON or text: which files a split has, and how they are written.
+"""Finds the CSV, JSON and text files of a dataset on the Hub: which files a split has, and how they are written.
 
-They are read as files of a volume are (`filerows`), so that the same rows come from the same bytes. `datasets` finds
-the files, by the dataset's card and the names in the repository; datasets that it has to be told more about, and all
-other formats, it reads itself.
+They are read in the same way as files of a volume (`filerows`), so that the same bytes give the same rows. `datasets`
+finds the files, by the dataset's card and the names in the repository. It also reads the datasets that need other
+settings, and all other formats.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from luthier_trainer.runtime.failure import Failure
 if TYPE_CHECKING:
     from datasets import DatasetBuilder, Features
 
-READ_HERE = {"csv", "json", "text"}
-# Settings of a builder that are handled here, or that do not change what is read. With any other, `datasets` reads the
-# files.
+READ_HERE = {"csv", "json", "text"}  # formats that `filerows` reads
+# Settings of a builder that are applied by `filerows`, or that do not change the rows. If any other setting is used,
+# `datasets` reads the files.
 HANDLED = {
     "name",
     "version",
@@ -40,7 +40,7 @@ HANDLED = {
     "block_size",
     "use_threads",
 }
-QUOTING = {0: None, 3: "none"}  # csv.QUOTE_MINIMAL and csv.QUOTE_NONE
+QUOTING = {0: None, 3: "none"}  # value of csv.QUOTE_MINIMAL and csv.QUOTE_NONE → quoting in the spec
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class HubFiles:
     csv: Csv
     encoding: str | None
     features: Features | None
-    """Types that the card gives the columns."""
+    """The types that the card gives to columns."""
 
     def typed(self, table: Table, field: str) -> Table:
-        """The rows with the types of the card. Raises Failure when they do not have them."""
+        """Return the rows with the types that the card names. Raises Failure if values do not have these types."""
         from datasets import Features
 
         if self.features is None:
@@ -79,7 +79,10 @@ class HubFiles:
 
 
 def plain_files(builder: DatasetBuilder, repository: str) -> HubFiles | None:
-    """The files of the dataset, when they can be read here; None when `datasets` has to."""
+    """Return the files of the dataset if they can be read by `filerows`; None if `datasets` must read them.
+
+    `repository` is the name of the dataset, such as OWNER/NAME.
+    """
     config: Any = builder.config
     kind = type(builder).__module__.rpartition(".")[2]
     if (
@@ -110,8 +113,9 @@ def plain_files(builder: DatasetBuilder, repository: str) -> HubFiles | None:
 
 
 def _path(file: str, repository: str) -> str:
-    """hf://datasets/OWNER/NAME@COMMIT/PATH → PATH. Empty when it is no file of this repository, or one inside an
-    archive.
+    """Return PATH of hf://datasets/OWNER/NAME@COMMIT/PATH.
+
+    Returns an empty string if it is not a file of this repository, or is inside an archive.
     """
     prefix = f"hf://datasets/{repository}@"
     if "::" in file or not file.startswith(prefix):

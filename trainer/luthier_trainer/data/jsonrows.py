@@ -1,9 +1,8 @@
-"""Rows of JSON files: an object a line, or a list of objects. Values keep the types that they are written with; dates
-stay text.
+"""Reads rows of JSON files: one object a line, or one list of objects.
 
-A column whose values are all text, all numbers, or all true or false has that type. Any other column is kept as JSON
-text, together with what it holds (`Survey.mixed`). Only the columns that a job needs are looked at, so that no other
-column can stop it.
+Values keep their JSON types; dates stay text. A column whose values are all text, all numbers, or all true or false has
+that type. Any other column is kept as JSON text, together with a description of its values (`Survey.mixed`). Only the
+columns that a job needs are surveyed, so that no other column can stop the job.
 """
 
 from __future__ import annotations
@@ -26,18 +25,21 @@ if TYPE_CHECKING:
 
 AT_ONCE = 1000  # rows of a batch, as in `datasets`
 KINDS = {str: "text", bool: "true or false", int: "numbers", float: "numbers", list: "lists", dict: "objects"}
-EXACT = 2**53  # the whole numbers up to here are exact in float64
+EXACT = 2**53  # float64 holds all whole numbers up to here exactly
 SPACE = re.compile(r"\s*")
 
 Object = dict[str, Any]
 
 
 class Widened(Exception):
-    """A batch does not fit the types of the batches before."""
+    """A batch does not fit the types of the batches before it."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Object:
-    """json keeps the last of two values without notice. Raises ValueError for such an object."""
+    """Return the object with these keys and values.
+
+    Raises ValueError if a key occurs twice: json would keep the last value without notice.
+    """
     made = dict(pairs)
     if len(made) != len(pairs):
         twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
@@ -50,13 +52,13 @@ DECODE = json.JSONDecoder(object_pairs_hook=_object).decode
 
 @dataclass(frozen=True)
 class JsonFile:
-    """One file. Mistakes are refused with the paths of fields that `decoder` knows."""
+    """One JSON file. `decoder` holds the paths in the spec that error messages name."""
 
     path: Path
     decoder: decoding.Decoder
 
     def batches(self) -> Iterator[list[Object]]:
-        """Batches of rows. Raises Failure at the first that is no object."""
+        """Yield batches of rows. Raises Failure at the first row that is not an object."""
         done = 0
         for rows in self._lines_at_once():
             if rows is None:
@@ -66,8 +68,9 @@ class JsonFile:
             done += len(rows)
 
     def _lines_at_once(self) -> Iterator[list[Object] | None]:
-        """Batches of lines that hold an object each; None, and the end, at one that does not. Twice as fast as a value
-        at a time.
+        """Yield batches of lines that each hold one object; None, as the last item, if a line does not.
+
+        This is twice as fast as decoding value by value.
         """
         with self.decoder.open(self.path) as file:
             lines = decoding.lines(file, self.path.name, self.decoder.files)
@@ -83,7 +86,10 @@ class JsonFile:
                     yield rows
 
     def _slowly(self, done: int) -> Iterator[list[Object]]:
-        """The same for any file, from row `done` on, with the line of what is wrong. Raises Failure."""
+        """Yield batches of any file, value by value, from row `done` on.
+
+        Raises Failure, with the line of the mistake, at a row that is not an object.
+        """
         values = itertools.islice(self._values(), done, None)
         while batch := list(itertools.islice(values, AT_ONCE)):
             wrong = next((i for i, (value, _) in enumerate(batch) if not isinstance(value, dict)), None)
@@ -98,11 +104,11 @@ class JsonFile:
             done += len(batch)
 
     def line_of(self, row: int) -> int:
-        """The line, from 1, on which a row begins; found by reading the file again up to it."""
+        """Return the line, from 1, on which a row begins. The file is read again up to this row."""
         return next(line for _, line in itertools.islice(self._values(), row, None))
 
     def _values(self) -> Iterator[tuple[Any, int]]:
-        """(value, line on which it begins)."""
+        """Yield (value, line on which it begins). Raises Failure at a mistake."""
         with self.decoder.open(self.path) as file:
             begin, first = 1, ""
             for line in file:
@@ -117,7 +123,7 @@ class JsonFile:
                 yield from self._lines(itertools.chain([first], rest), begin)
 
     def _lines(self, lines: Iterator[str], begin: int) -> Iterator[tuple[Any, int]]:
-        """The rows of a file with one JSON object a line. Raises Failure with the line of a mistake."""
+        """Yield the rows of a file with one JSON object a line. Raises Failure with the line of a mistake."""
         for number, line in enumerate(lines, begin):
             if line.strip():
                 try:
@@ -126,9 +132,13 @@ class JsonFile:
                     raise self._broken(error, number) from error
 
     def _listed(self, text: str, line: int, file: TextIO) -> Iterator[tuple[Any, int]]:
-        """The elements of a list, of which only a part is in memory. Raises Failure with the line of a mistake."""
+        """Yield the elements of a list, of which only a part is in memory at once.
+
+        `text` is the first line, which begins with the bracket, and `line` its number. Raises Failure with the line of
+        a mistake.
+        """
         decoder = json.JSONDecoder(object_pairs_hook=_object)
-        position, opened = 1, True
+        position, opened = 1, True  # `opened`: a value may follow, without a comma before it
         text += file.read(decoding.CHUNK)
         while True:
             start = SPACE.match(text, position).end()  # type: ignore[union-attr]
@@ -158,7 +168,7 @@ class JsonFile:
                     raise self._broken(error, line) from error
                 text, position = text[position:] + more, 0
                 continue
-            if end == len(text) and (more := file.read(decoding.CHUNK)):  # a number may go on
+            if end == len(text) and (more := file.read(decoding.CHUNK)):  # the rest of a number may follow
                 text, position = text[position:] + more, 0
                 continue
             yield value, line
@@ -166,6 +176,7 @@ class JsonFile:
             position, opened = end, False
 
     def _broken(self, error: Exception, line: int) -> Failure:
+        """Return the Failure for a value that begins on `line` and cannot be decoded."""
         if isinstance(error, json.JSONDecodeError):
             line += error.lineno - 1 if error.lineno > 1 else 0
             return self._refusal(f"line {line}, column {error.colno}: {error.msg}. {self._whole()}")
@@ -180,7 +191,7 @@ class JsonFile:
 
 @dataclass
 class Survey:
-    """Which columns there are, and what they hold. `columns`: those to look at; None for all."""
+    """The columns of a file, and the types of their values. `columns` are those to survey; None for all."""
 
     columns: list[str] | None
     names: dict[str, None] = field(default_factory=dict)
@@ -195,7 +206,7 @@ class Survey:
     rows: int = 0
 
     def add(self, rows: list[Object]) -> None:
-        """Count what a batch holds."""
+        """Add the columns and values of a batch to the survey."""
         for keys in dict.fromkeys(map(tuple, rows)):
             self.names.update(dict.fromkeys(keys))
         for name in self.wanted():
@@ -216,13 +227,11 @@ class Survey:
         self.first.setdefault((name, kind), row)
 
     def wanted(self) -> list[str]:
-        """The columns to read, of those that there are: at least one, because they also tell how many rows there
-        are.
-        """
+        """Return those columns to read that exist. There is at least one, because it also gives the number of rows."""
         return [name for name in self.names if self.columns is None or name in self.columns] or list(self.names)[:1]
 
     def table(self, rows: list[Object]) -> pyarrow.Table:
-        """A batch as a table of the types found so far. Raises Widened when it does not fit them."""
+        """Return a batch as a table of the types found so far. Raises Widened if it does not fit them."""
         import pyarrow
 
         if any(key not in self.names for keys in set(map(tuple, rows)) for key in keys):
@@ -241,12 +250,12 @@ class Survey:
         return pyarrow.table(columns)
 
     def is_json(self, name: str) -> bool:
-        """Whether the column is kept as JSON text."""
+        """Return whether the column is kept as JSON text."""
         types = self.types.get(name, set())
         return name in self.inexact or not (types <= {int, float} or types in ({str}, {bool}))
 
     def arrow_type(self, name: str) -> pyarrow.DataType:
-        """The type of the column."""
+        """Return the type of the column in Arrow: string, bool, int64 or float64."""
         import pyarrow
 
         types = self.types.get(name, set())
@@ -257,7 +266,7 @@ class Survey:
         return pyarrow.float64() if float in types else pyarrow.int64()
 
     def mixed(self) -> dict[str, str]:
-        """What the columns hold that are kept as JSON text."""
+        """Return column → what it holds, for the columns that are kept as JSON text."""
         return {name: self._holds(name) for name in self.wanted() if self.is_json(name)}
 
     def _holds(self, name: str) -> str:
@@ -265,7 +274,7 @@ class Survey:
         return " and ".join(f"{kind} in {count} rows" for kind, count in kinds) if len(kinds) > 1 else kinds[0][0]
 
     def rarest(self) -> dict[str, int]:
-        """Of columns with several kinds of values: the first row of the rarest kind."""
+        """Return column → the first row of the rarest kind, for columns with several kinds of values."""
         return {
             name: self.first[name, kinds.most_common()[-1][0]] for name, kinds in self.kinds.items() if len(kinds) > 1
         }

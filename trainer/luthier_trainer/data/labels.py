@@ -1,7 +1,7 @@
-"""The classes of rows: their names, which of them nearly agree, and the class of each row by number.
+"""The classes of rows: their names, which names are nearly the same, and the id of each row's class.
 
-A label is text, however a file writes it: "007" and "7" are two classes. Labels that differ only in blanks, capitals or
-in how a number is written are shown, and are one class only when the spec asks for it.
+A label is text, however a file stores it: "007" and "7" are two classes. Labels that differ only in blanks, in capitals
+or in how a number is written are reported. They are one class only if the spec asks for it.
 """
 
 from __future__ import annotations
@@ -24,19 +24,18 @@ if TYPE_CHECKING:
 
 WHOLE_NUMBER = re.compile(r"-?[0-9]+")  # str.isdigit is also true of ² and ①, which int() refuses
 NUMBER = re.compile(r"[-+]?[0-9]+([.][0-9]*)?")
-UNLABELLED = -1  # how Hub datasets mark the rows of a hidden test set
+UNLABELLED = -1  # the label of rows in hidden test sets on the Hub
 GROUPS_SHOWN = 3
-# A column of whole numbers with a gap reads as float
+# A column of whole numbers in which values are missing is read as float.
 LABEL_TYPES = re.compile(r"string|large_string|bool|u?int\d+|float\d+")
 ONE_A_ROW = "a label is a name or a whole number, one a row"
 
 
 def names_of(rows: Rows, column: str, field: str, merge: bool, taken: Collection[str] = ()) -> list[str]:
-    """Names of the classes of the training rows, in the order of their ids. Raises Failure when a label is missing, or
-    there is only one.
+    """Return the names of the classes of the training rows, in the order of their ids.
 
-    With `merge`, labels that nearly agree are one class, which is called as most of its rows call it. `taken`: columns
-    of other roles.
+    With `merge`, labels that are nearly the same are one class, whose name is the spelling of most of its rows. `taken`
+    are columns with other roles. Raises Failure if a label is missing, or if there is only one class.
     """
     columns.require(rows, column, field, taken)
     _check_type(rows, column, field)
@@ -59,7 +58,7 @@ def names_of(rows: Rows, column: str, field: str, merge: bool, taken: Collection
 
 
 def ids_of(rows: Rows, column: str, field: str, names: list[str], merge: bool) -> numpy.ndarray:
-    """The class of each row, int64 of shape (rows,). Raises Failure on a class that is not in `names`."""
+    """Return the id of each row's class, int64 of shape (rows,). Raises Failure for a class that is not in `names`."""
     import numpy
 
     columns.require(rows, column, field)
@@ -84,13 +83,13 @@ def ids_of(rows: Rows, column: str, field: str, names: list[str], merge: bool) -
 
 
 def key(name: str) -> tuple[str, Any]:
-    """The same for labels that nearly agree."""
+    """Return a key that is equal for labels that are nearly the same."""
     text = " ".join(unicodedata.normalize("NFC", name).casefold().split())
     return ("number", Decimal(text)) if NUMBER.fullmatch(text) and text.isascii() else ("text", text)
 
 
 def _check_type(rows: Rows, column: str, field: str) -> None:
-    """Check that a column has a type that classes can have. Raises Failure."""
+    """Check that a column has a type that labels can have. Raises Failure if not."""
     feature = rows.data.features[column]
     if column in rows.rarest:
         place = rows.place_of(rows.rarest[column])
@@ -105,7 +104,10 @@ def _check_type(rows: Rows, column: str, field: str) -> None:
 
 
 def _batches(rows: Rows, column: str, field: str) -> Iterator[tuple[int, pyarrow.ChunkedArray]]:
-    """(number of rows before, names of classes) batch by batch. Raises Failure on rows without a label."""
+    """Yield (number of rows before, names of classes) for batches of a column.
+
+    Raises Failure, after the last batch, if rows have no label.
+    """
     import pyarrow.compute
 
     own = getattr(rows.data.features[column], "names", None)
@@ -118,6 +120,7 @@ def _batches(rows: Rows, column: str, field: str) -> Iterator[tuple[int, pyarrow
             names = _as_text(rows, values, start, column, field)
         blank = pyarrow.compute.equal(pyarrow.compute.utf8_trim_whitespace(names), "").fill_null(True)
         missing += [start + i for i in pyarrow.compute.indices_nonzero(blank).to_pylist()]
+        # Once a label is missing, the rest is only searched for others, to give their number in the message.
         if not missing:
             yield start, names
     if missing:
@@ -128,8 +131,9 @@ def _batches(rows: Rows, column: str, field: str) -> Iterator[tuple[int, pyarrow
 
 
 def _as_text(rows: Rows, values: pyarrow.ChunkedArray, start: int, column: str, field: str) -> pyarrow.ChunkedArray:
-    """Values as names of classes: 1, and 1.0 in a column of fractions, are "1"; true is "true". Raises Failure for a
-    fraction.
+    """Return values as names of classes: true is "true", and 1, or 1.0 in a column of floats, is "1".
+
+    Raises Failure for a number with a fraction. `start` is the number of rows before the batch.
     """
     import pyarrow.compute
 
@@ -149,10 +153,12 @@ def _as_text(rows: Rows, values: pyarrow.ChunkedArray, start: int, column: str, 
 
 
 def _order(name: str) -> tuple[int, int, str]:
+    """Return a key that sorts whole numbers by value, and before all other names."""
     return (0, int(name), name) if WHOLE_NUMBER.fullmatch(name) else (1, 0, name)
 
 
 def _near(names: Collection[str]) -> dict[Any, list[str]]:
+    """Return key → the names that have it."""
     groups: dict[Any, list[str]] = defaultdict(list)
     for name in names:
         groups[key(name)].append(name)
@@ -160,11 +166,12 @@ def _near(names: Collection[str]) -> dict[Any, list[str]]:
 
 
 def _kept(group: list[str], counts: Counter[str]) -> str:
-    """What most rows write."""
+    """Return the spelling that most rows have."""
     return max(group, key=lambda name: counts[name])
 
 
 def _tell_near(groups: list[list[str]], counts: Counter[str], merge: bool, field: str) -> None:
+    """Give notice of the names that are nearly the same."""
     shown = "; ".join(
         " and ".join(f'"{name}" ({counts[name]} rows)' for name in group) for group in groups[:GROUPS_SHOWN]
     )

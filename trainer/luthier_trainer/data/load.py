@@ -1,7 +1,7 @@
-"""Rows from files or from the Hub, by split. Which rows, from where; what is in them is for `columns`.
+"""Loads rows from files or from the Hub, by split. The content of the columns is checked in `columns`.
 
-Text files: one row a line, empty lines dropped. With packing, text must read as it was written: then each line keeps
-its line break, empty lines stay, and a column `ends` marks the last line of each file.
+Text files have one row a line, without empty lines. With packing, text must be read as it was written: then each line
+keeps its line break, empty lines stay, and a column `ends` marks the last line of each file.
 """
 
 from __future__ import annotations
@@ -31,50 +31,49 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 FILES_SPLIT = "train"
-FILE_NAME = "file_name"  # the column of metadata that names an image, as `datasets` knows it
-UNKNOWN_SPLIT = re.compile(r"Unknown split .*?one of \[(.*?)\]")  # what `datasets` says
+FILE_NAME = "file_name"  # the column of metadata that names an image, as in `datasets`
+UNKNOWN_SPLIT = re.compile(r"Unknown split .*?one of \[(.*?)\]")  # an error message of `datasets`
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows, and how messages call the place they came from."""
+    """Rows, and where they come from, for messages."""
 
     data: Dataset
     origin: str
     revision: str | None = None
     documents: bool = False
-    """Lines of text files, with line breaks and the column `ends`."""
+    """Whether the rows are lines of text files, with line breaks and the column `ends`."""
     origins: tuple[Origin, ...] = ()
-    """The files, where they do not come from the Hub."""
+    """The files, if the rows do not come from the Hub."""
     parts: tuple[Part, ...] = ()
-    """The files' rows before any were left out, where they are known."""
+    """The rows of each file before any were left out, if known."""
     numbers: numpy.ndarray | None = None
-    """int64 of shape (rows,): the number of each row before any were left out; None: they are 0, 1, 2, ..."""
+    """int64 of shape (rows,): the number that each row had before any were left out. None: they are 0, 1, 2, ..."""
     names: tuple[str, ...] = ()
-    """All columns, also those that were not read."""
+    """All columns, including those that were not read."""
     texts: tuple[str, ...] = ()
     """Columns that hold text."""
     images: tuple[str, ...] = ()
     """Columns that hold images."""
     mixed: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Columns whose cells are JSON text, because they hold lists, objects, or values of several kinds: what they hold.
-    """
+    """Column → what it holds, if it holds lists, objects, or values of several kinds. Its cells are JSON text."""
     rarest: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """Of columns with values of several kinds: the number of the first row of the rarest kind."""
+    """Column with values of several kinds → number of the first row of the rarest kind."""
     hint: str = ""
-    """What to do where a column is missing, if the files tell."""
+    """What to do if a column is missing, if the files give a hint."""
 
     def select(self, indices: numpy.ndarray) -> Rows:
-        """Some of the rows, by their positions."""
+        """Return the rows at these positions, an int64 array."""
         numbers = indices if self.numbers is None else self.numbers[indices]
         return replace(self, data=self.data.select(indices), numbers=numbers)
 
     def place(self, index: int) -> str:
-        """What a message calls the row at a position: row 8, counted from 0 (line 10 of train.csv)."""
+        """Return how a message names the row at a position: row 8, counted from 0 (line 10 of train.csv)."""
         return self.place_of(index if self.numbers is None else int(self.numbers[index]))
 
     def place_of(self, number: int) -> str:
-        """The same, for the number that a row had before any were left out."""
+        """Return the same for the number that a row had before any rows were left out."""
         begin = 0
         for part in self.parts:
             if number < begin + part.rows:
@@ -89,23 +88,23 @@ class Rows:
 
 @dataclass(frozen=True)
 class Loader:
-    """Reads what a dataset field of a spec names."""
+    """Loads the rows that a dataset field of a spec names."""
 
     source: DatasetSource
     field: str
-    """Path of the field, for messages."""
+    """The path of the dataset in the spec, for messages."""
     cache: Path
     columns: tuple[str, ...] = ()
-    """Columns that the job needs: of several files, each must have them."""
+    """Columns that the job needs. If there are several files, each must have them."""
     others: bool = True
-    """Whether the other columns are read too."""
+    """Whether the other columns are also read."""
     documents: bool = False
-    """Text files keep their line breaks."""
+    """Whether text files keep their line breaks."""
     tables: dict[tuple[Path, ...], Table] = dataclasses.field(default_factory=dict)
-    """What has been read: slices of the same files are cut from the same rows."""
+    """Files → their rows. Slices of the same files are cut from the same rows."""
 
     def split(self, instruction: str, field: str) -> Rows:
-        """The rows of a split, or of slices of it (train[:80%])."""
+        """Return the rows of a split, or of slices of it (train[:80%]). Raises Failure if they cannot be read."""
         return (
             self._files(self.source.files, "files", instruction, field)
             if self.source.files
@@ -113,10 +112,11 @@ class Loader:
         )
 
     def files(self, files: list[str], field: str) -> Rows:
-        """All rows of other files, of the same format."""
+        """Return all rows of other files of the same format. Raises Failure if they cannot be read."""
         return self._files(files, field, FILES_SPLIT, field)
 
     def _files(self, files: list[str], name: str, instruction: str, field: str) -> Rows:
+        """Return the rows that `instruction` names in `files`, which the field `name` of the dataset lists."""
         where = f"{self.field}.{name}"
         image_folders = self.source.format == "imagefolder"
         paths = find_files(files, where, folders=image_folders)
@@ -144,7 +144,7 @@ class Loader:
         return cut(rows, instruction, [FILES_SPLIT], f"{self.field}.{field}")
 
     def _check_settings(self, kind: str, name: str) -> None:
-        """Raises Failure when the spec says how to read another format than `kind`."""
+        """Raise Failure if the spec has settings for another format than `kind`, which `name` is read as."""
         if self.source.csv is not None and kind != "csv":
             raise Failure(
                 ExitCode.INVALID_SPEC,
@@ -159,6 +159,7 @@ class Loader:
     def _read(
         self, kind: str, paths: list[Path], where: str, csv: Csv, encoding: str | None, documents: bool = False
     ) -> Table:
+        """Return the rows of files, which are read only once."""
         key = tuple(paths)
         if key not in self.tables:
             files = Files(
@@ -168,8 +169,10 @@ class Loader:
         return self.tables[key]
 
     def _images(self, paths: list[Path], where: str) -> Table:
-        """Columns `image` and `label`: `datasets` has its own opinion of which folders count, and tells nobody. Or
-        those of metadata.
+        """Return the rows of folders of images: columns `image` and `label`, or those of the metadata.
+
+        The folders are not read by `datasets`, because it has its own rules for which folders are classes, and does not
+        report which files it leaves out.
         """
         from datasets import Dataset, Features, Image, Value
 
@@ -184,8 +187,9 @@ class Loader:
         return _as_table(Dataset.from_dict(columns, features=Features({"image": Image(), "label": Value("string")})))
 
     def _described(self, folders: list[ImageFolder], where: str) -> Table:
-        """The rows of tables beside images, each with the column `image` for what its column `file_name` names. Raises
-        Failure.
+        """Return the rows of tables beside images, with a column `image` in place of `file_name`.
+
+        Raises Failure if the column `file_name` is missing, or names an image that does not exist.
         """
         from datasets import Image
 
@@ -215,13 +219,14 @@ class Loader:
         if without := len(images) - len({*found}):
             notice(f"{where}: {without} images are in no row of the metadata, and are left out")
         data = table.data.remove_columns("image") if "image" in table.data.column_names else table.data
-        # A table without columns has no rows: the images come before the names go.
+        # A table without columns has no rows, so `image` is added before `file_name` is removed.
         data = data.add_column("image", found).remove_columns(FILE_NAME).cast_column("image", Image())
         names = ("image", *(name for name in table.names if name not in (FILE_NAME, "image")))
         texts = tuple(name for name in table.texts if name in names and name != "image")
         return replace(table, data=data, names=names, texts=texts, images=("image",))
 
     def _hub(self, instruction: str, field: str) -> Rows:
+        """Return the rows that `instruction` names in a dataset on the Hub."""
         name, api = str(self.source.id), hub_api()
         what = f"dataset {name}"
         info = patiently(lambda: api.dataset_info(name, revision=self.source.revision), f"{self.field}.id", what)
@@ -242,8 +247,9 @@ class Loader:
         return cut(rows, instruction, [base], f"{self.field}.{field}", name)
 
     def _hub_table(self, name: str, commit: str, split: str, field: str) -> Table:
-        """A whole split. Its files are read here if they are CSV, JSON or text, and else by `datasets`. Raises Failure
-        if there is no such split, or its files do not fit together.
+        """Return a whole split. CSV, JSON and text files are read by `filerows`, all others by `datasets`.
+
+        Raises Failure if there is no such split, or if its files do not fit each other.
         """
         from datasets import DownloadConfig, load_dataset_builder
 
@@ -285,6 +291,7 @@ class Loader:
         return files.typed(table, f"{self.field}.id")
 
     def _unfit(self, error: ValueError, split: str, field: str) -> Failure:
+        """Return the Failure for an error of `datasets`: an unknown split or configuration, or unreadable files."""
         text = " ".join(str(error).split())
         if unknown := UNKNOWN_SPLIT.search(text):
             return no_split(split, re.findall(r"\w+", unknown[1]), f"{self.field}.{field}")
@@ -296,8 +303,9 @@ class Loader:
 
 
 def cut(rows: Rows, instruction: str, splits: list[str], field: str, origin: str | None = None) -> Rows:
-    """The rows that `instruction` names, for example train[:80%] or train[:10]+train[50:]. Raises Failure when there
-    are none.
+    """Return the rows that `instruction` names, for example train[:80%] or train[:10]+train[50:].
+
+    Raises Failure if these are no rows.
     """
     import numpy
 
@@ -314,8 +322,9 @@ def cut(rows: Rows, instruction: str, splits: list[str], field: str, origin: str
 
 
 def ranges(data: Dataset, instruction: str, splits: list[str], field: str) -> list[tuple[int, int]]:
-    """Row numbers (from, to) that `instruction` names in a split of `data`. Raises Failure if it is not an
-    instruction, or names a split that does not exist.
+    """Return the row numbers (from, to) that `instruction` names in a split of `data`; `to` is not included.
+
+    Raises Failure if it is not an instruction, or names a split that does not exist.
     """
     from datasets import ReadInstruction
 
@@ -332,12 +341,14 @@ def ranges(data: Dataset, instruction: str, splits: list[str], field: str) -> li
 
 
 def no_split(split: str, splits: list[str], field: str) -> Failure:
+    """Return the Failure for a split that does not exist."""
     return Failure(
         ExitCode.INVALID_SPEC, f"{field}: there is no split {split!r}; the splits are: {', '.join(sorted(splits))}"
     )
 
 
 def _as_table(data: Dataset) -> Table:
+    """Return rows that `datasets` has read as a Table, without the files that they come from."""
     from datasets import Image
 
     names = tuple(data.column_names)
@@ -346,7 +357,7 @@ def _as_table(data: Dataset) -> Table:
 
 
 def first_cause(error: BaseException) -> str:
-    """What went wrong at the bottom, in one line."""
+    """Return the message of the first error in a chain of causes, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split())[:300] or type(error).__name__

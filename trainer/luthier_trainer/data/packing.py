@@ -1,7 +1,7 @@
-"""Packing: all texts one after the other, separated by the end-of-text token, in blocks of `maxLength`.
+"""Packs texts: all texts one after the other, separated by the end-of-text token, in blocks of `maxLength` tokens.
 
-Time is linear in the length of the texts, and memory does not depend on it: a long text (a file, a book) is tokenised
-in pieces.
+The time is linear in the length of the texts, and the memory does not depend on it: a long text (a file, a book) is
+tokenised in pieces.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ if TYPE_CHECKING:
     from luthier_trainer.data.reading import Reader
 
 PIECE = 1 << 16  # characters of a long text that are tokenised at once
-OVERLAP = 1 << 10  # characters that a piece has of each of its neighbours
-AGREEING = 8  # tokens on each side of a seam that are the same in both pieces
+OVERLAP = 1 << 10  # characters that a piece shares with each of its neighbours
+AGREEING = 8  # tokens on each side of a seam that must be the same in both pieces
 CHARACTERS_AT_ONCE = 1 << 20  # in one call of the tokenizer
 
 
 def blocks(texts: Dataset, column: str, reader: Reader, max_length: int, documents: bool) -> Dataset:
-    """Columns input_ids, labels and length. All blocks have `max_length` tokens; the last may be shorter.
+    """Return the blocks as rows with the columns input_ids, labels and length.
 
-    With `documents`, rows are parts of documents: only where the column `ends` is true is the end of a text.
+    All blocks have `max_length` tokens, except that the last may be shorter. With `documents`, rows are parts of
+    documents: a text ends only where the column `ends` is true.
     """
     packer = Packer(reader, max_length)
 
@@ -46,7 +47,7 @@ def blocks(texts: Dataset, column: str, reader: Reader, max_length: int, documen
         packer.finish()
         return _table(packer.take(), packer.rest if len(packer.rest) >= SHORTEST else [], max_length)
 
-    # One process, in order: what is left of a batch begins the next.
+    # One process, in order, because the tokens that are left of one batch begin the next.
     arrow = texts.with_format("arrow")
     packed: Dataset = mapped(
         arrow, pack, language_features(), with_indices=True, batch_size=rows_at_once(texts, 10_000)
@@ -55,7 +56,7 @@ def blocks(texts: Dataset, column: str, reader: Reader, max_length: int, documen
 
 
 def joined(parts: list[str], ends: list[bool]) -> Iterator[tuple[str, bool]]:
-    """The parts of each text as one: (text, whether it ends there)."""
+    """Join the parts of each text. Yields (text, whether it ends there)."""
     begin = 0
     for i, end in enumerate(ends, 1):
         if end:
@@ -66,7 +67,10 @@ def joined(parts: list[str], ends: list[bool]) -> Iterator[tuple[str, bool]]:
 
 
 def _table(whole: numpy.ndarray, rest: list[int], max_length: int) -> pyarrow.Table:
-    """int32 of shape (blocks × max_length,), and the tokens of a shorter block if there is one → a row a block."""
+    """Return blocks as a table, one block a row.
+
+    `whole` is int32 of shape (blocks × max_length,). `rest` holds the tokens of a last, shorter block, if there is one.
+    """
     import numpy
     import pyarrow
 
@@ -79,33 +83,36 @@ def _table(whole: numpy.ndarray, rest: list[int], max_length: int) -> pyarrow.Ta
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a text, with some of what stands before and after it."""
+    """A part of a text, with some of the characters before and after it."""
 
     text: str
     before: int
-    """Characters at the beginning of `text` that belong to the piece before; 0 where the text begins."""
+    """Characters at the beginning of `text` that belong to the piece before; 0 if the text begins with this piece."""
     after: int
     """Characters at the end of `text` that belong to the next piece."""
     ends: bool
-    """Whether the text ends with it."""
+    """Whether the text ends with this piece."""
 
 
 class Cutter:
-    """Cuts texts, which may come in parts, into pieces."""
+    """Cuts texts, which may arrive in parts, into pieces."""
 
     def __init__(self, overlap: int) -> None:
         self.overlap = overlap
-        """Characters that a piece has of each neighbour; 0: pieces begin at line breaks, if there are any."""
+        """Characters that a piece shares with each neighbour. With 0, pieces begin at line breaks if there are any."""
         self._parts: list[str] = []
         self._size = self._before = 0
 
     @property
     def is_open(self) -> bool:
-        """Whether a text has begun and not ended."""
+        """Return whether a text has begun and not ended."""
         return self._size > 0
 
     def add(self, text: str, ends: bool) -> Iterator[Piece]:
-        """The pieces that are whole once `text` goes on with the text that is open; `ends`: with it, that text ends."""
+        """Yield the pieces that are complete once `text` has been appended to the open text.
+
+        `ends`: the open text ends with `text`.
+        """
         self._parts.append(text)
         self._size += len(text)
         if not ends and self._size <= self._before + PIECE + 2 * self.overlap:
@@ -126,7 +133,7 @@ class Cutter:
 
 @dataclass
 class Tokenised:
-    """A piece and its tokens, of which those from `start` on are not in the stream yet."""
+    """A piece and its tokens. Those from `start` on have not been added to the stream."""
 
     piece: Piece
     ids: list[int]
@@ -135,15 +142,16 @@ class Tokenised:
 
 
 class Packer:
-    """A stream of tokens, to which texts are added and from which blocks are taken.
+    """A stream of tokens: texts are added to it, and blocks are taken from it.
 
-    Pieces overlap, so that the tokens are those of the whole text. A tokenizer looks at what stands around a token:
-    where a text is simply cut, a word becomes two, two line breaks no longer are one token, and SentencePiece puts a
-    blank before each piece. Here each piece has some characters of its neighbours, and one goes on where the other
-    stops only at a place around which both have the same tokens. Pre-tokenizers decide by a few characters around them
-    and merges stay within words, so what lies further away cannot change the tokens there. Texts that never come to
-    such a place within the overlap (a thousand blanks or letters in a row) are cut at a boundary between tokens
-    instead: no character is lost or doubled.
+    A long text is cut into pieces that overlap, so that its tokens are those of the whole text. Without an overlap, a
+    word at a cut becomes two, two line breaks are no longer one token, and SentencePiece puts a blank before each
+    piece, because a tokenizer considers what is around a token. Here each piece includes some characters of its
+    neighbours, and the stream changes from one piece to the next only at a position around which both have the same
+    tokens. Pre-tokenizers decide by a few characters around a position, and merges stay within words, so text that is
+    further away cannot change the tokens there. If there is no such position within the overlap (for example in a
+    thousand blanks or letters in a row), the text is cut at a boundary between tokens instead: no character is lost or
+    doubled.
     """
 
     def __init__(self, reader: Reader, max_length: int) -> None:
@@ -152,14 +160,14 @@ class Packer:
         self._pieces: list[Piece] = []
         self._characters = 0
         self._open: Tokenised | None = None
-        """The newest piece of a text that goes on."""
+        """The newest piece of a text that has not ended."""
         self._stream: list[int] = []
         self._last: int | None = None
-        """The newest token of the text that is open."""
+        """The newest token of the open text."""
         self._cut_off = False
 
     def add(self, text: str, ends: bool) -> None:
-        """Append a text or a part of one; `ends`: with it, the text ends."""
+        """Append a text or a part of a text. `ends`: the text ends with it."""
         for piece in self._cutter.add(text, ends):
             self._pieces.append(piece)
             self._characters += len(piece.text)
@@ -167,7 +175,7 @@ class Packer:
                 self._tokenise()
 
     def take(self) -> numpy.ndarray:
-        """The tokens of all blocks that are full, int32 of shape (blocks × max_length,)."""
+        """Remove all full blocks from the stream and return their tokens, int32 of shape (blocks × max_length,)."""
         import numpy
 
         self._tokenise()
@@ -177,8 +185,9 @@ class Packer:
         return taken
 
     def finish(self) -> None:
-        """Add what a text has that did not end, for want of the rows that were left out. It gets no end-of-text
-        token.
+        """Add the rest of a text that did not end, because its last rows were left out.
+
+        It gets no end-of-text token.
         """
         if self._cutter.is_open:
             self._tokenise()
@@ -188,10 +197,11 @@ class Packer:
 
     @property
     def rest(self) -> list[int]:
-        """Tokens that fill no block as yet."""
+        """Return the tokens that do not fill a block yet."""
         return self._stream
 
     def _tokenise(self) -> None:
+        """Tokenise the pieces that are waiting, and append them to the stream."""
         if not self._pieces:
             return
         encoded = self.reader(
@@ -206,9 +216,13 @@ class Packer:
         self._pieces, self._characters = [], 0
 
     def _append(self, new: Tokenised) -> None:
+        """Append the tokens of the open piece up to the seam with the new one.
+
+        The new piece is then the open one, or is appended as well if its text ends with it.
+        """
         if self._open is None:
             begin = self.reader.begin
-            if new.ids[:1] != begin:  # unless the text brings it
+            if new.ids[:1] != begin:  # unless the text itself begins with this token
                 self._stream += begin
             self._last = None
         else:
@@ -230,14 +244,16 @@ class Packer:
 
 
 def seam(left: Tokenised, right: Tokenised) -> tuple[int, int, str]:
-    """(end, start, between): `left.ids[:end]`, the tokens of `between` and `right.ids[start:]` are the tokens of both
-    pieces.
+    """Return (end, start, between): where the stream changes from piece `left` to piece `right`.
+
+    `left.ids[:end]`, the tokens of `between` and `right.ids[start:]` together are the tokens of both pieces.
     """
     a, b = left.encoding, right.encoding
     if not right.piece.before or a is None or b is None:
         return len(left.ids), 0, ""  # they do not overlap
     shift = len(left.piece.text) - right.piece.before - left.piece.after  # of characters, from `left` to `right`
     middle = shift + right.piece.before  # where the part of `left` ends
+    # Prefer a seam with many equal tokens around it; 0 only requires that a token begins there in both pieces.
     for agreeing in (AGREEING, 1, 0):
         for character in range(middle, middle + left.piece.after // 2):
             i, j = beginning(a, character), beginning(b, character - shift)
@@ -245,8 +261,8 @@ def seam(left: Tokenised, right: Tokenised) -> tuple[int, int, str]:
                 continue
             if left.ids[i - agreeing : i + agreeing] == right.ids[j - agreeing : j + agreeing]:
                 return i, j, ""
-    # No two tokens begin at the same character: what lies between a token of the left piece and the next whole one of
-    # the right piece is left.
+    # There is no character at which a token begins in both pieces. The text between a token of the left piece and the
+    # next whole token of the right piece is tokenised by itself.
     end = sum(start < middle for start, _ in a.offsets)
     after = max((stop for _, stop in a.offsets[:end]), default=0) - shift
     start = sum(begin < after for begin, _ in b.offsets)
@@ -258,7 +274,7 @@ def seam(left: Tokenised, right: Tokenised) -> tuple[int, int, str]:
 
 
 def beginning(encoding: Encoding, character: int) -> int | None:
-    """The first token that begins at `character`, if one does."""
+    """Return the index of the token that begins at `character`, or None if no token begins there."""
     token = encoding.char_to_token(character)
     if token is None:
         return None

@@ -1,5 +1,6 @@
-"""Columns of Parquet files. Types that `datasets` does not know (string_view, dictionaries) become those that hold the
-same values.
+"""Reads columns of Parquet files.
+
+Types that `datasets` does not support (string_view, dictionaries) are converted into types that hold the same values.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ if TYPE_CHECKING:
     import pyarrow
 
 AT_ONCE = 1000  # rows of a batch, as in `datasets`
-METADATA = b"huggingface"  # where `datasets` keeps which columns are images, and the names of classes
+METADATA = b"huggingface"  # under this key, `datasets` stores which columns are images, and the names of classes
 
 
 @dataclass(frozen=True)
 class ParquetFile:
-    """One file. `field` is the path in the spec, for messages."""
+    """One Parquet file. `field` is the path in the spec, for messages."""
 
     path: Path
     field: str
 
     @cached_property
     def schema(self) -> pyarrow.Schema:
-        """All columns, in types that `datasets` knows. Raises Failure."""
+        """Return all columns, in types that `datasets` supports. Raises Failure if the file cannot be read."""
         import pyarrow
         import pyarrow.parquet
 
@@ -41,7 +42,7 @@ class ParquetFile:
         return pyarrow.schema([pyarrow.field(f.name, plain(f.type)) for f in schema], metadata=metadata)
 
     def tables(self, columns: list[str]) -> Iterator[pyarrow.Table]:
-        """Batches of `columns`. Raises Failure."""
+        """Yield batches of `columns`, in this order. Raises Failure if the file cannot be read."""
         import pyarrow
         import pyarrow.parquet
 
@@ -52,14 +53,14 @@ class ParquetFile:
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
-        """Convert an error of pyarrow about a file into a Failure. Raises Failure."""
+        """Convert an error of pyarrow about the file's content into a Failure. Raises Failure."""
         import pyarrow
 
         try:
             yield
         except (OSError, pyarrow.ArrowException) as error:
             if os_error(error, STORAGE_ERRNOS | FORBIDDEN_ERRNOS):
-                raise  # the volume or its permissions, not the data
+                raise  # an error of the volume or its permissions, not of the data
             text = " ".join(str(error).split())[:300]
             raise Failure(
                 ExitCode.INVALID_DATASET, f"{self.field}: {self.path} cannot be read as parquet: {text}"
@@ -67,7 +68,7 @@ class ParquetFile:
 
 
 def plain(kind: pyarrow.DataType) -> pyarrow.DataType:
-    """The type that holds the same values, without views and dictionaries."""
+    """Return the type that holds the same values, without views and dictionaries, also inside lists and structs."""
     import pyarrow
     from pyarrow import types
 

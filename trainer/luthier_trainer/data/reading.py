@@ -1,8 +1,7 @@
-"""How a tokenizer reads texts: control tokens that a text spells are ordinary text unless asked for, and none is
-doubled.
+"""Reads texts with a tokenizer: spelled-out control tokens are ordinary text by default, and none is doubled.
 
-A tokenizer takes the spelling of a control token, such as `</s>` or `<|im_end|>`, for the token itself. In training
-data that is hardly ever meant: a page about HTML would teach the model to end in its middle. Unless the spec asks for
+A tokenizer reads the spelling of a control token, such as `</s>` or `<|im_end|>`, as the token itself. In training data
+this is hardly ever meant: a page about HTML would teach the model to end in the middle of it. Unless the spec asks for
 it, such spellings are read like other text.
 """
 
@@ -23,9 +22,9 @@ if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 PARSE = "spec.dataset.parseSpecialTokens"
-BYTES_AT_ONCE = 1 << 23  # of rows that are in memory at once, on average
+BYTES_AT_ONCE = 1 << 23  # total size of the rows that are in memory at once, on average
 SHOWN = 3  # spellings in a message
-# The spelling of a control token; others, such as "!" for padding, are ordinary text
+# Spellings that look like control tokens. Others, such as "!" for padding, are ordinary text.
 MARKED = re.compile(r"\W.*\W|__\w+__", re.DOTALL)
 
 
@@ -35,14 +34,17 @@ class Reader:
 
     tokenizer: PreTrainedTokenizerBase
     parse_special: bool = False
-    """Whether spellings of control tokens are read as these tokens."""
+    """Whether spellings of control tokens are read as the tokens themselves."""
 
     def __call__(self, texts: list[str], **options: Any) -> BatchEncoding:
-        """As the tokenizer is called."""
+        """Return what the tokenizer makes of `texts`. `options` are those of the tokenizer."""
         return self.tokenizer(texts, split_special_tokens=not self.parse_special, verbose=False, **options)
 
     def truncated(self, texts: list[str], max_length: int) -> tuple[list[list[int]], int]:
-        """(tokens of each text, how many texts were cut). The tokenizer cuts, and keeps its closing token."""
+        """Return (token ids of each text, number of texts that were truncated).
+
+        The tokenizer truncates the texts itself, and keeps its closing token.
+        """
         options = {
             "truncation": True,
             "max_length": max_length,
@@ -62,12 +64,15 @@ class Reader:
 
     @cached_property
     def begin(self) -> list[int]:
-        """What the tokenizer puts before a text: a begin-of-text token, or nothing."""
+        """Return the tokens that the tokenizer puts before a text: a begin-of-text token, or nothing."""
         alone = self.tokenizer("")["input_ids"]
         return alone[:1] if alone[:1] == [self.tokenizer.bos_token_id] else []
 
     def row(self, ids: list[int]) -> list[int]:
-        """`ids` of a text, with the end-of-text token behind it. What the text brought itself is not doubled."""
+        """Return the ids of a text with the end-of-text token after them.
+
+        A begin-of-text or end-of-text token that is in the text already is not doubled.
+        """
         begin, end = self.begin, [self.tokenizer.eos_token_id]
         if begin and ids[:2] == begin * 2:
             ids = ids[1:]
@@ -77,15 +82,15 @@ class Reader:
 
     @cached_property
     def spellings(self) -> dict[str, int]:
-        """Spelling → id of the control tokens."""
+        """Return spelling → id of the control tokens."""
         tokenizer = self.tokenizer
         added = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
 
     def check_spellings(self, texts: Dataset, column: str, field: str, rows: str) -> None:
-        """Give notice of the rows that spell control tokens. `rows` is what messages call them: rows of train.jsonl.
+        """Give notice of the rows that spell out control tokens. `rows` names them in messages: rows of train.jsonl.
 
-        Raises Failure where the tokenizer's kind reads a spelling as the control token in any case.
+        Raises Failure if this kind of tokenizer reads a spelling as the control token in any case.
         """
         if self.parse_special:
             return
@@ -112,7 +117,7 @@ class Reader:
         )
 
     def _spelled(self, texts: Dataset, column: str) -> tuple[Counter[str], int]:
-        """(spelling → rows that hold it, rows that hold any)."""
+        """Return (spelling → number of rows that hold it, number of rows that hold any)."""
         import pyarrow.compute
 
         found: Counter[str] = Counter()
@@ -129,22 +134,22 @@ class Reader:
         return found, count
 
     def _unavoidable(self, spelling: str) -> bool:
-        """Whether the tokenizer reads `spelling` as the control token also when it is asked not to.
+        """Return whether the tokenizer reads `spelling` as the control token although it is asked not to.
 
-        Those whose vocabulary is looked up by whole pieces (Unigram, WordLevel) do: their control tokens are pieces
-        like all others.
+        Tokenizers that look up whole pieces in their vocabulary (Unigram, WordLevel) do, because their control tokens
+        are pieces like all others.
         """
         around = [spelling, f" {spelling} ", f"a{spelling}b", f"a {spelling} b"]
         return any(self.spellings[spelling] in ids for ids in self(around, add_special_tokens=False)["input_ids"])
 
 
 def _shown(found: Counter[str]) -> str:
-    """The commonest spellings, with the number of rows that hold them."""
+    """Return the most frequent spellings, with the number of rows that hold them, for a message."""
     listed = [f"{spelling} in {rows}" for spelling, rows in found.most_common(SHOWN)]
     return ", ".join(listed) + (", ..." if len(found) > SHOWN else "")
 
 
 def rows_at_once(texts: Dataset, most: int) -> int:
-    """Rows whose texts are about `BYTES_AT_ONCE` long together: 1 to `most`."""
+    """Return the number of rows, from 1 to `most`, whose texts are together about `BYTES_AT_ONCE` long."""
     bytes_a_row = texts.data.nbytes / max(len(texts.data), 1)
     return min(max(int(BYTES_AT_ONCE / max(bytes_a_row, 1)), 1), most)

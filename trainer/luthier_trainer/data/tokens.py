@@ -1,7 +1,7 @@
-"""Text to tokens, once, before any GPU is held: one row a text, cut at `maxLength`.
+"""Converts texts into tokens, once and before any GPU is used: one row a text, truncated at `maxLength`.
 
-Columns are those that `train` expects: causal-lm input_ids, labels, length; text-classification input_ids,
-attention_mask, labels.
+The columns are those that `train` expects. For causal-lm they are input_ids, labels and length; for text-classification
+input_ids, attention_mask and labels.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     import numpy
     from datasets import Dataset
 
-SHORTEST = 2  # a row of one token predicts nothing
+SHORTEST = 2  # tokens; a row of one token has nothing to predict
 MAX_LENGTH = "spec.training.maxLength"
 
 
 def language_rows(texts: Dataset, column: str, reader: Reader, max_length: int, use: str = "training") -> Dataset:
-    """One row a text, ended by the end-of-text token, cut at `max_length`. `use`: training or held-out, for notices."""
+    """Return one row a text, with the end-of-text token at its end, truncated at `max_length` tokens.
+
+    Rows of a single token are left out. `use` is training or held-out, for notices.
+    """
     cut = 0
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
@@ -41,7 +44,10 @@ def language_rows(texts: Dataset, column: str, reader: Reader, max_length: int, 
 def classification_rows(
     texts: Dataset, column: str, labels: numpy.ndarray, reader: Reader, max_length: int, use: str = "training"
 ) -> Dataset:
-    """One row a text, cut at `max_length` by the tokenizer, which keeps its closing token; with the id of its class."""
+    """Return one row a text, with the id of its class.
+
+    `labels` is int64 of shape (rows,). The tokenizer truncates at `max_length` and keeps its closing token.
+    """
     cut = 0
 
     def tokenize(batch: dict[str, list[str]], indices: list[int]) -> dict[str, list[Any]]:
@@ -62,11 +68,11 @@ def classification_rows(
 def hold_out(
     rows: int, fraction: float, seed: int, field: str, classes: numpy.ndarray | None = None
 ) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """(train, eval): positions of the rows; `fraction` of them, chosen by `seed`, are held out. Both are in the order
-    of the rows.
+    """Return (train, eval), the positions of the rows, int64, each in the order of the rows.
 
-    `classes`, int64 of shape (rows,): of each class the same share is held out, as near as whole rows allow; one row at
-    least stays. Raises Failure.
+    `fraction` of the rows, chosen with `seed`, are held out. With `classes`, int64 of shape (rows,), the same share of
+    each class is held out, as nearly as whole rows allow, and at least one row of each class is kept for training.
+    Raises Failure if one of the two sets would be empty.
     """
     import numpy
 
@@ -92,8 +98,10 @@ def hold_out(
 
 
 def shares_of(sizes: numpy.ndarray, count: int) -> numpy.ndarray:
-    """How many rows of each class are held out, `count` in all: in proportion, the largest remainders rounded up. One
-    row of each stays.
+    """Return how many rows of each class are held out, `count` in all, int64 of shape (classes,).
+
+    `sizes` has the same shape. The shares are proportional, and the largest remainders are rounded up. One row of each
+    class is never held out.
     """
     import numpy
 
@@ -101,23 +109,24 @@ def shares_of(sizes: numpy.ndarray, count: int) -> numpy.ndarray:
     most = numpy.maximum(sizes - 1, 0)
     shares = numpy.minimum(numpy.floor(exact).astype(numpy.int64), most)
     while shares.sum() < count and (shares < most).any():
+        # One more row for the class with the largest remainder that has rows left.
         shares[numpy.argmax(numpy.where(shares < most, exact - shares, -numpy.inf))] += 1
     return shares
 
 
 def count_tokens(data: Dataset) -> int:
-    """Tokens of all rows."""
+    """Return the number of tokens of all rows."""
     if "length" in data.column_names:
         return sum(data["length"][:])
     return sum(len(row) for start in range(0, len(data), 10_000) for row in data[start : start + 10_000]["input_ids"])
 
 
 def mapped(texts: Dataset, function: Any, features: Any, **options: Any) -> Dataset:
-    """What `function` makes of the batches, one after the other and never from a cache: it counts, or keeps what a
-    batch left over.
+    """Return what `function` makes of batches of the texts, in their order.
 
-    Without `features`, a column of the texts that has the name of one of ours would keep its type: labels, say, that
-    were booleans.
+    The result is never read from a cache, because `function` counts, or keeps the rest of a batch for the next.
+    `features` are the types of the result: without them, a column of the texts with the same name would keep its type,
+    for example labels that were booleans.
     """
     options = {"batch_size": rows_at_once(texts, 1000)} | options
     return texts.map(
@@ -131,22 +140,26 @@ def mapped(texts: Dataset, function: Any, features: Any, **options: Any) -> Data
 
 
 def _tell_cut(cut: int, rows: int, max_length: int, use: str) -> None:
+    """Give notice of the rows that were truncated."""
     if cut:
         notice(f"{MAX_LENGTH}: {cut} of {rows} {use} rows are longer than {max_length} tokens and are cut")
 
 
 def _language(rows: Any) -> dict[str, list[Any]]:
+    """Return the columns for causal-lm from lists of token ids."""
     ids = list(rows)
     return {"input_ids": ids, "labels": ids, "length": [len(row) for row in ids]}
 
 
 def language_features() -> Any:
+    """Return the types of the columns for causal-lm."""
     from datasets import Features, List, Value
 
     return Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "length": Value("int32")})
 
 
 def _classification_features() -> Any:
+    """Return the types of the columns for text-classification."""
     from datasets import Features, List, Value
 
     return Features(
@@ -155,4 +168,5 @@ def _classification_features() -> Any:
 
 
 def _keep_learnable(rows: Dataset) -> Dataset:
+    """Return the rows that have at least `SHORTEST` tokens."""
     return rows.filter(lambda lengths: [n >= SHORTEST for n in lengths], batched=True, input_columns=["length"])
