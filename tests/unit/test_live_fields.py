@@ -9,7 +9,7 @@ from luthier_api.status import Plan, Prepared, ResolvedDataset, ResolvedSource
 from luthier_operator.statuses import text
 
 AT_WORK = status("Accepted", "Prepared", "Running", start_time=text(BEGIN), restarts=3, restarts_charged=2)
-PROMISE = "Read when the run is created: to apply a change to a running job, suspend the job and let it go on."
+PROMISE = "Read when the run is created: to apply a change to a running job, suspend and resume it."
 
 
 def test_restarts_count_for_the_run_that_is_created_next() -> None:
