@@ -1,4 +1,7 @@
-"""transformers' TrainingArguments of a run, from its spec and its plan. Making them joins the process group."""
+"""The `TrainingArguments` of transformers for a run, made from its spec and its plan.
+
+Constructing them joins the process group of torch.distributed.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,12 @@ GROUP_TIMEOUT_SECONDS = 1800  # transformers' own default
 def training_arguments(
     task: Task, spec: FineTuneJobSpec, plan: Plan, checkpoints: Path, evaluates: bool
 ) -> TrainingArguments:
-    """The plan's batches and steps, the spec's course; nothing reported elsewhere, no progress bars, no pickles, no
-    rotation.
+    """Return the arguments of the task's trainer.
 
-    Raises Failure where the GPUs are not what the job asks for.
+    Batch sizes and the number of steps come from the plan, the learning rate and its schedule from the spec. Reports to
+    other services, progress bars and transformers' rotation of checkpoints are off.
+
+    Raises Failure if the GPUs are not those that the job asks for, or do not have the requested precision.
     """
     training, cpu = spec.training, spec.resources.gpus_per_node == 0
     assert_gpus(spec.resources.gpus_per_node, "spec.resources.gpusPerNode")
@@ -50,19 +55,19 @@ def training_arguments(
         "ddp_find_unused_parameters": False,
         "activation_checkpointing": bool(plan.gradient_checkpointing),
         "activation_checkpointing_kwargs": {"use_reentrant": False} if plan.gradient_checkpointing else None,
-        # On CPU they would only take cores from the model.
+        # On a CPU, loader processes would only take cores away from the model.
         "dataloader_num_workers": 0 if cpu else task.loader_workers(cores(spec.resources)),
         "dataloader_pin_memory": not cpu,
         "label_names": ["labels"],
         "logging_steps": training.log_steps,
         "logging_first_step": True,
-        "logging_nan_inf_filter": False,  # it would show the last good mean in place of NaN
+        "logging_nan_inf_filter": False,  # if true, the log shows the last finite mean instead of NaN
         "eval_strategy": "steps" if evaluates and training.eval_steps else "no",
         "eval_steps": training.eval_steps,
         "batch_eval_metrics": True,
         "save_strategy": "steps",
         "save_steps": training.save_steps,
-        "save_total_limit": None,  # rotation is ours: by what verifies, not by number
+        "save_total_limit": None,  # `checkpoint.rotate` removes old checkpoints, after the newest is committed
         "report_to": "none",
         "disable_tqdm": True,
     }
@@ -70,14 +75,19 @@ def training_arguments(
 
 
 def group_timeout(plan: Plan) -> int:
-    """Seconds that a process waits for the others. While one writes a checkpoint, they do: twice what is planned, for a
-    volume that is slow.
+    """Return how many seconds a process waits for the others in a collective operation before it fails.
+
+    The others wait while one process writes a checkpoint. The timeout is therefore at least twice the planned time of a
+    save, in case the volume is slow.
     """
     return max(GROUP_TIMEOUT_SECONDS, 2 * (plan.save_seconds or 0))
 
 
 def precision_of(plan: Plan, cpu: bool) -> str:
-    """fp32, bf16 or fp16. Raises Failure for a GPU that would have to emulate it, which transformers refuses."""
+    """Return the precision of the training: fp32, bf16 or fp16. `cpu`: whether the job trains without GPUs.
+
+    Raises Failure if the spec asks for bf16 and the GPU could only emulate it, which transformers refuses.
+    """
     fitting = fitting_precision(cpu)
     if plan.precision not in ("fp32", "bf16", "fp16"):
         return fitting

@@ -1,8 +1,7 @@
-"""What happens between two steps: stop when the pod has to go, report, count, notice what is wrong.
+"""Callbacks that run between two steps: stop the run before its pod is deleted, report metrics, detect errors.
 
-Each callback is called on every rank at the same step, so collectives are safe here. Order matters: `train` lists them.
-Neighbours: `resilience` calls them, `supervisor` writes the stop flag and reads the heartbeat, `telemetry` serves the
-figures.
+The trainer of `resilience` calls them, each on every rank at the same step, so they may use collective operations.
+Their order matters; `training.main` lists them. The supervisor writes the stop flag and reads the heartbeat file.
 """
 
 from __future__ import annotations
@@ -30,18 +29,18 @@ from luthier_trainer.training.checkpoint import set_aside, step_of
 from luthier_trainer.training.resilience import EvaluationStopped, Resilient
 from luthier_trainer.training.utilisation import count_weights, operations_per_token, peak
 
-NONFINITE_REPORTS = 3  # one bad batch can spoil a report; a loss that stays NaN does not come back
-WITHHELD_UPDATES = 3  # in a row: one bad batch costs its own update, and no more
+NONFINITE_REPORTS = 3  # one bad batch can make one report NaN; a loss that stays NaN does not recover
+WITHHELD_UPDATES = 3  # in a row; a single bad batch only costs its own update
 
 
 class Callback(TrainerCallback):
-    """Knows its loop. Set after the loop is made, before it runs."""
+    """A callback with access to its trainer. `training.main` makes the trainer, and sets `loop` before training."""
 
     loop: Resilient
 
 
 class Guard(Callback):
-    """The strategy is the one asked for, and every weight that should learn gets a gradient in the first step."""
+    """Checks that the requested strategy is in use and every trainable weight gets a gradient in the first step."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -49,16 +48,18 @@ class Guard(Callback):
         self._hooks: list[Any] = []
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Check the strategy and watch the gradients of the trainable weights. Raises Failure if there are none."""
         strategy.assert_realised(self.loop, self.plan)
         learning = [(name, p) for name, p in self.loop.model.named_parameters() if p.requires_grad]
         if not learning:
             raise Failure(ExitCode.INVALID_SPEC, "spec.method: no weight of the model would learn")
-        # Hooks, because DeepSpeed takes each gradient away as soon as it has it. (LoRA's A gets zeros in step 1: B is
-        # zero.)
+        # Hooks see each gradient. After the step it would be too late: DeepSpeed frees a gradient as soon as it has
+        # used it. (The A matrices of LoRA get gradients of zero in step 1, because the B matrices are zero.)
         self._waiting = {name for name, _ in learning}
         self._hooks = [p.register_hook(lambda _, name=name: self._waiting.discard(name)) for name, p in learning]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Raise Failure if a trainable weight got no gradient in the first step."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -73,9 +74,9 @@ class Guard(Callback):
 
 
 class Stop(Callback):
-    """All ranks agree, after each step and each batch of an evaluation, whether to stop.
+    """Makes all ranks agree, after each step and each batch of an evaluation, whether to stop.
 
-    SIGTERM reaches pods at different times, and a rank alone can neither save nor leave.
+    SIGTERM reaches the pods at different times, and one rank alone can neither save a checkpoint nor leave the group.
     """
 
     agreed_step: int | None = None
@@ -84,16 +85,18 @@ class Stop(Callback):
         if self.loop.ranks.any(stop_requested()):
             self.agreed_step = state.global_step
             control.should_save = control.should_training_stop = True
-            # The held-out rows can wait for the next attempt; the grace period cannot.
+            # The next attempt can do the evaluation. The checkpoint has to be saved within the pod's grace period.
             if control.should_evaluate:
                 control.should_evaluate = False
                 self._say_postponed(state)
         if control.should_save:
-            control.should_log = True  # what was not reported before a save is lost to whoever resumes from it
+            # Losses and token counts that are not logged before a save are lost to the run that resumes from it.
+            control.should_log = True
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        """Raise EvaluationStopped on all ranks as soon as one of them has to stop."""
         if self.loop.ranks.any(stop_requested()):
             self.agreed_step = state.global_step
             self._say_postponed(state)
@@ -109,7 +112,7 @@ class Stop(Callback):
 
 
 class Heartbeat(Callback):
-    """Touches the file that the supervisor watches for hangs."""
+    """Touches the file that the supervisor watches to detect a hang."""
 
     def _beat(self, *_: Any, **__: Any) -> None:
         beat()
@@ -118,19 +121,20 @@ class Heartbeat(Callback):
 
 
 class Report(Callback):
-    """Loss, pace and checkpoints as metrics and as one line a report. Ends a run whose losses or gradients are no
-    longer finite numbers.
+    """Reports loss, speed and checkpoints, as metrics and as one line of the log for each report.
+
+    It ends a run as DIVERGED if its losses or gradients stay NaN or infinite.
     """
 
     def __init__(self, telemetry: Telemetry) -> None:
         self.telemetry = telemetry
         self._nonfinite = 0
-        self._withheld = 0  # updates, as far as reported
-        self._applied = 0  # updates, in this attempt
+        self._withheld = 0  # withheld updates that were already reported
+        self._applied = 0  # updates applied in this attempt
         self._step_began = self._reported = 0.0
         self._first_step_began: float | None = None
         self._first_step = 0
-        self._operations = 0  # floating-point, for a token
+        self._operations = 0  # floating-point operations per token
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._reported = time.monotonic()
@@ -139,13 +143,17 @@ class Report(Callback):
         self.telemetry.set(metrics.TRAIN_MAX_STEPS, state.max_steps)
         self._operations = operations_per_token(*count_weights(self.loop.model.parameters()))
         self.telemetry.add(metrics.TRAIN_TOKENS, state.num_input_tokens_seen)
-        self.telemetry.add(metrics.TRAIN_NONFINITE, 0)  # served before the first, so that a rate over it begins at zero
+        # Exported from the start, so that Prometheus' rate() sees the first increase.
+        self.telemetry.add(metrics.TRAIN_NONFINITE, 0)
         if self.loop.ranks.first:
             self._found(self.loop.saved, Path(args.output_dir))
         self.loop.started = time.monotonic()
 
     def _found(self, saved: Path | None, folder: Path) -> None:
-        """What this attempt begins with: it may be less than the attempt before had, where a checkpoint is broken."""
+        """Report the checkpoint that this attempt starts from, and the number of broken ones.
+
+        Its step may be lower than the previous attempt reported, if that attempt's newest checkpoint is broken.
+        """
         self.telemetry.set(metrics.CHECKPOINT_STEP, step_of(saved) if saved else 0)
         if saved:
             self.telemetry.set(metrics.CHECKPOINT_TIME, saved.stat().st_mtime)
@@ -154,7 +162,7 @@ class Report(Callback):
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._step_began = time.monotonic()
         if self._first_step_began is None:
-            self._first_step_began = self._step_began  # the evaluation before the first step is no part of the pace
+            self._first_step_began = self._step_began  # excludes the evaluation before the first step from the ETA
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         now = time.monotonic()
@@ -176,7 +184,7 @@ class Report(Callback):
         if "eval_loss" in logs:
             self.telemetry.set(metrics.EVAL_LOSS, logs["eval_loss"])
             self._say(state, f"held-out loss {logs['eval_loss']:.4f}")
-            self._reported = time.monotonic()  # an evaluation is no part of the training's pace
+            self._reported = time.monotonic()  # the time of an evaluation does not count in the speed of training
             self._watch_evaluation(state, logs["eval_loss"])
         if "loss" not in logs:
             return
@@ -196,7 +204,7 @@ class Report(Callback):
             self.telemetry.set(metric, value)
         self.telemetry.add(metrics.TRAIN_SAMPLES, rows)
         self.telemetry.add(metrics.TRAIN_TOKENS, tokens)
-        if tokens:  # images have none
+        if tokens:  # rows of images have no tokens
             self.telemetry.set(metrics.TRAIN_TOKENS_PER_SECOND, tokens / seconds)
         if args.device.type == "cuda":
             self._gpu(tokens / seconds, args)
@@ -225,7 +233,7 @@ class Report(Callback):
         self._reported = time.monotonic()
 
     def _watch_evaluation(self, state: TrainerState, loss: float) -> None:
-        """Raise Failure(DIVERGED), on all ranks, for a held-out loss that is not finite: no such model is delivered."""
+        """Raise Failure(DIVERGED), on all ranks, if the held-out loss is not finite: such a model is not delivered."""
         if math.isfinite(loss):
             return
         if state.global_step == 0:
@@ -238,7 +246,7 @@ class Report(Callback):
         raise finite.diverged(cause, self.loop.saved, state.global_step)
 
     def _watch(self, state: TrainerState, control: TrainerControl, loss: float) -> None:
-        """Raise Failure(DIVERGED), on all ranks, where the run does not come back."""
+        """Raise Failure(DIVERGED), on all ranks, if several losses or gradients in a row were not finite."""
         in_a_row, withheld = int(self.loop.withheld_in_a_row.item()), int(self.loop.withheld.item())
         if withheld > self._withheld:
             self._say(state, f"{withheld - self._withheld} updates withheld: their gradients were not finite")
@@ -254,7 +262,7 @@ class Report(Callback):
             return
         self._nonfinite += 1
         self.telemetry.add(metrics.TRAIN_NONFINITE)
-        control.should_save = False  # never replace a good checkpoint by one that has gone wrong
+        control.should_save = False  # do not replace a good checkpoint with one made after the loss became NaN
         if self._nonfinite >= NONFINITE_REPORTS:
             cause = (
                 f"spec.training.learningRate: the loss is {loss} at step {state.global_step}, {self._nonfinite} reports"
@@ -263,7 +271,7 @@ class Report(Callback):
             raise finite.diverged(cause, self.loop.saved, state.global_step)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Say which updates are missing. Raises Failure(DIVERGED) where a whole training has none."""
+        """Give notice of withheld updates. Raises Failure(DIVERGED) if no update of the whole training was applied."""
         done, withheld = state.global_step - self._first_step, int(self.loop.withheld.item())
         whole = self._first_step == 0 and state.global_step >= state.max_steps
         if whole and done == max(withheld, done - self._applied):

@@ -1,9 +1,9 @@
-"""Checkpoints that can be trusted: staged beside, made durable, manifest last, renamed; what does not verify is never
-resumed from.
+"""Checkpoints: written to a staging folder, flushed to disk, described by a manifest and then renamed.
 
-transformers writes in place and resumes from the highest number, whole or not, so the folder is ours: `resilience`
-lets it write into a staging folder, this module decides what becomes of it. Each rank describes the files that it has
-written, and verifies its share of those that it may resume from; rank 0 alone moves and removes folders.
+transformers writes checkpoints in place and resumes from the highest number, even if that one is incomplete. Therefore
+`resilience` lets it write into a staging folder, and this module commits, verifies and removes checkpoints. A run never
+resumes from one that does not match its manifest. Each rank describes the files that it has written and verifies its
+share of a checkpoint; only rank 0 moves and removes folders.
 """
 
 from __future__ import annotations
@@ -30,21 +30,22 @@ from luthier_trainer.workspace.manifest import Entry, fsync, read_manifest
 from luthier_trainer.workspace.prepared import DIFFERENCES_SHOWN, differences
 
 if TYPE_CHECKING:
-    from luthier_trainer.distributed.ranks import Ranks  # brings torch
+    from luthier_trainer.distributed.ranks import Ranks  # imports torch
 
 FOLDER = re.compile(r"checkpoint-(\d+)")
 STAGING, CORRUPT = ".staging-", ".corrupt-"
-KEPT_CORRUPT = 2  # enough to look for the cause; each is as large as a good one
+KEPT_CORRUPT = 2  # enough to investigate the cause; a broken checkpoint takes as much space as a good one
 SHARED_VOLUME_SECONDS = 60.0  # NFS clients may cache a folder's entries for 30 s (acdirmin)
-# Files that name the rank that writes them: transformers' random states, and DeepSpeed's shards of weights and
-# optimizer. Rank 0 writes all others.
+# Files with the number of the rank that writes them in their names: transformers' states of the random generators, and
+# DeepSpeed's shards of weights and optimizer. Rank 0 writes all other files.
 OF_A_RANK = re.compile(r"rng_state_(\d+)\.pth|(?:.+_)?zero_pp_rank_(\d+)_mp_rank_\d+_(?:model|optim)_states\.pt")
 
 
 def identity(run: FineTuneRun, prepared: PreparedRecord) -> dict[str, Any]:
-    """What must be the same for a checkpoint, or a result, to belong to this run: field → value.
+    """Return what must be the same for a checkpoint, or a result, to belong to this run: field → value.
 
-    The part of the spec that decides the result; of strategy and resources, what they come to.
+    It holds the fields of the spec that affect the result, and the revisions of model and dataset. Strategy and
+    resources are represented by what they resolve to: the planned strategy and the number of processes.
     """
     spec = {f"spec.{field}": value for field, value in result_part(run.spec).items() if field != "resources"}
     return spec | {
@@ -56,13 +57,14 @@ def identity(run: FineTuneRun, prepared: PreparedRecord) -> dict[str, Any]:
 
 
 def facts_of(run_identity: dict[str, Any]) -> dict[str, Any]:
-    """How an identity is written into a manifest."""
+    """Return the entries of a manifest that record an identity: the identity itself and its SHA-256."""
     return {"run": run_identity, "runHash": _digest(run_identity)}
 
 
 def check_identity(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise Failure(INVALID_SPEC) when what lies in `folder`, with the manifest `found`, was made by another run, and
-    say what differs.
+    """Raise Failure(INVALID_SPEC) if the checkpoint or result in `folder` was made by a run with another identity.
+
+    `found`: its manifest. `wanted`: the identity of this run. The message names the differences.
     """
     if found.get("runHash") == _digest(wanted):
         return
@@ -75,11 +77,11 @@ def check_identity(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) 
 
 
 def newest(folder: Path, wanted: dict[str, Any], ranks: Ranks) -> Path | None:
-    """The newest checkpoint in `folder` that verifies, or None. Broken ones are set aside, left-overs of interrupted
-    saves removed.
+    """Return the newest checkpoint in `folder` that matches its manifest, or None.
 
-    Called by all ranks, which share the reading. Raises Failure(INVALID_SPEC) when that checkpoint belongs to a run
-    with other settings.
+    Broken checkpoints are set aside, and folders left by interrupted saves are removed. All ranks call this function
+    and share the work of reading the files. Raises Failure(INVALID_SPEC) if the checkpoint belongs to a run with other
+    settings.
     """
     for checkpoint in ranks.decide(lambda: candidates(folder)):
         found, broken = verify(checkpoint, ranks)
@@ -91,8 +93,9 @@ def newest(folder: Path, wanted: dict[str, Any], ranks: Ranks) -> Path | None:
 
 
 def verify(checkpoint: Path, ranks: Ranks) -> tuple[dict[str, Any], list[str]]:
-    """The manifest of a checkpoint, and why its files are not what that says; the same on all ranks, each of which
-    reads a share.
+    """Return the manifest of a checkpoint, and a line for each difference between the manifest and the files.
+
+    All ranks call this function, and each one reads a share of the files. The result is the same on all of them.
     """
     found = ranks.decide(lambda: read_manifest(checkpoint))
     if found is None:
@@ -103,7 +106,7 @@ def verify(checkpoint: Path, ranks: Ranks) -> tuple[dict[str, Any], list[str]]:
 
 
 def candidates(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, newest first. What an interrupted save has left is removed."""
+    """Return the checkpoints in `folder`, newest first, and remove the folders left by interrupted saves."""
     if not folder.is_dir():
         return []
     for staging in folder.glob(f"{STAGING}*"):
@@ -112,14 +115,18 @@ def candidates(folder: Path) -> list[Path]:
 
 
 def share_of(entries: Sequence[Entry], rank: int, count: int) -> list[Entry]:
-    """The entries that `rank` of `count` reads: the largest files are dealt out first, so that all have about as much
-    to do.
+    """Return the entries that `rank` of `count` ranks reads.
+
+    The files are distributed round-robin by size, the largest first, so that all ranks read about as many bytes.
     """
     return sorted(entries, key=lambda entry: (-int(entry["size"]), str(entry["path"])))[rank::count]
 
 
 def reject(checkpoint: Path, broken: list[str]) -> None:
-    """Set a broken checkpoint aside, where nobody resumes from it. The oldest of those that lie there make way."""
+    """Rename a broken checkpoint, so that no attempt resumes from it.
+
+    `broken`: the differences to its manifest, for the log. Only the newest `KEPT_CORRUPT` broken checkpoints are kept.
+    """
     aside = checkpoint.with_name(f"{CORRUPT}{checkpoint.name}")
     shutil.rmtree(aside, ignore_errors=True)
     checkpoint.rename(aside)
@@ -132,8 +139,9 @@ def reject(checkpoint: Path, broken: list[str]) -> None:
 
 
 def make_room(folder: Path, size: int) -> None:
-    """See that a checkpoint of `size` bytes fits the volume; broken ones make way for it. Raises Failure(STORAGE_ERROR)
-    where it does not.
+    """Ensure that the volume has space for a checkpoint of `size` bytes. If needed, broken checkpoints are removed.
+
+    Raises Failure(STORAGE_ERROR) if the space is still too small.
     """
     for broken in set_aside(folder):
         if space.volume(folder)[0] < size:
@@ -143,8 +151,9 @@ def make_room(folder: Path, size: int) -> None:
 
 
 def writer(file: Path, ranks: int) -> int:
-    """The rank of `ranks` that writes `file`, by its name. Only who reads it back depends on it, never what is
-    recorded.
+    """Return the rank, of `ranks` in total, that writes `file`, derived from its name.
+
+    The result only decides which rank reads a file back. It does not affect what the manifest records.
     """
     match = OF_A_RANK.fullmatch(file.name)
     rank = int(match[1] or match[2]) if match else 0
@@ -152,18 +161,19 @@ def writer(file: Path, ranks: int) -> int:
 
 
 def describe(staged: Path, rank: int, ranks: int) -> list[Entry]:
-    """Path, size and digest of the files that `rank` has written to `staged`, durable: on each node, its own writes
-    alone can be flushed.
+    """Flush the files that `rank` has written to `staged`, and return path, size and digest of each.
+
+    Every rank does this for its own files, because a node can flush only its own writes.
     """
     files = manifest.files_in(staged)
     return manifest.describe(staged, [file for file in files if writer(file, ranks) == rank], beat)
 
 
 def commit(staged: Path, folder: Path, described: Sequence[Sequence[Entry]], facts: dict[str, Any]) -> Path:
-    """Make `staged` the checkpoint of that name in `folder`. Called by rank 0. `described`: by each rank, what it has
-    written.
+    """Move `staged` to its final name in `folder` and return that path. Only rank 0 calls this function.
 
-    Raises Failure(STORAGE_ERROR) when files of some processes are not to be seen: pods that do not share the volume.
+    `described`: the entries of `describe`, one list for each rank. `facts`: further entries of the manifest. Raises
+    Failure(STORAGE_ERROR) if the files of some ranks are not visible, because the pods do not share the volume.
     """
     entries = {entry["path"]: entry for of_rank in described for entry in of_rank}
     deadline = time.monotonic() + SHARED_VOLUME_SECONDS
@@ -195,21 +205,23 @@ def _is_seen(staged: Path, entry: Entry) -> bool:
 
 
 def rotate(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints. Called when the newest has just been committed."""
+    """Remove all but the newest `keep` checkpoints. Called right after the newest one was committed."""
     for old in sorted(checkpoints(folder), key=step_of)[:-keep]:
         shutil.rmtree(old)
 
 
 def checkpoints(folder: Path) -> list[Path]:
+    """Return the committed checkpoints in `folder`, in no particular order."""
     return [p for p in folder.iterdir() if p.is_dir() and FOLDER.fullmatch(p.name)]
 
 
 def set_aside(folder: Path) -> list[Path]:
-    """Those in `folder` that were found broken."""
+    """Return the checkpoints in `folder` that were found broken and renamed."""
     return list(folder.glob(f"{CORRUPT}*"))
 
 
 def step_of(checkpoint: Path) -> int:
+    """Return the step of a checkpoint, from the name of its folder."""
     match = FOLDER.fullmatch(checkpoint.name)
     assert match, checkpoint
     return int(match[1])

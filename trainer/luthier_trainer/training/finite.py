@@ -1,7 +1,7 @@
-"""Numbers that are not finite (NaN, infinite) end as Diverged. They are never written into a checkpoint or a result.
+"""Checks for numbers that are not finite (NaN or infinite). They are never written to a checkpoint or a result.
 
-`resilience` withholds updates and looks at the weights before each save, `callbacks` looks at losses, `result` at the
-files.
+A run that has them ends with the exit code DIVERGED. `resilience` withholds updates and checks the weights before each
+save, `callbacks` checks the losses, and `result` checks the files.
 """
 
 from __future__ import annotations
@@ -20,34 +20,41 @@ SHOWN = 3  # names of weights in a message
 
 
 def finite(tensor: torch.Tensor) -> torch.Tensor:
-    """Whether all elements are finite, as a tensor of one boolean where `tensor` is: nothing waits for the device."""
+    """Return whether all elements are finite, as a boolean tensor of shape [] on the device of `tensor`.
+
+    The host does not wait for the device.
+    """
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return torch.ones((), dtype=torch.bool, device=tensor.device)
     if tensor.dtype.itemsize == 1:
         tensor = tensor.float()  # torch 2.13 has no norms of 8-bit floats
-    # The largest magnitude, which is NaN if one element is. Unlike torch.isfinite it needs no memory beside the tensor.
+    # The largest magnitude is NaN if any element is. Unlike torch.isfinite, the norm allocates no second tensor.
     return torch.isfinite(torch.linalg.vector_norm(tensor.detach(), ord=float("inf")))
 
 
 def nonfinite_names(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
-    """Names of the tensors with an element that is not finite."""
+    """Return the names of the tensors that have an element that is not finite."""
     checks = [(name, finite(tensor)) for name, tensor in tensors]
     return [name for name, check in checks if not check.item()]
 
 
 def changing_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """What training changes: weights that learn (of ZeRO-3's this process's share), and statistics of batches."""
+    """Yield name and tensor of everything that training changes: trainable weights and batch statistics.
+
+    Under ZeRO-3 a weight is this process's shard of it.
+    """
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             yield name, getattr(weight, "ds_tensor", weight)
     for name, module in model.named_modules():
-        if counts(module):  # other buffers are constants, and may be masks of minus infinity
+        if counts(module):  # other buffers are constants, for example masks that hold minus infinity
             yield from module.named_buffers(name, recurse=False)
 
 
 def diverged(cause: str, saved: Path | None, step: int) -> Failure:
-    """The failure of a run that has diverged. `cause` begins with a field. `saved` is the newest good checkpoint, if
-    there is one.
+    """Return the failure of a run that has diverged at `step`.
+
+    `cause` begins with the path of a field of the spec. `saved`: the newest good checkpoint, or None.
     """
     if saved is None:
         kept = f"No checkpoint was saved before, so all {step} steps are lost."
@@ -57,7 +64,10 @@ def diverged(cause: str, saved: Path | None, step: int) -> Failure:
 
 
 def check_weights(loop: Any) -> None:
-    """Raise Failure(DIVERGED) on all ranks when a weight that training changes is not finite on one of them."""
+    """Raise Failure(DIVERGED) on all ranks if a weight that training changes is not finite on one of them.
+
+    `loop`: the trainer (`resilience.Resilient`).
+    """
     names = nonfinite_names(changing_weights(loop.model))
     if not loop.ranks.any(bool(names)):
         return

@@ -1,6 +1,7 @@
-"""The process of the run phase of a FineTuneJob, one on each device: read top to bottom, it is the whole training.
+"""The training process of a FineTuneJob's run phase, one on each device. `main` holds the whole course of a training.
 
-`process` starts it and turns its ends into exit codes. What `prepare` left is read, never repeated.
+`process` starts it and converts its exceptions into exit codes. This process reads what `prepare` has resolved, encoded
+and planned; it does none of that again.
 """
 
 from __future__ import annotations
@@ -41,13 +42,17 @@ from luthier_trainer.workspace import space
 from luthier_trainer.workspace.manifest import read_manifest
 from luthier_trainer.workspace.prepared import read_prepared
 
-# In the names of weights
+# The parts that PEFT adds to the names of weights
 PEFT_PARTS = re.compile(r"^base_model\.model\.|modules_to_save\.default\.|base_layer\.|lora_[AB]\.default\.")
 SHOWN = 3  # weights in a line of the log
 
 
 def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
-    """Train as the run config and `prepared.json` say; resume if there is something to resume from."""
+    """Train as the run config and `prepared.json` say, from the newest usable checkpoint if there is one.
+
+    Returns the termination message of this attempt: COMPLETED with the metrics, or PREEMPTED if all ranks agreed to
+    stop.
+    """
     assert isinstance(run, FineTuneRun), "train is a verb of FineTuneJob"
     workspace, spec = WorkspaceFolder(Path(run.workspace)), run.spec
     prepared, task = read_prepared(run), task_of(spec)
@@ -57,10 +62,10 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     assert_started(prepared.plan)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    # What libraries ask of each other is nothing for a user's log
+    # Deprecation warnings of the libraries do not help a user who reads the log.
     warnings.filterwarnings("ignore", category=FutureWarning)
 
-    # The processes find each other here (TrainingArguments opens the group), then agree on where to begin.
+    # Constructing TrainingArguments opens the process group. Then all ranks agree on the checkpoint to start from.
     data: DatasetDict = load_from_disk(prepared.dataset_path)
     workspace.checkpoints.mkdir(parents=True, exist_ok=True)
     arguments = training_arguments(task, spec, prepared.plan, workspace.checkpoints, evaluates="eval" in data)
@@ -71,14 +76,15 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
             spec, prepared.plan, workspace.checkpoints, held=len(checkpoint.checkpoints(workspace.checkpoints))
         )
     )
-    # An evaluation follows the save of its step: of a checkpoint, the attempt before may not have come to it, and its
-    # record is lost in any case.
+    # The evaluation of a step follows its save. The previous attempt may have ended between the two, and even a
+    # finished evaluation is not recorded in the checkpoint of its own step.
     arguments.eval_on_start = "eval" in data and (resume is None or owes_evaluation(resume, spec.training.eval_steps))
     before = (read_manifest(resume) or {}) if resume else {}
 
     deepspeed = uses_deepspeed(prepared.plan.strategy)
     processor = task.read_processor(workspace.prepared / "processor", "spec.model")
-    # Before new weights are drawn: heads and adapters begin alike on all ranks and in all attempts
+    # Seeded before new weights are drawn, so that heads and adapters start with the same values on all ranks and in all
+    # attempts.
     set_seed(spec.training.seed)
     precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
     context = TrainingContext(
@@ -134,7 +140,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
 
     seconds = loop.seconds
     if not METHODS[spec.method.type].adapter and not deepspeed:
-        # Delivered in the type it came in, and measured as it is delivered
+        # The result is saved in the dtype of the original files. The last evaluation uses the weights in that dtype.
         loop.deliver(source_type(prepared.model_path))
     try:
         if "eval" in data:
@@ -150,7 +156,10 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
 
 
 def owes_evaluation(resume: Path, every: int | None) -> bool:
-    """Whether an evaluation was due at the step of a checkpoint, `every` so many steps, and its history has none."""
+    """Return whether an evaluation was due at the step of checkpoint `resume` but is missing from its history.
+
+    `every`: steps between two evaluations, or None.
+    """
     step = checkpoint.step_of(resume)
     if not every or step % every:
         return False
@@ -159,7 +168,7 @@ def owes_evaluation(resume: Path, every: int | None) -> bool:
 
 
 def stopped(loop: Resilient, agreed: int) -> TerminationMessage:
-    """The end of a run that all ranks have agreed to stop, after `agreed` steps."""
+    """Return the termination message of a run that all ranks have agreed to stop after `agreed` steps."""
     if agreed == 0:
         return ended(ExitCode.PREEMPTED, "stopped before the first step: there was nothing to save yet")
     step = checkpoint.step_of(loop.saved) if loop.saved else None
@@ -167,8 +176,9 @@ def stopped(loop: Resilient, agreed: int) -> TerminationMessage:
 
 
 def freeze(model: Any, unused: set[str]) -> None:
-    """Let the parameters that are `unused`, and what the method has put beside them, not learn: they would get no
-    gradient.
+    """Exclude the parameters named in `unused`, and the adapter weights beside them, from training.
+
+    They would get no gradient, because the task does not use them.
     """
     for name, weight in model.named_parameters():
         if PEFT_PARTS.sub("", name) in unused:
@@ -176,17 +186,18 @@ def freeze(model: Any, unused: set[str]) -> None:
 
 
 def ended(code: ExitCode, message: str = "", **facts: Any) -> TerminationMessage:
+    """Return the termination message of this rank. `facts`: further fields of the message."""
     return TerminationMessage(phase="run", code=code, reason=code.reason, message=message, rank=global_rank(), **facts)
 
 
 def source_type(model_path: str) -> torch.dtype:
-    """The type of the weights in a model's folder."""
+    """Return the dtype of the weights in the folder of a model; float32 for any type other than the 16-bit ones."""
     name = source_dtype(Path(model_path))
     return getattr(torch, name) if name in HALF else torch.float32
 
 
 def opening(loop: Resilient, prepared: PreparedRecord, precision: str, resume: Path | None) -> str:
-    """The first line of the log: what is about to happen."""
+    """Return the line of the log that describes the training: model, precision, batch sizes, steps, starting point."""
     learning, weights = count_weights(loop.model.parameters())
     plan = prepared.plan
     return (

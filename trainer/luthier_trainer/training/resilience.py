@@ -1,8 +1,8 @@
-"""A mixin that makes any transformers Trainer survivable and exact: checkpoints are staged, verified and committed, all
-processes agree on a stop, NaN is neither hidden nor saved, and each row counts once an epoch.
+"""A mixin for any transformers Trainer that adds what a preemptible, distributed run needs.
 
-`resilient(Trainer)` is the class that runs. What a batch holds only its task knows: `tasks.base.Batches` is all that is
-asked of it.
+Checkpoints are staged, verified and committed; all processes agree on a stop; NaN is neither hidden nor saved; and each
+row counts exactly once in an epoch. `resilient(Trainer)` returns the class that trains. The mixin knows of a batch only
+what the task answers through `tasks.base.Batches`.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from luthier_trainer.runtime.heartbeat import beating_while_growing
 from luthier_trainer.tasks.base import Batch, Batches
 from luthier_trainer.training import checkpoint, finite
 
-WITHOUT_WEIGHT = "without_weight"  # key of a batch that counts nothing: the batch as it was before
+WITHOUT_WEIGHT = "without_weight"  # key in a batch that does not count in the loss; its value is the original batch
 
 if TYPE_CHECKING:
     from transformers import Trainer as Base
 else:
-    Base = object  # a mixin: the Trainer that it calls comes after it in the order of base classes
+    Base = object  # at run time `super()` is the Trainer that follows this mixin in the order of base classes
 
 
 class EvaluationStopped(Exception):
-    """All processes have agreed, between two batches of an evaluation, to stop."""
+    """Raised on all processes when they have agreed, between two batches of an evaluation, to stop."""
 
 
 def resilient(trainer: type[Trainer]) -> type[Resilient]:
-    """The class of a run whose task trains with `trainer`, which is transformers' Trainer or a subclass of it."""
+    """Return the class that trains: the mixin before `trainer`, which is transformers' Trainer or a subclass of it."""
     return type(f"Resilient{trainer.__name__}", (Resilient, trainer), {})
 
 
 class Resilient(Base):
-    """Stands before a Trainer in the order of base classes. `args.output_dir` is the folder of the checkpoints."""
+    """The mixin, placed before a Trainer in the order of base classes. `args.output_dir` holds the checkpoints."""
 
     def __init__(
         self,
@@ -62,18 +62,17 @@ class Resilient(Base):
         self.remove_callback(PrinterCallback)  # `callbacks.Report` prints one readable line instead
         self.batches, self.ranks, self.identity, self.keep = batches, ranks, identity, keep
         self.checkpoint_bytes = checkpoint_bytes
-        """Expected size of the next checkpoint: as planned, then as the previous one was."""
+        """Expected size of the next checkpoint in bytes: first the planned size, then the size of the previous one."""
         self.seconds_before = seconds_before
-        """Seconds of training that earlier attempts have put into the checkpoint."""
+        """Seconds of training of earlier attempts, up to the checkpoint that this attempt resumes from."""
         self.tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
-        """Tokens that this process has trained on since they were last counted over all processes."""
+        """Tokens, int64 [], that this process has trained on since the last report (which sums over all processes)."""
         self.rows = 0
-        """Rows, likewise."""
+        """Rows that this process has trained on since the last report."""
         self.withheld = torch.zeros((), dtype=torch.int64, device=self.args.device)
-        """Updates that were not applied because their gradients were not finite, since the beginning of this attempt.
-        """
+        """Updates of this attempt, int64 [], that were not applied because their gradients were not finite."""
         self.withheld_in_a_row = torch.zeros((), dtype=torch.int64, device=self.args.device)
-        """Of those, the ones up to the newest update."""
+        """How many of the latest consecutive updates were not applied, int64 []."""
         self.saved: Path | None = None
         """The newest verified checkpoint."""
         self.save_seconds = 0.0
@@ -82,25 +81,26 @@ class Resilient(Base):
         self._delivered: torch.dtype | None = None
         self._evaluation_stopped = False
         self._mean_rows: float | torch.Tensor | None = None
-        """Rows of the step's mean micro-batch, over all processes; None where the loss counts its items itself."""
+        """Mean rows per micro-batch of the step, over all processes; None if the loss counts its items itself."""
 
     def deliver(self, dtype: torch.dtype) -> None:
-        """Turn the weights into the type that they are saved in; what is evaluated from here on is given in it too."""
+        """Convert the weights to the dtype in which they are saved. Later evaluations convert inputs to it too."""
         self.model.to(dtype)
         self._delivered = dtype
 
     @property
     def seconds(self) -> float:
+        """Seconds of training up to now, over all attempts."""
         return self.seconds_before + time.monotonic() - self.started
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Any]:
-        """This process's micro-batches of a step, and the number of items in those of all processes where the loss is
-        a mean over items.
+        """Return this process's micro-batches of a step, and the number of items in the step over all processes.
 
-        In the last step of an epoch a process may have one micro-batch less than others. It still has to take part in
-        their forward and backward passes, so it gets a batch that counts nothing.
+        The number of items is None if the loss is not a mean over items. In the last step of an epoch a process may
+        have one micro-batch fewer than the others. It still has to take part in their forward and backward passes, so
+        it gets a batch that does not count.
         """
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if len(batches) < num_batches:
@@ -110,19 +110,22 @@ class Resilient(Base):
         return batches, items
 
     def _batch_without_weight(self) -> Batch:
-        """The first row, as a batch that the counts leave out and whose loss `compute_loss` multiplies by zero."""
+        """A batch of the first row that no count includes and whose loss `compute_loss` multiplies by zero."""
         loader = self.callback_handler.train_dataloader
-        # BatchNorm has no statistics of a single row.
+        # BatchNorm cannot compute statistics from a single row, so the row is repeated.
         rows = [loader.dataset[0]] * min(self.args.per_device_train_batch_size, 2)
         batch: Batch = self._prepare_inputs(loader.collate_fn(rows))
         return self.batches.without_weight(batch) | {WITHOUT_WEIGHT: batch}
 
     def _rows_of_a_mean_batch(self, batches: list[Batch]) -> float | torch.Tensor:
-        """Rows of the step, over all processes, divided by its micro-batches: those of each process are as many."""
+        """Rows of the step over all processes, divided by the number of micro-batches of all processes.
+
+        All processes have the same number of micro-batches.
+        """
         rows = sum(self._rows_in(batch) for batch in batches)
         if self.ranks.count == 1:
             return rows / len(batches)
-        # Stays on the device: reading it each step would make the host wait.
+        # The tensor stays on the device: reading it in each step would make the host wait.
         of_all = self.accelerator.reduce(torch.tensor(float(rows), device=self.args.device), reduction="sum")
         return of_all / (len(batches) * self.ranks.count)
 
@@ -131,13 +134,13 @@ class Resilient(Base):
 
     def compute_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         if WITHOUT_WEIGHT in inputs:
-            # The whole batch's loss is finite; that of a batch whose items are left out is a mean over nothing in some
-            # models.
+            # The loss of the original batch is finite. With all items ignored, some models compute a mean over zero
+            # items, which is NaN, and NaN * 0.0 is NaN.
             return super().compute_loss(model, inputs[WITHOUT_WEIGHT], *args, **kwargs) * 0.0
         if self._mean_rows is None or not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        # A trainer that counts no items takes the mean over each micro-batch, then over micro-batches and processes.
-        # The last ones of an epoch may have fewer rows, whose weight would be larger than that of the others.
+        # A trainer that does not count items takes the mean over each micro-batch, then over micro-batches and
+        # processes. The last micro-batches of an epoch may have fewer rows, and each of those rows would weigh more.
         weight = self.batches.rows(inputs) / self._mean_rows
         return super().compute_loss(model, inputs, *args, **kwargs) * weight
 
@@ -146,22 +149,23 @@ class Resilient(Base):
             self.rows += self.batches.rows(inputs)
             tokens = self.batches.tokens(inputs)
             if tokens is not None:
-                self.tokens += tokens  # stays on the device: reading it each step would make the host wait
+                self.tokens += tokens  # stays on the device: reading it in each step would make the host wait
         return super().training_step(model, inputs, *args, **kwargs)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        # There, overflows are how the loss finds its scale; GradScaler and DeepSpeed skip such updates
+        # In fp16, overflows are expected while the scale of the loss is adjusted. GradScaler and DeepSpeed skip these
+        # updates.
         if not self.args.fp16:
             self._withhold_update(norm)
         return norm
 
     def _withhold_update(self, norm: Any) -> None:
-        """Do not apply an update whose gradients are not finite: it would make all weights NaN. All processes see the
-        same norm.
+        """Skip the update if its gradients are not finite, because it would make all weights NaN.
 
-        DeepSpeed does so by itself. Elsewhere it is done as GradScaler does it, by telling the fused optimizer on the
-        device: a host that looked at the norm would wait for the device at each step.
+        All processes see the same norm. DeepSpeed skips such updates itself. Otherwise this is done as GradScaler does
+        it: `found_inf` tells the fused optimizer on the device. If the host read the norm, it would wait for the device
+        in each step.
         """
         bad = torch.as_tensor(norm, device=self.args.device).isfinite().logical_not()
         self.withheld += bad
@@ -172,29 +176,30 @@ class Resilient(Base):
             optimizer.found_inf = bad.float()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return 0  # nobody reads them, and counting all parameters each micro-batch costs more than it tells
+        return 0  # not used, and transformers would count all parameters for each micro-batch to compute it
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not math.isfinite(logs.get("loss", 0.0)):
-            # transformers subtracts the reported sum from itself, and NaN - NaN would be NaN for ever
+            # transformers resets the running sum by subtracting it from itself. NaN - NaN is NaN, so it would stay NaN.
             self._tr_loss.zero_()
         super().log(logs, start_time)
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # resumed from the last step: only the result was missing
+        if self.state.global_step >= self.state.max_steps:  # resumed from the last step: only the result is missing
             self.control.should_training_stop = True
-        if self.control.should_training_stop:  # so it is when the evaluation before the first step was broken off
+        if self.control.should_training_stop:  # true if the evaluation before the first step was stopped
             return
-        # The plan counts steps with as many batches on each process. Here the rows come: accelerate would fill up with
-        # the epoch's first.
+        # By default accelerate repeats the first rows of an epoch until all processes have the same number of batches.
+        # The plan has counted the steps with those equal numbers. When the rows are read, each one has to come once.
         sampler = kwargs["train_dataloader"].batch_sampler
         if isinstance(sampler, BatchSamplerShard):
             sampler.even_batches = False
         super()._run_epoch(**kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """transformers' order is: log, evaluate, save. A pod that has to go during a long evaluation would lose what
-        was due to be saved.
+        """Save before evaluating, where transformers logs, evaluates and then saves.
+
+        Otherwise a pod that is stopped during a long evaluation would lose the checkpoint that was due.
         """
         evaluate, self.control.should_evaluate = self.control.should_evaluate, False
         super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -210,7 +215,7 @@ class Resilient(Base):
             super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        # `train` evaluates what the last step made, as it is delivered
+        # `training.main` evaluates after the last step, with the weights in the dtype in which they are delivered.
         if self.state.global_step >= self.state.max_steps:
             return {}
         try:
@@ -221,28 +226,29 @@ class Resilient(Base):
 
     def _prepare_input(self, data: Any) -> Any:
         if self._delivered and isinstance(data, torch.Tensor) and data.is_floating_point():
-            data = data.to(self._delivered)  # pixels: a convolution of 16 bits takes no others
+            data = data.to(self._delivered)  # a convolution with 16-bit weights accepts only pixels of the same dtype
         return super()._prepare_input(data)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         if self.ranks.count > 1:
-            # Each process has counted its own batches, where a model does; the first one's statistics are those that
-            # are saved.
+            # Modules with batch statistics (BatchNorm) have counted the batches of their own process. All processes
+            # evaluate with the statistics of rank 0, which are the ones that are saved.
             for module in filter(counts, self.model.modules()):
                 for statistics in module.buffers(recurse=False):
                     torch.distributed.broadcast(statistics, 0)
-        # A data loader draws a number for its workers. What is drawn in an evaluation must not change what is drawn in
-        # the training after it.
+        # A data loader draws a seed for its workers. Restoring the generator afterwards keeps evaluations from changing
+        # the random numbers of the training that follows.
         with torch.random.fork_rng(devices=[]):
             return super().evaluate(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load a checkpoint's weights. Raises Failure(TRAINING_ERROR) if weights of the model are missing in it."""
         if not isinstance(self.model, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        # Some architectures (Swin, Gemma 3, every mixture of experts) have other names in files than in memory.
-        # transformers 5.23 saves the former, and here would match them with the latter, leave what has none as the base
-        # model had it, and go on.
+        # The weights of some architectures (Swin, Gemma 3, every mixture of experts) have other names in files than in
+        # memory. transformers 5.23 saves the names of files, but its own method here matches them with the names in
+        # memory, silently keeps the base model's values for weights without a match, and continues.
         saved, loaded = type(self.model).from_pretrained(
             resume_from_checkpoint, dtype=self.model.dtype, output_loading_info=True
         )
@@ -281,13 +287,14 @@ class Resilient(Base):
         self.save_seconds = time.monotonic() - began
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Of a checkpoint (an internal call) or of the result. Raises Failure(DIVERGED) where a weight is not
-        finite.
+        """Save the weights of a checkpoint (an internal call) or of the result to `output_dir`.
+
+        Raises Failure(DIVERGED) if a weight is not finite.
         """
         finite.check_weights(self)
         if self.is_deepspeed_enabled and _internal_call:
-            # A checkpoint. DeepSpeed resumes from its own shards, and nobody reads a copy of all weights beside them:
-            # under ZeRO-3 it would have to be gathered, and would be a part of each save. Only the result needs one.
+            # DeepSpeed resumes from its own shards, so a checkpoint needs no second copy of the weights. Under ZeRO-3
+            # that copy would also have to be gathered in each save. Only the result needs one.
             Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
             return
         super().save_model(output_dir, _internal_call)
@@ -295,5 +302,5 @@ class Resilient(Base):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            # A pickle: nobody needs it, and loading it would run what it says.
+            # This file is a pickle: nothing reads it, and unpickling a file can execute code.
             Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)

@@ -1,5 +1,6 @@
-"""The result folder: model or adapter, tokenizer, metrics.json, and last the manifest that makes it complete. Staged,
-then moved.
+"""Writes the result folder: model or adapter, tokenizer, metrics.json, and last the manifest that marks it complete.
+
+The files are written to a staging folder, which is then renamed.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ STAGING = ".staging-result"
 
 
 def finished(workspace: WorkspaceFolder, wanted: dict[str, Any]) -> dict[str, float] | None:
-    """The metrics of a complete result of this very run, or None. Raises Failure(INVALID_SPEC) when it is another
-    run's.
+    """Return the metrics of the complete result in `workspace`, or None if there is no complete result.
+
+    `wanted`: the identity of this run. Raises Failure(INVALID_SPEC) if a run with other settings made the result.
     """
     manifest = read_manifest(workspace.result)
     if manifest is None:
@@ -42,15 +44,14 @@ def finished(workspace: WorkspaceFolder, wanted: dict[str, Any]) -> dict[str, fl
 
 
 def final_metrics(state: TrainerState, seconds: float, names: Collection[str]) -> dict[str, float]:
-    """The metrics of a run that has ended, over all its attempts: its history came along with the checkpoints. `names`:
-    those of the task beside the losses.
+    """Return the metrics of a finished run, over all its attempts: the checkpoints carry its history.
 
-    Only finite ones: JSON knows no others. trainLoss leaves out the reports that were none, as the training outlived
-    them.
+    `seconds`: duration of the training. `names`: the task's own metrics besides the losses. Metrics that are not finite
+    are left out, because JSON cannot represent them. trainLoss is the mean over the reports with a finite loss.
     """
     metrics = {"steps": float(state.global_step), "seconds": round(seconds, 1)}
     if state.num_input_tokens_seen:
-        metrics["tokens"] = float(state.num_input_tokens_seen)  # images have none
+        metrics["tokens"] = float(state.num_input_tokens_seen)  # rows of images have no tokens
     reports = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
     steps = [step - before for (step, _), (before, _) in zip(reports, [(0, 0.0), *reports], strict=False)]
     finite = [(n, loss) for n, (_, loss) in zip(steps, reports, strict=True) if math.isfinite(loss)]
@@ -77,8 +78,10 @@ def write(
     metrics: dict[str, float],
     use_cache: bool | None,
 ) -> None:
-    """Called by all ranks: sharded weights are gathered. `use_cache` is what the model's configuration said before
-    training; None where it says nothing.
+    """Write the result. All ranks call this function, because sharded weights have to be gathered.
+
+    `use_cache`: the value in the model's configuration before training, which is restored; None if it had none. Raises
+    Failure(DIVERGED) if a weight is not finite, and Failure(TRAINING_ERROR) if no weights or empty ones were saved.
     """
     staged = workspace.root / STAGING
     if loop.ranks.first:
@@ -98,14 +101,18 @@ def write(
         )
         (staged / METRICS_FILE).write_text(json.dumps(metrics, indent=1))
         write_manifest(staged, progress=beat, step=loop.state.global_step, **facts_of(loop.identity))
-        shutil.rmtree(workspace.result, ignore_errors=True)  # without a manifest, or we would not be here
+        # What lies there has no manifest: `finished` would have returned its metrics.
+        shutil.rmtree(workspace.result, ignore_errors=True)
         staged.rename(workspace.result)
         fsync(workspace.root)
     loop.ranks.wait()
 
 
 def _name_base(folder: Path, run: FineTuneRun, prepared: PreparedRecord) -> None:
-    """An adapter names its base as others can find it: the Hub's id and commit, else the folder it was loaded from."""
+    """Write the base model into the configuration of an adapter, in a form that other programs can resolve.
+
+    This is the Hub's id and commit, or the path of the folder for a model that does not come from the Hub.
+    """
     path = folder / ADAPTER_CONFIG
     if not path.exists():
         return
@@ -114,15 +121,14 @@ def _name_base(folder: Path, run: FineTuneRun, prepared: PreparedRecord) -> None
     if run.spec.model.id:
         base = {"base_model_name_or_path": run.spec.model.id, "revision": prepared.model.revision}
     path.write_text(json.dumps(config | base, indent=2, sort_keys=True))
-    # PEFT's empty card names the local folder; `publish` writes the real one
+    # The card that PEFT saves is empty and names the local folder. `publish` writes the real card.
     (folder / "README.md").unlink(missing_ok=True)
 
 
 def _check_weights(folder: Path, constants: Collection[str] = ()) -> None:
-    """Raise Failure where the files hold empty tensors, as ZeRO-3 has been seen to save, or numbers that are not
-    finite.
+    """Raise Failure if the files hold empty tensors, which was observed with ZeRO-3, or numbers that are not finite.
 
-    `constants` are names of tensors that no training changes: a mask may be minus infinity.
+    `constants`: names of tensors that training does not change. They may hold minus infinity, for example in a mask.
     """
     files = sorted(folder.glob("*.safetensors"))
     for file in files:
@@ -134,7 +140,7 @@ def _check_weights(folder: Path, constants: Collection[str] = ()) -> None:
                     ExitCode.TRAINING_ERROR,
                     f"{file.name}: {len(empty) or 'all'} tensors were saved empty ({', '.join(empty[:3])})",
                 )
-            beat()  # of large models, each file takes seconds
+            beat()  # each file of a large model takes seconds
             wrong = nonfinite_names((name, weights.get_tensor(name)) for name in names if name not in constants)
         if wrong:
             cause = (

@@ -1,8 +1,8 @@
-"""How much of a GPU's arithmetic a training uses: model FLOPs utilisation, as the PaLM paper defines it
-(arXiv:2204.02311, appendix B).
+"""Model FLOPs utilisation (MFU): the share of a GPU's peak arithmetic that a training uses.
 
-A token costs 2 operations a weight forwards, 2 backwards, and 2 more a weight that learns. Attention's own are left
-out, and what is computed twice (gradient checkpointing) counts once.
+The definition is that of the PaLM paper (arXiv:2204.02311, appendix B). Per token, each weight costs 2 operations in
+the forward pass and 2 in the backward pass, and each trainable weight costs 2 more. The operations of attention itself
+are left out, and recomputed activations (gradient checkpointing) count once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from math import prod
 
 import torch
 
-# Dense 16-bit tensor operations a second, by NVIDIA's data sheets. The first that is a word of a device's name counts.
+# Dense 16-bit tensor operations per second, from NVIDIA's data sheets. The first row whose name occurs as a word in the
+# name of the device applies.
 PEAK: tuple[tuple[str, float], ...] = (
     ("B200", 2.25e15),
     ("H200", 989e12),
@@ -31,8 +32,9 @@ PEAK: tuple[tuple[str, float], ...] = (
 
 
 def count_weights(parameters: Iterable[torch.nn.Parameter]) -> tuple[int, int]:
-    """Weights that learn, and all of them: as they are meant, however DeepSpeed has split and bitsandbytes packed
-    them.
+    """Return the number of trainable weights and of all weights.
+
+    Weights that DeepSpeed has sharded, or that bitsandbytes has packed, count with their original size.
     """
     sizes = [(_size(p), p.requires_grad) for p in parameters]
     return sum(n for n, learns in sizes if learns), sum(n for n, _ in sizes)
@@ -46,9 +48,10 @@ def _size(weight: torch.nn.Parameter) -> int:
 
 
 def operations_per_token(learning: int, weights: int) -> int:
+    """Return the floating-point operations of training on one token. `learning`: number of trainable weights."""
     return 4 * weights + 2 * learning
 
 
 def peak(device: str) -> float | None:
-    """Operations a second of one GPU by its name; None for those that the table does not know."""
+    """Return the peak operations per second of one GPU, by its name; None if the table does not have it."""
     return next((operations for name, operations in PEAK if re.search(rf"\b{name}\b", device)), None)
