@@ -1,10 +1,8 @@
-"""What a task of a FineTuneJob is: one object that answers for both halves, `prepare` and training.
+"""The protocol of a task of a FineTuneJob: one object with the methods that both phases, prepare and run, call.
 
-`prepare.training` and `training.main` ask these methods in the order in which they stand here, and know no task by its
-name.
-
-A task is one file of this folder and a line of `table`. Nothing here, nor at the top of such a file, imports torch:
-`prepare` refuses a mistake before it would be loaded.
+`prepare.training` and `training.main` call these methods in the order in which they are defined here. Neither of them
+depends on the name of a task. A task is one file of this folder and a line of `table`. Neither this module nor the top
+level of such a file imports torch, so that `prepare` can refuse a mistake without loading it.
 """
 
 from __future__ import annotations
@@ -29,73 +27,80 @@ if TYPE_CHECKING:
     from transformers import EvalPrediction, Trainer, TrainingArguments
 
 Batch = dict[str, Any]
-"""Tensors by name, as a collator makes them of rows of the prepared dataset."""
+"""Tensors by name, made by a collator from rows of the prepared dataset."""
 Collator = Callable[[list[dict[str, Any]]], Batch]
 Loss = Callable[..., "torch.Tensor"]
-"""(the model's outputs, labels, num_items_in_batch=) → the loss, as transformers' Trainer calls its
-`compute_loss_func`: the batch's sum, divided by the items of the whole step, over all micro-batches of all processes.
+"""(outputs of the model, labels, num_items_in_batch=) → the loss, a scalar; the `compute_loss_func` of transformers.
 
-transformers 5.23 leaves that division to every model whose `forward` takes keywords, and then neither averages over
-micro-batches nor over processes; but many of them take the keywords and never look.
+The loss is the sum over the batch, divided by the number of items in the whole step, which counts all micro-batches of
+all processes. transformers 5.23 leaves this division to every model whose `forward` takes keyword arguments, and then
+averages neither over micro-batches nor over processes. Many of these models accept the keywords but ignore them.
 """
 Processor = Any
-"""What turns inputs into tensors: a tokenizer, or an image processor. transformers gives them no common type. None: the
-task reads what it needs from the model's folder.
+"""A tokenizer or an image processor, which converts inputs to tensors. They have no common type in transformers.
+
+It is None if the task reads what it needs from the folder of the model.
 """
 
 
 class Batches(Protocol):
-    """What the training loop has to know of a batch."""
+    """The questions that the training loop asks about a batch."""
 
     def rows(self, batch: Batch) -> int:
-        """Rows of the dataset in a batch."""
+        """Return the number of rows of the dataset in a batch."""
         ...
 
     def tokens(self, batch: Batch) -> torch.Tensor | None:
-        """Tokens in a batch, as a tensor of one integer on its device; None where rows have none."""
+        """Return the number of tokens in a batch as an integer tensor [] on its device; None if rows have no tokens."""
         ...
 
     def without_weight(self, batch: Batch) -> Batch:
-        """The batch with everything left out that the loss counts: its labels, say."""
+        """Return the batch without anything that counts in the loss, for example with all labels ignored."""
         ...
 
 
 class Metrics(Protocol):
-    """Accumulates an evaluation, batch by batch."""
+    """Computes the metrics of an evaluation, batch by batch."""
 
     def reduce(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """What a model makes of a batch → [rows, ...], all that is gathered from the processes."""
+        """Return what the metrics need of a batch, shape [rows, ...]. Only this is gathered from all processes.
+
+        `logits`: the output of the model for the batch, `labels`: its labels.
+        """
         ...
 
     def __call__(self, gathered: EvalPrediction, compute_result: bool) -> dict[str, float]:
-        """Add what all processes made of a batch. With `compute_result`: the metrics by name, and begin anew."""
+        """Add the reduced outputs of a batch, gathered from all processes.
+
+        With `compute_result`, return the metrics by name and start a new evaluation; otherwise return an empty dict.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Model:
-    """The model to start from, in a folder, as `prepare` sees it."""
+    """The model that the training starts from, in a folder, during `prepare`."""
 
     resolved: ResolvedSource
     path: Path
     config: Any
-    """transformers' or diffusers' configuration, which have no common type."""
+    """The configuration, from transformers or diffusers, which have no common type."""
     processor: Processor
     missing_tokens: Mapping[str, int] = field(default_factory=dict)
-    """Spelling → id of the tokens without a row in the embedding. None of them occurs in every text."""
+    """Spelling → id of the tokens without a row in the embedding. A model is refused if any text can have one."""
 
 
 @dataclass(frozen=True)
 class TrainingContext:
-    """What the training half of a task is given."""
+    """The inputs of a task in the run phase."""
 
     spec: FineTuneJobSpec
     model_path: Path
     processor: Processor
     labels: list[str] | None = None
-    """Names of the classes, where rows have one."""
+    """Names of the classes; None for tasks without classes."""
     weights: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of `from_pretrained` that decide how the weights rest: their type, a quantisation."""
+    """Arguments of `from_pretrained` that decide how weights are stored in memory: their dtype, their quantisation."""
 
 
 @dataclass(frozen=True)
@@ -103,110 +108,128 @@ class LoadedModel:
     """A model before the method is applied to it."""
 
     model: Any
-    """A torch module: transformers' or diffusers' model, which have no common type with a configuration."""
+    """A torch module from transformers or diffusers. Their models have no common type that has a configuration."""
     new_modules: list[str] = field(default_factory=list)
-    """Modules with new weights: they are trained whole, and no adapter sits on them."""
+    """Modules with new weights. All their weights are trained, and they get no adapter."""
     unused_parameters: set[str] = field(default_factory=set)
-    """Parameters that have no part in the task: they do not learn."""
+    """Names of parameters that the task does not use. They are not trained."""
 
 
 @dataclass(frozen=True)
 class TrainerSetup:
-    """How the trainer of a task is made. `training.resilience` puts its mixin before the class."""
+    """How to construct the trainer of a task. `training.resilience` puts its mixin before the class."""
 
     trainer: type[Trainer]
     collator: Collator
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of the class: a loss, metrics, a reference model."""
+    """Further arguments of the class, for example a loss, metrics or a reference model."""
 
 
 class Task(Batches, Protocol):
-    """One task. Methods with a body are defaults, which a task inherits that names this class as its base."""
+    """One task. Methods with a body are defaults for the tasks that inherit from this class."""
 
     # ---- prepare
 
     def columns(self, spec: FineTuneJobSpec) -> tuple[str, ...]:
-        """Names of the columns that are read."""
+        """Return the names of the columns that the task reads."""
         ...
 
     def check_new_model(self, spec: FineTuneJobSpec) -> None:
-        """Whether a model of `model.config` fits the spec, before anything is read. Raises Failure. For tasks whose row
-        in `luthier_api.tasks` has the option model.config.
+        """Check, before anything is read, that a new model made from `model.config` fits the spec.
+
+        Only for tasks whose row in `luthier_api.tasks` has the option model.config; others raise TypeError. Raises
+        Failure if it does not fit.
         """
         raise TypeError(f"{type(self).__name__} has no option model.config")
 
     def fitting(self, rows: Rows, spec: FineTuneJobSpec) -> Rows:
-        """The rows that can be learnt from. Raises Failure where a column is missing or holds something else."""
+        """Return the rows that can be used. Raises Failure if a column is missing or holds another type of data."""
         ...
 
     def labels(self, rows: Rows, spec: FineTuneJobSpec) -> list[str] | None:
-        """Names of the classes that the training rows have; None for tasks without classes. Raises Failure."""
+        """Return the names of the classes of the training rows; None for tasks without classes.
+
+        Raises Failure if the column of labels is missing or cannot be used.
+        """
         return None
 
     def label_ids(self, rows: Rows, spec: FineTuneJobSpec, labels: list[str] | None) -> numpy.ndarray | None:
-        """int64 of shape (rows,): the class of each row. Raises Failure on one that is not in `labels`."""
+        """Return the index of each row's class, int64 [rows]; None for tasks without classes.
+
+        Raises Failure if a class is not in `labels`.
+        """
         return None
 
     def new_model(self, rows: Rows, run: FineTuneRun, folder: WorkspaceFolder) -> Model:
-        """A model with new weights, made from `model.config` and the training rows, in the workspace."""
+        """Create a model with new weights from `model.config` and the training rows, and save it in the workspace.
+
+        Raises TypeError for tasks without the option model.config.
+        """
         raise TypeError(f"{type(self).__name__} has no option model.config")
 
     def read_model(self, located: Located, run: FineTuneRun, folder: WorkspaceFolder) -> Model:
-        """The model that was located, downloaded or merged, as a folder that `load_model` loads. Raises Failure where
-        it does not suit the task.
+        """Fetch the located model, or merge an adapter into its base, into a folder that `load_model` can load.
+
+        Raises Failure if the model does not suit the task.
         """
         ...
 
     def check_model(self, model: Model, spec: FineTuneJobSpec, rows: int, labels: list[str] | None) -> None:
-        """What of the spec depends on the model, and on the number of training rows. Raises Failure."""
+        """Check the fields of the spec against the model and the number of training rows. Raises Failure."""
         ...
 
     def encode(
         self, rows: Rows, processor: Processor, spec: FineTuneJobSpec, labels: list[str] | None, use: str
     ) -> Dataset:
-        """The rows as `train` reads them. `use`: training or held-out, for notices. Raises Failure."""
+        """Return the rows in the encoded form that the training reads.
+
+        `use`: "training" or "held-out", for notices. Raises Failure if the rows cannot be encoded.
+        """
         ...
 
     def check_encoded(self, data: DatasetDict, model: Model, labels: list[str] | None) -> None:
-        """What of the model depends on the encoded rows. Raises Failure."""
+        """Check the model against the encoded rows. Raises Failure."""
         return
 
     def count_tokens(self, data: Dataset) -> int | None:
-        """Tokens of encoded rows; None where rows have none."""
+        """Return the number of tokens in the encoded rows; None if rows have no tokens."""
         return None
 
     def cannot_recompute(self, model: Model) -> str | None:
-        """Why the model cannot drop its activations and compute them again, if so."""
+        """Return why the model does not support activation checkpointing; None if it does."""
         ...
 
     def weights(self, model: Model, spec: FineTuneJobSpec, plan: Plan, labels: list[str] | None) -> Weights:
-        """How many weights there are and learn, for the plan of the space that checkpoints take."""
+        """Return the numbers of all and of trainable weights, from which the size of checkpoints is planned."""
         ...
 
     # ---- training
 
     def read_processor(self, folder: Path, field: str) -> Processor:
-        """The tokenizer or image processor in `folder`. Raises Failure where there is none; `field` is named in it."""
+        """Return the tokenizer or image processor in `folder`. `field`: the field of the spec that a message names.
+
+        Raises Failure if there is none.
+        """
         ...
 
     def loader_workers(self, cores: int) -> int:
-        """Processes that make batches beside each process that trains on a GPU, which has so many cores."""
+        """Return the number of data loader processes for each process on a GPU, which has `cores` CPU cores."""
         ...
 
     def arguments(self, spec: FineTuneJobSpec, common: Mapping[str, Any]) -> TrainingArguments:
-        """The arguments of the trainer. `common`: those that all tasks share."""
+        """Return the arguments of the trainer. `common`: the arguments that are the same for all tasks."""
         from transformers import TrainingArguments
 
         return TrainingArguments(**common)
 
     def load_model(self, context: TrainingContext) -> LoadedModel:
-        """The model from its folder. Raises Failure where its files do not fit."""
+        """Load the model from its folder. Raises Failure if its files do not fit each other or the task."""
         ...
 
     def trainer(self, context: TrainingContext, model: Any) -> TrainerSetup:
-        """The class that trains, its loss and its metrics. `model`: as loaded, without adapters."""
+        """Return the trainer class, its collator, loss and metrics. `model`: the loaded model, without adapters."""
         ...
 
     def complete_result(self, folder: Path, model: Any, context: TrainingContext) -> None:
-        """Add to the saved result in `folder` what its weights do not say. `model`: the one that was trained."""
+        """Add files to the saved result in `folder` that the task needs beside weights. `model`: the trained model."""
         return

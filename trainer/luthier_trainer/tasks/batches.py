@@ -1,4 +1,4 @@
-"""What tasks share whose batches have `labels`, and those whose batches are texts."""
+"""Shared code of tasks whose batches have `labels`, and of tasks whose batches are texts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # the label that no loss of transformers counts
+IGNORED = -100  # the label that all losses of transformers ignore
 
 
 class LabelledBatches:
-    """Counts batches whose tensor `labels` has one row for each row of the dataset."""
+    """Implements `Batches` for batches with a tensor `labels` of shape [rows, ...], one entry for each dataset row."""
 
     def rows(self, batch: Batch) -> int:
         return len(batch["labels"])
@@ -29,23 +29,22 @@ class LabelledBatches:
 
 
 def measured_by(metrics: Metrics) -> dict[str, Any]:
-    """Arguments of transformers' Trainer with which `metrics` see each batch of an evaluation."""
+    """Return the arguments of transformers' Trainer that pass each batch of an evaluation to `metrics`."""
 
     def reduce(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-        # Some models return more than logits; the logits come first.
+        # Some models return a tuple of outputs, of which the first one holds the logits.
         return metrics.reduce(logits[0] if isinstance(logits, tuple) else logits, labels)
 
     return {"compute_metrics": metrics, "preprocess_logits_for_metrics": reduce}
 
 
 def padding_right(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy of `tokenizer` for collators: it shares the vocabulary and pads on the right. `tokenizer` itself stays as
-    it is.
+    """Return a copy of `tokenizer` for collators that pads on the right. `tokenizer` itself does not change.
 
-    Models with absolute positions (GPT-2, BERT) number a batch's columns, not a row's tokens, so padding on the left
-    would move a row to other positions than it has alone, and a causal loss would also predict a row's first token from
-    padding. Many tokenizers pad on the left because generation needs that; the result is saved with the tokenizer's own
-    side.
+    Models with absolute positions (GPT-2, BERT) count positions by the columns of a batch. With padding on the left, a
+    row would therefore have other positions than it has alone, and a causal loss would also predict the first token of
+    a row from padding. Many tokenizers pad on the left because generation needs that, and the result is saved with the
+    original side. The copy shares the vocabulary.
     """
     copied = copy.copy(tokenizer)
     copied.padding_side = "right"

@@ -1,5 +1,6 @@
-"""causal-lm: predict the next token. The held-out loss is the mean over all tokens, whatever the batches and the number
-of processes.
+"""causal-lm: learn to predict the next token.
+
+The held-out loss is the mean over all tokens, independent of the batch size and the number of processes.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ if TYPE_CHECKING:
     from transformers import DataCollatorForSeq2Seq, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 TEXTS_AT_ONCE = 1000
-MAX_PERPLEXING_LOSS = 100.0  # nats a token: beyond it, a perplexity is a number that tells nothing
+MAX_PERPLEXING_LOSS = 100.0  # nats per token; above it, the perplexity (e^100) has no meaning and is left out
 
 
 class CausalLM(LabelledBatches, TextTask):
+    """The task causal-lm."""
+
     task = "causal-lm"
 
     def columns(self, spec: FineTuneJobSpec) -> tuple[str, ...]:
@@ -46,8 +49,9 @@ class CausalLM(LabelledBatches, TextTask):
         return columns.texts(rows, spec.dataset.columns.text, FIELD, drop_blank=True)
 
     def new_model(self, rows: Rows, run: FineTuneRun, folder: WorkspaceFolder) -> Model:
-        """A tokenizer from the training rows, and weights from the seed. Of files whose blocks are held out, the
-        tokenizer sees all.
+        """Create a tokenizer from the training rows and a model with weights drawn from the seed.
+
+        If blocks of a text file are held out, the tokenizer is still trained on the whole file.
         """
         from luthier_trainer.models.new_model import new_config, save_new_model, train_tokenizer
 
@@ -83,6 +87,7 @@ class CausalLM(LabelledBatches, TextTask):
         return tokens.language_rows(rows.data, text, reader, longest, use)
 
     def check_encoded(self, data: DatasetDict, model: Model, labels: list[str] | None) -> None:
+        """Check that each split has rows and that the model knows their tokens. Raises Failure if not."""
         for name, rows in data.items():
             if len(rows) == 0:
                 raise columns.invalid(f"{FIELD}: no row of the {name} split has {tokens.SHORTEST} tokens or more")
@@ -92,8 +97,8 @@ class CausalLM(LabelledBatches, TextTask):
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(context.model_path, **context.weights)
-        # Of GPT-2 and others transformers cannot tell it by the class's name, and would count a token a row that
-        # nothing predicts.
+        # transformers derives this from the name of the class, which fails for GPT-2 and others. It would then count
+        # one token too many per row: the first, which is never predicted.
         model.loss_type = "ForCausalLM"
         return LoadedModel(model)
 
@@ -105,24 +110,31 @@ class CausalLM(LabelledBatches, TextTask):
         return TrainerSetup(Trainer, self.collator(context.processor), options)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
-        """Despite its name, the one collator of transformers that pads labels that are already there."""
+        """Return a collator that pads inputs and labels.
+
+        Despite its name, this is the only collator of transformers that pads labels which the rows already have.
+        """
         from transformers import DataCollatorForSeq2Seq
 
         return DataCollatorForSeq2Seq(padding_right(tokenizer), label_pad_token_id=IGNORED, padding=True)
 
     def loss(self, model: PreTrainedModel) -> Loss | None:
-        """What training minimises; None where the model's own loss is exactly that.
+        """Return the loss for training; None if the model's own loss is the same.
 
-        The models that call the loss function they are given do it right, and know what to add to it (experts' balance,
-        say). The others (BART's and Pegasus' decoders, ...) average each micro-batch for itself, and compare a token
-        with its own prediction.
+        Models that call the loss function of transformers compute it correctly and add their own terms, for example for
+        the load balance of experts. Other models (the decoders of BART, Pegasus, ...) average over each micro-batch
+        separately, and compare each prediction with the token at the same position instead of the next one.
         """
         calls_its_loss_function = "loss_function" in inspect.unwrap(type(model).forward).__code__.co_names
         return None if calls_its_loss_function else next_token_loss
 
 
 def texts_of(rows: Rows, column: str) -> Iterator[str]:
-    """The texts; lines of a file are put together again, so that pairs across line breaks count."""
+    """Yield the texts of `column`.
+
+    The lines of text files are joined, `TEXTS_AT_ONCE` at a time, so that the tokenizer also learns pairs that span a
+    line break.
+    """
     for start in range(0, len(rows.data), TEXTS_AT_ONCE):
         batch = rows.data[start : start + TEXTS_AT_ONCE][column]
         if rows.documents:
@@ -132,7 +144,11 @@ def texts_of(rows: Rows, column: str) -> Iterator[str]:
 
 
 def next_token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
-    """Cross-entropy of each token given those before it (nats), over the predicted tokens of the step."""
+    """Return the mean cross-entropy, in nats, of each token given the tokens before it.
+
+    Logits have the shape [rows, length, vocabulary], `labels` [rows, length]. The sum is divided by
+    `num_items_in_batch`, the number of predicted tokens of the step, or by that of the batch if it is None.
+    """
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     return ForCausalLMLoss(
@@ -141,15 +157,19 @@ def next_token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torc
 
 
 class TokenLoss:
-    """evalLoss (nats a token) and perplexity. Rows are reduced to their sums where they are: logits are never
-    gathered.
+    """Computes evalLoss (nats per token) and perplexity.
+
+    Each process reduces its rows to sums, so that logits are never gathered.
     """
 
     def __init__(self) -> None:
         self.loss = self.tokens = 0.0
 
     def reduce(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Logits [rows, length, vocabulary] → [rows, 2]: summed loss and number of predicted tokens of each row."""
+        """Return summed loss (nats) and number of predicted tokens of each row, double [rows, 2].
+
+        `logits`: [rows, length, vocabulary]. `labels`: [rows, length].
+        """
         import torch
         from torch.nn.functional import cross_entropy
 

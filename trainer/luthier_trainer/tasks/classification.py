@@ -1,7 +1,7 @@
-"""What the tasks share whose rows have one of several labels: model, loss and metrics.
+"""Shared code of the classification tasks, whose rows each have one of several labels: model, loss and metrics.
 
-The head is new when the model comes without one, or with one for other labels. A head for the same labels is kept, with
-its rows in our order.
+The head gets new weights if the model has no head, or a head for other labels. A head for the same labels is kept, with
+its rows reordered to the label order of this job.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ SHOWN = 5  # labels in a notice
 
 
 class Classification(LabelledBatches, PretrainedTask):
+    """A base class of tasks that predict one label for a row."""
+
     @property
     def auto_class(self) -> Any:
-        """transformers' class that finds the model's."""
+        """The class of transformers that loads the model. Raises NotImplementedError unless a subclass defines it."""
         raise NotImplementedError
 
     def columns(self, spec: FineTuneJobSpec) -> tuple[str, ...]:
@@ -57,6 +59,7 @@ class Classification(LabelledBatches, PretrainedTask):
         notice_unmeasured_labels(data, labels or [])
 
     def collator(self, processor: Processor) -> Collator:
+        """Return the collator of the task. Raises NotImplementedError unless a subclass defines it."""
         raise NotImplementedError
 
     def trainer(self, context: TrainingContext, model: Any) -> TrainerSetup:
@@ -64,7 +67,8 @@ class Classification(LabelledBatches, PretrainedTask):
 
         from luthier_trainer.models.heads import row_loss
 
-        # No classifier of transformers 5.23 divides by the step's rows, and most take the keyword that asks for it.
+        # No classifier of transformers 5.23 divides its loss by the rows of the step, although most of them accept the
+        # keyword that asks for it.
         options = {"compute_loss_func": row_loss, **measured_by(LabelMetrics())}
         return TrainerSetup(Trainer, self.collator(context.processor), options)
 
@@ -87,18 +91,18 @@ class Classification(LabelledBatches, PretrainedTask):
         whole = whole_modules(model, missing | mismatched)
         quantized = set(whole) - set(HEADS)
         if quantization and quantized:
-            # New weights are trained whole, which 4-bit ones cannot be. Which they are (a pooler, say) is known only
-            # after loading.
+            # All new weights are trained, which 4-bit weights cannot be. Which modules have new weights (for example a
+            # pooler) is known only after loading, so the model is loaded a second time without quantising them.
             quantization.llm_int8_skip_modules += sorted(quantized)
             model, missing, mismatched = self._load(path, options)
         fit_head(model, missing, labels_in(str(path)), names)
         return LoadedModel(model, whole)
 
     def _load(self, path: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, set[str], set[str]]:
-        """The model, the names of weights that its folder lacks, and of those that it has in another shape.
+        """Load the model; also return the names of weights that its folder lacks, or has in another shape.
 
-        `ignore_mismatched_sizes` is meant for the head alone, and transformers applies it to every weight. Raises
-        Failure for another one.
+        `ignore_mismatched_sizes` is meant only for the head, but transformers applies it to every weight. Raises
+        Failure if a weight outside the head has a different shape.
         """
         from transformers.integrations import deepspeed
 
@@ -122,7 +126,7 @@ class Classification(LabelledBatches, PretrainedTask):
         return model, set(loaded["missing_keys"]) - left, mismatched
 
     def _shapes(self, path: Path, labels: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the weights of the model in folder `path`, if it had so many labels."""
+        """Return the shapes of the weights that the model in folder `path` has with this number of labels."""
         import torch
         from transformers import AutoConfig
 
@@ -133,18 +137,18 @@ class Classification(LabelledBatches, PretrainedTask):
         return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
 
     def complete_result(self, folder: Path, model: Any, context: TrainingContext) -> None:
-        """Beside an adapter: the base's configuration with the classes and the padding token of the training. The files
-        of PEFT hold neither.
+        """Save the base's configuration, with the classes and the padding token of the training, beside an adapter.
 
-        Without them the base has two classes, LABEL_0 and LABEL_1, and a decoder cannot tell where the texts of a batch
-        end.
+        The files of PEFT hold neither. Without them the base is loaded with two classes, LABEL_0 and LABEL_1, and a
+        decoder cannot find the ends of the texts in a batch.
         """
         from transformers import AutoConfig
 
         if not (folder / ADAPTER_CONFIG).exists():
             return
         trained = model.get_base_model()
-        # The base's own: not as it was quantised for the training, say
+        # Read from the base's folder: the loaded model's configuration may hold settings of this run, for example its
+        # quantisation.
         config = AutoConfig.from_pretrained(context.model_path)
         config.architectures = [type(trained).__name__]
         for name in ("id2label", "label2id", "problem_type", "pad_token_id"):
@@ -153,7 +157,7 @@ class Classification(LabelledBatches, PretrainedTask):
 
 
 def what_becomes_of_the_head(model: Model, task: str, labels: list[str]) -> str:
-    """Whether the head of a classifier goes on learning, or starts anew."""
+    """Return a text, for a notice, on whether the head of a classifier is kept or gets new weights."""
     from luthier_trainer.models.heads import describe_head, labels_in
 
     there = weight_files.shapes(weight_files.loaded(model.path, inspect.MODEL))
@@ -161,7 +165,7 @@ def what_becomes_of_the_head(model: Model, task: str, labels: list[str]) -> str:
 
 
 def notice_unmeasured_labels(data: DatasetDict, labels: list[str]) -> None:
-    """Say which labels of the training no held-out row has: f1Macro counts each of them as 0."""
+    """Give notice of labels of the training that no held-out row has: f1Macro counts each of them as 0."""
     if "eval" not in data:
         return
     measured = set(data["eval"].unique("labels"))
@@ -175,10 +179,10 @@ def notice_unmeasured_labels(data: DatasetDict, labels: list[str]) -> None:
 
 
 class LabelMetrics:
-    """evalLoss, accuracy, f1Macro, and majorityShare: the accuracy of always answering the commonest label.
+    """Computes evalLoss, accuracy, f1Macro and majorityShare, the accuracy of always predicting the most common label.
 
-    f1Macro is the mean over all labels of the training. A label that the held-out rows do not have counts as 0, so that
-    the metric does not grow because a rare label is missing from them.
+    f1Macro is the mean over all labels of the training. A label without held-out rows counts as 0, so that the metric
+    does not rise because a rare label is missing from the held-out rows.
     """
 
     def __init__(self) -> None:
@@ -188,7 +192,10 @@ class LabelMetrics:
         self.loss, self.answers, self.truth, self.labels = 0.0, list[int](), list[int](), 0
 
     def reduce(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Logits [rows, labels] → [rows, 2]: loss and answer of each row."""
+        """Return loss (nats) and predicted label of each row, double [rows, 2].
+
+        `logits`: [rows, classes]. `labels`: int64 [rows].
+        """
         import torch
         from torch.nn.functional import cross_entropy
 
@@ -207,7 +214,7 @@ class LabelMetrics:
         return metrics
 
     def _result(self) -> dict[str, float]:
-        from sklearn.metrics import accuracy_score, f1_score  # 0.4 s that every start of every task would pay
+        from sklearn.metrics import accuracy_score, f1_score  # takes 0.4 s, which every start of any task would pay
 
         rows, classes = len(self.truth), range(self.labels)
         f1 = f1_score(self.truth, self.answers, labels=classes, average="macro", zero_division=0)

@@ -1,10 +1,9 @@
-"""A transformers Trainer that computes the loss of a denoising UNet (Stable Diffusion XL): the noise in latents of
-images, given their captions and sizes.
+"""A transformers Trainer for the UNet of Stable Diffusion XL, which learns to predict the noise in latents of images.
 
 The frozen VAE and text encoders run in each step, because `prepare` has no GPU for them. For SDXL and an image of
 1024 × 1024 pixels the VAE computes 4.9 of a step's 25 TFLOP, in fp32 (FlopCounterMode, activations checkpointed).
-What is drawn for a row depends on the seed, the step and the row alone. A resumed run, and one whose rows are divided
-among more processes, therefore sees the same noise, without any state of its own.
+The random numbers of a row depend only on the seed, the step and the row. A resumed run, or one with another number of
+processes, therefore sees the same noise without saving the state of a generator.
 """
 
 from __future__ import annotations
@@ -29,21 +28,21 @@ GOLDEN = 0.6180339887498949  # multiples of the golden ratio, modulo 1, cover th
 
 @dataclass(frozen=True)
 class Draw:
-    """What is drawn for the rows of a batch."""
+    """The random numbers of the rows of a batch."""
 
     timesteps: torch.Tensor
-    """int64 [rows]: how far the noise has come, from 0 to the schedule's last step."""
+    """int64 [rows]: the timestep of the noise schedule, from 0 (least noise) to the last one."""
     posterior: torch.Tensor
-    """[rows, channels, height, width]: which of the latents that the VAE thinks likely."""
+    """[rows, channels, height, width]: standard normal numbers that sample latents from the posterior of the VAE."""
     noise: torch.Tensor
-    """[rows, channels, height, width]: what is mixed into the latents."""
+    """[rows, channels, height, width]: the noise that is added to the latents."""
 
 
 def draw(keys: Sequence[str], shape: torch.Size, timesteps: int) -> Draw:
-    """Draw for rows with these `keys`. `shape`: of a row's latents, channels × height × width. `timesteps`: of the
-    schedule.
+    """Return the random numbers of rows, each determined by its key.
 
-    Each row has a generator of its own on the CPU: those of GPUs differ between models.
+    `shape`: of the latents of a row, [channels, height, width]. `timesteps`: number of timesteps of the schedule. Each
+    row has its own generator on the CPU, because the generators of GPUs differ between models of GPUs.
     """
     rows = []
     for key in keys:
@@ -55,13 +54,15 @@ def draw(keys: Sequence[str], shape: torch.Size, timesteps: int) -> Draw:
 
 
 def draw_for_training(seed: int, step: int, rows: Sequence[int], shape: torch.Size, timesteps: int) -> Draw:
-    """Draw anew for each step."""
+    """Return random numbers that are different in each step. `rows`: numbers of the rows in their split."""
     return draw([f"{seed}:{step}:{row}" for row in rows], shape, timesteps)
 
 
 def draw_for_evaluation(seed: int, rows: Sequence[int], shape: torch.Size, timesteps: int) -> Draw:
-    """Draw the same in each evaluation. The timesteps of consecutive rows are spread evenly: the loss depends more on
-    them than on anything else.
+    """Return random numbers that are the same in each evaluation. `rows`: numbers of the rows in their split.
+
+    The timesteps of consecutive rows are spread evenly, because the loss depends on the timestep more than on anything
+    else.
     """
     drawn = draw([f"{seed}:held-out:{row}" for row in rows], shape, timesteps)
     spread = torch.tensor([int((row + 0.5) * GOLDEN % 1 * timesteps) for row in rows])
@@ -70,30 +71,31 @@ def draw_for_evaluation(seed: int, rows: Sequence[int], shape: torch.Size, times
 
 @dataclass(frozen=True)
 class FrozenModels:
-    """The models of a pipeline that do not learn, and its schedule of noise."""
+    """The frozen models of a pipeline, and its noise schedule."""
 
     vae: AutoencoderKL
-    """In fp32: that of Stable Diffusion XL overflows in fp16, and loses detail in bf16."""
+    """In fp32: the VAE of Stable Diffusion XL overflows in fp16 and loses detail in bf16."""
     text_encoders: tuple[Any, Any]
     schedule: DDPMScheduler
-    """Its `prediction_type` says what the UNet predicts: epsilon (the noise), or v_prediction (the velocity)."""
+    """Its `prediction_type` decides what the UNet predicts: epsilon (the noise) or v_prediction (the velocity)."""
 
     def to(self, device: torch.device) -> None:
+        """Freeze the models and move them to `device`."""
         for model in (self.vae, *self.text_encoders):
             model.requires_grad_(False).eval().to(device)
 
     @torch.no_grad()
     def likely_latents(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of the latents of images.
+        """Return mean and standard deviation of the VAE's posterior, each fp32 [rows, channels, h / 8, w / 8].
 
-        `pixels`: fp32 [rows, 3, height, width] from -1 to 1. Results: fp32 [rows, channels, height / 8, width / 8].
+        `pixels`: fp32 [rows, 3, h, w] with values from -1 to 1.
         """
         with torch.autocast(pixels.device.type, enabled=False):
             posterior = self.vae.encode(pixels).latent_dist
         return posterior.mean, posterior.std
 
     def scaled(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents of the VAE as the UNet sees them: of about unit variance."""
+        """Return latents of the VAE, scaled to a variance of about 1 for the UNet. The shape stays the same."""
         config = self.vae.config
         mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
         if mean is None or deviation is None:
@@ -103,9 +105,10 @@ class FrozenModels:
 
     @torch.no_grad()
     def read(self, tokens: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the text encoders make of captions: [rows, 77, width of both], and pooled [rows, width of the second].
+        """Return the encoded captions, [rows, 77, width of both encoders], and pooled, [rows, width of the second].
 
-        `tokens`: int64 [rows, 77] for each encoder. As in the pipeline, the last layer but one is what the UNet reads.
+        `tokens`: int64 [rows, 77] for each encoder. As in the pipeline, the UNet reads the output of the second to last
+        layer.
         """
         outputs = [
             encoder(ids, output_hidden_states=True) for encoder, ids in zip(self.text_encoders, tokens, strict=True)
@@ -113,23 +116,25 @@ class FrozenModels:
         return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[-1][0]
 
     def target(self, latents: torch.Tensor, drawn: Draw) -> torch.Tensor:
-        """What the UNet should predict: [rows, channels, height, width]."""
+        """Return what the UNet should predict, [rows, channels, height, width]. `latents`: scaled, same shape."""
         if self.schedule.config.prediction_type == "v_prediction":
             return self.schedule.get_velocity(latents, drawn.noise, drawn.timesteps)
         return drawn.noise
 
 
 class DiffusionTrainer(Trainer):
-    """Trains the adapter of a UNet on batches of `pixel_values`, `input_ids`, `input_ids_2`, `time_ids` and `labels`
-    (the rows' numbers).
+    """Trains the adapter of a UNet.
+
+    Its batches have `pixel_values`, `input_ids`, `input_ids_2`, `time_ids` and `labels` (the numbers of the rows).
     """
 
     def __init__(self, *, frozen: FrozenModels, **kwargs: Any) -> None:
         model, args = kwargs["model"], kwargs["args"]
-        # transformers would set `use_cache` in it, and configurations of diffusers cannot be changed.
+        # transformers would set `use_cache` in the configuration, but those of diffusers cannot be changed.
         model.config = None
         if args.activation_checkpointing:
-            # transformers calls a method of its own models. diffusers checkpoints without re-entering, as we ask for.
+            # transformers would call a method that only its own models have. diffusers uses the non-reentrant
+            # implementation of checkpointing, as `training.arguments` asks for.
             model.get_base_model().enable_gradient_checkpointing()
             args.activation_checkpointing = False
         super().__init__(compute_loss_func=denoising_loss, **kwargs)
@@ -139,15 +144,16 @@ class DiffusionTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of a batch; with `return_outputs` also that of each row, fp32 [rows]."""
+        """Return the loss of a batch; with `return_outputs` also the loss of each row, fp32 [rows]."""
         given, target = self.denoising(inputs, model.training)
-        # transformers takes `labels` away before it calls the model, and gives them to the loss function.
+        # transformers removes `labels` before it calls the model, and passes them to the loss function.
         loss, outputs = super().compute_loss(model, given | {"labels": target}, True, num_items_in_batch)
         return (loss, {"losses": row_losses(outputs.sample, target)}) if return_outputs else loss
 
     def denoising(self, inputs: dict[str, Any], learning: bool) -> tuple[dict[str, Any], torch.Tensor]:
-        """Arguments of the UNet, and what it should predict, for a batch. `learning`: whether to draw for a step, or
-        for an evaluation.
+        """Return the arguments of the UNet for a batch, and what it should predict, [rows, channels, height, width].
+
+        `learning`: True draws random numbers for a training step, False draws them for an evaluation.
         """
         mean, deviation = self.frozen.likely_latents(inputs[PIXELS])
         rows, shape, timesteps = inputs[ROW].tolist(), mean.shape[1:], self.frozen.schedule.config.num_train_timesteps
@@ -168,24 +174,24 @@ class DiffusionTrainer(Trainer):
 
 
 def row_losses(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of each row: [rows, channels, height, width] twice → fp32 [rows]."""
+    """Return the mean squared error of each row, fp32 [rows]. Both tensors: [rows, channels, height, width]."""
     return mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
 
 
 def denoising_loss(outputs: Any, target: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean squared error, over the rows of the step."""
+    """Return the mean squared error over the `num_items_in_batch` rows of the step, or over the batch if it is None."""
     losses = row_losses(outputs.sample, target)
     return losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
 
 
 class RowLosses:
-    """evalLoss: the mean of the rows' losses."""
+    """Computes evalLoss, the mean of the losses of all held-out rows."""
 
     def __init__(self) -> None:
         self.loss, self.rows = 0.0, 0
 
     def reduce(self, losses: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The loss of each row is all there is: [rows] → [rows, 1]."""
+        """Return the losses of the rows, [rows], as a double tensor of shape [rows, 1]."""
         return losses.double()[:, None]
 
     def __call__(self, gathered: EvalPrediction, compute_result: bool) -> dict[str, float]:
@@ -199,7 +205,10 @@ class RowLosses:
 
 
 def load_frozen(path: Path, dtype: torch.dtype, field: str) -> FrozenModels:
-    """The models that do not learn, of the pipeline in `path`: text encoders in `dtype`. Raises Failure."""
+    """Load the frozen models of the pipeline in `path`, with text encoders in `dtype` and the VAE in fp32.
+
+    `field`: the field that messages name. Raises Failure if a model cannot be loaded.
+    """
     config = pipelines.read_scheduler(path, pipelines.index_of(path, field), field).config
     first, second = (pipelines.load_model(path, name, dtype, field) for name in ("text_encoder", "text_encoder_2"))
     vae = pipelines.load_model(path, "vae", torch.float32, field)

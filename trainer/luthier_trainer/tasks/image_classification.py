@@ -1,5 +1,6 @@
-"""image-classification: one label for an image. What the model sees is what its own processor makes of it, without
-augmentation.
+"""image-classification: predict one label for an image.
+
+The images are converted by the model's own image processor, without augmentation.
 """
 
 from __future__ import annotations
@@ -17,17 +18,19 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import BaseImageProcessor, PreTrainedModel
 
-# Pixels of an image that stands for all of them: `prepare` has seen that the processor makes the same shape of any.
+# Size in pixels of a sample image. `prepare` has checked that the processor makes the same shape of all images.
 SIDES = (64, 64)
 
 
 class ImageClassification(Classification, ImageTask):
+    """The task image-classification."""
+
     task = "image-classification"
 
     def encode(
         self, rows: Rows, processor: BaseImageProcessor, spec: FineTuneJobSpec, labels: list[str] | None, use: str
     ) -> Dataset:
-        """Columns pixel_values, which are still files, and labels."""
+        """Return the columns `pixel_values`, still encoded image files, and `labels`, int64."""
         from datasets import Features, Image, Value
 
         name = spec.dataset.columns.image
@@ -47,11 +50,13 @@ class ImageClassification(Classification, ImageTask):
         return replace(loaded, unused_parameters=unused_in(loaded.model, context.processor))
 
     def collator(self, processor: BaseImageProcessor) -> Collator:
+        """Return a function that makes a batch of rows with the processor of the model."""
         import torch
 
         def collate(rows: list[dict[str, Any]]) -> Batch:
-            """Images, decoded as they are read, and labels → pixels [rows, channels, height, width] and labels
-            [rows].
+            """Return `pixel_values` [rows, channels, height, width] and `labels` int64 [rows].
+
+            The dataset decodes the images of `rows` when it reads them.
             """
             images = [row["pixel_values"].convert("RGB") for row in rows]
             pixels = processor(images=images, return_tensors="pt")["pixel_values"]
@@ -61,11 +66,11 @@ class ImageClassification(Classification, ImageTask):
 
 
 def unused_in(model: PreTrainedModel, processor: BaseImageProcessor) -> set[str]:
-    """Names of the parameters that have no part in the logits of an image."""
+    """Return the names of the parameters that do not affect the logits; an empty set if that cannot be determined."""
     import PIL.Image
 
     pixels = processor(images=[PIL.Image.new("RGB", SIDES)], return_tensors="pt")["pixel_values"]
     try:
         return unused_parameters(model, tuple(pixels.shape[1:]))
-    except Exception:  # it looks at values, which are not there; what it takes has been seen in `prepare`
+    except Exception:  # the model reads values, which meta tensors lack; `prepare` has checked what it accepts
         return set()

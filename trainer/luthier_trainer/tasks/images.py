@@ -1,7 +1,7 @@
-"""Rows of images, as `prepare` sees them: which fit, and whether the model takes what its processor makes of them.
+"""Checks of images in `prepare`: which can be used, and whether the model accepts the tensors of its processor.
 
-They go into the workspace as the files they are, and are decoded when `train` reads them: as pixels they would take ten
-times the room. Neighbour: `texts` does the same for rows of text.
+Images are saved in the workspace as encoded files and are decoded when the training reads them. As pixels they would
+take ten times the space.
 """
 
 from __future__ import annotations
@@ -31,19 +31,21 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
 FIELD = "spec.dataset.columns.image"
-PIXELS = "pixel_values"  # transformers' name: a column of another one would be dropped on the way to the model
-# A core decodes and scales 350 photographs of 512 × 384 pixels a second; a GPU sees more.
+PIXELS = "pixel_values"  # the name in transformers, whose Trainer drops columns with other names
+# One core decodes and scales 350 photographs of 512 × 384 pixels per second; a GPU trains on more than that.
 MIN_WORKERS, MAX_WORKERS = 2, 8
-AT_ONCE = 100  # images whose files are held at a time: of a camera's, half a gigabyte
-# Pillow's modes of more than 8 bits a channel, and what it cuts them off at instead of scaling them
+AT_ONCE = 100  # image files in memory at a time; half a gigabyte for files of a camera
+# Pillow's modes with more than 8 bits per channel, and the value at which it clips them instead of scaling them.
 DEEP, WHITE = (
     ("I", "F"),
     255,
 )
-WIDE, TALL = (96, 48), (64, 80)  # pixels of two images that have nothing in common
+WIDE, TALL = (96, 48), (64, 80)  # sizes in pixels of two images with different aspect ratios
 
 
 class ImageTask(PretrainedTask):
+    """A base class of tasks whose model reads images."""
+
     def inputs(self, spec: FineTuneJobSpec) -> tuple[str, ...]:
         return (spec.dataset.columns.image,)
 
@@ -62,12 +64,12 @@ class ImageTask(PretrainedTask):
 
 
 def loader_workers(cores: int) -> int:
-    """Processes that decode and scale images beside each process that trains on a GPU, which has so many cores."""
+    """Return the number of data loader processes, which decode and scale images, per GPU with `cores` CPU cores."""
     return min(max(cores - 1, MIN_WORKERS), MAX_WORKERS)
 
 
 def fitting(rows: Rows, spec: FineTuneJobSpec) -> Rows:
-    """The rows, each with an image that can be read. Raises Failure."""
+    """Return the rows with their images as encoded files. Raises Failure if an image is missing or cannot be read."""
     from datasets import Image
 
     name = spec.dataset.columns.image
@@ -93,7 +95,7 @@ def fitting(rows: Rows, spec: FineTuneJobSpec) -> Rows:
 
 
 def unusable(stored: Dataset, name: str) -> list[tuple[int, str]]:
-    """Row and reason of each image that cannot be read, or not be seen."""
+    """Return row number and reason of each image in column `name` that the training could not use."""
     found = []
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
         for start in range(0, len(stored), AT_ONCE):
@@ -103,7 +105,11 @@ def unusable(stored: Dataset, name: str) -> list[tuple[int, str]]:
 
 
 def problem(image: dict[str, Any] | None) -> str | None:
-    """Why `train` could not show an image to a model; None when it can."""
+    """Return why the training could not use an image; None if it can.
+
+    `image`: as `datasets` stores it, with "bytes" and "path". An error that the volume or its permissions caused is
+    passed on.
+    """
     import PIL.Image
     import PIL.ImageOps
 
@@ -115,16 +121,17 @@ def problem(image: dict[str, Any] | None) -> str | None:
             opened.load()
             seen = PIL.ImageOps.exif_transpose(opened).convert("RGB")
             lost = loss(opened, seen)
-    except Exception as error:  # each format's decoder fails in its own way
+    except Exception as error:  # the decoders of Pillow's formats raise many types of exceptions
         if os_error(error, STORAGE_ERRNOS | FORBIDDEN_ERRNOS):
-            raise  # the volume or its rights, not the data
+            raise  # an error of the volume or its permissions, not of the data
         return f"{name}{' '.join(str(error).split())[:200]}"
     return f"{name}{lost}" if lost else None
 
 
 def loss(image: PIL.Image.Image, seen: PIL.Image.Image) -> str | None:
-    """What of an image is lost in RGB, as which everybody shows images to models; None where something is left to
-    see.
+    """Return what an image loses in the conversion to RGB that all models need; None if it can be used.
+
+    `seen`: the converted image.
     """
     extremes: Any = image.getextrema()
     if image.mode.startswith(DEEP):
@@ -143,8 +150,9 @@ def loss(image: PIL.Image.Image, seen: PIL.Image.Image) -> str | None:
 
 
 def check(config: PreTrainedConfig, processor: BaseImageProcessor, spec: FineTuneJobSpec, rows: int) -> None:
-    """Whether the processor makes batches of whatever images, and such as the model takes. `rows`: of training. Raises
-    Failure.
+    """Check that the processor makes tensors of the same shape of all images, and that the model accepts them.
+
+    `rows`: the number of training rows. Raises Failure if not.
     """
     import PIL.Image
 
@@ -152,7 +160,7 @@ def check(config: PreTrainedConfig, processor: BaseImageProcessor, spec: FineTun
     for size in (WIDE, TALL):
         try:
             made = processor(images=[PIL.Image.new("RGB", size)], return_tensors="pt")
-        except Exception as error:  # each processor checks its settings in its own way, when it needs them
+        except Exception as error:  # processors check their settings in use, with many exceptions
             raise Failure(
                 ExitCode.INVALID_SPEC,
                 f"{inspect.MODEL}: its image processor ({type(processor).__name__}) fails: {type(error).__name__}:"
@@ -174,9 +182,9 @@ def check(config: PreTrainedConfig, processor: BaseImageProcessor, spec: FineTun
     model = inspect.skeleton(config, spec.task, inspect.MODEL)
     try:
         unused_parameters(model, shapes[0][1:])
-    except Exception as error:  # each architecture checks what it is given in its own way
+    except Exception as error:  # architectures check their inputs with many types of exceptions
         text = " ".join(str(error).split())[:300]
-        if "meta tensor" not in text.lower():  # it looks at values, which are not there: nothing is known then
+        if "meta tensor" not in text.lower():  # a model that reads values, which meta tensors lack, is not checked
             raise Failure(
                 ExitCode.INVALID_SPEC,
                 f"{inspect.MODEL}: its image processor makes tensors of {by(shapes[0])}, which the model does not"
@@ -187,9 +195,10 @@ def check(config: PreTrainedConfig, processor: BaseImageProcessor, spec: FineTun
 
 
 def unused_parameters(model: PreTrainedModel, shape: tuple[int, ...]) -> set[str]:
-    """Names of the parameters that have no part in the logits of images that are `shape` [channels, height, width]: of
-    a pre-training's other task, say. Seen on the meta device, without memory. Raises whatever the model does where it
-    does not take such images.
+    """Return the names of the parameters that do not affect the logits, for example those of a pre-training task.
+
+    `shape`: of an image, [channels, height, width]. The model runs on the meta device, which allocates no memory.
+    Raises whatever the model raises if it does not accept such images.
     """
     import torch
 
@@ -201,7 +210,10 @@ def unused_parameters(model: PreTrainedModel, shape: tuple[int, ...]) -> set[str
 
 
 def smallest_batch(spec: FineTuneJobSpec, rows: int) -> int:
-    """Rows of the smallest micro-batch. Several processes fill their last ones up; one process does not."""
+    """Return the number of rows of the smallest micro-batch of an epoch.
+
+    Several processes fill up their last micro-batches; a single process does not.
+    """
     plan = plan_training(spec, rows, None)
     micro = plan.micro_batch_size or 1
     reached = (plan.steps or 0) * spec.training.batch_size >= rows
@@ -209,10 +221,13 @@ def smallest_batch(spec: FineTuneJobSpec, rows: int) -> int:
 
 
 def check_alone(model: PreTrainedModel, shape: tuple[int, ...], rows: int) -> None:
-    """Whether the model can learn from one image alone: its statistics may need more than one value. Raises Failure."""
+    """Check that the model can train on a batch of one image, [channels, height, width]. Raises Failure if not.
+
+    BatchNorm, for example, needs more than one value per channel.
+    """
     import torch
 
-    with contextlib.suppress(NotImplementedError, RuntimeError):  # it looks at values, which are not there
+    with contextlib.suppress(NotImplementedError, RuntimeError):  # the model reads values, which meta tensors lack
         try:
             model.train()(pixel_values=torch.empty(1, *shape, device="meta"))
         except ValueError as error:
@@ -225,4 +240,5 @@ def check_alone(model: PreTrainedModel, shape: tuple[int, ...], rows: int) -> No
 
 
 def by(shape: tuple[int, ...]) -> str:
+    """Return a shape without its first dimension, as text for a message."""
     return " × ".join(map(str, shape[1:]))

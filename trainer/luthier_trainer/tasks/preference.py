@@ -1,7 +1,7 @@
-"""preference: learn from pairs of answers which one is better (DPO, arXiv:2305.18290), by TRL's DPOTrainer.
+"""preference: learn from pairs of answers which one is better (DPO, arXiv:2305.18290), with TRL's DPOTrainer.
 
-The reward of an answer is how much more likely it has become than under the model that the training started from, the
-reference. Beside an adapter that is the base model without it; otherwise it is a second, frozen copy.
+The reward of an answer is the increase of its log-probability over the reference, which is the model that the training
+started from. With an adapter, the reference is the base model without it; otherwise it is a second, frozen copy.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ if TYPE_CHECKING:
     from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments
 
 COLUMNS = "spec.dataset.columns"
-ENCODED = ("prompt_ids", "chosen_ids", "rejected_ids")  # TRL's names: a column of another one would be dropped
-FUSED_TOLERANCE = 0.05  # nats: what 16-bit arithmetic may make of one log-probability
+ENCODED = ("prompt_ids", "chosen_ids", "rejected_ids")  # the names in TRL, which drops columns with other names
+FUSED_TOLERANCE = 0.05  # nats: possible error of a log-probability in 16-bit arithmetic
 
 
 class PreferenceTask(TextTask):
+    """The task preference."""
+
     task = "preference"
 
     # ---- prepare
@@ -41,7 +43,10 @@ class PreferenceTask(TextTask):
         return tuple(roles(spec).values())
 
     def fitting(self, rows: Rows, spec: FineTuneJobSpec) -> Rows:
-        """The pairs that differ. Raises Failure where a column is missing, blank or holds something else than text."""
+        """Return the pairs whose answers differ.
+
+        Raises Failure if a column is missing, blank or does not hold text, or if no pair differs.
+        """
         for role, column in roles(spec).items():
             refuse_messages(rows, column, f"{COLUMNS}.{role}")
             rows = columns.texts(rows, column, f"{COLUMNS}.{role}", drop_blank=False)
@@ -63,6 +68,7 @@ class PreferenceTask(TextTask):
         return rows.select(numpy.flatnonzero(differs))
 
     def check_model(self, model: Model, spec: FineTuneJobSpec, rows: int, labels: list[str] | None) -> None:
+        """Check tokenizer, model and target modules. Raises Failure if one does not fit."""
         check_ends(model.processor)
         super().check_model(model, spec, rows, labels)
         if spec.method.type == "full":
@@ -85,8 +91,10 @@ class PreferenceTask(TextTask):
         labels: list[str] | None,
         use: str,
     ) -> Dataset:
-        """Tokens of the prompt, and of each answer behind it. An answer that does not fit is cut; a pair of which
-        nothing would be left is left out.
+        """Return the token ids of each prompt and of its two answers.
+
+        Answers are cut at `spec.training.maxLength` tokens, counted with the prompt. A pair whose prompt alone is that
+        long is left out.
         """
         import numpy
         from datasets import Features, List, Value
@@ -115,6 +123,7 @@ class PreferenceTask(TextTask):
         return encoded.select(numpy.flatnonzero(fits)).remove_columns("length")
 
     def check_encoded(self, data: DatasetDict, model: Model, labels: list[str] | None) -> None:
+        """Check that each split has pairs and that the model knows their tokens. Raises Failure if not."""
         for name, rows in data.items():
             if len(rows) == 0:
                 raise columns.invalid(
@@ -123,7 +132,7 @@ class PreferenceTask(TextTask):
         embedding.check_rows(model.missing_tokens, data, model.processor, inspect.MODEL, ADD_ROWS, ENCODED)
 
     def count_tokens(self, data: Dataset) -> int:
-        """Of both sequences of each pair."""
+        """Return the number of tokens in both sequences of each pair; a prompt counts twice."""
         prompts, chosen, rejected = (sum(len(ids) for ids in data[name]) for name in ENCODED)
         return 2 * prompts + chosen + rejected
 
@@ -136,7 +145,7 @@ class PreferenceTask(TextTask):
         return batch["attention_mask"].sum()
 
     def without_weight(self, batch: Batch) -> Batch:
-        return batch  # TRL's loss counts no items
+        return batch  # TRL's loss does not count items
 
     def arguments(self, spec: FineTuneJobSpec, common: Mapping[str, Any]) -> TrainingArguments:
         from trl import DPOConfig
@@ -146,7 +155,7 @@ class PreferenceTask(TextTask):
             beta=spec.preference.beta,
             loss_type=[spec.preference.loss_type],
             max_length=None,  # `encode` has cut the answers
-            gradient_checkpointing=False,  # transformers' name for it stands in `common`
+            gradient_checkpointing=False,  # `common` sets it under the name that transformers uses
         )
 
     def load_model(self, context: TrainingContext) -> LoadedModel:
@@ -165,7 +174,10 @@ class PreferenceTask(TextTask):
 
 @cache
 def trainer_class() -> type:
-    """TRL's trainer without what a job must not do (reports, cards), and with exact metrics of an evaluation."""
+    """Return a subclass of TRL's trainer that sends no reports, writes no cards and computes exact evaluation metrics.
+
+    This is a function so that TRL and torch are imported only when they are needed.
+    """
     import torch
     from torch.nn.functional import logsigmoid
     from trl import DPOTrainer
@@ -178,8 +190,8 @@ def trainer_class() -> type:
 
     class PreferenceTrainer(DPOTrainer):
         def __init__(self, *, model: Any, **options: Any) -> None:
-            # TRL 1.16 puts a copy of the adapter beside it as the reference, and turns adapters on a quantised model
-            # into bf16, in which small steps are rounded away.
+            # TRL 1.16 adds a copy of the adapter as the reference, and converts adapters on a quantised model to bf16,
+            # in which small updates are lost to rounding. Both are undone here.
             initial = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
             super().__init__(model=model, **options)
             if "ref" in getattr(model, "peft_config", {}):
@@ -190,7 +202,7 @@ def trainer_class() -> type:
             check_fused_head(model)
 
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-            return dataset  # `prepare` has encoded it
+            return dataset  # `prepare` has already encoded it
 
         def _send_telemetry(self) -> None:
             return
@@ -199,8 +211,8 @@ def trainer_class() -> type:
             return
 
         def compute_loss(self, *args: Any, **options: Any) -> Any:
-            # TRL 1.16 gathers the metrics of its log after each micro-batch. Of the last ones of an epoch processes
-            # may have different numbers of rows, for which a collective would wait for ever.
+            # TRL 1.16 gathers metrics for its log after each micro-batch. In the last micro-batches of an epoch the
+            # processes may have different numbers of rows, with which this collective would never finish.
             accelerator = self.accelerator
             accelerator.gather = accelerator.gather_for_metrics = lambda tensor, *_, **__: tensor
             try:
@@ -209,8 +221,10 @@ def trainer_class() -> type:
                 del accelerator.gather, accelerator.gather_for_metrics
 
         def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> tuple[Any, Any, Any]:
-            """Loss, and [rows, 3]: loss and both rewards of each pair. TRL's own are means over a batch and what fills
-            it up.
+            """Return the mean loss, and loss and both rewards of each pair, double [pairs, 3].
+
+            TRL's own metrics are means over a batch that include the rows which fill it up. The third value is a
+            placeholder for labels, because transformers computes metrics only if there are labels.
             """
             inputs = self._prepare_inputs(inputs)
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -236,7 +250,7 @@ def trainer_class() -> type:
 
 
 class PairMetrics:
-    """evalLoss, rewardAccuracy and rewardMargin, each a mean over all held-out pairs."""
+    """Computes evalLoss, rewardAccuracy and rewardMargin, each a mean over all held-out pairs."""
 
     def __init__(self) -> None:
         self._begin()
@@ -262,13 +276,13 @@ class PairMetrics:
 
 
 def roles(spec: FineTuneJobSpec) -> dict[str, str]:
-    """Role → name of the column, in the order of a pair."""
+    """Return role → name of its column, in the order prompt, chosen, rejected."""
     names = spec.dataset.columns
     return {"prompt": names.prompt, "chosen": names.chosen, "rejected": names.rejected}
 
 
 def refuse_messages(rows: Rows, column: str, field: str) -> None:
-    """Raise Failure where a column holds chat messages: which template makes text of them is for the user to say."""
+    """Raise Failure if a column holds chat messages. Only the user knows which template converts them to text."""
     columns.require(rows, column, field)
     feature = rows.data.features[column]
     if column in rows.mixed or isinstance(feature, list | dict) or type(feature).__name__ in ("List", "LargeList"):
@@ -282,9 +296,11 @@ def refuse_messages(rows: Rows, column: str, field: str) -> None:
 def pairs_of(
     reader: Reader, longest: int, prompts: list[str], chosen: list[str], rejected: list[str]
 ) -> dict[str, list[Any]]:
-    """Tokens of prompts and answers, divided as TRL does: the prompt is what its tokens have in common with those of it
-    and each answer. A token that spans both belongs to the answer. Answers are cut at `longest` tokens with the prompt;
-    `length` is that of the longer sequence before.
+    """Return the token ids of prompts and answers by name, as in `ENCODED`, and the column `length`.
+
+    They are divided as in TRL: the prompt and both sequences of prompt and answer are tokenized, and the common
+    beginning of all three is the prompt. A token that spans prompt and answer belongs to the answer. Answers are cut at
+    `longest` tokens, counted with the prompt. `length`: tokens of the longer sequence before it was cut.
     """
     options = {"return_attention_mask": False, "return_token_type_ids": False}
     alone = reader(prompts, **options)["input_ids"]
@@ -303,8 +319,10 @@ def pairs_of(
 
 
 def check_fused_head(model: Any) -> None:
-    """Whether log-probabilities as TRL computes them, from the last hidden state and the head's weights, are those of
-    the model. They are not where a head has layers before those weights (BERT's decoders). Raises Failure.
+    """Check that TRL computes the same log-probabilities as the model. Raises Failure if not.
+
+    TRL computes them from the last hidden state and the weights of the head. That is wrong for models whose head has
+    layers before those weights (BERT's decoders).
     """
     import torch
 

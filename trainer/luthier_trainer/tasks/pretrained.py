@@ -1,4 +1,4 @@
-"""What the tasks share whose models are transformers': the model in a folder, checked against task, method and spec."""
+"""Shared code of tasks with models of transformers: the model in a folder, checked against task, method and spec."""
 
 from __future__ import annotations
 
@@ -27,22 +27,25 @@ if TYPE_CHECKING:
 
 
 class PretrainedTask(Task):
+    """A base class of tasks with models of transformers."""
+
     task: str
-    """Its name in `luthier_api.tasks`."""
+    """The name of the task in `luthier_api.tasks`."""
 
     def inputs(self, spec: FineTuneJobSpec) -> tuple[str, ...]:
-        """Names of the columns that the model is shown."""
+        """Return the columns that are inputs of the model. Raises NotImplementedError unless a subclass defines it."""
         raise NotImplementedError
 
     def read_model(self, located: Located, run: FineTuneRun, folder: WorkspaceFolder) -> Model:
-        """The model as a folder that `from_pretrained` loads; an adapter of another job is merged into its base. Raises
-        Failure.
+        """Return the model in a folder that `from_pretrained` loads. An adapter of another job is merged into its base.
+
+        Raises Failure if the model does not suit the task, or is quantised in a way that cannot be trained.
         """
         path = whole_model(located, run, folder)
         config = inspect.read_config(path, located.field)
         checks.check_task(config, self.task, inspect.MODEL)
-        # Adapters can be trained beside quantised weights; to go on from such weights without them would be to train
-        # their rounding.
+        # Adapters can be trained on top of quantised weights. Without adapters, a training that starts from quantised
+        # weights would have to learn to correct their rounding errors.
         quantization = run.spec.model.quantization
         checks.check_quantisation(config, {"bitsandbytes"} if quantization else set(), inspect.MODEL)
         if quantization:
@@ -53,7 +56,7 @@ class PretrainedTask(Task):
         return Model(located.resolved, path, config, processor)
 
     def check_model(self, model: Model, spec: FineTuneJobSpec, rows: int, labels: list[str] | None) -> None:
-        """What strategy, method and recomputed activations ask of the model. Raises Failure."""
+        """Check that the model supports strategy, method and activation checkpointing. Raises Failure if not."""
         if spec.strategy.startswith("zero3"):
             checks.check_sharding(model.config, self.task, "spec.strategy")
         trouble = self.cannot_recompute(model) if spec.training.gradient_checkpointing else None
@@ -79,12 +82,12 @@ class PretrainedTask(Task):
 
 
 def quantization_field(spec: FineTuneJobSpec) -> str:
-    """The field that asks for quantised weights: some methods imply them."""
+    """Return the field of the spec that asks for quantised weights. Some methods imply them."""
     return "spec.method.type" if METHODS[spec.method.type].quantization else "spec.model.quantization"
 
 
 def with_labels(config: PreTrainedConfig, labels: list[str] | None) -> PreTrainedConfig:
-    """The configuration of a model whose head is for so many labels."""
+    """Return a copy of a configuration with the number of labels set, if there are labels."""
     fitted = copy.deepcopy(config)
     if labels:
         fitted.num_labels = len(labels)

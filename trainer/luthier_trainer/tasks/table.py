@@ -1,4 +1,4 @@
-"""The tasks of a FineTuneJob: one file each, and a line here. `luthier_api.tasks` says what exists."""
+"""The implementations of the tasks of a FineTuneJob, by name. `luthier_api.tasks` defines which tasks exist."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ TASKS: Mapping[str, Task] = {
 
 
 def task_of(spec: FineTuneJobSpec) -> Task:
-    """The task of a job."""
+    """Return the implementation of a job's task."""
     return TASKS[spec.task]

@@ -1,4 +1,4 @@
-"""text-classification: one label for a text."""
+"""text-classification: predict one label for a text."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 
 class TextClassification(Classification, TextTask):
+    """The task text-classification."""
+
     task = "text-classification"
 
     def fitting(self, rows: Rows, spec: FineTuneJobSpec) -> Rows:
@@ -42,7 +44,7 @@ class TextClassification(Classification, TextTask):
         return AutoModelForSequenceClassification
 
     def trainer(self, context: TrainingContext, model: Any) -> TrainerSetup:
-        # Decoders look for the last token that is not padding.
+        # Decoders classify by the last token that is not padding, so they need the id of the padding token.
         model.config.pad_token_id = context.processor.pad_token_id
         return super().trainer(context, model)
 

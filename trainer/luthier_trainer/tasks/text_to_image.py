@@ -1,7 +1,7 @@
-"""text-to-image: LoRA adapters on the UNet of Stable Diffusion XL learn from images with captions.
+"""text-to-image: train LoRA adapters on the UNet of Stable Diffusion XL with images and captions.
 
-The adapter is delivered as diffusers saves one (`pytorch_lora_weights.safetensors`): GenerateJobs load it, and so does
-`StableDiffusionXLPipeline.load_lora_weights`. `diffusion` has the trainer.
+The adapter is delivered in the format of diffusers (`pytorch_lora_weights.safetensors`), which GenerateJobs and
+`StableDiffusionXLPipeline.load_lora_weights` load. The module `diffusion` holds the trainer.
 """
 
 from __future__ import annotations
@@ -41,21 +41,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 CAPTION, ROW = "caption", "labels"
-"""Columns of the prepared rows. transformers counts the rows of a step by their `labels`, so that is where the number
-of a row in its split stands: what is drawn for the row depends on it.
+"""Columns of the prepared rows.
+
+`labels` holds the number of a row in its split, on which the random numbers of the row depend. It has that name because
+transformers counts the rows of a step by their `labels`.
 """
 CAPTIONS = "spec.dataset.columns.text"
 SHOWN = 60  # characters of a caption in a message
 PREDICTIONS = ("epsilon", "v_prediction")
-TIME_IDS = 6  # numbers that tell the size and the part of an image, of which refiners are given five
+TIME_IDS = 6  # numbers that describe size and crop of an image; refiners have five
 
 
 class TextToImage(LabelledBatches, Task):
+    """The task text-to-image."""
+
     def columns(self, spec: FineTuneJobSpec) -> tuple[str, ...]:
         return (spec.dataset.columns.image, spec.dataset.columns.text)
 
     def fitting(self, rows: Rows, spec: FineTuneJobSpec) -> Rows:
-        """The rows, each with an image that can be read and a caption. Raises Failure."""
+        """Return the rows with their images and captions. Raises Failure if one is missing or cannot be read."""
         return columns.texts(images.fitting(rows, spec), spec.dataset.columns.text, CAPTIONS, drop_blank=False)
 
     def read_model(self, located: Located, run: FineTuneRun, folder: WorkspaceFolder) -> Model:
@@ -70,7 +74,7 @@ class TextToImage(LabelledBatches, Task):
         method_checks.check_modules(unet, "the UNet", [], spec.method.target_modules, "spec.method.targetModules")
 
     def encode(self, rows: Rows, processor: None, spec: FineTuneJobSpec, labels: list[str] | None, use: str) -> Dataset:
-        """Columns pixel_values, which are still files, caption, and labels: the number of each row."""
+        """Return the columns `pixel_values` (still encoded files), `caption` and `labels` (the number of the row)."""
         from datasets import Features, Image, Value
 
         names = {spec.dataset.columns.image: PIXELS, spec.dataset.columns.text: CAPTION}
@@ -79,7 +83,7 @@ class TextToImage(LabelledBatches, Task):
         return data.cast(Features({PIXELS: Image(), CAPTION: Value("large_string"), ROW: Value("int64")}))
 
     def check_encoded(self, data: DatasetDict, model: Model, labels: list[str] | None) -> None:
-        """A notice for the captions of each split that are longer than the text encoders read."""
+        """Give notice, for each split, of captions that are longer than the text encoders read."""
         for use, rows in data.items():
             report_unread(rows, read_tokenizers(model.path), use)
 
@@ -93,14 +97,14 @@ class TextToImage(LabelledBatches, Task):
         return weights_in(unet, [], spec, plan, source="float32")
 
     def read_processor(self, folder: Path, field: str) -> None:
-        """None: the tokenizers are read from the pipeline's folder."""
+        """Return None, because the tokenizers are read from the folder of the pipeline."""
         return
 
     def loader_workers(self, cores: int) -> int:
         return images.loader_workers(cores)
 
     def arguments(self, spec: FineTuneJobSpec, common: Mapping[str, Any]) -> TrainingArguments:
-        # transformers would drop the columns that the UNet's `forward` does not know.
+        # transformers would drop the columns that are not arguments of the UNet's `forward`.
         return super().arguments(spec, {**common, "remove_unused_columns": False})
 
     def load_model(self, context: TrainingContext) -> LoadedModel:
@@ -117,14 +121,14 @@ class TextToImage(LabelledBatches, Task):
         return TrainerSetup(DiffusionTrainer, make_batch, options)
 
     def complete_result(self, folder: Path, model: Any, context: TrainingContext) -> None:
-        """Turn the adapter that PEFT has saved in `folder` into one of diffusers."""
+        """Convert the adapter that PEFT has saved in `folder` to the format of diffusers."""
         from diffusers import StableDiffusionXLPipeline
         from safetensors.torch import load_file
 
         saved = folder / PEFT_WEIGHTS
         weights = {name.removeprefix("base_model.model."): tensor for name, tensor in load_file(saved).items()}
-        # diffusers 0.42.1 leaves the dropout of an adapter that it loads switched on, so the file has none. Nor does it
-        # name a folder in a pod.
+        # diffusers 0.42.1 leaves the dropout of a loaded adapter switched on, so the file says 0. The base's path is
+        # removed, because it names a folder in a pod.
         described = model.peft_config["default"].to_dict() | {"lora_dropout": 0.0, "base_model_name_or_path": None}
         StableDiffusionXLPipeline.save_lora_weights(
             folder, unet_lora_layers=weights, unet_lora_adapter_metadata=described, weight_name=LORA_WEIGHTS
@@ -134,7 +138,10 @@ class TextToImage(LabelledBatches, Task):
 
 
 def check_pipeline(path: Path, spec: FineTuneJobSpec, field: str) -> Any:
-    """The UNet of the pipeline in `path`, without weights. Raises Failure where it cannot learn what is asked for."""
+    """Check the pipeline in `path`, and return its UNet without weights.
+
+    Raises Failure if the pipeline does not suit the spec.
+    """
     from luthier_trainer.models import pipelines
 
     index = pipelines.index_of(path, field)
@@ -161,7 +168,7 @@ def check_pipeline(path: Path, spec: FineTuneJobSpec, field: str) -> Any:
 
 
 def check_schedule(config: Mapping[str, Any], field: str) -> None:
-    """Whether the noise that the model was trained with can be made here. Raises Failure."""
+    """Check that the model was trained with noise that this task can reproduce. Raises Failure if not."""
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS or "beta_start" not in config:
         found = f"{config.get('_class_name')}, prediction_type {prediction}"
@@ -173,8 +180,9 @@ def check_schedule(config: Mapping[str, Any], field: str) -> None:
 
 
 def check_conditioning(models: Mapping[str, Any], side: int, field: str) -> None:
-    """Whether the UNet takes what the other models make, latents of `side` × `side`; seen on the meta device, without
-    memory. Raises Failure.
+    """Check that the UNet accepts the outputs of the VAE and the text encoders. Raises Failure if not.
+
+    `side`: height and width of the latents. The UNet runs on the meta device, which allocates no memory.
     """
     import torch
 
@@ -185,7 +193,7 @@ def check_conditioning(models: Mapping[str, Any], side: int, field: str) -> None
         conditions = {"text_embeds": torch.empty(1, second.projection_dim), "time_ids": torch.empty(1, TIME_IDS)}
         try:
             models["unet"](sample, torch.empty(1), hidden, added_cond_kwargs=conditions)
-        except Exception as error:  # each block checks what it is given in its own way
+        except Exception as error:  # the blocks of a UNet check their inputs with many types of exceptions
             text = " ".join(str(error).split())[:300]
             raise Failure(
                 ExitCode.INVALID_SPEC,
@@ -195,7 +203,7 @@ def check_conditioning(models: Mapping[str, Any], side: int, field: str) -> None
 
 
 def report_unread(rows: Dataset, tokenizers: list[PreTrainedTokenizerBase], use: str) -> None:
-    """A notice for the captions that are longer than the text encoders read. `use`: the split of the rows."""
+    """Give notice of captions that are longer than the text encoders read. `use`: the split of the rows."""
     from luthier_trainer.models import pipelines
 
     counts = [pipelines.unread_tokens(tokenizers, caption) for caption in rows[CAPTION]]
@@ -209,7 +217,7 @@ def report_unread(rows: Dataset, tokenizers: list[PreTrainedTokenizerBase], use:
 
 
 def read_tokenizers(path: Path) -> list[PreTrainedTokenizerBase]:
-    """Those of the pipeline in `path`, one for each text encoder. Raises Failure."""
+    """Return the tokenizers of the pipeline in `path`, one for each text encoder. Raises Failure if one is missing."""
     from luthier_trainer.models import pipelines
 
     return pipelines.read_tokenizers(path, pipelines.index_of(path, inspect.MODEL), inspect.MODEL)
@@ -217,15 +225,15 @@ def read_tokenizers(path: Path) -> list[PreTrainedTokenizerBase]:
 
 @dataclass(frozen=True)
 class Framed:
-    """A square part of an image, and what of the image it is."""
+    """A square crop of an image, and its position in the image."""
 
     image: PIL.Image.Image
     time_ids: tuple[int, ...]
-    """What SDXL is given beside the caption: original height and width, top and left of the part, height and width."""
+    """SDXL's inputs besides the caption: original height and width, top and left of the crop, its height and width."""
 
 
 def framed(image: PIL.Image.Image, resolution: int) -> Framed:
-    """The middle of an image, scaled so that its shorter side has `resolution` pixels."""
+    """Return the centre crop of an image, scaled so that its shorter side has `resolution` pixels."""
     import PIL.Image
     import PIL.ImageOps
 
@@ -237,7 +245,7 @@ def framed(image: PIL.Image.Image, resolution: int) -> Framed:
 
 
 def pixels_of(image: PIL.Image.Image) -> torch.Tensor:
-    """fp32 [3, height, width] from -1 to 1."""
+    """Return an RGB image as fp32 [3, height, width] with values from -1 to 1."""
     import torch
 
     values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
@@ -245,16 +253,17 @@ def pixels_of(image: PIL.Image.Image) -> torch.Tensor:
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> torch.Tensor:
-    """int64 [rows, positions of the text encoder]: the beginning of a caption that is too long."""
+    """Return token ids, int64 [rows, positions of the text encoder]. Captions that are too long are cut."""
     ids: torch.Tensor = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
     return ids
 
 
 def collator(tokenizers: list[PreTrainedTokenizerBase], resolution: int) -> Collator:
+    """Return a function that makes batches of square images with `resolution` pixels a side."""
     import torch
 
     def collate(rows: list[dict[str, Any]]) -> Batch:
-        """Images, decoded as they are read, captions and row numbers → a batch of `DiffusionTrainer`."""
+        """Return a batch of `DiffusionTrainer`. The dataset decodes the images of `rows` when it reads them."""
         frames = [framed(row[PIXELS], resolution) for row in rows]
         captions = [row[CAPTION] for row in rows]
         return {

@@ -1,7 +1,4 @@
-"""What the tasks share whose rows hold texts: which rows fit, whether the model takes them, and how they are read.
-
-Neighbours: `data.tokens` and `data.packing` make the tokens; `images` does the same for rows of images.
-"""
+"""Shared code of tasks whose rows hold texts: checks of the model and its tokenizer, and how texts are tokenized."""
 
 from __future__ import annotations
 
@@ -32,10 +29,12 @@ ADD_ROWS = (
     "Set model.resizeEmbeddings: true with method.type: full, which adds rows that learn; or take the tokenizer that"
     " belongs to the model"
 )
-WORKERS = 2  # enough to keep padding off the GPU's path
+WORKERS = 2  # enough to pad batches while the GPU computes
 
 
 class TextTask(PretrainedTask):
+    """A base class of tasks whose model reads texts."""
+
     def inputs(self, spec: FineTuneJobSpec) -> tuple[str, ...]:
         return (spec.dataset.columns.text,)
 
@@ -43,7 +42,10 @@ class TextTask(PretrainedTask):
         return processors.read_tokenizer(folder, field)
 
     def read_model(self, located: Located, run: FineTuneRun, folder: WorkspaceFolder) -> Model:
-        """The model with a row of its embedding for each token that can occur. Raises Failure."""
+        """Return the model with a row of its embedding for each token that can occur.
+
+        Raises Failure if rows are missing and the spec does not ask to add them.
+        """
         model, spec, field = super().read_model(located, run, folder), run.spec, located.field
         missing = embedding.without_row(model.config, model.processor, self.task, field)
         if not spec.model.resize_embeddings:
@@ -73,7 +75,7 @@ class TextTask(PretrainedTask):
 
 
 def check(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, spec: FineTuneJobSpec) -> None:
-    """Whether model and tokenizer are made for texts of the length that the spec asks for. Raises Failure."""
+    """Check that model and tokenizer support texts of the length that the spec asks for. Raises Failure if not."""
     checks.check_length(config, spec.training.max_length, tokens.MAX_LENGTH)
     if config.model_type in inspect.SEE_PADDING and spec.training.micro_batch_size != 1:
         notice(
@@ -89,7 +91,7 @@ def check(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, spec: Fi
 
 
 def check_ends(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Whether the tokenizer has a token that ends a text. Raises Failure."""
+    """Check that the tokenizer has an end-of-text token. Raises Failure if not."""
     if tokenizer.eos_token_id is None:
         raise Failure(
             ExitCode.INVALID_SPEC,
@@ -101,8 +103,9 @@ def check_ends(tokenizer: PreTrainedTokenizerBase) -> None:
 def reader_of(
     rows: Rows, column: str, field: str, tokenizer: PreTrainedTokenizerBase, spec: FineTuneJobSpec, use: str
 ) -> Reader:
-    """How the tokenizer reads the texts of a column. Gives notice of those that spell control tokens, or raises Failure
-    where the tokenizer cannot read them as text.
+    """Return the reader that tokenizes the texts of a column.
+
+    It gives notice of texts that spell control tokens. Raises Failure if the tokenizer cannot treat them as plain text.
     """
     reader = Reader(tokenizer, spec.dataset.parse_special_tokens)
     lines = "lines" if rows.documents else "rows"
