@@ -1,4 +1,4 @@
-"""Applies a method to a model: how its weights are loaded, and the model to train, with adapters on it."""
+"""Applies a method to a model: the options for loading its weights, and the model to train, with adapters if any."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from luthier_trainer.runtime.failure import Failure
 def weights_options(
     method: Method, precision: str, deepspeed: bool, device: torch.device, quantization: Quantization | None = None
 ) -> dict[str, Any]:
-    """Arguments of `from_pretrained`.
+    """Return the arguments of `from_pretrained` that decide how weights are stored.
 
-    Frozen weights rest in the precision of the computation, or quantised. Weights that learn are kept in fp32, beside
-    which the 16-bit computation is autocast; DeepSpeed keeps the fp32 copy itself, and wants one type throughout.
+    Frozen weights are stored in the precision of the computation, or quantised. Trainable weights are stored in fp32,
+    and 16-bit computations use autocast. DeepSpeed keeps the fp32 copy itself and needs one dtype for all weights.
     """
     frozen = METHODS[method.type].adapter
     options: dict[str, Any] = {"dtype": DTYPES[precision] if frozen or deepspeed else torch.float32, **OWN_WEIGHTS}
@@ -42,9 +42,10 @@ def weights_options(
 def with_method(
     model: PreTrainedModel, method: Method, peft_type: str | None, whole: list[str], deepspeed: bool
 ) -> Any:
-    """The model that learns: the model itself, or with adapters. Raises Failure if they do not suit the model.
+    """Return the model to train: the model itself, or the model with adapters.
 
-    `whole`: modules trained entirely beside the adapters. Adapters start from torch's current seed.
+    `whole`: names of modules whose own weights are all trained, beside the adapters. The initial values of adapters
+    depend on torch's current seed. Raises Failure if the adapters do not suit the model.
     """
     if not METHODS[method.type].adapter:
         return model
@@ -68,8 +69,8 @@ def with_method(
             f" ({error}). Its linear modules: {', '.join(sorted(linear))}; all-linear takes them all",
         ) from None
     if not deepspeed:
-        # PEFT does so for adapters alone: heads would learn in 16 bit, where a small step is rounded away and fp16
-        # cannot be unscaled.
+        # PEFT converts only adapters to fp32. Heads would be trained in 16 bits, where small updates are lost to
+        # rounding, and gradients in fp16 cannot be unscaled.
         for weight in adapted.parameters():
             if weight.requires_grad:
                 weight.data = weight.data.float()

@@ -1,4 +1,4 @@
-"""What a family of methods is: which tensors learn beside a frozen model, as data for PEFT."""
+"""The protocol of a family of adapter methods: which tensors are trained beside a frozen model, as data for PEFT."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What of the model and its task a configuration of PEFT depends on."""
+    """The properties of a model and its task on which PEFT's configuration depends."""
 
     task_type: str | None
-    """PEFT's name of the task."""
+    """The name of the task in PEFT; None if PEFT has none."""
     whole: list[str]
     """Modules that are trained entirely beside the adapters, such as a new head."""
     experts: Iterable[str] = ()
-    """Names of parameters that hold the weights of several experts: no modules, so PEFT wants them apart."""
+    """Names of parameters with the weights of several experts. They are no modules, so PEFT takes them separately."""
 
     @property
     def excluded(self) -> str | None:
-        """A pattern of modules that get no adapter: all-linear would include heads that are trained whole, which PEFT
-        refuses.
+        """A pattern of modules that get no adapter; None if there are none.
+
+        Without it, all-linear would include heads whose own weights are trained, which PEFT refuses.
         """
         return rf"(.*\.)?({'|'.join(map(re.escape, self.whole))})(\..*)?" if self.whole else None
 
@@ -36,7 +37,7 @@ class AdapterFamily(Protocol):
     """Methods whose result is an adapter."""
 
     def config(self, method: Method, around: Surroundings) -> PeftConfig:
-        """PEFT's configuration for a model."""
+        """Return PEFT's configuration for a model."""
 
     def sizes(self, method: Method, shape: tuple[int, int]) -> list[int]:
-        """Elements of each tensor that one module gets, whose weight has `shape`: outputs × inputs."""
+        """Return the number of elements of each tensor added to a module whose weight has `shape` [outputs, inputs]."""

@@ -1,4 +1,4 @@
-"""Checks of a method against the model: which modules adapters may sit on, and what can be quantised."""
+"""Checks of a method against the model: which modules can have adapters, and which weights can be quantised."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ SHARED = (
 
 
 def check_adapters(config: PreTrainedConfig, task: str, targets: list[str], field: str) -> None:
-    """Whether adapters hold all that would be learnt, and `targets` name modules that they can sit on. Raises
-    Failure.
+    """Check that adapters hold everything that is trained, and that `targets` name modules which can have adapters.
+
+    Raises Failure if not. `field`: the field of the spec that holds `targets`.
     """
     from luthier_trainer.models.heads import heads_of
 
@@ -33,7 +34,10 @@ def check_adapters(config: PreTrainedConfig, task: str, targets: list[str], fiel
 
 
 def check_modules(model: torch.nn.Module, kind: str, heads: list[str], targets: list[str], field: str) -> None:
-    """The same, for the modules of a `model`, which messages call `kind`. `heads` are trained whole. Raises Failure."""
+    """Check `targets` against the modules of `model`. Raises Failure if one of them cannot have an adapter.
+
+    `kind`: the name of the model in messages. `heads`: modules whose own weights are all trained.
+    """
     import torch
     from transformers.pytorch_utils import Conv1D
 
@@ -55,7 +59,7 @@ def check_modules(model: torch.nn.Module, kind: str, heads: list[str], targets: 
                 ExitCode.INVALID_SPEC,
                 f"{field}[{at}]: {ALL_LINEAR} takes all linear modules; leave the others out, or it",
             )
-        # PEFT takes these, and no embeddings.
+        # all-linear selects these types of modules, but no embeddings.
         if not any(isinstance(m, torch.nn.Linear | Conv1D) for m in beside.values()):
             raise Failure(
                 ExitCode.INVALID_SPEC,
@@ -83,8 +87,8 @@ def check_modules(model: torch.nn.Module, kind: str, heads: list[str], targets: 
         for name in shared:
             if f".{name}".endswith(f".{target}"):
                 notice(f"{field}[{i}]: {SHARED.format(name=name, other=shared[name])}")
-        # Of mixtures of experts, `experts.check_adapters` asks PEFT, which knows names from before their weights became
-        # one parameter.
+        # For mixtures of experts, `experts.check_adapters` lets PEFT check the names. PEFT also knows the names that
+        # modules had before transformers merged the weights of the experts into one parameter.
         if not fused_experts(model) and not any(name == target or name.endswith(f".{target}") for name in linear):
             near = difflib.get_close_matches(target, known, 1)
             hint = f" Did you mean {near[0]!r}?" if near else f" Or use {ALL_LINEAR} alone"
@@ -95,8 +99,9 @@ def check_modules(model: torch.nn.Module, kind: str, heads: list[str], targets: 
 
 
 def check_quantisable(config: PreTrainedConfig, kind: QuantizationType, field: str) -> None:
-    """Whether bitsandbytes can quantise the model on CPU, where some of its kernels want rows of a certain multiple.
-    Raises Failure.
+    """Check that bitsandbytes can quantise the model on a CPU, where some kernels need rows of a certain multiple.
+
+    Raises Failure if not.
     """
     multiple = QUANTIZATIONS[kind].cpu_multiple
     text = config.get_text_config() if hasattr(config, "get_text_config") else config

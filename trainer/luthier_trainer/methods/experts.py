@@ -1,9 +1,8 @@
-"""Mixtures of experts: transformers keeps the weights of all experts of a layer in one parameter. What reaches those,
-and what does not.
+"""Checks for mixtures of experts, where transformers stores the weights of all experts of a layer in one parameter.
 
-bitsandbytes quantises linear modules, so it leaves them as they are. PEFT 0.21 puts adapters on them where it is told
-their names, and in some architectures for all-linear; it then leaves out linear modules of the same name (of a shared
-expert, say). Both are told, or refused, in `prepare`.
+bitsandbytes quantises only linear modules, so it does not quantise these parameters. PEFT 0.21 adds adapters to them if
+it gets their names, and in some architectures for all-linear. It then skips linear modules with the same name, for
+example of a shared expert. `prepare` reports both cases in a notice, or refuses the job.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 TARGETS = "spec.method.targetModules"
-REST_BITS = 16  # bf16 or fp16: what GPUs hold of weights that are not quantised
-LEAST_SHARE = 0.5  # of the weights that are quantised, below which that saves less than it seems to
+REST_BITS = 16  # bits of a weight that is not quantised, bf16 or fp16
+LEAST_SHARE = 0.5  # share of quantised weights; below it, quantisation saves much less memory than users expect
 GIB = 2**30
 SHOWN = 5  # names in a message
 
 
 def fused_experts(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Name → parameter that holds a matrix of all experts of a layer, mostly [experts, rows, columns]."""
+    """Return name → parameter that holds a matrix of all experts of a layer, mostly [experts, rows, columns]."""
     return {
         f"{name}.{own}".lstrip("."): weight
         for name, module in model.named_modules()
@@ -41,12 +40,12 @@ def fused_experts(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def leaves(names: Any) -> list[str]:
-    """The last parts of dotted names, each once."""
+    """Return the last parts of dotted names, without duplicates."""
     return sorted({name.rpartition(".")[2] for name in names})
 
 
 def quantised_weights(model: PreTrainedModel) -> int:
-    """How many of the model's weights bitsandbytes quantises: those of linear modules, without heads."""
+    """Return how many of the model's weights bitsandbytes quantises: those of linear modules, without heads."""
     import torch
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import get_keys_to_not_convert
@@ -63,8 +62,10 @@ def quantised_weights(model: PreTrainedModel) -> int:
 
 
 def check_quantised_share(config: PreTrainedConfig, task: str, kind: QuantizationType, field: str) -> None:
-    """Say what part of the weights is quantised to `kind`, where that is little. Raises Failure for experts that would
-    stay as they are. `field`: of the spec, which asks for quantised weights.
+    """Give notice if only a small share of the weights would be quantised to `kind`.
+
+    `field`: the field of the spec that asks for quantised weights. Raises Failure if the
+    share is small because experts are not quantised.
     """
     model = inspect.skeleton(config, task, inspect.MODEL)
     weights = sum(weight.numel() for weight in model.parameters())
@@ -96,8 +97,9 @@ def check_quantised_share(config: PreTrainedConfig, task: str, kind: Quantizatio
 
 
 def check_adapters(config: PreTrainedConfig, spec: FineTuneJobSpec) -> None:
-    """For a mixture of experts, put the adapters on its skeleton: say which weights get none. Raises Failure where they
-    cannot be put there.
+    """Add the adapters to a model without weights, and give notice of selected weights that get none.
+
+    Models that are no mixture of experts are not checked. Raises Failure if the adapters cannot be added.
     """
     model = inspect.skeleton(config, spec.task, inspect.MODEL)
     fused = fused_experts(model)
@@ -169,7 +171,7 @@ def check_adapters(config: PreTrainedConfig, spec: FineTuneJobSpec) -> None:
 
 
 def linear_modules(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
-    """Name → weight of the modules that all-linear means: not the output embeddings."""
+    """Return name → weight of the modules that all-linear selects: all linear modules but the output embeddings."""
     import torch
     from transformers.pytorch_utils import Conv1D
 

@@ -1,4 +1,4 @@
-"""LoRA: two small matrices beside each linear layer. QLoRA is the same over a quantised model."""
+"""LoRA: two small matrices beside each linear layer. QLoRA is LoRA on a model with quantised weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Lora:
         from peft import LoraConfig
 
         targets = method.target_modules
-        # PEFT knows such a parameter by the last two parts of its name.
+        # PEFT identifies such a parameter by the last two parts of its name.
         experts = {".".join(name.split(".")[-2:]) for name in around.experts if name.rpartition(".")[2] in targets}
         return LoraConfig(
             r=method.rank,

@@ -1,4 +1,4 @@
-"""The types in which frozen weights rest: rows of `luthier_api.methods.QUANTIZATIONS` as settings of bitsandbytes."""
+"""The quantised types of frozen weights: rows of `luthier_api.methods.QUANTIZATIONS` as settings of bitsandbytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from luthier_api.methods import QuantizationType
 
 
 def four_bits(kind: QuantizationType, compute: torch.dtype) -> BitsAndBytesConfig:
-    """4 bits a weight, with scales that are quantised in turn, as QLoRA has it. Products are computed in `compute`."""
+    """Return settings for 4 bits per weight with quantised scales, as in QLoRA. `compute`: the dtype of products."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=kind,
@@ -22,8 +22,8 @@ def four_bits(kind: QuantizationType, compute: torch.dtype) -> BitsAndBytesConfi
 
 
 def eight_bits(kind: QuantizationType, compute: torch.dtype) -> BitsAndBytesConfig:
-    """8 bits a weight. Activations with outliers are multiplied in fp16, whatever the precision of the computation."""
-    # bitsandbytes 0.50 would say so in each multiplication.
+    """Return settings for 8 bits per weight. Outlier activations are always multiplied in fp16, not in `compute`."""
+    # bitsandbytes 0.50 would print a warning about it in each multiplication.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return BitsAndBytesConfig(load_in_8bit=True)
 
@@ -36,5 +36,5 @@ SETTINGS: Mapping[QuantizationType, Callable[[QuantizationType, torch.dtype], Bi
 
 
 def settings(kind: QuantizationType, precision: str) -> BitsAndBytesConfig:
-    """What transformers wants to know to quantise a model while it loads it, for a computation in `precision`."""
+    """Return the settings with which transformers quantises a model on loading. `precision`: fp32, bf16 or fp16."""
     return SETTINGS[kind](kind, torch.float16 if precision == "fp16" else torch.bfloat16)

@@ -12,4 +12,4 @@ FAMILIES: Mapping[MethodType, AdapterFamily] = {
     "lora": Lora(),
     "qlora": Lora(),
 }
-"""Method → how its adapters are made. Of the other methods, the weights of the model itself learn."""
+"""Method → its adapters. Methods that are not in this table train the weights of the model itself."""

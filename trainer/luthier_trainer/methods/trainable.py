@@ -1,5 +1,6 @@
-"""How many weights of a model learn with a method, counted on the meta device before anything is loaded: `space`
-computes with them.
+"""Counts the weights that a method trains, on the meta device, before anything is loaded.
+
+`workspace.space` computes the sizes of checkpoints and results from these numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ HALF = ("bfloat16", "float16")
 
 
 def weights_of(config: PreTrainedConfig, spec: FineTuneJobSpec, plan: Plan, folder: Path) -> Weights:
-    """What a training of the model with this configuration, whose files are in `folder`, saves and delivers."""
+    """Return the numbers of weights of the model with this configuration, whose files are in `folder`."""
     from luthier_trainer.models.heads import heads_of
 
     model = skeleton(config, spec.task, MODEL)
@@ -32,7 +33,10 @@ def weights_of(config: PreTrainedConfig, spec: FineTuneJobSpec, plan: Plan, fold
 
 
 def weights_in(model: torch.nn.Module, heads: list[str], spec: FineTuneJobSpec, plan: Plan, source: str) -> Weights:
-    """The same, for a `model` whose `heads` are trained whole, and whose files have weights of the type `source`."""
+    """Return the numbers of weights of `model`.
+
+    `heads`: modules whose own weights are all trained. `source`: the dtype of the weights in the model's files.
+    """
     total = sum(weight.numel() for weight in model.parameters())
     sizes = [weight.numel() for weight in model.parameters()]
     adapters = METHODS[spec.method.type].adapter
@@ -50,13 +54,13 @@ def weights_in(model: torch.nn.Module, heads: list[str], spec: FineTuneJobSpec, 
 
 
 def source_dtype(folder: Path) -> str:
-    """The type of the weights in a model's folder, by its configuration."""
+    """Return the name of the dtype of the weights in a model's folder, from its configuration."""
     config = json.loads((folder / MODEL_CONFIG).read_text())
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
 def adapter_sizes(model: torch.nn.Module, method: Method, whole: list[str]) -> list[int]:
-    """Elements of each tensor that learns with adapters: those of the adapters, and modules that are trained whole."""
+    """Return the number of elements of each trainable tensor: of the adapters, and of the modules in `whole`."""
     family = FAMILIES[method.type]
     sizes = []
     for name, module in model.named_modules():
@@ -69,7 +73,10 @@ def adapter_sizes(model: torch.nn.Module, method: Method, whole: list[str]) -> l
 
 
 def gets_adapter(name: str, module: Any, model: torch.nn.Module, method: Method) -> bool:
-    """As PEFT decides: `all-linear` takes all linear modules but that which gives the tokens' logits."""
+    """Return whether a module gets an adapter, by the rules of PEFT.
+
+    `all-linear` selects all linear modules except the one that computes the logits of tokens.
+    """
     import torch
     from transformers import PreTrainedModel
     from transformers.pytorch_utils import Conv1D
