@@ -1,9 +1,9 @@
-"""Which prompts a model may be given in one batch, found out by running it.
+"""Determines which prompts may share a batch of a model, by running the model.
 
-Prompts of different lengths share a batch when the shorter ones are padded on the left. That is right only for models
-that mask the padding and count positions from the first real token. RecurrentGemma reads padding like text, the
-decoders of BART's family count positions from it on, and RWKV (transformers 5.23) mixes up the states of several texts
-even without padding. None of them reports anything.
+Prompts of different lengths can share a batch if the shorter ones are padded on the left. This is correct only for
+models that mask the padding and count positions from the first real token. RecurrentGemma reads padding like text, the
+decoders of BART's family count positions from the padding, and RWKV (transformers 5.23) mixes the states of several
+texts even without padding. None of them raises an error or a warning.
 """
 
 from __future__ import annotations
@@ -19,23 +19,26 @@ from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 
 Sharing = Literal["any length", "equal length", "none"]
-"""Which prompts share a batch."""
+"""Which prompts may share a batch."""
 
-STEPS = 3  # new tokens: the first reads the prompt, the others the cache as well
+STEPS = 3  # new tokens: the first depends on the prompt, the others also on the cache
 SMALLEST = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.02}
-"""In standard deviations of the logits. Measured with two layers of 150 architectures: padding that is ignored moves
-them by at most 2e-6, 0.005 and 0.01, padding that is read by at least 0.03.
+"""The smallest difference that counts, in standard deviations of the logits.
+
+Measured with two layers of 150 architectures: padding that is ignored changes the logits by at most 2e-6 (fp32), 0.005
+(fp16) and 0.01 (bf16); padding that is read changes them by at least 0.03.
 """
 ROUNDING = 4
-"""How often the effect of another shape, which is rounding alone and grows with the layers. Measured with 4 and 32
-layers in bf16: at most 1.2 times.
+"""The limit, as a multiple of the effect of another shape, which is only rounding and grows with the number of layers.
+
+Measured with 4 and 32 layers in bf16: padding that is ignored has at most 1.2 times that effect.
 """
 UNFIT = (ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError)
-"""What a model raises that cannot do what it is asked; a RuntimeError may be the GPU's."""
+"""Exceptions of a model that cannot run with given inputs. A RuntimeError may come from the GPU instead."""
 
 
 class Forced(LogitsProcessor):
-    """Makes `generate` take given tokens, whatever their logits, so that two runs can be compared step by step."""
+    """Makes `generate` take the given tokens, whatever the logits, so that two runs can be compared step by step."""
 
     def __init__(self, tokens: Sequence[int], prompt_length: int) -> None:
         self.tokens, self.prompt_length = tokens, prompt_length
@@ -47,10 +50,10 @@ class Forced(LogitsProcessor):
 
 
 def find_sharing(model: PreTrainedModel, prompt: Sequence[int], padding: int, length: int) -> Sharing:
-    """Which prompts may share a batch: those for which `prompt` is followed by the same logits in a batch, padded to
-    `length`, as alone.
+    """Return which prompts may share a batch: those with which the logits after `prompt` are the same as alone.
 
-    What is not the common case is a notice. Raises Failure when the model cannot generate at all.
+    `padding`: id of the padding token. `length`: the length that prompts are padded to. A notice is given if not all
+    prompts may share a batch. Raises Failure if the model cannot generate at all.
     """
     if not STEPS <= len(prompt) < length:
         return "equal length"
@@ -62,14 +65,14 @@ def find_sharing(model: PreTrainedModel, prompt: Sequence[int], padding: int, le
         raise Failure(
             ExitCode.INVALID_SPEC, f"spec.model: the {kind} can be loaded, but not generate: {what}"
         ) from error
-    # int8 rounds a text's activations together with those of its neighbours.
+    # int8 rounds the activations of a text together with those of the other texts in the batch.
     smallest = (
         SMALLEST[torch.bfloat16]
         if getattr(model, "is_quantized", False)
         else SMALLEST.get(model.dtype, SMALLEST[torch.bfloat16])
     )
     limit = max(smallest, ROUNDING * difference(alone[:1], followed_logits(model, prompt, padding, length)))
-    # Neighbours are other texts: one of the full length, and one of the length of the prompt.
+    # The second text of the batch has the full length here, and the length of the prompt below.
     longer = [*prompt, *reversed(prompt)] * length
     padded = effect(model, alone, [prompt, longer[:length]], padding, length)
     if padded <= limit:
@@ -92,7 +95,10 @@ def find_sharing(model: PreTrainedModel, prompt: Sequence[int], padding: int, le
 def effect(
     model: PreTrainedModel, alone: torch.Tensor, prompts: Sequence[Sequence[int]], padding: int, length: int
 ) -> float:
-    """How far the logits after the first of `prompts` are from `alone`; infinite when the model cannot be run so."""
+    """Return the difference of the logits after the first of `prompts` to `alone`; infinite if the model cannot run.
+
+    `padding`: id of the padding token. `length`: the length that prompts are padded to.
+    """
     try:
         return difference(alone, step_logits(model, prompts, padding, length))
     except UNFIT:
@@ -100,18 +106,20 @@ def effect(
 
 
 def difference(alone: torch.Tensor, other: torch.Tensor) -> float:
-    """Root mean square of the difference, in standard deviations of `alone`, of the step where it is largest. Both:
-    steps × vocabulary.
+    """Return the root mean square of the difference, in standard deviations of `alone`, at the step with the largest.
+
+    Both tensors: [steps, vocabulary].
     """
     moved = (alone - other).square().mean(-1).sqrt() / alone.std(-1)
-    # NaN, which a mask of padding alone can produce, is a difference.
+    # NaN counts as a difference. A mask that is all padding can produce it.
     return float(moved.nan_to_num(torch.inf).max())
 
 
 @torch.inference_mode()
 def step_logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]], padding: int, length: int) -> torch.Tensor:
-    """The logits of `STEPS` new tokens after the first of `prompts`, all padded on the left to `length`: steps ×
-    vocabulary, in doubles.
+    """Return the logits of `STEPS` new tokens after the first of `prompts`, float64 [STEPS, vocabulary].
+
+    All prompts are padded on the left to `length`.
     """
     missing = [length - len(prompt) for prompt in prompts]
     made = model.generate(
@@ -130,8 +138,9 @@ def step_logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]], paddin
 
 @torch.inference_mode()
 def followed_logits(model: PreTrainedModel, prompt: Sequence[int], padding: int, length: int) -> torch.Tensor:
-    """The logits after `prompt` when padding follows it, which no causal model sees: they differ by rounding alone. 1 ×
-    vocabulary, in doubles.
+    """Return the logits after `prompt` when padding follows it, float64 [1, vocabulary].
+
+    A causal model does not see what follows, so these logits differ from those of the prompt alone only by rounding.
     """
     missing = length - len(prompt)
     ids = torch.tensor([list(prompt) + [padding] * missing], device=model.device)

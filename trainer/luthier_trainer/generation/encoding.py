@@ -1,4 +1,4 @@
-"""Image files: the formats that users choose from, and what a PNG says about itself."""
+"""Encodes images as files of the format that the user chose. A PNG also carries metadata on how it was made."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def encode(image: Image, settings: ImageSettings, sample: Sample) -> tuple[str, bytes]:
-    """Suffix and content of the file. A PNG carries `parameters`, which many viewers show, and `luthier`, the same as
-    JSON.
+    """Return suffix and content of the file.
 
-    Neither says which row it was: the same prompt and seed are the same bytes, wherever they stand among the rows.
+    A PNG carries the text `parameters`, which many viewers show, and `luthier`, the same data as JSON. Neither names
+    the row, so the same prompt and seed give the same bytes, independent of their position in the inputs.
     """
     suffix, options = FORMATS[settings.format]
     if settings.format == "png":
@@ -42,7 +42,7 @@ def encode(image: Image, settings: ImageSettings, sample: Sample) -> tuple[str, 
 
 
 def parameters(settings: ImageSettings, sample: Sample) -> str:
-    """How an image was made, in the words that image viewers for Stable Diffusion look for."""
+    """Return how an image was made, in the text format that image viewers for Stable Diffusion parse."""
     negative = f"\nNegative prompt: {sample.negative_prompt}" if sample.negative_prompt else ""
     return (
         f"{sample.prompt}{negative}\nSteps: {settings.steps}, Sampler: {settings.scheduler}, CFG scale:"

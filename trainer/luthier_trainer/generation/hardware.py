@@ -1,4 +1,4 @@
-"""Which device and precision a shard works with, and how that is written down beside its outputs."""
+"""The device and the precision of a shard, and how they are recorded beside its outputs."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from luthier_trainer.runtime.devices import DTYPES, assert_gpus, fitting_precisi
 
 @dataclass(frozen=True)
 class Hardware:
+    """The device and the precision of a shard."""
+
     device: str
     """cuda or cpu."""
     precision: str
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of torch for `precision`."""
         return DTYPES[self.precision]
 
     @property
     def environment(self) -> str:
-        """What outputs are bit-identical within: library versions, GPU model, or on CPU the number of threads."""
+        """Library versions and GPU model, or number of CPU threads. With the same ones, outputs are bit-identical."""
         versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "diffusers"))
         if self.device == "cuda":
             return f"{versions}, {torch.cuda.get_device_name()}"
@@ -31,9 +34,9 @@ class Hardware:
 
 
 def find_hardware(spec: GenerateJobSpec) -> Hardware:
-    """The device that the job asks for. Raises Failure when it asks for a GPU and torch can use none."""
+    """Return device and precision for the job. Raises Failure if it asks for a GPU and torch can use none."""
     assert_gpus(spec.resources.gpus, "spec.resources.gpus")
     cpu = spec.resources.gpus == 0
-    # Library algorithms that differ from run to run are off; outputs are promised to repeat.
+    # Nondeterministic algorithms are disabled, because outputs have to be reproducible.
     torch.backends.cudnn.deterministic = True
     return Hardware("cpu" if cpu else "cuda", fitting_precision(cpu) if spec.precision == "auto" else spec.precision)

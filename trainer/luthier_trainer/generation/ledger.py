@@ -1,8 +1,8 @@
-"""The ledger of one shard: every output has one line, written after the output itself is durable.
+"""The ledger of one shard: a line for every output, written after the output itself was flushed to disk.
 
-A killed shard reads its own lines and goes on: lines that no longer fit the job are dropped, which a notice says, and
-files without a line are written again. At the end the outputs are linked into `result/`, with a manifest that
-`publish` waits for. Shards share no file.
+A shard that was killed reads its own lines and continues. Lines that do not match the job any more are dropped, with a
+notice, and files without a line are written again. At the end the outputs are linked into `result/`, with a manifest
+that `publish` needs. Shards share no files.
 """
 
 from __future__ import annotations
@@ -27,20 +27,22 @@ SHOWN = 60  # characters of a setting in a notice
 
 
 def shard_name(index: int, count: int) -> str:
+    """Return the name of a shard, for example shard-00002-of-00008."""
     return f"shard-{index:05d}-of-{count:05d}"
 
 
 def shard_manifest(folder: WorkspaceFolder, index: int, count: int) -> Path:
-    """The file that says that a shard's outputs lie in `result/`, whole: `manifest.py`'s form, paths relative to
-    `result/`.
+    """Return the path of the manifest whose presence means that all outputs of a shard are in `result/`.
+
+    It has the format of `workspace.manifest`, with paths relative to `result/`.
     """
     return folder.result / f"{shard_name(index, count)}.{MANIFEST}"
 
 
 class Shard:
-    """The outputs of shard `index` of `count`, kept in the form of their engine.
+    """The outputs of shard `index` of `count`, stored in the record form of their engine.
 
-    `settings` is everything beside the sample that an output depends on.
+    `settings`: everything that an output depends on, besides its sample.
     """
 
     def __init__(
@@ -53,38 +55,40 @@ class Shard:
         environment: str,
     ) -> None:
         self.folder, self.index, self.count, self.records = folder, index, count, records
-        # As JSON has it: 1.0 and 1 are one number there, so that lines can be compared with it.
+        # Converted as JSON does it, where 1.0 and 1 are the same number, so that lines can be compared with it.
         self.settings, self.environment = json.loads(json.dumps(settings)), environment
         self.ledger = folder.shards / f"{shard_name(index, count)}.jsonl"
         self.done: dict[tuple[int, int], bool] = {}
-        """Row and sample of each line → whether it is an output rather than an error."""
+        """(row, sample) of each line → True for an output, False for an error."""
         self.first_error: str | None = None
         folder.shards.mkdir(parents=True, exist_ok=True)
 
     @property
     def failed(self) -> int:
+        """Number of samples that cannot be made."""
         return sum(not good for good in self.done.values())
 
     @property
     def own(self) -> str:
-        """The folder of its files, below `shards/` and below `result/`."""
+        """Name of the shard's folder of files, below `shards/` and below `result/`."""
         return shard_name(self.index, self.count)
 
     @property
     def files(self) -> Path:
-        """Where its files are written."""
+        """Path of the folder that the files are written to."""
         return self.folder.shards / self.own
 
     def resume(self, samples: Sequence[Sample]) -> list[Sample]:
-        """Take over what earlier attempts wrote; the samples that are left, in order. A notice says what is not taken
-        over, and why.
+        """Keep the valid outputs of earlier attempts, and return the samples that are left to make, in order.
+
+        A notice names the outputs that are not kept, and the reasons.
         """
         wanted = {s.key: s for s in samples}
         written = self.ledger.read_bytes().splitlines(keepends=True) if self.ledger.exists() else []
         refused: Counter[str] = Counter()
         fitting: list[tuple[Line, Sample, bytes]] = []
         for text in written:
-            # A line without its end was cut by a kill, which is no news.
+            # A last line without a line break was cut off when the shard was killed. This needs no notice.
             line = _parse(text) if text.endswith(b"\n") else None
             if line is None:
                 refused["it cannot be read"] += text.endswith(b"\n")
@@ -118,7 +122,7 @@ class Shard:
             )
 
     def _changed(self, line: Line, sample: Sample) -> str | None:
-        """Why the line does not describe what would be made now; None when it does."""
+        """Return why the line does not match the output that would be made now; None if it does."""
         facts = sample.facts()
         for name in ("prompt", "negativePrompt", "seed"):
             if line.get(name) != facts.get(name):
@@ -134,7 +138,7 @@ class Shard:
         return None
 
     def _damages(self, lines: Sequence[Line]) -> Iterator[str | None]:
-        """For each line why its output cannot be used, with a heartbeat for each few of them."""
+        """Yield for each line why its output cannot be used, or None; sends a heartbeat every few lines."""
         for first in range(0, len(lines), AT_ONCE):
             beat()
             yield from self.records.damages(lines[first : first + AT_ONCE], self.files)
@@ -145,7 +149,7 @@ class Shard:
             self.first_error = f"row {line['row']}: {line['error']}"
 
     def append(self, outputs: Sequence[Output]) -> None:
-        """Keep outputs: files first, then their lines; durable on return."""
+        """Store outputs: first their files, then their lines. Both are flushed to disk on return."""
         if not outputs:
             return
         lines = [self._line(output) for output in outputs]
@@ -159,7 +163,7 @@ class Shard:
             self._count(line)
 
     def _line(self, output: Output) -> Line:
-        """Write the file of an output, if it has one, and describe it in a line."""
+        """Write the file of an output, if it has one, and return its line."""
         sample = output.sample
         made = {"error": output.error} if output.error is not None else self.records.write(output, self.files)
         line = {
@@ -175,13 +179,13 @@ class Shard:
         return {key: line.get(key) for key in keys}
 
     def open_result(self) -> None:
-        """Take back an older result of this shard, so that `publish` cannot take it for the one in the making."""
+        """Remove the manifest of an older result of this shard, so that `publish` does not use it for the new one."""
         shard_manifest(self.folder, self.index, self.count).unlink(missing_ok=True)
 
     def finish(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Put the outputs into `result/`, in order of row and sample, the manifest last.
+        """Link the outputs into `result/`, in the order of row and sample, and write the manifest last.
 
-        Returns the metrics of the result: those of an earlier call when it is there already.
+        Returns the metrics of the result. If the result exists already, they are those of the earlier call.
         """
         self.ledger.touch()
         lines = sorted(self._lines(), key=lambda line: (line["row"], line["sample"]))
@@ -212,10 +216,10 @@ class Shard:
         return metrics
 
     def _lines(self) -> Iterator[Line]:
-        """The line of each output, once.
+        """Yield one line for each output.
 
-        An output can have two: a pod on a node that was lost may write on beside the one that took its place. Of two
-        lines the one is kept that describes the file that is there.
+        An output can have two lines: a pod on a lost node may continue to write beside the pod that replaced it. Of two
+        lines, the one that matches the file on the volume is used.
         """
         found: dict[tuple[int, int], list[Line]] = {}
         for text in self.ledger.read_bytes().splitlines():
@@ -235,7 +239,7 @@ def _shown(value: Any) -> str:
 
 
 def _parse(text: bytes) -> Line | None:
-    """The JSON object in `text`; None when it is torn."""
+    """Return the JSON object in `text`; None if it is incomplete."""
     try:
         line = json.loads(text)
     except ValueError:
@@ -248,7 +252,7 @@ def _encode(line: Line) -> bytes:
 
 
 def _link(source: Path, target: Path, digest: str) -> None:
-    """Make `target` the same file as `source`; a copy where the volume knows no hard links (many object stores)."""
+    """Make `target` a hard link to `source`, or a copy if the volume has no hard links (many object stores)."""
     if target.exists():
         if target.samefile(source) or sha256(target) == digest:
             return

@@ -1,8 +1,8 @@
-"""LoRA files for images: read whole or refused, checked against the model's shapes, and added to its weights in fp32.
+"""Reads LoRA files for images, checks them against the shapes of the model, and adds them to its weights in fp32.
 
-diffusers 0.42.1 reads such files too, but loses what is said of single modules: a kohya file's own alpha for each
-module (the names in its `alpha_pattern` match none), LyCORIS' `dora_scale`, and keys of modules that it does not know.
-Here each tensor of a file is used, or the file is refused.
+diffusers 0.42.1 can read such files too, but it drops settings of single modules: the alpha of each module in a kohya
+file (the names in its `alpha_pattern` match no module), the `dora_scale` of LyCORIS, and the keys of modules that it
+does not know. Here either every tensor of a file is used, or the file is refused.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ from luthier_trainer.workspace.model_files import ADAPTER_CONFIG
 Tensors = dict[str, torch.Tensor]
 """Role (`loranames.ROLES`) → tensor."""
 
-METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's configuration, keys such as `unet.lora_alpha`
-TRAINED_FOR = ("ss_base_model_version", "modelspec.architecture")  # kohya's and Stability's note of the base model
-# Of PEFT's ways to begin, these leave the base weights alone; pissa, olora, corda and loftq train against others.
+# Entry of the header with PEFT's configuration in files of diffusers. Its keys are, for example, `unet.lora_alpha`.
+METADATA = "lora_adapter_metadata"
+# Entries of the header that name the base model in files of kohya and of Stability.
+TRAINED_FOR = ("ss_base_model_version", "modelspec.architecture")
+# Initialisations of PEFT that do not change the base weights. With pissa, olora, corda and loftq, the adapter was
+# trained on changed base weights.
 PLAIN_BEGINNINGS = (None, True, False, "gaussian", "orthogonal", "eva")
-# Tensors that a module must have, and those that it may have beside them. Any other set is refused.
+# Sets of tensors that a module must have, each with the tensors that may be added. Any other set is refused.
 WHOLE: tuple[tuple[set[str], set[str]], ...] = (
     ({"up", "down"}, {"mid", "alpha", "up_bias"}),
     ({"up", "down", "magnitude"}, {"mid", "alpha"}),
@@ -50,15 +53,15 @@ SHOWN = 4  # names in a message
 
 @dataclass(frozen=True)
 class Change:
-    """What a file does to one module: `module` of the pipeline's model `part`.
+    """The change that a file makes to one module: `module` of the pipeline's model `part`.
 
-    What the module gains is by its authors' formulas:
+    The update of the weight W follows the formulas of each method's authors:
 
         LoRA   alpha / rank * up @ down              for a convolution: the composition of `down`, `mid` and `up`
         LoHa   alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b)
         LoKr   alpha / rank * kron(w1, w2)           without alpha / rank where neither factor has a rank
         diff   the difference itself
-        DoRA   magnitude * V / |V| - W               V: W plus one of the first three
+        DoRA   magnitude * V / |V| - W               V: W plus one of the first three updates
     """
 
     part: str
@@ -68,8 +71,9 @@ class Change:
     """alpha / rank."""
 
     def weight(self, base: torch.Tensor) -> torch.Tensor | None:
-        """What is added to `base`, the module's weight in fp32, by an adapter of weight 1; None when only the bias
-        changes.
+        """Return the update of `base`, the weight of the module in fp32, for an adapter of weight 1, in the same shape.
+
+        The result is None if only the bias changes.
         """
         t = {name: tensor.float() for name, tensor in self.tensors.items()}
         if set(t) == {"diff_bias"}:
@@ -82,21 +86,22 @@ class Change:
         return added
 
     def bias(self) -> torch.Tensor | None:
-        """What is added to the module's bias."""
+        """Return the update of the module's bias, [outputs], in fp32; None if the bias does not change."""
         if "up_bias" in self.tensors:
             return self.scale * self.tensors["up_bias"].float()
         return self.tensors["diff_bias"].float() if "diff_bias" in self.tensors else None
 
 
 def product(t: Tensors) -> torch.Tensor:
-    """What the factors of a module make, before its scale: outputs × inputs, or outputs × (inputs · height · width)
-    where they are flat.
+    """Return the product of a module's factors, without its scale, in the shape that the factors give.
+
+    Usually that is [outputs, inputs]. For flat factors of convolutions it is [outputs, inputs · height · width].
     """
     if "diff" in t:
         return t["diff"]
     if "up" in t:
         up, down = t["up"].flatten(1), t["down"].flatten(1)
-        # 1×1, then k×k among the ranks, then 1×1.
+        # Composition of three convolutions: `down` is 1×1, `mid` is k×k from rank to rank, and `up` is 1×1.
         return torch.einsum("oa,abhw,bi->oihw", up, t["mid"], down) if "mid" in t else up @ down
     if "hada_w1_a" in t:
         return _pair(t, "hada_w1", "hada_t1") * _pair(t, "hada_w2", "hada_t2")
@@ -106,13 +111,13 @@ def product(t: Tensors) -> torch.Tensor:
 
 
 def _pair(t: Tensors, name: str, core: str) -> torch.Tensor:
-    """a @ b, or with a Tucker core (rank × rank × height × width) their composition."""
+    """Return a @ b, or with a Tucker core [rank, rank, height, width] the composition of the three."""
     a, b = t[f"{name}_a"], t[f"{name}_b"]
     return torch.einsum("abhw,ao,bi->oihw", t[core], a, b) if core in t else a @ b.flatten(1)
 
 
 def _decomposed(directions: torch.Tensor, magnitudes: torch.Tensor, outputs: bool) -> torch.Tensor:
-    """DoRA: vectors of these directions and magnitudes, one for each output, or for each input."""
+    """Return `directions` scaled to `magnitudes`, one magnitude for each output, or for each input (DoRA)."""
     kept = 0 if outputs else 1
     others = [d for d in range(directions.dim()) if d != kept]
     lengths = torch.linalg.vector_norm(directions, dim=others, keepdim=True)
@@ -120,7 +125,7 @@ def _decomposed(directions: torch.Tensor, magnitudes: torch.Tensor, outputs: boo
 
 
 def rank(t: Tensors) -> int | None:
-    """The rank of a module's factors; None when they have none."""
+    """Return the rank of a module's factors; None if they have none."""
     for name in ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
         if name in t:
             return int(t[name].shape[0])
@@ -128,18 +133,21 @@ def rank(t: Tensors) -> int | None:
 
 
 def shape(t: Tensors) -> tuple[int, ...]:
-    """Shape of the weight that the tensors are made for; trailing dimensions of 1 count for nothing. Raises ValueError
-    when they do not fit together.
+    """Return the shape of the weight that the tensors were made for, apart from trailing dimensions of 1.
+
+    Raises RuntimeError or KeyError if the tensors do not fit together.
     """
     made = product({name: torch.empty_like(tensor, device="meta", dtype=torch.float32) for name, tensor in t.items()})
-    if "down" in t and "mid" not in t and t["down"].dim() > 2:  # flat: the inputs of all pixels in a row
+    # Flat factors of a convolution: the product has inputs and pixels in one dimension.
+    if "down" in t and "mid" not in t and t["down"].dim() > 2:
         return (*made.shape[:1], *t["down"].shape[1:])
     return tuple(made.shape)
 
 
 def read(path: Path, names: Names, field: str) -> list[Change]:
-    """All changes in a file. `names` may be of models on the meta device. Raises Failure unless every tensor of the
-    file is used.
+    """Return all changes in a file. `names` may be those of models on the meta device.
+
+    `field`: the field of the spec that names the file. Raises Failure unless every tensor of the file can be used.
     """
     tensors, metadata = _load(path, field)
     found: dict[tuple[str, str], Tensors] = {}
@@ -175,7 +183,7 @@ def read(path: Path, names: Names, field: str) -> list[Change]:
 
 
 def _load(path: Path, field: str) -> tuple[Tensors, dict[str, str]]:
-    """The tensors and the metadata of a safetensors file. Raises Failure if it is damaged."""
+    """Return the tensors and the metadata of a safetensors file. Raises Failure if it is damaged."""
     try:
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -184,8 +192,9 @@ def _load(path: Path, field: str) -> tuple[Tensors, dict[str, str]]:
 
 
 def _configs(path: Path, metadata: Mapping[str, str], field: str) -> dict[str, dict[str, Any]]:
-    """PEFT's configuration of each part of the pipeline, where the file brings one. Raises Failure for one that cannot
-    be applied.
+    """Return PEFT's configuration for each part of the pipeline, if the file has one.
+
+    Raises Failure if a configuration cannot be applied.
     """
     found: dict[str, dict[str, Any]] = {}
     try:
@@ -222,7 +231,7 @@ def _change(
     field: str,
     path: Path,
 ) -> Change:
-    """The change of one module, checked. Raises Failure."""
+    """Check the tensors of one module and return its change. Raises Failure if they do not fit the module."""
     part, name = place
     if not any(needed <= set(t) <= needed | extra for needed, extra in WHOLE):
         raise _invalid(
@@ -250,7 +259,7 @@ def _change(
 
 
 def _check_vectors(place: tuple[str, str], t: Tensors, module: Any, field: str, path: Path) -> None:
-    """Magnitudes and biases against the module's outputs (or inputs). Raises Failure."""
+    """Check the sizes of magnitudes and biases against the module. Raises Failure if they differ."""
     outputs = module.weight.shape[0]
     if "dora_scale" in t:
         given, inputs = tuple(t["dora_scale"].shape), int(module.weight.shape[1])
@@ -283,10 +292,11 @@ def _check_vectors(place: tuple[str, str], t: Tensors, module: Any, field: str, 
 
 
 def _scale(place: tuple[str, str], t: Tensors, config: Mapping[str, Any], field: str, path: Path) -> float:
-    """alpha / rank of one module: of the file's own alpha, or of PEFT's configuration, or 1. Raises Failure if they
-    contradict each other.
+    """Return alpha / rank of one module, with alpha from the file's own tensor or from PEFT's configuration, else 1.
+
+    Raises Failure if the two contradict each other.
     """
-    dimension = rank(t) or config.get("r")  # PEFT's LoKr divides by its rank also where no factor has one
+    dimension = rank(t) or config.get("r")  # PEFT's LoKr divides by the configured rank even if no factor has a rank
     if dimension is None:
         return 1.0
     written = float(t["alpha"]) if "alpha" in t and t["alpha"].numel() == 1 else None
@@ -306,15 +316,15 @@ def _scale(place: tuple[str, str], t: Tensors, config: Mapping[str, Any], field:
 
 
 def _pattern(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
-    """PEFT's look-up: the first pattern that matches the end of the module's name."""
+    """Return the value of the first pattern that matches the end of the module's name, as PEFT looks it up."""
     return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), otherwise)
 
 
 def fuse(parts: Mapping[str, Any], adapters: Sequence[tuple[Sequence[Change], float]]) -> None:
-    """Add adapters, each as often as its weight says, to models in fp32.
+    """Add adapters, each multiplied by its weight, to the weights of models in fp32, in place.
 
-    Each is taken by itself over the model's own weights, so their order does not matter, also for DoRA, which depends
-    on what it is added to.
+    `parts`: component → model. The update of each adapter is computed from the model's original weights. Therefore the
+    order of adapters does not matter, even for DoRA, whose update depends on the weights that it is added to.
     """
     places: dict[tuple[str, str], list[tuple[Change, float]]] = {}
     for changes, times in adapters:
@@ -332,14 +342,14 @@ def fuse(parts: Mapping[str, Any], adapters: Sequence[tuple[Sequence[Change], fl
 
 
 def _same(made: tuple[int, ...], wanted: tuple[int, ...], flat: bool) -> bool:
-    """`flat`: whether inputs and pixels may be in one dimension."""
+    """Return whether two shapes are equal. `flat`: whether `made` may have inputs and pixels in one dimension."""
     if flat and len(made) == 2:
         return made[0] == wanted[0]
     return _trimmed(made) == _trimmed(wanted)
 
 
 def _trimmed(size: tuple[int, ...]) -> tuple[int, ...]:
-    """Without dimensions of 1 behind the first two: a linear layer and a 1×1 convolution are one thing."""
+    """Return `size` without trailing dimensions of 1: a linear layer and a 1×1 convolution count as the same."""
     while len(size) > 2 and size[-1] == 1:
         size = size[:-1]
     return size

@@ -1,9 +1,9 @@
-"""What modules of Stable Diffusion XL are called in LoRA files, and what the tensors of a module are called there.
+"""The names of the modules of Stable Diffusion XL, and of their tensors, in LoRA files.
 
-Trainers write names of diffusers, of PEFT, or of Stability's own code (LDM: `input_blocks.4.1...`), with dots or, as
-kohya's sd-scripts and LyCORIS do, with underscores for dots. A name with underscores cannot be taken apart without
-knowing the model. So the table is made the other way round: of each module of the model at hand, all names that a file
-may have for it.
+Training programs write the names of diffusers, of PEFT, or of Stability's own code (LDM: `input_blocks.4.1...`), with
+dots or, like kohya's sd-scripts and LyCORIS, with underscores in place of dots. A name with underscores cannot be split
+without knowing the model. The table is therefore built in the other direction: it holds, for each module of the given
+model, all names that a file may use for it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# Where names begin, with underscores, and the part of the pipeline that they are in. Longer ones first.
+# Prefix of a name, with underscores, and the component of the pipeline that it denotes. Longer prefixes first.
 PREFIXES = (
     ("lora_unet_", "unet"),
     ("lora_te1_", "text_encoder"),
@@ -27,7 +27,7 @@ PREFIXES = (
     ("", "unet"),
 )
 
-# What a tensor is for its module, by the end of its name. `down` and `up` are LoRA's A and B.
+# Role of a tensor in its module → pattern of the end of its name. `down` and `up` are LoRA's A and B.
 ROLES = {
     "down": r"\.lora_down\.weight|\.lora_A(\.\w+)?\.weight|[._]lora\.down\.weight|\.lora_linear_layer\.down\.weight",
     "up": r"\.lora_up\.weight|\.lora_B(\.\w+)?\.weight|[._]lora\.up\.weight|\.lora_linear_layer\.up\.weight",
@@ -65,19 +65,20 @@ LDM_RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-# diffusers before 0.22 gave its names of the UNet's attention to those of CLIP.
+# diffusers before 0.22 used the names of the UNet's attention for the attention of CLIP, too.
 OLD_CLIP = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
 
 def split(key: str) -> tuple[str, str] | None:
-    """(name of the module in the file, role of the tensor); None when the key ends in no way that is known."""
+    """Return (name of the module in the file, role of the tensor); None if the key has no known ending."""
     match = ENDINGS.search(key)
     return (key[: match.start()], str(match.lastgroup)) if match else None
 
 
 class Names:
-    """The modules of a pipeline by every name that files have for them. `parts` are its models, by diffusers' names of
-    components.
+    """The modules of a pipeline, by every name that files use for them.
+
+    `parts`: the models of the pipeline, by their component names in diffusers.
     """
 
     def __init__(self, parts: Mapping[str, Any]) -> None:
@@ -88,7 +89,7 @@ class Names:
             self.modules |= {(part, name.replace(".", "_")): module for name, module in names}
 
     def find(self, name: str) -> tuple[str, str] | None:
-        """(component, module) of a name in a file; None when this pipeline has no such module."""
+        """Return (component, module) for a name in a file; None if this pipeline has no such module."""
         name = name.replace(".", "_")
         for prefix, part in PREFIXES:
             if name.startswith(prefix):
@@ -114,8 +115,9 @@ def _names_of_unet(unet: Any) -> Iterator[tuple[str, str]]:
 
 
 def _names_of_clip(encoder: Any) -> Iterator[tuple[str, str]]:
-    """transformers 5 has taken `text_model` out of the names of CLIPTextModel, and not out of
-    CLIPTextModelWithProjection's.
+    """Yield (name in a file, module) with and without `text_model`.
+
+    transformers 5 has removed `text_model` from the names in CLIPTextModel, but not in CLIPTextModelWithProjection.
     """
     for module in _weighted(encoder):
         bare = module.removeprefix("text_model.")
@@ -138,7 +140,11 @@ def _ldm_name(module: str, blocks: Mapping[str, str]) -> str | None:
 
 
 def _ldm_blocks(unet: Any) -> dict[str, str]:
-    """LDM counts all layers of the way down and of the way up in one row each; diffusers counts them in each block."""
+    """Return the name of each block in diffusers → its name in LDM.
+
+    LDM numbers all layers of the downward path, and of the upward path, consecutively; diffusers numbers them in each
+    block.
+    """
     found: dict[str, str] = {}
     number = 1  # 0 is conv_in
     for i, block in enumerate(unet.down_blocks):
@@ -158,7 +164,7 @@ def _ldm_blocks(unet: Any) -> dict[str, str]:
             found[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{number}.0"
             found[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{number}.1"
             number += 1
-        if block.upsamplers:  # behind the last layer, within its row
+        if block.upsamplers:  # follows the last layer, under the same number
             row = 2 if getattr(block, "attentions", None) else 1
             found[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{number - 1}.{row}.conv"
     return found

@@ -1,7 +1,7 @@
-"""The run phase of a GenerateJob: one shard of the rows, from what `prepare` left to outputs in `result/`.
+"""The run phase of a GenerateJob: makes the outputs of one shard of the prepared rows, and puts them into `result/`.
 
-Row r belongs to shard r mod shards. Outputs are kept batch by batch, so a shard that is killed goes on where it
-stopped, and one that is complete says so at once.
+Row r belongs to shard r mod shards. Outputs are stored after each batch, so a shard that was killed continues where it
+stopped, and a shard that is already complete ends at once.
 """
 
 from __future__ import annotations
@@ -33,16 +33,20 @@ if TYPE_CHECKING:
     from luthier_trainer.generation.engines.base import Engine
     from luthier_trainer.generation.hardware import Hardware
 
-# Batches are composed within a window of so many: enough to fill the groups, few enough to start soon.
+# Samples are grouped into batches within a window of this many batches: enough to fill the groups, few enough to
+# start soon.
 WINDOW_BATCHES = 64
 LOG_LINES = 20  # at most, for the whole shard
 
 
 def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
-    """Make the outputs of this shard that are missing. Raises Failure."""
+    """Make the missing outputs of this shard, and return the termination message.
+
+    Raises Failure if the shard cannot run, or if no row of the whole job can be made.
+    """
     if not isinstance(run, GenerateRun):
         raise Failure(ExitCode.MISCONFIGURED, "generate: the run config is of a FineTuneJob; `train` runs those")
-    # Everything is in the workspace; a request to the Hub would only wait for a network that these pods may not have.
+    # Everything is in the workspace. These pods may have no network, and a request to the Hub would wait for a timeout.
     os.environ["HF_HUB_OFFLINE"] = "1"
     started, spec, folder = time.monotonic(), run.spec, WorkspaceFolder(Path(run.workspace))
     record = read_prepared(run)
@@ -54,7 +58,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
 
     hardware = find_hardware(spec)
     task = engine_class(spec.task)
-    # A job of fewer outputs than a batch holds would compute the rest for nothing; the number does not depend on the
+    # A job with fewer outputs than the batch size would compute unused rows. The size does not depend on the number of
     # shards.
     batch_size = min(spec.batch_size, sum(map(len, rows)))
     shard = Shard(
@@ -75,8 +79,8 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
         f" {hardware.environment}",
         flush=True,
     )
-    # If all outputs of a shard failed, check whether the rows of other shards can be made: the job fails only if no row
-    # can, however the rows are split.
+    # If all outputs of this shard failed, the rows of other shards are tried: the job fails only if no row can be made,
+    # independent of how the rows are divided into shards.
     if left or shard.failed == len(samples) > 0:
         shard.open_result()
         with memory_explained():
@@ -109,6 +113,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
 
 
 def ending(code: ExitCode, message: str, started: float, **facts: Any) -> TerminationMessage:
+    """Print `message` and return the termination message. `facts`: further fields of it."""
     print(message, flush=True)
     return TerminationMessage(
         phase="run",
@@ -121,7 +126,7 @@ def ending(code: ExitCode, message: str, started: float, **facts: Any) -> Termin
 
 
 def shard_index(shards: int) -> int:
-    """Which shard this pod is. Raises Failure when it is none of them."""
+    """Return the index of this pod's shard. Raises Failure if the index is not below `shards`."""
     index = int(os.environ.get(Variables.NODE_RANK, "0"))
     if not 0 <= index < shards:
         raise Failure(
@@ -131,8 +136,9 @@ def shard_index(shards: int) -> int:
 
 
 def settings(run: GenerateRun, record: PreparedRecord, hardware: Hardware, batch_size: int) -> dict[str, Any]:
-    """Everything that outputs depend on beside their row: what it takes to make one again, and what tells a stale
-    one.
+    """Return everything that outputs depend on, besides their row.
+
+    With these settings an output can be made again, and outputs made with other settings are recognised as stale.
     """
     spec = run.spec
     adapters = [
@@ -154,14 +160,14 @@ def settings(run: GenerateRun, record: PreparedRecord, hardware: Hardware, batch
 
 
 def digest(adapter: str) -> str:
-    """SHA-256 of an adapter's weights; an adapter trained anew at the same place is another one."""
+    """Return the SHA-256 of an adapter's weights, which changes if it is trained again under the same path."""
     if Path(adapter).is_file():
         return sha256(Path(adapter))
     return next((sha256(p) for suffix in ("safetensors", "bin") for p in sorted(Path(adapter).glob(f"*.{suffix}"))), "")
 
 
 def make(engine: Engine, shard: Shard, left: list[Sample], total: int, telemetry: Telemetry) -> bool:
-    """Make and keep the outputs that are left of `total`. Returns False if a stop was requested before the end."""
+    """Make and store the samples in `left`, of `total` in the shard. Returns False if it had to stop before the end."""
     started, before, logged = time.monotonic(), len(shard.done), len(shard.done)
     window = WINDOW_BATCHES * engine.batch_size
     for first in range(0, len(left), window):
@@ -182,8 +188,9 @@ def make(engine: Engine, shard: Shard, left: list[Sample], total: int, telemetry
 
 
 def batches(engine: Engine, samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-    """Batches of samples of one group, groups in order of their first sample; the last batch of a group may be
-    short.
+    """Yield batches of samples that belong to the same group.
+
+    The groups are in the order of their first samples. The last batch of a group may be smaller.
     """
     groups: dict[Hashable, list[Sample]] = {}
     for sample in samples:
@@ -195,7 +202,7 @@ def batches(engine: Engine, samples: Sequence[Sample]) -> Iterator[list[Sample]]
 
 @contextmanager
 def memory_explained() -> Iterator[None]:
-    """A full GPU as a message about the fields that decide how much a batch needs. Raises Failure."""
+    """Raise Failure if the GPU runs out of memory. It names the fields that decide how much a batch needs."""
     import torch
 
     try:

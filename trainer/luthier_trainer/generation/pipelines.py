@@ -1,7 +1,7 @@
-"""Stable Diffusion XL for a GenerateJob: checked by `prepare` from its configurations and headers, loaded by `run`.
+"""Stable Diffusion XL for a GenerateJob: `prepare` checks its configurations and file headers, and `run` loads it.
 
-What the files have is compared with what the spec asks for and with what the adapters change, so that nothing of it is
-left for a pod with a GPU to find out.
+The files are compared with the spec and with the adapters before a GPU is used, so that a pod with a GPU does not fail
+because of them.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ def check(
     rows: Sequence[Mapping[str, Any]],
     field: str,
 ) -> int:
-    """Whether the pipeline in `path` can do what `spec` asks for, with `adapters`, their files and fields; its number
-    of parameters.
+    """Check that the pipeline in `path` supports `spec` and `adapters`, and return its number of parameters.
 
-    A notice says which of `rows`, the lines of `rows.jsonl`, have prompts that are not read to their end. Raises
-    Failure.
+    `adapters`: file and field of the spec for each. `rows`: the lines of `rows.jsonl`; a notice names the prompts that
+    are longer than the text encoders read. Raises Failure if the pipeline does not suit the job.
     """
     index = pipelines.index_of(path, field)
     models = pipelines.skeletons(path, index, field)
@@ -52,8 +51,9 @@ def check(
 
 
 def load(path: Path, dtype: torch.dtype) -> Any:
-    """The pipeline, from safetensors only, whole or refused: without code of its own and without watermark. Raises
-    Failure.
+    """Load the pipeline in `path` in `dtype`, without code from the repository and without watermark.
+
+    Only safetensors are read. Raises Failure if a part is missing or cannot be loaded.
     """
     from diffusers import StableDiffusionXLPipeline
 
@@ -69,7 +69,7 @@ def load(path: Path, dtype: torch.dtype) -> Any:
 
 
 def check_size(vae: Any, spec: GenerateJobSpec) -> None:
-    """Whether images of the spec's size are made of whole latents. Raises Failure."""
+    """Check that width and height in the spec are multiples of the size of a latent. Raises Failure if not."""
     unit = pipelines.pixels_of_a_latent(vae)
     for name, size in (("width", spec.image.width), ("height", spec.image.height)):
         if size % unit:
@@ -81,7 +81,7 @@ def check_size(vae: Any, spec: GenerateJobSpec) -> None:
 
 
 def report_unread(tokenizers: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """A notice for the prompts, and one for the negative prompts, that are longer than the text encoders read."""
+    """Give one notice for prompts, and one for negative prompts, that are longer than the text encoders read."""
     for key in ("prompt", "negativePrompt"):
         counts = [(pipelines.unread_tokens(tokenizers, row[key]), row["row"]) for row in rows if row.get(key)]
         cut = [(count, row) for count, row in counts if count]

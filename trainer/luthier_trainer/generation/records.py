@@ -1,6 +1,6 @@
-"""How the outputs of an engine are kept: as a text in their line, or as a file beside it.
+"""The forms in which outputs are stored: as text in the lines of the ledger, or as files beside them.
 
-Each engine chooses a form and names the keys of its lines; the ledger knows nothing else of a task.
+Each engine chooses a form and the keys of its lines. The ledger depends on nothing else of a task.
 """
 
 from __future__ import annotations
@@ -17,36 +17,39 @@ from luthier_trainer.workspace.manifest import replace_file, sha256
 
 Line = dict[str, Any]
 
-# Rows, and samples of each row, whose files share a folder: the Hub wants fewer than 10,000 files in one.
+# Number of rows, and of samples per row, whose files share a folder: the Hub wants fewer than 10,000 files in each.
 FOLDER_ROWS, FOLDER_SAMPLES = 1000, 8
-# Threads that read files at once: hashlib releases the interpreter's lock, and a network volume answers many requests
-# as fast as one.
+# Threads that read files in parallel: hashlib releases the GIL, and a network volume answers many requests as fast as
+# one.
 THREADS = 8
 
 
 class RecordForm(Protocol):
-    """The form in which the outputs of one engine are kept. `folder` is always the shard's own folder of files."""
+    """The form in which the outputs of one engine are stored. `folder` is always the shard's own folder of files."""
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """What each line has, null where a sample has none: readers take the keys of the first lines for all."""
+        """Keys of every line, null if a sample has no value: readers derive the columns from the first lines."""
 
     def table(self, shard: str) -> str:
-        """Where the lines of a shard stand in `result/`."""
+        """Return the path of the file with the lines of a shard, relative to `result/`."""
 
     def write(self, output: Output, folder: Path) -> Line:
-        """The fields of a line that describe a good output. A file is durable on return, but not its folder's entry."""
+        """Write the file of an output, if the form has one, and return the fields of its line.
+
+        The content is flushed to disk on return, the entry of its folder is not.
+        """
 
     def file(self, line: Line) -> str | None:
-        """The file of a line, relative to `folder`; None if it has none."""
+        """Return the path of a line's file, relative to `folder`; None if it has none."""
 
     def damages(self, lines: Iterable[Line], folder: Path) -> Iterator[str | None]:
-        """For each line why its output cannot be used; None when it is there, as it was written."""
+        """Yield for each line why its output cannot be used; None if it is there and unchanged."""
 
 
 @dataclass(frozen=True)
 class TextRecords:
-    """Each output is a text in its line; the lines of a shard are one JSON Lines file."""
+    """Stores each output as text in its line. The lines of a shard are one JSON Lines file."""
 
     keys: tuple[str, ...]
 
@@ -68,7 +71,7 @@ class TextRecords:
 
 @dataclass(frozen=True)
 class ImageRecords:
-    """Each output is an image beside its line, whose `file_name` is relative to the lines, as `datasets` wants it."""
+    """Stores each output as an image file. `file_name` is relative to the file of lines, as `datasets` requires."""
 
     keys: tuple[str, ...]
 
@@ -105,10 +108,11 @@ class ImageRecords:
 
 
 def image_folder(row: int, index: int) -> str:
-    """Where the image `index` of a row lies in the folder of its shard."""
+    """Return the folder of image `index` of a row, relative to the folder of its shard."""
     more = f"-{index // FOLDER_SAMPLES:03d}" if index >= FOLDER_SAMPLES else ""
     return f"images/{row // FOLDER_ROWS:04d}{more}"
 
 
 def digest(content: bytes) -> str:
+    """Return the SHA-256 of `content` in hexadecimal."""
     return hashlib.sha256(content).hexdigest()

@@ -1,6 +1,6 @@
-"""A `Sample` is one output that a shard must make, an `Output` is one that it has made.
+"""`Sample`: an output that a shard has to make. `Output`: an output that it has made.
 
-A sample is fixed by the inputs alone; neither shard, batch nor attempt changes it.
+A sample depends only on the inputs, not on shards, batches or attempts.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SEEDS = 2**32  # seeds are 32 bits wide, as in the API, so that a line's seed can be given as a row's
+SEEDS = 2**32  # seeds have 32 bits, as in the API, so that the seed of an output can be used as the seed of a row
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One output to make. `index` counts the outputs of its row (`perPrompt`)."""
+    """An output to make. `index` numbers the outputs of its row (`perPrompt`), from 0."""
 
     row: int
     index: int
@@ -24,40 +24,41 @@ class Sample:
     negative_prompt: str | None
     seed: int
     input: dict[str, Any] | None = field(default=None, hash=False)
-    """The other columns of its row. Its line repeats them; its output does not depend on them."""
+    """The other columns of its row, which are copied to its line. The output does not depend on them."""
 
     @property
     def key(self) -> tuple[int, int]:
+        """Row and index, which identify the sample."""
         return self.row, self.index
 
     def facts(self) -> dict[str, Any]:
-        """The fields of its line: which output it is, and what the output depends on."""
+        """Return the fields of its line: which output it is, and what the output depends on."""
         negative = {} if self.negative_prompt is None else {"negativePrompt": self.negative_prompt}
         return {"row": self.row, "sample": self.index, "prompt": self.prompt, **negative, "seed": self.seed}
 
 
 @dataclass(frozen=True)
 class Output:
-    """One output made, or the reason why its sample cannot be made."""
+    """An output, or the reason why its sample cannot be made."""
 
     sample: Sample
     facts: dict[str, Any] = field(default_factory=dict)
-    """Further fields of its line, beside those of the sample."""
+    """Further fields of its line, besides those of the sample."""
     text: str | None = None
     file: bytes | None = None
     """Content of the file that holds the output."""
     suffix: str = ""
-    """Of that file's name."""
+    """Suffix of the name of that file."""
     error: str | None = None
 
 
 def sample_seed(row_seed: int, index: int) -> int:
-    """Seed of a row's output number `index`: the row's seed plus that number, so any of them can be asked for alone."""
+    """Return the seed of output `index` of a row: the row's seed plus `index`. Each output can thus be made alone."""
     return (row_seed + index) % SEEDS
 
 
 def read_rows(path: Path, per_prompt: int) -> Iterator[list[Sample]]:
-    """The samples of each row of `prepared/rows.jsonl`."""
+    """Yield the samples of each row of the file `path` (`prepared/rows.jsonl`)."""
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)
@@ -68,7 +69,8 @@ def read_rows(path: Path, per_prompt: int) -> Iterator[list[Sample]]:
 
 
 def padded(samples: Sequence[Sample], size: int) -> list[Sample]:
-    """Exactly `size` samples: kernels are chosen by shape, so only batches of one size give the same bits in every
-    batch.
+    """Return exactly `size` samples, filled up with repeated ones.
+
+    Libraries choose kernels by shape, so an output has the same bits in every batch only if all batches have one size.
     """
     return [*samples, *[samples[0]] * (size - len(samples))]

@@ -23,18 +23,18 @@ from luthier_trainer.runtime.heartbeat import beat
 
 
 class SeededChoice(LogitsProcessor):
-    """Draws one token for each text: it inverts the distribution at a number that the text's seed and the step give."""
+    """Draws one token for each text, by inverse transform sampling with a number from the text's seed and the step."""
 
     def __init__(self, seeds: Sequence[int], prompt_length: int, steps: int, device: torch.device) -> None:
         draws = [
             torch.rand(steps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds
         ]
         self.draws = torch.stack(draws).to(device)
-        """Texts × steps, uniform in [0, 1)."""
+        """Numbers uniform in [0, 1), shape [texts, steps]."""
         self.prompt_length = prompt_length
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        # In doubles, so that the order in which a device sums does not decide between two tokens.
+        # In float64, so that the order of a device's sums does not decide between two tokens.
         cumulative = scores.double().softmax(-1).cumsum(-1)
         step = input_ids.shape[1] - self.prompt_length
         targets = self.draws[:, step : step + 1] * cumulative[:, -1:]
@@ -43,7 +43,7 @@ class SeededChoice(LogitsProcessor):
 
 
 class RepetitionPenalty(LogitsProcessor):
-    """transformers' penalty without padding: otherwise the padding token, often the end of text, would be penalised."""
+    """The penalty of transformers, but without padding: the padding token is often the end-of-text token."""
 
     def __init__(self, penalty: float, attention_mask: torch.Tensor) -> None:
         self.penalty = RepetitionPenaltyLogitsProcessor(penalty)
@@ -66,7 +66,10 @@ class TokenHeartbeat(LogitsProcessor):
 
 
 def processors(settings: TextSettings, seeds: Sequence[int], attention_mask: torch.Tensor) -> LogitsProcessorList:
-    """The processors that make a greedy `generate` over prompts of one padded length sample as `settings` say."""
+    """Return the processors with which a greedy `generate` samples as `settings` say.
+
+    `attention_mask`: [texts, length], of prompts that are padded to the same length.
+    """
     chain = LogitsProcessorList([TokenHeartbeat()])
     if settings.repetition_penalty != 1.0:
         chain.append(RepetitionPenalty(settings.repetition_penalty, attention_mask))

@@ -1,7 +1,8 @@
-"""Samplers of text-to-image by the name users write: one table, diffusers' classes behind it.
+"""The samplers of text-to-image: a table from the names in the API to classes of diffusers.
 
-A sampler is made from the configuration of the model's own (its betas, prediction type and spacing are facts of the
-weights), with what the name adds. A package that a sampler needs and the image lacks ends in a message, not in a stack.
+A sampler is constructed from the configuration of the model's own scheduler, because betas, prediction type and spacing
+belong to the weights, with the changes that the name implies. If the container image lacks a package that a sampler
+needs, the job fails with a message instead of a stack trace.
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ from luthier_trainer.runtime.failure import Failure
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a name becomes a scheduler of diffusers."""
+    """How to construct a scheduler of diffusers for a name."""
 
     class_name: str
     config: dict[str, Any] = field(default_factory=dict)
-    """What replaces the model's own configuration."""
+    """Entries that replace those of the model's own configuration."""
     eta: float = 0.0
-    """Share of noise that is put back at each step, where the pipeline passes it on (DDIM, TCD)."""
+    """Share of noise that is added again in each step, for the classes to which the pipeline passes it (DDIM, TCD)."""
 
 
-# Latents are not confined to [-1, 1]: the clipping that these classes do by default would spoil them.
+# Latents are not limited to [-1, 1], so the clipping that these classes do by default would damage them.
 UNCLIPPED = {"clip_sample": False, "thresholding": False}
 DPM = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "use_karras_sigmas": False}
 SIGMAS = {"use_karras_sigmas": False}
 
-# Facts of a model's weights that some classes of diffusers 0.42.1 have no parameter for, and what they are when nothing
-# is said.
+# Settings that a model's weights depend on and for which some classes of diffusers 0.42.1 have no parameter, with their
+# default values.
 TRAINED_WITH: dict[str, Any] = {
     "rescale_betas_zero_snr": False,
     "prediction_type": "epsilon",
@@ -59,7 +60,7 @@ SAMPLERS: dict[SchedulerName, Sampler] = {
     "kdpm2-ancestral": Sampler("KDPM2AncestralDiscreteScheduler", SIGMAS),
     "lcm": Sampler("LCMScheduler", UNCLIPPED),
     "lms": Sampler("LMSDiscreteScheduler", SIGMAS),
-    # The Runge-Kutta start of PNDM wants 12 model calls more and is off in every Stable Diffusion.
+    # PNDM's Runge-Kutta start needs 12 more calls of the model, and all models of Stable Diffusion disable it.
     "pndm": Sampler("PNDMScheduler", {"skip_prk_steps": True}),
     "tcd": Sampler("TCDScheduler", UNCLIPPED, eta=0.3),  # gamma of the paper, as in diffusers' own documentation
     "unipc": Sampler(
@@ -69,14 +70,15 @@ SAMPLERS: dict[SchedulerName, Sampler] = {
 
 
 def eta(name: SchedulerName) -> float:
+    """Return the `eta` that the pipeline gets for a sampler."""
     return SAMPLERS[name].eta if name in SAMPLERS else 0.0
 
 
 def make_scheduler(name: SchedulerName, own: Any, steps: int) -> Any:
-    """The scheduler for `name`, from `own`, the model's scheduler; for "default" that one itself.
+    """Return the scheduler for `name`, made from `own`, the scheduler of the model. "default" returns `own` itself.
 
-    Raises Failure when the image lacks a package that it needs, when it would leave out what the model was trained
-    with, or when it cannot do `steps` steps.
+    Raises Failure if the container image lacks a package that the scheduler needs, if the scheduler would ignore a
+    setting that the model was trained with, or if it cannot do `steps` steps.
     """
     import diffusers
 
@@ -111,13 +113,12 @@ def make_scheduler(name: SchedulerName, own: Any, steps: int) -> Any:
 
 
 def ignored(kind: Any, config: Mapping[str, Any]) -> list[str]:
-    """What a model was trained with, by the configuration of its scheduler, and a class of diffusers has no parameter
-    for.
+    """Return the settings that a model was trained with and for which the class `kind` has no parameter.
 
-    `from_config` leaves such entries out without a word.
+    `config`: the configuration of the model's scheduler. `from_config` ignores such settings silently.
     """
     known = inspect.signature(kind.__init__).parameters
-    if "num_train_timesteps" not in known:  # what stands for a class whose package is missing
+    if "num_train_timesteps" not in known:  # a placeholder of diffusers for a class whose package is missing
         return []
     return [
         f"{name}: {config[name]}"
@@ -127,8 +128,9 @@ def ignored(kind: Any, config: Mapping[str, Any]) -> list[str]:
 
 
 def rehearse(name: SchedulerName, scheduler: Any) -> None:
-    """All steps over one small latent of noise. Raises Failure when the class lacks what the model's configuration asks
-    for, or goes astray.
+    """Run all steps on one small latent of noise.
+
+    Raises Failure if the class does not support the model's configuration, or produces values that are not finite.
     """
     import torch
 

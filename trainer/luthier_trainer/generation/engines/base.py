@@ -1,4 +1,4 @@
-"""What an engine of generation is: everything about one task, from its model to the lines of its outputs."""
+"""The protocol of an engine of generation, which covers one task from its model to the lines of its outputs."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ class Engine(Protocol):
     """Makes the outputs of one task, in batches of one size."""
 
     records: ClassVar[RecordForm]
-    """The form in which its outputs are kept."""
+    """The form in which its outputs are stored."""
     batch_size: int
-    """Outputs that are computed at once."""
+    """Number of outputs that are computed together."""
 
     @classmethod
     def load(cls, run: GenerateRun, prepared: PreparedRecord, hardware: Hardware, batch_size: int) -> Engine:
-        """The engine with its model on the device. Raises Failure."""
+        """Return the engine with its model on the device. Raises Failure if it or an adapter cannot be loaded."""
 
     def problem(self, sample: Sample) -> str | None:
-        """Why this sample can never be made; None when it can. Cheap: the model is not run."""
+        """Return why this sample can never be made; None if it can. This does not run the model, so it is fast."""
 
     def group(self, sample: Sample) -> Hashable:
-        """Samples of one group may share a batch: then its shapes do not depend on who else is in it."""
+        """Return the group of a sample. Samples of one group may share a batch; its batches have one shape."""
 
     def make(self, samples: Sequence[Sample]) -> list[Output]:
-        """The outputs of one to `batch_size` samples of one group, in their order."""
+        """Return the outputs of 1 to `batch_size` samples of one group, in the same order."""

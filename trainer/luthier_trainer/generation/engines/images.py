@@ -1,7 +1,7 @@
 """text-to-image: Stable Diffusion XL, with LoRA adapters fused into it, over batches of prompts.
 
-An image depends on its prompts, its seed and the batch size alone: noise comes from a CPU generator an image (those of
-GPUs differ between models), batches have one size, and each latent is decoded alone.
+An image depends only on its prompts, its seed and the batch size: each image has its own noise generator on the CPU
+(those of GPUs differ between models of GPUs), all batches have one size, and each latent is decoded alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from luthier_trainer.runtime.heartbeat import beat
 
 
 class ImageEngine:
-    """`batch_size` images at once with the pipeline in `model_path` and the adapters of the spec."""
+    """Makes images, `batch_size` at a time, with the pipeline in `model_path` and the adapters of the spec."""
 
     records = ImageRecords(
         keys=(
@@ -51,7 +51,7 @@ class ImageEngine:
 
     @classmethod
     def load(cls, run: GenerateRun, prepared: PreparedRecord, hardware: Hardware, batch_size: int) -> ImageEngine:
-        """The engine with its pipeline on the device. Raises Failure."""
+        """Return the engine with its pipeline on the device. Raises Failure if it or an adapter cannot be loaded."""
         adapters = [Path(path) for path in prepared.adapter_paths]
         return cls(run.spec, Path(prepared.model_path), adapters, hardware, batch_size)
 
@@ -60,7 +60,7 @@ class ImageEngine:
     ) -> None:
         for library in (logging, transformers_logging):
             library.disable_progress_bar()
-            # They warn in each batch that a prompt is truncated; the lines of the outputs say it once.
+            # They would warn in each batch that a prompt is truncated. The lines of the outputs record it once.
             library.set_verbosity_error()
         self.settings, self.batch_size, self.scheduler_name = spec.image, batch_size, spec.image.scheduler
         # Adapters are fused once, in fp32, and rounded with the weights.
@@ -78,7 +78,8 @@ class ImageEngine:
         ]
         lora.fuse(parts, changes)
         pipe.to(hardware.device, hardware.dtype)
-        # Such a VAE overflows in fp16. diffusers moves its weights there and back for each batch; here it stays.
+        # A VAE with `force_upcast` overflows in fp16. diffusers would convert its weights to fp32 and back for each
+        # batch; here they stay in fp32.
         if hardware.dtype == torch.float16 and pipe.vae.config.force_upcast:
             pipe.vae.to(torch.float32)
         pipe.set_progress_bar_config(disable=True)
@@ -87,21 +88,23 @@ class ImageEngine:
         self.pipe, self.hardware = pipe, hardware
 
     def problem(self, sample: Sample) -> str | None:
-        """Every text can be drawn: of one that is too long for the text encoders the beginning is read, and its line
-        says so.
+        """Return None: an image can be made for any prompt.
+
+        The text encoders read only the beginning of a prompt that is too long, and its line records that.
         """
         return None
 
     def group(self, sample: Sample) -> Hashable:
-        """Models differ in what no negative prompt means (zeros, or the empty text), so these rows keep apart."""
+        """Return whether there is a negative prompt. Without one, some models use zeros and others the empty text."""
         return sample.negative_prompt is not None
 
     @torch.inference_mode()
     def make(self, samples: Sequence[Sample]) -> list[Output]:
+        """Return the outputs of samples of one group, in the same order."""
         batch = padded(samples, self.batch_size)
         negative = [s.negative_prompt for s in batch] if samples[0].negative_prompt is not None else None
         if hasattr(self.pipe.scheduler, "noise_sampler_seed"):
-            # The SDE sampler ignores generators, and without seeds its noise never repeats.
+            # The SDE sampler ignores generators. Without seeds, its noise would differ in each run.
             self.pipe.scheduler.noise_sampler_seed = [s.seed for s in batch]
         latents = self.pipe(
             prompt=[s.prompt for s in batch],
@@ -118,7 +121,7 @@ class ImageEngine:
         return [self.output(sample, latents[i : i + 1]) for i, sample in enumerate(samples)]
 
     def output(self, sample: Sample, latent: torch.Tensor) -> Output:
-        """The image file of one latent, 1 × channels × height × width."""
+        """Return the output with the encoded image of a latent, [1, channels, height, width]."""
         pixels = self.decode(latent)
         if not torch.isfinite(pixels).all():
             return Output(
@@ -133,7 +136,7 @@ class ImageEngine:
         return Output(sample, facts, file=content, suffix=suffix)
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
-        """Pixels in [-1, 1], as the pipeline itself decodes them."""
+        """Return the pixels of a latent, [1, 3, height, width], from -1 to 1, decoded as the pipeline does it."""
         vae = self.pipe.vae
         latent = latent.to(vae.dtype)
         mean, deviation = (getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std"))
@@ -149,6 +152,6 @@ class ImageEngine:
 def heartbeat_after_step(
     pipe: StableDiffusionXLPipeline, step: int, timestep: int, tensors: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Send a heartbeat after each step: a batch on CPU can take longer than the supervisor waits for one."""
+    """Send a heartbeat after each step: a batch on a CPU can take longer than the supervisor waits for one."""
     beat()
     return {}

@@ -1,4 +1,4 @@
-"""The engine of each task of a GenerateJob. Imports none of them: each brings torch and its own libraries."""
+"""The engine of each task of a GenerateJob. They are imported only when used, because each imports large libraries."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ ENGINES: Mapping[GenerateTask, tuple[str, str]] = {
     "text-generation": ("luthier_trainer.generation.engines.text", "TextEngine"),
     "text-to-image": ("luthier_trainer.generation.engines.images", "ImageEngine"),
 }
-"""Task → module and class."""
+"""Task → module and name of the class."""
 
 
 def engine_class(task: GenerateTask) -> type[Engine]:
-    """The engine of a task."""
+    """Return the engine class of a task."""
     module, name = ENGINES[task]
     found: type[Engine] = getattr(import_module(module), name)
     return found

@@ -1,8 +1,8 @@
 """text-generation: a causal language model, with LoRA adapters merged into it, over batches of prompts.
 
-A text depends on its prompt, its seed and the batch size alone: batches have one size, and prompts are padded to a
-length that follows from the prompt itself, so that kernels see the same shapes whoever shares the batch. Models that
-cannot be padded get none.
+A text depends only on its prompt, its seed and the batch size. All batches have one size, and the length that a prompt
+is padded to depends only on the prompt, so that kernels get the same shapes whatever else is in the batch. Models that
+do not support padding get none.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from luthier_trainer.models.merge import add_adapters
 from luthier_trainer.models.sources import OWN_WEIGHTS
 from luthier_trainer.runtime.failure import Failure
 
-SHORTEST_BATCH = 32  # tokens; prompts up to here share batches, longer ones share with those of their power of two
+SHORTEST_BATCH = 32  # tokens; shorter prompts are padded to it, longer ones to the next power of two
 TEST_TEXT = "The quick brown fox jumps over the lazy dog"
-TEST_TOKENS = 8  # of it, at most
+TEST_TOKENS = 8  # at most, of the test text
 
 
 class TextEngine:
-    """`batch_size` texts at once with the model in `model_path` and the adapters of the spec."""
+    """Makes texts, `batch_size` at a time, with the model in `model_path` and the adapters of the spec."""
 
     records = TextRecords(
         keys=(
@@ -63,7 +63,7 @@ class TextEngine:
 
     @classmethod
     def load(cls, run: GenerateRun, prepared: PreparedRecord, hardware: Hardware, batch_size: int) -> TextEngine:
-        """The engine with its model on the device. Raises Failure."""
+        """Return the engine with its model on the device. Raises Failure if it or an adapter cannot be loaded."""
         model = Path(prepared.model_path)
         tokenizer = WorkspaceFolder(Path(run.workspace)).prepared / "tokenizer"
         adapters = [Path(path) for path in prepared.adapter_paths]
@@ -82,8 +82,7 @@ class TextEngine:
         logging.set_verbosity_error()
         self.settings, self.batch_size, self.device = spec.text, batch_size, torch.device(hardware.device)
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
-        # Adapters are merged in fp32 and rounded once: what a bf16 weight cannot hold of them is lost once, not once an
-        # adapter.
+        # Adapters are merged in fp32, and the result is rounded once. In bf16, each adapter would add a rounding error.
         model = load_model(model_path, torch.float32 if adapters else hardware.dtype, self.device)
         if adapters and is_quantised(model):
             model = model.dequantize(torch.float32).float()
@@ -92,7 +91,7 @@ class TextEngine:
         self.context = max_positions(model.config)
         self.ends = end_tokens(model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
         self.padding = next((t for t in (self.tokenizer.pad_token_id, *sorted(self.ends)) if t is not None), 0)
-        # The repository's own sampling settings must not mix with the job's.
+        # Replaced, so that sampling settings of the model's repository do not mix with those of the job.
         self.model.generation_config = GenerationConfig(
             max_new_tokens=spec.text.max_new_tokens,
             do_sample=False,
@@ -108,9 +107,11 @@ class TextEngine:
         self.sharing = find_sharing(self.model, prompt[:TEST_TOKENS], self.padding, length)
 
     def tokens(self, sample: Sample) -> list[int]:
+        """Return the token ids of a sample's prompt."""
         return list(self.tokenizer(sample.prompt)["input_ids"])
 
     def problem(self, sample: Sample) -> str | None:
+        """Return why this sample can never be made; None if it can."""
         length, new = len(self.tokens(sample)), self.settings.max_new_tokens
         if length == 0:
             return "prompt: the tokenizer makes no token of it; write a prompt"
@@ -122,8 +123,9 @@ class TextEngine:
         return None
 
     def group(self, sample: Sample) -> Hashable:
-        """The length that its prompt is padded to: the next power of two, as far as the model's context goes. Without
-        padding its own.
+        """Return the length in tokens that a sample's prompt is padded to.
+
+        It is the next power of two, limited by the context of the model, or the prompt's own length without padding.
         """
         length = len(self.tokens(sample))
         if self.sharing != "any length":
@@ -134,13 +136,14 @@ class TextEngine:
         )
 
     def make(self, samples: Sequence[Sample]) -> list[Output]:
+        """Return the outputs of samples of one group, in the same order."""
         if self.sharing == "none":
             return [output for sample in samples for output in self.make_batch([sample], 1)]
         return self.make_batch(samples, self.batch_size)
 
     @torch.inference_mode()
     def make_batch(self, samples: Sequence[Sample], size: int) -> list[Output]:
-        """The outputs of samples of one group, computed as a batch of `size`."""
+        """Return the outputs of samples of one group, computed as a batch of `size` rows."""
         batch = padded(samples, size)
         prompts = [self.tokens(s) for s in batch]
         length = self.group(samples[0])
@@ -152,7 +155,7 @@ class TextEngine:
         return [self.output(s, prompt, new) for s, prompt, new in zip(samples, prompts, written, strict=False)]
 
     def output(self, sample: Sample, prompt: list[int], new: list[int]) -> Output:
-        """The text up to the first end token; whatever follows it is padding."""
+        """Return the output with the text up to the first end token. All tokens after it are padding."""
         end = next((i for i, token in enumerate(new) if token in self.ends), None)
         facts = {
             "finishReason": "length" if end is None else "stop",
@@ -163,11 +166,11 @@ class TextEngine:
 
 
 def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], new: list[int]) -> str:
-    """The text that the tokens `new` add to the text of `prompt`, to the character.
+    """Return exactly the text that the tokens `new` add to the text of `prompt`.
 
-    Both are decoded together and the text of the prompt is cut off. Alone, the new tokens would lose their leading
-    blank with SentencePiece tokenizers, and a character whose bytes began in the prompt. Blanks before punctuation stay
-    as the model wrote them.
+    Both are decoded together, and the text of the prompt is cut off. If the new tokens were decoded alone,
+    SentencePiece tokenizers would drop a leading blank, and a character whose bytes begin in the prompt would be lost.
+    Blanks before punctuation stay as the model wrote them.
     """
     before, whole = (
         tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -178,17 +181,18 @@ def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], new: lis
 
 
 def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The causal language model in a folder; code that comes with it is never run. Raises Failure when it is none.
+    """Load the causal language model in `path`. Code in the folder is never executed.
 
-    Weights in bitsandbytes' types stay in them, on `device`; those in FP8 are unpacked into `dtype`, on every GPU
-    alike.
+    Weights in types of bitsandbytes keep their type and are loaded on `device`. Weights in FP8 are converted to
+    `dtype`, on all models of GPUs. Raises Failure if the folder holds no causal language model, or not all of its
+    weights.
     """
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         quantisation = getattr(config, "quantization_config", None) or {}
         if quantisation.get("quant_method") == "fp8":
-            # On GPUs that know FP8 the weights would stay in it, and a later change of type would leave out their
-            # scales.
+            # On GPUs with FP8, weights would otherwise stay in it, and a later conversion of their dtype would ignore
+            # their scales.
             config.quantization_config = quantisation | {"dequantize": True}
         placed = {"device_map": {"": device}} if quantisation.get("quant_method") == "bitsandbytes" else {}
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -207,7 +211,7 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrain
         raise Failure(
             ExitCode.INVALID_SPEC, f"spec.model: no causal language model can be loaded from {path}: {error}"
         ) from None
-    # transformers fills what is missing with random numbers, and such a model talks as if it had learnt to.
+    # transformers initialises missing weights with random numbers, and the model would still generate text.
     if missing := sorted(report["missing_keys"]):
         raise Failure(
             ExitCode.INVALID_SPEC,
@@ -218,10 +222,10 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrain
 
 
 def is_quantised(model: PreTrainedModel) -> bool:
-    """Whether the weights rest in types that no `to` may change."""
+    """Return whether the weights are quantised, so that `to` cannot convert their dtype."""
     return bool(getattr(model, "is_quantized", False))
 
 
 def end_tokens(*ids: int | list[int] | None) -> set[int]:
-    """Every token that ends a text, by the model's generation settings or by its tokenizer."""
+    """Return the ids of all tokens that end a text, from the model's generation settings and from its tokenizer."""
     return {token for i in ids if i is not None for token in (i if isinstance(i, list) else [i])}
