@@ -1,7 +1,7 @@
-"""Columns of the inputs that play no role in generating, carried into the lines of the outputs, so that a user can put
-both together again.
+"""Columns of the inputs that generation does not use, copied to the lines of the outputs.
 
-A line is JSON, so only what JSON can hold is carried: text, numbers, true and false, and lists and objects of these.
+With them a user can match outputs and inputs. Lines are JSON, so only what JSON can represent is copied: text, numbers,
+booleans, and lists and objects of these.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from luthier_trainer.data import columns as roles
 from luthier_trainer.data.load import Rows
 from luthier_trainer.runtime.notices import notice
 
-LARGE = 10_000  # characters a row, on average
+LARGE = 10_000  # average characters per row above which a notice is given
 
 
 def columns(rows: Rows, wanted: Sequence[str] | None, taken: Sequence[str], field: str) -> dict[str, Any]:
-    """Column → its feature, of those that are carried: the `wanted` ones, or all that are not `taken` for a role.
+    """Return column → its feature, for the columns to copy: those in `wanted`, or if that is None all not in `taken`.
 
-    Raises Failure when a wanted column is missing or holds what JSON cannot. Without a wish such columns are left out,
-    which a notice says.
+    `taken`: columns that have a role. Raises Failure if a wanted column is missing or JSON cannot represent it. If
+    `wanted` is None, such columns are left out with a notice.
     """
     for name in wanted or ():
         roles.require(rows, name, field, taken)
@@ -51,8 +51,9 @@ def columns(rows: Rows, wanted: Sequence[str] | None, taken: Sequence[str], fiel
 
 
 def lines(rows: Rows) -> Iterator[dict[str, Any]]:
-    """For rows of text files, where blank lines are left out: the line of each, from 1, and its file where there are
-    several. Nothing for others.
+    """Yield, for each row of text files, its line number from 1 and, if there are several files, the name of its file.
+
+    Row and line number can differ, because blank lines are left out. For other data nothing is yielded.
     """
     if not rows.parts or any(part.lines is None for part in rows.parts):
         return
@@ -68,7 +69,7 @@ def lines(rows: Rows) -> Iterator[dict[str, Any]]:
 
 
 def fits(feature: Any) -> bool:
-    """Whether JSON can hold what a feature of `datasets` describes."""
+    """Return whether JSON can represent the values of a feature of `datasets`."""
     if isinstance(feature, dict):
         return all(fits(inner) for inner in feature.values())
     if isinstance(feature, list):
@@ -80,8 +81,10 @@ def fits(feature: Any) -> bool:
 
 
 def plain(value: Any, feature: Any) -> Any:
-    """A cell as JSON has it. Classes become their names, dates and decimals their text, and so do whole numbers beyond
-    63 bits; NaN and infinity null.
+    """Return a cell as a value of JSON.
+
+    Classes become their names; dates, decimals and all values of uint64 columns become text; NaN and infinity become
+    null.
     """
     if value is None:
         return None
@@ -91,12 +94,13 @@ def plain(value: Any, feature: Any) -> Any:
         return [plain(item, feature[0]) for item in value]
     kind = type(feature).__name__
     if kind in ("List", "LargeList", "Sequence"):
-        if isinstance(value, dict):  # `datasets` turns a list of objects into an object of lists
+        if isinstance(value, dict):  # `datasets` converts a list of objects to an object of lists
             return {name: [plain(item, feature.feature[name]) for item in items] for name, items in value.items()}
         return [plain(item, feature.feature) for item in value]
     if kind == "ClassLabel":
         return feature.int2str(value) if value >= 0 else None
-    if feature.dtype == "uint64":  # a reader that finds a large one in the middle cannot change its mind
+    # Readers infer the type of a column from its first lines. A later value of more than 63 bits would not fit it.
+    if feature.dtype == "uint64":
         return str(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else None

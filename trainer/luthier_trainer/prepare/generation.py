@@ -1,7 +1,7 @@
-"""`prepare` of a GenerateJob: model, adapters, and the rows with their seeds in `rows.jsonl`.
+"""`prepare` of a GenerateJob: fetches and checks model and adapters, and writes the rows with seeds to `rows.jsonl`.
 
-A row's seed is its own, or the first 32 bits of BLAKE2b over "<job seed>:<row number>": it depends on neither shards
-nor order, so that any output can be made again alone.
+The seed of a row is the one in its data, or the first 32 bits of BLAKE2b over "<job seed>:<row number>". It does not
+depend on shards or on the order of processing, so that each output can be made again alone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SEED_LIMIT = 2**32
 OPTIONAL_COLUMNS = {
     role: column for task in GENERATION_TASKS.values() for role, column in task.optional_columns.items()
 }
-"""Role → name of the column where the job names none, over all tasks: a column of another task's is not overlooked."""
+"""Role → default name of its column, for all tasks, so that an unsupported column of another task is noticed, too."""
 OTHER_TOKENIZER = (
     "Take the tokenizer that belongs to the model, or give these rows in a FineTuneJob with model.resizeEmbeddings:"
     " true"
@@ -42,7 +42,10 @@ OTHER_TOKENIZER = (
 
 
 def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedRecord:
-    """Everything but the record itself. Raises Failure."""
+    """Prepare everything in `folder` except the record, which is returned.
+
+    `cache`: folder for downloaded data. Raises Failure if the job cannot run.
+    """
     import datasets
 
     datasets.disable_progress_bars()
@@ -86,13 +89,16 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
 Line = dict[str, Any]
 """A line of `rows.jsonl`."""
 NamedAdapter = tuple[Path, str]
-"""Where an adapter lies, and the field that names it."""
+"""Path of an adapter, and the field of the spec that names it."""
 
 
 def language_model(
     path: Path, spec: GenerateJobSpec, located: sources.Located, rows: list[Line], folder: WorkspaceFolder
 ) -> Path:
-    """The model in folder `path` as one that can go on from the prompts of `rows`. Raises Failure."""
+    """Check that the model in `path` can generate text from the prompts of `rows`, and save its tokenizer.
+
+    Returns the folder that the engine loads. Raises Failure if the model does not suit the job.
+    """
     config = inspect.read_config(path, located.field)
     checks.check_task(config, spec.task, located.field)
     checks.check_quantisation(config, {"bitsandbytes", "fp8"}, located.field)
@@ -109,7 +115,7 @@ def language_model(
 def pipeline(
     path: Path, spec: GenerateJobSpec, located: sources.Located, rows: list[Line], folder: WorkspaceFolder
 ) -> Path:
-    """The diffusers pipeline in folder `path`. Raises Failure where it is none."""
+    """Return `path`, the folder of a diffusers pipeline. Raises Failure if it holds no pipeline."""
     checks.check_pipeline(path, located.field)
     return path
 
@@ -117,7 +123,7 @@ def pipeline(
 def language_model_with_adapters(
     path: Path, spec: GenerateJobSpec, found: list[NamedAdapter], rows: list[Line], field: str
 ) -> int | None:
-    """How many weights the model has. Raises Failure for adapters that cannot be added together."""
+    """Return the number of weights of the model. Raises Failure if the adapters cannot be combined."""
     adapters.check_together([adapter for adapter, _ in found], spec.adapters, "spec.adapters")
     return weight_files.count(path, field)
 
@@ -125,7 +131,7 @@ def language_model_with_adapters(
 def pipeline_with_adapters(
     path: Path, spec: GenerateJobSpec, found: list[NamedAdapter], rows: list[Line], field: str
 ) -> int | None:
-    """How many weights the pipeline has. Raises Failure for settings or adapters that do not suit it."""
+    """Return the number of weights of the pipeline. Raises Failure if settings or adapters do not suit it."""
     from luthier_trainer.generation import pipelines  # imports torch and diffusers
 
     return pipelines.check(path, spec, found, rows, field)
@@ -135,16 +141,19 @@ CHECKED_MODELS: Mapping[str, Callable[[Path, GenerateJobSpec, sources.Located, l
     "text-generation": language_model,
     "text-to-image": pipeline,
 }
-"""Task → its model, checked, as a folder that its engine loads."""
+"""Task → the function that checks its model and returns the folder that the engine loads."""
 CHECKED_TOGETHER: Mapping[str, Callable[[Path, GenerateJobSpec, list[NamedAdapter], list[Line], str], int | None]] = {
     "text-generation": language_model_with_adapters,
     "text-to-image": pipeline_with_adapters,
 }
-"""Task → its model and adapters, checked together, and how many weights the model has."""
+"""Task → the function that checks model and adapters together and returns the number of weights."""
 
 
 def fetch_adapter(located: sources.Located, into: Path, run: GenerateRun, number: int) -> Path:
-    """One adapter: its folder, or for images its file. Raises Failure when it is a whole model."""
+    """Fetch an adapter, and return its folder, or its file for images.
+
+    `number`: its index in `spec.adapters`. Raises Failure if it is a complete model instead of an adapter.
+    """
     path = located.fetch(into)
     if located.file:
         return path / located.file
@@ -159,7 +168,7 @@ def fetch_adapter(located: sources.Located, into: Path, run: GenerateRun, number
 
 
 def read_inputs(run: GenerateRun, cache: Path) -> tuple[list[dict[str, Any]], ResolvedDataset, tuple[Origin, ...]]:
-    """The rows as `rows.jsonl` holds them, what they came from, and the files of it."""
+    """Return the lines for `rows.jsonl`, the resolved dataset, and the provenance of its files."""
     inputs = run.spec.inputs
     if inputs.dataset is None:
         given = [
@@ -180,7 +189,7 @@ def read_inputs(run: GenerateRun, cache: Path) -> tuple[list[dict[str, Any]], Re
 
 
 def cells(rows: Rows, run: GenerateRun) -> Iterator[dict[str, Any]]:
-    """Prompt, negative prompt and seed of each row. Text files hold one prompt a line."""
+    """Yield prompt, negative prompt, seed and the columns to copy of each row. Text files hold one prompt per line."""
     names = run.spec.inputs.columns
     assert names is not None, "every dataset has columns"
     prompt = names.prompt
@@ -206,14 +215,14 @@ def cells(rows: Rows, run: GenerateRun) -> Iterator[dict[str, Any]]:
 
 
 def optional(rows: Rows, column: str, role: str) -> bool:
-    """Whether `column` is there; one that the user named has to be."""
+    """Return whether `column` exists. Raises Failure if the user named a column that does not exist."""
     if column != OPTIONAL_COLUMNS[role]:
         columns.require(rows, column, f"{INPUTS}.columns.{role}")
     return column in rows.data.column_names
 
 
 def whole_seed(value: Any, row: int, origin: str) -> int | None:
-    """A seed from a cell; None when it is empty. Raises Failure when it is no whole number of 32 bits."""
+    """Return the seed in a cell; None if the cell is empty. Raises Failure if it is not an unsigned 32-bit integer."""
     if value is None or value == "":
         return None
     try:
@@ -230,13 +239,14 @@ def whole_seed(value: Any, row: int, origin: str) -> int | None:
 
 
 def numbered(row: int, cell: dict[str, Any], job_seed: int) -> dict[str, Any]:
-    """A line of `rows.jsonl`."""
+    """Return the line of `rows.jsonl` for row number `row` with the given cells."""
     own = cell["seed"]
     line = {"row": row, "prompt": cell["prompt"], "seed": derive_seed(job_seed, row) if own is None else own}
-    # An empty cell and an empty text in a manifest both say that there is none.
+    # An empty cell and an empty text in a manifest both mean that there is no value.
     optional_cells = {"negativePrompt": cell["negativePrompt"] or None, "input": cell.get("input")}
     return line | {name: value for name, value in optional_cells.items() if value is not None}
 
 
 def derive_seed(job_seed: int, row: int) -> int:
+    """Return the 32-bit seed of a row that has none of its own."""
     return int.from_bytes(hashlib.blake2b(f"{job_seed}:{row}".encode(), digest_size=4).digest(), "big")

@@ -1,8 +1,7 @@
-"""The phase that resolves and checks model and data, and plans. It holds no GPU, so that mistakes of the user should be
-found here.
+"""The phase `prepare`: resolves and checks model and data, and plans the run.
 
-A finished `prepare` is not repeated; if its sources have changed since, the job is refused. An interrupted one keeps
-its downloads.
+It uses no GPU, so mistakes of the user should be found here. A finished `prepare` is not repeated; if its sources have
+changed since, the job is refused. An interrupted `prepare` keeps its downloads.
 """
 
 from __future__ import annotations
@@ -21,11 +20,14 @@ from luthier_trainer.runtime import notices
 from luthier_trainer.workspace import provenance
 from luthier_trainer.workspace.prepared import FINGERPRINT, belongs, fingerprint, read_prepared, write_prepared
 
-LABELS_SHOWN_BYTES = 1000  # of the 4,096 that a termination message has; all of them are in the record
+LABELS_SHOWN_BYTES = 1000  # of the 4,096 bytes of a termination message; the record holds all labels
 
 
 def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
-    """Prepare the workspace of one job. Raises Failure with the path of the field that does not fit."""
+    """Prepare the workspace of a job, and return the termination message.
+
+    Raises Failure that names the path of the wrong field.
+    """
     folder = WorkspaceFolder(Path(run.workspace))
     check_target(run)
     begin(run, folder)
@@ -34,7 +36,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
         refuse_changes(run, record)
         return done(record)
     cache = folder.prepared / ".cache"
-    # Imported here, because each needs libraries that the other does not.
+    # Imported here, because each of the two needs libraries that the other one does not need.
     if isinstance(run, FineTuneRun):
         from luthier_trainer.prepare import training
 
@@ -50,10 +52,10 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
 
 
 def begin(run: FineTuneRun | GenerateRun, folder: WorkspaceFolder) -> None:
-    """Make an empty `prepared/`, or keep the one that an interrupted `prepare` of the same job left.
+    """Create an empty `prepared/`, or keep the one of an interrupted `prepare` of the same job.
 
-    What belongs to another version of the job (on a laptop, after an edit of the manifest) is set aside, never
-    overwritten.
+    Files of another version of the job are moved aside, not overwritten. They exist, for example, on a laptop after the
+    manifest was edited.
     """
     if folder.prepared.exists() and not belongs(run):
         if (folder.prepared / FINGERPRINT).exists():
@@ -65,8 +67,9 @@ def begin(run: FineTuneRun | GenerateRun, folder: WorkspaceFolder) -> None:
 
 
 def refuse_changes(run: FineTuneRun | GenerateRun, record: PreparedRecord) -> None:
-    """Raise Failure when what the job was made of is no longer what its manifest names: files with other content,
-    results made anew.
+    """Raise Failure if the sources of the job have changed since `record` was written.
+
+    Examples are files with other content, or the result of another job that has run again.
     """
     provenance.refuse_changes(record.origins)
     source, field = (
@@ -80,7 +83,7 @@ def refuse_changes(run: FineTuneRun | GenerateRun, record: PreparedRecord) -> No
 
 
 def set_aside(folder: WorkspaceFolder) -> Path:
-    """Move what the job's earlier version made to `previous-<n>`."""
+    """Move the files of an earlier version of the job to `previous-<n>`, and return that folder."""
     number = next(n for n in range(1, 10_000) if not (folder.root / f"previous-{n}").exists())
     target = folder.root / f"previous-{number}"
     target.mkdir()
@@ -92,6 +95,7 @@ def set_aside(folder: WorkspaceFolder) -> Path:
 
 
 def done(record: PreparedRecord) -> TerminationMessage:
+    """Return the termination message, without the labels if they would take too much of its space."""
     found = Prepared.model_validate({name: getattr(record, name) for name in Prepared.model_fields})
     labels = found.dataset.labels
     if labels and sum(len(name.encode()) + 3 for name in labels) > LABELS_SHOWN_BYTES:

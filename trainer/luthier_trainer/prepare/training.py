@@ -1,7 +1,6 @@
-"""`prepare` of a FineTuneJob: rows, model, what `train` reads, plan; in the order in which a mistake is cheapest to
-find.
+"""`prepare` of a FineTuneJob: checks rows and model, encodes the rows, plans the run; the cheapest checks come first.
 
-What depends on the task is asked of its object (`tasks.base.Task`).
+Everything that depends on the task is a method of its object (`tasks.base.Task`).
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ DATASET, MODEL = "spec.dataset", "spec.model"
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows that fit the task, before they are what `train` reads."""
+    """The rows that fit the task, before they are encoded."""
 
     train: Rows
     eval: Rows | None
@@ -42,7 +41,10 @@ class Examples:
 
 
 def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedRecord:
-    """Everything but the record itself. Raises Failure."""
+    """Prepare everything in `folder` except the record, which is returned.
+
+    `cache`: folder for downloaded data. Raises Failure if the job cannot run.
+    """
     import datasets
     from transformers.utils import logging
 
@@ -97,7 +99,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
 
 
 def notice_short_grace(spec: FineTuneJobSpec, plan: Plan) -> None:
-    """Whether the job gives its pods less time than they need to save."""
+    """Give notice if the grace period of the job is shorter than the time that a save needs."""
     asked = spec.scheduling.grace_period_seconds
     if asked is not None and plan.grace_seconds and asked < plan.grace_seconds:
         notice(
@@ -108,7 +110,10 @@ def notice_short_grace(spec: FineTuneJobSpec, plan: Plan) -> None:
 
 
 def read_examples(task: Task, run: FineTuneRun, cache: Path) -> Examples:
-    """The rows of training and evaluation, with the columns that the task needs. Raises Failure."""
+    """Return the rows for training and evaluation, with the columns that the task needs.
+
+    Raises Failure if the data does not suit the task, or if both overlap.
+    """
     spec, data = run.spec, run.spec.dataset
     loader = Loader(data, DATASET, cache, columns=task.columns(spec), others=False, documents=spec.training.packing)
     train = loader.split(data.split, "split")
@@ -135,9 +140,7 @@ def read_examples(task: Task, run: FineTuneRun, cache: Path) -> Examples:
 
 
 def refuse_overlap(run: FineTuneRun, loader: Loader) -> None:
-    """Rows that are both learnt and measured on make every figure look better than it is. Raises Failure if there are
-    any.
-    """
+    """Raise Failure if rows are used for both training and evaluation, which makes all metrics too good."""
     data = run.spec.dataset
     split, other = data.split.partition("[")[0], str(data.eval_split).partition("[")[0]
     if split != other:
@@ -156,7 +159,7 @@ def refuse_overlap(run: FineTuneRun, loader: Loader) -> None:
 
 
 def encode(task: Task, examples: Examples, processor: Processor, spec: FineTuneJobSpec) -> DatasetDict:
-    """The splits `train` and, when rows are held out, `eval`: as `train` reads them. Raises Failure."""
+    """Return the encoded rows: split `train` and, if rows are held out, `eval`. Raises Failure if they do not fit."""
     from datasets import DatasetDict
 
     splits = {"train": task.encode(examples.train, processor, spec, examples.labels, "training")}
@@ -164,7 +167,7 @@ def encode(task: Task, examples: Examples, processor: Processor, spec: FineTuneJ
         splits["eval"] = task.encode(examples.eval, processor, spec, examples.labels, "held-out")
     fraction = spec.dataset.eval_fraction
     if fraction is not None and examples.train.documents:
-        # A file has no rows to hold out: blocks of it are.
+        # A text file has no rows that could be held out, so blocks of it are held out.
         blocks = splits["train"]
         kept, held = tokens.hold_out(len(blocks), fraction, spec.training.seed, f"{DATASET}.evalFraction")
         splits = {"train": blocks.select(kept), "eval": blocks.select(held)}
