@@ -1,7 +1,7 @@
 """The `configs` entry of the card of a GenerateJob's outputs: files and column types for `load_dataset`.
 
-`datasets` infers the types of columns from the first lines of one file, and fails if a column is null there and a text
-later. So all types are written down; they are found by reading every line.
+`datasets` infers the types of columns from the first lines of one file, and fails if a column is null there and text
+later. Therefore the entry names all types, which are derived from all lines.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Any
 FILE_NAME = "file_name"
 LINES = ".jsonl"
 IMAGE = ("image", "image")
-"""Name and type of the column that `datasets` makes of the files."""
+"""Name and type of the column into which `datasets` loads the image files."""
 
 Kind = str | dict[str, Any] | list[Any] | None
-"""A dtype, fields of an object, the kind of the items of a list, or None where all values are null so far."""
+"""A dtype, the fields of an object, the kind of the items of a list, or None if all values so far are null."""
 
 
 def config(result: Path, manifests: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The only entry of `configs`. `manifests` are those of the shards."""
+    """Return the only entry of `configs`. `manifests`: the content of the manifests of all shards."""
     kind = kind_of_lines(line for manifest in manifests for line in lines(result, manifest))
     files: str | list[str] = "shard-*.jsonl"
     if isinstance(kind, dict) and FILE_NAME in kind:
-        # `datasets` refuses a folder of images without any image, as that of a shard that has only errors.
+        # `datasets` refuses a folder without any image, for example of a shard whose outputs are all errors.
         with_images = [manifest for manifest in manifests if has_images(manifest)]
         if not with_images:
             files = "shard-*/*.jsonl"
@@ -39,16 +39,17 @@ def config(result: Path, manifests: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def has_images(manifest: dict[str, Any]) -> bool:
-    """Whether a shard has files beside its lines."""
+    """Return whether a shard has files besides its lines."""
     return any(not entry["path"].endswith(LINES) for entry in manifest["files"])
 
 
 def folder(manifest: dict[str, Any]) -> str:
-    """Where a shard's lines and images lie."""
+    """Return the folder of a shard's lines and images, relative to the result."""
     return str(Path(manifest["files"][0]["path"]).parent)
 
 
 def lines(result: Path, manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a shard."""
     for entry in manifest["files"]:
         if entry["path"].endswith(LINES):
             with (result / entry["path"]).open(encoding="utf-8") as file:
@@ -56,6 +57,7 @@ def lines(result: Path, manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def kind_of_lines(found: Iterable[dict[str, Any]]) -> Kind:
+    """Return the kind that can represent all lines."""
     kind: Kind = {}
     for line in found:
         kind = merged(kind, kind_of(line))
@@ -63,7 +65,7 @@ def kind_of_lines(found: Iterable[dict[str, Any]]) -> Kind:
 
 
 def kind_of(value: Any) -> Kind:
-    """What a value of JSON is."""
+    """Return the kind of a value of JSON."""
     if value is None:
         return None
     if isinstance(value, dict):
@@ -77,7 +79,7 @@ def kind_of(value: Any) -> Kind:
 
 
 def merged(one: Kind, other: Kind) -> Kind:
-    """What holds values of both kinds."""
+    """Return the kind that can represent the values of both kinds."""
     if one is None or one == other:
         return other
     if other is None:
@@ -90,11 +92,12 @@ def merged(one: Kind, other: Kind) -> Kind:
 
 
 def fields(kind: Kind) -> list[dict[str, Any]]:
-    """The fields of an object as front matter has them."""
+    """Return the fields of an object in the format of `features` in the front matter."""
     return [{"name": name, **field(inner)} for name, inner in kind.items()] if isinstance(kind, dict) else []
 
 
 def field(kind: Kind) -> dict[str, Any]:
+    """Return the type of a field in the format of `features` in the front matter."""
     if isinstance(kind, dict):
         return {"struct": fields(kind)}
     if isinstance(kind, list):

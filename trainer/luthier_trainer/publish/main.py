@@ -1,9 +1,8 @@
-"""The phase that delivers: the result as one commit on the Hub, compared file by file with the manifest before and
-after.
+"""The phase `publish`: uploads the result to the Hub in one commit, and verifies every file before and after.
 
-The same commit takes away what an older result left there, known by its manifest, and replaces README.md; files that
-were never ours stay. Everything in it may be done twice: what the Hub has already is not sent again, and the same
-content makes no second commit. So a pod that loses its Hub ends, and the next one goes on.
+The same commit deletes the files of an older result, which its manifest lists, and replaces README.md. All other files
+in the repository stay. The phase is idempotent: files that the Hub already has are not sent again, and the same content
+makes no second commit. A pod that loses its connection can therefore fail, and the next pod continues.
 """
 
 from __future__ import annotations
@@ -40,13 +39,13 @@ MANIFESTS = {
     "model": re.compile(re.escape(MANIFEST)),
     "dataset": re.compile(rf"shard-\d{{5}}-of-\d{{5}}\.{re.escape(MANIFEST)}"),
 }
-"""Type of repository → the manifests that a result has there: `result_manifest` and `shard_manifest`."""
-PATTERNS = 200  # the client holds every file of the repository against every pattern of what is to be deleted
+"""Type of repository → pattern of the manifests that a result has: `result_manifest` and `shard_manifest`."""
+PATTERNS = 200  # the client compares every file of the repository with every pattern of files to delete
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where the result goes."""
+    """The repository and branch that the result is published to. `type`: model or dataset."""
 
     repo: str
     type: str
@@ -55,14 +54,19 @@ class Target:
 
     @property
     def what(self) -> str:
+        """Type and name of the repository, for messages."""
         return f"{self.type} {self.repo}"
 
     def url(self, revision: str) -> str:
+        """Return the address of the repository's files at `revision`."""
         return f"{endpoint()}/{'datasets/' if self.type == 'dataset' else ''}{self.repo}/tree/{revision}"
 
 
 def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
-    """Publish the result of one job. Raises Failure."""
+    """Publish the result of a job, and return the termination message.
+
+    Raises Failure if the result is incomplete, or if the Hub refuses it or does not store it as it was sent.
+    """
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
@@ -93,8 +97,9 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
 
 
 def verified_files(run: FineTuneRun | GenerateRun) -> list[Path]:
-    """The files of the result, relative to it; each as its manifest says. Raises Failure when one is missing or has
-    changed.
+    """Return the paths of all files of the result, relative to its folder, after comparing them with their manifests.
+
+    Raises Failure if a file is missing or has changed.
     """
     folder = WorkspaceFolder(Path(run.workspace))
     if isinstance(run, FineTuneRun):
@@ -124,8 +129,9 @@ def verified_files(run: FineTuneRun | GenerateRun) -> list[Path]:
 
 
 def create(api: HfApi, target: Target) -> Target:
-    """The repository and its branch, made where they are missing; the target with its full name. Raises Failure if the
-    owner does not exist.
+    """Create the repository and its branch if they are missing, and return the target with the repository's full name.
+
+    Raises Failure if the owner does not exist, or if the Hub refuses.
     """
 
     def make() -> str:
@@ -151,24 +157,23 @@ def create(api: HfApi, target: Target) -> Target:
 
 
 def stage(run: FineTuneRun | GenerateRun, files: list[Path], folder: Path) -> dict[str, Path]:
-    """A folder of links to the result's files, with the card beside them: path in the repository → file."""
+    """Fill `folder` with links to the files of the result, and with the card. Returns path in the repository → file."""
     result = WorkspaceFolder(Path(run.workspace)).result
     for file in files:
         link = folder / file
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to((result / file).resolve())
-    (folder / CARD).unlink(missing_ok=True)  # what a library left there is not the card of this result
+    (folder / CARD).unlink(missing_ok=True)  # replaces a card that a library has written into the result
     (folder / CARD).write_text(model_card.card(run, read_prepared(run), result))
     return {str(path): folder / path for path in sorted({*files, Path(CARD)})}
 
 
 def send(api: HfApi, target: Target, title: str, folder: Path, staged: Mapping[str, Path], gone: set[str]) -> str:
-    """One attempt to put `folder` in the place of the older result; the commit that holds it. What was taken away is
-    added to `gone`.
+    """Replace the older result by the files in `folder`, in one attempt, and return the id of the new commit.
 
-    The commit builds on the very one that was looked at: when another one came between, or an answer was lost, the Hub
-    refuses it and the next attempt looks again. By Xet the client makes a commit of each few hundred files; the first
-    one deletes.
+    The paths of deleted files are added to `gone`. The parent of the commit is the revision that was listed. If another
+    commit came between, or if a response was lost, the Hub refuses the commit, and the next attempt lists the files
+    again. With Xet the client makes a commit for every few hundred files; the first one deletes.
     """
     from huggingface_hub import CommitOperationDelete
 
@@ -203,11 +208,10 @@ def send(api: HfApi, target: Target, title: str, folder: Path, staged: Mapping[s
 def left_behind(
     api: HfApi, target: Target, revision: str, there: Mapping[str, RepoFile], staged: Collection[str]
 ) -> set[str]:
-    """The files at `revision` that an older result brought and this one does not: what its manifests name, and they
-    themselves.
+    """Return the files at `revision` that belong to an older result but not to this one.
 
-    Only what lies there by that very name is among them, so no path can lead out of the repository; names with a dot in
-    front (.gitattributes) are git's and the Hub's.
+    These are its manifests and the files that they list. Only files that exist under exactly that name are returned, so
+    no path can lead out of the repository. Names that start with a dot (.gitattributes) belong to git and the Hub.
     """
     named: set[str] = set()
     for name in filter(MANIFESTS[target.type].fullmatch, there):
@@ -230,7 +234,7 @@ def left_behind(
 
 
 def listed(api: HfApi, target: Target, revision: str) -> dict[str, RepoFile]:
-    """Every file at `revision`, by its path."""
+    """Return all files at `revision`, by path."""
     from huggingface_hub.hf_api import RepoFile
 
     tree = api.list_repo_tree(target.repo, repo_type=target.type, revision=revision, recursive=True)
@@ -238,8 +242,9 @@ def listed(api: HfApi, target: Target, revision: str) -> dict[str, RepoFile]:
 
 
 def compare(api: HfApi, target: Target, revision: str, staged: Mapping[str, Path], gone: Collection[str] = ()) -> None:
-    """Size and digest of every file as the Hub lists them, and that none of `gone` is left. Raises
-    Failure(STORAGE_ERROR).
+    """Compare size and digest of every file with those that the Hub lists, and check that no file of `gone` is left.
+
+    Raises Failure(STORAGE_ERROR) if a file differs or is left.
     """
     remote = patiently(lambda: listed(api, target, revision), REPO, target.what)
     for name, path in staged.items():
@@ -260,6 +265,6 @@ def compare(api: HfApi, target: Target, revision: str, staged: Mapping[str, Path
 
 
 def git_blob(path: Path) -> str:
-    """Git's id of a file: what the Hub names small files by."""
+    """Return the id that git gives a file, by which the Hub identifies files that are not in LFS."""
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

@@ -1,5 +1,6 @@
-"""README.md of what is published: what it is, what it was made of, how good it is, how to load it. The front matter is
-the Hub's.
+"""The README.md of a published result: what it is, how it was made, its metrics and how to load it.
+
+The front matter follows the format of the Hub.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from luthier_api.workspace import MANIFEST, METRICS_FILE
 from luthier_trainer.publish import dataset_fields
 from luthier_trainer.workspace.model_files import ADAPTER_CONFIG, MODEL_CONFIG
 
-# Modality → what one calls its processor, and the class that loads it
+# Modality → name of the variable for its processor in the example, and the class that loads it
 PROCESSORS = {"text": ("tokenizer", "AutoTokenizer"), "image": ("processor", "AutoImageProcessor")}
 TITLES = {
     "evalLoss": "Held-out loss",
@@ -37,11 +38,12 @@ pipe.load_lora_weights("{repo}")"""
 
 
 def card(run: FineTuneRun | GenerateRun, prepared: PreparedRecord, result: Path) -> str:
-    """The whole README of `result`."""
+    """Return the README of `result`."""
     return model_card(run, prepared, result) if isinstance(run, FineTuneRun) else dataset_card(run, prepared, result)
 
 
 def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
+    """Return the README of a fine-tuned model or adapter."""
     spec, task, adapter = run.spec, TASKS[run.spec.task], METHODS[run.spec.method.type].adapter
     repo = (spec.hub and spec.hub.repo) or run.name
     metrics = read_metrics(result / METRICS_FILE)
@@ -95,7 +97,7 @@ def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
 
 
 def described_method(spec: FineTuneJobSpec) -> str:
-    """The method with its own settings, and in which type the frozen weights rested."""
+    """Return the method with its own settings, and the type of the frozen weights if they were quantised."""
     fields = [path.removeprefix("method.") for path in METHODS[spec.method.type].fields if path.startswith("method.")]
     values = spec.method.dump()
     settings = ", ".join(f"{name} {plain(values[name])}" for name in fields)
@@ -105,19 +107,21 @@ def described_method(spec: FineTuneJobSpec) -> str:
 
 
 def plain(value: Any) -> str:
+    """Return a setting as text; the items of a list are separated by blanks."""
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def library_of(task: TaskInfo, adapter: bool) -> str:
-    """The Hub's name of the library that loads the result."""
+    """Return the name that the Hub uses for the library that loads the result."""
     if task.auto_model is None:
         return "diffusers"
     return "peft" if adapter else "transformers"
 
 
 def shared_weights(run: FineTuneRun, prepared: PreparedRecord) -> list[str]:
-    """A sentence for each module with an adapter whose weights are another module's, too. None where the base is out of
-    reach here.
+    """Return a sentence for each module with an adapter that shares its weights with another module.
+
+    The list is empty if the base model is not available in this pod.
     """
     method, folder = run.spec.method, Path(prepared.model_path)
     if (
@@ -125,9 +129,9 @@ def shared_weights(run: FineTuneRun, prepared: PreparedRecord) -> list[str]:
         or "all-linear" in method.target_modules
         or not (folder / MODEL_CONFIG).is_file()
     ):
-        return []  # all-linear takes no embeddings
+        return []  # all-linear selects no embeddings
     from luthier_trainer.methods import checks as method_checks
-    from luthier_trainer.models import inspect  # it needs torch to list modules, and few jobs name theirs
+    from luthier_trainer.models import inspect  # imports torch, which few jobs need here
 
     model = inspect.skeleton(inspect.read_config(folder, "spec.model"), run.spec.task, "spec.model")
     shared = inspect.tied_modules(model)
@@ -139,7 +143,7 @@ def shared_weights(run: FineTuneRun, prepared: PreparedRecord) -> list[str]:
 
 
 def loading(repo: str, task: TaskInfo, result: Path, classifier: bool) -> str:
-    """The lines of Python that load `result`, under the name `repo`."""
+    """Return the lines of Python that load `result` from the repository `repo`."""
     variable, processor_class = PROCESSORS[task.modality]
     processor = f'{variable} = {processor_class}.from_pretrained("{repo}")'
     auto = f"AutoModelFor{task.auto_model}"
@@ -154,8 +158,8 @@ def loading(repo: str, task: TaskInfo, result: Path, classifier: bool) -> str:
             f"from peft import {peft}\nfrom transformers import {processor_class}\n\nmodel ="
             f' {peft}.from_pretrained("{repo}")\n{processor}'
         )
-    # PEFT's Auto classes would give the base its own classes. Its head is another one, or none: the adapter brings the
-    # one that was trained.
+    # PEFT's Auto classes would load the base with its own labels. Its head, if it has one, is for other labels, and the
+    # adapter holds the head that was trained.
     adapter = json.loads((result / ADAPTER_CONFIG).read_text())
     base = f'"{adapter["base_model_name_or_path"]}"' + (
         f', revision="{adapter["revision"]}"' if adapter.get("revision") else ""
@@ -169,6 +173,7 @@ def loading(repo: str, task: TaskInfo, result: Path, classifier: bool) -> str:
 
 
 def dataset_card(run: GenerateRun, prepared: PreparedRecord, result: Path) -> str:
+    """Return the README of a dataset of generated outputs."""
     spec = run.spec
     repo = (spec.hub and spec.hub.repo) or run.name
     manifests = [json.loads(path.read_text()) for path in sorted(result.glob(f"*.{MANIFEST}"))]
@@ -193,12 +198,14 @@ def dataset_card(run: GenerateRun, prepared: PreparedRecord, result: Path) -> st
 
 
 def document(front: Mapping[str, Any], title: str, about: str, sections: list[tuple[str, str]]) -> str:
+    """Return a README in Markdown with front matter. Empty sections are left out."""
     head = yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True)
     body = "\n\n".join(f"## {name}\n\n{text.rstrip()}" for name, text in sections if text.strip())
     return f"---\n{head}---\n\n# {title}\n\n{about}\n\n{body}\n"
 
 
 def table(facts: Mapping[str, object]) -> str:
+    """Return a Markdown table of names and values, without those that are None."""
     rows = [
         f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in facts.items() if value is not None
     ]
@@ -206,16 +213,18 @@ def table(facts: Mapping[str, object]) -> str:
 
 
 def source(name: str, revision: str | None) -> str:
+    """Return the name of a source with its revision, if it has one."""
     return f"{name} @ {revision}" if revision else name
 
 
 def counted(prepared: PreparedRecord) -> str:
+    """Return the numbers of training and held-out rows as text."""
     held_out = f", {prepared.dataset.eval_rows} held out" if prepared.dataset.eval_rows else ""
     return f"{prepared.dataset.rows}{held_out}"
 
 
 def read_metrics(path: Path, key: str | None = None) -> dict[str, float]:
-    """Figures from a JSON file; none when it is not there."""
+    """Return the metrics in a JSON file, or under its entry `key`; an empty dict if the file cannot be read."""
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError):
