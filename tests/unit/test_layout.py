@@ -196,6 +196,8 @@ TRAINER = (
     "publish",
     "runtime",
     "supervisor",
+    "tasks",
+    "training",
     "workspace",
 )
 
