@@ -20,8 +20,7 @@ from torch.nn.functional import mse_loss
 from transformers import EvalPrediction, Trainer
 
 from luthier_trainer.models import pipelines
-from luthier_trainer.tasks.images import PIXELS
-from luthier_trainer.tasks.text_to_image import ROW
+from luthier_trainer.tasks.images import PIXELS, ROW
 
 GOLDEN = 0.6180339887498949  # multiples of the golden ratio, modulo 1, cover the unit interval evenly
 

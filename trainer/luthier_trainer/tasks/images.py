@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
 FIELD = "spec.dataset.columns.image"
+# The number of a captioned row in its split, on which its random numbers depend. transformers counts the rows of a step
+# by a column of this name.
+ROW = "labels"
 PIXELS = "pixel_values"  # the name in transformers, whose Trainer drops columns with other names
 # One core decodes and scales 350 photographs of 512 × 384 pixels per second; a GPU trains on more than that.
 MIN_WORKERS, MAX_WORKERS = 2, 8

@@ -30,7 +30,7 @@ from luthier_trainer.runtime.notices import notice
 from luthier_trainer.tasks import images
 from luthier_trainer.tasks.base import Batch, Collator, LoadedModel, Model, Task, TrainerSetup, TrainingContext
 from luthier_trainer.tasks.batches import LabelledBatches, measured_by
-from luthier_trainer.tasks.images import PIXELS
+from luthier_trainer.tasks.images import PIXELS, ROW
 from luthier_trainer.workspace.model_files import ADAPTER_CONFIG
 from luthier_trainer.workspace.space import Weights
 
@@ -40,12 +40,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-CAPTION, ROW = "caption", "labels"
-"""Columns of the prepared rows.
-
-`labels` holds the number of a row in its split, on which the random numbers of the row depend. It has that name because
-transformers counts the rows of a step by their `labels`.
-"""
+CAPTION = "caption"  # column of the prepared rows
 CAPTIONS = "spec.dataset.columns.text"
 SHOWN = 60  # characters of a caption in a message
 PREDICTIONS = ("epsilon", "v_prediction")
