@@ -13,12 +13,18 @@ from typing import Any
 
 import pytest
 import yaml
+from diffusers import StableDiffusionXLPipeline
+from hub.server import Running
+from huggingface_hub import HfApi
 from PIL import Image
 from prepared_workspace import losses
 from trainer.small_sdxl import write_small_sdxl
 
-from luthier_api.run import FineTuneRun
+from luthier_api.run import FineTuneRun, read_run
+from luthier_api.spec import Hub, SecretKey
+from luthier_api.variables import Variables
 from luthier_trainer.prepare import main as prepare
+from luthier_trainer.publish import main as publish
 from luthier_trainer.training import main as train
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -37,7 +43,7 @@ SHORT: dict[str, dict[str, Any]] = {
 }
 
 
-def test_a_style_is_learnt_and_drawn(tmp_path: Path) -> None:
+def test_a_style_is_learnt_drawn_and_published(tmp_path: Path, hub: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     write_small_sdxl(tmp_path / "data/sdxl")
     lutes = tmp_path / "data/lutes"
     lutes.mkdir()
@@ -71,3 +77,14 @@ def test_a_style_is_learnt_and_drawn(tmp_path: Path) -> None:
     prepare.main(alone)
     train.main(alone)
     assert losses(alone) == pytest.approx(losses(shared), rel=1e-4)
+
+    # The result reaches the Hub, where diffusers loads it.
+    monkeypatch.setenv(Variables.TOKEN, "hf_writer")
+    learnt = read_run((tmp_path / "luthier-runs/lute-style/run.json").read_bytes())
+    target = Hub(repo="luthier/lute-style", token_secret_ref=SecretKey(name="hf"))
+    status = publish.main(learnt.model_copy(update={"spec": learnt.spec.model_copy(update={"hub": target})})).hub
+    assert status is not None
+    copy = HfApi(endpoint=hub.url, token="hf_writer").snapshot_download(status.repo, local_dir=tmp_path / "copy")
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tmp_path / "data/sdxl")
+    pipeline.load_lora_weights(copy)
+    assert pipeline.get_active_adapters() == ["default_0"]

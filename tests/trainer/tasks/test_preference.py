@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
+from hub.server import Running
+from huggingface_hub import HfApi
 from peft import LoraConfig
 from prepared_workspace import losses, pod, prepared_run
 from safetensors.torch import load_file
@@ -18,7 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLM
 
 from luthier_api.run import FineTuneRun
 from luthier_api.termination import TerminationMessage
+from luthier_api.variables import Variables
 from luthier_trainer.prepare import main as prepare
+from luthier_trainer.publish import main as publish
 from luthier_trainer.publish.model_card import card
 from luthier_trainer.runtime import notices
 from luthier_trainer.runtime.failure import Failure
@@ -307,3 +311,21 @@ def test_the_card_names_the_method(prefer: Callable[..., FineTuneRun]) -> None:
         assert expected in text
     assert "AutoPeftModelForCausalLM" in text
     assert "Share of pairs whose chosen answer has the higher reward" in text
+
+
+def test_the_result_is_published(
+    prefer: Callable[..., FineTuneRun], hub: Running, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(Variables.TOKEN, "hf_writer")
+    target = {"repo": "luthier/preference", "tokenSecretRef": {"name": "hf"}}
+    run = prefer(hub=target, training=COURSE | {"maxSteps": 2, "evalSteps": 2})
+    prepare.main(run)
+    train.main(run)
+    status = publish.main(run).hub
+    assert status is not None
+    copy = Path(HfApi(endpoint=hub.url, token="hf_writer").snapshot_download(status.repo, local_dir=tmp_path / "copy"))
+    result = Path(run.workspace) / "result"
+    published, delivered = (load_file(folder / "adapter_model.safetensors") for folder in (copy, result))
+    assert published.keys() == delivered.keys()
+    assert all(published[name].equal(delivered[name]) for name in delivered)
+    assert "- dpo" in (copy / "README.md").read_text()
