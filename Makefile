@@ -21,7 +21,7 @@ demo: setup  ## the main job: train, adapt and generate on this machine (example
 	examples/quickstart/run.sh
 
 test: setup  ## unit, operator and trainer tests; what needs a cluster is named at the end
-	$(PYTEST) -n 2 --dist loadfile
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup  ## ruff (format and rules), mypy, import contracts, generated files
 	$(PYTHON) -m luthier_api.drawn --check
