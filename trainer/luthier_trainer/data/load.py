@@ -78,9 +78,11 @@ class Rows:
         for part in self.parts:
             if number < begin + part.rows:
                 row = number - begin
-                where = (
-                    f"line {part.line_of(row)} of " if part.line_of else f"row {row} of " if len(self.parts) > 1 else ""
-                )
+                where = ""
+                if part.line_of:
+                    where = f"line {part.line_of(row)} of "
+                elif len(self.parts) > 1:
+                    where = f"row {row} of "
                 return f"row {number}, counted from 0 ({where}{part.path.name})"
             begin += part.rows
         return f"row {number}, counted from 0"

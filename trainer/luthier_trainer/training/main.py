@@ -86,7 +86,11 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     # Seeded before new weights are drawn, so that heads and adapters start with the same values on all ranks and in all
     # attempts.
     set_seed(spec.training.seed)
-    precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
+    precision = "fp32"
+    if arguments.bf16:
+        precision = "bf16"
+    elif arguments.fp16:
+        precision = "fp16"
     context = TrainingContext(
         spec=spec,
         model_path=Path(prepared.model_path),

@@ -41,9 +41,9 @@ def plan_training(
     micro, reasons = micro_batch(spec, share)
     accumulation = share // micro
     recompute, why = recomputes(spec, cannot_recompute)
-    strategy = spec.strategy
+    automatic = "ddp" if world_size > 1 else "none"
     return Plan(
-        strategy=strategy if strategy != "auto" else ("ddp" if world_size > 1 else "none"),
+        strategy=automatic if spec.strategy == "auto" else spec.strategy,
         world_size=world_size,
         micro_batch_size=micro,
         accumulation_steps=accumulation,
