@@ -60,7 +60,7 @@ def job(root: Path, sdxl: Path, pictures: Path, **changes: Any) -> FineTuneRun:
     """A job over the pictures on CPU; keywords replace fields of its spec, those of `training` and `dataset` one by
     one.
     """
-    training = {"batchSize": 4, "microBatchSize": 2, "maxSteps": STEPS, "learningRate": 1e-2, "logSteps": 1}
+    training = {"batchSize": 4, "microBatchSize": 2, "maxSteps": STEPS, "learningRate": 3e-2, "logSteps": 1}
     dataset = {"files": [str(pictures)], "format": "imagefolder", "evalFraction": HELD_OUT / ROWS}
     spec = {
         "task": "text-to-image",
