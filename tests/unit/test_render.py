@@ -505,12 +505,12 @@ def test_the_pods_read_what_was_written() -> None:
     assert run.spec == job.spec
 
 
-def test_steering_a_job_does_not_change_its_run() -> None:
-    plain, steered = (
+def test_fields_of_the_life_cycle_do_not_change_the_run() -> None:
+    plain, controlled = (
         fine_tune(),
         fine_tune(suspend=True, planOnly=True, activeDeadlineSeconds=60, ttlSecondsAfterFinished=60),
     )
-    assert configmap(workload(plain), SETTINGS, {}) == configmap(workload(steered), SETTINGS, {})
+    assert configmap(workload(plain), SETTINGS, {}) == configmap(workload(controlled), SETTINGS, {})
 
 
 def test_a_job_on_the_same_claim_is_found_below_the_workspace() -> None:

@@ -6,6 +6,7 @@ its rows reordered to the label order of this job.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +36,9 @@ class Classification(LabelledBatches, PretrainedTask):
     """A base class of tasks that predict one label for a row."""
 
     @property
+    @abstractmethod
     def auto_class(self) -> Any:
-        """The class of transformers that loads the model. Raises NotImplementedError unless a subclass defines it."""
-        raise NotImplementedError
+        """The class of transformers that loads the model."""
 
     def columns(self, spec: FineTuneJobSpec) -> tuple[str, ...]:
         return (*self.inputs(spec), spec.dataset.columns.label)
@@ -58,9 +59,9 @@ class Classification(LabelledBatches, PretrainedTask):
         super().check_encoded(data, model, labels)
         notice_unmeasured_labels(data, labels or [])
 
+    @abstractmethod
     def collator(self, processor: Processor) -> Collator:
-        """Return the collator of the task. Raises NotImplementedError unless a subclass defines it."""
-        raise NotImplementedError
+        """Return the collator of the task."""
 
     def trainer(self, context: TrainingContext, model: Any) -> TrainerSetup:
         from transformers import Trainer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from typing import TYPE_CHECKING
 
 from luthier_api.exitcodes import ExitCode
@@ -32,9 +33,9 @@ class PretrainedTask(Task):
     task: str
     """The name of the task in `luthier_api.tasks`."""
 
+    @abstractmethod
     def inputs(self, spec: FineTuneJobSpec) -> tuple[str, ...]:
-        """Return the columns that are inputs of the model. Raises NotImplementedError unless a subclass defines it."""
-        raise NotImplementedError
+        """Return the columns that are inputs of the model."""
 
     def read_model(self, located: Located, run: FineTuneRun, folder: WorkspaceFolder) -> Model:
         """Return the model in a folder that `from_pretrained` loads. An adapter of another job is merged into its base.
