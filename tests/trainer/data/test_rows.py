@@ -345,7 +345,7 @@ REFUSED = [
         files={"x.csv": 'text,label\na,b\n"Hello" he said,c\n'},
         message=(
             "spec.dataset.files: row 1, counted from 0 (line 3 of x.csv) cannot be read as csv: a cell that begins with"
-            " a quotation mark goes on after its second one."
+            " a quotation mark has more text after its closing one."
         ),
     ),
     RefusedCase(

@@ -166,7 +166,7 @@ def test_a_stop_ends_after_the_batch_and_loses_nothing(text_run: GenerateRun, mo
     monkeypatch.setattr(generate, "beat", beat_and_be_stopped)
     (message,) = generate_shards(text_run, monkeypatch)
     assert (message.code, message.reason, message.saved) == (75, "Preempted", True)
-    assert message.message == "stopped with 4 of 7 outputs written; the rest follows when the job goes on"
+    assert message.message == "stopped with 4 of 7 outputs written; the rest follows when the job resumes"
     assert not WorkspaceFolder(Path(text_run.workspace)).result.exists()
     flag.unlink()
     (message,) = generate_shards(text_run, monkeypatch)

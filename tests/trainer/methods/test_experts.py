@@ -182,7 +182,7 @@ REFUSED = [
     RefusedCase(
         model="qwen3_moe",
         spec={"targets": ALL, "method": {"dropout": 0.1}},
-        message="spec.method.dropout: adapters on experts (down_proj, gate_up_proj) know no dropout",
+        message="spec.method.dropout: adapters on experts (down_proj, gate_up_proj) have no dropout",
     ),
     RefusedCase(
         model="qwen3_moe",

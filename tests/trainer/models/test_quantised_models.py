@@ -177,7 +177,7 @@ UNFIT = [
         task="causal-lm",
         method="full",
         quantisation={"quant_method": "fp8"},
-        refusal="(fp8), which this job cannot use; choose the model as it was before",
+        refusal="(fp8), which this job cannot use; choose the unquantised model",
     ),
     Case(
         task="causal-lm",
@@ -189,7 +189,7 @@ UNFIT = [
         task="causal-lm",
         method="qlora",
         quantisation={"quant_method": "gptq"},
-        refusal="(gptq), which this job cannot use; choose the model as it was before or one",
+        refusal="(gptq), which this job cannot use; choose the unquantised model or one",
     ),
     Case(
         task="causal-lm",

@@ -117,9 +117,9 @@ REFUSED = [
         change=without("layers.1."),
         message=(
             "does not hold 9 of the 21 weights of a LlamaForCausalLM: model.layers.1.input_layernorm.weight,"
-            " model.layers.1.mlp.down_proj.weight, model.layers.1.mlp.gate_proj.weight, .... They would be drawn at"
-            " random. Copy or download it again, or choose a model whose files are whole and named as transformers"
-            " names them"
+            " model.layers.1.mlp.down_proj.weight, model.layers.1.mlp.gate_proj.weight, .... They would start with"
+            " random values. Copy or download it again, or choose a model whose files are whole and named as"
+            " transformers names them"
         ),
     ),
     Refused(
@@ -128,8 +128,8 @@ REFUSED = [
         task="text-generation",
         change=without("lm_head"),
         message=(
-            "does not hold 1 of the 21 weights of a LlamaForCausalLM: lm_head.weight. They would be drawn at random."
-            " Choose a model that was trained for this task; if its output layer is its embedding, set"
+            "does not hold 1 of the 21 weights of a LlamaForCausalLM: lm_head.weight. They would start with random"
+            " values. Choose a model that was trained for this task; if its output layer is its embedding, set"
             " tie_word_embeddings: true in its config.json"
         ),
     ),
@@ -158,8 +158,8 @@ REFUSED = [
         message=(
             "does not hold 2 of the 21 weights of a LlamaForCausalLM: lm_head.weight (520 × 32 in the files, 512 × 32"
             " by config.json), model.embed_tokens.weight (520 × 32 in the files, 512 × 32 by config.json). They would"
-            " be drawn at random. Set vocab_size in its config.json to the rows of its embedding, or copy the files"
-            " that belong together"
+            " start with random values. Set vocab_size in its config.json to the rows of its embedding, or copy the"
+            " files that belong together"
         ),
     ),
     Refused(

@@ -581,7 +581,7 @@ MISTAKES = [
         content="a",
         code=S,
         message=(
-            "spec.dataset.format: cannot be told from x.dat; set it to one of csv, json, jsonl, parquet, text,"
+            "spec.dataset.format: cannot be determined from x.dat; set it to one of csv, json, jsonl, parquet, text,"
             " imagefolder"
         ),
     ),

@@ -289,7 +289,7 @@ def test_a_repository_that_others_keep_changing(
     hub.control.faults.append(Fault(status=409, path="/commit/", message="Another commit is in progress"))
     code, message = refused(trained)
     assert code is ExitCode.HUB_UNAVAILABLE
-    assert message.endswith("is being changed by somebody else (409): Another commit is in progress")
+    assert message.endswith("is being changed by another client (409): Another commit is in progress")
 
 
 def refused(run: FineTuneRun | GenerateRun) -> tuple[ExitCode, str]:
@@ -432,7 +432,7 @@ def test_a_name_that_the_hub_does_not_take(
     with pytest.raises(Failure) as failure:
         phase(trained.model_copy(update={"spec": trained.spec.model_copy(update={"hub": wish})}))
     assert failure.value.code is ExitCode.INVALID_SPEC
-    assert re.match(r"spec\.hub\.repo: the Hub takes no such name: .*" + re.escape(repo), failure.value.message)
+    assert re.match(r"spec\.hub\.repo: the Hub does not accept this name: .*" + re.escape(repo), failure.value.message)
     assert hub.control.requests == []
 
 
@@ -591,7 +591,7 @@ class ForeignCase:
     name: str
     manifest: str  # MANIFEST.json of the repository
     deleted: set[str]
-    notice: bool  # it is said to be no manifest of ours
+    notice: bool  # a notice says that Luthier did not write the manifest
 
 
 FOREIGN = [
@@ -679,7 +679,7 @@ def test_what_was_never_ours_stays(
     ours = {"README.md", "adapter_config.json", "adapter_model.safetensors", "metrics.json", "MANIFEST.json"}
     assert files_there(writer, "model") == ours | theirs - case.deleted
     assert (
-        "MANIFEST.json is no manifest of ours, so nothing is deleted for it" in capfd.readouterr().err
+        "MANIFEST.json was not written by Luthier, so nothing is deleted for it" in capfd.readouterr().err
     ) is case.notice
 
 

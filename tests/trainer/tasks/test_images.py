@@ -233,7 +233,7 @@ MISTAKES = [
             "columns": COLUMNS,
         },
         message=(
-            "row 1, counted from 0 (rows.parquet): it is drawn in its transparency alone, which a model does not see;"
+            "row 1, counted from 0 (rows.parquet): only its transparency varies, which a model does not see;"
             " put it on a background"
         ),
     ),

@@ -367,8 +367,8 @@ def _explained(error: str) -> str:
     """Return what is wrong and what to do, for an error message of csv."""
     if "expected after" in error:
         return (
-            "a cell that begins with a quotation mark goes on after its second one. Inside such a cell, write each"
-            ' quotation mark twice (""); where quotation marks are ordinary characters, set csv.quoting to none'
+            "a cell that begins with a quotation mark has more text after its closing one. Inside such a cell, write"
+            ' each quotation mark twice (""); where quotation marks are ordinary characters, set csv.quoting to none'
         )
     if "unexpected end" in error or "field larger" in error:
         return (

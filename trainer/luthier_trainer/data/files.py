@@ -191,7 +191,7 @@ def format_of(paths: list[Path], field: str) -> str:
         if kind is None:
             raise Failure(
                 ExitCode.INVALID_SPEC,
-                f"{place}.format: cannot be told from {path.name}; set it to one of {', '.join(FORMATS)}",
+                f"{place}.format: cannot be determined from {path.name}; set it to one of {', '.join(FORMATS)}",
             )
         found.setdefault(READ_AS[kind], path)
     if len(found) > 1:

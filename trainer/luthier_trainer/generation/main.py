@@ -88,7 +88,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
             if not make(engine, shard, left, len(samples), telemetry):
                 message = (
                     f"stopped with {len(shard.done)} of {len(samples)} outputs written; the rest follows when the job"
-                    " goes on"
+                    " resumes"
                 )
                 return ending(ExitCode.PREEMPTED, message, started, saved=True, step=len(shard.done))
             if shard.failed == len(samples) and all(

@@ -138,7 +138,7 @@ def check_adapters(config: PreTrainedConfig, spec: FineTuneJobSpec) -> None:
     if on_experts and spec.method.dropout:
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"spec.method.dropout: adapters on experts ({', '.join(leaves(on_experts))}) know no dropout. Set it to 0,"
+            f"spec.method.dropout: adapters on experts ({', '.join(leaves(on_experts))}) have no dropout. Set it to 0,"
             f" or name other modules in {TARGETS}",
         )
     if on_experts and spec.strategy.startswith("zero3"):

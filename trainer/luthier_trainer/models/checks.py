@@ -126,8 +126,8 @@ def check_quantisation(config: PreTrainedConfig, allowed: Collection[str], field
         beside = f" or one quantised with {' or '.join(sorted(allowed))}" if allowed else ""
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"{field}: its weights are quantised ({method}), which this job cannot use; choose the model as it was"
-            f" before{beside}",
+            f"{field}: its weights are quantised ({method}), which this job cannot use; choose the unquantised"
+            f" model{beside}",
         )
 
 
@@ -145,7 +145,7 @@ def check_stored_type(config: PreTrainedConfig, wanted: str, field: str) -> None
         raise Failure(
             ExitCode.INVALID_SPEC,
             f"{field}: its weights are quantised already, in {kind}, and the job asks for {wanted}; set method.type:"
-            f" lora and model.quantization.type: {kind}, or choose the model as it was before",
+            f" lora and model.quantization.type: {kind}, or choose the unquantised model",
         )
 
 

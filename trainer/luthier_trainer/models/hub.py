@@ -164,7 +164,7 @@ def explain(error: Exception, field: str, what: str) -> Failure:
     words = _in_one_line(next((m for e in chain if (m := getattr(e, "server_message", None))), "")).rstrip(".")
     where = f"{what} on {endpoint()}"
     if "HFValidationError" in names:
-        return Failure(ExitCode.INVALID_SPEC, f"{field}: the Hub takes no such name: {said}")
+        return Failure(ExitCode.INVALID_SPEC, f"{field}: the Hub does not accept this name: {said}")
     if "GatedRepoError" in names:
         return Failure(ExitCode.UNAUTHORIZED, f"{field}: {where} is gated. Ask for access there, and set {TOKEN}")
     if "RevisionNotFoundError" in names:
@@ -183,7 +183,7 @@ def explain(error: Exception, field: str, what: str) -> Failure:
         return Failure(ExitCode.NOT_FOUND, f"{field}: there is no {where}")
     if status in CONFLICTS:
         return Failure(
-            ExitCode.HUB_UNAVAILABLE, f"{field}: {where} is being changed by somebody else ({status}): {words or said}"
+            ExitCode.HUB_UNAVAILABLE, f"{field}: {where} is being changed by another client ({status}): {words or said}"
         )
     code, text = classify(error)
     if code is ExitCode.STORAGE_ERROR:

@@ -177,7 +177,7 @@ def refusal(found: Comparison, lost: list[str], path: Path, there: Shapes, field
         remedy = (
             "Copy or download it again, or choose a model whose files are whole and named as transformers names them"
         )
-    return Failure(ExitCode.INVALID_SPEC, f"{text} They would be drawn at random. {remedy}")
+    return Failure(ExitCode.INVALID_SPEC, f"{text} They would start with random values. {remedy}")
 
 
 def some(names: Iterable[str]) -> str:

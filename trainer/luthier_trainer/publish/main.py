@@ -220,7 +220,7 @@ def left_behind(
             files = manifest.names_in(Path(path).read_bytes())
         if files is None:
             print(
-                f"{target.what}: its {name} is no manifest of ours, so nothing is deleted for it",
+                f"{target.what}: its {name} was not written by Luthier, so nothing is deleted for it",
                 file=sys.stderr,
                 flush=True,
             )

@@ -148,7 +148,7 @@ def loss(image: PIL.Image.Image, seen: PIL.Image.Image) -> str | None:
     if image.has_transparency_data and all(low == high for low, high in extremes):
         clearest, densest = image.convert("RGBA").getchannel("A").getextrema()
         if clearest != densest:
-            return "it is drawn in its transparency alone, which a model does not see; put it on a background"
+            return "only its transparency varies, which a model does not see; put it on a background"
     return None
 
 
