@@ -523,17 +523,25 @@ def test_better_evidence_replaces_worse_and_older_evidence_stays() -> None:
     assert restarted.attempts == second.attempts, "another operator has seen only one of the pods"
 
 
-def stopped(number: int, step: int | None) -> Attempt:
+def crashed(number: int, step: int | None) -> Attempt:
+    """An attempt after which the restart was charged."""
     return Attempt(
         phase="run",
         attempt=number,
-        reason="Preempted",
-        exit_code=75,
+        reason="TrainingError",
+        exit_code=70,
         pod=f"p{number}",
         step=step,
-        message="saved",
+        message="boom",
+        charged=True,
         time=text(at(number - 100)),
     )
+
+
+def preempted(number: int, step: int | None) -> Attempt:
+    """An attempt after which the restart was not charged."""
+    fields = {"reason": "Preempted", "exit_code": 75, "message": "saved", "charged": False}
+    return crashed(number, step).model_copy(update=fields)
 
 
 @dataclass(frozen=True)
@@ -546,27 +554,42 @@ class NoProgressCase:
 NO_PROGRESS = [
     NoProgressCase(
         name="a checkpoint each time",
-        attempts=[stopped(i, 10 * i) for i in range(4)],
+        attempts=[crashed(i, 10 * i) for i in range(4)],
         expect="waits",
     ),
     NoProgressCase(
         name="two restarts without",
-        attempts=[stopped(0, 10), stopped(1, 10), stopped(2, 10)],
+        attempts=[crashed(0, 10), crashed(1, 10), crashed(2, 10)],
         expect="waits",
     ),
     NoProgressCase(
         name="three restarts without",
-        attempts=[stopped(0, 10), stopped(1, 10), stopped(2, 10), stopped(3, 10)],
+        attempts=[crashed(0, 10), crashed(1, 10), crashed(2, 10), crashed(3, 10)],
         expect="deletes JobSet ftj-bot-run; Failed NoProgress",
     ),
     NoProgressCase(
         name="never a checkpoint at all",
-        attempts=[stopped(i, None) for i in range(4)],
+        attempts=[crashed(i, None) for i in range(4)],
         expect="deletes JobSet ftj-bot-run; Failed NoProgress",
     ),
     NoProgressCase(
         name="one went unseen",
-        attempts=[stopped(i, 10) for i in (0, 1, 3, 4)],
+        attempts=[crashed(i, 10) for i in (0, 1, 3, 4)],
+        expect="waits",
+    ),
+    NoProgressCase(
+        name="preemptions are not counted, however many there are",
+        attempts=[preempted(i, 10) for i in range(8)],
+        expect="waits",
+    ),
+    NoProgressCase(
+        name="three counted ones among preemptions",
+        attempts=[crashed(0, 10), preempted(1, 10), crashed(2, 10), preempted(3, 10), crashed(4, 10), crashed(5, 10)],
+        expect="deletes JobSet ftj-bot-run; Failed NoProgress",
+    ),
+    NoProgressCase(
+        name="a preempted attempt between them got further",
+        attempts=[crashed(0, 10), crashed(1, 10), preempted(2, 20), crashed(3, 20), crashed(4, 20)],
         expect="waits",
     ),
 ]
@@ -580,14 +603,14 @@ def test_restarts_that_make_no_progress_end_the_job(case: NoProgressCase) -> Non
     assert describe(decision) == case.expect
     if "Failed" in case.expect:
         assert said(decision, "Failed").startswith(
-            "True NoProgress: 3 restarts in a row brought no checkpoint after step "
+            "True NoProgress: 3 counted restarts brought no checkpoint after step "
         )
 
 
-def shards(*steps: tuple[int, int | None]) -> list[PodEnd]:
-    """Shards, by index and outputs, that were stopped one after another."""
+def shards(*steps: tuple[int, int | None], code: int = 70) -> list[PodEnd]:
+    """Shards, by index and outputs, that failed one after another."""
     return [
-        ended(SHARDS, "run", 75, index, when=n - 100, suffix=f"-{n}", step=step)
+        ended(SHARDS, "run", code, index, when=n - 100, suffix=f"-{n}", step=step)
         for n, (index, step) in enumerate(steps)
     ]
 
@@ -619,6 +642,11 @@ NO_OUTPUT = [
         expect="deletes Job gj-lutes-run; Failed NoProgress",
     ),
     NoOutputCase(
+        name="preemptions are not counted, however many there are",
+        ends=shards(*[(0, 8)] * 8, code=75),
+        expect="waits",
+    ),
+    NoOutputCase(
         name="never an output",
         ends=shards((1, None), (1, None), (1, None), (1, None)),
         expect="deletes Job gj-lutes-run; Failed NoProgress",
@@ -641,7 +669,7 @@ def test_shards_that_make_no_progress_end_the_job(case: NoOutputCase) -> None:
     decision = decided(SHARDS, child(SHARDS, "run"), ends=case.ends)
     assert describe(decision) == case.expect
     if "Failed" in case.expect:
-        assert said(decision, "Failed").startswith("True NoProgress: 3 restarts in a row of shard ")
+        assert said(decision, "Failed").startswith("True NoProgress: 3 counted restarts of shard ")
         assert f"brought no output after the first {case.ends[-1].message.step or 0}; " in said(decision, "Failed")  # type: ignore[union-attr]
     assert decision.status.checkpoint is None
 

@@ -94,31 +94,37 @@ def newest(attempts: Iterable[Attempt]) -> list[Attempt]:
 
 
 def no_progress_of_group(attempts: Sequence[Attempt]) -> str | None:
-    """The message about a group whose last restarts brought no newer checkpoint, else None."""
-    last = [known for known in attempts if known.phase == "run"][-(NO_PROGRESS_RESTARTS + 1) :]
+    """The message about a group whose last charged restarts brought no newer checkpoint, else None.
+
+    Restarts that are not charged, such as preemptions, may follow each other for as long as the cluster is busy.
+    """
+    of_run = [known for known in attempts if known.phase == "run"]
+    last = [known for known in of_run if known.charged][-(NO_PROGRESS_RESTARTS + 1) :]
     if len(last) <= NO_PROGRESS_RESTARTS:
         return None
-    first = last[0].attempt
-    consecutive = [known.attempt for known in last] == list(range(first, first + len(last)))
-    same_step = len({known.step or 0 for known in last}) == 1
-    if not (consecutive and same_step):
+    first, end = last[0].attempt, last[-1].attempt
+    between = [known for known in of_run if first <= known.attempt <= end]
+    none_is_missing = [known.attempt for known in between] == list(range(first, end + 1))
+    same_step = len({known.step or 0 for known in between}) == 1
+    if not (none_is_missing and same_step):
         return None
     step = last[-1].step or 0
-    return f"{NO_PROGRESS_RESTARTS} restarts in a row brought no checkpoint after step {step}; {last_end(last[-1])}"
+    return f"{NO_PROGRESS_RESTARTS} counted restarts brought no checkpoint after step {step}; {last_end(last[-1])}"
 
 
 def no_progress_of_shards(ends: Sequence[PodEnd]) -> str | None:
-    """The message about the first shard whose last restarts brought no further output, else None.
+    """The message about the first shard whose last charged restarts brought no further output, else None.
 
     A pod that was killed does not report how far it came, and is taken for progress.
     """
-    for index in sorted({end.index for end in ends}):
-        of_shard = sorted((end for end in ends if end.index == index), key=lambda end: (end.finished_at, end.pod))
+    charged = [end for end in ends if end.exit_code != 0 and not is_uncharged(end)]
+    for index in sorted({end.index for end in charged}):
+        of_shard = sorted((end for end in charged if end.index == index), key=lambda end: (end.finished_at, end.pod))
         last = of_shard[-(NO_PROGRESS_RESTARTS + 1) :]
-        outputs = [end.message.step or 0 for end in last if end.message and end.exit_code != 0]
+        outputs = [end.message.step or 0 for end in last if end.message]
         if len(outputs) > NO_PROGRESS_RESTARTS and len(set(outputs)) == 1:
             return (
-                f"{NO_PROGRESS_RESTARTS} restarts in a row of shard {index} brought no output after the first"
+                f"{NO_PROGRESS_RESTARTS} counted restarts of shard {index} brought no output after the first"
                 f" {outputs[-1]}; {last_end(attempt(last[-1], 0, None))}"
             )
     return None
