@@ -261,6 +261,11 @@ class Workspace(ApiModel):
     """Its access mode; ReadWriteMany where several pods work at once, else ReadWriteOnce."""
     when_deleted: Literal["Keep", "Delete"] = "Keep"
     """Whether the created claim is deleted with the job. Keep: results remain after the job and its TTL."""
+    ownership: Literal["Keep", "Change"] = "Keep"
+    """Whether Kubernetes may change owners on an existing claim. Keep: it does not, so user or group 1000 must be able
+    to write at the root of the claim. Change: the first pod gives every file on it to group 1000 and lets that group
+    read and write it (fsGroup); for a claim that holds nothing else. A claim that the operator creates needs neither.
+    """
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -272,6 +277,11 @@ class Workspace(ApiModel):
             "!has(self.claimName) || self.whenDeleted == 'Keep'",
             "workspace.whenDeleted: an existing claim is never deleted; remove whenDeleted, or let the operator"
             " create the claim",
+        ),
+        Rule(
+            "has(self.claimName) || self.ownership == 'Keep'",
+            "workspace.ownership: belongs to workspace.claimName, an existing claim; a claim that the operator creates"
+            " belongs to the pods anyway. Remove it",
         ),
     )
 

@@ -550,6 +550,11 @@ CASES: list[Case] = [
         accepted={"spec.workspace": {"whenDeleted": "Delete"}},
     ),
     Case(
+        message="workspace.ownership:",
+        refused={"spec.workspace": {"size": "1Gi", "ownership": "Change"}},
+        accepted={"spec.workspace": {"claimName": "mine", "ownership": "Change"}},
+    ),
+    Case(
         message="volumes: set exactly one",
         refused={"spec.volumes": [{"claimName": "a", "configMap": "b", "mountPath": "/data"}]},
         accepted={"spec.volumes": [{"configMap": "b", "mountPath": "/data"}]},

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,10 +103,10 @@ def drawn(name: str, suffix: str) -> Object:
     return next(o for o in objects(job, settings, sources) if o["metadata"]["name"].endswith(suffix))
 
 
-def pods(job: Job, settings: Settings = SETTINGS) -> dict[str, Object]:
+def pods(job: Job, settings: Settings = SETTINGS, sources: Sequence[Job] = ()) -> dict[str, Object]:
     """Phase → pod spec."""
     found = {}
-    for o in objects(job, settings):
+    for o in objects(job, settings, sources):
         if o["kind"] in ("Job", "JobSet"):
             inner = o["spec"] if o["kind"] == "Job" else o["spec"]["replicatedJobs"][0]["template"]["spec"]
             found[o["metadata"]["labels"]["luthier.dev/phase"]] = inner["template"]["spec"]
@@ -492,6 +493,86 @@ def test_a_claim_that_is_too_small_is_told_of(case: LeftCase) -> None:
     remedy = ". Resize the claim, delete it with the results on it, or give this job another name"
     assert shortfall(made, found) == (f"spec.workspace.size: {case.expect}{remedy}" if case.expect else None)
     assert shortfall(made, made) is None
+
+
+@dataclass(frozen=True)
+class OwnershipCase:
+    name: str
+    job: Job
+    sources: list[Job]
+    fs_group: int | None
+    """With it the kubelet changes owner and mode of every file on each volume that is not read-only at its source."""
+    writable: list[str]
+    """Claims that are not read-only at their source."""
+    read_only: list[str]
+
+
+OWNERSHIPS = [
+    OwnershipCase(
+        name="a claim that the operator creates is empty",
+        job=fine_tune(),
+        sources=[],
+        fs_group=1000,
+        writable=["ftj-bot"],
+        read_only=[],
+    ),
+    OwnershipCase(
+        name="data are never changed",
+        job=fine_tune(volumes=[{"claimName": "corpus", "mountPath": "/data"}]),
+        sources=[],
+        fs_group=1000,
+        writable=["ftj-bot"],
+        read_only=["corpus"],
+    ),
+    OwnershipCase(
+        name="a claim of the user, which may hold other data",
+        job=fine_tune(workspace={"claimName": "home"}),
+        sources=[],
+        fs_group=None,
+        writable=["home"],
+        read_only=[],
+    ),
+    OwnershipCase(
+        name="a claim of the user that may be changed",
+        job=fine_tune(workspace={"claimName": "results", "ownership": "Change"}),
+        sources=[],
+        fs_group=1000,
+        writable=["results"],
+        read_only=[],
+    ),
+    OwnershipCase(
+        name="data on the claim of the workspace",
+        job=fine_tune(workspace={"claimName": "home"}, volumes=[{"claimName": "home", "mountPath": "/data"}]),
+        sources=[],
+        fs_group=None,
+        writable=["home"],
+        read_only=[],
+    ),
+    OwnershipCase(
+        name="the result of another job",
+        job=generate(model={"job": "style"}),
+        sources=[STYLE],
+        fs_group=1000,
+        writable=["gj-lutes"],
+        read_only=["shared"],
+    ),
+]
+
+
+@pytest.mark.parametrize("case", OWNERSHIPS, ids=lambda case: case.name)
+def test_the_kubelet_changes_no_files_of_a_user(case: OwnershipCase) -> None:
+    found = pods(case.job, sources=case.sources)
+    assert set(found) == {"prepare", "run"}
+    for pod in found.values():
+        context = pod["securityContext"]
+        assert context.get("fsGroup") == case.fs_group
+        assert context.get("fsGroupChangePolicy") == (case.fs_group and "OnRootMismatch")
+        claims = [v["persistentVolumeClaim"] for v in pod["volumes"] if "persistentVolumeClaim" in v]
+        assert [c["claimName"] for c in claims if not c.get("readOnly")] == case.writable
+        assert [c["claimName"] for c in claims if c.get("readOnly")] == case.read_only
+        # A folder below /sources or a volume of the job is mounted read-only, whatever its claim allows.
+        writable = [m["mountPath"] for m in pod["containers"][0]["volumeMounts"] if not m.get("readOnly")]
+        assert writable == ["/tmp", "/run/luthier", "/dev/shm", "/workspace"]
 
 
 def test_the_pods_read_what_was_written() -> None:

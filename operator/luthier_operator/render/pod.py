@@ -14,7 +14,8 @@ from luthier_api.status import Phase
 from luthier_api.variables import Variables
 from luthier_operator import naming
 from luthier_operator.model import Job, Object
-from luthier_operator.naming import CONFIG, CONTAINER, INDEX_ANNOTATION, RUN_FILE, SOURCES, WORKSPACE, Place
+from luthier_operator.naming import CONFIG, CONTAINER, INDEX_ANNOTATION, RUN_FILE, Place
+from luthier_operator.render.volumes import volumes_of, workspace_group
 
 if TYPE_CHECKING:
     from luthier_operator.settings import Settings
@@ -40,7 +41,7 @@ def template(workload: Workload, settings: Settings, phase: Phase, sources: Mapp
     """Pod template of `phase`. `sources`: where the jobs that it names keep their work."""
     job = workload.job
     scheduling = job.spec.scheduling
-    volumes, mounts = _volumes(workload, phase, sources)
+    volumes, mounts = volumes_of(workload, phase, sources)
     spec: Object = {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
@@ -50,9 +51,8 @@ def template(workload: Workload, settings: Settings, phase: Phase, sources: Mapp
             "runAsNonRoot": True,
             "runAsUser": USER,
             "runAsGroup": USER,
-            "fsGroup": USER,
-            "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
+            **workspace_group(job, USER),
         },
         "tolerations": [t.dump() for t in scheduling.tolerations]
         + [
@@ -169,45 +169,3 @@ def _resources(workload: Workload, settings: Settings, phase: Phase) -> Object:
     if limits:
         found["limits"] = limits
     return found
-
-
-def _volumes(workload: Workload, phase: Phase, sources: Mapping[str, Place]) -> tuple[list[Object], list[Object]]:
-    """Volumes and mounts. Each claim is one volume, however often it is mounted. Only the job's own claim is mounted
-    writable.
-    """
-    job = workload.job
-    own = naming.place(job).claim
-    claims = {own: "workspace"}
-    shared = max(1, workload.gpus_per_pod) if phase == "run" else 1
-    volumes: list[Object] = [
-        {"name": "tmp", "emptyDir": {}},
-        {"name": "run", "emptyDir": {}},
-        # The default of 64 MiB is too small for data loaders and NCCL. It counts towards the memory limit.
-        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{shared}Gi"}},
-        {"name": "config", "configMap": {"name": naming.config_name(job)}},
-        {"name": "workspace", "persistentVolumeClaim": {"claimName": own}},
-    ]
-    mounts: list[Object] = [
-        {"name": "tmp", "mountPath": "/tmp"},
-        {"name": "run", "mountPath": "/run/luthier"},
-        {"name": "shm", "mountPath": "/dev/shm"},
-        {"name": "config", "mountPath": CONFIG, "readOnly": True},
-        {"name": "workspace", "mountPath": WORKSPACE},
-    ]
-
-    def mount(claim: str, path: str) -> None:
-        if claim not in claims:
-            claims[claim] = f"claim-{len(claims)}"
-            volumes.append({"name": claims[claim], "persistentVolumeClaim": {"claimName": claim}})
-        # Read-only in the mount, not in the volume: another job on the same node may write to the claim.
-        mounts.append({"name": claims[claim], "mountPath": path, "readOnly": True})
-
-    for claim in sorted({place.claim for place in sources.values()} - {own}):
-        mount(claim, f"{SOURCES}/{claim}")
-    for i, volume in enumerate(job.spec.volumes):
-        if volume.claim_name:
-            mount(volume.claim_name, volume.mount_path)
-        else:
-            volumes.append({"name": f"configmap-{i}", "configMap": {"name": volume.config_map}})
-            mounts.append({"name": f"configmap-{i}", "mountPath": volume.mount_path, "readOnly": True})
-    return volumes, mounts

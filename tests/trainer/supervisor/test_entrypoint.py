@@ -167,8 +167,9 @@ REFUSED = [
         code=78,
         reason="Misconfigured",
         message=(
-            "spec.workspace: cannot write to /proc/luthier/job: |. Use a volume that honours fsGroup, or give its"
-            " folder to that group"
+            "spec.workspace: cannot write to /proc/luthier/job: |. On a cluster: give the root of the claim to that"
+            " group (chgrp 1000, chmod g+rwx); or, if the claim holds nothing else, set spec.workspace.ownership:"
+            " Change, and Kubernetes gives all files on it to the group, where its storage honours fsGroup"
         ),
     ),
 ]

@@ -13,6 +13,15 @@ from luthier_trainer.runtime.classify import STORAGE_ERRNOS
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.run_folder import run_dir
 
+WORKSPACE = "spec.workspace"
+REMEDIES = {
+    WORKSPACE: (
+        "On a cluster: give the root of the claim to that group (chgrp 1000, chmod g+rwx); or, if the claim holds"
+        " nothing else, set spec.workspace.ownership: Change, and Kubernetes gives all files on it to the group, where"
+        " its storage honours fsGroup"
+    )
+}
+"""By the name of a folder's field: what to do where it cannot be written."""
 TEMPORARY = ("TMPDIR", "TEMP", "TMP")  # in the order in which `tempfile` looks
 
 
@@ -26,7 +35,7 @@ def check(workspace: Path) -> None:
 
 def folders(workspace: Path) -> Iterator[tuple[Path, str]]:
     """Each folder, with the field or the environment variable that sets its location."""
-    yield workspace, "spec.workspace"
+    yield workspace, WORKSPACE
     yield run_dir(), "LUTHIER_RUN_DIR"
     temporary = next((name for name in TEMPORARY if os.environ.get(name)), TEMPORARY[0])
     yield Path(os.environ.get(temporary) or "/tmp"), temporary
@@ -49,17 +58,18 @@ def check_writable(folder: Path, field: str) -> None:
                 probe.unlink()
     except OSError as error:
         code = ExitCode.STORAGE_ERROR if error.errno in STORAGE_ERRNOS - {errno.EROFS} else ExitCode.MISCONFIGURED
-        raise Failure(code, f"{field}: cannot write to {folder}: {error.strerror}. {_rights(folder)}") from error
+        remedy = REMEDIES.get(field, "Use a folder that this user or group can write to")
+        message = f"{field}: cannot write to {folder}: {error.strerror}. {_rights(folder)}. {remedy}"
+        raise Failure(code, message) from error
 
 
 def _rights(folder: Path) -> str:
-    """Owner and mode of the nearest folder that exists, user and groups of this process, and what to do."""
+    """Owner and mode of the nearest folder that exists, and user and groups of this process."""
     # Not `Path.exists`, which raises if a folder above may not be entered.
     nearest = next(p for p in (folder, *folder.parents) if os.path.exists(p))
     status = nearest.stat()
     groups = ", ".join(map(str, os.getgroups())) or "none"
     return (
         f"{nearest} belongs to {status.st_uid}:{status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}; this process"
-        f" is {os.getuid()}:{os.getgid()} (groups {groups}). Use a volume that honours fsGroup, or give its folder to"
-        " that group"
+        f" is {os.getuid()}:{os.getgid()} (groups {groups})"
     )
