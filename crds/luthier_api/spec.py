@@ -14,7 +14,18 @@ from luthier_api.methods import QuantizationType
 from luthier_api.quantity import Bytes
 
 ShortText = Annotated[str, Field(min_length=1, max_length=253)]
-Path = Annotated[str, Field(min_length=1, max_length=1024)]
+SYSTEM_FOLDERS = ("dev", "etc", "proc", "run", "sys", "var/run")
+"""Folders whose files describe a pod, its processes and its credentials. They are never data."""
+Path = Annotated[
+    str,
+    Field(min_length=1, max_length=1024),
+    Format(
+        "^.",
+        f"must not be a file of the pod itself, under /{', /'.join(SYSTEM_FOLDERS)}; mount a volume (spec.volumes), for"
+        " example at /data",
+        never=f"^/+({'|'.join(SYSTEM_FOLDERS)})(/|$)",
+    ),
+]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Seconds = Annotated[int, Field(ge=0, le=2**31 - 1)]  # as wide as Kubernetes' own
 

@@ -802,6 +802,20 @@ REFS = (
     ("main", "v1.0", "refs/pr/3", "team/v2-b_c", "1f0a8e3", "a.locks", "a@b"),
 )
 ENCODINGS = (("", "-8", "utf 8", "utf-8;"), ("cp1252", "utf-16-le", "utf_8"))
+PATHS = (
+    (
+        "/proc/self/environ",
+        "/proc",
+        "//proc/1/environ",
+        "/var/run/secrets/token",
+        "/run/luthier/run.json",
+        "/etc/passwd",
+        "/dev/stdin",
+        "/sys/x",
+    ),
+    ("/data/train.txt", "data/proc/x", "/processed/x", "/var/data/x", "/data/etc/x"),
+)
+
 WRITTEN: list[Written] = [
     # field, how to set it, what is refused, what passes
     Written("spec.model.id", lambda t: {"spec.model.id": t}, *HUB_NAMES),
@@ -817,6 +831,11 @@ WRITTEN: list[Written] = [
         refused=("", "Llama"),
         accepted=("llama", "qwen3_moe"),
     ),
+    Written("spec.model.path", lambda t: {"spec.model": {"path": t}}, *PATHS),
+    Written("spec.adapters[].path", lambda t: {"spec.adapters": [{"path": t}]}, *PATHS, GENERATE),
+    Written("spec.dataset.files[]", lambda t: {"spec.dataset": {"files": [t]}}, *PATHS),
+    Written("spec.dataset.evalFiles[]", lambda t: {"spec.dataset": {"files": ["/x"], "evalFiles": [t]}}, *PATHS),
+    Written("spec.inputs.dataset.files[]", lambda t: {"spec.inputs": {"dataset": {"files": [t]}}}, *PATHS, GENERATE),
     Written("spec.dataset.id", lambda t: {"spec.dataset": {"id": t}}, *HUB_NAMES),
     Written("spec.dataset.encoding", lambda t: {"spec.dataset": {"files": ["/x"], "encoding": t}}, *ENCODINGS),
     Written(

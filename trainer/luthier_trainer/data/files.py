@@ -19,6 +19,7 @@ from luthier_api.run import Origin
 from luthier_api.spec import DatasetSource
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.workspace import provenance
+from luthier_trainer.workspace.system_folders import refuse_system_file
 
 FORMAT_OF_SUFFIX: dict[str, str] = {suffix: name for name, info in FORMATS.items() for suffix in info.suffixes}
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
@@ -164,6 +165,7 @@ def find_files(patterns: list[str], field: str, folders: bool = False) -> list[P
                 hint = ". Is its volume listed under spec.volumes?"
             raise Failure(ExitCode.NOT_FOUND, f"{field}[{i}]: there is no {kind} {pattern}{hint}")
         for path in matching:
+            refuse_system_file(path, f"{field}[{i}]")
             if "::" in str(path):
                 raise Failure(
                     ExitCode.INVALID_SPEC,

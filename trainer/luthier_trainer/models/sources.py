@@ -32,6 +32,7 @@ from luthier_trainer.workspace.model_files import (
     WEIGHTS_INDEX,
 )
 from luthier_trainer.workspace.provenance import folder_digest
+from luthier_trainer.workspace.system_folders import refuse_system_file
 
 VARIANT = re.compile(r"\.(fp16|bf16|non_ema)(-\d+-of-\d+)?\.safetensors$")  # whole or sharded
 HALF_INDEX = ".safetensors.index.fp16.json"
@@ -157,6 +158,7 @@ def _image_adapter(adapter: Adapter, run: GenerateRun, field: str) -> Located:
         raise Failure(
             ExitCode.NOT_FOUND, f"{place}: there is no folder {folder}. Is its volume listed under spec.volumes?"
         )
+    refuse_system_file(folder, place)
     return _adapter_file(folder, adapter.file, field, place, str(adapter.path))
 
 
@@ -257,6 +259,7 @@ def check_folder(folder: Path, field: str) -> Path:
         raise Failure(
             ExitCode.NOT_FOUND, f"{field}: there is no folder {folder}. Is its volume listed under spec.volumes?"
         )
+    refuse_system_file(folder, field)
     if not any((folder / name).is_file() for name in (MODEL_CONFIG, PIPELINE_CONFIG, ADAPTER_CONFIG)):
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise Failure(
