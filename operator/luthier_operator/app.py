@@ -1,14 +1,15 @@
 """The operator as a process: its tasks, the order in which they start, and how they stop.
 
-`watch` fills the `store`, which names the affected keys; `queue` passes them to `reconcile`; `progress` reads metrics
-of pods, `events` posts events, `health` serves probes and metrics, `election` chooses the leader. A watch that ends is
-restarted. Only a signal or the loss of the Lease ends the operator.
+`jobs` and `watch` fill the `store`, which names the affected keys; `queue` passes them to `reconcile`; `progress` reads
+metrics of pods, `events` posts events, `health` serves probes and metrics, `election` chooses the leader. A watch that
+ends is restarted. Only a signal or the loss of the Lease ends the operator.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import signal
 import socket
@@ -24,6 +25,7 @@ from luthier_operator.client import RESOURCES, VERSION, ApiError, Client, Resour
 from luthier_operator.client import login as client_login
 from luthier_operator.election import Election, LeaseLost
 from luthier_operator.events import Recorder
+from luthier_operator.jobs import Login, login, watch_jobs
 from luthier_operator.metrics import LEADS, Metrics
 from luthier_operator.model import Key, Object
 from luthier_operator.progress import Scraper, pod_url
@@ -31,12 +33,14 @@ from luthier_operator.queue import BACKOFF_BASE, Queue
 from luthier_operator.reconcile import Reconciler
 from luthier_operator.settings import Settings
 from luthier_operator.store import Store
-from luthier_operator.watch import Login, login, selector, watch
+from luthier_operator.watch import Watch
 
 log = logging.getLogger(__name__)
 
 JOBSET = "JobSet"
-GROUPS: tuple[tuple[str, ...], ...] = (("FineTuneJob", "GenerateJob"), ("Job", "Pod"), (JOBSET,))
+JOBS = ("FineTuneJob", "GenerateJob")
+CHILDREN = (("Job", "Pod"), (JOBSET,))
+GROUPS: tuple[tuple[str, ...], ...] = (JOBS, *CHILDREN)
 """Kinds that are installed together. Each group is watched separately, so that a missing one does not delay the others.
 """
 
@@ -46,9 +50,7 @@ class Pace:
     """Intervals of the operator in seconds."""
 
     relist: float = 600  # between two periodic lists
-    settle: float = (
-        5  # from a list by kopf to one of the operator's own, which finds what was deleted between two watches
-    )
+    settle: float = 5  # from the end of a list by kopf to one that finds what was deleted between two watches
     discovery: float = 20  # between two checks whether a missing CRD is installed
     restart: float = 2  # from the end of a watch to its restart
     backoff: float = BACKOFF_BASE
@@ -77,6 +79,7 @@ class Operator:
         self._reconciler = Reconciler(self.store, client, self.queue, self._events, metrics, settings)
         self._scraper = Scraper(self.store, self.queue.add, settings.progress_every, url)
         self._signals, self._election = signals, election
+        self._namespaces: Sequence[str | None] = settings.namespaces or (None,)
         self._unlisted = set(GROUPS)
         self.ready = asyncio.Event()
         self._stop = asyncio.Event()
@@ -159,16 +162,15 @@ class Operator:
     async def _follow(self, group: Sequence[str]) -> None:
         """Keep the kinds of `group` up to date in the store: wait until they exist, list, watch, list periodically."""
         resources = [RESOURCES[kind] for kind in group]
+        watches = [self._watch_of(resource, namespace) for resource in resources for namespace in self._namespaces]
         # Not `while True`: a task group that is cancelled while one of its tasks fails raises only the failure.
         while not self._stop.is_set():
             try:
                 await self._until_installed(resources)
-                await self._relist(resources)
-                self._listed(group)
-                async with asyncio.TaskGroup() as tasks:
-                    listing = asyncio.Event()
-                    tasks.create_task(self._relist_for_ever(resources, listing))
-                    tasks.create_task(self._watch(resources, listing))
+                if group == JOBS:
+                    await self._serve_jobs(resources, watches)
+                else:
+                    await self._serve_children(group, watches)
             except* Exception as errors:
                 log.warning(
                     "watch of %s: restart in %g s: %s",
@@ -178,16 +180,40 @@ class Operator:
                 )
             await asyncio.sleep(self._pace.restart)
 
-    async def _watch(self, resources: Sequence[Resource], listing: asyncio.Event) -> None:
+    def _watch_of(self, resource: Resource, namespace: str | None) -> Watch:
+        touched = self._enqueue if resource.kind in KINDS else self._enqueue_soon
+        return Watch(self._client, self.store, touched, resource, namespace, self._pace.restart)
+
+    async def _serve_children(self, group: Sequence[str], watches: Sequence[Watch]) -> None:
+        """List and watch until cancelled. Raises what ends a watch permanently."""
+        unlisted = set(watches)
+
+        def listed(watch: Watch) -> None:
+            unlisted.discard(watch)
+            if not unlisted:
+                self._listed(group)
+
+        async with asyncio.TaskGroup() as tasks:
+            for watch in watches:
+                tasks.create_task(watch.serve(self._pace.relist, functools.partial(listed, watch)))
+
+    async def _serve_jobs(self, resources: Sequence[Resource], watches: Sequence[Watch]) -> None:
+        """List, and let kopf watch, until cancelled. Raises what ends a watch permanently."""
+        for watch in watches:
+            await watch.list()
+        self._listed(JOBS)
+        listing = asyncio.Event()
+
         def deliver(type: str | None, found: Object) -> None:
             # After a 410 kopf lists again, and does not report what was deleted meanwhile.
             if type is None:
                 listing.set()
-            touched = self.store.remove(found) if type == "DELETED" else self.store.put(found)
-            for key in touched:
-                (self.queue.add if found["kind"] in KINDS else self.queue.soon)(key)
+            self._enqueue(self.store.remove(found) if type == "DELETED" else self.store.put(found))
 
-        await watch(resources, self.settings.namespaces, deliver, self._take_signals, self._login)
+        async with asyncio.TaskGroup() as tasks:
+            relisting = tasks.create_task(self._relist_jobs(watches, listing))
+            await watch_jobs(resources, self.settings.namespaces, deliver, self._take_signals, self._login)
+            relisting.cancel()
         if self._signals:
             self._stop.set()
 
@@ -222,34 +248,32 @@ class Operator:
         if not self._unlisted:
             self.ready.set()
 
-    async def _relist_for_ever(self, resources: Sequence[Resource], listing: asyncio.Event) -> None:
-        """List periodically, and after every list of kopf, which sets `listing`."""
-        listing.set()  # kopf lists at its start, and reports nothing where there are no objects
+    async def _relist_jobs(self, watches: Sequence[Watch], listing: asyncio.Event) -> None:
+        """List periodically, and once after every list of kopf, each object of which sets `listing`.
+
+        A list of kopf without any object is not seen. It could only mean that jobs were deleted unseen, and they are
+        forgotten when their status is written.
+        """
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._pace.relist):
                     await listing.wait()
-            await asyncio.sleep(self._pace.settle)
-            listing.clear()
+            while listing.is_set():  # kopf hands over the objects of one list one by one, for seconds
+                listing.clear()
+                await asyncio.sleep(self._pace.settle)
             try:
-                await self._relist(resources)
+                for watch in watches:
+                    await watch.list()
             except ApiError as error:
-                log.warning("relist of %s: %s", resources[0].api_version, error)
-
-    async def _relist(self, resources: Sequence[Resource]) -> None:
-        for resource in resources:
-            for namespace in self.settings.namespaces or (None,):
-                seen, version = set[str](), "0"
-                async for items, listed_at in self._client.list(resource, namespace, selector(resource.kind)):
-                    version = listed_at
-                    for item in items:
-                        seen.add(item["metadata"]["uid"])
-                        self._enqueue(self.store.put(item))
-                self._enqueue(self.store.prune(resource.kind, namespace, seen, version))
+                log.warning("list of jobs: %s", error)
 
     def _enqueue(self, keys: set[Key]) -> None:
         for key in keys:
             self.queue.add(key)
+
+    def _enqueue_soon(self, keys: set[Key]) -> None:
+        for key in keys:
+            self.queue.soon(key)
 
     def _take_signals(self) -> None:
         """Handle signals here again, because kopf installs its own handlers at each start."""

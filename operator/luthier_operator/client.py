@@ -1,14 +1,14 @@
 """A client of the API server that takes and returns dictionaries, and raises one type of error.
 
-It uses the lower layer of the official asyncio client, because its models and typed calls take four times the CPU.
-Changes of objects come from kopf's watches; this client writes, lists and discovers.
+The official asyncio client reads the credentials and makes the TLS context. Requests are sent with aiohttp itself, and
+JSON is read and written by msgspec: the same requests take a third of the CPU (tests/perf/jobs.py).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.metadata
-import json
 import os
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+import msgspec
 
 # The sub-modules, because the packages above them would import every generated model.
-from kubernetes.aio.client.api_client import ApiClient
 from kubernetes.aio.client.configuration import Configuration
+from kubernetes.aio.client.rest import RESTClientObject
 from kubernetes.aio.config.config_exception import ConfigException
 from kubernetes.aio.config.incluster_config import load_incluster_config
 from kubernetes.aio.config.kube_config import load_kube_config
@@ -31,9 +32,13 @@ from luthier_operator.model import Object
 
 VERSION = importlib.metadata.version("luthier")
 FIELD_MANAGER = "luthier"
+JSON = "application/json"
 IN_FLIGHT = 32  # requests; more bring no gain on one API server (measured), and a burst would delay other clients
 CHUNK = 500  # objects in one response of a list, which bounds its memory
 TIMEOUT = aiohttp.ClientTimeout(total=30, sock_connect=5)
+WATCH_SECONDS = 300  # the API server ends a watch then, and the next one goes on from its last version
+WATCH_TIMEOUT = aiohttp.ClientTimeout(total=WATCH_SECONDS + 30, sock_connect=5)  # a connection may die silently
+WATCH_BUFFER = 1 << 20  # bytes read at once: one event of a large object must not be read in a hundred pieces
 TOO_MANY_ATTEMPTS = 5  # of one request that is answered with 429; after them the back-off of the queue applies
 RETRY_AFTER = 1.0  # seconds, if a 429 has no Retry-After
 
@@ -101,20 +106,30 @@ class Client:
     """
 
     def __init__(
-        self, configuration: Configuration, count: Callable[[str, str], None] = lambda method, code: None
+        self,
+        configuration: Configuration,
+        count: Callable[[str, str], None] = lambda method, code: None,
+        user_agent: str = f"luthier/{VERSION}",
     ) -> None:
-        """`count` is called with method and status code of each answer."""
-        # Reading ~/.netrc for each request took 27 % of the client's CPU.
-        configuration.client_session_kwargs = {"trust_env": False}
-        self._api = ApiClient(configuration)
-        self._api.user_agent = f"luthier/{VERSION}"
+        """Must be called in an event loop. `count` is called with method and status code of each answer."""
+        self._configuration = configuration
+        self._session = aiohttp.ClientSession(
+            # The number of requests is bounded here, by `_slots`. Watches stay open beside them.
+            connector=aiohttp.TCPConnector(ssl=RESTClientObject(configuration).ssl_context, limit=0),
+            headers={"Accept": "application/json", "User-Agent": user_agent},
+            timeout=TIMEOUT,
+            trust_env=False,  # reading ~/.netrc for each request took 27 % of the client's CPU
+            read_bufsize=WATCH_BUFFER,
+            proxy=configuration.proxy,
+        )
+        self._tls_name = {"server_hostname": name} if (name := configuration.tls_server_name) else {}
         self._count = count
         self._slots = asyncio.Semaphore(IN_FLIGHT)
         self._paused_until = 0.0
         self.host: str = configuration.host
 
     async def close(self) -> None:
-        await self._api.close()
+        await self._session.close()
 
     async def get(self, path: str, query: dict[str, str] | None = None) -> Object:
         return await self._request("GET", path, query)
@@ -146,6 +161,34 @@ class Client:
             if not chunk["metadata"].get("continue"):
                 return
             query["continue"] = chunk["metadata"]["continue"]
+
+    async def watch(
+        self, resource: Resource, namespace: str | None, selector: str, since: str
+    ) -> AsyncIterator[tuple[str, Object]]:
+        """Events of all objects from the version `since` on, BOOKMARK and ERROR among them: type and object.
+
+        Ends when the API server ends the watch. Raises ApiError when it refuses it, or breaks it.
+        """
+        url = self.host + resource.path(namespace)
+        query = {"watch": "true", "allowWatchBookmarks": "true", "resourceVersion": since}
+        query |= {"timeoutSeconds": str(random.randint(WATCH_SECONDS // 2, WATCH_SECONDS))}
+        query |= {"labelSelector": selector} if selector else {}
+        try:
+            async with self._session.get(
+                url, params=query, headers=await self._headers(JSON), timeout=WATCH_TIMEOUT, **self._tls_name
+            ) as response:
+                self._count("GET", str(response.status))
+                if response.status != 200:
+                    answer = read_answer(await response.read())
+                    raise ApiError(response.status, answer.get("reason", ""), answer.get("message", ""))
+                rest = b""
+                async for data in response.content.iter_any():
+                    *lines, rest = (rest + data).split(b"\n")
+                    for line in lines:
+                        event = msgspec.json.decode(line)
+                        yield event["type"], event["object"]
+        except (aiohttp.ClientError, TimeoutError, OSError, msgspec.DecodeError) as error:
+            raise ApiError(0, "Unreachable", f"WATCH {url}: {error!r}") from error
 
     async def apply(self, manifest: Object) -> Object:
         """Server-side apply: create or change an object, and take over fields that others have set."""
@@ -222,7 +265,7 @@ class Client:
         path: str,
         query: dict[str, str] | None = None,
         body: Object | None = None,
-        content: str = "application/json",
+        content: str = JSON,
     ) -> Object:
         """Send a request, again while the API server answers 429. Raises ApiError for any other answer than 2xx."""
         for _ in range(TOO_MANY_ATTEMPTS):
@@ -242,28 +285,33 @@ class Client:
         self, method: str, path: str, query: dict[str, str] | None, body: Object | None, content: str
     ) -> tuple[int, Any, Object]:
         """Send a request once. Returns status, headers and body. Raises ApiError with status 0 without an answer."""
-        headers = {"Accept": "application/json", "Content-Type": content}
+        request: dict[str, Any] = {"params": query, "data": None if body is None else msgspec.json.encode(body)}
         async with self._slots:
             try:
-                request = await self._api.param_serialize(
-                    method,
-                    path,
-                    query_params=list((query or {}).items()),
-                    header_params=headers,
-                    body=body,
-                    auth_settings=["BearerToken"],
-                )
-                response = await self._api.call_api(*request, _request_timeout=TIMEOUT)
-                text = await response.read()
+                request["headers"] = await self._headers(content)
+                async with self._session.request(method, self.host + path, **request, **self._tls_name) as response:
+                    status, headers, text = response.status, response.headers, await response.read()
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 self._count(method, "<error>")
                 raise ApiError(0, "Unreachable", f"{method} {path}: {error!r}") from error
-        self._count(method, str(response.status))
-        try:
-            answer = json.loads(text)
-        except ValueError:
-            answer = {"message": text.decode(errors="replace")[:500]}
-        return response.status, response.headers, answer
+        self._count(method, str(status))
+        return status, headers, read_answer(text)
+
+    async def _headers(self, content: str) -> dict[str, str]:
+        """Type of the body, and the credentials, which the configuration reads again before they expire."""
+        headers = {"Content-Type": content}
+        for setting in (await self._configuration.auth_settings()).values():
+            headers[setting["key"]] = setting["value"]
+        return headers
+
+
+def read_answer(text: bytes) -> Object:
+    """The JSON object of an answer. A proxy may have answered in the place of the API server."""
+    with contextlib.suppress(msgspec.DecodeError):
+        answer = msgspec.json.decode(text)
+        if isinstance(answer, dict):
+            return answer
+    return {"message": text.decode(errors="replace")[:500]}
 
 
 def _seconds(header: str | None) -> float:

@@ -1,139 +1,102 @@
-"""Watches objects with kopf and passes the events on. Nothing is decided here, and no object is ever written.
+"""Keeps one kind up to date in the store: lists it, then watches it from the version of the list. Decides nothing.
 
-Of kopf only the watches are used: no change handlers, timers, finalizers, peering or stored state, each of which writes
-to the objects of users. Handlers of `on.event` write nothing.
+Jobs, JobSets and pods come by the dozen a job. kopf takes a millisecond of CPU to hand over one event, and reports
+neither the end of a list nor what was deleted before it. Here both are known, because the list is the operator's own.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from typing import Any
-
-import kopf
+import logging
+import random
+from collections.abc import Callable
 
 from luthier_api.kinds import KINDS
 from luthier_operator import naming
-from luthier_operator.client import Resource
-from luthier_operator.model import Object
+from luthier_operator.client import ApiError, Client, Resource
+from luthier_operator.model import Key, Object
+from luthier_operator.store import Store
 
-CHUNK = 500
-STOP_SECONDS = 10
+log = logging.getLogger(__name__)
+
 SELECTOR = naming.JOB_LABEL
 """Selects the Jobs, JobSets and pods of Luthier."""
+GONE = 410
+"""The API server has forgotten the version that a watch was to begin with."""
+SHORT_WATCH_SECONDS = 1.0
+"""A watch that ends sooner without an event is not repeated at once."""
 
-Deliver = Callable[[str | None, Object], None]
-"""Called with the type of an event (None: the object existed already) and the object."""
-Login = Callable[..., kopf.ConnectionInfo | None]
-
-
-def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
-    """The service account in a cluster, else the kubeconfig, as `client.login`."""
-    return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
+Touched = Callable[[set[Key]], None]
+"""Called with the keys of the jobs that a change affects."""
 
 
 def selector(kind: str) -> str:
     return "" if kind in KINDS else SELECTOR
 
 
-class NoDiffBase(kopf.DiffBaseStorage):
-    """kopf keeps no copy of the last state, which no handler needs. That halves its time for an event."""
+class Watch:
+    """Lists and watches one kind in one namespace, or in all."""
 
-    def build(self, **_: Any) -> Any:
-        return {}
+    def __init__(
+        self, client: Client, store: Store, touched: Touched, resource: Resource, namespace: str | None, pause: float
+    ) -> None:
+        """`pause`: seconds after an error."""
+        self._client, self._store, self._touched = client, store, touched
+        self._resource, self._namespace, self._pause = resource, namespace, pause
+        self._selector = selector(resource.kind)
 
-    def fetch(self, **_: Any) -> None:
-        return None
+    async def serve(self, relist: float, listed: Callable[[], None]) -> None:
+        """List and watch until cancelled, with a new list every `relist` seconds. `listed` is called after each list.
 
-    def store(self, **_: Any) -> None:
-        pass
+        Raises ApiError if the API server refuses to list or to watch: the kind may have been removed.
+        """
+        while True:
+            version = await self.list()
+            listed()
+            try:
+                async with asyncio.timeout(relist):
+                    while version:
+                        version = await self._watch(version)
+            except TimeoutError:
+                pass
 
+    async def list(self) -> str:
+        """Bring the store up to date, also with what was deleted. Returns the version of the list. Raises ApiError."""
+        seen, version = set[str](), "0"
+        async for items, listed_at in self._client.list(self._resource, self._namespace, self._selector):
+            version = listed_at
+            touched = set[Key]()
+            for item in items:
+                seen.add(item["metadata"]["uid"])
+                touched |= self._store.put(item)
+            self._touched(touched)
+        self._touched(self._store.prune(self._resource.kind, self._namespace, seen, version))
+        return version
 
-class NoProgress(kopf.ProgressStorage):
-    """kopf keeps no progress of handlers: `on.event` has no retries."""
+    async def _watch(self, version: str) -> str:
+        """Watch from `version` on, until the watch ends. Returns the version to go on with; empty: list again.
 
-    def fetch(self, **_: Any) -> None:
-        return None
+        Raises ApiError if the API server refuses the watch.
+        """
+        begin, begun_with = asyncio.get_running_loop().time(), version
+        try:
+            async for event, found in self._client.watch(self._resource, self._namespace, self._selector, version):
+                if event == "ERROR":
+                    raise ApiError(found.get("code", 0), found.get("reason", ""), found.get("message", ""))
+                version = found["metadata"]["resourceVersion"]
+                if event != "BOOKMARK":
+                    self._deliver(event, found)
+        except ApiError as error:
+            if error.status == GONE:
+                return ""
+            if 400 <= error.status < 500 and error.status != 429:
+                raise
+            log.info("watch of %s: %s", self._resource.plural, error)
+            await asyncio.sleep(self._pause * random.uniform(0.5, 1))
+            return version
+        if version == begun_with and asyncio.get_running_loop().time() - begin < SHORT_WATCH_SECONDS:
+            await asyncio.sleep(self._pause * random.uniform(0.5, 1))
+        return version
 
-    def store(self, **_: Any) -> None:
-        pass
-
-    def purge(self, **_: Any) -> None:
-        pass
-
-    def touch(self, **_: Any) -> None:
-        pass
-
-    def clear(self, *, essence: Any) -> Any:
-        return essence
-
-
-def kopf_settings(resources: Sequence[Resource]) -> kopf.OperatorSettings:
-    settings = kopf.OperatorSettings()
-    settings.posting.enabled = False  # our own few Events come from `events`
-    settings.scanning.disabled = True  # watching CRDs and namespaces would need rights over the whole cluster
-    settings.persistence.diffbase_storage = NoDiffBase()
-    settings.persistence.progress_storage = NoProgress()
-    settings.watching.chunk_size = CHUNK
-    for resource in resources:
-        if text := selector(resource.kind):
-            settings.watching.label_selectors[resource.group, resource.plural] = text
-    settings.networking.error_backoffs = (0.5, 1, 2, 4)  # then `app` starts the watch anew
-    settings.queueing.idle_timeout = 1
-    # kopf would kill the process ten minutes after its tasks were cancelled. The operator goes on: only a watch has
-    # ended.
-    settings.process.ultimate_exiting_timeout = None
-    return settings
-
-
-async def watch(
-    resources: Sequence[Resource],
-    namespaces: Sequence[str],
-    deliver: Deliver,
-    started: Callable[[], None],
-    login: Login = login,
-) -> None:
-    """Watch `resources`, whose kinds must exist, until cancelled. `started` is called once kopf runs.
-
-    Returns only when kopf has caught a signal, which may happen just before `started` is called. Raises what ends a
-    watch permanently.
-    """
-    registry = kopf.OperatorRegistry()
-
-    async def handle(event: Any, **_: Any) -> None:
-        deliver(event["type"], event["object"])
-
-    for resource in resources:
-        kopf.on.event(
-            resource.group,
-            resource.api_version.rpartition("/")[2],
-            resource.plural,
-            registry=registry,
-            id=resource.plural,
-        )(handle)
-    kopf.on.login(registry=registry, id="login", errors=kopf.ErrorsMode.TEMPORARY, backoff=5)(login)
-
-    # Not kopf.operator(): when it ends, it cancels every task of the process that was started after it.
-    spawning = asyncio.ensure_future(
-        kopf.spawn_tasks(
-            registry=registry,
-            settings=kopf_settings(resources),
-            standalone=True,
-            clusterwide=not namespaces,
-            namespaces=list(namespaces),
-        )
-    )
-    try:
-        tasks = await asyncio.shield(spawning)
-        started()
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        tasks = await spawning
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks, timeout=STOP_SECONDS)
-        for task in tasks:
-            if task.done() and not task.cancelled():
-                task.exception()  # retrieved, so that asyncio does not log it
+    def _deliver(self, event: str, found: Object) -> None:
+        self._touched(self._store.remove(found) if event == "DELETED" else self._store.put(found))

@@ -248,7 +248,7 @@ async def test_a_server_that_always_says_429_is_an_error_in_the_end() -> None:
 async def test_requests_say_who_asks() -> None:
     async with FakeCluster() as cluster:
         mine = client(cluster)
-        assert mine._api.user_agent.startswith("luthier/0.")
+        assert mine._session.headers["User-Agent"].startswith("luthier/0.")
         await mine.close()
 
 
