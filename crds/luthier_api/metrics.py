@@ -5,11 +5,10 @@ From one table the trainer creates its gauges, the operator and `luthier run` re
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
-
-from prometheus_client.parser import text_string_to_metric_families
 
 from luthier_api.status import Progress, finite
 
@@ -94,13 +93,22 @@ POD_METRICS: tuple[Metric, ...] = (
 )
 
 
+# Histograms have labels, and no part of the progress is read from them.
+READ_NAMES = frozenset(metric.name for metric in POD_METRICS if metric.type != "histogram")
+
+
 def read_samples(text: str) -> dict[str, float]:
-    """Name → finite value of the samples without labels in a Prometheus text. Raises ValueError when it does not
-    parse.
+    """Name → finite value of the samples of POD_METRICS in a Prometheus text.
+
+    Only their lines are parsed: a pod may serve anything, and a general parser takes 30 times as long.
     """
-    return finite(
-        {s.name: s.value for family in text_string_to_metric_families(text) for s in family.samples if not s.labels}
-    )
+    found: dict[str, float] = {}
+    for line in text.split("\n"):
+        name, _, value = line.partition(" ")
+        if name in READ_NAMES:
+            with contextlib.suppress(ValueError):
+                found[name] = float(value.partition(" ")[0])  # a timestamp may follow
+    return finite(found)
 
 
 def training_progress(pods: list[dict[str, float]], now: datetime | None = None) -> Progress | None:

@@ -77,7 +77,7 @@ class Operator:
         self.queue = Queue(backoff=pace.backoff, observer=metrics)
         self._events = Recorder(client)
         self._reconciler = Reconciler(self.store, client, self.queue, self._events, metrics, settings)
-        self._scraper = Scraper(self.store, self.queue.add, settings.progress_every, url)
+        self._scraper = Scraper(self.store, self.queue.add, metrics, settings.progress_every, url)
         self._signals, self._election = signals, election
         self._namespaces: Sequence[str | None] = settings.namespaces or (None,)
         self._unlisted = set(GROUPS)

@@ -86,6 +86,16 @@ JOB_RESTARTS = OperatorMetric(
 JOB_FAILURES = OperatorMetric(
     "luthier_job_failures_total", "Jobs that failed, by reason", "counter", ("kind", "reason")
 )
+PROGRESS_READS = OperatorMetric(
+    "luthier_progress_reads_total",
+    "Readings of the metrics of pods, by result: ok, timeout, unreachable, refused, too_large, invalid",
+    "counter",
+    ("result",),
+)
+PROGRESS_INTERVAL = OperatorMetric(
+    "luthier_progress_interval_seconds",
+    "Seconds between two readings of the progress of a job; grows with the number of running jobs",
+)
 HUB_BYTES = OperatorMetric("luthier_hub_upload_bytes_total", "Bytes of published results", "counter", ("kind",))
 HUB_FAILURES = OperatorMetric(
     "luthier_hub_upload_failures_total", "Pods of publish that failed, by reason", "counter", ("kind", "reason")
@@ -110,6 +120,8 @@ OPERATOR_METRICS: tuple[OperatorMetric, ...] = (
     JOB_QUEUE_SECONDS,
     JOB_RESTARTS,
     JOB_FAILURES,
+    PROGRESS_READS,
+    PROGRESS_INTERVAL,
     HUB_BYTES,
     HUB_FAILURES,
 )
@@ -145,19 +157,23 @@ class Metrics:
             self.set(metric, 0, CONTROLLER)
 
     def set(self, metric: OperatorMetric, value: float, *labels: str) -> None:
-        gauge = self._made[metric].labels(*labels)
+        gauge = self._series(metric, labels)
         assert isinstance(gauge, Gauge)
         gauge.set(value)
 
     def add(self, metric: OperatorMetric, value: float, *labels: str) -> None:
-        counter = self._made[metric].labels(*labels)
+        counter = self._series(metric, labels)
         assert isinstance(counter, Counter)
         counter.inc(value)
 
     def observe(self, metric: OperatorMetric, value: float, *labels: str) -> None:
-        histogram = self._made[metric].labels(*labels)
+        histogram = self._series(metric, labels)
         assert isinstance(histogram, Histogram)
         histogram.observe(value)
+
+    def _series(self, metric: OperatorMetric, labels: tuple[str, ...]) -> Gauge | Counter | Histogram:
+        made = self._made[metric]
+        return made.labels(*labels) if labels else made
 
     def text(self, jobs: Iterable[tuple[Key, Object]]) -> bytes:
         """The metrics as Prometheus text. `jobs` are counted now."""

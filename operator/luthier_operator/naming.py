@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from luthier_api.kinds import KINDS, JobKind
-from luthier_api.status import Phase, WorkspaceStatus
+from luthier_api.status import PHASES, Phase, WorkspaceStatus
 from luthier_operator.model import Job
 
 KIND_LABEL = "luthier.dev/kind"
@@ -75,6 +75,12 @@ def config_name(job: Job) -> str:
 def child_name(job: Job, phase: Phase) -> str:
     """Name of the Job or JobSet that does the work of `phase`."""
     return f"{config_name(job)}-{phase}"
+
+
+def job_names(kind: JobKind, name: str) -> set[str]:
+    """Names of the Jobs whose pods do the work of a job: JobSet names its Jobs after itself."""
+    begin = stem(kind, name)
+    return {*(f"{begin}-{phase}" for phase in PHASES), f"{begin}-run-{NODE}-0"}
 
 
 def restarts_before(restarts: int, charged: int) -> dict[str, str]:

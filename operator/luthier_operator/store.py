@@ -68,6 +68,9 @@ class Store:
             if self._exists(owner):
                 yield from ((owner, pod) for pod in list(pods.values()))
 
+    def pods_of(self, owner: Owner) -> list[Object]:
+        return list(self._pods.get(owner, {}).values())
+
     def child(self, key: Key, ref: ChildRef) -> Object | None:
         job = self._jobs.get(key)
         return self._children.get(Owner(key, job["metadata"]["uid"]), {}).get(ref) if job else None
@@ -220,15 +223,29 @@ class Store:
 def owner_of(found: Object) -> Owner | None:
     """The job that an object is, or belongs to. None for any other object."""
     meta = found.get("metadata", {})
-    kind, name, uid = found.get("kind"), meta.get("name"), meta.get("uid")
-    if kind not in KINDS:
-        labels = meta.get("labels") or {}
-        # Labels are kept in copies and backups, so Jobs and JobSets must also be owned by the job. Pods are owned by
-        # the Job.
-        if kind in OWNED and labels.get(naming.UID_LABEL) not in {r["uid"] for r in meta.get("ownerReferences") or []}:
-            return None
-        kind, name, uid = labels.get(naming.KIND_LABEL), labels.get(naming.JOB_LABEL), labels.get(naming.UID_LABEL)
-    return Owner(Key(JobKind(kind), meta["namespace"], name), uid) if kind in KINDS and name and uid else None
+    if found.get("kind") in KINDS:
+        return Owner(Key(JobKind(found["kind"]), meta["namespace"], meta["name"]), meta["uid"])
+
+    labels = meta.get("labels") or {}
+    kind, name, uid = labels.get(naming.KIND_LABEL), labels.get(naming.JOB_LABEL), labels.get(naming.UID_LABEL)
+    if kind not in KINDS or not name or not uid:
+        return None
+    # Labels are kept in copies and backups, so the object must also be owned.
+    owners = meta.get("ownerReferences") or []
+    if found["kind"] in OWNED and uid not in {owner["uid"] for owner in owners}:
+        return None
+    if found["kind"] == "Pod" and not any(is_job_of(JobKind(kind), name, owner) for owner in owners):
+        return None
+    return Owner(Key(JobKind(kind), meta["namespace"], name), uid)
+
+
+def is_job_of(kind: JobKind, name: str, owner: Object) -> bool:
+    """Whether an owner reference of a pod names a Job that does the work of this job.
+
+    By name, because the Jobs of a JobSet are not watched, and because pods are seen before and after their Job. That is
+    enough: the garbage collector deletes a pod if no Job with this name has the uid of the reference.
+    """
+    return bool(owner.get("controller")) and owner["kind"] == "Job" and owner["name"] in naming.job_names(kind, name)
 
 
 def source_keys(job: Object) -> set[Key]:

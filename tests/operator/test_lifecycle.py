@@ -10,6 +10,9 @@ import pytest
 from fake_cluster import FakeCluster, Object, Outcome, Pod, all_well, said
 from harness import HUB, children, condition, fine_tune, finished, generate, holds, running, until
 
+from luthier_api.kinds import parse_job
+from luthier_operator import naming
+
 
 def status(cluster: FakeCluster, kind: str, name: str) -> Object:
     found = cluster.get(kind, name)
@@ -49,6 +52,30 @@ async def test_generate_to_complete() -> None:
         assert status(cluster, "GenerateJob", "gen")["state"] == "Complete"
         assert sorted(p.index for p in cluster.started if p.phase == "run") == [0, 1]
         assert "Job gj-gen-run" in children(cluster)
+
+
+async def test_a_bare_pod_with_our_labels_neither_counts_nor_blocks() -> None:
+    """A copy of a pod, to look into the workspace. `prepare` would wait for it if it were taken for an old one."""
+    async with FakeCluster() as cluster, running(cluster):
+        job = cluster.create(fine_tune(suspend=True))
+        await until("suspended", lambda: holds(cluster, "FineTuneJob", "tune", "Suspended"))
+        copy = cluster.create(
+            {
+                "apiVersion": "v1",
+                "kind": "Pod",
+                "metadata": {
+                    "name": "copy",
+                    "namespace": "default",
+                    "labels": naming.labels(parse_job(job), "prepare"),
+                    "annotations": {naming.INDEX_ANNOTATION: "0"},
+                },
+                "spec": {},
+                "status": {"phase": "Running", "podIP": "127.0.0.1"},
+            }
+        )
+        cluster.change(job, lambda o: o["spec"].update(suspend=False))
+        await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
+        assert cluster.get("Pod", "copy") == copy
 
 
 async def test_a_job_that_uses_the_result_of_another_waits_for_it() -> None:

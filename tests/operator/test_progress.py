@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+import gzip
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
 
-import aiohttp
 import pytest
 from aiohttp import web
 from fake_cluster import FakeCluster, Object, Outcome, Pod, all_well, said
 from harness import condition, fine_tune, generate, running, settings, until
 
+from luthier_api.kinds import parse_job
 from luthier_operator import naming
-from luthier_operator.progress import Scraper, pod_url
+from luthier_operator.metrics import PROGRESS_READS, Metrics
+from luthier_operator.progress import (
+    AT_ONCE_OF_JOB,
+    AT_ONCE_OF_NAMESPACE,
+    JOBS_PER_SECOND,
+    Scraper,
+    fair_share,
+    pod_url,
+)
 from luthier_operator.store import Store
 
 
@@ -42,6 +54,80 @@ class PodMetrics:
 
     def url(self, pod: Object) -> str:
         return f"{self.address}/{pod['metadata']['annotations'][naming.INDEX_ANNOTATION]}"
+
+
+class Pods:
+    """A server for pods that answer alike."""
+
+    def __init__(self, answer: Callable[[web.Request], Any]) -> None:
+        self._answer = answer
+        self.asked: set[str] = set()
+        self.most_at_once = self._now = 0
+
+    async def __aenter__(self) -> Pods:
+        async def answer(request: web.Request) -> web.Response:
+            self.asked.add(request.path)
+            self._now += 1
+            self.most_at_once = max(self.most_at_once, self._now)
+            try:
+                found = self._answer(request)
+                response: web.Response = await found if asyncio.iscoroutine(found) else found
+                return response
+            finally:
+                self._now -= 1
+
+        app = web.Application()
+        app.router.add_get("/{path:.*}", answer)
+        self.runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.05)
+        await self.runner.setup()
+        site = web.TCPSite(self.runner, "127.0.0.1", 0)
+        await site.start()
+        self.address = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"  # type: ignore[union-attr]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.runner.cleanup()
+
+
+def with_job(name: str, namespace: str, pods: int, store: Store | None = None) -> Store:
+    """`store` with a GenerateJob and its running pods."""
+    store = store or Store()
+    given = generate(name, shards=pods)
+    given["metadata"] |= {"namespace": namespace, "uid": f"uid-{namespace}-{name}", "resourceVersion": "1"}
+    store.put(given)
+    for shard in range(pods):
+        meta = {
+            "name": f"{name}-{shard}",
+            "namespace": namespace,
+            "uid": f"uid-{namespace}-{name}-{shard}",
+            "resourceVersion": "1",
+            "labels": naming.labels(parse_job(given), "run"),
+            "annotations": {naming.INDEX_ANNOTATION: str(shard)},
+            "ownerReferences": [{"kind": "Job", "name": f"gj-{name}-run", "uid": "uid-of-job", "controller": True}],
+        }
+        store.put({"kind": "Pod", "metadata": meta, "status": {"phase": "Running", "podIP": "127.0.0.1"}})
+    return store
+
+
+@contextlib.asynccontextmanager
+async def scraping(store: Store, answers: Pods, others: Pods | None = None) -> AsyncIterator[Metrics]:
+    """A scraper that reads the pods of the namespace `default` from `answers`, all others from `others`."""
+    metrics = Metrics("test")
+
+    def url(pod: Object) -> str:
+        of = answers if pod["metadata"]["namespace"] == "default" or others is None else others
+        return f"{of.address}/{pod['metadata']['annotations'][naming.INDEX_ANNOTATION]}"
+
+    reading = asyncio.create_task(Scraper(store, lambda key: None, metrics, 0.02, url).serve())
+    try:
+        yield metrics
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+
+
+def reads(metrics: Metrics, result: str) -> float:
+    return metrics.registry.get_sample_value(PROGRESS_READS.name, {"result": result}) or 0.0
 
 
 def held(pod: Pod) -> Outcome:
@@ -153,7 +239,7 @@ async def test_mere_progress_is_written_seldom_and_a_condition_at_once() -> None
         PodMetrics(text) as pods,
         running(cluster, settings(progress_every=slow), url=pods.url) as operator,
     ):
-        operator._scraper._every = 0.02  # pods are read far more often than the status may be written
+        operator._scraper.every = 0.02  # pods are read far more often than the status may be written
         job = cluster.create(fine_tune())
         await until("progress", lambda: cluster.get("FineTuneJob", "tune").get("status", {}).get("progress"))
         first, began = len(cluster.calls), asyncio.get_running_loop().time()
@@ -167,33 +253,143 @@ async def test_mere_progress_is_written_seldom_and_a_condition_at_once() -> None
         assert asyncio.get_running_loop().time() - asked < 0.9 * slow
 
 
-async def test_a_pod_sends_us_nowhere_else() -> None:
-    """The operator stands inside the cluster: a user's pod must not choose what it asks there."""
-    asked: list[str] = []
+LARGE = "".join(f"a{i} 1\n" for i in range(100_000))
 
-    async def inside(request: web.Request) -> web.Response:
-        asked.append(request.path)
-        return web.Response(text="luthier_train_step 5\nluthier_train_max_steps 10\n")
 
-    async def redirect(request: web.Request) -> web.Response:
-        raise web.HTTPFound(f"http://{request.host}/inside")
+@dataclass(frozen=True)
+class ReadCase:
+    name: str
+    answer: Callable[[web.Request], web.Response]
+    result: str
 
-    app = web.Application()
-    app.add_routes([web.get("/inside", inside), web.get("/metrics", redirect)])
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    scraper = Scraper(
-        Store(),
-        lambda key: None,
-        15,
-        lambda pod: f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}/metrics",
-    )  # type: ignore[union-attr]
-    async with aiohttp.ClientSession() as session:
-        assert await scraper._read(session, {"metadata": {"name": "pod"}}) == {}
-    await runner.cleanup()
-    assert asked == []
+
+READS = [
+    ReadCase(
+        name="metrics",
+        answer=lambda _: web.Response(text="luthier_train_step 5\n"),
+        result="ok",
+    ),
+    ReadCase(
+        name="a megabyte",
+        answer=lambda _: web.Response(text=LARGE),
+        result="too_large",
+    ),
+    ReadCase(
+        name="a few bytes that become a megabyte",
+        answer=lambda _: web.Response(body=gzip.compress(LARGE.encode() * 10), headers={"Content-Encoding": "gzip"}),
+        result="too_large",
+    ),
+    ReadCase(
+        name="a redirection to somewhere inside the cluster",
+        answer=lambda request: web.Response(status=302, headers={"Location": f"http://{request.host}/inside"}),
+        result="refused",
+    ),
+    ReadCase(
+        name="an error",
+        answer=lambda _: web.Response(status=500),
+        result="refused",
+    ),
+    ReadCase(
+        name="what is no text",
+        answer=lambda _: web.Response(body=b"\xff\xfe"),
+        result="invalid",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", READS, ids=lambda case: case.name)
+async def test_a_pod_may_answer_anything(case: ReadCase) -> None:
+    """The operator is inside the cluster: a user's pod must neither fill its memory nor choose what it asks there."""
+    store = with_job("tune", "default", 1)
+    async with Pods(case.answer) as pods, scraping(store, pods) as metrics:
+        await until("read", lambda: reads(metrics, case.result))
+    assert pods.asked >= {"/0"}
+    assert "/inside" not in pods.asked
+    assert f'result="{case.result}"' in metrics.text(()).decode()
+    assert metrics.text(()).decode().count("luthier_progress_reads_total{") == 1, "no other result"
+
+
+async def hang(request: web.Request) -> web.Response:
+    await asyncio.sleep(3600)
+    raise AssertionError("unreachable")
+
+
+@dataclass(frozen=True)
+class SilentCase:
+    name: str
+    jobs: int
+    pods_of_each: int
+    at_once: int
+
+
+SILENT = [
+    SilentCase(
+        name="one job with many shards",
+        jobs=1,
+        pods_of_each=320,
+        at_once=AT_ONCE_OF_JOB,
+    ),
+    SilentCase(
+        name="many jobs of one namespace",
+        jobs=6,
+        pods_of_each=4,
+        at_once=AT_ONCE_OF_NAMESPACE,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", SILENT, ids=lambda case: case.name)
+async def test_pods_that_do_not_answer_delay_nobody_else(case: SilentCase) -> None:
+    store = with_job("tune", "default", 1)
+    for number in range(case.jobs):
+        with_job(f"silent-{number}", "other", case.pods_of_each, store)
+    async with (
+        Pods(hang) as silent,
+        Pods(lambda _: web.Response(text="luthier_train_step 5\n")) as answers,
+        scraping(store, answers, silent) as metrics,
+    ):
+        await until("ten readings of the other job", lambda: reads(metrics, "ok") >= 10)
+        assert silent.most_at_once <= case.at_once
+
+
+async def test_a_pod_that_cannot_be_read_is_read_less_and_less_often() -> None:
+    store = with_job("broken", "other", 1, with_job("tune", "default", 1))
+    async with (
+        Pods(lambda _: web.Response(status=404)) as broken,
+        Pods(lambda _: web.Response(text="luthier_train_step 5\n")) as answers,
+        scraping(store, answers, broken) as metrics,
+    ):
+        await until("many readings of the other job", lambda: reads(metrics, "ok") >= 32)
+        assert 1 <= reads(metrics, "refused") <= 7
+
+
+async def test_the_interval_grows_with_the_jobs_and_is_shown() -> None:
+    store, jobs = Store(), int(JOBS_PER_SECOND)
+    for number in range(jobs):
+        with_job(f"tune-{number}", "default", 1, store)
+    async with Pods(lambda _: web.Response(text="")) as pods, scraping(store, pods) as metrics:
+        await until("shown", lambda: b"luthier_progress_interval_seconds 1.0" in metrics.text(()))
+
+
+@dataclass(frozen=True)
+class ShareCase:
+    name: str
+    wanted: list[int]
+    expect: int
+
+
+SHARES = [
+    ShareCase(name="no jobs", wanted=[], expect=1),
+    ShareCase(name="all fit", wanted=[1, 2, 40], expect=40),
+    ShareCase(name="the small leave their rest to the large", wanted=[1, 1, 4096], expect=98),
+    ShareCase(name="the large share", wanted=[4096, 1, 1, 4096], expect=49),
+    ShareCase(name="each has one at least", wanted=[5] * 200, expect=1),
+]
+
+
+@pytest.mark.parametrize("case", SHARES, ids=lambda case: case.name)
+def test_readings_are_shared_fairly(case: ShareCase) -> None:
+    assert fair_share(case.wanted, budget=100) == case.expect
 
 
 ADDRESSES = [("10.1.2.3", "http://10.1.2.3:9464/metrics"), ("fd00::7", "http://[fd00::7]:9464/metrics")]

@@ -48,8 +48,10 @@ def owned(kind: str, name: str, version: int = 1, uid: str = "", job: str = "uid
         "resourceVersion": str(version),
         "labels": labels,
     }
-    owner = {"ownerReferences": [{"kind": "FineTuneJob", "name": "tune", "uid": job}]} if kind != "Pod" else {}
-    return {"kind": kind, "metadata": meta | owner} | parts
+    owner = {"kind": "FineTuneJob", "name": "tune", "uid": job, "controller": True}
+    if kind == "Pod":
+        owner = {"kind": "Job", "name": "ftj-tune-run-node-0", "uid": "uid-of-node-0", "controller": True}
+    return {"kind": kind, "metadata": meta | {"ownerReferences": [owner]}} | parts
 
 
 def ended(
@@ -219,6 +221,7 @@ def test_what_a_pod_served_of_its_checkpoint_ends_with_it() -> None:
 
 
 CHILD, POD = owned("Job", "ftj-tune-prepare"), ended("pod")
+OWNER_OF_POD = POD["metadata"]["ownerReferences"][0]
 
 
 @dataclass(frozen=True)
@@ -247,6 +250,26 @@ COPIES = [
     CopyCase(
         name="a pod with our labels, elsewhere",
         given=moved(POD, namespace="other"),
+        counts=False,
+    ),
+    CopyCase(
+        name="a bare pod with our labels",
+        given=moved(POD, ownerReferences=[]),
+        counts=False,
+    ),
+    CopyCase(
+        name="a pod with our labels, of a Job of somebody else",
+        given=moved(POD, ownerReferences=[OWNER_OF_POD | {"name": "ftj-tune-run-copy"}]),
+        counts=False,
+    ),
+    CopyCase(
+        name="a pod with our labels, of another kind of owner",
+        given=moved(POD, ownerReferences=[OWNER_OF_POD | {"kind": "ReplicaSet"}]),
+        counts=False,
+    ),
+    CopyCase(
+        name="a pod that our Job owns without controlling it",
+        given=moved(POD, ownerReferences=[OWNER_OF_POD | {"controller": False}]),
         counts=False,
     ),
     CopyCase(
