@@ -21,6 +21,8 @@ BACKOFF_BASE = 0.2  # seconds, after the first error
 SETTLE_SECONDS = (
     0.1  # events of one job are coalesced: a Job, its pod and the operator's own writes cause one reconcile
 )
+SETTLE_SECONDS_PER_KEY = 0.002  # of all that wait: events of many jobs at once arrive over a longer time, too
+SETTLE_LIMIT = 0.5  # reached with 200 jobs
 STOP_SECONDS = 10.0  # for reconciles that are not finished when the operator stops
 BACKOFF_LIMIT = 120.0  # an API server or a quota that comes back is noticed within two minutes
 
@@ -43,8 +45,9 @@ class Queue:
     ) -> None:
         self._clock, self._backoff, self._observer, self._jitter = clock, backoff, observer, jitter
         self._ready: OrderedDict[Key, float] = OrderedDict()  # key → when it was added
+        self._settling: set[Key] = set()
         self._working: set[Key] = set()
-        self._again: dict[Key, float] = {}  # added while being processed
+        self._again: dict[Key, bool] = {}  # added while being processed → before all others
         self._later: list[tuple[float, Key]] = []
         self._deadline: dict[Key, float] = {}  # the earliest of each key; other entries of the heap are ignored
         self._failures: dict[Key, int] = {}
@@ -53,19 +56,24 @@ class Queue:
     def __len__(self) -> int:
         return len(self._ready)
 
-    def add(self, key: Key) -> None:
-        """Process `key` as soon as possible."""
+    def add(self, key: Key, first: bool = False) -> None:
+        """Process `key` as soon as possible; with `first`, before all others that wait."""
         if key in self._working:
-            self._again.setdefault(key, self._clock())
-        elif key not in self._ready:
+            self._again[key] = first or self._again.get(key, False)
+            return
+        if key not in self._ready:
             self._ready[key] = self._clock()
             if self._observer:
                 self._observer.added(len(self._ready))
             self._changed.set()
+        if first:
+            self._ready.move_to_end(key, last=False)
 
     def soon(self, key: Key) -> None:
         """Process `key` after a short time, in which further events of the same cause may arrive."""
-        self.add_after(key, SETTLE_SECONDS)
+        waiting = len(self._ready) + len(self._settling)
+        self._settling.add(key)
+        self.add_after(key, min(SETTLE_LIMIT, SETTLE_SECONDS + SETTLE_SECONDS_PER_KEY * waiting))
 
     def add_after(self, key: Key, seconds: float) -> None:
         """Process `key` after `seconds`, or earlier if it is added again. Of several times the earliest counts."""
@@ -93,11 +101,16 @@ class Queue:
         self._failures.pop(key, None)
 
     def take(self) -> Key | None:
-        """The key that has waited longest, or None if none is due. `done` must be called afterwards."""
+        """The key that has waited longest, or None if none is due. `done` must be called afterwards.
+
+        It replaces what was planned for the key: whoever processes it sees all that has happened, and plans anew.
+        """
         self._release_due()
         if not self._ready:
             return None
         key, since = self._ready.popitem(last=False)
+        self._settling.discard(key)
+        self._deadline.pop(key, None)
         self._working.add(key)
         if self._observer:
             self._observer.taken(self._clock() - since, len(self._ready))
@@ -106,8 +119,9 @@ class Queue:
     def done(self, key: Key) -> None:
         """`key`, which was taken, is processed."""
         self._working.discard(key)
-        if self._again.pop(key, None) is not None:
-            self.add(key)
+        first = self._again.pop(key, None)
+        if first is not None:
+            self.add(key, first)
 
     def next_deadline(self) -> float | None:
         """Time of the next delayed key, by the clock of the queue."""

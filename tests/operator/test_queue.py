@@ -26,7 +26,8 @@ class Clock:
 def play(steps: str, backoff: float = 1.0) -> str:
     """Carry out `steps` and return what each `take` gave.
 
-    +a add · ~a soon · a@5 add in 5 seconds · ? take · -a done · !a retry · ok:a forget · t3 three seconds pass
+    +a add · ^a add before all others · ~a soon · a@5 add in 5 seconds · ? take · -a done · !a retry · ok:a forget
+    t3 three seconds pass
     """
     clock = Clock()
     queue = Queue(clock, backoff, jitter=lambda: 1.0)
@@ -39,6 +40,8 @@ def play(steps: str, backoff: float = 1.0) -> str:
             clock.now += float(step[1:])
         elif step.startswith("ok:"):
             queue.forget(key(step[3:]))
+        elif step[0] == "^":
+            queue.add(key(step[1:]), first=True)
         elif step[0] in "+~-!":
             {"+": queue.add, "~": queue.soon, "-": queue.done, "!": queue.retry}[step[0]](key(step[1:]))
         else:
@@ -69,6 +72,21 @@ CASES = [
         name="a key that waits is not added again",
         steps="+a +a +b ? ? ?",
         expect="a b ·",
+    ),
+    Case(
+        name="an edit goes before all others",
+        steps="+a +b ^c ? ? ?",
+        expect="c a b",
+    ),
+    Case(
+        name="an edit of a key that waits moves it to the front",
+        steps="+a +b ^b ? ? ?",
+        expect="b a ·",
+    ),
+    Case(
+        name="an edit while the key is worked on goes before all others",
+        steps="+a ? +b ^a -a ? ?",
+        expect="a a b",
     ),
     Case(
         name="one worker a key",
@@ -104,6 +122,16 @@ CASES = [
         name="what comes with it is one look",
         steps="~a ? t0.05 ~a ~a t0.06 ? -a t1 ?",
         expect="· a ·",
+    ),
+    Case(
+        name="events of many jobs are given more time",
+        steps="~a ~b ~c t0.1 ? t0.003 ? t0.002 ?",
+        expect="a b c",
+    ),
+    Case(
+        name="a look replaces those that were planned",
+        steps="~a a@5 +a ? -a t9 ?",
+        expect="a ·",
     ),
     Case(
         name="nobody waits because others keep coming",
