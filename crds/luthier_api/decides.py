@@ -1,17 +1,20 @@
 """What a field decides: one mark a field, from which everything that has to know it is drawn.
 
 Each field of a spec has a mark. A field inside a block has that of the block, unless it carries its own. From the mark
-are drawn the CEL rules of what never changes, what the run config leaves out, the fingerprint of `prepare`, the
-identity of a checkpoint, and what may differ between two calls of `luthier run` in one folder.
+are drawn the CEL rules of what may change and when, what makes a job that has failed go on, what the run config leaves
+out, the fingerprint of `prepare`, the identity of a checkpoint, and what may differ between two calls of `luthier run`
+in one folder.
 
 In a status, the mark MAY_WAIT says which changes are not written at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, unique
+from hashlib import sha256
 from typing import Any, TypeVar
 
 from pydantic.alias_generators import to_camel
@@ -22,31 +25,52 @@ from luthier_api.base import ApiModel, Rule, model_in
 Spec = TypeVar("Spec", bound=ApiModel)
 
 
+class Changes(Enum):
+    """When a field may change once the job exists."""
+
+    NEVER = "never"
+    WHILE_STOPPED = "while stopped"
+    """While no pods work with it: the job is suspended, has failed, or rests after its plan."""
+    ALWAYS = "always"
+
+
 @dataclass(frozen=True)
 class Consequence:
-    changes: bool
-    """Whether it may change while the job lives."""
+    changes: Changes
     in_run: bool
     """Whether the pods read it: it is in the run config as the user has set it."""
     in_result: bool
     """Whether what was made with another value cannot be used: prepared data, checkpoints, outputs."""
+    resumes: bool
+    """Whether a job that has failed goes on when it changes."""
+    planned: bool
+    """Whether `prepare` has to run again when it changes."""
 
 
+@unique
 class Decides(Enum):
     """What a field of a spec decides."""
 
-    RESULT = Consequence(changes=False, in_run=True, in_result=True)
-    """What is made, or how the work on it is laid out."""
-    CIRCUMSTANCES = Consequence(changes=False, in_run=True, in_result=False)
+    RESULT = Consequence(changes=Changes.NEVER, in_run=True, in_result=True, resumes=False, planned=False)
+    """What is made."""
+    PLACE = Consequence(changes=Changes.NEVER, in_run=True, in_result=False, resumes=False, planned=False)
+    """Where the work is kept. In another place, there would be no checkpoint to resume from."""
+    LAYOUT = Consequence(changes=Changes.WHILE_STOPPED, in_run=True, in_result=False, resumes=True, planned=True)
+    """How the work is divided and how memory is spent; the result is the same. `prepare` plans it."""
+    CIRCUMSTANCES = Consequence(
+        changes=Changes.WHILE_STOPPED, in_run=True, in_result=False, resumes=True, planned=False
+    )
     """Where, when and how carefully the work is done; the result is the same."""
-    PUBLICATION = Consequence(changes=True, in_run=True, in_result=False)
+    PUBLICATION = Consequence(changes=Changes.ALWAYS, in_run=True, in_result=False, resumes=True, planned=False)
     """Where the result is published. It may change, so that a failed upload can be repaired."""
-    LIFE_CYCLE = Consequence(changes=True, in_run=False, in_result=False)
-    """When the job starts, stops, is started again and is deleted. The operator alone reads it."""
+    BUDGET = Consequence(changes=Changes.ALWAYS, in_run=False, in_result=False, resumes=True, planned=False)
+    """How often the work is tried. The operator alone reads it."""
+    LIFE_CYCLE = Consequence(changes=Changes.ALWAYS, in_run=False, in_result=False, resumes=False, planned=False)
+    """When the job starts, stops and is deleted. The operator alone reads it."""
 
 
-RESULT, CIRCUMSTANCES = Decides.RESULT, Decides.CIRCUMSTANCES
-PUBLICATION, LIFE_CYCLE = Decides.PUBLICATION, Decides.LIFE_CYCLE
+RESULT, PLACE, LAYOUT, CIRCUMSTANCES = Decides.RESULT, Decides.PLACE, Decides.LAYOUT, Decides.CIRCUMSTANCES
+PUBLICATION, BUDGET, LIFE_CYCLE = Decides.PUBLICATION, Decides.BUDGET, Decides.LIFE_CYCLE
 
 
 class Urgency(Enum):
@@ -71,16 +95,95 @@ def marks(spec: type[ApiModel]) -> dict[str, Decides]:
     return found
 
 
+def marked_paths(spec: type[ApiModel]) -> dict[str, Decides]:
+    """Path in `spec` → mark, of each field that carries one: `training`, `training.logSteps`, ..."""
+    found: dict[str, Decides] = {}
+    for name, mark in marks(spec).items():
+        found |= {name: mark, **dict(_own_marks(_block(spec, name), f"{name}."))}
+    return found
+
+
+def _own_marks(model: type[ApiModel] | None, path: str) -> Iterator[tuple[str, Decides]]:
+    for name, field in model.model_fields.items() if model else ():
+        here = f"{path}{field.alias or to_camel(name)}"
+        if mark := _mark(field, Decides):
+            yield here, mark
+        yield from _own_marks(model_in(field.annotation), f"{here}.")
+
+
+def _block(model: type[ApiModel], name: str) -> type[ApiModel] | None:
+    """The type of the object in the field that is called `name` in a manifest."""
+    return next(
+        model_in(field.annotation)
+        for python_name, field in model.model_fields.items()
+        if (field.alias or to_camel(python_name)) == name
+    )
+
+
 def immutable(spec: type[ApiModel]) -> tuple[Rule, ...]:
     """A job is what its manifest said when it was created: CEL for the fields of `spec` that never change."""
-    return tuple(
-        Rule(
-            f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || self.{name} == oldSelf.{name})",
-            f"spec.{name} cannot change once the job exists; create another job for another {name}",
-        )
-        for name, mark in marks(spec).items()
-        if not mark.value.changes
+    found, paths = [], marked_paths(spec)
+    for name, mark in marks(spec).items():
+        if mark.value.changes is not Changes.NEVER:
+            continue
+        others = [path for path in paths if path.startswith(f"{name}.")]
+        unchanged, excepted = _unchanged("self", "oldSelf", name), ""
+        block = _block(spec, name)
+        if others and block:
+            fixed = [outer for field in block.model_fields if f"{name}.{(outer := to_camel(field))}" not in others]
+            inner = " && ".join(_unchanged(f"self.{name}", f"oldSelf.{name}", field) for field in fixed)
+            unchanged = f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || ({inner}))"
+            excepted = f", except {', '.join(path.removeprefix(f'{name}.') for path in others)}"
+        message = f"spec.{name} cannot change once the job exists{excepted}; create another job for another {name}"
+        found.append(Rule(unchanged, message))
+    return tuple(found)
+
+
+STOPPED_STATES = ("Failed", "Planned")
+"""Members of `status.State` in which a job has no pods, other than Suspended."""
+
+
+def fixed_while_at_work(spec: type[ApiModel]) -> tuple[Rule, ...]:
+    """CEL for the fields of `spec` that may change only while no pods work with them: rules of the whole object,
+    because its status says so.
+    """
+    states = ", ".join(f"'{state}'" for state in STOPPED_STATES)
+    stopped = (
+        "self.spec.suspend || oldSelf.spec.suspend ||"
+        f" (has(oldSelf.status) && has(oldSelf.status.state) && oldSelf.status.state in [{states}])"
     )
+    found = []
+    for path, mark in marked_paths(spec).items():
+        if mark.value.changes is Changes.WHILE_STOPPED:
+            block, _, field = f"spec.{path}".rpartition(".")
+            unchanged = _unchanged(f"self.{block}", f"oldSelf.{block}", field)
+            message = (
+                f"spec.{path} cannot change while pods work with it; set spec.suspend: true first, or change it after"
+                " the job has failed"
+            )
+            found.append(Rule(f"{stopped} || ({unchanged})", message))
+    return tuple(found)
+
+
+def _unchanged(after: str, before: str, name: str) -> str:
+    """CEL: the field `name` of two objects is the same, or missing in both."""
+    new, old = f"{after}.{name}", f"{before}.{name}"
+    return f"has({new}) == has({old}) && (!has({new}) || {new} == {old})"
+
+
+def digests(spec: ApiModel) -> dict[str, str]:
+    """Path → hash, of each field whose change makes a failed job go on. Of what has its default there is none: a later
+    version may add fields.
+    """
+    data = spec.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    found = {}
+    for path, mark in marked_paths(type(spec)).items():
+        value: Any = data
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        if mark.value.resumes and value is not None:
+            found[path] = sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+    return found
 
 
 def result_part(spec: ApiModel) -> dict[str, Any]:

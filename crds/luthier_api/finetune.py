@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 from pydantic import Field
 
 from luthier_api.base import SET, ApiModel, Rule
-from luthier_api.decides import CIRCUMSTANCES, LIFE_CYCLE, PUBLICATION, RESULT
+from luthier_api.decides import BUDGET, CIRCUMSTANCES, LAYOUT, PLACE, PUBLICATION, RESULT
 from luthier_api.formats import DatasetFormat
 from luthier_api.marks import For, Table, TabledSpec, by_table, works_with
 from luthier_api.methods import METHODS, QUANTIZATIONS, STRATEGIES, MethodType, Strategy
@@ -138,7 +138,7 @@ class Training(ApiModel):
     """Gradients are clipped to this norm."""
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 8
     """Rows that one optimiser step sees, over all processes and accumulation steps."""
-    micro_batch_size: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
+    micro_batch_size: Annotated[int | None, Field(ge=1, le=1_000_000), LAYOUT] = None
     """Rows that one process sees in one forward pass. When left out: at most 8, and on GPUs, for causal-lm, at most
     2,048 tokens or one row. Models that normalise over a batch (BatchNorm) do so over these.
     """
@@ -150,7 +150,7 @@ class Training(ApiModel):
     """
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the computation. auto: bf16 on a GPU that has it, fp16 on one before Ampere, fp32 on CPU."""
-    gradient_checkpointing: bool | None = None
+    gradient_checkpointing: Annotated[bool | None, LAYOUT] = None
     """Recompute activations in the backward pass: less memory, about a third more time. When left out: on GPUs where
     the model can, not on CPU.
     """
@@ -268,16 +268,17 @@ class FineTuneJobSpec(JobControl, TabledSpec):
     image: Annotated[TrainingImages, For("task"), RESULT] = by_table()
     """How images are shown to the model."""
     resources: Annotated[TrainingResources, RESULT] = Field(default_factory=TrainingResources)
-    strategy: Annotated[Strategy, RESULT] = "auto"
+    strategy: Annotated[Strategy, LAYOUT] = "auto"
     """How processes share the work. auto: one process alone, several by ddp. zero2 and zero3 shard optimiser and
-    weights with DeepSpeed; zero3 not with a quantised model.
+    weights with DeepSpeed; zero3 not with a quantised model. Only the strategy that wrote a checkpoint can resume from
+    it.
     """
-    workspace: Annotated[Workspace, CIRCUMSTANCES] = Field(default_factory=Workspace)
+    workspace: Annotated[Workspace, PLACE] = Field(default_factory=Workspace)
     volumes: Annotated[Volumes, CIRCUMSTANCES] = Field(default_factory=list)
     """Claims and config maps of the namespace that every pod of the job sees, read-only: data, models, prompts."""
     hub: Annotated[Hub | None, PUBLICATION] = None
     scheduling: Annotated[Scheduling, CIRCUMSTANCES] = Field(default_factory=Scheduling)
-    restarts: Annotated[Restarts, LIFE_CYCLE] = Field(default_factory=Restarts)
+    restarts: Annotated[Restarts, BUDGET] = Field(default_factory=Restarts)
 
     rules: ClassVar[tuple[Rule, ...]] = (
         alone_on_its_claim("resources.nodes"),

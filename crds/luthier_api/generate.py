@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
 from luthier_api.base import SET, ApiModel, Format, Rule
-from luthier_api.decides import CIRCUMSTANCES, LIFE_CYCLE, PUBLICATION, RESULT
+from luthier_api.decides import BUDGET, CIRCUMSTANCES, PLACE, PUBLICATION, RESULT
 from luthier_api.marks import For, Table, TabledSpec, by_table
 from luthier_api.quantity import Bytes, Cores
 from luthier_api.spec import (
@@ -249,12 +249,12 @@ class GenerateJobSpec(JobControl, TabledSpec):
     shards: Annotated[int, Field(ge=1, le=4096), RESULT] = 1
     """Pods that share the rows; each resumes where it stopped."""
     resources: Annotated[GenerateResources, RESULT] = Field(default_factory=GenerateResources)
-    workspace: Annotated[Workspace, CIRCUMSTANCES] = Field(default_factory=Workspace)
+    workspace: Annotated[Workspace, PLACE] = Field(default_factory=Workspace)
     volumes: Annotated[Volumes, CIRCUMSTANCES] = Field(default_factory=list)
     """Claims and config maps of the namespace that every pod of the job sees, read-only: data, models, prompts."""
     hub: Annotated[Hub | None, PUBLICATION] = None
     scheduling: Annotated[Scheduling, CIRCUMSTANCES] = Field(default_factory=Scheduling)
-    retries_per_shard: Annotated[int, Field(ge=0, le=100), LIFE_CYCLE] = 3
+    retries_per_shard: Annotated[int, Field(ge=0, le=100), BUDGET] = 3
     """How often a shard is started again after a failure of the infrastructure. Read when the run is created: to apply
     a change to a running job, suspend and resume it.
     """

@@ -11,6 +11,7 @@ from pydantic import Field
 from luthier_api import API_VERSION
 from luthier_api.base import ApiModel, Rule, model_in
 from luthier_api.conditions import ConditionType
+from luthier_api.decides import fixed_while_at_work
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.generate import GenerateJobSpec
 from luthier_api.marks import TabledSpec
@@ -70,6 +71,7 @@ class FineTuneJob(ApiModel):
             "!has(self.spec.model.job) || self.spec.model.job != self.metadata.name",
             "spec.model.job: is this job itself; name the job whose result it starts from",
         ),
+        *fixed_while_at_work(FineTuneJobSpec),
     )
 
 
@@ -82,7 +84,7 @@ class GenerateJob(ApiModel):
     spec: GenerateJobSpec
     status: JobStatus = Field(default_factory=JobStatus)
 
-    rules: ClassVar[tuple[Rule, ...]] = NAME_RULES
+    rules: ClassVar[tuple[Rule, ...]] = (*NAME_RULES, *fixed_while_at_work(GenerateJobSpec))
 
 
 @dataclass(frozen=True)

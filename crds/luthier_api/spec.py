@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from luthier_api.base import ApiModel, Format, Rule, map_by
-from luthier_api.decides import LIFE_CYCLE
+from luthier_api.decides import BUDGET, LIFE_CYCLE
 from luthier_api.formats import FORMATS, DatasetFormat
 from luthier_api.marks import For, by_table
 from luthier_api.methods import QuantizationType
@@ -429,8 +429,9 @@ class JobControl(ApiModel):
     suspend: Annotated[bool, LIFE_CYCLE] = False
     """Stop the pods after a checkpoint and release their resources. The job resumes when it becomes false."""
     active_deadline_seconds: Annotated[Annotated[Seconds, Field(ge=1)] | None, LIFE_CYCLE] = None
-    """Seconds from the start of the first phase after which the job is stopped and fails; no limit when left out. The
-    clock starts again when a planned, suspended or ended job resumes.
+    """Seconds of work after which the job is stopped and fails; no limit when left out. The time in which it is
+    suspended, waits in a queue or rests after its plan does not count. A failed job that resumes has the whole time
+    again.
     """
     ttl_seconds_after_finished: Annotated[Seconds | None, LIFE_CYCLE] = None
     """Seconds after which a finished job is deleted; it stays when left out. Its workspace stays unless
@@ -438,6 +439,11 @@ class JobControl(ApiModel):
     """
     plan_only: Annotated[bool, LIFE_CYCLE] = False
     """Stop after `prepare` and show the plan in the status. Set it to false later to continue the job."""
+    retry: Annotated[int, Field(ge=0, le=1_000_000), BUDGET] = 0
+    """Another number starts a failed job again as it is: it resumes from its newest checkpoint, with all its restarts
+    and its whole time. A failed job also resumes when `hub`, `scheduling`, `volumes`, its restarts or its resources
+    change.
+    """
 
 
 Volumes = Annotated[list[Volume], Field(max_length=16), map_by("mountPath")]

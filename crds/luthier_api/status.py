@@ -218,6 +218,15 @@ class WorkspaceStatus(ApiModel):
     """Folder of this job on the claim. The result is in its subfolder `result`."""
 
 
+class AppliedSpec(ApiModel):
+    """The part of the spec that the job was last at work with, and that may change."""
+
+    generation: int | None = None
+    """Generation of that spec."""
+    fields: dict[str, str] = Field(default_factory=dict)
+    """Path of a field, for example resources.memory → hash of its value. Fields with their default are left out."""
+
+
 class JobStatus(ApiModel):
     """Status of a FineTuneJob or a GenerateJob."""
 
@@ -228,10 +237,14 @@ class JobStatus(ApiModel):
     conditions: Annotated[list[Condition], map_by("type")] = Field(default_factory=list)
     """State of the job in detail."""
     start_time: Time | None = None
-    """When the first phase began. `activeDeadlineSeconds` counts from here."""
-    deadline_start_time: Time | None = None
-    """When the job was last resumed: after its plan, after a suspension, or after its end. `activeDeadlineSeconds`
-    then counts from here.
+    """When the first phase began."""
+    active_since: Time | None = None
+    """Since when the job has been at work. Absent while it is suspended, waits in a queue, rests after its plan, or has
+    ended.
+    """
+    active_seconds: int = 0
+    """Seconds that the job was at work before `activeSince`. `activeDeadlineSeconds` limits the sum. Zero again when a
+    job that has ended resumes, unless it only got more time.
     """
     run_start_time: Time | None = None
     """When the pods of `run` were first running."""
@@ -259,6 +272,12 @@ class JobStatus(ApiModel):
     """
     attempts: Annotated[list[Attempt], Field(max_length=10)] = Field(default_factory=list)
     """The last ten failures."""
+    resumes: int = 0
+    """How often the job was started again after it had failed, or with fields that were changed. Its children with a
+    lower number are replaced.
+    """
+    applied_spec: AppliedSpec | None = None
+    """What the job was last at work with. It resumes when this has changed."""
     workspace: WorkspaceStatus | None = None
     """Where model, checkpoints and result are stored."""
     hub: HubStatus | None = None

@@ -21,6 +21,7 @@ from luthier_operator.naming import (
     INDEX_IGNORED_ANNOTATION,
     PHASE_LABEL,
     RESTART_LABEL,
+    RESUMES_ANNOTATION,
 )
 from luthier_operator.statuses import moment
 
@@ -88,10 +89,21 @@ def active_since(child: Object) -> datetime | None:
     return moment(suspension["lastTransitionTime"])
 
 
+def suspended_since(child: Object) -> datetime | None:
+    """Since when a queue has suspended it, where the Job or JobSet says so already."""
+    found = condition(child, "Suspended")
+    return moment(found["lastTransitionTime"]) if found and found.get("lastTransitionTime") else None
+
+
 def restarts_before(child: Object) -> tuple[int, int]:
     """Restarts of the children of `run` before this one, and those of them that were charged."""
     total, _, charged = child["metadata"].get("annotations", {}).get(BEFORE_ANNOTATION, "").partition(",")
     return number(total), number(charged)
+
+
+def resumes(child: Object) -> int:
+    """How often the job had resumed when the child was made."""
+    return number((child["metadata"].get("annotations") or {}).get(RESUMES_ANNOTATION))
 
 
 def restarts(jobset: Object) -> tuple[int, int]:

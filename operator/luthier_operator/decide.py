@@ -17,11 +17,11 @@ from luthier_operator.model import ChildRef, Decision, Object, Observed
 from luthier_operator.phases.accept import accept
 from luthier_operator.phases.context import Context, Step
 from luthier_operator.phases.finish import finish, retire
-from luthier_operator.phases.limits import deadline, suspend
+from luthier_operator.phases.limits import clock, deadline, suspend
 from luthier_operator.phases.prepare import prepare
 from luthier_operator.phases.publish import publish
 from luthier_operator.phases.record import record
-from luthier_operator.phases.reopen import reopen
+from luthier_operator.phases.reopen import reopen, with_spec
 from luthier_operator.phases.run import run
 from luthier_operator.settings import Settings
 from luthier_operator.workloads import workload
@@ -39,7 +39,9 @@ def decide(observed: Observed, settings: Settings, now: datetime) -> Decision:
     ctx = record(Context(observed, settings, now, before))
     reopened = reopen(ctx)
     if reopened:
-        return with_events(observed, Decision(reopened.status))
+        return with_events(observed, Decision(clock(reopened)))
+    if not (ctx.status.finished or ctx.job.spec.suspend):
+        ctx = with_spec(ctx)
 
     apply: list[Object] = []
     delete: list[ChildRef] = []
@@ -56,7 +58,7 @@ def decide(observed: Observed, settings: Settings, now: datetime) -> Decision:
         if not outcome.goes_on:
             break
     decision = Decision(
-        status=ctx.status,
+        status=clock(ctx),
         apply=tuple(apply),
         creating=creating,
         delete=tuple(delete),

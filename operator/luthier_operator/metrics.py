@@ -72,7 +72,7 @@ BUILD = OperatorMetric("luthier_build_info", "Always 1; the label says the versi
 JOBS = OperatorMetric("luthier_jobs", "Jobs by the state that kubectl shows", "gauge", ("kind", "namespace", "state"))
 JOB_SECONDS = OperatorMetric(
     "luthier_job_duration_seconds",
-    "From the start of a job, or from when it last went on after a rest, to its end",
+    "Time for which a job that has ended was at work, without suspensions and queues",
     "histogram",
     ("kind", "result"),
     LONG,
@@ -227,14 +227,9 @@ class Metrics:
             failed = after.condition(ConditionType.FAILED)
             if after.is_true(ConditionType.FAILED) and failed is not None:
                 self.add(JOB_FAILURES, 1, kind, failed.reason)
-            if after.start_time and after.completion_time:
+            if after.start_time:
                 result = "failed" if after.is_true(ConditionType.FAILED) else "complete"
-                self.observe(
-                    JOB_SECONDS,
-                    _seconds(after.deadline_start_time or after.start_time, after.completion_time),
-                    kind,
-                    result,
-                )
+                self.observe(JOB_SECONDS, after.active_seconds, kind, result)
 
 
 def _restarted(kind: JobKind, before: JobStatus, after: JobStatus) -> Iterator[str]:

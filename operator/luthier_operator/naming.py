@@ -27,6 +27,9 @@ BEFORE_ANNOTATION = "luthier.dev/restarts-before"
 when it resumes.
 """
 
+RESUMES_ANNOTATION = "luthier.dev/resumes"
+"""On a child: `status.resumes` when it was made. One with a lower number is in the way of the next."""
+
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
 INDEX_FAILURES_ANNOTATION = "batch.kubernetes.io/job-index-failure-count"
 INDEX_IGNORED_ANNOTATION = "batch.kubernetes.io/job-index-ignored-failure-count"

@@ -1083,11 +1083,33 @@ STEERING: Change = {
     "spec.ttlSecondsAfterFinished": 60,
     "spec.planOnly": True,
     "spec.hub": {"repo": "org/out", "tokenSecretRef": SECRET},
+    "spec.retry": 1,
 }
 LIVE: dict[str, Change] = {
     "FineTuneJob": STEERING | {"spec.restarts": {"max": 7}},
     "GenerateJob": STEERING | {"spec.retriesPerShard": 7},
 }
+
+
+PAUSED: Change = {
+    "spec.resources.cpu": 4,
+    "spec.resources.memory": "8Gi",
+    "spec.volumes": [{"claimName": "a", "mountPath": "/data"}],
+    "spec.scheduling": {"queueName": "team-a"},
+}
+WHILE_STOPPED: dict[str, Change] = {
+    "FineTuneJob": PAUSED
+    | {
+        "spec.strategy": "zero2",
+        "spec.training.microBatchSize": 1,
+        "spec.training.gradientCheckpointing": True,
+        "spec.training.logSteps": 7,
+        "spec.training.saveSteps": 7,
+        "spec.training.keepCheckpoints": 7,
+    },
+    "GenerateJob": PAUSED,
+}
+"""What may change only while no pods work with it: path → another value than the one in EXISTING."""
 
 
 @dataclass(frozen=True)
@@ -1097,6 +1119,8 @@ class FixedCase:
     field: str
     base: Document
     change: Change
+    excepted: str = ""
+    """The fields of the block that may change, as the message has them."""
 
 
 FIXED = [
@@ -1124,6 +1148,7 @@ FIXED = [
         field="training",
         base=FINE_TUNE,
         change={"spec.training.epochs": 7},
+        excepted="microBatchSize, gradientCheckpointing, logSteps, saveSteps, keepCheckpoints",
     ),
     FixedCase(
         field="preference",
@@ -1139,26 +1164,12 @@ FIXED = [
         field="resources",
         base=FINE_TUNE,
         change={"spec.resources.nodes": 2},
-    ),
-    FixedCase(
-        field="strategy",
-        base=FINE_TUNE,
-        change={"spec.strategy": "zero2"},
+        excepted="cpu, memory",
     ),
     FixedCase(
         field="workspace",
         base=FINE_TUNE,
         change={"spec.workspace.claimName": "mine"},
-    ),
-    FixedCase(
-        field="volumes",
-        base=FINE_TUNE,
-        change={"spec.volumes": [{"claimName": "a", "mountPath": "/data"}]},
-    ),
-    FixedCase(
-        field="scheduling",
-        base=FINE_TUNE,
-        change={"spec.scheduling.queueName": "team-a"},
     ),
     FixedCase(
         field="task",
@@ -1214,20 +1225,11 @@ FIXED = [
         field="resources",
         base=GENERATE,
         change={"spec.resources.gpus": 0},
+        excepted="cpu, memory",
     ),
     FixedCase(
         field="workspace",
         base=GENERATE,
         change={"spec.workspace.claimName": "mine"},
-    ),
-    FixedCase(
-        field="volumes",
-        base=GENERATE,
-        change={"spec.volumes": [{"claimName": "a", "mountPath": "/data"}]},
-    ),
-    FixedCase(
-        field="scheduling",
-        base=GENERATE,
-        change={"spec.scheduling.queueName": "team-a"},
     ),
 ]

@@ -19,6 +19,7 @@ from cases.api import (
     GENERATE,
     LIVE,
     STRANGE,
+    WHILE_STOPPED,
     WRITTEN,
     Case,
     Document,
@@ -131,6 +132,38 @@ def test_a_field_may_change(existing: None, kind: str, path: str) -> None:
         json.loads(text)["spec"] for text in (kubectl("get", kind, "fixed", "-o", "json").stdout, answer.stdout)
     )
     assert {f"spec.{name}" for name in after if after[name] != before.get(name)} == {path}
+
+
+@pytest.fixture
+def waiting(request: pytest.FixtureRequest) -> Iterator[Document]:
+    """A job of a kind that is not suspended, and for which no operator makes pods: it waits for another job."""
+    document = changed(EXISTING[request.param], {"metadata.name": "waiting", "spec.suspend": False})
+    document = changed(document, {"spec.model": {"job": "missing"}})
+    kubectl("delete", request.param, "waiting", "--ignore-not-found")
+    created = kubectl("create", "-f", "-", document=document)
+    assert created.returncode == 0, created.stderr
+    yield document
+    kubectl("delete", request.param, "waiting")
+
+
+@pytest.mark.parametrize("waiting", WHILE_STOPPED, indirect=True)
+def test_a_field_changes_only_while_no_pods_work_with_it(waiting: Document) -> None:
+    changes = WHILE_STOPPED[waiting["kind"]]
+    for path, value in changes.items():
+        refused = update(changed(waiting, {path: value}))
+        assert refused.returncode != 0
+        assert f"{path} cannot change while pods work with it; set spec.suspend: true first" in refused.stderr
+        suspended = update(changed(waiting, {path: value, "spec.suspend": True}))
+        assert suspended.returncode == 0, suspended.stderr
+    status = '{"status": {"state": "Failed"}}'
+    for path, value in changes.items():
+        for _ in range(20):  # an operator that is installed may write the state again between the two calls
+            patch = ("patch", waiting["kind"], "waiting", "--subresource=status", "--type=merge", "-p", status)
+            assert kubectl(*patch).returncode == 0
+            failed = update(changed(waiting, {path: value}))
+            if failed.returncode == 0:
+                break
+        assert failed.returncode == 0, failed.stderr
 
 
 @pytest.mark.parametrize("kind", LIVE)

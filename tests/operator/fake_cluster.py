@@ -215,6 +215,7 @@ class FakeCluster(FakeApi):
                     "labels": {
                         **template["metadata"]["labels"],
                         "batch.kubernetes.io/job-completion-index": str(index),
+                        "batch.kubernetes.io/controller-uid": meta["uid"],
                     },
                     "annotations": {
                         naming.INDEX_ANNOTATION: str(index),
@@ -291,7 +292,11 @@ class FakeCluster(FakeApi):
 
     def _create_child(self, jobset: Object, replicated: Object, restarts: int) -> None:
         meta, template = jobset["metadata"], copy.deepcopy(replicated["template"])
-        names = {"jobset.sigs.k8s.io/jobset-name": meta["name"], naming.RESTART_LABEL: str(restarts)}
+        names = {
+            "jobset.sigs.k8s.io/jobset-name": meta["name"],
+            "jobset.sigs.k8s.io/jobset-uid": meta["uid"],
+            naming.RESTART_LABEL: str(restarts),
+        }
         labels = template["spec"]["template"].setdefault("metadata", {}).setdefault("labels", {})
         labels |= names
         owner = {

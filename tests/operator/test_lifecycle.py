@@ -277,6 +277,143 @@ async def test_more_time_lets_a_job_go_on() -> None:
         assert not holds(cluster, "FineTuneJob", "tune", "Failed")
 
 
+OUT_OF_MEMORY = Outcome(83, said("run", 83, message="no memory; raise spec.resources.memory", step=350))
+NO_HUB = Outcome(77, said("publish", 77, message="401 from the Hub"))
+
+
+@dataclass(frozen=True)
+class ResumeCase:
+    name: str
+    job: Object
+    fails: Outcome
+    """How each pod of `phase` ends until the spec changes."""
+    phase: str
+    change: Object
+    attempts: list[int]
+    """Numbers of the attempts in the end, with one more that fails after the resume."""
+
+
+RESUMES = [
+    ResumeCase(
+        name="a training gets the memory that its message asks for",
+        job=fine_tune(),
+        fails=OUT_OF_MEMORY,
+        phase="run",
+        change={"resources": {"nodes": 2, "gpusPerNode": 0, "memory": "64Gi"}},
+        attempts=[0, 1],
+    ),
+    ResumeCase(
+        name="a training that has used up its restarts is tried again as it is",
+        job=fine_tune(restarts={"max": 1}),
+        fails=CRASH,
+        phase="run",
+        change={"retry": 1},
+        attempts=[0, 1, 2],
+    ),
+    ResumeCase(
+        name="the data of a training were repaired",
+        job=fine_tune(),
+        fails=MISTAKE,
+        phase="prepare",
+        change={"retry": 1},
+        attempts=[0, 1],
+    ),
+    ResumeCase(
+        name="the token to publish with was repaired",
+        job=fine_tune(hub=HUB),
+        fails=NO_HUB,
+        phase="publish",
+        change={"hub": HUB | {"tokenSecretRef": {"name": "better"}}},
+        attempts=[0, 1],
+    ),
+    ResumeCase(
+        name="shards get the memory that their message asks for",
+        job=generate("tune", shards=1),
+        fails=OUT_OF_MEMORY,
+        phase="run",
+        change={"resources": {"gpus": 0, "memory": "64Gi"}},
+        attempts=[0, 1],
+    ),
+    ResumeCase(
+        name="shards that have used up their retries get more",
+        job=generate("tune", shards=1, retriesPerShard=1),
+        fails=CRASH,
+        phase="run",
+        change={"retriesPerShard": 5},
+        attempts=[0, 1, 2],
+    ),
+]
+
+
+@pytest.mark.parametrize("case", RESUMES, ids=lambda case: case.name)
+@pytest.mark.parametrize("kept", [True, False], ids=["its children are there", "its children are gone"])
+async def test_a_failed_job_goes_on_when_its_spec_changes(case: ResumeCase, kept: bool) -> None:
+    """With one failure more afterwards that is retried, to see that numbers and budgets go on."""
+    repaired, interrupted = False, False
+
+    def script(pod: Pod) -> Outcome:
+        nonlocal interrupted
+        if pod.phase != case.phase:
+            return all_well(pod)
+        if not repaired:
+            return case.fails if pod.index == 0 else Outcome(hold=True)
+        if not interrupted:
+            interrupted = True
+            return Outcome(71, said(pod.phase, 71, message="a broken network", step=360))
+        return all_well(pod)
+
+    kind = case.job["kind"]
+    async with FakeCluster(script) as cluster, running(cluster):
+        job = cluster.create(case.job)
+        await until("failed", lambda: holds(cluster, kind, "tune", "Failed"))
+        failed = condition(cluster, kind, "tune", "Failed")
+        assert failed is not None
+        assert failed["message"].endswith("or set spec.retry: 1 to try again as it is")
+        if not kept:
+            for child in [*cluster.all("Job"), *cluster.all("JobSet")]:
+                cluster.delete(child)
+            await until("no children", lambda: not (cluster.all("Job") or cluster.all("JobSet")))
+        repaired = True
+        cluster.change(job, lambda o: o["spec"].update(case.change))
+        await until("complete", lambda: holds(cluster, kind, "tune", "Complete"))
+        found = status(cluster, kind, "tune")
+        assert not holds(cluster, kind, "tune", "Failed")
+        numbers = sorted(a["attempt"] for a in found["attempts"] if a["phase"] == case.phase)
+        assert numbers == case.attempts, found["attempts"]
+        assert found["resumes"] == 1
+        reasons = [event["reason"] for event in cluster.all("Event")]
+        assert reasons.count("Resumed") == 1
+
+
+async def test_a_suspended_job_goes_on_with_changed_fields() -> None:
+    """A change of the layout is planned again; the pods then have the changed fields."""
+
+    def script(pod: Pod) -> Outcome:
+        return Outcome(hold=True) if pod.phase == "run" and not changed else all_well(pod)
+
+    changed = False
+    async with FakeCluster(script) as cluster, running(cluster):
+        job = cluster.create(fine_tune())
+        await until("running", lambda: holds(cluster, "FineTuneJob", "tune", "Running"))
+        cluster.change(job, lambda o: o["spec"].update(suspend=True))
+        await until("suspended", lambda: cluster.get("JobSet", "ftj-tune-run") is None)
+        changed = True
+        memory = {"nodes": 2, "gpusPerNode": 0, "memory": "64Gi"}
+        cluster.change(job, lambda o: o["spec"].update(suspend=False, strategy="zero3", resources=memory))
+        await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
+        made = [found for _, event, found in cluster.history if event == "ADDED"]
+        assert [found["metadata"]["name"] for found in made if found["kind"] in ("Job", "JobSet")][-3:] == [
+            "ftj-tune-prepare",
+            "ftj-tune-run",
+            "ftj-tune-run-node-0",
+        ]
+        pod = next(found for found in reversed(made) if found["kind"] == "Pod")
+        assert pod["spec"]["containers"][0]["resources"]["limits"]["memory"] == "64Gi"
+        config = cluster.get("ConfigMap", "ftj-tune")
+        assert config is not None
+        assert '"strategy": "zero3"' in config["data"]["run.json"]
+
+
 @pytest.mark.parametrize(("kept", "left"), [("Keep", ["PersistentVolumeClaim"]), ("Delete", [])])
 async def test_deletion_takes_every_child_and_the_volume_only_where_the_job_says_so(kept: str, left: list[str]) -> None:
     async with FakeCluster(at("run", Outcome(hold=True))) as cluster, running(cluster):

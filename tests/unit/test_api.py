@@ -19,8 +19,10 @@ from cases.api import (
     GENERATE,
     LIVE,
     STRANGE,
+    WHILE_STOPPED,
     WRITTEN,
     Case,
+    Change,
     Document,
     FixedCase,
     StrangeCase,
@@ -100,8 +102,78 @@ def broken_by_update(before: Document, after: Document) -> list[str]:
 @pytest.mark.parametrize("case", FIXED, ids=lambda case: f"{case.base['kind']}.{case.field}")
 def test_fields_that_never_change(case: FixedCase) -> None:
     assert broken_by_update(case.base, changed(case.base, case.change)) == [
-        f"spec.{case.field} cannot change once the job exists; create another job for another {case.field}"
+        f"spec.{case.field} cannot change once the job exists{f', except {case.excepted}' if case.excepted else ''};"
+        f" create another job for another {case.field}"
     ]
+
+
+@dataclass(frozen=True)
+class StoppedCase:
+    name: str
+    before: Change
+    after: Change
+    passes: bool
+
+
+STOPPED = [
+    StoppedCase(
+        name="at work",
+        before={"status.state": "Running"},
+        after={},
+        passes=False,
+    ),
+    StoppedCase(
+        name="without any status",
+        before={},
+        after={},
+        passes=False,
+    ),
+    StoppedCase(
+        name="suspended by the same change",
+        before={"status.state": "Running"},
+        after={"spec.suspend": True},
+        passes=True,
+    ),
+    StoppedCase(
+        name="resumed by the same change",
+        before={"spec.suspend": True, "status.state": "Suspended"},
+        after={"spec.suspend": False},
+        passes=True,
+    ),
+    StoppedCase(
+        name="failed",
+        before={"status.state": "Failed"},
+        after={},
+        passes=True,
+    ),
+    StoppedCase(
+        name="planned",
+        before={"status.state": "Planned"},
+        after={},
+        passes=True,
+    ),
+    StoppedCase(
+        name="complete",
+        before={"status.state": "Complete"},
+        after={},
+        passes=False,
+    ),
+]
+
+
+@pytest.mark.parametrize("kind", WHILE_STOPPED)
+@pytest.mark.parametrize("case", STOPPED, ids=lambda case: case.name)
+def test_fields_that_change_while_no_pods_work_with_them(kind: str, case: StoppedCase) -> None:
+    existing = changed(EXISTING[kind], {"spec.suspend": False} | case.before)
+    rules = [rule for rule in KINDS[JobKind(kind)].model.rules if rule.transition]
+    whole = {"status": existing.get("status", {})}
+    for path, value in WHILE_STOPPED[kind].items():
+        after = changed(existing, {path: value} | case.after)
+        assert broken_by_update(existing, after) == [], "no rule of the spec alone refuses it"
+        values = {"self": stored(after) | whole, "oldSelf": stored(existing) | whole}
+        refused = [rule.message for rule in rules if cel.evaluate(rule.cel, values) is not True]
+        expect = [] if case.passes else [f"{path} cannot change while pods work with it"]
+        assert [message.partition(";")[0] for message in refused] == expect
 
 
 @pytest.mark.parametrize("kind", LIVE)
@@ -114,7 +186,9 @@ def test_fields_that_may_change(kind: str) -> None:
 
 @pytest.mark.parametrize("base", [FINE_TUNE, GENERATE], ids=["FineTuneJob", "GenerateJob"])
 def test_each_field_either_may_change_or_never_does(base: Document) -> None:
-    live = {path.removeprefix("spec.") for path in LIVE[base["kind"]]}
+    changing = LIVE[base["kind"]] | WHILE_STOPPED[base["kind"]]
+    inner = {path.removeprefix("spec.") for path in changing if path.count(".") > 1}
+    live = {path.removeprefix("spec.") for path in changing} - inner
     fixed = {case.field for case in FIXED if case.base is base}
     assert live & fixed == set()
     assert live | fixed == {f.alias or n for n, f in type(parse_job(base).spec).model_fields.items()}
@@ -124,6 +198,7 @@ def test_each_field_either_may_change_or_never_does(base: Document) -> None:
 
 def test_the_tables_cover_all_rules() -> None:
     told = [c.message for c in CASES] + [f"spec.{c.field} cannot change" for c in FIXED]
+    told += [f"{path} cannot change while" for changes in WHILE_STOPPED.values() for path in changes]
     assert [rule.message for rule in all_rules() if not any(rule.message.startswith(t) for t in told)] == []
 
 
@@ -664,6 +739,8 @@ def test_a_status_without_anything_is_empty() -> None:
         "restartsCharged": 0,
         "notices": [],
         "attempts": [],
+        "resumes": 0,
+        "activeSeconds": 0,
     }
     assert not FineTuneJob.model_validate(tune()).status.finished
     assert not GenerateJob.model_validate(make()).status.finished

@@ -28,7 +28,7 @@ from luthier_operator import naming
 from luthier_operator.model import Object
 from luthier_operator.statuses import text
 
-BEGUN = {"start_time": text(BEGIN)}
+BEGUN = {"start_time": text(BEGIN), "active_since": text(BEGIN)}
 AT_WORK = status("Accepted", "Prepared", "Running", **BEGUN)
 
 
@@ -37,7 +37,7 @@ def test_the_deadline_counts_from_the_first_phase() -> None:
     late = decided(job, child(job, "prepare", "Complete"), child(job, "run"))
     assert describe(late) == "deletes JobSet ftj-bot-run; Failed DeadlineExceeded"
     assert said(late, "Running").startswith(
-        "False DeadlineExceeded: spec.activeDeadlineSeconds: 3600 seconds have passed since 2026-03-01T11:00:00Z"
+        "False DeadlineExceeded: spec.activeDeadlineSeconds: the job was at work for 3600 seconds."
     )
     early = fine_tune(AT_WORK, activeDeadlineSeconds=3700)
     assert describe(decided(early, child(early, "prepare", "Complete"), child(early, "run"))) == "again in 100 s"
@@ -349,49 +349,122 @@ def test_the_stop_itself_is_no_failure() -> None:
     assert decided(job, child(job, "run"), ends=[ended(job, "run", 75, when=-1)]).status.attempts == []
 
 
-ASLEEP = status("Accepted", "Prepared", "Suspended", **BEGUN)
-
-
 @dataclass(frozen=True)
-class RestCase:
+class ClockCase:
     name: str
     given: JobStatus
-    suspend: bool
+    """After an hour at work since BEGIN, unless it says something else."""
+    spec: Object
+    child: Object
+    """Arguments of the child of `run`. Without any, there is none."""
     expect: str
-    deadline_start: datetime | None
+    active: tuple[datetime | None, int]
+    """Since when the job is at work afterwards, and the seconds before."""
 
 
-RESTS = [
-    RestCase(
-        name="asleep for longer than it has",
-        given=ASLEEP,
-        suspend=True,
+STOPPED = {"start_time": text(BEGIN), "active_seconds": 500}
+ASLEEP = status("Accepted", "Prepared", "Suspended", **STOPPED)
+QUEUED = status("Accepted", "Prepared", false={"Running": "WaitingForQueue"}, **STOPPED)
+CLOCKS = [
+    ClockCase(
+        name="suspended after an hour",
+        given=AT_WORK,
+        spec={"suspend": True, "activeDeadlineSeconds": 600},
+        child={},
         expect="waits",
-        deadline_start=None,
+        active=(None, 3600),
     ),
-    RestCase(
-        name="goes on after that",
+    ClockCase(
+        name="suspended for longer than it has",
         given=ASLEEP,
-        suspend=False,
-        expect="applies JobSet ftj-bot-run; again in 600 s",
-        deadline_start=NOW,
+        spec={"suspend": True, "activeDeadlineSeconds": 600},
+        child={},
+        expect="waits",
+        active=(None, 500),
     ),
-    RestCase(
+    ClockCase(
+        name="goes on after a suspension with what is left",
+        given=ASLEEP,
+        spec={"activeDeadlineSeconds": 600},
+        child={},
+        expect="applies JobSet ftj-bot-run; again in 100 s",
+        active=(NOW, 500),
+    ),
+    ClockCase(
+        name="goes on after a suspension with nothing left",
+        given=ASLEEP,
+        spec={"activeDeadlineSeconds": 500},
+        child={},
+        expect="Failed DeadlineExceeded",
+        active=(None, 500),
+    ),
+    ClockCase(
         name="goes on before it ever began",
-        given=status("Accepted", "Suspended"),
-        suspend=False,
-        expect="applies ConfigMap ftj-bot, PersistentVolumeClaim ftj-bot, Job ftj-bot-prepare",
-        deadline_start=None,
+        given=status("Accepted", "Prepared", "Suspended"),
+        spec={"activeDeadlineSeconds": 600},
+        child={},
+        expect="applies JobSet ftj-bot-run",
+        active=(None, 0),
+    ),
+    ClockCase(
+        name="in a queue for longer than it has",
+        given=QUEUED,
+        spec={"activeDeadlineSeconds": 600},
+        child={"suspend": True},
+        expect="waits",
+        active=(None, 500),
+    ),
+    ClockCase(
+        name="a queue took its quota a while ago, and the operator sees it now",
+        given=AT_WORK,
+        spec={"activeDeadlineSeconds": 600},
+        child={"suspend": True},
+        expect="waits",
+        active=(None, 0),
+    ),
+    ClockCase(
+        name="admitted with what is left",
+        given=QUEUED,
+        spec={"activeDeadlineSeconds": 600},
+        child={"resumed": NOW},
+        expect="again in 30.2 s",
+        active=(NOW, 500),
+    ),
+    ClockCase(
+        name="without a limit the time is counted, too",
+        given=AT_WORK,
+        spec={"suspend": True},
+        child={},
+        expect="waits",
+        active=(None, 3600),
+    ),
+    ClockCase(
+        name="at work",
+        given=AT_WORK,
+        spec={},
+        child={"restarts": 0},
+        expect="waits",
+        active=(BEGIN, 0),
+    ),
+    ClockCase(
+        name="at its end",
+        given=AT_WORK,
+        spec={},
+        child={"state": "Complete"},
+        expect="Complete Completed",
+        active=(None, 3600),
     ),
 ]
 
 
-@pytest.mark.parametrize("case", RESTS, ids=lambda case: case.name)
-def test_the_deadline_stands_while_a_job_is_suspended_and_counts_anew_when_it_goes_on(case: RestCase) -> None:
-    job = fine_tune(case.given, suspend=case.suspend, **TEN_MINUTES)
-    decision = decided(job, child(job, "prepare", "Complete")) if case.given.is_true("Prepared") else decided(job)  # type: ignore[arg-type]
+@pytest.mark.parametrize("case", CLOCKS, ids=lambda case: case.name)
+def test_only_the_time_of_work_counts(case: ClockCase) -> None:
+    job = fine_tune(case.given, scheduling={"queueName": "team-a"}, **case.spec)
+    children = [child(job, "run", **case.child)] if case.child else []
+    decision = decided(job, *children)
+    since, seconds = case.active
     assert describe(decision) == case.expect
-    assert decision.status.deadline_start_time == (text(case.deadline_start) if case.deadline_start else None)
+    assert (decision.status.active_since, decision.status.active_seconds) == (since and text(since), seconds)
 
 
 def test_going_on_waits_for_the_old_pods() -> None:

@@ -30,6 +30,8 @@ from cases.observed import (
     waiting,
 )
 
+from luthier_api.decides import digests
+from luthier_api.status import AppliedSpec
 from luthier_operator.decide import decide
 from luthier_operator.model import Object
 from luthier_operator.render.job import hub_hash
@@ -204,65 +206,33 @@ def test_a_failed_upload_stays_failed() -> None:
     assert (describe(later), later.status, later.events) == ("Failed Unauthorized", FAILED, ())
 
 
-def test_a_change_of_the_hub_takes_the_failure_back() -> None:
-    job = fine_tune(FAILED, hub=OTHER_HUB)
-    decision = decided(job, RUN, child(JOB, "publish", "Failed"))
-    assert (
-        describe(decided(fine_tune(decision.status, hub=OTHER_HUB), RUN, child(JOB, "publish", "Failed")))
-        == "deletes Job ftj-bot-publish"
-    )
-    assert said(decision, "Failed") == "False Publishing: spec.hub has changed: publishing again"
+APPLIED = AppliedSpec(generation=0, fields=digests(JOB.spec))
+TO_BE_REPAIRED = FAILED.model_copy(update={"applied_spec": APPLIED})
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["its Job is still there", "its Job is gone"])
+def test_a_change_of_the_hub_takes_the_failure_back(kept: bool) -> None:
+    before = [RUN, *([child(JOB, "publish", "Failed")] if kept else [])]
+    decision = decided(fine_tune(TO_BE_REPAIRED, hub=OTHER_HUB), *before)
+    assert said(decision, "Failed") == "False Resumed: spec.hub has changed: the job resumes where it stopped"
     assert (decision.status.completion_time, decision.status.state) == (None, "Publishing")
-    going = decided(fine_tune(decision.status, hub=OTHER_HUB), RUN, child(JOB, "publish", "Failed", deleting=True))
-    assert describe(going) == "waits"
-    gone = decided(fine_tune(decision.status, hub=OTHER_HUB), RUN)
+    job = fine_tune(decision.status, hub=OTHER_HUB)
+    if kept:
+        assert describe(decided(job, *before)) == "deletes Job ftj-bot-publish"
+        assert describe(decided(job, RUN, child(JOB, "publish", "Failed", deleting=True))) == "waits"
+    gone = decided(job, RUN)
     assert describe(gone) == "applies ConfigMap ftj-bot, Job ftj-bot-publish"
     assert run_document(gone.apply[0])["spec"]["hub"]["tokenSecretRef"]["name"] == "better"
 
 
 def test_without_a_hub_the_failure_is_taken_back_too() -> None:
-    job = fine_tune(decided(fine_tune(FAILED), RUN, child(JOB, "publish", "Failed")).status)
+    job = fine_tune(decided(fine_tune(TO_BE_REPAIRED), RUN, child(JOB, "publish", "Failed")).status)
     decision = decided(job, RUN, child(JOB, "publish", "Failed"))
     assert (describe(decision), decision.status.state) == (
         "deletes Job ftj-bot-publish; Complete Completed",
         "Complete",
     )
     assert said(decision, "Published") == "absent"
-
-
-@dataclass(frozen=True)
-class NotTakenBackCase:
-    name: str
-    given: Any
-
-
-NOT_TAKEN_BACK = [
-    NotTakenBackCase(
-        name="the training failed",
-        given=status("Accepted", "Prepared", "Failed", false={"Running": "Diverged"}),
-    ),
-    NotTakenBackCase(
-        name="the deadline passed while publishing",
-        given=status("Trained", false={"Published": "HubUnavailable"}).model_copy(
-            update={
-                "conditions": [
-                    *TRAINED.conditions,
-                    FAILED.conditions[-1].model_copy(update={"reason": "DeadlineExceeded"}),
-                ]
-            }
-        ),
-    ),
-]
-
-
-@pytest.mark.parametrize("case", NOT_TAKEN_BACK, ids=lambda case: case.name)
-def test_other_failures_are_not_taken_back(case: NotTakenBackCase) -> None:
-    job = fine_tune(
-        case.given.model_copy(update={"start_time": text(BEGIN), "completion_time": text(at(-60))}),
-        hub=OTHER_HUB,
-        activeDeadlineSeconds=60,
-    )
-    assert decided(job, RUN, child(JOB, "publish", "Failed")).status.is_true("Failed")
 
 
 def test_a_hub_that_is_away_warns_once() -> None:

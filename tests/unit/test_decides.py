@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import pytest
 from cases.api import FINE_TUNE, GENERATE, Change, Document, changed
 
-from luthier_api.base import ApiModel, model_in
-from luthier_api.decides import CIRCUMSTANCES, LIFE_CYCLE, Decides, marks, result_part, run_part, urgent_part
+from luthier_api.base import ApiModel
+from luthier_api.decides import (
+    CIRCUMSTANCES,
+    LIFE_CYCLE,
+    Changes,
+    digests,
+    marked_paths,
+    marks,
+    result_part,
+    run_part,
+    urgent_part,
+)
 from luthier_api.kinds import KINDS, parse_job
 from luthier_api.status import JobStatus
 
@@ -21,7 +30,9 @@ class Unmarked(ApiModel):
 
 
 def test_a_field_without_a_mark_is_an_error_by_name() -> None:
-    with pytest.raises(TypeError, match=r"^Unmarked\.forgotten: mark it with what it decides: RESULT, CIRCUMSTANCES"):
+    with pytest.raises(
+        TypeError, match=r"^Unmarked\.forgotten: mark it with what it decides: RESULT, PLACE, LAYOUT, CIRCUM"
+    ):
         marks(Unmarked)
 
 
@@ -31,20 +42,13 @@ def test_every_field_of_a_spec_has_a_mark(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_field_may_change_only_where_its_block_may(kind: Any) -> None:
-    """The API server compares whole blocks: a field that may change inside one that never does would be refused."""
-    for name, mark in own_marks(KINDS[kind].spec):
-        block = marks(KINDS[kind].spec)[name.partition(".")[0]]
-        assert (mark.value.changes, mark.value.in_run) == (block.value.changes, block.value.in_run), name
-
-
-def own_marks(model: type[ApiModel], path: str = "") -> Iterator[tuple[str, Decides]]:
-    """Path and mark of each field at any depth that carries one of its own."""
-    for name, field in model.model_fields.items():
-        here = f"{path}{field.alias or name}"
-        yield from ((here, mark) for mark in field.metadata if isinstance(mark, Decides))
-        if below := model_in(field.annotation):
-            yield from own_marks(below, f"{here}.")
+def test_a_field_with_a_mark_of_its_own_lies_in_a_block_that_never_changes(kind: Any) -> None:
+    """Of such a block the rules compare each other field. Of other blocks they compare the whole."""
+    paths = marked_paths(KINDS[kind].spec)
+    inner = [path for path in paths if "." in path]
+    assert [path for path in inner if paths[path.partition(".")[0]].value.changes is not Changes.NEVER] == []
+    assert [path for path in inner if path.count(".") > 1] == []
+    assert [path for path in inner if paths[path].value.in_run != paths[path.partition(".")[0]].value.in_run] == []
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ CASES = [
         name="how processes share the work",
         base=FINE_TUNE,
         change={"spec.strategy": "zero2"},
-        in_result=True,
+        in_result=False,
         in_run=True,
     ),
     Case(
@@ -78,6 +82,13 @@ CASES = [
         base=FINE_TUNE,
         change={"spec.resources.nodes": 2},
         in_result=True,
+        in_run=True,
+    ),
+    Case(
+        name="how memory is spent",
+        base=FINE_TUNE,
+        change={"spec.training.microBatchSize": 2, "spec.training.gradientCheckpointing": True},
+        in_result=False,
         in_run=True,
     ),
     Case(
@@ -166,6 +177,7 @@ CASES = [
             "spec.activeDeadlineSeconds": 60,
             "spec.ttlSecondsAfterFinished": 60,
             "spec.restarts": {"max": 9},
+            "spec.retry": 1,
         },
         in_result=False,
         in_run=False,
@@ -179,6 +191,55 @@ def test_what_a_field_decides(case: Case) -> None:
     assert before != after
     assert (result_part(before) != result_part(after)) == case.in_result
     assert (run_part(before) != run_part(after)) == case.in_run
+
+
+@dataclass(frozen=True)
+class DigestCase:
+    name: str
+    base: Document
+    change: Change
+    expect: set[str]
+    """Paths of the fields that make a failed job resume."""
+
+
+DIGESTS = [
+    DigestCase(
+        name="what decides the result",
+        base=FINE_TUNE,
+        change={"spec.training.epochs": 3},
+        expect=set(),
+    ),
+    DigestCase(
+        name="a default that is written out",
+        base=FINE_TUNE,
+        change={"spec.training.logSteps": 10, "spec.scheduling": {"tolerations": []}, "spec.retry": 0},
+        expect=set(),
+    ),
+    DigestCase(
+        name="fields inside of blocks",
+        base=FINE_TUNE,
+        change={"spec.training.microBatchSize": 2, "spec.resources.memory": "8Gi", "spec.restarts": {"max": 9}},
+        expect={"training.microBatchSize", "resources.memory", "restarts"},
+    ),
+    DigestCase(
+        name="of a GenerateJob",
+        base=GENERATE,
+        change={"spec.retriesPerShard": 9, "spec.scheduling": {"queueName": "team-a"}, "spec.retry": 1},
+        expect={"retriesPerShard", "scheduling", "retry"},
+    ),
+    DigestCase(
+        name="the life cycle",
+        base=GENERATE,
+        change={"spec.suspend": True, "spec.ttlSecondsAfterFinished": 60},
+        expect=set(),
+    ),
+]
+
+
+@pytest.mark.parametrize("case", DIGESTS, ids=lambda case: case.name)
+def test_what_makes_a_failed_job_resume(case: DigestCase) -> None:
+    before, after = (digests(parse_job(document).spec) for document in (case.base, changed(case.base, case.change)))
+    assert {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)} == case.expect
 
 
 def test_a_block_of_circumstances_is_left_out_whole() -> None:

@@ -77,7 +77,7 @@ def attempts_of_pods(known: Sequence[Attempt], ends: Sequence[PodEnd], phase: Ph
         if end.exit_code == 0 or (text(end.finished_at), end.pod) < oldest_kept:
             continue
         if end.pod not in {known_one.pod for known_one in found}:
-            found.append(attempt(end, end.attempt or next_number(found, end, phase), None))
+            found.append(attempt(end, max(end.attempt, next_number(found, end, phase)), None))
     return newest(found)
 
 

@@ -121,6 +121,16 @@ class Context:
 
         return [attempt for attempt in self.status.attempts if attempt.phase == phase and belongs(attempt)]
 
+    def is_outdated(self, phase: Phase) -> bool:
+        """Whether the child of `phase` was made before the job resumed, and is in the way of the next one.
+
+        What a run or an upload has finished stays finished. `prepare` plans anew where its condition was taken back.
+        """
+        child = self.child(phase)
+        if child is None or children.resumes(child) >= self.status.resumes:
+            return False
+        return phase == "prepare" or not children.succeeded(child)
+
     def places(self) -> dict[str, Place]:
         """Where the jobs whose results this one uses keep their work, by name.
 
@@ -176,9 +186,17 @@ class Context:
         return replace(step, apply=[manifest for manifest in manifests if manifest], creating=type)
 
     def fails(self, reason: str, message: str, delete: Sequence[ChildRef] = ()) -> Step:
-        """The job has failed."""
-        ctx = self.with_condition(ConditionType.FAILED, "True", reason, message)
+        """The job has failed. The message says how it can go on."""
+        ctx = self.with_condition(ConditionType.FAILED, "True", reason, f"{message.rstrip('.')}. {self.how_to_go_on()}")
         return ctx.with_status(completion_time=text(self.now)).stops(delete=delete)
+
+    def how_to_go_on(self) -> str:
+        checkpoint = self.status.checkpoint
+        where = f" from step {checkpoint.step}" if checkpoint and not self.status.is_true(self.done) else ""
+        return (
+            f"To go on{where}, change the fields that are named here, or set spec.retry: {self.job.spec.retry + 1} to"
+            " try again as it is"
+        )
 
 
 def annotation(child: Object, name: str) -> str | None:

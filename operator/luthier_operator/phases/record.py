@@ -64,8 +64,16 @@ def succeeded(ctx: Context, phase: Phase) -> list[PodEnd]:
 
 
 def prepared(ctx: Context) -> Prepared | None:
-    """What the newest pod of `prepare` found."""
-    found = [end.message.prepared for end in succeeded(ctx, "prepare") if end.message and end.message.prepared]
+    """What the newest pod of `prepare` found.
+
+    Until the condition holds, only a pod of the present Job counts: after another layout was asked for, there may be an
+    earlier one with another plan.
+    """
+    ends = succeeded(ctx, "prepare")
+    if not ctx.status.is_true(ConditionType.PREPARED):
+        present = [] if ctx.is_outdated("prepare") else ctx.ends("prepare")
+        ends = [end for end in ends if end in present]
+    found = [end.message.prepared for end in ends if end.message and end.message.prepared]
     return found[-1] if found else None
 
 
@@ -118,7 +126,7 @@ def last_reported_step(ends: list[PodEnd]) -> int | None:
 def restarts(ctx: Context) -> Context:
     """Failures of the run, and its restarts."""
     child = ctx.child("run")
-    if child is None or children.deleting(child):
+    if child is None or children.deleting(child) or ctx.is_outdated("run"):
         return ctx
     found = ctx.workload.restarts(child, ctx.status, ctx.ends("run"), ctx.pods("run"))
     return ctx.with_status(attempts=found.attempts, restarts=found.total, restarts_charged=found.charged)

@@ -1,7 +1,9 @@
-"""Reopen: what makes a job resume that has ended, or that stopped after its plan.
+"""Reopen: what makes a job resume that has failed, is complete, or stopped after its plan; or that has other fields now
+than its pods work with.
 
-Only fields that control a job may change then, so a change of them is a request: more time, another place for the
-result, or the run after the plan. The deadline starts anew, or it would be over before the request is fulfilled.
+The rules of the CRD let each field change only when that can be followed, so a change is a request. The status is
+written after this step alone: what the next decisions delete may have been the reason. It counts in `status.resumes`,
+and children that were made before are replaced.
 """
 
 from __future__ import annotations
@@ -9,43 +11,106 @@ from __future__ import annotations
 from dataclasses import replace
 
 from luthier_api.conditions import ConditionType, Reason
-from luthier_operator import children
+from luthier_api.decides import BUDGET, PUBLICATION, digests, marked_paths
+from luthier_api.status import AppliedSpec
 from luthier_operator.phases.context import Context
-from luthier_operator.phases.limits import current_condition, expires
-from luthier_operator.statuses import moment, text, without_condition
+from luthier_operator.phases.limits import current_condition, seconds_left
+from luthier_operator.statuses import without_condition
 
+ACCEPTED = ConditionType.ACCEPTED
 PREPARED = ConditionType.PREPARED
 PUBLISHED = ConditionType.PUBLISHED
+SUSPENDED = ConditionType.SUSPENDED
 COMPLETE = ConditionType.COMPLETE
 FAILED = ConditionType.FAILED
 
+HUB = "hub"  # the field of the spec
 HUB_CHANGED = "spec.hub has changed: publishing again"
 HUB_SET = "spec.hub.repo is set: publishing"
 MORE_TIME = "spec.activeDeadlineSeconds was raised: the job resumes where it stopped"
 
 
 def reopen(ctx: Context) -> Context | None:
-    """The job as one that resumes. None where nothing makes it resume.
-
-    The status is written after this alone, because the next decision may delete the child that gave the reason.
-    """
-    if has_more_time(ctx):
-        ctx = ctx.with_condition(FAILED, "False", Reason.RESUMED, MORE_TIME)
-        halted = current_condition(ctx)
-        if halted:
-            ctx = replace(ctx, status=without_condition(ctx.status, halted))
-        return restarted(ctx)
-    if failed_to_publish(ctx) and ctx.hub_changed:
-        ctx = ctx.with_condition(FAILED, "False", Reason.PUBLISHING, HUB_CHANGED)
-        return publishing(restarted(ctx), HUB_CHANGED)
+    """The job as one that resumes. None where nothing makes it resume."""
+    if ctx.status.is_true(FAILED):
+        return after_failure(ctx)
     if belongs_elsewhere(ctx):
         why = HUB_CHANGED if ctx.status.condition(PUBLISHED) else HUB_SET
         ctx = ctx.with_condition(COMPLETE, "False", Reason.PUBLISHING, why).with_status(hub=None)
-        return publishing(restarted(ctx), why)
+        return publishing(with_spec(ctx.with_status(completion_time=None, active_seconds=0)), why)
+    if ctx.status.is_true(COMPLETE) or ctx.job.spec.suspend:
+        return None
+    if changed := changed_at_work(ctx):
+        return with_children_replaced(ctx, changed)
     plan = ctx.status.condition(PREPARED)
-    if plan and plan.reason == Reason.PLAN_ONLY and ctx.last != "prepare" and not ctx.status.finished:
-        return restarted(ctx.with_condition(PREPARED, "True", Reason.PREPARED, plan.message))
+    if plan and plan.reason == Reason.PLAN_ONLY and ctx.last != "prepare":
+        return ctx.with_condition(PREPARED, "True", Reason.PREPARED, plan.message)
     return None
+
+
+def after_failure(ctx: Context) -> Context | None:
+    """The job that has failed as one that resumes where it stopped, with a new budget of restarts and of time."""
+    changed = [path for path in changed_fields(ctx) if path != HUB or needs_hub(ctx)]
+    if changed:
+        ctx = ctx.with_condition(FAILED, "False", Reason.RESUMED, resumes_because(changed))
+        ctx = ctx.with_status(completion_time=None, restarts_charged=0, active_seconds=0)
+        return with_children_replaced(ctx, changed)
+    if has_more_time(ctx):
+        ctx = ctx.with_condition(FAILED, "False", Reason.RESUMED, MORE_TIME)
+        return with_children_replaced(ctx.with_status(completion_time=None), [])
+    return None
+
+
+def needs_hub(ctx: Context) -> bool:
+    """Whether the job has failed in a phase that works with the Hub."""
+    failed = ctx.status.condition(FAILED)
+    if failed is None or failed.reason == Reason.DEADLINE_EXCEEDED:
+        return False
+    return current_condition(ctx) in (PREPARED, PUBLISHED)
+
+
+def with_children_replaced(ctx: Context, changed: list[str]) -> Context:
+    """With the current phase to be done by new children, for which the fields `changed` are read."""
+    paths = marked_paths(type(ctx.job.spec))
+    if any(paths[path].value.planned for path in changed) and not ctx.status.is_true(ctx.done):
+        ctx = replace(ctx, status=without_condition(ctx.status, PREPARED)).with_status(prepared=None)
+    for stopped in (ACCEPTED, current_condition(ctx)):
+        if stopped and not ctx.status.is_true(stopped):
+            ctx = replace(ctx, status=without_condition(ctx.status, stopped))
+    return with_spec(ctx.with_status(resumes=ctx.status.resumes + 1))
+
+
+def with_spec(ctx: Context) -> Context:
+    """With the present spec as the one that the job is at work with."""
+    return ctx.with_status(
+        applied_spec=AppliedSpec(generation=ctx.job.metadata.generation, fields=digests(ctx.job.spec))
+    )
+
+
+def changed_fields(ctx: Context) -> list[str]:
+    """The paths of fields that make a failed job resume, and that have changed since it was last at work."""
+    applied = ctx.status.applied_spec
+    # Without another generation, what differs is this version of the operator: it may have other defaults.
+    if applied is None or applied.generation == ctx.job.metadata.generation:
+        return []
+    current = digests(ctx.job.spec)
+    return sorted(
+        path for path in applied.fields.keys() | current.keys() if applied.fields.get(path) != current.get(path)
+    )
+
+
+def changed_at_work(ctx: Context) -> list[str]:
+    """The changed fields with which pods are at work, or will be after a suspension.
+
+    A budget is read when a run is created. `publish` itself compares the Hub.
+    """
+    paths = marked_paths(type(ctx.job.spec))
+    return [path for path in changed_fields(ctx) if paths[path] not in (BUDGET, PUBLICATION)]
+
+
+def resumes_because(changed: list[str]) -> str:
+    verb = "has" if len(changed) == 1 else "have"
+    return f"{', '.join(f'spec.{path}' for path in changed)} {verb} changed: the job resumes where it stopped"
 
 
 def publishing(ctx: Context, why: str) -> Context:
@@ -54,30 +119,13 @@ def publishing(ctx: Context, why: str) -> Context:
     return replace(ctx, status=without_condition(ctx.status, PUBLISHED))
 
 
-def restarted(ctx: Context) -> Context:
-    return ctx.with_status(completion_time=None, deadline_start_time=text(ctx.now))
-
-
 def has_more_time(ctx: Context) -> bool:
     """Whether the job ended at its deadline, which is later now, or gone."""
-    failed, ended_at = ctx.status.condition(FAILED), ctx.status.completion_time
-    if failed is None or failed.status != "True" or ended_at is None:
+    failed = ctx.status.condition(FAILED)
+    if failed is None or failed.reason != Reason.DEADLINE_EXCEEDED:
         return False
-    if failed.reason != Reason.DEADLINE_EXCEEDED:
-        return False
-    expiry = expires(ctx)
-    return expiry is None or expiry > moment(ended_at)
-
-
-def failed_to_publish(ctx: Context) -> bool:
-    """Whether the job has failed in `publish`, by a failure of its Job."""
-    failed, published = ctx.status.condition(FAILED), ctx.status.condition(PUBLISHED)
-    if failed is None or failed.status != "True" or failed.reason == Reason.DEADLINE_EXCEEDED:
-        return False
-    if published is None or published.status == "True" or not ctx.status.is_true(ctx.done):
-        return False
-    job = ctx.child("publish")
-    return job is not None and children.failed(job) is not None
+    left = seconds_left(ctx)
+    return left is None or left > 0
 
 
 def belongs_elsewhere(ctx: Context) -> bool:

@@ -13,6 +13,7 @@ from luthier_operator.model import Object
 from luthier_operator.phases import waiting
 from luthier_operator.phases.accept import for_jobset
 from luthier_operator.phases.context import Context, Step
+from luthier_operator.render.configmap import configmap
 
 RUNNING = ConditionType.RUNNING
 
@@ -28,9 +29,12 @@ def run(ctx: Context) -> Step:
     if child is None:
         if waits := for_jobset(ctx, RUNNING):  # it was installed when the job was accepted, and may be gone since
             return waits
-        status = ctx.status
-        manifest = ctx.workload.run_manifest(ctx.settings, ctx.places(), status.restarts, status.restarts_charged)
-        return ctx.creates(RUNNING, Reason.STARTING, starting(ctx), manifest)
+        status, places = ctx.status, ctx.places()
+        before = ctx.workload.restarts_before(status)
+        manifest = ctx.workload.run_manifest(ctx.settings, places, before, status.restarts_charged)
+        # After a resume it may differ from the one that `prepare` was given.
+        config = configmap(ctx.workload, ctx.settings, places) if status.resumes else None
+        return ctx.creates(RUNNING, Reason.STARTING, starting(ctx), config, manifest)
 
     if children.succeeded(child):
         waits = waiting.for_messages(ctx, child, known=ctx.status.metrics is not None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from luthier_api.conditions import ConditionType, Reason
@@ -39,8 +39,15 @@ class Overdue:
 
 
 def for_old_pods(ctx: Context, phase: Phase, condition: ConditionType) -> Step | None:
-    """Wait until stopped pods have ended: two groups of pods must never write to one folder. None if there are none."""
+    """Wait until stopped pods have ended: two groups of pods must never write to one folder. None if there are none.
+
+    The child from before the job resumed is deleted first.
+    """
     child, pods = ctx.child(phase), ctx.pods(phase)
+    if child and ctx.is_outdated(phase) and not children.deleting(child):
+        replaced = f"{name(child)} is replaced, because the job has resumed"
+        waits = ctx.waits(condition, Reason.WAITING_FOR_PODS, replaced)
+        return replace(waits, delete=[ctx.workload.child(phase)])
     child_ends = child is not None and children.deleting(child)
     orphans = child is None and pods
     if not (child_ends or orphans):

@@ -14,8 +14,11 @@ def metadata(
     nothing.
     """
     meta: Object = {"name": name, "namespace": job.metadata.namespace, "labels": naming.labels(job, phase)}
-    if annotations:
-        meta["annotations"] = annotations
+    found = dict(annotations or {})
+    if phase and job.status.resumes:
+        found[naming.RESUMES_ANNOTATION] = str(job.status.resumes)
+    if found:
+        meta["annotations"] = found
     if owned and job.metadata.uid:
         meta["ownerReferences"] = [
             {

@@ -132,6 +132,10 @@ class Workload(Protocol):
         """Failures and restarts up to now, as `status` has them and as the child of `run` and its pods show them."""
         ...
 
+    def restarts_before(self, status: JobStatus) -> int:
+        """The number of restarts before a child of `run` that is made now. Its attempts are numbered from there."""
+        return status.restarts
+
     def current_restart(self, child: Object) -> int | None:
         """The restart of the group whose pods are to run now. None where pods are restarted one by one."""
         return None

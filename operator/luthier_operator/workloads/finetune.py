@@ -102,6 +102,11 @@ class FineTune(Workload):
             attempts = [with_charge(attempt, status.restarts, was_charged) for attempt in attempts]
         return Restarts(attempts, total, charged)
 
+    def restarts_before(self, status: JobStatus) -> int:
+        """The attempt that ended the JobSet before has a number that must not be used again."""
+        used = [attempt.attempt for attempt in status.attempts if attempt.phase == "run"]
+        return max([status.restarts, *(number + 1 for number in used)])
+
     def current_restart(self, child: Object) -> int | None:
         restarts: int = child.get("status", {}).get("restarts", 0)
         return restarts
