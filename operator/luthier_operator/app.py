@@ -138,8 +138,7 @@ class Operator:
         return self.ready.is_set() or bool(self._election and self._election.follows)
 
     def metrics_text(self) -> bytes:
-        keys = self.store.keys()
-        return self._metrics.text((key, job) for key in keys if (job := self.store.job(key)))
+        return self._metrics.text(self.store.states())
 
     # Parts
 

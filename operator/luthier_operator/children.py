@@ -151,15 +151,14 @@ def container(pod: Object) -> dict[str, Any]:
     return state
 
 
+def terminated(pod: Object) -> bool:
+    """Whether its container will never run again."""
+    return pod.get("status", {}).get("phase") in ("Succeeded", "Failed") or "terminated" in container(pod)
+
+
 def living(pods: Iterable[Object], phase: str) -> list[Object]:
     """Pods of a phase whose container runs or may still run, those that are being deleted among them."""
-    return [
-        p
-        for p in pods
-        if label(p, PHASE_LABEL) == phase
-        and p.get("status", {}).get("phase") not in ("Succeeded", "Failed")
-        and "terminated" not in container(p)
-    ]
+    return [pod for pod in pods if label(pod, PHASE_LABEL) == phase and not terminated(pod)]
 
 
 def running(pods: Iterable[Object], attempt: int | None = None) -> int:

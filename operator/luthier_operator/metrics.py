@@ -18,8 +18,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from luthier_api.conditions import ConditionType
 from luthier_api.kinds import JobKind
 from luthier_api.metrics import Metric
-from luthier_api.status import JobStatus, State
-from luthier_operator.model import Key, Object
+from luthier_api.status import JobStatus
+from luthier_operator.model import Key
 from luthier_operator.workloads import WORKLOADS
 
 # Without this, each series would have another one with its creation time.
@@ -175,13 +175,11 @@ class Metrics:
         made = self._made[metric]
         return made.labels(*labels) if labels else made
 
-    def text(self, jobs: Iterable[tuple[Key, Object]]) -> bytes:
-        """The metrics as Prometheus text. `jobs` are counted now."""
-        states = Tally(
-            (key.kind.value, key.namespace, job.get("status", {}).get("state") or State.PENDING) for key, job in jobs
-        )
+    def text(self, states: Iterable[tuple[Key, str]]) -> bytes:
+        """The metrics as Prometheus text. `states`: of all jobs, which are counted now."""
+        jobs = Tally((key.kind.value, key.namespace, state) for key, state in states)
         self._made[JOBS].clear()
-        for labels, number in states.items():
+        for labels, number in jobs.items():
             self.set(JOBS, number, *labels)
         return generate_latest(self.registry)
 

@@ -24,7 +24,8 @@ from luthier_operator import naming
 from luthier_operator.children import index
 from luthier_operator.metrics import PROGRESS_INTERVAL, PROGRESS_READS, Metrics
 from luthier_operator.model import Key, Object
-from luthier_operator.store import Owner, Store
+from luthier_operator.ownership import Owner
+from luthier_operator.store import Store
 from luthier_operator.workloads import WORKLOADS
 
 log = logging.getLogger(__name__)

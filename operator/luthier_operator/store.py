@@ -1,42 +1,60 @@
 """The last known state of the cluster: jobs, their children and pods, the ends of pods, and the metrics of pods.
 
 It is updated by the watches, by the answers to the operator's own writes (so that a reconcile sees what the previous
-one did), and by a periodic relist that drops objects whose deletion kopf has missed after a 410. Nothing is decided
-here.
+one did), and by a periodic relist that drops objects whose deletion was missed after a 410. Nothing is decided here.
+
+Memory is bounded by the jobs at work: `kept` says what stays of an object, a pod that has terminated leaves its end,
+and a job that has ended leaves itself and its children.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC, datetime
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 
-from luthier_api.kinds import KINDS, FineTuneJob, JobKind
+from luthier_api.kinds import KINDS, FineTuneJob
 from luthier_api.metrics import CHECKPOINT_STEP, broken_checkpoints, checkpoint_step, samples_at_end
-from luthier_api.status import Progress
-from luthier_operator import naming
+from luthier_operator import children
 from luthier_operator.failure.pod_end import PodEnds, pod_end
+from luthier_operator.kept import KeptJob, project, version
 from luthier_operator.model import ChildRef, Job, Key, Object, Observed
+from luthier_operator.ownership import OWNED, Owner, owner_of, owner_of_job
 from luthier_operator.workloads import workload
 from luthier_operator.workloads.sources import SOURCE_KIND, needed_jobs
 
 DELETED_KEPT = 10_000  # uids of deleted objects, so that a late answer does not bring one back
-OWNED = {"Job", "JobSet"}
+LATE_REPORTS = timedelta(minutes=10)
+"""For so long after the end of a job the messages of its pods are read. Watches are behind by seconds at most; a new
+operator process would otherwise read the messages of all pods that were ever kept.
+"""
 WATCHED = {*KINDS, *OWNED, "Pod"}
 """Config maps and claims are created, but neither watched nor kept."""
-READ = ("nodeName", "suspend")
-"""Fields of the specs of pods, Jobs and JobSets that `children` and `failure` read."""
-K = TypeVar("K")
 
 
-class Owner(NamedTuple):
-    """The job that an object belongs to, by its namespace and labels. The uid alone could be a copied label in another
-    namespace.
+@dataclass(slots=True)
+class Parts:
+    """What belongs to one job."""
+
+    children: dict[ChildRef, Object] = field(default_factory=dict)
+    pods: dict[str, Object] = field(default_factory=dict)
+    """Pods that have not terminated, by uid."""
+    terminated: dict[str, int] = field(default_factory=dict)
+    """uid of each pod that has terminated and still exists → its version, so that an older answer does not bring it
+    back.
     """
+    ends: PodEnds | None = None
+    samples: dict[int, dict[str, float]] = field(default_factory=dict)
+    sampled_at: datetime | None = None
 
-    key: Key
-    uid: str
+    def __bool__(self) -> bool:
+        return bool(self.children or self.pods or self.terminated or self.ends or self.samples)
+
+    def forget_reports(self) -> None:
+        """Drop the ends of pods and their metrics, which the status of the job holds."""
+        self.ends, self.sampled_at = None, None
+        self.samples.clear()
 
 
 class Store:
@@ -45,46 +63,52 @@ class Store:
     def __init__(self, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self._now = now
         self.jobset_installed = True
-        self._jobs: dict[Key, Object] = {}
-        self._children: dict[Owner, dict[ChildRef, Object]] = {}
-        self._pods: dict[Owner, dict[str, Object]] = {}
-        self._ended: dict[Owner, PodEnds] = {}
-        self._samples: dict[Owner, dict[int, dict[str, float]]] = {}
-        self._sampled: dict[Owner, datetime] = {}
+        self._jobs: dict[Key, KeptJob] = {}
+        self._parts: dict[Owner, Parts] = {}
         self._dependents: dict[Key, set[Key]] = {}  # FineTuneJob → jobs that use its result
         self._deleted: OrderedDict[str, None] = OrderedDict()
 
     # Reading
 
     def job(self, key: Key) -> Object | None:
-        return self._jobs.get(key)
+        """The job as a new object."""
+        known = self._jobs.get(key)
+        return known.object() if known else None
 
     def keys(self) -> list[Key]:
         return list(self._jobs)
 
+    def states(self) -> Iterator[tuple[Key, str]]:
+        """Every job with its state, as kubectl shows it."""
+        return ((key, known.state) for key, known in list(self._jobs.items()))
+
     def pods(self) -> Iterator[tuple[Owner, Object]]:
-        """Pods of jobs that exist."""
-        for owner, pods in self._pods.items():
-            if self._exists(owner):
-                yield from ((owner, pod) for pod in list(pods.values()))
+        """Pods that have not terminated, of jobs that exist."""
+        for owner, parts in list(self._parts.items()):
+            if parts.pods and self._exists(owner):
+                yield from ((owner, pod) for pod in list(parts.pods.values()))
 
     def pods_of(self, owner: Owner) -> list[Object]:
-        return list(self._pods.get(owner, {}).values())
+        parts = self._parts.get(owner)
+        return list(parts.pods.values()) if parts else []
 
     def child(self, key: Key, ref: ChildRef) -> Object | None:
-        job = self._jobs.get(key)
-        return self._children.get(Owner(key, job["metadata"]["uid"]), {}).get(ref) if job else None
+        known = self._jobs.get(key)
+        parts = self._parts.get(Owner(key, known.uid)) if known else None
+        return parts.children.get(ref) if parts else None
 
     def observed(self, job: Job) -> Observed:
         """Everything that is known about `job`."""
-        owner = Owner(Key(naming.kind(job), job.metadata.namespace, job.metadata.name), job.metadata.uid)
+        owner = owner_of_job(job)
+        parts = self._parts.get(owner) or Parts()
+        first = parts.samples.get(0, {})
         return Observed(
             job=job,
-            children=dict(self._children.get(owner, {})),
-            pods=list(self._pods.get(owner, {}).values()),
-            ended=ends.all() if (ends := self._ended.get(owner)) else [],
-            progress=self._progress(job, owner),
-            checkpoint_step=checkpoint_step(first := self._samples.get(owner, {}).get(0, {})),
+            children=dict(parts.children),
+            pods=list(parts.pods.values()),
+            ended=parts.ends.all() if parts.ends else [],
+            progress=workload(job).progress(parts.samples, parts.sampled_at),
+            checkpoint_step=checkpoint_step(first),
             broken_checkpoints=broken_checkpoints(first),
             sources=self._sources(job),
             jobset_installed=self.jobset_installed,
@@ -93,52 +117,25 @@ class Store:
     # Writing
 
     def put(self, found: Object) -> set[Key]:
-        """Store `found`, unless it is older than the known object, or was deleted."""
-        owner, meta = owner_of(found), found["metadata"]
-        if owner is None or meta["uid"] in self._deleted or found["kind"] not in WATCHED:
+        """Store `found`, unless it is older than the known object of its name, or was deleted."""
+        owner, uid = owner_of(found), found["metadata"]["uid"]
+        if owner is None or uid in self._deleted or found["kind"] not in WATCHED:
             return set()
-        known = self._known(owner, found)
-        if known is not None and known["metadata"]["uid"] == meta["uid"] and version(known) >= version(found):
-            return set()
-        found = slim(found)
         if found["kind"] in KINDS:
-            return self._put_job(owner.key, found, known)
+            return self._put_job(owner, found)
         if found["kind"] == "Pod":
-            self._pods.setdefault(owner, {})[meta["uid"]] = found
-            # Pods exist for a moment after their job is deleted: their ends are not needed any more
-            if owner.uid not in self._deleted:
-                self._remember_end(owner, found)
-        else:
-            self._children.setdefault(owner, {})[ChildRef(found["kind"], meta["name"])] = found
-        return {owner.key}
+            return self._put_pod(owner, found)
+        return self._put_child(owner, found)
 
     def remove(self, gone: Object) -> set[Key]:
         """Remove an object that was deleted. `gone` is its last state."""
         owner, meta = owner_of(gone), gone["metadata"]
         if owner is None:
             return set()
-        key = owner.key
-        self._deleted[meta["uid"]] = None
-        while len(self._deleted) > DELETED_KEPT:
-            self._deleted.popitem(last=False)
-        if gone["kind"] in KINDS:
-            if (known := self._jobs.get(key)) and known["metadata"]["uid"] == meta["uid"]:
-                del self._jobs[key]
-                self._unlink(key, known)
-            for remembered in (self._ended, self._samples, self._sampled):
-                remembered.pop(owner, None)
-            return {key} | self._dependents.get(key, set())
-        if gone["kind"] == "Pod":
-            # The Job controller deletes the other pods as soon as one has failed: their ends may be seen only now.
-            if self._exists(owner):
-                self._remember_end(owner, gone)
-            _drop(self._pods, owner, meta["uid"])
-        else:
-            ref = ChildRef(gone["kind"], meta["name"])
-            known = self._children.get(owner, {}).get(ref)
-            if known and known["metadata"]["uid"] == meta["uid"]:
-                _drop(self._children, owner, ref)
-        return {key}
+        # The Job controller deletes the other pods as soon as one has failed: their ends may be seen only now.
+        if gone["kind"] == "Pod" and self._exists(owner) and not self._reports_are_old(owner):
+            self._remember_end(owner, gone)
+        return self._remove(owner, gone["kind"], meta["name"], meta["uid"])
 
     def prune(self, kind: str, namespace: str | None, listed: set[str], list_version: str) -> set[Key]:
         """Remove objects of `kind` that are missing in a list of `list_version`: their deletion was missed.
@@ -146,55 +143,159 @@ class Store:
         `listed`: the uids in the list.
         """
         touched: set[Key] = set()
-        for known in self._all(kind):
-            meta = known["metadata"]
-            newer = version(known) > int(list_version)  # created while the list was under way
-            if meta["uid"] not in listed and not newer and namespace in (None, meta["namespace"]):
-                touched |= self.remove(known)
+        for owner, name, uid, known_version in list(self._all(kind)):
+            newer = known_version > int(list_version)  # created while the list was under way
+            if uid not in listed and not newer and namespace in (None, owner.key.namespace):
+                touched |= self._remove(owner, kind, name, uid)
         return touched
 
     def put_samples(self, owner: Owner, samples: Mapping[int, dict[str, float]]) -> None:
-        """Store metrics of pods, by node rank or shard. The last metrics of a deleted pod stay."""
-        if owner.uid in self._deleted:
+        """Store metrics of pods, by node rank or shard. The last metrics of a deleted pod stay while the job is at
+        work.
+        """
+        if owner.uid in self._deleted or self._finished(owner):
             return
-        figures = self._samples.setdefault(owner, {})
-        figures.update(samples)
-        self._sampled[owner] = self._now()
+        parts = self._parts_of(owner)
+        parts.samples.update(samples)
+        parts.sampled_at = self._now()
+
+    def forget_reports(self, job: Job) -> None:
+        """Drop the ends of pods and the metrics of a job that has ended, once its status holds what they report."""
+        owner = owner_of_job(job)
+        if self._finished(owner) and (parts := self._parts.get(owner)):
+            parts.forget_reports()
+            self._drop_if_empty(owner)
 
     # Parts
 
-    def _progress(self, job: Job, owner: Owner) -> Progress | None:
-        return workload(job).progress(self._samples.get(owner, {}), self._sampled.get(owner))
-
-    def _exists(self, owner: Owner) -> bool:
-        job = self._jobs.get(owner.key)
-        return job is not None and job["metadata"]["uid"] == owner.uid
-
-    def _known(self, owner: Owner, found: Object) -> Object | None:
-        if found["kind"] in KINDS:
-            return self._jobs.get(owner.key)
-        meta = found["metadata"]
-        if found["kind"] == "Pod":
-            return self._pods.get(owner, {}).get(meta["uid"])
-        return self._children.get(owner, {}).get(ChildRef(found["kind"], meta["name"]))
-
-    def _all(self, kind: str) -> list[Object]:
-        if kind in KINDS:
-            return [job for key, job in self._jobs.items() if key.kind == kind]
-        if kind == "Pod":
-            return [pod for pods in self._pods.values() for pod in pods.values()]
-        return [child for children in self._children.values() for ref, child in children.items() if ref.kind == kind]
-
-    def _put_job(self, key: Key, found: Object, known: Object | None) -> set[Key]:
+    def _put_job(self, owner: Owner, found: Object) -> set[Key]:
+        key, known = owner.key, self._jobs.get(owner.key)
+        # Also where the uid differs: the events of a job and of an earlier one of its name come in any order.
+        if known is not None and known.version >= version(found):
+            return set()
         if known is not None:
             self._unlink(key, known)
-        self._jobs[key] = found
-        for source in source_keys(found):
+            if known.uid != owner.uid:
+                self._forget_job(Owner(key, known.uid))
+        job = self._jobs[key] = KeptJob.of(found)
+        for source in job.sources:
             self._dependents.setdefault(source, set()).add(key)
-        return {key} | self._dependents.get(key, set())
+        if self._reports_are_old(owner) and (parts := self._parts.get(owner)):
+            parts.forget_reports()
+            self._drop_if_empty(owner)
+        changed = known is None or known.uid != job.uid or known.outcome != job.outcome
+        return {key} | (self._waiting_for(key) if changed else set())
 
-    def _unlink(self, key: Key, known: Object) -> None:
-        for source in source_keys(known):
+    def _put_child(self, owner: Owner, found: Object) -> set[Key]:
+        ref, parts = ChildRef(found["kind"], found["metadata"]["name"]), self._parts.get(owner)
+        known = parts.children.get(ref) if parts else None
+        if known is not None and version(known) >= version(found):
+            return set()
+        self._parts_of(owner).children[ref] = project(found)
+        return {owner.key}
+
+    def _put_pod(self, owner: Owner, found: Object) -> set[Key]:
+        uid, parts = found["metadata"]["uid"], self._parts.get(owner)
+        if parts:
+            known = parts.pods.get(uid)
+            known_version = version(known) if known else parts.terminated.get(uid, -1)
+            if known_version >= version(found):
+                return set()
+        if not children.terminated(found):
+            self._parts_of(owner).pods[uid] = project(found)
+            return {owner.key}
+        if self._reports_are_old(owner) and not (parts and uid in parts.pods):
+            return set()
+        parts = self._parts_of(owner)
+        parts.pods.pop(uid, None)
+        parts.terminated[uid] = version(found)
+        # Pods exist for a moment after their job is deleted: their ends are not needed any more
+        if owner.uid not in self._deleted:
+            self._remember_end(owner, found)
+        return {owner.key}
+
+    def _remove(self, owner: Owner, kind: str, name: str, uid: str) -> set[Key]:
+        self._deleted[uid] = None
+        while len(self._deleted) > DELETED_KEPT:
+            self._deleted.popitem(last=False)
+        key = owner.key
+        if kind in KINDS:
+            known = self._jobs.get(key)
+            if known is not None and known.uid == uid:
+                del self._jobs[key]
+                self._unlink(key, known)
+            self._forget_job(owner)
+            return {key} | self._waiting_for(key)
+        touched = set() if self._reports_are_old(owner) else {key}
+        parts = self._parts.get(owner)
+        if parts is None:
+            return touched
+        if kind == "Pod":
+            parts.pods.pop(uid, None)
+            parts.terminated.pop(uid, None)
+        else:
+            ref = ChildRef(kind, name)  # type: ignore[arg-type]
+            known_child = parts.children.get(ref)
+            if known_child and known_child["metadata"]["uid"] == uid:
+                del parts.children[ref]
+        self._drop_if_empty(owner)
+        return touched
+
+    def _forget_job(self, owner: Owner) -> None:
+        """Its children and pods stay until they are deleted, too."""
+        if parts := self._parts.get(owner):
+            parts.forget_reports()
+            self._drop_if_empty(owner)
+
+    def _parts_of(self, owner: Owner) -> Parts:
+        parts = self._parts.get(owner)
+        if parts is None:
+            parts = self._parts[owner] = Parts()
+        return parts
+
+    def _drop_if_empty(self, owner: Owner) -> None:
+        if not self._parts.get(owner, True):
+            del self._parts[owner]
+
+    def _exists(self, owner: Owner) -> bool:
+        known = self._jobs.get(owner.key)
+        return known is not None and known.uid == owner.uid
+
+    def _finished(self, owner: Owner) -> bool:
+        return self._exists(owner) and self._jobs[owner.key].finished
+
+    def _reports_are_old(self, owner: Owner) -> bool:
+        if not self._finished(owner):
+            return False
+        completed_at = self._jobs[owner.key].completed_at
+        return completed_at is not None and self._now() - completed_at > LATE_REPORTS
+
+    def _all(self, kind: str) -> Iterator[tuple[Owner, str, str, int]]:
+        """Owner, name, uid and version of all objects of a kind. A pod has no name here."""
+        if kind in KINDS:
+            for key, job in self._jobs.items():
+                if key.kind == kind:
+                    yield Owner(key, job.uid), key.name, job.uid, job.version
+            return
+        for owner, parts in self._parts.items():
+            if kind == "Pod":
+                yield from ((owner, "", uid, version(pod)) for uid, pod in parts.pods.items())
+                yield from ((owner, "", uid, known) for uid, known in parts.terminated.items())
+                continue
+            for ref, child in parts.children.items():
+                if ref.kind == kind:
+                    yield owner, ref.name, child["metadata"]["uid"], version(child)
+
+    def _waiting_for(self, key: Key) -> set[Key]:
+        """Jobs that may wait for the result of `key`. Those that were accepted work with what they found then."""
+        return {
+            dependent
+            for dependent in self._dependents.get(key, ())
+            if (known := self._jobs.get(dependent)) and known.waits
+        }
+
+    def _unlink(self, key: Key, known: KeptJob) -> None:
+        for source in known.sources:
             dependents = self._dependents.get(source, set())
             dependents.discard(key)
             if not dependents:
@@ -202,75 +303,26 @@ class Store:
 
     def _remember_end(self, owner: Owner, pod: Object) -> None:
         end = pod_end(pod, self._now())
-        if end is None or not self._ended.setdefault(owner, PodEnds()).put(end):
+        if end is None:
+            return
+        parts = self._parts_of(owner)
+        if parts.ends is None:
+            parts.ends = PodEnds()
+        if not parts.ends.put(end):
             return
         if end.phase == "run":  # its message is newer than the metric, and the next pod reports its own
-            self._samples.get(owner, {}).get(0, {}).pop(CHECKPOINT_STEP.name, None)
+            parts.samples.get(0, {}).pop(CHECKPOINT_STEP.name, None)
         if end.exit_code == 0 and end.message and (last := samples_at_end(end.message.metrics)):
             self.put_samples(owner, {end.index: last})
 
     def _sources(self, job: Job) -> dict[str, FineTuneJob]:
+        """Those that exist, until `prepare` is done: its Job remembers where they keep their work."""
+
         def find(name: str) -> FineTuneJob | None:
             try:
                 found = self._jobs[Key(SOURCE_KIND, job.metadata.namespace, name)]
-                return FineTuneJob.model_validate(found)
+                return FineTuneJob.model_validate(found.object())
             except (KeyError, ValueError):  # missing or invalid: the job that needs it waits in both cases
                 return None
 
         return {name: source for name, source in needed_jobs(job, find).items() if source}
-
-
-def owner_of(found: Object) -> Owner | None:
-    """The job that an object is, or belongs to. None for any other object."""
-    meta = found.get("metadata", {})
-    if found.get("kind") in KINDS:
-        return Owner(Key(JobKind(found["kind"]), meta["namespace"], meta["name"]), meta["uid"])
-
-    labels = meta.get("labels") or {}
-    kind, name, uid = labels.get(naming.KIND_LABEL), labels.get(naming.JOB_LABEL), labels.get(naming.UID_LABEL)
-    if kind not in KINDS or not name or not uid:
-        return None
-    # Labels are kept in copies and backups, so the object must also be owned.
-    owners = meta.get("ownerReferences") or []
-    if found["kind"] in OWNED and uid not in {owner["uid"] for owner in owners}:
-        return None
-    if found["kind"] == "Pod" and not any(is_job_of(JobKind(kind), name, owner) for owner in owners):
-        return None
-    return Owner(Key(JobKind(kind), meta["namespace"], name), uid)
-
-
-def is_job_of(kind: JobKind, name: str, owner: Object) -> bool:
-    """Whether an owner reference of a pod names a Job that does the work of this job.
-
-    By name, because the Jobs of a JobSet are not watched, and because pods are seen before and after their Job. That is
-    enough: the garbage collector deletes a pod if no Job with this name has the uid of the reference.
-    """
-    return bool(owner.get("controller")) and owner["kind"] == "Job" and owner["name"] in naming.job_names(kind, name)
-
-
-def source_keys(job: Object) -> set[Key]:
-    """The FineTuneJobs whose results `job` names."""
-    spec = job.get("spec", {})
-    names = [spec.get("model", {}).get("job"), *(a.get("job") for a in spec.get("adapters") or [])]
-    return {Key(SOURCE_KIND, job["metadata"]["namespace"], name) for name in names if name}
-
-
-def version(found: Object) -> int:
-    """The resource version as a number, which grows: guaranteed since Kubernetes 1.35, and always true with etcd."""
-    return int(found["metadata"]["resourceVersion"])
-
-
-def slim(found: Object) -> Object:
-    """`found` without the fields that are never read, which take most of the memory. Of the spec of a child, only the
-    fields in READ stay.
-    """
-    meta = {k: v for k, v in found["metadata"].items() if k != "managedFields"}
-    spec = found.get("spec", {})
-    kept = spec if found["kind"] in KINDS else {k: spec[k] for k in READ if k in spec}
-    return found | {"metadata": meta, "spec": kept}
-
-
-def _drop(by_job: dict[Owner, dict[K, Object]], owner: Owner, inner: K) -> None:
-    by_job.get(owner, {}).pop(inner, None)
-    if not by_job.get(owner, True):
-        del by_job[owner]

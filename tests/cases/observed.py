@@ -17,6 +17,7 @@ from luthier_api.termination import TerminationMessage
 from luthier_operator import naming
 from luthier_operator.decide import decide
 from luthier_operator.failure.pod_end import pod_end
+from luthier_operator.kept import project
 from luthier_operator.model import ChildRef, Decision, Job, Object, Observed, PodEnd
 from luthier_operator.render.job import hub_hash, hub_target
 from luthier_operator.settings import Settings
@@ -190,6 +191,7 @@ def pod(
     } | ({"deletionTimestamp": text(NOW)} if deleting else {})
     statuses = [{"name": naming.CONTAINER, "state": state}] if state else []
     return {
+        "kind": "Pod",
         "metadata": meta,
         "spec": {"nodeName": node},
         "status": {"phase": over, "conditions": conditions, "containerStatuses": statuses},
@@ -228,22 +230,11 @@ def ended(
         "message": message if silent else word.encode().decode(),
     }
     over = "Failed" if code else "Succeeded"
-    found = pod_end(
-        pod(
-            job,
-            phase,
-            index,
-            attempt,
-            {"terminated": terminated},
-            disrupted=disrupted,
-            over=over,
-            suffix=suffix,
-            free=free,
-        ),
-        NOW,
-    )
-    assert found
-    return found
+    state = {"terminated": terminated}
+    found = pod(job, phase, index, attempt, state, disrupted=disrupted, over=over, suffix=suffix, free=free)
+    end = pod_end(project(found), NOW)
+    assert end
+    return end
 
 
 def prepared_end(job: Job) -> PodEnd:
@@ -258,8 +249,9 @@ def hub_end(job: Job) -> PodEnd:
 def observed(
     job: Job, *children: Object, pods: Iterable[Object] = (), ends: Iterable[PodEnd] = (), **more: Any
 ) -> Observed:
-    named = {ChildRef(c["kind"], c["metadata"]["name"]): c for c in children}
-    return Observed(job=job, children=named, pods=list(pods), ended=list(ends), **more)
+    """As the store holds it: what `kept` drops, no decision can be made by."""
+    named = {ChildRef(c["kind"], c["metadata"]["name"]): project(c) for c in children}
+    return Observed(job=job, children=named, pods=[project(pod) for pod in pods], ended=list(ends), **more)
 
 
 def decided(job: Job, *children: Object, **more: Any) -> Decision:

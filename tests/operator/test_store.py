@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -14,7 +16,8 @@ from luthier_operator import naming
 from luthier_operator.children import suspended
 from luthier_operator.failure.pod_end import FAILED_ENDS_KEPT, PodEnds
 from luthier_operator.model import ChildRef, Key
-from luthier_operator.store import Owner, Store
+from luthier_operator.ownership import Owner
+from luthier_operator.store import Store
 
 TUNE = Key(JobKind.FINE_TUNE, "default", "tune")
 
@@ -71,6 +74,26 @@ def moved(found: dict[str, Any], **meta: Any) -> dict[str, Any]:
     return found | {"metadata": found["metadata"] | meta}
 
 
+def condition(type: str, status: str = "True") -> dict[str, str]:
+    return {"type": type, "status": status, "reason": type, "lastTransitionTime": "2026-01-01T00:00:00Z"}
+
+
+def finished(version: int = 5) -> dict[str, Any]:
+    """The job, which has ended at the beginning of the year."""
+    return job(version=version) | {
+        "status": {"conditions": [condition("Complete")], "completionTime": "2026-01-01T00:00:00Z"}
+    }
+
+
+def held(store: Store) -> dict[str, int]:
+    """How many objects are kept of all jobs, by what they are."""
+    found: Counter[str] = Counter()
+    for parts in store._parts.values():
+        found.update(children=len(parts.children), pods=len(parts.pods), samples=len(parts.samples))
+        found.update(terminated=len(parts.terminated), ends=len(parts.ends.all()) if parts.ends else 0)
+    return {name: count for name, count in found.items() if count}
+
+
 def seen(store: Store) -> Any:
     found = store.job(TUNE)
     assert found is not None
@@ -93,6 +116,61 @@ def test_what_was_deleted_does_not_come_back_by_a_late_answer() -> None:
     assert store.remove(child) == {TUNE}
     assert store.put(owned("Job", "ftj-tune-prepare", version=9)) == set()
     assert seen(store).children == {}
+
+
+@dataclass(frozen=True)
+class OrderCase:
+    name: str
+    events: list[tuple[str, str, int]]
+    """Type of an event, uid and version of the object."""
+
+
+ORDERS = [
+    OrderCase(
+        name="in their order",
+        events=[("MODIFIED", "first", 5), ("DELETED", "first", 6), ("ADDED", "second", 7)],
+    ),
+    OrderCase(
+        name="the new object comes first",
+        events=[("ADDED", "second", 7), ("MODIFIED", "first", 5), ("DELETED", "first", 6)],
+    ),
+    OrderCase(
+        name="a change of the old object comes last",
+        events=[("DELETED", "first", 6), ("ADDED", "second", 7), ("MODIFIED", "first", 5)],
+    ),
+    OrderCase(
+        name="the deletion was missed",
+        events=[("ADDED", "second", 7), ("MODIFIED", "first", 5)],
+    ),
+]
+
+
+@pytest.mark.parametrize("case", ORDERS, ids=lambda case: case.name)
+@pytest.mark.parametrize("kind", ["FineTuneJob", "Job"])
+def test_an_object_that_is_created_again_under_its_name_is_never_lost(kind: str, case: OrderCase) -> None:
+    store = Store()
+    store.put(job(version=1, uid="first" if kind == "FineTuneJob" else ""))
+    if kind == "Job":
+        store.put(owned("Job", "ftj-tune-prepare", version=1, uid="first"))
+    for event, uid, number in case.events:
+        found = job(version=number, uid=uid)
+        if kind == "Job":
+            found = owned("Job", "ftj-tune-prepare", version=number, uid=uid)
+        if event == "DELETED":
+            store.remove(found)
+        else:
+            store.put(found)
+    known = store.job(TUNE) if kind == "FineTuneJob" else store.child(TUNE, ChildRef("Job", "ftj-tune-prepare"))
+    assert known is not None
+    assert known["metadata"]["uid"] == "second"
+
+
+def test_reports_of_an_earlier_job_of_the_name_are_dropped_with_it() -> None:
+    store = Store()
+    store.put(job())
+    store.put(ended("pod"))
+    store.put(job(version=9, uid="new"))
+    assert held(store) == {"terminated": 1}
 
 
 def test_a_deletion_that_comes_late_does_not_take_the_next_one_of_the_name() -> None:
@@ -144,7 +222,7 @@ def test_failures_are_bounded_and_go_with_the_job() -> None:
         store.put(ended(f"pod-{number}"))
     assert (len(seen(store).ended), seen(store).ended[-1].pod) == (FAILED_ENDS_KEPT, f"pod-{FAILED_ENDS_KEPT + 9}")
     store.remove(job())
-    assert not store._ended
+    assert held(store) == {"terminated": FAILED_ENDS_KEPT + 10}, "the pods are deleted after their job"
 
 
 def test_every_shard_that_ended_well_is_remembered_and_each_once() -> None:
@@ -291,7 +369,6 @@ def test_labels_alone_make_nothing_ours(case: CopyCase) -> None:
     store.put(job())
     store.put(case.given)
     assert bool(seen(store).children or seen(store).pods or seen(store).ended) is case.counts
-    assert bool(list(store.pods())) is (case.counts and case.given["kind"] == "Pod"), "whose metrics are read"
     store.remove(case.given)
     assert bool(seen(store).ended) is (case.counts and case.given["kind"] == "Pod")
 
@@ -320,7 +397,7 @@ def test_what_pods_say_after_their_job_was_deleted_is_not_kept() -> None:
     store.put(ended("pod"))
     store.put_samples(Owner(TUNE, "uid-tune"), {0: {"luthier_train_step": 1}})
     store.remove(ended("pod", version=3))
-    assert (store._ended, store._samples, store._pods) == ({}, {}, {})
+    assert held(store) == {}
 
 
 @dataclass(frozen=True)
@@ -371,13 +448,71 @@ def test_prune_of_one_namespace_leaves_the_others() -> None:
     assert store.prune("FineTuneJob", "other", set(), "9") == set()
 
 
-def test_who_waits_for_a_job_hears_of_it() -> None:
+AFTER = Key(JobKind.FINE_TUNE, "default", "after")
+
+
+@dataclass(frozen=True)
+class DependentCase:
+    name: str
+    before: dict[str, Any]
+    after: dict[str, Any] | None
+    """Statuses of the job whose result is used. None: it is deleted."""
+    accepted: str = ""
+    """Status of the condition Accepted of the job that uses it."""
+    woken: bool = False
+
+
+DEPENDENTS = [
+    DependentCase(
+        name="it makes progress",
+        before={"state": "Running", "progress": {"step": 1}},
+        after={"state": "Running", "progress": {"step": 2}},
+    ),
+    DependentCase(
+        name="it has trained",
+        before={"state": "Running"},
+        after={"state": "Publishing", "conditions": [condition("Trained")]},
+        woken=True,
+    ),
+    DependentCase(
+        name="it has failed",
+        before={"state": "Running"},
+        after={"state": "Failed", "conditions": [condition("Failed")]},
+        accepted="False",
+        woken=True,
+    ),
+    DependentCase(
+        name="it is deleted",
+        before={"state": "Running"},
+        after=None,
+        accepted="False",
+        woken=True,
+    ),
+    DependentCase(
+        name="it has trained, and the other job began before",
+        before={"state": "Running"},
+        after={"state": "Publishing", "conditions": [condition("Trained")]},
+        accepted="True",
+    ),
+    DependentCase(
+        name="it is deleted, and the other job began before",
+        before={"state": "Running"},
+        after=None,
+        accepted="True",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", DEPENDENTS, ids=lambda case: case.name)
+def test_a_job_is_woken_by_the_job_that_it_waits_for(case: DependentCase) -> None:
     store = Store()
-    after = Key(JobKind.FINE_TUNE, "default", "after")
-    store.put(job("after", model={"job": "tune"}))
-    assert store.put(job()) == {TUNE, after}
-    assert list(store.observed(parse_job(store.job(after) or {})).sources) == ["tune"]
-    assert store.remove(job(version=2)) == {TUNE, after}
+    accepted = [condition("Accepted", case.accepted)] if case.accepted else []
+    store.put(job() | {"status": case.before})
+    store.put(job("after", model={"job": "tune"}) | {"status": {"conditions": accepted}})
+    assert list(store.observed(parse_job(store.job(AFTER) or {})).sources) == ["tune"]
+    changed = job(version=2) | {"status": case.after}
+    touched = store.remove(changed) if case.after is None else store.put(changed)
+    assert touched == ({TUNE, AFTER} if case.woken else {TUNE})
     store.remove(job("after"))
     assert not store._dependents
 
@@ -463,8 +598,70 @@ def test_what_is_decided_by_is_kept() -> None:
     store = Store()
     store.put(job())
     store.put(owned("Job", "ftj-tune-prepare", spec={"suspend": True, "template": {"spec": {}}}))
-    store.put(ended("pod") | {"spec": {"nodeName": "node-1", "containers": [{}]}})
+    store.put(owned("Pod", "runs", status={"phase": "Running"}, spec={"nodeName": "node-2", "containers": [{}]}))
+    store.put(ended("ended") | {"spec": {"nodeName": "node-1", "containers": [{}]}})
     found = seen(store)
     assert suspended(next(iter(found.children.values())))
     assert found.ended[0].node == "node-1"
-    assert found.pods[0]["spec"] == {"nodeName": "node-1"}
+    assert [pod["spec"] for pod in found.pods] == [{"nodeName": "node-2"}]
+
+
+def test_a_pod_that_has_terminated_leaves_its_end_and_does_not_come_back() -> None:
+    """A list may be answered after the watch has reported the end."""
+    store, running = Store(), owned("Pod", "pod", version=2, status={"phase": "Running"})
+    store.put(job())
+    store.put(running)
+    assert [owner.uid for owner, _ in store.pods()] == ["uid-tune"], "whose metrics are read"
+    store.put(ended("pod", version=4))
+    assert store.put(moved(running, resourceVersion="3")) == set()
+    assert (list(store.pods()), seen(store).pods, len(seen(store).ended)) == ([], [], 1)
+    store.remove(ended("pod", version=5))
+    assert held(store) == {"ends": 1}
+
+
+@dataclass(frozen=True)
+class EndCase:
+    name: str
+    minutes: float
+    """Since the job ended."""
+    ends: int
+    touched: set[Key]
+
+
+ENDS_OF_A_FINISHED_JOB = [
+    EndCase(
+        name="the message of a pod comes after the end of its job",
+        minutes=1,
+        ends=1,
+        touched={TUNE},
+    ),
+    EndCase(
+        name="a new operator lists the pods of a job that ended long ago",
+        minutes=60,
+        ends=0,
+        touched=set(),
+    ),
+]
+
+
+@pytest.mark.parametrize("case", ENDS_OF_A_FINISHED_JOB, ids=lambda case: case.name)
+@pytest.mark.parametrize("pods_first", [False, True], ids=["jobs first", "pods first"])
+def test_of_a_finished_job_only_late_reports_are_kept(case: EndCase, pods_first: bool) -> None:
+    begin = datetime(2026, 1, 1, tzinfo=UTC)
+    store = Store(now=lambda: begin + timedelta(minutes=case.minutes))
+    order = [finished(), ended("pod", 0)]
+    touched = [store.put(found) for found in (reversed(order) if pods_first else order)]
+    assert len(seen(store).ended) == case.ends
+    if not pods_first:
+        assert touched[1] == case.touched
+    store.forget_reports(seen(store).job)
+    store.put_samples(Owner(TUNE, "uid-tune"), {0: {"luthier_train_step": 1}})
+    assert (len(seen(store).ended), seen(store).progress) == (0, None)
+
+
+def test_the_reports_of_a_job_at_work_are_not_forgotten() -> None:
+    store = Store()
+    store.put(job())
+    store.put(ended("pod"))
+    store.forget_reports(seen(store).job)
+    assert len(seen(store).ended) == 1
