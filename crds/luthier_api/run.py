@@ -21,6 +21,7 @@ RUN_VERSION = "luthier.dev/run-v1"
 DOCUMENT = "run config"
 METRICS_PORT = 9464
 RENDEZVOUS_PORT = 29500
+STEP_TIMEOUT_SECONDS = 1800  # the time that torch waits in a collective operation, too
 
 
 class BaseRun(ApiModel):
@@ -39,6 +40,8 @@ class BaseRun(ApiModel):
     """Where the first process of each pod serves its metrics; 0: any free port, written to the run folder."""
     grace_seconds: int = 60
     """Seconds between SIGTERM and SIGKILL, where neither the spec nor the plan says more: see `grace_of`."""
+    step_timeout_seconds: int = STEP_TIMEOUT_SECONDS
+    """Seconds without a step after which a run counts as hung, where the spec does not say: see `step_timeout_of`."""
 
 
 class FineTuneRun(BaseRun):
@@ -60,6 +63,12 @@ def grace_of(spec: FineTuneJobSpec | GenerateJobSpec, plan: Plan | None, least: 
     if spec.scheduling.grace_period_seconds is not None:
         return spec.scheduling.grace_period_seconds
     return max(least, (plan and plan.grace_seconds) or 0)
+
+
+def step_timeout_of(run: FineTuneRun | GenerateRun) -> int:
+    """Seconds without a step after which a run counts as hung, at most."""
+    asked = run.spec.scheduling.step_timeout_seconds
+    return run.step_timeout_seconds if asked is None else asked
 
 
 RUNS: dict[str, type[FineTuneRun] | type[GenerateRun]] = {"FineTuneJob": FineTuneRun, "GenerateJob": GenerateRun}

@@ -421,6 +421,13 @@ class Scheduling(ApiModel):
     what the plan needs to save a checkpoint, and no less than the operator's setting. Spot nodes and the cluster
     autoscaler may give less.
     """
+    step_timeout_seconds: Annotated[Seconds, Field(ge=30)] | None = None
+    """Seconds without a step of the training, a batch of an evaluation or an output of a generation, after which the
+    pods count as hung: the stacks of all processes are written to the log, and the pods end with 80 and are started
+    again. A save that is planned to take longer is waited for, and the first step may take three times as long, or
+    half an hour. Left out: 20 times the longest step so far, but no less than 10 minutes and no more than the
+    operator's setting.
+    """
 
 
 class JobControl(ApiModel):

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from luthier_api.quantity import Bytes, Cores
+from luthier_api.run import STEP_TIMEOUT_SECONDS
 from luthier_api.spec import ObjectName
 from luthier_api.variables import Variables
 from luthier_operator.versions import RELEASE
@@ -61,6 +62,10 @@ class Settings(BaseSettings):
     grace_seconds: Annotated[int, Field(ge=15)] = 60
     """Minimum grace period of a stopped pod in seconds, in which it saves its work. A plan with large checkpoints, or a
     job, may set a longer one.
+    """
+    step_timeout_seconds: Annotated[int, Field(ge=30)] = STEP_TIMEOUT_SECONDS
+    """Seconds without a step after which a run counts as hung, at most; a job may set its own limit. Its pods then
+    write the stacks of all processes to the log, and start again.
     """
     workspace_size: Bytes = "10Gi"
     """Size of the workspace of a job that sets none."""

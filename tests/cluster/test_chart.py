@@ -60,6 +60,12 @@ VALUES = [
         expect=120,
     ),
     ValueCase(
+        name="seconds of a step",
+        value="jobs: {stepTimeoutSeconds: 3600}",
+        field="step_timeout_seconds",
+        expect=3600,
+    ),
+    ValueCase(
         name="retries",
         value="jobs: {publishRetries: 0}",
         field="publish_retries",

@@ -17,12 +17,12 @@ import yaml
 from cases.observed import HUB, SETTINGS, fine_tune, generate, run_document, status
 
 from luthier_api.exitcodes import ExitCode, Retry
-from luthier_api.run import read_run
+from luthier_api.run import read_run, step_timeout_of
 from luthier_api.status import JobStatus, Plan, Prepared, ResolvedDataset, ResolvedSource
 from luthier_operator.model import Job, Object
 from luthier_operator.objects import objects
 from luthier_operator.render.claim import claim, shortfall
-from luthier_operator.render.configmap import configmap
+from luthier_operator.render.configmap import configmap, run_config
 from luthier_operator.settings import Settings
 from luthier_operator.workloads import workload
 
@@ -159,6 +159,16 @@ def test_the_grace_of_the_pod_is_that_of_the_run_config() -> None:
     job = fine_tune()
     assert {p["terminationGracePeriodSeconds"] for p in pods(job, settings).values()} == {90}
     assert run_document(configmap(workload(job), settings, {}))["graceSeconds"] == 90
+
+
+def test_the_limit_of_a_step_is_that_of_the_administrator_unless_the_job_has_its_own() -> None:
+    settings = SETTINGS.model_copy(update={"step_timeout_seconds": 900})
+    for job, expect in (
+        (fine_tune(), 900),
+        (fine_tune(scheduling={"stepTimeoutSeconds": 60}), 60),
+        (generate(scheduling={"stepTimeoutSeconds": 7200}), 7200),
+    ):
+        assert step_timeout_of(run_config(workload(job), settings, {})) == expect
 
 
 def planned(seconds: int | None, **spec: Any) -> Job:

@@ -26,7 +26,7 @@ from luthier_trainer.runtime import notices
 from luthier_trainer.runtime.classify import classify
 from luthier_trainer.runtime.commands import MODULES, VERBS
 from luthier_trainer.runtime.failure import Failure
-from luthier_trainer.runtime.run_folder import global_rank, write_result
+from luthier_trainer.runtime.run_folder import announce, global_rank, run_dir, stacks_file, write_result
 from luthier_trainer.workspace.model_files import MODEL_CONFIG
 from luthier_trainer.workspace.prepared import read_prepared
 
@@ -35,7 +35,10 @@ Work = Callable[[FineTuneRun | GenerateRun], TerminationMessage]
 
 def main(verb: str) -> NoReturn:
     """Run the verb, write the message for the supervisor, and end the process."""
-    faulthandler.register(signal.SIGUSR1)  # the supervisor asks a process that hangs for its stacks
+    announce()
+    # The supervisor asks a process that hangs for its stacks. The file stays open: the handler has only its number.
+    stacks = stacks_file(run_dir(), global_rank()).open("w")
+    faulthandler.register(signal.SIGUSR1, file=stacks)
     volume = None
     try:
         run = read_run(Path(os.environ[Variables.RUN]).read_bytes())

@@ -37,6 +37,7 @@ def run_config(workload: Workload, settings: Settings, sources: Mapping[str, Pla
         "sources": {name: folder(place, own.claim) for name, place in sorted(sources.items())},
         "rendezvous_host": workload.rendezvous_host,
         "grace_seconds": settings.grace_seconds,
+        "step_timeout_seconds": settings.step_timeout_seconds,
         "spec": run_part(job.spec),
     }
     return RUNS[job.kind](**fields)

@@ -86,8 +86,9 @@ def test_gpus_are_counted(case: CountCase, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_job_for_gpus_does_not_train_on_cpu(make_run: MakeRun, tmp_path: Path) -> None:
     spec: FineTuneJobSpec = make_run(resources={"gpusPerNode": 1}).spec
+    plan = Plan(strategy="none", precision="fp32")
     with pytest.raises(Failure, match=r"^spec\.resources\.gpusPerNode: 1 asked for"):
-        training_arguments(task_of(spec), spec, Plan(strategy="none", precision="fp32"), tmp_path, evaluates=False)
+        training_arguments(task_of(spec), spec, plan, tmp_path, evaluates=False, step_timeout=1800)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 
 from luthier_trainer.runtime.heartbeat import HEARTBEAT_FILE, STARTING_FILE, beating_while_growing
 from luthier_trainer.runtime.run_folder import run_dir
-from luthier_trainer.supervisor import main as supervisor
+from luthier_trainer.supervisor import hang
 
 LOOK = 0.02
 
@@ -89,8 +89,9 @@ def test_reading_a_checkpoint_leaves_the_patience_for_the_first_step(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 1000.0
-    monkeypatch.setattr(supervisor.time, "monotonic", lambda: now)
-    watch = supervisor.HeartbeatWatch(tmp_path, limit=10)
+    monkeypatch.setattr(hang, "START_SECONDS", 0)
+    monkeypatch.setattr(hang.time, "monotonic", lambda: now)
+    watch = hang.HeartbeatWatch(tmp_path, hang.StepLimit(10))
     for name in case.written:
         (tmp_path / name).touch()
         assert not watch.lost()
@@ -99,3 +100,92 @@ def test_reading_a_checkpoint_leaves_the_patience_for_the_first_step(
     for name in case.written:
         os.utime(tmp_path / name, ns=(1, 1))  # as any other time: clocks of nodes and volumes differ
         assert not watch.lost()
+
+
+@dataclass(frozen=True)
+class LimitCase:
+    name: str
+    limit: hang.StepLimit
+    heartbeats: int
+    longest: float
+    seconds: float
+
+
+LIMITS = [
+    LimitCase(
+        name="the job's own limit is kept as it is",
+        limit=hang.StepLimit(7200),
+        heartbeats=100,
+        longest=1,
+        seconds=7200,
+    ),
+    LimitCase(
+        name="the administrator's limit holds until enough steps were seen",
+        limit=hang.StepLimit(1800, is_derived=True),
+        heartbeats=19,
+        longest=1,
+        seconds=1800,
+    ),
+    LimitCase(
+        name="short steps: ten minutes",
+        limit=hang.StepLimit(1800, is_derived=True),
+        heartbeats=20,
+        longest=1,
+        seconds=600,
+    ),
+    LimitCase(
+        name="longer steps: twenty times the longest",
+        limit=hang.StepLimit(1800, is_derived=True),
+        heartbeats=20,
+        longest=45,
+        seconds=900,
+    ),
+    LimitCase(
+        name="long steps: never more than the administrator's limit",
+        limit=hang.StepLimit(1800, is_derived=True),
+        heartbeats=20,
+        longest=400,
+        seconds=1800,
+    ),
+    LimitCase(
+        name="an administrator's limit below ten minutes",
+        limit=hang.StepLimit(120, is_derived=True),
+        heartbeats=20,
+        longest=1,
+        seconds=120,
+    ),
+    LimitCase(
+        name="a save may take twice what is planned",
+        limit=hang.StepLimit(60, save_seconds=500),
+        heartbeats=20,
+        longest=1,
+        seconds=1000,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", LIMITS, ids=lambda case: case.name)
+def test_the_limit_follows_the_steps(case: LimitCase) -> None:
+    assert case.limit.between_steps(case.heartbeats, case.longest) == case.seconds
+
+
+def test_the_start_has_its_own_patience() -> None:
+    assert hang.StepLimit(30).before_first_step() == 1800
+    assert hang.StepLimit(1800).before_first_step() == 5400
+
+
+def test_the_watch_knows_the_last_step_and_the_longest_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(hang.time, "monotonic", lambda: now)
+    watch = hang.HeartbeatWatch(tmp_path, hang.StepLimit(1800, is_derived=True))
+    file = tmp_path / HEARTBEAT_FILE
+    for step, seconds in enumerate([300.0, *[2.0] * 10, 40.0, *[2.0] * 10]):
+        now += seconds
+        file.write_text(str(step))
+        os.utime(file, ns=(step + 1, step + 1))
+        assert not watch.lost()
+    assert (watch.step, watch.limit) == (21, 800), "the first heartbeat ends the start, and is no step"
+    file.write_text("")  # as while it is written
+    os.utime(file, ns=(99, 99))
+    assert not watch.lost()
+    assert watch.step == 21

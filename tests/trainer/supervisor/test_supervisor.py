@@ -70,9 +70,16 @@ def start(tmp_path: Path, make_generate_run: Callable[..., GenerateRun]) -> Iter
     started: list[subprocess.Popen[str]] = []
 
     def run_it(
-        script: str, verb: str = "generate", grace_seconds: int = 60, prepared: bool = True, **environment: str
+        script: str,
+        verb: str = "generate",
+        given: FineTuneRun | None = None,
+        grace_seconds: int = 60,
+        step_timeout: int = 1800,
+        prepared: bool = True,
+        **environment: str,
     ) -> subprocess.Popen[str]:
-        run = make_generate_run(grace_seconds=grace_seconds)
+        run = given or make_generate_run(grace_seconds=grace_seconds)
+        run = run.model_copy(update={"step_timeout_seconds": step_timeout})
         if prepared:
             give_prepared(run)
         (tmp_path / "run.json").write_text(json.dumps(run.dump()))
@@ -122,6 +129,7 @@ class EndCase:
     code: int
     message: str
     environment: dict[str, str] = field(default_factory=dict)
+    step_timeout: int = 1800
 
 
 ENDS = [
@@ -158,7 +166,6 @@ ENDS = [
     EndCase(
         name="a lost peer",
         script="result(81, message='Connection reset by peer'); sys.exit(1)",
-        environment={"LUTHIER_PEER_LOST_LINGER": "0.3"},
         code=81,
         message="Connection reset",
     ),
@@ -196,10 +203,10 @@ ENDS = [
         message="the process crashed with SIGSEGV; see its last lines",
     ),
     EndCase(
-        name="killed from outside",
+        name="killed by somebody",
         script="os.kill(os.getpid(), signal.SIGKILL)",
         code=71,
-        message="killed by SIGKILL from outside",
+        message="killed by SIGKILL, which Luthier did not send",
     ),
     EndCase(
         name="out of memory",
@@ -214,12 +221,13 @@ ENDS = [
     EndCase(
         name="a hang",
         script=(
-            "faulthandler.register(signal.SIGUSR1); (run / 'heartbeat').touch()\ndef stuck():\n   "
-            " time.sleep(60)\nstuck()"
+            "from luthier_trainer.runtime.run_folder import announce, stacks_file\nannounce()\n"
+            "file = stacks_file(run, 0).open('w'); faulthandler.register(signal.SIGUSR1, file=file)\n"
+            "(run / 'heartbeat').write_text('7')\ndef stuck():\n    time.sleep(60)\nstuck()"
         ),
-        environment={"LUTHIER_STEP_TIMEOUT": "0.5"},
+        step_timeout=1,
         code=80,
-        message="no step for",
+        message="after step 7: rank 0 is in stuck (child.py:",
     ),
 ]
 
@@ -229,7 +237,9 @@ def test_an_end_becomes_a_code(case: EndCase, start: Start, tmp_path: Path) -> N
     (tmp_path / "cgroup").mkdir()
     (tmp_path / "cgroup" / "memory.events").write_text("oom 0\noom_kill 2\n")
     process = start(
-        case.script, **{k: str(tmp_path / "cgroup") if v == "CGROUP" else v for k, v in case.environment.items()}
+        case.script,
+        step_timeout=case.step_timeout,
+        **{k: str(tmp_path / "cgroup") if v == "CGROUP" else v for k, v in case.environment.items()},
     )
     output, _ = process.communicate(timeout=30)
     said = last_word(tmp_path)
@@ -329,13 +339,128 @@ def test_prepare_has_nothing_to_save_and_stops_at_once(start: Start, tmp_path: P
     assert last_word(tmp_path).message == "stopped; the next start continues from here"
 
 
-def test_a_lost_peer_waits_to_be_stopped(start: Start, tmp_path: Path) -> None:
+def test_a_lost_peer_waits_to_be_stopped(start: Start, tmp_path: Path, make_run: Callable[..., FineTuneRun]) -> None:
     """The pod that caused it fails first; the cluster then stops us, which costs nothing."""
-    process = start("result(81, message='gone'); (run / 'ready').touch(); sys.exit(1)", LUTHIER_PEER_LOST_LINGER="20")
+    process = start(
+        "result(81, message='gone'); (run / 'ready').touch(); sys.exit(1)",
+        verb="train",
+        given=make_run(resources={"nodes": 2, "gpusPerNode": 0}),
+        LUTHIER_PEER_LOST_LINGER="60",
+    )
     wait_for(tmp_path / "run" / "ready")
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=10) == 75
+
+
+# In the place of `accelerate launch`: ranks in sessions of their own. When one has ended, the others get SIGTERM.
+AGENT = """
+ranks = []
+for rank in range(2):
+    env = os.environ | {"RANK": str(rank)}
+    ranks.append(subprocess.Popen([sys.executable, __file__, "rank"], env=env, start_new_session=True))
+while all(process.poll() is None for process in ranks):
+    time.sleep(0.1)
+for process in ranks:
+    process.terminate()
+for process in ranks:
+    process.wait()
+sys.exit(1)
+"""
+# Rank 0 waits for a message of rank 1, as in a collective operation.
+RANK = """
+import socket
+from luthier_trainer.runtime.run_folder import announce, stacks_file
+rank = int(os.environ["RANK"])
+announce()
+faulthandler.register(signal.SIGUSR1, file=stacks_file(run, rank).open("w"))
+address = str(run / "socket")
+def all_reduce():
+    try:
+        closed = connection.recv(1) == b""
+    except ConnectionResetError:
+        closed = True
+    if closed:
+        result(81, rank, message="Connection closed by peer")
+        os._exit(81)
+if rank == 0:
+    server = socket.socket(socket.AF_UNIX); server.bind(address); server.listen()
+    connection, _ = server.accept()
+    (run / "heartbeat").write_text("12")
+    all_reduce()
+else:
+    while not os.path.exists(address): time.sleep(0.02)
+    connection = socket.socket(socket.AF_UNIX); connection.connect(address)
+    time.sleep(0.5)  # the supervisor looks five times a second for new ranks
+    os.kill(os.getpid(), NUMBER)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def start_group(start: Start, make_run: Callable[..., FineTuneRun]) -> Callable[..., subprocess.Popen[str]]:
+    """Start the supervisor of one pod with two ranks. Rank 1 sends itself a signal."""
+
+    def start_it(number: int, **more: Any) -> subprocess.Popen[str]:
+        script = "if sys.argv[1:] == ['rank']:\n"
+        script += textwrap.indent(RANK.replace("NUMBER", str(number)), "    ")
+        script += "else:\n" + textwrap.indent(AGENT, "    ")
+        return start(script, verb="train", given=make_run(resources={"gpusPerNode": 0, "processesPerNode": 2}), **more)
+
+    return start_it
+
+
+@dataclass(frozen=True)
+class SignalCase:
+    number: signal.Signals
+    message: str
+
+
+SIGNALS = [
+    SignalCase(
+        number=signal.SIGKILL,
+        message="rank 1 was killed by SIGKILL, which Luthier did not send: by the kernel, or by somebody",
+    ),
+    SignalCase(
+        number=signal.SIGTERM,
+        message="rank 1 was killed by SIGTERM, which Luthier did not send: by the kernel, or by somebody",
+    ),
+    SignalCase(
+        number=signal.SIGSEGV,
+        message="rank 1 crashed with SIGSEGV; see its last lines",
+    ),
+    SignalCase(
+        number=signal.SIGABRT,
+        message="rank 1 crashed with SIGABRT; see its last lines",
+    ),
+    SignalCase(
+        number=signal.SIGBUS,
+        message="rank 1 crashed with SIGBUS; see its last lines",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", SIGNALS, ids=lambda case: case.number.name)
+def test_a_rank_that_a_signal_ended_is_the_cause(
+    case: SignalCase, start_group: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """And a pod alone waits for nobody."""
+    process = start_group(case.number, LUTHIER_PEER_LOST_LINGER="60")
+    output, _ = process.communicate(timeout=50)
+    said = last_word(tmp_path)
+    assert (process.returncode, said.rank, said.message) == (71, 1, case.message), output
+
+
+def test_a_rank_that_is_stopped_is_named(start_group: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    process = start_group(signal.SIGSTOP, step_timeout=2)
+    output, _ = process.communicate(timeout=50)
+    said = last_word(tmp_path)
+    assert (process.returncode, said.reason, said.rank) == (80, "Hang", 1), output
+    assert (
+        "after step 12: rank 1 is stopped (by SIGSTOP or a frozen container), rank 0 is in all_reduce (child.py:"
+        in (said.message)
+    )
+    assert "in all_reduce" in output
 
 
 def test_stale_files_of_an_earlier_start_are_gone(start: Start, tmp_path: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
 from luthier_api.exitcodes import ExitCode, Retry
 from luthier_api.termination import TerminationMessage
+from luthier_trainer.supervisor.process_tree import Death
+from luthier_trainer.supervisor.stacks import Position
 from luthier_trainer.supervisor.verdict import Evidence, judge
 
 
@@ -142,7 +144,7 @@ LAST_WORDS = [
         name="hung, after a checkpoint",
         messages=[said(E.PEER_LOST, step=20), said(E.PEER_LOST, 1, step=30)],
         evidence={"killed": "hang", "silence": 61, "status": -9},
-        expect=(E.HANG, None, 30, "no step for 61 s; the stacks of all threads are in the log"),
+        expect=(E.HANG, None, 30, "no step for 61 s. The stacks of all threads are in the log"),
     ),
     LastWordsCase(
         name="killed at the end of its grace",
@@ -190,9 +192,186 @@ LAST_WORDS = [
         name="terminated by somebody",
         messages=[],
         evidence={"status": -15},
-        expect=(E.INFRASTRUCTURE_ERROR, None, None, "the process was killed by SIGTERM from outside the container"),
+        expect=(
+            E.INFRASTRUCTURE_ERROR,
+            None,
+            None,
+            "the process was killed by SIGTERM, which Luthier did not send: by the kernel, or by somebody",
+        ),
     ),
 ]
+
+
+def died(rank: int, status: int | None, at: float = 0.0) -> Death:
+    return Death(rank, status, at)
+
+
+@dataclass(frozen=True)
+class DeathCase:
+    name: str
+    messages: list[TerminationMessage]
+    deaths: list[Death]
+    expect: tuple[ExitCode, int | None, str]
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+
+LOST = "Connection closed by peer"
+DEATHS = [
+    DeathCase(
+        name="killed, and its peer saw it go",
+        messages=[said(E.PEER_LOST, message=LOST)],
+        deaths=[died(1, -9), died(0, 81)],
+        expect=(
+            E.INFRASTRUCTURE_ERROR,
+            1,
+            "rank 1 was killed by SIGKILL, which Luthier did not send: by the kernel, or by somebody",
+        ),
+    ),
+    DeathCase(
+        name="killed, and its peer was sooner to end",
+        messages=[said(E.PEER_LOST, message=LOST)],
+        deaths=[died(0, 81), died(1, -9, 2.0)],
+        expect=(
+            E.INFRASTRUCTURE_ERROR,
+            1,
+            "rank 1 was killed by SIGKILL, which Luthier did not send: by the kernel, or by somebody",
+        ),
+    ),
+    DeathCase(
+        name="crashed",
+        messages=[said(E.PEER_LOST, message=LOST)],
+        deaths=[died(1, -11), died(0, 81)],
+        expect=(E.INFRASTRUCTURE_ERROR, 1, "rank 1 crashed with SIGSEGV; see its last lines"),
+    ),
+    DeathCase(
+        name="crashed, and its peer aborted over it",
+        messages=[],
+        deaths=[died(0, -6), died(1, -7, 0.4)],
+        expect=(E.INFRASTRUCTURE_ERROR, 1, "rank 1 crashed with SIGBUS; see its last lines"),
+    ),
+    DeathCase(
+        name="killed, and NCCL of its peer aborted over it",
+        messages=[],
+        deaths=[died(1, -9), died(0, -6, 1.0)],
+        evidence={"gpu_error": "ncclRemoteError: remote process exited"},
+        expect=(
+            E.INFRASTRUCTURE_ERROR,
+            1,
+            "rank 1 was killed by SIGKILL, which Luthier did not send: by the kernel, or by somebody",
+        ),
+    ),
+    DeathCase(
+        name="NCCL aborted over a peer in another pod",
+        messages=[],
+        deaths=[died(0, -6), died(1, -15, 0.1)],
+        evidence={"gpu_error": "ncclRemoteError: remote process exited"},
+        expect=(E.PEER_LOST, None, "ncclRemoteError: remote process exited"),
+    ),
+    DeathCase(
+        name="aborted by a library, without an error that is known",
+        messages=[said(E.PEER_LOST, message=LOST)],
+        deaths=[died(1, -6), died(0, 81)],
+        expect=(E.INFRASTRUCTURE_ERROR, 1, "rank 1 crashed with SIGABRT; see its last lines"),
+    ),
+    DeathCase(
+        name="a peer in another pod was lost: torch's agent ends the others",
+        messages=[said(E.PEER_LOST, message=LOST)],
+        deaths=[died(0, 81), died(1, -15, 0.1), died(2, None, 0.1), died(3, -9, 30.0)],
+        expect=(E.PEER_LOST, 0, LOST),
+    ),
+    DeathCase(
+        name="terminated by somebody",
+        messages=[said(E.PEER_LOST, message=LOST)],
+        deaths=[died(1, -15), died(0, 81)],
+        expect=(
+            E.INFRASTRUCTURE_ERROR,
+            1,
+            "rank 1 was killed by SIGTERM, which Luthier did not send: by the kernel, or by somebody",
+        ),
+    ),
+    DeathCase(
+        name="an exception, after which torch's agent ends the others",
+        messages=[said(E.TRAINING_ERROR, message="ValueError: no")],
+        deaths=[died(0, 70), died(1, -9, 0.1)],
+        expect=(E.TRAINING_ERROR, 0, "ValueError: no"),
+    ),
+    DeathCase(
+        name="killed, over which a peer raised an exception",
+        messages=[said(E.TRAINING_ERROR, message="RuntimeError: gloo")],
+        deaths=[died(1, -9), died(0, 70, 0.3)],
+        expect=(
+            E.INFRASTRUCTURE_ERROR,
+            1,
+            "rank 1 was killed by SIGKILL, which Luthier did not send: by the kernel, or by somebody",
+        ),
+    ),
+    DeathCase(
+        name="a mistake of the user on another rank",
+        messages=[said(E.INVALID_DATASET, message="bad row")],
+        deaths=[died(1, -9), died(0, 65, 0.1)],
+        expect=(E.INVALID_DATASET, 0, "bad row"),
+    ),
+    DeathCase(
+        name="the kernel killed it for its memory",
+        messages=[said(E.PEER_LOST, message=LOST)],
+        deaths=[died(1, -9), died(0, 81)],
+        evidence={"memory_kills": 1},
+        expect=(
+            E.HOST_OUT_OF_MEMORY,
+            None,
+            "spec.resources.memory: the container ran out of memory and the kernel killed a process. Raise it, or lower"
+            " batch sizes or maxLength",
+        ),
+    ),
+    DeathCase(
+        name="ended by a library's exit",
+        messages=[said(E.PEER_LOST, message=LOST)],
+        deaths=[died(1, 3), died(0, 81)],
+        expect=(E.TRAINING_ERROR, 1, "rank 1 ended with 3 and left no message; see its last lines"),
+    ),
+    DeathCase(
+        name="reaped before it was seen",
+        messages=[said(E.PEER_LOST, message=LOST)],
+        deaths=[died(1, None), died(0, 81)],
+        expect=(E.INFRASTRUCTURE_ERROR, 1, "rank 1 ended without a message; see its last lines"),
+    ),
+]
+
+
+@pytest.mark.parametrize("case", DEATHS, ids=lambda case: case.name)
+def test_a_rank_that_died_without_a_message_is_the_cause(case: DeathCase) -> None:
+    verdict = judge(
+        Evidence(
+            phase="run",
+            status=1,
+            messages={m.rank or 0: m for m in case.messages},
+            processes=4,
+            deaths=case.deaths,
+            **case.evidence,
+        )
+    )
+    assert (verdict.code, verdict.rank, verdict.message) == case.expect
+
+
+def test_a_hang_names_the_rank_that_does_not_react_first() -> None:
+    positions = [Position(rank, "is in all_reduce (c10d.py:7)", answered=True) for rank in (0, 1, 2, 4, 5)]
+    stopped = Position(3, "is stopped", answered=False)
+    verdict = judge(
+        Evidence(
+            phase="run",
+            status=-9,
+            killed="hang",
+            silence=61,
+            last_step=12,
+            positions=[*positions, stopped],
+            processes=6,
+        )
+    )
+    assert (verdict.code, verdict.rank) == (E.HANG, 3)
+    assert verdict.message == (
+        "no step for 61 s after step 12: rank 3 is stopped, rank 0 is in all_reduce (c10d.py:7), rank 1 is in"
+        " all_reduce (c10d.py:7), rank 2 is in all_reduce (c10d.py:7), 2 more. The stacks of all threads are in the log"
+    )
 
 
 @pytest.mark.parametrize("case", LAST_WORDS, ids=lambda case: case.name)

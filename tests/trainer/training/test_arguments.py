@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from luthier_api.finetune import TrainingResources
+from luthier_api.status import Plan
 from luthier_trainer.distributed.launch import cores
 from luthier_trainer.tasks.table import TASKS
+from luthier_trainer.training.arguments import group_timeout
 
 
 @dataclass(frozen=True)
@@ -74,3 +76,12 @@ def test_images_are_decoded_by_as_many_processes_as_there_are_cores(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(case.cores)))
     given = TrainingResources.model_validate(case.resources)
     assert TASKS[case.task].loader_workers(cores(given)) == case.workers
+
+
+@pytest.mark.parametrize(
+    ("step_timeout", "save_seconds", "seconds"), [(60, None, 1800), (1800, None, 2100), (60, 1000, 2300)]
+)
+def test_the_supervisor_ends_a_hang_before_torch_does(
+    step_timeout: float, save_seconds: int | None, seconds: int
+) -> None:
+    assert group_timeout(Plan(strategy="ddp", save_seconds=save_seconds), step_timeout) == seconds

@@ -18,9 +18,16 @@ STARTING_FILE, HEARTBEAT_FILE = "starting", "heartbeat"
 LOOK_SECONDS = 5.0
 
 
-def beat() -> None:
-    """Tell the supervisor that the work makes progress: once a step or batch, and while files are written or read."""
-    (run_dir() / HEARTBEAT_FILE).touch()
+def beat(step: int | None = None) -> None:
+    """Tell the supervisor that the work makes progress: once a step or batch, and while files are written or read.
+
+    `step`: of the training, where it is one. It stays until the next one.
+    """
+    file = run_dir() / HEARTBEAT_FILE
+    if step is None:
+        file.touch()
+    else:
+        file.write_text(str(step))
 
 
 def beat_before_training() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,8 +24,9 @@ from luthier_trainer.distributed import launch
 from luthier_trainer.runtime.commands import VERBS
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.heartbeat import HEARTBEAT_FILE, STARTING_FILE
-from luthier_trainer.runtime.run_folder import STOP_FILE, run_dir
-from luthier_trainer.supervisor import oom, preflight
+from luthier_trainer.runtime.run_folder import PROCESS, STACKS, STOP_FILE, processes, run_dir
+from luthier_trainer.supervisor import oom, preflight, stacks
+from luthier_trainer.supervisor.hang import HeartbeatWatch, StepLimit
 from luthier_trainer.supervisor.process_tree import Child
 from luthier_trainer.supervisor.signals import Stop
 from luthier_trainer.supervisor.verdict import Evidence, judge
@@ -33,9 +34,16 @@ from luthier_trainer.workspace import space
 from luthier_trainer.workspace.prepared import read_prepared
 
 HUB = "https://huggingface.co"
-STALE = (STOP_FILE, STARTING_FILE, HEARTBEAT_FILE, "metrics-port", "result-*.json", "result-*.partial")
-FIRST_STEP_FACTOR = 3  # loading, compilation and the first allocation come before the first heartbeat
-DUMP_SECONDS = 2.0
+STALE = (
+    STOP_FILE,
+    STARTING_FILE,
+    HEARTBEAT_FILE,
+    "metrics-port",
+    "result-*.json",
+    "result-*.partial",
+    f"{PROCESS}*",
+    f"{STACKS}*",
+)
 TICK_SECONDS = 0.2
 
 
@@ -45,8 +53,6 @@ class Settings:
 
     run_dir: Path
     node_rank: int
-    step_timeout: float
-    """Seconds without a heartbeat after which a run counts as hung."""
     peer_lost_linger: float
     """Seconds to wait before a lost peer is reported, so that the operator sees the pod that caused it fail first."""
     cgroup: Path
@@ -63,7 +69,6 @@ class Settings:
         return cls(
             run_dir=run_dir(),
             node_rank=int(number(Variables.NODE_RANK, 0)),
-            step_timeout=number("LUTHIER_STEP_TIMEOUT", 1800),
             peer_lost_linger=number("LUTHIER_PEER_LOST_LINGER", 20),
             cgroup=Path(environment.get("LUTHIER_CGROUP") or oom.CGROUP),
         )
@@ -115,13 +120,15 @@ def supervise(
     memory_kills = oom.oom_kills(settings.cgroup)
     child = Child(command(verb, run, settings.node_rank), environment(verb, run, path.resolve(), settings))
     plan = read_prepared(run).plan if VERBS[verb] == "run" else None
-    # A save may take as long as the plan says without a heartbeat, and longer on a slow volume.
-    heartbeat = HeartbeatWatch(settings.run_dir, max(settings.step_timeout, 2 * ((plan and plan.save_seconds) or 0)))
+    heartbeat = HeartbeatWatch(settings.run_dir, StepLimit.of(run, plan))
     grace = grace_of(run.spec, plan, run.grace_seconds)
     # Of a short grace period, at least half is for the checkpoint.
     patience = grace - min(space.TEARDOWN_SECONDS, grace / 2)
     killed: Literal["stop", "grace", "hang"] | None = None
+    where: list[stacks.Position] = []
     while not child.ended:
+        for rank, pid in processes(settings.run_dir).items():
+            child.watch(rank, pid)
         child.listen(TICK_SECONDS)
         if stop.at is not None:
             if VERBS[verb] != "run":
@@ -134,10 +141,7 @@ def supervise(
                 (settings.run_dir / STOP_FILE).touch()
         elif VERBS[verb] == "run" and heartbeat.lost():
             killed = "hang"
-            child.dump_stacks()
-            until = time.monotonic() + DUMP_SECONDS
-            while time.monotonic() < until:
-                child.listen(0.1)
+            where = stacks.positions(child, settings.run_dir)
             child.kill()
     child.drain()
     assert child.status is not None
@@ -149,12 +153,15 @@ def supervise(
             processes=run.spec.resources.processes if isinstance(run, FineTuneRun) and verb == "train" else 1,
             stopped=stop.at is not None,
             killed=killed,
-            silence=heartbeat.silence(),
+            silence=heartbeat.silence,
+            last_step=heartbeat.step,
+            positions=where,
+            deaths=child.deaths,
             memory_kills=oom.oom_kills(settings.cgroup) - memory_kills,
             gpu_error=child.tail.gpu_error,
         )
     )
-    if verdict.code == ExitCode.PEER_LOST:
+    if has_other_pods(run) and (verdict.code == ExitCode.PEER_LOST or is_waiting_for_others(killed, where)):
         until = time.monotonic() + settings.peer_lost_linger
         while time.monotonic() < until:
             if stop.at is not None:
@@ -172,35 +179,14 @@ def supervise(
     return verdict.model_copy(update={"last_lines": lines})
 
 
-class HeartbeatWatch:
-    """Watches the heartbeat files by the monotonic clock: changes of their times count, not the times themselves."""
-
-    def __init__(self, run_dir: Path, limit: float) -> None:
-        """`limit`: seconds without a heartbeat after which a run is lost; before the first step several times this."""
-        self._starting, self._heartbeat = run_dir / STARTING_FILE, run_dir / HEARTBEAT_FILE
-        self._limit = limit
-        self._seen: tuple[int | None, int | None] = (None, None)
-        self._since = time.monotonic()
-
-    def silence(self) -> float:
-        """Seconds since the last heartbeat."""
-        return time.monotonic() - self._since
-
-    def lost(self) -> bool:
-        """Whether there has been no heartbeat for too long."""
-        seen = changed_at(self._starting), changed_at(self._heartbeat)
-        if seen != self._seen:
-            self._seen, self._since = seen, time.monotonic()
-        begun = self._seen[1] is not None
-        return self.silence() > self._limit * (1 if begun else FIRST_STEP_FACTOR)
+def has_other_pods(run: FineTuneRun | GenerateRun) -> bool:
+    """Whether pods other than this one are of the same group, one of which may have caused a failure here."""
+    return isinstance(run, FineTuneRun) and run.spec.resources.nodes > 1
 
 
-def changed_at(file: Path) -> int | None:
-    """When `file` was last written, in ns; None when it is not there."""
-    try:
-        return file.stat().st_mtime_ns
-    except FileNotFoundError:
-        return None
+def is_waiting_for_others(killed: str | None, where: Sequence[stacks.Position]) -> bool:
+    """Whether the run hung, and no process of this pod is known to be the one that the others wait for."""
+    return killed == "hang" and all(position.answered for position in where)
 
 
 def read_results(run_dir: Path) -> dict[int, TerminationMessage]:

@@ -2,6 +2,8 @@
 
 One thread and one loop: output is passed on as it comes, and its last lines are kept. Workers of torch's agent live in
 sessions of their own, which a signal to the process group does not reach; the tree is therefore read from /proc.
+torch's agent reaps them as well, and passes on an exit code of 1 whatever ended them; their ends are therefore read
+before that, at the moment in which the kernel reports them.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,6 +29,7 @@ from luthier_trainer.supervisor.redaction import OutputRedaction, redact
 KEPT_LINES = 20
 KEPT_LINE_BYTES = 400
 PR_SET_CHILD_SUBREAPER = 36
+EXIT_CODE_FIELD = 52 - 3  # of /proc/PID/stat, behind the name of the command (proc_pid_stat(5))
 
 
 class Tail:
@@ -61,6 +65,31 @@ class Tail:
         return "\n".join(self._lines)
 
 
+@dataclass(frozen=True)
+class Death:
+    """How the process of a rank ended."""
+
+    rank: int
+    status: int | None
+    """Exit code, or the negative number of the signal that ended it; None where it was reaped before it was read."""
+    at: float
+    """By the monotonic clock, in seconds."""
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """The process of a rank, while it is watched."""
+
+    rank: int
+    pid: int
+
+
+@dataclass(frozen=True)
+class _Output:
+    sink: BinaryIO
+    redaction: OutputRedaction
+
+
 class Child:
     """A running phase. Call `listen` until `ended`."""
 
@@ -69,6 +98,9 @@ class Child:
         self.tail = Tail()
         self.status: int | None = None
         """Exit code, or the negative number of the signal that ended it; None while it runs."""
+        self.deaths: list[Death] = []
+        """Of the watched processes, in their order."""
+        self._watched: set[int] = set()
         self._process = subprocess.Popen(
             command,
             env=dict(environment),
@@ -78,39 +110,67 @@ class Child:
             start_new_session=True,
         )
         self._selector = selectors.DefaultSelector()
+        self._open_pipes = 0
         for pipe, sink in ((self._process.stdout, sys.stdout), (self._process.stderr, sys.stderr)):
             assert pipe is not None
             os.set_blocking(pipe.fileno(), False)
-            self._selector.register(pipe, selectors.EVENT_READ, (sink.buffer, OutputRedaction()))
+            self._selector.register(pipe, selectors.EVENT_READ, _Output(sink.buffer, OutputRedaction()))
+            self._open_pipes += 1
 
     @property
     def ended(self) -> bool:
         return self.status is not None
 
+    def watch(self, rank: int, pid: int) -> None:
+        """Record in `deaths` how the process `pid` of a rank ends. It may be watched already."""
+        if pid in self._watched:
+            return
+        self._watched.add(pid)
+        try:
+            handle = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self.deaths.append(Death(rank, None, time.monotonic()))
+        else:
+            self._selector.register(handle, selectors.EVENT_READ, _Rank(rank, pid))
+
     def listen(self, seconds: float) -> None:
         """Pass on output and reap ended processes for up to `seconds`; returns early when something happened."""
-        self._pass_on(seconds)
+        self._wait(seconds)
         self._reap()
 
-    def _pass_on(self, seconds: float) -> bool:
-        """Pass on output. Returns whether there was any."""
+    def listen_for(self, seconds: float) -> None:
+        """The same for all of `seconds`."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            self.listen(left)
+
+    def _wait(self, seconds: float) -> bool:
+        """Wait for output and for ends of watched processes. Returns whether there was any."""
         if not self._selector.get_map():
             time.sleep(seconds)
             return False
-        events = self._selector.select(seconds)
-        for key, _ in events:
-            data = os.read(key.fd, 1 << 16)
-            sink: BinaryIO
-            redaction: OutputRedaction
-            sink, redaction = key.data
-            if data:
-                self.tail.feed(data)
-            else:
-                self._selector.unregister(key.fileobj)
-            with contextlib.suppress(BrokenPipeError, ValueError):
-                sink.write(redaction.feed(data) if data else redaction.rest())
-                sink.flush()
+        events = [key for key, _ in self._selector.select(seconds)]
+        # Ends first: who is their parent reaps them within 0.1 s.
+        for key in events:
+            if isinstance(key.data, _Rank):
+                self.deaths.append(Death(key.data.rank, _exit_status(key.data.pid), time.monotonic()))
+                self._selector.unregister(key.fd)
+                os.close(key.fd)
+        for key in events:
+            if isinstance(key.data, _Output):
+                self._pass_on(key, key.data)
         return bool(events)
+
+    def _pass_on(self, key: selectors.SelectorKey, output: _Output) -> None:
+        data = os.read(key.fd, 1 << 16)
+        if data:
+            self.tail.feed(data)
+        else:
+            self._selector.unregister(key.fileobj)
+            self._open_pipes -= 1
+        with contextlib.suppress(BrokenPipeError, ValueError):
+            output.sink.write(output.redaction.feed(data) if data else output.redaction.rest())
+            output.sink.flush()
 
     def _reap(self) -> None:
         while True:
@@ -126,12 +186,16 @@ class Child:
     def drain(self, seconds: float = 1.0) -> None:
         """Pass on what is left in the pipes after the end, for up to `seconds`: an orphan may hold them open."""
         until = time.monotonic() + seconds
-        while self._selector.get_map() and time.monotonic() < until and self._pass_on(0.05):
+        while self._open_pipes and time.monotonic() < until and self._wait(0.05):
             pass
 
-    def dump_stacks(self) -> None:
+    def processes(self) -> list[int]:
+        """The ids of all processes of the phase."""
+        return descendants(os.getpid())
+
+    def dump_stacks(self, processes: Iterable[int]) -> None:
         """Send SIGUSR1 to each process that catches it, as faulthandler does; it would kill the others."""
-        for pid in descendants(os.getpid()):
+        for pid in processes:
             if _catches(pid, signal.SIGUSR1):
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGUSR1)
@@ -140,16 +204,27 @@ class Child:
         """Send SIGKILL to the whole tree until nothing of it is left, for up to `seconds`."""
         until = time.monotonic() + seconds
         while True:
-            tree = descendants(os.getpid())
-            for pid in tree:
+            for pid in self.processes():
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)
             if not self.ended:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(self._process.pid, signal.SIGKILL)
             self.listen(0.05)
-            if (self.ended and not descendants(os.getpid())) or time.monotonic() > until:
+            if (self.ended and not self.processes()) or time.monotonic() > until:
                 return
+
+
+def _exit_status(pid: int) -> int | None:
+    """How a process has ended that its parent has not reaped yet. None where it has.
+
+    Exit code, or the negative number of the signal that ended it.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return os.waitstatus_to_exitcode(int(fields[EXIT_CODE_FIELD]))
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def _catches(pid: int, number: int) -> bool:

@@ -2,13 +2,14 @@
 what PID 1 did to it. Pure: no I/O, no clock.
 
 When one rank fails, its peers fail a moment later as a consequence. The message to send is the cause, so messages are
-ordered by `ExitCode.cause_rank`.
+ordered by `ExitCode.cause_rank`. A rank that a signal ended leaves no message: the order of deaths tells that it was
+the first.
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +17,8 @@ from luthier_api.exitcodes import ERROR_RANK, ExitCode, Retry
 from luthier_api.status import Phase
 from luthier_api.termination import TerminationMessage
 from luthier_trainer.runtime import gpu_errors
+from luthier_trainer.supervisor.process_tree import Death
+from luthier_trainer.supervisor.stacks import Position
 
 # `spec.resources` is for `run` alone: the other phases have the chart's request, and no limit but that of a LimitRange.
 _ASK = (
@@ -28,6 +31,9 @@ MORE_MEMORY: Mapping[Phase, tuple[str, str]] = {
     "publish": ("jobs.memoryRequest", _ASK),
 }
 
+# When one process has ended, torch's agent sends SIGTERM to the others, and SIGKILL 30 s later.
+CONSEQUENCE_SECONDS = 20.0
+POSITIONS_NAMED = 4  # in a message
 EXTERNAL_SIGNALS = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}  # a process that crashes gets others
 
 
@@ -48,6 +54,12 @@ class Evidence:
     """Why PID 1 killed the process."""
     silence: float = 0
     """Seconds without a heartbeat, when it hung."""
+    last_step: int | None = None
+    """The step of the last heartbeat."""
+    positions: Sequence[Position] = ()
+    """Where the ranks of this pod were, when it hung."""
+    deaths: Sequence[Death] = ()
+    """How the processes of the ranks ended, in their order."""
     memory_kills: int = 0
     """Processes that the kernel killed for their memory."""
     gpu_error: str = ""
@@ -101,32 +113,72 @@ def _cause(e: Evidence) -> TerminationMessage:
             f"{field}: the container ran out of memory and the kernel killed a process. {remedy}",
         )
     if e.killed == "hang":
-        return _message(
-            e.phase,
-            ExitCode.HANG,
-            f"no step for {e.silence:.0f} s; the stacks of all threads are in the log",
-            step=_step(e.messages),
-        )
+        return _hang(e)
+    silent = _silent(e)
+    aborted = silent is not None and silent.status == -signal.SIGABRT  # as libraries do when they lose a peer
+    if silent and not aborted:
+        return _without_message(e, silent.status, f"rank {silent.rank}", silent.rank)
     # A process that was killed from outside had survived the errors of CUDA before it.
     ended_by_itself = e.phase == "run" and -e.status not in EXTERNAL_SIGNALS
     found = gpu_errors.match(e.gpu_error) if ended_by_itself else None
     if found and (first is None or first.code == ExitCode.PEER_LOST):
         code, remedy = found
         return _message(e.phase, code, f"{e.gpu_error.strip()}. {remedy}".removesuffix(". "), step=_step(e.messages))
-    if first:
-        return first
-    if e.status == 0:
-        return _message(
-            e.phase, ExitCode.TRAINING_ERROR, "the process ended with 0 but left no result; see its last lines"
-        )
-    if e.status < 0:
-        name = _signal_name(-e.status)
-        message = f"the process crashed with {name}; see its last lines"
-        if -e.status in EXTERNAL_SIGNALS:
-            message = f"the process was killed by {name} from outside the container"
-        return _message(e.phase, ExitCode.INFRASTRUCTURE_ERROR, message)
-    code = ExitCode.of(e.status) or ExitCode.TRAINING_ERROR
-    return _message(e.phase, code, f"the process ended with {e.status} and left no message; see its last lines")
+    if silent and (first is None or first.code == ExitCode.PEER_LOST):
+        return _without_message(e, silent.status, f"rank {silent.rank}", silent.rank)
+    return first or _without_message(e, e.status, "the process")
+
+
+def _silent(e: Evidence) -> Death | None:
+    """The end of a rank without a message that caused the others to fail. None where no rank ended so.
+
+    Of several, one that was killed or that crashed comes before one that aborted.
+    """
+    found = []
+    for death in e.deaths if e.processes > 1 else ():
+        left = e.messages.get(death.rank)
+        if left is not None and left.code not in (ExitCode.COMPLETED, ExitCode.PEER_LOST):
+            break  # that one has failed by itself, and torch's agent has ended those that follow
+        if left is not None or death.at - e.deaths[0].at > CONSEQUENCE_SECONDS:
+            continue
+        by_agent = death.status is None or death.status == -signal.SIGTERM
+        if not by_agent or death is e.deaths[0]:
+            found.append(death)
+    return min(found, key=lambda death: death.status == -signal.SIGABRT, default=None)
+
+
+def _without_message(e: Evidence, status: int | None, who: str, rank: int | None = None) -> TerminationMessage:
+    """About a process that left no message. `status`: as in `Death`. `who`: it, as the subject of a sentence."""
+    if status is None:
+        code, text = ExitCode.INFRASTRUCTURE_ERROR, f"{who} ended without a message; see its last lines"
+    elif status == 0:
+        code, text = ExitCode.TRAINING_ERROR, f"{who} ended with 0 but left no result; see its last lines"
+    elif status > 0:
+        code = ExitCode.of(status) or ExitCode.TRAINING_ERROR
+        text = f"{who} ended with {status} and left no message; see its last lines"
+    elif -status in EXTERNAL_SIGNALS:
+        code = ExitCode.INFRASTRUCTURE_ERROR
+        text = f"{who} was killed by {_signal_name(-status)}, which Luthier did not send: by the kernel, or by somebody"
+    else:
+        code = ExitCode.INFRASTRUCTURE_ERROR
+        text = f"{who} crashed with {_signal_name(-status)}; see its last lines"
+    return _message(e.phase, code, text, step=_step(e.messages), rank=rank)
+
+
+def _hang(e: Evidence) -> TerminationMessage:
+    """About a run that PID 1 ended because it made no progress."""
+    text = f"no step for {e.silence:.0f} s"
+    if e.last_step is not None:
+        text += f" after step {e.last_step}"
+    positions = sorted(e.positions, key=lambda position: position.answered)  # those that keep the others waiting first
+    named = [f"rank {position.rank} {position.text}" for position in positions[:POSITIONS_NAMED]]
+    if len(positions) > POSITIONS_NAMED:
+        named.append(f"{len(positions) - POSITIONS_NAMED} more")
+    if named:
+        text += f": {', '.join(named)}"
+    text += ". The stacks of all threads are in the log"
+    rank = positions[0].rank if positions and not positions[0].answered else None
+    return _message(e.phase, ExitCode.HANG, text, step=_step(e.messages), rank=rank)
 
 
 def _cause_rank(message: TerminationMessage) -> tuple[int, int]:
@@ -140,9 +192,17 @@ def _step(messages: Mapping[int, TerminationMessage]) -> int | None:
 
 
 def _message(
-    phase: Phase, code: ExitCode, message: str, *, saved: bool | None = None, step: int | None = None
+    phase: Phase,
+    code: ExitCode,
+    message: str,
+    *,
+    saved: bool | None = None,
+    step: int | None = None,
+    rank: int | None = None,
 ) -> TerminationMessage:
-    return TerminationMessage(phase=phase, code=code, reason=code.reason, message=message, saved=saved, step=step)
+    return TerminationMessage(
+        phase=phase, code=code, reason=code.reason, message=message, saved=saved, step=step, rank=rank
+    )
 
 
 def _signal_name(number: int) -> str:

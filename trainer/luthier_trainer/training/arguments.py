@@ -5,6 +5,7 @@ Constructing them joins the process group of torch.distributed.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,17 @@ from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.tasks.base import Task
 
 GROUP_TIMEOUT_SECONDS = 1800  # transformers' own default
+GROUP_TIMEOUT_MARGIN_SECONDS = 300
 
 
 def training_arguments(
-    task: Task, spec: FineTuneJobSpec, plan: Plan, checkpoints: Path, evaluates: bool
+    task: Task, spec: FineTuneJobSpec, plan: Plan, checkpoints: Path, evaluates: bool, step_timeout: float
 ) -> TrainingArguments:
     """Return the arguments of the task's trainer.
 
     Batch sizes and the number of steps come from the plan, the learning rate and its schedule from the spec. Reports to
-    other services, progress bars and transformers' rotation of checkpoints are off.
+    other services, progress bars and transformers' rotation of checkpoints are off. `step_timeout`: seconds after which
+    the supervisor ends a run that hangs.
 
     Raises Failure if the GPUs are not those that the job asks for, or do not have the requested precision.
     """
@@ -50,7 +53,7 @@ def training_arguments(
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
         "use_cpu": cpu,
-        "ddp_timeout": group_timeout(plan),
+        "ddp_timeout": group_timeout(plan, step_timeout),
         "ddp_backend": "gloo" if cpu and plan.world_size > 1 else None,
         "ddp_find_unused_parameters": False,
         "activation_checkpointing": bool(plan.gradient_checkpointing),
@@ -74,13 +77,15 @@ def training_arguments(
     return task.arguments(spec, common)
 
 
-def group_timeout(plan: Plan) -> int:
+def group_timeout(plan: Plan, step_timeout: float) -> int:
     """Return how many seconds a process waits for the others in a collective operation before it fails.
 
     The others wait while one process writes a checkpoint. The timeout is therefore at least twice the planned time of a
-    save, in case the volume is slow.
+    save, in case the volume is slow. The supervisor comes first, because it knows which process does not react, and
+    writes the stacks of all.
     """
-    return max(GROUP_TIMEOUT_SECONDS, 2 * (plan.save_seconds or 0))
+    patience = max(step_timeout, 2 * (plan.save_seconds or 0))
+    return max(GROUP_TIMEOUT_SECONDS, math.ceil(patience) + GROUP_TIMEOUT_MARGIN_SECONDS)
 
 
 def precision_of(plan: Plan, cpu: bool) -> str:

@@ -112,10 +112,10 @@ class Stop(Callback):
 
 
 class Heartbeat(Callback):
-    """Touches the file that the supervisor watches to detect a hang."""
+    """Writes the file that the supervisor watches to detect a hang."""
 
-    def _beat(self, *_: Any, **__: Any) -> None:
-        beat()
+    def _beat(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        beat(state.global_step)
 
     on_train_begin = on_step_end = on_prediction_step = on_save = _beat
 

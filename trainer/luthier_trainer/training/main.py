@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.methods import METHODS
-from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
+from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord, step_timeout_of
 from luthier_api.tasks import TASKS, TRAINING_TASKS
 from luthier_api.termination import TerminationMessage
 from luthier_api.workspace import WorkspaceFolder
@@ -68,7 +68,14 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     # Constructing TrainingArguments opens the process group. Then all ranks agree on the checkpoint to start from.
     data: DatasetDict = load_from_disk(prepared.dataset_path)
     workspace.checkpoints.mkdir(parents=True, exist_ok=True)
-    arguments = training_arguments(task, spec, prepared.plan, workspace.checkpoints, evaluates="eval" in data)
+    arguments = training_arguments(
+        task,
+        spec,
+        prepared.plan,
+        workspace.checkpoints,
+        evaluates="eval" in data,
+        step_timeout=step_timeout_of(run),
+    )
     ranks = Ranks(arguments.ddp_timeout)
     resume = checkpoint.newest(workspace.checkpoints, identity, ranks)
     ranks.decide(
