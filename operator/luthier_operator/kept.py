@@ -21,24 +21,10 @@ from luthier_operator.statuses import moment
 from luthier_operator.workloads.sources import SOURCE_KIND
 
 META = ("name", "namespace", "uid", "resourceVersion", "creationTimestamp", "deletionTimestamp")
-LABELS = {
-    naming.KIND_LABEL,
-    naming.JOB_LABEL,
-    naming.UID_LABEL,
-    naming.PHASE_LABEL,
-    naming.RESTART_LABEL,
-    naming.INDEX_ANNOTATION,
-    *naming.CHILD_LABELS,
-}
-ANNOTATIONS = {
-    naming.HUB_ANNOTATION,
-    naming.TARGET_ANNOTATION,
-    naming.SOURCES_ANNOTATION,
-    naming.BEFORE_ANNOTATION,
-    naming.INDEX_ANNOTATION,
-    naming.INDEX_FAILURES_ANNOTATION,
-    naming.INDEX_IGNORED_ANNOTATION,
-}
+OWN = "luthier.dev/"
+"""Prefix of our own labels and annotations, which are kept. kubectl keeps a copy of the whole object in another one."""
+LABELS = {naming.RESTART_LABEL, naming.INDEX_ANNOTATION, *naming.CHILD_LABELS}
+ANNOTATIONS = {naming.INDEX_ANNOTATION, naming.INDEX_FAILURES_ANNOTATION, naming.INDEX_IGNORED_ANNOTATION}
 SPEC = ("nodeName", "suspend")
 STATUS = ("phase", "reason", "message", "podIP", "restarts", "restartsCountTowardsMax", "active", "succeeded", "failed")
 CONDITION = ("type", "status", "reason", "message", "lastTransitionTime")
@@ -51,8 +37,6 @@ CONDITIONS_NOT_READ = {
     "FailureTarget",
 }
 """The other conditions of pods, Jobs and JobSets are kept: a controller or a queue may set any."""
-OWN_ANNOTATIONS = "luthier.dev/"
-"""Of the annotations of a job only these are kept: kubectl keeps a copy of the whole object in another one."""
 
 
 def project(found: Object) -> Object:
@@ -65,10 +49,10 @@ def project(found: Object) -> Object:
     kept_meta["namespace"] = sys.intern(meta["namespace"])
     if owners := meta.get("ownerReferences"):
         kept_meta["ownerReferences"] = [{"uid": owner["uid"]} for owner in owners]
-    if labels := {name: value for name in LABELS if (value := (meta.get("labels") or {}).get(name)) is not None}:
+    if labels := _named(meta.get("labels"), LABELS):
         kept_meta["labels"] = labels
-    if notes := {name: value for name in ANNOTATIONS if (value := (meta.get("annotations") or {}).get(name))}:
-        kept_meta["annotations"] = notes
+    if annotations := _named(meta.get("annotations"), ANNOTATIONS):
+        kept_meta["annotations"] = annotations
 
     kept_status = _some(status, STATUS)
     conditions = [c for c in status.get("conditions") or [] if c["type"] not in CONDITIONS_NOT_READ]
@@ -108,11 +92,12 @@ class KeptJob:
     def of(cls, found: Object) -> KeptJob:
         meta, status = found["metadata"], found.get("status") or {}
         kept_meta = {name: value for name, value in meta.items() if name not in ("managedFields", "annotations")}
-        notes = meta.get("annotations") or {}
-        if own := {name: value for name, value in notes.items() if name.startswith(OWN_ANNOTATIONS)}:
+        if own := _named(meta.get("annotations"), set()):
             kept_meta["annotations"] = own
         conditions = {c.get("type"): c.get("status") for c in status.get("conditions") or []}
-        finished = "True" in (conditions.get(ConditionType.COMPLETE), conditions.get(ConditionType.FAILED))
+        completed_at = _moment(status.get("completionTime"))
+        ended = "True" in (conditions.get(ConditionType.COMPLETE), conditions.get(ConditionType.FAILED))
+        finished = ended or completed_at is not None
         state = status.get("state") or State.PENDING
         outcome = " ".join([state, *(f"{name}={value}" for name, value in conditions.items())])
         return cls(
@@ -123,7 +108,7 @@ class KeptJob:
             outcome=sys.intern(outcome),
             waits=not finished and conditions.get(ConditionType.ACCEPTED) != "True",
             finished=finished,
-            completed_at=_moment(status.get("completionTime")),
+            completed_at=completed_at,
             sources=source_keys(found),
         )
 
@@ -143,6 +128,11 @@ def source_keys(job: Object) -> tuple[Key, ...]:
 def version(found: Object) -> int:
     """The resource version as a number, which grows: guaranteed since Kubernetes 1.35, and always true with etcd."""
     return int(found["metadata"]["resourceVersion"])
+
+
+def _named(found: dict[str, str] | None, names: set[str]) -> dict[str, str]:
+    """Our own labels or annotations, and those of `names`."""
+    return {name: value for name, value in (found or {}).items() if name in names or name.startswith(OWN)}
 
 
 def _moment(text: object) -> datetime | None:
