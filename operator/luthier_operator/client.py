@@ -7,7 +7,7 @@ JSON is read and written by msgspec: the same requests take a third of the CPU (
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import functools
 import importlib.metadata
 import os
 import random
@@ -29,6 +29,7 @@ from luthier_api import API_VERSION
 from luthier_api.kinds import KINDS
 from luthier_operator import naming
 from luthier_operator.model import Object
+from luthier_operator.wire import read_answer, read_event, read_list
 
 VERSION = importlib.metadata.version("luthier")
 FIELD_MANAGER = "luthier"
@@ -153,7 +154,8 @@ class Client:
         """All objects in chunks, each with the resourceVersion of the whole list. Objects have apiVersion and kind."""
         query = {"limit": str(CHUNK)} | ({"labelSelector": selector} if selector else {})
         while True:
-            chunk = await self.get(resource.path(namespace), query)
+            read = functools.partial(read_list, resource.kind)
+            chunk = await self._request("GET", resource.path(namespace), query, read=read)
             for item in chunk["items"]:  # the API server leaves these out in lists
                 item.setdefault("apiVersion", resource.api_version)
                 item.setdefault("kind", resource.kind)
@@ -185,8 +187,7 @@ class Client:
                 async for data in response.content.iter_any():
                     *lines, rest = (rest + data).split(b"\n")
                     for line in lines:
-                        event = msgspec.json.decode(line)
-                        yield event["type"], event["object"]
+                        yield read_event(resource.kind, line)
         except (aiohttp.ClientError, TimeoutError, OSError, msgspec.DecodeError) as error:
             raise ApiError(0, "Unreachable", f"WATCH {url}: {error!r}") from error
 
@@ -266,24 +267,26 @@ class Client:
         query: dict[str, str] | None = None,
         body: Object | None = None,
         content: str = JSON,
+        read: Callable[[bytes], Object] = read_answer,
     ) -> Object:
         """Send a request, again while the API server answers 429. Raises ApiError for any other answer than 2xx."""
         for _ in range(TOO_MANY_ATTEMPTS):
             while (wait := self._paused_until - asyncio.get_running_loop().time()) > 0:
                 await asyncio.sleep(wait * random.uniform(1, 1.2))
-            status, headers, answer = await self._send(method, path, query, body, content)
+            status, headers, text = await self._send(method, path, query, body, content)
             if status != 429:
                 break
             # API priority and fairness has rejected the request, and would reject those of the other workers as well.
             pause = _seconds(headers.get("Retry-After"))
             self._paused_until = max(self._paused_until, asyncio.get_running_loop().time() + pause)
         if not 200 <= status < 300:
+            answer = read_answer(text)
             raise ApiError(status, answer.get("reason", ""), answer.get("message", ""))
-        return answer
+        return read(text)
 
     async def _send(
         self, method: str, path: str, query: dict[str, str] | None, body: Object | None, content: str
-    ) -> tuple[int, Any, Object]:
+    ) -> tuple[int, Any, bytes]:
         """Send a request once. Returns status, headers and body. Raises ApiError with status 0 without an answer."""
         request: dict[str, Any] = {"params": query, "data": None if body is None else msgspec.json.encode(body)}
         async with self._slots:
@@ -295,7 +298,7 @@ class Client:
                 self._count(method, "<error>")
                 raise ApiError(0, "Unreachable", f"{method} {path}: {error!r}") from error
         self._count(method, str(status))
-        return status, headers, read_answer(text)
+        return status, headers, text
 
     async def _headers(self, content: str) -> dict[str, str]:
         """Type of the body, and the credentials, which the configuration reads again before they expire."""
@@ -303,15 +306,6 @@ class Client:
         for setting in (await self._configuration.auth_settings()).values():
             headers[setting["key"]] = setting["value"]
         return headers
-
-
-def read_answer(text: bytes) -> Object:
-    """The JSON object of an answer. A proxy may have answered in the place of the API server."""
-    with contextlib.suppress(msgspec.DecodeError):
-        answer = msgspec.json.decode(text)
-        if isinstance(answer, dict):
-            return answer
-    return {"message": text.decode(errors="replace")[:500]}
 
 
 def _seconds(header: str | None) -> float:

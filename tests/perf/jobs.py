@@ -2,36 +2,50 @@
 
 On a real API server, with the real operator as a process. No pod runs: a node selector that no node has keeps them
 pending, and the benchmark itself marks the prepare Jobs as succeeded, so that what is measured is the operator and not
-the kubelet. Direct creation uses the operator's own client with as many requests in flight, on manifests that the
-operator has rendered.
+the kubelet. `PYTHONPATH=tests python -m perf.jobs --sizes 200 1000 --finished 5000` sets the sizes.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import contextlib
+import functools
 import json
 import os
-import resource
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from perf.bare import apply_all
+from perf.operator_process import AuditLog, OperatorProcess, calls_to_jobset, per_job
+
+from luthier_api.kinds import parse_job
+from luthier_api.status import JobStatus
+from luthier_operator import naming
 from luthier_operator.client import RESOURCES, Client, login
-from luthier_operator.model import Object
+from luthier_operator.decide import decide
+from luthier_operator.model import Object, Observed
+from luthier_operator.render.job import prepare
+from luthier_operator.settings import Settings
+from luthier_operator.workloads import workload
 
-JOBS = int(os.environ.get("LUTHIER_BENCH_JOBS", "200"))
-NAMESPACES = {"operator": "luthier-bench", "direct": "luthier-bench-direct"}
+HERE, DIRECT = "luthier-bench", "luthier-bench-direct"
 SELECTOR = {"luthier.dev/bench": "no-node-has-this"}
+EDITS = 20
+LIMIT = 300.0  # seconds for anything that is waited for
 
 
-def job(i: int) -> Object:
+def job(name: str) -> Object:
     return {
         "apiVersion": "luthier.dev/v1alpha1",
         "kind": "FineTuneJob",
-        "metadata": {"name": f"bench-{i:04}", "namespace": NAMESPACES["operator"]},
+        "metadata": {"name": name, "namespace": HERE},
         "spec": {
             "task": "causal-lm",
             "model": {"id": "org/model"},
@@ -43,194 +57,276 @@ def job(i: int) -> Object:
     }
 
 
-async def objects(client: Client, kind: str, namespace: str) -> list[Object]:
-    return [item async for chunk, _ in client.list(RESOURCES[kind], namespace) for item in chunk]
+class Seen:
+    """When each job was first seen to have what `true` asks for, by a watch: polling would load the API server."""
+
+    def __init__(self, kind: str, true: Callable[[Object], bool] = lambda found: True) -> None:
+        self.kind, self.true = kind, true
+        self.at: dict[str, float] = {}
+        self._changed = asyncio.Event()
+
+    async def follow(self, client: Client, since: str) -> None:
+        async for event, found in client.watch(RESOURCES[self.kind], HERE, "", since):
+            if event in ("ADDED", "MODIFIED") and self.true(found):
+                labels = found["metadata"].get("labels") or {}
+                name = labels.get(naming.JOB_LABEL) or found["metadata"]["name"]
+                self.at.setdefault(name, time.monotonic())
+                self._changed.set()
+
+    async def all_of(self, names: Iterable[str]) -> None:
+        """Wait until each of `names` was seen. Exits if that takes too long."""
+        missing = set(names)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LIMIT):
+                while missing := missing - self.at.keys():
+                    self._changed.clear()
+                    await self._changed.wait()
+        if missing:
+            raise SystemExit(f"{self.kind}: {len(missing)} missing after {LIMIT} s")
 
 
-async def until(client: Client, kind: str, namespace: str, count: int, limit: float = 120) -> None:
-    """Wait for `count` objects; their creation times are the measurement, not this loop."""
-    deadline = time.monotonic() + limit
-    while len(await objects(client, kind, namespace)) < count:
-        if time.monotonic() > deadline:
-            raise SystemExit(f"{kind}: fewer than {count} after {limit} s")
-        await asyncio.sleep(0.2)
+@contextlib.asynccontextmanager
+async def watching(client: Client, *watched: Seen) -> AsyncIterator[None]:
+    tasks = []
+    for seen in watched:
+        version = (await client.get(RESOURCES[seen.kind].path(HERE), {"limit": "1"}))["metadata"]["resourceVersion"]
+        tasks.append(asyncio.create_task(seen.follow(client, version)))
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def all_at_once(calls: list[Any]) -> float:
-    """Seconds that the calls take together; the client bounds what is in flight."""
-    begin = time.monotonic()
-    await asyncio.gather(*calls)
-    return time.monotonic() - begin
+async def objects(client: Client, kind: str) -> list[Object]:
+    return [item async for chunk, _ in client.list(RESOURCES[kind], HERE) for item in chunk]
 
 
-def cpu_and_memory(pid: int) -> tuple[float, float]:
-    """CPU seconds (user and system) so far, and peak resident memory in MiB, of a process."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    ticks = os.sysconf("SC_CLK_TCK")
-    peak = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return (int(fields[11]) + int(fields[12])) / ticks, int(peak.split()[1]) / 1024
+async def create_jobs(client: Client, names: list[str]) -> dict[str, float]:
+    """Create all at once. Returns when each was answered."""
+    answered: dict[str, float] = {}
+
+    async def create(name: str) -> None:
+        await client.create(job(name))
+        answered[name] = time.monotonic()
+
+    await asyncio.gather(*map(create, names))
+    return answered
 
 
-async def mark_prepared(client: Client, namespace: str) -> tuple[float, float]:
-    """Give every prepare Job the status that the Job controller writes when its pod has succeeded. Returns when that
-    began (monotonic), and the seconds that it took.
-    """
-    # The Job controller makes 20 requests a second, and a Job cannot end before it has begun
-    deadline = time.monotonic() + 300
-    while not all(o["status"].get("startTime") for o in await objects(client, "Job", namespace)):
-        if time.monotonic() > deadline:
-            raise SystemExit("the Job controller has not begun all Jobs after 300 s")
-        await asyncio.sleep(1)
-    begin = time.monotonic()
-    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    # So long ago that the operator waits for no word of a pod: there is none.
+def p95(values: Iterable[float]) -> float:
+    return statistics.quantiles(values, n=20)[-1]
+
+
+def finished_job_status() -> Object:
+    """As the Job controller writes it. So long ago that the operator waits for no message of a pod: there is none."""
     earlier = (datetime.now(UTC) - timedelta(minutes=1)).strftime("%Y-%m-%dT%H:%M:%SZ")
     ends = [
-        {"type": t, "status": "True", "lastTransitionTime": earlier, "reason": "CompletionsReached"}
-        for t in ("SuccessCriteriaMet", "Complete")
+        {"type": name, "status": "True", "lastTransitionTime": earlier, "reason": "CompletionsReached"}
+        for name in ("SuccessCriteriaMet", "Complete")
     ]
-    status = {"active": 0, "ready": 0, "terminating": 0, "succeeded": 1, "completionTime": now, "conditions": ends}
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return {"active": 0, "ready": 0, "terminating": 0, "succeeded": 1, "completionTime": now, "conditions": ends}
 
-    async def mark(name: str) -> None:
-        path = RESOURCES["Job"].path(namespace, name, "status")
-        for _ in range(10):  # the Job controller writes as well
-            code, _, answer = await client._send(
-                "PATCH", path, None, {"status": status}, "application/merge-patch+json"
+
+async def patch_status(client: Client, kind: str, name: str, status: Object) -> None:
+    """Write a status, again while another controller writes it, too."""
+    path = RESOURCES[kind].path(HERE, name, "status")
+    for _ in range(10):
+        code, _, answer = await client._send("PATCH", path, None, {"status": status}, "application/merge-patch+json")
+        if code == 200:
+            return
+        await asyncio.sleep(0.5)
+    raise SystemExit(f"{name}: {answer}")
+
+
+# Throughput
+
+
+async def throughput(client: Client, audit_path: Path, size: int) -> dict[str, Any]:
+    """`size` jobs at once: to the prepare Job, and after it has succeeded to the JobSet; beside direct creation."""
+    names = [f"bench-{i:05}" for i in range(size)]
+    prepares, jobsets = Seen("Job"), Seen("JobSet")
+    begun = Seen("Job", lambda found: "startTime" in found.get("status", {}))
+    with OperatorProcess(HERE) as operator:
+        async with watching(client, prepares, jobsets, begun):
+            audit, cpu = AuditLog(audit_path, HERE), [operator.cpu_seconds()]
+            begin = time.monotonic()
+            answered = await create_jobs(client, names)
+            created_in = time.monotonic() - begin
+            await prepares.all_of(names)
+            first_child = [prepares.at[name] - answered[name] for name in names]
+            to_prepare = max(prepares.at.values()) - begin
+            cpu.append(operator.cpu_seconds())
+            await begun.all_of(names)  # the Job controller makes 20 requests a second
+            await asyncio.sleep(5)
+            begin = time.monotonic()
+            status = finished_job_status()
+            await asyncio.gather(
+                *(patch_status(client, "Job", f"ftj-{name}-prepare", status) for name in names),
             )
-            if code == 200:
-                return
+            await jobsets.all_of(names)
+            to_jobset = max(jobsets.at.values()) - begin
+            await asyncio.sleep(5)
+            cpu.append(operator.cpu_seconds())
+        peak = operator.memory_mib()
+    calls = audit.calls()
+    bare = await apply_all([without_owner(found) for found in await objects(client, "JobSet")])
+    return {
+        "jobs": size,
+        "finetunejobs_created_per_s": round(size / created_in, 1),
+        "first_child_p95_s": round(p95(first_child), 2),
+        "to_prepare_job_per_s": round(size / to_prepare, 1),
+        "to_jobset_per_s": round(size / to_jobset, 1),
+        "direct_jobsets_per_s": round(size / bare.seconds, 1),
+        "ratio_to_direct": round(bare.seconds / to_jobset, 2),
+        "cpu_ms_per_job_to_first_child": round(1000 * (cpu[1] - cpu[0]) / size, 2),
+        "cpu_ms_per_job_both_phases": round(1000 * (cpu[2] - cpu[0]) / size, 2),
+        "bare_client_cpu_ms_per_jobset": round(1000 * bare.cpu_seconds / size, 2),
+        "cpu_ratio_to_bare_client": round((cpu[2] - cpu[0]) / bare.cpu_seconds, 1),
+        "calls_per_job_to_its_jobset": calls_to_jobset(calls),
+        "calls_per_job": per_job(calls, size),
+        "peak_mib": round(peak, 1),
+    }
+
+
+def without_owner(item: Object) -> Object:
+    """The JobSet as it was created, for another namespace."""
+    meta = {"name": item["metadata"]["name"], "namespace": DIRECT, "labels": {"luthier.dev/bench": "direct"}}
+    return {"apiVersion": item["apiVersion"], "kind": item["kind"], "metadata": meta, "spec": item["spec"]}
+
+
+# Reaction to edits
+
+
+async def edits(client: Client, burst: int) -> dict[str, Any]:
+    """From the answer to `spec.suspend: true` to the status that says Suspended: idle, and while jobs are created."""
+    names = [f"bench-edit-{i:03}" for i in range(2 * EDITS)]
+    prepares, suspended = Seen("Job"), Seen("FineTuneJob", is_suspended)
+    with OperatorProcess(HERE):
+        async with watching(client, prepares, suspended):
+            await create_jobs(client, names)
+            await prepares.all_of(names)
+            await asyncio.sleep(5)
+            idle = await edit_all(client, suspended, names[:EDITS])
+            load = asyncio.create_task(create_jobs(client, [f"bench-load-{i:05}" for i in range(burst)]))
             await asyncio.sleep(0.5)
-        raise SystemExit(f"{name}: {answer}")
+            loaded = await edit_all(client, suspended, names[EDITS:])
+            await load
+    return {
+        "edits": EDITS,
+        "idle_p95_ms": round(1000 * p95(idle)),
+        "jobs_created_meanwhile": burst,
+        "under_load_p95_ms": round(1000 * p95(loaded)),
+    }
 
-    names = [
-        o["metadata"]["name"]
-        for o in await objects(client, "Job", namespace)
-        if o["metadata"]["name"].endswith("-prepare")
+
+async def edit_all(client: Client, seen: Seen, names: list[str]) -> list[float]:
+    delays = []
+    for name in names:
+        await client.patch("FineTuneJob", HERE, name, {"spec": {"suspend": True}})
+        begin = time.monotonic()
+        await seen.all_of([name])
+        delays.append(max(0.0, seen.at[name] - begin))
+        await asyncio.sleep(0.1)
+    return delays
+
+
+def is_suspended(found: Object) -> bool:
+    conditions = found.get("status", {}).get("conditions", [])
+    return any((c["type"], c["status"]) == ("Suspended", "True") for c in conditions)
+
+
+# Restart
+
+
+async def restart(client: Client, audit_path: Path, finished: int) -> dict[str, Any]:
+    """Start over `finished` jobs that have ended, each with its prepare Job."""
+    settings = Settings(trainer_image="registry.example/trainer")
+    await asyncio.gather(*(create_finished(client, f"bench-done-{i:05}", settings) for i in range(finished)))
+    audit = AuditLog(audit_path, HERE)
+    with OperatorProcess(HERE) as operator:
+        cpu_to_ready = operator.cpu_seconds()
+        await asyncio.sleep(20)
+        return {
+            "finished_jobs": finished,
+            "seconds_to_ready": round(operator.seconds_to_ready, 1),
+            "cpu_seconds_to_ready": round(cpu_to_ready, 1),
+            "cpu_seconds_20_s_later": round(operator.cpu_seconds(), 1),
+            "writes": sum(call["verb"] != "get" for call in audit.calls()) if audit_path.exists() else None,
+            "peak_mib": round(operator.memory_mib(), 1),
+        }
+
+
+async def create_finished(client: Client, name: str, settings: Settings) -> None:
+    """A job with the status that the operator itself would write, and a prepare Job that makes no pods."""
+    created = parse_job(await client.create(job(name)))
+    conditions = [
+        {"type": name, "status": "True", "reason": name, "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z"}
+        for name in ("Accepted", "Prepared", "Trained", "Complete")
     ]
-    return begin, await all_at_once([mark(n) for n in names])
+    ended = JobStatus.model_validate({"conditions": conditions, "completionTime": "2026-01-01T00:00:00Z"})
+    observed = Observed(created.model_copy(update={"status": ended}), children={}, pods=[], ended=[])
+    await patch_status(client, "FineTuneJob", name, decide(observed, settings, datetime.now(UTC)).status.dump())
+    child = prepare(workload(created), settings, {})
+    child["spec"]["suspend"] = True
+    await client.create(child)
 
 
-def calls(audit: Path | None, since: float) -> dict[str, int] | None:
-    """API calls of the operator since `since` (epoch seconds) by verb and resource, from the audit log; None without
-    one.
-    """
-    if audit is None or not audit.exists():
-        return None
-    found: dict[str, int] = {}
-    for line in audit.read_text().splitlines():
-        event = json.loads(line)
-        at = datetime.fromisoformat(event["requestReceivedTimestamp"]).timestamp()
-        if (
-            at >= since
-            and event.get("userAgent", "").startswith("luthier/")
-            and event["verb"] not in ("watch", "list", "get")
-        ):
-            ref = event.get("objectRef", {})
-            if ref.get("namespace") == NAMESPACES["operator"]:
-                key = "/".join(filter(None, (event["verb"], ref.get("resource"), ref.get("subresource"))))
-                found[key] = found.get(key, 0) + 1
-    return found
+# The cluster
 
 
 def clean() -> None:
     """Children before owners: otherwise the garbage collector's requests run into the measurement."""
-    for namespace in NAMESPACES.values():
+    for namespace in (HERE, DIRECT):
         for kind in ("jobsets", "jobs", "finetunejobs"):
-            subprocess.run(
-                ["kubectl", "-n", namespace, "delete", kind, "--all", "--timeout=180s"],
-                check=False,
-                capture_output=True,
-            )
-        subprocess.run(
-            ["kubectl", "delete", "namespace", namespace, "--ignore-not-found", "--timeout=180s"],
-            check=True,
-            capture_output=True,
-        )
+            kubectl("-n", namespace, "delete", kind, "--all", "--timeout=300s", check=False)
+        kubectl("delete", "namespace", namespace, "--ignore-not-found", "--timeout=300s")
 
 
-async def measure(audit: Path | None) -> dict[str, Any]:
-    client = Client(await login())
-    client._api.user_agent = "luthier-bench"  # the audit log tells the operator's calls from ours
+def kubectl(*arguments: str, check: bool = True) -> None:
+    subprocess.run(["kubectl", *arguments], check=check, capture_output=True)
+
+
+async def measure(parts: argparse.Namespace, audit: Path) -> dict[str, Any]:
+    client = Client(await login(), user_agent="luthier-bench")  # the audit log tells the operator's calls from these
+    results: dict[str, Any] = {"throughput": []}
+
+    async def in_empty_namespaces(measured: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
+        clean()
+        for namespace in (HERE, DIRECT):
+            kubectl("create", "namespace", namespace)
+        return await measured()
+
+    for size in parts.sizes:
+        result = await in_empty_namespaces(functools.partial(throughput, client, audit, size))
+        results["throughput"].append(result)
+    if parts.burst:
+        results["edits"] = await in_empty_namespaces(functools.partial(edits, client, parts.burst))
+    if parts.finished:
+        results["restart"] = await in_empty_namespaces(functools.partial(restart, client, audit, parts.finished))
     clean()
-    for namespace in NAMESPACES.values():
-        subprocess.run(["kubectl", "create", "namespace", namespace], check=True, capture_output=True)
-    image = {"LUTHIER_TRAINER_IMAGE": "registry.example/trainer"}  # in no registry: pods only have to be created
-    environment = (
-        os.environ
-        | image
-        | {
-            "LUTHIER_METRICS_PORT": "18080",
-            "LUTHIER_NAMESPACES": NAMESPACES["operator"],
-            "LUTHIER_LOG_LEVEL": "WARNING",
-        }
-    )
-    operator = subprocess.Popen([sys.executable, "-m", "luthier_cli", "operator"], env=environment)
-    try:
-        await asyncio.sleep(5)
-        here = NAMESPACES["operator"]
-        cpu0, _ = cpu_and_memory(operator.pid)
-        started, begin = time.time(), time.monotonic()
-        applied = await all_at_once([client.create(job(i)) for i in range(JOBS)])
-        await until(client, "Job", here, JOBS)
-        to_prepare = time.monotonic() - begin
-        cpu1, _ = cpu_and_memory(operator.pid)
-        await asyncio.sleep(5)
-        begin, marked = await mark_prepared(client, here)
-        await until(client, "JobSet", here, JOBS)
-        to_jobset = time.monotonic() - begin
-        await asyncio.sleep(5)
-        cpu2, peak = cpu_and_memory(operator.pid)
-        made = calls(audit, started)
-        jobsets = await objects(client, "JobSet", here)
-    finally:
-        operator.terminate()
-        operator.wait()
-    bare = [without_owner(o, NAMESPACES["direct"]) for o in jobsets]
-    before = resource.getrusage(resource.RUSAGE_SELF)
-    direct = await all_at_once([client.apply(o) for o in bare])
-    after = resource.getrusage(resource.RUSAGE_SELF)
     await client.close()
-    clean()
-    direct_cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {
-        "jobs": JOBS,
-        "finetunejobs_created_per_s": round(JOBS / applied, 1),
-        "to_prepare_job": {
-            "jobs_per_s": round(JOBS / to_prepare, 1),
-            "operator_cpu_ms_per_job": round(1000 * (cpu1 - cpu0) / JOBS, 2),
-        },
-        "to_jobset": {"jobs_per_s": round(JOBS / to_jobset, 1), "marking_s": round(marked, 2)},
-        "direct_jobsets_per_s": round(JOBS / direct, 1),
-        "ratio_to_direct": round(direct / to_jobset, 3),
-        "operator_cpu_ms_per_job_both_phases": round(1000 * (cpu2 - cpu0) / JOBS, 2),
-        "operator_cpu_ratio_to_direct": round((cpu2 - cpu0) / direct_cpu, 1),
-        "direct_client_cpu_ms_per_jobset": round(1000 * direct_cpu / JOBS, 2),
-        "operator_peak_mib": round(peak, 1),
-        "calls_per_job": {k: round(v / JOBS, 2) for k, v in sorted(made.items())} if made else None,
-    }
+    return results
 
 
-def without_owner(item: Object, namespace: str) -> Object:
-    """The JobSet as it was applied, for another namespace."""
-    meta = {"name": item["metadata"]["name"], "namespace": namespace, "labels": {"luthier.dev/bench": "direct"}}
-    return {"apiVersion": item["apiVersion"], "kind": item["kind"], "metadata": meta, "spec": item["spec"]}
-
-
-def main() -> dict[str, Any]:
+def main(arguments: Sequence[str] = ()) -> dict[str, Any]:
     """Needs a cluster with the CRDs installed and no other operator watching the benchmark's namespace."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="*", default=[200, 500, 1000], help="jobs created at once")
+    parser.add_argument("--burst", type=int, default=500, help="jobs created while others are edited; 0: no edits")
+    parser.add_argument("--finished", type=int, default=5000, help="jobs that have ended before a restart; 0: none")
+    parts = parser.parse_args(arguments)
+
     from cluster import choice
 
     os.environ.update(choice.cluster().ensure())
     choice.cluster().check_free()
     top = Path(__file__).resolve().parents[2]
-    subprocess.run(
-        ["kubectl", "apply", "--server-side", "--force-conflicts", "-f", str(top / "crds")],
-        check=True,
-        capture_output=True,
-    )
-    audit = Path(os.environ["KUBECONFIG"]).parent / "audit.log"
-    return asyncio.run(measure(audit if audit.exists() else None))
+    kubectl("apply", "--server-side", "--force-conflicts", "-f", str(top / "crds"))
+    return asyncio.run(measure(parts, Path(os.environ["KUBECONFIG"]).parent / "audit.log"))
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(), indent=1))
+    print(json.dumps(main(sys.argv[1:]), indent=1))

@@ -1,0 +1,119 @@
+"""The operator as a process of this machine, under measurement: its CPU, memory, readiness and API calls."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+PORT = 18080
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class OperatorProcess:
+    """Runs the operator for one namespace. No pod runs, so its image is in no registry."""
+
+    def __init__(self, namespace: str) -> None:
+        self._environment = os.environ | {
+            "LUTHIER_TRAINER_IMAGE": "registry.example/trainer",
+            "LUTHIER_METRICS_PORT": str(PORT),
+            "LUTHIER_NAMESPACES": namespace,
+            "LUTHIER_LOG_LEVEL": "WARNING",
+        }
+
+    def __enter__(self) -> OperatorProcess:
+        self._began = time.monotonic()
+        self._process = subprocess.Popen([sys.executable, "-m", "luthier_cli", "operator"], env=self._environment)
+        self.seconds_to_ready = self._wait_until_ready()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+    def _wait_until_ready(self, limit: float = 120) -> float:
+        while (elapsed := time.monotonic() - self._began) < limit:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/readyz", timeout=1):
+                    return elapsed
+            except (urllib.error.URLError, TimeoutError, ConnectionError):
+                time.sleep(0.05)
+        raise SystemExit(f"the operator is not ready after {limit} s")
+
+    def cpu_seconds(self) -> float:
+        """CPU seconds so far, user and system."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / TICKS
+
+    def memory_mib(self, field: str = "VmHWM") -> float:
+        """Peak resident memory (VmHWM), or the current one (VmRSS)."""
+        lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
+
+
+class AuditLog:
+    """The calls of the operator since this object was made, from the audit log of the API server."""
+
+    def __init__(self, path: Path, namespace: str) -> None:
+        self._path, self._namespace = path, namespace
+        self._begin = path.stat().st_size if path.exists() else 0
+
+    def calls(self) -> list[dict[str, Any]]:
+        """Every request but lists and watches. Empty where there is no audit log."""
+        if not self._path.exists():
+            return []
+        with self._path.open() as file:
+            file.seek(self._begin if self._path.stat().st_size >= self._begin else 0)
+            events = [json.loads(line) for line in file]
+        return [
+            event
+            for event in events
+            if event.get("userAgent", "").startswith("luthier/")
+            and event["verb"] not in ("watch", "list")
+            and event.get("objectRef", {}).get("namespace") == self._namespace
+        ]
+
+
+def verb_and_resource(event: dict[str, Any]) -> str:
+    """`patch/finetunejobs/status`."""
+    ref = event["objectRef"]
+    return "/".join(filter(None, (event["verb"], ref.get("resource"), ref.get("subresource"))))
+
+
+def per_job(calls: list[dict[str, Any]], jobs: int) -> dict[str, float]:
+    """Verb and resource → calls a job."""
+    counted = Counter(verb_and_resource(event) for event in calls)
+    return {name: round(count / jobs, 2) for name, count in sorted(counted.items())}
+
+
+def calls_to_jobset(calls: list[dict[str, Any]]) -> float | None:
+    """Calls a job up to the one that creates its JobSet, that one included. None without an audit log."""
+    by_job: dict[str, list[dict[str, Any]]] = {}
+    for event in calls:
+        found = re.search(
+            r"bench-\d+", event["objectRef"].get("name", "")
+        )  # children and Events have it in their names
+        if found:
+            by_job.setdefault(found[0], []).append(event)
+    counts = []
+    for events in by_job.values():
+        created = [moment(event) for event in events if event["objectRef"].get("resource") == "jobsets"]
+        if created:
+            counts.append(sum(moment(event) <= min(created) for event in events))
+    return round(sum(counts) / len(counts), 2) if counts else None
+
+
+def moment(event: dict[str, Any]) -> datetime:
+    return datetime.fromisoformat(event["requestReceivedTimestamp"])
