@@ -14,7 +14,6 @@ import gc
 import logging
 import signal
 import socket
-import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from luthier_api.kinds import KINDS
 from luthier_operator import health
 from luthier_operator.client import RESOURCES, VERSION, ApiError, Client, Resource
 from luthier_operator.client import login as client_login
-from luthier_operator.election import Election, LeaseLost
+from luthier_operator.election import Election
 from luthier_operator.events import Recorder
 from luthier_operator.jobs import Login, login, watch_jobs
 from luthier_operator.metrics import LEADS, Metrics
@@ -107,8 +106,9 @@ class Operator:
             asyncio.create_task(self._work(), name="workers"),
             asyncio.create_task(self._scraper.serve(), name="progress"),
         ]
-        if self._election:
-            self._parts.append(asyncio.create_task(self._election.hold(), name="lease"))
+        # Until the very end, also while the last reconciles finish. If the Lease is lost, the process ends at once.
+        holding = [asyncio.create_task(self._election.hold(), name="lease")] if self._election else []
+        self._parts += holding
         stopping = asyncio.create_task(self._stop.wait())
         try:
             done, _ = await asyncio.wait([stopping, *self._parts], return_when=asyncio.FIRST_COMPLETED)
@@ -117,13 +117,14 @@ class Operator:
         finally:
             self._stop.set()
             stopping.cancel()
-            ending = [p for p in self._parts if p is not posting]
+            ending = [p for p in self._parts if p not in (posting, *holding)]
             for part in ending:
                 part.cancel()
             await asyncio.gather(*ending, return_exceptions=True)
             await self._events.flush(self._pace.flush)
-            posting.cancel()
-            await asyncio.gather(posting, return_exceptions=True)
+            for part in (posting, *holding):
+                part.cancel()
+            await asyncio.gather(posting, *holding, return_exceptions=True)
             if self._election:
                 await self._election.leave()
         for part in done - {stopping}:
@@ -301,9 +302,14 @@ async def serve(settings: Settings) -> None:
     logging.getLogger("kopf").setLevel(logging.WARNING)  # it logs every event
     configuration = await client_login()
     metrics = Metrics(VERSION, configuration.host, settings.workers)
-    client = Client(configuration, metrics.requested)
+
+    async def connect() -> Client:
+        return Client(await client_login(), metrics.requested)
+
     identity = settings.identity or f"{socket.gethostname()}_{uuid.uuid4()}"
-    election = Election(Client(configuration, metrics.requested), settings.lease, identity) if settings.lease else None
+    election = Election(connect, settings.lease, identity) if settings.lease else None
+    may_send = election.holds if election else lambda: True
+    client = Client(configuration, metrics.requested, may_send=may_send)
     operator = Operator(settings, client, metrics, election=election)
     server = await health.serve(settings.metrics_port, operator.metrics_text, operator.alive, operator.serving)
     log.debug("started in %.1f s", time.monotonic() - begin)
@@ -324,9 +330,6 @@ async def freeze_when(ready: asyncio.Event) -> None:
 
 
 def run(settings: Settings | None = None) -> None:
-    """Run `serve` in an event loop. Exits with 1 if the Lease was lost, which is logged."""
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve(settings or Settings()))
-    except LeaseLost:
-        sys.exit(1)
+    """Run `serve` in an event loop."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(settings or Settings()))

@@ -111,8 +111,11 @@ class Client:
         configuration: Configuration,
         count: Callable[[str, str], None] = lambda method, code: None,
         user_agent: str = f"luthier/{VERSION}",
+        may_send: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Must be called in an event loop. `count` is called with method and status code of each answer."""
+        """Must be called in an event loop. `count` is called with method and status code of each answer. While
+        `may_send` returns False, every request is refused: another replica may be the leader.
+        """
         self._configuration = configuration
         self._session = aiohttp.ClientSession(
             # The number of requests is bounded here, by `_slots`. Watches stay open beside them.
@@ -124,7 +127,7 @@ class Client:
             proxy=configuration.proxy,
         )
         self._tls_name = {"server_hostname": name} if (name := configuration.tls_server_name) else {}
-        self._count = count
+        self._count, self._may_send = count, may_send
         self._slots = asyncio.Semaphore(IN_FLIGHT)
         self._paused_until = 0.0
         self.host: str = configuration.host
@@ -292,6 +295,8 @@ class Client:
         async with self._slots:
             try:
                 request["headers"] = await self._headers(content)
+                if not self._may_send():
+                    raise ApiError(0, "NotLeader", f"{method} {path}: not sent, because the Lease is lost")
                 async with self._session.request(method, self.host + path, **request, **self._tls_name) as response:
                     status, headers, text = response.status, response.headers, await response.read()
             except (aiohttp.ClientError, TimeoutError, OSError) as error:

@@ -3,24 +3,34 @@
 The rules are those of client-go. The election of the official Python client cannot create a Lease (37.0.0 refuses its
 own argument), has no timeout for requests, and never releases a Lease. Clocks of machines are not compared: a Lease has
 expired if this process has not seen it change for the duration that it names.
+
+The requests are made by a thread of its own, with an event loop and a connection of its own: in a burst of jobs the
+operator's event loop is late by seconds, and the Lease would be lost although nothing is wrong.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import threading
 import time
+from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
+from typing import Any
 
 from luthier_operator.client import RESOURCES, ApiError, Client
 from luthier_operator.model import Object
 
 log = logging.getLogger(__name__)
 
-# Seconds, as in Kubernetes' own controllers. A leader that cannot renew stops before another one starts: its last
-# attempt
-# begins at most RENEW_WITHIN + RETRY after the last renewal, and takes at most RETRY.
+# Seconds, as in Kubernetes' own controllers: how long a Lease lasts, how soon after the last renewal the leader must
+# have renewed it again, and the pause between two renewals.
 DURATION, RENEW_WITHIN, RETRY = 15.0, 10.0, 2.0
+# One attempt may take so long. In a burst of 1,000 jobs, answers took 3 s. A second attempt still fits into the window,
+# for the case that the connection of the first one is dead.
+ATTEMPT = 5.0
+PAUSE_AFTER_FAILURE = 0.5
 CONFLICT = 409
 
 
@@ -28,48 +38,88 @@ class LeaseLost(Exception):
     """This replica is no longer the leader; another one may be working."""
 
 
+def exit_at_once(reason: str) -> None:
+    """End the process without any clean-up: another replica may begin a few seconds later."""
+    log.error("the Lease is lost, and this process ends: %s", reason)
+    os._exit(1)
+
+
 class Election:
     """One candidate for a Lease."""
 
     def __init__(
         self,
-        client: Client,
+        connect: Callable[[], Awaitable[Client]],
         lease: str,
         identity: str,
+        lost: Callable[[str], None] = exit_at_once,
         duration: float = DURATION,
         renew_within: float = RENEW_WITHIN,
+        attempt: float = ATTEMPT,
         retry: float = RETRY,
     ) -> None:
-        """`client` must not be shared, so that a renewal never waits for another request. `lease`: NAMESPACE/NAME.
+        """`connect` is awaited in the thread of the election, and makes its client. `lease`: NAMESPACE/NAME. `lost` is
+        called by that thread with the reason.
 
         Two processes with the same `identity` would both be leaders. A process that restarts with its own continues.
         """
-        assert renew_within + 2 * retry < duration, "a leader must stop before the next one starts"
+        assert retry + attempt < renew_within < duration, "a leader must stop before the next one starts"
         self.lease, self.leads, self.follows = lease, False, False
-        self._client, self._identity = client, identity
-        self._duration, self._renew_within, self._retry = duration, renew_within, retry
+        self._connect, self._identity, self._lost = connect, identity, lost
+        self._duration, self._renew_within = duration, renew_within
+        self._longest_attempt, self._retry = attempt, retry
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="lease", daemon=True)
+        self._client: Client | None = None
         self._namespace, _, self._name = lease.partition("/")
         self._mine: Object | None = None
         self._renewed = 0.0
         self._version, self._seen_at, self._holder = "", 0.0, ""
 
+    def holds(self) -> bool:
+        """Whether this replica is the leader at this moment, by the clock: no other one has begun. For any thread."""
+        return self.leads and self._left() > 0
+
     async def win(self) -> None:
         """Return once this replica is the leader."""
-        while not await self._attempt():
-            await asyncio.sleep(self._retry)
-        self.leads, self.follows = True, False
+        self._thread.start()
+        await self._in_thread(self._win())
 
     async def hold(self) -> None:
         """Renew the Lease. Raises LeaseLost when that is not possible."""
-        while self.leads:
-            await asyncio.sleep(self._retry)
-            if not await self._attempt():
-                self.leads = not self.follows and time.monotonic() - self._renewed <= self._renew_within
-        reason = f"{self._holder} has taken it" if self.follows else "not renewed in time"
-        raise LeaseLost(f"{self.lease}: {reason}")
+        await self._in_thread(self._hold())
 
     async def leave(self) -> None:
-        """Release the Lease, so that the next leader need not wait until it expires."""
+        """Release the Lease, so that the next leader need not wait until it expires. The last call."""
+        await self._in_thread(self._leave())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    # In the thread
+
+    def _in_thread(self, work: Coroutine[Any, Any, None]) -> Awaitable[None]:
+        return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+    async def _win(self) -> None:
+        self._client = await self._connect()
+        while not await self._attempt(self._longest_attempt):
+            await asyncio.sleep(self._retry)
+        self.leads, self.follows = True, False
+
+    async def _hold(self) -> None:
+        """Renew the Lease. Raises LeaseLost."""
+        while True:
+            await asyncio.sleep(self._retry)
+            while not await self._attempt(min(self._longest_attempt, self._left())):
+                if self.follows or self._left() <= 0:
+                    self.leads = False
+                    reason = f"{self._holder} has taken it" if self.follows else "not renewed in time"
+                    self._lost(f"{self.lease}: {reason}")
+                    raise LeaseLost(f"{self.lease}: {reason}")
+                await asyncio.sleep(min(PAUSE_AFTER_FAILURE, self._left()))
+
+    async def _leave(self) -> None:
         try:
             async with asyncio.timeout(self._retry):
                 # Read again, because a renewal may have been sent when this process was stopped.
@@ -80,13 +130,18 @@ class Election:
             log.warning("the Lease %s was not released: %s", self.lease, error)
         finally:
             self.leads = False
-            await self._client.close()
+            if self._client:
+                await self._client.close()
 
-    async def _attempt(self) -> bool:
-        """Acquire or renew the Lease, if possible. Returns whether this replica holds it."""
+    def _left(self) -> float:
+        """Seconds in which the Lease must be renewed. Not positive: this replica is no leader any more."""
+        return self._renewed + self._renew_within - time.monotonic()
+
+    async def _attempt(self, limit: float) -> bool:
+        """Acquire or renew the Lease within `limit` seconds, if possible. Returns whether this replica holds it."""
         begin = time.monotonic()
         try:
-            async with asyncio.timeout(self._retry):
+            async with asyncio.timeout(limit):
                 held = await self._take(self._mine or await self._read())
         except (ApiError, TimeoutError) as error:
             self._mine = None  # the write may have succeeded: read it again next time
@@ -99,10 +154,15 @@ class Election:
             self._renewed = begin  # not the time of the answer: the others may have seen the renewal earlier
         return held
 
+    @property
+    def _api(self) -> Client:
+        assert self._client, "`win` comes first"
+        return self._client
+
     async def _read(self) -> Object | None:
         """Read the Lease. None if it does not exist. Raises ApiError."""
         try:
-            found = await self._client.get(RESOURCES["Lease"].path(self._namespace, self._name))
+            found = await self._api.get(RESOURCES["Lease"].path(self._namespace, self._name))
         except ApiError as error:
             if error.status == 404:
                 return None
@@ -126,7 +186,7 @@ class Election:
                 "metadata": meta,
                 "spec": spec_of_holder | {"acquireTime": now},
             }
-            self._mine = await self._client.create(lease)
+            self._mine = await self._api.create(lease)
             return True
         spec = found["spec"]
         holder = spec.get("holderIdentity") or ""
@@ -144,4 +204,4 @@ class Election:
     async def _write(self, found: Object, spec: Object) -> Object:
         """Write the Lease. Raises ApiError 409 if it was changed since `found` was read."""
         patch = {"metadata": {"resourceVersion": found["metadata"]["resourceVersion"]}, "spec": spec}
-        return await self._client.patch("Lease", self._namespace, self._name, patch)
+        return await self._api.patch("Lease", self._namespace, self._name, patch)

@@ -88,6 +88,7 @@ class FakeApi:
         self.missing: set[str] = set()
         self.lost: Callable[[str, Object], bool] = lambda event, found: False
         self.before_list: Callable[[str], Awaitable[None]] = _at_once  # is awaited before a kind is listed
+        self.before_write: Callable[[Call], Awaitable[None]] = _at_once  # is awaited after a write was noted in `calls`
         self.used: set[Right] = set()
         self.refused: set[Right] = set()
         self.watched: set[str] = set()  # kinds that somebody has begun to watch
@@ -276,6 +277,7 @@ class FakeApi:
             await self.before_list(kind)
             return web.json_response(self._list(request, resource, ns))
         self.calls.append(call)
+        await self.before_write(call)
         fault = None
         if kind != "Event":
             self.writes += 1
@@ -430,7 +432,7 @@ class FakeApi:
         return None
 
 
-async def _at_once(kind: str) -> None:
+async def _at_once(_: object) -> None:
     """Do not wait."""
 
 

@@ -69,12 +69,22 @@ def generate(name: str = "gen", **spec: Any) -> Object:
 HUB = {"repo": "org/result", "tokenSecretRef": {"name": "hf"}}
 
 
+@dataclass(frozen=True)
+class Renew:
+    """How a candidate renews its Lease. In seconds."""
+
+    within: float = 1
+    attempt: float = 0.5
+    pause: float = 0.4
+
+
 @dataclass
 class Running:
     operator: Operator
     task: asyncio.Task[None]
     client: Client
     sender: str
+    election: Election | None
 
     async def kill(self) -> None:
         self.task.cancel()
@@ -88,32 +98,32 @@ def start(
     pace: Pace = FAST,
     identity: str = "",
     lasts: float = 60,
+    renew: Renew = Renew(),
+    lost: Callable[[str], None] = lambda reason: None,
     **parts: Any,
 ) -> Running:
-    """`identity`: of a candidate for the Lease `system/luthier`, which lasts so many seconds; one without is alone."""
+    """`identity`: of a candidate for the Lease `system/luthier`, which lasts so many seconds; one without is alone.
+    `lost`: what its process does when it has lost the Lease.
+    """
     sender = f"operator-{next(_numbers)}"
     configuration = Configuration(host=cluster.url, api_key={"BearerToken": f"Bearer {sender}"})
     given = given or settings()
     metrics = Metrics("test", cluster.url, given.workers)
-    client = Client(configuration, metrics.requested)
+
+    async def connect() -> Client:
+        return Client(configuration, metrics.requested)
 
     def login(**_: Any) -> kopf.ConnectionInfo:
         return kopf.ConnectionInfo(server=cluster.url, token=sender)
 
     election = (
-        Election(
-            Client(configuration, metrics.requested),
-            "system/luthier",
-            identity,
-            duration=lasts,
-            renew_within=1,
-            retry=0.4,
-        )
+        Election(connect, "system/luthier", identity, lost, lasts, renew.within, renew.attempt, renew.pause)
         if identity
         else None
     )
+    client = Client(configuration, metrics.requested, may_send=election.holds if election else lambda: True)
     operator = Operator(given, client, metrics, login, pace, **{"signals": False, "election": election} | parts)
-    return Running(operator, asyncio.create_task(operator.serve()), client, sender)
+    return Running(operator, asyncio.create_task(operator.serve()), client, sender, election)
 
 
 @contextlib.asynccontextmanager

@@ -6,11 +6,14 @@ The Lease lasts longer here than any test waits, except where it is to run out.
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 
 import pytest
-from fake_api import Fault
+from fake_api import Call, Fault
 from fake_cluster import FakeCluster
-from harness import Running, fine_tune, finished, start, until
+from harness import PATIENCE, Renew, Running, fine_tune, finished, start, until
 
 from luthier_operator.election import LeaseLost
 from luthier_operator.metrics import LEADS
@@ -35,6 +38,31 @@ async def stop(*candidates: Running) -> None:
 def held_by(cluster: FakeCluster) -> str | None:
     lease = cluster.get("Lease", "luthier", "system")
     return lease and lease["spec"].get("holderIdentity")
+
+
+def sent_by(cluster: FakeCluster, candidate: Running) -> list[str]:
+    """Writes of a candidate, those to the Lease left out."""
+    return [str(call) for call in cluster.calls if call.sender == candidate.sender and call.kind != "Lease"]
+
+
+class Held:
+    """Holds the answers to the first child's creation until `released`, and with `lease` those to renewals for ever."""
+
+    def __init__(self, cluster: FakeCluster, sender: str | None = None) -> None:
+        self.calls: list[Call] = []
+        self.released = asyncio.Event()
+        self.lease = False
+        self._sender = sender
+        cluster.before_write = self._hold
+
+    async def _hold(self, call: Call) -> None:
+        if self._sender not in (None, call.sender):
+            return
+        if call.kind == "ConfigMap":
+            self.calls.append(call)
+            await self.released.wait()
+        if call.kind == "Lease" and self.lease:
+            await asyncio.Event().wait()
 
 
 async def test_one_works_and_the_other_asks_for_the_lease_alone() -> None:
@@ -89,6 +117,81 @@ async def test_one_that_cannot_renew_is_gone_before_another_begins(
         with pytest.raises(LeaseLost):
             await first.task
         await stop(second, first)
+
+
+async def test_no_request_leaves_after_the_loss() -> None:
+    """The first operator is in the middle of a reconcile, whose first request is answered only after the loss."""
+    async with FakeCluster() as cluster:
+        first = start(cluster, identity="a", lasts=5)
+        await leader(first)
+        second = start(cluster, identity="b", lasts=5)
+        await until("stands by", second.operator.serving)
+        held = Held(cluster, first.sender)
+        cluster.create(fine_tune())
+        await until("in the middle", lambda: held.calls)
+        held.lease = True
+        await until("the loss", lambda: first.election and not first.election.leads)
+        sent = sent_by(cluster, first)
+        held.released.set()
+        with pytest.raises(LeaseLost):
+            await first.task
+        await leader(second)
+        await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
+        assert sent_by(cluster, first) == sent
+        await stop(second, first)
+
+
+PROCESS = """
+import asyncio, sys
+sys.path.insert(0, sys.argv[2])
+import harness
+from luthier_operator.election import exit_at_once
+
+class Server:
+    url = sys.argv[1]
+
+async def main():
+    renew = harness.Renew(within=10, attempt=5, pause=0.2)
+    await harness.start(Server(), signals=True, identity="a", renew=renew, lost=exit_at_once).task
+
+asyncio.run(main())
+"""
+
+
+async def test_the_process_ends_at_once_whatever_it_waits_for() -> None:
+    async with FakeCluster() as cluster:
+        held = Held(cluster)
+        cluster.create(fine_tune())
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROCESS, cluster.url, os.path.dirname(__file__)], stderr=subprocess.PIPE
+        )
+        try:
+            await until("in the middle", lambda: held.calls)
+            lease = cluster.get("Lease", "luthier", "system")
+            assert lease
+            cluster.change(lease, lambda o: o["spec"].update(holderIdentity="b", leaseDurationSeconds=60))
+            _, output = await asyncio.wait_for(asyncio.to_thread(process.communicate), PATIENCE)
+        finally:
+            process.kill()
+        assert process.returncode == 1
+        assert b"the Lease is lost, and this process ends: system/luthier: b has taken it" in output
+        assert b"Traceback" not in output
+
+
+async def test_a_slow_answer_is_waited_for_within_the_window() -> None:
+    """In a burst of jobs the API server is slow. Each answer takes longer here than the pause between two renewals."""
+    async with FakeCluster() as cluster:
+
+        async def slow(call: Call) -> None:
+            if call.kind == "Lease":
+                await asyncio.sleep(0.5)
+
+        cluster.before_write = slow
+        first = start(cluster, identity="a", renew=Renew(within=20, attempt=15, pause=0.05))
+        await leader(first)
+        await until("renewed", lambda: len([c for c in cluster.calls if str(c) == "PATCH Lease luthier"]) >= 4)
+        assert first.operator.alive()
+        await stop(first)
 
 
 async def test_a_container_that_starts_again_in_its_pod_goes_on_at_once() -> None:
