@@ -47,6 +47,12 @@ class Settings(BaseSettings):
     """Service account of the jobs' pods; the namespace's default when empty. Its token is never mounted."""
     hub_endpoint: str | None = None
     """HF_ENDPOINT of `prepare` and `publish`: a mirror, or a private Hub."""
+    run_as_user: Annotated[int, Field(ge=1)] | None = 1000
+    """User of all pods of the jobs, and the group that a new workspace gets; empty: the cluster chooses (OpenShift). The
+    same for all pods, because only the owner of files written by safetensors can read them.
+    """
+    run_as_group: Annotated[int, Field(ge=0)] | None = 1000
+    """Group of all pods of the jobs; empty: the cluster chooses."""
     gpu_resource: str = "nvidia.com/gpu"
     """Extended resource name of a GPU."""
     cpu_request: Cores = "100m"
@@ -113,7 +119,7 @@ class Settings(BaseSettings):
             raise ValueError(f"{', '.join(reserved)}: set by Luthier itself; remove it")
         return value
 
-    @field_validator("service_account", "hub_endpoint", mode="before")
+    @field_validator("service_account", "hub_endpoint", "run_as_user", "run_as_group", mode="before")
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
-        return value or None
+        return None if value == "" else value

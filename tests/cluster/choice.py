@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from cluster.kind import Kind
 from cluster.local.cluster import Local
@@ -55,6 +55,9 @@ class Cluster(Protocol):
 
     def volume(self, namespace: str, claim: str) -> Path | None:
         """The folder on this machine that holds a claim's data; None where only a pod can see it."""
+
+    def audit(self, user: str, since: str) -> list[dict[str, Any]] | None:
+        """The requests of a user since a time (RFC 3339, UTC), from the audit log; None where it is out of reach."""
 
 
 class Given:
@@ -111,6 +114,9 @@ class Given:
         return False
 
     def volume(self, namespace: str, claim: str) -> None:
+        return None
+
+    def audit(self, user: str, since: str) -> None:
         return None
 
 

@@ -102,3 +102,6 @@ class Kind:
 
     def volume(self, namespace: str, claim: str) -> None:
         return None  # it lies inside the node's container
+
+    def audit(self, user: str, since: str) -> None:
+        return None  # kind keeps none by itself

@@ -114,6 +114,24 @@ VALUES = [
         expect="trainers",
     ),
     ValueCase(
+        name="a user of the namespace",
+        value="runAsUser: 1000650000",
+        field="run_as_user",
+        expect=1000650000,
+    ),
+    ValueCase(
+        name="the group root",
+        value="runAsGroup: 0",
+        field="run_as_group",
+        expect=0,
+    ),
+    ValueCase(
+        name="a user that the cluster chooses",
+        value="runAsUser: ''",
+        field="run_as_user",
+        expect=None,
+    ),
+    ValueCase(
         name="how often progress is read",
         value="jobs: {progressEvery: 2.5}",
         field="progress_every",

@@ -506,6 +506,41 @@ def test_a_claim_that_is_too_small_is_told_of(case: LeftCase) -> None:
 
 
 @dataclass(frozen=True)
+class UserCase:
+    name: str
+    settings: dict[str, Any]
+    expect: dict[str, int]
+
+
+USERS = [
+    UserCase(
+        name="of the image",
+        settings={},
+        expect={"runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 1000},
+    ),
+    UserCase(
+        name="any user with group 0",
+        settings={"run_as_user": 1000650000, "run_as_group": 0},
+        expect={"runAsUser": 1000650000, "runAsGroup": 0, "fsGroup": 1000650000},
+    ),
+    UserCase(
+        name="the cluster chooses",
+        settings={"run_as_user": None, "run_as_group": None},
+        expect={},
+    ),
+]
+
+
+@pytest.mark.parametrize("case", USERS, ids=lambda case: case.name)
+def test_the_user_of_all_pods(case: UserCase) -> None:
+    for pod in pods(fine_tune(), settings=Settings(trainer_image="trainer:1", **case.settings)).values():
+        assert {
+            k: v for k, v in pod["securityContext"].items() if k in ("runAsUser", "runAsGroup", "fsGroup")
+        } == case.expect
+        assert pod["securityContext"]["runAsNonRoot"] is True
+
+
+@dataclass(frozen=True)
 class OwnershipCase:
     name: str
     job: Job

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from luthier_operator.settings import Settings
     from luthier_operator.workloads.base import Workload
 
-USER = 1000  # of the image. The same in all pods, because only the owner of files written by safetensors can read them
 UNREACHABLE_SECONDS = 60  # with the default of 300 the whole group would wait longer for a dead node
 # The root is read-only, so caches of libraries go to /tmp. PYTHONPYCACHEPREFIX is not set: Python would not find the
 # byte-code in the image.
@@ -49,10 +48,9 @@ def template(workload: Workload, settings: Settings, phase: Phase, sources: Mapp
         "terminationGracePeriodSeconds": grace_seconds(job, settings, phase),
         "securityContext": {
             "runAsNonRoot": True,
-            "runAsUser": USER,
-            "runAsGroup": USER,
+            **_user(settings),
             "seccompProfile": {"type": "RuntimeDefault"},
-            **workspace_group(job, USER),
+            **workspace_group(job, settings.run_as_user),
         },
         "tolerations": [t.dump() for t in scheduling.tolerations]
         + [
@@ -86,6 +84,12 @@ def template(workload: Workload, settings: Settings, phase: Phase, sources: Mapp
             }
         ]
     return {"metadata": {"labels": naming.labels(job, phase)}, "spec": spec}
+
+
+def _user(settings: Settings) -> Object:
+    """User and group of the pod. A cluster that chooses them itself, such as OpenShift, refuses others."""
+    chosen = {"runAsUser": settings.run_as_user, "runAsGroup": settings.run_as_group}
+    return {name: number for name, number in chosen.items() if number is not None}
 
 
 def grace_seconds(job: Job, settings: Settings, phase: Phase) -> int:

@@ -62,13 +62,15 @@ def volumes_of(workload: Workload, phase: Phase, sources: Mapping[str, Place]) -
     return volumes, mounts
 
 
-def workspace_group(job: Job, group: int) -> Object:
-    """The fields of a pod's security context that let `group` write to the workspace.
+def workspace_group(job: Job, group: int | None) -> Object:
+    """The fields of a pod's security context that let `group` write to the workspace. None: the cluster sets them.
 
     A new volume belongs to root, so the claim that the operator creates needs them. OnRootMismatch: the files are
     changed once, and not at each start of a pod.
     """
     workspace = job.spec.workspace
+    if group is None:
+        return {}
     if workspace.claim_name and workspace.ownership == "Keep":
         return {}
     return {"fsGroup": group, "fsGroupChangePolicy": "OnRootMismatch"}

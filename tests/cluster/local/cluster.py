@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from . import components, images, volumes
 from .certificates import certificates
@@ -63,6 +65,11 @@ class Local:
 
     def volume(self, namespace: str, claim: str) -> Path:
         return volumes.volume(namespace, claim)
+
+    def audit(self, user: str, since: str) -> list[dict[str, Any]]:
+        with (STATE / "audit.log").open() as lines:
+            entries = [json.loads(line) for line in lines if f'"username":"{user}"' in line]
+        return [entry for entry in entries if entry["requestReceivedTimestamp"] >= since]
 
 
 @contextlib.contextmanager

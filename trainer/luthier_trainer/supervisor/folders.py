@@ -16,7 +16,7 @@ from luthier_trainer.runtime.run_folder import run_dir
 WORKSPACE = "spec.workspace"
 REMEDIES = {
     WORKSPACE: (
-        "On a cluster: give the root of the claim to that group (chgrp 1000, chmod g+rwx); or, if the claim holds"
+        f"On a cluster: give the root of the claim to that group (chgrp {os.getgid()}, chmod g+rwx); or, if the claim holds"
         " nothing else, set spec.workspace.ownership: Change, and Kubernetes gives all files on it to the group, where"
         " its storage honours fsGroup"
     )
