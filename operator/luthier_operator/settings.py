@@ -48,8 +48,9 @@ class Settings(BaseSettings):
     hub_endpoint: str | None = None
     """HF_ENDPOINT of `prepare` and `publish`: a mirror, or a private Hub."""
     run_as_user: Annotated[int, Field(ge=1)] | None = 1000
-    """User of all pods of the jobs, and the group that a new workspace gets; empty: the cluster chooses (OpenShift). The
-    same for all pods, because only the owner of files written by safetensors can read them.
+    """User of all pods of the jobs, and the group that a new workspace gets; empty: the cluster chooses (OpenShift).
+
+    The same for all pods, because only the owner of files written by safetensors can read them.
     """
     run_as_group: Annotated[int, Field(ge=0)] | None = 1000
     """Group of all pods of the jobs; empty: the cluster chooses."""
