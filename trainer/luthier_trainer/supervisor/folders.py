@@ -16,9 +16,9 @@ from luthier_trainer.runtime.run_folder import run_dir
 WORKSPACE = "spec.workspace"
 REMEDIES = {
     WORKSPACE: (
-        f"On a cluster: give the root of the claim to that group (chgrp {os.getgid()}, chmod g+rwx); or, if the claim holds"
-        " nothing else, set spec.workspace.ownership: Change, and Kubernetes gives all files on it to the group, where"
-        " its storage honours fsGroup"
+        f"On a cluster: give the root of the claim to that group (chgrp {os.getgid()}, chmod g+rwx); or, if the claim"
+        " holds nothing else, set spec.workspace.ownership: Change, and Kubernetes gives all files on it to the group,"
+        " where its storage honours fsGroup"
     )
 }
 """By the name of a folder's field: what to do where it cannot be written."""
