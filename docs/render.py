@@ -60,6 +60,9 @@ STATES: dict[State, str] = {
     State.PREPARING: "Resolves the model, loads the data, plans the run.",
     State.PLANNED: "`planOnly` is true, and the plan is in the status. Set it to false to run the job.",
     State.QUEUED: "Waits to be admitted by its queue (`scheduling.queueName`).",
+    State.INADMISSIBLE: "The queue does not exist, or is stopped.",
+    State.UNSATISFIABLE: "The quota of the queue cannot meet the request even while nothing else runs.",
+    State.DEACTIVATED: "Kueue has stopped the pods, and does not admit the job again by itself; `Admitted` says why.",
     State.STARTING: "The pods of the run are being created and scheduled.",
     State.RUNNING: "The pods train or generate.",
     State.RESTARTING: "A pod has failed; the run restarts from the newest checkpoint or output.",
@@ -82,6 +85,17 @@ OCCASIONS: dict[Reason, str] = {
     Reason.NO_PODS: "A Job or JobSet exists, but the cluster creates no pods for it.",
     Reason.UNSCHEDULABLE: "No node has what a pod requests.",
     Reason.WAITING_FOR_QUEUE: "The job waits to be admitted by its queue.",
+    Reason.ADMITTED: "Its queue admits the job; the pods start.",
+    Reason.EVICTED: (
+        "Kueue has stopped the pods: its reason (`Preempted`, `PodsReadyTimeout`, ...) and message. The run resumes"
+        " from its checkpoint when it is admitted again."
+    ),
+    Reason.DEACTIVATED: "Kueue has stopped the pods, and does not admit the job again by itself: why, and what to do.",
+    Reason.INADMISSIBLE: "The queue does not exist, or is stopped.",
+    Reason.UNSATISFIABLE: "The quota of the queue cannot meet the request even while nothing else runs.",
+    Reason.WAITING_FOR_KUEUE: "The JobSet or Job is suspended, but Kueue has made no Workload for it.",
+    Reason.NOT_QUEUED: "The job names a queue, but nothing held its pods back: Kueue does not manage them.",
+    Reason.RUNS_ELSEWHERE: "MultiKueue runs the JobSet or Job in another cluster.",
     Reason.WAITING_FOR_VOLUME: "A claim is not bound.",
     Reason.CONTAINER_CREATING: "A pod was scheduled, but its container has not started.",
     Reason.IMAGE_PULL_FAILED: "An image cannot be pulled.",

@@ -8,6 +8,8 @@ from enum import StrEnum
 class ConditionType(StrEnum):
     ACCEPTED = "Accepted"
     PREPARED = "Prepared"
+    ADMITTED = "Admitted"
+    """By a queue of Kueue, with its reason. Only of jobs that name one, once the child of `run` exists."""
     RUNNING = "Running"
     TRAINED = "Trained"
     GENERATED = "Generated"
@@ -25,6 +27,21 @@ class Reason(StrEnum):
     # waiting
     WAITING_FOR_JOB = "WaitingForJob"
     WAITING_FOR_QUEUE = "WaitingForQueue"
+    PENDING = "Pending"
+    """Of Admitted, as the next ones. Kueue uses the same reason, and others that are not listed here."""
+    QUOTA_RESERVED = "QuotaReserved"
+    """Admission checks are left."""
+    ADMITTED = "Admitted"
+    WAITING_FOR_KUEUE = "WaitingForKueue"
+    """The child is suspended, and Kueue has not made a Workload for it."""
+    NOT_QUEUED = "NotQueued"
+    """The job names a queue, but nothing held its child until there is quota."""
+    INADMISSIBLE = "Inadmissible"
+    UNSATISFIABLE = "Unsatisfiable"
+    """The quota cannot meet the request even while nothing else runs."""
+    DEACTIVATED = "Deactivated"
+    RUNS_ELSEWHERE = "RunsElsewhere"
+    """MultiKueue runs the child in another cluster."""
     WAITING_FOR_PODS = "WaitingForPods"
     WAITING_FOR_VOLUME = "WaitingForVolume"
     FAILED_CREATE = "FailedCreate"
@@ -56,6 +73,7 @@ class Reason(StrEnum):
     FAILED = "Failed"
     # only of events
     STARTED = "Started"
+    EVICTED = "Evicted"
     PUBLISH_FAILED = "PublishFailed"
     SMALL_WORKSPACE = "SmallWorkspace"
     CHECKPOINT_BROKEN = "CheckpointBroken"
@@ -63,6 +81,13 @@ class Reason(StrEnum):
 
 
 ONLY_EVENTS = frozenset(
-    {Reason.STARTED, Reason.PUBLISH_FAILED, Reason.SMALL_WORKSPACE, Reason.CHECKPOINT_BROKEN, Reason.NOTICE}
+    {
+        Reason.STARTED,
+        Reason.EVICTED,
+        Reason.PUBLISH_FAILED,
+        Reason.SMALL_WORKSPACE,
+        Reason.CHECKPOINT_BROKEN,
+        Reason.NOTICE,
+    }
 )
 """Reasons that no condition has."""

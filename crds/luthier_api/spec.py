@@ -407,7 +407,9 @@ class Scheduling(ApiModel):
     """Where and when the pods that do the work run."""
 
     queue_name: QueueName | None = None
-    """Kueue LocalQueue of the namespace, for the pods that hold GPUs; without it they start as soon as they fit."""
+    """Kueue LocalQueue of the namespace, for the pods that train or generate; without it they start as soon as they
+    fit. `prepare` and `publish` are not queued.
+    """
     priority_class_name: ObjectName | None = None
     """PriorityClass of the pods of all phases; the cluster's default when left out."""
     node_selector: Annotated[dict[LabelKey, LabelValue], Field(max_length=32)] = Field(default_factory=dict)

@@ -26,6 +26,14 @@ EVENTS: dict[Reason, Literal["Normal", "Warning"]] = {
     R.NO_PODS: "Warning",
     R.UNSCHEDULABLE: "Warning",
     R.WAITING_FOR_QUEUE: "Normal",
+    R.ADMITTED: "Normal",
+    R.EVICTED: "Warning",
+    R.DEACTIVATED: "Warning",
+    R.INADMISSIBLE: "Warning",
+    R.UNSATISFIABLE: "Warning",
+    R.WAITING_FOR_KUEUE: "Warning",
+    R.NOT_QUEUED: "Warning",
+    R.RUNS_ELSEWHERE: "Normal",
     R.WAITING_FOR_VOLUME: "Warning",
     R.CONTAINER_CREATING: "Normal",
     R.IMAGE_PULL_FAILED: "Warning",
@@ -49,6 +57,8 @@ code is posted as well, as a warning.
 """
 # Reported by another event, or only by a condition.
 WITHOUT_EVENT = {
+    R.PENDING,
+    R.QUOTA_RESERVED,
     R.STARTING,
     R.RESTARTING,
     R.WAITING_FOR_PODS,
@@ -58,7 +68,7 @@ WITHOUT_EVENT = {
 }
 REASONS_OF_EXIT_CODES = {code.reason for code in ExitCode}
 # Of the reasons why a job does not run yet, those that are an event. The others are events of other conditions.
-WORTH_AN_EVENT_WHILE_PENDING = {R.WAITING_FOR_QUEUE, R.CONTAINER_CREATING}
+WORTH_AN_EVENT_WHILE_PENDING = {R.WAITING_FOR_QUEUE, R.CONTAINER_CREATING, R.RUNS_ELSEWHERE}
 NORMAL = {reason for reason, event_type in EVENTS.items() if event_type == "Normal"}
 
 
@@ -110,6 +120,8 @@ def event(before: Condition | None, now: Condition, status: JobStatus) -> Event 
         return None  # the event of Published follows at once
     if now.reason in WITHOUT_EVENT:
         return None
+    if now.type == C.ADMITTED:
+        return event_of_queue(now)
     if now.type == C.RUNNING and now.reason in NORMAL - WORTH_AN_EVENT_WHILE_PENDING:
         return None
     if now.reason in NORMAL:
@@ -120,6 +132,16 @@ def event(before: Condition | None, now: Condition, status: JobStatus) -> Event 
     if now.type == C.PUBLISHED and now.reason in REASONS_OF_EXIT_CODES:
         reason = R.PUBLISH_FAILED
     return Event("Warning", reason, now.message)
+
+
+def event_of_queue(now: Condition) -> Event:
+    """The event of a job that its queue does not admit. The reason may be any that Kueue has."""
+    for reason, event_type in EVENTS.items():
+        if now.reason == reason:
+            return Event(event_type, reason, now.message)
+    if now.reason.startswith(R.DEACTIVATED):
+        return Event("Warning", R.DEACTIVATED, f"{now.reason}: {now.message}")
+    return Event("Warning", R.EVICTED, f"{now.reason}: {now.message}")
 
 
 def event_of_true(before: Condition | None, now: Condition, status: JobStatus) -> Event | None:

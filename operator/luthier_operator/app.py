@@ -28,6 +28,7 @@ from luthier_operator.client import login as client_login
 from luthier_operator.election import Election
 from luthier_operator.events import Recorder
 from luthier_operator.jobs import Login, login, watch_jobs
+from luthier_operator.kueue import WORKLOAD
 from luthier_operator.metrics import LEADS, Metrics
 from luthier_operator.model import Key, Object
 from luthier_operator.progress import Scraper, pod_url
@@ -44,7 +45,7 @@ log = logging.getLogger(__name__)
 GC_THRESHOLDS = (100_000, 50, 100)
 JOBSET = "JobSet"
 JOBS = ("FineTuneJob", "GenerateJob")
-CHILDREN = (("Job", "Pod"), (JOBSET,))
+CHILDREN = (("Job", "Pod"), (JOBSET,), (WORKLOAD,))
 GROUPS: tuple[tuple[str, ...], ...] = (JOBS, *CHILDREN)
 """Kinds that are installed together. Each group is watched separately, so that a missing one does not delay the others.
 """
@@ -197,6 +198,8 @@ class Operator:
         def listed(watch: Watch) -> None:
             unlisted.discard(watch)
             if not unlisted:
+                if group == (WORKLOAD,):
+                    self._set_kueue_readable(True)
                 self._listed(group)
 
         async with asyncio.TaskGroup() as tasks:
@@ -226,22 +229,48 @@ class Operator:
             self._stop.set()
 
     async def _until_installed(self, resources: Sequence[Resource]) -> None:
-        missing = False
-        while not await self._client.installed(resources):
+        missing, kind = False, resources[0].kind
+        while why := await self._unavailable(resources):
             if not missing:
-                log.warning(
-                    "the API server does not serve %s: checking every %g s",
-                    resources[0].api_version,
-                    self._pace.discovery,
-                )
+                # Kueue is a choice; JobSet is needed.
+                level = logging.INFO if kind == WORKLOAD else logging.WARNING
+                log.log(level, "%s: checking every %g s", why, self._pace.discovery)
             missing = True
-            if resources[0].kind == JOBSET:
+            if kind == JOBSET:
                 # Jobs that do not need JobSet run. The others report that it is missing.
                 self._set_jobset_installed(False)
                 self._listed((JOBSET,))
+            if kind == WORKLOAD:
+                self._set_kueue_readable(False)
+                self._listed((WORKLOAD,))
             await asyncio.sleep(self._pace.discovery)
-        if resources[0].kind == JOBSET:
+        if kind == JOBSET:
             self._set_jobset_installed(True)
+
+    async def _unavailable(self, resources: Sequence[Resource]) -> str:
+        """Why `resources` cannot be watched: they are not installed, or the operator may not read Workloads of Kueue,
+        which a role made by hand may leave out. Empty if they can. Raises ApiError.
+        """
+        if not await self._client.installed(resources):
+            return f"the API server does not serve {resources[0].api_version}"
+        if resources[0].kind != WORKLOAD:
+            return ""
+        try:
+            for namespace in self._namespaces:
+                await self._client.get(resources[0].path(namespace), {"limit": "1"})
+        except ApiError as error:
+            if error.status == 403:
+                return f"the condition Admitted will not have Kueue's reasons: {error.message}"
+            raise
+        return ""
+
+    def _set_kueue_readable(self, readable: bool) -> None:
+        if self.store.workloads.listed == readable:
+            return
+        self.store.workloads.listed = readable
+        if not readable:
+            self.store.prune(WORKLOAD, None, set(), str(2**63))
+        self._enqueue(set(self.store.keys()))
 
     def _set_jobset_installed(self, installed: bool) -> None:
         if self.store.jobset_installed == installed:

@@ -26,6 +26,8 @@ from luthier_operator.naming import (
 from luthier_operator.statuses import moment
 
 IMAGE_REASONS = {"ImagePullBackOff", "ErrImagePull", "ErrImageNeverPull", "InvalidImageName"}
+OWN_CONTROLLERS = {None, "kubernetes.io/job-controller", "jobset.sigs.k8s.io/jobset-controller"}
+"""Values of `spec.managedBy` of a child whose pods run in this cluster."""
 CONTAINER_REASONS = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
 
 
@@ -74,6 +76,17 @@ def ended_at(child: Object) -> datetime | None:
 def suspended(child: Object) -> bool:
     """Whether a queue has suspended it. The operator itself never does."""
     return bool(child.get("spec", {}).get("suspend"))
+
+
+def was_suspended(child: Object) -> bool:
+    """Whether a queue has suspended it at some time."""
+    return any(c["type"] == "Suspended" for c in child.get("status", {}).get("conditions") or [])
+
+
+def manager(child: Object) -> str | None:
+    """The controller that runs it in place of Kubernetes' own: MultiKueue, in another cluster."""
+    named: str | None = child.get("spec", {}).get("managedBy")
+    return None if named in OWN_CONTROLLERS else named
 
 
 def active_since(child: Object) -> datetime | None:

@@ -69,6 +69,7 @@ RESOURCES: dict[str, Resource] = {
     **{kind.value: Resource(API_VERSION, kind.value, info.plural) for kind, info in KINDS.items()},
     "Job": Resource("batch/v1", "Job", "jobs"),
     "JobSet": Resource("jobset.x-k8s.io/v1alpha2", "JobSet", "jobsets"),
+    "Workload": Resource("kueue.x-k8s.io/v1beta2", "Workload", "workloads"),
     "Pod": Resource("v1", "Pod", "pods"),
     "ConfigMap": Resource("v1", "ConfigMap", "configmaps"),
     "PersistentVolumeClaim": Resource("v1", "PersistentVolumeClaim", "persistentvolumeclaims"),

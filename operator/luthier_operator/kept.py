@@ -25,7 +25,7 @@ OWN = "luthier.dev/"
 """Prefix of our own labels and annotations, which are kept. kubectl keeps a copy of the whole object in another one."""
 LABELS = {naming.RESTART_LABEL, naming.INDEX_ANNOTATION, *naming.CHILD_LABELS}
 ANNOTATIONS = {naming.INDEX_ANNOTATION, naming.INDEX_FAILURES_ANNOTATION, naming.INDEX_IGNORED_ANNOTATION}
-SPEC = ("nodeName", "suspend")
+SPEC = ("nodeName", "suspend", "managedBy")
 STATUS = ("phase", "reason", "message", "podIP", "restarts", "restartsCountTowardsMax", "active", "succeeded", "failed")
 CONDITION = ("type", "status", "reason", "message", "lastTransitionTime")
 CONDITIONS_NOT_READ = {

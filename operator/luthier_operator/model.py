@@ -65,6 +65,33 @@ class PodEnd:
 
 
 @dataclass(frozen=True)
+class KueueCondition:
+    is_true: bool
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class KueueWorkload:
+    """What is kept of a Workload of Kueue, which belongs to a child of `run`."""
+
+    name: str
+    uid: str
+    version: int
+    child: str
+    """uid of the JobSet or Job."""
+    conditions: Mapping[str, KueueCondition]
+    requeue_at: str | None = None
+    """When it queues again after an eviction."""
+    checks: Mapping[str, Object] = field(default_factory=dict)
+    """Its admission checks by name: state and message."""
+
+    def is_true(self, type: str) -> bool:
+        condition = self.conditions.get(type)
+        return condition is not None and condition.is_true
+
+
+@dataclass(frozen=True)
 class Observed:
     """Everything that `decide` may look at."""
 
@@ -83,6 +110,10 @@ class Observed:
     sources: Mapping[str, FineTuneJob] = field(default_factory=dict)
     """The existing FineTuneJobs whose results it uses, by name."""
     jobset_installed: bool = True
+    admission: KueueWorkload | None = None
+    """What Kueue says about the child of `run`."""
+    kueue_readable: bool = False
+    """Whether Workloads of Kueue are known: it is installed, and the operator may read them."""
 
 
 @dataclass(frozen=True)

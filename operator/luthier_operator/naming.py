@@ -86,6 +86,16 @@ def job_names(kind: JobKind, name: str) -> set[str]:
     return {*(f"{begin}-{phase}" for phase in PHASES), f"{begin}-run-{NODE}-0"}
 
 
+def job_of_child(name: str, phase: Phase) -> tuple[JobKind, str] | None:
+    """Kind and name of the job whose child of `phase` would have this name. None for other names."""
+    for kind, info in KINDS.items():
+        begin, end = f"{info.short}-", f"-{phase}"
+        job = name.removeprefix(begin).removesuffix(end)
+        if job and name == f"{begin}{job}{end}":
+            return kind, job
+    return None
+
+
 def restarts_before(restarts: int, charged: int) -> dict[str, str]:
     """Annotation of the child of `run`: restarts of the children before it, and those of them that were charged."""
     return {BEFORE_ANNOTATION: f"{restarts},{charged}"} if restarts else {}

@@ -84,8 +84,17 @@ def state(status: JobStatus, done: ConditionType) -> str:
         shown, otherwise = C.PREPARED, State.PREPARING
     else:
         shown, otherwise = C.ACCEPTED, State.PENDING
-    condition = status.condition(shown)
+    condition, admitted = status.condition(shown), status.condition(C.ADMITTED)
+    if shown == C.RUNNING and admitted and admitted.status == "False":
+        return queue_state(admitted.reason)
     return STATES.get(condition.reason, condition.reason) if condition else otherwise
+
+
+def queue_state(reason: str) -> str:
+    """The column STATE of a job that its queue does not admit, by the reason of Admitted."""
+    if reason.startswith(State.DEACTIVATED):  # Kueue adds why: DeactivatedDueToRequeuingLimitExceeded
+        return State.DEACTIVATED
+    return reason if reason in (State.UNSATISFIABLE, State.INADMISSIBLE) else State.QUEUED
 
 
 def at_end(progress: Progress | None, metrics: dict[str, float] | None) -> Progress | None:

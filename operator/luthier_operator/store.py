@@ -19,6 +19,7 @@ from luthier_api.metrics import CHECKPOINT_STEP, broken_checkpoints, checkpoint_
 from luthier_operator import children
 from luthier_operator.failure.pod_end import PodEnds, pod_end
 from luthier_operator.kept import KeptJob, project, version
+from luthier_operator.kueue import WORKLOAD, Workloads
 from luthier_operator.model import ChildRef, Job, Key, Object, Observed
 from luthier_operator.ownership import OWNED, Owner, owner_of, owner_of_job
 from luthier_operator.workloads import workload
@@ -63,6 +64,7 @@ class Store:
     def __init__(self, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self._now = now
         self.jobset_installed = True
+        self.workloads = Workloads()
         self._jobs: dict[Key, KeptJob] = {}
         self._parts: dict[Owner, Parts] = {}
         self._dependents: dict[Key, set[Key]] = {}  # FineTuneJob → jobs that use its result
@@ -112,12 +114,16 @@ class Store:
             broken_checkpoints=broken_checkpoints(first),
             sources=self._sources(job),
             jobset_installed=self.jobset_installed,
+            admission=self.workloads.of(parts.children.get(workload(job).child("run"))),
+            kueue_readable=self.workloads.listed,
         )
 
     # Writing
 
     def put(self, found: Object) -> set[Key]:
         """Store `found`, unless it is older than the known object of its name, or was deleted."""
+        if found["kind"] == WORKLOAD:
+            return set() if found["metadata"]["uid"] in self._deleted else self.workloads.put(found)
         owner, uid = owner_of(found), found["metadata"]["uid"]
         if owner is None or uid in self._deleted or found["kind"] not in WATCHED:
             return set()
@@ -130,6 +136,9 @@ class Store:
     def remove(self, gone: Object) -> set[Key]:
         """Remove an object that was deleted. `gone` is its last state."""
         owner, meta = owner_of(gone), gone["metadata"]
+        if gone["kind"] == WORKLOAD:
+            self._remember_deletion(meta["uid"])
+            return self.workloads.remove(gone)
         if owner is None:
             return set()
         # The Job controller deletes the other pods as soon as one has failed: their ends may be seen only now.
@@ -142,6 +151,8 @@ class Store:
 
         `listed`: the uids in the list.
         """
+        if kind == WORKLOAD:
+            return self.workloads.prune(namespace, listed, int(list_version))
         touched: set[Key] = set()
         for owner, name, uid, known_version in list(self._all(kind)):
             newer = known_version > int(list_version)  # created while the list was under way
@@ -215,9 +226,7 @@ class Store:
         return {owner.key}
 
     def _remove(self, owner: Owner, kind: str, name: str, uid: str) -> set[Key]:
-        self._deleted[uid] = None
-        while len(self._deleted) > DELETED_KEPT:
-            self._deleted.popitem(last=False)
+        self._remember_deletion(uid)
         key = owner.key
         if kind in KINDS:
             known = self._jobs.get(key)
@@ -240,6 +249,11 @@ class Store:
                 del parts.children[ref]
         self._drop_if_empty(owner)
         return touched
+
+    def _remember_deletion(self, uid: str) -> None:
+        self._deleted[uid] = None
+        while len(self._deleted) > DELETED_KEPT:
+            self._deleted.popitem(last=False)
 
     def _forget_job(self, owner: Owner) -> None:
         """Its children and pods stay until they are deleted, too."""

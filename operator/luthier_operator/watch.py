@@ -14,6 +14,7 @@ from collections.abc import Callable
 from luthier_api.kinds import KINDS
 from luthier_operator import naming
 from luthier_operator.client import ApiError, Client, Resource
+from luthier_operator.kueue import WORKLOAD
 from luthier_operator.model import Key, Object
 from luthier_operator.store import Store
 
@@ -26,12 +27,15 @@ GONE = 410
 SHORT_WATCH_SECONDS = 1.0
 """A watch that ends sooner without an event is not repeated at once."""
 
+UNLABELLED = {*KINDS, WORKLOAD}
+"""Kinds without our label: jobs, and Workloads, which Kueue makes."""
+
 Touched = Callable[[set[Key]], None]
 """Called with the keys of the jobs that a change affects."""
 
 
 def selector(kind: str) -> str:
-    return "" if kind in KINDS else SELECTOR
+    return "" if kind in UNLABELLED else SELECTOR
 
 
 class Watch:

@@ -37,15 +37,6 @@ CASES = [
         state="Preparing",
     ),
     Case(
-        name="a queue for a job without GPUs",
-        given=lambda: decided(fine_tune(resources={"gpusPerNode": 0}, scheduling={"queueName": "team-a"})),
-        expect=(
-            'True Accepted: The job can run. spec.scheduling.queueName: "team-a" is not used, because the job requests'
-            " no GPUs"
-        ),
-        state="Preparing",
-    ),
-    Case(
         name="no JobSet",
         given=lambda: decided(fine_tune(), jobset_installed=False),
         expect=(
@@ -146,11 +137,6 @@ def test_accept(case: Case) -> None:
     decision = case.given()
     assert said(decision, "Accepted")[: len(case.expect)] == case.expect
     assert decision.status.state == case.state
-
-
-def test_only_a_queue_that_is_named_is_worth_a_remark() -> None:
-    assert said(decided(fine_tune(resources={"gpusPerNode": 0})), "Accepted") == "True Accepted: The job can run"
-    assert said(decided(fine_tune(scheduling={"queueName": "team-a"})), "Accepted") == "True Accepted: The job can run"
 
 
 def test_a_status_that_was_not_written_is_caught_up_with() -> None:

@@ -201,7 +201,9 @@ CASES = [
         name="held by the queue",
         given=situation(child(QUEUED, "run", suspend=True), job=QUEUED),
         expect="waits",
-        condition='False WaitingForQueue: waiting for quota in queue "team-a"; see `kubectl describe workloads`',
+        condition=(
+            'False WaitingForQueue: queue "team-a": JobSet ftj-bot-run is suspended; see `kubectl describe workloads`'
+        ),
     ),
     Case(
         name="let go by the queue a moment ago",
@@ -223,7 +225,9 @@ CASES = [
             pods=[pod(QUEUED, "run", i, state=RUNNING, deleting=True) for i in (0, 1)],
         ),
         expect="waits",
-        condition='False WaitingForQueue: waiting for quota in queue "team-a"; see `kubectl describe workloads`',
+        condition=(
+            'False WaitingForQueue: queue "team-a": JobSet ftj-bot-run is suspended; see `kubectl describe workloads`'
+        ),
     ),
     Case(
         name="no node has the GPUs",

@@ -22,6 +22,7 @@ C, R = ConditionType, Reason
 HOLDS: dict[ConditionType, set[str]] = {
     C.ACCEPTED: {R.ACCEPTED},
     C.PREPARED: {R.PREPARED, R.PLAN_ONLY},
+    C.ADMITTED: {R.ADMITTED},
     C.RUNNING: {R.RUNNING},
     C.TRAINED: {R.TRAINED},
     C.GENERATED: {R.GENERATED},

@@ -334,7 +334,7 @@ QUEUES = [
     QueueCase(
         name="on CPU",
         job=fine_tune(scheduling={"queueName": "a"}, resources={"gpusPerNode": 0}),
-        queued=[],
+        queued=["ftj-bot-run"],
     ),
     QueueCase(
         name="shards",
@@ -345,7 +345,7 @@ QUEUES = [
 
 
 @pytest.mark.parametrize("case", QUEUES, ids=lambda case: case.name)
-def test_the_queue_is_asked_for_what_holds_gpus(case: QueueCase) -> None:
+def test_the_queue_is_asked_for_the_run_alone(case: QueueCase) -> None:
     assert [
         o["metadata"]["name"]
         for o in objects(case.job, SETTINGS)

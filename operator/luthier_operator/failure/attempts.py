@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from luthier_api.exitcodes import ExitCode
 from luthier_api.status import Attempt, Phase
 from luthier_operator.failure.cause import cause, location
 from luthier_operator.failure.pod_end import NO_EXIT_CODE, is_fatal, is_uncharged, message, reason
@@ -57,8 +58,11 @@ def attempts_of_group(
         if found is None:
             continue
         kept = by_number.get(number)
-        # A record whose pod is unknown was written by an earlier operator process, from ends that are gone: keep it.
-        revisable = kept is None or kept.pod in {end.pod for end in of_restart}
+        # A record whose pod is unknown was written by an earlier operator process, from ends that are gone: keep it,
+        # unless it is an eviction. A queue evicts the group without a restart of the JobSet, so that the pods of the
+        # next start have the same number.
+        after_eviction = kept is not None and kept.reason == ExitCode.PREEMPTED.reason and not is_uncharged(found)
+        revisable = kept is None or kept.pod in {end.pod for end in of_restart} or after_eviction
         if revisable and (kept is None or kept.pod != found.pod):
             reported = [end.message.step for end in of_restart if end.message and end.message.step is not None]
             by_number[number] = attempt(found, number, max(reported, default=step))

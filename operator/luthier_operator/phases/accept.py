@@ -36,7 +36,7 @@ def accept(ctx: Context) -> Step:
     for field, name in ctx.workload.sources.items():
         if waits := for_source(ctx, field, name):
             return waits
-    return ctx.with_condition(ACCEPTED, "True", Reason.ACCEPTED, CAN_RUN + unused_queue(ctx)).goes_on()
+    return ctx.with_condition(ACCEPTED, "True", Reason.ACCEPTED, CAN_RUN).goes_on()
 
 
 def for_jobset(ctx: Context, condition: ConditionType) -> Step | None:
@@ -79,10 +79,3 @@ def find_mistake(ctx: Context) -> str | None:
             " a file (spec.inputs.dataset.files)"
         )
     return None
-
-
-def unused_queue(ctx: Context) -> str:
-    queue = ctx.job.spec.scheduling.queue_name
-    if not queue or ctx.workload.gpus_per_pod:
-        return ""
-    return f'. spec.scheduling.queueName: "{queue}" is not used, because the job requests no GPUs'

@@ -6,11 +6,13 @@ while the operator is away, so this step only creates the child, reads it and ju
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from luthier_api.conditions import ConditionType, Reason
 from luthier_operator import children, naming, statuses
 from luthier_operator.failure.cause import judge, location
 from luthier_operator.model import Object
-from luthier_operator.phases import waiting
+from luthier_operator.phases import queued, waiting
 from luthier_operator.phases.accept import for_jobset
 from luthier_operator.phases.context import Context, Step
 from luthier_operator.render.configmap import configmap
@@ -27,6 +29,7 @@ def run(ctx: Context) -> Step:
 
     child = ctx.child("run")
     if child is None:
+        ctx = replace(ctx, status=statuses.without_condition(ctx.status, ConditionType.ADMITTED))
         if waits := for_jobset(ctx, RUNNING):  # it was installed when the job was accepted, and may be gone since
             return waits
         status, places = ctx.status, ctx.places()
@@ -36,6 +39,7 @@ def run(ctx: Context) -> Step:
         config = configmap(ctx.workload, ctx.settings, places) if status.resumes else None
         return ctx.creates(RUNNING, Reason.STARTING, starting(ctx), config, manifest)
 
+    ctx = queued.admission(ctx, child)
     if children.succeeded(child):
         waits = waiting.for_messages(ctx, child, known=ctx.status.metrics is not None)
         return waits or succeeded(ctx)
@@ -68,6 +72,13 @@ def at_work(ctx: Context, child: Object) -> Step:
     succeeded = sum(end.exit_code == 0 and restart in (None, end.attempt) for end in ctx.ends("run"))
     if ctx.workload.is_running(running, succeeded):
         return is_running(ctx)
+
+    if (manager := children.manager(child)) and not children.suspended(child):
+        message = (
+            f"{child['kind']} {child['metadata']['name']} is run by {manager} (spec.managedBy), in another cluster. Its"
+            " pods need the claim of the workspace and the ConfigMap of this job there, too"
+        )
+        return ctx.waits(RUNNING, Reason.RUNS_ELSEWHERE, message)
 
     attempts = ctx.attempts("run")
     repeated = ctx.workload.repeated_failure(attempts)

@@ -14,6 +14,7 @@ from luthier_operator.children import PendingReason
 from luthier_operator.failure.attempts import ATTEMPTS_KEPT
 from luthier_operator.failure.cause import location
 from luthier_operator.model import Object
+from luthier_operator.phases import queued
 from luthier_operator.phases.context import Context, Step
 
 EVIDENCE_SECONDS = 3.0
@@ -95,10 +96,7 @@ def pending_reason(ctx: Context, phase: Phase, pods: int) -> tuple[PendingReason
     """
     child = ctx.child(phase)
     if child and children.suspended(child):
-        queue = f"{name(child)} is suspended by a queue"
-        if phase == "run":
-            queue = f'waiting for quota in queue "{ctx.job.spec.scheduling.queue_name}"'
-        return PendingReason(Reason.WAITING_FOR_QUEUE, f"{queue}; see `kubectl describe workloads`"), None
+        return queued.pending_reason(ctx, phase, child), queued.check_again(ctx, child) if phase == "run" else None
 
     found = children.pending_reason(ctx.pods(phase))
     if found:

@@ -70,12 +70,12 @@ def shards(
 
 
 def queue_label(workload: Workload) -> dict[str, str]:
-    """The queue of a child with GPUs, which Kueue has to admit.
+    """The queue of the child of `run`, which Kueue has to admit.
 
     Set at creation and never changed. `spec.suspend` belongs to Kueue, and is in no manifest.
     """
     queue = workload.job.spec.scheduling.queue_name
-    return {naming.QUEUE_LABEL: queue} if queue and workload.gpus_per_pod else {}
+    return {naming.QUEUE_LABEL: queue} if queue else {}
 
 
 def _one_pod(
