@@ -6,17 +6,17 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import components, images, volumes
+from . import components, control_plane, images, node, volumes
 from .certificates import certificates
-from .control_plane import control_plane
-from .node import BRIDGE, network, node
-from .shell import BIN, HOME, KUBECONFIG, STATE, ctr, kubectl, sh, stop
+from .node import BRIDGE, network
+from .progress import Progress, say
+from .shell import BIN, HOME, KUBECONFIG, STATE, alive, answers, ctr, kubectl, sh, stop, wait, write
 
 JOBSET_IMAGE, JOBSET_TAG = "local/jobset", components.JOBSET[1]
 
@@ -35,8 +35,10 @@ class Local:
         components.build()
 
     def up(self) -> dict[str, str]:
+        """Starts from an empty state, in about 30 s."""
         with alone():
-            start_all()
+            stop_all()
+            repair()
         return environment()
 
     def down(self) -> None:
@@ -44,10 +46,14 @@ class Local:
             stop_all()
 
     def ensure(self) -> dict[str, str]:
+        """What runs is kept; a component that does not is started again. Only a cluster of which nothing runs, as after
+        a restart of the machine, begins from an empty state.
+        """
         with alone():
             components.build()
-            if not answers():
-                start_all()
+            if not any(alive(part.name) for part in PARTS):
+                stop_all()
+            repair()
         return environment()
 
     def image(self, context: str, target: str, name: str) -> str:
@@ -90,38 +96,45 @@ def environment() -> dict[str, str]:
     }
 
 
-def answers() -> bool:
-    if not KUBECONFIG.exists():
-        return False
-    with contextlib.suppress(subprocess.CalledProcessError):
-        kubectl(
-            "-n",
-            "jobset-system",
-            "rollout",
-            "status",
-            "deployment",
-            "--timeout=60s",
-            "--request-timeout=5s",
-            stderr=subprocess.DEVNULL,
-        )
-        return True
-    return False
+@dataclass(frozen=True)
+class Part:
+    """A component of the cluster: how it is started, and how it shows that it works."""
+
+    name: str
+    start: Callable[[], None]
+    works: Callable[[], bool]
+    is_process: bool = True
+    """Of this machine. The others are objects in the API server."""
 
 
-def start_all() -> None:
-    """Starts from an empty state, in about 30 s."""
-    if STATE.exists():
-        stop_all()
-    STATE.mkdir(parents=True)
-    begin = time.monotonic()
+def repair() -> None:
+    """Starts each part that does not work, and does not go on before it does. Raises TimeoutError, which names it."""
+    STATE.mkdir(parents=True, exist_ok=True)
     network()
-    images.registry()
-    certificates()
-    control_plane()
-    node()
-    volumes.volumes()
-    jobset()
-    print(f"ready in {time.monotonic() - begin:.0f} s", file=sys.stderr)
+    if not KUBECONFIG.exists():
+        certificates()
+    say(f"{len(PARTS)} components, state and logs in {STATE}")
+    for part in PARTS:
+        if works(part):
+            say(f"{part.name}: works")
+            continue
+        progress = Progress(f"{part.name}: start")
+        stop(part.name)
+        part.start()
+        wait(part.name, part.works)
+        progress.done()
+    say("all components work")
+
+
+def works(part: Part) -> bool:
+    """A process that runs may be busy, and gets some time to answer."""
+    if not part.is_process:
+        return answers(part.works)
+    if alive(part.name):
+        with contextlib.suppress(TimeoutError):
+            wait(part.name, part.works, PATIENCE)
+            return True
+    return False
 
 
 def jobset() -> None:
@@ -129,7 +142,42 @@ def jobset() -> None:
     chart = components.module_dir(*components.JOBSET) / "charts/jobset"
     values = f"image.repository={JOBSET_IMAGE},image.tag={JOBSET_TAG},image.pullPolicy=Never"
     options = ("-n", "jobset-system", "--create-namespace", "--set", values, "--wait", "--timeout", "3m")
-    sh(BIN / "helm", "--kubeconfig", KUBECONFIG, "install", "jobset", chart, *options, stdout=subprocess.DEVNULL)
+    command = (BIN / "helm", "--kubeconfig", KUBECONFIG, "upgrade", "--install", "jobset", chart, *options)
+    sh(*command, stdout=subprocess.DEVNULL)
+
+
+def jobset_answers() -> bool:
+    """The API server asks JobSet's webhook about it, which takes pods, their network and a Service."""
+    kubectl(
+        "create", "--dry-run=server", "-f", write("jobset.json", json.dumps(JOBSET_PROBE)), stderr=subprocess.DEVNULL
+    )
+    return True
+
+
+NO_POD = {"spec": {"restartPolicy": "Never", "containers": [{"name": "none", "image": "none"}]}}
+JOBSET_PROBE = {
+    "apiVersion": "jobset.x-k8s.io/v1alpha2",
+    "kind": "JobSet",
+    "metadata": {"name": "probe", "namespace": "default"},
+    "spec": {"replicatedJobs": [{"name": "none", "template": {"spec": {"template": NO_POD}}}]},
+}
+# In the order in which they need each other.
+PARTS = (
+    Part("registry", images.registry, images.registry_answers),
+    Part("etcd", control_plane.etcd, control_plane.etcd_answers),
+    Part("kube-apiserver", control_plane.api_server, control_plane.api_server_answers),
+    Part("kubelet-readers", control_plane.kubelet_readers, control_plane.kubelet_readers_exist, is_process=False),
+    Part("kube-controller-manager", control_plane.controllers, control_plane.controllers_answer),
+    Part("kube-scheduler", control_plane.scheduler, control_plane.scheduler_answers),
+    Part("containerd", node.containerd, node.containerd_answers),
+    Part("kubelet", node.kubelet, node.node_is_ready),
+    Part("gpus", node.gpus, node.gpus_are_counted, is_process=False),
+    Part("kube-proxy", node.kube_proxy, node.kube_proxy_answers),
+    Part("coredns", node.coredns, node.coredns_answers),
+    Part("volumes", volumes.volumes, volumes.volumes_exist, is_process=False),
+    Part("jobset", jobset, jobset_answers, is_process=False),
+)
+PATIENCE = 30.0  # seconds that a running component gets to answer before it is started again
 
 
 def stop_all() -> None:

@@ -1,10 +1,9 @@
 """etcd, the API server (with an audit log), controllers and scheduler, as processes of this machine."""
 
 import subprocess
-import urllib.request
 
 from .certificates import PKI
-from .shell import API, BIN, NODE_IP, STATE, kubectl, start, wait, write
+from .shell import API, BIN, NODE_IP, STATE, fetch, kubectl, start, write
 
 SERVICE_NET = "10.96.0.0/16"
 ETCD, ETCD_PEER = "http://127.0.0.1:2379", "http://127.0.0.1:2380"
@@ -15,19 +14,6 @@ AUDIT_POLICY = """
     omitStages: [RequestReceived]
     rules: [{level: Metadata}]
 """
-
-
-def control_plane() -> None:
-    etcd()
-    api_server()
-    controllers()
-    kubectl(
-        "create",
-        "clusterrolebinding",
-        "kubelet-readers",
-        "--clusterrole=system:kubelet-api-admin",
-        "--group=kubelet-readers",
-    )
 
 
 def etcd() -> None:
@@ -42,7 +28,10 @@ def etcd() -> None:
         f"--initial-advertise-peer-urls={ETCD_PEER}",
         f"--initial-cluster=default={ETCD_PEER}",
     )
-    wait("etcd", lambda: urllib.request.urlopen(f"{ETCD}/health").status == 200)
+
+
+def etcd_answers() -> bool:
+    return fetch(f"{ETCD}/health") == 200
 
 
 def api_server() -> None:
@@ -77,24 +66,39 @@ def api_server() -> None:
         f"--audit-policy-file={write('audit.yaml', AUDIT_POLICY)}",
         f"--audit-log-path={STATE}/audit.log",
     )
-    wait("kube-apiserver", lambda: kubectl("get", "--raw", "/readyz", stderr=subprocess.DEVNULL) == "ok")
+
+
+def api_server_answers() -> bool:
+    return kubectl("get", "--raw", "/readyz", "--request-timeout=5s", stderr=subprocess.DEVNULL) == "ok"
+
+
+def kubelet_readers() -> None:
+    """The API server may read logs of the kubelet and run commands through it."""
+    role = ("--clusterrole=system:kubelet-api-admin", "--group=kubelet-readers")
+    kubectl("create", "clusterrolebinding", "kubelet-readers", *role)
+
+
+def kubelet_readers_exist() -> bool:
+    return bool(kubectl("get", "clusterrolebinding", "kubelet-readers", stderr=subprocess.DEVNULL))
+
+
+def options(name: str) -> list[str]:
+    """Those of controllers and scheduler."""
+    kubeconfig = f"{STATE}/{name}.kubeconfig"
+    return [
+        f"--kubeconfig={kubeconfig}",
+        f"--authentication-kubeconfig={kubeconfig}",
+        f"--authorization-kubeconfig={kubeconfig}",
+        "--bind-address=127.0.0.1",
+        "--leader-elect=false",
+    ]
 
 
 def controllers() -> None:
-    def common(name: str) -> list[str]:
-        kubeconfig = f"{STATE}/{name}.kubeconfig"
-        return [
-            f"--kubeconfig={kubeconfig}",
-            f"--authentication-kubeconfig={kubeconfig}",
-            f"--authorization-kubeconfig={kubeconfig}",
-            "--bind-address=127.0.0.1",
-            "--leader-elect=false",
-        ]
-
     start(
         "kube-controller-manager",
         BIN / "kube-controller-manager",
-        *common("kube-controller-manager"),
+        *options("kube-controller-manager"),
         f"--service-account-private-key-file={PKI}/service-accounts.key",
         f"--root-ca-file={PKI}/server-ca.crt",
         f"--cluster-signing-cert-file={PKI}/client-ca.crt",
@@ -102,4 +106,15 @@ def controllers() -> None:
         "--use-service-account-credentials",
         "--node-monitor-grace-period=20s",
     )
-    start("kube-scheduler", BIN / "kube-scheduler", *common("kube-scheduler"))
+
+
+def controllers_answer() -> bool:
+    return fetch("https://127.0.0.1:10257/healthz") == 200
+
+
+def scheduler() -> None:
+    start("kube-scheduler", BIN / "kube-scheduler", *options("kube-scheduler"))
+
+
+def scheduler_answers() -> bool:
+    return fetch("https://127.0.0.1:10259/readyz") == 200

@@ -14,7 +14,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from .shell import BIN, HOME, REGISTRY, STATE, ctr, out, sh, start, wait, write
+from .shell import BIN, HOME, REGISTRY, STATE, ctr, fetch, out, sh, start, write
 
 DEBIAN = "bookworm"
 RUNTIME = ["ca-certificates", "libgomp1", "python3"]
@@ -29,7 +29,10 @@ def registry() -> None:
     storage = {"filesystem": {"rootdirectory": str(HOME / "registry")}, "delete": {"enabled": True}}
     config = {"version": 0.1, "http": {"addr": REGISTRY}, "log": {"level": "warn"}, "storage": storage}
     start("registry", BIN / "registry", "serve", write("registry.json", json.dumps(config)))
-    wait("registry", lambda: urllib.request.urlopen(f"http://{REGISTRY}/v2/").status == 200)
+
+
+def registry_answers() -> bool:
+    return fetch(f"http://{REGISTRY}/v2/") == 200
 
 
 def image(context: str, target: str, name: str) -> str:

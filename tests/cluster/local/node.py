@@ -3,14 +3,17 @@ counted.
 """
 
 import json
+import socket
+import struct
 import subprocess
 
 from .images import load, scratch_image
-from .shell import BIN, NODE, NODE_IP, REGISTRY, STATE, ctr, kubectl, sh, start, wait, write
+from .shell import BIN, NODE, NODE_IP, REGISTRY, STATE, ctr, fetch, kubectl, sh, start, write
 
 BRIDGE, POD_NET = "kbr0", "10.244.0.0/24"
 PAUSE = "local/pause:1"
 FAKE_GPUS = 8
+API_SERVICE, API_SERVICE_IP = "kubernetes.default.svc.cluster.local", "10.96.0.1"
 
 
 def network() -> None:
@@ -35,8 +38,17 @@ def network() -> None:
     write("cni/10-bridge.conflist", json.dumps({"cniVersion": "0.4.0", "name": "bridge", "plugins": [bridge, ports]}))
 
 
-def node() -> None:
-    containerd()
+def containerd() -> None:
+    write(f"certs.d/{REGISTRY}/hosts.toml", f'[host."http://{REGISTRY}"]\n  capabilities = ["pull", "resolve"]\n')
+    write("resolv.conf", "")
+    start("containerd", "containerd", "--config", write("containerd.toml", CONTAINERD.format(state=STATE, pause=PAUSE)))
+
+
+def containerd_answers() -> bool:
+    return bool(ctr("version", stderr=subprocess.DEVNULL))
+
+
+def kubelet() -> None:
     pause_image()
     start(
         "kubelet",
@@ -47,25 +59,51 @@ def node() -> None:
         f"--node-ip={NODE_IP}",
         f"--root-dir={STATE}/kubelet",
     )
-    start(
-        "kube-proxy",
-        BIN / "kube-proxy",
-        "--config",
-        write("kube-proxy.yaml", KUBE_PROXY.format(state=STATE, node=NODE, net=POD_NET)),
-    )
-    kubectl("apply", "-f", write("coredns.yaml", COREDNS_RBAC))
-    start("coredns", BIN / "coredns", "-conf", write("Corefile", COREFILE.format(state=STATE, dns=NODE_IP)))
+
+
+def node_is_ready() -> bool:
+    """By the kubelet itself, too: the API server calls a node ready for some time after its kubelet has gone."""
     ready = "jsonpath={.status.conditions[?(@.type=='Ready')].status}"
-    wait("node", lambda: "True" in kubectl("get", "node", NODE, "-o", ready, stderr=subprocess.DEVNULL))
+    return fetch("http://127.0.0.1:10248/healthz") == 200 and "True" in node(ready)
+
+
+def node(path: str) -> str:
+    return kubectl("get", "node", NODE, "-o", path, "--request-timeout=5s", stderr=subprocess.DEVNULL)
+
+
+def gpus() -> None:
+    """A kubelet that starts again forgets them."""
     capacity = [{"op": "add", "path": "/status/capacity/nvidia.com~1gpu", "value": str(FAKE_GPUS)}]
     kubectl("patch", "node", NODE, "--subresource=status", "--type=json", "-p", json.dumps(capacity))
 
 
-def containerd() -> None:
-    write(f"certs.d/{REGISTRY}/hosts.toml", f'[host."http://{REGISTRY}"]\n  capabilities = ["pull", "resolve"]\n')
-    write("resolv.conf", "")
-    start("containerd", "containerd", "--config", write("containerd.toml", CONTAINERD.format(state=STATE, pause=PAUSE)))
-    wait("containerd", lambda: ctr("version", stderr=subprocess.DEVNULL))
+def gpus_are_counted() -> bool:
+    return node("jsonpath={.status.allocatable.nvidia\\.com/gpu}") == str(FAKE_GPUS)
+
+
+def kube_proxy() -> None:
+    config = write("kube-proxy.yaml", KUBE_PROXY.format(state=STATE, node=NODE, net=POD_NET))
+    start("kube-proxy", BIN / "kube-proxy", "--config", config)
+
+
+def kube_proxy_answers() -> bool:
+    return fetch("http://127.0.0.1:10256/healthz") == 200
+
+
+def coredns() -> None:
+    kubectl("apply", "-f", write("coredns.yaml", COREDNS_RBAC))
+    start("coredns", BIN / "coredns", "-conf", write("Corefile", COREFILE.format(state=STATE, dns=NODE_IP)))
+
+
+def coredns_answers() -> bool:
+    """Whether it knows the address of the API server's Service."""
+    labels = b"".join(bytes([len(label)]) + label.encode() for label in API_SERVICE.split("."))
+    one_question = struct.pack("!6H", 1, 0x0100, 1, 0, 0, 0)  # id, recursion desired, then the numbers of records
+    address_of = struct.pack("!2H", 1, 1)  # A, IN
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        asked.settimeout(2)
+        asked.sendto(one_question + labels + b"\0" + address_of, (NODE_IP, 53))
+        return asked.recv(512).endswith(socket.inet_aton(API_SERVICE_IP))
 
 
 def pause_image() -> None:

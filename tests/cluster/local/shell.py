@@ -3,9 +3,11 @@
 import contextlib
 import os
 import signal
+import ssl
 import subprocess
 import textwrap
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,15 @@ def kubectl(*args: object, **options: Any) -> str:
 def ctr(*args: object, **options: Any) -> str:
     """containerd's own client, in the namespace that the kubelet uses."""
     return out("ctr", "-a", STATE / "containerd.sock", "-n", "k8s.io", *args, **options)
+
+
+def fetch(url: str) -> int:
+    """Status of a GET. The certificates of controllers and scheduler are signed by themselves. Raises OSError."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with urllib.request.urlopen(url, timeout=5, context=context) as answer:
+        status: int = answer.status
+        return status
 
 
 def write(name: str, text: str) -> Path:
@@ -71,11 +82,30 @@ def running(pid: int, name: str) -> bool:
     return False
 
 
+def alive(name: str) -> bool:
+    """Whether the component that `start` has started still runs."""
+    path = STATE / f"{name}.pid"
+    return path.exists() and running(int(path.read_text()), name)
+
+
+def answers(probe: Callable[[], object]) -> bool:
+    """Whether `probe` returns something true now. What it raises while a component starts counts as no."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError, ValueError, LookupError):
+        return bool(probe())
+    return False
+
+
 def wait(what: str, probe: Callable[[], object], seconds: float = 120) -> None:
+    """Returns once `probe` answers. Raises TimeoutError with the last lines of the component's log."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            if probe():
-                return
+    while not answers(probe):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} is not ready after {seconds:.0f} s{last_lines(what)}")
         time.sleep(0.2)
-    raise TimeoutError(f"{what} is not ready after {seconds:.0f} s: read {STATE}/*.log")
+
+
+def last_lines(name: str, count: int = 10) -> str:
+    path = STATE / f"{name}.log"
+    if not path.exists():
+        return f": read {STATE}/*.log"
+    return f". The end of {path}:\n" + "\n".join(path.read_text(errors="replace").splitlines()[-count:])

@@ -7,6 +7,7 @@ the tests call it between cases, so that sixty-four are enough for any number of
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,15 @@ def volumes() -> None:
     items = [STORAGE_CLASS]
     for number in range(COUNT):
         path = FOLDER / f"{number:03}"
-        path.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=True)
         os.chown(path, 0, GROUP)
         path.chmod(0o2775)
         items.append(persistent_volume(f"local-{number:03}", path))
-    kubectl("create", "-f", write("volumes.json", json.dumps({"apiVersion": "v1", "kind": "List", "items": items})))
+    kubectl("apply", "-f", write("volumes.json", json.dumps({"apiVersion": "v1", "kind": "List", "items": items})))
+
+
+def volumes_exist() -> bool:
+    return len(kubectl("get", "pv", "-o", "name", stderr=subprocess.DEVNULL).split()) >= COUNT
 
 
 def persistent_volume(name: str, path: Path) -> dict[str, Any]:
