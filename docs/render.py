@@ -43,8 +43,9 @@ ADVICE: dict[ExitCode, str] = {
     ExitCode.UNAUTHORIZED: "The token is missing, wrong, or without access. See `hub.tokenSecretRef`.",
     ExitCode.MISCONFIGURED: "The environment cannot run this: no GPU, a read-only folder, a missing library.",
     ExitCode.CUDA_OUT_OF_MEMORY: (
-        "Smaller `microBatchSize` or `maxLength`, `gradientCheckpointing: true`, a `zero` strategy, or `method.type:"
-        " qlora`. What takes how much: [memory](memory.md)."
+        "A training goes on once with half the micro-batch, in the same steps. If that is not enough: smaller"
+        " `maxLength`, `gradientCheckpointing: true`, a `zero` strategy, or `method.type: qlora`. What takes how much:"
+        " [memory](memory.md)."
     ),
     ExitCode.HANG: "No step for longer than the limit. The stacks of all threads are in the log.",
     ExitCode.PEER_LOST: "Another process of the group ended or became unreachable. Its own attempt has the reason.",
@@ -115,7 +116,7 @@ OCCASIONS: dict[Reason, str] = {
     Reason.PUBLISH_FAILED: "A pod of `publish` has failed; it is retried if that may help.",
     Reason.PUBLISHED: "The result is on the Hub.",
     Reason.SUSPENDED: "`suspend` is true.",
-    Reason.RESUMED: "The job resumes: `suspend` is false again, or `activeDeadlineSeconds` was raised.",
+    Reason.RESUMED: "The job resumes: `suspend` is false again, or a field was changed after it had failed; which one.",
     Reason.COMPLETED: "The job is complete: where the result is.",
     Reason.FAILED: "The job has failed: the reason, and what to do.",
 }

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from luthier_api.decides import result_part
+from luthier_api.decides import planned_part, result_part
 from luthier_api.exitcodes import ExitCode
 from luthier_api.kinds import JobKind
 from luthier_api.run import RUNS, FineTuneRun, GenerateRun, read_run
@@ -141,6 +141,8 @@ class LocalJob:
                     ]
                 )
             self.end("prepare").unlink(missing_ok=True)  # only `prepare` has run, and it runs again
+        if before and planned_part(before.spec) != planned_part(after.spec) and not self.folder.result.exists():
+            self.end("prepare").unlink(missing_ok=True)  # it plans again; what it has prepared stays
         if before and before.spec.hub != after.spec.hub:
             self.end("publish").unlink(missing_ok=True)  # the result is published again, to the new place
         self.run_file.parent.mkdir(parents=True, exist_ok=True)

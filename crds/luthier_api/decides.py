@@ -193,6 +193,11 @@ def result_part(spec: ApiModel) -> dict[str, Any]:
     return _part(spec.dump(), type(spec), kept, Decides.RESULT)
 
 
+def planned_part(spec: ApiModel) -> dict[str, Any]:
+    """The part of a spec with which `prepare` plans the run again, as JSON-ready data with outer names."""
+    return _part(spec.dump(), type(spec), {mark for mark in Decides if mark.value.planned}, Decides.RESULT)
+
+
 def run_part(spec: Spec) -> Spec:
     """A spec as the pods read it: what the operator alone reads has its default, so that a pod that starts after a
     suspension finds the run config that it knew.

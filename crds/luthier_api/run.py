@@ -106,6 +106,25 @@ class Origin(ApiModel):
     """When it was last written. One that nobody has touched is not read again."""
 
 
+class Weights(ApiModel):
+    """What the sizes of a training's checkpoints and of its result are computed from (FineTuneJob)."""
+
+    total: int
+    """Weights of the model."""
+    learning: int
+    """Weights that learn: of the adapters alone, or all."""
+    tensors: int
+    """Tensors that learn."""
+    adapters: bool
+    """Whether the result is an adapter."""
+    computed_bytes: int
+    """Bytes of a weight in the precision of the computation."""
+    source_bytes: int
+    """Bytes of a weight in the files of the base model, in whose type a model is delivered."""
+    normalizes_over_batch: bool = False
+    """Whether a layer of the model normalises over the rows of a forward pass (BatchNorm)."""
+
+
 class PreparedRecord(Prepared):
     """`prepared/prepared.json`: `Prepared`, with the places that the pods of `run` need."""
 
@@ -115,6 +134,10 @@ class PreparedRecord(Prepared):
     """Folders of the adapters, or for images their files, in the order of the spec (GenerateJob)."""
     origins: list[Origin] = Field(default_factory=list)
     """What all of it was made of: what lies on the Hub has a commit instead."""
+    weights: Weights | None = None
+    """Of a FineTuneJob: with it, another layout is planned without the model."""
+    cannot_recompute: str | None = None
+    """Of a FineTuneJob: why the model cannot recompute its activations, if so."""
     notices: list[str] = Field(default_factory=list)
     """What `prepare` had to say, so that a `prepare` that finds its work done says it again."""
     dataset_path: str

@@ -97,6 +97,10 @@ class Plan(ApiModel):
     """Rows in one forward pass of one process."""
     accumulation_steps: int | None = None
     """Forward passes of each process in one optimiser step."""
+    normalizes_over_batch: bool | None = None
+    """Whether the model has layers that normalise over the rows of a forward pass (BatchNorm), so that the result
+    depends on microBatchSize (FineTuneJob).
+    """
     steps: int | None = None
     """Optimiser steps."""
     precision: str | None = None
@@ -119,6 +123,16 @@ class Plan(ApiModel):
     """
     rows_per_shard: int | None = None
     """Outputs of the largest shard (GenerateJob)."""
+
+    def with_micro_batch(self, rows: int) -> Plan:
+        """The same optimiser steps, over the same rows, with `rows` in a forward pass.
+
+        Raises ValueError if a process cannot divide its share of a step so.
+        """
+        share = (self.micro_batch_size or rows) * (self.accumulation_steps or 1)
+        if share % rows:
+            raise ValueError(f"{share} rows a process and step are no multiple of {rows}")
+        return self.model_copy(update={"micro_batch_size": rows, "accumulation_steps": share // rows})
 
 
 class Prepared(ApiModel):
@@ -278,6 +292,9 @@ class JobStatus(ApiModel):
     resumes: int = 0
     """How often the job was started again after it had failed, or with fields that were changed. Its children with a
     lower number are replaced.
+    """
+    reduced_micro_batch_size: int | None = None
+    """Rows of one forward pass since CUDA ran out of memory with more. The optimiser steps are the same: see the plan.
     """
     applied_spec: AppliedSpec | None = None
     """What the job was last at work with. It resumes when this has changed."""

@@ -414,6 +414,33 @@ async def test_a_suspended_job_goes_on_with_changed_fields() -> None:
         assert '"strategy": "zero3"' in config["data"]["run.json"]
 
 
+async def test_cuda_out_of_memory_halves_the_micro_batch_once() -> None:
+    full = Outcome(79, said("run", 79, message="CUDA out of memory. The GPU is full"))
+
+    def script(pod: Pod) -> Outcome:
+        return full if pod.phase == "run" and pod.index == 0 else all_well(pod)
+
+    async with FakeCluster(script) as cluster, running(cluster):
+        cluster.create(fine_tune())
+        await until("failed", lambda: finished(cluster, "FineTuneJob", "tune"))
+        found = status(cluster, "FineTuneJob", "tune")
+        plan = found["prepared"]["plan"]
+        assert (plan["microBatchSize"], plan["accumulationSteps"], found["reducedMicroBatchSize"]) == (2, 2, 2)
+        assert sorted(a["attempt"] for a in found["attempts"]) == [0, 1]
+        assert (found["restarts"], found["restartsCharged"]) == (1, 0)
+        config = cluster.get("ConfigMap", "ftj-tune")
+        assert config is not None
+        assert '"microBatchSize": 2' in config["data"]["run.json"]
+        failed = condition(cluster, "FineTuneJob", "tune", "Failed")
+        assert failed is not None
+        assert failed["reason"] == "CudaOutOfMemory"
+    notice = next(e["message"] for e in cluster.all("Event") if e["reason"] == "Notice")
+    assert notice == (
+        "microBatchSize: 2 instead of 4, because CUDA ran out of memory; 2 accumulation steps instead of 1 keep the"
+        " batch of a step and its loss the same"
+    )
+
+
 @pytest.mark.parametrize(("kept", "left"), [("Keep", ["PersistentVolumeClaim"]), ("Delete", [])])
 async def test_deletion_takes_every_child_and_the_volume_only_where_the_job_says_so(kept: str, left: list[str]) -> None:
     async with FakeCluster(at("run", Outcome(hold=True))) as cluster, running(cluster):

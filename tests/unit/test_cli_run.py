@@ -356,6 +356,12 @@ def test_another_manifest_does_not_go_on_from_this_one(laptop: Laptop) -> None:
     assert laptop.calls() == ["tune prepare 0", "tune train 0"] * 2
 
 
+def test_another_layout_is_planned_again(laptop: Laptop) -> None:
+    laptop.run("plan", laptop.write(job()))
+    assert laptop.run("run", laptop.write(job(training={"microBatchSize": 1})))[0] == 0
+    assert laptop.calls() == ["tune prepare 0", "tune prepare 0", "tune train 0"]
+
+
 def test_a_manifest_whose_circumstances_have_changed_goes_on(laptop: Laptop) -> None:
     laptop.run("run", laptop.write(job()))
     changed_one = job(training={"saveSteps": 7}, resources=CPU | {"memory": "1Gi"}, scheduling={"queueName": "team-a"})

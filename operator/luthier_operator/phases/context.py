@@ -114,6 +114,10 @@ class Context:
         child = self.child(phase)
         if child is None:
             return []
+        if child["kind"] == "JobSet":
+            # The attempts of all JobSets of a job are numbered on.
+            first, _ = children.restarts_before(child)
+            return [attempt for attempt in self.status.attempts if attempt.phase == phase and attempt.attempt >= first]
         created, seen = children.created(child), {end.pod for end in self.ends(phase)}
 
         def belongs(attempt: Attempt) -> bool:

@@ -6,6 +6,8 @@ step waits for them forever (`waiting.for_messages`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from luthier_api.conditions import ConditionType
 from luthier_api.status import PHASES, Checkpoint, HubStatus, Phase, Prepared
 from luthier_operator import children, naming, statuses
@@ -80,7 +82,12 @@ def prepared(ctx: Context) -> Prepared | None:
 def notices(ctx: Context) -> list[str]:
     """The known notices and after them the new ones, each once."""
     reported = [notice for end in ctx.observed.ended if end.message for notice in end.message.notices]
-    return list(dict.fromkeys([*ctx.status.notices, *reported]))[:NOTICES_KEPT]
+    return with_notices(ctx.status.notices, reported)
+
+
+def with_notices(known: Sequence[str], further: Sequence[str]) -> list[str]:
+    """The known notices and after them the further ones, each once, as many as the status has room for."""
+    return list(dict.fromkeys([*known, *further]))[:NOTICES_KEPT]
 
 
 def hub(ctx: Context) -> HubStatus | None:

@@ -73,7 +73,9 @@ def with_children_replaced(ctx: Context, changed: list[str]) -> Context:
     """With the current phase to be done by new children, for which the fields `changed` are read."""
     paths = marked_paths(type(ctx.job.spec))
     if any(paths[path].value.planned for path in changed) and not ctx.status.is_true(ctx.done):
-        ctx = replace(ctx, status=without_condition(ctx.status, PREPARED)).with_status(prepared=None)
+        ctx = replace(ctx, status=without_condition(ctx.status, PREPARED)).with_status(
+            prepared=None, reduced_micro_batch_size=None
+        )
     for stopped in (ACCEPTED, current_condition(ctx)):
         if stopped and not ctx.status.is_true(stopped):
             ctx = replace(ctx, status=without_condition(ctx.status, stopped))

@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from luthier_api.conditions import ConditionType, Reason
+from luthier_api.exitcodes import ExitCode
 from luthier_operator import children, naming, statuses
-from luthier_operator.failure.cause import judge, location
+from luthier_operator.failure.cause import Failure, judge, location
 from luthier_operator.model import Object
 from luthier_operator.phases import queued, waiting
 from luthier_operator.phases.accept import for_jobset
 from luthier_operator.phases.context import Context, Step
+from luthier_operator.phases.record import with_notices
 from luthier_operator.render.configmap import configmap
 
 RUNNING = ConditionType.RUNNING
@@ -48,6 +50,8 @@ def run(ctx: Context) -> Step:
         if waits := waiting.for_evidence(ctx, "run", child):
             return waits
         failure = judge(ctx.attempts("run"), "run", failed)
+        if again := with_smaller_micro_batch(ctx, failure):
+            return again
         message = failure.message + ctx.workload.describe_budget(failed)
         return ctx.with_condition(RUNNING, "False", failure.reason, message).fails(failure.reason, message)
 
@@ -55,6 +59,34 @@ def run(ctx: Context) -> Step:
     if no_progress:
         return stop_run(ctx, Reason.NO_PROGRESS, no_progress)
     return at_work(ctx, child)
+
+
+def with_smaller_micro_batch(ctx: Context, failure: Failure) -> Step | None:
+    """After CUDA has run out of memory, resume once with half the rows in a forward pass and twice the passes.
+
+    The optimiser steps see the same rows and the loss is their sum, so the result is the same. The child is replaced by
+    the next decision.
+    """
+    if failure.reason != ExitCode.CUDA_OUT_OF_MEMORY.reason or ctx.status.prepared is None:
+        return None
+    rows = ctx.workload.smaller_micro_batch(ctx.status)
+    if rows is None:
+        return None
+    plan = ctx.status.prepared.plan
+    smaller = plan.with_micro_batch(rows)
+    why = (
+        f"microBatchSize: {rows} instead of {plan.micro_batch_size}, because CUDA ran out of memory;"
+        f" {smaller.accumulation_steps} accumulation steps instead of {plan.accumulation_steps or 1} keep the batch of"
+        " a step and its loss the same"
+    )
+    smaller = smaller.model_copy(update={"reasons": [*plan.reasons, why]})
+    ctx = ctx.with_status(
+        prepared=ctx.status.prepared.model_copy(update={"plan": smaller}),
+        reduced_micro_batch_size=rows,
+        resumes=ctx.status.resumes + 1,
+        notices=with_notices(ctx.status.notices, [why]),
+    )
+    return ctx.waits(RUNNING, Reason.RESTARTING, f"after {failure.reason}: {failure.message}. {why}")
 
 
 def succeeded(ctx: Context) -> Step:

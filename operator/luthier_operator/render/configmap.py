@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from luthier_api.decides import run_part
 from luthier_api.run import RUNS, FineTuneRun, GenerateRun
 from luthier_operator import naming
 from luthier_operator.model import Object
@@ -38,7 +37,7 @@ def run_config(workload: Workload, settings: Settings, sources: Mapping[str, Pla
         "rendezvous_host": workload.rendezvous_host,
         "grace_seconds": settings.grace_seconds,
         "step_timeout_seconds": settings.step_timeout_seconds,
-        "spec": run_part(job.spec),
+        "spec": workload.run_spec,
     }
     return RUNS[job.kind](**fields)
 

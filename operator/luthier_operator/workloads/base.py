@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from luthier_api.conditions import ConditionType
+from luthier_api.decides import run_part
 from luthier_api.kinds import KINDS, JobKind
 from luthier_api.status import Attempt, JobStatus, Phase, Progress
 from luthier_operator import naming
@@ -80,6 +81,11 @@ class Workload(Protocol):
         """Field of the spec → name of the FineTuneJob whose result it uses."""
         name = self.job.spec.model.job
         return {"spec.model.job": name} if name else {}
+
+    @property
+    def run_spec(self) -> Any:
+        """The spec as the pods read it."""
+        return run_part(self.job.spec)
 
     # Pods of `run`
 
@@ -150,6 +156,10 @@ class Workload(Protocol):
 
     def repeated_failure(self, attempts: Sequence[Attempt]) -> Failure | None:
         """The last failure, where the cluster is about to start the pods again although they would fail again."""
+        return None
+
+    def smaller_micro_batch(self, status: JobStatus) -> int | None:
+        """Rows of a forward pass with which the run starts again after CUDA has run out of memory. None if it fails."""
         return None
 
     def describe_budget(self, condition: Object) -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from luthier_api.decides import run_part
+from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.kinds import FineTuneJob, JobKind
 from luthier_api.metrics import training_progress
 from luthier_api.status import Attempt, JobStatus, Progress
@@ -51,6 +53,14 @@ class FineTune(Workload):
                 " that the names of pods fit; choose a shorter one"
             )
         return None
+
+    @property
+    def run_spec(self) -> FineTuneJobSpec:
+        """With the micro-batch that was reduced after CUDA had run out of memory."""
+        spec, rows = run_part(self.job.spec), self.job.status.reduced_micro_batch_size
+        if rows is None:
+            return spec
+        return spec.model_copy(update={"training": spec.training.model_copy(update={"micro_batch_size": rows})})
 
     @property
     def pods(self) -> int:
@@ -120,6 +130,17 @@ class FineTune(Workload):
 
     def repeated_failure(self, attempts: Sequence[Attempt]) -> Failure | None:
         return repeated_out_of_memory(attempts)
+
+    def smaller_micro_batch(self, status: JobStatus) -> int | None:
+        """Half of the rows, or the next smaller number that divides a process's share of a step; once in a plan.
+
+        Where a layer normalises over these rows (BatchNorm), fewer would change the result.
+        """
+        plan = status.prepared.plan if status.prepared else None
+        if plan is None or not plan.micro_batch_size or plan.normalizes_over_batch or status.reduced_micro_batch_size:
+            return None
+        share = plan.micro_batch_size * (plan.accumulation_steps or 1)
+        return next((rows for rows in range(plan.micro_batch_size // 2, 0, -1) if share % rows == 0), None)
 
     def describe_budget(self, condition: Object) -> str:
         if condition.get("reason") != "ReachedMaxRestarts":

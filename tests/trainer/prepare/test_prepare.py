@@ -397,6 +397,54 @@ def test_what_may_change_does_not_count_as_a_change(make_run: MakeRun) -> None:
     assert not (Path(make_run().workspace) / "previous-1").exists()
 
 
+@dataclass(frozen=True)
+class LayoutCase:
+    name: str
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+
+LAYOUTS = [
+    LayoutCase(
+        name="a smaller micro-batch",
+        before={},
+        after={"training": {"microBatchSize": 1}},
+    ),
+    LayoutCase(
+        name="the planned micro-batch again",
+        before={"training": {"microBatchSize": 1}},
+        after={},
+    ),
+    LayoutCase(
+        name="another strategy, with other checkpoints",
+        before={},
+        after={"strategy": "zero2"},
+    ),
+    LayoutCase(
+        name="recomputed activations",
+        before={},
+        after={"training": {"gradientCheckpointing": True}},
+    ),
+]
+
+
+@pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: case.name)
+def test_another_layout_is_planned_without_preparing_again(case: LayoutCase, make_run: MakeRun) -> None:
+    def run_of(name: str, asked: dict[str, Any]) -> FineTuneRun:
+        training = {"maxLength": 64, "batchSize": 4} | asked.get("training", {})
+        resources = {"gpusPerNode": 0, "processesPerNode": 2}
+        return make_run(name, **asked | {"training": training, "resources": resources, "method": {"type": "full"}})
+
+    main(run_of("job", case.before))
+    rows = Path(read_prepared(run_of("job", case.before)).dataset_path)
+    made = rows.stat().st_mtime_ns
+    again, fresh = main(run_of("job", case.after)), main(run_of("fresh", case.after))
+    assert again.prepared is not None
+    assert fresh.prepared is not None
+    assert again.prepared.plan == fresh.prepared.plan == read_prepared(run_of("job", case.after)).plan
+    assert rows.stat().st_mtime_ns == made
+
+
 def test_many_labels_fit_the_termination_message(make_run: MakeRun, tmp_path: Path) -> None:
     rows = [{"text": f"row {i}", "label": f"a rather long name of a class, number {i}"} for i in range(100)]
     run = make_run(task="text-classification", dataset={"files": [write(tmp_path, "x.jsonl", rows)]})

@@ -25,7 +25,7 @@ from luthier_trainer.runtime.run_folder import run_dir
 from luthier_trainer.training import main as train
 from luthier_trainer.training.callbacks import Heartbeat
 from luthier_trainer.workspace.manifest import write_manifest
-from luthier_trainer.workspace.prepared import FINGERPRINT, fingerprint
+from luthier_trainer.workspace.prepared import FINGERPRINT, fingerprint, read_prepared, write_prepared
 
 STEPS = 26  # an epoch has 25, so that one resumption crosses its border
 LORA = {"type": "lora", "rank": 4, "dropout": 0.1}
@@ -116,6 +116,66 @@ def test_a_run_whose_circumstances_have_changed_goes_on(
     assert losses(run) == uninterrupted[0]
     kept = sorted(path.name for path in (tmp_path / "job/checkpoints").iterdir())
     assert kept == [f"checkpoint-{STEPS}"]
+
+
+@dataclass(frozen=True)
+class SmallerCase:
+    name: str
+    method: dict[str, Any]
+    micro_batch: int
+    """Of 8 rows a step: those in a forward pass before CUDA runs out of memory."""
+    smaller: int
+    """And after that."""
+
+
+SMALLER = [
+    SmallerCase(
+        name="half of an adapter's",
+        method=LORA | {"dropout": 0.0},
+        micro_batch=8,
+        smaller=4,
+    ),
+    SmallerCase(
+        name="a whole model's, one row at last",
+        method={"type": "full"},
+        micro_batch=2,
+        smaller=1,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", SMALLER, ids=lambda case: case.name)
+def test_smaller_micro_batches_have_the_same_losses(
+    case: SmallerCase, tmp_path: Path, llama: Path, data: DatasetDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the operator resumes a run after CUDA has run out of memory: the run config asks for a smaller micro-batch
+    than `prepare` has planned. The end of an epoch comes after the resume.
+    """
+    length = {"maxSteps": STEPS, "learningRate": 2e-4, "microBatchSize": case.micro_batch}
+    whole, run = (
+        prepared_run(tmp_path / name, llama, data, method=case.method, training=length) for name in ("whole", "run")
+    )
+    train.main(whole)
+    stopped_at(run, 7, monkeypatch)
+    training = run.spec.training.model_copy(update={"micro_batch_size": case.smaller})
+    reduced = run.model_copy(update={"spec": run.spec.model_copy(update={"training": training})})
+    plan = read_prepared(reduced).plan
+    assert (plan.micro_batch_size, plan.accumulation_steps) == (case.smaller, 8 // case.smaller)
+    train.main(reduced)
+    assert len(losses(run)) == STEPS
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-6)  # of losses of 6: three roundings of fp32
+
+
+def test_only_the_strategy_of_a_checkpoint_resumes_from_it(
+    tmp_path: Path, llama: Path, data: DatasetDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The field may change while the job is stopped, and `prepare` then plans again."""
+    run = make(tmp_path / "job", llama, data)
+    stopped_at(run, 7, monkeypatch)
+    record = read_prepared(run)
+    write_prepared(run, record.model_copy(update={"plan": record.plan.model_copy(update={"strategy": "zero2"})}))
+    with pytest.raises(Failure, match=r"spec\.strategy is 'zero2', there it was 'none'\. Change it back to resume, or"):
+        train.main(run)
 
 
 def test_a_checkpoint_of_another_result_is_refused_by_the_name_of_the_field(

@@ -19,6 +19,7 @@ from trainer.volumes import mounted
 from transformers import AutoConfig, BertConfig, GPT2Config, LlamaConfig, PreTrainedConfig
 
 from luthier_api.finetune import Method
+from luthier_api.run import Weights
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.methods import trainable
 from luthier_trainer.models.inspect import skeleton
@@ -30,7 +31,6 @@ from luthier_trainer.training.utilisation import count_weights
 from luthier_trainer.workspace import space
 from luthier_trainer.workspace.plan import plan_space
 from luthier_trainer.workspace.prepared import read_prepared
-from luthier_trainer.workspace.space import Weights
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from luthier_api.finetune import FineTuneJobSpec, Method
 from luthier_api.methods import METHODS
+from luthier_api.run import Weights
 from luthier_api.status import Plan
 from luthier_trainer.methods.table import FAMILIES
 from luthier_trainer.models.inspect import ALL_LINEAR, MODEL, skeleton
 from luthier_trainer.workspace.model_files import MODEL_CONFIG
-from luthier_trainer.workspace.space import Weights
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +37,8 @@ def weights_in(model: torch.nn.Module, heads: list[str], spec: FineTuneJobSpec, 
 
     `heads`: modules whose own weights are all trained. `source`: the dtype of the weights in the model's files.
     """
+    from torch.nn.modules.batchnorm import _BatchNorm as batch_norm  # of all dimensions; torch exports no common class
+
     total = sum(weight.numel() for weight in model.parameters())
     sizes = [weight.numel() for weight in model.parameters()]
     adapters = METHODS[spec.method.type].adapter
@@ -50,6 +52,7 @@ def weights_in(model: torch.nn.Module, heads: list[str], spec: FineTuneJobSpec, 
         adapters=adapters,
         computed_bytes=2 if plan.precision in ("bf16", "fp16") or (plan.precision == "auto" and not cpu) else 4,
         source_bytes=2 if source in HALF else 4,
+        normalizes_over_batch=any(isinstance(module, batch_norm) for module in model.modules()),
     )
 
 

@@ -34,7 +34,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     if folder.prepared_record.exists():
         record = read_prepared(run)
         refuse_changes(run, record)
-        return done(record)
+        return done(planned_anew(run, record, folder))
     cache = folder.prepared / ".cache"
     # Imported here, because each of the two needs libraries that the other one does not need.
     if isinstance(run, FineTuneRun):
@@ -80,6 +80,22 @@ def refuse_changes(run: FineTuneRun | GenerateRun, record: PreparedRecord) -> No
     if source is not None:
         for name, patterns in (("files", source.files), ("evalFiles", getattr(source, "eval_files", None))):
             files.refuse_other_files(record.origins, source, patterns or [], f"{field}.{name}")
+
+
+def planned_anew(run: FineTuneRun | GenerateRun, record: PreparedRecord, folder: WorkspaceFolder) -> PreparedRecord:
+    """Return `record` with the plan for the present layout of the job, and keep it. Raises Failure if it cannot run so.
+
+    Strategy and micro-batch may change while the job is stopped. What was prepared is the same for all of them.
+    """
+    if not isinstance(run, FineTuneRun):
+        return record
+    from luthier_trainer.prepare import training
+
+    planned = training.with_present_plan(run, record, folder)
+    if planned != record:
+        print(f"planned again: {planned.plan.dump()}", flush=True)
+        write_prepared(run, planned)
+    return planned
 
 
 def set_aside(folder: WorkspaceFolder) -> Path:

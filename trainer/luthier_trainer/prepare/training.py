@@ -23,7 +23,7 @@ from luthier_trainer.runtime.notices import notice
 from luthier_trainer.tasks.base import Processor, Task
 from luthier_trainer.tasks.table import task_of
 from luthier_trainer.workspace import provenance, space
-from luthier_trainer.workspace.plan import check_course, plan_space, plan_training
+from luthier_trainer.workspace.plan import check_course, plan_space, plan_training, smallest_batch
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -70,8 +70,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     if model.processor is not None:
         model.processor.save_pretrained(folder.prepared / "processor")
     train = data["train"]
-    open_on_gpus = spec.training.gradient_checkpointing is None and spec.resources.gpus_per_node > 0
-    trouble = task.cannot_recompute(model) if open_on_gpus else None
+    trouble = task.cannot_recompute(model) if spec.resources.gpus_per_node > 0 else None
     plan = plan_training(spec, len(train), weight_files.count(model.path, MODEL), trouble)
     check_course(spec, plan, len(train))
     weights = task.weights(model, spec, plan, examples.labels)
@@ -92,10 +91,35 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
             labels=examples.labels,
         ),
         plan=plan,
+        weights=weights,
+        cannot_recompute=trouble,
         model_path=str(model.path),
         origins=[*(located.origins if located else ()), *read.values()],
         dataset_path=str(dataset_path),
     )
+
+
+def with_present_plan(run: FineTuneRun, record: PreparedRecord, folder: WorkspaceFolder) -> PreparedRecord:
+    """`record` with the plan for the layout that the spec asks for now. It may have changed since; model and data have
+    not, and are not read again.
+
+    Raises Failure if the job cannot run so.
+    """
+    if record.weights is None:
+        return record
+    rows = record.dataset.rows
+    plan = plan_training(run.spec, rows, record.plan.parameters, record.cannot_recompute)
+    plan = plan_space(plan, record.weights, space.folder_bytes(folder.prepared / "processor"))
+    if plan == record.plan:
+        return record
+    if plan.normalizes_over_batch and smallest_batch(run.spec, rows) == 1:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"spec.training.microBatchSize: the model normalises over a batch, and with {rows} rows there is a batch of"
+            " one in each epoch; choose a size of 2 or more that leaves another rest",
+        )
+    space.check_room(run.spec, plan, folder.root)
+    return record.model_copy(update={"plan": plan})
 
 
 def notice_short_grace(spec: FineTuneJobSpec, plan: Plan) -> None:

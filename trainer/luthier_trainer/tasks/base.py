@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from luthier_api.finetune import FineTuneJobSpec
-from luthier_api.run import FineTuneRun
+from luthier_api.run import FineTuneRun, Weights
 from luthier_api.status import Plan, ResolvedSource
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data.load import Rows
 from luthier_trainer.models.sources import Located
-from luthier_trainer.workspace.space import Weights
 
 if TYPE_CHECKING:
     import numpy

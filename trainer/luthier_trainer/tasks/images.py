@@ -23,7 +23,7 @@ from luthier_trainer.runtime.classify import FORBIDDEN_ERRNOS, STORAGE_ERRNOS, o
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.tasks.base import Model
 from luthier_trainer.tasks.pretrained import PretrainedTask
-from luthier_trainer.workspace.plan import plan_training
+from luthier_trainer.workspace.plan import smallest_batch
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -210,17 +210,6 @@ def unused_parameters(model: PreTrainedModel, shape: tuple[int, ...]) -> set[str
     bare = twin(model).eval()
     bare(pixel_values=torch.empty(2, *shape, device="meta")).logits.sum().backward()
     return {name for name, weight in bare.named_parameters() if weight.grad is None}
-
-
-def smallest_batch(spec: FineTuneJobSpec, rows: int) -> int:
-    """Return the number of rows of the smallest micro-batch of an epoch.
-
-    Several processes fill up their last micro-batches; a single process does not.
-    """
-    plan = plan_training(spec, rows, None)
-    micro = plan.micro_batch_size or 1
-    reached = (plan.steps or 0) * spec.training.batch_size >= rows
-    return rows % micro or micro if plan.world_size == 1 and reached else micro
 
 
 def check_alone(model: PreTrainedModel, shape: tuple[int, ...], rows: int) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.methods import METHODS
-from luthier_api.run import FineTuneRun
+from luthier_api.run import FineTuneRun, Weights
 from luthier_api.status import Plan
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.methods import checks as method_checks
@@ -21,7 +21,6 @@ from luthier_trainer.models.sources import Located
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.tasks.base import Model, Task
 from luthier_trainer.workspace.plan import CHECKPOINTING
-from luthier_trainer.workspace.space import Weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
-from luthier_api.run import FineTuneRun
+from luthier_api.run import FineTuneRun, Weights
 from luthier_api.status import Plan
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import columns
@@ -32,7 +32,6 @@ from luthier_trainer.tasks.base import Batch, Collator, LoadedModel, Model, Task
 from luthier_trainer.tasks.batches import LabelledBatches, measured_by
 from luthier_trainer.tasks.images import PIXELS, ROW
 from luthier_trainer.workspace.model_files import ADAPTER_CONFIG
-from luthier_trainer.workspace.space import Weights
 
 if TYPE_CHECKING:
     import PIL.Image

@@ -72,7 +72,8 @@ def check_identity(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) 
     raise Failure(
         ExitCode.INVALID_SPEC,
         f"{folder} was made by a run with other settings:"
-        f" {'; '.join(found_differences[:DIFFERENCES_SHOWN]) or 'its manifest does not say which'}. {START_OVER}",
+        f" {'; '.join(found_differences[:DIFFERENCES_SHOWN]) or 'its manifest does not say which'}. Change it back to"
+        f" resume, or {START_OVER[0].lower()}{START_OVER[1:]}",
     )
 
 

@@ -10,6 +10,7 @@ import math
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.run import Weights
 from luthier_api.status import Plan
 from luthier_api.tasks import TRAINING_TASKS
 from luthier_trainer.runtime.failure import Failure
@@ -121,9 +122,9 @@ def check_course(spec: FineTuneJobSpec, plan: Plan, rows: int) -> None:
         )
 
 
-def plan_space(plan: Plan, weights: space.Weights, processor_bytes: int) -> Plan:
-    """With what checkpoints and the result take of the workspace, and how long a save takes. `processor_bytes`: of the
-    tokenizer's files.
+def plan_space(plan: Plan, weights: Weights, processor_bytes: int) -> Plan:
+    """With what checkpoints and the result take of the workspace, how long a save takes, and whether the result depends
+    on the micro-batch. `processor_bytes`: of the tokenizer's files.
     """
     size = space.checkpoint_bytes(weights, plan.strategy, plan.world_size, processor_bytes)
     saving = space.save_seconds(size, plan.world_size)
@@ -133,8 +134,20 @@ def plan_space(plan: Plan, weights: space.Weights, processor_bytes: int) -> Plan
             "result_bytes": space.result_bytes(weights, plan.strategy, processor_bytes),
             "save_seconds": saving,
             "grace_seconds": space.grace_seconds(saving),
+            "normalizes_over_batch": weights.normalizes_over_batch or None,
         }
     )
+
+
+def smallest_batch(spec: FineTuneJobSpec, rows: int) -> int:
+    """Return the number of rows of the smallest micro-batch of an epoch.
+
+    Several processes fill up their last micro-batches; a single process does not.
+    """
+    plan = plan_training(spec, rows, None)
+    micro = plan.micro_batch_size or 1
+    reached = (plan.steps or 0) * spec.training.batch_size >= rows
+    return rows % micro or micro if plan.world_size == 1 and reached else micro
 
 
 def plan_generation(rows: int, shards: int, precision: str, gpus: int, parameters: int | None) -> Plan:

@@ -45,7 +45,11 @@ def write_prepared(run: FineTuneRun | GenerateRun, record: PreparedRecord) -> No
 
 
 def read_prepared(run: FineTuneRun | GenerateRun) -> PreparedRecord:
-    """The record of this job. Raises Failure when `prepare` has not ended well here."""
+    """The record of this job. Its plan has the micro-batch that the run config asks for: after the GPU's memory has run
+    out, the operator asks for a smaller one than `prepare` has planned.
+
+    Raises Failure when `prepare` has not ended well here.
+    """
     path = WorkspaceFolder(Path(run.workspace)).prepared_record
     try:
         record = PreparedRecord.model_validate_json(path.read_bytes())
@@ -59,6 +63,9 @@ def read_prepared(run: FineTuneRun | GenerateRun) -> PreparedRecord:
             f"{path}: was prepared for another version of job {run.name!r}{_what_differs(run)}. Run `prepare` again,"
             " or use another workspace",
         )
+    rows = run.spec.training.micro_batch_size if isinstance(run, FineTuneRun) else None
+    if rows and rows != record.plan.micro_batch_size:
+        return record.model_copy(update={"plan": record.plan.with_micro_batch(rows)})
     return record
 
 

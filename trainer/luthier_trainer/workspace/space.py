@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.run import Weights
 from luthier_api.status import Plan
 from luthier_trainer.distributed.strategy import ZERO_STAGE
 from luthier_trainer.runtime.failure import Failure
@@ -33,24 +33,6 @@ TEARDOWN_SECONDS = 10  # of ranks and of torch's agent: 2 to 7 s measured in pod
 SLOWER = 1.5  # that a volume may be while others write to it, too
 FILESYSTEM = 1.06  # of the size that is asked for, ext4 keeps about 6 % for itself
 GIB, GB = 1 << 30, 1e9
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What the terms count."""
-
-    total: int
-    """Weights of the model."""
-    learning: int
-    """Weights that learn: of the adapters alone, or all."""
-    tensors: int
-    """Tensors that learn."""
-    adapters: bool
-    """Whether the result is an adapter."""
-    computed_bytes: int
-    """Bytes of a weight in the precision of the computation."""
-    source_bytes: int
-    """Bytes of a weight in the files of the base model, in whose type a model is delivered."""
 
 
 def weight_bytes(weights: Weights, strategy: str) -> int:
