@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from luthier_api.conditions import Reason
@@ -28,6 +28,7 @@ from luthier_operator.statuses import moment
 IMAGE_REASONS = {"ImagePullBackOff", "ErrImagePull", "ErrImageNeverPull", "InvalidImageName"}
 OWN_CONTROLLERS = {None, "kubernetes.io/job-controller", "jobset.sigs.k8s.io/jobset-controller"}
 """Values of `spec.managedBy` of a child whose pods run in this cluster."""
+VOLUME_TEXT = "persistentvolumeclaim"  # in the scheduler's message about claims, in lower case
 CONTAINER_REASONS = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
 
 
@@ -193,14 +194,40 @@ def pending_reason(pods: Iterable[Object]) -> PendingReason | None:
     return None
 
 
+def unschedulable(pod: Object) -> Object | None:
+    """The scheduler's condition about a pod that no node can take, if there is one."""
+    found = pod.get("status", {}).get("conditions") or []
+    return next(
+        (
+            c
+            for c in found
+            if c["type"] == "PodScheduled" and c["status"] == "False" and c.get("reason") == "Unschedulable"
+        ),
+        None,
+    )
+
+
+@dataclass(frozen=True)
+class Unbound:
+    """The scheduler's message about a claim that is missing or not bound, and since when."""
+
+    message: str
+    since: datetime
+
+
+def waits_for_volume(pod: Object) -> Unbound | None:
+    """Whether the pod waits for a claim and not for a node."""
+    found = unschedulable(pod)
+    if deleting(pod) or found is None or VOLUME_TEXT not in found.get("message", "").lower():
+        return None
+    since = found.get("lastTransitionTime")
+    return Unbound(found["message"], moment(since) if since else datetime.min.replace(tzinfo=UTC))
+
+
 def _pending_reason(pod: Object) -> PendingReason | None:
     name = pod["metadata"]["name"]
-    for c in pod.get("status", {}).get("conditions") or []:
-        if c["type"] == "PodScheduled" and c["status"] == "False" and c.get("reason") == "Unschedulable":
-            text = c.get("message", "")
-            volume = "persistentvolumeclaim" in text.lower()
-            reason = Reason.WAITING_FOR_VOLUME if volume else Reason.UNSCHEDULABLE
-            return PendingReason(reason, f"pod {name}: {text}")
+    if (found := unschedulable(pod)) and not waits_for_volume(pod):
+        return PendingReason(Reason.UNSCHEDULABLE, f"pod {name}: {found.get('message', '')}")
     waiting = container(pod).get("waiting") or {}
     reason, message = waiting.get("reason", ""), waiting.get("message", "")
     if reason in IMAGE_REASONS:

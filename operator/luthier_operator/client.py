@@ -41,6 +41,7 @@ WATCH_SECONDS = 300  # the API server ends a watch then, and the next one goes o
 WATCH_TIMEOUT = aiohttp.ClientTimeout(total=WATCH_SECONDS + 30, sock_connect=5)  # a connection may die silently
 WATCH_BUFFER = 1 << 20  # bytes read at once: one event of a large object must not be read in a hundred pieces
 TOO_MANY_ATTEMPTS = 5  # of one request that is answered with 429; after them the back-off of the queue applies
+REFUSALS = {"FailedCreate", "JobCreationFailed"}  # Events of the Job controller and of JobSet about what was refused
 RETRY_AFTER = 1.0  # seconds, if a 429 has no Retry-After
 
 
@@ -253,6 +254,27 @@ class Client:
                 return None
             raise
         return left if left.get("metadata", {}).get("deletionTimestamp") else None
+
+    async def warning(self, child: Object) -> str:
+        """The newest Event that tells why a Job or JobSet has no pods. Empty if there is none.
+
+        A JobSet without a Job reports it itself; where it has one, the Job does.
+        """
+        meta = child["metadata"]
+        involved = {meta["name"]: child["kind"]}
+        if child["kind"] == "JobSet":
+            involved[f"{meta['name']}-{naming.NODE}-0"] = "Job"
+        newest = ("", "")
+        for name, kind in involved.items():
+            query = {"fieldSelector": f"involvedObject.name={name},involvedObject.kind={kind},type=Warning"}
+            answer = await self.get(RESOURCES["Event"].path(meta["namespace"]), query | {"limit": str(CHUNK)})
+            for event in answer["items"]:
+                time = event.get("lastTimestamp") or event.get("eventTime") or event["metadata"]["creationTimestamp"]
+                # Of an earlier child of this name.
+                if time < meta["creationTimestamp"] or event["reason"] not in REFUSALS:
+                    continue
+                newest = max(newest, (time, event.get("message", "")))
+        return newest[1]
 
     async def create(self, manifest: Object) -> Object:
         return await self._request(

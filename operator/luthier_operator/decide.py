@@ -14,6 +14,7 @@ from luthier_api.conditions import Reason
 from luthier_operator import statuses
 from luthier_operator.announce import events
 from luthier_operator.model import ChildRef, Decision, Object, Observed
+from luthier_operator.phases import waiting
 from luthier_operator.phases.accept import accept
 from luthier_operator.phases.context import Context, Step
 from luthier_operator.phases.finish import finish, retire
@@ -62,6 +63,7 @@ def decide(observed: Observed, settings: Settings, now: datetime) -> Decision:
         apply=tuple(apply),
         creating=creating,
         delete=tuple(delete),
+        ask=tuple(waiting.unexplained(ctx)),
         requeue_after=min(requeue_after, default=None),
         delete_job=delete_job,
     )

@@ -114,6 +114,8 @@ class Observed:
     """What Kueue says about the child of `run`."""
     kueue_readable: bool = False
     """Whether Workloads of Kueue are known: it is installed, and the operator may read them."""
+    warnings: Mapping[ChildRef, str] = field(default_factory=dict)
+    """What the Events of children say against their pods, where `decide` has asked for it; empty if nothing."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,8 @@ class Decision:
     creating: ConditionType | None = None
     """The condition that reports on them."""
     delete: Sequence[ChildRef] = ()
+    ask: Sequence[ChildRef] = ()
+    """Children whose Events may tell why they have no pods. They are to be read, and then it is decided again."""
     events: Sequence[Event] = ()
     requeue_after: float | None = None
     """Seconds until the job is to be reconciled again without an event."""

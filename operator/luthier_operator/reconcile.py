@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import msgspec
@@ -25,7 +25,7 @@ from luthier_operator.client import RESOURCES, ApiError, Client
 from luthier_operator.decide import decide, refused
 from luthier_operator.events import Recorder
 from luthier_operator.metrics import Metrics
-from luthier_operator.model import Decision, Event, Job, Key, Object
+from luthier_operator.model import ChildRef, Decision, Event, Job, Key, Object
 from luthier_operator.queue import Queue
 from luthier_operator.render.claim import shortfall
 from luthier_operator.settings import Settings
@@ -106,6 +106,9 @@ class Reconciler:
             return None
         observed, now = self._store.observed(job), datetime.now(UTC)
         decision = decide(observed, self._settings, now)
+        if decision.ask:
+            observed = replace(observed, warnings=await self._warnings(key, decision.ask))
+            decision = decide(observed, self._settings, now)
         if decision.status.finished and decision.status == job.status:
             self._store.forget_reports(job)
         if decision.delete_job:
@@ -144,6 +147,19 @@ class Reconciler:
                 )
             self._enqueue(self._store.put(made))
         return None
+
+    async def _warnings(self, key: Key, asked: Sequence[ChildRef]) -> dict[ChildRef, str]:
+        """Read what the Events of children say against their pods, without those whose Events cannot be read."""
+        found = {}
+        for ref in asked:
+            child = self._store.child(key, ref)
+            if child is None:
+                continue
+            try:
+                found[ref] = await self._client.warning(child)
+            except ApiError as error:
+                log.warning("%s %s: its Events cannot be read: %s", ref.kind, ref.name, error)
+        return found
 
     async def _delete(self, key: Key, decision: Decision) -> None:
         for ref in decision.delete:

@@ -153,21 +153,21 @@ def pod(
     deleting: bool = False,
     disrupted: bool = False,
     unschedulable: str = "",
+    since: datetime | None = None,
     over: str = "Running",
     suffix: str = "",
     scheduled: datetime | None = None,
     free: int = 0,
 ) -> Object:
     """A pod whose container is in `state`; `over` is its phase. `attempt`: restarts of its group, or of its shard, of
-    which `free` were so.
+    which `free` were so. `since`: when the scheduler found it `unschedulable`.
     """
     conditions = (
         [{"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}] if disrupted else []
     )
     if unschedulable:
-        conditions.append(
-            {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": unschedulable}
-        )
+        refused = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": unschedulable}
+        conditions.append(refused | ({"lastTransitionTime": text(since)} if since else {}))
     if scheduled:
         conditions.append({"type": "PodScheduled", "status": "True", "lastTransitionTime": text(scheduled)})
     name = f"{naming.child_name(job, phase)}-{index}-{attempt}{suffix}"

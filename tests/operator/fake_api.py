@@ -362,6 +362,13 @@ class FakeApi:
 
     def _selected(self, request: web.Request, found: Object, ns: str) -> bool:
         label = request.query.get("labelSelector", "")
+        for term in filter(None, request.query.get("fieldSelector", "").split(",")):
+            path, _, value = term.partition("=")
+            at: Any = found
+            for part in path.split("."):
+                at = at.get(part, {})
+            if at != value:
+                return False
         return (not ns or found["metadata"]["namespace"] == ns) and (
             not label or label in found["metadata"].get("labels", {})
         )

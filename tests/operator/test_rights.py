@@ -42,6 +42,8 @@ async def test_every_right_is_used() -> None:
                 recorder: Recorder = operator._events
                 for _ in range(2):
                     recorder.record(found, Event("Normal", "Again", "and again"))
+                # As for a Job without pods.
+                assert await operator._client.warning({"kind": "Job", "metadata": found["metadata"]}) == ""
         # A group that is stopped, on the claim that the job before has left; by the one of several that holds the
         # Lease.
         async with running(cluster, identity="a"):

@@ -108,7 +108,7 @@ CASES = [
         expect="waits",
         condition=(
             "False NoPods: the cluster has created no pods for Job ftj-bot-prepare so far; see `kubectl describe job"
-            " ftj-bot-prepare`. Possible causes: a quota, a priority class, a node selector, an admission policy"
+            " ftj-bot-prepare`"
         ),
     ),
     Case(
@@ -185,7 +185,12 @@ CASES = [
             child(JOB, "prepare"), pods=[pod(JOB, "prepare", unschedulable='persistentvolumeclaim "ftj-bot" not found')]
         ),
         expect="waits",
-        condition='False WaitingForVolume: pod ftj-bot-prepare-0-0: persistentvolumeclaim "ftj-bot" not found',
+        condition=(
+            'False WaitingForVolume: spec.workspace: claim ftj-bot is not ready: persistentvolumeclaim "ftj-bot" not'
+            " found (pod ftj-bot-prepare-0-0). Nothing provides a volume of 10Gi with the cluster's default storage"
+            " class: set spec.workspace.storageClassName, accessMode or size to what the cluster has, or claimName to a"
+            " claim that exists; `kubectl describe pvc ftj-bot` says more"
+        ),
     ),
     Case(
         name="its image does not come",

@@ -93,9 +93,8 @@ CASES = [
         given=situation(group(born=at(-31))),
         expect="waits",
         condition=(
-            "False NoPods: the cluster has created no pods for JobSet ftj-bot-run so far; see `kubectl describe"
-            " jobset ftj-bot-run` and `kubectl describe job ftj-bot-run-node-0`. Possible causes: a quota, a"
-            " priority class, a node selector, an admission policy"
+            "False NoPods: the cluster has created no pods for JobSet ftj-bot-run so far; see `kubectl describe jobset"
+            " ftj-bot-run` and `kubectl describe job ftj-bot-run-node-0`"
         ),
     ),
     Case(
@@ -104,8 +103,7 @@ CASES = [
         expect="waits",
         condition=(
             "False NoPods: the cluster has created only 1 of 2 pods for JobSet ftj-bot-run so far; see `kubectl"
-            " describe jobset ftj-bot-run` and `kubectl describe job ftj-bot-run-node-0`. Possible causes: a quota,"
-            " a priority class, a node selector, an admission policy"
+            " describe jobset ftj-bot-run` and `kubectl describe job ftj-bot-run-node-0`"
         ),
     ),
     Case(
@@ -114,7 +112,7 @@ CASES = [
         expect="waits",
         condition=(
             "False NoPods: the cluster has created no pods for Job gj-lutes-run so far; see `kubectl describe job"
-            " gj-lutes-run`. Possible causes: a quota, a priority class, a node selector, an admission policy"
+            " gj-lutes-run`"
         ),
     ),
     Case(

@@ -68,7 +68,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
   verbs: [create, get]  # never changed, never deleted
 - apiGroups: [""]
   resources: [events]
-  verbs: [create, patch]
+  verbs: [create, patch, list]  # list: why a Job has no pods stands only in its Events
 {{- end }}
 
 {{- /* Which replica works: in the operator's own namespace, whichever it watches. */ -}}

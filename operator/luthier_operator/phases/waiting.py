@@ -13,18 +13,27 @@ from luthier_operator import children, naming
 from luthier_operator.children import PendingReason
 from luthier_operator.failure.attempts import ATTEMPTS_KEPT
 from luthier_operator.failure.cause import location
-from luthier_operator.model import Object
+from luthier_operator.model import ChildRef, Object
 from luthier_operator.phases import queued
 from luthier_operator.phases.context import Context, Step
+from luthier_operator.phases.refusals import missing_volume, refused_pods
 
 EVIDENCE_SECONDS = 3.0
 """A child and its pods are watched separately. For this long after a child has ended, messages of its pods may still
 arrive.
 """
 NO_POD_SECONDS = 30.0
-"""A Job has its first pod within 1 s, a JobSet within 2 s; where 200 are created at once, within 10 s. A longer delay
-means that something refuses the pods.
+"""A Job has its first pod within 1 s, a JobSet within 2 s. After a longer delay the operator reads the Events of the
+child: something may refuse the pods.
 """
+NO_CONTROLLER_SECONDS = 300.0
+"""Without a warning in the Events the controllers are only behind, as in a burst of jobs. After this time that is
+reported, too: they may not be running.
+"""
+ASK_AGAIN_SECONDS = 60.0
+"""Nothing but a new Event tells that pods are refused now, so the Events are read again."""
+VOLUME_SECONDS = 15.0
+"""A new claim is bound within seconds; until then the scheduler reports it as missing."""
 SECONDS_PER_POD = 0.1  # the controllers create about 20 pods a second, for all jobs together
 CONTAINER_SECONDS = 30.0
 """Volumes are mounted within seconds. A longer delay is reported, even if it is only a large image."""
@@ -105,9 +114,33 @@ def pending_reason(ctx: Context, phase: Phase, pods: int) -> tuple[PendingReason
     first = min(overdue(ctx, phase, pods), key=lambda expected: expected.due, default=None)
     if first is None:
         return None, None
+    asked_in_vain = first.reason.reason == Reason.NO_PODS and warning(ctx, phase) == ""
     if first.due <= ctx.now:
-        return first.reason, None
-    return None, (first.due - ctx.now).total_seconds()
+        return first.reason, ASK_AGAIN_SECONDS if asked_in_vain else None
+    seconds = (first.due - ctx.now).total_seconds()
+    return None, min(seconds, ASK_AGAIN_SECONDS) if asked_in_vain else seconds
+
+
+def warning(ctx: Context, phase: Phase) -> str | None:
+    """What the Events of the child of `phase` say against its pods; empty if nothing, None if they were not read."""
+    return ctx.observed.warnings.get(ctx.workload.child(phase))
+
+
+def unexplained(ctx: Context) -> list[ChildRef]:
+    """The children that have no pods yet, for a reason that only their Events can tell."""
+    conditions: dict[Phase, ConditionType] = {
+        "prepare": ConditionType.PREPARED,
+        "run": ConditionType.RUNNING,
+        "publish": ConditionType.PUBLISHED,
+    }
+    return [
+        ctx.workload.child(phase)
+        for phase, waits in conditions.items()
+        if warning(ctx, phase) is None
+        and (condition := ctx.status.condition(waits))
+        and condition.status == "False"
+        and condition.reason == Reason.NO_PODS
+    ]
 
 
 def overdue(ctx: Context, phase: Phase, pods: int) -> Iterator[Overdue]:
@@ -117,24 +150,31 @@ def overdue(ctx: Context, phase: Phase, pods: int) -> Iterator[Overdue]:
     created = len(living) + sum(end.exit_code == 0 for end in ctx.ends(phase))
     # After a failure the Job's back-off may delay the next pod for minutes.
     if child and since and created < pods and not ctx.attempts(phase):
-        due = since + timedelta(seconds=NO_POD_SECONDS + SECONDS_PER_POD * pods)
-        yield Overdue(due, PendingReason(Reason.NO_PODS, no_pods(child, created, pods)))
+        found = warning(ctx, phase)
+        seconds = (NO_CONTROLLER_SECONDS if found == "" else NO_POD_SECONDS) + SECONDS_PER_POD * pods
+        message = (
+            refused_pods(phase, name(child), found) if found else no_pods(child, created, pods, asked=found is not None)
+        )
+        yield Overdue(since + timedelta(seconds=seconds), PendingReason(Reason.NO_PODS, message))
     for pod in living:
+        if unbound := children.waits_for_volume(pod):
+            message = missing_volume(ctx, phase, pod["metadata"]["name"], unbound.message)
+            due = unbound.since + timedelta(seconds=VOLUME_SECONDS)
+            yield Overdue(due, PendingReason(Reason.WAITING_FOR_VOLUME, message))
         scheduled = children.scheduled(pod)
         if scheduled and not children.deleting(pod) and "running" not in children.container(pod):
             due = scheduled + timedelta(seconds=CONTAINER_SECONDS)
             yield Overdue(due, PendingReason(Reason.CONTAINER_CREATING, no_container(pod)))
 
 
-def no_pods(child: Object, created: int, pods: int) -> str:
+def no_pods(child: Object, created: int, pods: int, *, asked: bool) -> str:
+    """`asked`: its Events were read, and say nothing against the pods."""
     number = f"only {created} of {pods} pods" if created else "no pods"
     describe = f"`kubectl describe {child['kind'].lower()} {child['metadata']['name']}`"
     if child["kind"] == "JobSet":
         describe += f" and `kubectl describe job {child['metadata']['name']}-{naming.NODE}-0`"
-    return (
-        f"the cluster has created {number} for {name(child)} so far; see {describe}. Possible causes: a quota, a"
-        " priority class, a node selector, an admission policy"
-    )
+    why = ", and says nothing against them: its controllers are behind, or do not run" if asked else ""
+    return f"the cluster has created {number} for {name(child)} so far{why}; see {describe}"
 
 
 def no_container(pod: Object) -> str:
