@@ -83,7 +83,7 @@ OCCASIONS: dict[Reason, str] = {
     Reason.PREPARED: "`prepare` has succeeded: model, rows and plan.",
     Reason.PLAN_ONLY: "`prepare` has succeeded, and with `planOnly` the job stops there.",
     Reason.FAILED_CREATE: "The API server refuses to create a child.",
-    Reason.NO_PODS: "The cluster creates no pods for a Job or JobSet: what it says against them, such as a quota, and what helps.",
+    Reason.NO_PODS: "The cluster creates no pods for a Job or JobSet: why, such as a quota, and what helps.",
     Reason.UNSCHEDULABLE: "No node has what a pod requests.",
     Reason.WAITING_FOR_QUEUE: "The job waits to be admitted by its queue.",
     Reason.ADMITTED: "Its queue admits the job; the pods start.",
