@@ -102,7 +102,9 @@ OCCASIONS: dict[Reason, str] = {
     Reason.IMAGE_PULL_FAILED: "An image cannot be pulled.",
     Reason.STARTED: "The pods run for the first time.",
     Reason.RESTARTING: "The run restarts: number of the restart, and the failure before it.",
-    Reason.RUNNING: "The pods run again.",
+    Reason.RUNNING: "The pods run again, or make progress again.",
+    Reason.NO_STEP: "A pod runs, but has made no progress for minutes.",
+    Reason.PROGRESS_UNKNOWN: "A pod runs, but its metrics cannot be read: whether it makes progress is unknown.",
     Reason.NOTICE: (
         "Nothing has failed, but something was left out, changed, newly initialised or chosen. All notices are in"
         " `status.notices`."

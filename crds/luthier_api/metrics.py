@@ -57,6 +57,10 @@ CHECKPOINT_SECONDS = Metric("luthier_checkpoint_duration_seconds", "Time that th
 CHECKPOINTS_BROKEN = Metric(
     "luthier_checkpoints_broken", "Checkpoints that lie set aside, because their files did not match their manifest"
 )
+HEARTBEAT_AGE = Metric(
+    "luthier_heartbeat_age_seconds",
+    "Time since the last step, batch of an evaluation, output or growing file of a checkpoint",
+)
 GENERATE_ROWS = Metric("luthier_generate_rows", "Outputs that lie in the workspace, those of earlier attempts included")
 GENERATE_MAX_ROWS = Metric("luthier_generate_max_rows", "Outputs that this shard has to write")
 GENERATE_ROWS_PER_SECOND = Metric("luthier_generate_rows_per_second", "Outputs a second in this attempt")
@@ -87,6 +91,7 @@ POD_METRICS: tuple[Metric, ...] = (
     CHECKPOINT_TIME,
     CHECKPOINT_SECONDS,
     CHECKPOINTS_BROKEN,
+    HEARTBEAT_AGE,
     GENERATE_ROWS,
     GENERATE_MAX_ROWS,
     GENERATE_ROWS_PER_SECOND,

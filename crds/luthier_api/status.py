@@ -174,7 +174,7 @@ class Progress(ApiModel):
     eta_seconds: int | None = None
     """Estimated seconds left."""
     time: Time | None = None
-    """When the progress was read."""
+    """When these figures last changed. A run that hangs keeps its time."""
 
 
 class Checkpoint(ApiModel):

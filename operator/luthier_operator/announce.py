@@ -40,6 +40,8 @@ EVENTS: dict[Reason, Literal["Normal", "Warning"]] = {
     R.STARTED: "Normal",
     R.RESTARTING: "Warning",
     R.RUNNING: "Normal",
+    R.NO_STEP: "Warning",
+    R.PROGRESS_UNKNOWN: "Warning",
     R.CHECKPOINT_BROKEN: "Warning",
     R.NOTICE: "Normal",
     R.TRAINED: "Normal",
@@ -148,8 +150,10 @@ def event_of_true(before: Condition | None, now: Condition, status: JobStatus) -
     """The event of a condition that is True."""
     if now.type == C.FAILED:
         return Event("Warning", R.FAILED, f"{now.reason}: {now.message}")
+    if now.type == C.RUNNING and now.reason in (R.NO_STEP, R.PROGRESS_UNKNOWN):
+        return Event("Warning", now.reason, now.message)
     if now.type == C.RUNNING:
-        again = status.restarts or (before and before.reason == R.RESTARTING)
+        again = status.restarts or (before and before.reason in (R.RESTARTING, R.NO_STEP, R.PROGRESS_UNKNOWN))
         return Event("Normal", R.RUNNING if again else R.STARTED, now.message)
     if now.type == C.ACCEPTED and before is None:
         return None  # the event of Preparing follows at once

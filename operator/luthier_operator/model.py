@@ -92,6 +92,15 @@ class KueueWorkload:
 
 
 @dataclass(frozen=True)
+class Silence:
+    """How long a pod has been without progress, as it served it when its metrics were last read."""
+
+    seconds: float
+    error: str = ""
+    """Why its metrics cannot be read. `seconds` are then those since they were last read."""
+
+
+@dataclass(frozen=True)
 class Observed:
     """Everything that `decide` may look at."""
 
@@ -107,6 +116,8 @@ class Observed:
     checkpoint_step: int | None = None
     """Step of the newest verified checkpoint, as a running pod serves it. 0: there is none."""
     broken_checkpoints: int | None = None
+    silences: Mapping[str, Silence] = field(default_factory=dict)
+    """By uid of the pod."""
     sources: Mapping[str, FineTuneJob] = field(default_factory=dict)
     """The existing FineTuneJobs whose results it uses, by name."""
     jobset_installed: bool = True

@@ -13,17 +13,17 @@ import functools
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import aiohttp
 
-from luthier_api.metrics import read_samples
+from luthier_api.metrics import HEARTBEAT_AGE, read_samples
 from luthier_api.run import METRICS_PORT
 from luthier_operator import naming
 from luthier_operator.children import index
 from luthier_operator.metrics import PROGRESS_INTERVAL, PROGRESS_READS, Metrics
-from luthier_operator.model import Key, Object
+from luthier_operator.model import Key, Object, Silence
 from luthier_operator.ownership import Owner
 from luthier_operator.store import Store
 from luthier_operator.workloads import WORKLOADS
@@ -37,7 +37,7 @@ TIMEOUT = aiohttp.ClientTimeout(total=3, sock_connect=1)
 TEXT_LIMIT = 32 * 1024  # bytes. The trainer serves 10 kB
 # A reading takes 2 ms of the CPU, and the status that follows from it 5 to 10 ms.
 JOBS_PER_SECOND, PODS_PER_SECOND = 20.0, 100.0
-LONGEST_PAUSE = 600.0  # seconds until a pod that could never be read is tried again
+LONGEST_PAUSE = 240.0  # seconds until a pod that cannot be read is tried again
 
 
 class Unreadable(Exception):
@@ -49,12 +49,26 @@ class Unreadable(Exception):
 
 
 @dataclass
-class _Pod:
-    """What is known about reading one pod. Times are those of the scraper's clock."""
+class PodReadings:
+    """How the readings of one pod went. Times are those of the scraper's clock."""
 
-    read_at: float = 0.0
+    tried_at: float = 0.0
+    answered_at: float | None = None
+    """When it last answered, or first let a reading time out. A pod that refuses the connection is still starting."""
     failures: int = 0
     due: float = 0.0
+
+    def answered(self, now: float, samples: Mapping[str, float]) -> Silence:
+        self.failures, self.answered_at = 0, now
+        return Silence(samples.get(HEARTBEAT_AGE.name, 0.0))
+
+    def failed(self, now: float, interval: float, error: Unreadable) -> Silence | None:
+        """Read it again later, and the later the more often this happens."""
+        self.due = now + min(LONGEST_PAUSE, interval * 2.0 ** max(0, self.failures - 1))
+        self.failures += 1
+        if self.answered_at is None and error.result == "timeout":
+            self.answered_at = now
+        return None if self.answered_at is None else Silence(now - self.answered_at, str(error))
 
 
 def pod_url(pod: Object) -> str:
@@ -80,7 +94,7 @@ class Scraper:
         """
         self._store, self._enqueue, self._metrics, self._url, self._clock = store, enqueue, metrics, url, clock
         self.every = every
-        self._known: dict[str, _Pod] = {}  # by uid
+        self._known: dict[str, PodReadings] = {}  # by uid
         self._reading: dict[Owner, asyncio.Task[None]] = {}
         self._all = asyncio.Semaphore(AT_ONCE)
         self._of_namespace: defaultdict[str, asyncio.Semaphore] = defaultdict(
@@ -133,9 +147,9 @@ class Scraper:
         """The pods that may be read now. Those that were not read for the longest time come first."""
         now, due = self._clock(), []
         for pod in self._store.pods_of(owner):
-            about = self._known.setdefault(pod["metadata"]["uid"], _Pod())
+            about = self._known.setdefault(pod["metadata"]["uid"], PodReadings())
             if about.due <= now and serves_progress(owner.key, pod):
-                due.append((about.read_at, pod))
+                due.append((about.tried_at, pod))
         return [pod for _, pod in sorted(due, key=lambda pair: pair[0])]
 
     def _has_read(self, owner: Owner, reading: asyncio.Task[None]) -> None:
@@ -149,26 +163,30 @@ class Scraper:
         """Read `pods` of one job, and reconcile it."""
         slots = asyncio.Semaphore(AT_ONCE_OF_JOB)
         samples: dict[int, dict[str, float]] = {}
+        silences: dict[str, Silence] = {}
 
         async def one(pod: Object) -> None:
-            about = self._known.setdefault(pod["metadata"]["uid"], _Pod())
+            uid = pod["metadata"]["uid"]
+            about, result = self._known.setdefault(uid, PodReadings()), "ok"
             try:
                 async with slots, self._of_namespace[owner.key.namespace], self._all:
-                    samples[index(pod)] = await self._read(session, pod)
-                about.failures = 0
-                result = "ok"
+                    found = await self._read(session, pod)
+                samples[index(pod)] = found
+                silences[uid] = about.answered(self._clock(), found)
             except Unreadable as error:
                 result = error.result
-                pause = min(LONGEST_PAUSE, interval * 2.0**about.failures)
-                about.failures += 1
-                about.due = self._clock() + pause
+                silence = about.failed(self._clock(), interval, error)
+                if silence:
+                    silences[uid] = silence
                 log.debug("metrics of %s: %s: %s", pod["metadata"]["name"], result, error)
-            about.read_at = self._clock()
+            about.tried_at = self._clock()
             self._metrics.add(PROGRESS_READS, 1, result)
 
         await asyncio.gather(*(one(pod) for pod in pods))
-        if samples:
-            self._store.put_samples(owner, samples)
+        if samples or silences:
+            if samples:
+                self._store.put_samples(owner, samples)
+            self._store.put_silences(owner, silences)
             self._enqueue(owner.key)
 
     async def _read(self, session: aiohttp.ClientSession, pod: Object) -> dict[str, float]:

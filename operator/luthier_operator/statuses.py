@@ -25,6 +25,7 @@ STATES: dict[str, State] = {
     R.JOB_SET_MISSING: State.PENDING,
     R.PLAN_ONLY: State.PLANNED,
     R.PUBLISHED: State.PUBLISHING,
+    R.PROGRESS_UNKNOWN: State.RUNNING,
 }
 
 
@@ -95,6 +96,13 @@ def queue_state(reason: str) -> str:
     if reason.startswith(State.DEACTIVATED):  # Kueue adds why: DeactivatedDueToRequeuingLimitExceeded
         return State.DEACTIVATED
     return reason if reason in (State.UNSATISFIABLE, State.INADMISSIBLE) else State.QUEUED
+
+
+def newer(known: Progress | None, read: Progress) -> Progress:
+    """`read`, with the time of `known` if nothing else has changed."""
+    if known is not None and known.model_copy(update={"time": read.time}) == read:
+        return known
+    return read
 
 
 def at_end(progress: Progress | None, metrics: dict[str, float] | None) -> Progress | None:

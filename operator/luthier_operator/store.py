@@ -20,7 +20,7 @@ from luthier_operator import children
 from luthier_operator.failure.pod_end import PodEnds, pod_end
 from luthier_operator.kept import KeptJob, project, version
 from luthier_operator.kueue import WORKLOAD, Workloads
-from luthier_operator.model import ChildRef, Job, Key, Object, Observed
+from luthier_operator.model import ChildRef, Job, Key, Object, Observed, Silence
 from luthier_operator.ownership import OWNED, Owner, owner_of, owner_of_job
 from luthier_operator.workloads import workload
 from luthier_operator.workloads.sources import SOURCE_KIND, needed_jobs
@@ -48,6 +48,8 @@ class Parts:
     ends: PodEnds | None = None
     samples: dict[int, dict[str, float]] = field(default_factory=dict)
     sampled_at: datetime | None = None
+    silences: dict[str, Silence] = field(default_factory=dict)
+    """By uid of a pod that has not terminated."""
 
     def __bool__(self) -> bool:
         return bool(self.children or self.pods or self.terminated or self.ends or self.samples)
@@ -56,6 +58,7 @@ class Parts:
         """Drop the ends of pods and their metrics, which the status of the job holds."""
         self.ends, self.sampled_at = None, None
         self.samples.clear()
+        self.silences.clear()
 
 
 class Store:
@@ -112,6 +115,7 @@ class Store:
             progress=workload(job).progress(parts.samples, parts.sampled_at),
             checkpoint_step=checkpoint_step(first),
             broken_checkpoints=broken_checkpoints(first),
+            silences=dict(parts.silences),
             sources=self._sources(job),
             jobset_installed=self.jobset_installed,
             admission=self.workloads.of(parts.children.get(workload(job).child("run"))),
@@ -169,6 +173,12 @@ class Store:
         parts = self._parts_of(owner)
         parts.samples.update(samples)
         parts.sampled_at = self._now()
+
+    def put_silences(self, owner: Owner, silences: Mapping[str, Silence]) -> None:
+        """Store for how long pods have made no progress, by their uids. Those of pods that are gone are dropped."""
+        if parts := self._parts.get(owner):
+            known = {**parts.silences, **silences}
+            parts.silences = {uid: silence for uid, silence in known.items() if uid in parts.pods}
 
     def forget_reports(self, job: Job) -> None:
         """Drop the ends of pods and the metrics of a job that has ended, once its status holds what they report."""

@@ -21,7 +21,9 @@ from luthier_operator.progress import (
     AT_ONCE_OF_JOB,
     AT_ONCE_OF_NAMESPACE,
     JOBS_PER_SECOND,
+    PodReadings,
     Scraper,
+    Unreadable,
     fair_share,
     pod_url,
 )
@@ -349,6 +351,73 @@ async def test_pods_that_do_not_answer_delay_nobody_else(case: SilentCase) -> No
     ):
         await until("ten readings of the other job", lambda: reads(metrics, "ok") >= 10)
         assert silent.most_at_once <= case.at_once
+
+
+async def test_a_run_that_hangs_is_reported_once_and_written_no_more() -> None:
+    age = 1.0
+
+    def text(_: int) -> str:
+        return f"luthier_train_step 12\nluthier_train_max_steps 30\nluthier_heartbeat_age_seconds {age}\n"
+
+    async with (
+        FakeCluster(held) as cluster,
+        PodMetrics(text) as pods,
+        running(cluster, settings(progress_every=0.05), url=pods.url),
+    ):
+        cluster.create(fine_tune())
+        await until("progress", lambda: cluster.get("FineTuneJob", "tune").get("status", {}).get("progress"))
+        age = 301.0
+        await until("reported", lambda: cluster.get("FineTuneJob", "tune")["status"]["state"] == "NoStep")
+        await until("an event", lambda: [e for e in cluster.all("Event") if e["reason"] == "NoStep"])
+        first, enough = cluster.get("FineTuneJob", "tune"), pods.reads + 20
+
+        def grow() -> bool:
+            nonlocal age
+            age += 1
+            return pods.reads >= enough
+
+        await until("read many times", grow)
+        assert cluster.get("FineTuneJob", "tune") == first
+        age = 0.5
+        await until("runs again", lambda: cluster.get("FineTuneJob", "tune")["status"]["state"] == "Running")
+
+
+@dataclass(frozen=True)
+class UnansweredCase:
+    name: str
+    answers: list[str]
+    """Result of each reading, 100 s apart."""
+    expect: list[float | None]
+    """Seconds of silence."""
+
+
+UNANSWERED = [
+    UnansweredCase(
+        name="it is still starting",
+        answers=["unreachable", "unreachable", "ok"],
+        expect=[None, None, 0.0],
+    ),
+    UnansweredCase(
+        name="its process hangs",
+        answers=["ok", "timeout", "timeout", "ok"],
+        expect=[0.0, 100.0, 200.0, 0.0],
+    ),
+    UnansweredCase(
+        name="a NetworkPolicy keeps the operator out",
+        answers=["timeout", "timeout", "timeout"],
+        expect=[0.0, 100.0, 200.0],
+    ),
+]
+
+
+@pytest.mark.parametrize("case", UNANSWERED, ids=lambda case: case.name)
+def test_for_how_long_a_pod_has_not_answered(case: UnansweredCase) -> None:
+    pod, found = PodReadings(), []
+    for number, result in enumerate(case.answers):
+        now = 1000.0 + 100 * number
+        silence = pod.answered(now, {}) if result == "ok" else pod.failed(now, 15, Unreadable(result, "why"))
+        found.append(silence.seconds if silence else None)
+    assert found == case.expect
 
 
 async def test_a_pod_that_cannot_be_read_is_read_less_and_less_often() -> None:

@@ -44,7 +44,7 @@ def reports(ctx: Context) -> Context:
     if status.is_true(ctx.done):
         progress = statuses.at_end(progress, metrics)
     elif observed.progress:
-        progress = observed.progress
+        progress = statuses.newer(status.progress, observed.progress)
     broken = status.broken_checkpoints
     if observed.broken_checkpoints is not None:
         broken = observed.broken_checkpoints or None

@@ -17,6 +17,7 @@ from luthier_operator.phases import queued, waiting
 from luthier_operator.phases.accept import for_jobset
 from luthier_operator.phases.context import Context, Step
 from luthier_operator.phases.record import with_notices
+from luthier_operator.phases.silence import silent
 from luthier_operator.render.configmap import configmap
 
 RUNNING = ConditionType.RUNNING
@@ -128,7 +129,9 @@ def at_work(ctx: Context, child: Object) -> Step:
 
 
 def is_running(ctx: Context) -> Step:
-    ctx = ctx.with_condition(RUNNING, "True", Reason.RUNNING, ctx.workload.describe_pods())
+    doubt = silent(ctx)
+    reason, message = (doubt.reason, doubt.message) if doubt else (Reason.RUNNING, ctx.workload.describe_pods())
+    ctx = ctx.with_condition(RUNNING, "True", reason, message)
     condition = ctx.status.condition(RUNNING)
     if condition and not ctx.status.run_start_time:
         ctx = ctx.with_status(run_start_time=condition.last_transition_time)

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from prometheus_client import generate_latest
 
-from luthier_trainer.runtime.heartbeat import HEARTBEAT_FILE, STARTING_FILE, beating_while_growing
+from luthier_api.metrics import HEARTBEAT_AGE, read_samples
+from luthier_trainer.runtime.heartbeat import HEARTBEAT_FILE, STARTING_FILE, beat, beating_while_growing
 from luthier_trainer.runtime.run_folder import run_dir
+from luthier_trainer.runtime.telemetry import Telemetry
 from luthier_trainer.supervisor import hang
 
 LOOK = 0.02
@@ -41,6 +44,22 @@ def test_a_folder_that_grows_is_a_sign_of_life(tmp_path: Path) -> None:
         assert beats()
     file.write_bytes(b"x" * 30)
     assert not beats(0.2), "it is over"
+
+
+def test_the_age_of_a_heartbeat_is_served(tmp_path: Path) -> None:
+    telemetry = Telemetry()
+    telemetry.serve(0)
+
+    def served() -> dict[str, float]:
+        return read_samples(generate_latest(telemetry.registry).decode())
+
+    assert HEARTBEAT_AGE.name not in served(), "it is still loading"
+    beat()
+    changed = time.time() - 400
+    os.utime(run_dir() / HEARTBEAT_FILE, (changed, changed))
+    assert served()[HEARTBEAT_AGE.name] >= 400
+    beat()
+    assert served()[HEARTBEAT_AGE.name] < 400
 
 
 @dataclass(frozen=True)

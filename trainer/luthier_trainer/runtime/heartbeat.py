@@ -7,7 +7,9 @@ heartbeat, so that a volume that hangs is still noticed.
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +30,14 @@ def beat(step: int | None = None) -> None:
         file.touch()
     else:
         file.write_text(str(step))
+
+
+def age() -> float:
+    """Seconds since the last heartbeat. NaN before the first one."""
+    try:
+        return max(0.0, time.time() - (run_dir() / HEARTBEAT_FILE).stat().st_mtime)
+    except FileNotFoundError:
+        return math.nan
 
 
 def beat_before_training() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
 
-from luthier_api.metrics import POD_METRICS, Metric
+from luthier_api.metrics import HEARTBEAT_AGE, POD_METRICS, Metric
+from luthier_trainer.runtime import heartbeat
 from luthier_trainer.runtime.run_folder import run_dir
 
 # Steps take from a tenth of a second (small models) to minutes (large batches).
@@ -52,5 +53,8 @@ class Telemetry:
 
     def serve(self, port: int) -> None:
         """Serve on `port`; with 0 on any free one, whose number goes to `metrics-port` in the run folder."""
+        age = self._metric(HEARTBEAT_AGE)
+        assert isinstance(age, Gauge)
+        age.set_function(heartbeat.age)
         server, _ = start_http_server(port, registry=self.registry)
         (run_dir() / PORT_FILE).write_text(str(server.server_port))
