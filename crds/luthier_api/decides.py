@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, unique
+from functools import cache
 from hashlib import sha256
 from typing import Any, TypeVar
 
@@ -84,7 +85,8 @@ MAY_WAIT = Urgency.MAY_WAIT
 Mark = TypeVar("Mark", Decides, Urgency)
 
 
-def marks(spec: type[ApiModel]) -> dict[str, Decides]:
+@cache
+def marks(spec: type[ApiModel]) -> Mapping[str, Decides]:
     """Field of `spec`, by its outer name → what it decides. Raises TypeError for a field without a mark."""
     found = {}
     for name, field in spec.model_fields.items():
@@ -95,7 +97,8 @@ def marks(spec: type[ApiModel]) -> dict[str, Decides]:
     return found
 
 
-def marked_paths(spec: type[ApiModel]) -> dict[str, Decides]:
+@cache
+def marked_paths(spec: type[ApiModel]) -> Mapping[str, Decides]:
     """Path in `spec` → mark, of each field that carries one: `training`, `training.logSteps`, ..."""
     found: dict[str, Decides] = {}
     for name, mark in marks(spec).items():
@@ -217,12 +220,11 @@ def urgent_part(status: Mapping[str, Any], model: type[ApiModel]) -> dict[str, A
 
 def _part(data: Mapping[str, Any], model: type[ApiModel], kept: set[Mark], inherited: Mark) -> dict[str, Any]:
     """Those fields of `data`, an object of the type `model`, whose mark is among `kept`, at any depth."""
-    fields = {field.alias or to_camel(name): field for name, field in model.model_fields.items()}
+    fields = _fields(model, type(inherited))
     found: dict[str, Any] = {}
     for name, value in data.items():
-        field = fields.get(name)
-        mark = (_mark(field, type(inherited)) if field else None) or inherited
-        below = model_in(field.annotation) if field else None
+        own_mark, below = fields.get(name, (None, None))
+        mark = own_mark or inherited
         if below and isinstance(value, Mapping):
             part = _part(value, below, kept, mark)
             if part or mark in kept:
@@ -234,6 +236,15 @@ def _part(data: Mapping[str, Any], model: type[ApiModel], kept: set[Mark], inher
         elif mark in kept:
             found[name] = value
     return found
+
+
+@cache
+def _fields(model: type[ApiModel], kind: type[Mark]) -> dict[str, tuple[Mark | None, type[ApiModel] | None]]:
+    """Outer name of each field of `model` → its own mark, and the type of the objects in it."""
+    return {
+        field.alias or to_camel(name): (_mark(field, kind), model_in(field.annotation))
+        for name, field in model.model_fields.items()
+    }
 
 
 def _mark(field: FieldInfo, kind: type[Mark]) -> Mark | None:

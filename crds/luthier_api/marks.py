@@ -12,7 +12,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, get_args, get_origin
 
 from pydantic import ModelWrapValidatorHandler, model_validator
 from pydantic.alias_generators import to_camel
@@ -66,8 +66,10 @@ class TabledSpec(ApiModel):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _with_defaults(cls, data: Any, handler: ModelWrapValidatorHandler[Spec]) -> Spec:
+    def _with_defaults(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         """The one place where defaults that depend on the tables are filled in."""
+        if isinstance(data, cls):  # a part of another object, such as the run config: they are filled in
+            return data
         return with_defaults(handler(data))
 
 
@@ -265,4 +267,10 @@ def _filled(model: Any, path: list[str], default: Any) -> Any:
 
 def _attribute(model: type[ApiModel], outer: str) -> str:
     """Python's name of the field that is called `outer` in a manifest."""
-    return next(name for name, field in model.model_fields.items() if (field.alias or to_camel(name)) == outer)
+    return _attributes(model)[outer]
+
+
+@cache
+def _attributes(model: type[ApiModel]) -> Mapping[str, str]:
+    """Name of each field in a manifest → Python's name."""
+    return {field.alias or to_camel(name): name for name, field in model.model_fields.items()}
