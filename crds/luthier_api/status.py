@@ -267,6 +267,8 @@ class JobStatus(ApiModel):
     """When the pods of `run` were first running."""
     completion_time: Time | None = None
     """When the job completed or failed."""
+    images: dict[str, str] = Field(default_factory=dict)
+    """Phase → image of its pods. An upgrade of the operator changes the image of phases that begin later."""
     shape: str | None = None
     """Nodes × GPUs, or shards × GPUs."""
     prepared: Prepared | None = None

@@ -735,6 +735,7 @@ def test_a_status_without_anything_is_empty() -> None:
     assert JobStatus().dump() == {
         "state": "",
         "conditions": [],
+        "images": {},
         "restarts": 0,
         "restartsCharged": 0,
         "notices": [],

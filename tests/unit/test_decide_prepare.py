@@ -115,7 +115,7 @@ CASES = [
         name="its pod has ended well, the Job has not heard of it",
         given=situation(child(JOB, "prepare"), ends=[prepared_end(JOB)]),
         expect="waits",
-        condition=STARTING,
+        condition="False Preparing: resolving the model, loading the data, planning the run",
     ),
     Case(
         name="its pod has a node",

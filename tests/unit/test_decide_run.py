@@ -1022,3 +1022,80 @@ AT_END = [
 @pytest.mark.parametrize("case", AT_END, ids=lambda case: case.name)
 def test_progress_of_a_run_that_has_ended(case: AtEndCase) -> None:
     assert at_end(case.progress, case.metrics) == case.expect
+
+
+@dataclass(frozen=True)
+class FinalCase:
+    name: str
+    end: PodEnd
+    spec: dict[str, Any]
+    restarts: int
+    """Of the JobSet, all charged, when the end is seen."""
+    expect: str
+    """Reason of the condition Running until the JobSet says how it goes on."""
+
+
+FINAL = [
+    FinalCase(
+        name="a mistake",
+        end=ended(JOB, "run", 82, 0),
+        spec={},
+        restarts=0,
+        expect="True Running",
+    ),
+    FinalCase(
+        name="the last of the restarts",
+        end=ended(JOB, "run", 71, 0, attempt=1),
+        spec={"restarts": {"max": 1}},
+        restarts=1,
+        expect="True Running",
+    ),
+    FinalCase(
+        name="restarts are left",
+        end=ended(JOB, "run", 71, 0, attempt=1),
+        spec={"restarts": {"max": 2}},
+        restarts=1,
+        expect="False Restarting",
+    ),
+    FinalCase(
+        name="a preemption costs no restart",
+        end=ended(JOB, "run", 75, 0, attempt=1),
+        spec={"restarts": {"max": 1}},
+        restarts=1,
+        expect="False Restarting",
+    ),
+    FinalCase(
+        name="the group was restarted for the last time",
+        end=ended(JOB, "run", 71, 0),
+        spec={"restarts": {"max": 1}},
+        restarts=1,
+        expect="False Restarting",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", FINAL, ids=lambda case: case.name)
+def test_an_end_that_is_final_is_no_restart(case: FinalCase) -> None:
+    at_work = status("Accepted", "Prepared", "Running", start_time=text(BEGIN))
+    job = fine_tune(at_work, **case.spec)
+    decision = decided(job, group(restarts=case.restarts, charged=case.restarts), ends=[case.end])
+    assert said(decision, "Running").partition(":")[0] == case.expect
+
+
+def test_the_status_names_the_image_of_each_phase() -> None:
+    """During an upgrade the old operator may create children with the old image."""
+    prepared = decide(observed(fine_tune(status("Accepted"))), SETTINGS, NOW).status
+    assert prepared.images == {"prepare": SETTINGS.trainer_image}
+    later = SETTINGS.model_copy(update={"trainer_image": "registry.example/luthier-trainer:2"})
+    done = BEGUN.model_copy(update={"images": prepared.images})
+    run = decide(observed(fine_tune(done)), later, NOW).status
+    assert run.images == {"prepare": SETTINGS.trainer_image, "run": later.trainer_image}
+
+
+def test_the_checkpoint_of_a_suspension_is_seen_after_the_jobset_is_gone() -> None:
+    given = BEGUN.model_copy(update={"checkpoint": Checkpoint(step=350)})
+    job = fine_tune(given, suspend=True)
+    stopped = [ended(job, "run", 75, rank, step=378, saved=True) for rank in (0, 1)]
+    assert decided(job, ends=stopped).status.checkpoint == Checkpoint(step=378, time=text(NOW))
+    resumed = fine_tune(given)
+    assert decided(resumed, group(born=at(-10)), ends=stopped).status.checkpoint == Checkpoint(step=350)

@@ -164,6 +164,10 @@ class Context:
     def with_status(self, **fields: Any) -> Context:
         return replace(self, status=self.status.model_copy(update=fields))
 
+    def with_image(self, phase: Phase) -> Context:
+        """With the image of the pods of `phase`, whose child is made now. During an upgrade it may be an older one."""
+        return self.with_status(images=self.status.images | {phase: self.settings.trainer_image})
+
     # Answers
 
     def goes_on(self, requeue_after: float | None = None) -> Step:

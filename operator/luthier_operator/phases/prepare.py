@@ -32,7 +32,7 @@ def prepare(ctx: Context) -> Step:
 
     if job is None:
         places = ctx.places()
-        return ctx.creates(
+        return ctx.with_image("prepare").creates(
             PREPARED,
             Reason.PREPARING,
             STARTING,

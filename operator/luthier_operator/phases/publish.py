@@ -33,7 +33,7 @@ def publish(ctx: Context) -> Step:
 
     if job is None:
         places = ctx.places()
-        return ctx.creates(
+        return ctx.with_image("publish").creates(
             PUBLISHED,
             Reason.PUBLISHING,
             starting(ctx),

@@ -117,10 +117,19 @@ def checkpoint(ctx: Context) -> Checkpoint | None:
     if not ctx.workload.has_checkpoints:
         return known
     if step is None:
-        step = last_reported_step(ctx.ends("run"))
+        step = last_reported_step(ctx.ends("run") if ctx.child("run") else ends_of_last_run(ctx))
     if step is None or (known and known.step == step):
         return known
     return Checkpoint(step=step, time=statuses.text(ctx.now)) if step else None
+
+
+def ends_of_last_run(ctx: Context) -> list[PodEnd]:
+    """The ends of pods of the newest child of `run` that was deleted. A suspended pod saves a checkpoint, and its end
+    may be seen after its JobSet is gone.
+    """
+    ends = [end for end in ctx.observed.ended if end.phase == "run"]
+    last = max(ends, key=lambda end: end.finished_at, default=None)
+    return [end for end in ends if last and end.child == last.child]
 
 
 def last_reported_step(ends: list[PodEnd]) -> int | None:

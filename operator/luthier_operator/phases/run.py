@@ -37,6 +37,7 @@ def run(ctx: Context) -> Step:
             return waits
         status, places = ctx.status, ctx.places()
         before = ctx.workload.restarts_before(status)
+        ctx = ctx.with_image("run")
         manifest = ctx.workload.run_manifest(ctx.settings, places, before, status.restarts_charged)
         # After a resume it may differ from the one that `prepare` was given.
         config = configmap(ctx.workload, ctx.settings, places) if status.resumes else None
@@ -123,6 +124,8 @@ def at_work(ctx: Context, child: Object) -> Step:
         return ctx.waits(RUNNING, pending.reason, pending.message, requeue_after=again)
     if attempts:
         last = attempts[-1]
+        if ctx.workload.is_final(last, ctx.status):
+            return ctx.stops(requeue_after=again)  # the child is about to fail
         message = f"after {last.reason}: {last.message} ({location(last)})"
         return ctx.waits(RUNNING, Reason.RESTARTING, message, requeue_after=again)
     return ctx.waits(RUNNING, Reason.STARTING, starting(ctx), requeue_after=again)

@@ -94,7 +94,9 @@ def for_one_pod(
             return ctx.stops(requeue_after=again)  # the Job is about to fail
         message = f"{last.message} ({location(last)}). It will be retried"
         return ctx.waits(condition, last.reason, message, requeue_after=again)
-    message = doing if children.running(ctx.pods(phase)) else starting
+    # Between the end of its pod and its own, a Job has no pod that runs.
+    started = children.running(ctx.pods(phase)) or any(end.exit_code == 0 for end in ctx.ends(phase))
+    message = doing if started else starting
     return ctx.waits(condition, reason, message, requeue_after=again)
 
 

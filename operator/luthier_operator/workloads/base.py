@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from luthier_api.conditions import ConditionType
 from luthier_api.decides import run_part
+from luthier_api.exitcodes import ExitCode, Retry
 from luthier_api.kinds import KINDS, JobKind
 from luthier_api.status import Attempt, JobStatus, Phase, Progress
 from luthier_operator import naming
@@ -157,6 +158,10 @@ class Workload(Protocol):
     def repeated_failure(self, attempts: Sequence[Attempt]) -> Failure | None:
         """The last failure, where the cluster is about to start the pods again although they would fail again."""
         return None
+
+    def is_final(self, attempt: Attempt, status: JobStatus) -> bool:
+        """Whether the cluster is about to end the run, or the shard, after this failure instead of restarting it."""
+        return attempt.exit_code in ExitCode.codes(Retry.NEVER)
 
     def smaller_micro_batch(self, status: JobStatus) -> int | None:
         """Rows of a forward pass with which the run starts again after CUDA has run out of memory. None if it fails."""

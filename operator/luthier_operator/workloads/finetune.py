@@ -131,6 +131,13 @@ class FineTune(Workload):
     def repeated_failure(self, attempts: Sequence[Attempt]) -> Failure | None:
         return repeated_out_of_memory(attempts)
 
+    def is_final(self, attempt: Attempt, status: JobStatus) -> bool:
+        """Also the failure that uses up the budget."""
+        if attempt.attempt != status.restarts:  # the group was restarted since
+            return False
+        used_up = attempt.charged and status.restarts_charged >= self.job.spec.restarts.max
+        return used_up or super().is_final(attempt, status)
+
     def smaller_micro_batch(self, status: JobStatus) -> int | None:
         """Half of the rows, or the next smaller number that divides a process's share of a step; once in a plan.
 
