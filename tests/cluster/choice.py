@@ -3,16 +3,21 @@
 All three answer the same verbs, so neither the Makefile nor the end-to-end tests know which of them is there.
 """
 
+import functools
 import json
 import os
+import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from cluster.kind import KUBECONFIG as KIND_KUBECONFIG
 from cluster.kind import Kind
 from cluster.local.cluster import Local
 from cluster.local.shell import KUBECONFIG
 
+CLUSTERS: dict[str, Callable[[], "Cluster"]] = {"local": Local, "kind": Kind}
 # Targets of the Dockerfile: the variable that names the image where a given cluster already has it.
 IMAGE_VARIABLES = {"operator": "LUTHIER_OPERATOR_IMAGE", "trainer": "LUTHIER_TRAINER_IMAGE"}
 # What the tests install, change and delete: on a given cluster, none of it may be there before.
@@ -44,6 +49,14 @@ class Cluster(Protocol):
         """Builds a Dockerfile target where the nodes find it; returns the reference that pods use."""
 
     def image_size(self, name: str) -> str: ...
+
+    def install_kueue(self, configuration: dict[str, Any]) -> None:
+        """Kueue, or its new configuration: what it has beside the one of `kueue.CONFIGURATION`.
+
+        Raises NotImplementedError where the cluster is somebody else's.
+        """
+
+    def remove_kueue(self) -> None: ...
 
     def kill(self, node: str, container: str) -> bool:
         """SIGKILL to the first process of a container, which the runtime of `node` knows by this id. False: that node
@@ -107,6 +120,12 @@ class Given:
             )
         return os.environ[variable]
 
+    def install_kueue(self, configuration: dict[str, Any]) -> None:
+        raise NotImplementedError("Kueue is not installed into a cluster given by KUBECONFIG")
+
+    def remove_kueue(self) -> None:
+        raise NotImplementedError
+
     def image_size(self, name: str) -> str:
         raise SystemExit("image-size: only the local cluster has a registry to ask")
 
@@ -121,7 +140,19 @@ class Given:
 
 
 def cluster() -> Cluster:
-    given = os.environ.get("KUBECONFIG")
-    if given and Path(given) != KUBECONFIG and os.environ.get("CLUSTER") != "kind":
+    """Raises SystemExit for an unknown CLUSTER."""
+    given, named = os.environ.get("KUBECONFIG"), os.environ.get("CLUSTER") or prebuilt()
+    if given and Path(given) not in (KUBECONFIG, KIND_KUBECONFIG) and os.environ.get("CLUSTER") != "kind":
         return Given()
-    return Kind() if os.environ.get("CLUSTER") == "kind" else Local()
+    if named not in CLUSTERS:
+        raise SystemExit(f"CLUSTER={named}: one of {', '.join(CLUSTERS)}")
+    return CLUSTERS[named]()
+
+
+@functools.cache
+def prebuilt() -> str:
+    """kind, whose images are built already, where it and Docker are there and the local cluster does not run."""
+    if KUBECONFIG.exists() or not (shutil.which("kind") and shutil.which("docker")):
+        return "local"
+    answers = subprocess.run(["docker", "info"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return "local" if answers.returncode else "kind"

@@ -10,12 +10,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from cluster.local.components import JOBSET
+from cluster import kueue
+from cluster.local.components import JOBSET, KUEUE
 
 NAME = "luthier"
 KUBECONFIG = Path.home() / ".cache/cluster/kind.kubeconfig"
 JOBSET_CHART = ("oci://registry.k8s.io/jobset/charts/jobset", "--version", JOBSET[1].removeprefix("v"))
+KUEUE_CHART = ("oci://registry.k8s.io/kueue/charts/kueue", "--version", KUEUE[1].removeprefix("v"))
 # Only counted, as in the local cluster
 GPUS = json.dumps([{"op": "add", "path": "/status/capacity/nvidia.com~1gpu", "value": "8"}])
 
@@ -94,6 +97,17 @@ class Kind:
 
     def image_size(self, name: str) -> str:
         raise SystemExit("image-size: only the local cluster has a registry to ask")
+
+    def install_kueue(self, configuration: dict[str, Any]) -> None:
+        values = KUBECONFIG.parent / "kueue-values.json"
+        values.write_text(kueue.values(configuration))
+        options = ("-n", kueue.NAMESPACE, "--create-namespace", "-f", str(values), "--wait")
+        run("helm", "upgrade", "--install", "kueue", *KUEUE_CHART, *options)
+
+    def remove_kueue(self) -> None:
+        kueue.remove_objects(lambda *arguments: run("kubectl", *arguments))
+        run("helm", "uninstall", "kueue", "-n", kueue.NAMESPACE, "--wait")
+        run("kubectl", "delete", "namespace", kueue.NAMESPACE, "--ignore-not-found", "--timeout=60s")
 
     def kill(self, node: str, container: str) -> bool:
         """A node is a container of Docker's by the same name."""

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster import kueue
+
 from . import components, control_plane, images, node, volumes
 from .certificates import certificates
 from .node import BRIDGE, network
 from .progress import Progress, say
 from .shell import BIN, HOME, KUBECONFIG, STATE, alive, answers, ctr, kubectl, sh, stop, wait, write
 
+KUEUE_IMAGE = "local/kueue"
 JOBSET_IMAGE, JOBSET_TAG = "local/jobset", components.JOBSET[1]
 
 
@@ -61,6 +64,18 @@ class Local:
 
     def image_size(self, name: str) -> str:
         return images.image_size(name)
+
+    def install_kueue(self, configuration: dict[str, Any]) -> None:
+        image = {"repository": KUEUE_IMAGE, "tag": components.KUEUE[1], "pullPolicy": "Never"}
+        images.load(images.scratch_image(f"{KUEUE_IMAGE}:{components.KUEUE[1]}", BIN / "kueue", "/manager"))
+        chart = components.module_dir(*components.KUEUE) / "charts/kueue"
+        values = write("kueue-values.json", kueue.values(configuration, image))
+        helm("upgrade", "--install", "kueue", chart, "-n", kueue.NAMESPACE, "--create-namespace", "-f", values)
+
+    def remove_kueue(self) -> None:
+        kueue.remove_objects(kubectl)
+        helm("uninstall", "kueue", "-n", kueue.NAMESPACE)
+        kubectl("delete", "namespace", kueue.NAMESPACE, "--ignore-not-found", "--timeout=60s")
 
     def kill(self, node: str, container: str) -> bool:
         ctr("tasks", "kill", "-s", "SIGKILL", container)
@@ -141,8 +156,11 @@ def jobset() -> None:
     images.load(images.scratch_image(f"{JOBSET_IMAGE}:{JOBSET_TAG}", BIN / "jobset", "/manager"))
     chart = components.module_dir(*components.JOBSET) / "charts/jobset"
     values = f"image.repository={JOBSET_IMAGE},image.tag={JOBSET_TAG},image.pullPolicy=Never"
-    options = ("-n", "jobset-system", "--create-namespace", "--set", values, "--wait", "--timeout", "3m")
-    command = (BIN / "helm", "--kubeconfig", KUBECONFIG, "upgrade", "--install", "jobset", chart, *options)
+    helm("upgrade", "--install", "jobset", chart, "-n", "jobset-system", "--create-namespace", "--set", values)
+
+
+def helm(*arguments: object) -> None:
+    command = (BIN / "helm", "--kubeconfig", KUBECONFIG, *arguments, "--wait", "--timeout", "3m")
     sh(*command, stdout=subprocess.DEVNULL)
 
 
