@@ -6,6 +6,7 @@ from typing import Any
 
 import fake_api
 import pytest
+from fake_api import Fault
 from fake_cluster import FakeCluster
 from harness import condition, fine_tune, running, until
 from rights import GRANTED
@@ -65,6 +66,18 @@ async def test_kueue_may_come_later_and_go() -> None:
             cluster.break_watches()
             await until("noticed", lambda: not operator.store.workloads.listed)
             assert operator.alive()
+
+
+async def test_while_kueue_is_down_its_webhooks_refuse_children_and_the_job_says_so() -> None:
+    down = True
+    async with FakeCluster() as cluster, running(cluster):
+        cluster.fault = lambda number, call: Fault(answer=500) if down and call.kind == "JobSet" else None
+        cluster.create(QUEUED)
+        await until(
+            "told", lambda: (condition(cluster, "FineTuneJob", "tune", "Running") or {}).get("reason") == "FailedCreate"
+        )
+        down = False
+        await until("tried again", lambda: cluster.get("JobSet", "ftj-tune-run"))
 
 
 async def test_a_role_without_workloads_costs_only_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -419,6 +419,17 @@ def test_an_eviction_does_not_hide_the_failure_after_it(case: EvictedBefore) -> 
     assert [attempt.reason for attempt in decision.status.attempts] == ["NotFound"]
 
 
+def test_an_eviction_that_jobset_takes_for_a_failure_is_free() -> None:
+    """One in ten: the Job controller still sees the pod that ended with 75, and its rule fails the suspended Job."""
+    restarted = child(JOB, "run", suspend=True, restarts=1)
+    ends = [ended(JOB, "run", 75, rank, when=-30, step=40) for rank in (0, 1)]
+    says = workload(restarted, Evicted=(True, "Preempted", PREEMPTED))
+    decision = decided(JOB, restarted, ends=ends, admission=says, kueue_readable=True)
+    assert (decision.status.restarts, decision.status.restarts_charged) == (1, 0)
+    assert decision.status.state == "Queued"
+    assert describe(decision) == "waits"
+
+
 def test_evictions_in_a_row_are_charged_to_nobody() -> None:
     job = JOB
     for number in range(6):
