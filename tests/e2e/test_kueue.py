@@ -105,8 +105,11 @@ def admitted(job: Object) -> str:
     return f"{found.get('status')} {found.get('reason')}"
 
 
-def until(kube: Kube, name: str, says: str, timeout: float = 120) -> Object:
-    return kube.until("ftj", name, lambda job: admitted(job) == says, timeout=timeout, what=f"Admitted {says}")
+def until(kube: Kube, name: str, says: str, message: str = "", timeout: float = 120) -> Object:
+    def met(job: Object) -> bool:
+        return admitted(job) == says and message in conditions(job)["Admitted"]["message"]
+
+    return kube.until("ftj", name, met, timeout=timeout, what=f"Admitted {says}: {message}")
 
 
 def suspend(kube: Kube, name: str, value: bool) -> None:
@@ -122,15 +125,13 @@ def test_a_preempted_job_saves_gives_way_and_resumes(kube: Kube) -> None:
 
     # No quota is left for a second one of the same priority. One of a higher priority takes it.
     kube.apply(queued("next", priorityClassName="luthier-low"))
-    waiting = until(kube, "next", "False Pending")
-    assert "insufficient unused quota for cpu" in conditions(waiting)["Admitted"]["message"]
+    waiting = until(kube, "next", "False Pending", "insufficient unused quota for cpu")
     assert waiting["status"]["state"] == "Queued"
     assert kube.list("pods", "luthier.dev/job=next,luthier.dev/phase=run") == []
     kube.delete("ftj", "next", "--wait")
     kube.apply(queued("high", priorityClassName="luthier-high"))
 
-    preempted = until(kube, "low", "False Preempted")
-    assert "due to prioritization in the ClusterQueue" in conditions(preempted)["Admitted"]["message"]
+    until(kube, "low", "False Preempted", "due to prioritization in the ClusterQueue")
     assert "Evicted" in kube.events("low")
     kube.complete("ftj", "high", timeout=180)
 
@@ -193,8 +194,7 @@ def test_why_a_job_is_not_admitted(kube: Kube) -> None:
     """All at once: each has to be prepared first."""
     kube.apply(*(case.job for case in CASES))
     for case in CASES:
-        job = until(kube, case.job["metadata"]["name"], case.says, timeout=240)
-        assert case.message in conditions(job)["Admitted"]["message"], case.name
+        job = until(kube, case.job["metadata"]["name"], case.says, case.message, timeout=240)
         assert job["status"]["state"] == case.state, case.name
         assert kube.list("pods", f"luthier.dev/job={case.job['metadata']['name']},luthier.dev/phase=run") == []
 

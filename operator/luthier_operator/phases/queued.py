@@ -44,14 +44,16 @@ def admission(ctx: Context, child: Object) -> Context:
     return ctx.with_condition(ADMITTED, found.value, found.reason, f'queue "{queue}": {found.message}')
 
 
-def without_workload(ctx: Context, child: Object) -> Verdict:
-    """What the child alone shows: Kueue is not installed, may not be read, or has made no Workload."""
+def without_workload(ctx: Context, child: Object) -> Verdict | None:
+    """What the child alone shows: Kueue is not installed, may not be read, or has made no Workload. None in the first
+    seconds, in which it makes one.
+    """
     name = describe(child)
     if children.suspended(child):
         if not ctx.observed.kueue_readable:
             return Verdict("False", Reason.PENDING, f"{name} is suspended; see `kubectl describe workloads`")
         if check_again(ctx, child):
-            return Verdict("False", Reason.PENDING, f"{name} was created a moment ago")
+            return None
         message = f"{name} is suspended, and Kueue has made no Workload for it: {WHY_NO_WORKLOAD}"
         return Verdict("False", Reason.WAITING_FOR_KUEUE, message)
     if children.was_suspended(child):
