@@ -105,6 +105,8 @@ def test_gpus_are_asked_for_and_missed_with_a_word(kube: Kube) -> None:
         )
         assert "nvidia.com/gpu" in conditions(job)["Running"]["message"]
         return
-    failed = conditions(kube.failed("ftj", "gpu"))["Failed"]
+    found = conditions(kube.failed("ftj", "gpu"))
+    assert found["Admitted"]["reason"] == "NotQueued"  # there is no Kueue yet
+    failed = found["Failed"]
     assert failed["reason"] == "Misconfigured"
     assert "GPU" in failed["message"]
