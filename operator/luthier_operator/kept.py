@@ -15,18 +15,18 @@ import msgspec
 
 from luthier_api.conditions import ConditionType
 from luthier_api.status import State
-from luthier_operator import naming
+from luthier_operator import naming, wire
 from luthier_operator.model import Key, Object
 from luthier_operator.statuses import moment
 from luthier_operator.workloads.sources import SOURCE_KIND
 
-META = ("name", "namespace", "uid", "resourceVersion", "creationTimestamp", "deletionTimestamp")
+META = tuple(name for name in wire.Meta.__annotations__ if name not in ("labels", "annotations", "ownerReferences"))
 OWN = "luthier.dev/"
 """Prefix of our own labels and annotations, which are kept. kubectl keeps a copy of the whole object in another one."""
 LABELS = {naming.RESTART_LABEL, naming.INDEX_ANNOTATION, *naming.CHILD_LABELS}
 ANNOTATIONS = {naming.INDEX_ANNOTATION, naming.INDEX_FAILURES_ANNOTATION, naming.INDEX_IGNORED_ANNOTATION}
-SPEC = ("nodeName", "suspend", "managedBy")
-STATUS = ("phase", "reason", "message", "podIP", "restarts", "restartsCountTowardsMax", "active", "succeeded", "failed")
+SPEC = tuple(wire.Spec.__annotations__)
+STATUS = tuple(name for name in wire.Status.__annotations__ if name not in ("conditions", "containerStatuses"))
 CONDITION = ("type", "status", "reason", "message", "lastTransitionTime")
 CONDITIONS_NOT_READ = {
     "PodReadyToStartContainers",
@@ -68,6 +68,14 @@ def project(found: Object) -> Object:
     if kept_status:
         kept["status"] = kept_status
     return kept
+
+
+def changed(before: Object, after: Object) -> bool:
+    """Whether two projections of one object differ in more than their version: no other change means anything to
+    anybody here.
+    """
+    version = {"resourceVersion": after["metadata"]["resourceVersion"]}
+    return before | {"metadata": before["metadata"] | version} != after
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from luthier_api.kinds import KINDS, FineTuneJob
 from luthier_api.metrics import CHECKPOINT_STEP, broken_checkpoints, checkpoint_step, samples_at_end
 from luthier_operator import children
 from luthier_operator.failure.pod_end import PodEnds, pod_end
-from luthier_operator.kept import KeptJob, project, version
+from luthier_operator.kept import KeptJob, changed, project, version
 from luthier_operator.kueue import WORKLOAD, Workloads
 from luthier_operator.model import ChildRef, Job, Key, Object, Observed, Silence
 from luthier_operator.ownership import OWNED, Owner, owner_of, owner_of_job
@@ -212,19 +212,19 @@ class Store:
         known = parts.children.get(ref) if parts else None
         if known is not None and version(known) >= version(found):
             return set()
-        self._parts_of(owner).children[ref] = project(found)
-        return {owner.key}
+        new = self._parts_of(owner).children[ref] = project(found)
+        return {owner.key} if known is None or changed(known, new) else set()
 
     def _put_pod(self, owner: Owner, found: Object) -> set[Key]:
         uid, parts = found["metadata"]["uid"], self._parts.get(owner)
+        known = parts.pods.get(uid) if parts else None
         if parts:
-            known = parts.pods.get(uid)
             known_version = version(known) if known else parts.terminated.get(uid, -1)
             if known_version >= version(found):
                 return set()
         if not children.terminated(found):
-            self._parts_of(owner).pods[uid] = project(found)
-            return {owner.key}
+            new = self._parts_of(owner).pods[uid] = project(found)
+            return {owner.key} if known is None or changed(known, new) else set()
         if self._reports_are_old(owner) and not (parts and uid in parts.pods):
             return set()
         parts = self._parts_of(owner)

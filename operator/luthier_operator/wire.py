@@ -31,6 +31,7 @@ class Meta(TypedDict, total=False):
 class Spec(TypedDict, total=False):
     nodeName: Any
     suspend: Any
+    managedBy: Any
 
 
 class ContainerStatus(TypedDict, total=False):

@@ -665,3 +665,50 @@ def test_the_reports_of_a_job_at_work_are_not_forgotten() -> None:
     store.put(ended("pod"))
     store.forget_reports(seen(store).job)
     assert len(seen(store).ended) == 1
+
+
+@dataclass(frozen=True)
+class NewsCase:
+    name: str
+    kind: str
+    change: dict[str, Any]
+    news: bool
+
+
+NEWS = [
+    NewsCase(
+        name="a pod is scheduled",
+        kind="Pod",
+        change={"spec": {"nodeName": "a"}},
+        news=True,
+    ),
+    NewsCase(
+        name="a condition that nobody reads",
+        kind="Pod",
+        change={"status": {"conditions": [{"type": "Ready", "status": "False"}]}},
+        news=False,
+    ),
+    NewsCase(
+        name="a Job has failed",
+        kind="Job",
+        change={"status": {"conditions": [{"type": "Failed", "status": "True"}]}},
+        news=True,
+    ),
+    NewsCase(
+        name="a count that nobody reads",
+        kind="Job",
+        change={"status": {"ready": 1}},
+        news=False,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", NEWS, ids=lambda case: case.name)
+def test_a_change_that_nobody_reads_is_no_news(case: NewsCase) -> None:
+    store = Store()
+    store.put(job())
+    found = owned(case.kind, "a", version=2)
+    store.put(found)
+    later = found | case.change | {"metadata": found["metadata"] | {"resourceVersion": "3"}}
+    assert bool(store.put(later)) is case.news
+    assert store.put(later) == set()
