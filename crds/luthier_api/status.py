@@ -244,6 +244,26 @@ class AppliedSpec(ApiModel):
     """Path of a field, for example resources.memory → hash of its value. Fields with their default are left out."""
 
 
+class SourceStatus(ApiModel):
+    """Where a job keeps the result that this one uses. It may have been deleted since."""
+
+    job: str
+    """Name of the FineTuneJob."""
+    claim_name: str
+    """PersistentVolumeClaim of its workspace."""
+    folder: str
+    """Its folder on the claim."""
+
+
+class HubRequest(ApiModel):
+    """The spec.hub from which the last Job of `publish` was made."""
+
+    target: str
+    """Repository and branch, as REPO@BRANCH."""
+    hash: str
+    """Hash of spec.hub."""
+
+
 class JobStatus(ApiModel):
     """Status of a FineTuneJob or a GenerateJob."""
 
@@ -302,6 +322,10 @@ class JobStatus(ApiModel):
     """What the job was last at work with. It resumes when this has changed."""
     workspace: WorkspaceStatus | None = None
     """Where model, checkpoints and result are stored."""
+    sources: list[SourceStatus] | None = None
+    """Where the results of other jobs that this one uses are stored."""
+    hub_request: HubRequest | None = None
+    """What the last upload was asked to do. If spec.hub differs, the result is published again."""
     hub: HubStatus | None = None
     """Where the result was published."""
 

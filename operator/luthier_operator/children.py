@@ -127,6 +127,12 @@ def restarts(jobset: Object) -> tuple[int, int]:
     return before + status.get("restarts", 0), charged + status.get("restartsCountTowardsMax", 0)
 
 
+def annotation(child: Object, name: str) -> str:
+    """Empty where the child has none of this name."""
+    value: str = child["metadata"].get("annotations", {}).get(name, "")
+    return value
+
+
 def label(pod: Object, name: str) -> str | None:
     value: str | None = pod["metadata"].get("labels", {}).get(name)
     return value

@@ -21,7 +21,9 @@ HUB_ANNOTATION = "luthier.dev/hub-hash"
 TARGET_ANNOTATION = "luthier.dev/hub-target"
 """On the publish Job: repository and branch to which it uploads."""
 SOURCES_ANNOTATION = "luthier.dev/sources"
-"""On the prepare Job: where the jobs whose results it uses keep their work. They may be deleted before `run` begins."""
+"""On the prepare Job: where the jobs whose results it uses keep their work. They may be deleted before `run` begins.
+Copied into `status.sources`, because the Job is deleted some time after the end of its job.
+"""
 BEFORE_ANNOTATION = "luthier.dev/restarts-before"
 """On the child of `run`: restarts, and those charged, of the children before it. A suspended job gets another child
 when it resumes.

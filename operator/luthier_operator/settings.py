@@ -66,6 +66,10 @@ class Settings(BaseSettings):
     """
     publish_retries: Annotated[int, Field(ge=0)] = 20
     """Retries of `publish`, during which a finished run waits for the Hub. The default takes about 2.5 hours."""
+    finished_pods_seconds: Annotated[int, Field(ge=0)] = 24 * 3600
+    """Seconds that the Jobs, JobSets and pods of a job stay after its end, so that their logs can be read. The job, its
+    status and its results stay.
+    """
     grace_seconds: Annotated[int, Field(ge=15)] = 60
     """Minimum grace period of a stopped pod in seconds, in which it saves its work. A plan with large checkpoints, or a
     job, may set a longer one.

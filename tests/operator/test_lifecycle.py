@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
 from fake_cluster import FakeCluster, Object, Outcome, Pod, all_well, said
-from harness import HUB, children, condition, fine_tune, finished, generate, holds, running, until
+from harness import HUB, children, condition, fine_tune, finished, generate, holds, running, settings, until
 
 from luthier_api.kinds import parse_job
 from luthier_operator import naming
@@ -250,17 +251,56 @@ async def test_plan_only_stops_after_prepare_and_goes_on_later() -> None:
         await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
 
 
-async def test_what_was_complete_is_published_when_that_is_wanted() -> None:
-    async with FakeCluster() as cluster, running(cluster):
+def left(cluster: FakeCluster) -> list[str]:
+    """Jobs, JobSets and pods that exist."""
+    return [f"{kind} {o['metadata']['name']}" for kind in ("Job", "JobSet", "Pod") for o in cluster.all(kind)]
+
+
+@pytest.mark.parametrize("kept", [86400, 0], ids=["its pods are kept", "its pods are deleted"])
+async def test_what_was_complete_is_published_when_that_is_wanted(kept: int) -> None:
+    async with FakeCluster() as cluster, running(cluster, settings(finished_pods_seconds=kept)):
         job = cluster.create(fine_tune())
         await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
+        await until("deleted", lambda: kept or not left(cluster))
         for hub in (HUB, HUB | {"branch": "other"}):
             cluster.change(job, lambda o, hub=hub: o["spec"].update(hub=hub))
             await until("taken back", lambda: not finished(cluster, "FineTuneJob", "tune"))
             await until("complete again", lambda: finished(cluster, "FineTuneJob", "tune"))
             assert holds(cluster, "FineTuneJob", "tune", "Published")
             assert status(cluster, "FineTuneJob", "tune")["hub"]["revision"] == "c" * 40
+            await until("deleted", lambda: kept or not left(cluster))
         assert [p.phase for p in cluster.started].count("publish") == 2
+
+
+async def test_a_finished_job_without_children_stays_as_it_is() -> None:
+    """Also where it used the result of a job that is gone, and for an operator that has seen nothing of it."""
+    at_once = settings(finished_pods_seconds=0)
+    async with FakeCluster() as cluster:
+        async with running(cluster, at_once) as operator:
+            cluster.create(fine_tune("base"))
+            cluster.create(generate(model={"job": "base"}))
+            await until("complete", lambda: finished(cluster, "GenerateJob", "gen"))
+            await until("deleted", lambda: not left(cluster))
+            await until("at rest", lambda: b'workqueue_depth{name="luthier"} 0.0' in operator.metrics_text())
+            base = cluster.get("FineTuneJob", "base")
+            assert base
+            cluster.delete(base)
+        before, writes = cluster.get("GenerateJob", "gen"), cluster.writes
+        async with running(cluster, at_once) as operator:
+            await operator.ready.wait()
+            await asyncio.sleep(0.3)
+            assert (cluster.get("GenerateJob", "gen"), cluster.writes) == (before, writes)
+
+            job = cluster.get("GenerateJob", "gen")
+            assert job
+            cluster.change(job, lambda o: o["spec"].update(hub=HUB | {"repo": "org/rows"}))
+            await until("published", lambda: holds(cluster, "GenerateJob", "gen", "Published"))
+            await until("deleted", lambda: not left(cluster))
+        assert [pod.phase for pod in cluster.started if pod.job == "gen"] == ["prepare", "run", "run", "publish"]
+        (source,) = status(cluster, "GenerateJob", "gen")["sources"]
+        config = cluster.get("ConfigMap", "gj-gen")
+        assert config
+        assert source["folder"] in config["data"]["run.json"]
 
 
 async def test_more_time_lets_a_job_go_on() -> None:

@@ -95,7 +95,7 @@ def test_the_life_of_a_fine_tune_job() -> None:
         ("trained", "Publishing", "applies ConfigMap ftj-bot, Job ftj-bot-publish", ["Trained", "Publishing"]),
         ("uploads", "Publishing", "waits", []),
         ("published", "Complete", "Complete Completed", ["Published", "Completed"]),
-        ("ended", "Complete", "Complete Completed", []),
+        ("ended", "Complete", "Complete Completed; again in 86400 s", []),
     ]
 
 

@@ -9,6 +9,7 @@ import pytest
 from cases.observed import (
     BEGIN,
     NOW,
+    SETTINGS,
     at,
     child,
     decided,
@@ -16,12 +17,14 @@ from cases.observed import (
     ended,
     fine_tune,
     hub_end,
+    observed,
     prepared_end,
     said,
     status,
 )
 
 from luthier_api.status import JobStatus, Phase
+from luthier_operator.decide import decide
 from luthier_operator.model import Job, Object, PodEnd
 from luthier_operator.statuses import text
 
@@ -155,6 +158,84 @@ def test_what_comes_after_the_end_is_still_written() -> None:
     assert decision.status.metrics == {"evalLoss": 1.25}
     assert decision.status.hub is not None
     assert decision.status.hub.revision == "abcdef0123456789"
+
+
+DAY = 24 * 3600
+
+
+@dataclass(frozen=True)
+class ChildrenCase:
+    name: str
+    ended: float
+    """Seconds ago."""
+    phases: list[Phase]
+    expect: str
+    spec: dict[str, int] | None = None
+    kept_seconds: int = DAY
+    given: str = "Complete"
+
+
+CHILDREN_OF_A_FINISHED_JOB = [
+    ChildrenCase(
+        name="their logs can be read for a day",
+        ended=DAY - 60,
+        phases=["prepare", "run"],
+        expect="Complete Complete; again in 60 s",
+    ),
+    ChildrenCase(
+        name="then they are deleted",
+        ended=DAY,
+        phases=["prepare", "run", "publish"],
+        expect="deletes Job ftj-bot-prepare, JobSet ftj-bot-run, Job ftj-bot-publish; Complete Complete",
+    ),
+    ChildrenCase(
+        name="also those of a job that failed",
+        ended=DAY,
+        phases=["prepare"],
+        expect="deletes Job ftj-bot-prepare; Failed Failed",
+        given="Failed",
+    ),
+    ChildrenCase(
+        name="an administrator wants them deleted at once",
+        ended=0,
+        phases=["run"],
+        expect="deletes JobSet ftj-bot-run; Complete Complete",
+        kept_seconds=0,
+    ),
+    ChildrenCase(
+        name="nothing is left, and nothing to be done",
+        ended=2 * DAY,
+        phases=[],
+        expect="Complete Complete",
+    ),
+    ChildrenCase(
+        name="the job itself goes later",
+        ended=DAY,
+        phases=["run"],
+        expect="deletes JobSet ftj-bot-run; Complete Complete; again in 40 s",
+        spec={"ttlSecondsAfterFinished": DAY + 40},
+    ),
+    ChildrenCase(
+        name="the job itself goes sooner",
+        ended=60,
+        phases=["run"],
+        expect="Complete Complete; again in 40 s",
+        spec={"ttlSecondsAfterFinished": 100},
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CHILDREN_OF_A_FINISHED_JOB, ids=lambda case: case.name)
+def test_children_of_a_finished_job_are_deleted_after_a_time(case: ChildrenCase) -> None:
+    job = fine_tune(status(case.given, completion_time=text(at(-case.ended))), **(case.spec or {}))
+    given = observed(job, *(child(job, phase, "Complete") for phase in case.phases))
+    decision = decide(given, SETTINGS.model_copy(update={"finished_pods_seconds": case.kept_seconds}), NOW)
+    assert describe(decision) == case.expect
+
+
+def test_a_child_that_is_being_deleted_is_not_deleted_again() -> None:
+    job = fine_tune(status("Complete", completion_time=text(at(-DAY))))
+    assert describe(decided(job, child(job, "run", "Complete", deleting=True))) == "Complete Complete"
 
 
 def test_nothing_is_done_for_a_finished_job_whatever_is_left() -> None:

@@ -372,6 +372,21 @@ def test_attempts_are_numbered_in_each_phase_from_the_beginning() -> None:
     ]
 
 
+def test_where_the_results_of_other_jobs_are_stays_known_without_the_job_of_prepare() -> None:
+    base = {"base": fine_tune(status("Complete"), name="base", uid="0ddba11-aaaa")}
+    job = generate(status("Accepted", start_time=text(BEGIN)), model={"job": "base"})
+    prepare = decided(job, sources=base).apply[-1]
+    first = decided(job, child(job, "prepare", "Complete", notes=prepare["metadata"]["annotations"]))
+    assert [source.dump() for source in first.status.sources or []] == [
+        {"job": "base", "claimName": "ftj-base", "folder": "ftj-base-0ddba11-"}
+    ]
+    later = generate(first.status, model={"job": "base"})
+    again = {"base": fine_tune(status(), name="base", uid="another1-aaaa")}
+    (run,) = decided(later, sources=again).apply
+    volumes = run["spec"]["template"]["spec"]["volumes"]
+    assert "ftj-base" in [v["persistentVolumeClaim"]["claimName"] for v in volumes if "persistentVolumeClaim" in v]
+
+
 def test_what_the_other_job_left_is_noted_as_json() -> None:
     base = {"base": fine_tune(status("Complete"), name="base", uid="0ddba11-aaaa")}
     prepare = decided(generate(model={"job": "base"}), sources=base).apply[-1]

@@ -26,10 +26,11 @@ from cases.observed import (
 )
 
 from luthier_api.decides import digests
-from luthier_api.status import AppliedSpec, Attempt, Checkpoint, HubStatus, JobStatus
+from luthier_api.status import AppliedSpec, Attempt, Checkpoint, HubRequest, HubStatus, JobStatus
 from luthier_operator import naming
 from luthier_operator.decide import decide
 from luthier_operator.model import Object
+from luthier_operator.render.job import hub_hash, hub_target
 from luthier_operator.statuses import text
 
 LIMIT = {"activeDeadlineSeconds": 1800}
@@ -71,6 +72,9 @@ NO_TOKEN = failed("Unauthorized", NO_TOKEN)
 TOO_LONG = failed("Diverged", AT_LIMIT)
 OUT_OF_MEMORY = failed("HostOutOfMemory", AT_LIMIT)
 MISTAKE = failed("InvalidDataset", MISTAKE)
+
+MADE_FROM = fine_tune(hub=HUB)
+REQUEST = HubRequest(target=hub_target(MADE_FROM), hash=hub_hash(MADE_FROM))
 
 # A child: phase, its end, and the spec.hub that it was made from.
 Child = tuple[str, str, Object | None]
@@ -214,7 +218,7 @@ CASES = [
         given=COMPLETE,
         spec=MEMORY,
         children=[RUN],
-        expect="Complete Complete",
+        expect="Complete Complete; again in 84700 s",
         event="Complete",
     ),
     Case(
@@ -248,7 +252,7 @@ CASES = [
         spec={"activeDeadlineSeconds": 99999, "hub": HUB},
         before={"hub": HUB},
         children=[RUN, ("publish", "Failed", HUB)],
-        expect="Failed Unauthorized",
+        expect="Failed Unauthorized; again in 84700 s",
         event="Failed",
     ),
     Case(
@@ -314,7 +318,7 @@ CASES = [
         spec=LIMIT | {"hub": ELSEWHERE},
         before={"hub": HUB},
         children=[RUN],
-        expect="Failed DeadlineExceeded",
+        expect="Failed DeadlineExceeded; again in 84700 s",
         event="Failed",
     ),
     Case(
@@ -322,7 +326,7 @@ CASES = [
         given=COMPLETE,
         spec=LIMIT,
         children=[RUN],
-        expect="Complete Complete",
+        expect="Complete Complete; again in 84700 s",
         event="Complete",
     ),
     Case(
@@ -338,7 +342,7 @@ CASES = [
         given=COMPLETE,
         spec={"hub": {"tokenSecretRef": {"name": "hf"}}},
         children=[RUN],
-        expect="Complete Complete",
+        expect="Complete Complete; again in 84700 s",
         event="Complete",
     ),
     Case(
@@ -346,7 +350,7 @@ CASES = [
         given=PUBLISHED,
         spec=LIMIT | {"hub": HUB},
         children=[RUN, ("publish", "Complete", HUB)],
-        expect="Complete Complete",
+        expect="Complete Complete; again in 84700 s",
         event="Complete",
     ),
     Case(
@@ -354,15 +358,39 @@ CASES = [
         given=PUBLISHED,
         spec=LIMIT | {"hub": HUB},
         children=[RUN],
+        expect="Complete Complete; again in 84700 s",
+        event="Complete",
+    ),
+    Case(
+        name="published long ago, now wanted elsewhere",
+        given=PUBLISHED.model_copy(update={"hub_request": REQUEST}),
+        spec={"hub": ELSEWHERE},
+        children=[],
+        expect="applies ConfigMap ftj-bot, Job ftj-bot-publish",
+        event="Publishing",
+    ),
+    Case(
+        name="published long ago, and nothing has changed",
+        given=PUBLISHED.model_copy(update={"hub_request": REQUEST}),
+        spec={"hub": HUB},
+        children=[],
         expect="Complete Complete",
         event="Complete",
+    ),
+    Case(
+        name="published long ago, now only to be planned",
+        given=PUBLISHED.model_copy(update={"hub_request": REQUEST}),
+        spec={"hub": ELSEWHERE, "planOnly": True},
+        children=[],
+        expect="applies ConfigMap ftj-bot, Job ftj-bot-publish",
+        event="Publishing",
     ),
     Case(
         name="published, now wanted nowhere",
         given=PUBLISHED,
         spec=LIMIT,
         children=[RUN, ("publish", "Complete", HUB)],
-        expect="Complete Complete",
+        expect="Complete Complete; again in 84700 s",
         event="Complete",
     ),
     Case(
@@ -370,7 +398,7 @@ CASES = [
         given=PUBLISHED,
         spec=LIMIT | {"hub": TOKEN},
         children=[RUN, ("publish", "Complete", HUB)],
-        expect="Complete Complete",
+        expect="Complete Complete; again in 84700 s",
         event="Complete",
     ),
     Case(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -66,22 +65,26 @@ class Context:
     @property
     def last(self) -> Phase:
         """The phase after which the job is finished, by its current spec."""
-        if self.job.spec.plan_only and not self.child("run"):
+        if self.job.spec.plan_only and not self.has_run:
             return "prepare"
         return "publish" if self.publishes else "run"
 
     @property
+    def has_run(self) -> bool:
+        """Whether the phase `run` has begun. Its child is deleted some time after the job has ended."""
+        return bool(self.child("run") or self.status.run_start_time or self.status.is_true(self.done))
+
+    @property
     def hub_changed(self) -> bool:
-        """Whether spec.hub differs from the one that the publish Job was made from."""
-        job = self.child("publish")
-        return job is not None and annotation(job, naming.HUB_ANNOTATION) != hub_hash(self.job)
+        """Whether spec.hub differs from the one that the last publish Job was made from."""
+        request = self.status.hub_request
+        return request is not None and request.hash != hub_hash(self.job)
 
     @property
     def target_changed(self) -> bool:
-        """Whether spec.hub names another repository or branch than the publish Job uploads to."""
-        job = self.child("publish")
-        target = annotation(job, naming.TARGET_ANNOTATION) if job else None
-        return target is not None and target != hub_target(self.job)
+        """Whether spec.hub names another repository or branch than the last publish Job uploaded to."""
+        request = self.status.hub_request
+        return request is not None and request.target != hub_target(self.job)
 
     def child(self, phase: Phase) -> Object | None:
         return self.observed.children.get(self.workload.child(phase))
@@ -138,12 +141,10 @@ class Context:
     def places(self) -> dict[str, Place]:
         """Where the jobs whose results this one uses keep their work, by name.
 
-        The prepare Job remembers them: a job may have been deleted since, or created again with another folder.
+        As `prepare` found them: a job may have been deleted since, or created again with another folder.
         """
-        prepare = self.child("prepare")
-        remembered = json.loads((prepare and annotation(prepare, naming.SOURCES_ANNOTATION)) or "{}")
         current = {name: naming.place(source) for name, source in self.observed.sources.items()}
-        return current | {name: Place(*place) for name, place in remembered.items()}
+        return current | {source.job: Place(source.claim_name, source.folder) for source in self.status.sources or []}
 
     def unfinished(self) -> list[ChildRef]:
         """The children that are neither finished nor being deleted."""
@@ -205,8 +206,3 @@ class Context:
             f"To go on{where}, change the fields that are named here, or set spec.retry: {self.job.spec.retry + 1} to"
             " try again as it is"
         )
-
-
-def annotation(child: Object, name: str) -> str | None:
-    value: str | None = child["metadata"].get("annotations", {}).get(name)
-    return value

@@ -6,10 +6,11 @@ step waits for them forever (`waiting.for_messages`).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from luthier_api.conditions import ConditionType
-from luthier_api.status import PHASES, Checkpoint, HubStatus, Phase, Prepared
+from luthier_api.status import PHASES, Checkpoint, HubRequest, HubStatus, Phase, Prepared, SourceStatus
 from luthier_operator import children, naming, statuses
 from luthier_operator.failure.attempts import attempts_of_pods
 from luthier_operator.model import PodEnd
@@ -26,13 +27,29 @@ def record(ctx: Context) -> Context:
         shape=ctx.workload.shape,
         workspace=naming.workspace_status(ctx.job),
     )
-    ctx = reports(ctx)
+    ctx = reports(requests(ctx))
     if ctx.status.finished or ctx.job.spec.suspend:
         return ctx
     ctx = restarts(ctx)
     for phase in PHASES_OF_ONE_POD:
         attempts = attempts_of_pods(ctx.status.attempts, ctx.ends(phase), phase)
         ctx = ctx.with_status(attempts=attempts)
+    return ctx
+
+
+def requests(ctx: Context) -> Context:
+    """What existing children were made from. They are deleted some time after the job has ended."""
+    prepare, publish = ctx.child("prepare"), ctx.child("publish")
+    if prepare:
+        places = json.loads(children.annotation(prepare, naming.SOURCES_ANNOTATION) or "{}")
+        found = [
+            SourceStatus(job=name, claim_name=claim, folder=folder) for name, (claim, folder) in sorted(places.items())
+        ]
+        ctx = ctx.with_status(sources=found or None)
+    if publish:
+        target = children.annotation(publish, naming.TARGET_ANNOTATION)
+        request = HubRequest(target=target, hash=children.annotation(publish, naming.HUB_ANNOTATION))
+        ctx = ctx.with_status(hub_request=request)
     return ctx
 
 
