@@ -81,7 +81,7 @@ class Operator:
         self.settings, self._client, self._metrics, self._login, self._pace = settings, client, metrics, login, pace
         self.store = Store()
         self.queue = Queue(backoff=pace.backoff, observer=metrics)
-        self._events = Recorder(client)
+        self._events = Recorder(client, metrics)
         self._reconciler = Reconciler(self.store, client, self.queue, self._events, metrics, settings)
         self._scraper = Scraper(self.store, self.queue.add, metrics, settings.progress_every, url)
         self._signals, self._election = signals, election

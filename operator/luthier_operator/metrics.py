@@ -86,6 +86,9 @@ JOB_RESTARTS = OperatorMetric(
 JOB_FAILURES = OperatorMetric(
     "luthier_job_failures_total", "Jobs that failed, by reason", "counter", ("kind", "reason")
 )
+EVENTS_DROPPED = OperatorMetric(
+    "luthier_events_dropped_total", "Events that were not posted: too many at once, or refused", "counter"
+)
 PROGRESS_READS = OperatorMetric(
     "luthier_progress_reads_total",
     "Readings of the metrics of pods, by result: ok, timeout, unreachable, refused, too_large, invalid",
@@ -120,6 +123,7 @@ OPERATOR_METRICS: tuple[OperatorMetric, ...] = (
     JOB_QUEUE_SECONDS,
     JOB_RESTARTS,
     JOB_FAILURES,
+    EVENTS_DROPPED,
     PROGRESS_READS,
     PROGRESS_INTERVAL,
     HUB_BYTES,

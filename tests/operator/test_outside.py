@@ -20,9 +20,7 @@ from test_lifecycle import CRASH, at
 from luthier_api.status import Attempt, JobStatus
 from luthier_operator import health, metrics
 from luthier_operator.client import ApiError, Client
-from luthier_operator.events import Recorder
 from luthier_operator.metrics import OPERATOR_METRICS, Metrics
-from luthier_operator.model import Event
 
 
 def samples(text: bytes) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -263,23 +261,6 @@ async def test_lists_come_in_chunks(monkeypatch: object) -> None:
         chunks = [items async for items, _ in mine.list(module.RESOURCES["FineTuneJob"], None)]
         assert [len(c) for c in chunks] == [2, 2, 1]
         assert chunks[0][0]["kind"] == "FineTuneJob"
-        await mine.close()
-
-
-async def test_the_same_event_is_counted() -> None:
-    async with FakeCluster() as cluster:
-        job, mine = cluster.create(fine_tune()), client(cluster)
-        recorder = Recorder(mine)
-        serving = asyncio.create_task(recorder.serve())
-        for message in ("again", "again", "other", "again"):
-            recorder.record(job, Event("Warning", "HubUnavailable", message))
-        await recorder.flush(5)
-        assert sorted((e["message"], e["count"]) for e in cluster.all("Event")) == [("again", 3), ("other", 1)]
-        cluster.delete(next(e for e in cluster.all("Event") if e["message"] == "again"))
-        recorder.record(job, Event("Warning", "HubUnavailable", "again"))
-        await recorder.flush(5)
-        assert sorted((e["message"], e["count"]) for e in cluster.all("Event")) == [("again", 1), ("other", 1)]
-        serving.cancel()
         await mine.close()
 
 
