@@ -309,6 +309,15 @@ def test_names_fit(release: str) -> None:
     assert "--" not in service["metadata"]["name"]
 
 
+def test_an_operator_that_starts_slowly_is_not_killed() -> None:
+    """On a node without free CPU it took a minute until it served its probes."""
+    (deployment,) = objects("Deployment", "")
+    container = deployment["spec"]["template"]["spec"]["containers"][0]
+    startup, liveness = container["startupProbe"], container["livenessProbe"]
+    assert startup["httpGet"] == liveness["httpGet"]
+    assert startup["failureThreshold"] * startup["periodSeconds"] >= 300
+
+
 @dataclass(frozen=True)
 class ReplicaCase:
     name: str
