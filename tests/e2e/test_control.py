@@ -41,17 +41,24 @@ def test_a_suspended_job_saves_leaves_and_goes_on_where_it_stopped(kube: Kube) -
     assert held is not None
     assert held["status"]["state"] == "Suspended"
     assert kube.list("jobsets", "luthier.dev/job=paused") == []
+    saved = held["status"]["checkpoint"]["step"]
     patch(kube, "paused", suspend=False)
-    deadline = time.monotonic() + 120
-    while "resuming from checkpoint-" not in kube.run(
-        "logs", "-l", "luthier.dev/job=paused,luthier.dev/phase=run", "--tail=-1", check=False
-    ):
-        assert time.monotonic() < deadline, kube.run("describe", "ftj", "paused")
-        time.sleep(2)
+    until_resumed(kube, "paused", saved)
     went_on = kube.get("ftj", "paused")
     assert went_on is not None
-    assert went_on["status"]["deadlineStartTime"] > went_on["status"]["startTime"]
+    assert went_on["status"]["activeSince"] > went_on["status"]["startTime"]
+    assert went_on["status"]["activeSeconds"] > 0
     kube.delete("ftj", "paused")
+
+
+def until_resumed(kube: Kube, name: str, step: int) -> None:
+    """Wait until the log of a training says that it resumes from the checkpoint of this step."""
+    deadline = time.monotonic() + 120
+    while f"resuming from checkpoint-{step}" not in kube.run(
+        "logs", "-l", f"luthier.dev/job={name},luthier.dev/phase=run", "--tail=-1", check=False
+    ):
+        assert time.monotonic() < deadline, kube.run("describe", "ftj", name)
+        time.sleep(2)
 
 
 def test_a_plan_costs_no_run_and_the_job_can_go_on_from_it(kube: Kube) -> None:
@@ -70,6 +77,25 @@ def test_a_deadline_ends_the_job(kube: Kube) -> None:
     assert conditions(job)["Failed"]["reason"] == "DeadlineExceeded"
     assert "spec.activeDeadlineSeconds" in conditions(job)["Failed"]["message"]
     kube.until_gone("pods", "luthier.dev/job=late,luthier.dev/phase=run", timeout=90)
+
+
+def test_a_failed_job_goes_on_from_its_checkpoint_when_a_field_changes(kube: Kube) -> None:
+    kube.apply(lora("repaired", training=jobs.training(maxSteps=100_000, saveSteps=100_000), activeDeadlineSeconds=40))
+    kube.until(
+        "ftj", "repaired", lambda o: (o["status"].get("progress") or {}).get("step"), timeout=180, what="at a step"
+    )
+    job = kube.failed("ftj", "repaired", timeout=120)
+    kube.until_gone("pods", "luthier.dev/job=repaired,luthier.dev/phase=run", timeout=90)
+    assert conditions(job)["Failed"]["message"].endswith("set spec.retry: 1 to try again as it is")
+    ended = kube.get("ftj", "repaired")
+    assert ended is not None
+    limits = job["spec"]["resources"] | {"memory": "3Gi"}
+    patch(kube, "repaired", activeDeadlineSeconds=600, resources=limits)
+    until_resumed(kube, "repaired", ended["status"]["checkpoint"]["step"])
+    (jobset,) = kube.list("jobsets", "luthier.dev/job=repaired")
+    container = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
+    assert container["resources"]["limits"]["memory"] == "3Gi"
+    kube.delete("ftj", "repaired")
 
 
 def test_a_finished_job_goes_after_its_time_and_its_result_stays(kube: Kube) -> None:

@@ -83,7 +83,7 @@ CASES = [
         given=lambda: decided(fine_tune(**SOURCE), sources=FAILED_BASE),
         expect=(
             'False SourceFailed: spec.model.job: FineTuneJob "base" has failed, so there is no result to start from. '
-            "Create this job again once it has succeeded"
+            "Repair that job first"
         ),
         state="Failed",
     ),

@@ -29,7 +29,7 @@ def accept(ctx: Context) -> Step:
     mistake = find_mistake(ctx)
     if mistake:
         ctx = ctx.with_condition(ACCEPTED, "False", Reason.INVALID_SPEC, mistake)
-        return ctx.fails(ExitCode.INVALID_SPEC.reason, mistake)
+        return ctx.fails(ExitCode.INVALID_SPEC.reason, mistake, resumable=False)
 
     if waits := for_jobset(ctx, ACCEPTED):
         return waits
@@ -57,10 +57,7 @@ def for_source(ctx: Context, field: str, name: str) -> Step | None:
     if source.status.is_true(ConditionType.TRAINED) or source.status.is_true(ConditionType.COMPLETE):
         return None
     if source.status.is_true(ConditionType.FAILED):
-        failed = (
-            f'{field}: FineTuneJob "{name}" has failed, so there is no result to start from. Create this job again once'
-            " it has succeeded"
-        )
+        failed = f'{field}: FineTuneJob "{name}" has failed, so there is no result to start from. Repair that job first'
         return ctx.with_condition(ACCEPTED, "False", Reason.SOURCE_FAILED, failed).fails(Reason.SOURCE_FAILED, failed)
     waiting = f'{field}: FineTuneJob "{name}" is {source.status.state or State.PENDING}; waiting for its result'
     return ctx.waits(ACCEPTED, Reason.WAITING_FOR_JOB, waiting, requeue_after=CHECK_AGAIN_SECONDS)

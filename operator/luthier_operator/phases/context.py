@@ -194,9 +194,11 @@ class Context:
         step = self.waits(type, reason, message)
         return replace(step, apply=[manifest for manifest in manifests if manifest], creating=type)
 
-    def fails(self, reason: str, message: str, delete: Sequence[ChildRef] = ()) -> Step:
-        """The job has failed. The message says how it can go on."""
-        ctx = self.with_condition(ConditionType.FAILED, "True", reason, f"{message.rstrip('.')}. {self.how_to_go_on()}")
+    def fails(self, reason: str, message: str, delete: Sequence[ChildRef] = (), resumable: bool = True) -> Step:
+        """The job has failed. The message says how it can go on, if it is `resumable`."""
+        if resumable:
+            message = f"{message.rstrip('.')}. {self.how_to_go_on()}"
+        ctx = self.with_condition(ConditionType.FAILED, "True", reason, message)
         return ctx.with_status(completion_time=text(self.now)).stops(delete=delete)
 
     def how_to_go_on(self) -> str:

@@ -359,7 +359,7 @@ def test_a_full_disk_is_no_mistake_of_the_user(make_run: MakeRun, monkeypatch: p
         ExitCode.STORAGE_ERROR,
         (
             "spec.workspace.size: no space is left on the volume ([Errno 28] No space left on device:"
-            " '/workspace/cache.arrow'). Ask for more, or free some of it"
+            " '/workspace/cache.arrow'). Enlarge its claim, or free some of it"
         ),
     )
 

@@ -56,8 +56,8 @@ def circle() -> BaseException:
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "/workspace/x")
 FULL_SAID = (
-    "spec.workspace.size: no space is left on the volume ([Errno 28] No space left on device: '/workspace/x'). Ask for"
-    " more, or free some of it"
+    "spec.workspace.size: no space is left on the volume ([Errno 28] No space left on device: '/workspace/x'). Enlarge"
+    " its claim, or free some of it"
 )
 STORAGE = ExitCode.STORAGE_ERROR
 

@@ -228,7 +228,7 @@ def test_a_volume_that_is_too_small_is_refused_before_the_training(tmp_path: Pat
         prepare.main(run)
     assert caught.value.code == 74
     assert caught.value.message.startswith("spec.workspace.size: 41 checkpoints of ")
-    assert "A volume of 1Gi would do; or lower training.keepCheckpoints" in caught.value.message
+    assert "Enlarge its claim to 1Gi, lower training.keepCheckpoints" in caught.value.message
 
 
 def test_before_a_save_broken_checkpoints_make_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

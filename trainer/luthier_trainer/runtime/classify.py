@@ -56,7 +56,7 @@ def storage_failure(error: BaseException, volume: Path | None) -> tuple[ExitCode
     if (broken and broken.errno in FULL_ERRNOS) or text or (unwritten and volume and is_full(volume)):
         return (
             ExitCode.STORAGE_ERROR,
-            f"spec.workspace.size: no space is left on the volume ({found}). Ask for more, or free some of it",
+            f"spec.workspace.size: no space is left on the volume ({found}). Enlarge its claim, or free some of it",
         )
     if broken:
         return (

@@ -111,8 +111,8 @@ def check_room(spec: FineTuneJobSpec, plan: Plan, folder: Path, held: int = 0) -
         ExitCode.STORAGE_ERROR,
         f"spec.workspace.size: {wanted} checkpoints of {amount(plan.checkpoint_bytes)} (keepCheckpoints and one in the"
         f" making) and a result of {amount(plan.result_bytes)} do not fit: {amount(free)} of the volume's"
-        f" {amount(total)} are free, {amount(needed)} are needed. A volume of {enough}Gi would do; or lower"
-        " training.keepCheckpoints, or free some of it",
+        f" {amount(total)} are free, {amount(needed)} are needed. Enlarge its claim to"
+        f" {enough}Gi, lower training.keepCheckpoints, or free some of it",
     )
 
 
@@ -124,7 +124,7 @@ def check_save(folder: Path, size: int) -> None:
         raise Failure(
             ExitCode.STORAGE_ERROR,
             f"spec.workspace.size: the next checkpoint needs {amount(size)}, and {amount(free)} of the volume's"
-            f" {amount(total)} are free. A volume of {enough}Gi would do; or free some of it",
+            f" {amount(total)} are free. Enlarge its claim to {enough}Gi, or free some of it",
         )
 
 
