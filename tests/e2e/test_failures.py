@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import pytest
 from cluster import choice
 from e2e import figures, jobs
+from e2e.conftest import namespace
 from e2e.kube import Kube, Object, condition, conditions
 from hub import manifests as hub_manifests
 
@@ -321,3 +322,29 @@ def test_deletion_removes_the_children_and_the_volume_only_where_the_job_says_so
     kube.until_claims(name, 1)
     kube.delete_with_children("ftj", name, {"ConfigMap", "Job", "Pod"})
     kube.until_claims(name, left)
+
+
+def test_a_quota_is_quoted_and_the_job_goes_on_without_it(kube: Kube) -> None:
+    namespace("luthier-e2e-quota")
+    small = Kube("luthier-e2e-quota")
+    quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"}, "spec": {"hard": {"pods": "0"}}}
+    small.apply(
+        quota,
+        jobs.fine_tune("crowded", model={"path": "/none"}, dataset={"files": ["/none.txt"]}, workspace={}, volumes=[]),
+    )
+    try:
+        job = small.until(
+            "ftj",
+            "crowded",
+            lambda o: conditions(o).get("Prepared", {}).get("reason") == "NoPods",
+            timeout=90,
+            what="NoPods",
+        )
+        message = conditions(job)["Prepared"]["message"]
+        assert message.startswith("the cluster refuses the pods of Job ftj-crowded-prepare: ")
+        assert "exceeded quota: none, requested: pods=1, used: pods=0, limited: pods=0. To solve it: " in message
+        small.delete("resourcequota", "none")
+        failed = small.failed("ftj", "crowded")
+        assert conditions(failed)["Failed"]["reason"] == "NotFound"
+    finally:
+        small.run("delete", "namespace", "luthier-e2e-quota", "--wait=false")
