@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 
-from luthier_api.exitcodes import ExitCode
+from luthier_api.exitcodes import SIGNALED, ending
 from luthier_api.metrics import read_samples
 from luthier_api.processes import descendants
 from luthier_api.status import Phase
@@ -86,17 +86,13 @@ class Supervised:
         if message is not None:
             return message
 
-        if code < 0:
-            how, exit_code = f"was killed by signal {-code}", ExitCode.INFRASTRUCTURE_ERROR
-        elif code > 128:
-            how, exit_code = f"was killed by signal {code - 128}", ExitCode.INFRASTRUCTURE_ERROR
-        else:
-            how, exit_code = f"ended with {code}", ExitCode.of(code) or ExitCode.TRAINING_ERROR
+        status = SIGNALED - code if code < 0 else code
+        ended = ending(status)
         return TerminationMessage(
             phase=self.phase,
-            code=exit_code,
-            reason=exit_code.reason,
-            message=f"the supervisor {how} and left no message; see {self.log}",
+            code=ended.code,
+            reason=ended.code.reason,
+            message=f"the supervisor left no message: {ended.text} (exit code {status}); see {self.log}",
             last_lines=self.tail(),
         )
 

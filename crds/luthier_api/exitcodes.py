@@ -1,11 +1,15 @@
 """The exit codes of the container `trainer`. The failure rules of Jobs and JobSets and the reasons of conditions are
 derived from them.
 
-64 to 78 follow sysexits.h where it has a code for the case; 79 and above are Luthier's own.
+64 to 78 follow sysexits.h where it has a code for the case; 79 and above are Luthier's own. All other codes come from a
+shell, the container runtime or a signal: `ending` says what they mean.
 """
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum, IntEnum
 
 
@@ -72,8 +76,9 @@ class ExitCode(IntEnum):
 
     @classmethod
     def codes(cls, retry: Retry) -> list[int]:
-        """The failing codes of one retry class, ascending."""
-        return sorted(int(c) for c in cls if c.retry is retry and c != 0)
+        """The failing codes of one retry class, ascending, with those that others than Luthier give."""
+        foreign = [code for code, ended in FOREIGN.items() if ended.code.retry is retry]
+        return sorted([*(int(c) for c in cls if c.retry is retry and c != 0), *foreign])
 
 
 MISTAKE_RANK, ERROR_RANK = 1, 4
@@ -87,3 +92,54 @@ CAUSES: tuple[ExitCode | None, ...] = (
     ExitCode.PREEMPTED,
 )
 """Exit codes in the order of `ExitCode.cause_rank`."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What the exit code of a container means, where the container left no message."""
+
+    code: ExitCode
+    """The member whose reason and cost fit."""
+    text: str
+    """For the user, without the number."""
+
+
+SIGNALED = 128
+"""A shell and the container runtime add this to the number of the signal that ended a process."""
+EXTERNAL_SIGNALS = {signal.SIGHUP, signal.SIGINT, signal.SIGKILL, signal.SIGTERM}
+"""Sent to a process; a process that crashes gets others."""
+SET_IMAGE = (
+    "An administrator sets the image by trainer.image (chart): use the one of this version, for this architecture"
+)
+FOREIGN: Mapping[int, Ending] = {
+    126: Ending(ExitCode.MISCONFIGURED, f"the python of the trainer image cannot be executed. {SET_IMAGE}"),
+    127: Ending(ExitCode.MISCONFIGURED, f"the trainer image has no python, or lacks one of its libraries. {SET_IMAGE}"),
+    128: Ending(ExitCode.INFRASTRUCTURE_ERROR, "the container runtime could not start the container"),
+    255: Ending(ExitCode.INFRASTRUCTURE_ERROR, "the container runtime lost the container, or could not start it"),
+}
+
+
+def ending(code: int) -> Ending:
+    """What any exit code from 1 to 255 means, where the container left no message."""
+    if own := ExitCode.of(code):
+        return Ending(own, "the process ended without a message")
+    if foreign := FOREIGN.get(code):
+        return foreign
+    if SIGNALED < code <= SIGNALED + signal.NSIG - 1:
+        return Ending(ExitCode.INFRASTRUCTURE_ERROR, f"the process {ended_by(code - SIGNALED)}")
+    return Ending(ExitCode.TRAINING_ERROR, "the process ended without a message, with a code that is not Luthier's")
+
+
+def ended_by(number: int) -> str:
+    """How a process ended that a signal has ended, as the predicate of a sentence."""
+    if number in EXTERNAL_SIGNALS:
+        return f"was killed by {signal_name(number)}, which Luthier did not send: by the kernel, or by somebody"
+    return f"crashed with {signal_name(number)}"
+
+
+def signal_name(number: int) -> str:
+    """`SIGKILL`; `signal 41` for one without a name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -171,6 +171,14 @@ def container(pod: Object) -> dict[str, Any]:
     return state
 
 
+def memory_limit(pod: Object) -> str | None:
+    """The memory limit of the container `trainer`, as a quantity: the job's, or that of a LimitRange."""
+    containers = pod.get("spec", {}).get("containers") or []
+    resources = next((c.get("resources") or {} for c in containers if c["name"] == CONTAINER), {})
+    limit: str | None = (resources.get("limits") or {}).get("memory")
+    return limit
+
+
 def terminated(pod: Object) -> bool:
     """Whether its container will never run again."""
     return pod.get("status", {}).get("phase") in ("Succeeded", "Failed") or "terminated" in container(pod)

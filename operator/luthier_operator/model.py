@@ -62,6 +62,8 @@ class PodEnd:
     """Of a shard: how many of these restarts were not charged."""
     child: str = ""
     """uid of the Job or JobSet that the pod belonged to."""
+    memory_limit: str | None = None
+    """Of its container, as a quantity."""
 
 
 @dataclass(frozen=True)

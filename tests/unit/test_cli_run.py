@@ -189,7 +189,7 @@ FAILURES = [
         script={"train-0": {"dies": True}},
         code=71,
         reason="InfrastructureError",
-        message="was killed by signal 9",
+        message="was killed by SIGKILL",
     ),
 ]
 

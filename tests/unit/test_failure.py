@@ -9,6 +9,7 @@ import pytest
 from cases.observed import BEGIN, NOW, RUNNING, at, child, decided, ended, fine_tune, generate, pod, status, waiting
 
 from luthier_api.exitcodes import ExitCode, Retry
+from luthier_api.status import Phase
 from luthier_operator.failure.attempts import attempt, attempts_of_pods
 from luthier_operator.failure.cause import cause
 from luthier_operator.failure.pod_end import NO_EXIT_CODE, message, pod_end
@@ -99,7 +100,7 @@ def test_what_was_said_is_read_and_an_output_is_kept_as_it_is() -> None:
     plain = ended(JOB, "run", 1, message="Traceback\nValueError: no\n\n", silent=True)
     assert plain.message is None
     assert (message(plain), attempt(plain, 0, None).last_lines) == (
-        "ValueError: no",
+        "the process ended without a message, with a code that is not Luthier's: ValueError: no",
         "Traceback\nValueError: no\n\n",
     )
 
@@ -217,14 +218,53 @@ def test_every_exit_code_has_its_reason_and_price(code: ExitCode) -> None:
     assert (record.reason, record.charged) == (code.reason, code.retry is Retry.COUNTED)
 
 
-FIELDS = [("prepare", "jobs.memoryRequest"), ("run", "spec.resources.memory"), ("publish", "jobs.memoryRequest")]
+@dataclass(frozen=True)
+class MemoryCase:
+    phase: Phase
+    limit: str | None
+    expect: str
 
 
-@pytest.mark.parametrize(("phase", "field"), FIELDS)
-def test_a_pod_that_was_killed_for_its_memory_names_what_decides_it(phase: Any, field: str) -> None:
-    """Only the pods of `run` have what the job says; the others have the administrator's request, and no limit."""
-    said = message(ended(JOB, phase, 137, kubernetes="OOMKilled", silent=True))
-    assert [f for f in ("jobs.memoryRequest", "spec.resources.memory") if f in said] == [field]
+NO_LIMIT = "the pod was killed for its memory, although it has no limit: its node ran out of memory."
+MEMORY = [
+    MemoryCase(
+        phase="run",
+        limit="16Gi",
+        expect="the pod used more memory than its limit of 16Gi. Raise spec.resources.memory, or use smaller batches",
+    ),
+    MemoryCase(
+        phase="run",
+        limit=None,
+        expect=f"{NO_LIMIT} Set spec.resources.memory, so that the scheduler chooses a node that has it free",
+    ),
+    MemoryCase(
+        phase="prepare",
+        limit="2Gi",
+        expect=(
+            "the pod used more memory than its limit of 2Gi. An administrator can raise jobs.memoryRequest (chart), or"
+            " the LimitRange of the namespace"
+        ),
+    ),
+    MemoryCase(
+        phase="publish",
+        limit=None,
+        expect=(
+            f"{NO_LIMIT} An administrator can raise jobs.memoryRequest (chart), so that the scheduler chooses a node"
+            " that has it free"
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize("case", MEMORY, ids=lambda case: f"{case.phase} {case.limit}")
+def test_a_pod_that_was_killed_for_its_memory_names_what_decides_it(case: MemoryCase) -> None:
+    """The limit is read from the pod: it may be that of a LimitRange."""
+    limits = {"limits": {"memory": case.limit}} if case.limit else {}
+    given = pod(JOB, case.phase, state={"terminated": {"exitCode": 137, "reason": "OOMKilled"}})
+    given["spec"]["containers"] = [{"name": "sidecar"}, {"name": "trainer", "resources": limits}]
+    end = pod_end(given, NOW)
+    assert end is not None
+    assert message(end) == case.expect
 
 
 def e(code: int, index: int, when: float = -60, **more: Any) -> Any:

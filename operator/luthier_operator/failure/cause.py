@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from luthier_api.conditions import Reason
-from luthier_api.exitcodes import ExitCode, Retry
+from luthier_api.exitcodes import ExitCode, Retry, ending
 from luthier_api.status import Attempt, Phase
 from luthier_operator.failure.pod_end import cause_rank
 from luthier_operator.model import Object, PodEnd
@@ -43,9 +43,9 @@ def judge(attempts: Sequence[Attempt], phase: Phase, condition: Object) -> Failu
 
     text = condition.get("message", "")
     if match := EXIT_CODE.search(text):
-        code = ExitCode.of(int(match["code"])) or ExitCode.TRAINING_ERROR
+        ended = ending(int(match["code"]))
         logs = f"`kubectl logs {match['pod']} -c {CONTAINER}`"
-        return Failure(code.reason, f"{text}; the pod's own message was not seen. See {logs}")
+        return Failure(ended.code.reason, f"{ended.text} ({text}); the pod's own message was not seen. See {logs}")
     explanation = text or condition.get("reason", "") or "the cluster gives no reason"
     return Failure(Reason.FAILED, f"{phase} failed: {explanation}")
 

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from dataclasses import replace
 from datetime import datetime
 
-from luthier_api.exitcodes import ERROR_RANK, ExitCode, Retry
+from luthier_api.exitcodes import ERROR_RANK, EXTERNAL_SIGNALS, SIGNALED, ExitCode, Retry, ending
 from luthier_api.status import PHASES, Phase
 from luthier_api.termination import TerminationMessage
 from luthier_operator import children
@@ -23,19 +23,18 @@ NO_EXIT_CODE = -1
 """Of a pod that disappeared without an exit code of its container: it was evicted, or lost with its node."""
 OOM_KILLED = "OOMKilled"  # reason of a container, set by containerd
 DISRUPTED_RANK = -1
-KILLED_EXIT_CODES = {NO_EXIT_CODE, 137, 143}  # SIGKILL and SIGTERM from outside: not an error of the program
 MESSAGE_CHARACTERS = 500  # of a line of output that stands in for a message
 FAILED_ENDS_KEPT = 256
 
-NO_MEMORY_LIMIT = (
-    "the pod was killed because of its memory use, although Luthier sets no memory limit for it: either its node ran"
-    " out of memory, or a LimitRange of the namespace is too small. An administrator can raise jobs.memoryRequest"
-    " (chart)"
-)
-OUT_OF_MEMORY: dict[Phase, str] = {
-    "prepare": NO_MEMORY_LIMIT,
-    "run": "the pod used more memory than its limit; raise spec.resources.memory, or use smaller batches",
-    "publish": NO_MEMORY_LIMIT,
+MORE_MEMORY: dict[Phase, str] = {
+    "prepare": "An administrator can raise jobs.memoryRequest (chart), or the LimitRange of the namespace",
+    "run": "Raise spec.resources.memory, or use smaller batches",
+    "publish": "An administrator can raise jobs.memoryRequest (chart), or the LimitRange of the namespace",
+}
+NODE_WITH_MEMORY: dict[Phase, str] = {
+    "prepare": "An administrator can raise jobs.memoryRequest (chart)",
+    "run": "Set spec.resources.memory",
+    "publish": "An administrator can raise jobs.memoryRequest (chart)",
 }
 
 
@@ -72,6 +71,7 @@ def pod_end(pod: Object, now: datetime) -> PodEnd | None:
         raw_message=raw_message,
         finished_at=moment(terminated["finishedAt"]) if terminated.get("finishedAt") else now,
         child=next((uid for name in CHILD_LABELS if (uid := label(pod, name))), ""),
+        memory_limit=children.memory_limit(pod),
     )
 
 
@@ -145,11 +145,9 @@ def reason(end: PodEnd) -> str:
         return ExitCode.HOST_OUT_OF_MEMORY.reason
     if is_uncharged(end):
         return ExitCode.PREEMPTED.reason
-    if code := ExitCode.of(end.exit_code):
-        return code.reason
-    if end.exit_code in KILLED_EXIT_CODES:
+    if end.exit_code == NO_EXIT_CODE:
         return ExitCode.INFRASTRUCTURE_ERROR.reason
-    return ExitCode.TRAINING_ERROR.reason
+    return ending(end.exit_code).code.reason
 
 
 def cause_rank(end: PodEnd) -> int:
@@ -160,10 +158,11 @@ def cause_rank(end: PodEnd) -> int:
         return DISRUPTED_RANK
     if end.kubernetes_reason == OOM_KILLED:
         return ExitCode.HOST_OUT_OF_MEMORY.cause_rank
-    code = ExitCode.of(end.exit_code)
     # A pod that was killed from outside may have been killed because another one failed. It is ranked like a pod that
     # failed for an unknown reason.
-    return ERROR_RANK if code is None else code.cause_rank
+    if end.exit_code == NO_EXIT_CODE or end.exit_code - SIGNALED in EXTERNAL_SIGNALS:
+        return ERROR_RANK
+    return ending(end.exit_code).code.cause_rank
 
 
 def message(end: PodEnd) -> str:
@@ -171,13 +170,23 @@ def message(end: PodEnd) -> str:
     if end.message and end.message.message:
         return end.message.message
     if end.kubernetes_reason == OOM_KILLED:
-        return OUT_OF_MEMORY[end.phase]
+        return out_of_memory(end)
     lines = [line.strip() for line in end.raw_message.splitlines() if line.strip()]
     if end.disrupted:
         detail = f": {lines[-1]}" if lines else ""
         return f"the cluster stopped the pod (preemption, eviction or node drain){detail}"
-    if end.message is None and lines:
-        return lines[-1][:MESSAGE_CHARACTERS]
     if end.exit_code == NO_EXIT_CODE:
-        return "the pod disappeared without reporting an exit code"
-    return "the process ended without an error message"
+        return lines[-1][:MESSAGE_CHARACTERS] if lines else "the pod disappeared without reporting an exit code"
+    text = ending(end.exit_code).text
+    # Of a container that never started, the runtime's error; else the end of the output.
+    return f"{text}: {lines[-1][:MESSAGE_CHARACTERS]}" if end.message is None and lines else text
+
+
+def out_of_memory(end: PodEnd) -> str:
+    """What the user should read about a pod that the kernel killed for its memory. Its limit may be a LimitRange's."""
+    if end.memory_limit:
+        return f"the pod used more memory than its limit of {end.memory_limit}. {MORE_MEMORY[end.phase]}"
+    return (
+        "the pod was killed for its memory, although it has no limit: its node ran out of memory."
+        f" {NODE_WITH_MEMORY[end.phase]}, so that the scheduler chooses a node that has it free"
+    )

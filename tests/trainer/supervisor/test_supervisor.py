@@ -419,11 +419,13 @@ class SignalCase:
 SIGNALS = [
     SignalCase(
         number=signal.SIGKILL,
-        message="rank 1 was killed by SIGKILL, which Luthier did not send: by the kernel, or by somebody",
+        message="rank 1 was killed by SIGKILL, which Luthier did not send: by the kernel, or by somebody; see its"
+        " last lines",
     ),
     SignalCase(
         number=signal.SIGTERM,
-        message="rank 1 was killed by SIGTERM, which Luthier did not send: by the kernel, or by somebody",
+        message="rank 1 was killed by SIGTERM, which Luthier did not send: by the kernel, or by somebody; see its"
+        " last lines",
     ),
     SignalCase(
         number=signal.SIGSEGV,

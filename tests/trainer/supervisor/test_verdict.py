@@ -196,7 +196,8 @@ LAST_WORDS = [
             E.INFRASTRUCTURE_ERROR,
             None,
             None,
-            "the process was killed by SIGTERM, which Luthier did not send: by the kernel, or by somebody",
+            "the process was killed by SIGTERM, which Luthier did not send: by the kernel, or by somebody; see its"
+            " last lines",
         ),
     ),
 ]
@@ -224,7 +225,8 @@ DEATHS = [
         expect=(
             E.INFRASTRUCTURE_ERROR,
             1,
-            "rank 1 was killed by SIGKILL, which Luthier did not send: by the kernel, or by somebody",
+            "rank 1 was killed by SIGKILL, which Luthier did not send: by the kernel, or by somebody; see its"
+            " last lines",
         ),
     ),
     DeathCase(
@@ -234,7 +236,8 @@ DEATHS = [
         expect=(
             E.INFRASTRUCTURE_ERROR,
             1,
-            "rank 1 was killed by SIGKILL, which Luthier did not send: by the kernel, or by somebody",
+            "rank 1 was killed by SIGKILL, which Luthier did not send: by the kernel, or by somebody; see its"
+            " last lines",
         ),
     ),
     DeathCase(
@@ -257,7 +260,8 @@ DEATHS = [
         expect=(
             E.INFRASTRUCTURE_ERROR,
             1,
-            "rank 1 was killed by SIGKILL, which Luthier did not send: by the kernel, or by somebody",
+            "rank 1 was killed by SIGKILL, which Luthier did not send: by the kernel, or by somebody; see its"
+            " last lines",
         ),
     ),
     DeathCase(
@@ -286,7 +290,8 @@ DEATHS = [
         expect=(
             E.INFRASTRUCTURE_ERROR,
             1,
-            "rank 1 was killed by SIGTERM, which Luthier did not send: by the kernel, or by somebody",
+            "rank 1 was killed by SIGTERM, which Luthier did not send: by the kernel, or by somebody; see its"
+            " last lines",
         ),
     ),
     DeathCase(
@@ -302,7 +307,8 @@ DEATHS = [
         expect=(
             E.INFRASTRUCTURE_ERROR,
             1,
-            "rank 1 was killed by SIGKILL, which Luthier did not send: by the kernel, or by somebody",
+            "rank 1 was killed by SIGKILL, which Luthier did not send: by the kernel, or by somebody; see its"
+            " last lines",
         ),
     ),
     DeathCase(
@@ -315,12 +321,25 @@ DEATHS = [
         name="the kernel killed it for its memory",
         messages=[said(E.PEER_LOST, message=LOST)],
         deaths=[died(1, -9), died(0, 81)],
-        evidence={"memory_kills": 1},
+        evidence={"memory_kills": 1, "memory_limit": "8Gi"},
         expect=(
             E.HOST_OUT_OF_MEMORY,
             None,
             "spec.resources.memory: the container ran out of memory and the kernel killed a process. Raise it, or lower"
             " batch sizes or maxLength",
+        ),
+    ),
+    DeathCase(
+        name="the kernel killed it for the memory of the node",
+        messages=[said(E.PEER_LOST, message=LOST)],
+        deaths=[died(1, -9), died(0, 81)],
+        evidence={"memory_kills": 1},
+        expect=(
+            E.HOST_OUT_OF_MEMORY,
+            None,
+            "spec.resources.memory: the container ran out of memory and the kernel killed a process. The job sets no"
+            " limit: the node itself ran out of memory, or a LimitRange of the namespace sets a limit. Set it to"
+            " what the run needs, or lower batch sizes or maxLength",
         ),
     ),
     DeathCase(

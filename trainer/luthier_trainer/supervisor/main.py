@@ -157,6 +157,7 @@ def supervise(
             last_step=heartbeat.step,
             positions=where,
             deaths=child.deaths,
+            memory_limit=run.spec.resources.memory,
             memory_kills=oom.oom_kills(settings.cgroup) - memory_kills,
             gpu_error=child.tail.gpu_error,
         )

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from luthier_api.exitcodes import ERROR_RANK, ExitCode, Retry
+from luthier_api.exitcodes import ERROR_RANK, EXTERNAL_SIGNALS, ExitCode, Retry, ended_by
 from luthier_api.status import Phase
 from luthier_api.termination import TerminationMessage
 from luthier_trainer.runtime import gpu_errors
@@ -31,10 +31,13 @@ MORE_MEMORY: Mapping[Phase, tuple[str, str]] = {
     "publish": ("jobs.memoryRequest", _ASK),
 }
 
+NO_LIMIT = (
+    "The job sets no limit: the node itself ran out of memory, or a LimitRange of the namespace sets a limit. Set it to"
+    " what the run needs, or lower batch sizes or maxLength"
+)
 # When one process has ended, torch's agent sends SIGTERM to the others, and SIGKILL 30 s later.
 CONSEQUENCE_SECONDS = 20.0
 POSITIONS_NAMED = 4  # in a message
-EXTERNAL_SIGNALS = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}  # a process that crashes gets others
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Evidence:
     """Where the ranks of this pod were, when it hung."""
     deaths: Sequence[Death] = ()
     """How the processes of the ranks ended, in their order."""
+    memory_limit: str | None = None
+    """`spec.resources.memory`."""
     memory_kills: int = 0
     """Processes that the kernel killed for their memory."""
     gpu_error: str = ""
@@ -107,6 +112,8 @@ def _cause(e: Evidence) -> TerminationMessage:
         )
     if e.memory_kills:
         field, remedy = MORE_MEMORY[e.phase]
+        if e.phase == "run" and not e.memory_limit:
+            remedy = NO_LIMIT
         return _message(
             e.phase,
             ExitCode.HOST_OUT_OF_MEMORY,
@@ -156,12 +163,8 @@ def _without_message(e: Evidence, status: int | None, who: str, rank: int | None
     elif status > 0:
         code = ExitCode.of(status) or ExitCode.TRAINING_ERROR
         text = f"{who} ended with {status} and left no message; see its last lines"
-    elif -status in EXTERNAL_SIGNALS:
-        code = ExitCode.INFRASTRUCTURE_ERROR
-        text = f"{who} was killed by {_signal_name(-status)}, which Luthier did not send: by the kernel, or by somebody"
     else:
-        code = ExitCode.INFRASTRUCTURE_ERROR
-        text = f"{who} crashed with {_signal_name(-status)}; see its last lines"
+        code, text = ExitCode.INFRASTRUCTURE_ERROR, f"{who} {ended_by(-status)}; see its last lines"
     return _message(e.phase, code, text, step=_step(e.messages), rank=rank)
 
 
@@ -203,10 +206,3 @@ def _message(
     return TerminationMessage(
         phase=phase, code=code, reason=code.reason, message=message, saved=saved, step=step, rank=rank
     )
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
