@@ -200,7 +200,7 @@ class Attempt(ApiModel):
     pod: str | None = None
     """Name of the pod."""
     rank: int | None = None
-    """Index of the pod: node rank or shard."""
+    """Rank of the process that failed first, over all nodes; of a GenerateJob the shard. Absent if it is not known."""
     node: str | None = None
     """Node on which the pod ran."""
     step: int | None = None

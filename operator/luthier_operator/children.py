@@ -174,7 +174,7 @@ def container(pod: Object) -> dict[str, Any]:
 def memory_limit(pod: Object) -> str | None:
     """The memory limit of the container `trainer`, as a quantity: the job's, or that of a LimitRange."""
     containers = pod.get("spec", {}).get("containers") or []
-    resources = next((c.get("resources") or {} for c in containers if c["name"] == CONTAINER), {})
+    resources = next((c.get("resources") or {} for c in containers if c.get("name") == CONTAINER), {})
     limit: str | None = (resources.get("limits") or {}).get("memory")
     return limit
 

@@ -57,7 +57,8 @@ class PodEnd:
     """Whether the pod had the condition DisruptionTarget."""
     message: TerminationMessage | None
     raw_message: str
-    finished_at: datetime
+    ended_at: datetime
+    """By the operator's clock, where it has seen the end. Clocks of nodes may be minutes apart."""
     uncharged_before: int = 0
     """Of a shard: how many of these restarts were not charged."""
     child: str = ""
@@ -113,6 +114,8 @@ class Observed:
     """Its pods that exist."""
     ended: Sequence[PodEnd]
     """Ends of its pods that this operator process has seen: the successful ones, then the failed ones, oldest first."""
+    ended_since: Mapping[ChildRef, datetime] = field(default_factory=dict)
+    """When this operator process first saw that a child had ended."""
     progress: Progress | None = None
     """As last read from the metrics of its pods."""
     checkpoint_step: int | None = None

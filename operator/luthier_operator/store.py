@@ -39,6 +39,8 @@ class Parts:
     """What belongs to one job."""
 
     children: dict[ChildRef, Object] = field(default_factory=dict)
+    ended_since: dict[ChildRef, datetime] = field(default_factory=dict)
+    """When a child was first seen to have ended."""
     pods: dict[str, Object] = field(default_factory=dict)
     """Pods that have not terminated, by uid."""
     terminated: dict[str, int] = field(default_factory=dict)
@@ -59,6 +61,7 @@ class Parts:
         self.ends, self.sampled_at = None, None
         self.samples.clear()
         self.silences.clear()
+        self.ended_since.clear()
 
 
 class Store:
@@ -110,6 +113,7 @@ class Store:
         return Observed(
             job=job,
             children=dict(parts.children),
+            ended_since=dict(parts.ended_since),
             pods=list(parts.pods.values()),
             ended=parts.ends.all() if parts.ends else [],
             progress=workload(job).progress(parts.samples, parts.sampled_at),
@@ -147,7 +151,8 @@ class Store:
             return set()
         # The Job controller deletes the other pods as soon as one has failed: their ends may be seen only now.
         if gone["kind"] == "Pod" and self._exists(owner) and not self._reports_are_old(owner):
-            self._remember_end(owner, gone)
+            parts = self._parts.get(owner)
+            self._remember_end(owner, gone, was_watched=parts is not None and meta["uid"] in parts.pods)
         return self._remove(owner, gone["kind"], meta["name"], meta["uid"])
 
     def prune(self, kind: str, namespace: str | None, listed: set[str], list_version: str) -> set[Key]:
@@ -212,7 +217,12 @@ class Store:
         known = parts.children.get(ref) if parts else None
         if known is not None and version(known) >= version(found):
             return set()
-        new = self._parts_of(owner).children[ref] = project(found)
+        parts = self._parts_of(owner)
+        if known is not None and known["metadata"]["uid"] != found["metadata"]["uid"]:
+            parts.ended_since.pop(ref, None)
+        if children.finished(found):
+            parts.ended_since.setdefault(ref, self._now())
+        new = parts.children[ref] = project(found)
         return {owner.key} if known is None or changed(known, new) else set()
 
     def _put_pod(self, owner: Owner, found: Object) -> set[Key]:
@@ -228,11 +238,11 @@ class Store:
         if self._reports_are_old(owner) and not (parts and uid in parts.pods):
             return set()
         parts = self._parts_of(owner)
-        parts.pods.pop(uid, None)
+        was_watched = parts.pods.pop(uid, None) is not None
         parts.terminated[uid] = version(found)
         # Pods exist for a moment after their job is deleted: their ends are not needed any more
         if owner.uid not in self._deleted:
-            self._remember_end(owner, found)
+            self._remember_end(owner, found, was_watched)
         return {owner.key}
 
     def _remove(self, owner: Owner, kind: str, name: str, uid: str) -> set[Key]:
@@ -257,6 +267,7 @@ class Store:
             known_child = parts.children.get(ref)
             if known_child and known_child["metadata"]["uid"] == uid:
                 del parts.children[ref]
+                parts.ended_since.pop(ref, None)
         self._drop_if_empty(owner)
         return touched
 
@@ -325,8 +336,8 @@ class Store:
             if not dependents:
                 self._dependents.pop(source, None)
 
-    def _remember_end(self, owner: Owner, pod: Object) -> None:
-        end = pod_end(pod, self._now())
+    def _remember_end(self, owner: Owner, pod: Object, was_watched: bool) -> None:
+        end = pod_end(pod, self._now(), was_watched)
         if end is None:
             return
         parts = self._parts_of(owner)

@@ -28,8 +28,14 @@ class Meta(TypedDict, total=False):
     ownerReferences: Any
 
 
+class ContainerSpec(TypedDict, total=False):
+    name: Any
+    resources: Any
+
+
 class Spec(TypedDict, total=False):
     nodeName: Any
+    containers: list[ContainerSpec] | None
     suspend: Any
     managedBy: Any
 

@@ -14,6 +14,7 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.kinds import FineTuneJob, GenerateJob
 from luthier_api.status import Condition, HubStatus, JobStatus, Phase, Plan, Prepared, ResolvedDataset, ResolvedSource
 from luthier_api.termination import TerminationMessage
+from luthier_operator import children as children_module
 from luthier_operator import naming
 from luthier_operator.decide import decide
 from luthier_operator.failure.pod_end import pod_end
@@ -222,7 +223,10 @@ def ended(
 ) -> PodEnd:
     """How a pod ended, read from the pod as the operator does. `silent`: without a termination message of ours."""
     known = ExitCode.of(code)
-    word = TerminationMessage(phase=phase, code=code, reason=known.reason if known else "", message=message, **said)
+    message_rank = {"rank": index} if phase == "run" else {}  # as if each pod had one process
+    word = TerminationMessage(
+        phase=phase, code=code, reason=known.reason if known else "", message=message, **(message_rank | said)
+    )
     terminated = {
         "exitCode": code,
         "reason": kubernetes,
@@ -232,7 +236,9 @@ def ended(
     over = "Failed" if code else "Succeeded"
     state = {"terminated": terminated}
     found = pod(job, phase, index, attempt, state, disrupted=disrupted, over=over, suffix=suffix, free=free)
-    end = pod_end(project(found), NOW)
+    if kubernetes == "OOMKilled":
+        found["spec"]["containers"] = [{"name": naming.CONTAINER, "resources": {"limits": {"memory": "16Gi"}}}]
+    end = pod_end(found, NOW, was_watched=False)
     assert end
     return end
 
@@ -251,7 +257,10 @@ def observed(
 ) -> Observed:
     """As the store holds it: what `kept` drops, no decision can be made by."""
     named = {ChildRef(c["kind"], c["metadata"]["name"]): project(c) for c in children}
-    return Observed(job=job, children=named, pods=[project(pod) for pod in pods], ended=list(ends), **more)
+    # As if the operator had seen each end at once, and no clock were wrong.
+    since = {ref: ended_at for ref, found in named.items() if (ended_at := children_module.ended_at(found))}
+    kept = [project(pod) for pod in pods]
+    return Observed(job=job, children=named, pods=kept, ended=list(ends), **({"ended_since": since} | more))
 
 
 def decided(job: Job, *children: Object, **more: Any) -> Decision:

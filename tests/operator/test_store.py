@@ -599,11 +599,32 @@ def test_what_is_decided_by_is_kept() -> None:
     store.put(job())
     store.put(owned("Job", "ftj-tune-prepare", spec={"suspend": True, "template": {"spec": {}}}))
     store.put(owned("Pod", "runs", status={"phase": "Running"}, spec={"nodeName": "node-2", "containers": [{}]}))
-    store.put(ended("ended") | {"spec": {"nodeName": "node-1", "containers": [{}]}})
+    limited = {"name": "trainer", "resources": {"limits": {"memory": "2Gi"}}}
+    store.put(ended("ended") | {"spec": {"nodeName": "node-1", "containers": [{}, limited]}})
     found = seen(store)
     assert suspended(next(iter(found.children.values())))
-    assert found.ended[0].node == "node-1"
+    assert (found.ended[0].node, found.ended[0].memory_limit) == ("node-1", "2Gi")
     assert [pod["spec"] for pod in found.pods] == [{"nodeName": "node-2"}]
+
+
+def test_ends_have_the_time_at_which_they_were_seen() -> None:
+    """Clocks of nodes and of the API server may be minutes apart."""
+    now = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
+    store = Store(lambda: now)
+    ref = ChildRef("Job", "ftj-tune-prepare")
+    store.put(job())
+    store.put(owned("Job", ref.name))
+    store.put(owned("Pod", "pod", status={"phase": "Running"}))
+    assert seen(store).ended_since == {}
+    over = {"conditions": [{"type": "Failed", "status": "True", "lastTransitionTime": "2026-03-01T12:10:00Z"}]}
+    store.put(owned("Job", ref.name, version=2, status=over))
+    store.put(ended("pod", version=2))
+    seen_at, now = now, now + timedelta(seconds=2)
+    store.put(owned("Job", ref.name, version=3, status=over))
+    assert seen(store).ended_since == {ref: seen_at}
+    assert seen(store).ended[0].ended_at == seen_at
+    store.put(owned("Job", ref.name, version=4, uid="another"))
+    assert seen(store).ended_since == {}
 
 
 def test_a_pod_that_has_terminated_leaves_its_end_and_does_not_come_back() -> None:

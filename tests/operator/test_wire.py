@@ -13,7 +13,7 @@ from luthier_operator.wire import read_answer, read_event, read_list
 POD = {
     "kind": "Pod",
     "metadata": {"name": "a", "uid": "1", "managedFields": [{"manager": "kubelet"}]},
-    "spec": {"nodeName": "node", "containers": [{"name": "trainer"}]},
+    "spec": {"nodeName": "node", "containers": [{"name": "trainer", "image": "x", "resources": {"limits": {}}}]},
     "status": {
         "phase": "Running",
         "containerStatuses": [{"name": "trainer", "state": {"running": {}}, "imageID": "x"}],
@@ -22,7 +22,7 @@ POD = {
 POD_READ = {
     "kind": "Pod",
     "metadata": {"name": "a", "uid": "1"},
-    "spec": {"nodeName": "node"},
+    "spec": {"nodeName": "node", "containers": [{"name": "trainer", "resources": {"limits": {}}}]},
     "status": {"phase": "Running", "containerStatuses": [{"name": "trainer", "state": {"running": {}}}]},
 }
 JOB = {"kind": "FineTuneJob", "metadata": {"name": "a", "managedFields": []}, "spec": {"anything": [1]}}

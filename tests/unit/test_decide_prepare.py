@@ -31,7 +31,7 @@ from cases.observed import (
 
 from luthier_api.status import JobStatus
 from luthier_operator import naming
-from luthier_operator.model import Object, PodEnd
+from luthier_operator.model import ChildRef, Object, PodEnd
 from luthier_operator.statuses import text
 
 PREPARING = status("Accepted", start_time=text(BEGIN))
@@ -393,3 +393,43 @@ def test_what_the_other_job_left_is_noted_as_json() -> None:
     assert json.loads(prepare["metadata"]["annotations"][naming.SOURCES_ANNOTATION]) == {
         "base": ["ftj-base", "ftj-base-0ddba11-"]
     }
+
+
+@dataclass(frozen=True)
+class SeenCase:
+    name: str
+    state: str
+    seconds: float
+    """Since the operator has seen the end of the Job."""
+    expect: str
+
+
+SEEN = [
+    SeenCase(
+        name="just failed",
+        state="Failed",
+        seconds=1,
+        expect="again in 3 s",
+    ),
+    SeenCase(
+        name="failed, and no pod explains it",
+        state="Failed",
+        seconds=4,
+        expect="Failed Failed",
+    ),
+    SeenCase(
+        name="just complete",
+        state="Complete",
+        seconds=1,
+        expect="again in 3 s",
+    ),
+]
+
+
+@pytest.mark.parametrize("minutes", [-10, 10])
+@pytest.mark.parametrize("case", SEEN, ids=lambda case: case.name)
+def test_the_operators_clock_decides_how_long_it_waits_for_a_message(case: SeenCase, minutes: int) -> None:
+    """The clock of the API server may be minutes ahead or behind."""
+    over = child(JOB, "prepare", case.state, since=at(60 * minutes))
+    since = {ChildRef("Job", over["metadata"]["name"]): at(-case.seconds)}
+    assert describe(decided(JOB, over, ended_since=since)) == case.expect

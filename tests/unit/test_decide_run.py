@@ -310,8 +310,8 @@ CASES = [
         ),
         expect="Failed HostOutOfMemory",
         condition=(
-            "False HostOutOfMemory: the pod used more memory than its limit; raise spec.resources.memory, or use"
-            " smaller batches (run, rank 0, pod ftj-bot-run-0-0 on node-a, exit code 1). That was the last of 3"
+            "False HostOutOfMemory: the pod used more memory than its limit of 16Gi. Raise spec.resources.memory, or"
+            " use smaller batches (run, pod ftj-bot-run-0-0 on node-a, exit code 1). That was the last of 3"
             " restarts (spec.restarts.max)"
         ),
     ),
@@ -320,8 +320,8 @@ CASES = [
         given=situation(group(), ends=[ended(JOB, "run", 137, 1, kubernetes="OOMKilled", silent=True)], pods=BOTH[:1]),
         expect="deletes JobSet ftj-bot-run; Failed HostOutOfMemory",
         condition=(
-            "False HostOutOfMemory: the pod used more memory than its limit; raise spec.resources.memory, "
-            "or use smaller batches (run, rank 1, pod ftj-bot-run-1-0 on node-a, exit code 137)"
+            "False HostOutOfMemory: the pod used more memory than its limit of 16Gi. Raise spec.resources.memory, "
+            "or use smaller batches (run, pod ftj-bot-run-1-0 on node-a, exit code 137)"
         ),
     ),
     Case(
@@ -331,8 +331,8 @@ CASES = [
         ),
         expect="deletes JobSet ftj-bot-run; Failed HostOutOfMemory",
         condition=(
-            "False HostOutOfMemory: the pod used more memory than its limit; raise spec.resources.memory, "
-            "or use smaller batches (run, rank 0, pod ftj-bot-run-0-0 on node-a, exit code 137)"
+            "False HostOutOfMemory: the pod used more memory than its limit of 16Gi. Raise spec.resources.memory, "
+            "or use smaller batches (run, pod ftj-bot-run-0-0 on node-a, exit code 137)"
         ),
     ),
     Case(
@@ -340,8 +340,8 @@ CASES = [
         given=situation(group(), ends=[ended(JOB, "run", 137, kubernetes="OOMKilled", silent=True, disrupted=True)]),
         expect="waits",
         condition=(
-            "False Restarting: after HostOutOfMemory: the pod used more memory than its limit; raise"
-            " spec.resources.memory, or use smaller batches (run, rank 0, pod ftj-bot-run-0-0 on node-a, exit code 137)"
+            "False Restarting: after HostOutOfMemory: the pod used more memory than its limit of 16Gi. Raise"
+            " spec.resources.memory, or use smaller batches (run, pod ftj-bot-run-0-0 on node-a, exit code 137)"
         ),
     ),
     Case(
@@ -349,7 +349,8 @@ CASES = [
         given=situation(group(), ends=[ended(JOB, "run", 137, silent=True)]),
         expect="waits",
         condition=(
-            "False Restarting: after InfrastructureError: the process ended without an error message (run, rank 0, pod"
+            "False Restarting: after InfrastructureError: the process was killed by SIGKILL, which Luthier did not"
+            " send: by the kernel, or by somebody (run, pod"
             " ftj-bot-run-0-0 on node-a, exit code 137)"
         ),
     ),
@@ -360,7 +361,7 @@ CASES = [
         ),
         expect="waits",
         condition=(
-            "False Restarting: after HostOutOfMemory: the pod used more memory than its limit; raise"
+            "False Restarting: after HostOutOfMemory: the pod used more memory than its limit of 16Gi. Raise"
             " spec.resources.memory, or use smaller batches (run, rank 0, pod gj-lutes-run-0-0 on node-a, exit code"
             " 137)"
         ),

@@ -97,7 +97,7 @@ def test_every_code_has_one_meaning() -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{min(case.codes)} {case.text[:30]}")
 def test_a_code_that_is_not_ours(case: Case) -> None:
     for code in case.codes:
-        record = attempt(ended(JOB, "run", code, silent=True), 0, None)
+        record = attempt(ended(JOB, "run", code, silent=True), 0, None, None)
         assert (record.reason, record.charged) == (case.reason, case.charged), code
         assert case.text in record.message, code
 

@@ -10,7 +10,7 @@ from cases.observed import BEGIN, NOW, RUNNING, at, child, decided, ended, fine_
 
 from luthier_api.exitcodes import ExitCode, Retry
 from luthier_api.status import Phase
-from luthier_operator.failure.attempts import attempt, attempts_of_pods
+from luthier_operator.failure.attempts import attempt, attempts_of_group, attempts_of_pods
 from luthier_operator.failure.cause import cause
 from luthier_operator.failure.pod_end import NO_EXIT_CODE, message, pod_end
 from luthier_operator.statuses import text
@@ -55,12 +55,12 @@ NO_END = [
 
 @pytest.mark.parametrize("case", NO_END, ids=lambda case: case.name)
 def test_a_pod_that_may_still_run_has_no_end(case: NoEndCase) -> None:
-    assert pod_end(case.given, NOW) is None
+    assert pod_end(case.given, NOW, was_watched=False) is None
 
 
 def test_an_end_is_read_as_soon_as_the_container_has_terminated() -> None:
     """The pod's phase comes later, and under a JobSet the pod may be deleted in between."""
-    end = pod_end(pod(JOB, "run", 1, 2, KILLED, node="node-b", disrupted=True, deleting=True), NOW)
+    end = pod_end(pod(JOB, "run", 1, 2, KILLED, node="node-b", disrupted=True, deleting=True), NOW, was_watched=False)
     assert end is not None
     assert (end.phase, end.index, end.attempt, end.node, end.exit_code, end.disrupted) == (
         "run",
@@ -70,14 +70,14 @@ def test_an_end_is_read_as_soon_as_the_container_has_terminated() -> None:
         137,
         True,
     )
-    assert text(end.finished_at) == "2026-03-01T11:59:00Z"
+    assert text(end.ended_at) == "2026-03-01T11:59:00Z"
 
 
 def test_an_evicted_pod_has_no_exit_code() -> None:
-    end = pod_end(EVICTED, NOW)
+    end = pod_end(EVICTED, NOW, was_watched=False)
     assert end is not None
-    assert (end.exit_code, end.kubernetes_reason, end.finished_at) == (NO_EXIT_CODE, "Evicted", NOW)
-    record = attempt(end, 0, None)
+    assert (end.exit_code, end.kubernetes_reason, end.ended_at) == (NO_EXIT_CODE, "Evicted", NOW)
+    record = attempt(end, 0, None, None)
     assert (record.exit_code, record.reason, record.message) == (
         None,
         "InfrastructureError",
@@ -85,10 +85,70 @@ def test_an_evicted_pod_has_no_exit_code() -> None:
     )
 
 
+@dataclass(frozen=True)
+class ClockCase:
+    name: str
+    finished: str
+    was_watched: bool
+    expect: str
+
+
+# It is noon by the operator's clock.
+CLOCKS = [
+    ClockCase(
+        name="seen at once, on a node whose clock is behind",
+        finished="2026-03-01T11:55:00Z",
+        was_watched=True,
+        expect="2026-03-01T12:00:00Z",
+    ),
+    ClockCase(
+        name="ended while no operator ran",
+        finished="2026-03-01T11:55:00Z",
+        was_watched=False,
+        expect="2026-03-01T11:55:00Z",
+    ),
+    ClockCase(
+        name="ended while no operator ran, on a node whose clock is ahead",
+        finished="2026-03-01T12:05:00Z",
+        was_watched=False,
+        expect="2026-03-01T12:00:00Z",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CLOCKS, ids=lambda case: case.name)
+def test_the_operators_clock_says_when_a_pod_ended(case: ClockCase) -> None:
+    state = {"terminated": {"exitCode": 1, "reason": "Error", "finishedAt": case.finished}}
+    end = pod_end(pod(JOB, "run", state=state), NOW, case.was_watched)
+    assert end is not None
+    assert text(end.ended_at) == case.expect
+
+
+def test_attempts_of_a_group_are_ordered_by_their_number() -> None:
+    """Attempt 1 ran on a node whose clock is five minutes behind."""
+    ends = [e(75, 0, -600, attempt=0), e(75, 0, -900, attempt=1), e(81, 0, -300, attempt=2)]
+    for seen in (ends, ends[::-1], [ends[0], ends[2], ends[1]]):
+        known: list[Any] = []
+        for i in range(len(seen)):
+            known = attempts_of_group(known, seen[: i + 1], 0, None, fatal=False)
+        assert [a.attempt for a in known] == [0, 1, 2]
+
+
+def test_attempts_of_pods_are_ordered_as_they_were_seen() -> None:
+    """Another operator has written the known one. Its clock is ahead."""
+    known = [
+        attempt(ended(JOB, "prepare", 69, when=600, suffix="a"), 0, None, None).model_copy(
+            update={"time": text(at(600))}
+        )
+    ]
+    found = attempts_of_pods(known, [ended(JOB, "prepare", 74, when=-60, suffix="b")], "prepare")
+    assert [(a.attempt, a.reason) for a in found] == [(0, "HubUnavailable"), (1, "StorageError")]
+
+
 def test_a_shard_counts_its_own_failures() -> None:
     given = pod(SHARDS, "run", 1, state=KILLED)
     given["metadata"]["annotations"]["batch.kubernetes.io/job-index-failure-count"] = "2"
-    end = pod_end(given, NOW)
+    end = pod_end(given, NOW, was_watched=False)
     assert end is not None
     assert (end.index, end.attempt) == (1, 2)
 
@@ -96,10 +156,10 @@ def test_a_shard_counts_its_own_failures() -> None:
 def test_what_was_said_is_read_and_an_output_is_kept_as_it_is() -> None:
     end = ended(JOB, "run", 80, message="no step for 1800 s", last_lines="step 7\n")
     assert end.message is not None
-    assert (end.message.message, attempt(end, 0, None).last_lines) == ("no step for 1800 s", "step 7\n")
+    assert (end.message.message, attempt(end, 0, None, None).last_lines) == ("no step for 1800 s", "step 7\n")
     plain = ended(JOB, "run", 1, message="Traceback\nValueError: no\n\n", silent=True)
     assert plain.message is None
-    assert (message(plain), attempt(plain, 0, None).last_lines) == (
+    assert (message(plain), attempt(plain, 0, None, None).last_lines) == (
         "the process ended without a message, with a code that is not Luthier's: ValueError: no",
         "Traceback\nValueError: no\n\n",
     )
@@ -208,13 +268,15 @@ ENDS = [
 
 @pytest.mark.parametrize("case", ENDS, ids=lambda case: case.name)
 def test_the_reason_and_the_price(case: EndCase) -> None:
-    record = attempt(ended(JOB, "run", case.code, kubernetes=case.kubernetes_reason, disrupted=case.disrupted), 0, None)
+    record = attempt(
+        ended(JOB, "run", case.code, kubernetes=case.kubernetes_reason, disrupted=case.disrupted), 0, None, None
+    )
     assert (record.reason, record.charged) == (case.reason, case.charged)
 
 
 @pytest.mark.parametrize("code", [c for c in ExitCode if c], ids=lambda c: c.reason)
 def test_every_exit_code_has_its_reason_and_price(code: ExitCode) -> None:
-    record = attempt(ended(JOB, "run", int(code)), 0, None)
+    record = attempt(ended(JOB, "run", int(code)), 0, None, None)
     assert (record.reason, record.charged) == (code.reason, code.retry is Retry.COUNTED)
 
 
@@ -262,7 +324,7 @@ def test_a_pod_that_was_killed_for_its_memory_names_what_decides_it(case: Memory
     limits = {"limits": {"memory": case.limit}} if case.limit else {}
     given = pod(JOB, case.phase, state={"terminated": {"exitCode": 137, "reason": "OOMKilled"}})
     given["spec"]["containers"] = [{"name": "sidecar"}, {"name": "trainer", "resources": limits}]
-    end = pod_end(given, NOW)
+    end = pod_end(given, NOW, was_watched=False)
     assert end is not None
     assert message(end) == case.expect
 
@@ -357,7 +419,7 @@ def test_an_attempt_remembers_the_checkpoint() -> None:
 
 
 def test_long_output_is_cut_from_its_beginning() -> None:
-    record = attempt(ended(JOB, "run", 70, last_lines="x" * 2000 + "end"), 0, None)
+    record = attempt(ended(JOB, "run", 70, last_lines="x" * 2000 + "end"), 0, None, None)
     assert (len(record.last_lines), record.last_lines[-3:]) == (1000, "end")
 
 
@@ -414,6 +476,6 @@ LABELS = {"batch.kubernetes.io/controller-uid": "the Job", "jobset.sigs.k8s.io/j
 def test_a_pod_says_whose_it_was(labels: list[str], whose: str) -> None:
     given = pod(JOB, "run", state=KILLED)
     given["metadata"]["labels"] |= {name: LABELS[name] for name in labels}
-    end = pod_end(given, NOW)
+    end = pod_end(given, NOW, was_watched=False)
     assert end is not None
     assert end.child == whose

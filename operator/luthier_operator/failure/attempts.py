@@ -1,5 +1,8 @@
 """The failures that a status keeps, as attempts: one for each restart of a group, one for each failed pod otherwise.
 
+They stand in the order in which the operator has seen them, those of a group by their number. Clocks of nodes may be
+minutes apart, and are never compared.
+
 Also finds restarts that make no progress, which would go on forever.
 """
 
@@ -19,8 +22,11 @@ LAST_LINES_CHARACTERS = 1000
 NO_PROGRESS_RESTARTS = 3
 
 
-def attempt(end: PodEnd, number: int, step: int | None) -> Attempt:
-    """`end` as the status keeps it. `step` of the newest known checkpoint is used where the pod does not report one."""
+def attempt(end: PodEnd, number: int, step: int | None, rank: int | None) -> Attempt:
+    """`end` as the status keeps it. `step` of the newest known checkpoint is used where the pod does not report one.
+
+    `rank`: the process that failed, where it is known, or the shard.
+    """
     last_lines = end.message.last_lines if end.message else end.raw_message
     reported = end.message.step if end.message else None
     return Attempt(
@@ -29,13 +35,13 @@ def attempt(end: PodEnd, number: int, step: int | None) -> Attempt:
         reason=reason(end),
         exit_code=None if end.exit_code == NO_EXIT_CODE else end.exit_code,
         pod=end.pod,
-        rank=end.index if end.phase == "run" else None,
+        rank=rank,
         node=end.node,
         step=step if reported is None else reported,
         message=message(end),
         last_lines=last_lines[-LAST_LINES_CHARACTERS:],
         charged=not is_fatal(end) and not is_uncharged(end),
-        time=text(end.finished_at),
+        time=text(end.ended_at),
     )
 
 
@@ -48,6 +54,7 @@ def attempts_of_group(
     `restarts_before`: restarts of earlier JobSets of this job. `fatal`: the JobSet has failed without a restart, so the
     cause of its last attempt is an end after which the cluster does not start it again.
     """
+    attempts = list(known)
     by_number = {known_one.attempt: known_one for known_one in known if known_one.phase == "run"}
     latest = max((end.attempt for end in ends), default=0)
     for restart in sorted({end.attempt for end in ends}):
@@ -65,9 +72,18 @@ def attempts_of_group(
         revisable = kept is None or kept.pod in {end.pod for end in of_restart} or after_eviction
         if revisable and (kept is None or kept.pod != found.pod):
             reported = [end.message.step for end in of_restart if end.message and end.message.step is not None]
-            by_number[number] = attempt(found, number, max(reported, default=step))
-    others = [known_one for known_one in known if known_one.phase != "run"]
-    return newest([*others, *by_number.values()])
+            put_numbered(attempts, attempt(found, number, max(reported, default=step), rank_of(found)))
+    return attempts[-ATTEMPTS_KEPT:]
+
+
+def put_numbered(attempts: list[Attempt], new: Attempt) -> None:
+    """Replace the attempt of a group that has the number of `new`, or insert `new` before the next higher one."""
+    for position, known in enumerate(attempts):
+        if known.phase == new.phase and known.attempt >= new.attempt:
+            replaced = 1 if known.attempt == new.attempt else 0
+            attempts[position : position + replaced] = [new]
+            return
+    attempts.append(new)
 
 
 def attempts_of_pods(known: Sequence[Attempt], ends: Sequence[PodEnd], phase: Phase) -> list[Attempt]:
@@ -77,24 +93,29 @@ def attempts_of_pods(known: Sequence[Attempt], ends: Sequence[PodEnd], phase: Ph
     oldest_kept = ("", "")
     if len(known) >= ATTEMPTS_KEPT:
         oldest_kept = (known[0].time or "", known[0].pod or "")
-    for end in sorted(ends, key=lambda end: (end.finished_at, end.pod)):
-        if end.exit_code == 0 or (text(end.finished_at), end.pod) < oldest_kept:
+    for end in sorted(ends, key=lambda end: (text(end.ended_at), end.pod)):
+        if end.exit_code == 0 or (text(end.ended_at), end.pod) < oldest_kept:
             continue
         if end.pod not in {known_one.pod for known_one in found}:
-            found.append(attempt(end, max(end.attempt, next_number(found, end, phase)), None))
-    return newest(found)
+            number = max(end.attempt, next_number(found, end, phase))
+            found.append(attempt(end, number, None, shard_of(end)))
+    return found[-ATTEMPTS_KEPT:]
+
+
+def rank_of(end: PodEnd) -> int | None:
+    """The process of a group that failed first in this pod. A pod has several, so its index does not say."""
+    return end.message.rank if end.message else None
+
+
+def shard_of(end: PodEnd) -> int | None:
+    """The index of a pod that is restarted alone. None outside `run`, where there is one pod."""
+    return end.index if end.phase == "run" else None
 
 
 def next_number(attempts: Iterable[Attempt], end: PodEnd, phase: Phase) -> int:
     """The number after the last attempt of this pod's index."""
-    rank = end.index if phase == "run" else None
-    numbers = [known.attempt for known in attempts if known.phase == phase and known.rank == rank]
+    numbers = [known.attempt for known in attempts if known.phase == phase and known.rank == shard_of(end)]
     return max(numbers) + 1 if numbers else 0
-
-
-def newest(attempts: Iterable[Attempt]) -> list[Attempt]:
-    """The last attempts that the status has room for, oldest first."""
-    return sorted(attempts, key=lambda known: (known.time or "", known.pod or ""))[-ATTEMPTS_KEPT:]
 
 
 def no_progress_of_group(attempts: Sequence[Attempt]) -> str | None:
@@ -123,13 +144,13 @@ def no_progress_of_shards(ends: Sequence[PodEnd]) -> str | None:
     """
     charged = [end for end in ends if end.exit_code != 0 and not is_uncharged(end)]
     for index in sorted({end.index for end in charged}):
-        of_shard = sorted((end for end in charged if end.index == index), key=lambda end: (end.finished_at, end.pod))
+        of_shard = sorted((end for end in charged if end.index == index), key=lambda end: end.attempt)
         last = of_shard[-(NO_PROGRESS_RESTARTS + 1) :]
         outputs = [end.message.step or 0 for end in last if end.message]
         if len(outputs) > NO_PROGRESS_RESTARTS and len(set(outputs)) == 1:
             return (
                 f"{NO_PROGRESS_RESTARTS} counted restarts of shard {index} brought no output after the first"
-                f" {outputs[-1]}; {last_end(attempt(last[-1], 0, None))}"
+                f" {outputs[-1]}; {last_end(attempt(last[-1], 0, None, index))}"
             )
     return None
 

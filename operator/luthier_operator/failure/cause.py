@@ -31,7 +31,7 @@ class Failure:
 def cause(ends: Iterable[PodEnd]) -> PodEnd | None:
     """The failed end that explains the others: the one with the lowest rank, of equal ranks the first."""
     failed = [end for end in ends if end.exit_code != 0]
-    return min(failed, key=lambda end: (cause_rank(end), end.finished_at, end.pod), default=None)
+    return min(failed, key=lambda end: (cause_rank(end), end.ended_at, end.pod), default=None)
 
 
 def judge(attempts: Sequence[Attempt], phase: Phase, condition: Object) -> Failure:
@@ -43,9 +43,12 @@ def judge(attempts: Sequence[Attempt], phase: Phase, condition: Object) -> Failu
 
     text = condition.get("message", "")
     if match := EXIT_CODE.search(text):
-        ended = ending(int(match["code"]))
+        code = int(match["code"])
+        ended = ending(code)
+        if ExitCode.of(code) is None:
+            text = f"{ended.text} ({text})"
         logs = f"`kubectl logs {match['pod']} -c {CONTAINER}`"
-        return Failure(ended.code.reason, f"{ended.text} ({text}); the pod's own message was not seen. See {logs}")
+        return Failure(ended.code.reason, f"{text}; the pod's own message was not seen. See {logs}")
     explanation = text or condition.get("reason", "") or "the cluster gives no reason"
     return Failure(Reason.FAILED, f"{phase} failed: {explanation}")
 

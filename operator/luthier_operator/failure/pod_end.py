@@ -38,11 +38,12 @@ NODE_WITH_MEMORY: dict[Phase, str] = {
 }
 
 
-def pod_end(pod: Object, now: datetime) -> PodEnd | None:
+def pod_end(pod: Object, now: datetime, was_watched: bool) -> PodEnd | None:
     """Read how the container `trainer` of `pod` ended.
 
-    Returns None while the container may still run, and for a pod without a phase label. `now` is used where the pod
-    does not say when it ended.
+    Returns None while the container may still run, and for a pod without a phase label. `was_watched`: whether the
+    operator has seen it at work, and sees its end now. Else it ended at some time before, of which only the clock of
+    its node knows.
     """
     phase = next((known for known in PHASES if known == label(pod, PHASE_LABEL)), None)
     status, meta = pod.get("status", {}), pod["metadata"]
@@ -56,6 +57,7 @@ def pod_end(pod: Object, now: datetime) -> PodEnd | None:
     starts, uncharged = children.starts_before(pod)
     raw_message = terminated.get("message") or status.get("message") or ""
     conditions = status.get("conditions") or []
+    finished = terminated.get("finishedAt")
     return PodEnd(
         pod=meta["name"],
         uid=meta["uid"],
@@ -69,7 +71,7 @@ def pod_end(pod: Object, now: datetime) -> PodEnd | None:
         disrupted=any(c["type"] == "DisruptionTarget" and c["status"] == "True" for c in conditions),
         message=TerminationMessage.read(raw_message),
         raw_message=raw_message,
-        finished_at=moment(terminated["finishedAt"]) if terminated.get("finishedAt") else now,
+        ended_at=now if was_watched or not finished else min(moment(finished), now),
         child=next((uid for name in CHILD_LABELS if (uid := label(pod, name))), ""),
         memory_limit=children.memory_limit(pod),
     )
@@ -106,7 +108,7 @@ class PodEnds:
     def _is_known(self, end: PodEnd) -> bool:
         succeeded = self._succeeded.get((end.phase, end.index))
         if succeeded:
-            older = end.exit_code == 0 and succeeded.finished_at > end.finished_at
+            older = end.exit_code == 0 and succeeded.ended_at > end.ended_at
             if succeeded.uid == end.uid or older:
                 return True
         failed = self._failed.get(end.uid)

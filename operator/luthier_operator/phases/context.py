@@ -108,7 +108,7 @@ class Context:
             if end.child:
                 return end.child == uid
             # Compared only where the pod does not name its child: clocks of nodes may be behind the API server's.
-            return created is None or end.finished_at >= created
+            return created is None or end.ended_at >= created
 
         return [end for end in self.observed.ended if end.phase == phase and belongs(end)]
 
@@ -122,8 +122,11 @@ class Context:
             first, _ = children.restarts_before(child)
             return [attempt for attempt in self.status.attempts if attempt.phase == phase and attempt.attempt >= first]
         created, seen = children.created(child), {end.pod for end in self.ends(phase)}
+        before, _ = children.restarts_before(child)
 
         def belongs(attempt: Attempt) -> bool:
+            if child["kind"] == "JobSet":  # its attempts are numbered on from those of the earlier ones
+                return attempt.attempt >= before
             return attempt.pod in seen or created is None or moment(attempt.time or "") >= created
 
         return [attempt for attempt in self.status.attempts if attempt.phase == phase and belongs(attempt)]

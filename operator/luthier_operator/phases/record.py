@@ -145,7 +145,7 @@ def ends_of_last_run(ctx: Context) -> list[PodEnd]:
     may be seen after its JobSet is gone.
     """
     ends = [end for end in ctx.observed.ended if end.phase == "run"]
-    last = max(ends, key=lambda end: end.finished_at, default=None)
+    last = max(ends, key=lambda end: end.ended_at, default=None)
     return [end for end in ends if last and end.child == last.child]
 
 

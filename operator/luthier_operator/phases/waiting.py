@@ -204,8 +204,10 @@ def for_evidence(ctx: Context, phase: Phase, child: Object) -> Step | None:
 
 
 def for_messages(ctx: Context, child: Object, *, known: bool) -> Step | None:
-    """Wait briefly, after `child` has ended, for the messages of its pods. None if they are known, or too late."""
-    ended_at = children.ended_at(child)
-    if known or ended_at is None or ctx.now >= ended_at + timedelta(seconds=EVIDENCE_SECONDS):
+    """Wait briefly, after `child` was seen to have ended, for the messages of its pods. None if they are known, or too
+    late.
+    """
+    since = ctx.observed.ended_since.get(ChildRef(child["kind"], child["metadata"]["name"]))
+    if known or since is None or ctx.now >= since + timedelta(seconds=EVIDENCE_SECONDS):
         return None
     return ctx.stops(requeue_after=EVIDENCE_SECONDS)
