@@ -110,11 +110,15 @@ class InputData(DatasetSource):
     rules: ClassVar[tuple[Rule, ...]] = (*DatasetSource.rules, train_alone("split"))
 
 
+ROWS_BYTES = 64 * 1024
+"""Of the texts of all rows in a manifest. The operator and etcd hold every job whole."""
+
+
 class Inputs(ApiModel):
     """The rows to work on: exactly one of rows and dataset."""
 
     rows: Annotated[list[Row] | None, Field(min_length=1, max_length=1000)] = None
-    """Rows written here."""
+    """Rows written here: a handful, with at most 64 KiB of text in all. More belong into a file or a dataset."""
     dataset: InputData | None = None
     """Rows from files or from the Hub."""
     columns: InputColumns | None = None
@@ -125,6 +129,12 @@ class Inputs(ApiModel):
         Rule(
             "!has(self.rows) || !has(self.columns)",
             "inputs.columns: rows that stand in the job have no columns to name; remove it, or set inputs.dataset",
+        ),
+        Rule(
+            "!has(self.rows) || self.rows.map(row, size(bytes(row.prompt)) +"
+            f" (has(row.negativePrompt) ? size(bytes(row.negativePrompt)) : 0)).sum() <= {ROWS_BYTES}",
+            f"inputs.rows: more than {ROWS_BYTES} bytes of text in all; put the rows into a file and name it in"
+            " inputs.dataset.files: of a ConfigMap or a claim (spec.volumes), or of a dataset (inputs.dataset.id)",
         ),
     )
 

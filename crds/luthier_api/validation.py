@@ -8,7 +8,7 @@ from typing import Any
 
 import cel
 
-from luthier_api.base import ApiModel
+from luthier_api.base import ApiModel, Rule
 from luthier_api.kinds import FineTuneJob, GenerateJob, kind_of
 from luthier_api.marks import rules_of
 from luthier_api.problems import InvalidDocument, parse
@@ -51,11 +51,18 @@ def _with_path(path: str, message: str) -> str:
     return path + message.removeprefix(name) if name and re.match(rf"{name}[.:]", message) else message
 
 
+def holds(rule: Rule, values: dict[str, Any]) -> bool:
+    """Whether `rule` holds where its variables have these values."""
+    context = cel.Context(values)
+    context.add_function("sum", sum)  # of Kubernetes' own library for lists
+    return cel.evaluate(rule.cel, context) is True
+
+
 def broken_rules(model: ApiModel, path: str = "") -> Iterator[tuple[str, str]]:
     """(path, message) of each rule that does not hold in `model` or below it. Rules on updates are not looked at."""
     data = model.dump()
     for rule in rules_of(type(model)):
-        if not rule.transition and cel.evaluate(rule.cel, {"self": data}) is not True:
+        if not rule.transition and not holds(rule, {"self": data}):
             yield path, rule.message
     for name, field in type(model).model_fields.items():
         value = getattr(model, name)

@@ -713,6 +713,12 @@ CASES: list[Case] = [
         base=GENERATE,
     ),
     Case(
+        message="inputs.rows: more than 65536 bytes",
+        refused={"spec.inputs": {"rows": [{"prompt": "é" * 8000}] * 5}},
+        accepted={"spec.inputs": {"rows": [{"prompt": "é" * 8000}] * 4}},
+        base=GENERATE,
+    ),
+    Case(
         message="text.topP:",
         refused={"spec.text": {"topP": 0.9}},
         accepted={"spec.text": {"topP": 0.9, "temperature": 0.7}},

@@ -257,6 +257,14 @@ SHAPES = [
         expect="spec.inputs.rows[0].prompt: string should have at least 1 character (it is '')",
     ),
     ShapeCase(
+        name="more rows than a handful, in characters of several bytes",
+        document=make(inputs={"rows": [{"prompt": "é" * 8000}] * 5}),
+        expect=(
+            "spec.inputs.rows: more than 65536 bytes of text in all; put the rows into a file and name it in"
+            " inputs.dataset.files: of a ConfigMap or a claim (spec.volumes), or of a dataset (inputs.dataset.id)"
+        ),
+    ),
+    ShapeCase(
         name="a rule, with its place in a list",
         document=make(adapters=[{"id": "a/b"}, {"path": "/x"}, {"id": "a/b", "path": "/y"}]),
         expect="spec.adapters[2]: set exactly one of job, id and path",
