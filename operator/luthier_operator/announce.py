@@ -9,9 +9,10 @@ from typing import Literal
 
 from luthier_api.conditions import ConditionType, Reason
 from luthier_api.exitcodes import ExitCode
-from luthier_api.status import Condition, JobStatus
+from luthier_api.status import Attempt, Condition, JobStatus
 from luthier_operator.failure.cause import location
 from luthier_operator.model import Event
+from luthier_operator.workloads.base import Workload
 
 C, R = ConditionType, Reason
 EVENTS: dict[Reason, Literal["Normal", "Warning"]] = {
@@ -74,11 +75,14 @@ WORTH_AN_EVENT_WHILE_PENDING = {R.WAITING_FOR_QUEUE, R.CONTAINER_CREATING, R.RUN
 NORMAL = {reason for reason, event_type in EVENTS.items() if event_type == "Normal"}
 
 
-def events(old: JobStatus, new: JobStatus) -> list[Event]:
+def events(workload: Workload, old: JobStatus, new: JobStatus) -> list[Event]:
     """The events between two statuses: a restart, what it found, new notices, then the changes of conditions."""
     found = []
-    if new.restarts > old.restarts:
-        found.append(restarted(old, new))
+    cause = cause_of_restart(workload, new)
+    # Children and pods are watched separately: that the run restarts may be seen before how its pod has ended.
+    explained_late = new.restarts == old.restarts and cause and not cause_of_restart(workload, old)
+    if new.restarts > old.restarts or explained_late:
+        found.append(restarted(old, new, cause))
     if (new.broken_checkpoints or 0) > (old.broken_checkpoints or 0):
         found.append(broken_checkpoint(new))
     found += [Event("Normal", R.NOTICE, text) for text in new.notices if text not in old.notices]
@@ -89,13 +93,23 @@ def events(old: JobStatus, new: JobStatus) -> list[Event]:
     return found
 
 
-def restarted(old: JobStatus, new: JobStatus) -> Event:
+def cause_of_restart(workload: Workload, status: JobStatus) -> Attempt | None:
+    """The failure before the last restart, if it is known."""
+    attempts = [attempt for attempt in status.attempts if attempt.phase == "run"]
+    return workload.cause_of_restart(attempts, status.restarts) if status.restarts else None
+
+
+def restarted(old: JobStatus, new: JobStatus, cause: Attempt | None) -> Event:
     message = f"restart {new.restarts}"
-    if new.restarts_charged == old.restarts_charged:
+    if new.restarts > old.restarts and new.restarts_charged == old.restarts_charged:
         message += " (not charged)"
+    if cause:
+        message += f" after {cause.reason}: {cause.message} ({location(cause)})"
+        return Event("Warning", R.RESTARTING, message)
+    message += "; how the pod before it ended has not been seen"
     last = next((attempt for attempt in reversed(new.attempts) if attempt.phase == "run"), None)
     if last:
-        message += f" after {last.reason}: {last.message} ({location(last)})"
+        message += f". The last known failure is {last.reason}: {last.message} ({location(last)})"
     return Event("Warning", R.RESTARTING, message)
 
 

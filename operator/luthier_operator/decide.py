@@ -84,6 +84,7 @@ def refused(observed: Observed, decision: Decision, message: str, now: datetime)
 
 def with_events(observed: Observed, decision: Decision) -> Decision:
     """`decision` with the column STATE of kubectl, and with the events that follow from the change of the status."""
-    state = statuses.state(decision.status, workload(observed.job).done)
+    work = workload(observed.job)
+    state = statuses.state(decision.status, work.done)
     status = decision.status.model_copy(update={"state": state})
-    return replace(decision, status=status, events=tuple(events(observed.job.status, status)))
+    return replace(decision, status=status, events=tuple(events(work, observed.job.status, status)))

@@ -176,6 +176,11 @@ class Workload(Protocol):
         """Number of a restart of `run`, from 0 → reason of the failure before it, as far as `attempts` know."""
         ...
 
+    @staticmethod
+    def cause_of_restart(attempts: Sequence[Attempt], restarts: int) -> Attempt | None:
+        """The failure before the last restart of `run`. None while it is not among `attempts`, those of `run`."""
+        ...
+
     # Progress and results of `run`
 
     @staticmethod

@@ -160,6 +160,10 @@ class FineTune(Workload):
         return {attempt.attempt: attempt.reason for attempt in attempts}
 
     @staticmethod
+    def cause_of_restart(attempts: Sequence[Attempt], restarts: int) -> Attempt | None:
+        return next((attempt for attempt in attempts if attempt.attempt == restarts - 1), None)
+
+    @staticmethod
     def serves_progress(index: int) -> bool:
         return index == RANK_0
 

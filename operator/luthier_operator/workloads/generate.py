@@ -12,7 +12,7 @@ from luthier_api.kinds import GenerateJob, JobKind
 from luthier_api.metrics import generation_progress
 from luthier_api.status import Attempt, JobStatus, Progress, finite
 from luthier_operator import children, naming
-from luthier_operator.failure.attempts import attempts_of_pods, no_progress_of_shards
+from luthier_operator.failure.attempts import ATTEMPTS_KEPT, attempts_of_pods, no_progress_of_shards
 from luthier_operator.model import Object, PodEnd
 from luthier_operator.naming import Place
 from luthier_operator.render.job import shards
@@ -92,6 +92,11 @@ class Generate(Workload):
     def restart_reasons(attempts: Sequence[Attempt], restarts: int) -> dict[int, str]:
         """Each shard numbers its own attempts, so the newest failures are taken for those before the last restarts."""
         return {restarts - 1 - age: attempt.reason for age, attempt in enumerate(reversed(attempts))}
+
+    @staticmethod
+    def cause_of_restart(attempts: Sequence[Attempt], restarts: int) -> Attempt | None:
+        """The newest failure, unless there are more restarts than failures: then it has not been seen yet."""
+        return attempts[-1] if attempts and len(attempts) >= min(restarts, ATTEMPTS_KEPT) else None
 
     @staticmethod
     def serves_progress(index: int) -> bool:
