@@ -25,7 +25,8 @@ OWN = "luthier.dev/"
 """Prefix of our own labels and annotations, which are kept. kubectl keeps a copy of the whole object in another one."""
 LABELS = {naming.RESTART_LABEL, naming.INDEX_ANNOTATION, *naming.CHILD_LABELS}
 ANNOTATIONS = {naming.INDEX_ANNOTATION, naming.INDEX_FAILURES_ANNOTATION, naming.INDEX_IGNORED_ANNOTATION}
-SPEC = tuple(wire.Spec.__annotations__)
+SPEC = tuple(name for name in wire.Spec.__annotations__ if name != "containers")
+"""Of a pod's containers only its end is asked, which is read before."""
 STATUS = tuple(name for name in wire.Status.__annotations__ if name not in ("conditions", "containerStatuses"))
 CONDITION = ("type", "status", "reason", "message", "lastTransitionTime")
 CONDITIONS_NOT_READ = {
