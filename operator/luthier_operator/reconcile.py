@@ -35,6 +35,10 @@ log = logging.getLogger(__name__)
 
 # A Job or JobSet of the same name may follow, and must not exist together with the pods of this one.
 PROPAGATION = {"Job": "Foreground", "JobSet": "Foreground"}
+NOTHING_FOLLOWS = {"conditions", "state", "progress", "observedGeneration"}
+"""Fields of a status whose change alone leaves nothing to decide: a job that has only begun to wait for something else
+is reconciled again when that comes.
+"""
 
 
 class InvalidSpec(ValueError):
@@ -175,9 +179,9 @@ class Reconciler:
         """
         desired, before = decision.status.dump(), found.get("status", {})
         last = self._last_write(key, found)
-        if last and urgent_part(desired, JobStatus) == urgent_part(before, JobStatus):
+        if last and desired != before and urgent_part(desired, JobStatus) == urgent_part(before, JobStatus):
             wait = last.at + self._settings.progress_every - self._clock()
-            if wait > 0 and desired != before:
+            if wait > 0:
                 return wait
         if await self._write_status(key, found, desired):
             meta = found["metadata"]
@@ -215,8 +219,10 @@ class Reconciler:
         self._writes[key] = _Write(
             found["metadata"]["uid"], digest(desired), digest(kept.get("status", {})), self._clock()
         )
-        # Includes its own key: what follows from the new status, such as the time to live, is decided next.
-        self._enqueue(self._store.put(kept))
+        touched = self._store.put(kept)
+        if patch.keys() <= NOTHING_FOLLOWS:
+            touched.discard(key)
+        self._enqueue(touched)
         return True
 
     async def _read_again(self, found: Object) -> None:
