@@ -73,8 +73,8 @@ HUB = {"repo": "org/result", "tokenSecretRef": {"name": "hf"}}
 class Renew:
     """How a candidate renews its Lease. In seconds."""
 
-    within: float = 1
-    attempt: float = 0.5
+    within: float = 30
+    attempt: float = 10
     pause: float = 0.4
 
 

@@ -18,6 +18,8 @@ from harness import PATIENCE, Renew, Running, fine_tune, finished, start, until
 from luthier_operator.election import LeaseLost
 from luthier_operator.metrics import LEADS
 
+QUICK = Renew(within=1, attempt=0.5)
+
 
 async def leader(*candidates: Running) -> Running:
     def leads() -> Running | None:
@@ -101,9 +103,9 @@ async def test_one_that_cannot_renew_is_gone_before_another_begins(
 ) -> None:
     """What it asks for is refused at once, or never answered. The job that it had begun is taken up."""
     async with FakeCluster() as cluster:
-        first = start(cluster, identity="a", lasts=5)
+        first = start(cluster, identity="a", lasts=5, renew=QUICK)
         await leader(first)
-        second = start(cluster, identity="b", lasts=5)
+        second = start(cluster, identity="b", lasts=5, renew=QUICK)
         cluster.create(fine_tune())
         await until("stands by", second.operator.serving)
         getattr(cluster, partition).add(first.sender)
@@ -122,9 +124,9 @@ async def test_one_that_cannot_renew_is_gone_before_another_begins(
 async def test_no_request_leaves_after_the_loss() -> None:
     """The first operator is in the middle of a reconcile, whose first request is answered only after the loss."""
     async with FakeCluster() as cluster:
-        first = start(cluster, identity="a", lasts=5)
+        first = start(cluster, identity="a", lasts=5, renew=QUICK)
         await leader(first)
-        second = start(cluster, identity="b", lasts=5)
+        second = start(cluster, identity="b", lasts=5, renew=QUICK)
         await until("stands by", second.operator.serving)
         held = Held(cluster, first.sender)
         cluster.create(fine_tune())
@@ -151,8 +153,7 @@ class Server:
     url = sys.argv[1]
 
 async def main():
-    renew = harness.Renew(within=10, attempt=5, pause=0.2)
-    await harness.start(Server(), signals=True, identity="a", renew=renew, lost=exit_at_once).task
+    await harness.start(Server(), signals=True, identity="a", lost=exit_at_once).task
 
 asyncio.run(main())
 """
