@@ -23,6 +23,10 @@ SETTLE_SECONDS = (
 )
 SETTLE_SECONDS_PER_KEY = 0.002  # of all that wait: events of many jobs at once arrive over a longer time, too
 SETTLE_LIMIT = 0.5  # reached with 200 jobs
+SETTLE_PER_SECOND = (
+    10.0  # of the last decision about the key: a job of thousands of pods takes a tenth of the CPU at most
+)
+SETTLE_LIMIT_OF_LARGE = 5.0
 STOP_SECONDS = 10.0  # for reconciles that are not finished when the operator stops
 BACKOFF_LIMIT = 120.0  # an API server or a quota that comes back is noticed within two minutes
 
@@ -51,6 +55,7 @@ class Queue:
         self._later: list[tuple[float, Key]] = []
         self._deadline: dict[Key, float] = {}  # the earliest of each key; other entries of the heap are ignored
         self._failures: dict[Key, int] = {}
+        self._settle: dict[Key, float] = {}  # of large jobs
         self._changed = asyncio.Event()
 
     def __len__(self) -> int:
@@ -73,7 +78,16 @@ class Queue:
         """Process `key` after a short time, in which further events of the same cause may arrive."""
         waiting = len(self._ready) + len(self._settling)
         self._settling.add(key)
-        self.add_after(key, min(SETTLE_LIMIT, SETTLE_SECONDS + SETTLE_SECONDS_PER_KEY * waiting))
+        settle = min(SETTLE_LIMIT, SETTLE_SECONDS + SETTLE_SECONDS_PER_KEY * waiting)
+        self.add_after(key, max(settle, self._settle.get(key, 0.0)))
+
+    def took(self, key: Key, seconds: float) -> None:
+        """Note how long the decision about `key` took. Events of a job settle in proportion to it."""
+        settle = min(SETTLE_LIMIT_OF_LARGE, SETTLE_PER_SECOND * seconds)
+        if settle > SETTLE_SECONDS:
+            self._settle[key] = settle
+        else:
+            self._settle.pop(key, None)
 
     def add_after(self, key: Key, seconds: float) -> None:
         """Process `key` after `seconds`, or earlier if it is added again. Of several times the earliest counts."""

@@ -99,8 +99,9 @@ class Reconciler:
 
         Raises ApiError, and what `decide` raises.
         """
-        found = self._store.job(key)
+        begin, found = time.thread_time(), self._store.job(key)
         if found is None or found["metadata"].get("deletionTimestamp"):
+            self._queue.took(key, 0)
             self._writes.pop(key, None)  # its children have owner references, and are deleted with it
             return None
         try:
@@ -110,6 +111,7 @@ class Reconciler:
             return None
         observed, now = self._store.observed(job), datetime.now(UTC)
         decision = decide(observed, self._settings, now)
+        self._queue.took(key, time.thread_time() - begin)
         if decision.ask:
             observed = replace(observed, warnings=await self._warnings(key, decision.ask))
             decision = decide(observed, self._settings, now)

@@ -27,7 +27,7 @@ def play(steps: str, backoff: float = 1.0) -> str:
     """Carry out `steps` and return what each `take` gave.
 
     +a add · ^a add before all others · ~a soon · a@5 add in 5 seconds · ? take · -a done · !a retry · ok:a forget
-    t3 three seconds pass
+    t3 three seconds pass · took:a:0.2 the decision took 0.2 seconds
     """
     clock = Clock()
     queue = Queue(clock, backoff, jitter=lambda: 1.0)
@@ -36,6 +36,9 @@ def play(steps: str, backoff: float = 1.0) -> str:
         if step == "?":
             found = queue.take()
             taken.append(found.name if found else "·")
+        elif step.startswith("took:"):
+            _, name, seconds = step.split(":")
+            queue.took(key(name), float(seconds))
         elif step.startswith("t"):
             clock.now += float(step[1:])
         elif step.startswith("ok:"):
@@ -58,6 +61,26 @@ class Case:
 
 
 CASES = [
+    Case(
+        name="events of a job settle in proportion to the last decision about it",
+        steps="took:a:0.2 ~a ~b t1 ? ? t1 ?",
+        expect="b · a",
+    ),
+    Case(
+        name="but not for long",
+        steps="took:a:60 ~a t5 ?",
+        expect="a",
+    ),
+    Case(
+        name="an edit does not wait for that",
+        steps="took:a:0.2 ~a +a ?",
+        expect="a",
+    ),
+    Case(
+        name="a job that has become small settles like the others",
+        steps="took:a:0.2 took:a:0.001 ~a t0.5 ?",
+        expect="a",
+    ),
     Case(
         name="nothing",
         steps="?",

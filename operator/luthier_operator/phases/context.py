@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -43,6 +43,8 @@ class Context:
     settings: Settings
     now: datetime
     status: JobStatus
+    found: dict[tuple[str, Phase], list[Any]] = field(default_factory=dict, compare=False, repr=False)
+    """What was looked up in `observed`, for all contexts of one decision: a job may have thousands of pods."""
 
     @property
     def job(self) -> Job:
@@ -91,13 +93,20 @@ class Context:
 
     def pods(self, phase: Phase) -> list[Object]:
         """The pods of `phase` that have not terminated."""
-        return children.living(self.observed.pods, phase)
+        if ("pods", phase) not in self.found:
+            self.found["pods", phase] = children.living(self.observed.pods, phase)
+        return self.found["pods", phase]
 
     def ends(self, phase: Phase) -> list[PodEnd]:
         """The ends of pods of the existing child.
 
         Pods of an earlier child, which was deleted when the job was suspended, did not fail.
         """
+        if ("ends", phase) not in self.found:
+            self.found["ends", phase] = self._find_ends(phase)
+        return self.found["ends", phase]
+
+    def _find_ends(self, phase: Phase) -> list[PodEnd]:
         child = self.child(phase)
         if child is None:
             return []
