@@ -5,6 +5,7 @@ Nothing is decided here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,6 +30,10 @@ IMAGE_REASONS = {"ImagePullBackOff", "ErrImagePull", "ErrImageNeverPull", "Inval
 OWN_CONTROLLERS = {None, "kubernetes.io/job-controller", "jobset.sigs.k8s.io/jobset-controller"}
 """Values of `spec.managedBy` of a child whose pods run in this cluster."""
 VOLUME_TEXT = "persistentvolumeclaim"  # in the scheduler's message about claims, in lower case
+IMAGE = re.compile(r'(?:image|tag|reference|manifest for) "(?P<image>[^"]+)"')
+BACK_OFF = re.compile(r'^Back-off pulling image "[^"]*"(: \w+: )?')
+CONNECTION = re.compile(r"(read|write|dial) (tcp|udp) \S+->")
+"""In a message of the kubelet: the address and port that a connection had on this side."""
 CONTAINER_REASONS = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
 
 
@@ -38,6 +43,8 @@ class PendingReason:
 
     reason: str
     message: str
+    since: datetime | None = None
+    """Since when a container cannot start, where it needs somebody's help."""
 
 
 def condition(child: Object, *types: str) -> Object | None:
@@ -245,8 +252,25 @@ def _pending_reason(pod: Object) -> PendingReason | None:
     waiting = container(pod).get("waiting") or {}
     reason, message = waiting.get("reason", ""), waiting.get("message", "")
     if reason in IMAGE_REASONS:
-        return PendingReason(Reason.IMAGE_PULL_FAILED, f"pod {name}: {reason}: {message}")
+        return PendingReason(Reason.IMAGE_PULL_FAILED, image_pull_failed(name, message), since=scheduled(pod))
     if reason in CONTAINER_REASONS:
         where = "spec.hub.tokenSecretRef: " if "secret" in message.lower() else ""
-        return PendingReason(ExitCode.MISCONFIGURED.reason, f"{where}{message or reason} (pod {name})")
+        text = f"{where}{message or reason} (pod {name})"
+        return PendingReason(ExitCode.MISCONFIGURED.reason, text, since=scheduled(pod))
     return None
+
+
+def image_pull_failed(pod: str, message: str) -> str:
+    """What the kubelet's message about an image means, with the registry's error last.
+
+    The kubelet goes to and fro between the error and a back-off, which an older one reports without the error, and the
+    error may hold the port of a connection. The text is the same for all of them, but for a missing error.
+    """
+    named = IMAGE.search(message)
+    image = named["image"] if named else "the trainer image"
+    error = CONNECTION.sub("", BACK_OFF.sub("", message)).strip()
+    text = (
+        f"{image} cannot be pulled for pod {pod}. An administrator sets it by trainer.image (chart), and"
+        " imagePullSecrets for a registry that asks who pulls"
+    )
+    return f"{text}: {error}" if error else text

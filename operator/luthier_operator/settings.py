@@ -74,6 +74,10 @@ class Settings(BaseSettings):
     """Minimum grace period of a stopped pod in seconds, in which it saves its work. A plan with large checkpoints, or a
     job, may set a longer one.
     """
+    start_timeout_seconds: Annotated[int, Field(ge=60)] = 1800
+    """Seconds for which a pod that has a node is waited for, whose image cannot be pulled or whose Secret is missing.
+    After that its job fails, so that it holds no GPUs any more.
+    """
     step_timeout_seconds: Annotated[int, Field(ge=30)] = STEP_TIMEOUT_SECONDS
     """Seconds without a step after which a run counts as hung, at most; a job may set its own limit. Its pods then
     write the stacks of all processes to the log, and start again.

@@ -60,6 +60,12 @@ VALUES = [
         expect=120,
     ),
     ValueCase(
+        name="seconds to start",
+        value="jobs: {startTimeoutSeconds: 600}",
+        field="start_timeout_seconds",
+        expect=600,
+    ),
+    ValueCase(
         name="seconds of a step",
         value="jobs: {stepTimeoutSeconds: 3600}",
         field="step_timeout_seconds",

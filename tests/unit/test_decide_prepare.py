@@ -198,7 +198,10 @@ CASES = [
             child(JOB, "prepare"), pods=[pod(JOB, "prepare", state=waiting("ErrImagePull", "no such host"))]
         ),
         expect="waits",
-        condition="False ImagePullFailed: pod ftj-bot-prepare-0-0: ErrImagePull: no such host",
+        condition=(
+            "False ImagePullFailed: the trainer image cannot be pulled for pod ftj-bot-prepare-0-0. An administrator"
+            " sets it by trainer.image (chart), and imagePullSecrets for a registry that asks who pulls: no such host"
+        ),
     ),
     Case(
         name="the secret is missing",

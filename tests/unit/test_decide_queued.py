@@ -315,7 +315,10 @@ def test_why_the_pods_did_not_start_is_kept_when_kueue_deletes_them() -> None:
     """Each eviction deletes the pod that showed the reason."""
     pulling = [pod(JOB, "run", rank, state=waiting("ErrImagePull", "not found")) for rank in (0, 1)]
     job = after(JOB, LET_GO, pods=pulling, admission=workload(LET_GO, **ADMITTED))
-    reason = "False ImagePullFailed: pod ftj-bot-run-0-0: ErrImagePull: not found"
+    reason = (
+        "False ImagePullFailed: the trainer image cannot be pulled for pod ftj-bot-run-0-0. An administrator sets it by"
+        " trainer.image (chart), and imagePullSecrets for a registry that asks who pulls: not found"
+    )
     for says in (
         {"Evicted": (True, "PodsReadyTimeout", TIMEOUT)},
         {"Evicted": (True, "PodsReadyTimeout", TIMEOUT)} | pending(NO_QUOTA),

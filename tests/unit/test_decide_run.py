@@ -248,7 +248,10 @@ CASES = [
         name="the image does not come",
         given=situation(group(), pods=[pod(JOB, "run", 0, state=waiting("ImagePullBackOff", "not found"))]),
         expect="waits",
-        condition="False ImagePullFailed: pod ftj-bot-run-0-0: ImagePullBackOff: not found",
+        condition=(
+            "False ImagePullFailed: the trainer image cannot be pulled for pod ftj-bot-run-0-0. An administrator sets"
+            " it by trainer.image (chart), and imagePullSecrets for a registry that asks who pulls: not found"
+        ),
     ),
     Case(
         name="a peer was lost",

@@ -20,6 +20,7 @@ from luthier_operator.statuses import text
 ATTEMPTS_KEPT = 10  # the limit in the CRD
 LAST_LINES_CHARACTERS = 1000
 NO_PROGRESS_RESTARTS = 3
+EVICTIONS = ATTEMPTS_KEPT  # more than a rolling upgrade of nodes causes; the status knows of no more
 
 
 def attempt(end: PodEnd, number: int, step: int | None, rank: int | None) -> Attempt:
@@ -154,6 +155,17 @@ def no_progress_of_shards(ends: Sequence[PodEnd]) -> str | None:
                 f" {outputs[-1]}; {last_end(attempt(last[-1], 0, None, index))}"
             )
     return None
+
+
+def evicted_too_often(attempts: Sequence[Attempt]) -> str | None:
+    """The message about a pod of `prepare` or `publish` that the cluster has stopped again and again, else None.
+
+    The cluster starts it again each time, and charges nothing. `attempts`: those of one child.
+    """
+    last = attempts[-EVICTIONS:]
+    if len(last) < EVICTIONS or any(known.reason != ExitCode.PREEMPTED.reason for known in last):
+        return None
+    return f"the cluster has stopped the pod {EVICTIONS} times in a row before it was done; {last_end(last[-1])}"
 
 
 def last_end(last: Attempt) -> str:

@@ -119,6 +119,8 @@ def at_work(ctx: Context, child: Object) -> Step:
     if repeated:
         return stop_run(ctx, repeated.reason, repeated.message)
 
+    if given_up := waiting.given_up(ctx, "run"):
+        return stop_run(ctx, given_up.reason, given_up.message)
     pending, again = waiting.pending_reason(ctx, "run", ctx.workload.pods)
     if pending:
         return ctx.waits(RUNNING, pending.reason, pending.message, requeue_after=again)

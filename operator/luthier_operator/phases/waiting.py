@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
@@ -11,8 +11,8 @@ from luthier_api.exitcodes import ExitCode, Retry
 from luthier_api.status import Phase
 from luthier_operator import children, naming
 from luthier_operator.children import PendingReason
-from luthier_operator.failure.attempts import ATTEMPTS_KEPT
-from luthier_operator.failure.cause import location
+from luthier_operator.failure.attempts import ATTEMPTS_KEPT, evicted_too_often
+from luthier_operator.failure.cause import Failure, location
 from luthier_operator.model import ChildRef, Object
 from luthier_operator.phases import queued
 from luthier_operator.phases.context import Context, Step
@@ -38,6 +38,12 @@ SECONDS_PER_POD = 0.1  # the controllers create about 20 pods a second, for all 
 CONTAINER_SECONDS = 30.0
 """Volumes are mounted within seconds. A longer delay is reported, even if it is only a large image."""
 PODS_NAMED = 3  # in a message
+CONDITIONS: Mapping[Phase, ConditionType] = {
+    "prepare": ConditionType.PREPARED,
+    "run": ConditionType.RUNNING,
+    "publish": ConditionType.PUBLISHED,
+}
+"""Phase → the condition that says why it waits."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,9 @@ def for_one_pod(
 
     The condition says, in this order: why the pod does not start, how it failed last, or what it does (`reason`).
     """
+    if failed := given_up(ctx, phase):
+        ctx = ctx.with_condition(condition, "False", failed.reason, failed.message)
+        return ctx.fails(failed.reason, failed.message, delete=[ctx.workload.child(phase)])
     pending, again = pending_reason(ctx, phase, 1)
     if pending:
         return ctx.waits(condition, pending.reason, pending.message, requeue_after=again)
@@ -111,7 +120,7 @@ def pending_reason(ctx: Context, phase: Phase, pods: int) -> tuple[PendingReason
 
     found = children.pending_reason(ctx.pods(phase))
     if found:
-        return found, None
+        return as_before(ctx, phase, found), seconds_to_start(ctx, found)
 
     first = min(overdue(ctx, phase, pods), key=lambda expected: expected.due, default=None)
     if first is None:
@@ -123,6 +132,34 @@ def pending_reason(ctx: Context, phase: Phase, pods: int) -> tuple[PendingReason
     return None, min(seconds, ASK_AGAIN_SECONDS) if asked_in_vain else seconds
 
 
+def as_before(ctx: Context, phase: Phase, found: PendingReason) -> PendingReason:
+    """`found` with the message of the condition, where that says the same and more: see `image_pull_failed`."""
+    condition = ctx.status.condition(CONDITIONS[phase])
+    if condition and condition.reason == found.reason and condition.message.startswith(found.message):
+        return replace(found, message=condition.message)
+    return found
+
+
+def seconds_to_start(ctx: Context, found: PendingReason) -> float | None:
+    """Seconds for which a container that cannot start is still waited for. None where time does not end the wait."""
+    if found.since is None:
+        return None
+    return (found.since - ctx.now).total_seconds() + ctx.settings.start_timeout_seconds
+
+
+def given_up(ctx: Context, phase: Phase) -> Failure | None:
+    """Why the job fails although the cluster would go on trying to start a pod of `phase`."""
+    if phase != "run" and (message := evicted_too_often(ctx.attempts(phase))):
+        return Failure(Reason.NO_PROGRESS, message)
+    found = children.pending_reason(ctx.pods(phase))
+    left = seconds_to_start(ctx, found) if found else None
+    if found is None or left is None or left > 0:
+        return None
+    found = as_before(ctx, phase, found)
+    limit = f"{ctx.settings.start_timeout_seconds} seconds (jobs.startTimeoutSeconds in the chart)"
+    return Failure(found.reason, f"{found.message}. It was waited for {limit}")
+
+
 def warning(ctx: Context, phase: Phase) -> str | None:
     """What the Events of the child of `phase` say against its pods; empty if nothing, None if they were not read."""
     return ctx.observed.warnings.get(ctx.workload.child(phase))
@@ -130,14 +167,9 @@ def warning(ctx: Context, phase: Phase) -> str | None:
 
 def unexplained(ctx: Context) -> list[ChildRef]:
     """The children that have no pods yet, for a reason that only their Events can tell."""
-    conditions: dict[Phase, ConditionType] = {
-        "prepare": ConditionType.PREPARED,
-        "run": ConditionType.RUNNING,
-        "publish": ConditionType.PUBLISHED,
-    }
     return [
         ctx.workload.child(phase)
-        for phase, waits in conditions.items()
+        for phase, waits in CONDITIONS.items()
         if warning(ctx, phase) is None
         and (condition := ctx.status.condition(waits))
         and condition.status == "False"
