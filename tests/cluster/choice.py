@@ -12,10 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from cluster import probe
 from cluster.kind import KUBECONFIG as KIND_KUBECONFIG
 from cluster.kind import Kind
 from cluster.local.cluster import Local
 from cluster.local.shell import KUBECONFIG
+from luthier_operator.versions import INSTALL_JOBSET
 
 CLUSTERS: dict[str, Callable[[], "Cluster"]] = {"local": Local, "kind": Kind}
 # Targets of the Dockerfile: the variable that names the image where a given cluster already has it.
@@ -84,6 +86,13 @@ class Given:
             raise SystemExit(
                 f"KUBECONFIG={os.environ['KUBECONFIG']}: no API server answers. Unset it to use a cluster of this"
                 " machine."
+            )
+        asked = subprocess.run(
+            ["kubectl", *probe.CREATE], input=json.dumps(probe.JOBSET), text=True, stdout=subprocess.DEVNULL
+        )
+        if asked.returncode:
+            raise SystemExit(
+                f"KUBECONFIG={os.environ['KUBECONFIG']}: JobSet does not answer there. Install it: {INSTALL_JOBSET}"
             )
         return {"KUBECONFIG": os.environ["KUBECONFIG"]}
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cluster import kueue
+from cluster import kueue, probe
 from cluster.local.components import JOBSET, KUEUE
 
 NAME = "luthier"
@@ -23,8 +23,9 @@ KUEUE_CHART = ("oci://registry.k8s.io/kueue/charts/kueue", "--version", KUEUE[1]
 GPUS = json.dumps([{"op": "add", "path": "/status/capacity/nvidia.com~1gpu", "value": "8"}])
 
 
-def run(*args: str) -> None:
-    subprocess.run(args, check=True, stdout=sys.stderr, env=os.environ | {"KUBECONFIG": str(KUBECONFIG)})
+def run(*args: str, stdin: str | None = None) -> None:
+    environment = os.environ | {"KUBECONFIG": str(KUBECONFIG)}
+    subprocess.run(args, check=True, text=True, input=stdin, stdout=sys.stderr, env=environment)
 
 
 class Kind:
@@ -67,6 +68,10 @@ class Kind:
             "--create-namespace",
             "--wait",
         )
+        run("kubectl", "wait", "--for=condition=Ready", "node", "--all", "--timeout=2m")
+        # The components of the control plane, kube-proxy and CoreDNS
+        run("kubectl", "-n", "kube-system", "wait", "--for=condition=Ready", "pod", "--all", "--timeout=2m")
+        run("kubectl", *probe.CREATE, stdin=json.dumps(probe.JOBSET))
         run("kubectl", "patch", "node", f"{NAME}-control-plane", "--subresource=status", "--type=json", "-p", GPUS)
         return {"KUBECONFIG": str(KUBECONFIG)}
 

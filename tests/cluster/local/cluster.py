@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import kueue
+from cluster import kueue, probe
 
 from . import components, control_plane, images, node, volumes
 from .certificates import certificates
@@ -166,19 +166,10 @@ def helm(*arguments: object) -> None:
 
 def jobset_answers() -> bool:
     """The API server asks JobSet's webhook about it, which takes pods, their network and a Service."""
-    kubectl(
-        "create", "--dry-run=server", "-f", write("jobset.json", json.dumps(JOBSET_PROBE)), stderr=subprocess.DEVNULL
-    )
+    kubectl(*probe.CREATE, input=json.dumps(probe.JOBSET), stderr=subprocess.DEVNULL)
     return True
 
 
-NO_POD = {"spec": {"restartPolicy": "Never", "containers": [{"name": "none", "image": "none"}]}}
-JOBSET_PROBE = {
-    "apiVersion": "jobset.x-k8s.io/v1alpha2",
-    "kind": "JobSet",
-    "metadata": {"name": "probe", "namespace": "default"},
-    "spec": {"replicatedJobs": [{"name": "none", "template": {"spec": {"template": NO_POD}}}]},
-}
 # In the order in which they need each other.
 PARTS = (
     Part("registry", images.registry, images.registry_answers),
