@@ -29,7 +29,7 @@ from luthier_api import API_VERSION
 from luthier_api.kinds import KINDS
 from luthier_operator import naming
 from luthier_operator.model import Object
-from luthier_operator.wire import read_answer, read_event, read_list
+from luthier_operator.wire import read_answer, read_event, read_list, read_object
 
 VERSION = importlib.metadata.version("luthier")
 FIELD_MANAGER = "luthier"
@@ -201,7 +201,8 @@ class Client:
         meta = manifest["metadata"]
         path = RESOURCES[manifest["kind"]].path(meta["namespace"], meta["name"])
         query = {"fieldManager": FIELD_MANAGER, "force": "true"}
-        return await self._request("PATCH", path, query, manifest, "application/apply-patch+yaml")
+        read = functools.partial(read_object, manifest["kind"])
+        return await self._request("PATCH", path, query, manifest, "application/apply-patch+yaml", read)
 
     async def claim(self, manifest: Object) -> Object:
         """Create a volume claim if there is none of that name.
@@ -277,9 +278,9 @@ class Client:
         return newest[1]
 
     async def create(self, manifest: Object) -> Object:
-        return await self._request(
-            "POST", RESOURCES[manifest["kind"]].path(manifest["metadata"]["namespace"]), None, manifest
-        )
+        kind = manifest["kind"]
+        path = RESOURCES[kind].path(manifest["metadata"]["namespace"])
+        return await self._request("POST", path, None, manifest, read=functools.partial(read_object, kind))
 
     async def patch(self, kind: str, namespace: str, name: str, patch: Object) -> Object:
         return await self._request(

@@ -79,6 +79,7 @@ class List(TypedDict):
     items: list[Child]
 
 
+_CHILD = msgspec.json.Decoder(Child)
 _EVENT = msgspec.json.Decoder(Event)
 _LIST = msgspec.json.Decoder(List)
 _ANYTHING = msgspec.json.Decoder()
@@ -98,6 +99,15 @@ def read_list(kind: str, text: bytes) -> Object:
     if kind in CHILDREN:
         with contextlib.suppress(msgspec.DecodeError):
             found: Any = _LIST.decode(text)
+            return dict(found)
+    return read_answer(text)
+
+
+def read_object(kind: str, text: bytes) -> Object:
+    """An object of `kind`, or another answer."""
+    if kind in CHILDREN:
+        with contextlib.suppress(msgspec.DecodeError):
+            found: Any = _CHILD.decode(text)
             return dict(found)
     return read_answer(text)
 

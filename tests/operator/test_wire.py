@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from luthier_operator.wire import read_answer, read_event, read_list
+from luthier_operator.wire import read_answer, read_event, read_list, read_object
 
 POD = {
     "kind": "Pod",
@@ -83,6 +83,12 @@ def test_list(case: Case) -> None:
     assert found["metadata"] == {"resourceVersion": "7"}
     if case.event != "ERROR":
         assert found["items"] == [case.expect]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_object(case: Case) -> None:
+    if case.event != "ERROR":
+        assert read_object(case.kind, json.dumps(case.sent).encode()) == case.expect
 
 
 @pytest.mark.parametrize(

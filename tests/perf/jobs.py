@@ -297,7 +297,9 @@ async def measure(parts: argparse.Namespace, audit: Path) -> dict[str, Any]:
         clean()
         for namespace in (HERE, DIRECT):
             kubectl("create", "namespace", namespace)
-        return await measured()
+        result = await measured()
+        print(json.dumps(result), file=sys.stderr, flush=True)  # a benchmark of minutes says where it is
+        return result
 
     for size in parts.sizes:
         result = await in_empty_namespaces(functools.partial(throughput, client, audit, size))
