@@ -285,8 +285,16 @@ def clean() -> None:
         kubectl("delete", "namespace", namespace, "--ignore-not-found", "--timeout=300s")
 
 
-def kubectl(*arguments: str, check: bool = True) -> None:
-    subprocess.run(["kubectl", *arguments], check=check, capture_output=True)
+def kubectl(*arguments: str, check: bool = True) -> str:
+    return subprocess.run(["kubectl", *arguments], check=check, capture_output=True, text=True).stdout
+
+
+def check_alone() -> None:
+    """Raises SystemExit if an installed operator runs: both would write to the same jobs."""
+    query = "jsonpath={range .items[?(@.status.replicas)]}{.metadata.namespace}/{.metadata.name} {end}"
+    found = kubectl("get", "deployments", "-A", "-l", "app.kubernetes.io/name=luthier", "-o", query).split()
+    if found:
+        raise SystemExit(f"an operator is installed: {', '.join(found)}. Scale it to 0 while the benchmark runs")
 
 
 async def measure(parts: argparse.Namespace, audit: Path) -> dict[str, Any]:
@@ -325,6 +333,7 @@ def main(arguments: Sequence[str] = ()) -> dict[str, Any]:
 
     os.environ.update(choice.cluster().ensure())
     choice.cluster().check_free()
+    check_alone()
     top = Path(__file__).resolve().parents[2]
     kubectl("apply", "--server-side", "--force-conflicts", "-f", str(top / "crds"))
     return asyncio.run(measure(parts, Path(os.environ["KUBECONFIG"]).parent / "audit.log"))
