@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from luthier_api.conditions import Reason
@@ -233,7 +233,7 @@ class Unbound:
     """The scheduler's message about a claim that is missing or not bound, and since when."""
 
     message: str
-    since: datetime
+    since: datetime | None
 
 
 def waits_for_volume(pod: Object) -> Unbound | None:
@@ -242,7 +242,7 @@ def waits_for_volume(pod: Object) -> Unbound | None:
     if deleting(pod) or found is None or VOLUME_TEXT not in found.get("message", "").lower():
         return None
     since = found.get("lastTransitionTime")
-    return Unbound(found["message"], moment(since) if since else datetime.min.replace(tzinfo=UTC))
+    return Unbound(found["message"], moment(since) if since else None)
 
 
 def _pending_reason(pod: Object) -> PendingReason | None:

@@ -75,8 +75,9 @@ class Settings(BaseSettings):
     job, may set a longer one.
     """
     start_timeout_seconds: Annotated[int, Field(ge=60)] = 1800
-    """Seconds for which a pod that has a node is waited for, whose image cannot be pulled or whose Secret is missing.
-    After that its job fails, so that it holds no GPUs any more.
+    """Seconds for which a pod is waited for that cannot start without somebody's help: its image cannot be pulled, a
+    Secret or claim is missing, the cluster refuses it for another reason than a quota. After that its job fails, so that
+    it holds no GPUs any more.
     """
     step_timeout_seconds: Annotated[int, Field(ge=30)] = STEP_TIMEOUT_SECONDS
     """Seconds without a step after which a run counts as hung, at most; a job may set its own limit. Its pods then

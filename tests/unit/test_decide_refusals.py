@@ -61,7 +61,7 @@ CASES = [
         name="a limit",
         warning=LIMIT,
         born=at(-31),
-        expect="waits",
+        expect="again in 1769 s",
         condition=(
             f"False NoPods: spec.resources: the cluster refuses the pods of JobSet ftj-bot-run: {LIMIT}. To solve it:"
             " stay within the LimitRange of the namespace, or have it changed"
@@ -71,7 +71,7 @@ CASES = [
         name="a priority class that does not exist",
         warning='pods "x" is forbidden: no PriorityClass with name urgent was found',
         born=at(-31),
-        expect="waits",
+        expect="again in 1769 s",
         condition=(
             "False NoPods: spec.scheduling.priorityClassName: the cluster refuses the pods of JobSet ftj-bot-run:"
             ' pods "x" is forbidden: no PriorityClass with name urgent was found. To solve it: name one that `kubectl'
@@ -82,7 +82,7 @@ CASES = [
         name="a policy of the cluster",
         warning="admission webhook says no",
         born=at(-31),
-        expect="waits",
+        expect="again in 1769 s",
         condition="False NoPods: the cluster refuses the pods of JobSet ftj-bot-run: admission webhook says no",
     ),
     Case(
@@ -118,6 +118,26 @@ def test_the_resources_of_prepare_are_not_those_of_the_job() -> None:
     warnings = {ChildRef("Job", "ftj-bot-prepare"): LIMIT}
     decision = decided(PREPARES, child(PREPARES, "prepare", born=at(-31)), warnings=warnings)
     assert said(decision, "Prepared").startswith("False NoPods: the cluster refuses the pods of Job ftj-bot-prepare: ")
+
+
+def test_a_refusal_that_never_ends_by_itself_ends_the_job() -> None:
+    decision = decided(WAITS, child(WAITS, "run", born=at(-1800)), warnings={JOBSET: LIMIT})
+    assert describe(decision) == "deletes JobSet ftj-bot-run; Failed NoPods"
+    waited = "or have it changed. It was waited for 1800 seconds (jobs.startTimeoutSeconds in the chart). To go on, "
+    assert waited in said(decision, "Failed")
+
+
+def test_a_quota_is_waited_for() -> None:
+    decision = decided(WAITS, child(WAITS, "run", born=at(-100_000)), warnings={JOBSET: QUOTA})
+    assert describe(decision) == "waits"
+
+
+def test_a_claim_that_never_comes_ends_the_job() -> None:
+    job = fine_tune(ACCEPTED, **NAMED)
+    lost = pod(job, "prepare", unschedulable='persistentvolumeclaim "shared" not found', since=at(-1800))
+    decision = decided(job, child(job, "prepare"), pods=[lost])
+    assert describe(decision) == "deletes Job ftj-bot-prepare; Failed WaitingForVolume"
+    assert "spec.workspace.claimName: claim shared is not ready" in said(decision, "Failed")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ class Remedy:
     """In lower case."""
     field: str
     remedy: str
+    may_pass: bool = False
+    """Whether the refusal ends when other pods do, so that there is no limit to waiting for it."""
 
 
 REMEDIES = (
@@ -32,6 +34,7 @@ REMEDIES = (
         text="exceeded quota",
         field="resources",
         remedy="ask for less, wait until other pods of the namespace have ended, or have its ResourceQuota raised",
+        may_pass=True,
     ),
     Remedy(
         text="failed quota",
@@ -56,10 +59,21 @@ REMEDIES = (
 )
 
 
+def remedy(message: str) -> Remedy | None:
+    """What helps against a refusal of the cluster, if it is known."""
+    return next((known for known in REMEDIES if known.text in message.lower()), None)
+
+
+def may_pass(message: str) -> bool:
+    """Whether a refusal of the cluster ends by itself."""
+    found = remedy(message)
+    return found is not None and found.may_pass
+
+
 def refused_pods(phase: Phase, described: str, message: str) -> str:
     """`message` of the cluster about the pods of `described`, a Job or JobSet, with the field and what helps."""
     text = f"the cluster refuses the pods of {described}: {message}"
-    found = next((remedy for remedy in REMEDIES if remedy.text in message.lower()), None)
+    found = remedy(message)
     if found is None:
         return text
     # Resources of the other phases are not those of the job's own pods.

@@ -16,7 +16,7 @@ from luthier_operator.failure.cause import Failure, location
 from luthier_operator.model import ChildRef, Object
 from luthier_operator.phases import queued
 from luthier_operator.phases.context import Context, Step
-from luthier_operator.phases.refusals import missing_volume, refused_pods
+from luthier_operator.phases.refusals import may_pass, missing_volume, refused_pods
 
 EVIDENCE_SECONDS = 3.0
 """A child and its pods are watched separately. For this long after a child has ended, messages of its pods may still
@@ -127,7 +127,7 @@ def pending_reason(ctx: Context, phase: Phase, pods: int) -> tuple[PendingReason
         return None, None
     asked_in_vain = first.reason.reason == Reason.NO_PODS and warning(ctx, phase) == ""
     if first.due <= ctx.now:
-        return first.reason, ASK_AGAIN_SECONDS if asked_in_vain else None
+        return first.reason, ASK_AGAIN_SECONDS if asked_in_vain else seconds_to_start(ctx, first.reason)
     seconds = (first.due - ctx.now).total_seconds()
     return None, min(seconds, ASK_AGAIN_SECONDS) if asked_in_vain else seconds
 
@@ -151,7 +151,9 @@ def given_up(ctx: Context, phase: Phase) -> Failure | None:
     """Why the job fails although the cluster would go on trying to start a pod of `phase`."""
     if phase != "run" and (message := evicted_too_often(ctx.attempts(phase))):
         return Failure(Reason.NO_PROGRESS, message)
-    found = children.pending_reason(ctx.pods(phase))
+    pods = ctx.workload.pods if phase == "run" else 1
+    expected = (one.reason for one in overdue(ctx, phase, pods) if one.reason.since)
+    found = children.pending_reason(ctx.pods(phase)) or next(expected, None)
     left = seconds_to_start(ctx, found) if found else None
     if found is None or left is None or left > 0:
         return None
@@ -186,15 +188,16 @@ def overdue(ctx: Context, phase: Phase, pods: int) -> Iterator[Overdue]:
     if child and since and created < pods and not ctx.attempts(phase):
         found = warning(ctx, phase)
         seconds = (NO_CONTROLLER_SECONDS if found == "" else NO_POD_SECONDS) + SECONDS_PER_POD * pods
-        message = (
-            refused_pods(phase, name(child), found) if found else no_pods(child, created, pods, asked=found is not None)
-        )
-        yield Overdue(since + timedelta(seconds=seconds), PendingReason(Reason.NO_PODS, message))
+        reason = PendingReason(Reason.NO_PODS, no_pods(child, created, pods, asked=found is not None))
+        if found:
+            message = refused_pods(phase, name(child), found)
+            reason = PendingReason(Reason.NO_PODS, message, since=None if may_pass(found) else since)
+        yield Overdue(since + timedelta(seconds=seconds), reason)
     for pod in living:
         if unbound := children.waits_for_volume(pod):
             message = missing_volume(ctx, phase, pod["metadata"]["name"], unbound.message)
-            due = unbound.since + timedelta(seconds=VOLUME_SECONDS)
-            yield Overdue(due, PendingReason(Reason.WAITING_FOR_VOLUME, message))
+            due = unbound.since + timedelta(seconds=VOLUME_SECONDS) if unbound.since else ctx.now
+            yield Overdue(due, PendingReason(Reason.WAITING_FOR_VOLUME, message, since=unbound.since))
         scheduled = children.scheduled(pod)
         if scheduled and not children.deleting(pod) and "running" not in children.container(pod):
             due = scheduled + timedelta(seconds=CONTAINER_SECONDS)
