@@ -76,8 +76,8 @@ class Settings(BaseSettings):
     """
     start_timeout_seconds: Annotated[int, Field(ge=60)] = 1800
     """Seconds for which a pod is waited for that cannot start without somebody's help: its image cannot be pulled, a
-    Secret or claim is missing, the cluster refuses it for another reason than a quota. After that its job fails, so that
-    it holds no GPUs any more.
+    Secret or claim is missing, the cluster refuses it for another reason than a quota. After that its job fails, so
+    that it holds no GPUs any more.
     """
     step_timeout_seconds: Annotated[int, Field(ge=30)] = STEP_TIMEOUT_SECONDS
     """Seconds without a step after which a run counts as hung, at most; a job may set its own limit. Its pods then
