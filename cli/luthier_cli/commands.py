@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -55,6 +56,8 @@ As = Annotated[Output, typer.Option("--output", "-o", help="json: one document o
 OnCpu = Annotated[bool, typer.Option("--cpu", help="Run without GPUs, whatever the manifest requests.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: delete the files of earlier runs of these jobs.")]
 DEFAULT_ROOT = Path("luthier-runs")
+PROFILES = ("LUTHIER_GPU_CLASSES", "LUTHIER_NAMESPACE_POLICIES")
+"""Variables with which `plan --quick` judges a job as the operator would that has them."""
 
 
 @app.command()
@@ -110,6 +113,7 @@ def render(files: Files) -> None:
     settings = _settings()
     with _extra("operator"):
         from luthier_operator.objects import objects
+        from luthier_operator.policy import NotAllowed
 
     class Readable(yaml.SafeDumper):
         """Writes texts of several lines, such as run.json, as blocks."""
@@ -121,7 +125,10 @@ def render(files: Files) -> None:
         ),
     )
     for job in jobs:
-        drawn = objects(job, settings, jobs)
+        try:
+            drawn = objects(job, settings, jobs)
+        except NotAllowed as refused:
+            _refuse([f"{job.metadata.name}: {refused}"], ExitCode.INVALID_SPEC, Output.TEXT)
         typer.echo(
             yaml.dump_all(drawn, Dumper=Readable, sort_keys=False, explicit_start=True, width=120, allow_unicode=True),
             nl=False,
@@ -205,7 +212,11 @@ def _settings() -> Settings:
         return Settings()
     except ValidationError as error:
         # Without the value: the URL of a proxy may hold a password
-        problems = [f"{e['loc'][0]}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
+        problems = [
+            f"{': '.join(filter(None, (str(e['loc'][0]), '.'.join(map(str, e['loc'][1:])))))}:"
+            f" {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        ]
         _refuse(problems, ExitCode.MISCONFIGURED, Output.TEXT)
 
 
@@ -266,9 +277,8 @@ def _intend(files: list[str], workspace: Path, mount: list[str], output: Output,
     from luthier_cli.screen import intent
 
     try:
-        intents = [
-            intent(job) | {"spec": job.manifest.job.spec.dump()} for job in _lay_out(files, workspace, mount, cpu)
-        ]
+        jobs = [_on_the_cluster(job) for job in _lay_out(files, workspace, mount, cpu)]
+        intents = [intent(job) | {"spec": job.manifest.job.spec.dump()} for job in jobs]
     except Refused as refused:
         _refuse(refused.problems, refused.code, output)
     if output is Output.JSON:
@@ -279,6 +289,25 @@ def _intend(files: list[str], workspace: Path, mount: list[str], output: Output,
     for job in intents:
         typer.echo(yaml.safe_dump({k: v for k, v in job.items() if v not in (None, [])}, sort_keys=False), nl=False)
         typer.echo("---")
+
+
+def _on_the_cluster(job: LocalJob) -> LocalJob:
+    """The job with the administrator's defaults, where the environment has profiles as the operator's would.
+
+    Raises Refused if they refuse it.
+    """
+    if not any(os.environ.get(variable) for variable in PROFILES):
+        return job
+    from luthier_cli.manifests import Refused
+    from luthier_operator.policy import NotAllowed, check, with_defaults
+
+    settings = _settings()
+    filled = replace(job.manifest, job=with_defaults(job.manifest.job, settings))
+    try:
+        check(filled.workload, settings)
+    except NotAllowed as refused:
+        raise Refused([f"{filled.file}: {filled.name}: {refused}"]) from None
+    return replace(job, manifest=filled)
 
 
 def _code(outcomes: list[Outcome]) -> int:

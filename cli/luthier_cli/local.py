@@ -221,6 +221,7 @@ def on_cpu(manifest: Manifest) -> Manifest:
     document = manifest.job.model_dump(mode="json", by_alias=True, exclude_none=True)
     field = manifest.workload.gpus_field.rpartition(".")[2]
     document["spec"]["resources"][field] = 0
+    document["spec"]["resources"].pop("gpuClass", None)
     try:
         return Manifest(check_job(document), manifest.file)
     except InvalidJob as error:

@@ -24,6 +24,8 @@ class Reason(StrEnum):
     ACCEPTED = "Accepted"
     JOB_SET_MISSING = "JobSetMissing"
     INVALID_SPEC = "InvalidSpec"
+    NOT_ALLOWED = "NotAllowed"
+    """The administrator's settings refuse what the job asks for."""
     # waiting
     WAITING_FOR_JOB = "WaitingForJob"
     WAITING_FOR_QUEUE = "WaitingForQueue"

@@ -11,6 +11,7 @@ import ast
 import inspect
 import math
 from collections.abc import Iterable, Iterator
+from functools import cache
 from itertools import pairwise
 from textwrap import dedent
 from typing import Any
@@ -55,6 +56,7 @@ class WithFactories(GenerateJsonSchema):
         return made if isinstance(made, ApiModel) else super().get_default_value(schema)
 
 
+@cache
 def descriptions(model: type[ApiModel]) -> dict[str, str]:
     """Field → the text below it in the source. pydantic could read it, at each import: a quarter of what PID 1 takes to
     start.

@@ -65,7 +65,7 @@ class Decides(Enum):
     PUBLICATION = Consequence(changes=Changes.ALWAYS, in_run=True, in_result=False, resumes=True, planned=False)
     """Where the result is published. It may change, so that a failed upload can be repaired."""
     BUDGET = Consequence(changes=Changes.ALWAYS, in_run=False, in_result=False, resumes=True, planned=False)
-    """How often the work is tried. The operator alone reads it."""
+    """How much at once and how often the work is tried. The operator alone reads it."""
     LIFE_CYCLE = Consequence(changes=Changes.ALWAYS, in_run=False, in_result=False, resumes=False, planned=False)
     """When the job starts, stops and is deleted. The operator alone reads it."""
 

@@ -13,13 +13,15 @@ from luthier_api.formats import DatasetFormat
 from luthier_api.marks import For, Table, TabledSpec, by_table, works_with
 from luthier_api.methods import METHODS, QUANTIZATIONS, STRATEGIES, MethodType, Strategy
 from luthier_api.quantity import Bytes, Cores
+from luthier_api.scheduling import Scheduling
 from luthier_api.spec import (
     DatasetSource,
     Hub,
     JobControl,
     ModelSource,
+    ObjectName,
     Path,
-    Scheduling,
+    PhaseResources,
     Seed,
     ShortText,
     Volumes,
@@ -207,18 +209,34 @@ class TrainingResources(ApiModel):
     """GPUs of each pod, one process on each. 0: train on CPU."""
     processes_per_node: Annotated[int | None, Field(ge=1, le=64)] = None
     """Processes of each pod of a CPU job; 1 when left out."""
+    gpu_class: Annotated[ObjectName | None, CIRCUMSTANCES] = None
+    """Kind of GPU, by the name that the administrator has given it (`gpuClasses` of the chart): which resource is
+    requested, and on which nodes. Left out: that of the namespace, or else any GPU.
+    """
     cpu: Annotated[Cores | None, CIRCUMSTANCES] = None
     """CPU request of each pod, in cores, for example 16 or 500m; none when left out."""
     memory: Annotated[Bytes | None, CIRCUMSTANCES] = None
     """Memory request and limit of each pod, for example 64Gi; neither when left out."""
+    ephemeral_storage: Annotated[Bytes | None, CIRCUMSTANCES] = None
+    """Local disk of each pod for /tmp, as request and limit, for example 50Gi. Left out: no request, and the limit that
+    the administrator has set (`jobs.tmpSize` of the chart; 20Gi if they have not).
+    """
 
     rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "!has(self.gpuClass) || self.gpusPerNode > 0",
+            "resources.gpuClass: the job requests no GPUs; remove it, or set gpusPerNode",
+        ),
         Rule(
             "!has(self.processesPerNode) || self.gpusPerNode == 0",
             "resources.processesPerNode: a GPU job runs one process a GPU; remove it, or set gpusPerNode: 0 to train"
             " on CPU",
         ),
     )
+
+    @property
+    def gpus_per_pod(self) -> int:
+        return self.gpus_per_node
 
     @property
     def processes(self) -> int:
@@ -277,11 +295,13 @@ class FineTuneJobSpec(JobControl, TabledSpec):
     volumes: Annotated[Volumes, CIRCUMSTANCES] = Field(default_factory=list)
     """Claims and config maps of the namespace that every pod of the job sees, read-only: data, models, prompts."""
     hub: Annotated[Hub | None, PUBLICATION] = None
+    prepare: Annotated[PhaseResources | None, CIRCUMSTANCES] = None
+    publish: Annotated[PhaseResources | None, CIRCUMSTANCES] = None
     scheduling: Annotated[Scheduling, CIRCUMSTANCES] = Field(default_factory=Scheduling)
     restarts: Annotated[Restarts, BUDGET] = Field(default_factory=Restarts)
 
     rules: ClassVar[tuple[Rule, ...]] = (
-        alone_on_its_claim("resources.nodes"),
+        alone_on_its_claim("resources.nodes", "self.resources.nodes == 1"),
         *works_with("task", METHODS_OF_TASKS, "method.type", METHODS),
         *works_with("task", FORMATS_OF_TASKS, "dataset.?format", get_args(DatasetFormat)),
         *works_with("task", QUANTIZATIONS_OF_TASKS, "model.?quantization.type", QUANTIZATIONS),

@@ -11,16 +11,18 @@ from luthier_api.base import SET, ApiModel, Format, Rule
 from luthier_api.decides import BUDGET, CIRCUMSTANCES, PLACE, PUBLICATION, RESULT
 from luthier_api.marks import For, Table, TabledSpec, by_table
 from luthier_api.quantity import Bytes, Cores
+from luthier_api.scheduling import Scheduling
 from luthier_api.spec import (
     DatasetSource,
     Hub,
     JobControl,
     JobName,
     ModelSource,
+    ObjectName,
     Path,
+    PhaseResources,
     Repository,
     Revision,
-    Scheduling,
     Seed,
     ShortText,
     Volumes,
@@ -227,10 +229,29 @@ class GenerateResources(ApiModel):
 
     gpus: Annotated[int, Field(ge=0, le=1)] = 1
     """GPUs of each shard: 1, or 0 to run on CPU."""
+    gpu_class: Annotated[ObjectName | None, CIRCUMSTANCES] = None
+    """Kind of GPU, by the name that the administrator has given it (`gpuClasses` of the chart): which resource is
+    requested, and on which nodes. Left out: that of the namespace, or else any GPU.
+    """
     cpu: Annotated[Cores | None, CIRCUMSTANCES] = None
     """CPU request of each shard, in cores, for example 8 or 500m; none when left out."""
     memory: Annotated[Bytes | None, CIRCUMSTANCES] = None
     """Memory request and limit of each shard, for example 24Gi; neither when left out."""
+    ephemeral_storage: Annotated[Bytes | None, CIRCUMSTANCES] = None
+    """Local disk of each shard for /tmp, as request and limit, for example 50Gi. Left out: no request, and the limit
+    that the administrator has set (`jobs.tmpSize` of the chart; 20Gi if they have not).
+    """
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "!has(self.gpuClass) || self.gpus > 0",
+            "resources.gpuClass: the job requests no GPUs; remove it, or set gpus",
+        ),
+    )
+
+    @property
+    def gpus_per_pod(self) -> int:
+        return self.gpus
 
 
 class GenerateJobSpec(JobControl, TabledSpec):
@@ -258,11 +279,22 @@ class GenerateJobSpec(JobControl, TabledSpec):
     """Seed of rows that have none of their own."""
     shards: Annotated[int, Field(ge=1, le=4096), RESULT] = 1
     """Pods that share the rows; each resumes where it stopped."""
+    parallelism: Annotated[Annotated[int, Field(ge=1, le=4096)] | None, BUDGET] = None
+    """Shards that work at once; all when left out. Read when the run is created: to apply a change to a running job,
+    suspend and resume it.
+    """
+    max_failed_shards: Annotated[int, Field(ge=0, le=4095), BUDGET] = 0
+    """Shards that may fail for good while the others go on. 0: the first one stops all of them, because what it failed
+    of may be common to all. The job fails in either case; what was generated stays in the workspace. Read when the run
+    is created.
+    """
     resources: Annotated[GenerateResources, RESULT] = Field(default_factory=GenerateResources)
     workspace: Annotated[Workspace, PLACE] = Field(default_factory=Workspace)
     volumes: Annotated[Volumes, CIRCUMSTANCES] = Field(default_factory=list)
     """Claims and config maps of the namespace that every pod of the job sees, read-only: data, models, prompts."""
     hub: Annotated[Hub | None, PUBLICATION] = None
+    prepare: Annotated[PhaseResources | None, CIRCUMSTANCES] = None
+    publish: Annotated[PhaseResources | None, CIRCUMSTANCES] = None
     scheduling: Annotated[Scheduling, CIRCUMSTANCES] = Field(default_factory=Scheduling)
     retries_per_shard: Annotated[int, Field(ge=0, le=100), BUDGET] = 3
     """How often a shard is started again after a failure of the infrastructure. Read when the run is created: to apply
@@ -281,7 +313,11 @@ class GenerateJobSpec(JobControl, TabledSpec):
         return self.settings.per_prompt
 
     rules: ClassVar[tuple[Rule, ...]] = (
-        alone_on_its_claim("shards"),
+        alone_on_its_claim("shards", "self.shards == 1 || (has(self.parallelism) && self.parallelism == 1)"),
+        Rule(
+            "self.maxFailedShards < self.shards",
+            "spec.maxFailedShards: must be below spec.shards, the number of all shards",
+        ),
         Rule(
             "self.resources.gpus > 0 || self.precision != 'fp16'",
             "spec.precision: fp16 needs a GPU; use fp32 or bf16 on CPU",

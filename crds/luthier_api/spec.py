@@ -1,4 +1,4 @@
-"""Types that the specs of both kinds use: sources of models and data, workspace, volumes, Hub, scheduling."""
+"""Types that the specs of both kinds use: sources of models and data, workspace, volumes, Hub, life cycle."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from luthier_api.base import ApiModel, Format, Rule, map_by
-from luthier_api.decides import BUDGET, LIFE_CYCLE
+from luthier_api.decides import BUDGET, CIRCUMSTANCES, LIFE_CYCLE
 from luthier_api.formats import FORMATS, DatasetFormat
 from luthier_api.marks import For, by_table
 from luthier_api.methods import QuantizationType
-from luthier_api.quantity import Bytes
+from luthier_api.quantity import Bytes, Cores
 
 ShortText = Annotated[str, Field(min_length=1, max_length=253)]
 SYSTEM_FOLDERS = ("dev", "etc", "proc", "run", "sys", "var/run")
@@ -57,19 +57,6 @@ KeyName = Annotated[
         "^[.]?[-_a-zA-Z0-9][-._a-zA-Z0-9]*$",
         "must be a key of a Secret: letters, digits, '-', '_' and '.', such as token",
     ),
-]
-LabelKey = Annotated[
-    str,
-    Field(max_length=317),
-    Format(
-        f"^({LABEL}([.]{LABEL})*/)?[a-zA-Z0-9]([-_.a-zA-Z0-9]{{0,61}}[a-zA-Z0-9])?$",
-        "must be the key of a label, such as gpu or example.com/gpu",
-    ),
-]
-LabelValue = Annotated[
-    str,
-    Field(max_length=63),
-    Format(f"^({WORD})?$", "must be the value of a label: letters, digits, '-', '_' and '.', such as h100"),
 ]
 MountPath = Annotated[
     str,
@@ -124,10 +111,10 @@ def train_alone(field: str) -> Rule:
     )
 
 
-def alone_on_its_claim(pods: str) -> Rule:
-    """`pods`: the field that says how many work at once."""
+def alone_on_its_claim(pods: str, alone: str) -> Rule:
+    """`pods`: the field that says how many work at once. `alone`: CEL for that it is one."""
     return Rule(
-        f"!has(self.workspace.accessMode) || self.workspace.accessMode != 'ReadWriteOncePod' || self.{pods} == 1",
+        f"!has(self.workspace.accessMode) || self.workspace.accessMode != 'ReadWriteOncePod' || {alone}",
         f"spec.workspace.accessMode: ReadWriteOncePod lets one pod work at a time; use ReadWriteMany, or set {pods}: 1",
     )
 
@@ -272,7 +259,7 @@ class Workspace(ApiModel):
     """Its access mode; ReadWriteMany where several pods work at once, else ReadWriteOnce."""
     when_deleted: Literal["Keep", "Delete"] = "Keep"
     """Whether the created claim is deleted with the job. Keep: results remain after the job and its TTL."""
-    ownership: Literal["Keep", "Change"] = "Keep"
+    ownership: Annotated[Literal["Keep", "Change"], CIRCUMSTANCES] = "Keep"
     """Whether Kubernetes may change owners on an existing claim. Keep: it does not, so user or group 1000 must be able
     to write at the root of the claim. Change: the first pod gives every file on it to group 1000 and lets that group
     read and write it (fsGroup); for a claim that holds nothing else. A claim that the operator creates needs neither.
@@ -383,53 +370,17 @@ class Hub(ApiModel):
     )
 
 
-class Toleration(ApiModel):
-    """A taint that the pods accept, as in a pod spec."""
-
-    key: LabelKey
-    """Key of the taint, for example nvidia.com/gpu."""
-    operator: Literal["Exists", "Equal"] = "Equal"
-    """Exists: whatever the taint's value. Equal: only `value`."""
-    value: LabelValue | None = None
-    """Value of the taint, for Equal; empty when left out."""
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    """Effect of the taint; all effects when left out."""
-
-    rules: ClassVar[tuple[Rule, ...]] = (
-        Rule(
-            "self.operator != 'Exists' || !has(self.value) || self.value == ''",
-            "tolerations.value: operator Exists takes any value; remove value, or use operator: Equal",
-        ),
-    )
-
-
-class Scheduling(ApiModel):
-    """Where and when the pods that do the work run."""
-
-    queue_name: QueueName | None = None
-    """Kueue LocalQueue of the namespace, for the pods that train or generate; without it they start as soon as they
-    fit. `prepare` and `publish` are not queued.
+class PhaseResources(ApiModel):
+    """The pod of `prepare` or `publish`, which holds no GPU. What is left out, the administrator has set
+    (`jobs.prepareResources` and `jobs.publishResources` of the chart).
     """
-    priority_class_name: ObjectName | None = None
-    """PriorityClass of the pods of all phases; the cluster's default when left out."""
-    node_selector: Annotated[dict[LabelKey, LabelValue], Field(max_length=32)] = Field(default_factory=dict)
-    """Labels that a node must have for the pods that train or generate, for example {gpu: h100}. `prepare` and
-    `publish` run anywhere.
-    """
-    tolerations: Annotated[list[Toleration], Field(max_length=32)] = Field(default_factory=list)
-    """Taints that the pods of all phases accept. Pods leave an unreachable node after one minute."""
-    grace_period_seconds: Annotated[Seconds, Field(ge=15)] | None = None
-    """Seconds between SIGTERM and SIGKILL of the pods that train or generate (terminationGracePeriodSeconds). Left out:
-    what the plan needs to save a checkpoint, and no less than the operator's setting. Spot nodes and the cluster
-    autoscaler may give less.
-    """
-    step_timeout_seconds: Annotated[Seconds, Field(ge=30)] | None = None
-    """Seconds without a step of the training, a batch of an evaluation or an output of a generation, after which the
-    pods count as hung: the stacks of all processes are written to the log, and the pods end with 80 and are started
-    again. A save that is planned to take longer is waited for, and the first step may take three times as long, or
-    half an hour. Left out: 20 times the longest step so far, but no less than 10 minutes and no more than the
-    operator's setting.
-    """
+
+    cpu: Cores | None = None
+    """CPU request, in cores, for example 4 or 500m."""
+    memory: Bytes | None = None
+    """Memory request and limit, for example 16Gi."""
+    ephemeral_storage: Bytes | None = None
+    """Local disk for /tmp, as request and limit, for example 50Gi."""
 
 
 class JobControl(ApiModel):

@@ -67,6 +67,7 @@ WITHOUT_EVENT = {
     R.WAITING_FOR_PODS,
     R.DEADLINE_EXCEEDED,
     R.NO_PROGRESS,
+    R.NOT_ALLOWED,
     R.SUSPENDED,
 }
 REASONS_OF_EXIT_CODES = {code.reason for code in ExitCode}

@@ -12,6 +12,7 @@ from luthier_api.kinds import FineTuneJob
 from luthier_operator import naming
 from luthier_operator.model import Job, Object
 from luthier_operator.naming import Place
+from luthier_operator.policy import check, with_defaults
 from luthier_operator.render.claim import claim
 from luthier_operator.render.configmap import configmap
 from luthier_operator.render.job import prepare, publish
@@ -26,7 +27,7 @@ def objects(job: Job, settings: Settings | None = None, others: Iterable[Job] = 
     """All objects of `job`, in the order in which the operator applies them.
 
     `others`: jobs whose results it may use. A FineTuneJob that it names and that is not among them is assumed to have a
-    claim of its own.
+    claim of its own. Raises NotAllowed if the settings refuse the job.
     """
     if settings is None:
         from luthier_operator.settings import Settings as Defaults
@@ -37,7 +38,9 @@ def objects(job: Job, settings: Settings | None = None, others: Iterable[Job] = 
         name: naming.place(source) if source else _place_of_unknown(name)
         for name, source in needed_jobs(job, known.get).items()
     }
+    job = with_defaults(job, settings)
     work = workload(job)
+    check(work, settings)
     found = [
         configmap(work, settings, places),
         claim(work, settings),

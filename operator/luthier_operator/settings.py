@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from luthier_api.quantity import Bytes, Cores
+from luthier_api.quantity import Bytes
 from luthier_api.run import STEP_TIMEOUT_SECONDS
 from luthier_api.spec import ObjectName
 from luthier_api.variables import Variables
+from luthier_operator.profiles import GpuClass, KeyPattern, PodResources, Policies, ResourceAmounts
 from luthier_operator.versions import RELEASE
 
 Names = Annotated[tuple[ObjectName, ...], NoDecode]
@@ -56,10 +57,33 @@ class Settings(BaseSettings):
     """Group of all pods of the jobs; empty: the cluster chooses."""
     gpu_resource: str = "nvidia.com/gpu"
     """Extended resource name of a GPU."""
-    cpu_request: Cores = "100m"
-    """CPU request of the pods of `prepare` and `publish`, in cores."""
-    memory_request: Bytes = "512Mi"
-    """Memory request of the pods of `prepare` and `publish`."""
+    gpu_classes: Annotated[dict[ObjectName, GpuClass], NoDecode] = {}
+    """Classes of GPUs that a job may name (`resources.gpuClass`), as JSON: name to resource, node selector and so on.
+    """
+    namespace_policies: Annotated[Policies, NoDecode] = {}
+    """Defaults and maxima of jobs, as JSON: namespace to policy; * stands for all other namespaces."""
+    allowed_labels: Annotated[tuple[KeyPattern, ...], NoDecode] = ("team", "project", "cost-center")
+    """Keys of `scheduling.labels` that a job may set, separated by commas; * at the end stands for any rest."""
+    allowed_annotations: Annotated[tuple[KeyPattern, ...], NoDecode] = (
+        "karpenter.sh/do-not-disrupt",
+        "cluster-autoscaler.kubernetes.io/safe-to-evict",
+        "kueue.x-k8s.io/podset-*",
+    )
+    """Keys of `scheduling.annotations` that a job may set, likewise. An annotation can make other controllers give the
+    pod credentials, networks or containers.
+    """
+    prepare_resources: Annotated[PodResources, NoDecode] = PodResources(
+        requests=ResourceAmounts(cpu="100m", memory="512Mi")
+    )
+    """Requests and limits of the pod of `prepare`, as JSON; a job may set others."""
+    publish_resources: Annotated[PodResources, NoDecode] = PodResources(
+        requests=ResourceAmounts(cpu="100m", memory="512Mi")
+    )
+    """Requests and limits of the pod of `publish`, likewise."""
+    tmp_size: Bytes = "20Gi"
+    """Most that a pod may write to /tmp, for caches of libraries, unless the job sets `ephemeralStorage`. A pod that
+    writes more is evicted.
+    """
     prepare_retries: Annotated[int, Field(ge=0)] = 6
     """Retries of `prepare` after failures of the infrastructure. The default takes about 10 minutes, with Kubernetes'
     back-off.
@@ -106,19 +130,33 @@ class Settings(BaseSettings):
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(str.upper)] = "INFO"
     """Lowest level of messages in the log of the operator."""
 
-    @field_validator("namespaces", "image_pull_secrets", mode="before")
+    @field_validator("namespaces", "image_pull_secrets", "allowed_labels", "allowed_annotations", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
-    @field_validator("env", mode="before")
+    @field_validator(
+        "env", "gpu_classes", "namespace_policies", "prepare_resources", "publish_resources", mode="before"
+    )
     @classmethod
     def _read(cls, value: object) -> object:
         """Raises ValueError for what is not JSON."""
         try:
-            return json.loads(value) if isinstance(value, str) else value
+            return json.loads(value, parse_float=str) if isinstance(value, str) else value  # 0.5 may be a quantity
         except ValueError as error:
-            raise ValueError(f"must be a JSON object of names and texts: {error}") from None
+            raise ValueError(f"must be a JSON object: {error}") from None
+
+    @field_validator("namespace_policies")
+    @classmethod
+    def _known_classes(cls, value: Policies, info: ValidationInfo) -> Policies:
+        """Raises ValueError for a class that is not among `gpu_classes`."""
+        known = info.data.get("gpu_classes", {})
+        for namespace, policy in value.items():
+            named = [*(policy.gpu_classes or []), *filter(None, [policy.defaults.gpu_class])]
+            for name in named:
+                if name not in known:
+                    raise ValueError(f"{namespace}: there is no class {name} in gpuClasses; add it, or remove the name")
+        return value
 
     @field_validator("env")
     @classmethod

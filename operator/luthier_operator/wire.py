@@ -57,6 +57,7 @@ class Status(TypedDict, total=False):
     active: Any
     succeeded: Any
     failed: Any
+    failedIndexes: Any
 
 
 class Child(TypedDict, total=False):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from luthier_api.base import ApiModel, Rule, model_in
@@ -84,8 +84,14 @@ def schemas(kind: str, part: str = "spec") -> Iterator[tuple[str, Document]]:
             if isinstance(node.get(word), dict):
                 yield from walk(f"{path}{mark}", node[word])
 
+    return walk(part, _drawn(kind)["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"][part])
+
+
+@cache
+def _drawn(kind: str) -> Document:
+    """The CRD of a kind. Not to be changed."""
     (drawn,) = [crd(k, info) for k, info in KINDS.items() if k == kind]
-    return walk(part, drawn["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"][part])
+    return drawn
 
 
 def stored(document: Document) -> Document:
@@ -126,6 +132,31 @@ def _models(model: type[ApiModel]) -> Iterator[type[ApiModel]]:
 
 def mounted(*paths: str) -> Change:
     return {"spec.volumes": [{"claimName": "a", "mountPath": path} for path in paths]}
+
+
+def node_terms(**expression: Any) -> list[Any]:
+    return [{"matchExpressions": [{"key": "gpu"} | expression]}]
+
+
+NODES = "spec.scheduling.affinity.nodeAffinity"
+REQUIRED, PREFERRED = (f"{word}DuringSchedulingIgnoredDuringExecution" for word in ("required", "preferred"))
+
+
+def node_expression(**expression: Any) -> Change:
+    return {f"{NODES}.{REQUIRED}": {"nodeSelectorTerms": node_terms(**expression)}}
+
+
+def preferred_node(**expression: Any) -> Change:
+    return {f"{NODES}.{PREFERRED}": [{"weight": 1, "preference": node_terms(**expression)[0]}]}
+
+
+def pod_term(kind: str = "podAffinity", key: str = "zone", **selector: Any) -> Change:
+    return {f"spec.scheduling.affinity.{kind}.{REQUIRED}": [{"topologyKey": key, "labelSelector": selector}]}
+
+
+def preferred_pods(kind: str = "podAffinity", key: str = "zone", **selector: Any) -> Change:
+    term = {"topologyKey": key, "labelSelector": selector}
+    return {f"spec.scheduling.affinity.{kind}.{PREFERRED}": [{"weight": 1, "podAffinityTerm": term}]}
 
 
 SECRET = {"name": "hf", "key": "token"}
@@ -592,6 +623,78 @@ CASES: list[Case] = [
             "spec.scheduling.tolerations": [{"key": "gpu", "operator": "Exists"}, {"key": "gpu", "value": "yes"}]
         },
     ),
+    *(
+        Case(
+            message=f"scheduling.{field}:",
+            refused={f"spec.scheduling.{field}": {key: "x"}},
+            accepted={f"spec.scheduling.{field}": {other: "x"}},
+        )
+        for field in ("labels", "annotations")
+        for key, other in (
+            ("luthier.dev/phase", "luthier.device/phase"),
+            ("app.kubernetes.io/managed-by", "app.kubernetes.io/part-of"),
+            ("batch.kubernetes.io/job-completion-index", "karpenter.sh/do-not-disrupt"),
+            ("jobset.sigs.k8s.io/restart-attempt", "cluster-autoscaler.kubernetes.io/safe-to-evict"),
+            ("kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/podset-preferred-topology"),
+            ("job-name", "job-names"),
+        )
+    ),
+    *(
+        Case(
+            message="matchExpressions.values: In,",
+            refused=node_expression(operator=operator, values=refused),
+            accepted=node_expression(operator=operator, values=accepted),
+        )
+        for operator, refused, accepted in (
+            ("In", [], ["h100", "a100"]),
+            ("NotIn", [], ["t4"]),
+            ("Exists", ["h100"], []),
+            ("DoesNotExist", ["h100"], []),
+        )
+    ),
+    Case(
+        message="matchExpressions.values: Gt and Lt",
+        refused=node_expression(operator="Gt", values=["many"]),
+        accepted=node_expression(operator="Gt", values=["4"]),
+    ),
+    Case(
+        message="labelSelector.matchExpressions:",
+        refused=pod_term(matchExpressions=[{"key": "cores", "operator": "Lt", "values": ["4"]}]),
+        accepted=pod_term(matchExpressions=[{"key": "app", "operator": "In", "values": ["cache"]}]),
+    ),
+    Case(
+        message="topologySpreadConstraints.minDomains:",
+        refused={"spec.scheduling.topologySpreadConstraints": [{"topologyKey": "zone", "minDomains": 2}]},
+        accepted={
+            "spec.scheduling.topologySpreadConstraints": [
+                {"topologyKey": "zone", "minDomains": 2, "whenUnsatisfiable": "DoNotSchedule"}
+            ]
+        },
+    ),
+    # resources
+    Case(
+        message="resources.gpuClass:",
+        refused={"spec.resources": {"gpusPerNode": 0, "gpuClass": "h100"}},
+        accepted={"spec.resources": {"gpusPerNode": 8, "gpuClass": "h100"}, "spec.training.batchSize": 8},
+    ),
+    Case(
+        message="resources.gpuClass:",
+        refused={"spec.resources": {"gpus": 0, "gpuClass": "h100"}},
+        accepted={"spec.resources.gpuClass": "h100"},
+        base=GENERATE,
+    ),
+    Case(
+        message="spec.maxFailedShards:",
+        refused={"spec.shards": 8, "spec.maxFailedShards": 8},
+        accepted={"spec.shards": 8, "spec.maxFailedShards": 7},
+        base=GENERATE,
+    ),
+    Case(
+        message="spec.workspace.accessMode:",
+        refused={"spec.workspace.accessMode": "ReadWriteOncePod", "spec.shards": 8, "spec.parallelism": 2},
+        accepted={"spec.workspace.accessMode": "ReadWriteOncePod", "spec.shards": 8, "spec.parallelism": 1},
+        base=GENERATE,
+    ),
     # the Hub
     Case(
         message="hub.tokenSecretRef:",
@@ -768,6 +871,8 @@ BYTES = (
     ("1Gi", "0.5Ti", ".5G", "1e9", "+1Ei", "1000000000"),
 )
 CORES = (("0", "0m", "-1", "1Gi"), ("1", "0.5", "500m", "10", "1500000u"))
+KEYS = (("", "a b", "-a", "a/b/c", "/a", "Example.com/gpu"), ("gpu", "example.com/GPU_type"))
+VALUES = (("a b", "-a", "a/b"), ("", "h100", "A_100.80"))
 NAMES = (("Mine", "my_claim", "-a", "a-", "a..b", "a/b"), ("a", "my-claim", "v1.models"))
 HUB_NAMES = (
     (
@@ -935,6 +1040,71 @@ WRITTEN: list[Written] = [
         refused=("a b", "a/b"),
         accepted=("", "h100"),
     ),
+    Written("spec.scheduling.schedulerName", lambda t: {"spec.scheduling.schedulerName": t}, *NAMES),
+    Written("spec.scheduling.runtimeClassName", lambda t: {"spec.scheduling.runtimeClassName": t}, *NAMES),
+    Written("spec.scheduling.labels", lambda t: {"spec.scheduling.labels": {t: "x"}}, *KEYS),
+    Written("spec.scheduling.labels{}", lambda t: {"spec.scheduling.labels": {"team": t}}, *VALUES),
+    Written("spec.scheduling.annotations", lambda t: {"spec.scheduling.annotations": {t: "any text"}}, *KEYS),
+    Written(
+        "spec.scheduling.topologySpreadConstraints[].topologyKey",
+        lambda t: {"spec.scheduling.topologySpreadConstraints": [{"topologyKey": t}]},
+        *KEYS,
+    ),
+    *(
+        written
+        for path, change in (
+            (f"{NODES}.{REQUIRED}.nodeSelectorTerms[]", node_expression),
+            (f"{NODES}.{PREFERRED}[].preference", preferred_node),
+        )
+        for written in (
+            Written(f"{path}.matchExpressions[].key", lambda t, change=change: change(key=t, operator="Exists"), *KEYS),
+            Written(
+                f"{path}.matchExpressions[].values[]",
+                lambda t, change=change: change(operator="In", values=[t]),
+                *VALUES,
+            ),
+        )
+    ),
+    *(
+        written
+        for kind in ("podAffinity", "podAntiAffinity")
+        for path, change in (
+            (f"spec.scheduling.affinity.{kind}.{REQUIRED}[]", partial(pod_term, kind)),
+            (f"spec.scheduling.affinity.{kind}.{PREFERRED}[].podAffinityTerm", partial(preferred_pods, kind)),
+        )
+        for written in (
+            Written(f"{path}.topologyKey", lambda t, change=change: change(key=t), *KEYS),
+            Written(f"{path}.labelSelector.matchLabels", lambda t, change=change: change(matchLabels={t: "x"}), *KEYS),
+            Written(
+                f"{path}.labelSelector.matchLabels{{}}",
+                lambda t, change=change: change(matchLabels={"app": t}),
+                *VALUES,
+            ),
+            Written(
+                f"{path}.labelSelector.matchExpressions[].key",
+                lambda t, change=change: change(matchExpressions=[{"key": t, "operator": "Exists"}]),
+                *KEYS,
+            ),
+            Written(
+                f"{path}.labelSelector.matchExpressions[].values[]",
+                lambda t, change=change: change(matchExpressions=[{"key": "app", "operator": "In", "values": [t]}]),
+                *VALUES,
+            ),
+        )
+    ),
+    *(
+        Written(f"spec.{block}.{field}", lambda t, block=block, field=field: {f"spec.{block}.{field}": t}, *texts)
+        for block in ("prepare", "publish")
+        for field, texts in (("cpu", CORES), ("memory", BYTES), ("ephemeralStorage", BYTES))
+    ),
+    *(
+        written
+        for base in (FINE_TUNE, GENERATE)
+        for written in (
+            Written("spec.resources.ephemeralStorage", lambda t: {"spec.resources.ephemeralStorage": t}, *BYTES, base),
+            Written("spec.resources.gpuClass", lambda t: {"spec.resources.gpuClass": t}, *NAMES, base),
+        )
+    ),
 ]
 
 
@@ -1076,9 +1246,12 @@ STRANGE = [
 
 EXISTING: dict[str, Document] = {
     base["kind"]: changed(
-        base, {"metadata.name": "fixed", "spec.suspend": True, "spec.hub": {"tokenSecretRef": SECRET}}
+        base,
+        {"metadata.name": "fixed", "spec.suspend": True, "spec.hub": {"tokenSecretRef": SECRET}}
+        | more
+        | {"spec.workspace.claimName": "mine"},
     )
-    for base in (FINE_TUNE, GENERATE)
+    for base, more in ((FINE_TUNE, {}), (GENERATE, {"spec.shards": 2}))
 }
 """A job of each kind that is there already; suspended, so that no operator begins with it."""
 
@@ -1093,7 +1266,7 @@ STEERING: Change = {
 }
 LIVE: dict[str, Change] = {
     "FineTuneJob": STEERING | {"spec.restarts": {"max": 7}},
-    "GenerateJob": STEERING | {"spec.retriesPerShard": 7},
+    "GenerateJob": STEERING | {"spec.retriesPerShard": 7, "spec.parallelism": 2, "spec.maxFailedShards": 1},
 }
 
 
@@ -1101,6 +1274,11 @@ PAUSED: Change = {
     "spec.resources.cpu": 4,
     "spec.resources.memory": "8Gi",
     "spec.volumes": [{"claimName": "a", "mountPath": "/data"}],
+    "spec.resources.gpuClass": "h100",
+    "spec.resources.ephemeralStorage": "50Gi",
+    "spec.prepare": {"memory": "8Gi"},
+    "spec.publish": {"memory": "8Gi"},
+    "spec.workspace.ownership": "Change",
     "spec.scheduling": {"queueName": "team-a"},
 }
 WHILE_STOPPED: dict[str, Change] = {
@@ -1170,12 +1348,13 @@ FIXED = [
         field="resources",
         base=FINE_TUNE,
         change={"spec.resources.nodes": 2},
-        excepted="cpu, memory",
+        excepted="gpuClass, cpu, memory, ephemeralStorage",
     ),
     FixedCase(
         field="workspace",
         base=FINE_TUNE,
-        change={"spec.workspace.claimName": "mine"},
+        change={"spec.workspace.claimName": "other"},
+        excepted="ownership",
     ),
     FixedCase(
         field="task",
@@ -1231,11 +1410,12 @@ FIXED = [
         field="resources",
         base=GENERATE,
         change={"spec.resources.gpus": 0},
-        excepted="cpu, memory",
+        excepted="gpuClass, cpu, memory, ephemeralStorage",
     ),
     FixedCase(
         field="workspace",
         base=GENERATE,
-        change={"spec.workspace.claimName": "mine"},
+        change={"spec.workspace.claimName": "other"},
+        excepted="ownership",
     ),
 ]

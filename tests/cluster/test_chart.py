@@ -12,6 +12,15 @@ from typing import Any
 import pytest
 import yaml
 
+from luthier_operator.profiles import (
+    Defaults,
+    GpuClass,
+    Maxima,
+    NamespacePolicy,
+    Network,
+    PodResources,
+    ResourceAmounts,
+)
 from luthier_operator.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("cluster")  # which brings helm
@@ -85,20 +94,20 @@ VALUES = [
     ),
     ValueCase(
         name="a whole number of cores",
-        value="jobs: {cpuRequest: 2}",
-        field="cpu_request",
-        expect="2",
+        value="jobs: {prepareResources: {requests: {cpu: 2}}}",
+        field="prepare_resources",
+        expect=PodResources(requests=ResourceAmounts(cpu="2", memory="512Mi")),
     ),
     ValueCase(
         name="a part of a core",
-        value="jobs: {cpuRequest: 0.5}",
-        field="cpu_request",
-        expect="0.5",
+        value="jobs: {publishResources: {limits: {cpu: 0.5}}}",
+        field="publish_resources",
+        expect=PodResources(requests=ResourceAmounts(cpu="100m", memory="512Mi"), limits=ResourceAmounts(cpu="0.5")),
     ),
     ValueCase(
         name="a number of bytes",
-        value="jobs: {memoryRequest: 1000000000}",
-        field="memory_request",
+        value="jobs: {tmpSize: 1000000000}",
+        field="tmp_size",
         expect="1000000000",
     ),
     ValueCase(
@@ -106,6 +115,28 @@ VALUES = [
         value="jobs: {graceSeconds: 1000000}",
         field="grace_seconds",
         expect=1_000_000,
+    ),
+    ValueCase(
+        name="keys that jobs may set",
+        value="jobs: {allowedLabels: [team, example.com/*]}",
+        field="allowed_labels",
+        expect=("team", "example.com/*"),
+    ),
+    ValueCase(
+        name="a class of GPUs",
+        value="gpuClasses: {h100: {nodeSelector: {gpu: h100}, peakFlops: 989e12, network: {perPod: {rdma/hca: 1}}}}",
+        field="gpu_classes",
+        expect={
+            "h100": GpuClass(
+                node_selector={"gpu": "h100"}, peak_flops=989e12, network=Network(per_pod={"rdma/hca": "1"})
+            )
+        },
+    ),
+    ValueCase(
+        name="a policy of all namespaces",
+        value="namespacePolicies: {'*': {defaults: {cpu: 8}, maxima: {gpus: 64, memory: 1000000000000}}}",
+        field="namespace_policies",
+        expect={"*": NamespacePolicy(defaults=Defaults(cpu="8"), maxima=Maxima(gpus=64, memory="1000000000000"))},
     ),
     ValueCase(
         name="pull secrets",
@@ -188,13 +219,13 @@ SET = [
         expect=2.0,
     ),
     OptionCase(
-        option="jobs.cpuRequest=0.5",
-        field="cpu_request",
-        expect="0.5",
+        option="jobs.prepareResources.requests.cpu=0.5",
+        field="prepare_resources",
+        expect=PodResources(requests=ResourceAmounts(cpu="0.5", memory="512Mi")),
     ),
     OptionCase(
-        option="jobs.memoryRequest=1000000000",
-        field="memory_request",
+        option="jobs.tmpSize=1000000000",
+        field="tmp_size",
         expect="1000000000",
     ),
 ]
@@ -245,9 +276,19 @@ REFUSED = [
         message="workspaceSize",
     ),
     RefusedCase(
+        name="a field that no class of GPUs has",
+        value="gpuClasses: {h100: {nodes: {gpu: h100}}}",
+        message="nodes",
+    ),
+    RefusedCase(
+        name="a maximum that there is not",
+        value="namespacePolicies: {team-a: {maxima: {tpus: 8}}}",
+        message="tpus",
+    ),
+    RefusedCase(
         name="parts of bytes",
-        value="jobs: {memoryRequest: 100m}",
-        message="memoryRequest",
+        value="jobs: {prepareResources: {limits: {memory: 100m}}}",
+        message="memory",
     ),
     RefusedCase(
         name="a name that is none",

@@ -405,7 +405,7 @@ def test_the_schema_is_structural(kind: str) -> None:
 
 LISTS = {
     "set": {"spec.method.targetModules", "spec.inputs.columns.carry"},
-    "map": {"spec.volumes", "status.conditions"},
+    "map": {"spec.volumes", "spec.scheduling.topologySpreadConstraints", "status.conditions"},
 }
 
 

@@ -88,7 +88,12 @@ SETTINGS = [
     SettingCase(
         name="not JSON",
         environment={"LUTHIER_ENV": "NCCL_DEBUG=WARN"},
-        message="LUTHIER_ENV: must be a JSON object of names and texts",
+        message="LUTHIER_ENV: must be a JSON object",
+    ),
+    SettingCase(
+        name="deep in JSON",
+        environment={"LUTHIER_GPU_CLASSES": '{"h100": {"memory": "much"}}'},
+        message="LUTHIER_GPU_CLASSES: h100.memory: must be an amount above zero",
     ),
     SettingCase(
         name="no image for the jobs",
@@ -274,6 +279,31 @@ def test_a_word_of_yaml_is_what_kubectl_makes_of_it(written: str, expect: object
 def test_a_number_that_json_cannot_say_is_refused(written: str) -> None:
     with pytest.raises(yaml.YAMLError, match="JSON cannot express it"):
         yaml.load(f"a: {written}", StrictLoader)
+
+
+CLASSES = '{"h100": {"nodeSelector": {"gpu": "h100"}, "maxPerPod": 8}}'
+POLICIES = '{"*": {"defaults": {"gpuClass": "h100"}, "maxima": {"gpus": 8}}}'
+PROFILES = {"LUTHIER_GPU_CLASSES": CLASSES, "LUTHIER_NAMESPACE_POLICIES": POLICIES}
+
+
+def test_profiles_hold_for_render_and_plan() -> None:
+    """With the settings of an operator in the environment, both answer as it would."""
+    job = yaml.safe_dump(changed(FINE_TUNE, {"spec.resources.gpusPerNode": 8, "spec.training.batchSize": 8}))
+    drawn = list(yaml.safe_load_all(luthier("render", "-", stdin=job, **PROFILES).stdout))
+    (group,) = [o for o in drawn if o["kind"] == "JobSet"]
+    pod = group["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["nodeSelector"] == {"gpu": "h100"}
+    planned = yaml.safe_load(luthier("plan", "--quick", "-", stdin=job, **PROFILES).stdout.removesuffix("---\n"))
+    assert planned["spec"]["resources"]["gpuClass"] == "h100"
+
+    greedy = yaml.safe_dump(
+        changed(FINE_TUNE, {"spec.resources": {"nodes": 2, "gpusPerNode": 8}, "spec.training.batchSize": 16})
+    )
+    for words in (("render", "-"), ("plan", "--quick", "-")):
+        refused = luthier(*words, stdin=greedy, **PROFILES)
+        assert refused.returncode == 64
+        assert "sound: spec.resources.gpusPerNode: 16 GPUs at once (2 pods with 8 each), but a job" in refused.stderr
+        assert luthier(*words, stdin=greedy).returncode == 0
 
 
 def test_plan_quick_says_what_would_be_done_and_writes_nothing(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from luthier_operator.statuses import at_end, text
 from luthier_operator.workloads import workload
 
 BEGUN = status("Accepted", "Prepared", start_time=text(BEGIN))
+ONE_AT_ONCE = generate(BEGUN, shards=8, parallelism=1)
 JOB, SHARDS, CPU = fine_tune(BEGUN), generate(BEGUN), fine_tune(BEGUN, resources={"gpusPerNode": 0})
 QUEUED = fine_tune(BEGUN, scheduling={"queueName": "team-a"})
 BOTH = [pod(JOB, "run", 0, state=RUNNING), pod(JOB, "run", 1, state=RUNNING)]
@@ -43,6 +44,12 @@ EXIT_66 = (
 
 def group(**given: Any) -> Object:
     return child(JOB, "run", **given)
+
+
+def failed_shards(indexes: str, reason: str) -> Object:
+    """The Job of SHARDS after these shards have failed for good."""
+    found = child(SHARDS, "run", "Failed", reason=reason)
+    return found | {"status": found["status"] | {"failedIndexes": indexes}}
 
 
 def situation(*children: Object, job: Any = JOB, **more: Any) -> Any:
@@ -401,7 +408,7 @@ CASES = [
     Case(
         name="some shards cannot succeed",
         given=situation(
-            child(SHARDS, "run", "Failed", reason="FailedIndexes"),
+            failed_shards("1", "FailedIndexes"),
             job=SHARDS,
             ends=[
                 ended(SHARDS, "run", 79, 1, message="The GPU is full"),
@@ -409,7 +416,34 @@ CASES = [
             ],
         ),
         expect="Failed CudaOutOfMemory",
-        condition="False CudaOutOfMemory: The GPU is full (run, rank 1, pod gj-lutes-run-1-0 on node-a, exit code 79)",
+        condition=(
+            "False CudaOutOfMemory: The GPU is full (run, rank 1, pod gj-lutes-run-1-0 on node-a, exit code 79). This"
+            " ended shard 1 of 2 for good; the others are complete, and what was generated stays in the workspace"
+        ),
+    ),
+    Case(
+        name="the first shard that cannot succeed stops the others",
+        given=situation(
+            failed_shards("0,1", "MaxFailedIndexesExceeded"),
+            job=SHARDS,
+            ends=[ended(SHARDS, "run", 79, 1, message="The GPU is full")],
+        ),
+        expect="Failed CudaOutOfMemory",
+        condition=(
+            "False CudaOutOfMemory: The GPU is full (run, rank 1, pod gj-lutes-run-1-0 on node-a, exit code 79). This"
+            " ended shards 0,1 of 2 for good, and spec.maxFailedShards: 0 stopped the others; what was generated stays"
+            " in the workspace"
+        ),
+    ),
+    Case(
+        name="not all shards work at once, and none is missing",
+        given=situation(
+            child(ONE_AT_ONCE, "run"),
+            job=ONE_AT_ONCE,
+            pods=[pod(ONE_AT_ONCE, "run", 0, state=waiting("PodInitializing"), over="Pending")],
+        ),
+        expect="waits",
+        condition="False Starting: waiting for 8 shards, 1 at once, on 1 GPU to start",
     ),
     Case(
         name="trained",

@@ -303,17 +303,14 @@ MEMORY = [
         phase="prepare",
         limit="2Gi",
         expect=(
-            "the pod used more memory than its limit of 2Gi. An administrator can raise jobs.memoryRequest (chart), or"
-            " the LimitRange of the namespace"
+            "the pod used more memory than its limit of 2Gi. Raise spec.prepare.memory, and the LimitRange of the"
+            " namespace if it has one"
         ),
     ),
     MemoryCase(
         phase="publish",
         limit=None,
-        expect=(
-            f"{NO_LIMIT} An administrator can raise jobs.memoryRequest (chart), so that the scheduler chooses a node"
-            " that has it free"
-        ),
+        expect=f"{NO_LIMIT} Set spec.publish.memory, so that the scheduler chooses a node that has it free",
     ),
 ]
 
@@ -327,6 +324,24 @@ def test_a_pod_that_was_killed_for_its_memory_names_what_decides_it(case: Memory
     end = pod_end(given, NOW, was_watched=False)
     assert end is not None
     assert message(end) == case.expect
+
+
+@pytest.mark.parametrize(
+    "kubelet",
+    [
+        'Usage of EmptyDir volume "tmp" exceeds the limit "20Gi". ',
+        "Pod ephemeral local storage usage exceeds the total limit of containers 1Gi. ",
+        'Container trainer exceeded its local ephemeral storage limit "1Gi". ',
+    ],
+)
+@pytest.mark.parametrize(("phase", "block"), [("prepare", "prepare"), ("run", "resources"), ("publish", "publish")])
+def test_a_pod_that_was_evicted_for_its_disk_names_what_decides_it(phase: Phase, block: str, kubelet: str) -> None:
+    """Words of the kubelet (1.32), in the status of the pod; its container says nothing."""
+    found = pod(JOB, phase)
+    found["status"] = {"phase": "Failed", "reason": "Evicted", "message": kubelet}
+    end = pod_end(found, NOW, was_watched=False)
+    assert end is not None
+    assert message(end) == f"{kubelet.rstrip('. ')} (/tmp and logs): raise spec.{block}.ephemeralStorage"
 
 
 def e(code: int, index: int, when: float = -60, **more: Any) -> Any:

@@ -18,9 +18,12 @@ from cases.observed import HUB, SETTINGS, fine_tune, generate, run_document, sta
 
 from luthier_api.exitcodes import ExitCode, Retry
 from luthier_api.run import read_run, step_timeout_of
+from luthier_api.scheduling import Toleration
 from luthier_api.status import JobStatus, Plan, Prepared, ResolvedDataset, ResolvedSource
+from luthier_operator import naming
 from luthier_operator.model import Job, Object
 from luthier_operator.objects import objects
+from luthier_operator.profiles import GpuClass, Network, PodResources, ResourceAmounts
 from luthier_operator.render.claim import claim, shortfall
 from luthier_operator.render.configmap import configmap, run_config
 from luthier_operator.settings import Settings
@@ -422,6 +425,11 @@ ACCESS = [
         mode="ReadWriteMany",
     ),
     AccessCase(
+        name="shards one after another",
+        job=generate(parallelism=1),
+        mode="ReadWriteOnce",
+    ),
+    AccessCase(
         name="as the user says",
         job=fine_tune(workspace={"accessMode": "ReadWriteOnce"}),
         mode="ReadWriteOnce",
@@ -538,6 +546,219 @@ def test_the_user_of_all_pods(case: UserCase) -> None:
             k: v for k, v in pod["securityContext"].items() if k in ("runAsUser", "runAsGroup", "fsGroup")
         } == case.expect
         assert pod["securityContext"]["runAsNonRoot"] is True
+
+
+@dataclass(frozen=True)
+class ResourcesCase:
+    name: str
+    job: Job
+    phase: str
+    expect: Object
+    """Requests and limits of the container."""
+    tmp: str = "20Gi"
+    """The most that it may write to /tmp."""
+    settings: Settings = SETTINGS
+
+
+CLASSES = {
+    "h100": GpuClass(
+        node_selector={"gpu": "h100", "pool": "gpus"},
+        tolerations=[Toleration(key="nvidia.com/gpu", operator="Exists")],
+        runtime_class_name="nvidia",
+        network=Network(per_pod={"rdma/hca": "1"}, per_gpu={"vpc.amazonaws.com/efa": 4}),
+    ),
+    "mig": GpuClass(resource="nvidia.com/mig-1g.10gb", max_per_pod=1),
+}
+WITH_CLASSES = SETTINGS.model_copy(update={"gpu_classes": CLASSES})
+LIMITED = SETTINGS.model_copy(
+    update={
+        "prepare_resources": PodResources(
+            requests=ResourceAmounts(cpu="1", memory="2Gi", ephemeral_storage="1Gi"),
+            limits=ResourceAmounts(cpu="2", memory="4Gi", ephemeral_storage="10Gi"),
+        ),
+        "tmp_size": "5Gi",
+    }
+)
+
+
+def same(amounts: Object) -> Object:
+    """Of devices, requests and limits are the same."""
+    return {"requests": amounts, "limits": amounts}
+
+
+RESOURCES = [
+    ResourcesCase(
+        name="what the administrator has set",
+        job=fine_tune(),
+        phase="prepare",
+        expect={"requests": {"cpu": "100m", "memory": "512Mi"}},
+    ),
+    ResourcesCase(
+        name="requests and limits of the administrator",
+        job=fine_tune(),
+        phase="prepare",
+        expect={
+            "requests": {"cpu": "1", "memory": "2Gi", "ephemeral-storage": "1Gi"},
+            "limits": {"cpu": "2", "memory": "4Gi", "ephemeral-storage": "10Gi"},
+        },
+        tmp="5Gi",
+        settings=LIMITED,
+    ),
+    ResourcesCase(
+        name="the job asks for more than the administrator's limits",
+        job=fine_tune(prepare={"cpu": 4, "memory": "16Gi", "ephemeralStorage": "50Gi"}),
+        phase="prepare",
+        expect={
+            "requests": {"cpu": "4", "memory": "16Gi", "ephemeral-storage": "50Gi"},
+            "limits": {"cpu": "4", "memory": "16Gi", "ephemeral-storage": "50Gi"},
+        },
+        tmp="50Gi",
+        settings=LIMITED,
+    ),
+    ResourcesCase(
+        name="the job asks for some",
+        job=fine_tune(prepare={"memory": "16Gi"}),
+        phase="prepare",
+        expect={"requests": {"cpu": "100m", "memory": "16Gi"}, "limits": {"memory": "16Gi"}},
+    ),
+    ResourcesCase(
+        name="publish by itself",
+        job=fine_tune(hub=HUB, prepare={"memory": "16Gi"}, publish={"cpu": "2"}),
+        phase="publish",
+        expect={"requests": {"cpu": "2", "memory": "512Mi"}},
+    ),
+    ResourcesCase(
+        # A queue that does not cover ephemeral-storage would never admit a run that requests it
+        name="a run requests no disk unless it is asked to",
+        job=generate(resources={"cpu": 4, "memory": "8Gi"}),
+        phase="run",
+        expect={
+            "requests": {"cpu": "4", "memory": "8Gi", "nvidia.com/gpu": "1"},
+            "limits": {"memory": "8Gi", "nvidia.com/gpu": "1"},
+        },
+    ),
+    ResourcesCase(
+        name="a run with disk",
+        job=generate(resources={"gpus": 0, "ephemeralStorage": "0.5Ti"}),
+        phase="run",
+        expect={"requests": {"ephemeral-storage": "512Gi"}, "limits": {"ephemeral-storage": "512Gi"}},
+        tmp="512Gi",
+    ),
+    ResourcesCase(
+        name="a class with a network, on two nodes",
+        job=fine_tune(resources={"nodes": 2, "gpusPerNode": 8, "gpuClass": "h100"}),
+        phase="run",
+        expect=same({"nvidia.com/gpu": "8", "rdma/hca": "1", "vpc.amazonaws.com/efa": "32"}),
+        settings=WITH_CLASSES,
+    ),
+    ResourcesCase(
+        name="the same on one node, which needs no network",
+        job=fine_tune(resources={"gpusPerNode": 8, "gpuClass": "h100"}),
+        phase="run",
+        expect=same({"nvidia.com/gpu": "8"}),
+        settings=WITH_CLASSES,
+    ),
+    ResourcesCase(
+        name="shards need no network, however many there are",
+        job=generate(shards=8, resources={"gpuClass": "h100"}),
+        phase="run",
+        expect=same({"nvidia.com/gpu": "1"}),
+        settings=WITH_CLASSES,
+    ),
+    ResourcesCase(
+        name="a MIG profile",
+        job=generate(resources={"gpuClass": "mig"}),
+        phase="run",
+        expect=same({"nvidia.com/mig-1g.10gb": "1"}),
+        settings=WITH_CLASSES,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", RESOURCES, ids=lambda case: case.name)
+def test_requests_and_limits(case: ResourcesCase) -> None:
+    pod = pods(case.job, case.settings)[case.phase]
+    assert pod["containers"][0]["resources"] == case.expect
+    sizes = {volume["name"]: volume["emptyDir"]["sizeLimit"] for volume in pod["volumes"] if "emptyDir" in volume}
+    assert sizes.keys() == {"tmp", "run", "shm"}, "all that a pod writes to its node has a limit"
+    assert sizes["tmp"] == case.tmp
+
+
+EVERYWHERE = {
+    "labels": {"team": "nlp", "luthier.device/rack": "a"},
+    "annotations": {"karpenter.sh/do-not-disrupt": "true"},
+    "priorityClassName": "low",
+    "tolerations": [{"key": "spot", "operator": "Exists"}],
+}
+OF_THE_RUN = {
+    "nodeSelector": {"pool": "reserved"},
+    "schedulerName": "volcano",
+    "affinity": {
+        "nodeAffinity": {
+            "requiredDuringSchedulingIgnoredDuringExecution": {
+                "nodeSelectorTerms": [{"matchExpressions": [{"key": "gpu", "operator": "In", "values": ["h100"]}]}]
+            }
+        },
+        "podAntiAffinity": {
+            "preferredDuringSchedulingIgnoredDuringExecution": [
+                {
+                    "weight": 10,
+                    "podAffinityTerm": {
+                        "topologyKey": "kubernetes.io/hostname",
+                        "labelSelector": {"matchLabels": {"app": "cache"}},
+                    },
+                }
+            ]
+        },
+    },
+    "topologySpreadConstraints": [
+        {"topologyKey": "topology.kubernetes.io/zone", "maxSkew": 2, "whenUnsatisfiable": "DoNotSchedule"}
+    ],
+}
+ANYTHING = SETTINGS.model_copy(update={"allowed_labels": ("*",), "allowed_annotations": ("*",), "gpu_classes": CLASSES})
+
+
+def test_where_pods_run_and_what_others_read_on_them() -> None:
+    job = fine_tune(
+        hub=HUB,
+        resources={"gpusPerNode": 8, "gpuClass": "h100"},
+        scheduling=EVERYWHERE | OF_THE_RUN,
+    )
+    found = pods(job, ANYTHING)
+    assert set(found) == {"prepare", "run", "publish"}
+    for phase, pod in found.items():
+        assert pod["priorityClassName"] == "low"
+        assert {"key": "spot", "operator": "Exists"} in pod["tolerations"]
+        assert ({"key": "nvidia.com/gpu", "operator": "Exists"} in pod["tolerations"]) == (phase == "run")
+        if phase != "run":
+            only_there = {"nodeSelector", "affinity", "schedulerName", "runtimeClassName", "topologySpreadConstraints"}
+            assert not set(pod) & only_there, phase
+    run = found["run"]
+    assert run["nodeSelector"] == {"gpu": "h100", "pool": "reserved"}, "the job's own win"
+    assert (run["schedulerName"], run["runtimeClassName"]) == ("volcano", "nvidia")
+    assert run["affinity"] == OF_THE_RUN["affinity"]
+    (spread,) = run["topologySpreadConstraints"]
+    assert spread.pop("labelSelector")["matchLabels"]["luthier.dev/phase"] == "run"
+    assert [spread] == OF_THE_RUN["topologySpreadConstraints"]
+
+
+def test_metadata_of_the_user_is_on_all_pods_and_on_nothing_else() -> None:
+    plain, labelled = (objects(fine_tune(hub=HUB, scheduling=s), ANYTHING) for s in ({}, EVERYWHERE))
+    for before, after in zip(plain, labelled, strict=True):
+        assert after["metadata"] == before["metadata"]
+        if after["kind"] not in ("Job", "JobSet"):
+            continue
+        inner = after["spec"] if after["kind"] == "Job" else after["spec"]["replicatedJobs"][0]["template"]["spec"]
+        metadata = inner["template"]["metadata"]
+        assert metadata["annotations"] == EVERYWHERE["annotations"]
+        phase = after["metadata"]["labels"]["luthier.dev/phase"]
+        assert metadata["labels"] == EVERYWHERE["labels"] | naming.labels(fine_tune(), phase)
+
+
+def test_shards_at_work_at_once() -> None:
+    job = generate(shards=100, parallelism=8, maxFailedShards=3)
+    spec = next(o for o in objects(job, SETTINGS) if o["metadata"]["name"].endswith("-run"))["spec"]
+    assert (spec["completions"], spec["parallelism"], spec["maxFailedIndexes"]) == (100, 8, 3)
 
 
 @dataclass(frozen=True)

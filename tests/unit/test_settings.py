@@ -6,13 +6,17 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from pydantic.alias_generators import to_camel
 
+from luthier_api.base import ApiModel, model_in
 from luthier_api.quantity import Bytes, Cores
+from luthier_api.scheduling import Toleration
 from luthier_api.spec import OBJECT_NAME
+from luthier_operator.profiles import GpuClass, NamespacePolicy, Network, PodResources, ResourceAmounts
 from luthier_operator.settings import Settings
 
 
@@ -92,6 +96,24 @@ GIVEN = [
         expect={"NCCL_DEBUG": "WARN"},
     ),
     GivenCase(
+        name="amounts as Helm writes numbers",
+        environment={"LUTHIER_PREPARE_RESOURCES": '{"requests": {"cpu": 0.5, "memory": 1000000000}}'},
+        field="prepare_resources",
+        expect=PodResources(requests=ResourceAmounts(cpu="0.5", memory="1000000000")),
+    ),
+    GivenCase(
+        name="a class of GPUs as Helm writes numbers",
+        environment={"LUTHIER_GPU_CLASSES": '{"h100": {"peakFlops": 9.89e14, "network": {"perPod": {"rdma/hca": 1}}}}'},
+        field="gpu_classes",
+        expect={"h100": GpuClass(peak_flops=989e12, network=Network(per_pod={"rdma/hca": "1"}))},
+    ),
+    GivenCase(
+        name="keys with commas",
+        environment={"LUTHIER_ALLOWED_LABELS": "team, example.com/*"},
+        field="allowed_labels",
+        expect=("team", "example.com/*"),
+    ),
+    GivenCase(
         name="nothing",
         environment={},
         field="gpu_resource",
@@ -126,14 +148,34 @@ WRONG = [
         message="must be an amount above zero, in bytes",
     ),
     WrongCase(
-        variable="LUTHIER_MEMORY_REQUEST",
-        value="100m",
+        variable="LUTHIER_PREPARE_RESOURCES",
+        value='{"requests": {"memory": "100m"}}',
         message="must be an amount above zero, in bytes",
     ),
     WrongCase(
-        variable="LUTHIER_CPU_REQUEST",
-        value="two",
+        variable="LUTHIER_PUBLISH_RESOURCES",
+        value='{"limits": {"cpu": "two"}}',
         message="must be a number of cores above zero",
+    ),
+    WrongCase(
+        variable="LUTHIER_GPU_CLASSES",
+        value='{"h100": {"nodes": {"gpu": "h100"}}}',
+        message="h100.nodes",
+    ),
+    WrongCase(
+        variable="LUTHIER_GPU_CLASSES",
+        value='{"h100": {"network": {"perPod": {"rdma": 1}}}}',
+        message="should match pattern",
+    ),
+    WrongCase(
+        variable="LUTHIER_NAMESPACE_POLICIES",
+        value='{"team-a": {"defaults": {"gpuClass": "h100"}}}',
+        message="team-a: there is no class h100 in gpuClasses",
+    ),
+    WrongCase(
+        variable="LUTHIER_ALLOWED_ANNOTATIONS",
+        value="*.example.com/a",
+        message="should match pattern",
     ),
     WrongCase(
         variable="LUTHIER_SERVICE_ACCOUNT",
@@ -193,7 +235,7 @@ def test_the_chart_has_every_setting_with_its_default() -> None:
     for variable, value_name in of_jobs.items():
         setting = variable.removeprefix("LUTHIER_").lower()
         assert value_name == to_camel(setting)
-        assert (getattr(Settings(), setting) or None) == (values["jobs"][value_name] or None), setting
+        assert getattr(Settings(**{setting: values["jobs"][value_name]}), setting) == getattr(Settings(), setting)
 
 
 def test_the_chart_takes_what_the_settings_take() -> None:
@@ -205,3 +247,29 @@ def test_the_chart_takes_what_the_settings_take() -> None:
     assert (
         schema["properties"]["jobs"]["properties"]["serviceAccount"]["pattern"] == f"^({OBJECT_NAME.pattern[1:-1]})?$"
     )
+
+
+def names(model: type[ApiModel]) -> dict[str, object]:
+    """Names of the fields, as values of the chart have them, at any depth."""
+    found: dict[str, object] = {}
+    for name, field in model.model_fields.items():
+        below = model_in(field.annotation)
+        found[field.alias or to_camel(name)] = names(below) if below and below is not Toleration else None
+    return found
+
+
+def test_the_chart_knows_the_fields_of_profiles() -> None:
+    """A misspelt name is refused by Helm, and not only by an operator that does not start."""
+    schema = json.loads((CHART / "values.schema.json").read_text())
+
+    def in_schema(node: dict[str, Any]) -> dict[str, object]:
+        if "$ref" in node:
+            node = schema["definitions"][node["$ref"].rpartition("/")[2]]
+        return {name: in_schema(below) or None for name, below in node.get("properties", {}).items()}
+
+    for definition, model in (
+        ("gpuClass", GpuClass),
+        ("namespacePolicy", NamespacePolicy),
+        ("podResources", PodResources),
+    ):
+        assert in_schema({"$ref": f"#/definitions/{definition}"}) == names(model), definition

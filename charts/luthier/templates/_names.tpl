@@ -14,9 +14,10 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- end }}
 
-{{- /* Takes a value. Helm reads numbers as floats, and alone would write 1000000 as 1e+06, which is no quantity. */ -}}
+{{- /* Takes a value; a list becomes text with commas, a map JSON. Helm reads numbers as floats, and alone would write 1000000 as 1e+06, which
+is no quantity. */ -}}
 {{- define "luthier.text" -}}
-{{ kindIs "string" . | ternary . (toJson .) | quote }}
+{{ if kindIs "slice" . }}{{ join "," . | quote }}{{ else }}{{ kindIs "string" . | ternary . (toJson .) | quote }}{{ end }}
 {{- end }}
 
 {{- /* An environment variable of the operator. Takes (list NAME VALUE); null leaves the operator its default. */ -}}

@@ -27,14 +27,21 @@ MESSAGE_CHARACTERS = 500  # of a line of output that stands in for a message
 FAILED_ENDS_KEPT = 256
 
 MORE_MEMORY: dict[Phase, str] = {
-    "prepare": "An administrator can raise jobs.memoryRequest (chart), or the LimitRange of the namespace",
+    "prepare": "Raise spec.prepare.memory, and the LimitRange of the namespace if it has one",
     "run": "Raise spec.resources.memory, or use smaller batches",
-    "publish": "An administrator can raise jobs.memoryRequest (chart), or the LimitRange of the namespace",
+    "publish": "Raise spec.publish.memory, and the LimitRange of the namespace if it has one",
 }
 NODE_WITH_MEMORY: dict[Phase, str] = {
-    "prepare": "An administrator can raise jobs.memoryRequest (chart)",
+    "prepare": "Set spec.prepare.memory",
     "run": "Set spec.resources.memory",
-    "publish": "An administrator can raise jobs.memoryRequest (chart)",
+    "publish": "Set spec.publish.memory",
+}
+DISK_FULL = ("Usage of EmptyDir volume", "ephemeral local storage usage exceeds", "local ephemeral storage")
+"""How the kubelet begins or words the message about a pod that it evicts for what it wrote to its node's disk."""
+MORE_DISK: dict[Phase, str] = {
+    "prepare": "raise spec.prepare.ephemeralStorage",
+    "run": "raise spec.resources.ephemeralStorage",
+    "publish": "raise spec.publish.ephemeralStorage",
 }
 
 
@@ -177,6 +184,8 @@ def message(end: PodEnd) -> str:
     if end.disrupted:
         detail = f": {lines[-1]}" if lines else ""
         return f"the cluster stopped the pod (preemption, eviction or node drain){detail}"
+    if lines and any(words in lines[-1] for words in DISK_FULL):
+        return f"{lines[-1].rstrip('. ')} (/tmp and logs): {MORE_DISK[end.phase]}"[:MESSAGE_CHARACTERS]
     if end.exit_code == NO_EXIT_CODE:
         return lines[-1][:MESSAGE_CHARACTERS] if lines else "the pod disappeared without reporting an exit code"
     text = ending(end.exit_code).text

@@ -9,6 +9,7 @@ from __future__ import annotations
 from luthier_api.conditions import ConditionType, Reason
 from luthier_api.exitcodes import ExitCode
 from luthier_api.status import State
+from luthier_operator import policy
 from luthier_operator.phases.context import Context, Step
 from luthier_operator.render.configmap import LIMIT_BYTES, configmap
 from luthier_operator.versions import INSTALL_JOBSET
@@ -31,12 +32,15 @@ def accept(ctx: Context) -> Step:
         ctx = ctx.with_condition(ACCEPTED, "False", Reason.INVALID_SPEC, mistake)
         return ctx.fails(ExitCode.INVALID_SPEC.reason, mistake, resumable=False)
 
+    if refused := not_allowed(ctx):
+        return ctx.with_condition(ACCEPTED, "False", Reason.NOT_ALLOWED, refused).fails(Reason.NOT_ALLOWED, refused)
     if waits := for_jobset(ctx, ACCEPTED):
         return waits
     for field, name in ctx.workload.sources.items():
         if waits := for_source(ctx, field, name):
             return waits
-    return ctx.with_condition(ACCEPTED, "True", Reason.ACCEPTED, CAN_RUN).goes_on()
+    message = CAN_RUN + policy.describe_defaults(ctx.observed.job, ctx.settings)
+    return ctx.with_condition(ACCEPTED, "True", Reason.ACCEPTED, message).goes_on()
 
 
 def for_jobset(ctx: Context, condition: ConditionType) -> Step | None:
@@ -75,4 +79,13 @@ def find_mistake(ctx: Context) -> str | None:
             f"spec: {size} bytes as a run config, more than the {LIMIT_BYTES} that a ConfigMap holds; put the rows into"
             " a file (spec.inputs.dataset.files)"
         )
+    return None
+
+
+def not_allowed(ctx: Context) -> str | None:
+    """Why the administrator's settings refuse the job. None if they allow it."""
+    try:
+        policy.check(ctx.workload, ctx.settings)
+    except policy.NotAllowed as refused:
+        return str(refused)
     return None

@@ -13,6 +13,7 @@ from luthier_api.status import PHASES, Attempt, JobStatus, Phase
 from luthier_operator import children, naming
 from luthier_operator.model import ChildRef, Job, Object, Observed, PodEnd
 from luthier_operator.naming import Place
+from luthier_operator.policy import with_defaults
 from luthier_operator.render.job import hub_hash, hub_target
 from luthier_operator.settings import Settings
 from luthier_operator.statuses import Value, moment, text, with_condition
@@ -46,14 +47,15 @@ class Context:
     found: dict[tuple[str, Phase], list[Any]] = field(default_factory=dict, compare=False, repr=False)
     """What was looked up in `observed`, for all contexts of one decision: a job may have thousands of pods."""
 
-    @property
+    @cached_property
     def job(self) -> Job:
-        return self.observed.job
+        """The job with the administrator's defaults for its namespace."""
+        return with_defaults(self.observed.job, self.settings)
 
     @cached_property
     def workload(self) -> Workload:
         """The job as the work of its kind. It has the current status, because the plan may have just come in."""
-        return workload(self.observed.job.model_copy(update={"status": self.status}))
+        return workload(self.job.model_copy(update={"status": self.status}))
 
     @property
     def done(self) -> ConditionType:

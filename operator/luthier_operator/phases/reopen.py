@@ -83,9 +83,11 @@ def with_children_replaced(ctx: Context, changed: list[str]) -> Context:
 
 
 def with_spec(ctx: Context) -> Context:
-    """With the present spec as the one that the job is at work with."""
+    """With the present spec as the one that the job is at work with: the one that its user has written, without the
+    administrator's defaults.
+    """
     return ctx.with_status(
-        applied_spec=AppliedSpec(generation=ctx.job.metadata.generation, fields=digests(ctx.job.spec))
+        applied_spec=AppliedSpec(generation=ctx.job.metadata.generation, fields=digests(ctx.observed.job.spec))
     )
 
 
@@ -95,7 +97,7 @@ def changed_fields(ctx: Context) -> list[str]:
     # Without another generation, what differs is this version of the operator: it may have other defaults.
     if applied is None or applied.generation == ctx.job.metadata.generation:
         return []
-    current = digests(ctx.job.spec)
+    current = digests(ctx.observed.job.spec)
     return sorted(
         path for path in applied.fields.keys() | current.keys() if applied.fields.get(path) != current.get(path)
     )

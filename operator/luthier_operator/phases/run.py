@@ -14,7 +14,7 @@ from luthier_operator import children, naming, statuses
 from luthier_operator.failure.cause import Failure, judge, location
 from luthier_operator.model import Object
 from luthier_operator.phases import queued, waiting
-from luthier_operator.phases.accept import for_jobset
+from luthier_operator.phases.accept import for_jobset, not_allowed
 from luthier_operator.phases.context import Context, Step
 from luthier_operator.phases.record import with_notices
 from luthier_operator.phases.silence import silent
@@ -35,6 +35,8 @@ def run(ctx: Context) -> Step:
         ctx = replace(ctx, status=statuses.without_condition(ctx.status, ConditionType.ADMITTED))
         if waits := for_jobset(ctx, RUNNING):  # it was installed when the job was accepted, and may be gone since
             return waits
+        if refused := not_allowed(ctx):  # the settings or the job may have changed since it was accepted
+            return ctx.with_condition(RUNNING, "False", Reason.NOT_ALLOWED, refused).fails(Reason.NOT_ALLOWED, refused)
         status, places = ctx.status, ctx.places()
         before = ctx.workload.restarts_before(status)
         ctx = ctx.with_image("run")
@@ -54,7 +56,7 @@ def run(ctx: Context) -> Step:
         failure = judge(ctx.attempts("run"), "run", failed)
         if again := with_smaller_micro_batch(ctx, failure):
             return again
-        message = failure.message + ctx.workload.describe_budget(failed)
+        message = failure.message + ctx.workload.describe_budget(child, failed)
         return ctx.with_condition(RUNNING, "False", failure.reason, message).fails(failure.reason, message)
 
     no_progress = ctx.workload.no_progress(ctx.attempts("run"), ctx.ends("run"))
@@ -121,7 +123,8 @@ def at_work(ctx: Context, child: Object) -> Step:
 
     if given_up := waiting.given_up(ctx, "run"):
         return stop_run(ctx, given_up.reason, given_up.message)
-    pending, again = waiting.pending_reason(ctx, "run", ctx.workload.pods)
+    expected = min(ctx.workload.pods, ctx.workload.parallel_pods + succeeded)
+    pending, again = waiting.pending_reason(ctx, "run", expected)
     if pending:
         return ctx.waits(RUNNING, pending.reason, pending.message, requeue_after=again)
     if attempts:

@@ -23,7 +23,7 @@ def claim(workload: Workload, settings: Settings) -> Object | None:
     workspace = job.spec.workspace
     if workspace.claim_name:
         return None
-    access_mode = "ReadWriteMany" if workload.pods > 1 else "ReadWriteOnce"
+    access_mode = "ReadWriteMany" if workload.parallel_pods > 1 else "ReadWriteOnce"
     spec: Object = {
         "accessModes": [workspace.access_mode or access_mode],
         "resources": {"requests": {"storage": canonical(workspace.size or settings.workspace_size)}},

@@ -48,9 +48,12 @@ def shards(
     settings: Settings,
     sources: Mapping[str, Place],
     retries_per_shard: int,
+    max_failed_shards: int,
     annotations: dict[str, str],
 ) -> Object:
-    """An Indexed Job: a shard that fails is restarted alone, and one that cannot succeed does not stop the others."""
+    """An Indexed Job: a shard that fails is restarted alone. More than `max_failed_shards` that cannot succeed stop the
+    others, because what they failed of may be common to all.
+    """
     manifest = _job(
         workload,
         "run",
@@ -58,8 +61,9 @@ def shards(
         {
             "completionMode": "Indexed",
             "completions": workload.pods,
-            "parallelism": workload.pods,
+            "parallelism": workload.parallel_pods,
             "backoffLimitPerIndex": retries_per_shard,
+            "maxFailedIndexes": max_failed_shards,
             "podReplacementPolicy": "Failed",
             "podFailurePolicy": rules.alone("FailIndex"),
             "template": template(workload, settings, "run", sources),

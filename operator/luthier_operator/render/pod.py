@@ -8,20 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from luthier_api.quantity import canonical, cores
+from luthier_api.quantity import cores
 from luthier_api.run import METRICS_PORT, grace_of
 from luthier_api.status import Phase
 from luthier_api.variables import Variables
-from luthier_operator import naming
 from luthier_operator.model import Job, Object
 from luthier_operator.naming import CONFIG, CONTAINER, INDEX_ANNOTATION, RUN_FILE, Place
+from luthier_operator.render.resources import resources_of
+from luthier_operator.render.scheduling import metadata_of, scheduling_of
 from luthier_operator.render.volumes import volumes_of, workspace_group
 
 if TYPE_CHECKING:
     from luthier_operator.settings import Settings
     from luthier_operator.workloads.base import Workload
 
-UNREACHABLE_SECONDS = 60  # with the default of 300 the whole group would wait longer for a dead node
 # The root is read-only, so caches of libraries go to /tmp. PYTHONPYCACHEPREFIX is not set: Python would not find the
 # byte-code in the image.
 WRITABLE = {
@@ -39,8 +39,7 @@ ON_CPU = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "eth0"}
 def template(workload: Workload, settings: Settings, phase: Phase, sources: Mapping[str, Place]) -> Object:
     """Pod template of `phase`. `sources`: where the jobs that it names keep their work."""
     job = workload.job
-    scheduling = job.spec.scheduling
-    volumes, mounts = volumes_of(workload, phase, sources)
+    volumes, mounts = volumes_of(workload, settings, phase, sources)
     spec: Object = {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
@@ -52,16 +51,7 @@ def template(workload: Workload, settings: Settings, phase: Phase, sources: Mapp
             "seccompProfile": {"type": "RuntimeDefault"},
             **workspace_group(job, settings.run_as_user),
         },
-        "tolerations": [t.dump() for t in scheduling.tolerations]
-        + [
-            {
-                "key": f"node.kubernetes.io/{taint}",
-                "operator": "Exists",
-                "effect": "NoExecute",
-                "tolerationSeconds": UNREACHABLE_SECONDS,
-            }
-            for taint in ("not-ready", "unreachable")
-        ],
+        **scheduling_of(workload, settings, phase),
         "containers": [_container(workload, settings, phase, mounts)],
         "volumes": volumes,
     }
@@ -69,21 +59,7 @@ def template(workload: Workload, settings: Settings, phase: Phase, sources: Mapp
         spec["serviceAccountName"] = settings.service_account
     if settings.image_pull_secrets:
         spec["imagePullSecrets"] = [{"name": name} for name in settings.image_pull_secrets]
-    if scheduling.priority_class_name:
-        spec["priorityClassName"] = scheduling.priority_class_name
-    if phase == "run":
-        if scheduling.node_selector:
-            spec["nodeSelector"] = dict(scheduling.node_selector)
-        # One pod on each node if there are enough nodes, and several if not.
-        spec["topologySpreadConstraints"] = [
-            {
-                "maxSkew": 1,
-                "topologyKey": "kubernetes.io/hostname",
-                "whenUnsatisfiable": "ScheduleAnyway",
-                "labelSelector": {"matchLabels": {naming.UID_LABEL: naming.uid(job), naming.PHASE_LABEL: phase}},
-            }
-        ]
-    return {"metadata": {"labels": naming.labels(job, phase)}, "spec": spec}
+    return {"metadata": metadata_of(job, phase), "spec": spec}
 
 
 def _user(settings: Settings) -> Object:
@@ -108,7 +84,7 @@ def _container(workload: Workload, settings: Settings, phase: Phase, mounts: lis
         "imagePullPolicy": settings.image_pull_policy,
         "command": ["python", "-m", "luthier_trainer", verb, "--run", f"{CONFIG}/{RUN_FILE}"],
         "env": _environment(workload, settings, phase),
-        "resources": _resources(workload, settings, phase),
+        "resources": resources_of(workload, settings, phase),
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -155,21 +131,3 @@ def _threads(workload: Workload) -> dict[str, str]:
         return {}
     threads = max(1, cores(cpu) // workload.processes_per_pod)
     return {"OMP_NUM_THREADS": str(threads)}
-
-
-def _resources(workload: Workload, settings: Settings, phase: Phase) -> Object:
-    if phase != "run":
-        return {"requests": {"cpu": canonical(settings.cpu_request), "memory": canonical(settings.memory_request)}}
-    asked = workload.job.spec.resources
-    limits = {}
-    if asked.memory:
-        limits["memory"] = canonical(asked.memory)
-    if workload.gpus_per_pod:
-        limits[settings.gpu_resource] = str(workload.gpus_per_pod)
-    requests = {"cpu": canonical(asked.cpu), **limits} if asked.cpu else limits
-    found = {}
-    if requests:
-        found["requests"] = requests
-    if limits:
-        found["limits"] = limits
-    return found

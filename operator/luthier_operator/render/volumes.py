@@ -14,12 +14,18 @@ from luthier_api.status import Phase
 from luthier_operator import naming
 from luthier_operator.model import Job, Object
 from luthier_operator.naming import CONFIG, SOURCES, WORKSPACE, Place
+from luthier_operator.render.resources import tmp_size
 
 if TYPE_CHECKING:
+    from luthier_operator.settings import Settings
     from luthier_operator.workloads.base import Workload
 
+RUN_FOLDER_SIZE = "64Mi"  # stop flag, heartbeat, one message of at most 4 KiB a rank
 
-def volumes_of(workload: Workload, phase: Phase, sources: Mapping[str, Place]) -> tuple[list[Object], list[Object]]:
+
+def volumes_of(
+    workload: Workload, settings: Settings, phase: Phase, sources: Mapping[str, Place]
+) -> tuple[list[Object], list[Object]]:
     """Volumes and mounts. Each claim is one volume, however often it is mounted: the kubelet does not start a pod that
     has a claim twice.
     """
@@ -28,8 +34,8 @@ def volumes_of(workload: Workload, phase: Phase, sources: Mapping[str, Place]) -
     claims = {own: "workspace"}
     shared = max(1, workload.gpus_per_pod) if phase == "run" else 1
     volumes: list[Object] = [
-        {"name": "tmp", "emptyDir": {}},
-        {"name": "run", "emptyDir": {}},
+        {"name": "tmp", "emptyDir": {"sizeLimit": tmp_size(workload, settings, phase)}},
+        {"name": "run", "emptyDir": {"sizeLimit": RUN_FOLDER_SIZE}},
         # The default of 64 MiB is too small for data loaders and NCCL. It counts towards the memory limit.
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{shared}Gi"}},
         {"name": "config", "configMap": {"name": naming.config_name(job)}},

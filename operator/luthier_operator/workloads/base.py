@@ -54,6 +54,8 @@ class Workload(Protocol):
     """What `prepare` counts."""
     gpus_field: ClassVar[str]
     """Field of the spec with the GPUs of each pod."""
+    pods_field: ClassVar[str]
+    """Field of the spec with the pods that work at once."""
     has_checkpoints: ClassVar[bool]
 
     def __init__(self, job: Any) -> None: ...
@@ -94,7 +96,13 @@ class Workload(Protocol):
     def pods(self) -> int: ...
 
     @property
-    def gpus_per_pod(self) -> int: ...
+    def parallel_pods(self) -> int:
+        """Pods that work at once."""
+        return self.pods
+
+    @property
+    def gpus_per_pod(self) -> int:
+        return self.job.spec.resources.gpus_per_pod
 
     @property
     def processes_per_pod(self) -> int: ...
@@ -120,10 +128,15 @@ class Workload(Protocol):
         return f"{self.pods}×{self.gpus_per_pod or 'CPU'}"
 
     def describe_pods(self) -> str:
-        """`2 pods on 16 GPUs`."""
-        gpus = self.pods * self.gpus_per_pod
+        """`2 pods on 16 GPUs`, `100 shards, 8 at once, on 8 GPUs of class a100`."""
+        gpus = self.parallel_pods * self.gpus_per_pod
         hardware = plural(gpus, "GPU") if gpus else "CPU"
-        return f"{plural(self.pods, self.pod_noun)} on {hardware}"
+        if gpus and (name := self.job.spec.resources.gpu_class):
+            hardware += f" of class {name}"
+        pods = plural(self.pods, self.pod_noun)
+        if self.parallel_pods < self.pods:
+            pods += f", {self.parallel_pods} at once,"
+        return f"{pods} on {hardware}"
 
     def describe_processes(self) -> dict[str, object]:
         """What `luthier plan --quick` shows besides the pods."""
@@ -167,9 +180,9 @@ class Workload(Protocol):
         """Rows of a forward pass with which the run starts again after CUDA has run out of memory. None if it fails."""
         return None
 
-    def describe_budget(self, condition: Object) -> str:
-        """What to add to the message of a failure that used up the restarts. `condition`: Failed, of the child."""
-        return ""
+    def describe_budget(self, child: Object, condition: Object) -> str:
+        """What to add to the message of a failure: which budget it used up. `condition`: Failed, of `child`."""
+        ...
 
     @staticmethod
     def restart_reasons(attempts: Sequence[Attempt], restarts: int) -> dict[int, str]:

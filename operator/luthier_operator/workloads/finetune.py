@@ -38,6 +38,7 @@ class FineTune(Workload):
     pod_noun: ClassVar[str] = "pod"
     row_noun: ClassVar[str] = "rows"
     gpus_field: ClassVar[str] = "spec.resources.gpusPerNode"
+    pods_field: ClassVar[str] = "spec.resources.nodes"
     has_checkpoints: ClassVar[bool] = True
 
     def find_mistake(self) -> str | None:
@@ -65,10 +66,6 @@ class FineTune(Workload):
     @property
     def pods(self) -> int:
         return self.job.spec.resources.nodes
-
-    @property
-    def gpus_per_pod(self) -> int:
-        return self.job.spec.resources.gpus_per_node
 
     @property
     def processes_per_pod(self) -> int:
@@ -149,7 +146,7 @@ class FineTune(Workload):
         share = plan.micro_batch_size * (plan.accumulation_steps or 1)
         return next((rows for rows in range(plan.micro_batch_size // 2, 0, -1) if share % rows == 0), None)
 
-    def describe_budget(self, condition: Object) -> str:
+    def describe_budget(self, child: Object, condition: Object) -> str:
         if condition.get("reason") != "ReachedMaxRestarts":
             return ""
         return f". That was the last of {self.job.spec.restarts.max} restarts (spec.restarts.max)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class Generate(Workload):
     pod_noun: ClassVar[str] = "shard"
     row_noun: ClassVar[str] = "outputs"
     gpus_field: ClassVar[str] = "spec.resources.gpus"
+    pods_field: ClassVar[str] = "spec.parallelism"
     has_checkpoints: ClassVar[bool] = False
 
     @property
@@ -47,8 +49,8 @@ class Generate(Workload):
         return self.job.spec.shards
 
     @property
-    def gpus_per_pod(self) -> int:
-        return self.job.spec.resources.gpus
+    def parallel_pods(self) -> int:
+        return min(self.pods, self.job.spec.parallelism or self.pods)
 
     @property
     def processes_per_pod(self) -> int:
@@ -60,8 +62,8 @@ class Generate(Workload):
 
     def run_manifest(self, settings: Settings, sources: Mapping[str, Place], restarts: int, charged: int) -> Object:
         """An Indexed Job."""
-        retries = self.job.spec.retries_per_shard
-        return shards(self, settings, sources, retries, naming.restarts_before(restarts, charged))
+        spec, before = self.job.spec, naming.restarts_before(restarts, charged)
+        return shards(self, settings, sources, spec.retries_per_shard, spec.max_failed_shards, before)
 
     def restarts(self, child: Object, status: JobStatus, ends: Sequence[PodEnd], pods: Sequence[Object]) -> Restarts:
         """The sums over all shards. Each pod knows how often its index was started before, so the newest pod of each
@@ -87,6 +89,18 @@ class Generate(Workload):
 
     def no_progress(self, attempts: Sequence[Attempt], ends: Sequence[PodEnd]) -> str | None:
         return no_progress_of_shards(ends)
+
+    def describe_budget(self, child: Object, condition: Object) -> str:
+        failed = child.get("status", {}).get("failedIndexes", "")
+        several = re.search("[,-]", failed)
+        ended = f". This ended {'shards' if several else 'shard'} {failed} of {self.pods} for good"
+        kept = "what was generated stays in the workspace"
+        if condition.get("reason") == "MaxFailedIndexesExceeded":
+            limit = f"spec.maxFailedShards: {self.job.spec.max_failed_shards}"
+            return f"{ended}, and {limit} stopped the others; {kept}"
+        if condition.get("reason") == "FailedIndexes":
+            return f"{ended}; the others are complete, and {kept}"
+        return ""
 
     @staticmethod
     def restart_reasons(attempts: Sequence[Attempt], restarts: int) -> dict[int, str]:

@@ -314,8 +314,8 @@ class ShortOfMemoryCase:
 SHORT_OF_MEMORY = [
     ShortOfMemoryCase(
         phase="prepare",
-        field="jobs.memoryRequest: ",
-        remedy="spec.resources is for the run alone. Fewer rows (split) need less",
+        field="spec.prepare.memory: ",
+        remedy="have the administrator raise that. Fewer rows (split) need less",
     ),
     ShortOfMemoryCase(
         phase="run",
@@ -324,8 +324,8 @@ SHORT_OF_MEMORY = [
     ),
     ShortOfMemoryCase(
         phase="publish",
-        field="jobs.memoryRequest: ",
-        remedy="spec.resources is for the run alone",
+        field="spec.publish.memory: ",
+        remedy="have the administrator raise that",
     ),
 ]
 

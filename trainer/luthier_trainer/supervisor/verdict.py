@@ -20,15 +20,12 @@ from luthier_trainer.runtime import gpu_errors
 from luthier_trainer.supervisor.process_tree import Death
 from luthier_trainer.supervisor.stacks import Position
 
-# `spec.resources` is for `run` alone: the other phases have the chart's request, and no limit but that of a LimitRange.
-_ASK = (
-    "Have the administrator raise it in the chart, and the namespace's LimitRange if that sets a limit; spec.resources"
-    " is for the run alone"
-)
+# Without them, pods of `prepare` and `publish` have the request of the chart, and no limit but that of a LimitRange.
+_RAISE = "Raise it, and if the namespace has a LimitRange, have the administrator raise that"
 MORE_MEMORY: Mapping[Phase, tuple[str, str]] = {
-    "prepare": ("jobs.memoryRequest", f"{_ASK}. Fewer rows (split) need less"),
+    "prepare": ("spec.prepare.memory", f"{_RAISE}. Fewer rows (split) need less"),
     "run": ("spec.resources.memory", "Raise it, or lower batch sizes or maxLength"),
-    "publish": ("jobs.memoryRequest", _ASK),
+    "publish": ("spec.publish.memory", _RAISE),
 }
 
 NO_LIMIT = (
