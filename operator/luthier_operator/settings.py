@@ -124,7 +124,9 @@ class Settings(BaseSettings):
     workers: Annotated[int, Field(ge=1)] = 16
     """Jobs reconciled at once."""
     progress_every: Annotated[float, Field(gt=0)] = 15
-    """Seconds between two updates of the progress of a running job."""
+    """Seconds between two updates of the progress of a running job. At most 20 jobs are read in a
+    second, so that it grows from 300 running jobs on.
+    """
     metrics_port: int = 8080
     """Port of the operator's own /metrics, /healthz and /readyz."""
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(str.upper)] = "INFO"
