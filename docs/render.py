@@ -71,12 +71,20 @@ STATES: dict[State, str] = {
     State.SUSPENDED: "`suspend` is true: no pods and no GPUs. Set it to false to resume the job.",
     State.COMPLETE: "All phases are done.",
     State.FAILED: "The job has failed; the condition `Failed` has the reason.",
-    State.INVALID: "CRDs and operator have different versions. Install both from the same chart.",
+    State.UNKNOWN: "The job has ended, but its status has lost how. It does not run again by itself.",
 }
 # When each event is posted. An event that is named like a reason of a condition has the message of that condition.
 OCCASIONS: dict[Reason, str] = {
     Reason.ACCEPTED: "The job has stopped waiting: what it needs exists now.",
     Reason.WAITING_FOR_JOB: "The result of another job does not exist yet.",
+    Reason.SOURCE_NOT_UNDERSTOOD: "The job whose result is needed exists, but the operator does not understand it.",
+    Reason.NOT_UNDERSTOOD: (
+        "The spec has a value that the operator does not know. Pods go on; install CRDs and operator from the same"
+        " chart."
+    ),
+    Reason.UNKNOWN_FIELDS: "The spec has fields that the operator does not know and ignores: their paths.",
+    Reason.INTERNAL_ERROR: "The operator itself fails with the job: what to report.",
+    Reason.STATUS_REFUSED: "The API server refuses the status, so that nothing is created for the job.",
     Reason.JOB_SET_MISSING: "The cluster has no JobSet.",
     Reason.SMALL_WORKSPACE: "The existing claim of an earlier job is used, and is smaller than `workspace.size`.",
     Reason.PREPARING: "`prepare` starts.",

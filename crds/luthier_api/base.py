@@ -69,6 +69,22 @@ class Format:
 
 
 @dataclass(frozen=True)
+class Shortened:
+    """A text of a status that is cut to so many characters: the API server would refuse the whole status for it."""
+
+    characters: int
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.cut, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(schema), "maxLength": self.characters}
+
+    def cut(self, text: str) -> str:
+        return text if len(text) <= self.characters else text[: self.characters - 1] + "…"
+
+
+@dataclass(frozen=True)
 class ListType:
     """How the API server merges a list when several clients apply it (`x-kubernetes-list-type`). Lists without one are
     replaced whole: they are atomic.

@@ -17,6 +17,10 @@ class ConditionType(StrEnum):
     SUSPENDED = "Suspended"
     COMPLETE = "Complete"
     FAILED = "Failed"
+    FIELDS_IGNORED = "FieldsIgnored"
+    """The spec has fields that the operator does not know."""
+    INTERNAL_ERROR = "InternalError"
+    """The operator itself fails with the job."""
 
 
 class Reason(StrEnum):
@@ -26,6 +30,9 @@ class Reason(StrEnum):
     INVALID_SPEC = "InvalidSpec"
     NOT_ALLOWED = "NotAllowed"
     """The administrator's settings refuse what the job asks for."""
+    NOT_UNDERSTOOD = "NotUnderstood"
+    """A field of the spec has a value that the operator does not know, because another version has accepted it."""
+    SOURCE_NOT_UNDERSTOOD = "SourceNotUnderstood"
     # waiting
     WAITING_FOR_JOB = "WaitingForJob"
     WAITING_FOR_QUEUE = "WaitingForQueue"
@@ -77,6 +84,11 @@ class Reason(StrEnum):
     DEADLINE_EXCEEDED = "DeadlineExceeded"
     NO_PROGRESS = "NoProgress"
     FAILED = "Failed"
+    CONDITIONS_LOST = "ConditionsLost"
+    """The job has ended, but its status has lost the condition that says how."""
+    # of the operator
+    UNKNOWN_FIELDS = "UnknownFields"
+    INTERNAL_ERROR = "InternalError"
     # only of events
     STARTED = "Started"
     EVICTED = "Evicted"
@@ -84,6 +96,8 @@ class Reason(StrEnum):
     SMALL_WORKSPACE = "SmallWorkspace"
     CHECKPOINT_BROKEN = "CheckpointBroken"
     NOTICE = "Notice"
+    STATUS_REFUSED = "StatusRefused"
+    """The API server refuses the status, so that no child is created."""
 
 
 ONLY_EVENTS = frozenset(
@@ -94,6 +108,7 @@ ONLY_EVENTS = frozenset(
         Reason.SMALL_WORKSPACE,
         Reason.CHECKPOINT_BROKEN,
         Reason.NOTICE,
+        Reason.STATUS_REFUSED,
     }
 )
 """Reasons that no condition has."""

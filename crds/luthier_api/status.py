@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from luthier_api.base import ApiModel, map_by
+from luthier_api.base import ApiModel, Shortened, map_by
 from luthier_api.conditions import ConditionType
 from luthier_api.decides import MAY_WAIT
 
@@ -17,6 +17,8 @@ Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 """A time as Kubernetes writes it, such as 2026-11-28T09:30:00Z."""
 Phase = Literal["prepare", "run", "publish"]
 PHASES: tuple[Phase, ...] = ("prepare", "run", "publish")
+Message = Annotated[str, Shortened(4096)]  # the size of a termination message
+ConditionMessage = Annotated[str, Shortened(32_768)]  # the limit of Kubernetes; conditions of others are kept whole
 
 
 class State(StrEnum):
@@ -37,7 +39,7 @@ class State(StrEnum):
     SUSPENDED = "Suspended"
     COMPLETE = "Complete"
     FAILED = "Failed"
-    INVALID = "Invalid"
+    UNKNOWN = "Unknown"
 
 
 def finite(figures: Mapping[str, float]) -> dict[str, float]:
@@ -58,7 +60,7 @@ class Condition(ApiModel):
     """True, False, or Unknown."""
     reason: str
     """CamelCase, for programs. Reasons of failures are those of the exit codes."""
-    message: Annotated[str, MAY_WAIT] = ""
+    message: Annotated[ConditionMessage, MAY_WAIT] = ""
     """For people: the current state, or what went wrong and what to do."""
     last_transition_time: Time
     """When the status of the condition last changed."""
@@ -189,8 +191,8 @@ class Checkpoint(ApiModel):
 class Attempt(ApiModel):
     """A failure of a pod, kept after the pod is deleted."""
 
-    phase: Phase
-    """The phase that failed."""
+    phase: str
+    """The phase that failed: prepare, run or publish."""
     attempt: int = 0
     """Number of restarts before it: of the phase, or of the shard."""
     reason: str
@@ -205,9 +207,9 @@ class Attempt(ApiModel):
     """Node on which the pod ran."""
     step: int | None = None
     """Step of the newest checkpoint at that time. Of a shard: outputs written."""
-    message: str = ""
+    message: Message = ""
     """What went wrong and what to do."""
-    last_lines: str = ""
+    last_lines: Message = ""
     """The last lines of the pod's output."""
     charged: bool = False
     """Whether the restart after it counts against `restarts.max`."""
@@ -305,7 +307,7 @@ class JobStatus(ApiModel):
     """Restarts that count against `restarts.max` (FineTuneJob) or `retriesPerShard` (GenerateJob)."""
     metrics: Figures | None = None
     """Final metrics, for example evalLoss."""
-    notices: Annotated[list[str], Field(max_length=40)] = Field(default_factory=list)
+    notices: Annotated[list[Message], Field(max_length=40)] = Field(default_factory=list)
     """What the user should know although nothing has failed: rows or weights that were left out, changed or newly
     initialised, and settings that were chosen.
     """
@@ -338,4 +340,9 @@ class JobStatus(ApiModel):
 
     @property
     def finished(self) -> bool:
+        """Whether the job has ended. The completion time alone is enough: a job whose conditions were lost must not run
+        again by itself.
+        """
+        if self.completion_time is not None:
+            return True
         return self.is_true(ConditionType.COMPLETE) or self.is_true(ConditionType.FAILED)

@@ -18,6 +18,11 @@ C, R = ConditionType, Reason
 EVENTS: dict[Reason, Literal["Normal", "Warning"]] = {
     R.ACCEPTED: "Normal",
     R.WAITING_FOR_JOB: "Normal",
+    R.SOURCE_NOT_UNDERSTOOD: "Warning",
+    R.NOT_UNDERSTOOD: "Warning",
+    R.UNKNOWN_FIELDS: "Warning",
+    R.INTERNAL_ERROR: "Warning",
+    R.STATUS_REFUSED: "Warning",
     R.JOB_SET_MISSING: "Warning",
     R.SMALL_WORKSPACE: "Warning",
     R.PREPARING: "Normal",
@@ -131,6 +136,8 @@ def event(before: Condition | None, now: Condition, status: JobStatus) -> Event 
     """The event of one condition, if its status or its reason has changed."""
     if before and (before.status, before.reason) == (now.status, now.reason):
         return None
+    if now.reason == R.CONDITIONS_LOST:
+        return None  # the event of the end was posted when the job ended
     if now.status == "True":
         return event_of_true(before, now, status)
     if now.type in (C.FAILED, C.COMPLETE) and now.reason == R.PUBLISHING:
@@ -172,4 +179,6 @@ def event_of_true(before: Condition | None, now: Condition, status: JobStatus) -
         return Event("Normal", R.RUNNING if again else R.STARTED, now.message)
     if now.type == C.ACCEPTED and before is None:
         return None  # the event of Preparing follows at once
+    if now.type in (C.FIELDS_IGNORED, C.INTERNAL_ERROR):
+        return Event("Warning", now.reason, now.message)
     return Event("Normal", now.reason, now.message)

@@ -34,6 +34,9 @@ from luthier_operator.wire import read_answer, read_event, read_list, read_objec
 VERSION = importlib.metadata.version("luthier")
 FIELD_MANAGER = "luthier"
 JSON = "application/json"
+ALREADY_EXISTS = "AlreadyExists"
+NAMESPACE_TERMINATING = "NamespaceTerminating"
+"""Cause of a refusal: the namespace is being deleted, and nothing can be created in it any more."""
 IN_FLIGHT = 32  # requests; more bring no gain on one API server (measured), and a burst would delay other clients
 CHUNK = 500  # objects in one response of a list, which bounds its memory
 TIMEOUT = aiohttp.ClientTimeout(total=30, sock_connect=5)
@@ -82,9 +85,10 @@ RESOURCES: dict[str, Resource] = {
 class ApiError(Exception):
     """An answer other than 2xx, or no answer at all (status 0)."""
 
-    def __init__(self, status: int, reason: str, message: str) -> None:
+    def __init__(self, status: int, reason: str, message: str, cause: str = "") -> None:
+        """`cause`: the reason of the first cause in the details of the answer."""
         super().__init__(f"{status} {reason}: {message}")
-        self.status, self.reason, self.message = status, reason, message
+        self.status, self.reason, self.message, self.cause = status, reason, message, cause
 
 
 async def login() -> Configuration:
@@ -196,13 +200,66 @@ class Client:
         except (aiohttp.ClientError, TimeoutError, OSError, msgspec.DecodeError) as error:
             raise ApiError(0, "Unreachable", f"WATCH {url}: {error!r}") from error
 
-    async def apply(self, manifest: Object) -> Object:
-        """Server-side apply: create or change an object, and take over fields that others have set."""
-        meta = manifest["metadata"]
-        path = RESOURCES[manifest["kind"]].path(meta["namespace"], meta["name"])
-        query = {"fieldManager": FIELD_MANAGER, "force": "true"}
-        read = functools.partial(read_object, manifest["kind"])
-        return await self._request("PATCH", path, query, manifest, "application/apply-patch+yaml", read)
+    async def create_child(self, manifest: Object) -> Object:
+        """Create a child of a job, or return the one that exists already. A ConfigMap gets the data of `manifest`.
+
+        Raises ApiError 409 if the name is taken by an object of somebody else. That is never changed: with our owner
+        reference, it would be deleted with the job.
+        """
+        try:
+            return await self.create(manifest)
+        except ApiError as error:
+            if error.reason != ALREADY_EXISTS:
+                raise
+        return await self._own(manifest)
+
+    async def repair(self, manifest: Object) -> Object:
+        """As `create_child`, for a child that is expected to exist: one request if it does."""
+        try:
+            return await self._own(manifest)
+        except ApiError as error:
+            if error.status != 404:
+                raise
+        return await self.create_child(manifest)
+
+    async def _own(self, manifest: Object) -> Object:
+        """The existing child with the name of `manifest`, with its data if it is a ConfigMap.
+
+        Raises ApiError 409 if it belongs to somebody else, 404 if there is none.
+        """
+        meta, kind = manifest["metadata"], manifest["kind"]
+        found = await self._existing(RESOURCES[kind], meta["namespace"], meta["name"])
+        if found["metadata"].get("deletionTimestamp"):
+            raise ApiError(409, "Terminating", "an older one of this name is being deleted")
+        owners = owners_of(found)
+        if meta["labels"][naming.UID_LABEL] not in owners:
+            owner = ", ".join(owners.values()) or "no job"
+            raise ApiError(
+                409,
+                "NotOwned",
+                f"an object of this name exists and belongs to {owner}; it is left as it is. Rename or delete it, or"
+                " create the job under another name",
+            )
+        if kind != "ConfigMap" or found.get("data") == manifest["data"]:
+            return found
+        removed = dict.fromkeys(found.get("data") or {})
+        patch = {
+            "metadata": {"resourceVersion": found["metadata"]["resourceVersion"]},
+            "data": removed | manifest["data"],
+        }
+        return await self.patch(kind, meta["namespace"], meta["name"], patch)
+
+    async def _existing(self, resource: Resource, namespace: str, name: str) -> Object:
+        """The object of this name. What is watched is listed, so that no right to get it is needed.
+
+        Raises ApiError 404 if there is none.
+        """
+        if resource.kind == "ConfigMap":
+            return await self.get(resource.path(namespace, name))
+        found = await self.get(resource.path(namespace), {"fieldSelector": f"metadata.name={name}"})
+        if not found["items"]:
+            raise ApiError(404, "NotFound", f"{name} not found")
+        return {"apiVersion": resource.api_version, "kind": resource.kind, **found["items"][0]}
 
     async def claim(self, manifest: Object) -> Object:
         """Create a volume claim if there is none of that name.
@@ -214,13 +271,13 @@ class Client:
         try:
             return await self.create(manifest)
         except ApiError as error:
-            if error.status != 409:
+            if error.reason != ALREADY_EXISTS:
                 raise
         meta = manifest["metadata"]
         found = await self.get(RESOURCES[manifest["kind"]].path(meta["namespace"], meta["name"]))
         if found["metadata"].get("deletionTimestamp"):
             raise ApiError(409, "Terminating", "the claim of an earlier job is being deleted")
-        owners = {r["uid"]: f"{r['kind']} {r['name']}" for r in found["metadata"].get("ownerReferences") or []}
+        owners = owners_of(found)
         if owners and meta["labels"][naming.UID_LABEL] not in owners:
             raise ApiError(
                 409, "Owned", f"it exists and is owned by another {', '.join(owners.values())} ({', '.join(owners)})"
@@ -234,24 +291,26 @@ class Client:
         body = {"metadata": {"resourceVersion": meta["resourceVersion"]}, "status": patch}
         return await self._request("PATCH", path, {"fieldManager": FIELD_MANAGER}, body, "application/merge-patch+json")
 
-    async def delete(self, target: Object, propagation: str) -> Object | None:
-        """Delete this object, but not a later one with the same name.
+    async def delete(self, target: Object, propagation: str, exact: bool = False) -> Object | None:
+        """Delete this object, but not a later one with the same name. `exact`: only if it has not changed since it was
+        read, else ApiError 409.
 
         Returns the object while finalizers keep it, None when it is gone.
         """
         meta = target["metadata"]
+        version = {"resourceVersion": meta["resourceVersion"]} if exact else {}
         body = {
             "kind": "DeleteOptions",
             "apiVersion": "v1",
             "propagationPolicy": propagation,
-            "preconditions": {"uid": meta["uid"]},
+            "preconditions": {"uid": meta["uid"], **version},
         }
         try:
             left = await self._request(
                 "DELETE", RESOURCES[target["kind"]].path(meta["namespace"], meta["name"]), None, body
             )
         except ApiError as error:
-            if error.status == 404 or (error.status == 409 and "uid" in error.message.lower()):
+            if error.status == 404 or (error.status == 409 and "UID in" in error.message):
                 return None
             raise
         return left if left.get("metadata", {}).get("deletionTimestamp") else None
@@ -308,7 +367,7 @@ class Client:
             self._paused_until = max(self._paused_until, asyncio.get_running_loop().time() + pause)
         if not 200 <= status < 300:
             answer = read_answer(text)
-            raise ApiError(status, answer.get("reason", ""), answer.get("message", ""))
+            raise ApiError(status, answer.get("reason", ""), answer.get("message", ""), first_cause(answer))
         return read(text)
 
     async def _send(
@@ -335,6 +394,17 @@ class Client:
         for setting in (await self._configuration.auth_settings()).values():
             headers[setting["key"]] = setting["value"]
         return headers
+
+
+def owners_of(found: Object) -> dict[str, str]:
+    """uid → kind and name of the owners of an object."""
+    return {r["uid"]: f"{r['kind']} {r['name']}" for r in found["metadata"].get("ownerReferences") or []}
+
+
+def first_cause(answer: Object) -> str:
+    """The reason of the first cause in the details of a refusal."""
+    causes = (answer.get("details") or {}).get("causes") or [{}]
+    return str(causes[0].get("reason", ""))
 
 
 def _seconds(header: str | None) -> float:

@@ -47,7 +47,7 @@ def decide(observed: Observed, settings: Settings, now: datetime) -> Decision:
     apply: list[Object] = []
     delete: list[ChildRef] = []
     requeue_after: list[float] = []
-    creating, delete_job = None, False
+    creating, repair, delete_job = None, None, False
     for step in AFTER_THE_END if ctx.status.finished else STEPS:
         outcome = step(ctx)
         ctx = replace(ctx, status=outcome.status)
@@ -55,12 +55,13 @@ def decide(observed: Observed, settings: Settings, now: datetime) -> Decision:
         delete += outcome.delete
         if outcome.requeue_after is not None:
             requeue_after.append(outcome.requeue_after)
-        creating, delete_job = outcome.creating, outcome.delete_job
+        creating, repair, delete_job = outcome.creating, outcome.repair, outcome.delete_job
         if not outcome.goes_on:
             break
     decision = Decision(
         status=clock(ctx),
         apply=tuple(apply),
+        repair=repair,
         creating=creating,
         delete=tuple(delete),
         ask=tuple(waiting.unexplained(ctx)),
@@ -68,6 +69,21 @@ def decide(observed: Observed, settings: Settings, now: datetime) -> Decision:
         delete_job=delete_job,
     )
     return with_events(observed, decision)
+
+
+def held(observed: Observed, decision: Decision) -> Decision:
+    """`decision` before its children are created. If the API server has refused one before, the condition that reports
+    on them stays as it is, so that a child that is refused again causes no write.
+    """
+    if decision.creating is None:
+        return decision
+    before = observed.job.status.condition(decision.creating)
+    if before is None or before.reason != Reason.FAILED_CREATE:
+        return decision
+    conditions = [before if c.type == before.type else c for c in decision.status.conditions]
+    return with_events(
+        observed, replace(decision, status=decision.status.model_copy(update={"conditions": conditions}))
+    )
 
 
 def refused(observed: Observed, decision: Decision, message: str, now: datetime) -> Decision:

@@ -28,7 +28,6 @@ POSTED_KEPT = 2000  # events whose count may still be increased
 SAME_WITHIN = 600.0  # seconds in which an equal event counts as a repetition
 MESSAGE_LIMIT = 1024  # the API server refuses longer ones
 COMPONENT = "luthier"
-NAMESPACE_IS_DELETED = "because it is being terminated"  # in the message of the API server
 ENDS = {Reason.COMPLETED, Reason.FAILED}
 
 
@@ -159,16 +158,14 @@ class Recorder:
             try:
                 await self._post(about, event)
             except ApiError as error:
-                # A namespace that is deleted with thousands of jobs would fill the log.
-                level = logging.DEBUG if NAMESPACE_IS_DELETED in error.message else logging.WARNING
-                self._report_dropped(about, event, str(error), level)
+                self._report_dropped(about, event, str(error))
             finally:
                 self._queue.done(about["uid"])
 
-    def _report_dropped(self, about: dict[str, str], event: Event, why: str, level: int = logging.WARNING) -> None:
+    def _report_dropped(self, about: dict[str, str], event: Event, why: str) -> None:
         self._metrics.add(EVENTS_DROPPED, 1)
         where = f"{about['namespace']}/{about['name']}"
-        log.log(level, "an event about %s was not posted: %s: %s: %s", where, why, event.reason, event.message)
+        log.warning("an event about %s was not posted: %s: %s: %s", where, why, event.reason, event.message)
 
     async def _post(self, about: dict[str, str], event: Event) -> None:
         """Raises ApiError."""

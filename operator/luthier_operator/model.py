@@ -125,6 +125,12 @@ class Observed:
     """By uid of the pod."""
     sources: Mapping[str, FineTuneJob] = field(default_factory=dict)
     """The existing FineTuneJobs whose results it uses, by name."""
+    unreadable_sources: Mapping[str, str] = field(default_factory=dict)
+    """Those that exist but cannot be read: name → problem."""
+    cycle: Sequence[str] = ()
+    """Names of FineTuneJobs from this one back to itself, if they wait for each other's results."""
+    unknown_fields: Sequence[str] = ()
+    """Paths of fields of the job that this operator does not know."""
     jobset_installed: bool = True
     admission: KueueWorkload | None = None
     """What Kueue says about the child of `run`."""
@@ -152,6 +158,8 @@ class Decision:
     """Missing children, in the order in which they are created. Existing ones are not changed: a queue owns part of
     them, and templates are immutable.
     """
+    repair: Object | None = None
+    """The config map that these children need. It should exist, but somebody may have changed or deleted it."""
     creating: ConditionType | None = None
     """The condition that reports on them."""
     delete: Sequence[ChildRef] = ()

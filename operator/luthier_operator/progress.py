@@ -178,7 +178,7 @@ class Scraper:
                 silence = about.failed(self._clock(), interval, error)
                 if silence:
                     silences[uid] = silence
-                log.debug("metrics of %s: %s: %r", pod["metadata"]["name"], error, error.__cause__)
+                log.debug("metrics of %s: %s: %s", pod["metadata"]["name"], result, error)
             about.tried_at = self._clock()
             self._metrics.add(PROGRESS_READS, 1, result)
 
@@ -204,10 +204,10 @@ class Scraper:
                 return read_samples(text.decode())
         except TimeoutError as error:
             raise Unreadable("timeout", "no answer in time") from error
-        except (aiohttp.ClientConnectionError, OSError) as error:
-            raise Unreadable("unreachable", "the connection failed") from error
-        except (aiohttp.ClientError, ValueError) as error:
-            raise Unreadable("invalid", "no metrics in the answer") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise Unreadable("unreachable", repr(error)) from error
+        except ValueError as error:
+            raise Unreadable("invalid", repr(error)) from error
 
 
 def fair_share(wanted: Iterable[int], budget: int) -> int:

@@ -1,4 +1,5 @@
-"""Reconciles one job: observe → `decide` → apply children → write the status, if it has changed → post events.
+"""Reconciles one job: observe → `decide` → write the status, if it has changed → post events → delete and create
+children.
 
 After any error the job goes back into the queue. Every step may be repeated from the beginning, also by another process
 that knows nothing of this one.
@@ -12,24 +13,27 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import Literal
 
 import msgspec
-from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 from luthier_api.conditions import ConditionType, Reason
 from luthier_api.decides import urgent_part
-from luthier_api.kinds import parse_job
-from luthier_api.status import Condition, JobStatus, State
-from luthier_operator.client import RESOURCES, ApiError, Client
-from luthier_operator.decide import decide, refused
+from luthier_api.kinds import KINDS
+from luthier_api.status import PHASES, JobStatus
+from luthier_api.stored import NotUnderstood, read_stored
+from luthier_operator import naming
+from luthier_operator.client import NAMESPACE_TERMINATING, RESOURCES, ApiError, Client
+from luthier_operator.decide import decide, held, refused, with_events
 from luthier_operator.events import Recorder
 from luthier_operator.metrics import Metrics
-from luthier_operator.model import ChildRef, Decision, Event, Job, Key, Object
+from luthier_operator.model import ChildRef, Decision, Event, Key, Object, Observed
 from luthier_operator.queue import Queue
+from luthier_operator.rawstatus import internal_error_status, new_event, not_understood_status, status_patch
 from luthier_operator.render.claim import shortfall
 from luthier_operator.settings import Settings
 from luthier_operator.store import Store
+from luthier_operator.versions import SAME_CHART
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +43,10 @@ NOTHING_FOLLOWS = {"conditions", "state", "progress", "observedGeneration"}
 """Fields of a status whose change alone leaves nothing to decide: a job that has only begun to wait for something else
 is reconciled again when that comes.
 """
-
-
-class InvalidSpec(ValueError):
-    """The object does not match the types, because its CRD is older or newer than this operator."""
+CHILD_KINDS: tuple[Literal["Job", "JobSet"], ...] = ("Job", "JobSet")
+REFUSALS = (400, 403, 422)
+"""Answers to a status that the API server will give again."""
+TERMINATING_SECONDS = 30.0  # until a namespace that is being deleted is tried again
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Reconciler:
         self._store, self._client, self._queue, self._events, self._metrics = store, client, queue, events, metrics
         self._settings, self._clock = settings, clock
         self._writes: dict[Key, _Write] = {}
+        self._terminating: dict[str, float] = {}  # namespace → until when nothing is created there
         self._active = 0
 
     async def work(self, key: Key) -> None:
@@ -104,27 +109,53 @@ class Reconciler:
             self._queue.took(key, 0)
             self._writes.pop(key, None)  # its children have owner references, and are deleted with it
             return None
+        if (left := self._terminating.get(key.namespace, 0) - self._clock()) > 0:
+            return left
+        now = datetime.now(UTC)
         try:
-            job = read_job(found)
-        except InvalidSpec as error:
-            await self._write_status(key, found, invalid_status(found, str(error)))
-            return None
-        observed, now = self._store.observed(job), datetime.now(UTC)
-        decision = decide(observed, self._settings, now)
-        self._queue.took(key, time.thread_time() - begin)
-        if decision.ask:
-            observed = replace(observed, warnings=await self._warnings(key, decision.ask))
+            stored = read_stored(KINDS[key.kind].model, found)
+            observed = replace(self._store.observed(stored.value), unknown_fields=stored.unknown)
             decision = decide(observed, self._settings, now)
-        if decision.status.finished and decision.status == job.status:
-            self._store.forget_reports(job)
-        if decision.delete_job:
-            await self._client.delete(found, "Background")
+            self._queue.took(key, time.thread_time() - begin)
+            if decision.ask:
+                observed = replace(observed, warnings=await self._warnings(key, decision.ask))
+                decision = decide(observed, self._settings, now)
+        except NotUnderstood as error:
+            await self._not_understood(key, found, str(error))
             return None
-        refusal = await self._apply(found, decision)
-        if refusal:
-            decision = refused(observed, decision, refusal.message, now)
+        except ApiError:
+            raise
+        except Exception as error:
+            await self._internal_error(key, found, error)
+            raise
+        if decision.status.finished and decision.status == stored.value.status:
+            self._store.forget_reports(stored.value)
+        if decision.delete_job:
+            return await self._expire(key, found)
+        return await self._carry_out(key, found, observed, decision, now)
+
+    async def _carry_out(
+        self, key: Key, found: Object, observed: Observed, decision: Decision, now: datetime
+    ) -> float | None:
+        """Write the status, then delete and create children. Returns what `reconcile` returns.
+
+        The status comes first: nothing is created or deleted on the ground of an object that has changed meanwhile, or
+        while the API server refuses the status. Raises ApiError.
+        """
+        first = held(observed, decision)
+        current, wait = await self._report(key, found, observed.job.status, first)
+        if current is None:  # the job was deleted
+            return None
         await self._delete(key, decision)
-        wait = await self._report(key, found, job, decision)
+        refusal = await self._apply(current, decision)
+        if refusal and refusal.cause == NAMESPACE_TERMINATING:
+            log.info("namespace %s is being deleted: nothing is created there", key.namespace)
+            self._terminating[key.namespace] = self._clock() + TERMINATING_SECONDS
+            return TERMINATING_SECONDS
+        if refusal or first is not decision:
+            written = replace(observed, job=observed.job.model_copy(update={"status": first.status}))
+            last = refused(written, decision, refusal.message, now) if refusal else with_events(written, decision)
+            await self._report(key, current, first.status, last)
         again = min((s for s in (wait, decision.requeue_after) if s is not None), default=None)
         if refusal:
             if again is not None:  # a deadline may be nearer than the next attempt
@@ -137,20 +168,21 @@ class Reconciler:
 
         Raises ApiError if the API server does not answer.
         """
-        for manifest in decision.apply:
+        for manifest in filter(None, (decision.repair, *decision.apply)):
             try:
-                if manifest["kind"] == "PersistentVolumeClaim":
+                if manifest is decision.repair:
+                    made = await self._client.repair(manifest)
+                elif manifest["kind"] == "PersistentVolumeClaim":
                     made = await self._client.claim(manifest)
                     if small := shortfall(manifest, made):
                         self._events.record(found, Event("Warning", Reason.SMALL_WORKSPACE, small))
                 else:
-                    made = await self._client.apply(manifest)
+                    made = await self._client.create_child(manifest)
             except ApiError as error:
                 if not error.status:
                     raise
-                return ApiError(
-                    error.status, error.reason, f"{manifest['kind']} {manifest['metadata']['name']}: {error.message}"
-                )
+                name = f"{manifest['kind']} {manifest['metadata']['name']}"
+                return ApiError(error.status, error.reason, f"{name}: {error.message}", error.cause)
             self._enqueue(self._store.put(made))
         return None
 
@@ -169,54 +201,108 @@ class Reconciler:
 
     async def _delete(self, key: Key, decision: Decision) -> None:
         for ref in decision.delete:
-            child = self._store.child(key, ref)
-            if child is None or child["metadata"].get("deletionTimestamp"):
-                continue
-            left = await self._client.delete(child, PROPAGATION.get(ref.kind, "Background"))
-            self._enqueue(self._store.put(left) if left else self._store.remove(child))
+            await self._delete_child(key, ref)
 
-    async def _report(self, key: Key, found: Object, job: Job, decision: Decision) -> float | None:
-        """Write the status, then post its events. Returns the seconds to wait if only the progress has changed and was
-        written a short time ago.
+    async def _delete_child(self, key: Key, ref: ChildRef) -> None:
+        child = self._store.child(key, ref)
+        if child is None or child["metadata"].get("deletionTimestamp"):
+            return
+        left = await self._client.delete(child, PROPAGATION.get(ref.kind, "Background"))
+        self._enqueue(self._store.put(left) if left else self._store.remove(child))
+
+    async def _expire(self, key: Key, found: Object) -> float | None:
+        """Delete a job whose time to live is over, unless it has changed: what the store knows may be old, and the user
+        may have raised the time or wished to keep the results.
         """
-        desired, before = decision.status.dump(), found.get("status", {})
+        meta = found["metadata"]
+        if not await self._read_again(found):
+            return None
+        current = self._store.job(key)
+        if current is None or current["metadata"]["resourceVersion"] != meta["resourceVersion"]:
+            return 0.0  # decided anew
+        await self._client.delete(found, "Background", exact=True)
+        return None
+
+    async def _not_understood(self, key: Key, found: Object, problem: str) -> None:
+        """Say so in the status. Children go on, unless the user suspends the job. A job that has ended stays as it is.
+
+        Raises ApiError.
+        """
+        if found.get("status", {}).get("completionTime"):
+            return
+        await self._write_raw(key, found, not_understood_status(found, problem), ConditionType.ACCEPTED)
+        if found["spec"].get("suspend") is not True:
+            return
+        for phase in PHASES:
+            for kind in CHILD_KINDS:
+                await self._delete_child(key, ChildRef(kind, f"{naming.stem(key.kind, key.name)}-{phase}"))
+
+    async def _internal_error(self, key: Key, found: Object, error: Exception) -> None:
+        """Say so in the status. Raises nothing: the caller raises `error`."""
+        try:
+            await self._write_raw(key, found, internal_error_status(found, error), ConditionType.INTERNAL_ERROR)
+        except ApiError as refusal:
+            log.warning("%s: status not written: %s", found["metadata"]["name"], refusal)
+
+    async def _write_raw(self, key: Key, found: Object, desired: Object, type: ConditionType) -> None:
+        """Write a status that was made from `found` as plain data, and post the event of its condition `type`."""
+        before = found.get("status", {})
+        if await self._write_status(key, found, before, desired) and (event := new_event(before, desired, type)):
+            self._events.record(found, event)
+
+    async def _report(
+        self, key: Key, found: Object, before: JobStatus, decision: Decision
+    ) -> tuple[Object | None, float | None]:
+        """Write the status, then post its events. `before`: the status of `found`, as it was understood.
+
+        Returns the object as it is then, None if it is gone; and the seconds to wait if only the progress has changed
+        and was written a short time ago. Raises ApiError.
+        """
+        desired, understood = decision.status.dump(), before.dump()
         last = self._last_write(key, found)
-        if last and desired != before and urgent_part(desired, JobStatus) == urgent_part(before, JobStatus):
+        if last and desired != understood and urgent_part(desired, JobStatus) == urgent_part(understood, JobStatus):
             wait = last.at + self._settings.progress_every - self._clock()
             if wait > 0:
-                return wait
-        if await self._write_status(key, found, desired):
-            meta = found["metadata"]
-            self._metrics.status_changed(key.kind, meta.get("creationTimestamp"), job.status, decision.status)
+                return found, wait
+        kept = await self._write_status(key, found, understood, desired)
+        if kept is None:
+            return None, None
+        if kept is not found:
+            created = found["metadata"].get("creationTimestamp")
+            self._metrics.status_changed(key.kind, created, before, decision.status)
         # After the write: if it fails, the same decision and its events are made again.
         for event in decision.events:
             self._events.record(found, event)
-        return None
+        return kept, None
 
     def _last_write(self, key: Key, found: Object) -> _Write | None:
         last = self._writes.get(key)
         return last if last and last.uid == found["metadata"]["uid"] else None
 
-    async def _write_status(self, key: Key, found: Object, desired: Object) -> bool:
-        """Write the status if it has changed. Returns whether it was written.
+    async def _write_status(self, key: Key, found: Object, understood: Object, desired: Object) -> Object | None:
+        """Write the status if it has changed. Returns the object as it is then: `found` if nothing was written, None if
+        it is gone.
 
         Raises ApiError; after a conflict the store has the current object.
         """
         before = found.get("status", {})
-        patch = merge_patch(before, desired)
+        patch = status_patch(before, understood, desired)
         if not patch:
-            return False
+            return found
         # An older CRD drops fields that it does not know. They must not be written again and again.
         last = self._last_write(key, found)
         if last and (last.desired, last.stored) == (digest(desired), digest(before)):
-            return False
+            return found
         try:
             kept = await self._client.patch_status(found, patch)
         except ApiError as error:
             if error.status in (404, 409):
                 await self._read_again(found)
             if error.status == 404:  # the job was deleted meanwhile
-                return False
+                return None
+            if error.status in REFUSALS:
+                refusal = f"{SAME_CHART}. Until then nothing is created. The API server refuses the status of the job:"
+                self._events.record(found, Event("Warning", Reason.STATUS_REFUSED, f"{refusal} {error.message}"))
             raise
         self._writes[key] = _Write(
             found["metadata"]["uid"], digest(desired), digest(kept.get("status", {})), self._clock()
@@ -225,89 +311,26 @@ class Reconciler:
         if patch.keys() <= NOTHING_FOLLOWS:
             touched.discard(key)
         self._enqueue(touched)
-        return True
+        return kept
 
-    async def _read_again(self, found: Object) -> None:
-        """Read the object into the store. Raises ApiError."""
+    async def _read_again(self, found: Object) -> bool:
+        """Read the object into the store. Returns whether it exists. Raises ApiError."""
         meta = found["metadata"]
         try:
-            self._enqueue(
-                self._store.put(await self._client.get(RESOURCES[found["kind"]].path(meta["namespace"], meta["name"])))
-            )
+            current = await self._client.get(RESOURCES[found["kind"]].path(meta["namespace"], meta["name"]))
         except ApiError as error:
             if error.status != 404:
                 raise
             self._enqueue(self._store.remove(found))
+            return False
+        self._enqueue(self._store.put(current))
+        return True
 
     def _enqueue(self, keys: set[Key]) -> None:
         for key in keys:
             self._queue.soon(key)
 
 
-def read_job(found: Object) -> Job:
-    """The job, without the parts of its status that this version of the operator does not understand.
-
-    Raises InvalidSpec, with one line for each problem.
-    """
-    try:
-        return parse_job(found)
-    except ValidationError as error:
-        problems = error.errors()
-    wrong = [p for p in problems if p["loc"][:1] != ("status",)]
-    if wrong:
-        raise InvalidSpec("\n".join(problem_line(problem) for problem in wrong))
-    unreadable = {p["loc"][1] for p in problems}
-    return parse_job(found | {"status": {k: v for k, v in found["status"].items() if k not in unreadable}})
-
-
-def problem_line(problem: ErrorDetails) -> str:
-    """`spec.task: field required`."""
-    path = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"]
-    return f"{path}: {message[:1].lower()}{message[1:]}"
-
-
-def invalid_status(found: Object, message: str) -> Object:
-    """The status of a job that this operator cannot read: the old one, with the reason in the condition Accepted."""
-    before, generation = found.get("status", {}), found["metadata"].get("generation")
-    known = next((c for c in before.get("conditions", []) if c.get("type") == ConditionType.ACCEPTED), None)
-    since = (
-        known["lastTransitionTime"]
-        if known and known.get("status") == "False"
-        else datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    )
-    text = f"{message}\nThe CRDs and the operator have different versions: install both from the same chart."
-    condition = Condition(
-        type=ConditionType.ACCEPTED,
-        status="False",
-        reason=Reason.INVALID_SPEC,
-        message=text,
-        last_transition_time=since,
-        observed_generation=generation,
-    ).dump()
-    others = [c for c in before.get("conditions", []) if c.get("type") != ConditionType.ACCEPTED]
-    status: Object = (
-        before
-        | {"state": State.INVALID, "conditions": [condition, *others]}
-        | ({"observedGeneration": generation} if generation else {})
-    )
-    return status
-
-
 def digest(status: Object) -> bytes:
     """Equal for equal statuses. Two copies of each status would be a third of the operator's memory."""
     return hashlib.blake2b(msgspec.json.encode(status, order="sorted"), digest_size=16).digest()
-
-
-def merge_patch(before: Object, after: Object) -> Object:
-    """The JSON merge patch (RFC 7396) from `before` to `after`. Empty if they are equal; a removed key becomes null."""
-    patch: Object = {key: None for key in before if key not in after}
-    for key, value in after.items():
-        if key not in before:
-            patch[key] = value
-        elif isinstance(value, dict) and isinstance(before[key], dict):
-            if inner := merge_patch(before[key], value):
-                patch[key] = inner
-        elif value != before[key]:
-            patch[key] = value
-    return patch

@@ -23,6 +23,8 @@ STATES: dict[str, State] = {
     R.WAITING_FOR_PODS: State.PENDING,
     R.WAITING_FOR_VOLUME: State.PENDING,
     R.JOB_SET_MISSING: State.PENDING,
+    R.NOT_UNDERSTOOD: State.PENDING,
+    R.SOURCE_NOT_UNDERSTOOD: State.WAITING,
     R.PLAN_ONLY: State.PLANNED,
     R.PUBLISHED: State.PUBLISHING,
     R.PROGRESS_UNKNOWN: State.RUNNING,
@@ -76,6 +78,8 @@ def state(status: JobStatus, done: ConditionType) -> str:
     for final, shown_as in ((C.FAILED, State.FAILED), (C.COMPLETE, State.COMPLETE), (C.SUSPENDED, State.SUSPENDED)):
         if status.is_true(final):
             return shown_as
+    if status.completion_time is not None:
+        return State.UNKNOWN
     prepared = status.condition(C.PREPARED)
     if status.is_true(done):
         shown, otherwise = C.PUBLISHED, State.PUBLISHING

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
-from luthier_api.kinds import KINDS, FineTuneJob
+from luthier_api.kinds import KINDS
 from luthier_api.metrics import CHECKPOINT_STEP, broken_checkpoints, checkpoint_step, samples_at_end
 from luthier_operator import children
 from luthier_operator.failure.pod_end import PodEnds, pod_end
@@ -23,7 +23,7 @@ from luthier_operator.kueue import WORKLOAD, Workloads
 from luthier_operator.model import ChildRef, Job, Key, Object, Observed, Silence
 from luthier_operator.ownership import OWNED, Owner, owner_of, owner_of_job
 from luthier_operator.workloads import workload
-from luthier_operator.workloads.sources import SOURCE_KIND, needed_jobs
+from luthier_operator.workloads.sources import SOURCE_KIND, Sources, observed_sources
 
 DELETED_KEPT = 10_000  # uids of deleted objects, so that a late answer does not bring one back
 LATE_REPORTS = timedelta(minutes=10)
@@ -110,6 +110,7 @@ class Store:
         owner = owner_of_job(job)
         parts = self._parts.get(owner) or Parts()
         first = parts.samples.get(0, {})
+        sources = self._sources(job)
         return Observed(
             job=job,
             children=dict(parts.children),
@@ -120,7 +121,9 @@ class Store:
             checkpoint_step=checkpoint_step(first),
             broken_checkpoints=broken_checkpoints(first),
             silences=dict(parts.silences),
-            sources=self._sources(job),
+            sources=sources.jobs,
+            unreadable_sources=sources.unreadable,
+            cycle=sources.cycle,
             jobset_installed=self.jobset_installed,
             admission=self.workloads.of(parts.children.get(workload(job).child("run"))),
             kueue_readable=self.workloads.listed,
@@ -350,14 +353,9 @@ class Store:
         if end.exit_code == 0 and end.message and (last := samples_at_end(end.message.metrics)):
             self.put_samples(owner, {end.index: last})
 
-    def _sources(self, job: Job) -> dict[str, FineTuneJob]:
-        """Those that exist, until `prepare` is done: its Job remembers where they keep their work."""
+    def _sources(self, job: Job) -> Sources:
+        def find(name: str) -> Object | None:
+            known = self._jobs.get(Key(SOURCE_KIND, job.metadata.namespace, name))
+            return known.object() if known else None
 
-        def find(name: str) -> FineTuneJob | None:
-            try:
-                found = self._jobs[Key(SOURCE_KIND, job.metadata.namespace, name)]
-                return FineTuneJob.model_validate(found.object())
-            except (KeyError, ValueError):  # missing or invalid: the job that needs it waits in both cases
-                return None
-
-        return {name: source for name, source in needed_jobs(job, find).items() if source}
+        return observed_sources(job, find)

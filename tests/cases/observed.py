@@ -274,8 +274,10 @@ def said(decision: Decision, type: str) -> str:
 
 
 def describe(decision: Decision) -> str:
-    """What is to be done: `applies A, B; deletes C; Failed InvalidDataset; again in 3 s`, or `waits`."""
+    """What is to be done: `repairs C; applies A, B; deletes C; Failed InvalidDataset; again in 3 s`, or `waits`."""
     parts = []
+    if decision.repair:
+        parts.append(f"repairs ConfigMap {decision.repair['metadata']['name']}")
     if decision.apply:
         parts.append("applies " + ", ".join(f"{o['kind']} {o['metadata']['name']}" for o in decision.apply))
     if decision.delete:

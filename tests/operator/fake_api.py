@@ -1,8 +1,7 @@
 """An API server in memory, over HTTP: lists, watches and versions as the real one has them, and faults on request.
 
-What the operator relies on is here: resource versions, watch events with bookmarks and 410, server-side apply (as a
-merge that does nothing when nothing changes), the status subresource with its conflict, immutable templates, deletion
-with a uid, owner references, and the rights of the chart's role.
+What the operator relies on is here: resource versions, watch events with bookmarks and 410, the status subresource with
+its conflict, deletion with preconditions, owner references, and the rights of the chart's role.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from aiohttp import web
+from pydantic import ValidationError
 from rights import GRANTED, VERBS, Right
 
 from luthier_api.kinds import parse_job
@@ -34,7 +34,6 @@ BACKBONE = [
 URL = re.compile(
     r"^/(?:api/(?P<core>v1)|apis/(?P<group>[^/]+/[^/]+))(?:/namespaces/(?P<ns>[^/]+))?/(?P<plural>[a-z]+)(?:/(?P<name>[^/]+))?(?:/(?P<sub>status))?$"
 )
-TEMPLATES = {"Job": ("template",), "JobSet": ("replicatedJobs",)}
 
 
 class Refused(Exception):
@@ -85,6 +84,7 @@ class FakeApi:
         self.unanswered: set[str] = set()  # senders that wait for ever
         self.asked: dict[str, set[str]] = {}  # sender, kinds: of every request but those of discovery
         self.on_kill: Callable[[str], None] = lambda sender: None
+        self.schema: Callable[[Object], None] = check_status  # what the CRD refuses in a status
         self.missing: set[str] = set()
         self.lost: Callable[[str, Object], bool] = lambda event, found: False
         self.before_list: Callable[[str], Awaitable[None]] = _at_once  # is awaited before a kind is listed
@@ -266,8 +266,6 @@ class FakeApi:
         self.asked.setdefault(sender, set()).add(kind)
         verb = VERBS.get(request.method) or ("watch" if "watch" in request.query else "get" if name else "list")
         self._permit(resource, sub, verb)
-        if request.content_type == "application/apply-patch+yaml" and (kind, ns, name) not in self.objects:
-            self._permit(resource, sub, "create")
         if request.method == "GET":
             if "watch" in request.query:
                 return await self._watch(request, resource, ns)
@@ -277,6 +275,8 @@ class FakeApi:
             await self.before_list(kind)
             return web.json_response(self._list(request, resource, ns))
         self.calls.append(call)
+        if call.verb == "POST" and (kind, ns, body["metadata"]["name"]) in self.objects:  # it changes nothing
+            raise Refused(409, "AlreadyExists", f"{body['metadata']['name']} already exists")
         await self.before_write(call)
         fault = None
         if kind != "Event":
@@ -317,29 +317,20 @@ class FakeApi:
             return self.create({**body, "kind": kind})
         if request.method == "DELETE":
             found = self._existing(kind, ns, name)
-            if body["preconditions"]["uid"] != found["metadata"]["uid"]:
-                raise Refused(409, "Conflict", "the UID in the precondition does not match")
+            for field, name in (("uid", "UID"), ("resourceVersion", "ResourceVersion")):
+                wanted = body["preconditions"].get(field, found["metadata"][field])
+                if wanted != found["metadata"][field]:
+                    message = f"the {name} in the precondition does not match the {name} in record"
+                    raise Refused(409, "Conflict", message)
             return self.delete(found, body["propagationPolicy"]) or {"kind": "Status", "status": "Success"}
-        if request.content_type == "application/apply-patch+yaml":
-            assert request.query["fieldManager"]
-            assert request.query["force"] == "true"
-            if (kind, ns, name) not in self.objects:
-                return self.create(body)
-            return self._apply(self._existing(kind, ns, name), body)
         found = self._existing(kind, ns, name)
         wanted = body.get("metadata", {}).get("resourceVersion")
         if wanted and wanted != found["metadata"]["resourceVersion"]:
             raise Refused(409, "Conflict", "the object has been modified")
         part = {"status": body["status"]} if sub == "status" else body
         if sub == "status":
-            JobStatus.model_validate(merged(found, part)["status"])  # what the CRD's schema would refuse
+            self.schema(merged(found, part)["status"])
         return self.change(found, lambda o: o.update(merged(o, part)))
-
-    def _apply(self, found: Object, body: Object) -> Object:
-        for name in TEMPLATES.get(found["kind"], ()):
-            if overlaid(found["spec"][name], body["spec"].get(name, {})) != found["spec"][name]:
-                raise Refused(422, "Invalid", f"spec.{name}: field is immutable")
-        return self.change(found, lambda o: o.update(overlaid(o, body)))
 
     def _existing(self, kind: str, ns: str, name: str) -> Object:
         if (kind, ns, name) not in self.objects:
@@ -439,6 +430,16 @@ class FakeApi:
         return None
 
 
+def check_status(status: Object) -> None:
+    """What the CRD of this version refuses. Fields that it does not know are those of a newer one. Raises Refused."""
+    try:
+        JobStatus.model_validate(status)
+    except ValidationError as error:
+        wrong = [problem for problem in error.errors() if problem["type"] != "extra_forbidden"]
+        if wrong:
+            raise Refused(422, "Invalid", f"status: {wrong}") from None
+
+
 async def _at_once(_: object) -> None:
     """Do not wait."""
 
@@ -463,14 +464,3 @@ def merged(target: Any, patch: Any) -> Any:
         else:
             result[key] = merged(result.get(key), value)
     return result
-
-
-def overlaid(target: Any, applied: Any) -> Any:
-    """What server-side apply makes of it, near enough: maps are merged, lists too where their items keep their
-    places.
-    """
-    if isinstance(target, dict) and isinstance(applied, dict):
-        return target | {key: overlaid(target.get(key), value) for key, value in applied.items()}
-    if isinstance(target, list) and isinstance(applied, list) and len(target) == len(applied):
-        return [overlaid(a, b) for a, b in zip(target, applied, strict=True)]
-    return applied

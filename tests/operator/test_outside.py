@@ -220,9 +220,9 @@ async def test_a_429_holds_every_worker_back() -> None:
         mine = client(cluster, seen)
         cluster.fault = lambda number, call: Fault(answer=429) if number == 1 else None
         began = time.monotonic()
-        first = asyncio.create_task(mine.apply(_config("a")))
-        await until("refused", lambda: ("PATCH", "429") in seen)
-        await mine.apply(_config("b"))
+        first = asyncio.create_task(mine.create(_config("a")))
+        await until("refused", lambda: ("POST", "429") in seen)
+        await mine.create(_config("b"))
         assert time.monotonic() - began >= 0.05
         await first
         assert [code for _, code in seen] == ["429", "201", "201"] or [code for _, code in seen] == [
@@ -238,7 +238,7 @@ async def test_a_server_that_always_says_429_is_an_error_in_the_end() -> None:
         mine = client(cluster)
         cluster.fault = lambda number, call: Fault(answer=429)
         with pytest.raises(ApiError, match=r"^429"):
-            await mine.apply(_config("a"))
+            await mine.create(_config("a"))
         assert cluster.writes == 5
         await mine.close()
 

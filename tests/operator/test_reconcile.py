@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from fake_api import Refused, merged
 from fake_cluster import FakeCluster
-from harness import condition, condition_with, fine_tune, finished, running, until
+from harness import condition, fine_tune, finished, running, until
 
 from luthier_api.kinds import JobKind
 from luthier_operator.model import Key
-from luthier_operator.reconcile import InvalidSpec, invalid_status, merge_patch, read_job
+from luthier_operator.rawstatus import kept_conditions, merge_patch
 
 
 @dataclass(frozen=True)
@@ -82,88 +82,54 @@ def test_merge_patch(case: PatchCase) -> None:
     assert merged(case.before, case.expect) == case.after
 
 
-def job(**parts: Any) -> dict[str, Any]:
-    found = fine_tune() | parts
-    return found | {"metadata": found["metadata"] | {"uid": "u"}}
-
-
-def test_a_status_of_another_version_is_read_as_far_as_it_is_understood() -> None:
-    found = read_job(job(status={"state": "Running", "restarts": 3, "plan": {"later": 1}, "progress": {"furlongs": 3}}))
-    assert (found.status.state, found.status.restarts, found.status.progress) == ("Running", 3, None)
-
-
-def test_a_spec_of_another_version_is_refused_with_the_path() -> None:
-    with pytest.raises(InvalidSpec) as error:
-        read_job(job(spec=fine_tune()["spec"] | {"fancy": 1, "task": "causal"}))
-    assert "spec.fancy: extra inputs are not permitted" in str(error.value)
-    assert "spec.task: input should be 'causal-lm'" in str(error.value)
-
-
-async def test_a_job_that_cannot_be_understood_says_so_and_stops_nothing() -> None:
-    async with FakeCluster() as cluster, running(cluster):
-        broken = cluster.create(fine_tune("broken"))
-        cluster.change(broken, lambda o: o["spec"].update(fancy=1))
-        cluster.create(fine_tune("good"))
-        found = await until(
-            "said",
-            lambda: condition_with(cluster, "FineTuneJob", "broken", "Accepted", "InvalidSpec"),
-        )
-        assert found["status"] == "False"
-        assert found["message"].startswith("spec.fancy: extra inputs are not permitted\n")
-        await until("complete", lambda: finished(cluster, "FineTuneJob", "good"))
-        written = cluster.get("FineTuneJob", "broken")["metadata"]["resourceVersion"]
-        await asyncio.sleep(0.3)
-        assert cluster.get("FineTuneJob", "broken")["metadata"]["resourceVersion"] == written
-
-
-BEFORE = "2026-01-01T00:00:00Z"
+def condition_of(type: str, **fields: Any) -> dict[str, Any]:
+    return {"type": type, "status": "True", "reason": "x"} | fields
 
 
 @dataclass(frozen=True)
-class TurnCase:
+class KeptCase:
     name: str
-    accepted_before: str | None
-    time_kept: bool
+    stored: list[dict[str, Any]]
+    understood: list[dict[str, Any]]
+    desired: list[dict[str, Any]]
+    expect: list[dict[str, Any]]
 
 
-TURNS = [
-    TurnCase(
-        name="it was accepted",
-        accepted_before="True",
-        time_kept=False,
+KEPT = [
+    KeptCase(
+        name="one that was not understood stays",
+        stored=[condition_of("Accepted"), {"type": "Odd"}],
+        understood=[condition_of("Accepted")],
+        desired=[condition_of("Accepted", status="False")],
+        expect=[condition_of("Accepted", status="False"), {"type": "Odd"}],
     ),
-    TurnCase(
-        name="it was refused already",
-        accepted_before="False",
-        time_kept=True,
+    KeptCase(
+        name="a field that was not understood stays where nothing else changes",
+        stored=[condition_of("Accepted", later=1), condition_of("Prepared", later=2)],
+        understood=[condition_of("Accepted"), condition_of("Prepared")],
+        desired=[condition_of("Accepted"), condition_of("Prepared", status="False")],
+        expect=[condition_of("Accepted", later=1), condition_of("Prepared", status="False")],
     ),
-    TurnCase(
-        name="nothing was said yet",
-        accepted_before=None,
-        time_kept=False,
+    KeptCase(
+        name="one that is removed is not kept",
+        stored=[condition_of("Accepted"), condition_of("Published")],
+        understood=[condition_of("Accepted"), condition_of("Published")],
+        desired=[condition_of("Accepted")],
+        expect=[condition_of("Accepted")],
+    ),
+    KeptCase(
+        name="one of an odd shape is replaced by one of its type",
+        stored=[{"type": "Accepted"}],
+        understood=[],
+        desired=[condition_of("Accepted")],
+        expect=[condition_of("Accepted")],
     ),
 ]
 
 
-@pytest.mark.parametrize("case", TURNS, ids=lambda case: case.name)
-def test_what_cannot_be_understood_any_more_has_turned(case: TurnCase) -> None:
-    others = [{"type": "Prepared", "status": "True", "reason": "Prepared", "lastTransitionTime": BEFORE}]
-    accepted = (
-        [{"type": "Accepted", "status": case.accepted_before, "reason": "x", "lastTransitionTime": BEFORE}]
-        if case.accepted_before
-        else []
-    )
-    status = invalid_status(
-        {"metadata": {"generation": 2}, "status": {"conditions": accepted + others, "restarts": 3}}, "spec.fancy: no"
-    )
-    first, *rest = status["conditions"]
-    assert (first["type"], first["status"], first["observedGeneration"], first["lastTransitionTime"] == BEFORE) == (
-        "Accepted",
-        "False",
-        2,
-        case.time_kept,
-    )
-    assert (rest, status["restarts"], status["state"], status["observedGeneration"]) == (others, 3, "Invalid", 2)
+@pytest.mark.parametrize("case", KEPT, ids=lambda case: case.name)
+def test_conditions_of_others_are_kept(case: KeptCase) -> None:
+    assert kept_conditions(case.stored, case.understood, case.desired) == case.expect
 
 
 async def test_a_job_that_is_gone_wants_nothing() -> None:

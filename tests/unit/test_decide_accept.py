@@ -103,6 +103,25 @@ CASES = [
         state="Failed",
     ),
     Case(
+        name="jobs wait for each other's results",
+        given=lambda: decided(fine_tune(name="a", **SOURCE), cycle=("a", "base", "a")),
+        expect=(
+            "False InvalidSpec: spec.model.job: FineTuneJobs wait for each other's results: a → base → a. One of them"
+            " has to start from another model"
+        ),
+        state="Failed",
+    ),
+    Case(
+        name="the named job cannot be read",
+        given=lambda: decided(fine_tune(**SOURCE), unreadable_sources={"base": "spec.task: no such task"}),
+        expect=(
+            'False SourceNotUnderstood: spec.model.job: FineTuneJob "base" exists, but this operator (0.1.0) does not'
+            " understand it: spec.task: no such task. The CRDs and the operator have different versions: install both"
+            " from the same chart"
+        ),
+        state="Waiting",
+    ),
+    Case(
         name="a GenerateJob may be called as its model",
         given=lambda: decided(generate(name="base", **SOURCE), sources=BASE),
         expect="True Accepted: The job can run",

@@ -69,7 +69,7 @@ TTL = [
         name="not finished",
         given=status("Accepted", "Prepared"),
         spec={"ttlSecondsAfterFinished": 0},
-        expect="applies JobSet ftj-bot-run",
+        expect="repairs ConfigMap ftj-bot; applies JobSet ftj-bot-run",
     ),
 ]
 
@@ -225,6 +225,48 @@ CHILDREN_OF_A_FINISHED_JOB = [
 ]
 
 
+@pytest.mark.parametrize("end", ["Complete", "Failed"])
+def test_of_a_finished_job_only_what_still_runs_is_stopped(end: str) -> None:
+    job = fine_tune(status("Accepted", end, **ENDED), suspend=True, activeDeadlineSeconds=1)
+    decision = decided(job, child(job, "prepare", "Complete"), child(job, "run"))
+    assert describe(decision) == f"deletes JobSet ftj-bot-run; {end} {end}; again in 86340 s"
+    assert not decision.status.is_true("Suspended")
+
+
+@dataclass(frozen=True)
+class LostCase:
+    name: str
+    state: str
+    conditions: tuple[str, ...]
+    expect: str
+    shown: str
+
+
+LOST = [
+    LostCase(
+        name="the end, and all else",
+        state="Complete",
+        conditions=(),
+        expect="True ConditionsLost",
+        shown="Complete",
+    ),
+    LostCase(
+        name="the failure",
+        state="Failed",
+        conditions=("Accepted", "Prepared"),
+        expect="absent",
+        shown="Failed",
+    ),
+    LostCase(
+        name="the end and the state",
+        state="",
+        conditions=("Accepted", "Prepared", "Trained"),
+        expect="Unknown ConditionsLost",
+        shown="Unknown",
+    ),
+]
+
+
 @pytest.mark.parametrize("case", CHILDREN_OF_A_FINISHED_JOB, ids=lambda case: case.name)
 def test_children_of_a_finished_job_are_deleted_after_a_time(case: ChildrenCase) -> None:
     job = fine_tune(status(case.given, completion_time=text(at(-case.ended))), **(case.spec or {}))
@@ -238,11 +280,12 @@ def test_a_child_that_is_being_deleted_is_not_deleted_again() -> None:
     assert describe(decided(job, child(job, "run", "Complete", deleting=True))) == "Complete Complete"
 
 
-def test_nothing_is_done_for_a_finished_job_whatever_is_left() -> None:
-    for end in ("Complete", "Failed"):
-        job = fine_tune(status("Accepted", end, **ENDED), suspend=True, activeDeadlineSeconds=1)
-        decision = decided(job, child(job, "run"))
-        assert (decision.apply, decision.delete, decision.status.is_true("Suspended")) == ((), (), False)
+@pytest.mark.parametrize("case", LOST, ids=lambda case: case.name)
+def test_a_job_with_a_completion_time_never_runs_again_by_itself(case: LostCase) -> None:
+    decision = decided(fine_tune(status(*case.conditions, state=case.state, **ENDED)))
+    assert (decision.apply, decision.repair, decision.delete, decision.events) == ((), None, (), ())
+    assert said(decision, "Complete").startswith(case.expect)
+    assert decision.status.state == case.shown
 
 
 def test_a_job_that_is_being_deleted_is_left_to_the_garbage_collector() -> None:

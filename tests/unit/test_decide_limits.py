@@ -387,7 +387,7 @@ CLOCKS = [
         given=ASLEEP,
         spec={"activeDeadlineSeconds": 600},
         child={},
-        expect="applies JobSet ftj-bot-run; again in 100 s",
+        expect="repairs ConfigMap ftj-bot; applies JobSet ftj-bot-run; again in 100 s",
         active=(NOW, 500),
     ),
     ClockCase(
@@ -403,7 +403,7 @@ CLOCKS = [
         given=status("Accepted", "Prepared", "Suspended"),
         spec={"activeDeadlineSeconds": 600},
         child={},
-        expect="applies JobSet ftj-bot-run",
+        expect="repairs ConfigMap ftj-bot; applies JobSet ftj-bot-run",
         active=(None, 0),
     ),
     ClockCase(
@@ -478,7 +478,7 @@ def test_going_on_waits_for_the_old_pods() -> None:
     )
     assert describe(decided(job, child(job, "run", deleting=True))) == "waits"
     gone = decided(job, pods=[pod(job, "run", 1, state={"terminated": {"exitCode": 75}}, over="Failed")])
-    assert describe(gone) == "applies JobSet ftj-bot-run"
+    assert describe(gone) == "repairs ConfigMap ftj-bot; applies JobSet ftj-bot-run"
 
 
 def test_going_on_keeps_the_restarts_of_shards() -> None:

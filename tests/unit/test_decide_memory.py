@@ -102,9 +102,9 @@ def test_cuda_out_of_memory_is_retried_once_with_smaller_micro_batches(case: Out
     job = fine_tune(decision.status)
     assert describe(decided(job, old, ends=ends)) == "deletes JobSet ftj-bot-run"
     gone = decided(job, ends=ends)
-    assert describe(gone) == "applies ConfigMap ftj-bot, JobSet ftj-bot-run"
-    assert run_document(gone.apply[0])["spec"]["training"]["microBatchSize"] == case.expect[0]
-    assert gone.apply[1]["metadata"]["annotations"][naming.BEFORE_ANNOTATION] == "1,0"
+    assert describe(gone) == "repairs ConfigMap ftj-bot; applies JobSet ftj-bot-run"
+    assert run_document(gone.repair)["spec"]["training"]["microBatchSize"] == case.expect[0]
+    assert gone.apply[0]["metadata"]["annotations"][naming.BEFORE_ANNOTATION] == "1,0"
 
 
 def test_another_layout_is_planned_without_the_reduction() -> None:

@@ -288,13 +288,13 @@ CASES = [
     Case(
         name="it succeeded",
         given=situation(child(JOB, "prepare", "Complete"), ends=[prepared_end(JOB)]),
-        expect="applies JobSet ftj-bot-run",
+        expect="repairs ConfigMap ftj-bot; applies JobSet ftj-bot-run",
         condition="True Prepared: org/model@c0ffeec0ffee, 900 rows and 100 to evaluate, strategy ddp, 40 steps",
     ),
     Case(
         name="it succeeded, but what it said is lost",
         given=situation(child(JOB, "prepare", "Complete")),
-        expect="applies JobSet ftj-bot-run",
+        expect="repairs ConfigMap ftj-bot; applies JobSet ftj-bot-run",
         condition="True Prepared: prepared",
     ),
     Case(
@@ -306,7 +306,7 @@ CASES = [
     Case(
         name="its Job is gone, but it was done",
         given=situation(given=status("Accepted", "Prepared", prepared=PREPARED)),
-        expect="applies JobSet ftj-bot-run",
+        expect="repairs ConfigMap ftj-bot; applies JobSet ftj-bot-run",
         condition="True Prepared: org/model@c0ffeec0ffee, 900 rows and 100 to evaluate, strategy ddp, 40 steps",
     ),
 ]
@@ -335,7 +335,10 @@ def test_a_plan_is_a_state_and_no_end() -> None:
     assert planned.status.prepared is not None
     assert planned.status.prepared.plan.steps == 40
     on = fine_tune(decided(fine_tune(planned.status), child(job, "prepare", "Complete")).status)
-    assert describe(decided(on, child(on, "prepare", "Complete"))) == "applies JobSet ftj-bot-run"
+    assert (
+        describe(decided(on, child(on, "prepare", "Complete")))
+        == "repairs ConfigMap ftj-bot; applies JobSet ftj-bot-run"
+    )
 
 
 def test_what_prepare_said_may_come_late() -> None:

@@ -73,7 +73,7 @@ CASES = [
     Case(
         name="trained",
         given=situation(),
-        expect="applies ConfigMap ftj-bot, Job ftj-bot-publish",
+        expect="repairs ConfigMap ftj-bot; applies Job ftj-bot-publish",
         condition="False Publishing: waiting for the pod that uploads to org/bot",
     ),
     Case(
@@ -222,8 +222,8 @@ def test_a_change_of_the_hub_takes_the_failure_back(kept: bool) -> None:
         assert describe(decided(job, *before)) == "deletes Job ftj-bot-publish"
         assert describe(decided(job, RUN, child(JOB, "publish", "Failed", deleting=True))) == "waits"
     gone = decided(job, RUN)
-    assert describe(gone) == "applies ConfigMap ftj-bot, Job ftj-bot-publish"
-    assert run_document(gone.apply[0])["spec"]["hub"]["tokenSecretRef"]["name"] == "better"
+    assert describe(gone) == "repairs ConfigMap ftj-bot; applies Job ftj-bot-publish"
+    assert run_document(gone.repair)["spec"]["hub"]["tokenSecretRef"]["name"] == "better"
 
 
 def test_without_a_hub_the_failure_is_taken_back_too() -> None:
@@ -247,4 +247,7 @@ def test_a_hub_that_is_away_warns_once() -> None:
 
 def test_images_are_published_by_their_shards_manifests() -> None:
     job = generate(status("Accepted", "Prepared", "Generated"), hub=HUB)
-    assert describe(decided(job, child(job, "run", "Complete"))) == "applies ConfigMap gj-lutes, Job gj-lutes-publish"
+    assert (
+        describe(decided(job, child(job, "run", "Complete")))
+        == "repairs ConfigMap gj-lutes; applies Job gj-lutes-publish"
+    )

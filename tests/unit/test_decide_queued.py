@@ -395,7 +395,7 @@ def test_a_suspended_job_leaves_the_queue_and_comes_back_anew() -> None:
     assert describe(decision) == "deletes JobSet ftj-bot-run"
     assert said(decision, "Admitted") == "absent"
     resumed = job.model_copy(update={"status": decision.status})
-    assert describe(decided(resumed, kueue_readable=True)) == "applies JobSet ftj-bot-run"
+    assert describe(decided(resumed, kueue_readable=True)) == "repairs ConfigMap ftj-bot; applies JobSet ftj-bot-run"
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ class Case:
 
 
 MEMORY = {"resources": {"nodes": 2, "gpusPerNode": 8, "memory": "64Gi"}}
-AGAIN = "applies ConfigMap ftj-bot, JobSet ftj-bot-run"
+AGAIN = "repairs ConfigMap ftj-bot; applies JobSet ftj-bot-run"
 PREPARE_AGAIN = "applies ConfigMap ftj-bot, PersistentVolumeClaim ftj-bot, Job ftj-bot-prepare"
 CASES = [
     Case(
@@ -234,7 +234,7 @@ CASES = [
         given=PLANNED,
         spec=LIMIT,
         children=[("prepare", "Complete", None)],
-        expect="applies JobSet ftj-bot-run; again in 1200 s",
+        expect="repairs ConfigMap ftj-bot; applies JobSet ftj-bot-run; again in 1200 s",
         event="Starting",
     ),
     Case(
@@ -309,7 +309,7 @@ CASES = [
         spec={"activeDeadlineSeconds": 7200, "hub": HUB},
         before={"hub": HUB},
         children=[RUN],
-        expect="applies ConfigMap ftj-bot, Job ftj-bot-publish; again in 5400 s",
+        expect="repairs ConfigMap ftj-bot; applies Job ftj-bot-publish; again in 5400 s",
         event="Publishing",
     ),
     Case(
@@ -334,7 +334,7 @@ CASES = [
         given=COMPLETE,
         spec=LIMIT | {"hub": HUB},
         children=[RUN],
-        expect="applies ConfigMap ftj-bot, Job ftj-bot-publish; again in 1800 s",
+        expect="repairs ConfigMap ftj-bot; applies Job ftj-bot-publish; again in 1800 s",
         event="Publishing",
     ),
     Case(
@@ -366,7 +366,7 @@ CASES = [
         given=PUBLISHED.model_copy(update={"hub_request": REQUEST}),
         spec={"hub": ELSEWHERE},
         children=[],
-        expect="applies ConfigMap ftj-bot, Job ftj-bot-publish",
+        expect="repairs ConfigMap ftj-bot; applies Job ftj-bot-publish",
         event="Publishing",
     ),
     Case(
@@ -382,7 +382,7 @@ CASES = [
         given=PUBLISHED.model_copy(update={"hub_request": REQUEST}),
         spec={"hub": ELSEWHERE, "planOnly": True},
         children=[],
-        expect="applies ConfigMap ftj-bot, Job ftj-bot-publish",
+        expect="repairs ConfigMap ftj-bot; applies Job ftj-bot-publish",
         event="Publishing",
     ),
     Case(
@@ -476,7 +476,8 @@ def test_a_resumed_run_has_new_numbers_and_a_new_budget() -> None:
         ("Resumed", "spec.resources.memory has changed: the job resumes where it stopped")
     ]
     assert describe(decided(fine_tune(resumed.status, **MEMORY), old)) == "deletes JobSet ftj-bot-run"
-    config, made_again = decided(fine_tune(resumed.status, **MEMORY)).apply
+    again = decided(fine_tune(resumed.status, **MEMORY))
+    config, (made_again,) = again.repair, again.apply
     assert config["kind"] == "ConfigMap"
     assert made_again["metadata"]["annotations"] == {naming.BEFORE_ANNOTATION: "4,0", naming.RESUMES_ANNOTATION: "1"}
     assert made_again["spec"]["failurePolicy"]["maxRestarts"] == 3
@@ -574,7 +575,7 @@ def test_another_place_is_published_to_and_told_of() -> None:
     )
     assert (describe(leaving), leaving.status.hub) == ("waits", None)
     gone = decided(fine_tune(leaving.status, hub=ELSEWHERE), children[0], ends=[old])
-    assert (describe(gone), gone.status.hub) == ("applies ConfigMap ftj-bot, Job ftj-bot-publish", None)
+    assert (describe(gone), gone.status.hub) == ("repairs ConfigMap ftj-bot; applies Job ftj-bot-publish", None)
     job = fine_tune(gone.status, hub=ELSEWHERE)
     there = hub_end(job)
     assert there.message is not None

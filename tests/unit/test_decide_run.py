@@ -74,19 +74,19 @@ CASES = [
     Case(
         name="prepared",
         given=situation(),
-        expect="applies JobSet ftj-bot-run",
+        expect="repairs ConfigMap ftj-bot; applies JobSet ftj-bot-run",
         condition="False Starting: waiting for 2 pods on 16 GPUs to start",
     ),
     Case(
         name="prepared, on CPU",
         given=situation(job=CPU),
-        expect="applies JobSet ftj-bot-run",
+        expect="repairs ConfigMap ftj-bot; applies JobSet ftj-bot-run",
         condition="False Starting: waiting for 1 pod on CPU to start",
     ),
     Case(
         name="prepared, to generate",
         given=situation(job=SHARDS),
-        expect="applies Job gj-lutes-run",
+        expect="repairs ConfigMap gj-lutes; applies Job gj-lutes-run",
         condition="False Starting: waiting for 2 shards on 2 GPUs to start",
     ),
     Case(

@@ -30,6 +30,8 @@ HOLDS: dict[ConditionType, set[str]] = {
     C.SUSPENDED: {R.SUSPENDED},
     C.COMPLETE: {R.COMPLETED},
     C.FAILED: {R.FAILED, R.NO_PROGRESS, R.NOT_ALLOWED, *OF_CODES},
+    C.FIELDS_IGNORED: {R.UNKNOWN_FIELDS},
+    C.INTERNAL_ERROR: {R.INTERNAL_ERROR},
 }
 ALWAYS_TRUE = set.union(*HOLDS.values()) - OF_CODES - {R.SUSPENDED, R.TRAINED, R.GENERATED, R.NOT_ALLOWED}
 FATAL = {R.SOURCE_FAILED, R.FAILED, R.INVALID_SPEC, R.NOT_ALLOWED}
@@ -58,6 +60,7 @@ def test_every_event_is_in_the_table() -> None:
         Reason.CHECKPOINT_BROKEN,
         Reason.NOTICE,
         Reason.SMALL_WORKSPACE,
+        Reason.STATUS_REFUSED,
     }
     assert set(EVENTS) - others <= seen, "what the table names is said, too"
 
@@ -69,7 +72,8 @@ def test_every_state_is_in_the_table_or_a_reason_in_the_way() -> None:
         "Running": ["Accepted", "Prepared"],
         "Published": ["Accepted", "Prepared", "Trained"],
     }
-    seen = {State.INVALID.value}  # `reconcile` says it, of what cannot be understood
+    lost = JobStatus(completion_time=text(BEGIN))
+    seen = {statuses.state(lost, ConditionType.TRAINED)}
     for shown, true in begun.items():
         for reason in [None, *sorted((set(REASONS) - ALWAYS_TRUE) | HOLDS[ConditionType(shown)])]:
             turns = {shown: ("True" if reason in HOLDS[ConditionType(shown)] else "False", reason)} if reason else {}

@@ -433,19 +433,6 @@ def test_an_attempt_remembers_the_checkpoint() -> None:
     assert [(a.reason, a.step) for a in known] == [("PeerLost", 20)]
 
 
-def test_an_attempt_names_the_process_and_not_the_pod() -> None:
-    """Pod 1 of two with eight processes each: its rank 11 was killed, and pod 0 lost the connection to it."""
-    killed = e(71, 1, -10, message="rank 11 was killed by SIGKILL", rank=11)
-    lost = e(81, 0, -60, message="Connection closed by peer", rank=0)
-    decision = decided(JOB, child(JOB, "run", "Failed", reason="ReachedMaxRestarts"), ends=[lost, killed])
-    assert [(a.reason, a.rank, a.pod) for a in decision.status.attempts] == [
-        ("InfrastructureError", 11, "ftj-bot-run-1-0")
-    ]
-    assert "rank 11 was killed by SIGKILL (run, rank 11, pod ftj-bot-run-1-0 on node-a, exit code 71)" in (
-        decision.status.conditions[-1].message
-    )
-
-
 def test_long_output_is_cut_from_its_beginning() -> None:
     record = attempt(ended(JOB, "run", 70, last_lines="x" * 2000 + "end"), 0, None, None)
     assert (len(record.last_lines), record.last_lines[-3:]) == (1000, "end")

@@ -51,10 +51,10 @@ is no quantity. */ -}}
   verbs: [update]  # owner references that block deletion, where the admission plugin asks for it
 - apiGroups: [jobset.x-k8s.io]
   resources: [jobsets]
-  verbs: [list, watch, create, patch, delete]
+  verbs: [list, watch, create, delete]
 - apiGroups: [batch]
   resources: [jobs]
-  verbs: [list, watch, create, patch, delete]
+  verbs: [list, watch, create, delete]
 - apiGroups: [kueue.x-k8s.io]
   resources: [workloads]
   verbs: [list, watch]  # why a queued job waits; nothing is read where Kueue is not installed
@@ -63,7 +63,7 @@ is no quantity. */ -}}
   verbs: [list, watch]
 - apiGroups: [""]
   resources: [configmaps]
-  verbs: [create, patch]  # applied, never read
+  verbs: [create, get, patch]  # get: whose it is, if the name is taken
 - apiGroups: [""]
   resources: [persistentvolumeclaims]
   verbs: [create, get]  # never changed, never deleted

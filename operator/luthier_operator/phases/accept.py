@@ -12,7 +12,7 @@ from luthier_api.status import State
 from luthier_operator import policy
 from luthier_operator.phases.context import Context, Step
 from luthier_operator.render.configmap import LIMIT_BYTES, configmap
-from luthier_operator.versions import INSTALL_JOBSET
+from luthier_operator.versions import INSTALL_JOBSET, RELEASE, SAME_CHART
 
 CHECK_AGAIN_SECONDS = 30
 
@@ -54,6 +54,13 @@ def for_jobset(ctx: Context, condition: ConditionType) -> Step | None:
 def for_source(ctx: Context, field: str, name: str) -> Step | None:
     """Wait until the FineTuneJob `name`, whose result the job uses, has succeeded. None if it has."""
     source = ctx.observed.sources.get(name)
+    if name in ctx.observed.unreadable_sources:
+        problem = ctx.observed.unreadable_sources[name]
+        waiting = (
+            f'{field}: FineTuneJob "{name}" exists, but this operator ({RELEASE}) does not understand it: {problem}. '
+            f"{SAME_CHART}"
+        )
+        return ctx.waits(ACCEPTED, Reason.SOURCE_NOT_UNDERSTOOD, waiting, requeue_after=CHECK_AGAIN_SECONDS)
     if source is None:
         waiting = f'{field}: there is no FineTuneJob "{name}" in this namespace; waiting for its result'
         return ctx.waits(ACCEPTED, Reason.WAITING_FOR_JOB, waiting, requeue_after=CHECK_AGAIN_SECONDS)
@@ -72,6 +79,11 @@ def find_mistake(ctx: Context) -> str | None:
     mistake = ctx.workload.find_mistake()
     if mistake:
         return mistake
+    if ctx.observed.cycle:
+        return (
+            f"spec.model.job: FineTuneJobs wait for each other's results: {' → '.join(ctx.observed.cycle)}. One of them"
+            " has to start from another model"
+        )
     (document,) = configmap(ctx.workload, ctx.settings, ctx.places())["data"].values()
     size = len(document.encode())
     if size > LIMIT_BYTES:

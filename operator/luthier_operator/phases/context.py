@@ -32,6 +32,8 @@ class Step:
     requeue_after: float | None = None
     """Seconds."""
     delete_job: bool = False
+    repair: Object | None = None
+    """The config map of the job, if it has to be as it was rendered."""
     creating: ConditionType | None = None
     """The condition that reports on the objects in `apply`."""
 
@@ -203,10 +205,12 @@ class Context:
         """The job waits, and the condition `type` is False and says for what."""
         return self.with_condition(type, "False", reason, message).stops(requeue_after=requeue_after)
 
-    def creates(self, type: ConditionType, reason: str, message: str, *manifests: Object | None) -> Step:
+    def creates(
+        self, type: ConditionType, reason: str, message: str, *manifests: Object | None, repair: Object | None = None
+    ) -> Step:
         """Children are created. If the API server refuses one, the condition `type` says so (`decide.refused`)."""
         step = self.waits(type, reason, message)
-        return replace(step, apply=[manifest for manifest in manifests if manifest], creating=type)
+        return replace(step, apply=[manifest for manifest in manifests if manifest], repair=repair, creating=type)
 
     def fails(self, reason: str, message: str, delete: Sequence[ChildRef] = (), resumable: bool = True) -> Step:
         """The job has failed. The message says how it can go on, if it is `resumable`."""

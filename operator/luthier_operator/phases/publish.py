@@ -37,8 +37,8 @@ def publish(ctx: Context) -> Step:
             PUBLISHED,
             Reason.PUBLISHING,
             starting(ctx),
-            configmap(ctx.workload, ctx.settings, places),  # applied again, because spec.hub may have changed
             publish_job(ctx.workload, ctx.settings, places),
+            repair=configmap(ctx.workload, ctx.settings, places),  # spec.hub may have changed
         )
     if ctx.hub_changed:
         ctx = ctx.with_condition(PUBLISHED, "False", Reason.PUBLISHING, HUB_CHANGED)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
-from luthier_api.conditions import ConditionType
+from luthier_api.conditions import ConditionType, Reason
 from luthier_api.status import PHASES, Checkpoint, HubRequest, HubStatus, Phase, Prepared, SourceStatus
 from luthier_operator import children, naming, statuses
 from luthier_operator.failure.attempts import attempts_of_pods
 from luthier_operator.model import PodEnd
 from luthier_operator.phases.context import Context
+from luthier_operator.statuses import without_condition
+from luthier_operator.versions import RELEASE
 
 NOTICES_KEPT = 40  # the limit in the CRD
 PHASES_OF_ONE_POD: tuple[Phase, ...] = tuple(phase for phase in PHASES if phase != "run")
@@ -28,7 +31,11 @@ def record(ctx: Context) -> Context:
         workspace=naming.workspace_status(ctx.job),
     )
     ctx = reports(requests(ctx))
-    if ctx.status.finished or ctx.job.spec.suspend:
+    ctx = replace(ctx, status=without_condition(ctx.status, ConditionType.INTERNAL_ERROR))
+    if ctx.status.finished:
+        return ctx
+    ctx = ignored_fields(ctx)
+    if ctx.job.spec.suspend:
         return ctx
     ctx = restarts(ctx)
     for phase in PHASES_OF_ONE_POD:
@@ -74,6 +81,18 @@ def reports(ctx: Context) -> Context:
         checkpoint=checkpoint(ctx),
         broken_checkpoints=broken,
     )
+
+
+def ignored_fields(ctx: Context) -> Context:
+    """Fields that a newer CRD has let in, and that this operator leaves out of everything it creates."""
+    unknown = ctx.observed.unknown_fields
+    if not unknown:
+        return replace(ctx, status=without_condition(ctx.status, ConditionType.FIELDS_IGNORED))
+    message = (
+        f"{', '.join(unknown)}: this operator ({RELEASE}) does not know the field and ignores it, because the CRDs are"
+        " newer; install both from the same chart"
+    )
+    return ctx.with_condition(ConditionType.FIELDS_IGNORED, "True", Reason.UNKNOWN_FIELDS, message)
 
 
 def succeeded(ctx: Context, phase: Phase) -> list[PodEnd]:

@@ -41,9 +41,8 @@ def run(ctx: Context) -> Step:
         before = ctx.workload.restarts_before(status)
         ctx = ctx.with_image("run")
         manifest = ctx.workload.run_manifest(ctx.settings, places, before, status.restarts_charged)
-        # After a resume it may differ from the one that `prepare` was given.
-        config = configmap(ctx.workload, ctx.settings, places) if status.resumes else None
-        return ctx.creates(RUNNING, Reason.STARTING, starting(ctx), config, manifest)
+        config = configmap(ctx.workload, ctx.settings, places)
+        return ctx.creates(RUNNING, Reason.STARTING, starting(ctx), manifest, repair=config)
 
     ctx = queued.admission(ctx, child)
     if children.succeeded(child):

@@ -3,14 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+from luthier_api.conditions import ConditionType
 from luthier_api.kinds import FineTuneJob, JobKind
 from luthier_api.methods import METHODS
-from luthier_operator.model import Job
+from luthier_api.stored import NotUnderstood, read_stored
+from luthier_operator import naming
+from luthier_operator.model import Job, Object
 from luthier_operator.workloads import workload
 
 SOURCE_KIND = JobKind.FINE_TUNE
 """The kind whose results other jobs use by name."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What is known of the FineTuneJobs whose results a job uses."""
+
+    jobs: dict[str, FineTuneJob]
+    """Those that exist, by name."""
+    unreadable: dict[str, str]
+    """Those that exist but cannot be read: name → problem."""
+    cycle: tuple[str, ...]
+    """Names from the job back to itself, if these jobs wait for each other's results."""
+
+
+def observed_sources(job: Job, find: Callable[[str], Object | None]) -> Sources:
+    """The sources of `job`. `find` returns the stored FineTuneJob of a name, if there is one."""
+    unreadable: dict[str, str] = {}
+
+    def read(name: str) -> FineTuneJob | None:
+        found = find(name)
+        if found is None:
+            return None
+        try:
+            return read_stored(FineTuneJob, found).value
+        except NotUnderstood as error:
+            unreadable[name] = str(error)
+            return None
+
+    needed = needed_jobs(job, read)
+    jobs = {name: source for name, source in needed.items() if source}
+    return Sources(jobs, unreadable, cycle(job, read))
+
+
+def cycle(job: Job, find: Callable[[str], FineTuneJob | None]) -> tuple[str, ...]:
+    """Names from `job` back to itself (a, b, a), if these jobs wait for each other's results. Empty otherwise."""
+    if naming.kind(job) != SOURCE_KIND or job.status.is_true(ConditionType.ACCEPTED):
+        return ()
+    start = job.metadata.name
+    path, current = [start], job
+    while True:
+        name = next(iter(workload(current).sources.values()), None)
+        if name is None:
+            return ()
+        if name == start:
+            return (*path, name)
+        source = find(name)
+        if source is None or name in path or source.status.finished or source.status.is_true(ConditionType.TRAINED):
+            return ()
+        path.append(name)
+        current = source
 
 
 def needed_jobs(job: Job, find: Callable[[str], FineTuneJob | None]) -> dict[str, FineTuneJob | None]:

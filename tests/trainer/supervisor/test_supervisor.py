@@ -353,31 +353,6 @@ def test_a_lost_peer_waits_to_be_stopped(start: Start, tmp_path: Path, make_run:
     assert process.wait(timeout=10) == 75
 
 
-def test_a_hang_that_another_pod_may_have_caused_waits_to_be_stopped(
-    start: Start, tmp_path: Path, make_run: Callable[..., FineTuneRun]
-) -> None:
-    """The pod with the process that does not react fails first, so that its message is the cause."""
-    process = start(
-        "from luthier_trainer.runtime.run_folder import announce, stacks_file\nannounce()\n"
-        "faulthandler.register(signal.SIGUSR1, file=stacks_file(run, 0).open('w'))\n"
-        "(run / 'heartbeat').write_text('7'); time.sleep(60)",
-        verb="train",
-        given=make_run(resources={"nodes": 2, "gpusPerNode": 0}),
-        step_timeout=1,
-        LUTHIER_PEER_LOST_LINGER="60",
-    )
-    stacks = tmp_path / "run" / "stacks-0"
-    wait_for(stacks)
-    until = time.monotonic() + 20
-    while not stacks.read_text():
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    time.sleep(2)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=20) == 75
-    assert last_word(tmp_path).message.startswith("no step for ")
-
-
 # In the place of `accelerate launch`: ranks in sessions of their own. When one has ended, the others get SIGTERM.
 AGENT = """
 ranks = []
