@@ -24,6 +24,15 @@ RENDEZVOUS_PORT = 29500
 STEP_TIMEOUT_SECONDS = 1800  # the time that torch waits in a collective operation, too
 
 
+class Gpu(ApiModel):
+    """What the administrator has said of the GPUs that the job names (`resources.gpuClass`)."""
+
+    memory: int | None = None
+    """Bytes of one."""
+    peak_flops: float | None = None
+    """Dense 16-bit operations per second of one."""
+
+
 class BaseRun(ApiModel):
     api_version: Literal["luthier.dev/run-v1"] = RUN_VERSION  # type: ignore[assignment]  # a Literal needs the text itself
     name: str
@@ -42,6 +51,7 @@ class BaseRun(ApiModel):
     """Seconds between SIGTERM and SIGKILL, where neither the spec nor the plan says more: see `grace_of`."""
     step_timeout_seconds: int = STEP_TIMEOUT_SECONDS
     """Seconds without a step after which a run counts as hung, where the spec does not say: see `step_timeout_of`."""
+    gpu: Gpu | None = None
 
 
 class FineTuneRun(BaseRun):

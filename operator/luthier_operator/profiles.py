@@ -45,7 +45,7 @@ class GpuClass(ApiModel):
     runtime_class_name: ObjectName | None = None
     """RuntimeClass that they need."""
     memory: Bytes | None = None
-    """Memory of one. `prepare` refuses a model whose weights alone are larger."""
+    """Memory of one. `prepare` refuses a training whose weights alone are larger."""
     peak_flops: Annotated[float, Field(gt=0)] | None = None
     """Dense 16-bit operations per second of one, for the metric of utilisation; taken from a table when left out."""
     max_per_pod: Annotated[int, Field(ge=1)] | None = None

@@ -755,6 +755,18 @@ def test_metadata_of_the_user_is_on_all_pods_and_on_nothing_else() -> None:
         assert metadata["labels"] == EVERYWHERE["labels"] | naming.labels(fine_tune(), phase)
 
 
+def test_the_pods_are_told_what_is_known_of_their_gpus() -> None:
+    classes = {"h100": GpuClass(memory="80Gi", peak_flops=989e12), "any": GpuClass()}
+    given = SETTINGS.model_copy(update={"gpu_classes": classes})
+    known, unknown, gone = (
+        run_document(configmap(workload(fine_tune(resources={"gpuClass": name})), given, {}))
+        for name in ("h100", "any", "b200")
+    )
+    assert known["gpu"] == {"memory": 80 << 30, "peakFlops": 989e12}
+    assert "gpu" not in unknown
+    assert "gpu" not in gone, "publish, which needs no GPU, goes on without the class"
+
+
 def test_shards_at_work_at_once() -> None:
     job = generate(shards=100, parallelism=8, maxFailedShards=3)
     spec = next(o for o in objects(job, SETTINGS) if o["metadata"]["name"].endswith("-run"))["spec"]

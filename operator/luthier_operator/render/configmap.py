@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from luthier_api.run import RUNS, FineTuneRun, GenerateRun
+from luthier_api.quantity import amount
+from luthier_api.run import RUNS, FineTuneRun, GenerateRun, Gpu
 from luthier_operator import naming
 from luthier_operator.model import Object
 from luthier_operator.naming import Place
@@ -37,9 +38,19 @@ def run_config(workload: Workload, settings: Settings, sources: Mapping[str, Pla
         "rendezvous_host": workload.rendezvous_host,
         "grace_seconds": settings.grace_seconds,
         "step_timeout_seconds": settings.step_timeout_seconds,
+        "gpu": gpu_figures(workload, settings),
         "spec": workload.run_spec,
     }
     return RUNS[job.kind](**fields)
+
+
+def gpu_figures(workload: Workload, settings: Settings) -> Gpu | None:
+    """What the job's class of GPUs says about them. A class that is gone says nothing: no pod is created with it."""
+    name = workload.job.spec.resources.gpu_class
+    found = settings.gpu_classes.get(name) if name else None
+    if found is None or not (found.memory or found.peak_flops):
+        return None
+    return Gpu(memory=int(amount(found.memory)) if found.memory else None, peak_flops=found.peak_flops)
 
 
 def configmap(workload: Workload, settings: Settings, sources: Mapping[str, Place]) -> Object:

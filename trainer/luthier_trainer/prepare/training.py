@@ -22,7 +22,7 @@ from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 from luthier_trainer.tasks.base import Processor, Task
 from luthier_trainer.tasks.table import task_of
-from luthier_trainer.workspace import provenance, space
+from luthier_trainer.workspace import gpu_memory, provenance, space
 from luthier_trainer.workspace.plan import check_course, plan_space, plan_training, smallest_batch
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     check_course(spec, plan, len(train))
     weights = task.weights(model, spec, plan, examples.labels)
     plan = plan_space(plan, weights, space.folder_bytes(folder.prepared / "processor"))
+    gpu_memory.check(run, plan, weights)
     space.check_room(spec, plan, folder.root)
     notice_short_grace(spec, plan)
     read = {origin.path: origin for rows in (examples.train, examples.eval) if rows for origin in rows.origins}
@@ -110,6 +111,7 @@ def with_present_plan(run: FineTuneRun, record: PreparedRecord, folder: Workspac
     rows = record.dataset.rows
     plan = plan_training(run.spec, rows, record.plan.parameters, record.cannot_recompute)
     plan = plan_space(plan, record.weights, space.folder_bytes(folder.prepared / "processor"))
+    gpu_memory.check(run, plan, record.weights)
     if plan == record.plan:
         return record
     if plan.normalizes_over_batch and smallest_batch(run.spec, rows) == 1:

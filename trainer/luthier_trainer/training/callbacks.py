@@ -126,8 +126,9 @@ class Report(Callback):
     It ends a run as DIVERGED if its losses or gradients stay NaN or infinite.
     """
 
-    def __init__(self, telemetry: Telemetry) -> None:
-        self.telemetry = telemetry
+    def __init__(self, telemetry: Telemetry, peak_flops: float | None = None) -> None:
+        """`peak_flops`: of one GPU, as the administrator has it; from a table of devices where that is None."""
+        self.telemetry, self._peak_flops = telemetry, peak_flops
         self._nonfinite = 0
         self._withheld = 0  # withheld updates that were already reported
         self._applied = 0  # updates applied in this attempt
@@ -220,7 +221,7 @@ class Report(Callback):
         self.telemetry.set(metrics.GPU_MEMORY_ALLOCATED, torch.cuda.memory_allocated())
         self.telemetry.set(metrics.GPU_MEMORY_RESERVED, torch.cuda.memory_reserved())
         self.telemetry.set(metrics.GPU_MEMORY_PEAK, torch.cuda.max_memory_allocated())
-        if pace and (most := peak(torch.cuda.get_device_name())):
+        if pace and (most := self._peak_flops or peak(torch.cuda.get_device_name())):
             self.telemetry.set(metrics.TRAIN_MFU, pace * self._operations / (most * args.world_size))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

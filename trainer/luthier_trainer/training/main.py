@@ -114,7 +114,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     freeze(model, loaded.unused_parameters)
 
     telemetry, stop = Telemetry(), Stop()
-    callbacks = [Guard(prepared.plan), Heartbeat(), Report(telemetry), stop]
+    callbacks = [Guard(prepared.plan), Heartbeat(), Report(telemetry, run.gpu.peak_flops if run.gpu else None), stop]
     setup = task.trainer(context, loaded.model)
     loop = resilient(setup.trainer)(
         model=model,
