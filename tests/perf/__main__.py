@@ -6,7 +6,7 @@ import importlib
 import json
 import sys
 
-BENCHMARKS = ("training", "jobs", "startup")
+BENCHMARKS = ("training", "jobs", "memory", "startup")
 CHECKS = ("exactness",)  # only by name: they measure nothing
 
 

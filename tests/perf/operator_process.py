@@ -23,8 +23,8 @@ TICKS = os.sysconf("SC_CLK_TCK")
 class OperatorProcess:
     """Runs the operator for one namespace. No pod runs, so its image is in no registry."""
 
-    def __init__(self, namespace: str) -> None:
-        self._environment = os.environ | {
+    def __init__(self, namespace: str, **environment: str) -> None:
+        self._environment = {**os.environ, **environment} | {
             "LUTHIER_TRAINER_IMAGE": "registry.example/trainer",
             "LUTHIER_METRICS_PORT": str(PORT),
             "LUTHIER_NAMESPACES": namespace,
