@@ -329,6 +329,17 @@ def test_workers_in_sessions_of_their_own_are_killed_too(start: Start, tmp_path:
     assert not Path(f"/proc/{(tmp_path / 'run' / 'pid').read_text()}").exists()
 
 
+def test_ranks_do_not_outlive_the_agent_that_started_them(start: Start, tmp_path: Path) -> None:
+    """On a laptop they would keep their GPUs."""
+    process = start("""
+        grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+        (run / "pid").write_text(str(grandchild.pid))
+        os.kill(os.getpid(), signal.SIGKILL)
+        """)
+    assert process.wait(timeout=20) == 71
+    assert not Path(f"/proc/{(tmp_path / 'run' / 'pid').read_text()}").exists()
+
+
 def test_prepare_has_nothing_to_save_and_stops_at_once(start: Start, tmp_path: Path) -> None:
     process = start("(run / 'ready').touch(); time.sleep(60)", verb="prepare")
     wait_for(tmp_path / "run" / "ready")

@@ -143,6 +143,8 @@ def supervise(
             killed = "hang"
             where = stacks.positions(child, settings.run_dir)
             child.kill()
+    deaths = tuple(child.deaths)
+    child.kill()  # what is left of the tree: torch's agent may have been killed, which its ranks do not notice
     child.drain()
     assert child.status is not None
     verdict = judge(
@@ -156,7 +158,7 @@ def supervise(
             silence=heartbeat.silence,
             last_step=heartbeat.step,
             positions=where,
-            deaths=child.deaths,
+            deaths=deaths,
             memory_limit=run.spec.resources.memory,
             memory_kills=oom.oom_kills(settings.cgroup) - memory_kills,
             gpu_error=child.tail.gpu_error,
