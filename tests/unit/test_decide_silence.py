@@ -14,8 +14,10 @@ from luthier_operator.phases.silence import NO_STEP_SECONDS
 from luthier_operator.statuses import text
 
 BEGUN = status("Accepted", "Prepared", start_time=text(BEGIN), progress=Progress(step=7, max_steps=40))
+MAKING = status("Accepted", "Prepared", start_time=text(BEGIN), progress=Progress(rows=3, max_rows=40))
+FRESH = status("Accepted", "Prepared", start_time=text(BEGIN), progress=Progress(step=0, max_steps=40))
 SLOW = status("Accepted", "Prepared", start_time=text(BEGIN), progress=Progress(step=7, max_steps=17, eta_seconds=6000))
-TUNE, SHARDS = fine_tune(BEGUN), generate(status("Accepted", "Prepared", start_time=text(BEGIN)))
+TUNE, SHARDS = fine_tune(BEGUN), generate(MAKING)
 HUNG, WELL, UNREAD = (
     Silence(NO_STEP_SECONDS),
     Silence(NO_STEP_SECONDS - 1),
@@ -67,6 +69,20 @@ CASES = [
         silences={0: HUNG},
         expect="True NoStep: pod ftj-bot-run-0-0 has made no progress for 300 s: no step, batch of an evaluation,"
         " output or growing checkpoint; the last step was 7 of 40. ",
+        state="NoStep",
+        event="Warning NoStep",
+    ),
+    Case(
+        name="the first step, for which the model is compiled",
+        job=fine_tune(FRESH),
+        silences={0: Silence(899)},
+        expect="True Running: 2 pods on 16 GPUs",
+    ),
+    Case(
+        name="no first step",
+        job=fine_tune(FRESH),
+        silences={0: Silence(900)},
+        expect="True NoStep: pod ftj-bot-run-0-0 has made no progress for 900 s",
         state="NoStep",
         event="Warning NoStep",
     ),

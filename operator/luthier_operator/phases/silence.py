@@ -14,6 +14,7 @@ from luthier_operator.phases.context import Context
 
 NO_STEP_SECONDS = 300.0
 STEPS_WAITED = 3  # where a step takes minutes
+FIRST_STEP_SECONDS = 900.0  # it may have to compile the model
 REASONS = (Reason.NO_STEP, Reason.PROGRESS_UNKNOWN)
 
 
@@ -59,7 +60,9 @@ def written_before(ctx: Context) -> PendingReason | None:
 def longest_pause(ctx: Context) -> float:
     """Seconds without a heartbeat that are nothing unusual."""
     progress = ctx.status.progress
-    if progress is None or not progress.eta_seconds or not progress.max_steps:
+    if progress is None or not (progress.step or progress.rows):
+        return FIRST_STEP_SECONDS
+    if not progress.eta_seconds or not progress.max_steps:
         return NO_STEP_SECONDS
     left = progress.max_steps - (progress.step or 0)
     if left <= 0:

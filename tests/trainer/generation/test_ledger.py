@@ -21,6 +21,8 @@ from luthier_trainer.generation.main import batches
 from luthier_trainer.generation.records import image_folder
 from luthier_trainer.generation.samples import Output, Sample, padded
 from luthier_trainer.runtime import notices
+from luthier_trainer.runtime.heartbeat import HEARTBEAT_FILE, STARTING_FILE
+from luthier_trainer.runtime.run_folder import run_dir
 
 SETTINGS = {"task": "text-to-image", "guidance": 5.0, "steps": 2}
 SAMPLES = [Sample(0, 0, "a lute", None, 7), Sample(0, 1, "a lute", None, 8), Sample(1, 0, "two lutes", "rain", 9)]
@@ -228,6 +230,16 @@ def test_a_line_cut_by_a_kill_is_no_news(tmp_path: Path) -> None:
     notices.forget()
     opened(tmp_path).resume(SAMPLES)
     assert notices.given() == []
+
+
+def test_outputs_are_checked_before_the_first_heartbeat(tmp_path: Path) -> None:
+    """The model is loaded afterwards, which may take longer than an output."""
+    written(tmp_path)
+    for name in (STARTING_FILE, HEARTBEAT_FILE):
+        (run_dir() / name).unlink(missing_ok=True)
+    opened(tmp_path).resume(SAMPLES)
+    assert (run_dir() / STARTING_FILE).exists()
+    assert not (run_dir() / HEARTBEAT_FILE).exists()
 
 
 def test_other_columns_that_changed_cost_no_output(tmp_path: Path) -> None:

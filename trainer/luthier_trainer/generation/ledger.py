@@ -18,7 +18,7 @@ from typing import Any
 from luthier_api.workspace import MANIFEST, WorkspaceFolder
 from luthier_trainer.generation.records import Line, RecordForm, digest
 from luthier_trainer.generation.samples import Output, Sample
-from luthier_trainer.runtime.heartbeat import beat
+from luthier_trainer.runtime.heartbeat import beat_before_first_step
 from luthier_trainer.runtime.notices import notice
 from luthier_trainer.workspace.manifest import fsync, replace_file, sha256
 
@@ -140,7 +140,7 @@ class Shard:
     def _damages(self, lines: Sequence[Line]) -> Iterator[str | None]:
         """Yield for each line why its output cannot be used, or None; sends a heartbeat every few lines."""
         for first in range(0, len(lines), AT_ONCE):
-            beat()
+            beat_before_first_step()
             yield from self.records.damages(lines[first : first + AT_ONCE], self.files)
 
     def _count(self, line: Line) -> None:

@@ -40,8 +40,8 @@ def age() -> float:
         return math.nan
 
 
-def beat_before_training() -> None:
-    """The same before the first step, which may still be slow to come: the model is loaded, and perhaps compiled."""
+def beat_before_first_step() -> None:
+    """The same before the first step or output, which may still be slow to come: the model is loaded and compiled."""
     (run_dir() / STARTING_FILE).touch()
 
 

@@ -24,7 +24,7 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_api.workspace import MANIFEST
 from luthier_trainer.runtime.failure import START_OVER, Failure
-from luthier_trainer.runtime.heartbeat import beat, beat_before_training
+from luthier_trainer.runtime.heartbeat import beat, beat_before_first_step
 from luthier_trainer.workspace import manifest, space
 from luthier_trainer.workspace.manifest import Entry, fsync, read_manifest
 from luthier_trainer.workspace.prepared import DIFFERENCES_SHOWN, differences
@@ -102,7 +102,7 @@ def verify(checkpoint: Path, ranks: Ranks) -> tuple[dict[str, Any], list[str]]:
     if found is None:
         return {}, [f"its {MANIFEST} is missing, unreadable or incomplete"]
     share = share_of(found["files"], ranks.rank, ranks.count)
-    reports = ranks.each(lambda: manifest.differences(checkpoint, share, beat_before_training))
+    reports = ranks.each(lambda: manifest.differences(checkpoint, share, beat_before_first_step))
     return found, [line for report in reports for line in report]
 
 
