@@ -151,8 +151,10 @@ def deepspeed_operators() -> None:
 
 
 @pytest.mark.usefixtures("deepspeed_operators")
-def test_zero2_offload(tmp_path: Path, llama: Path, data: DatasetDict, alone: Any) -> None:
-    """Stopped after its first step, and resumed from DeepSpeed's own shards: still the losses of one process.
+@pytest.mark.parametrize("micro_batch", [4, 2], ids=["", "with half the micro-batch"])
+def test_zero2_offload(micro_batch: int, tmp_path: Path, llama: Path, data: DatasetDict, alone: Any) -> None:
+    """Stopped after its first step, and resumed from DeepSpeed's own shards: still the losses of one process. With half
+    the micro-batch, as after CUDA has run out of memory, too.
 
     Without rows to evaluate on: a run that is to stop from the beginning would leave the evaluation before its first
     step.
@@ -167,8 +169,10 @@ def test_zero2_offload(tmp_path: Path, llama: Path, data: DatasetDict, alone: An
     assert (tmp_path / "job/checkpoints/checkpoint-1/global_step1").is_dir()
 
     shutil.rmtree(tmp_path / "pod-0")
-    ended = finish(run, tmp_path)
+    training = run.spec.training.model_copy(update={"micro_batch_size": micro_batch})
+    ended = finish(run.model_copy(update={"spec": run.spec.model_copy(update={"training": training})}), tmp_path)
     assert [m.code for m in ended] == [0, 0]
+    assert f"2 × {micro_batch} rows × {4 // micro_batch} accumulated" in (tmp_path / "pod-0/log").read_text()
     assert losses(run) == pytest.approx(alone[0], abs=2e-4)
 
 
