@@ -135,11 +135,8 @@ class Context:
             first, _ = children.restarts_before(child)
             return [attempt for attempt in self.status.attempts if attempt.phase == phase and attempt.attempt >= first]
         created, seen = children.created(child), {end.pod for end in self.ends(phase)}
-        before, _ = children.restarts_before(child)
 
         def belongs(attempt: Attempt) -> bool:
-            if child["kind"] == "JobSet":  # its attempts are numbered on from those of the earlier ones
-                return attempt.attempt >= before
             return attempt.pod in seen or created is None or moment(attempt.time or "") >= created
 
         return [attempt for attempt in self.status.attempts if attempt.phase == phase and belongs(attempt)]
