@@ -15,6 +15,7 @@ from typing import Any
 
 from luthier_api.conditions import ONLY_EVENTS, ConditionType, Reason
 from luthier_api.crd import crd
+from luthier_api.decides import Changes, Decides, marked_paths
 from luthier_api.exitcodes import ExitCode, Retry
 from luthier_api.kinds import KINDS, JobKind
 from luthier_api.marks import default_text, marked_fields
@@ -164,6 +165,23 @@ def reasons() -> str:
     return ", ".join(f"`{r}`" for r in Reason if r not in codes | ONLY_EVENTS) + "\n"
 
 
+def changes() -> str:
+    """The fields that may change once a job exists, apart from its life cycle."""
+    when = {
+        Changes.WHILE_STOPPED: "while the job is suspended, planned, or has failed",
+        Changes.ALWAYS: "at any time",
+    }
+    paths: dict[str, Decides] = {}
+    for info in KINDS.values():
+        paths |= marked_paths(info.spec)
+    rows = [
+        (", ".join(f"`{path}`" for path, known in paths.items() if known is mark), when[mark.value.changes])
+        for mark in Decides
+        if mark.value.resumes
+    ]
+    return table(("fields", "change"), iter(rows))
+
+
 def states() -> str:
     return table(("STATE", "the job"), ((f"`{s}`", STATES[s]) for s in State))
 
@@ -236,6 +254,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "conditions": conditions,
     "reasons": reasons,
     "states": states,
+    "changes": changes,
     "events": events,
     "pod-metrics": pod_metrics,
     "operator-metrics": operator_metrics,
