@@ -148,7 +148,7 @@ async def throughput(client: Client, audit_path: Path, size: int) -> dict[str, A
     """`size` jobs at once: to the prepare Job, and after it has succeeded to the JobSet; beside direct creation."""
     names = [f"bench-{i:05}" for i in range(size)]
     prepares, jobsets = Seen("Job"), Seen("JobSet")
-    begun = Seen("Job", lambda found: "startTime" in found.get("status", {}))
+    begun = Seen("Job", lambda found: "active" in found.get("status", {}))
     with OperatorProcess(HERE) as operator:
         async with watching(client, prepares, jobsets, begun):
             audit, cpu = AuditLog(audit_path, HERE), [operator.cpu_seconds()]
