@@ -31,9 +31,7 @@ from luthier_operator import naming
 from luthier_operator.client import RESOURCES, Client, login
 from luthier_operator.decide import decide
 from luthier_operator.model import Object, Observed
-from luthier_operator.render.job import prepare
 from luthier_operator.settings import Settings
-from luthier_operator.workloads import workload
 
 HERE, DIRECT = "luthier-bench", "luthier-bench-direct"
 SELECTOR = {"luthier.dev/bench": "no-node-has-this"}
@@ -242,7 +240,7 @@ def is_suspended(found: Object) -> bool:
 
 
 async def restart(client: Client, audit_path: Path, finished: int) -> dict[str, Any]:
-    """Start over `finished` jobs that have ended, each with its prepare Job."""
+    """Start over `finished` jobs that have ended."""
     settings = Settings(trainer_image="registry.example/trainer")
     await asyncio.gather(*(create_finished(client, f"bench-done-{i:05}", settings) for i in range(finished)))
     audit = AuditLog(audit_path, HERE)
@@ -260,7 +258,7 @@ async def restart(client: Client, audit_path: Path, finished: int) -> dict[str, 
 
 
 async def create_finished(client: Client, name: str, settings: Settings) -> None:
-    """A job with the status that the operator itself would write, and a prepare Job that makes no pods."""
+    """A job with the status that the operator itself would write. Its children were deleted long ago."""
     created = parse_job(await client.create(job(name)))
     conditions = [
         {"type": name, "status": "True", "reason": name, "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z"}
@@ -269,9 +267,6 @@ async def create_finished(client: Client, name: str, settings: Settings) -> None
     ended = JobStatus.model_validate({"conditions": conditions, "completionTime": "2026-01-01T00:00:00Z"})
     observed = Observed(created.model_copy(update={"status": ended}), children={}, pods=[], ended=[])
     await patch_status(client, "FineTuneJob", name, decide(observed, settings, datetime.now(UTC)).status.dump())
-    child = prepare(workload(created), settings, {})
-    child["spec"]["suspend"] = True
-    await client.create(child)
 
 
 # The cluster
