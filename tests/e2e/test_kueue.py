@@ -54,7 +54,7 @@ def priority(name: str, value: int) -> Object:
 
 
 # Of the jobs below; a test that fails leaves its own.
-NAMES = ("low", "next", "high", "no-queue", "too-large", "not-covered", "remote", "nowhere")
+NAMES = ("low", "next", "high", "first", "no-queue", "too-large", "not-covered", "remote", "nowhere")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,6 +80,7 @@ def queues(kube: Kube) -> Iterator[None]:
     )
     yield
     kube.run("delete", "ftj", *NAMES, "--ignore-not-found", "--wait", "--timeout=120s")
+    kube.run("delete", "gj", "shard", "--ignore-not-found", "--wait", "--timeout=120s")
     label(kube, **dict.fromkeys(MANAGED))
     cluster.remove_kueue()
     kube.run("delete", "priorityclass", "luthier-low", "luthier-high")
@@ -151,6 +152,24 @@ def test_a_preempted_job_saves_gives_way_and_resumes(kube: Kube) -> None:
     assert resumed["status"].get("restartsCharged", 0) == 0
     assert condition(resumed, "Failed") is None
     kube.delete("ftj", "low", "--wait")
+
+
+def test_a_preempted_shard_goes_on(kube: Kube) -> None:
+    """Shards are an Indexed Job of their own. No rule of it may fail the Job for what an eviction does to its pods."""
+    spec = jobs.IMAGES["spec"] | {"shards": 1, "scheduling": {"queueName": "one", "priorityClassName": "luthier-low"}}
+    first = queued("first", priorityClassName="luthier-high")
+    first["spec"]["planOnly"] = True  # prepared beforehand, so that it comes while the shard is at work
+    kube.apply(first)
+    kube.until("ftj", "first", lambda o: o["status"].get("state") == "Planned", timeout=180, what="Planned")
+    kube.apply(jobs.generate("shard", **spec))
+    kube.until("gj", "shard", lambda o: (o["status"].get("progress") or {}).get("rows"), timeout=180, what="at a row")
+    kube.run("patch", "ftj", "first", "--type=merge", "-p", json.dumps({"spec": {"planOnly": False}}))
+    kube.until("gj", "shard", lambda o: admitted(o) == "False Preempted", timeout=120, what="preempted")
+    kube.complete("ftj", "first", timeout=180)
+    done = kube.complete("gj", "shard", timeout=240)
+    assert done["status"]["progress"]["rows"] == len(spec["inputs"]["rows"])
+    assert done["status"].get("restartsCharged", 0) == 0
+    kube.delete("gj", "shard", "--wait")
 
 
 @dataclass(frozen=True)
