@@ -332,7 +332,7 @@ SHORT_OF_MEMORY = [
 
 @pytest.mark.parametrize("case", SHORT_OF_MEMORY, ids=lambda case: case.phase)
 def test_memory_is_asked_for_where_the_phase_gets_it_from(case: ShortOfMemoryCase) -> None:
-    said = judge(Evidence(phase=case.phase, status=-9, memory_kills=1))
+    said = judge(Evidence(phase=case.phase, status=-9, memory_kills=1, memory_limit="8Gi"))
     assert said.code == ExitCode.HOST_OUT_OF_MEMORY
     assert said.message.startswith(f"{case.field}the container ran out of memory and the kernel killed a process. ")
     assert said.message.endswith(case.remedy)
