@@ -81,6 +81,40 @@ async def test_a_fault_at_any_one_write_changes_nothing_in_the_end(kind: str, na
             assert operators == 2, f"nobody died at write {at}"
 
 
+async def resumed(fault: Fault | None = None, at: int = 0) -> tuple[Object, int]:
+    """A training that fails for want of memory and gets it: its end, and the number of writes after the change.
+
+    Of these the one with the number `at` suffers `fault`.
+    """
+    repaired = False
+
+    def script(pod: Pod) -> Outcome:
+        if pod.phase != "run" or repaired:
+            return all_well(pod)
+        return Outcome(83, said("run", 83, step=350)) if pod.index == 0 else Outcome(hold=True)
+
+    async with FakeCluster(script) as cluster:
+        job = cluster.create(fine_tune("job"))
+        await outlive(cluster, lambda: finished(cluster, "FineTuneJob", "job"))
+        repaired, before = True, cluster.writes
+        cluster.fault = lambda number, call: fault if number == before + at else None
+        memory = {"nodes": 2, "gpusPerNode": 0, "memory": "64Gi"}
+        cluster.change(job, lambda found: found["spec"].update(resources=memory))
+        await outlive(cluster, lambda: holds(cluster, "FineTuneJob", "job", "Complete"))
+        status = (cluster.get("FineTuneJob", "job") or {})["status"]
+        attempts = sorted(attempt["attempt"] for attempt in status["attempts"])
+        return summary(cluster) | {"attempts": attempts, "resumes": status["resumes"]}, cluster.writes - before
+
+
+@pytest.mark.parametrize("name", ["operator killed before", "operator killed after", "answer lost"])
+async def test_a_fault_at_any_one_write_of_a_resume_changes_nothing_in_the_end(name: str) -> None:
+    reference, writes = await resumed()
+    assert (reference["jobs"]["job"]["state"], reference["resumes"], reference["attempts"]) == ("Complete", 1, [0])
+    for at in range(1, writes + 1):
+        end, _ = await resumed(FAULTS[name], at)
+        assert end == reference, f"after a fault at write {at}"
+
+
 @pytest.mark.parametrize("kind", JOBS)
 async def test_an_operator_that_never_survives_two_writes(kind: str) -> None:
     def kill_at_each_second_write(number: int, call: Call) -> Fault | None:
