@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
+from luthier_api.conditions import ConditionType
 from luthier_api.kinds import KINDS
 from luthier_api.metrics import CHECKPOINT_STEP, broken_checkpoints, checkpoint_step, samples_at_end
 from luthier_operator import children
@@ -354,6 +355,9 @@ class Store:
             self.put_samples(owner, {end.index: last})
 
     def _sources(self, job: Job) -> Sources:
+        if job.status.is_true(ConditionType.PREPARED):
+            return Sources({}, {}, ())  # `status.sources` says where their results are
+
         def find(name: str) -> Object | None:
             known = self._jobs.get(Key(SOURCE_KIND, job.metadata.namespace, name))
             return known.object() if known else None

@@ -517,6 +517,13 @@ def test_a_job_is_woken_by_the_job_that_it_waits_for(case: DependentCase) -> Non
     assert not store._dependents
 
 
+def test_the_jobs_below_are_not_read_once_prepare_has_noted_where_their_results_are() -> None:
+    store = Store()
+    store.put(job("base"))
+    store.put(job(model={"job": "base"}) | {"status": {"conditions": [condition("Prepared")]}})
+    assert seen(store).sources == {}
+
+
 @dataclass(frozen=True)
 class ChainCase:
     name: str
