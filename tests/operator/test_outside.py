@@ -50,7 +50,7 @@ async def test_metrics_tell_the_life_of_a_job() -> None:
         assert found["controller_runtime_reconcile_total", (("controller", "luthier"), ("result", "success"))] > 1
         assert found["workqueue_adds_total", (("name", "luthier"),)] > 1
         written = (("code", "200"), ("host", cluster.url.removeprefix("http://")), ("method", "PATCH"))
-        assert found["rest_client_requests_total", written] > 5
+        assert found["rest_client_requests_total", written] > 1
 
 
 def test_every_metric_of_the_table_is_served_with_its_help() -> None:
