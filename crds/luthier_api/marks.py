@@ -224,14 +224,34 @@ def default_text(spec: type[TabledSpec], field: MarkedField) -> str:
 
 def with_defaults(spec: Spec) -> Spec:
     """`spec` with the marked fields that it leaves out, where they belong to the rows that it chooses."""
+    for path, default in _table_defaults(spec):
+        spec = _filled(spec, path.split("."), default)
+    return spec
+
+
+def written_part(spec: TabledSpec) -> dict[str, Any]:
+    """`spec` as JSON-ready data with outer names, without what reading it fills in again."""
+    data: dict[str, Any] = spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True)
+    # The fields of a block before the block.
+    for path, default in reversed(list(_table_defaults(spec))):
+        *above, name = path.split(".")
+        block: Any = data
+        for part in above:
+            block = block.get(part, {})
+        if block.get(name) == default:
+            del block[name]
+    return data
+
+
+def _table_defaults(spec: TabledSpec) -> Iterator[tuple[str, Any]]:
+    """Path → default, of the marked fields that belong to the rows that `spec` chooses, blocks before their fields."""
     rows = {name: table.rows[_value(spec, table.selector)] for name, table in spec.tables.items()}
     for field in marked_fields(type(spec)):
         chosen = [rows[mark.table].fields for mark in field.marks if mark.table in rows]
         if chosen and all(field.path in fields for fields in chosen):
             default = next((fields[field.path] for fields in chosen if fields[field.path] is not None), None)
             if default is not None:
-                spec = _filled(spec, field.path.split("."), default)
-    return spec
+                yield field.path, default
 
 
 def settings_of(spec: TabledSpec) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """The run config: the one document that the operator, or `luthier run`, hands the trainer image; and what `prepare`
 leaves behind.
 
-Mounted as a file; its spec is the user's, with every default filled in. Paths are those of the pod.
+Mounted as a file; its spec is the user's, without what has its default. Paths are those of the pod.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from importlib.metadata import version
+from typing import Any, Literal
 
 from pydantic import Field
 from pydantic_core import from_json
@@ -14,6 +15,7 @@ from pydantic_core import from_json
 from luthier_api.base import ApiModel
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.generate import GenerateJobSpec
+from luthier_api.marks import TabledSpec, written_part
 from luthier_api.problems import InvalidDocument, Problem, parse
 from luthier_api.status import Plan, Prepared
 
@@ -35,6 +37,8 @@ class Gpu(ApiModel):
 
 class BaseRun(ApiModel):
     api_version: Literal["luthier.dev/run-v1"] = RUN_VERSION  # type: ignore[assignment]  # a Literal needs the text itself
+    written_by: str = ""
+    """Version of Luthier that has written it: for the message of an image that does not understand it."""
     name: str
     namespace: str = "default"
     uid: str = ""
@@ -52,6 +56,15 @@ class BaseRun(ApiModel):
     step_timeout_seconds: int = STEP_TIMEOUT_SECONDS
     """Seconds without a step after which a run counts as hung, where the spec does not say: see `step_timeout_of`."""
     gpu: Gpu | None = None
+
+    def document(self) -> dict[str, Any]:
+        """As JSON-ready data, without what has its default: an image that is older by one field must not refuse every
+        job for it.
+        """
+        spec: TabledSpec = self.spec  # type: ignore[attr-defined]  # of each kind its own
+        data = self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True, exclude={"spec"})
+        head = {"apiVersion": self.api_version, "kind": self.kind}  # type: ignore[attr-defined]
+        return {**head, "writtenBy": version("luthier"), **data, "spec": written_part(spec)}
 
 
 class FineTuneRun(BaseRun):
@@ -91,7 +104,24 @@ def read_run(text: str | bytes) -> FineTuneRun | GenerateRun:
     except ValueError as error:  # says where
         raise InvalidDocument([Problem(DOCUMENT, f"invalid JSON: {error}")]) from None
     kind = parse(_Kind, document, DOCUMENT).kind
-    return parse(RUNS[kind], document, DOCUMENT)
+    try:
+        return parse(RUNS[kind], document, DOCUMENT)
+    except InvalidDocument as error:
+        raise InvalidDocument([*_other_version(document), *error.problems]) from None
+
+
+def _other_version(document: dict[str, Any]) -> list[Problem]:
+    """What to do about a run config that another version has written."""
+    written_by, own = document.get("writtenBy"), version("luthier")
+    if not isinstance(written_by, str) or written_by in ("", own):
+        return []
+    return [
+        Problem(
+            DOCUMENT,
+            f"written by Luthier {written_by}, but this image is {own} and does not understand it; use the trainer"
+            " image of the operator's version (the chart's value trainer.image)",
+        )
+    ]
 
 
 class _Kind(ApiModel):

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from cases.api import FINE_TUNE, Change, changed
+from cases.api import FINE_TUNE, GENERATE, Change, changed
 
+from luthier_api.marks import written_part
 from luthier_api.problems import InvalidDocument
-from luthier_api.run import FineTuneRun, read_run
+from luthier_api.run import RUNS, FineTuneRun, read_run
 
 
 def run_config(change: Change) -> str:
@@ -49,6 +50,35 @@ OLDER = [
 @pytest.mark.parametrize("case", OLDER, ids=lambda case: case.name)
 def test_a_run_config_of_an_older_operator_gets_the_defaults_of_the_image(case: OlderCase) -> None:
     assert read_run(run_config(case.change)) == read_run(run_config({}))
+
+
+@pytest.mark.parametrize("document", [FINE_TUNE, GENERATE], ids=["FineTuneJob", "GenerateJob"])
+def test_what_is_written_is_what_was_set_and_reads_as_the_whole(document: Any) -> None:
+    kind = document["kind"]
+    whole = RUNS[kind].model_validate({"name": "sound", "workspace": "/workspace", "spec": document["spec"]})
+    written = whole.document()
+    again = read_run(json.dumps(written))
+    assert again.model_copy(update={"written_by": ""}) == whole
+    assert written["spec"] == written_part(again.spec)
+    assert len(json.dumps(written)) < len(json.dumps(whole.dump())) / 2
+
+
+def test_a_new_field_with_its_default_is_not_written() -> None:
+    """So that an image that is one version older runs the job."""
+    run = FineTuneRun.model_validate({"name": "sound", "workspace": "/workspace", "spec": FINE_TUNE["spec"]})
+    assert "scheduling" not in run.document()["spec"]
+    assert "keepCheckpoints" not in run.document()["spec"].get("training", {})
+
+
+def test_an_image_that_does_not_understand_the_run_config_names_both_versions() -> None:
+    text = run_config({"writtenBy": "9.9.0", "spec.training.sharpness": 1})
+    with pytest.raises(InvalidDocument) as refused:
+        read_run(text)
+    assert [str(problem) for problem in refused.value.problems] == [
+        "run config: written by Luthier 9.9.0, but this image is 0.1.0 and does not understand it; use the trainer"
+        " image of the operator's version (the chart's value trainer.image)",
+        "spec.training.sharpness: unknown field",
+    ]
 
 
 @dataclass(frozen=True)

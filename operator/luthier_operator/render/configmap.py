@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,7 @@ def gpu_figures(workload: Workload, settings: Settings) -> Gpu | None:
 
 def configmap(workload: Workload, settings: Settings, sources: Mapping[str, Place]) -> Object:
     job = workload.job
-    text = run_config(workload, settings, sources).model_dump_json(by_alias=True, exclude_none=True, indent=1)
+    text = json.dumps(run_config(workload, settings, sources).document(), indent=1, ensure_ascii=False)
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",

@@ -53,7 +53,7 @@ def test_what_the_operator_writes_is_accepted(read: Read) -> None:
     found = dict(configs())
     assert {run["kind"] for run in found.values()} == set(RUNS)
     for document in found.values():
-        assert read(document).dump() == document
+        assert read(document).document() == document
 
 
 def test_what_the_types_write_is_accepted(
