@@ -121,7 +121,7 @@ class Settings(BaseSettings):
     """Name of this replica in the Lease. The name of its pod lets a restarted container continue at once; empty: the
     host name with a random part.
     """
-    workers: Annotated[int, Field(ge=1)] = 16
+    workers: Annotated[int, Field(ge=1)] = 32
     """Jobs reconciled at once."""
     progress_every: Annotated[float, Field(gt=0)] = 15
     """Seconds between two updates of the progress of a running job. At most 20 jobs are read in a

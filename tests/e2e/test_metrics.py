@@ -75,7 +75,7 @@ OPERATOR = {
     "controller_runtime_reconcile_total": (3, 1e7),
     "controller_runtime_reconcile_errors_total": (0, 100),
     "controller_runtime_reconcile_time_seconds": (3, 1e7),
-    "controller_runtime_active_workers": (0, 16),
+    "controller_runtime_active_workers": (0, 32),
     "controller_runtime_max_concurrent_reconciles": (16, 16),  # the chart's
     "workqueue_depth": (0, 100),
     "workqueue_adds_total": (3, 1e7),

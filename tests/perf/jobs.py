@@ -97,10 +97,6 @@ async def watching(client: Client, *watched: Seen) -> AsyncIterator[None]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def objects(client: Client, kind: str) -> list[Object]:
-    return [item async for chunk, _ in client.list(RESOURCES[kind], HERE) for item in chunk]
-
-
 async def create_jobs(client: Client, names: list[str]) -> dict[str, float]:
     """Create all at once. Returns when each was answered."""
     answered: dict[str, float] = {}
@@ -170,7 +166,8 @@ async def throughput(client: Client, audit_path: Path, size: int) -> dict[str, A
             cpu.append(operator.cpu_seconds())
         peak = operator.memory_mib()
     calls = audit.calls()
-    bare = await apply_all([without_owner(found) for found in await objects(client, "JobSet")])
+    whole = await client.get(RESOURCES["JobSet"].path(HERE))  # a list by `client.list` would hold only what is watched
+    bare = await apply_all([without_owner(found) for found in whole["items"]])
     return {
         "jobs": size,
         "finetunejobs_created_per_s": round(size / created_in, 1),
@@ -192,7 +189,12 @@ async def throughput(client: Client, audit_path: Path, size: int) -> dict[str, A
 def without_owner(item: Object) -> Object:
     """The JobSet as it was created, for another namespace."""
     meta = {"name": item["metadata"]["name"], "namespace": DIRECT, "labels": {"luthier.dev/bench": "direct"}}
-    return {"apiVersion": item["apiVersion"], "kind": item["kind"], "metadata": meta, "spec": item["spec"]}
+    return {
+        "apiVersion": RESOURCES["JobSet"].api_version,
+        "kind": "JobSet",
+        "metadata": meta,
+        "spec": item["spec"],
+    }
 
 
 # Reaction to edits
