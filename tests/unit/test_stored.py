@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 from cases.api import FINE_TUNE
 
-from luthier_api.kinds import FineTuneJob
+from luthier_api.crd import crd
+from luthier_api.kinds import KINDS, FineTuneJob, JobKind
 from luthier_api.stored import NotUnderstood, Stored, read_stored
 
 TIME = "2026-03-01T12:00:00Z"
@@ -154,3 +156,22 @@ def test_reading_does_not_change_what_is_stored() -> None:
     before = copy.deepcopy(document)
     read_stored(FineTuneJob, document)
     assert document == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_schema_of_a_status_closes_no_list_of_values_and_bounds_every_message(kind: JobKind) -> None:
+    """A newer operator may report to an older CRD. The values of a condition's status are Kubernetes' own."""
+    schema = crd(kind, KINDS[kind])["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]
+    nodes = dict(below(schema, "status"))
+    assert [path for path, node in nodes.items() if "enum" in node] == ["status.conditions.status"]
+    unbounded = [path for path, node in nodes.items() if path.endswith("message") and "maxLength" not in node]
+    assert unbounded == []
+
+
+def below(node: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Path → node of a schema."""
+    yield path, node
+    if "items" in node:
+        yield from below(node["items"], path)
+    for name, child in node.get("properties", {}).items():
+        yield from below(child, f"{path}.{name}")

@@ -240,7 +240,8 @@ CASES = [
         name="a key that does not match its pattern",
         change={"spec.scheduling": {"nodeSelector": {"a b": "c"}}},
         problems=[
-            "spec.scheduling.nodeSelector.a b: must be the key of a label, such as gpu or example.com/gpu (it is 'a b')"
+            "spec.scheduling.nodeSelector.a b: must be the key of a label or annotation, such as gpu or"
+            " example.com/gpu (it is 'a b')"
         ],
     ),
     Case(
