@@ -132,7 +132,7 @@ class FakeCluster(FakeApi):
         status = {**status, "startTime": status.get("startTime") or _now(), "conditions": conditions}
         verdicts = {p["metadata"]["uid"]: self._verdict(job, p) for p in pods if p["status"]["phase"] == "Failed"}
         fatal = next((m for v, m in verdicts.values() if v == "FailJob"), "")
-        done, failed = set[int](), set[int]()
+        done, failed, active = set[int](), set[int](), len(live)
         for index in range(spec["completions"]):
             mine = [p for p in pods if _index(p) == index]
             counted = [p for p in mine if verdicts.get(p["metadata"]["uid"], ("",))[0] == "Count"]
@@ -144,11 +144,14 @@ class FakeCluster(FakeApi):
                 failed.add(index)
             elif "backoffLimitPerIndex" not in spec and len(counted) > spec["backoffLimit"]:
                 fatal = fatal or "BackoffLimitExceeded:Job has reached the specified backoff limit"
-            elif not fatal and not any(p in live for p in mine):
+            elif not fatal and active < spec["parallelism"] and not any(p in live for p in mine):
                 self._create_pod(job, index, len(mine), len(counted))
+                active += 1
         live = [p for p in self.all("Pod") if _owned(p, job) and p["status"]["phase"] in ("Pending", "Running")]
         if failed and len(done) + len(failed) == spec["completions"]:
             fatal = "FailedIndexes:Job has failed indexes"
+        elif len(failed) > spec.get("maxFailedIndexes", spec["completions"]):
+            fatal = "MaxFailedIndexesExceeded:Job has exceeded the specified maximal number of failed indexes"
         ready = sum(p["status"]["phase"] == "Running" for p in live)
         status |= {
             "active": len(live),

@@ -511,3 +511,21 @@ async def test_events_tell_the_story_once() -> None:
         reasons = [e["reason"] for e in events]
         assert {"Preparing", "Prepared", "Trained", "Published", "Completed"} <= set(reasons)
         assert len(reasons) == len(set(reasons)) <= 12
+
+
+async def test_a_mistake_that_is_common_to_all_shards_fails_once() -> None:
+    started = set()
+
+    def script(pod: Pod) -> Outcome:
+        if pod.phase != "run":
+            return all_well(pod)
+        started.add(pod.index)
+        return OUT_OF_MEMORY if pod.index == 1 else Outcome(hold=True)
+
+    async with FakeCluster(script) as cluster, running(cluster):
+        cluster.create(generate("many", shards=64, parallelism=4))
+        await until("failed", lambda: holds(cluster, "GenerateJob", "many", "Failed"))
+        failed = condition(cluster, "GenerateJob", "many", "Failed")
+        assert failed is not None
+        assert "This ended shard 1 of 64 for good, and spec.maxFailedShards: 0 stopped the others" in failed["message"]
+        assert started == {0, 1, 2, 3}
