@@ -79,6 +79,7 @@ def start(workspace: dict[str, str], read_only: bool) -> None:
     job = fine_tune(workspace=workspace, volumes=[{"claimName": "data", "mountPath": "/data"}])
     config, prepare = (o for o in objects(job, SETTINGS) if o["metadata"]["name"] in ("ftj-bot", "ftj-bot-prepare"))
     spec = prepare["spec"]["template"]["spec"]
+    spec["terminationGracePeriodSeconds"] = 0  # the program takes no notice of SIGTERM
     (container,) = spec["containers"]
     container |= {"image": PAUSE, "command": ["/pause"], "imagePullPolicy": "Never"}
     if not read_only:
