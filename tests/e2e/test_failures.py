@@ -7,6 +7,7 @@ And what goes on purpose: a job that is deleted, before its run and after its en
 from __future__ import annotations
 
 import json
+import signal
 import time
 from dataclasses import dataclass
 
@@ -105,6 +106,69 @@ def test_a_lost_pod_restarts_the_group_from_the_checkpoint(kube: Kube) -> None:
     log = kube.run("logs", "-l", "luthier.dev/job=interrupted,luthier.dev/phase=run", "--tail=-1")
     assert f"checkpoint-{attempt['step']}" in log
     assert figures.of_operator(kube).total("luthier_job_restarts_total", kind="FineTuneJob", reason="Preempted") >= 1
+
+
+SIGNAL_RANK_1 = """
+import os, pathlib, sys
+for folder in pathlib.Path("/proc").glob("[0-9]*"):
+    try:
+        command, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
+    except OSError:
+        continue
+    if b"luthier_trainer.worker" in command and b"RANK=1" in environment.split(b"\\0"):
+        os.kill(int(folder.name), int(sys.argv[1]))
+        print("sent")
+"""
+
+
+@dataclass(frozen=True)
+class RankCase:
+    name: str
+    signal: signal.Signals
+    exit_code: int
+    message: str
+
+
+RANKS = [
+    RankCase(
+        name="killed",
+        signal=signal.SIGKILL,
+        exit_code=71,
+        message="rank 1 was killed by SIGKILL",
+    ),
+    RankCase(
+        name="stopped",
+        signal=signal.SIGSTOP,
+        exit_code=80,
+        message="rank 1 is stopped",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", RANKS, ids=lambda case: case.name)
+def test_a_rank_that_dies_or_hangs_is_the_cause_and_the_run_goes_on(kube: Kube, case: RankCase) -> None:
+    name = f"rank-{case.name}"
+    kube.apply(
+        jobs.fine_tune(
+            name,
+            model={"job": "base"},
+            dataset=jobs.REGISTER,
+            method={"type": "lora", "rank": 2},
+            training=jobs.training(maxSteps=300, saveSteps=20),
+            resources=jobs.CPU | {"processesPerNode": 2},
+            scheduling={"stepTimeoutSeconds": 30},
+        )
+    )
+    kube.until(
+        "ftj", name, lambda o: (o["status"].get("checkpoint") or {}).get("step"), timeout=300, what="at a checkpoint"
+    )
+    (pod,) = kube.list("pods", f"luthier.dev/job={name},luthier.dev/phase=run")
+    assert kube.python(pod["metadata"]["name"], SIGNAL_RANK_1, str(int(case.signal))).strip() == "sent"
+    job = kube.complete("ftj", name)
+    (attempt,) = job["status"]["attempts"]
+    assert (attempt["exitCode"], attempt["rank"], attempt["charged"]) == (case.exit_code, 1, True)
+    assert case.message in attempt["message"]
+    assert job["status"]["progress"]["step"] == 300
 
 
 def test_a_killed_shard_goes_on_where_it_stopped(kube: Kube) -> None:
