@@ -136,6 +136,8 @@ def event(before: Condition | None, now: Condition, status: JobStatus) -> Event 
     """The event of one condition, if its status or its reason has changed."""
     if before and (before.status, before.reason) == (now.status, now.reason):
         return None
+    if now.type in (C.RECONCILING, C.STALLED):
+        return None  # they follow from the others
     if now.reason == R.CONDITIONS_LOST:
         return None  # the event of the end was posted when the job ended
     if now.status == "True":

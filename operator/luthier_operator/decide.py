@@ -40,7 +40,7 @@ def decide(observed: Observed, settings: Settings, now: datetime) -> Decision:
     ctx = record(Context(observed, settings, now, before))
     reopened = reopen(ctx)
     if reopened:
-        return with_events(observed, Decision(clock(reopened)))
+        return with_events(observed, Decision(clock(reopened)), now)
     if not (ctx.status.finished or ctx.job.spec.suspend):
         ctx = with_spec(ctx)
 
@@ -68,10 +68,10 @@ def decide(observed: Observed, settings: Settings, now: datetime) -> Decision:
         requeue_after=min(requeue_after, default=None),
         delete_job=delete_job,
     )
-    return with_events(observed, decision)
+    return with_events(observed, decision, now)
 
 
-def held(observed: Observed, decision: Decision) -> Decision:
+def held(observed: Observed, decision: Decision, now: datetime) -> Decision:
     """`decision` before its children are created. If the API server has refused one before, the condition that reports
     on them stays as it is, so that a child that is refused again causes no write.
     """
@@ -81,9 +81,8 @@ def held(observed: Observed, decision: Decision) -> Decision:
     if before is None or before.reason != Reason.FAILED_CREATE:
         return decision
     conditions = [before if c.type == before.type else c for c in decision.status.conditions]
-    return with_events(
-        observed, replace(decision, status=decision.status.model_copy(update={"conditions": conditions}))
-    )
+    status = decision.status.model_copy(update={"conditions": conditions})
+    return with_events(observed, replace(decision, status=status), now)
 
 
 def refused(observed: Observed, decision: Decision, message: str, now: datetime) -> Decision:
@@ -95,12 +94,15 @@ def refused(observed: Observed, decision: Decision, message: str, now: datetime)
     status = statuses.with_condition(
         decision.status, decision.creating, "False", Reason.FAILED_CREATE, message, now, generation
     )
-    return with_events(observed, replace(decision, status=status))
+    return with_events(observed, replace(decision, status=status), now)
 
 
-def with_events(observed: Observed, decision: Decision) -> Decision:
-    """`decision` with the column STATE of kubectl, and with the events that follow from the change of the status."""
+def with_events(observed: Observed, decision: Decision, now: datetime) -> Decision:
+    """`decision` with what follows from its conditions: the column STATE of kubectl, the conditions of kstatus, and the
+    events about the change of the status.
+    """
     work = workload(observed.job)
     state = statuses.state(decision.status, work.done)
     status = decision.status.model_copy(update={"state": state})
+    status = statuses.with_kstatus(status, now, observed.job.metadata.generation)
     return replace(decision, status=status, events=tuple(events(work, observed.job.status, status)))

@@ -95,6 +95,7 @@ def not_understood_status(found: Object, problem: str) -> Object:
     status = found.get("status", {})
     message = f"this operator ({RELEASE}) does not understand the job. {SAME_CHART}.\n{problem}"
     status = with_raw_condition(found, status, ConditionType.ACCEPTED, "False", Reason.NOT_UNDERSTOOD, message)
+    status = with_raw_condition(found, status, ConditionType.STALLED, "True", Reason.NOT_UNDERSTOOD, message)
     if found["spec"].get("suspend") is True:
         message = "spec.suspend is true: the pods save a checkpoint and stop; set it to false to resume the job"
         status = with_raw_condition(found, status, ConditionType.SUSPENDED, "True", Reason.SUSPENDED, message)

@@ -142,7 +142,7 @@ class Reconciler:
         The status comes first: nothing is created or deleted on the ground of an object that has changed meanwhile, or
         while the API server refuses the status. Raises ApiError.
         """
-        first = held(observed, decision)
+        first = held(observed, decision, now)
         current, wait = await self._report(key, found, observed.job.status, first)
         if current is None:  # the job was deleted
             return None
@@ -154,7 +154,7 @@ class Reconciler:
             return TERMINATING_SECONDS
         if refusal or first is not decision:
             written = replace(observed, job=observed.job.model_copy(update={"status": first.status}))
-            last = refused(written, decision, refusal.message, now) if refusal else with_events(written, decision)
+            last = refused(written, decision, refusal.message, now) if refusal else with_events(written, decision, now)
             await self._report(key, current, first.status, last)
         again = min((s for s in (wait, decision.requeue_after) if s is not None), default=None)
         if refusal:

@@ -15,6 +15,11 @@ from luthier_api.status import Condition, JobStatus, Progress, State
 Value = Literal["True", "False", "Unknown"]
 MESSAGE_CHARACTERS = 4096  # the size of a termination message
 
+RECONCILING_MESSAGE = "the job is at work or waits; the other conditions say more"
+CONDITIONS_LOST_MESSAGE = (
+    "how the job ended was lost from its status; it has a completionTime, so it does not run again"
+)
+
 C, R = ConditionType, Reason
 # The column STATE, where it is not the reason of the condition.
 STATES: dict[str, State] = {
@@ -100,6 +105,23 @@ def queue_state(reason: str) -> str:
     if reason.startswith(State.DEACTIVATED):  # Kueue adds why: DeactivatedDueToRequeuingLimitExceeded
         return State.DEACTIVATED
     return reason if reason in (State.UNSATISFIABLE, State.INADMISSIBLE) else State.QUEUED
+
+
+def with_kstatus(status: JobStatus, now: datetime, generation: int | None) -> JobStatus:
+    """`status` with the conditions of kstatus, which follow from its STATE: Reconciling while the operator is at work,
+    Stalled once only the user can help. At rest (complete, suspended, planned) there is neither.
+    """
+    failed = status.condition(C.FAILED) if status.is_true(C.FAILED) else None
+    at_rest = status.state in (State.COMPLETE, State.SUSPENDED, State.PLANNED)
+    if failed or status.state == State.UNKNOWN or at_rest:
+        status = without_condition(status, C.RECONCILING)
+    else:
+        status = with_condition(status, C.RECONCILING, "True", str(status.state), RECONCILING_MESSAGE, now, generation)
+    if failed:
+        return with_condition(status, C.STALLED, "True", failed.reason, failed.message, now, generation)
+    if status.state == State.UNKNOWN:
+        return with_condition(status, C.STALLED, "True", R.CONDITIONS_LOST, CONDITIONS_LOST_MESSAGE, now, generation)
+    return without_condition(status, C.STALLED)
 
 
 def newer(known: Progress | None, read: Progress) -> Progress:

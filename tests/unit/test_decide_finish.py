@@ -139,7 +139,7 @@ def test_the_last_words_of_a_phase_are_waited_for_but_not_for_ever(case: LastWor
     silent = decided(job, just)
     assert (describe(silent), [c.type for c in silent.status.conditions]) == (
         "again in 3 s",
-        [c.type for c in case.given.conditions],
+        [*(c.type for c in case.given.conditions), "Reconciling"],
     )
     told = decided(job, just, ends=[case.last_end(job)])
     assert told.status.state == case.expect
