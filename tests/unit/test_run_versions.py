@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 from cases.api import FINE_TUNE, GENERATE, Change, changed
+from pydantic_core import to_jsonable_python
 
+from luthier_api.base import ApiModel, model_in
 from luthier_api.marks import written_part
 from luthier_api.problems import InvalidDocument
 from luthier_api.run import RUNS, FineTuneRun, read_run
+
+DEFAULTS = Path(__file__).parent / "golden/run-v1-defaults.json"
 
 
 def run_config(change: Change) -> str:
@@ -112,3 +119,29 @@ def test_a_run_config_that_the_image_does_not_understand_is_refused_by_the_field
     with pytest.raises(InvalidDocument) as refused:
         read_run(run_config(case.change))
     assert [str(problem) for problem in refused.value.problems] == [case.message]
+
+
+def defaults(model: type[ApiModel], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Path and default of each field that has one; blocks stand for their fields."""
+    for name, info in model.model_fields.items():
+        at = f"{path}{info.alias or name}"
+        below = model_in(info.annotation)
+        if below is not None:
+            yield from defaults(below, f"{at}.")
+        elif not info.is_required():
+            yield at, to_jsonable_python(info.get_default(call_default_factory=True, validated_data={}))
+
+
+def test_the_defaults_of_this_version_do_not_change() -> None:
+    """What has its default is not written, so an operator and an image with other defaults would silently differ.
+
+    After a change of a default, the run config needs another version (`docs/api-policy.md`). Before the first release
+    `REFRESH_GOLDEN=1` suffices.
+    """
+    found = {str(kind): dict(defaults(run)) for kind, run in RUNS.items()}
+    text = json.dumps(found, indent=1, sort_keys=True) + "\n"
+    if os.environ.get("REFRESH_GOLDEN"):
+        DEFAULTS.write_text(text)
+    for kind, known in json.loads(DEFAULTS.read_text()).items():
+        # A new field is none of theirs: it is written where it is set.
+        assert {path: found[kind].get(path) for path in known} == known
