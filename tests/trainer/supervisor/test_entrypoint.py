@@ -168,7 +168,7 @@ REFUSED = [
         reason="Misconfigured",
         message=(
             "spec.workspace: cannot write to /proc/luthier/job: |. On a cluster: give the root of the claim to that"
-            " group (chgrp 1000, chmod g+rwx); or, if the claim holds nothing else, set spec.workspace.ownership:"
+            " group (chgrp GROUP, chmod g+rwx); or, if the claim holds nothing else, set spec.workspace.ownership:"
             " Change, and Kubernetes gives all files on it to the group, where its storage honours fsGroup"
         ),
     ),
@@ -200,7 +200,10 @@ def test_a_mistake_ends_before_torch_is_imported(case: RefusedCase, tmp_path: Pa
         case.reason,
     )
     begins, _, ends = (
-        case.message.replace("FOLDER", str(tmp_path)).replace("USER", f"{os.getuid()}:{os.getgid()}").partition("|")
+        case.message.replace("FOLDER", str(tmp_path))
+        .replace("USER", f"{os.getuid()}:{os.getgid()}")
+        .replace("GROUP", str(os.getgid()))
+        .partition("|")
     )
     assert word.message.startswith(begins)
     assert word.message.endswith(ends)

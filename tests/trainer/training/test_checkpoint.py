@@ -221,7 +221,7 @@ def test_another_runs_checkpoint_is_refused_and_kept(folder: Path) -> None:
     assert (caught.value.code, caught.value.message) == (
         64,
         f"{folder}/checkpoint-10 was made by a run with other settings: spec.method.rank is 8, there it was 16. "
-        "Start over: with --fresh on a laptop, under another metadata.name on a cluster",
+        "Change it back to resume, or start over: with --fresh on a laptop, under another metadata.name on a cluster",
     )
     assert names(folder) == ["checkpoint-10"]
 
