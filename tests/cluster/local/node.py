@@ -8,6 +8,7 @@ import struct
 import subprocess
 
 from .images import load, scratch_image
+from .progress import say
 from .shell import BIN, NODE, NODE_IP, REGISTRY, STATE, ctr, fetch, kubectl, sh, start, write
 
 BRIDGE, POD_NET = "kbr0", "10.244.0.0/24"
@@ -62,9 +63,19 @@ def kubelet() -> None:
 
 
 def node_is_ready() -> bool:
-    """By the kubelet itself, too: the API server calls a node ready for some time after its kubelet has gone."""
-    ready = "jsonpath={.status.conditions[?(@.type=='Ready')].status}"
-    return fetch("http://127.0.0.1:10248/healthz") == 200 and "True" in node(ready)
+    """By the kubelet itself, too: the API server calls a node ready for some time after its kubelet has gone.
+
+    A node that is short of disk or memory is ready, but evicts every pod. A kubelet that starts again looks anew.
+    """
+    if fetch("http://127.0.0.1:10248/healthz") != 200:
+        return False
+    holds = node("jsonpath={.status.conditions[?(@.status=='True')].type}").split()
+    short = [condition for condition in holds if condition.endswith("Pressure")]
+    if short:
+        say(
+            f"node {NODE}: {', '.join(short)}: the kubelet evicts pods; free some (layers of images: `buildah rm --all`)"
+        )
+    return "Ready" in holds and not short
 
 
 def node(path: str) -> str:
