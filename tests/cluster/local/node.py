@@ -72,9 +72,7 @@ def node_is_ready() -> bool:
     holds = node("jsonpath={.status.conditions[?(@.status=='True')].type}").split()
     short = [condition for condition in holds if condition.endswith("Pressure")]
     if short:
-        say(
-            f"node {NODE}: {', '.join(short)}: the kubelet evicts pods; free some (layers of images: `buildah rm --all`)"
-        )
+        say(f"node {NODE}: {', '.join(short)}: the kubelet evicts pods; `buildah rm --all` frees layers of images")
     return "Ready" in holds and not short
 
 
