@@ -198,7 +198,8 @@ def test_a_change_of_the_hub_needs_the_secret(case: ChangeCase) -> None:
 def children() -> dict[str, Object]:
     """The Jobs and the JobSet of a published FineTuneJob, as the operator would create them: by the phase."""
     found = job(FINE_TUNE, hub=HUB)
-    found["metadata"] |= {"uid": "6e0d4bd4-94a3-4a5c-9a3a-0d6b1b4ef6a1", "generation": 1}
+    # Not the name of a job that exists: an operator that is installed creates the children of that one.
+    found["metadata"] |= {"name": "drawn", "uid": "6e0d4bd4-94a3-4a5c-9a3a-0d6b1b4ef6a1", "generation": 1}
     settings = Settings(trainer_image=f"{IMAGES['trainer.image.repository']}:0.1.0")
     return {
         o["metadata"]["labels"]["luthier.dev/phase"]: o
