@@ -81,11 +81,12 @@ class Expression(ApiModel):
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            "self.operator in ['Exists', 'DoesNotExist'] ? size(self.values) == 0 : size(self.values) > 0",
+            "(self.operator in ['Exists', 'DoesNotExist']) != (has(self.values) && size(self.values) > 0)",
             "matchExpressions.values: In, NotIn, Gt and Lt compare with values; Exists and DoesNotExist have none",
         ),
         Rule(
-            "!(self.operator in ['Gt', 'Lt']) || (size(self.values) == 1 && self.values[0].matches('^[0-9]+$'))",
+            "!(self.operator in ['Gt', 'Lt']) || (has(self.values) && size(self.values) == 1 &&"
+            " self.values[0].matches('^[0-9]+$'))",
             "matchExpressions.values: Gt and Lt compare with one whole number",
         ),
     )
