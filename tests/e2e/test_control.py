@@ -41,7 +41,7 @@ def test_a_suspended_job_saves_leaves_and_goes_on_where_it_stopped(kube: Kube) -
     assert held is not None
     assert held["status"]["state"] == "Suspended"
     assert kube.list("jobsets", "luthier.dev/job=paused") == []
-    saved = held["status"]["checkpoint"]["step"]
+    saved = saved_step(kube, "paused")
     patch(kube, "paused", suspend=False)
     until_resumed(kube, "paused", saved)
     went_on = kube.get("ftj", "paused")
@@ -49,6 +49,19 @@ def test_a_suspended_job_saves_leaves_and_goes_on_where_it_stopped(kube: Kube) -
     assert went_on["status"]["activeSince"] > went_on["status"]["startTime"]
     assert went_on["status"]["activeSeconds"] > 0
     kube.delete("ftj", "paused")
+
+
+def saved_step(kube: Kube, name: str) -> int:
+    """The step of the checkpoint that stopped pods have saved. The status has it a moment after they are gone."""
+    deadline = time.monotonic() + 30
+    while True:
+        job = kube.get("ftj", name)
+        assert job is not None
+        if checkpoint := job["status"].get("checkpoint"):
+            step: int = checkpoint["step"]
+            return step
+        assert time.monotonic() < deadline, kube.run("describe", "ftj", name)
+        time.sleep(0.5)
 
 
 def until_resumed(kube: Kube, name: str, step: int) -> None:
@@ -87,11 +100,10 @@ def test_a_failed_job_goes_on_from_its_checkpoint_when_a_field_changes(kube: Kub
     job = kube.failed("ftj", "repaired", timeout=120)
     kube.until_gone("pods", "luthier.dev/job=repaired,luthier.dev/phase=run", timeout=90)
     assert conditions(job)["Failed"]["message"].endswith("set spec.retry: 1 to try again as it is")
-    ended = kube.get("ftj", "repaired")
-    assert ended is not None
+    saved = saved_step(kube, "repaired")
     limits = job["spec"]["resources"] | {"memory": "3Gi"}
     patch(kube, "repaired", activeDeadlineSeconds=600, resources=limits)
-    until_resumed(kube, "repaired", ended["status"]["checkpoint"]["step"])
+    until_resumed(kube, "repaired", saved)
     (jobset,) = kube.list("jobsets", "luthier.dev/job=repaired")
     container = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
     assert container["resources"]["limits"]["memory"] == "3Gi"
