@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from luthier_trainer.supervisor.oom import oom_kills
-from luthier_trainer.supervisor.process_tree import Tail
+from luthier_trainer.supervisor.process_tree import Death, Tail, with_report
 from luthier_trainer.supervisor.redaction import OutputRedaction, redact
 
 TOKEN = "hf_" + "a1B2" * 9
@@ -171,3 +171,31 @@ def test_the_counter_of_memory_kills(case: CounterCase, tmp_path: Path) -> None:
     (tmp_path / case.file).parent.mkdir(exist_ok=True)
     (tmp_path / case.file).write_text(case.text)
     assert oom_kills(tmp_path) == case.expect
+
+
+REPORT = """\
+luthier_trainer.worker FAILED
+------------------------------------------------------------
+Failures:
+[1]:
+  time      : 2026-11-29_11:19:21
+  host      : ftj-tune-run-node-0-0
+  rank      : 0 (local_rank: 0)
+  exitcode  : -15 (pid: 11)
+  error_file: <N/A>
+  traceback : Signal 15 (SIGTERM) received by PID 11
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-29_11:19:21
+  host      : ftj-tune-run-node-0-0
+  rank      : 1 (local_rank: 1)
+  exitcode  : -9 (pid: 12)
+"""
+"""As torch's agent printed it in a pod of which rank 1 was killed."""
+
+
+def test_a_rank_that_the_agent_reaped_first_has_the_status_that_the_agent_reports() -> None:
+    deaths = [Death(1, None, 0.0), Death(0, None, 0.1), Death(2, None, 0.2), Death(3, 81, 0.3)]
+    assert [(d.rank, d.status) for d in with_report(deaths, REPORT)] == [(1, -9), (0, -15), (2, None), (3, 81)]
+    assert with_report(deaths, "no report") == deaths

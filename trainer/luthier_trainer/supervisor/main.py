@@ -27,7 +27,7 @@ from luthier_trainer.runtime.heartbeat import HEARTBEAT_FILE, STARTING_FILE
 from luthier_trainer.runtime.run_folder import PROCESS, STACKS, STOP_FILE, processes, run_dir
 from luthier_trainer.supervisor import oom, preflight, stacks
 from luthier_trainer.supervisor.hang import HeartbeatWatch, StepLimit
-from luthier_trainer.supervisor.process_tree import Child
+from luthier_trainer.supervisor.process_tree import Child, with_report
 from luthier_trainer.supervisor.signals import Stop
 from luthier_trainer.supervisor.verdict import Evidence, judge
 from luthier_trainer.workspace import space
@@ -158,7 +158,7 @@ def supervise(
             silence=heartbeat.silence,
             last_step=heartbeat.step,
             positions=where,
-            deaths=deaths,
+            deaths=with_report(deaths, child.tail.text()),
             memory_limit=run.spec.resources.memory,
             memory_kills=oom.oom_kills(settings.cgroup) - memory_kills,
             gpu_error=child.tail.gpu_error,

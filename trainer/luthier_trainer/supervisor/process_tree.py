@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -74,6 +75,18 @@ class Death:
     """Exit code, or the negative number of the signal that ended it; None where it was reaped before it was read."""
     at: float
     """By the monotonic clock, in seconds."""
+
+
+AGENT_REPORT = re.compile(r"rank\s*: (?P<rank>\d+) \(local_rank: \d+\)\n\s*exitcode\s*: (?P<status>-?\d+) ")
+"""In the output of torch's agent (torch 2.13, distributed/elastic/multiprocessing), for each rank that failed."""
+
+
+def with_report(deaths: Iterable[Death], output: str) -> list[Death]:
+    """`deaths`, with the statuses that torch's agent reports in `output` of processes that it reaped before PID 1 read
+    them: on a busy node it may be sooner.
+    """
+    reported = {int(found["rank"]): int(found["status"]) for found in AGENT_REPORT.finditer(output)}
+    return [d if d.status is not None else replace(d, status=reported.get(d.rank)) for d in deaths]
 
 
 @dataclass(frozen=True)
