@@ -62,10 +62,13 @@ def forget_others(arguments: dict[str, str]) -> None:
     """buildah 1.28 takes a layer from its cache whatever arguments it was made with: torch for CUDA, say, where there
     is a wheel for CPU.
 
-    So those that were made with others than `arguments` are removed, all but the bases.
+    So those that were made with others than `arguments` are removed, all but the bases; and before them the containers
+    that a build which was killed has left, because they hold their layers.
     """
     note, given = HOME / "image-arguments.json", json.dumps(arguments, sort_keys=True)
     if not note.exists() or note.read_text() != given:
+        note.unlink(missing_ok=True)  # until all is removed: this may be killed, too
+        buildah("rm", "--all", stdout=subprocess.DEVNULL)
         kept = {i["id"] for i in listed() if any(name.startswith("localhost/local/") for name in i["names"] or ())}
         while others := [i["id"] for i in listed() if i["id"] not in kept]:
             buildah("rmi", "--force", *others, stdout=subprocess.DEVNULL)
