@@ -61,6 +61,7 @@ TRAINING = {
     "luthier_checkpoint_last_success_timestamp_seconds": (1.7e9, 1e10),
     "luthier_checkpoint_duration_seconds": (0.001, 60),
     "luthier_checkpoints_broken": (0, 0),
+    "luthier_heartbeat_age_seconds": (0, 300),
 }
 # Not served without a GPU (docs/metrics.md says it of each).
 ON_GPUS = {f"luthier_train_gpu_memory_{what}_bytes" for what in ("allocated", "reserved", "peak")} | {
@@ -70,13 +71,14 @@ GENERATION = {
     "luthier_generate_rows": (1, ROWS),
     "luthier_generate_max_rows": (ROWS, ROWS),
     "luthier_generate_rows_per_second": (0.01, 10_000),
+    "luthier_heartbeat_age_seconds": (0, 300),
 }
 OPERATOR = {
     "controller_runtime_reconcile_total": (3, 1e7),
     "controller_runtime_reconcile_errors_total": (0, 100),
     "controller_runtime_reconcile_time_seconds": (3, 1e7),
     "controller_runtime_active_workers": (0, 32),
-    "controller_runtime_max_concurrent_reconciles": (16, 16),  # the chart's
+    "controller_runtime_max_concurrent_reconciles": (32, 32),  # the chart's
     "workqueue_depth": (0, 100),
     "workqueue_adds_total": (3, 1e7),
     "workqueue_queue_duration_seconds": (3, 1e7),
@@ -89,6 +91,9 @@ OPERATOR = {
     "luthier_job_duration_seconds": (1, 1000),
     "luthier_job_queue_seconds": (2, 1000),
     "luthier_job_failures_total": (1, 1000),
+    "luthier_progress_reads_total": (1, 1e7),
+    "luthier_progress_interval_seconds": (0.1, 600),
+    "luthier_events_dropped_total": (0, 0),
 }
 # Their first sample comes with the first event, and test_failures looks at them where it makes one.
 LATER = {"luthier_job_restarts_total", "luthier_hub_upload_bytes_total", "luthier_hub_upload_failures_total"}

@@ -147,7 +147,22 @@ def whole(request: pytest.FixtureRequest) -> bool:
     return {p.name for p in here.parent.glob("test_*.py")} <= {item.path.name for item in request.session.items}
 
 
-def test_the_operator_has_the_rights_that_it_uses_and_no_others(system: Kube, request: pytest.FixtureRequest) -> None:
+def retire_and_reuse(kube: Kube) -> None:
+    """What no other test does: a GenerateJob is deleted after its time, and a job finds the claim of an earlier one."""
+    nothing = {"path": "/none"}
+    kube.apply(jobs.generate("retired", model=nothing, inputs={"rows": [{"prompt": "a"}]}, ttlSecondsAfterFinished=0))
+    for _ in range(2):
+        kube.apply(jobs.fine_tune("reused", model=nothing, dataset=jobs.PROSE, workspace={"size": "1Gi"}))
+        kube.failed("ftj", "reused", timeout=120)
+        kube.delete("ftj", "reused")
+    kube.run("wait", "gj/retired", "--for=delete", "--timeout=120s")
+
+
+def test_the_operator_has_the_rights_that_it_uses_and_no_others(
+    kube: Kube, system: Kube, request: pytest.FixtureRequest
+) -> None:
+    retire_and_reuse(kube)
+    retire_and_reuse(kube)
     namespace = system.get("namespace", SYSTEM) or {}
     audit = choice.cluster().audit(OPERATOR, since=namespace["metadata"]["creationTimestamp"])
     if audit is None:
