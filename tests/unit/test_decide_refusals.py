@@ -98,8 +98,8 @@ CASES = [
         born=at(-301),
         expect="again in 60 s",
         condition=(
-            "False NoPods: the cluster has created no pods for JobSet ftj-bot-run so far, and says nothing against"
-            f" them: its controllers are behind, or do not run; {DESCRIBE}"
+            "False NoPods: the cluster has created no pods for JobSet ftj-bot-run so far, and reports no problem: its"
+            f" controllers are behind, or do not run; {DESCRIBE}"
         ),
     ),
 ]

@@ -125,11 +125,11 @@ def pending_reason(ctx: Context, phase: Phase, pods: int) -> tuple[PendingReason
     first = min(overdue(ctx, phase, pods), key=lambda expected: expected.due, default=None)
     if first is None:
         return None, None
-    asked_in_vain = first.reason.reason == Reason.NO_PODS and warning(ctx, phase) == ""
+    no_warnings = first.reason.reason == Reason.NO_PODS and warning(ctx, phase) == ""
     if first.due <= ctx.now:
-        return first.reason, ASK_AGAIN_SECONDS if asked_in_vain else seconds_to_start(ctx, first.reason)
+        return first.reason, ASK_AGAIN_SECONDS if no_warnings else seconds_to_start(ctx, first.reason)
     seconds = (first.due - ctx.now).total_seconds()
-    return None, min(seconds, ASK_AGAIN_SECONDS) if asked_in_vain else seconds
+    return None, min(seconds, ASK_AGAIN_SECONDS) if no_warnings else seconds
 
 
 def as_before(ctx: Context, phase: Phase, found: PendingReason) -> PendingReason:
@@ -205,12 +205,12 @@ def overdue(ctx: Context, phase: Phase, pods: int) -> Iterator[Overdue]:
 
 
 def no_pods(child: Object, created: int, pods: int, *, asked: bool) -> str:
-    """`asked`: its Events were read, and say nothing against the pods."""
+    """`asked`: its Events were read, and report no problem."""
     number = f"only {created} of {pods} pods" if created else "no pods"
     describe = f"`kubectl describe {child['kind'].lower()} {child['metadata']['name']}`"
     if child["kind"] == "JobSet":
         describe += f" and `kubectl describe job {child['metadata']['name']}-{naming.NODE}-0`"
-    why = ", and says nothing against them: its controllers are behind, or do not run" if asked else ""
+    why = ", and reports no problem: its controllers are behind, or do not run" if asked else ""
     return f"the cluster has created {number} for {name(child)} so far{why}; see {describe}"
 
 
