@@ -23,6 +23,7 @@ from luthier_operator.model import ChildRef, Decision, Job, Object, Observed, Po
 from luthier_operator.render.job import hub_hash, hub_target
 from luthier_operator.settings import Settings
 from luthier_operator.statuses import text
+from luthier_operator.wire import read_object
 from luthier_operator.workloads import workload
 
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
@@ -252,14 +253,19 @@ def hub_end(job: Job) -> PodEnd:
     return ended(job, "publish", 0, hub=hub)
 
 
+def received(found: Object) -> Object:
+    """A Job, a JobSet or a pod as it is kept after it was read from an answer of the API server."""
+    return project(read_object(found["kind"], json.dumps(found).encode()))
+
+
 def observed(
     job: Job, *children: Object, pods: Iterable[Object] = (), ends: Iterable[PodEnd] = (), **more: Any
 ) -> Observed:
-    """As the store holds it: what `kept` drops, no decision can be made by."""
-    named = {ChildRef(c["kind"], c["metadata"]["name"]): project(c) for c in children}
+    """As the store holds it: what `wire` or `kept` drops, no decision can be made by."""
+    named = {ChildRef(c["kind"], c["metadata"]["name"]): received(c) for c in children}
     # As if the operator had seen each end at once, and no clock were wrong.
     since = {ref: ended_at for ref, found in named.items() if (ended_at := children_module.ended_at(found))}
-    kept = [project(pod) for pod in pods]
+    kept = [received(pod) for pod in pods]
     return Observed(job=job, children=named, pods=kept, ended=list(ends), **({"ended_since": since} | more))
 
 
