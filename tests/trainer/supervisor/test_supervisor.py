@@ -364,21 +364,25 @@ def test_a_lost_peer_waits_to_be_stopped(start: Start, tmp_path: Path, make_run:
     assert process.wait(timeout=10) == 75
 
 
-# In the place of `accelerate launch`: ranks in sessions of their own. When one has ended, the others get SIGTERM.
+# In the place of `accelerate launch`: ranks in sessions of their own. When one has ended, the others get SIGTERM. The
+# ends of all are reported in the words of torch's agent.
 AGENT = """
 ranks = []
 for rank in range(2):
-    env = os.environ | {"RANK": str(rank)}
+    env = os.environ | {"RANK": str(rank), "SUPERVISOR": str(os.getppid())}
     ranks.append(subprocess.Popen([sys.executable, __file__, "rank"], env=env, start_new_session=True))
 while all(process.poll() is None for process in ranks):
     time.sleep(0.1)
 for process in ranks:
     process.terminate()
-for process in ranks:
+for rank, process in enumerate(ranks):
     process.wait()
+    report = f"  rank      : {rank} (local_rank: {rank})\\n  exitcode  : {process.returncode} (pid: {process.pid})"
+    print(report, flush=True)
 sys.exit(1)
 """
-# Rank 0 waits for a message of rank 1, as in a collective operation.
+# Rank 0 waits for a message of rank 1, as in a collective operation. The kernel closes a connection before it reports
+# the end of the process, so rank 0 waits for that report: its own end must come second.
 RANK = """
 import socket
 from luthier_trainer.runtime.run_folder import announce, stacks_file
@@ -392,6 +396,11 @@ def all_reduce():
     except ConnectionResetError:
         closed = True
     if closed:
+        peer = Path(f"/proc/{(run / 'peer').read_text()}/stat")
+        try:
+            while ") Z " not in peer.read_text(): time.sleep(0.01)
+        except (FileNotFoundError, ProcessLookupError):
+            pass
         result(81, rank, message="Connection closed by peer")
         os._exit(81)
 if rank == 0:
@@ -400,9 +409,16 @@ if rank == 0:
     (run / "heartbeat").write_text("12")
     all_reduce()
 else:
+    (run / "peer").write_text(str(os.getpid()))
     while not os.path.exists(address): time.sleep(0.02)
     connection = socket.socket(socket.AF_UNIX); connection.connect(address)
-    time.sleep(0.5)  # the supervisor looks five times a second for new ranks
+    def is_watched():
+        try:
+            infos = [file.read_text() for file in Path(f"/proc/{os.environ['SUPERVISOR']}/fdinfo").iterdir()]
+        except FileNotFoundError:  # one was closed
+            return False
+        return any(f"Pid:\\t{os.getpid()}\\n" in info for info in infos)
+    while not is_watched(): time.sleep(0.02)
     os.kill(os.getpid(), NUMBER)
     time.sleep(60)
 """
