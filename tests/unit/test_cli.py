@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from cases.api import FINE_TUNE, GENERATE, Document, changed
+from cases.program import luthier
 
 from luthier_api.crd import render as crds
 from luthier_api.processes import descendants
@@ -21,24 +22,6 @@ from luthier_cli.manifests import StrictLoader
 from luthier_cli.screen import describe, duration
 
 ON_CPU: Document = {"spec.dataset": {"id": "org/data"}, "spec.resources": {"gpusPerNode": 0}}
-
-
-def luthier(
-    *words: str, cwd: Path | None = None, stdin: str | None = None, **env: str
-) -> subprocess.CompletedProcess[str]:
-    import os
-
-    return subprocess.run(
-        [sys.executable, "-m", "luthier_cli", *words],
-        cwd=cwd,
-        input=stdin,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={k: v for k, v in os.environ.items() if k != "HF_TOKEN"}
-        | {"COLUMNS": "200", "NO_COLOR": "1", "HF_TOKEN_PATH": "/nobody/is/logged/in"}
-        | env,
-    )
 
 
 def write(folder: Path, *documents: object, name: str = "job.yaml") -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 from cases.api import FINE_TUNE, GENERATE, Document, changed
+from cases.program import luthier, start
 
 from luthier_api.run import read_run
 from luthier_cli.screen import other_metrics
@@ -50,25 +51,17 @@ class Laptop:
         (self.folder / name).write_text(yaml.safe_dump_all(documents))
         return name
 
+    @property
+    def variables(self) -> dict[str, str]:
+        return {"PYTHONPATH": str(STAND_IN), "HF_TOKEN_PATH": str(self.folder / "no-login")} | self.env
+
     def start(self, *words: str) -> subprocess.Popen[str]:
-        env = (
-            {k: v for k, v in os.environ.items() if k != "HF_TOKEN"}
-            | {"PYTHONPATH": str(STAND_IN), "COLUMNS": "200", "HF_TOKEN_PATH": str(self.folder / "no-login")}
-            | self.env
-        )
-        return subprocess.Popen(
-            [sys.executable, "-m", "luthier_cli", *words],
-            cwd=self.folder,
-            env=env,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        """`luthier` as a process, which can be sent signals."""
+        return start(*words, cwd=self.folder, **self.variables)
 
     def run(self, *words: str) -> tuple[int, str, str]:
-        process = self.start(*words)
-        out, err = process.communicate(timeout=60)
-        return process.returncode, out, err
+        done = luthier(*words, cwd=self.folder, **self.variables)
+        return done.returncode, done.stdout, done.stderr
 
     def json(self, *words: str) -> tuple[int, dict[str, Any]]:
         code, out, _ = self.run(*words, "-o", "json")
@@ -84,7 +77,10 @@ class Laptop:
 
 
 @pytest.fixture
-def laptop(tmp_path: Path) -> Laptop:
+def laptop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Laptop:
+    """The stand-in's phases take a tenth of a second, so they are looked at more often than those of real jobs."""
+    monkeypatch.setattr("luthier_cli.runner.POLL_SECONDS", 0.02)
+    monkeypatch.setattr("luthier_cli.runner.PROGRESS_SECONDS", 0.1)
     laptop = Laptop(tmp_path)
     laptop.script()
     return laptop
@@ -104,7 +100,7 @@ def outputs(name: str = "make", **spec: Any) -> Document:
 
 
 def test_phases_in_order_and_a_summary(laptop: Laptop) -> None:
-    laptop.script(train_0={"metrics": PROGRESS, "seconds": 2})
+    laptop.script(train_0={"metrics": PROGRESS})
     code, out, err = laptop.run("run", laptop.write(job()))
     assert (code, err) == (0, "")
     assert laptop.calls() == ["tune prepare 0", "tune train 0"]
@@ -216,7 +212,7 @@ def test_failure_for_people_names_the_log(laptop: Laptop) -> None:
 
 def test_the_node_to_blame_gives_the_code(laptop: Laptop) -> None:
     laptop.script(
-        train_0={"code": 81, "message": "peer lost"}, train_1={"code": 71, "message": "the disk", "seconds": 1}
+        train_0={"code": 81, "message": "peer lost"}, train_1={"code": 71, "message": "the disk", "seconds": 0.5}
     )
     code, document = laptop.json("run", laptop.write(job(resources={"gpusPerNode": 0, "nodes": 2})))
     assert code == 71

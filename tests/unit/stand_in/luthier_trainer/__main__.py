@@ -1,11 +1,10 @@
 """`python -m luthier_trainer VERB --run FILE`: notes how it was called, and ends as `script.json` beside the job's
 folder says.
 
-The script maps `VERB-RANK` to {"code", "message", "seconds", "metrics" (text to serve), "until_stopped", "deaf",
-"dies", "notices"}.
+The script maps `VERB-RANK` to {"code", "message", "seconds", "metrics" (text to serve until it was read once),
+"until_stopped", "deaf", "dies", "notices"}.
 """
 
-import http.server
 import json
 import os
 import signal
@@ -22,20 +21,28 @@ stopped = threading.Event()
 signal.signal(signal.SIGTERM, lambda *_: stopped.set())
 
 
-class Metrics(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(script["metrics"].encode())
+def serve(text):
+    """Serve `text` as this process' metrics. Returns the event that they were read."""
+    import http.server  # takes longer to import than everything else here
 
-    def log_message(self, *_):
-        pass
+    read = threading.Event()
 
+    class Metrics(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(text.encode())
+            read.set()
 
-if "metrics" in script:
+        def log_message(self, *_):
+            pass
+
     server = http.server.HTTPServer(("127.0.0.1", 0), Metrics)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     (folder / "metrics-port").write_text(str(server.server_port))
+    return read
+
+
 with (workspace.parent / "calls.jsonl").open("a") as calls:
     call = {
         "job": run["name"],
@@ -51,6 +58,8 @@ if script.get("until_stopped"):
     assert stopped.wait(30)
     script["code"], script["message"] = 75, "saved at step 7"
 else:
+    if "metrics" in script:
+        assert serve(script["metrics"]).wait(30)
     stopped.wait(script.get("seconds", 0))
     time.sleep(script.get("deaf", 0))
 if script.get("dies"):
