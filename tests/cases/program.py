@@ -49,10 +49,7 @@ def _exit_code() -> int:
     try:
         main()
     except SystemExit as end:
-        if end.code is None:
-            return 0
-        assert isinstance(end.code, int), end.code
-        return end.code
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
 
 

@@ -7,10 +7,8 @@ The real one runs the quickstart in `tests/trainer` and in `make demo`.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
