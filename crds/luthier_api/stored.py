@@ -1,7 +1,9 @@
-"""Objects as the API server has stored them. Another version may have written them, so they are read leniently.
+"""Objects as the API server has stored them, and messages of pods. Another version may have written them, so they are
+read leniently.
 
-A field that this version does not know is ignored and named. In a status, an unreadable field or item of a list is left
-out, and what stands beside it is kept. Manifests and run configs are read strictly instead (`problems.parse`).
+A field that this version does not know is ignored, and named if it is the user's. In a status or a message, an
+unreadable field or item of a list is left out, and what stands beside it is kept. Manifests and run configs are read
+strictly instead (`problems.parse`).
 """
 
 from __future__ import annotations
@@ -50,6 +52,21 @@ def read_stored(model: type[Model], document: dict[str, Any]) -> Stored[Model]:
             raise NotUnderstood("\n".join(map(problem_line, wrong)))
         unknown += [path(p["loc"]) for p in problems if p["loc"][:1] != (STATUS,)]
         # What is removed may make its parent incomplete, which the next turn finds.
+        document = _without(document, {_unreadable(p) for p in problems})
+
+
+def read_known(model: type[Model], document: dict[str, Any]) -> Model:
+    """`document` as an object of `model`, without the fields and items of lists that cannot be read.
+
+    Raises NotUnderstood without a required field of the object itself.
+    """
+    while True:
+        try:
+            return model.model_validate(document)
+        except ValidationError as error:
+            problems = error.errors()
+        if required := [p for p in problems if not _unreadable(p)]:
+            raise NotUnderstood("\n".join(map(problem_line, required)))
         document = _without(document, {_unreadable(p) for p in problems})
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pydantic import Field
+from pydantic_core import from_json
 
 from luthier_api.base import ApiModel
 from luthier_api.exitcodes import ExitCode
 from luthier_api.status import Figures, HubStatus, Phase, Prepared
+from luthier_api.stored import read_known
 from luthier_api.terminationlog import encode
 
 
@@ -39,9 +41,13 @@ class TerminationMessage(ApiModel):
 
     @classmethod
     def read(cls, text: str | None) -> TerminationMessage | None:
-        """The message in `text`, or None for any other text (of another image, or the end of an output)."""
+        """The message in `text`, or None for any other text (of another image, or the end of an output).
+
+        What another version of the image has added is ignored.
+        """
         try:
-            return cls.model_validate_json(text or "")
+            document = from_json(text or "")
+            return read_known(cls, document) if isinstance(document, dict) else None
         except ValueError:
             return None
 

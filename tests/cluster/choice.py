@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from cluster import probe
+from cluster import audit, probe
 from cluster.kind import KUBECONFIG as KIND_KUBECONFIG
 from cluster.kind import Kind
 from cluster.local.cluster import Local
@@ -144,8 +144,8 @@ class Given:
     def volume(self, namespace: str, claim: str) -> None:
         return None
 
-    def audit(self, user: str, since: str) -> None:
-        return None
+    def audit(self, user: str, since: str) -> list[dict[str, Any]] | None:
+        return audit.requests(Path(os.environ["KUBECONFIG"]).with_name("audit.log"), user, since)
 
 
 def cluster() -> Cluster:

@@ -24,12 +24,13 @@ class OperatorProcess:
     """Runs the operator for one namespace. No pod runs, so its image is in no registry."""
 
     def __init__(self, namespace: str, **environment: str) -> None:
-        self._environment = {**os.environ, **environment} | {
+        settings = {
             "LUTHIER_TRAINER_IMAGE": "registry.example/trainer",
             "LUTHIER_METRICS_PORT": str(PORT),
             "LUTHIER_NAMESPACES": namespace,
             "LUTHIER_LOG_LEVEL": "WARNING",
         }
+        self._environment = os.environ | settings | environment
 
     def __enter__(self) -> OperatorProcess:
         self._began = time.monotonic()
@@ -46,11 +47,24 @@ class OperatorProcess:
     def _wait_until_ready(self, limit: float = 120) -> float:
         while (elapsed := time.monotonic() - self._began) < limit:
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/readyz", timeout=1):
+                with urllib.request.urlopen(f"{self.url}/readyz", timeout=1):
                     return elapsed
             except (urllib.error.URLError, TimeoutError, ConnectionError):
                 time.sleep(0.05)
         raise SystemExit(f"the operator is not ready after {limit} s")
+
+    @property
+    def url(self) -> str:
+        """Where it serves probes and metrics."""
+        return f"http://127.0.0.1:{self._environment['LUTHIER_METRICS_PORT']}"
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def alive(self) -> bool:
+        """Whether the process has not ended."""
+        return self._process.poll() is None
 
     def cpu_seconds(self) -> float:
         """CPU seconds so far, user and system."""

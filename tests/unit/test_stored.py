@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from cases.api import FINE_TUNE
 from luthier_api.crd import crd
 from luthier_api.kinds import KINDS, FineTuneJob, JobKind
 from luthier_api.stored import NotUnderstood, Stored, read_stored
+from luthier_api.termination import TerminationMessage
 
 TIME = "2026-03-01T12:00:00Z"
 COMPLETE = {"type": "Complete", "status": "True", "reason": "Completed", "lastTransitionTime": TIME}
@@ -175,3 +177,54 @@ def below(node: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]
         yield from below(node["items"], path)
     for name, child in node.get("properties", {}).items():
         yield from below(child, f"{path}.{name}")
+
+
+@dataclass(frozen=True)
+class MessageCase:
+    name: str
+    change: dict[str, Any]
+    """What an image of another version writes into its termination message."""
+    expect: dict[str, Any] | None
+    """The fields that are read otherwise; None: it is no message."""
+
+
+MESSAGE = {"phase": "run", "code": 0, "reason": "Completed", "step": 30, "notices": ["a", "b"]}
+MESSAGES = [
+    MessageCase(
+        name="an unknown field",
+        change={"later": {"deep": [1]}},
+        expect={},
+    ),
+    MessageCase(
+        name="an unknown field further down",
+        change={"hub": {"repo": "org/result", "revision": "c", "url": "u", "later": 1}},
+        expect={"hub": {"repo": "org/result", "revision": "c", "url": "u"}},
+    ),
+    MessageCase(
+        name="a known field of another type",
+        change={"step": "thirty"},
+        expect={"step": None},
+    ),
+    MessageCase(
+        name="an item of another type",
+        change={"notices": ["a", {"text": "b"}]},
+        expect={"notices": ["a"]},
+    ),
+    MessageCase(
+        name="an unknown phase",
+        change={"phase": "evaluate"},
+        expect=None,
+    ),
+    MessageCase(
+        name="no code",
+        change={"code": None},
+        expect=None,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", MESSAGES, ids=lambda case: case.name)
+def test_a_message_of_another_version_is_read_as_far_as_it_is_understood(case: MessageCase) -> None:
+    found = TerminationMessage.read(json.dumps(MESSAGE | case.change))
+    expected = None if case.expect is None else TerminationMessage.model_validate(MESSAGE | case.expect)
+    assert found == expected

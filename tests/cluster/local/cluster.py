@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import kueue, probe
+from cluster import audit, kueue, probe
 
 from . import components, control_plane, images, node, volumes
 from .certificates import certificates
@@ -87,10 +87,8 @@ class Local:
     def volume(self, namespace: str, claim: str) -> Path:
         return volumes.volume(namespace, claim)
 
-    def audit(self, user: str, since: str) -> list[dict[str, Any]]:
-        with (STATE / "audit.log").open() as lines:
-            entries = [json.loads(line) for line in lines if f'"username":"{user}"' in line]
-        return [entry for entry in entries if entry["requestReceivedTimestamp"] >= since]
+    def audit(self, user: str, since: str) -> list[dict[str, Any]] | None:
+        return audit.requests(STATE / "audit.log", user, since)
 
 
 @contextlib.contextmanager
