@@ -133,7 +133,7 @@ def code(paragraphs: list[str]) -> list[str]:
 def causal_lm_data(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> DatasetDict:
     """About 200 rows of differing lengths to train on, and every sixth held out; chosen evenly from `texts`."""
     rows = [tokenizer(text, truncation=True, max_length=LENGTH)["input_ids"] for text in texts[:: len(texts) // 240]]
-    columns = {"input_ids": rows, "labels": rows, "length": [len(row) for row in rows]}
+    columns = {"input_ids": rows, "length": [len(row) for row in rows]}
     return split(columns)
 
 
@@ -158,7 +158,7 @@ def image_data() -> DatasetDict:
 
 
 def split(columns: dict[str, list[Any]]) -> DatasetDict:
-    held_out = range(0, len(columns["labels"]), 6)
+    held_out = range(0, len(next(iter(columns.values()))), 6)
     rows = Dataset.from_dict(columns)
     return DatasetDict(
         train=rows.select([i for i in range(len(rows)) if i not in held_out]), eval=rows.select(held_out)

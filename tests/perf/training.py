@@ -56,9 +56,7 @@ def prepare(root: Path, **spec: Any) -> Any:
     tokens = tokenizer(text)["input_ids"]
     # Rows of unequal length, so that both pad.
     rows = [tokens[i * LENGTH : (i + 1) * LENGTH - i % 16] for i in range(512)]
-    data = DatasetDict(
-        train=Dataset.from_dict({"input_ids": rows, "labels": rows, "length": [len(row) for row in rows]})
-    )
+    data = DatasetDict(train=Dataset.from_dict({"input_ids": rows, "length": [len(row) for row in rows]}))
     return prepared_run(
         root / "job",
         root / "model",
@@ -129,6 +127,7 @@ def plain(root: Path) -> dict[str, Any]:
         model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     )
     callback = measuring(TrainerCallback)
+    rows = load_from_disk(str(root / "job/prepared/dataset"))["train"]
     Trainer(
         model=model,
         args=TrainingArguments(
@@ -144,7 +143,7 @@ def plain(root: Path) -> dict[str, Any]:
             use_cpu=True,
             disable_tqdm=True,
         ),
-        train_dataset=load_from_disk(str(root / "job/prepared/dataset"))["train"],
+        train_dataset=rows.add_column("labels", rows["input_ids"][:]),
         data_collator=DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(root / "model")),
         callbacks=[callback()],
     ).train()

@@ -118,7 +118,7 @@ def test_globs_columns_and_slices(make_run: MakeRun, tmp_path: Path) -> None:
     assert prepared(twice)[0].dataset == record.dataset.model_copy(
         update={"source": ", ".join(twice.spec.dataset.files or [])}
     )
-    assert data["train"].column_names == ["input_ids", "labels", "length"]
+    assert data["train"].column_names == ["input_ids", "length"]
 
 
 def test_csv_cells_stay_what_they_are(make_run: MakeRun, tmp_path: Path) -> None:

@@ -288,7 +288,7 @@ def test_steps_are_those_of_the_trainer(
         use_cpu=True,
         report_to="none",
     )
-    data = Dataset.from_dict({"input_ids": [[1, 2]] * rows, "labels": [[1, 2]] * rows})
+    data = Dataset.from_dict({"input_ids": [[1, 2]] * rows})
     trainer = Trainer(model=AutoModelForCausalLM.from_pretrained(tiny_model), args=arguments, train_dataset=data)
     theirs = trainer.set_initial_training_values(arguments, trainer.get_train_dataloader())[-1]
     assert count_steps(rows, 1, micro, accumulation, epochs) == theirs

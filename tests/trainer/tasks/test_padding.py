@@ -138,7 +138,7 @@ def encoded(task: str, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any
     generator = torch.Generator().manual_seed(3)
     rows = [torch.randint(10, len(tokenizer), (length,), generator=generator).tolist() for length in LENGTHS]
     if task == "causal-lm":
-        return [{"input_ids": ids, "labels": ids, "length": len(ids)} for ids in rows]
+        return [{"input_ids": ids, "length": len(ids)} for ids in rows]
     return [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": i % 2} for i, ids in enumerate(rows)]
 
 
@@ -153,7 +153,6 @@ def measured(task: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     minimised, reduced, labels = 0.0, [], []
     for start in range(0, len(rows), size):
         batch = setup.collator(rows[start : start + size])
-        batch.pop("length", None)
         with torch.no_grad():
             outputs = model(**batch) if loss else model(**batch, num_items_in_batch=torch.tensor(items))
             minimised += (

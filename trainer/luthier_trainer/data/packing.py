@@ -29,7 +29,7 @@ CHARACTERS_AT_ONCE = 1 << 20  # in one call of the tokenizer
 
 
 def blocks(texts: Dataset, column: str, reader: Reader, max_length: int, documents: bool) -> Dataset:
-    """Return the blocks as rows with the columns input_ids, labels and length.
+    """Return the blocks as rows with the columns input_ids and length.
 
     All blocks have `max_length` tokens, except that the last may be shorter. With `documents`, rows are parts of
     documents: a text ends only where the column `ends` is true.
@@ -78,7 +78,7 @@ def _table(whole: numpy.ndarray, rest: list[int], max_length: int) -> pyarrow.Ta
     offsets = numpy.concatenate([[0], numpy.cumsum(lengths)]).astype(numpy.int32)
     tokens = numpy.concatenate([whole, numpy.array(rest, dtype=numpy.int32)])
     ids = pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(tokens))
-    return pyarrow.table({"input_ids": ids, "labels": ids, "length": pyarrow.array(lengths)})
+    return pyarrow.table({"input_ids": ids, "length": pyarrow.array(lengths)})
 
 
 @dataclass(frozen=True)

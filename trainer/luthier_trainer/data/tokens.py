@@ -1,7 +1,7 @@
 """Converts texts into tokens, once and before any GPU is used: one row a text, truncated at `maxLength`.
 
-The columns are those that `train` expects. For causal-lm they are input_ids, labels and length; for text-classification
-input_ids, attention_mask and labels.
+The columns are those that `train` expects. For causal-lm they are input_ids, length and, where not every token is in
+the loss, loss_mask (1: the token is a label); for text-classification input_ids, attention_mask and labels.
 """
 
 from __future__ import annotations
@@ -148,14 +148,15 @@ def _tell_cut(cut: int, rows: int, max_length: int, use: str) -> None:
 def _language(rows: Any) -> dict[str, list[Any]]:
     """Return the columns for causal-lm from lists of token ids."""
     ids = list(rows)
-    return {"input_ids": ids, "labels": ids, "length": [len(row) for row in ids]}
+    return {"input_ids": ids, "length": [len(row) for row in ids]}
 
 
-def language_features() -> Any:
-    """Return the types of the columns for causal-lm."""
+def language_features(masked: bool = False) -> Any:
+    """Return the types of the columns for causal-lm. `masked`: whether not every token is in the loss."""
     from datasets import Features, List, Value
 
-    return Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "length": Value("int32")})
+    mask = {"loss_mask": List(Value("uint8"))} if masked else {}
+    return Features({"input_ids": List(Value("int32"))} | mask | {"length": Value("int32")})
 
 
 def _classification_features() -> Any:

@@ -1,8 +1,9 @@
-"""Shared code of tasks whose batches have `labels`, and of tasks whose batches are texts."""
+"""Shared code of tasks whose batches have `labels`, and of tasks whose batches are texts or token ids."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from luthier_trainer.tasks.base import Batch, Metrics
@@ -26,6 +27,35 @@ class LabelledBatches:
 
     def without_weight(self, batch: Batch) -> Batch:
         return batch | {"labels": batch["labels"].new_full(batch["labels"].shape, IGNORED)}
+
+
+@dataclass(frozen=True)
+class TokenCollator:
+    """Makes batches of rows with `input_ids` and, where not every token is in the loss, `loss_mask`.
+
+    Rows are padded on the right to the longest one (see `padding_right`). A label is the token itself where `loss_mask`
+    is 1 or missing, and `IGNORED` elsewhere. Collators of transformers know no mask: they take labels that are stored,
+    which would be a second copy of the tokens.
+    """
+
+    padding: int
+    """Id of the token that fills up short rows."""
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Batch:
+        """Return input_ids, attention_mask and labels, each an int64 tensor [rows, length]."""
+        import torch
+
+        shape = len(rows), max(len(row["input_ids"]) for row in rows)
+        ids = torch.full(shape, self.padding)
+        attention = torch.zeros(shape, dtype=torch.int64)
+        labels = torch.full(shape, IGNORED)
+        for i, row in enumerate(rows):
+            tokens = torch.tensor(row["input_ids"])
+            ids[i, : len(tokens)] = tokens
+            attention[i, : len(tokens)] = 1
+            mask = row.get("loss_mask")
+            labels[i, : len(tokens)] = tokens if mask is None else torch.where(torch.tensor(mask) > 0, tokens, IGNORED)
+        return {"input_ids": ids, "attention_mask": attention, "labels": labels}
 
 
 def measured_by(metrics: Metrics) -> dict[str, Any]:

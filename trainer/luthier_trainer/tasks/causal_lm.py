@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from luthier_api.finetune import FineTuneJobSpec
@@ -19,13 +19,13 @@ from luthier_trainer.data.load import Rows
 from luthier_trainer.models import checks
 from luthier_trainer.models.inspect import max_positions
 from luthier_trainer.tasks.base import LoadedModel, Loss, Model, TrainerSetup, TrainingContext
-from luthier_trainer.tasks.batches import IGNORED, LabelledBatches, measured_by, padding_right
+from luthier_trainer.tasks.batches import IGNORED, LabelledBatches, TokenCollator, measured_by
 from luthier_trainer.tasks.texts import FIELD, TextTask, check_ends, reader_of
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset, DatasetDict
-    from transformers import DataCollatorForSeq2Seq, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 TEXTS_AT_ONCE = 1000
 MAX_PERPLEXING_LOSS = 100.0  # nats per token; above it, the perplexity (e^100) has no meaning and is left out
@@ -93,6 +93,10 @@ class CausalLM(LabelledBatches, TextTask):
                 raise columns.invalid(f"{FIELD}: no row of the {name} split has {tokens.SHORTEST} tokens or more")
         super().check_encoded(data, model, labels)
 
+    def arguments(self, spec: FineTuneJobSpec, common: Mapping[str, Any]) -> TrainingArguments:
+        # The trainer would remove the column `loss_mask`, which no model reads, before it reaches the collator.
+        return super().arguments(spec, {**common, "remove_unused_columns": False})
+
     def load_model(self, context: TrainingContext) -> LoadedModel:
         from transformers import AutoModelForCausalLM
 
@@ -107,16 +111,7 @@ class CausalLM(LabelledBatches, TextTask):
 
         model.config.pad_token_id = context.processor.pad_token_id
         options = {"compute_loss_func": self.loss(model), **measured_by(TokenLoss())}
-        return TrainerSetup(Trainer, self.collator(context.processor), options)
-
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
-        """Return a collator that pads inputs and labels.
-
-        Despite its name, this is the only collator of transformers that pads labels which the rows already have.
-        """
-        from transformers import DataCollatorForSeq2Seq
-
-        return DataCollatorForSeq2Seq(padding_right(tokenizer), label_pad_token_id=IGNORED, padding=True)
+        return TrainerSetup(Trainer, TokenCollator(context.processor.pad_token_id), options)
 
     def loss(self, model: PreTrainedModel) -> Loss | None:
         """Return the loss for training; None if the model's own loss is the same.
