@@ -176,6 +176,16 @@ def test_fields_that_change_while_no_pods_work_with_them(kind: str, case: Stoppe
         assert [message.partition(";")[0] for message in refused] == expect
 
 
+@pytest.mark.parametrize("base", [FINE_TUNE, GENERATE], ids=["FineTuneJob", "GenerateJob"])
+def test_a_status_write_passes_all_rules_of_updates(base: Document) -> None:
+    """Also of a job that leaves out whatever it may: a rule that reads a missing field is an error, and refuses it."""
+    job = stored(base)
+    assert broken_by_update(base, base) == []
+    for rule in KINDS[JobKind(base["kind"])].model.rules:
+        if rule.transition:
+            assert cel.evaluate(rule.cel, {"self": job, "oldSelf": job}) is True, rule.message
+
+
 @pytest.mark.parametrize("kind", LIVE)
 def test_fields_that_may_change(kind: str) -> None:
     before, after = EXISTING[kind], changed(EXISTING[kind], LIVE[kind])
