@@ -119,6 +119,9 @@ class Method(ApiModel):
     )
 
 
+Packing = Literal["none", "isolated", "concatenate"]
+
+
 class Training(ApiModel):
     """Length, learning rate, batches and precision of the training."""
 
@@ -146,9 +149,12 @@ class Training(ApiModel):
     """
     max_length: Annotated[int, Field(ge=8, le=1_048_576), For("task")] = by_table()
     """Tokens of a row; longer rows are cut (with packing: split)."""
-    packing: Annotated[bool, For("task")] = by_table()
-    """Join all rows, separated by the end-of-text token, and cut them into blocks of maxLength. Lines of text files
-    keep their breaks; there the token stands at the end of a file.
+    packing: Annotated[Packing, For("task")] = by_table()
+    """Whether rows share the maxLength tokens that the model reads at once; batchSize then counts these. isolated:
+    whole rows share them, and the model sees of each row what it sees of it alone. Only a row that is longer than
+    maxLength is split. concatenate: for continued pre-training. All rows are joined, separated by the end-of-text
+    token, and cut into blocks of maxLength, within which the model sees across rows. Lines of text files keep their
+    breaks; there the token stands at the end of a file.
     """
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the computation. auto: bf16 on a GPU that has it, fp16 on one before Ampere, fp32 on CPU."""

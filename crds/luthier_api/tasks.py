@@ -66,11 +66,6 @@ class TrainingTask:
         return columns | quantization | settings | self.options
 
     @property
-    def packing(self) -> bool:
-        """Whether rows can be joined and cut into blocks of `training.maxLength`."""
-        return "training.packing" in self.options
-
-    @property
     def new_model(self) -> bool:
         """Whether training can start from new weights (`model.config`)."""
         return "model.config" in self.options
@@ -151,7 +146,7 @@ TASKS: Mapping[str, TaskInfo] = {
             sequences=1,
             methods=("full", "lora", "qlora"),
             quantizations=("nf4", "fp4", "int8"),
-            options=TEXT_OPTIONS | {"training.packing": False, "model.config": None},
+            options=TEXT_OPTIONS | {"training.packing": "none", "model.config": None},
             metrics=(TaskMetric("perplexity", "Perplexity"),),
         ),
     ),

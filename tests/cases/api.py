@@ -264,7 +264,7 @@ MARKS: list[Case] = [
         )
         for task in (PREFERENCE, TEXTS, IMAGES)
         for field, change in {
-            "training.packing": {"spec.training.packing": True},
+            "training.packing": {"spec.training.packing": "isolated"},
             "model.config": FULL | {"spec.model": {"config": {"modelType": "llama"}}},
         }.items()
     ),
@@ -274,7 +274,7 @@ MARKS: list[Case] = [
             refused=IMAGES | {"spec.training.packing": off},
             accepted=IMAGES,
         )
-        for off in (True, False)
+        for off in ("isolated", "none")
     ),
     Case(
         message="spec.model.quantization: applies to lora, qlora;",
@@ -1134,8 +1134,8 @@ STRANGE = [
     ),
     StrangeCase(
         name="a text for yes or no",
-        document=specified(training={"packing": "yes"}),
-        message="spec.training.packing: input should be a valid boolean (it is 'yes')",
+        document=specified(training={"gradientCheckpointing": "yes"}),
+        message="spec.training.gradientCheckpointing: input should be a valid boolean (it is 'yes')",
     ),
     StrangeCase(
         name="yes for a number",

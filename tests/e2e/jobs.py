@@ -41,7 +41,7 @@ def course(**values: Any) -> dict[str, Any]:
 
 def training(**values: Any) -> dict[str, Any]:
     """Those of causal-lm, which packs its rows."""
-    return course(maxLength=64, packing=True, **values)
+    return course(maxLength=64, packing="concatenate", **values)
 
 
 LLAMA = {

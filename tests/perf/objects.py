@@ -42,7 +42,7 @@ def world(state: State, now: str) -> list[Object]:
         "model": {"id": "Qwen/Qwen2.5-7B"},
         "dataset": {"id": "roneneldan/TinyStories", "split": "train[:10%]", "evalSplit": "validation[:1000]"},
         "method": {"type": "qlora", "rank": 16, "alpha": 32},
-        "training": {"epochs": 3, "learningRate": 2e-4, "batchSize": 64, "maxLength": 2048, "packing": True},
+        "training": {"epochs": 3, "learningRate": 2e-4, "batchSize": 64, "maxLength": 2048, "packing": "isolated"},
         "resources": {"nodes": 2, "gpusPerNode": 8},
         "workspace": {"claimName": "bench"},
     }

@@ -371,7 +371,7 @@ def test_settings_that_depend_on_task_and_method() -> None:
         "method.dropout": 0.0,
         "method.targetModules": ["all-linear"],
         "training.maxLength": 1024,
-        "training.packing": False,
+        "training.packing": "none",
     }
     assert settings_of(check_job(make()).spec) == {}
 

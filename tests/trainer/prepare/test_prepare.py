@@ -132,7 +132,7 @@ def test_packing_loses_no_token_and_keeps_line_breaks(make_run: MakeRun, tmp_pat
     texts = ["def f():\n    return 1\n\n\nclass A:\n    pass\n", "two\nlines"]
     files = [write(tmp_path, f"{i}.txt", text) for i, text in enumerate(texts)]
     record, data = prepared(
-        make_run(dataset={"files": files}, training={"maxLength": 8, "batchSize": 4, "packing": True})
+        make_run(dataset={"files": files}, training={"maxLength": 8, "batchSize": 4, "packing": "concatenate"})
     )
     tokenizer = AutoTokenizer.from_pretrained(record.model_path)
     assert "".join(tokenizer.decode(ids) for ids in data["train"]["input_ids"]) == "".join(
@@ -147,7 +147,7 @@ def test_packing_goes_on_from_one_batch_to_the_next(name: str, make_run: MakeRun
     rows = [{"text": f"line {i}"} for i in range(2500)]
     path = write(tmp_path, name, "\n".join(r["text"] for r in rows) if name.endswith(".txt") else rows)
     record, data = prepared(
-        make_run(dataset={"files": [path]}, training={"maxLength": 64, "batchSize": 4, "packing": True})
+        make_run(dataset={"files": [path]}, training={"maxLength": 64, "batchSize": 4, "packing": "concatenate"})
     )
     tokenizer = AutoTokenizer.from_pretrained(record.model_path)
     joint, end = ("\n", tokenizer.eos_token) if name.endswith(".txt") else (tokenizer.eos_token, tokenizer.eos_token)
@@ -160,7 +160,7 @@ def test_packing_goes_on_from_one_batch_to_the_next(name: str, make_run: MakeRun
 def test_packed_blocks_are_held_out(make_run: MakeRun, corpus_file: Path) -> None:
     run = make_run(
         dataset={"files": [str(corpus_file)], "evalFraction": 0.1},
-        training={"maxLength": 64, "batchSize": 4, "packing": True},
+        training={"maxLength": 64, "batchSize": 4, "packing": "concatenate"},
     )
     record, data = prepared(run)
     total = record.dataset.rows + record.dataset.eval_rows
@@ -270,7 +270,7 @@ CUT = [
     ),
     CutRowsCase(
         name="packed texts",
-        given={"packing": True},
+        given={"packing": "concatenate"},
         notice=None,
     ),
 ]
@@ -301,7 +301,7 @@ def test_a_new_model_learns_its_tokenizer_from_the_rows(make_run: MakeRun, corpu
         model={"config": {"modelType": "llama", "vocabSize": 400, "parameters": parameters}},
         method={"type": "full"},
         dataset={"files": [str(corpus_file)]},
-        training={"maxLength": 64, "batchSize": 4, "packing": True},
+        training={"maxLength": 64, "batchSize": 4, "packing": "concatenate"},
     )
     record, _ = prepared(run)
     model = AutoModelForCausalLM.from_pretrained(record.model_path)

@@ -47,7 +47,7 @@ LAYOUTS = [
     ),
     LayoutCase(
         name="README's eight GPUs",
-        training={"batchSize": 64, "maxLength": 2048, "packing": True},
+        training={"batchSize": 64, "maxLength": 2048, "packing": "concatenate"},
         resources={"gpusPerNode": 8},
         strategy="auto",
         expect={"strategy": "ddp", "micro_batch_size": 1, "accumulation_steps": 8, "gradient_checkpointing": True},
@@ -219,7 +219,7 @@ COURSES = [
     ),
     CourseCase(
         name="warm-up of blocks",
-        training={"batchSize": 4, "warmupSteps": 100, "epochs": 3, "packing": True},
+        training={"batchSize": 4, "warmupSteps": 100, "epochs": 3, "packing": "concatenate"},
         rows=41,
         refusal="spec.training.warmupSteps: 100 steps, but the training ends after 33 (41 blocks, 4 a step, 3 epochs)",
         notice=None,

@@ -279,11 +279,11 @@ CASES = [
     ),
     Case(
         name="several fields",
-        change={"spec.task": "x", "spec.training": {"epochs": -1, "packing": 0}, "spec.strategy": "zero9"},
+        change={"spec.task": "x", "spec.training": {"epochs": -1, "packing": True}, "spec.strategy": "zero9"},
         problems=[
             "spec.task: input should be 'causal-lm'",
             "spec.training.epochs: input should be greater than 0 (it is -1)",
-            "spec.training.packing: input should be a valid boolean (it is 0)",
+            "spec.training.packing: input should be 'none', 'isolated' or 'concatenate' (it is True)",
             "spec.strategy: input should be 'auto'",
         ],
     ),

@@ -1,4 +1,4 @@
-"""Packs texts: all texts one after the other, separated by the end-of-text token, in blocks of `maxLength` tokens.
+"""Concatenates texts, separated by the end-of-text token, and cuts them into blocks of `maxLength` tokens.
 
 The time is linear in the length of the texts, and the memory does not depend on it: a long text (a file, a book) is
 tokenised in pieces.

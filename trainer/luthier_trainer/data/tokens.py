@@ -20,8 +20,10 @@ SHORTEST = 2  # tokens; a row of one token has nothing to predict
 MAX_LENGTH = "spec.training.maxLength"
 
 
-def language_rows(texts: Dataset, column: str, reader: Reader, max_length: int, use: str = "training") -> Dataset:
-    """Return one row a text, with the end-of-text token at its end, truncated at `max_length` tokens.
+def language_rows(
+    texts: Dataset, column: str, reader: Reader, max_length: int | None, use: str = "training"
+) -> Dataset:
+    """Return one row a text, with the end-of-text token at its end, truncated at `max_length` tokens if that is given.
 
     Rows of a single token are left out. `use` is training or held-out, for notices.
     """
@@ -33,11 +35,14 @@ def language_rows(texts: Dataset, column: str, reader: Reader, max_length: int, 
             reader.row(ids)
             for ids in reader(batch[column], return_attention_mask=False, return_token_type_ids=False)["input_ids"]
         ]
-        cut += sum(len(row) > max_length for row in rows)
-        return _language(row[:max_length] for row in rows)
+        if max_length is not None:
+            cut += sum(len(row) > max_length for row in rows)
+            rows = [row[:max_length] for row in rows]
+        return {"input_ids": rows, "length": [len(row) for row in rows]}
 
     rows = mapped(texts, tokenize, language_features())
-    _tell_cut(cut, len(texts), max_length, use)
+    if max_length is not None:
+        _tell_cut(cut, len(texts), max_length, use)
     return _keep_learnable(rows)
 
 
@@ -143,12 +148,6 @@ def _tell_cut(cut: int, rows: int, max_length: int, use: str) -> None:
     """Give notice of the rows that were truncated."""
     if cut:
         notice(f"{MAX_LENGTH}: {cut} of {rows} {use} rows are longer than {max_length} tokens and are cut")
-
-
-def _language(rows: Any) -> dict[str, list[Any]]:
-    """Return the columns for causal-lm from lists of token ids."""
-    ids = list(rows)
-    return {"input_ids": ids, "length": [len(row) for row in ids]}
 
 
 def language_features(masked: bool = False) -> Any:

@@ -141,7 +141,14 @@ def read_examples(task: Task, run: FineTuneRun, cache: Path) -> Examples:
     Raises Failure if the data does not suit the task, or if both overlap.
     """
     spec, data = run.spec, run.spec.dataset
-    loader = Loader(data, DATASET, cache, columns=task.columns(spec), others=False, documents=spec.training.packing)
+    loader = Loader(
+        data,
+        DATASET,
+        cache,
+        columns=task.columns(spec),
+        others=False,
+        documents=spec.training.packing == "concatenate",
+    )
     train = loader.split(data.split, "split")
     evaluation = None
     if data.eval_split:

@@ -66,7 +66,7 @@ def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
         "Steps": plan.steps,
         "Tokens a row, at most": training.max_length if task.modality == "text" else None,
         "Pixels of an image": f"{spec.image.resolution} × {spec.image.resolution}" if spec.image else None,
-        "Packing": "yes" if training.packing else None,
+        "Packing": None if training.packing in (None, "none") else training.packing,
         "Strategy": f"{plan.strategy}, {plan.world_size} processes",
         "Seed": training.seed,
         "Classes": ", ".join(prepared.dataset.labels[:50]) if prepared.dataset.labels else None,

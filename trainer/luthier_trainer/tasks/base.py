@@ -53,6 +53,10 @@ class Batches(Protocol):
         """Return the number of tokens in a batch as an integer tensor [] on its device; None if rows have no tokens."""
         ...
 
+    def computed_tokens(self, batch: Batch) -> int | None:
+        """Return the number of tokens that the model computes, padding included; None if rows have no tokens."""
+        ...
+
     def without_weight(self, batch: Batch) -> Batch:
         """Return the batch without anything that counts in the loss, for example with all labels ignored."""
         ...

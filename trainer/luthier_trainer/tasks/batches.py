@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,16 @@ class LabelledBatches:
         return len(batch["labels"])
 
     def tokens(self, batch: Batch) -> torch.Tensor | None:
-        mask = batch.get("attention_mask")
-        return None if mask is None else mask.sum()
+        mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+        if mask is not None:
+            return mask.sum()
+        # In packed rows padding has position 0. A document has two tokens at least, so that its first one, which also
+        # has position 0, is counted by its second one.
+        return None if positions is None else (positions > 0).sum() + (positions == 1).sum()
+
+    def computed_tokens(self, batch: Batch) -> int | None:
+        ids = batch.get("input_ids")
+        return None if ids is None else ids.numel()
 
     def without_weight(self, batch: Batch) -> Batch:
         return batch | {"labels": batch["labels"].new_full(batch["labels"].shape, IGNORED)}
@@ -36,26 +45,47 @@ class TokenCollator:
     Rows are padded on the right to the longest one (see `padding_right`). A label is the token itself where `loss_mask`
     is 1 or missing, and `IGNORED` elsewhere. Collators of transformers know no mask: they take labels that are stored,
     which would be a second copy of the tokens.
+
+    Packed rows also have `seq_lengths`, the lengths of their documents, which must not see each other (`data.bins`).
     """
 
     padding: int
     """Id of the token that fills up short rows."""
 
     def __call__(self, rows: list[dict[str, Any]]) -> Batch:
-        """Return input_ids, attention_mask and labels, each an int64 tensor [rows, length]."""
+        """Return input_ids and labels, and what tells padding or documents apart, each an int64 tensor [rows, length].
+
+        That is attention_mask, or for packed rows position_ids. With position ids, without a mask and without a cache,
+        transformers lets no document attend to another one.
+        """
         import torch
 
-        shape = len(rows), max(len(row["input_ids"]) for row in rows)
-        ids = torch.full(shape, self.padding)
-        attention = torch.zeros(shape, dtype=torch.int64)
-        labels = torch.full(shape, IGNORED)
-        for i, row in enumerate(rows):
-            tokens = torch.tensor(row["input_ids"])
-            ids[i, : len(tokens)] = tokens
-            attention[i, : len(tokens)] = 1
-            mask = row.get("loss_mask")
-            labels[i, : len(tokens)] = tokens if mask is None else torch.where(torch.tensor(mask) > 0, tokens, IGNORED)
-        return {"input_ids": ids, "attention_mask": attention, "labels": labels}
+        ids = [torch.tensor(row["input_ids"]) for row in rows]
+        labels = [label_ids(row, tokens) for row, tokens in zip(rows, ids, strict=True)]
+        batch: Batch = {"input_ids": _padded(ids, self.padding), "labels": _padded(labels, IGNORED)}
+        if "seq_lengths" not in rows[0]:
+            return batch | {"attention_mask": _padded([torch.ones_like(tokens) for tokens in ids], 0)}
+        positions = [torch.cat([torch.arange(length) for length in row["seq_lengths"]]) for row in rows]
+        return batch | {"position_ids": _padded(positions, 0), "use_cache": False}
+
+
+def label_ids(row: dict[str, Any], ids: torch.Tensor) -> torch.Tensor:
+    """Return the labels of a row, int64 [tokens]: its token ids, or `IGNORED` for tokens that are not learnt."""
+    import torch
+
+    mask, lengths = row.get("loss_mask"), row.get("seq_lengths")
+    labels = ids.clone() if mask is None else torch.where(torch.tensor(mask) > 0, ids, IGNORED)
+    if lengths is not None:
+        # The first token of a document would be predicted from the last one of the document before it.
+        labels[list(itertools.accumulate(lengths[:-1], initial=0))] = IGNORED
+    return labels
+
+
+def _padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+    """Return [rows, length], padded on the right with `value`."""
+    from torch.nn.utils.rnn import pad_sequence
+
+    return pad_sequence(rows, batch_first=True, padding_value=value)
 
 
 def measured_by(metrics: Metrics) -> dict[str, Any]:

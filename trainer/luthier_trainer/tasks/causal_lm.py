@@ -14,9 +14,9 @@ from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.run import FineTuneRun
 from luthier_api.status import ResolvedSource
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer.data import columns, packing, tokens
+from luthier_trainer.data import bins, columns, packing, tokens
 from luthier_trainer.data.load import Rows
-from luthier_trainer.models import checks
+from luthier_trainer.models import checks, isolation
 from luthier_trainer.models.inspect import max_positions
 from luthier_trainer.tasks.base import LoadedModel, Loss, Model, TrainerSetup, TrainingContext
 from luthier_trainer.tasks.batches import IGNORED, LabelledBatches, TokenCollator, measured_by
@@ -71,6 +71,8 @@ class CausalLM(LabelledBatches, TextTask):
     def check_model(self, model: Model, spec: FineTuneJobSpec, rows: int, labels: list[str] | None) -> None:
         check_ends(model.processor)
         super().check_model(model, spec, rows, labels)
+        if spec.training.packing == "isolated":
+            isolation.check(model.config, self.task, bins.PACKING)
 
     def encode(
         self,
@@ -82,8 +84,10 @@ class CausalLM(LabelledBatches, TextTask):
     ) -> Dataset:
         text, longest = spec.dataset.columns.text, spec.training.max_length
         reader = reader_of(rows, text, FIELD, processor, spec, use)
-        if spec.training.packing:
+        if spec.training.packing == "concatenate":
             return packing.blocks(rows.data, text, reader, longest, rows.documents)
+        if spec.training.packing == "isolated":
+            return bins.packed(tokens.language_rows(rows.data, text, reader, None, use), longest, use)
         return tokens.language_rows(rows.data, text, reader, longest, use)
 
     def check_encoded(self, data: DatasetDict, model: Model, labels: list[str] | None) -> None:
@@ -94,7 +98,7 @@ class CausalLM(LabelledBatches, TextTask):
         super().check_encoded(data, model, labels)
 
     def arguments(self, spec: FineTuneJobSpec, common: Mapping[str, Any]) -> TrainingArguments:
-        # The trainer would remove the column `loss_mask`, which no model reads, before it reaches the collator.
+        # The trainer would remove `loss_mask` and `seq_lengths`, which no model reads, before they reach the collator.
         return super().arguments(spec, {**common, "remove_unused_columns": False})
 
     def load_model(self, context: TrainingContext) -> LoadedModel:

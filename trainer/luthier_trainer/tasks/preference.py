@@ -144,6 +144,9 @@ class PreferenceTask(TextTask):
     def tokens(self, batch: Batch) -> torch.Tensor:
         return batch["attention_mask"].sum()
 
+    def computed_tokens(self, batch: Batch) -> int:
+        return batch["input_ids"].numel()
+
     def without_weight(self, batch: Batch) -> Batch:
         return batch  # TRL's loss does not count items
 

@@ -25,6 +25,8 @@ GPU_TOKENS = 2048
 # Pixels of one forward pass of Stable Diffusion XL. Its VAE, in fp32, holds a few tensors of 128 channels at once: half
 # a gigabyte each for an image of 1024 × 1024 pixels.
 GPU_PIXELS = 2 * 1024**2
+PACKED = {"isolated": "bins", "concatenate": "blocks"}
+"""Value of `training.packing` → what the rows of the prepared dataset are then called."""
 BATCH_SIZE, WARM_UP, CHECKPOINTING = (
     f"spec.training.{name}" for name in ("batchSize", "warmupSteps", "gradientCheckpointing")
 )
@@ -107,7 +109,7 @@ def recomputes(spec: FineTuneJobSpec, cannot: str | None) -> tuple[bool, list[st
 def check_course(spec: FineTuneJobSpec, plan: Plan, rows: int) -> None:
     """Whether the number of rows suits batch and warm-up. Raises Failure."""
     training, steps = spec.training, plan.steps or 0
-    what = "blocks" if training.packing else "rows"
+    what = PACKED.get(training.packing, "rows")
     if training.batch_size > rows:
         notice(
             f"{BATCH_SIZE}: {training.batch_size} rows a step, but there are {rows} {what} to learn from: each step"
