@@ -1,10 +1,12 @@
-"""The cluster of the session, for the tests that need one; and a plain word at the end about those that were not run
-without it.
+"""For all tests: the cluster of the session, where a test needs one; imported modules that the garbage collector leaves
+alone; and a plain word at the end about the tests that were not run without a cluster.
 """
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 
 import pytest
 
@@ -23,6 +25,32 @@ def cluster() -> None:
         ours.check_free()
     except SystemExit as refused:
         pytest.exit(str(refused), returncode=1)
+
+
+class GarbageCollection:
+    """Keeps what was imported out of the garbage collector's sight.
+
+    torch, transformers and diffusers leave more than a million objects, and a full collection looks at all of them:
+    0.2 s and more, at the beginning of every training (`Accelerator.free_memory`) and now and then in between.
+    """
+
+    def __init__(self) -> None:
+        self._modules = 0
+        gc.disable()  # while test modules are imported: nearly all objects stay
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self) -> None:
+        """Before a test, if anything was imported since the last time, also by a test."""
+        gc.enable()
+        if len(sys.modules) == self._modules:
+            return
+        self._modules = len(sys.modules)
+        gc.collect()  # what is frozen is never collected
+        gc.freeze()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(GarbageCollection())
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -99,9 +99,10 @@ async def test_one_that_is_stopped_gives_the_lease_back() -> None:
 
 @pytest.mark.parametrize(("partition", "said"), [("killed", "0 Unreachable"), ("unanswered", "no answer")])
 async def test_one_that_cannot_renew_is_gone_before_another_begins(
-    partition: str, said: str, caplog: pytest.LogCaptureFixture
+    partition: str, said: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it asks for is refused at once, or never answered. The job that it had begun is taken up."""
+    monkeypatch.setattr("luthier_operator.queue.STOP_SECONDS", 0.5)  # reconciles in which nothing is ever answered
     async with FakeCluster() as cluster:
         first = start(cluster, identity="a", lasts=5, renew=QUICK)
         await leader(first)

@@ -8,7 +8,7 @@ import fake_api
 import pytest
 from fake_api import Fault
 from fake_cluster import FakeCluster
-from harness import condition, fine_tune, running, until
+from harness import condition, fine_tune, running, settings, until
 from rights import GRANTED
 
 Object = dict[str, Any]
@@ -56,7 +56,8 @@ async def test_the_workload_of_a_child_is_told() -> None:
 async def test_kueue_may_come_later_and_go() -> None:
     async with FakeCluster() as cluster:
         cluster.missing.add("workloads")
-        async with running(cluster) as operator:
+        # Another text of a condition is mere progress, and is written no more often than progress is.
+        async with running(cluster, settings(progress_every=0.2)) as operator:
             jobset = await queued_child(cluster)
             await until("without Kueue", lambda: "see `kubectl describe workloads`" in admitted(cluster))
             cluster.create(workload_of(jobset))
