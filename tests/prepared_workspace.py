@@ -52,7 +52,10 @@ def prepared_run(
         "dataset": {"files": ["unused.txt"]},
         "method": {"type": "full"},
     } | spec
-    spec["training"] = training | spec.get("training", {})
+    own = spec.get("training", {})
+    if own.get("saveEvery") == "epoch":
+        del training["saveSteps"]
+    spec["training"] = training | own
     spec["resources"] = {"gpusPerNode": 0} | spec.get("resources", {})
     run = FineTuneRun.model_validate(
         {"name": "job", "workspace": str(root), "metricsPort": 0, "rendezvousPort": port, "spec": spec}

@@ -13,6 +13,7 @@ from luthier_api.formats import DatasetFormat
 from luthier_api.marks import For, Table, TabledSpec, by_table, works_with
 from luthier_api.methods import METHODS, QUANTIZATIONS, STRATEGIES, MethodType, Strategy
 from luthier_api.quantity import Bytes, Cores
+from luthier_api.schedules import EVAL_INTERVALS, SAVE_INTERVALS, SCHEDULES, Interval, ScheduleName
 from luthier_api.scheduling import Scheduling
 from luthier_api.spec import (
     DatasetSource,
@@ -30,7 +31,7 @@ from luthier_api.spec import (
     at_most_one,
     train_alone,
 )
-from luthier_api.tasks import TRAINING_TASKS, FineTuneTask
+from luthier_api.tasks import BEST_METRICS, EVAL_LOSS, TRAINING_TASKS, BestMetric, FineTuneTask
 
 
 class Columns(ApiModel):
@@ -122,6 +123,40 @@ class Method(ApiModel):
 Packing = Literal["none", "isolated", "concatenate"]
 
 
+class ScheduleOptions(ApiModel):
+    """Options of `training.schedule`, as transformers has them."""
+
+    num_cycles: Annotated[float, Field(gt=0, le=1000), For("schedule")] = by_table()
+    """Waves of the cosine; 0.5 falls once. Of cosine_with_restarts: how often it falls."""
+    min_lr_rate: Annotated[float, Field(ge=0, lt=1), For("schedule")] = by_table()
+    """Learning rate at the end, as a share of learningRate."""
+    warmup_lr_rate: Annotated[float, Field(ge=0, lt=1), For("schedule")] = by_table()
+    """Learning rate of the first step, as a share of learningRate; one step of the warm-up when left out."""
+    power: Annotated[float, Field(gt=0, le=100), For("schedule")] = by_table()
+    """Exponent of the fall."""
+    lr_end: Annotated[float, Field(ge=0, lt=1), For("schedule")] = by_table()
+    """Learning rate at the end."""
+    timescale: Annotated[int, Field(ge=1), For("schedule")] = by_table()
+    """Steps after which the learning rate begins to fall noticeably; those of the warm-up when left out, or 10,000."""
+    num_decay_steps: Annotated[int, Field(ge=1), For("schedule")] = by_table()
+    """Steps of the fall at the end; a tenth of all when left out."""
+    warmup_type: Annotated[Literal["linear", "cosine", "1-sqrt"], For("schedule")] = by_table()
+    """Shape of the warm-up."""
+    decay_type: Annotated[Literal["linear", "cosine", "1-sqrt"], For("schedule")] = by_table()
+    """Shape of the fall at the end."""
+    min_lr_ratio: Annotated[float, Field(ge=0, lt=1), For("schedule")] = by_table()
+    """Learning rate at the end, as a share of learningRate."""
+
+
+class EarlyStopping(ApiModel):
+    """When a training ends before its last step, because evaluations get no better any more."""
+
+    patience: Annotated[int, Field(ge=1, le=1000)]
+    """Evaluations in a row without an improvement of `metric` after which the training ends."""
+    threshold: Annotated[float, Field(ge=0)] = 0.0
+    """An improvement is more than this."""
+
+
 class Training(ApiModel):
     """Length, learning rate, batches and precision of the training."""
 
@@ -131,12 +166,16 @@ class Training(ApiModel):
     """Optimiser steps after which training ends; overrides epochs."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
     """Peak learning rate. 2e-4 suits adapters; 1e-5 to 5e-5 suits full fine-tuning of a pretrained model."""
-    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    """How the learning rate falls after the warm-up. constant: not at all, and without a warm-up; constant_with_warmup
-    has one.
+    schedule: ScheduleName = "linear"
+    """How the learning rate falls after the warm-up, by transformers' names. constant: not at all, and without a
+    warm-up; constant_with_warmup has one.
     """
+    schedule_options: ScheduleOptions = Field(default_factory=ScheduleOptions)
+    """Options of the schedule."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the learning rate rises from zero."""
+    warmup_ratio: Annotated[float | None, Field(gt=0, lt=1)] = None
+    """The same as a share of all steps, rounded up."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of each weight that decays in a step, times the learning rate (AdamW); 0: none."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -166,12 +205,26 @@ class Training(ApiModel):
     """Seed of everything random: new weights, adapters, the order of rows, and the rows that evalFraction holds out."""
     log_steps: Annotated[int, Field(ge=1), CIRCUMSTANCES] = 10
     """Steps between two reports of the loss."""
-    eval_steps: Annotated[int | None, Field(ge=1)] = None
+    eval_every: Interval = "steps"
+    """steps: evaluate every `evalSteps`. epoch: after each pass over the training rows."""
+    eval_steps: Annotated[int | None, Field(ge=1), For("eval_every")] = by_table()
     """Steps between two evaluations; only before and after the training when left out."""
-    save_steps: Annotated[int, Field(ge=1), CIRCUMSTANCES] = 500
+    save_every: Annotated[Interval, CIRCUMSTANCES] = "steps"
+    """steps: save a checkpoint every `saveSteps`. epoch: after each pass over the training rows."""
+    save_steps: Annotated[int, Field(ge=1), For("save_every"), CIRCUMSTANCES] = by_table()
     """Steps between two checkpoints."""
     keep_checkpoints: Annotated[int, Field(ge=1, le=100), CIRCUMSTANCES] = 2
-    """Verified checkpoints that are kept."""
+    """Verified checkpoints that are kept, the newest ones. With loadBestModel the best one is kept beside them."""
+    load_best_model: bool = False
+    """Deliver the weights of the best evaluation instead of those after the last step. A checkpoint is saved whenever
+    an evaluation is better than all before.
+    """
+    metric: BestMetric | None = None
+    """What loadBestModel and earlyStopping compare; evalLoss when left out. Whether more or less of it is better
+    follows from the metric.
+    """
+    early_stopping: EarlyStopping | None = None
+    """End the training when evaluations get no better. The job is then Complete, and its status says why."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -182,6 +235,33 @@ class Training(ApiModel):
         Rule(
             "!has(self.maxSteps) || self.warmupSteps < self.maxSteps",
             "training.warmupSteps: training would end before the peak of the learning rate; choose fewer than maxSteps",
+        ),
+        Rule(
+            "!has(self.warmupRatio) || self.warmupSteps == 0",
+            "training.warmupRatio: warmupSteps says how long the warm-up is; set one of them",
+        ),
+        Rule(
+            "!has(self.warmupRatio) || self.schedule != 'constant'",
+            "training.warmupRatio: schedule constant has no warm-up; use schedule: constant_with_warmup, or remove"
+            " warmupRatio",
+        ),
+        Rule(
+            "!has(self.scheduleOptions.lrEnd) || self.scheduleOptions.lrEnd < self.learningRate",
+            "training.scheduleOptions.lrEnd: the learning rate would not fall; choose less than learningRate",
+        ),
+        Rule(
+            "!has(self.maxSteps) || !has(self.scheduleOptions.numDecaySteps) ||"
+            " self.scheduleOptions.numDecaySteps + self.warmupSteps <= self.maxSteps",
+            "training.scheduleOptions.numDecaySteps: warm-up and decay are longer than maxSteps; choose fewer steps",
+        ),
+        Rule(
+            "!has(self.metric) || self.loadBestModel || has(self.earlyStopping)",
+            "training.metric: nothing is chosen by it; set loadBestModel or earlyStopping, or remove it",
+        ),
+        Rule(
+            "!self.loadBestModel && !has(self.earlyStopping) || self.evalEvery == 'epoch' || has(self.evalSteps)",
+            "training.evalSteps: loadBestModel and earlyStopping compare evaluations during the training; set evalSteps"
+            " or evalEvery: epoch",
         ),
     )
 
@@ -268,6 +348,10 @@ METHODS_OF_TASKS = {name: task.methods for name, task in TRAINING_TASKS.items()}
 FORMATS_OF_TASKS = {name: task.formats for name, task in TRAINING_TASKS.items()}
 QUANTIZATIONS_OF_TASKS = {name: task.quantizations for name, task in TRAINING_TASKS.items()}
 QUANTIZATIONS_OF_METHODS = {name: method.quantizations for name, method in METHODS.items()}
+METRICS_OF_TASKS = {
+    name: (EVAL_LOSS, *(metric.name for metric in task.metrics if metric.better))
+    for name, task in TRAINING_TASKS.items()
+}
 STRATEGIES_OF_TASKS = {name: task.strategies for name, task in TRAINING_TASKS.items()}
 STRATEGIES_OF_METHODS = {name: method.strategies for name, method in METHODS.items()}
 STRATEGIES_OF_QUANTIZATIONS = {name: quantization.strategies for name, quantization in QUANTIZATIONS.items()}
@@ -279,6 +363,9 @@ class FineTuneJobSpec(JobControl, TabledSpec):
     tables: ClassVar[Mapping[str, Table]] = {
         "task": Table(TRAINING_TASKS, selector="task", noun="task"),
         "method": Table(METHODS, selector="method.type", noun="method"),
+        "schedule": Table(SCHEDULES, selector="training.schedule", noun="schedule"),
+        "eval_every": Table(EVAL_INTERVALS, selector="training.evalEvery", noun="evalEvery"),
+        "save_every": Table(SAVE_INTERVALS, selector="training.saveEvery", noun="saveEvery"),
     }
 
     task: Annotated[FineTuneTask, RESULT]
@@ -315,11 +402,18 @@ class FineTuneJobSpec(JobControl, TabledSpec):
         *works_with("task", STRATEGIES_OF_TASKS, "strategy", STRATEGIES),
         *works_with("method.type", STRATEGIES_OF_METHODS, "strategy", STRATEGIES),
         *works_with("model.?quantization.type", STRATEGIES_OF_QUANTIZATIONS, "strategy", STRATEGIES),
-        Rule(
-            "!has(self.training.evalSteps) || has(self.dataset.evalSplit) || has(self.dataset.evalFiles) ||"
-            " has(self.dataset.evalFraction)",
-            "spec.training.evalSteps: no rows are held out to evaluate on; set dataset.evalSplit, evalFiles or"
-            " evalFraction, or remove evalSteps",
+        *works_with("task", METRICS_OF_TASKS, "training.?metric", BEST_METRICS),
+        *(
+            Rule(
+                f"{unused} || has(self.dataset.evalSplit) || has(self.dataset.evalFiles) ||"
+                " has(self.dataset.evalFraction)",
+                f"spec.training.{field}: no rows are held out to evaluate on; set dataset.evalSplit, evalFiles or"
+                f" evalFraction, or remove {field}",
+            )
+            for field, unused in (
+                ("evalSteps", "!has(self.training.evalSteps)"),
+                ("evalEvery", "self.training.evalEvery == 'steps'"),
+            )
         ),
         Rule(
             "self.resources.gpusPerNode > 0 || self.training.precision != 'fp16'",

@@ -12,7 +12,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, Protocol, Self, TypeVar, get_args, get_origin
 
 from pydantic import ModelWrapValidatorHandler, model_validator
 from pydantic.alias_generators import to_camel
@@ -27,7 +27,8 @@ Spec = TypeVar("Spec", bound="TabledSpec")
 class For:
     """The field belongs to those members of a table whose row names it in its `fields`. All others refuse it."""
 
-    table: Literal["task", "method"]
+    table: str
+    """Name of the table in `TabledSpec.tables`."""
     remedy: str = ""
     """What to do where it is refused, if that is more than to remove it or to choose a member to which it belongs."""
 

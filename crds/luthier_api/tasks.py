@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from luthier_api.formats import DatasetFormat
 from luthier_api.methods import STRATEGIES, MethodType, QuantizationType, Strategy
@@ -18,6 +18,11 @@ FineTuneTask = Literal["causal-lm", "preference", "text-classification", "image-
 """The rows of `TASKS` that have a training half."""
 GenerateTask = Literal["text-generation", "text-to-image"]
 """The rows of `TASKS` that have a generation half."""
+BestMetric = Literal["evalLoss", "perplexity", "rewardAccuracy", "rewardMargin", "accuracy", "f1Macro"]
+"""What checkpoints can be compared by: the loss, and those metrics in `TASKS` of which more or less is better."""
+BEST_METRICS: tuple[str, ...] = get_args(BestMetric)
+EVAL_LOSS = "evalLoss"
+"""The metric that every task has; less is better."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class TaskMetric:
     """Its key in metrics.json and in the status."""
     title: str
     """As model cards and pages call it."""
+    better: Literal["higher", "lower"] | None = None
+    """Which of two values is better; None: it does not rate the model."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +136,8 @@ LABEL_OPTIONS: dict[str, Any] = {"dataset.mergeLabels": False}
 """Fields of the tasks whose rows have a class each."""
 
 LABEL_METRICS = (
-    TaskMetric("accuracy", "Accuracy"),
-    TaskMetric("f1Macro", "F1 (macro, over all labels)"),
+    TaskMetric("accuracy", "Accuracy", better="higher"),
+    TaskMetric("f1Macro", "F1 (macro, over all labels)", better="higher"),
     TaskMetric("majorityShare", "Share of the commonest class"),
 )
 
@@ -147,7 +154,7 @@ TASKS: Mapping[str, TaskInfo] = {
             methods=("full", "lora", "qlora"),
             quantizations=("nf4", "fp4", "int8"),
             options=TEXT_OPTIONS | {"training.packing": "none", "model.config": None},
-            metrics=(TaskMetric("perplexity", "Perplexity"),),
+            metrics=(TaskMetric("perplexity", "Perplexity", better="lower"),),
         ),
     ),
     "preference": TaskInfo(
@@ -167,8 +174,12 @@ TASKS: Mapping[str, TaskInfo] = {
             settings="preference",
             options=TEXT_OPTIONS,
             metrics=(
-                TaskMetric("rewardAccuracy", "Share of pairs whose chosen answer has the higher reward"),
-                TaskMetric("rewardMargin", "Reward of the chosen answers above that of the rejected ones"),
+                TaskMetric(
+                    "rewardAccuracy", "Share of pairs whose chosen answer has the higher reward", better="higher"
+                ),
+                TaskMetric(
+                    "rewardMargin", "Reward of the chosen answers above that of the rejected ones", better="higher"
+                ),
             ),
         ),
     ),

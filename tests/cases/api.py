@@ -167,12 +167,52 @@ PICTURES = {"spec.task": "text-to-image"}
 PREFERENCE = {"spec.task": "preference"}
 
 
+COSINES = ("cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr")
+HELD_OUT: Change = {"spec.dataset.evalFraction": 0.1}
+COMPARED: Change = HELD_OUT | {"spec.training.evalSteps": 10, "spec.training.loadBestModel": True}
+DECAY: Change = {"spec.training.schedule": "warmup_stable_decay", "spec.training.scheduleOptions.numDecaySteps": 9}
+
+
 def quantised(type: str) -> Change:
     return {"spec.model.quantization": {"type": type}}
 
 
-# What is drawn from the tables of tasks, methods and quantisations: the fields that belong to some rows only ...
+def scheduled(schedule: str, **options: Any) -> Change:
+    return {"spec.training.schedule": schedule, "spec.training.scheduleOptions": options}
+
+
+# What is drawn from the tables of tasks, methods and schedules: the fields that belong to some rows only ...
 MARKS: list[Case] = [
+    *(
+        Case(
+            message=f"spec.training.scheduleOptions.{option}: applies to {', '.join(schedules)};",
+            refused=scheduled("linear", **{option: value}),
+            accepted=scheduled(schedule, **{option: value}),
+        )
+        for option, value, schedules in (
+            ("numCycles", 2, (*COSINES, "warmup_stable_decay")),
+            ("minLrRate", 0.2, COSINES[2:]),
+            ("warmupLrRate", 0.2, COSINES[3:]),
+            ("power", 2, ("polynomial",)),
+            ("lrEnd", 1e-6, ("polynomial",)),
+            ("timescale", 100, ("inverse_sqrt",)),
+            ("numDecaySteps", 100, ("warmup_stable_decay",)),
+            ("warmupType", "1-sqrt", ("warmup_stable_decay",)),
+            ("decayType", "1-sqrt", ("warmup_stable_decay",)),
+            ("minLrRatio", 0.1, ("warmup_stable_decay",)),
+        )
+        for schedule in schedules
+    ),
+    Case(
+        message="spec.training.evalSteps: applies to steps;",
+        refused=HELD_OUT | {"spec.training.evalEvery": "epoch", "spec.training.evalSteps": 10},
+        accepted=HELD_OUT | {"spec.training.evalSteps": 10},
+    ),
+    Case(
+        message="spec.training.saveSteps: applies to steps;",
+        refused={"spec.training.saveEvery": "epoch", "spec.training.saveSteps": 10},
+        accepted={"spec.training.saveSteps": 10},
+    ),
     *(
         Case(
             message=f"spec.method.{field}: applies to lora, qlora;",
@@ -349,6 +389,20 @@ MARKS: list[Case] = [
 ]
 # ... and the values that suit some rows only.
 CHOICES: list[Case] = [
+    *(
+        Case(
+            message=f"spec.training.metric: {task['spec.task']} works with {metrics}; choose",
+            refused=task | COMPARED | {"spec.training.metric": refused},
+            accepted=task | COMPARED | {"spec.training.metric": accepted},
+        )
+        for task, metrics, refused, accepted in [
+            (CAUSAL, "evalLoss, perplexity", "accuracy", "perplexity"),
+            (PREFERENCE, "evalLoss, rewardAccuracy, rewardMargin", "perplexity", "rewardMargin"),
+            (TEXTS, "evalLoss, accuracy, f1Macro", "perplexity", "f1Macro"),
+            (IMAGES, "evalLoss, accuracy, f1Macro", "rewardMargin", "accuracy"),
+            (PICTURES, "evalLoss", "perplexity", "evalLoss"),
+        ]
+    ),
     *(
         Case(
             message=(
@@ -737,12 +791,49 @@ CASES: list[Case] = [
         refused={"spec.training": {"maxSteps": 10, "warmupSteps": 10}},
         accepted={"spec.training": {"maxSteps": 10, "warmupSteps": 9}},
     ),
+    Case(
+        message="training.warmupRatio: warmupSteps says",
+        refused={"spec.training": {"warmupRatio": 0.1, "warmupSteps": 10}},
+        accepted={"spec.training": {"warmupRatio": 0.1}},
+    ),
+    Case(
+        message="training.warmupRatio: schedule",
+        refused={"spec.training": {"schedule": "constant", "warmupRatio": 0.1}},
+        accepted={"spec.training": {"schedule": "constant_with_warmup", "warmupRatio": 0.1}},
+    ),
+    Case(
+        message="training.scheduleOptions.lrEnd:",
+        refused={"spec.training": {"schedule": "polynomial", "learningRate": 1e-5, "scheduleOptions": {"lrEnd": 1e-4}}},
+        accepted={
+            "spec.training": {"schedule": "polynomial", "learningRate": 1e-3, "scheduleOptions": {"lrEnd": 1e-4}}
+        },
+    ),
+    Case(
+        message="training.scheduleOptions.numDecaySteps:",
+        refused=DECAY | {"spec.training.maxSteps": 10, "spec.training.warmupSteps": 2},
+        accepted=DECAY | {"spec.training.maxSteps": 10, "spec.training.warmupSteps": 1},
+    ),
+    Case(
+        message="training.metric:",
+        refused={"spec.training.metric": "perplexity"},
+        accepted=COMPARED | {"spec.training.metric": "perplexity"},
+    ),
     *(
         Case(
-            message="spec.training.evalSteps:",
-            refused={"spec.training.evalSteps": 10},
-            accepted={"spec.training.evalSteps": 10, f"spec.dataset.{held_out}": value},
+            message="training.evalSteps: loadBestModel",
+            refused=HELD_OUT | compared,
+            accepted=HELD_OUT | compared | {f"spec.training.{field}": value},
         )
+        for compared in ({"spec.training.loadBestModel": True}, {"spec.training.earlyStopping": {"patience": 2}})
+        for field, value in {"evalSteps": 10, "evalEvery": "epoch"}.items()
+    ),
+    *(
+        Case(
+            message=f"spec.training.{field}: no rows are held out",
+            refused={f"spec.training.{field}": how_often},
+            accepted={f"spec.training.{field}": how_often, f"spec.dataset.{held_out}": value},
+        )
+        for field, how_often in {"evalSteps": 10, "evalEvery": "epoch"}.items()
         for held_out, value in [
             ("evalSplit", "train[90%:]"),
             ("evalFiles", ["/data/eval.txt"]),
@@ -1288,6 +1379,7 @@ WHILE_STOPPED: dict[str, Change] = {
         "spec.training.microBatchSize": 1,
         "spec.training.gradientCheckpointing": True,
         "spec.training.logSteps": 7,
+        "spec.training.saveEvery": "epoch",
         "spec.training.saveSteps": 7,
         "spec.training.keepCheckpoints": 7,
     },
@@ -1332,7 +1424,7 @@ FIXED = [
         field="training",
         base=FINE_TUNE,
         change={"spec.training.epochs": 7},
-        excepted="microBatchSize, gradientCheckpointing, logSteps, saveSteps, keepCheckpoints",
+        excepted="microBatchSize, gradientCheckpointing, logSteps, saveEvery, saveSteps, keepCheckpoints",
     ),
     FixedCase(
         field="preference",

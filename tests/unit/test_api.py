@@ -372,6 +372,7 @@ def test_settings_that_depend_on_task_and_method() -> None:
         "method.targetModules": ["all-linear"],
         "training.maxLength": 1024,
         "training.packing": "none",
+        "training.saveSteps": 500,
     }
     assert settings_of(check_job(make()).spec) == {}
 

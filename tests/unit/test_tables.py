@@ -9,7 +9,16 @@ import pytest
 
 from luthier_api.formats import FORMATS, DatasetFormat
 from luthier_api.methods import METHODS, QUANTIZATIONS, STRATEGIES, MethodType, QuantizationType, Strategy
-from luthier_api.tasks import GENERATION_TASKS, TASKS, TRAINING_TASKS, FineTuneTask, GenerateTask
+from luthier_api.schedules import EVAL_INTERVALS, SAVE_INTERVALS, SCHEDULES, Interval, ScheduleName
+from luthier_api.tasks import (
+    BEST_METRICS,
+    EVAL_LOSS,
+    GENERATION_TASKS,
+    TASKS,
+    TRAINING_TASKS,
+    FineTuneTask,
+    GenerateTask,
+)
 
 
 @dataclass(frozen=True)
@@ -25,12 +34,20 @@ TABLES = [
     Table(name="DatasetFormat", members=DatasetFormat, rows=FORMATS),
     Table(name="MethodType", members=MethodType, rows=METHODS),
     Table(name="QuantizationType", members=QuantizationType, rows=QUANTIZATIONS),
+    Table(name="ScheduleName", members=ScheduleName, rows=SCHEDULES),
+    Table(name="Interval, of evaluations", members=Interval, rows=EVAL_INTERVALS),
+    Table(name="Interval, of checkpoints", members=Interval, rows=SAVE_INTERVALS),
 ]
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
 def test_each_member_has_a_row_and_each_row_a_member(table: Table) -> None:
     assert list(table.rows) == list(get_args(table.members))
+
+
+def test_checkpoints_can_be_compared_by_each_metric_that_rates_a_model() -> None:
+    rating = {metric.name for task in TRAINING_TASKS.values() for metric in task.metrics if metric.better}
+    assert set(BEST_METRICS) == rating | {EVAL_LOSS}
 
 
 def test_each_task_trains_or_generates() -> None:

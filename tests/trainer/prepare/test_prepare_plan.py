@@ -16,7 +16,8 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun
 from luthier_trainer.models.checks import cannot_recompute
 from luthier_trainer.runtime.failure import Failure
-from luthier_trainer.workspace.plan import check_course, count_steps, plan_training
+from luthier_trainer.workspace.course import check_course
+from luthier_trainer.workspace.plan import count_steps, plan_training
 
 MakeRun = Callable[..., FineTuneRun]
 
@@ -222,6 +223,41 @@ COURSES = [
         training={"batchSize": 4, "warmupSteps": 100, "epochs": 3, "packing": "concatenate"},
         rows=41,
         refusal="spec.training.warmupSteps: 100 steps, but the training ends after 33 (41 blocks, 4 a step, 3 epochs)",
+        notice=None,
+    ),
+    CourseCase(
+        name="a warm-up of a share",
+        training={"batchSize": 4, "warmupRatio": 0.9},
+        rows=40,
+        refusal=None,
+        notice=None,
+    ),
+    CourseCase(
+        name="a warm-up of all",
+        training={"batchSize": 4, "warmupRatio": 0.91},
+        rows=40,
+        refusal="spec.training.warmupRatio: 10 steps, but the training ends after 10",
+        notice=None,
+    ),
+    CourseCase(
+        name="a decay of a tenth, after the warm-up",
+        training={"batchSize": 4, "warmupSteps": 9, "schedule": "warmup_stable_decay"},
+        rows=40,
+        refusal=None,
+        notice=None,
+    ),
+    CourseCase(
+        name="a decay beyond the end",
+        training={
+            "batchSize": 4,
+            "warmupSteps": 2,
+            "schedule": "warmup_stable_decay",
+            "scheduleOptions": {"numDecaySteps": 9},
+        },
+        rows=40,
+        refusal=(
+            "spec.training.scheduleOptions.numDecaySteps: 9 steps, after 2 of warm-up, but the training ends after 10"
+        ),
         notice=None,
     ),
     CourseCase(

@@ -206,17 +206,51 @@ def test_large_models(case: LargeCase) -> None:
     assert (seconds, space.grace_seconds(seconds)) == (case.save_seconds, case.grace_seconds)
 
 
+@dataclass(frozen=True)
+class CopiesCase:
+    name: str
+    training: dict[str, Any]
+    steps: int
+    copies: int
+
+
 COPIES = [
-    # steps  saved every  kept   at once
-    (100, 10, 2, 3),
-    (100, 1000, 2, 1),
-    (15, 10, 2, 2),
+    CopiesCase(
+        name="those that are kept, and one in the making",
+        training={"saveSteps": 10, "keepCheckpoints": 2},
+        steps=100,
+        copies=3,
+    ),
+    CopiesCase(
+        name="that of the last step",
+        training={"saveSteps": 1000},
+        steps=100,
+        copies=1,
+    ),
+    CopiesCase(
+        name="two",
+        training={"saveSteps": 10},
+        steps=15,
+        copies=2,
+    ),
+    CopiesCase(
+        name="one an epoch",
+        training={"saveEvery": "epoch", "epochs": 1.5, "keepCheckpoints": 9},
+        steps=15,
+        copies=2,
+    ),
+    CopiesCase(
+        name="the best one beside them",
+        training={"saveSteps": 10, "loadBestModel": True, "evalSteps": 10},
+        steps=100,
+        copies=4,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("steps", "every", "keep", "expect"), COPIES)
-def test_no_more_checkpoints_are_counted_than_there_will_be(steps: int, every: int, keep: int, expect: int) -> None:
-    assert space.copies(steps, every, keep) == expect
+@pytest.mark.parametrize("case", COPIES, ids=lambda case: case.name)
+def test_no_more_checkpoints_are_counted_than_there_will_be(case: CopiesCase, make_run: MakeRun) -> None:
+    assert space.copies(make_run(training={"maxLength": 64} | case.training).spec.training, case.steps) == case.copies
 
 
 def test_a_volume_that_is_too_small_is_refused_before_the_training(tmp_path: Path, make_run: MakeRun) -> None:

@@ -23,7 +23,8 @@ from luthier_trainer.runtime.notices import notice
 from luthier_trainer.tasks.base import Processor, Task
 from luthier_trainer.tasks.table import task_of
 from luthier_trainer.workspace import gpu_memory, provenance, space
-from luthier_trainer.workspace.plan import check_course, plan_space, plan_training, smallest_batch
+from luthier_trainer.workspace.course import check_course
+from luthier_trainer.workspace.plan import plan_space, plan_training, smallest_batch
 
 if TYPE_CHECKING:
     from datasets import DatasetDict

@@ -27,6 +27,7 @@ TITLES = {
     "evalLossBefore": "Held-out loss before",
     "trainLoss": "Training loss",
     "steps": "Steps",
+    "bestStep": "Step with the best evaluation, whose weights these are",
     "tokens": "Tokens",
     "seconds": "Seconds",
 }

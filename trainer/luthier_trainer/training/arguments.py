@@ -18,6 +18,7 @@ from luthier_trainer.distributed.launch import cores
 from luthier_trainer.runtime.devices import assert_gpus, fitting_precision
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.tasks.base import Task
+from luthier_trainer.workspace import course
 
 GROUP_TIMEOUT_SECONDS = 1800  # transformers' own default
 GROUP_TIMEOUT_MARGIN_SECONDS = 300
@@ -37,6 +38,7 @@ def training_arguments(
     training, cpu = spec.training, spec.resources.gpus_per_node == 0
     assert_gpus(spec.resources.gpus_per_node, "spec.resources.gpusPerNode")
     precision = precision_of(plan, cpu)
+    by_steps = training.eval_every == "steps"
     common: dict[str, Any] = {
         "output_dir": str(checkpoints),
         "max_steps": plan.steps or -1,
@@ -46,7 +48,8 @@ def training_arguments(
         "gradient_accumulation_steps": plan.accumulation_steps or 1,
         "learning_rate": training.learning_rate,
         "lr_scheduler_type": training.schedule,
-        "warmup_steps": training.warmup_steps,
+        "lr_scheduler_kwargs": course.schedule_arguments(training, plan.steps or 0),
+        "warmup_steps": course.warmup_steps(training, plan.steps or 0),
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
         "seed": training.seed,
@@ -65,11 +68,11 @@ def training_arguments(
         "logging_steps": training.log_steps,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # if true, the log shows the last finite mean instead of NaN
-        "eval_strategy": "steps" if evaluates and training.eval_steps else "no",
+        "eval_strategy": training.eval_every if evaluates and (training.eval_steps or not by_steps) else "no",
         "eval_steps": training.eval_steps,
         "batch_eval_metrics": True,
-        "save_strategy": "steps",
-        "save_steps": training.save_steps,
+        "save_strategy": training.save_every,
+        "save_steps": training.save_steps or 500,  # not used with saveEvery: epoch, but transformers wants a number
         "save_total_limit": None,  # `checkpoint.rotate` removes old checkpoints, after the newest is committed
         "report_to": "none",
         "disable_tqdm": True,

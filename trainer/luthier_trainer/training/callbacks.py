@@ -93,6 +93,14 @@ class Stop(Callback):
             # Losses and token counts that are not logged before a save are lost to the run that resumes from it.
             control.should_log = True
 
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Do not evaluate on the way out, and do not save the step again that `on_step_end` has saved."""
+        if self.agreed_step is not None:
+            control.should_evaluate = False
+        if self.loop.is_saved:
+            control.should_save = False
+        control.should_log = control.should_log or control.should_save
+
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:

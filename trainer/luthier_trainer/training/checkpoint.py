@@ -205,10 +205,14 @@ def _is_seen(staged: Path, entry: Entry) -> bool:
     return path.is_file() and path.stat().st_size == entry["size"]
 
 
-def rotate(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints. Called right after the newest one was committed."""
+def rotate(folder: Path, keep: int, best: int | None = None) -> None:
+    """Remove all but the newest `keep` checkpoints and that of step `best`.
+
+    Called right after the newest one was committed.
+    """
     for old in sorted(checkpoints(folder), key=step_of)[:-keep]:
-        shutil.rmtree(old)
+        if step_of(old) != best:
+            shutil.rmtree(old)
 
 
 def checkpoints(folder: Path) -> list[Path]:

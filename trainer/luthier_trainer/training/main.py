@@ -19,8 +19,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging as transformers_logging
 
 from luthier_api.exitcodes import ExitCode
+from luthier_api.finetune import Training
 from luthier_api.methods import METHODS
 from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord, step_timeout_of
+from luthier_api.status import Plan
 from luthier_api.tasks import TASKS, TRAINING_TASKS
 from luthier_api.termination import TerminationMessage
 from luthier_api.workspace import WorkspaceFolder
@@ -29,17 +31,20 @@ from luthier_trainer.distributed.strategy import assert_started, uses_deepspeed
 from luthier_trainer.methods import apply as methods
 from luthier_trainer.methods.trainable import HALF, source_dtype
 from luthier_trainer.models.zero3 import keep_used_conversions
+from luthier_trainer.runtime.notices import notice
 from luthier_trainer.runtime.run_folder import global_rank
 from luthier_trainer.runtime.telemetry import Telemetry
 from luthier_trainer.tasks.base import TrainingContext
 from luthier_trainer.tasks.table import task_of
 from luthier_trainer.training import checkpoint, result
 from luthier_trainer.training.arguments import training_arguments
+from luthier_trainer.training.best import Choice
 from luthier_trainer.training.callbacks import Guard, Heartbeat, Report, Stop
 from luthier_trainer.training.resilience import EvaluationStopped, Resilient, resilient
 from luthier_trainer.training.utilisation import count_weights
-from luthier_trainer.workspace import space
+from luthier_trainer.workspace import course, space
 from luthier_trainer.workspace.manifest import read_manifest
+from luthier_trainer.workspace.plan import count_steps
 from luthier_trainer.workspace.prepared import read_prepared
 
 # The parts that PEFT adds to the names of weights
@@ -58,6 +63,8 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     prepared, task = read_prepared(run), task_of(spec)
     identity = checkpoint.identity(run, prepared)
     if (metrics := result.finished(workspace, identity)) is not None:
+        for text in result.notices(workspace):
+            notice(text)
         return ended(ExitCode.COMPLETED, metrics=metrics, step=int(metrics["steps"]))
     assert_started(prepared.plan)
     transformers_logging.set_verbosity_error()
@@ -85,7 +92,10 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     )
     # The evaluation of a step follows its save. The previous attempt may have ended between the two, and even a
     # finished evaluation is not recorded in the checkpoint of its own step.
-    arguments.eval_on_start = "eval" in data and (resume is None or owes_evaluation(resume, spec.training.eval_steps))
+    choice = Choice.of(spec.training, TRAINING_TASKS[spec.task])
+    arguments.eval_on_start = "eval" in data and (
+        resume is None or owes_evaluation(resume, spec.training, prepared.plan, len(data["train"]))
+    )
     before = (read_manifest(resume) or {}) if resume else {}
 
     deepspeed = uses_deepspeed(prepared.plan.strategy)
@@ -129,6 +139,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
         ranks=ranks,
         identity=identity,
         keep=spec.training.keep_checkpoints,
+        choice=choice,
         checkpoint_bytes=prepared.plan.checkpoint_bytes or 0,
         seconds_before=before.get("seconds", 0.0),
     )
@@ -150,6 +161,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
         return stopped(loop, stop.agreed_step)
 
     seconds = loop.seconds
+    chosen = deliver_best(loop)
     if not METHODS[spec.method.type].adapter and not deepspeed:
         # The result is saved in the dtype of the original files. The last evaluation uses the weights in that dtype.
         loop.deliver(source_type(prepared.model_path))
@@ -159,23 +171,41 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     except EvaluationStopped:
         return stopped(loop, loop.state.global_step)
     names = [metric.name for metric in TRAINING_TASKS[spec.task].metrics]
-    metrics = result.final_metrics(loop.state, seconds, names)
+    metrics = result.final_metrics(loop.state, seconds, names) | chosen
     result.write(loop, task, context, run, prepared, workspace, metrics, use_cache)
     if ranks.first:
         print("done: " + "  ".join(f"{name} {value:g}" for name, value in metrics.items()), flush=True)
     return ended(ExitCode.COMPLETED, metrics=metrics, step=loop.state.global_step)
 
 
-def owes_evaluation(resume: Path, every: int | None) -> bool:
+def owes_evaluation(resume: Path, training: Training, plan: Plan, rows: int) -> bool:
     """Return whether an evaluation was due at the step of checkpoint `resume` but is missing from its history.
 
-    `every`: steps between two evaluations, or None.
+    `rows`: rows to train on.
     """
-    step = checkpoint.step_of(resume)
-    if not every or step % every:
+    step, processes = checkpoint.step_of(resume), plan.world_size
+    per_epoch = count_steps(rows, processes, plan.micro_batch_size or 1, plan.accumulation_steps or 1, epochs=1)
+    if not course.evaluation_is_due(training, step, per_epoch, plan.steps or 0):
         return False
     history = json.loads((resume / TRAINER_STATE_NAME).read_text())["log_history"]
     return not any("eval_loss" in entry and entry["step"] == step for entry in history)
+
+
+def deliver_best(loop: Resilient) -> dict[str, float]:
+    """Load the weights to deliver if the evaluations choose them, and say so. Return what the metrics have of it."""
+    if loop.choice is None:
+        return {}
+    history = loop.state.log_history
+    if loop.choice.has_stopped(history) and loop.ranks.first:
+        notice(loop.choice.why_stopped(history, loop.state.max_steps))
+    if not loop.choice.load:
+        return {}
+    best = loop.load_best()
+    if best is None:
+        return {}
+    if loop.ranks.first:
+        notice(loop.choice.why_chosen(best, history))
+    return {"bestStep": float(best.step)}
 
 
 def stopped(loop: Resilient, agreed: int) -> TerminationMessage:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from transformers import PreTrainedModel, PrinterCallback, Trainer
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from luthier_api.exitcodes import ExitCode
@@ -24,8 +25,10 @@ from luthier_trainer.distributed.ranks import Ranks
 from luthier_trainer.models.inspect import counts
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.heartbeat import beating_while_growing
+from luthier_trainer.runtime.notices import notice
 from luthier_trainer.tasks.base import Batch, Batches
 from luthier_trainer.training import checkpoint, finite
+from luthier_trainer.training.best import Choice, Evaluation
 
 WITHOUT_WEIGHT = "without_weight"  # key in a batch that does not count in the loss; its value is the original batch
 
@@ -54,6 +57,7 @@ class Resilient(Base):
         ranks: Ranks,
         identity: dict[str, Any],
         keep: int,
+        choice: Choice | None,
         checkpoint_bytes: int,
         seconds_before: float,
         **kwargs: Any,
@@ -61,6 +65,8 @@ class Resilient(Base):
         super().__init__(**kwargs)
         self.remove_callback(PrinterCallback)  # `callbacks.Report` prints one readable line instead
         self.batches, self.ranks, self.identity, self.keep = batches, ranks, identity, keep
+        self.choice = choice
+        """What is done with evaluations: early stopping, and which weights are delivered; None: nothing."""
         self.checkpoint_bytes = checkpoint_bytes
         """Expected size of the next checkpoint in bytes: first the planned size, then the size of the previous one."""
         self.seconds_before = seconds_before
@@ -209,20 +215,73 @@ class Resilient(Base):
         self.control.should_evaluate = True
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self.control.should_evaluate = False
-        saved = self.saved is not None and checkpoint.step_of(self.saved) == self.state.global_step
-        if self._evaluation_stopped and not saved:
+        if (self._evaluation_stopped or self._best_step() == self.state.global_step) and not self.is_saved:
             self.control.should_log = self.control.should_save = True
             super()._maybe_log_save_evaluate(*args, **kwargs)
 
+    @property
+    def is_saved(self) -> bool:
+        """Whether the newest checkpoint is of the present step."""
+        return self.saved is not None and checkpoint.step_of(self.saved) == self.state.global_step
+
+    def _best_step(self) -> int | None:
+        """The step whose weights would be delivered if the training ended now; None if it is the last one anyway."""
+        if self.choice is None or not self.choice.load:
+            return None
+        best = self.choice.best(self.choice.evaluations(self.state.log_history))
+        return best.step if best else None
+
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        # `training.main` evaluates after the last step, with the weights in the dtype in which they are delivered.
-        if self.state.global_step >= self.state.max_steps:
+        # `training.main` evaluates after the last step, with the weights in the dtype in which they are delivered. The
+        # last weights are compared with the best ones in the dtype of the training, as all others were.
+        compared = self.choice is not None and self.choice.load
+        if self.state.global_step >= self.state.max_steps and not compared:
             return {}
         try:
-            return super()._evaluate(*args, **kwargs)
+            metrics = super()._evaluate(*args, **kwargs)
         except EvaluationStopped:
             self._evaluation_stopped = self.control.should_training_stop = True
             return {}
+        if self.choice and self.choice.has_stopped(self.state.log_history):
+            self.control.should_training_stop = True
+        return metrics
+
+    def load_best(self) -> Evaluation | None:
+        """Load the weights of the best evaluation, unless they are the present ones. Return the evaluation.
+
+        Returns None if no evaluation has been made. All processes call this function after the training. A checkpoint
+        whose files do not match its manifest is passed over, with a notice, for the next best one.
+        """
+        assert self.choice is not None
+        evaluations = self.choice.evaluations(self.state.log_history)
+        best = chosen = self.choice.best(evaluations)
+        while chosen is not None and chosen.step != self.state.global_step:
+            folder = Path(self.args.output_dir) / f"checkpoint-{chosen.step}"
+            broken = checkpoint.verify(folder, self.ranks)[1]
+            if not broken:
+                self._load_weights(folder)
+                break
+            evaluations = [evaluation for evaluation in evaluations if evaluation.step != chosen.step]
+            chosen = self.choice.best(evaluations)
+        if chosen != best and self.ranks.first:
+            assert best is not None
+            notice(
+                f"spec.training.loadBestModel: checkpoint-{best.step} had the best {self.choice.metric},"
+                f" {best.value:.6g}, but its files do not match their manifest; the next best one is delivered"
+            )
+        return chosen
+
+    def _load_weights(self, folder: Path) -> None:
+        """Load the weights of a verified checkpoint into the model that has been trained."""
+        if self.is_deepspeed_enabled:
+            # The weights are in DeepSpeed's shards.
+            deepspeed_load_checkpoint(self.model_wrapped, str(folder), load_module_strict=not self._has_adapters)
+            return
+        self._load_from_checkpoint(str(folder))
+
+    @property
+    def _has_adapters(self) -> bool:
+        return hasattr(self.model, "peft_config")
 
     def _prepare_input(self, data: Any) -> Any:
         if self._delivered and isinstance(data, torch.Tensor) and data.is_floating_point():
@@ -283,7 +342,7 @@ class Resilient(Base):
         self.saved = self.ranks.decide(lambda: checkpoint.commit(staged, folder, described, facts))
         self.checkpoint_bytes = sum(entry["size"] for of_rank in described for entry in of_rank)
         if self.ranks.first:
-            checkpoint.rotate(folder, self.keep)
+            checkpoint.rotate(folder, self.keep, self._best_step())
         self.save_seconds = time.monotonic() - began
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -20,6 +20,7 @@ from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_api.workspace import METRICS_FILE, WorkspaceFolder
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.heartbeat import beat, beating_while_growing
+from luthier_trainer.runtime.notices import given
 from luthier_trainer.tasks.base import Task, TrainingContext
 from luthier_trainer.training.checkpoint import check_identity, facts_of
 from luthier_trainer.training.finite import changing_weights, nonfinite_names
@@ -41,6 +42,11 @@ def finished(workspace: WorkspaceFolder, wanted: dict[str, Any]) -> dict[str, fl
     check_identity(workspace.result, manifest, wanted)
     metrics: dict[str, float] = json.loads((workspace.result / METRICS_FILE).read_text())
     return metrics
+
+
+def notices(workspace: WorkspaceFolder) -> list[str]:
+    """Return the notices of the run that made the complete result, so that an attempt after it repeats them."""
+    return [*(read_manifest(workspace.result) or {}).get("notices", [])]
 
 
 def final_metrics(state: TrainerState, seconds: float, names: Collection[str]) -> dict[str, float]:
@@ -100,7 +106,7 @@ def write(
             {name for name, _ in loop.model.named_buffers()} - {name for name, _ in changing_weights(loop.model)},
         )
         (staged / METRICS_FILE).write_text(json.dumps(metrics, indent=1))
-        write_manifest(staged, progress=beat, step=loop.state.global_step, **facts_of(loop.identity))
+        write_manifest(staged, progress=beat, step=loop.state.global_step, notices=given(), **facts_of(loop.identity))
         # What lies there has no manifest: `finished` would have returned its metrics.
         shutil.rmtree(workspace.result, ignore_errors=True)
         staged.rename(workspace.result)

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import math
 
-from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.run import Weights
 from luthier_api.status import Plan
 from luthier_api.tasks import TRAINING_TASKS
-from luthier_trainer.runtime.failure import Failure
-from luthier_trainer.runtime.notices import notice
 from luthier_trainer.workspace import space
 
 MICRO_BATCH_LIMIT = 8  # rows of one forward pass, where the spec leaves it open
@@ -25,11 +22,7 @@ GPU_TOKENS = 2048
 # Pixels of one forward pass of Stable Diffusion XL. Its VAE, in fp32, holds a few tensors of 128 channels at once: half
 # a gigabyte each for an image of 1024 × 1024 pixels.
 GPU_PIXELS = 2 * 1024**2
-PACKED = {"isolated": "bins", "concatenate": "blocks"}
-"""Value of `training.packing` → what the rows of the prepared dataset are then called."""
-BATCH_SIZE, WARM_UP, CHECKPOINTING = (
-    f"spec.training.{name}" for name in ("batchSize", "warmupSteps", "gradientCheckpointing")
-)
+CHECKPOINTING = "spec.training.gradientCheckpointing"
 
 
 def plan_training(
@@ -104,24 +97,6 @@ def recomputes(spec: FineTuneJobSpec, cannot: str | None) -> tuple[bool, list[st
         "gradientCheckpointing: true, the default on GPUs. Set it to false if yours have memory left: a step takes"
         " about a quarter less time"
     ]
-
-
-def check_course(spec: FineTuneJobSpec, plan: Plan, rows: int) -> None:
-    """Whether the number of rows suits batch and warm-up. Raises Failure."""
-    training, steps = spec.training, plan.steps or 0
-    what = PACKED.get(training.packing, "rows")
-    if training.batch_size > rows:
-        notice(
-            f"{BATCH_SIZE}: {training.batch_size} rows a step, but there are {rows} {what} to learn from: each step"
-            f" sees all of them, and the loss is the mean over {rows}"
-        )
-    if training.warmup_steps >= steps:
-        raise Failure(
-            ExitCode.INVALID_SPEC,
-            f"{WARM_UP}: {training.warmup_steps} steps, but the training ends after {steps} ({rows} {what},"
-            f" {training.batch_size} a step, {training.epochs:g} epochs), before the peak of the learning rate. Choose"
-            f" fewer than {steps}, or more epochs",
-        )
 
 
 def plan_space(plan: Plan, weights: Weights, processor_bytes: int) -> Plan:

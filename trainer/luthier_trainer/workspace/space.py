@@ -13,11 +13,12 @@ import os
 from pathlib import Path
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.finetune import FineTuneJobSpec, Training
 from luthier_api.run import Weights
 from luthier_api.status import Plan
 from luthier_trainer.distributed.strategy import ZERO_STAGE
 from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.workspace.course import most_saves
 
 FP32 = 4
 ADAM_MOMENTS = 2  # AdamW keeps two numbers for each weight that learns, in fp32
@@ -73,11 +74,13 @@ def result_bytes(weights: Weights, strategy: str, processor_bytes: int) -> int:
     return weights.total * (weights.computed_bytes if deepspeed else weights.source_bytes) + processor_bytes
 
 
-def copies(steps: int, save_steps: int, keep: int) -> int:
-    """Checkpoints that lie in the workspace at once: those that are kept and one in the making, or fewer, where fewer
-    are saved.
+def copies(training: Training, steps: int) -> int:
+    """Checkpoints that lie in the workspace at once: those that are kept, the best one and one in the making, or fewer,
+    where fewer are saved.
     """
-    return min(keep + 1, math.ceil(steps / save_steps))
+    if training.load_best_model:
+        return min(training.keep_checkpoints + 2, steps)
+    return min(training.keep_checkpoints + 1, most_saves(training, steps))
 
 
 def save_seconds(size: int, ranks: int) -> int:
@@ -101,7 +104,7 @@ def check_room(spec: FineTuneJobSpec, plan: Plan, folder: Path, held: int = 0) -
     """
     if plan.checkpoint_bytes is None or plan.result_bytes is None or not plan.steps:
         return
-    wanted = copies(plan.steps, spec.training.save_steps, spec.training.keep_checkpoints)
+    wanted = copies(spec.training, plan.steps)
     needed = max(0, wanted - held) * plan.checkpoint_bytes + plan.result_bytes
     free, total = volume(folder)
     if free >= needed:
