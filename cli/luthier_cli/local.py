@@ -201,6 +201,8 @@ def paths_in(spec: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     for name in ("files", "evalFiles"):
         files = dataset.get(name, [])
         found += [(f"{at}.{name}[{i}]", files, i) for i in range(len(files))]
+    if "file" in dataset.get("chatTemplate", {}):
+        found.append((f"{at}.chatTemplate.file", dataset["chatTemplate"], "file"))
     return found
 
 

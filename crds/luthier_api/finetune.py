@@ -10,6 +10,7 @@ from pydantic import Field
 from luthier_api.base import SET, ApiModel, Rule
 from luthier_api.decides import BUDGET, CIRCUMSTANCES, LAYOUT, PLACE, PUBLICATION, RESULT
 from luthier_api.formats import DatasetFormat
+from luthier_api.forms import LOSSES_OF_FORMS, LossOn, RowForm, TemplateName
 from luthier_api.marks import For, Table, TabledSpec, by_table, works_with
 from luthier_api.methods import METHODS, QUANTIZATIONS, STRATEGIES, MethodType, Strategy
 from luthier_api.quantity import Bytes, Cores
@@ -29,6 +30,7 @@ from luthier_api.spec import (
     Workspace,
     alone_on_its_claim,
     at_most_one,
+    exactly_one,
     train_alone,
 )
 from luthier_api.tasks import BEST_METRICS, EVAL_LOSS, TRAINING_TASKS, BestMetric, FineTuneTask
@@ -41,7 +43,21 @@ class Columns(ApiModel):
     """The text to learn (causal-lm) or to classify (text-classification), or the caption of the image (text-to-image).
     """
     prompt: Annotated[ShortText, For("task")] = by_table()
-    """The text that both answers continue. Each answer follows it directly, without a blank between them."""
+    """The text that the completion or both answers continue. They follow it directly, without a blank between them. For
+    causal-lm also messages, and the instruction of Alpaca.
+    """
+    completion: Annotated[ShortText | None, For("task")] = by_table()
+    """What the model shall write after the prompt: text, or messages."""
+    messages: Annotated[ShortText | None, For("task")] = by_table()
+    """A conversation: a list of messages with role (system, user, assistant, tool) and content; in ShareGPT, from and
+    value.
+    """
+    tools: Annotated[ShortText | None, For("task")] = by_table()
+    """The tools that a conversation can call, as JSON schemas. Used where there is such a column."""
+    system: Annotated[ShortText | None, For("task")] = by_table()
+    """The system message of a row of ShareGPT or Alpaca. Used where there is such a column."""
+    input: Annotated[ShortText | None, For("task")] = by_table()
+    """What an instruction of Alpaca is about. Used where there is such a column."""
     chosen: Annotated[ShortText, For("task")] = by_table()
     """The answer to prefer."""
     rejected: Annotated[ShortText, For("task")] = by_table()
@@ -51,6 +67,23 @@ class Columns(ApiModel):
     label: Annotated[ShortText, For("task")] = by_table()
     """The class of a row: a name or a number. Images in folders have it by the folder's name: FOLDER/CLASS/image.png.
     """
+
+
+class ChatTemplate(ApiModel):
+    """How messages are written as text: exactly one of name, file and text."""
+
+    name: TemplateName | None = None
+    """A template that Luthier brings. zephyr and alpaca end each turn with the end-of-text token of the model, and suit
+    any model; chatml needs the tokens <|im_start|> and <|im_end|>.
+    """
+    file: Path | None = None
+    """A file inside the pods with a Jinja template: chat_template.jinja, or a tokenizer_config.json that has one."""
+    text: Annotated[str | None, Field(min_length=1, max_length=65536)] = None
+    """A Jinja template. Text between {% generation %} and {% endgeneration %} is what the assistant writes."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(exactly_one("name", "file", "text"), "spec.dataset.chatTemplate: set exactly one of name, file and text"),
+    )
 
 
 class TrainingData(DatasetSource):
@@ -65,6 +98,14 @@ class TrainingData(DatasetSource):
     eval_fraction: Annotated[float | None, Field(gt=0, lt=1)] = None
     """Share of the training rows, chosen by `training.seed`, that is held out to evaluate on."""
     columns: Columns = Field(default_factory=Columns)
+    form: Annotated[RowForm | None, For("task")] = by_table()
+    """What rows are: text; prompt-completion; messages, a conversation; sharegpt or alpaca, which are converted to
+    messages. When left out, the columns tell: those that are named in `columns`, or else those of the file.
+    """
+    chat_template: Annotated[ChatTemplate | None, For("task")] = by_table()
+    """How messages are written as text. When left out, by the template of the model's tokenizer. The result has the
+    template with which it was trained.
+    """
     parse_special_tokens: Annotated[bool, For("task")] = by_table()
     """Whether control tokens that a text spells, such as </s> or <|im_end|>, become these tokens. Set it for texts that
     were made with a chat template. Otherwise such spellings are ordinary text.
@@ -194,6 +235,11 @@ class Training(ApiModel):
     maxLength is split. concatenate: for continued pre-training. All rows are joined, separated by the end-of-text
     token, and cut into blocks of maxLength, within which the model sees across rows. Lines of text files keep their
     breaks; there the token stands at the end of a file.
+    """
+    loss_on: Annotated[LossOn | None, For("task")] = by_table()
+    """Which tokens the model learns to write. all: every token. completions: those after the prompt. assistant: those
+    of the assistant's turns, with the token that ends a turn. When left out: assistant for conversations, completions
+    for prompts and completions, all for texts.
     """
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the computation. auto: bf16 on a GPU that has it, fp16 on one before Ampere, fp32 on CPU."""
@@ -398,6 +444,7 @@ class FineTuneJobSpec(JobControl, TabledSpec):
         *works_with("task", METHODS_OF_TASKS, "method.type", METHODS),
         *works_with("task", FORMATS_OF_TASKS, "dataset.?format", get_args(DatasetFormat)),
         *works_with("task", QUANTIZATIONS_OF_TASKS, "model.?quantization.type", QUANTIZATIONS),
+        *works_with("dataset.?form", LOSSES_OF_FORMS, "training.?lossOn", get_args(LossOn)),
         *works_with("method.type", QUANTIZATIONS_OF_METHODS, "model.?quantization.type", QUANTIZATIONS),
         *works_with("task", STRATEGIES_OF_TASKS, "strategy", STRATEGIES),
         *works_with("method.type", STRATEGIES_OF_METHODS, "strategy", STRATEGIES),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from luthier_api.formats import DatasetFormat
+from luthier_api.forms import ROLES
 from luthier_api.methods import STRATEGIES, MethodType, QuantizationType, Strategy
 
 Modality = Literal["text", "image"]
@@ -42,7 +43,9 @@ class TrainingTask:
     """What a FineTuneJob of the task reads, and how it may learn."""
 
     columns: dict[str, str]
-    """Roles in `dataset.columns` that each row must have → the column's name unless the job gives another."""
+    """Roles in `dataset.columns` that each row must have → the column's name unless the job gives another. Not those of
+    causal-lm, which depend on the form of the rows (`forms`).
+    """
     formats: tuple[DatasetFormat, ...]
     """Formats of files that can hold such rows."""
     methods: tuple[MethodType, ...]
@@ -51,8 +54,8 @@ class TrainingTask:
     """What an evaluation tells beside the loss."""
     sequences: int = 0
     """Sequences of tokens in a row for which a model computes logits over its vocabulary."""
-    optional_columns: dict[str, str] = field(default_factory=dict)
-    """The same as `columns` for roles that rows need not have."""
+    optional_columns: dict[str, str | None] = field(default_factory=dict)
+    """The same as `columns` for roles that rows need not have; None: no default."""
     quantizations: tuple[QuantizationType, ...] = ()
     """Types in which a frozen model of the task may rest. bitsandbytes quantises linear layers alone, and a model that
     looks at images may be made of convolutions.
@@ -67,7 +70,8 @@ class TrainingTask:
     @property
     def fields(self) -> dict[str, Any]:
         """Path in the spec → default, of all fields that belong to the task. Other tasks refuse them."""
-        columns = {f"dataset.columns.{role}": name for role, name in (self.columns | self.optional_columns).items()}
+        roles: dict[str, Any] = self.columns | self.optional_columns
+        columns = {f"dataset.columns.{role}": name for role, name in roles.items()}
         quantization = {"model.quantization": None} if self.quantizations else {}
         settings: dict[str, Any] = {self.settings: {}} if self.settings else {}
         return columns | quantization | settings | self.options
@@ -132,6 +136,8 @@ TEXT_OPTIONS: dict[str, Any] = RESULT_OPTIONS | {
     "model.resizeEmbeddings": False,
 }
 """Fields of the tasks whose rows hold text."""
+CHAT_OPTIONS: dict[str, Any] = {"dataset.form": None, "dataset.chatTemplate": None, "training.lossOn": None}
+"""Fields of the tasks whose rows can be conversations."""
 LABEL_OPTIONS: dict[str, Any] = {"dataset.mergeLabels": False}
 """Fields of the tasks whose rows have a class each."""
 
@@ -148,12 +154,13 @@ TASKS: Mapping[str, TaskInfo] = {
         auto_model="CausalLM",
         peft_task_type="CAUSAL_LM",
         training=TrainingTask(
-            columns={"text": "text"},
+            columns={},
+            optional_columns=dict.fromkeys(ROLES),
             formats=TEXT_FORMATS,
             sequences=1,
             methods=("full", "lora", "qlora"),
             quantizations=("nf4", "fp4", "int8"),
-            options=TEXT_OPTIONS | {"training.packing": "none", "model.config": None},
+            options=TEXT_OPTIONS | CHAT_OPTIONS | {"training.packing": "none", "model.config": None},
             metrics=(TaskMetric("perplexity", "Perplexity", better="lower"),),
         ),
     ),

@@ -250,7 +250,6 @@ MARKS: list[Case] = [
         for task in (CAUSAL, TEXTS, IMAGES)
         for field, change in {
             "preference": {"spec.preference": {"beta": 0.2, "lossType": "ipo"}},
-            "dataset.columns.prompt": {"spec.dataset.columns": {"prompt": "question"}},
             "dataset.columns.chosen": {"spec.dataset.columns": {"chosen": "better"}},
             "dataset.columns.rejected": {"spec.dataset.columns": {"rejected": "worse"}},
         }.items()
@@ -306,7 +305,43 @@ MARKS: list[Case] = [
         for field, change in {
             "training.packing": {"spec.training.packing": "isolated"},
             "model.config": FULL | {"spec.model": {"config": {"modelType": "llama"}}},
+            "dataset.columns.completion": {"spec.dataset.columns": {"completion": "answer"}},
+            "dataset.columns.messages": {"spec.dataset.columns": {"messages": "turns"}},
+            "dataset.columns.tools": {"spec.dataset.columns": {"tools": "functions"}},
+            "dataset.columns.system": {"spec.dataset.columns": {"system": "rules"}},
+            "dataset.columns.input": {"spec.dataset.columns": {"input": "context"}},
+            "dataset.form": {"spec.dataset.form": "messages"},
+            "dataset.chatTemplate": {"spec.dataset.chatTemplate": {"name": "zephyr"}},
+            "training.lossOn": {"spec.training.lossOn": "all"},
         }.items()
+    ),
+    *(
+        Case(
+            message="spec.dataset.columns.prompt: applies to causal-lm, preference;",
+            refused=refused | {"spec.dataset.columns": {"prompt": "question"}},
+            accepted=accepted | {"spec.dataset.columns": {"prompt": "question"}},
+        )
+        for refused, accepted in ((TEXTS, CAUSAL), (IMAGES, PREFERENCE))
+    ),
+    *(
+        Case(
+            message=f"spec.training.lossOn: {form} works with {losses};",
+            refused={"spec.dataset.form": form, "spec.training.lossOn": refused},
+            accepted={"spec.dataset.form": form, "spec.training.lossOn": "all"},
+        )
+        for form, losses, refused in (
+            ("messages", "assistant, all", "completions"),
+            ("sharegpt", "assistant, all", "completions"),
+            ("text", "all", "assistant"),
+        )
+    ),
+    *(
+        Case(
+            message="spec.dataset.chatTemplate: set exactly one of name, file and text",
+            refused={"spec.dataset.chatTemplate": template},
+            accepted={"spec.dataset.chatTemplate": {"text": "{{ messages }}"}},
+        )
+        for template in ({}, {"name": "zephyr", "text": "{{ messages }}"})
     ),
     *(
         Case(
@@ -1037,6 +1072,7 @@ WRITTEN: list[Written] = [
     Written("spec.adapters[].path", lambda t: {"spec.adapters": [{"path": t}]}, *PATHS, GENERATE),
     Written("spec.dataset.files[]", lambda t: {"spec.dataset": {"files": [t]}}, *PATHS),
     Written("spec.dataset.evalFiles[]", lambda t: {"spec.dataset": {"files": ["/x"], "evalFiles": [t]}}, *PATHS),
+    Written("spec.dataset.chatTemplate.file", lambda t: {"spec.dataset.chatTemplate": {"file": t}}, *PATHS),
     Written("spec.inputs.dataset.files[]", lambda t: {"spec.inputs": {"dataset": {"files": [t]}}}, *PATHS, GENERATE),
     Written("spec.dataset.id", lambda t: {"spec.dataset": {"id": t}}, *HUB_NAMES),
     Written("spec.dataset.encoding", lambda t: {"spec.dataset": {"files": ["/x"], "encoding": t}}, *ENCODINGS),

@@ -364,7 +364,6 @@ def test_defaults_are_those_of_the_crd_and_of_the_tables(document: Document) -> 
 def test_settings_that_depend_on_task_and_method() -> None:
     given = tune(method={"type": "qlora", "rank": 4})
     assert settings_of(check_job(given).spec) == {
-        "dataset.columns.text": "text",
         "dataset.parseSpecialTokens": False,
         "method.rank": 4,
         "method.alpha": 32,

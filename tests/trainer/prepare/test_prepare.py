@@ -500,8 +500,9 @@ MISTAKES = [
         content=[{"a": "1", "b": "2", "c": "3"}],
         code=D,
         message=(
-            'spec.dataset.columns.text: no column "text" in x.jsonl (columns: a, b, c). Name the one that plays this'
-            " role"
+            "spec.dataset.columns: x.jsonl has no columns by which its rows could be read (columns: a, b, c). Name them"
+            " in dataset.columns. The forms of rows are: messages (messages); sharegpt (messages); prompt-completion"
+            " (prompt, completion); alpaca (prompt, completion); text (text)"
         ),
     ),
     MistakeCase(

@@ -53,6 +53,8 @@ class Table:
     """Columns that hold text, as far as the first rows show."""
     images: tuple[str, ...] = ()
     """Columns that hold images."""
+    lists: tuple[str, ...] = ()
+    """Columns that hold lists, as far as the first rows show."""
     mixed: Mapping[str, str] = field(default_factory=dict)
     """Column → what it holds, if that is not only text, only numbers, or only true and false. Its cells are JSON text.
     """
@@ -118,7 +120,10 @@ class Files:
             sink = self._json_tables(files, survey, look, first=False)
         parts = tuple(Part(file.path, rows, file.line_of) for file, rows in zip(files, sink.parts, strict=True))
         texts = tuple(name for name, types in look.types.items() if types == {str})
-        return Table(sink.close(), parts, tuple(survey.names), texts, mixed=survey.mixed(), rarest=survey.rarest())
+        lists = tuple(name for name, types in look.types.items() if types == {list})
+        return Table(
+            sink.close(), parts, tuple(survey.names), texts, lists=lists, mixed=survey.mixed(), rarest=survey.rarest()
+        )
 
     def _json_tables(self, files: list[JsonFile], survey: Survey, look: Survey, first: bool) -> Sink:
         """Write all rows, and return the file that they are in, still open.
@@ -146,7 +151,7 @@ class Files:
 
     def _parquet(self, documents: bool) -> Table:
         import pyarrow
-        from datasets import Features, Image
+        from datasets import Features, Image, LargeList, List
 
         files = [ParquetFile(path, self.decoder.files) for path in self.paths]
         names = self._names((file.path, file.schema.names) for file in files)
@@ -167,7 +172,8 @@ class Files:
             name for name, feature in known[files[0].path].items() if getattr(feature, "dtype", None) in TEXT_TYPES
         )
         images = tuple(name for name, feature in known[files[0].path].items() if isinstance(feature, Image))
-        return Table(sink.close(), parts, names, texts, images)
+        lists = tuple(name for name, feature in known[files[0].path].items() if isinstance(feature, List | LargeList))
+        return Table(sink.close(), parts, names, texts, images, lists)
 
     def _typed_by(self, files: list[ParquetFile], wanted: list[str]) -> dict[str, ParquetFile]:
         """Return the columns to read, each with a file that has its type.

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import numpy
     from datasets import Dataset
 
+    from luthier_trainer.data.forms import Form
+
 FILES_SPLIT = "train"
 FILE_NAME = "file_name"  # the column of metadata that names an image, as in `datasets`
 UNKNOWN_SPLIT = re.compile(r"Unknown split .*?one of \[(.*?)\]")  # an error message of `datasets`
@@ -56,12 +58,17 @@ class Rows:
     """Columns that hold text."""
     images: tuple[str, ...] = ()
     """Columns that hold images."""
+    lists: tuple[str, ...] = ()
+    """Columns that hold lists."""
     mixed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Column → what it holds, if it holds lists, objects, or values of several kinds. Its cells are JSON text."""
     rarest: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Column with values of several kinds → number of the first row of the rarest kind."""
     hint: str = ""
     """What to do if a column is missing, if the files give a hint."""
+
+    form: Form | None = None
+    """How the task reads the rows, if it knows several forms."""
 
     def select(self, indices: numpy.ndarray) -> Rows:
         """Return the rows at these positions, an int64 array."""
@@ -139,6 +146,7 @@ class Loader:
             names=table.names,
             texts=table.texts,
             images=table.images,
+            lists=table.lists,
             mixed=table.mixed,
             rarest=table.rarest,
             hint=table.hint,
@@ -242,6 +250,7 @@ class Loader:
             names=table.names,
             texts=table.texts,
             images=table.images,
+            lists=table.lists,
             mixed=table.mixed,
             rarest=table.rarest,
             hint=table.hint,
@@ -351,11 +360,13 @@ def no_split(split: str, splits: list[str], field: str) -> Failure:
 
 def _as_table(data: Dataset) -> Table:
     """Return rows that `datasets` has read as a Table, without the files that they come from."""
-    from datasets import Image
+    from datasets import Image, LargeList, List
 
     names = tuple(data.column_names)
     texts = tuple(name for name in names if getattr(data.features[name], "dtype", None) in TEXT_TYPES)
-    return Table(data, (), names, texts, tuple(name for name in names if isinstance(data.features[name], Image)))
+    images = tuple(name for name in names if isinstance(data.features[name], Image))
+    lists = tuple(name for name in names if isinstance(data.features[name], List | LargeList))
+    return Table(data, (), names, texts, images, lists)
 
 
 def first_cause(error: BaseException) -> str:

@@ -38,12 +38,12 @@ def language_rows(
         if max_length is not None:
             cut += sum(len(row) > max_length for row in rows)
             rows = [row[:max_length] for row in rows]
-        return {"input_ids": rows, "length": [len(row) for row in rows]}
+        return language(rows)
 
     rows = mapped(texts, tokenize, language_features())
     if max_length is not None:
         _tell_cut(cut, len(texts), max_length, use)
-    return _keep_learnable(rows)
+    return keep_learnable(rows)
 
 
 def classification_rows(
@@ -150,6 +150,12 @@ def _tell_cut(cut: int, rows: int, max_length: int, use: str) -> None:
         notice(f"{MAX_LENGTH}: {cut} of {rows} {use} rows are longer than {max_length} tokens and are cut")
 
 
+def language(rows: Any) -> dict[str, list[Any]]:
+    """Return the columns for causal-lm from lists of token ids."""
+    ids = list(rows)
+    return {"input_ids": ids, "length": [len(row) for row in ids]}
+
+
 def language_features(masked: bool = False) -> Any:
     """Return the types of the columns for causal-lm. `masked`: whether not every token is in the loss."""
     from datasets import Features, List, Value
@@ -167,6 +173,6 @@ def _classification_features() -> Any:
     )
 
 
-def _keep_learnable(rows: Dataset) -> Dataset:
+def keep_learnable(rows: Dataset) -> Dataset:
     """Return the rows that have at least `SHORTEST` tokens."""
     return rows.filter(lambda lengths: [n >= SHORTEST for n in lengths], batched=True, input_columns=["length"])

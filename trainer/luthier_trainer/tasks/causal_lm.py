@@ -1,6 +1,6 @@
-"""causal-lm: learn to predict the next token.
+"""causal-lm: learn to predict the next token of texts, of completions, or of the assistant's turns in conversations.
 
-The held-out loss is the mean over all tokens, independent of the batch size and the number of processes.
+The held-out loss is the mean over all labels, independent of the batch size and the number of processes.
 """
 
 from __future__ import annotations
@@ -8,19 +8,23 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.run import FineTuneRun
 from luthier_api.status import ResolvedSource
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer.data import bins, columns, packing, tokens
+from luthier_trainer.data import bins, chats, columns, forms, labelled, packing, templates, tokens
 from luthier_trainer.data.load import Rows
+from luthier_trainer.data.masks import ChatReader
 from luthier_trainer.models import checks, isolation
 from luthier_trainer.models.inspect import max_positions
+from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.tasks.base import LoadedModel, Loss, Model, TrainerSetup, TrainingContext
 from luthier_trainer.tasks.batches import IGNORED, LabelledBatches, TokenCollator, measured_by
-from luthier_trainer.tasks.texts import FIELD, TextTask, check_ends, reader_of
+from luthier_trainer.tasks.texts import TextTask, check_ends, reader_of
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +41,7 @@ class CausalLM(LabelledBatches, TextTask):
     task = "causal-lm"
 
     def columns(self, spec: FineTuneJobSpec) -> tuple[str, ...]:
-        return self.inputs(spec)
+        return forms.wanted(spec)
 
     def check_new_model(self, spec: FineTuneJobSpec) -> None:
         from luthier_trainer.models.new_model import new_config
@@ -46,7 +50,26 @@ class CausalLM(LabelledBatches, TextTask):
         checks.check_length(new_config(spec.model.config), spec.training.max_length, tokens.MAX_LENGTH)
 
     def fitting(self, rows: Rows, spec: FineTuneJobSpec) -> Rows:
-        return columns.texts(rows, spec.dataset.columns.text, FIELD, drop_blank=True)
+        """Return the rows in the form that their columns tell; conversations as one column of JSON text.
+
+        Raises Failure if they have no form, or if the job asks for something that rows of this form do not have.
+        """
+        form = forms.recognise(rows, spec)
+        if form.name != "text" and spec.training.packing == "concatenate":
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"spec.training.packing: concatenate joins texts, and the rows of {rows.origin} are {form.info.title}."
+                " Choose isolated, which keeps each row whole, or none",
+            )
+        forms.loss_on(form, spec, rows.origin)
+        if chats.has_messages(rows, form):
+            found = chats.conversations(rows, form)
+        else:
+            _refuse_template(spec, rows.origin, form)
+            found = rows
+            for role in form.info.columns:
+                found = columns.texts(found, form.columns[role], f"{forms.COLUMNS}.{role}", drop_blank=True)
+        return replace(found, form=form)
 
     def new_model(self, rows: Rows, run: FineTuneRun, folder: WorkspaceFolder) -> Model:
         """Create a tokenizer from the training rows and a model with weights drawn from the seed.
@@ -57,7 +80,7 @@ class CausalLM(LabelledBatches, TextTask):
 
         new = run.spec.model.config
         assert new is not None
-        texts = texts_of(rows, run.spec.dataset.columns.text)
+        texts = texts_of(rows)
         tokenizer = train_tokenizer(texts, new.vocab_size, new_config(new))
         config = new_config(new, tokenizer)
         limit = max_positions(config)
@@ -82,19 +105,36 @@ class CausalLM(LabelledBatches, TextTask):
         labels: list[str] | None,
         use: str,
     ) -> Dataset:
-        text, longest = spec.dataset.columns.text, spec.training.max_length
-        reader = reader_of(rows, text, FIELD, processor, spec, use)
-        if spec.training.packing == "concatenate":
-            return packing.blocks(rows.data, text, reader, longest, rows.documents)
+        assert rows.form is not None, "`fitting` has told the form"
+        learnt = forms.loss_on(rows.form, spec, rows.origin)
+        names = [rows.form.columns[role] for role in rows.form.info.columns]
+        # Packing splits longer rows.
+        longest = None if spec.training.packing == "isolated" else spec.training.max_length
+        if chats.CHAT in rows.data.column_names:
+            templates.choose(processor, spec.dataset.chat_template, rows.form.name, learnt)
+            reader = ChatReader(processor, learnt, spec.dataset.parse_special_tokens)
+            encoded = labelled.chat_rows(rows, reader, longest, use)
+        else:
+            for role, name in zip(rows.form.info.columns, names, strict=True):
+                texts = reader_of(rows, name, f"{forms.COLUMNS}.{role}", processor, spec, use)
+            if spec.training.packing == "concatenate":
+                return packing.blocks(rows.data, names[0], texts, spec.training.max_length, rows.documents)
+            if rows.form.name == "text":
+                encoded = tokens.language_rows(rows.data, names[0], texts, longest, use)
+            else:
+                encoded = labelled.completion_rows(rows, names[0], names[1], texts, longest, use, learnt != "all")
         if spec.training.packing == "isolated":
-            return bins.packed(tokens.language_rows(rows.data, text, reader, None, use), longest, use)
-        return tokens.language_rows(rows.data, text, reader, longest, use)
+            return bins.packed(encoded, spec.training.max_length, use)
+        return encoded
 
     def check_encoded(self, data: DatasetDict, model: Model, labels: list[str] | None) -> None:
         """Check that each split has rows and that the model knows their tokens. Raises Failure if not."""
         for name, rows in data.items():
             if len(rows) == 0:
-                raise columns.invalid(f"{FIELD}: no row of the {name} split has {tokens.SHORTEST} tokens or more")
+                raise columns.invalid(
+                    f"spec.dataset: no row of the {name} split has {tokens.SHORTEST} tokens or more, of which one is a"
+                    " label"
+                )
         super().check_encoded(data, model, labels)
 
     def arguments(self, spec: FineTuneJobSpec, common: Mapping[str, Any]) -> TrainingArguments:
@@ -128,18 +168,33 @@ class CausalLM(LabelledBatches, TextTask):
         return None if calls_its_loss_function else next_token_loss
 
 
-def texts_of(rows: Rows, column: str) -> Iterator[str]:
-    """Yield the texts of `column`.
+def _refuse_template(spec: FineTuneJobSpec, origin: str, form: forms.Form) -> None:
+    """Raise Failure if the job names a chat template for rows without messages, or a loss on an assistant's turns."""
+    what = f"the rows of {origin} are {form.info.title}, which have no messages"
+    if spec.dataset.chat_template is not None:
+        raise Failure(ExitCode.INVALID_SPEC, f"{templates.FIELD}: {what}; remove it")
+    if spec.training.loss_on == "assistant":
+        raise Failure(ExitCode.INVALID_SPEC, f"{forms.LOSS_ON}: {what}. Choose completions or all, or remove it")
+
+
+def texts_of(rows: Rows) -> Iterator[str]:
+    """Yield the texts of all columns.
 
     The lines of text files are joined, `TEXTS_AT_ONCE` at a time, so that the tokenizer also learns pairs that span a
     line break.
     """
+    assert rows.form is not None, "`fitting` has told the form"
+    if chats.CHAT in rows.data.column_names:
+        yield from chats.contents(rows.data)
+        return
     for start in range(0, len(rows.data), TEXTS_AT_ONCE):
-        batch = rows.data[start : start + TEXTS_AT_ONCE][column]
-        if rows.documents:
-            yield "".join(batch)
-        else:
-            yield from batch
+        batch = rows.data[start : start + TEXTS_AT_ONCE]
+        for role in rows.form.info.columns:
+            texts = batch[rows.form.columns[role]]
+            if rows.documents:
+                yield "".join(texts)
+            else:
+                yield from texts
 
 
 def next_token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:

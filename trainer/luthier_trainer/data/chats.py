@@ -1,0 +1,272 @@
+"""Reads conversations: every form of rows that holds messages becomes one column of JSON text.
+
+A row is then an object with `messages`, with `tools` if there are some, and, where it is a prompt and its completion,
+with `prompt`, the number of messages that are the prompt. Messages have the keys that chat templates know: role,
+content, tool_calls, name, tool_call_id, reasoning_content. Content is one text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from luthier_trainer.data import columns, tokens
+from luthier_trainer.data.forms import COLUMNS, Form
+from luthier_trainer.data.load import Rows
+from luthier_trainer.runtime.notices import notice
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+CHAT = "chat"  # the column of JSON text
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SAME_ROLE = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+}
+"""Names of roles in ShareGPT and similar datasets → the role of chat templates."""
+CALLS = ("function_call", "tool_call")
+"""Roles of ShareGPT whose value is a call of a tool, as JSON."""
+PARTS_SHOWN = 60  # characters of a cell in a message
+
+Message = dict[str, Any]
+Chat = dict[str, Any]
+
+
+class Malformed(ValueError):
+    """A cell is no conversation. The text says why."""
+
+
+def has_messages(rows: Rows, form: Form) -> bool:
+    """Return whether rows of this form are conversations, and not pairs of texts."""
+    if form.name != "prompt-completion":
+        return form.can_converse
+    return any(_is_nested(rows, form.columns[role]) for role in ("prompt", "completion"))
+
+
+def _is_nested(rows: Rows, column: str) -> bool:
+    feature = rows.data.features[column]
+    return column in rows.mixed or not columns.is_text(feature)
+
+
+def conversations(rows: Rows, form: Form) -> Rows:
+    """Return rows with the one column `CHAT`.
+
+    Rows without messages are dropped, with a notice. Raises Failure if a row is no conversation, or if no row is left.
+    """
+    import numpy
+    from datasets import Features, Value
+
+    nested = {column: _is_nested(rows, column) for column in form.columns.values()}
+
+    def convert(batch: dict[str, list[Any]]) -> dict[str, list[str | None]]:
+        made: dict[str, list[str | None]] = {CHAT: [], "problem": []}
+        for cells in _rows_of(batch):
+            given = {role: cells[column] for role, column in form.columns.items()}
+            try:
+                chat = _chat(form, {role: _cell(value, nested[form.columns[role]]) for role, value in given.items()})
+                made[CHAT].append(json.dumps(chat, ensure_ascii=False) if chat else None)
+                made["problem"].append(None)
+            except Malformed as error:
+                made[CHAT].append(None)
+                made["problem"].append(str(error))
+        return made
+
+    read = tokens.mapped(
+        rows.data.select_columns(list(form.columns.values())),
+        convert,
+        Features({CHAT: Value("string"), "problem": Value("string")}),
+    )
+    role, column = next(iter(form.columns.items()))
+    field = f"{COLUMNS}.{role}"
+    problems = [i for i, problem in enumerate(read["problem"]) if problem is not None]
+    if problems:
+        raise columns.invalid(
+            f'{field}: column "{column}" of {rows.origin} cannot be read as {form.info.title} in {len(problems)} of'
+            f" {len(read)} rows. The first is {rows.place(problems[0])}: {read[problems[0]]['problem']}"
+        )
+    found = numpy.array([chat is not None for chat in read[CHAT]], dtype=bool)
+    empty = numpy.flatnonzero(~found)
+    if len(empty) == len(read):
+        raise columns.invalid(f'{field}: column "{column}" of {rows.origin} is empty in all {len(read)} rows')
+    kept = replace(rows, data=read.select_columns([CHAT]))
+    if len(empty):
+        notice(
+            f'{field}: column "{column}" of {rows.origin} is empty in {len(empty)} of {len(read)} rows, which are left'
+            f" out. The first is {rows.place(int(empty[0]))}"
+        )
+        kept = kept.select(numpy.flatnonzero(found))
+    return kept
+
+
+def contents(data: Dataset) -> Iterator[str]:
+    """Yield the contents of all messages of conversations."""
+    for row in data:
+        yield from (message["content"] for message in json.loads(row[CHAT])["messages"])
+
+
+def _rows_of(batch: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    names = list(batch)
+    for cells in zip(*batch.values(), strict=True):
+        yield dict(zip(names, cells, strict=True))
+
+
+def _cell(value: Any, nested: bool) -> Any:
+    """Return what a cell holds. Nested values of JSON files are JSON text, and those of other files have empty keys.
+
+    Parquet has the same keys in all objects of a column, and null where an object has no such key.
+    """
+    return _parsed(value) if nested and isinstance(value, str) else _without_nulls(value)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+def _chat(form: Form, cells: dict[str, Any]) -> Chat | None:
+    """Return a row as a conversation; None if it is empty. Raises Malformed."""
+    if form.name in ("messages", "sharegpt"):
+        messages = _messages(_listed(cells["messages"]), "assistant")
+        prompt = None
+    else:
+        asked = _messages(_with_input(cells), "user")
+        answer = _messages(_listed(cells["completion"]), "assistant")
+        if not any(_says_something(message) for message in answer):
+            return None
+        messages, prompt = asked + answer, len(asked)
+    if not messages:
+        return None
+    if cells.get("system"):
+        messages = [{"role": "system", "content": str(cells["system"])}, *messages]
+        prompt = None if prompt is None else prompt + 1
+    found: Chat = {"messages": messages}
+    if tools := _tools(cells.get("tools")):
+        found["tools"] = tools
+    if prompt is not None:
+        found["prompt"] = prompt
+    return found
+
+
+def _says_something(message: Message) -> bool:
+    return bool(message["content"].strip() or message.get("tool_calls"))
+
+
+def _with_input(cells: dict[str, Any]) -> Any:
+    """Return the prompt; in rows of Alpaca, the instruction and, after a blank line, its input."""
+    prompt, given = _listed(cells["prompt"]), cells.get("input")
+    if isinstance(prompt, str) and isinstance(given, str) and given.strip():
+        return f"{prompt}\n\n{given}"
+    return prompt
+
+
+def _listed(value: Any) -> Any:
+    """Return the value of a cell, or the messages of which it is the JSON text, as in tables of CSV."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        parsed = _parsed(value)
+        messages = parsed.get("messages") if isinstance(parsed, dict) else parsed
+        if (
+            isinstance(messages, list)
+            and messages
+            and all(isinstance(m, dict) and {"role", "from"} & set(m) for m in messages)
+        ):
+            return messages
+    return value
+
+
+def _messages(value: Any, role: str) -> list[Message]:
+    """Return messages with the keys of chat templates. A text becomes one message of `role`. Raises Malformed."""
+    if value is None or value == "":
+        return []
+    if isinstance(value, str) and (role == "user" or value.strip()):
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list):
+        raise Malformed(f"{_shown(value)} is no list of messages")
+    return [_message(item, i) for i, item in enumerate(value)]
+
+
+def _message(item: Any, number: int) -> Message:
+    if not isinstance(item, dict):
+        raise Malformed(f"message {number} is {_shown(item)}, and no object with role and content")
+    given = {key: value for key, value in item.items() if value is not None and key not in ("from", "value")}
+    name = given.get("role", item.get("from"))
+    if not isinstance(name, str):
+        raise Malformed(f"message {number} has no role. Its keys are: {', '.join(item)}")
+    content = given.get("content", item.get("value"))
+    role = SAME_ROLE.get(name.lower(), name.lower())
+    if role in CALLS:
+        return {"role": "assistant", "content": "", "tool_calls": _calls(_parsed(content), number)}
+    if role not in ROLES:
+        raise Malformed(f"message {number} has the role {name}. The roles are: {', '.join(ROLES)}")
+    found = {**given, "role": role, "content": _content(content, number)}
+    if calls := given.get("tool_calls"):
+        found["tool_calls"] = _calls(calls, number)
+    elif content is None and not given.get("reasoning_content"):
+        raise Malformed(f"message {number} has no content. Its keys are: {', '.join(item)}")
+    return found
+
+
+def _content(value: Any, number: int) -> str:
+    """Return a content as one text: its parts follow each other directly, as chat templates write them."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        return json.dumps(value, ensure_ascii=False)  # the answer of a tool
+    texts = []
+    for part in value:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            kind = part.get("type", "?") if isinstance(part, dict) else type(part).__name__
+            raise Malformed(f"message {number} has content of the type {kind}. Models of text read only text")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _parsed(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def _calls(value: Any, number: int) -> list[dict[str, Any]]:
+    """Return calls of tools, each with the arguments as an object, which is what chat templates expect."""
+    calls = []
+    for call in value if isinstance(value, list) else [value]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise Malformed(f"message {number} calls a tool without a name: {_shown(call)}")
+        made = {"name": function["name"], "arguments": _parsed(function.get("arguments", {}))}
+        others = {key: call[key] for key in ("id",) if call.get(key) is not None}
+        calls.append({"type": "function", "function": made} | others)
+    return calls
+
+
+def _tools(value: Any) -> list[dict[str, Any]]:
+    tools = _parsed(value)
+    if not tools:
+        return []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise Malformed(f"tools: {_shown(tools)} is no list of JSON schemas")
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= PARTS_SHOWN else f"{text[:PARTS_SHOWN]}…"
