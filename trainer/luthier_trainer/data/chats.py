@@ -198,6 +198,7 @@ def _messages(value: Any, role: str) -> list[Message]:
 
 
 def _message(item: Any, number: int) -> Message:
+    """Return a message with the keys of chat templates. `number` is its place. Raises Malformed."""
     if not isinstance(item, dict):
         raise Malformed(f"message {number} is {_shown(item)}, and no object with role and content")
     given = {key: value for key, value in item.items() if value is not None and key not in ("from", "value")}
@@ -219,7 +220,10 @@ def _message(item: Any, number: int) -> Message:
 
 
 def _content(value: Any, number: int) -> str:
-    """Return a content as one text: its parts follow each other directly, as chat templates write them."""
+    """Return a content as one text: its parts follow each other directly, as chat templates write them.
+
+    Raises Malformed if a part is no text.
+    """
     if value is None:
         return ""
     if isinstance(value, str):
@@ -246,7 +250,10 @@ def _parsed(value: Any) -> Any:
 
 
 def _calls(value: Any, number: int) -> list[dict[str, Any]]:
-    """Return calls of tools, each with the arguments as an object, which is what chat templates expect."""
+    """Return calls of tools, each with the arguments as an object, which is what chat templates expect.
+
+    Raises Malformed if a tool has no name.
+    """
     calls = []
     for call in value if isinstance(value, list) else [value]:
         function = call.get("function", call) if isinstance(call, dict) else None
@@ -259,6 +266,7 @@ def _calls(value: Any, number: int) -> list[dict[str, Any]]:
 
 
 def _tools(value: Any) -> list[dict[str, Any]]:
+    """Return the tools of a conversation as chat templates expect them. Raises Malformed."""
     tools = _parsed(value)
     if not tools:
         return []

@@ -173,7 +173,10 @@ class ChatReader:
         offsets: list[Span] | None,
         remarks: Counter[str],
     ) -> list[int]:
-        """Return 1 for each token of the assistant's turns, from message `first` on."""
+        """Return 1 for each token of the assistant's turns, from message `first` on.
+
+        Raises Unmasked if they cannot be found by comparing.
+        """
         mask = [0] * len(ids)
         if whole.turns is not None:
             if offsets is not None:

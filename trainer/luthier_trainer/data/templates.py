@@ -82,6 +82,7 @@ def is_marked(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, asked: ChatTemplate | None, form: RowForm) -> str:
+    """Return the template that the job asks for. Raises Failure if it cannot be used."""
     if asked is None:
         return _own(tokenizer, form)
     if asked.name is not None:
@@ -92,6 +93,7 @@ def _template(tokenizer: PreTrainedTokenizerBase, asked: ChatTemplate | None, fo
 
 
 def _own(tokenizer: PreTrainedTokenizerBase, form: RowForm) -> str:
+    """Return the template of the tokenizer; for rows of Alpaca, theirs if it has none. Raises Failure otherwise."""
     own = tokenizer.chat_template
     if isinstance(own, dict):  # several, by name
         own = own.get("default")
@@ -113,7 +115,10 @@ def _own(tokenizer: PreTrainedTokenizerBase, form: RowForm) -> str:
 
 
 def _brought(tokenizer: PreTrainedTokenizerBase, name: TemplateName) -> str:
-    """Return one of `TEMPLATES`, which begins with the begin-of-text token if the tokenizer puts one before texts."""
+    """Return one of `TEMPLATES`, which begins with the begin-of-text token if the tokenizer puts one before texts.
+
+    Raises Failure if the tokenizer lacks a token of the template.
+    """
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in NEEDED.get(name, ()) if token not in vocabulary]
     if missing:
