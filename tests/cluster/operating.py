@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -46,18 +47,26 @@ def namespaces(*names: str) -> Iterator[None]:
         kubectl("-n", namespace, "wait", "pod", "-l", label, "--for=delete", "--timeout=60s")
     kubectl("apply", "--server-side", "--force-conflicts", "-f", str(TOP / "crds"))
     for name in names:
-        kubectl("delete", "namespace", name, "--ignore-not-found", "--timeout=120s")
+        kubectl("delete", "namespace", name, "--ignore-not-found", "--timeout=300s")
         kubectl("create", "namespace", name)
     try:
         yield
     finally:
+        for name in names:
+            # Kubernetes deletes the pods of a namespace before their Jobs. The last failed pod of a shard is kept by
+            # its Job until the next one is made, which a namespace that is being deleted does not allow.
+            kubectl("-n", name, "delete", "finetunejobs,generatejobs", "--all", "--timeout=60s")
         kubectl("delete", "namespace", *names, "--wait=false")
         for namespace, replicas in installed:
             kubectl("-n", namespace, "scale", "deployment", "-l", label, f"--replicas={replicas}")
 
 
 def operator(*watched: str, **environment: str) -> OperatorProcess:
-    return OperatorProcess(",".join(watched), **environment)
+    """The operator for these namespaces."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    return OperatorProcess(",".join(watched), LUTHIER_METRICS_PORT=port, **environment)
 
 
 def job(kind: str, name: str, **spec: Any) -> Object:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from perf.operator_process import PORT
 
 from cluster import choice
 from cluster.operating import Object, World, connected, job, kubectl, namespaces, operator, until
@@ -65,9 +64,8 @@ async def test_no_request_leaves_after_the_loss(tmp_path: Path) -> None:
             KUBECONFIG=configs[name],
             LUTHIER_LEASE=LEASE,
             LUTHIER_IDENTITY=name,
-            LUTHIER_METRICS_PORT=str(PORT + number),
         )
-        for number, name in enumerate((OLD, NEW))
+        for name in (OLD, NEW)
     }
     async with connected() as client:
         world = World(client, NAMESPACE)

@@ -9,15 +9,17 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import pytest
 from perf.operator_process import AuditLog, verb_and_resource
 
 from cluster.operating import World, audit_log, connected, job, namespaces, operator, said, until
 from luthier_operator.client import ApiError
+from luthier_operator.model import Object
 
 pytestmark = pytest.mark.cluster
-NAMESPACE = "test-operator"
+NAMESPACE, CLOCKS = "test-operator", "test-operator-clocks"
 FOREIGN = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "ftj-taken"}, "data": {"theirs": "1"}}
 
 
@@ -187,3 +189,32 @@ async def test_a_message_of_a_newer_image_is_read_as_far_as_it_is_understood(wor
     newer = await world.get("FineTuneJob", "newer")
     assert newer is not None
     assert newer["status"]["attempts"][0]["lastLines"] == "the log"
+
+
+async def test_attempts_stand_in_the_order_of_the_shard_and_not_of_the_clocks(cluster: None) -> None:
+    """Both pods end while no operator runs, so that only the nodes' clocks say when."""
+    with namespaces(CLOCKS):
+        async with connected() as client:
+            world = World(client, CLOCKS)
+            with operator(CLOCKS):
+                await world.create(job("GenerateJob", "clocks"))
+                await world.prepare("clocks")
+                (pod,) = await world.pods_of("clocks", "run")
+            await world.ends(pod, 71, said("run", 71, message="first"))
+            await until("replaced", lambda: replaced(world, pod))
+            (pod,) = await world.pods_of("clocks", "run")
+            await world.ends(pod, 80, said("run", 80, message="second"), ahead=timedelta(minutes=-10))
+            with operator(CLOCKS):
+                await until("both", lambda: attempts(world, 2))
+                found = await attempts(world, 2)
+    assert [(a["attempt"], a["message"]) for a in found] == [(0, "first"), (1, "second")]
+
+
+async def replaced(world: World, pod: Object) -> bool:
+    return [p["metadata"]["uid"] for p in await world.pods("clocks", "run")] not in ([], [pod["metadata"]["uid"]])
+
+
+async def attempts(world: World, count: int) -> list[Object]:
+    found = await world.get("GenerateJob", "clocks") or {}
+    known: list[Object] = found.get("status", {}).get("attempts", [])
+    return known if len(known) == count else []

@@ -21,6 +21,8 @@ pytestmark = pytest.mark.e2e
 ONE_POD = {"cpu": "300m", "memory": "64Gi", "nvidia.com/gpu": "8", "ephemeral-storage": "200Gi"}
 """Quota for one pod of 200m at a time."""
 GPUS_ALONE = {"nvidia.com/gpu": "8"}
+DEADLINE = 15
+"""Seconds of work that a job has left when it is preempted, fewer than it then waits."""
 MULTIKUEUE = "kueue.x-k8s.io/multikueue"
 SLOW = {"waitForPodsReady": {"timeout": "5m"}}
 IMPATIENT = {
@@ -117,8 +119,8 @@ def until(kube: Kube, name: str, says: str, message: str = "", timeout: float = 
     return kube.until("ftj", name, met, timeout=timeout, what=f"Admitted {says}: {message}")
 
 
-def suspend(kube: Kube, name: str, value: bool) -> None:
-    kube.run("patch", "ftj", name, "--type=merge", "-p", json.dumps({"spec": {"suspend": value}}))
+def patch(kube: Kube, name: str, **spec: Any) -> None:
+    kube.run("patch", "ftj", name, "--type=merge", "-p", json.dumps({"spec": spec}))
 
 
 def test_a_preempted_job_saves_gives_way_and_resumes(kube: Kube) -> None:
@@ -138,7 +140,16 @@ def test_a_preempted_job_saves_gives_way_and_resumes(kube: Kube) -> None:
 
     until(kube, "low", "False Preempted", "due to prioritization in the ClusterQueue")
     assert "Evicted" in kube.events("low")
+    # The time in the queue is none of the deadline, which is over by the end of it.
+    stopped = kube.until("ftj", "low", lambda o: not o["status"].get("activeSince"), timeout=60, what="at rest")
+    worked, queued_at = stopped["status"]["activeSeconds"], time.monotonic()
+    patch(kube, "low", activeDeadlineSeconds=worked + DEADLINE)
     kube.complete("ftj", "high", timeout=180)
+    time.sleep(max(0.0, queued_at + DEADLINE - time.monotonic()))
+    held = kube.get("ftj", "low")
+    assert held is not None
+    assert (held["status"]["activeSeconds"], condition(held, "Failed")) == (worked, None)
+    patch(kube, "low", activeDeadlineSeconds=None)
 
     until(kube, "low", "True Admitted")
     deadline = time.monotonic() + 120
@@ -163,7 +174,7 @@ def test_a_preempted_shard_goes_on(kube: Kube) -> None:
     kube.until("ftj", "first", lambda o: o["status"].get("state") == "Planned", timeout=180, what="Planned")
     kube.apply(jobs.generate("shard", **spec))
     kube.until("gj", "shard", lambda o: (o["status"].get("progress") or {}).get("rows"), timeout=180, what="at a row")
-    kube.run("patch", "ftj", "first", "--type=merge", "-p", json.dumps({"spec": {"planOnly": False}}))
+    patch(kube, "first", planOnly=False)
     kube.until("gj", "shard", lambda o: admitted(o) == "False Preempted", timeout=120, what="preempted")
     kube.complete("ftj", "first", timeout=180)
     done = kube.complete("gj", "shard", timeout=240)
@@ -243,9 +254,9 @@ def test_a_run_that_kueue_gives_up_queues_again_by_suspend(kube: Kube) -> None:
     kube.until_gone("pods", "luthier.dev/job=nowhere,luthier.dev/phase=run", timeout=60)
 
     first = kube.list("jobsets", "luthier.dev/job=nowhere")[0]["metadata"]["uid"]
-    suspend(kube, "nowhere", True)
+    patch(kube, "nowhere", suspend=True)
     kube.until_gone("jobsets", "luthier.dev/job=nowhere", timeout=60)
-    suspend(kube, "nowhere", False)
+    patch(kube, "nowhere", suspend=False)
     until(kube, "nowhere", "True Admitted", timeout=60)
     assert kube.list("jobsets", "luthier.dev/job=nowhere")[0]["metadata"]["uid"] != first
     kube.delete("ftj", "nowhere", "--wait")

@@ -45,13 +45,13 @@ class OperatorProcess:
         self._process.wait()
 
     def _wait_until_ready(self, limit: float = 120) -> float:
-        while (elapsed := time.monotonic() - self._began) < limit:
+        while self.alive() and (elapsed := time.monotonic() - self._began) < limit:
             try:
                 with urllib.request.urlopen(f"{self.url}/readyz", timeout=1):
                     return elapsed
             except (urllib.error.URLError, TimeoutError, ConnectionError):
                 time.sleep(0.05)
-        raise SystemExit(f"the operator is not ready after {limit} s")
+        raise SystemExit(f"the operator has ended, or is not ready after {limit} s")
 
     @property
     def url(self) -> str:

@@ -113,13 +113,21 @@ CLOCKS = [
         was_watched=False,
         expect="2026-03-01T12:00:00Z",
     ),
+    ClockCase(
+        name="ended while no operator ran, on a node whose clock is hours behind",
+        finished="2026-03-01T08:00:00Z",
+        was_watched=False,
+        expect="2026-03-01T11:50:00Z",
+    ),
 ]
 
 
 @pytest.mark.parametrize("case", CLOCKS, ids=lambda case: case.name)
 def test_the_operators_clock_says_when_a_pod_ended(case: ClockCase) -> None:
     state = {"terminated": {"exitCode": 1, "reason": "Error", "finishedAt": case.finished}}
-    end = pod_end(pod(JOB, "run", state=state), NOW, case.was_watched)
+    given = pod(JOB, "run", state=state)
+    given["metadata"]["creationTimestamp"] = "2026-03-01T11:50:00Z"  # by the API server's clock
+    end = pod_end(given, NOW, case.was_watched)
     assert end is not None
     assert text(end.ended_at) == case.expect
 
@@ -143,6 +151,17 @@ def test_attempts_of_pods_are_ordered_as_they_were_seen() -> None:
     ]
     found = attempts_of_pods(known, [ended(JOB, "prepare", 74, when=-60, suffix="b")], "prepare")
     assert [(a.attempt, a.reason) for a in found] == [(0, "HubUnavailable"), (1, "StorageError")]
+
+
+def test_attempts_of_a_shard_are_ordered_by_their_number() -> None:
+    """Each ran on a node whose clock is further behind. A shard beside it has failed in between."""
+    ends = [
+        replace(ended(SHARDS, "run", 71, when=when, suffix=f"{index}{number}"), index=index, attempt=number)
+        for index, number, when in ((3, 0, -60), (3, 1, -600), (3, 2, -1200), (5, 0, -90))
+    ]
+    found = attempts_of_pods([], ends[::-1], "run")
+    assert [(a.rank, a.attempt) for a in found] == [(5, 0), (3, 0), (3, 1), (3, 2)]
+    assert attempts_of_pods(found, ends, "run") == found
 
 
 def test_a_shard_counts_its_own_failures() -> None:

@@ -1,7 +1,7 @@
 """The failures that a status keeps, as attempts: one for each restart of a group, one for each failed pod otherwise.
 
-They stand in the order in which the operator has seen them, those of a group by their number. Clocks of nodes may be
-minutes apart, and are never compared.
+They stand in the order in which the operator has seen them, those of a group and of each shard by their number. Clocks
+of nodes may be minutes apart, and are never compared.
 
 Also finds restarts that make no progress, which would go on forever.
 """
@@ -9,6 +9,8 @@ Also finds restarts that make no progress, which would go on forever.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.status import Attempt, Phase
@@ -20,6 +22,7 @@ from luthier_operator.statuses import text
 ATTEMPTS_KEPT = 10  # the limit in the CRD
 LAST_LINES_CHARACTERS = 1000
 NO_PROGRESS_RESTARTS = 3
+A_SECOND = timedelta(seconds=1)  # times in a status have whole seconds
 EVICTIONS = ATTEMPTS_KEPT  # more than a rolling upgrade of nodes causes; the status knows of no more
 
 
@@ -95,13 +98,25 @@ def attempts_of_pods(known: Sequence[Attempt], ends: Sequence[PodEnd], phase: Ph
     if len(known) >= ATTEMPTS_KEPT:
         oldest_kept = (known[0].time or "", known[0].pod or "")
     failed = [end for end in ends if end.exit_code != 0]  # of thousands of shards most have succeeded
-    for end in sorted(failed, key=lambda end: (text(end.ended_at), end.pod)):
+    for end in sorted(one_after_another(failed), key=lambda end: (text(end.ended_at), end.pod)):
         if (text(end.ended_at), end.pod) < oldest_kept:
             continue
         if end.pod not in {known_one.pod for known_one in found}:
             number = max(end.attempt, next_number(found, end, phase))
             found.append(attempt(end, number, None, shard_of(end)))
     return found[-ATTEMPTS_KEPT:]
+
+
+def one_after_another(ends: Iterable[PodEnd]) -> list[PodEnd]:
+    """`ends`, where each attempt of an index ends after the one before it: the nodes that say when may disagree."""
+    latest: dict[int, datetime] = {}
+    ordered = []
+    for end in sorted(ends, key=lambda end: (end.attempt, end.ended_at)):
+        if end.index in latest:
+            end = replace(end, ended_at=max(end.ended_at, latest[end.index] + A_SECOND))
+        latest[end.index] = end.ended_at
+        ordered.append(end)
+    return ordered
 
 
 def rank_of(end: PodEnd) -> int | None:

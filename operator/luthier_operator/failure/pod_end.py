@@ -64,7 +64,7 @@ def pod_end(pod: Object, now: datetime, was_watched: bool) -> PodEnd | None:
     starts, uncharged = children.starts_before(pod)
     raw_message = terminated.get("message") or status.get("message") or ""
     conditions = status.get("conditions") or []
-    finished = terminated.get("finishedAt")
+    finished, created = terminated.get("finishedAt"), children.created(pod)
     return PodEnd(
         pod=meta["name"],
         uid=meta["uid"],
@@ -78,10 +78,15 @@ def pod_end(pod: Object, now: datetime, was_watched: bool) -> PodEnd | None:
         disrupted=any(c["type"] == "DisruptionTarget" and c["status"] == "True" for c in conditions),
         message=TerminationMessage.read(raw_message),
         raw_message=raw_message,
-        ended_at=now if was_watched or not finished else min(moment(finished), now),
+        ended_at=now if was_watched or not finished else ended_between(created, moment(finished), now),
         child=next((uid for name in CHILD_LABELS if (uid := label(pod, name))), ""),
         memory_limit=children.memory_limit(pod),
     )
+
+
+def ended_between(created: datetime | None, finished: datetime, now: datetime) -> datetime:
+    """`finished`, as far as the clock of the node can be right: no pod ends before it was created, or in the future."""
+    return min(max(finished, created or finished), now)
 
 
 class PodEnds:
