@@ -6,6 +6,7 @@ Mounted as a file; its spec is the user's, without what has its default. Paths a
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -64,7 +65,15 @@ class BaseRun(ApiModel):
         spec: TabledSpec = self.spec  # type: ignore[attr-defined]  # of each kind its own
         data = self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True, exclude={"spec"})
         head = {"apiVersion": self.api_version, "kind": self.kind}  # type: ignore[attr-defined]
-        return {**head, "writtenBy": version("luthier"), **data, "spec": written_part(spec)}
+        return {**head, "writtenBy": installed_version(), **data, "spec": written_part(spec)}
+
+
+@cache
+def installed_version() -> str:
+    """Version of Luthier. Read once, when it is first asked for: it takes 0.6 ms, a third of a decision that creates
+    pods, and PID 1 never asks.
+    """
+    return version("luthier")
 
 
 class FineTuneRun(BaseRun):

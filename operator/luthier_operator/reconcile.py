@@ -47,6 +47,10 @@ CHILD_KINDS: tuple[Literal["Job", "JobSet"], ...] = ("Job", "JobSet")
 REFUSALS = (400, 403, 422)
 """Answers to a status that the API server will give again."""
 TERMINATING_SECONDS = 30.0  # until a namespace that is being deleted is tried again
+CREATED_SECONDS = 10.0
+"""After children were created there is nothing to decide until a controller has begun with them, which is an event. If
+none has, the job is reconciled after this time; a delay is reported later than that (`phases/waiting`).
+"""
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ class Reconciler:
         if current is None:  # the job was deleted
             return None
         await self._delete(key, decision)
-        refusal = await self._apply(current, decision)
+        refusal = await self._apply(key, current, decision)
         if refusal and refusal.cause == NAMESPACE_TERMINATING:
             log.info("namespace %s is being deleted: nothing is created there", key.namespace)
             self._terminating[key.namespace] = self._clock() + TERMINATING_SECONDS
@@ -156,14 +160,15 @@ class Reconciler:
             written = replace(observed, job=observed.job.model_copy(update={"status": first.status}))
             last = refused(written, decision, refusal.message, now) if refusal else with_events(written, decision, now)
             await self._report(key, current, first.status, last)
-        again = min((s for s in (wait, decision.requeue_after) if s is not None), default=None)
+        created = CREATED_SECONDS if decision.apply else None
+        again = min((s for s in (wait, decision.requeue_after, created) if s is not None), default=None)
         if refusal:
             if again is not None:  # a deadline may be nearer than the next attempt
                 self._queue.add_after(key, again)
             raise refusal
         return again
 
-    async def _apply(self, found: Object, decision: Decision) -> ApiError | None:
+    async def _apply(self, key: Key, found: Object, decision: Decision) -> ApiError | None:
         """Create the missing children in their order, until the API server refuses one. Returns that refusal.
 
         Raises ApiError if the API server does not answer.
@@ -183,7 +188,10 @@ class Reconciler:
                     raise
                 name = f"{manifest['kind']} {manifest['metadata']['name']}"
                 return ApiError(error.status, error.reason, f"{name}: {error.message}", error.cause)
-            self._enqueue(self._store.put(made))
+            touched = self._store.put(made)
+            if not made.get("status"):
+                touched.discard(key)  # it is new: see CREATED_SECONDS
+            self._enqueue(touched)
         return None
 
     async def _warnings(self, key: Key, asked: Sequence[ChildRef]) -> dict[ChildRef, str]:
@@ -264,7 +272,7 @@ class Reconciler:
             wait = last.at + self._settings.progress_every - self._clock()
             if wait > 0:
                 return found, wait
-        kept = await self._write_status(key, found, understood, desired)
+        kept = await self._write_status(key, found, understood, desired, creates=bool(decision.apply))
         if kept is None:
             return None, None
         if kept is not found:
@@ -279,9 +287,11 @@ class Reconciler:
         last = self._writes.get(key)
         return last if last and last.uid == found["metadata"]["uid"] else None
 
-    async def _write_status(self, key: Key, found: Object, understood: Object, desired: Object) -> Object | None:
+    async def _write_status(
+        self, key: Key, found: Object, understood: Object, desired: Object, creates: bool = False
+    ) -> Object | None:
         """Write the status if it has changed. Returns the object as it is then: `found` if nothing was written, None if
-        it is gone.
+        it is gone. `creates`: whether children are created next, after which the job is reconciled anyway.
 
         Raises ApiError; after a conflict the store has the current object.
         """
@@ -308,7 +318,7 @@ class Reconciler:
             found["metadata"]["uid"], digest(desired), digest(kept.get("status", {})), self._clock()
         )
         touched = self._store.put(kept)
-        if patch.keys() <= NOTHING_FOLLOWS:
+        if creates or patch.keys() <= NOTHING_FOLLOWS:
             touched.discard(key)
         self._enqueue(touched)
         return kept
