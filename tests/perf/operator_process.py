@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections import Counter
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +21,37 @@ from typing import Any
 
 PORT = 18080
 TICKS = os.sysconf("SC_CLK_TCK")
+
+
+ACCOUNT = "luthier-bench"
+
+
+@contextlib.contextmanager
+def service_account() -> Iterator[dict[str, str]]:
+    """A service account with all rights. Yields the environment in which a process uses it."""
+
+    def kubectl(*arguments: str, check: bool = True) -> str:
+        return subprocess.run(["kubectl", *arguments], check=check, stdout=subprocess.PIPE, text=True).stdout
+
+    def remove() -> None:
+        kubectl("-n", "default", "delete", "serviceaccount", ACCOUNT, "--ignore-not-found", check=False)
+        kubectl("delete", "clusterrolebinding", ACCOUNT, "--ignore-not-found", check=False)
+
+    remove()
+    kubectl("-n", "default", "create", "serviceaccount", ACCOUNT)
+    kubectl(
+        "create", "clusterrolebinding", ACCOUNT, "--clusterrole=cluster-admin", f"--serviceaccount=default:{ACCOUNT}"
+    )
+    config = json.loads(kubectl("config", "view", "--raw", "--minify", "-o", "json"))
+    token = kubectl("-n", "default", "create", "token", ACCOUNT, "--duration=6h").strip()
+    config["users"] = [{"name": config["contexts"][0]["context"]["user"], "user": {"token": token}}]
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(config, file)
+        file.flush()
+        try:
+            yield {"KUBECONFIG": file.name}
+        finally:
+            remove()
 
 
 class OperatorProcess:
@@ -70,6 +104,13 @@ class OperatorProcess:
         """CPU seconds so far, user and system."""
         fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / TICKS
+
+    def reconciles(self) -> int:
+        """Reconciles so far."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        found = [line for line in lines if line.startswith("controller_runtime_reconcile_total{")]
+        return sum(int(float(line.rpartition(" ")[2])) for line in found)
 
     def memory_mib(self, field: str = "VmHWM") -> float:
         """Peak resident memory (VmHWM), or the current one (VmRSS)."""
