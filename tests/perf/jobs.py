@@ -170,7 +170,7 @@ async def throughput(client: Client, account: dict[str, str], audit_path: Path, 
             cpu.append(operator.cpu_seconds())
         peak = operator.memory_mib()
         reconciles = operator.reconciles()
-    first, second = children_of(names)
+    first, second = children_of(names, DIRECT)
     direct_first = await create_in_process(first, os.environ | account)
     await until_begun(client, DIRECT)
     await asyncio.sleep(5)
@@ -216,14 +216,14 @@ def prepare_of(name: str) -> str:
     return f"ftj-{name}-prepare"
 
 
-def children_of(names: Iterable[str]) -> tuple[list[Object], list[Object]]:
-    """What the operator creates for these jobs before and after `prepare`, without owners, for another namespace."""
+def children_of(names: Iterable[str], namespace: str) -> tuple[list[Object], list[Object]]:
+    """What the operator creates for these jobs before and after `prepare`, without owners, for `namespace`."""
     settings, first, second = Settings(trainer_image="registry.example/trainer"), [], []
     for name in names:
         for manifest in objects(parse_job(job(name)), settings):
             meta = {
                 "name": manifest["metadata"]["name"],
-                "namespace": DIRECT,
+                "namespace": namespace,
                 "labels": {"luthier.dev/bench": "direct"},
             }
             (second if manifest["kind"] == "JobSet" else first).append(manifest | {"metadata": meta})
