@@ -18,6 +18,7 @@ from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import files, tokens
 from luthier_trainer.data.load import Loader, Rows, ranges
 from luthier_trainer.models import sources, weight_files
+from luthier_trainer.prepare import first_row
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 from luthier_trainer.tasks.base import Processor, Task
@@ -71,6 +72,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     if model.processor is not None:
         model.processor.save_pretrained(folder.prepared / "processor")
     train = data["train"]
+    first_row.keep(train, model.processor, folder.prepared)
     trouble = task.cannot_recompute(model) if spec.resources.gpus_per_node > 0 else None
     plan = plan_training(spec, len(train), weight_files.count(model.path, MODEL), trouble)
     check_course(spec, plan, len(train))
