@@ -22,7 +22,7 @@ CHARACTERS = 2000  # of a row in the log
 
 
 def described(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
-    """Return the first row, or the first document of a packed one, as text, tokens and mask; None if it has no tokens."""
+    """Return the first row, or the first document of a packed one: text, tokens, mask. None if it has no tokens."""
     if "input_ids" not in rows.column_names or not len(rows):
         return None
     row = rows[0]
