@@ -24,6 +24,7 @@ from luthier_operator.phases.publish import publish
 from luthier_operator.phases.record import record
 from luthier_operator.phases.reopen import reopen, with_spec
 from luthier_operator.phases.run import run
+from luthier_operator.render.configmap import configmap
 from luthier_operator.settings import Settings
 from luthier_operator.workloads import workload
 
@@ -58,6 +59,9 @@ def decide(observed: Observed, settings: Settings, now: datetime) -> Decision:
         creating, repair, delete_job = outcome.creating, outcome.repair, outcome.delete_job
         if not outcome.goes_on:
             break
+    if lost := waiting.for_container(ctx):
+        # Without its config map a pod waits for ever, and one that a cluster starts again needs it, too.
+        creating, repair = lost, configmap(ctx.workload, settings, ctx.places())
     decision = Decision(
         status=clock(ctx),
         apply=tuple(apply),

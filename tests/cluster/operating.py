@@ -148,6 +148,12 @@ class World:
 
         return await until(f"{name}: {type} with {reason}", met, seconds, lambda: found)
 
+    async def has_node(self, pod: Object, since: timedelta) -> None:
+        """What the scheduler reports, for a time, of a pod whose container has not started since."""
+        then = (datetime.now(UTC) - since).strftime("%Y-%m-%dT%H:%M:%SZ")
+        scheduled = {"type": "PodScheduled", "status": "True", "lastTransitionTime": then}
+        await self.patch_status("Pod", pod["metadata"]["name"], {"conditions": [scheduled]})
+
     async def runs(self, pod: Object, address: str) -> None:
         """What the kubelet reports of a pod that runs."""
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

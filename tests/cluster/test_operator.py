@@ -56,16 +56,22 @@ async def test_an_object_of_somebody_else_is_left_alone_and_named(world: World) 
     await world.pods_of("taken", "prepare")
 
 
-async def test_a_config_map_that_is_lost_is_there_again_before_the_run(world: World) -> None:
-    await world.create(job("FineTuneJob", "lost"))
+async def test_a_config_map_that_is_lost_is_there_again_for_the_next_pod(world: World) -> None:
+    await world.create(job("GenerateJob", "lost"))
     await world.pods_of("lost", "prepare")
-    before = await world.get("ConfigMap", "ftj-lost")
-    await world.delete("ConfigMap", "ftj-lost")
-    await world.prepare("lost")
-    await until("a JobSet", lambda: world.get("JobSet", "ftj-lost-run"))
-    after = await world.get("ConfigMap", "ftj-lost")
+    before = await world.get("ConfigMap", "gj-lost")
     assert before is not None
+    # Before the next phase.
+    await world.delete("ConfigMap", "gj-lost")
+    await world.prepare("lost")
+    (pod,) = await world.pods_of("lost", "run")
+    after = await world.get("ConfigMap", "gj-lost")
     assert after is not None
+    assert after["data"] == before["data"]
+    # Of a pod that waits for it, as one that the cluster has started again.
+    await world.delete("ConfigMap", "gj-lost")
+    await world.has_node(pod, since=timedelta(minutes=1))
+    after = await until("repaired", lambda: world.get("ConfigMap", "gj-lost"))
     assert after["data"] == before["data"]
 
 

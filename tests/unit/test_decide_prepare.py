@@ -130,7 +130,7 @@ CASES = [
         given=situation(
             child(JOB, "prepare"), pods=[pod(JOB, "prepare", state=waiting("ContainerCreating"), scheduled=at(-31))]
         ),
-        expect="waits",
+        expect="repairs ConfigMap ftj-bot",
         condition=(
             "False ContainerCreating: pod ftj-bot-prepare-0-0 was scheduled, but its container has not started after"
             " 30 s: it waits for its image or for a volume (spec.volumes, spec.workspace); see `kubectl describe pod"
@@ -140,7 +140,7 @@ CASES = [
     Case(
         name="its node does not answer",
         given=situation(child(JOB, "prepare"), pods=[pod(JOB, "prepare", scheduled=at(-31))]),
-        expect="waits",
+        expect="repairs ConfigMap ftj-bot",
         condition=(
             "False ContainerCreating: pod ftj-bot-prepare-0-0 was scheduled, but its container has not started after"
             " 30 s: it waits for its image or for a volume (spec.volumes, spec.workspace); see `kubectl describe pod"

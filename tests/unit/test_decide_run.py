@@ -141,11 +141,11 @@ CASES = [
         condition="False Starting: waiting for 2 pods on 16 GPUs to start",
     ),
     Case(
-        name="one of two runs, the other waits for its volume",
+        name="one of two runs, the other waits for its volume or for its config map",
         given=situation(
             group(), pods=[BOTH[0], pod(JOB, "run", 1, state=waiting("ContainerCreating"), scheduled=at(-40))]
         ),
-        expect="waits",
+        expect="repairs ConfigMap ftj-bot",
         condition=(
             "False ContainerCreating: pod ftj-bot-run-1-0 was scheduled, but its container has not started after 30"
             " s: it waits for its image or for a volume (spec.volumes, spec.workspace); see `kubectl describe pod"

@@ -59,7 +59,7 @@ CASES = [
         name="a large image takes its time",
         state=waiting("ContainerCreating"),
         seconds=10 * LIMIT,
-        expect="waits",
+        expect="repairs ConfigMap ftj-bot",
     ),
 ]
 

@@ -162,6 +162,17 @@ def given_up(ctx: Context, phase: Phase) -> Failure | None:
     return Failure(found.reason, f"{found.message}. It was waited for {limit}")
 
 
+def for_container(ctx: Context) -> ConditionType | None:
+    """The condition that waits for a container of a pod that has its node, if one is late."""
+    if ctx.status.finished:
+        return None
+    for awaited in CONDITIONS.values():
+        found = ctx.status.condition(awaited)
+        if found and found.status == "False" and found.reason == Reason.CONTAINER_CREATING:
+            return awaited
+    return None
+
+
 def warning(ctx: Context, phase: Phase) -> str | None:
     """What the Events of the child of `phase` say against its pods; empty if nothing, None if they were not read."""
     return ctx.observed.warnings.get(ctx.workload.child(phase))
