@@ -10,12 +10,10 @@ In a status, the mark MAY_WAIT says which changes are not written at once.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, unique
 from functools import cache
-from hashlib import sha256
 from typing import Any, TypeVar
 
 from pydantic.alias_generators import to_camel
@@ -197,21 +195,6 @@ def _is_always_there(model: type[ApiModel], name: str) -> bool:
     field = next(field for key, field in model.model_fields.items() if (field.alias or to_camel(key)) == name)
     default = field.get_default(call_default_factory=True)
     return field.is_required() or not (default is None or isinstance(default, list | dict))
-
-
-def digests(spec: ApiModel) -> dict[str, str]:
-    """Path → hash, of each field whose change makes a failed job go on. Of what has its default there is none: a later
-    version may add fields.
-    """
-    data = spec.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-    found = {}
-    for path, mark in marked_paths(type(spec)).items():
-        value: Any = data
-        for name in path.split("."):
-            value = value.get(name) if isinstance(value, Mapping) else None
-        if mark.value.resumes and value is not None:
-            found[path] = sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
-    return found
 
 
 def result_part(spec: ApiModel) -> dict[str, Any]:

@@ -12,13 +12,14 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
 from typing import Any, ClassVar, Protocol, Self, TypeVar, get_args, get_origin
 
 from pydantic import ModelWrapValidatorHandler, model_validator
 from pydantic.alias_generators import to_camel
 
 from luthier_api.base import ApiModel, Rule, model_in
-from luthier_api.decides import immutable
+from luthier_api.decides import immutable, marked_paths
 
 Spec = TypeVar("Spec", bound="TabledSpec")
 
@@ -242,6 +243,21 @@ def written_part(spec: TabledSpec) -> dict[str, Any]:
         if block.get(name) == default:
             del block[name]
     return data
+
+
+def digests(spec: TabledSpec) -> dict[str, str]:
+    """Path → hash, of each field whose change makes a failed job go on. Of what has its default there is none: a later
+    version may add fields.
+    """
+    data = written_part(spec)
+    found = {}
+    for path, mark in marked_paths(type(spec)).items():
+        value: Any = data
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        if mark.value.resumes and value is not None:
+            found[path] = sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+    return found
 
 
 def _table_defaults(spec: TabledSpec) -> Iterator[tuple[str, Any]]:

@@ -30,7 +30,7 @@ from cases.observed import (
     waiting,
 )
 
-from luthier_api.decides import digests
+from luthier_api.marks import digests
 from luthier_api.status import AppliedSpec
 from luthier_operator.decide import decide
 from luthier_operator.model import Object

@@ -25,7 +25,7 @@ from cases.observed import (
     status,
 )
 
-from luthier_api.decides import digests
+from luthier_api.marks import digests
 from luthier_api.status import AppliedSpec, Attempt, Checkpoint, HubRequest, HubStatus, JobStatus
 from luthier_operator import naming
 from luthier_operator.decide import decide

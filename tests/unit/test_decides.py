@@ -13,7 +13,6 @@ from luthier_api.decides import (
     CIRCUMSTANCES,
     LIFE_CYCLE,
     Changes,
-    digests,
     marked_paths,
     marks,
     result_part,
@@ -21,6 +20,7 @@ from luthier_api.decides import (
     urgent_part,
 )
 from luthier_api.kinds import KINDS, parse_job
+from luthier_api.marks import digests
 from luthier_api.status import JobStatus
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from luthier_api.conditions import ConditionType, Reason
-from luthier_api.decides import BUDGET, PUBLICATION, digests, marked_paths
+from luthier_api.decides import BUDGET, PUBLICATION, marked_paths
+from luthier_api.marks import digests
 from luthier_api.status import AppliedSpec
 from luthier_operator.phases.context import Context
 from luthier_operator.phases.limits import current_condition, seconds_left
