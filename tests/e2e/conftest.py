@@ -27,6 +27,11 @@ RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
 TOKENS = {"hub-token": "write", "wrong-token": "wrong"}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of the pages come last: the last line of docs/install.md deletes the CRDs, and with them every job."""
+    items.sort(key=lambda item: item.path.name == "test_pages.py")
+
+
 @dataclass(frozen=True)
 class Images:
     operator: str

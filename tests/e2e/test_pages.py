@@ -1,7 +1,7 @@
 """The pages' own commands, typed into a cluster one after another as a stranger would: install, a token, jobs, upgrade,
 removal.
 
-Last of all (pytest goes by the names of files), because the last line of docs/install.md deletes every job.
+They run last of all (conftest.py), because the last line of docs/install.md deletes every job.
 """
 
 from __future__ import annotations
