@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features, List, Value
 from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
@@ -23,6 +23,7 @@ from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_api.spec import NewModel
 from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.data.bins import packed
 from luthier_trainer.distributed import launch
 from luthier_trainer.models.new_model import new_config, save_new_model, train_tokenizer
 from luthier_trainer.tasks.base import LoadedModel, TrainingContext
@@ -138,6 +139,18 @@ def causal_lm_data(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Data
     rows = [tokenizer(text, truncation=True, max_length=LENGTH)["input_ids"] for text in texts[:: len(texts) // 240]]
     columns = {"input_ids": rows, "length": [len(row) for row in rows]}
     return split(columns)
+
+
+def packed_data(tokenizer: PreTrainedTokenizerBase, texts: list[str], rows: int) -> DatasetDict:
+    """`rows` bins of the beginnings of texts, and as many held out. Of each of them only the second half is learnt."""
+    types = Features({"input_ids": List(Value("int32")), "loss_mask": List(Value("uint8")), "length": Value("int32")})
+    data = causal_lm_data(tokenizer, texts)
+    for name, whole in data.items():
+        ids = [tokens[: 4 + 7 * i % 20] for i, tokens in enumerate(whole["input_ids"][: 5 * rows])]
+        masks = [[int(2 * i >= len(tokens)) for i in range(len(tokens))] for tokens in ids]
+        columns = {"input_ids": ids, "loss_mask": masks, "length": [len(tokens) for tokens in ids]}
+        data[name] = packed(Dataset.from_dict(columns, features=types), LENGTH, name).take(rows)
+    return data
 
 
 def classification_data(tokenizer: PreTrainedTokenizerBase, paragraphs: list[str]) -> DatasetDict:

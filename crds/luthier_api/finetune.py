@@ -241,6 +241,10 @@ class Training(ApiModel):
     of the assistant's turns, with the token that ends a turn. When left out: assistant for conversations, completions
     for prompts and completions, all for texts.
     """
+    group_by_length: Annotated[bool, For("task")] = by_table()
+    """Rows of similar lengths share a step, so that the model computes less padding. The steps are still in random
+    order. Not with packing, which leaves hardly any padding.
+    """
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the computation. auto: bf16 on a GPU that has it, fp16 on one before Ampere, fp32 on CPU."""
     gradient_checkpointing: Annotated[bool | None, LAYOUT] = None
@@ -273,6 +277,10 @@ class Training(ApiModel):
     """End the training when evaluations get no better. The job is then Complete, and its status says why."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "!has(self.groupByLength) || !self.groupByLength || !has(self.packing) || self.packing == 'none'",
+            "training.groupByLength: packed rows have hardly any padding; remove it, or remove packing",
+        ),
         Rule(
             "self.schedule != 'constant' || self.warmupSteps == 0",
             "training.warmupSteps: schedule constant has no warm-up; use schedule: constant_with_warmup, or remove"

@@ -28,6 +28,11 @@ EVAL_LOSS = Metric("luthier_train_eval_loss", "Loss on the held-out rows")
 TRAIN_LEARNING_RATE = Metric("luthier_train_learning_rate", "Learning rate")
 TRAIN_GRAD_NORM = Metric("luthier_train_grad_norm", "Norm of the gradients before clipping")
 TRAIN_TOKENS = Metric("luthier_train_tokens_total", "Tokens trained on, padding excluded, over all ranks", "counter")
+TRAIN_PADDING = Metric(
+    "luthier_train_padding_tokens_total",
+    "Tokens computed in this attempt only to fill up rows, over all ranks",
+    "counter",
+)
 TRAIN_TOKENS_PER_SECOND = Metric(
     "luthier_train_tokens_per_second", "Tokens a second over all ranks, since the last report"
 )
@@ -77,6 +82,7 @@ POD_METRICS: tuple[Metric, ...] = (
     TRAIN_LEARNING_RATE,
     TRAIN_GRAD_NORM,
     TRAIN_TOKENS,
+    TRAIN_PADDING,
     TRAIN_TOKENS_PER_SECOND,
     TRAIN_SAMPLES,
     TRAIN_SAMPLES_PER_SECOND,

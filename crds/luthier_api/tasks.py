@@ -132,6 +132,7 @@ RESULT_OPTIONS: dict[str, Any] = {"model.job": None}
 """Fields of the tasks that can work with the result of a FineTuneJob as their model."""
 TEXT_OPTIONS: dict[str, Any] = RESULT_OPTIONS | {
     "training.maxLength": 1024,
+    "training.groupByLength": False,
     "dataset.parseSpecialTokens": False,
     "model.resizeEmbeddings": False,
 }

@@ -236,6 +236,7 @@ MARKS: list[Case] = [
         for task in (CAUSAL, PREFERENCE, TEXTS)
         for field, change in {
             "training.maxLength": {"spec.training.maxLength": 64},
+            "training.groupByLength": {"spec.training.groupByLength": True},
             "dataset.parseSpecialTokens": {"spec.dataset.parseSpecialTokens": True},
             "model.quantization": quantised("int8"),
             "model.resizeEmbeddings": FULL | {"spec.model.resizeEmbeddings": True},
@@ -815,6 +816,19 @@ CASES: list[Case] = [
         message="method.targetModules:",
         refused={"spec.method.targetModules": ["all-linear", "q_proj"]},
         accepted={"spec.method.targetModules": ["q_proj", "v_proj"]},
+    ),
+    *(
+        Case(
+            message="training.groupByLength: packed rows have",
+            refused=CAUSAL | {"spec.training": {"packing": packing, "groupByLength": True}},
+            accepted=CAUSAL | {"spec.training": accepted},
+        )
+        for packing in ("isolated", "concatenate")
+        for accepted in (
+            {"packing": packing},
+            {"packing": packing, "groupByLength": False},
+            {"packing": "none", "groupByLength": True},
+        )
     ),
     Case(
         message="training.warmupSteps: schedule",

@@ -370,6 +370,7 @@ def test_settings_that_depend_on_task_and_method() -> None:
         "method.dropout": 0.0,
         "method.targetModules": ["all-linear"],
         "training.maxLength": 1024,
+        "training.groupByLength": False,
         "training.packing": "none",
         "training.saveSteps": 500,
     }

@@ -219,7 +219,7 @@ def test_labels_become_ids(case: ClassCase, make_run: MakeRun, tmp_path: Path) -
     rows = [{"text": f"row {i}", "label": v} for i, v in enumerate(case.labels)]
     record, data = prepared(make_run(task="text-classification", dataset={"files": [write(tmp_path, "x.jsonl", rows)]}))
     assert (record.dataset.labels, data["train"]["labels"][:]) == (case.names, case.ids)
-    assert data["train"].column_names == ["input_ids", "attention_mask", "labels"]
+    assert data["train"].column_names == ["input_ids", "attention_mask", "labels", "length"]
 
 
 OWN_NAMES: list[tuple[str, list[Any]]] = [
@@ -241,6 +241,7 @@ def test_a_column_of_our_own_name_does_not_decide_our_types(
         "input_ids": "List(Value('int32'))",
         "attention_mask": "List(Value('int8'))",
         "labels": "Value('int64')",
+        "length": "Value('int32')",
     }
     assert data["train"]["labels"][:] == [1, 0]
 

@@ -72,6 +72,7 @@ def test_full(learnt: Any) -> None:
         "lastLoss",
         "steps",
         "tokens",
+        "paddingShare",
         "seconds",
     }
     assert json.loads((result / "metrics.json").read_text()) == message.metrics

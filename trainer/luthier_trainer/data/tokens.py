@@ -1,7 +1,8 @@
 """Converts texts into tokens, once and before any GPU is used: one row a text, truncated at `maxLength`.
 
 The columns are those that `train` expects. For causal-lm they are input_ids, length and, where not every token is in
-the loss, loss_mask (1: the token is a label); for text-classification input_ids, attention_mask and labels.
+the loss, loss_mask (1: the token is a label); for text-classification input_ids, attention_mask, labels
+and length.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ def classification_rows(
         return {
             "input_ids": rows,
             "attention_mask": [[1] * len(row) for row in rows],
+            "length": [len(row) for row in rows],
             "labels": labels[indices].tolist(),
         }
 
@@ -169,7 +171,12 @@ def _classification_features() -> Any:
     from datasets import Features, List, Value
 
     return Features(
-        {"input_ids": List(Value("int32")), "attention_mask": List(Value("int8")), "labels": Value("int64")}
+        {
+            "input_ids": List(Value("int32")),
+            "attention_mask": List(Value("int8")),
+            "labels": Value("int64"),
+            "length": Value("int32"),
+        }
     )
 
 

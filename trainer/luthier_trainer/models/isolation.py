@@ -86,8 +86,8 @@ def check(config: PreTrainedConfig, task: str, field: str) -> None:
 def _refused(field: str, reason: str) -> Failure:
     return Failure(
         ExitCode.INVALID_SPEC,
-        f"{field}: isolated: {reason}. Use none; or concatenate, if the model may see across rows; or choose another"
-        " model",
+        f"{field}: isolated: {reason}. Use none and set groupByLength: true, which saves most of the padding; or use"
+        " concatenate, if the model may see across rows; or choose another model",
     )
 
 

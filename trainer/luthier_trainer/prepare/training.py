@@ -16,6 +16,7 @@ from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_api.status import Plan, ResolvedDataset
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import files, tokens
+from luthier_trainer.data.lengths import notice_padding
 from luthier_trainer.data.load import Loader, Rows, ranges
 from luthier_trainer.models import sources, weight_files
 from luthier_trainer.prepare import first_row
@@ -76,6 +77,17 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     trouble = task.cannot_recompute(model) if spec.resources.gpus_per_node > 0 else None
     plan = plan_training(spec, len(train), weight_files.count(model.path, MODEL), trouble)
     check_course(spec, plan, len(train))
+    if (
+        spec.training.group_by_length is False
+        and "length" in train.column_names
+        and "seq_lengths" not in train.features
+    ):
+        notice_padding(
+            train["length"][:],
+            spec.training.batch_size,
+            plan.micro_batch_size or 1,
+            can_pack=spec.training.packing is not None,
+        )
     weights = task.weights(model, spec, plan, examples.labels)
     plan = plan_space(plan, weights, space.folder_bytes(folder.prepared / "processor"))
     gpu_memory.check(run, plan, weights)

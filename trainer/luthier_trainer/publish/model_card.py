@@ -29,6 +29,7 @@ TITLES = {
     "steps": "Steps",
     "bestStep": "Step with the best evaluation, whose weights these are",
     "tokens": "Tokens",
+    "paddingShare": "Share of padding in the computed tokens",
     "seconds": "Seconds",
 }
 LOAD_LORA = """\

@@ -27,6 +27,7 @@ from luthier_trainer.runtime.telemetry import Telemetry
 from luthier_trainer.training import finite
 from luthier_trainer.training.checkpoint import set_aside, step_of
 from luthier_trainer.training.resilience import EvaluationStopped, Resilient
+from luthier_trainer.training.result import PADDING
 from luthier_trainer.training.utilisation import count_weights, operations_per_token, peak
 
 NONFINITE_REPORTS = 3  # one bad batch can make one report NaN; a loss that stays NaN does not recover
@@ -201,7 +202,11 @@ class Report(Callback):
         tokens = self.loop.ranks.total(float(self.loop.tokens.item()))
         self.loop.tokens.zero_()
         rows, self.loop.rows = self.loop.ranks.total(float(self.loop.rows)), 0
+        computed, self.loop.computed_tokens = self.loop.ranks.total(float(self.loop.computed_tokens)), 0
+        padding = max(computed - tokens, 0.0)
         state.num_input_tokens_seen += int(tokens)
+        if computed:
+            state.log_history[-1][PADDING] = padding  # the checkpoint keeps it for the attempts that resume from it
         seconds = max(now - self._reported, 1e-9)
         self._reported = now
         for metric, value in (
@@ -213,11 +218,14 @@ class Report(Callback):
             self.telemetry.set(metric, value)
         self.telemetry.add(metrics.TRAIN_SAMPLES, rows)
         self.telemetry.add(metrics.TRAIN_TOKENS, tokens)
+        self.telemetry.add(metrics.TRAIN_PADDING, padding)
         if tokens:  # rows of images have no tokens
             self.telemetry.set(metrics.TRAIN_TOKENS_PER_SECOND, tokens / seconds)
         if args.device.type == "cuda":
             self._gpu(tokens / seconds, args)
         pace = f"{tokens / seconds:,.0f} tokens/s" if tokens else f"{rows / seconds:,.1f} rows/s"
+        if padding:
+            pace += f", {padding / computed:.0%} padding"
         self._say(
             state,
             f"loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  {pace}"

@@ -142,6 +142,8 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
         choice=choice,
         checkpoint_bytes=prepared.plan.checkpoint_bytes or 0,
         seconds_before=before.get("seconds", 0.0),
+        rows_a_step=spec.training.batch_size,
+        group_by_length=bool(spec.training.group_by_length),
     )
     for callback in callbacks:
         callback.loop = loop

@@ -21,6 +21,7 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from luthier_api.exitcodes import ExitCode
+from luthier_trainer.data.lengths import longest_first
 from luthier_trainer.distributed.ranks import Ranks
 from luthier_trainer.models.inspect import counts
 from luthier_trainer.runtime.failure import Failure
@@ -29,6 +30,7 @@ from luthier_trainer.runtime.notices import notice
 from luthier_trainer.tasks.base import Batch, Batches
 from luthier_trainer.training import checkpoint, finite
 from luthier_trainer.training.best import Choice, Evaluation
+from luthier_trainer.training.order import ByLength
 
 WITHOUT_WEIGHT = "without_weight"  # key in a batch that does not count in the loss; its value is the original batch
 
@@ -60,8 +62,14 @@ class Resilient(Base):
         choice: Choice | None,
         checkpoint_bytes: int,
         seconds_before: float,
+        rows_a_step: int,
+        group_by_length: bool = False,
         **kwargs: Any,
     ) -> None:
+        """`rows_a_step`: rows of an optimiser step. `group_by_length`: rows of similar lengths share a step."""
+        self._by_length: ByLength | None = None
+        if group_by_length:
+            self._by_length = ByLength(kwargs["train_dataset"]["length"][:], rows_a_step, kwargs["args"].seed)
         super().__init__(**kwargs)
         self.remove_callback(PrinterCallback)  # `callbacks.Report` prints one readable line instead
         self.batches, self.ranks, self.identity, self.keep = batches, ranks, identity, keep
@@ -75,6 +83,8 @@ class Resilient(Base):
         """Tokens, int64 [], that this process has trained on since the last report (which sums over all processes)."""
         self.rows = 0
         """Rows that this process has trained on since the last report."""
+        self.computed_tokens = 0
+        """Tokens that this process has computed since the last report, padding included."""
         self.withheld = torch.zeros((), dtype=torch.int64, device=self.args.device)
         """Updates of this attempt, int64 [], that were not applied because their gradients were not finite."""
         self.withheld_in_a_row = torch.zeros((), dtype=torch.int64, device=self.args.device)
@@ -156,6 +166,7 @@ class Resilient(Base):
             tokens = self.batches.tokens(inputs)
             if tokens is not None:
                 self.tokens += tokens  # stays on the device: reading it in each step would make the host wait
+            self.computed_tokens += self.batches.computed_tokens(inputs) or 0
         return super().training_step(model, inputs, *args, **kwargs)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -200,7 +211,18 @@ class Resilient(Base):
         sampler = kwargs["train_dataloader"].batch_sampler
         if isinstance(sampler, BatchSamplerShard):
             sampler.even_batches = False
+        if self._by_length is not None:
+            # transformers 5.23 tells the sampler of several processes nothing when it resumes within an epoch.
+            self._by_length.epoch = kwargs["epoch"]
         super()._run_epoch(**kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return self._by_length or super()._get_train_sampler(train_dataset)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        if self._by_length is None:
+            return super()._get_eval_sampler(eval_dataset)
+        return longest_first(eval_dataset["length"][:])
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Save before evaluating, where transformers logs, evaluates and then saves.

@@ -29,6 +29,7 @@ from luthier_trainer.workspace.manifest import fsync, read_manifest, write_manif
 from luthier_trainer.workspace.model_files import ADAPTER_CONFIG
 
 STAGING = ".staging-result"
+PADDING = "padding_tokens"  # key of a report in the history of the trainer
 
 
 def finished(workspace: WorkspaceFolder, wanted: dict[str, Any]) -> dict[str, float] | None:
@@ -54,10 +55,14 @@ def final_metrics(state: TrainerState, seconds: float, names: Collection[str]) -
 
     `seconds`: duration of the training. `names`: the task's own metrics besides the losses. Metrics that are not finite
     are left out, because JSON cannot represent them. trainLoss is the mean over the reports with a finite loss.
+    paddingShare is the share of the computed tokens that only filled up rows.
     """
     metrics = {"steps": float(state.global_step), "seconds": round(seconds, 1)}
     if state.num_input_tokens_seen:
         metrics["tokens"] = float(state.num_input_tokens_seen)  # rows of images have no tokens
+    padding = sum(entry.get(PADDING, 0.0) for entry in state.log_history)
+    if state.num_input_tokens_seen:
+        metrics["paddingShare"] = round(padding / (padding + state.num_input_tokens_seen), 4)
     reports = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
     steps = [step - before for (step, _), (before, _) in zip(reports, [(0, 0.0), *reports], strict=False)]
     finite = [(n, loss) for n, (_, loss) in zip(steps, reports, strict=True) if math.isfinite(loss)]
