@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -63,10 +62,7 @@ def namespaces(*names: str) -> Iterator[None]:
 
 def operator(*watched: str, **environment: str) -> OperatorProcess:
     """The operator for these namespaces."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = str(free.getsockname()[1])
-    return OperatorProcess(",".join(watched), LUTHIER_METRICS_PORT=port, **environment)
+    return OperatorProcess(",".join(watched), **environment)
 
 
 def job(kind: str, name: str, **spec: Any) -> Object:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,10 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-PORT = 18080
 TICKS = os.sysconf("SC_CLK_TCK")
-
-
 ACCOUNT = "luthier-bench"
 
 
@@ -54,13 +52,21 @@ def service_account() -> Iterator[dict[str, str]]:
             remove()
 
 
+def free_port() -> int:
+    """A port that nobody uses: with a fixed one, another benchmark's operator would answer for this one."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
 class OperatorProcess:
     """Runs the operator for one namespace. No pod runs, so its image is in no registry."""
 
     def __init__(self, namespace: str, **environment: str) -> None:
         settings = {
             "LUTHIER_TRAINER_IMAGE": "registry.example/trainer",
-            "LUTHIER_METRICS_PORT": str(PORT),
+            "LUTHIER_METRICS_PORT": str(free_port()),
             "LUTHIER_NAMESPACES": namespace,
             "LUTHIER_LOG_LEVEL": "WARNING",
         }
@@ -107,7 +113,7 @@ class OperatorProcess:
 
     def reconciles(self) -> int:
         """Reconciles so far."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
             lines = answer.read().decode().splitlines()
         found = [line for line in lines if line.startswith("controller_runtime_reconcile_total{")]
         return sum(int(float(line.rpartition(" ")[2])) for line in found)
