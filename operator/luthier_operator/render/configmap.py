@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from luthier_api.quantity import amount
 from luthier_api.run import RUNS, FineTuneRun, GenerateRun, Gpu
@@ -56,7 +57,8 @@ def gpu_figures(workload: Workload, settings: Settings) -> Gpu | None:
 
 def configmap(workload: Workload, settings: Settings, sources: Mapping[str, Place]) -> Object:
     job = workload.job
-    text = json.dumps(run_config(workload, settings, sources).document(), indent=1, ensure_ascii=False)
+    document = run_config(workload, settings, sources).document()
+    text = msgspec.json.format(msgspec.json.encode(document), indent=1).decode()
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
