@@ -7,13 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from fake_api import Refused, merged
+from fake_api import FakeApi, Refused, merged
 from fake_cluster import FakeCluster
 from harness import condition, fine_tune, finished, running, until
+from kubernetes.aio.client.configuration import Configuration
 
-from luthier_api.kinds import JobKind
+from luthier_api.kinds import JobKind, parse_job
+from luthier_operator.client import Client
+from luthier_operator.events import Recorder
+from luthier_operator.metrics import Metrics
 from luthier_operator.model import Key
+from luthier_operator.objects import objects
+from luthier_operator.queue import Queue
 from luthier_operator.rawstatus import kept_conditions, merge_patch
+from luthier_operator.reconcile import CREATED_SECONDS, Reconciler
+from luthier_operator.settings import Settings
+from luthier_operator.store import Store
 
 
 @dataclass(frozen=True)
@@ -196,6 +205,52 @@ async def test_a_job_that_is_deleted_and_made_again_in_between_is_not_touched_by
         async with running(cluster):
             await until("swapped", lambda: swapped)
             await until("the new one is looked at", lambda: condition(cluster, "FineTuneJob", "tune", "Suspended"))
+
+
+@dataclass(frozen=True)
+class OwnWritesCase:
+    name: str
+    child: dict[str, Any]
+    """Status of a prepare Job that exists already and that the operator has not seen; empty: there is none."""
+    decides_again: bool
+    """Whether the operator's own writes are a reason to decide again."""
+
+
+OWN_WRITES = [
+    OwnWritesCase(
+        name="nobody has begun with what was created",
+        child={},
+        decides_again=False,
+    ),
+    OwnWritesCase(
+        name="what was to be created is there and at work",
+        child={"active": 1},
+        decides_again=True,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", OWN_WRITES, ids=lambda case: case.name)
+async def test_what_was_just_created_is_no_news(case: OwnWritesCase) -> None:
+    async with FakeApi() as api:
+        settings = Settings(trainer_image="trainer:test")
+        made = api.create(fine_tune())
+        child = prepare_job(made, settings)
+        if case.child:
+            api.create(child | {"status": case.child})
+        client, metrics = Client(Configuration(host=api.url)), Metrics("test", api.url, 1)
+        store, queue = Store(), Queue()
+        store.put(made)
+        reconciler = Reconciler(store, client, queue, Recorder(client, metrics), metrics, settings)
+        again = await reconciler.reconcile(Key(JobKind.FINE_TUNE, "default", "tune"))
+        await client.close()
+        assert api.get("Job", child["metadata"]["name"])
+        assert again == CREATED_SECONDS
+        assert (queue.next_deadline() is not None) == case.decides_again
+
+
+def prepare_job(made: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    return next(o for o in objects(parse_job(made), settings) if o["kind"] == "Job")
 
 
 def test_refused_is_what_the_real_one_answers() -> None:
