@@ -13,6 +13,7 @@ from luthier_api.formats import DatasetFormat
 from luthier_api.forms import LOSSES_OF_FORMS, LossOn, RowForm, TemplateName
 from luthier_api.marks import For, Table, TabledSpec, by_table, works_with
 from luthier_api.methods import METHODS, QUANTIZATIONS, STRATEGIES, MethodType, Strategy
+from luthier_api.optimizers import OPTIMIZERS, OptimizerName
 from luthier_api.quantity import Bytes, Cores
 from luthier_api.schedules import EVAL_INTERVALS, SAVE_INTERVALS, SCHEDULES, Interval, ScheduleName
 from luthier_api.scheduling import Scheduling
@@ -189,6 +190,19 @@ class ScheduleOptions(ApiModel):
     """Learning rate at the end, as a share of learningRate."""
 
 
+class OptimizerOptions(ApiModel):
+    """Options of `training.optimizer`."""
+
+    beta1: Annotated[float, Field(ge=0, lt=1), For("optimizer")] = by_table()
+    """Share of the mean of the gradients that stays in a step."""
+    beta2: Annotated[float, Field(ge=0, lt=1), For("optimizer")] = by_table()
+    """Share of the mean of the squared gradients that stays in a step; of Lion: of its momentum."""
+    epsilon: Annotated[float, Field(gt=0, lt=1), For("optimizer")] = by_table()
+    """Added to the denominator."""
+    momentum: Annotated[float, Field(ge=0, lt=1), For("optimizer")] = by_table()
+    """Share of the momentum that stays in a step."""
+
+
 class EarlyStopping(ApiModel):
     """When a training ends before its last step, because evaluations get no better any more."""
 
@@ -217,8 +231,12 @@ class Training(ApiModel):
     """Steps over which the learning rate rises from zero."""
     warmup_ratio: Annotated[float | None, Field(gt=0, lt=1)] = None
     """The same as a share of all steps, rounded up."""
+    optimizer: OptimizerName = "adamw_torch_fused"
+    """The optimiser, by transformers' names; what each needs is on the page of memory."""
+    optimizer_options: OptimizerOptions = Field(default_factory=OptimizerOptions)
+    """Options of the optimiser."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of each weight that decays in a step, times the learning rate (AdamW); 0: none."""
+    """Share of each weight that decays in a step, times the learning rate; 0: none."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this norm."""
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 8
@@ -282,7 +300,7 @@ class Training(ApiModel):
             "training.groupByLength: packed rows have hardly any padding; remove it, or remove packing",
         ),
         Rule(
-            "self.schedule != 'constant' || self.warmupSteps == 0",
+            "self.schedule != 'constant' || self.warmupSteps == 0 || self.optimizer == 'schedule_free_adamw'",
             "training.warmupSteps: schedule constant has no warm-up; use schedule: constant_with_warmup, or remove"
             " warmupSteps",
         ),
@@ -295,7 +313,7 @@ class Training(ApiModel):
             "training.warmupRatio: warmupSteps says how long the warm-up is; set one of them",
         ),
         Rule(
-            "!has(self.warmupRatio) || self.schedule != 'constant'",
+            "!has(self.warmupRatio) || self.schedule != 'constant' || self.optimizer == 'schedule_free_adamw'",
             "training.warmupRatio: schedule constant has no warm-up; use schedule: constant_with_warmup, or remove"
             " warmupRatio",
         ),
@@ -407,6 +425,9 @@ METRICS_OF_TASKS = {
     for name, task in TRAINING_TASKS.items()
 }
 STRATEGIES_OF_TASKS = {name: task.strategies for name, task in TRAINING_TASKS.items()}
+METHODS_OF_OPTIMIZERS = {name: optimizer.methods for name, optimizer in OPTIMIZERS.items()}
+STRATEGIES_OF_OPTIMIZERS = {name: optimizer.strategies for name, optimizer in OPTIMIZERS.items()}
+SCHEDULES_OF_OPTIMIZERS = {name: optimizer.schedules for name, optimizer in OPTIMIZERS.items()}
 STRATEGIES_OF_METHODS = {name: method.strategies for name, method in METHODS.items()}
 STRATEGIES_OF_QUANTIZATIONS = {name: quantization.strategies for name, quantization in QUANTIZATIONS.items()}
 
@@ -417,6 +438,7 @@ class FineTuneJobSpec(JobControl, TabledSpec):
     tables: ClassVar[Mapping[str, Table]] = {
         "task": Table(TRAINING_TASKS, selector="task", noun="task"),
         "method": Table(METHODS, selector="method.type", noun="method"),
+        "optimizer": Table(OPTIMIZERS, selector="training.optimizer", noun="optimizer"),
         "schedule": Table(SCHEDULES, selector="training.schedule", noun="schedule"),
         "eval_every": Table(EVAL_INTERVALS, selector="training.evalEvery", noun="evalEvery"),
         "save_every": Table(SAVE_INTERVALS, selector="training.saveEvery", noun="saveEvery"),
@@ -458,6 +480,9 @@ class FineTuneJobSpec(JobControl, TabledSpec):
         *works_with("method.type", STRATEGIES_OF_METHODS, "strategy", STRATEGIES),
         *works_with("model.?quantization.type", STRATEGIES_OF_QUANTIZATIONS, "strategy", STRATEGIES),
         *works_with("task", METRICS_OF_TASKS, "training.?metric", BEST_METRICS),
+        *works_with("training.optimizer", METHODS_OF_OPTIMIZERS, "method.type", METHODS),
+        *works_with("training.optimizer", STRATEGIES_OF_OPTIMIZERS, "strategy", STRATEGIES),
+        *works_with("training.optimizer", SCHEDULES_OF_OPTIMIZERS, "training.schedule", SCHEDULES),
         *(
             Rule(
                 f"{unused} || has(self.dataset.evalSplit) || has(self.dataset.evalFiles) ||"

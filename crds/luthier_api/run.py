@@ -164,6 +164,8 @@ class Weights(ApiModel):
     """Weights that learn: of the adapters alone, or all."""
     tensors: int
     """Tensors that learn."""
+    state_bytes: int
+    """Bytes that the optimiser keeps for them."""
     adapters: bool
     """Whether the result is an adapter."""
     computed_bytes: int

@@ -177,6 +177,20 @@ def quantised(type: str) -> Change:
     return {"spec.model.quantization": {"type": type}}
 
 
+ADAMS = ("adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "muon", "schedule_free_adamw")
+LIONS = ("lion_32bit", "lion_8bit")
+
+
+def optimised(optimizer: str, **options: Any) -> Change:
+    method = FULL if optimizer == "muon" else {}
+    schedule = "constant" if optimizer == "schedule_free_adamw" else "linear"
+    return method | {
+        "spec.training.optimizer": optimizer,
+        "spec.training.schedule": schedule,
+        "spec.training.optimizerOptions": options,
+    }
+
+
 def scheduled(schedule: str, **options: Any) -> Change:
     return {"spec.training.schedule": schedule, "spec.training.scheduleOptions": options}
 
@@ -202,6 +216,19 @@ MARKS: list[Case] = [
             ("minLrRatio", 0.1, ("warmup_stable_decay",)),
         )
         for schedule in schedules
+    ),
+    *(
+        Case(
+            message=f"spec.training.optimizerOptions.{option}: applies to {', '.join(optimizers)};",
+            refused=optimised(refused, **{option: value}),
+            accepted=optimised(optimizers[-1], **{option: value}),
+        )
+        for option, value, refused, optimizers in (
+            ("beta1", 0.8, "adafactor", (*ADAMS[:3], *LIONS, *ADAMS[3:])),
+            ("beta2", 0.8, "adafactor", (*ADAMS[:3], *LIONS, *ADAMS[3:])),
+            ("epsilon", 1e-6, "lion_8bit", ADAMS),
+            ("momentum", 0.9, "schedule_free_adamw", ("muon",)),
+        )
     ),
     Case(
         message="spec.training.evalSteps: applies to steps;",
@@ -425,6 +452,24 @@ MARKS: list[Case] = [
 ]
 # ... and the values that suit some rows only.
 CHOICES: list[Case] = [
+    *(
+        Case(
+            message=f"spec.strategy: {optimizer} works with auto, ddp; choose one of these, or another training.opt",
+            refused=optimised(optimizer) | {"spec.strategy": "zero2"},
+            accepted=optimised(optimizer) | {"spec.strategy": "ddp"},
+        )
+        for optimizer in (*ADAMS[1:], *LIONS, "adafactor")
+    ),
+    Case(
+        message="spec.method.type: muon works with full; choose that, or another training.optimizer",
+        refused=optimised("muon") | LORA,
+        accepted=optimised("muon"),
+    ),
+    Case(
+        message="spec.training.schedule: schedule_free_adamw works with constant; choose that, or another",
+        refused=optimised("schedule_free_adamw") | {"spec.training.schedule": "cosine"},
+        accepted=optimised("schedule_free_adamw") | {"spec.training.warmupSteps": 10},
+    ),
     *(
         Case(
             message=f"spec.training.metric: {task['spec.task']} works with {metrics}; choose",

@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoModel
 
 from luthier_api.methods import METHODS, QUANTIZATIONS
+from luthier_api.optimizers import OPTIMIZERS
 from luthier_api.tasks import GENERATION_TASKS, TASKS, TRAINING_TASKS
 from luthier_trainer.generation.engines import table as engines
 from luthier_trainer.methods import quantization
@@ -18,6 +19,7 @@ from luthier_trainer.models import inspect
 from luthier_trainer.prepare import generation as prepare_generation
 from luthier_trainer.publish import model_card
 from luthier_trainer.tasks import table
+from luthier_trainer.workspace import optimizer_state
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ CASES = [
         name="methods that make adapters",
         rows=[name for name, method in METHODS.items() if method.adapter],
         implementations=methods.FAMILIES,
+    ),
+    Case(
+        name="optimisers: what they keep, in the plan",
+        rows=OPTIMIZERS,
+        implementations=optimizer_state.STATE_BYTES,
     ),
     Case(
         name="quantisations",

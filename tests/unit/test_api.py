@@ -372,6 +372,9 @@ def test_settings_that_depend_on_task_and_method() -> None:
         "training.maxLength": 1024,
         "training.groupByLength": False,
         "training.packing": "none",
+        "training.optimizerOptions.beta1": 0.9,
+        "training.optimizerOptions.beta2": 0.999,
+        "training.optimizerOptions.epsilon": 1e-8,
         "training.saveSteps": 500,
     }
     assert settings_of(check_job(make()).spec) == {}

@@ -9,6 +9,7 @@ import pytest
 
 from luthier_api.formats import FORMATS, DatasetFormat
 from luthier_api.methods import METHODS, QUANTIZATIONS, STRATEGIES, MethodType, QuantizationType, Strategy
+from luthier_api.optimizers import OPTIMIZERS, OptimizerName
 from luthier_api.schedules import EVAL_INTERVALS, SAVE_INTERVALS, SCHEDULES, Interval, ScheduleName
 from luthier_api.tasks import (
     BEST_METRICS,
@@ -34,6 +35,7 @@ TABLES = [
     Table(name="DatasetFormat", members=DatasetFormat, rows=FORMATS),
     Table(name="MethodType", members=MethodType, rows=METHODS),
     Table(name="QuantizationType", members=QuantizationType, rows=QUANTIZATIONS),
+    Table(name="OptimizerName", members=OptimizerName, rows=OPTIMIZERS),
     Table(name="ScheduleName", members=ScheduleName, rows=SCHEDULES),
     Table(name="Interval, of evaluations", members=Interval, rows=EVAL_INTERVALS),
     Table(name="Interval, of checkpoints", members=Interval, rows=SAVE_INTERVALS),

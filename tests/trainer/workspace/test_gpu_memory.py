@@ -29,7 +29,13 @@ def run(memory: int | None, gpus: int = 8, **spec: Any) -> FineTuneRun:
 
 def weights(learning: int) -> Weights:
     return Weights(
-        total=SEVEN, learning=learning, tensors=1, adapters=learning < SEVEN, computed_bytes=2, source_bytes=2
+        total=SEVEN,
+        learning=learning,
+        tensors=1,
+        state_bytes=8 * learning,
+        adapters=learning < SEVEN,
+        computed_bytes=2,
+        source_bytes=2,
     )
 
 

@@ -39,5 +39,5 @@ class AdapterFamily(Protocol):
     def config(self, method: Method, around: Surroundings) -> PeftConfig:
         """Return PEFT's configuration for a model."""
 
-    def sizes(self, method: Method, shape: tuple[int, int]) -> list[int]:
-        """Return the number of elements of each tensor added to a module whose weight has `shape` [outputs, inputs]."""
+    def shapes(self, method: Method, shape: tuple[int, int]) -> list[tuple[int, ...]]:
+        """Return the shape of each tensor added to a module whose weight has `shape` [outputs, inputs]."""

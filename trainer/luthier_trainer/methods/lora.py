@@ -32,6 +32,6 @@ class Lora:
             exclude_modules=around.excluded,
         )
 
-    def sizes(self, method: Method, shape: tuple[int, int]) -> list[int]:
+    def shapes(self, method: Method, shape: tuple[int, int]) -> list[tuple[int, ...]]:
         outputs, inputs = shape
-        return [method.rank * outputs, method.rank * inputs]
+        return [(outputs, method.rank), (method.rank, inputs)]

@@ -16,6 +16,7 @@ from luthier_api.status import Plan
 from luthier_trainer.methods.table import FAMILIES
 from luthier_trainer.models.inspect import ALL_LINEAR, MODEL, skeleton
 from luthier_trainer.workspace.model_files import MODEL_CONFIG
+from luthier_trainer.workspace.optimizer_state import STATE_BYTES, Tensor
 
 if TYPE_CHECKING:
     import torch
@@ -40,15 +41,15 @@ def weights_in(model: torch.nn.Module, heads: list[str], spec: FineTuneJobSpec, 
     from torch.nn.modules.batchnorm import _BatchNorm as batch_norm  # of all dimensions; torch exports no common class
 
     total = sum(weight.numel() for weight in model.parameters())
-    sizes = [weight.numel() for weight in model.parameters()]
     adapters = METHODS[spec.method.type].adapter
-    if adapters:
-        sizes = adapter_sizes(model, spec.method, heads)
+    learning = adapter_tensors(model, spec.method, heads) if adapters else tensors_of(model, heads)
+    state_bytes = STATE_BYTES[spec.training.optimizer]
     cpu = spec.resources.gpus_per_node == 0
     return Weights(
         total=total,
-        learning=sum(sizes),
-        tensors=len(sizes),
+        learning=sum(tensor.weights for tensor in learning),
+        tensors=len(learning),
+        state_bytes=sum(map(state_bytes, learning)),
         adapters=adapters,
         computed_bytes=2 if plan.precision in ("bf16", "fp16") or (plan.precision == "auto" and not cpu) else 4,
         source_bytes=2 if source in HALF else 4,
@@ -62,17 +63,31 @@ def source_dtype(folder: Path) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
-def adapter_sizes(model: torch.nn.Module, method: Method, whole: list[str]) -> list[int]:
-    """Return the number of elements of each trainable tensor: of the adapters, and of the modules in `whole`."""
+def tensors_of(model: torch.nn.Module, heads: list[str]) -> list[Tensor]:
+    """Return the tensors of a model that is trained whole. `heads`: its modules that answer the task."""
+    import torch
+
+    from luthier_trainer.models.heads import hidden_matrices
+
+    hidden = hidden_matrices(model, heads)
+    tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)}
+    return [
+        Tensor(tuple(weight.shape), embedding=name in tables, hidden=name in hidden)
+        for name, weight in model.named_parameters()
+    ]
+
+
+def adapter_tensors(model: torch.nn.Module, method: Method, whole: list[str]) -> list[Tensor]:
+    """Return each trainable tensor: of the adapters, and of the modules in `whole`."""
     family = FAMILIES[method.type]
-    sizes = []
+    found: list[Tensor] = []
     for name, module in model.named_modules():
         if name in whole:
-            sizes += [weight.numel() for weight in module.parameters()]
+            found += [Tensor(tuple(weight.shape)) for weight in module.parameters()]
         elif gets_adapter(name, module, model, method) and not any(name.startswith(f"{head}.") for head in whole):
             weight: torch.Tensor = module.weight
-            sizes += family.sizes(method, (weight.shape[0], weight[0].numel()))
-    return sizes
+            found += [Tensor(shape) for shape in family.shapes(method, (weight.shape[0], weight[0].numel()))]
+    return found
 
 
 def gets_adapter(name: str, module: Any, model: torch.nn.Module, method: Method) -> bool:

@@ -180,3 +180,24 @@ def whole_modules(model: PreTrainedModel, new_weights: set[str]) -> list[str]:
     names = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in HEADS}
     names |= {weight.rpartition(".")[0] for weight in new_weights | head_weights(model).keys()}
     return sorted(name for name in names if name and not any(name.startswith(f"{other}.") for other in names))
+
+
+def hidden_matrices(model: torch.nn.Module, heads: list[str]) -> set[str]:
+    """Return the names of the weights that Muon suits: matrices [outputs, inputs] of hidden layers.
+
+    Embeddings, the layer that computes the logits of tokens, and the modules in `heads` are none of them.
+    """
+    import torch
+    from transformers import PreTrainedModel
+
+    last = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    outside = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding) or module is last or name in heads
+    ]
+    return {
+        name
+        for name, weight in model.named_parameters()
+        if weight.ndim == 2 and not any(name.startswith(f"{module}.") for module in outside)
+    }

@@ -18,6 +18,7 @@ from luthier_trainer.distributed.launch import cores
 from luthier_trainer.runtime.devices import assert_gpus, fitting_precision
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.tasks.base import Task
+from luthier_trainer.training import optimizers
 from luthier_trainer.workspace import course
 
 GROUP_TIMEOUT_SECONDS = 1800  # transformers' own default
@@ -51,6 +52,7 @@ def training_arguments(
         "lr_scheduler_kwargs": course.schedule_arguments(training, plan.steps or 0),
         "warmup_steps": course.warmup_steps(training, plan.steps or 0),
         "weight_decay": training.weight_decay,
+        **optimizers.arguments(training),
         "max_grad_norm": training.max_grad_norm,
         "seed": training.seed,
         "bf16": precision == "bf16",

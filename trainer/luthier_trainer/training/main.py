@@ -36,7 +36,7 @@ from luthier_trainer.runtime.run_folder import global_rank
 from luthier_trainer.runtime.telemetry import Telemetry
 from luthier_trainer.tasks.base import TrainingContext
 from luthier_trainer.tasks.table import task_of
-from luthier_trainer.training import checkpoint, result
+from luthier_trainer.training import checkpoint, optimizers, result
 from luthier_trainer.training.arguments import training_arguments
 from luthier_trainer.training.best import Choice
 from luthier_trainer.training.callbacks import Guard, Heartbeat, Report, Stop
@@ -145,6 +145,8 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
         rows_a_step=spec.training.batch_size,
         group_by_length=bool(spec.training.group_by_length),
     )
+    if spec.training.optimizer == "muon":  # transformers makes all others
+        loop.optimizer = optimizers.muon(loop, spec.training, spec.task)
     for callback in callbacks:
         callback.loop = loop
     if ranks.first:
@@ -164,6 +166,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
 
     seconds = loop.seconds
     chosen = deliver_best(loop)
+    loop.use_averaged_weights()
     if not METHODS[spec.method.type].adapter and not deepspeed:
         # The result is saved in the dtype of the original files. The last evaluation uses the weights in that dtype.
         loop.deliver(source_type(prepared.model_path))

@@ -30,6 +30,7 @@ from luthier_trainer.runtime.notices import notice
 from luthier_trainer.tasks.base import Batch, Batches
 from luthier_trainer.training import checkpoint, finite
 from luthier_trainer.training.best import Choice, Evaluation
+from luthier_trainer.training.optimizers import Withholding, withholding
 from luthier_trainer.training.order import ByLength
 
 WITHOUT_WEIGHT = "without_weight"  # key in a batch that does not count in the loss; its value is the original batch
@@ -187,10 +188,22 @@ class Resilient(Base):
         bad = torch.as_tensor(norm, device=self.args.device).isfinite().logical_not()
         self.withheld += bad
         self.withheld_in_a_row = (self.withheld_in_a_row + 1) * bad
-        if not self.is_deepspeed_enabled:
-            optimizer = self.optimizer.optimizer
-            assert optimizer._step_supports_amp_scaling, f"{type(optimizer).__name__} is not fused"
+        if self.is_deepspeed_enabled:
+            return
+        optimizer = self.optimizer.optimizer
+        if isinstance(optimizer, Withholding):
+            optimizer.withheld = bool(bad)  # the host waits for the device: these optimisers cannot decide it there
+        else:
             optimizer.found_inf = bad.float()
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        # DeepSpeed skips updates by itself, and has its own class around the optimizer.
+        return optimizer if self.is_deepspeed_enabled else withholding(optimizer)
+
+    def use_averaged_weights(self) -> None:
+        """Let a schedule-free optimiser put its averaged weights, which are the result, into the model."""
+        self.optimizer.eval()  # of accelerate, which asks the optimiser only if it has such a mode
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # not used, and transformers would count all parameters for each micro-batch to compute it
@@ -300,6 +313,7 @@ class Resilient(Base):
             deepspeed_load_checkpoint(self.model_wrapped, str(folder), load_module_strict=not self._has_adapters)
             return
         self._load_from_checkpoint(str(folder))
+        self._load_optimizer_and_scheduler(str(folder))  # a schedule-free optimiser holds a part of the weights
 
     @property
     def _has_adapters(self) -> bool:

@@ -16,7 +16,7 @@ from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.workspace import space
 
 HALF = 2  # bytes of a frozen weight, and of one that DeepSpeed computes with
-LEARNING = 16  # a weight in fp32, its gradient and Adam's two moments
+LEARNING = 8  # a weight in fp32 and its gradient
 
 
 def check(run: FineTuneRun, plan: Plan, weights: Weights) -> None:
@@ -38,7 +38,7 @@ def least_bytes(spec: FineTuneJobSpec, plan: Plan, weights: Weights) -> int:
     """Bytes of one GPU that the weights take at least, whatever the batch is."""
     stage = ZERO_STAGE.get(plan.strategy)
     if stage is None and not METHODS[spec.method.type].adapter:
-        return weights.learning * LEARNING + (weights.total - weights.learning) * HALF
+        return weights.learning * LEARNING + weights.state_bytes + (weights.total - weights.learning) * HALF
     if stage == 3:
         return 0 if "offload" in plan.strategy else weights.total * HALF // (plan.world_size or 1)
     quantization = spec.model.quantization

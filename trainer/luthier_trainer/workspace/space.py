@@ -21,7 +21,6 @@ from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.workspace.course import most_saves
 
 FP32 = 4
-ADAM_MOMENTS = 2  # AdamW keeps two numbers for each weight that learns, in fp32
 TENSOR_BYTES = 700  # names, alignment and a step counter for each tensor in a checkpoint; 500 to 900 seen
 RANK_BYTES = 15_000  # random states of Python, NumPy and torch
 HISTORY_BYTES = 50_000  # trainer_state.json of a few hundred reports
@@ -47,8 +46,7 @@ def weight_bytes(weights: Weights, strategy: str) -> int:
 
 def optimizer_bytes(weights: Weights, strategy: str) -> int:
     """Of the optimizer's state in a checkpoint. DeepSpeed's has the weights in fp32, too."""
-    copies = ADAM_MOMENTS + (1 if strategy in ZERO_STAGE else 0)
-    return weights.learning * copies * FP32
+    return weights.state_bytes + (weights.learning * FP32 if strategy in ZERO_STAGE else 0)
 
 
 def checkpoint_bytes(weights: Weights, strategy: str, ranks: int, processor_bytes: int) -> int:

@@ -1,0 +1,89 @@
+"""The optimisers of `luthier_api.optimizers` as transformers and torch have them.
+
+All but muon are made by transformers' Trainer from its arguments (`arguments`). An optimiser that cannot leave out an
+update by itself gets a `step` that can (`withholding`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+from luthier_api.finetune import Training
+from luthier_trainer.models.heads import heads_of, hidden_matrices
+
+
+def arguments(training: Training) -> dict[str, Any]:
+    """Return the arguments of transformers' `TrainingArguments` that choose the optimiser."""
+    options = training.optimizer_options
+    adam = {"adam_beta1": options.beta1, "adam_beta2": options.beta2, "adam_epsilon": options.epsilon}
+    # The Trainer is given Muon as an object. It asks for no other optimizer then.
+    name = "adamw_torch_fused" if training.optimizer == "muon" else training.optimizer
+    return {"optim": name} | {key: value for key, value in adam.items() if value is not None}
+
+
+class Withholding(torch.optim.Optimizer):
+    """A mixin before an optimiser's class: while `withheld` is true, `step` changes nothing."""
+
+    withheld = False
+
+    def step(self, closure: Any = None) -> Any:
+        return None if self.withheld else super().step(closure)
+
+
+def withholding(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Give `optimizer` the mixin, and return it. Fused optimisers have `found_inf` instead, and stay as they are."""
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        kind = type(optimizer)
+        optimizer.__class__ = type(kind.__name__, (Withholding, kind), {})
+    return optimizer
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon for some weights and fused AdamW for the others, as one optimiser with one state."""
+
+    def __init__(self, matrices: list[dict[str, Any]], others: list[dict[str, Any]], lr: float, options: Any) -> None:
+        """`matrices`, `others`: groups of parameters with their weight decay. `options`: `OptimizerOptions`."""
+        # The scale makes an update as large as one of AdamW (arXiv:2502.16982).
+        self._muon = torch.optim.Muon(matrices, lr=lr, momentum=options.momentum, adjust_lr_fn="match_rms_adamw")
+        betas = (options.beta1, options.beta2)
+        self._adamw = torch.optim.AdamW(others, lr=lr, betas=betas, eps=options.epsilon, fused=True)
+        super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {"lr": lr})
+        self._share()
+
+    def _share(self) -> None:
+        """Let both see the groups and the state of this object, which a schedule changes and a checkpoint holds."""
+        first = len(self._muon.param_groups)
+        self._muon.param_groups, self._adamw.param_groups = self.param_groups[:first], self.param_groups[first:]
+        self._muon.state = self._adamw.state = self.state
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def step(self, closure: Any = None) -> Any:
+        self._muon.step(closure)
+        self._adamw.step()
+
+
+def muon(trainer: Any, training: Training, task: str) -> MuonWithAdamW:
+    """Return the optimiser for the weights of `trainer`: Muon for matrices of hidden layers, AdamW for all others.
+
+    Weight decay is for those weights that transformers decays.
+    """
+    learning = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    matrices = hidden_matrices(trainer.model, heads_of(trainer.model, task)) & learning.keys()
+    decayed = set(trainer.get_decay_parameter_names(trainer.model))
+    others = learning.keys() - matrices
+
+    def group(names: Collection[str], decay: float) -> dict[str, Any]:
+        return {"params": [learning[name] for name in learning if name in names], "weight_decay": decay}
+
+    return MuonWithAdamW(
+        [group(matrices, training.weight_decay)],
+        [group(others & decayed, training.weight_decay), group(others - decayed, 0.0)],
+        training.learning_rate,
+        training.optimizer_options,
+    )
