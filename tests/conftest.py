@@ -1,5 +1,5 @@
 """For all tests: the cluster of the session, where a test needs one; imported modules that the garbage collector leaves
-alone; and a plain word at the end about the tests that were not run without a cluster.
+alone; which files come first; and a plain word at the end about the tests that were not run without a cluster.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,23 @@ def cluster() -> None:
         ours.check_free()
     except SystemExit as refused:
         pytest.exit(str(refused), returncode=1)
+
+
+LONGEST = (
+    "trainer/distributed/test_ranks.py",
+    "trainer/test_quickstart.py",
+    "trainer/test_examples.py",
+    "trainer/distributed/test_failing_rank.py",
+    "trainer/supervisor/test_supervisor.py",
+    "operator/test_faults.py",
+    "trainer/training/test_train.py",
+    "trainer/generation/test_generate.py",
+    "trainer/test_worker.py",
+    "trainer/training/test_resume.py",
+)
+"""Files that take longest. Each is run by one worker of xdist, so they come first: what is short then fills the gaps,
+and all workers end together.
+"""
 
 
 class GarbageCollection:
@@ -51,6 +69,12 @@ class GarbageCollection:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(GarbageCollection())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Bring the tests of LONGEST to the front, and leave the order of all others."""
+    places = {Path(__file__).parent / file: place for place, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

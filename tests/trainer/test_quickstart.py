@@ -69,6 +69,7 @@ def test_quickstart(tmp_path: Path) -> None:
         assert job["metrics"]["evalLoss"] < job["metrics"]["evalLossBefore"]
     assert (tmp_path / "luthier-runs/base/result/model.safetensors").exists()
     assert (tmp_path / "luthier-runs/sessions/result/adapter_model.safetensors").exists()
+    assert texts["metrics"].keys() == {"rows", "failedRows", "seconds", "rowsPerSecond"}
     lines = [
         json.loads(line)
         for path in Path(texts["result"]).glob("shard-*.jsonl")

@@ -24,6 +24,7 @@ from luthier_cli.screen import other_metrics
 
 STAND_IN = Path(__file__).with_name("stand_in")
 CPU = {"gpusPerNode": 0}
+PATIENCE = 90  # seconds, on a machine that has other things to do
 PROGRESS = (
     "luthier_train_step 6\nluthier_train_max_steps 12\nluthier_train_loss 2.5\nluthier_train_tokens_per_second 1234\n"
 )
@@ -224,7 +225,7 @@ def test_a_stop_saves_and_the_same_command_goes_on(laptop: Laptop, number: int) 
     process = laptop.start("run", file, "-o", "json")
     wait_for(lambda: "tune train 0" in laptop.calls())
     process.send_signal(number)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=PATIENCE)
     document = json.loads(out)
     assert process.returncode == document["code"] == 75
     assert [j["state"] for j in document["jobs"]] == ["Stopped", "NotRun"]
@@ -238,16 +239,14 @@ def test_a_stop_saves_and_the_same_command_goes_on(laptop: Laptop, number: int) 
 
 
 def test_a_second_ctrl_c_ends_everything(laptop: Laptop) -> None:
-    laptop.script(train_0={"deaf": 60})
+    laptop.script(train_0={"deaf": 600})
     process = laptop.start("run", laptop.write(job()))
     wait_for(lambda: "tune train 0" in laptop.calls())
-    started = time.monotonic()
     process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
+    time.sleep(0.5)  # two signals at once would be one
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == 75
-    assert time.monotonic() - started < 20
 
 
 def test_what_is_complete_is_not_done_again(laptop: Laptop) -> None:
@@ -380,7 +379,7 @@ def test_two_at_once_in_one_folder(laptop: Laptop) -> None:
     wait_for(lambda: "tune train 0" in laptop.calls())
     code, _, err = laptop.run("run", file)
     first.send_signal(signal.SIGTERM)
-    first.communicate(timeout=30)
+    first.communicate(timeout=PATIENCE)
     assert code == 74
     assert "another luthier process is working in" in err
 
@@ -591,8 +590,8 @@ def test_each_shard_sees_the_gpu_that_it_asks_for(laptop: Laptop) -> None:
     assert [(c["rank"], c["gpus"]) for c in calls if c["verb"] == "generate"] == [(0, "4"), (1, "4")]
 
 
-def wait_for(condition: Any, seconds: float = 20) -> None:
-    until = time.monotonic() + seconds
+def wait_for(condition: Any) -> None:
+    until = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < until, "waited in vain"
         time.sleep(0.05)

@@ -21,12 +21,12 @@ from trainer.small_sdxl import write_small_sdxl
 from luthier_api.exitcodes import ExitCode
 from luthier_api.metrics import generation_progress, read_samples
 from luthier_api.run import FineTuneRun, GenerateRun
-from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.generation import main as generate
 from luthier_trainer.generation.engines.text import TextEngine
 from luthier_trainer.generation.ledger import shard_manifest
+from luthier_trainer.prepare import main as prepare
 from luthier_trainer.runtime import heartbeat, run_folder
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.telemetry import PORT_FILE
@@ -105,12 +105,8 @@ def test_a_shard_killed_on_the_way_makes_every_row_once(tmp_path: Path, monkeypa
     assert [line["sha256"] for line in result_lines(whole)] == [line["sha256"] for line in lines]
 
 
-def test_from_the_users_files_to_the_result_through_the_supervisor(
-    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both phases as the pods run them: `python -m luthier_trainer VERB --run FILE`; the second shard in this process,
-    for time's sake.
-    """
+def test_from_the_users_files_to_the_result(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both phases. `test_quickstart` runs them as processes of the supervisor."""
     prompts = tmp_path / "prompts.csv"
     prompts.write_text("text,seed\nThe class statement,7\nA function,\nAn import,9\n")
     inputs = {"dataset": {"files": [str(prompts)]}, "columns": {"prompt": "text"}}
@@ -129,21 +125,10 @@ def test_from_the_users_files_to_the_result_through_the_supervisor(
             },
         }
     )
-    config = tmp_path / "run.json"
-    config.write_text(run.model_dump_json(by_alias=True, exclude_none=True))
-    log = Path(os.environ[Variables.TERMINATION_LOG])
-    messages = []
-    for verb in ("prepare", "generate"):
-        process = subprocess.run([sys.executable, "-m", "luthier_trainer", verb, "--run", str(config)], check=False)
-        message = TerminationMessage.read(log.read_text())
-        assert message
-        assert (process.returncode, message.code) == (0, 0), message.message
-        messages.append(message)
+    messages = [prepare.main(run), *generate_shards(run, monkeypatch, prepare=lambda _: None)]
+    assert [(m.code, m.message) for m in messages[::2]] == [(0, ""), (0, "1 outputs")]
     assert (messages[1].phase, messages[1].reason, messages[1].message) == ("run", "Completed", "2 outputs")
     assert set(messages[1].metrics or {}) == {"rows", "failedRows", "seconds", "rowsPerSecond"}
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv(Variables.NODE_RANK, "1")
-    generate.main(run)
     lines = result_lines(run)
     assert [(line["row"], line["prompt"]) for line in lines] == [
         (0, "The class statement"),

@@ -32,7 +32,7 @@ def entry(folder: Path, arguments: list[str], **environment: str) -> tuple[int, 
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=90,
     )
     lines = done.stderr.splitlines()
     imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
@@ -286,7 +286,7 @@ runpy.run_module("luthier_trainer", run_name="__main__", alter_sys=True)
         [sys.executable, "-c", early, "prepare", "--run", str(tmp_path / "run.json")],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=90,
     )
     word = TerminationMessage.read(last_word().decode())
     assert word is not None

@@ -23,6 +23,7 @@ from luthier_api.terminationlog import LIMIT_BYTES
 from luthier_trainer.workspace.prepared import FINGERPRINT, fingerprint, read_prepared, write_prepared
 
 TOKEN = "hf_" + "a1B2" * 9
+PATIENCE = 90  # seconds, on a machine that has other things to do
 
 # The supervisor itself, with a small script in the place of the phase's process.
 DRIVER = """
@@ -115,8 +116,8 @@ def last_word(tmp_path: Path) -> TerminationMessage:
     return message
 
 
-def wait_for(path: Path, seconds: float = 20) -> None:
-    until = time.monotonic() + seconds
+def wait_for(path: Path) -> None:
+    until = time.monotonic() + PATIENCE
     while not path.exists():
         assert time.monotonic() < until, f"{path} did not appear"
         time.sleep(0.02)
@@ -241,7 +242,7 @@ def test_an_end_becomes_a_code(case: EndCase, start: Start, tmp_path: Path) -> N
         step_timeout=case.step_timeout,
         **{k: str(tmp_path / "cgroup") if v == "CGROUP" else v for k, v in case.environment.items()},
     )
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=PATIENCE)
     said = last_word(tmp_path)
     assert (process.returncode, said.code) == (case.code, case.code), output
     assert case.message in said.message
@@ -262,7 +263,7 @@ def test_a_stop_is_agreed_on_not_forwarded(start: Start, tmp_path: Path) -> None
         """)
     wait_for(tmp_path / "run" / "ready")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=10) == 75
+    assert process.wait(timeout=PATIENCE) == 75
     assert (last_word(tmp_path).saved, last_word(tmp_path).step) == (True, 12)
 
 
@@ -273,7 +274,7 @@ def test_a_second_interrupt_waits_for_no_checkpoint(start: Start, tmp_path: Path
     process.send_signal(signal.SIGINT)
     wait_for(tmp_path / "run" / "stop")
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=10) == 75
+    assert process.wait(timeout=PATIENCE) == 75
     assert last_word(tmp_path).saved is False
 
 
@@ -308,7 +309,7 @@ def test_after_a_sigterm_nothing_is_final(case: AfterSigtermCase, start: Start, 
     process = start("(run / 'ready').touch()\n" + case.script, grace_seconds=2)
     wait_for(tmp_path / "run" / "ready")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=10) == 75
+    assert process.wait(timeout=PATIENCE) == 75
     assert last_word(tmp_path).saved is False
     assert case.message in last_word(tmp_path).message
 
@@ -325,7 +326,7 @@ def test_workers_in_sessions_of_their_own_are_killed_too(start: Start, tmp_path:
     )
     wait_for(tmp_path / "run" / "ready")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=10) == 75
+    assert process.wait(timeout=PATIENCE) == 75
     assert not Path(f"/proc/{(tmp_path / 'run' / 'pid').read_text()}").exists()
 
 
@@ -336,17 +337,15 @@ def test_ranks_do_not_outlive_the_agent_that_started_them(start: Start, tmp_path
         (run / "pid").write_text(str(grandchild.pid))
         os.kill(os.getpid(), signal.SIGKILL)
         """)
-    assert process.wait(timeout=20) == 71
+    assert process.wait(timeout=PATIENCE) == 71
     assert not Path(f"/proc/{(tmp_path / 'run' / 'pid').read_text()}").exists()
 
 
 def test_prepare_has_nothing_to_save_and_stops_at_once(start: Start, tmp_path: Path) -> None:
-    process = start("(run / 'ready').touch(); time.sleep(60)", verb="prepare")
+    process = start("(run / 'ready').touch(); time.sleep(600)", verb="prepare", grace_seconds=600)
     wait_for(tmp_path / "run" / "ready")
-    began = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=10) == 75
-    assert time.monotonic() - began < 5
+    assert process.wait(timeout=PATIENCE) == 75
     assert last_word(tmp_path).message == "stopped; the next start continues from here"
 
 
@@ -361,7 +360,7 @@ def test_a_lost_peer_waits_to_be_stopped(start: Start, tmp_path: Path, make_run:
     wait_for(tmp_path / "run" / "ready")
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=10) == 75
+    assert process.wait(timeout=PATIENCE) == 75
 
 
 # In the place of `accelerate launch`: ranks in sessions of their own. When one has ended, the others get SIGTERM. The
@@ -475,14 +474,14 @@ def test_a_rank_that_a_signal_ended_is_the_cause(
 ) -> None:
     """And a pod alone waits for nobody."""
     process = start_group(case.number, LUTHIER_PEER_LOST_LINGER="60")
-    output, _ = process.communicate(timeout=50)
+    output, _ = process.communicate(timeout=PATIENCE)
     said = last_word(tmp_path)
     assert (process.returncode, said.rank, said.message) == (71, 1, case.message), output
 
 
 def test_a_rank_that_is_stopped_is_named(start_group: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     process = start_group(signal.SIGSTOP, step_timeout=2)
-    output, _ = process.communicate(timeout=50)
+    output, _ = process.communicate(timeout=PATIENCE)
     said = last_word(tmp_path)
     assert (process.returncode, said.reason, said.rank) == (80, "Hang", 1), output
     assert (
@@ -496,12 +495,12 @@ def test_stale_files_of_an_earlier_start_are_gone(start: Start, tmp_path: Path) 
     for name in ("stop", "heartbeat", "result-0.json"):
         (tmp_path / "run" / name).write_text('{"phase":"run","code":65,"reason":"InvalidDataset"}')
     process = start("assert not (run / 'stop').exists() and not (run / 'heartbeat').exists(); result(0)")
-    assert process.wait(timeout=20) == 0
+    assert process.wait(timeout=PATIENCE) == 0
 
 
 def test_tokens_reach_neither_lines_nor_message(start: Start, tmp_path: Path) -> None:
     process = start(f"print('curl -H {TOKEN}', flush=True); result(71, message='401 for {TOKEN}'); sys.exit(1)")
-    process.communicate(timeout=20)
+    process.communicate(timeout=PATIENCE)
     raw = (tmp_path / "run" / "termination-log").read_text()
     assert TOKEN not in raw
     assert "curl -H hf_…" in raw
@@ -509,7 +508,7 @@ def test_tokens_reach_neither_lines_nor_message(start: Start, tmp_path: Path) ->
 
 def test_the_last_word_fits_where_the_kubelet_reads_it(start: Start, tmp_path: Path) -> None:
     process = start("for i in range(200): print(i, 'é' * 300)\nresult(71, message='x' * 9000); sys.exit(1)")
-    process.communicate(timeout=20)
+    process.communicate(timeout=PATIENCE)
     raw = (tmp_path / "run" / "termination-log").read_bytes()
     assert len(raw) <= LIMIT_BYTES
     assert TerminationMessage.read(raw.decode()) is not None
@@ -520,7 +519,7 @@ def test_run_pods_hold_no_token(start: Start, tmp_path: Path) -> None:
         "(run / 'seen').write_text(os.environ.get('HF_TOKEN', '') + os.environ['HF_HUB_OFFLINE']); result(0)",
         HF_TOKEN=TOKEN,
     )
-    assert process.wait(timeout=20) == 0
+    assert process.wait(timeout=PATIENCE) == 0
     assert (tmp_path / "run" / "seen").read_text() == "1"
 
 
@@ -531,7 +530,7 @@ def entry(tmp_path: Path, verb: str, document: object) -> subprocess.CompletedPr
         [sys.executable, "-m", "luthier_trainer", verb, "--run", str(tmp_path / "run.json")],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=PATIENCE,
     )
 
 
@@ -551,7 +550,7 @@ def test_the_supervisor_imports_nothing_heavy() -> None:
         "import sys, luthier_trainer.supervisor.main; print([m for m in ('torch', 'transformers', 'datasets', 'numpy',"
         " 'httpx') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert done.stdout.strip() == "[]"
 
 
@@ -626,4 +625,4 @@ def test_only_the_hub_itself_is_spoken_to_by_xet(
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
     script = CHILD + "print('xet', os.environ.get('HF_HUB_DISABLE_XET')); result(0)"
     process = start(script, **({"HF_ENDPOINT": case.endpoint} if case.endpoint else {}))
-    assert f"xet {case.expect}" in process.communicate(timeout=60)[0]
+    assert f"xet {case.expect}" in process.communicate(timeout=PATIENCE)[0]

@@ -55,11 +55,11 @@ with (workspace.parent / "calls.jsonl").open("a") as calls:
     calls.write(json.dumps(call) + "\n")
 print(f"{verb} {rank} says hello", flush=True)
 if script.get("until_stopped"):
-    assert stopped.wait(30)
+    assert stopped.wait(90)
     script["code"], script["message"] = 75, "saved at step 7"
 else:
     if "metrics" in script:
-        assert serve(script["metrics"]).wait(30)
+        assert serve(script["metrics"]).wait(90)
     stopped.wait(script.get("seconds", 0))
     time.sleep(script.get("deaf", 0))
 if script.get("dies"):
