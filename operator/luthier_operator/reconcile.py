@@ -113,7 +113,7 @@ class Reconciler:
             self._queue.took(key, 0)
             self._writes.pop(key, None)  # its children have owner references, and are deleted with it
             return None
-        if (left := self._terminating.get(key.namespace, 0) - self._clock()) > 0:
+        if (left := self._seconds_to_wait(key.namespace)) > 0:
             return left
         now = datetime.now(UTC)
         try:
@@ -138,6 +138,17 @@ class Reconciler:
             return await self._expire(key, found)
         return await self._carry_out(key, found, observed, decision, now)
 
+    def _seconds_to_wait(self, namespace: str) -> float:
+        """Seconds in which nothing is tried in a namespace that is being deleted. After them one job tries again, and
+        the others wait for what it finds: they are due at the same moment.
+        """
+        if namespace not in self._terminating:
+            return 0.0
+        left = self._terminating[namespace] - self._clock()
+        if left <= 0:
+            self._terminating[namespace] = self._clock() + TERMINATING_SECONDS
+        return left
+
     async def _carry_out(
         self, key: Key, found: Object, observed: Observed, decision: Decision, now: datetime
     ) -> float | None:
@@ -156,6 +167,8 @@ class Reconciler:
             log.info("namespace %s is being deleted: nothing is created there", key.namespace)
             self._terminating[key.namespace] = self._clock() + TERMINATING_SECONDS
             return TERMINATING_SECONDS
+        if decision.apply and not refusal:
+            self._terminating.pop(key.namespace, None)  # there is a new one of this name
         if refusal or first is not decision:
             written = replace(observed, job=observed.job.model_copy(update={"status": first.status}))
             last = refused(written, decision, refusal.message, now) if refusal else with_events(written, decision, now)

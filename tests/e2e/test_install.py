@@ -22,11 +22,11 @@ SKEW = """
 # Python runs this at its start. By the name of the job, the trainer is newer than the operator, or older.
 import json, pathlib
 
-from luthier_api import run, termination
+from luthier_api import run, terminationlog
 
 path = pathlib.Path("/etc/luthier/run.json")
 name = json.loads(path.read_text())["name"] if path.exists() else ""
-encode, read = termination.encode, run.from_json
+encode, read = terminationlog.encode, run.from_json
 
 
 def of_a_newer_operator(text, **options):
@@ -40,7 +40,7 @@ def of_a_newer_operator(text, **options):
 
 
 if name == "newer-image":
-    termination.encode = lambda message: encode(message | {"later": {"deep": [1]}})
+    terminationlog.encode = lambda message: encode(message | {"later": {"deep": [1]}})
 if name.startswith("other-"):
     run.from_json = of_a_newer_operator
 """

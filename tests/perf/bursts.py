@@ -28,6 +28,8 @@ from luthier_operator.election import RENEW_WITHIN
 from luthier_operator.model import Object
 
 SYSTEM, LEASE = "luthier-bench-system", "luthier"
+LONGEST = 900.0
+"""Seconds for anything that is waited for: nothing of it is measured."""
 QUIET_SECONDS = 40.0
 """More than the pause after which a namespace that is being deleted is tried again."""
 
@@ -58,8 +60,8 @@ async def burst(client: Client, audit_path: Path, size: int) -> dict[str, Any]:
         before = await lease(client)
         async with watching(client, prepares, jobs, begun):
             await create_jobs(client, names)
-            await prepares.all_of(names)
-            await begun.all_of(names)
+            await prepares.all_of(names, LONGEST)
+            await begun.all_of(names, LONGEST)
             await asyncio.sleep(5)
         after, alive = await lease(client), operator.alive()
     renewals = [moment(event) for event in audit.calls() if verb_and_resource(event) == "patch/leases"]
@@ -95,7 +97,7 @@ async def deletion(client: Client, audit_path: Path, size: int) -> dict[str, Any
     with OperatorProcess(HERE, LUTHIER_LEASE=f"{SYSTEM}/{LEASE}") as operator:
         async with watching(client, prepares, jobs):
             await create_jobs(client, names[: size // 2])
-            await prepares.all_of(names[: size // 2])
+            await prepares.all_of(names[: size // 2], LONGEST)
             await create_jobs(client, names[size // 2 :])
             audit = AuditLog(audit_path, HERE)
             kubectl("delete", "namespace", HERE, "--wait=false")

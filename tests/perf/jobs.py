@@ -75,16 +75,16 @@ class Seen:
                 self.at.setdefault(name, time.monotonic())
                 self._changed.set()
 
-    async def all_of(self, names: Iterable[str]) -> None:
-        """Wait until each of `names` was seen. Exits if that takes too long."""
+    async def all_of(self, names: Iterable[str], limit: float = LIMIT) -> None:
+        """Wait until each of `names` was seen. Exits if that takes longer than `limit` seconds."""
         missing = set(names)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LIMIT):
+            async with asyncio.timeout(limit):
                 while missing := missing - self.at.keys():
                     self._changed.clear()
                     await self._changed.wait()
         if missing:
-            raise SystemExit(f"{self.kind}: {len(missing)} missing after {LIMIT} s")
+            raise SystemExit(f"{self.kind}: {len(missing)} missing after {limit} s")
 
 
 @contextlib.asynccontextmanager
