@@ -1,6 +1,6 @@
 """Computed tokens a real one, by the order of the rows and by packing, on one process and on eight.
 
-`PYTHONPATH=tests python -m perf padding` prints one JSON document. Nothing is timed: the orders and the bins are those of
+`PYTHONPATH=tests python -m perf padding` prints one JSON document. Nothing is timed: orders and bins are those of
 the trainer, and a batch costs its rows times its longest row. Several processes wait for the slowest of them. The
 lengths are drawn from a log-normal distribution, which is that of chats and paragraphs; a second set are the paragraphs
 of Python's language reference, in characters.

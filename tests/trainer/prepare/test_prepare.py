@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gzip
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from PIL import Image
+from trainer.architectures import save_tiny
 from trainer.preparing import prepared
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -155,6 +157,33 @@ def test_packing_goes_on_from_one_batch_to_the_next(name: str, make_run: MakeRun
         "".join(tokenizer.decode(ids) for ids in data["train"]["input_ids"])
         == joint.join(r["text"] for r in rows) + end
     )
+
+
+def test_packed_rows_are_planned_as_bins(make_run: MakeRun, tmp_path: Path) -> None:
+    """Rows, steps and tokens of the plan are those of the bins, and no token of a row is lost."""
+    path = write(tmp_path, "x.jsonl", [{"text": f"line {i} " * (i % 7 + 1)} for i in range(100)])
+    dataset = {"files": [path], "evalFraction": 0.25}
+    training = {"maxLength": 64, "batchSize": 4, "epochs": 2}
+    record, data = prepared(make_run("packed", dataset=dataset, training=training | {"packing": "isolated"}))
+    _, rows = prepared(make_run("rows", dataset=dataset, training=training | {"maxLength": 256}))
+    assert record.dataset.rows == len(data["train"]) < len(rows["train"])
+    assert record.plan.steps == 2 * math.ceil(len(data["train"]) / 4)
+    for split in ("train", "eval"):
+        found, expect = (sorted(token for ids in given[split]["input_ids"] for token in ids) for given in (data, rows))
+        assert found == expect
+        assert max(data[split]["length"]) <= 64
+    assert record.dataset.tokens == sum(rows["train"]["length"])
+
+
+def test_a_model_that_sees_across_packed_rows_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
+    save_tiny("bloom", tmp_path / "bloom")
+    with pytest.raises(Failure, match=r"^spec\.training\.packing: isolated: bloom does not keep the rows apart"):
+        prepared(
+            make_run(
+                model={"path": str(tmp_path / "bloom")},
+                training={"maxLength": 64, "batchSize": 4, "packing": "isolated"},
+            )
+        )
 
 
 def test_packed_blocks_are_held_out(make_run: MakeRun, corpus_file: Path) -> None:
