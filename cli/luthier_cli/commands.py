@@ -98,6 +98,31 @@ def plan(
 
 
 @app.command()
+def inspect(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Manifest of a FineTuneJob. '-' is standard input.")],
+    workspace: Root = DEFAULT_ROOT,
+    mount: Mounts = None,
+    output: As = Output.TEXT,
+) -> None:
+    """Show the dataset of a FineTuneJob as it would be learnt: splits, columns, lengths, the recommended maxLength, and
+    one row with its labels. Nothing is trained, and no weights are read.
+    """
+    from luthier_cli.inspection import inspect_dataset, lines
+    from luthier_cli.manifests import Refused
+
+    try:
+        jobs = _lay_out([file], workspace, mount or [], cpu=True)
+        found = inspect_dataset(jobs)
+    except Refused as refused:
+        _refuse(refused.problems, refused.code, output)
+    if output is Output.JSON:
+        _print({"code": 0, "dataset": found})
+        return
+    for line in lines(found):
+        typer.echo(line)
+
+
+@app.command()
 def render(files: Files) -> None:
     """Print the Kubernetes objects that the operator would create, as YAML. Settings are read from the environment, as
     by the operator.

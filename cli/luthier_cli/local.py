@@ -117,21 +117,25 @@ class LocalJob:
                 )
         return path
 
-    def write_run(self) -> None:
-        """Write the run config. Raises Refused if the folder holds work of a different manifest."""
+    def run_config(self, rendezvous_port: int) -> FineTuneRun | GenerateRun:
+        """Return the run config of the job on this machine."""
         sources = {name: str(self.place.folder(name)) for name in self.workload.sources.values()}
-        before = self._run_before()
-        port = before.rendezvous_port if before and is_free(before.rendezvous_port) else free_port()
         run = {
             "kind": self.kind.value,
             "name": self.name,
             "workspace": str(self.folder.root),
             "sources": sources,
             "spec": self.spec,
-            "rendezvousPort": port,
+            "rendezvousPort": rendezvous_port,
             "metricsPort": 0,
         }
-        after = RUNS[self.kind].model_validate(run)
+        return RUNS[self.kind].model_validate(run)
+
+    def write_run(self) -> None:
+        """Write the run config. Raises Refused if the folder holds work of a different manifest."""
+        before = self._run_before()
+        port = before.rendezvous_port if before and is_free(before.rendezvous_port) else free_port()
+        after = self.run_config(port)
         if before and (changed := difference(result_part(before.spec), result_part(after.spec))):
             if any(made.exists() for made in (self.folder.checkpoints, self.folder.shards, self.folder.result)):
                 raise Refused(

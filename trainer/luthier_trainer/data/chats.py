@@ -139,7 +139,7 @@ def _without_nulls(value: Any) -> Any:
 def _chat(form: Form, cells: dict[str, Any]) -> Chat | None:
     """Return a row as a conversation; None if it is empty. Raises Malformed."""
     if form.name in ("messages", "sharegpt"):
-        messages = _messages(_listed(cells["messages"]), "assistant")
+        messages = _messages(_listed(cells["messages"]))
         prompt = None
     else:
         asked = _messages(_with_input(cells), "user")
@@ -186,11 +186,14 @@ def _listed(value: Any) -> Any:
     return value
 
 
-def _messages(value: Any, role: str) -> list[Message]:
-    """Return messages with the keys of chat templates. A text becomes one message of `role`. Raises Malformed."""
+def _messages(value: Any, role: str | None = None) -> list[Message]:
+    """Return messages with the keys of chat templates. A text becomes one message of `role`, if that is given.
+
+    Raises Malformed.
+    """
     if value is None or value == "":
         return []
-    if isinstance(value, str) and (role == "user" or value.strip()):
+    if isinstance(value, str) and role is not None:
         return [{"role": role, "content": value}]
     if not isinstance(value, list):
         raise Malformed(f"{_shown(value)} is no list of messages")

@@ -20,10 +20,13 @@ DATASET = "spec.dataset"
 COLUMNS = f"{DATASET}.columns"
 LOSS_ON = "spec.training.lossOn"
 MAPPED = {
-    "sharegpt": "each from and value becomes a role and its content",
+    "sharegpt": "from becomes role, and value becomes content",
     "alpaca": "instruction and input become the user's message, and output the assistant's",
 }
 """Forms that are converted → what becomes of their rows."""
+QUESTIONS = ("question", "query", "instruction", "input", "user", "human")
+ANSWERS = ("answer", "response", "output", "assistant", "target", "reply")
+"""Usual names of columns that hold prompts, and of those that hold completions, for hints."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +66,14 @@ def recognise(rows: Rows, spec: FineTuneJobSpec) -> Form:
     """
     named, there = named_columns(spec), rows.names or tuple(rows.data.column_names)
     possible = _possible(spec)
-    fitting = [form for form in possible if all(_columns(form, named)[role] in there for role in FORMS[form].columns)]
+    fitting = [form for form in possible if set(_required(form, named)) <= set(there)]
     if not fitting:
         raise _unknown(rows, possible, named, spec)
     name = fitting[0]
     found = {role: column for role, column in _columns(name, named).items() if column in there}
     for role in named:
         columns.require(rows, named[role], f"{COLUMNS}.{role}")
-    _tell(rows, name, fitting[1:], spec)
+    _tell(rows, name, [other for other in fitting[1:] if not set(_required(other, named)) <= set(found.values())])
     return Form(name, found)
 
 
@@ -107,7 +110,11 @@ def _columns(form: RowForm, named: Mapping[str, str]) -> dict[str, str]:
     return {role: named.get(role, default) for role, default in (info.columns | info.optional_columns).items()}
 
 
-def _tell(rows: Rows, name: RowForm, others: list[RowForm], spec: FineTuneJobSpec) -> None:
+def _required(form: RowForm, named: Mapping[str, str]) -> list[str]:
+    return [_columns(form, named)[role] for role in FORMS[form].columns]
+
+
+def _tell(rows: Rows, name: RowForm, others: list[RowForm]) -> None:
     """Give notice if rows are converted, or if they could be read in another form."""
     parts = [f"{DATASET}: the rows of {rows.origin} are read as {FORMS[name].title}"]
     if name in MAPPED:
@@ -129,13 +136,29 @@ def _unknown(rows: Rows, possible: list[RowForm], named: Mapping[str, str], spec
     if rows.hint:
         columns.require(rows, FORMS[likely].columns["text"], f"{COLUMNS}.text")
     what = f"{COLUMNS}: {rows.origin} has no columns by which its rows could be read (columns: {', '.join(there)})"
-    chats = [name for name in rows.lists if name in there]
-    if chats:
-        return columns.invalid(f"{what}. If {chats[0]} holds conversations, set dataset.columns.messages: {chats[0]}")
-    texts = [name for name in rows.texts if name in there] or list(there)
-    if len(texts) == 1:
-        return columns.invalid(f"{what}. To learn its texts, set dataset.columns.text: {texts[0]}")
-    return columns.invalid(f"{what}. Name them in dataset.columns. The forms of rows are: {_forms(possible)}")
+    return columns.invalid(
+        f"{what}. {_advice(rows, there) or f'Name them in {COLUMNS}. The forms of rows are: {_forms(possible)}'}"
+    )
+
+
+def _advice(rows: Rows, there: tuple[str, ...]) -> str | None:
+    """Return what to do about columns of unusual names; None if their names and types tell nothing."""
+    texts = [name for name in rows.texts if name in there]
+    lists = [name for name in rows.lists if name in there]
+    asked, answered = (next((name for name in texts if name.lower() in names), None) for names in (QUESTIONS, ANSWERS))
+    if {"chosen", "rejected"} <= set(there):
+        return "Rows with a chosen and a rejected answer belong to task: preference"
+    if lists and len(rows.data) == 1:
+        return f"The file holds one object. If its rows are in {lists[0]}, write that list alone into the file"
+    if lists:
+        return f"If {lists[0]} holds conversations, set {COLUMNS}.messages: {lists[0]}"
+    if asked and answered:
+        return (
+            f"If they are prompts and completions, set {COLUMNS}.prompt: {asked} and {COLUMNS}.completion: {answered}"
+        )
+    if len(texts or there) == 1:
+        return f"To learn its texts, set {COLUMNS}.text: {(texts or there)[0]}"
+    return None
 
 
 def _forms(names: Mapping[RowForm, FormInfo] | list[RowForm]) -> str:

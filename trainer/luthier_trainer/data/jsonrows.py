@@ -98,7 +98,7 @@ class JsonFile:
                 kind = KINDS.get(type(value), "null")
                 raise self._refusal(
                     f"row {done + wrong}, counted from 0 (line {line}), is no object but of kind: {kind}. Each row is"
-                    " an object, {...}"
+                    ' an object, such as {"text": "..."}'
                 )
             yield [value for value, _ in batch]
             done += len(batch)
@@ -153,7 +153,10 @@ class JsonFile:
             if text[position] == "]":
                 rest = text[position + 1 :] + file.read(decoding.CHUNK)
                 if rest.strip():
-                    raise self._refusal(f"line {line}: something follows the end of the list. {self._whole()}")
+                    raise self._refusal(
+                        f"line {line}: something follows the end of the list. {self._whole()}; if each line is a"
+                        ' conversation, write {"messages": [...]}'
+                    )
                 return
             if not opened:
                 if text[position] != ",":

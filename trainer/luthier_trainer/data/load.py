@@ -320,6 +320,8 @@ def cut(rows: Rows, instruction: str, splits: list[str], field: str, origin: str
     """
     import numpy
 
+    if not len(rows.data):
+        raise Failure(ExitCode.INVALID_DATASET, f"{field.rpartition('.')[0]}: {origin or rows.origin} has no rows")
     found = ranges(rows.data, instruction, splits, field)
     if found == [(0, len(rows.data))] and len(rows.data):
         return rows

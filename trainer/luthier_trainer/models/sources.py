@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -85,6 +85,12 @@ class Located:
         else:
             weight_files.check(folder, self.field)
         return folder
+
+    def fetch_texts(self, into: Path) -> Path:
+        """Return the folder with configuration and tokenizer. Of a model on the Hub, only these come to `into`."""
+        if self.folder is not None:
+            return self.folder
+        return replace(self, files=tuple(name for name in self.files if name.endswith(TEXT_SUFFIXES)))._download(into)
 
     def _download(self, into: Path) -> Path:
         """Download `files` from the Hub to `into`. Files of the variant fp16 get the plain names."""

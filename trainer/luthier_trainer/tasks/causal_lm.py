@@ -172,7 +172,8 @@ def _refuse_template(spec: FineTuneJobSpec, origin: str, form: forms.Form) -> No
     """Raise Failure if the job names a chat template for rows without messages, or a loss on an assistant's turns."""
     what = f"the rows of {origin} are {form.info.title}, which have no messages"
     if spec.dataset.chat_template is not None:
-        raise Failure(ExitCode.INVALID_SPEC, f"{templates.FIELD}: {what}; remove it")
+        remedy = ", or set dataset.form: alpaca to write them as messages" if form.name == "prompt-completion" else ""
+        raise Failure(ExitCode.INVALID_SPEC, f"{templates.FIELD}: {what}; remove it{remedy}")
     if spec.training.loss_on == "assistant":
         raise Failure(ExitCode.INVALID_SPEC, f"{forms.LOSS_ON}: {what}. Choose completions or all, or remove it")
 

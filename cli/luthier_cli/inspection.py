@@ -1,0 +1,68 @@
+"""Shows a dataset: asks the trainer what it is, and writes the answer for people."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.kinds import JobKind
+from luthier_cli.local import RUN_FILE, LocalJob
+from luthier_cli.manifests import Refused
+
+MODULE = "luthier_trainer.prepare.inspection"
+
+
+def inspect_dataset(jobs: Sequence[LocalJob]) -> dict[str, Any]:
+    """Return the description of the dataset of the only FineTuneJob of `jobs`. Raises Refused."""
+    found = [job for job in jobs if job.kind is JobKind.FINE_TUNE]
+    if len(found) != 1:
+        raise Refused([f"inspect describes the dataset of one FineTuneJob, and the file has {len(found)}"])
+    (job,) = found
+    with tempfile.TemporaryDirectory(prefix="luthier-") as folder:
+        run_file = Path(folder) / RUN_FILE
+        run_file.write_text(json.dumps(job.run_config(0).dump()))
+        done = subprocess.run(
+            [sys.executable, "-m", MODULE, str(run_file), folder],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            env=job.environment("prepare", 0),
+            check=False,
+        )
+    if done.returncode:
+        last = (done.stderr.strip() or f"{MODULE} ended with code {done.returncode}").splitlines()[-1]
+        code = next((code for code in ExitCode if int(code) == done.returncode), ExitCode.TRAINING_ERROR)
+        raise Refused([last], code)
+    described: dict[str, Any] = json.loads(done.stdout)
+    return described
+
+
+def lines(found: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines that describe a dataset."""
+    for name, split in found["splits"].items():
+        counts = [f"{split['rows']:,} rows"]
+        counts += [f"{split['bytes']:,} bytes"] if "bytes" in split else []
+        if "tokens" in split:
+            dropped = split["rows"] - split["encodedRows"]
+            counts += [f"{dropped:,} left out"] if dropped else []
+            counts += [f"{split['tokens']:,} tokens"]
+            counts += [f"{split['labels']:,} of them labels"] if "labels" in split else []
+        yield f"{name}: {', '.join(counts)}"
+    yield f"columns: {', '.join(f'{name} ({kind})' for name, kind in found['columns'].items())}"
+    if "form" in found:
+        yield f"form: {found['form']}"
+    if "length" in found:
+        shown = ", ".join(f"{n:,} ({name})" for name, n in found["length"].items())
+        yield f"tokens of a row: {shown}"
+        yield f"recommended training.maxLength: {found['recommendedMaxLength']}"
+    for notice in found["notices"]:
+        yield f"note: {notice}"
+    if found.get("firstRow"):
+        yield ""
+        yield found["firstRow"]

@@ -1,0 +1,306 @@
+"""The first steps of a newcomer: each common form of a file is read, or its refusal says what to do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier_trainer.data.chats import CHAT
+from luthier_trainer.prepare.training import read_examples
+from luthier_trainer.runtime import notices
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.tasks.causal_lm import CausalLM
+
+TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+SHARED = [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+CALL = {"name": "add", "arguments": {"a": 1}}
+TOOL = {"name": "add", "parameters": {}}
+
+
+def lines(*rows: Any) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@dataclass(frozen=True)
+class Reads:
+    name: str
+    content: str
+    form: str
+    chat: dict[str, Any] | None = None
+    """The first row, if rows are conversations."""
+    file: str = "x.jsonl"
+    dataset: dict[str, Any] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+
+
+READ = [
+    Reads(name="texts", content=lines({"text": "a"}), form="text"),
+    Reads(name="another name", content=lines({"body": "a"}), dataset={"columns": {"text": "body"}}, form="text"),
+    Reads(name="messages", content=lines({"messages": TURNS}), form="messages", chat={"messages": TURNS}),
+    Reads(
+        name="messages in a list, under another name",
+        content=json.dumps([{"dialog": TURNS}]),
+        file="x.json",
+        dataset={"columns": {"messages": "dialog"}},
+        form="messages",
+        chat={"messages": TURNS},
+    ),
+    Reads(
+        name="messages in a table",
+        content='messages\n"' + json.dumps(TURNS).replace('"', '""') + '"\n',
+        file="x.csv",
+        form="messages",
+        chat={"messages": TURNS},
+    ),
+    Reads(
+        name="ShareGPT",
+        content=lines({"conversations": SHARED}),
+        form="sharegpt",
+        chat={"messages": [{"role": "system", "content": "Be kind."}, *TURNS]},
+        notices=(
+            "spec.dataset: the rows of x.jsonl are read as conversations of ShareGPT: from becomes role, and value",
+        ),
+    ),
+    Reads(
+        name="a call of a tool in ShareGPT, and its answer",
+        content=lines(
+            {
+                "conversations": [
+                    {"from": "human", "value": "1+1"},
+                    {"from": "function_call", "value": json.dumps(CALL)},
+                    {"from": "observation", "value": "2"},
+                    {"from": "gpt", "value": "Two"},
+                ],
+                "tools": json.dumps([TOOL]),
+            }
+        ),
+        form="sharegpt",
+        chat={
+            "messages": [
+                {"role": "user", "content": "1+1"},
+                {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]},
+                {"role": "tool", "content": "2"},
+                {"role": "assistant", "content": "Two"},
+            ],
+            "tools": [{"type": "function", "function": TOOL}],
+        },
+    ),
+    Reads(
+        name="arguments as text, and parts of a content, as in OpenAI's files",
+        content=lines(
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "1"}, {"type": "text", "text": "+1"}]},
+                    {
+                        "role": "assistant",
+                        "content": None,
+                        "tool_calls": [
+                            {"id": "c1", "type": "function", "function": CALL | {"arguments": '{"a": 1}'}},
+                        ],
+                    },
+                    {"role": "tool", "tool_call_id": "c1", "content": "2"},
+                ]
+            }
+        ),
+        form="messages",
+        chat={
+            "messages": [
+                {"role": "user", "content": "1+1"},
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [{"type": "function", "function": CALL, "id": "c1"}],
+                },
+                {"role": "tool", "tool_call_id": "c1", "content": "2"},
+            ]
+        },
+    ),
+    Reads(
+        name="Alpaca, with an answer that looks like JSON",
+        content=json.dumps([{"instruction": "Count", "input": "to 2", "output": "[1, 2]"}]),
+        file="x.json",
+        form="alpaca",
+        chat={
+            "messages": [
+                {"role": "user", "content": "Count\n\nto 2"},
+                {"role": "assistant", "content": "[1, 2]"},
+            ],
+            "prompt": 1,
+        },
+        notices=("spec.dataset: the rows of x.json are read as instructions of Alpaca: instruction and input become",),
+    ),
+    Reads(name="prompts and completions", content=lines({"prompt": "a", "completion": "b"}), form="prompt-completion"),
+    Reads(
+        name="prompts and completions of messages",
+        content=lines({"prompt": TURNS[:1], "completion": TURNS[1:]}),
+        form="prompt-completion",
+        chat={"messages": TURNS, "prompt": 1},
+    ),
+    Reads(
+        name="columns of two forms",
+        content=lines({"messages": TURNS, "text": "a"}),
+        form="messages",
+        chat={"messages": TURNS},
+        notices=("spec.dataset: the rows of x.jsonl are read as conversations. Their columns also fit text; set",),
+    ),
+    Reads(
+        name="columns of two forms, of which the job names one",
+        content=lines({"messages": TURNS, "text": "a"}),
+        dataset={"form": "text"},
+        form="text",
+    ),
+    Reads(
+        name="a row without messages",
+        content=lines({"messages": TURNS}, {"messages": []}),
+        form="messages",
+        chat={"messages": TURNS},
+        notices=(
+            'spec.dataset.columns.messages: column "messages" of x.jsonl is empty in 1 of 2 rows, which are left',
+        ),
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Refused:
+    name: str
+    content: str
+    message: str
+    file: str = "x.jsonl"
+    dataset: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+NONE = "spec.dataset.columns: {file} has no columns by which its rows could be read (columns: {columns}). "
+REFUSED = [
+    Refused(
+        name="semicolons",
+        file="x.csv",
+        content="question;answer\na;b\n",
+        message=(
+            'spec.dataset.columns.text: no column "text" in x.csv (columns: question;answer). The only column is called'
+            " 'question;answer'. If its cells are separated by semicolon, set spec.dataset.csv.separator to semicolon"
+        ),
+    ),
+    Refused(
+        name="messages under another column",
+        content=lines({"id": 1, "dialog": TURNS}, {"id": 2, "dialog": TURNS}),
+        message=NONE.format(file="x.jsonl", columns="id, dialog")
+        + "If dialog holds conversations, set spec.dataset.columns.messages: dialog",
+    ),
+    Refused(
+        name="questions and answers",
+        file="x.csv",
+        content="question,answer\na,b\n",
+        message=NONE.format(file="x.csv", columns="question, answer")
+        + "If they are prompts and completions, set spec.dataset.columns.prompt: question and"
+        " spec.dataset.columns.completion: answer",
+    ),
+    Refused(
+        name="one text under another name",
+        content=lines({"id": 1, "body": "a"}),
+        message=NONE.format(file="x.jsonl", columns="id, body")
+        + "To learn its texts, set spec.dataset.columns.text: body",
+    ),
+    Refused(
+        name="pairs of preferences",
+        content=lines({"prompt": "a", "chosen": "b", "rejected": "c"}),
+        message=NONE.format(file="x.jsonl", columns="prompt, chosen, rejected")
+        + "Rows with a chosen and a rejected answer belong to task: preference",
+    ),
+    Refused(
+        name="rows inside an object",
+        file="x.json",
+        content=json.dumps({"data": [{"messages": TURNS}]}),
+        message=NONE.format(file="x.json", columns="data")
+        + "The file holds one object. If its rows are in data, write that list alone into the file",
+    ),
+    Refused(
+        name="lines of strings",
+        content='"a"\n"b"\n',
+        message=(
+            "spec.dataset.files: {path} cannot be read as json: row 0, counted from 0 (line 1), is no object but of"
+            ' kind: text. Each row is an object, such as {"text": "..."}'
+        ),
+    ),
+    Refused(
+        name="lines of lists",
+        content=lines(TURNS, TURNS),
+        message=(
+            "spec.dataset.files: {path} cannot be read as json: line 1: something follows the end of the list. Write"
+            ' one object a line, or one list of objects; if each line is a conversation, write {"messages": [...]}'
+        ),
+    ),
+    Refused(name="an empty file", content="", message="spec.dataset.files: {path} is empty"),
+    Refused(name="an empty list", content="[]", message="spec.dataset: x.jsonl has no rows"),
+    Refused(
+        name="an unknown role",
+        content=lines({"messages": [{"role": "narrator", "content": "a"}]}),
+        message=(
+            'spec.dataset.columns.messages: column "messages" of x.jsonl cannot be read as conversations in 1 of 1'
+            " rows. The first is row 0, counted from 0 (line 1 of x.jsonl): message 0 has the role narrator. The roles are:"
+            " system, developer, user, assistant, tool"
+        ),
+    ),
+    Refused(
+        name="an image",
+        content=lines({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+        message='spec.dataset.columns.messages: column "messages" of x.jsonl cannot be read as conversations in 1 of 1'
+        " rows. The first is row 0, counted from 0 (line 1 of x.jsonl): message 0 has content of the type image_url."
+        " Models of text read only text",
+    ),
+    Refused(
+        name="a loss that rows do not have",
+        content=lines({"messages": TURNS}),
+        training={"lossOn": "completions"},
+        message="spec.training.lossOn: completions does not apply to conversations, as which the rows of x.jsonl are"
+        " read. Choose assistant or all, or remove it",
+    ),
+    Refused(
+        name="a template for texts",
+        content=lines({"text": "a"}),
+        dataset={"chatTemplate": {"name": "zephyr"}},
+        message="spec.dataset.chatTemplate: the rows of x.jsonl are texts, which have no messages; remove it",
+    ),
+    Refused(
+        name="conversations that are joined",
+        content=lines({"messages": TURNS}),
+        training={"packing": "concatenate"},
+        message="spec.training.packing: concatenate joins texts, and the rows of x.jsonl are conversations. Choose"
+        " isolated, which keeps each row whole, or none",
+    ),
+    Refused(
+        name="columns of no form",
+        content=lines({"messages": TURNS}),
+        dataset={"columns": {"text": "a", "messages": "b"}},
+        message="spec.dataset.columns: no form of rows has all of messages, text. The forms are: messages (messages);",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", READ, ids=lambda case: case.name)
+def test_a_file_is_read(case: Reads, make_run: Any, tmp_path: Path) -> None:
+    (tmp_path / case.file).write_text(case.content)
+    run = make_run(dataset={"files": [str(tmp_path / case.file)]} | case.dataset)
+    rows = read_examples(CausalLM(), run, tmp_path / "cache").train
+    assert rows.form is not None
+    assert rows.form.name == case.form
+    assert (json.loads(rows.data[0][CHAT]) if CHAT in rows.data.column_names else None) == case.chat
+    given = notices.given()
+    assert len(given) == len(case.notices) or not case.notices
+    assert all(text.startswith(expect) for text, expect in zip(given, case.notices, strict=False))
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
+def test_a_refusal_says_what_to_do(case: Refused, make_run: Any, tmp_path: Path) -> None:
+    path = tmp_path / case.file
+    path.write_text(case.content)
+    training = {"maxLength": 64, "batchSize": 4} | case.training
+    run = make_run(dataset={"files": [str(path)]} | case.dataset, training=training)
+    with pytest.raises(Failure) as failure:
+        read_examples(CausalLM(), run, tmp_path / "cache")
+    assert failure.value.message.startswith(case.message.replace("{path}", str(path)))
