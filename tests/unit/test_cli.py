@@ -378,7 +378,10 @@ def test_every_path_of_the_api_is_known() -> None:
         return {path} if node.get("type") == "string" and node.get("maxLength") == 1024 else set()
 
     full = {
-        "FineTuneJob": {"model": {"path": "/m"}, "dataset": {"files": ["/a"], "evalFiles": ["/b"]}},
+        "FineTuneJob": {
+            "model": {"path": "/m"},
+            "dataset": {"files": ["/a"], "evalFiles": ["/b"], "chatTemplate": {"file": "/c"}},
+        },
         "GenerateJob": {
             "model": {"path": "/m"},
             "adapters": [{"path": "/a"}],

@@ -242,8 +242,8 @@ REFUSED = [
         content=lines({"messages": [{"role": "narrator", "content": "a"}]}),
         message=(
             'spec.dataset.columns.messages: column "messages" of x.jsonl cannot be read as conversations in 1 of 1'
-            " rows. The first is row 0, counted from 0 (line 1 of x.jsonl): message 0 has the role narrator. The roles are:"
-            " system, developer, user, assistant, tool"
+            " rows. The first is row 0, counted from 0 (line 1 of x.jsonl): message 0 has the role narrator. The roles"
+            " are: system, developer, user, assistant, tool"
         ),
     ),
     Refused(
