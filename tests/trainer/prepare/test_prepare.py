@@ -531,8 +531,8 @@ MISTAKES = [
         code=D,
         message=(
             "spec.dataset.columns: x.jsonl has no columns by which its rows could be read (columns: a, b, c). Name them"
-            " in spec.dataset.columns. The forms of rows are: messages (messages); sharegpt (messages); prompt-completion"
-            " (prompt, completion); alpaca (prompt, completion); text (text)"
+            " in spec.dataset.columns. The forms of rows are: messages (messages); sharegpt (messages);"
+            " prompt-completion (prompt, completion); alpaca (prompt, completion); text (text)"
         ),
     ),
     MistakeCase(
