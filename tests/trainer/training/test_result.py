@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import TrainerState
 
-from luthier_trainer.training.result import final_metrics
+from luthier_trainer.training.result import PADDING, final_metrics
 
 NAN, INF = math.nan, math.inf
 
@@ -33,6 +33,11 @@ HISTORIES = [
         metrics={"trainLoss": 3.0, "lastLoss": 2.0},
     ),
     Case(
+        name="padding, also of earlier attempts",
+        history=[{"step": 2, "loss": 4.0, PADDING: 2.0}, {"step": 4, "loss": 2.0, PADDING: 4.0}],
+        metrics={"trainLoss": 3.0, "lastLoss": 2.0, "paddingShare": 0.375},
+    ),
+    Case(
         name="nothing but those",
         history=[{"step": 1, "loss": NAN}],
         metrics={},
@@ -52,4 +57,13 @@ HISTORIES = [
 @pytest.mark.parametrize("case", HISTORIES, ids=lambda case: case.name)
 def test_only_finite_figures(case: Case) -> None:
     state = TrainerState(global_step=4, num_input_tokens_seen=10, log_history=case.history)
-    assert final_metrics(state, 2.0, ["perplexity"]) == {"steps": 4.0, "tokens": 10.0, "seconds": 2.0} | case.metrics
+    assert (
+        final_metrics(state, 2.0, ["perplexity"])
+        == {
+            "steps": 4.0,
+            "tokens": 10.0,
+            "paddingShare": 0.0,
+            "seconds": 2.0,
+        }
+        | case.metrics
+    )
