@@ -78,6 +78,19 @@ def corpus_rows(paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
+def pairs(paragraphs: list[str]) -> list[dict[str, str]]:
+    """24 pairs: how a paragraph goes on, or its words backwards."""
+    found = []
+    for text in [p for p in paragraphs if len(p.split()) > 20][:24]:
+        words = text.split()
+        answer = words[5:15]
+        found.append(
+            {"prompt": " ".join(words[:5]), "chosen": " " + " ".join(answer), "rejected": " " + " ".join(answer[::-1])}
+        )
+    return found
+
+
+@pytest.fixture(scope="session")
 def tiny_model(paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of 2 layers with new weights and a tokenizer of its own (512 entries), in one folder. Read-only: copy it
     to change it.

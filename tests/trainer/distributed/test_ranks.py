@@ -1,10 +1,12 @@
 """Several processes, started as in pods: they train one model together, stop together, and go on where they stopped.
 
-Each start costs some ten seconds of imports, so each test asks several questions of the same processes.
+Each start costs every process seven seconds of imports. So two processes of one strategy train whatever is asked of it,
+one run after another, and each test looks at one of these runs.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -12,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import DatasetDict
+from datasets import DatasetDict, load_from_disk
 from peft import AutoPeftModelForCausalLM
 from prepared_workspace import (
     classification_data,
@@ -32,13 +35,23 @@ from prepared_workspace import (
     save_encoder,
 )
 from safetensors.torch import load_file
-from trainer.digits import save_model as save_vit
-from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification, AutoTokenizer
+from trainer.digits import RESNET
+from trainer.digits import save_model as save_images_model
+from trainer.distributed import one_after_another
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from luthier_api.run import FineTuneRun
 from luthier_api.termination import TerminationMessage
 from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.distributed import launch
 from luthier_trainer.methods import trainable
+from luthier_trainer.prepare import main as prepare
 from luthier_trainer.training import main as train
 from luthier_trainer.workspace import space
 from luthier_trainer.workspace.prepared import read_prepared
@@ -71,6 +84,52 @@ def alone(
     return losses(run), metrics
 
 
+@dataclass(frozen=True)
+class Group:
+    """Runs that two processes train one after another. Each has a run folder of its name."""
+
+    folder: Path
+    runs: dict[str, FineTuneRun]
+
+    def train(self) -> None:
+        """Start the processes once, and wait for their end."""
+        for name, run in self.runs.items():
+            (self.folder / name / "run.json").write_text(json.dumps(run.dump()))
+        variables = {
+            one_after_another.FOLDERS: os.pathsep.join(str(self.folder / name) for name in self.runs),
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        }
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launch, "MODULE", one_after_another.__name__)
+            with pod(next(iter(self.runs.values())), self.folder / "pod", **variables) as process:
+                code = process.wait(TIMEOUT)
+        log = (self.folder / "pod/log").read_text()
+        assert code == 0, f"in the last training that begins in this log: {log[-5000:]}"
+
+    def ends(self, name: str) -> list[TerminationMessage]:
+        """The messages of both ranks."""
+        files = sorted((self.folder / name).glob("result-*.json"))
+        return [TerminationMessage.model_validate_json(file.read_bytes()) for file in files]
+
+    def log(self, name: str) -> str:
+        """What both ranks wrote from the beginning of this run to that of the next."""
+        text = (self.folder / "pod/log").read_text()
+        begin = text.index(one_after_another.begins(self.folder / name))
+        others = [text.find(one_after_another.begins(self.folder / other)) for other in self.runs if other != name]
+        return text[begin : min((at for at in others if at > begin), default=len(text))]
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Group]:
+    """A group whose runs are made by these functions, of the folder of a run."""
+
+    def make(**runs: Callable[[Path], FineTuneRun]) -> Group:
+        folder = tmp_path_factory.mktemp("group")
+        return Group(folder, {name: of(folder / name) for name, of in runs.items()})
+
+    return make
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -95,13 +154,242 @@ def messages(folder: Path, codes: list[int]) -> list[TerminationMessage]:
     return [TerminationMessage.model_validate_json(file.read_bytes()) for file in files]
 
 
-def test_two_processes_are_one(tmp_path: Path, llama: Path, data: DatasetDict, alone: Any) -> None:
-    run = make(tmp_path, llama, data, resources={"processesPerNode": 2})
-    ended = finish(run, tmp_path)
+@pytest.fixture(scope="session")
+def deepspeed_operators() -> None:
+    """DeepSpeed compiles two operators for CPU: three minutes once, then they are found in TORCH_EXTENSIONS_DIR."""
+    load = (
+        "from deepspeed.ops.op_builder.cpu import CPUAdamBuilder, ShareMemCommBuilder; CPUAdamBuilder().load();"
+        " ShareMemCommBuilder().load()"
+    )
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    subprocess.run(
+        [sys.executable, "-c", load],
+        env=os.environ | {"PATH": path, "DS_ACCELERATOR": "cpu"},
+        check=True,
+        capture_output=True,
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """A classifier, which two processes train as one process does."""
+
+    name: str
+    inputs: str
+    strategy: str
+    labels: list[str]  # for which the head of the base was made
+
+
+CLASSIFIERS = [
+    Case(
+        name="text-ddp",
+        inputs="text",
+        strategy="ddp",
+        labels=["a", "b"],
+    ),
+    Case(
+        name="text-zero3-other-labels",
+        inputs="text",
+        strategy="zero3-offload",
+        labels=["x", "y", "z"],
+    ),
+    # whose rows are spread over the processes when they have to change places
+    Case(
+        name="text-zero3-another-order",
+        inputs="text",
+        strategy="zero3-offload",
+        labels=["b", "a"],
+    ),
+    Case(
+        name="image-ddp-another-order",
+        inputs="image",
+        strategy="ddp",
+        labels=["b", "a"],
+    ),
+    Case(
+        name="image-zero2",
+        inputs="image",
+        strategy="zero2-offload",
+        labels=["a", "b"],
+    ),
+]
+CLASSIFIER_TRAINING = TRAINING | {"learningRate": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def classifiers(
+    llama: Path, paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, Callable[[Path], FineTuneRun]]]:
+    """What makes the classifiers of a strategy, by name. Beside each run its base is in `base`, and in `alone` the
+    workspace of the same training for one process.
+    """
+
+    def make(case: Case, root: Path) -> FineTuneRun:
+        if case.inputs == "image":
+            base, rows, auto = save_images_model(root / "base"), image_data(), AutoModelForImageClassification
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(llama)
+            base, rows = save_encoder(root / "base", tokenizer), classification_data(tokenizer, paragraphs)
+            auto = AutoModelForSequenceClassification
+        # Three steps an epoch. In the last, of its two micro-batches one process has two rows and one, the other two
+        # and none.
+        rows = DatasetDict(train=rows["train"].select(range(21)), eval=rows["eval"])
+        auto.from_pretrained(base, id2label=dict(enumerate(case.labels))).save_pretrained(base)
+        spec: dict[str, Any] = {
+            "task": f"{case.inputs}-classification",
+            "labels": ["a", "b"],
+            "method": {"type": "full"},
+            "training": CLASSIFIER_TRAINING,
+        }
+        alone = prepared_run(root / "alone", base, rows, **spec)
+        (root / "alone.json").write_text(json.dumps(alone.dump()))
+        training = CLASSIFIER_TRAINING | {"microBatchSize": 2}
+        return two(root, base, rows, strategy=case.strategy, **spec | {"training": training})
+
+    return lambda strategy: {
+        case.name: functools.partial(make, case) for case in CLASSIFIERS if case.strategy == strategy
+    }
+
+
+def two(root: Path, llama: Path, data: DatasetDict, **spec: Any) -> FineTuneRun:
+    """A run for two processes of one pod."""
+    return make(root, llama, data, resources={"processesPerNode": 2}, **spec)
+
+
+PREFERENCE: dict[str, Any] = {
+    "task": "preference",
+    "method": LORA,
+    "training": {
+        "maxLength": 48,
+        "batchSize": 4,
+        "microBatchSize": 2,
+        "maxSteps": 6,
+        "learningRate": 1e-3,
+        "logSteps": 1,
+        "evalSteps": 3,
+    },
+}
+
+
+def preference(root: Path, model: Path, pairs: list[dict[str, str]]) -> FineTuneRun:
+    """Of 9 pairs in steps of 4 and micro-batches of 2, the last step of an epoch has one pair: one process has none of
+    its own, and all pairs count alike. The same training for one process is in `root`/alone.json.
+    """
+    root.mkdir()
+    files = {"files": pairs[:9], "evalFiles": pairs[-8:]}
+    for name, rows in files.items():
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = PREFERENCE | {
+        "model": {"path": str(model)},
+        "dataset": {name: [str(root / f"{name}.jsonl")] for name in files},
+        "resources": {"gpusPerNode": 0},
+    }
+    alone = FineTuneRun.model_validate(
+        {"name": "alone", "workspace": str(root / "alone"), "metricsPort": 0, "spec": spec}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LUTHIER_RUN_DIR", str(root))
+        prepare.main(alone)
+    (root / "alone.json").write_text(json.dumps(alone.dump()))
+    return two(root, model, DatasetDict(load_from_disk(read_prepared(alone).dataset_path)), **PREFERENCE)
+
+
+def batch_norm(root: Path) -> FineTuneRun:
+    """A ResNet: each process has statistics of its own batches."""
+    base, rows = save_images_model(root / "base", RESNET), image_data()
+    spec = {"task": "image-classification", "labels": ["a", "b"], "method": {"type": "full"}}
+    return two(root, base, rows, training={"maxSteps": 4}, **spec)
+
+
+@pytest.fixture(scope="module")
+def ddp(
+    group: Any, classifiers: Any, llama: Path, data: DatasetDict, tiny_model: Path, pairs: list[dict[str, str]]
+) -> Group:
+    made: Group = group(
+        adapter=lambda root: two(root, llama, data),
+        preference=lambda root: preference(root, tiny_model, pairs),
+        batch_norm=batch_norm,
+        **classifiers("ddp"),
+    )
+    made.train()
+    return made
+
+
+@pytest.fixture(scope="module")
+def zero3(group: Any, classifiers: Any, deepspeed_operators: None, llama: Path, data: DatasetDict) -> Group:
+    """The adapter with recomputed activations, as is the default on GPUs: weights are gathered once more for them."""
+    training = TRAINING | {"gradientCheckpointing": True}
+    made: Group = group(
+        adapter=lambda root: two(root, llama, data, strategy="zero3-offload", training=training),
+        **classifiers("zero3-offload"),
+    )
+    made.train()
+    return made
+
+
+MICRO_BATCHES = {"as-before": 4, "with-half-the-micro-batch": 2}
+"""Of the runs that are resumed with DeepSpeed. With half of it, as after CUDA has run out of memory."""
+
+
+@pytest.fixture(scope="module")
+def zero2(group: Any, classifiers: Any, deepspeed_operators: None, llama: Path, data: DatasetDict) -> Group:
+    """Adapters that are stopped in their first step, beside the classifiers.
+
+    Without rows to evaluate on: a run that is to stop from the beginning would leave the evaluation before its first
+    step.
+    """
+    rows = DatasetDict(train=data["train"])
+    made: Group = group(
+        **{name: lambda root: two(root, llama, rows, strategy="zero2-offload") for name in MICRO_BATCHES},
+        **classifiers("zero2-offload"),
+    )
+    for name in MICRO_BATCHES:
+        (made.folder / name / "stop").touch()
+    made.train()
+    return made
+
+
+@pytest.fixture(scope="module")
+def resumed(zero2: Group, group: Any) -> Group:
+    """The adapters of `zero2`, resumed by other processes."""
+
+    def resume(name: str, root: Path) -> FineTuneRun:
+        run = zero2.runs[name]
+        training = run.spec.training.model_copy(update={"micro_batch_size": MICRO_BATCHES[name]})
+        root.mkdir()
+        return run.model_copy(update={"spec": run.spec.model_copy(update={"training": training})})
+
+    made: Group = group(**{name: functools.partial(resume, name) for name in MICRO_BATCHES})
+    made.train()
+    return made
+
+
+def test_two_processes_are_one(ddp: Group, alone: Any) -> None:
+    ended = ddp.ends("adapter")
     assert [(m.code, m.rank) for m in ended] == [(0, 0), (0, 1)]
-    assert losses(run) == pytest.approx(alone[0], abs=1e-4)
+    assert losses(ddp.runs["adapter"]) == pytest.approx(alone[0], abs=1e-4)
     for figure in ("evalLossBefore", "evalLoss", "tokens"):
         assert (ended[0].metrics or {})[figure] == pytest.approx(alone[1][figure], abs=1e-4)
+
+
+def test_two_processes_prefer_as_one(ddp: Group) -> None:
+    run = ddp.runs["preference"]
+    alone = FineTuneRun.model_validate_json((ddp.folder / "preference/alone.json").read_bytes())
+    expect, found = train.main(alone).metrics or {}, ddp.ends("preference")[0].metrics or {}
+    assert losses(run) == pytest.approx(losses(alone), abs=1e-5)
+    for name in ("evalLoss", "rewardAccuracy", "rewardMargin", "tokens"):
+        assert found[name] == pytest.approx(expect[name], abs=1e-5), name
+
+
+def test_two_processes_measure_what_they_deliver(ddp: Group) -> None:
+    """Of the two processes' statistics of batches, those of the first are in the result."""
+    result, rows = Path(ddp.runs["batch_norm"].workspace) / "result", image_data()["eval"]
+    model = AutoModelForImageClassification.from_pretrained(result).eval()
+    images = [row["pixel_values"].convert("RGB") for row in rows]
+    with torch.no_grad():
+        logits = model(**AutoImageProcessor.from_pretrained(result)(images=images, return_tensors="pt")).logits
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(rows["labels"])).item()
+    assert loss == pytest.approx(json.loads((result / "metrics.json").read_text())["evalLoss"], abs=1e-5)
 
 
 def test_two_pods_stop_together_and_go_on(tmp_path: Path, llama: Path, data: DatasetDict) -> None:
@@ -137,135 +425,48 @@ def test_two_pods_stop_together_and_go_on(tmp_path: Path, llama: Path, data: Dat
     AutoPeftModelForCausalLM.from_pretrained(tmp_path / "job/result")
 
 
-@pytest.fixture(scope="session")
-def deepspeed_operators() -> None:
-    """DeepSpeed compiles two operators for CPU: three minutes once, then they are found in TORCH_EXTENSIONS_DIR."""
-    load = (
-        "from deepspeed.ops.op_builder.cpu import CPUAdamBuilder, ShareMemCommBuilder; CPUAdamBuilder().load();"
-        " ShareMemCommBuilder().load()"
-    )
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    subprocess.run(
-        [sys.executable, "-c", load],
-        env=os.environ | {"PATH": path, "DS_ACCELERATOR": "cpu"},
-        check=True,
-        capture_output=True,
-    )
-
-
-@pytest.mark.usefixtures("deepspeed_operators")
-@pytest.mark.parametrize("micro_batch", [4, 2], ids=["", "with half the micro-batch"])
-def test_zero2_offload(micro_batch: int, tmp_path: Path, llama: Path, data: DatasetDict, alone: Any) -> None:
-    """Stopped after its first step, and resumed from DeepSpeed's own shards: still the losses of one process. With half
-    the micro-batch, as after CUDA has run out of memory, too.
-
-    Without rows to evaluate on: a run that is to stop from the beginning would leave the evaluation before its first
-    step.
-    """
-    run = make(
-        tmp_path, llama, DatasetDict(train=data["train"]), resources={"processesPerNode": 2}, strategy="zero2-offload"
-    )
-    (tmp_path / "pod-0").mkdir()
-    (tmp_path / "pod-0/stop").touch()
-    stopped = finish(run, tmp_path)
-    assert [(m.code, m.step, m.saved) for m in stopped] == [(75, 1, True), (75, 1, True)]
-    assert (tmp_path / "job/checkpoints/checkpoint-1/global_step1").is_dir()
-
-    shutil.rmtree(tmp_path / "pod-0")
-    training = run.spec.training.model_copy(update={"micro_batch_size": micro_batch})
-    ended = finish(run.model_copy(update={"spec": run.spec.model_copy(update={"training": training})}), tmp_path)
-    assert [m.code for m in ended] == [0, 0]
-    assert f"2 × {micro_batch} rows × {4 // micro_batch} accumulated" in (tmp_path / "pod-0/log").read_text()
+@pytest.mark.parametrize("name", MICRO_BATCHES)
+def test_zero2_offload(name: str, zero2: Group, resumed: Group, alone: Any) -> None:
+    """Stopped after its first step, and resumed from DeepSpeed's own shards: still the losses of one process."""
+    assert [(m.code, m.step, m.saved) for m in zero2.ends(name)] == [(75, 1, True), (75, 1, True)]
+    run, micro_batch = resumed.runs[name], MICRO_BATCHES[name]
+    assert (Path(run.workspace) / "checkpoints/checkpoint-1/global_step1").is_dir()
+    assert [m.code for m in resumed.ends(name)] == [0, 0]
+    log = resumed.log(name)
+    assert "resuming from checkpoint-1" in log
+    assert f"2 × {micro_batch} rows × {4 // micro_batch} accumulated" in log
     assert losses(run) == pytest.approx(alone[0], abs=2e-4)
 
 
-@pytest.mark.usefixtures("deepspeed_operators")
-def test_zero3_offload(tmp_path: Path, llama: Path, data: DatasetDict, alone: Any) -> None:
-    """With recomputed activations, as is the default on GPUs: weights are gathered once more for them."""
-    training = TRAINING | {"gradientCheckpointing": True}
-    run = make(tmp_path, llama, data, resources={"processesPerNode": 2}, strategy="zero3-offload", training=training)
-    assert [m.code for m in finish(run, tmp_path)] == [0, 0]
+def test_zero3_offload(zero3: Group, alone: Any) -> None:
+    run = zero3.runs["adapter"]
+    assert [m.code for m in zero3.ends("adapter")] == [0, 0]
     assert losses(run) == pytest.approx(alone[0], abs=2e-4)
-    weights = load_file(tmp_path / "job/result/adapter_model.safetensors")
+    result = Path(run.workspace) / "result"
+    weights = load_file(result / "adapter_model.safetensors")
     assert len(weights) == 2 * 2 * 7  # two matrices for each of seven linear modules of two layers
     assert all(torch.isfinite(w).all() and w.abs().sum() > 0 for w in weights.values())
-    assert json.loads((tmp_path / "job/result/metrics.json").read_text())["evalLoss"] == pytest.approx(
+    assert json.loads((result / "metrics.json").read_text())["evalLoss"] == pytest.approx(
         alone[1]["evalLoss"], abs=2e-4
     )
 
 
-@dataclass(frozen=True)
-class Case:
-    inputs: str
-    strategy: str
-    labels: list[str]  # for which the head of the base was made
-
-
-CLASSIFIERS = [
-    Case(
-        inputs="text",
-        strategy="ddp",
-        labels=["a", "b"],
-    ),
-    Case(
-        inputs="text",
-        strategy="zero3-offload",
-        labels=["x", "y", "z"],
-    ),
-    # whose rows are spread over the processes when they have to change places
-    Case(
-        inputs="text",
-        strategy="zero3-offload",
-        labels=["b", "a"],
-    ),
-    Case(
-        inputs="image",
-        strategy="ddp",
-        labels=["b", "a"],
-    ),
-    Case(
-        inputs="image",
-        strategy="zero2-offload",
-        labels=["a", "b"],
-    ),
-]
-
-
-@pytest.mark.usefixtures("deepspeed_operators")
-@pytest.mark.parametrize("case", CLASSIFIERS, ids=lambda case: f"{case.inputs}, {case.strategy}")
-def test_two_processes_are_one_classifier(case: Case, tmp_path: Path, llama: Path, paragraphs: list[str]) -> None:
+@pytest.mark.parametrize("case", CLASSIFIERS, ids=lambda case: case.name)
+def test_two_processes_are_one_classifier(case: Case, request: pytest.FixtureRequest) -> None:
     """Each takes two micro-batches a step; the mean is over the rows of all."""
-    if case.inputs == "image":
-        base, rows, auto = save_vit(tmp_path / "base"), image_data(), AutoModelForImageClassification
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(llama)
-        base, rows = save_encoder(tmp_path / "base", tokenizer), classification_data(tokenizer, paragraphs)
-        auto = AutoModelForSequenceClassification
-    # Three steps an epoch. In the last, of its two micro-batches one process has two rows and one, the other two and
-    # none.
-    rows = DatasetDict(train=rows["train"].select(range(21)), eval=rows["eval"])
-    auto.from_pretrained(base, id2label=dict(enumerate(case.labels))).save_pretrained(base)
-    training = TRAINING | {"learningRate": 1e-3}
-    spec: dict[str, Any] = {"task": f"{case.inputs}-classification", "labels": ["a", "b"], "method": {"type": "full"}}
-    alone = prepared_run(tmp_path / "alone", base, rows, training=training, **spec)
+    group: Group = request.getfixturevalue(case.strategy.removesuffix("-offload"))
+    run, root = group.runs[case.name], group.folder / case.name
+    alone = FineTuneRun.model_validate_json((root / "alone.json").read_bytes())
     metrics = train.main(alone).metrics or {}
-    run = make(
-        tmp_path,
-        base,
-        rows,
-        resources={"processesPerNode": 2},
-        strategy=case.strategy,
-        training=training | {"microBatchSize": 2},
-        **spec,
-    )
-    ended = finish(run, tmp_path)
-    names = [load_file(tmp_path / folder / "result/model.safetensors").keys() for folder in ("alone", "job")]
+    ended = group.ends(case.name)
+    assert [m.code for m in ended] == [0, 0]
+    names = [load_file(root / folder / "result/model.safetensors").keys() for folder in ("alone", "job")]
     assert names[0] == names[1]
     assert losses(run) == pytest.approx(losses(alone), abs=2e-4)
     for figure in {"evalLossBefore", "evalLoss", "accuracy", "tokens"} & metrics.keys():
         assert (ended[0].metrics or {})[figure] == pytest.approx(metrics[figure], abs=2e-4)
     if case.strategy.startswith("zero"):
-        writes_what_was_foreseen(run, base)
+        writes_what_was_foreseen(run, root / "base")
 
 
 def writes_what_was_foreseen(run: FineTuneRun, base: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from prepared_workspace import image_data, loaded, pod, prepared_run
+from prepared_workspace import loaded
 from safetensors.torch import load_file, save_file
 from trainer.digits import RESNET, SIDE, VIT, save_model, write_digits
 from trainer.preparing import prepared
@@ -297,34 +296,6 @@ def test_a_resumed_training_is_the_same(config: Any, classify: MakeRun, tmp_path
     shutil.rmtree(workspace / "checkpoints" / "checkpoint-16")
     again = train.main(run).metrics or {}
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in first.items() if k != "seconds"}
-
-
-def test_two_processes_measure_what_they_deliver(tmp_path: Path) -> None:
-    """Each has statistics of its own batches; those of the first are in the result."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    rows, base = image_data(), save_model(tmp_path / "model", RESNET)
-    run = prepared_run(
-        tmp_path / "job",
-        base,
-        rows,
-        ["a", "b"],
-        port=port,
-        task="image-classification",
-        resources={"processesPerNode": 2},
-        training={"maxSteps": 4},
-    )
-    with pod(run, tmp_path / "pod") as processes:
-        assert processes.wait(240) == 0, (tmp_path / "pod/log").read_text()[-3000:]
-    result = tmp_path / "job/result"
-    model, processor = (
-        AutoModelForImageClassification.from_pretrained(result),
-        AutoImageProcessor.from_pretrained(result),
-    )
-    assert loss(model, processor, rows["eval"]) == pytest.approx(
-        json.loads((result / "metrics.json").read_text())["evalLoss"], abs=1e-5
-    )
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, load_from_disk
 from hub.server import Running
 from huggingface_hub import HfApi
 from peft import LoraConfig
-from prepared_workspace import losses, pod, prepared_run
+from prepared_workspace import losses
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
 
@@ -34,19 +33,6 @@ from luthier_trainer.workspace.prepared import read_prepared
 FULL = {"type": "full"}
 LORA = {"type": "lora", "rank": 4}
 COURSE = {"maxLength": 48, "batchSize": 4, "maxSteps": 6, "learningRate": 1e-3, "logSteps": 1, "evalSteps": 3}
-
-
-@pytest.fixture(scope="module")
-def pairs(paragraphs: list[str]) -> list[dict[str, str]]:
-    """24 pairs: how a paragraph goes on, or its words backwards."""
-    found = []
-    for text in [p for p in paragraphs if len(p.split()) > 20][:24]:
-        words = text.split()
-        answer = words[5:15]
-        found.append(
-            {"prompt": " ".join(words[:5]), "chosen": " " + " ".join(answer), "rejected": " " + " ".join(answer[::-1])}
-        )
-    return found
 
 
 @pytest.fixture
@@ -254,38 +240,6 @@ def wide_model(paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory) 
     new = NewModel(model_type="llama", vocab_size=512, parameters=sizes)
     save_new_model(new_config(new, tokenizer), folder, seed=1)
     return folder
-
-
-def test_two_processes_are_one(
-    prefer: Callable[..., FineTuneRun], pairs: list[dict[str, str]], tiny_model: Path, tmp_path: Path
-) -> None:
-    """Of 9 pairs in steps of 4 and micro-batches of 2, the last step of an epoch has one pair: one process has none of
-    its own, and all pairs count alike.
-    """
-    alone = prefer("alone", rows=[*pairs[:9], *pairs[-8:]], training=COURSE | {"microBatchSize": 2})
-    prepare.main(alone)
-    data = DatasetDict(load_from_disk(read_prepared(alone).dataset_path))
-    expect = train.main(alone).metrics
-    assert expect is not None
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = int(s.getsockname()[1])
-    run = prepared_run(
-        tmp_path / "two",
-        tiny_model,
-        data,
-        port=port,
-        task="preference",
-        method=LORA,
-        training=COURSE | {"microBatchSize": 2},
-        resources={"processesPerNode": 2},
-    )
-    with pod(run, tmp_path / "pod") as process:
-        assert process.wait(240) == 0, (tmp_path / "pod/log").read_text()[-3000:]
-    assert losses(run) == pytest.approx(losses(alone), abs=1e-5)
-    found = json.loads((Path(run.workspace) / "result/metrics.json").read_text())
-    for name in ("evalLoss", "rewardAccuracy", "rewardMargin", "tokens"):
-        assert found[name] == pytest.approx(expect[name], abs=1e-5), name
 
 
 def test_a_head_that_trl_cannot_read_is_refused(
