@@ -110,7 +110,8 @@ class Election:
     async def _hold(self) -> None:
         """Renew the Lease. Raises LeaseLost."""
         while True:
-            await asyncio.sleep(self._retry)
+            # From the begin of the last attempt, so that a slow answer does not take from the time of the next one.
+            await asyncio.sleep(max(0.0, self._renewed + self._retry - time.monotonic()))
             while not await self._attempt(min(self._longest_attempt, self._left())):
                 if self.follows or self._left() <= 0:
                     self.leads = False

@@ -196,6 +196,22 @@ async def test_a_slow_answer_is_waited_for_within_the_window() -> None:
         await stop(first)
 
 
+async def test_a_slow_answer_shortens_the_pause_before_the_next_renewal() -> None:
+    """An answer and a pause and another answer take longer than the window; two answers do not."""
+    async with FakeCluster() as cluster:
+
+        async def slow(call: Call) -> None:
+            if call.kind == "Lease":
+                await asyncio.sleep(1)
+
+        first = start(cluster, identity="a", renew=Renew(within=3.95, attempt=1.9, pause=2))
+        await leader(first)
+        cluster.before_write = slow
+        await until("renewed", lambda: len([c for c in cluster.calls if str(c) == "PATCH Lease luthier"]) >= 3)
+        assert first.operator.alive()
+        await stop(first)
+
+
 async def test_a_container_that_starts_again_in_its_pod_goes_on_at_once() -> None:
     async with FakeCluster() as cluster:
         first = start(cluster, identity="a")
