@@ -19,7 +19,7 @@ from pydantic import ModelWrapValidatorHandler, model_validator
 from pydantic.alias_generators import to_camel
 
 from luthier_api.base import ApiModel, Rule, model_in
-from luthier_api.decides import immutable, marked_paths
+from luthier_api.decides import immutable, is_always_there, marked_paths
 
 Spec = TypeVar("Spec", bound="TabledSpec")
 
@@ -110,7 +110,7 @@ def _marked(model: type[ApiModel], path: str, this: str, present: str) -> Iterat
             item = f"item{here.count('[]')}"
             yield from _marked(below, f"{here}[].", item, _joined(is_set, f"{value}.exists({item}, %s)"))
         else:
-            yield from _marked(below, f"{here}.", value, present if field.is_required() else is_set)
+            yield from _marked(below, f"{here}.", value, present if is_always_there(model, outer) else is_set)
 
 
 def _joined(present: str, cel: str) -> str:
