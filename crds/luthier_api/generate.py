@@ -154,6 +154,11 @@ class TextSettings(ApiModel):
 
     max_new_tokens: Annotated[int, Field(ge=1, le=1_048_576)] = 256
     """Tokens after which a text ends, unless the model ends it before. Prompt and text together must fit the model."""
+    chat: bool = False
+    """Whether prompts are written with the chat template of the model, as after a training on conversations: a prompt
+    is then the message of a user, or a list of messages. An adapter's template comes before the model's. A text also
+    ends with the token that ends a turn.
+    """
     temperature: Annotated[float, Field(ge=0, le=10)] = 0.0
     """0: always take the most likely token. Above: sample."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 from datasets import Dataset, load_from_disk
+from peft import PeftModel
 from prepared_workspace import losses
+from trainer.generating import generate_shards, result_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -133,3 +135,34 @@ def test_conversations_are_packed_with_their_masks(tune: Any) -> None:
         rows = load_from_disk(read_prepared(run).dataset_path)["train"]
         counts.append((sum(map(len, rows["input_ids"])), sum(map(sum, rows["loss_mask"]))))
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("inputs", ["a prompt", "messages"])
+def test_an_adapter_answers_with_the_template_of_its_training(
+    inputs: str, tune: Any, make_generate_run: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base model has no template. What is written equals PEFT's answer to what transformers makes of it."""
+    run = tune(
+        "job", FORMS["messages"], dataset={"chatTemplate": {"name": "zephyr"}}, method={"type": "lora", "rank": 4}
+    )
+    prepare.main(run)
+    train.main(run)
+    adapter = WorkspaceFolder(Path(run.workspace)).result
+    asked = CHATS[0][1:2]
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"prompt": asked}) + "\n")
+    given = {
+        "a prompt": {"rows": [{"prompt": asked[0]["content"]}]},
+        "messages": {"dataset": {"files": [str(tmp_path / "asked.jsonl")]}},
+    }
+    answer = make_generate_run(
+        inputs=given[inputs], adapters=[{"path": str(adapter)}], text={"chat": True, "maxNewTokens": 8}
+    )
+    generate_shards(answer, monkeypatch, prepare.main)
+    (line,) = result_lines(answer)
+
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    assert line["prompt"] == tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), adapter).eval()
+    ids = tokenizer(line["prompt"], add_special_tokens=False, return_tensors="pt")
+    written = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert line["text"] == tokenizer.decode(written, skip_special_tokens=True)

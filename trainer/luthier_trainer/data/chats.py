@@ -108,6 +108,19 @@ def conversations(rows: Rows, form: Form) -> Rows:
     return kept
 
 
+def prompts(rows: Rows, column: str, field: str) -> Iterator[list[Message]]:
+    """Yield the messages of each row; a text is the message of a user. Raises Failure at a row that holds neither."""
+    nested = _is_nested(rows, column)
+    for i, row in enumerate(rows.data.select_columns([column])):
+        try:
+            messages = _messages(_listed(_cell(row[column], nested)), "user")
+        except Malformed as error:
+            raise columns.invalid(f"{field}: {rows.place(i)}: {error}") from None
+        if not messages:
+            raise columns.invalid(f"{field}: {rows.place(i)} has no messages")
+        yield messages
+
+
 def contents(data: Dataset) -> Iterator[str]:
     """Yield the contents of all messages of conversations."""
     for row in data:

@@ -88,6 +88,11 @@ class ChatReader:
             self._end(ids, mask, messages[-1]["role"] == "assistant", remarks)
         return Labelled(ids, mask, tuple(remarks))
 
+    def turn_ends(self) -> set[int]:
+        """Return the control tokens with which the assistant ends a turn. Raises Unreadable, or Unmasked."""
+        row = self({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+        return {token for token, one in zip(row.ids, row.mask, strict=True) if one and token in self._ends}
+
     # ---- text
 
     def render(self, messages: list[Message], tools: Any = None, open_turn: bool = False) -> Rendered:

@@ -18,8 +18,9 @@ from luthier_api.run import GenerateRun, Origin, PreparedRecord
 from luthier_api.status import ResolvedDataset
 from luthier_api.tasks import GENERATION_TASKS, generation_tasks
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer.data import columns
+from luthier_trainer.data import chats, columns
 from luthier_trainer.data.load import Loader, Rows
+from luthier_trainer.data.masks import ChatReader, Unreadable
 from luthier_trainer.models import adapters, checks, embedding, inspect, processors, sources, weight_check, weight_files
 from luthier_trainer.models.materialize import whole_model
 from luthier_trainer.prepare import carried_columns
@@ -29,7 +30,8 @@ from luthier_trainer.workspace.manifest import fsync
 from luthier_trainer.workspace.model_files import ADAPTER_CONFIG
 from luthier_trainer.workspace.plan import plan_generation
 
-MODEL, INPUTS = "spec.model", "spec.inputs"
+MODEL, INPUTS, CHAT = "spec.model", "spec.inputs", "spec.text.chat"
+CHAT_TEMPLATE = "chat_template.jinja"  # where transformers saves the template of a tokenizer
 SEED_LIMIT = 2**32
 OPTIONAL_COLUMNS = {
     role: column for task in GENERATION_TASKS.values() for role, column in task.optional_columns.items()
@@ -70,6 +72,8 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     fields = [adapter.field for adapter in found]
     parameters = CHECKED_TOGETHER[spec.task](path, spec, list(zip(paths, fields, strict=True)), rows, located.field)
 
+    if spec.task == "text-generation" and spec.text.chat:
+        write_chats(rows, paths, folder)
     target = folder.prepared / "rows.jsonl"
     with target.open("w") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -84,6 +88,35 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         origins=[*(origin for source in (located, *found) for origin in source.origins), *read],
         dataset_path=str(target),
     )
+
+
+def write_chats(rows: list[Line], adapter_paths: list[Path], folder: WorkspaceFolder) -> None:
+    """Write the messages of each row as a prompt, with the chat template that the engine's tokenizer then has.
+
+    The template of the last adapter that has one comes before that of the model. Raises Failure if there is none, or if
+    it cannot write the messages of a row.
+    """
+    path = folder.prepared / "tokenizer"
+    tokenizer = processors.read_tokenizer(path, MODEL)
+    brought = [file for adapter in adapter_paths if (file := adapter / CHAT_TEMPLATE).is_file()]
+    if brought:
+        tokenizer.chat_template = brought[-1].read_text()
+    if not tokenizer.chat_template:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{CHAT}: neither the model's tokenizer nor an adapter has a chat template. Remove it, or choose the result"
+            " of a FineTuneJob on conversations",
+        )
+    tokenizer.save_pretrained(path)
+    reader = ChatReader(tokenizer, "assistant", parse_special=True)
+    for row in rows:
+        messages = row["prompt"]
+        try:
+            row["prompt"] = reader.render(messages, open_turn=True).text
+        except Unreadable as error:
+            raise columns.invalid(
+                f"{INPUTS}: row {row['row']} cannot be written by the chat template: {error}"
+            ) from None
 
 
 Line = dict[str, Any]
@@ -107,9 +140,14 @@ def language_model(
     tokenizer = processors.read_tokenizer(located.folder or path, located.field)
     beyond = embedding.without_row(config, tokenizer, spec.task, located.field)
     embedding.check(beyond, tokenizer, located.field, OTHER_TOKENIZER)
-    embedding.check_prompts(beyond, (row["prompt"] for row in rows), tokenizer, located.field, OTHER_TOKENIZER)
+    texts = (text for row in rows for text in _texts(row["prompt"]))
+    embedding.check_prompts(beyond, texts, tokenizer, located.field, OTHER_TOKENIZER)
     tokenizer.save_pretrained(folder.prepared / "tokenizer")
     return path
+
+
+def _texts(prompt: str | list[chats.Message]) -> list[str]:
+    return [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
 
 
 def pipeline(
@@ -171,9 +209,11 @@ def read_inputs(run: GenerateRun, cache: Path) -> tuple[list[dict[str, Any]], Re
     """Return the lines for `rows.jsonl`, the resolved dataset, and the provenance of its files."""
     inputs = run.spec.inputs
     if inputs.dataset is None:
-        given = [
+        given: list[dict[str, Any]] = [
             {"prompt": row.prompt, "negativePrompt": row.negative_prompt, "seed": row.seed} for row in inputs.rows or []
         ]
+        for cell in given if is_chat(run) else ():
+            cell["prompt"] = [{"role": "user", "content": cell["prompt"]}]
         return (
             [numbered(i, row, run.spec.seed) for i, row in enumerate(given)],
             ResolvedDataset(source="inline", rows=len(given)),
@@ -188,6 +228,11 @@ def read_inputs(run: GenerateRun, cache: Path) -> tuple[list[dict[str, Any]], Re
     return found, ResolvedDataset(source=source[:300], revision=revision, rows=len(found)), rows.origins
 
 
+def is_chat(run: GenerateRun) -> bool:
+    """Return whether prompts are messages, which a chat template writes."""
+    return run.spec.task == "text-generation" and run.spec.text.chat
+
+
 def cells(rows: Rows, run: GenerateRun) -> Iterator[dict[str, Any]]:
     """Yield prompt, negative prompt, seed and the columns to copy of each row. Text files hold one prompt per line."""
     names = run.spec.inputs.columns
@@ -196,7 +241,12 @@ def cells(rows: Rows, run: GenerateRun) -> Iterator[dict[str, Any]]:
     if set(rows.data.column_names) == {"text"} and prompt == GENERATION_TASKS[run.spec.task].columns["prompt"]:
         prompt = "text"
     negative_prompt = names.negative_prompt or OPTIONAL_COLUMNS["negativePrompt"]
-    columns.texts(rows, prompt, f"{INPUTS}.columns.prompt", drop_blank=False)
+    columns.require(rows, prompt, f"{INPUTS}.columns.prompt")
+    messages: Iterator[Any] = iter(())
+    if is_chat(run):
+        messages = chats.prompts(rows, prompt, f"{INPUTS}.columns.prompt")
+    else:
+        columns.texts(rows, prompt, f"{INPUTS}.columns.prompt", drop_blank=False)
     has_negative = optional(rows, negative_prompt, "negativePrompt")
     if has_negative:
         columns.require_text(rows, negative_prompt, f"{INPUTS}.columns.negativePrompt")
@@ -206,7 +256,7 @@ def cells(rows: Rows, run: GenerateRun) -> Iterator[dict[str, Any]]:
     lines = carried_columns.lines(rows)
     for i, row in enumerate(rows.data.select_columns([*roles, *others])):
         yield {
-            "prompt": row[prompt],
+            "prompt": next(messages, row[prompt]),
             "negativePrompt": row[negative_prompt] if has_negative else None,
             "seed": whole_seed(row[names.seed], i, rows.origin) if has_seed else None,
             "input": {**next(lines, {}), **{name: carried_columns.plain(row[name], others[name]) for name in others}}

@@ -25,6 +25,7 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import GenerateJobSpec
 from luthier_api.run import GenerateRun, PreparedRecord
 from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.data.masks import ChatReader
 from luthier_trainer.generation.batching import find_sharing
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.records import TextRecords
@@ -90,6 +91,8 @@ class TextEngine:
         self.model = (model if is_quantised(model) else model.to(self.device, hardware.dtype)).eval()
         self.context = max_positions(model.config)
         self.ends = end_tokens(model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
+        if self.settings.chat:
+            self.ends |= ChatReader(self.tokenizer, "assistant").turn_ends()
         self.padding = next((t for t in (self.tokenizer.pad_token_id, *sorted(self.ends)) if t is not None), 0)
         # Replaced, so that sampling settings of the model's repository do not mix with those of the job.
         self.model.generation_config = GenerationConfig(
@@ -108,7 +111,8 @@ class TextEngine:
 
     def tokens(self, sample: Sample) -> list[int]:
         """Return the token ids of a sample's prompt."""
-        return list(self.tokenizer(sample.prompt)["input_ids"])
+        # A chat template has written the tokens that begin a text.
+        return list(self.tokenizer(sample.prompt, add_special_tokens=not self.settings.chat)["input_ids"])
 
     def problem(self, sample: Sample) -> str | None:
         """Return why this sample can never be made; None if it can."""
