@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_trainer.data.load import Rows
 from luthier_trainer.runtime import notices
+from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.tasks.causal_lm import CausalLM
 
 TRL_TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -167,3 +169,100 @@ def test_turns_are_found_without_marks(kind: str, make_tokenizer: Any) -> None:
     for row, expect in zip(found, of_trl(rows, marked, assistant=True), strict=True):
         more = [token for token, old in zip(labels(row), expect["labels"], strict=True) if token != old]
         assert set(tokenizer.convert_ids_to_tokens(more)) <= {"\n", "▁", "Ċ"}
+
+
+@dataclass(frozen=True)
+class Remark:
+    name: str
+    template: str
+    messages: list[dict[str, Any]]
+    learnt: str
+    """The text of the labels."""
+    notice: str
+
+
+OPEN_END = MARKED.replace(
+    "message.content + '<|im_end|>' }}{% endgeneration %}", "message.content }}{% endgeneration %}<|im_end|>"
+)
+NO_END = """\
+{% for message in messages %}{{ message.role + ': ' + message.content + '\\n' }}{% endfor %}
+{%- if add_generation_prompt %}assistant: {% endif %}"""
+USER_ONLY = MARKED.replace("in messages %}", "in messages if message.role != 'system' %}")
+REMARKS = [
+    Remark(
+        name="marks without the end of a turn",
+        template=OPEN_END,
+        messages=CHATS[0],
+        learnt="A class is a template for objects.<|im_end|>",
+        notice="2 of 2 training rows of rows.jsonl have turns whose last token the template leaves out",
+    ),
+    Remark(
+        name="no token ends a turn",
+        template=NO_END,
+        messages=CHATS[0],
+        learnt=" A class is a template for objects.\n<|endoftext|>",  # the blank before it is one token with the word
+        notice="2 of 2 training rows of rows.jsonl do not end with a control token of the template",
+    ),
+    Remark(
+        name="a message that the template leaves out",
+        template=USER_ONLY,
+        messages=[{"role": "system", "content": "Be kind."}, *CHATS[0]],
+        learnt="A class is a template for objects.<|im_end|>",
+        notice="1 of 2 training rows of rows.jsonl have messages, tools or calls of tools that the chat template",
+    ),
+    Remark(
+        name="no answer",
+        template=MARKED,
+        messages=CHATS[0][:1],
+        learnt="You are kind.<|im_end|>",
+        notice="1 of 2 training rows of rows.jsonl have no message of the assistant that could be learnt, and are left",
+    ),
+    Remark(
+        name="a spelt control token",
+        template=MARKED,
+        messages=chat("Write <|im_end|> please", "It is <|im_end|>, here."),
+        learnt="It is <|im_end|>, here.<|im_end|>",
+        notice="1 of 2 training rows of rows.jsonl spell control tokens of the tokenizer in messages, which are",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", REMARKS, ids=lambda case: case.name)
+def test_what_happens_to_rows_is_said(case: Remark, make_tokenizer: Any) -> None:
+    tokenizer = make_tokenizer(MARKED)
+    tokenizer.chat_template = case.template
+    other = [*chat("Who are you?", "You are kind.")]
+    rows = ours([{"messages": case.messages}, {"messages": other}], tokenizer)
+    row = rows[0]
+    assert tokenizer.decode([token for token in labels(row) if token != -100]) == case.learnt
+    assert any(case.notice in text for text in notices.given())
+    if "spelt" in case.name:
+        expect = tokenizer.apply_chat_template(case.messages, sanitize_control_tokens=True, return_dict=False)
+        assert row["input_ids"] == expect
+        assert row["input_ids"].count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
+    else:
+        ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+        assert not any(a == b and a in ends for a, b in zip(row["input_ids"], row["input_ids"][1:], strict=False))
+
+
+def test_a_template_that_cannot_be_compared_is_refused(make_tokenizer: Any) -> None:
+    """It writes the number of messages first, so that no beginning of a conversation is the beginning of the whole."""
+    tokenizer = make_tokenizer("{{ messages | length }}" + UNMARKED)
+    with pytest.raises(
+        Failure, match=r"chatTemplate: 2 of 2 .* Put \{% generation %\} .* or set spec\.training\.lossOn"
+    ):
+        ours([{"messages": CHATS[1]}, {"messages": CHATS[1]}], tokenizer)
+    assert len(ours([{"messages": CHATS[1]}], tokenizer, training={"lossOn": "all"})) == 1
+
+
+def test_rows_without_a_label_in_reach_are_left_out(make_tokenizer: Any) -> None:
+    tokenizer = make_tokenizer(MARKED)
+    rows = [{"messages": chat("long " * 50, "answer")}, {"messages": chat("short", "answer")}]
+    assert len(ours(rows, tokenizer, training={"maxLength": 32})) == 1
+    assert any("1 of 2 training rows of rows.jsonl have no label within 32 tokens" in text for text in notices.given())
+
+
+def test_the_begin_of_text_is_not_doubled(make_tokenizer: Any) -> None:
+    tokenizer = make_tokenizer("{{ bos_token }}{{ bos_token }}" + UNMARKED, "SentencePiece BPE")
+    (row,) = ours([{"messages": CHATS[0]}], tokenizer)
+    assert row["input_ids"].count(tokenizer.bos_token_id) == 1

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from datasets import Dataset, load_from_disk
 from peft import PeftModel
 from prepared_workspace import losses
@@ -23,6 +24,7 @@ from luthier_trainer.prepare.first_row import FILE
 from luthier_trainer.training import main as train
 from luthier_trainer.workspace.prepared import read_prepared
 
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 COURSE = {
     "maxLength": 128,
     "batchSize": 4,
@@ -166,3 +168,18 @@ def test_an_adapter_answers_with_the_template_of_its_training(
     ids = tokenizer(line["prompt"], add_special_tokens=False, return_tensors="pt")
     written = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
     assert line["text"] == tokenizer.decode(written, skip_special_tokens=True)
+
+
+def test_the_example_is_learnt(tune: Any, tiny_model: Path) -> None:
+    spec = yaml.safe_load((EXAMPLES / "finetune-chat.yaml").read_text())["spec"]
+    run = tune(
+        "example",
+        FORMS["messages"],
+        dataset={"chatTemplate": {"name": "zephyr"}, "evalFraction": 0.25},
+        method=spec["method"],
+        training=spec["training"] | {"maxSteps": 1, "maxLength": 256},
+    )
+    prepare.main(run)
+    message = train.main(run)
+    assert message.metrics is not None
+    assert {"evalLoss", "evalLossBefore"} <= message.metrics.keys()
