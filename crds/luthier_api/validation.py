@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import cel
@@ -55,7 +56,13 @@ def holds(rule: Rule, values: dict[str, Any]) -> bool:
     """Whether `rule` holds where its variables have these values."""
     context = cel.Context(values)
     context.add_function("sum", sum)  # of Kubernetes' own library for lists
-    return cel.evaluate(rule.cel, context) is True
+    return program(rule.cel).execute(context) is True
+
+
+@cache
+def program(expression: str) -> cel.Program:
+    """The expression, parsed: which takes twenty times as long as its evaluation."""
+    return cel.compile(expression)
 
 
 def broken_rules(model: ApiModel, path: str = "") -> Iterator[tuple[str, str]]:
