@@ -160,6 +160,7 @@ def classification_data(tokenizer: PreTrainedTokenizerBase, paragraphs: list[str
         "input_ids": [row["input_ids"] for row in rows],
         "attention_mask": [row["attention_mask"] for row in rows],
         "labels": [int(text[0].isupper()) for text in paragraphs[::8]],
+        "length": [len(row["input_ids"]) for row in rows],
     }
     return split(columns)
 

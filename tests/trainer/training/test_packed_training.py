@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import DatasetDict
-from prepared_workspace import losses, packed_data, prepared_run, prose
+from prepared_workspace import classification_data, losses, packed_data, prepared_run, prose, save_encoder
 from torch.nn.functional import cross_entropy
 from trainer.training.test_resume import stopped_at
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -106,3 +106,25 @@ def test_a_run_that_is_stopped_twice_has_the_same_losses(
     assert whole is not None
     assert stopped is not None
     assert stopped | {"seconds": 0.0} == whole | {"seconds": 0.0}
+
+
+def test_classifiers_group_by_length_too(tmp_path: Path, llama: Path, paragraphs: list[str]) -> None:
+    """Their trainer removes the lengths from the rows, which the model does not take."""
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    data = classification_data(tokenizer, paragraphs)
+    data = DatasetDict(train=data["train"].take(16), eval=data["eval"].take(8))
+    base, labels = save_encoder(tmp_path / "model", tokenizer), ["code", "prose"]
+    evaluations = []
+    for grouped in (False, True):
+        run = prepared_run(
+            tmp_path / f"job-{grouped}",
+            base,
+            data,
+            labels,
+            task="text-classification",
+            training={"maxSteps": 2, "groupByLength": grouped},
+        )
+        metrics = train.main(run).metrics
+        assert metrics is not None
+        evaluations.append(metrics["evalLossBefore"])
+    assert evaluations[1] == pytest.approx(evaluations[0], abs=1e-5)

@@ -120,7 +120,9 @@ class PreferenceTask(TextTask):
                 f"{tokens.MAX_LENGTH}: the prompts of {lost} {of_all} alone have {longest} tokens or more; these pairs"
                 " are left out"
             )
-        return encoded.select(numpy.flatnonzero(fits)).remove_columns("length")
+        pairs = encoded.select(numpy.flatnonzero(fits))
+        lengths = numpy.minimum(pairs["length"][:], longest)
+        return pairs.remove_columns("length").add_column("length", lengths)
 
     def check_encoded(self, data: DatasetDict, model: Model, labels: list[str] | None) -> None:
         """Check that each split has pairs and that the model knows their tokens. Raises Failure if not."""

@@ -69,8 +69,12 @@ class Resilient(Base):
     ) -> None:
         """`rows_a_step`: rows of an optimiser step. `group_by_length`: rows of similar lengths share a step."""
         self._by_length: ByLength | None = None
+        self._evaluation_order: list[int] | None = None
         if group_by_length:
+            # Read here, because the trainer removes columns that the model does not take before it makes a sampler.
             self._by_length = ByLength(kwargs["train_dataset"]["length"][:], rows_a_step, kwargs["args"].seed)
+            if kwargs["eval_dataset"] is not None:
+                self._evaluation_order = longest_first(kwargs["eval_dataset"]["length"][:])
         super().__init__(**kwargs)
         self.remove_callback(PrinterCallback)  # `callbacks.Report` prints one readable line instead
         self.batches, self.ranks, self.identity, self.keep = batches, ranks, identity, keep
@@ -233,9 +237,7 @@ class Resilient(Base):
         return self._by_length or super()._get_train_sampler(train_dataset)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        if self._by_length is None:
-            return super()._get_eval_sampler(eval_dataset)
-        return longest_first(eval_dataset["length"][:])
+        return self._evaluation_order or super()._get_eval_sampler(eval_dataset)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Save before evaluating, where transformers logs, evaluates and then saves.
