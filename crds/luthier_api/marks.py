@@ -242,6 +242,11 @@ def written_part(spec: TabledSpec) -> dict[str, Any]:
             block = block.get(part, {})
         if block.get(name) == default:
             del block[name]
+            if len(above) > 1 and not block:  # such a block may be left out, too
+                outer: Any = data
+                for part in above[:-1]:
+                    outer = outer[part]
+                del outer[above[-1]]
     return data
 
 
