@@ -23,7 +23,7 @@ from luthier_operator.client import RESOURCES
 pytestmark = pytest.mark.cluster
 OTHERS, TENANT, SYSTEM = "test-scraping", "test-scraping-tenant", "test-scraping-system"
 PODS = 40
-SECONDS = 15
+SECONDS = 10
 """In which readings of a pod are counted."""
 LIVENESS_SECONDS = 5
 """The chart's timeout of the liveness probe."""
