@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,10 @@ from luthier_api.decides import Changes, Decides, marked_paths
 from luthier_api.exitcodes import ExitCode, Retry
 from luthier_api.kinds import KINDS, JobKind
 from luthier_api.marks import default_text, marked_fields
+from luthier_api.methods import METHODS, STRATEGIES
 from luthier_api.metrics import POD_METRICS, Metric
+from luthier_api.optimizers import OPTIMIZERS, OptimizerInfo
+from luthier_api.schedules import SCHEDULES
 from luthier_api.status import State
 
 DOCS = Path(__file__).resolve().parent
@@ -249,7 +252,38 @@ def walk(node: dict[str, Any], path: str, by_table: dict[str, str]) -> Iterator[
             yield from walk(below["items"], f"{here}[]", by_table)
 
 
+def schedules() -> str:
+    def options(names: Iterable[str]) -> str:
+        return ", ".join(f"`{name}`" for name in names)
+
+    return table(
+        ("schedule", "the learning rate", "`scheduleOptions`"),
+        ((f"`{name}`", schedule.shape, options(schedule.options)) for name, schedule in SCHEDULES.items()),
+    )
+
+
+def optimizers() -> str:
+    return table(
+        ("optimizer", "what it is", "works with"),
+        ((f"`{name}`", optimizer.about, limits(optimizer)) for name, optimizer in OPTIMIZERS.items()),
+    )
+
+
+def limits(optimizer: OptimizerInfo) -> str:
+    """What an optimiser works with, where it does not work with all."""
+    found = []
+    if optimizer.strategies != STRATEGIES:
+        found.append(f"strategy {', '.join(optimizer.strategies)}")
+    if optimizer.methods != tuple(METHODS):
+        found.append(f"method {', '.join(optimizer.methods)}")
+    if optimizer.schedules != tuple(SCHEDULES):
+        found.append(f"schedule {', '.join(optimizer.schedules)}")
+    return "; ".join(found) or "all"
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "schedules": schedules,
+    "optimizers": optimizers,
     "exit-codes": exit_codes,
     "conditions": conditions,
     "reasons": reasons,

@@ -136,6 +136,10 @@ class TrainingData(DatasetSource):
     )
 
 
+Pattern = Annotated[dict[str, Annotated[int, Field(ge=1, le=4096)]], Field(min_length=1, max_length=64)]
+Layer = Annotated[int, Field(ge=0, le=10_000)]
+
+
 class Method(ApiModel):
     """Which weights learn, and how."""
 
@@ -153,6 +157,20 @@ class Method(ApiModel):
     """Modules that get an adapter: all-linear, or names such as q_proj; for the experts of a mixture of experts, their
     parameters' names, such as gate_up_proj.
     """
+    rslora: Annotated[bool, For("method"), For("task")] = by_table()
+    """Scale the adapters' output by alpha / sqrt(rank) instead of alpha / rank, so that a large rank learns as fast as
+    a small one (rsLoRA, arXiv:2312.03732).
+    """
+    dora: Annotated[bool, For("method"), For("task")] = by_table()
+    """Learn the norm of each row of the weights beside its direction (DoRA, arXiv:2402.09353)."""
+    rank_pattern: Annotated[Pattern, For("method"), For("task")] = by_table()
+    """Name of modules, or a regular expression for the end of their names → their rank instead of `rank`. The first one
+    that matches counts.
+    """
+    alpha_pattern: Annotated[Pattern, For("method"), For("task")] = by_table()
+    """The same for `alpha`."""
+    layers: Annotated[list[Layer], Field(min_length=1, max_length=1000), For("method"), For("task")] = by_table()
+    """Numbers of the layers that get adapters, from 0; all when left out."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -480,6 +498,16 @@ class FineTuneJobSpec(JobControl, TabledSpec):
         *works_with("method.type", STRATEGIES_OF_METHODS, "strategy", STRATEGIES),
         *works_with("model.?quantization.type", STRATEGIES_OF_QUANTIZATIONS, "strategy", STRATEGIES),
         *works_with("task", METRICS_OF_TASKS, "training.?metric", BEST_METRICS),
+        Rule(
+            "!self.training.loadBestModel || !self.strategy.startsWith('zero')",
+            "spec.training.loadBestModel: DeepSpeed's shards of a checkpoint are not loaded after a training; use"
+            " strategy ddp, or remove loadBestModel",
+        ),
+        Rule(
+            "!has(self.method.dora) || !self.method.dora || !self.strategy.startsWith('zero')",
+            "spec.method.dora: DeepSpeed divides the weights whose norms DoRA reads in each step; use strategy ddp, or"
+            " remove dora",
+        ),
         *works_with("training.optimizer", METHODS_OF_OPTIMIZERS, "method.type", METHODS),
         *works_with("training.optimizer", STRATEGIES_OF_OPTIMIZERS, "strategy", STRATEGIES),
         *works_with("training.optimizer", SCHEDULES_OF_OPTIMIZERS, "training.schedule", SCHEDULES),

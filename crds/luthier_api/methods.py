@@ -99,6 +99,11 @@ LORA_OPTIONS = {
     "method.alpha": 32,
     "method.dropout": 0.0,
     "method.targetModules": ["all-linear"],
+    "method.rslora": False,
+    "method.dora": False,
+    "method.rankPattern": None,
+    "method.alphaPattern": None,
+    "method.layers": None,
 }
 
 METHODS: Mapping[MethodType, MethodInfo] = {

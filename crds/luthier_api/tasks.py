@@ -130,12 +130,20 @@ IMAGE_FORMATS: tuple[DatasetFormat, ...] = ("imagefolder", "parquet")
 
 RESULT_OPTIONS: dict[str, Any] = {"model.job": None}
 """Fields of the tasks that can work with the result of a FineTuneJob as their model."""
-TEXT_OPTIONS: dict[str, Any] = RESULT_OPTIONS | {
-    "training.maxLength": 1024,
-    "training.groupByLength": False,
-    "dataset.parseSpecialTokens": False,
-    "model.resizeEmbeddings": False,
-}
+PEFT_OPTIONS: dict[str, Any] = dict.fromkeys(
+    f"method.{name}" for name in ("rslora", "dora", "rankPattern", "alphaPattern", "layers")
+)
+"""Fields of the tasks whose adapters are saved in PEFT's form, which says how they are scaled. diffusers' does not."""
+TEXT_OPTIONS: dict[str, Any] = (
+    RESULT_OPTIONS
+    | PEFT_OPTIONS
+    | {
+        "training.maxLength": 1024,
+        "training.groupByLength": False,
+        "dataset.parseSpecialTokens": False,
+        "model.resizeEmbeddings": False,
+    }
+)
 """Fields of the tasks whose rows hold text."""
 CHAT_OPTIONS: dict[str, Any] = {"dataset.form": None, "dataset.chatTemplate": None, "training.lossOn": None}
 """Fields of the tasks whose rows can be conversations."""
@@ -215,7 +223,7 @@ TASKS: Mapping[str, TaskInfo] = {
             columns={"image": "image", "label": "label"},
             formats=IMAGE_FORMATS,
             methods=("full", "lora"),
-            options=RESULT_OPTIONS | LABEL_OPTIONS,
+            options=RESULT_OPTIONS | PEFT_OPTIONS | LABEL_OPTIONS,
             metrics=LABEL_METRICS,
         ),
     ),

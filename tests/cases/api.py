@@ -168,6 +168,13 @@ PREFERENCE = {"spec.task": "preference"}
 
 
 COSINES = ("cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr")
+PEFT: dict[str, Change] = {
+    "rslora": {"spec.method.rslora": True},
+    "dora": {"spec.method.dora": True},
+    "rankPattern": {"spec.method.rankPattern": {"q_proj": 4}},
+    "alphaPattern": {"spec.method.alphaPattern": {"q_proj": 4}},
+    "layers": {"spec.method.layers": [0, 1]},
+}
 HELD_OUT: Change = {"spec.dataset.evalFraction": 0.1}
 COMPARED: Change = HELD_OUT | {"spec.training.evalSteps": 10, "spec.training.loadBestModel": True}
 DECAY: Change = {"spec.training.schedule": "warmup_stable_decay", "spec.training.scheduleOptions.numDecaySteps": 9}
@@ -252,7 +259,16 @@ MARKS: list[Case] = [
             "alpha": {"spec.method.alpha": 4},
             "dropout": {"spec.method.dropout": 0.1},
             "targetModules": {"spec.method.targetModules": ["q_proj"]},
+            **PEFT,
         }.items()
+    ),
+    *(
+        Case(
+            message=f"spec.method.{field}: applies to causal-lm, preference, text-classification, image-classification",
+            refused=PICTURES | LORA | change,
+            accepted=IMAGES | LORA | change,
+        )
+        for field, change in PEFT.items()
     ),
     *(
         Case(
@@ -884,6 +900,22 @@ CASES: list[Case] = [
         message="training.warmupSteps: training would end",
         refused={"spec.training": {"maxSteps": 10, "warmupSteps": 10}},
         accepted={"spec.training": {"maxSteps": 10, "warmupSteps": 9}},
+    ),
+    *(
+        Case(
+            message="spec.training.loadBestModel: DeepSpeed",
+            refused=COMPARED | {"spec.strategy": strategy},
+            accepted=COMPARED | {"spec.strategy": "ddp"},
+        )
+        for strategy in ("zero2", "zero3")
+    ),
+    *(
+        Case(
+            message="spec.method.dora: DeepSpeed",
+            refused={"spec.method.dora": True, "spec.strategy": strategy},
+            accepted={"spec.method.dora": True, "spec.strategy": "ddp"},
+        )
+        for strategy in ("zero2", "zero3")
     ),
     Case(
         message="training.warmupRatio: warmupSteps says",

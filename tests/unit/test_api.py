@@ -369,6 +369,8 @@ def test_settings_that_depend_on_task_and_method() -> None:
         "method.alpha": 32,
         "method.dropout": 0.0,
         "method.targetModules": ["all-linear"],
+        "method.rslora": False,
+        "method.dora": False,
         "training.maxLength": 1024,
         "training.groupByLength": False,
         "training.packing": "none",

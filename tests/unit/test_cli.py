@@ -305,6 +305,8 @@ def test_plan_quick_says_what_would_be_done_and_writes_nothing(tmp_path: Path) -
         "alpha": 32,
         "dropout": 0.0,
         "targetModules": ["all-linear"],
+        "rslora": False,
+        "dora": False,
     }
     assert list(tmp_path.iterdir()) == []
 

@@ -4,16 +4,23 @@ wrong.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cases.methods import method_of
-from prepared_workspace import loaded
-from transformers import AutoModelForSequenceClassification
+from datasets import DatasetDict
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from prepared_workspace import loaded, prepared_run
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 from luthier_trainer.methods.apply import weights_options, with_method
+from luthier_trainer.methods.checks import check_patterns
 from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.training import main as train
 
 
 def test_modules_that_are_trained_whole_are_not_offered_for_adapters(tiny_model: Path) -> None:
@@ -38,3 +45,125 @@ def test_what_learns_is_kept_in_fp32(precision: str, tiny_model: Path) -> None:
     assert base.new_modules
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {options["dtype"]}
+
+
+@dataclass(frozen=True)
+class PlainCase:
+    name: str
+    method: dict[str, Any]
+    plain: dict[str, Any]
+
+
+ATTENTION = ["q_proj", "v_proj"]
+PLAIN = [
+    PlainCase(
+        name="rsLoRA",
+        method={"rank": 8, "alpha": 16, "rslora": True},
+        plain={"r": 8, "lora_alpha": 16, "use_rslora": True, "target_modules": "all-linear"},
+    ),
+    PlainCase(
+        name="DoRA",
+        method={"rank": 4, "dora": True, "targetModules": ATTENTION},
+        plain={"r": 4, "lora_alpha": 32, "use_dora": True, "target_modules": ATTENTION},
+    ),
+    PlainCase(
+        name="other ranks and scales for some modules",
+        method={"rank": 4, "rankPattern": {r"layers\.0\..*": 2, "down_proj": 6}, "alphaPattern": {"q_proj": 64}},
+        plain={
+            "r": 4,
+            "lora_alpha": 32,
+            "rank_pattern": {r"layers\.0\..*": 2, "down_proj": 6},
+            "alpha_pattern": {"q_proj": 64},
+            "target_modules": "all-linear",
+        },
+    ),
+    PlainCase(
+        name="some layers",
+        method={"rank": 4, "layers": [1], "targetModules": ATTENTION},
+        plain={"r": 4, "lora_alpha": 32, "layers_to_transform": [1], "target_modules": ATTENTION},
+    ),
+    PlainCase(
+        name="all linear modules of some layers",
+        method={"rank": 4, "layers": [1]},
+        plain={
+            "r": 4,
+            "lora_alpha": 32,
+            "target_modules": r".*layers\.1\..*(q|k|v|o|gate|up|down)_proj",
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.name)
+def test_adapters_are_those_of_plain_peft(case: PlainCase, tiny_model: Path) -> None:
+    def base() -> Any:
+        torch.manual_seed(1)
+        return AutoModelForCausalLM.from_pretrained(tiny_model)
+
+    ours = with_method(base(), method_of(type="lora", **case.method), "CAUSAL_LM", [], deepspeed=False)
+    plain = get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", **case.plain))
+    expect = plain.state_dict()
+    assert any("lora_A" in name for name in expect)
+    assert ours.state_dict().keys() == expect.keys()
+    assert all(torch.equal(weight, expect[name]) for name, weight in ours.state_dict().items())
+    scales = {name: module.scaling for name, module in plain.named_modules() if isinstance(module, LoraLayer)}
+    assert {name: m.scaling for name, m in ours.named_modules() if isinstance(m, LoraLayer)} == scales
+
+
+def test_a_trained_adapter_gives_the_same_in_plain_peft(tmp_path: Path, llama: Path, prose_data: DatasetDict) -> None:
+    method = {"type": "lora", "rank": 4, "rslora": True, "dora": True, "rankPattern": {"q_proj": 2}, "layers": [1]}
+    data = DatasetDict(train=prose_data["train"].select(range(32)), eval=prose_data["eval"].select(range(4)))
+    metrics = train.main(
+        prepared_run(tmp_path / "job", llama, data, method=method, training={"maxSteps": 4, "learningRate": 1e-2})
+    ).metrics
+    assert metrics is not None
+    assert metrics["evalLoss"] < metrics["evalLossBefore"] - 0.01
+
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), tmp_path / "job/result").eval()
+    losses, counts = [], []
+    for row in data["eval"]["input_ids"]:
+        ids = torch.tensor([row])
+        with torch.no_grad():
+            losses.append(plain(input_ids=ids, labels=ids).loss.item() * (len(row) - 1))
+        counts.append(len(row) - 1)
+    assert sum(losses) / sum(counts) == pytest.approx(metrics["evalLoss"], abs=1e-5)
+
+
+@dataclass(frozen=True)
+class PatternCase:
+    name: str
+    method: dict[str, Any]
+    message: str
+
+
+PATTERNS = [
+    PatternCase(
+        name="a layer that is not there",
+        method={"layers": [1, 2]},
+        message="spec.method.layers[1]: no module with an adapter is in layer 2 (layers: 0 to 1)",
+    ),
+    PatternCase(
+        name="a pattern of nothing",
+        method={"rankPattern": {"query": 4}},
+        message="spec.method.rankPattern: no module with an adapter has a name that ends with 'query' (they end with: ",
+    ),
+    PatternCase(
+        name="a pattern of modules in other layers",
+        method={"layers": [1], "alphaPattern": {r"layers\.0\..*": 4}},
+        message="spec.method.alphaPattern: no module with an adapter has a name that ends with",
+    ),
+    PatternCase(
+        name="no regular expression",
+        method={"rankPattern": {"q_proj(": 4}},
+        message="spec.method.rankPattern: 'q_proj(' is not a regular expression of Python: missing ), unterminated",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", PATTERNS, ids=lambda case: case.name)
+def test_what_matches_no_module_is_refused(case: PatternCase) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 99}
+    config = LlamaConfig(num_hidden_layers=2, **sizes)
+    with pytest.raises(Failure) as failure:
+        check_patterns(config, "causal-lm", method_of(type="lora", **case.method))
+    assert failure.value.message.startswith(case.message)

@@ -6,7 +6,7 @@ not fit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,28 @@ class AdapterCase:
     config: PreTrainedConfig
     task: str
     targets: list[str]
+    method: dict[str, Any] = field(default_factory=dict)
+    plain: dict[str, Any] = field(default_factory=dict)
+    """The same for PEFT."""
 
 
 ADAPTERS = [
+    AdapterCase(
+        name="DoRA, of other ranks",
+        config=LlamaConfig(**SMALL),
+        task="causal-lm",
+        targets=["all-linear"],
+        method={"dora": True, "rank_pattern": {"q_proj": 8, r"layers\.1\.mlp\..*": 2}},
+        plain={"use_dora": True, "rank_pattern": {"q_proj": 8, r"layers\.1\.mlp\..*": 2}},
+    ),
+    AdapterCase(
+        name="of one layer",
+        config=LlamaConfig(**SMALL),
+        task="causal-lm",
+        targets=["q_proj", "embed_tokens"],
+        method={"layers": [1]},
+        plain={"layers_to_transform": [1]},
+    ),
     AdapterCase(
         name="all linear modules",
         config=LlamaConfig(**SMALL),
@@ -103,7 +122,7 @@ ADAPTERS = [
 def test_weights_that_learn_are_those_that_peft_makes(case: AdapterCase) -> None:
     whole = ["classifier"] if case.task == "text-classification" else []
     counted = trainable.adapter_tensors(
-        skeleton(case.config, case.task, ""), Method(rank=4, target_modules=case.targets), whole
+        skeleton(case.config, case.task, ""), Method(rank=4, target_modules=case.targets, **case.method), whole
     )
     made = get_peft_model(
         skeleton(case.config, case.task, ""),
@@ -112,6 +131,7 @@ def test_weights_that_learn_are_those_that_peft_makes(case: AdapterCase) -> None
             target_modules=case.targets if case.targets != ["all-linear"] else "all-linear",
             modules_to_save=whole or None,
             exclude_modules=whole or None,
+            **case.plain,
         ),
     )
     learning = [p for p in made.parameters() if p.requires_grad]

@@ -13,7 +13,7 @@ from luthier_api.finetune import Method
 from luthier_api.methods import METHODS
 from luthier_api.spec import Quantization
 from luthier_trainer.methods.base import Surroundings
-from luthier_trainer.methods.experts import fused_experts
+from luthier_trainer.methods.experts import fused_experts, linear_modules
 from luthier_trainer.methods.quantization import settings
 from luthier_trainer.methods.table import FAMILIES
 from luthier_trainer.models.sources import OWN_WEIGHTS
@@ -54,7 +54,9 @@ def with_method(
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    config = FAMILIES[method.type].config(method, Surroundings(peft_type, whole, fused_experts(model)))
+    config = FAMILIES[method.type].config(
+        method, Surroundings(peft_type, whole, fused_experts(model), linear_modules(model))
+    )
     try:
         adapted = get_peft_model(model, config, autocast_adapter_dtype=not deepspeed)
     except ValueError as error:

@@ -23,6 +23,8 @@ class Surroundings:
     """Modules that are trained entirely beside the adapters, such as a new head."""
     experts: Iterable[str] = ()
     """Names of parameters with the weights of several experts. They are no modules, so PEFT takes them separately."""
+    linear: Iterable[str] = ()
+    """Names of the linear modules, which all-linear stands for."""
 
     @property
     def excluded(self) -> str | None:
@@ -39,5 +41,5 @@ class AdapterFamily(Protocol):
     def config(self, method: Method, around: Surroundings) -> PeftConfig:
         """Return PEFT's configuration for a model."""
 
-    def shapes(self, method: Method, shape: tuple[int, int]) -> list[tuple[int, ...]]:
-        """Return the shape of each tensor added to a module whose weight has `shape` [outputs, inputs]."""
+    def shapes(self, method: Method, name: str, shape: tuple[int, int]) -> list[tuple[int, ...]]:
+        """Return the shape of each tensor added to the module `name`, whose weight has `shape` [outputs, inputs]."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import TYPE_CHECKING
 
 from luthier_api.exitcodes import ExitCode
+from luthier_api.finetune import Method
 from luthier_api.methods import QUANTIZATIONS, QuantizationType
 from luthier_trainer.models.inspect import ALL_LINEAR, MODEL, counts, looks_up_otherwise, skeleton, tied_modules
 from luthier_trainer.runtime.failure import Failure
@@ -96,6 +98,53 @@ def check_modules(model: torch.nn.Module, kind: str, heads: list[str], targets: 
                 ExitCode.INVALID_SPEC,
                 f"{field}[{i}]: the model has no module {target!r} (it has: {', '.join(known)}).{hint}",
             )
+
+
+def check_patterns(config: PreTrainedConfig, task: str, method: Method) -> None:
+    """Check that each pattern and each layer of the method belongs to a module with an adapter, which PEFT does not.
+
+    Raises Failure if one does not.
+    """
+    from luthier_trainer.methods.lora import layer_of, matching
+    from luthier_trainer.methods.trainable import gets_adapter
+    from luthier_trainer.models.heads import heads_of
+
+    patterns = {"rankPattern": method.rank_pattern, "alphaPattern": method.alpha_pattern}
+    if not any(patterns.values()) and method.layers is None:
+        return
+    model = skeleton(config, task, MODEL)
+    everywhere = method.model_copy(update={"layers": None})
+    heads = heads_of(model, task)
+    names = [
+        name
+        for name, module in model.named_modules()
+        if gets_adapter(name, module, model, everywhere) and not any(f"{name}.".startswith(f"{h}.") for h in heads)
+    ]
+    numbers = {number for name in names if (number := layer_of(name)) is not None}
+    for i, layer in enumerate(method.layers or []):
+        if layer not in numbers:
+            there = f"0 to {max(numbers)}" if numbers else "none"
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"spec.method.layers[{i}]: no module with an adapter is in layer {layer} (layers: {there})",
+            )
+    adapted = [name for name in names if method.layers is None or layer_of(name) in method.layers]
+    for field, given in patterns.items():
+        for pattern in given or {}:
+            try:
+                found = any(matching([pattern], name) for name in adapted)
+            except re.error as error:
+                raise Failure(
+                    ExitCode.INVALID_SPEC,
+                    f"spec.method.{field}: {pattern!r} is not a regular expression of Python: {error}",
+                ) from None
+            if not found:
+                known = ", ".join(sorted({name.rpartition(".")[2] for name in adapted}))
+                raise Failure(
+                    ExitCode.INVALID_SPEC,
+                    f"spec.method.{field}: no module with an adapter has a name that ends with {pattern!r} (they end"
+                    f" with: {known})",
+                )
 
 
 def check_quantisable(config: PreTrainedConfig, kind: QuantizationType, field: str) -> None:

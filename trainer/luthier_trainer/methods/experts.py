@@ -170,12 +170,13 @@ def check_adapters(config: PreTrainedConfig, spec: FineTuneJobSpec) -> None:
         )
 
 
-def linear_modules(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+def linear_modules(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Return name → weight of the modules that all-linear selects: all linear modules but the output embeddings."""
     import torch
+    from transformers import PreTrainedModel
     from transformers.pytorch_utils import Conv1D
 
-    last = model.get_output_embeddings()
+    last = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     return {
         name: m.weight for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not last
     }

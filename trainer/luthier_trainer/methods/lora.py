@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from luthier_api.finetune import Method
@@ -25,13 +27,41 @@ class Lora:
             r=method.rank,
             lora_alpha=method.alpha,
             lora_dropout=method.dropout,
-            target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else list(targets),
+            target_modules=_targets(method, around),
             target_parameters=sorted(experts) or None,
             task_type=around.task_type,
             modules_to_save=around.whole or None,
             exclude_modules=around.excluded,
+            use_rslora=bool(method.rslora),
+            use_dora=bool(method.dora),
+            rank_pattern=dict(method.rank_pattern or {}),
+            alpha_pattern=dict(method.alpha_pattern or {}),
+            layers_to_transform=method.layers,
         )
 
-    def shapes(self, method: Method, shape: tuple[int, int]) -> list[tuple[int, ...]]:
+    def shapes(self, method: Method, name: str, shape: tuple[int, int]) -> list[tuple[int, ...]]:
         outputs, inputs = shape
-        return [(outputs, method.rank), (method.rank, inputs)]
+        pattern = matching(method.rank_pattern or {}, name)
+        rank = method.rank if pattern is None else method.rank_pattern[pattern]
+        return [(outputs, rank), (rank, inputs), *([(outputs,)] if method.dora else [])]
+
+
+def matching(patterns: Iterable[str], name: str) -> str | None:
+    """Return the first of `patterns` that is PEFT's for the module `name`; None if there is none."""
+    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", name)), None)
+
+
+def layer_of(name: str) -> int | None:
+    """Return the number of the layer that the module `name` is in, as PEFT finds it; None if it is in none."""
+    match = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
+    return int(match["idx"]) if match else None
+
+
+def _targets(method: Method, around: Surroundings) -> str | list[str]:
+    """Return the modules that get adapters, as PEFT wants them named."""
+    if method.target_modules != [ALL_LINEAR]:
+        return list(method.target_modules)
+    if method.layers is None:
+        return ALL_LINEAR
+    # PEFT 0.21 cannot restrict all-linear to layers.
+    return sorted({name.rpartition(".")[2] for name in around.linear if layer_of(name) is not None})

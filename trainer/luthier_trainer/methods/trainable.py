@@ -13,6 +13,7 @@ from luthier_api.finetune import FineTuneJobSpec, Method
 from luthier_api.methods import METHODS
 from luthier_api.run import Weights
 from luthier_api.status import Plan
+from luthier_trainer.methods.lora import layer_of
 from luthier_trainer.methods.table import FAMILIES
 from luthier_trainer.models.inspect import ALL_LINEAR, MODEL, skeleton
 from luthier_trainer.workspace.model_files import MODEL_CONFIG
@@ -86,7 +87,7 @@ def adapter_tensors(model: torch.nn.Module, method: Method, whole: list[str]) ->
             found += [Tensor(tuple(weight.shape)) for weight in module.parameters()]
         elif gets_adapter(name, module, model, method) and not any(name.startswith(f"{head}.") for head in whole):
             weight: torch.Tensor = module.weight
-            found += [Tensor(shape) for shape in family.shapes(method, (weight.shape[0], weight[0].numel()))]
+            found += [Tensor(shape) for shape in family.shapes(method, name, (weight.shape[0], weight[0].numel()))]
     return found
 
 
@@ -99,6 +100,8 @@ def gets_adapter(name: str, module: Any, model: torch.nn.Module, method: Method)
     from transformers import PreTrainedModel
     from transformers.pytorch_utils import Conv1D
 
+    if method.layers is not None and layer_of(name) not in method.layers:
+        return False
     if method.target_modules == [ALL_LINEAR]:
         last = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         return isinstance(module, torch.nn.Linear | Conv1D) and module is not last

@@ -67,6 +67,7 @@ class PretrainedTask(Task):
         if METHODS[spec.method.type].adapter:
             targets = spec.method.target_modules
             method_checks.check_adapters(model.config, self.task, targets, "spec.method.targetModules")
+            method_checks.check_patterns(model.config, self.task, spec.method)
             experts.check_adapters(model.config, spec)
         if spec.model.quantization:
             kind, field = spec.model.quantization.type, quantization_field(spec)

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from transformers import PreTrainedModel, PrinterCallback, Trainer
-from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from luthier_api.exitcodes import ExitCode
@@ -309,17 +308,9 @@ class Resilient(Base):
         return chosen
 
     def _load_weights(self, folder: Path) -> None:
-        """Load the weights of a verified checkpoint into the model that has been trained."""
-        if self.is_deepspeed_enabled:
-            # The weights are in DeepSpeed's shards.
-            deepspeed_load_checkpoint(self.model_wrapped, str(folder), load_module_strict=not self._has_adapters)
-            return
+        """Load the weights of a verified checkpoint into the model that has been trained. Not for DeepSpeed."""
         self._load_from_checkpoint(str(folder))
         self._load_optimizer_and_scheduler(str(folder))  # a schedule-free optimiser holds a part of the weights
-
-    @property
-    def _has_adapters(self) -> bool:
-        return hasattr(self.model, "peft_config")
 
     def _prepare_input(self, data: Any) -> Any:
         if self._delivered and isinstance(data, torch.Tensor) and data.is_floating_point():
