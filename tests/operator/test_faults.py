@@ -33,6 +33,8 @@ from harness import (
     until,
 )
 
+from luthier_operator import reconcile
+
 AT_ONCE = 6
 
 FAULTS = {
@@ -342,8 +344,9 @@ async def test_an_answer_that_is_lost_is_no_refusal() -> None:
         assert "FailedCreate" not in {e["reason"] for e in cluster.all("Event")}
 
 
-async def test_the_deadline_runs_while_a_child_is_refused() -> None:
+async def test_the_deadline_runs_while_a_child_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """And it is kept, however long the next attempt is put off."""
+    monkeypatch.setattr(reconcile, "CREATED_SECONDS", 0.3)
     async with FakeCluster() as cluster, running(cluster, pace=replace(FAST, backoff=60)):
         cluster.fault = lambda number, call: Fault(answer=403) if call.kind == "Job" else None
         cluster.create(fine_tune(activeDeadlineSeconds=1))

@@ -8,6 +8,7 @@ import pytest
 from fake_cluster import FakeCluster
 from harness import condition_with, fine_tune, running, until
 
+from luthier_operator import reconcile
 from luthier_operator.phases import waiting
 
 QUOTA = (
@@ -42,6 +43,7 @@ def refusal(job: dict[str, Any], message: str, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconcile, "CREATED_SECONDS", 0.3)
     monkeypatch.setattr(waiting, "NO_POD_SECONDS", 0.2)
     monkeypatch.setattr(waiting, "SECONDS_PER_POD", 0.0)
     monkeypatch.setattr(waiting, "ASK_AGAIN_SECONDS", 0.3)
