@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 
-from luthier_api.finetune import EarlyStopping, Training
 from luthier_api.tasks import TRAINING_TASKS
+from luthier_api.training import EarlyStopping, Training
 from luthier_trainer.runtime import notices
 from luthier_trainer.runtime.run_folder import run_dir
 from luthier_trainer.training import main as train

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from luthier_api.finetune import EarlyStopping, Training
 from luthier_api.tasks import EVAL_LOSS, TrainingTask
+from luthier_api.training import EarlyStopping, Training
 
 History = Sequence[dict[str, Any]]
 """`TrainerState.log_history` of transformers."""

@@ -19,12 +19,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging as transformers_logging
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.finetune import Training
 from luthier_api.methods import METHODS
 from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord, step_timeout_of
 from luthier_api.status import Plan
 from luthier_api.tasks import TASKS, TRAINING_TASKS
 from luthier_api.termination import TerminationMessage
+from luthier_api.training import Training
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.distributed.ranks import Ranks
 from luthier_trainer.distributed.strategy import assert_started, uses_deepspeed

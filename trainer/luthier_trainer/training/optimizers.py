@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from luthier_api.finetune import Training
+from luthier_api.training import Training
 from luthier_trainer.models.heads import heads_of, hidden_matrices
 
 

@@ -9,8 +9,9 @@ import math
 from typing import Any
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.finetune import FineTuneJobSpec, Training
+from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.status import Plan
+from luthier_api.training import Training
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 

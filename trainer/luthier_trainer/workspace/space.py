@@ -13,9 +13,10 @@ import os
 from pathlib import Path
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.finetune import FineTuneJobSpec, Training
+from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.run import Weights
 from luthier_api.status import Plan
+from luthier_api.training import Training
 from luthier_trainer.distributed.strategy import ZERO_STAGE
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.workspace.course import most_saves
