@@ -332,6 +332,11 @@ class FineTuneJobSpec(JobControl, TabledSpec):
             "spec.method.dora: DeepSpeed divides the weights whose norms DoRA reads in each step; use strategy ddp, or"
             " remove dora",
         ),
+        Rule(
+            "!has(self.training.optimizerOptions.loraplusLrRatio) || !self.strategy.startsWith('zero')",
+            "spec.training.optimizerOptions.loraplusLrRatio: not tried with DeepSpeed, which makes vectors of groups of"
+            " weights; use strategy ddp, or remove it",
+        ),
         *works_with("training.optimizer", METHODS_OF_OPTIMIZERS, "method.type", METHODS),
         *works_with("training.optimizer", STRATEGIES_OF_OPTIMIZERS, "strategy", STRATEGIES),
         *works_with("training.optimizer", SCHEDULES_OF_OPTIMIZERS, "training.schedule", SCHEDULES),

@@ -48,18 +48,21 @@ class OptimizerInfo:
 
 
 ADAM_OPTIONS = {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8}
+LORAPLUS = {"loraplusLrRatio": None}
+"""For AdamW, with which LoRA+ is derived and measured, and for which PEFT has code."""
 LION_OPTIONS = {"beta1": 0.9, "beta2": 0.99}  # of the paper, arXiv:2302.06675
 
 OPTIMIZERS: Mapping[OptimizerName, OptimizerInfo] = {
     "adamw_torch_fused": OptimizerInfo(
-        about="AdamW of torch: 8 bytes of state a weight", options=ADAM_OPTIONS, strategies=STRATEGIES
+        about="AdamW of torch: 8 bytes of state a weight", options=ADAM_OPTIONS | LORAPLUS, strategies=STRATEGIES
     ),
     "adamw_8bit": OptimizerInfo(
         about="AdamW of bitsandbytes: 2 bytes of state a weight, 8 for embeddings and tensors below 4,096 weights",
-        options=ADAM_OPTIONS,
+        options=ADAM_OPTIONS | LORAPLUS,
     ),
     "paged_adamw_8bit": OptimizerInfo(
-        about="the same, with states that move to the memory of the host when a GPU runs out", options=ADAM_OPTIONS
+        about="the same, with states that move to the memory of the host when a GPU runs out",
+        options=ADAM_OPTIONS | LORAPLUS,
     ),
     "adafactor": OptimizerInfo(about="a row and a column of state a matrix; with learningRate, without momentum"),
     "lion_32bit": OptimizerInfo(

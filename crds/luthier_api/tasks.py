@@ -145,6 +145,10 @@ TEXT_OPTIONS: dict[str, Any] = (
     }
 )
 """Fields of the tasks whose rows hold text."""
+NOISE_OPTIONS: dict[str, Any] = {"training.neftuneNoiseAlpha": None}
+"""Fields of the tasks that read texts and do not compare with a reference model, whose embeddings are the same ones."""
+SMOOTHING_OPTIONS: dict[str, Any] = {"training.labelSmoothing": None}
+"""Fields of the tasks whose loss is the cross-entropy of labels."""
 CHAT_OPTIONS: dict[str, Any] = {"dataset.form": None, "dataset.chatTemplate": None, "training.lossOn": None}
 """Fields of the tasks whose rows can be conversations."""
 LABEL_OPTIONS: dict[str, Any] = {"dataset.mergeLabels": False}
@@ -169,7 +173,11 @@ TASKS: Mapping[str, TaskInfo] = {
             sequences=1,
             methods=("full", "lora", "qlora"),
             quantizations=("nf4", "fp4", "int8"),
-            options=TEXT_OPTIONS | CHAT_OPTIONS | {"training.packing": "none", "model.config": None},
+            options=TEXT_OPTIONS
+            | CHAT_OPTIONS
+            | NOISE_OPTIONS
+            | SMOOTHING_OPTIONS
+            | {"training.packing": "none", "model.config": None},
             metrics=(TaskMetric("perplexity", "Perplexity", better="lower"),),
         ),
     ),
@@ -210,7 +218,7 @@ TASKS: Mapping[str, TaskInfo] = {
             formats=TABLE_FORMATS,
             methods=("full", "lora", "qlora"),
             quantizations=("nf4", "fp4", "int8"),
-            options=TEXT_OPTIONS | LABEL_OPTIONS,
+            options=TEXT_OPTIONS | LABEL_OPTIONS | NOISE_OPTIONS | SMOOTHING_OPTIONS,
             metrics=LABEL_METRICS,
         ),
     ),
@@ -223,7 +231,7 @@ TASKS: Mapping[str, TaskInfo] = {
             columns={"image": "image", "label": "label"},
             formats=IMAGE_FORMATS,
             methods=("full", "lora"),
-            options=RESULT_OPTIONS | PEFT_OPTIONS | LABEL_OPTIONS,
+            options=RESULT_OPTIONS | PEFT_OPTIONS | LABEL_OPTIONS | SMOOTHING_OPTIONS,
             metrics=LABEL_METRICS,
         ),
     ),

@@ -54,6 +54,10 @@ class OptimizerOptions(ApiModel):
     """Added to the denominator."""
     momentum: Annotated[float, Field(ge=0, lt=1), For("optimizer")] = by_table()
     """Share of the momentum that stays in a step."""
+    loraplus_lr_ratio: Annotated[float, Field(ge=1, le=1000), For("optimizer"), For("method")] = by_table()
+    """LoRA+ (arXiv:2402.12354): the matrices B of the adapters, which begin at zero, and all vectors learn at this
+    many times learningRate. The paper recommends about 16, with a learningRate that is half as large.
+    """
 
 
 class EarlyStopping(ApiModel):
@@ -115,6 +119,14 @@ class Training(ApiModel):
     group_by_length: Annotated[bool, For("task")] = by_table()
     """Rows of similar lengths share a step, so that the model computes less padding. The steps are still in random
     order. Not with packing, which leaves hardly any padding.
+    """
+    label_smoothing: Annotated[float, Field(gt=0, lt=1), For("task")] = by_table()
+    """Share of each label that is spread evenly over all classes, or over all tokens of the vocabulary. evalLoss is
+    without it.
+    """
+    neftune_noise_alpha: Annotated[float, Field(gt=0, le=1000), For("task")] = by_table()
+    """NEFTune (arXiv:2310.05914, with 5 to 15): while the model learns, uniform noise of up to neftuneNoiseAlpha /
+    sqrt(tokens of the longest row × width of the embedding) is added to the embeddings of tokens.
     """
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the computation. auto: bf16 on a GPU that has it, fp16 on one before Ampere, fp32 on CPU."""

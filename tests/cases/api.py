@@ -175,6 +175,9 @@ PEFT: dict[str, Change] = {
     "alphaPattern": {"spec.method.alphaPattern": {"q_proj": 4}},
     "layers": {"spec.method.layers": [0, 1]},
 }
+SMOOTHED: Change = {"spec.training.labelSmoothing": 0.1}
+NOISY: Change = {"spec.training.neftuneNoiseAlpha": 5}
+FASTER: Change = {"spec.training.optimizerOptions.loraplusLrRatio": 16}
 HELD_OUT: Change = {"spec.dataset.evalFraction": 0.1}
 COMPARED: Change = HELD_OUT | {"spec.training.evalSteps": 10, "spec.training.loadBestModel": True}
 DECAY: Change = {"spec.training.schedule": "warmup_stable_decay", "spec.training.scheduleOptions.numDecaySteps": 9}
@@ -204,6 +207,32 @@ def scheduled(schedule: str, **options: Any) -> Change:
 
 # What is drawn from the tables of tasks, methods and schedules: the fields that belong to some rows only ...
 MARKS: list[Case] = [
+    *(
+        Case(
+            message="spec.training.labelSmoothing: applies to causal-lm, text-classification, image-classification;",
+            refused=task | SMOOTHED,
+            accepted=TEXTS | SMOOTHED,
+        )
+        for task in (PREFERENCE, PICTURES)
+    ),
+    *(
+        Case(
+            message="spec.training.neftuneNoiseAlpha: applies to causal-lm, text-classification;",
+            refused=task | NOISY,
+            accepted=CAUSAL | NOISY,
+        )
+        for task in (PREFERENCE, PICTURES, IMAGES)
+    ),
+    Case(
+        message="spec.training.optimizerOptions.loraplusLrRatio: applies to adamw_torch_fused, adamw_8bit,",
+        refused=optimised("lion_8bit", loraplusLrRatio=16),
+        accepted=optimised("paged_adamw_8bit", loraplusLrRatio=16),
+    ),
+    Case(
+        message="spec.training.optimizerOptions.loraplusLrRatio: applies to lora, qlora;",
+        refused=FULL | FASTER,
+        accepted=QLORA | FASTER,
+    ),
     *(
         Case(
             message=f"spec.training.scheduleOptions.{option}: applies to {', '.join(schedules)};",
@@ -914,6 +943,14 @@ CASES: list[Case] = [
             message="spec.method.dora: DeepSpeed",
             refused={"spec.method.dora": True, "spec.strategy": strategy},
             accepted={"spec.method.dora": True, "spec.strategy": "ddp"},
+        )
+        for strategy in ("zero2", "zero3")
+    ),
+    *(
+        Case(
+            message="spec.training.optimizerOptions.loraplusLrRatio: not tried with DeepSpeed",
+            refused=FASTER | {"spec.strategy": strategy},
+            accepted=FASTER | {"spec.strategy": "ddp"},
         )
         for strategy in ("zero2", "zero3")
     ),

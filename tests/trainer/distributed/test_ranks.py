@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +178,7 @@ class Case:
     inputs: str
     strategy: str
     labels: list[str]  # for which the head of the base was made
+    training: dict[str, Any] = field(default_factory=dict)
 
 
 CLASSIFIERS = [
@@ -186,6 +187,7 @@ CLASSIFIERS = [
         inputs="text",
         strategy="ddp",
         labels=["a", "b"],
+        training={"labelSmoothing": 0.2},
     ),
     Case(
         name="text-zero3-other-labels",
@@ -239,11 +241,11 @@ def classifiers(
             "task": f"{case.inputs}-classification",
             "labels": ["a", "b"],
             "method": {"type": "full"},
-            "training": CLASSIFIER_TRAINING,
+            "training": CLASSIFIER_TRAINING | case.training,
         }
         alone = prepared_run(root / "alone", base, rows, **spec)
         (root / "alone.json").write_text(json.dumps(alone.dump()))
-        training = CLASSIFIER_TRAINING | {"microBatchSize": 2}
+        training = CLASSIFIER_TRAINING | case.training | {"microBatchSize": 2}
         return two(root, base, rows, strategy=case.strategy, **spec | {"training": training})
 
     return lambda strategy: {

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from prepared_workspace import prepared_run
+from torch.nn.functional import cross_entropy
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -22,6 +23,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
@@ -34,7 +37,7 @@ from transformers import (
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.models.processors import read_tokenizer
-from luthier_trainer.tasks import texts
+from luthier_trainer.tasks import smoothing, texts
 from luthier_trainer.tasks.base import TrainingContext
 from luthier_trainer.tasks.table import TASKS
 from luthier_trainer.training import main as train
@@ -142,10 +145,12 @@ def encoded(task: str, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any
     return [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": i % 2} for i, ids in enumerate(rows)]
 
 
-def measured(task: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[float, float]:
+def measured(
+    task: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, size: int, **training: Any
+) -> tuple[float, float]:
     """(loss that training minimises, loss of the evaluation) over all rows, in batches of `size`."""
     rows = encoded(task, tokenizer)
-    spec = {"task": task, "model": {"path": "unused"}, "dataset": {"files": ["unused.jsonl"]}}
+    spec = {"task": task, "model": {"path": "unused"}, "dataset": {"files": ["unused.jsonl"]}, "training": training}
     context = TrainingContext(FineTuneJobSpec.model_validate(spec), Path("unused"), tokenizer)
     setup = TASKS[task].trainer(context, model)
     loss, metrics = setup.options["compute_loss_func"], setup.options["compute_metrics"]
@@ -164,14 +169,9 @@ def measured(task: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     return minimised, metrics(gathered, compute_result=True)["loss"]
 
 
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("case", FAMILIES, ids=lambda case: case.name)
-def test_the_loss_does_not_depend_on_the_batch(
-    case: Case, side: str, tokenizers: dict[str, PreTrainedTokenizerBase]
-) -> None:
-    tokenizer = tokenizers[side]
+def made(case: Case, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     torch.manual_seed(0)
-    model = case.model_class(
+    model: PreTrainedModel = case.model_class(
         case.config_class(
             vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, max_position_embeddings=64, **case.sizes
         )
@@ -180,10 +180,54 @@ def test_the_loss_does_not_depend_on_the_batch(
     with torch.no_grad():
         for weight in model.parameters():  # positions as different as a trained model's
             weight.copy_(torch.randn_like(weight) * 0.3)
+    return model
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("case", FAMILIES, ids=lambda case: case.name)
+def test_the_loss_does_not_depend_on_the_batch(
+    case: Case, side: str, tokenizers: dict[str, PreTrainedTokenizerBase]
+) -> None:
+    tokenizer = tokenizers[side]
+    model = made(case, tokenizer)
     alone = measured(case.task, model, tokenizer, size=1)
     assert alone[0] == pytest.approx(alone[1], abs=1e-4)
     assert measured(case.task, model, tokenizer, size=8) == pytest.approx(alone, abs=1e-4)
     assert measured(case.task, model, tokenizer, size=3) == pytest.approx(alone, abs=1e-4)
+
+
+@pytest.mark.parametrize("case", FAMILIES, ids=lambda case: case.name)
+def test_smoothed_labels_are_those_of_torch(case: Case, tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+    """Over all labels of a step, whatever its batches are; the evaluation measures without smoothing."""
+    tokenizer = tokenizers["right"]
+    model = made(case, tokenizer)
+    plain = measured(case.task, model, tokenizer, size=8)[1]
+    losses = []
+    for row in encoded(case.task, tokenizer):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+        labels = torch.tensor(row["labels"] if "labels" in row else row["input_ids"][1:]).reshape(-1)
+        logits = logits.reshape(-1, logits.shape[-1])[: len(labels)]
+        losses.append(cross_entropy(logits, labels, label_smoothing=0.2, reduction="none"))
+    expect = torch.cat(losses).mean().item()
+    assert expect != pytest.approx(plain, rel=1e-4)
+    for size in (8, 3):
+        found = measured(case.task, model, tokenizer, size, labelSmoothing=0.2)
+        assert found == pytest.approx((expect, plain), rel=2e-5)
+
+
+def test_smoothing_leaves_what_a_model_adds_to_its_loss(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+    tokenizer = tokenizers["right"]
+    torch.manual_seed(0)
+    sizes = BERT | {"vocab_size": len(tokenizer), "num_key_value_heads": 2, "router_aux_loss_coef": 0.5}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4, output_router_logits=True)).eval()
+    ids = torch.tensor([encoded("causal-lm", tokenizer)[1]["input_ids"]])
+    plain = model(input_ids=ids, labels=ids)
+    model.loss_function = smoothing.loss_function(0.2)
+    smoothed = model(input_ids=ids, labels=ids)
+    expect = cross_entropy(plain.logits[0, :-1], ids[0, 1:], label_smoothing=0.2) + 0.5 * plain.aux_loss
+    assert plain.aux_loss > 1
+    assert smoothed.loss.item() == pytest.approx(expect.item(), abs=1e-5)
 
 
 def test_a_model_that_sees_padding_says_so(

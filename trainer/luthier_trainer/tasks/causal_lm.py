@@ -154,18 +154,27 @@ class CausalLM(LabelledBatches, TextTask):
         from transformers import Trainer
 
         model.config.pad_token_id = context.processor.pad_token_id
-        options = {"compute_loss_func": self.loss(model), **measured_by(TokenLoss())}
+        loss = self.loss(model, context.spec.training.label_smoothing)
+        options = {"compute_loss_func": loss, **measured_by(TokenLoss())}
         return TrainerSetup(Trainer, TokenCollator(context.processor.pad_token_id), options)
 
-    def loss(self, model: PreTrainedModel) -> Loss | None:
-        """Return the loss for training; None if the model's own loss is the same.
+    def loss(self, model: PreTrainedModel, epsilon: float | None) -> Loss | None:
+        """Return the loss for training; None if the model computes it. `epsilon`: share of each label that is spread.
 
         Models that call the loss function of transformers compute it correctly and add their own terms, for example for
         the load balance of experts. Other models (the decoders of BART, Pegasus, ...) average over each micro-batch
         separately, and compare each prediction with the token at the same position instead of the next one.
         """
         calls_its_loss_function = "loss_function" in inspect.unwrap(type(model).forward).__code__.co_names
-        return None if calls_its_loss_function else next_token_loss
+        if epsilon is None:
+            return None if calls_its_loss_function else next_token_loss
+
+        from luthier_trainer.tasks import smoothing
+
+        if calls_its_loss_function:
+            model.loss_function = smoothing.loss_function(epsilon)
+            return None
+        return smoothing.next_token_loss(epsilon)
 
 
 def _refuse_template(spec: FineTuneJobSpec, origin: str, form: forms.Form) -> None:

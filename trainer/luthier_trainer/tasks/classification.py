@@ -67,10 +67,13 @@ class Classification(LabelledBatches, PretrainedTask):
         from transformers import Trainer
 
         from luthier_trainer.models.heads import row_loss
+        from luthier_trainer.tasks import smoothing
 
         # No classifier of transformers 5.23 divides its loss by the rows of the step, although most of them accept the
         # keyword that asks for it.
-        options = {"compute_loss_func": row_loss, **measured_by(LabelMetrics())}
+        epsilon = context.spec.training.label_smoothing
+        loss = smoothing.row_loss(epsilon) if epsilon else row_loss
+        options = {"compute_loss_func": loss, **measured_by(LabelMetrics())}
         return TrainerSetup(Trainer, self.collator(context.processor), options)
 
     def load_model(self, context: TrainingContext) -> LoadedModel:

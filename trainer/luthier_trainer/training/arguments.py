@@ -53,6 +53,7 @@ def training_arguments(
         "warmup_steps": course.warmup_steps(training, plan.steps or 0),
         "weight_decay": training.weight_decay,
         **optimizers.arguments(training),
+        "neftune_noise_alpha": training.neftune_noise_alpha,
         "max_grad_norm": training.max_grad_norm,
         "seed": training.seed,
         "bf16": precision == "bf16",

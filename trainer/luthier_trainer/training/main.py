@@ -145,8 +145,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
         rows_a_step=spec.training.batch_size,
         group_by_length=bool(spec.training.group_by_length),
     )
-    if spec.training.optimizer == "muon":  # transformers makes all others
-        loop.optimizer = optimizers.muon(loop, spec.training, spec.task)
+    loop.optimizer = optimizers.own(loop, spec.training, spec.task)
     for callback in callbacks:
         callback.loop = loop
     if ranks.first:

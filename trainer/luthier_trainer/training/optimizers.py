@@ -1,7 +1,7 @@
 """The optimisers of `luthier_api.optimizers` as transformers and torch have them.
 
-All but muon are made by transformers' Trainer from its arguments (`arguments`). An optimiser that cannot leave out an
-update by itself gets a `step` that can (`withholding`).
+Most are made by transformers' Trainer from its arguments (`arguments`); `own` makes the others. An optimiser that
+cannot leave out an update by itself gets a `step` that can (`withholding`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from peft.optimizers import create_loraplus_optimizer
 
 from luthier_api.training import Training
 from luthier_trainer.models.heads import heads_of, hidden_matrices
@@ -66,6 +67,31 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> Any:
         self._muon.step(closure)
         self._adamw.step()
+
+
+def own(trainer: Any, training: Training, task: str) -> torch.optim.Optimizer | None:
+    """Return the optimiser for the weights of `trainer`; None if transformers makes it."""
+    if training.optimizer == "muon":
+        return muon(trainer, training, task)
+    if training.optimizer_options.loraplus_lr_ratio is not None:
+        return lora_plus(trainer, training)
+    return None
+
+
+def lora_plus(trainer: Any, training: Training) -> torch.optim.Optimizer:
+    """Return the optimiser with PEFT's groups for LoRA+: B and all vectors learn faster than A and whole modules."""
+    kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+    optimizer = create_loraplus_optimizer(
+        trainer.model,
+        kind,
+        loraplus_lr_ratio=training.optimizer_options.loraplus_lr_ratio,
+        loraplus_weight_decay=training.weight_decay,
+        # PEFT's default for adapters of embeddings, 1e-6 whatever the learning rate is, would be silent.
+        loraplus_lr_embedding=training.learning_rate,
+        **options,
+    )
+    optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+    return optimizer
 
 
 def muon(trainer: Any, training: Training, task: str) -> MuonWithAdamW:
