@@ -38,7 +38,7 @@ CASES = [
         number=signal.SIGKILL,
         code=71,
         message="rank 1 was killed by SIGKILL",
-        output="by peer",
+        output="run ended with 71",
     ),
     Case(
         name="stopped",

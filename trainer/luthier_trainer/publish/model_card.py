@@ -63,6 +63,7 @@ def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
         "Rows": counted(prepared),
         "Method": described_method(spec),
         "Learning rate": f"{training.learning_rate:g}, {training.schedule}",
+        "Optimizer": training.optimizer,
         "Batch size": training.batch_size,
         "Epochs": None if training.max_steps else f"{training.epochs:g}",
         "Steps": plan.steps,
@@ -99,17 +100,24 @@ def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
 
 
 def described_method(spec: FineTuneJobSpec) -> str:
-    """Return the method with its own settings, and the type of the frozen weights if they were quantised."""
+    """Return the method with those of its own settings that the job has, and the type of the frozen weights if they were quantised."""
     fields = [path.removeprefix("method.") for path in METHODS[spec.method.type].fields if path.startswith("method.")]
     values = spec.method.dump()
-    settings = ", ".join(f"{name} {plain(values[name])}" for name in fields)
+    settings = ", ".join(f"{name} {plain(values[name])}" for name in fields if is_chosen(values.get(name)))
     quantization = spec.model.quantization
     beside = f" on a base in {QUANTIZATIONS[quantization.type].title}" if quantization else ""
     return f"{spec.method.type}{f' ({settings})' if settings else ''}{beside}"
 
 
+def is_chosen(value: Any) -> bool:
+    """Whether a setting says something: neither missing, nor switched off, nor an empty pattern."""
+    return not (value is None or value is False or value == {})
+
+
 def plain(value: Any) -> str:
-    """Return a setting as text; the items of a list are separated by blanks."""
+    """Return a setting as text; the items of a list or a mapping are separated by blanks."""
+    if isinstance(value, dict):
+        value = [f"{name}={item}" for name, item in value.items()]
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
