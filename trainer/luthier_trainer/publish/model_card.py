@@ -100,7 +100,7 @@ def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
 
 
 def described_method(spec: FineTuneJobSpec) -> str:
-    """Return the method with those of its own settings that the job has, and the type of the frozen weights if they were quantised."""
+    """Return the method with its own settings as far as they are set, and the type of quantised frozen weights."""
     fields = [path.removeprefix("method.") for path in METHODS[spec.method.type].fields if path.startswith("method.")]
     values = spec.method.dump()
     settings = ", ".join(f"{name} {plain(values[name])}" for name in fields if is_chosen(values.get(name)))
