@@ -14,6 +14,7 @@ import yaml
 
 from luthier_api import API_VERSION, GROUP
 from luthier_api.exitcodes import ExitCode
+from luthier_api.formats import FORMATS
 from luthier_api.kinds import FineTuneJob, GenerateJob
 from luthier_api.validation import InvalidJob, check_job
 from luthier_operator.workloads import workload
@@ -141,11 +142,23 @@ def _documents(file: str, problems: list[str]) -> list[Any]:
         problems.append(f"{file}: {error.strerror or error}")
         return []
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problems.append(f"{file}: not YAML: {' '.join(str(error).split())}")
+        problems.append(_is_dataset(file) or f"{file}: not YAML: {' '.join(str(error).split())}")
         return []
     if not documents:
         problems.append(f"{file}: is empty")
+    elif not any(isinstance(document, dict) and "apiVersion" in document for document in documents):
+        if dataset := _is_dataset(file):
+            problems.append(dataset)
+            return []
     return documents
+
+
+def _is_dataset(file: str) -> str | None:
+    """What to do with a file that is no manifest but has the suffix of a dataset; None for other files."""
+    suffixes = {suffix for info in FORMATS.values() for suffix in info.suffixes}
+    if Path(file).suffix.lower() not in suffixes:
+        return None
+    return f"{file}: a dataset, not a manifest; name it in spec.dataset.files of a FineTuneJob, and give the job's file"
 
 
 def _foreign(document: Any) -> bool:

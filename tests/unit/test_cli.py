@@ -228,11 +228,15 @@ def test_refused_before_anything_starts(tmp_path: Path, case: RefusedCase) -> No
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("a: [")
     (tmp_path / "twice.yaml").write_text("spec: {task: causal-lm}\nspec: {task: text-classification}\n")
-    done = luthier("run", "missing.yaml", "broken.yaml", "twice.yaml", cwd=tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / "table.csv").write_text("text;label\na;1\n")
+    done = luthier("run", "missing.yaml", "broken.yaml", "twice.yaml", "rows.jsonl", "table.csv", cwd=tmp_path)
     assert done.returncode == 64
     assert "missing.yaml: No such file or directory" in done.stderr
     assert "broken.yaml: not YAML" in done.stderr
     assert "twice.yaml: not YAML: 'spec' is given twice; keep one of them" in done.stderr
+    assert "rows.jsonl: a dataset, not a manifest; name it in spec.dataset.files" in done.stderr
+    assert "table.csv: a dataset, not a manifest; name it in spec.dataset.files" in done.stderr
 
 
 SCALARS = [
