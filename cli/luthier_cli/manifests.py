@@ -146,10 +146,10 @@ def _documents(file: str, problems: list[str]) -> list[Any]:
         return []
     if not documents:
         problems.append(f"{file}: is empty")
-    elif not any(isinstance(document, dict) and "apiVersion" in document for document in documents):
-        if dataset := _is_dataset(file):
-            problems.append(dataset)
-            return []
+    has_version = any(isinstance(document, dict) and "apiVersion" in document for document in documents)
+    if not has_version and documents and (dataset := _is_dataset(file)):
+        problems.append(dataset)
+        return []
     return documents
 
 
