@@ -16,6 +16,7 @@ from luthier_api.exitcodes import ExitCode
 from luthier_operator.model import Object
 from luthier_operator.naming import (
     BEFORE_ANNOTATION,
+    CHILD_LABELS,
     CONTAINER,
     INDEX_ANNOTATION,
     INDEX_FAILURES_ANNOTATION,
@@ -45,6 +46,11 @@ class PendingReason:
     message: str
     since: datetime | None = None
     """Since when a container cannot start, where it needs somebody's help."""
+
+
+def holds_pods(child: Object) -> bool:
+    """Whether it is a Job that holds the last failed pod of each index until it has created the next one."""
+    return child.get("spec", {}).get("backoffLimitPerIndex") is not None
 
 
 def condition(child: Object, *types: str) -> Object | None:
@@ -143,6 +149,11 @@ def annotation(child: Object, name: str) -> str:
 def label(pod: Object, name: str) -> str | None:
     value: str | None = pod["metadata"].get("labels", {}).get(name)
     return value
+
+
+def controller_uid(pod: Object) -> str:
+    """uid of the Job or JobSet of ours that the pod belongs to. Empty if it does not say."""
+    return next((uid for name in CHILD_LABELS if (uid := label(pod, name))), "")
 
 
 def number(text: str | None) -> int:

@@ -261,6 +261,22 @@ class Client:
             raise ApiError(404, "NotFound", f"{name} not found")
         return {"apiVersion": resource.api_version, "kind": resource.kind, **found["items"][0]}
 
+    async def is_terminating(self, namespace: str, name: str) -> bool:
+        """Whether the API server refuses to create anything in `namespace`, because it is being deleted.
+
+        It is asked by a dry run with the ConfigMap `name`, which needs no right to read namespaces. Any other answer is
+        no: an admission policy may refuse it, too. Raises ApiError if there is no answer.
+        """
+        resource = RESOURCES["ConfigMap"]
+        trial = {"apiVersion": resource.api_version, "kind": resource.kind, "metadata": {"name": name}}
+        try:
+            await self._request("POST", resource.path(namespace), {"dryRun": "All"}, trial)
+        except ApiError as error:
+            if not error.status:
+                raise
+            return (error.status, error.cause) == (403, NAMESPACE_TERMINATING)
+        return False
+
     async def claim(self, manifest: Object) -> Object:
         """Create a volume claim if there is none of that name.
 

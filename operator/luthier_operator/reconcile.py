@@ -28,6 +28,7 @@ from luthier_operator.decide import decide, held, refused, with_events
 from luthier_operator.events import Recorder
 from luthier_operator.metrics import Metrics
 from luthier_operator.model import ChildRef, Decision, Event, Key, Object, Observed
+from luthier_operator.namespaces import TERMINATING_SECONDS, Namespaces
 from luthier_operator.queue import Queue
 from luthier_operator.rawstatus import internal_error_status, new_event, not_understood_status, status_patch
 from luthier_operator.render.claim import shortfall
@@ -46,7 +47,6 @@ is reconciled again when that comes.
 CHILD_KINDS: tuple[Literal["Job", "JobSet"], ...] = ("Job", "JobSet")
 REFUSALS = (400, 403, 422)
 """Answers to a status that the API server will give again."""
-TERMINATING_SECONDS = 30.0  # until a namespace that is being deleted is tried again
 CREATED_SECONDS = 10.0
 """After children were created there is nothing to decide until a controller has begun with them, which is an event. If
 none has, the job is reconciled after this time; a delay is reported later than that (`phases/waiting`).
@@ -77,7 +77,7 @@ class Reconciler:
         self._store, self._client, self._queue, self._events, self._metrics = store, client, queue, events, metrics
         self._settings, self._clock = settings, clock
         self._writes: dict[Key, _Write] = {}
-        self._terminating: dict[str, float] = {}  # namespace → until when nothing is created there
+        self._namespaces = Namespaces(store, client, clock)
         self._active = 0
 
     async def work(self, key: Key) -> None:
@@ -108,14 +108,20 @@ class Reconciler:
 
         Raises ApiError, and what `decide` raises.
         """
-        begin, found = time.thread_time(), self._store.job(key)
+        found = self._store.job(key)
         if found is None or found["metadata"].get("deletionTimestamp"):
             self._queue.took(key, 0)
             self._writes.pop(key, None)  # its children have owner references, and are deleted with it
             return None
-        if (left := self._seconds_to_wait(key.namespace)) > 0:
-            return left
-        now = datetime.now(UTC)
+        left = self._namespaces.seconds_to_wait(key.namespace)
+        if await self._namespaces.let_go(key):
+            return TERMINATING_SECONDS
+        again = left if left > 0 else await self._decide(key, found)
+        return min((s for s in (again, self._namespaces.ask_again(key)) if s is not None), default=None)
+
+    async def _decide(self, key: Key, found: Object) -> float | None:
+        """Decide on a job that exists, and carry that out. Returns and raises what `reconcile` does."""
+        begin, now = time.thread_time(), datetime.now(UTC)
         try:
             stored = read_stored(KINDS[key.kind].model, found)
             observed = replace(self._store.observed(stored.value), unknown_fields=stored.unknown)
@@ -138,17 +144,6 @@ class Reconciler:
             return await self._expire(key, found)
         return await self._carry_out(key, found, observed, decision, now)
 
-    def _seconds_to_wait(self, namespace: str) -> float:
-        """Seconds in which nothing is tried in a namespace that is being deleted. After them one job tries again, and
-        the others wait for what it finds: they are due at the same moment.
-        """
-        if namespace not in self._terminating:
-            return 0.0
-        left = self._terminating[namespace] - self._clock()
-        if left <= 0:
-            self._terminating[namespace] = self._clock() + TERMINATING_SECONDS
-        return left
-
     async def _carry_out(
         self, key: Key, found: Object, observed: Observed, decision: Decision, now: datetime
     ) -> float | None:
@@ -165,10 +160,9 @@ class Reconciler:
         refusal = await self._apply(key, current, decision)
         if refusal and refusal.cause == NAMESPACE_TERMINATING:
             log.info("namespace %s is being deleted: nothing is created there", key.namespace)
-            self._terminating[key.namespace] = self._clock() + TERMINATING_SECONDS
-            return TERMINATING_SECONDS
+            return self._namespaces.refused(key.namespace)
         if decision.apply and not refusal:
-            self._terminating.pop(key.namespace, None)  # there is a new one of this name
+            self._namespaces.accepted(key.namespace)
         if refusal or first is not decision:
             written = replace(observed, job=observed.job.model_copy(update={"status": first.status}))
             last = refused(written, decision, refusal.message, now) if refusal else with_events(written, decision, now)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from luthier_api.conditions import ConditionType
@@ -23,6 +22,7 @@ from luthier_operator.kept import KeptJob, changed, project, version
 from luthier_operator.kueue import WORKLOAD, Workloads
 from luthier_operator.model import ChildRef, Job, Key, Object, Observed, Silence
 from luthier_operator.ownership import OWNED, Owner, owner_of, owner_of_job
+from luthier_operator.parts import HeldPod, Parts
 from luthier_operator.workloads import workload
 from luthier_operator.workloads.sources import SOURCE_KIND, Sources, observed_sources
 
@@ -33,36 +33,6 @@ operator process would otherwise read the messages of all pods that were ever ke
 """
 WATCHED = {*KINDS, *OWNED, "Pod"}
 """Config maps and claims are created, but neither watched nor kept."""
-
-
-@dataclass(slots=True)
-class Parts:
-    """What belongs to one job."""
-
-    children: dict[ChildRef, Object] = field(default_factory=dict)
-    ended_since: dict[ChildRef, datetime] = field(default_factory=dict)
-    """When a child was first seen to have ended."""
-    pods: dict[str, Object] = field(default_factory=dict)
-    """Pods that have not terminated, by uid."""
-    terminated: dict[str, int] = field(default_factory=dict)
-    """uid of each pod that has terminated and still exists → its version, so that an older answer does not bring it
-    back.
-    """
-    ends: PodEnds | None = None
-    samples: dict[int, dict[str, float]] = field(default_factory=dict)
-    sampled_at: datetime | None = None
-    silences: dict[str, Silence] = field(default_factory=dict)
-    """By uid of a pod that has not terminated."""
-
-    def __bool__(self) -> bool:
-        return bool(self.children or self.pods or self.terminated or self.ends or self.samples)
-
-    def forget_reports(self) -> None:
-        """Drop the ends of pods and their metrics, which the status of the job holds."""
-        self.ends, self.sampled_at = None, None
-        self.samples.clear()
-        self.silences.clear()
-        self.ended_since.clear()
 
 
 class Store:
@@ -102,9 +72,19 @@ class Store:
         return list(parts.pods.values()) if parts else []
 
     def child(self, key: Key, ref: ChildRef) -> Object | None:
-        known = self._jobs.get(key)
-        parts = self._parts.get(Owner(key, known.uid)) if known else None
+        parts = self._parts_of_job(key)
         return parts.children.get(ref) if parts else None
+
+    def keepers(self, key: Key) -> list[Object]:
+        """The children of a job that hold pods which are to go."""
+        parts = self._parts_of_job(key)
+        return parts.keepers() if parts else []
+
+    def seconds_held(self, key: Key) -> float | None:
+        """For how long the newest pod that `keepers` hold has been held. None if there is none."""
+        parts = self._parts_of_job(key)
+        since = parts.held_since() if parts else None
+        return None if since is None else (self._now() - since).total_seconds()
 
     def observed(self, job: Job) -> Observed:
         """Everything that is known about `job`."""
@@ -244,6 +224,8 @@ class Store:
         parts = self._parts_of(owner)
         was_watched = parts.pods.pop(uid, None) is not None
         parts.terminated[uid] = version(found)
+        if children.deleting(found):
+            parts.held.setdefault(uid, HeldPod(children.controller_uid(found), self._now()))
         # Pods exist for a moment after their job is deleted: their ends are not needed any more
         if owner.uid not in self._deleted:
             self._remember_end(owner, found, was_watched)
@@ -266,6 +248,7 @@ class Store:
         if kind == "Pod":
             parts.pods.pop(uid, None)
             parts.terminated.pop(uid, None)
+            parts.held.pop(uid, None)
         else:
             ref = ChildRef(kind, name)  # type: ignore[arg-type]
             known_child = parts.children.get(ref)
@@ -285,6 +268,10 @@ class Store:
         if parts := self._parts.get(owner):
             parts.forget_reports()
             self._drop_if_empty(owner)
+
+    def _parts_of_job(self, key: Key) -> Parts | None:
+        known = self._jobs.get(key)
+        return self._parts.get(Owner(key, known.uid)) if known else None
 
     def _parts_of(self, owner: Owner) -> Parts:
         parts = self._parts.get(owner)

@@ -38,6 +38,7 @@ class Spec(TypedDict, total=False):
     containers: list[ContainerSpec] | None
     suspend: Any
     managedBy: Any
+    backoffLimitPerIndex: Any
 
 
 class ContainerStatus(TypedDict, total=False):

@@ -66,6 +66,7 @@ class Call:
     subresource: str
     sender: str
     body: Any = field(compare=False, default=None)
+    dry_run: bool = False
 
     def __str__(self) -> str:
         return f"{self.verb} {self.kind}{'/' + self.subresource if self.subresource else ''} {self.name}".strip()
@@ -86,6 +87,7 @@ class FakeApi:
         self.on_kill: Callable[[str], None] = lambda sender: None
         self.schema: Callable[[Object], None] = check_status  # what the CRD refuses in a status
         self.missing: set[str] = set()
+        self.terminating: set[str] = set()  # namespaces that are being deleted
         self.lost: Callable[[str, Object], bool] = lambda event, found: False
         self.before_list: Callable[[str], Awaitable[None]] = _at_once  # is awaited before a kind is listed
         self.before_write: Callable[[Call], Awaitable[None]] = _at_once  # is awaited after a write was noted in `calls`
@@ -166,10 +168,22 @@ class FakeApi:
             return self.change(
                 found, lambda o: o["metadata"].update(deletionTimestamp=now, finalizers=["foregroundDeletion"])
             )
+        if meta.get("finalizers") and "foregroundDeletion" not in meta["finalizers"]:
+            now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+            return self.change(found, lambda o: o["metadata"].setdefault("deletionTimestamp", now))
         gone = self.objects.pop(key)
         self.version += 1
         self._record("DELETED", gone)
         return None
+
+    def finalize(self, found: Object) -> None:
+        """Remove the finalizers of an object, which is gone then if it was deleted."""
+        meta = found["metadata"]
+        current = self.objects.get((found["kind"], meta["namespace"], meta["name"]))
+        if current and current["metadata"].get("finalizers"):
+            current = self.change(current, lambda o: o["metadata"].pop("finalizers"))
+            if current["metadata"].get("deletionTimestamp"):
+                self.delete(current)
 
     def collect_garbage(self) -> bool:
         """One turn of the garbage collector: whether it did anything."""
@@ -262,7 +276,7 @@ class FakeApi:
         self, request: web.Request, resource: Resource, ns: str, name: str, sub: str, sender: str
     ) -> web.StreamResponse:
         kind, body = resource.kind, json.loads(await request.text() or "null", parse_constant=no_number)
-        call = Call(request.method, kind, name, sub, sender, body)
+        call = Call(request.method, kind, name, sub, sender, body, "dryRun" in request.query)
         self.asked.setdefault(sender, set()).add(kind)
         verb = VERBS.get(request.method) or ("watch" if "watch" in request.query else "get" if name else "list")
         self._permit(resource, sub, verb)
@@ -275,8 +289,14 @@ class FakeApi:
             await self.before_list(kind)
             return web.json_response(self._list(request, resource, ns))
         self.calls.append(call)
+        if call.verb == "POST" and ns in self.terminating:
+            raise in_terminating(ns, kind, body["metadata"]["name"])
+        if call.dry_run:
+            await self.before_write(call)
         if call.verb == "POST" and (kind, ns, body["metadata"]["name"]) in self.objects:  # it changes nothing
             raise Refused(409, "AlreadyExists", f"{body['metadata']['name']} already exists")
+        if call.dry_run:
+            return web.json_response(body, status=201)
         await self.before_write(call)
         fault = None
         if kind != "Event":
@@ -428,6 +448,15 @@ class FakeApi:
                     ],
                 }
         return None
+
+
+def in_terminating(namespace: str, kind: str, name: str) -> Refused:
+    """The answer to every creation in a namespace that is being deleted."""
+    because = f"unable to create new content in namespace {namespace} because it is being terminated"
+    refused = Refused(403, "Forbidden", f'{kind.lower()}s "{name}" is forbidden: {because}')
+    cause = {"reason": "NamespaceTerminating", "message": f"namespace {namespace} is being terminated"}
+    refused.body["details"] = {"name": name, "causes": [cause | {"field": "metadata.namespace"}]}
+    return refused
 
 
 def check_status(status: Object) -> None:

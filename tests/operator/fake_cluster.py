@@ -1,7 +1,8 @@
 """The controllers around the API server: Job, JobSet, garbage collector, and a kubelet that plays a script.
 
 As much of them as the operator can see: pods and their ends, conditions and counts, failure rules, restarts of the
-group. They act at once, so that whole lives of jobs pass in a fraction of a second.
+group, and the deletion of a namespace in its order. They act at once, so that whole lives of jobs pass in a fraction of
+a second.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from luthier_api.status import HubStatus, Plan, Prepared, ResolvedDataset, Resol
 from luthier_api.termination import TerminationMessage
 from luthier_operator import naming
 
+HOLD = "batch.kubernetes.io/job-tracking"
+"""The finalizer of a Job's pods. Only where Jobs hold pods for long does it exist here: with a limit for each index."""
 TICK = 0.002  # seconds between a change and what controllers make of it
 
 
@@ -77,7 +80,9 @@ class FakeCluster(FakeApi):
         super().__init__()
         self.script = script
         self.started: list[Pod] = []
+        self.delays: set[str] = set()  # phases whose Jobs create no pods now: their back-off
         self._running: set[str] = set()
+        self._emptied: set[str] = set()  # namespaces whose content is being deleted
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> FakeCluster:
@@ -99,6 +104,25 @@ class FakeCluster(FakeApi):
         """A pod that was held ends like this."""
         self._end(pod["metadata"]["name"], pod["metadata"]["namespace"], outcome)
 
+    def delete_namespace(self, namespace: str) -> None:
+        """Begin to delete it. Its name is in `terminating` until it is gone."""
+        self.terminating.add(namespace)
+        self._emptied.add(namespace)
+        self._wake()
+
+    def end_delays(self) -> None:
+        self.delays.clear()
+        self._wake()
+
+    def _wake(self) -> None:
+        """Let the controllers look, which wait for a change."""
+        self.version += 1
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def in_namespace(self, namespace: str) -> list[Object]:
+        return [found for (_, ns, _), found in self.objects.items() if ns == namespace]
+
     async def _controllers(self) -> None:
         seen = -1
         while True:
@@ -113,19 +137,47 @@ class FakeCluster(FakeApi):
                 self._job(job)
             for pod in self.all("Pod"):
                 self._kubelet(pod)
+            for namespace in sorted(self._emptied):
+                self._delete_content(namespace)
             self.collect_garbage()
+            self._release_orphans()
+
+    # Namespace
+
+    def _delete_content(self, namespace: str) -> None:
+        """Pods first, and the rest once they are gone: ordered deletion."""
+        if pods := [found for found in self.in_namespace(namespace) if found["kind"] == "Pod"]:
+            for pod in pods:
+                if not pod["metadata"].get("deletionTimestamp"):
+                    self._stop(pod)
+            return
+        for found in self.in_namespace(namespace):
+            self.delete(found)
+        self._emptied.discard(namespace)
+        self.terminating.discard(namespace)
+
+    def _release_orphans(self) -> None:
+        """The Job controller holds no pod of a Job that is gone."""
+        jobs = {job["metadata"]["uid"] for job in self.all("Job")}
+        for pod in self.all("Pod"):
+            if not jobs & {owner["uid"] for owner in pod["metadata"].get("ownerReferences", [])}:
+                self.finalize(pod)
 
     # Job
 
     def _job(self, job: Object) -> None:
         meta, spec, status = job["metadata"], job["spec"], copy.deepcopy(job.get("status", {}))
-        if meta.get("deletionTimestamp") or _is(status, "Complete") or _is(status, "Failed"):
-            return
         pods = [p for p in self.all("Pod") if _owned(p, job)]
+        if meta.get("deletionTimestamp") or _is(status, "Complete") or _is(status, "Failed"):
+            for pod in pods:
+                self.finalize(pod)
+            return
         live = [p for p in pods if p["status"]["phase"] in ("Pending", "Running")]
         if spec["suspend"]:
             for pod in live:
                 self._stop(pod)
+            for pod in pods:
+                self.finalize(pod)
             self._set(job, {**status, "active": 0, "ready": 0, "conditions": [_condition("Suspended", "JobSuspended")]})
             return
         conditions = [c for c in status.get("conditions", []) if c["type"] != "Suspended"]
@@ -144,9 +196,12 @@ class FakeCluster(FakeApi):
                 failed.add(index)
             elif "backoffLimitPerIndex" not in spec and len(counted) > spec["backoffLimit"]:
                 fatal = fatal or "BackoffLimitExceeded:Job has reached the specified backoff limit"
-            elif not fatal and active < spec["parallelism"] and not any(p in live for p in mine):
+            elif (
+                not fatal and active < spec["parallelism"] and not any(p in live for p in mine) and self._may_begin(job)
+            ):
                 self._create_pod(job, index, len(mine), len(counted))
                 active += 1
+        self._release_counted(job)
         live = [p for p in self.all("Pod") if _owned(p, job) and p["status"]["phase"] in ("Pending", "Running")]
         if failed and len(done) + len(failed) == spec["completions"]:
             fatal = "FailedIndexes:Job has failed indexes"
@@ -182,6 +237,24 @@ class FakeCluster(FakeApi):
             status |= {"completionTime": _now(), "conditions": [*conditions, *ends]}
         self._set(job, status)
 
+    def _may_begin(self, job: Object) -> bool:
+        """Whether it can create a pod now."""
+        meta = job["metadata"]
+        return meta["namespace"] not in self.terminating and meta["labels"].get(naming.PHASE_LABEL) not in self.delays
+
+    def _release_counted(self, job: Object) -> None:
+        """Let go the pods that the Job has counted. The last failed one of an index tells how often that has failed,
+        and is held until the next one exists.
+        """
+        newest: dict[int, Object] = {}
+        for pod in (p for p in self.all("Pod") if _owned(p, job)):
+            if earlier := newest.get(_index(pod)):
+                self.finalize(earlier)
+            newest[_index(pod)] = pod
+        for pod in newest.values():
+            if pod["status"]["phase"] == "Succeeded":
+                self.finalize(pod)
+
     def _verdict(self, job: Object, pod: Object) -> tuple[str, str]:
         """Action of the first failure rule that matches, with reason:message of the Job's end."""
         state = pod["status"]["containerStatuses"][0]["state"]["terminated"]
@@ -212,6 +285,7 @@ class FakeCluster(FakeApi):
                 "kind": "Pod",
                 "spec": {**template["spec"], "nodeName": f"node-{index}"},
                 "metadata": {
+                    **({"finalizers": [HOLD]} if "backoffLimitPerIndex" in job["spec"] else {}),
                     "name": f"{meta['name']}-{index}-{meta['uid'][:4]}{number}",
                     "namespace": meta["namespace"],
                     "ownerReferences": [owner],
@@ -243,7 +317,7 @@ class FakeCluster(FakeApi):
         if any(j["metadata"].get("deletionTimestamp") for j in children):
             return  # BlockingRecreate: until all are gone
         replicated = spec["replicatedJobs"][0]
-        if not children:
+        if not children and meta["namespace"] not in self.terminating:
             self._create_child(jobset, replicated, status["restarts"])
         job = next(iter(children), None)
         if job and job["spec"]["suspend"] != spec["suspend"]:
@@ -385,6 +459,8 @@ class FakeCluster(FakeApi):
             phase = pod["metadata"]["labels"][naming.PHASE_LABEL]
             message = said(phase, 75, message="stopped", saved=True, step=10)
             self._end(pod["metadata"]["name"], pod["metadata"]["namespace"], Outcome(75, message))
+        elif pod["metadata"].get("finalizers"):  # it has no container that could end: the pod garbage collector does it
+            self._end(pod["metadata"]["name"], pod["metadata"]["namespace"], Outcome(137))
         self.delete(pod)
 
     def _set(self, found: Object, status: Object) -> None:

@@ -304,6 +304,7 @@ async def test_a_claim_that_is_about_to_go_is_waited_for(case: ClaimCase, kept: 
                 lambda: condition_with(cluster, "FineTuneJob", "tune", "Prepared", "FailedCreate"),
             )
             assert told["message"] == f"PersistentVolumeClaim ftj-tune: {case.expect}"
+            cluster.finalize(old)
             cluster.delete(old)
             await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
             assert cluster.get("PersistentVolumeClaim", "ftj-tune")["metadata"]["uid"] != old["metadata"]["uid"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from fake_api import Call, Object, Refused
+from fake_api import Object
 from fake_cluster import FakeCluster, Outcome, all_well
 from harness import condition, condition_with, fine_tune, finished, generate, holds, running, start, until
 
@@ -257,60 +257,3 @@ async def test_a_source_that_cannot_be_read_is_not_called_missing() -> None:
             "said", lambda: condition_with(cluster, "FineTuneJob", "tune", "Accepted", "SourceNotUnderstood")
         )
         assert said["message"].startswith('spec.model.job: FineTuneJob "base" exists, but this operator')
-
-
-async def test_a_namespace_that_is_being_deleted_makes_no_storm() -> None:
-    async with FakeCluster() as cluster:
-        write = cluster._write
-        refused: list[Call] = []
-
-        def terminating(request: Any, kind: str, ns: str, name: str, sub: str, body: Any) -> Any:
-            if request.method == "POST":
-                refused.append(Call(request.method, kind, name, sub, ""))
-                answer = Refused(403, "Forbidden", "unable to create new content in namespace default")
-                answer.body["details"] = {"causes": [{"reason": "NamespaceTerminating", "message": "it ends"}]}
-                raise answer
-            return write(request, kind, ns, name, sub, body)
-
-        cluster._write = terminating  # type: ignore[method-assign]
-        async with running(cluster):
-            for number in range(50):
-                cluster.create(fine_tune(f"job-{number}"))
-            await until("looked at", lambda: refused)
-            await asyncio.sleep(1)
-            assert len([c for c in refused if c.kind != "Event"]) <= 4, "once for each worker"
-            statuses = [c for c in cluster.calls if c.subresource == "status"]
-            assert len(statuses) <= 4
-            reasons = {
-                c["reason"] for o in cluster.all("FineTuneJob") for c in o.get("status", {}).get("conditions", [])
-            }
-            assert "FailedCreate" not in reasons
-
-
-async def test_a_namespace_that_is_being_deleted_is_tried_by_one_job_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reconcile, "TERMINATING_SECONDS", 0.5)
-    async with FakeCluster() as cluster:
-        write = cluster._write
-        refused: list[str] = []
-
-        def terminating(request: Any, kind: str, ns: str, name: str, sub: str, body: Any) -> Any:
-            if request.method == "POST" and kind == "ConfigMap":
-                refused.append(name)
-                answer = Refused(403, "Forbidden", "unable to create new content in namespace default")
-                answer.body["details"] = {"causes": [{"reason": "NamespaceTerminating", "message": "it ends"}]}
-                raise answer
-            return write(request, kind, ns, name, sub, body)
-
-        cluster._write = terminating  # type: ignore[method-assign]
-        async with running(cluster):
-            for number in range(20):
-                cluster.create(fine_tune(f"job-{number}"))
-            await until("tried by all workers", lambda: refused)
-            await asyncio.sleep(0.3)
-            by_all = len(refused)
-            await asyncio.sleep(1.2)
-            assert 1 <= len(refused) - by_all <= 3, "once in each half second"
-            # Another namespace of this name.
-            cluster._write = write  # type: ignore[method-assign]
-            for number in range(20):
-                await until("complete", lambda n=number: finished(cluster, "FineTuneJob", f"job-{n}"))  # type: ignore[misc]

@@ -16,7 +16,7 @@ from luthier_api.termination import TerminationMessage
 from luthier_operator import children
 from luthier_operator.children import container, label
 from luthier_operator.model import Object, PodEnd
-from luthier_operator.naming import CHILD_LABELS, PHASE_LABEL
+from luthier_operator.naming import PHASE_LABEL
 from luthier_operator.statuses import moment
 
 NO_EXIT_CODE = -1
@@ -79,7 +79,7 @@ def pod_end(pod: Object, now: datetime, was_watched: bool) -> PodEnd | None:
         message=TerminationMessage.read(raw_message),
         raw_message=raw_message,
         ended_at=now if was_watched or not finished else ended_between(created, moment(finished), now),
-        child=next((uid for name in CHILD_LABELS if (uid := label(pod, name))), ""),
+        child=children.controller_uid(pod),
         memory_limit=children.memory_limit(pod),
     )
 

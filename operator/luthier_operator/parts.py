@@ -1,0 +1,63 @@
+"""What the store knows of the children of one job."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import NamedTuple
+
+from luthier_operator import children
+from luthier_operator.failure.pod_end import PodEnds
+from luthier_operator.model import ChildRef, Object, Silence
+
+
+class HeldPod(NamedTuple):
+    """A pod that has terminated and was deleted, and which a finalizer holds."""
+
+    child: str
+    """uid of the Job or JobSet that it belongs to."""
+    since: datetime
+    """When that was first seen."""
+
+
+@dataclass(slots=True)
+class Parts:
+    """What belongs to one job."""
+
+    children: dict[ChildRef, Object] = field(default_factory=dict)
+    ended_since: dict[ChildRef, datetime] = field(default_factory=dict)
+    """When a child was first seen to have ended."""
+    pods: dict[str, Object] = field(default_factory=dict)
+    """Pods that have not terminated, by uid."""
+    terminated: dict[str, int] = field(default_factory=dict)
+    """uid of each pod that has terminated and still exists → its version, so that an older answer does not bring it
+    back.
+    """
+    held: dict[str, HeldPod] = field(default_factory=dict)
+    """Those of them that were deleted, by uid."""
+    ends: PodEnds | None = None
+    samples: dict[int, dict[str, float]] = field(default_factory=dict)
+    sampled_at: datetime | None = None
+    silences: dict[str, Silence] = field(default_factory=dict)
+    """By uid of a pod that has not terminated."""
+
+    def __bool__(self) -> bool:
+        return bool(self.children or self.pods or self.terminated or self.ends or self.samples)
+
+    def forget_reports(self) -> None:
+        """Drop the ends of pods and their metrics, which the status of the job holds."""
+        self.ends, self.sampled_at = None, None
+        self.samples.clear()
+        self.silences.clear()
+        self.ended_since.clear()
+
+    def keepers(self) -> list[Object]:
+        """The Jobs that hold pods, and are neither finished nor being deleted."""
+        uids = {pod.child for pod in self.held.values()}
+        hold = (c for c in self.children.values() if c["metadata"]["uid"] in uids and children.holds_pods(c))
+        return [child for child in hold if not (children.finished(child) or children.deleting(child))]
+
+    def held_since(self) -> datetime | None:
+        """When the newest pod that `keepers` hold was first seen to be held. None if there is none."""
+        uids = {child["metadata"]["uid"] for child in self.keepers()}
+        return max((pod.since for pod in self.held.values() if pod.child in uids), default=None)
