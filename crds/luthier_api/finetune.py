@@ -171,6 +171,11 @@ class Method(ApiModel):
     """The same for `alpha`."""
     layers: Annotated[list[Layer], Field(min_length=1, max_length=1000), For("method"), For("task")] = by_table()
     """Numbers of the layers that get adapters, from 0; all when left out."""
+    modules_to_save: Annotated[list[ShortText], Field(min_length=1, max_length=64), SET, For("method"), For("task")] = (
+        by_table()
+    )
+    """Modules that are trained whole beside the adapters, and saved with them, such as embed_tokens, lm_head or norm.
+    """
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -331,6 +336,11 @@ class FineTuneJobSpec(JobControl, TabledSpec):
             "!has(self.method.dora) || !self.method.dora || !self.strategy.startsWith('zero')",
             "spec.method.dora: DeepSpeed divides the weights whose norms DoRA reads in each step; use strategy ddp, or"
             " remove dora",
+        ),
+        Rule(
+            "!has(self.method.modulesToSave) || !self.strategy.startsWith('zero')",
+            "spec.method.modulesToSave: not tried with DeepSpeed, which divides the weights that are copied; use"
+            " strategy ddp, or remove it",
         ),
         Rule(
             "!has(self.training.optimizerOptions.loraplusLrRatio) || !self.strategy.startsWith('zero')",

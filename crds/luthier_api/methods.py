@@ -104,6 +104,7 @@ LORA_OPTIONS = {
     "method.rankPattern": None,
     "method.alphaPattern": None,
     "method.layers": None,
+    "method.modulesToSave": None,
     "training.optimizerOptions.loraplusLrRatio": None,
 }
 

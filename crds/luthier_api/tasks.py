@@ -147,6 +147,8 @@ TEXT_OPTIONS: dict[str, Any] = (
 """Fields of the tasks whose rows hold text."""
 NOISE_OPTIONS: dict[str, Any] = {"training.neftuneNoiseAlpha": None}
 """Fields of the tasks that read texts and do not compare with a reference model, whose embeddings are the same ones."""
+SAVED_OPTIONS: dict[str, Any] = {"method.modulesToSave": None}
+"""Fields of the tasks whose adapters can hold whole modules, and are not switched off to make a reference model."""
 SMOOTHING_OPTIONS: dict[str, Any] = {"training.labelSmoothing": None}
 """Fields of the tasks whose loss is the cross-entropy of labels."""
 CHAT_OPTIONS: dict[str, Any] = {"dataset.form": None, "dataset.chatTemplate": None, "training.lossOn": None}
@@ -177,6 +179,7 @@ TASKS: Mapping[str, TaskInfo] = {
             | CHAT_OPTIONS
             | NOISE_OPTIONS
             | SMOOTHING_OPTIONS
+            | SAVED_OPTIONS
             | {"training.packing": "none", "model.config": None},
             metrics=(TaskMetric("perplexity", "Perplexity", better="lower"),),
         ),
@@ -218,7 +221,7 @@ TASKS: Mapping[str, TaskInfo] = {
             formats=TABLE_FORMATS,
             methods=("full", "lora", "qlora"),
             quantizations=("nf4", "fp4", "int8"),
-            options=TEXT_OPTIONS | LABEL_OPTIONS | NOISE_OPTIONS | SMOOTHING_OPTIONS,
+            options=TEXT_OPTIONS | LABEL_OPTIONS | NOISE_OPTIONS | SMOOTHING_OPTIONS | SAVED_OPTIONS,
             metrics=LABEL_METRICS,
         ),
     ),
@@ -231,7 +234,7 @@ TASKS: Mapping[str, TaskInfo] = {
             columns={"image": "image", "label": "label"},
             formats=IMAGE_FORMATS,
             methods=("full", "lora"),
-            options=RESULT_OPTIONS | PEFT_OPTIONS | LABEL_OPTIONS | SMOOTHING_OPTIONS,
+            options=RESULT_OPTIONS | PEFT_OPTIONS | LABEL_OPTIONS | SMOOTHING_OPTIONS | SAVED_OPTIONS,
             metrics=LABEL_METRICS,
         ),
     ),

@@ -175,6 +175,7 @@ PEFT: dict[str, Change] = {
     "alphaPattern": {"spec.method.alphaPattern": {"q_proj": 4}},
     "layers": {"spec.method.layers": [0, 1]},
 }
+SAVED: Change = {"spec.method.modulesToSave": ["lm_head"]}
 SMOOTHED: Change = {"spec.training.labelSmoothing": 0.1}
 NOISY: Change = {"spec.training.neftuneNoiseAlpha": 5}
 FASTER: Change = {"spec.training.optimizerOptions.loraplusLrRatio": 16}
@@ -222,6 +223,19 @@ MARKS: list[Case] = [
             accepted=CAUSAL | NOISY,
         )
         for task in (PREFERENCE, PICTURES, IMAGES)
+    ),
+    Case(
+        message="spec.method.modulesToSave: applies to lora, qlora;",
+        refused=FULL | SAVED,
+        accepted=QLORA | SAVED,
+    ),
+    *(
+        Case(
+            message="spec.method.modulesToSave: applies to causal-lm, text-classification, image-classification;",
+            refused=task | SAVED,
+            accepted=IMAGES | SAVED,
+        )
+        for task in (PREFERENCE, PICTURES)
     ),
     Case(
         message="spec.training.optimizerOptions.loraplusLrRatio: applies to adamw_torch_fused, adamw_8bit,",
@@ -943,6 +957,14 @@ CASES: list[Case] = [
             message="spec.method.dora: DeepSpeed",
             refused={"spec.method.dora": True, "spec.strategy": strategy},
             accepted={"spec.method.dora": True, "spec.strategy": "ddp"},
+        )
+        for strategy in ("zero2", "zero3")
+    ),
+    *(
+        Case(
+            message="spec.method.modulesToSave: not tried with DeepSpeed",
+            refused=SAVED | {"spec.strategy": strategy},
+            accepted=SAVED | {"spec.strategy": "ddp"},
         )
         for strategy in ("zero2", "zero3")
     ),

@@ -15,8 +15,10 @@ from datasets import DatasetDict
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from prepared_workspace import loaded, prepared_run
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
+from luthier_trainer.methods import whole
 from luthier_trainer.methods.apply import weights_options, with_method
 from luthier_trainer.methods.checks import check_patterns
 from luthier_trainer.runtime.failure import Failure
@@ -54,6 +56,7 @@ class PlainCase:
     plain: dict[str, Any]
 
 
+MLP = ("gate", "up", "down")
 ATTENTION = ["q_proj", "v_proj"]
 PLAIN = [
     PlainCase(
@@ -81,6 +84,16 @@ PLAIN = [
         name="some layers",
         method={"rank": 4, "layers": [1], "targetModules": ATTENTION},
         plain={"r": 4, "lora_alpha": 32, "layers_to_transform": [1], "target_modules": ATTENTION},
+    ),
+    PlainCase(
+        name="modules trained whole",
+        method={"rank": 4, "modulesToSave": ["lm_head", "0.input_layernorm", "1.mlp"]},
+        plain={
+            "r": 4,
+            "lora_alpha": 32,
+            "modules_to_save": ["lm_head", "0.input_layernorm", "1.mlp"],
+            "target_modules": r".*(layers\.0\..*|self_attn)\.(q|k|v|o|gate|up|down)_proj",
+        },
     ),
     PlainCase(
         name="all linear modules of some layers",
@@ -112,6 +125,7 @@ def test_adapters_are_those_of_plain_peft(case: PlainCase, tiny_model: Path) -> 
 
 def test_a_trained_adapter_gives_the_same_in_plain_peft(tmp_path: Path, llama: Path, prose_data: DatasetDict) -> None:
     method = {"type": "lora", "rank": 4, "rslora": True, "dora": True, "rankPattern": {"q_proj": 2}, "layers": [1]}
+    method["modulesToSave"] = ["embed_tokens", "0.mlp"]
     data = DatasetDict(train=prose_data["train"].select(range(32)), eval=prose_data["eval"].select(range(4)))
     metrics = train.main(
         prepared_run(tmp_path / "job", llama, data, method=method, training={"maxSteps": 4, "learningRate": 1e-2})
@@ -127,6 +141,11 @@ def test_a_trained_adapter_gives_the_same_in_plain_peft(tmp_path: Path, llama: P
             losses.append(plain(input_ids=ids, labels=ids).loss.item() * (len(row) - 1))
         counts.append(len(row) - 1)
     assert sum(losses) / sum(counts) == pytest.approx(metrics["evalLoss"], abs=1e-5)
+
+    saved, base = load_file(tmp_path / "job/result/adapter_model.safetensors"), load_file(llama / "model.safetensors")
+    trained = {name.removeprefix("base_model.model."): weight for name, weight in saved.items() if ".lora_" not in name}
+    assert trained.keys() == {"model.embed_tokens.weight", *(f"model.layers.0.mlp.{m}_proj.weight" for m in MLP)}
+    assert not any(torch.equal(weight, base[name]) for name, weight in trained.items())
 
 
 @dataclass(frozen=True)
@@ -166,4 +185,58 @@ def test_what_matches_no_module_is_refused(case: PatternCase) -> None:
     config = LlamaConfig(num_hidden_layers=2, **sizes)
     with pytest.raises(Failure) as failure:
         check_patterns(config, "causal-lm", method_of(type="lora", **case.method))
+    assert failure.value.message.startswith(case.message)
+
+
+@dataclass(frozen=True)
+class WholeCase:
+    name: str
+    method: dict[str, Any]
+    message: str
+    tied: bool = False
+    quantised: bool = False
+
+
+WHOLE = [
+    WholeCase(
+        name="a module that is not there",
+        method={"modulesToSave": ["lm_heads"]},
+        message="spec.method.modulesToSave[0]: the model has no module 'lm_heads' (it has: down_proj, embed_tokens, ",
+    ),
+    WholeCase(
+        name="a list of modules",
+        method={"modulesToSave": ["lm_head", "layers"]},
+        message="spec.method.modulesToSave[1]: 'layers' is no module with weights of its own; name one of: down_proj,",
+    ),
+    WholeCase(
+        name="a module without weights",
+        method={"modulesToSave": ["act_fn"]},
+        message="spec.method.modulesToSave[0]: 'act_fn' is no module with weights of its own; name one of: down_proj,",
+    ),
+    WholeCase(
+        name="shared weights",
+        method={"modulesToSave": ["embed_tokens"]},
+        tied=True,
+        message="spec.method.modulesToSave[0]: model.embed_tokens has the same weights as lm_head, and PEFT would",
+    ),
+    WholeCase(
+        name="a module with adapters",
+        method={"modulesToSave": ["q_proj"], "targetModules": ["q_proj", "v_proj"]},
+        message="spec.method.modulesToSave[0]: 'q_proj' is in targetModules, too, and what is trained whole gets no",
+    ),
+    WholeCase(
+        name="quantised weights",
+        method={"modulesToSave": ["lm_head", "embed_tokens", "0.mlp"]},
+        quantised=True,
+        message="spec.method.modulesToSave[2]: '0.mlp' is quantised, and weights of few bits cannot be trained; use",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", WHOLE, ids=lambda case: case.name)
+def test_modules_that_cannot_be_trained_whole_are_refused(case: WholeCase) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 99}
+    config = LlamaConfig(num_hidden_layers=2, tie_word_embeddings=case.tied, **sizes)
+    with pytest.raises(Failure) as failure:
+        whole.check(config, "causal-lm", method_of(type="lora", **case.method), case.quantised)
     assert failure.value.message.startswith(case.message)

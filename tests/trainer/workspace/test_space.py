@@ -86,6 +86,14 @@ ADAPTERS = [
         plain={"layers_to_transform": [1]},
     ),
     AdapterCase(
+        name="beside modules trained whole",
+        config=LlamaConfig(**SMALL),
+        task="causal-lm",
+        targets=["q_proj", "v_proj"],
+        method={"modules_to_save": ["embed_tokens", "1.mlp"]},
+        plain={"modules_to_save": ["embed_tokens", "1.mlp"]},
+    ),
+    AdapterCase(
         name="all linear modules",
         config=LlamaConfig(**SMALL),
         task="causal-lm",
@@ -129,8 +137,7 @@ def test_weights_that_learn_are_those_that_peft_makes(case: AdapterCase) -> None
         LoraConfig(
             r=4,
             target_modules=case.targets if case.targets != ["all-linear"] else "all-linear",
-            modules_to_save=whole or None,
-            exclude_modules=whole or None,
+            **({"modules_to_save": whole, "exclude_modules": whole} if whole else {}),
             **case.plain,
         ),
     )

@@ -16,6 +16,7 @@ from luthier_trainer.methods.base import Surroundings
 from luthier_trainer.methods.experts import fused_experts, linear_modules
 from luthier_trainer.methods.quantization import settings
 from luthier_trainer.methods.table import FAMILIES
+from luthier_trainer.methods.whole import whole_modules
 from luthier_trainer.models.sources import OWN_WEIGHTS
 from luthier_trainer.runtime.devices import DTYPES
 from luthier_trainer.runtime.failure import Failure
@@ -44,8 +45,9 @@ def with_method(
 ) -> Any:
     """Return the model to train: the model itself, or the model with adapters.
 
-    `whole`: names of modules whose own weights are all trained, beside the adapters. The initial values of adapters
-    depend on torch's current seed. Raises Failure if the adapters do not suit the model.
+    `whole`: names of modules whose own weights are all trained, beside the adapters and the modules that the method
+    names. The initial values of adapters depend on torch's current seed. Raises Failure if the adapters do not suit the
+    model.
     """
     if not METHODS[method.type].adapter:
         return model
@@ -54,6 +56,7 @@ def with_method(
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    whole = whole_modules(model, method, whole)
     config = FAMILIES[method.type].config(
         method, Surroundings(peft_type, whole, fused_experts(model), linear_modules(model))
     )

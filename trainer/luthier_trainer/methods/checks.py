@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import Method
 from luthier_api.methods import QUANTIZATIONS, QuantizationType
+from luthier_trainer.methods.whole import whole_modules
 from luthier_trainer.models.inspect import ALL_LINEAR, MODEL, counts, looks_up_otherwise, skeleton, tied_modules
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
@@ -114,7 +115,7 @@ def check_patterns(config: PreTrainedConfig, task: str, method: Method) -> None:
         return
     model = skeleton(config, task, MODEL)
     everywhere = method.model_copy(update={"layers": None})
-    heads = heads_of(model, task)
+    heads = whole_modules(model, method, heads_of(model, task))
     names = [
         name
         for name, module in model.named_modules()

@@ -15,6 +15,7 @@ from luthier_api.run import Weights
 from luthier_api.status import Plan
 from luthier_trainer.methods.lora import layer_of
 from luthier_trainer.methods.table import FAMILIES
+from luthier_trainer.methods.whole import whole_modules
 from luthier_trainer.models.inspect import ALL_LINEAR, MODEL, skeleton
 from luthier_trainer.workspace.model_files import MODEL_CONFIG
 from luthier_trainer.workspace.optimizer_state import STATE_BYTES, Tensor
@@ -79,12 +80,18 @@ def tensors_of(model: torch.nn.Module, heads: list[str]) -> list[Tensor]:
 
 
 def adapter_tensors(model: torch.nn.Module, method: Method, whole: list[str]) -> list[Tensor]:
-    """Return each trainable tensor: of the adapters, and of the modules in `whole`."""
-    family = FAMILIES[method.type]
+    """Return each trainable tensor: of the adapters, of the modules in `whole`, and of those that the method names."""
+    import torch
+
+    family, whole = FAMILIES[method.type], whole_modules(model, method, whole)
     found: list[Tensor] = []
     for name, module in model.named_modules():
         if name in whole:
-            found += [Tensor(tuple(weight.shape)) for weight in module.parameters()]
+            found += [
+                Tensor(tuple(weight.shape), embedding=isinstance(part, torch.nn.Embedding))
+                for part in module.modules()
+                for weight in part.parameters(recurse=False)
+            ]
         elif gets_adapter(name, module, model, method) and not any(name.startswith(f"{head}.") for head in whole):
             weight: torch.Tensor = module.weight
             found += [Tensor(shape) for shape in family.shapes(method, name, (weight.shape[0], weight[0].numel()))]

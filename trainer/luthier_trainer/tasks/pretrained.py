@@ -13,7 +13,7 @@ from luthier_api.run import FineTuneRun, Weights
 from luthier_api.status import Plan
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.methods import checks as method_checks
-from luthier_trainer.methods import experts
+from luthier_trainer.methods import experts, whole
 from luthier_trainer.methods.trainable import weights_of
 from luthier_trainer.models import checks, inspect, weight_check
 from luthier_trainer.models.materialize import whole_model
@@ -67,6 +67,7 @@ class PretrainedTask(Task):
         if METHODS[spec.method.type].adapter:
             targets = spec.method.target_modules
             method_checks.check_adapters(model.config, self.task, targets, "spec.method.targetModules")
+            whole.check(model.config, self.task, spec.method, spec.model.quantization is not None)
             method_checks.check_patterns(model.config, self.task, spec.method)
             experts.check_adapters(model.config, spec)
         if spec.model.quantization:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+import bitsandbytes
 import torch
 from peft.optimizers import create_loraplus_optimizer
 
@@ -90,6 +91,12 @@ def lora_plus(trainer: Any, training: Training) -> torch.optim.Optimizer:
         loraplus_lr_embedding=training.learning_rate,
         **options,
     )
+    if options.get("optim_bits") == 8:
+        # As transformers does without LoRA+. PEFT 0.21 knows bitsandbytes' classes of other names.
+        manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+        for module in trainer.model.modules():
+            if isinstance(module, torch.nn.Embedding):
+                manager.register_module_override(module, "weight", {"optim_bits": 32})
     optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
     return optimizer
 
