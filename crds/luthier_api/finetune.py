@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
-from luthier_api.base import SET, ApiModel, Rule
+from luthier_api.base import SET, ApiModel, Rule, map_by
 from luthier_api.decides import BUDGET, CIRCUMSTANCES, LAYOUT, PLACE, PUBLICATION, RESULT
 from luthier_api.formats import DatasetFormat
 from luthier_api.forms import LOSSES_OF_FORMS, LossOn, RowForm, TemplateName
@@ -34,6 +34,7 @@ from luthier_api.spec import (
     train_alone,
 )
 from luthier_api.tasks import BEST_METRICS, EVAL_LOSS, TRAINING_TASKS, FineTuneTask
+from luthier_api.trackers import TrackerType
 from luthier_api.training import Training
 
 
@@ -263,6 +264,15 @@ class Restarts(ApiModel):
     """
 
 
+class Tracker(ApiModel):
+    """A program that shows the course of the training."""
+
+    type: TrackerType
+    """tensorboard: event files in the folder `tracking/tensorboard` of the workspace. They have the losses, the
+    learning rate, the norms of gradients and the metrics of evaluations by step, and this spec.
+    """
+
+
 METHODS_OF_TASKS = {name: task.methods for name, task in TRAINING_TASKS.items()}
 FORMATS_OF_TASKS = {name: task.formats for name, task in TRAINING_TASKS.items()}
 QUANTIZATIONS_OF_TASKS = {name: task.quantizations for name, task in TRAINING_TASKS.items()}
@@ -310,6 +320,10 @@ class FineTuneJobSpec(JobControl, TabledSpec):
     workspace: Annotated[Workspace, PLACE] = Field(default_factory=Workspace)
     volumes: Annotated[Volumes, CIRCUMSTANCES] = Field(default_factory=list)
     """Claims and config maps of the namespace that every pod of the job sees, read-only: data, models, prompts."""
+    tracking: Annotated[list[Tracker], Field(max_length=4), map_by("type"), CIRCUMSTANCES] = Field(default_factory=list)
+    """Where the course of the training is shown besides metrics and log; nowhere when left out. A tracker that fails
+    never stops or slows the training: the status says how many reports it has lost.
+    """
     hub: Annotated[Hub | None, PUBLICATION] = None
     prepare: Annotated[PhaseResources | None, CIRCUMSTANCES] = None
     publish: Annotated[PhaseResources | None, CIRCUMSTANCES] = None

@@ -33,6 +33,11 @@ class WorkspaceFolder:
         return self.root / "shards"
 
     @property
+    def tracking(self) -> Path:
+        """What trackers keep in the workspace, a folder for each by its type (FineTuneJob)."""
+        return self.root / "tracking"
+
+    @property
     def result(self) -> Path:
         """The model or the outputs, with a manifest: complete once `result_manifest` exists."""
         return self.root / "result"

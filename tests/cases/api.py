@@ -1460,6 +1460,11 @@ STRANGE = [
         message="spec.volumes: two items have the mountPath '/data'; each must be there once",
     ),
     StrangeCase(
+        name="a tracker twice",
+        document=specified(tracking=[{"type": "tensorboard"}] * 2),
+        message="spec.tracking: two items have the type 'tensorboard'; each must be there once",
+    ),
+    StrangeCase(
         name="a volume below another",
         document=changed(FINE_TUNE, mounted("/data", "/models", "/data/more")),
         message=None,
@@ -1568,6 +1573,7 @@ WHILE_STOPPED: dict[str, Change] = {
         "spec.training.saveEvery": "epoch",
         "spec.training.saveSteps": 7,
         "spec.training.keepCheckpoints": 7,
+        "spec.tracking": [{"type": "tensorboard"}],
     },
     "GenerateJob": PAUSED,
 }

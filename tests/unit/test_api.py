@@ -421,7 +421,7 @@ def test_the_schema_is_structural(kind: str) -> None:
 
 LISTS = {
     "set": {"spec.method.targetModules", "spec.method.modulesToSave", "spec.inputs.columns.carry"},
-    "map": {"spec.volumes", "spec.scheduling.topologySpreadConstraints", "status.conditions"},
+    "map": {"spec.volumes", "spec.tracking", "spec.scheduling.topologySpreadConstraints", "status.conditions"},
 }
 
 

@@ -17,6 +17,7 @@ from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import files
 from luthier_trainer.models.hub import check_target
 from luthier_trainer.runtime import notices
+from luthier_trainer.tracking.table import check_packages
 from luthier_trainer.workspace import provenance
 from luthier_trainer.workspace.prepared import FINGERPRINT, belongs, fingerprint, read_prepared, write_prepared
 
@@ -30,6 +31,8 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     """
     folder = WorkspaceFolder(Path(run.workspace))
     check_target(run)
+    if isinstance(run, FineTuneRun):
+        check_packages(run.spec)
     begin(run, folder)
     if folder.prepared_record.exists():
         record = read_prepared(run)
@@ -103,7 +106,7 @@ def set_aside(folder: WorkspaceFolder) -> Path:
     number = next(n for n in range(1, 10_000) if not (folder.root / f"previous-{n}").exists())
     target = folder.root / f"previous-{number}"
     target.mkdir()
-    for made in (folder.prepared, folder.checkpoints, folder.shards, folder.result):
+    for made in (folder.prepared, folder.checkpoints, folder.shards, folder.tracking, folder.result):
         if made.exists():
             made.rename(target / made.name)
     print(f"the manifest has changed: what its earlier version made is now in {target}", flush=True)

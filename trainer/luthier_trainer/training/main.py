@@ -36,6 +36,7 @@ from luthier_trainer.runtime.run_folder import global_rank
 from luthier_trainer.runtime.telemetry import Telemetry
 from luthier_trainer.tasks.base import TrainingContext
 from luthier_trainer.tasks.table import task_of
+from luthier_trainer.tracking.callback import Tracking, tracking
 from luthier_trainer.training import checkpoint, optimizers, result
 from luthier_trainer.training.arguments import training_arguments
 from luthier_trainer.training.best import Choice
@@ -125,6 +126,8 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
 
     telemetry, stop = Telemetry(), Stop()
     callbacks = [Guard(prepared.plan), Heartbeat(), Report(telemetry, run.gpu.peak_flops if run.gpu else None), stop]
+    resumed = checkpoint.step_of(resume) if resume else None
+    trackers = tracking(run, prepared, resumed) if ranks.first else Tracking([])
     setup = task.trainer(context, loaded.model)
     loop = resilient(setup.trainer)(
         model=model,
@@ -133,7 +136,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
         data_collator=setup.collator,
         train_dataset=data["train"],
         eval_dataset=data.get("eval"),
-        callbacks=callbacks,
+        callbacks=[*callbacks, trackers],
         **setup.options,
         batches=task,
         ranks=ranks,
@@ -159,27 +162,29 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
         print(opening(loop, prepared, precision, resume), flush=True)
 
     loop.saved = resume
-    loop.train(resume_from_checkpoint=str(resume) if resume else None)
-    if stop.agreed_step is not None:
-        return stopped(loop, stop.agreed_step)
+    with trackers:
+        loop.train(resume_from_checkpoint=str(resume) if resume else None)
+        if stop.agreed_step is not None:
+            return stopped(loop, stop.agreed_step)
 
-    seconds = loop.seconds
-    chosen = deliver_best(loop)
-    loop.use_averaged_weights()
-    if not METHODS[spec.method.type].adapter and not deepspeed:
-        # The result is saved in the dtype of the original files. The last evaluation uses the weights in that dtype.
-        loop.deliver(source_type(prepared.model_path))
-    try:
-        if "eval" in data:
-            loop.evaluate()
-    except EvaluationStopped:
-        return stopped(loop, loop.state.global_step)
-    names = [metric.name for metric in TRAINING_TASKS[spec.task].metrics]
-    metrics = result.final_metrics(loop.state, seconds, names) | chosen
-    result.write(loop, task, context, run, prepared, workspace, metrics, use_cache)
-    if ranks.first:
-        print("done: " + "  ".join(f"{name} {value:g}" for name, value in metrics.items()), flush=True)
-    return ended(ExitCode.COMPLETED, metrics=metrics, step=loop.state.global_step)
+        seconds = loop.seconds
+        chosen = deliver_best(loop)
+        loop.use_averaged_weights()
+        if not METHODS[spec.method.type].adapter and not deepspeed:
+            # The result is saved in the dtype of the original files. The last evaluation uses the weights in that
+            # dtype.
+            loop.deliver(source_type(prepared.model_path))
+        try:
+            if "eval" in data:
+                loop.evaluate()
+        except EvaluationStopped:
+            return stopped(loop, loop.state.global_step)
+        names = [metric.name for metric in TRAINING_TASKS[spec.task].metrics]
+        metrics = result.final_metrics(loop.state, seconds, names) | chosen
+        result.write(loop, task, context, run, prepared, workspace, metrics, use_cache)
+        if ranks.first:
+            print("done: " + "  ".join(f"{name} {value:g}" for name, value in metrics.items()), flush=True)
+        return ended(ExitCode.COMPLETED, metrics=metrics, step=loop.state.global_step)
 
 
 def owes_evaluation(resume: Path, training: Training, plan: Plan, rows: int) -> bool:

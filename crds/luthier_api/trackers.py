@@ -1,0 +1,29 @@
+"""The table of trackers: programs that show the course of a training, one row for each.
+
+A row says what the trainer image needs for it. `luthier_trainer.tracking` has an implementation for each row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TrackerInfo:
+    """What is known of a tracker without its libraries."""
+
+    title: str
+    """Its own name."""
+    package: str
+    """What the trainer image imports to write for it."""
+    distribution: str
+    """How the package index calls that package."""
+
+
+TrackerType = Literal["tensorboard"]
+
+TRACKERS: Mapping[str, TrackerInfo] = {
+    "tensorboard": TrackerInfo(title="TensorBoard", package="tensorboardX", distribution="tensorboardX"),
+}

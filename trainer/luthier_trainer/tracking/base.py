@@ -1,0 +1,47 @@
+"""What a tracker is: it gets the reports of a training, one after another, and may fail at any of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from luthier_api.finetune import Tracker as TrackerSpec
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the trainer logged after a step. Names are those of transformers: loss, learning_rate, eval_loss, ..."""
+
+    step: int
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class TrackedTraining:
+    """What a tracker shows besides reports."""
+
+    name: str
+    """Name of the job."""
+    folder: Path
+    """Folder of the workspace that belongs to the tracker. Later attempts of the job find it again."""
+    next_step: int
+    """The first step that this attempt makes: reports of it and of later ones that an earlier attempt has sent, whose
+    work was lost, are replaced.
+    """
+    documents: dict[str, Any]
+    """Title → JSON-ready data: the spec, and what the training was made of."""
+
+
+class Tracker(Protocol):
+    """A tracker. One thread calls it, which is not the one that trains; exceptions are counted, and stop nothing."""
+
+    def __init__(self, spec: TrackerSpec, training: TrackedTraining) -> None: ...
+
+    def send(self, report: Report) -> None:
+        """Show `report`, or raise any exception; it is then sent again."""
+        ...
+
+    def close(self) -> None:
+        """Show what is not shown yet. No report follows."""
+        ...

@@ -1,0 +1,26 @@
+"""The implementation of each row of `luthier_api.trackers`, and what `prepare` checks of it."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.trackers import TRACKERS
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.tracking.base import Tracker
+from luthier_trainer.tracking.tensorboard import TensorBoard
+
+IMPLEMENTATIONS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard}
+
+
+def check_packages(spec: FineTuneJobSpec) -> None:
+    """Raise Failure if this image lacks the package of a tracker. The image that prepares is the one that trains."""
+    for tracker in spec.tracking:
+        info = TRACKERS[tracker.type]
+        if find_spec(info.package) is None:
+            raise Failure(
+                ExitCode.MISCONFIGURED,
+                f"spec.tracking: {tracker.type} needs the Python package {info.distribution}, which the trainer image"
+                " does not have; use an image with it (the chart's value trainer.image), or remove this tracker",
+            )
