@@ -16,6 +16,7 @@ from luthier_cli.local import RUN_FILE, LocalJob
 from luthier_cli.manifests import Refused
 
 MODULE = "luthier_trainer.prepare.inspection"
+COLUMN_WIDTH = 48  # characters, of the report on the rows
 
 
 def inspect_dataset(jobs: Sequence[LocalJob]) -> dict[str, Any]:
@@ -57,12 +58,18 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"columns: {', '.join(f'{name} ({kind})' for name, kind in found['columns'].items())}"
     if "form" in found:
         yield f"form: {found['form']}"
-    if "length" in found:
-        shown = ", ".join(f"{n:,} ({name})" for name, n in found["length"].items())
-        yield f"tokens of a row: {shown}"
+    yield from _aligned(found["reportTable"])
+    if "recommendedMaxLength" in found:
         yield f"recommended training.maxLength: {found['recommendedMaxLength']}"
     for notice in found["notices"]:
         yield f"note: {notice}"
     if found.get("firstRow"):
         yield ""
         yield found["firstRow"]
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield the rows of a table as lines with columns of equal width."""
+    widths = [min(max(map(len, column)), COLUMN_WIDTH) for column in zip(*table, strict=True)]
+    for row in table:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -48,5 +48,7 @@ class WorkspaceFolder:
 
 
 MANIFEST = "MANIFEST.json"
+DATA_REPORT = "data-report.json"
+"""What `prepare` found in the rows, in `prepared`."""
 METRICS_FILE = "metrics.json"
 """The metrics of a training, in its result."""

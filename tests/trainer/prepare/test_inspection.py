@@ -34,7 +34,7 @@ def test_a_dataset_of_conversations(make_run: Any, tmp_path: Path, tiny_model: P
     ]
     assert found["splits"]["train"]["rows"] + found["splits"]["eval"]["rows"] == 20
     assert sum(split["tokens"] for split in found["splits"].values()) == sum(map(len, rows))
-    assert found["length"]["p100"] in [len(row) for row in rows]
+    assert found["report"]["splits"]["train"]["tokens"]["p100"] in [len(row) for row in rows]
     assert (found["form"], found["columns"]) == ("messages", {"messages": "lists"})
     assert "⟦ yes<|endoftext|>⟧" in found["firstRow"]
 

@@ -80,10 +80,10 @@ def flat(folder: Path) -> dict[str, Any]:
 
 
 def layout(folder: Path, *images: str) -> Path:
-    """A folder with an image, each another one, at each of the paths in it."""
+    """A folder with an image at each of the paths in it. No two are equal, also in folders of other names."""
     for i, name in enumerate(images):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (9, 9), (i * 20, 0, 0)).save(folder / name, format="PNG")
+        Image.new("RGB", (9, 9), (i * 20, sum(folder.name.encode()) % 256, 0)).save(folder / name, format="PNG")
     return folder
 
 

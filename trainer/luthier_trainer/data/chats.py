@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from luthier_trainer.data import columns, tokens
 from luthier_trainer.data.forms import COLUMNS, Form
 from luthier_trainer.data.load import Rows
+from luthier_trainer.data.reading import rows_at_once
 from luthier_trainer.runtime.notices import notice
 
 if TYPE_CHECKING:
@@ -125,6 +126,13 @@ def contents(data: Dataset) -> Iterator[str]:
     """Yield the contents of all messages of conversations."""
     for row in data:
         yield from (message["content"] for message in json.loads(row[CHAT])["messages"])
+
+
+def joined(data: Dataset) -> Iterator[list[str]]:
+    """Yield the contents of conversations, in batches: all messages of one as one text."""
+    for batch in data.iter(rows_at_once(data, 1_000)):
+        chats = map(json.loads, batch[CHAT])
+        yield ["\n".join(message["content"] for message in chat["messages"]) for chat in chats]
 
 
 def _rows_of(batch: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:

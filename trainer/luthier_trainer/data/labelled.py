@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from luthier_trainer.data import full_lengths
 from luthier_trainer.data.chats import CHAT
 from luthier_trainer.data.columns import invalid
 from luthier_trainer.data.load import Rows
@@ -141,6 +142,7 @@ class Report:
 
         The first token is no label, because nothing comes before it.
         """
+        full_lengths.keep(self.use, [len(ids)])
         learnable = any(mask[1:])
         if self.max_length is not None and len(ids) > self.max_length:
             ids, mask = ids[: self.max_length], mask[: self.max_length]

@@ -40,8 +40,8 @@ class Reader:
         """Return what the tokenizer makes of `texts`. `options` are those of the tokenizer."""
         return self.tokenizer(texts, split_special_tokens=not self.parse_special, verbose=False, **options)
 
-    def truncated(self, texts: list[str], max_length: int) -> tuple[list[list[int]], int]:
-        """Return (token ids of each text, number of texts that were truncated).
+    def truncated(self, texts: list[str], max_length: int) -> tuple[list[list[int]], list[int]]:
+        """Return (token ids of each text, number of tokens of each text before it was truncated).
 
         The tokenizer truncates the texts itself, and keeps its closing token.
         """
@@ -53,14 +53,18 @@ class Reader:
         }
         if self.tokenizer.is_fast:
             encoded = self(texts, **options)
-            return encoded["input_ids"], sum(
-                len(e.ids) == max_length and bool(e.overflowing) for e in encoded.encodings or []
-            )
+            # Each part that was cut off has control tokens of its own around it.
+            added = self.tokenizer.num_special_tokens_to_add()
+            return encoded["input_ids"], [
+                len(e.ids) + sum(len(part.ids) - added for part in e.overflowing) for e in encoded.encodings or []
+            ]
         rows = [
             self.tokenizer(text, split_special_tokens=not self.parse_special, return_overflowing_tokens=True, **options)
             for text in texts
         ]
-        return [row["input_ids"] for row in rows], sum("num_truncated_tokens" in row for row in rows)
+        return [row["input_ids"] for row in rows], [
+            len(row["input_ids"]) + max(row.get("num_truncated_tokens", 0), 0) for row in rows
+        ]
 
     @cached_property
     def begin(self) -> list[int]:

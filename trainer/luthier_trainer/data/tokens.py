@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from luthier_trainer.data import full_lengths
 from luthier_trainer.data.columns import invalid
 from luthier_trainer.data.reading import Reader, rows_at_once
 from luthier_trainer.runtime.notices import notice
@@ -36,6 +37,7 @@ def language_rows(
             reader.row(ids)
             for ids in reader(batch[column], return_attention_mask=False, return_token_type_ids=False)["input_ids"]
         ]
+        full_lengths.keep(use, map(len, rows))
         if max_length is not None:
             cut += sum(len(row) > max_length for row in rows)
             rows = [row[:max_length] for row in rows]
@@ -58,8 +60,9 @@ def classification_rows(
 
     def tokenize(batch: dict[str, list[str]], indices: list[int]) -> dict[str, list[Any]]:
         nonlocal cut
-        rows, longer = reader.truncated(batch[column], max_length)
-        cut += longer
+        rows, lengths = reader.truncated(batch[column], max_length)
+        full_lengths.keep(use, lengths)
+        cut += sum(length > max_length for length in lengths)
         return {
             "input_ids": rows,
             "attention_mask": [[1] * len(row) for row in rows],

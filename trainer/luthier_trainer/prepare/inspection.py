@@ -16,7 +16,7 @@ from luthier_api.run import FineTuneRun, read_run
 from luthier_trainer.data.load import Rows
 from luthier_trainer.models import sources
 from luthier_trainer.models.inspect import max_positions, read_config
-from luthier_trainer.prepare import first_row
+from luthier_trainer.prepare import data_report, first_row
 from luthier_trainer.prepare.training import MODEL, encode, read_examples
 from luthier_trainer.runtime import notices
 from luthier_trainer.runtime.failure import Failure
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     import numpy
     from datasets import Dataset
 
-PERCENTILES = (50, 90, 95, 99, 100)
 COVERED = 99.5  # percent of the rows that the recommended maxLength does not cut
 MULTIPLE = 64  # tokens
 UNCUT = 1_048_576  # tokens, the most that training.maxLength can be
@@ -40,10 +39,10 @@ def inspect(run: FineTuneRun, folder: Path) -> dict[str, Any]:
     datasets.disable_progress_bars()
     task = task_of(run.spec)
     examples = read_examples(task, run, folder / "cache")
-    splits = {"train": examples.train} | ({"eval": examples.eval} if examples.eval else {})
+    added_tokens = 0
     found: dict[str, Any] = {
         "columns": {name: _kind(examples.train, name) for name in examples.train.names},
-        "splits": {name: _size(rows) for name, rows in splits.items()},
+        "splits": {name: _size(rows) for name, rows in examples.splits.items()},
     }
     if examples.train.form is not None:
         found["form"] = examples.train.form.name
@@ -56,10 +55,12 @@ def inspect(run: FineTuneRun, folder: Path) -> dict[str, Any]:
         for name, rows in encoded.items():
             found["splits"][name] |= _tokens(rows)
         lengths = _lengths(encoded["train"])
-        found["length"] = _percentiles(lengths)
         found["recommendedMaxLength"] = recommended(lengths, max_positions(read_config(model, MODEL)))
+        added_tokens = task.added_tokens(tokenizer)
         row = first_row.described(encoded["train"], tokenizer)
         found["firstRow"] = row and first_row.told(row)
+    report = data_report.describe(task, examples.splits, examples.left_out, examples.labels, run.spec, added_tokens)
+    found |= {"report": report, "reportTable": data_report.table(report)}
     return found | {"notices": notices.given()}
 
 
@@ -105,12 +106,6 @@ def _lengths(rows: Dataset) -> numpy.ndarray:
         return numpy.array([len(ids) for ids in rows["input_ids"]], dtype=numpy.int64)
     pairs = zip(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"], strict=True)
     return numpy.array([len(p) + max(len(c), len(r)) for p, c, r in pairs], dtype=numpy.int64)
-
-
-def _percentiles(lengths: numpy.ndarray) -> dict[str, int]:
-    import numpy
-
-    return {f"p{p}": int(n) for p, n in zip(PERCENTILES, numpy.percentile(lengths, PERCENTILES), strict=True)}
 
 
 def main(run_file: str, folder: str) -> int:

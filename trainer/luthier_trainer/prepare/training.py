@@ -6,7 +6,8 @@ Everything that depends on the task is a method of its object (`tasks.base.Task`
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from luthier_trainer.data import files, tokens
 from luthier_trainer.data.lengths import notice_padding
 from luthier_trainer.data.load import Loader, Rows, ranges
 from luthier_trainer.models import sources, weight_files
-from luthier_trainer.prepare import first_row
+from luthier_trainer.prepare import data_report, first_row
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 from luthier_trainer.tasks.base import Processor, Task
@@ -41,6 +42,13 @@ class Examples:
     train: Rows
     eval: Rows | None
     labels: list[str] | None = None
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Split → rows of the source that cannot be used."""
+
+    @property
+    def splits(self) -> dict[str, Rows]:
+        """Return the rows by the name of their split."""
+        return {"train": self.train} | ({"eval": self.eval} if self.eval else {})
 
 
 def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedRecord:
@@ -68,6 +76,17 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
 
     data = encode(task, examples, model.processor, spec)
     task.check_encoded(data, model, examples.labels)
+    data_report.keep(
+        data_report.describe(
+            task,
+            examples.splits,
+            examples.left_out,
+            examples.labels,
+            spec,
+            task.added_tokens(model.processor),
+        ),
+        folder.prepared,
+    )
     dataset_path = folder.prepared / "dataset"
     data.save_to_disk(str(dataset_path))
     if model.processor is not None:
@@ -173,18 +192,20 @@ def read_examples(task: Task, run: FineTuneRun, cache: Path) -> Examples:
         evaluation = loader.files(data.eval_files, "evalFiles")
         files.refuse_shared(train.origins, evaluation.origins)
 
+    read = {"train": len(train.data), "eval": len(evaluation.data) if evaluation else 0}
     train = task.fitting(train, spec)
     labels = task.labels(train, spec)
     if evaluation:
         evaluation = task.fitting(evaluation, spec)
         task.label_ids(evaluation, spec, labels)
+    fit = {"train": len(train.data), "eval": len(evaluation.data) if evaluation else 0}
     if data.eval_fraction is not None and not train.documents:
         classes = task.label_ids(train, spec, labels)
         kept, held = tokens.hold_out(
             len(train.data), data.eval_fraction, spec.training.seed, f"{DATASET}.evalFraction", classes
         )
         train, evaluation = train.select(kept), train.select(held)
-    return Examples(train, evaluation, labels)
+    return Examples(train, evaluation, labels, {name: rows - fit[name] for name, rows in read.items()})
 
 
 def refuse_overlap(run: FineTuneRun, loader: Loader) -> None:

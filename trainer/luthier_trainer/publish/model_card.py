@@ -16,7 +16,8 @@ from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.methods import METHODS, QUANTIZATIONS
 from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
 from luthier_api.tasks import TASKS, TRAINING_TASKS, TaskInfo
-from luthier_api.workspace import MANIFEST, METRICS_FILE
+from luthier_api.workspace import DATA_REPORT, MANIFEST, METRICS_FILE, WorkspaceFolder
+from luthier_trainer.prepare import data_report
 from luthier_trainer.publish import dataset_fields
 from luthier_trainer.workspace.model_files import ADAPTER_CONFIG, MODEL_CONFIG
 
@@ -94,9 +95,21 @@ def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
         [
             ("Results", table({titles.get(name, name): f"{value:.6g}" for name, value in metrics.items()})),
             ("How it was made", table(facts)),
+            ("The data", data_table(WorkspaceFolder(Path(run.workspace)).prepared / DATA_REPORT)),
             ("How to load it", f"```python\n{load}\n```\n{needs}"),
         ],
     )
+
+
+def data_table(path: Path) -> str:
+    """Return the data report as a Markdown table; nothing if `prepare` has written none."""
+    try:
+        report = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return ""
+    head, *rows = data_report.table(report)
+    lines = [head, ["---"] * len(head), *([cell.replace("|", chr(92) + "|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def described_method(spec: FineTuneJobSpec) -> str:

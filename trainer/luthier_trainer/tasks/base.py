@@ -7,7 +7,7 @@ level of such a file imports torch, so that `prepare` can refuse a mistake witho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -189,6 +189,14 @@ class Task(Batches, Protocol):
         `use`: "training" or "held-out", for notices. Raises Failure if the rows cannot be encoded.
         """
         ...
+
+    def contents(self, rows: Rows, spec: FineTuneJobSpec) -> Iterator[Sequence[str | bytes]]:
+        """Yield what the data report compares of each row, in batches: its texts as one, or the bytes of its image."""
+        ...
+
+    def added_tokens(self, processor: Processor) -> int:
+        """Return the number of tokens of an encoded row that are not its text."""
+        return 0
 
     def check_encoded(self, data: DatasetDict, model: Model, labels: list[str] | None) -> None:
         """Check the model against the encoded rows. Raises Failure."""

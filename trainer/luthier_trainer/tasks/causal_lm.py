@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +126,18 @@ class CausalLM(LabelledBatches, TextTask):
         if spec.training.packing == "isolated":
             return bins.packed(encoded, spec.training.max_length, use)
         return encoded
+
+    def contents(self, rows: Rows, spec: FineTuneJobSpec) -> Iterator[Sequence[str | bytes]]:
+        if chats.CHAT in rows.data.column_names:
+            return chats.joined(rows.data)
+        return super().contents(rows, spec)
+
+    def compared(self, rows: Rows, spec: FineTuneJobSpec) -> tuple[str, ...]:
+        assert rows.form is not None, "`fitting` has told the form"
+        return tuple(rows.form.columns[role] for role in rows.form.info.columns)
+
+    def added_tokens(self, processor: PreTrainedTokenizerBase) -> int:
+        return super().added_tokens(processor) + 1  # the end-of-text token
 
     def check_encoded(self, data: DatasetDict, model: Model, labels: list[str] | None) -> None:
         """Check that each split has rows and that the model knows their tokens. Raises Failure if not."""

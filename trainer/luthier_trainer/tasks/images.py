@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +56,9 @@ class ImageTask(PretrainedTask):
     def fitting(self, rows: Rows, spec: FineTuneJobSpec) -> Rows:
         return fitting(rows, spec)
 
+    def contents(self, rows: Rows, spec: FineTuneJobSpec) -> Iterator[Sequence[str | bytes]]:
+        return contents(rows, spec)
+
     def read_processor(self, folder: Path, field: str) -> BaseImageProcessor:
         return processors.read_image_processor(folder, field)
 
@@ -95,6 +99,13 @@ def fitting(rows: Rows, spec: FineTuneJobSpec) -> Rows:
             " Replace or remove them"
         )
     return replace(rows, data=stored)
+
+
+def contents(rows: Rows, spec: FineTuneJobSpec) -> Iterator[list[bytes]]:
+    """Yield the image files of the rows, in batches."""
+    name = spec.dataset.columns.image
+    for batch in rows.data.select_columns([name]).iter(AT_ONCE):
+        yield [Path(i["path"]).read_bytes() if i["bytes"] is None else i["bytes"] for i in batch[name]]
 
 
 def unusable(stored: Dataset, name: str) -> list[tuple[int, str]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
-from luthier_trainer.data import columns, tokens
+from luthier_trainer.data import columns, full_lengths, tokens
 from luthier_trainer.data.load import Rows
 from luthier_trainer.data.reading import Reader
 from luthier_trainer.models import embedding, inspect
@@ -109,6 +109,7 @@ class PreferenceTask(TextTask):
             lambda batch: pairs_of(reader, longest, *(batch[column] for column in names.values())),
             Features(lists | {"length": Value("int64")}),
         )
+        full_lengths.keep(use, encoded["length"][:])
         fits = numpy.array([len(answer) > 0 for answer in encoded["chosen_ids"]])
         lost = int((~fits).sum())
         cut = int((numpy.array(encoded["length"]) > longest).sum()) - lost
@@ -123,6 +124,12 @@ class PreferenceTask(TextTask):
         pairs = encoded.select(numpy.flatnonzero(fits))
         lengths = numpy.minimum(pairs["length"][:], longest)
         return pairs.remove_columns("length").add_column("length", lengths)
+
+    def compared(self, rows: Rows, spec: FineTuneJobSpec) -> tuple[str, ...]:
+        return tuple(roles(spec).values())
+
+    def added_tokens(self, processor: PreTrainedTokenizerBase) -> int:
+        return super().added_tokens(processor) + 1  # the end-of-text token
 
     def check_encoded(self, data: DatasetDict, model: Model, labels: list[str] | None) -> None:
         """Check that each split has pairs and that the model knows their tokens. Raises Failure if not."""

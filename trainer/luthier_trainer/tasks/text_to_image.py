@@ -6,7 +6,7 @@ The adapter is delivered in the format of diffusers (`pytorch_lora_weights.safet
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +75,9 @@ class TextToImage(LabelledBatches, Task):
         data = rows.data.select_columns(list(names)).rename_columns({a: b for a, b in names.items() if a != b})
         data = data.add_column(ROW, list(range(len(data))))
         return data.cast(Features({PIXELS: Image(), CAPTION: Value("large_string"), ROW: Value("int64")}))
+
+    def contents(self, rows: Rows, spec: FineTuneJobSpec) -> Iterator[Sequence[str | bytes]]:
+        return images.contents(rows, spec)
 
     def check_encoded(self, data: DatasetDict, model: Model, labels: list[str] | None) -> None:
         """Give notice, for each split, of captions that are longer than the text encoders read."""

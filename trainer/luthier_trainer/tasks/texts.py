@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from luthier_api.run import FineTuneRun
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import tokens
 from luthier_trainer.data.load import Rows
-from luthier_trainer.data.reading import Reader
+from luthier_trainer.data.reading import Reader, rows_at_once
 from luthier_trainer.models import checks, embedding, inspect, processors
 from luthier_trainer.models.sources import Located
 from luthier_trainer.runtime.failure import Failure
@@ -29,6 +30,7 @@ ADD_ROWS = (
     "Set model.resizeEmbeddings: true with method.type: full, which adds rows that learn; or take the tokenizer that"
     " belongs to the model"
 )
+TEXTS_AT_ONCE = 1_000
 WORKERS = 2  # enough to pad batches while the GPU computes
 
 
@@ -63,6 +65,19 @@ class TextTask(PretrainedTask):
     def check_model(self, model: Model, spec: FineTuneJobSpec, rows: int, labels: list[str] | None) -> None:
         check(model.config, model.processor, spec)
         super().check_model(model, spec, rows, labels)
+
+    def contents(self, rows: Rows, spec: FineTuneJobSpec) -> Iterator[Sequence[str | bytes]]:
+        names = self.compared(rows, spec)
+        texts = rows.data.select_columns(list(names))
+        for batch in texts.iter(rows_at_once(texts, TEXTS_AT_ONCE)):
+            yield ["\n".join(cells) for cells in zip(*(batch[name] for name in names), strict=True)]
+
+    def compared(self, rows: Rows, spec: FineTuneJobSpec) -> tuple[str, ...]:
+        """Return the columns of text that make up a row for the data report."""
+        return self.inputs(spec)
+
+    def added_tokens(self, processor: PreTrainedTokenizerBase) -> int:
+        return int(processor.num_special_tokens_to_add())
 
     def check_encoded(self, data: DatasetDict, model: Model, labels: list[str] | None) -> None:
         embedding.check_rows(model.missing_tokens, data, model.processor, inspect.MODEL, ADD_ROWS)
