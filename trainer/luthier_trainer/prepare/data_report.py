@@ -83,7 +83,7 @@ def describe(
         _add_repeats(report, found, splits)
         if labels is not None:
             _add_labels(report, task, splits, labels, spec, found)
-    _give_notices(report, splits)
+    _give_notices(report, splits, spec)
     return report
 
 
@@ -186,7 +186,7 @@ def _add_labels(
         part["otherLabelForSameContent"] = int(numpy.isin(groups, disputed).sum())
 
 
-def _give_notices(report: Mapping[str, Any], splits: Mapping[str, Rows]) -> None:
+def _give_notices(report: Mapping[str, Any], splits: Mapping[str, Rows], spec: FineTuneJobSpec) -> None:
     train = report["splits"]["train"]
     repeated, near = train.get("exactDuplicates", 0), train.get("nearDuplicates", 0)
     if repeated + near >= max(REPEATED * train["rows"], 1):
@@ -196,7 +196,9 @@ def _give_notices(report: Mapping[str, Any], splits: Mapping[str, Rows]) -> None
             " as often as it occurs. Remove them if that is not meant"
         )
     if "shared" in report:
-        _give_notice_of_shared(report["shared"], splits)
+        drawn = spec.dataset.eval_fraction is not None
+        remedy = "Remove the repeats from the data" if drawn else "Remove such rows from one of the two"
+        _give_notice_of_shared(report["shared"], splits, remedy)
     for name, part in report["splits"].items():
         short = part.get("tokens", {}).get("tooShort", 0)
         if short and "labels" not in part:
@@ -205,7 +207,7 @@ def _give_notices(report: Mapping[str, Any], splits: Mapping[str, Rows]) -> None
         _give_notices_of_labels(train)
 
 
-def _give_notice_of_shared(shared: Mapping[str, Any], splits: Mapping[str, Rows]) -> None:
+def _give_notice_of_shared(shared: Mapping[str, Any], splits: Mapping[str, Rows], remedy: str) -> None:
     exact, near = shared["exact"], shared.get("near", 0)
     if not exact + near:
         return
@@ -213,7 +215,7 @@ def _give_notice_of_shared(shared: Mapping[str, Any], splits: Mapping[str, Rows]
     also = f", and {near} nearly so" if near else ""
     notice(
         f"{DATASET}: {exact} of {len(splits['eval'].data)} held-out rows are equal to a training row{also}, which makes"
-        f" the held-out metrics too good. Remove such rows from one of the two. The first is"
+        f" the held-out metrics too good. {remedy}. The first is"
         f" {splits['eval'].place_of(other)}; in training {splits['train'].place_of(one)}"
     )
 
