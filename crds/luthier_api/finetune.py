@@ -155,8 +155,8 @@ class Method(ApiModel):
     dropout: Annotated[float, Field(ge=0, lt=1), For("method")] = by_table()
     """Dropout before the adapters. Adapters on the experts of a mixture of experts have none."""
     target_modules: Annotated[list[ShortText], Field(min_length=1, max_length=64), SET, For("method")] = by_table()
-    """Modules that get an adapter: all-linear, or names such as q_proj; for the experts of a mixture of experts, their
-    parameters' names, such as gate_up_proj.
+    """Modules that get an adapter: all-linear, or names such as q_proj, or regular expressions for the end of the names
+    of linear modules; for the experts of a mixture of experts, their parameters' names, such as gate_up_proj.
     """
     rslora: Annotated[bool, For("method"), For("task")] = by_table()
     """Scale the adapters' output by alpha / sqrt(rank) instead of alpha / rank, so that a large rank learns as fast as

@@ -4,7 +4,7 @@ wrong.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from luthier_trainer.methods import whole
 from luthier_trainer.methods.apply import weights_options, with_method
 from luthier_trainer.methods.checks import check_patterns
 from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.tasks.pretrained import with_names
 from luthier_trainer.training import main as train
 
 
@@ -96,6 +97,22 @@ PLAIN = [
         },
     ),
     PlainCase(
+        name="a regular expression beside a name",
+        method={"rank": 4, "targetModules": [r"layers\.0\..*(up|v)_proj", "o_proj"]},
+        plain={"r": 4, "lora_alpha": 32, "target_modules": r".*(layers\.0\..*(up|v)_proj|\.o_proj)"},
+    ),
+    PlainCase(
+        name="a regular expression in some layers, beside a module trained whole",
+        method={"rank": 4, "targetModules": [".*"], "layers": [1], "modulesToSave": ["1.mlp"]},
+        plain={
+            "r": 4,
+            "lora_alpha": 32,
+            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+            "layers_to_transform": [1],
+            "modules_to_save": ["1.mlp"],
+        },
+    ),
+    PlainCase(
         name="all linear modules of some layers",
         method={"rank": 4, "layers": [1]},
         plain={
@@ -125,7 +142,7 @@ def test_adapters_are_those_of_plain_peft(case: PlainCase, tiny_model: Path) -> 
 
 def test_a_trained_adapter_gives_the_same_in_plain_peft(tmp_path: Path, llama: Path, prose_data: DatasetDict) -> None:
     method = {"type": "lora", "rank": 4, "rslora": True, "dora": True, "rankPattern": {"q_proj": 2}, "layers": [1]}
-    method["modulesToSave"] = ["embed_tokens", "0.mlp"]
+    method |= {"modulesToSave": ["embed_tokens", "0.mlp"], "targetModules": [".*(q|v|down)_proj"]}
     data = DatasetDict(train=prose_data["train"].select(range(32)), eval=prose_data["eval"].select(range(4)))
     metrics = train.main(
         prepared_run(tmp_path / "job", llama, data, method=method, training={"maxSteps": 4, "learningRate": 1e-2})
@@ -239,4 +256,46 @@ def test_modules_that_cannot_be_trained_whole_are_refused(case: WholeCase) -> No
     config = LlamaConfig(num_hidden_layers=2, tie_word_embeddings=case.tied, **sizes)
     with pytest.raises(Failure) as failure:
         whole.check(config, "causal-lm", method_of(type="lora", **case.method), case.quantised)
+    assert failure.value.message.startswith(case.message)
+
+
+@dataclass(frozen=True)
+class ExpressionCase:
+    name: str
+    targets: list[str]
+    message: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+EXPRESSIONS = [
+    ExpressionCase(
+        name="of no module",
+        targets=["q_proj", r"layers\.9\..*"],
+        message="spec.method.targetModules[1]: no linear module has a name that ends with 'layers\\\\.9",
+    ),
+    ExpressionCase(
+        name="of the logits alone",
+        targets=["lm_.*"],
+        message="spec.method.targetModules[0]: no linear module has a name that ends with 'lm_.*' (they end",
+    ),
+    ExpressionCase(
+        name="that is none",
+        targets=["(q|v_proj"],
+        message="spec.method.targetModules[0]: '(q|v_proj' is neither a name nor a regular expression of Python:",
+    ),
+    ExpressionCase(
+        name="of no module in these layers",
+        targets=[r"layers\.0\..*"],
+        options={"layers": [1]},
+        message="spec.method.targetModules[0]: no linear module of layers 1 has a name that ends with",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", EXPRESSIONS, ids=lambda case: case.name)
+def test_expressions_that_mean_no_module_are_refused(case: ExpressionCase) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 99}
+    method = method_of(type="lora", targetModules=case.targets, **case.options)
+    with pytest.raises(Failure) as failure:
+        with_names(method, LlamaConfig(num_hidden_layers=2, **sizes), "causal-lm")
     assert failure.value.message.startswith(case.message)

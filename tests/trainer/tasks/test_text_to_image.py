@@ -38,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 ROWS, HELD_OUT, STEPS = 14, 4, 7  # an epoch of ten rows is three steps, the last one of two rows
-METHOD = {"type": "lora", "rank": 4, "alpha": 8, "dropout": 0.1, "targetModules": ["to_q", "to_k", "to_v", "to_out.0"]}
+METHOD = {"type": "lora", "rank": 4, "alpha": 8, "dropout": 0.1, "targetModules": [r".*to_(q|k|v)", "to_out.0"]}
 PICTURES = {"width": 32, "height": 32, "steps": 2}
 
 

@@ -86,6 +86,13 @@ ADAPTERS = [
         plain={"layers_to_transform": [1]},
     ),
     AdapterCase(
+        name="by a regular expression",
+        config=LlamaConfig(**SMALL),
+        task="causal-lm",
+        targets=[r".*\.1\..*"],
+        plain={"target_modules": r".*\.1\..*_proj"},
+    ),
+    AdapterCase(
         name="beside modules trained whole",
         config=LlamaConfig(**SMALL),
         task="causal-lm",
@@ -136,9 +143,8 @@ def test_weights_that_learn_are_those_that_peft_makes(case: AdapterCase) -> None
         skeleton(case.config, case.task, ""),
         LoraConfig(
             r=4,
-            target_modules=case.targets if case.targets != ["all-linear"] else "all-linear",
+            **{"target_modules": "all-linear" if case.targets == ["all-linear"] else case.targets} | case.plain,
             **({"modules_to_save": whole, "exclude_modules": whole} if whole else {}),
-            **case.plain,
         ),
     )
     learning = [p for p in made.parameters() if p.requires_grad]

@@ -16,6 +16,7 @@ from luthier_trainer.methods.base import Surroundings
 from luthier_trainer.methods.experts import fused_experts, linear_modules
 from luthier_trainer.methods.quantization import settings
 from luthier_trainer.methods.table import FAMILIES
+from luthier_trainer.methods.targets import expanded
 from luthier_trainer.methods.whole import whole_modules
 from luthier_trainer.models.sources import OWN_WEIGHTS
 from luthier_trainer.runtime.devices import DTYPES
@@ -56,7 +57,7 @@ def with_method(
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    whole = whole_modules(model, method, whole)
+    method, whole = expanded(method, model, whole), whole_modules(model, method, whole)
     config = FAMILIES[method.type].config(
         method, Surroundings(peft_type, whole, fused_experts(model), linear_modules(model))
     )

@@ -15,6 +15,7 @@ from luthier_api.run import Weights
 from luthier_api.status import Plan
 from luthier_trainer.methods.lora import layer_of
 from luthier_trainer.methods.table import FAMILIES
+from luthier_trainer.methods.targets import expanded
 from luthier_trainer.methods.whole import whole_modules
 from luthier_trainer.models.inspect import ALL_LINEAR, MODEL, skeleton
 from luthier_trainer.workspace.model_files import MODEL_CONFIG
@@ -84,6 +85,7 @@ def adapter_tensors(model: torch.nn.Module, method: Method, whole: list[str]) ->
     import torch
 
     family, whole = FAMILIES[method.type], whole_modules(model, method, whole)
+    method = expanded(method, model, whole)
     found: list[Tensor] = []
     for name, module in model.named_modules():
         if name in whole:

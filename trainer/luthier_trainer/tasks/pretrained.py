@@ -7,13 +7,13 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.finetune import FineTuneJobSpec, Method
 from luthier_api.methods import METHODS
 from luthier_api.run import FineTuneRun, Weights
 from luthier_api.status import Plan
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.methods import checks as method_checks
-from luthier_trainer.methods import experts, whole
+from luthier_trainer.methods import experts, targets, whole
 from luthier_trainer.methods.trainable import weights_of
 from luthier_trainer.models import checks, inspect, weight_check
 from luthier_trainer.models.materialize import whole_model
@@ -65,8 +65,10 @@ class PretrainedTask(Task):
                 ExitCode.INVALID_SPEC, f"{CHECKPOINTING}: {trouble}; remove it, or use a smaller microBatchSize"
             )
         if METHODS[spec.method.type].adapter:
-            targets = spec.method.target_modules
-            method_checks.check_adapters(model.config, self.task, targets, "spec.method.targetModules")
+            spec = spec.model_copy(update={"method": with_names(spec.method, model.config, self.task)})
+            method_checks.check_adapters(
+                model.config, self.task, spec.method.target_modules, "spec.method.targetModules"
+            )
             whole.check(model.config, self.task, spec.method, spec.model.quantization is not None)
             method_checks.check_patterns(model.config, self.task, spec.method)
             experts.check_adapters(model.config, spec)
@@ -81,6 +83,14 @@ class PretrainedTask(Task):
 
     def weights(self, model: Model, spec: FineTuneJobSpec, plan: Plan, labels: list[str] | None) -> Weights:
         return weights_of(with_labels(model.config, labels), spec, plan, model.path)
+
+
+def with_names(method: Method, config: PreTrainedConfig, task: str) -> Method:
+    """Return the method with names of modules instead of expressions. Raises Failure if an expression means none."""
+    from luthier_trainer.models.heads import heads_of
+
+    model = inspect.skeleton(config, task, inspect.MODEL)
+    return targets.expanded(method, model, heads_of(model, task))
 
 
 def quantization_field(spec: FineTuneJobSpec) -> str:

@@ -19,6 +19,7 @@ from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import columns
 from luthier_trainer.data.load import Rows
 from luthier_trainer.methods import checks as method_checks
+from luthier_trainer.methods.targets import expanded
 from luthier_trainer.methods.trainable import weights_in
 from luthier_trainer.models import inspect
 from luthier_trainer.models.adapter_file import LORA_WEIGHTS
@@ -65,7 +66,8 @@ class TextToImage(LabelledBatches, Task):
 
     def check_model(self, model: Model, spec: FineTuneJobSpec, rows: int, labels: list[str] | None) -> None:
         unet = check_pipeline(model.path, spec, inspect.MODEL)
-        method_checks.check_modules(unet, "the UNet", [], spec.method.target_modules, "spec.method.targetModules")
+        targets = expanded(spec.method, unet, []).target_modules
+        method_checks.check_modules(unet, "the UNet", [], targets, "spec.method.targetModules")
 
     def encode(self, rows: Rows, processor: None, spec: FineTuneJobSpec, labels: list[str] | None, use: str) -> Dataset:
         """Return the columns `pixel_values` (still encoded files), `caption` and `labels` (the number of the row)."""
