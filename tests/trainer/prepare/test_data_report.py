@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from luthier_api.run import FineTuneRun
 from luthier_trainer.data import near_duplicates, scripts
-from luthier_trainer.prepare import inspection
+from luthier_trainer.prepare import data_report, inspection
 from luthier_trainer.prepare.main import main
 from luthier_trainer.publish import model_card
 from luthier_trainer.workspace.prepared import read_prepared
@@ -235,7 +235,9 @@ def test_images_are_compared_by_their_files(classify: MakeRun, digits: Path, tmp
     pictures = shutil.copytree(digits, tmp_path / "pictures")
     for source in sorted((pictures / "1").iterdir())[:4]:
         shutil.copy(source, pictures / "7" / f"again-{source.name}")
-    report = report_of(classify(dataset={"files": [str(pictures)], "evalFraction": None}))
+    run = classify(dataset={"files": [str(pictures)], "evalFraction": None})
+    report = report_of(run)
+    assert inspection.inspect(run, tmp_path / "work")["report"] == report
     files = pandas.DataFrame(
         [(p.parent.name, hashlib.sha256(p.read_bytes()).digest()) for p in pictures.rglob("*.png")]
     )
@@ -281,6 +283,21 @@ def test_similar_texts_are_found_as_often_as_is_said(paragraphs: list[str]) -> N
     found = near_duplicates.find(keys, numbers, len(texts), lambda at: [texts[i] for i in at])
     assert {tuple(pair) for pair in found.within.tolist()} <= {(i, i + 1) for i in range(0, len(texts), 2)}
     assert len(found.within) >= 0.995 * 2_000
+
+
+def test_too_many_candidates_are_said(
+    make_run: MakeRun,
+    tables: tuple[pandas.DataFrame, pandas.DataFrame],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(near_duplicates, "PAIRS", 5)
+    run = make_run(dataset={"files": [str(tmp_path / "train.jsonl")]})
+    report = report_of(run)
+    found = report["splits"]["train"]["nearDuplicates"]
+    assert (0 < found <= 5, report["near"]["allCandidatesCompared"]) == (True, False)
+    assert ["Nearly equal to an earlier row", f"at least {found}"] in data_report.table(report)
+    assert any(f"and at least {found} nearly equal" in text for text in read_prepared(run).notices)
 
 
 def test_the_bounds_are_said_when_they_are_reached(monkeypatch: pytest.MonkeyPatch) -> None:

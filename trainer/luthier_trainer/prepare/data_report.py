@@ -190,7 +190,7 @@ def _give_notices(report: Mapping[str, Any], splits: Mapping[str, Rows], spec: F
     train = report["splits"]["train"]
     repeated, near = train.get("exactDuplicates", 0), train.get("nearDuplicates", 0)
     if repeated + near >= max(REPEATED * train["rows"], 1):
-        also = f", and {near} nearly equal" if near else ""
+        also = f", and {_least(report)}{near} nearly equal" if near else ""
         notice(
             f"{DATASET}: {repeated} of {train['rows']} training rows are equal to an earlier one{also}. Each is learnt"
             " as often as it occurs. Remove them if that is not meant"
@@ -198,7 +198,7 @@ def _give_notices(report: Mapping[str, Any], splits: Mapping[str, Rows], spec: F
     if "shared" in report:
         drawn = spec.dataset.eval_fraction is not None
         remedy = "Remove the repeats from the data" if drawn else "Remove such rows from one of the two"
-        _give_notice_of_shared(report["shared"], splits, remedy)
+        _give_notice_of_shared(report, splits, remedy)
     for name, part in report["splits"].items():
         short = part.get("tokens", {}).get("tooShort", 0)
         if short and "labels" not in part:
@@ -207,12 +207,13 @@ def _give_notices(report: Mapping[str, Any], splits: Mapping[str, Rows], spec: F
         _give_notices_of_labels(train)
 
 
-def _give_notice_of_shared(shared: Mapping[str, Any], splits: Mapping[str, Rows], remedy: str) -> None:
+def _give_notice_of_shared(report: Mapping[str, Any], splits: Mapping[str, Rows], remedy: str) -> None:
+    shared = report["shared"]
     exact, near = shared["exact"], shared.get("near", 0)
     if not exact + near:
         return
     one, other = (shared["exampleRows"] or shared["nearExampleRows"])[0]
-    also = f", and {near} nearly so" if near else ""
+    also = f", and {_least(report)}{near} nearly so" if near else ""
     notice(
         f"{DATASET}: {exact} of {len(splits['eval'].data)} held-out rows are equal to a training row{also}, which makes"
         f" the held-out metrics too good. {remedy}. The first is"
@@ -241,11 +242,18 @@ def table(report: Mapping[str, Any]) -> list[list[str]]:
     for title, path in TITLES.items():
         values = [_at(part, path.split(".")) for part in report["splits"].values()]
         if any(value is not None for value in values):
-            made.append([title, *("" if value is None else _shown(value) for value in values)])
+            least = _least(report) if path == "nearDuplicates" else ""
+            made.append([title, *("" if value is None else f"{least}{_shown(value)}" for value in values)])
     for title, name in SHARED_TITLES.items():
         if name in report.get("shared", {}):
-            made.append([title, "", f"{report['shared'][name]:,}"])
+            least = _least(report) if name == "near" else ""
+            made.append([title, "", f"{least}{report['shared'][name]:,}"])
     return made
+
+
+def _least(report: Mapping[str, Any]) -> str:
+    """Return what stands before a number of nearly equal rows, of which not all may have been compared."""
+    return "" if report.get("near", {}).get("allCandidatesCompared", True) else "at least "
 
 
 def _at(value: Any, path: Sequence[str]) -> Any:
