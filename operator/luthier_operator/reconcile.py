@@ -324,7 +324,7 @@ class Reconciler:
         self._writes[key] = _Write(
             found["metadata"]["uid"], digest(desired), digest(kept.get("status", {})), self._clock()
         )
-        touched = self._store.put(kept)
+        touched = self._store.put(kept, answer=True)
         if creates or patch.keys() <= NOTHING_FOLLOWS:
             touched.discard(key)
         self._enqueue(touched)

@@ -112,15 +112,19 @@ class Store:
 
     # Writing
 
-    def put(self, found: Object) -> set[Key]:
-        """Store `found`, unless it is older than the known object of its name, or was deleted."""
+    def put(self, found: Object, *, answer: bool = False) -> set[Key]:
+        """Store `found`, unless it is older than the known object of its name, or was deleted.
+
+        `answer`: of a job, whether it is the answer to a request. A watch goes on for a while with the schema that the
+        CRD had when it began, so that its event of the same version may lack fields of a newer one.
+        """
         if found["kind"] == WORKLOAD:
             return set() if found["metadata"]["uid"] in self._deleted else self.workloads.put(found)
         owner, uid = owner_of(found), found["metadata"]["uid"]
         if owner is None or uid in self._deleted or found["kind"] not in WATCHED:
             return set()
         if found["kind"] in KINDS:
-            return self._put_job(owner, found)
+            return self._put_job(owner, found, answer)
         if found["kind"] == "Pod":
             return self._put_pod(owner, found)
         return self._put_child(owner, found)
@@ -178,16 +182,19 @@ class Store:
 
     # Parts
 
-    def _put_job(self, owner: Owner, found: Object) -> set[Key]:
+    def _put_job(self, owner: Owner, found: Object, answer: bool) -> set[Key]:
         key, known = owner.key, self._jobs.get(owner.key)
         # Also where the uid differs: the events of a job and of an earlier one of its name come in any order.
-        if known is not None and known.version >= version(found):
+        if known is not None and known.version >= version(found) + answer:
+            return set()
+        job = KeptJob.of(found)
+        if known is not None and known.version == job.version and known.object() == job.object():
             return set()
         if known is not None:
             self._unlink(key, known)
             if known.uid != owner.uid:
                 self._forget_job(Owner(key, known.uid))
-        job = self._jobs[key] = KeptJob.of(found)
+        self._jobs[key] = job
         for source in job.sources:
             self._dependents.setdefault(source, set()).add(key)
         if self._reports_are_old(owner) and (parts := self._parts.get(owner)):

@@ -108,6 +108,18 @@ def test_an_older_answer_changes_nothing() -> None:
     assert not seen(store).job.spec.suspend
 
 
+def test_an_answer_has_the_fields_that_a_watch_under_an_earlier_schema_drops() -> None:
+    store = Store()
+    store.put(job(version=1))
+    store.put(job(version=2))  # the event of the write, before its answer
+    assert store.put(job(version=2, later="x"), answer=True) == {TUNE}
+    assert store.put(job(version=2, later="x"), answer=True) == set(), "no news"
+    store.put(job(version=2))
+    assert store.job(TUNE)["spec"]["later"] == "x"
+    assert store.put(job(version=1), answer=True) == set()
+    assert store.job(TUNE)["spec"]["later"] == "x"
+
+
 def test_what_was_deleted_does_not_come_back_by_a_late_answer() -> None:
     store = Store()
     store.put(job())
