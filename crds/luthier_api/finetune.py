@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
-from luthier_api.base import SET, ApiModel, Rule, map_by
+from luthier_api.base import SET, ApiModel, Format, Rule, map_by
 from luthier_api.decides import BUDGET, CIRCUMSTANCES, LAYOUT, PLACE, PUBLICATION, RESULT
 from luthier_api.formats import DatasetFormat
 from luthier_api.forms import LOSSES_OF_FORMS, LossOn, RowForm, TemplateName
@@ -264,13 +264,43 @@ class Restarts(ApiModel):
     """
 
 
+TrackerUrl = Annotated[
+    str,
+    Field(max_length=1024),
+    Format(
+        "^https?://[^/@ ]+(/[^ ]*)?$",
+        "must be an address such as http://mlflow.mlops.svc:5000, without a name or a password in it",
+    ),
+]
+
+
 class Tracker(ApiModel):
     """A program that shows the course of the training."""
 
     type: TrackerType
     """tensorboard: event files in the folder `tracking/tensorboard` of the workspace. They have the losses, the
-    learning rate, the norms of gradients and the metrics of evaluations by step, and this spec.
+    learning rate, the norms of gradients and the metrics of evaluations by step, and this spec. mlflow: a run on a
+    tracking server, by its REST API.
     """
+    url: TrackerUrl | None = None
+    """Address of the tracking server, which the pods of `run` must reach (mlflow)."""
+    experiment: ShortText | None = None
+    """Experiment of the run, created where there is none (mlflow); the namespace when left out."""
+    run_name: ShortText | None = None
+    """Name of the run (mlflow); that of the job when left out."""
+    tags: Annotated[dict[str, ShortText] | None, Field(max_length=32)] = None
+    """Tags of the run (mlflow), besides those that Luthier sets."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "(self.type == 'mlflow') == has(self.url)",
+            "tracking.url: mlflow needs the address of its tracking server, and tensorboard has none",
+        ),
+        Rule(
+            "self.type == 'mlflow' || !(has(self.experiment) || has(self.runName) || has(self.tags))",
+            "tracking: experiment, runName and tags belong to mlflow; remove them",
+        ),
+    )
 
 
 METHODS_OF_TASKS = {name: task.methods for name, task in TRAINING_TASKS.items()}

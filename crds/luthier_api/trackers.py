@@ -22,8 +22,9 @@ class TrackerInfo:
     """How the package index calls that package."""
 
 
-TrackerType = Literal["tensorboard"]
+TrackerType = Literal["tensorboard", "mlflow"]
 
 TRACKERS: Mapping[str, TrackerInfo] = {
     "tensorboard": TrackerInfo(title="TensorBoard", package="tensorboardX", distribution="tensorboardX"),
+    "mlflow": TrackerInfo(title="MLflow", package="httpx", distribution="httpx"),
 }

@@ -738,6 +738,21 @@ CASES: list[Case] = [
         accepted={"spec.dataset.split": "train[:10%]+train[20%:]"},
     ),
     Case(
+        message="tracking.url:",
+        refused={"spec.tracking": [{"type": "mlflow"}]},
+        accepted={"spec.tracking": [{"type": "mlflow", "url": "http://mlflow:5000"}]},
+    ),
+    Case(
+        message="tracking.url:",
+        refused={"spec.tracking": [{"type": "tensorboard", "url": "http://mlflow:5000"}]},
+        accepted={"spec.tracking": [{"type": "tensorboard"}]},
+    ),
+    Case(
+        message="tracking: experiment, runName and tags belong",
+        refused={"spec.tracking": [{"type": "tensorboard", "runName": "a"}]},
+        accepted={"spec.tracking": [{"type": "mlflow", "url": "http://mlflow:5000", "runName": "a"}]},
+    ),
+    Case(
         message="dataset.split:",
         refused={"spec.dataset.split": "trainer"},
         accepted={"spec.dataset": {"id": "org/data", "split": "trainer"}},
@@ -1290,6 +1305,12 @@ WRITTEN: list[Written] = [
         change=lambda t: volume(claimName="a", mountPath=t),
         refused=("data", "/", "//tmp", "/./tmp", "/data/../tmp", "/data/..", "/data/", "/a:b", "/ü"),
         accepted=("/data", "/models/.cache", "/mnt/a..b", "/data/v1.2_3-4"),
+    ),
+    Written(
+        field="spec.tracking[].url",
+        change=lambda t: {"spec.tracking": [{"type": "mlflow", "url": t}]},
+        refused=("mlflow:5000", "http://", "http://me:secret@mlflow", "sqlite:///a.db", "http://a b"),
+        accepted=("http://mlflow.mlops.svc:5000", "https://mlflow.example.org/team-a"),
     ),
     Written("spec.scheduling.queueName", lambda t: {"spec.scheduling.queueName": t}, *NAMES),
     Written("spec.scheduling.priorityClassName", lambda t: {"spec.scheduling.priorityClassName": t}, *NAMES),

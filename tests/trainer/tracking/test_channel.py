@@ -19,7 +19,7 @@ class Recorder:
     failures: int = 0
     open: threading.Event = field(default_factory=threading.Event)
     sent: list[int] = field(default_factory=list)
-    closed: bool = False
+    completed: bool | None = None
 
     def send(self, report: Report) -> None:
         self.open.wait()
@@ -28,8 +28,8 @@ class Recorder:
             raise ConnectionError("no route to http://tracker")
         self.sent.append(report.step)
 
-    def close(self) -> None:
-        self.closed = True
+    def close(self, complete: bool) -> None:
+        self.completed = complete
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,10 @@ def test_channel(case: Case) -> None:
     if case.failures == 3:
         while len(tracker.sent) < 5:  # `close` sends each report at most once more
             threading.Event().wait(0.005)
-    channel.close(0.2)
+    channel.close(True, 0.2)
     assert tuple(tracker.sent) == case.sent
     assert tuple(notices.given()) == case.notices
-    assert tracker.closed == (not case.notices)
+    assert tracker.completed is (None if case.notices else True)
     tracker.open.set()
 
 
@@ -98,7 +98,8 @@ def test_a_full_buffer_keeps_the_oldest() -> None:
     for step in range(5):
         channel.put(Report(step, {}))
     tracker.open.set()
-    channel.close()
+    channel.close(False)
+    assert tracker.completed is False
     assert tracker.sent == [0, 1, 2]
     assert notices.given() == [
         "spec.tracking: Recorder lacks 2 of 5 reports of the training: too many reports waited for it"

@@ -23,6 +23,8 @@ class TrackedTraining:
 
     name: str
     """Name of the job."""
+    namespace: str
+    """Its namespace."""
     folder: Path
     """Folder of the workspace that belongs to the tracker. Later attempts of the job find it again."""
     next_step: int
@@ -42,6 +44,6 @@ class Tracker(Protocol):
         """Show `report`, or raise any exception; it is then sent again."""
         ...
 
-    def close(self) -> None:
-        """Show what is not shown yet. No report follows."""
+    def close(self, complete: bool) -> None:
+        """Show what is not shown yet. No report follows. `complete`: whether this attempt has ended the training."""
         ...

@@ -21,6 +21,8 @@ class Tracking(TrainerCallback):
 
     def __init__(self, channels: list[Channel]) -> None:
         self._channels = channels
+        self.complete = False
+        """Whether the training has come to its end. Its last line sets it."""
 
     def on_log(
         self,
@@ -41,7 +43,7 @@ class Tracking(TrainerCallback):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for channel in self._channels:
-            channel.close()
+            channel.close(self.complete)
 
 
 def tracking(run: FineTuneRun, prepared: PreparedRecord, resumed_step: int | None) -> Tracking:
@@ -60,10 +62,11 @@ def tracking(run: FineTuneRun, prepared: PreparedRecord, resumed_step: int | Non
     for spec in run.spec.tracking:
         training = TrackedTraining(
             name=run.name,
+            namespace=run.namespace,
             folder=folder / spec.type,
             next_step=0 if resumed_step is None else resumed_step + 1,
             documents={"spec": run.spec.dump(), "provenance": made_of},
         )
         channels.append(Channel(TRACKERS[spec.type].title, IMPLEMENTATIONS[spec.type](spec, training)))
-        print(f"spec.tracking: {TRACKERS[spec.type].title} writes to {training.folder}", flush=True)
+        print(f"spec.tracking: {TRACKERS[spec.type].title}: {spec.url or training.folder}", flush=True)
     return Tracking(channels)

@@ -30,7 +30,7 @@ class Channel:
         self._tracker, self._limit, self._retry = tracker, limit, retry
         self._waiting: deque[Report] = deque()
         self._changed = threading.Condition()
-        self._closing = False
+        self._closing = self._complete = False
         self._put = self._dropped = 0
         self._error = ""
         self._thread = threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True)
@@ -46,9 +46,13 @@ class Channel:
             self._waiting.append(report)
             self._changed.notify()
 
-    def close(self, seconds: float = CLOSE_SECONDS) -> None:
-        """Wait at most `seconds` for the reports that are on their way. Give notice if some were lost."""
+    def close(self, complete: bool, seconds: float = CLOSE_SECONDS) -> None:
+        """Wait at most `seconds` for the reports that are on their way. Give notice if some were lost.
+
+        `complete`: whether the training has come to its end.
+        """
         with self._changed:
+            self._complete = complete
             self._closing = True
             self._changed.notify()
         self._thread.join(seconds)
@@ -71,7 +75,7 @@ class Channel:
                 with self._changed:
                     self._waiting.popleft()
         try:
-            self._tracker.close()
+            self._tracker.close(self._complete)
         except Exception as error:
             print(f"spec.tracking: {self.name}: {described(error)}", flush=True)
 

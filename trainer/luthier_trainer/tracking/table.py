@@ -9,9 +9,10 @@ from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.trackers import TRACKERS
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.tracking.base import Tracker
+from luthier_trainer.tracking.mlflow import MLflow
 from luthier_trainer.tracking.tensorboard import TensorBoard
 
-IMPLEMENTATIONS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard}
+IMPLEMENTATIONS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "mlflow": MLflow}
 
 
 def check_packages(spec: FineTuneJobSpec) -> None:

@@ -28,7 +28,7 @@ class TensorBoard:
         state = SimpleNamespace(is_world_process_zero=True, global_step=report.step)
         self._callback.on_log(None, state, None, logs=report.values)
 
-    def close(self) -> None:
+    def close(self, complete: bool) -> None:
         if self._writer is not None:
             self._writer.close()
 

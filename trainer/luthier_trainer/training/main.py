@@ -184,6 +184,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
         result.write(loop, task, context, run, prepared, workspace, metrics, use_cache)
         if ranks.first:
             print("done: " + "  ".join(f"{name} {value:g}" for name, value in metrics.items()), flush=True)
+        trackers.complete = True
         return ended(ExitCode.COMPLETED, metrics=metrics, step=loop.state.global_step)
 
 

@@ -1,0 +1,129 @@
+"""A real MLflow server with SQLite has one run of a training in two attempts, as its own client reads it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from datasets import DatasetDict
+from prepared_workspace import losses, prepared_run
+
+from luthier_api.finetune import Tracker
+from luthier_trainer.runtime import notices
+from luthier_trainer.tracking.base import Report, TrackedTraining
+from luthier_trainer.tracking.mlflow import MLflow
+from luthier_trainer.training import main as train
+from luthier_trainer.training.callbacks import Heartbeat
+
+MLFLOW = os.environ.get("LUTHIER_TEST_MLFLOW") or shutil.which("mlflow")
+READ = """
+import json, sys
+from mlflow.tracking import MlflowClient
+client = MlflowClient(sys.argv[1])
+experiment = client.get_experiment_by_name("trials")
+runs = client.search_runs([experiment.experiment_id])
+print(json.dumps([
+    {
+        "name": run.info.run_name, "status": run.info.status, "tags": run.data.tags, "params": run.data.params,
+        "loss": [[m.step, m.value] for m in client.get_metric_history(run.info.run_id, "loss")],
+    }
+    for run in runs
+]))
+"""
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    if MLFLOW is None:
+        pytest.skip("needs the program mlflow (LUTHIER_TEST_MLFLOW)")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    command = [MLFLOW, "server", "--backend-store-uri", store, "--port", f"{port}", "--workers", "1"]
+    environment = os.environ | {"PATH": f"{Path(MLFLOW).parent}:{os.environ['PATH']}"}
+    with (tmp_path / "server.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=tmp_path)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            while process.poll() is None:
+                try:
+                    if httpx.get(f"{url}/health").is_success:
+                        break
+                except httpx.HTTPError:
+                    time.sleep(0.2)
+            yield url
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def read(server: str) -> list[dict[str, Any]]:
+    """The runs of the experiment, as MLflow's own client has them."""
+    python = Path(str(MLFLOW)).parent / "python"
+    printed = subprocess.run([python, "-c", READ, server], capture_output=True, text=True, check=True).stdout
+    found: list[dict[str, Any]] = json.loads(printed.splitlines()[-1])
+    return found
+
+
+def test_numbers_that_are_not_finite(server: str, tmp_path: Path) -> None:
+    spec = Tracker.model_validate({"type": "mlflow", "url": server, "experiment": "trials", "tags": {"a*b": "c"}})
+    documents = {"spec": {"method": {"rankPattern": {"layers.[01]": 2}}}, "provenance": {}}
+    tracker = MLflow(spec, TrackedTraining("job", "default", tmp_path / "tracking", 0, documents))
+    for step, value in enumerate((float("nan"), float("inf"), float("-inf"), 1.0)):
+        tracker.send(Report(step, {"loss": value}))
+    tracker.close(complete=True)
+    (found,) = read(server)
+    assert [step for step, _ in found["loss"]] == [0, 1, 2, 3]
+    assert (found["tags"]["a_b"], found["params"]) == ("c", {"method.rankPattern.layers._01_": "2"})
+
+
+def test_a_resumed_training_is_one_run(
+    tmp_path: Path, server: str, llama: Path, prose_data: DatasetDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = DatasetDict(train=prose_data["train"].select(range(80)))
+    training = {"maxSteps": 8, "saveSteps": 3}
+    tracking = [{"type": "mlflow", "url": server, "experiment": "trials", "tags": {"team": "a"}}]
+    plain = prepared_run(tmp_path / "plain", llama, data, training=training)
+    run = prepared_run(tmp_path / "job", llama, data, training=training, tracking=tracking)
+    train.main(plain)
+
+    class Breaking(Heartbeat):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 6:
+                raise RuntimeError("broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Heartbeat", Breaking)
+        with pytest.raises(RuntimeError, match="broken"):
+            train.main(run)
+    assert read(server)[0]["status"] == "KILLED"
+    train.main(run)
+    assert notices.given() == []
+    assert losses(run) == losses(plain)
+    (found,) = read(server)
+    assert (found["name"], found["status"]) == ("job", "FINISHED")
+    assert (found["tags"]["team"], found["tags"]["luthier.job"]) == ("a", "default/job")
+    assert json.loads(found["tags"]["luthier.provenance"])["model"] == {"source": str(llama)}
+    assert found["params"]["training.maxSteps"] == "8"
+    assert [step for step, _ in found["loss"]] == list(range(1, 9))
+    assert [value for _, value in found["loss"]] == losses(plain)
+
+
+def test_a_server_that_is_away(tmp_path: Path, llama: Path, prose_data: DatasetDict) -> None:
+    data = DatasetDict(train=prose_data["train"].select(range(40)))
+    tracking = [{"type": "mlflow", "url": "http://127.0.0.1:9"}]
+    message = train.main(prepared_run(tmp_path, llama, data, training={"maxSteps": 3}, tracking=tracking))
+    assert message.reason == "Completed"
+    assert notices.given() == [
+        "spec.tracking: MLflow lacks 4 of 4 reports of the training: ConnectError: [Errno 111] Connection refused"
+    ]

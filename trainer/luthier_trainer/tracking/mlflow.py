@@ -1,0 +1,132 @@
+"""MLflow: a run on a tracking server, by version 2.0 of its REST API.
+
+Not through the integration of transformers: it hands metrics to a queue of MLflow without a limit, which loses them
+without a trace when the server is away, draws from Python's random numbers of the training for its retries, and would
+bring some twenty packages into the image for five requests.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from typing import Any
+
+import httpx
+
+from luthier_api.finetune import Tracker as TrackerSpec
+from luthier_trainer.tracking.base import Report, TrackedTraining
+from luthier_trainer.workspace.manifest import replace_file
+
+API = "/api/2.0/mlflow/"
+SECONDS = 10.0  # for a request
+TAG_CHARACTERS, PARAMETER_CHARACTERS, BATCH = 5000, 6000, 100  # limits of the server; the last, of a request
+NAME_CHARACTERS, FOREIGN = 250, re.compile(r"[^0-9A-Za-z_\-. :/]")
+NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}  # as protobuf writes them in JSON
+RUN_FILE = "run.json"
+
+
+class MLflow:
+    """Sends each report as metrics of one run, whose id the workspace keeps for later attempts."""
+
+    def __init__(self, spec: TrackerSpec, training: TrackedTraining) -> None:
+        self._spec, self._training = spec, training
+        self._client = httpx.Client(base_url=f"{spec.url}".rstrip("/") + API, timeout=SECONDS)
+        self._run_id: str | None = None
+        self._sent: dict[str, int] = {}
+
+    def send(self, report: Report) -> None:
+        if self._run_id is None:
+            self._run_id = self._resumed() or self._created()
+        now = round(time.time() * 1000)
+        # MLflow keeps all values of a metric at a step. What an earlier attempt has sent is the same, and not repeated.
+        metrics = [
+            {"key": key_of(name), "value": number(value), "timestamp": now, "step": report.step}
+            for name, value in report.values.items()
+            if report.step > self._sent.get(key_of(name), -1)
+        ]
+        if metrics:
+            self._post("runs/log-batch", {"run_id": self._run_id, "metrics": metrics})
+            self._sent |= {key_of(name): report.step for name in report.values}
+            self._keep()
+
+    def close(self, complete: bool) -> None:
+        if self._run_id is not None:
+            self._update("FINISHED" if complete else "KILLED")
+        self._client.close()
+
+    def _resumed(self) -> str | None:
+        """Return the id of the run that an earlier attempt has created here."""
+        file = self._training.folder / RUN_FILE
+        if not file.exists():
+            return None
+        kept = json.loads(file.read_text())
+        if kept["url"] != self._spec.url:
+            return None
+        self._sent = kept["sent"]
+        self._update("RUNNING", kept["id"])
+        return str(kept["id"])
+
+    def _created(self) -> str:
+        """Create the run, with the spec as parameters and what it was made of as tags. Return its id."""
+        name = self._spec.run_name or self._training.name
+        tags = {"luthier.job": f"{self._training.namespace}/{self._training.name}"}
+        tags |= {"luthier.provenance": json.dumps(self._training.documents["provenance"]), "mlflow.runName": name}
+        tags |= self._spec.tags or {}
+        found = self._post(
+            "runs/create",
+            {
+                "experiment_id": self._experiment(),
+                "run_name": name,
+                "start_time": round(time.time() * 1000),
+                "tags": [{"key": key_of(key), "value": value[:TAG_CHARACTERS]} for key, value in tags.items()],
+            },
+        )
+        self._run_id = run_id = str(found["run"]["info"]["run_id"])
+        self._training.folder.mkdir(parents=True, exist_ok=True)
+        self._keep()
+        params = [
+            {"key": key_of(key), "value": str(value)[:PARAMETER_CHARACTERS]}
+            for key, value in flat(self._training.documents["spec"]).items()
+        ]
+        for start in range(0, len(params), BATCH):
+            self._post("runs/log-batch", {"run_id": run_id, "params": params[start : start + BATCH]})
+        return run_id
+
+    def _experiment(self) -> str:
+        name = self._spec.experiment or self._training.namespace
+        answer = self._client.get("experiments/get-by-name", params={"experiment_name": name})
+        if answer.status_code != httpx.codes.NOT_FOUND:
+            return str(answer.raise_for_status().json()["experiment"]["experiment_id"])
+        return str(self._post("experiments/create", {"name": name})["experiment_id"])
+
+    def _update(self, status: str, run_id: str | None = None) -> None:
+        body = {"run_id": run_id or self._run_id, "status": status}
+        self._post("runs/update", body | ({} if status == "RUNNING" else {"end_time": round(time.time() * 1000)}))
+
+    def _keep(self) -> None:
+        kept = {"id": self._run_id, "url": self._spec.url, "sent": self._sent}
+        replace_file(self._training.folder / RUN_FILE, json.dumps(kept).encode())
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        answer = self._client.post(path, json=body).raise_for_status().json()
+        return dict(answer)
+
+
+def key_of(name: str) -> str:
+    """Return `name` as MLflow allows it: the same rule as in transformers' integration."""
+    return FOREIGN.sub("_", name)[:NAME_CHARACTERS]
+
+
+def number(value: float) -> float | str:
+    """Return `value` as the JSON of MLflow has it, which knows NaN and infinities as texts."""
+    return value if math.isfinite(value) else NOT_FINITE[str(value)]
+
+
+def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return `data` with the paths of its fields as keys: training.learningRate, ..."""
+    found: dict[str, Any] = {}
+    for name, value in data.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
