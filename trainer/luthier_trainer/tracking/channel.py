@@ -15,7 +15,8 @@ from luthier_trainer.tracking.base import Report, Tracker
 
 BUFFERED_REPORTS = 10_000  # about 5 MB; with a report every ten seconds, more than a day
 RETRY_SECONDS = 10.0
-CLOSE_SECONDS = 5.0  # a pod that was told to stop has saved its checkpoint by then, and its grace period is short
+END_SECONDS = 30.0  # to send the last reports of a whole training
+STOP_SECONDS = 5.0  # the grace period of a pod is short, and the next attempt reports the steps after the checkpoint
 CHARACTERS = 160  # of an exception in a notice
 
 
@@ -46,11 +47,13 @@ class Channel:
             self._waiting.append(report)
             self._changed.notify()
 
-    def close(self, complete: bool, seconds: float = CLOSE_SECONDS) -> None:
+    def close(self, complete: bool, seconds: float | None = None) -> None:
         """Wait at most `seconds` for the reports that are on their way. Give notice if some were lost.
 
         `complete`: whether the training has come to its end.
         """
+        if seconds is None:
+            seconds = END_SECONDS if complete else STOP_SECONDS
         with self._changed:
             self._complete = complete
             self._closing = True
