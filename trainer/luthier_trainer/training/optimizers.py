@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-import bitsandbytes
 import torch
 from peft.optimizers import create_loraplus_optimizer
 
@@ -92,6 +91,8 @@ def lora_plus(trainer: Any, training: Training) -> torch.optim.Optimizer:
         **options,
     )
     if options.get("optim_bits") == 8:
+        import bitsandbytes  # here, because it brings torch's compiler, which makes each start slower
+
         # As transformers does without LoRA+. PEFT 0.21 knows bitsandbytes' classes of other names.
         manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
         for module in trainer.model.modules():
