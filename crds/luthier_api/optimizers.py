@@ -40,6 +40,8 @@ class OptimizerInfo:
     strategies: tuple[Strategy, ...] = UNDIVIDED
     methods: tuple[MethodType, ...] = tuple(METHODS)
     schedules: tuple[ScheduleName, ...] = tuple(SCHEDULES)
+    bitsandbytes: bool = False
+    """Whether its code is in bitsandbytes, which the trainer imports only where it is needed."""
 
     @property
     def fields(self) -> Mapping[str, Any]:
@@ -59,17 +61,20 @@ OPTIMIZERS: Mapping[OptimizerName, OptimizerInfo] = {
     "adamw_8bit": OptimizerInfo(
         about="AdamW of bitsandbytes: 2 bytes of state a weight, 8 for embeddings and tensors below 4,096 weights",
         options=ADAM_OPTIONS | LORAPLUS,
+        bitsandbytes=True,
     ),
     "paged_adamw_8bit": OptimizerInfo(
         about="the same, with states that move to the memory of the host when a GPU runs out",
         options=ADAM_OPTIONS | LORAPLUS,
+        bitsandbytes=True,
     ),
     "adafactor": OptimizerInfo(about="a row and a column of state a matrix; with learningRate, without momentum"),
     "lion_32bit": OptimizerInfo(
         about="Lion of bitsandbytes: 4 bytes of state a weight; learningRate a third to a tenth of AdamW's",
         options=LION_OPTIONS,
+        bitsandbytes=True,
     ),
-    "lion_8bit": OptimizerInfo(about="the same with 1 byte of state a weight", options=LION_OPTIONS),
+    "lion_8bit": OptimizerInfo(about="the same with 1 byte of state a weight", options=LION_OPTIONS, bitsandbytes=True),
     "muon": OptimizerInfo(
         about=(
             "Muon of torch for the matrices of hidden layers (4 bytes of state a weight), AdamW for embeddings, heads"

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
+from luthier_api.optimizers import OPTIMIZERS
 from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer.worker import quantised
+from luthier_trainer.worker import needs_bitsandbytes
 from luthier_trainer.workspace.prepared import FINGERPRINT, fingerprint, write_prepared
 
 
@@ -63,9 +64,10 @@ class Case:
     expect: bool
     config: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
 
 
-QUANTISED = [
+NEEDS_BITSANDBYTES = [
     Case(
         name="full",
         method="full",
@@ -94,13 +96,22 @@ QUANTISED = [
         config={"quantization_config": {"quant_method": "bitsandbytes"}},
         expect=True,
     ),
+    *(
+        Case(
+            name=f"optimizer {name}",
+            method="full",
+            training={"optimizer": name},
+            expect="8bit" in name or "lion" in name,
+        )
+        for name in OPTIMIZERS
+    ),
 ]
 
 
-@pytest.mark.parametrize("case", QUANTISED, ids=lambda case: case.name)
-def test_quantised(make_run: Any, tmp_path: Path, case: Case) -> None:
-    run = make_run(method={"type": case.method}, model={"path": "/m"} | case.model)
-    assert quantised(prepared(run, tmp_path / "model", case.config)) is case.expect
+@pytest.mark.parametrize("case", NEEDS_BITSANDBYTES, ids=lambda case: case.name)
+def test_what_needs_bitsandbytes(make_run: Any, tmp_path: Path, case: Case) -> None:
+    run = make_run(method={"type": case.method}, model={"path": "/m"} | case.model, training=case.training)
+    assert needs_bitsandbytes(prepared(run, tmp_path / "model", case.config)) is case.expect
 
 
 def test_plain_weights_cost_no_import_of_bitsandbytes(make_run: Any, tmp_path: Path) -> None:

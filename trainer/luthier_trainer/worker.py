@@ -19,6 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
+from luthier_api.optimizers import OPTIMIZERS
 from luthier_api.run import FineTuneRun, GenerateRun, read_run
 from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
@@ -75,7 +76,7 @@ def leave(code: int) -> NoReturn:
 
 def load(verb: str, run: FineTuneRun | GenerateRun) -> Work:
     """`main` of the verb's module."""
-    if VERBS[verb] == "run" and not quantised(run):
+    if VERBS[verb] == "run" and not needs_bitsandbytes(run):
         # PEFT imports bitsandbytes wherever it is installed, and with it the whole of torch's compiler.
         sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # None marks a module that cannot be imported
     # Nearly all objects that imports create stay alive, so that collecting garbage meanwhile only costs time.
@@ -86,9 +87,13 @@ def load(verb: str, run: FineTuneRun | GenerateRun) -> Work:
     return work
 
 
-def quantised(run: FineTuneRun | GenerateRun) -> bool:
-    """Whether the base model's weights are, or will be, in fewer bits than torch knows types for. Raises Failure."""
-    if isinstance(run, FineTuneRun) and run.spec.model.quantization:
+def needs_bitsandbytes(run: FineTuneRun | GenerateRun) -> bool:
+    """Whether the optimizer is one of bitsandbytes, or the base model's weights are, or will be, in fewer bits than
+    torch knows types for. Raises Failure.
+    """
+    if isinstance(run, FineTuneRun) and (
+        run.spec.model.quantization or OPTIMIZERS[run.spec.training.optimizer].bitsandbytes
+    ):
         return True
     config = Path(read_prepared(run).model_path) / MODEL_CONFIG
     return config.exists() and "quantization_config" in json.loads(config.read_text())
