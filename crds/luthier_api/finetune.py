@@ -266,7 +266,7 @@ class Restarts(ApiModel):
 
 TrackerUrl = Annotated[
     str,
-    Field(max_length=1024),
+    Field(max_length=2048),
     Format(
         "^https?://[^/@ ]+(/[^ ]*)?$",
         "must be an address such as http://mlflow.mlops.svc:5000, without a name or a password in it",
