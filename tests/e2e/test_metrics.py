@@ -51,6 +51,7 @@ TRAINING = {
     "luthier_train_learning_rate": (RATE / 100, RATE),
     "luthier_train_grad_norm": (1e-6, 1000),
     "luthier_train_tokens_total": (SAVE * 8 * 16, STEPS * 8 * 64),
+    "luthier_train_padding_tokens_total": (0, STEPS * 8 * 64),
     "luthier_train_tokens_per_second": (10, 1e7),
     "luthier_train_samples_total": (SAVE * 8, STEPS * 8),
     "luthier_train_samples_per_second": (0.1, 1e6),
