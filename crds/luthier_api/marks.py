@@ -237,16 +237,13 @@ def written_part(spec: TabledSpec) -> dict[str, Any]:
     # The fields of a block before the block.
     for path, default in reversed(list(_table_defaults(spec))):
         *above, name = path.split(".")
-        block: Any = data
+        blocks: list[Any] = [data]
         for part in above:
-            block = block.get(part, {})
-        if block.get(name) == default:
-            del block[name]
-            if len(above) > 1 and not block:  # such a block may be left out, too
-                outer: Any = data
-                for part in above[:-1]:
-                    outer = outer[part]
-                del outer[above[-1]]
+            blocks.append(blocks[-1].get(part, {}))
+        if blocks[-1].get(name) == default:
+            del blocks[-1][name]
+            if len(above) > 1 and not blocks[-1]:  # such a block may be left out, too
+                del blocks[-2][above[-1]]
     return data
 
 

@@ -9,7 +9,7 @@ strictly instead (`problems.parse`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -41,18 +41,8 @@ def read_stored(model: type[Model], document: dict[str, Any]) -> Stored[Model]:
 
     Raises NotUnderstood for a known field outside the status with an unreadable value.
     """
-    unknown: list[str] = []
-    while True:
-        try:
-            return Stored(model.model_validate(document), tuple(unknown))
-        except ValidationError as error:
-            problems = error.errors()
-        wrong = [p for p in problems if p["loc"][:1] != (STATUS,) and p["type"] != "extra_forbidden"]
-        if wrong:
-            raise NotUnderstood("\n".join(map(problem_line, wrong)))
-        unknown += [path(p["loc"]) for p in problems if p["loc"][:1] != (STATUS,)]
-        # What is removed may make its parent incomplete, which the next turn finds.
-        document = _without(document, {_unreadable(p) for p in problems})
+    value, left_out = _lenient(model, document, lambda p: _is_outside(p) and p["type"] != "extra_forbidden")
+    return Stored(value, tuple(path(p["loc"]) for p in left_out if _is_outside(p)))
 
 
 def read_known(model: type[Model], document: dict[str, Any]) -> Model:
@@ -60,14 +50,31 @@ def read_known(model: type[Model], document: dict[str, Any]) -> Model:
 
     Raises NotUnderstood without a required field of the object itself.
     """
+    return _lenient(model, document, lambda p: not _unreadable(p))[0]
+
+
+def _lenient(
+    model: type[Model], document: dict[str, Any], is_wrong: Callable[[ErrorDetails], bool]
+) -> tuple[Model, list[ErrorDetails]]:
+    """`document` without what cannot be read, and why each part of it was left out. Raises NotUnderstood if one of the
+    problems `is_wrong`.
+    """
+    left_out: list[ErrorDetails] = []
     while True:
         try:
-            return model.model_validate(document)
+            return model.model_validate(document), left_out
         except ValidationError as error:
             problems = error.errors()
-        if required := [p for p in problems if not _unreadable(p)]:
-            raise NotUnderstood("\n".join(map(problem_line, required)))
+        if wrong := [p for p in problems if is_wrong(p)]:
+            raise NotUnderstood("\n".join(map(problem_line, wrong)))
+        left_out += problems
+        # What is removed may make its parent incomplete, which the next turn finds.
         document = _without(document, {_unreadable(p) for p in problems})
+
+
+def _is_outside(problem: ErrorDetails) -> bool:
+    """Whether it is about a field outside the status."""
+    return problem["loc"][:1] != (STATUS,)
 
 
 def problem_line(problem: ErrorDetails) -> str:
