@@ -128,3 +128,37 @@ def test_a_server_that_is_away(tmp_path: Path, llama: Path, prose_data: DatasetD
     assert notices.given() == [
         "spec.tracking: MLflow lacks 4 of 4 reports of the training: ConnectError: [Errno 111] Connection refused"
     ]
+
+
+def test_a_server_that_fails_between_requests_still_gets_the_parameters(tmp_path: Path) -> None:
+    """The next attempt, too, describes a run that an earlier one has only created."""
+    described: list[str] = []
+    created: list[str] = []
+    healthy = False
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content or b"{}")
+        if request.url.path.endswith("runs/create"):
+            created.append(body["run_name"])
+            return httpx.Response(200, json={"run": {"info": {"run_id": "r1"}}})
+        if body.get("params"):
+            if not healthy:
+                return httpx.Response(503)
+            described.extend(param["key"] for param in body["params"])
+        return httpx.Response(200, json={"experiment": {"experiment_id": "1"}})
+
+    def attempt() -> MLflow:
+        spec = Tracker.model_validate({"type": "mlflow", "url": "http://mlflow"})
+        documents = {"spec": {"task": "causal-lm"}, "provenance": {}}
+        tracker = MLflow(spec, TrackedTraining("job", "default", tmp_path, 0, documents))
+        tracker._client = httpx.Client(base_url="http://mlflow/api/2.0/mlflow/", transport=httpx.MockTransport(answer))
+        return tracker
+
+    first = attempt()
+    for _ in range(2):
+        with pytest.raises(httpx.HTTPStatusError):
+            first.send(Report(1, {"loss": 1.0}))
+    healthy = True
+    attempt().send(Report(1, {"loss": 1.0}))
+    attempt().send(Report(2, {"loss": 1.0}))
+    assert (created, described) == (["job"], ["task"])

@@ -34,11 +34,15 @@ class MLflow:
         self._spec, self._training = spec, training
         self._client = httpx.Client(base_url=f"{spec.url}".rstrip("/") + API, timeout=SECONDS)
         self._run_id: str | None = None
+        self._described = False
+        """Whether the run has its parameters: a server may fail between the requests."""
         self._sent: dict[str, int] = {}
 
     def send(self, report: Report) -> None:
         if self._run_id is None:
             self._run_id = self._resumed() or self._created()
+        if not self._described:
+            self._describe(self._run_id)
         now = round(time.time() * 1000)
         # MLflow keeps all values of a metric at a step. What an earlier attempt has sent is the same, and not repeated.
         metrics = [
@@ -64,12 +68,12 @@ class MLflow:
         kept = json.loads(file.read_text())
         if kept["url"] != self._spec.url:
             return None
-        self._sent = kept["sent"]
+        self._sent, self._described = kept["sent"], kept["described"]
         self._update("RUNNING", kept["id"])
         return str(kept["id"])
 
     def _created(self) -> str:
-        """Create the run, with the spec as parameters and what it was made of as tags. Return its id."""
+        """Create the run, with what it was made of as tags. Return its id."""
         name = self._spec.run_name or self._training.name
         tags = {"luthier.job": f"{self._training.namespace}/{self._training.name}"}
         tags |= {"luthier.provenance": json.dumps(self._training.documents["provenance"]), "mlflow.runName": name}
@@ -86,13 +90,18 @@ class MLflow:
         self._run_id = run_id = str(found["run"]["info"]["run_id"])
         self._training.folder.mkdir(parents=True, exist_ok=True)
         self._keep()
+        return run_id
+
+    def _describe(self, run_id: str) -> None:
+        """Write the spec as parameters of the run. The server takes the same value of a parameter more than once."""
         params = [
             {"key": key_of(key), "value": str(value)[:PARAMETER_CHARACTERS]}
             for key, value in flat(self._training.documents["spec"]).items()
         ]
         for start in range(0, len(params), BATCH):
             self._post("runs/log-batch", {"run_id": run_id, "params": params[start : start + BATCH]})
-        return run_id
+        self._described = True
+        self._keep()
 
     def _experiment(self) -> str:
         name = self._spec.experiment or self._training.namespace
@@ -106,7 +115,7 @@ class MLflow:
         self._post("runs/update", body | ({} if status == "RUNNING" else {"end_time": round(time.time() * 1000)}))
 
     def _keep(self) -> None:
-        kept = {"id": self._run_id, "url": self._spec.url, "sent": self._sent}
+        kept = {"id": self._run_id, "url": self._spec.url, "described": self._described, "sent": self._sent}
         replace_file(self._training.folder / RUN_FILE, json.dumps(kept).encode())
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
