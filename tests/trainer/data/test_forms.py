@@ -247,6 +247,13 @@ REFUSED = [
         ),
     ),
     Refused(
+        name="a message that is not to be learnt",
+        content=lines({"messages": [TURNS[0], TURNS[1] | {"weight": 0}]}),
+        message='spec.dataset.columns.messages: column "messages" of x.jsonl cannot be read as conversations in 1 of 1'
+        " rows. The first is row 0, counted from 0 (line 1 of x.jsonl): message 1 has the weight 0, which is not read:"
+        " all that the assistant writes is learnt alike. Remove the key, or the row",
+    ),
+    Refused(
         name="an image",
         content=lines({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
         message='spec.dataset.columns.messages: column "messages" of x.jsonl cannot be read as conversations in 1 of 1'

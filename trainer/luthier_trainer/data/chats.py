@@ -229,6 +229,11 @@ def _message(item: Any, number: int) -> Message:
     name = given.get("role", item.get("from"))
     if not isinstance(name, str):
         raise Malformed(f"message {number} has no role. Its keys are: {', '.join(item)}")
+    if given.get("weight", 1) != 1:
+        raise Malformed(
+            f"message {number} has the weight {_shown(given['weight'])}, which is not read: all that the assistant"
+            " writes is learnt alike. Remove the key, or the row"
+        )
     content = given.get("content", item.get("value"))
     role = SAME_ROLE.get(name.lower(), name.lower())
     if role in CALLS:
