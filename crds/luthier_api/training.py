@@ -66,7 +66,7 @@ class EarlyStopping(ApiModel):
     patience: Annotated[int, Field(ge=1, le=1000)]
     """Evaluations in a row without an improvement of `metric` after which the training ends."""
     threshold: Annotated[float, Field(ge=0)] = 0.0
-    """An improvement is more than this."""
+    """By how much an evaluation must be better to count as an improvement."""
 
 
 class Training(ApiModel):
@@ -89,7 +89,7 @@ class Training(ApiModel):
     warmup_ratio: Annotated[float | None, Field(gt=0, lt=1)] = None
     """The same as a share of all steps, rounded up."""
     optimizer: OptimizerName = "adamw_torch_fused"
-    """The optimiser, by transformers' names; what each needs is on the page of memory."""
+    """The optimiser, by transformers' names. docs/training.md says what each needs."""
     optimizer_options: OptimizerOptions = Field(default_factory=OptimizerOptions)
     """Options of the optimiser."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
