@@ -121,8 +121,8 @@ def test_parts_without_a_label_are_left_out_and_counted(capsys: pytest.CaptureFi
         " one part while it reads another. 2 parts without a token to learn are left out"
     )
     assert lines[1] == (
-        "spec.training.packing: 2 training rows are packed into 1 of at most 10 tokens, which are 90.0% full. batchSize"
-        " counts these: each holds 2 rows on average"
+        "spec.training.packing: 2 training rows are packed into 1 bins of at most 10 tokens, which are 90.0% full."
+        " batchSize counts bins: each holds 2 rows on average"
     )
 
 

@@ -174,7 +174,7 @@ def _tell_packed(rows: int, tokens: int, bins: int, max_length: int, use: str) -
     """Give notice of how many rows share a bin, because batchSize counts bins."""
     if bins:
         notice(
-            f"{PACKING}: {rows} {use} rows are packed into {bins} of at most {max_length} tokens, which are"
-            f" {tokens / (bins * max_length):.1%} full. batchSize counts these: each holds"
+            f"{PACKING}: {rows} {use} rows are packed into {bins} bins of at most {max_length} tokens, which"
+            f" are {tokens / (bins * max_length):.1%} full. batchSize counts bins: each holds"
             f" {rows / bins:.3g} rows on average"
         )

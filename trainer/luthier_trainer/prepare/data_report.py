@@ -190,11 +190,8 @@ def _give_notices(report: Mapping[str, Any], splits: Mapping[str, Rows], spec: F
     train = report["splits"]["train"]
     repeated, near = train.get("exactDuplicates", 0), train.get("nearDuplicates", 0)
     if repeated + near >= max(REPEATED * train["rows"], 1):
-        also = f", and {_least(report)}{near} nearly equal" if near else ""
-        notice(
-            f"{DATASET}: {repeated} of {train['rows']} training rows are equal to an earlier one{also}. Each is learnt"
-            " as often as it occurs. Remove them if that is not meant"
-        )
+        rows = _equal_rows(repeated, near, report, f"{train['rows']} training rows", "an earlier one")
+        notice(f"{DATASET}: {rows}. Each is learnt as often as it occurs. Remove them if that is not meant")
     if "shared" in report:
         drawn = spec.dataset.eval_fraction is not None
         remedy = "Remove the repeats from the data" if drawn else "Remove such rows from one of the two"
@@ -213,12 +210,19 @@ def _give_notice_of_shared(report: Mapping[str, Any], splits: Mapping[str, Rows]
     if not exact + near:
         return
     one, other = (shared["exampleRows"] or shared["nearExampleRows"])[0]
-    also = f", and {_least(report)}{near} nearly so" if near else ""
+    rows = _equal_rows(exact, near, report, f"{len(splits['eval'].data)} held-out rows", "a training row")
     notice(
-        f"{DATASET}: {exact} of {len(splits['eval'].data)} held-out rows are equal to a training row{also}, which makes"
-        f" the held-out metrics too good. {remedy}. The first is"
+        f"{DATASET}: {rows}, which makes the held-out metrics too good. {remedy}. The first is"
         f" {splits['eval'].place_of(other)}; in training {splits['train'].place_of(one)}"
     )
+
+
+def _equal_rows(exact: int, near: int, report: Mapping[str, Any], of: str, another: str) -> str:
+    """Return how many rows are equal or nearly equal to `another`, as the beginning of a sentence."""
+    least = _least(report)
+    if not exact:
+        return f"{least}{near} of {of} are nearly equal to {another}"
+    return f"{exact} of {of} are equal to {another}" + (f", and {least}{near} nearly equal" if near else "")
 
 
 def _give_notices_of_labels(train: Mapping[str, Any]) -> None:
