@@ -274,11 +274,14 @@ def _table_defaults(spec: TabledSpec) -> Iterator[tuple[str, Any]]:
 
 
 def settings_of(spec: TabledSpec) -> dict[str, Any]:
-    """Path → value, of the marked fields that belong to the rows that `spec` chooses; blocks and lists are left out."""
-    found = {}
+    """Path → value, of the marked fields that belong to the rows that `spec` chooses, for people to read. Blocks and
+    lists are left out, and options within a block that have their default, such as the epsilon of an optimiser.
+    """
+    found, table = {}, dict(_table_defaults(spec))
     for field in marked_fields(type(spec)):
         value = None if "[]" in field.path else _value(spec, field.path)
-        if value is not None and not isinstance(value, ApiModel):
+        is_usual = field.path.count(".") > 1 and value == table.get(field.path)
+        if value is not None and not isinstance(value, ApiModel) and not is_usual:
             found[field.path] = value
     return found
 
