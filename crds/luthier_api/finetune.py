@@ -52,7 +52,7 @@ class Columns(ApiModel):
     """What the model shall write after the prompt: text, or messages."""
     messages: Annotated[ShortText | None, For("task")] = by_table()
     """A conversation: a list of messages with role (system, user, assistant, tool) and content; in ShareGPT, from and
-    value.
+    value. One with the weight 0 is read, but not learnt.
     """
     tools: Annotated[ShortText | None, For("task")] = by_table()
     """The tools that a conversation can call, as JSON schemas. Used where there is such a column."""

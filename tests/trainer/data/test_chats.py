@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -243,6 +243,67 @@ def test_what_happens_to_rows_is_said(case: Remark, make_tokenizer: Any) -> None
     else:
         ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
         assert not any(a == b and a in ends for a, b in zip(row["input_ids"], row["input_ids"][1:], strict=False))
+
+
+@dataclass(frozen=True)
+class Weighted:
+    name: str
+    template: str
+    learnt: str
+    """The text of the labels of CHATS[1], of which the second answer is not to be learnt."""
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+THINKING = MARKED.replace(
+    "{% generation %}{{ message.content",
+    "{% generation %}{{ '' if loop.last else '<think></think>' }}{{ message.content",
+)
+WEIGHTED = [
+    Weighted(
+        name="marks",
+        template=MARKED,
+        learnt="Hello!<|im_end|>You are welcome.<|im_end|>",
+    ),
+    Weighted(
+        name="marks, of a turn that is written differently later",
+        template=THINKING,
+        learnt="<think></think>Hello!<|im_end|>You are welcome.<|im_end|>",
+    ),
+    Weighted(
+        name="no marks",
+        template=UNMARKED,
+        learnt="Hello!<|im_end|>\nYou are welcome.<|im_end|>\n",
+    ),
+    Weighted(
+        name="completions",
+        template=MARKED,
+        learnt="Hello!<|im_end|>\n<|im_start|>user\nAnd in French?<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>user\nThanks.<|im_end|>\n<|im_start|>assistant\nYou are welcome.<|im_end|>\n",
+        changes={"training": {"lossOn": "completions"}},
+    ),
+]
+
+
+@pytest.mark.parametrize("case", WEIGHTED, ids=lambda case: case.name)
+def test_messages_of_weight_0_are_not_learnt(case: Weighted, make_tokenizer: Any) -> None:
+    """They are read as all others: the tokens are the same as without weights."""
+    weighted = [message | {"weight": int(number != 3)} for number, message in enumerate(CHATS[1])]
+    halves = [{"prompt": weighted[:1], "completion": weighted[1:]}]
+    rows = [{"messages": weighted}] if case.name != "completions" else halves
+    tokenizer = make_tokenizer(MARKED)
+    tokenizer.chat_template = case.template
+    (row,) = ours(rows, tokenizer, **case.changes)
+    assert tokenizer.decode([token for token in labels(row) if token != -100]) == case.learnt
+    (plain,) = ours([{"messages": CHATS[1]}], tokenizer)
+    assert row["input_ids"] == plain["input_ids"]
+
+
+def test_what_is_not_to_be_learnt_is_refused_where_all_is_learnt(make_tokenizer: Any) -> None:
+    rows = [{"messages": CHATS[0]}, {"messages": [CHATS[0][0], CHATS[0][1] | {"weight": 0}]}]
+    with pytest.raises(Failure, match=r"spec\.training\.lossOn: all learns each token, and message 1 of row 1.* 0\."):
+        ours(rows, make_tokenizer(MARKED), training={"lossOn": "all"})
+    with pytest.raises(Failure, match=r"1 of 1 training rows of rows\.jsonl have no message of the assistant that"):
+        ours(rows[1:], make_tokenizer(MARKED))
 
 
 def test_a_template_that_cannot_be_compared_is_refused(make_tokenizer: Any) -> None:

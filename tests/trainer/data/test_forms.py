@@ -247,11 +247,11 @@ REFUSED = [
         ),
     ),
     Refused(
-        name="a message that is not to be learnt",
-        content=lines({"messages": [TURNS[0], TURNS[1] | {"weight": 0}]}),
+        name="a message that is learnt by half",
+        content=lines({"messages": [TURNS[0], TURNS[1] | {"weight": 0.5}]}),
         message='spec.dataset.columns.messages: column "messages" of x.jsonl cannot be read as conversations in 1 of 1'
-        " rows. The first is row 0, counted from 0 (line 1 of x.jsonl): message 1 has the weight 0, which is not read:"
-        " all that the assistant writes is learnt alike. Remove the key, or the row",
+        " rows. The first is row 0, counted from 0 (line 1 of x.jsonl): message 1 has the weight 0.5. The"
+        " weights are: 1, the message is learnt, and 0, it is only read",
     ),
     Refused(
         name="an image",

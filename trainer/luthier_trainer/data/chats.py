@@ -2,7 +2,8 @@
 
 A row is then an object with `messages`, with `tools` if there are some, and, where it is a prompt and its completion,
 with `prompt`, the number of messages that are the prompt. Messages have the keys that chat templates know: role,
-content, tool_calls, name, tool_call_id, reasoning_content. Content is one text.
+content, tool_calls, name, tool_call_id, reasoning_content. Content is one text. A message that is not to be learnt has
+the weight 0, as in OpenAI's files.
 """
 
 from __future__ import annotations
@@ -128,6 +129,11 @@ def contents(data: Dataset) -> Iterator[str]:
         yield from (message["content"] for message in json.loads(row[CHAT])["messages"])
 
 
+def unlearnt(chat: Chat) -> list[int]:
+    """Return the numbers of the messages with the weight 0, which are not learnt."""
+    return [number for number, message in enumerate(chat["messages"]) if message.get("weight") == 0]
+
+
 def joined(data: Dataset) -> Iterator[list[str]]:
     """Yield the contents of conversations, in batches: all messages of one as one text."""
     for batch in data.iter(rows_at_once(data, 1_000)):
@@ -229,11 +235,14 @@ def _message(item: Any, number: int) -> Message:
     name = given.get("role", item.get("from"))
     if not isinstance(name, str):
         raise Malformed(f"message {number} has no role. Its keys are: {', '.join(item)}")
-    if given.get("weight", 1) != 1:
+    weight = given.pop("weight", 1)
+    if weight not in (0, 1):
         raise Malformed(
-            f"message {number} has the weight {_shown(given['weight'])}, which is not read: all that the assistant"
-            " writes is learnt alike. Remove the key, or the row"
+            f"message {number} has the weight {_shown(weight)}. The weights are: 1, the message is learnt, and 0, it is"
+            " only read"
         )
+    if weight == 0:
+        given["weight"] = 0
     content = given.get("content", item.get("value"))
     role = SAME_ROLE.get(name.lower(), name.lower())
     if role in CALLS:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from luthier_trainer.data import full_lengths
-from luthier_trainer.data.chats import CHAT
+from luthier_trainer.data.chats import CHAT, Chat, unlearnt
 from luthier_trainer.data.columns import invalid
 from luthier_trainer.data.load import Rows
 from luthier_trainer.data.masks import ChatReader, Unmasked, Unreadable, common
@@ -55,7 +55,7 @@ def completion_rows(
 def chat_rows(rows: Rows, reader: ChatReader, max_length: int | None, use: str) -> Dataset:
     """Return one row a conversation. Rows that cannot be written, or have no label, are left out, with a notice.
 
-    Raises Failure if that is true of all rows.
+    Raises Failure if that is true of all rows, or if the job learns all tokens and a message is not to be learnt.
     """
     masked = reader.loss_on != "all"
     report = Report(rows, max_length, use)
@@ -63,8 +63,11 @@ def chat_rows(rows: Rows, reader: ChatReader, max_length: int | None, use: str) 
     def tokenize(batch: dict[str, list[str]], indices: list[int]) -> dict[str, list[Any]]:
         found: list[tuple[list[int], list[int]]] = []
         for index, chat in zip(indices, batch[CHAT], strict=True):
+            read = json.loads(chat)
+            if not masked:
+                refuse_weights(read, f"{rows.place(index)} of {rows.origin}")
             try:
-                row = reader(json.loads(chat))
+                row = reader(read)
             except (Unreadable, Unmasked) as error:
                 report.remark(type(error).__name__.lower(), index, str(error))
                 found.append(([], []))
@@ -79,6 +82,15 @@ def chat_rows(rows: Rows, reader: ChatReader, max_length: int | None, use: str) 
     encoded = mapped(rows.data, tokenize, language_features(masked), with_indices=True)
     report.tell()
     return keep_learnable(encoded)
+
+
+def refuse_weights(chat: Chat, place: str) -> None:
+    """Raise Failure if a message of a conversation, which is at `place`, has the weight 0 and all tokens are learnt."""
+    if numbers := unlearnt(chat):
+        raise invalid(
+            f"spec.training.lossOn: all learns each token, and message {numbers[0]} of {place} has the weight 0. Choose"
+            " assistant, or remove the weights"
+        )
 
 
 REMARKS: Mapping[str, tuple[str, str]] = {

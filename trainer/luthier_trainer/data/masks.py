@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier_api.forms import LossOn
 from luthier_trainer.data import templates
-from luthier_trainer.data.chats import Chat, Message
+from luthier_trainer.data.chats import Chat, Message, unlearnt
 from luthier_trainer.data.reading import Reader
 
 if TYPE_CHECKING:
@@ -83,6 +83,13 @@ class ChatReader:
         if prompt is not None and self.loss_on != "all":
             begin = self._length_before(messages[:prompt], tools, ids, remarks)
             mask = [0] * begin + mask[begin:]
+        turns = self._marked_turns(messages, whole)
+        for number in unlearnt(chat):
+            if number in turns:
+                begin, end = self._token_span(whole, ids, turns[number])
+            else:
+                begin, end = self._message(number, messages, tools, ids, remarks)
+            mask[begin:end] = [0] * (end - begin)
         ids, mask = self._begin_once(ids, mask)
         if any(mask):
             self._end(ids, mask, messages[-1]["role"] == "assistant", remarks)
@@ -190,17 +197,41 @@ class ChatReader:
                 mask[begin:end] = [1] * (end - begin)
             return mask
         for number, message in enumerate(messages):
-            if message["role"] != "assistant" or number < first:
-                continue
-            begin = self._length_before(messages[:number], tools, ids, remarks) if number else 0
-            end = len(ids)
-            if number < len(messages) - 1:
-                through = self.tokenize(self.render(messages[: number + 1], tools))[0]
-                if ids[: len(through)] != through:
-                    raise Unmasked(f"message {number} is written differently where other messages follow it")
-                end = len(through)
-            mask[begin:end] = [1] * (end - begin)
+            if message["role"] == "assistant" and number >= first:
+                begin, end = self._message(number, messages, tools, ids, remarks)
+                mask[begin:end] = [1] * (end - begin)
         return mask
+
+    def _marked_turns(self, messages: list[Message], whole: Rendered) -> dict[int, Span]:
+        """Return number of a message → the characters that the template marks in it. Empty where this is not known.
+
+        Only if as many turns are marked as messages are the assistant's, each is one of them.
+        """
+        numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        if self.loss_on != "assistant" or whole.turns is None or len(whole.turns) != len(numbers):
+            return {}
+        return dict(zip(numbers, whole.turns, strict=True))
+
+    def _message(self, number: int, messages: list[Message], tools: Any, ids: list[int], remarks: Counter[str]) -> Span:
+        """Return the tokens of message `number`, found by comparing. Raises Unmasked if they cannot be found.
+
+        They are what follows the messages before it, and, where the assistant writes it, the beginning of its turn.
+        """
+        begin, end = 0, len(ids)
+        if number and messages[number]["role"] == "assistant":
+            begin = self._length_before(messages[:number], tools, ids, remarks)
+        elif number:
+            begin = self._length_of(messages[:number], tools, ids)
+        if number < len(messages) - 1:
+            end = self._length_of(messages[: number + 1], tools, ids)
+        return begin, end
+
+    def _length_of(self, messages: list[Message], tools: Any, ids: list[int]) -> int:
+        """Return how many tokens of `ids` are those of `messages`. Raises Unmasked if they alone have other tokens."""
+        alone = self.tokenize(self.render(messages, tools))[0]
+        if ids[: len(alone)] != alone:
+            raise Unmasked(f"message {len(messages) - 1} is written differently where other messages follow it")
+        return len(alone)
 
     def _length_before(self, messages: list[Message], tools: Any, ids: list[int], remarks: Counter[str]) -> int:
         """Return how many tokens of `ids` are those of `messages` and the beginning of the turn after them.
