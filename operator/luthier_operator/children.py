@@ -279,6 +279,8 @@ def image_pull_failed(pod: str, message: str) -> str:
     """
     named = IMAGE.search(message)
     image = named["image"] if named else "the trainer image"
+    if named and ":" not in image.rpartition("/")[2]:
+        image += ":latest"  # as the error says it, and the back-off does not
     error = CONNECTION.sub("", BACK_OFF.sub("", message)).strip()
     text = (
         f"{image} cannot be pulled for pod {pod}. An administrator sets it by trainer.image (chart), and"

@@ -405,7 +405,7 @@ def test_a_quota_is_quoted_and_the_job_goes_on_without_it(kube: Kube) -> None:
             what="NoPods",
         )
         message = conditions(job)["Prepared"]["message"]
-        assert message.startswith("the cluster refuses the pods of Job ftj-crowded-prepare: ")
+        assert message.startswith("spec.prepare: the cluster refuses the pods of Job ftj-crowded-prepare: ")
         assert "exceeded quota: none, requested: pods=1, used: pods=0, limited: pods=0. To solve it: " in message
         small.delete("resourcequota", "none")
         failed = small.failed("ftj", "crowded")

@@ -221,7 +221,7 @@ async def test_an_image_that_is_not_there() -> None:
         await until("said", lambda: status(cluster, "FineTuneJob", "tune").get("state") == "ImagePullFailed")
         prepared = condition(cluster, "FineTuneJob", "tune", "Prepared")
         assert prepared is not None
-        assert prepared["message"].startswith("x cannot be pulled for pod ftj-tune-prepare-0-")
+        assert prepared["message"].startswith("x:latest cannot be pulled for pod ftj-tune-prepare-0-")
 
 
 async def test_suspend_and_resume() -> None:

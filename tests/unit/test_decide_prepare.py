@@ -177,7 +177,10 @@ CASES = [
             pods=[pod(JOB, "prepare", unschedulable="0/3 nodes are available: 3 Insufficient memory.")],
         ),
         expect="waits",
-        condition="False Unschedulable: pod ftj-bot-prepare-0-0: 0/3 nodes are available: 3 Insufficient memory.",
+        condition=(
+            "False Unschedulable: spec.prepare.memory: pod ftj-bot-prepare-0-0: 0/3 nodes are available: 3 Insufficient"
+            " memory. To solve it: ask for no more than one node has, or wait until other pods have ended"
+        ),
     ),
     Case(
         name="its volume is not bound",

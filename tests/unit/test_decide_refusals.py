@@ -117,7 +117,8 @@ def test_a_job_without_pods(case: Case) -> None:
 def test_the_resources_of_prepare_are_not_those_of_the_job() -> None:
     warnings = {ChildRef("Job", "ftj-bot-prepare"): LIMIT}
     decision = decided(PREPARES, child(PREPARES, "prepare", born=at(-31)), warnings=warnings)
-    assert said(decision, "Prepared").startswith("False NoPods: the cluster refuses the pods of Job ftj-bot-prepare: ")
+    begin = "False NoPods: spec.prepare: the cluster refuses the pods of Job ftj-bot-prepare: "
+    assert said(decision, "Prepared").startswith(begin)
 
 
 def test_a_refusal_that_never_ends_by_itself_ends_the_job() -> None:

@@ -240,7 +240,11 @@ CASES = [
             group(), pods=[pod(JOB, "run", 1, unschedulable="0/4 nodes are available: 4 Insufficient nvidia.com/gpu.")]
         ),
         expect="waits",
-        condition="False Unschedulable: pod ftj-bot-run-1-0: 0/4 nodes are available: 4 Insufficient nvidia.com/gpu.",
+        condition=(
+            "False Unschedulable: spec.resources.gpusPerNode: pod ftj-bot-run-1-0: 0/4 nodes are available: 4"
+            " Insufficient nvidia.com/gpu. To solve it: ask for no more than one node has, or wait until other pods"
+            " have ended"
+        ),
     ),
     Case(
         name="no node has the GPUs of the second",
@@ -249,7 +253,11 @@ CASES = [
             pods=[BOTH[0], pod(JOB, "run", 1, unschedulable="0/4 nodes are available: 4 Insufficient nvidia.com/gpu.")],
         ),
         expect="waits",
-        condition="False Unschedulable: pod ftj-bot-run-1-0: 0/4 nodes are available: 4 Insufficient nvidia.com/gpu.",
+        condition=(
+            "False Unschedulable: spec.resources.gpusPerNode: pod ftj-bot-run-1-0: 0/4 nodes are available: 4"
+            " Insufficient nvidia.com/gpu. To solve it: ask for no more than one node has, or wait until other pods"
+            " have ended"
+        ),
     ),
     Case(
         name="the image does not come",

@@ -81,11 +81,16 @@ TEXT = (
     "reg.example/trainer:7 cannot be pulled for pod ftj-bot-prepare-0-0. An administrator sets it by trainer.image"
     " (chart), and imagePullSecrets for a registry that asks who pulls"
 )
+ABSENT = 'failed to resolve reference "reg.example/trainer:latest": no such host'
 REFUSED = 'failed to resolve reference "reg.example/trainer:7": dial tcp 10.0.0.9:{}->10.1.1.1:443: connection refused'
 SAME = [
     # what the kubelet says, by turns                                                           the one text for it
     ([NOT_FOUND, f'Back-off pulling image "reg.example/trainer:7": ErrImagePull: {NOT_FOUND}'], f"{TEXT}: {NOT_FOUND}"),
     ([NOT_FOUND, 'Back-off pulling image "reg.example/trainer:7"'], f"{TEXT}: {NOT_FOUND}"),
+    (
+        [ABSENT, 'Back-off pulling image "reg.example/trainer"'],  # named without a tag
+        f"{TEXT.replace(':7', ':latest')}: {ABSENT}",
+    ),
     (
         [REFUSED.format(40001), REFUSED.format(51234)],
         f'{TEXT}: failed to resolve reference "reg.example/trainer:7": 10.1.1.1:443: connection refused',

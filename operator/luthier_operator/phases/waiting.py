@@ -16,7 +16,7 @@ from luthier_operator.failure.cause import Failure, location
 from luthier_operator.model import ChildRef, Object
 from luthier_operator.phases import queued
 from luthier_operator.phases.context import Context, Step
-from luthier_operator.phases.refusals import may_pass, missing_volume, refused_pods
+from luthier_operator.phases.refusals import may_pass, missing_volume, no_node, refused_pods
 
 EVIDENCE_SECONDS = 3.0
 """A child and its pods are watched separately. For this long after a child has ended, messages of its pods may still
@@ -120,6 +120,8 @@ def pending_reason(ctx: Context, phase: Phase, pods: int) -> tuple[PendingReason
 
     found = children.pending_reason(ctx.pods(phase))
     if found:
+        if found.reason == Reason.UNSCHEDULABLE:
+            found = replace(found, message=no_node(ctx, phase, found.message))
         return as_before(ctx, phase, found), seconds_to_start(ctx, found)
 
     first = min(overdue(ctx, phase, pods), key=lambda expected: expected.due, default=None)

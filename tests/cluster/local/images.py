@@ -63,16 +63,21 @@ def forget_others(arguments: dict[str, str]) -> None:
     is a wheel for CPU.
 
     So those that were made with others than `arguments` are removed, all but the bases; and before them the containers
-    that a build which was killed has left, because they hold their layers.
+    that a build which was killed has left, because they hold their layers. The same is done when the disk gets full:
+    each build of changed code leaves the layers of the one before, up to 5 GB.
     """
     note, given = HOME / "image-arguments.json", json.dumps(arguments, sort_keys=True)
-    if not note.exists() or note.read_text() != given:
+    if not note.exists() or note.read_text() != given or shutil.disk_usage(HOME).free < NEEDED:
         note.unlink(missing_ok=True)  # until all is removed: this may be killed, too
         buildah("rm", "--all", stdout=subprocess.DEVNULL)
         kept = {i["id"] for i in listed() if any(name.startswith("localhost/local/") for name in i["names"] or ())}
         while others := [i["id"] for i in listed() if i["id"] not in kept]:
             buildah("rmi", "--force", *others, stdout=subprocess.DEVNULL)
         note.write_text(given)
+
+
+NEEDED = 20 * 2**30
+"""Bytes that are free before a build: both images from nothing take up to 15 GB on the way."""
 
 
 def listed() -> list[dict[str, Any]]:
