@@ -45,8 +45,9 @@ class Columns(ApiModel):
     """The text to learn (causal-lm) or to classify (text-classification), or the caption of the image (text-to-image).
     """
     prompt: Annotated[ShortText, For("task")] = by_table()
-    """The text that the completion or both answers continue. They follow it directly, without a blank between them. For
-    causal-lm also messages, and the instruction of Alpaca.
+    """The text that the completion or both answers continue, which follow it directly, without a blank between them; or
+    messages. For causal-lm also the instruction of Alpaca. For preference, rows need not have it: then it is what both
+    answers begin with alike.
     """
     completion: Annotated[ShortText | None, For("task")] = by_table()
     """What the model shall write after the prompt: text, or messages."""
@@ -61,9 +62,9 @@ class Columns(ApiModel):
     input: Annotated[ShortText | None, For("task")] = by_table()
     """What an instruction of Alpaca is about. Used where there is such a column."""
     chosen: Annotated[ShortText, For("task")] = by_table()
-    """The answer to prefer."""
+    """The answer to prefer: text, or messages, with or without those of the prompt."""
     rejected: Annotated[ShortText, For("task")] = by_table()
-    """The answer to avoid."""
+    """The answer to avoid: as `chosen`."""
     image: Annotated[ShortText, For("task")] = by_table()
     """The image to classify or to learn, with 8 bits a channel."""
     label: Annotated[ShortText, For("task")] = by_table()

@@ -151,8 +151,10 @@ SAVED_OPTIONS: dict[str, Any] = {"method.modulesToSave": None}
 """Fields of the tasks whose adapters can hold whole modules, and are not switched off to make a reference model."""
 SMOOTHING_OPTIONS: dict[str, Any] = {"training.labelSmoothing": None}
 """Fields of the tasks whose loss is the cross-entropy of labels."""
-CHAT_OPTIONS: dict[str, Any] = {"dataset.form": None, "dataset.chatTemplate": None, "training.lossOn": None}
-"""Fields of the tasks whose rows can be conversations."""
+TEMPLATE_OPTIONS: dict[str, Any] = {"dataset.chatTemplate": None}
+"""Fields of the tasks whose rows can hold messages."""
+CHAT_OPTIONS: dict[str, Any] = TEMPLATE_OPTIONS | {"dataset.form": None, "training.lossOn": None}
+"""Fields of the tasks that learn what is written in conversations."""
 LABEL_OPTIONS: dict[str, Any] = {"dataset.mergeLabels": False}
 """Fields of the tasks whose rows have a class each."""
 
@@ -191,7 +193,8 @@ TASKS: Mapping[str, TaskInfo] = {
         peft_task_type="CAUSAL_LM",
         tags=("dpo", "trl"),
         training=TrainingTask(
-            columns={"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
+            columns={"chosen": "chosen", "rejected": "rejected"},
+            optional_columns={"prompt": None, "tools": None},
             formats=TABLE_FORMATS,
             sequences=2,
             methods=("full", "lora", "qlora"),
@@ -199,7 +202,7 @@ TASKS: Mapping[str, TaskInfo] = {
             # Unproven with DeepSpeed: TRL 1.16 prepares the reference model with an engine of its own.
             strategies=("auto", "ddp"),
             settings="preference",
-            options=TEXT_OPTIONS,
+            options=TEXT_OPTIONS | TEMPLATE_OPTIONS,
             metrics=(
                 TaskMetric(
                     "rewardAccuracy", "Share of pairs whose chosen answer has the higher reward", better="higher"

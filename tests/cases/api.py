@@ -394,12 +394,22 @@ MARKS: list[Case] = [
             "model.config": FULL | {"spec.model": {"config": {"modelType": "llama"}}},
             "dataset.columns.completion": {"spec.dataset.columns": {"completion": "answer"}},
             "dataset.columns.messages": {"spec.dataset.columns": {"messages": "turns"}},
-            "dataset.columns.tools": {"spec.dataset.columns": {"tools": "functions"}},
             "dataset.columns.system": {"spec.dataset.columns": {"system": "rules"}},
             "dataset.columns.input": {"spec.dataset.columns": {"input": "context"}},
             "dataset.form": {"spec.dataset.form": "messages"},
-            "dataset.chatTemplate": {"spec.dataset.chatTemplate": {"name": "zephyr"}},
             "training.lossOn": {"spec.training.lossOn": "all"},
+        }.items()
+    ),
+    *(
+        Case(
+            message=f"spec.{field}: applies to causal-lm, preference;",
+            refused=refused | change,
+            accepted=accepted | change,
+        )
+        for refused, accepted in ((TEXTS, CAUSAL), (IMAGES, PREFERENCE))
+        for field, change in {
+            "dataset.columns.tools": {"spec.dataset.columns": {"tools": "functions"}},
+            "dataset.chatTemplate": {"spec.dataset.chatTemplate": {"name": "zephyr"}},
         }.items()
     ),
     *(

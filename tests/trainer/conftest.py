@@ -18,6 +18,7 @@ from hub.server import Running
 from luthier_api.run import FineTuneRun, GenerateRun
 from luthier_api.spec import NewModel
 from luthier_api.variables import Variables
+from luthier_trainer.data import full_lengths
 from luthier_trainer.models.new_model import new_config, save_new_model, train_tokenizer
 from luthier_trainer.runtime import notices
 
@@ -51,6 +52,8 @@ def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     }.items():
         monkeypatch.setenv(name, value)
     notices.forget()
+    for use in ("training", "held-out"):
+        full_lengths.take(use)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 from hub.server import Running
 from huggingface_hub import HfApi
 from peft import LoraConfig
@@ -23,7 +23,6 @@ from luthier_api.variables import Variables
 from luthier_trainer.prepare import main as prepare
 from luthier_trainer.publish import main as publish
 from luthier_trainer.publish.model_card import card
-from luthier_trainer.runtime import notices
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.run_folder import run_dir
 from luthier_trainer.training import main as train
@@ -48,62 +47,6 @@ def prefer(make_run: Any, tmp_path: Path, pairs: list[dict[str, str]]) -> Callab
         return make_run(name, **{"task": "preference", "dataset": dataset, "method": LORA, "training": COURSE} | spec)
 
     return make
-
-
-@dataclass(frozen=True)
-class Refusal:
-    name: str
-    change: dict[str, Any]
-    message: str
-
-
-REFUSALS = [
-    Refusal(
-        name="no chosen answer",
-        change={"chosen": ""},
-        message=r'spec\.dataset\.columns\.chosen: column "chosen" of .* is blank in 1 of 16 rows',
-    ),
-    Refusal(
-        name="chat messages",
-        change={"chosen": [{"role": "assistant", "content": "Yes."}]},
-        message=r'spec\.dataset\.columns\.chosen: column "chosen" of .* holds lists or objects, such as chat messages',
-    ),
-]
-
-
-@pytest.mark.parametrize("case", REFUSALS, ids=lambda case: case.name)
-def test_pairs_that_cannot_be_learnt_from(
-    case: Refusal, prefer: Callable[..., FineTuneRun], pairs: list[dict[str, str]]
-) -> None:
-    rows = [pairs[0] | case.change, *pairs[1:]]
-    with pytest.raises(Failure, match=case.message):
-        prepare.main(prefer(rows=rows))
-
-
-def test_a_column_that_is_missing(prefer: Callable[..., FineTuneRun], pairs: list[dict[str, str]]) -> None:
-    rows = [{"prompt": pair["prompt"], "choosen": pair["chosen"], "rejected": pair["rejected"]} for pair in pairs]
-    with pytest.raises(Failure, match=r'columns\.chosen: no column "chosen" .* Did you mean "choosen"\?'):
-        prepare.main(prefer(rows=rows))
-
-
-def test_pairs_that_do_not_differ_are_left_out(prefer: Callable[..., FineTuneRun], pairs: list[dict[str, str]]) -> None:
-    run = prefer(rows=[pairs[0] | {"rejected": pairs[0]["chosen"]}, *pairs[1:]])
-    prepare.main(run)
-    assert len(load_from_disk(read_prepared(run).dataset_path)["train"]) == 15
-    assert any("are the same in 1 of 16 rows" in notice for notice in notices.given())
-
-
-def test_long_pairs_are_cut_or_left_out(prefer: Callable[..., FineTuneRun], pairs: list[dict[str, str]]) -> None:
-    long = " ".join(pair["chosen"] for pair in pairs)
-    rows = [pairs[0] | {"prompt": long}, pairs[1] | {"chosen": long}, *pairs[2:]]
-    run = prefer(rows=rows, training=COURSE | {"maxLength": 96})
-    prepare.main(run)
-    data = load_from_disk(read_prepared(run).dataset_path)["train"]
-    assert len(data) == 15
-    assert max(len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in data) == 96
-    given = "\n".join(notices.given())
-    assert "1 of 16 training pairs are longer than 96 tokens and are cut" in given
-    assert "the prompts of 1 of 16 training pairs alone have 96 tokens or more" in given
 
 
 def test_an_adapter_on_the_head_is_refused(prefer: Callable[..., FineTuneRun]) -> None:

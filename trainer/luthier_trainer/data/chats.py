@@ -9,7 +9,7 @@ the weight 0, as in OpenAI's files.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -52,10 +52,11 @@ def has_messages(rows: Rows, form: Form) -> bool:
     """Return whether rows of this form are conversations, and not pairs of texts."""
     if form.name != "prompt-completion":
         return form.can_converse
-    return any(_is_nested(rows, form.columns[role]) for role in ("prompt", "completion"))
+    return any(is_nested(rows, form.columns[role]) for role in ("prompt", "completion"))
 
 
-def _is_nested(rows: Rows, column: str) -> bool:
+def is_nested(rows: Rows, column: str) -> bool:
+    """Return whether the cells of a column are not texts: lists or objects, or values of several kinds."""
     feature = rows.data.features[column]
     return column in rows.mixed or not columns.is_text(feature)
 
@@ -65,57 +66,73 @@ def conversations(rows: Rows, form: Form) -> Rows:
 
     Rows without messages are dropped, with a notice. Raises Failure if a row is no conversation, or if no row is left.
     """
+    role, column = next(iter(form.columns.items()))
+    field, subject = f"{COLUMNS}.{role}", f'column "{column}" of {rows.origin}'
+    return as_json(rows, form.columns, CHAT, lambda cells: _chat(form, cells), f"{field}: {subject}", form.info.title)
+
+
+def as_json(
+    rows: Rows,
+    roles: Mapping[str, str],
+    into: str,
+    read: Callable[[dict[str, Any]], Mapping[str, Any] | None],
+    subject: str,
+    title: str,
+) -> Rows:
+    """Return rows with the one column `into`: what `read` makes of the cells of each row, as JSON text.
+
+    `roles`: role → column; `read` gets the cells by role. It returns None for an empty row, which is dropped, with a
+    notice, and raises Malformed for a row that is not what `title` says. `subject` begins the messages. Raises Failure
+    if a row is malformed, or if no row is left.
+    """
     import numpy
     from datasets import Features, Value
 
-    nested = {column: _is_nested(rows, column) for column in form.columns.values()}
+    nested = {column: is_nested(rows, column) for column in roles.values()}
 
     def convert(batch: dict[str, list[Any]]) -> dict[str, list[str | None]]:
-        made: dict[str, list[str | None]] = {CHAT: [], "problem": []}
+        made: dict[str, list[str | None]] = {into: [], "problem": []}
         for cells in _rows_of(batch):
-            given = {role: cells[column] for role, column in form.columns.items()}
             try:
-                chat = _chat(form, {role: _cell(value, nested[form.columns[role]]) for role, value in given.items()})
-                made[CHAT].append(json.dumps(chat, ensure_ascii=False) if chat else None)
+                row = read({role: _cell(cells[column], nested[column]) for role, column in roles.items()})
+                made[into].append(json.dumps(row, ensure_ascii=False) if row else None)
                 made["problem"].append(None)
             except Malformed as error:
-                made[CHAT].append(None)
+                made[into].append(None)
                 made["problem"].append(str(error))
         return made
 
-    read = tokens.mapped(
-        rows.data.select_columns(list(form.columns.values())),
+    found = tokens.mapped(
+        rows.data.select_columns(list(dict.fromkeys(roles.values()))),
         convert,
-        Features({CHAT: Value("string"), "problem": Value("string")}),
+        Features({into: Value("string"), "problem": Value("string")}),
     )
-    role, column = next(iter(form.columns.items()))
-    field = f"{COLUMNS}.{role}"
-    problems = [i for i, problem in enumerate(read["problem"]) if problem is not None]
+    problems = [i for i, problem in enumerate(found["problem"]) if problem is not None]
     if problems:
         raise columns.invalid(
-            f'{field}: column "{column}" of {rows.origin} cannot be read as {form.info.title} in {len(problems)} of'
-            f" {len(read)} rows. The first is {rows.place(problems[0])}: {read[problems[0]]['problem']}"
+            f"{subject} cannot be read as {title} in {len(problems)} of {len(found)} rows. The first is"
+            f" {rows.place(problems[0])}: {found[problems[0]]['problem']}"
         )
-    found = numpy.array([chat is not None for chat in read[CHAT]], dtype=bool)
-    empty = numpy.flatnonzero(~found)
-    if len(empty) == len(read):
-        raise columns.invalid(f'{field}: column "{column}" of {rows.origin} is empty in all {len(read)} rows')
-    kept = replace(rows, data=read.select_columns([CHAT]))
+    there = numpy.array([row is not None for row in found[into]], dtype=bool)
+    empty = numpy.flatnonzero(~there)
+    if len(empty) == len(found):
+        raise columns.invalid(f"{subject} is empty in all {len(found)} rows")
+    kept = replace(rows, data=found.select_columns([into]))
     if len(empty):
         notice(
-            f'{field}: column "{column}" of {rows.origin} is empty in {len(empty)} of {len(read)} rows, which are left'
-            f" out. The first is {rows.place(int(empty[0]))}"
+            f"{subject} is empty in {len(empty)} of {len(found)} rows, which are left out. The first is"
+            f" {rows.place(int(empty[0]))}"
         )
-        kept = kept.select(numpy.flatnonzero(found))
+        kept = kept.select(numpy.flatnonzero(there))
     return kept
 
 
 def prompts(rows: Rows, column: str, field: str) -> Iterator[list[Message]]:
     """Yield the messages of each row; a text is the message of a user. Raises Failure at a row that holds neither."""
-    nested = _is_nested(rows, column)
+    nested = is_nested(rows, column)
     for i, row in enumerate(rows.data.select_columns([column])):
         try:
-            messages = _messages(_listed(_cell(row[column], nested)), "user")
+            messages = messages_of(listed(_cell(row[column], nested)), "user")
         except Malformed as error:
             raise columns.invalid(f"{field}: {rows.place(i)}: {error}") from None
         if not messages:
@@ -166,12 +183,12 @@ def _without_nulls(value: Any) -> Any:
 def _chat(form: Form, cells: dict[str, Any]) -> Chat | None:
     """Return a row as a conversation; None if it is empty. Raises Malformed."""
     if form.name in ("messages", "sharegpt"):
-        messages = _messages(_listed(cells["messages"]))
+        messages = messages_of(listed(cells["messages"]))
         prompt = None
     else:
-        asked = _messages(_with_input(cells), "user")
-        answer = _messages(_listed(cells["completion"]), "assistant")
-        if not any(_says_something(message) for message in answer):
+        asked = messages_of(_with_input(cells), "user")
+        answer = messages_of(listed(cells["completion"]), "assistant")
+        if not any(says_something(message) for message in answer):
             return None
         messages, prompt = asked + answer, len(asked)
     if not messages:
@@ -180,26 +197,27 @@ def _chat(form: Form, cells: dict[str, Any]) -> Chat | None:
         messages = [{"role": "system", "content": str(cells["system"])}, *messages]
         prompt = None if prompt is None else prompt + 1
     found: Chat = {"messages": messages}
-    if tools := _tools(cells.get("tools")):
+    if tools := tools_of(cells.get("tools")):
         found["tools"] = tools
     if prompt is not None:
         found["prompt"] = prompt
     return found
 
 
-def _says_something(message: Message) -> bool:
+def says_something(message: Message) -> bool:
+    """Return whether a message has a content, or calls a tool."""
     return bool(message["content"].strip() or message.get("tool_calls"))
 
 
 def _with_input(cells: dict[str, Any]) -> Any:
     """Return the prompt; in rows of Alpaca, the instruction and, after a blank line, its input."""
-    prompt, given = _listed(cells["prompt"]), cells.get("input")
+    prompt, given = listed(cells["prompt"]), cells.get("input")
     if isinstance(prompt, str) and isinstance(given, str) and given.strip():
         return f"{prompt}\n\n{given}"
     return prompt
 
 
-def _listed(value: Any) -> Any:
+def listed(value: Any) -> Any:
     """Return the value of a cell, or the messages of which it is the JSON text, as in tables of CSV."""
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         parsed = _parsed(value)
@@ -213,7 +231,7 @@ def _listed(value: Any) -> Any:
     return value
 
 
-def _messages(value: Any, role: str | None = None) -> list[Message]:
+def messages_of(value: Any, role: str | None = None) -> list[Message]:
     """Return messages with the keys of chat templates. A text becomes one message of `role`, if that is given.
 
     Raises Malformed.
@@ -223,14 +241,14 @@ def _messages(value: Any, role: str | None = None) -> list[Message]:
     if isinstance(value, str) and role is not None:
         return [{"role": role, "content": value}]
     if not isinstance(value, list):
-        raise Malformed(f"{_shown(value)} is no list of messages")
+        raise Malformed(f"{shown(value)} is no list of messages")
     return [_message(item, i) for i, item in enumerate(value)]
 
 
 def _message(item: Any, number: int) -> Message:
     """Return a message with the keys of chat templates. `number` is its place. Raises Malformed."""
     if not isinstance(item, dict):
-        raise Malformed(f"message {number} is {_shown(item)}, and no object with role and content")
+        raise Malformed(f"message {number} is {shown(item)}, and no object with role and content")
     given = {key: value for key, value in item.items() if value is not None and key not in ("from", "value")}
     name = given.get("role", item.get("from"))
     if not isinstance(name, str):
@@ -238,7 +256,7 @@ def _message(item: Any, number: int) -> Message:
     weight = given.pop("weight", 1)
     if weight not in (0, 1):
         raise Malformed(
-            f"message {number} has the weight {_shown(weight)}. The weights are: 1, the message is learnt, and 0, it is"
+            f"message {number} has the weight {shown(weight)}. The weights are: 1, the message is learnt, and 0, it is"
             " only read"
         )
     if weight == 0:
@@ -296,23 +314,24 @@ def _calls(value: Any, number: int) -> list[dict[str, Any]]:
     for call in value if isinstance(value, list) else [value]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise Malformed(f"message {number} calls a tool without a name: {_shown(call)}")
+            raise Malformed(f"message {number} calls a tool without a name: {shown(call)}")
         made = {"name": function["name"], "arguments": _parsed(function.get("arguments", {}))}
         others = {key: call[key] for key in ("id",) if call.get(key) is not None}
         calls.append({"type": "function", "function": made} | others)
     return calls
 
 
-def _tools(value: Any) -> list[dict[str, Any]]:
+def tools_of(value: Any) -> list[dict[str, Any]]:
     """Return the tools of a conversation as chat templates expect them. Raises Malformed."""
     tools = _parsed(value)
     if not tools:
         return []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise Malformed(f"tools: {_shown(tools)} is no list of JSON schemas")
+        raise Malformed(f"tools: {shown(tools)} is no list of JSON schemas")
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return the beginning of a value, as JSON, for a message."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= PARTS_SHOWN else f"{text[:PARTS_SHOWN]}…"

@@ -129,11 +129,20 @@ REMARKS: Mapping[str, tuple[str, str]] = {
         "spell control tokens of the tokenizer in messages, which are read as ordinary text. Set"
         " spec.dataset.parseSpecialTokens: true if they are meant as the tokens themselves",
     ),
+    "undivided": (
+        "spec.dataset.chatTemplate",
+        "are left out, because the template writes the prompt differently where an answer follows it",
+    ),
     "beheaded": (MAX_LENGTH, "have no label within {max_length} tokens, and are left out"),
+    "crowded": (
+        MAX_LENGTH,
+        "have a prompt of {max_length} tokens or more, which leaves no room for an answer, and are left out",
+    ),
+    "alike": (MAX_LENGTH, "have answers that do not differ within {max_length} tokens, and are left out"),
     "cut": (MAX_LENGTH, "are longer than {max_length} tokens and are cut"),
 }
 """Remark about a row → (field, what is said of all such rows)."""
-LEFT_OUT = ("unreadable", "unmasked", "silent", "beheaded")
+LEFT_OUT = ("unreadable", "unmasked", "undivided", "silent", "beheaded", "crowded", "alike")
 
 
 class Report:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -294,8 +294,8 @@ class ChatReader:
         return self._blank[token]
 
 
-def common(some: list[int], other: list[int]) -> int:
-    """Return how many tokens two sequences have in common at their beginning."""
+def common(some: Sequence[Any], other: Sequence[Any]) -> int:
+    """Return how many tokens, characters or messages two sequences have in common at their beginning."""
     return next((i for i, (a, b) in enumerate(zip(some, other, strict=False)) if a != b), min(len(some), len(other)))
 
 

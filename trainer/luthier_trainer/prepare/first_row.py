@@ -17,20 +17,38 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FILE = "first-row.json"
+ANSWERS = ("chosen", "rejected")
 OPEN, CLOSE = "⟦", "⟧"
 CHARACTERS = 2000  # of a row in the log
 
 
 def described(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
-    """Return the first row, or the first document of a packed one: text, tokens, mask. None if it has no tokens."""
-    if "input_ids" not in rows.column_names or not len(rows):
+    """Return the first row, or the first document of a packed one: text, tokens, mask; of a pair, both answers so.
+
+    None if it has no tokens.
+    """
+    if not len(rows):
         return None
     row = rows[0]
+    answers = [role for role in ANSWERS if f"{role}_ids" in row]
+    if answers:
+        return {role: _sequence(*_after(row["prompt_ids"], row[f"{role}_ids"]), tokenizer) for role in answers}
+    if "input_ids" not in row:
+        return None
     first = row["seq_lengths"][0] if row.get("seq_lengths") else len(row["input_ids"])
     ids = row["input_ids"][:first]
     mask = row["loss_mask"][:first] if "loss_mask" in row else [1] * len(ids)
     if "labels" in row:  # a class for the whole row
         mask = [0] * len(ids)
+    return _sequence(ids, mask, tokenizer)
+
+
+def _after(prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
+    """Return (token ids, mask) of a prompt and an answer, whose tokens are the labels."""
+    return prompt + answer, [0] * len(prompt) + [1] * len(answer)
+
+
+def _sequence(ids: list[int], mask: list[int], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {
         "text": marked(ids, mask, tokenizer),
         "tokens": tokenizer.convert_ids_to_tokens(ids),
@@ -65,9 +83,15 @@ def keep(rows: Dataset, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Non
 
 def told(row: dict[str, Any]) -> str:
     """Return a described row as lines for a log."""
+    if "text" in row:
+        return _shown("The first training row", row)
+    return "\n".join(_shown(f"The {role} answer of the first training row", found) for role, found in row.items())
+
+
+def _shown(what: str, row: dict[str, Any]) -> str:
     text, learnt = row["text"], sum(row["loss_mask"])
     if len(text) > CHARACTERS:
         half = CHARACTERS // 2
         text = f"{text[:half]}\n… {len(text) - 2 * half} characters …\n{text[-half:]}"
     labels = f"{learnt} of them labels, between {OPEN} and {CLOSE}" if learnt else "and one label, its class"
-    return f"The first training row, {len(row['tokens'])} tokens, {labels}:\n{text}"
+    return f"{what}, {len(row['tokens'])} tokens, {labels}:\n{text}"

@@ -6,29 +6,25 @@ started from. With an adapter, the reference is the base model without it; other
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
-from luthier_trainer.data import columns, full_lengths, tokens
+from luthier_trainer.data import columns, pair_tokens, pairs, tokens
 from luthier_trainer.data.load import Rows
-from luthier_trainer.data.reading import Reader
+from luthier_trainer.data.pair_tokens import ENCODED
 from luthier_trainer.models import embedding, inspect
 from luthier_trainer.runtime.failure import Failure
-from luthier_trainer.runtime.notices import notice
 from luthier_trainer.tasks.base import Batch, LoadedModel, Model, TrainerSetup, TrainingContext
-from luthier_trainer.tasks.texts import ADD_ROWS, TextTask, check_ends, reader_of
+from luthier_trainer.tasks.texts import ADD_ROWS, TextTask, check_ends
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset, DatasetDict
     from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments
 
-COLUMNS = "spec.dataset.columns"
-ENCODED = ("prompt_ids", "chosen_ids", "rejected_ids")  # the names in TRL, which drops columns with other names
 FUSED_TOLERANCE = 0.05  # nats: possible error of a log-probability in 16-bit arithmetic
 
 
@@ -40,32 +36,10 @@ class PreferenceTask(TextTask):
     # ---- prepare
 
     def columns(self, spec: FineTuneJobSpec) -> tuple[str, ...]:
-        return tuple(roles(spec).values())
+        return pairs.wanted(spec)
 
     def fitting(self, rows: Rows, spec: FineTuneJobSpec) -> Rows:
-        """Return the pairs whose answers differ.
-
-        Raises Failure if a column is missing, blank or does not hold text, or if no pair differs.
-        """
-        for role, column in roles(spec).items():
-            refuse_messages(rows, column, f"{COLUMNS}.{role}")
-            rows = columns.texts(rows, column, f"{COLUMNS}.{role}", drop_blank=False)
-        import numpy
-
-        chosen, rejected = spec.dataset.columns.chosen, spec.dataset.columns.rejected
-        pairs = rows.data.select_columns([chosen, rejected])
-        differs = numpy.array([pair[chosen].strip() != pair[rejected].strip() for pair in pairs])
-        same = numpy.flatnonzero(~differs)
-        if not len(same):
-            return rows
-        found = f"the same in {len(same)} of {len(rows.data)} rows of {rows.origin}"
-        first = f"The first is {rows.place(int(same[0]))}"
-        if len(same) == len(rows.data):
-            raise columns.invalid(
-                f'{COLUMNS}.rejected: "{chosen}" and "{rejected}" are {found}. Name two other columns'
-            )
-        notice(f'{COLUMNS}.rejected: "{chosen}" and "{rejected}" are {found}, which are left out. {first}')
-        return rows.select(numpy.flatnonzero(differs))
+        return pairs.read(rows, spec)
 
     def check_model(self, model: Model, spec: FineTuneJobSpec, rows: int, labels: list[str] | None) -> None:
         """Check tokenizer, model and target modules. Raises Failure if one does not fit."""
@@ -91,42 +65,10 @@ class PreferenceTask(TextTask):
         labels: list[str] | None,
         use: str,
     ) -> Dataset:
-        """Return the token ids of each prompt and of its two answers.
+        return pair_tokens.pair_rows(rows, processor, spec, use)
 
-        Answers are cut at `spec.training.maxLength` tokens, counted with the prompt. A pair whose prompt alone is that
-        long is left out.
-        """
-        import numpy
-        from datasets import Features, List, Value
-
-        names, longest = roles(spec), spec.training.max_length
-        for role, column in names.items():
-            reader = reader_of(rows, column, f"{COLUMNS}.{role}", processor, spec, use)
-        texts = rows.data.select_columns(list(names.values()))
-        lists = {name: List(Value("int32")) for name in ENCODED}
-        encoded = tokens.mapped(
-            texts,
-            lambda batch: pairs_of(reader, longest, *(batch[column] for column in names.values())),
-            Features(lists | {"length": Value("int64")}),
-        )
-        full_lengths.keep(use, encoded["length"][:])
-        fits = numpy.array([len(answer) > 0 for answer in encoded["chosen_ids"]])
-        lost = int((~fits).sum())
-        cut = int((numpy.array(encoded["length"]) > longest).sum()) - lost
-        of_all = f"of {len(texts)} {use} pairs"
-        if cut:
-            notice(f"{tokens.MAX_LENGTH}: {cut} {of_all} are longer than {longest} tokens and are cut")
-        if lost:
-            notice(
-                f"{tokens.MAX_LENGTH}: the prompts of {lost} {of_all} alone have {longest} tokens or more; these pairs"
-                " are left out"
-            )
-        pairs = encoded.select(numpy.flatnonzero(fits))
-        lengths = numpy.minimum(pairs["length"][:], longest)
-        return pairs.remove_columns("length").add_column("length", lengths)
-
-    def compared(self, rows: Rows, spec: FineTuneJobSpec) -> tuple[str, ...]:
-        return tuple(roles(spec).values())
+    def contents(self, rows: Rows, spec: FineTuneJobSpec) -> Iterator[Sequence[str | bytes]]:
+        return pairs.joined(rows.data)
 
     def added_tokens(self, processor: PreTrainedTokenizerBase) -> int:
         return super().added_tokens(processor) + 1  # the end-of-text token
@@ -285,49 +227,6 @@ class PairMetrics:
         }
         self._begin()
         return metrics
-
-
-def roles(spec: FineTuneJobSpec) -> dict[str, str]:
-    """Return role → name of its column, in the order prompt, chosen, rejected."""
-    names = spec.dataset.columns
-    return {"prompt": names.prompt, "chosen": names.chosen, "rejected": names.rejected}
-
-
-def refuse_messages(rows: Rows, column: str, field: str) -> None:
-    """Raise Failure if a column holds chat messages. Only the user knows which template converts them to text."""
-    columns.require(rows, column, field)
-    feature = rows.data.features[column]
-    if column in rows.mixed or isinstance(feature, list | dict) or type(feature).__name__ in ("List", "LargeList"):
-        raise columns.invalid(
-            f'{field}: column "{column}" of {rows.origin} holds lists or objects, such as chat messages, not text.'
-            " Write each as the text that the model's chat template makes of it, and set"
-            " dataset.parseSpecialTokens: true"
-        )
-
-
-def pairs_of(
-    reader: Reader, longest: int, prompts: list[str], chosen: list[str], rejected: list[str]
-) -> dict[str, list[Any]]:
-    """Return the token ids of prompts and answers by name, as in `ENCODED`, and the column `length`.
-
-    They are divided as in TRL: the prompt and both sequences of prompt and answer are tokenized, and the common
-    beginning of all three is the prompt. A token that spans prompt and answer belongs to the answer. Answers are cut at
-    `longest` tokens, counted with the prompt. `length`: tokens of the longer sequence before it was cut.
-    """
-    options = {"return_attention_mask": False, "return_token_type_ids": False}
-    alone = reader(prompts, **options)["input_ids"]
-    better = reader([prompt + answer for prompt, answer in zip(prompts, chosen, strict=True)], **options)["input_ids"]
-    worse = reader([prompt + answer for prompt, answer in zip(prompts, rejected, strict=True)], **options)["input_ids"]
-    encoded: dict[str, list[Any]] = {name: [] for name in (*ENCODED, "length")}
-    for prompt, ids_of_chosen, ids_of_rejected in zip(alone, better, worse, strict=True):
-        good, bad = reader.row(ids_of_chosen), reader.row(ids_of_rejected)
-        together = zip(prompt, good, bad, strict=False)
-        common = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, together))
-        encoded["prompt_ids"].append(good[:common])
-        encoded["chosen_ids"].append(good[common : max(longest, common)])
-        encoded["rejected_ids"].append(bad[common : max(longest, common)])
-        encoded["length"].append(max(len(good), len(bad)))
-    return encoded
 
 
 def check_fused_head(model: Any) -> None:
