@@ -21,7 +21,8 @@ from luthier_api.decides import planned_part, result_part
 from luthier_api.exitcodes import ExitCode
 from luthier_api.kinds import JobKind
 from luthier_api.run import RUNS, FineTuneRun, GenerateRun, read_run
-from luthier_api.status import Phase
+from luthier_api.secrets import VARIABLES, references, variables_of
+from luthier_api.status import PHASES, Phase
 from luthier_api.validation import InvalidJob, check_job
 from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
@@ -169,14 +170,11 @@ class LocalJob:
             ) from None
 
     def environment(self, phase: Phase, index: int = 0) -> dict[str, str]:
-        """Environment of one supervisor: the Hub's token only where it is needed, and only the GPUs of its pod."""
-        env = {
-            k: v for k, v in os.environ.items() if k not in (Variables.TOKEN, "HUGGING_FACE_HUB_TOKEN", Variables.RUN)
-        }
+        """Environment of one supervisor: credentials only where they are needed, and only the GPUs of its pod."""
+        left_out = {"HUGGING_FACE_HUB_TOKEN", Variables.RUN} | VARIABLES - variables_of(phase)
+        env = {name: value for name, value in os.environ.items() if name not in left_out}
         # All nodes of the group run here, and `runner` finds the one that failed first.
         env.setdefault("LUTHIER_PEER_LOST_LINGER", "1")
-        if phase in ("prepare", "publish") and (token := os.environ.get(Variables.TOKEN)):
-            env[Variables.TOKEN] = token
         each = self.workload.gpus_per_pod
         if phase == "run" and each:
             # Only the GPUs that a pod would have: a process that sees more of them splits its batches over all.
@@ -283,6 +281,17 @@ def check_place(
                     ),
                 )
             )
+        for variable, field in credentials(spec).items():
+            if not environ.get(variable):
+                problems.append(
+                    (
+                        ExitCode.UNAUTHORIZED,
+                        (
+                            f"{file}: {field}: here credentials come from the environment: export {variable}=..., or"
+                            f" remove {field.rpartition('.')[2]}"
+                        ),
+                    )
+                )
         field, needed = job.workload.gpus_field, job.workload.gpus_at_once
         here = len((gpus or visible_gpus)()) if needed else 0
         if here < needed:
@@ -305,6 +314,12 @@ def check_place(
         )
     if problems:
         raise Refused([text for _, text in problems], problems[0][0])
+
+
+def credentials(spec: object) -> dict[str, str]:
+    """Environment variable → field, of the credentials that a job uses. That of the Hub may also be in a file."""
+    found = [reference for phase in PHASES for reference in references(spec, phase)]
+    return {reference.variable: reference.field for reference in found if reference.variable != Variables.TOKEN}
 
 
 def logged_in() -> bool:

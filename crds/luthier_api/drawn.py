@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from luthier_api import crd
+import yaml
+
+from luthier_api import crd, secrets
 
 TOP = Path(__file__).resolve().parents[2]
 
@@ -13,7 +15,9 @@ TOP = Path(__file__).resolve().parents[2]
 def files() -> dict[str, str]:
     """Path from the top of the repository → text."""
     folders = ("crds", "charts/luthier/files/crds")
-    return {f"{folder}/{name}": text for folder in folders for name, text in crd.render().items()}
+    crds = {f"{folder}/{name}": text for folder in folders for name, text in crd.render().items()}
+    rows = yaml.safe_dump(secrets.chart_values(), sort_keys=False, width=140)
+    return crds | {"charts/luthier/files/secrets.yaml": f"# Drawn from luthier_api.secrets; `make generate`.\n{rows}"}
 
 
 def main(check: bool) -> int:

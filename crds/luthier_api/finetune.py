@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
+from luthier_api import trackers
 from luthier_api.base import SET, ApiModel, Format, Rule, map_by
 from luthier_api.decides import BUDGET, CIRCUMSTANCES, LAYOUT, PLACE, PUBLICATION, RESULT
 from luthier_api.formats import DatasetFormat
@@ -21,6 +22,7 @@ from luthier_api.spec import (
     DatasetSource,
     Hub,
     JobControl,
+    KeyName,
     ModelSource,
     ObjectName,
     Path,
@@ -275,6 +277,30 @@ TrackerUrl = Annotated[
 ]
 
 
+class TrackerKeys(ApiModel):
+    """Which key of a Secret holds which credential of a tracker."""
+
+    token: KeyName | None = None
+    """Token, sent as a bearer (mlflow)."""
+    username: KeyName | None = None
+    """Name of the user, together with `password` (mlflow)."""
+    password: KeyName | None = None
+    """Password of the user (mlflow)."""
+
+
+class TrackerSecret(ApiModel):
+    """Credentials of a tracker in a Secret of the job's namespace."""
+
+    name: ObjectName
+    """Name of the Secret."""
+    keys: TrackerKeys
+    """Keys of the Secret, for example {username: user, password: password}."""
+
+    def credentials(self) -> dict[str, str]:
+        """Credential → key of the Secret, for `luthier_api.secrets`."""
+        return {name: str(key) for name, key in self.keys.dump().items()}
+
+
 class Tracker(ApiModel):
     """A program that shows the course of the training."""
 
@@ -292,16 +318,12 @@ class Tracker(ApiModel):
     tags: Annotated[dict[str, ShortText] | None, Field(max_length=32)] = None
     """Tags of the run (mlflow), besides those that Luthier sets."""
 
-    rules: ClassVar[tuple[Rule, ...]] = (
-        Rule(
-            "(self.type == 'mlflow') == has(self.url)",
-            "tracking.url: mlflow needs the address of its tracking server, and tensorboard has none",
-        ),
-        Rule(
-            "self.type == 'mlflow' || !(has(self.experiment) || has(self.runName) || has(self.tags))",
-            "tracking: experiment, runName and tags belong to mlflow; remove them",
-        ),
-    )
+    secret_ref: TrackerSecret | None = None
+    """Credentials of the tracker: `token`, or `username` and `password` (mlflow). Only the pods of `run` get them.
+    Without the Secret, or one of its keys, the training goes on and is not tracked there.
+    """
+
+    rules: ClassVar[tuple[Rule, ...]] = tuple(trackers.rules())
 
 
 METHODS_OF_TASKS = {name: task.methods for name, task in TRAINING_TASKS.items()}

@@ -335,6 +335,10 @@ class SecretKey(ApiModel):
     key: KeyName = "token"
     """Key of the Secret that holds the value."""
 
+    def credentials(self) -> dict[str, str]:
+        """Credential → key of the Secret, for `luthier_api.secrets`."""
+        return {"token": self.key}
+
 
 class Hub(ApiModel):
     """Where the result is published, and the token that reads private or gated sources."""

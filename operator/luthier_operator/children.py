@@ -6,7 +6,7 @@ Nothing is decided here.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -33,6 +33,8 @@ OWN_CONTROLLERS = {None, "kubernetes.io/job-controller", "jobset.sigs.k8s.io/job
 VOLUME_TEXT = "persistentvolumeclaim"  # in the scheduler's message about claims, in lower case
 IMAGE = re.compile(r'(?:image|tag|reference|manifest for) "(?P<image>[^"]+)"')
 BACK_OFF = re.compile(r'^Back-off pulling image "[^"]*"(: \w+: )?')
+MISSING_SECRET = re.compile(r'[sS]ecret "?(?:[^ "/]+/)?(?P<name>[^ "/]+)')
+"""In the kubelet's messages: secret "hf" not found; couldn't find key token in Secret ml/hf."""
 CONNECTION = re.compile(r"(read|write|dial) (tcp|udp) \S+->")
 """In a message of the kubelet: the address and port that a connection had on this side."""
 CONTAINER_REASONS = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
@@ -217,10 +219,13 @@ def running(pods: Iterable[Object], attempt: int | None = None) -> int:
     )
 
 
-def pending_reason(pods: Iterable[Object]) -> PendingReason | None:
-    """Why the first pod, by name, that cannot start does not. None if all can."""
+def pending_reason(pods: Iterable[Object], secrets: Mapping[str, str]) -> PendingReason | None:
+    """Why the first pod, by name, that cannot start does not. None if all can.
+
+    `secrets`: name of a Secret that the pods need → field of the spec that names it.
+    """
     for pod in sorted(pods, key=lambda pod: str(pod["metadata"]["name"])):
-        found = None if deleting(pod) else _pending_reason(pod)
+        found = None if deleting(pod) else _pending_reason(pod, secrets)
         if found:
             return found
     return None
@@ -256,7 +261,7 @@ def waits_for_volume(pod: Object) -> Unbound | None:
     return Unbound(found["message"], moment(since) if since else None)
 
 
-def _pending_reason(pod: Object) -> PendingReason | None:
+def _pending_reason(pod: Object, secrets: Mapping[str, str]) -> PendingReason | None:
     name = pod["metadata"]["name"]
     if (found := unschedulable(pod)) and not waits_for_volume(pod):
         return PendingReason(Reason.UNSCHEDULABLE, f"pod {name}: {found.get('message', '')}")
@@ -265,7 +270,9 @@ def _pending_reason(pod: Object) -> PendingReason | None:
     if reason in IMAGE_REASONS:
         return PendingReason(Reason.IMAGE_PULL_FAILED, image_pull_failed(name, message), since=scheduled(pod))
     if reason in CONTAINER_REASONS:
-        where = "spec.hub.tokenSecretRef: " if "secret" in message.lower() else ""
+        missing = MISSING_SECRET.search(message)
+        field = secrets.get(missing["name"]) if missing else None
+        where = f"{field}: " if field else ""
         text = f"{where}{message or reason} (pod {name})"
         return PendingReason(ExitCode.MISCONFIGURED.reason, text, since=scheduled(pod))
     return None

@@ -11,10 +11,10 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from luthier_api import secrets
 from luthier_api.quantity import Bytes
 from luthier_api.run import STEP_TIMEOUT_SECONDS
 from luthier_api.spec import ObjectName
-from luthier_api.variables import Variables
 from luthier_operator.profiles import GpuClass, KeyPattern, PodResources, Policies, ResourceAmounts
 from luthier_operator.versions import RELEASE
 
@@ -164,7 +164,7 @@ class Settings(BaseSettings):
     @classmethod
     def _not_reserved(cls, value: dict[str, str]) -> dict[str, str]:
         """Raises ValueError for a variable that Luthier itself sets."""
-        reserved = [name for name in sorted(value) if name.startswith("LUTHIER_") or name == Variables.TOKEN]
+        reserved = [name for name in sorted(value) if name.startswith("LUTHIER_") or name in secrets.VARIABLES]
         if reserved:
             raise ValueError(f"{', '.join(reserved)}: set by Luthier itself; remove it")
         return value

@@ -160,6 +160,7 @@ def preferred_pods(kind: str = "podAffinity", key: str = "zone", **selector: Any
 
 
 SECRET = {"name": "hf", "key": "token"}
+MLFLOW: dict[str, Any] = {"type": "mlflow", "url": "http://mlflow:5000"}
 NEGATIVE = [{"prompt": "a lute"}, {"prompt": "a harp", "negativePrompt": "strings"}]
 FULL, LORA, QLORA = ({"spec.method": {"type": method}} for method in ("full", "lora", "qlora"))
 CAUSAL, TEXTS, IMAGES = ({"spec.task": task} for task in ("causal-lm", "text-classification", "image-classification"))
@@ -758,9 +759,29 @@ CASES: list[Case] = [
         accepted={"spec.tracking": [{"type": "tensorboard"}]},
     ),
     Case(
-        message="tracking: experiment, runName and tags belong",
+        message="tracking.runName:",
         refused={"spec.tracking": [{"type": "tensorboard", "runName": "a"}]},
-        accepted={"spec.tracking": [{"type": "mlflow", "url": "http://mlflow:5000", "runName": "a"}]},
+        accepted={"spec.tracking": [MLFLOW | {"runName": "a"}]},
+    ),
+    Case(
+        message="tracking.experiment:",
+        refused={"spec.tracking": [{"type": "tensorboard", "experiment": "a"}]},
+        accepted={"spec.tracking": [MLFLOW | {"experiment": "a"}]},
+    ),
+    Case(
+        message="tracking.tags:",
+        refused={"spec.tracking": [{"type": "tensorboard", "tags": {"a": "b"}}]},
+        accepted={"spec.tracking": [MLFLOW | {"tags": {"a": "b"}}]},
+    ),
+    Case(
+        message="tracking.secretRef:",
+        refused={"spec.tracking": [{"type": "tensorboard", "secretRef": {"name": "a", "keys": {"token": "t"}}}]},
+        accepted={"spec.tracking": [MLFLOW | {"secretRef": {"name": "a", "keys": {"token": "t"}}}]},
+    ),
+    Case(
+        message="tracking.secretRef.keys: mlflow takes token, or username and password",
+        refused={"spec.tracking": [MLFLOW | {"secretRef": {"name": "a", "keys": {"username": "u", "token": "t"}}}]},
+        accepted={"spec.tracking": [MLFLOW | {"secretRef": {"name": "a", "keys": {"username": "u", "password": "p"}}}]},
     ),
     Case(
         message="dataset.split:",
@@ -1163,6 +1184,10 @@ def volume(**fields: str) -> Change:
     return {"spec.volumes": [{"mountPath": "/data"} | fields]}
 
 
+def tracked(keys: dict[str, str], name: str = "mlflow") -> Change:
+    return {"spec.tracking": [MLFLOW | {"secretRef": {"name": name, "keys": keys}}]}
+
+
 def toleration(**fields: str) -> Change:
     return {"spec.scheduling.tolerations": [{"key": "gpu"} | fields]}
 
@@ -1300,6 +1325,30 @@ WRITTEN: list[Written] = [
         change=lambda t: {"spec.hub": {"tokenSecretRef": {"name": "hf", "key": t}}},
         refused=("a/b", "a b", ".", "..", "..a"),
         accepted=("HF_TOKEN", ".token", "a.b"),
+    ),
+    Written(
+        field="spec.tracking[].secretRef.name",
+        change=lambda t: tracked({"token": "token"}, name=t),
+        refused=NAMES[0],
+        accepted=NAMES[1],
+    ),
+    Written(
+        field="spec.tracking[].secretRef.keys.token",
+        change=lambda t: tracked({"token": t}),
+        refused=("a/b", ".."),
+        accepted=("MLFLOW_TRACKING_TOKEN", "token"),
+    ),
+    Written(
+        field="spec.tracking[].secretRef.keys.username",
+        change=lambda t: tracked({"username": t, "password": "p"}),
+        refused=("a/b",),
+        accepted=("user",),
+    ),
+    Written(
+        field="spec.tracking[].secretRef.keys.password",
+        change=lambda t: tracked({"username": "u", "password": t}),
+        refused=("a/b",),
+        accepted=("password",),
     ),
     Written("spec.resources.cpu", lambda t: {"spec.resources.cpu": t}, *CORES),
     Written("spec.resources.memory", lambda t: {"spec.resources.memory": t}, *BYTES),

@@ -97,12 +97,17 @@ def job(base: Object, **spec: Any) -> Object:
     return found
 
 
+def tracking(secret: str) -> list[Object]:
+    return [{"type": "mlflow", "url": "http://mlflow", "secretRef": {"name": secret, "keys": {"token": "token"}}}]
+
+
 @dataclass(frozen=True)
 class AuthorCase:
     name: str
     user: str
     document: Object
-    refused: bool
+    refused: str | None
+    """How the message begins."""
 
 
 AUTHORS = [
@@ -110,31 +115,49 @@ AUTHORS = [
         name="a FineTuneJob that names a Secret, by a reader of it",
         user=READER,
         document=job(FINE_TUNE, hub=HUB),
-        refused=False,
+        refused=None,
     ),
     AuthorCase(
         name="a FineTuneJob that names a Secret, by another author",
         user=WRITER,
         document=job(FINE_TUNE, hub=HUB),
-        refused=True,
+        refused='spec.hub.tokenSecretRef.name: writer-of-jobs may not read the Secret "hf"',
     ),
     AuthorCase(
         name="a GenerateJob that names a Secret, by another author",
         user=WRITER,
         document=job(GENERATE, hub=HUB),
-        refused=True,
+        refused='spec.hub.tokenSecretRef.name: writer-of-jobs may not read the Secret "hf"',
     ),
     AuthorCase(
         name="a Secret that the reader of another one may not read",
         user=READER,
         document=job(FINE_TUNE, hub={"tokenSecretRef": {"name": "production"}}),
-        refused=True,
+        refused='spec.hub.tokenSecretRef.name: reader-of-secrets may not read the Secret "production"',
+    ),
+    AuthorCase(
+        name="a tracker with a Secret, by a reader of it",
+        user=READER,
+        document=job(FINE_TUNE, tracking=tracking("hf")),
+        refused=None,
+    ),
+    AuthorCase(
+        name="a tracker with a Secret, by another author",
+        user=WRITER,
+        document=job(FINE_TUNE, tracking=[{"type": "tensorboard"}, *tracking("hf")]),
+        refused='spec.tracking.secretRef.name: writer-of-jobs may not read the Secret "hf"',
+    ),
+    AuthorCase(
+        name="one Secret that may be read and one that may not",
+        user=READER,
+        document=job(FINE_TUNE, hub=HUB, tracking=tracking("production")),
+        refused='spec.tracking.secretRef.name: reader-of-secrets may not read the Secret "production"',
     ),
     AuthorCase(
         name="no Secret",
         user=WRITER,
         document=job(FINE_TUNE),
-        refused=False,
+        refused=None,
     ),
 ]
 
@@ -142,10 +165,9 @@ AUTHORS = [
 @pytest.mark.parametrize("case", AUTHORS, ids=lambda case: case.name)
 def test_who_names_a_secret_may_read_it(case: AuthorCase) -> None:
     answer = create(case.user, case.document)
-    assert (answer.returncode != 0) == case.refused, answer.stderr
+    assert (answer.returncode != 0) == bool(case.refused), answer.stderr
     if case.refused:
-        name = case.document["spec"]["hub"]["tokenSecretRef"]["name"]
-        assert f'spec.hub.tokenSecretRef.name: {case.user} may not read the Secret "{name}"' in answer.stderr
+        assert case.refused in answer.stderr
 
 
 @dataclass(frozen=True)
@@ -176,12 +198,29 @@ CHANGES = [
         patch={"spec": {"hub": None}},
         refused=False,
     ),
+    ChangeCase(
+        name="another server for the token of somebody else",
+        patch={"spec": {"suspend": True, "tracking": [tracking("hf")[0] | {"url": "http://writer"}]}},
+        refused=True,
+    ),
+    ChangeCase(
+        name="no tracker any more",
+        patch={"spec": {"suspend": True, "tracking": None}},
+        refused=False,
+    ),
 ]
 
 
 @pytest.mark.parametrize("case", CHANGES, ids=lambda case: case.name)
-def test_a_change_of_the_hub_needs_the_secret(case: ChangeCase) -> None:
-    kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", documents=[job(FINE_TUNE, hub=HUB)])
+def test_a_change_of_what_names_a_secret_needs_the_secret(case: ChangeCase) -> None:
+    kubectl(
+        "apply",
+        "--server-side",
+        "--force-conflicts",
+        "-f",
+        "-",
+        documents=[job(FINE_TUNE, hub=HUB, tracking=tracking("hf"))],
+    )
     answer = kubectl(
         "patch",
         "finetunejob",
@@ -196,8 +235,10 @@ def test_a_change_of_the_hub_needs_the_secret(case: ChangeCase) -> None:
 
 
 def children() -> dict[str, Object]:
-    """The Jobs and the JobSet of a published FineTuneJob, as the operator would create them: by the phase."""
-    found = job(FINE_TUNE, hub=HUB)
+    """The Jobs and the JobSet of a tracked and published FineTuneJob, as the operator would create them: by the
+    phase.
+    """
+    found = job(FINE_TUNE, hub=HUB, tracking=tracking("mlflow"))
     # Not the name of a job that exists: an operator that is installed creates the children of that one.
     found["metadata"] |= {"name": "drawn", "uid": "6e0d4bd4-94a3-4a5c-9a3a-0d6b1b4ef6a1", "generation": 1}
     settings = Settings(trainer_image=f"{IMAGES['trainer.image.repository']}:0.1.0")
@@ -291,12 +332,24 @@ PODS = [
     PodCase(
         name="a Secret in a variable",
         change=lambda child: container(child)["env"].append(SECRET_VARIABLE),
-        message="may only hand a Secret to the variable HF_TOKEN",
+        message="may only hand a Secret to these variables in this phase: ",
+    ),
+    PodCase(
+        name="the token of the Hub in the pods of run",
+        change=lambda child: container(child)["env"].append(SECRET_VARIABLE | {"name": "HF_TOKEN"}),
+        message="in this phase: MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN, MLFLOW_TRACKING_USERNAME",
+        phases=("run",),
+    ),
+    PodCase(
+        name="credentials of a tracker in the pod of prepare",
+        change=lambda child: container(child)["env"].append(SECRET_VARIABLE | {"name": "MLFLOW_TRACKING_TOKEN"}),
+        message="in this phase: HF_TOKEN",
+        phases=("prepare", "publish"),
     ),
     PodCase(
         name="a Secret as all variables",
         change=lambda child: container(child).update(envFrom=[{"secretRef": {"name": "production"}}]),
-        message="may only hand a Secret to the variable HF_TOKEN",
+        message="may only hand a Secret to these variables in this phase: ",
     ),
 ]
 

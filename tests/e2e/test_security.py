@@ -49,10 +49,19 @@ def everything(kube: Kube) -> dict[str, str]:
     return found
 
 
+PASSWORD = "planted-password-of-a-tracker"
+LOGIN = {"name": "tracker-login", "keys": {"username": "user", "password": "password"}}
+
+
 def test_a_token_is_found_nowhere(kube: Kube, system: Kube) -> None:
-    kube.apply(small("discreet", hub=jobs.HUB | {"repo": "luthier/discreet"}))
+    login = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": LOGIN["name"]}}
+    kube.apply(login | {"stringData": {"user": "somebody", "password": PASSWORD}})
+    # The Hub of these tests answers, but is no server of MLflow: so the tracker fails, and reports it.
+    tracking = [{"type": "mlflow", "url": hub_manifests.url(SYSTEM), "secretRef": LOGIN}]
+    kube.apply(small("discreet", hub=jobs.HUB | {"repo": "luthier/discreet"}, tracking=tracking))
     job = kube.complete("ftj", "discreet")
-    token = hub_manifests.token(TOKENS["hub-token"])
+    assert any("spec.tracking: MLflow lacks" in notice for notice in job["status"]["notices"]), job["status"]["notices"]
+    planted = (hub_manifests.token(TOKENS["hub-token"]), PASSWORD)
     pods = [pod["metadata"]["name"] for pod in kube.list("pods", "luthier.dev/job=discreet")]
     operators = [pod["metadata"]["name"] for pod in system.list("pods", "app.kubernetes.io/name=luthier")]
     texts = everything(kube)
@@ -64,11 +73,11 @@ def test_a_token_is_found_nowhere(kube: Kube, system: Kube) -> None:
         "--",
         "sh",
         "-c",
-        f"grep -rl {token} /workspace/{job['status']['workspace']['folder']} || true",
+        f"grep -rl -e {' -e '.join(planted)} /workspace/{job['status']['workspace']['folder']} || true",
     )
     assert pods
     assert texts["workspace"] == ""
-    assert [where for where, text in texts.items() if token in text] == []
+    assert [where for where, text in texts.items() if any(secret in text for secret in planted)] == []
 
 
 @pytest.fixture

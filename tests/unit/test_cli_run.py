@@ -384,21 +384,28 @@ def test_two_at_once_in_one_folder(laptop: Laptop) -> None:
     assert "another luthier process is working in" in err
 
 
-def test_the_token_goes_to_prepare_and_publish_only(laptop: Laptop) -> None:
-    file = laptop.write(job(hub={"repo": "org/out", "tokenSecretRef": {"name": "hf"}}))
+def test_credentials_go_only_to_the_phases_that_need_them(laptop: Laptop) -> None:
+    secret = {"name": "mlflow", "keys": {"token": "token"}}
+    tracking = [{"type": "mlflow", "url": "http://mlflow", "secretRef": secret}]
+    file = laptop.write(job(hub={"repo": "org/out", "tokenSecretRef": {"name": "hf"}}, tracking=tracking))
     code, _, err = laptop.run("run", file)
     assert code == 77
     assert "spec.hub.tokenSecretRef: here the token comes from the environment: export HF_TOKEN=..." in err
-    laptop.env = {"HF_TOKEN": "hf_example"}
+    assert (
+        "spec.tracking.secretRef: here credentials come from the environment: export MLFLOW_TRACKING_TOKEN=..., or"
+        " remove secretRef"
+    ) in err
+    laptop.env = {"HF_TOKEN": "hf_example", "MLFLOW_TRACKING_TOKEN": "of-the-tracker"}
     code, document = laptop.json("run", file)
     assert (code, document["jobs"][0]["hub"]["revision"]) == (0, "fedcba9876543210")
     calls = [json.loads(line) for line in (laptop.runs / "calls.jsonl").read_text().splitlines()]
-    assert [(c["verb"], c["token"]) for c in calls] == [
-        ("prepare", "hf_example"),
-        ("train", None),
-        ("publish", "hf_example"),
+    assert [(c["verb"], c["token"], c["trackerToken"]) for c in calls] == [
+        ("prepare", "hf_example", None),
+        ("train", None, "of-the-tracker"),
+        ("publish", "hf_example", None),
     ]
-    assert "hf_example" not in (laptop.runs / "tune/run.json").read_text()
+    written = (laptop.runs / "tune/run.json").read_text()
+    assert not {"hf_example", "of-the-tracker"} & set(written.split('"'))
 
 
 def test_a_login_is_a_token(laptop: Laptop) -> None:

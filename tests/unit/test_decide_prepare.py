@@ -36,6 +36,7 @@ from luthier_operator.statuses import text
 
 PREPARING = status("Accepted", start_time=text(BEGIN))
 JOB = fine_tune(PREPARING)
+READ = {"tokenSecretRef": {"name": "hf"}}
 STARTING = "False Preparing: waiting for the pod that resolves the model, loads the data and plans the run"
 COLUMN = 'spec.dataset.columns.text: no column "txet" in train.jsonl (columns: text, label). Did you mean "text"?'
 
@@ -211,6 +212,7 @@ CASES = [
         given=situation(
             child(JOB, "prepare"),
             pods=[pod(JOB, "prepare", state=waiting("CreateContainerConfigError", 'secret "hf" not found'))],
+            hub=READ,
         ),
         expect="waits",
         condition='False Misconfigured: spec.hub.tokenSecretRef: secret "hf" not found (pod ftj-bot-prepare-0-0)',
@@ -226,6 +228,7 @@ CASES = [
                     state=waiting("CreateContainerConfigError", "couldn't find key token in Secret ml/hf"),
                 )
             ],
+            hub=READ,
         ),
         expect="waits",
         condition="False Misconfigured: spec.hub.tokenSecretRef: couldn't find key token in Secret ml/hf"

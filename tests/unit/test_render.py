@@ -19,6 +19,7 @@ from cases.observed import HUB, SETTINGS, fine_tune, generate, run_document, sta
 from luthier_api.exitcodes import ExitCode, Retry
 from luthier_api.run import read_run, step_timeout_of
 from luthier_api.scheduling import Toleration
+from luthier_api.secrets import VARIABLES
 from luthier_api.status import JobStatus, Plan, Prepared, ResolvedDataset, ResolvedSource
 from luthier_operator import naming
 from luthier_operator.model import Job, Object
@@ -131,6 +132,21 @@ def test_the_token_is_only_where_it_is_needed(job: Job) -> None:
         expect = (None, None, "1") if phase == "run" else (reference, "https://hub.example", None)
         assert (values.get("HF_TOKEN"), values.get("HF_ENDPOINT"), values.get("HF_HUB_OFFLINE")) == expect, phase
         assert str(pod).count("'name': 'hf'") == (0 if phase == "run" else 1), "no other mention of the secret"
+
+
+def test_credentials_of_a_tracker_are_only_in_the_pods_of_run() -> None:
+    """A Secret that is missing keeps no pod from starting: a tracker that is away stops no training."""
+    keys = {"username": "user", "password": "pw"}
+    job = fine_tune(tracking=[{"type": "mlflow", "url": "http://m", "secretRef": {"name": "login", "keys": keys}}])
+    for phase, pod in pods(job).items():
+        found = {name: value for name, value in environment(pod).items() if name in VARIABLES}
+        if phase == "run":
+            assert found == {
+                "MLFLOW_TRACKING_USERNAME": {"secretKeyRef": {"name": "login", "key": "user", "optional": True}},
+                "MLFLOW_TRACKING_PASSWORD": {"secretKeyRef": {"name": "login", "key": "pw", "optional": True}},
+            }
+        else:
+            assert found == {}, phase
 
 
 @pytest.mark.parametrize("job", EVERY_JOB, ids=["training", "generation", "on CPU"])

@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 
 from luthier_api.conditions import ConditionType, Reason
 from luthier_api.exitcodes import ExitCode, Retry
+from luthier_api.secrets import secret_fields
 from luthier_api.status import Phase
 from luthier_operator import children, naming
 from luthier_operator.children import PendingReason
@@ -118,7 +119,7 @@ def pending_reason(ctx: Context, phase: Phase, pods: int) -> tuple[PendingReason
     if child and children.suspended(child):
         return queued.pending_reason(ctx, phase, child), queued.check_again(ctx, child) if phase == "run" else None
 
-    found = children.pending_reason(ctx.pods(phase))
+    found = children.pending_reason(ctx.pods(phase), secret_fields(ctx.job.spec, phase))
     if found:
         if found.reason == Reason.UNSCHEDULABLE:
             found = replace(found, message=no_node(ctx, phase, found.message))
@@ -155,7 +156,7 @@ def given_up(ctx: Context, phase: Phase) -> Failure | None:
         return Failure(Reason.NO_PROGRESS, message)
     pods = ctx.workload.pods if phase == "run" else 1
     expected = (one.reason for one in overdue(ctx, phase, pods) if one.reason.since)
-    found = children.pending_reason(ctx.pods(phase)) or next(expected, None)
+    found = children.pending_reason(ctx.pods(phase), secret_fields(ctx.job.spec, phase)) or next(expected, None)
     left = seconds_to_start(ctx, found) if found else None
     if found is None or left is None or left > 0:
         return None

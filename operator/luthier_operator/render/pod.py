@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from luthier_api.quantity import cores
 from luthier_api.run import METRICS_PORT, grace_of
+from luthier_api.secrets import Reference, references
 from luthier_api.status import Phase
 from luthier_api.variables import Variables
 from luthier_operator.model import Job, Object
@@ -114,12 +115,17 @@ def _environment(workload: Workload, settings: Settings, phase: Phase) -> list[O
             values |= ON_CPU
         values |= _threads(workload)
     else:
-        if job.spec.hub and (token := job.spec.hub.token_secret_ref):
-            found.append(
-                {"name": Variables.TOKEN, "valueFrom": {"secretKeyRef": {"name": token.name, "key": token.key}}}
-            )
         values |= {"HF_ENDPOINT": settings.hub_endpoint} if settings.hub_endpoint else {}
+    found += [_credential(reference) for reference in references(job.spec, phase)]
     return found + [{"name": name, "value": value} for name, value in (values | settings.env).items()]
+
+
+def _credential(reference: Reference) -> Object:
+    """The variable that holds a credential. The kubelet reads it; nobody else has to see its value."""
+    found: Object = {"name": reference.secret, "key": reference.key}
+    if not reference.use.required:
+        found["optional"] = True
+    return {"name": reference.variable, "valueFrom": {"secretKeyRef": found}}
 
 
 def _threads(workload: Workload) -> dict[str, str]:

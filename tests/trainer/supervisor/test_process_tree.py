@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,6 +135,55 @@ def test_our_token_is_in_no_log(chunks: list[str], passed_on: str, monkeypatch: 
     redaction = OutputRedaction()
     assert b"".join([*(redaction.feed(c.encode()) for c in chunks), redaction.rest()]).decode() == passed_on
     assert redact("".join(chunks)) == passed_on
+
+
+ACCOUNT = json.dumps({"type": "service_account", "private_key": "-----BEGIN\nabcdefgh"})
+
+
+@dataclass(frozen=True)
+class HiddenCase:
+    name: str
+    variables: dict[str, str]
+    output: str
+    shown: str
+
+
+HIDDEN_CREDENTIALS = [
+    HiddenCase(
+        name="a password of a tracker, as it is and in a URL",
+        variables={"MLFLOW_TRACKING_PASSWORD": "pa/ss word"},
+        output="pa/ss word at http://me:pa%2Fss%20word@mlflow",
+        shown="[hidden] at http://me:[hidden]@mlflow",
+    ),
+    HiddenCase(
+        name="one credential begins with another",
+        variables={"MLFLOW_TRACKING_USERNAME": "somebody", "MLFLOW_TRACKING_PASSWORD": "somebody-else"},
+        output="somebody-else, somebody",
+        shown="[hidden], [hidden]",
+    ),
+    HiddenCase(
+        name="the key in a JSON document",
+        variables={"MLFLOW_TRACKING_TOKEN": ACCOUNT},
+        output="service_account: '-----BEGIN\\nabcdefgh'",
+        shown="service_account: '[hidden]'",
+    ),
+    HiddenCase(
+        name="a variable of somebody else",
+        variables={"SOMETHING": "abcdefghijk"},
+        output="abcdefghijk",
+        shown="abcdefghijk",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", HIDDEN_CREDENTIALS, ids=lambda case: case.name)
+def test_credentials_are_in_no_log(case: HiddenCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in case.variables.items():
+        monkeypatch.setenv(name, value)
+    redaction = OutputRedaction()
+    output = [case.output[:4].encode(), case.output[4:].encode()]
+    assert b"".join([*map(redaction.feed, output), redaction.rest()]).decode() == case.shown
+    assert redact(case.output) == case.shown
 
 
 @dataclass(frozen=True)

@@ -514,13 +514,15 @@ def test_the_last_word_fits_where_the_kubelet_reads_it(start: Start, tmp_path: P
     assert TerminationMessage.read(raw.decode()) is not None
 
 
-def test_run_pods_hold_no_token(start: Start, tmp_path: Path) -> None:
+def test_run_pods_hold_the_credentials_of_trackers_and_no_token(start: Start, tmp_path: Path) -> None:
     process = start(
-        "(run / 'seen').write_text(os.environ.get('HF_TOKEN', '') + os.environ['HF_HUB_OFFLINE']); result(0)",
+        "names = ('HF_TOKEN', 'MLFLOW_TRACKING_TOKEN', 'HF_HUB_OFFLINE')\n"
+        "(run / 'seen').write_text(str([os.environ.get(name) for name in names])); result(0)",
         HF_TOKEN=TOKEN,
+        MLFLOW_TRACKING_TOKEN="of the tracker",
     )
     assert process.wait(timeout=PATIENCE) == 0
-    assert (tmp_path / "run" / "seen").read_text() == "1"
+    assert (tmp_path / "run" / "seen").read_text() == "[None, 'of the tracker', '1']"
 
 
 def entry(tmp_path: Path, verb: str, document: object) -> subprocess.CompletedProcess[str]:

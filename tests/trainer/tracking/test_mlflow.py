@@ -6,9 +6,12 @@ import json
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +44,19 @@ print(json.dumps([
 """
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
+@contextmanager
+def serving(folder: Path, *options: str, **variables: str) -> Iterator[str]:
+    """A server with SQLite in `folder`; yields its address."""
     if MLFLOW is None:
         pytest.skip("needs the program mlflow (LUTHIER_TEST_MLFLOW)")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    store = f"sqlite:///{tmp_path}/mlflow.db"
-    command = [MLFLOW, "server", "--backend-store-uri", store, "--port", f"{port}", "--workers", "1"]
-    environment = os.environ | {"PATH": f"{Path(MLFLOW).parent}:{os.environ['PATH']}"}
-    with (tmp_path / "server.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=tmp_path)
+    store = f"sqlite:///{folder}/mlflow.db"
+    command = [MLFLOW, "server", "--backend-store-uri", store, "--port", f"{port}", "--workers", "1", *options]
+    environment = os.environ | {"PATH": f"{Path(MLFLOW).parent}:{os.environ['PATH']}"} | variables
+    with (folder / "server.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=folder)
         try:
             url = f"http://127.0.0.1:{port}"
             while process.poll() is None:
@@ -61,10 +65,17 @@ def server(tmp_path: Path) -> Iterator[str]:
                         break
                 except httpx.HTTPError:
                     time.sleep(0.2)
+            assert process.poll() is None, (folder / "server.log").read_text()
             yield url
         finally:
             process.terminate()
             process.wait()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    with serving(tmp_path) as url:
+        yield url
 
 
 def read(server: str) -> list[dict[str, Any]]:
@@ -73,6 +84,17 @@ def read(server: str) -> list[dict[str, Any]]:
     printed = subprocess.run([python, "-c", READ, server], capture_output=True, text=True, check=True).stdout
     found: list[dict[str, Any]] = json.loads(printed.splitlines()[-1])
     return found
+
+
+DOCUMENTS: dict[str, Any] = {"spec": {"task": "causal-lm"}, "provenance": {}}
+
+
+def answered_by(answer: Callable[[httpx.Request], httpx.Response], folder: Path, **fields: Any) -> MLflow:
+    """A tracker whose server is `answer`."""
+    spec = Tracker.model_validate({"type": "mlflow", "url": "http://mlflow", **fields})
+    tracker = MLflow(spec, TrackedTraining("job", "default", folder, 0, DOCUMENTS))
+    tracker._client = httpx.Client(base_url="http://mlflow/api/2.0/mlflow/", transport=httpx.MockTransport(answer))
+    return tracker
 
 
 def test_numbers_that_are_not_finite(server: str, tmp_path: Path) -> None:
@@ -120,6 +142,89 @@ def test_a_resumed_training_is_one_run(
     assert [value for _, value in found["loss"]] == losses(plain)
 
 
+AUTH = """
+[mlflow]
+default_permission = READ
+database_uri = sqlite:///auth.db
+admin_username = admin
+admin_password = correct-password
+authorization_function = mlflow.server.auth:authenticate_request_basic_auth
+"""
+LOGIN = {"name": "login", "keys": {"username": "user", "password": "password"}}
+
+
+def test_the_credentials_of_a_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow with its own authentication takes the right password, and a wrong one is said with the field."""
+    (tmp_path / "auth.ini").write_text(AUTH)
+    variables = {"MLFLOW_AUTH_CONFIG_PATH": str(tmp_path / "auth.ini"), "MLFLOW_FLASK_SERVER_SECRET_KEY": "any"}
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+    with serving(tmp_path, "--app-name", "basic-auth", **variables) as url:
+        spec = Tracker.model_validate({"type": "mlflow", "url": url, "experiment": "trials", "secretRef": LOGIN})
+
+        def send(password: str, folder: str) -> None:
+            monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+            tracker = MLflow(spec, TrackedTraining("job", "default", tmp_path / folder, 0, DOCUMENTS))
+            tracker.send(Report(1, {"loss": 2.0}))
+            tracker.close(complete=True)
+
+        with pytest.raises(PermissionError, match=r"127\.0\.0\.1 answered 401; see spec.tracking.secretRef"):
+            send("wrong-password", "a")
+        send("correct-password", "b")
+        (found,) = read(url)  # MLflow's own client, with the same variables
+        assert found["loss"] == [[1, 2.0]]
+        with sqlite3.connect(tmp_path / "mlflow.db") as database:
+            assert "correct-password" not in "\n".join(database.iterdump())
+
+
+@dataclass(frozen=True)
+class HeaderCase:
+    name: str
+    keys: dict[str, str]
+    variables: dict[str, str]
+    header: str
+
+
+HEADERS = [
+    HeaderCase(
+        name="a token",
+        keys={"token": "t"},
+        variables={"MLFLOW_TRACKING_TOKEN": "abc\n"},
+        header="Bearer abc",
+    ),
+    HeaderCase(
+        name="a name and a password",
+        keys={"username": "u", "password": "p"},
+        variables={"MLFLOW_TRACKING_USERNAME": "me", "MLFLOW_TRACKING_PASSWORD": "abc"},
+        header="Basic bWU6YWJj",
+    ),
+    HeaderCase(
+        name="a Secret without the key",
+        keys={"username": "u", "password": "p"},
+        variables={"MLFLOW_TRACKING_USERNAME": "me"},
+        header="Secret login has no key p, or it is empty; see spec.tracking.secretRef",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", HEADERS, ids=lambda case: case.name)
+def test_what_a_server_gets(case: HeaderCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in case.variables.items():
+        monkeypatch.setenv(name, value)
+    secret = {"name": "login", "keys": case.keys}
+    seen: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(request.headers["Authorization"])
+        return httpx.Response(200, json={"experiment": {"experiment_id": "1"}, "run": {"info": {"run_id": "r1"}}})
+
+    tracker = answered_by(answer, tmp_path, secretRef=secret)
+    try:
+        tracker.send(Report(1, {"loss": 1.0}))
+    except PermissionError as error:
+        seen.append(str(error))
+    assert set(seen) == {case.header}
+
+
 def test_a_server_that_is_away(tmp_path: Path, llama: Path, prose_data: DatasetDict) -> None:
     data = DatasetDict(train=prose_data["train"].select(range(40)))
     tracking = [{"type": "mlflow", "url": "http://127.0.0.1:9"}]
@@ -147,18 +252,11 @@ def test_a_server_that_fails_between_requests_still_gets_the_parameters(tmp_path
             described.extend(param["key"] for param in body["params"])
         return httpx.Response(200, json={"experiment": {"experiment_id": "1"}})
 
-    def attempt() -> MLflow:
-        spec = Tracker.model_validate({"type": "mlflow", "url": "http://mlflow"})
-        documents = {"spec": {"task": "causal-lm"}, "provenance": {}}
-        tracker = MLflow(spec, TrackedTraining("job", "default", tmp_path, 0, documents))
-        tracker._client = httpx.Client(base_url="http://mlflow/api/2.0/mlflow/", transport=httpx.MockTransport(answer))
-        return tracker
-
-    first = attempt()
+    first = answered_by(answer, tmp_path)
     for _ in range(2):
         with pytest.raises(httpx.HTTPStatusError):
             first.send(Report(1, {"loss": 1.0}))
     healthy = True
-    attempt().send(Report(1, {"loss": 1.0}))
-    attempt().send(Report(2, {"loss": 1.0}))
+    answered_by(answer, tmp_path).send(Report(1, {"loss": 1.0}))
+    answered_by(answer, tmp_path).send(Report(2, {"loss": 1.0}))
     assert (created, described) == (["job"], ["task"])

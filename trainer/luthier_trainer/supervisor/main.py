@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun, GenerateRun, grace_of
+from luthier_api.secrets import VARIABLES, variables_of
 from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
 from luthier_trainer.distributed import launch
@@ -90,8 +91,12 @@ def command(verb: str, run: FineTuneRun | GenerateRun, node_rank: int) -> list[s
 
 
 def environment(verb: str, run: FineTuneRun | GenerateRun, path: Path, settings: Settings) -> dict[str, str]:
-    """Environment of the phase's process. Only `prepare` and `publish` may connect to the Hub."""
-    given = dict(os.environ) | {
+    """Environment of the phase's process, with the credentials of its phase alone. Only `prepare` and `publish` may
+    connect to the Hub.
+    """
+    phase = VERBS[verb]
+    others = VARIABLES - variables_of(phase)
+    given = {name: value for name, value in os.environ.items() if name not in others} | {
         Variables.RUN: str(path),
         Variables.RUN_DIR: str(settings.run_dir),
         Variables.NODE_RANK: str(settings.node_rank),
@@ -101,8 +106,7 @@ def environment(verb: str, run: FineTuneRun | GenerateRun, path: Path, settings:
     if urlsplit(given.get("HF_ENDPOINT") or HUB).hostname != urlsplit(HUB).hostname:
         # Most mirrors do not support Xet; without it the client uploads by LFS, which all of them support.
         given.setdefault("HF_HUB_DISABLE_XET", "1")
-    if VERBS[verb] == "run":
-        given.pop(Variables.TOKEN, None)
+    if phase == "run":
         given["HF_HUB_OFFLINE"] = "1"
     if verb == "train":
         assert isinstance(run, FineTuneRun)

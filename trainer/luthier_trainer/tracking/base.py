@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from luthier_api.finetune import Tracker as TrackerSpec
+from luthier_api.secrets import TRACKING
 
 
 @dataclass(frozen=True)
@@ -47,3 +49,21 @@ class Tracker(Protocol):
     def close(self, complete: bool) -> None:
         """Show what is not shown yet. No report follows. `complete`: whether this attempt has ended the training."""
         ...
+
+
+def credentials(spec: TrackerSpec) -> dict[str, str]:
+    """The credentials of a tracker, by the names that `secretRef.keys` gives them; none without `secretRef`.
+
+    Raises PermissionError if the pod did not get one: a Secret that is missing stops no training.
+    """
+    if spec.secret_ref is None:
+        return {}
+    found = {}
+    for name, key in spec.secret_ref.credentials().items():
+        value = os.environ.get(TRACKING.variables[name], "").strip()
+        if not value:
+            raise PermissionError(
+                f"Secret {spec.secret_ref.name} has no key {key}, or it is empty; see spec.tracking.secretRef"
+            )
+        found[name] = value
+    return found

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 
 from luthier_api.finetune import Tracker as TrackerSpec
-from luthier_trainer.tracking.base import Report, TrackedTraining
+from luthier_trainer.tracking.base import Report, TrackedTraining, credentials
 from luthier_trainer.workspace.manifest import replace_file
 
 API = "/api/2.0/mlflow/"
@@ -33,12 +33,16 @@ class MLflow:
     def __init__(self, spec: TrackerSpec, training: TrackedTraining) -> None:
         self._spec, self._training = spec, training
         self._client = httpx.Client(base_url=f"{spec.url}".rstrip("/") + API, timeout=SECONDS)
+        self._authorized = False
         self._run_id: str | None = None
         self._described = False
         """Whether the run has its parameters: a server may fail between the requests."""
         self._sent: dict[str, int] = {}
 
     def send(self, report: Report) -> None:
+        if not self._authorized:
+            authorize(self._client, credentials(self._spec))
+            self._authorized = True
         if self._run_id is None:
             self._run_id = self._resumed() or self._created()
         if not self._described:
@@ -107,7 +111,7 @@ class MLflow:
         name = self._spec.experiment or self._training.namespace
         answer = self._client.get("experiments/get-by-name", params={"experiment_name": name})
         if answer.status_code != httpx.codes.NOT_FOUND:
-            return str(answer.raise_for_status().json()["experiment"]["experiment_id"])
+            return str(accepted(answer).json()["experiment"]["experiment_id"])
         return str(self._post("experiments/create", {"name": name})["experiment_id"])
 
     def _update(self, status: str, run_id: str | None = None) -> None:
@@ -119,8 +123,23 @@ class MLflow:
         replace_file(self._training.folder / RUN_FILE, json.dumps(kept).encode())
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        answer = self._client.post(path, json=body).raise_for_status().json()
+        answer = accepted(self._client.post(path, json=body)).json()
         return dict(answer)
+
+
+def authorize(client: httpx.Client, given: dict[str, str]) -> None:
+    """Let `client` send the credentials, as MLflow's own client does it."""
+    if "token" in given:
+        client.headers["Authorization"] = f"Bearer {given['token']}"
+    if "password" in given:
+        client.auth = httpx.BasicAuth(given["username"], given["password"])
+
+
+def accepted(answer: httpx.Response) -> httpx.Response:
+    """Return `answer`. Raises PermissionError or HTTPStatusError if the server has refused the request."""
+    if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+        raise PermissionError(f"{answer.url.host} answered {answer.status_code}; see spec.tracking.secretRef")
+    return answer.raise_for_status()
 
 
 def key_of(name: str) -> str:

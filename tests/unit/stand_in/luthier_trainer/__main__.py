@@ -49,6 +49,7 @@ with (workspace.parent / "calls.jsonl").open("a") as calls:
         "verb": verb,
         "rank": int(rank),
         "token": os.environ.get("HF_TOKEN"),
+        "trackerToken": os.environ.get("MLFLOW_TRACKING_TOKEN"),
         "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "port": run["rendezvousPort"],
     }
