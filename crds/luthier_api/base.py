@@ -29,6 +29,12 @@ class Rule:
         """Whether it compares with the object before: such a rule holds on updates only."""
         return "oldSelf" in self.cel
 
+    def message_at(self, path: str) -> str:
+        """The message, with the whole path of the rule's object, which may have indexes."""
+        name = path.rpartition(".")[2].partition("[")[0]
+        begins = name and re.match(rf"{name}[.:]", self.message)
+        return path + self.message.removeprefix(name) if begins else self.message
+
 
 @dataclass(frozen=True)
 class Format:

@@ -24,6 +24,7 @@ from luthier_api import GROUP, VERSION
 from luthier_api.base import ApiModel, Format, Rule
 from luthier_api.kinds import CATEGORY, KINDS, JobKind, KindInfo
 from luthier_api.marks import TabledSpec, explained, marked_fields, rules_of
+from luthier_api.ruleset import root_rules
 
 HEADER = "# Generated from crds/luthier_api by `make generate`. Do not edit.\n"
 LIST_MARKS = {"x-kubernetes-list-type", "x-kubernetes-list-map-keys"}
@@ -78,9 +79,13 @@ def unwrapped(text: str) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
-def structural(schema: dict[str, Any], defs: dict[str, Any], models: dict[str, type[ApiModel]]) -> dict[str, Any]:
+def structural(
+    schema: dict[str, Any], defs: dict[str, Any], models: dict[str, type[ApiModel]], is_item: bool = False
+) -> dict[str, Any]:
     """One node of the JSON schema as a node of a structural schema. Raises ValueError on what Kubernetes cannot
     express.
+
+    `is_item`: whether it is an item of a list, or below one. The rules of other objects stand at the root (`ruleset`).
     """
     if "anyOf" in schema:
         options = [o for o in schema["anyOf"] if o.get("type") != "null"]
@@ -108,22 +113,22 @@ def structural(schema: dict[str, Any], defs: dict[str, Any], models: dict[str, t
     if "properties" in schema:
         texts = descriptions(model) if model else {}
         node["properties"] = {
-            k: structural(({"description": texts[k]} if k in texts else {}) | v, defs, models)
+            k: structural(({"description": texts[k]} if k in texts else {}) | v, defs, models, is_item)
             for k, v in schema["properties"].items()
         }
     elif schema.get("additionalProperties") is True:
         node["x-kubernetes-preserve-unknown-fields"] = True
     elif isinstance(schema.get("additionalProperties"), dict):
-        node["additionalProperties"] = structural(schema["additionalProperties"], defs, models)
+        node["additionalProperties"] = structural(schema["additionalProperties"], defs, models, is_item)
     if "items" in schema:
         node |= {"x-kubernetes-list-type": "atomic"} | {k: v for k, v in schema.items() if k in LIST_MARKS}
-        node["items"] = structural(schema["items"], defs, models)
+        node["items"] = structural(schema["items"], defs, models, is_item=True)
     if schema.get(INT_OR_STRING):
         del node["type"]
         node[INT_OR_STRING] = True
     if schema.get("type") == "integer":
         node["format"] = "int32" if node.get("maximum", math.inf) <= INT32_MAX else "int64"
-    if rules := [*(rules_of(model) if model else ()), *written(schema)]:
+    if rules := [*(rules_of(model) if model and is_item else ()), *written(schema)]:
         node["x-kubernetes-validations"] = validations(rules)
     return node
 
@@ -195,7 +200,7 @@ def crd(kind: JobKind, info: KindInfo) -> dict[str, Any]:
                     "spec": spec,
                     "status": status,
                 },
-                "x-kubernetes-validations": validations(info.model.rules),
+                "x-kubernetes-validations": root_rules(info),
             }
         },
     }

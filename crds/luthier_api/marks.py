@@ -106,7 +106,7 @@ def _marked(model: type[ApiModel], path: str, this: str, present: str) -> Iterat
         below = model_in(field.annotation)
         if below is None:
             continue
-        if _is_list(field.annotation):
+        if holds_a_list(field.annotation):
             item = f"item{here.count('[]')}"
             yield from _marked(below, f"{here}[].", item, _joined(is_set, f"{value}.exists({item}, %s)"))
         else:
@@ -119,8 +119,9 @@ def _joined(present: str, cel: str) -> str:
     return f"{present} && {cel}" if present else cel
 
 
-def _is_list(annotation: Any) -> bool:
-    return get_origin(annotation) is list or any(_is_list(part) for part in get_args(annotation))
+def holds_a_list(annotation: Any) -> bool:
+    """Whether a field of this type is a list, or may be one."""
+    return get_origin(annotation) is list or any(holds_a_list(part) for part in get_args(annotation))
 
 
 def members(spec: type[TabledSpec], field: MarkedField, mark: For) -> tuple[str, ...]:

@@ -330,6 +330,10 @@ class JobStatus(ApiModel):
     """What the last upload was asked to do. If spec.hub differs, the result is published again."""
     hub: HubStatus | None = None
     """Where the result was published."""
+    writes: int | None = None
+    """How often the operator has written this status. A write that changes it cannot change the spec, so that the API
+    server does not check the rules of the spec then.
+    """
 
     def condition(self, type: str) -> Condition | None:
         return next((c for c in self.conditions if c.type == type), None)

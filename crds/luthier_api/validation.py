@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -39,17 +38,9 @@ def check_job(document: dict[str, Any]) -> FineTuneJob | GenerateJob:
         job = parse(model, {k: v for k, v in document.items() if k != "status"}, "manifest")
     except InvalidDocument as error:
         raise InvalidJob([str(problem) for problem in error.problems]) from None
-    if problems := [_with_path(path, message) for path, message in broken_rules(job)]:
+    if problems := list(broken_rules(job)):
         raise InvalidJob(problems)
     return job
-
-
-def _with_path(path: str, message: str) -> str:
-    """A rule names its object at the beginning of its message; here that becomes the object's whole path, with
-    indexes.
-    """
-    name = path.rpartition(".")[2].partition("[")[0]
-    return path + message.removeprefix(name) if name and re.match(rf"{name}[.:]", message) else message
 
 
 def holds(rule: Rule, values: dict[str, Any]) -> bool:
@@ -65,12 +56,14 @@ def program(expression: str) -> cel.Program:
     return cel.compile(expression)
 
 
-def broken_rules(model: ApiModel, path: str = "") -> Iterator[tuple[str, str]]:
-    """(path, message) of each rule that does not hold in `model` or below it. Rules on updates are not looked at."""
+def broken_rules(model: ApiModel, path: str = "") -> Iterator[str]:
+    """The message of each rule that does not hold in `model`, which is at `path`, or below it. Rules on updates are not
+    looked at.
+    """
     data = model.dump()
     for rule in rules_of(type(model)):
         if not rule.transition and not holds(rule, {"self": data}):
-            yield path, rule.message
+            yield rule.message_at(path)
     for name, field in type(model).model_fields.items():
         value = getattr(model, name)
         below = f"{path}.{field.alias or name}".lstrip(".")

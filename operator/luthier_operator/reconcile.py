@@ -20,6 +20,7 @@ import msgspec
 from luthier_api.conditions import ConditionType, Reason
 from luthier_api.decides import urgent_part
 from luthier_api.kinds import KINDS
+from luthier_api.ruleset import WRITES
 from luthier_api.status import PHASES, JobStatus
 from luthier_api.stored import NotUnderstood, read_stored
 from luthier_operator import naming
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 
 # A Job or JobSet of the same name may follow, and must not exist together with the pods of this one.
 PROPAGATION = {"Job": "Foreground", "JobSet": "Foreground"}
-NOTHING_FOLLOWS = {"conditions", "state", "progress", "observedGeneration"}
+NOTHING_FOLLOWS = {"conditions", "state", "progress", "observedGeneration", WRITES}
 """Fields of a status whose change alone leaves nothing to decide: a job that has only begun to wait for something else
 is reconciled again when that comes.
 """
@@ -308,8 +309,10 @@ class Reconciler:
             return found
         # An older CRD drops fields that it does not know. They must not be written again and again.
         last = self._last_write(key, found)
-        if last and (last.desired, last.stored) == (digest(desired), digest(before)):
+        wanted = digest({name: value for name, value in desired.items() if name != WRITES})
+        if last and (last.desired, last.stored) == (wanted, digest(before)):
             return found
+        patch[WRITES] = (before.get(WRITES) or 0) + 1
         try:
             kept = await self._client.patch_status(found, patch)
         except ApiError as error:
@@ -321,9 +324,7 @@ class Reconciler:
                 refusal = f"{SAME_CHART}. Until then nothing is created. The API server refuses the status of the job:"
                 self._events.record(found, Event("Warning", Reason.STATUS_REFUSED, f"{refusal} {error.message}"))
             raise
-        self._writes[key] = _Write(
-            found["metadata"]["uid"], digest(desired), digest(kept.get("status", {})), self._clock()
-        )
+        self._writes[key] = _Write(found["metadata"]["uid"], wanted, digest(kept.get("status", {})), self._clock())
         touched = self._store.put(kept, answer=True)
         if creates or patch.keys() <= NOTHING_FOLLOWS:
             touched.discard(key)

@@ -5,6 +5,7 @@ table says.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -109,6 +110,56 @@ def existing() -> Iterator[None]:
     yield
     for kind in EXISTING:
         kubectl("delete", kind, "fixed")
+
+
+@pytest.mark.parametrize("kind", LIVE)
+def test_the_status_in_a_manifest_hides_no_change_of_the_spec(existing: None, kind: str) -> None:
+    """Where `status.writes` differs the rules are left out, so it must not come from who writes a spec."""
+    case = next(case for case in FIXED if case.base["kind"] == kind)
+    status = {"writes": 7, "state": "Failed"}
+    refused = kubectl(
+        "patch", kind, "fixed", "--type=merge", "-p", json.dumps(changed({}, case.change) | {"status": status})
+    )
+    assert f"spec.{case.field} cannot change once the job exists" in refused.stderr
+    wrong = next(case for case in CASES if case.base["kind"] == kind and "spec." in case.message)
+    created = create(changed(wrong.base, wrong.refused) | {"status": status})
+    assert wrong.message in created.stderr
+
+
+def test_one_refusal_names_all_that_is_wrong() -> None:
+    wrong = {"spec.training": {"optimizer": "muon"}, "spec.strategy": "zero3", "metadata.name": "a" * 41}
+    refused = create(changed(FINE_TUNE, wrong)).stderr
+    for field in ("metadata.name: at most 40", "spec.method.type: muon works", "spec.strategy: muon works"):
+        assert field in refused
+
+
+def test_a_job_that_is_no_longer_valid_can_be_labelled_and_told_its_status(existing: None) -> None:
+    """An earlier version may have accepted it. Here no spec is valid any more."""
+    crd = json.loads(kubectl("get", "crd", "finetunejobs.luthier.dev", "-o", "json").stdout)
+    rules = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["x-kubernetes-validations"]
+    for rule in rules:
+        unchanged = re.match(r".*? \|\| .*?oldSelf(\.value\(\))?\.spec\)?(?= \|\| \()", rule["rule"])
+        if unchanged:
+            rule |= {"rule": f"{unchanged[0]} || self.spec.task == ''", "message": "no longer"}
+            del rule["messageExpression"]
+    assert kubectl("replace", "-f", "-", document=crd).returncode == 0
+    try:
+        until = time.monotonic() + PUBLISHED_SECONDS
+        while "no longer" not in (refused := create(changed(FINE_TUNE, {"metadata.name": "another"})).stderr):
+            assert time.monotonic() < until, refused
+            time.sleep(1)
+        assert "no longer" in kubectl("patch", "ftj", "fixed", "--type=merge", "-p", '{"spec": {"retry": 3}}').stderr
+        labelled = kubectl("label", "ftj", "fixed", "new=label")
+        assert labelled.returncode == 0, labelled.stderr
+        for writes in (1, 2):
+            patch = json.dumps({"status": {"writes": writes, "state": f"state {writes}"}})
+            written = kubectl("patch", "ftj", "fixed", "--subresource=status", "--type=merge", "-p", patch)
+            assert written.returncode == 0, written.stderr
+    finally:
+        files = [argument for path in CRDS for argument in ("-f", str(path))]
+        kubectl("apply", "--server-side", "--force-conflicts", *files)
+        while "no longer" in create(changed(FINE_TUNE, {"metadata.name": "another"})).stderr:
+            time.sleep(1)
 
 
 def update(document: Document) -> subprocess.CompletedProcess[str]:

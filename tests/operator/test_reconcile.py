@@ -146,13 +146,32 @@ async def test_a_job_that_is_gone_wants_nothing() -> None:
         assert await operator._reconciler.reconcile(Key(JobKind.FINE_TUNE, "default", "gone")) is None
 
 
-async def test_fields_that_an_older_crd_drops_are_not_written_for_ever() -> None:
+async def test_each_write_of_a_status_is_counted() -> None:
+    """The API server leaves the rules of the spec out where the number differs."""
+    async with FakeCluster() as cluster:
+        write, sent = cluster._write, []
+
+        def counting(request: Any, kind: str, ns: str, name: str, sub: str, body: Any) -> Any:
+            if sub == "status":
+                sent.append(body["status"]["writes"])
+            return write(request, kind, ns, name, sub, body)
+
+        cluster._write = counting  # type: ignore[method-assign]
+        async with running(cluster):
+            cluster.create(fine_tune())
+            await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
+        assert sent == list(range(1, len(sent) + 1))
+        assert cluster.get("FineTuneJob", "tune")["status"]["writes"] == len(sent)
+
+
+@pytest.mark.parametrize("dropped", ["shape", "writes"])
+async def test_fields_that_an_older_crd_drops_are_not_written_for_ever(dropped: str) -> None:
     async with FakeCluster() as cluster:
         write = cluster._write
 
         def dropping(request: Any, kind: str, ns: str, name: str, sub: str, body: Any) -> Any:
             if sub == "status":
-                body["status"].pop("shape", None)
+                body["status"].pop(dropped, None)
             return write(request, kind, ns, name, sub, body)
 
         cluster._write = dropping  # type: ignore[method-assign]
@@ -163,7 +182,7 @@ async def test_fields_that_an_older_crd_drops_are_not_written_for_ever() -> None
             before = cluster.writes
             await asyncio.sleep(0.3)
             assert cluster.writes == before
-            assert "shape" not in cluster.get("FineTuneJob", "tune")["status"]
+            assert dropped not in cluster.get("FineTuneJob", "tune")["status"]
 
 
 async def test_somebody_else_writes_the_status_at_the_same_time() -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,7 @@ from luthier_api.metrics import (
     read_samples,
     training_progress,
 )
+from luthier_api.ruleset import rules_of_blocks
 from luthier_api.status import JobStatus
 from luthier_api.termination import TerminationMessage
 from luthier_api.terminationlog import LIMIT_BYTES
@@ -416,6 +418,26 @@ def test_the_schema_is_structural(kind: str) -> None:
 
     info = crd.KINDS[kind]  # type: ignore[index]
     walk(crd.crd(kind, info), str(kind))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", list(crd.KINDS))
+def test_the_rules_of_all_objects_are_two_of_the_root(kind: JobKind) -> None:
+    """A status write costs the API server as much as evaluating each rule that stands elsewhere."""
+    root = crd.crd(kind, KINDS[kind])["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["x-kubernetes-validations"]
+    about_spec = [rule for rule in root if "self.spec" in rule["rule"]]
+    assert [rule["rule"].startswith("self.?status.?writes != oldSelf.?status.?writes || ") for rule in about_spec] == [
+        True,
+        True,
+    ]
+    for path, node in schemas(kind):
+        if node.get("type") == "object" and "[]" not in path and "properties" in node:
+            assert "x-kubernetes-validations" not in node, path
+    drawn_rules = list(rules_of_blocks(KINDS[kind].spec, "spec"))
+    assert len(drawn_rules) > 20
+    for rule in drawn_rules:
+        assert json.dumps(f"{rule.message}. ", ensure_ascii=False) in "".join(
+            r["messageExpression"] for r in about_spec
+        )
 
 
 LISTS = {
