@@ -16,6 +16,7 @@ from luthier_api.marks import For, Table, TabledSpec, by_table, works_with
 from luthier_api.methods import METHODS, QUANTIZATIONS, STRATEGIES, MethodType, Strategy
 from luthier_api.optimizers import OPTIMIZERS
 from luthier_api.quantity import Bytes, Cores
+from luthier_api.rows import Deduplicate, RowFilter
 from luthier_api.schedules import EVAL_INTERVALS, SAVE_INTERVALS, SCHEDULES
 from luthier_api.scheduling import Scheduling
 from luthier_api.spec import (
@@ -101,7 +102,16 @@ class TrainingData(DatasetSource):
     eval_files: Annotated[list[Path] | None, Field(min_length=1, max_length=256)] = None
     """Files to evaluate on."""
     eval_fraction: Annotated[float | None, Field(gt=0, lt=1)] = None
-    """Share of the training rows, chosen by `training.seed`, that is held out to evaluate on."""
+    """Share of the training rows, chosen by `training.seed`, that is held out to evaluate on. Rows with equal content
+    are all learnt or all held out.
+    """
+    filter: RowFilter | None = None
+    """Which rows are used."""
+    deduplicate: Deduplicate | None = None
+    """exact: of rows with equal content the first one is learnt, and none that is equal to a held-out row; each of
+    `evalSplit` and `evalFiles` is held out once. Content is equal if it is so after Unicode's NFKC, in lower case and
+    with one blank for all blanks in a row; an image is its file.
+    """
     columns: Columns = Field(default_factory=Columns)
     form: Annotated[RowForm | None, For("task")] = by_table()
     """What rows are: text; prompt-completion; messages, a conversation; sharegpt or alpaca, which are converted to

@@ -739,6 +739,21 @@ CASES: list[Case] = [
         accepted={"spec.dataset.evalFraction": 0.1},
     ),
     Case(
+        message="columns: a filter needs at least one of",
+        refused={"spec.dataset.filter": {"columns": [{"column": "lang"}]}},
+        accepted={"spec.dataset.filter": {"columns": [{"column": "lang", "values": ["en"]}]}},
+    ),
+    Case(
+        message="filter: set at least one of",
+        refused={"spec.dataset.filter": {}},
+        accepted={"spec.dataset.filter": {"maxCharacters": 1}},
+    ),
+    Case(
+        message="filter.minCharacters: is more than",
+        refused={"spec.dataset.filter": {"minCharacters": 2, "maxCharacters": 1}},
+        accepted={"spec.dataset.filter": {"minCharacters": 1, "maxCharacters": 1}},
+    ),
+    Case(
         message="dataset.evalFiles:",
         refused={"spec.dataset": {"id": "org/data", "evalFiles": ["/e"]}},
         accepted={"spec.dataset.evalFiles": ["/e"]},

@@ -14,7 +14,8 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from luthier_api.finetune import TrainingData
-from luthier_trainer.data import labels, tokens
+from luthier_trainer.data import labels
+from luthier_trainer.data.holdout import hold_out
 from luthier_trainer.data.load import Loader, Rows
 from luthier_trainer.runtime import notices
 from luthier_trainer.runtime.failure import Failure
@@ -301,7 +302,7 @@ def test_the_same_share_of_each_class_is_held_out(case: HoldOutCase) -> None:
     classes = numpy.random.default_rng(0).permutation(
         numpy.repeat(numpy.arange(len(case.class_sizes)), case.class_sizes)
     )
-    splits = [tokens.hold_out(len(classes), case.fraction, seed, "f", classes) for seed in (1, 2)]
+    splits = [hold_out(len(classes), case.fraction, seed, "f", classes) for seed in (1, 2)]
     for learnt, measured in splits:
         assert sorted([*learnt, *measured]) == list(range(len(classes)))
         counts = Counter(classes[measured].tolist())
@@ -311,4 +312,4 @@ def test_the_same_share_of_each_class_is_held_out(case: HoldOutCase) -> None:
 
 def test_classes_of_one_row_cannot_be_held_out() -> None:
     with pytest.raises(Failure, match="every class has one row"):
-        tokens.hold_out(10, 0.2, 1, "f", numpy.arange(10))
+        hold_out(10, 0.2, 1, "f", numpy.arange(10))

@@ -70,6 +70,21 @@ def normalised(text: str) -> str:
     return " ".join(text.lower().split())
 
 
+def groups_of(*splits: Iterator[Sequence[Content]]) -> numpy.ndarray:
+    """Return a number of each row of the splits, one after the other, which equal rows share; int64 from 0 on.
+
+    `splits`: the contents of the rows, in batches.
+    """
+    import numpy
+
+    hashes = [numpy.empty(0, dtype=numpy.uint64)]
+    for split in splits:
+        for batch in split:
+            texts = [normalised(text) for text in batch if isinstance(text, str)]
+            hashes.append(_hashes(texts, [file for file in batch if isinstance(file, bytes)]))
+    return numpy.unique(numpy.concatenate(hashes), return_inverse=True)[1]
+
+
 def find(train: Split, held_out: Split | None) -> Repeats:
     """Return what repeats in the rows of both splits."""
     import numpy
@@ -130,11 +145,18 @@ def _read(split: Split) -> Read:
     for batch in split.batches():
         texts = [normalised(text) for text in batch if isinstance(text, str)]
         files = [file for file in batch if isinstance(file, bytes)]
-        compared = [text.encode("utf-8", "surrogatepass") for text in texts] + files
-        hashes.append(numpy.array([xxhash.xxh3_64_intdigest(content) for content in compared], dtype=numpy.uint64))
+        hashes.append(_hashes(texts, files))
         keys += [near_duplicates.band_keys(chunk) for chunk in near_duplicates.chunks(texts)]
         for script, is_mixed in scripts.of(texts):
             counts[script] += 1
             mixed += is_mixed
     empty = numpy.empty(0, dtype=numpy.uint64)
     return Read(numpy.concatenate([empty, *hashes]), numpy.concatenate(keys, axis=1), counts, mixed)
+
+
+def _hashes(texts: Sequence[str], files: Sequence[bytes]) -> numpy.ndarray:
+    """Return a hash of each normalised text and of each file, uint64. A batch has one of the two kinds."""
+    import numpy
+
+    compared = [text.encode("utf-8", "surrogatepass") for text in texts] + [*files]
+    return numpy.array([xxhash.xxh3_64_intdigest(content) for content in compared], dtype=numpy.uint64)

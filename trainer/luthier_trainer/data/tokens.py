@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from luthier_trainer.data import full_lengths
-from luthier_trainer.data.columns import invalid
 from luthier_trainer.data.reading import Reader, rows_at_once
 from luthier_trainer.runtime.notices import notice
 
@@ -73,55 +72,6 @@ def classification_rows(
     rows = mapped(texts, tokenize, _classification_features(), with_indices=True)
     _tell_cut(cut, len(texts), max_length, use)
     return rows
-
-
-def hold_out(
-    rows: int, fraction: float, seed: int, field: str, classes: numpy.ndarray | None = None
-) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Return (train, eval), the positions of the rows, int64, each in the order of the rows.
-
-    `fraction` of the rows, chosen with `seed`, are held out. With `classes`, int64 of shape (rows,), the same share of
-    each class is held out, as nearly as whole rows allow, and at least one row of each class is kept for training.
-    Raises Failure if one of the two sets would be empty.
-    """
-    import numpy
-
-    count = round(rows * fraction)
-    if not 0 < count < rows:
-        raise invalid(
-            f"{field}: {fraction:g} of {rows} rows is {count}; both sides need one row at least. Choose another"
-            " fraction"
-        )
-    order = numpy.random.default_rng(seed).permutation(rows)
-    chosen = numpy.zeros(rows, dtype=bool)
-    if classes is None:
-        chosen[order[:count]] = True
-    else:
-        shares = shares_of(numpy.bincount(classes), count)
-        if not shares.any():
-            raise invalid(
-                f"{field}: every class has one row, which is needed to learn from. Name rows to evaluate on instead"
-            )
-        for number, share in enumerate(shares):
-            chosen[order[classes[order] == number][:share]] = True
-    return numpy.flatnonzero(~chosen), numpy.flatnonzero(chosen)
-
-
-def shares_of(sizes: numpy.ndarray, count: int) -> numpy.ndarray:
-    """Return how many rows of each class are held out, `count` in all, int64 of shape (classes,).
-
-    `sizes` has the same shape. The shares are proportional, and the largest remainders are rounded up. One row of each
-    class is never held out.
-    """
-    import numpy
-
-    exact = sizes * (count / sizes.sum())
-    most = numpy.maximum(sizes - 1, 0)
-    shares = numpy.minimum(numpy.floor(exact).astype(numpy.int64), most)
-    while shares.sum() < count and (shares < most).any():
-        # One more row for the class with the largest remainder that has rows left.
-        shares[numpy.argmax(numpy.where(shares < most, exact - shares, -numpy.inf))] += 1
-    return shares
 
 
 def count_tokens(data: Dataset) -> int:

@@ -36,7 +36,8 @@ ENTRIES_SHOWN = 12  # scripts, labels or lengths in a table
 # Title → path in the part of a split
 TITLES = {
     "Rows": "rows",
-    "Rows left out: blank or unusable": "leftOut",
+    "Rows left out: blank or unusable": "unusable",
+    "Rows left out, by the field of spec.dataset": "leftOut",
     "Equal to an earlier row": "exactDuplicates",
     "Nearly equal to an earlier row": "nearDuplicates",
     "Tokens": "tokens.total",
@@ -58,19 +59,23 @@ SHARED_TITLES = {"Held-out rows equal to a training row": "exact", "Held-out row
 def describe(
     task: Task,
     splits: Mapping[str, Rows],
-    left_out: Mapping[str, int],
+    unusable: Mapping[str, int],
+    left_out: Mapping[str, Mapping[str, int]],
     labels: list[str] | None,
     spec: FineTuneJobSpec,
     added_tokens: int,
 ) -> dict[str, Any]:
     """Return the report on the rows of the splits `train` and perhaps `eval`, and give its notices.
 
-    `left_out`: split → rows without content, which are not in `splits`. `added_tokens`: tokens of each row that are not
-    its text. The lengths are those of the rows that have been encoded since the last report.
+    `unusable`: split → rows without content. `left_out`: split → field of `spec.dataset` → rows that it left out.
+    Neither are in `splits`. `added_tokens`: tokens of each row that are not its text. The lengths are those of the rows
+    that have been encoded since the last report.
     """
     report: dict[str, Any] = {"splits": {}}
     for name, rows in splits.items():
-        report["splits"][name] = {"rows": len(rows.data), "leftOut": left_out.get(name, 0)}
+        report["splits"][name] = {"rows": len(rows.data), "unusable": unusable.get(name, 0)}
+        if left_out.get(name):
+            report["splits"][name]["leftOut"] = dict(left_out[name])
         lengths = full_lengths.take(USES[name])
         if len(lengths):
             described = _lengths(
@@ -191,10 +196,14 @@ def _give_notices(report: Mapping[str, Any], splits: Mapping[str, Rows], spec: F
     repeated, near = train.get("exactDuplicates", 0), train.get("nearDuplicates", 0)
     if repeated + near >= max(REPEATED * train["rows"], 1):
         rows = _equal_rows(repeated, near, report, f"{train['rows']} training rows", "an earlier one")
-        notice(f"{DATASET}: {rows}. Each is learnt as often as it occurs. Remove them if that is not meant")
+        notice(
+            f"{DATASET}: {rows}. Each is learnt as often as it occurs. Remove them if that is not meant;"
+            " dataset.deduplicate: exact does it for equal rows"
+        )
     if "shared" in report:
         drawn = spec.dataset.eval_fraction is not None
-        remedy = "Remove the repeats from the data" if drawn else "Remove such rows from one of the two"
+        apart = "Remove such rows from one of the two; dataset.deduplicate: exact does it for equal ones"
+        remedy = "Remove the repeats from the data" if drawn else apart
         _give_notice_of_shared(report, splits, remedy)
     for name, part in report["splits"].items():
         short = part.get("tokens", {}).get("tooShort", 0)

@@ -17,7 +17,8 @@ from luthier_trainer.data.load import Rows
 from luthier_trainer.models import sources
 from luthier_trainer.models.inspect import max_positions, read_config
 from luthier_trainer.prepare import data_report, first_row
-from luthier_trainer.prepare.training import MODEL, encode, read_examples
+from luthier_trainer.prepare.examples import read_examples
+from luthier_trainer.prepare.training import MODEL, encode
 from luthier_trainer.runtime import notices
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.tasks.table import task_of
@@ -59,7 +60,9 @@ def inspect(run: FineTuneRun, folder: Path) -> dict[str, Any]:
         added_tokens = task.added_tokens(tokenizer)
         row = first_row.described(encoded["train"], tokenizer)
         found["firstRow"] = row and first_row.told(row)
-    report = data_report.describe(task, examples.splits, examples.left_out, examples.labels, run.spec, added_tokens)
+    report = data_report.describe(
+        task, examples.splits, examples.unusable, examples.left_out, examples.labels, run.spec, added_tokens
+    )
     found |= {"report": report, "reportTable": data_report.table(report)}
     return found | {"notices": notices.given()}
 

@@ -6,8 +6,6 @@ Everything that depends on the task is a method of its object (`tasks.base.Task`
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +14,11 @@ from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_api.status import Plan, ResolvedDataset
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer.data import files, tokens
+from luthier_trainer.data.holdout import hold_out
 from luthier_trainer.data.lengths import notice_padding
-from luthier_trainer.data.load import Loader, Rows, ranges
 from luthier_trainer.models import sources, weight_files
 from luthier_trainer.prepare import data_report, first_row
+from luthier_trainer.prepare.examples import FRACTION, Examples, read_examples
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 from luthier_trainer.tasks.base import Processor, Task
@@ -32,23 +30,7 @@ from luthier_trainer.workspace.plan import plan_space, plan_training, smallest_b
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-DATASET, MODEL = "spec.dataset", "spec.model"
-
-
-@dataclass(frozen=True)
-class Examples:
-    """The rows that fit the task, before they are encoded."""
-
-    train: Rows
-    eval: Rows | None
-    labels: list[str] | None = None
-    left_out: Mapping[str, int] = field(default_factory=dict)
-    """Split → rows of the source that cannot be used."""
-
-    @property
-    def splits(self) -> dict[str, Rows]:
-        """Return the rows by the name of their split."""
-        return {"train": self.train} | ({"eval": self.eval} if self.eval else {})
+MODEL = "spec.model"
 
 
 def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedRecord:
@@ -80,6 +62,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         data_report.describe(
             task,
             examples.splits,
+            examples.unusable,
             examples.left_out,
             examples.labels,
             spec,
@@ -169,64 +152,6 @@ def notice_short_grace(spec: FineTuneJobSpec, plan: Plan) -> None:
         )
 
 
-def read_examples(task: Task, run: FineTuneRun, cache: Path) -> Examples:
-    """Return the rows for training and evaluation, with the columns that the task needs.
-
-    Raises Failure if the data does not suit the task, or if both overlap.
-    """
-    spec, data = run.spec, run.spec.dataset
-    loader = Loader(
-        data,
-        DATASET,
-        cache,
-        columns=task.columns(spec),
-        others=False,
-        documents=spec.training.packing == "concatenate",
-    )
-    train = loader.split(data.split, "split")
-    evaluation = None
-    if data.eval_split:
-        evaluation = loader.split(data.eval_split, "evalSplit")
-        refuse_overlap(run, loader)
-    elif data.eval_files:
-        evaluation = loader.files(data.eval_files, "evalFiles")
-        files.refuse_shared(train.origins, evaluation.origins)
-
-    read = {"train": len(train.data), "eval": len(evaluation.data) if evaluation else 0}
-    train = task.fitting(train, spec)
-    labels = task.labels(train, spec)
-    if evaluation:
-        evaluation = task.fitting(evaluation, spec)
-        task.label_ids(evaluation, spec, labels)
-    fit = {"train": len(train.data), "eval": len(evaluation.data) if evaluation else 0}
-    if data.eval_fraction is not None and not train.documents:
-        classes = task.label_ids(train, spec, labels)
-        kept, held = tokens.hold_out(
-            len(train.data), data.eval_fraction, spec.training.seed, f"{DATASET}.evalFraction", classes
-        )
-        train, evaluation = train.select(kept), train.select(held)
-    return Examples(train, evaluation, labels, {name: rows - fit[name] for name, rows in read.items()})
-
-
-def refuse_overlap(run: FineTuneRun, loader: Loader) -> None:
-    """Raise Failure if rows are used for both training and evaluation, which makes all metrics too good."""
-    data = run.spec.dataset
-    split, other = data.split.partition("[")[0], str(data.eval_split).partition("[")[0]
-    if split != other:
-        return
-    whole = loader.split(split, "split").data
-    learnt, measured = (
-        {i for start, end in ranges(whole, s, [split], f"{DATASET}.{f}") for i in range(start, end)}
-        for s, f in ((data.split, "split"), (str(data.eval_split), "evalSplit"))
-    )
-    if both := len(learnt & measured):
-        raise Failure(
-            ExitCode.INVALID_SPEC,
-            f"{DATASET}.evalSplit: {both} of its rows are in split {data.split} too, and would be learnt and measured"
-            f" on. Choose parts that do not overlap, such as {split}[:90%] and {split}[90%:]",
-        )
-
-
 def encode(task: Task, examples: Examples, processor: Processor, spec: FineTuneJobSpec) -> DatasetDict:
     """Return the encoded rows: split `train` and, if rows are held out, `eval`. Raises Failure if they do not fit."""
     from datasets import DatasetDict
@@ -238,6 +163,6 @@ def encode(task: Task, examples: Examples, processor: Processor, spec: FineTuneJ
     if fraction is not None and examples.train.documents:
         # A text file has no rows that could be held out, so blocks of it are held out.
         blocks = splits["train"]
-        kept, held = tokens.hold_out(len(blocks), fraction, spec.training.seed, f"{DATASET}.evalFraction")
+        kept, held = hold_out(len(blocks), fraction, spec.training.seed, FRACTION)
         splits = {"train": blocks.select(kept), "eval": blocks.select(held)}
     return DatasetDict(splits)
