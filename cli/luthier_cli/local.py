@@ -200,9 +200,11 @@ def paths_in(spec: dict[str, Any]) -> list[tuple[str, Any, Any]]:
         if "dataset" in spec
         else (spec["inputs"].get("dataset", {}), "spec.inputs.dataset")
     )
-    for name in ("files", "evalFiles"):
-        files = dataset.get(name, [])
-        found += [(f"{at}.{name}[{i}]", files, i) for i in range(len(files))]
+    mixed = dataset.get("mix", {}).get("sources", [])
+    for source, where in [(dataset, at), *((part, f"{at}.mix.sources[{n}]") for n, part in enumerate(mixed))]:
+        for name in ("files", "evalFiles"):
+            files = source.get(name, [])
+            found += [(f"{where}.{name}[{i}]", files, i) for i in range(len(files))]
     if "file" in dataset.get("chatTemplate", {}):
         found.append((f"{at}.chatTemplate.file", dataset["chatTemplate"], "file"))
     return found

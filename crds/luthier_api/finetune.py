@@ -16,7 +16,7 @@ from luthier_api.marks import For, Table, TabledSpec, by_table, works_with
 from luthier_api.methods import METHODS, QUANTIZATIONS, STRATEGIES, MethodType, Strategy
 from luthier_api.optimizers import OPTIMIZERS
 from luthier_api.quantity import Bytes, Cores
-from luthier_api.rows import Deduplicate, RowFilter
+from luthier_api.rows import Deduplicate, Mix, RowFilter
 from luthier_api.schedules import EVAL_INTERVALS, SAVE_INTERVALS, SCHEDULES
 from luthier_api.scheduling import Scheduling
 from luthier_api.spec import (
@@ -28,12 +28,14 @@ from luthier_api.spec import (
     ObjectName,
     Path,
     PhaseResources,
+    PrepareResources,
     ShortText,
     Volumes,
     Workspace,
     alone_on_its_claim,
     at_most_one,
     exactly_one,
+    source_rules,
     train_alone,
 )
 from luthier_api.tasks import BEST_METRICS, EVAL_LOSS, TRAINING_TASKS, FineTuneTask
@@ -95,6 +97,8 @@ class ChatTemplate(ApiModel):
 class TrainingData(DatasetSource):
     """The rows to learn from, and those held out to measure with."""
 
+    mix: Mix | None = None
+    """Several sources of rows, instead of `id` and `files`."""
     split: ShortText = "train"
     """Split to train on; slices such as train[:90%] work."""
     eval_split: ShortText | None = None
@@ -131,7 +135,12 @@ class TrainingData(DatasetSource):
     """
 
     rules: ClassVar[tuple[Rule, ...]] = (
-        *DatasetSource.rules,
+        *source_rules("dataset", "mix"),
+        Rule(
+            "!has(self.mix) || (self.split == 'train' && !has(self.evalSplit) && !has(self.evalFiles))",
+            "dataset.mix: split and evalSplit belong to each of its sources, and there are no evalFiles; name them"
+            " there, or use evalFraction",
+        ),
         train_alone("split"),
         train_alone("evalSplit"),
         Rule(
@@ -388,7 +397,7 @@ class FineTuneJobSpec(JobControl, TabledSpec):
     never stops or slows the training: the status says how many reports it has lost.
     """
     hub: Annotated[Hub | None, PUBLICATION] = None
-    prepare: Annotated[PhaseResources | None, CIRCUMSTANCES] = None
+    prepare: Annotated[PrepareResources | None, CIRCUMSTANCES] = None
     publish: Annotated[PhaseResources | None, CIRCUMSTANCES] = None
     scheduling: Annotated[Scheduling, CIRCUMSTANCES] = Field(default_factory=Scheduling)
     restarts: Annotated[Restarts, BUDGET] = Field(default_factory=Restarts)
@@ -430,7 +439,8 @@ class FineTuneJobSpec(JobControl, TabledSpec):
         *(
             Rule(
                 f"{unused} || has(self.dataset.evalSplit) || has(self.dataset.evalFiles) ||"
-                " has(self.dataset.evalFraction)",
+                " has(self.dataset.evalFraction) || (has(self.dataset.mix) && self.dataset.mix.sources.exists(s,"
+                " has(s.evalSplit)))",
                 f"spec.training.{field}: no rows are held out to evaluate on; set dataset.evalSplit, evalFiles or"
                 f" evalFraction, or remove {field}",
             )

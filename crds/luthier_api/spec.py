@@ -103,11 +103,11 @@ def at_most_one(*fields: str) -> str:
     return " + ".join(f"(has(self.{f}) ? 1 : 0)" for f in fields) + " <= 1"
 
 
-def train_alone(field: str) -> Rule:
-    """Files are one split."""
+def train_alone(field: str, name: str = "dataset") -> Rule:
+    """Files are one split. `name`: of the field that holds the dataset."""
     return Rule(
         f"!has(self.files) || !has(self.{field}) || self.{field}.matches('^train([^._a-zA-Z0-9]|$)')",
-        f"dataset.{field}: files are one split, train; write train or a part of it, such as train[:90%]",
+        f"{name}.{field}: files are one split, train; write train or a part of it, such as train[:90%]",
     )
 
 
@@ -199,6 +199,35 @@ class Csv(ApiModel):
 TEXT_FORMATS = tuple(name for name, info in FORMATS.items() if info.text)
 
 
+def source_rules(name: str, *others: str) -> tuple[Rule, ...]:
+    """Rules of where rows come from. `name`: of the field that holds such an object. `others`: fields besides id and
+    files that say it.
+    """
+    return (
+        Rule(exactly_one("id", "files", *others), f"{name}: set exactly one of {', '.join(['id', *others])} and files"),
+        Rule(
+            "!has(self.revision) || has(self.id)",
+            f"{name}.revision: only a dataset of the Hub has revisions; set {name}.id or remove it",
+        ),
+        Rule(
+            "!has(self.name) || has(self.id)",
+            f"{name}.name: only a dataset of the Hub has configurations; set {name}.id or remove it",
+        ),
+        Rule(
+            "!has(self.format) || has(self.files)",
+            f"{name}.format: belongs to {name}.files; a Hub dataset knows its own format",
+        ),
+        Rule(
+            "!has(self.csv) || !has(self.format) || self.format == 'csv'",
+            f"{name}.csv: belongs to files of the format csv; remove it, or set format: csv",
+        ),
+        Rule(
+            f"!has(self.encoding) || !has(self.format) || self.format in {list(TEXT_FORMATS)}",
+            f"{name}.encoding: belongs to files of text ({', '.join(TEXT_FORMATS)}); remove it",
+        ),
+    )
+
+
 class DatasetSource(ApiModel):
     """Where the rows come from: exactly one of id (the Hub) and files."""
 
@@ -219,29 +248,7 @@ class DatasetSource(ApiModel):
     that are not text in it are refused.
     """
 
-    rules: ClassVar[tuple[Rule, ...]] = (
-        Rule(exactly_one("id", "files"), "dataset: set exactly one of id and files"),
-        Rule(
-            "!has(self.revision) || has(self.id)",
-            "dataset.revision: only a dataset of the Hub has revisions; set dataset.id or remove it",
-        ),
-        Rule(
-            "!has(self.name) || has(self.id)",
-            "dataset.name: only a dataset of the Hub has configurations; set dataset.id or remove it",
-        ),
-        Rule(
-            "!has(self.format) || has(self.files)",
-            "dataset.format: belongs to dataset.files; a Hub dataset knows its own format",
-        ),
-        Rule(
-            "!has(self.csv) || !has(self.format) || self.format == 'csv'",
-            "dataset.csv: belongs to files of the format csv; remove it, or set format: csv",
-        ),
-        Rule(
-            f"!has(self.encoding) || !has(self.format) || self.format in {list(TEXT_FORMATS)}",
-            f"dataset.encoding: belongs to files of text ({', '.join(TEXT_FORMATS)}); remove it",
-        ),
-    )
+    rules: ClassVar[tuple[Rule, ...]] = source_rules("dataset")
 
 
 class Workspace(ApiModel):
@@ -385,6 +392,15 @@ class PhaseResources(ApiModel):
     """Memory request and limit, for example 16Gi."""
     ephemeral_storage: Bytes | None = None
     """Local disk for /tmp, as request and limit, for example 50Gi."""
+
+
+class PrepareResources(PhaseResources):
+    """The pod of `prepare`."""
+
+    num_proc: Annotated[int | None, Field(ge=1, le=1024)] = None
+    """Processes that convert rows into tokens. When left out, as many as `cpu`, or else as the cores that the pod may
+    use, and 32 at most. Each takes about 200 MB of memory.
+    """
 
 
 class JobControl(ApiModel):

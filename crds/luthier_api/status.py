@@ -77,6 +77,13 @@ class ResolvedSource(ApiModel):
     """Its version: the commit on the Hub, else a SHA-256 over its files."""
 
 
+class ResolvedPart(ResolvedSource):
+    rows: int
+    """Rows of an epoch that are from this source."""
+    eval_rows: int = 0
+    """Rows held out for evaluation."""
+
+
 class ResolvedDataset(ResolvedSource):
     rows: int
     """Rows to train on or to generate from."""
@@ -86,6 +93,8 @@ class ResolvedDataset(ResolvedSource):
     """Tokens of the training rows, after truncation; images have none."""
     labels: list[str] | None = None
     """Names of the classes, for a task of classification."""
+    sources: list[ResolvedPart] | None = None
+    """Of a mix (`dataset.mix`): what it is made of."""
 
 
 class Plan(ApiModel):

@@ -673,8 +673,9 @@ CASES: list[Case] = [
     ),
     Case(
         message="dataset: set exactly one of id and files",
-        refused={"spec.dataset.id": "org/data"},
-        accepted={"spec.dataset": {"id": "org/data"}},
+        base=GENERATE,
+        refused={"spec.inputs": {"dataset": {"id": "org/data", "files": ["/x"]}}},
+        accepted={"spec.inputs": {"dataset": {"files": ["/x"]}}},
     ),
     Case(
         message="dataset.revision:",
@@ -737,6 +738,59 @@ CASES: list[Case] = [
         message="dataset: set at most one of",
         refused={"spec.dataset.evalSplit": "test", "spec.dataset.evalFraction": 0.1},
         accepted={"spec.dataset.evalFraction": 0.1},
+    ),
+    Case(
+        message="dataset: set exactly one of",
+        refused={"spec.dataset": {"id": "org/data", "mix": {"sources": [{"id": "org/a"}, {"id": "org/b"}]}}},
+        accepted={"spec.dataset": {"mix": {"sources": [{"id": "org/a"}, {"files": ["/b.jsonl"]}]}}},
+    ),
+    Case(
+        message="dataset.mix: split and evalSplit belong to each",
+        refused={"spec.dataset": {"evalSplit": "test", "mix": {"sources": [{"id": "org/a"}, {"id": "org/b"}]}}},
+        accepted={"spec.dataset": {"mix": {"sources": [{"id": "org/a"}, {"id": "org/b", "evalSplit": "test"}]}}},
+    ),
+    Case(
+        message="mix.sources: some have a weight",
+        refused={"spec.dataset": {"mix": {"sources": [{"id": "org/a"}, {"id": "org/b", "weight": 1}]}}},
+        accepted={"spec.dataset": {"mix": {"sources": [{"id": "org/a", "weight": 2}, {"id": "org/b", "weight": 1}]}}},
+    ),
+    Case(
+        message="sources: set exactly one of",
+        refused={"spec.dataset": {"mix": {"sources": [{"id": "org/a"}, {"weight": 1}]}}},
+        accepted={"spec.dataset": {"mix": {"sources": [{"id": "org/a"}, {"files": ["/b"], "format": "csv"}]}}},
+    ),
+    *(
+        Case(
+            message=f"sources.{message}",
+            refused={"spec.dataset": {"mix": {"sources": [{"id": "org/a"}, refused]}}},
+            accepted={"spec.dataset": {"mix": {"sources": [{"id": "org/a"}, accepted]}}},
+        )
+        for message, refused, accepted in [
+            ("revision:", {"files": ["/b"], "revision": "v1"}, {"id": "org/b", "revision": "v1"}),
+            ("name:", {"files": ["/b"], "name": "en"}, {"id": "org/b", "name": "en"}),
+            ("format:", {"id": "org/b", "format": "csv"}, {"files": ["/b"], "format": "csv"}),
+            ("csv:", {"files": ["/b"], "format": "json", "csv": {}}, {"files": ["/b"], "csv": {}}),
+            (
+                "encoding:",
+                {"files": ["/b"], "format": "parquet", "encoding": "cp1252"},
+                {"files": ["/b"], "encoding": "cp1252"},
+            ),
+        ]
+    ),
+    Case(
+        message="sources.split: files are one split",
+        refused={"spec.dataset": {"mix": {"sources": [{"id": "org/a"}, {"files": ["/b"], "split": "test"}]}}},
+        accepted={"spec.dataset": {"mix": {"sources": [{"id": "org/a"}, {"files": ["/b"], "split": "train[:9]"}]}}},
+    ),
+    Case(
+        message="sources.evalSplit: files are one split",
+        refused={"spec.dataset": {"mix": {"sources": [{"id": "org/a"}, {"files": ["/b"], "evalSplit": "test"}]}}},
+        accepted={"spec.dataset": {"mix": {"sources": [{"id": "org/a"}, {"id": "org/b", "evalSplit": "test"}]}}},
+    ),
+    Case(
+        message="sources.evalSplit: is also the training split",
+        refused={"spec.dataset": {"mix": {"sources": [{"id": "org/a"}, {"id": "org/b", "evalSplit": "train"}]}}},
+        accepted={"spec.dataset": {"mix": {"sources": [{"id": "org/a"}, {"id": "org/b", "evalSplit": "test"}]}}},
     ),
     Case(
         message="columns: a filter needs at least one of",
@@ -1268,6 +1322,12 @@ PATHS = (
     ("/data/train.txt", "data/proc/x", "/processed/x", "/var/data/x", "/data/etc/x"),
 )
 
+
+def mixed(source: dict[str, Any]) -> Change:
+    """A mix whose first source is this one."""
+    return {"spec.dataset": {"mix": {"sources": [source, {"id": "org/a"}]}}}
+
+
 WRITTEN: list[Written] = [
     # field, how to set it, what is refused, what passes
     Written("spec.model.id", lambda t: {"spec.model.id": t}, *HUB_NAMES),
@@ -1285,6 +1345,10 @@ WRITTEN: list[Written] = [
     ),
     Written("spec.model.path", lambda t: {"spec.model": {"path": t}}, *PATHS),
     Written("spec.adapters[].path", lambda t: {"spec.adapters": [{"path": t}]}, *PATHS, GENERATE),
+    Written("spec.dataset.mix.sources[].files[]", lambda t: mixed({"files": [t]}), *PATHS),
+    Written("spec.dataset.mix.sources[].id", lambda t: mixed({"id": t}), *HUB_NAMES),
+    Written("spec.dataset.mix.sources[].encoding", lambda t: mixed({"files": ["/x"], "encoding": t}), *ENCODINGS),
+    Written("spec.dataset.mix.sources[].revision", lambda t: mixed({"id": "org/data", "revision": t}), *REFS),
     Written("spec.dataset.files[]", lambda t: {"spec.dataset": {"files": [t]}}, *PATHS),
     Written("spec.dataset.evalFiles[]", lambda t: {"spec.dataset": {"files": ["/x"], "evalFiles": [t]}}, *PATHS),
     Written("spec.dataset.chatTemplate.file", lambda t: {"spec.dataset.chatTemplate": {"file": t}}, *PATHS),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from luthier_trainer.data import columns, tokens
@@ -68,7 +69,8 @@ def conversations(rows: Rows, form: Form) -> Rows:
     """
     role, column = next(iter(form.columns.items()))
     field, subject = f"{COLUMNS}.{role}", f'column "{column}" of {rows.origin}'
-    return as_json(rows, form.columns, CHAT, lambda cells: _chat(form, cells), f"{field}: {subject}", form.info.title)
+    read = partial(_chat, form)
+    return as_json(rows, form.columns, CHAT, read, f"{field}: {subject}", form.info.title, parallel=True)
 
 
 def as_json(
@@ -78,12 +80,15 @@ def as_json(
     read: Callable[[dict[str, Any]], Mapping[str, Any] | None],
     subject: str,
     title: str,
+    *,
+    parallel: bool = False,
 ) -> Rows:
     """Return rows with the one column `into`: what `read` makes of the cells of each row, as JSON text.
 
     `roles`: role → column; `read` gets the cells by role. It returns None for an empty row, which is dropped, with a
-    notice, and raises Malformed for a row that is not what `title` says. `subject` begins the messages. Raises Failure
-    if a row is malformed, or if no row is left.
+    notice, and raises Malformed for a row that is not what `title` says. `subject` begins the messages.
+    `parallel`: `read` keeps nothing from row to row, so that several processes can call it. Raises Failure if a row is
+    malformed, or if no row is left.
     """
     import numpy
     from datasets import Features, Value
@@ -106,6 +111,7 @@ def as_json(
         rows.data.select_columns(list(dict.fromkeys(roles.values()))),
         convert,
         Features({into: Value("string"), "problem": Value("string")}),
+        parallel=parallel,
     )
     problems = [i for i, problem in enumerate(found["problem"]) if problem is not None]
     if problems:

@@ -16,7 +16,14 @@ from luthier_trainer.data.columns import invalid
 from luthier_trainer.data.load import Rows
 from luthier_trainer.data.masks import ChatReader, Unmasked, Unreadable, common
 from luthier_trainer.data.reading import Reader
-from luthier_trainer.data.tokens import MAX_LENGTH, keep_learnable, language, language_features, mapped
+from luthier_trainer.data.tokens import (
+    FULL_LENGTH,
+    MAX_LENGTH,
+    keep_learnable,
+    language_features,
+    mapped,
+    with_notes,
+)
 from luthier_trainer.runtime.notices import notice
 
 if TYPE_CHECKING:
@@ -33,23 +40,20 @@ def completion_rows(
     They are divided as in TRL: the tokens that the prompt alone shares with both are the prompt.
     """
     options = {"return_attention_mask": False, "return_token_type_ids": False}
-    report = Report(rows, max_length, use)
 
-    def tokenize(batch: dict[str, list[str]], indices: list[int]) -> dict[str, list[Any]]:
+    def tokenize(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
         texts = [before + after for before, after in zip(batch[prompt], batch[completion], strict=True)]
         alone = reader(batch[prompt], **options)["input_ids"]
-        found = []
-        for index, asked, ids in zip(indices, alone, reader(texts, **options)["input_ids"], strict=True):
+        made = Encoded(masked, max_length)
+        for asked, ids in zip(alone, reader(texts, **options)["input_ids"], strict=True):
             row = reader.row(ids)
             begin = common(asked, row) if masked else 0
-            if masked and begin < len(asked) and asked[begin:] != [reader.tokenizer.eos_token_id]:
-                report.remark("diverging", index)
-            found.append(report.cut(index, row, [0] * begin + [1] * (len(row) - begin)))
-        return _labelled(found, masked)
+            diverges = masked and begin < len(asked) and asked[begin:] != [reader.tokenizer.eos_token_id]
+            made.add(row, [0] * begin + [1] * (len(row) - begin), ("diverging",) if diverges else ())
+        return made.columns
 
-    encoded = mapped(rows.data, tokenize, language_features(masked), with_indices=True)
-    report.tell()
-    return keep_learnable(encoded)
+    encoded = mapped(rows.data, tokenize, _features(masked), parallel=True)
+    return keep_learnable(reported(encoded, rows, max_length, use))
 
 
 def chat_rows(rows: Rows, reader: ChatReader, max_length: int | None, use: str) -> Dataset:
@@ -58,30 +62,27 @@ def chat_rows(rows: Rows, reader: ChatReader, max_length: int | None, use: str) 
     Raises Failure if that is true of all rows, or if the job learns all tokens and a message is not to be learnt.
     """
     masked = reader.loss_on != "all"
-    report = Report(rows, max_length, use)
 
-    def tokenize(batch: dict[str, list[str]], indices: list[int]) -> dict[str, list[Any]]:
-        found: list[tuple[list[int], list[int]]] = []
-        for index, chat in zip(indices, batch[CHAT], strict=True):
+    def tokenize(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
+        made = Encoded(masked, max_length)
+        for chat in batch[CHAT]:
             read = json.loads(chat)
-            if not masked:
-                refuse_weights(read, f"{rows.place(index)} of {rows.origin}")
+            if not masked and unlearnt(read):
+                made.leave_out(WEIGHTED, "")
+                continue
             try:
                 row = reader(read)
             except (Unreadable, Unmasked) as error:
-                report.remark(type(error).__name__.lower(), index, str(error))
-                found.append(([], []))
+                made.leave_out(type(error).__name__.lower(), str(error))
                 continue
-            for remark in row.remarks:
-                report.remark(remark, index)
-            if not any(row.mask):
-                report.remark("silent", index)
-            found.append(report.cut(index, row.ids, row.mask))
-        return _labelled(found, masked)
+            made.add(row.ids, row.mask, row.remarks if any(row.mask) else (*row.remarks, "silent"))
+        return made.columns
 
-    encoded = mapped(rows.data, tokenize, language_features(masked), with_indices=True)
-    report.tell()
-    return keep_learnable(encoded)
+    encoded = mapped(rows.data, tokenize, _features(masked), parallel=True)
+    for index, remarks in enumerate(encoded[REMARK] if not masked else ()):
+        if WEIGHTED in remarks:
+            refuse_weights(json.loads(rows.data[index][CHAT]), f"{rows.place(index)} of {rows.origin}")
+    return keep_learnable(reported(encoded, rows, max_length, use))
 
 
 def refuse_weights(chat: Chat, place: str) -> None:
@@ -143,6 +144,9 @@ REMARKS: Mapping[str, tuple[str, str]] = {
 }
 """Remark about a row → (field, what is said of all such rows)."""
 LEFT_OUT = ("unreadable", "unmasked", "undivided", "silent", "beheaded", "crowded", "alike")
+WEIGHTED = "weighted"  # a remark that is refused
+REMARK, WHY = "remarks", "why"  # columns while rows are encoded
+AT_ONCE = 10_000  # rows of which the remarks are read at once
 
 
 class Report:
@@ -157,21 +161,6 @@ class Report:
         """Count a remark about the row at position `index`. `why` is shown for the first such row."""
         self.counts[kind] += 1
         self.first.setdefault(kind, (index, why))
-
-    def cut(self, index: int, ids: list[int], mask: list[int]) -> tuple[list[int], list[int]]:
-        """Return a row truncated at `max_length` if that is given, or an empty one if it has no label left.
-
-        The first token is no label, because nothing comes before it.
-        """
-        full_lengths.keep(self.use, [len(ids)])
-        learnable = any(mask[1:])
-        if self.max_length is not None and len(ids) > self.max_length:
-            ids, mask = ids[: self.max_length], mask[: self.max_length]
-            if learnable and not any(mask[1:]):
-                self.remark("beheaded", index)
-                return [], []
-            self.remark("cut", index)
-        return (ids, mask) if learnable else ([], [])
 
     def tell(self) -> None:
         """Give notice of all remarks. Raises Failure if all rows were left out for one reason."""
@@ -189,7 +178,60 @@ class Report:
             notice(said)
 
 
-def _labelled(rows: list[tuple[list[int], list[int]]], masked: bool) -> dict[str, list[Any]]:
-    """Return the columns for causal-lm from (token ids, mask) of each row."""
-    columns = language(ids for ids, _ in rows)
-    return columns | {"loss_mask": [mask for _, mask in rows]} if masked else columns
+class Encoded:
+    """Columns of encoded rows, with what is to be reported of each row beside them: several processes make them."""
+
+    def __init__(self, masked: bool, max_length: int | None) -> None:
+        self.max_length = max_length
+        names = ("input_ids", *(("loss_mask",) if masked else ()), "length", FULL_LENGTH, REMARK, WHY)
+        self.columns: dict[str, list[Any]] = {name: [] for name in names}
+
+    def add(self, ids: list[int], mask: list[int], remarks: tuple[str, ...]) -> None:
+        """Append a row truncated at `max_length` if that is given, or an empty one if it has no label left.
+
+        The first token is no label, because nothing comes before it.
+        """
+        length = len(ids)
+        learnable = any(mask[1:])
+        if self.max_length is not None and length > self.max_length:
+            ids, mask = ids[: self.max_length], mask[: self.max_length]
+            beheaded = learnable and not any(mask[1:])
+            learnable = learnable and not beheaded
+            remarks = (*remarks, "beheaded" if beheaded else "cut")
+        self._append(ids if learnable else [], mask, length, remarks, None)
+
+    def leave_out(self, remark: str, why: str) -> None:
+        """Append an empty row. `why` is shown for the first such row."""
+        self._append([], [], None, (remark,), why)
+
+    def _append(
+        self, ids: list[int], mask: list[int], full_length: int | None, remarks: tuple[str, ...], why: str | None
+    ) -> None:
+        row = {"input_ids": ids, "loss_mask": mask[: len(ids)], "length": len(ids)}
+        row |= {FULL_LENGTH: full_length, REMARK: list(remarks), WHY: why}
+        for name, cells in self.columns.items():
+            cells.append(row[name])
+
+
+def reported(encoded: Dataset, rows: Rows, max_length: int | None, use: str) -> Dataset:
+    """Return encoded rows without the columns that say what is to be reported of them, after it was reported.
+
+    Raises Failure if all rows were left out for one reason.
+    """
+    report = Report(rows, max_length, use)
+    notes = encoded.select_columns([FULL_LENGTH, REMARK, WHY])
+    for start in range(0, len(notes), AT_ONCE):
+        batch = notes[start : start + AT_ONCE]
+        full_lengths.keep(use, [length for length in batch[FULL_LENGTH] if length is not None])
+        for index, (remarks, why) in enumerate(zip(batch[REMARK], batch[WHY], strict=True), start):
+            for kind in remarks:
+                report.remark(kind, index, why or "")
+    report.tell()
+    return encoded.remove_columns([FULL_LENGTH, REMARK, WHY])
+
+
+def _features(masked: bool) -> Any:
+    """Return the types of the columns of `Encoded`."""
+    from datasets import Features, List, Value
+
+    return Features({**with_notes(language_features(masked)), REMARK: List(Value("string")), WHY: Value("string")})

@@ -14,6 +14,7 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.rows import ColumnFilter, RowFilter
 from luthier_trainer.data import columns, repeats
 from luthier_trainer.data.load import Rows
+from luthier_trainer.data.mixing import Joined
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 
@@ -67,20 +68,30 @@ class Selection:
             rows = self._kept(rows, lengths <= most, f"{FILTER}.maxCharacters", f"a row has {most} characters at most")
         return rows
 
-    def by_position(self, rows: Rows, kept: numpy.ndarray, what: str) -> Rows:
+    def without_repeats(self, joined: Joined, kept: numpy.ndarray, what: str) -> Joined:
         """Return the rows that are no repeats. `kept`: bool of shape (rows,)."""
-        return self._kept(rows, kept, DEDUPLICATE, what)
+        import numpy
+
+        self._count(joined.rows, kept, DEDUPLICATE, what)
+        return joined.select(numpy.flatnonzero(kept)) if not kept.all() else joined
 
     def _kept(self, rows: Rows, kept: numpy.ndarray, path: str, what: str) -> Rows:
-        """Return the rows of which `kept`, bool of shape (rows,), is true, and count the others.
+        """Return the rows of which `kept`, bool of shape (rows,), is true, and count the others."""
+        import numpy
 
-        `what` is true of the rows that are kept. Raises Failure if there are none.
+        self._count(rows, kept, path, what)
+        return rows if kept.all() else rows.select(numpy.flatnonzero(kept))
+
+    def _count(self, rows: Rows, kept: numpy.ndarray, path: str, what: str) -> None:
+        """Count the rows of which `kept` is false, and give notice of them. `what` is true of the others.
+
+        Raises Failure if there are no others.
         """
         import numpy
 
         lost = numpy.flatnonzero(~kept)
         if not len(lost):
-            return rows
+            return
         if len(lost) == len(kept):
             raise Failure(
                 ExitCode.INVALID_DATASET,
@@ -93,24 +104,23 @@ class Selection:
             f"{path}: {len(lost)} of {len(kept)} {self.use} rows of {rows.origin} are left out, because it is not true"
             f" that {what}. The first is {rows.place(int(lost[0]))}"
         )
-        return rows.select(numpy.flatnonzero(kept))
 
 
 def deduplicated(
-    train: Rows, held_out: Rows | None, selections: dict[str, Selection], contents: Contents
-) -> tuple[Rows, Rows | None]:
+    train: Joined, held_out: Joined | None, selections: dict[str, Selection], contents: Contents
+) -> tuple[Joined, Joined | None]:
     """Return the rows without those that are equal to an earlier row of their split, or to a held-out row."""
     import numpy
 
-    parts = [train] + ([held_out] if held_out else [])
+    parts = [train.rows] + ([held_out.rows] if held_out else [])
     groups = repeats.groups_of(*(contents(part) for part in parts))
-    learnt, measured = groups[: len(train.data)], groups[len(train.data) :]
+    learnt, measured = groups[: len(train.rows.data)], groups[len(train.rows.data) :]
     if held_out:
         apart = ~numpy.isin(learnt, measured)
-        train = selections["train"].by_position(train, apart, "no held-out row is equal to it")
+        train = selections["train"].without_repeats(train, apart, "no held-out row is equal to it")
         learnt = learnt[apart]
-        held_out = selections["eval"].by_position(held_out, _firsts(measured), "no earlier row is equal to it")
-    return selections["train"].by_position(train, _firsts(learnt), "no earlier row is equal to it"), held_out
+        held_out = selections["eval"].without_repeats(held_out, _firsts(measured), "no earlier row is equal to it")
+    return selections["train"].without_repeats(train, _firsts(learnt), "no earlier row is equal to it"), held_out
 
 
 def _firsts(groups: numpy.ndarray) -> numpy.ndarray:

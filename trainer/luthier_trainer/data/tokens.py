@@ -7,10 +7,15 @@ and length.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from luthier_api.exitcodes import ExitCode
 from luthier_trainer.data import full_lengths
+from luthier_trainer.data.parallel import one_thread_each
+from luthier_trainer.data.parallel import processes as parallel_processes
 from luthier_trainer.data.reading import Reader, rows_at_once
+from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 
 if TYPE_CHECKING:
@@ -19,6 +24,8 @@ if TYPE_CHECKING:
 
 SHORTEST = 2  # tokens; a row of one token has nothing to predict
 MAX_LENGTH = "spec.training.maxLength"
+NUM_PROC = "spec.prepare.numProc"
+FULL_LENGTH = "full_length"  # a column while rows are encoded: their tokens before they are cut
 
 
 def language_rows(
@@ -28,24 +35,16 @@ def language_rows(
 
     Rows of a single token are left out. `use` is training or held-out, for notices.
     """
-    cut = 0
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
-        nonlocal cut
         rows = [
             reader.row(ids)
             for ids in reader(batch[column], return_attention_mask=False, return_token_type_ids=False)["input_ids"]
         ]
-        full_lengths.keep(use, map(len, rows))
-        if max_length is not None:
-            cut += sum(len(row) > max_length for row in rows)
-            rows = [row[:max_length] for row in rows]
-        return language(rows)
+        return language(row[:max_length] for row in rows) | {FULL_LENGTH: [len(row) for row in rows]}
 
-    rows = mapped(texts, tokenize, language_features())
-    if max_length is not None:
-        _tell_cut(cut, len(texts), max_length, use)
-    return keep_learnable(rows)
+    rows = mapped(texts, tokenize, with_notes(language_features()), parallel=True)
+    return keep_learnable(_without_lengths(rows, max_length, use))
 
 
 def classification_rows(
@@ -55,23 +54,19 @@ def classification_rows(
 
     `labels` is int64 of shape (rows,). The tokenizer truncates at `max_length` and keeps its closing token.
     """
-    cut = 0
 
     def tokenize(batch: dict[str, list[str]], indices: list[int]) -> dict[str, list[Any]]:
-        nonlocal cut
         rows, lengths = reader.truncated(batch[column], max_length)
-        full_lengths.keep(use, lengths)
-        cut += sum(length > max_length for length in lengths)
         return {
             "input_ids": rows,
             "attention_mask": [[1] * len(row) for row in rows],
             "length": [len(row) for row in rows],
             "labels": labels[indices].tolist(),
+            FULL_LENGTH: lengths,
         }
 
-    rows = mapped(texts, tokenize, _classification_features(), with_indices=True)
-    _tell_cut(cut, len(texts), max_length, use)
-    return rows
+    rows = mapped(texts, tokenize, with_notes(_classification_features()), with_indices=True, parallel=True)
+    return _without_lengths(rows, max_length, use)
 
 
 def count_tokens(data: Dataset) -> int:
@@ -81,28 +76,57 @@ def count_tokens(data: Dataset) -> int:
     return sum(len(row) for start in range(0, len(data), 10_000) for row in data[start : start + 10_000]["input_ids"])
 
 
-def mapped(texts: Dataset, function: Any, features: Any, **options: Any) -> Dataset:
+def mapped(texts: Dataset, function: Any, features: Any, *, parallel: bool = False, **options: Any) -> Dataset:
     """Return what `function` makes of batches of the texts, in their order.
 
-    The result is never read from a cache, because `function` counts, or keeps the rest of a batch for the next.
     `features` are the types of the result: without them, a column of the texts with the same name would keep its type,
-    for example labels that were booleans.
+    for example labels that were booleans. With `parallel`, several processes share the rows, in as many pieces. Then
+    `function` must treat each row for itself, and what it has to report must be a column of its result.
+
+    Raises Failure if a process disappears.
     """
-    options = {"batch_size": rows_at_once(texts, 1000)} | options
-    return texts.map(
-        function,
-        batched=True,
-        remove_columns=texts.column_names,
-        features=features,
-        load_from_cache_file=False,
-        **options,
-    )
+    processes = parallel_processes(len(texts)) if parallel else 1
+    options = {"batch_size": rows_at_once(texts, 1000)} | options | ({"num_proc": processes} if processes > 1 else {})
+    with one_thread_each() if processes > 1 else nullcontext():
+        try:
+            return texts.map(
+                function,
+                batched=True,
+                remove_columns=texts.column_names,
+                features=features,
+                load_from_cache_file=False,
+                **options,
+            )
+        except RuntimeError as error:
+            if processes == 1 or "abruptly died" not in str(error):  # of `datasets`
+                raise
+            raise Failure(
+                ExitCode.HOST_OUT_OF_MEMORY,
+                f"{NUM_PROC}: one of {processes} processes that convert rows was killed, most likely for lack of"
+                " memory. Set numProc to fewer, or spec.prepare.memory to more",
+            ) from error
 
 
-def _tell_cut(cut: int, rows: int, max_length: int, use: str) -> None:
-    """Give notice of the rows that were truncated."""
+def with_notes(features: Any) -> Any:
+    """Return the types of a result with the column that has the tokens of each row before it is cut."""
+    from datasets import Features, Value
+
+    return Features({**features, FULL_LENGTH: Value("int32")})
+
+
+def _without_lengths(rows: Dataset, max_length: int | None, use: str) -> Dataset:
+    """Keep the lengths of the rows before they were cut for the data report, and return the rows without them.
+
+    It gives notice of the rows that are cut at `max_length`.
+    """
+    import numpy
+
+    lengths = numpy.asarray(rows[FULL_LENGTH][:], dtype=numpy.int32)
+    full_lengths.keep(use, lengths)
+    cut = 0 if max_length is None else int((lengths > max_length).sum())
     if cut:
-        notice(f"{MAX_LENGTH}: {cut} of {rows} {use} rows are longer than {max_length} tokens and are cut")
+        notice(f"{MAX_LENGTH}: {cut} of {len(rows)} {use} rows are longer than {max_length} tokens and are cut")
+    return rows.remove_columns(FULL_LENGTH)
 
 
 def language(rows: Any) -> dict[str, list[Any]]:

@@ -17,6 +17,7 @@ from luthier_api.finetune import TrainingResources
 from luthier_api.quantity import amount
 from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_trainer.distributed.strategy import deepspeed_config, uses_deepspeed
+from luthier_trainer.runtime.cores import available
 from luthier_trainer.runtime.run_folder import run_dir
 
 MODULE = "luthier_trainer.worker"
@@ -95,7 +96,7 @@ def threads(run: FineTuneRun) -> str:
 
 def cores(resources: TrainingResources) -> int:
     """CPU cores of each process: its share of those that the job asks for, else of those that the pod may use."""
-    cpus = amount(resources.cpu) if resources.cpu else len(os.sched_getaffinity(0))
+    cpus = amount(resources.cpu) if resources.cpu else available()
     return math.floor(cpus / resources.processes)
 
 

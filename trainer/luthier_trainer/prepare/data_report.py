@@ -17,6 +17,7 @@ from luthier_trainer.data import full_lengths, near_duplicates, repeats
 from luthier_trainer.data.load import Rows
 from luthier_trainer.data.repeats import Repeats, Split
 from luthier_trainer.data.tokens import SHORTEST
+from luthier_trainer.prepare.examples import Examples
 from luthier_trainer.runtime.notices import notice
 from luthier_trainer.tasks.base import Task
 from luthier_trainer.workspace.manifest import replace_file
@@ -36,6 +37,7 @@ ENTRIES_SHOWN = 12  # scripts, labels or lengths in a table
 # Title → path in the part of a split
 TITLES = {
     "Rows": "rows",
+    "Rows of an epoch, by source": "epoch",
     "Rows left out: blank or unusable": "unusable",
     "Rows left out, by the field of spec.dataset": "leftOut",
     "Equal to an earlier row": "exactDuplicates",
@@ -56,32 +58,27 @@ TITLES = {
 SHARED_TITLES = {"Held-out rows equal to a training row": "exact", "Held-out rows nearly equal to one": "near"}
 
 
-def describe(
-    task: Task,
-    splits: Mapping[str, Rows],
-    unusable: Mapping[str, int],
-    left_out: Mapping[str, Mapping[str, int]],
-    labels: list[str] | None,
-    spec: FineTuneJobSpec,
-    added_tokens: int,
-) -> dict[str, Any]:
-    """Return the report on the rows of the splits `train` and perhaps `eval`, and give its notices.
+def describe(task: Task, examples: Examples, spec: FineTuneJobSpec, added_tokens: int) -> dict[str, Any]:
+    """Return the report on the training and the held-out rows, and give its notices.
 
-    `unusable`: split → rows without content. `left_out`: split → field of `spec.dataset` → rows that it left out.
-    Neither are in `splits`. `added_tokens`: tokens of each row that are not its text. The lengths are those of the rows
-    that have been encoded since the last report.
+    `added_tokens`: tokens of each row that are not its text. The lengths are those of the rows that have been encoded
+    since the last report.
     """
+    splits, labels = examples.splits, examples.labels
     report: dict[str, Any] = {"splits": {}}
     for name, rows in splits.items():
-        report["splits"][name] = {"rows": len(rows.data), "unusable": unusable.get(name, 0)}
-        if left_out.get(name):
-            report["splits"][name]["leftOut"] = dict(left_out[name])
+        report["splits"][name] = {"rows": len(rows.data), "unusable": examples.unusable.get(name, 0)}
+        if left_out := examples.left_out.get(name):
+            report["splits"][name]["leftOut"] = dict(left_out)
         lengths = full_lengths.take(USES[name])
         if len(lengths):
             described = _lengths(
                 lengths, spec.training.max_length, spec.training.packing in (None, "none"), added_tokens
             )
             report["splits"][name]["tokens"] = described
+    if examples.sources:
+        report["splits"]["train"]["epoch"] = {part.source: part.rows for part in examples.sources}
+        report["splits"].get("eval", {})["epoch"] = {part.source: part.eval_rows for part in examples.sources}
     if not splits["train"].documents:
         held_out = _split(task, splits["eval"], spec) if "eval" in splits else None
         found = repeats.find(_split(task, splits["train"], spec), held_out)

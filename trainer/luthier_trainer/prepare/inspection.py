@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier_api.run import FineTuneRun, read_run
+from luthier_trainer.data import parallel
 from luthier_trainer.data.load import Rows
 from luthier_trainer.models import sources
 from luthier_trainer.models.inspect import max_positions, read_config
@@ -39,6 +40,7 @@ def inspect(run: FineTuneRun, folder: Path) -> dict[str, Any]:
 
     datasets.disable_progress_bars()
     task = task_of(run.spec)
+    parallel.use(parallel.asked(run.spec.prepare))
     examples = read_examples(task, run, folder / "cache")
     added_tokens = 0
     found: dict[str, Any] = {
@@ -60,9 +62,7 @@ def inspect(run: FineTuneRun, folder: Path) -> dict[str, Any]:
         added_tokens = task.added_tokens(tokenizer)
         row = first_row.described(encoded["train"], tokenizer)
         found["firstRow"] = row and first_row.told(row)
-    report = data_report.describe(
-        task, examples.splits, examples.unusable, examples.left_out, examples.labels, run.spec, added_tokens
-    )
+    report = data_report.describe(task, examples, run.spec, added_tokens)
     found |= {"report": report, "reportTable": data_report.table(report)}
     return found | {"notices": notices.given()}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
+from luthier_api.spec import DatasetSource
 from luthier_api.status import Prepared
 from luthier_api.termination import TerminationMessage
 from luthier_api.workspace import WorkspaceFolder
@@ -75,12 +76,13 @@ def refuse_changes(run: FineTuneRun | GenerateRun, record: PreparedRecord) -> No
     Examples are files with other content, or the result of another job that has run again.
     """
     provenance.refuse_changes(record.origins)
-    source, field = (
-        (run.spec.dataset, "spec.dataset")
-        if isinstance(run, FineTuneRun)
-        else (run.spec.inputs.dataset, "spec.inputs.dataset")
-    )
-    if source is not None:
+    if isinstance(run, FineTuneRun):
+        mix = run.spec.dataset.mix
+        parts = [(part, f"spec.dataset.mix.sources[{i}]") for i, part in enumerate(mix.sources)] if mix else []
+        sources: list[tuple[DatasetSource, str]] = [(run.spec.dataset, "spec.dataset"), *parts]
+    else:
+        sources = [(run.spec.inputs.dataset, "spec.inputs.dataset")] if run.spec.inputs.dataset else []
+    for source, field in sources:
         for name, patterns in (("files", source.files), ("evalFiles", getattr(source, "eval_files", None))):
             files.refuse_other_files(record.origins, source, patterns or [], f"{field}.{name}")
 

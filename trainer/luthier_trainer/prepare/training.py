@@ -14,11 +14,12 @@ from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_api.status import Plan, ResolvedDataset
 from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.data import parallel
 from luthier_trainer.data.holdout import hold_out
 from luthier_trainer.data.lengths import notice_padding
 from luthier_trainer.models import sources, weight_files
 from luthier_trainer.prepare import data_report, first_row
-from luthier_trainer.prepare.examples import FRACTION, Examples, read_examples
+from luthier_trainer.prepare.examples import FRACTION, Examples, read_examples, sources_of
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 from luthier_trainer.tasks.base import Processor, Task
@@ -47,6 +48,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         shutil.rmtree(folder.prepared / stale, ignore_errors=True)
 
     spec, task = run.spec, task_of(run.spec)
+    parallel.use(parallel.asked(spec.prepare))
     located = None
     if spec.model.config is not None:
         task.check_new_model(spec)
@@ -59,15 +61,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     data = encode(task, examples, model.processor, spec)
     task.check_encoded(data, model, examples.labels)
     data_report.keep(
-        data_report.describe(
-            task,
-            examples.splits,
-            examples.unusable,
-            examples.left_out,
-            examples.labels,
-            spec,
-            task.added_tokens(model.processor),
-        ),
+        data_report.describe(task, examples, spec, task.added_tokens(model.processor)),
         folder.prepared,
     )
     dataset_path = folder.prepared / "dataset"
@@ -96,8 +90,12 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     space.check_room(spec, plan, folder.root)
     notice_short_grace(spec, plan)
     read = {origin.path: origin for rows in (examples.train, examples.eval) if rows for origin in rows.origins}
-    revision = provenance.combined(origin.digest for origin in read.values()) if read else examples.train.revision
-    source = spec.dataset.id or ", ".join(spec.dataset.files or [])
+    parts = [part.model_copy(update={"source": part.source[:300]}) for part in examples.sources]
+    if parts:
+        revision: str | None = provenance.combined(f"{part.revision}" for part in parts)
+    else:
+        revision = provenance.combined(origin.digest for origin in read.values()) if read else examples.train.revision
+    source = ", ".join(source.name for source in sources_of(spec))
     return PreparedRecord(
         model=model.resolved,
         dataset=ResolvedDataset(
@@ -107,6 +105,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
             eval_rows=len(data["eval"]) if "eval" in data else 0,
             tokens=task.count_tokens(train),
             labels=examples.labels,
+            sources=parts or None,
         ),
         plan=plan,
         weights=weights,

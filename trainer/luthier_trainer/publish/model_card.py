@@ -53,14 +53,20 @@ def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
     front: dict[str, Any] = {"library_name": library_of(task, adapter), "pipeline_tag": task.pipeline_tag}
     if spec.model.id:
         front |= {"base_model": spec.model.id, "base_model_relation": "adapter" if adapter else "finetune"}
-    if spec.dataset.id:
-        front["datasets"] = [spec.dataset.id]
+    mixed = spec.dataset.mix.sources if spec.dataset.mix else [spec.dataset]
+    if ids := list(dict.fromkeys(part.id for part in mixed if part.id)):
+        front["datasets"] = ids
     front["tags"] = ["luthier", spec.method.type, spec.task, *task.tags]
     training, plan = spec.training, prepared.plan
     facts = {
         "Task": spec.task,
         "Base model": source(prepared.model.source, prepared.model.revision),
         "Dataset": source(prepared.dataset.source, prepared.dataset.revision),
+        **{
+            f"Source {number} of the mix": f"{source(part.source, part.revision)}, {part.rows} rows of an epoch,"
+            f" {part.eval_rows} held out"
+            for number, part in enumerate(prepared.dataset.sources or [], 1)
+        },
         "Rows": counted(prepared),
         "Method": described_method(spec),
         "Learning rate": f"{training.learning_rate:g}, {training.schedule}",

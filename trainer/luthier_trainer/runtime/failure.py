@@ -13,3 +13,7 @@ class Failure(Exception):
     def __init__(self, code: ExitCode, message: str) -> None:
         super().__init__(message)
         self.code, self.message = code, message
+
+    def __reduce__(self) -> tuple[type[Failure], tuple[ExitCode, str]]:
+        """Return how another process makes the same exception."""
+        return type(self), (self.code, self.message)

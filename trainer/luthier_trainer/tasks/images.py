@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,6 +19,7 @@ from luthier_api.finetune import FineTuneJobSpec
 from luthier_trainer.data import columns
 from luthier_trainer.data.load import Rows
 from luthier_trainer.models import inspect, processors
+from luthier_trainer.runtime import cores
 from luthier_trainer.runtime.classify import FORBIDDEN_ERRNOS, STORAGE_ERRNOS, os_error
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.tasks.base import Model
@@ -111,7 +111,7 @@ def contents(rows: Rows, spec: FineTuneJobSpec) -> Iterator[list[bytes]]:
 def unusable(stored: Dataset, name: str) -> list[tuple[int, str]]:
     """Return row number and reason of each image in column `name` that the training could not use."""
     found = []
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+    with ThreadPoolExecutor(cores.available()) as threads:
         for start in range(0, len(stored), AT_ONCE):
             problems = threads.map(problem, stored[start : start + AT_ONCE][name])
             found += [(start + i, text) for i, text in enumerate(problems) if text]
