@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-DatasetFormat = Literal["csv", "json", "jsonl", "parquet", "text", "imagefolder"]
+DatasetFormat = Literal["csv", "json", "jsonl", "parquet", "arrow", "text", "imagefolder"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ FORMATS: Mapping[DatasetFormat, FormatInfo] = {
     "json": FormatInfo(suffixes=(".json",), text=True),
     "jsonl": FormatInfo(suffixes=(".jsonl", ".ndjson"), text=True, read_as="json"),
     "parquet": FormatInfo(suffixes=(".parquet",)),
+    "arrow": FormatInfo(suffixes=(".arrow", ".feather")),
     "text": FormatInfo(suffixes=(".txt", ".md", ".rst"), text=True),
     "imagefolder": FormatInfo(),
 }

@@ -18,9 +18,9 @@ class ColumnFilter(ApiModel):
 
     column: ShortText
     """Column of the dataset; it need not have a role in `columns`."""
-    values: Annotated[list[Annotated[str, Field(max_length=1024)]] | None, Field(min_length=1, max_length=256)] = None
+    values: Annotated[list[Annotated[str, Field(max_length=512)]] | None, Field(min_length=1, max_length=256)] = None
     """The cell is one of these: as text, so that 3 is "3", and truth "true" or "false"."""
-    matches: Annotated[str | None, Field(min_length=1, max_length=1024)] = None
+    matches: Annotated[str | None, Field(min_length=1, max_length=512)] = None
     """A part of the cell matches this regular expression (RE2): ^https: at its beginning, ^(a|b)$ as a whole."""
     min: float | None = None
     """The cell is a number, and not below this."""

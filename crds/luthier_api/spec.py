@@ -238,7 +238,9 @@ class DatasetSource(ApiModel):
     name: ShortText | None = None
     """Configuration of a Hub dataset that has several."""
     files: Annotated[list[Path] | None, Field(min_length=1, max_length=256)] = None
-    """Files or glob patterns inside the pods; for imagefolder, folders."""
+    """Files or glob patterns inside the pods; for imagefolder, folders. A folder that `save_to_disk` of `datasets` has
+    written stands for its Arrow files.
+    """
     format: DatasetFormat | None = None
     """Format of `files`; told from the first file's suffix when left out."""
     csv: Csv | None = None

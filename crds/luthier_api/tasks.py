@@ -124,9 +124,9 @@ class TaskInfo:
     """None: no GenerateJob does this task."""
 
 
-TEXT_FORMATS: tuple[DatasetFormat, ...] = ("csv", "json", "jsonl", "parquet", "text")
-TABLE_FORMATS: tuple[DatasetFormat, ...] = ("csv", "json", "jsonl", "parquet")
-IMAGE_FORMATS: tuple[DatasetFormat, ...] = ("imagefolder", "parquet")
+TEXT_FORMATS: tuple[DatasetFormat, ...] = ("csv", "json", "jsonl", "parquet", "arrow", "text")
+TABLE_FORMATS: tuple[DatasetFormat, ...] = ("csv", "json", "jsonl", "parquet", "arrow")
+IMAGE_FORMATS: tuple[DatasetFormat, ...] = ("imagefolder", "parquet", "arrow")
 
 RESULT_OPTIONS: dict[str, Any] = {"model.job": None}
 """Fields of the tasks that can work with the result of a FineTuneJob as their model."""

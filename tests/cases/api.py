@@ -589,13 +589,13 @@ CHOICES: list[Case] = [
             accepted=task | {"spec.dataset.format": accepted},
         )
         for task, formats, refused, accepted in [
-            (IMAGES, "imagefolder, parquet", "csv", "imagefolder"),
-            (IMAGES, "imagefolder, parquet", "text", "parquet"),
-            (PICTURES, "imagefolder, parquet", "jsonl", "imagefolder"),
-            (CAUSAL, "csv, json, jsonl, parquet, text", "imagefolder", "text"),
-            (TEXTS, "csv, json, jsonl, parquet", "text", "jsonl"),
-            (TEXTS, "csv, json, jsonl, parquet", "imagefolder", "csv"),
-            (PREFERENCE, "csv, json, jsonl, parquet", "text", "jsonl"),
+            (IMAGES, "imagefolder, parquet, arrow", "csv", "imagefolder"),
+            (IMAGES, "imagefolder, parquet, arrow", "text", "parquet"),
+            (PICTURES, "imagefolder, parquet, arrow", "jsonl", "imagefolder"),
+            (CAUSAL, "csv, json, jsonl, parquet, arrow, text", "imagefolder", "text"),
+            (TEXTS, "csv, json, jsonl, parquet, arrow", "text", "jsonl"),
+            (TEXTS, "csv, json, jsonl, parquet, arrow", "imagefolder", "csv"),
+            (PREFERENCE, "csv, json, jsonl, parquet, arrow", "text", "jsonl"),
         ]
     ),
     *(

@@ -386,7 +386,12 @@ def test_every_path_of_the_api_is_known() -> None:
     full = {
         "FineTuneJob": {
             "model": {"path": "/m"},
-            "dataset": {"files": ["/a"], "evalFiles": ["/b"], "chatTemplate": {"file": "/c"}},
+            "dataset": {
+                "files": ["/a"],
+                "evalFiles": ["/b"],
+                "chatTemplate": {"file": "/c"},
+                "mix": {"sources": [{"files": ["/d"]}]},
+            },
         },
         "GenerateJob": {
             "model": {"path": "/m"},

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from luthier_api.exitcodes import ExitCode
 from luthier_api.spec import Csv
 from luthier_trainer.data import decoding
+from luthier_trainer.data.columnarrows import ArrowFile, ColumnarFile, ParquetFile
 from luthier_trainer.data.csvrows import CsvFile
 from luthier_trainer.data.jsonrows import JsonFile, Survey, Widened
-from luthier_trainer.data.parquetrows import ParquetFile
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 
@@ -150,16 +150,21 @@ class Files:
         return sink
 
     def _parquet(self, documents: bool) -> Table:
+        return self._columnar([ParquetFile(path, self.decoder.files) for path in self.paths])
+
+    def _arrow(self, documents: bool) -> Table:
+        return self._columnar([ArrowFile(path, self.decoder.files) for path in self.paths])
+
+    def _columnar(self, files: Sequence[ColumnarFile]) -> Table:
         import pyarrow
         from datasets import Features, Image, LargeList, List
 
-        files = [ParquetFile(path, self.decoder.files) for path in self.paths]
         names = self._names((file.path, file.schema.names) for file in files)
         known = {file.path: Features.from_arrow_schema(file.schema) for file in files}
         features = Features(
             {name: known[file.path][name] for name, file in self._typed_by(files, self._wanted(names)).items()}
         )
-        sink = Sink(self._arrow_file("parquet"), features.arrow_schema)
+        sink = Sink(self._arrow_file(files[0].format), features.arrow_schema)
         for file in files:
             there = [name for name in features if name in file.schema.names]
             for table in file.tables(there):
@@ -175,7 +180,7 @@ class Files:
         lists = tuple(name for name, feature in known[files[0].path].items() if isinstance(feature, List | LargeList))
         return Table(sink.close(), parts, names, texts, images, lists)
 
-    def _typed_by(self, files: list[ParquetFile], wanted: list[str]) -> dict[str, ParquetFile]:
+    def _typed_by(self, files: Sequence[ColumnarFile], wanted: list[str]) -> dict[str, ColumnarFile]:
         """Return the columns to read, each with a file that has its type.
 
         A column that the job does not need is left out if files have different types for it. Raises Failure for such a
@@ -183,7 +188,7 @@ class Files:
         """
         import pyarrow
 
-        found: dict[str, ParquetFile] = {}
+        found: dict[str, ColumnarFile] = {}
         for name in wanted:
             having = [file for file in files if name in file.schema.names]
             filled = [file for file in having if not pyarrow.types.is_null(file.schema.field(name).type)] or having
@@ -248,6 +253,7 @@ class Files:
 
 
 READERS: Mapping[str, Callable[[Files, bool], Table]] = {
+    "arrow": Files._arrow,
     "csv": Files._csv,
     "json": Files._json,
     "parquet": Files._parquet,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -147,6 +148,8 @@ def find_files(patterns: list[str], field: str, folders: bool = False) -> list[P
             found = sorted(anchor.glob(str(path.relative_to(path.anchor))))
         else:
             found = []
+        if not folders:
+            found = [file for path in found for file in saved_files(path, f"{field}[{i}]")]
         matching = [p for p in found if p.is_dir() == folders]
         if not matching:
             kind, hint = ("folder" if folders else "file"), ""
@@ -155,8 +158,8 @@ def find_files(patterns: list[str], field: str, folders: bool = False) -> list[P
                     ". It is a file"
                     if folders
                     else (
-                        ". It is a folder: name its files, for example with /*.jsonl, or set format: imagefolder for"
-                        " one of images"
+                        ". It is a folder: name its files, for example with /*.jsonl or, of a cache of `datasets`,"
+                        " /*-train*.arrow, or set format: imagefolder for one of images"
                     )
                 )
             elif near := _near(path):
@@ -174,6 +177,38 @@ def find_files(patterns: list[str], field: str, folders: bool = False) -> list[P
                 )
             every.setdefault(path.resolve(), path)
     return list(every.values())
+
+
+def saved_files(path: Path, field: str) -> list[Path]:
+    """Return the Arrow files of a folder that `datasets` has written (`save_to_disk`); of all other paths, themselves.
+
+    Raises Failure for a folder of several splits, or with a file missing.
+    """
+    splits, state = path / "dataset_dict.json", path / "state.json"
+    try:
+        if splits.is_file():
+            names = json.loads(splits.read_bytes())["splits"]
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}: {path} holds the splits {', '.join(names)}. Name one of them, such as {path / names[0]};"
+                " others can be evalFiles",
+            )
+        if not state.is_file():
+            return [path]
+        files = [path / entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise Failure(
+            ExitCode.INVALID_DATASET,
+            f"{field}: {path} looks like a folder of save_to_disk, but {type(error).__name__}: {error} in its"
+            " description. Copy it again, or name its .arrow files",
+        ) from None
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise Failure(
+            ExitCode.INVALID_DATASET,
+            f"{field}: {path} lacks {missing[0]}, which its state.json names. It may not be copied whole: copy it"
+            " again",
+        )
+    return files
 
 
 def _near(path: Path) -> str | None:
