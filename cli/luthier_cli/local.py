@@ -100,7 +100,9 @@ class LocalJob:
         return spec
 
     def _here(self, field: str, path: str) -> str:
-        """`path` on this machine: below a mount, or relative to the manifest. Raises Refused."""
+        """`path` on this machine: below a mount, or relative to the manifest. An address is itself. Raises Refused."""
+        if "://" in path:
+            return path
         if not Path(path).is_absolute():
             return str(self.manifest.folder / path)
         for mount in sorted(self.place.mounts, key=len, reverse=True):  # a mount inside another one comes first

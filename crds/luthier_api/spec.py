@@ -239,7 +239,7 @@ class DatasetSource(ApiModel):
     """Configuration of a Hub dataset that has several."""
     files: Annotated[list[Path] | None, Field(min_length=1, max_length=256)] = None
     """Files or glob patterns inside the pods; for imagefolder, folders. A folder that `save_to_disk` of `datasets` has
-    written stands for its Arrow files.
+    written stands for its Arrow files. Addresses of http:// and https:// are downloaded by `prepare`.
     """
     format: DatasetFormat | None = None
     """Format of `files`; told from the first file's suffix when left out."""

@@ -660,8 +660,8 @@ MISTAKES = [
         content="a",
         code=S,
         message=(
-            "spec.dataset.format: cannot be determined from x.dat; set it to one of csv, json, jsonl, parquet, text,"
-            " imagefolder"
+            "spec.dataset.format: cannot be determined from x.dat; set it to one of csv, json, jsonl, parquet, arrow,"
+            " text, imagefolder"
         ),
     ),
     MistakeCase(

@@ -18,6 +18,7 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.formats import FORMATS
 from luthier_api.run import Origin
 from luthier_api.spec import DatasetSource
+from luthier_trainer.data.remote import is_remote
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.workspace import provenance
 from luthier_trainer.workspace.system_folders import refuse_system_file
@@ -281,11 +282,13 @@ def refuse_shared(learnt: Iterable[Origin], measured: Iterable[Origin]) -> None:
 def refuse_other_files(recorded: list[Origin], source: DatasetSource, patterns: list[str], field: str) -> None:
     """Check that `patterns` still find the files that were read. Raises Failure if they find others.
 
-    If a pattern finds nothing, this is accepted: the data was read already, and may have been removed since.
+    If a pattern finds nothing, this is accepted: the data was read already, and may have been removed since. Addresses
+    are not asked again.
     """
-    before = {origin.path for origin in recorded if origin.field == field}
+    before = {origin.path for origin in recorded if origin.field == field and not is_remote(origin.path)}
     try:
-        found = {str(p) for p in find_files(patterns, field, folders=source.format == "imagefolder")}
+        local = [pattern for pattern in patterns if not is_remote(pattern)]
+        found = {str(p) for p in find_files(local, field, folders=source.format == "imagefolder")}
     except Failure:
         return
     if before and (other := sorted(found ^ before)):

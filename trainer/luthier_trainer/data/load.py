@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import Origin
 from luthier_api.spec import Csv, DatasetSource
+from luthier_trainer.data import remote
 from luthier_trainer.data.decoding import Decoder
 from luthier_trainer.data.filerows import TEXT_TYPES, Files, Part, Table
 from luthier_trainer.data.files import READ_AS, TEXTUAL, ImageFolder, find_files, format_of, image_folder
@@ -128,7 +129,8 @@ class Loader:
         """Return the rows that `instruction` names in `files`, which the field `name` of the dataset lists."""
         where = f"{self.field}.{name}"
         image_folders = self.source.format == "imagefolder"
-        paths = find_files(files, where, folders=image_folders)
+        addresses = self._downloaded(files, where)
+        paths = find_files([*addresses] if addresses else files, where, folders=image_folders)
         kind = self.source.format or format_of(paths, where)
         self._check_settings(kind, paths[0].name)
         origin = paths[0].name if len(paths) == 1 else f"{len(paths)} files ({paths[0].name}, ...)"
@@ -141,7 +143,7 @@ class Loader:
             table.data,
             origin,
             documents=self.documents and kind == "text",
-            origins=tuple(provenance.of_data(p, where) for p in paths),
+            origins=tuple(_origin(path, where, addresses) for path in paths),
             parts=table.parts,
             names=table.names,
             texts=table.texts,
@@ -152,6 +154,23 @@ class Loader:
             hint=table.hint,
         )
         return cut(rows, instruction, [FILES_SPLIT], f"{self.field}.{field}")
+
+    def _downloaded(self, files: list[str], where: str) -> dict[str, str]:
+        """Return `files`, where those that are named by an address are downloaded → how the spec names them.
+
+        It is empty if there are no addresses. Raises Failure.
+        """
+        if not any(remote.is_remote(name) for name in files):
+            return {}
+        if self.source.format == "imagefolder":
+            raise Failure(
+                ExitCode.INVALID_SPEC, f"{where}: folders of images are read from volumes only, and not from addresses"
+            )
+        local = (
+            str(remote.downloaded(name, self.cache, f"{where}[{i}]")) if remote.is_remote(name) else name
+            for i, name in enumerate(files)
+        )
+        return dict(zip(local, files, strict=True))
 
     def _check_settings(self, kind: str, name: str) -> None:
         """Raise Failure if the spec has settings for another format than `kind`, which `name` is read as."""
@@ -311,6 +330,13 @@ class Loader:
         return Failure(
             ExitCode.INVALID_DATASET, f"{self.field}.id: {self.source.id} cannot be read: {first_cause(error)}"
         )
+
+
+def _origin(path: Path, where: str, addresses: Mapping[str, str]) -> Origin:
+    """Return the provenance of a data file; of a downloaded one, with its address."""
+    origin = provenance.of_data(path, where)
+    address = addresses.get(str(path), "")
+    return origin.model_copy(update={"path": remote.without_query(address)}) if remote.is_remote(address) else origin
 
 
 def cut(rows: Rows, instruction: str, splits: list[str], field: str, origin: str | None = None) -> Rows:

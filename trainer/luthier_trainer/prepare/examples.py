@@ -16,6 +16,7 @@ from luthier_trainer.data import files, repeats
 from luthier_trainer.data.holdout import hold_out
 from luthier_trainer.data.load import Loader, Rows, ranges
 from luthier_trainer.data.mixing import SOURCES, Joined, drawn, join, renamed
+from luthier_trainer.data.remote import without_query
 from luthier_trainer.data.selection import DEDUPLICATE, FILTER, Selection, deduplicated
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
@@ -115,7 +116,7 @@ def sources_of(spec: FineTuneJobSpec) -> list[Source]:
 
 
 def _name(source: TrainingData | MixedSource) -> str:
-    return source.id or ", ".join(source.files or [])
+    return source.id or ", ".join(map(without_query, source.files or []))
 
 
 def _revision(read: Iterable[Rows]) -> str | None:

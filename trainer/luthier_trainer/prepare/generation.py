@@ -21,6 +21,7 @@ from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import chats, columns
 from luthier_trainer.data.load import Loader, Rows
 from luthier_trainer.data.masks import ChatReader, Unreadable
+from luthier_trainer.data.remote import without_query
 from luthier_trainer.models import adapters, checks, embedding, inspect, processors, sources, weight_check, weight_files
 from luthier_trainer.models.materialize import whole_model
 from luthier_trainer.prepare import carried_columns
@@ -222,7 +223,7 @@ def read_inputs(run: GenerateRun, cache: Path) -> tuple[list[dict[str, Any]], Re
     assert inputs.columns is not None, "every dataset has columns"
     loader = Loader(inputs.dataset, f"{INPUTS}.dataset", cache, columns=(inputs.columns.prompt,))
     rows = loader.split(inputs.dataset.split, "split")
-    source = inputs.dataset.id or ", ".join(inputs.dataset.files or [])
+    source = inputs.dataset.id or ", ".join(map(without_query, inputs.dataset.files or []))
     revision = provenance.combined(origin.digest for origin in rows.origins) if rows.origins else rows.revision
     found = [numbered(i, row, run.spec.seed) for i, row in enumerate(cells(rows, run))]
     return found, ResolvedDataset(source=source[:300], revision=revision, rows=len(found)), rows.origins
