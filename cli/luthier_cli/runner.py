@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from luthier_api.exitcodes import ERROR_RANK, ExitCode
-from luthier_api.status import Phase, Prepared, Progress
+from luthier_api.status import Phase, Prepared, Progress, TrackedRun
 from luthier_api.termination import TerminationMessage
 from luthier_cli.local import LocalJob
 from luthier_cli.manifests import Refused
@@ -50,6 +50,7 @@ class Outcome:
     prepared: Prepared | None = None
     metrics: dict[str, float] | None = None
     hub: dict[str, object] | None = None
+    tracking: list[TrackedRun] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     """Of all phases that have ended, each notice once."""
     finished_before: bool = False
@@ -88,6 +89,7 @@ class Outcome:
             "prepared": self.prepared.dump() if self.prepared else None,
             "metrics": self.metrics,
             "hub": self.hub,
+            "tracking": [run.dump() for run in self.tracking],
             "notices": self.notices,
             "seconds": {phase: round(took, 2) for phase, took in self.seconds.items()},
             "logs": [str(p) for p in sorted(self.job.log("x").parent.glob("*.log"))],
@@ -164,6 +166,7 @@ def run_job(job: LocalJob, watcher: Watcher, stop: Stop, *, plan_only: bool = Fa
             outcome.notices += [text for text in end.notices if text not in outcome.notices]
             outcome.prepared = end.prepared or outcome.prepared
             outcome.metrics = end.metrics or outcome.metrics
+            outcome.tracking = end.tracking or outcome.tracking
             outcome.hub = end.hub.dump() if end.hub else outcome.hub
             if end.code != ExitCode.COMPLETED:
                 outcome.message = end

@@ -201,6 +201,9 @@ def results(outcome: Outcome) -> Table:
     if "rows" in metrics:
         table.add_row("outputs", outputs(metrics))
     table.add_row("result", escape(_short(outcome.job.folder.result)))
+    for run in outcome.tracking:
+        shown = run.url or _short(outcome.job.folder.root / run.run)
+        table.add_row("tracked", escape(f"{shown} ({run.type})"))
     if outcome.hub:
         table.add_row("published", escape(f"{outcome.hub['url']} @ {str(outcome.hub['revision'])[:12]}"))
     return table

@@ -136,6 +136,7 @@ KINDS: dict[JobKind, KindInfo] = {
             Column("ETA", ".status.progress.etaSeconds", "integer", 1),
             Column("Tokens/s", ".status.progress.tokensPerSecond", "number", 1),
             Column("Revision", ".status.hub.revision", priority=1),
+            Column("Tracking", ".status.tracking[0].url", priority=1),
         ),
     ),
     JobKind.GENERATE: KindInfo(

@@ -266,6 +266,17 @@ class SourceStatus(ApiModel):
     """Its folder on the claim."""
 
 
+class TrackedRun(ApiModel):
+    """A run of a tracker, which shows the training over all its attempts."""
+
+    type: str
+    """The tracker, as in spec.tracking."""
+    url: Annotated[str | None, Field(max_length=1024)] = None
+    """Its page. Absent where it is in the workspace, or where the address is longer."""
+    run: Annotated[str, Field(max_length=1024)]
+    """Its id, or its folder in the workspace."""
+
+
 class HubRequest(ApiModel):
     """The spec.hub from which the last Job of `publish` was made."""
 
@@ -320,6 +331,8 @@ class JobStatus(ApiModel):
     """What the user should know although nothing has failed: rows or weights that were left out, changed or newly
     initialised, and settings that were chosen.
     """
+    tracking: Annotated[list[TrackedRun] | None, Field(max_length=8)] = None
+    """Where trackers show the training, as its last pods reported it when they ended (FineTuneJob)."""
     attempts: Annotated[list[Attempt], Field(max_length=10)] = Field(default_factory=list)
     """The last ten failures."""
     resumes: int = 0

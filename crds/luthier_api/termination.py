@@ -7,7 +7,7 @@ from pydantic_core import from_json
 
 from luthier_api.base import ApiModel
 from luthier_api.exitcodes import ExitCode
-from luthier_api.status import Figures, HubStatus, Phase, Prepared
+from luthier_api.status import Figures, HubStatus, Phase, Prepared, TrackedRun
 from luthier_api.stored import read_known
 from luthier_api.terminationlog import encode
 
@@ -31,6 +31,7 @@ class TerminationMessage(ApiModel):
     prepared: Prepared | None = None
     metrics: Figures | None = None
     hub: HubStatus | None = None
+    tracking: list[TrackedRun] | None = None
     notices: list[str] = Field(default_factory=list)
     """What the user should know although nothing has failed: what was left out, changed, newly initialised or chosen.
     """

@@ -32,6 +32,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "storage_class_name": ("workspace", "storage_class_name"),
     "active_deadline_seconds": ("active_deadline_seconds",),
     "ttl_seconds_after_finished": ("ttl_seconds_after_finished",),
+    "tracking": ("tracking",),
 }
 """Field of `Defaults` → where it stands in a spec."""
 ONLY_WITH_GPUS = {"gpu_class"}
@@ -85,7 +86,7 @@ def with_defaults(job: Job, settings: Settings) -> Job:
 def describe_defaults(job: Job, settings: Settings) -> str:
     """The defaults that `job` gets, as a sentence; empty if there are none."""
     found = [
-        f"spec.{'.'.join(to_camel(step) for step in path)}: {setting.value}"
+        f"spec.{'.'.join(to_camel(step) for step in path)}: {shown(setting.value)}"
         for path, setting in defaults(job, settings).items()
     ]
     if not found:
@@ -93,12 +94,19 @@ def describe_defaults(job: Job, settings: Settings) -> str:
     return f". Left out, and set by the administrator for this namespace: {', '.join(found)}"
 
 
+def shown(value: Any) -> str:
+    """A value of the administrator in a message. A list is one of trackers."""
+    if isinstance(value, list):
+        return " and ".join(f"{tracker.type}{f' ({tracker.url})' if tracker.url else ''}" for tracker in value)
+    return str(value)
+
+
 def defaults(job: Job, settings: Settings) -> dict[tuple[str, ...], Setting]:
     """Path in the spec → the default, for each field that `job` leaves out."""
     found = {}
     for name, path in FIELDS.items():
         setting = _setting(job, settings, "defaults", name)
-        if setting is None or _is_set(job, path):
+        if setting is None or path[0] not in type(job.spec).model_fields or _is_set(job, path):
             continue
         if name in ONLY_WITH_GPUS and not job.spec.resources.gpus_per_pod:
             continue
@@ -206,7 +214,7 @@ def _is_set(job: Job, path: tuple[str, ...]) -> bool:
     value: Any = job.spec
     for name in path:
         value = getattr(value, name)
-    return value is not None
+    return value is not None and value != []
 
 
 def _matches(key: str, pattern: str) -> bool:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from luthier_api.base import ApiModel
+from luthier_api.finetune import Tracker
 from luthier_api.quantity import Bytes, Cores
 from luthier_api.scheduling import LabelKey, LabelValue, Toleration
 from luthier_api.spec import ObjectName, QueueName
+from luthier_api.validation import broken_rules
 
 ResourceName = Annotated[str, Field(pattern="^([-a-z0-9.]+/[-a-zA-Z0-9._]+|hugepages-[0-9]+[KMG]i)$")]
 Amount = Annotated[
@@ -68,6 +70,17 @@ class PodResources(ApiModel):
     limits: ResourceAmounts = Field(default_factory=ResourceAmounts)
 
 
+def valid(trackers: list[Tracker] | None) -> list[Tracker] | None:
+    """Return `trackers`. Raises ValueError for a combination that the API server would refuse in a job."""
+    found = trackers or []
+    problems = [text for i, tracker in enumerate(found) for text in broken_rules(tracker, f"tracking[{i}]")]
+    if len({tracker.type for tracker in found}) < len(found):
+        problems.append("tracking: each type may be there once")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return trackers
+
+
 class Defaults(ApiModel):
     """Values of fields that a job leaves out."""
 
@@ -89,6 +102,10 @@ class Defaults(ApiModel):
     """activeDeadlineSeconds."""
     ttl_seconds_after_finished: Annotated[int, Field(ge=0)] | None = None
     """ttlSecondsAfterFinished."""
+    tracking: Annotated[list[Tracker] | None, Field(min_length=1, max_length=4), AfterValidator(valid)] = None
+    """tracking, of FineTuneJobs that name no tracker. A Secret must exist in the namespace of the job; who creates the
+    job need not be allowed to read it.
+    """
 
 
 class Maxima(ApiModel):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from luthier_api.finetune import Tracker
 from luthier_operator.profiles import (
     Defaults,
     GpuClass,
@@ -137,6 +138,14 @@ VALUES = [
         value="namespacePolicies: {'*': {defaults: {cpu: 8}, maxima: {gpus: 64, memory: 1000000000000}}}",
         field="namespace_policies",
         expect={"*": NamespacePolicy(defaults=Defaults(cpu="8"), maxima=Maxima(gpus=64, memory="1000000000000"))},
+    ),
+    ValueCase(
+        name="a default tracker",
+        value="namespacePolicies: {'*': {defaults: {tracking: [{type: mlflow, url: 'http://m', runName: a}]}}}",
+        field="namespace_policies",
+        expect={
+            "*": NamespacePolicy(defaults=Defaults(tracking=[Tracker(type="mlflow", url="http://m", run_name="a")]))
+        },
     ),
     ValueCase(
         name="pull secrets",

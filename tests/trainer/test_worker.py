@@ -14,10 +14,12 @@ import pytest
 
 from luthier_api.optimizers import OPTIMIZERS
 from luthier_api.run import FineTuneRun, PreparedRecord
+from luthier_api.status import TrackedRun
 from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.worker import needs_bitsandbytes
+from luthier_trainer.workspace import tracked_runs
 from luthier_trainer.workspace.prepared import FINGERPRINT, fingerprint, write_prepared
 
 
@@ -165,6 +167,24 @@ def test_a_thread_that_a_library_left_behind_does_not_outlive_a_good_end(make_ru
     assert message is not None
     assert (ended.returncode, message.code) == (0, 0)
     assert ended.stdout.splitlines() == ["done", "the loaders' workers have ended"]
+
+
+TRACKED = GOOD_END.replace('phase="prepare"', 'phase="run"').replace('main("prepare")', 'main("train")')
+
+
+def test_the_end_of_a_training_says_where_trackers_show_it(make_run: Any, tmp_path: Path) -> None:
+    run = make_run()
+    folder = WorkspaceFolder(Path(run.workspace)).tracking
+    shown = [
+        TrackedRun(type="mlflow", url="http://mlflow/#/experiments/1/runs/a", run="a"),
+        TrackedRun(type="tensorboard", run="tracking/tensorboard/tune"),
+    ]
+    for tracked in shown:
+        tracked_runs.keep(folder / tracked.type, tracked.type, tracked.run, tracked.url)
+    python(TRACKED, run, tmp_path, timeout=60)
+    message = TerminationMessage.read((tmp_path / "result-0.json").read_text())
+    assert message is not None
+    assert message.tracking == shown
 
 
 def test_importing_it_imports_no_torch() -> None:

@@ -26,7 +26,7 @@ from cases.observed import (
     waiting,
 )
 
-from luthier_api.status import Attempt, Checkpoint, Progress
+from luthier_api.status import Attempt, Checkpoint, Progress, TrackedRun
 from luthier_operator.decide import decide
 from luthier_operator.model import Object, PodEnd
 from luthier_operator.statuses import at_end, text
@@ -992,6 +992,19 @@ def test_notices_of_all_phases_stand_in_the_status_and_are_events_once() -> None
     assert [(e.type, e.message) for e in decision.events if e.reason == "Notice"] == [("Normal", new)]
     many = ended(job, "run", 0, notices=[str(i) for i in range(100)])
     assert len(decided(job, group(), pods=BOTH, ends=[many]).status.notices) == 40, "as many as the CRD allows"
+
+
+def test_where_trackers_show_the_training_is_what_the_newest_pod_reported() -> None:
+    first, second = ([TrackedRun(type="mlflow", url=f"http://mlflow/{name}", run=name)] for name in "ab")
+    job = fine_tune(BEGUN)
+    ends = [
+        ended(job, "run", 0, attempt=1, when=-10, tracking=second),
+        ended(job, "run", 75, when=-60, tracking=first),
+        ended(job, "run", 71, when=-5),
+    ]
+    known = decided(job, group(), pods=BOTH, ends=ends).status
+    assert known.tracking == second
+    assert decided(fine_tune(known), group(), pods=BOTH).status.tracking == second, "kept without the pods"
 
 
 def test_the_figures_at_the_end_are_those_of_rank_0() -> None:

@@ -40,6 +40,10 @@ class DefaultCase:
     message: str
 
 
+TRACKING = [
+    {"type": "mlflow", "url": "http://mlflow", "secretRef": {"name": "mlflow", "keys": {"token": "token"}}},
+    {"type": "tensorboard"},
+]
 DEFAULTS = [
     DefaultCase(
         name="nothing is set",
@@ -79,6 +83,27 @@ DEFAULTS = [
         settings=settings(everywhere={"defaults": {"gpuClass": "h100", "memory": "4Gi"}}),
         expect={"resources": {"memory": "4Gi"}},
         message="spec.resources.memory: 4Gi",
+    ),
+    DefaultCase(
+        name="trackers of a training",
+        job=fine_tune(),
+        settings=settings(everywhere={"defaults": {"tracking": TRACKING}}),
+        expect={"tracking": TRACKING},
+        message="spec.tracking: mlflow (http://mlflow) and tensorboard",
+    ),
+    DefaultCase(
+        name="a training with a tracker of its own",
+        job=fine_tune(tracking=[{"type": "tensorboard"}]),
+        settings=settings(everywhere={"defaults": {"tracking": TRACKING}}),
+        expect={},
+        message="",
+    ),
+    DefaultCase(
+        name="no trackers for a GenerateJob",
+        job=generate(),
+        settings=settings(everywhere={"defaults": {"tracking": TRACKING}}),
+        expect={},
+        message="",
     ),
     DefaultCase(
         name="a new claim",

@@ -173,6 +173,11 @@ WRONG = [
         message="team-a: there is no class h100 in gpuClasses",
     ),
     WrongCase(
+        variable="LUTHIER_NAMESPACE_POLICIES",
+        value='{"team-a": {"defaults": {"tracking": [{"type": "mlflow"}]}}}',
+        message="tracking[0].url: mlflow cannot do without; set it",
+    ),
+    WrongCase(
         variable="LUTHIER_ALLOWED_ANNOTATIONS",
         value="*.example.com/a",
         message="should match pattern",
@@ -263,6 +268,7 @@ def test_the_chart_knows_the_fields_of_profiles() -> None:
     schema = json.loads((CHART / "values.schema.json").read_text())
 
     def in_schema(node: dict[str, Any]) -> dict[str, object]:
+        node = node.get("items", node)
         if "$ref" in node:
             node = schema["definitions"][node["$ref"].rpartition("/")[2]]
         return {name: in_schema(below) or None for name, below in node.get("properties", {}).items()}

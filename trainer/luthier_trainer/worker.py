@@ -23,11 +23,13 @@ from luthier_api.optimizers import OPTIMIZERS
 from luthier_api.run import FineTuneRun, GenerateRun, read_run
 from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
+from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.runtime import notices
 from luthier_trainer.runtime.classify import classify
 from luthier_trainer.runtime.commands import MODULES, VERBS
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.run_folder import announce, global_rank, run_dir, stacks_file, write_result
+from luthier_trainer.workspace import tracked_runs
 from luthier_trainer.workspace.model_files import MODEL_CONFIG
 from luthier_trainer.workspace.prepared import read_prepared
 
@@ -50,9 +52,9 @@ def main(verb: str) -> NoReturn:
             traceback.print_exc()
         code, text = classify(error, volume)
         failed = TerminationMessage(phase=VERBS[verb], code=code, reason=code.reason, message=text, rank=global_rank())
-        write_result(with_notices(failed))
+        write_result(with_tracked_runs(with_notices(failed), volume))
         leave(code)
-    write_result(with_notices(message))
+    write_result(with_tracked_runs(with_notices(message), volume))
     atexit._run_exitfuncs()  # workers of data loaders, temporary folders
     leave(0)
 
@@ -60,6 +62,20 @@ def main(verb: str) -> NoReturn:
 def with_notices(message: TerminationMessage) -> TerminationMessage:
     """`message` with the notices of this process, unless it brings its own."""
     return message if message.notices else message.model_copy(update={"notices": notices.given()})
+
+
+def with_tracked_runs(message: TerminationMessage, workspace: Path | None) -> TerminationMessage:
+    """`message` of a training with where trackers show it. What cannot be read is left out: it must not hide how the
+    process ended.
+    """
+    if message.phase != "run" or workspace is None:
+        return message
+    try:
+        found = tracked_runs.read(WorkspaceFolder(workspace).tracking)
+    except (OSError, ValueError) as error:
+        print(f"spec.tracking: {type(error).__name__}: {error}", flush=True)
+        return message
+    return message.model_copy(update={"tracking": found or None})
 
 
 def leave(code: int) -> NoReturn:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from luthier_api.conditions import ConditionType, Reason
-from luthier_api.status import PHASES, Checkpoint, HubRequest, HubStatus, Phase, Prepared, SourceStatus
+from luthier_api.status import PHASES, Checkpoint, HubRequest, HubStatus, Phase, Prepared, SourceStatus, TrackedRun
 from luthier_operator import children, naming, statuses
 from luthier_operator.failure.attempts import attempts_of_pods
 from luthier_operator.model import PodEnd
@@ -77,6 +77,7 @@ def reports(ctx: Context) -> Context:
         prepared=status.prepared or prepared(ctx),
         metrics=metrics,
         hub=hub(ctx) or status.hub,
+        tracking=tracking(ctx) or status.tracking,
         progress=progress,
         checkpoint=checkpoint(ctx),
         broken_checkpoints=broken,
@@ -135,6 +136,15 @@ def hub(ctx: Context) -> HubStatus | None:
         ends = [end for end in ctx.observed.ended if end.phase == "publish"]  # the Job was deleted before the report
     reported = [end.message.hub for end in ends if end.exit_code == 0 and end.message and end.message.hub]
     return reported[-1] if reported else None
+
+
+def tracking(ctx: Context) -> list[TrackedRun] | None:
+    """Where trackers show the training, as the newest pod of `run` that tracked reported it."""
+    reported = [
+        end for end in ctx.observed.ended if end.phase == "run" and end.message and end.message.tracking is not None
+    ]
+    last = max(reported, key=lambda end: end.ended_at, default=None)
+    return last.message.tracking if last and last.message else None
 
 
 def final_metrics(ctx: Context) -> dict[str, float] | None:

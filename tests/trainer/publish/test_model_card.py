@@ -22,6 +22,7 @@ from luthier_api.run import PreparedRecord
 from luthier_api.status import Plan, ResolvedDataset, ResolvedSource
 from luthier_trainer.publish import model_card
 from luthier_trainer.training import main as train
+from luthier_trainer.workspace import tracked_runs
 from luthier_trainer.workspace.prepared import read_prepared
 
 CLASSES = {"text-classification": ["code", "prose"], "image-classification": ["zero", "one"]}
@@ -164,3 +165,11 @@ def accuracy(model: Any, made: dict[str, Any], rows: Any) -> float:
     )
     answers = model(**inputs).logits.argmax(dim=1)
     return (answers == torch.tensor(rows["labels"][:])).double().mean().item()
+
+
+def test_a_card_links_the_pages_of_trackers(tmp_path: Path) -> None:
+    tracked_runs.keep(tmp_path / "tensorboard", "tensorboard", run="b")
+    tracked_runs.keep(tmp_path / "mlflow", "mlflow", run="a", url="http://mlflow/#/a")
+    assert model_card.tracked(tmp_path) == {"MLflow": "http://mlflow/#/a"}
+    tracked_runs.keep(tmp_path / "mlflow", "mlflow", run="a", url="http://mlflow/" + "a" * 2000)
+    assert model_card.tracked(tmp_path) == {}, "an address that is too long for a status"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from luthier_trainer.runtime import notices
+from luthier_trainer.tracking import channel as channel_module
 from luthier_trainer.tracking.base import Report
 from luthier_trainer.tracking.channel import Channel
 
@@ -104,3 +105,17 @@ def test_a_full_buffer_keeps_the_oldest() -> None:
     assert notices.given() == [
         "spec.tracking: Recorder lacks 2 of 5 reports of the training: too many reports waited for it"
     ]
+
+
+@pytest.mark.parametrize("long_enough", [True, False])
+def test_an_interruption_after_which_nothing_is_lost(long_enough: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel_module, "AWAY_SECONDS", 0.0 if long_enough else 3600.0)
+    tracker = Recorder(failures=2)
+    tracker.open.set()
+    channel = Channel("Recorder", tracker, retry=0.01)
+    channel.put(Report(0, {}))
+    while not tracker.sent:
+        threading.Event().wait(0.005)
+    channel.close(True)
+    words = "spec.tracking: Recorder took no reports for 0 s, and has all of them now: ConnectionError: no route to"
+    assert [text.startswith(words) for text in notices.given()] == [True] * long_enough

@@ -3,87 +3,38 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import socket
 import sqlite3
-import subprocess
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from cases.mlflow_server import read, serving, with_login
 from datasets import DatasetDict
 from prepared_workspace import losses, prepared_run
 
 from luthier_api.finetune import Tracker
+from luthier_api.status import TrackedRun
 from luthier_trainer.runtime import notices
 from luthier_trainer.tracking.base import Report, TrackedTraining
 from luthier_trainer.tracking.mlflow import MLflow
 from luthier_trainer.training import main as train
 from luthier_trainer.training.callbacks import Heartbeat
-
-MLFLOW = os.environ.get("LUTHIER_TEST_MLFLOW") or shutil.which("mlflow")
-READ = """
-import json, sys
-from mlflow.tracking import MlflowClient
-client = MlflowClient(sys.argv[1])
-experiment = client.get_experiment_by_name("trials")
-runs = client.search_runs([experiment.experiment_id])
-print(json.dumps([
-    {
-        "name": run.info.run_name, "status": run.info.status, "tags": run.data.tags, "params": run.data.params,
-        "loss": [[m.step, m.value] for m in client.get_metric_history(run.info.run_id, "loss")],
-    }
-    for run in runs
-]))
-"""
+from luthier_trainer.workspace import tracked_runs
 
 
-@contextmanager
-def serving(folder: Path, *options: str, **variables: str) -> Iterator[str]:
-    """A server with SQLite in `folder`; yields its address."""
-    if MLFLOW is None:
-        pytest.skip("needs the program mlflow (LUTHIER_TEST_MLFLOW)")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    store = f"sqlite:///{folder}/mlflow.db"
-    command = [MLFLOW, "server", "--backend-store-uri", store, "--port", f"{port}", "--workers", "1", *options]
-    environment = os.environ | {"PATH": f"{Path(MLFLOW).parent}:{os.environ['PATH']}"} | variables
-    with (folder / "server.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=folder)
-        try:
-            url = f"http://127.0.0.1:{port}"
-            while process.poll() is None:
-                try:
-                    if httpx.get(f"{url}/health").is_success:
-                        break
-                except httpx.HTTPError:
-                    time.sleep(0.2)
-            assert process.poll() is None, (folder / "server.log").read_text()
-            yield url
-        finally:
-            process.terminate()
-            process.wait()
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server beside other tests on few cores takes seconds for a request, and hashes a password with each."""
+    monkeypatch.setattr("luthier_trainer.tracking.mlflow.SECONDS", 90.0)
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
     with serving(tmp_path) as url:
         yield url
-
-
-def read(server: str) -> list[dict[str, Any]]:
-    """The runs of the experiment, as MLflow's own client has them."""
-    python = Path(str(MLFLOW)).parent / "python"
-    printed = subprocess.run([python, "-c", READ, server], capture_output=True, text=True, check=True).stdout
-    found: list[dict[str, Any]] = json.loads(printed.splitlines()[-1])
-    return found
 
 
 DOCUMENTS: dict[str, Any] = {"spec": {"task": "causal-lm"}, "provenance": {}}
@@ -135,6 +86,8 @@ def test_a_resumed_training_is_one_run(
     assert losses(run) == losses(plain)
     (found,) = read(server)
     assert (found["name"], found["status"]) == ("job", "FINISHED")
+    page = f"{server}/#/experiments/{found['experiment']}/runs/{found['id']}"
+    assert tracked_runs.read(tmp_path / "job/tracking") == [TrackedRun(type="mlflow", url=page, run=found["id"])]
     assert (found["tags"]["team"], found["tags"]["luthier.job"]) == ("a", "default/job")
     assert json.loads(found["tags"]["luthier.provenance"])["model"] == {"source": str(llama)}
     assert found["params"]["training.maxSteps"] == "8"
@@ -142,23 +95,13 @@ def test_a_resumed_training_is_one_run(
     assert [value for _, value in found["loss"]] == losses(plain)
 
 
-AUTH = """
-[mlflow]
-default_permission = READ
-database_uri = sqlite:///auth.db
-admin_username = admin
-admin_password = correct-password
-authorization_function = mlflow.server.auth:authenticate_request_basic_auth
-"""
 LOGIN = {"name": "login", "keys": {"username": "user", "password": "password"}}
 
 
 def test_the_credentials_of_a_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """MLflow with its own authentication takes the right password, and a wrong one is said with the field."""
-    (tmp_path / "auth.ini").write_text(AUTH)
-    variables = {"MLFLOW_AUTH_CONFIG_PATH": str(tmp_path / "auth.ini"), "MLFLOW_FLASK_SERVER_SECRET_KEY": "any"}
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
-    with serving(tmp_path, "--app-name", "basic-auth", **variables) as url:
+    with serving(tmp_path, "--app-name", "basic-auth", **with_login(tmp_path)) as url:
         spec = Tracker.model_validate({"type": "mlflow", "url": url, "experiment": "trials", "secretRef": LOGIN})
 
         def send(password: str, folder: str) -> None:

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from luthier_trainer.runtime import notices
 from luthier_trainer.training import main as train
 from luthier_trainer.training.callbacks import Heartbeat
+from luthier_trainer.workspace import tracked_runs
 
 STEPS = 8
 
@@ -67,6 +68,8 @@ def test_an_interrupted_training_is_one_run(
     assert notices.given() == []
     assert losses(tracked) == losses(plain)
 
+    (run,) = tracked_runs.read(tmp_path / "tracked/tracking")
+    assert (run.type, run.url, run.run) == ("tensorboard", None, "tracking/tensorboard/job")
     found = shown(tmp_path / "tracked")
     reports = [entry for entry in history(tmp_path / "plain") if "loss" in entry]
     for name, key in (("train/loss", "loss"), ("train/learning_rate", "learning_rate")):

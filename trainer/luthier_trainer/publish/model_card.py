@@ -16,9 +16,11 @@ from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.methods import METHODS, QUANTIZATIONS
 from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
 from luthier_api.tasks import TASKS, TRAINING_TASKS, TaskInfo
+from luthier_api.trackers import TRACKERS
 from luthier_api.workspace import DATA_REPORT, MANIFEST, METRICS_FILE, WorkspaceFolder
 from luthier_trainer.prepare import data_report
 from luthier_trainer.publish import dataset_fields
+from luthier_trainer.workspace import tracked_runs
 from luthier_trainer.workspace.model_files import ADAPTER_CONFIG, MODEL_CONFIG
 
 # Modality → name of the variable for its processor in the example, and the class that loads it
@@ -101,10 +103,16 @@ def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
         [
             ("Results", table({titles.get(name, name): f"{value:.6g}" for name, value in metrics.items()})),
             ("How it was made", table(facts)),
+            ("Where the training is shown", table(tracked(WorkspaceFolder(Path(run.workspace)).tracking))),
             ("The data", data_table(WorkspaceFolder(Path(run.workspace)).prepared / DATA_REPORT)),
             ("How to load it", f"```python\n{load}\n```\n{needs}"),
         ],
     )
+
+
+def tracked(folder: Path) -> dict[str, str]:
+    """Title of a tracker → page of its run. One that is only in the workspace is left out: readers cannot open it."""
+    return {TRACKERS[run.type].title: run.url for run in tracked_runs.read(folder) if run.url}
 
 
 def data_table(path: Path) -> str:

@@ -17,6 +17,7 @@ BUFFERED_REPORTS = 10_000  # about 5 MB; with a report every ten seconds, more t
 RETRY_SECONDS = 10.0
 END_SECONDS = 30.0  # to send the last reports of a whole training
 STOP_SECONDS = 5.0  # the grace period of a pod is short, and the next attempt reports the steps after the checkpoint
+AWAY_SECONDS = 60.0  # of an interruption that the status mentions although nothing was lost
 CHARACTERS = 160  # of an exception in a notice
 
 
@@ -34,6 +35,9 @@ class Channel:
         self._closing = self._complete = False
         self._put = self._dropped = 0
         self._error = ""
+        self._away_since: float | None = None
+        self._away = 0.0
+        """Seconds, of the longest time in which every request failed."""
         self._thread = threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True)
         self._thread.start()
 
@@ -66,6 +70,11 @@ class Channel:
                 reason = "too many reports waited for it"
         if lost:
             notice(f"spec.tracking: {self.name} lacks {lost} of {self._put} reports of the training: {reason}")
+        elif self._away >= AWAY_SECONDS:
+            notice(
+                f"spec.tracking: {self.name} took no reports for {self._away:.0f} s, and has all of them now:"
+                f" {self._error}"
+            )
 
     def _work(self) -> None:
         while (report := self._next()) is not None:
@@ -75,12 +84,21 @@ class Channel:
                 if not self._again(error):
                     return
             else:
-                with self._changed:
-                    self._waiting.popleft()
+                self._answered()
         try:
             self._tracker.close(self._complete)
         except Exception as error:
             print(f"spec.tracking: {self.name}: {described(error)}", flush=True)
+
+    def _answered(self) -> None:
+        """The oldest report was taken."""
+        with self._changed:
+            self._waiting.popleft()
+            if self._away_since is None:
+                return
+            seconds = time.monotonic() - self._away_since
+            self._away, self._away_since = max(self._away, seconds), None
+        print(f"spec.tracking: {self.name} takes reports again after {seconds:.0f} s", flush=True)
 
     def _next(self) -> Report | None:
         """Return the oldest report, as soon as there is one; None when all are sent and none will follow."""
@@ -92,7 +110,9 @@ class Channel:
     def _again(self, error: Exception) -> bool:
         """Wait after a failure. Return whether the report is to be sent again: not while the channel closes."""
         with self._changed:
-            first, self._error = not self._error, described(error)
+            first, self._error = self._away_since is None, described(error)
+            if first:
+                self._away_since = time.monotonic()
             if self._closing:
                 return False
         if first:

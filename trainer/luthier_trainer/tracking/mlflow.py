@@ -17,6 +17,7 @@ import httpx
 
 from luthier_api.finetune import Tracker as TrackerSpec
 from luthier_trainer.tracking.base import Report, TrackedTraining, credentials
+from luthier_trainer.workspace import tracked_runs
 from luthier_trainer.workspace.manifest import replace_file
 
 API = "/api/2.0/mlflow/"
@@ -82,17 +83,19 @@ class MLflow:
         tags = {"luthier.job": f"{self._training.namespace}/{self._training.name}"}
         tags |= {"luthier.provenance": json.dumps(self._training.documents["provenance"]), "mlflow.runName": name}
         tags |= self._spec.tags or {}
+        experiment = self._experiment()
         found = self._post(
             "runs/create",
             {
-                "experiment_id": self._experiment(),
+                "experiment_id": experiment,
                 "run_name": name,
                 "start_time": round(time.time() * 1000),
                 "tags": [{"key": key_of(key), "value": value[:TAG_CHARACTERS]} for key, value in tags.items()],
             },
         )
         self._run_id = run_id = str(found["run"]["info"]["run_id"])
-        self._training.folder.mkdir(parents=True, exist_ok=True)
+        page = f"{self._spec.url}".rstrip("/") + f"/#/experiments/{experiment}/runs/{run_id}"
+        tracked_runs.keep(self._training.folder, "mlflow", run=run_id, url=page)
         self._keep()
         return run_id
 

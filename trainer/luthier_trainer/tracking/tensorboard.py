@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from luthier_api.finetune import Tracker as TrackerSpec
 from luthier_trainer.tracking.base import Report, TrackedTraining
+from luthier_trainer.workspace import tracked_runs
 
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
@@ -39,9 +40,9 @@ class TensorBoard:
         first = self._training.next_step
         # TensorBoard leaves out what earlier files have from `purge_step` on. The suffix keeps two attempts that begin
         # in the same second on the same host from writing to one file.
-        writer = SummaryWriter(
-            str(self._training.folder / self._training.name), purge_step=first, filename_suffix=f".from-{first}"
-        )
+        folder = self._training.folder
+        tracked_runs.keep(folder, "tensorboard", run=f"{folder.parent.name}/{folder.name}/{self._training.name}")
+        writer = SummaryWriter(str(folder / self._training.name), purge_step=first, filename_suffix=f".from-{first}")
         for title, data in self._training.documents.items():
             text = json.dumps(data, indent=1)
             writer.add_text(title, f"```json\n{text}\n```", max(0, first - 1))
