@@ -26,12 +26,15 @@ RUN python3 -m venv --without-pip /opt/venv \
 FROM tools AS resolve
 ARG FIND_LINKS=
 ARG TORCH_BACKEND=
+# Trackers whose packages only some installations need: wandb.
+ARG TRACKERS=
 WORKDIR /resolve
 COPY constraints.txt pyproject.toml ./
 RUN python3 -m venv /opt/tools && /opt/tools/bin/pip install -q --no-cache-dir -c constraints.txt uv hatchling
 RUN --mount=type=cache,target=/cache/uv for extra in operator trainer; do \
+      more=""; test $extra = operator || for tracker in $TRACKERS; do more="$more --extra=$tracker"; done; \
       /opt/tools/bin/uv pip compile -q --python /opt/venv/bin/python --no-header --no-annotate ${FIND_LINKS:+--find-links=$FIND_LINKS} \
-        ${TORCH_BACKEND:+--torch-backend=$TORCH_BACKEND} --constraints constraints.txt --extra $extra -o $extra.txt pyproject.toml || exit 1; \
+        ${TORCH_BACKEND:+--torch-backend=$TORCH_BACKEND} --constraints constraints.txt --extra $extra $more -o $extra.txt pyproject.toml || exit 1; \
     done \
  && echo deepspeed ninja setuptools torch | tr ' ' '\n' | /opt/tools/bin/uv pip compile -q --python /opt/venv/bin/python --no-header --no-annotate \
       ${FIND_LINKS:+--find-links=$FIND_LINKS} ${TORCH_BACKEND:+--torch-backend=$TORCH_BACKEND} --constraints trainer.txt --constraints constraints.txt \

@@ -305,6 +305,8 @@ class TrackerKeys(ApiModel):
     """Name of the user, together with `password` (mlflow)."""
     password: KeyName | None = None
     """Password of the user (mlflow)."""
+    api_key: KeyName | None = None
+    """API key (wandb)."""
 
 
 class TrackerSecret(ApiModel):
@@ -326,20 +328,23 @@ class Tracker(ApiModel):
     type: TrackerType
     """tensorboard: event files in the folder `tracking/tensorboard` of the workspace. They have the losses, the
     learning rate, the norms of gradients and the metrics of evaluations by step, and this spec. mlflow: a run on a
-    tracking server, by its REST API.
+    tracking server, by its REST API. wandb: a run of Weights & Biases; without `secretRef` in the folder
+    `tracking/wandb` of the workspace, for `wandb sync`. The trainer image must have its package.
     """
     url: TrackerUrl | None = None
-    """Address of the tracking server, which the pods of `run` must reach (mlflow)."""
+    """Address of the tracking server, which the pods of `run` must reach (mlflow; wandb: https://api.wandb.ai when left
+    out).
+    """
     experiment: ShortText | None = None
-    """Experiment of the run, created where there is none (mlflow); the namespace when left out."""
+    """Experiment (mlflow) or project (wandb) of the run, created where there is none; the namespace when left out."""
     run_name: ShortText | None = None
-    """Name of the run (mlflow); that of the job when left out."""
+    """Name of the run (mlflow, wandb); that of the job when left out."""
     tags: Annotated[dict[str, ShortText] | None, Field(max_length=32)] = None
-    """Tags of the run (mlflow), besides those that Luthier sets."""
+    """Tags of the run (mlflow, and as KEY:VALUE wandb), besides those that Luthier sets."""
 
     secret_ref: TrackerSecret | None = None
-    """Credentials of the tracker: `token`, or `username` and `password` (mlflow). Only the pods of `run` get them.
-    Without the Secret, or one of its keys, the training goes on and is not tracked there.
+    """Credentials of the tracker: `token`, or `username` and `password` (mlflow); `apiKey` (wandb). Only the pods of
+    `run` get them. Without the Secret, or one of its keys, the training goes on and is not tracked there.
     """
 
     rules: ClassVar[tuple[Rule, ...]] = tuple(trackers.rules())

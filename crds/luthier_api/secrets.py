@@ -42,6 +42,7 @@ TRACKING = SecretUse(
         "token": "MLFLOW_TRACKING_TOKEN",
         "username": "MLFLOW_TRACKING_USERNAME",
         "password": "MLFLOW_TRACKING_PASSWORD",
+        "apiKey": "WANDB_API_KEY",
     },
     required=False,
 )

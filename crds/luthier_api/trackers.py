@@ -30,7 +30,7 @@ class TrackerInfo:
     """Which credentials `secretRef.keys` may name: one of these sets."""
 
 
-TrackerType = Literal["tensorboard", "mlflow"]
+TrackerType = Literal["tensorboard", "mlflow", "wandb"]
 
 TRACKERS: Mapping[str, TrackerInfo] = {
     "tensorboard": TrackerInfo(title="TensorBoard", package="tensorboardX", distribution="tensorboardX"),
@@ -41,6 +41,13 @@ TRACKERS: Mapping[str, TrackerInfo] = {
         fields=("url", "experiment", "runName", "tags", "secretRef"),
         required=("url",),
         credentials=(("token",), ("username", "password")),
+    ),
+    "wandb": TrackerInfo(
+        title="Weights & Biases",
+        package="wandb",
+        distribution="wandb",
+        fields=("url", "experiment", "runName", "tags", "secretRef"),
+        credentials=(("apiKey",),),
     ),
 }
 FIELDS = tuple(sorted({field for tracker in TRACKERS.values() for field in tracker.fields}))

@@ -848,6 +848,11 @@ CASES: list[Case] = [
         accepted={"spec.tracking": [MLFLOW | {"secretRef": {"name": "a", "keys": {"token": "t"}}}]},
     ),
     Case(
+        message="tracking.secretRef.keys: wandb takes apiKey",
+        refused={"spec.tracking": [{"type": "wandb", "secretRef": {"name": "a", "keys": {"token": "t"}}}]},
+        accepted={"spec.tracking": [{"type": "wandb", "secretRef": {"name": "a", "keys": {"apiKey": "t"}}}]},
+    ),
+    Case(
         message="tracking.secretRef.keys: mlflow takes token, or username and password",
         refused={"spec.tracking": [MLFLOW | {"secretRef": {"name": "a", "keys": {"username": "u", "token": "t"}}}]},
         accepted={"spec.tracking": [MLFLOW | {"secretRef": {"name": "a", "keys": {"username": "u", "password": "p"}}}]},
@@ -1422,6 +1427,12 @@ WRITTEN: list[Written] = [
         change=lambda t: tracked({"username": t, "password": "p"}),
         refused=("a/b",),
         accepted=("user",),
+    ),
+    Written(
+        field="spec.tracking[].secretRef.keys.apiKey",
+        change=lambda t: {"spec.tracking": [{"type": "wandb", "secretRef": {"name": "w", "keys": {"apiKey": t}}}]},
+        refused=("a/b",),
+        accepted=("key",),
     ),
     Written(
         field="spec.tracking[].secretRef.keys.password",

@@ -23,5 +23,6 @@ def test_an_image_without_the_package(make_run: Any, monkeypatch: pytest.MonkeyP
         prepare.main(make_run(tracking=[{"type": "tensorboard"}]))
     assert failed.value.message == (
         "spec.tracking: tensorboard needs the Python package not-in-this-image, which the trainer image does not have;"
-        " use an image with it (the chart's value trainer.image), or remove this tracker"
+        " use an image with it (the chart's value trainer.image; see Trackers in docs/training.md), or remove this"
+        " tracker"
     )

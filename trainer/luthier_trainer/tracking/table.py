@@ -11,8 +11,9 @@ from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.tracking.base import Tracker
 from luthier_trainer.tracking.mlflow import MLflow
 from luthier_trainer.tracking.tensorboard import TensorBoard
+from luthier_trainer.tracking.wandb import WeightsAndBiases
 
-IMPLEMENTATIONS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "mlflow": MLflow}
+IMPLEMENTATIONS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WeightsAndBiases}
 
 
 def check_packages(spec: FineTuneJobSpec) -> None:
@@ -23,5 +24,6 @@ def check_packages(spec: FineTuneJobSpec) -> None:
             raise Failure(
                 ExitCode.MISCONFIGURED,
                 f"spec.tracking: {tracker.type} needs the Python package {info.distribution}, which the trainer image"
-                " does not have; use an image with it (the chart's value trainer.image), or remove this tracker",
+                " does not have; use an image with it (the chart's value trainer.image; see Trackers in"
+                " docs/training.md), or remove this tracker",
             )
