@@ -62,6 +62,10 @@ class _Write:
     desired: bytes
     stored: bytes
     at: float
+    dropped: Object
+    """Fields that were sent and not stored, because the CRD is older than this operator. Without them each decision
+    would begin again what they remember, such as the time since when the job is at work.
+    """
 
 
 class Reconciler:
@@ -124,7 +128,7 @@ class Reconciler:
         """Decide on a job that exists, and carry that out. Returns and raises what `reconcile` does."""
         begin, now = time.thread_time(), datetime.now(UTC)
         try:
-            stored = read_stored(KINDS[key.kind].model, found)
+            stored = read_stored(KINDS[key.kind].model, self._with_dropped(key, found))
             observed = replace(self._store.observed(stored.value), unknown_fields=stored.unknown)
             decision = decide(observed, self._settings, now)
             self._queue.took(key, time.thread_time() - begin)
@@ -295,6 +299,11 @@ class Reconciler:
         last = self._writes.get(key)
         return last if last and last.uid == found["metadata"]["uid"] else None
 
+    def _with_dropped(self, key: Key, found: Object) -> Object:
+        """`found` with the fields of its status that an older CRD has dropped."""
+        last = self._last_write(key, found)
+        return found | {"status": last.dropped | found.get("status", {})} if last and last.dropped else found
+
     async def _write_status(
         self, key: Key, found: Object, understood: Object, desired: Object, creates: bool = False
     ) -> Object | None:
@@ -304,11 +313,12 @@ class Reconciler:
         Raises ApiError; after a conflict the store has the current object.
         """
         before = found.get("status", {})
-        patch = status_patch(before, understood, desired)
+        patch, last = status_patch(before, understood, desired), self._last_write(key, found)
         if not patch:
+            if last and last.dropped:
+                self._writes[key] = replace(last, dropped={})
             return found
         # An older CRD drops fields that it does not know. They must not be written again and again.
-        last = self._last_write(key, found)
         wanted = digest({name: value for name, value in desired.items() if name != WRITES})
         if last and (last.desired, last.stored) == (wanted, digest(before)):
             return found
@@ -324,7 +334,9 @@ class Reconciler:
                 refusal = f"{SAME_CHART}. Until then nothing is created. The API server refuses the status of the job:"
                 self._events.record(found, Event("Warning", Reason.STATUS_REFUSED, f"{refusal} {error.message}"))
             raise
-        self._writes[key] = _Write(found["metadata"]["uid"], wanted, digest(kept.get("status", {})), self._clock())
+        stored = kept.get("status", {})
+        dropped = {name: value for name, value in desired.items() if name not in stored and name != WRITES}
+        self._writes[key] = _Write(found["metadata"]["uid"], wanted, digest(stored), self._clock(), dropped)
         touched = self._store.put(kept, answer=True)
         if creates or patch.keys() <= NOTHING_FOLLOWS:
             touched.discard(key)

@@ -22,7 +22,7 @@ from luthier_operator.model import Object
 pytestmark = pytest.mark.cluster
 NAMESPACE = "test-skew"
 CRD = "finetunejobs.luthier.dev"
-KEPT = ("conditions", "state", "startTime", "completionTime", "observedGeneration")
+KEPT = ("conditions", "state", "startTime", "completionTime", "observedGeneration", "writes")
 """Fields of the status that the older CRD knows."""
 
 

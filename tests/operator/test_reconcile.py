@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from fake_api import FakeApi, Refused, merged
-from fake_cluster import FakeCluster
+from fake_cluster import FakeCluster, Outcome
 from harness import condition, fine_tune, finished, running, until
 from kubernetes.aio.client.configuration import Configuration
 
@@ -183,6 +183,29 @@ async def test_fields_that_an_older_crd_drops_are_not_written_for_ever(dropped: 
             await asyncio.sleep(0.3)
             assert cluster.writes == before
             assert dropped not in cluster.get("FineTuneJob", "tune")["status"]
+
+
+@pytest.mark.parametrize("dropped", ["shape", "activeSince"])
+async def test_what_an_older_crd_drops_is_remembered(dropped: str) -> None:
+    """The time since when a job is at work is a new one in each decision that does not know it."""
+    async with FakeCluster(lambda pod: Outcome(hold=True)) as cluster:
+        write, sent = cluster._write, []
+
+        def dropping(request: Any, kind: str, ns: str, name: str, sub: str, body: Any) -> Any:
+            if sub == "status":
+                sent.append(body["status"].pop(dropped, None))
+            return write(request, kind, ns, name, sub, body)
+
+        cluster._write = dropping  # type: ignore[method-assign]
+        async with running(cluster):
+            cluster.create(fine_tune())
+            await until("at work", lambda: cluster.pods("tune", "prepare"))
+            await asyncio.sleep(1.1)  # times have whole seconds
+            before, found = len(sent), cluster.get("FineTuneJob", "tune")
+            cluster.change(found, lambda o: o["metadata"].setdefault("annotations", {}).update(touched="once"))
+            await asyncio.sleep(0.5)
+        assert any(sent)
+        assert len(sent) == before
 
 
 async def test_somebody_else_writes_the_status_at_the_same_time() -> None:

@@ -68,12 +68,19 @@ class Seen:
         self._changed = asyncio.Event()
 
     async def follow(self, client: Client, since: str) -> None:
-        async for event, found in client.watch(RESOURCES[self.kind], HERE, "", since):
-            if event in ("ADDED", "MODIFIED") and self.true(found):
-                labels = found["metadata"].get("labels") or {}
-                name = labels.get(naming.JOB_LABEL) or found["metadata"]["name"]
-                self.at.setdefault(name, time.monotonic())
-                self._changed.set()
+        """Watch from the version `since` on, for as long as this task lives: the API server ends each watch within a
+        minute.
+        """
+        while True:
+            async for event, found in client.watch(RESOURCES[self.kind], HERE, "", since):
+                if event == "ERROR":
+                    raise SystemExit(f"{self.kind}: the watch was ended: {found}")
+                since = found["metadata"]["resourceVersion"]
+                if event in ("ADDED", "MODIFIED") and self.true(found):
+                    labels = found["metadata"].get("labels") or {}
+                    name = labels.get(naming.JOB_LABEL) or found["metadata"]["name"]
+                    self.at.setdefault(name, time.monotonic())
+                    self._changed.set()
 
     async def all_of(self, names: Iterable[str], limit: float = LIMIT) -> None:
         """Wait until each of `names` was seen. Exits if that takes longer than `limit` seconds."""
