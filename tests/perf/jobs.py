@@ -31,7 +31,7 @@ from perf.operator_process import AuditLog, OperatorProcess, calls_to_jobset, pe
 from luthier_api.kinds import parse_job
 from luthier_api.status import JobStatus
 from luthier_operator import naming
-from luthier_operator.client import RESOURCES, Client, login
+from luthier_operator.client import RESOURCES, ApiError, Client, login
 from luthier_operator.decide import decide
 from luthier_operator.model import Object, Observed
 from luthier_operator.objects import objects
@@ -68,19 +68,25 @@ class Seen:
         self._changed = asyncio.Event()
 
     async def follow(self, client: Client, since: str) -> None:
-        """Watch from the version `since` on, for as long as this task lives: the API server ends each watch within a
-        minute.
+        """Watch from the version `since` on, for as long as this task lives: the API server ends a watch after a while,
+        or because this process has fallen behind.
         """
         while True:
-            async for event, found in client.watch(RESOURCES[self.kind], HERE, "", since):
-                if event == "ERROR":
-                    raise SystemExit(f"{self.kind}: the watch was ended: {found}")
-                since = found["metadata"]["resourceVersion"]
-                if event in ("ADDED", "MODIFIED") and self.true(found):
-                    labels = found["metadata"].get("labels") or {}
-                    name = labels.get(naming.JOB_LABEL) or found["metadata"]["name"]
-                    self.at.setdefault(name, time.monotonic())
-                    self._changed.set()
+            with contextlib.suppress(ApiError):
+                async for event, found in client.watch(RESOURCES[self.kind], HERE, "", since):
+                    if event == "ERROR":
+                        raise SystemExit(f"{self.kind}: the watch was ended: {found}")
+                    since = found["metadata"]["resourceVersion"]
+                    if event in ("ADDED", "MODIFIED"):
+                        self.note(found)
+            await asyncio.sleep(0.1)
+
+    def note(self, found: Object) -> None:
+        if self.true(found):
+            labels = found["metadata"].get("labels") or {}
+            name = labels.get(naming.JOB_LABEL) or found["metadata"]["name"]
+            self.at.setdefault(name, time.monotonic())
+            self._changed.set()
 
     async def all_of(self, names: Iterable[str], limit: float = LIMIT) -> None:
         """Wait until each of `names` was seen. Exits if that takes longer than `limit` seconds."""
