@@ -202,12 +202,14 @@ def save_encoder(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
 
 def losses(run: FineTuneRun) -> list[float]:
     """The reported training losses, from the newest checkpoint's history."""
+    return [entry["loss"] for entry in logged(run)]
+
+
+def logged(run: FineTuneRun) -> list[dict[str, float]]:
+    """The reports of the training, from the newest checkpoint's history."""
     newest = max((Path(run.workspace) / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    return [
-        entry["loss"]
-        for entry in json.loads((newest / "trainer_state.json").read_text())["log_history"]
-        if "loss" in entry
-    ]
+    history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "loss" in entry]
 
 
 @contextmanager

@@ -55,7 +55,9 @@ class Columns(ApiModel):
     answers begin with alike.
     """
     completion: Annotated[ShortText | None, For("task")] = by_table()
-    """What the model shall write after the prompt: text, or messages."""
+    """What the model shall write after the prompt: text, or messages. For preference with lossType kto, the answer that
+    the label rates.
+    """
     messages: Annotated[ShortText | None, For("task")] = by_table()
     """A conversation: a list of messages with role (system, user, assistant, tool) and content; in ShareGPT, from and
     value. One with the weight 0 is read, but not learnt.
@@ -74,6 +76,7 @@ class Columns(ApiModel):
     """The image to classify or to learn, with 8 bits a channel."""
     label: Annotated[ShortText, For("task")] = by_table()
     """The class of a row: a name or a number. Images in folders have it by the folder's name: FOLDER/CLASS/image.png.
+    For preference with lossType kto, whether the answer is good: true or false, or 1 or 0.
     """
 
 
@@ -213,10 +216,34 @@ class Preference(ApiModel):
 
     beta: Annotated[float, Field(gt=0, le=10)] = 0.1
     """How strongly the model is held to the one it started from: larger values change it less."""
-    loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
-    """sigmoid: DPO (arXiv:2305.18290). hinge: SLiC (arXiv:2305.10425). ipo: IPO (arXiv:2310.12036), which overfits less
-    where one answer is always preferred.
+    loss_type: Literal["sigmoid", "hinge", "ipo", "kto"] = "sigmoid"
+    """Of pairs of answers: sigmoid, DPO (arXiv:2305.18290); hinge, SLiC (arXiv:2305.10425); ipo, IPO
+    (arXiv:2310.12036), which overfits less where one answer is always preferred. Of answers that are good or bad each:
+    kto, KTO (arXiv:2402.01306), for rows with the columns completion and label; it takes pairs apart.
     """
+    desirable_weight: Annotated[float | None, Field(gt=0, le=100)] = None
+    """With kto: how much a good answer counts. When neither weight is set, the rarer kind of answers gets the weight
+    with which both kinds count alike, and the status says so.
+    """
+    undesirable_weight: Annotated[float | None, Field(gt=0, le=100)] = None
+    """With kto: how much a bad answer counts."""
+    precompute_reference: bool = False
+    """Compute what the reference model says of all rows once, before the first step, and keep it in the workspace. It
+    takes memory for one model less with method full, and time for one pass less in each epoch. Not with kto, which also
+    compares answers to other prompts, in each step others.
+    """
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "self.lossType == 'kto' || !has(self.desirableWeight) && !has(self.undesirableWeight)",
+            "preference: desirableWeight and undesirableWeight apply to lossType kto; remove them, or choose it",
+        ),
+        Rule(
+            "self.lossType != 'kto' || !self.precomputeReference",
+            "preference.precomputeReference: not with lossType kto, which compares answers to other prompts in each"
+            " step; remove it, or choose sigmoid, hinge or ipo for pairs",
+        ),
+    )
 
 
 class TrainingImages(ApiModel):

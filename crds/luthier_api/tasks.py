@@ -194,13 +194,13 @@ TASKS: Mapping[str, TaskInfo] = {
         tags=("dpo", "trl"),
         training=TrainingTask(
             columns={"chosen": "chosen", "rejected": "rejected"},
-            optional_columns={"prompt": None, "tools": None},
+            optional_columns=dict.fromkeys(("prompt", "completion", "label", "tools")),
             formats=TABLE_FORMATS,
             sequences=2,
             methods=("full", "lora", "qlora"),
             quantizations=("nf4", "fp4", "int8"),
-            # Unproven with DeepSpeed: TRL 1.16 prepares the reference model with an engine of its own.
-            strategies=("auto", "ddp"),
+            # With ZeRO-3 the reference would have to be gathered from shards as well, in each step.
+            strategies=("auto", "ddp", "zero2", "zero2-offload"),
             settings="preference",
             options=TEXT_OPTIONS | TEMPLATE_OPTIONS,
             metrics=(
@@ -210,6 +210,9 @@ TASKS: Mapping[str, TaskInfo] = {
                 TaskMetric(
                     "rewardMargin", "Reward of the chosen answers above that of the rejected ones", better="higher"
                 ),
+                TaskMetric("rewardChosen", "Reward of the chosen answers"),
+                TaskMetric("rewardRejected", "Reward of the rejected answers"),
+                TaskMetric("kl", "KL divergence from the reference model, estimated (KTO)"),
             ),
         ),
     ),

@@ -344,15 +344,19 @@ MARKS: list[Case] = [
     ),
     *(
         Case(
-            message=f"spec.{field}: applies to text-classification, image-classification;",
-            refused=refused | change,
-            accepted=task | change,
+            message="spec.dataset.mergeLabels: applies to text-classification, image-classification;",
+            refused=refused | {"spec.dataset.mergeLabels": True},
+            accepted=task | {"spec.dataset.mergeLabels": True},
         )
         for task, refused in ((TEXTS, CAUSAL), (IMAGES, PREFERENCE))
-        for field, change in {
-            "dataset.mergeLabels": {"spec.dataset.mergeLabels": True},
-            "dataset.columns.label": {"spec.dataset.columns": {"label": "intent"}},
-        }.items()
+    ),
+    *(
+        Case(
+            message="spec.dataset.columns.label: applies to preference, text-classification, image-classification;",
+            refused=CAUSAL | {"spec.dataset.columns": {"label": "intent"}},
+            accepted=task | {"spec.dataset.columns": {"label": "intent"}},
+        )
+        for task in (PREFERENCE, TEXTS)
     ),
     *(
         Case(
@@ -393,7 +397,6 @@ MARKS: list[Case] = [
         for field, change in {
             "training.packing": {"spec.training.packing": "isolated"},
             "model.config": FULL | {"spec.model": {"config": {"modelType": "llama"}}},
-            "dataset.columns.completion": {"spec.dataset.columns": {"completion": "answer"}},
             "dataset.columns.messages": {"spec.dataset.columns": {"messages": "turns"}},
             "dataset.columns.system": {"spec.dataset.columns": {"system": "rules"}},
             "dataset.columns.input": {"spec.dataset.columns": {"input": "context"}},
@@ -410,8 +413,19 @@ MARKS: list[Case] = [
         for refused, accepted in ((TEXTS, CAUSAL), (IMAGES, PREFERENCE))
         for field, change in {
             "dataset.columns.tools": {"spec.dataset.columns": {"tools": "functions"}},
+            "dataset.columns.completion": {"spec.dataset.columns": {"completion": "answer"}},
             "dataset.chatTemplate": {"spec.dataset.chatTemplate": {"name": "zephyr"}},
         }.items()
+    ),
+    Case(
+        message="preference: desirableWeight and undesirableWeight apply to lossType kto; remove them, or",
+        refused=PREFERENCE | {"spec.preference": {"undesirableWeight": 2}},
+        accepted=PREFERENCE | {"spec.preference": {"undesirableWeight": 2, "lossType": "kto"}},
+    ),
+    Case(
+        message="preference.precomputeReference: not with lossType kto, which compares answers to other prompts",
+        refused=PREFERENCE | {"spec.preference": {"lossType": "kto", "precomputeReference": True}},
+        accepted=PREFERENCE | {"spec.preference": {"lossType": "ipo", "precomputeReference": True}},
     ),
     *(
         Case(
@@ -600,11 +614,11 @@ CHOICES: list[Case] = [
     ),
     *(
         Case(
-            message="spec.strategy: preference works with auto, ddp; choose one of these, or another task",
+            message="spec.strategy: preference works with auto, ddp, zero2, zero2-offload; choose one of these, or",
             refused=PREFERENCE | {"spec.strategy": refused},
             accepted=PREFERENCE | {"spec.strategy": accepted},
         )
-        for refused, accepted in [("zero3", "ddp"), ("zero2", "auto")]
+        for refused, accepted in [("zero3", "zero2"), ("zero3-offload", "auto")]
     ),
     *(
         Case(

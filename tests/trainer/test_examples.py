@@ -5,7 +5,9 @@ pipeline.
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,3 +90,47 @@ def test_a_style_is_learnt_drawn_and_published(tmp_path: Path, hub: Running, mon
     pipeline = StableDiffusionXLPipeline.from_pretrained(tmp_path / "data/sdxl")
     pipeline.load_lora_weights(copy)
     assert pipeline.get_active_adapters() == ["default_0"]
+
+
+CHAT_SHORT: dict[str, Any] = {"maxSteps": 2, "batchSize": 4, "maxLength": 64, "logSteps": 1}
+CHAIN: dict[str, dict[str, Any]] = {
+    "finetune-chat.yaml": {
+        "model": {"path": "/data/model"},
+        "dataset": {"files": ["/data/conversations.jsonl"], "chatTemplate": {"name": "zephyr"}},
+        "training": CHAT_SHORT,
+        "resources": {"gpusPerNode": 0},
+    },
+    "finetune-preference.yaml": {
+        "training": CHAT_SHORT | {"learningRate": 3e-3, "maxSteps": 6},
+        "resources": {"gpusPerNode": 0},
+    },
+}
+
+
+def test_a_chat_model_learns_to_prefer(tmp_path: Path, tiny_model: Path, pairs: list[dict[str, str]]) -> None:
+    """The template of the first job is that of the second, whose reference is the first one's result."""
+    data = tmp_path / "data"
+    shutil.copytree(tiny_model, data / "model")
+    turn = {role: [{"role": speaker}] for role, speaker in (("prompt", "user"), ("chosen", "assistant"))}
+    rows = [{role: [message | {"content": pair[role]}] for role, (message,) in turn.items()} for pair in pairs]
+    chats = [{"messages": row["prompt"] + row["chosen"]} for row in rows]
+    for row, pair in zip(rows, pairs, strict=True):
+        row["rejected"] = [{"role": "assistant", "content": pair["rejected"]}]
+    for name, lines in (("conversations", chats), ("pairs", rows)):
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, changes in CHAIN.items():
+        document = yaml.safe_load((EXAMPLES / name).read_text())
+        (tmp_path / name).write_text(yaml.safe_dump(document | {"spec": document["spec"] | changes}))
+
+    words = [sys.executable, "-m", "luthier_cli", "run", *CHAIN, "--mount", "/data=data", "-o", "json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    _, preferred = json.loads(done.stdout)["jobs"]
+    assert preferred["metrics"]["evalLossBefore"] == pytest.approx(math.log(2), abs=1e-4)
+    assert preferred["metrics"]["lastLoss"] < math.log(2)
+    assert {"rewardAccuracy", "rewardMargin", "rewardChosen", "rewardRejected"} <= preferred["metrics"].keys()
+    log = (tmp_path / "luthier-runs/support-manners/logs/prepare.log").read_text()
+    assert "The chosen answer of the first training row" in log
+    assert "<|assistant|>\n⟦" in log

@@ -273,7 +273,7 @@ PREFERENCE: dict[str, Any] = {
 }
 
 
-def preference(root: Path, model: Path, pairs: list[dict[str, str]]) -> FineTuneRun:
+def preference(root: Path, model: Path, pairs: list[dict[str, str]], strategy: str, **changes: Any) -> FineTuneRun:
     """Of 9 pairs in steps of 4 and micro-batches of 2, the last step of an epoch has one pair: one process has none of
     its own, and all pairs count alike. The same training for one process is in `root`/alone.json.
     """
@@ -281,11 +281,15 @@ def preference(root: Path, model: Path, pairs: list[dict[str, str]]) -> FineTune
     files = {"files": pairs[:9], "evalFiles": pairs[-8:]}
     for name, rows in files.items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    spec = PREFERENCE | {
-        "model": {"path": str(model)},
-        "dataset": {name: [str(root / f"{name}.jsonl")] for name in files},
-        "resources": {"gpusPerNode": 0},
-    }
+    spec = (
+        PREFERENCE
+        | changes
+        | {
+            "model": {"path": str(model)},
+            "dataset": {name: [str(root / f"{name}.jsonl")] for name in files},
+            "resources": {"gpusPerNode": 0},
+        }
+    )
     alone = FineTuneRun.model_validate(
         {"name": "alone", "workspace": str(root / "alone"), "metricsPort": 0, "spec": spec}
     )
@@ -293,7 +297,41 @@ def preference(root: Path, model: Path, pairs: list[dict[str, str]]) -> FineTune
         patch.setenv("LUTHIER_RUN_DIR", str(root))
         prepare.main(alone)
     (root / "alone.json").write_text(json.dumps(alone.dump()))
-    return two(root, model, DatasetDict(load_from_disk(read_prepared(alone).dataset_path)), **PREFERENCE)
+    data = DatasetDict(load_from_disk(read_prepared(alone).dataset_path))
+    return two(root, model, data, strategy=strategy, **PREFERENCE | changes)
+
+
+@dataclass(frozen=True)
+class Preferring:
+    name: str
+    strategy: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    same_steps: int | None = None
+    """Steps that are those of one process; None: all. KTO compares the rows of a micro-batch, which are others."""
+
+
+PREFERRING = [
+    Preferring(name="prefer_adapter", strategy="ddp"),
+    Preferring(
+        name="prefer_kept",
+        strategy="ddp",
+        changes={"method": {"type": "full"}, "preference": {"precomputeReference": True}},
+    ),
+    Preferring(name="prefer_rated", strategy="ddp", changes={"preference": {"lossType": "kto"}}, same_steps=1),
+    Preferring(name="prefer_adapter_zero2", strategy="zero2-offload"),
+    Preferring(name="prefer_all_zero2", strategy="zero2-offload", changes={"method": {"type": "full"}}),
+    Preferring(
+        name="prefer_kept_zero2", strategy="zero2-offload", changes={"preference": {"precomputeReference": True}}
+    ),
+]
+
+
+def preferences(model: Path, pairs: list[dict[str, str]], strategy: str) -> dict[str, Any]:
+    return {
+        case.name: functools.partial(preference, model=model, pairs=pairs, strategy=strategy, **case.changes)
+        for case in PREFERRING
+        if case.strategy == strategy
+    }
 
 
 def batch_norm(root: Path) -> FineTuneRun:
@@ -309,7 +347,7 @@ def ddp(
 ) -> Group:
     made: Group = group(
         adapter=lambda root: two(root, llama, data),
-        preference=lambda root: preference(root, tiny_model, pairs),
+        **preferences(tiny_model, pairs, "ddp"),
         batch_norm=batch_norm,
         **classifiers("ddp"),
     )
@@ -334,7 +372,15 @@ MICRO_BATCHES = {"as-before": 4, "with-half-the-micro-batch": 2}
 
 
 @pytest.fixture(scope="module")
-def zero2(group: Any, classifiers: Any, deepspeed_operators: None, llama: Path, data: DatasetDict) -> Group:
+def zero2(
+    group: Any,
+    classifiers: Any,
+    deepspeed_operators: None,
+    llama: Path,
+    data: DatasetDict,
+    tiny_model: Path,
+    pairs: list[dict[str, str]],
+) -> Group:
     """Adapters that are stopped in their first step, beside the classifiers.
 
     Without rows to evaluate on: a run that is to stop from the beginning would leave the evaluation before its first
@@ -344,6 +390,7 @@ def zero2(group: Any, classifiers: Any, deepspeed_operators: None, llama: Path, 
     made: Group = group(
         **{name: lambda root: two(root, llama, rows, strategy="zero2-offload") for name in MICRO_BATCHES},
         **classifiers("zero2-offload"),
+        **preferences(tiny_model, pairs, "zero2-offload"),
     )
     for name in MICRO_BATCHES:
         (made.folder / name / "stop").touch()
@@ -374,12 +421,15 @@ def test_two_processes_are_one(ddp: Group, alone: Any) -> None:
         assert (ended[0].metrics or {})[figure] == pytest.approx(alone[1][figure], abs=1e-4)
 
 
-def test_two_processes_prefer_as_one(ddp: Group) -> None:
-    run = ddp.runs["preference"]
-    alone = FineTuneRun.model_validate_json((ddp.folder / "preference/alone.json").read_bytes())
-    expect, found = train.main(alone).metrics or {}, ddp.ends("preference")[0].metrics or {}
-    assert losses(run) == pytest.approx(losses(alone), abs=1e-5)
-    for name in ("evalLoss", "rewardAccuracy", "rewardMargin", "tokens"):
+@pytest.mark.parametrize("case", PREFERRING, ids=lambda case: case.name)
+def test_two_processes_prefer_as_one(case: Preferring, request: pytest.FixtureRequest) -> None:
+    made: Group = request.getfixturevalue(case.strategy.removesuffix("-offload"))
+    run = made.runs[case.name]
+    alone = FineTuneRun.model_validate_json((made.folder / case.name / "alone.json").read_bytes())
+    expect, found = train.main(alone).metrics or {}, made.ends(case.name)[0].metrics or {}
+    assert losses(run)[: case.same_steps] == pytest.approx(losses(alone)[: case.same_steps], abs=1e-5)
+    names = ["tokens"] if case.same_steps else ["evalLoss", "rewardAccuracy", "rewardMargin", "tokens"]
+    for name in names:
         assert found[name] == pytest.approx(expect[name], abs=1e-5), name
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from hub.server import Running
 from huggingface_hub import HfApi
 from peft import LoraConfig
-from prepared_workspace import losses
+from prepared_workspace import logged, losses
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
 
@@ -25,12 +27,14 @@ from luthier_trainer.publish import main as publish
 from luthier_trainer.publish.model_card import card
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.run_folder import run_dir
+from luthier_trainer.tasks import kept_reference
 from luthier_trainer.training import main as train
 from luthier_trainer.training.callbacks import Heartbeat
 from luthier_trainer.workspace.prepared import read_prepared
 
 FULL = {"type": "full"}
 LORA = {"type": "lora", "rank": 4}
+QLORA = {"type": "qlora", "rank": 4}
 COURSE = {"maxLength": 48, "batchSize": 4, "maxSteps": 6, "learningRate": 1e-3, "logSteps": 1, "evalSteps": 3}
 
 
@@ -38,11 +42,16 @@ COURSE = {"maxLength": 48, "batchSize": 4, "maxSteps": 6, "learningRate": 1e-3, 
 def prefer(make_run: Any, tmp_path: Path, pairs: list[dict[str, str]]) -> Callable[..., FineTuneRun]:
     """The run config of a job over `rows`, 8 of whose pairs are held out."""
 
-    def make(name: str = "job", rows: list[dict[str, Any]] | None = None, **spec: Any) -> FineTuneRun:
+    def make(
+        name: str = "job",
+        rows: list[dict[str, Any]] | None = None,
+        held_out: list[dict[str, Any]] | None = None,
+        **spec: Any,
+    ) -> FineTuneRun:
         given = rows or pairs
         train_file, eval_file = tmp_path / f"{name}-train.jsonl", tmp_path / f"{name}-eval.jsonl"
         train_file.write_text("".join(json.dumps(row) + "\n" for row in given[: len(given) - 8 or None]))
-        eval_file.write_text("".join(json.dumps(row) + "\n" for row in pairs[-8:]))
+        eval_file.write_text("".join(json.dumps(row) + "\n" for row in held_out or pairs[-8:]))
         dataset = {"files": [str(train_file)], "evalFiles": [str(eval_file)]}
         return make_run(name, **{"task": "preference", "dataset": dataset, "method": LORA, "training": COURSE} | spec)
 
@@ -54,41 +63,67 @@ def test_an_adapter_on_the_head_is_refused(prefer: Callable[..., FineTuneRun]) -
         prepare.main(prefer(method=LORA | {"targetModules": ["q_proj", "lm_head"]}))
 
 
-def plain_trl(run: FineTuneRun, folder: Path, model_path: Path, pairs: list[dict[str, str]]) -> tuple[Any, list[float]]:
-    """A script of TRL's documentation over the same rows: its trainer after training, and its losses."""
-    from trl import DPOConfig, DPOTrainer
+STEPS: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+
+
+def plain_trl(
+    run: FineTuneRun, folder: Path, model_path: Path, rows: list[dict[str, Any]], held_out: list[dict[str, Any]]
+) -> tuple[Any, list[dict[str, float]]]:
+    """A script of TRL's documentation over the same rows: its trainer after training, and what it has logged."""
+    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
     spec = run.spec
-    config = DPOConfig(
-        output_dir=str(folder),
-        max_steps=6,
-        per_device_train_batch_size=4,
-        per_device_eval_batch_size=4,
-        learning_rate=1e-3,
-        max_length=48,
-        beta=spec.preference.beta,
-        loss_type=[spec.preference.loss_type],
-        seed=spec.training.seed,
-        logging_steps=1,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-    )
+    asked = spec.preference
+    common = STEPS | {
+        "output_dir": str(folder),
+        "max_steps": spec.training.max_steps,
+        "max_length": spec.training.max_length,
+        "per_device_train_batch_size": spec.training.batch_size,
+        "per_device_eval_batch_size": spec.training.batch_size,
+        "seed": spec.training.seed,
+        "beta": asked.beta,
+    }
+    if asked.loss_type == "kto":
+        # TRL needs the rows in the order in which they are learnt.
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(spec.training.seed))
+        rows = [rows[i] for i in order.tolist()]
+        good = sum(row["label"] for row in rows)
+        config: Any = KTOConfig(**common, undesirable_weight=good / (len(rows) - good))
+    else:
+        config = DPOConfig(
+            **common,
+            loss_type=[asked.loss_type],
+            precompute_ref_log_probs=asked.precompute_reference,
+        )
     adapters = LoraConfig(r=4, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    trainer = DPOTrainer(
+    trainer = (KTOTrainer if asked.loss_type == "kto" else DPOTrainer)(
         model=AutoModelForCausalLM.from_pretrained(model_path),
         ref_model=AutoModelForCausalLM.from_pretrained(model_path) if spec.method.type == "full" else None,
         args=config,
-        train_dataset=Dataset.from_list(pairs[:-8]),
-        eval_dataset=Dataset.from_list(pairs[-8:]),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(held_out),
         processing_class=AutoTokenizer.from_pretrained(model_path),
         peft_config=None if spec.method.type == "full" else adapters,
     )
     trainer.train()
-    return trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return trainer, [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def rated(pairs: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Two rows of three with a good answer."""
+    return [
+        {"prompt": pair["prompt"], "completion": pair[("chosen", "chosen", "rejected")[i % 3]], "label": i % 3 < 2}
+        for i, pair in enumerate(pairs)
+    ]
 
 
 @dataclass(frozen=True)
@@ -96,14 +131,31 @@ class Learning:
     name: str
     method: dict[str, Any]
     loss_type: str
+    first: float | None = None
+    """The loss of a model that is its reference."""
+    precompute: bool = False
 
 
 LEARNINGS = [
-    Learning(name="all weights", method=FULL, loss_type="sigmoid"),
-    Learning(name="adapters", method=LORA, loss_type="sigmoid"),
-    Learning(name="adapters, hinge", method=LORA, loss_type="hinge"),
-    Learning(name="adapters, ipo", method=LORA, loss_type="ipo"),
+    Learning(name="all weights", method=FULL, loss_type="sigmoid", first=math.log(2)),
+    Learning(name="all weights, reference kept", method=FULL, loss_type="sigmoid", first=math.log(2), precompute=True),
+    Learning(name="adapters, reference kept", method=LORA, loss_type="sigmoid", first=math.log(2), precompute=True),
+    Learning(name="adapters, hinge", method=LORA, loss_type="hinge", first=1.0),
+    Learning(name="adapters, ipo", method=LORA, loss_type="ipo", first=25.0),
+    Learning(name="adapters, kto", method=LORA, loss_type="kto", first=0.65),
+    Learning(name="all weights, kto", method=FULL, loss_type="kto"),
 ]
+
+
+MEASURED = {
+    "evalLoss": "loss",
+    "rewardAccuracy": "rewards/accuracies",
+    "rewardMargin": "rewards/margins",
+    "rewardChosen": "rewards/chosen",
+    "rewardRejected": "rewards/rejected",
+    "kl": "kl",
+}
+"""Metric → its name in TRL."""
 
 
 @pytest.mark.parametrize("case", LEARNINGS, ids=lambda case: case.name)
@@ -114,19 +166,30 @@ def test_losses_and_rewards_are_those_of_trl(
     tiny_model: Path,
     tmp_path: Path,
 ) -> None:
-    run = prefer(method=case.method, preference={"lossType": case.loss_type})
+    rows, held_out = pairs[:-8], pairs[-8:]
+    training = COURSE
+    if case.loss_type == "kto":
+        rows, held_out = rated(rows), rated(held_out)
+        training = COURSE | {"batchSize": 8, "maxSteps": 2, "evalSteps": 1, "maxLength": 96}
+    preference = {"lossType": case.loss_type, "precomputeReference": case.precompute}
+    run = prefer(
+        rows=[*rows, *held_out], held_out=held_out, method=case.method, preference=preference, training=training
+    )
     prepare.main(run)
     metrics = train.main(run).metrics
     assert metrics is not None
-    trainer, expect = plain_trl(run, tmp_path / "trl", tiny_model, pairs)
-    assert losses(run) == pytest.approx(expect, abs=1e-5)
-    assert expect[-1] < expect[0]
+    trainer, expect = plain_trl(run, tmp_path / "trl", tiny_model, rows, held_out)
+    found = logged(run)
+    for name in ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "kl"):
+        values = [entry[name] for entry in expect if name in entry]
+        assert [entry[name] for entry in found if name in entry] == pytest.approx(values, abs=1e-5), name
+    assert metrics["evalLoss"] < metrics["evalLossBefore"]
     measured = trainer.evaluate()
-    assert metrics["evalLoss"] == pytest.approx(measured["eval_loss"], abs=1e-5)
-    assert metrics["rewardAccuracy"] == pytest.approx(measured["eval_rewards/accuracies"])
-    assert metrics["rewardMargin"] == pytest.approx(measured["eval_rewards/margins"], abs=1e-5)
-    if case.loss_type == "sigmoid":
-        assert metrics["evalLossBefore"] == pytest.approx(0.693147, abs=1e-5)  # ln 2: both models are the same
+    for name, theirs in MEASURED.items():
+        if f"eval_{theirs}" in measured:
+            assert metrics[name] == pytest.approx(measured[f"eval_{theirs}"], abs=1e-5), name
+    if case.first is not None:
+        assert metrics["evalLossBefore"] == pytest.approx(case.first, abs=1e-4)
 
 
 def stopped_at(run: FineTuneRun, step: int, monkeypatch: pytest.MonkeyPatch) -> TerminationMessage:
@@ -144,19 +207,39 @@ def stopped_at(run: FineTuneRun, step: int, monkeypatch: pytest.MonkeyPatch) -> 
     return message
 
 
-METHODS = [FULL, LORA | {"dropout": 0.1}, {"type": "qlora", "rank": 4}]
+@dataclass(frozen=True)
+class Stopping:
+    name: str
+    method: dict[str, Any]
+    preference: dict[str, Any] = field(default_factory=dict)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method["type"])
+STOPPINGS = [
+    Stopping(name="all weights", method=FULL),
+    Stopping(name="adapters", method=LORA | {"dropout": 0.1}),
+    Stopping(name="adapters on a quantised model, kto", method=QLORA, preference={"lossType": "kto"}),
+    Stopping(name="all weights, reference kept", method=FULL, preference={"precomputeReference": True}),
+]
+
+
+@pytest.mark.parametrize("case", STOPPINGS, ids=lambda case: case.name)
 def test_a_stopped_run_goes_on_to_the_last_bit(
-    method: dict[str, Any], prefer: Callable[..., FineTuneRun], monkeypatch: pytest.MonkeyPatch, wide_model: Path
+    case: Stopping,
+    prefer: Callable[..., FineTuneRun],
+    pairs: list[dict[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    wide_model: Path,
 ) -> None:
-    runs = [prefer(name, method=method, model={"path": str(wide_model)}) for name in ("whole", "stopped")]
+    """Both files of pairs are taken apart for KTO."""
+    spec = {"method": case.method, "preference": case.preference, "model": {"path": str(wide_model)}}
+    runs = [prefer(name, rows=pairs, **spec) for name in ("whole", "stopped")]
     for run in runs:
         prepare.main(run)
     train.main(runs[0])
     message = stopped_at(runs[1], 3, monkeypatch)
     assert (message.code, message.step, message.saved) == (75, 3, True)
+    if case.preference.get("precomputeReference"):
+        monkeypatch.setattr("luthier_trainer.tasks.dpo.PreferenceTrainer._reference_of", None)  # nothing is left to do
     train.main(runs[1])
     assert losses(runs[1]) == losses(runs[0])
     results = [Path(run.workspace) / "result" for run in runs]
@@ -168,6 +251,26 @@ def test_a_stopped_run_goes_on_to_the_last_bit(
     for found in metrics:
         del found["seconds"]
     assert metrics[0] == metrics[1]
+
+
+def test_what_is_known_of_the_reference_is_not_computed_again(
+    prefer: Callable[..., FineTuneRun], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that is stopped after the first batches computes only the others, and learns as one that was not."""
+    spec = {"preference": {"precomputeReference": True}, "training": COURSE | {"maxSteps": 2}}
+    runs = [prefer(name, **spec) for name in ("whole", "stopped")]
+    for run in runs:
+        prepare.main(run)
+    monkeypatch.setattr(kept_reference, "BATCHES_AT_ONCE", 2)
+    train.main(runs[0])
+    (run_dir() / "stop").touch()
+    assert train.main(runs[1]).code == 75
+    (run_dir() / "stop").unlink()
+    capsys.readouterr()
+    train.main(runs[1])
+    log = capsys.readouterr().out
+    assert "reference: 8 of 16 rows of train are kept from before\nreference: 16 of 16 rows of train\n" in log
+    assert losses(runs[1]) == losses(runs[0])
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -13,6 +13,8 @@ from luthier_api.status import Plan
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.workspace.gpu_memory import check, least_bytes
 
+PREFERENCE: dict[str, Any] = {"task": "preference"}
+KEPT = PREFERENCE | {"preference": {"precomputeReference": True}}
 SEVEN, LORA = 7_000_000_000, 40_000_000
 
 
@@ -45,6 +47,7 @@ class Case:
     strategy: str
     bytes_of_a_weight: float
     quantization: str | None = None
+    spec: dict[str, Any] = field(default_factory=dict)
 
 
 CASES = [
@@ -56,13 +59,19 @@ CASES = [
     Case(method="lora", strategy="ddp", bytes_of_a_weight=2),
     Case(method="lora", strategy="ddp", bytes_of_a_weight=1, quantization="int8"),
     Case(method="qlora", strategy="ddp", bytes_of_a_weight=0.5),
+    Case(method="full", strategy="ddp", bytes_of_a_weight=18, spec=PREFERENCE),
+    Case(method="full", strategy="zero2", bytes_of_a_weight=4, spec=PREFERENCE),
+    Case(method="full", strategy="ddp", bytes_of_a_weight=16, spec=KEPT),
+    Case(method="lora", strategy="ddp", bytes_of_a_weight=2, spec=PREFERENCE),
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.method} {case.strategy} {case.quantization}")
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: f"{case.method} {case.strategy} {case.quantization} {case.spec}"
+)
 def test_the_least_that_weights_take(case: Case) -> None:
     model = {"id": "org/model"} | ({"quantization": {"type": case.quantization}} if case.quantization else {})
-    given = run(None, method={"type": case.method}, model=model)
+    given = run(None, method={"type": case.method}, model=model, **case.spec)
     plan = Plan(strategy=case.strategy, world_size=8)
     assert least_bytes(given.spec, plan, weights(SEVEN if case.method == "full" else LORA)) == int(
         SEVEN * case.bytes_of_a_weight

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FILE = "first-row.json"
-ANSWERS = ("chosen", "rejected")
+ANSWERS = {"chosen": "chosen answer", "rejected": "rejected answer", "completion": "answer"}
+"""Roles of answers to a prompt → what they are called."""
 OPEN, CLOSE = "⟦", "⟧"
 CHARACTERS = 2000  # of a row in the log
 
@@ -85,7 +86,7 @@ def told(row: dict[str, Any]) -> str:
     """Return a described row as lines for a log."""
     if "text" in row:
         return _shown("The first training row", row)
-    return "\n".join(_shown(f"The {role} answer of the first training row", found) for role, found in row.items())
+    return "\n".join(_shown(f"The {ANSWERS[role]} of the first training row", found) for role, found in row.items())
 
 
 def _shown(what: str, row: dict[str, Any]) -> str:

@@ -104,6 +104,8 @@ class TrainingContext:
     """Names of the classes; None for tasks without classes."""
     weights: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of `from_pretrained` that decide how weights are stored in memory: their dtype, their quantisation."""
+    folder: Path = Path("unused")
+    """A folder of the workspace for what the task keeps between attempts. It need not exist."""
 
 
 @dataclass(frozen=True)

@@ -1,31 +1,29 @@
-"""preference: learn from pairs of answers which one is better (DPO, arXiv:2305.18290), with TRL's DPOTrainer.
+"""preference: learn from pairs of answers which one is better (DPO), or from answers that are good or bad (KTO).
 
 The reward of an answer is the increase of its log-probability over the reference, which is the model that the training
-started from. With an adapter, the reference is the base model without it; otherwise it is a second, frozen copy.
+started from. With an adapter, the reference is the base model without it; otherwise it is a second, frozen copy, or
+what the model said of all rows before the first step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
-from luthier_trainer.data import columns, pair_tokens, pairs, tokens
+from luthier_trainer.data import columns, pair_tokens, pairs, rated, tokens
 from luthier_trainer.data.load import Rows
-from luthier_trainer.data.pair_tokens import ENCODED
 from luthier_trainer.models import embedding, inspect
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.tasks.base import Batch, LoadedModel, Model, TrainerSetup, TrainingContext
 from luthier_trainer.tasks.texts import ADD_ROWS, TextTask, check_ends
+from luthier_trainer.workspace.plan import micro_batch
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset, DatasetDict
-    from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments
-
-FUSED_TOLERANCE = 0.05  # nats: possible error of a log-probability in 16-bit arithmetic
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 
 class PreferenceTask(TextTask):
@@ -36,15 +34,16 @@ class PreferenceTask(TextTask):
     # ---- prepare
 
     def columns(self, spec: FineTuneJobSpec) -> tuple[str, ...]:
-        return pairs.wanted(spec)
+        return way(spec).columns(spec)
 
     def fitting(self, rows: Rows, spec: FineTuneJobSpec) -> Rows:
-        return pairs.read(rows, spec)
+        return way(spec).fitting(rows, spec)
 
     def check_model(self, model: Model, spec: FineTuneJobSpec, rows: int, labels: list[str] | None) -> None:
         """Check tokenizer, model and target modules. Raises Failure if one does not fit."""
         check_ends(model.processor)
         super().check_model(model, spec, rows, labels)
+        way(spec).check(spec)
         if spec.method.type == "full":
             return
         skeleton = inspect.skeleton(model.config, self.task, inspect.MODEL)
@@ -65,10 +64,10 @@ class PreferenceTask(TextTask):
         labels: list[str] | None,
         use: str,
     ) -> Dataset:
-        return pair_tokens.pair_rows(rows, processor, spec, use)
+        return way(spec).encode(rows, processor, spec, use)
 
     def contents(self, rows: Rows, spec: FineTuneJobSpec) -> Iterator[Sequence[str | bytes]]:
-        return pairs.joined(rows.data)
+        return pairs.joined(rows.data, way(spec).column)
 
     def added_tokens(self, processor: PreTrainedTokenizerBase) -> int:
         return super().added_tokens(processor) + 1  # the end-of-text token
@@ -80,16 +79,20 @@ class PreferenceTask(TextTask):
                 raise columns.invalid(
                     f"{tokens.MAX_LENGTH}: no prompt of the {name} split leaves room for an answer; set it higher"
                 )
-        embedding.check_rows(model.missing_tokens, data, model.processor, inspect.MODEL, ADD_ROWS, ENCODED)
+        embedding.check_rows(
+            model.missing_tokens, data, model.processor, inspect.MODEL, ADD_ROWS, _encoded(data["train"])
+        )
 
     def count_tokens(self, data: Dataset) -> int:
-        """Return the number of tokens in both sequences of each pair; a prompt counts twice."""
-        prompts, chosen, rejected = (sum(len(ids) for ids in data[name]) for name in ENCODED)
-        return 2 * prompts + chosen + rejected
+        """Return the number of tokens in all sequences; the prompt of a pair counts twice."""
+        prompt, *answers = _encoded(data)
+        return len(answers) * _tokens(data, prompt) + sum(_tokens(data, answer) for answer in answers)
 
     # ---- training
 
     def rows(self, batch: Batch) -> int:
+        if "label" in batch:
+            return len(batch["label"])
         return len(batch["input_ids"]) // 2  # the chosen sequences, then the rejected ones
 
     def tokens(self, batch: Batch) -> torch.Tensor:
@@ -102,15 +105,8 @@ class PreferenceTask(TextTask):
         return batch  # TRL's loss does not count items
 
     def arguments(self, spec: FineTuneJobSpec, common: Mapping[str, Any]) -> TrainingArguments:
-        from trl import DPOConfig
-
-        return DPOConfig(
-            **common,
-            beta=spec.preference.beta,
-            loss_type=[spec.preference.loss_type],
-            max_length=None,  # `encode` has cut the answers
-            gradient_checkpointing=False,  # `common` sets it under the name that transformers uses
-        )
+        # `common` sets gradient checkpointing under the name that transformers uses, and `encode` has cut the answers.
+        return way(spec).arguments(spec, {**common, "max_length": None, "gradient_checkpointing": False})
 
     def load_model(self, context: TrainingContext) -> LoadedModel:
         from transformers import AutoModelForCausalLM
@@ -118,136 +114,147 @@ class PreferenceTask(TextTask):
         return LoadedModel(AutoModelForCausalLM.from_pretrained(context.model_path, **context.weights))
 
     def trainer(self, context: TrainingContext, model: Any) -> TrainerSetup:
+        preference = context.spec.preference
+        options: dict[str, Any] = {}
+        if context.spec.method.type == "full" and not preference.precompute_reference:
+            options["ref_model"] = self.load_model(context).model.requires_grad_(False)
+        return way(context.spec).trainer(context, options)
+
+
+class Way(Protocol):
+    """What depends on the kind of rows that a loss learns from."""
+
+    column: str
+    """Of the rows after `fitting`."""
+
+    def columns(self, spec: FineTuneJobSpec) -> tuple[str, ...]:
+        """Return the names of the columns to read."""
+        ...
+
+    def fitting(self, rows: Rows, spec: FineTuneJobSpec) -> Rows:
+        """Return the rows that can be used. Raises Failure."""
+        ...
+
+    def check(self, spec: FineTuneJobSpec) -> None:
+        """Check the layout of the training. Raises Failure."""
+        ...
+
+    def encode(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, spec: FineTuneJobSpec, use: str) -> Dataset:
+        """Return the tokens of the rows. Raises Failure."""
+        ...
+
+    def arguments(self, spec: FineTuneJobSpec, common: Mapping[str, Any]) -> TrainingArguments:
+        """Return the arguments of the trainer."""
+        ...
+
+    def trainer(self, context: TrainingContext, options: Mapping[str, Any]) -> TrainerSetup:
+        """Return the trainer. `options`: those that all have."""
+        ...
+
+
+class Pairs:
+    """Which of two answers is better."""
+
+    column = pairs.PAIR
+
+    def columns(self, spec: FineTuneJobSpec) -> tuple[str, ...]:
+        return (*pairs.wanted(spec), *rated.NEEDED)
+
+    def fitting(self, rows: Rows, spec: FineTuneJobSpec) -> Rows:
+        """Return the pairs. Raises Failure if the rows are no pairs."""
+        there = rows.names or tuple(rows.data.column_names)
+        answers = {spec.dataset.columns.chosen, spec.dataset.columns.rejected}
+        if {rated.roles(spec)[role] for role in rated.NEEDED} <= set(there) and not answers & set(there):
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"spec.preference.lossType: {spec.preference.loss_type} learns from pairs, and the rows of"
+                f" {rows.origin} are answers with a label. Choose kto for them",
+            )
+        return pairs.read(rows, spec)
+
+    def check(self, spec: FineTuneJobSpec) -> None:
+        return
+
+    def encode(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, spec: FineTuneJobSpec, use: str) -> Dataset:
+        return pair_tokens.pair_rows(rows, tokenizer, spec, use)
+
+    def arguments(self, spec: FineTuneJobSpec, common: Mapping[str, Any]) -> TrainingArguments:
+        from trl import DPOConfig
+
+        return DPOConfig(
+            **common,
+            beta=spec.preference.beta,
+            loss_type=[spec.preference.loss_type],
+            # TRL then loads no second model. With an adapter it would load none anyway, and only read all weights.
+            precompute_ref_log_probs=spec.preference.precompute_reference and spec.method.type == "full",
+        )
+
+    def trainer(self, context: TrainingContext, options: Mapping[str, Any]) -> TrainerSetup:
         from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-        options: dict[str, Any] = {"compute_metrics": PairMetrics()}
-        if context.spec.method.type == "full":
-            options["ref_model"] = self.load_model(context).model.requires_grad_(False)
-        return TrainerSetup(trainer_class(), DataCollatorForPreference(context.processor.pad_token_id), options)
+        from luthier_trainer.tasks.dpo import PairMetrics, PreferenceTrainer
 
-
-@cache
-def trainer_class() -> type:
-    """Return a subclass of TRL's trainer that sends no reports, writes no cards and computes exact evaluation metrics.
-
-    This is a function so that TRL and torch are imported only when they are needed.
-    """
-    import torch
-    from torch.nn.functional import logsigmoid
-    from trl import DPOTrainer
-
-    losses = {
-        "sigmoid": lambda margin, chosen, rejected, beta: -logsigmoid(margin),
-        "hinge": lambda margin, chosen, rejected, beta: torch.relu(1 - margin),
-        "ipo": lambda margin, chosen, rejected, beta: (chosen - rejected - 1 / (2 * beta)) ** 2,
-    }
-
-    class PreferenceTrainer(DPOTrainer):
-        def __init__(self, *, model: Any, **options: Any) -> None:
-            # TRL 1.16 adds a copy of the adapter as the reference, and converts adapters on a quantised model to bf16,
-            # in which small updates are lost to rounding. Both are undone here.
-            initial = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
-            super().__init__(model=model, **options)
-            if "ref" in getattr(model, "peft_config", {}):
-                model.delete_adapter("ref")
-            for name, weight in model.named_parameters():
-                if name in initial:
-                    weight.data = initial[name]
-            check_fused_head(model)
-
-        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-            return dataset  # `prepare` has already encoded it
-
-        def _send_telemetry(self) -> None:
-            return
-
-        def create_model_card(self, *_: Any, **__: Any) -> None:
-            return
-
-        def compute_loss(self, *args: Any, **options: Any) -> Any:
-            # TRL 1.16 gathers metrics for its log after each micro-batch. In the last micro-batches of an epoch the
-            # processes may have different numbers of rows, with which this collective would never finish.
-            accelerator = self.accelerator
-            accelerator.gather = accelerator.gather_for_metrics = lambda tensor, *_, **__: tensor
-            try:
-                return super().compute_loss(*args, **options)
-            finally:
-                del accelerator.gather, accelerator.gather_for_metrics
-
-        def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> tuple[Any, Any, Any]:
-            """Return the mean loss, and loss and both rewards of each pair, double [pairs, 3].
-
-            TRL's own metrics are means over a batch that include the rows which fill it up. The third value is a
-            placeholder for labels, because transformers computes metrics only if there are labels.
-            """
-            inputs = self._prepare_inputs(inputs)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-                outputs = model(
-                    input_ids=inputs["input_ids"],
-                    attention_mask=inputs["attention_mask"],
-                    labels=labels,
-                    use_cache=False,
-                    fused_lm_head=True,
-                )
-                chosen, rejected = outputs.log_probs.sum(dim=1).chunk(2)
-                before = self.compute_ref_log_probs(self.ref_model or model, inputs)
-            chosen, rejected = chosen.float() - before[0].float(), rejected.float() - before[1].float()
-            lengths = inputs["completion_mask"].sum(dim=1).clamp(min=1).chunk(2)
-            loss = losses[self.loss_types[0]](
-                self.beta * (chosen - rejected), chosen / lengths[0], rejected / lengths[1], self.beta
-            )
-            pairs = torch.stack([loss, self.beta * chosen, self.beta * rejected], dim=1).double()
-            return loss.mean(), pairs, torch.zeros(len(pairs), device=pairs.device)
-
-    return PreferenceTrainer
-
-
-class PairMetrics:
-    """Computes evalLoss, rewardAccuracy and rewardMargin, each a mean over all held-out pairs."""
-
-    def __init__(self) -> None:
-        self._begin()
-
-    def _begin(self) -> None:
-        self.pairs, self.loss, self.right, self.margin = 0, 0.0, 0, 0.0
-
-    def __call__(self, gathered: EvalPrediction, compute_result: bool) -> dict[str, float]:
-        loss, chosen, rejected = gathered.predictions.unbind(dim=1)
-        self.pairs += len(loss)
-        self.loss += loss.sum().item()
-        self.right += int((chosen > rejected).sum().item())
-        self.margin += (chosen - rejected).sum().item()
-        if not compute_result:
-            return {}
-        metrics = {
-            "loss": self.loss / self.pairs,
-            "rewardAccuracy": self.right / self.pairs,
-            "rewardMargin": self.margin / self.pairs,
-        }
-        self._begin()
-        return metrics
-
-
-def check_fused_head(model: Any) -> None:
-    """Check that TRL computes the same log-probabilities as the model. Raises Failure if not.
-
-    TRL computes them from the last hidden state and the weights of the head. That is wrong for models whose head has
-    layers before those weights (BERT's decoders).
-    """
-    import torch
-
-    ids = torch.arange(1, 9, device=next(model.parameters()).device)[None]
-    with torch.no_grad():
-        training = model.training
-        model.eval()
-        own = model(input_ids=ids).logits.float().log_softmax(dim=-1)[0, :-1]
-        fused = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True).log_probs[0]
-        model.train(training)
-    expect = own.gather(1, ids[0, 1:, None])[:, 0]
-    if not torch.allclose(fused.float(), expect, atol=FUSED_TOLERANCE):
-        raise Failure(
-            ExitCode.INVALID_SPEC,
-            f"spec.model: TRL cannot read log-probabilities from a {model.config.model_type}, which computes its logits"
-            " in a way of its own. Choose another model for the task preference",
+        kept_in = context.folder / "reference" if context.spec.preference.precompute_reference else None
+        return TrainerSetup(
+            PreferenceTrainer,
+            DataCollatorForPreference(context.processor.pad_token_id),
+            {**options, "compute_metrics": PairMetrics(), "kept_in": kept_in},
         )
+
+
+class Rated:
+    """Whether an answer is good."""
+
+    column = rated.RATED
+
+    def columns(self, spec: FineTuneJobSpec) -> tuple[str, ...]:
+        return rated.wanted(spec)
+
+    def fitting(self, rows: Rows, spec: FineTuneJobSpec) -> Rows:
+        return rated.read(rows, spec)
+
+    def check(self, spec: FineTuneJobSpec) -> None:
+        """Raise Failure if a micro-batch has one row."""
+        rows, _ = micro_batch(spec, spec.training.batch_size // spec.resources.world_size)
+        if rows < 2:
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"spec.training.microBatchSize: is {rows}, and KTO compares the answers of a micro-batch with each"
+                " other's prompts; set 2 or more, and batchSize to a multiple of it for each process",
+            )
+
+    def encode(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, spec: FineTuneJobSpec, use: str) -> Dataset:
+        return rated.rated_rows(rows, tokenizer, spec, use)
+
+    def arguments(self, spec: FineTuneJobSpec, common: Mapping[str, Any]) -> TrainingArguments:
+        from trl import KTOConfig
+
+        return KTOConfig(**common, beta=spec.preference.beta, train_sampling_strategy="sequential")
+
+    def trainer(self, context: TrainingContext, options: Mapping[str, Any]) -> TrainerSetup:
+        from luthier_trainer.tasks.kto import MismatchingCollator, RatedTrainer
+
+        return TrainerSetup(
+            RatedTrainer,
+            # The answer after another prompt may be longer than maxLength.
+            MismatchingCollator(context.processor.pad_token_id, context.spec.training.max_length),
+            {**options, "preference": context.spec.preference},
+        )
+
+
+PAIRS, RATED = Pairs(), Rated()
+WAYS: Mapping[str, Way] = {"sigmoid": PAIRS, "hinge": PAIRS, "ipo": PAIRS, "kto": RATED}
+
+
+def way(spec: FineTuneJobSpec) -> Way:
+    """Return how the rows of a job are learnt from."""
+    return WAYS[spec.preference.loss_type]
+
+
+def _encoded(data: Dataset) -> tuple[str, ...]:
+    """Return the columns of token ids: of the prompt, then of its answers."""
+    return pair_tokens.ENCODED if pair_tokens.ENCODED[1] in data.column_names else rated.ENCODED
+
+
+def _tokens(data: Dataset, column: str) -> int:
+    return sum(len(ids) for ids in data[column])

@@ -115,6 +115,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
         processor=processor,
         labels=prepared.dataset.labels,
         weights=methods.weights_options(spec.method, precision, deepspeed, arguments.device, spec.model.quantization),
+        folder=workspace.prepared / "kept",
     )
     loaded = task.load_model(context)
     keep_used_conversions(loaded.model)

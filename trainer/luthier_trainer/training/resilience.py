@@ -41,7 +41,7 @@ else:
 
 
 class EvaluationStopped(Exception):
-    """Raised on all processes when they have agreed, between two batches of an evaluation, to stop."""
+    """Raised on all processes when they have agreed, between two batches without a gradient, to stop."""
 
 
 def resilient(trainer: type[Trainer]) -> type[Resilient]:
@@ -112,6 +112,13 @@ class Resilient(Base):
     def seconds(self) -> float:
         """Seconds of training up to now, over all attempts."""
         return self.seconds_before + time.monotonic() - self.started
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train. Returns early if all processes agree to stop while a task computes something before the first step."""
+        try:
+            return super().train(*args, **kwargs)
+        except EvaluationStopped:
+            return None
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

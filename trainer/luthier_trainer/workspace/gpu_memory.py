@@ -37,10 +37,14 @@ def check(run: FineTuneRun, plan: Plan, weights: Weights) -> None:
 def least_bytes(spec: FineTuneJobSpec, plan: Plan, weights: Weights) -> int:
     """Bytes of one GPU that the weights take at least, whatever the batch is."""
     stage = ZERO_STAGE.get(plan.strategy)
-    if stage is None and not METHODS[spec.method.type].adapter:
-        return weights.learning * LEARNING + weights.state_bytes + (weights.total - weights.learning) * HALF
+    whole = not METHODS[spec.method.type].adapter
+    # The reference model is a frozen copy where there is no adapter to switch off.
+    copy = whole and spec.preference is not None and not spec.preference.precompute_reference
+    frozen = weights.total * HALF if copy else 0
+    if stage is None and whole:
+        return weights.learning * LEARNING + weights.state_bytes + (weights.total - weights.learning) * HALF + frozen
     if stage == 3:
         return 0 if "offload" in plan.strategy else weights.total * HALF // (plan.world_size or 1)
     quantization = spec.model.quantization
     bits = QUANTIZATIONS[quantization.type].bits if quantization else 8 * HALF
-    return weights.total * bits // 8
+    return weights.total * bits // 8 + frozen
