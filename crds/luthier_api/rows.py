@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from luthier_api.base import ApiModel, Rule
+from luthier_api.marks import For, by_table
 from luthier_api.spec import DatasetSource, Path, ShortText, source_rules, train_alone
 
 Deduplicate = Literal["exact"]
@@ -45,10 +46,22 @@ class RowFilter(ApiModel):
     max_characters: Characters | None = None
     """The most characters of a row's texts together."""
 
+    min_tokens: Annotated[Annotated[int, Field(ge=1)] | None, For("task")] = by_table()
+    """The fewest tokens of a row before it is cut, with those of the chat template. What it leaves out, `evalFraction`
+    has counted.
+    """
+    max_tokens: Annotated[Annotated[int, Field(ge=1)] | None, For("task")] = by_table()
+    """The most such tokens. At `training.maxLength`, no row is cut."""
+
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            "has(self.columns) || has(self.minCharacters) || has(self.maxCharacters)",
-            "filter: set at least one of columns, minCharacters and maxCharacters, or remove it",
+            "has(self.columns) || has(self.minCharacters) || has(self.maxCharacters) || has(self.minTokens) ||"
+            " has(self.maxTokens)",
+            "filter: set at least one of columns, minCharacters, maxCharacters, minTokens and maxTokens, or remove it",
+        ),
+        Rule(
+            "!has(self.minTokens) || !has(self.maxTokens) || self.minTokens <= self.maxTokens",
+            "filter.minTokens: is more than maxTokens",
         ),
         Rule(
             "!has(self.minCharacters) || !has(self.maxCharacters) || self.minCharacters <= self.maxCharacters",

@@ -164,6 +164,8 @@ LABEL_METRICS = (
     TaskMetric("majorityShare", "Share of the commonest class"),
 )
 
+TOKEN_FILTERS: dict[str, Any] = {"dataset.filter.minTokens": None, "dataset.filter.maxTokens": None}
+
 TASKS: Mapping[str, TaskInfo] = {
     "causal-lm": TaskInfo(
         modality="text",
@@ -182,6 +184,7 @@ TASKS: Mapping[str, TaskInfo] = {
             | NOISE_OPTIONS
             | SMOOTHING_OPTIONS
             | SAVED_OPTIONS
+            | TOKEN_FILTERS
             | {"training.packing": "none", "model.config": None},
             metrics=(TaskMetric("perplexity", "Perplexity", better="lower"),),
         ),
@@ -227,7 +230,7 @@ TASKS: Mapping[str, TaskInfo] = {
             formats=TABLE_FORMATS,
             methods=("full", "lora", "qlora"),
             quantizations=("nf4", "fp4", "int8"),
-            options=TEXT_OPTIONS | LABEL_OPTIONS | NOISE_OPTIONS | SMOOTHING_OPTIONS | SAVED_OPTIONS,
+            options=TEXT_OPTIONS | LABEL_OPTIONS | NOISE_OPTIONS | SMOOTHING_OPTIONS | SAVED_OPTIONS | TOKEN_FILTERS,
             metrics=LABEL_METRICS,
         ),
     ),

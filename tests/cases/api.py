@@ -219,6 +219,15 @@ MARKS: list[Case] = [
     ),
     *(
         Case(
+            message=f"spec.dataset.filter.{field}: applies to causal-lm, text-classification;",
+            refused=task | {f"spec.dataset.filter.{field}": 9},
+            accepted=accepted | {f"spec.dataset.filter.{field}": 9},
+        )
+        for field in ("minTokens", "maxTokens")
+        for task, accepted in ((PREFERENCE, CAUSAL), (IMAGES, TEXTS))
+    ),
+    *(
+        Case(
             message="spec.training.neftuneNoiseAlpha: applies to causal-lm, text-classification;",
             refused=task | NOISY,
             accepted=CAUSAL | NOISY,
@@ -815,6 +824,11 @@ CASES: list[Case] = [
         message="filter: set at least one of",
         refused={"spec.dataset.filter": {}},
         accepted={"spec.dataset.filter": {"maxCharacters": 1}},
+    ),
+    Case(
+        message="filter.minTokens: is more than",
+        refused={"spec.dataset.filter": {"minTokens": 2, "maxTokens": 1}},
+        accepted={"spec.dataset.filter": {"minTokens": 1, "maxTokens": 1}},
     ),
     Case(
         message="filter.minCharacters: is more than",

@@ -21,8 +21,11 @@ from transformers import AutoTokenizer
 from luthier_api.run import FineTuneRun
 from luthier_trainer.data import near_duplicates, scripts
 from luthier_trainer.prepare import data_report, inspection
+from luthier_trainer.prepare.examples import read_examples
 from luthier_trainer.prepare.main import main
 from luthier_trainer.publish import model_card
+from luthier_trainer.runtime import notices
+from luthier_trainer.tasks.table import task_of
 from luthier_trainer.workspace.prepared import read_prepared
 
 MakeRun = Callable[..., FineTuneRun]
@@ -304,3 +307,42 @@ def test_the_bounds_are_said_when_they_are_reached(monkeypatch: pytest.MonkeyPat
     found = near_duplicates.find(keys, numpy.arange(50), 50, lambda at: [texts[i] for i in at])
     assert not found.complete
     assert 0 < len(found.within) <= 10
+
+
+@pytest.mark.parametrize("form", ["text", "prompt", "messages", "label"])
+def test_rows_are_chosen_by_their_tokens(
+    form: str, make_run: MakeRun, paragraphs: list[str], tmp_path: Path, tiny_model: Path
+) -> None:
+    """Of the same rows without a filter, those with 30 to 60 tokens are left, uncut; the others are counted."""
+    given: dict[str, Callable[[str], dict[str, Any]]] = {
+        "text": lambda text: {"text": text},
+        "prompt": lambda text: {"prompt": text[:20], "completion": text[20:]},
+        "messages": lambda text: {"messages": chat(text)},
+        "label": lambda text: {"text": text, "label": text[0].isupper()},
+    }
+    rows = pandas.DataFrame([given[form](text[:150]) for text in paragraphs[:60]])
+    rows.to_json(tmp_path / "rows.jsonl", orient="records", lines=True)
+    dataset: dict[str, Any] = {"files": [str(tmp_path / "rows.jsonl")]}
+    dataset |= {"chatTemplate": {"name": "zephyr"}} if form == "messages" else {}
+    name = "text-classification" if form == "label" else "causal-lm"
+    found = []
+    for wanted, longest in (({}, 256), ({"filter": {"minTokens": 45, "maxTokens": 70}}, 70)):
+        notices.forget()
+        run = make_run(task=name, dataset=dataset | wanted, training={"maxLength": longest, "batchSize": 4})
+        task = task_of(run.spec)
+        examples = read_examples(task, run, tmp_path / "cache")
+        tokenizer = task.read_processor(tiny_model, "spec.model")
+        encoded = task.encode(examples.train, tokenizer, run.spec, examples.labels, "training")
+        report = data_report.describe(task, examples, run.spec, task.added_tokens(tokenizer))
+        found.append((encoded, report["splits"]["train"], notices.given()))
+    whole, (chosen, part, said) = found[0][0].to_pandas(), found[1]
+    fits = whole.length.between(45, 70)
+    assert 5 < fits.sum() < 55
+    assert [list(ids) for ids in whole[fits].input_ids] == chosen["input_ids"][:]
+    assert part["leftOut"] == {
+        "filter.minTokens": int((whole.length < 45).sum()),
+        "filter.maxTokens": int((whole.length > 70).sum()),
+    }
+    assert part["tokens"]["rowsCut"] == 0
+    assert sum(text.startswith("spec.dataset.filter.m") for text in said) == 2
+    assert not any("are cut" in text for text in said)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from luthier_api.rows import RowFilter
 from luthier_trainer.data import full_lengths
 from luthier_trainer.data.chats import CHAT, Chat, unlearnt
 from luthier_trainer.data.columns import invalid
@@ -23,6 +24,7 @@ from luthier_trainer.data.tokens import (
     language_features,
     mapped,
     with_notes,
+    within,
 )
 from luthier_trainer.runtime.notices import notice
 
@@ -31,7 +33,14 @@ if TYPE_CHECKING:
 
 
 def completion_rows(
-    rows: Rows, prompt: str, completion: str, reader: Reader, max_length: int | None, use: str, masked: bool
+    rows: Rows,
+    prompt: str,
+    completion: str,
+    reader: Reader,
+    max_length: int | None,
+    use: str,
+    masked: bool,
+    wanted: RowFilter | None = None,
 ) -> Dataset:
     """Return one row a pair of texts, with the end-of-text token at its end.
 
@@ -53,10 +62,12 @@ def completion_rows(
         return made.columns
 
     encoded = mapped(rows.data, tokenize, _features(masked), parallel=True)
-    return keep_learnable(reported(encoded, rows, max_length, use))
+    return keep_learnable(reported(encoded, rows, max_length, use, wanted))
 
 
-def chat_rows(rows: Rows, reader: ChatReader, max_length: int | None, use: str) -> Dataset:
+def chat_rows(
+    rows: Rows, reader: ChatReader, max_length: int | None, use: str, wanted: RowFilter | None = None
+) -> Dataset:
     """Return one row a conversation. Rows that cannot be written, or have no label, are left out, with a notice.
 
     Raises Failure if that is true of all rows, or if the job learns all tokens and a message is not to be learnt.
@@ -82,7 +93,7 @@ def chat_rows(rows: Rows, reader: ChatReader, max_length: int | None, use: str) 
     for index, remarks in enumerate(encoded[REMARK] if not masked else ()):
         if WEIGHTED in remarks:
             refuse_weights(json.loads(rows.data[index][CHAT]), f"{rows.place(index)} of {rows.origin}")
-    return keep_learnable(reported(encoded, rows, max_length, use))
+    return keep_learnable(reported(encoded, rows, max_length, use, wanted))
 
 
 def refuse_weights(chat: Chat, place: str) -> None:
@@ -213,11 +224,14 @@ class Encoded:
             cells.append(row[name])
 
 
-def reported(encoded: Dataset, rows: Rows, max_length: int | None, use: str) -> Dataset:
+def reported(encoded: Dataset, rows: Rows, max_length: int | None, use: str, wanted: RowFilter | None) -> Dataset:
     """Return encoded rows without the columns that say what is to be reported of them, after it was reported.
 
-    Raises Failure if all rows were left out for one reason.
+    Rows that `wanted` does not keep are left out. Raises Failure if all rows were left out for one reason.
     """
+    kept = within(encoded, wanted, use)
+    if len(kept) < len(encoded):
+        encoded, rows = encoded.select(kept), rows.select(kept)
     report = Report(rows, max_length, use)
     notes = encoded.select_columns([FULL_LENGTH, REMARK, WHY])
     for start in range(0, len(notes), AT_ONCE):

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
+from luthier_api.rows import RowFilter
 from luthier_trainer.data import full_lengths
 from luthier_trainer.data.parallel import one_thread_each
 from luthier_trainer.data.parallel import processes as parallel_processes
@@ -24,16 +25,23 @@ if TYPE_CHECKING:
 
 SHORTEST = 2  # tokens; a row of one token has nothing to predict
 MAX_LENGTH = "spec.training.maxLength"
+FILTER = "spec.dataset.filter"
 NUM_PROC = "spec.prepare.numProc"
 FULL_LENGTH = "full_length"  # a column while rows are encoded: their tokens before they are cut
 
 
 def language_rows(
-    texts: Dataset, column: str, reader: Reader, max_length: int | None, use: str = "training"
+    texts: Dataset,
+    column: str,
+    reader: Reader,
+    max_length: int | None,
+    use: str = "training",
+    wanted: RowFilter | None = None,
 ) -> Dataset:
     """Return one row a text, with the end-of-text token at its end, truncated at `max_length` tokens if that is given.
 
-    Rows of a single token are left out. `use` is training or held-out, for notices.
+    Rows of a single token are left out, and those that `wanted` does not keep. `use` is training or
+    held-out, for notices.
     """
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
@@ -44,13 +52,19 @@ def language_rows(
         return language(row[:max_length] for row in rows) | {FULL_LENGTH: [len(row) for row in rows]}
 
     rows = mapped(texts, tokenize, with_notes(language_features()), parallel=True)
-    return keep_learnable(_without_lengths(rows, max_length, use))
+    return keep_learnable(_without_lengths(rows, max_length, use, wanted))
 
 
 def classification_rows(
-    texts: Dataset, column: str, labels: numpy.ndarray, reader: Reader, max_length: int, use: str = "training"
+    texts: Dataset,
+    column: str,
+    labels: numpy.ndarray,
+    reader: Reader,
+    max_length: int,
+    use: str = "training",
+    wanted: RowFilter | None = None,
 ) -> Dataset:
-    """Return one row a text, with the id of its class.
+    """Return one row a text that `wanted` keeps, with the id of its class.
 
     `labels` is int64 of shape (rows,). The tokenizer truncates at `max_length` and keeps its closing token.
     """
@@ -66,7 +80,7 @@ def classification_rows(
         }
 
     rows = mapped(texts, tokenize, with_notes(_classification_features()), with_indices=True, parallel=True)
-    return _without_lengths(rows, max_length, use)
+    return _without_lengths(rows, max_length, use, wanted)
 
 
 def count_tokens(data: Dataset) -> int:
@@ -114,13 +128,40 @@ def with_notes(features: Any) -> Any:
     return Features({**features, FULL_LENGTH: Value("int32")})
 
 
-def _without_lengths(rows: Dataset, max_length: int | None, use: str) -> Dataset:
-    """Keep the lengths of the rows before they were cut for the data report, and return the rows without them.
+def within(rows: Dataset, wanted: RowFilter | None, use: str) -> numpy.ndarray:
+    """Return the positions of the rows that have as many tokens as asked for, int64. The others are counted, and said.
 
-    It gives notice of the rows that are cut at `max_length`.
+    Rows without a length were left out already. Raises Failure if no row is left.
     """
     import numpy
 
+    lengths = numpy.array([numpy.nan if n is None else n for n in rows[FULL_LENGTH][:]], dtype=numpy.float64)
+    kept = numpy.ones(len(rows), dtype=bool)
+    for name, limit, lost, what in (
+        ("minTokens", wanted and wanted.min_tokens, lengths < ((wanted and wanted.min_tokens) or 0), "fewer"),
+        ("maxTokens", wanted and wanted.max_tokens, lengths > ((wanted and wanted.max_tokens) or 0), "more"),
+    ):
+        if limit is None or not lost.any():
+            continue
+        kept &= ~lost
+        count = int(lost.sum())
+        said = f"{FILTER}.{name}: {count} of {len(rows)} {use} rows have {what} tokens than {limit}, and are left out"
+        if not kept.any():
+            raise Failure(ExitCode.INVALID_DATASET, f"{said}, so that no row is left")
+        full_lengths.leave_out(use, f"filter.{name}", count)
+        notice(said)
+    return numpy.flatnonzero(kept)
+
+
+def _without_lengths(rows: Dataset, max_length: int | None, use: str, wanted: RowFilter | None) -> Dataset:
+    """Keep the lengths of the rows before they were cut for the data report, and return the rows without them.
+
+    It gives notice of the rows that are cut at `max_length`. Rows that `wanted` does not keep are left out.
+    """
+    import numpy
+
+    kept = within(rows, wanted, use)
+    rows = rows if len(kept) == len(rows) else rows.select(kept)
     lengths = numpy.asarray(rows[FULL_LENGTH][:], dtype=numpy.int32)
     full_lengths.keep(use, lengths)
     cut = 0 if max_length is None else int((lengths > max_length).sum())

@@ -68,8 +68,8 @@ def describe(task: Task, examples: Examples, spec: FineTuneJobSpec, added_tokens
     report: dict[str, Any] = {"splits": {}}
     for name, rows in splits.items():
         report["splits"][name] = {"rows": len(rows.data), "unusable": examples.unusable.get(name, 0)}
-        if left_out := examples.left_out.get(name):
-            report["splits"][name]["leftOut"] = dict(left_out)
+        if left_out := {**examples.left_out.get(name, {}), **full_lengths.take_left_out(USES[name])}:
+            report["splits"][name]["leftOut"] = left_out
         lengths = full_lengths.take(USES[name])
         if len(lengths):
             described = _lengths(

@@ -62,6 +62,13 @@ class CausalLM(LabelledBatches, TextTask):
                 " Choose isolated, which keeps each row whole, or none",
             )
         forms.loss_on(form, spec, rows.origin)
+        wanted = spec.dataset.filter
+        if spec.training.packing == "concatenate" and wanted and (wanted.min_tokens or wanted.max_tokens):
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{tokens.FILTER}: packing concatenate joins texts before their tokens are counted; remove minTokens"
+                " and maxTokens, or choose characters",
+            )
         if chats.has_messages(rows, form):
             found = chats.conversations(rows, form)
         else:
@@ -110,19 +117,22 @@ class CausalLM(LabelledBatches, TextTask):
         names = [rows.form.columns[role] for role in rows.form.info.columns]
         # Packing splits longer rows.
         longest = None if spec.training.packing == "isolated" else spec.training.max_length
+        wanted = spec.dataset.filter
         if chats.CHAT in rows.data.column_names:
             templates.choose(processor, spec.dataset.chat_template, rows.form.name, learnt)
             reader = ChatReader(processor, learnt, spec.dataset.parse_special_tokens)
-            encoded = labelled.chat_rows(rows, reader, longest, use)
+            encoded = labelled.chat_rows(rows, reader, longest, use, wanted)
         else:
             for role, name in zip(rows.form.info.columns, names, strict=True):
                 texts = reader_of(rows, name, f"{forms.COLUMNS}.{role}", processor, spec, use)
             if spec.training.packing == "concatenate":
                 return packing.blocks(rows.data, names[0], texts, spec.training.max_length, rows.documents)
             if rows.form.name == "text":
-                encoded = tokens.language_rows(rows.data, names[0], texts, longest, use)
+                encoded = tokens.language_rows(rows.data, names[0], texts, longest, use, wanted)
             else:
-                encoded = labelled.completion_rows(rows, names[0], names[1], texts, longest, use, learnt != "all")
+                encoded = labelled.completion_rows(
+                    rows, names[0], names[1], texts, longest, use, learnt != "all", wanted
+                )
         if spec.training.packing == "isolated":
             return bins.packed(encoded, spec.training.max_length, use)
         return encoded

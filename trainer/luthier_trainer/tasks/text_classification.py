@@ -35,7 +35,8 @@ class TextClassification(Classification, TextTask):
     ) -> Dataset:
         text, classes = spec.dataset.columns.text, self.label_ids(rows, spec, labels)
         reader = reader_of(rows, text, FIELD, processor, spec, use)
-        return tokens.classification_rows(rows.data, text, classes, reader, spec.training.max_length, use)
+        longest, wanted = spec.training.max_length, spec.dataset.filter
+        return tokens.classification_rows(rows.data, text, classes, reader, longest, use, wanted)
 
     @property
     def auto_class(self) -> Any:
