@@ -38,7 +38,7 @@ from luthier_api.spec import (
     source_rules,
     train_alone,
 )
-from luthier_api.tasks import BEST_METRICS, EVAL_LOSS, TRAINING_TASKS, FineTuneTask
+from luthier_api.tasks import BEST_METRICS, EVAL_LOSS, TASKS, TRAINING_TASKS, FineTuneTask
 from luthier_api.trackers import TrackerType
 from luthier_api.training import Training
 
@@ -392,6 +392,16 @@ SCHEDULES_OF_OPTIMIZERS = {name: optimizer.schedules for name, optimizer in OPTI
 STRATEGIES_OF_METHODS = {name: method.strategies for name, method in METHODS.items()}
 STRATEGIES_OF_QUANTIZATIONS = {name: quantization.strategies for name, quantization in QUANTIZATIONS.items()}
 
+COMPUTE_LOGITS = [
+    name for name, info in TASKS.items() if info.training and info.auto_model == "CausalLM" and "trl" in info.tags
+]
+"""Tasks whose trainer computes the logits itself, from the weights of the output layer."""
+NO_ROWS_IN_ADAPTER = (
+    "self.method.type == 'full' || !(has(self.model.addSpecialTokens) || has(self.model.resizeEmbeddings) &&"
+    " self.model.resizeEmbeddings)"
+)
+"""CEL: no adapter holds rows of the embedding for new tokens."""
+
 
 class FineTuneJobSpec(JobControl, TabledSpec):
     """Model, dataset, method and resources of a fine-tuning, and where its result goes."""
@@ -449,6 +459,16 @@ class FineTuneJobSpec(JobControl, TabledSpec):
             "!self.training.loadBestModel || !self.strategy.startsWith('zero')",
             "spec.training.loadBestModel: DeepSpeed's shards of a checkpoint are not loaded after a training; use"
             " strategy ddp, or remove loadBestModel",
+        ),
+        Rule(
+            f"!(self.task in {COMPUTE_LOGITS}) || {NO_ROWS_IN_ADAPTER}",
+            "spec.model: TRL (1.16) computes the logits of this task without what an adapter holds of the output layer;"
+            " use method.type: full, or add the tokens in a job of task causal-lm and name it in model.job",
+        ),
+        Rule(
+            f"!self.strategy.startsWith('zero') || {NO_ROWS_IN_ADAPTER}",
+            "spec.model: adapters that hold rows of new tokens have not been tried with DeepSpeed; use strategy ddp, or"
+            " remove addSpecialTokens and resizeEmbeddings",
         ),
         Rule(
             "!has(self.method.dora) || !self.method.dora || !self.strategy.startsWith('zero')",

@@ -112,7 +112,7 @@ METHODS: Mapping[MethodType, MethodInfo] = {
     "full": MethodInfo(
         title="full fine-tuning",
         adapter=False,
-        options={"model.config": None, "model.resizeEmbeddings": False},
+        options={"model.config": None},
     ),
     "lora": MethodInfo(
         title="LoRA",

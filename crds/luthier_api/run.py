@@ -185,6 +185,8 @@ class PreparedRecord(Prepared):
     """Folders of the adapters, or for images their files, in the order of the spec (GenerateJob)."""
     origins: list[Origin] = Field(default_factory=list)
     """What all of it was made of: what lies on the Hub has a commit instead."""
+    new_tokens: list[int] = Field(default_factory=list)
+    """Ids of the tokens whose rows in the embedding an adapter holds, because they are new (FineTuneJob)."""
     weights: Weights | None = None
     """Of a FineTuneJob: with it, another layout is planned without the model."""
     cannot_recompute: str | None = None

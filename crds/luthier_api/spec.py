@@ -142,10 +142,6 @@ class Quantization(ApiModel):
 
 
 NEW_WEIGHTS = "new weights are trained whole: set method.type: full"
-NEW_ROWS = (
-    "an adapter would not hold the new rows, nor would its base: set method.type: full, or add the rows in a job of its"
-    " own and train the adapter on its result (model.job)"
-)
 
 
 class ModelSource(ApiModel):
@@ -165,10 +161,14 @@ class ModelSource(ApiModel):
     """Hold the frozen weights of the model's linear layers in a smaller type. The adapter's base stays the model as it
     was published.
     """
-    resize_embeddings: Annotated[bool, For("task"), For("method", remedy=NEW_ROWS)] = by_table()
-    """Give each token of the tokenizer that has no row in the model's embedding a new one. The new rows are drawn
-    around the mean of the others by the training's seed, and learn; `prepare` holds the whole model in memory
-    meanwhile. Otherwise such a tokenizer is refused.
+    resize_embeddings: Annotated[bool, For("task")] = by_table()
+    """Give each token of the tokenizer that has no row in the model's embedding a new one. Otherwise such a tokenizer
+    is refused. The new rows are drawn around the mean of the others by the training's seed, and learn. With full,
+    `prepare` holds the whole model in memory meanwhile; an adapter holds these rows itself.
+    """
+    add_special_tokens: Annotated[list[ShortText], Field(min_length=1, max_length=64), For("task")] = by_table()
+    """Tokens that the tokenizer gets, such as those of a chat template: <|im_start|>. Each gets a row in the embedding
+    as with resizeEmbeddings. Texts that spell them are read as ordinary text, unless parseSpecialTokens is set.
     """
 
     rules: ClassVar[tuple[Rule, ...]] = (
@@ -180,6 +180,10 @@ class ModelSource(ApiModel):
         Rule(
             "!has(self.config) || !has(self.resizeEmbeddings) || !self.resizeEmbeddings",
             "model.resizeEmbeddings: a model from model.config has a row for each token; remove resizeEmbeddings",
+        ),
+        Rule(
+            "!has(self.config) || !has(self.addSpecialTokens)",
+            "model.addSpecialTokens: the tokenizer of a model from model.config is made from the dataset; remove it",
         ),
     )
 

@@ -142,6 +142,7 @@ TEXT_OPTIONS: dict[str, Any] = (
         "training.groupByLength": False,
         "dataset.parseSpecialTokens": False,
         "model.resizeEmbeddings": False,
+        "model.addSpecialTokens": None,
     }
 )
 """Fields of the tasks whose rows hold text."""

@@ -336,6 +336,7 @@ MARKS: list[Case] = [
             "dataset.parseSpecialTokens": {"spec.dataset.parseSpecialTokens": True},
             "model.quantization": quantised("int8"),
             "model.resizeEmbeddings": FULL | {"spec.model.resizeEmbeddings": True},
+            "model.addSpecialTokens": FULL | {"spec.model.addSpecialTokens": ["<|im_end|>"]},
         }.items()
     ),
     *(
@@ -485,14 +486,6 @@ MARKS: list[Case] = [
         )
         for adapters in ({}, LORA, QLORA)
     ),
-    *(
-        Case(
-            message="spec.model.resizeEmbeddings: applies to full; an adapter would not hold the new rows",
-            refused=adapters | {"spec.model.resizeEmbeddings": True},
-            accepted=FULL | {"spec.model.resizeEmbeddings": True},
-        )
-        for adapters in ({}, LORA)
-    ),
     Case(
         message="spec.text: applies to text-generation;",
         refused=PICTURES | {"spec.text": {}},
@@ -538,6 +531,7 @@ MARKS: list[Case] = [
         )
         for field, change in {
             "resizeEmbeddings": {"spec.model.resizeEmbeddings": True},
+            "addSpecialTokens": {"spec.model.addSpecialTokens": ["<|im_end|>"]},
             "config": {"spec.model": {"config": {"modelType": "llama"}}},
             "quantization": quantised("int8"),
         }.items()
@@ -1173,13 +1167,37 @@ CASES: list[Case] = [
             ("evalFraction", 0.1),
         ]
     ),
-    Case(
-        message="model.resizeEmbeddings: a model from",
-        refused={
-            "spec.model": {"config": {"modelType": "llama"}, "resizeEmbeddings": True},
-            "spec.method": {"type": "full"},
-        },
-        accepted={"spec.model": {"config": {"modelType": "llama"}}, "spec.method": {"type": "full"}},
+    *(
+        Case(
+            message=f"model.{field}: {cause} from",
+            refused={"spec.model": {"config": {"modelType": "llama"}, field: value}, "spec.method": {"type": "full"}},
+            accepted={"spec.model": {"config": {"modelType": "llama"}}, "spec.method": {"type": "full"}},
+        )
+        for field, cause, value in [
+            ("resizeEmbeddings", "a model", True),
+            ("addSpecialTokens", "the tokenizer of a model", ["<|im_end|>"]),
+        ]
+    ),
+    *(
+        Case(
+            message="spec.model: TRL (1.16) computes the logits of this task without what an adapter holds of the",
+            refused=PREFERENCE | method | change,
+            accepted=accepted | change,
+        )
+        for change in ({"spec.model.addSpecialTokens": ["<|im_end|>"]}, {"spec.model.resizeEmbeddings": True})
+        for method, accepted in [(LORA, PREFERENCE | FULL), (QLORA, QLORA)]
+    ),
+    *(
+        Case(
+            message="spec.model: adapters that hold rows of new tokens have not been tried with DeepSpeed; use",
+            refused=adapters | change | {"spec.strategy": strategy},
+            accepted=accepted | change,
+        )
+        for change in ({"spec.model.addSpecialTokens": ["<|im_end|>"]}, {"spec.model.resizeEmbeddings": True})
+        for adapters, strategy, accepted in [
+            ({}, "zero2", {"spec.strategy": "ddp"}),
+            (LORA, "zero3-offload", FULL | {"spec.strategy": "zero3"}),
+        ]
     ),
     Case(
         message="spec.training.precision:",

@@ -368,6 +368,7 @@ def test_settings_that_depend_on_task_and_method() -> None:
     given = tune(method={"type": "qlora", "rank": 4}, training={"optimizerOptions": options})
     assert settings_of(check_job(given).spec) == {
         "dataset.parseSpecialTokens": False,
+        "model.resizeEmbeddings": False,
         "method.rank": 4,
         "method.alpha": 32,
         "method.dropout": 0.0,

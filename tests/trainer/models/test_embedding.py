@@ -169,6 +169,7 @@ def test_rows_are_added_when_asked(
     assert torch.equal(table[:ROWS], before.model.embed_tokens.weight)
     assert 0 < (table[ROWS] - table[:ROWS].mean(0)).abs().max() < 10 * table[:ROWS].std()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert record.new_tokens == [ROWS]
     if task == "causal-lm":
         head = model.lm_head.weight
         assert torch.equal(head[:ROWS], before.lm_head.weight)

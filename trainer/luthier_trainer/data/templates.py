@@ -125,7 +125,7 @@ def _brought(tokenizer: PreTrainedTokenizerBase, name: TemplateName) -> str:
         raise Failure(
             ExitCode.INVALID_SPEC,
             f"{FIELD}.name: {name} needs the token {missing[0]}, which the model's tokenizer does not have. Choose"
-            " name: zephyr",
+            f" name: zephyr, or add the tokens: model.addSpecialTokens: {json.dumps(missing)}",
         )
     begin = "{{- bos_token -}}" if Reader(tokenizer).begin else ""
     return begin + TEMPLATES[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from luthier_trainer.methods.quantization import settings
 from luthier_trainer.methods.table import FAMILIES
 from luthier_trainer.methods.targets import expanded
 from luthier_trainer.methods.whole import whole_modules
+from luthier_trainer.models import embedding
 from luthier_trainer.models.sources import OWN_WEIGHTS
 from luthier_trainer.runtime.devices import DTYPES
 from luthier_trainer.runtime.failure import Failure
@@ -42,13 +44,19 @@ def weights_options(
 
 
 def with_method(
-    model: PreTrainedModel, method: Method, peft_type: str | None, whole: list[str], deepspeed: bool
+    model: PreTrainedModel,
+    method: Method,
+    peft_type: str | None,
+    whole: list[str],
+    deepspeed: bool,
+    new_tokens: Sequence[int] = (),
 ) -> Any:
     """Return the model to train: the model itself, or the model with adapters.
 
     `whole`: names of modules whose own weights are all trained, beside the adapters and the modules that the method
-    names. The initial values of adapters depend on torch's current seed. Raises Failure if the adapters do not suit the
-    model.
+    names. `new_tokens`: tokens whose rows of the embedding are trained beside adapters; the model gets those that it
+    lacks. The initial values of adapters and rows depend on torch's current seed. Raises Failure if the adapters do not
+    suit the model.
     """
     if not METHODS[method.type].adapter:
         return model
@@ -57,9 +65,13 @@ def with_method(
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    tokens: dict[str, Sequence[int]] = {}
+    if new_tokens:
+        embedding.with_rows(model, max(new_tokens) + 1)
+        tokens = dict.fromkeys(embedding.token_tables(model), new_tokens)
     method, whole = expanded(method, model, whole), whole_modules(model, method, whole)
     config = FAMILIES[method.type].config(
-        method, Surroundings(peft_type, whole, fused_experts(model), linear_modules(model))
+        method, Surroundings(peft_type, whole, fused_experts(model), tokens, linear_modules(model))
     )
     try:
         adapted = get_peft_model(model, config, autocast_adapter_dtype=not deepspeed)
@@ -74,6 +86,10 @@ def with_method(
             f"spec.method.targetModules: {', '.join(method.target_modules)} does not suit {type(model).__name__}"
             f" ({error}). Its linear modules: {', '.join(sorted(linear))}; all-linear takes them all",
         ) from None
+    if new_tokens:
+        # PEFT would save the whole embedding beside its new rows if it saw that the base model has fewer. Which model
+        # that is, `training.result` writes.
+        adapted.peft_config["default"].base_model_name_or_path = ""
     if not deepspeed:
         # PEFT converts only adapters to fp32. Heads would be trained in 16 bits, where small updates are lost to
         # rounding, and gradients in fp16 cannot be unscaled.

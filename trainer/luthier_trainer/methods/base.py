@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from luthier_api.finetune import Method
@@ -23,6 +23,8 @@ class Surroundings:
     """Modules that are trained entirely beside the adapters, such as a new head."""
     experts: Iterable[str] = ()
     """Names of parameters with the weights of several experts. They are no modules, so PEFT takes them separately."""
+    tokens: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Name of a module with a row for each token → the tokens whose rows are trained beside the adapters."""
     linear: Iterable[str] = ()
     """Names of the linear modules, which all-linear stands for."""
 

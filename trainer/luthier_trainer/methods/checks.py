@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import Method
 from luthier_api.methods import QUANTIZATIONS, QuantizationType
-from luthier_trainer.methods.whole import whole_modules
+from luthier_trainer.methods.whole import named, whole_modules
+from luthier_trainer.models.embedding import token_tables
 from luthier_trainer.models.inspect import ALL_LINEAR, MODEL, counts, looks_up_otherwise, skeleton, tied_modules
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
@@ -145,6 +146,22 @@ def check_patterns(config: PreTrainedConfig, task: str, method: Method) -> None:
                     ExitCode.INVALID_SPEC,
                     f"spec.method.{field}: no module with an adapter has a name that ends with {pattern!r} (they end"
                     f" with: {known})",
+                )
+
+
+def check_new_tokens(config: PreTrainedConfig, task: str, method: Method) -> None:
+    """Check that the modules whose rows of new tokens are trained are not named by the method, too.
+
+    Raises Failure if one is.
+    """
+    model = skeleton(config, task, MODEL)
+    for field, asked in (("targetModules", method.target_modules), ("modulesToSave", method.modules_to_save or [])):
+        for i, name in enumerate(asked):
+            if table := next((table for table in token_tables(model) if named(table, name)), None):
+                raise Failure(
+                    ExitCode.INVALID_SPEC,
+                    f"spec.method.{field}[{i}]: the rows of new tokens of {table} are trained by themselves; remove it,"
+                    " or model.addSpecialTokens and model.resizeEmbeddings",
                 )
 
 

@@ -37,6 +37,7 @@ class Lora:
             rank_pattern=dict(method.rank_pattern or {}),
             alpha_pattern=dict(method.alpha_pattern or {}),
             layers_to_transform=method.layers,
+            trainable_token_indices={name: list(tokens) for name, tokens in around.tokens.items()} or None,
         )
 
     def shapes(self, method: Method, name: str, shape: tuple[int, int]) -> list[tuple[int, ...]]:

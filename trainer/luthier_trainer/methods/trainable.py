@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from luthier_trainer.methods.lora import layer_of
 from luthier_trainer.methods.table import FAMILIES
 from luthier_trainer.methods.targets import expanded
 from luthier_trainer.methods.whole import whole_modules
+from luthier_trainer.models.embedding import token_tables
 from luthier_trainer.models.inspect import ALL_LINEAR, MODEL, skeleton
 from luthier_trainer.workspace.model_files import MODEL_CONFIG
 from luthier_trainer.workspace.optimizer_state import STATE_BYTES, Tensor
@@ -28,24 +30,42 @@ if TYPE_CHECKING:
 HALF = ("bfloat16", "float16")
 
 
-def weights_of(config: PreTrainedConfig, spec: FineTuneJobSpec, plan: Plan, folder: Path) -> Weights:
-    """Return the numbers of weights of the model with this configuration, whose files are in `folder`."""
+def weights_of(
+    config: PreTrainedConfig, spec: FineTuneJobSpec, plan: Plan, folder: Path, new_tokens: int = 0
+) -> Weights:
+    """Return the numbers of weights of the model with this configuration, whose files are in `folder`.
+
+    `new_tokens`: tokens whose rows of the embedding an adapter holds.
+    """
     from luthier_trainer.models.heads import heads_of
 
     model = skeleton(config, spec.task, MODEL)
-    return weights_in(model, heads_of(model, spec.task), spec, plan, source_dtype(folder))
+    rows = (
+        []
+        if not new_tokens
+        else [Tensor((new_tokens, model.get_submodule(name).weight.shape[1])) for name in token_tables(model)]
+    )
+    return weights_in(model, heads_of(model, spec.task), spec, plan, source_dtype(folder), rows)
 
 
-def weights_in(model: torch.nn.Module, heads: list[str], spec: FineTuneJobSpec, plan: Plan, source: str) -> Weights:
+def weights_in(
+    model: torch.nn.Module,
+    heads: list[str],
+    spec: FineTuneJobSpec,
+    plan: Plan,
+    source: str,
+    rows: Sequence[Tensor] = (),
+) -> Weights:
     """Return the numbers of weights of `model`.
 
-    `heads`: modules whose own weights are all trained. `source`: the dtype of the weights in the model's files.
+    `heads`: modules whose own weights are all trained. `source`: the dtype of the weights in the model's files. `rows`:
+    what adapters hold of embeddings.
     """
     from torch.nn.modules.batchnorm import _BatchNorm as batch_norm  # of all dimensions; torch exports no common class
 
     total = sum(weight.numel() for weight in model.parameters())
     adapters = METHODS[spec.method.type].adapter
-    learning = adapter_tensors(model, spec.method, heads) if adapters else tensors_of(model, heads)
+    learning = [*adapter_tensors(model, spec.method, heads), *rows] if adapters else tensors_of(model, heads)
     state_bytes = STATE_BYTES[spec.training.optimizer]
     cpu = spec.resources.gpus_per_node == 0
     return Weights(

@@ -1,15 +1,17 @@
-"""Tokens that have no row in the model's embedding.
+"""Tokens that have no row in the model's embedding, and tokens that the job adds.
 
 Such a token stops a training at its first batch, with an error on the GPU that does not name the token. Some models are
-published with such tokens and never use them (Gemma 3 1B has one for images). The checks therefore ask whether the
-token can occur: an ordinary token can occur in any text, and one with a role, such as padding, is used by the job
-itself.
+published with such tokens and never use them (Gemma 3 1B has one for images). So the checks ask whether it can occur:
+an ordinary token can occur in any text, and one with a role, such as padding, is used by the job itself.
+
+A job can ask for rows. A model that is trained whole gets them in `prepare`; an adapter holds the values of its own.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +21,13 @@ from luthier_trainer.models import inspect
 from luthier_trainer.models.sources import OWN_WEIGHTS
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
-from luthier_trainer.workspace.model_files import copy_text_files
+from luthier_trainer.workspace.model_files import ADAPTER_CONFIG, copy_text_files
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-RESIZE = "spec.model.resizeEmbeddings"
+RESIZE, ADD = "spec.model.resizeEmbeddings", "spec.model.addSpecialTokens"
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 SHOWN = 3  # tokens in a message
 Tokens = Mapping[str, int]
@@ -47,6 +49,20 @@ def without_row(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, ta
         for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
         if number >= rows
     }
+
+
+def add(tokenizer: PreTrainedTokenizerBase, asked: Sequence[str]) -> Tokens:
+    """Add tokens to the tokenizer, and return those that it did not have: token → id.
+
+    They are control tokens: decoding with `skip_special_tokens` leaves them out. It gives notice of those that were
+    there.
+    """
+    there = [token for token in asked if token in tokenizer.get_vocab()]
+    if there:
+        notice(f"{ADD}: the tokenizer has {', '.join(there[:SHOWN])} already, which stay as they are")
+    added = list(dict.fromkeys(token for token in asked if token not in there))
+    tokenizer.add_tokens(added, special_tokens=True)
+    return {token: int(tokenizer.convert_tokens_to_ids(token)) for token in added}
 
 
 def check(beyond: Tokens, tokenizer: PreTrainedTokenizerBase, field: str, remedy: str) -> None:
@@ -73,8 +89,14 @@ def check_rows(
 
     `columns` are the columns of `data` that hold lists of token ids. Raises Failure if one occurs.
     """
-    if not beyond:
-        return
+    if beyond:
+        occurring = occurring_in(data, columns)
+        used = {token: number for token, number in beyond.items() if number in occurring}
+        settle(used, beyond, tokenizer, field, remedy)
+
+
+def occurring_in(data: DatasetDict, columns: Collection[str]) -> set[int]:
+    """Return the ids of the tokens in the rows for training and evaluation, in `columns`, which hold lists of ids."""
     import pyarrow.compute
 
     occurring: set[int] = set()
@@ -82,7 +104,22 @@ def check_rows(
         for batch in split.with_format("arrow").iter(1000):
             for column in columns:
                 occurring.update(pyarrow.compute.unique(pyarrow.compute.list_flatten(batch[column])).to_pylist())
-    settle({token: number for token, number in beyond.items() if number in occurring}, beyond, tokenizer, field, remedy)
+    return occurring
+
+
+def notice_absent(
+    new: Collection[int], data: DatasetDict, tokenizer: PreTrainedTokenizerBase, columns: Collection[str]
+) -> None:
+    """Give notice of new tokens that no row has, whose rows of the embedding therefore stay as they were drawn."""
+    if not new:
+        return
+    occurring = occurring_in(data, columns)
+    absent = {str(tokenizer.convert_ids_to_tokens(number)): number for number in new if number not in occurring}
+    if absent:
+        notice(
+            f"spec.model: {len(absent)} of {len(new)} new tokens occur in no row ({some(absent)}). Nothing is learnt"
+            " about their meaning"
+        )
 
 
 def check_prompts(
@@ -139,13 +176,8 @@ def resized(
     # Not saved, so that `train` initialises them: they hold random values here.
     new = set(loaded["missing_keys"]) | {name for name, *_ in loaded["mismatched_keys"]}
     before = model.get_input_embeddings().num_embeddings
-    output = model.get_output_embeddings()
-    if output is not None and output.weight is not model.get_input_embeddings().weight:
-        # transformers 5.23 does not tie two weights that differ in the files, even if the configuration asks for it;
-        # `resize_token_embeddings` would tie them.
-        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
     set_seed(seed)
-    model.resize_token_embeddings(max(beyond.values()) + 1)
+    with_rows(model, max(beyond.values()) + 1)
     target, staged = folder.prepared / "model", folder.prepared / "model.resized"
     shutil.rmtree(staged, ignore_errors=True)
     model.save_pretrained(
@@ -159,3 +191,76 @@ def resized(
         f" the mean of the other {before:,}, and learns with them"
     )
     return target
+
+
+def with_rows(model: PreTrainedModel, rows: int, drawn: bool = True) -> None:
+    """Give the embedding of a loaded model, and its output, at least `rows` rows.
+
+    `drawn`: the new ones are drawn with torch's current seed around the mean of the others, which takes seconds;
+    otherwise they are not, because other values replace them.
+    """
+    table: Any = model.get_input_embeddings()
+    output = model.get_output_embeddings()
+    if output is not None and output.weight is not table.weight:
+        # transformers 5.23 does not tie two weights that differ in the files, even if the configuration asks for it;
+        # `resize_token_embeddings` would tie them, and PEFT believes the configuration.
+        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+    if rows > table.num_embeddings:
+        model.resize_token_embeddings(rows, mean_resizing=drawn)
+
+
+# ---- adapters that hold rows
+
+
+def held_by_adapter(beyond: Tokens, added: Tokens, config: PreTrainedConfig, task: str, field: str) -> list[int]:
+    """Return the ids of the tokens whose rows an adapter has to hold. It gives notice of them.
+
+    `beyond`: the tokens without a row. `added`: the tokens that the job has added; some models have unused rows for
+    them. Raises Failure if PEFT computes the model otherwise where an adapter holds rows.
+    """
+    model = inspect.skeleton(config, task, field)
+    table: Any = model.get_input_embeddings()
+    rows = table.num_embeddings
+    held = {*added.values(), *range(rows, max(beyond.values(), default=-1) + 1)}
+    if not held:
+        return []
+    biased = getattr(model.get_output_embeddings(), "bias", None) is not None
+    if biased or inspect.looks_up_otherwise(table):
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: {len(held)} tokens are new. Where an adapter holds their rows, PEFT (0.21) would leave out"
+            f" {'the bias of the logits' if biased else 'how the model finds its rows'} ({config.model_type}). Use"
+            " method.type: full",
+        )
+    without = len(held - set(range(rows)))
+    notice(
+        f"{field}: {len(held)} tokens are new ({some({**added, **beyond})}). {without} of them had no row in the"
+        f" embedding and get one, drawn around the mean of the other {rows:,}. The rows of all {len(held)} learn, and"
+        " are saved with the adapter"
+    )
+    return sorted(held)
+
+
+def token_tables(model: PreTrainedModel) -> list[str]:
+    """Return the names of the modules with a row for each token: the embedding, and the output if it has its own."""
+    table, output = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    found = [names[id(table)]]
+    if output is not None and output.weight is not table.weight:
+        found.append(names[id(output)])
+    return found
+
+
+def tokens_of_adapter(adapter: Path) -> list[int]:
+    """Return the ids of the tokens whose rows the adapter in a folder holds."""
+    path = adapter / ADAPTER_CONFIG
+    held = json.loads(path.read_text()).get("trainable_token_indices") if path.is_file() else None
+    if isinstance(held, dict):
+        return sorted({token for tokens in held.values() for token in tokens})
+    return sorted(held or ())
+
+
+def make_room(model: PreTrainedModel, adapter: Path) -> None:
+    """Give a loaded model the rows that an adapter holds the values of."""
+    if held := tokens_of_adapter(adapter):
+        with_rows(model, max(held) + 1, drawn=False)

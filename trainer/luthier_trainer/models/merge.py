@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from luthier_api.exitcodes import ExitCode
 from luthier_api.tasks import TASKS
 from luthier_trainer.models.adapters import COPIED, names_in, task_of_adapter
+from luthier_trainer.models.embedding import make_room
 from luthier_trainer.models.sources import OWN_WEIGHTS
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.workspace.model_files import ADAPTER_CONFIG
@@ -63,6 +64,7 @@ def merge(base: Path, adapter: Path, into: Path, labels: list[str] | None, field
         )
     if quantised := getattr(model, "is_quantized", False):
         model = model.dequantize()
+    make_room(model, adapter)
     try:
         model = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")
     except (RuntimeError, ValueError, KeyError) as error:
@@ -124,6 +126,7 @@ def add_adapter(
         else []
     )
     before = copied_weights(model, [folder]) if originals else {}
+    make_room(model, folder)
     try:
         adapted = PeftModel.from_pretrained(model, folder)
     except (ValueError, RuntimeError, OSError) as error:
@@ -163,12 +166,21 @@ def untie(model: PeftModel) -> None:
     to false, so that the model is saved and loaded untied.
     """
     import torch
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
+    from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
     from transformers import PreTrainedModel
 
     uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
-    adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    # Where PEFT itself gives both modules the same rows of tokens, they stay tied.
+    rows = [module for module in model.modules() if isinstance(module, TrainableTokensLayer)]
+    both = {id(one) for layer in rows if layer.tied_adapter for one in (layer, layer.tied_adapter)}
+    adapted = [
+        module
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        and id(module.token_adapter if isinstance(module, TrainableTokensWrapper) else module) not in both
+    ]
     if not any(uses[id(weight)] > 1 for module in adapted for weight in module.parameters()):
         return
     seen = set[int]()

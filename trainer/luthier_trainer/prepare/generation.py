@@ -26,12 +26,14 @@ from luthier_trainer.models import adapters, checks, embedding, inspect, process
 from luthier_trainer.models.materialize import whole_model
 from luthier_trainer.prepare import carried_columns
 from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.notices import notice
 from luthier_trainer.workspace import provenance
 from luthier_trainer.workspace.manifest import fsync
 from luthier_trainer.workspace.model_files import ADAPTER_CONFIG
 from luthier_trainer.workspace.plan import plan_generation
 
 MODEL, INPUTS, CHAT = "spec.model", "spec.inputs", "spec.text.chat"
+TOKENIZER = "tokenizer_config.json"  # where transformers saves the class of a tokenizer
 CHAT_TEMPLATE = "chat_template.jinja"  # where transformers saves the template of a tokenizer
 SEED_LIMIT = 2**32
 OPTIONAL_COLUMNS = {
@@ -73,6 +75,8 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     fields = [adapter.field for adapter in found]
     parameters = CHECKED_TOGETHER[spec.task](path, spec, list(zip(paths, fields, strict=True)), rows, located.field)
 
+    if spec.task == "text-generation":
+        check_tokens(path, spec, located.field, list(zip(paths, fields, strict=True)), rows, folder)
     if spec.task == "text-generation" and spec.text.chat:
         write_chats(rows, paths, folder)
     target = folder.prepared / "rows.jsonl"
@@ -120,6 +124,51 @@ def write_chats(rows: list[Line], adapter_paths: list[Path], folder: WorkspaceFo
             ) from None
 
 
+def check_tokens(
+    path: Path, spec: GenerateJobSpec, field: str, found: list[NamedAdapter], rows: list[Line], folder: WorkspaceFolder
+) -> None:
+    """Check that each token of the prompts has a row in the embedding of the model in `path`, or in an adapter.
+
+    Raises Failure if one has none.
+    """
+    used = [adapter for adapter, given in zip(found, spec.adapters, strict=True) if given.weight != 0]
+    adopt_tokenizer(used, folder)
+    tokenizer = processors.read_tokenizer(folder.prepared / "tokenizer", field)
+    held = {token for adapter, _ in used for token in embedding.tokens_of_adapter(adapter)}
+    without = embedding.without_row(inspect.read_config(path, field), tokenizer, spec.task, field)
+    beyond = {token: number for token, number in without.items() if number not in held}
+    embedding.check(beyond, tokenizer, field, OTHER_TOKENIZER)
+    texts = (text for row in rows for text in _texts(row["prompt"]))
+    embedding.check_prompts(beyond, texts, tokenizer, field, OTHER_TOKENIZER)
+
+
+def adopt_tokenizer(found: list[NamedAdapter], folder: WorkspaceFolder) -> None:
+    """Replace the tokenizer by that of an adapter which holds rows of the embedding for new tokens, with a notice.
+
+    Raises Failure if such an adapter has no tokenizer, and the model no such tokens.
+    """
+    for adapter, field in found:
+        held = embedding.tokens_of_adapter(adapter)
+        if not held:
+            continue
+        own = processors.read_tokenizer(folder.prepared / "tokenizer", MODEL)
+        if not (adapter / TOKENIZER).is_file():
+            if max(held) < len(own):
+                continue
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}: the adapter has rows of the embedding for new tokens, and no tokenizer ({TOKENIZER}) that"
+                " has them. Save the tokenizer of its training beside it",
+            )
+        tokenizer = processors.read_tokenizer(adapter, field)
+        if tokenizer.get_vocab() != own.get_vocab():
+            notice(
+                f"{field}: its tokenizer is used, because the adapter has rows of the embedding for {len(held)} tokens."
+                f" It has {len(tokenizer)} tokens, that of the model {len(own)}"
+            )
+            tokenizer.save_pretrained(folder.prepared / "tokenizer")
+
+
 Line = dict[str, Any]
 """A line of `rows.jsonl`."""
 NamedAdapter = tuple[Path, str]
@@ -139,10 +188,6 @@ def language_model(
     checks.check_new_tokens(config, spec.text.max_new_tokens, "spec.text.maxNewTokens")
     path = weight_check.fitting(path, config, spec.task, located.field, folder, named_by_adapter=False)
     tokenizer = processors.read_tokenizer(located.folder or path, located.field)
-    beyond = embedding.without_row(config, tokenizer, spec.task, located.field)
-    embedding.check(beyond, tokenizer, located.field, OTHER_TOKENIZER)
-    texts = (text for row in rows for text in _texts(row["prompt"]))
-    embedding.check_prompts(beyond, texts, tokenizer, located.field, OTHER_TOKENIZER)
     tokenizer.save_pretrained(folder.prepared / "tokenizer")
     return path
 

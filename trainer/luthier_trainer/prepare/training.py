@@ -111,6 +111,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         weights=weights,
         cannot_recompute=trouble,
         model_path=str(model.path),
+        new_tokens=list(model.new_tokens),
         origins=[*(located.origins if located else ()), *read.values()],
         dataset_path=str(dataset_path),
     )

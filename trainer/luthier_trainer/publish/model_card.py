@@ -18,6 +18,7 @@ from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
 from luthier_api.tasks import TASKS, TRAINING_TASKS, TaskInfo
 from luthier_api.trackers import TRACKERS
 from luthier_api.workspace import DATA_REPORT, MANIFEST, METRICS_FILE, WorkspaceFolder
+from luthier_trainer.models.embedding import tokens_of_adapter
 from luthier_trainer.prepare import data_report
 from luthier_trainer.publish import dataset_fields
 from luthier_trainer.workspace import tracked_runs
@@ -201,10 +202,16 @@ def loading(repo: str, task: TaskInfo, result: Path, classifier: bool) -> str:
     base = f'"{adapter["base_model_name_or_path"]}"' + (
         f', revision="{adapter["revision"]}"' if adapter.get("revision") else ""
     )
+    rows = ""
+    if held := tokens_of_adapter(result):
+        rows = (
+            f"base.resize_token_embeddings(max({max(held) + 1}, base.get_input_embeddings().num_embeddings))  # for the"
+            " new tokens\n"
+        )
     return (
         f"from peft import PeftModel\nfrom transformers import AutoConfig, {auto}, {processor_class}\n\n"
         f'config = AutoConfig.from_pretrained("{repo}")  # with the classes and the padding token\n'
-        f"base = {auto}.from_pretrained({base}, config=config, ignore_mismatched_sizes=True)\n"
+        f"base = {auto}.from_pretrained({base}, config=config, ignore_mismatched_sizes=True)\n{rows}"
         f'model = PeftModel.from_pretrained(base, "{repo}")\n{processor}'
     )
 

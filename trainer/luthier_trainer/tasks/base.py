@@ -91,6 +91,8 @@ class Model:
     processor: Processor
     missing_tokens: Mapping[str, int] = field(default_factory=dict)
     """Spelling → id of the tokens without a row in the embedding. A model is refused if any text can have one."""
+    new_tokens: Sequence[int] = ()
+    """Ids of the tokens whose rows in the embedding are new, or unused before, and learn."""
 
 
 @dataclass(frozen=True)

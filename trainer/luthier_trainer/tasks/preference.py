@@ -79,9 +79,9 @@ class PreferenceTask(TextTask):
                 raise columns.invalid(
                     f"{tokens.MAX_LENGTH}: no prompt of the {name} split leaves room for an answer; set it higher"
                 )
-        embedding.check_rows(
-            model.missing_tokens, data, model.processor, inspect.MODEL, ADD_ROWS, _encoded(data["train"])
-        )
+        encoded = _encoded(data["train"])
+        embedding.check_rows(model.missing_tokens, data, model.processor, inspect.MODEL, ADD_ROWS, encoded)
+        embedding.notice_absent(model.new_tokens, data, model.processor, encoded)
 
     def count_tokens(self, data: Dataset) -> int:
         """Return the number of tokens in all sequences; the prompt of a pair counts twice."""

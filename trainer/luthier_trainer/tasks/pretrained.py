@@ -72,6 +72,8 @@ class PretrainedTask(Task):
             whole.check(model.config, self.task, spec.method, spec.model.quantization is not None)
             method_checks.check_patterns(model.config, self.task, spec.method)
             experts.check_adapters(model.config, spec)
+            if model.new_tokens:
+                method_checks.check_new_tokens(model.config, self.task, spec.method)
         if spec.model.quantization:
             kind, field = spec.model.quantization.type, quantization_field(spec)
             experts.check_quantised_share(model.config, self.task, kind, field)
@@ -82,7 +84,8 @@ class PretrainedTask(Task):
         return checks.cannot_recompute(model.config, self.task)
 
     def weights(self, model: Model, spec: FineTuneJobSpec, plan: Plan, labels: list[str] | None) -> Weights:
-        return weights_of(with_labels(model.config, labels), spec, plan, model.path)
+        held = len(model.new_tokens) if METHODS[spec.method.type].adapter else 0
+        return weights_of(with_labels(model.config, labels), spec, plan, model.path, held)
 
 
 def with_names(method: Method, config: PreTrainedConfig, task: str) -> Method:

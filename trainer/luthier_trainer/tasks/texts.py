@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.methods import METHODS
 from luthier_api.run import FineTuneRun
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import tokens
@@ -27,8 +28,7 @@ if TYPE_CHECKING:
 
 FIELD = "spec.dataset.columns.text"
 ADD_ROWS = (
-    "Set model.resizeEmbeddings: true with method.type: full, which adds rows that learn; or take the tokenizer that"
-    " belongs to the model"
+    "Set model.resizeEmbeddings: true, which adds rows that learn; or take the tokenizer that belongs to the model"
 )
 TEXTS_AT_ONCE = 1_000
 WORKERS = 2  # enough to pad batches while the GPU computes
@@ -44,23 +44,35 @@ class TextTask(PretrainedTask):
         return processors.read_tokenizer(folder, field)
 
     def read_model(self, located: Located, run: FineTuneRun, folder: WorkspaceFolder) -> Model:
-        """Return the model with a row of its embedding for each token that can occur.
+        """Return the model, and its tokenizer with the tokens that the spec adds.
 
-        Raises Failure if rows are missing and the spec does not ask to add them.
+        There is a row of its embedding for each token that can occur; that of an adapter gets them when it is trained.
+        Raises Failure if rows are missing and the spec does not ask to add them, or if an adapter cannot hold them.
         """
         model, spec, field = super().read_model(located, run, folder), run.spec, located.field
+        added = embedding.add(model.processor, spec.model.add_special_tokens or [])
         missing = embedding.without_row(model.config, model.processor, self.task, field)
-        if not spec.model.resize_embeddings:
+        if not spec.model.resize_embeddings and not added:
             embedding.check(missing, model.processor, field, ADD_ROWS)
             return replace(model, missing_tokens=missing)
-        if not missing:
+        if not missing and not added:
             notice(
                 f"{embedding.RESIZE}: each token of the tokenizer has a row in the embedding already, and nothing was"
                 " changed"
             )
             return model
+        if METHODS[spec.method.type].adapter:
+            held = embedding.held_by_adapter(missing, added, model.config, self.task, field)
+            return replace(model, new_tokens=held)
+        new = tuple({*added.values(), *missing.values()})
+        if not missing:
+            notice(
+                f"{embedding.ADD}: {len(added)} tokens were added ({embedding.some(added)}). The embedding has unused"
+                " rows for them, which learn from the values that they have"
+            )
+            return replace(model, new_tokens=new)
         path = embedding.resized(model.path, model.config, missing, self.task, spec.training.seed, field, folder)
-        return replace(model, path=path, config=inspect.read_config(path, field))
+        return replace(model, path=path, config=inspect.read_config(path, field), new_tokens=new)
 
     def check_model(self, model: Model, spec: FineTuneJobSpec, rows: int, labels: list[str] | None) -> None:
         check(model.config, model.processor, spec)
@@ -81,6 +93,7 @@ class TextTask(PretrainedTask):
 
     def check_encoded(self, data: DatasetDict, model: Model, labels: list[str] | None) -> None:
         embedding.check_rows(model.missing_tokens, data, model.processor, inspect.MODEL, ADD_ROWS)
+        embedding.notice_absent(model.new_tokens, data, model.processor, ("input_ids",))
 
     def count_tokens(self, data: Dataset) -> int:
         return tokens.count_tokens(data)

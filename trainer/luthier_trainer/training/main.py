@@ -121,7 +121,12 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     keep_used_conversions(loaded.model)
     use_cache = getattr(loaded.model.config, "use_cache", None)
     model = methods.with_method(
-        loaded.model, spec.method, TASKS[spec.task].peft_task_type, loaded.new_modules, deepspeed
+        loaded.model,
+        spec.method,
+        TASKS[spec.task].peft_task_type,
+        loaded.new_modules,
+        deepspeed,
+        prepared.new_tokens,
     )
     freeze(model, loaded.unused_parameters)
 
