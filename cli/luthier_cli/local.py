@@ -197,6 +197,9 @@ def paths_in(spec: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     for i, adapter in enumerate(spec.get("adapters", [])):
         if "path" in adapter:
             found.append((f"spec.adapters[{i}].path", adapter, "path"))
+    for i, reward in enumerate(spec.get("grpo", {}).get("rewards", [])):
+        if "path" in reward.get("model", {}):
+            found.append((f"spec.grpo.rewards[{i}].model.path", reward["model"], "path"))
     dataset, at = (
         (spec["dataset"], "spec.dataset")
         if "dataset" in spec

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
@@ -16,6 +16,8 @@ from luthier_api.marks import For, Table, TabledSpec, by_table, works_with
 from luthier_api.methods import METHODS, QUANTIZATIONS, STRATEGIES, MethodType, Strategy
 from luthier_api.optimizers import OPTIMIZERS
 from luthier_api.quantity import Bytes, Cores
+from luthier_api.rewards import FIELDS as REWARD_FIELDS
+from luthier_api.rewards import REWARDS, RewardType
 from luthier_api.rows import Deduplicate, Mix, RowFilter
 from luthier_api.schedules import EVAL_INTERVALS, SAVE_INTERVALS, SCHEDULES
 from luthier_api.scheduling import Scheduling
@@ -23,12 +25,15 @@ from luthier_api.spec import (
     DatasetSource,
     Hub,
     JobControl,
+    JobName,
     KeyName,
     ModelSource,
     ObjectName,
     Path,
     PhaseResources,
     PrepareResources,
+    Repository,
+    Revision,
     ShortText,
     Volumes,
     Workspace,
@@ -38,7 +43,7 @@ from luthier_api.spec import (
     source_rules,
     train_alone,
 )
-from luthier_api.tasks import BEST_METRICS, EVAL_LOSS, TASKS, TRAINING_TASKS, FineTuneTask
+from luthier_api.tasks import BEST_METRICS, EVAL_LOSS, TASKS, TEXT_OPTIONS, TRAINING_TASKS, FineTuneTask
 from luthier_api.trackers import TrackerType
 from luthier_api.training import Training
 
@@ -51,8 +56,8 @@ class Columns(ApiModel):
     """
     prompt: Annotated[ShortText, For("task")] = by_table()
     """The text that the completion or both answers continue, which follow it directly, without a blank between them; or
-    messages. For causal-lm also the instruction of Alpaca. For preference, rows need not have it: then it is what both
-    answers begin with alike.
+    messages. For causal-lm also the instruction of Alpaca. For preference and reward, rows need not have it: then it is
+    what both answers begin with alike.
     """
     completion: Annotated[ShortText | None, For("task")] = by_table()
     """What the model shall write after the prompt: text, or messages. For preference with lossType kto, the answer that
@@ -246,6 +251,108 @@ class Preference(ApiModel):
     )
 
 
+class Reward(ApiModel):
+    """How a model learns to rate answers."""
+
+    center_rewards_coefficient: Annotated[float | None, Field(gt=0, le=1)] = None
+    """How strongly the mean of all rewards is held at 0 (arXiv:2312.09244); 0.01 is usual. When left out, only
+    differences between answers to the same prompt mean something.
+    """
+
+
+class RewardModel(ApiModel):
+    """Where a reward model comes from: exactly one of id, path and job."""
+
+    id: Repository | None = None
+    """Repository on the Hub with a model for sequence classification that has one output."""
+    revision: Revision | None = None
+    """Branch, tag or commit of `id`; `main` when left out. `prepare` resolves it to a commit."""
+    path: Path | None = None
+    """Folder inside the pods, for example on one of `volumes`."""
+    job: JobName | None = None
+    """A FineTuneJob of the same namespace with the task reward. An adapter is merged into its base."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(exactly_one("id", "path", "job"), "model: set exactly one of id, path and job"),
+        Rule(
+            "!has(self.revision) || has(self.id)",
+            "model.revision: only a model of the Hub has revisions; set id or remove it",
+        ),
+    )
+
+
+def of_reward_types() -> Iterator[Rule]:
+    """Yield the rules that a field belongs to some types of rewards only, and that a type needs a field."""
+    for field in REWARD_FIELDS:
+        types = [name for name, info in REWARDS.items() if field in info.needs + info.takes]
+        yield Rule(
+            f"!has(self.{field}) || self.type in {types}",
+            f"rewards.{field}: applies to {', '.join(types)}; remove it, or choose another type",
+        )
+    for name, info in REWARDS.items():
+        for field in info.needs:
+            yield Rule(
+                f"self.type != '{name}' || has(self.{field})", f"rewards.{field}: a reward of type {name} needs it"
+            )
+
+
+class RewardFunction(ApiModel):
+    """A number for each completion, of which more is better."""
+
+    type: RewardType
+    """exactMatch: 1 if the completion, without blanks around it, is the text in `column` of its row, else 0. regex: 1
+    if `pattern` is found in it, else 0. length: 1 for a completion of `tokens` tokens, and less in proportion to its
+    distance from there, down to 0. json: 1 if it is a JSON value, else 0. model: the output of a reward model.
+    """
+    weight: Annotated[float, Field(ge=-1000, le=1000)] = 1.0
+    """Factor in the sum of all rewards. A negative one makes less of it better."""
+    column: ShortText | None = None
+    """Column of the dataset with the text to match (exactMatch)."""
+    pattern: Annotated[str | None, Field(min_length=1, max_length=1000)] = None
+    """Regular expression of Python (regex). With exactMatch: what its first group finds last in the completion is
+    compared, so that a model may explain its answer.
+    """
+    tokens: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
+    """Tokens of a completion (length), with its end-of-text token."""
+    shorter: bool | None = None
+    """Whether shorter completions are as good (length); false when left out."""
+    keys: Annotated[list[ShortText] | None, Field(min_length=1, max_length=64)] = None
+    """Keys that the value must have, which must then be an object (json)."""
+    model: RewardModel | None = None
+    """The reward model (model)."""
+
+    rules: ClassVar[tuple[Rule, ...]] = tuple(of_reward_types())
+
+
+class Grpo(ApiModel):
+    """How a model learns from rewards for what it writes (GRPO, arXiv:2402.03300)."""
+
+    rewards: Annotated[list[RewardFunction], Field(max_length=8)] = Field(default_factory=list)
+    """What is rewarded. The rewards of a completion are multiplied by their weights and added."""
+    generations: Annotated[int, Field(ge=2, le=256)] = 8
+    """Completions of each prompt, which are compared with each other. batchSize counts completions, and is a multiple
+    of it.
+    """
+    max_completion_length: Annotated[int, Field(ge=1, le=1_000_000)] = 256
+    """Tokens after which a completion is cut off. Prompts have training.maxLength tokens less these at most."""
+    temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
+    """Of the sampling: higher values make completions more diverse."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the probability that the sampled tokens have together."""
+    beta: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """How strongly the model is held to the one it started from. 0: not at all, and no reference model is in memory."""
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"
+    """dapo: the mean over all tokens of a step (arXiv:2503.14476). grpo: the mean over the tokens of each completion
+    first. dr_grpo: the sum over tokens by maxCompletionLength (arXiv:2503.20783), without a preference for lengths.
+    """
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """By which standard deviation rewards are divided: over the completions of a prompt, over those of the step, or by
+    none.
+    """
+    mask_truncated_completions: bool = False
+    """Leave completions that were cut off out of the loss. They are rewarded in any case."""
+
+
 class TrainingImages(ApiModel):
     """How images are shown to a model that learns to make them."""
 
@@ -423,6 +530,10 @@ class FineTuneJobSpec(JobControl, TabledSpec):
     training: Annotated[Training, RESULT] = Field(default_factory=Training)
     preference: Annotated[Preference, RESULT, For("task")] = by_table()
     """How a model learns to prefer answers."""
+    reward: Annotated[Reward, RESULT, For("task")] = by_table()
+    """How a model learns to rate answers."""
+    grpo: Annotated[Grpo, RESULT, For("task")] = by_table()
+    """How a model learns from rewards for what it writes."""
     image: Annotated[TrainingImages, For("task"), RESULT] = by_table()
     """How images are shown to the model."""
     resources: Annotated[TrainingResources, RESULT] = Field(default_factory=TrainingResources)
@@ -484,6 +595,19 @@ class FineTuneJobSpec(JobControl, TabledSpec):
             "!has(self.training.optimizerOptions.loraplusLrRatio) || !self.strategy.startsWith('zero')",
             "spec.training.optimizerOptions.loraplusLrRatio: not tried with DeepSpeed, which makes vectors of groups of"
             " weights; use strategy ddp, or remove it",
+        ),
+        Rule(
+            "self.task != 'grpo' || has(self.grpo) && size(self.grpo.rewards) > 0",
+            "spec.grpo.rewards: the task grpo needs a reward, such as type: exactMatch with column: answer; add one",
+        ),
+        Rule(
+            "!has(self.grpo) || self.training.batchSize % self.grpo.generations == 0",
+            "spec.grpo.generations: training.batchSize counts completions, and must be a multiple of generations",
+        ),
+        Rule(
+            "!has(self.grpo) || self.grpo.maxCompletionLength <"
+            f" (has(self.training.maxLength) ? self.training.maxLength : {TEXT_OPTIONS['training.maxLength']})",
+            "spec.grpo.maxCompletionLength: leaves no room for a prompt; choose less than training.maxLength",
         ),
         *works_with("training.optimizer", METHODS_OF_OPTIMIZERS, "method.type", METHODS),
         *works_with("training.optimizer", STRATEGIES_OF_OPTIMIZERS, "strategy", STRATEGIES),

@@ -183,6 +183,8 @@ class PreparedRecord(Prepared):
     """Folder of the model, its configuration and its tokenizer."""
     adapter_paths: list[str] = Field(default_factory=list)
     """Folders of the adapters, or for images their files, in the order of the spec (GenerateJob)."""
+    other_model_paths: list[str] = Field(default_factory=list)
+    """Folders of the models that the task uses beside the one that it trains, such as reward models (FineTuneJob)."""
     origins: list[Origin] = Field(default_factory=list)
     """What all of it was made of: what lies on the Hub has a commit instead."""
     new_tokens: list[int] = Field(default_factory=list)

@@ -15,11 +15,13 @@ from luthier_api.forms import ROLES
 from luthier_api.methods import STRATEGIES, MethodType, QuantizationType, Strategy
 
 Modality = Literal["text", "image"]
-FineTuneTask = Literal["causal-lm", "preference", "text-classification", "image-classification", "text-to-image"]
+FineTuneTask = Literal[
+    "causal-lm", "preference", "text-classification", "reward", "grpo", "image-classification", "text-to-image"
+]
 """The rows of `TASKS` that have a training half."""
 GenerateTask = Literal["text-generation", "text-to-image"]
 """The rows of `TASKS` that have a generation half."""
-BestMetric = Literal["evalLoss", "perplexity", "rewardAccuracy", "rewardMargin", "accuracy", "f1Macro"]
+BestMetric = Literal["evalLoss", "perplexity", "rewardAccuracy", "rewardMargin", "reward", "accuracy", "f1Macro"]
 """What checkpoints can be compared by: the loss, and those metrics in `TASKS` of which more or less is better."""
 BEST_METRICS: tuple[str, ...] = get_args(BestMetric)
 EVAL_LOSS = "evalLoss"
@@ -116,8 +118,8 @@ class TaskInfo:
     """PEFT's name of the task. For those it has no name for, its adapters remember the class of their base model."""
     tags: tuple[str, ...] = ()
     """Further tags of its model cards."""
-    labels: bool = False
-    """Whether each row has a class, with which a head of the model answers. A head for other classes is made anew."""
+    head: bool = False
+    """Whether a head of the model answers, instead of tokens or images. A head for other outputs is made anew."""
     training: TrainingTask | None = None
     """None: no FineTuneJob does this task."""
     generation: GenerationTask | None = None
@@ -166,6 +168,10 @@ LABEL_METRICS = (
 )
 
 TOKEN_FILTERS: dict[str, Any] = {"dataset.filter.minTokens": None, "dataset.filter.maxTokens": None}
+PAIR_METRICS = (
+    TaskMetric("rewardAccuracy", "Share of pairs whose chosen answer has the higher reward", better="higher"),
+    TaskMetric("rewardMargin", "Reward of the chosen answers above that of the rejected ones", better="higher"),
+)
 
 TASKS: Mapping[str, TaskInfo] = {
     "causal-lm": TaskInfo(
@@ -208,12 +214,7 @@ TASKS: Mapping[str, TaskInfo] = {
             settings="preference",
             options=TEXT_OPTIONS | TEMPLATE_OPTIONS,
             metrics=(
-                TaskMetric(
-                    "rewardAccuracy", "Share of pairs whose chosen answer has the higher reward", better="higher"
-                ),
-                TaskMetric(
-                    "rewardMargin", "Reward of the chosen answers above that of the rejected ones", better="higher"
-                ),
+                *PAIR_METRICS,
                 TaskMetric("rewardChosen", "Reward of the chosen answers"),
                 TaskMetric("rewardRejected", "Reward of the rejected answers"),
                 TaskMetric("kl", "KL divergence from the reference model, estimated (KTO)"),
@@ -225,7 +226,7 @@ TASKS: Mapping[str, TaskInfo] = {
         pipeline_tag="text-classification",
         auto_model="SequenceClassification",
         peft_task_type="SEQ_CLS",
-        labels=True,
+        head=True,
         training=TrainingTask(
             columns={"text": "text", "label": "label"},
             formats=TABLE_FORMATS,
@@ -235,11 +236,63 @@ TASKS: Mapping[str, TaskInfo] = {
             metrics=LABEL_METRICS,
         ),
     ),
+    "reward": TaskInfo(
+        modality="text",
+        pipeline_tag="text-classification",
+        auto_model="SequenceClassification",
+        peft_task_type="SEQ_CLS",
+        tags=("reward-model", "trl"),
+        head=True,
+        training=TrainingTask(
+            columns={"chosen": "chosen", "rejected": "rejected"},
+            optional_columns={"prompt": None, "tools": None},
+            formats=TABLE_FORMATS,
+            methods=("full", "lora", "qlora"),
+            quantizations=("nf4", "fp4", "int8"),
+            strategies=("auto", "ddp"),  # unproven with DeepSpeed
+            settings="reward",
+            options=TEXT_OPTIONS | TEMPLATE_OPTIONS | SAVED_OPTIONS,
+            metrics=(
+                *PAIR_METRICS,
+                TaskMetric("rewardMean", "Mean reward of all answers"),
+                TaskMetric("rewardMin", "Lowest reward"),
+                TaskMetric("rewardMax", "Highest reward"),
+            ),
+        ),
+    ),
+    "grpo": TaskInfo(
+        modality="text",
+        pipeline_tag="text-generation",
+        auto_model="CausalLM",
+        peft_task_type="CAUSAL_LM",
+        tags=("grpo", "trl"),
+        training=TrainingTask(
+            columns={"prompt": "prompt"},
+            formats=TABLE_FORMATS,
+            sequences=1,
+            methods=("full", "lora", "qlora"),
+            quantizations=("nf4", "fp4", "int8"),
+            # Unproven with DeepSpeed.
+            strategies=("auto", "ddp"),
+            settings="grpo",
+            options={name: default for name, default in TEXT_OPTIONS.items() if name != "training.groupByLength"}
+            | TEMPLATE_OPTIONS,
+            metrics=(
+                TaskMetric("reward", "Mean reward", better="higher"),
+                TaskMetric("rewardStd", "Standard deviation of the rewards"),
+                TaskMetric("kl", "Distance from the reference model (nats a token)"),
+                TaskMetric("completionLength", "Tokens of a completion"),
+                TaskMetric("clippedShare", "Share of completions that were cut off"),
+                TaskMetric("zeroVarianceShare", "Share of prompts whose completions all have the same reward"),
+                TaskMetric("trainReward", "Mean reward of the last reports of the training"),
+            ),
+        ),
+    ),
     "image-classification": TaskInfo(
         modality="image",
         pipeline_tag="image-classification",
         auto_model="ImageClassification",
-        labels=True,
+        head=True,
         training=TrainingTask(
             columns={"image": "image", "label": "label"},
             formats=IMAGE_FORMATS,

@@ -103,7 +103,9 @@ class Training(ApiModel):
     2,048 tokens or one row. Models that normalise over a batch (BatchNorm) do so over these.
     """
     max_length: Annotated[int, Field(ge=8, le=1_048_576), For("task")] = by_table()
-    """Tokens of a row; longer rows are cut (with packing: split)."""
+    """Tokens of a row; longer rows are cut (with packing: split; of reward: left out). Of grpo: of a prompt and
+    its completion together.
+    """
     packing: Annotated[Packing, For("task")] = by_table()
     """Whether rows share the maxLength tokens that the model reads at once; batchSize then counts these. isolated:
     whole rows share them, and the model sees of each row what it sees of it alone. Only a row that is longer than

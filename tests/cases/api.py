@@ -165,7 +165,14 @@ NEGATIVE = [{"prompt": "a lute"}, {"prompt": "a harp", "negativePrompt": "string
 FULL, LORA, QLORA = ({"spec.method": {"type": method}} for method in ("full", "lora", "qlora"))
 CAUSAL, TEXTS, IMAGES = ({"spec.task": task} for task in ("causal-lm", "text-classification", "image-classification"))
 PICTURES = {"spec.task": "text-to-image"}
-PREFERENCE = {"spec.task": "preference"}
+PREFERENCE, REWARD = {"spec.task": "preference"}, {"spec.task": "reward"}
+MATCHED = {"type": "exactMatch", "column": "answer"}
+GRPO: Change = {"spec.task": "grpo", "spec.grpo": {"rewards": [MATCHED]}}
+
+
+def rewarded(*rewards: Change, **settings: Any) -> Change:
+    """GRPO with these rewards."""
+    return GRPO | {"spec.grpo": {"rewards": [*rewards], **settings}}
 
 
 COSINES = ("cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr")
@@ -241,11 +248,13 @@ MARKS: list[Case] = [
     ),
     *(
         Case(
-            message="spec.method.modulesToSave: applies to causal-lm, text-classification, image-classification;",
+            message=(
+                "spec.method.modulesToSave: applies to causal-lm, text-classification, reward, image-classification;"
+            ),
             refused=task | SAVED,
-            accepted=IMAGES | SAVED,
+            accepted=REWARD | SAVED,
         )
-        for task in (PREFERENCE, PICTURES)
+        for task in (PREFERENCE, PICTURES, GRPO)
     ),
     Case(
         message="spec.training.optimizerOptions.loraplusLrRatio: applies to adamw_torch_fused, adamw_8bit,",
@@ -317,7 +326,10 @@ MARKS: list[Case] = [
     ),
     *(
         Case(
-            message=f"spec.method.{field}: applies to causal-lm, preference, text-classification, image-classification",
+            message=(
+                f"spec.method.{field}: applies to causal-lm, preference, text-classification, reward, grpo,"
+                " image-classification"
+            ),
             refused=PICTURES | LORA | change,
             accepted=IMAGES | LORA | change,
         )
@@ -325,14 +337,21 @@ MARKS: list[Case] = [
     ),
     *(
         Case(
-            message=f"spec.{field}: applies to causal-lm, preference, text-classification;",
+            message="spec.training.groupByLength: applies to causal-lm, preference, text-classification, reward;",
+            refused=task | {"spec.training.groupByLength": True},
+            accepted=REWARD | {"spec.training.groupByLength": True},
+        )
+        for task in (GRPO, IMAGES)
+    ),
+    *(
+        Case(
+            message=f"spec.{field}: applies to causal-lm, preference, text-classification, reward, grpo;",
             refused=IMAGES | change,
             accepted=task | change,
         )
-        for task in (CAUSAL, PREFERENCE, TEXTS)
+        for task in (CAUSAL, PREFERENCE, REWARD, GRPO, TEXTS)
         for field, change in {
-            "training.maxLength": {"spec.training.maxLength": 64},
-            "training.groupByLength": {"spec.training.groupByLength": True},
+            "training.maxLength": {"spec.training.maxLength": 512},
             "dataset.parseSpecialTokens": {"spec.dataset.parseSpecialTokens": True},
             "model.quantization": quantised("int8"),
             "model.resizeEmbeddings": FULL | {"spec.model.resizeEmbeddings": True},
@@ -341,13 +360,30 @@ MARKS: list[Case] = [
     ),
     *(
         Case(
-            message=f"spec.{field}: applies to preference;",
+            message="spec.preference: applies to preference;",
+            refused=task | {"spec.preference": {"beta": 0.2, "lossType": "ipo"}},
+            accepted=PREFERENCE | {"spec.preference": {"beta": 0.2, "lossType": "ipo"}},
+        )
+        for task in (CAUSAL, TEXTS, REWARD)
+    ),
+    Case(
+        message="spec.reward: applies to reward;",
+        refused=GRPO | {"spec.reward": {"centerRewardsCoefficient": 0.01}},
+        accepted=REWARD | {"spec.reward": {"centerRewardsCoefficient": 0.01}},
+    ),
+    Case(
+        message="spec.grpo: applies to grpo;",
+        refused=rewarded(MATCHED) | REWARD,
+        accepted=rewarded(MATCHED),
+    ),
+    *(
+        Case(
+            message=f"spec.{field}: applies to preference, reward;",
             refused=task | change,
-            accepted=PREFERENCE | change,
+            accepted=REWARD | change,
         )
         for task in (CAUSAL, TEXTS, IMAGES)
         for field, change in {
-            "preference": {"spec.preference": {"beta": 0.2, "lossType": "ipo"}},
             "dataset.columns.chosen": {"spec.dataset.columns": {"chosen": "better"}},
             "dataset.columns.rejected": {"spec.dataset.columns": {"rejected": "worse"}},
         }.items()
@@ -391,8 +427,8 @@ MARKS: list[Case] = [
     ),
     Case(
         message=(
-            "spec.model.job: applies to causal-lm, preference, text-classification, image-classification; set model.id"
-            " or model.path"
+            "spec.model.job: applies to causal-lm, preference, text-classification, reward, grpo, image-classification;"
+            " set model.id or model.path"
         ),
         refused=PICTURES | {"spec.model": {"job": "tune"}},
         accepted=IMAGES | {"spec.model": {"job": "tune"}},
@@ -416,16 +452,42 @@ MARKS: list[Case] = [
     ),
     *(
         Case(
-            message=f"spec.{field}: applies to causal-lm, preference;",
+            message=f"spec.{field}: applies to causal-lm, preference{others};",
             refused=refused | change,
             accepted=accepted | change,
         )
-        for refused, accepted in ((TEXTS, CAUSAL), (IMAGES, PREFERENCE))
-        for field, change in {
-            "dataset.columns.tools": {"spec.dataset.columns": {"tools": "functions"}},
-            "dataset.columns.completion": {"spec.dataset.columns": {"completion": "answer"}},
-            "dataset.chatTemplate": {"spec.dataset.chatTemplate": {"name": "zephyr"}},
-        }.items()
+        for field, others, refused, accepted, change in (
+            *(
+                (
+                    "dataset.columns.tools",
+                    ", reward",
+                    refused,
+                    accepted,
+                    {"spec.dataset.columns": {"tools": "functions"}},
+                )
+                for refused, accepted in ((TEXTS, CAUSAL), (IMAGES, PREFERENCE), (TEXTS, REWARD))
+            ),
+            *(
+                (
+                    "dataset.chatTemplate",
+                    ", reward, grpo",
+                    refused,
+                    accepted,
+                    {"spec.dataset.chatTemplate": {"name": "zephyr"}},
+                )
+                for refused, accepted in ((TEXTS, CAUSAL), (IMAGES, PREFERENCE), (TEXTS, REWARD), (TEXTS, GRPO))
+            ),
+            *(
+                (
+                    "dataset.columns.completion",
+                    "",
+                    refused,
+                    accepted,
+                    {"spec.dataset.columns": {"completion": "answer"}},
+                )
+                for refused, accepted in ((TEXTS, CAUSAL), (REWARD, PREFERENCE))
+            ),
+        )
     ),
     Case(
         message="preference: desirableWeight and undesirableWeight apply to lossType kto; remove them, or",
@@ -439,11 +501,11 @@ MARKS: list[Case] = [
     ),
     *(
         Case(
-            message="spec.dataset.columns.prompt: applies to causal-lm, preference;",
+            message="spec.dataset.columns.prompt: applies to causal-lm, preference, reward, grpo;",
             refused=refused | {"spec.dataset.columns": {"prompt": "question"}},
             accepted=accepted | {"spec.dataset.columns": {"prompt": "question"}},
         )
-        for refused, accepted in ((TEXTS, CAUSAL), (IMAGES, PREFERENCE))
+        for refused, accepted in ((TEXTS, CAUSAL), (IMAGES, PREFERENCE), (TEXTS, GRPO))
     ),
     *(
         Case(
@@ -566,6 +628,8 @@ CHOICES: list[Case] = [
         for task, metrics, refused, accepted in [
             (CAUSAL, "evalLoss, perplexity", "accuracy", "perplexity"),
             (PREFERENCE, "evalLoss, rewardAccuracy, rewardMargin", "perplexity", "rewardMargin"),
+            (REWARD, "evalLoss, rewardAccuracy, rewardMargin", "perplexity", "rewardAccuracy"),
+            (GRPO, "evalLoss, reward", "perplexity", "reward"),
             (TEXTS, "evalLoss, accuracy, f1Macro", "perplexity", "f1Macro"),
             (IMAGES, "evalLoss, accuracy, f1Macro", "rewardMargin", "accuracy"),
             (PICTURES, "evalLoss", "perplexity", "evalLoss"),
@@ -613,6 +677,8 @@ CHOICES: list[Case] = [
             (TEXTS, "csv, json, jsonl, parquet, arrow", "text", "jsonl"),
             (TEXTS, "csv, json, jsonl, parquet, arrow", "imagefolder", "csv"),
             (PREFERENCE, "csv, json, jsonl, parquet, arrow", "text", "jsonl"),
+            (REWARD, "csv, json, jsonl, parquet, arrow", "text", "jsonl"),
+            (GRPO, "csv, json, jsonl, parquet, arrow", "text", "jsonl"),
         ]
     ),
     *(
@@ -622,6 +688,79 @@ CHOICES: list[Case] = [
             accepted=PREFERENCE | {"spec.strategy": accepted},
         )
         for refused, accepted in [("zero3", "zero2"), ("zero3-offload", "auto")]
+    ),
+    *(
+        Case(
+            message=f"spec.strategy: {task['spec.task']} works with auto, ddp; choose one of these, or another task",
+            refused=task | {"spec.strategy": "zero2"},
+            accepted=task | {"spec.strategy": "ddp"},
+        )
+        for task in (REWARD, GRPO)
+    ),
+    *(
+        Case(
+            message=message if message.startswith(("model: set", "model.rev")) else f"rewards.{message}",
+            refused=rewarded(refused),
+            accepted=rewarded(accepted),
+        )
+        for message, refused, accepted in [
+            ("column: a reward of type exactMatch needs it", {"type": "exactMatch"}, MATCHED),
+            ("pattern: a reward of type regex needs it", {"type": "regex"}, {"type": "regex", "pattern": "a"}),
+            ("tokens: a reward of type length needs it", {"type": "length"}, {"type": "length", "tokens": 9}),
+            ("model: a reward of type model needs it", {"type": "model"}, {"type": "model", "model": {"job": "rm"}}),
+            ("column: applies to exactMatch; remove it", {"type": "json", "column": "a"}, {"type": "json"}),
+            (
+                "pattern: applies to exactMatch, regex; remove it",
+                {"type": "json", "pattern": "a"},
+                MATCHED | {"pattern": "#### (.+)"},
+            ),
+            ("tokens: applies to length; remove it", MATCHED | {"tokens": 9}, {"type": "length", "tokens": 9}),
+            (
+                "shorter: applies to length; remove it",
+                {"type": "json", "shorter": True},
+                {"type": "length", "tokens": 9, "shorter": True},
+            ),
+            ("keys: applies to json; remove it", MATCHED | {"keys": ["a"]}, {"type": "json", "keys": ["a"]}),
+            (
+                "model: applies to model; remove it",
+                {"type": "json", "model": {"id": "a/b"}},
+                {"type": "model", "model": {"id": "a/b", "revision": "main"}},
+            ),
+            (
+                "model: set exactly one of id, path and job",
+                {"type": "model", "model": {"id": "a/b", "job": "rm"}},
+                {"type": "model", "model": {"path": "/models/rm"}},
+            ),
+            (
+                "model.revision: only a model of the Hub has revisions",
+                {"type": "model", "model": {"job": "rm", "revision": "main"}},
+                {"type": "model", "model": {"job": "rm"}},
+            ),
+        ]
+    ),
+    *(
+        Case(
+            message="spec.grpo.rewards: the task grpo needs a reward",
+            refused=refused,
+            accepted=GRPO,
+        )
+        for refused in ({"spec.task": "grpo"}, rewarded())
+    ),
+    Case(
+        message="spec.grpo.generations: training.batchSize counts completions, and must be a multiple of generations",
+        refused=rewarded(MATCHED, generations=3),
+        accepted=rewarded(MATCHED, generations=4),
+    ),
+    *(
+        Case(
+            message="spec.grpo.maxCompletionLength: leaves no room for a prompt; choose less than training.maxLength",
+            refused=rewarded(MATCHED, maxCompletionLength=length) | refused,
+            accepted=rewarded(MATCHED, maxCompletionLength=length) | accepted,
+        )
+        for length, refused, accepted in [
+            (1024, {}, {"spec.training.maxLength": 1025}),
+            (64, {"spec.training.maxLength": 64}, {"spec.training.maxLength": 65}),
+        ]
     ),
     *(
         Case(
@@ -1400,6 +1539,19 @@ WRITTEN: list[Written] = [
     Written("spec.dataset.mix.sources[].id", lambda t: mixed({"id": t}), *HUB_NAMES),
     Written("spec.dataset.mix.sources[].encoding", lambda t: mixed({"files": ["/x"], "encoding": t}), *ENCODINGS),
     Written("spec.dataset.mix.sources[].revision", lambda t: mixed({"id": "org/data", "revision": t}), *REFS),
+    Written("spec.grpo.rewards[].model.id", lambda t: rewarded({"type": "model", "model": {"id": t}}), *HUB_NAMES),
+    Written("spec.grpo.rewards[].model.path", lambda t: rewarded({"type": "model", "model": {"path": t}}), *PATHS),
+    Written(
+        "spec.grpo.rewards[].model.revision",
+        lambda t: rewarded({"type": "model", "model": {"id": "org/rm", "revision": t}}),
+        *REFS,
+    ),
+    Written(
+        field="spec.grpo.rewards[].model.job",
+        change=lambda t: rewarded({"type": "model", "model": {"job": t}}),
+        refused=("Base", "a.b", "a-"),
+        accepted=("base", "b-2"),
+    ),
     Written("spec.dataset.files[]", lambda t: {"spec.dataset": {"files": [t]}}, *PATHS),
     Written("spec.dataset.evalFiles[]", lambda t: {"spec.dataset": {"files": ["/x"], "evalFiles": [t]}}, *PATHS),
     Written("spec.dataset.chatTemplate.file", lambda t: {"spec.dataset.chatTemplate": {"file": t}}, *PATHS),
@@ -1838,6 +1990,16 @@ FIXED = [
         field="preference",
         base=FINE_TUNE,
         change={"spec.preference": {"beta": 0.2}},
+    ),
+    FixedCase(
+        field="reward",
+        base=FINE_TUNE,
+        change={"spec.reward": {"centerRewardsCoefficient": 0.01}},
+    ),
+    FixedCase(
+        field="grpo",
+        base=FINE_TUNE,
+        change={"spec.grpo": {"rewards": [MATCHED]}},
     ),
     FixedCase(
         field="image",

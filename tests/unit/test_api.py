@@ -253,9 +253,8 @@ SHAPES = [
         name="an unknown task",
         document=tune(task="poetry"),
         expect=(
-            "spec.task: input should be 'causal-lm', 'preference', 'text-classification', 'image-classification' or"
-            " 'text-to-image'"
-            " (it is 'poetry')"
+            "spec.task: input should be 'causal-lm', 'preference', 'text-classification', 'reward', 'grpo',"
+            " 'image-classification' or 'text-to-image' (it is 'poetry')"
         ),
     ),
     ShapeCase(

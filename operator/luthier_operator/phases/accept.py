@@ -80,8 +80,9 @@ def find_mistake(ctx: Context) -> str | None:
     if mistake:
         return mistake
     if ctx.observed.cycle:
+        field = next(field for field, name in ctx.workload.sources.items() if name == ctx.observed.cycle[1])
         return (
-            f"spec.model.job: FineTuneJobs wait for each other's results: {' → '.join(ctx.observed.cycle)}. One of them"
+            f"{field}: FineTuneJobs wait for each other's results: {' → '.join(ctx.observed.cycle)}. One of them"
             " has to start from another model"
         )
     (document,) = configmap(ctx.workload, ctx.settings, ctx.places())["data"].values()

@@ -56,6 +56,14 @@ class FineTune(Workload):
         return None
 
     @property
+    def sources(self) -> dict[str, str]:
+        found = super().sources
+        for i, reward in enumerate(self.job.spec.grpo.rewards if self.job.spec.grpo else []):
+            if reward.model and reward.model.job:
+                found[f"spec.grpo.rewards[{i}].model.job"] = reward.model.job
+        return found
+
+    @property
     def run_spec(self) -> FineTuneJobSpec:
         """With the micro-batch that was reduced after CUDA had run out of memory."""
         spec, rows = run_part(self.job.spec), self.job.status.reduced_micro_batch_size

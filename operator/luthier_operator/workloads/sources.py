@@ -53,18 +53,19 @@ def cycle(job: Job, find: Callable[[str], FineTuneJob | None]) -> tuple[str, ...
     if naming.kind(job) != SOURCE_KIND or job.status.is_true(ConditionType.ACCEPTED):
         return ()
     start = job.metadata.name
-    path, current = [start], job
-    while True:
-        name = next(iter(workload(current).sources.values()), None)
-        if name is None:
-            return ()
+    seen: set[str] = set()
+    paths: list[tuple[str, ...]] = [(start, name) for name in workload(job).sources.values()]
+    while paths:
+        path = paths.pop()
+        name = path[-1]
         if name == start:
-            return (*path, name)
-        source = find(name)
-        if source is None or name in path or source.status.finished or source.status.is_true(ConditionType.TRAINED):
-            return ()
-        path.append(name)
-        current = source
+            return path
+        source = None if name in seen else find(name)
+        seen.add(name)
+        if source is None or source.status.finished or source.status.is_true(ConditionType.TRAINED):
+            continue
+        paths += [(*path, further) for further in workload(source).sources.values()]
+    return ()
 
 
 def needed_jobs(job: Job, find: Callable[[str], FineTuneJob | None]) -> dict[str, FineTuneJob | None]:

@@ -273,7 +273,18 @@ PREFERENCE: dict[str, Any] = {
 }
 
 
-def preference(root: Path, model: Path, pairs: list[dict[str, str]], strategy: str, **changes: Any) -> FineTuneRun:
+RATED: dict[str, Any] = {"task": "reward", "training": PREFERENCE["training"] | {"maxLength": 96}}
+REWARDED: dict[str, Any] = {
+    "task": "grpo",
+    "method": LORA,
+    "grpo": {"generations": 4, "maxCompletionLength": 6, "beta": 0.1, "rewards": [{"type": "length", "tokens": 3}]},
+    # The completions of a prompt are spread over both processes and two micro-batches.
+    "training": PREFERENCE["training"]
+    | {"maxLength": 96, "batchSize": 8, "maxSteps": 3, "learningRate": 1e-2, "evalSteps": 2},
+}
+
+
+def paired(root: Path, model: Path, pairs: list[dict[str, str]], strategy: str, **changes: Any) -> FineTuneRun:
     """Of 9 pairs in steps of 4 and micro-batches of 2, the last step of an epoch has one pair: one process has none of
     its own, and all pairs count alike. The same training for one process is in `root`/alone.json.
     """
@@ -318,6 +329,7 @@ PREFERRING = [
         changes={"method": {"type": "full"}, "preference": {"precomputeReference": True}},
     ),
     Preferring(name="prefer_rated", strategy="ddp", changes={"preference": {"lossType": "kto"}}, same_steps=1),
+    Preferring(name="reward", strategy="ddp", changes=RATED),
     Preferring(name="prefer_adapter_zero2", strategy="zero2-offload"),
     Preferring(name="prefer_all_zero2", strategy="zero2-offload", changes={"method": {"type": "full"}}),
     Preferring(
@@ -328,7 +340,7 @@ PREFERRING = [
 
 def preferences(model: Path, pairs: list[dict[str, str]], strategy: str) -> dict[str, Any]:
     return {
-        case.name: functools.partial(preference, model=model, pairs=pairs, strategy=strategy, **case.changes)
+        case.name: functools.partial(paired, model=model, pairs=pairs, strategy=strategy, **case.changes)
         for case in PREFERRING
         if case.strategy == strategy
     }
@@ -348,6 +360,7 @@ def ddp(
     made: Group = group(
         adapter=lambda root: two(root, llama, data),
         **preferences(tiny_model, pairs, "ddp"),
+        grpo=lambda root: paired(root, tiny_model, pairs, "ddp", **REWARDED),
         batch_norm=batch_norm,
         **classifiers("ddp"),
     )
@@ -431,6 +444,14 @@ def test_two_processes_prefer_as_one(case: Preferring, request: pytest.FixtureRe
     names = ["tokens"] if case.same_steps else ["evalLoss", "rewardAccuracy", "rewardMargin", "tokens"]
     for name in names:
         assert found[name] == pytest.approx(expect[name], abs=1e-5), name
+
+
+def test_two_processes_are_rewarded_together(ddp: Group) -> None:
+    """What is written depends on the number of processes, so one process alone would write something else."""
+    first, second = ddp.ends("grpo")
+    assert [(first.code, first.rank), (second.code, second.rank)] == [(0, 0), (0, 1)]
+    for name in ("evalLoss", "reward", "kl", "completionLength", "trainReward"):
+        assert (first.metrics or {})[name] == pytest.approx((second.metrics or {})[name], abs=1e-9), name
 
 
 def test_two_processes_measure_what_they_deliver(ddp: Group) -> None:

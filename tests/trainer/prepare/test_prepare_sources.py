@@ -627,7 +627,7 @@ def test_the_result_of_another_job_is_a_model(
 
 
 def test_a_classifier_keeps_its_head_and_its_labels(make_run: MakeRun, tiny_model: Path, tmp_path: Path) -> None:
-    """The head lies beside the adapter, the names of the classes in the other job's record."""
+    """The head is in the adapter, and the names of the classes in the configuration beside it."""
     workspace = WorkspaceFolder(tmp_path / "ftj-first-1")
     workspace.prepared.mkdir(parents=True)
     labels = ["class", "other"]
@@ -639,11 +639,12 @@ def test_a_classifier_keeps_its_head_and_its_labels(make_run: MakeRun, tiny_mode
         dataset_path="d",
     )
     workspace.prepared_record.write_text(json.dumps(record.dump()))
-    base = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2)
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_model, id2label=dict(enumerate(labels)))
     model = get_peft_model(
         base, LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["q_proj"], init_lora_weights=False)
     )
     model.save_pretrained(workspace.result)
+    base.config.save_pretrained(workspace.result)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(workspace.result)
     write_manifest(workspace.result)
     run = make_run(task="text-classification", model={"job": "first"}, sources={"first": str(workspace.root)})

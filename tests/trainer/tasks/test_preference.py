@@ -17,10 +17,10 @@ from huggingface_hub import HfApi
 from peft import LoraConfig
 from prepared_workspace import logged, losses
 from safetensors.torch import load_file
+from trainer.tasks.stopping import stopped_at
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
 
 from luthier_api.run import FineTuneRun
-from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
 from luthier_trainer.prepare import main as prepare
 from luthier_trainer.publish import main as publish
@@ -29,7 +29,6 @@ from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.run_folder import run_dir
 from luthier_trainer.tasks import kept_reference
 from luthier_trainer.training import main as train
-from luthier_trainer.training.callbacks import Heartbeat
 from luthier_trainer.workspace.prepared import read_prepared
 
 FULL = {"type": "full"}
@@ -192,19 +191,21 @@ def test_losses_and_rewards_are_those_of_trl(
         assert metrics["evalLossBefore"] == pytest.approx(case.first, abs=1e-4)
 
 
-def stopped_at(run: FineTuneRun, step: int, monkeypatch: pytest.MonkeyPatch) -> TerminationMessage:
-    """Train until the stop flag appears, as the supervisor would set it, in the middle of `step`."""
-
-    class Flag(Heartbeat):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step == step - 1:
-                (run_dir() / "stop").touch()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "Heartbeat", Flag)
-        message = train.main(run)
-    (run_dir() / "stop").unlink()
-    return message
+@pytest.mark.parametrize("loss_type", ["sigmoid", "kto"])
+def test_the_dropout_of_adapters_takes_effect(
+    loss_type: str, prefer: Callable[..., FineTuneRun], pairs: list[dict[str, str]]
+) -> None:
+    """From the second step on: the adapter's output is 0 in the first one. TRL would switch this dropout off."""
+    training = COURSE | {"maxSteps": 2, "batchSize": 4, "evalSteps": None, "logSteps": 1}
+    found = []
+    for dropout in (0.0, 0.5):
+        method = LORA | {"dropout": dropout}
+        run = prefer(f"job-{dropout}", method=method, preference={"lossType": loss_type}, training=training)
+        prepare.main(run)
+        train.main(run)
+        found.append(losses(run))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-6)
+    assert abs(found[0][1] - found[1][1]) > 1e-5
 
 
 @dataclass(frozen=True)

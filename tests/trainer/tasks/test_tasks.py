@@ -39,7 +39,8 @@ from transformers.trainer_utils import EvalPrediction
 from luthier_api.status import ResolvedSource
 from luthier_trainer.tasks.base import Model
 from luthier_trainer.tasks.causal_lm import TokenLoss
-from luthier_trainer.tasks.classification import LabelMetrics, what_becomes_of_the_head
+from luthier_trainer.tasks.classification import LabelMetrics
+from luthier_trainer.tasks.headed import what_becomes_of_the_head
 from luthier_trainer.training import main as train
 
 

@@ -37,7 +37,7 @@ def check_task(config: PreTrainedConfig, task: str, field: str) -> None:
             f"{field}: architecture {config.model_type} cannot do {task}; choose another model or task",
         )
     made_for = (getattr(config, "architectures", None) or [""])[0]
-    if TASKS[task].labels:
+    if TASKS[task].head:
         return
     if made_for.endswith("ForSequenceClassification"):
         raise Failure(

@@ -107,6 +107,8 @@ def head_order(held: list[str], wanted: list[str]) -> list[int] | None:
     A head whose labels have no names (LABEL_0, LABEL_1, ...) fits rows whose labels are the numbers from 0, if there
     are as many. Returns None if the head is for other labels.
     """
+    if len(held) == len(wanted) == 1:  # one number, such as a reward, whatever its name is
+        return [0]
     if sorted(held) == sorted(wanted):
         return [held.index(name) for name in wanted]
     if are_unnamed(held) and are_numbers(wanted) and len(held) == len(wanted):
@@ -143,6 +145,8 @@ def describe_head(model: PreTrainedModel, there: Collection[str], held: list[str
         elif len(held) == len(wanted) and are_numbers(wanted):
             hint = f". If 0 is {held[0]}, and so on, write these names into the rows, and it is kept"
         return f"its head is for other labels ({shown(held)}); {new}{hint}"
+    if len(held) == 1:
+        return f"its head answers with one number already ({held[0]}) and is kept"
     if are_unnamed(held) and held != wanted:
         return f"its head names no labels and is kept: {held[0]} is 0, and so on"
     if held != wanted:
@@ -168,8 +172,8 @@ def gathered(parameters: list[torch.nn.Parameter]) -> Any:
 
 
 def heads_of(model: PreTrainedModel, task: str) -> list[str]:
-    """Return the modules of a skeleton that are always trained in full: the heads, for tasks with labels."""
-    return whole_modules(model, set()) if TASKS[task].labels else []
+    """Return the modules of a skeleton that are always trained in full: the heads, for tasks that have one."""
+    return whole_modules(model, set()) if TASKS[task].head else []
 
 
 def whole_modules(model: PreTrainedModel, new_weights: set[str]) -> list[str]:

@@ -18,15 +18,18 @@ from luthier_trainer.runtime.notices import notice
 from luthier_trainer.workspace.model_files import ADAPTER_CONFIG, copy_text_files
 
 
-def whole_model(located: sources.Located, run: FineTuneRun | GenerateRun, folder: WorkspaceFolder) -> Path:
-    """Return the folder of the model, which is downloaded or merged into `prepared/model` if necessary.
+def whole_model(
+    located: sources.Located, run: FineTuneRun | GenerateRun, folder: WorkspaceFolder, job: str | None, name: str
+) -> Path:
+    """Return the folder of the model, which is downloaded or merged into `prepared/NAME` if necessary.
+
+    `job`: the FineTuneJob whose result it is, if it is one.
 
     Raises Failure if the source is damaged, or is an adapter whose base model is not known here.
     """
-    target = folder.prepared / "model"
+    target = folder.prepared / name
     path = located.fetch(target)
     shutil.rmtree(target / ".cache", ignore_errors=True)  # metadata that the download leaves
-    job = run.spec.model.job
     if not sources.is_adapter(path):
         if sources.holds_adapter(path):
             notice(sources.LEFT_OUT.format(field=located.field, what=located.resolved.source))
@@ -39,15 +42,14 @@ def whole_model(located: sources.Located, run: FineTuneRun | GenerateRun, folder
             f"{located.field}: that is an adapter, not a model; set its base model {base!r} there{hint}",
         )
     base_path = sources.base_of(job, run, located.field)
-    labels = sources.record_of(job, run, located.field).dataset.labels
     # Written beside the target and then renamed, so that an interrupted merge leaves no incomplete model.
-    staged = folder.prepared / "model.partial"
+    staged = folder.prepared / f"{name}.partial"
     shutil.rmtree(staged, ignore_errors=True)
     shutil.rmtree(target, ignore_errors=True)
 
-    from luthier_trainer.models.merge import merge
+    from luthier_trainer.models.merge import merge, outputs_of
 
-    merge(base_path, path, staged, labels, located.field)
+    merge(base_path, path, staged, outputs_of(path), located.field)
     copy_text_files(path, staged)  # the tokenizer and its templates
     staged.rename(target)
     return target

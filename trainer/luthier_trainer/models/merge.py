@@ -19,7 +19,7 @@ from luthier_trainer.models.adapters import COPIED, names_in, task_of_adapter
 from luthier_trainer.models.embedding import make_room
 from luthier_trainer.models.sources import OWN_WEIGHTS
 from luthier_trainer.runtime.failure import Failure
-from luthier_trainer.workspace.model_files import ADAPTER_CONFIG
+from luthier_trainer.workspace.model_files import ADAPTER_CONFIG, MODEL_CONFIG
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +29,23 @@ if TYPE_CHECKING:
 SHOWN = 5  # weights in a message
 
 
+def outputs_of(adapter: Path) -> list[str] | None:
+    """Return the names of the outputs of the head that an adapter brings; None if it has none.
+
+    Tasks with a head save the configuration of the trained model beside the adapter.
+    """
+    from luthier_trainer.models.heads import labels_in
+
+    task = task_of_adapter(json.loads((adapter / ADAPTER_CONFIG).read_text()))
+    has_head = task is not None and TASKS[task].head and (adapter / MODEL_CONFIG).is_file()
+    return labels_in(str(adapter)) if has_head else None
+
+
 def merge(base: Path, adapter: Path, into: Path, labels: list[str] | None, field: str) -> Path:
     """Write base + adapter to the folder `into`, and return it.
 
-    `labels` are the classes of a classifier: the adapter brings its head, and the base has another one. Raises Failure
-    if the adapter and the base do not fit each other.
+    `labels` are the outputs of a head: the adapter brings it, and the base has another one. Raises Failure if the
+    adapter and the base do not fit each other.
     """
     import torch
     import transformers

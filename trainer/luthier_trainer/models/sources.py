@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from luthier_api.exitcodes import ExitCode
+from luthier_api.finetune import RewardModel
 from luthier_api.generate import Adapter
 from luthier_api.run import FineTuneRun, GenerateRun, Origin, PreparedRecord
 from luthier_api.spec import ModelSource
@@ -111,7 +112,7 @@ class Located:
         return into
 
 
-def locate(source: ModelSource | Adapter, run: FineTuneRun | GenerateRun, field: str) -> Located:
+def locate(source: ModelSource | Adapter | RewardModel, run: FineTuneRun | GenerateRun, field: str) -> Located:
     """Find what `source` names. Raises Failure if it does not exist, is not accessible, or cannot be loaded."""
     if isinstance(source, Adapter) and isinstance(run, GenerateRun) and run.spec.task == "text-to-image":
         return _image_adapter(source, run, field)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 FILE = "first-row.json"
 ANSWERS = {"chosen": "chosen answer", "rejected": "rejected answer", "completion": "answer"}
 """Roles of answers to a prompt → what they are called."""
+PARTS = ANSWERS | {"prompt": "prompt"}
 OPEN, CLOSE = "⟦", "⟧"
 CHARACTERS = 2000  # of a row in the log
 
@@ -33,7 +34,9 @@ def described(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> dict[str, An
     row = rows[0]
     answers = [role for role in ANSWERS if f"{role}_ids" in row]
     if answers:
-        return {role: _sequence(*_after(row["prompt_ids"], row[f"{role}_ids"]), tokenizer) for role in answers}
+        return {role: _sequence(*_after(row.get("prompt_ids"), row[f"{role}_ids"]), tokenizer) for role in answers}
+    if "prompt_ids" in row:  # what follows it is written in the training
+        return {"prompt": _sequence(*_after(row["prompt_ids"], []), tokenizer)}
     if "input_ids" not in row:
         return None
     first = row["seq_lengths"][0] if row.get("seq_lengths") else len(row["input_ids"])
@@ -44,8 +47,13 @@ def described(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> dict[str, An
     return _sequence(ids, mask, tokenizer)
 
 
-def _after(prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
-    """Return (token ids, mask) of a prompt and an answer, whose tokens are the labels."""
+def _after(prompt: list[int] | None, answer: list[int]) -> tuple[list[int], list[int]]:
+    """Return (token ids, mask) of a prompt and an answer, whose tokens are the labels.
+
+    Without a prompt, the answer is a whole text that is rated at its last token.
+    """
+    if prompt is None:
+        return answer, [0] * (len(answer) - 1) + [1]
     return prompt + answer, [0] * len(prompt) + [1] * len(answer)
 
 
@@ -86,7 +94,7 @@ def told(row: dict[str, Any]) -> str:
     """Return a described row as lines for a log."""
     if "text" in row:
         return _shown("The first training row", row)
-    return "\n".join(_shown(f"The {ANSWERS[role]} of the first training row", found) for role, found in row.items())
+    return "\n".join(_shown(f"The {PARTS[role]} of the first training row", found) for role, found in row.items())
 
 
 def _shown(what: str, row: dict[str, Any]) -> str:
@@ -94,5 +102,5 @@ def _shown(what: str, row: dict[str, Any]) -> str:
     if len(text) > CHARACTERS:
         half = CHARACTERS // 2
         text = f"{text[:half]}\n… {len(text) - 2 * half} characters …\n{text[-half:]}"
-    labels = f"{learnt} of them labels, between {OPEN} and {CLOSE}" if learnt else "and one label, its class"
+    labels = f"{learnt} of them labels, between {OPEN} and {CLOSE}" if learnt else "none of them a label of its own"
     return f"{what}, {len(row['tokens'])} tokens, {labels}:\n{text}"

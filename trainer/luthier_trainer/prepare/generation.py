@@ -65,7 +65,7 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
             f"{INPUTS}: only {', '.join(with_negative_prompts)} has negative prompts; remove them for {spec.task}",
         )
 
-    path = whole_model(located, run, folder)
+    path = whole_model(located, run, folder, run.spec.model.job, "model")
     path = CHECKED_MODELS[spec.task](path, spec, located, rows, folder)
     paths = [fetch_adapter(a, folder.prepared / "adapters" / str(i), run, i) for i, a in enumerate(found)]
     for i, adapter in enumerate(paths):

@@ -56,6 +56,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         located = sources.locate(spec.model, run, MODEL)
     examples = read_examples(task, run, cache)
     model = task.read_model(located, run, folder) if located else task.new_model(examples.train, run, folder)
+    others = task.other_models(examples.train, run, folder)
     task.check_model(model, spec, len(examples.train.data), examples.labels)
 
     data = encode(task, examples, model.processor, spec)
@@ -71,8 +72,9 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     train = data["train"]
     first_row.keep(train, model.processor, folder.prepared)
     trouble = task.cannot_recompute(model) if spec.resources.gpus_per_node > 0 else None
-    plan = plan_training(spec, len(train), weight_files.count(model.path, MODEL), trouble)
-    check_course(spec, plan, len(train))
+    rows = task.epoch_rows(spec, len(train))
+    plan = plan_training(spec, rows, weight_files.count(model.path, MODEL), trouble)
+    check_course(spec, plan, rows)
     if (
         spec.training.group_by_length is False
         and "length" in train.column_names
@@ -112,7 +114,12 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         cannot_recompute=trouble,
         model_path=str(model.path),
         new_tokens=list(model.new_tokens),
-        origins=[*(located.origins if located else ()), *read.values()],
+        other_model_paths=[str(other.path) for other in others],
+        origins=[
+            *(located.origins if located else ()),
+            *(origin for other in others for origin in other.origins),
+            *read.values(),
+        ],
         dataset_path=str(dataset_path),
     )
 
@@ -125,7 +132,7 @@ def with_present_plan(run: FineTuneRun, record: PreparedRecord, folder: Workspac
     """
     if record.weights is None:
         return record
-    rows = record.dataset.rows
+    rows = task_of(run.spec).epoch_rows(run.spec, record.dataset.rows)
     plan = plan_training(run.spec, rows, record.plan.parameters, record.cannot_recompute)
     plan = plan_space(plan, record.weights, space.folder_bytes(folder.prepared / "processor"))
     gpu_memory.check(run, plan, record.weights)

@@ -90,7 +90,7 @@ def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
     titles = TITLES | {metric.name: metric.title for metric in TRAINING_TASKS[spec.task].metrics}
     load = LOAD_LORA.format(base=spec.model.id or prepared.model.source, repo=repo)
     if task.auto_model is not None:
-        load = loading(repo, task, result, classifier=bool(prepared.dataset.labels))
+        load = loading(repo, task, result, head=task.head)
     needs = (
         ""
         if spec.model.id or not adapter
@@ -180,7 +180,7 @@ def shared_weights(run: FineTuneRun, prepared: PreparedRecord) -> list[str]:
     ]
 
 
-def loading(repo: str, task: TaskInfo, result: Path, classifier: bool) -> str:
+def loading(repo: str, task: TaskInfo, result: Path, head: bool) -> str:
     """Return the lines of Python that load `result` from the repository `repo`."""
     variable, processor_class = PROCESSORS[task.modality]
     processor = f'{variable} = {processor_class}.from_pretrained("{repo}")'
@@ -190,7 +190,7 @@ def loading(repo: str, task: TaskInfo, result: Path, classifier: bool) -> str:
             f"from transformers import {auto}, {processor_class}\n\nmodel ="
             f' {auto}.from_pretrained("{repo}")\n{processor}'
         )
-    if not classifier:
+    if not head:
         peft = f"AutoPeftModelFor{task.auto_model}"
         return (
             f"from peft import {peft}\nfrom transformers import {processor_class}\n\nmodel ="

@@ -25,7 +25,7 @@ def check(verb: str, run: FineTuneRun | GenerateRun, devices: Path = Path("/dev"
     """All checks of one verb."""
     if verb in ("train", "generate"):
         record = read_prepared(run)
-        in_place = {record.model_path, *record.adapter_paths}
+        in_place = {record.model_path, *record.adapter_paths, *record.other_model_paths}
         provenance.refuse_changes(origin for origin in record.origins if origin.path in in_place)
         check_gpus(run, devices)
         if isinstance(run, FineTuneRun) and needs_operators(record.plan.strategy, run.spec.resources.gpus_per_node):

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from luthier_api.finetune import FineTuneJobSpec
-from luthier_api.run import FineTuneRun, Weights
+from luthier_api.run import FineTuneRun, Origin, Weights
 from luthier_api.status import Plan, ResolvedSource
+from luthier_api.tasks import TRAINING_TASKS
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data.load import Rows
 from luthier_trainer.models.sources import Located
@@ -96,6 +97,15 @@ class Model:
 
 
 @dataclass(frozen=True)
+class OtherModel:
+    """A model that the task uses beside the one that it trains, in a folder, during `prepare`."""
+
+    path: Path
+    origins: list[Origin]
+    """By which the run phase checks that it is unchanged."""
+
+
+@dataclass(frozen=True)
 class TrainingContext:
     """The inputs of a task in the run phase."""
 
@@ -106,6 +116,8 @@ class TrainingContext:
     """Names of the classes; None for tasks without classes."""
     weights: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of `from_pretrained` that decide how weights are stored in memory: their dtype, their quantisation."""
+    other_models: Sequence[Path] = ()
+    """Folders of the models that `Task.other_models` has provided, in its order."""
     folder: Path = Path("unused")
     """A folder of the workspace for what the task keeps between attempts. It need not exist."""
 
@@ -134,6 +146,9 @@ class TrainerSetup:
 
 class Task(Batches, Protocol):
     """One task. Methods with a body are defaults for the tasks that inherit from this class."""
+
+    reported: Mapping[str, str] = {}
+    """Names in the trainer's log that are printed beside the loss → how they are called there."""
 
     # ---- prepare
 
@@ -181,6 +196,13 @@ class Task(Batches, Protocol):
         """
         ...
 
+    def other_models(self, rows: Rows, run: FineTuneRun, folder: WorkspaceFolder) -> list[OtherModel]:
+        """Provide the models that the task uses beside the one that it trains. `rows`: the training rows.
+
+        Raises Failure if one does not exist or does not suit.
+        """
+        return []
+
     def check_model(self, model: Model, spec: FineTuneJobSpec, rows: int, labels: list[str] | None) -> None:
         """Check the fields of the spec against the model and the number of training rows. Raises Failure."""
         ...
@@ -209,6 +231,10 @@ class Task(Batches, Protocol):
     def count_tokens(self, data: Dataset) -> int | None:
         """Return the number of tokens in the encoded rows; None if rows have no tokens."""
         return None
+
+    def epoch_rows(self, spec: FineTuneJobSpec, rows: int) -> int:
+        """Return the rows that the steps of an epoch have in the unit of `training.batchSize`."""
+        return rows
 
     def cannot_recompute(self, model: Model) -> str | None:
         """Return why the model does not support activation checkpointing; None if it does."""
@@ -244,6 +270,18 @@ class Task(Batches, Protocol):
     def trainer(self, context: TrainingContext, model: Any) -> TrainerSetup:
         """Return the trainer class, its collator, loss and metrics. `model`: the loaded model, without adapters."""
         ...
+
+    def metric_names(self, spec: FineTuneJobSpec) -> list[str]:
+        """Return the metrics of an evaluation beside the loss."""
+        return [metric.name for metric in TRAINING_TASKS[spec.task].metrics]
+
+    def training_metrics(self, history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Return metrics of the course of a finished training, from the trainer's log."""
+        return {}
+
+    def training_notices(self, history: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Return what a user should know of the course of a finished training, from the trainer's log."""
+        return []
 
     def complete_result(self, folder: Path, model: Any, context: TrainingContext) -> None:
         """Add files to the saved result in `folder` that the task needs beside weights. `model`: the trained model."""

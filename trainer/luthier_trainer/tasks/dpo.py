@@ -16,7 +16,7 @@ from trl import DPOTrainer
 
 from luthier_trainer.runtime.heartbeat import beat
 from luthier_trainer.tasks.kept_reference import COLUMNS, KeptReference
-from luthier_trainer.tasks.reference import AgainstReference
+from luthier_trainer.tasks.trl_trainer import AgainstReference
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction

@@ -39,12 +39,6 @@ class ImageClassification(Classification, ImageTask):
         data = data.add_column("labels", self.label_ids(rows, spec, labels))
         return data.cast(Features({PIXELS: Image(), "labels": Value("int64")}))
 
-    @property
-    def auto_class(self) -> Any:
-        from transformers import AutoModelForImageClassification
-
-        return AutoModelForImageClassification
-
     def load_model(self, context: TrainingContext) -> LoadedModel:
         loaded = super().load_model(context)
         return replace(loaded, unused_parameters=unused_in(loaded.model, context.processor))

@@ -19,7 +19,7 @@ from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
 from luthier_api.finetune import Preference
 from luthier_trainer.data import rated
-from luthier_trainer.tasks.reference import AgainstReference
+from luthier_trainer.tasks.trl_trainer import AgainstReference
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction

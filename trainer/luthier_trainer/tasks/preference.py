@@ -17,7 +17,7 @@ from luthier_trainer.data.load import Rows
 from luthier_trainer.models import embedding, inspect
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.tasks.base import Batch, LoadedModel, Model, TrainerSetup, TrainingContext
-from luthier_trainer.tasks.texts import ADD_ROWS, TextTask, check_ends
+from luthier_trainer.tasks.texts import ADD_ROWS, TextTask, check_ends, refuse_adapter_on_head
 from luthier_trainer.workspace.plan import micro_batch
 
 if TYPE_CHECKING:
@@ -44,17 +44,7 @@ class PreferenceTask(TextTask):
         check_ends(model.processor)
         super().check_model(model, spec, rows, labels)
         way(spec).check(spec)
-        if spec.method.type == "full":
-            return
-        skeleton = inspect.skeleton(model.config, self.task, inspect.MODEL)
-        head = next(name for name, m in skeleton.named_modules() if m is skeleton.get_output_embeddings())
-        for i, target in enumerate(spec.method.target_modules):
-            if f".{head}".endswith(f".{target}"):
-                raise Failure(
-                    ExitCode.INVALID_SPEC,
-                    f"spec.method.targetModules[{i}]: TRL reads the weights of {head} without an adapter, which would"
-                    f" never learn; leave {target} out",
-                )
+        refuse_adapter_on_head(model, spec, self.task)
 
     def encode(
         self,
@@ -106,7 +96,9 @@ class PreferenceTask(TextTask):
 
     def arguments(self, spec: FineTuneJobSpec, common: Mapping[str, Any]) -> TrainingArguments:
         # `common` sets gradient checkpointing under the name that transformers uses, and `encode` has cut the answers.
-        return way(spec).arguments(spec, {**common, "max_length": None, "gradient_checkpointing": False})
+        # `OverRanks` disables dropout, and leaves that of adapters.
+        ours = {"max_length": None, "gradient_checkpointing": False, "disable_dropout": False}
+        return way(spec).arguments(spec, {**common, **ours})
 
     def load_model(self, context: TrainingContext) -> LoadedModel:
         from transformers import AutoModelForCausalLM

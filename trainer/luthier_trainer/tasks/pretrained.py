@@ -41,7 +41,7 @@ class PretrainedTask(Task):
 
         Raises Failure if the model does not suit the task, or is quantised in a way that cannot be trained.
         """
-        path = whole_model(located, run, folder)
+        path = whole_model(located, run, folder, run.spec.model.job, "model")
         config = inspect.read_config(path, located.field)
         checks.check_task(config, self.task, inspect.MODEL)
         # Adapters can be trained on top of quantised weights. Without adapters, a training that starts from quantised

@@ -7,14 +7,18 @@ from collections.abc import Mapping
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_trainer.tasks.base import Task
 from luthier_trainer.tasks.causal_lm import CausalLM
+from luthier_trainer.tasks.grpo import Grpo
 from luthier_trainer.tasks.image_classification import ImageClassification
 from luthier_trainer.tasks.preference import PreferenceTask
+from luthier_trainer.tasks.reward import RewardTask
 from luthier_trainer.tasks.text_classification import TextClassification
 from luthier_trainer.tasks.text_to_image import TextToImage
 
 TASKS: Mapping[str, Task] = {
     "causal-lm": CausalLM(),
     "preference": PreferenceTask(),
+    "reward": RewardTask(),
+    "grpo": Grpo(),
     "text-classification": TextClassification(),
     "image-classification": ImageClassification(),
     "text-to-image": TextToImage(),

@@ -38,12 +38,6 @@ class TextClassification(Classification, TextTask):
         longest, wanted = spec.training.max_length, spec.dataset.filter
         return tokens.classification_rows(rows.data, text, classes, reader, longest, use, wanted)
 
-    @property
-    def auto_class(self) -> Any:
-        from transformers import AutoModelForSequenceClassification
-
-        return AutoModelForSequenceClassification
-
     def trainer(self, context: TrainingContext, model: Any) -> TrainerSetup:
         # Decoders classify by the last token that is not padding, so they need the id of the padding token.
         model.config.pad_token_id = context.processor.pad_token_id

@@ -60,7 +60,7 @@ class TextToImage(LabelledBatches, Task):
     def read_model(self, located: Located, run: FineTuneRun, folder: WorkspaceFolder) -> Model:
         from luthier_trainer.models import pipelines
 
-        path = whole_model(located, run, folder)
+        path = whole_model(located, run, folder, run.spec.model.job, "model")
         unet = pipelines.skeletons(path, pipelines.index_of(path, located.field), located.field)["unet"]
         return Model(located.resolved, path, unet.config, processor=None)
 

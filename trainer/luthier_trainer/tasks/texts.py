@@ -139,3 +139,18 @@ def reader_of(
     lines = "lines" if rows.documents else "rows"
     reader.check_spellings(rows.data, column, field, f"{use} {lines} of {rows.origin}")
     return reader
+
+
+def refuse_adapter_on_head(model: Model, spec: FineTuneJobSpec, task: str) -> None:
+    """Raise Failure if an adapter would be on the head, whose weights TRL reads without it."""
+    if spec.method.type == "full":
+        return
+    skeleton = inspect.skeleton(model.config, task, inspect.MODEL)
+    head = next(name for name, module in skeleton.named_modules() if module is skeleton.get_output_embeddings())
+    for i, target in enumerate(spec.method.target_modules):
+        if f".{head}".endswith(f".{target}"):
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"spec.method.targetModules[{i}]: TRL reads the weights of {head} without an adapter, which would never"
+                f" learn; leave {target} out",
+            )

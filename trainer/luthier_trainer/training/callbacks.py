@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -135,9 +136,14 @@ class Report(Callback):
     It ends a run as DIVERGED if its losses or gradients stay NaN or infinite.
     """
 
-    def __init__(self, telemetry: Telemetry, peak_flops: float | None = None) -> None:
-        """`peak_flops`: of one GPU, as the administrator has it; from a table of devices where that is None."""
-        self.telemetry, self._peak_flops = telemetry, peak_flops
+    def __init__(
+        self, telemetry: Telemetry, peak_flops: float | None = None, reported: Mapping[str, str] | None = None
+    ) -> None:
+        """`peak_flops`: of one GPU, as the administrator has it; from a table of devices where that is None.
+
+        `reported`: name in the log → how it is called where it is printed beside the loss.
+        """
+        self.telemetry, self._peak_flops, self._reported_too = telemetry, peak_flops, reported or {}
         self._nonfinite = 0
         self._withheld = 0  # withheld updates that were already reported
         self._applied = 0  # updates applied in this attempt
@@ -226,9 +232,11 @@ class Report(Callback):
         pace = f"{tokens / seconds:,.0f} tokens/s" if tokens else f"{rows / seconds:,.1f} rows/s"
         if padding:
             pace += f", {padding / computed:.0%} padding"
+        shown = {title: logs.get(name) for name, title in self._reported_too.items()}
+        beside = "".join(f"  {title} {value:.4g}" for title, value in shown.items() if value is not None)
         self._say(
             state,
-            f"loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  {pace}"
+            f"loss {logs['loss']:.4f}{beside}  lr {logs['learning_rate']:.2e}  {pace}"
             f"  {timedelta(seconds=round(self._eta(state, now)))} left",
         )
         self._watch(state, control, logs["loss"])

@@ -95,7 +95,8 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     # finished evaluation is not recorded in the checkpoint of its own step.
     choice = Choice.of(spec.training, TRAINING_TASKS[spec.task])
     arguments.eval_on_start = "eval" in data and (
-        resume is None or owes_evaluation(resume, spec.training, prepared.plan, len(data["train"]))
+        resume is None
+        or owes_evaluation(resume, spec.training, prepared.plan, task.epoch_rows(spec, len(data["train"])))
     )
     before = (read_manifest(resume) or {}) if resume else {}
 
@@ -114,6 +115,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
         model_path=Path(prepared.model_path),
         processor=processor,
         labels=prepared.dataset.labels,
+        other_models=[Path(path) for path in prepared.other_model_paths],
         weights=methods.weights_options(spec.method, precision, deepspeed, arguments.device, spec.model.quantization),
         folder=workspace.prepared / "kept",
     )
@@ -131,7 +133,8 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     freeze(model, loaded.unused_parameters)
 
     telemetry, stop = Telemetry(), Stop()
-    callbacks = [Guard(prepared.plan), Heartbeat(), Report(telemetry, run.gpu.peak_flops if run.gpu else None), stop]
+    report = Report(telemetry, run.gpu.peak_flops if run.gpu else None, task.reported)
+    callbacks = [Guard(prepared.plan), Heartbeat(), report, stop]
     resumed = checkpoint.step_of(resume) if resume else None
     trackers = tracking(run, prepared, resumed) if ranks.first else Tracking([])
     setup = task.trainer(context, loaded.model)
@@ -185,8 +188,11 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
                 loop.evaluate()
         except EvaluationStopped:
             return stopped(loop, loop.state.global_step)
-        names = [metric.name for metric in TRAINING_TASKS[spec.task].metrics]
-        metrics = result.final_metrics(loop.state, seconds, names) | chosen
+        metrics = result.final_metrics(loop.state, seconds, task.metric_names(spec)) | chosen
+        metrics |= task.training_metrics(loop.state.log_history)
+        if ranks.first:
+            for text in task.training_notices(loop.state.log_history):
+                notice(text)
         result.write(loop, task, context, run, prepared, workspace, metrics, use_cache)
         if ranks.first:
             print("done: " + "  ".join(f"{name} {value:g}" for name, value in metrics.items()), flush=True)

@@ -1,6 +1,7 @@
-"""What TRL's trainers that compare a model with a reference have in common here: DPO's and KTO's.
+"""What the trainers of TRL have in common here: what they do beside training is switched off.
 
-Imports torch and TRL at the top, so tasks import this module inside the functions that need it.
+A task's trainer derives from one of these mixins and from TRL's trainer. Imports torch at the top, so tasks import this
+module inside the functions that need it.
 """
 
 from __future__ import annotations
@@ -8,28 +9,26 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from luthier_api.exitcodes import ExitCode
 from luthier_trainer.distributed.ranks import Ranks
 from luthier_trainer.runtime.failure import Failure
 
-if TYPE_CHECKING:
-    from trl import DPOTrainer as Base
-else:
-    Base = object  # at run time `super()` is the trainer of TRL that follows this mixin in the order of base classes
-
 FUSED_TOLERANCE = 0.05  # nats: possible error of a log-probability in 16-bit arithmetic
 
+if TYPE_CHECKING:
+    from transformers import Trainer as Base
+else:
+    Base = object  # at run time `super()` is the trainer of TRL that follows the mixin in the order of base classes
 
-class AgainstReference(Base):
+
+class Quiet(Base):
     """A mixin before a trainer of TRL: sends no reports, writes no cards, and keeps the adapter as it is."""
 
-    ranks: Ranks
-    train_dataset: Any
-    eval_dataset: Any
-
     def __init__(self, *, model: Any, **options: Any) -> None:
-        # TRL 1.16 adds a copy of the adapter as the reference, and converts adapters on a quantised model to bf16, in
-        # which small updates are lost to rounding. Both are undone here.
+        # TRL 1.16 converts adapters on a quantised model to bf16, in which small updates are lost to rounding, and adds
+        # a copy of an adapter that exists already as the reference. Both are undone here.
         initial = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
         super().__init__(model=model, **options)
         if "ref" in getattr(model, "peft_config", {}):
@@ -37,7 +36,6 @@ class AgainstReference(Base):
         for name, weight in model.named_parameters():
             if name in initial:
                 weight.data = initial[name]
-        check_fused_head(model)
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset  # `prepare` has already encoded it
@@ -47,6 +45,19 @@ class AgainstReference(Base):
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         return
+
+
+class OverRanks(Quiet):
+    """A mixin before a trainer of TRL that learns from rows, of which processes may have different numbers.
+
+    Dropout is switched off, as TRL does it for these trainers, except that of adapters, which the method asks for.
+    """
+
+    ranks: Ranks
+
+    def __init__(self, *, model: Any, **options: Any) -> None:
+        super().__init__(model=model, **options)
+        disable_dropout(model)
 
     def compute_loss(self, *args: Any, **options: Any) -> Any:
         # TRL 1.16 gathers metrics for its log after each micro-batch. In the last micro-batches of an epoch the
@@ -73,19 +84,35 @@ class AgainstReference(Base):
         super().log(logs, start_time)
 
 
-def check_fused_head(model: Any) -> None:
+class AgainstReference(OverRanks):
+    """A mixin before a trainer of TRL that compares the model with a reference: DPO's and KTO's."""
+
+    train_dataset: Any
+    eval_dataset: Any
+
+    def __init__(self, *, model: Any, **options: Any) -> None:
+        super().__init__(model=model, **options)
+        check_fused_head(model)
+
+
+def disable_dropout(model: Any) -> None:
+    """Switch off dropout in `model`, except that of adapters, which the method asks for."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and "lora_dropout" not in name.split("."):
+            module.p = 0.0
+
+
+def check_fused_head(model: Any, temperature: float = 1.0) -> None:
     """Check that TRL computes the same log-probabilities as the model. Raises Failure if not.
 
     TRL computes them from the last hidden state and the weights of the head. That is wrong for models whose head has
-    layers before those weights (BERT's decoders).
+    layers before those weights (BERT's decoders). `temperature`: by which TRL divides logits.
     """
-    import torch
-
     ids = torch.arange(1, 9, device=next(model.parameters()).device)[None]
     with torch.no_grad():
         training = model.training
         model.eval()
-        own = model(input_ids=ids).logits.float().log_softmax(dim=-1)[0, :-1]
+        own = (model(input_ids=ids).logits.float() / temperature).log_softmax(dim=-1)[0, :-1]
         fused = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True).log_probs[0]
         model.train(training)
     expect = own.gather(1, ids[0, 1:, None])[:, 0]
@@ -93,5 +120,5 @@ def check_fused_head(model: Any) -> None:
         raise Failure(
             ExitCode.INVALID_SPEC,
             f"spec.model: TRL cannot read log-probabilities from a {model.config.model_type}, which computes its logits"
-            " in a way of its own. Choose another model for the task preference",
+            " in a way of its own. Choose another model",
         )
