@@ -157,7 +157,7 @@ REFUSED = [
         name="a source of which no row is left",
         files={"c.jsonl": '{"text": "x"}\n'},
         dataset={"filter": {"minCharacters": 10}},
-        message="spec.dataset.filter.minCharacters: of none of the 1 training rows of c.jsonl",
+        message="spec.dataset.filter.minCharacters: none of the 1 training rows of c.jsonl",
     ),
 ]
 

@@ -165,8 +165,8 @@ REFUSED = [
     RefusedCase(
         name="no row is left",
         dataset={"filter": {"columns": [{"column": "language", "values": ["it", "es"]}]}},
-        message=f"{COLUMN}: of none of the 300 training rows of rows.jsonl that were left is it true that column"
-        " \"language\" is one of 'it', 'es', so that no row is left",
+        message=f"{COLUMN}: none of the 300 training rows of rows.jsonl that were left is kept. A row is kept if column"
+        " \"language\" is one of 'it', 'es'",
     ),
     RefusedCase(
         name="no such column",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,9 @@ def test_a_resumed_training_is_one_run(
         with pytest.raises(RuntimeError, match="broken"):
             train.main(run)
     notices.forget()  # of reports that were on their way when it broke; they are sent again
+    for thread in threading.enumerate():
+        if thread.name == "tracker-mlflow":  # in a pod it ends with its process
+            thread.join()
     train.main(run)
     assert notices.given() == []
     assert losses(run) == losses(plain)

@@ -62,10 +62,10 @@ class Selection:
         lengths = numpy.array([_characters(content) for batch in contents(rows) for content in batch])
         if least is not None:
             long_enough = lengths >= least
-            rows = self._kept(rows, long_enough, f"{FILTER}.minCharacters", f"a row has {least} characters or more")
+            rows = self._kept(rows, long_enough, f"{FILTER}.minCharacters", f"it has {least} characters or more")
             lengths = lengths[long_enough]
         if most is not None:
-            rows = self._kept(rows, lengths <= most, f"{FILTER}.maxCharacters", f"a row has {most} characters at most")
+            rows = self._kept(rows, lengths <= most, f"{FILTER}.maxCharacters", f"it has {most} characters at most")
         return rows
 
     def without_repeats(self, joined: Joined, kept: numpy.ndarray, what: str) -> Joined:
@@ -95,14 +95,14 @@ class Selection:
         if len(lost) == len(kept):
             raise Failure(
                 ExitCode.INVALID_DATASET,
-                f"{path}: of none of the {len(kept)} {self.use} rows of {rows.origin} that were left is it true that"
-                f" {what}, so that no row is left",
+                f"{path}: none of the {len(kept)} {self.use} rows of {rows.origin} that were left is kept. A row is"
+                f" kept if {what}",
             )
         name = path.removeprefix("spec.dataset.")
         self.left_out[name] = self.left_out.get(name, 0) + len(lost)
         notice(
-            f"{path}: {len(lost)} of {len(kept)} {self.use} rows of {rows.origin} are left out, because it is not true"
-            f" that {what}. The first is {rows.place(int(lost[0]))}"
+            f"{path}: {len(lost)} of {len(kept)} {self.use} rows of {rows.origin} are left out. A row is kept if"
+            f" {what}. The first that is left out is {rows.place(int(lost[0]))}"
         )
 
 
