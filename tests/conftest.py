@@ -32,6 +32,7 @@ LONGEST = (
     "trainer/distributed/test_ranks.py",
     "trainer/test_quickstart.py",
     "trainer/test_examples.py",
+    "trainer/test_rewards_example.py",
     "trainer/distributed/test_failing_rank.py",
     "trainer/supervisor/test_supervisor.py",
     "operator/test_faults.py",
