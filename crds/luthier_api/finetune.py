@@ -424,8 +424,9 @@ TrackerUrl = Annotated[
     str,
     Field(max_length=2048),
     Format(
-        "^https?://[^/@ ]+(/[^ ]*)?$",
-        "must be an address such as http://mlflow.mlops.svc:5000, without a name or a password in it",
+        "^https?://[^/@? ]+(/[^? ]*)?$",
+        "must be an address such as http://mlflow.mlops.svc:5000, without a name, a password or a token in it, which"
+        " belong into the Secret of secretRef",
     ),
 ]
 
@@ -441,6 +442,8 @@ class TrackerKeys(ApiModel):
     """Password of the user (mlflow)."""
     api_key: KeyName | None = None
     """API key (wandb)."""
+    write_token: KeyName | None = None
+    """Write token of the server, or a token of the Hub that may write to the Space (trackio)."""
 
 
 class TrackerSecret(ApiModel):
@@ -463,22 +466,26 @@ class Tracker(ApiModel):
     """tensorboard: event files in the folder `tracking/tensorboard` of the workspace. They have the losses, the
     learning rate, the norms of gradients and the metrics of evaluations by step, and this spec. mlflow: a run on a
     tracking server, by its REST API. wandb: a run of Weights & Biases; without `secretRef` in the folder
-    `tracking/wandb` of the workspace, for `wandb sync`. The trainer image must have its package.
+    `tracking/wandb` of the workspace, for `wandb sync`; the trainer image must have its package. trackio: a run on a
+    trackio server, or on a Space of the Hub.
     """
     url: TrackerUrl | None = None
-    """Address of the tracking server, which the pods of `run` must reach (mlflow; wandb: https://api.wandb.ai when left
-    out).
+    """Address of the tracking server, which the pods of `run` must reach (mlflow; trackio, for a Space
+    https://OWNER-NAME.hf.space; wandb: https://api.wandb.ai when left out).
     """
     experiment: ShortText | None = None
-    """Experiment (mlflow) or project (wandb) of the run, created where there is none; the namespace when left out."""
+    """Experiment (mlflow) or project (wandb, trackio) of the run, created where there is none; the namespace when
+    left out.
+    """
     run_name: ShortText | None = None
-    """Name of the run (mlflow, wandb); that of the job when left out."""
+    """Name of the run (mlflow, wandb, trackio); that of the job when left out."""
     tags: Annotated[dict[str, ShortText] | None, Field(max_length=32)] = None
     """Tags of the run (mlflow, and as KEY:VALUE wandb), besides those that Luthier sets."""
 
     secret_ref: TrackerSecret | None = None
-    """Credentials of the tracker: `token`, or `username` and `password` (mlflow); `apiKey` (wandb). Only the pods of
-    `run` get them. Without the Secret, or one of its keys, the training goes on and is not tracked there.
+    """Credentials of the tracker: `token`, or `username` and `password` (mlflow); `apiKey` (wandb); `writeToken`
+    (trackio). Only the pods of `run` get them. Without the Secret, or one of its keys, the training goes on and is not
+    tracked there.
     """
 
     rules: ClassVar[tuple[Rule, ...]] = tuple(trackers.rules())

@@ -43,6 +43,7 @@ TRACKING = SecretUse(
         "username": "MLFLOW_TRACKING_USERNAME",
         "password": "MLFLOW_TRACKING_PASSWORD",
         "apiKey": "WANDB_API_KEY",
+        "writeToken": "TRACKIO_WRITE_TOKEN",
     },
     required=False,
 )

@@ -30,7 +30,7 @@ class TrackerInfo:
     """Which credentials `secretRef.keys` may name: one of these sets."""
 
 
-TrackerType = Literal["tensorboard", "mlflow", "wandb"]
+TrackerType = Literal["tensorboard", "mlflow", "wandb", "trackio"]
 
 TRACKERS: Mapping[str, TrackerInfo] = {
     "tensorboard": TrackerInfo(title="TensorBoard", package="tensorboardX", distribution="tensorboardX"),
@@ -48,6 +48,14 @@ TRACKERS: Mapping[str, TrackerInfo] = {
         distribution="wandb",
         fields=("url", "experiment", "runName", "tags", "secretRef"),
         credentials=(("apiKey",),),
+    ),
+    "trackio": TrackerInfo(
+        title="trackio",
+        package="httpx",
+        distribution="httpx",
+        fields=("url", "experiment", "runName", "secretRef"),
+        required=("url", "secretRef"),  # its server takes reports from nobody without a token
+        credentials=(("writeToken",),),
     ),
 }
 FIELDS = tuple(sorted({field for tracker in TRACKERS.values() for field in tracker.fields}))

@@ -161,6 +161,11 @@ def preferred_pods(kind: str = "podAffinity", key: str = "zone", **selector: Any
 
 SECRET = {"name": "hf", "key": "token"}
 MLFLOW: dict[str, Any] = {"type": "mlflow", "url": "http://mlflow:5000"}
+TRACKIO: dict[str, Any] = {
+    "type": "trackio",
+    "url": "http://trackio:7860",
+    "secretRef": {"name": "trackio", "keys": {"writeToken": "token"}},
+}
 NEGATIVE = [{"prompt": "a lute"}, {"prompt": "a harp", "negativePrompt": "strings"}]
 FULL, LORA, QLORA = ({"spec.method": {"type": method}} for method in ("full", "lora", "qlora"))
 CAUSAL, TEXTS, IMAGES = ({"spec.task": task} for task in ("causal-lm", "text-classification", "image-classification"))
@@ -1014,6 +1019,26 @@ CASES: list[Case] = [
         accepted={"spec.tracking": [{"type": "wandb", "secretRef": {"name": "a", "keys": {"apiKey": "t"}}}]},
     ),
     Case(
+        message="tracking.url: trackio cannot do without; set it",
+        refused={"spec.tracking": [{key: TRACKIO[key] for key in ("type", "secretRef")}]},
+        accepted={"spec.tracking": [TRACKIO]},
+    ),
+    Case(
+        message="tracking.secretRef: trackio cannot do without; set it",
+        refused={"spec.tracking": [{key: TRACKIO[key] for key in ("type", "url")}]},
+        accepted={"spec.tracking": [TRACKIO]},
+    ),
+    Case(
+        message="tracking.tags: belongs to mlflow and wandb; remove it",
+        refused={"spec.tracking": [TRACKIO | {"tags": {"a": "b"}}]},
+        accepted={"spec.tracking": [TRACKIO | {"runName": "a", "experiment": "b"}]},
+    ),
+    Case(
+        message="tracking.secretRef.keys: trackio takes writeToken",
+        refused={"spec.tracking": [TRACKIO | {"secretRef": {"name": "a", "keys": {"token": "t"}}}]},
+        accepted={"spec.tracking": [TRACKIO]},
+    ),
+    Case(
         message="tracking.secretRef.keys: mlflow takes token, or username and password",
         refused={"spec.tracking": [MLFLOW | {"secretRef": {"name": "a", "keys": {"username": "u", "token": "t"}}}]},
         accepted={"spec.tracking": [MLFLOW | {"secretRef": {"name": "a", "keys": {"username": "u", "password": "p"}}}]},
@@ -1633,6 +1658,12 @@ WRITTEN: list[Written] = [
         accepted=("key",),
     ),
     Written(
+        field="spec.tracking[].secretRef.keys.writeToken",
+        change=lambda t: {"spec.tracking": [TRACKIO | {"secretRef": {"name": "w", "keys": {"writeToken": t}}}]},
+        refused=("a/b",),
+        accepted=("token",),
+    ),
+    Written(
         field="spec.tracking[].secretRef.keys.password",
         change=lambda t: tracked({"username": "u", "password": t}),
         refused=("a/b",),
@@ -1656,8 +1687,11 @@ WRITTEN: list[Written] = [
     Written(
         field="spec.tracking[].url",
         change=lambda t: {"spec.tracking": [{"type": "mlflow", "url": t}]},
-        refused=("mlflow:5000", "http://", "http://me:secret@mlflow", "sqlite:///a.db", "http://a b"),
-        accepted=("http://mlflow.mlops.svc:5000", "https://mlflow.example.org/team-a"),
+        refused=(
+            *("mlflow:5000", "http://", "http://me:secret@mlflow", "sqlite:///a.db", "http://a b"),
+            *("http://trackio:7860?write_token=secret", "http://trackio:7860/?write_token=secret"),
+        ),
+        accepted=("http://mlflow.mlops.svc:5000", "https://me-trackio.hf.space", "https://mlflow.example.org/team-a"),
     ),
     Written("spec.scheduling.queueName", lambda t: {"spec.scheduling.queueName": t}, *NAMES),
     Written("spec.scheduling.priorityClassName", lambda t: {"spec.scheduling.priorityClassName": t}, *NAMES),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any, Protocol
 
 from luthier_api.finetune import Tracker as TrackerSpec
 from luthier_api.secrets import TRACKING
+
+NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}  # as protobuf writes them in JSON, and trackio
 
 
 @dataclass(frozen=True)
@@ -67,3 +70,8 @@ def credentials(spec: TrackerSpec) -> dict[str, str]:
             )
         found[name] = value
     return found
+
+
+def number(value: float) -> float | str:
+    """Return `value` as servers take it in JSON, which has no NaN and no infinities: these are texts."""
+    return value if math.isfinite(value) else NOT_FINITE[str(value)]

@@ -8,7 +8,6 @@ bring some twenty packages into the image for five requests.
 from __future__ import annotations
 
 import json
-import math
 import re
 import time
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import httpx
 
 from luthier_api.finetune import Tracker as TrackerSpec
-from luthier_trainer.tracking.base import Report, TrackedTraining, credentials
+from luthier_trainer.tracking.base import Report, TrackedTraining, credentials, number
 from luthier_trainer.workspace import tracked_runs
 from luthier_trainer.workspace.manifest import replace_file
 
@@ -24,7 +23,6 @@ API = "/api/2.0/mlflow/"
 SECONDS = 10.0  # for a request
 TAG_CHARACTERS, PARAMETER_CHARACTERS, BATCH = 5000, 6000, 100  # limits of the server; the last, of a request
 NAME_CHARACTERS, FOREIGN = 250, re.compile(r"[^0-9A-Za-z_\-. :/]")
-NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}  # as protobuf writes them in JSON
 RUN_FILE = "run.json"
 
 
@@ -148,11 +146,6 @@ def accepted(answer: httpx.Response) -> httpx.Response:
 def key_of(name: str) -> str:
     """Return `name` as MLflow allows it: the same rule as in transformers' integration."""
     return FOREIGN.sub("_", name)[:NAME_CHARACTERS]
-
-
-def number(value: float) -> float | str:
-    """Return `value` as the JSON of MLflow has it, which knows NaN and infinities as texts."""
-    return value if math.isfinite(value) else NOT_FINITE[str(value)]
 
 
 def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

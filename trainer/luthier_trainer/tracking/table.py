@@ -11,9 +11,15 @@ from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.tracking.base import Tracker
 from luthier_trainer.tracking.mlflow import MLflow
 from luthier_trainer.tracking.tensorboard import TensorBoard
+from luthier_trainer.tracking.trackio import Trackio
 from luthier_trainer.tracking.wandb import WeightsAndBiases
 
-IMPLEMENTATIONS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WeightsAndBiases}
+IMPLEMENTATIONS: dict[str, type[Tracker]] = {
+    "tensorboard": TensorBoard,
+    "mlflow": MLflow,
+    "wandb": WeightsAndBiases,
+    "trackio": Trackio,
+}
 
 
 def check_packages(spec: FineTuneJobSpec) -> None:
