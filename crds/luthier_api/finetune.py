@@ -7,7 +7,6 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
-from luthier_api import trackers
 from luthier_api.base import SET, ApiModel, Format, Rule, map_by
 from luthier_api.decides import BUDGET, CIRCUMSTANCES, LAYOUT, PLACE, PUBLICATION, RESULT
 from luthier_api.formats import DatasetFormat
@@ -43,9 +42,11 @@ from luthier_api.spec import (
     source_rules,
     train_alone,
 )
+from luthier_api.stores import Stores
 from luthier_api.tasks import BEST_METRICS, EVAL_LOSS, TASKS, TEXT_OPTIONS, TRAINING_TASKS, FineTuneTask
-from luthier_api.trackers import TrackerType
+from luthier_api.trackers import TRACKERS, TrackerType
 from luthier_api.training import Training
+from luthier_api.variants import rules as type_rules
 
 
 class Columns(ApiModel):
@@ -488,7 +489,7 @@ class Tracker(ApiModel):
     tracked there.
     """
 
-    rules: ClassVar[tuple[Rule, ...]] = tuple(trackers.rules())
+    rules: ClassVar[tuple[Rule, ...]] = tuple(type_rules("tracking", TRACKERS))
 
 
 METHODS_OF_TASKS = {name: task.methods for name, task in TRAINING_TASKS.items()}
@@ -552,6 +553,8 @@ class FineTuneJobSpec(JobControl, TabledSpec):
     workspace: Annotated[Workspace, PLACE] = Field(default_factory=Workspace)
     volumes: Annotated[Volumes, CIRCUMSTANCES] = Field(default_factory=list)
     """Claims and config maps of the namespace that every pod of the job sees, read-only: data, models, prompts."""
+    stores: Annotated[Stores, CIRCUMSTANCES] = Field(default_factory=list)
+    """How files are read whose address begins with s3://, gs:// or az://: credentials, and the server."""
     tracking: Annotated[list[Tracker], Field(max_length=4), map_by("type"), CIRCUMSTANCES] = Field(default_factory=list)
     """Where the course of the training is shown besides metrics and log; nowhere when left out. A tracker that fails
     never stops or slows the training: the status says how many reports it has lost.

@@ -31,6 +31,7 @@ from luthier_api.spec import (
     exactly_one,
     train_alone,
 )
+from luthier_api.stores import Stores
 from luthier_api.tasks import GENERATION_TASKS, GenerateTask
 
 WeightsFile = Annotated[
@@ -297,6 +298,8 @@ class GenerateJobSpec(JobControl, TabledSpec):
     workspace: Annotated[Workspace, PLACE] = Field(default_factory=Workspace)
     volumes: Annotated[Volumes, CIRCUMSTANCES] = Field(default_factory=list)
     """Claims and config maps of the namespace that every pod of the job sees, read-only: data, models, prompts."""
+    stores: Annotated[Stores, CIRCUMSTANCES] = Field(default_factory=list)
+    """How files are read whose address begins with s3://, gs:// or az://: credentials, and the server."""
     hub: Annotated[Hub | None, PUBLICATION] = None
     prepare: Annotated[PhaseResources | None, CIRCUMSTANCES] = None
     publish: Annotated[PhaseResources | None, CIRCUMSTANCES] = None

@@ -47,7 +47,20 @@ TRACKING = SecretUse(
     },
     required=False,
 )
-USES: tuple[SecretUse, ...] = (HUB, TRACKING)
+STORES = SecretUse(
+    field="stores[].secretRef",
+    phases=("prepare",),
+    variables={
+        "accessKeyId": "AWS_ACCESS_KEY_ID",
+        "secretAccessKey": "AWS_SECRET_ACCESS_KEY",
+        "sessionToken": "AWS_SESSION_TOKEN",
+        "serviceAccountKey": "GOOGLE_SERVICE_ACCOUNT_KEY",
+        "accountKey": "AZURE_STORAGE_ACCOUNT_KEY",
+        "sasToken": "AZURE_STORAGE_SAS_TOKEN",
+    },
+    required=True,
+)
+USES: tuple[SecretUse, ...] = (HUB, TRACKING, STORES)
 VARIABLES: frozenset[str] = frozenset(name for use in USES for name in use.variables.values())
 """All environment variables that hold credentials."""
 

@@ -5,11 +5,9 @@ A row says what the trainer image needs for it. `luthier_trainer.tracking` has a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
-
-from luthier_api.base import Rule
 
 
 @dataclass(frozen=True)
@@ -58,37 +56,3 @@ TRACKERS: Mapping[str, TrackerInfo] = {
         credentials=(("writeToken",),),
     ),
 }
-FIELDS = tuple(sorted({field for tracker in TRACKERS.values() for field in tracker.fields}))
-
-
-def rules() -> Iterator[Rule]:
-    """The CEL rules of an item of `tracking`: which fields each type takes, and which credentials."""
-    for field in FIELDS:
-        names = [name for name, tracker in TRACKERS.items() if field in tracker.fields]
-        yield Rule(
-            f"!has(self.{field}) || self.type in {_texts(names)}",
-            f"tracking.{field}: belongs to {' and '.join(names)}; remove it",
-        )
-    for name, tracker in TRACKERS.items():
-        for field in tracker.required:
-            yield Rule(
-                f"self.type != '{name}' || has(self.{field})",
-                f"tracking.{field}: {name} cannot do without; set it",
-            )
-        if tracker.credentials:
-            sets = " || ".join(f"({_only(some)})" for some in tracker.credentials)
-            yield Rule(
-                f"!has(self.secretRef) || self.type != '{name}' || {sets}",
-                f"tracking.secretRef.keys: {name} takes "
-                + ", or ".join(" and ".join(some) for some in tracker.credentials),
-            )
-
-
-def _only(some: Collection[str]) -> str:
-    """CEL: whether `secretRef.keys` names these credentials and no others."""
-    known = [name for tracker in TRACKERS.values() for names in tracker.credentials for name in names]
-    return " && ".join(f"{'' if name in some else '!'}has(self.secretRef.keys.{name})" for name in dict.fromkeys(known))
-
-
-def _texts(names: Iterable[str]) -> str:
-    return "[" + ", ".join(f"'{name}'" for name in names) + "]"

@@ -19,3 +19,7 @@ class Variables:
     """Where the termination message goes. Default /dev/termination-log."""
     TOKEN = "HF_TOKEN"
     """Token of the Hub; in `prepare` and `publish` only."""
+    METADATA_IDENTITY = "LUTHIER_METADATA_IDENTITY"
+    """true: `prepare` may read object stores with the identity that the cloud's metadata service hands out. It is that
+    of the node where pods have none of their own, so only the administrator can set it.
+    """

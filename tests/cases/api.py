@@ -166,6 +166,13 @@ TRACKIO: dict[str, Any] = {
     "url": "http://trackio:7860",
     "secretRef": {"name": "trackio", "keys": {"writeToken": "token"}},
 }
+
+
+def kept(kind: str, *keys: str, name: str = "s") -> Change:
+    """A store with credentials of a Secret."""
+    return {"type": kind, "secretRef": {"name": name, "keys": dict.fromkeys(keys, "k")}}
+
+
 NEGATIVE = [{"prompt": "a lute"}, {"prompt": "a harp", "negativePrompt": "strings"}]
 FULL, LORA, QLORA = ({"spec.method": {"type": method}} for method in ("full", "lora", "qlora"))
 CAUSAL, TEXTS, IMAGES = ({"spec.task": task} for task in ("causal-lm", "text-classification", "image-classification"))
@@ -984,6 +991,36 @@ CASES: list[Case] = [
         accepted={"spec.dataset.split": "train[:10%]+train[20%:]"},
     ),
     Case(
+        message="stores.account: belongs to az",
+        refused={"spec.stores": [{"type": "s3", "account": "lutes"}]},
+        accepted={"spec.stores": [{"type": "az", "account": "lutes"}]},
+    ),
+    Case(
+        message="stores.region: belongs to s3",
+        refused={"spec.stores": [{"type": "gs", "region": "eu-central-1"}]},
+        accepted={"spec.stores": [{"type": "s3", "region": "eu-central-1"}]},
+    ),
+    Case(
+        message="stores.anonymous:",
+        refused={"spec.stores": [kept("gs", "serviceAccountKey") | {"anonymous": True}]},
+        accepted={"spec.stores": [{"type": "gs", "anonymous": True}]},
+    ),
+    Case(
+        message="stores.secretRef.keys: s3 takes accessKeyId and secretAccessKey, or",
+        refused={"spec.stores": [kept("s3", "accessKeyId")]},
+        accepted={"spec.stores": [kept("s3", "accessKeyId", "secretAccessKey", "sessionToken")]},
+    ),
+    Case(
+        message="stores.secretRef.keys: gs takes serviceAccountKey",
+        refused={"spec.stores": [kept("gs", "accountKey")]},
+        accepted={"spec.stores": [kept("gs", "serviceAccountKey")]},
+    ),
+    Case(
+        message="stores.secretRef.keys: az takes accountKey, or sasToken",
+        refused={"spec.stores": [kept("az", "accountKey", "sasToken")]},
+        accepted={"spec.stores": [kept("az", "sasToken")]},
+    ),
+    Case(
         message="tracking.url:",
         refused={"spec.tracking": [{"type": "mlflow"}]},
         accepted={"spec.tracking": [{"type": "mlflow", "url": "http://mlflow:5000"}]},
@@ -1669,6 +1706,47 @@ WRITTEN: list[Written] = [
         refused=("a/b",),
         accepted=("password",),
     ),
+    *(
+        Written(
+            field=f"spec.stores[].secretRef.keys.{key}",
+            change=lambda t, kind=kind, key=key, keys=keys: {
+                "spec.stores": [{"type": kind, "secretRef": {"name": "s", "keys": dict.fromkeys(keys, "k") | {key: t}}}]
+            },
+            refused=("a/b",),
+            accepted=("key",),
+        )
+        for kind, *keys in (
+            ("s3", "accessKeyId", "secretAccessKey", "sessionToken"),
+            ("gs", "serviceAccountKey"),
+            ("az", "accountKey"),
+            ("az", "sasToken"),
+        )
+        for key in keys
+    ),
+    Written(
+        field="spec.stores[].secretRef.name",
+        change=lambda t: {"spec.stores": [kept("az", "sasToken", name=t)]},
+        refused=NAMES[0],
+        accepted=NAMES[1],
+    ),
+    Written(
+        field="spec.stores[].endpoint",
+        change=lambda t: {"spec.stores": [{"type": "s3", "endpoint": t}]},
+        refused=("minio:9000", "s3://bucket", "http://me:secret@minio", "http://minio?a=b"),
+        accepted=("http://minio.storage.svc:9000", "https://s3.example.org/"),
+    ),
+    Written(
+        field="spec.stores[].region",
+        change=lambda t: {"spec.stores": [{"type": "s3", "region": t}]},
+        refused=("", "EU", "eu central"),
+        accepted=("eu-central-1",),
+    ),
+    Written(
+        field="spec.stores[].account",
+        change=lambda t: {"spec.stores": [{"type": "az", "account": t}]},
+        refused=("ab", "Lutes", "lutes.blob"),
+        accepted=("lutes01",),
+    ),
     Written("spec.resources.cpu", lambda t: {"spec.resources.cpu": t}, *CORES),
     Written("spec.resources.memory", lambda t: {"spec.resources.memory": t}, *BYTES),
     Written("spec.resources.cpu", lambda t: {"spec.resources.cpu": t}, *CORES, GENERATE),
@@ -1962,6 +2040,7 @@ PAUSED: Change = {
     "spec.resources.ephemeralStorage": "50Gi",
     "spec.prepare": {"memory": "8Gi"},
     "spec.publish": {"memory": "8Gi"},
+    "spec.stores": [{"type": "s3"}],
     "spec.workspace.ownership": "Change",
     "spec.scheduling": {"queueName": "team-a"},
 }

@@ -101,6 +101,10 @@ def tracking(secret: str) -> list[Object]:
     return [{"type": "mlflow", "url": "http://mlflow", "secretRef": {"name": secret, "keys": {"token": "token"}}}]
 
 
+def stores(secret: str) -> list[Object]:
+    return [{"type": "gs", "secretRef": {"name": secret, "keys": {"serviceAccountKey": "key"}}}]
+
+
 @dataclass(frozen=True)
 class AuthorCase:
     name: str
@@ -146,6 +150,18 @@ AUTHORS = [
         user=WRITER,
         document=job(FINE_TUNE, tracking=[{"type": "tensorboard"}, *tracking("hf")]),
         refused='spec.tracking.secretRef.name: writer-of-jobs may not read the Secret "hf"',
+    ),
+    AuthorCase(
+        name="a store with a Secret, by a reader of it",
+        user=READER,
+        document=job(GENERATE, stores=stores("hf")),
+        refused=None,
+    ),
+    AuthorCase(
+        name="a store with a Secret, by another author",
+        user=WRITER,
+        document=job(GENERATE, stores=[{"type": "s3", "anonymous": True}, *stores("hf")]),
+        refused='spec.stores.secretRef.name: writer-of-jobs may not read the Secret "hf"',
     ),
     AuthorCase(
         name="one Secret that may be read and one that may not",

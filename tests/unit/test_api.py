@@ -442,7 +442,13 @@ def test_the_rules_of_all_objects_are_two_of_the_root(kind: JobKind) -> None:
 
 LISTS = {
     "set": {"spec.method.targetModules", "spec.method.modulesToSave", "spec.inputs.columns.carry"},
-    "map": {"spec.volumes", "spec.tracking", "spec.scheduling.topologySpreadConstraints", "status.conditions"},
+    "map": {
+        "spec.volumes",
+        "spec.stores",
+        "spec.tracking",
+        "spec.scheduling.topologySpreadConstraints",
+        "status.conditions",
+    },
 }
 
 

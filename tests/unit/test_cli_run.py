@@ -387,7 +387,9 @@ def test_two_at_once_in_one_folder(laptop: Laptop) -> None:
 def test_credentials_go_only_to_the_phases_that_need_them(laptop: Laptop) -> None:
     secret = {"name": "mlflow", "keys": {"token": "token"}}
     tracking = [{"type": "mlflow", "url": "http://mlflow", "secretRef": secret}]
-    file = laptop.write(job(hub={"repo": "org/out", "tokenSecretRef": {"name": "hf"}}, tracking=tracking))
+    stores = [{"type": "az", "account": "lutes", "secretRef": {"name": "az", "keys": {"accountKey": "key"}}}]
+    hub = {"repo": "org/out", "tokenSecretRef": {"name": "hf"}}
+    file = laptop.write(job(hub=hub, tracking=tracking, stores=stores))
     code, _, err = laptop.run("run", file)
     assert code == 77
     assert "spec.hub.tokenSecretRef: here the token comes from the environment: export HF_TOKEN=..." in err
@@ -395,17 +397,25 @@ def test_credentials_go_only_to_the_phases_that_need_them(laptop: Laptop) -> Non
         "spec.tracking.secretRef: here credentials come from the environment: export MLFLOW_TRACKING_TOKEN=..., or"
         " remove secretRef"
     ) in err
-    laptop.env = {"HF_TOKEN": "hf_example", "MLFLOW_TRACKING_TOKEN": "of-the-tracker"}
+    assert (
+        "spec.stores.secretRef: here credentials come from the environment: export AZURE_STORAGE_ACCOUNT_KEY=..., or"
+        " remove secretRef"
+    ) in err
+    laptop.env = {
+        "HF_TOKEN": "hf_example",
+        "MLFLOW_TRACKING_TOKEN": "of-the-tracker",
+        "AZURE_STORAGE_ACCOUNT_KEY": "of-the-store",
+    }
     code, document = laptop.json("run", file)
     assert (code, document["jobs"][0]["hub"]["revision"]) == (0, "fedcba9876543210")
     calls = [json.loads(line) for line in (laptop.runs / "calls.jsonl").read_text().splitlines()]
-    assert [(c["verb"], c["token"], c["trackerToken"]) for c in calls] == [
-        ("prepare", "hf_example", None),
-        ("train", None, "of-the-tracker"),
-        ("publish", "hf_example", None),
+    assert [(c["verb"], c["token"], c["trackerToken"], c["storeKey"]) for c in calls] == [
+        ("prepare", "hf_example", None, "of-the-store"),
+        ("train", None, "of-the-tracker", None),
+        ("publish", "hf_example", None, None),
     ]
     written = (laptop.runs / "tune/run.json").read_text()
-    assert not {"hf_example", "of-the-tracker"} & set(written.split('"'))
+    assert not {"hf_example", "of-the-tracker", "of-the-store"} & set(written.split('"'))
 
 
 def test_a_login_is_a_token(laptop: Laptop) -> None:

@@ -134,6 +134,20 @@ def test_the_token_is_only_where_it_is_needed(job: Job) -> None:
         assert str(pod).count("'name': 'hf'") == (0 if phase == "run" else 1), "no other mention of the secret"
 
 
+def test_credentials_of_a_store_are_only_in_the_pods_of_prepare() -> None:
+    keys = {"accessKeyId": "id", "secretAccessKey": "key"}
+    stores = [{"type": "s3", "secretRef": {"name": "bucket", "keys": keys}}, {"type": "gs", "anonymous": True}]
+    for job in (fine_tune(stores=stores), generate(stores=stores)):
+        for phase, pod in pods(job).items():
+            found = {name: value for name, value in environment(pod).items() if name in VARIABLES}
+            expect = {
+                "AWS_ACCESS_KEY_ID": {"secretKeyRef": {"name": "bucket", "key": "id"}},
+                "AWS_SECRET_ACCESS_KEY": {"secretKeyRef": {"name": "bucket", "key": "key"}},
+            }
+            assert found == (expect if phase == "prepare" else {}), phase
+            assert str(pod).count("'name': 'bucket'") == (2 if phase == "prepare" else 0), "no other mention"
+
+
 def test_credentials_of_a_tracker_are_only_in_the_pods_of_run() -> None:
     """A Secret that is missing keeps no pod from starting: a tracker that is away stops no training."""
     keys = {"username": "user", "password": "pw"}

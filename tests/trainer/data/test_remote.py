@@ -159,8 +159,8 @@ REFUSED = [
     ),
     Refused(
         name="another scheme",
-        url="s3://bucket/a.jsonl",
-        message="addresses of s3:// are not read, only http:// and https://",
+        url="ftp://bucket/a.jsonl",
+        message="addresses of ftp:// are not read, only http://, https://, s3://, gs:// and az://",
         code=ExitCode.INVALID_SPEC,
     ),
     Refused(

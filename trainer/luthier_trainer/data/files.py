@@ -10,7 +10,7 @@ import difflib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -134,15 +134,20 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def find_files(patterns: list[str], field: str, folders: bool = False) -> list[Path]:
+def find_files(
+    patterns: list[str], field: str, folders: bool = False, downloads: Mapping[str, list[Path]] | None = None
+) -> list[Path]:
     """Return the files (or `folders`) that `patterns` name, each of them once.
 
-    They are in the order of the patterns, and sorted within each pattern. Raises Failure if a pattern finds nothing.
+    They are in the order of the patterns, and sorted within each pattern. `downloads`: address → the files that it
+    stands for. Raises Failure if a pattern finds nothing.
     """
     every: dict[Path, Path] = {}
     for i, pattern in enumerate(patterns):
         path = Path(pattern)
-        if path.exists():
+        if downloads and pattern in downloads:
+            found = downloads[pattern]
+        elif path.exists():
             found = [path]
         elif any(c in pattern for c in "*?["):
             anchor = Path(path.anchor or ".")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import Origin
 from luthier_api.spec import Csv, DatasetSource
+from luthier_api.stores import Store
 from luthier_trainer.data import remote
 from luthier_trainer.data.decoding import Decoder
 from luthier_trainer.data.filerows import TEXT_TYPES, Files, Part, Table
 from luthier_trainer.data.files import READ_AS, TEXTUAL, ImageFolder, find_files, format_of, image_folder
 from luthier_trainer.data.hubrows import plain_files
+from luthier_trainer.data.stores import Fetched, fetched, is_in_a_store
 from luthier_trainer.models.hub import hub_api, patiently
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
@@ -112,6 +114,10 @@ class Loader:
     """Whether text files keep their line breaks."""
     tables: dict[tuple[Path, ...], Table] = dataclasses.field(default_factory=dict)
     """Files → their rows. Slices of the same files are cut from the same rows."""
+    stores: Sequence[Store] = ()
+    """How addresses of object stores are read."""
+    downloads: dict[str, list[Fetched]] = dataclasses.field(default_factory=dict)
+    """Address → what was downloaded."""
 
     def split(self, instruction: str, field: str) -> Rows:
         """Return the rows of a split, or of slices of it (train[:80%]). Raises Failure if they cannot be read."""
@@ -129,8 +135,11 @@ class Loader:
         """Return the rows that `instruction` names in `files`, which the field `name` of the dataset lists."""
         where = f"{self.field}.{name}"
         image_folders = self.source.format == "imagefolder"
-        addresses = self._downloaded(files, where)
-        paths = find_files([*addresses] if addresses else files, where, folders=image_folders)
+        downloads = self._downloaded(files, where)
+        addresses = {file.path: file.address for some in downloads.values() for file in some}
+        paths = find_files(
+            files, where, image_folders, {name: [file.path for file in some] for name, some in downloads.items()}
+        )
         kind = self.source.format or format_of(paths, where)
         self._check_settings(kind, paths[0].name)
         origin = paths[0].name if len(paths) == 1 else f"{len(paths)} files ({paths[0].name}, ...)"
@@ -155,22 +164,23 @@ class Loader:
         )
         return cut(rows, instruction, [FILES_SPLIT], f"{self.field}.{field}")
 
-    def _downloaded(self, files: list[str], where: str) -> dict[str, str]:
-        """Return `files`, where those that are named by an address are downloaded → how the spec names them.
-
-        It is empty if there are no addresses. Raises Failure.
-        """
-        if not any(remote.is_remote(name) for name in files):
-            return {}
-        if self.source.format == "imagefolder":
-            raise Failure(
-                ExitCode.INVALID_SPEC, f"{where}: folders of images are read from volumes only, and not from addresses"
-            )
-        local = (
-            str(remote.downloaded(name, self.cache, f"{where}[{i}]")) if remote.is_remote(name) else name
-            for i, name in enumerate(files)
-        )
-        return dict(zip(local, files, strict=True))
+    def _downloaded(self, files: list[str], where: str) -> dict[str, list[Fetched]]:
+        """Return each of `files` that is an address → what was downloaded. Raises Failure."""
+        for i, name in enumerate(files):
+            if not remote.is_remote(name) or name in self.downloads:
+                continue
+            if self.source.format == "imagefolder":
+                raise Failure(
+                    ExitCode.INVALID_SPEC,
+                    f"{where}: folders of images are read from volumes only, and not from addresses",
+                )
+            field = f"{where}[{i}]"
+            if is_in_a_store(name):
+                self.downloads[name] = fetched(name, field, self.cache, self.stores)
+            else:
+                path = remote.downloaded(name, self.cache, field)
+                self.downloads[name] = [Fetched(path, remote.without_query(name))]
+        return {name: self.downloads[name] for name in files if name in self.downloads}
 
     def _check_settings(self, kind: str, name: str) -> None:
         """Raise Failure if the spec has settings for another format than `kind`, which `name` is read as."""
@@ -332,11 +342,9 @@ class Loader:
         )
 
 
-def _origin(path: Path, where: str, addresses: Mapping[str, str]) -> Origin:
+def _origin(path: Path, where: str, addresses: Mapping[Path, str]) -> Origin:
     """Return the provenance of a data file; of a downloaded one, with its address."""
-    origin = provenance.of_data(path, where)
-    address = addresses.get(str(path), "")
-    return origin.model_copy(update={"path": remote.without_query(address)}) if remote.is_remote(address) else origin
+    return provenance.of_data(path, where).model_copy(update={"path": addresses.get(path, str(path))})
 
 
 def cut(rows: Rows, instruction: str, splits: list[str], field: str, origin: str | None = None) -> Rows:

@@ -42,8 +42,8 @@ def is_remote(path: str) -> bool:
 
 
 def without_query(url: str) -> str:
-    """Return an address without its query, which may hold a signature."""
-    return url.partition("?")[0]
+    """Return an address without its query, which may hold a signature. In one of a store, ? belongs to a pattern."""
+    return url.partition("?")[0] if url.partition("://")[0] in SCHEMES else url
 
 
 @functools.cache
@@ -85,8 +85,8 @@ def _checked(url: str, field: str) -> str:
     if parts.scheme not in SCHEMES:
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"{field}: addresses of {parts.scheme}:// are not read, only http:// and https://. Copy the files to a"
-            " volume (spec.volumes), or name an https address of them, such as a signed one",
+            f"{field}: addresses of {parts.scheme}:// are not read, only http://, https://, s3://, gs:// and az://."
+            " Copy the files to a volume (spec.volumes), or name such an address of them",
         )
     if parts.username is not None or parts.password is not None:
         raise Failure(
@@ -107,7 +107,7 @@ def _refusal(status: int, what: str) -> Failure:
     if status in (401, 403):
         return Failure(
             ExitCode.UNAUTHORIZED,
-            f"{what}. There is no field for credentials: name a signed address, or copy the file to a volume",
+            f"{what}. There is no field for credentials of HTTP: name a signed address, or copy the file to a volume",
         )
     return Failure(ExitCode.NOT_FOUND, f"{what}. Correct the address")
 
@@ -155,15 +155,15 @@ class Guard:
     def check_name(self, host: str, port: int) -> None:
         """Raise Failure if one of the IP addresses of a host is never asked. Raises OSError if it has none."""
         for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-            self._refuse_metadata(_parsed(str(address[0])))
+            self.refuse_metadata(parsed_ip(str(address[0])))
 
     def check_server(self, address: str) -> None:
         """Raise Failure if the server at this IP address, to which there is a connection, must not be asked.
 
         Between two look-ups a name may get another address. A public server must not redirect into the cluster.
         """
-        ip = _parsed(address)
-        self._refuse_metadata(ip)
+        ip = parsed_ip(address)
+        self.refuse_metadata(ip)
         if self.first is not None and self.first.is_global and not ip.is_global:
             raise Failure(
                 ExitCode.INVALID_SPEC,
@@ -172,7 +172,7 @@ class Guard:
             )
         self.first = self.first or ip
 
-    def _refuse_metadata(self, ip: Address) -> None:
+    def refuse_metadata(self, ip: Address) -> None:
         """Raise Failure if nobody may name this address: the cloud may hand out credentials of the node there."""
         if ip.is_link_local or ip.is_multicast or ip.is_unspecified or ip in METADATA:
             raise Failure(
@@ -182,7 +182,7 @@ class Guard:
             )
 
 
-def _parsed(address: str) -> Address:
+def parsed_ip(address: str) -> Address:
     """Return an IP address; one of IPv4 that is written as IPv6 as what it is."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     return getattr(ip, "ipv4_mapped", None) or ip

@@ -138,6 +138,7 @@ def _read(source: Source, task: Task, spec: FineTuneJobSpec, cache: Path) -> dic
         columns=tuple(original.get(name, name) for name in needed),
         others=False,
         documents=spec.training.packing == "concatenate",
+        stores=spec.stores,
     )
     eval_files = source.spec.eval_files if isinstance(source.spec, TrainingData) else None
     read = {"train": loader.split(source.spec.split, "split")}

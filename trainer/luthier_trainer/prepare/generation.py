@@ -266,7 +266,9 @@ def read_inputs(run: GenerateRun, cache: Path) -> tuple[list[dict[str, Any]], Re
             (),
         )
     assert inputs.columns is not None, "every dataset has columns"
-    loader = Loader(inputs.dataset, f"{INPUTS}.dataset", cache, columns=(inputs.columns.prompt,))
+    loader = Loader(
+        inputs.dataset, f"{INPUTS}.dataset", cache, columns=(inputs.columns.prompt,), stores=run.spec.stores
+    )
     rows = loader.split(inputs.dataset.split, "split")
     source = inputs.dataset.id or ", ".join(map(without_query, inputs.dataset.files or []))
     revision = provenance.combined(origin.digest for origin in rows.origins) if rows.origins else rows.revision

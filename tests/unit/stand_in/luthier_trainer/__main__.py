@@ -50,6 +50,7 @@ with (workspace.parent / "calls.jsonl").open("a") as calls:
         "rank": int(rank),
         "token": os.environ.get("HF_TOKEN"),
         "trackerToken": os.environ.get("MLFLOW_TRACKING_TOKEN"),
+        "storeKey": os.environ.get("AZURE_STORAGE_ACCOUNT_KEY"),
         "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "port": run["rendezvousPort"],
     }

@@ -1,0 +1,389 @@
+"""Downloads the files that a job names by an address of an object store: s3://, gs://, az://. Only `prepare` does this.
+
+The library obstore (object_store, in Rust) knows the protocols, the credentials, and what is tried again. All its
+requests pass a proxy in this process (`guarding_proxy`). Its messages are not shown: they have whole addresses, which
+may hold a signature, and answers of the server.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.secrets import STORES as CREDENTIALS
+from luthier_api.stores import STORES, TYPE_OF_SCHEME, Store, StoreType
+from luthier_api.variables import Variables
+from luthier_trainer.data.guarding_proxy import GuardingProxy, serving
+from luthier_trainer.data.remote import CHUNK, Guard
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.workspace.space import amount, volume
+
+if TYPE_CHECKING:
+    from obstore import ObjectMeta
+    from obstore.store import ObjectStore
+
+FIELD = "spec.stores"
+PATTERN = re.compile(r"[*?\[]")
+AT_ONCE = 8  # files that are downloaded at the same time
+ATTEMPTS = 5
+HIDDEN = ("_", ".")  # how names begin that programs leave beside data, such as _SUCCESS
+# Of object_store: the pause doubles from `init_backoff` on, so that five attempts take about 8 seconds, and a server
+# that does not answer is given up after three minutes.
+RETRIES: Any = {
+    "max_retries": ATTEMPTS - 1,
+    "backoff": {"init_backoff": timedelta(seconds=0.5), "max_backoff": timedelta(seconds=15), "base": 2},
+    "retry_timeout": timedelta(minutes=3),
+}
+# The limit of a whole request is 30 seconds by default, in which a large file does not come.
+TIMEOUTS = {"connect_timeout": "20s", "read_timeout": "60s", "timeout": "7d"}
+METADATA_SERVICE = frozenset({"169.254.169.254", "metadata.google.internal"})
+
+STATUS = re.compile(r"status code: (\d{3})")
+UNKNOWN_KEYS = ("InvalidAccessKeyId", "ExpiredToken", "InvalidToken")  # not with the same status everywhere
+CODE = re.compile(r"<Code>(\w+)</Code>|\"reason\": ?\"(\w+)\"")
+Mode = Literal["secret", "identity", "anonymous"]
+WITH: Mapping[Mode, str] = {
+    "secret": f"with the credentials of {FIELD}.secretRef",
+    "identity": "with the identity that the pod has from the cluster",
+    "anonymous": "without credentials",
+}
+REMEDY: Mapping[Mode, str] = {
+    "secret": "Correct the Secret, or let its owner read and list the bucket",
+    "identity": f"Let it read and list the bucket, or name other credentials in {FIELD}[].secretRef",
+    "anonymous": f"Name credentials in {FIELD}[].secretRef",
+}
+OPTIONS: Mapping[StoreType, Mapping[str, str]] = {
+    "s3": {
+        "bucket": "bucket",
+        "endpoint": "endpoint",
+        "accessKeyId": "access_key_id",
+        "secretAccessKey": "secret_access_key",
+        "sessionToken": "session_token",
+    },
+    "gs": {"bucket": "bucket", "endpoint": "base_url", "serviceAccountKey": "service_account_key"},
+    "az": {"bucket": "container_name", "endpoint": "endpoint", "accountKey": "account_key", "sasToken": "sas_key"},
+}
+"""What obstore calls the container of a store, its server, and the credentials of `secretRef.keys`."""
+
+
+def is_in_a_store(path: str) -> bool:
+    """Return whether a path of the spec is the address of an object store."""
+    return path.partition("://")[0] in TYPE_OF_SCHEME and "://" in path
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A file that was downloaded."""
+
+    path: Path
+    address: str
+
+
+@dataclass(frozen=True)
+class Address:
+    """An address, in its parts."""
+
+    type: StoreType
+    bucket: str
+    key: str
+    root: str
+    """The address up to the key."""
+    account: str | None = None
+
+    @classmethod
+    def of(cls, text: str, field: str) -> Address:
+        """Raises Failure for an address that names no file."""
+        scheme, _, rest = text.partition("://")
+        kind = TYPE_OF_SCHEME[scheme]
+        place, _, key = rest.partition("/")
+        bucket, _, host = place.partition("@")
+        account = host.partition(".")[0] or None
+        if host and (kind != "az" or not re.fullmatch("[a-z0-9]{3,24}", account or "")):
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}: an address with a name or a password in it can be read by everyone who sees the job. Remove"
+                f" them, and name credentials in {FIELD}[].secretRef",
+            )
+        example = f"{scheme}://{'CONTAINER' if kind == 'az' else 'BUCKET'}/rows.jsonl"
+        if not bucket or PATTERN.search(bucket) or not key:
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}: {text} names no file. Write {example}, a pattern such as"
+                f" {example.replace('rows.jsonl', 'rows/*.jsonl')}, or all files below: {scheme}://.../rows/",
+            )
+        return cls(kind, bucket, key, f"{scheme}://{place}/", account)
+
+    @property
+    def is_one_file(self) -> bool:
+        return not self.key.endswith("/") and not PATTERN.search(self.key)
+
+
+def fetched(text: str, field: str, folder: Path, stores: Sequence[Store]) -> list[Fetched]:
+    """Return the files that an address, a pattern or a prefix names, sorted, in folders of their own below `folder`.
+
+    A file that an earlier attempt has downloaded is not downloaded again. Raises Failure if there are none, if they may
+    not be read, if the server cannot be reached, or if they do not fit the volume.
+    """
+    address = Address.of(text, field)
+    given = next((store for store in stores if store.type == address.type), Store(type=address.type))
+    with _opened(given, address, field) as bucket:
+        found = [] if address.is_one_file else bucket.listed(text)
+        sizes = sum(meta["size"] for meta in found)
+        folder.mkdir(parents=True, exist_ok=True)
+        free, _ = volume(folder)
+        if sizes > free:
+            raise Failure(
+                ExitCode.STORAGE_ERROR,
+                f"{field}: the {len(found)} files of {text} have {amount(sizes)}, and {amount(free)} of the workspace"
+                " are free. Enlarge its claim (spec.workspace.size), or name fewer files",
+            )
+        keys = [meta["path"] for meta in found] or [address.key]
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            files = list(threads.map(lambda key: bucket.downloaded(key, folder / "remote"), keys))
+    total = sum(file.path.stat().st_size for file in files)
+    many = f"{len(files)} files of {text} are" if len(files) > 1 else f"{files[0].address} is"
+    print(f"{field}: {many} downloaded {WITH[bucket.mode]}, {total} bytes", flush=True)
+    return files
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A bucket, and how it is read."""
+
+    store: ObjectStore
+    proxy: GuardingProxy
+    mode: Mode
+    address: Address
+    field: str
+
+    def listed(self, text: str) -> list[ObjectMeta]:
+        """Return the objects that the address names by a pattern, or by the prefix with which it ends, sorted.
+
+        Raises Failure if there are none.
+        """
+        from fsspec.utils import glob_translate
+
+        key = self.address.key
+        fixed = PATTERN.split(key)[0].rpartition("/")[0]
+        every = self._asked(text, lambda: [meta for some in self.store.list(fixed or None) for meta in some])
+        if key.endswith("/"):
+            found = [meta for meta in every if not PurePosixPath(meta["path"]).name.startswith(HIDDEN)]
+            if lost := len(every) - len(found):
+                print(
+                    f"{self.field}: {lost} of {len(every)} files are left out, whose names begin with _ or .",
+                    flush=True,
+                )
+        else:
+            matches = re.compile(glob_translate(key)).fullmatch
+            found = [meta for meta in every if matches(meta["path"])]
+        if not found:
+            near = f". {len(every)} files begin with {self.address.root}{fixed}/" if every else ""
+            raise Failure(ExitCode.NOT_FOUND, f"{self.field}: there is no file {text}{near}. Correct the address")
+        return sorted(found, key=lambda meta: meta["path"])
+
+    def downloaded(self, key: str, folder: Path) -> Fetched:
+        """Return a file. What is cut off is read once more from its beginning. Raises Failure."""
+        text = f"{self.address.root}{key}"
+        for attempt in range(1, ATTEMPTS + 1):
+            if file := self._asked(text, lambda: self._written(key, folder)):
+                return Fetched(file, text)
+            if attempt < ATTEMPTS:
+                time.sleep(RETRIES["backoff"]["init_backoff"].total_seconds() * 2 ** (attempt - 1))
+        raise Failure(
+            ExitCode.HUB_UNAVAILABLE,
+            f"{self.field}: {text} was cut off in {ATTEMPTS} attempts, or changes while it is read. Start the job when"
+            " it is written and the server can be reached",
+        )
+
+    def _written(self, key: str, folder: Path) -> Path | None:
+        """Return the file with an object; None if it was cut off, or has changed meanwhile."""
+        from obstore.exceptions import BaseError
+
+        answer = self.store.get(key)
+        got = answer.meta
+        version = f"{self.address.root}{key} {got.get('e_tag')} {got['size']} {got['last_modified']}"
+        target = folder / hashlib.sha256(version.encode()).hexdigest()[:16] / PurePosixPath(key).name
+        if target.exists() and target.stat().st_size == got["size"]:
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"{target.name}.partial")
+        with partial.open("wb") as file:
+            try:
+                for chunk in answer.stream(CHUNK):
+                    file.write(chunk)
+            except BaseError:
+                return None
+            size = file.tell()
+        return partial.rename(target) if size == got["size"] else None
+
+    def _asked(self, text: str, ask: Callable[[], Any]) -> Any:
+        """Return what `ask` returns. Raises Failure for an error of the store."""
+        from obstore.exceptions import BaseError
+
+        try:
+            return ask()
+        except ValueError:  # such as of `..`
+            raise Failure(ExitCode.INVALID_SPEC, f"{self.field}: {text} is no address of a file. Correct it") from None
+        except (BaseError, FileNotFoundError) as error:
+            if isinstance(error, FileNotFoundError) and error.filename is not None:
+                raise  # an error of the volume
+            raise self.proxy.refusal or self._failure(text, error) from None
+
+    def _failure(self, text: str, error: Exception) -> Failure:
+        """Return the Failure for an error of the store, which object_store has tried again where that may help."""
+        message = str(error).partition("\nDebug source")[0]
+        status = int(found[1]) if (found := STATUS.search(message)) else None
+        code = next((name for name in found.groups() if name), "") if (found := CODE.search(message)) else ""
+        said = f"{status or ''} {code}".strip()
+        place, where = f"{self.field}: {text}", f"{self.address.root}"
+        if status in (401, 403) or code in UNKNOWN_KEYS:
+            return Failure(
+                ExitCode.UNAUTHORIZED,
+                f"{place} may not be read {WITH[self.mode]} ({said}). {REMEDY[self.mode]}",
+            )
+        if isinstance(error, FileNotFoundError) or status == 404:
+            if code in ("NoSuchBucket", "ContainerNotFound"):
+                return Failure(ExitCode.NOT_FOUND, f"{place}: there is no {where} ({said}). Correct the address")
+            near = self._near()
+            return Failure(ExitCode.NOT_FOUND, f"{self.field}: there is no file {text}{near}. Correct the address")
+        if (
+            (status and 300 <= status < 400)
+            or "redirect" in message
+            or "Region" in code
+            or code.startswith("Authorization")
+        ):
+            return Failure(
+                ExitCode.INVALID_SPEC,
+                f"{place}: the bucket is in another region ({said or 'a redirect'}). Set {FIELD}[].region",
+            )
+        if status is not None and status < 500 and status not in (408, 429):
+            return Failure(
+                ExitCode.INVALID_SPEC,
+                f"{place} was answered with {said}. Correct the address, or {FIELD}[].endpoint",
+            )
+        why = self.proxy.trouble or said or "the connection was lost"
+        return Failure(
+            ExitCode.HUB_UNAVAILABLE,
+            f"{place} could not be read in {ATTEMPTS} attempts: {why}. If the server has another"
+            f" address, set {FIELD}[].endpoint",
+        )
+
+    def _near(self) -> str:
+        """Return a hint if the key is that of a folder."""
+        from obstore.exceptions import BaseError
+
+        try:
+            below = next(iter(self.store.list(self.address.key, chunk_size=1)), None)
+        except (BaseError, FileNotFoundError):
+            return ""
+        return f". It is a folder: write {self.address.root}{self.address.key}/ for all files below" if below else ""
+
+
+@contextmanager
+def _opened(given: Store, address: Address, field: str) -> Iterator[Bucket]:
+    """Open the bucket of an address. Raises Failure if `given` does not describe how."""
+    from obstore.exceptions import BaseError
+    from obstore.store import AzureStore, GCSStore, S3Store
+
+    names, info = OPTIONS[given.type], STORES[given.type]
+    mode = _mode(given)
+    options: dict[str, Any] = {names["bucket"]: address.bucket} | _secret(given, names)
+    if mode == "anonymous":
+        options["skip_signature"] = True
+    if given.endpoint:
+        options[names["endpoint"]] = given.endpoint.rstrip("/")
+    if given.region:
+        options["region"] = given.region
+    if given.type == "az":
+        account = address.account or given.account or os.environ.get("AZURE_STORAGE_ACCOUNT_NAME")
+        if account is None:
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{FIELD}: {address.root} does not say in which storage account it is. Add {{type: az, account: NAME}}",
+            )
+        options["account_name"] = account
+    proxy = GuardingProxy(Guard(field), info.domains, _identity_hosts() if mode == "identity" else frozenset())
+    client: Any = TIMEOUTS | {"proxy_url": proxy.url, "user_agent": "luthier"}
+    client["allow_http"] = bool(given.endpoint and given.endpoint.startswith("http://")) or mode == "identity"
+    if bundle := os.environ.get("SSL_CERT_FILE"):
+        client["root_certificate"] = Path(bundle).read_bytes()
+    make: Any = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}[given.type]
+    with serving(proxy):
+        try:
+            with _without(() if mode == "identity" else _own_variables(given)):
+                store = make(config=options, client_options=client, retry_config=RETRIES)
+        except (BaseError, ValueError):  # the message may hold what cannot be read
+            what = f"{FIELD}.secretRef: {', '.join(_keys(given))}: cannot be used for {info.title}. Correct the Secret"
+            if mode != "secret":
+                what = f"{field}: {address.root} is no bucket of {info.title}. Correct the address"
+            raise Failure(ExitCode.INVALID_SPEC, what) from None
+        yield Bucket(store, proxy, mode, address, field)
+
+
+def _mode(given: Store) -> Mode:
+    """Return as whom a store is read.
+
+    An identity of the pod is not shown to a server that the author of a job has chosen: some are tokens with which it
+    could read all that the pod may.
+    """
+    if given.secret_ref:
+        return "secret"
+    if given.anonymous or given.endpoint:
+        return "anonymous"
+    there = (
+        any(os.environ.get(name) for name in _own_variables(given))
+        or os.environ.get(Variables.METADATA_IDENTITY) == "true"
+    )
+    return "identity" if there else "anonymous"
+
+
+def _own_variables(given: Store) -> tuple[str, ...]:
+    """Return the variables in which obstore looks for credentials or for an identity."""
+    info = STORES[given.type]
+    return (*info.identity, *(CREDENTIALS.variables[name] for some in info.credentials for name in some))
+
+
+@contextmanager
+def _without(names: Collection[str]) -> Iterator[None]:
+    """Hide environment variables from obstore, which would use them beside what it is given."""
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def _secret(given: Store, names: Mapping[str, str]) -> dict[str, str]:
+    """Return the credentials of `secretRef`. Raises Failure if one is missing."""
+    found = {}
+    for credential in _keys(given):
+        variable = CREDENTIALS.variables[credential]
+        found[names[credential]] = os.environ.get(variable, "").strip()
+        if not found[names[credential]]:
+            raise Failure(
+                ExitCode.UNAUTHORIZED,
+                f"{FIELD}.secretRef.keys.{credential}: it is empty, or {variable} is not set here. Correct the Secret",
+            )
+    return found
+
+
+def _keys(given: Store) -> list[str]:
+    return list(given.secret_ref.credentials()) if given.secret_ref else []
+
+
+def _identity_hosts() -> frozenset[str]:
+    """Return the hosts that the pod may ask for its identity: the administrator has set these variables."""
+    asked = os.environ.get("AWS_CONTAINER_CREDENTIALS_FULL_URI", "")
+    own = {str(urlsplit(asked).hostname)} if asked else set()
+    return frozenset(own | (METADATA_SERVICE if os.environ.get(Variables.METADATA_IDENTITY) == "true" else set()))
