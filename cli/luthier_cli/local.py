@@ -198,6 +198,8 @@ def paths_in(spec: dict[str, Any]) -> list[tuple[str, Any, Any]]:
         if "path" in adapter:
             found.append((f"spec.adapters[{i}].path", adapter, "path"))
     for i, reward in enumerate(spec.get("grpo", {}).get("rewards", [])):
+        if "file" in reward:
+            found.append((f"spec.grpo.rewards[{i}].file", reward, "file"))
         if "path" in reward.get("model", {}):
             found.append((f"spec.grpo.rewards[{i}].model.path", reward["model"], "path"))
     dataset, at = (

@@ -222,11 +222,14 @@ class Preference(ApiModel):
 
     beta: Annotated[float, Field(gt=0, le=10)] = 0.1
     """How strongly the model is held to the one it started from: larger values change it less."""
-    loss_type: Literal["sigmoid", "hinge", "ipo", "kto"] = "sigmoid"
-    """Of pairs of answers: sigmoid, DPO (arXiv:2305.18290); hinge, SLiC (arXiv:2305.10425); ipo, IPO
-    (arXiv:2310.12036), which overfits less where one answer is always preferred. Of answers that are good or bad each:
+    loss_type: Literal["sigmoid", "robust", "hinge", "ipo", "kto"] = "sigmoid"
+    """Of pairs of answers: sigmoid, DPO (arXiv:2305.18290); robust, DPO for pairs of which some are the wrong way round
+    (arXiv:2403.00409), as many as `labelSmoothing` says; hinge, SLiC (arXiv:2305.10425); ipo, IPO (arXiv:2310.12036),
+    which overfits less where one answer is always preferred. Of answers that are good or bad each:
     kto, KTO (arXiv:2402.01306), for rows with the columns completion and label; it takes pairs apart.
     """
+    label_smoothing: Annotated[float | None, Field(gt=0, lt=0.5)] = None
+    """With robust: the share of pairs whose answers are the wrong way round."""
     desirable_weight: Annotated[float | None, Field(gt=0, le=100)] = None
     """With kto: how much a good answer counts. When neither weight is set, the rarer kind of answers gets the weight
     with which both kinds count alike, and the status says so.
@@ -247,7 +250,12 @@ class Preference(ApiModel):
         Rule(
             "self.lossType != 'kto' || !self.precomputeReference",
             "preference.precomputeReference: not with lossType kto, which compares answers to other prompts in each"
-            " step; remove it, or choose sigmoid, hinge or ipo for pairs",
+            " step; remove it, or choose sigmoid, robust, hinge or ipo for pairs",
+        ),
+        Rule(
+            "(self.lossType == 'robust') == has(self.labelSmoothing)",
+            "preference.labelSmoothing: belongs to lossType robust, which is sigmoid without it; set both, for example"
+            " robust and 0.1, or neither",
         ),
     )
 
@@ -297,13 +305,21 @@ def of_reward_types() -> Iterator[Rule]:
             )
 
 
+FunctionName = Annotated[
+    str,
+    Field(max_length=253),
+    Format("^[A-Za-z_][A-Za-z0-9_]*$", "must be the name of a function of Python, such as reward"),
+]
+
+
 class RewardFunction(ApiModel):
     """A number for each completion, of which more is better."""
 
     type: RewardType
     """exactMatch: 1 if the completion, without blanks around it, is the text in `column` of its row, else 0. regex: 1
     if `pattern` is found in it, else 0. length: 1 for a completion of `tokens` tokens, and less in proportion to its
-    distance from there, down to 0. json: 1 if it is a JSON value, else 0. model: the output of a reward model.
+    distance from there, down to 0. json: 1 if it is a JSON value, else 0. model: the output of a reward model. python:
+    what a function of your own returns, where the administrator allows it (`jobs.pythonRewards` of the chart).
     """
     weight: Annotated[float, Field(ge=-1000, le=1000)] = 1.0
     """Factor in the sum of all rewards. A negative one makes less of it better."""
@@ -321,6 +337,20 @@ class RewardFunction(ApiModel):
     """Keys that the value must have, which must then be an object (json)."""
     model: RewardModel | None = None
     """The reward model (model)."""
+    file: Path | None = None
+    """Python file inside the pods, for example of a config map in `volumes` (python). `prepare` tries the function and
+    keeps a copy of the file, which the training uses. The function runs in a process of its own, without credentials.
+    """
+    function: FunctionName | None = None
+    """Function of `file`; `reward` when left out (python). It is called as TRL calls its own, with the keywords
+    `prompts`, `completions`, `completion_ids` and `columns`, and returns a number for each completion.
+    """
+    columns: Annotated[list[ShortText] | None, Field(min_length=1, max_length=32)] = None
+    """Columns of the dataset that the function gets by their names (python)."""
+    timeout_seconds: Annotated[int | None, Field(ge=1, le=86400)] = None
+    """Seconds within which the function has to rate the completions of a step (python); 60 when left out. A function
+    that takes longer ends the training.
+    """
 
     rules: ClassVar[tuple[Rule, ...]] = tuple(of_reward_types())
 
@@ -352,6 +382,11 @@ class Grpo(ApiModel):
     """
     mask_truncated_completions: bool = False
     """Leave completions that were cut off out of the loss. They are rewarded in any case."""
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether code of the user runs in the pods."""
+        return any(reward.type == "python" for reward in self.rewards)
 
 
 class TrainingImages(ApiModel):
@@ -611,11 +646,17 @@ class FineTuneJobSpec(JobControl, TabledSpec):
             "spec.grpo.rewards: the task grpo needs a reward, such as type: exactMatch with column: answer; add one",
         ),
         Rule(
-            "!has(self.grpo) || self.training.batchSize % self.grpo.generations == 0",
+            "!has(self.grpo) || !self.grpo.rewards.exists(r, r.type == 'python') || !self.tracking.exists(t,"
+            " has(t.secretRef))",
+            "spec.tracking.secretRef: the pods of run would hold credentials that the code of a reward of type python"
+            " could read; remove secretRef, or that reward",
+        ),
+        Rule(
+            "self.task != 'grpo' || !has(self.grpo) || self.training.batchSize % self.grpo.generations == 0",
             "spec.grpo.generations: training.batchSize counts completions, and must be a multiple of generations",
         ),
         Rule(
-            "!has(self.grpo) || self.grpo.maxCompletionLength <"
+            "self.task != 'grpo' || !has(self.grpo) || self.grpo.maxCompletionLength <"
             f" (has(self.training.maxLength) ? self.training.maxLength : {TEXT_OPTIONS['training.maxLength']})",
             "spec.grpo.maxCompletionLength: leaves no room for a prompt; choose less than training.maxLength",
         ),

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-RewardType = Literal["exactMatch", "regex", "length", "json", "model"]
+RewardType = Literal["exactMatch", "regex", "length", "json", "model", "python"]
 """The rows of `REWARDS`."""
 
 
@@ -29,6 +29,7 @@ REWARDS: Mapping[RewardType, RewardInfo] = {
     "length": RewardInfo(needs=("tokens",), takes=("shorter",)),
     "json": RewardInfo(takes=("keys",)),
     "model": RewardInfo(needs=("model",)),
+    "python": RewardInfo(needs=("file",), takes=("function", "columns", "timeoutSeconds")),
 }
 
 FIELDS = tuple(dict.fromkeys(name for info in REWARDS.values() for name in info.needs + info.takes))

@@ -97,6 +97,11 @@ def grace_of(spec: FineTuneJobSpec | GenerateJobSpec, plan: Plan | None, least: 
     return max(least, (plan and plan.grace_seconds) or 0)
 
 
+def runs_code(run: FineTuneRun | GenerateRun) -> bool:
+    """Whether code of the user runs in the pods."""
+    return isinstance(run, FineTuneRun) and run.spec.grpo is not None and run.spec.grpo.runs_code
+
+
 def step_timeout_of(run: FineTuneRun | GenerateRun) -> int:
     """Seconds without a step after which a run counts as hung, at most."""
     asked = run.spec.scheduling.step_timeout_seconds

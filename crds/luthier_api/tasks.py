@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from luthier_api.formats import DatasetFormat
 from luthier_api.forms import ROLES
-from luthier_api.methods import STRATEGIES, MethodType, QuantizationType, Strategy
+from luthier_api.methods import STRATEGIES, UNSHARDED, MethodType, QuantizationType, Strategy
 
 Modality = Literal["text", "image"]
 FineTuneTask = Literal[
@@ -210,7 +210,7 @@ TASKS: Mapping[str, TaskInfo] = {
             methods=("full", "lora", "qlora"),
             quantizations=("nf4", "fp4", "int8"),
             # With ZeRO-3 the reference would have to be gathered from shards as well, in each step.
-            strategies=("auto", "ddp", "zero2", "zero2-offload"),
+            strategies=UNSHARDED,
             settings="preference",
             options=TEXT_OPTIONS | TEMPLATE_OPTIONS,
             metrics=(
@@ -249,7 +249,7 @@ TASKS: Mapping[str, TaskInfo] = {
             formats=TABLE_FORMATS,
             methods=("full", "lora", "qlora"),
             quantizations=("nf4", "fp4", "int8"),
-            strategies=("auto", "ddp"),  # unproven with DeepSpeed
+            strategies=UNSHARDED,
             settings="reward",
             options=TEXT_OPTIONS | TEMPLATE_OPTIONS | SAVED_OPTIONS,
             metrics=(
@@ -272,8 +272,7 @@ TASKS: Mapping[str, TaskInfo] = {
             sequences=1,
             methods=("full", "lora", "qlora"),
             quantizations=("nf4", "fp4", "int8"),
-            # Unproven with DeepSpeed.
-            strategies=("auto", "ddp"),
+            strategies=UNSHARDED,
             settings="grpo",
             options={name: default for name, default in TEXT_OPTIONS.items() if name != "training.groupByLength"}
             | TEMPLATE_OPTIONS,

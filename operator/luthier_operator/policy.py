@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic.alias_generators import to_camel
 
+from luthier_api.kinds import FineTuneJob
 from luthier_api.quantity import amount
 from luthier_operator.model import Job
 from luthier_operator.profiles import GpuClass
@@ -134,6 +135,7 @@ def check(workload: Workload, settings: Settings) -> None:
     """Raises NotAllowed if the administrator's settings refuse the job."""
     job = workload.job
     _check_class(workload, settings)
+    _check_code(job, settings)
     for field, keys, allowed, value in (
         ("labels", job.spec.scheduling.labels, settings.allowed_labels, "jobs.allowedLabels"),
         ("annotations", job.spec.scheduling.annotations, settings.allowed_annotations, "jobs.allowedAnnotations"),
@@ -174,6 +176,26 @@ def _check_class(workload: Workload, settings: Settings) -> None:
             f"{workload.gpus_field}: {workload.gpus_per_pod}, but a node has {found.max_per_pod} of class {name} at"
             f" most (set by the administrator: gpuClasses.{name}.maxPerPod {CHART}). Use more pods with fewer GPUs"
             " each, or another class"
+        )
+
+
+def _check_code(job: Job, settings: Settings) -> None:
+    """Raises NotAllowed if the job may not run code of its own, or if its pods would hold credentials beside it."""
+    if not isinstance(job, FineTuneJob) or not job.spec.grpo or not job.spec.grpo.runs_code:
+        return
+    types = [reward.type for reward in job.spec.grpo.rewards]
+    if not settings.python_rewards:
+        raise NotAllowed(
+            f"spec.grpo.rewards[{types.index('python')}].type: python runs code of the job in its pods, which is not"
+            f" allowed (set by the administrator: jobs.pythonRewards {CHART}). Choose another type, or ask the"
+            " administrator to allow it"
+        )
+    # Those that the job names are refused at apply.
+    if any(tracker.secret_ref for tracker in job.spec.tracking):
+        raise NotAllowed(
+            "spec.tracking: the administrator's default for this namespace has credentials, which the code of a reward"
+            " of type python could read in the pods of run (namespacePolicies.*.defaults.tracking"
+            f" {CHART}). Name a tracker without credentials, for example tracking: [{{type: tensorboard}}]"
         )
 
 

@@ -109,6 +109,8 @@ class Settings(BaseSettings):
     """
     workspace_size: Bytes = "10Gi"
     """Size of the workspace of a job that sets none."""
+    python_rewards: bool = False
+    """Whether jobs may run Python of their own in their pods, as rewards of the task grpo."""
     env: Annotated[dict[Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")], str], NoDecode] = {}
     """Additional environment variables of every pod of a job, as JSON: a proxy, a certificate file, settings of NCCL.
     """

@@ -179,6 +179,8 @@ CAUSAL, TEXTS, IMAGES = ({"spec.task": task} for task in ("causal-lm", "text-cla
 PICTURES = {"spec.task": "text-to-image"}
 PREFERENCE, REWARD = {"spec.task": "preference"}, {"spec.task": "reward"}
 MATCHED = {"type": "exactMatch", "column": "answer"}
+PYTHON: Change = {"type": "python", "file": "/code/rewards.py"}
+TRACKED: Change = {"type": "mlflow", "url": "http://mlflow", "secretRef": {"name": "a", "keys": {"token": "t"}}}
 GRPO: Change = {"spec.task": "grpo", "spec.grpo": {"rewards": [MATCHED]}}
 
 
@@ -506,6 +508,14 @@ MARKS: list[Case] = [
         refused=PREFERENCE | {"spec.preference": {"undesirableWeight": 2}},
         accepted=PREFERENCE | {"spec.preference": {"undesirableWeight": 2, "lossType": "kto"}},
     ),
+    *(
+        Case(
+            message="preference.labelSmoothing: belongs to lossType robust, which is sigmoid without it; set both",
+            refused=PREFERENCE | {"spec.preference": refused},
+            accepted=PREFERENCE | {"spec.preference": {"lossType": "robust", "labelSmoothing": 0.1}},
+        )
+        for refused in ({"lossType": "robust"}, {"labelSmoothing": 0.1})
+    ),
     Case(
         message="preference.precomputeReference: not with lossType kto, which compares answers to other prompts",
         refused=PREFERENCE | {"spec.preference": {"lossType": "kto", "precomputeReference": True}},
@@ -695,19 +705,12 @@ CHOICES: list[Case] = [
     ),
     *(
         Case(
-            message="spec.strategy: preference works with auto, ddp, zero2, zero2-offload; choose one of these, or",
-            refused=PREFERENCE | {"spec.strategy": refused},
-            accepted=PREFERENCE | {"spec.strategy": accepted},
+            message=f"spec.strategy: {task['spec.task']} works with auto, ddp, zero2, zero2-offload; choose one of",
+            refused=task | {"spec.strategy": refused},
+            accepted=task | {"spec.strategy": accepted},
         )
-        for refused, accepted in [("zero3", "zero2"), ("zero3-offload", "auto")]
-    ),
-    *(
-        Case(
-            message=f"spec.strategy: {task['spec.task']} works with auto, ddp; choose one of these, or another task",
-            refused=task | {"spec.strategy": "zero2"},
-            accepted=task | {"spec.strategy": "ddp"},
-        )
-        for task in (REWARD, GRPO)
+        for task in (PREFERENCE, REWARD, GRPO)
+        for refused, accepted in [("zero3", "zero2"), ("zero3-offload", "zero2-offload")]
     ),
     *(
         Case(
@@ -738,6 +741,11 @@ CHOICES: list[Case] = [
                 {"type": "json", "model": {"id": "a/b"}},
                 {"type": "model", "model": {"id": "a/b", "revision": "main"}},
             ),
+            ("file: a reward of type python needs it", {"type": "python"}, PYTHON),
+            ("file: applies to python; remove it", {"type": "json", "file": "/r.py"}, PYTHON),
+            ("function: applies to python; remove it", MATCHED | {"function": "a"}, PYTHON | {"function": "a"}),
+            ("columns: applies to python; remove it", MATCHED | {"columns": ["a"]}, PYTHON | {"columns": ["a"]}),
+            ("timeoutSeconds: applies to python;", MATCHED | {"timeoutSeconds": 9}, PYTHON | {"timeoutSeconds": 9}),
             (
                 "model: set exactly one of id, path and job",
                 {"type": "model", "model": {"id": "a/b", "job": "rm"}},
@@ -757,6 +765,11 @@ CHOICES: list[Case] = [
             accepted=GRPO,
         )
         for refused in ({"spec.task": "grpo"}, rewarded())
+    ),
+    Case(
+        message="spec.tracking.secretRef: the pods of run would hold credentials that the code of a reward of type",
+        refused=rewarded(PYTHON) | {"spec.tracking": [TRACKED]},
+        accepted=rewarded(MATCHED) | {"spec.tracking": [TRACKED]},
     ),
     Case(
         message="spec.grpo.generations: training.batchSize counts completions, and must be a multiple of generations",
@@ -1607,6 +1620,13 @@ WRITTEN: list[Written] = [
         "spec.grpo.rewards[].model.revision",
         lambda t: rewarded({"type": "model", "model": {"id": "org/rm", "revision": t}}),
         *REFS,
+    ),
+    Written("spec.grpo.rewards[].file", lambda t: rewarded({"type": "python", "file": t}), *PATHS),
+    Written(
+        field="spec.grpo.rewards[].function",
+        change=lambda t: rewarded(PYTHON | {"function": t}),
+        refused=("a.b", "1a", "a b"),
+        accepted=("reward", "_graded2"),
     ),
     Written(
         field="spec.grpo.rewards[].model.job",

@@ -392,7 +392,7 @@ def test_every_path_of_the_api_is_known() -> None:
                 "chatTemplate": {"file": "/c"},
                 "mix": {"sources": [{"files": ["/d"]}]},
             },
-            "grpo": {"rewards": [{"type": "model", "model": {"path": "/r"}}]},
+            "grpo": {"rewards": [{"type": "model", "model": {"path": "/r"}, "file": "/r.py"}]},
         },
         "GenerateJob": {
             "model": {"path": "/m"},

@@ -154,6 +154,12 @@ def test_other_defaults_wake_no_job_that_has_failed() -> None:
     assert describe(again).startswith("Failed NotAllowed")
 
 
+def rewarded(*types: str, **spec: Any) -> Job:
+    """A job of task grpo with rewards of these types."""
+    rewards = [{"type": name} | ({"file": "/code/rewards.py"} if name == "python" else {}) for name in types]
+    return fine_tune(task="grpo", grpo={"rewards": rewards}, **spec)
+
+
 @dataclass(frozen=True)
 class RefusedCase:
     name: str
@@ -255,6 +261,14 @@ REFUSED = [
         ),
     ),
     RefusedCase(
+        name="code of its own",
+        job=rewarded("json", "python"),
+        message=(
+            "spec.grpo.rewards[1].type: python runs code of the job in its pods, which is not allowed (set by the"
+            " administrator: jobs.pythonRewards in the values of Luthier's chart). Choose another type, or ask the"
+        ),
+    ),
+    RefusedCase(
         name="an annotation",
         job=fine_tune(scheduling={"annotations": {"iam.amazonaws.com/role": "admin"}}),
         message="spec.scheduling.annotations: iam.amazonaws.com/role is not among the keys that jobs may set",
@@ -290,6 +304,21 @@ def test_what_keeps_to_the_limits_goes_on(job: Job) -> None:
     decision = decide(observed(job), MAXIMA, NOW)
     assert said(decision, "Accepted").startswith("True Accepted: The job can run. Left out, and set by")
     assert decision.apply
+
+
+@pytest.mark.parametrize("tracking", [None, [{"type": "tensorboard"}]])
+def test_code_is_run_without_credentials_where_it_is_allowed(tracking: list[dict[str, Any]] | None) -> None:
+    """A tracker of the job replaces the default."""
+    given = settings(everywhere={"defaults": {"tracking": TRACKING}}).model_copy(update={"python_rewards": True})
+    job = rewarded("python", tracking=tracking) if tracking else rewarded("python")
+    said_of = said(decide(observed(job), given, NOW), "Accepted")
+    if tracking:
+        assert said_of.startswith("True Accepted")
+        return
+    assert said_of.startswith(
+        "False NotAllowed: spec.tracking: the administrator's default for this namespace has credentials, which the"
+        " code of a reward of type python could read in the pods of run"
+    )
 
 
 UNLIMITED = [("memory", "64Gi", "spec.resources.memory"), ("activeDeadlineSeconds", 60, "spec.activeDeadlineSeconds")]

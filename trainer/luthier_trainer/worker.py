@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from luthier_api.optimizers import OPTIMIZERS
-from luthier_api.run import FineTuneRun, GenerateRun, read_run
+from luthier_api.run import FineTuneRun, GenerateRun, read_run, runs_code
 from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
@@ -29,6 +29,7 @@ from luthier_trainer.runtime.classify import classify
 from luthier_trainer.runtime.commands import MODULES, VERBS
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.run_folder import announce, global_rank, run_dir, stacks_file, write_result
+from luthier_trainer.runtime.undumpable import hide_process
 from luthier_trainer.workspace import tracked_runs
 from luthier_trainer.workspace.model_files import MODEL_CONFIG
 from luthier_trainer.workspace.prepared import read_prepared
@@ -46,6 +47,8 @@ def main(verb: str) -> NoReturn:
     try:
         run = read_run(Path(os.environ[Variables.RUN]).read_bytes())
         volume = Path(run.workspace)
+        if VERBS[verb] == "prepare" and runs_code(run):
+            hide_process()
         message = load(verb, run)(run)
     except BaseException as error:
         if not isinstance(error, Failure):

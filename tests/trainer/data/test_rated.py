@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +15,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import KTOTrainer
 
 from luthier_api.finetune import FineTuneJobSpec, Preference
+from luthier_api.run import FineTuneRun
 from luthier_trainer.data import rated
 from luthier_trainer.data.load import Rows
+from luthier_trainer.prepare.examples import read_examples
 from luthier_trainer.runtime import notices
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.tasks.preference import PreferenceTask
@@ -158,6 +163,48 @@ def test_a_micro_batch_of_one_is_refused() -> None:
     training = {"batchSize": 4, "microBatchSize": 1}
     with pytest.raises(Failure, match=r"microBatchSize: is 1, and KTO compares the answers of a micro-batch"):
         way(spec_of(training=training)).check(spec_of(training=training))
+
+
+@dataclass(frozen=True)
+class Division:
+    name: str
+    rows: list[Row]
+
+
+DIVISIONS = [
+    Division(
+        name="several answers to a prompt",
+        rows=[TEXTS[i % 2] | {"prompt": f"{i // 3}?", "completion": f" {i}"} for i in range(36)],
+    ),
+    Division(
+        name="pairs",
+        rows=[{"prompt": f"{i // 2}?", "chosen": f" {i}", "rejected": f" no {i}"} for i in range(24)],
+    ),
+    Division(
+        name="pairs without a prompt",
+        rows=[{"chosen": f"{i} yes", "rejected": f"no {i}"} for i in range(24)],
+    ),
+]
+
+
+@pytest.mark.parametrize("case", DIVISIONS, ids=lambda case: case.name)
+def test_answers_to_a_prompt_are_all_learnt_or_all_held_out(case: Division, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in case.rows))
+    spec = spec_of(dataset={"files": [str(file)], "evalFraction": 0.25})
+    run = FineTuneRun.model_validate({"name": "job", "workspace": str(tmp_path), "spec": spec.dump()})
+    found = read_examples(PreferenceTask(), run, tmp_path / "cache")
+    assert found.eval
+    learnt, measured = (
+        {owner(json.loads(row)) for row in part.data[rated.RATED]} for part in (found.train, found.eval)
+    )
+    assert len(found.eval.data) > 0
+    assert not learnt & measured
+
+
+def owner(row: Row) -> str:
+    """What a row of the cases belongs to: its prompt or, without one, the number of its pair."""
+    return row["prompt"] or re.sub(r"\D", "", row["completion"])
 
 
 @dataclass(frozen=True)

@@ -274,5 +274,5 @@ def test_groups_are_divided(case: GroupCase) -> None:
 
 
 def test_groups_that_are_all_too_large_are_refused() -> None:
-    with pytest.raises(Failure, match=r"^f: 0\.1 of 10 rows is 1, and each row has more rows that are equal to it"):
+    with pytest.raises(Failure, match=r"^f: 0\.1 of 10 rows is 1, and each row has others that are equal to it"):
         hold_out(10, 0.1, 1, "f", groups=numpy.arange(10) // 5)

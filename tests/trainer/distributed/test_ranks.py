@@ -57,6 +57,7 @@ from luthier_trainer.workspace import space
 from luthier_trainer.workspace.prepared import read_prepared
 
 LORA = {"type": "lora", "rank": 4}
+FULL = {"type": "full"}
 TRAINING = {"maxSteps": 6, "learningRate": 1e-2}
 TIMEOUT = 240  # of one start, on a machine that has other things to do
 
@@ -273,6 +274,7 @@ PREFERENCE: dict[str, Any] = {
 }
 
 
+KTO: dict[str, Any] = {"preference": {"lossType": "kto"}}
 RATED: dict[str, Any] = {"task": "reward", "training": PREFERENCE["training"] | {"maxLength": 96}}
 REWARDED: dict[str, Any] = {
     "task": "grpo",
@@ -282,9 +284,18 @@ REWARDED: dict[str, Any] = {
     "training": PREFERENCE["training"]
     | {"maxLength": 96, "batchSize": 8, "maxSteps": 3, "learningRate": 1e-2, "evalSteps": 2},
 }
+REWARD_FIGURES = ("evalLoss", "reward", "kl", "completionLength", "trainReward")
 
 
-def paired(root: Path, model: Path, pairs: list[dict[str, str]], strategy: str, **changes: Any) -> FineTuneRun:
+def paired(
+    root: Path,
+    model: Path,
+    pairs: list[dict[str, str]],
+    strategy: str,
+    evaluated: bool = True,
+    fixed: bool = False,
+    **changes: Any,
+) -> FineTuneRun:
     """Of 9 pairs in steps of 4 and micro-batches of 2, the last step of an epoch has one pair: one process has none of
     its own, and all pairs count alike. The same training for one process is in `root`/alone.json.
     """
@@ -309,6 +320,10 @@ def paired(root: Path, model: Path, pairs: list[dict[str, str]], strategy: str, 
         prepare.main(alone)
     (root / "alone.json").write_text(json.dumps(alone.dump()))
     data = DatasetDict(load_from_disk(read_prepared(alone).dataset_path))
+    if not evaluated:
+        del data["eval"]
+    if fixed:
+        (root / one_after_another.FIXED).touch()
     return two(root, model, data, strategy=strategy, **PREFERENCE | changes)
 
 
@@ -319,6 +334,15 @@ class Preferring:
     changes: dict[str, Any] = field(default_factory=dict)
     same_steps: int | None = None
     """Steps that are those of one process; None: all. KTO compares the rows of a micro-batch, which are others."""
+    quantised: bool = False
+    """Whether the base is one that bitsandbytes can quantise."""
+    figures: tuple[str, ...] = ("evalLoss", "rewardAccuracy", "rewardMargin")
+    """Metrics that are those of one process."""
+    fixed: bool = False
+    """Whether completions follow from their prompts: what is sampled depends on the number of processes."""
+    tolerance: float = 1e-5
+    stopped: bool = False
+    """Whether the same run is also stopped after its first step, and resumed."""
 
 
 PREFERRING = [
@@ -326,24 +350,82 @@ PREFERRING = [
     Preferring(
         name="prefer_kept",
         strategy="ddp",
-        changes={"method": {"type": "full"}, "preference": {"precomputeReference": True}},
+        changes={"method": FULL, "preference": {"precomputeReference": True}},
     ),
-    Preferring(name="prefer_rated", strategy="ddp", changes={"preference": {"lossType": "kto"}}, same_steps=1),
-    Preferring(name="reward", strategy="ddp", changes=RATED),
+    Preferring(
+        name="prefer_quantised",
+        strategy="ddp",
+        changes={"method": {"type": "qlora", "rank": 4}},
+        quantised=True,
+    ),
+    Preferring(name="prefer_rated", strategy="ddp", changes=KTO, same_steps=1, figures=(), stopped=True),
+    Preferring(name="reward", strategy="ddp", changes=RATED, stopped=True),
+    Preferring(name="grpo", strategy="ddp", changes=REWARDED, same_steps=0, figures=(), stopped=True),
+    Preferring(name="grpo_fixed", strategy="ddp", changes=REWARDED, figures=REWARD_FIGURES, fixed=True),
     Preferring(name="prefer_adapter_zero2", strategy="zero2-offload"),
-    Preferring(name="prefer_all_zero2", strategy="zero2-offload", changes={"method": {"type": "full"}}),
+    Preferring(name="prefer_all_zero2", strategy="zero2-offload", changes={"method": FULL}),
     Preferring(
         name="prefer_kept_zero2", strategy="zero2-offload", changes={"preference": {"precomputeReference": True}}
+    ),
+    # DeepSpeed's AdamW rounds in another way, and the products with quantised weights are in bf16.
+    Preferring(
+        name="prefer_quantised_zero2",
+        tolerance=2e-4,
+        strategy="zero2-offload",
+        changes={"method": {"type": "qlora", "rank": 4}},
+        quantised=True,
+        stopped=True,
+    ),
+    Preferring(
+        name="prefer_rated_zero2", strategy="zero2-offload", changes=KTO, same_steps=1, figures=(), stopped=True
+    ),
+    Preferring(name="reward_zero2", strategy="zero2-offload", changes=RATED, stopped=True),
+    Preferring(name="reward_all_zero2", strategy="zero2-offload", changes=RATED | {"method": FULL}),
+    Preferring(name="grpo_zero2", strategy="zero2-offload", changes=REWARDED, same_steps=0, figures=(), stopped=True),
+    Preferring(
+        name="grpo_fixed_zero2",
+        strategy="zero2-offload",
+        changes=REWARDED | {"method": FULL},
+        figures=REWARD_FIGURES,
+        fixed=True,
     ),
 ]
 
 
-def preferences(model: Path, pairs: list[dict[str, str]], strategy: str) -> dict[str, Any]:
-    return {
-        case.name: functools.partial(paired, model=model, pairs=pairs, strategy=strategy, **case.changes)
-        for case in PREFERRING
-        if case.strategy == strategy
-    }
+def preferences(
+    models: dict[bool, Path], pairs: list[dict[str, str]], strategy: str
+) -> dict[str, Callable[[Path], FineTuneRun]]:
+    """What makes the runs of `PREFERRING`, by name. `models`: whether it can be quantised → the base."""
+    found: dict[str, Callable[[Path], FineTuneRun]] = {}
+    for case in PREFERRING:
+        if case.strategy != strategy:
+            continue
+        of = functools.partial(
+            paired, model=models[case.quantised], pairs=pairs, strategy=strategy, fixed=case.fixed, **case.changes
+        )
+        found[case.name] = of
+        if case.stopped:
+            found |= stopped_and_resumed(case.name, of)
+    return found
+
+
+def stopped_and_resumed(name: str, of: Callable[..., FineTuneRun]) -> dict[str, Callable[[Path], FineTuneRun]]:
+    """The same run twice: it is told to stop from the beginning, which it does after its first step, and goes on.
+
+    It has no rows to evaluate on, because it would leave the evaluation before its first step.
+    """
+    made: list[FineTuneRun] = []
+
+    def stopped(root: Path) -> FineTuneRun:
+        made.append(of(root, evaluated=False))
+        (root / "stop").touch()
+        return made[0]
+
+    def resumed(root: Path) -> FineTuneRun:
+        root.mkdir()
+        return made[0]
+
+    return {f"{name}_stopped": stopped, f"{name}_resumed": resumed}
 
 
 def batch_norm(root: Path) -> FineTuneRun:
@@ -359,8 +441,7 @@ def ddp(
 ) -> Group:
     made: Group = group(
         adapter=lambda root: two(root, llama, data),
-        **preferences(tiny_model, pairs, "ddp"),
-        grpo=lambda root: paired(root, tiny_model, pairs, "ddp", **REWARDED),
+        **preferences({False: tiny_model, True: llama}, pairs, "ddp"),
         batch_norm=batch_norm,
         **classifiers("ddp"),
     )
@@ -403,7 +484,7 @@ def zero2(
     made: Group = group(
         **{name: lambda root: two(root, llama, rows, strategy="zero2-offload") for name in MICRO_BATCHES},
         **classifiers("zero2-offload"),
-        **preferences(tiny_model, pairs, "zero2-offload"),
+        **preferences({False: tiny_model, True: llama}, pairs, "zero2-offload"),
     )
     for name in MICRO_BATCHES:
         (made.folder / name / "stop").touch()
@@ -439,11 +520,36 @@ def test_two_processes_prefer_as_one(case: Preferring, request: pytest.FixtureRe
     made: Group = request.getfixturevalue(case.strategy.removesuffix("-offload"))
     run = made.runs[case.name]
     alone = FineTuneRun.model_validate_json((made.folder / case.name / "alone.json").read_bytes())
-    expect, found = train.main(alone).metrics or {}, made.ends(case.name)[0].metrics or {}
-    assert losses(run)[: case.same_steps] == pytest.approx(losses(alone)[: case.same_steps], abs=1e-5)
-    names = ["tokens"] if case.same_steps else ["evalLoss", "rewardAccuracy", "rewardMargin", "tokens"]
-    for name in names:
-        assert found[name] == pytest.approx(expect[name], abs=1e-5), name
+    with pytest.MonkeyPatch.context() as patch:
+        if case.fixed:
+            one_after_another.fix_completions(patch.setattr)
+        expect = train.main(alone).metrics or {}
+    found = made.ends(case.name)[0].metrics or {}
+    same = slice(case.same_steps)
+    assert losses(run)[same] == pytest.approx(losses(alone)[same], abs=case.tolerance)
+    assert {m.code for m in made.ends(case.name)} == {0}
+    for name in case.figures + ("tokens",) * (case.same_steps != 0):
+        assert found[name] == pytest.approx(expect[name], abs=case.tolerance), name
+    types = [{tensor.dtype for tensor in tensors_of(each).values()} for each in (run, alone)]
+    assert types[0] == types[1]
+
+
+@pytest.mark.parametrize("case", [case for case in PREFERRING if case.stopped], ids=lambda case: case.name)
+def test_two_stopped_processes_go_on_to_the_last_bit(case: Preferring, request: pytest.FixtureRequest) -> None:
+    made: Group = request.getfixturevalue(case.strategy.removesuffix("-offload"))
+    name = case.name
+    assert [(m.code, m.step, m.saved) for m in made.ends(f"{name}_stopped")] == [(75, 1, True), (75, 1, True)]
+    assert [m.code for m in made.ends(f"{name}_resumed")] == [0, 0]
+    assert losses(made.runs[f"{name}_resumed"]) == losses(made.runs[name])
+    whole, resumed = (tensors_of(made.runs[of]) for of in (name, f"{name}_resumed"))
+    assert whole
+    assert all(tensor.equal(resumed[key]) for key, tensor in whole.items())
+
+
+def tensors_of(run: FineTuneRun) -> dict[str, torch.Tensor]:
+    """The weights of the result."""
+    files = (Path(run.workspace) / "result").glob("*.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def test_two_processes_are_rewarded_together(ddp: Group) -> None:

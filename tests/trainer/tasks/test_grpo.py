@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +20,15 @@ from safetensors.torch import load_file
 from trainer.tasks.stopping import stopped_at
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import RewardFunction
 from luthier_api.run import FineTuneRun
+from luthier_api.variables import Variables
 from luthier_trainer.prepare import main as prepare
 from luthier_trainer.publish.model_card import card
 from luthier_trainer.runtime import notices
 from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.tasks import reward_code
 from luthier_trainer.tasks.rewards import FUNCTIONS, Completions, load_model
 from luthier_trainer.training import main as train
 from luthier_trainer.workspace.prepared import read_prepared
@@ -160,6 +167,16 @@ REFUSALS = [
         message=r'spec\.grpo\.rewards\[0\]\.column: column "answer" .* holds no text or number in row 0',
     ),
     Refusal(
+        name="code that does not exist",
+        grpo={"rewards": [{"type": "python", "file": "/no/rewards.py"}]},
+        message=r"spec\.grpo\.rewards\[0\]\.file: /no/rewards\.py: No such file or directory\. Name a file that",
+    ),
+    Refusal(
+        name="a column that does not exist, for code",
+        grpo={"rewards": [{"type": "python", "file": "/no/rewards.py", "columns": ["answer", "anwser"]}]},
+        message=r'spec\.grpo\.rewards\[0\]\.columns\[1\]: no column "anwser" .* Did you mean "answer"\?',
+    ),
+    Refusal(
         name="a prompt that is blank",
         row={"prompt": " "},
         message=r'spec\.dataset\.columns\.prompt: column "prompt" .* is blank in 1 of 10 rows',
@@ -175,6 +192,194 @@ REFUSALS = [
         message=r"spec\.method\.targetModules\[1\]: TRL reads the weights of lm_head",
     ),
 ]
+
+
+CODE = """
+import os
+
+def reward(completions, prompts, answer, completion_ids, **_):
+    return [float(len(ids) + (row in text)) for text, ids, row in zip(completions, completion_ids, answer)]
+"""
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A file whose function cannot be used."""
+
+    name: str
+    body: str
+    message: str
+    reward: dict[str, Any] = field(default_factory=dict)
+
+
+CODED = [
+    Coded(
+        name="no Python",
+        body="def reward(:",
+        message=r"^spec\.grpo\.rewards\[0\]\.file: .*/rewards\.py is no Python: invalid syntax .*line 1",
+    ),
+    Coded(
+        name="a function that does not exist",
+        body="def rate(completions, **_): ...",
+        message=r"^spec\.grpo\.rewards\[0\]\.function: reward of .*/rewards\.py does not exist \(functions: rate\)",
+    ),
+    Coded(
+        name="an exception",
+        body="import math\n\ndef graded(completions, **_):\n    return [math.log(len(text)) for text in completions]",
+        reward={"function": "graded"},
+        message=r"\.function: graded of .* raised ValueError: math domain error \(line 4 of .*/rewards\.py\)",
+    ),
+    Coded(
+        name="an exception while the file is read",
+        body="import no_such_package",
+        message=r"\.function: reward of .* raised ModuleNotFoundError: No module named 'no_such_package' \(line 1 of",
+    ),
+    Coded(
+        name="an argument that is not there",
+        body="def reward(completions, wanted): ...",
+        message=r"\.function: reward of .* raised TypeError: reward\(\) got an unexpected keyword argument",
+    ),
+    Coded(
+        name="no list",
+        body="def reward(completions, **_): return 1.0",
+        message=r"\.function: reward of .* has returned a value of type float instead of a list of numbers",
+    ),
+    Coded(
+        name="too few rewards",
+        body="def reward(completions, **_): return [1.0]",
+        message=r"\.function: reward of .* has returned 1 rewards for 2 completions",
+    ),
+    Coded(
+        name="no numbers",
+        body="def reward(completions, **_): return [1.0, '2']",
+        message=r"\.function: .* has returned a value of type str as the reward of completion 1 instead of a number",
+    ),
+    Coded(
+        name="nothing",
+        body="def reward(completions, **_): return [None, 1.0]",
+        message=r"\.function: .* has returned None as the reward of completion 0 instead of a number",
+    ),
+    Coded(
+        name="NaN",
+        body="def reward(completions, **_): return [float('nan'), 1.0]",
+        message=r"\.function: .* has returned nan as the reward of completion 0; return a finite number",
+    ),
+    Coded(
+        name="a function that hangs",
+        body="import time\n\ndef reward(completions, **_): time.sleep(60)",
+        reward={"timeoutSeconds": 1},
+        message=r"\.timeoutSeconds: reward of .* has not rated 2 completions within 1 s; make it faster, or raise it",
+    ),
+    Coded(
+        name="the end of its process",
+        body="import os\n\ndef reward(completions, **_): os._exit(3)",
+        message=r"\.function: reward of .*/rewards\.py has ended its process \(exit code 3\)",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CODED, ids=lambda case: case.name)
+def test_code_that_does_not_rate_is_refused(case: Coded, tmp_path: Path) -> None:
+    (tmp_path / "rewards.py").write_text(case.body)
+    reward = RewardFunction.model_validate({"type": "python", "file": str(tmp_path / "rewards.py")} | case.reward)
+    with pytest.raises(Failure, match=case.message) as refused:
+        rate_once(reward, tmp_path / "copy.py")
+    assert refused.value.code == ExitCode.INVALID_SPEC
+
+
+def rate_once(reward: RewardFunction, copy: Path, **given: Any) -> list[float]:
+    """The rewards of two completions by new code."""
+    reward_code.keep(reward, "spec.grpo.rewards[0]", copy)
+    rate = reward_code.RatedByCode(copy, reward, "spec.grpo.rewards[0]")
+    asked = {"prompts": ["a", "b"], "texts": ["", "x"], "tokens": [1, 2], "ids": [[5], [6, 7]]} | given
+    try:
+        return rate(Completions(**asked))
+    finally:
+        rate.stop()
+
+
+def test_code_is_called_as_by_trl(tmp_path: Path) -> None:
+    """With conversations as TRL writes them, and columns as they are in the rows."""
+    given = tmp_path / "given"
+    (tmp_path / "code").write_text(
+        "import json, numpy\n\ndef seen(**given):\n    print('for the log')\n"
+        f"    with open({str(given)!r}, 'w') as file: json.dump(given, file)\n    return numpy.array([1, 0.5])"
+    )
+    reward = RewardFunction.model_validate(
+        {"type": "python", "file": str(tmp_path / "code"), "function": "seen", "columns": ["answer"]}
+    )
+    prompts = [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]]
+    found = rate_once(
+        reward,
+        tmp_path / "copy.py",
+        prompts=[json.dumps(prompt) for prompt in prompts],
+        columns={"answer": [42, [1, None]], "other": ["", ""]},
+        messages=True,
+    )
+    assert found == [1, 0.5]
+    assert json.loads(given.read_text()) == {
+        "prompts": prompts,
+        "completions": [[{"role": "assistant", "content": text}] for text in ("", "x")],
+        "completion_ids": [[5], [6, 7]],
+        "answer": [42, [1, None]],
+    }
+
+
+LOOK = """
+import glob
+
+def reward(completions, **_):
+    found = 0
+    for path in glob.glob("/proc/[0-9]*/environ"):
+        try:
+            with open(path, "rb") as file:
+                found += b"hf_very_" + b"SECRET" in file.read()
+        except OSError:
+            pass
+    return [found] * len(completions)
+"""
+
+
+@pytest.mark.parametrize(("hidden", "expect"), [(True, [0.0, 0.0]), (False, [1.0, 1.0])])
+def test_code_sees_no_credentials(hidden: bool, expect: list[float], tmp_path: Path) -> None:
+    """Neither in its own environment nor in that of the process that has started it, as a user without capabilities."""
+    (tmp_path / "rewards.py").write_text(LOOK.replace("SECRET", f"secret_{hidden}"))
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom luthier_api.finetune import RewardFunction\n"
+        "from luthier_trainer.runtime.undumpable import hide_process\n"
+        "from luthier_trainer.tasks import reward_code\nfrom luthier_trainer.tasks.rewards import Completions\n"
+        f"if {hidden}: hide_process()\n"
+        f"reward = RewardFunction.model_validate({{'type': 'python', 'file': '{tmp_path}/rewards.py'}})\n"
+        f"rate = reward_code.RatedByCode(Path('{tmp_path}/rewards.py'), reward, 'spec')\n"
+        "print(rate(Completions(['a', 'b'], ['', ''], [1, 1], ids=[[1], [1]])))"
+    )
+    without = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    asked = [*without, sys.executable, "-c", program]
+    environment = os.environ | {Variables.TOKEN: f"hf_very_secret_{hidden}"}
+    done = subprocess.run(asked, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == str(expect), done.stderr[-2000:]
+
+
+def test_code_rewards_a_training(reinforce: Callable[..., FineTuneRun], paragraphs: list[str], tmp_path: Path) -> None:
+    """As it was when the job was prepared."""
+    file = tmp_path / "rewards.py"
+    file.write_text(CODE)
+    rewards = [{"type": "python", "file": str(file), "columns": ["answer"]}]
+    prepare.main(run := reinforce(grpo=GRPO | {"rewards": rewards}, training=COURSE | {"maxSteps": 1}))
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    origins = {origin.field: origin for origin in read_prepared(run).origins}
+    assert origins["spec.grpo.rewards[0].file"].digest == digest
+    assert any(
+        f"spec.grpo.rewards[0]: the pods run reward of {file} as it is now (SHA-256 {digest[:12]}), without"
+        " credentials. On the first row it returns 1 for no text, and " in text
+        for text in notices.given()
+    )
+    file.write_text(CODE + "# other")
+    metrics = train.main(run).metrics or {}
+    assert metrics["trainReward"] >= 1
+    assert any(text.startswith(f"spec.grpo.rewards[0].file: {file} has changed since") for text in notices.given())
+    with pytest.raises(Failure, match=r"^spec\.grpo\.rewards\[0\]\.file: .* has changed since this job was prepared"):
+        prepare.main(run)
 
 
 @pytest.mark.parametrize("case", REFUSALS, ids=lambda case: case.name)
@@ -275,6 +480,7 @@ def history(run: FineTuneRun) -> list[dict[str, Any]]:
 
 STOPPED = [
     Learning(name="all weights", method=FULL, grpo={"beta": 0.1}),
+    Learning(name="adapters, held to the model without them", method=LORA, grpo={"beta": 0.1}),
     Learning(
         name="adapters with dropout on a model in 4 bits, two micro-batches",
         method={"type": "qlora", "rank": 4, "dropout": 0.1},

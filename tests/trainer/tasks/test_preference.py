@@ -101,6 +101,7 @@ def plain_trl(
         config = DPOConfig(
             **common,
             loss_type=[asked.loss_type],
+            label_smoothing=asked.label_smoothing or 0.0,
             precompute_ref_log_probs=asked.precompute_reference,
         )
     adapters = LoraConfig(r=4, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -133,12 +134,14 @@ class Learning:
     first: float | None = None
     """The loss of a model that is its reference."""
     precompute: bool = False
+    label_smoothing: float | None = None
 
 
 LEARNINGS = [
     Learning(name="all weights", method=FULL, loss_type="sigmoid", first=math.log(2)),
     Learning(name="all weights, reference kept", method=FULL, loss_type="sigmoid", first=math.log(2), precompute=True),
     Learning(name="adapters, reference kept", method=LORA, loss_type="sigmoid", first=math.log(2), precompute=True),
+    Learning(name="adapters, robust", method=LORA, loss_type="robust", first=math.log(2), label_smoothing=0.2),
     Learning(name="adapters, hinge", method=LORA, loss_type="hinge", first=1.0),
     Learning(name="adapters, ipo", method=LORA, loss_type="ipo", first=25.0),
     Learning(name="adapters, kto", method=LORA, loss_type="kto", first=0.65),
@@ -170,7 +173,11 @@ def test_losses_and_rewards_are_those_of_trl(
     if case.loss_type == "kto":
         rows, held_out = rated(rows), rated(held_out)
         training = COURSE | {"batchSize": 8, "maxSteps": 2, "evalSteps": 1, "maxLength": 96}
-    preference = {"lossType": case.loss_type, "precomputeReference": case.precompute}
+    preference = {
+        "lossType": case.loss_type,
+        "precomputeReference": case.precompute,
+        "labelSmoothing": case.label_smoothing,
+    }
     run = prefer(
         rows=[*rows, *held_out], held_out=held_out, method=case.method, preference=preference, training=training
     )
@@ -218,6 +225,9 @@ class Stopping:
 STOPPINGS = [
     Stopping(name="all weights", method=FULL),
     Stopping(name="adapters", method=LORA | {"dropout": 0.1}),
+    Stopping(name="adapters on a quantised model", method=QLORA),
+    Stopping(name="all weights, kto", method=FULL, preference={"lossType": "kto"}),
+    Stopping(name="adapters, kto", method=LORA, preference={"lossType": "kto"}),
     Stopping(name="adapters on a quantised model, kto", method=QLORA, preference={"lossType": "kto"}),
     Stopping(name="all weights, reference kept", method=FULL, preference={"precomputeReference": True}),
 ]

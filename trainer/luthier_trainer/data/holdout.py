@@ -17,6 +17,8 @@ def hold_out(
     field: str,
     classes: numpy.ndarray | None = None,
     groups: numpy.ndarray | None = None,
+    named: str = "are equal to",
+    remedy: str = "set dataset.deduplicate: exact",
 ) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Return (train, eval), the positions of the rows, int64, each in the order of the rows.
 
@@ -25,7 +27,8 @@ def hold_out(
 
     `groups` has the same shape: rows with the same number, counted from 0, are on the same side. A group counts for the
     class of its first row. One with more rows than are still to be held out is learnt, so that fewer rows than asked
-    for may be held out, and never more. Raises Failure if one of the two sets would be empty.
+    for may be held out, and never more. `named`, `remedy`: for messages, as in `tasks.base.Alike`. Raises Failure if
+    one of the two sets would be empty.
     """
     import numpy
 
@@ -47,8 +50,8 @@ def hold_out(
     held_out = _groups_to_hold_out(order, classes, groups, sizes, shares)
     if not held_out:
         raise invalid(
-            f"{field}: {fraction:g} of {rows} rows is {count}, and each row has more rows that are equal to it, which"
-            " must be on the same side. Set dataset.deduplicate: exact, or choose a larger fraction"
+            f"{field}: {fraction:g} of {rows} rows is {count}, and each row has others that {named} it, which must be"
+            f" on the same side. Choose a larger fraction, or {remedy}"
         )
     chosen = numpy.isin(groups, held_out)
     return numpy.flatnonzero(~chosen), numpy.flatnonzero(chosen)

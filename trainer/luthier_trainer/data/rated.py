@@ -8,7 +8,7 @@ bad.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ NEEDED = ("completion", "label")
 TITLE = "answers with a label"
 ENCODED = ("prompt_ids", "completion_ids")  # the names in TRL, which drops columns with other names
 GOOD = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+ROWS_AT_ONCE = 1000
 MOST_EVEN = 4 / 3  # weighted good answers for each bad one; up to here, the authors of KTO found no harm (Eq. 8)
 
 
@@ -66,6 +67,22 @@ def read(rows: Rows, spec: FineTuneJobSpec) -> Rows:
             " KTO learns from good and from bad answers"
         )
     return rated
+
+
+def prompts(rows: Rows) -> Iterator[list[str]]:
+    """Yield the prompts of rows as `read` returns them, in batches, as text.
+
+    Answers without a prompt are known by their pair, which both answers of a row of the source have in common.
+    """
+    numbers = range(len(rows.data)) if rows.numbers is None else rows.numbers.tolist()
+    begin = 0
+    for batch in rows.data.select_columns([RATED]).iter(ROWS_AT_ONCE):
+        found = []
+        for number, row in zip(numbers[begin : begin + len(batch[RATED])], batch[RATED], strict=True):
+            prompt = json.loads(row)["prompt"]
+            found.append(json.dumps(prompt, ensure_ascii=False) if prompt else f"row {number}")
+        begin += len(found)
+        yield found
 
 
 def rated_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, spec: FineTuneJobSpec, use: str) -> Dataset:

@@ -70,6 +70,7 @@ def with_method(
         embedding.with_rows(model, max(new_tokens) + 1)
         tokens = dict.fromkeys(embedding.token_tables(model), new_tokens)
     method, whole = expanded(method, model, whole), whole_modules(model, method, whole)
+    computed = model.get_input_embeddings().weight.dtype
     config = FAMILIES[method.type].config(
         method, Surroundings(peft_type, whole, fused_experts(model), tokens, linear_modules(model))
     )
@@ -90,10 +91,10 @@ def with_method(
         # PEFT would save the whole embedding beside its new rows if it saw that the base model has fewer. Which model
         # that is, `training.result` writes.
         adapted.peft_config["default"].base_model_name_or_path = ""
-    if not deepspeed:
-        # PEFT converts only adapters to fp32. Heads would be trained in 16 bits, where small updates are lost to
-        # rounding, and gradients in fp16 cannot be unscaled.
-        for weight in adapted.parameters():
-            if weight.requires_grad:
-                weight.data = weight.data.float()
+    # PEFT converts only adapters to fp32. Heads would be trained in 16 bits, where small updates are lost to rounding,
+    # and gradients in fp16 cannot be unscaled. DeepSpeed, which keeps the fp32 copy itself, needs the dtype of the
+    # other weights; PEFT alone makes adapters on quantised weights in the dtype of the products, bf16.
+    for weight in adapted.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.to(computed if deepspeed else torch.float32)
     return adapted

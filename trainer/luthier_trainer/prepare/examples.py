@@ -165,7 +165,7 @@ def _usable(rows: Rows, task: Task, spec: FineTuneJobSpec, selection: Selection)
 
 
 def _divided(task: Task, joined: Joined, spec: FineTuneJobSpec, labels: list[str] | None) -> tuple[Joined, Joined]:
-    """Return (training, held-out) rows by `dataset.evalFraction`. Equal rows are on the same side.
+    """Return (training, held-out) rows by `dataset.evalFraction`. Rows that are alike are on the same side.
 
     The same share of each class is held out or, for tasks without classes, of each source.
     """
@@ -173,23 +173,23 @@ def _divided(task: Task, joined: Joined, spec: FineTuneJobSpec, labels: list[str
     assert fraction is not None
     rows = joined.rows
     total = len(rows.data)
-    groups = repeats.groups_of(task.contents(rows, spec))
+    alike = task.alike(rows, spec)
+    groups = repeats.groups_of(alike.contents)
     classes = task.label_ids(rows, spec, labels)
     kinds = joined.sources if classes is None else classes
-    kept, held = hold_out(total, fraction, spec.training.seed, FRACTION, kinds, groups)
+    kept, held = hold_out(total, fraction, spec.training.seed, FRACTION, kinds, groups, alike.named, alike.remedy)
     repeated = total - int(groups.max()) - 1
     if repeated:
         print(
-            f"{FRACTION}: {repeated} of {total} rows are equal to an earlier row. Equal rows are all learnt or all held"
-            " out",
+            f"{FRACTION}: {repeated} of {total} rows {alike.named} an earlier row. Such rows are all learnt or all"
+            " held out",
             flush=True,
         )
     wanted = round(total * fraction)
     if len(held) < wanted and repeated:
         notice(
-            f"{FRACTION}: {len(held)} rows are held out, and not {wanted}, because equal rows are all learnt or all"
-            f" held out, and {repeated} of {total} rows are equal to an earlier row. Set dataset.deduplicate: exact to"
-            " use each once"
+            f"{FRACTION}: {len(held)} rows are held out, and not {wanted}. {repeated} of {total} rows {alike.named}"
+            f" an earlier row, and such rows are all learnt or all held out. To choose others, {alike.remedy}"
         )
     return joined.select(kept), joined.select(held)
 

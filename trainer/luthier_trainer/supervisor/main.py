@@ -17,7 +17,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.run import FineTuneRun, GenerateRun, grace_of
+from luthier_api.run import FineTuneRun, GenerateRun, grace_of, runs_code
 from luthier_api.secrets import VARIABLES, variables_of
 from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
@@ -26,6 +26,7 @@ from luthier_trainer.runtime.commands import VERBS
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.heartbeat import HEARTBEAT_FILE, STARTING_FILE
 from luthier_trainer.runtime.run_folder import PROCESS, STACKS, STOP_FILE, processes, run_dir
+from luthier_trainer.runtime.undumpable import hide_process
 from luthier_trainer.supervisor import oom, preflight, stacks
 from luthier_trainer.supervisor.hang import HeartbeatWatch, StepLimit
 from luthier_trainer.supervisor.process_tree import Child, with_report
@@ -78,6 +79,8 @@ class Settings:
 def main(verb: str, run: FineTuneRun | GenerateRun, path: Path, stop: Stop) -> TerminationMessage:
     """Check that the phase can start, then supervise it. `path`: the file of the run config. Raises Failure."""
     settings = Settings.of(os.environ)
+    if VERBS[verb] == "prepare" and runs_code(run):
+        hide_process()  # the other phases have no credentials, or run no code
     preflight.check(verb, run)
     return supervise(verb, run, path, settings, stop)
 

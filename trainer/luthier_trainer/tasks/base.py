@@ -97,6 +97,23 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Alike:
+    """What puts rows on the same side of a division into training and held-out rows."""
+
+    contents: Iterator[Sequence[str | bytes]]
+    """Of each row, in batches. Rows with the same one are on the same side."""
+    named: str = "are equal to"
+    """What rows with the same content do, in messages."""
+    can_deduplicate: bool = True
+    """Whether `dataset.deduplicate` leaves one row of each content."""
+
+    @property
+    def remedy(self) -> str:
+        remedy = "name rows to evaluate on in dataset.evalFiles or evalSplit"
+        return f"set dataset.deduplicate: exact, or {remedy}" if self.can_deduplicate else remedy
+
+
+@dataclass(frozen=True)
 class OtherModel:
     """A model that the task uses beside the one that it trains, in a folder, during `prepare`."""
 
@@ -219,6 +236,10 @@ class Task(Batches, Protocol):
     def contents(self, rows: Rows, spec: FineTuneJobSpec) -> Iterator[Sequence[str | bytes]]:
         """Yield what the data report compares of each row, in batches: its texts as one, or the bytes of its image."""
         ...
+
+    def alike(self, rows: Rows, spec: FineTuneJobSpec) -> Alike:
+        """Return what rows share that are all learnt or all held out (`dataset.evalFraction`)."""
+        return Alike(self.contents(rows, spec))
 
     def added_tokens(self, processor: Processor) -> int:
         """Return the number of tokens of an encoded row that are not its text."""

@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch.nn.functional import logsigmoid
 from trl import DPOTrainer
 
+from luthier_api.finetune import Preference
 from luthier_trainer.runtime.heartbeat import beat
 from luthier_trainer.tasks.kept_reference import COLUMNS, KeptReference
 from luthier_trainer.tasks.trl_trainer import AgainstReference
@@ -21,11 +22,20 @@ from luthier_trainer.tasks.trl_trainer import AgainstReference
 if TYPE_CHECKING:
     from transformers import EvalPrediction
 
-Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Preference], torch.Tensor]
+
+
+def robust(margin: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor, asked: Preference) -> torch.Tensor:
+    """Return the loss of sigmoid as it would be without the wrong pairs (arXiv:2403.00409, Eq. 12), [pairs]."""
+    wrong = asked.label_smoothing or 0.0
+    return (wrong * logsigmoid(-margin) - (1 - wrong) * logsigmoid(margin)) / (1 - 2 * wrong)
+
+
 LOSSES: dict[str, Loss] = {
-    "sigmoid": lambda margin, chosen, rejected, beta: -logsigmoid(margin),
-    "hinge": lambda margin, chosen, rejected, beta: torch.relu(1 - margin),
-    "ipo": lambda margin, chosen, rejected, beta: (chosen - rejected - 1 / (2 * beta)) ** 2,
+    "sigmoid": lambda margin, chosen, rejected, asked: -logsigmoid(margin),
+    "robust": robust,
+    "hinge": lambda margin, chosen, rejected, asked: torch.relu(1 - margin),
+    "ipo": lambda margin, chosen, rejected, asked: (chosen - rejected - 1 / (2 * asked.beta)) ** 2,
 }
 """Loss of each pair, [pairs], by beta times the difference of the log-ratios, and both log-ratios a token."""
 
@@ -33,9 +43,10 @@ LOSSES: dict[str, Loss] = {
 class PreferenceTrainer(AgainstReference, DPOTrainer):
     """TRL's trainer with exact evaluation metrics."""
 
-    def __init__(self, *, kept_in: Path | None, **options: Any) -> None:
+    def __init__(self, *, kept_in: Path | None, preference: Preference, **options: Any) -> None:
         """`kept_in`: the folder for the reference's log-probabilities if they are computed before the training."""
         super().__init__(**options)
+        self.preference = preference
         self.kept_in = kept_in
         self.precompute_ref_logps = kept_in is not None
 
@@ -82,8 +93,8 @@ class PreferenceTrainer(AgainstReference, DPOTrainer):
                 before = tuple(inputs[name] for name in COLUMNS)
         chosen, rejected = chosen.float() - before[0].float(), rejected.float() - before[1].float()
         lengths = inputs["completion_mask"].sum(dim=1).clamp(min=1).chunk(2)
-        loss = LOSSES[self.loss_types[0]](
-            self.beta * (chosen - rejected), chosen / lengths[0], rejected / lengths[1], self.beta
+        loss = LOSSES[self.preference.loss_type](
+            self.beta * (chosen - rejected), chosen / lengths[0], rejected / lengths[1], self.preference
         )
         pairs = torch.stack([loss, self.beta * chosen, self.beta * rejected], dim=1).double()
         return loss.mean(), pairs, torch.zeros(len(pairs), device=pairs.device)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.finetune import FineTuneJobSpec, RewardFunction
 from luthier_api.run import FineTuneRun
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import chats, columns, full_lengths, templates, tokens
@@ -24,7 +24,7 @@ from luthier_trainer.models import embedding, inspect, processors, sources
 from luthier_trainer.models.materialize import whole_model
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
-from luthier_trainer.tasks import rewards
+from luthier_trainer.tasks import reward_code, rewards
 from luthier_trainer.tasks.base import Batch, LoadedModel, Model, OtherModel, TrainerSetup, TrainingContext
 from luthier_trainer.tasks.texts import ADD_ROWS, TextTask, check_ends, reader_of, refuse_adapter_on_head
 
@@ -66,7 +66,7 @@ class Grpo(TextTask):
         columns.require(rows, column, PROMPT)
         for cells, field in read_by_rewards(spec).items():
             columns.require(rows, cells, field, taken=[column])
-        rows = with_text(rows, read_by_rewards(spec))
+        check_cells(rows, spec)
         if columns.is_text(rows.data.features[column]) and column not in rows.mixed:
             refuse_template(rows, spec)
             return columns.texts(rows, column, PROMPT, drop_blank=False)
@@ -80,9 +80,11 @@ class Grpo(TextTask):
         refuse_adapter_on_head(model, spec, self.task)
 
     def other_models(self, rows: Rows, run: FineTuneRun, folder: WorkspaceFolder) -> list[OtherModel]:
-        """Provide the reward models. Raises Failure if one does not exist, or cannot rate these rows."""
+        """Provide reward models, and the code of rewards. Raises Failure if one does not exist, or cannot rate rows."""
         found = []
         for i, reward in enumerate(run.spec.grpo.rewards):
+            if reward.file is not None:
+                found.append(tried(reward, i, rows, run.spec.dataset.columns.prompt, folder))
             if reward.model is None:
                 continue
             located = sources.locate(reward.model, run, f"{REWARDS}[{i}].model")
@@ -223,8 +225,13 @@ class Grpo(TextTask):
             options["reference"] = self.load_model(context).model.eval().requires_grad_(False)
         models = iter(context.other_models)
         functions: dict[str, rewards.Rate | Path] = {}
-        for name, reward in rewards.named(spec).items():
-            functions[name] = next(models) if reward.model else rewards.FUNCTIONS[reward.type](reward)
+        for i, (name, reward) in enumerate(rewards.named(spec).items()):
+            if reward.type == "model":
+                functions[name] = next(models)
+            elif reward.type == "python":
+                functions[name] = as_prepared(reward, i, next(models))
+            else:
+                functions[name] = rewards.FUNCTIONS[reward.type](reward)
         return TrainerSetup(GrpoTrainer, Collator(), options | {"functions": functions, "spec": spec})
 
     def metric_names(self, spec: FineTuneJobSpec) -> list[str]:
@@ -253,11 +260,13 @@ def reports(history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def read_by_rewards(spec: FineTuneJobSpec) -> dict[str, str]:
     """Return column → the field that names it, of the columns that rewards read."""
-    return {
-        reward.column: f"{REWARDS}[{i}].column"
-        for i, reward in enumerate(spec.grpo.rewards)
-        if reward.column is not None
-    }
+    found = {}
+    for i, reward in enumerate(spec.grpo.rewards):
+        if reward.column is not None:
+            found[reward.column] = f"{REWARDS}[{i}].column"
+        for n, column in enumerate(reward.columns or []):
+            found.setdefault(column, f"{REWARDS}[{i}].columns[{n}]")
+    return found
 
 
 def cells_of(column: str) -> str:
@@ -270,14 +279,11 @@ def prompts_a_step(spec: FineTuneJobSpec) -> int:
     return spec.training.batch_size // spec.grpo.generations
 
 
-def with_text(rows: Rows, read: Mapping[str, str]) -> Rows:
-    """Return the rows with text in the columns that rewards read; numbers are written as text.
-
-    Raises Failure if a cell is missing, or holds a list or an object.
-    """
-    data = rows.data
-    for column, field in read.items():
-        cells = data[column][:]
+def check_cells(rows: Rows, spec: FineTuneJobSpec) -> None:
+    """Raise Failure if a cell that completions are compared with is missing, or holds a list or an object."""
+    compared = {reward.column for reward in spec.grpo.rewards}
+    for column, field in read_by_rewards(spec).items():
+        cells = rows.data[column][:] if column in compared else []
         odd = next((i for i, cell in enumerate(cells) if cell is None or isinstance(cell, list | dict)), None)
         if odd is not None or column in rows.mixed:
             where = f" in {rows.place(odd)}" if odd is not None else ""
@@ -285,10 +291,47 @@ def with_text(rows: Rows, read: Mapping[str, str]) -> Rows:
                 f'{field}: column "{column}" of {rows.origin} holds no text or number{where}. Write each cell as the'
                 " text that a completion has to be"
             )
-        if not all(isinstance(cell, str) for cell in cells):
-            names = list(data.column_names)
-            data = data.remove_columns([column]).add_column(column, [str(cell) for cell in cells]).select_columns(names)
-    return replace(rows, data=data)
+
+
+def tried(reward: RewardFunction, number: int, rows: Rows, prompts: str, folder: WorkspaceFolder) -> OtherModel:
+    """Return the copy of a reward's code, after its function has rated two completions of the first row.
+
+    `prompts`: the column of prompts that are texts. Raises Failure if it could not.
+    """
+    where = f"{REWARDS}[{number}]"
+    copy = folder.prepared / "rewards" / f"{number}.py"
+    origin = reward_code.keep(reward, where, copy)
+    first, is_chat = rows.data[0], chats.CHAT in rows.data.column_names
+    prompt = first[chats.CHAT if is_chat else prompts]
+    given = rewards.Completions(
+        prompts=[prompt] * 2,
+        texts=["", "An answer."],
+        tokens=[1, 1],
+        columns={name: [first[name]] * 2 for name in reward.columns or []},
+        messages=is_chat,
+        ids=[[0], [0]],
+    )
+    rate = reward_code.RatedByCode(copy, reward, where)
+    try:
+        found = rate(given)
+    finally:
+        rate.stop()
+    notice(
+        f"{where}: the pods run {rate.function} of {reward.file} as it is now (SHA-256 {origin.digest[:12]}), without"
+        f' credentials. On the first row it returns {found[0]:g} for no text, and {found[1]:g} for "An answer."'
+    )
+    return OtherModel(copy, [origin])
+
+
+def as_prepared(reward: RewardFunction, number: int, copy: Path) -> rewards.Rate:
+    """Return a reward of Python code as `prepare` has tried it, and give notice if its file has changed since."""
+    where = f"{REWARDS}[{number}]"
+    if reward_code.has_changed(reward, copy):
+        notice(
+            f"{where}.file: {reward.file} has changed since this job was prepared. The training uses the code as it was"
+            " then; a new job uses it as it is"
+        )
+    return reward_code.RatedByCode(copy, reward, where)
 
 
 def refuse_template(rows: Rows, spec: FineTuneJobSpec) -> None:

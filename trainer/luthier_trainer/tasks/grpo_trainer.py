@@ -129,7 +129,8 @@ class GrpoTrainer(Quiet, GRPOTrainer):
             read = {name: columns[cells_of(name)] for name in read_by_rewards(self.spec)}
             lengths = [len(ids) for ids in completion_ids]
             is_chat = bool(columns["is_chat"][0])
-            return list(self._rates[number](Completions(columns["prompts"], completions, lengths, read, is_chat)))
+            given = Completions(columns["prompts"], completions, lengths, read, is_chat, completion_ids)
+            return list(self._rates[number](given))
 
         rate.__name__ = self.names[number]
         return rate

@@ -16,17 +16,17 @@ from luthier_trainer.data import columns, pair_tokens, pairs, rated, tokens
 from luthier_trainer.data.load import Rows
 from luthier_trainer.models import embedding, inspect
 from luthier_trainer.runtime.failure import Failure
-from luthier_trainer.tasks.base import Batch, LoadedModel, Model, TrainerSetup, TrainingContext
-from luthier_trainer.tasks.texts import ADD_ROWS, TextTask, check_ends, refuse_adapter_on_head
+from luthier_trainer.tasks.answers import AnswersTask
+from luthier_trainer.tasks.base import Alike, LoadedModel, Model, TrainerSetup, TrainingContext
+from luthier_trainer.tasks.texts import ADD_ROWS, check_ends, refuse_adapter_on_head
 from luthier_trainer.workspace.plan import micro_batch
 
 if TYPE_CHECKING:
-    import torch
     from datasets import Dataset, DatasetDict
     from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 
-class PreferenceTask(TextTask):
+class PreferenceTask(AnswersTask):
     """The task preference."""
 
     task = "preference"
@@ -59,8 +59,8 @@ class PreferenceTask(TextTask):
     def contents(self, rows: Rows, spec: FineTuneJobSpec) -> Iterator[Sequence[str | bytes]]:
         return pairs.joined(rows.data, way(spec).column)
 
-    def added_tokens(self, processor: PreTrainedTokenizerBase) -> int:
-        return super().added_tokens(processor) + 1  # the end-of-text token
+    def alike(self, rows: Rows, spec: FineTuneJobSpec) -> Alike:
+        return way(spec).alike(rows, self.contents(rows, spec))
 
     def check_encoded(self, data: DatasetDict, model: Model, labels: list[str] | None) -> None:
         """Check that each split has pairs and that the model knows their tokens. Raises Failure if not."""
@@ -79,20 +79,6 @@ class PreferenceTask(TextTask):
         return len(answers) * _tokens(data, prompt) + sum(_tokens(data, answer) for answer in answers)
 
     # ---- training
-
-    def rows(self, batch: Batch) -> int:
-        if "label" in batch:
-            return len(batch["label"])
-        return len(batch["input_ids"]) // 2  # the chosen sequences, then the rejected ones
-
-    def tokens(self, batch: Batch) -> torch.Tensor:
-        return batch["attention_mask"].sum()
-
-    def computed_tokens(self, batch: Batch) -> int:
-        return batch["input_ids"].numel()
-
-    def without_weight(self, batch: Batch) -> Batch:
-        return batch  # TRL's loss does not count items
 
     def arguments(self, spec: FineTuneJobSpec, common: Mapping[str, Any]) -> TrainingArguments:
         # `common` sets gradient checkpointing under the name that transformers uses, and `encode` has cut the answers.
@@ -125,6 +111,10 @@ class Way(Protocol):
 
     def fitting(self, rows: Rows, spec: FineTuneJobSpec) -> Rows:
         """Return the rows that can be used. Raises Failure."""
+        ...
+
+    def alike(self, rows: Rows, contents: Iterator[Sequence[str | bytes]]) -> Alike:
+        """Return what rows share that are all learnt or all held out, as `Task.alike`."""
         ...
 
     def check(self, spec: FineTuneJobSpec) -> None:
@@ -164,6 +154,9 @@ class Pairs:
             )
         return pairs.read(rows, spec)
 
+    def alike(self, rows: Rows, contents: Iterator[Sequence[str | bytes]]) -> Alike:
+        return Alike(contents)
+
     def check(self, spec: FineTuneJobSpec) -> None:
         return
 
@@ -177,6 +170,7 @@ class Pairs:
             **common,
             beta=spec.preference.beta,
             loss_type=[spec.preference.loss_type],
+            label_smoothing=spec.preference.label_smoothing or 0.0,
             # TRL then loads no second model. With an adapter it would load none anyway, and only read all weights.
             precompute_ref_log_probs=spec.preference.precompute_reference and spec.method.type == "full",
         )
@@ -190,7 +184,7 @@ class Pairs:
         return TrainerSetup(
             PreferenceTrainer,
             DataCollatorForPreference(context.processor.pad_token_id),
-            {**options, "compute_metrics": PairMetrics(), "kept_in": kept_in},
+            {**options, "compute_metrics": PairMetrics(), "kept_in": kept_in, "preference": context.spec.preference},
         )
 
 
@@ -204,6 +198,10 @@ class Rated:
 
     def fitting(self, rows: Rows, spec: FineTuneJobSpec) -> Rows:
         return rated.read(rows, spec)
+
+    def alike(self, rows: Rows, contents: Iterator[Sequence[str | bytes]]) -> Alike:
+        """Answers to a prompt are compared with each other, and those of a pair must not be on both sides."""
+        return Alike(rated.prompts(rows), named="answer the same prompt as", can_deduplicate=False)
 
     def check(self, spec: FineTuneJobSpec) -> None:
         """Raise Failure if a micro-batch has one row."""
@@ -235,7 +233,7 @@ class Rated:
 
 
 PAIRS, RATED = Pairs(), Rated()
-WAYS: Mapping[str, Way] = {"sigmoid": PAIRS, "hinge": PAIRS, "ipo": PAIRS, "kto": RATED}
+WAYS: Mapping[str, Way] = {"sigmoid": PAIRS, "robust": PAIRS, "hinge": PAIRS, "ipo": PAIRS, "kto": RATED}
 
 
 def way(spec: FineTuneJobSpec) -> Way:

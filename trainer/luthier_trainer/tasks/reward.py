@@ -18,12 +18,12 @@ from luthier_trainer.data.load import Rows
 from luthier_trainer.data.pairs import ANSWERS, PAIR
 from luthier_trainer.models import embedding, inspect
 from luthier_trainer.runtime.notices import notice
-from luthier_trainer.tasks.base import Batch, LoadedModel, Model, TrainerSetup, TrainingContext
+from luthier_trainer.tasks.answers import AnswersTask
+from luthier_trainer.tasks.base import LoadedModel, Model, TrainerSetup, TrainingContext
 from luthier_trainer.tasks.headed import HeadedTask
-from luthier_trainer.tasks.texts import ADD_ROWS, TextTask, check_ends
+from luthier_trainer.tasks.texts import ADD_ROWS, check_ends
 
 if TYPE_CHECKING:
-    import torch
     from datasets import Dataset, DatasetDict
     from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments
 
@@ -31,7 +31,7 @@ ENCODED = ("chosen_ids", "rejected_ids")  # the names in TRL, which drops column
 OUTPUT = "reward"  # the name of the head's one number in the result's configuration
 
 
-class RewardTask(HeadedTask, TextTask):
+class RewardTask(HeadedTask, AnswersTask):
     """The task reward."""
 
     task = "reward"
@@ -99,9 +99,6 @@ class RewardTask(HeadedTask, TextTask):
     def contents(self, rows: Rows, spec: FineTuneJobSpec) -> Iterator[Sequence[str | bytes]]:
         return pairs.joined(rows.data, PAIR)
 
-    def added_tokens(self, processor: PreTrainedTokenizerBase) -> int:
-        return super().added_tokens(processor) + 1  # the end-of-text token
-
     def check_encoded(self, data: DatasetDict, model: Model, labels: list[str] | None) -> None:
         """Check that each split has pairs, and that the model knows their tokens. Raises Failure if not."""
         for name, rows in data.items():
@@ -115,18 +112,6 @@ class RewardTask(HeadedTask, TextTask):
         return sum(len(ids) for name in ENCODED for ids in data[name])
 
     # ---- training
-
-    def rows(self, batch: Batch) -> int:
-        return len(batch["input_ids"]) // 2  # the chosen sequences, then the rejected ones
-
-    def tokens(self, batch: Batch) -> torch.Tensor:
-        return batch["attention_mask"].sum()
-
-    def computed_tokens(self, batch: Batch) -> int:
-        return batch["input_ids"].numel()
-
-    def without_weight(self, batch: Batch) -> Batch:
-        return batch  # TRL's loss does not count items
 
     def arguments(self, spec: FineTuneJobSpec, common: Mapping[str, Any]) -> TrainingArguments:
         from trl import RewardConfig

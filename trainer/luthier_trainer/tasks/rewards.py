@@ -40,10 +40,12 @@ class Completions:
     """Without control tokens."""
     tokens: Sequence[int]
     """Tokens of each completion, with its end-of-text token."""
-    columns: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """Columns of the dataset that rewards read → their cells."""
     messages: bool = False
     """Whether prompts are messages."""
+    ids: Sequence[Sequence[int]] = ()
+    """The tokens themselves."""
 
 
 Rate = Callable[[Completions], Sequence[float]]
@@ -91,7 +93,7 @@ def exact_match(reward: RewardFunction) -> Rate:
 
     def rate(given: Completions) -> list[float]:
         wanted = given.columns[column]
-        return [float(answer(text) == right.strip()) for text, right in zip(given.texts, wanted, strict=True)]
+        return [float(answer(text) == str(right).strip()) for text, right in zip(given.texts, wanted, strict=True)]
 
     return rate
 
