@@ -22,6 +22,7 @@ from luthier_api.base import ApiModel, Rule, model_in
 from luthier_api.decides import immutable, is_always_there, marked_paths
 
 Spec = TypeVar("Spec", bound="TabledSpec")
+Block = TypeVar("Block", bound=ApiModel)
 
 
 @dataclass(frozen=True)
@@ -227,16 +228,14 @@ def default_text(spec: type[TabledSpec], field: MarkedField) -> str:
 
 def with_defaults(spec: Spec) -> Spec:
     """`spec` with the marked fields that it leaves out, where they belong to the rows that it chooses."""
-    for path, default in _table_defaults(spec):
-        spec = _filled(spec, path.split("."), default)
-    return spec
+    return _filled(spec, _default_tree(type(spec), _chosen(spec)))
 
 
 def written_part(spec: TabledSpec) -> dict[str, Any]:
     """`spec` as JSON-ready data with outer names, without what reading it fills in again."""
     data: dict[str, Any] = spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True)
     # The fields of a block before the block.
-    for path, default in reversed(list(_table_defaults(spec))):
+    for path, default in reversed(_table_defaults(type(spec), _chosen(spec))):
         *above, name = path.split(".")
         blocks: list[Any] = [data]
         for part in above:
@@ -263,22 +262,51 @@ def digests(spec: TabledSpec) -> dict[str, str]:
     return found
 
 
-def _table_defaults(spec: TabledSpec) -> Iterator[tuple[str, Any]]:
-    """Path → default, of the marked fields that belong to the rows that `spec` chooses, blocks before their fields."""
-    rows = {name: table.rows[_value(spec, table.selector)] for name, table in spec.tables.items()}
-    for field in marked_fields(type(spec)):
-        chosen = [rows[mark.table].fields for mark in field.marks if mark.table in rows]
-        if chosen and all(field.path in fields for fields in chosen):
-            default = next((fields[field.path] for fields in chosen if fields[field.path] is not None), None)
+def _chosen(spec: TabledSpec) -> tuple[Any, ...]:
+    """The rows that `spec` chooses, by their names, in the order of its tables."""
+    return tuple(_value(spec, table.selector) for table in spec.tables.values())
+
+
+@cache
+def _table_defaults(spec: type[TabledSpec], chosen: tuple[Any, ...]) -> tuple[tuple[str, Any], ...]:
+    """Path → default, of the marked fields that belong to the rows `chosen`, blocks before their fields."""
+    rows = {name: table.rows[row].fields for (name, table), row in zip(spec.tables.items(), chosen, strict=True)}
+    found = []
+    for field in marked_fields(spec):
+        fields = [rows[mark.table] for mark in field.marks if mark.table in rows]
+        if fields and all(field.path in some for some in fields):
+            default = next((some[field.path] for some in fields if some[field.path] is not None), None)
             if default is not None:
-                yield field.path, default
+                found.append((field.path, default))
+    return tuple(found)
+
+
+class _Defaults:
+    """The default of a field that is left out, and the defaults of the fields below it."""
+
+    def __init__(self) -> None:
+        self.value: Any = None
+        self.below: dict[str, _Defaults] = {}
+
+
+@cache
+def _default_tree(spec: type[TabledSpec], chosen: tuple[Any, ...]) -> dict[str, _Defaults]:
+    """Outer name of a field → its defaults, for a spec that chooses the rows `chosen`."""
+    tree: dict[str, _Defaults] = {}
+    for path, default in _table_defaults(spec, chosen):
+        *above, name = path.split(".")
+        here = tree
+        for block in above:
+            here = here.setdefault(block, _Defaults()).below
+        here.setdefault(name, _Defaults()).value = default
+    return tree
 
 
 def settings_of(spec: TabledSpec) -> dict[str, Any]:
     """Path → value, of the marked fields that belong to the rows that `spec` chooses, for people to read. Blocks and
     lists are left out, and options within a block that have their default, such as the epsilon of an optimiser.
     """
-    found, table = {}, dict(_table_defaults(spec))
+    found, table = {}, dict(_table_defaults(type(spec), _chosen(spec)))
     for field in marked_fields(type(spec)):
         value = None if "[]" in field.path else _value(spec, field.path)
         is_usual = field.path.count(".") > 1 and value == table.get(field.path)
@@ -296,16 +324,22 @@ def _value(model: Any, path: str) -> Any:
     return model
 
 
-def _filled(model: Any, path: list[str], default: Any) -> Any:
-    """`model` with `default` at `path`, unless there is a value, or nothing that could hold it."""
-    name = _attribute(type(model), path[0])
-    value = getattr(model, name)
-    if path[1:] and value is not None:
-        return model.model_copy(update={name: _filled(value, path[1:], default)})
-    if path[1:] or value is not None:
-        return model
-    block = model_in(type(model).model_fields[name].annotation)
-    return model.model_copy(update={name: block.model_validate(default) if block else copy.copy(default)})
+def _filled(model: Block, tree: Mapping[str, _Defaults]) -> Block:
+    """`model` with the defaults of `tree` where there is no value. A copy for all of them: copies take most of the time
+    of reading a job.
+    """
+    changed = {}
+    for outer, default in tree.items():
+        name = _attribute(type(model), outer)
+        before = value = getattr(model, name)
+        if value is None and default.value is not None:
+            block = model_in(type(model).model_fields[name].annotation)
+            value = block.model_validate(default.value) if block else copy.copy(default.value)
+        if default.below and value is not None:
+            value = _filled(value, default.below)
+        if value is not before:
+            changed[name] = value
+    return model.model_copy(update=changed) if changed else model
 
 
 def _attribute(model: type[ApiModel], outer: str) -> str:

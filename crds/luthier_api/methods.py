@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 Strategy = Literal["auto", "ddp", "zero2", "zero2-offload", "zero3", "zero3-offload"]
@@ -85,7 +86,7 @@ class MethodInfo:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Path in the spec → default, of the other fields that belong to it; None: no default."""
 
-    @property
+    @cached_property
     def fields(self) -> Mapping[str, Any]:
         """Path in the spec → default, of all fields that belong to the method. Other methods refuse them."""
         if not self.quantizations:

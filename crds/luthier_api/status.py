@@ -313,7 +313,7 @@ class JobStatus(ApiModel):
     """Phase → image of its pods. An upgrade of the operator changes the image of phases that begin later."""
     shape: str | None = None
     """Nodes × GPUs, or shards × GPUs."""
-    prepared: Prepared | None = None
+    prepared: Annotated[Prepared | None, MAY_WAIT] = None
     """What `prepare` found and planned."""
     progress: Annotated[Progress | None, MAY_WAIT] = None
     """Progress of the run, updated every few seconds."""
@@ -327,7 +327,7 @@ class JobStatus(ApiModel):
     """Restarts that count against `restarts.max` (FineTuneJob) or `retriesPerShard` (GenerateJob)."""
     metrics: Figures | None = None
     """Final metrics, for example evalLoss."""
-    notices: Annotated[list[Message], Field(max_length=40)] = Field(default_factory=list)
+    notices: Annotated[list[Message], Field(max_length=40), MAY_WAIT] = Field(default_factory=list)
     """What the user should know although nothing has failed: rows or weights that were left out, changed or newly
     initialised, and settings that were chosen.
     """

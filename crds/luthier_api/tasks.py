@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from luthier_api.formats import DatasetFormat
@@ -69,7 +70,7 @@ class TrainingTask:
     options: dict[str, Any] = field(default_factory=dict)
     """Path in the spec → default, of the other fields that belong to the task; None: no default."""
 
-    @property
+    @cached_property
     def fields(self) -> dict[str, Any]:
         """Path in the spec → default, of all fields that belong to the task. Other tasks refuse them."""
         roles: dict[str, Any] = self.columns | self.optional_columns
@@ -97,7 +98,7 @@ class GenerationTask:
     options: dict[str, Any] = field(default_factory=dict)
     """Path in the spec → default, of the other fields that belong to the task; None: no default."""
 
-    @property
+    @cached_property
     def fields(self) -> dict[str, Any]:
         """Path in the spec → default, of all fields that belong to the task. Other tasks refuse them."""
         columns = self.columns | self.optional_columns

@@ -21,6 +21,7 @@ BACKOFF_BASE = 0.2  # seconds, after the first error
 SETTLE_SECONDS = (
     0.1  # events of one job are coalesced: a Job, its pod and the operator's own writes cause one reconcile
 )
+SETTLE_WAITING_SECONDS = 1.0  # of children that only have something to tell people (`children.can_wait`)
 SETTLE_SECONDS_PER_KEY = 0.002  # of all that wait: events of many jobs at once arrive over a longer time, too
 SETTLE_LIMIT = 0.5  # reached with 200 jobs
 SETTLE_PER_SECOND = (
@@ -74,11 +75,13 @@ class Queue:
         if first:
             self._ready.move_to_end(key, last=False)
 
-    def soon(self, key: Key) -> None:
-        """Process `key` after a short time, in which further events of the same cause may arrive."""
+    def soon(self, key: Key, settle: float = SETTLE_SECONDS) -> None:
+        """Process `key` after `settle` seconds, or more while many wait, in which further events of the same cause may
+        arrive.
+        """
         waiting = len(self._ready) + len(self._settling)
         self._settling.add(key)
-        settle = min(SETTLE_LIMIT, SETTLE_SECONDS + SETTLE_SECONDS_PER_KEY * waiting)
+        settle = max(settle, min(SETTLE_LIMIT, SETTLE_SECONDS + SETTLE_SECONDS_PER_KEY * waiting))
         self.add_after(key, max(settle, self._settle.get(key, 0.0)))
 
     def took(self, key: Key, seconds: float) -> None:

@@ -30,8 +30,8 @@ SHORT_WATCH_SECONDS = 1.0
 UNLABELLED = {*KINDS, WORKLOAD}
 """Kinds without our label: jobs, and Workloads, which Kueue makes."""
 
-Touched = Callable[[set[Key]], None]
-"""Called with the keys of the jobs that a change affects."""
+Touched = Callable[[set[Key], Object | None], None]
+"""Called with the keys of the jobs that a change affects, and with the object that has changed, if it is one."""
 
 
 def selector(kind: str) -> str:
@@ -73,8 +73,8 @@ class Watch:
             for item in items:
                 seen.add(item["metadata"]["uid"])
                 touched |= self._store.put(item)
-            self._touched(touched)
-        self._touched(self._store.prune(self._resource.kind, self._namespace, seen, version))
+            self._touched(touched, None)
+        self._touched(self._store.prune(self._resource.kind, self._namespace, seen, version), None)
         return version
 
     async def _watch(self, version: str) -> str:
@@ -103,4 +103,7 @@ class Watch:
         return version
 
     def _deliver(self, event: str, found: Object) -> None:
-        self._touched(self._store.remove(found) if event == "DELETED" else self._store.put(found))
+        if event == "DELETED":
+            self._touched(self._store.remove(found), None)
+        else:
+            self._touched(self._store.put(found), found)

@@ -26,8 +26,8 @@ class Clock:
 def play(steps: str, backoff: float = 1.0) -> str:
     """Carry out `steps` and return what each `take` gave.
 
-    +a add · ^a add before all others · ~a soon · a@5 add in 5 seconds · ? take · -a done · !a retry · ok:a forget
-    t3 three seconds pass · took:a:0.2 the decision took 0.2 seconds
+    +a add · ^a add before all others · ~a soon · ~a~1 soon, in a second · a@5 add in 5 seconds · ? take · -a done
+    !a retry · ok:a forget · t3 three seconds pass · took:a:0.2 the decision took 0.2 seconds
     """
     clock = Clock()
     queue = Queue(clock, backoff, jitter=lambda: 1.0)
@@ -45,6 +45,9 @@ def play(steps: str, backoff: float = 1.0) -> str:
             queue.forget(key(step[3:]))
         elif step[0] == "^":
             queue.add(key(step[1:]), first=True)
+        elif step[0] == "~" and step.count("~") == 2:
+            _, name, seconds = step.split("~")
+            queue.soon(key(name), float(seconds))
         elif step[0] in "+~-!":
             {"+": queue.add, "~": queue.soon, "-": queue.done, "!": queue.retry}[step[0]](key(step[1:]))
         else:
@@ -70,6 +73,16 @@ CASES = [
         name="but not for long",
         steps="took:a:60 ~a t5 ?",
         expect="a",
+    ),
+    Case(
+        name="a change that is only told to people settles for longer, with those that follow",
+        steps="~a~1 t0.9 ~a~1 ? t0.1 ?",
+        expect="· a",
+    ),
+    Case(
+        name="but not where something is to be done",
+        steps="~a~1 ~a t0.11 ? -a t5 ?",
+        expect="a ·",
     ),
     Case(
         name="an edit does not wait for that",

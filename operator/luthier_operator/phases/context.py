@@ -48,6 +48,8 @@ class Context:
     status: JobStatus
     found: dict[tuple[str, Phase], list[Any]] = field(default_factory=dict, compare=False, repr=False)
     """What was looked up in `observed`, for all contexts of one decision: a job may have thousands of pods."""
+    present: dict[Phase, Object | None] = field(default_factory=dict, compare=False, repr=False)
+    """The children that were looked up, as `found`."""
 
     @cached_property
     def job(self) -> Job:
@@ -93,7 +95,9 @@ class Context:
         return request is not None and request.target != hub_target(self.job)
 
     def child(self, phase: Phase) -> Object | None:
-        return self.observed.children.get(self.workload.child(phase))
+        if phase not in self.present:
+            self.present[phase] = self.observed.children.get(self.workload.child(phase))
+        return self.present[phase]
 
     def pods(self, phase: Phase) -> list[Object]:
         """The pods of `phase` that have not terminated."""
