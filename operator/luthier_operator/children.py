@@ -75,8 +75,8 @@ def finished(child: Object) -> bool:
 
 
 def can_wait(found: Object) -> bool:
-    """Whether a Job, a JobSet or a pod has only something to tell: it has neither run nor ended yet, or it is a pod that
-    has succeeded, whose Job or JobSet ends next.
+    """Whether a Job, a JobSet or a pod has only something to tell: it has neither run nor ended yet, or it is a pod
+    that has succeeded, whose Job or JobSet ends next.
     """
     if deleting(found) or finished(found):
         return False
