@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import uvloop
 
 from luthier_api.kinds import KINDS
-from luthier_operator import children, health
+from luthier_operator import health, settling
 from luthier_operator.client import RESOURCES, VERSION, ApiError, Client, Resource
 from luthier_operator.client import login as client_login
 from luthier_operator.election import Election
@@ -32,7 +32,7 @@ from luthier_operator.kueue import WORKLOAD
 from luthier_operator.metrics import LEADS, Metrics
 from luthier_operator.model import Key, Object
 from luthier_operator.progress import Scraper, pod_url
-from luthier_operator.queue import BACKOFF_BASE, SETTLE_SECONDS, SETTLE_WAITING_SECONDS, Queue
+from luthier_operator.queue import BACKOFF_BASE, Queue
 from luthier_operator.reconcile import Reconciler
 from luthier_operator.settings import Settings
 from luthier_operator.store import Store
@@ -309,7 +309,7 @@ class Operator:
             self.queue.add(key)
 
     def _enqueue_soon(self, keys: set[Key], found: Object | None = None) -> None:
-        settle = SETTLE_WAITING_SECONDS if found and children.can_wait(found) else SETTLE_SECONDS
+        settle = settling.seconds(found) if found else settling.ACT
         for key in keys:
             self.queue.soon(key, settle)
 

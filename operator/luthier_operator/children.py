@@ -74,21 +74,6 @@ def finished(child: Object) -> bool:
     return bool(succeeded(child) or failed(child))
 
 
-def can_wait(found: Object) -> bool:
-    """Whether a Job, a JobSet or a pod has only something to tell: it has neither run nor ended yet, or it is a pod
-    that has succeeded, whose Job or JobSet ends next.
-    """
-    if deleting(found) or finished(found):
-        return False
-    if found["kind"] == "Pod":
-        state = container(found)
-        ended = state.get("terminated")
-        return ended.get("exitCode") == 0 if ended else not (terminated(found) or "running" in state)
-    if found["kind"] not in ("Job", "JobSet"):
-        return False
-    return not found.get("status", {}).get("failed") and restarts(found) == (0, 0)
-
-
 def deleting(found: Object) -> bool:
     return "deletionTimestamp" in found["metadata"]
 

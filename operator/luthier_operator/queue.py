@@ -21,7 +21,6 @@ BACKOFF_BASE = 0.2  # seconds, after the first error
 SETTLE_SECONDS = (
     0.1  # events of one job are coalesced: a Job, its pod and the operator's own writes cause one reconcile
 )
-SETTLE_WAITING_SECONDS = 1.0  # of children that only have something to tell people (`children.can_wait`)
 SETTLE_SECONDS_PER_KEY = 0.002  # of all that wait: events of many jobs at once arrive over a longer time, too
 SETTLE_LIMIT = 0.5  # reached with 200 jobs
 SETTLE_PER_SECOND = (

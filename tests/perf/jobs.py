@@ -1,8 +1,9 @@
 """The operator against the API server alone: FineTuneJobs to their children, beside the same children created directly.
 
-On a real API server, with the real operator as a process. No pod runs: a node selector that no node has keeps them
-pending, and the benchmark itself marks the prepare Jobs as succeeded, so that what is measured is the operator and not
-the kubelet. `PYTHONPATH=tests python -m perf.jobs --sizes 200 1000 --finished 5000` sets the sizes.
+On a real API server, with the real operator as a process. No pod runs: they name a scheduler that does not exist, and
+the benchmark itself ends the pods of `prepare` and their Jobs, so that what is measured is the operator and not the
+kubelet. A pod that a scheduler refuses would be reported: a status and an Event more than for a job that runs.
+`PYTHONPATH=tests python -m perf.jobs --sizes 200 1000 --finished 5000` sets the sizes.
 
 The peer (`bare`) creates the same ConfigMaps, Jobs and JobSets, while the benchmark marks its Jobs as succeeded, too.
 Both use a service account: an administrator is exempt from the API server's priority and fairness.
@@ -39,7 +40,7 @@ from luthier_operator.objects import objects
 from luthier_operator.settings import Settings
 
 HERE, DIRECT = "luthier-bench", "luthier-bench-direct"
-SELECTOR = {"luthier.dev/bench": "no-node-has-this"}
+NO_SCHEDULER = "nobody"
 EDITS = 20
 LIMIT = 300.0  # seconds for anything that is waited for
 
@@ -55,7 +56,7 @@ def job(name: str) -> Object:
             "dataset": {"id": "org/data"},
             "workspace": {"claimName": "bench"},
             "resources": {"nodes": 2, "gpusPerNode": 1},
-            "scheduling": {"nodeSelector": SELECTOR},
+            "scheduling": {"schedulerName": NO_SCHEDULER},
         },
     }
 

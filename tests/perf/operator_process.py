@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -128,23 +128,25 @@ class AuditLog:
     """The calls of the operator since this object was made, from the audit log of the API server."""
 
     def __init__(self, path: Path, namespace: str) -> None:
-        self._path, self._namespace = path, namespace
-        self._begin = path.stat().st_size if path.exists() else 0
+        self._path, self._namespace, self._begin = path, namespace, datetime.now(UTC)
 
     def calls(self) -> list[dict[str, Any]]:
         """Every request but lists and watches. Empty where there is no audit log."""
-        if not self._path.exists():
-            return []
-        with self._path.open() as file:
-            file.seek(self._begin if self._path.stat().st_size >= self._begin else 0)
-            events = [json.loads(line) for line in file]
         return [
             event
-            for event in events
+            for event in self._events()
             if event.get("userAgent", "").startswith("luthier/")
             and event["verb"] not in ("watch", "list")
             and event.get("objectRef", {}).get("namespace") == self._namespace
+            and moment(event) >= self._begin
         ]
+
+    def _events(self) -> Iterator[dict[str, Any]]:
+        """What has been written since, also into files that were renamed when they were full."""
+        for path in self._path.parent.glob(f"{self._path.stem}*{self._path.suffix}"):
+            if path.stat().st_mtime >= self._begin.timestamp():
+                with path.open() as file:
+                    yield from map(json.loads, file)
 
 
 def verb_and_resource(event: dict[str, Any]) -> str:

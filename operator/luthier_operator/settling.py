@@ -1,0 +1,42 @@
+"""How long a change of a child settles before its job is looked at: changes that follow within this time cost nothing.
+
+A job of two pods has a dozen changes from its creation to its first step, and only a few of them have a consequence.
+"""
+
+from __future__ import annotations
+
+from luthier_operator import children
+from luthier_operator.model import Object
+
+ACT = 0.1
+"""Seconds for what the operator may have to act on: a child or a pod that has ended, is stopped or runs."""
+TELL = 1.0
+"""Seconds for what is only told to people: why a pod does not start, or that it has succeeded, after which its Job or
+JobSet ends.
+"""
+NOTHING = 5.0
+"""Seconds for what has no consequence: a Job that counts its pods, or a pod that is new. It ends the message that there
+is none.
+"""
+
+
+def seconds(found: Object) -> float:
+    """How long a change to `found`, a Job, JobSet, pod or Workload, settles."""
+    if children.deleting(found) or children.finished(found):
+        return ACT
+    if found["kind"] == "Pod":
+        return _of_pod(found)
+    if found["kind"] not in ("Job", "JobSet") or found.get("status", {}).get("failed"):
+        return ACT
+    if children.restarts(found) != (0, 0):
+        return ACT
+    return TELL if children.was_suspended(found) or children.suspended(found) else NOTHING
+
+
+def _of_pod(pod: Object) -> float:
+    state = children.container(pod)
+    if children.terminated(pod):
+        return TELL if state.get("terminated", {}).get("exitCode") == 0 else ACT
+    if "running" in state:
+        return ACT
+    return TELL if children.unschedulable(pod) or "waiting" in state else NOTHING

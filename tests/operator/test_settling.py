@@ -1,0 +1,50 @@
+"""How soon a job is looked at after a change of a child, as the API server sends it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from luthier_operator.model import Object
+from luthier_operator.naming import CONTAINER
+from luthier_operator.settling import ACT, NOTHING, TELL, seconds
+
+
+def pod(state: Object, phase: str = "Pending") -> Object:
+    return {"phase": phase, "containerStatuses": [{"name": CONTAINER, "state": state}]}
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    kind: str
+    status: Object
+    settles: float
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+UNSCHEDULABLE = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}
+CASES = [
+    Case("a pod that is new", "Pod", {"phase": "Pending"}, NOTHING),
+    Case("a pod that has no node", "Pod", {"phase": "Pending", "conditions": [UNSCHEDULABLE]}, TELL),
+    Case("a pod whose image is pulled", "Pod", pod({"waiting": {"reason": "ContainerCreating"}}), TELL),
+    Case("a pod that has begun to run", "Pod", pod({"running": {}}, "Running"), ACT),
+    Case("a pod that has succeeded", "Pod", pod({"terminated": {"exitCode": 0}}, "Succeeded"), TELL),
+    Case("a pod that has failed", "Pod", pod({"terminated": {"exitCode": 75}}, "Failed"), ACT),
+    Case("a pod that was evicted before it ran", "Pod", {"phase": "Failed", "reason": "Evicted"}, ACT),
+    Case("a pod that is stopped", "Pod", pod({}), ACT, meta={"deletionTimestamp": "2026-01-01T00:00:00Z"}),
+    Case("a Job that has created its pod", "Job", {"active": 1}, NOTHING),
+    Case("a Job whose pod has failed", "Job", {"active": 1, "failed": 1}, ACT),
+    Case("a Job that is complete", "Job", {"conditions": [{"type": "Complete", "status": "True"}]}, ACT),
+    Case("a Job that a queue holds", "Job", {"conditions": [{"type": "Suspended", "status": "True"}]}, TELL),
+    Case("a JobSet that is new", "JobSet", {"restarts": 0}, NOTHING),
+    Case("a JobSet that has started its pods again", "JobSet", {"restarts": 1}, ACT),
+    Case("a Workload of Kueue", "Workload", {}, ACT),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_what_follows_from_a_change_decides_how_long_it_settles(case: Case) -> None:
+    assert seconds({"kind": case.kind, "metadata": {"name": "x"} | case.meta, "status": case.status}) == case.settles
