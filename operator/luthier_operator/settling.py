@@ -11,12 +11,10 @@ from luthier_operator.model import Object
 ACT = 0.1
 """Seconds for what the operator may have to act on: a child or a pod that has ended, is stopped or runs."""
 TELL = 1.0
-"""Seconds for what is only told to people: why a pod does not start, or that it has succeeded, after which its Job or
-JobSet ends.
-"""
+"""Seconds for what is only told to people: why a pod does not start."""
 NOTHING = 5.0
-"""Seconds for what has no consequence: a Job that counts its pods, or a pod that is new. It ends the message that there
-is none.
+"""Seconds for what has no consequence: a Job that counts its pods, a pod that is new and only ends the message that
+there is none, or one that has succeeded, after which its Job or JobSet ends.
 """
 
 
@@ -36,7 +34,7 @@ def seconds(found: Object) -> float:
 def _of_pod(pod: Object) -> float:
     state = children.container(pod)
     if children.terminated(pod):
-        return TELL if state.get("terminated", {}).get("exitCode") == 0 else ACT
+        return NOTHING if state.get("terminated", {}).get("exitCode") == 0 else ACT
     if "running" in state:
         return ACT
     return TELL if children.unschedulable(pod) or "waiting" in state else NOTHING

@@ -31,7 +31,7 @@ CASES = [
     Case("a pod that has no node", "Pod", {"phase": "Pending", "conditions": [UNSCHEDULABLE]}, TELL),
     Case("a pod whose image is pulled", "Pod", pod({"waiting": {"reason": "ContainerCreating"}}), TELL),
     Case("a pod that has begun to run", "Pod", pod({"running": {}}, "Running"), ACT),
-    Case("a pod that has succeeded", "Pod", pod({"terminated": {"exitCode": 0}}, "Succeeded"), TELL),
+    Case("a pod that has succeeded", "Pod", pod({"terminated": {"exitCode": 0}}, "Succeeded"), NOTHING),
     Case("a pod that has failed", "Pod", pod({"terminated": {"exitCode": 75}}, "Failed"), ACT),
     Case("a pod that was evicted before it ran", "Pod", {"phase": "Failed", "reason": "Evicted"}, ACT),
     Case("a pod that is stopped", "Pod", pod({}), ACT, meta={"deletionTimestamp": "2026-01-01T00:00:00Z"}),
