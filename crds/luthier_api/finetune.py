@@ -646,8 +646,8 @@ class FineTuneJobSpec(JobControl, TabledSpec):
             "spec.grpo.rewards: the task grpo needs a reward, such as type: exactMatch with column: answer; add one",
         ),
         Rule(
-            "!has(self.grpo) || !self.grpo.rewards.exists(r, r.type == 'python') || !self.tracking.exists(t,"
-            " has(t.secretRef))",
+            "self.task != 'grpo' || !has(self.grpo) || !self.grpo.rewards.exists(r, r.type == 'python') ||"
+            " !self.tracking.exists(t, has(t.secretRef))",
             "spec.tracking.secretRef: the pods of run would hold credentials that the code of a reward of type python"
             " could read; remove secretRef, or that reward",
         ),

@@ -19,7 +19,9 @@ from cases.api import (
     FIXED,
     GENERATE,
     LIVE,
+    PYTHON,
     STRANGE,
+    TRACKED,
     WHILE_STOPPED,
     WRITTEN,
     Case,
@@ -206,6 +208,15 @@ def test_each_field_either_may_change_or_never_does(base: Document) -> None:
     assert live | fixed == {f.alias or n for n, f in type(parse_job(base).spec).model_fields.items()}
     told = {r.message.split()[0].removeprefix("spec.") for r in rules_of(type(parse_job(base).spec)) if r.transition}
     assert fixed == told
+
+
+def test_a_block_of_another_task_gets_one_message() -> None:
+    """Whatever else is wrong in it."""
+    grpo = {"rewards": [PYTHON], "generations": 3, "maxCompletionLength": 5000}
+    document = changed(FINE_TUNE, {"spec.task": "reward", "spec.grpo": grpo, "spec.tracking": [TRACKED]})
+    with pytest.raises(InvalidJob) as refused:
+        check_job(document)
+    assert refused.value.problems == ["spec.grpo: applies to grpo; remove it, or choose that task"]
 
 
 def test_the_tables_cover_all_rules() -> None:

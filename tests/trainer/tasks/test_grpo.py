@@ -447,7 +447,18 @@ LEARNINGS = [
     Learning(name="all weights, held to a second model", method=FULL, grpo={"beta": 0.1}),
     Learning(name="adapters, held to the model without them", method=LORA, grpo={"beta": 0.1, "lossType": "grpo"}),
     Learning(name="adapters, two micro-batches", method=LORA, training={"microBatchSize": 4}),
+    Learning(
+        name="adapters, a function of Python",
+        method=LORA,
+        grpo={"rewards": [{"type": "python", "file": "CODE", "function": "vowels"}, REWARDS[1]]},
+    ),
 ]
+VOWELS = """
+import re
+
+def vowels(completions, **_):
+    return [float(re.search("[aeiou]{2}", text) is not None) for text in completions]
+"""
 
 
 @pytest.mark.parametrize("case", LEARNINGS, ids=lambda case: case.name)
@@ -459,7 +470,9 @@ def test_losses_and_rewards_are_those_of_trl(
     tmp_path: Path,
 ) -> None:
     course = COURSE | {"maxSteps": 2} | case.training
-    run = reinforce(method=case.method, grpo=GRPO | case.grpo, training=course)
+    (tmp_path / "rewards.py").write_text(VOWELS)
+    grpo = json.loads(json.dumps(GRPO | case.grpo).replace("CODE", str(tmp_path / "rewards.py")))
+    run = reinforce(method=case.method, grpo=grpo, training=course)
     prepare.main(run)
     train.main(run)
     expect = plain_trl(run, tmp_path / "trl", tiny_model, prompts(paragraphs))
@@ -468,7 +481,8 @@ def test_losses_and_rewards_are_those_of_trl(
         values = [entry.get(name) for entry in expect]
         if None not in values:
             assert [entry[name] for entry in found] == pytest.approx(values, abs=1e-5), name
-    assert [entry["rewards/regex/mean"] for entry in found] == [entry["rewards/vowels/mean"] for entry in expect]
+    first = f"rewards/{grpo['rewards'][0]['type']}/mean"
+    assert [entry[first] for entry in found] == [entry["rewards/vowels/mean"] for entry in expect]
 
 
 def history(run: FineTuneRun) -> list[dict[str, Any]]:
