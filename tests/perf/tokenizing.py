@@ -1,7 +1,7 @@
 """Rows that `prepare` converts into tokens in a second, by one process and by as many as there are cores.
 
 `PYTHONPATH=tests python -m perf tokenizing` prints one JSON document. The rows are made of pieces of Python's language
-reference: texts and conversations of 600 characters on average. Both results must be the same.
+reference: texts, conversations and pairs of answers of 600 characters on average. Both results must be the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 import numpy
 from datasets import Dataset, Features, Value, disable_progress_bars
 
-from luthier_trainer.data import chats, full_lengths, labelled, parallel, tokens
+from luthier_api.finetune import FineTuneJobSpec
+from luthier_trainer.data import chats, full_lengths, labelled, pair_tokens, pairs, parallel, tokens
 from luthier_trainer.data.load import Rows
 from luthier_trainer.data.masks import ChatReader
 from luthier_trainer.data.reading import Reader
@@ -28,16 +29,24 @@ from luthier_trainer.runtime import cores
 ROWS = 200_000
 WORDS = 80  # of a row
 MAX_LENGTH = 256
+PREFERENCE = {
+    "task": "preference",
+    "model": {"path": "/model"},
+    "dataset": {"files": ["/rows.jsonl"]},
+    "training": {"maxLength": MAX_LENGTH},
+}
 
 
 def rows(count: int) -> Iterator[dict[str, str]]:
-    """Yield a text and a conversation of the same words."""
+    """Yield a text, a conversation, and a pair of answers, of the same words."""
     random = numpy.random.default_rng(0)
     words = [word for _, body in sorted(topics.items()) for word in body.split()]
     for begin in random.integers(0, len(words) - 2 * WORDS, count).tolist():
         parts = [" ".join(words[begin + i : begin + i + WORDS // 4]) for i in range(0, WORDS, WORDS // 4)]
         messages = [{"role": "assistant" if i % 2 else "user", "content": part} for i, part in enumerate(parts)]
-        yield {"text": " ".join(parts), chats.CHAT: json.dumps({"messages": messages})}
+        prompt, *answers = parts[:3]
+        pair = json.dumps({"prompt": prompt, "chosen": f" {answers[0]}", "rejected": f" {answers[1]}"})
+        yield {"text": " ".join(parts), chats.CHAT: json.dumps({"messages": messages}), pairs.PAIR: pair}
 
 
 def digest(data: Dataset) -> str:
@@ -73,9 +82,11 @@ def main() -> dict[str, Any]:
     tokenizer.chat_template = CHATML
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     with tempfile.TemporaryDirectory() as folder:
-        features = Features({"text": Value("string"), chats.CHAT: Value("string")})
+        features = Features({name: Value("string") for name in ("text", chats.CHAT, pairs.PAIR)})
         data = Dataset.from_generator(rows, gen_kwargs={"count": ROWS}, features=features, cache_dir=folder)
         given = Rows(data.select_columns([chats.CHAT]), "rows")
+        compared = Rows(data.select_columns([pairs.PAIR]), "rows")
+        asked = FineTuneJobSpec.model_validate(PREFERENCE)
         reader = ChatReader(tokenizer, "assistant")
         return {
             "rows": ROWS,
@@ -84,4 +95,5 @@ def main() -> dict[str, Any]:
                 lambda: tokens.language_rows(data.select_columns(["text"]), "text", Reader(tokenizer), MAX_LENGTH)
             ),
             "conversations": measured(lambda: labelled.chat_rows(given, reader, MAX_LENGTH, "training")),
+            "pairs of answers": measured(lambda: pair_tokens.pair_rows(compared, tokenizer, asked, "training")),
         }

@@ -40,6 +40,11 @@ def rows_of(kind: str, paragraphs: list[str]) -> list[dict[str, Any]]:
             made.append({"text": text + (" <|endoftext|>" if i % 7 == 0 else "")})
         elif kind == "label":
             made.append({"text": text, "label": f"class {i % 3}"})
+        elif kind in ("pair", "score"):
+            answers = {"chosen": " ".join(words[half:]), "rejected": " ".join(words[:0:-1])}
+            made.append({"prompt": words[0] if i % 3 else text} | answers)
+        elif kind == "rating":
+            made.append({"prompt": " ".join(words[:2]), "completion": " ".join(words[2:]), "label": i % 3 > 0})
         elif kind == "prompt":
             made.append({"prompt": " ".join(words[:half]), "completion": " ".join(words[half:])})
         else:
@@ -50,15 +55,26 @@ def rows_of(kind: str, paragraphs: list[str]) -> list[dict[str, Any]]:
     return made
 
 
-@pytest.mark.parametrize("kind", ["text", "label", "prompt", "messages"])
+SPECS: dict[str, dict[str, Any]] = {
+    "text": {},
+    "label": {"task": "text-classification"},
+    "prompt": {},
+    "messages": {"dataset": {"chatTemplate": {"name": "zephyr"}}},
+    "pair": {"task": "preference"},
+    "rating": {"task": "preference", "preference": {"lossType": "kto"}},
+    "score": {"task": "reward"},
+}
+SAID = {"score": "are left out; the reward is read at the end of an answer"}  # an answer is not cut there
+
+
+@pytest.mark.parametrize("kind", SPECS)
 def test_several_processes_make_the_same(
     kind: str, paragraphs: list[str], make_run: MakeRun, tiny_model: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows_of(kind, paragraphs)))
-    template = {"chatTemplate": {"name": "zephyr"}} if kind == "messages" else {}
-    task = "text-classification" if kind == "label" else "causal-lm"
-    run = make_run(task=task, dataset={"files": [str(path)]} | template)
+    spec = {"task": "causal-lm"} | SPECS[kind]
+    run = make_run(**spec | {"dataset": {"files": [str(path)]} | spec.get("dataset", {})})
     made = []
     for processes in (1, PROCESSES):
         parallel.use(processes)
@@ -70,7 +86,7 @@ def test_several_processes_make_the_same(
         assert (len(data.cache_files) >= PROCESSES) == (processes > 1), "a file a process, and perhaps one of indices"
         made.append((data.to_dict(), data.features, notices.given(), full_lengths.take("training").tolist()))
     assert made[0] == made[1]
-    assert any("are cut" in text for text in made[0][2])
+    assert any(SAID.get(kind, "are cut") in text for text in made[0][2])
 
 
 def test_a_process_that_is_killed_is_reported(tmp_path: Path) -> None:

@@ -665,6 +665,16 @@ MISTAKES = [
         ),
     ),
     MistakeCase(
+        name="an archive",
+        file="x.tar",
+        content="a",
+        code=S,
+        message=(
+            "spec.dataset.files: x.tar is an archive, and archives, such as those of WebDataset, are not read. Unpack"
+            " it on a volume and name its files"
+        ),
+    ),
+    MistakeCase(
         name="a file that is not there",
         file="rows.jsonl",
         dataset={"files": ["{folder}/row.jsonl"]},

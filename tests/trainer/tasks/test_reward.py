@@ -217,7 +217,9 @@ def test_answers_that_are_too_long_are_left_out(rate: Callable[..., FineTuneRun]
     long = " ".join(pair["chosen"] for pair in pairs)
     prepare.main(run := rate(rows=[pairs[0] | {"chosen": long}, *pairs[1:]]))
     assert len(load_from_disk(read_prepared(run).dataset_path)["train"]) == 15
-    assert any("1 of 16 training pairs have an answer of more than 96 tokens" in text for text in notices.given())
+    assert any(
+        "1 of 16 training rows" in text and "have an answer of more than 96 tokens" in text for text in notices.given()
+    )
 
 
 def test_the_card_says_how_answers_are_rated(rate: Callable[..., FineTuneRun]) -> None:

@@ -43,12 +43,8 @@ IMAGES_OF_OTHERS = {
     ".cr2",
     ".arw",
     ".npy",
-    ".zip",
-    ".tar",
-    ".tgz",
-    ".7z",
-    ".rar",
 }
+ARCHIVES = {".tar", ".tgz", ".zip", ".7z", ".rar"}
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,7 @@ def image_folder(path: Path, field: str) -> ImageFolder:
         others += [file for file in found if file.suffix.lower() not in suffixes and file.name not in METADATA]
         if not (found or folders):
             print(f"{field}: {place} is empty, and no class", flush=True)
-    if unread := [file for file in others if file.suffix.lower() in IMAGES_OF_OTHERS]:
+    if unread := [file for file in others if file.suffix.lower() in IMAGES_OF_OTHERS | ARCHIVES]:
         raise Failure(
             ExitCode.INVALID_DATASET,
             f"{field}: {len(unread)} files of {path} are of a format that is not read here (the first: {unread[0]})."
@@ -231,6 +227,14 @@ def format_of(paths: list[Path], field: str) -> str:
     found: dict[str, Path] = {}
     for path in paths:
         kind = FORMAT_OF_SUFFIX.get(suffix_of(path))
+        if suffix_of(path) in ARCHIVES:
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}: {path.name} is an archive, and archives, such as those of WebDataset, are not read. Unpack"
+                " it on a volume and name its files or, of images, its folder with format: imagefolder; or write its"
+                ' samples as parquet, of which `datasets` makes one by load_dataset("webdataset",'
+                ' data_files=...)["train"].to_parquet(...)',
+            )
         if kind is None:
             raise Failure(
                 ExitCode.INVALID_SPEC,

@@ -61,7 +61,7 @@ def completion_rows(
             made.add(row, [0] * begin + [1] * (len(row) - begin), ("diverging",) if diverges else ())
         return made.columns
 
-    encoded = mapped(rows.data, tokenize, _features(masked), parallel=True)
+    encoded = mapped(rows.data, tokenize, noted(language_features(masked)), parallel=True)
     return keep_learnable(reported(encoded, rows, max_length, use, wanted))
 
 
@@ -89,7 +89,7 @@ def chat_rows(
             made.add(row.ids, row.mask, row.remarks if any(row.mask) else (*row.remarks, "silent"))
         return made.columns
 
-    encoded = mapped(rows.data, tokenize, _features(masked), parallel=True)
+    encoded = mapped(rows.data, tokenize, noted(language_features(masked)), parallel=True)
     for index, remarks in enumerate(encoded[REMARK] if not masked else ()):
         if WEIGHTED in remarks:
             refuse_weights(json.loads(rows.data[index][CHAT]), f"{rows.place(index)} of {rows.origin}")
@@ -150,13 +150,18 @@ REMARKS: Mapping[str, tuple[str, str]] = {
         MAX_LENGTH,
         "have a prompt of {max_length} tokens or more, which leaves no room for an answer, and are left out",
     ),
+    "long": (
+        MAX_LENGTH,
+        "have an answer of more than {max_length} tokens with its prompt, and are left out; the reward is read at the"
+        " end of an answer",
+    ),
     "alike": (MAX_LENGTH, "have answers that do not differ within {max_length} tokens, and are left out"),
     "cut": (MAX_LENGTH, "are longer than {max_length} tokens and are cut"),
 }
 """Remark about a row → (field, what is said of all such rows)."""
-LEFT_OUT = ("unreadable", "unmasked", "undivided", "silent", "beheaded", "crowded", "alike")
+LEFT_OUT = ("unreadable", "unmasked", "undivided", "silent", "beheaded", "crowded", "long", "alike")
 WEIGHTED = "weighted"  # a remark that is refused
-REMARK, WHY = "remarks", "why"  # columns while rows are encoded
+REMARK, WHY = "remarks", "why"  # columns while rows are encoded, by several processes
 AT_ONCE = 10_000  # rows of which the remarks are read at once
 
 
@@ -232,6 +237,14 @@ def reported(encoded: Dataset, rows: Rows, max_length: int | None, use: str, wan
     kept = within(encoded, wanted, use)
     if len(kept) < len(encoded):
         encoded, rows = encoded.select(kept), rows.select(kept)
+    return told(encoded, rows, max_length, use)
+
+
+def told(encoded: Dataset, rows: Rows, max_length: int | None, use: str) -> Dataset:
+    """Return encoded rows without the columns of `noted`, after it was reported what they say.
+
+    Raises Failure if all rows were left out for one reason.
+    """
     report = Report(rows, max_length, use)
     notes = encoded.select_columns([FULL_LENGTH, REMARK, WHY])
     for start in range(0, len(notes), AT_ONCE):
@@ -244,8 +257,8 @@ def reported(encoded: Dataset, rows: Rows, max_length: int | None, use: str, wan
     return encoded.remove_columns([FULL_LENGTH, REMARK, WHY])
 
 
-def _features(masked: bool) -> Any:
-    """Return the types of the columns of `Encoded`."""
+def noted(features: Any) -> Any:
+    """Return the types of encoded rows, with the columns that say what is to be reported of each row."""
     from datasets import Features, List, Value
 
-    return Features({**with_notes(language_features(masked)), REMARK: List(Value("string")), WHY: Value("string")})
+    return Features({**with_notes(features), REMARK: List(Value("string")), WHY: Value("string")})

@@ -7,18 +7,18 @@ of all three is the prompt. A token that spans prompt and answer belongs to the 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from luthier_api.finetune import FineTuneJobSpec
-from luthier_trainer.data import full_lengths, templates
-from luthier_trainer.data.labelled import Report
+from luthier_trainer.data import templates
+from luthier_trainer.data.labelled import REMARK, WHY, noted, told
 from luthier_trainer.data.load import Rows
 from luthier_trainer.data.masks import ChatReader, Unmasked, Unreadable, common
 from luthier_trainer.data.pairs import ANSWERS, PAIR, Pair, are_messages
 from luthier_trainer.data.reading import Reader
-from luthier_trainer.data.tokens import mapped
+from luthier_trainer.data.tokens import FULL_LENGTH, mapped
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,6 +49,10 @@ class Parts:
         return len(self.prompt) + max(map(len, self.answers), default=0)
 
 
+Read = Callable[[Pair, Parts], tuple[dict[str, Any], tuple[str, ...]]]
+"""(a row, its tokens) → its cells, and remarks: keys of `labelled.REMARKS`. A row without tokens has the length 0."""
+
+
 def pair_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, spec: FineTuneJobSpec, use: str) -> Dataset:
     """Return the token ids of each prompt and of its two answers, as in `ENCODED`, and the column `length`.
 
@@ -56,48 +60,65 @@ def pair_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, spec: FineTuneJobS
     prompt alone is that long, or whose answers are the same up to there, are left out. All of that is said.
     `length`: tokens of the longer sequence. Raises Failure if no pair is left.
     """
-    from datasets import Features, List, Value
+    longest = spec.training.max_length
+
+    def read(row: Pair, whole: Parts) -> tuple[dict[str, Any], tuple[str, ...]]:
+        parts, remarks = kept(whole, longest)
+        chosen, rejected = parts.answers or ([], [])
+        return dict(zip(ENCODED, (parts.prompt, chosen, rejected), strict=True)) | {"length": parts.length}, remarks
 
     split = splitter(rows, PAIR, tokenizer, spec, use)
-    longest = spec.training.max_length
-    report = Report(rows, longest, use)
+    return encoded(rows, PAIR, split, ANSWERS, read, token_lists(ENCODED), longest, use)
 
-    def tokenize(batch: dict[str, list[str]], indices: list[int]) -> dict[str, list[Any]]:
-        made: dict[str, list[Any]] = {name: [] for name in (*ENCODED, "length")}
-        for index, whole in zip(indices, split(map(json.loads, batch[PAIR]), ANSWERS), strict=True):
-            parts = kept(whole, longest, index, report, use)
-            chosen, rejected = parts.answers or ([], [])
-            for name, ids in zip(ENCODED, (parts.prompt, chosen, rejected), strict=True):
-                made[name].append(ids)
-            made["length"].append(parts.length)
+
+def token_lists(names: Iterable[str]) -> dict[str, Any]:
+    """Return the types of columns of token ids, and of the column `length`."""
+    from datasets import List, Value
+
+    return {name: List(Value("int32")) for name in names} | {"length": Value("int64")}
+
+
+def encoded(
+    rows: Rows,
+    column: str,
+    split: Splitter,
+    answers: tuple[str, ...],
+    read: Read,
+    features: Mapping[str, Any],
+    longest: int,
+    use: str,
+) -> Dataset:
+    """Return what `read` makes of each row of JSON text in `column`, without the rows that have no tokens.
+
+    Several processes do it. `features`: types of the columns. What happens to rows is reported. Raises Failure if all
+    rows were left out for one reason.
+    """
+
+    def tokenize(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
+        made: dict[str, list[Any]] = {name: [] for name in (*features, FULL_LENGTH, REMARK, WHY)}
+        found = [json.loads(text) for text in batch[column]]
+        for row, parts in zip(found, split(found, answers), strict=True):
+            cells, remarks = read(row, parts)
+            full = None if parts.failure else parts.length
+            notes = {FULL_LENGTH: full, REMARK: [*parts.remarks, *remarks], WHY: parts.failure or None}
+            for name, cell in (cells | notes).items():
+                made[name].append(cell)
         return made
 
-    lists = {name: List(Value("int32")) for name in ENCODED}
-    encoded = mapped(rows.data, tokenize, Features(lists | {"length": Value("int64")}), with_indices=True)
-    report.tell()
-    return encoded.filter(lambda lengths: [n > 0 for n in lengths], batched=True, input_columns=["length"])
+    result = told(mapped(rows.data, tokenize, noted(features), parallel=True), rows, longest, use)
+    return result.filter(lambda lengths: [n > 0 for n in lengths], batched=True, input_columns=["length"])
 
 
-def kept(parts: Parts, longest: int, index: int, report: Report, use: str) -> Parts:
-    """Return the tokens that are learnt from the row at `index`, cut at `longest` tokens; none if it is left out.
-
-    What happens to it is reported.
-    """
-    for remark in parts.remarks:
-        report.remark(remark, index, parts.failure)
+def kept(parts: Parts, longest: int) -> tuple[Parts, tuple[str, ...]]:
+    """Return the tokens that are learnt from a row, cut at `longest` tokens, and remarks; none if it is left out."""
     if parts.failure:
-        return Parts([], [])
-    full_lengths.keep(use, [parts.length])
+        return Parts([], []), ()
     if len(parts.prompt) >= longest:
-        report.remark("crowded", index)
-        return Parts([], [])
+        return Parts([], []), ("crowded",)
     cut = parts.cut(longest)
     if len(cut.answers) > 1 and cut.answers[0] == cut.answers[1]:
-        report.remark("alike", index)
-        return Parts([], [])
-    if parts.length > longest:
-        report.remark("cut", index)
-    return cut
+        return Parts([], []), ("alike",)
+    return cut, ("cut",) if parts.length > longest else ()
 
 
 @dataclass

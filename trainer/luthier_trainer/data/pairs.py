@@ -8,7 +8,7 @@ begin with alike, as TRL takes it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 PAIR = "pair"  # the column of JSON text
 ANSWERS = ("chosen", "rejected")
+LISTED = '{"prompt": ['  # how the JSON text of a row of messages begins
 OPTIONAL = {"prompt": "prompt", "tools": "tools"}
 """Roles that rows need not have → the column that is used if the job names none and the rows have it."""
 TITLE = "pairs of answers"
@@ -93,37 +94,24 @@ def read(rows: Rows, spec: FineTuneJobSpec) -> Rows:
             f'{DATASET}: the rows of {rows.origin} have no column "{named["prompt"]}"; what {names} begin with alike is'
             " the prompt"
         )
-    pairs = chats.as_json(
-        rows,
-        found,
-        PAIR,
-        of_one_kind(_pair),
-        f"{COLUMNS}: {' or '.join(_quoted(found[role]) for role in found if role != 'tools')} of {rows.origin}",
-        TITLE,
-    )
+    subject = f"{COLUMNS}: {' or '.join(_quoted(found[role]) for role in found if role != 'tools')} of {rows.origin}"
+    pairs = chats.as_json(rows, found, PAIR, _pair, subject, TITLE, parallel=True)
+    refuse_kinds(pairs, PAIR, subject, TITLE)
     refuse_template(pairs, PAIR, "chosen", spec)
     _tell(pairs)
     return _differing(pairs, names)
 
 
-def of_one_kind(read_row: Callable[[dict[str, Any]], Pair | None]) -> Callable[[dict[str, Any]], Pair | None]:
-    """Return `read_row` so that it raises Malformed at a row of texts among rows of messages, or the other way."""
-    kinds: list[bool] = []
-
-    def _checked(cells: dict[str, Any]) -> Pair | None:
-        """Return a row. Raises Malformed."""
-        row = read_row(cells)
-        if row is None:
-            return None
-        kind = isinstance(row["prompt"], list)
-        if not kinds:
-            kinds.append(kind)
-        if kind != kinds[0]:
-            names = {True: "messages", False: "texts"}
-            raise Malformed(f"it holds {names[kind]}, and the rows before it {names[kinds[0]]}")
-        return row
-
-    return _checked
+def refuse_kinds(rows: Rows, column: str, subject: str, title: str) -> None:
+    """Raise Failure at a row of texts among rows of messages, or the other way. `subject` begins the message."""
+    kinds = [text.startswith(LISTED) for batch in rows.data.iter(10_000) for text in batch[column]]
+    others = [i for i, kind in enumerate(kinds) if kind != kinds[0]]
+    if others:
+        names = {True: "messages", False: "texts"}
+        raise columns.invalid(
+            f"{subject} cannot be read as {title} in {len(others)} of {len(kinds)} rows. The first is"
+            f" {rows.place(others[0])}: it holds {names[not kinds[0]]}, and the rows before it {names[kinds[0]]}"
+        )
 
 
 def are_messages(data: Dataset, column: str) -> bool:

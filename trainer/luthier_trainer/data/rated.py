@@ -16,9 +16,8 @@ from luthier_api.finetune import FineTuneJobSpec, Preference
 from luthier_trainer.data import chats, columns, pairs
 from luthier_trainer.data.chats import Malformed, listed, messages_of, shown, tools_of
 from luthier_trainer.data.forms import COLUMNS, DATASET
-from luthier_trainer.data.labelled import Report
 from luthier_trainer.data.load import Rows
-from luthier_trainer.data.pair_tokens import kept, splitter
+from luthier_trainer.data.pair_tokens import Parts, encoded, kept, splitter, token_lists
 from luthier_trainer.data.tokens import mapped
 from luthier_trainer.runtime.notices import notice
 
@@ -58,7 +57,8 @@ def read(rows: Rows, spec: FineTuneJobSpec) -> Rows:
         return _taken_apart(pairs.read(rows, spec))
     found = pairs.present(rows, spec, named, ("prompt", *NEEDED))
     subject = f'{COLUMNS}: column "{found["prompt"]}" or column "{found["completion"]}" of {rows.origin}'
-    rated = chats.as_json(rows, found, RATED, pairs.of_one_kind(_rated), subject, TITLE)
+    rated = chats.as_json(rows, found, RATED, _rated, subject, TITLE, parallel=True)
+    pairs.refuse_kinds(rated, RATED, subject, TITLE)
     pairs.refuse_template(rated, RATED, "completion", spec)
     labels = {json.loads(row)["label"] for row in rated.data[RATED]}
     if len(labels) == 1:
@@ -90,27 +90,19 @@ def rated_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, spec: FineTuneJob
 
     Answers are cut, and rows are left out, as in `pair_tokens.pair_rows`. Raises Failure if no row is left.
     """
-    from datasets import Features, List, Value
+    from datasets import Value
+
+    longest = spec.training.max_length
+
+    def read_row(row: dict[str, Any], whole: Parts) -> tuple[dict[str, Any], tuple[str, ...]]:
+        parts, remarks = kept(whole, longest)
+        answer = parts.answers[0] if parts.answers else []
+        cells = {"prompt_ids": parts.prompt, "completion_ids": answer, "label": row["label"], "length": parts.length}
+        return cells, remarks
 
     split = splitter(rows, RATED, tokenizer, spec, use)
-    report = Report(rows, spec.training.max_length, use)
-
-    def tokenize(batch: dict[str, list[str]], indices: list[int]) -> dict[str, list[Any]]:
-        made: dict[str, list[Any]] = {name: [] for name in (*ENCODED, "label", "length")}
-        found = [json.loads(row) for row in batch[RATED]]
-        for index, row, whole in zip(indices, found, split(found, ("completion",)), strict=True):
-            parts = kept(whole, spec.training.max_length, index, report, use)
-            made["prompt_ids"].append(parts.prompt)
-            made["completion_ids"].append(parts.answers[0] if parts.answers else [])
-            made["label"].append(row["label"])
-            made["length"].append(parts.length)
-        return made
-
-    lists = {name: List(Value("int32")) for name in ENCODED}
-    features = Features(lists | {"label": Value("bool"), "length": Value("int64")})
-    encoded = mapped(rows.data, tokenize, features, with_indices=True)
-    report.tell()
-    learnt = encoded.filter(lambda lengths: [n > 0 for n in lengths], batched=True, input_columns=["length"])
+    features = token_lists(ENCODED) | {"label": Value("bool")}
+    learnt = encoded(rows, RATED, split, ("completion",), read_row, features, longest, use)
     if use == "training" and len(learnt):
         _tell_weights(learnt["label"][:], spec.preference)
     return learnt
@@ -199,5 +191,7 @@ def _taken_apart(rows: Rows) -> Rows:
     )
     numbers = numpy.arange(len(rows.data)) if rows.numbers is None else rows.numbers
     return replace(
-        rows, data=mapped(rows.data, both, Features({RATED: Value("string")})), numbers=numpy.repeat(numbers, 2)
+        rows,
+        data=mapped(rows.data, both, Features({RATED: Value("string")}), parallel=True),
+        numbers=numpy.repeat(numbers, 2),
     )

@@ -130,7 +130,10 @@ class Grpo(TextTask):
 
         features = {"prompt": Value("string"), IDS: List(Value("int32")), "length": Value("int64")}
         encoded = tokens.mapped(
-            rows.data.select_columns([column]), tokenize, Features(features | {"is_chat": Value("bool")})
+            rows.data.select_columns([column]),
+            tokenize,
+            Features(features | {"is_chat": Value("bool")}),
+            parallel=not is_chat,  # a conversation that cannot be written is refused where it is met
         )
         for name in read_by_rewards(spec):
             encoded = encoded.add_column(cells_of(name), rows.data[name][:])

@@ -6,18 +6,15 @@ classification, which GRPO and `AutoModelForSequenceClassification` load.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from luthier_api.finetune import FineTuneJobSpec
-from luthier_trainer.data import columns, full_lengths, pair_tokens, pairs, tokens
-from luthier_trainer.data.labelled import Report
+from luthier_trainer.data import columns, pair_tokens, pairs, tokens
 from luthier_trainer.data.load import Rows
 from luthier_trainer.data.pairs import ANSWERS, PAIR
 from luthier_trainer.models import embedding, inspect
-from luthier_trainer.runtime.notices import notice
 from luthier_trainer.tasks.answers import AnswersTask
 from luthier_trainer.tasks.base import LoadedModel, Model, TrainerSetup, TrainingContext
 from luthier_trainer.tasks.headed import HeadedTask
@@ -65,36 +62,16 @@ class RewardTask(HeadedTask, AnswersTask):
         Pairs with an answer of more than `spec.training.maxLength` tokens are left out, as in TRL: the head reads the
         last token of an answer, and would learn to rate the beginning of a text.
         """
-        from datasets import Features, List, Value
+        longest = spec.training.max_length
+
+        def read(row: pairs.Pair, parts: pair_tokens.Parts) -> tuple[dict[str, Any], tuple[str, ...]]:
+            fits = not parts.failure and parts.length <= longest
+            answers = [parts.prompt + answer for answer in parts.answers] if fits else [[], []]
+            cells = dict(zip(ENCODED, answers, strict=True)) | {"length": parts.length if fits else 0}
+            return cells, () if fits or parts.failure else ("long",)
 
         split = pair_tokens.splitter(rows, PAIR, processor, spec, use)
-        longest, long = spec.training.max_length, 0
-        report = Report(rows, longest, use)
-
-        def tokenize(batch: dict[str, list[str]], indices: list[int]) -> dict[str, list[Any]]:
-            nonlocal long
-            made: dict[str, list[Any]] = {name: [] for name in (*ENCODED, "length")}
-            for index, parts in zip(indices, split(map(json.loads, batch[PAIR]), ANSWERS), strict=True):
-                for remark in parts.remarks:
-                    report.remark(remark, index, parts.failure)
-                if not parts.failure:
-                    full_lengths.keep(use, [parts.length])
-                long += parts.length > longest
-                fits = not parts.failure and parts.length <= longest
-                for name, answer in zip(ENCODED, parts.answers or [[], []], strict=True):
-                    made[name].append(parts.prompt + answer if fits else [])
-                made["length"].append(parts.length if fits else 0)
-            return made
-
-        lists = {name: List(Value("int32")) for name in ENCODED}
-        encoded = tokens.mapped(rows.data, tokenize, Features(lists | {"length": Value("int64")}), with_indices=True)
-        report.tell()
-        if long:
-            notice(
-                f"{tokens.MAX_LENGTH}: {long} of {len(encoded)} {use} pairs have an answer of more than {longest}"
-                " tokens with its prompt, and are left out; the reward is read at the end of an answer"
-            )
-        return encoded.filter(lambda lengths: [n > 0 for n in lengths], batched=True, input_columns=["length"])
+        return pair_tokens.encoded(rows, PAIR, split, ANSWERS, read, pair_tokens.token_lists(ENCODED), longest, use)
 
     def contents(self, rows: Rows, spec: FineTuneJobSpec) -> Iterator[Sequence[str | bytes]]:
         return pairs.joined(rows.data, PAIR)
