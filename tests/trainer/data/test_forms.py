@@ -14,6 +14,7 @@ from luthier_trainer.prepare.training import read_examples
 from luthier_trainer.runtime import notices
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.tasks.causal_lm import CausalLM
+from luthier_trainer.tasks.table import TASKS
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 SHARED = [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
@@ -135,6 +136,14 @@ READ = [
     ),
     Reads(name="prompts and completions", content=lines({"prompt": "a", "completion": "b"}), form="prompt-completion"),
     Reads(
+        name="answers that are good or bad",
+        content=lines({"prompt": "a", "completion": "b", "label": False}),
+        form="prompt-completion",
+        notices=(
+            'spec.dataset.columns: column "label" of x.jsonl is not read: all completions are learnt. If it tells good',
+        ),
+    ),
+    Reads(
         name="prompts and completions of messages",
         content=lines({"prompt": TURNS[:1], "completion": TURNS[1:]}),
         form="prompt-completion",
@@ -211,6 +220,48 @@ REFUSED = [
         content=lines({"prompt": "a", "chosen": "b", "rejected": "c"}),
         message=NONE.format(file="x.jsonl", columns="prompt, chosen, rejected")
         + "Rows with a chosen and a rejected answer belong to task: preference",
+    ),
+    Refused(
+        name="a list of messages",
+        file="x.json",
+        content=json.dumps(TURNS),
+        message=NONE.format(file="x.json", columns="role, content")
+        + "Each row is a single message (role, content), and a row is to be a whole conversation: write one"
+        ' {"messages": [...]} a line',
+    ),
+    Refused(
+        name="an object with a list for each column",
+        file="x.json",
+        content=json.dumps({"text": ["a", "b"], "label": ["c", "d"]}),
+        message='spec.dataset.columns.text: column "text" of x.json holds lists, not text (no column holds text). The'
+        " file holds one object, with a list for each column. Write one object for each row; pandas does so with",
+    ),
+    Refused(
+        name="rows by their names in an object",
+        file="x.json",
+        content=json.dumps({"a": {"text": "x"}, "b": {"text": "y"}}),
+        message=NONE.format(file="x.json", columns="a, b")
+        + "The file holds one object, with 2 objects in it. Write one object of texts for each row",
+    ),
+    Refused(
+        name="tokens",
+        content=lines({"input_ids": [1, 2]}, {"input_ids": [3]}),
+        message=NONE.format(file="x.jsonl", columns="input_ids") + "Rows of tokens are not read, because prepare",
+    ),
+    Refused(
+        name="prompts and responses",
+        content=lines({"prompt": "a", "response": "b"}),
+        message=NONE.format(file="x.jsonl", columns="prompt, response")
+        + "If they are prompts and completions, set spec.dataset.columns.prompt: prompt and"
+        " spec.dataset.columns.completion: response",
+    ),
+    Refused(
+        name="a table without a header",
+        file="x.csv",
+        content="I like it,pos\nbad,neg\n",
+        message=NONE.format(file="x.csv", columns="I like it, pos")
+        + "To learn the texts of one of them, set spec.dataset.columns.text to it: I like it, pos. The first line of a"
+        " table is read as the names of its columns",
     ),
     Refused(
         name="rows inside an object",
@@ -311,3 +362,150 @@ def test_a_refusal_says_what_to_do(case: Refused, make_run: Any, tmp_path: Path)
     with pytest.raises(Failure) as failure:
         read_examples(CausalLM(), run, tmp_path / "cache")
     assert failure.value.message.startswith(case.message.replace("{path}", str(path)))
+
+
+@dataclass(frozen=True)
+class OtherTask:
+    """A file that was meant for another task, or that is no table."""
+
+    name: str
+    task: str
+    file: str
+    content: bytes
+    message: str
+
+
+ZIP = b"PK\x03\x04\x14\x00\x06\x00"
+OTHERS = [
+    OtherTask(
+        name="texts, of which pairs are to be learnt",
+        task="preference",
+        file="x.txt",
+        content=b"a\nb\n",
+        message='spec.dataset.columns.chosen: no column "chosen" in x.txt (columns: text). Rows with nothing but texts'
+        " belong to task: causal-lm",
+    ),
+    OtherTask(
+        name="conversations, of which pairs are to be learnt",
+        task="reward",
+        file="x.jsonl",
+        content=lines({"messages": TURNS}).encode(),
+        message='spec.dataset.columns.chosen: no column "chosen" in x.jsonl (columns: messages). Rows with'
+        " conversations belong to task: causal-lm",
+    ),
+    OtherTask(
+        name="prompts and completions, of which pairs are to be learnt",
+        task="preference",
+        file="x.jsonl",
+        content=lines({"prompt": "a", "completion": "b"}).encode(),
+        message='spec.dataset.columns.chosen: no column "chosen" in x.jsonl (columns: prompt, completion). Rows with'
+        " prompts and completions belong to task: causal-lm",
+    ),
+    OtherTask(
+        name="answers with a label, for a model of rewards",
+        task="reward",
+        file="x.jsonl",
+        content=lines({"prompt": "a", "completion": "b", "label": True}).encode(),
+        message='spec.dataset.columns.chosen: no column "chosen" in x.jsonl (columns: prompt, completion, label). Rows'
+        " with answers that are good or bad belong to task: preference, with spec.preference.lossType: kto",
+    ),
+    OtherTask(
+        name="conversations for classes",
+        task="text-classification",
+        file="x.jsonl",
+        content=lines({"messages": TURNS}).encode(),
+        message='spec.dataset.columns.text: no column "text" in x.jsonl (columns: messages). Rows with conversations'
+        " belong to task: causal-lm",
+    ),
+    OtherTask(
+        name="pairs for classes",
+        task="text-classification",
+        file="x.jsonl",
+        content=lines({"prompt": "a", "chosen": "b", "rejected": "c"}).encode(),
+        message='spec.dataset.columns.text: no column "text" in x.jsonl (columns: prompt, chosen, rejected). Rows with'
+        " a chosen and a rejected answer belong to task: preference, or reward",
+    ),
+    OtherTask(
+        name="classes of unusual names",
+        task="text-classification",
+        file="x.csv",
+        content=b"review,sentiment\na,1\nb,0\n",
+        message='spec.dataset.columns.text: no column "text" in x.csv (columns: review, sentiment). Name the one that'
+        " plays this role. The first line of a table is read as the names of its columns",
+    ),
+    OtherTask(
+        name="texts for images",
+        task="image-classification",
+        file="x.csv",
+        content=b"text,label\na,b\n",
+        message='spec.dataset.columns.image: no column "image" in x.csv (columns: text, label). Rows with texts and'
+        " labels belong to task: text-classification",
+    ),
+    OtherTask(
+        name="a workbook",
+        task="causal-lm",
+        file="x.xlsx",
+        content=ZIP,
+        message="spec.dataset.files: x.xlsx is a workbook, which is not read; save it as CSV",
+    ),
+    OtherTask(
+        name="a workbook that was renamed",
+        task="causal-lm",
+        file="x.csv",
+        content=ZIP + bytes(8),
+        message="spec.dataset.files: {path} is a zip archive, as workbooks of Excel are; save the workbook as CSV, or",
+    ),
+    OtherTask(
+        name="a document",
+        task="causal-lm",
+        file="x.pdf",
+        content=b"%PDF-1.4",
+        message="spec.dataset.files: x.pdf is a document, which is not read; write its text into a file of text, or of",
+    ),
+    OtherTask(
+        name="an image by itself",
+        task="image-classification",
+        file="x.png",
+        content=b"\x89PNG",
+        message="spec.dataset.files: x.png is an image; name its folder, and set spec.dataset.format: imagefolder",
+    ),
+    OtherTask(
+        name="a Parquet file that is said to be CSV",
+        task="causal-lm",
+        file="x.csv",
+        content=b"PAR1\x15\x04",
+        message="spec.dataset.files: {path} is a Parquet file; set spec.dataset.format to parquet",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", OTHERS, ids=lambda case: case.name)
+def test_a_file_for_something_else(case: OtherTask, make_run: Any, tmp_path: Path) -> None:
+    path = tmp_path / case.file
+    path.write_bytes(case.content)
+    run = make_run(task=case.task, dataset={"files": [str(path)]})
+    with pytest.raises(Failure) as failure:
+        read_examples(TASKS[case.task], run, tmp_path / "cache")
+    assert failure.value.message.startswith(case.message.replace("{path}", str(path)))
+
+
+FOLDERS = [
+    # files in it             what the message says of them
+    (("a/x.jsonl.gz",), "name its files, for example {folder}/a/*.jsonl.gz"),
+    (("cat/1.png", "x.csv"), "to read the images in it, set spec.dataset.format: imagefolder"),
+    (("x.unknown",), "it has no file of a known format"),
+    ((), "it is empty"),
+]
+
+
+@pytest.mark.parametrize(("files", "expect"), FOLDERS, ids=lambda value: str(value)[:20])
+def test_a_folder(files: tuple[str, ...], expect: str, make_run: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in files:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    with pytest.raises(Failure) as failure:
+        read_examples(CausalLM(), make_run(dataset={"files": [str(folder)]}), tmp_path / "cache")
+    expected = f"spec.dataset.files[0]: there is no file {folder}. It is a folder: {expect}"
+    assert failure.value.message == expected.replace("{folder}", str(folder))

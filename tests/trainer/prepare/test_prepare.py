@@ -701,8 +701,8 @@ MISTAKES = [
         dataset={"files": ["{folder}"]},
         code=ExitCode.NOT_FOUND,
         message=(
-            "spec.dataset.files[0]: there is no file {folder}. It is a folder: name its files, for example with"
-            " /*.jsonl"
+            "spec.dataset.files[0]: there is no file {folder}. It is a folder: name its files, for example"
+            " {folder}/*.jsonl"
         ),
     ),
     MistakeCase(

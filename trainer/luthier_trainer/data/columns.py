@@ -6,11 +6,11 @@ the texts.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
+from luthier_trainer.data import advice
 from luthier_trainer.data.filerows import TEXT_TYPES
 from luthier_trainer.data.load import Rows
 from luthier_trainer.runtime.failure import Failure
@@ -24,16 +24,14 @@ SHOWN = 10  # names in a message
 
 
 def require(rows: Rows, column: str, field: str, taken: Collection[str] = ()) -> None:
-    """Check that `rows` have the column. Raises Failure if not, with a suggestion if a name is similar.
+    """Check that `rows` have the column. Raises Failure if not, with what to do about it.
 
     `field` is the path in the spec that names the column. Columns in `taken` have another role and are not suggested.
     """
     names = rows.names or tuple(rows.data.column_names)
     if column in names:
         return
-    free = [name for name in names if name not in taken]
-    near = difflib.get_close_matches(column, free, 1) or (free if len(free) == 1 else [])
-    hint = rows.hint or (f'Did you mean "{near[0]}"?' if near else "Name the one that plays this role")
+    hint = advice.missing(rows, column, field.rpartition(".")[2], taken)
     raise invalid(f'{field}: no column "{column}" in {rows.origin} (columns: {", ".join(names)}). {hint}')
 
 
@@ -55,7 +53,10 @@ def require_text(rows: Rows, column: str, field: str) -> None:
     hint = f"columns of text: {', '.join(texts)}" if texts else "no column holds text"
     if column in rows.rarest:
         hint = f"the first of the fewest is {rows.place_of(rows.rarest[column])}"
-    raise invalid(f'{field}: column "{column}" of {rows.origin} holds {kind}, not text ({hint})')
+    raise invalid(
+        f'{field}: column "{column}" of {rows.origin} holds {kind}, not text ({hint})'
+        + (f". {rows.hint}" if rows.hint else "")
+    )
 
 
 def is_text(feature: Any) -> bool:

@@ -30,6 +30,16 @@ BOMS = (  # UTF-32 first, because its little-endian mark begins with that of UTF
     (codecs.BOM_UTF8, "utf-8-sig"),
 )
 FAMILIES = {"utf-8-sig": {"utf-8"}, "utf-16": {"utf-16-le", "utf-16-be"}, "utf-32": {"utf-32-le", "utf-32-be"}}
+FOREIGN = {
+    b"PK\x03\x04": "is a zip archive, as workbooks of Excel are; save the workbook as CSV, or unpack the archive",
+    b"\xd0\xcf\x11\xe0": "is a workbook or a document of an old Office; save it as CSV or as text",
+    b"%PDF-": "is a PDF; write its text into a file of text, or of JSON lines",
+    b"PAR1": "is a Parquet file; set {dataset}.format to parquet",
+    b"ARROW1": "is an Arrow file; set {dataset}.format to arrow",
+    b"\x89PNG": "is an image; name its folder, and set {dataset}.format to imagefolder",
+    b"\xff\xd8\xff": "is an image; name its folder, and set {dataset}.format to imagefolder",
+}
+"""First bytes of files that are no text → what they are, and what to do."""
 HEAD_BYTES = 4096  # read to find the encoding
 CHUNK = 1 << 20  # bytes or characters that are read at once
 
@@ -100,6 +110,9 @@ class Decoder:
         with open_bytes(path) as file:
             head = file.read(HEAD_BYTES)
         named = _codec(self.encoding, f"{self.dataset}.encoding") if self.encoding else None
+        for magic, what in FOREIGN.items():
+            if head.startswith(magic):
+                raise self._refusal(f"{path} {what.format(dataset=self.dataset)}")
         found = next((name for mark, name in BOMS if head.startswith(mark)), None)
         if found is None:
             if named is None and b"\0" in head:

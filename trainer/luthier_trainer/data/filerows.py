@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.spec import Csv
-from luthier_trainer.data import decoding
+from luthier_trainer.data import advice, decoding
 from luthier_trainer.data.columnarrows import ArrowFile, ColumnarFile, ParquetFile
 from luthier_trainer.data.csvrows import CsvFile
 from luthier_trainer.data.jsonrows import JsonFile, Survey, Widened
@@ -54,7 +54,7 @@ class Table:
     images: tuple[str, ...] = ()
     """Columns that hold images."""
     lists: tuple[str, ...] = ()
-    """Columns that hold lists, as far as the first rows show."""
+    """Columns that hold lists of objects, as conversations are, as far as the first rows show."""
     mixed: Mapping[str, str] = field(default_factory=dict)
     """Column → what it holds, if that is not only text, only numbers, or only true and false. Its cells are JSON text.
     """
@@ -120,9 +120,16 @@ class Files:
             sink = self._json_tables(files, survey, look, first=False)
         parts = tuple(Part(file.path, rows, file.line_of) for file, rows in zip(files, sink.parts, strict=True))
         texts = tuple(name for name, types in look.types.items() if types == {str})
-        lists = tuple(name for name, types in look.types.items() if types == {list})
+        head = next(files[0].batches(), [])
         return Table(
-            sink.close(), parts, tuple(survey.names), texts, lists=lists, mixed=survey.mixed(), rarest=survey.rarest()
+            sink.close(),
+            parts,
+            tuple(survey.names),
+            texts,
+            lists=advice.lists_of_objects(head),
+            mixed=survey.mixed(),
+            rarest=survey.rarest(),
+            hint=advice.of_objects(head),
         )
 
     def _json_tables(self, files: list[JsonFile], survey: Survey, look: Survey, first: bool) -> Sink:
@@ -157,7 +164,7 @@ class Files:
 
     def _columnar(self, files: Sequence[ColumnarFile]) -> Table:
         import pyarrow
-        from datasets import Features, Image, LargeList, List
+        from datasets import Features, Image
 
         names = self._names((file.path, file.schema.names) for file in files)
         known = {file.path: Features.from_arrow_schema(file.schema) for file in files}
@@ -177,7 +184,7 @@ class Files:
             name for name, feature in known[files[0].path].items() if getattr(feature, "dtype", None) in TEXT_TYPES
         )
         images = tuple(name for name, feature in known[files[0].path].items() if isinstance(feature, Image))
-        lists = tuple(name for name, feature in known[files[0].path].items() if isinstance(feature, List | LargeList))
+        lists = tuple(name for name, feature in known[files[0].path].items() if holds_objects(feature))
         return Table(sink.close(), parts, names, texts, images, lists)
 
     def _typed_by(self, files: Sequence[ColumnarFile], wanted: list[str]) -> dict[str, ColumnarFile]:
@@ -318,6 +325,13 @@ class TextFile:
             for number, line in enumerate(decoding.lines(file, self.path.name, self.decoder.files), 1):
                 if line.strip():
                     yield number, line
+
+
+def holds_objects(feature: Any) -> bool:
+    """Return whether a feature of `datasets` is a list of objects, as conversations are."""
+    from datasets import LargeList, List
+
+    return isinstance(feature, List | LargeList) and isinstance(feature.feature, dict)
 
 
 class Sink:

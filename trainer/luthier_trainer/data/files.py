@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import itertools
 import json
 import os
 from collections import Counter
@@ -27,6 +28,20 @@ FORMAT_OF_SUFFIX: dict[str, str] = {suffix: name for name, info in FORMATS.items
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 READ_AS: dict[str, str] = {name: info.read_as or name for name, info in FORMATS.items()}
 """Format → the format whose reader reads it."""
+FOREIGN = {
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "a workbook, which is not read; save it as CSV"),
+    **dict.fromkeys(
+        (".pdf", ".docx", ".doc", ".odt", ".html", ".htm", ".epub"),
+        "a document, which is not read; write its text into a file of text, or of JSON lines",
+    ),
+    **dict.fromkeys((".zip", ".7z", ".rar", ".tgz"), "an archive, which is not read; unpack it"),
+    **dict.fromkeys(
+        PICTURES := (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+        "an image; name its folder, and set {place}.format: imagefolder",
+    ),
+}
+"""Suffixes of files that are often taken for data → what they are, and what to do."""
+LOOKED_AT = 10_000  # files of a folder, for a hint
 TEXTUAL = {name for name, info in FORMATS.items() if info.text}
 
 METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}  # tables beside images, as in `datasets`
@@ -155,15 +170,10 @@ def find_files(
         matching = [p for p in found if p.is_dir() == folders]
         if not matching:
             kind, hint = ("folder" if folders else "file"), ""
-            if found:
-                hint = (
-                    ". It is a file"
-                    if folders
-                    else (
-                        ". It is a folder: name its files, for example with /*.jsonl or, of a cache of `datasets`,"
-                        " /*-train*.arrow, or set format: imagefolder for one of images"
-                    )
-                )
+            if found and folders:
+                hint = ". It is a file"
+            elif found:
+                hint = f". It is a folder: {_of_folder(found[0], field.rpartition('.')[0])}"
             elif near := _near(path):
                 hint = f". Did you mean {near!r}?"
             else:
@@ -213,6 +223,22 @@ def saved_files(path: Path, field: str) -> list[Path]:
     return files
 
 
+def _of_folder(path: Path, place: str) -> str:
+    """Return how to name the files of a folder. `place` is the field of the dataset."""
+    files = [file for file in itertools.islice(path.rglob("*"), LOOKED_AT) if file.is_file()]
+    if any(suffix_of(file) in PICTURES for file in files):
+        return f"to read the images in it, set {place}.format: imagefolder"
+    known = [file for file in files if suffix_of(file) in FORMAT_OF_SUFFIX]
+    if known:
+        # A folder of `datasets` has Arrow files, and describes them in JSON.
+        example = min(known, key=lambda file: (suffix_of(file) != ".arrow", len(file.parts), file))
+        if suffix_of(example) == ".arrow":
+            return f"name its files, for example, of a cache of `datasets`, {example.parent}/*-train*.arrow"
+        ending = [suffix for suffix in example.suffixes if suffix.lower() in {suffix_of(example), *COMPRESSED}]
+        return f"name its files, for example {example.parent}/*{''.join(ending)}"
+    return "it has no file of a known format" if files else "it is empty"
+
+
 def _near(path: Path) -> str | None:
     """Return the path in the same folder whose name is the most similar, if there is one."""
     with contextlib.suppress(OSError):
@@ -236,6 +262,8 @@ def format_of(paths: list[Path], field: str) -> str:
                 ' data_files=...)["train"].to_parquet(...)',
             )
         if kind is None:
+            if advice := FOREIGN.get(suffix_of(path)):
+                raise Failure(ExitCode.INVALID_DATASET, f"{field}: {path.name} is {advice.format(place=place)}")
             raise Failure(
                 ExitCode.INVALID_SPEC,
                 f"{place}.format: cannot be determined from {path.name}; set it to one of {', '.join(FORMATS)}",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.forms import FORMS, ROLES, FormInfo, LossOn, RowForm
-from luthier_trainer.data import columns
+from luthier_trainer.data import advice, columns
 from luthier_trainer.data.load import Rows
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
@@ -24,9 +24,6 @@ MAPPED = {
     "alpaca": "instruction and input become the user's message, and output the assistant's",
 }
 """Forms that are converted → what becomes of their rows."""
-QUESTIONS = ("question", "query", "instruction", "input", "user", "human")
-ANSWERS = ("answer", "response", "output", "assistant", "target", "reply")
-"""Usual names of columns that hold prompts, and of those that hold completions, for hints."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +70,11 @@ def recognise(rows: Rows, spec: FineTuneJobSpec) -> Form:
     found = {role: column for role, column in _columns(name, named).items() if column in there}
     for role in named:
         columns.require(rows, named[role], f"{COLUMNS}.{role}")
+    if name == "prompt-completion" and "label" in there:
+        notice(
+            f'{COLUMNS}: column "label" of {rows.origin} is not read: all completions are learnt. If it tells good'
+            " ones from bad ones, choose task: preference, with spec.preference.lossType: kto"
+        )
     _tell(rows, name, [other for other in fitting[1:] if not set(_required(other, named)) <= set(found.values())])
     return Form(name, found)
 
@@ -133,32 +135,11 @@ def _unknown(rows: Rows, possible: list[RowForm], named: Mapping[str, str], spec
         for role, column in _columns(likely, named).items():
             if role in FORMS[likely].columns:
                 columns.require(rows, column, f"{COLUMNS}.{role}")
-    if rows.hint:
+    if rows.hint and len(there) == 1:
         columns.require(rows, FORMS[likely].columns["text"], f"{COLUMNS}.text")
     what = f"{COLUMNS}: {rows.origin} has no columns by which its rows could be read (columns: {', '.join(there)})"
-    return columns.invalid(
-        f"{what}. {_advice(rows, there) or f'Name them in {COLUMNS}. The forms of rows are: {_forms(possible)}'}"
-    )
-
-
-def _advice(rows: Rows, there: tuple[str, ...]) -> str | None:
-    """Return what to do about columns of unusual names; None if their names and types tell nothing."""
-    texts = [name for name in rows.texts if name in there]
-    lists = [name for name in rows.lists if name in there]
-    asked, answered = (next((name for name in texts if name.lower() in names), None) for names in (QUESTIONS, ANSWERS))
-    if {"chosen", "rejected"} <= set(there):
-        return "Rows with a chosen and a rejected answer belong to task: preference"
-    if lists and len(rows.data) == 1:
-        return f"The file holds one object. If its rows are in {lists[0]}, write that list alone into the file"
-    if lists:
-        return f"If {lists[0]} holds conversations, set {COLUMNS}.messages: {lists[0]}"
-    if asked and answered:
-        return (
-            f"If they are prompts and completions, set {COLUMNS}.prompt: {asked} and {COLUMNS}.completion: {answered}"
-        )
-    if len(texts or there) == 1:
-        return f"To learn its texts, set {COLUMNS}.text: {(texts or there)[0]}"
-    return None
+    known = rows.hint or advice.unknown_form(rows, there, COLUMNS)
+    return columns.invalid(f"{what}. {known or f'Name them in {COLUMNS}. The forms of rows are: {_forms(possible)}'}")
 
 
 def _forms(names: Mapping[RowForm, FormInfo] | list[RowForm]) -> str:

@@ -20,7 +20,7 @@ from luthier_api.spec import Csv, DatasetSource
 from luthier_api.stores import Store
 from luthier_trainer.data import remote
 from luthier_trainer.data.decoding import Decoder
-from luthier_trainer.data.filerows import TEXT_TYPES, Files, Part, Table
+from luthier_trainer.data.filerows import TEXT_TYPES, Files, Part, Table, holds_objects
 from luthier_trainer.data.files import READ_AS, TEXTUAL, ImageFolder, find_files, format_of, image_folder
 from luthier_trainer.data.hubrows import plain_files
 from luthier_trainer.data.stores import Fetched, fetched, is_in_a_store
@@ -62,7 +62,7 @@ class Rows:
     images: tuple[str, ...] = ()
     """Columns that hold images."""
     lists: tuple[str, ...] = ()
-    """Columns that hold lists."""
+    """Columns that hold lists of objects, as far as the first rows show."""
     mixed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Column → what it holds, if it holds lists, objects, or values of several kinds. Its cells are JSON text."""
     rarest: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -396,12 +396,12 @@ def no_split(split: str, splits: list[str], field: str) -> Failure:
 
 def _as_table(data: Dataset) -> Table:
     """Return rows that `datasets` has read as a Table, without the files that they come from."""
-    from datasets import Image, LargeList, List
+    from datasets import Image
 
     names = tuple(data.column_names)
     texts = tuple(name for name in names if getattr(data.features[name], "dtype", None) in TEXT_TYPES)
     images = tuple(name for name in names if isinstance(data.features[name], Image))
-    lists = tuple(name for name in names if isinstance(data.features[name], List | LargeList))
+    lists = tuple(name for name in names if holds_objects(data.features[name]))
     return Table(data, (), names, texts, images, lists)
 
 

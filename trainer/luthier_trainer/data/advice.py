@@ -1,0 +1,140 @@
+"""What to do about rows that lack a column: by the names of the columns that they have, and by their shape."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from luthier_trainer.data.load import Rows
+
+SIMILAR = 0.65  # of two names, by difflib: refused is like rejected (0.67), but messages is not like image (0.62)
+QUESTIONS = ("question", "query", "instruction", "input", "user", "human", "prompt")
+ANSWERS = ("answer", "response", "output", "assistant", "target", "reply", "completion", "solution")
+"""Usual names of columns that hold prompts, and of those that hold completions."""
+SHOWN = 5  # columns in a suggestion
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Rows that are known by the names of their columns."""
+
+    columns: frozenset[str]
+    title: str
+    tasks: str
+    alone: bool = False
+    """Whether there is no other column."""
+
+
+SHAPES = (
+    Shape(frozenset({"chosen", "rejected"}), "a chosen and a rejected answer", "preference, or reward"),
+    Shape(
+        frozenset({"prompt", "completion", "label"}),
+        "answers that are good or bad",
+        "preference, with spec.preference.lossType: kto",
+    ),
+    Shape(frozenset({"messages"}), "conversations", "causal-lm"),
+    Shape(frozenset({"conversations"}), "conversations", "causal-lm"),
+    Shape(frozenset({"prompt", "completion"}), "prompts and completions", "causal-lm"),
+    Shape(frozenset({"instruction", "output"}), "instructions and answers", "causal-lm"),
+    Shape(frozenset({"text", "label"}), "texts and labels", "text-classification"),
+    Shape(frozenset({"text"}), "nothing but texts", "causal-lm", alone=True),
+)
+OF_TASKS = frozenset({"chosen", "rejected", "label", "text", "image"})
+"""Roles without which rows are of another task. Prompts, for example, can come from any column."""
+
+
+def missing(rows: Rows, column: str, role: str, taken: Collection[str]) -> str:
+    """Return what to do about rows without `column`, which was to have `role`; `taken` are columns of other roles."""
+    names = rows.names or tuple(rows.data.column_names)
+    free = [name for name in names if name not in taken]
+    if near := difflib.get_close_matches(column, free, 1, cutoff=SIMILAR):
+        return f'Did you mean "{near[0]}"?'
+    if rows.hint:
+        return rows.hint
+    if role in OF_TASKS and (shape := _shape(names, role)):
+        return f"Rows with {shape.title} belong to task: {shape.tasks}"
+    if len(free) == 1 and (set(taken) & set(names) or (role in ("text", "prompt") and free[0] in rows.texts)):
+        return f'Did you mean "{free[0]}"?'
+    return f"Name the one that plays this role{header(rows)}"
+
+
+def _shape(names: Collection[str], role: str) -> Shape | None:
+    """Return what rows of these columns are; None if nothing is known, or if rows of that shape have `role`, too."""
+    for shape in SHAPES:
+        fits = shape.columns == set(names) if shape.alone else shape.columns <= set(names)
+        if fits and role not in shape.columns:
+            return shape
+    return None
+
+
+def header(rows: Rows) -> str:
+    """Return how the columns got their names, as the end of a sentence; empty where the file itself names them."""
+    tables = any(origin.path.lower().rstrip("/").endswith((".csv", ".tsv")) for origin in rows.origins)
+    return ". The first line of a table is read as the names of its columns" if tables else ""
+
+
+def unknown_form(rows: Rows, names: tuple[str, ...], columns: str) -> str | None:
+    """Return what to do about rows of `names` that have no form; None if their names and types tell nothing.
+
+    `columns` is the field that names columns.
+    """
+    texts = [name for name in rows.texts if name in names]
+    lists = [name for name in rows.lists if name in names]
+    asked, answered = (next((name for name in texts if name.lower() in usual), None) for usual in (QUESTIONS, ANSWERS))
+    if {"chosen", "rejected"} <= set(names):
+        return "Rows with a chosen and a rejected answer belong to task: preference"
+    if lists and len(rows.data) == 1 and len(rows.parts) == 1:
+        return f"The file holds one object. If its rows are in {lists[0]}, write that list alone into the file"
+    if lists:
+        return f"If {lists[0]} holds conversations, set {columns}.messages: {lists[0]}"
+    if "input_ids" in names:
+        return "Rows of tokens are not read, because prepare makes them by the tokenizer of the model: give the texts"
+    if asked and answered:
+        return (
+            f"If they are prompts and completions, set {columns}.prompt: {asked} and {columns}.completion: {answered}"
+        )
+    if len(texts) == 1:
+        return f"To learn its texts, set {columns}.text: {texts[0]}"
+    if texts:
+        some = ", ".join(texts[:SHOWN])
+        return f"To learn the texts of one of them, set {columns}.text to it: {some}{header(rows)}"
+    return None
+
+
+def of_objects(head: Sequence[Mapping[str, Any]]) -> str:
+    """Return what is wrong with a JSON file whose first rows are `head`; empty if they may be rows."""
+    names = set(head[0]) if head else set()
+    for role, text in (("role", "content"), ("from", "value")):
+        if {role, text} <= names and "text" not in names:
+            return (
+                f"Each row is a single message ({role}, {text}), and a row is to be a whole conversation: write one"
+                ' {"messages": [...]} a line'
+            )
+    values = list(head[0].values()) if len(head) == 1 else []
+    if values and all(isinstance(value, dict) for value in values):
+        what = "object" if len(values) == 1 else "objects"
+        return f"The file holds one object, with {len(values)} {what} in it. Write one object of texts for each row"
+    if values and all(isinstance(value, list) and not _objects(value) for value in values):
+        return (
+            "The file holds one object, with a list for each column. Write one object for each row; pandas does so with"
+            ' to_json(orient="records", lines=True)'
+        )
+    return ""
+
+
+def lists_of_objects(head: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Return the columns of `head`, the first rows of a JSON file, that hold lists of objects, as conversations are."""
+    names = dict.fromkeys(name for row in head for name in row)
+    cells = {name: [row[name] for row in head if row.get(name) is not None] for name in names}
+    return tuple(
+        name
+        for name, values in cells.items()
+        if values and all(isinstance(value, list) for value in values) and any(_objects(value) for value in values)
+    )
+
+
+def _objects(value: list[Any]) -> bool:
+    return bool(value) and all(isinstance(item, dict) for item in value)
