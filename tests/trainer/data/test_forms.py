@@ -434,6 +434,21 @@ OTHERS = [
         " plays this role. The first line of a table is read as the names of its columns",
     ),
     OtherTask(
+        name="texts under another name beside a label",
+        task="text-classification",
+        file="x.csv",
+        content=b"body,label\na,1\nb,0\n",
+        message='spec.dataset.columns.text: no column "text" in x.csv (columns: body, label). Did you mean "body"?',
+    ),
+    OtherTask(
+        name="names of images",
+        task="image-classification",
+        file="x.csv",
+        content=b"file_name,label\na.png,b\n",
+        message='spec.dataset.columns.image: no column "image" in x.csv (columns: file_name, label). Name the one that'
+        " holds images; a folder of them is read with dataset.format: imagefolder",
+    ),
+    OtherTask(
         name="texts for images",
         task="image-classification",
         file="x.csv",

@@ -44,6 +44,10 @@ SHAPES = (
 )
 OF_TASKS = frozenset({"chosen", "rejected", "label", "text", "image"})
 """Roles without which rows are of another task. Prompts, for example, can come from any column."""
+USUAL = OF_TASKS | {"prompt", "completion", "messages"}
+"""Columns that have their role by their name."""
+OF_ONE_COLUMN = ("text", "prompt", "image")
+"""Roles that the only column of a file can have. Others stand beside one."""
 
 
 def missing(rows: Rows, column: str, role: str, taken: Collection[str]) -> str:
@@ -56,8 +60,12 @@ def missing(rows: Rows, column: str, role: str, taken: Collection[str]) -> str:
         return rows.hint
     if role in OF_TASKS and (shape := _shape(names, role)):
         return f"Rows with {shape.title} belong to task: {shape.tasks}"
-    if len(free) == 1 and (set(taken) & set(names) or (role in ("text", "prompt") and free[0] in rows.texts)):
-        return f'Did you mean "{free[0]}"?'
+    rest = [name for name in free if name == role or name not in USUAL]
+    holding = {"text": rows.texts, "image": rows.images}.get(role, names)
+    if len(rest) == 1 and rest[0] in holding and (len(names) > 1 or role in OF_ONE_COLUMN):
+        return f'Did you mean "{rest[0]}"?'
+    if role == "image":
+        return "Name the one that holds images; a folder of them is read with dataset.format: imagefolder"
     return f"Name the one that plays this role{header(rows)}"
 
 
