@@ -260,7 +260,8 @@ REFUSED = [
         file="x.csv",
         content="I like it,pos\nbad,neg\n",
         message=NONE.format(file="x.csv", columns="I like it, pos")
-        + "To learn the texts of one of them, set spec.dataset.columns.text to it: I like it, pos. The first line of a"
+        + "To learn the texts of one of them, set spec.dataset.columns.text to it: I like it, pos. To learn one as the"
+        " answer to another, set spec.dataset.columns.prompt and spec.dataset.columns.completion. The first line of a"
         " table is read as the names of its columns",
     ),
     Refused(

@@ -530,9 +530,9 @@ MISTAKES = [
         content=[{"a": "1", "b": "2", "c": "3"}],
         code=D,
         message=(
-            "spec.dataset.columns: x.jsonl has no columns by which its rows could be read (columns: a, b, c). Name them"
-            " in spec.dataset.columns. The forms of rows are: messages (messages); sharegpt (messages);"
-            " prompt-completion (prompt, completion); alpaca (prompt, completion); text (text)"
+            "spec.dataset.columns: x.jsonl has no columns by which its rows could be read (columns: a, b, c). To"
+            " learn the texts of one of them, set spec.dataset.columns.text to it: a, b, c. To learn one as the answer"
+            " to another, set spec.dataset.columns.prompt and spec.dataset.columns.completion"
         ),
     ),
     MistakeCase(
@@ -702,7 +702,7 @@ MISTAKES = [
         code=ExitCode.NOT_FOUND,
         message=(
             "spec.dataset.files[0]: there is no file {folder}. It is a folder: name its files, for example"
-            " {folder}/*.jsonl"
+            " {folder}/*.csv"
         ),
     ),
     MistakeCase(

@@ -273,7 +273,7 @@ MISTAKES = [
         code=ExitCode.INVALID_DATASET,
         message=(
             'spec.inputs.columns.prompt: no column "prompt" in p.csv (columns: text, n). Name the one that plays this'
-            " role"
+            " role. The first line of a table is read as the names of its columns"
         ),
     ),
     MistakeCase(

@@ -60,8 +60,8 @@ def missing(rows: Rows, column: str, role: str, taken: Collection[str]) -> str:
         return rows.hint
     if role in OF_TASKS and (shape := _shape(names, role)):
         return f"Rows with {shape.title} belong to task: {shape.tasks}"
-    rest = [name for name in free if name == role or name not in USUAL]
-    holding = {"text": rows.texts, "image": rows.images}.get(role, names)
+    rest = [name for name in free if name == role or role not in OF_TASKS or name not in USUAL]
+    holding = {"text": rows.texts, "prompt": rows.texts, "image": rows.images}.get(role, names)
     if len(rest) == 1 and rest[0] in holding and (len(names) > 1 or role in OF_ONE_COLUMN):
         return f'Did you mean "{rest[0]}"?'
     if role == "image":
@@ -108,7 +108,10 @@ def unknown_form(rows: Rows, names: tuple[str, ...], columns: str) -> str | None
         return f"To learn its texts, set {columns}.text: {texts[0]}"
     if texts:
         some = ", ".join(texts[:SHOWN])
-        return f"To learn the texts of one of them, set {columns}.text to it: {some}{header(rows)}"
+        return (
+            f"To learn the texts of one of them, set {columns}.text to it: {some}. To learn one as the answer to"
+            f" another, set {columns}.prompt and {columns}.completion{header(rows)}"
+        )
     return None
 
 
