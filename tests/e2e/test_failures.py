@@ -60,13 +60,16 @@ MISTAKES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def mistaken(kube: Kube, base: None) -> None:
+    """All jobs with a mistake, whose pods prepare at the same time."""
+    common = {"model": {"job": "base"}, "dataset": jobs.PROSE, "training": jobs.training()}
+    kube.apply(*(jobs.fine_tune(case.name, **(common | case.mistake)) for case in MISTAKES))
+
+
+@pytest.mark.usefixtures("mistaken")
 @pytest.mark.parametrize("case", MISTAKES, ids=lambda case: case.name)
 def test_a_mistake_is_told_and_not_retried(kube: Kube, case: Case) -> None:
-    kube.apply(
-        jobs.fine_tune(
-            case.name, **({"model": {"job": "base"}, "dataset": jobs.PROSE, "training": jobs.training()} | case.mistake)
-        )
-    )
     job = kube.failed("ftj", case.name)
     failed = conditions(job)["Failed"]
     assert failed["reason"] == case.reason
