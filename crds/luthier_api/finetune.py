@@ -103,6 +103,39 @@ class ChatTemplate(ApiModel):
     )
 
 
+STREAMS = "has(self{0}.streaming) && self{0}.streaming"
+"""CEL: whether rows are read while the model learns."""
+
+
+def of_streaming() -> Iterator[Rule]:
+    """Yield the rules of what in `dataset` cannot be had of rows that are not known before the training."""
+    not_streamed = f"!({STREAMS.format('')})"
+    for field, remedy in (
+        ("mix", "with streaming there is one source; name it in dataset, or remove streaming"),
+        ("deduplicate", "would have to know all rows; remove it, or remove streaming"),
+        (
+            "evalFraction",
+            "is a share of an unknown number of rows; use evalSplit: train[:1000], with split:"
+            " train[1000:], or evalFiles",
+        ),
+    ):
+        yield Rule(f"{not_streamed} || !has(self.{field})", f"dataset.{field}: {remedy}")
+    for field, part, example in (
+        ("split", "[0-9]+:", "train or train[1000:]"),
+        ("evalSplit", ":[0-9]+", "test, test[:1000] or train[:1000]"),
+    ):
+        pattern = f"^[-._a-zA-Z0-9]+([^-._a-zA-Z0-9]{part}.)?$"  # brackets, which CEL would want escaped
+        yield Rule(
+            f"{not_streamed} || !has(self.{field}) || self.{field}.matches('{pattern}')",
+            f"dataset.{field}: a stream has no known end, of which a share could be taken; write {example}",
+        )
+    yield Rule(
+        f"!has(self.shuffleBuffer) || {STREAMS.format('')}",
+        "dataset.shuffleBuffer: belongs to streaming, without which all rows are shuffled; set streaming: true, or"
+        " remove it",
+    )
+
+
 class TrainingData(DatasetSource):
     """The rows to learn from, and those held out to measure with."""
 
@@ -120,6 +153,15 @@ class TrainingData(DatasetSource):
     """
     filter: RowFilter | None = None
     """Which rows are used."""
+    streaming: Annotated[bool, For("task")] = by_table()
+    """Read the rows while the model learns, instead of preparing them all in the workspace: for data that does not fit
+    there. `training.maxSteps` says when the training ends; `prepare` looks at the first rows only. docs/data.md says
+    what else is different.
+    """
+    shuffle_buffer: Annotated[int | None, Field(ge=0, le=1_000_000), For("task")] = by_table()
+    """With `streaming`: encoded rows in a row of the stream that are shuffled with each other; 10,000 when left out.
+    Files are then read in random order, too. 0: the order of the files. A process keeps twice as many in memory.
+    """
     deduplicate: Deduplicate | None = None
     """exact: of rows with equal content the first one is learnt, and none that is equal to a held-out row; each of
     `evalSplit` and `evalFiles` is held out once. Content is equal if it is so after Unicode's NFKC, in lower case and
@@ -165,6 +207,7 @@ class TrainingData(DatasetSource):
             "!has(self.evalFiles) || has(self.files)",
             "dataset.evalFiles: belongs to dataset.files; use evalSplit for a Hub dataset",
         ),
+        *of_streaming(),
     )
 
 
@@ -659,6 +702,37 @@ class FineTuneJobSpec(JobControl, TabledSpec):
             "self.task != 'grpo' || !has(self.grpo) || self.grpo.maxCompletionLength <"
             f" (has(self.training.maxLength) ? self.training.maxLength : {TEXT_OPTIONS['training.maxLength']})",
             "spec.grpo.maxCompletionLength: leaves no room for a prompt; choose less than training.maxLength",
+        ),
+        *(
+            Rule(f"!({STREAMS.format('.dataset')}) || {wanted}", message)
+            for wanted, message in (
+                (
+                    "has(self.training.maxSteps)",
+                    "spec.training.maxSteps: a stream has no known end, so that epochs cannot be counted; set it",
+                ),
+                (
+                    "!has(self.training.groupByLength) || !self.training.groupByLength",
+                    "spec.training.groupByLength: orders the rows of an epoch, and a stream has none; remove it, or use"
+                    " packing: isolated",
+                ),
+                (
+                    "!has(self.training.packing) || self.training.packing != 'concatenate'",
+                    "spec.training.packing: concatenate joins all rows, which a stream does not know; use isolated",
+                ),
+                (
+                    "!has(self.model.config)",
+                    "spec.model.config: the tokenizer of a new model is made of all rows, which a stream does not know;"
+                    " name a model by id, path or job, or remove dataset.streaming",
+                ),
+                (
+                    "self.training.evalEvery == 'steps'",
+                    "spec.training.evalEvery: a stream has no epochs; use evalSteps",
+                ),
+                (
+                    "self.training.saveEvery == 'steps'",
+                    "spec.training.saveEvery: a stream has no epochs; use saveSteps",
+                ),
+            )
         ),
         *works_with("training.optimizer", METHODS_OF_OPTIMIZERS, "method.type", METHODS),
         *works_with("training.optimizer", STRATEGIES_OF_OPTIMIZERS, "strategy", STRATEGIES),

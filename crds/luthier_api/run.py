@@ -18,6 +18,7 @@ from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.generate import GenerateJobSpec
 from luthier_api.marks import TabledSpec, written_part
 from luthier_api.problems import InvalidDocument, Problem, parse
+from luthier_api.spec import Csv
 from luthier_api.status import Plan, Prepared
 
 RUN_VERSION = "luthier.dev/run-v1"
@@ -158,6 +159,29 @@ class Origin(ApiModel):
     """Bytes of a data file, or of a folder of images."""
     mtime_ns: int | None = None
     """When it was last written. One that nobody has touched is not read again."""
+    whole: bool = True
+    """Whether the digest is of all bytes of a data file; else of its size, its first and its last MiB."""
+
+
+class Stream(ApiModel):
+    """Where the pods of `run` read the rows of a dataset that is streamed (FineTuneJob)."""
+
+    files: list[str]
+    """Paths inside the pods, or addresses without their queries, in the order of the dataset."""
+    format: str
+    """The format whose reader reads them."""
+    begin_file: int = 0
+    """The file with the first row to learn from."""
+    begin_row: int = 0
+    """How many of its rows come before."""
+    csv: Csv | None = None
+    """How cells are separated and quoted."""
+    encoding: str | None = None
+    """Encoding of files of text, if it is known."""
+    form: str
+    """How the task reads the rows: the same for all, as the first ones tell."""
+    missing_tokens: dict[str, int] = Field(default_factory=dict)
+    """Spelling → id of the tokens without a row in the embedding. No row may have one."""
 
 
 class Weights(ApiModel):
@@ -200,5 +224,9 @@ class PreparedRecord(Prepared):
     """Of a FineTuneJob: why the model cannot recompute its activations, if so."""
     notices: list[str] = Field(default_factory=list)
     """What `prepare` had to say, so that a `prepare` that finds its work done says it again."""
+    stream: Stream | None = None
+    """Of a FineTuneJob whose training rows are read while the model learns."""
     dataset_path: str
-    """FineTuneJob: a DatasetDict saved to disk, splits `train` and `eval`, tokenised. GenerateJob: rows.jsonl."""
+    """FineTuneJob: a DatasetDict saved to disk, splits `train` (not of a stream) and `eval`, tokenised. GenerateJob:
+    rows.jsonl.
+    """

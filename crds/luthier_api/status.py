@@ -86,7 +86,7 @@ class ResolvedPart(ResolvedSource):
 
 class ResolvedDataset(ResolvedSource):
     rows: int
-    """Rows to train on or to generate from."""
+    """Rows to train on or to generate from; of a stream, those that all steps see together."""
     eval_rows: int = 0
     """Rows held out for evaluation."""
     tokens: int | None = None

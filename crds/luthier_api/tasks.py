@@ -168,6 +168,8 @@ LABEL_METRICS = (
     TaskMetric("majorityShare", "Share of the commonest class"),
 )
 
+STREAM_OPTIONS: dict[str, Any] = {"dataset.streaming": False, "dataset.shuffleBuffer": None}
+"""Fields of the tasks whose rows can be read while the model learns."""
 TOKEN_FILTERS: dict[str, Any] = {"dataset.filter.minTokens": None, "dataset.filter.maxTokens": None}
 PAIR_METRICS = (
     TaskMetric("rewardAccuracy", "Share of pairs whose chosen answer has the higher reward", better="higher"),
@@ -193,6 +195,7 @@ TASKS: Mapping[str, TaskInfo] = {
             | SMOOTHING_OPTIONS
             | SAVED_OPTIONS
             | TOKEN_FILTERS
+            | STREAM_OPTIONS
             | {"training.packing": "none", "model.config": None},
             metrics=(TaskMetric("perplexity", "Perplexity", better="lower"),),
         ),

@@ -38,6 +38,11 @@ class WorkspaceFolder:
         return self.root / "tracking"
 
     @property
+    def stream(self) -> Path:
+        """The files of a stream that are being read, if they are downloaded; empty after the training (FineTuneJob)."""
+        return self.root / "stream"
+
+    @property
     def result(self) -> Path:
         """The model or the outputs, with a manifest: complete once `result_manifest` exists."""
         return self.root / "result"

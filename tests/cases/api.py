@@ -202,6 +202,11 @@ SMOOTHED: Change = {"spec.training.labelSmoothing": 0.1}
 NOISY: Change = {"spec.training.neftuneNoiseAlpha": 5}
 FASTER: Change = {"spec.training.optimizerOptions.loraplusLrRatio": 16}
 HELD_OUT: Change = {"spec.dataset.evalFraction": 0.1}
+HELD_OUT_FILES: Change = {"spec.dataset.evalFiles": ["/data/eval.jsonl"]}
+FROM_FILES: Change = {"spec.dataset.files": ["/data/train.jsonl"]}
+STREAM: Change = FROM_FILES | {"spec.dataset.streaming": True, "spec.training.maxSteps": 10}
+MIX: dict[str, Any] = {"sources": [{"id": "org/a"}, {"id": "org/b"}]}
+NEW_MODEL: Change = {"spec.model": {"config": {"modelType": "llama"}}, "spec.method.type": "full"}
 COMPARED: Change = HELD_OUT | {"spec.training.evalSteps": 10, "spec.training.loadBestModel": True}
 DECAY: Change = {"spec.training.schedule": "warmup_stable_decay", "spec.training.scheduleOptions.numDecaySteps": 9}
 
@@ -1276,6 +1281,51 @@ CASES: list[Case] = [
         message="method.targetModules:",
         refused={"spec.method.targetModules": ["all-linear", "q_proj"]},
         accepted={"spec.method.targetModules": ["q_proj", "v_proj"]},
+    ),
+    *(
+        Case(
+            message=message,
+            refused=STREAM | refused,
+            accepted=STREAM | dict.fromkeys(refused) | accepted,
+        )
+        for message, refused, accepted in (
+            ("dataset.mix: with streaming", {"spec.dataset.mix": MIX, "spec.dataset.files": None}, FROM_FILES),
+            ("dataset.deduplicate: would", {"spec.dataset.deduplicate": "exact"}, {}),
+            ("dataset.evalFraction: is a share", {"spec.dataset.evalFraction": 0.1}, {}),
+            ("dataset.split: a stream", {"spec.dataset.split": "train[:80%]"}, {"spec.dataset.split": "train[80:]"}),
+            ("dataset.split: a stream", {"spec.dataset.split": "train[9:80]"}, {"spec.dataset.split": "train"}),
+            (
+                "dataset.evalSplit: a stream",
+                {"spec.dataset.evalSplit": "train[80%:]"},
+                {"spec.dataset.evalSplit": "train[:80]", "spec.dataset.split": "train[80:]"},
+            ),
+            ("spec.training.maxSteps: a stream", {"spec.training.maxSteps": None}, {"spec.training.maxSteps": 10}),
+            ("spec.training.groupByLength: orders", {"spec.training.groupByLength": True}, {}),
+            (
+                "spec.training.packing: concatenate joins",
+                {"spec.training.packing": "concatenate"},
+                {"spec.training.packing": "isolated"},
+            ),
+            ("spec.model.config: the tokenizer", NEW_MODEL, {"spec.model": {"id": "org/model"}}),
+            ("spec.training.evalEvery: a stream", HELD_OUT_FILES | {"spec.training.evalEvery": "epoch"}, {}),
+            ("spec.training.saveEvery: a stream", {"spec.training.saveEvery": "epoch"}, {}),
+        )
+    ),
+    Case(
+        message="dataset.shuffleBuffer: belongs to streaming",
+        refused={"spec.dataset.shuffleBuffer": 100},
+        accepted=STREAM | {"spec.dataset.shuffleBuffer": 100},
+    ),
+    *(
+        Case(
+            message=f"spec.dataset.{field}: applies to causal-lm",
+            refused={"spec.task": "text-classification", "spec.dataset.format": "csv"} | given,
+            accepted=given,
+        )
+        for field, given in (
+            ("streaming", STREAM),
+            ("shuffleBuffer", STREAM | {"spec.dataset.shuffleBuffer": 100}),
+        )
     ),
     *(
         Case(

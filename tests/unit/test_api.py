@@ -387,6 +387,7 @@ def test_settings_that_depend_on_task_and_method() -> None:
         "method.dora": False,
         "training.maxLength": 1024,
         "training.groupByLength": False,
+        "dataset.streaming": False,
         "training.packing": "none",
         "training.optimizerOptions.beta1": 0.8,
         "training.saveSteps": 500,

@@ -428,6 +428,53 @@ def stopped_and_resumed(name: str, of: Callable[..., FineTuneRun]) -> dict[str, 
     return {f"{name}_stopped": stopped, f"{name}_resumed": resumed}
 
 
+def streams(model: Path) -> dict[str, Callable[[Path], FineTuneRun]]:
+    """A run whose rows are read while it learns; the same one that is stopped in its first step; and that one again.
+
+    The position in its checkpoint is within a block of rows that are shuffled with each other.
+    """
+    made: dict[str, FineTuneRun] = {}
+
+    def begin(root: Path) -> FineTuneRun:
+        root.mkdir()
+        rows = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}" * (i % 5)} for i in range(50)]
+        for name in ("0", "1"):
+            (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[int(name) :: 2]))
+        spec = {
+            "task": "causal-lm",
+            "model": {"path": str(model)},
+            "dataset": {"files": [str(root / "0.jsonl"), str(root / "1.jsonl")], "streaming": True, "shuffleBuffer": 7},
+            "method": LORA,
+            "training": TRAINING | {"maxSteps": 9, "maxLength": 48, "batchSize": 8, "microBatchSize": 2, "logSteps": 1},
+        }
+        for processes, name in ((1, "alone"), (2, "job")):
+            run = FineTuneRun.model_validate(
+                {
+                    "name": name,
+                    "workspace": str(root / name),
+                    "metricsPort": 0,
+                    "rendezvousPort": free_port(),
+                    "spec": spec | {"resources": {"gpusPerNode": 0, "processesPerNode": processes}},
+                }
+            )
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("LUTHIER_RUN_DIR", str(root))
+                prepare.main(run)
+            (root / f"{name}.json").write_text(json.dumps(run.dump()))
+        return run
+
+    def stop(root: Path) -> FineTuneRun:
+        made["stopped"] = begin(root)
+        (root / "stop").touch()
+        return made["stopped"]
+
+    def go_on(root: Path) -> FineTuneRun:
+        root.mkdir()
+        return made["stopped"]
+
+    return {"stream": begin, "stream_stopped": stop, "stream_resumed": go_on}
+
+
 def batch_norm(root: Path) -> FineTuneRun:
     """A ResNet: each process has statistics of its own batches."""
     base, rows = save_images_model(root / "base", RESNET), image_data()
@@ -443,6 +490,7 @@ def ddp(
         adapter=lambda root: two(root, llama, data),
         **preferences({False: tiny_model, True: llama}, pairs, "ddp"),
         batch_norm=batch_norm,
+        **streams(tiny_model),
         **classifiers("ddp"),
     )
     made.train()
@@ -550,6 +598,17 @@ def tensors_of(run: FineTuneRun) -> dict[str, torch.Tensor]:
     """The weights of the result."""
     files = (Path(run.workspace) / "result").glob("*.safetensors")
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def test_two_processes_read_a_stream_as_one(ddp: Group) -> None:
+    """In its second pass, too. One that goes on learns the same, to the last bit."""
+    alone = FineTuneRun.model_validate_json((ddp.folder / "stream/alone.json").read_bytes())
+    train.main(alone)
+    assert len(losses(alone)) == 9
+    assert losses(ddp.runs["stream"]) == pytest.approx(losses(alone), abs=1e-5)
+    assert [(m.code, m.step) for m in ddp.ends("stream_stopped")] == [(75, 1), (75, 1)]
+    assert "resuming from checkpoint-1\n" in ddp.log("stream_resumed")
+    assert losses(ddp.runs["stream_resumed"]) == losses(ddp.runs["stream"])
 
 
 def test_two_processes_are_rewarded_together(ddp: Group) -> None:

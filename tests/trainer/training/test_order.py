@@ -86,6 +86,11 @@ def test_much_padding_is_said(capsys: pytest.CaptureFixture[str]) -> None:
         "spec.training.groupByLength: rows are padded to the longest of 8, so that about 1.7 tokens are computed for"
         " each real one. Set it to true for about 1.0, or packing: isolated for hardly any padding\n"
     )
+    notice_padding([10, 50] * 500, STEP, 8, can_pack=True, can_group=False)
+    assert capsys.readouterr().out == (
+        "spec.training.packing: rows are padded to the longest of 8, so that about 1.7 tokens are computed for each"
+        " real one. Set it to isolated for hardly any padding\n"
+    )
 
 
 def test_few_rows() -> None:

@@ -122,7 +122,7 @@ def as_json(
     there = numpy.array([row is not None for row in found[into]], dtype=bool)
     empty = numpy.flatnonzero(~there)
     if len(empty) == len(found):
-        raise columns.invalid(f"{subject} is empty in all {len(found)} rows")
+        raise columns.nothing_left(f"{subject} is empty in all {len(found)} rows")
     kept = replace(rows, data=found.select_columns([into]))
     if len(empty):
         notice(

@@ -13,7 +13,7 @@ from luthier_api.exitcodes import ExitCode
 from luthier_trainer.data import advice
 from luthier_trainer.data.filerows import TEXT_TYPES
 from luthier_trainer.data.load import Rows
-from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.failure import Failure, NothingLeft
 from luthier_trainer.runtime.notices import notice
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def texts(rows: Rows, column: str, field: str, drop_blank: bool) -> Rows:
     require_text(rows, column, field)
     empty = [] if rows.documents else blanks(rows, column)
     if len(empty) == len(rows.data):
-        raise invalid(f'{field}: column "{column}" of {rows.origin} is blank in all {len(empty)} rows')
+        raise nothing_left(f'{field}: column "{column}" of {rows.origin} is blank in all {len(empty)} rows')
     if not empty:
         return rows
     found = f"blank in {len(empty)} of {len(rows.data)} rows"
@@ -118,3 +118,8 @@ def some(names: Iterable[str]) -> str:
 def invalid(message: str) -> Failure:
     """Return a Failure of the kind INVALID_DATASET."""
     return Failure(ExitCode.INVALID_DATASET, message)
+
+
+def nothing_left(message: str) -> NothingLeft:
+    """Return the same for rows of which none is left."""
+    return NothingLeft(ExitCode.INVALID_DATASET, message)

@@ -8,6 +8,7 @@ settings, and all other formats.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -78,16 +79,16 @@ class HubFiles:
         return dataclasses.replace(table, data=data)
 
 
-def plain_files(builder: DatasetBuilder, repository: str) -> HubFiles | None:
+def plain_files(builder: DatasetBuilder, repository: str, formats: Collection[str] = READ_HERE) -> HubFiles | None:
     """Return the files of the dataset if they can be read by `filerows`; None if `datasets` must read them.
 
-    `repository` is the name of the dataset, such as OWNER/NAME.
+    `repository` is the name of the dataset, such as OWNER/NAME. `formats` are those that are read here.
     """
     config: Any = builder.config
     kind = type(builder).__module__.rpartition(".")[2]
     if (
         not type(builder).__module__.startswith("datasets.packaged_modules.")
-        or kind not in READ_HERE
+        or kind not in formats
         or not config.data_files
     ):
         return None
@@ -106,9 +107,10 @@ def plain_files(builder: DatasetBuilder, repository: str) -> HubFiles | None:
         for path in paths
     ):
         return None
+    encoding = getattr(config, "encoding", None)
     csv = Csv.model_validate({"separator": separator, "quoting": QUOTING[getattr(config, "quoting", 0)]})
     return HubFiles(
-        kind, splits, csv, config.encoding if config.encoding != usual.encoding else None, builder.info.features
+        kind, splits, csv, encoding if encoding != getattr(usual, "encoding", None) else None, builder.info.features
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from luthier_api.rows import RowFilter
 from luthier_trainer.data import full_lengths
 from luthier_trainer.data.chats import CHAT, Chat, unlearnt
-from luthier_trainer.data.columns import invalid
+from luthier_trainer.data.columns import invalid, nothing_left
 from luthier_trainer.data.load import Rows
 from luthier_trainer.data.masks import ChatReader, Unmasked, Unreadable, common
 from luthier_trainer.data.reading import Reader
@@ -190,7 +190,7 @@ class Report:
                 f" {self.rows.place(index)}{f': {why}' if why else ''}"
             )
             if kind in LEFT_OUT and count == total:
-                raise invalid(said)
+                raise nothing_left(said)
             notice(said)
 
 

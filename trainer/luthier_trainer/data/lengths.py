@@ -63,10 +63,12 @@ def computed_tokens(lengths: numpy.ndarray, order: numpy.ndarray, micro_batch: i
     return float((numpy.maximum.reduceat(lengths[order], begins) * sizes).sum() / lengths[order].sum())
 
 
-def notice_padding(lengths: Sequence[int], rows_a_step: int, micro_batch: int, can_pack: bool) -> None:
+def notice_padding(
+    lengths: Sequence[int], rows_a_step: int, micro_batch: int, can_pack: bool, can_group: bool = True
+) -> None:
     """Give notice if more than a third of what is computed would be padding, with what grouping by length saves.
 
-    `can_pack`: whether the task has `training.packing`.
+    `can_pack`: whether the task has `training.packing`. `can_group`: whether the rows of an epoch are known.
     """
     import numpy
 
@@ -75,6 +77,12 @@ def notice_padding(lengths: Sequence[int], rows_a_step: int, micro_batch: int, c
     if random < WASTEFUL:
         return
     grouped = computed_tokens(sample, by_length(sample, rows_a_step, 0, 0), micro_batch)
+    if not can_group:
+        notice(
+            f"spec.training.packing: rows are padded to the longest of {micro_batch}, so that about {random:.1f} tokens"
+            " are computed for each real one. Set it to isolated for hardly any padding"
+        )
+        return
     packing = ", or packing: isolated for hardly any padding" if can_pack else ""
     notice(
         f"spec.training.groupByLength: rows are padded to the longest of {micro_batch}, so that about {random:.1f}"

@@ -73,6 +73,22 @@ class Rows:
     form: Form | None = None
     """How the task reads the rows, if it knows several forms."""
 
+    @classmethod
+    def of(cls, table: Table, origin: str) -> Rows:
+        """Return the rows of a table."""
+        return cls(
+            table.data,
+            origin,
+            parts=table.parts,
+            names=table.names,
+            texts=table.texts,
+            images=table.images,
+            lists=table.lists,
+            mixed=table.mixed,
+            rarest=table.rarest,
+            hint=table.hint,
+        )
+
     def select(self, indices: numpy.ndarray) -> Rows:
         """Return the rows at these positions, an int64 array."""
         numbers = indices if self.numbers is None else self.numbers[indices]
@@ -141,26 +157,17 @@ class Loader:
             files, where, image_folders, {name: [file.path for file in some] for name, some in downloads.items()}
         )
         kind = self.source.format or format_of(paths, where)
-        self._check_settings(kind, paths[0].name)
+        self.check_settings(kind, paths[0].name)
         origin = paths[0].name if len(paths) == 1 else f"{len(paths)} files ({paths[0].name}, ...)"
         table = (
             self._images(paths, where)
             if image_folders
             else self._read(kind, paths, where, self.source.csv or Csv(), self.source.encoding, self.documents)
         )
-        rows = Rows(
-            table.data,
-            origin,
+        rows = replace(
+            Rows.of(table, origin),
             documents=self.documents and kind == "text",
             origins=tuple(_origin(path, where, addresses) for path in paths),
-            parts=table.parts,
-            names=table.names,
-            texts=table.texts,
-            images=table.images,
-            lists=table.lists,
-            mixed=table.mixed,
-            rarest=table.rarest,
-            hint=table.hint,
         )
         return cut(rows, instruction, [FILES_SPLIT], f"{self.field}.{field}")
 
@@ -182,7 +189,7 @@ class Loader:
                 self.downloads[name] = [Fetched(path, remote.without_query(name))]
         return {name: self.downloads[name] for name in files if name in self.downloads}
 
-    def _check_settings(self, kind: str, name: str) -> None:
+    def check_settings(self, kind: str, name: str) -> None:
         """Raise Failure if the spec has settings for another format than `kind`, which `name` is read as."""
         if self.source.csv is not None and kind != "csv":
             raise Failure(
@@ -271,19 +278,7 @@ class Loader:
         info = patiently(lambda: api.dataset_info(name, revision=self.source.revision), f"{self.field}.id", what)
         base = instruction.partition("[")[0]
         table = patiently(lambda: self._hub_table(name, info.sha, base, field), f"{self.field}.id", what)
-        rows = Rows(
-            table.data,
-            f"{name}, split {base}",
-            revision=info.sha,
-            parts=table.parts,
-            names=table.names,
-            texts=table.texts,
-            images=table.images,
-            lists=table.lists,
-            mixed=table.mixed,
-            rarest=table.rarest,
-            hint=table.hint,
-        )
+        rows = replace(Rows.of(table, f"{name}, split {base}"), revision=info.sha)
         return cut(rows, instruction, [base], f"{self.field}.{field}", name)
 
     def _hub_table(self, name: str, commit: str, split: str, field: str) -> Table:
@@ -306,12 +301,12 @@ class Loader:
             )
             files = plain_files(builder, name)
             if files is None:
-                self._check_settings(type(builder).__module__.rpartition(".")[2], name)
+                self.check_settings(type(builder).__module__.rpartition(".")[2], name)
                 builder.download_and_prepare(download_config=download)
                 return _as_table(builder.as_dataset(split=split))
         except ValueError as error:
             raise self._unfit(error, split, field) from error
-        self._check_settings(files.kind, name)
+        self.check_settings(files.kind, name)
         if split not in files.splits:
             raise no_split(split, list(files.splits), f"{self.field}.{field}")
         paths = [

@@ -15,7 +15,7 @@ from luthier_api.rows import ColumnFilter, RowFilter
 from luthier_trainer.data import columns, repeats
 from luthier_trainer.data.load import Rows
 from luthier_trainer.data.mixing import Joined
-from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.failure import Failure, NothingLeft
 from luthier_trainer.runtime.notices import notice
 
 if TYPE_CHECKING:
@@ -93,17 +93,21 @@ class Selection:
         if not len(lost):
             return
         if len(lost) == len(kept):
-            raise Failure(
+            self._add(path, len(lost))
+            raise NothingLeft(
                 ExitCode.INVALID_DATASET,
                 f"{path}: none of the {len(kept)} {self.use} rows of {rows.origin} that were left is kept. A row is"
                 f" kept if {what}",
             )
-        name = path.removeprefix("spec.dataset.")
-        self.left_out[name] = self.left_out.get(name, 0) + len(lost)
+        self._add(path, len(lost))
         notice(
             f"{path}: {len(lost)} of {len(kept)} {self.use} rows of {rows.origin} are left out. A row is kept if"
             f" {what}. The first that is left out is {rows.place(int(lost[0]))}"
         )
+
+    def _add(self, path: str, rows: int) -> None:
+        name = path.removeprefix("spec.dataset.")
+        self.left_out[name] = self.left_out.get(name, 0) + rows
 
 
 def deduplicated(

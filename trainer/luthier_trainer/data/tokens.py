@@ -7,7 +7,10 @@ and length.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
@@ -16,7 +19,7 @@ from luthier_trainer.data import full_lengths
 from luthier_trainer.data.parallel import one_thread_each
 from luthier_trainer.data.parallel import processes as parallel_processes
 from luthier_trainer.data.reading import Reader, rows_at_once
-from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.failure import Failure, NothingLeft
 from luthier_trainer.runtime.notices import notice
 
 if TYPE_CHECKING:
@@ -27,6 +30,7 @@ SHORTEST = 2  # tokens; a row of one token has nothing to predict
 MAX_LENGTH = "spec.training.maxLength"
 FILTER = "spec.dataset.filter"
 NUM_PROC = "spec.prepare.numProc"
+_in_memory: ContextVar[bool] = ContextVar("in_memory", default=False)
 FULL_LENGTH = "full_length"  # a column while rows are encoded: their tokens before they are cut
 
 
@@ -100,6 +104,9 @@ def mapped(texts: Dataset, function: Any, features: Any, *, parallel: bool = Fal
     Raises Failure if a process disappears.
     """
     processes = parallel_processes(len(texts)) if parallel else 1
+    if _in_memory.get():
+        # A name for the result saves the time to derive one from the function and all that it uses.
+        options |= {"keep_in_memory": True, "new_fingerprint": secrets.token_hex(8)}
     options = {"batch_size": rows_at_once(texts, 1000)} | options | ({"num_proc": processes} if processes > 1 else {})
     with one_thread_each() if processes > 1 else nullcontext():
         try:
@@ -119,6 +126,16 @@ def mapped(texts: Dataset, function: Any, features: Any, *, parallel: bool = Fal
                 f"{NUM_PROC}: one of {processes} processes that convert rows was killed, most likely for lack of"
                 " memory. Set numProc to fewer, or spec.prepare.memory to more",
             ) from error
+
+
+@contextmanager
+def in_memory() -> Iterator[None]:
+    """Let `mapped` keep its results in memory instead of in files. For a few rows, that are not needed for long."""
+    token = _in_memory.set(True)
+    try:
+        yield
+    finally:
+        _in_memory.reset(token)
 
 
 def with_notes(features: Any) -> Any:
@@ -146,9 +163,9 @@ def within(rows: Dataset, wanted: RowFilter | None, use: str) -> numpy.ndarray:
         kept &= ~lost
         count = int(lost.sum())
         said = f"{FILTER}.{name}: {count} of {len(rows)} {use} rows have {what} tokens than {limit}, and are left out"
-        if not kept.any():
-            raise Failure(ExitCode.INVALID_DATASET, f"{said}, so that no row is left")
         full_lengths.leave_out(use, f"filter.{name}", count)
+        if not kept.any():
+            raise NothingLeft(ExitCode.INVALID_DATASET, f"{said}, so that no row is left")
         notice(said)
     return numpy.flatnonzero(kept)
 
@@ -200,4 +217,7 @@ def _classification_features() -> Any:
 
 def keep_learnable(rows: Dataset) -> Dataset:
     """Return the rows that have at least `SHORTEST` tokens."""
-    return rows.filter(lambda lengths: [n >= SHORTEST for n in lengths], batched=True, input_columns=["length"])
+    import numpy
+
+    kept = numpy.flatnonzero(numpy.asarray(rows["length"][:]) >= SHORTEST)
+    return rows if len(kept) == len(rows) else rows.select(kept)

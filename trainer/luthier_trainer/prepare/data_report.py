@@ -37,6 +37,7 @@ ENTRIES_SHOWN = 12  # scripts, labels or lengths in a table
 # Title → path in the part of a split
 TITLES = {
     "Rows": "rows",
+    "Rows that prepare looked at (streaming)": "lookedAt",
     "Rows of an epoch, by source": "epoch",
     "Rows left out: blank or unusable": "unusable",
     "Rows left out, by the field of spec.dataset": "leftOut",
@@ -76,6 +77,8 @@ def describe(task: Task, examples: Examples, spec: FineTuneJobSpec, added_tokens
                 lengths, spec.training.max_length, spec.training.packing in (None, "none"), added_tokens
             )
             report["splits"][name]["tokens"] = described
+    if examples.stream is not None:
+        report["splits"]["train"]["lookedAt"] = len(splits["train"].data)
     if examples.sources:
         report["splits"]["train"]["epoch"] = {part.source: part.rows for part in examples.sources}
         report["splits"].get("eval", {})["epoch"] = {part.source: part.eval_rows for part in examples.sources}
@@ -193,13 +196,13 @@ def _give_notices(report: Mapping[str, Any], splits: Mapping[str, Rows], spec: F
     repeated, near = train.get("exactDuplicates", 0), train.get("nearDuplicates", 0)
     if repeated + near >= max(REPEATED * train["rows"], 1):
         rows = _equal_rows(repeated, near, report, f"{train['rows']} training rows", "an earlier one")
-        notice(
-            f"{DATASET}: {rows}. Each is learnt as often as it occurs. Remove them if that is not meant;"
-            " dataset.deduplicate: exact does it for equal rows"
-        )
+        remedy = "" if spec.dataset.streaming else "; dataset.deduplicate: exact does it for equal rows"
+        notice(f"{DATASET}: {rows}. Each is learnt as often as it occurs. Remove them if that is not meant{remedy}")
     if "shared" in report:
         drawn = spec.dataset.eval_fraction is not None
-        apart = "Remove such rows from one of the two; dataset.deduplicate: exact does it for equal ones"
+        apart = "Remove such rows from one of the two"
+        if not spec.dataset.streaming:
+            apart += "; dataset.deduplicate: exact does it for equal ones"
         remedy = "Remove the repeats from the data" if drawn else apart
         _give_notice_of_shared(report, splits, remedy)
     for name, part in report["splits"].items():

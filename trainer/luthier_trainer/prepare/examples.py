@@ -10,7 +10,7 @@ from pathlib import Path
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec, TrainingData
 from luthier_api.rows import MixedSource
-from luthier_api.run import FineTuneRun
+from luthier_api.run import FineTuneRun, Stream
 from luthier_api.status import ResolvedPart
 from luthier_trainer.data import files, repeats
 from luthier_trainer.data.holdout import hold_out
@@ -21,6 +21,7 @@ from luthier_trainer.data.selection import DEDUPLICATE, FILTER, Selection, dedup
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 from luthier_trainer.tasks.base import Task
+from luthier_trainer.tasks.rows import columns_of, usable
 from luthier_trainer.workspace import provenance
 
 DATASET = "spec.dataset"
@@ -54,6 +55,8 @@ class Examples:
     """Of a mix: what its rows come from."""
     distinct: Rows | None = None
     """Of a mix: the training rows from which those of an epoch were drawn."""
+    stream: Stream | None = None
+    """Where the training rows are read while the model learns. Then `train` are the first of them."""
 
     @property
     def splits(self) -> dict[str, Rows]:
@@ -74,8 +77,8 @@ def read_examples(task: Task, run: FineTuneRun, cache: Path) -> Examples:
         read = _read(source, task, spec, cache)
         revisions.append(_revision(read.values()))
         for name, rows in read.items():
-            usable, lost = _usable(renamed(rows, source.rename), task, spec, selections[name])
-            found[name][number] = usable
+            fitting, lost = usable(renamed(rows, source.rename), task, spec, selections[name])
+            found[name][number] = fitting
             unusable[name] += lost
     joined = {name: join(parts) for name, parts in found.items() if parts}
     train, held_out = joined["train"], joined.get("eval")
@@ -128,14 +131,12 @@ def _revision(read: Iterable[Rows]) -> str | None:
 
 def _read(source: Source, task: Task, spec: FineTuneJobSpec, cache: Path) -> dict[str, Rows]:
     """Return the rows of a source by their split, as they are in it. Raises Failure if both splits overlap."""
-    filters = (spec.dataset.filter and spec.dataset.filter.columns) or []
     original = {new: old for old, new in source.rename.items()}
-    needed = dict.fromkeys([*task.columns(spec), *(wanted.column for wanted in filters)])
     loader = Loader(
         source.spec,
         source.field,
         cache,
-        columns=tuple(original.get(name, name) for name in needed),
+        columns=tuple(original.get(name, name) for name in columns_of(task, spec)),
         others=False,
         documents=spec.training.packing == "concatenate",
         stores=spec.stores,
@@ -150,18 +151,6 @@ def _read(source: Source, task: Task, spec: FineTuneJobSpec, cache: Path) -> dic
         files.refuse_shared(read["train"].origins, read["eval"].origins)
     _refuse_selection_of_lines(spec, read["train"])
     return read
-
-
-def _usable(rows: Rows, task: Task, spec: FineTuneJobSpec, selection: Selection) -> tuple[Rows, int]:
-    """Return (the rows that the filters keep and the task can read, how many it cannot read). Raises Failure."""
-    wanted = spec.dataset.filter
-    if wanted is not None:
-        rows = selection.by_columns(rows, wanted.columns or [], task.columns(spec))
-    usable = task.fitting(rows, spec)
-    lost = len(rows.data) - len(usable.data)
-    if wanted is not None:
-        usable = selection.by_characters(usable, wanted, lambda rows: task.contents(rows, spec))
-    return usable, lost
 
 
 def _divided(task: Task, joined: Joined, spec: FineTuneJobSpec, labels: list[str] | None) -> tuple[Joined, Joined]:

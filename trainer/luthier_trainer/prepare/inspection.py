@@ -17,7 +17,7 @@ from luthier_trainer.data import parallel
 from luthier_trainer.data.load import Rows
 from luthier_trainer.models import sources
 from luthier_trainer.models.inspect import max_positions, read_config
-from luthier_trainer.prepare import data_report, first_row
+from luthier_trainer.prepare import data_report, first_row, streamed
 from luthier_trainer.prepare.examples import read_examples
 from luthier_trainer.prepare.training import MODEL, encode
 from luthier_trainer.runtime import notices
@@ -41,7 +41,8 @@ def inspect(run: FineTuneRun, folder: Path) -> dict[str, Any]:
     datasets.disable_progress_bars()
     task = task_of(run.spec)
     parallel.use(parallel.asked(run.spec.prepare))
-    examples = read_examples(task, run, folder / "cache")
+    read_rows = streamed.read_examples if run.spec.dataset.streaming else read_examples
+    examples = read_rows(task, run, folder / "cache")
     added_tokens = 0
     found: dict[str, Any] = {
         "columns": {name: _kind(examples.train, name) for name in examples.train.names},

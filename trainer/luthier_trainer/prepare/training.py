@@ -5,6 +5,7 @@ Everything that depends on the task is a method of its object (`tasks.base.Task`
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from luthier_trainer.data import parallel
 from luthier_trainer.data.holdout import hold_out
 from luthier_trainer.data.lengths import notice_padding
 from luthier_trainer.models import sources, weight_files
-from luthier_trainer.prepare import data_report, first_row
+from luthier_trainer.prepare import data_report, first_row, streamed
 from luthier_trainer.prepare.examples import FRACTION, Examples, read_examples, sources_of
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
@@ -40,6 +41,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     `cache`: folder for downloaded data. Raises Failure if the job cannot run.
     """
     import datasets
+    from datasets import DatasetDict
     from transformers.utils import logging
 
     datasets.disable_progress_bars()
@@ -54,25 +56,29 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         task.check_new_model(spec)
     else:
         located = sources.locate(spec.model, run, MODEL)
-    examples = read_examples(task, run, cache)
+    examples = (streamed.read_examples if spec.dataset.streaming else read_examples)(task, run, cache)
     model = task.read_model(located, run, folder) if located else task.new_model(examples.train, run, folder)
     others = task.other_models(examples.train, run, folder)
     task.check_model(model, spec, len(examples.train.data), examples.labels)
 
     data = encode(task, examples, model.processor, spec)
-    task.check_encoded(data, model, examples.labels)
+    # Of a stream, a new token that the first rows do not have may be in any other one.
+    known = model if examples.stream is None else dataclasses.replace(model, new_tokens=())
+    task.check_encoded(data, known, examples.labels)
     data_report.keep(
         data_report.describe(task, examples, spec, task.added_tokens(model.processor)),
         folder.prepared,
     )
+    train = data["train"]
     dataset_path = folder.prepared / "dataset"
-    data.save_to_disk(str(dataset_path))
+    kept = data if examples.stream is None else DatasetDict({name: data[name] for name in data if name != "train"})
+    kept.save_to_disk(str(dataset_path))
     if model.processor is not None:
         model.processor.save_pretrained(folder.prepared / "processor")
-    train = data["train"]
     first_row.keep(train, model.processor, folder.prepared)
     trouble = task.cannot_recompute(model) if spec.resources.gpus_per_node > 0 else None
-    rows = task.epoch_rows(spec, len(train))
+    learnt = len(train) if examples.stream is None else streamed.rows_learnt(spec)
+    rows = task.epoch_rows(spec, learnt)
     plan = plan_training(spec, rows, weight_files.count(model.path, MODEL), trouble)
     check_course(spec, plan, rows)
     if (
@@ -85,6 +91,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
             spec.training.batch_size,
             plan.micro_batch_size or 1,
             can_pack=spec.training.packing is not None,
+            can_group=examples.stream is None,
         )
     weights = task.weights(model, spec, plan, examples.labels)
     plan = plan_space(plan, weights, space.folder_bytes(folder.prepared / "processor"))
@@ -103,9 +110,9 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         dataset=ResolvedDataset(
             source=source[:300],
             revision=revision,
-            rows=len(train),
+            rows=learnt,
             eval_rows=len(data["eval"]) if "eval" in data else 0,
-            tokens=task.count_tokens(train),
+            tokens=task.count_tokens(train) if examples.stream is None else None,
             labels=examples.labels,
             sources=parts or None,
         ),
@@ -114,6 +121,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         cannot_recompute=trouble,
         model_path=str(model.path),
         new_tokens=list(model.new_tokens),
+        stream=examples.stream and examples.stream.model_copy(update={"missing_tokens": dict(model.missing_tokens)}),
         other_model_paths=[str(other.path) for other in others],
         origins=[
             *(located.origins if located else ()),

@@ -17,3 +17,7 @@ class Failure(Exception):
     def __reduce__(self) -> tuple[type[Failure], tuple[ExitCode, str]]:
         """Return how another process makes the same exception."""
         return type(self), (self.code, self.message)
+
+
+class NothingLeft(Failure):
+    """A failure because no row is left. It is none in a part of the rows, of which others are still to be read."""

@@ -7,20 +7,40 @@ the screen of `luthier run`. Each process collects its own; only those of the fi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 LIMIT = 20  # a termination message has 4,096 bytes; the log has all notices
 CHARACTERS = 300
 
 _given: list[str] = []
+_collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
 
 
 def notice(text: str) -> None:
     """Print `text`, which begins with the path of the field that it is about, and keep it for the status. Repeated
     texts count once.
     """
+    collected = _collected.get()
+    if collected is not None:
+        collected.append(text)
+        return
     if text in _given:
         return
     _given.append(text)
     print(text, flush=True)
+
+
+@contextmanager
+def collecting() -> Iterator[list[str]]:
+    """Collect the notices of this thread instead of giving them."""
+    texts: list[str] = []
+    token = _collected.set(texts)
+    try:
+        yield texts
+    finally:
+        _collected.reset(token)
 
 
 def given() -> list[str]:

@@ -64,8 +64,9 @@ def training_arguments(
         "ddp_find_unused_parameters": False,
         "activation_checkpointing": bool(plan.gradient_checkpointing),
         "activation_checkpointing_kwargs": {"use_reentrant": False} if plan.gradient_checkpointing else None,
-        # On a CPU, loader processes would only take cores away from the model.
-        "dataloader_num_workers": 0 if cpu else task.loader_workers(cores(spec.resources)),
+        # On a CPU, loader processes would only take cores away from the model. A stream is read ahead by a thread,
+        # which knows the position that a checkpoint needs.
+        "dataloader_num_workers": 0 if cpu or spec.dataset.streaming else task.loader_workers(cores(spec.resources)),
         "dataloader_pin_memory": not cpu,
         "label_names": ["labels"],
         "logging_steps": training.log_steps,

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import warnings
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +44,9 @@ from luthier_trainer.training.arguments import training_arguments
 from luthier_trainer.training.best import Choice
 from luthier_trainer.training.callbacks import Guard, Heartbeat, Report, Stop
 from luthier_trainer.training.resilience import EvaluationStopped, Resilient, resilient
+from luthier_trainer.training.stream import streamed_rows
 from luthier_trainer.training.utilisation import count_weights
-from luthier_trainer.workspace import course, space
+from luthier_trainer.workspace import course, provenance, space
 from luthier_trainer.workspace.manifest import read_manifest
 from luthier_trainer.workspace.plan import count_steps
 from luthier_trainer.workspace.prepared import read_prepared
@@ -93,15 +96,20 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     )
     # The evaluation of a step follows its save. The previous attempt may have ended between the two, and even a
     # finished evaluation is not recorded in the checkpoint of its own step.
+    processor = task.read_processor(workspace.prepared / "processor", "spec.model")
+    rows: Any
+    if prepared.stream is None:
+        rows = data["train"]
+    else:
+        ranks.decide(lambda: begin_stream(prepared, workspace.stream))
+        rows = streamed_rows(task, spec, prepared.stream, processor, workspace.stream, ranks.rank, resume)
     choice = Choice.of(spec.training, TRAINING_TASKS[spec.task])
     arguments.eval_on_start = "eval" in data and (
-        resume is None
-        or owes_evaluation(resume, spec.training, prepared.plan, task.epoch_rows(spec, len(data["train"])))
+        resume is None or owes_evaluation(resume, spec.training, prepared.plan, task.epoch_rows(spec, len(rows)))
     )
     before = (read_manifest(resume) or {}) if resume else {}
 
     deepspeed = uses_deepspeed(prepared.plan.strategy)
-    processor = task.read_processor(workspace.prepared / "processor", "spec.model")
     # Seeded before new weights are drawn, so that heads and adapters start with the same values on all ranks and in all
     # attempts.
     set_seed(spec.training.seed)
@@ -143,7 +151,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
         args=arguments,
         processing_class=processor,
         data_collator=setup.collator,
-        train_dataset=data["train"],
+        train_dataset=rows,
         eval_dataset=data.get("eval"),
         callbacks=[*callbacks, trackers],
         **setup.options,
@@ -171,7 +179,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
         print(opening(loop, prepared, precision, resume), flush=True)
 
     loop.saved = resume
-    with trackers:
+    with trackers, closing(rows) if prepared.stream else nullcontext():
         loop.train(resume_from_checkpoint=str(resume) if resume else None)
         if stop.agreed_step is not None:
             return stopped(loop, stop.agreed_step)
@@ -193,11 +201,19 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
         if ranks.first:
             for text in task.training_notices(loop.state.log_history):
                 notice(text)
+            if prepared.stream:
+                rows.tell()
         result.write(loop, task, context, run, prepared, workspace, metrics, use_cache)
         if ranks.first:
             print("done: " + "  ".join(f"{name} {value:g}" for name, value in metrics.items()), flush=True)
         trackers.complete = True
         return ended(ExitCode.COMPLETED, metrics=metrics, step=loop.state.global_step)
+
+
+def begin_stream(prepared: PreparedRecord, folder: Path) -> None:
+    """Remove what an earlier attempt was downloading. Raises Failure if files have changed since `prepare`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    provenance.refuse_changes(origin for origin in prepared.origins if not origin.whole)
 
 
 def owes_evaluation(resume: Path, training: Training, plan: Plan, rows: int) -> bool:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
@@ -31,6 +32,7 @@ from luthier_trainer.training import checkpoint, finite
 from luthier_trainer.training.best import Choice, Evaluation
 from luthier_trainer.training.optimizers import Withholding, withholding
 from luthier_trainer.training.order import ByLength
+from luthier_trainer.training.stream import StreamedRows
 
 WITHOUT_WEIGHT = "without_weight"  # key in a batch that does not count in the loss; its value is the original batch
 
@@ -77,6 +79,7 @@ class Resilient(Base):
         super().__init__(**kwargs)
         self.remove_callback(PrinterCallback)  # `callbacks.Report` prints one readable line instead
         self.batches, self.ranks, self.identity, self.keep = batches, ranks, identity, keep
+        self.rows_a_step = rows_a_step
         self.choice = choice
         """What is done with evaluations: early stopping, and which weights are delivered; None: nothing."""
         self.checkpoint_bytes = checkpoint_bytes
@@ -240,6 +243,8 @@ class Resilient(Base):
         super()._run_epoch(**kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if isinstance(self.train_dataset, StreamedRows):
+            return SequentialSampler(self.train_dataset)
         return self._by_length or super()._get_train_sampler(train_dataset)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
@@ -367,6 +372,10 @@ class Resilient(Base):
                 super()._save_checkpoint(model, trial)
         finally:
             self._folder = folder
+        if isinstance(self.train_dataset, StreamedRows):
+            self.train_dataset.pass_by(step * self.rows_a_step)
+            if self.ranks.first:
+                self.train_dataset.save(staged)
         self.ranks.wait()
         facts = {
             "step": step,

@@ -34,6 +34,12 @@ def of_data(path: Path, field: str) -> Origin:
     return Origin(field=field, path=str(path), digest=_content(path, size, mtime_ns), size=size, mtime_ns=mtime_ns)
 
 
+def of_streamed(path: Path, field: str) -> Origin:
+    """The origin of a data file that is too large to read it all only for this. Its digest is of both its ends."""
+    size, mtime_ns = _stamp(path)
+    return Origin(field=field, path=str(path), digest=edges(path), size=size, mtime_ns=mtime_ns, whole=False)
+
+
 def _stamp(path: Path) -> tuple[int, int]:
     """(bytes, time of the last change in ns) of a file, or of all files and folders in a folder."""
     facts = [path.stat(), *(p.stat() for p in path.rglob("*") if p.exists())]  # a link may lead nowhere
@@ -58,11 +64,12 @@ def folder_digest(folder: Path) -> str:
             for p in folder.rglob("*")
             if p.suffix in LOADED and not any(part.startswith(".") for part in p.relative_to(folder).parts)
         )
-        files = {p.relative_to(folder).as_posix(): _edges(p) for p in inside if p.is_file()}
+        files = {p.relative_to(folder).as_posix(): edges(p) for p in inside if p.is_file()}
     return combined(f"{name} {digest}" for name, digest in files.items() if name not in NOT_LOADED)
 
 
-def _edges(path: Path) -> str:
+def edges(path: Path) -> str:
+    """A SHA-256 of the size, the first and the last MiB of a file."""
     size = path.stat().st_size
     with path.open("rb") as file:
         first = file.read(EDGE_BYTES)
@@ -89,9 +96,10 @@ def _same(origin: Origin, path: Path) -> bool:
     if origin.size is None:  # a model
         return folder_digest(path) == origin.digest
     size, mtime_ns = _stamp(path)
-    return (size, mtime_ns) == (origin.size, origin.mtime_ns) or (
-        size == origin.size and _content(path, size, mtime_ns) == origin.digest
-    )
+    if (size, mtime_ns) == (origin.size, origin.mtime_ns):
+        return True
+    digest = _content(path, size, mtime_ns) if origin.whole else edges(path)
+    return size == origin.size and digest == origin.digest
 
 
 def changed(field: str, what: str) -> Failure:
