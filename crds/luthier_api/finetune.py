@@ -690,7 +690,7 @@ class FineTuneJobSpec(JobControl, TabledSpec):
         ),
         Rule(
             "self.task != 'grpo' || !has(self.grpo) || !self.grpo.rewards.exists(r, r.type == 'python') ||"
-            " !self.tracking.exists(t, has(t.secretRef))",
+            " !has(self.tracking) || !self.tracking.exists(t, has(t.secretRef))",
             "spec.tracking.secretRef: the pods of run would hold credentials that the code of a reward of type python"
             " could read; remove secretRef, or that reward",
         ),
