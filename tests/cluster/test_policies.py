@@ -353,7 +353,7 @@ PODS = [
     PodCase(
         name="the token of the Hub in the pods of run",
         change=lambda child: container(child)["env"].append(SECRET_VARIABLE | {"name": "HF_TOKEN"}),
-        message="in this phase: MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN, MLFLOW_TRACKING_USERNAME, WANDB_",
+        message="in this phase: MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN, MLFLOW_TRACKING_USERNAME, TRACKIO_",
         phases=("run",),
     ),
     PodCase(

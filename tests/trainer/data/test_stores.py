@@ -9,8 +9,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import http.client
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,7 +30,7 @@ from luthier_api.finetune import TrainingData
 from luthier_api.secrets import STORES as CREDENTIALS
 from luthier_api.stores import STORES, Store
 from luthier_trainer.data import stores
-from luthier_trainer.data.guarding_proxy import GuardingProxy
+from luthier_trainer.data.guarding_proxy import GuardingProxy, serving
 from luthier_trainer.data.load import Loader, Rows
 from luthier_trainer.data.remote import Guard
 from luthier_trainer.runtime.failure import Failure
@@ -546,6 +548,44 @@ def test_only_the_administrator_lets_a_pod_ask_for_its_identity(monkeypatch: pyt
     assert stores._identity_hosts() == {"169.254.170.23"}
     monkeypatch.setenv("LUTHIER_METADATA_IDENTITY", "true")
     assert stores._identity_hosts() == {"169.254.170.23", *stores.METADATA_SERVICE}
+
+
+class Counting(GuardingProxy):
+    """The proxy of a network, which counts what it forwards."""
+
+    asked = 0
+
+    def connected(self, scheme: str, host: str, port: int) -> tuple[socket.socket, bool]:
+        self.asked += 1
+        return socket.create_connection((host, port)), False
+
+
+@pytest.mark.parametrize("outer", [False, True], ids=["directly", "through the proxy of the network"])
+def test_a_tunnel_and_a_plain_request(outer: bool, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is encrypted passes a tunnel; for the proxy it is the same what is in it."""
+    host, _, port = bucket.url.removeprefix("http://").partition(":")
+    for name in ("no_proxy", "NO_PROXY", "http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with serving(Counting(Guard("outer"))) as network, serving(GuardingProxy(Guard("f"))) as proxy:
+        if outer:
+            monkeypatch.setenv("http_proxy", network.url)
+            monkeypatch.setenv("https_proxy", network.url)
+        inside = http.client.HTTPConnection("127.0.0.1", proxy.server_port, timeout=10)
+        inside.set_tunnel(host, int(port))
+        inside.request("GET", "/bucket/y.csv")
+        assert inside.getresponse().read() == OBJECTS["y.csv"]
+        inside.close()
+        plain = http.client.HTTPConnection("127.0.0.1", proxy.server_port, timeout=10)
+        plain.request("GET", f"{bucket.url}/bucket/y.csv")
+        assert plain.getresponse().read() == OBJECTS["y.csv"]
+        plain.close()
+        for method, target in (("CONNECT", "169.254.169.254:443"), ("GET", "http://169.254.169.254/latest")):
+            refused = http.client.HTTPConnection("127.0.0.1", proxy.server_port, timeout=10)
+            refused.request(method, target)
+            assert refused.getresponse().status == 403
+            assert proxy.refusal is not None
+            refused.close()
+        assert network.asked == (2 if outer else 0)
 
 
 @pytest.mark.parametrize(

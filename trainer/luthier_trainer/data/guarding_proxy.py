@@ -49,6 +49,9 @@ class GuardingProxy(ThreadingHTTPServer):
 
         Raises OSError, HTTPException, or Failure for a server that is never asked.
         """
+        if host not in self.identity:
+            with suppress(ValueError):  # a name; the proxy of the network decides which addresses it has
+                self.guard.refuse_metadata(parsed_ip(host))
         outer = None if proxy_bypass(host) else getproxies().get(scheme)
         if outer is not None and host not in self.identity:
             parts = urlsplit(outer if "://" in outer else f"http://{outer}")
