@@ -141,7 +141,10 @@ def _documents(file: str, problems: list[str]) -> list[Any]:
     except OSError as error:
         problems.append(f"{file}: {error.strerror or error}")
         return []
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.reader.ReaderError, UnicodeDecodeError):
+        problems.append(_is_dataset(file) or f"{file}: not text, and so no manifest; give the file of a job")
+        return []
+    except yaml.YAMLError as error:
         problems.append(_is_dataset(file) or f"{file}: not YAML: {' '.join(str(error).split())}")
         return []
     if not documents:
@@ -156,7 +159,10 @@ def _documents(file: str, problems: list[str]) -> list[Any]:
 def _is_dataset(file: str) -> str | None:
     """What to do with a file that is no manifest but has the suffix of a dataset; None for other files."""
     suffixes = {suffix for info in FORMATS.values() for suffix in info.suffixes}
-    if Path(file).suffix.lower() not in suffixes:
+    name = Path(file).name.lower()
+    for compression in (".gz", ".bz2", ".xz", ".zst"):
+        name = name.removesuffix(compression)
+    if Path(name).suffix not in suffixes:
         return None
     return f"{file}: a dataset, not a manifest; name it in spec.dataset.files of a FineTuneJob, and give the job's file"
 

@@ -230,13 +230,18 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "twice.yaml").write_text("spec: {task: causal-lm}\nspec: {task: text-classification}\n")
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     (tmp_path / "table.csv").write_text("text;label\na;1\n")
-    done = luthier("run", "missing.yaml", "broken.yaml", "twice.yaml", "rows.jsonl", "table.csv", cwd=tmp_path)
+    (tmp_path / "rows.jsonl.gz").write_bytes(b"\x1f\x8b\x08")
+    (tmp_path / "book.xlsx").write_bytes(b"PK\x03\x04")
+    files = ("missing.yaml", "broken.yaml", "twice.yaml", "rows.jsonl", "table.csv", "rows.jsonl.gz", "book.xlsx")
+    done = luthier("run", *files, cwd=tmp_path)
     assert done.returncode == 64
     assert "missing.yaml: No such file or directory" in done.stderr
     assert "broken.yaml: not YAML" in done.stderr
     assert "twice.yaml: not YAML: 'spec' is given twice; keep one of them" in done.stderr
     assert "rows.jsonl: a dataset, not a manifest; name it in spec.dataset.files" in done.stderr
     assert "table.csv: a dataset, not a manifest; name it in spec.dataset.files" in done.stderr
+    assert "rows.jsonl.gz: a dataset, not a manifest; name it in spec.dataset.files" in done.stderr
+    assert "book.xlsx: not text, and so no manifest; give the file of a job" in done.stderr
 
 
 SCALARS = [
