@@ -12,7 +12,10 @@ import hmac
 import http.client
 import json
 import re
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,7 +32,7 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import TrainingData
 from luthier_api.secrets import STORES as CREDENTIALS
 from luthier_api.stores import STORES, Store
-from luthier_trainer.data import stores
+from luthier_trainer.data import store_credentials, stores
 from luthier_trainer.data.guarding_proxy import GuardingProxy, serving
 from luthier_trainer.data.load import Loader, Rows
 from luthier_trainer.data.remote import Guard
@@ -60,6 +63,7 @@ class Bucket:
     asked: list[str] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     url: str = ""
+    server: ThreadingHTTPServer | None = None
 
 
 def signature_of_s3(method: str, path: str, query: str, headers: Any) -> bool:
@@ -177,7 +181,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
     running.daemon_threads = True
     thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
-    there.url = f"http://127.0.0.1:{running.server_port}"
+    there.url, there.server = f"http://127.0.0.1:{running.server_port}", running
     for name in ("init_backoff", "max_backoff"):
         monkeypatch.setitem(stores.RETRIES["backoff"], name, stores.RETRIES["backoff"][name] / 1000)
     yield there
@@ -321,6 +325,31 @@ def test_other_stores_and_credentials(
 def test_what_is_temporary_is_tried_again(bucket: Bucket, tmp_path: Path) -> None:
     bucket.instead = [TOO_BUSY, (429, {}, b""), None, TOO_BUSY, CUT]
     assert load(tmp_path, store(bucket.url), "s3://bucket/x/a*").data["text"][:] == ["a"]
+
+
+CERTIFICATES = """
+openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -keyout ca.key -out ca.pem -subj /CN=ca
+openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout key.pem -out leaf.csr -subj /CN=leaf
+openssl x509 -req -in leaf.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile names -out leaf.pem
+"""
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the program openssl, which makes certificates")
+def test_an_encrypted_connection(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "names").write_text("subjectAltName=IP:127.0.0.1\nbasicConstraints=CA:FALSE\n")
+    for command in CERTIFICATES.strip().splitlines():
+        subprocess.run(command.split(), cwd=tmp_path, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "leaf.pem", tmp_path / "key.pem")
+    assert bucket.server is not None
+    bucket.server.socket = context.wrap_socket(bucket.server.socket, server_side=True)
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    given = store(bucket.url.replace("http://", "https://"))
+    with pytest.raises(Failure, match=r"the certificate of the server is not trusted .* in SSL_CERT_FILE") as failure:
+        load(tmp_path, given, "s3://bucket/x/*.jsonl")
+    assert failure.value.code == ExitCode.MISCONFIGURED
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    assert load(tmp_path, given, "s3://bucket/x/*.jsonl").data["text"][:] == ["a", "b", "c"]
 
 
 def test_a_second_attempt_downloads_nothing_again(bucket: Bucket, tmp_path: Path) -> None:
@@ -539,15 +568,15 @@ def test_as_whom_a_store_is_read(case: Who, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.delenv(variable)
     for name, value in case.variables.items():
         monkeypatch.setenv(name, value)
-    assert stores._mode(store(**{"server": None, "keys": ()} | case.given)) == case.mode
+    assert store_credentials.mode_of(store(**{"server": None, "keys": ()} | case.given)) == case.mode
 
 
 def test_only_the_administrator_lets_a_pod_ask_for_its_identity(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert stores._identity_hosts() == frozenset()
+    assert store_credentials.identity_hosts() == frozenset()
     monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", "http://169.254.170.23/v1/credentials")
-    assert stores._identity_hosts() == {"169.254.170.23"}
+    assert store_credentials.identity_hosts() == {"169.254.170.23"}
     monkeypatch.setenv("LUTHIER_METADATA_IDENTITY", "true")
-    assert stores._identity_hosts() == {"169.254.170.23", *stores.METADATA_SERVICE}
+    assert store_credentials.identity_hosts() == {"169.254.170.23", *store_credentials.METADATA_SERVICE}
 
 
 class Counting(GuardingProxy):

@@ -11,21 +11,31 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.secrets import STORES as CREDENTIALS
 from luthier_api.stores import STORES, TYPE_OF_SCHEME, Store, StoreType
-from luthier_api.variables import Variables
 from luthier_trainer.data.guarding_proxy import GuardingProxy, serving
 from luthier_trainer.data.remote import CHUNK, Guard
+from luthier_trainer.data.store_credentials import (
+    FIELD,
+    OPTIONS,
+    REMEDY,
+    WITH,
+    Mode,
+    identity_hosts,
+    keys_of,
+    mode_of,
+    own_variables,
+    secret_of,
+    without,
+)
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.workspace.space import amount, volume
 
@@ -33,7 +43,6 @@ if TYPE_CHECKING:
     from obstore import ObjectMeta
     from obstore.store import ObjectStore
 
-FIELD = "spec.stores"
 PATTERN = re.compile(r"[*?\[]")
 AT_ONCE = 8  # files that are downloaded at the same time
 ATTEMPTS = 5
@@ -47,34 +56,11 @@ RETRIES: Any = {
 }
 # The limit of a whole request is 30 seconds by default, in which a large file does not come.
 TIMEOUTS = {"connect_timeout": "20s", "read_timeout": "60s", "timeout": "7d"}
-METADATA_SERVICE = frozenset({"169.254.169.254", "metadata.google.internal"})
 
 STATUS = re.compile(r"status code: (\d{3})")
+UNTRUSTED = re.compile(r"invalid peer certificate: (\w+)|InvalidCertificate\(\s*(\w+)")
 UNKNOWN_KEYS = ("InvalidAccessKeyId", "ExpiredToken", "InvalidToken")  # not with the same status everywhere
 CODE = re.compile(r"<Code>(\w+)</Code>|\"reason\": ?\"(\w+)\"")
-Mode = Literal["secret", "identity", "anonymous"]
-WITH: Mapping[Mode, str] = {
-    "secret": f"with the credentials of {FIELD}.secretRef",
-    "identity": "with the identity that the pod has from the cluster",
-    "anonymous": "without credentials",
-}
-REMEDY: Mapping[Mode, str] = {
-    "secret": "Correct the Secret, or let its owner read and list the bucket",
-    "identity": f"Let it read and list the bucket, or name other credentials in {FIELD}[].secretRef",
-    "anonymous": f"Name credentials in {FIELD}[].secretRef",
-}
-OPTIONS: Mapping[StoreType, Mapping[str, str]] = {
-    "s3": {
-        "bucket": "bucket",
-        "endpoint": "endpoint",
-        "accessKeyId": "access_key_id",
-        "secretAccessKey": "secret_access_key",
-        "sessionToken": "session_token",
-    },
-    "gs": {"bucket": "bucket", "endpoint": "base_url", "serviceAccountKey": "service_account_key"},
-    "az": {"bucket": "container_name", "endpoint": "endpoint", "accountKey": "account_key", "sasToken": "sas_key"},
-}
-"""What obstore calls the container of a store, its server, and the credentials of `secretRef.keys`."""
 
 
 def is_in_a_store(path: str) -> bool:
@@ -272,6 +258,13 @@ class Bucket:
                 ExitCode.INVALID_SPEC,
                 f"{place} was answered with {said}. Correct the address, or {FIELD}[].endpoint",
             )
+        if found := UNTRUSTED.search(str(error)):
+            return Failure(
+                ExitCode.MISCONFIGURED,
+                f"{place}: the certificate of the server is not trusted ({found[1] or found[2]}). Name a file"
+                " with that of its issuer in SSL_CERT_FILE: the administrator in jobs.env of the chart, or you for"
+                " luthier run",
+            )
         why = self.proxy.trouble or said or "the connection was lost"
         return Failure(
             ExitCode.HUB_UNAVAILABLE,
@@ -297,8 +290,8 @@ def _opened(given: Store, address: Address, field: str) -> Iterator[Bucket]:
     from obstore.store import AzureStore, GCSStore, S3Store
 
     names, info = OPTIONS[given.type], STORES[given.type]
-    mode = _mode(given)
-    options: dict[str, Any] = {names["bucket"]: address.bucket} | _secret(given, names)
+    mode = mode_of(given)
+    options: dict[str, Any] = {names["bucket"]: address.bucket} | secret_of(given, names)
     if mode == "anonymous":
         options["skip_signature"] = True
     if given.endpoint:
@@ -313,7 +306,7 @@ def _opened(given: Store, address: Address, field: str) -> Iterator[Bucket]:
                 f"{FIELD}: {address.root} does not say in which storage account it is. Add {{type: az, account: NAME}}",
             )
         options["account_name"] = account
-    proxy = GuardingProxy(Guard(field), info.domains, _identity_hosts() if mode == "identity" else frozenset())
+    proxy = GuardingProxy(Guard(field), info.domains, identity_hosts() if mode == "identity" else frozenset())
     client: Any = TIMEOUTS | {"proxy_url": proxy.url, "user_agent": "luthier"}
     client["allow_http"] = bool(given.endpoint and given.endpoint.startswith("http://")) or mode == "identity"
     if bundle := os.environ.get("SSL_CERT_FILE"):
@@ -321,69 +314,13 @@ def _opened(given: Store, address: Address, field: str) -> Iterator[Bucket]:
     make: Any = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}[given.type]
     with serving(proxy):
         try:
-            with _without(() if mode == "identity" else _own_variables(given)):
+            with without(() if mode == "identity" else own_variables(given)):
                 store = make(config=options, client_options=client, retry_config=RETRIES)
         except (BaseError, ValueError):  # the message may hold what cannot be read
-            what = f"{FIELD}.secretRef: {', '.join(_keys(given))}: cannot be used for {info.title}. Correct the Secret"
+            what = (
+                f"{FIELD}.secretRef: {', '.join(keys_of(given))}: cannot be used for {info.title}. Correct the Secret"
+            )
             if mode != "secret":
                 what = f"{field}: {address.root} is no bucket of {info.title}. Correct the address"
             raise Failure(ExitCode.INVALID_SPEC, what) from None
         yield Bucket(store, proxy, mode, address, field)
-
-
-def _mode(given: Store) -> Mode:
-    """Return as whom a store is read.
-
-    An identity of the pod is not shown to a server that the author of a job has chosen: some are tokens with which it
-    could read all that the pod may.
-    """
-    if given.secret_ref:
-        return "secret"
-    if given.anonymous or given.endpoint:
-        return "anonymous"
-    there = (
-        any(os.environ.get(name) for name in _own_variables(given))
-        or os.environ.get(Variables.METADATA_IDENTITY) == "true"
-    )
-    return "identity" if there else "anonymous"
-
-
-def _own_variables(given: Store) -> tuple[str, ...]:
-    """Return the variables in which obstore looks for credentials or for an identity."""
-    info = STORES[given.type]
-    return (*info.identity, *(CREDENTIALS.variables[name] for some in info.credentials for name in some))
-
-
-@contextmanager
-def _without(names: Collection[str]) -> Iterator[None]:
-    """Hide environment variables from obstore, which would use them beside what it is given."""
-    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
-
-
-def _secret(given: Store, names: Mapping[str, str]) -> dict[str, str]:
-    """Return the credentials of `secretRef`. Raises Failure if one is missing."""
-    found = {}
-    for credential in _keys(given):
-        variable = CREDENTIALS.variables[credential]
-        found[names[credential]] = os.environ.get(variable, "").strip()
-        if not found[names[credential]]:
-            raise Failure(
-                ExitCode.UNAUTHORIZED,
-                f"{FIELD}.secretRef.keys.{credential}: it is empty, or {variable} is not set here. Correct the Secret",
-            )
-    return found
-
-
-def _keys(given: Store) -> list[str]:
-    return list(given.secret_ref.credentials()) if given.secret_ref else []
-
-
-def _identity_hosts() -> frozenset[str]:
-    """Return the hosts that the pod may ask for its identity: the administrator has set these variables."""
-    asked = os.environ.get("AWS_CONTAINER_CREDENTIALS_FULL_URI", "")
-    own = {str(urlsplit(asked).hostname)} if asked else set()
-    return frozenset(own | (METADATA_SERVICE if os.environ.get(Variables.METADATA_IDENTITY) == "true" else set()))
