@@ -113,6 +113,7 @@ def install(images: Images, *values: str) -> None:
         f"trainer.image.tag={images.trainer.rpartition(':')[2]}",
         f"trainer.image.pullPolicy={policy}",
         f"hub.endpoint={hub_manifests.url(SYSTEM)}",
+        "jobs.pythonRewards=true",
         *values,
     ]
     subprocess.run(
