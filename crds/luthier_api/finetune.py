@@ -215,6 +215,15 @@ Pattern = Annotated[dict[str, Annotated[int, Field(ge=1, le=4096)]], Field(min_l
 Layer = Annotated[int, Field(ge=0, le=10_000)]
 
 
+InitLoraWeights = Annotated[
+    str,
+    Format(
+        "^(gaussian|orthogonal|olora|pissa|pissa_niter_[0-9]{1,2})$",
+        "must be gaussian, orthogonal, olora, pissa or pissa_niter_N, for example pissa_niter_16",
+    ),
+]
+
+
 class Method(ApiModel):
     """Which weights learn, and how."""
 
@@ -246,6 +255,16 @@ class Method(ApiModel):
     """The same for `alpha`."""
     layers: Annotated[list[Layer], Field(min_length=1, max_length=1000), For("method"), For("task")] = by_table()
     """Numbers of the layers that get adapters, from 0; all when left out."""
+    init_lora_weights: Annotated[InitLoraWeights, For("method"), For("task")] = by_table()
+    """What adapters begin as, by PEFT's names. When left out: A is random and B zero. gaussian: another random A.
+    orthogonal: both random, with a product of zero (even ranks only). pissa: the largest singular values of the weights
+    (arXiv:2404.02948); pissa_niter_16: the same with a fast approximation. olora: their QR decomposition
+    (arXiv:2406.01775). With pissa and olora the base stays as it is, and the result is an adapter of twice the rank.
+    """
+    bias: Annotated[Literal["none", "all", "lora_only"], For("method"), For("task")] = by_table()
+    """Biases of the model that are trained beside the adapters, and saved with them. all: all of them. lora_only: those
+    of modules with an adapter. vLLM loads no such adapters; merge them for it.
+    """
     modules_to_save: Annotated[list[ShortText], Field(min_length=1, max_length=64), SET, For("method"), For("task")] = (
         by_table()
     )
@@ -596,6 +615,10 @@ NO_ROWS_IN_ADAPTER = (
 """CEL: no adapter holds rows of the embedding for new tokens."""
 
 
+BEGINS_RANDOM = "!has(self.method.initLoraWeights) || self.method.initLoraWeights == 'gaussian'"
+"""CEL: the beginning of adapters does not depend on the weights."""
+
+
 class FineTuneJobSpec(JobControl, TabledSpec):
     """Model, dataset, method and resources of a fine-tuning, and where its result goes."""
 
@@ -655,34 +678,35 @@ class FineTuneJobSpec(JobControl, TabledSpec):
         *works_with("model.?quantization.type", STRATEGIES_OF_QUANTIZATIONS, "strategy", STRATEGIES),
         *works_with("task", METRICS_OF_TASKS, "training.?metric", BEST_METRICS),
         Rule(
-            "!self.training.loadBestModel || !self.strategy.startsWith('zero')",
-            "spec.training.loadBestModel: DeepSpeed's shards of a checkpoint are not loaded after a training; use"
-            " strategy ddp, or remove loadBestModel",
-        ),
-        Rule(
             f"!(self.task in {COMPUTE_LOGITS}) || {NO_ROWS_IN_ADAPTER}",
             "spec.model: TRL (1.16) computes the logits of this task without what an adapter holds of the output layer;"
             " use method.type: full, or add the tokens in a job of task causal-lm and name it in model.job",
         ),
         Rule(
-            f"!self.strategy.startsWith('zero') || {NO_ROWS_IN_ADAPTER}",
-            "spec.model: adapters that hold rows of new tokens have not been tried with DeepSpeed; use strategy ddp, or"
-            " remove addSpecialTokens and resizeEmbeddings",
+            f"!self.strategy.startsWith('zero3') || {NO_ROWS_IN_ADAPTER}",
+            "spec.model: PEFT (0.21) reads the rows of new tokens from an embedding that ZeRO-3 divides in a way that"
+            " has not been proven; use strategy zero2 or ddp, or remove addSpecialTokens and resizeEmbeddings",
         ),
         Rule(
-            "!has(self.method.dora) || !self.method.dora || !self.strategy.startsWith('zero')",
-            "spec.method.dora: DeepSpeed divides the weights whose norms DoRA reads in each step; use strategy ddp, or"
-            " remove dora",
+            "!has(self.method.bias) || self.method.bias == 'none' || self.method.type != 'qlora' &&"
+            " !has(self.model.quantization)",
+            "spec.method.bias: bitsandbytes (0.50) rounds the biases of quantised modules to 16 bits in each step, in"
+            " which small updates are lost; use method.type: lora without model.quantization, or remove bias",
         ),
         Rule(
-            "!has(self.method.modulesToSave) || !self.strategy.startsWith('zero')",
-            "spec.method.modulesToSave: not tried with DeepSpeed, which divides the weights that are copied; use"
-            " strategy ddp, or remove it",
+            f"{BEGINS_RANDOM} || self.method.type != 'qlora' && !has(self.model.quantization)",
+            "spec.method.initLoraWeights: is computed from weights or in their type, which here are of few bits; use"
+            " gaussian, or method.type: lora without model.quantization",
         ),
         Rule(
-            "!has(self.training.optimizerOptions.loraplusLrRatio) || !self.strategy.startsWith('zero')",
-            "spec.training.optimizerOptions.loraplusLrRatio: not tried with DeepSpeed, which makes vectors of groups of"
-            " weights; use strategy ddp, or remove it",
+            f"{BEGINS_RANDOM} || !self.strategy.startsWith('zero3')",
+            "spec.method.initLoraWeights: ZeRO-3 divides the weights from which adapters begin; use gaussian, or"
+            " strategy zero2 or ddp",
+        ),
+        Rule(
+            f"{BEGINS_RANDOM} || !has(self.method.dora) || !self.method.dora",
+            "spec.method.initLoraWeights: DoRA divides by a norm of what the adapter has become, beside which its"
+            " beginning cannot be subtracted; use gaussian, or remove dora",
         ),
         Rule(
             "self.task != 'grpo' || has(self.grpo) && size(self.grpo.rewards) > 0",

@@ -105,6 +105,8 @@ LORA_OPTIONS = {
     "method.rankPattern": None,
     "method.alphaPattern": None,
     "method.layers": None,
+    "method.initLoraWeights": None,
+    "method.bias": "none",
     "method.modulesToSave": None,
     "training.optimizerOptions.loraplusLrRatio": None,
 }

@@ -134,7 +134,7 @@ IMAGE_FORMATS: tuple[DatasetFormat, ...] = ("imagefolder", "parquet", "arrow")
 RESULT_OPTIONS: dict[str, Any] = {"model.job": None}
 """Fields of the tasks that can work with the result of a FineTuneJob as their model."""
 PEFT_OPTIONS: dict[str, Any] = dict.fromkeys(
-    f"method.{name}" for name in ("rslora", "dora", "rankPattern", "alphaPattern", "layers")
+    f"method.{name}" for name in ("rslora", "dora", "rankPattern", "alphaPattern", "layers", "initLoraWeights")
 )
 """Fields of the tasks whose adapters are saved in PEFT's form, which says how they are scaled. diffusers' does not."""
 TEXT_OPTIONS: dict[str, Any] = (
@@ -151,8 +151,10 @@ TEXT_OPTIONS: dict[str, Any] = (
 """Fields of the tasks whose rows hold text."""
 NOISE_OPTIONS: dict[str, Any] = {"training.neftuneNoiseAlpha": None}
 """Fields of the tasks that read texts and do not compare with a reference model, whose embeddings are the same ones."""
-SAVED_OPTIONS: dict[str, Any] = {"method.modulesToSave": None}
-"""Fields of the tasks whose adapters can hold whole modules, and are not switched off to make a reference model."""
+SAVED_OPTIONS: dict[str, Any] = {"method.modulesToSave": None, "method.bias": "none"}
+"""Fields of the tasks whose adapters can hold weights of the base, and are not switched off to make a reference model:
+what they hold would stay.
+"""
 SMOOTHING_OPTIONS: dict[str, Any] = {"training.labelSmoothing": None}
 """Fields of the tasks whose loss is the cross-entropy of labels."""
 TEMPLATE_OPTIONS: dict[str, Any] = {"dataset.chatTemplate": None}

@@ -196,8 +196,10 @@ PEFT: dict[str, Change] = {
     "rankPattern": {"spec.method.rankPattern": {"q_proj": 4}},
     "alphaPattern": {"spec.method.alphaPattern": {"q_proj": 4}},
     "layers": {"spec.method.layers": [0, 1]},
+    "initLoraWeights": {"spec.method.initLoraWeights": "gaussian"},
 }
 SAVED: Change = {"spec.method.modulesToSave": ["lm_head"]}
+BIASED: Change = {"spec.method.bias": "lora_only"}
 SMOOTHED: Change = {"spec.training.labelSmoothing": 0.1}
 NOISY: Change = {"spec.training.neftuneNoiseAlpha": 5}
 FASTER: Change = {"spec.training.optimizerOptions.loraplusLrRatio": 16}
@@ -272,6 +274,19 @@ MARKS: list[Case] = [
             ),
             refused=task | SAVED,
             accepted=REWARD | SAVED,
+        )
+        for task in (PREFERENCE, PICTURES, GRPO)
+    ),
+    Case(
+        message="spec.method.bias: applies to lora, qlora;",
+        refused=FULL | BIASED,
+        accepted=LORA | BIASED,
+    ),
+    *(
+        Case(
+            message="spec.method.bias: applies to causal-lm, text-classification, reward, image-classification;",
+            refused=task | BIASED,
+            accepted=REWARD | BIASED,
         )
         for task in (PREFERENCE, PICTURES, GRPO)
     ),
@@ -1352,35 +1367,33 @@ CASES: list[Case] = [
     ),
     *(
         Case(
-            message="spec.training.loadBestModel: DeepSpeed",
-            refused=COMPARED | {"spec.strategy": strategy},
-            accepted=COMPARED | {"spec.strategy": "ddp"},
+            message="spec.method.bias: bitsandbytes (0.50) rounds the biases of quantised modules to 16 bits",
+            refused=method | BIASED,
+            accepted=method | {"spec.method.bias": "none"},
         )
-        for strategy in ("zero2", "zero3")
+        for method in (QLORA, LORA | quantised("int8"))
     ),
     *(
         Case(
-            message="spec.method.dora: DeepSpeed",
-            refused={"spec.method.dora": True, "spec.strategy": strategy},
-            accepted={"spec.method.dora": True, "spec.strategy": "ddp"},
+            message="spec.method.initLoraWeights: is computed from weights or in their type, which here are of few",
+            refused=base | {"spec.method.initLoraWeights": kind},
+            accepted=accepted,
         )
-        for strategy in ("zero2", "zero3")
+        for base in (QLORA, LORA | quantised("int8"))
+        for kind, accepted in [
+            ("pissa_niter_16", LORA | {"spec.method.initLoraWeights": "pissa_niter_16"}),
+            ("orthogonal", base | {"spec.method.initLoraWeights": "gaussian"}),
+        ]
     ),
-    *(
-        Case(
-            message="spec.method.modulesToSave: not tried with DeepSpeed",
-            refused=SAVED | {"spec.strategy": strategy},
-            accepted=SAVED | {"spec.strategy": "ddp"},
-        )
-        for strategy in ("zero2", "zero3")
+    Case(
+        message="spec.method.initLoraWeights: ZeRO-3 divides the weights from which adapters begin; use gaussian, or",
+        refused={"spec.method.initLoraWeights": "olora", "spec.strategy": "zero3-offload"},
+        accepted={"spec.method.initLoraWeights": "olora", "spec.strategy": "zero2-offload"},
     ),
-    *(
-        Case(
-            message="spec.training.optimizerOptions.loraplusLrRatio: not tried with DeepSpeed",
-            refused=FASTER | {"spec.strategy": strategy},
-            accepted=FASTER | {"spec.strategy": "ddp"},
-        )
-        for strategy in ("zero2", "zero3")
+    Case(
+        message="spec.method.initLoraWeights: DoRA divides by a norm of what the adapter has become, beside which",
+        refused={"spec.method.initLoraWeights": "pissa", "spec.method.dora": True},
+        accepted={"spec.method.initLoraWeights": "gaussian", "spec.method.dora": True},
     ),
     Case(
         message="training.warmupRatio: warmupSteps says",
@@ -1453,13 +1466,13 @@ CASES: list[Case] = [
     ),
     *(
         Case(
-            message="spec.model: adapters that hold rows of new tokens have not been tried with DeepSpeed; use",
+            message="spec.model: PEFT (0.21) reads the rows of new tokens from an embedding that ZeRO-3 divides",
             refused=adapters | change | {"spec.strategy": strategy},
             accepted=accepted | change,
         )
         for change in ({"spec.model.addSpecialTokens": ["<|im_end|>"]}, {"spec.model.resizeEmbeddings": True})
         for adapters, strategy, accepted in [
-            ({}, "zero2", {"spec.strategy": "ddp"}),
+            ({}, "zero3", {"spec.strategy": "zero2"}),
             (LORA, "zero3-offload", FULL | {"spec.strategy": "zero3"}),
         ]
     ),
@@ -1657,6 +1670,12 @@ WRITTEN: list[Written] = [
         change=lambda t: {"spec.model": {"config": {"modelType": t}}, "spec.method.type": "full"},
         refused=("", "Llama"),
         accepted=("llama", "qwen3_moe"),
+    ),
+    Written(
+        field="spec.method.initLoraWeights",
+        change=lambda t: {"spec.method.initLoraWeights": t},
+        refused=("", "loftq", "pissa_niter_", "pissa_niter_100"),
+        accepted=("gaussian", "pissa", "pissa_niter_16"),
     ),
     Written("spec.model.path", lambda t: {"spec.model": {"path": t}}, *PATHS),
     Written("spec.adapters[].path", lambda t: {"spec.adapters": [{"path": t}]}, *PATHS, GENERATE),

@@ -385,6 +385,7 @@ def test_settings_that_depend_on_task_and_method() -> None:
         "method.targetModules": ["all-linear"],
         "method.rslora": False,
         "method.dora": False,
+        "method.bias": "none",
         "training.maxLength": 1024,
         "training.groupByLength": False,
         "dataset.streaming": False,

@@ -316,6 +316,7 @@ def test_plan_quick_says_what_would_be_done_and_writes_nothing(tmp_path: Path) -
         "targetModules": ["all-linear"],
         "rslora": False,
         "dora": False,
+        "bias": "none",
     }
     assert list(tmp_path.iterdir()) == []
 

@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import DatasetDict, load_from_disk
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from peft import AutoPeftModelForCausalLM
 from prepared_workspace import (
     classification_data,
@@ -37,7 +38,8 @@ from prepared_workspace import (
 from safetensors.torch import load_file
 from trainer.digits import RESNET
 from trainer.digits import save_model as save_images_model
-from trainer.distributed import one_after_another
+from trainer.distributed import courses, one_after_another
+from trainer.distributed.courses import COURSES, Course
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -50,6 +52,7 @@ from luthier_api.run import FineTuneRun
 from luthier_api.termination import TerminationMessage
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.distributed import launch
+from luthier_trainer.distributed.strategy import deepspeed_config
 from luthier_trainer.methods import trainable
 from luthier_trainer.prepare import main as prepare
 from luthier_trainer.training import main as train
@@ -85,6 +88,17 @@ def alone(
     return losses(run), metrics
 
 
+def divided(strategy: str, cpu: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration, with which it treats small models as large ones.
+
+    ZeRO-3 would keep weights of less than 100,000 numbers whole, and any that are used again within 1e9 numbers.
+    """
+    config = deepspeed_config(strategy, cpu)
+    limits = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
+    config["zero_optimization"] |= {f"stage3_{limit}": 0 for limit in limits}
+    return config
+
+
 @dataclass(frozen=True)
 class Group:
     """Runs that two processes train one after another. Each has a run folder of its name."""
@@ -102,6 +116,7 @@ class Group:
         }
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(launch, "MODULE", one_after_another.__name__)
+            patch.setattr(launch, "deepspeed_config", divided)
             with pod(next(iter(self.runs.values())), self.folder / "pod", **variables) as process:
                 code = process.wait(TIMEOUT)
         log = (self.folder / "pod/log").read_text()
@@ -475,6 +490,25 @@ def streams(model: Path) -> dict[str, Callable[[Path], FineTuneRun]]:
     return {"stream": begin, "stream_stopped": stop, "stream_resumed": go_on}
 
 
+def of_courses(model: Path, data: DatasetDict, strategy: str) -> dict[str, Any]:
+    return {
+        course.name: functools.partial(
+            lambda root, course: courses.runs(
+                root / "job",
+                course,
+                model,
+                data,
+                strategy,
+                port=free_port(),
+                resources={"processesPerNode": 2},
+            ),
+            course=course,
+        )
+        for course in COURSES
+        if strategy in course.strategies
+    }
+
+
 def batch_norm(root: Path) -> FineTuneRun:
     """A ResNet: each process has statistics of its own batches."""
     base, rows = save_images_model(root / "base", RESNET), image_data()
@@ -492,6 +526,7 @@ def ddp(
         batch_norm=batch_norm,
         **streams(tiny_model),
         **classifiers("ddp"),
+        **of_courses(llama, data, "ddp"),
     )
     made.train()
     return made
@@ -504,6 +539,7 @@ def zero3(group: Any, classifiers: Any, deepspeed_operators: None, llama: Path, 
     made: Group = group(
         adapter=lambda root: two(root, llama, data, strategy="zero3-offload", training=training),
         **classifiers("zero3-offload"),
+        **of_courses(llama, data, "zero3-offload"),
     )
     made.train()
     return made
@@ -532,6 +568,7 @@ def zero2(
     made: Group = group(
         **{name: lambda root: two(root, llama, rows, strategy="zero2-offload") for name in MICRO_BATCHES},
         **classifiers("zero2-offload"),
+        **of_courses(llama, data, "zero2-offload"),
         **preferences({False: tiny_model, True: llama}, pairs, "zero2-offload"),
     )
     for name in MICRO_BATCHES:
@@ -671,8 +708,8 @@ def test_zero2_offload(name: str, zero2: Group, resumed: Group, alone: Any) -> N
     assert (Path(run.workspace) / "checkpoints/checkpoint-1/global_step1").is_dir()
     assert [m.code for m in resumed.ends(name)] == [0, 0]
     log = resumed.log(name)
-    assert "resuming from checkpoint-1" in log
     assert f"2 × {micro_batch} rows × {4 // micro_batch} accumulated" in log
+    assert "6 steps, AdamW on the CPU by DeepSpeedCPUAdam, resuming from checkpoint-1" in log
     assert losses(run) == pytest.approx(alone[0], abs=2e-4)
 
 
@@ -719,3 +756,49 @@ def writes_what_was_foreseen(run: FineTuneRun, base: Path) -> None:
     assert space.folder_bytes(folder.result) == pytest.approx(
         space.result_bytes(weights, plan.strategy, processor), rel=0.05
     )
+
+
+@pytest.fixture(scope="module")
+def alone_in_course(llama: Path, data: DatasetDict, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """What makes the run of one process that has the course."""
+
+    @functools.cache
+    def make(name: str) -> FineTuneRun:
+        course = next(course for course in COURSES if course.name == name)
+        root = tmp_path_factory.mktemp("course")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("LUTHIER_RUN_DIR", str(root))
+            run = courses.runs(root / "job", course, llama, data, "auto")
+            train.main(run)
+        return run
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("course", "strategy"),
+    [(course, strategy) for course in COURSES for strategy in course.strategies if strategy != "ddp"],
+    ids=lambda value: value.name if isinstance(value, Course) else value,
+)
+def test_a_course_is_the_same_with_deepspeed(
+    course: Course, strategy: str, alone_in_course: Any, request: pytest.FixtureRequest
+) -> None:
+    made: Group = request.getfixturevalue(strategy.removesuffix("-offload"))
+    run = made.runs[course.name]
+    expect = request.getfixturevalue("ddp").runs[course.name] if course.of_each else alone_in_course(course.name)
+    found, wanted = courses.History.of(run), courses.History.of(expect)
+    assert found.steps == wanted.steps
+    for name in ("losses", "evaluations", "learning_rates"):
+        assert getattr(found, name) == pytest.approx(getattr(wanted, name), abs=1e-4), name
+    weights, others = courses.weights(run), courses.weights(expect)
+    assert weights.keys() == others.keys()
+    assert {name for name, weight in weights.items() if (weight - others[name]).abs().max() > 1e-3} == set()
+    if course.chooses:
+        metrics = made.ends(course.name)[0].metrics or {}
+        assert metrics["bestStep"] == 2
+        assert metrics["steps"] == (6 if "earlyStopping" in course.training else 8)
+        assert metrics["evalLoss"] == pytest.approx(found.evaluations[2], abs=1e-5)
+        checkpoint = Path(run.workspace) / "checkpoints/checkpoint-2"
+        written = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), exclude_frozen_parameters=True)
+        assert written.keys() == {courses.in_memory(name) for name in weights}
+        assert all(torch.equal(written[courses.in_memory(name)], weight) for name, weight in weights.items())

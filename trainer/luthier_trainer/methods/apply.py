@@ -70,7 +70,8 @@ def with_method(
         embedding.with_rows(model, max(new_tokens) + 1)
         tokens = dict.fromkeys(embedding.token_tables(model), new_tokens)
     method, whole = expanded(method, model, whole), whole_modules(model, method, whole)
-    computed = model.get_input_embeddings().weight.dtype
+    # Not that of the input embeddings, which those of images lack. Quantised weights are integers.
+    computed = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
     config = FAMILIES[method.type].config(
         method, Surroundings(peft_type, whole, fused_experts(model), tokens, linear_modules(model))
     )

@@ -108,7 +108,7 @@ def check_patterns(config: PreTrainedConfig, task: str, method: Method) -> None:
     Raises Failure if one does not.
     """
     from luthier_trainer.methods.lora import layer_of, matching
-    from luthier_trainer.methods.trainable import gets_adapter
+    from luthier_trainer.methods.trainable import adapted_modules
     from luthier_trainer.models.heads import heads_of
 
     patterns = {"rankPattern": method.rank_pattern, "alphaPattern": method.alpha_pattern}
@@ -117,11 +117,7 @@ def check_patterns(config: PreTrainedConfig, task: str, method: Method) -> None:
     model = skeleton(config, task, MODEL)
     everywhere = method.model_copy(update={"layers": None})
     heads = whole_modules(model, method, heads_of(model, task))
-    names = [
-        name
-        for name, module in model.named_modules()
-        if gets_adapter(name, module, model, everywhere) and not any(f"{name}.".startswith(f"{h}.") for h in heads)
-    ]
+    names = adapted_modules(model, everywhere, heads)
     numbers = {number for name in names if (number := layer_of(name)) is not None}
     for i, layer in enumerate(method.layers or []):
         if layer not in numbers:
@@ -147,6 +143,63 @@ def check_patterns(config: PreTrainedConfig, task: str, method: Method) -> None:
                     f"spec.method.{field}: no module with an adapter has a name that ends with {pattern!r} (they end"
                     f" with: {known})",
                 )
+
+
+def check_initial(config: PreTrainedConfig, task: str, method: Method) -> None:
+    """Check that each adapter can begin as `initLoraWeights` says. Raises Failure if one cannot."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    from luthier_trainer.methods.experts import fused_experts
+    from luthier_trainer.methods.lora import begins_as_weights, matching
+    from luthier_trainer.methods.trainable import adapted_modules
+    from luthier_trainer.models.heads import heads_of
+
+    kind, field = method.init_lora_weights, "spec.method.initLoraWeights"
+    if kind is None or kind == "gaussian":
+        return
+    model = skeleton(config, task, MODEL)
+    whole = whole_modules(model, method, heads_of(model, task))
+    if any(name.rpartition(".")[2] in method.target_modules for name in fused_experts(model)):
+        raise Failure(ExitCode.INVALID_SPEC, f"{field}: {kind} is for linear modules, and the experts are none")
+    for name in adapted_modules(model, method, whole):
+        module = model.get_submodule(name)
+        if not isinstance(module, torch.nn.Linear | Conv1D):
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}: {kind} is for linear modules, and {name} is none; use gaussian, or remove it from"
+                " targetModules",
+            )
+        pattern = matching(method.rank_pattern or {}, name)
+        rank = method.rank if pattern is None else method.rank_pattern[pattern]
+        if begins_as_weights(method) and rank > min(module.weight.shape):
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}: {name} has {min(module.weight.shape)} singular values, and its rank is {rank}; choose a"
+                " smaller rank, or gaussian",
+            )
+        if kind == "orthogonal" and rank % 2:
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}: orthogonal needs even ranks, and that of {name} is {rank}",
+            )
+
+
+def check_biases(config: PreTrainedConfig, task: str, method: Method) -> None:
+    """Check that the model has the biases that the method trains. Raises Failure if it has none."""
+    from luthier_trainer.methods.trainable import adapted_modules, biases_of
+    from luthier_trainer.models.heads import heads_of
+
+    if (method.bias or "none") == "none":
+        return
+    model = skeleton(config, task, MODEL)
+    whole = whole_modules(model, method, heads_of(model, task))
+    if not any(name for name, _ in biases_of(model, method, adapted_modules(model, method, whole), whole)):
+        where = "" if method.bias == "all" else " in modules with an adapter"
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"spec.method.bias: {config.model_type} has no biases{where}, so that nothing would be trained; remove it",
+        )
 
 
 def check_new_tokens(config: PreTrainedConfig, task: str, method: Method) -> None:

@@ -37,6 +37,9 @@ class Lora:
             rank_pattern=dict(method.rank_pattern or {}),
             alpha_pattern=dict(method.alpha_pattern or {}),
             layers_to_transform=method.layers,
+            bias=method.bias or "none",
+            # What begins as a part of the weights, `methods.initial` computes.
+            init_lora_weights=True if begins_as_weights(method) else method.init_lora_weights or True,
             trainable_token_indices={name: list(tokens) for name, tokens in around.tokens.items()} or None,
         )
 
@@ -45,6 +48,11 @@ class Lora:
         pattern = matching(method.rank_pattern or {}, name)
         rank = method.rank if pattern is None else method.rank_pattern[pattern]
         return [(outputs, rank), (rank, inputs), *([(outputs,)] if method.dora else [])]
+
+
+def begins_as_weights(method: Method) -> bool:
+    """Return whether the adapters begin as a part of the weights that they adapt."""
+    return (method.init_lora_weights or "").startswith(("pissa", "olora"))
 
 
 def matching(patterns: Iterable[str], name: str) -> str | None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +106,8 @@ def adapter_tensors(model: torch.nn.Module, method: Method, whole: list[str]) ->
 
     family, whole = FAMILIES[method.type], whole_modules(model, method, whole)
     method = expanded(method, model, whole)
-    found: list[Tensor] = []
+    adapted = adapted_modules(model, method, whole)
+    found = [Tensor(tuple(bias.shape)) for _, bias in biases_of(model, method, adapted, whole)]
     for name, module in model.named_modules():
         if name in whole:
             found += [
@@ -114,10 +115,39 @@ def adapter_tensors(model: torch.nn.Module, method: Method, whole: list[str]) ->
                 for part in module.modules()
                 for weight in part.parameters(recurse=False)
             ]
-        elif gets_adapter(name, module, model, method) and not any(name.startswith(f"{head}.") for head in whole):
+        elif name in adapted:
             weight: torch.Tensor = module.weight
             found += [Tensor(shape) for shape in family.shapes(method, name, (weight.shape[0], weight[0].numel()))]
     return found
+
+
+def inside(name: str, modules: Collection[str]) -> bool:
+    """Return whether the module or weight `name` is one of `modules`, or inside one of them."""
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
+
+
+def adapted_modules(model: torch.nn.Module, method: Method, whole: Collection[str]) -> list[str]:
+    """Return the names of the modules that get an adapter. `whole`: those that are trained whole get none."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if gets_adapter(name, module, model, method) and not inside(name, whole)
+    ]
+
+
+def biases_of(
+    model: torch.nn.Module, method: Method, adapted: Collection[str], whole: Collection[str]
+) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield name and weight of the biases that are trained, beside those in modules that are trained `whole`.
+
+    `adapted`: names of the modules with an adapter.
+    """
+    for name, weight in model.named_parameters():
+        module, _, own = name.rpartition(".")
+        if own != "bias" or inside(name, whole):
+            continue
+        if method.bias == "all" or (method.bias == "lora_only" and module in adapted):
+            yield name, weight
 
 
 def gets_adapter(name: str, module: Any, model: torch.nn.Module, method: Method) -> bool:

@@ -71,6 +71,8 @@ class PretrainedTask(Task):
             )
             whole.check(model.config, self.task, spec.method, spec.model.quantization is not None)
             method_checks.check_patterns(model.config, self.task, spec.method)
+            method_checks.check_initial(model.config, self.task, spec.method)
+            method_checks.check_biases(model.config, self.task, spec.method)
             experts.check_adapters(model.config, spec)
             if model.new_tokens:
                 method_checks.check_new_tokens(model.config, self.task, spec.method)

@@ -58,7 +58,7 @@ def identity(run: FineTuneRun, prepared: PreparedRecord) -> dict[str, Any]:
 
 def facts_of(run_identity: dict[str, Any]) -> dict[str, Any]:
     """Return the entries of a manifest that record an identity: the identity itself and its SHA-256."""
-    return {"run": run_identity, "runHash": _digest(run_identity)}
+    return {"run": run_identity, "runHash": digest(run_identity)}
 
 
 def check_identity(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -66,7 +66,7 @@ def check_identity(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) 
 
     `found`: its manifest. `wanted`: the identity of this run. The message names the differences.
     """
-    if found.get("runHash") == _digest(wanted):
+    if found.get("runHash") == digest(wanted):
         return
     found_differences = list(differences(json.loads(json.dumps(wanted)), found.get("run") or {}))
     raise Failure(
@@ -232,5 +232,6 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1])
 
 
-def _digest(run_identity: dict[str, Any]) -> str:
+def digest(run_identity: dict[str, Any]) -> str:
+    """Return the SHA-256 of an identity."""
     return hashlib.sha256(json.dumps(run_identity, sort_keys=True).encode()).hexdigest()

@@ -31,6 +31,7 @@ from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.distributed.ranks import Ranks
 from luthier_trainer.distributed.strategy import assert_started, uses_deepspeed
 from luthier_trainer.methods import apply as methods
+from luthier_trainer.methods import initial
 from luthier_trainer.methods.trainable import HALF, source_dtype
 from luthier_trainer.models.zero3 import keep_used_conversions
 from luthier_trainer.runtime.notices import notice
@@ -138,6 +139,9 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
         deepspeed,
         prepared.new_tokens,
     )
+    begun = initial.begin(
+        model, spec.method, arguments.device, workspace.prepared / "initial-adapter", ranks, checkpoint.digest(identity)
+    )
     freeze(model, loaded.unused_parameters)
 
     telemetry, stop = Telemetry(), Stop()
@@ -164,8 +168,8 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
         seconds_before=before.get("seconds", 0.0),
         rows_a_step=spec.training.batch_size,
         group_by_length=bool(spec.training.group_by_length),
+        own_optimizer=lambda trainer: optimizers.own(trainer, spec.training, spec.task),
     )
-    loop.optimizer = optimizers.own(loop, spec.training, spec.task)
     for callback in callbacks:
         callback.loop = loop
     if ranks.first:
@@ -203,7 +207,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
                 notice(text)
             if prepared.stream:
                 rows.tell()
-        result.write(loop, task, context, run, prepared, workspace, metrics, use_cache)
+        result.write(loop, task, context, run, prepared, workspace, metrics, use_cache, begun)
         if ranks.first:
             print("done: " + "  ".join(f"{name} {value:g}" for name, value in metrics.items()), flush=True)
         trackers.complete = True
@@ -281,6 +285,7 @@ def opening(loop: Resilient, prepared: PreparedRecord, precision: str, resume: P
     plan = prepared.plan
     return (
         f"training {learning:,} of {weights:,} weights of {prepared.model.source}, {precision}, {plan.world_size} ×"
-        f" {plan.micro_batch_size} rows × {plan.accumulation_steps or 1} accumulated, {plan.steps} steps, "
+        f" {plan.micro_batch_size} rows × {plan.accumulation_steps or 1} accumulated, {plan.steps} steps"
+        f"{optimizers.replaced_by(plan.strategy)}, "
         + (f"resuming from {resume.name}" if resume else "from the beginning")
     )

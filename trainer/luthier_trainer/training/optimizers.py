@@ -25,6 +25,11 @@ def arguments(training: Training) -> dict[str, Any]:
     return {"optim": name} | {key: value for key, value in adam.items() if value is not None}
 
 
+def replaced_by(strategy: str) -> str:
+    """Return the part of a line that names the optimiser by which accelerate replaces that of the job, if it does."""
+    return ", AdamW on the CPU by DeepSpeedCPUAdam" if strategy.endswith("-offload") else ""
+
+
 class Withholding(torch.optim.Optimizer):
     """A mixin before an optimiser's class: while `withheld` is true, `step` changes nothing."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from luthier_api.exitcodes import ExitCode
@@ -54,6 +55,9 @@ def resilient(trainer: type[Trainer]) -> type[Resilient]:
 class Resilient(Base):
     """The mixin, placed before a Trainer in the order of base classes. `args.output_dir` holds the checkpoints."""
 
+    optimizer: Any
+    """Of transformers; None before it is made."""
+
     def __init__(
         self,
         *,
@@ -66,9 +70,13 @@ class Resilient(Base):
         seconds_before: float,
         rows_a_step: int,
         group_by_length: bool = False,
+        own_optimizer: Callable[[Any], torch.optim.Optimizer | None],
         **kwargs: Any,
     ) -> None:
-        """`rows_a_step`: rows of an optimiser step. `group_by_length`: rows of similar lengths share a step."""
+        """`rows_a_step`: rows of an optimiser step. `group_by_length`: rows of similar lengths share a step.
+
+        `own_optimizer` makes the optimiser for this trainer, or returns None if transformers makes it.
+        """
         self._by_length: ByLength | None = None
         self._evaluation_order: list[int] | None = None
         if group_by_length:
@@ -80,6 +88,7 @@ class Resilient(Base):
         self.remove_callback(PrinterCallback)  # `callbacks.Report` prints one readable line instead
         self.batches, self.ranks, self.identity, self.keep = batches, ranks, identity, keep
         self.rows_a_step = rows_a_step
+        self._own_optimizer = own_optimizer
         self.choice = choice
         """What is done with evaluations: early stopping, and which weights are delivered; None: nothing."""
         self.checkpoint_bytes = checkpoint_bytes
@@ -210,6 +219,9 @@ class Resilient(Base):
             optimizer.found_inf = bad.float()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        # With DeepSpeed, transformers forgets an optimiser that the trainer was given, and calls this method.
+        if self.optimizer is None:
+            self.optimizer = self._own_optimizer(self)
         optimizer = super().create_optimizer(*args, **kwargs)
         # DeepSpeed skips updates by itself, and has its own class around the optimizer.
         return optimizer if self.is_deepspeed_enabled else withholding(optimizer)
@@ -320,7 +332,13 @@ class Resilient(Base):
         return chosen
 
     def _load_weights(self, folder: Path) -> None:
-        """Load the weights of a verified checkpoint into the model that has been trained. Not for DeepSpeed."""
+        """Load the weights of a verified checkpoint into the model that has been trained."""
+        if self.is_deepspeed_enabled:
+            # From its own shards, with the state of the optimiser, which has the weights in fp32. A checkpoint of
+            # adapters does not have the frozen weights.
+            whole = isinstance(self.model, PreTrainedModel)
+            deepspeed_load_checkpoint(self.model_wrapped, str(folder), load_module_strict=whole)
+            return
         self._load_from_checkpoint(str(folder))
         self._load_optimizer_and_scheduler(str(folder))  # a schedule-free optimiser holds a part of the weights
 

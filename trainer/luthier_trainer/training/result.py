@@ -18,6 +18,7 @@ from transformers import TrainerState
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_api.workspace import METRICS_FILE, WorkspaceFolder
+from luthier_trainer.methods.initial import Initial
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.heartbeat import beat, beating_while_growing
 from luthier_trainer.runtime.notices import given
@@ -88,11 +89,13 @@ def write(
     workspace: WorkspaceFolder,
     metrics: dict[str, float],
     use_cache: bool | None,
+    begun: Initial | None,
 ) -> None:
     """Write the result. All ranks call this function, because sharded weights have to be gathered.
 
-    `use_cache`: the value in the model's configuration before training, which is restored; None if it had none. Raises
-    Failure(DIVERGED) if a weight is not finite, and Failure(TRAINING_ERROR) if no weights or empty ones were saved.
+    `use_cache`: the value in the model's configuration before training, which is restored; None if it had none.
+    `begun`: what adapters were in the beginning, if the result has to be without it. Raises Failure(DIVERGED) if a
+    weight is not finite, and Failure(TRAINING_ERROR) if no weights or empty ones were saved.
     """
     staged = workspace.root / STAGING
     if loop.ranks.first:
@@ -104,6 +107,8 @@ def write(
         loop.save_model(str(staged))
     loop.ranks.wait()
     if loop.ranks.first:
+        if begun is not None:
+            begun.write_ordinary(staged)
         _name_base(staged, run, prepared)
         task.complete_result(staged, loop.model, context)
         _check_weights(
@@ -131,7 +136,9 @@ def _name_base(folder: Path, run: FineTuneRun, prepared: PreparedRecord) -> None
     base = {"base_model_name_or_path": str(Path(prepared.model_path).absolute()), "revision": None}
     if run.spec.model.id:
         base = {"base_model_name_or_path": run.spec.model.id, "revision": prepared.model.revision}
-    path.write_text(json.dumps(config | base, indent=2, sort_keys=True))
+    # A program that loads an adapter lets it begin once more, before it replaces what has begun. PEFT's orthogonal way
+    # fails on quantised weights.
+    path.write_text(json.dumps(config | base | {"init_lora_weights": True}, indent=2, sort_keys=True))
     # The card that PEFT saves is empty and names the local folder. `publish` writes the real card.
     (folder / "README.md").unlink(missing_ok=True)
 
