@@ -87,7 +87,7 @@ def test_a_lost_pod_restarts_the_group_from_the_checkpoint(kube: Kube) -> None:
             model={"job": "base"},
             dataset=jobs.REGISTER,
             method={"type": "lora", "rank": 8},
-            training=jobs.training(maxSteps=1200, saveSteps=20),
+            training=jobs.training(maxSteps=900, saveSteps=20),
             resources=jobs.CPU | {"nodes": 2},
         )
     )
@@ -157,7 +157,7 @@ def test_a_rank_that_dies_or_hangs_is_the_cause_and_the_run_goes_on(kube: Kube, 
             model={"job": "base"},
             dataset=jobs.REGISTER,
             method={"type": "lora", "rank": 2},
-            training=jobs.training(maxSteps=1500, saveSteps=20),
+            training=jobs.training(maxSteps=900, saveSteps=20),
             resources=jobs.CPU | {"processesPerNode": 2},
             scheduling={"stepTimeoutSeconds": 30},
         )
@@ -171,7 +171,7 @@ def test_a_rank_that_dies_or_hangs_is_the_cause_and_the_run_goes_on(kube: Kube, 
     (attempt,) = job["status"]["attempts"]
     assert (attempt["exitCode"], attempt["rank"], attempt["charged"]) == (case.exit_code, 1, True)
     assert case.message in attempt["message"]
-    assert job["status"]["progress"]["step"] == 1500
+    assert job["status"]["progress"]["step"] == 900
 
 
 def test_a_killed_shard_goes_on_where_it_stopped(kube: Kube) -> None:
