@@ -28,6 +28,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from trl.trainer.utils import add_fused_lm_head
 
 from luthier_api.exitcodes import ExitCode
 from luthier_trainer.generation.engines.text import load_model
@@ -351,3 +352,40 @@ def test_preferences_of_a_model_that_is_trained_whole(
     found = losses(run)
     assert found[0] == pytest.approx(math.log(2), abs=1e-6)
     assert found[-1] < found[0] - 0.01
+
+
+def test_a_reward_model_with_new_tokens_loads_in_plain_peft(
+    make_run: MakeRun, tiny_model: Path, pairs: list[dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[torch.Tensor] = []
+    write = result.write
+    monkeypatch.setattr(result, "write", lambda loop, *rest: (trained.append(logits(loop.model)), write(loop, *rest)))
+    rows = [row | {"prompt": f"{START}{row['prompt']}{END}"} for row in pairs]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = make_run(
+        task="reward",
+        model={"path": str(tiny_model)} | CHAT,
+        method={"type": "lora"},
+        dataset={"files": [str(tmp_path / "pairs.jsonl")], "parseSpecialTokens": True},
+        training={"maxLength": 96, "batchSize": 8, "maxSteps": 2, "learningRate": RATE},
+    )
+    prepare(run)
+    assert train.main(run).code == 0
+    adapter = tmp_path / "workspace/job/result"
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1, pad_token_id=1)
+    torch.manual_seed(7)
+    drawn = torch.randn(2, model.config.hidden_size)
+    model.resize_token_embeddings(ROWS + 2)
+    model.get_input_embeddings().weight.data[ROWS:] = drawn  # which the adapter replaces
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(model, adapter)), trained[0])
+
+
+def test_trl_cannot_compute_logits_with_rows_of_adapters(tiny_model: Path) -> None:
+    """Why preference and grpo refuse them. When TRL can, the rule can go."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokens = {"embed_tokens": [5], "lm_head": [5]}
+    adapted: Any = get_peft_model(model, LoraConfig(target_modules=["q_proj"], trainable_token_indices=tokens))
+    add_fused_lm_head(adapted.get_base_model())
+    ids = torch.tensor([[1, 5, 7]])
+    with pytest.raises(AttributeError, match="'TrainableTokensWrapper' object has no attribute 'bias'"):
+        adapted(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True)
