@@ -9,7 +9,7 @@ from pydantic import Field
 
 from luthier_api.base import SET, ApiModel, Format, Rule, map_by
 from luthier_api.decides import BUDGET, CIRCUMSTANCES, LAYOUT, PLACE, PUBLICATION, RESULT
-from luthier_api.formats import DatasetFormat
+from luthier_api.formats import FORMATS, DatasetFormat
 from luthier_api.forms import LOSSES_OF_FORMS, LossOn, RowForm, TemplateName
 from luthier_api.marks import For, Table, TabledSpec, by_table, works_with
 from luthier_api.methods import METHODS, QUANTIZATIONS, STRATEGIES, MethodType, Strategy
@@ -120,6 +120,11 @@ def of_streaming() -> Iterator[Rule]:
         ),
     ):
         yield Rule(f"{not_streamed} || !has(self.{field})", f"dataset.{field}: {remedy}")
+    streamed = [name for name, info in FORMATS.items() if info.streamed]
+    yield Rule(
+        f"{not_streamed} || !has(self.format) || self.format in {streamed}",
+        f"dataset.format: files of {', '.join(streamed)} are streamed; choose one of these, or remove streaming",
+    )
     for field, part, example in (
         ("split", "[0-9]+:", "train or train[1000:]"),
         ("evalSplit", ":[0-9]+", "test, test[:1000] or train[:1000]"),

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-DatasetFormat = Literal["csv", "json", "jsonl", "parquet", "arrow", "text", "imagefolder"]
+DatasetFormat = Literal["csv", "json", "jsonl", "parquet", "arrow", "text", "imagefolder", "webdataset"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class FormatInfo:
     """By which its files are recognised, in small letters; none: only `dataset.format` says that it is one."""
     text: bool = False
     """Whether its files are text, and so have an encoding (`dataset.encoding`)."""
+    streamed: bool = True
+    """Whether its rows can be read while the model learns (`dataset.streaming`)."""
     read_as: DatasetFormat | None = None
     """The format whose reader reads it, if it has none of its own."""
 
@@ -32,5 +34,6 @@ FORMATS: Mapping[DatasetFormat, FormatInfo] = {
     "parquet": FormatInfo(suffixes=(".parquet",)),
     "arrow": FormatInfo(suffixes=(".arrow", ".feather")),
     "text": FormatInfo(suffixes=(".txt", ".md", ".rst"), text=True),
-    "imagefolder": FormatInfo(),
+    "imagefolder": FormatInfo(streamed=False),
+    "webdataset": FormatInfo(suffixes=(".tar",), streamed=False),
 }

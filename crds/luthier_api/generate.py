@@ -110,7 +110,15 @@ class InputData(DatasetSource):
     split: ShortText = "train"
     """Split of a Hub dataset; slices such as train[:100] work."""
 
-    rules: ClassVar[tuple[Rule, ...]] = (*DatasetSource.rules, train_alone("split"))
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *DatasetSource.rules,
+        train_alone("split"),
+        Rule(
+            "!has(self.format) || self.format != 'webdataset'",
+            "dataset.format: archives of WebDataset are read by FineTuneJobs only; write the prompts into a file of"
+            " JSON lines",
+        ),
+    )
 
 
 ROWS_BYTES = 64 * 1024

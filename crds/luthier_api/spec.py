@@ -242,9 +242,10 @@ class DatasetSource(ApiModel):
     name: ShortText | None = None
     """Configuration of a Hub dataset that has several."""
     files: Annotated[list[Path] | None, Field(min_length=1, max_length=256)] = None
-    """Files or glob patterns inside the pods; for imagefolder, folders. A folder that `save_to_disk` of `datasets` has
-    written stands for its Arrow files. `prepare` downloads what has an address: http:// and https://, and s3://, gs://
-    and az:// (`spec.stores`). Those of a store may be patterns, or end with / for all files below.
+    """Files or glob patterns inside the pods; for imagefolder, folders; for webdataset, archives (.tar). A folder that
+    `save_to_disk` of `datasets` has written stands for its Arrow files. `prepare` downloads what has an address:
+    http:// and https://, and s3://, gs:// and az:// (`spec.stores`). Those of a store may be patterns, or end with /
+    for all files below.
     """
     format: DatasetFormat | None = None
     """Format of `files`; told from the first file's suffix when left out."""

@@ -127,9 +127,9 @@ class TaskInfo:
     """None: no GenerateJob does this task."""
 
 
-TEXT_FORMATS: tuple[DatasetFormat, ...] = ("csv", "json", "jsonl", "parquet", "arrow", "text")
-TABLE_FORMATS: tuple[DatasetFormat, ...] = ("csv", "json", "jsonl", "parquet", "arrow")
-IMAGE_FORMATS: tuple[DatasetFormat, ...] = ("imagefolder", "parquet", "arrow")
+TEXT_FORMATS: tuple[DatasetFormat, ...] = ("csv", "json", "jsonl", "parquet", "arrow", "text", "webdataset")
+TABLE_FORMATS: tuple[DatasetFormat, ...] = ("csv", "json", "jsonl", "parquet", "arrow", "webdataset")
+IMAGE_FORMATS: tuple[DatasetFormat, ...] = ("imagefolder", "parquet", "arrow", "webdataset")
 
 RESULT_OPTIONS: dict[str, Any] = {"model.job": None}
 """Fields of the tasks that can work with the result of a FineTuneJob as their model."""

@@ -712,15 +712,15 @@ CHOICES: list[Case] = [
             accepted=task | {"spec.dataset.format": accepted},
         )
         for task, formats, refused, accepted in [
-            (IMAGES, "imagefolder, parquet, arrow", "csv", "imagefolder"),
-            (IMAGES, "imagefolder, parquet, arrow", "text", "parquet"),
-            (PICTURES, "imagefolder, parquet, arrow", "jsonl", "imagefolder"),
-            (CAUSAL, "csv, json, jsonl, parquet, arrow, text", "imagefolder", "text"),
-            (TEXTS, "csv, json, jsonl, parquet, arrow", "text", "jsonl"),
-            (TEXTS, "csv, json, jsonl, parquet, arrow", "imagefolder", "csv"),
-            (PREFERENCE, "csv, json, jsonl, parquet, arrow", "text", "jsonl"),
-            (REWARD, "csv, json, jsonl, parquet, arrow", "text", "jsonl"),
-            (GRPO, "csv, json, jsonl, parquet, arrow", "text", "jsonl"),
+            (IMAGES, "imagefolder, parquet, arrow, webdataset", "csv", "imagefolder"),
+            (IMAGES, "imagefolder, parquet, arrow, webdataset", "text", "parquet"),
+            (PICTURES, "imagefolder, parquet, arrow, webdataset", "jsonl", "imagefolder"),
+            (CAUSAL, "csv, json, jsonl, parquet, arrow, text, webdataset", "imagefolder", "text"),
+            (TEXTS, "csv, json, jsonl, parquet, arrow, webdataset", "text", "jsonl"),
+            (TEXTS, "csv, json, jsonl, parquet, arrow, webdataset", "imagefolder", "csv"),
+            (PREFERENCE, "csv, json, jsonl, parquet, arrow, webdataset", "text", "jsonl"),
+            (REWARD, "csv, json, jsonl, parquet, arrow, webdataset", "text", "jsonl"),
+            (GRPO, "csv, json, jsonl, parquet, arrow, webdataset", "text", "jsonl"),
         ]
     ),
     *(
@@ -917,6 +917,12 @@ CASES: list[Case] = [
                 GENERATE,
             ),
         ]
+    ),
+    Case(
+        message="dataset.format: archives of WebDataset are read by FineTuneJobs only",
+        base=GENERATE,
+        refused={"spec.inputs": {"dataset": {"files": ["/x"], "format": "webdataset"}}},
+        accepted={"spec.inputs": {"dataset": {"files": ["/x"], "format": "parquet"}}},
     ),
     *(
         Case(
@@ -1305,6 +1311,7 @@ CASES: list[Case] = [
         )
         for message, refused, accepted in (
             ("dataset.mix: with streaming", {"spec.dataset.mix": MIX, "spec.dataset.files": None}, FROM_FILES),
+            ("dataset.format: files of csv, json,", {"spec.dataset.format": "webdataset"}, {}),
             ("dataset.deduplicate: would", {"spec.dataset.deduplicate": "exact"}, {}),
             ("dataset.evalFraction: is a share", {"spec.dataset.evalFraction": 0.1}, {}),
             ("dataset.split: a stream", {"spec.dataset.split": "train[:80%]"}, {"spec.dataset.split": "train[80:]"}),

@@ -25,6 +25,7 @@ from PIL import Image
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import TrainingData
+from luthier_api.formats import FORMATS
 from luthier_api.spec import Csv
 from luthier_trainer.data import csvregular, decoding, labels
 from luthier_trainer.data.csvrows import CsvFile
@@ -32,6 +33,7 @@ from luthier_trainer.data.decoding import Decoder
 from luthier_trainer.data.filerows import READERS
 from luthier_trainer.data.files import READ_AS
 from luthier_trainer.data.load import Loader, Rows
+from luthier_trainer.data.windows import PIECES
 from luthier_trainer.runtime import notices
 from luthier_trainer.runtime.failure import Failure
 
@@ -297,6 +299,7 @@ def test_files_that_are_read(case: ReadCase, tmp_path: Path) -> None:
 
 def test_each_format_of_files_has_a_reader() -> None:
     assert READERS.keys() == {*READ_AS.values()} - {"imagefolder"}
+    assert PIECES.keys() == {READ_AS[name] for name, info in FORMATS.items() if info.streamed}
 
 
 @dataclass(frozen=True)

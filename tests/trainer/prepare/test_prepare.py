@@ -661,18 +661,22 @@ MISTAKES = [
         code=S,
         message=(
             "spec.dataset.format: cannot be determined from x.dat; set it to one of csv, json, jsonl, parquet, arrow,"
-            " text, imagefolder"
+            " text, imagefolder, webdataset"
         ),
     ),
     MistakeCase(
-        name="an archive",
+        name="a file that is no archive",
         file="x.tar",
         content="a",
-        code=S,
-        message=(
-            "spec.dataset.files: x.tar is an archive, and archives, such as those of WebDataset, are not read. Unpack"
-            " it on a volume and name its files"
-        ),
+        code=D,
+        message="spec.dataset.files: {file} cannot be read as webdataset: it is no tar archive, damaged or truncated (",
+    ),
+    MistakeCase(
+        name="an archive of another kind",
+        file="x.zip",
+        content="a",
+        code=D,
+        message="spec.dataset.files: x.zip is an archive, which is not read; unpack it",
     ),
     MistakeCase(
         name="a file that is not there",

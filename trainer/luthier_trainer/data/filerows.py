@@ -18,6 +18,7 @@ from luthier_trainer.data import advice, decoding
 from luthier_trainer.data.columnarrows import ArrowFile, ColumnarFile, ParquetFile
 from luthier_trainer.data.csvrows import CsvFile
 from luthier_trainer.data.jsonrows import JsonFile, Survey, Widened
+from luthier_trainer.data.webdataset import Archive, Layout
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 
@@ -39,6 +40,8 @@ class Part:
     line_of: Callable[[int], int] | None = None
     lines: Callable[[], Iterator[int]] | None = None
     """Of text files: the line, from 1, of each row."""
+    key_of: Callable[[int], str] | None = None
+    """Of archives: the sample of each row."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +233,53 @@ class Files:
         )
         return Table(sink.close(), parts, ("text",), ("text",))
 
+    def _webdataset(self, documents: bool) -> Table:
+        """Return the rows of archives. Raises Failure if one cannot be read, or if its rows were to be prompts."""
+        import pyarrow
+        from datasets import Image
+
+        if self.others:
+            raise self._refusal(
+                "archives of WebDataset are read by FineTuneJobs only. Write the prompts into a file of JSON lines"
+            )
+        archives = [Archive(path, self.decoder.files) for path in self.paths]
+        layout = Layout(archives, self.columns)
+        layout.check()
+        survey, head = Survey(None), list[dict[str, Any]]()
+        for archive in archives:
+            for rows, _ in layout.batches(archive, images=False):
+                survey.add(rows)
+                head = head or rows
+        survey.columns = list(self.columns)
+        names = tuple(dict.fromkeys((*layout.sources, *survey.names)))
+        pictures = [name for name in layout.images if name in self.columns]
+        sink = Sink(self._arrow_file("webdataset"))
+        for archive in archives:
+            for rows, images in layout.batches(archive, images=True):
+                table = survey.table(rows) if survey.names else pyarrow.table({})
+                cells = dict(zip(table.column_names, table.columns, strict=True))
+                stored = {name: pyarrow.array(values, Image().pa_type) for name, values in images.items()}
+                found = cells | stored
+                # A table without columns has no rows.
+                sink.write(pyarrow.table(found or {names[0]: pyarrow.nulls(len(rows))}))
+            sink.end_part()
+        parts = tuple(
+            Part(archive.path, rows, key_of=archive.key_of) for archive, rows in zip(archives, sink.parts, strict=True)
+        )
+        data = sink.close()
+        for name in pictures:
+            data = data.cast_column(name, Image())
+        return Table(
+            data,
+            parts,
+            names,
+            tuple(dict.fromkeys((*layout.texts, *(name for name, types in survey.types.items() if types == {str})))),
+            layout.images,
+            advice.lists_of_objects(head),
+            survey.mixed(),
+            survey.rarest(),
+        )
+
     def _names(self, headers: Iterable[tuple[Path, list[str]]]) -> tuple[str, ...]:
         """Return the names of the columns of all files.
 
@@ -265,6 +315,7 @@ READERS: Mapping[str, Callable[[Files, bool], Table]] = {
     "json": Files._json,
     "parquet": Files._parquet,
     "text": Files._text,
+    "webdataset": Files._webdataset,
 }
 
 

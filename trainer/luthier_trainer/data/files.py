@@ -34,7 +34,8 @@ FOREIGN = {
         (".pdf", ".docx", ".doc", ".odt", ".html", ".htm", ".epub"),
         "a document, which is not read; write its text into a file of text, or of JSON lines",
     ),
-    **dict.fromkeys((".zip", ".7z", ".rar", ".tgz"), "an archive, which is not read; unpack it"),
+    **dict.fromkeys((".zip", ".7z", ".rar"), "an archive, which is not read; unpack it"),
+    ".tgz": "a compressed archive, which is not read; unpack it, or decompress it if it is one of WebDataset",
     **dict.fromkeys(
         PICTURES := (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
         "an image; name its folder, and set {place}.format: imagefolder",
@@ -253,14 +254,6 @@ def format_of(paths: list[Path], field: str) -> str:
     found: dict[str, Path] = {}
     for path in paths:
         kind = FORMAT_OF_SUFFIX.get(suffix_of(path))
-        if suffix_of(path) in ARCHIVES:
-            raise Failure(
-                ExitCode.INVALID_SPEC,
-                f"{field}: {path.name} is an archive, and archives, such as those of WebDataset, are not read. Unpack"
-                " it on a volume and name its files or, of images, its folder with format: imagefolder; or write its"
-                ' samples as parquet, of which `datasets` makes one by load_dataset("webdataset",'
-                ' data_files=...)["train"].to_parquet(...)',
-            )
         if kind is None:
             if advice := FOREIGN.get(suffix_of(path)):
                 raise Failure(ExitCode.INVALID_DATASET, f"{field}: {path.name} is {advice.format(place=place)}")

@@ -1,4 +1,4 @@
-"""Finds the CSV, JSON and text files of a dataset on the Hub: which files a split has, and how they are written.
+"""Finds the files of a dataset on the Hub (CSV, JSON, text, WebDataset): which a split has, and how they are written.
 
 They are read in the same way as files of a volume (`filerows`), so that the same bytes give the same rows. `datasets`
 finds the files, by the dataset's card and the names in the repository. It also reads the datasets that need other
@@ -23,7 +23,7 @@ from luthier_trainer.runtime.failure import Failure
 if TYPE_CHECKING:
     from datasets import DatasetBuilder, Features
 
-READ_HERE = {"csv", "json", "text"}  # formats that `filerows` reads
+READ_HERE = {"csv", "json", "text", "webdataset"}  # formats that `filerows` reads
 # Settings of a builder that are applied by `filerows`, or that do not change the rows. If any other setting is used,
 # `datasets` reads the files.
 HANDLED = {

@@ -107,6 +107,8 @@ class Rows:
                 where = ""
                 if part.line_of:
                     where = f"line {part.line_of(row)} of "
+                elif part.key_of:
+                    where = f'sample "{part.key_of(row)}" of '
                 elif len(self.parts) > 1:
                     where = f"row {row} of "
                 return f"row {number}, counted from 0 ({where}{part.path.name})"
@@ -282,7 +284,7 @@ class Loader:
         return cut(rows, instruction, [base], f"{self.field}.{field}", name)
 
     def _hub_table(self, name: str, commit: str, split: str, field: str) -> Table:
-        """Return a whole split. CSV, JSON and text files are read by `filerows`, all others by `datasets`.
+        """Return a whole split. CSV, JSON and text files and archives are read by `filerows`, all others by `datasets`.
 
         Raises Failure if there is no such split, or if its files do not fit each other.
         """

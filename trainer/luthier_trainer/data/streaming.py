@@ -200,5 +200,7 @@ def _checked(source: TrainingData, found: Source, kind: str | None) -> Source:
     """Return `found`. Raises Failure if the spec has settings for other files, or if such files are not streamed."""
     Loader(source, DATASET, Path()).check_settings(kind or found.format, _named(found.files[0]).name)
     if found.format not in PIECES:
-        raise Failure(ExitCode.INVALID_SPEC, f"{STREAMING}: files of the format {found.format} are not streamed")
+        raise Failure(
+            ExitCode.INVALID_SPEC, f"{STREAMING}: files of the format {found.format} are not streamed. Remove streaming"
+        )
     return found
