@@ -107,7 +107,7 @@ def test_the_card_says_what_it_is(trained: FineTuneRun, writer: HfApi, tmp_path:
         "| Held-out loss | 1.25 |",
         "| Base model | org/base @ abc123 |",
         "| Rows | 90, 10 held out |",
-        "| Method | lora (rank 16, alpha 32, dropout 0.0, targetModules all-linear) |",
+        "| Method | lora (rank 16, alpha 32, dropout 0.0, targetModules all-linear, bias none) |",
     ):
         assert line in body
     assert 'AutoPeftModelForCausalLM.from_pretrained("luthier/reference")' in body
