@@ -82,5 +82,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     """`make test` runs without a cluster: say what it left out."""
     if not any("e2e" in str(argument) or "cluster" in str(argument) for argument in config.args):
         terminalreporter.write_line(
-            "Not run here, because they need a cluster: tests/cluster and tests/e2e (`make e2e`, about 20 minutes)."
+            "Not run here, because they need a cluster: tests/cluster and tests/e2e (`make e2e`, about 40 minutes)."
         )
