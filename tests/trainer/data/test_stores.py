@@ -18,6 +18,7 @@ import ssl
 import subprocess
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -535,6 +536,32 @@ def test_an_address_is_refused(
     assert failure.value.code == case.code
     shown = failure.value.message + "".join(capfd.readouterr())
     assert not any(text in shown for text in ("another-secret", "secret-that-is-no-json", versitygw.PASSWORD))
+
+
+@dataclass(frozen=True)
+class Unused:
+    name: str
+    files: list[str]
+    types: list[str]
+    refused: str = ""
+
+
+UNUSED = [
+    Unused(name="each is used", files=["s3://bucket/a.jsonl", "abfs://c/a.jsonl"], types=["s3", "az"]),
+    Unused(name="none", files=["/data/a.jsonl"], types=[]),
+    Unused(
+        name="no address", files=["/data/a.jsonl"], types=["s3"], refused="spec.stores[0]: no file of the job is in"
+    ),
+    Unused(name="another address", files=["s3://b/a.jsonl"], types=["s3", "gs"], refused="spec.stores[1]: no file of"),
+]
+
+
+@pytest.mark.parametrize("case", UNUSED, ids=lambda case: case.name)
+def test_a_store_that_no_file_is_in_is_refused(case: Unused) -> None:
+    given = [Store.model_validate({"type": kind, "anonymous": True}) for kind in case.types]
+    data = TrainingData.model_validate({"mix": {"sources": [{"files": case.files}, {"id": "org/rows"}]}})
+    with pytest.raises(Failure, match=re.escape(case.refused)) if case.refused else nullcontext():
+        stores.refuse_unused(given, data)
 
 
 def test_files_must_fit_the_workspace(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from luthier_api.base import ApiModel
 from luthier_api.exitcodes import ExitCode
 from luthier_api.stores import STORES, TYPE_OF_SCHEME, Store, StoreType
 from luthier_trainer.data.guarding_proxy import GuardingProxy, serving
@@ -66,6 +67,32 @@ CODE = re.compile(r"<Code>(\w+)</Code>|\"reason\": ?\"(\w+)\"")
 def is_in_a_store(path: str) -> bool:
     """Return whether a path of the spec is the address of an object store."""
     return path.partition("://")[0] in TYPE_OF_SCHEME and "://" in path
+
+
+def refuse_unused(stores: Sequence[Store], data: ApiModel | None) -> None:
+    """Raises Failure for a store of the spec in which `data`, a block of the spec, names no file: its Secret would stay
+    unused without a word.
+    """
+    used = {TYPE_OF_SCHEME[text.partition("://")[0]] for text in _texts(data) if is_in_a_store(text)}
+    for number, store in enumerate(stores):
+        if store.type not in used:
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{FIELD}[{number}]: no file of the job is in a store of type {store.type}. Remove it, or name files by"
+                f" addresses such as {STORES[store.type].schemes[0]}://...",
+            )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a part of a spec."""
+    if isinstance(value, ApiModel):
+        value = value.model_dump(mode="json", exclude_none=True)
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from (text for part in value.values() for text in _texts(part))
+    elif isinstance(value, list):
+        yield from (text for part in value for text in _texts(part))
 
 
 @dataclass(frozen=True)

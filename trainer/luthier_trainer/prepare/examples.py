@@ -18,6 +18,7 @@ from luthier_trainer.data.load import Loader, Rows, ranges
 from luthier_trainer.data.mixing import SOURCES, Joined, drawn, join, renamed
 from luthier_trainer.data.remote import without_query
 from luthier_trainer.data.selection import DEDUPLICATE, FILTER, Selection, deduplicated
+from luthier_trainer.data.stores import refuse_unused
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 from luthier_trainer.tasks.base import Task
@@ -70,6 +71,7 @@ def read_examples(task: Task, run: FineTuneRun, cache: Path) -> Examples:
     Raises Failure if the data does not suit the task, or if both overlap.
     """
     spec, data = run.spec, run.spec.dataset
+    refuse_unused(spec.stores, data)
     selections = {"train": Selection("training"), "eval": Selection("held-out")}
     found: dict[str, dict[int, Rows]] = {"train": {}, "eval": {}}
     revisions, unusable = list[str | None](), Counter[str]()

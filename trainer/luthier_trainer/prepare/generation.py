@@ -22,6 +22,7 @@ from luthier_trainer.data import chats, columns
 from luthier_trainer.data.load import Loader, Rows
 from luthier_trainer.data.masks import ChatReader, Unreadable
 from luthier_trainer.data.remote import without_query
+from luthier_trainer.data.stores import refuse_unused
 from luthier_trainer.models import adapters, checks, embedding, inspect, processors, sources, weight_check, weight_files
 from luthier_trainer.models.materialize import whole_model
 from luthier_trainer.prepare import carried_columns
@@ -254,6 +255,7 @@ def fetch_adapter(located: sources.Located, into: Path, run: GenerateRun, number
 def read_inputs(run: GenerateRun, cache: Path) -> tuple[list[dict[str, Any]], ResolvedDataset, tuple[Origin, ...]]:
     """Return the lines for `rows.jsonl`, the resolved dataset, and the provenance of its files."""
     inputs = run.spec.inputs
+    refuse_unused(run.spec.stores, inputs.dataset)
     if inputs.dataset is None:
         given: list[dict[str, Any]] = [
             {"prompt": row.prompt, "negativePrompt": row.negative_prompt, "seed": row.seed} for row in inputs.rows or []

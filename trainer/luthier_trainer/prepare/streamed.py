@@ -23,6 +23,7 @@ from luthier_trainer.data.load import Loader, Rows
 from luthier_trainer.data.remarks import Remarks
 from luthier_trainer.data.selection import Selection
 from luthier_trainer.data.shards import Shards
+from luthier_trainer.data.stores import refuse_unused
 from luthier_trainer.data.streaming import DATASET, STREAMING, RowStream, Source, find
 from luthier_trainer.prepare.examples import Examples
 from luthier_trainer.runtime.failure import Failure, NothingLeft
@@ -41,6 +42,7 @@ def read_examples(task: Task, run: FineTuneRun, cache: Path) -> Examples:
     Raises Failure if these rows do not suit the task, or if training and held-out rows overlap.
     """
     spec, data = run.spec, run.spec.dataset
+    refuse_unused(spec.stores, data)
     split, begin, _ = _slice(data.split)
     source = find(data, split, "split", cache)
     selections = {"train": Selection("training"), "eval": Selection("held-out")}
