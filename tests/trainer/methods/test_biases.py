@@ -14,7 +14,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from prepared_workspace import losses, prepared_run
 from safetensors.torch import load_file
 from trainer.training.test_resume import stopped_at
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from luthier_trainer.methods.apply import with_method
 from luthier_trainer.methods.checks import check_biases
@@ -70,6 +77,25 @@ CASES = [
         biases=2 * 4 + 3,
     ),
 ]
+
+
+def test_biases_of_normalisations_learn_in_16_bits() -> None:
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2)
+    torch.manual_seed(1)
+    base = GPT2LMHeadModel(config)
+    tokens = torch.arange(32).reshape(2, 16)
+    expected = base(input_ids=tokens, labels=tokens).loss.item()
+    model = with_method(
+        base.to(torch.bfloat16), method_of(type="lora", rank=2, bias="all"), "CAUSAL_LM", [], deepspeed=False
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    learnt = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    assert loss.item() == pytest.approx(expected, rel=1e-2)
+    assert any("ln_1.bias" in name for name in learnt)
+    assert {weight.dtype for weight in learnt.values()} == {torch.float32}
+    assert all(weight.grad is not None for weight in learnt.values())
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -98,4 +98,9 @@ def with_method(
     for weight in adapted.parameters():
         if weight.requires_grad:
             weight.data = weight.data.to(computed if deepspeed else torch.float32)
+    # torch's normalisations on CPU want both their weights in one dtype.
+    for module in adapted.modules():
+        own = dict(module.named_parameters(recurse=False))
+        if own.keys() == {"weight", "bias"} and own["bias"].requires_grad and own["weight"].ndim == 1:
+            own["weight"].data = own["weight"].data.to(own["bias"].dtype)
     return adapted
