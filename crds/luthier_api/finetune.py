@@ -223,8 +223,8 @@ Layer = Annotated[int, Field(ge=0, le=10_000)]
 InitLoraWeights = Annotated[
     str,
     Format(
-        "^(gaussian|orthogonal|olora|pissa|pissa_niter_[0-9]{1,2})$",
-        "must be gaussian, orthogonal, olora, pissa or pissa_niter_N, for example pissa_niter_16",
+        "^(gaussian|orthogonal|olora|pissa|pissa_niter_[0-9]{1,2}|loftq)$",
+        "must be gaussian, orthogonal, olora, pissa, pissa_niter_N, for example pissa_niter_16, or loftq",
     ),
 ]
 
@@ -265,6 +265,8 @@ class Method(ApiModel):
     orthogonal: both random, with a product of zero (even ranks only). pissa: the largest singular values of the weights
     (arXiv:2404.02948); pissa_niter_16: the same with a fast approximation. olora: their QR decomposition
     (arXiv:2406.01775). With pissa and olora the base stays as it is, and the result is an adapter of twice the rank.
+    loftq: what the base in nf4 or fp4 has lost (arXiv:2310.08659, one iteration); the result fits the base in that type
+    alone, and model.job of other jobs merges it so.
     """
     bias: Annotated[Literal["none", "all", "lora_only"], For("method"), For("task")] = by_table()
     """Biases of the model that are trained beside the adapters, and saved with them. all: all of them. lora_only: those
@@ -622,6 +624,15 @@ NO_ROWS_IN_ADAPTER = (
 
 BEGINS_RANDOM = "!has(self.method.initLoraWeights) || self.method.initLoraWeights == 'gaussian'"
 """CEL: the beginning of adapters does not depend on the weights."""
+NO_LOFTQ = "!has(self.method.initLoraWeights) || self.method.initLoraWeights != 'loftq'"
+"""CEL: adapters do not begin as what quantised weights have lost."""
+FOUR_BITS = [name for name, quantization in QUANTIZATIONS.items() if quantization.bits == 4]
+COMPARED_WITHOUT = [
+    name
+    for name, task in TRAINING_TASKS.items()
+    if "method.initLoraWeights" in task.options and "method.bias" not in task.options
+]
+"""Tasks that switch the adapter off to make a reference model (see `tasks.SAVED_OPTIONS`)."""
 
 
 class FineTuneJobSpec(JobControl, TabledSpec):
@@ -699,9 +710,25 @@ class FineTuneJobSpec(JobControl, TabledSpec):
             " which small updates are lost; use method.type: lora without model.quantization, or remove bias",
         ),
         Rule(
-            f"{BEGINS_RANDOM} || self.method.type != 'qlora' && !has(self.model.quantization)",
+            f"{BEGINS_RANDOM} || self.method.initLoraWeights == 'loftq' || self.method.type != 'qlora' &&"
+            " !has(self.model.quantization)",
             "spec.method.initLoraWeights: is computed from weights or in their type, which here are of few bits; use"
-            " gaussian, or method.type: lora without model.quantization",
+            " loftq or gaussian, or method.type: lora without model.quantization",
+        ),
+        Rule(
+            f"{NO_LOFTQ} || self.method.type == 'qlora' || has(self.model.quantization) &&"
+            f" self.model.quantization.type in {FOUR_BITS}",
+            "spec.method.initLoraWeights: loftq begins as what 4 bits lose of the weights; use method.type: qlora, or"
+            f" model.quantization.type: {' or '.join(FOUR_BITS)}, or remove it",
+        ),
+        Rule(
+            f"{NO_LOFTQ} || self.strategy in ['auto', 'ddp']",
+            "spec.method.initLoraWeights: loftq has not been proven with DeepSpeed; use strategy auto or ddp",
+        ),
+        Rule(
+            f"{NO_LOFTQ} || !(self.task in {COMPARED_WITHOUT})",
+            "spec.method.initLoraWeights: this task switches the adapter off to compare with the model that training"
+            " begins from, and with loftq a part of that model is in the adapter; use gaussian, or remove it",
         ),
         Rule(
             f"{BEGINS_RANDOM} || !self.strategy.startsWith('zero3')",
@@ -709,7 +736,12 @@ class FineTuneJobSpec(JobControl, TabledSpec):
             " strategy zero2 or ddp",
         ),
         Rule(
-            f"{BEGINS_RANDOM} || !has(self.method.dora) || !self.method.dora",
+            f"{NO_LOFTQ} || !has(self.method.dora) || !self.method.dora",
+            "spec.method.dora: PEFT (0.21) computes DoRA's magnitudes before loftq changes what they are norms of;"
+            " remove dora, or initLoraWeights",
+        ),
+        Rule(
+            f"{BEGINS_RANDOM} || self.method.initLoraWeights == 'loftq' || !has(self.method.dora) || !self.method.dora",
             "spec.method.initLoraWeights: DoRA divides by a norm of what the adapter has become, beside which its"
             " beginning cannot be subtracted; use gaussian, or remove dora",
         ),

@@ -200,6 +200,7 @@ PEFT: dict[str, Change] = {
 }
 SAVED: Change = {"spec.method.modulesToSave": ["lm_head"]}
 BIASED: Change = {"spec.method.bias": "lora_only"}
+LOFTQ: Change = {"spec.method.initLoraWeights": "loftq"}
 SMOOTHED: Change = {"spec.training.labelSmoothing": 0.1}
 NOISY: Change = {"spec.training.neftuneNoiseAlpha": 5}
 FASTER: Change = {"spec.training.optimizerOptions.loraplusLrRatio": 16}
@@ -1392,6 +1393,35 @@ CASES: list[Case] = [
             ("orthogonal", base | {"spec.method.initLoraWeights": "gaussian"}),
         ]
     ),
+    *(
+        Case(
+            message="spec.method.initLoraWeights: loftq begins as what 4 bits lose of the weights; use method.type",
+            refused=base | LOFTQ,
+            accepted=accepted | LOFTQ,
+        )
+        for base, accepted in ((LORA, QLORA), (LORA | quantised("int8"), LORA | quantised("fp4")))
+    ),
+    *(
+        Case(
+            message="spec.method.initLoraWeights: loftq has not been proven with DeepSpeed; use strategy auto or ddp",
+            refused=QLORA | LOFTQ | {"spec.strategy": strategy},
+            accepted=QLORA | LOFTQ | {"spec.strategy": "ddp"},
+        )
+        for strategy in ("zero2", "zero2-offload")
+    ),
+    *(
+        Case(
+            message="spec.method.initLoraWeights: this task switches the adapter off to compare with the model that",
+            refused=task | QLORA | LOFTQ,
+            accepted=REWARD | QLORA | LOFTQ,
+        )
+        for task in (PREFERENCE, GRPO)
+    ),
+    Case(
+        message="spec.method.dora: PEFT (0.21) computes DoRA's magnitudes before loftq changes what they are norms of;",
+        refused=QLORA | LOFTQ | {"spec.method.dora": True},
+        accepted=QLORA | {"spec.method.dora": True},
+    ),
     Case(
         message="spec.method.initLoraWeights: ZeRO-3 divides the weights from which adapters begin; use gaussian, or",
         refused={"spec.method.initLoraWeights": "olora", "spec.strategy": "zero3-offload"},
@@ -1681,7 +1711,7 @@ WRITTEN: list[Written] = [
     Written(
         field="spec.method.initLoraWeights",
         change=lambda t: {"spec.method.initLoraWeights": t},
-        refused=("", "loftq", "pissa_niter_", "pissa_niter_100"),
+        refused=("", "eva", "pissa_niter_", "pissa_niter_100"),
         accepted=("gaussian", "pissa", "pissa_niter_16"),
     ),
     Written("spec.model.path", lambda t: {"spec.model": {"path": t}}, *PATHS),

@@ -111,7 +111,7 @@ def test_adapters_learn_as_in_plain_peft(
     set_seed(1)
     method = method_of(type="lora", rank=4, alpha=8, **case.method)
     ours = with_method(base, method, "CAUSAL_LM", [], deepspeed=False)
-    initial.begin(ours, method, torch.device("cpu"), tmp_path / "kept", Ranks(60), "run")
+    initial.begin(ours, method, torch.device("cpu"), tmp_path / "kept", Ranks(60), "run", tiny_model)
     torch.testing.assert_close(learn(ours), learn(plain), rtol=0, atol=1e-4)
 
     # What is switched off leaves the base, to the last bit.
@@ -180,7 +180,7 @@ def test_what_is_kept_is_computed_anew_where_it_is_broken(tiny_model: Path, tmp_
         notices.forget()
         model = AutoModelForCausalLM.from_pretrained(tiny_model)
         model = with_method(model, method, "CAUSAL_LM", [], deepspeed=False)
-        begun = initial.begin(model, method, torch.device("cpu"), tmp_path / "kept", Ranks(60), identity)
+        begun = initial.begin(model, method, torch.device("cpu"), tmp_path / "kept", Ranks(60), identity, tiny_model)
         assert begun is not None
         found.append(begun.values)
         assert len([text for text in notices.given() if "initial.safetensors is broken" in text]) == int(broken)

@@ -436,6 +436,24 @@ UNFIT = [
         refusal="spec.adapters[0]: the adapter has layer_replication (adapter_config.json), and cannot",
     ),
     UnfitCase(
+        name="for a base in 4 bits",
+        config={"loftq_config": {"quantization_config": {"bnb_4bit_quant_type": "fp4"}}},
+        tensors={},
+        refusal=(
+            "spec.adapters[0]: the adapter was begun by LoftQ (adapter_config.json: loftq_config) and fits its base"
+            " in fp4 alone, and adapters are added to the plain weights. Name its FineTuneJob in spec.model.job instead"
+        ),
+    ),
+    UnfitCase(
+        name="for a base in 4 bits, by PEFT",
+        config={"init_lora_weights": "loftq"},
+        tensors={},
+        refusal=(
+            "spec.adapters[0]: the adapter was begun by LoftQ (adapter_config.json: loftq_config) and fits its base"
+            " in 4 bits alone"
+        ),
+    ),
+    UnfitCase(
         name="a head that is not there",
         tensors={"value_head.weight": [1, 16]},
         refusal="spec.adapters[0]: the adapter does not fit org/m, which has no module value_head.",

@@ -151,7 +151,7 @@ def check_initial(config: PreTrainedConfig, task: str, method: Method) -> None:
     from transformers.pytorch_utils import Conv1D
 
     from luthier_trainer.methods.experts import fused_experts
-    from luthier_trainer.methods.lora import begins_as_weights, matching
+    from luthier_trainer.methods.lora import begins_by_weights, matching
     from luthier_trainer.methods.trainable import adapted_modules
     from luthier_trainer.models.heads import heads_of
 
@@ -164,7 +164,8 @@ def check_initial(config: PreTrainedConfig, task: str, method: Method) -> None:
         raise Failure(ExitCode.INVALID_SPEC, f"{field}: {kind} is for linear modules, and the experts are none")
     for name in adapted_modules(model, method, whole):
         module = model.get_submodule(name)
-        if not isinstance(module, torch.nn.Linear | Conv1D):
+        # bitsandbytes keeps the weights of a Conv1D transposed.
+        if not isinstance(module, torch.nn.Linear if kind == "loftq" else torch.nn.Linear | Conv1D):
             raise Failure(
                 ExitCode.INVALID_SPEC,
                 f"{field}: {kind} is for linear modules, and {name} is none; use gaussian, or remove it from"
@@ -172,7 +173,7 @@ def check_initial(config: PreTrainedConfig, task: str, method: Method) -> None:
             )
         pattern = matching(method.rank_pattern or {}, name)
         rank = method.rank if pattern is None else method.rank_pattern[pattern]
-        if begins_as_weights(method) and rank > min(module.weight.shape):
+        if begins_by_weights(method) and rank > min(module.weight.shape):
             raise Failure(
                 ExitCode.INVALID_SPEC,
                 f"{field}: {name} has {min(module.weight.shape)} singular values, and its rank is {rank}; choose a"

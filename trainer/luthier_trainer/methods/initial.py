@@ -1,28 +1,34 @@
-"""Adapters that begin as a part of the weights that they adapt (`method.initLoraWeights`: pissa, olora).
+"""Adapters whose beginning is computed from the weights that they adapt (`method.initLoraWeights`).
 
-PEFT takes this part out of the base model: its adapter works on that base alone, an adapter that is switched off leaves
-another model, and what is taken out is rounded to 16 bits. Here the base stays as it is, and each layer computes
-`W x + s (B A - B0 A0) x`, where s is the adapter's scale, and A0 and B0 are what A and B were in the beginning: the
-same in exact numbers. The result is an ordinary adapter of twice the rank. PEFT computes A0 and B0; they are kept in
-the workspace, because another machine may round a singular vector otherwise.
+With pissa and olora they begin as a part of the weights. PEFT takes this part out of the base model: its adapter works
+on that base alone, an adapter that is switched off leaves another model, and what is taken out is rounded to 16 bits.
+Here the base stays as it is, and each layer computes `W x + s (B A - B0 A0) x`, where s is the adapter's scale, and A0
+and B0 are what A and B were in the beginning: the same in exact numbers. The result is an ordinary adapter of twice the
+rank. PEFT computes A0 and B0. With loftq they begin as what the quantised weights lack (`methods.loftq`), and are not
+subtracted. A0 and B0 are kept in the workspace, because another machine may round a singular vector otherwise.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from safetensors.torch import load_file, save_file
 
+from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import Method
-from luthier_trainer.methods.lora import begins_as_weights
+from luthier_trainer.methods import loftq
+from luthier_trainer.methods.lora import begins_by_weights
+from luthier_trainer.models.adapters import PREFIX
+from luthier_trainer.models.quantised_base import LOFTQ
+from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.heartbeat import beat_before_first_step
 from luthier_trainer.runtime.notices import notice
 from luthier_trainer.workspace.manifest import differences, read_manifest, write_manifest
@@ -84,17 +90,32 @@ class Initial:
 
 
 def begin(
-    model: Any, method: Method, device: torch.device, folder: Path, ranks: Ranks, identity: str
+    model: Any, method: Method, device: torch.device, folder: Path, ranks: Ranks, identity: str, base: Path
 ) -> Initial | None:
-    """Let the adapters of `model` begin as the method says, and return what they are; None if PEFT has done it already.
+    """Let the adapters of `model` begin as the method says, and return what is subtracted from them; None for nothing.
 
     `device`: where singular vectors are computed. `folder`: where they are kept for other attempts of the run with this
-    `identity`. All processes call this function.
+    `identity`. `base`: the folder of the base model. All processes call this function. Raises Failure if loftq finds
+    none of its weights quantised, or others than in the files.
     """
-    if not begins_as_weights(method):
+    if not begins_by_weights(method):
         return None
-    layers = dict(adapted(model))
-    ranks.decide(lambda: _keep(layers, str(method.init_lora_weights), device, folder, identity))
+    kind = str(method.init_lora_weights)
+    layers = dict(quantised(model) if kind == LOFTQ else adapted(model))
+    if kind == LOFTQ and not layers:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{loftq.FIELD}: none of the modules with an adapter is quantised; use gaussian, or other targetModules",
+        )
+    source = loftq.Source(base, model.get_base_model().base_model_prefix) if kind == LOFTQ else None
+
+    def compute(name: str, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if source is None:
+            return beginning(layer, kind, device)
+        own = name.removeprefix(PREFIX)
+        return loftq.beginning(layer, source.weight(own).to(device), ADAPTER, own)
+
+    ranks.decide(lambda: _keep(layers, compute, folder, identity))
     # Copies, because what `load_file` returns would change with the file.
     values = {name: value.clone() for name, value in load_file(folder / FILE).items()}
     for name, layer in layers.items():
@@ -102,7 +123,10 @@ def begin(
         with torch.no_grad():
             layer.lora_A[ADAPTER].weight.copy_(first)
             layer.lora_B[ADAPTER].weight.copy_(second)
-        layer.lora_variant[ADAPTER] = Subtracting(first, second)
+        if kind != LOFTQ:
+            layer.lora_variant[ADAPTER] = Subtracting(first, second)
+    if kind == LOFTQ:
+        return None
     return Initial(values, {name: layer.scaling[ADAPTER] for name, layer in layers.items()})
 
 
@@ -113,7 +137,21 @@ def adapted(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _keep(layers: Mapping[str, Any], kind: str, device: torch.device, folder: Path, identity: str) -> None:
+def quantised(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield name and module of the layers with an adapter beside weights of 4 bits."""
+    from bitsandbytes.nn import Linear4bit  # only jobs with quantised weights import it
+
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), Linear4bit):
+            yield name, module
+
+
+def _keep(
+    layers: Mapping[str, Any],
+    compute: Callable[[str, Any], tuple[torch.Tensor, torch.Tensor]],
+    folder: Path,
+    identity: str,
+) -> None:
     """Write what the adapters begin as to `folder`, unless it is there."""
     manifest = read_manifest(folder)
     if manifest is not None and manifest.get("identity") == identity:
@@ -128,7 +166,7 @@ def _keep(layers: Mapping[str, Any], kind: str, device: torch.device, folder: Pa
     folder.mkdir(parents=True)
     values: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():
-        values[f"{name}.A"], values[f"{name}.B"] = beginning(layer, kind, device)
+        values[f"{name}.A"], values[f"{name}.B"] = compute(name, layer)
         beat_before_first_step()
     save_file(values, folder / FILE)
     write_manifest(folder, identity=identity)

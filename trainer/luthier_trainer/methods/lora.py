@@ -38,8 +38,8 @@ class Lora:
             alpha_pattern=dict(method.alpha_pattern or {}),
             layers_to_transform=method.layers,
             bias=method.bias or "none",
-            # What begins as a part of the weights, `methods.initial` computes.
-            init_lora_weights=True if begins_as_weights(method) else method.init_lora_weights or True,
+            # What begins by the weights, `methods.initial` computes.
+            init_lora_weights=True if begins_by_weights(method) else method.init_lora_weights or True,
             trainable_token_indices={name: list(tokens) for name, tokens in around.tokens.items()} or None,
         )
 
@@ -50,9 +50,9 @@ class Lora:
         return [(outputs, rank), (rank, inputs), *([(outputs,)] if method.dora else [])]
 
 
-def begins_as_weights(method: Method) -> bool:
-    """Return whether the adapters begin as a part of the weights that they adapt."""
-    return (method.init_lora_weights or "").startswith(("pissa", "olora"))
+def begins_by_weights(method: Method) -> bool:
+    """Return whether what the adapters begin as is computed from the weights that they adapt."""
+    return (method.init_lora_weights or "").startswith(("pissa", "olora", "loftq"))
 
 
 def matching(patterns: Iterable[str], name: str) -> str | None:

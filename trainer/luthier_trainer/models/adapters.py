@@ -19,7 +19,7 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import Adapter
 from luthier_api.run import GenerateRun
 from luthier_api.tasks import GENERATION_TASKS, TASKS
-from luthier_trainer.models import sources, weight_files
+from luthier_trainer.models import quantised_base, sources, weight_files
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.workspace.model_files import ADAPTER_CONFIG
 from luthier_trainer.workspace.provenance import folder_digest
@@ -97,6 +97,7 @@ def check_kind(config: Mapping[str, Any], field: str) -> None:
             ExitCode.INVALID_SPEC,
             f"{field}: the adapter has {setting} ({ADAPTER_CONFIG}), and cannot become part of the model's weights",
         )
+    quantised_base.check_adapter(config, field)
 
 
 def check_weights(adapter: Path, field: str) -> None:

@@ -1,8 +1,9 @@
 """Merges adapters into their model.
 
-Their weights are added to those of the base in the base's own precision, never in 4 bits. `merge` writes the model that
-another job starts from, `add_adapters` changes the model that a GenerateJob runs. Both give the same logits as base +
-adapter in PEFT.
+Their weights are added to those of the base in the base's own precision, never in 4 bits; those of adapters that
+belong to a base in 4 bits (`quantised_base`) to what these leave of it. `merge` writes the model that another job
+starts from, `add_adapters` changes the model that a GenerateJob runs. Both give the same logits as base + adapter in
+PEFT.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.tasks import TASKS
+from luthier_trainer.models import quantised_base
 from luthier_trainer.models.adapters import COPIED, names_in, task_of_adapter
 from luthier_trainer.models.embedding import make_room
 from luthier_trainer.models.sources import OWN_WEIGHTS
@@ -51,10 +53,13 @@ def merge(base: Path, adapter: Path, into: Path, labels: list[str] | None, field
     import transformers
     from peft import PeftModel
 
-    task = task_of_adapter(json.loads((adapter / ADAPTER_CONFIG).read_text()))
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text())
+    task = task_of_adapter(config)
     if task is None:
         raise Failure(ExitCode.INVALID_SPEC, f"{field}: {adapter / ADAPTER_CONFIG} does not say for which task it is")
     options: dict[str, Any] = {"dtype": "auto", **OWN_WEIGHTS}
+    # Some adapters fit the quantised base alone, which is dequantised below.
+    options |= (bits := quantised_base.options_of(config))
     if labels:
         names = {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
         options |= {
@@ -75,7 +80,10 @@ def merge(base: Path, adapter: Path, into: Path, labels: list[str] | None, field
             f"{field}: neither the adapter nor its base model {base} has {', '.join(lost[:SHOWN])}",
         )
     if quantised := getattr(model, "is_quantized", False):
+        quantised_base.check_rows(model, field)
         model = model.dequantize()
+    if bits:
+        model = model.to(transformers.AutoConfig.from_pretrained(base).dtype or torch.float32)
     make_room(model, adapter)
     try:
         model = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")

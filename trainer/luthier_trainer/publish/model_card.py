@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
 from luthier_api.tasks import TASKS, TRAINING_TASKS, TaskInfo
 from luthier_api.trackers import TRACKERS
 from luthier_api.workspace import DATA_REPORT, MANIFEST, METRICS_FILE, WorkspaceFolder
+from luthier_trainer.models import quantised_base
 from luthier_trainer.models.embedding import tokens_of_adapter
 from luthier_trainer.prepare import data_report
 from luthier_trainer.publish import dataset_fields
@@ -190,15 +192,16 @@ def loading(repo: str, task: TaskInfo, result: Path, head: bool) -> str:
             f"from transformers import {auto}, {processor_class}\n\nmodel ="
             f' {auto}.from_pretrained("{repo}")\n{processor}'
         )
+    adapter = json.loads((result / ADAPTER_CONFIG).read_text())
+    quantised = Quantised.of(adapter)
     if not head:
         peft = f"AutoPeftModelFor{task.auto_model}"
         return (
-            f"from peft import {peft}\nfrom transformers import {processor_class}\n\nmodel ="
-            f' {peft}.from_pretrained("{repo}")\n{processor}'
+            f"from peft import {peft}\nfrom transformers import {quantised.imported}{processor_class}\n\n"
+            f'{quantised.line}model = {peft}.from_pretrained("{repo}"{quantised.given})\n{processor}'
         )
     # PEFT's Auto classes would load the base with its own labels. Its head, if it has one, is for other labels, and the
     # adapter holds the head that was trained.
-    adapter = json.loads((result / ADAPTER_CONFIG).read_text())
     base = f'"{adapter["base_model_name_or_path"]}"' + (
         f', revision="{adapter["revision"]}"' if adapter.get("revision") else ""
     )
@@ -209,11 +212,36 @@ def loading(repo: str, task: TaskInfo, result: Path, head: bool) -> str:
             " new tokens\n"
         )
     return (
-        f"from peft import PeftModel\nfrom transformers import AutoConfig, {auto}, {processor_class}\n\n"
+        f"from peft import PeftModel\nfrom transformers import AutoConfig, {auto}, {quantised.imported}"
+        f"{processor_class}\n\n"
+        f"{quantised.line}"
         f'config = AutoConfig.from_pretrained("{repo}")  # with the classes and the padding token\n'
-        f"base = {auto}.from_pretrained({base}, config=config, ignore_mismatched_sizes=True)\n{rows}"
+        f"base = {auto}.from_pretrained({base}, config=config, ignore_mismatched_sizes=True{quantised.given})\n{rows}"
         f'model = PeftModel.from_pretrained(base, "{repo}")\n{processor}'
     )
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """What is added to the lines that load an adapter which belongs to a base in 4 bits; nothing for others."""
+
+    imported: str = ""
+    line: str = ""
+    given: str = ""
+
+    @classmethod
+    def of(cls, adapter: Mapping[str, Any]) -> Quantised:
+        """`adapter`: the configuration of the adapter."""
+        arguments = quantised_base.arguments_of(adapter)
+        if not arguments:
+            return cls()
+        written = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+        dtype = adapter[quantised_base.SETTINGS][quantised_base.DTYPE]
+        return cls(
+            imported="BitsAndBytesConfig, ",
+            line=f"# The adapter fits the base in these 4 bits alone.\nbits = BitsAndBytesConfig({written})\n",
+            given=f', dtype="{dtype}", quantization_config=bits',
+        )
 
 
 def dataset_card(run: GenerateRun, prepared: PreparedRecord, result: Path) -> str:

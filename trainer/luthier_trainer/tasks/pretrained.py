@@ -13,7 +13,7 @@ from luthier_api.run import FineTuneRun, Weights
 from luthier_api.status import Plan
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.methods import checks as method_checks
-from luthier_trainer.methods import experts, targets, whole
+from luthier_trainer.methods import experts, loftq, targets, whole
 from luthier_trainer.methods.trainable import weights_of
 from luthier_trainer.models import checks, inspect, weight_check
 from luthier_trainer.models.materialize import whole_model
@@ -72,6 +72,7 @@ class PretrainedTask(Task):
             whole.check(model.config, self.task, spec.method, spec.model.quantization is not None)
             method_checks.check_patterns(model.config, self.task, spec.method)
             method_checks.check_initial(model.config, self.task, spec.method)
+            loftq.check(model.path, model.config, self.task, spec)
             method_checks.check_biases(model.config, self.task, spec.method)
             experts.check_adapters(model.config, spec)
             if model.new_tokens:

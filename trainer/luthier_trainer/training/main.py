@@ -140,7 +140,13 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
         prepared.new_tokens,
     )
     begun = initial.begin(
-        model, spec.method, arguments.device, workspace.prepared / "initial-adapter", ranks, checkpoint.digest(identity)
+        model,
+        spec.method,
+        arguments.device,
+        workspace.prepared / "initial-adapter",
+        ranks,
+        checkpoint.digest(identity),
+        Path(prepared.model_path),
     )
     freeze(model, loaded.unused_parameters)
 

@@ -18,7 +18,9 @@ from transformers import TrainerState
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_api.workspace import METRICS_FILE, WorkspaceFolder
+from luthier_trainer.methods import loftq
 from luthier_trainer.methods.initial import Initial
+from luthier_trainer.models.quantised_base import LOFTQ
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.heartbeat import beat, beating_while_growing
 from luthier_trainer.runtime.notices import given
@@ -110,6 +112,8 @@ def write(
         if begun is not None:
             begun.write_ordinary(staged)
         _name_base(staged, run, prepared)
+        if run.spec.method.init_lora_weights == LOFTQ:
+            loftq.write_settings(staged, loop.model)
         task.complete_result(staged, loop.model, context)
         _check_weights(
             staged,
