@@ -287,7 +287,8 @@ def test_what_a_cpu_dequantises_wrong_is_not_merged(tmp_path: Path) -> None:
     with pytest.raises(Failure) as failure:
         merge(tmp_path / "narrow", tmp_path / "adapter", tmp_path / "merged", None, "spec.model.job")
     assert failure.value.message.startswith(
-        "spec.model.job: bitsandbytes (0.50) cannot dequantise model.layers.0.mlp.down_proj on a CPU, because its 96"
+        "spec.model.job: bitsandbytes (0.50) computes with wrong weights for model.layers.0.mlp.down_proj on a CPU,"
+        " because its 96 inputs are no multiple of 64. Train the adapter on an unquantised model"
     )
 
 

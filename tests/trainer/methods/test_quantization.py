@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from cases.methods import method_of
@@ -18,6 +20,7 @@ from luthier_api.spec import Quantization
 from luthier_trainer.methods.apply import weights_options, with_method
 from luthier_trainer.methods.checks import check_quantisable
 from luthier_trainer.models.checks import check_stored_type
+from luthier_trainer.models.quantised_base import check_rows
 from luthier_trainer.runtime.failure import Failure
 
 CPU = torch.device("cpu")
@@ -173,3 +176,18 @@ def test_widths_that_four_bits_on_cpu_cannot_have(kind: QuantizationType) -> Non
 
 def test_eight_bits_have_any_width() -> None:
     check_quantisable(LlamaConfig(hidden_size=96), "int8", "spec.model.quantization")
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize(("inputs", "refused"), [(64, False), (96, True), (192, False)])
+def test_rows_that_a_cpu_reads_wrong_are_refused(kind: QuantizationType, inputs: int, refused: bool) -> None:
+    """What is refused is what bitsandbytes computes wrong. Rows of unlike size, or the wrong block hardly shows."""
+    torch.manual_seed(1)
+    layer = bitsandbytes.nn.Linear4bit(inputs, 96, bias=False, quant_type=kind)
+    weight = torch.randn(96, inputs) * torch.logspace(-2, 0, 96)[torch.randperm(96), None]
+    layer.weight = bitsandbytes.nn.Params4bit(weight.clone(), requires_grad=False, quant_type=kind)
+    rows = torch.randn(8, inputs)
+    found, expected = layer.to("cpu")(rows), rows @ weight.T
+    assert bool((found - expected).norm() / expected.norm() > 0.2) is refused
+    with pytest.raises(Failure, match=r"no multiple of 64\. Use a GPU") if refused else nullcontext():
+        check_rows(torch.nn.Sequential(layer), "spec.model", "Use a GPU")

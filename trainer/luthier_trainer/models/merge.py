@@ -80,7 +80,8 @@ def merge(base: Path, adapter: Path, into: Path, labels: list[str] | None, field
             f"{field}: neither the adapter nor its base model {base} has {', '.join(lost[:SHOWN])}",
         )
     if quantised := getattr(model, "is_quantized", False):
-        quantised_base.check_rows(model, field)
+        remedy = "Train the adapter on an unquantised model, without initLoraWeights: loftq"
+        quantised_base.check_rows(model, field, remedy)
         model = model.dequantize()
     if bits:
         model = model.to(transformers.AutoConfig.from_pretrained(base).dtype or torch.float32)

@@ -47,22 +47,20 @@ def options_of(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_rows(model: torch.nn.Module, field: str) -> None:
-    """Check that bitsandbytes dequantises the weights of `model` right on a CPU. Raises Failure if not.
+def check_rows(model: torch.nn.Module, field: str, remedy: str) -> None:
+    """Check that bitsandbytes reads the weights of `model` right on a CPU. Raises Failure, with `remedy`, if not.
 
-    Its kernels (0.50) take it that each row of 4 bits begins with a new block of weights, and otherwise give others
-    without an error.
+    Its kernels (0.50) take it that each row of 4 bits begins with a new block of weights, and otherwise compute with
+    others, without an error.
     """
+    multiple = QUANTIZATIONS["nf4"].cpu_multiple
     for name, module in model.named_modules():
         # Not imported, because other quantised models come here too.
-        if type(module).__name__ == "Linear4bit" and module.in_features % (
-            multiple := QUANTIZATIONS["nf4"].cpu_multiple
-        ):
+        if type(module).__name__ == "Linear4bit" and module.in_features % multiple:
             raise Failure(
                 ExitCode.INVALID_SPEC,
-                f"{field}: bitsandbytes (0.50) cannot dequantise {name} on a CPU, because its {module.in_features}"
-                f" inputs are no multiple of {multiple}, so that the adapter cannot be merged. Train it on an"
-                " unquantised model, without initLoraWeights: loftq",
+                f"{field}: bitsandbytes (0.50) computes with wrong weights for {name} on a CPU, because its"
+                f" {module.in_features} inputs are no multiple of {multiple}. {remedy}",
             )
 
 

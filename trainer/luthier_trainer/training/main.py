@@ -33,6 +33,7 @@ from luthier_trainer.distributed.strategy import assert_started, uses_deepspeed
 from luthier_trainer.methods import apply as methods
 from luthier_trainer.methods import initial
 from luthier_trainer.methods.trainable import HALF, source_dtype
+from luthier_trainer.models.quantised_base import check_rows
 from luthier_trainer.models.zero3 import keep_used_conversions
 from luthier_trainer.runtime.notices import notice
 from luthier_trainer.runtime.run_folder import global_rank
@@ -129,6 +130,8 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
         folder=workspace.prepared / "kept",
     )
     loaded = task.load_model(context)
+    if arguments.device.type == "cpu":
+        check_rows(loaded.model, "spec.model", "Use method.type: lora without model.quantization, or a GPU")
     keep_used_conversions(loaded.model)
     use_cache = getattr(loaded.model.config, "use_cache", None)
     model = methods.with_method(

@@ -33,6 +33,7 @@ from luthier_trainer.generation.samples import Output, Sample, padded
 from luthier_trainer.generation.sampling import processors
 from luthier_trainer.models.inspect import max_positions
 from luthier_trainer.models.merge import add_adapters
+from luthier_trainer.models.quantised_base import check_rows
 from luthier_trainer.models.sources import OWN_WEIGHTS
 from luthier_trainer.runtime.failure import Failure
 
@@ -85,6 +86,8 @@ class TextEngine:
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
         # Adapters are merged in fp32, and the result is rounded once. In bf16, each adapter would add a rounding error.
         model = load_model(model_path, torch.float32 if adapters else hardware.dtype, self.device)
+        if self.device.type == "cpu":
+            check_rows(model, "spec.model", "Use a GPU, or a model that is not quantised")
         if adapters and is_quantised(model):
             model = model.dequantize(torch.float32).float()
         model = add_adapters(model, adapters, [adapter.weight for adapter in spec.adapters], "spec.adapters")
