@@ -323,8 +323,8 @@ class Preference(ApiModel):
         ),
         Rule(
             "(self.lossType == 'robust') == has(self.labelSmoothing)",
-            "preference.labelSmoothing: belongs to lossType robust, which is sigmoid without it; set both, for example"
-            " robust and 0.1, or neither",
+            "preference.labelSmoothing: robust needs it, and the other losses ignore it; set lossType: robust and, for"
+            " example, labelSmoothing: 0.1, or remove both",
         ),
     )
 

@@ -531,7 +531,7 @@ MARKS: list[Case] = [
     ),
     *(
         Case(
-            message="preference.labelSmoothing: belongs to lossType robust, which is sigmoid without it; set both",
+            message="preference.labelSmoothing: robust needs it, and the other losses ignore it; set lossType: robust",
             refused=PREFERENCE | {"spec.preference": refused},
             accepted=PREFERENCE | {"spec.preference": {"lossType": "robust", "labelSmoothing": 0.1}},
         )
