@@ -16,11 +16,9 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from luthier_operator.model import Key
+from luthier_operator.settling import ACT
 
 BACKOFF_BASE = 0.2  # seconds, after the first error
-SETTLE_SECONDS = (
-    0.1  # events of one job are coalesced: a Job, its pod and the operator's own writes cause one reconcile
-)
 SETTLE_SECONDS_PER_KEY = 0.002  # of all that wait: events of many jobs at once arrive over a longer time, too
 SETTLE_LIMIT = 0.5  # reached with 200 jobs
 SETTLE_PER_SECOND = (
@@ -74,19 +72,19 @@ class Queue:
         if first:
             self._ready.move_to_end(key, last=False)
 
-    def soon(self, key: Key, settle: float = SETTLE_SECONDS) -> None:
+    def soon(self, key: Key, settle: float = ACT) -> None:
         """Process `key` after `settle` seconds, or more while many wait, in which further events of the same cause may
         arrive.
         """
         waiting = len(self._ready) + len(self._settling)
         self._settling.add(key)
-        settle = max(settle, min(SETTLE_LIMIT, SETTLE_SECONDS + SETTLE_SECONDS_PER_KEY * waiting))
+        settle = max(settle, min(SETTLE_LIMIT, ACT + SETTLE_SECONDS_PER_KEY * waiting))
         self.add_after(key, max(settle, self._settle.get(key, 0.0)))
 
     def took(self, key: Key, seconds: float) -> None:
         """Note how long the decision about `key` took. Events of a job settle in proportion to it."""
         settle = min(SETTLE_LIMIT_OF_LARGE, SETTLE_PER_SECOND * seconds)
-        if settle > SETTLE_SECONDS:
+        if settle > ACT:
             self._settle[key] = settle
         else:
             self._settle.pop(key, None)

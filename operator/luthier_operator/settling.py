@@ -9,7 +9,9 @@ from luthier_operator import children
 from luthier_operator.model import Object
 
 ACT = 0.1
-"""Seconds for what the operator may have to act on: a child or a pod that has ended, is stopped or runs."""
+"""Seconds for what the operator may have to act on: a child or a pod that has ended, is stopped or runs. A Job, its pod
+and the operator's own writes cause one reconcile.
+"""
 TELL = 1.0
 """Seconds for what is only told to people: why a pod does not start."""
 NOTHING = 5.0
