@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
+
+from cases.servers import answers, free_port, running
 
 MLFLOW = os.environ.get("LUTHIER_TEST_MLFLOW") or shutil.which("mlflow")
 READ = """
@@ -55,27 +54,13 @@ def serving(folder: Path, *options: str, **variables: str) -> Iterator[str]:
     """A server with SQLite in `folder`; yields its address."""
     if MLFLOW is None:
         pytest.skip("needs the program mlflow (LUTHIER_TEST_MLFLOW)")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     store = f"sqlite:///{folder}/mlflow.db"
     command = [MLFLOW, "server", "--backend-store-uri", store, "--port", f"{port}", "--workers", "1", *options]
     environment = os.environ | {"PATH": f"{Path(MLFLOW).parent}:{os.environ['PATH']}"} | variables
-    with (folder / "server.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=folder)
-        try:
-            url = f"http://127.0.0.1:{port}"
-            while process.poll() is None:
-                try:
-                    if httpx.get(f"{url}/health").is_success:
-                        break
-                except httpx.HTTPError:
-                    time.sleep(0.2)
-            assert process.poll() is None, (folder / "server.log").read_text()
-            yield url
-        finally:
-            process.terminate()
-            process.wait()
+    url = f"http://127.0.0.1:{port}"
+    with running(command, environment, folder, answers(f"{url}/health")):
+        yield url
 
 
 def read(server: str) -> list[dict[str, Any]]:

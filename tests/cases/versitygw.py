@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from cases.servers import free_port, running
 
 VERSITYGW = os.environ.get("LUTHIER_TEST_VERSITYGW") or shutil.which("versitygw")
 USER, PASSWORD = "owner-of-buckets", "password-of-the-owner"
@@ -25,20 +25,13 @@ def serving(folder: Path, host: str = "127.0.0.1") -> Iterator[int]:
             "needs the program versitygw (LUTHIER_TEST_VERSITYGW): go install"
             " github.com/versity/versitygw/cmd/versitygw@v1.8.0"
         )
-    with socket.socket() as free:
-        free.bind((host, 0))
-        port = int(free.getsockname()[1])
+    port = free_port(host)
     command = [VERSITYGW, "--port", f"{host}:{port}", "--quiet", "posix", "--nometa", str(folder)]
     environment = os.environ | {"ROOT_ACCESS_KEY": USER, "ROOT_SECRET_KEY": PASSWORD}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-    try:
-        while process.poll() is None:
-            with socket.socket() as one:
-                if one.connect_ex((host, port)) == 0:
-                    break
-            time.sleep(0.05)
-        assert process.poll() is None, "versitygw has ended"
+
+    def is_ready() -> bool:
+        with socket.socket() as one:
+            return one.connect_ex((host, port)) == 0
+
+    with running(command, environment, folder.parent, is_ready):
         yield port
-    finally:
-        process.terminate()
-        process.wait()

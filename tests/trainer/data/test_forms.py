@@ -219,7 +219,7 @@ REFUSED = [
         name="pairs of preferences",
         content=lines({"prompt": "a", "chosen": "b", "rejected": "c"}),
         message=NONE.format(file="x.jsonl", columns="prompt, chosen, rejected")
-        + "Rows with a chosen and a rejected answer belong to task: preference",
+        + "Rows with a chosen and a rejected answer belong to task: preference, or reward",
     ),
     Refused(
         name="a list of messages",

@@ -27,9 +27,15 @@ class Shape:
     alone: bool = False
     """Whether there is no other column."""
 
+    @property
+    def place(self) -> str:
+        """Where such rows belong, as a sentence."""
+        return f"Rows with {self.title} belong to task: {self.tasks}"
 
+
+PAIRS = Shape(frozenset({"chosen", "rejected"}), "a chosen and a rejected answer", "preference, or reward")
 SHAPES = (
-    Shape(frozenset({"chosen", "rejected"}), "a chosen and a rejected answer", "preference, or reward"),
+    PAIRS,
     Shape(
         frozenset({"prompt", "completion", "label"}),
         "answers that are good or bad",
@@ -59,7 +65,7 @@ def missing(rows: Rows, column: str, role: str, taken: Collection[str]) -> str:
     if rows.hint:
         return rows.hint
     if role in OF_TASKS and (shape := _shape(names, role)):
-        return f"Rows with {shape.title} belong to task: {shape.tasks}"
+        return shape.place
     rest = [name for name in free if name == role or role not in OF_TASKS or name not in USUAL]
     holding = {"text": rows.texts, "prompt": rows.texts, "image": rows.images}.get(role, names)
     if len(rest) == 1 and rest[0] in holding and (len(names) > 1 or role in OF_ONE_COLUMN):
@@ -92,8 +98,8 @@ def unknown_form(rows: Rows, names: tuple[str, ...], columns: str) -> str | None
     texts = [name for name in rows.texts if name in names]
     lists = [name for name in rows.lists if name in names]
     asked, answered = (next((name for name in texts if name.lower() in usual), None) for usual in (QUESTIONS, ANSWERS))
-    if {"chosen", "rejected"} <= set(names):
-        return "Rows with a chosen and a rejected answer belong to task: preference"
+    if PAIRS.columns <= set(names):
+        return PAIRS.place
     if lists and len(rows.data) == 1 and len(rows.parts) == 1:
         return f"The file holds one object. If its rows are in {lists[0]}, write that list alone into the file"
     if lists:
