@@ -42,7 +42,8 @@ TRAIN_SAMPLES_PER_SECOND = Metric(
 )
 TRAIN_MFU = Metric(
     "luthier_train_mfu_ratio",
-    "Model FLOPs of the tokens trained on, as a part of the GPUs' peak in 16 bit; only for GPUs whose peak is known",
+    "Model FLOPs of the tokens or images trained on, as a part of the GPUs' peak in 16 bit; only for GPUs whose peak is"
+    " known",
 )
 GPU_MEMORY_ALLOCATED = Metric("luthier_train_gpu_memory_allocated_bytes", "Memory of rank 0's GPU in tensors")
 GPU_MEMORY_RESERVED = Metric("luthier_train_gpu_memory_reserved_bytes", "Memory of rank 0's GPU that torch holds")

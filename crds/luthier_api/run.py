@@ -205,6 +205,39 @@ class Weights(ApiModel):
     """Whether a layer of the model normalises over the rows of a forward pass (BatchNorm)."""
 
 
+class Compute(ApiModel):
+    """What the floating-point operations of a training are computed from, for one unit (FineTuneJob)."""
+
+    unit: Literal["token", "row"] = "token"
+    """What is counted: tokens, or images."""
+    multiplied: int
+    """Weights that a unit is multiplied with, without those of adapters. Not those that are looked up; of experts,
+    those that a token is sent to. Of an image, all multiply-adds with weights.
+    """
+    head: int = 0
+    """Of them, those of the output layer, which is not computed again with activation checkpointing."""
+    adapters: int = 0
+    """Weights of adapters that it is multiplied with besides."""
+    learning: int
+    """Of both, those that learn."""
+    attention_width: int = 0
+    """Heads times the size of one, summed over the layers with attention over the whole row."""
+    window_width: int = 0
+    """The same of the layers with attention over a sliding window."""
+    window: int | None = None
+    """Tokens of the window."""
+    causal: bool = True
+    """Whether a token attends only to those before it."""
+    attention_macs: int = 0
+    """Multiply-adds of attention where they do not depend on the length of a row: of an image."""
+    references: int = 0
+    """Forward passes of the same model without gradients, for a reference."""
+    frozen_models: int = 0
+    """Multiply-adds of other models that run in each step without gradients, such as a VAE."""
+    length: float = 0
+    """Tokens of the row that a token is in, on average over all tokens."""
+
+
 class PreparedRecord(Prepared):
     """`prepared/prepared.json`: `Prepared`, with the places that the pods of `run` need."""
 
@@ -220,6 +253,8 @@ class PreparedRecord(Prepared):
     """Ids of the tokens whose rows in the embedding an adapter holds, because they are new (FineTuneJob)."""
     weights: Weights | None = None
     """Of a FineTuneJob: with it, another layout is planned without the model."""
+    compute: Compute | None = None
+    """Of a FineTuneJob: for the estimated time, and for the metric of utilisation."""
     cannot_recompute: str | None = None
     """Of a FineTuneJob: why the model cannot recompute its activations, if so."""
     notices: list[str] = Field(default_factory=list)

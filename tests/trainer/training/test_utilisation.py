@@ -8,7 +8,8 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-from luthier_trainer.training.utilisation import count_weights, operations_per_token, peak
+from luthier_api.gpus import peak_flops
+from luthier_trainer.training.utilisation import count_weights
 
 DEVICES = [
     ("NVIDIA H100 80GB HBM3", 989e12),
@@ -27,7 +28,7 @@ DEVICES = [
 
 @pytest.mark.parametrize(("device", "operations"), DEVICES)
 def test_the_peak_of_a_device(device: str, operations: float | None) -> None:
-    assert peak(device) == operations
+    assert peak_flops(device) == operations
 
 
 def layers(kind: str) -> list[torch.nn.Parameter]:
@@ -43,8 +44,3 @@ def layers(kind: str) -> list[torch.nn.Parameter]:
 @pytest.mark.parametrize("kind", ["whole", "packed", "split"])
 def test_weights_are_counted_as_they_are_meant(kind: str) -> None:
     assert count_weights(layers(kind)) == (512, 4096 + 512)
-
-
-def test_operations() -> None:
-    assert operations_per_token(learning=1_000, weights=1_000) == 6_000  # all of them learn
-    assert operations_per_token(learning=0, weights=1_000) == 4_000

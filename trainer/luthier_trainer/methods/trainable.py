@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier_api.finetune import FineTuneJobSpec, Method
 from luthier_api.methods import METHODS
-from luthier_api.run import Weights
+from luthier_api.run import Compute, Weights
 from luthier_api.status import Plan
 from luthier_trainer.methods.lora import layer_of
 from luthier_trainer.methods.table import FAMILIES
@@ -46,6 +46,37 @@ def weights_of(
         else [Tensor((new_tokens, model.get_submodule(name).weight.shape[1])) for name in token_tables(model)]
     )
     return weights_in(model, heads_of(model, spec.task), spec, plan, source_dtype(folder), rows)
+
+
+def compute_of(config: PreTrainedConfig, spec: FineTuneJobSpec, length: float) -> Compute:
+    """Return what a token of the model with this configuration is multiplied with, its adapters included.
+
+    `length`: tokens of the row that a token is in, on average.
+    """
+    from luthier_trainer.models.compute import of_tokens
+    from luthier_trainer.models.heads import heads_of
+
+    model = skeleton(config, spec.task, MODEL)
+    return with_adapters(of_tokens(model, config, length), model, heads_of(model, spec.task), spec)
+
+
+def with_adapters(whole: Compute, model: torch.nn.Module, heads: list[str], spec: FineTuneJobSpec) -> Compute:
+    """Return `whole`, of a model all of whose weights learn, as the method of `spec` trains it.
+
+    Of an image, a weight is used in many places: an adapter's share of the weights is taken as that of the work.
+    """
+    if not METHODS[spec.method.type].adapter:
+        return whole
+    learning = [tensor for tensor in adapter_tensors(model, spec.method, heads) if not tensor.embedding]
+    times = 1.0
+    if whole.unit == "row":
+        times = whole.multiplied / sum(weight.numel() for weight in model.parameters())
+    return whole.model_copy(
+        update={
+            "adapters": round(times * sum(tensor.weights for tensor in learning if tensor.adapter)),
+            "learning": round(times * sum(tensor.weights for tensor in learning)),
+        }
+    )
 
 
 def weights_in(
@@ -117,7 +148,8 @@ def adapter_tensors(model: torch.nn.Module, method: Method, whole: list[str]) ->
             ]
         elif name in adapted:
             weight: torch.Tensor = module.weight
-            found += [Tensor(shape) for shape in family.shapes(method, name, (weight.shape[0], weight[0].numel()))]
+            size = (weight.shape[0], weight[0].numel())
+            found += [Tensor(shape, adapter=True) for shape in family.shapes(method, name, size)]
     return found
 
 

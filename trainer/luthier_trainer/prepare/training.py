@@ -94,6 +94,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
             can_group=examples.stream is None,
         )
     weights = task.weights(model, spec, plan, examples.labels)
+    compute = task.compute(model, spec, examples.labels, train)
     plan = plan_space(plan, weights, space.folder_bytes(folder.prepared / "processor"))
     gpu_memory.check(run, plan, weights)
     space.check_room(spec, plan, folder.root)
@@ -118,6 +119,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         ),
         plan=plan,
         weights=weights,
+        compute=compute,
         cannot_recompute=trouble,
         model_path=str(model.path),
         new_tokens=list(model.new_tokens),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from luthier_api.finetune import FineTuneJobSpec
-from luthier_api.run import FineTuneRun, Origin, Weights
+from luthier_api.run import Compute, FineTuneRun, Origin, Weights
 from luthier_api.status import Plan, ResolvedSource
 from luthier_api.tasks import TRAINING_TASKS
 from luthier_api.workspace import WorkspaceFolder
@@ -264,6 +264,15 @@ class Task(Batches, Protocol):
     def weights(self, model: Model, spec: FineTuneJobSpec, plan: Plan, labels: list[str] | None) -> Weights:
         """Return the numbers of all and of trainable weights, from which the size of checkpoints is planned."""
         ...
+
+    def compute(
+        self, model: Model, spec: FineTuneJobSpec, labels: list[str] | None, rows: Dataset | None
+    ) -> Compute | None:
+        """Return what one token, or one image, is multiplied with; None if that is not known.
+
+        `rows`: encoded; None before they are read, when all of them count as of training.maxLength.
+        """
+        return None
 
     # ---- training
 

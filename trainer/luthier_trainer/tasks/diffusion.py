@@ -9,7 +9,7 @@ processes, therefore sees the same noise without saving the state of a generator
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,12 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from torch.nn.functional import mse_loss
 from transformers import EvalPrediction, Trainer
 
+from luthier_api.run import Compute
 from luthier_trainer.models import pipelines
+from luthier_trainer.models.compute import count_operations, of_images
 from luthier_trainer.tasks.images import PIXELS, ROW
+from luthier_trainer.tasks.text_to_image import TIME_IDS
+from luthier_trainer.workspace.flops import MULTIPLY_ADD
 
 GOLDEN = 0.6180339887498949  # multiples of the golden ratio, modulo 1, cover the unit interval evenly
 
@@ -170,6 +174,35 @@ class DiffusionTrainer(Trainer):
             "added_cond_kwargs": {"text_embeds": pooled, "time_ids": inputs["time_ids"]},
         }
         return given, self.frozen.target(latents, drawn)
+
+
+def macs_of(found: Mapping[str, Any], resolution: int) -> Compute:
+    """Return the multiply-adds of a step for one image of `resolution` × `resolution` pixels.
+
+    `found`: the models of a pipeline on the meta device, by their names in it. All weights of the UNet learn.
+    """
+    unet, vae = found["unet"], found["vae"]
+    encoders = [found[name] for name in ("text_encoder", "text_encoder_2")]
+    side = resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+
+    def frozen() -> None:
+        vae.encode(torch.empty(1, 3, resolution, resolution, device="meta"))
+        for encoder in encoders:
+            encoder(torch.empty(1, encoder.config.max_position_embeddings, dtype=torch.int64, device="meta"))
+
+    inputs = {
+        "sample": torch.empty(1, unet.config.in_channels, side, side, device="meta"),
+        "timestep": torch.empty(1, device="meta"),
+        "encoder_hidden_states": torch.empty(
+            1, encoders[0].config.max_position_embeddings, unet.config.cross_attention_dim, device="meta"
+        ),
+        "added_cond_kwargs": {
+            "text_embeds": torch.empty(1, encoders[1].config.projection_dim, device="meta"),
+            "time_ids": torch.empty(1, TIME_IDS, device="meta"),
+        },
+    }
+    beside = sum(count_operations(frozen).values()) // MULTIPLY_ADD
+    return of_images(unet, inputs).model_copy(update={"frozen_models": beside})
 
 
 def row_losses(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -176,6 +176,10 @@ class Grpo(TextTask):
         prompts = prompts_a_step(spec)
         return -(-rows // prompts) * spec.training.batch_size
 
+    def references(self, spec: FineTuneJobSpec) -> int:
+        """Return 1 with a reference. What it costs to write the completions is left out."""
+        return 1 if spec.grpo.beta else 0
+
     # ---- training
 
     def rows(self, batch: Batch) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
-from luthier_api.run import Weights
+from luthier_api.run import Compute, Weights
 from luthier_api.status import Plan
 from luthier_trainer.models import inspect, weight_files
 from luthier_trainer.runtime.failure import Failure
@@ -22,6 +22,7 @@ from luthier_trainer.tasks.pretrained import PretrainedTask
 from luthier_trainer.workspace.model_files import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel
 
 
@@ -46,6 +47,11 @@ class HeadedTask(PretrainedTask):
 
     def weights(self, model: Model, spec: FineTuneJobSpec, plan: Plan, labels: list[str] | None) -> Weights:
         return super().weights(model, spec, plan, self.outputs(labels))
+
+    def compute(
+        self, model: Model, spec: FineTuneJobSpec, labels: list[str] | None, rows: Dataset | None
+    ) -> Compute | None:
+        return super().compute(model, spec, self.outputs(labels), rows)
 
     def load_model(self, context: TrainingContext) -> LoadedModel:
         from luthier_trainer.models.heads import HEADS, fit_head, labels_in, whole_modules

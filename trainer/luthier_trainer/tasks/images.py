@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.run import Compute
 from luthier_trainer.data import columns
 from luthier_trainer.data.load import Rows
+from luthier_trainer.methods.trainable import with_adapters
 from luthier_trainer.models import inspect, processors
 from luthier_trainer.runtime import cores
 from luthier_trainer.runtime.classify import FORBIDDEN_ERRNOS, STORAGE_ERRNOS, os_error
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.tasks.base import Model
-from luthier_trainer.tasks.pretrained import PretrainedTask
+from luthier_trainer.tasks.pretrained import PretrainedTask, with_labels
 from luthier_trainer.workspace.plan import smallest_batch
 
 if TYPE_CHECKING:
@@ -65,6 +67,22 @@ class ImageTask(PretrainedTask):
     def check_model(self, model: Model, spec: FineTuneJobSpec, rows: int, labels: list[str] | None) -> None:
         check(model.config, model.processor, spec, rows)
         super().check_model(model, spec, rows, labels)
+
+    def compute(
+        self, model: Model, spec: FineTuneJobSpec, labels: list[str] | None, rows: Dataset | None
+    ) -> Compute | None:
+        """Return the multiply-adds of one image of the size that the processor makes."""
+        import PIL.Image
+
+        from luthier_trainer.models.compute import of_images
+        from luthier_trainer.models.heads import heads_of
+
+        bare = inspect.skeleton(with_labels(model.config, labels), self.task, inspect.MODEL).eval()
+        made = model.processor(images=[PIL.Image.new("RGB", WIDE)], return_tensors="pt")[PIXELS]
+        with contextlib.suppress(NotImplementedError, RuntimeError):  # the model reads values, which meta tensors lack
+            whole = of_images(bare, {PIXELS: made.to("meta")})
+            return with_adapters(whole, bare, heads_of(bare, self.task), spec)
+        return None
 
     def loader_workers(self, cores: int) -> int:
         return loader_workers(cores)

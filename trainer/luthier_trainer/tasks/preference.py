@@ -78,6 +78,9 @@ class PreferenceTask(AnswersTask):
         prompt, *answers = _encoded(data)
         return len(answers) * _tokens(data, prompt) + sum(_tokens(data, answer) for answer in answers)
 
+    def references(self, spec: FineTuneJobSpec) -> int:
+        return 0 if spec.preference.precompute_reference else 1
+
     # ---- training
 
     def arguments(self, spec: FineTuneJobSpec, common: Mapping[str, Any]) -> TrainingArguments:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec, Method
 from luthier_api.methods import METHODS
-from luthier_api.run import FineTuneRun, Weights
+from luthier_api.run import Compute, FineTuneRun, Weights
 from luthier_api.status import Plan
 from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.data import row_lengths
 from luthier_trainer.methods import checks as method_checks
 from luthier_trainer.methods import experts, loftq, targets, whole
-from luthier_trainer.methods.trainable import weights_of
+from luthier_trainer.methods.trainable import compute_of, weights_of
 from luthier_trainer.models import checks, inspect, weight_check
 from luthier_trainer.models.materialize import whole_model
 from luthier_trainer.models.sources import Located
@@ -23,6 +24,7 @@ from luthier_trainer.tasks.base import Model, Task
 from luthier_trainer.workspace.plan import CHECKPOINTING
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedConfig
 
 
@@ -89,6 +91,17 @@ class PretrainedTask(Task):
     def weights(self, model: Model, spec: FineTuneJobSpec, plan: Plan, labels: list[str] | None) -> Weights:
         held = len(model.new_tokens) if METHODS[spec.method.type].adapter else 0
         return weights_of(with_labels(model.config, labels), spec, plan, model.path, held)
+
+    def references(self, spec: FineTuneJobSpec) -> int:
+        """Return the forward passes of the same model without gradients, in a step, for a reference."""
+        return 0
+
+    def compute(
+        self, model: Model, spec: FineTuneJobSpec, labels: list[str] | None, rows: Dataset | None
+    ) -> Compute | None:
+        length = row_lengths.attended(rows) if rows is not None else None
+        found = compute_of(with_labels(model.config, labels), spec, length or spec.training.max_length)
+        return found.model_copy(update={"references": self.references(spec)})
 
 
 def with_names(method: Method, config: PreTrainedConfig, task: str) -> Method:

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
-from luthier_api.run import FineTuneRun, Weights
+from luthier_api.run import Compute, FineTuneRun, Weights
 from luthier_api.status import Plan
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import columns
 from luthier_trainer.data.load import Rows
 from luthier_trainer.methods import checks as method_checks
 from luthier_trainer.methods.targets import expanded
-from luthier_trainer.methods.trainable import weights_in
+from luthier_trainer.methods.trainable import weights_in, with_adapters
 from luthier_trainer.models import inspect
 from luthier_trainer.models.adapter_file import LORA_WEIGHTS
 from luthier_trainer.models.adapters import WEIGHTS as PEFT_WEIGHTS
@@ -94,6 +94,16 @@ class TextToImage(LabelledBatches, Task):
 
         unet = pipelines.skeletons(model.path, pipelines.index_of(model.path, inspect.MODEL), inspect.MODEL)["unet"]
         return weights_in(unet, [], spec, plan, source="float32")
+
+    def compute(
+        self, model: Model, spec: FineTuneJobSpec, labels: list[str] | None, rows: Dataset | None
+    ) -> Compute | None:
+        """Return the multiply-adds of one image: of the UNet, and of VAE and text encoders, which are frozen."""
+        from luthier_trainer.models import pipelines
+        from luthier_trainer.tasks.diffusion import macs_of
+
+        found = pipelines.skeletons(model.path, pipelines.index_of(model.path, inspect.MODEL), inspect.MODEL)
+        return with_adapters(macs_of(found, spec.image.resolution), found["unet"], [], spec)
 
     def read_processor(self, folder: Path, field: str) -> None:
         """Return None, because the tokenizers are read from the folder of the pipeline."""

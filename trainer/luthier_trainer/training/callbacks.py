@@ -18,6 +18,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from luthier_api import metrics
 from luthier_api.exitcodes import ExitCode
+from luthier_api.gpus import peak_flops
+from luthier_api.run import Compute
 from luthier_api.status import Plan
 from luthier_trainer.distributed import strategy
 from luthier_trainer.runtime.failure import Failure
@@ -29,7 +31,7 @@ from luthier_trainer.training import finite
 from luthier_trainer.training.checkpoint import set_aside, step_of
 from luthier_trainer.training.resilience import EvaluationStopped, Resilient
 from luthier_trainer.training.result import PADDING
-from luthier_trainer.training.utilisation import count_weights, operations_per_token, peak
+from luthier_trainer.workspace.flops import per_unit
 
 NONFINITE_REPORTS = 3  # one bad batch can make one report NaN; a loss that stays NaN does not recover
 WITHHELD_UPDATES = 3  # in a row; a single bad batch only costs its own update
@@ -137,27 +139,33 @@ class Report(Callback):
     """
 
     def __init__(
-        self, telemetry: Telemetry, peak_flops: float | None = None, reported: Mapping[str, str] | None = None
+        self,
+        telemetry: Telemetry,
+        peak_flops: float | None = None,
+        reported: Mapping[str, str] | None = None,
+        compute: Compute | None = None,
     ) -> None:
         """`peak_flops`: of one GPU, as the administrator has it; from a table of devices where that is None.
 
+        `compute`: what the operations of a token, or of an image, are computed from; None if that is not known.
+
         `reported`: name in the log → how it is called where it is printed beside the loss.
         """
-        self.telemetry, self._peak_flops, self._reported_too = telemetry, peak_flops, reported or {}
+        self.telemetry, self._most, self._reported_too = telemetry, peak_flops, reported or {}
         self._nonfinite = 0
         self._withheld = 0  # withheld updates that were already reported
         self._applied = 0  # updates applied in this attempt
         self._step_began = self._reported = 0.0
         self._first_step_began: float | None = None
         self._first_step = 0
-        self._operations = 0  # floating-point operations per token
+        self._unit = compute.unit if compute else None
+        self._flops = per_unit(compute, recomputed=False).model if compute else 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._reported = time.monotonic()
         self._first_step = state.global_step
         self.telemetry.set(metrics.TRAIN_STEP, state.global_step)
         self.telemetry.set(metrics.TRAIN_MAX_STEPS, state.max_steps)
-        self._operations = operations_per_token(*count_weights(self.loop.model.parameters()))
         self.telemetry.add(metrics.TRAIN_TOKENS, state.num_input_tokens_seen)
         # Exported from the start, so that Prometheus' rate() sees the first increase.
         self.telemetry.add(metrics.TRAIN_NONFINITE, 0)
@@ -228,7 +236,7 @@ class Report(Callback):
         if tokens:  # rows of images have no tokens
             self.telemetry.set(metrics.TRAIN_TOKENS_PER_SECOND, tokens / seconds)
         if args.device.type == "cuda":
-            self._gpu(tokens / seconds, args)
+            self._gpu((rows if self._unit == "row" else tokens) / seconds, args)
         pace = f"{tokens / seconds:,.0f} tokens/s" if tokens else f"{rows / seconds:,.1f} rows/s"
         if padding:
             pace += f", {padding / computed:.0%} padding"
@@ -242,11 +250,13 @@ class Report(Callback):
         self._watch(state, control, logs["loss"])
 
     def _gpu(self, pace: float, args: TrainingArguments) -> None:
+        """`pace`: tokens, or images, per second over all processes."""
         self.telemetry.set(metrics.GPU_MEMORY_ALLOCATED, torch.cuda.memory_allocated())
         self.telemetry.set(metrics.GPU_MEMORY_RESERVED, torch.cuda.memory_reserved())
         self.telemetry.set(metrics.GPU_MEMORY_PEAK, torch.cuda.max_memory_allocated())
-        if pace and (most := self._peak_flops or peak(torch.cuda.get_device_name())):
-            self.telemetry.set(metrics.TRAIN_MFU, pace * self._operations / (most * args.world_size))
+        most = self._most or peak_flops(torch.cuda.get_device_name())
+        if pace and most and self._flops:
+            self.telemetry.set(metrics.TRAIN_MFU, pace * self._flops / (most * args.world_size))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.loop.saved is None:

@@ -154,7 +154,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     freeze(model, loaded.unused_parameters)
 
     telemetry, stop = Telemetry(), Stop()
-    report = Report(telemetry, run.gpu.peak_flops if run.gpu else None, task.reported)
+    report = Report(telemetry, run.gpu.peak_flops if run.gpu else None, task.reported, prepared.compute)
     callbacks = [Guard(prepared.plan), Heartbeat(), report, stop]
     resumed = checkpoint.step_of(resume) if resume else None
     trackers = tracking(run, prepared, resumed) if ranks.first else Tracking([])

@@ -22,6 +22,8 @@ class Tensor:
     """Whether it is the table of an embedding. transformers keeps the 8-bit optimisers' state of these in 32 bits."""
     hidden: bool = False
     """Whether it is a matrix of a hidden layer: for Muon."""
+    adapter: bool = False
+    """Whether it is of an adapter, and not of the model itself."""
 
     @property
     def weights(self) -> int:
