@@ -358,7 +358,10 @@ class JobStatus(ApiModel):
     """
 
     def condition(self, type: str) -> Condition | None:
-        return next((c for c in self.conditions if c.type == type), None)
+        for condition in self.conditions:  # no generator: a decision asks for dozens
+            if condition.type == type:
+                return condition
+        return None
 
     def is_true(self, type: ConditionType) -> bool:
         condition = self.condition(type)

@@ -24,7 +24,6 @@ from luthier_operator.phases.publish import publish
 from luthier_operator.phases.record import record
 from luthier_operator.phases.reopen import reopen, with_spec
 from luthier_operator.phases.run import run
-from luthier_operator.render.configmap import configmap
 from luthier_operator.settings import Settings
 from luthier_operator.workloads import workload
 
@@ -61,7 +60,7 @@ def decide(observed: Observed, settings: Settings, now: datetime) -> Decision:
             break
     if lost := waiting.for_container(ctx):
         # Without its config map a pod waits for ever, and one that a cluster starts again needs it, too.
-        creating, repair = lost, configmap(ctx.workload, settings, ctx.places())
+        creating, repair = lost, ctx.configmap()
     decision = Decision(
         status=clock(ctx),
         apply=tuple(apply),

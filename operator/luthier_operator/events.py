@@ -28,6 +28,7 @@ POSTED_KEPT = 2000  # events whose count may still be increased
 SAME_WITHIN = 600.0  # seconds in which an equal event counts as a repetition
 MESSAGE_LIMIT = 1024  # the API server refuses longer ones
 COMPONENT = "luthier"
+HOST = socket.gethostname()
 ENDS = {Reason.COMPLETED, Reason.FAILED}
 
 
@@ -196,7 +197,7 @@ class Recorder:
                 "count": 1,
                 "source": {"component": COMPONENT},
                 "reportingComponent": COMPONENT,
-                "reportingInstance": socket.gethostname(),
+                "reportingInstance": HOST,
             }
         )
         self._posted[line] = _Posted(name, 1, clock)

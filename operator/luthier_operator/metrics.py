@@ -149,6 +149,7 @@ class Metrics:
     def __init__(self, version: str, host: str = "", workers: int = 0) -> None:
         self.registry = CollectorRegistry()
         self._made = {metric: create(metric, self.registry) for metric in OPERATOR_METRICS}
+        self._series: dict[tuple[str, ...], Gauge | Counter | Histogram] = {}
         self._host = urlsplit(host).netloc
         self.set(BUILD, 1, version)
         self.set(MAX_WORKERS, workers, CONTROLLER)
@@ -161,30 +162,36 @@ class Metrics:
             self.set(metric, 0, CONTROLLER)
 
     def set(self, metric: OperatorMetric, value: float, *labels: str) -> None:
-        gauge = self._series(metric, labels)
+        gauge = self._find(metric, labels)
         assert isinstance(gauge, Gauge)
         gauge.set(value)
 
     def add(self, metric: OperatorMetric, value: float, *labels: str) -> None:
-        counter = self._series(metric, labels)
+        counter = self._find(metric, labels)
         assert isinstance(counter, Counter)
         counter.inc(value)
 
     def observe(self, metric: OperatorMetric, value: float, *labels: str) -> None:
-        histogram = self._series(metric, labels)
+        histogram = self._find(metric, labels)
         assert isinstance(histogram, Histogram)
         histogram.observe(value)
 
-    def _series(self, metric: OperatorMetric, labels: tuple[str, ...]) -> Gauge | Counter | Histogram:
-        made = self._made[metric]
-        return made.labels(*labels) if labels else made
+    def _find(self, metric: OperatorMetric, labels: tuple[str, ...]) -> Gauge | Counter | Histogram:
+        """The series with these labels. Each request and each reconcile counts in several."""
+        known = self._series.get((metric.name, *labels))
+        if known is None:
+            made = self._made[metric]
+            known = self._series[metric.name, *labels] = made.labels(*labels) if labels else made
+        return known
 
     def text(self, states: Iterable[tuple[Key, str]]) -> bytes:
         """The metrics as Prometheus text. `states`: of all jobs, which are counted now."""
         jobs = Tally((key.kind.value, key.namespace, state) for key, state in states)
-        self._made[JOBS].clear()
+        gauge = self._made[JOBS]
+        assert isinstance(gauge, Gauge)
+        gauge.clear()  # there may be series of states that no job has any more
         for labels, number in jobs.items():
-            self.set(JOBS, number, *labels)
+            gauge.labels(*labels).set(number)
         return generate_latest(self.registry)
 
     # What the queue, the client and the reconciler report

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from luthier_api.conditions import ConditionType
 from luthier_api.kinds import FineTuneJob, GenerateJob, JobKind
@@ -21,17 +21,15 @@ Object = dict[str, Any]
 """A Kubernetes object as the API server sends it."""
 
 
-@dataclass(frozen=True, order=True)
-class Key:
-    """Identifies a job."""
+class Key(NamedTuple):
+    """Identifies a job. A tuple, because each event looks up several dictionaries by it."""
 
     kind: JobKind
     namespace: str
     name: str
 
 
-@dataclass(frozen=True, order=True)
-class ChildRef:
+class ChildRef(NamedTuple):
     """Identifies a child in the namespace of its job."""
 
     kind: Literal["Job", "JobSet", "ConfigMap", "PersistentVolumeClaim"]

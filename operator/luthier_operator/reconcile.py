@@ -126,12 +126,12 @@ class Reconciler:
 
     async def _decide(self, key: Key, found: Object) -> float | None:
         """Decide on a job that exists, and carry that out. Returns and raises what `reconcile` does."""
-        begin, now = time.thread_time(), datetime.now(UTC)
+        begin, now = time.perf_counter(), datetime.now(UTC)
         try:
             stored = read_stored(KINDS[key.kind].model, self._with_dropped(key, found))
             observed = replace(self._store.observed(stored.value), unknown_fields=stored.unknown)
             decision = decide(observed, self._settings, now)
-            self._queue.took(key, time.thread_time() - begin)
+            self._queue.took(key, time.perf_counter() - begin)
             if decision.ask:
                 observed = replace(observed, warnings=await self._warnings(key, decision.ask))
                 decision = decide(observed, self._settings, now)

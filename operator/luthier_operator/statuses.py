@@ -56,13 +56,15 @@ def with_condition(
     generation: int | None,
 ) -> JobStatus:
     """`status` with this condition, at its old position in the list."""
-    old = status.condition(type)
+    old, message = status.condition(type), message[:MESSAGE_CHARACTERS]
+    if old and (old.status, old.reason, old.message, old.observed_generation) == (value, reason, message, generation):
+        return status
     since = old.last_transition_time if old and old.status == value else text(now)
     new = Condition(
         type=type,
         status=value,
         reason=reason,
-        message=message[:MESSAGE_CHARACTERS],
+        message=message,
         last_transition_time=since,
         observed_generation=generation,
     )

@@ -11,7 +11,7 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.status import State
 from luthier_operator import policy
 from luthier_operator.phases.context import Context, Step
-from luthier_operator.render.configmap import LIMIT_BYTES, configmap
+from luthier_operator.render.configmap import LIMIT_BYTES
 from luthier_operator.versions import INSTALL_JOBSET, RELEASE, SAME_CHART
 
 CHECK_AGAIN_SECONDS = 30
@@ -85,7 +85,7 @@ def find_mistake(ctx: Context) -> str | None:
             f"{field}: FineTuneJobs wait for each other's results: {' → '.join(ctx.observed.cycle)}. One of them"
             " has to start from another model"
         )
-    (document,) = configmap(ctx.workload, ctx.settings, ctx.places())["data"].values()
+    (document,) = ctx.configmap()["data"].values()
     size = len(document.encode())
     if size > LIMIT_BYTES:
         return (

@@ -14,6 +14,7 @@ from luthier_operator import children, naming
 from luthier_operator.model import ChildRef, Job, Object, Observed, PodEnd
 from luthier_operator.naming import Place
 from luthier_operator.policy import with_defaults
+from luthier_operator.render.configmap import configmap
 from luthier_operator.render.job import hub_hash, hub_target
 from luthier_operator.settings import Settings
 from luthier_operator.statuses import Value, moment, text, with_condition
@@ -50,6 +51,8 @@ class Context:
     """What was looked up in `observed`, for all contexts of one decision: a job may have thousands of pods."""
     present: dict[Phase, Object | None] = field(default_factory=dict, compare=False, repr=False)
     """The children that were looked up, as `found`."""
+    rendered: dict[int | None, Object] = field(default_factory=dict, compare=False, repr=False)
+    """Config maps, as `found`, by the reduced micro-batch of the status: nothing else of it goes into them."""
 
     @cached_property
     def job(self) -> Job:
@@ -163,6 +166,13 @@ class Context:
         current = {name: naming.place(source) for name, source in self.observed.sources.items()}
         return current | {source.job: Place(source.claim_name, source.folder) for source in self.status.sources or []}
 
+    def configmap(self) -> Object:
+        """The config map with the run config."""
+        reduced = self.status.reduced_micro_batch_size
+        if reduced not in self.rendered:
+            self.rendered[reduced] = configmap(self.workload, self.settings, self.places())
+        return self.rendered[reduced]
+
     def unfinished(self) -> list[ChildRef]:
         """The children that are neither finished nor being deleted."""
         found = []
@@ -177,9 +187,11 @@ class Context:
     def with_condition(self, type: ConditionType, value: Value, reason: str, message: str) -> Context:
         generation = self.job.metadata.generation
         status = with_condition(self.status, type, value, reason, message, self.now, generation)
-        return replace(self, status=status)
+        return self if status is self.status else replace(self, status=status)
 
     def with_status(self, **fields: Any) -> Context:
+        if all(getattr(self.status, name) == value for name, value in fields.items()):
+            return self  # as in most decisions: what was looked up for this context stays known
         return replace(self, status=self.status.model_copy(update=fields))
 
     def with_image(self, phase: Phase) -> Context:

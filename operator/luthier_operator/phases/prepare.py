@@ -11,7 +11,6 @@ from luthier_operator.failure.cause import judge
 from luthier_operator.phases import waiting
 from luthier_operator.phases.context import Context, Step
 from luthier_operator.render.claim import claim
-from luthier_operator.render.configmap import configmap
 from luthier_operator.render.job import prepare as prepare_job
 
 PREPARED = ConditionType.PREPARED
@@ -36,7 +35,7 @@ def prepare(ctx: Context) -> Step:
             PREPARED,
             Reason.PREPARING,
             STARTING,
-            configmap(ctx.workload, ctx.settings, places),
+            ctx.configmap(),
             claim(ctx.workload, ctx.settings),
             prepare_job(ctx.workload, ctx.settings, places),
         )

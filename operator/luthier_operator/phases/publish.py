@@ -13,7 +13,6 @@ from luthier_operator.failure.cause import judge
 from luthier_operator.phases import waiting
 from luthier_operator.phases.context import Context, Step
 from luthier_operator.phases.reopen import HUB_CHANGED
-from luthier_operator.render.configmap import configmap
 from luthier_operator.render.job import publish as publish_job
 
 PUBLISHED = ConditionType.PUBLISHED
@@ -38,7 +37,7 @@ def publish(ctx: Context) -> Step:
             Reason.PUBLISHING,
             starting(ctx),
             publish_job(ctx.workload, ctx.settings, places),
-            repair=configmap(ctx.workload, ctx.settings, places),  # spec.hub may have changed
+            repair=ctx.configmap(),  # spec.hub may have changed
         )
     if ctx.hub_changed:
         ctx = ctx.with_condition(PUBLISHED, "False", Reason.PUBLISHING, HUB_CHANGED)

@@ -18,7 +18,6 @@ from luthier_operator.phases.accept import for_jobset, not_allowed
 from luthier_operator.phases.context import Context, Step
 from luthier_operator.phases.record import with_notices
 from luthier_operator.phases.silence import silent
-from luthier_operator.render.configmap import configmap
 
 RUNNING = ConditionType.RUNNING
 
@@ -41,8 +40,7 @@ def run(ctx: Context) -> Step:
         before = ctx.workload.restarts_before(status)
         ctx = ctx.with_image("run")
         manifest = ctx.workload.run_manifest(ctx.settings, places, before, status.restarts_charged)
-        config = configmap(ctx.workload, ctx.settings, places)
-        return ctx.creates(RUNNING, Reason.STARTING, starting(ctx), manifest, repair=config)
+        return ctx.creates(RUNNING, Reason.STARTING, starting(ctx), manifest, repair=ctx.configmap())
 
     ctx = queued.admission(ctx, child)
     if children.succeeded(child):
