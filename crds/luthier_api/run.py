@@ -238,6 +238,76 @@ class Compute(ApiModel):
     """Tokens of the row that a token is in, on average over all tokens."""
 
 
+class Moment(ApiModel):
+    """What a step holds on a GPU at one moment, beside weights and the optimiser's state: a line over the rows of a
+    forward pass.
+    """
+
+    model_config = ApiModel.model_config | {"frozen": True}
+
+    fixed: int
+    """Bytes that do not depend on the rows."""
+    per_row: int
+    """Bytes for each row."""
+    gradients: int
+    """Bytes of the gradients that are there by then, in the first forward and backward pass of a step."""
+
+
+class StepMemory(ApiModel):
+    """The moments of a step of which one is the peak."""
+
+    checkpointing: bool
+    """Whether activations are recomputed."""
+    padded: bool
+    """Whether attention needs a mask, because rows are padded or packed."""
+    saved_fixed: int
+    """Bytes at the end of the forward pass that do not depend on the rows."""
+    saved_per_row: int
+    """Bytes at the end of the forward pass for each row."""
+    moments: list[Moment]
+
+
+class MemoryFacts(ApiModel):
+    """What the memory of any layout of a training is computed from (FineTuneJob). Sizes are of a process that has a
+    whole copy of the model.
+    """
+
+    total: int
+    """Weights of the model."""
+    learning: int
+    """Weights that learn."""
+    state_bytes: int
+    """Bytes that the optimiser keeps for them."""
+    computed_bytes: int
+    """Bytes of a weight in the precision of the computation."""
+    rest_bytes: int
+    """Bytes of a weight of the model as it is loaded, before it is quantised."""
+    reference_bytes: int = 0
+    """Bytes of a frozen copy of the model that it is compared with."""
+    quantised: bool = False
+    """Whether frozen weights rest in few bits."""
+    weight_bytes: int
+    """Bytes of all weights and buffers as they rest, with adapters."""
+    gradient_bytes: int
+    """Bytes of the gradients of all weights that learn."""
+    largest_unit: int = 0
+    """Weights of the largest part of the model that is computed at once: what ZeRO-3 gathers."""
+    unpacked_bytes: int = 0
+    """Bytes of the largest quantised layer in the type of the computation."""
+    largest_learning: int = 0
+    """Weights of the largest tensor that learns."""
+    row_tokens: int = 0
+    """Tokens of the longest row; 0 if rows have none."""
+    mixed_lengths: bool = False
+    """Whether rows have different numbers of tokens, so that some are padded where several share a forward pass."""
+    packed: bool = False
+    """Whether a row holds several documents that do not see each other."""
+    steps: list[StepMemory] = Field(default_factory=list)
+    """Steps with and without recomputing, with and without a mask."""
+    missing: str | None = None
+    """Why there are no steps, if so."""
+
+
 class PreparedRecord(Prepared):
     """`prepared/prepared.json`: `Prepared`, with the places that the pods of `run` need."""
 
@@ -255,6 +325,8 @@ class PreparedRecord(Prepared):
     """Of a FineTuneJob: with it, another layout is planned without the model."""
     compute: Compute | None = None
     """Of a FineTuneJob: for the estimated time, and for the metric of utilisation."""
+    memory_facts: MemoryFacts | None = None
+    """Of a FineTuneJob: with it, the memory of another layout is planned without the model."""
     cannot_recompute: str | None = None
     """Of a FineTuneJob: why the model cannot recompute its activations, if so."""
     notices: list[str] = Field(default_factory=list)

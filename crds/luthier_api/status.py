@@ -97,6 +97,17 @@ class ResolvedDataset(ResolvedSource):
     """Of a mix (`dataset.mix`): what it is made of."""
 
 
+class Memory(ApiModel):
+    """What a training is expected to need of memory."""
+
+    gpu: dict[str, int] = Field(default_factory=dict)
+    """Bytes of each GPU at the peak, by what takes them."""
+    gpu_bytes: int = 0
+    """The sum of them."""
+    host_bytes: int = 0
+    """Bytes of a node's own memory, all processes of a pod together."""
+
+
 class Plan(ApiModel):
     """How the run is configured: what the user has set, and what was chosen where the spec leaves it open."""
 
@@ -132,6 +143,8 @@ class Plan(ApiModel):
     """Seconds that a pod needs after SIGTERM to finish its step and save a checkpoint (FineTuneJob).
     `scheduling.gracePeriodSeconds` overrides it.
     """
+    memory: Memory | None = None
+    """What the training is expected to need of memory (FineTuneJob)."""
     rows_per_shard: int | None = None
     """Outputs of the largest shard (GenerateJob)."""
 

@@ -1,4 +1,4 @@
-"""What the weights of a training take of a GPU at least, and what is said where that is more than it has."""
+"""What a training takes of a GPU in each layout, from facts of its model, and what is said where a GPU has less."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.run import FineTuneRun, Gpu, Weights
-from luthier_api.status import Plan
+from luthier_api.run import FineTuneRun, Gpu, MemoryFacts, Moment, StepMemory, Weights
+from luthier_api.status import Memory, Plan
 from luthier_trainer.runtime.failure import Failure
-from luthier_trainer.workspace.gpu_memory import check, least_bytes
+from luthier_trainer.workspace.gpu_memory import check, peak, tensors, without_model
 
 PREFERENCE: dict[str, Any] = {"task": "preference"}
 KEPT = PREFERENCE | {"preference": {"precomputeReference": True}}
 SEVEN, LORA = 7_000_000_000, 40_000_000
+STATES = ("weights", "reference model", "master weights", "optimizer", "gradients")
+GIB = 1 << 30
 
 
 def run(memory: int | None, gpus: int = 8, **spec: Any) -> FineTuneRun:
@@ -46,46 +48,120 @@ class Case:
     method: str
     strategy: str
     bytes_of_a_weight: float
+    """That rests on each of 8 GPUs, and of an adapter's weight."""
+    of_an_adapter: float = 0
     quantization: str | None = None
     spec: dict[str, Any] = field(default_factory=dict)
 
 
+# Weights, gradients and Adam's two moments, of which ZeRO spreads a part over 8 processes.
 CASES = [
-    Case(method="full", strategy="none", bytes_of_a_weight=16),
-    Case(method="full", strategy="ddp", bytes_of_a_weight=16),
-    Case(method="full", strategy="zero2", bytes_of_a_weight=2),
-    Case(method="full", strategy="zero3", bytes_of_a_weight=2 / 8),
+    Case(method="full", strategy="none", bytes_of_a_weight=4 + 4 + 8),
+    Case(method="full", strategy="ddp", bytes_of_a_weight=4 + 4 + 8),
+    Case(method="full", strategy="zero2", bytes_of_a_weight=2 + (2 + 4 + 8) / 8),
+    Case(method="full", strategy="zero2-offload", bytes_of_a_weight=2),
+    Case(method="full", strategy="zero3", bytes_of_a_weight=(2 + 2 + 4 + 8) / 8),
     Case(method="full", strategy="zero3-offload", bytes_of_a_weight=0),
-    Case(method="lora", strategy="ddp", bytes_of_a_weight=2),
-    Case(method="lora", strategy="ddp", bytes_of_a_weight=1, quantization="int8"),
-    Case(method="qlora", strategy="ddp", bytes_of_a_weight=0.5),
+    Case(method="lora", strategy="ddp", bytes_of_a_weight=2, of_an_adapter=16),
+    Case(method="lora", strategy="ddp", bytes_of_a_weight=1, of_an_adapter=16, quantization="int8"),
+    Case(method="qlora", strategy="ddp", bytes_of_a_weight=0.5, of_an_adapter=16),
     Case(method="full", strategy="ddp", bytes_of_a_weight=18, spec=PREFERENCE),
-    Case(method="full", strategy="zero2", bytes_of_a_weight=4, spec=PREFERENCE),
+    Case(method="full", strategy="zero2", bytes_of_a_weight=4 + (2 + 4 + 8) / 8, spec=PREFERENCE),
     Case(method="full", strategy="ddp", bytes_of_a_weight=16, spec=KEPT),
-    Case(method="lora", strategy="ddp", bytes_of_a_weight=2, spec=PREFERENCE),
+    Case(method="lora", strategy="ddp", bytes_of_a_weight=2, of_an_adapter=16, spec=PREFERENCE),
 ]
 
 
 @pytest.mark.parametrize(
     "case", CASES, ids=lambda case: f"{case.method} {case.strategy} {case.quantization} {case.spec}"
 )
-def test_the_least_that_weights_take(case: Case) -> None:
+def test_what_weights_and_their_states_take(case: Case) -> None:
     model = {"id": "org/model"} | ({"quantization": {"type": case.quantization}} if case.quantization else {})
     given = run(None, method={"type": case.method}, model=model, **case.spec)
-    plan = Plan(strategy=case.strategy, world_size=8)
-    assert least_bytes(given.spec, plan, weights(SEVEN if case.method == "full" else LORA)) == int(
-        SEVEN * case.bytes_of_a_weight
+    plan = Plan(strategy=case.strategy, world_size=1 if case.strategy == "none" else 8)
+    facts = without_model(given.spec, weights(SEVEN if case.method == "full" else LORA), "not computed")
+    memory = peak(given.spec, plan, facts)
+    assert sum(memory.gpu.get(term, 0) for term in STATES) == pytest.approx(
+        SEVEN * case.bytes_of_a_weight + LORA * case.of_an_adapter, abs=8
     )
+    assert sum(memory.gpu.values()) == memory.gpu_bytes
 
 
-def test_a_model_that_is_larger_than_the_gpu_is_refused_before_it_takes_one() -> None:
-    plan = Plan(strategy="ddp", world_size=8)
+def facts(**changes: Any) -> MemoryFacts:
+    """Of a step whose highest moment depends on the rows and on whether gradients are there from the beginning."""
+    loss, end = Moment(fixed=0, per_row=100, gradients=0), Moment(fixed=50, per_row=10, gradients=900)
+    step = StepMemory(checkpointing=False, padded=False, saved_fixed=0, saved_per_row=80, moments=[loss, end])
+    again = step.model_copy(update={"checkpointing": True, "moments": [Moment(fixed=0, per_row=30, gradients=0)]})
+    masked = step.model_copy(update={"padded": True, "moments": [Moment(fixed=7, per_row=100, gradients=0)]})
+    return MemoryFacts(
+        total=1000,
+        learning=250,
+        state_bytes=0,
+        computed_bytes=2,
+        rest_bytes=4,
+        weight_bytes=1000,
+        gradient_bytes=1000,
+        steps=[step, again, masked],
+    ).model_copy(update=changes)
+
+
+@dataclass(frozen=True)
+class Layout:
+    name: str
+    plan: dict[str, Any]
+    activations: int
+    gradients: int
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+LAYOUTS = [
+    Layout("the optimiser's step has all gradients", {}, activations=0, gradients=1000),
+    Layout("the loss", {"micro_batch_size": 16}, activations=1600, gradients=0),
+    Layout("gradients of the pass before", {"accumulation_steps": 2}, activations=100, gradients=1000),
+    Layout("recomputed", {"micro_batch_size": 40, "gradient_checkpointing": True}, activations=1200, gradients=0),
+    Layout("padded", {"micro_batch_size": 16}, activations=1607, gradients=0, facts={"mixed_lengths": True}),
+    Layout("one row is not padded", {"accumulation_steps": 2}, 100, 1000, facts={"mixed_lengths": True}),
+    Layout("packed", {"accumulation_steps": 2}, 107, 1000, facts={"packed": True}),
+]
+
+
+@pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: case.name)
+def test_the_highest_moment_depends_on_the_layout(case: Layout) -> None:
+    plan = Plan(**{"strategy": "none", "micro_batch_size": 1, "accumulation_steps": 1} | case.plan)
+    memory = peak(run(None).spec, plan, facts(**case.facts))
+    assert memory.gpu.get("activations", 0) == case.activations
+    assert memory.gpu.get("gradients", 0) == case.gradients
+    assert tensors(memory) == 1000 + case.activations + case.gradients + memory.gpu["workspace"]
+
+
+def test_without_gpus_all_of_it_is_in_the_memory_of_the_node() -> None:
+    memory = peak(run(None, gpus=0).spec, Plan(strategy="none", micro_batch_size=16), facts())
+    assert memory.gpu == {}
+    assert memory.host_bytes - 1000 - 1600 < GIB
+
+
+def test_offload_moves_states_from_the_gpus_to_the_node() -> None:
+    spec, whole = run(None, method={"type": "full"}).spec, weights(SEVEN)
+    given = without_model(spec, whole, "not computed")
+    spread, offloaded = (
+        peak(spec, Plan(strategy=strategy, world_size=8), given) for strategy in ("zero3", "zero3-offload")
+    )
+    moved = SEVEN * (2 + 2 + 4 + 8) / 8
+    assert spread.gpu_bytes - offloaded.gpu_bytes == pytest.approx(moved, abs=8)
+    assert offloaded.host_bytes > SEVEN * (2 + 4 + 4 + 8)
+
+
+def test_a_training_that_is_larger_than_the_gpu_is_refused_before_it_takes_one() -> None:
+    memory = Memory(
+        gpu={"weights": 14_000_000_000, "activations": 2_000_000_000, "fragments": 10}, gpu_bytes=16 * 10**9
+    )
+    plan = Plan(strategy="ddp", world_size=8, memory=memory)
     with pytest.raises(Failure) as refused:
-        check(run(10 << 30), plan, weights(LORA))
+        check(run(10 << 30), plan)
     assert refused.value.code == ExitCode.INVALID_SPEC
     assert refused.value.message.startswith(
-        "spec.resources.gpuClass: the weights alone take at least 14.0 GB of each GPU, and one of class l4 has 10.7 GB."
+        "spec.resources.gpuClass: the training takes about 16.0 GB of each GPU (weights 14.0 GB, activations 2.0 GB),"
     )
-    check(run(24 << 30), plan, weights(LORA))
-    check(run(None), plan, weights(LORA))
-    check(run(10 << 30, gpus=0), plan, weights(LORA))
+    check(run(24 << 30), plan)
+    check(run(None), plan)
+    check(run(10 << 30, gpus=0), plan)

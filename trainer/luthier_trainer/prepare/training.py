@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
-from luthier_api.run import FineTuneRun, PreparedRecord
+from luthier_api.run import FineTuneRun, MemoryFacts, PreparedRecord
 from luthier_api.status import Plan, ResolvedDataset
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import parallel
@@ -21,6 +21,7 @@ from luthier_trainer.data.lengths import notice_padding
 from luthier_trainer.models import sources, weight_files
 from luthier_trainer.prepare import data_report, first_row, streamed
 from luthier_trainer.prepare.examples import FRACTION, Examples, read_examples, sources_of
+from luthier_trainer.prepare.memory import memory_facts
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 from luthier_trainer.tasks.base import Processor, Task
@@ -96,7 +97,8 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     weights = task.weights(model, spec, plan, examples.labels)
     compute = task.compute(model, spec, examples.labels, train)
     plan = plan_space(plan, weights, space.folder_bytes(folder.prepared / "processor"))
-    gpu_memory.check(run, plan, weights)
+    facts = memory_facts(task, model, spec, plan, weights, examples.labels, train)
+    plan = with_memory(run, plan, facts)
     space.check_room(spec, plan, folder.root)
     notice_short_grace(spec, plan)
     read = {origin.path: origin for rows in (examples.train, examples.eval) if rows for origin in rows.origins}
@@ -120,6 +122,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         plan=plan,
         weights=weights,
         compute=compute,
+        memory_facts=facts,
         cannot_recompute=trouble,
         model_path=str(model.path),
         new_tokens=list(model.new_tokens),
@@ -145,7 +148,8 @@ def with_present_plan(run: FineTuneRun, record: PreparedRecord, folder: Workspac
     rows = task_of(run.spec).epoch_rows(run.spec, record.dataset.rows)
     plan = plan_training(run.spec, rows, record.plan.parameters, record.cannot_recompute)
     plan = plan_space(plan, record.weights, space.folder_bytes(folder.prepared / "processor"))
-    gpu_memory.check(run, plan, record.weights)
+    if record.memory_facts is not None:
+        plan = with_memory(run, plan, record.memory_facts)
     if plan == record.plan:
         return record
     if plan.normalizes_over_batch and smallest_batch(run.spec, rows) == 1:
@@ -156,6 +160,13 @@ def with_present_plan(run: FineTuneRun, record: PreparedRecord, folder: Workspac
         )
     space.check_room(run.spec, plan, folder.root)
     return record.model_copy(update={"plan": plan})
+
+
+def with_memory(run: FineTuneRun, plan: Plan, facts: MemoryFacts) -> Plan:
+    """Return the plan with what it needs of memory. Raises Failure if it cannot fit the GPUs of the job's class."""
+    plan = plan.model_copy(update={"memory": gpu_memory.peak(run.spec, plan, facts)})
+    gpu_memory.check(run, plan)
+    return plan
 
 
 def notice_short_grace(spec: FineTuneJobSpec, plan: Plan) -> None:

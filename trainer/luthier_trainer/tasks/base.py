@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from transformers import EvalPrediction, Trainer, TrainingArguments
 
+    from luthier_trainer.models.memory import Trial
+
 Batch = dict[str, Any]
 """Tensors by name, made by a collator from rows of the prepared dataset."""
 Collator = Callable[[list[dict[str, Any]]], Batch]
@@ -273,6 +275,13 @@ class Task(Batches, Protocol):
         `rows`: encoded; None before they are read, when all of them count as of training.maxLength.
         """
         return None
+
+    def trial(self, model: Model, spec: FineTuneJobSpec, labels: list[str] | None, rows: Dataset | None) -> Trial | str:
+        """Return a step of the training on the meta device, from which memory is planned; or why there is none.
+
+        `rows`: encoded; None before they are read, when all of them count as of training.maxLength.
+        """
+        return f"a step of {spec.task} is not computed in prepare yet"
 
     # ---- training
 

@@ -24,12 +24,14 @@ from luthier_trainer.models.inspect import max_positions
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.tasks.base import LoadedModel, Loss, Model, TrainerSetup, TrainingContext
 from luthier_trainer.tasks.batches import IGNORED, LabelledBatches, TokenCollator, measured_by
-from luthier_trainer.tasks.texts import TextTask, check_ends, reader_of
+from luthier_trainer.tasks.texts import TextTask, check_ends, reader_of, token_trial
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset, DatasetDict
     from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+    from luthier_trainer.models.memory import Trial
 
 TEXTS_AT_ONCE = 1000
 MAX_PERPLEXING_LOSS = 100.0  # nats per token; above it, the perplexity (e^100) has no meaning and is left out
@@ -158,6 +160,11 @@ class CausalLM(LabelledBatches, TextTask):
                     " label"
                 )
         super().check_encoded(data, model, labels)
+
+    def trial(self, model: Model, spec: FineTuneJobSpec, labels: list[str] | None, rows: Dataset | None) -> Trial | str:
+        made = token_trial(model, self.task, spec, rows, labels_of_tokens=True)
+        made.model.loss_type = "ForCausalLM"
+        return replace(made, loss=self.loss(made.model, spec.training.label_smoothing))
 
     def arguments(self, spec: FineTuneJobSpec, common: Mapping[str, Any]) -> TrainingArguments:
         # The trainer would remove `loss_mask` and `seq_lengths`, which no model reads, before they reach the collator.

@@ -9,7 +9,7 @@ from luthier_api.finetune import FineTuneJobSpec
 from luthier_trainer.data import labels as classes
 from luthier_trainer.data.load import Rows
 from luthier_trainer.runtime.notices import notice
-from luthier_trainer.tasks.base import Collator, Model, Processor, TrainerSetup, TrainingContext
+from luthier_trainer.tasks.base import Collator, Loss, Model, Processor, TrainerSetup, TrainingContext
 from luthier_trainer.tasks.batches import LabelledBatches, measured_by
 from luthier_trainer.tasks.headed import HeadedTask
 
@@ -51,15 +51,20 @@ class Classification(LabelledBatches, HeadedTask):
     def trainer(self, context: TrainingContext, model: Any) -> TrainerSetup:
         from transformers import Trainer
 
+        options = {"compute_loss_func": self.loss(context.spec), **measured_by(LabelMetrics())}
+        return TrainerSetup(Trainer, self.collator(context.processor), options)
+
+    def loss(self, spec: FineTuneJobSpec) -> Loss:
+        """Return the loss for training.
+
+        No classifier of transformers 5.23 divides its loss by the rows of the step, although most of them accept the
+        keyword that asks for it.
+        """
         from luthier_trainer.models.heads import row_loss
         from luthier_trainer.tasks import smoothing
 
-        # No classifier of transformers 5.23 divides its loss by the rows of the step, although most of them accept the
-        # keyword that asks for it.
-        epsilon = context.spec.training.label_smoothing
-        loss = smoothing.row_loss(epsilon) if epsilon else row_loss
-        options = {"compute_loss_func": loss, **measured_by(LabelMetrics())}
-        return TrainerSetup(Trainer, self.collator(context.processor), options)
+        epsilon = spec.training.label_smoothing
+        return smoothing.row_loss(epsilon) if epsilon else row_loss
 
 
 def notice_unmeasured_labels(data: DatasetDict, labels: list[str]) -> None:

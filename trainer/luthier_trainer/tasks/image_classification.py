@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_trainer.data.load import Rows
-from luthier_trainer.tasks.base import Batch, Collator, LoadedModel, TrainingContext
+from luthier_trainer.models import inspect
+from luthier_trainer.tasks.base import Batch, Collator, LoadedModel, Model, TrainingContext
 from luthier_trainer.tasks.classification import Classification
 from luthier_trainer.tasks.images import PIXELS, ImageTask, unused_parameters
+from luthier_trainer.tasks.pretrained import with_labels
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import BaseImageProcessor, PreTrainedModel
+
+    from luthier_trainer.models.memory import Trial
 
 # Size in pixels of a sample image. `prepare` has checked that the processor makes the same shape of all images.
 SIDES = (64, 64)
@@ -38,6 +42,23 @@ class ImageClassification(Classification, ImageTask):
         data = data if name == PIXELS else data.rename_column(name, PIXELS)
         data = data.add_column("labels", self.label_ids(rows, spec, labels))
         return data.cast(Features({PIXELS: Image(), "labels": Value("int64")}))
+
+    def trial(self, model: Model, spec: FineTuneJobSpec, labels: list[str] | None, rows: Dataset | None) -> Trial | str:
+        import PIL.Image
+        import torch
+
+        from luthier_trainer.models.heads import heads_of
+        from luthier_trainer.models.memory import Trial
+
+        made = inspect.skeleton(with_labels(model.config, labels), self.task, inspect.MODEL)
+        pixels = model.processor(images=[PIL.Image.new("RGB", SIDES)], return_tensors="pt")["pixel_values"]
+
+        def batch(size: int) -> Batch:
+            with torch.device("meta"):
+                images = torch.empty((size, *pixels.shape[1:]))
+                return {"pixel_values": images, "labels": torch.empty(size, dtype=torch.int64)}
+
+        return Trial(made, batch, self.loss(spec), heads_of(made, self.task))
 
     def load_model(self, context: TrainingContext) -> LoadedModel:
         loaded = super().load_model(context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +20,14 @@ from luthier_trainer.models import checks, embedding, inspect, processors
 from luthier_trainer.models.sources import Located
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
-from luthier_trainer.tasks.base import Model
+from luthier_trainer.tasks.base import Batch, Model
 from luthier_trainer.tasks.pretrained import PretrainedTask
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from luthier_trainer.models.memory import Trial
 
 FIELD = "spec.dataset.columns.text"
 ADD_ROWS = (
@@ -139,6 +142,37 @@ def reader_of(
     lines = "lines" if rows.documents else "rows"
     reader.check_spellings(rows.data, column, field, f"{use} {lines} of {rows.origin}")
     return reader
+
+
+def token_trial(
+    model: Model, task: str, spec: FineTuneJobSpec, data: Dataset | None, labels_of_tokens: bool, labels: int = 0
+) -> Trial:
+    """Return a step over the longest rows of tokens, on the meta device.
+
+    `labels_of_tokens`: whether each token has a label; otherwise each row has one of `labels`.
+    """
+    import torch
+
+    from luthier_trainer.models.heads import heads_of
+    from luthier_trainer.models.memory import Trial
+
+    config = copy.deepcopy(model.config)
+    if labels:
+        config.num_labels = labels
+    made = inspect.skeleton(config, task, inspect.MODEL)
+    made.config.pad_token_id = model.processor.pad_token_id
+    packed = spec.training.packing == "isolated"
+    unknown = data is None or spec.dataset.streaming
+    lengths = [spec.training.max_length] if data is None or unknown else data["length"][:]
+    longest = max(lengths)
+
+    def batch(rows: int) -> Batch:
+        ids = torch.empty((rows, longest), dtype=torch.int64, device="meta")
+        beside = {"position_ids": ids, "use_cache": False} if packed else {"attention_mask": torch.empty_like(ids)}
+        return {"input_ids": ids, "labels": torch.empty_like(ids if labels_of_tokens else ids[:, 0]), **beside}
+
+    mixed = min(lengths) < longest or (unknown and spec.training.packing in (None, "none"))
+    return Trial(made, batch, None, heads_of(made, task), longest, mixed, packed)
 
 
 def refuse_adapter_on_head(model: Model, spec: FineTuneJobSpec, task: str) -> None:

@@ -1,50 +1,248 @@
-"""Whether the weights of a training fit the memory of a GPU, where the administrator has said how large it is.
+"""What a training needs of each GPU, and of the memory of a node: one function a term, in bytes. Imports no torch.
 
-`prepare` has no GPU to look at, so this is the least that the weights take, and says nothing about activations: what
-it refuses would end with 79 at the first step, on GPUs. docs/memory.md has the whole sum. Imports no torch.
+The terms follow from facts of the model (`models.memory`), so that any layout is planned without the model.
+docs/memory.md explains one plan term by term.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
+
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.methods import METHODS, QUANTIZATIONS
-from luthier_api.run import FineTuneRun, Weights
-from luthier_api.status import Plan
+from luthier_api.optimizers import OptimizerName
+from luthier_api.run import FineTuneRun, MemoryFacts, Moment, Weights
+from luthier_api.status import Memory, Plan
 from luthier_trainer.distributed.strategy import ZERO_STAGE
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.workspace import space
 
-HALF = 2  # bytes of a frozen weight, and of one that DeepSpeed computes with
-LEARNING = 8  # a weight in fp32 and its gradient
+FP32, HALF = 4, 2
+MIB, GIB = 1 << 20, 1 << 30
+CONTEXT_BYTES = 1 * GIB  # CUDA's context and its libraries; 0.5 to 1.4 GiB seen
+NCCL_BYTES = GIB // 2  # NCCL's buffers of a process; 0.2 to 1 GiB seen
+WORKSPACE_BYTES = 64 * MIB  # cuBLAS takes 32 MiB on Hopper for each thread that computes: forward, and backward
+FRAGMENTS = 0.15  # of what each step allocates anew: 1.11 times with a fused loss to 1.25 times seen
+BUCKET = 500_000_000  # weights of DeepSpeed's buckets for gradients
+MAX_LIVE = 1_000_000_000  # weights that ZeRO-3 keeps gathered (stage3_max_live_parameters)
+PROCESS_BYTES = {"gpu": 5 * GIB // 2, "cpu": GIB * 6 // 10}  # of Python, torch and, for GPUs, CUDA's part
+LOADER_BYTES = 3 * GIB // 10  # of a process that loads data
+LOADERS = 2
+SHOWN = 3  # terms in a message
+SHARD_BYTES = 5_000_000_000  # of a file of weights: transformers' default
+
+STEP_BYTES: Mapping[OptimizerName, Callable[[MemoryFacts], int]] = {
+    "adamw_torch_fused": lambda facts: 0,  # the kernel reads and writes in place
+    "adamw_8bit": lambda facts: 0,
+    "paged_adamw_8bit": lambda facts: 0,
+    "lion_32bit": lambda facts: 0,
+    "lion_8bit": lambda facts: 0,
+    "adafactor": lambda facts: 3 * FP32 * facts.largest_learning,  # update, its square, and their product
+    "muon": lambda facts: 4 * HALF * facts.largest_learning,  # iterates of Newton and Schulz in bf16
+    "schedule_free_adamw": lambda facts: 2 * FP32 * facts.learning,  # foreach: for all weights at once
+}
+"""What a step of each optimiser allocates beside its state."""
 
 
-def check(run: FineTuneRun, plan: Plan, weights: Weights) -> None:
-    """Raises Failure if the weights alone are larger than a GPU of the job's class."""
-    if run.gpu is None or run.gpu.memory is None or not run.spec.resources.gpus_per_node:
-        return
-    needed = least_bytes(run.spec, plan, weights)
-    if needed <= run.gpu.memory:
-        return
-    raise Failure(
-        ExitCode.INVALID_SPEC,
-        f"spec.resources.gpuClass: the weights alone take at least {space.amount(needed)} of each GPU, and one of class"
-        f" {run.spec.resources.gpu_class} has {space.amount(run.gpu.memory)}. Choose a class with more memory, a"
-        " strategy that shards the weights (zero3), or a smaller or quantised model (method.type: qlora)",
+def peak(spec: FineTuneJobSpec, plan: Plan, facts: MemoryFacts) -> Memory:
+    """Return what the training needs in the layout of `plan`.
+
+    The peak of a GPU is either in the forward and backward passes, or in the step of the optimiser.
+    """
+    if not spec.resources.gpus_per_node:
+        return Memory(host_bytes=host(spec, plan, facts))
+    terms = {
+        "weights": weights(plan, facts),
+        "reference model": facts.reference_bytes,
+        "master weights": master_weights(plan, facts),
+        "optimizer": optimizer_state(plan, facts),
+        "gathered weights": gathered(plan, facts),
+        "communication": communication(plan, facts),
+        "unpacked layer": facts.unpacked_bytes,
+        "workspace": WORKSPACE_BYTES,
+        "context": CONTEXT_BYTES + (NCCL_BYTES if plan.world_size > 1 else 0),
+    }
+    highest = moment(plan, facts)
+    held = gradients(plan, facts, highest)
+    activations = (highest.fixed + highest.per_row * rows_of(plan)) if highest else 0
+    stepping = gradients(plan, facts, None)
+    update = 0 if "offload" in plan.strategy else STEP_BYTES[spec.training.optimizer](facts)
+    if activations + held >= update + stepping:
+        terms |= {"gradients": held, "activations": activations, "fragments": math.ceil(FRAGMENTS * activations)}
+    else:
+        terms |= {"gradients": stepping, "update": update, "fragments": math.ceil(FRAGMENTS * update)}
+    terms = {name: size for name, size in terms.items() if size}
+    return Memory(gpu=terms, gpu_bytes=sum(terms.values()), host_bytes=host(spec, plan, facts))
+
+
+def tensors(memory: Memory) -> int:
+    """Return the bytes of a GPU that torch reports as allocated: without CUDA's context and fragments."""
+    return memory.gpu_bytes - memory.gpu.get("context", 0) - memory.gpu.get("fragments", 0)
+
+
+def rows_of(plan: Plan) -> int:
+    return plan.micro_batch_size or 1
+
+
+def shares(plan: Plan) -> int:
+    """Return the number of processes that share what ZeRO spreads."""
+    return plan.world_size if plan.strategy in ZERO_STAGE else 1
+
+
+def weights(plan: Plan, facts: MemoryFacts) -> int:
+    """Return the bytes of the weights at rest.
+
+    As loaded: frozen ones in the type of the computation or quantised, those that learn in fp32. DeepSpeed has all in
+    the type of the computation; ZeRO-3 spreads them over the processes, and may keep them in the node's memory.
+    """
+    stage = ZERO_STAGE.get(plan.strategy)
+    if stage is None or facts.quantised:
+        return facts.weight_bytes
+    if stage == 3:
+        return 0 if "offload" in plan.strategy else math.ceil(facts.total * facts.computed_bytes / shares(plan))
+    return facts.total * facts.computed_bytes
+
+
+def master_weights(plan: Plan, facts: MemoryFacts) -> int:
+    """Return the bytes of DeepSpeed's copy in fp32 of the weights that learn: 4 for each, spread over the processes."""
+    if plan.strategy not in ZERO_STAGE or "offload" in plan.strategy:
+        return 0
+    return math.ceil(facts.learning * FP32 / shares(plan))
+
+
+def optimizer_state(plan: Plan, facts: MemoryFacts) -> int:
+    """Return the bytes of the optimiser's state (`workspace.optimizer_state`); with offload it is on the node."""
+    return 0 if "offload" in plan.strategy else math.ceil(facts.state_bytes / shares(plan))
+
+
+def gradients(plan: Plan, facts: MemoryFacts, at: Moment | None) -> int:
+    """Return the bytes of gradients at a moment; None: when the optimiser steps.
+
+    The first backward pass of a step makes them one by one. With accumulation they are there in the next passes, from
+    the beginning. DeepSpeed moves each to the process that it belongs to.
+    """
+    if plan.strategy in ZERO_STAGE:
+        if "offload" in plan.strategy:
+            return 0
+        return math.ceil(facts.learning * facts.computed_bytes / shares(plan))
+    if at is None or (plan.accumulation_steps or 1) > 1:
+        return facts.gradient_bytes
+    return at.gradients
+
+
+def gathered(plan: Plan, facts: MemoryFacts) -> int:
+    """Return the bytes of weights that ZeRO-3 has gathered: what it keeps for later use, and the part that is next."""
+    if ZERO_STAGE.get(plan.strategy) != 3:
+        return 0
+    return min(facts.total, MAX_LIVE + facts.largest_unit) * facts.computed_bytes
+
+
+def communication(plan: Plan, facts: MemoryFacts) -> int:
+    """Return the bytes of buffers for exchanging gradients.
+
+    DDP has a bucket for each gradient, beside it. DeepSpeed has two buckets, one that fills and one that is sent.
+    """
+    if plan.strategy in ZERO_STAGE:
+        return 2 * min(facts.learning, BUCKET) * facts.computed_bytes
+    return facts.gradient_bytes if plan.world_size > 1 else 0
+
+
+def moment(plan: Plan, facts: MemoryFacts) -> Moment | None:
+    """Return the highest moment of a step; None if the model's step could not be computed in `prepare`.
+
+    Moments come from a step on the meta device (`models.memory`). Each is a line over the rows of a forward pass, so
+    the highest depends on the micro-batch, and on whether gradients are there from the beginning.
+    """
+    padded = facts.packed or (facts.mixed_lengths and rows_of(plan) > 1)
+    fitting = [step for step in facts.steps if step.checkpointing == bool(plan.gradient_checkpointing)]
+    fitting = [step for step in fitting if step.padded == padded] or fitting
+    moments = [moment for step in fitting for moment in step.moments]
+    counted = plan.strategy not in ZERO_STAGE and (plan.accumulation_steps or 1) == 1
+    return max(
+        moments,
+        key=lambda moment: moment.fixed + rows_of(plan) * moment.per_row + counted * moment.gradients,
+        default=None,
     )
 
 
-def least_bytes(spec: FineTuneJobSpec, plan: Plan, weights: Weights) -> int:
-    """Bytes of one GPU that the weights take at least, whatever the batch is."""
-    stage = ZERO_STAGE.get(plan.strategy)
-    whole = not METHODS[spec.method.type].adapter
+def host(spec: FineTuneJobSpec, plan: Plan, facts: MemoryFacts) -> int:
+    """Return the bytes of a pod's own memory: of its processes, what they load, and what is offloaded.
+
+    Each process reads a whole model before it moves it to its GPU; quantised ones, file by file. What is offloaded is
+    there for the whole training: weights that learn and their gradients in fp32, Adam's two moments, and with ZeRO-3
+    all weights. On a CPU the training itself is there.
+    """
+    processes = spec.resources.processes
+    cpu = not spec.resources.gpus_per_node
+    if cpu:
+        highest = moment(plan, facts)
+        activations = (highest.fixed + highest.per_row * rows_of(plan)) if highest else 0
+        training = weights(plan, facts) + optimizer_state(plan, facts) + activations + facts.reference_bytes
+        training += gradients(plan, facts, highest) + master_weights(plan, facts) + communication(plan, facts)
+        return processes * (PROCESS_BYTES["cpu"] + training)
+    loading = facts.total * facts.rest_bytes
+    if facts.quantised:
+        loading = min(loading, SHARD_BYTES)
+    offloaded = 0.0
+    if "offload" in plan.strategy:
+        offloaded = facts.learning * (FP32 + FP32 + 2 * FP32) / plan.world_size
+        if ZERO_STAGE[plan.strategy] == 3:
+            offloaded += facts.total * facts.computed_bytes / plan.world_size
+    own = PROCESS_BYTES["gpu"] + LOADERS * LOADER_BYTES
+    return math.ceil(processes * (own + max(loading, offloaded)))
+
+
+def without_model(spec: FineTuneJobSpec, weights: Weights, reason: str) -> MemoryFacts:
+    """Return facts from the numbers of weights alone, for a task whose step is not computed in `prepare`."""
+    adapter = METHODS[spec.method.type].adapter
+    kind = spec.model.quantization.type if spec.model.quantization else None
+    bits = QUANTIZATIONS[kind].bits if kind else 8 * weights.computed_bytes
+    frozen = weights.total * bits // 8 if adapter else (weights.total - weights.learning) * weights.computed_bytes
+    return MemoryFacts(
+        **of_weights(spec, weights),
+        weight_bytes=frozen + weights.learning * FP32,
+        gradient_bytes=weights.learning * FP32,
+        missing=reason,
+    )
+
+
+def of_weights(spec: FineTuneJobSpec, weights: Weights) -> dict[str, int | bool]:
+    """Return the facts that follow from numbers of weights alone."""
+    adapter = METHODS[spec.method.type].adapter
     # The reference model is a frozen copy where there is no adapter to switch off.
-    copy = whole and spec.preference is not None and not spec.preference.precompute_reference
-    frozen = weights.total * HALF if copy else 0
-    if stage is None and whole:
-        return weights.learning * LEARNING + weights.state_bytes + (weights.total - weights.learning) * HALF + frozen
-    if stage == 3:
-        return 0 if "offload" in plan.strategy else weights.total * HALF // (plan.world_size or 1)
-    quantization = spec.model.quantization
-    bits = QUANTIZATIONS[quantization.type].bits if quantization else 8 * HALF
-    return weights.total * bits // 8 + frozen
+    compared = (spec.preference is not None and not spec.preference.precompute_reference) or (
+        spec.grpo is not None and spec.grpo.beta > 0
+    )
+    return {
+        "total": weights.total,
+        "learning": weights.learning,
+        "state_bytes": weights.state_bytes,
+        "computed_bytes": weights.computed_bytes,
+        "rest_bytes": weights.computed_bytes if adapter else FP32,
+        "reference_bytes": weights.total * weights.computed_bytes if compared and not adapter else 0,
+        "quantised": spec.model.quantization is not None,
+    }
+
+
+def check(run: FineTuneRun, plan: Plan) -> None:
+    """Raises Failure if the training cannot fit a GPU of the job's class, where the administrator has said its memory.
+
+    Fragments are not counted: torch can avoid most of them.
+    """
+    if run.gpu is None or run.gpu.memory is None or plan.memory is None or not run.spec.resources.gpus_per_node:
+        return
+    needed = plan.memory.gpu_bytes - plan.memory.gpu.get("fragments", 0)
+    if needed <= run.gpu.memory:
+        return
+    counted = [term for term in plan.memory.gpu.items() if term[0] != "fragments"]
+    largest = sorted(counted, key=lambda term: -term[1])[:SHOWN]
+    parts = ", ".join(f"{name} {space.amount(size)}" for name, size in largest)
+    raise Failure(
+        ExitCode.INVALID_SPEC,
+        f"spec.resources.gpuClass: the training takes about {space.amount(needed)} of each GPU ({parts}), and one of"
+        f" class {run.spec.resources.gpu_class} has {space.amount(run.gpu.memory)}. Choose a class with more memory, a"
+        " smaller training.microBatchSize, training.gradientCheckpointing: true, a strategy that shards the weights"
+        " (zero3), or a smaller or quantised model (method.type: qlora)",
+    )

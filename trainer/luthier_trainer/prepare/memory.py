@@ -1,0 +1,81 @@
+"""`prepare` computes a step of the training on the meta device, with the method of the job, to plan its memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.methods import METHODS
+from luthier_api.run import MemoryFacts, Weights
+from luthier_api.status import Plan
+from luthier_api.tasks import TASKS
+from luthier_trainer.distributed.strategy import uses_deepspeed
+from luthier_trainer.models.inspect import MODEL
+from luthier_trainer.runtime.notices import notice
+from luthier_trainer.tasks.base import Model, Task
+from luthier_trainer.workspace import gpu_memory
+
+SHOWN = 200  # characters of a message of another library
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from datasets import Dataset
+
+    from luthier_trainer.models.memory import Trial
+
+
+def memory_facts(
+    task: Task,
+    model: Model,
+    spec: FineTuneJobSpec,
+    plan: Plan,
+    weights: Weights,
+    labels: list[str] | None,
+    rows: Dataset | None,
+) -> MemoryFacts:
+    """Return what the memory of any layout of the job is computed from. Gives notice of what is not part of it.
+
+    `rows`: encoded; None before they are read. A step is computed for GPUs only, because it takes seconds for a deep
+    model.
+    """
+    if not spec.resources.gpus_per_node:
+        return gpu_memory.without_model(spec, weights, "a step on CPUs is not computed")
+    try:
+        trial = task.trial(model, spec, labels, rows)
+        if isinstance(trial, str):
+            facts = gpu_memory.without_model(spec, weights, trial)
+        else:
+            held = model.new_tokens if METHODS[spec.method.type].adapter else ()
+            facts = facts_of_trial(trial, spec, plan, weights, held)
+    except Exception as error:  # what an architecture cannot do on the meta device must not end the job
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:SHOWN]}"
+        facts = gpu_memory.without_model(spec, weights, what)
+    if facts.missing:
+        notice(f"{MODEL}: the planned memory lacks what is kept for the backward pass: {facts.missing}")
+    return facts
+
+
+def facts_of_trial(
+    trial: Trial, spec: FineTuneJobSpec, plan: Plan, weights: Weights, new_tokens: Sequence[int] = ()
+) -> MemoryFacts:
+    """Return the facts of a step, with the types and the method of the job.
+
+    `new_tokens`: those whose rows of the embedding an adapter holds. Precision auto counts as bf16.
+    """
+    import torch
+
+    from luthier_trainer.methods.apply import with_method
+    from luthier_trainer.models import memory
+    from luthier_trainer.runtime.devices import DTYPES
+
+    computed = DTYPES["bf16" if plan.precision in (None, "auto") else plan.precision]
+    deepspeed, adapter = uses_deepspeed(plan.strategy), METHODS[spec.method.type].adapter
+    trial.model.to(computed if adapter or deepspeed else torch.float32)
+    quantised = memory.quantised_layers(trial.model) if spec.model.quantization else {}
+    with torch.device("meta"):
+        model = with_method(
+            trial.model, spec.method, TASKS[spec.task].peft_task_type, trial.heads, deepspeed, new_tokens
+        )
+    autocast = None if deepspeed or computed == torch.float32 else computed
+    return memory.facts_of(model, trial, quantised, spec, weights, autocast)
