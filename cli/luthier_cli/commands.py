@@ -122,6 +122,29 @@ def inspect(
         typer.echo(line)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    options_metavar="train|gpu [--file FILE] [OPTIONS]",
+)
+def bench(
+    context: typer.Context,
+    which: Annotated[str, typer.Argument(metavar="train|gpu")] = "train",
+    file: Annotated[str | None, typer.Option("--file", "-f", metavar="FILE")] = None,
+    mount: Mounts = None,
+) -> None:
+    """Measure the speed and the memory of a training beside its plan and beside other programs. `luthier bench train
+    --help` has the options; --file measures the FineTuneJob of a manifest.
+    """
+    from luthier_cli.benchmark import bench as measure
+    from luthier_cli.manifests import Refused
+
+    try:
+        jobs = _lay_out([file], DEFAULT_ROOT, mount or [], cpu=False) if file else []
+        sys.exit(measure(which, context.args, jobs))
+    except Refused as refused:
+        _refuse(refused.problems, refused.code, Output.TEXT)
+
+
 @app.command()
 def render(files: Files) -> None:
     """Print the Kubernetes objects that the operator would create, as YAML. Settings are read from the environment, as

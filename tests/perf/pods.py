@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from perf.training import prepare
+from luthier_trainer.bench.cases import make_model
 
 NAMESPACE, IMAGE = "luthier-bench-pods", "luthier/trainer:dev"
 ROUNDS, LIMIT_SECONDS = 3, 300
@@ -57,9 +55,7 @@ def fill(folder: Path) -> None:
     """A small model and text, where the pods see them as /data."""
     from pydoc_data.topics import topics
 
-    with tempfile.TemporaryDirectory() as made:
-        prepare(Path(made))
-        shutil.copytree(Path(made) / "model", folder / "model")
+    make_model("tiny", folder / "model", cpu=True)
     for path in (folder / "model").iterdir():
         path.chmod(0o644)  # safetensors writes files that only their owner can read
     (folder / "text.txt").write_text(

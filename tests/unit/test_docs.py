@@ -54,10 +54,12 @@ def run(words: list[str]) -> None:
 
 def check_luthier(words: list[str]) -> None:
     """Run it. A `run` becomes `plan --quick`, which checks manifests and options; the running itself is `make
-    demo`'s.
+    demo`'s. A `bench` checks its manifest and the values of its options, and then shows its help.
     """
     if words[1] == "run":
         words = ["luthier", "plan", "--quick", *words[2:]]
+    if words[1] == "bench":
+        words = [*words, "--help"]
     run([sys.executable, "-m", "luthier_cli", *words[1:]])
 
 

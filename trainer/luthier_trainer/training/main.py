@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import warnings
+from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,10 @@ PEFT_PARTS = re.compile(r"^base_model\.model\.|modules_to_save\.default\.|base_l
 SHOWN = 3  # weights in a line of the log
 
 
-def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
+def main(run: FineTuneRun | GenerateRun, observers: Sequence[Any] = ()) -> TerminationMessage:
     """Train as the run config and `prepared.json` say, from the newest usable checkpoint if there is one.
+
+    `observers`: callbacks that are called after those of the training; each gets the trainer as its `loop`.
 
     Returns the termination message of this attempt: COMPLETED with the metrics, or PREEMPTED if all ranks agreed to
     stop.
@@ -166,7 +169,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
         data_collator=setup.collator,
         train_dataset=rows,
         eval_dataset=data.get("eval"),
-        callbacks=[*callbacks, trackers],
+        callbacks=[*callbacks, trackers, *observers],
         **setup.options,
         batches=task,
         ranks=ranks,
@@ -179,7 +182,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
         group_by_length=bool(spec.training.group_by_length),
         own_optimizer=lambda trainer: optimizers.own(trainer, spec.training, spec.task),
     )
-    for callback in callbacks:
+    for callback in (*callbacks, *observers):
         callback.loop = loop
     if ranks.first:
         telemetry.serve(run.metrics_port)

@@ -1,0 +1,33 @@
+"""`luthier bench`: the benchmarks of the trainer, in a process of its own. Their options are the trainer's."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from luthier_api.kinds import JobKind
+from luthier_cli.local import RUN_FILE, LocalJob
+from luthier_cli.manifests import Refused
+
+MODULE = "luthier_trainer.bench"
+
+
+def bench(which: str, words: Sequence[str], jobs: Sequence[LocalJob] = ()) -> int:
+    """Run the benchmark `which` with the options `words`, and return its exit code.
+
+    `jobs`: of a manifest, whose only FineTuneJob is measured. Raises Refused.
+    """
+    with tempfile.TemporaryDirectory(prefix="luthier-") as folder:
+        given = list(words)
+        if jobs:
+            found = [job for job in jobs if job.kind is JobKind.FINE_TUNE]
+            if len(found) != 1:
+                raise Refused([f"bench measures one FineTuneJob, and the file has {len(found)}"])
+            run_file = Path(folder) / RUN_FILE
+            run_file.write_text(json.dumps(found[0].run_config(0).dump()))
+            given += ["--run", str(run_file)]
+        return subprocess.run([sys.executable, "-m", MODULE, which, *given], check=False).returncode
