@@ -23,6 +23,9 @@ demo: setup  ## the main job: train, adapt and generate on this machine (example
 test: setup  ## unit, operator and trainer tests; what needs a cluster is named at the end
 	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
 
+gpu: setup  ## what only a GPU can tell: jobs of every task and method on one, with figures as JSON; skipped without one
+	$(PYTEST) -s -n 0 tests/gpu
+
 lint: setup  ## ruff (format and rules), mypy, import contracts, generated files
 	$(PYTHON) -m luthier_api.drawn --check
 	$(PYTHON) docs/render.py --check

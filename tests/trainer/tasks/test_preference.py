@@ -28,6 +28,7 @@ from luthier_trainer.publish.model_card import card
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.run_folder import run_dir
 from luthier_trainer.tasks import kept_reference
+from luthier_trainer.tasks.trl_trainer import Quiet
 from luthier_trainer.training import main as train
 from luthier_trainer.workspace.prepared import read_prepared
 
@@ -340,3 +341,21 @@ def test_the_result_is_published(
     assert published.keys() == delivered.keys()
     assert all(published[name].equal(delivered[name]) for name in delivered)
     assert "- dpo" in (copy / "README.md").read_text()
+
+
+class Places:
+    """A trainer that moves the model to its device, as transformers' does it where there is a GPU."""
+
+    def __init__(self, *, model: torch.nn.Module) -> None:
+        model.to("meta")
+
+
+class QuietlyPlaced(Quiet, Places):
+    pass
+
+
+def test_weights_stay_where_the_trainer_has_placed_them() -> None:
+    """They were moved back to the CPU before, where every GPU training with TRL's trainers then failed."""
+    model = torch.nn.Linear(2, 2)
+    QuietlyPlaced(model=model)
+    assert {weight.device.type for weight in model.parameters()} == {"meta"}

@@ -35,7 +35,7 @@ class Quiet(Base):
             model.delete_adapter("ref")
         for name, weight in model.named_parameters():
             if name in initial:
-                weight.data = initial[name]
+                weight.data = initial[name].to(weight.device)  # where the trainer has placed the model
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset  # `prepare` has already encoded it
