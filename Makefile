@@ -54,4 +54,4 @@ bench: setup  ## the figures of docs/benchmarks.md, as JSON
 exactness: setup  ## outputs equal to the bit, for all architectures, samplers and 31 kills, as JSON (20 minutes)
 	PYTHONPATH=tests $(PYTHON) -m perf exactness
 
-.PHONY: help setup demo test lint generate cluster images e2e bench exactness
+.PHONY: help setup demo test lint generate cluster images e2e bench exactness gpu
