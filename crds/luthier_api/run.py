@@ -260,10 +260,10 @@ class StepMemory(ApiModel):
     """Whether activations are recomputed."""
     padded: bool
     """Whether attention needs a mask, because rows are padded or packed."""
-    saved_fixed: int
-    """Bytes at the end of the forward pass that do not depend on the rows."""
-    saved_per_row: int
-    """Bytes at the end of the forward pass for each row."""
+    kept_fixed: int
+    """Bytes that autograd keeps of the forward pass, beside weights, whatever the number of rows is."""
+    kept_per_row: int
+    """Bytes that it keeps for each row."""
     moments: list[Moment]
 
 

@@ -90,7 +90,7 @@ def test_what_weights_and_their_states_take(case: Case) -> None:
 def facts(**changes: Any) -> MemoryFacts:
     """Of a step whose highest moment depends on the rows and on whether gradients are there from the beginning."""
     loss, end = Moment(fixed=0, per_row=100, gradients=0), Moment(fixed=50, per_row=10, gradients=900)
-    step = StepMemory(checkpointing=False, padded=False, saved_fixed=0, saved_per_row=80, moments=[loss, end])
+    step = StepMemory(checkpointing=False, padded=False, kept_fixed=0, kept_per_row=80, moments=[loss, end])
     again = step.model_copy(update={"checkpointing": True, "moments": [Moment(fixed=0, per_row=30, gradients=0)]})
     masked = step.model_copy(update={"padded": True, "moments": [Moment(fixed=7, per_row=100, gradients=0)]})
     return MemoryFacts(

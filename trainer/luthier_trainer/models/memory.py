@@ -65,8 +65,8 @@ class Setting:
 class Step:
     """A step for one number of rows: bytes."""
 
-    saved: int
-    """At the end of the forward pass."""
+    kept: int
+    """That autograd keeps of the forward pass, beside weights."""
     moments: list[tuple[int, int]]
     """At each moment: of all but the gradients of weights, and of these."""
 
@@ -128,12 +128,12 @@ def step_of(model: Any, trial: Trial, setting: Setting) -> StepMemory:
         Moment(fixed=a - FEW * (b - a), per_row=b - a, gradients=gradients)
         for (a, gradients), (b, _) in zip(few.moments, more.moments, strict=True)
     }
-    per_row = more.saved - few.saved
+    per_row = more.kept - few.kept
     return StepMemory(
         checkpointing=setting.checkpointing,
         padded=setting.padded,
-        saved_fixed=few.saved - FEW * per_row,
-        saved_per_row=per_row,
+        kept_fixed=few.kept - FEW * per_row,
+        kept_per_row=per_row,
         moments=highest(lines),
     )
 
@@ -162,15 +162,15 @@ def traced(model: Any, batch: Mapping[str, Any], loss: Callable[..., torch.Tenso
     learning = [weight for weight in model.parameters() if weight.requires_grad]
     hooks = [weight.register_post_accumulate_grad_hook(ledger.is_gradient) for weight in learning]
     try:
-        with checkpointing(model, setting.checkpointing), ledger, autocast:
-            autocast.enabled = autocast.keeps = True
-            outputs = model(**inputs)
-            autocast.forget()
-            if setting.dtype is not None:
-                outputs = in_fp32(outputs)  # as accelerate does
-            value = outputs["loss"] if loss is None else loss(outputs, labels)
+        with checkpointing(model, setting.checkpointing), autocast.in_place(), ledger, autocast:
+            with torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda tensor: tensor):
+                autocast.enabled = autocast.keeps = True
+                outputs = model(**inputs)
+                autocast.forget()
+                if setting.dtype is not None:
+                    outputs = in_fp32(outputs)  # as accelerate does
+                value = outputs["loss"] if loss is None else loss(outputs, labels)
             del outputs
-            saved = ledger.bytes
             autocast.enabled = True  # for what is recomputed
             # torch's own function for it would leave the mode.
             torch.autograd.Variable._execution_engine.run_backward(
@@ -182,7 +182,7 @@ def traced(model: Any, batch: Mapping[str, Any], loss: Callable[..., torch.Tenso
             hook.remove()
         for weight in learning:
             weight.grad = None
-    return Step(saved, ledger.moments)
+    return Step(sum(ledger.kept.values()), ledger.moments)
 
 
 @contextmanager

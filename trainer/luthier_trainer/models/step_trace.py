@@ -8,7 +8,8 @@ kernels of attention, of which only the tensors that they keep and allocate matt
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,7 @@ ALIGNMENT: dict[str, int] = {"cuda": 512, "cpu": 1}
 LOWER = {
     *("linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "addbmm", "baddbmm", "einsum"),
     *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "prelu"),
-    *("scaled_dot_product_attention", "grouped_mm", "_grouped_mm"),
+    "scaled_dot_product_attention",
 }
 HIGHER: dict[Device, set[str]] = {
     "cuda": {
@@ -74,6 +75,8 @@ class Autocast(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__bool__" and args[0].is_meta:
             return not self.needs_mask  # models ask whether no token is padding, or whether all are of one document
+        if name == "__contains__" and args[0].is_meta:
+            return False  # for warnings
         if self.enabled and self.dtype is not None:
             if name in LOWER:
                 args, kwargs = self._converted(args, kwargs, self.dtype)
@@ -81,6 +84,9 @@ class Autocast(TorchFunctionMode):
                 args, kwargs = self._converted(args, kwargs, torch.float32)
         if name == "scaled_dot_product_attention":
             return self.attention(*args, **kwargs)
+        if name in ("grouped_mm", "_grouped_mm"):
+            product: torch.Tensor = GroupedProducts.apply(args[0], args[1])
+            return product
         return func(*args, **kwargs)
 
     def _converted(self, args: Any, kwargs: Any, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -104,6 +110,30 @@ class Autocast(TorchFunctionMode):
     def forget(self) -> None:
         """End the context: weights that were converted are kept no longer."""
         self.kept.clear()
+
+    @contextmanager
+    def switched(self, enabled: bool) -> Iterator[None]:
+        before, self.enabled = self.enabled, enabled
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let `torch.autocast` inside this context switch the mode for tensors of the meta device, which it refuses."""
+        original = torch.autocast
+
+        def stand_in(device_type: str, *args: Any, enabled: bool = True, **kwargs: Any) -> Any:
+            if device_type == "meta":
+                return self.switched(enabled)
+            return original(device_type, *args, enabled=enabled, **kwargs)
+
+        torch.autocast = stand_in
+        try:
+            yield
+        finally:
+            torch.autocast = original
 
 
 class FusedAttention(torch.autograd.Function):
@@ -129,6 +159,23 @@ class FusedAttention(torch.autograd.Function):
         found = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         del summed
         return *found, None
+
+
+class GroupedProducts(torch.autograd.Function):
+    """The products of tokens [tokens, inputs], sorted by experts, with weights [experts, inputs, outputs].
+
+    torch's own function takes bf16 alone on the meta device.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(tokens, weights)
+        return tokens.new_empty((tokens.shape[0], weights.shape[-1]))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        needed = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True)
+        return tuple(torch.empty_like(tensor) if wanted else None for tensor, wanted in needed)
 
 
 def attention_of(device: Device) -> Callable[..., torch.Tensor]:
@@ -179,6 +226,8 @@ class Ledger(TorchDispatchMode):
         self.moments: list[tuple[int, int]] = []
         """Bytes of all but gradients of weights, and of these."""
         self.known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.kept: dict[int, int] = {}
+        """Bytes of the storages that autograd keeps, which `keep` has seen."""
         self._of_weights: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -199,6 +248,13 @@ class Ledger(TorchDispatchMode):
         size = -(-storage.nbytes() // self.alignment) * self.alignment
         self.live[key] = (weakref.ref(storage, lambda _: self._free(key)), size)
         self.bytes += size
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Count a tensor that autograd saves; return it."""
+        key = tensor.untyped_storage()._cdata
+        if key not in self.known:
+            self.kept[key] = tensor.untyped_storage().nbytes()
+        return tensor
 
     def _free(self, key: int) -> None:
         _, size = self.live.pop(key)

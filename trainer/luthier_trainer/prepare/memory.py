@@ -78,4 +78,10 @@ def facts_of_trial(
             trial.model, spec.method, TASKS[spec.task].peft_task_type, trial.heads, deepspeed, new_tokens
         )
     autocast = None if deepspeed or computed == torch.float32 else computed
+    if autocast is not None:
+        # PEFT's adapters on layers of bitsandbytes leave the type of their input to autocast; others convert it.
+        few_bits = set(quantised.values())
+        for module in model.modules():
+            if getattr(module, "base_layer", None) in few_bits:
+                module.cast_input_dtype_enabled = False
     return memory.facts_of(model, trial, quantised, spec, weights, autocast)
