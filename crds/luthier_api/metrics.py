@@ -45,10 +45,32 @@ TRAIN_MFU = Metric(
     "Model FLOPs of the tokens or images trained on, as a part of the GPUs' peak in 16 bit; only for GPUs whose peak is"
     " known",
 )
-GPU_MEMORY_ALLOCATED = Metric("luthier_train_gpu_memory_allocated_bytes", "Memory of rank 0's GPU in tensors")
-GPU_MEMORY_RESERVED = Metric("luthier_train_gpu_memory_reserved_bytes", "Memory of rank 0's GPU that torch holds")
-GPU_MEMORY_PEAK = Metric(
-    "luthier_train_gpu_memory_peak_bytes", "The most memory of rank 0's GPU that was in tensors in this attempt"
+MEMORY_ALLOCATED = Metric(
+    "luthier_train_memory_allocated_bytes", "Memory of rank 0's GPU in tensors; on CPU, of its process"
+)
+MEMORY_RESERVED = Metric(
+    "luthier_train_memory_reserved_bytes", "Memory of rank 0's GPU that torch holds; on CPU, of its process"
+)
+MEMORY_PEAK = Metric(
+    "luthier_train_memory_peak_bytes",
+    "The most memory in tensors of the fullest GPU in this attempt; on CPU, of the processes of a node together",
+)
+MEMORY_PEAK_RESERVED = Metric(
+    "luthier_train_memory_peak_reserved_bytes",
+    "The most memory of the fullest GPU that torch has held in this attempt; on CPU, of the processes of a node",
+)
+MEMORY_PLANNED = Metric(
+    "luthier_train_memory_planned_bytes", "What the plan expects of luthier_train_memory_peak_bytes"
+)
+PLAN_SECONDS_RATIO = Metric(
+    "luthier_train_plan_seconds_ratio",
+    "Time of a step as a part of the planned one, after the first steps of this attempt",
+)
+PLAN_MEMORY_RATIO = Metric(
+    "luthier_train_plan_memory_ratio", "Peak of memory as a part of the planned one, after the first steps"
+)
+TRAIN_GPU_HOURS = Metric(
+    "luthier_train_gpu_hours", "GPU-hours of the whole run: those of all attempts so far, and those of the time left"
 )
 TRAIN_STEP_SECONDS = Metric("luthier_train_step_duration_seconds", "Time of an optimiser step", "histogram")
 TRAIN_NONFINITE = Metric("luthier_train_nonfinite_total", "Reports of a loss that is not a finite number", "counter")
@@ -88,9 +110,14 @@ POD_METRICS: tuple[Metric, ...] = (
     TRAIN_SAMPLES,
     TRAIN_SAMPLES_PER_SECOND,
     TRAIN_MFU,
-    GPU_MEMORY_ALLOCATED,
-    GPU_MEMORY_RESERVED,
-    GPU_MEMORY_PEAK,
+    MEMORY_ALLOCATED,
+    MEMORY_RESERVED,
+    MEMORY_PEAK,
+    MEMORY_PEAK_RESERVED,
+    MEMORY_PLANNED,
+    PLAN_SECONDS_RATIO,
+    PLAN_MEMORY_RATIO,
+    TRAIN_GPU_HOURS,
     TRAIN_STEP_SECONDS,
     TRAIN_NONFINITE,
     TRAIN_ETA_SECONDS,
@@ -139,6 +166,9 @@ def training_progress(pods: list[dict[str, float]], now: datetime | None = None)
         tokens_per_second=figure(training.get(TRAIN_TOKENS_PER_SECOND.name)),
         rows_per_second=figure(training.get(TRAIN_SAMPLES_PER_SECOND.name)),
         eta_seconds=_whole(training.get(TRAIN_ETA_SECONDS.name)),
+        gpu_hours=figure(training.get(TRAIN_GPU_HOURS.name)),
+        plan_seconds_ratio=figure(training.get(PLAN_SECONDS_RATIO.name)),
+        plan_memory_ratio=figure(training.get(PLAN_MEMORY_RATIO.name)),
         time=_time_text(now),
     )
 

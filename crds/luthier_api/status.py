@@ -143,6 +143,10 @@ class Plan(ApiModel):
     """Seconds that a pod needs after SIGTERM to finish its step and save a checkpoint (FineTuneJob).
     `scheduling.gracePeriodSeconds` overrides it.
     """
+    seconds: int | None = None
+    """Estimated seconds of all steps (FineTuneJob)."""
+    gpu_hours: float | None = None
+    """The same, times the GPUs (FineTuneJob)."""
     memory: Memory | None = None
     """What the training is expected to need of memory (FineTuneJob)."""
     rows_per_shard: int | None = None
@@ -197,6 +201,12 @@ class Progress(ApiModel):
     """Percentage of the steps or outputs that are done."""
     eta_seconds: int | None = None
     """Estimated seconds left."""
+    gpu_hours: float | None = None
+    """GPU-hours of the whole run: those of all attempts so far, and those of the time left (FineTuneJob)."""
+    plan_seconds_ratio: float | None = None
+    """Time of a step as a part of the planned one, measured after the first steps (FineTuneJob)."""
+    plan_memory_ratio: float | None = None
+    """Peak of memory as a part of the planned one, measured after the first steps (FineTuneJob)."""
     time: Time | None = None
     """When these figures last changed. A run that hangs keeps its time."""
 

@@ -660,6 +660,9 @@ luthier_train_loss 2.34567
 luthier_train_tokens_per_second 5210.4
 luthier_train_samples_per_second 40.71828
 luthier_train_eta_seconds 55.6
+luthier_train_gpu_hours 12.345678
+luthier_train_plan_seconds_ratio 1.25
+luthier_train_plan_memory_ratio 0.91
 luthier_train_step_duration_seconds_bucket{le="0.1"} 3.0
 luthier_checkpoint_last_step 100
 """
@@ -677,6 +680,7 @@ def test_progress_of_training() -> None:
         40.72,
         56,
     )
+    assert (progress.gpu_hours, progress.plan_seconds_ratio, progress.plan_memory_ratio) == (12.35, 1.25, 0.91)
     assert checkpoint_step(samples) == 100
 
 

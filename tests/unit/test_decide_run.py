@@ -26,7 +26,16 @@ from cases.observed import (
     waiting,
 )
 
-from luthier_api.status import Attempt, Checkpoint, Progress, TrackedRun
+from luthier_api.status import (
+    Attempt,
+    Checkpoint,
+    Plan,
+    Prepared,
+    Progress,
+    ResolvedDataset,
+    ResolvedSource,
+    TrackedRun,
+)
 from luthier_operator.decide import decide
 from luthier_operator.model import Object, PodEnd
 from luthier_operator.statuses import at_end, text
@@ -816,6 +825,20 @@ def test_progress_and_checkpoint_are_copied() -> None:
     )
     kept = decided(fine_tune(seen), group(), pods=BOTH).status
     assert (kept.progress, kept.checkpoint) == (seen.progress, seen.checkpoint), "nothing was read this time"
+
+
+def test_a_training_that_goes_other_than_planned_is_noticed_while_it_runs() -> None:
+    plan = Plan(strategy="ddp", seconds=7200, gpu_hours=4.0)
+    found = Prepared(model=ResolvedSource(source="m"), dataset=ResolvedDataset(source="d", rows=9), plan=plan)
+    job = fine_tune(BEGUN.model_copy(update={"prepared": found}))
+    decision = decided(job, group(), pods=BOTH, progress=Progress(step=20, max_steps=400, plan_seconds_ratio=1.5))
+    (text,) = [text for text in decision.status.notices if text.startswith("plan.seconds: ")]
+    assert "a step takes 1.50 times as long as planned" in text
+    assert "6 GPU-hours instead of 4" in text
+    assert ("Normal", "Notice", text) in [(event.type, event.reason, event.message) for event in decision.events]
+    again = decided(fine_tune(decision.status), group(), pods=BOTH, progress=decision.status.progress)
+    assert again.status.notices == decision.status.notices
+    assert [event for event in again.events if event.reason == "Notice"] == []
 
 
 def test_a_later_checkpoint_takes_the_place_of_the_one_before() -> None:

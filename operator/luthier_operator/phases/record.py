@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 
+from luthier_api import canary
 from luthier_api.conditions import ConditionType, Reason
 from luthier_api.status import PHASES, Checkpoint, HubRequest, HubStatus, Phase, Prepared, SourceStatus, TrackedRun
 from luthier_operator import children, naming, statuses
@@ -119,6 +120,9 @@ def prepared(ctx: Context) -> Prepared | None:
 def notices(ctx: Context) -> list[str]:
     """The known notices and after them the new ones, each once."""
     reported = [notice for end in ctx.observed.ended if end.message for notice in end.message.notices]
+    progress, known = ctx.observed.progress, ctx.status.prepared
+    if progress and known:
+        reported += canary.remarks(known.plan, progress.plan_seconds_ratio, progress.plan_memory_ratio)
     return with_notices(ctx.status.notices, reported)
 
 

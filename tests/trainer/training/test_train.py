@@ -74,6 +74,7 @@ def test_full(learnt: Any) -> None:
         "tokens",
         "paddingShare",
         "seconds",
+        "peakMemoryGB",
     }
     assert json.loads((result / "metrics.json").read_text()) == message.metrics
     assert problems(result) == []

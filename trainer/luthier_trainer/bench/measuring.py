@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from transformers import TrainerCallback
 
 from luthier_trainer.bench.rounds import GO, Course
+from luthier_trainer.runtime import memory_use
 
 
 class Channel:
@@ -84,11 +84,6 @@ def tokens_so_far(loop: Any, state: Any) -> tuple[int, int]:
 def peak_memory() -> dict[str, int]:
     """Return the most memory so far, in bytes: of the GPU in tensors and reserved by torch, or of the process."""
     if torch.cuda.is_available():
-        return {"peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
-    return {"peak": resident_peak()}
-
-
-def resident_peak() -> int:
-    """Return the most bytes of RAM that this process has held, files in memory included."""
-    status = Path("/proc/self/status").read_text()
-    return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+        used = memory_use.peak(torch.device("cuda"))
+        return {"peak": used.tensors, "reserved": used.reserved}
+    return {"peak": memory_use.peak(torch.device("cpu")).tensors}

@@ -5,7 +5,7 @@ It uses a gloo group of its own, on CPU, so that a call in each step never waits
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -41,8 +41,14 @@ class Ranks:
         """Whether `flag` is set on at least one."""
         return self._reduce(float(flag), dist.ReduceOp.MAX) > 0 if self.distributed else flag
 
-    def total(self, value: float) -> float:
-        return self._reduce(value, dist.ReduceOp.SUM) if self.distributed else value
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        """The values of each rank, in the order of ranks."""
+        if not self.distributed:
+            return [list(values)]
+        mine = torch.tensor(values, dtype=torch.float64)
+        found = [torch.empty_like(mine) for _ in range(self.count)]
+        dist.all_gather(found, mine, group=self._group)
+        return [tensor.tolist() for tensor in found]
 
     def decide(self, choose: Callable[[], T]) -> T:
         """The value of `choose`, which only rank 0 calls. Raises its Failure on all ranks, with the same code."""

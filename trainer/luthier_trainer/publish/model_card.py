@@ -37,6 +37,9 @@ TITLES = {
     "tokens": "Tokens",
     "paddingShare": "Share of padding in the computed tokens",
     "seconds": "Seconds",
+    "peakMemoryGB": "Peak of memory in GB, of a GPU in tensors, or of a node without GPUs",
+    "reservedMemoryGB": "Peak of memory in GB that torch reserved of a GPU",
+    "plannedMemoryGB": "Planned peak of memory in GB",
 }
 LOAD_LORA = """\
 from diffusers import StableDiffusionXLPipeline

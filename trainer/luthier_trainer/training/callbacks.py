@@ -34,6 +34,7 @@ from luthier_trainer.training.result import PADDING
 from luthier_trainer.workspace.flops import per_unit
 
 NONFINITE_REPORTS = 3  # one bad batch can make one report NaN; a loss that stays NaN does not recover
+LEFT_OUT = 5  # first steps, which compile, allocate and fill caches: they say nothing about the pace of the others
 WITHHELD_UPDATES = 3  # in a row; a single bad batch only costs its own update
 
 
@@ -157,6 +158,7 @@ class Report(Callback):
         self._applied = 0  # updates applied in this attempt
         self._step_began = self._reported = 0.0
         self._first_step_began: float | None = None
+        self._settled: tuple[int, float] | None = None  # (step, when it ended), after LEFT_OUT steps of this attempt
         self._first_step = 0
         self._unit = compute.unit if compute else None
         self._flops = per_unit(compute, recomputed=False).model if compute else 0.0
@@ -194,7 +196,12 @@ class Report(Callback):
         self.telemetry.set(metrics.TRAIN_STEP, state.global_step)
         self.telemetry.set(metrics.TRAIN_EPOCH, state.epoch or 0.0)
         self.telemetry.observe(metrics.TRAIN_STEP_SECONDS, now - self._step_began)
-        self.telemetry.set(metrics.TRAIN_ETA_SECONDS, self._eta(state, now))
+        if state.global_step - self._first_step == LEFT_OUT:
+            self._settled = (state.global_step, now)
+        left = self._eta(state, now)
+        self.telemetry.set(metrics.TRAIN_ETA_SECONDS, left)
+        if args.device.type == "cuda":
+            self.telemetry.set(metrics.TRAIN_GPU_HOURS, (self.loop.seconds + left) * args.world_size / 3600)
 
     def on_log(
         self,
@@ -213,10 +220,10 @@ class Report(Callback):
         if "loss" not in logs:
             return
         now = time.monotonic()
-        tokens = self.loop.ranks.total(float(self.loop.tokens.item()))
+        each = self.loop.ranks.gather([self.loop.tokens.item(), self.loop.rows, self.loop.computed_tokens])
+        tokens, rows, computed = (sum(values) for values in zip(*each, strict=True))
         self.loop.tokens.zero_()
-        rows, self.loop.rows = self.loop.ranks.total(float(self.loop.rows)), 0
-        computed, self.loop.computed_tokens = self.loop.ranks.total(float(self.loop.computed_tokens)), 0
+        self.loop.rows = self.loop.computed_tokens = 0
         padding = max(computed - tokens, 0.0)
         state.num_input_tokens_seen += int(tokens)
         if computed:
@@ -236,7 +243,7 @@ class Report(Callback):
         if tokens:  # rows of images have no tokens
             self.telemetry.set(metrics.TRAIN_TOKENS_PER_SECOND, tokens / seconds)
         if args.device.type == "cuda":
-            self._gpu((rows if self._unit == "row" else tokens) / seconds, args)
+            self._utilisation((rows if self._unit == "row" else tokens) / seconds, args)
         pace = f"{tokens / seconds:,.0f} tokens/s" if tokens else f"{rows / seconds:,.1f} rows/s"
         if padding:
             pace += f", {padding / computed:.0%} padding"
@@ -249,11 +256,8 @@ class Report(Callback):
         )
         self._watch(state, control, logs["loss"])
 
-    def _gpu(self, pace: float, args: TrainingArguments) -> None:
+    def _utilisation(self, pace: float, args: TrainingArguments) -> None:
         """`pace`: tokens, or images, per second over all processes."""
-        self.telemetry.set(metrics.GPU_MEMORY_ALLOCATED, torch.cuda.memory_allocated())
-        self.telemetry.set(metrics.GPU_MEMORY_RESERVED, torch.cuda.memory_reserved())
-        self.telemetry.set(metrics.GPU_MEMORY_PEAK, torch.cuda.max_memory_allocated())
         most = self._most or peak_flops(torch.cuda.get_device_name())
         if pace and most and self._flops:
             self.telemetry.set(metrics.TRAIN_MFU, pace * self._flops / (most * args.world_size))
@@ -323,10 +327,14 @@ class Report(Callback):
             )
 
     def _eta(self, state: TrainerState, now: float) -> float:
-        done = state.global_step - self._first_step
-        if not done or self._first_step_began is None:
+        """Seconds left at the pace of this attempt, without its first steps as soon as there are others."""
+        step, began = self._first_step, self._first_step_began
+        if self._settled and state.global_step > self._settled[0]:
+            step, began = self._settled
+        done = state.global_step - step
+        if not done or began is None:
             return 0.0
-        return (now - self._first_step_began) / done * (state.max_steps - state.global_step)
+        return (now - began) / done * (state.max_steps - state.global_step)
 
     def _say(self, state: TrainerState, text: str) -> None:
         if self.loop.ranks.first:

@@ -46,6 +46,7 @@ from luthier_trainer.training import checkpoint, optimizers, result
 from luthier_trainer.training.arguments import training_arguments
 from luthier_trainer.training.best import Choice
 from luthier_trainer.training.callbacks import Guard, Heartbeat, Report, Stop
+from luthier_trainer.training.canary import Canary
 from luthier_trainer.training.resilience import EvaluationStopped, Resilient, resilient
 from luthier_trainer.training.stream import streamed_rows
 from luthier_trainer.training.utilisation import count_weights
@@ -158,7 +159,8 @@ def main(run: FineTuneRun | GenerateRun, observers: Sequence[Any] = ()) -> Termi
 
     telemetry, stop = Telemetry(), Stop()
     report = Report(telemetry, run.gpu.peak_flops if run.gpu else None, task.reported, prepared.compute)
-    callbacks = [Guard(prepared.plan), Heartbeat(), report, stop]
+    canary = Canary(telemetry, prepared.plan, spec.resources.processes)
+    callbacks = [Guard(prepared.plan), Heartbeat(), report, canary, stop]
     resumed = checkpoint.step_of(resume) if resume else None
     trackers = tracking(run, prepared, resumed) if ranks.first else Tracking([])
     setup = task.trainer(context, loaded.model)
@@ -213,7 +215,7 @@ def main(run: FineTuneRun | GenerateRun, observers: Sequence[Any] = ()) -> Termi
         except EvaluationStopped:
             return stopped(loop, loop.state.global_step)
         metrics = result.final_metrics(loop.state, seconds, task.metric_names(spec)) | chosen
-        metrics |= task.training_metrics(loop.state.log_history)
+        metrics |= task.training_metrics(loop.state.log_history) | canary.final()
         if ranks.first:
             for text in task.training_notices(loop.state.log_history):
                 notice(text)

@@ -14,6 +14,7 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.workspace import gpu_memory
 from luthier_trainer.workspace.manifest import replace_file
 
 FINGERPRINT = "fingerprint.json"
@@ -65,7 +66,11 @@ def read_prepared(run: FineTuneRun | GenerateRun) -> PreparedRecord:
         )
     rows = run.spec.training.micro_batch_size if isinstance(run, FineTuneRun) else None
     if rows and rows != record.plan.micro_batch_size:
-        return record.model_copy(update={"plan": record.plan.with_micro_batch(rows)})
+        assert isinstance(run, FineTuneRun), "only its spec has micro-batches"
+        plan = record.plan.with_micro_batch(rows)
+        if record.memory_facts is not None:
+            plan = plan.model_copy(update={"memory": gpu_memory.peak(run.spec, plan, record.memory_facts)})
+        return record.model_copy(update={"plan": plan})
     return record
 
 
