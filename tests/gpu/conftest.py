@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,11 +26,15 @@ from trainer.conftest import (  # noqa: F401 (fixtures)
     vit,
 )
 
+HERE = Path(__file__).parent
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
     for item in items:
+        if not item.path.is_relative_to(HERE):
+            continue  # pytest hands a conftest the tests of all folders
         item.add_marker(pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is false"))
 
 

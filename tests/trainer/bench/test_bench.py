@@ -13,9 +13,10 @@ from datasets import Dataset, DatasetDict
 from prepared_workspace import prepared_run
 
 from luthier_api.run import FineTuneRun
+from luthier_api.status import Memory, Plan
 from luthier_trainer.bench import comparison, gpu, rounds
 from luthier_trainer.bench.cases import SEED, Case, run_of, words
-from luthier_trainer.bench.comparison import Device, figures, measurable, peers_of
+from luthier_trainer.bench.comparison import Device, beside_plan, figures, measurable, peers_of
 from luthier_trainer.bench.rounds import Course, Program, Unmeasured, compared, take_turns
 from luthier_trainer.workspace.flops import Flops
 
@@ -81,6 +82,15 @@ def test_figures_are_medians_and_parts_of_the_peak() -> None:
         "mfu": 0.05,
         "hfu": 0.09,
     }
+
+
+def test_the_plan_is_beside_the_peak() -> None:
+    ours = reported("ours", [], donepeak=60)
+    memory = Memory(gpu={"weights": 50, "context": 7, "fragments": 3}, gpu_bytes=60, host_bytes=120)
+    plan = Plan(strategy="none", steps=10, seconds=5, memory=memory)
+    assert beside_plan(ours, plan) == {"plannedSecondsPerStep": 0.5, "plannedPeakBytes": 50, "peakOfPlanned": 1.2}
+    on_cpu = Plan(strategy="none", memory=Memory(host_bytes=120))
+    assert beside_plan(ours, on_cpu) == {"plannedPeakBytes": 120, "peakOfPlanned": 0.5}
 
 
 def test_programs_are_compared_round_by_round() -> None:

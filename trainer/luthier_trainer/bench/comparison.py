@@ -15,9 +15,11 @@ from typing import Any
 
 from luthier_api.gpus import peak_flops
 from luthier_api.run import FineTuneRun, Gpu, PreparedRecord
+from luthier_api.status import Plan
 from luthier_trainer.bench import rounds
 from luthier_trainer.bench.contestants import DESCRIBED
 from luthier_trainer.bench.rounds import OURS, Course, Program, Unmeasured
+from luthier_trainer.workspace import gpu_memory
 from luthier_trainer.workspace.flops import Flops, per_unit
 
 ASK_FOR_GPU = """
@@ -104,7 +106,7 @@ def measure(
         "course": {"warmup": course.warmup, "stepsOfABlock": course.block, "blocks": course.rounds},
         "tokensPerStep": rounds.rounded(sum(real for real, _ in tokens) / course.block / len(tokens)),
         "computedTokensPerStep": rounds.rounded(sum(c for _, c in tokens) / course.block / len(tokens)),
-        OURS: figures(ours, course, tokens, flops, found_on),
+        OURS: figures(ours, course, tokens, flops, found_on) | beside_plan(ours, prepared.plan),
         "peers": {},
     }
     for peer in peers:
@@ -138,6 +140,18 @@ def figures(
         rates["mfu"] = rates["modelFlopsPerSecond"] / found_on.peak_flops
         rates["hfu"] = rates["hardwareFlopsPerSecond"] / found_on.peak_flops
     return found | {name: rounds.rounded(value) for name, value in rates.items()}
+
+
+def beside_plan(program: Program, plan: Plan) -> dict[str, Any]:
+    """Return what the plan expects of time and memory, and the measured peak as a part of it."""
+    found: dict[str, Any] = {}
+    if plan.seconds and plan.steps:
+        found["plannedSecondsPerStep"] = rounds.rounded(plan.seconds / plan.steps)
+    if plan.memory:
+        expected = gpu_memory.tensors(plan.memory) if plan.memory.gpu else plan.memory.host_bytes
+        found["plannedPeakBytes"] = expected
+        found["peakOfPlanned"] = rounds.rounded(program.memory["donepeak"] / expected)
+    return found
 
 
 @dataclass(frozen=True)
