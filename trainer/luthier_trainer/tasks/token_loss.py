@@ -1,0 +1,119 @@
+"""The loss of a language model, computed in its `forward`: if possible, the logits of all tokens never exist at once.
+
+For the loss, the head gives the model `LazyLogits`. The model does with them what it does with logits, and hands them
+to its loss function, which is the one of this module. So terms that a model adds to its loss stay, and whatever wraps
+the model (DDP, DeepSpeed, autocast, PEFT) sees one ordinary `forward`.
+
+Libraries have such losses, too. TRL's multiplies with the head once more in the backward pass, Liger's needs Triton,
+and both find what a model does with its logits by the names of fields in its configuration.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import nullcontext
+from types import MethodType
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from luthier_trainer.models.chunked_loss import chunk_tokens
+from luthier_trainer.models.lazy_logits import LazyLogits
+from luthier_trainer.models.output_head import OutputHead
+from luthier_trainer.tasks.batches import IGNORED
+
+
+class TokenLoss:
+    """Computes the loss in the `forward` of a model."""
+
+    def __init__(
+        self, model: PreTrainedModel, chunked: bool, epsilon: float | None = None, tokens: int | None = None
+    ) -> None:
+        """From now on `model` computes this loss when it gets labels, and its output then has no logits.
+
+        While it learns, the output has the loss alone. In evaluations it also has, in the place of logits, what
+        `row_sums` returns. `chunked`: whether logits exist for some `tokens` at a time (None: as suits the device), or
+        all at once. `epsilon`: share of each label that is spread over the vocabulary while the model learns.
+        """
+        self.model, self.epsilon, self.tokens = model, epsilon or 0.0, tokens
+        self.head = OutputHead(model) if chunked else None
+        self.computed_for: list[str] = []
+        """What the logits of all tokens were computed for although `chunked`; empty if they never were."""
+        self._sums: torch.Tensor | None = None
+        self._forward = model.forward
+        # Models that call the loss function of transformers compute it correctly and add their own terms, for example
+        # for the load balance of experts. Other models (the decoders of BART, Pegasus, ...) average over each
+        # micro-batch separately, and compare each prediction with the token at the same position instead of the next.
+        self._calls = "loss_function" in inspect.unwrap(type(model).forward).__code__.co_names
+        if self._calls:
+            model.loss_function = self._loss
+        model.accepts_loss_kwargs = True  # transformers then passes the number of items of a step to the model
+        # Bound, as accelerate and transformers expect it of the method that this one replaces.
+        model.forward = MethodType(self._forward_with_loss, model)
+
+    def _forward_with_loss(
+        self,
+        _: PreTrainedModel,
+        *args: Any,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: Any = None,
+        **options: Any,
+    ) -> Any:
+        """The `forward` of the model. `labels`: [rows, length]; `num_items_in_batch`: labels of the whole step."""
+        if labels is None:
+            return self._forward(*args, **options)
+        options["return_dict"] = True
+        if self._calls:
+            options |= {"labels": labels, "num_items_in_batch": num_items_in_batch}
+        with self.head.lazy(self.computed_for) if self.head else nullcontext():
+            outputs = self._forward(*args, **options)
+        loss = outputs.loss if self._calls else self._loss(outputs.logits, labels, 0, num_items_in_batch)
+        sums, self._sums = self._sums, None
+        return CausalLMOutput(loss=loss, logits=sums)
+
+    def _loss(
+        self,
+        logits: torch.Tensor | LazyLogits,
+        labels: torch.Tensor,
+        vocab_size: int,
+        num_items_in_batch: Any = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """The `loss_function` of the model: the mean of the cross-entropy, in nats, of each token given those before.
+
+        `logits`: [rows, length, vocabulary]. The sum is divided by `num_items_in_batch`, or by the labels of the batch.
+        """
+        epsilon = self.epsilon if self.model.training else 0.0
+        targets = functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten()
+        if isinstance(logits, LazyLogits):
+            total, losses = self._chunk_by_chunk(logits, targets, epsilon)
+        else:
+            losses = functional.cross_entropy(
+                logits.float().flatten(0, 1), targets, ignore_index=IGNORED, reduction="none", label_smoothing=epsilon
+            )
+            total = losses.sum()
+        if not self.model.training:
+            self._sums = row_sums(losses.view(labels.shape), targets.view(labels.shape) != IGNORED)
+        items = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        return total / (items.to(total.device) if isinstance(items, torch.Tensor) else items)
+
+    def _chunk_by_chunk(
+        self, logits: LazyLogits, targets: torch.Tensor, epsilon: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (sum, fp32 [rows x length]) of the losses of `targets` [rows x length]; those ignored have 0."""
+        learnt = (targets != IGNORED).nonzero()[:, 0]
+        hidden = logits.hidden.flatten(0, 1).index_select(0, learnt)
+        tokens = self.tokens or chunk_tokens(logits.head.vocabulary, hidden.device.type)
+        total, losses = self.head.cross_entropy(
+            hidden, targets[learnt], tokens=tokens, operations=logits.operations, smoothing=epsilon
+        )
+        everywhere = losses.new_zeros(len(targets)).index_copy(0, learnt, losses)
+        return total, everywhere
+
+
+def row_sums(losses: torch.Tensor, learnt: torch.Tensor) -> torch.Tensor:
+    """Return summed loss (nats) and number of predicted tokens of each row, double [rows, 2], of [rows, length]."""
+    return torch.stack([losses.double().sum(dim=1), learnt.sum(dim=1)], dim=1)
