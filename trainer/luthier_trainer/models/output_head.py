@@ -77,6 +77,13 @@ class _Stub(torch.nn.Module):
         super().__init__()
         self._head, self._computed_for = head, computed_for
 
+    def __getattr__(self, name: str) -> Any:
+        """Models ask their head for the dtype of its weight."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._head.module, name)
+
     def forward(self, hidden: torch.Tensor) -> LazyLogits:
         return LazyLogits(hidden, self._head, self._computed_for)
 

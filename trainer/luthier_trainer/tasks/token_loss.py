@@ -17,13 +17,20 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from luthier_trainer.models.chunked_loss import chunk_tokens
+from luthier_trainer.models.isolation import small_model
 from luthier_trainer.models.lazy_logits import LazyLogits
 from luthier_trainer.models.output_head import OutputHead
 from luthier_trainer.tasks.batches import IGNORED
+
+LIMIT = 1e-4
+"""The largest difference that is only rounding, as a share of the largest gradient, in fp32.
+
+With small models of all causal architectures of transformers 5.23 it is at most 5e-6.
+"""
 
 
 class TokenLoss:
@@ -117,3 +124,39 @@ class TokenLoss:
 def row_sums(losses: torch.Tensor, learnt: torch.Tensor) -> torch.Tensor:
     """Return summed loss (nats) and number of predicted tokens of each row, double [rows, 2], of [rows, length]."""
     return torch.stack([losses.double().sum(dim=1), learnt.sum(dim=1)], dim=1)
+
+
+def why_whole(config: PreTrainedConfig) -> str | None:
+    """Return why the loss of such a model holds the logits of all tokens; None if it does not have to.
+
+    Both losses and their gradients are compared for a model with this configuration, but few and narrow layers.
+    """
+    kind = config.model_type
+    try:
+        whole, _ = _gradients(config, chunked=False)
+        chunked, computed_for = _gradients(config, chunked=True)
+    except Exception as error:  # each architecture fails in its own way
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return f"a small {kind} could not be tried without them ({what})"
+    if computed_for:
+        return f"{kind} computes more with its logits than their loss ({', '.join(sorted(set(computed_for)))})"
+    difference = float((chunked - whole).abs().max() / whole.abs().max())
+    if not difference < LIMIT:
+        return f"the gradients of a small {kind} differ without them by {difference:.2g}"
+    return None
+
+
+def _gradients(config: PreTrainedConfig, chunked: bool) -> tuple[torch.Tensor, list[str]]:
+    """Return (loss and all gradients of a small model, fp32 [1 + weights]; what its logits were computed for)."""
+    model = small_model(config, "causal-lm").train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    loss = TokenLoss(model, chunked, tokens=4)
+    labels = torch.tensor([[IGNORED, *range(11, 21)], [*range(21, 30), IGNORED, IGNORED]])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        outputs = model(input_ids=labels.clamp(min=0), labels=labels, num_items_in_batch=30, use_cache=False)
+    outputs.loss.backward()
+    gradients = [weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]
+    return torch.cat([outputs.loss.detach()[None], *gradients]), loss.computed_for
