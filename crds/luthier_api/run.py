@@ -329,6 +329,8 @@ class PreparedRecord(Prepared):
     """Of a FineTuneJob: with it, the memory of another layout is planned without the model."""
     cannot_recompute: str | None = None
     """Of a FineTuneJob: why the model cannot recompute its activations, if so."""
+    whole_logits: str | None = None
+    """Of a FineTuneJob: why the loss has to hold the logits of all tokens, if so."""
     notices: list[str] = Field(default_factory=list)
     """What `prepare` had to say, so that a `prepare` that finds its work done says it again."""
     stream: Stream | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,10 @@ from transformers import (
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.models.processors import read_tokenizer
-from luthier_trainer.tasks import smoothing, texts
+from luthier_trainer.tasks import texts
 from luthier_trainer.tasks.base import TrainingContext
 from luthier_trainer.tasks.table import TASKS
+from luthier_trainer.tasks.token_loss import TokenLoss
 from luthier_trainer.training import main as train
 
 LENGTHS = (3, 40, 7, 21, 12, 5, 33, 18)
@@ -152,17 +154,19 @@ def measured(
     rows = encoded(task, tokenizer)
     spec = {"task": task, "model": {"path": "unused"}, "dataset": {"files": ["unused.jsonl"]}, "training": training}
     context = TrainingContext(FineTuneJobSpec.model_validate(spec), Path("unused"), tokenizer)
+    model = copy.deepcopy(model)
     setup = TASKS[task].trainer(context, model)
-    loss, metrics = setup.options["compute_loss_func"], setup.options["compute_metrics"]
+    loss, metrics = setup.options.get("compute_loss_func"), setup.options["compute_metrics"]
     items = sum(LENGTHS) - len(LENGTHS) if task == "causal-lm" else len(LENGTHS)
     minimised, reduced, labels = 0.0, [], []
     for start in range(0, len(rows), size):
         batch = setup.collator(rows[start : start + size])
+        outputs = model(**batch) if loss else model(**batch, num_items_in_batch=torch.tensor(items))
+        minimised += (
+            loss(outputs, batch["labels"], num_items_in_batch=torch.tensor(items)) if loss else outputs.loss
+        ).item()
         with torch.no_grad():
-            outputs = model(**batch) if loss else model(**batch, num_items_in_batch=torch.tensor(items))
-            minimised += (
-                loss(outputs, batch["labels"], num_items_in_batch=torch.tensor(items)) if loss else outputs.loss
-            ).item()
+            outputs = model(**batch)
         reduced.append(setup.options["preprocess_logits_for_metrics"](outputs.logits, batch["labels"]))
         labels += batch["labels"].flatten().tolist()
     gathered = type("Gathered", (), {"predictions": torch.cat(reduced), "label_ids": torch.tensor(labels)})
@@ -223,7 +227,7 @@ def test_smoothing_leaves_what_a_model_adds_to_its_loss(tokenizers: dict[str, Pr
     model = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4, output_router_logits=True)).eval()
     ids = torch.tensor([encoded("causal-lm", tokenizer)[1]["input_ids"]])
     plain = model(input_ids=ids, labels=ids)
-    model.loss_function = smoothing.loss_function(0.2)
+    TokenLoss(model, chunked=True, epsilon=0.2)
     smoothed = model(input_ids=ids, labels=ids)
     expect = cross_entropy(plain.logits[0, :-1], ids[0, 1:], label_smoothing=0.2) + 0.5 * plain.aux_loss
     assert plain.aux_loss > 1

@@ -38,7 +38,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from luthier_api.status import ResolvedSource
 from luthier_trainer.tasks.base import Model
-from luthier_trainer.tasks.causal_lm import TokenLoss
+from luthier_trainer.tasks.causal_lm import TokenMetrics
 from luthier_trainer.tasks.classification import LabelMetrics
 from luthier_trainer.tasks.headed import what_becomes_of_the_head
 from luthier_trainer.training import main as train
@@ -318,7 +318,7 @@ PERPLEXITIES = [
 @pytest.mark.parametrize("case", PERPLEXITIES, ids=lambda case: case.name)
 def test_a_perplexity_is_a_number_or_missing(case: PerplexityCase) -> None:
     gathered = EvalPrediction(predictions=torch.tensor([[case.loss * 2, 2.0]]), label_ids=torch.zeros(1, 2))
-    assert TokenLoss()(gathered, compute_result=True) == pytest.approx(case.metrics, nan_ok=True)
+    assert TokenMetrics()(gathered, compute_result=True) == pytest.approx(case.metrics, nan_ok=True)
 
 
 @dataclass(frozen=True)

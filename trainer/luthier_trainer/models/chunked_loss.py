@@ -1,4 +1,4 @@
-"""The cross-entropy of tokens whose logits never exist all at once: those of some tokens at a time, forward and backward.
+"""The cross-entropy of tokens whose logits never exist all at once, forward and backward: some tokens at a time.
 
 The gradient of a cross-entropy follows from the same probabilities as its value. So the gradients of a chunk of tokens
 are computed at once, before the logits of the next chunk replace its own. No product is computed twice.
@@ -17,8 +17,8 @@ Operation = Callable[[torch.Tensor], torch.Tensor]
 """What a model does with its logits: it scales or caps each of them, or converts their dtype."""
 
 CHUNK_ENTRIES = {"cpu": 2**20, "cuda": 2**27}
-"""Logits that exist at once, by the type of the device."""
-FEWEST_TOKENS = 64  # of a chunk; with fewer, reading the head's weights takes longer than multiplying with them
+"""Logits that exist at once, by the type of the device: on CPU what its caches hold, on GPUs 1 GiB of 8 bytes each."""
+FEWEST_TOKENS = 256  # of a chunk; with fewer, reading the head's weights takes longer than multiplying with them
 
 
 def chunk_tokens(vocabulary: int, device: str) -> int:
@@ -75,7 +75,7 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
     """Add `left @ right` to `total` [fp32], on GPUs without rounding the product to 16 bits first."""
     if left.dtype == torch.float32:
         total.addmm_(left, right)
-    elif total.is_cuda:
+    elif total.is_cuda or total.is_meta:
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     else:
         total += left @ right
@@ -129,7 +129,7 @@ def cross_entropy(
 
     `hidden`: [tokens, width]. `targets`: int64 [tokens]. `tensors`: of the head; those that require a gradient get one.
     """
-    total, losses = _CrossEntropy.apply(what, hidden, targets, *tensors)  # type: ignore[no-untyped-call]
+    total, losses = _CrossEntropy.apply(what, hidden, targets, *tensors)
     return total, losses
 
 
@@ -142,7 +142,9 @@ class _CrossEntropy(torch.autograd.Function):
         head = what.head(learns, *tensors)
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if of_hidden or any(learns) else None
-        for start in range(0, len(targets), what.tokens):
+        # On the meta device, where memory is planned, all chunks are alike, and each operation takes time.
+        end = min(len(targets), what.tokens) if hidden.is_meta else len(targets)
+        for start in range(0, end, what.tokens):
             rows = slice(start, start + what.tokens)
             losses[rows], of_logits = _chunk(what, head.logits(hidden[rows]), targets[rows], gradient is not None)
             if gradient is not None and of_logits is not None:

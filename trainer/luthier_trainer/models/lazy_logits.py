@@ -73,12 +73,12 @@ class LazyLogits:
         return self.then(lambda logits: logits.to(*args, **options))
 
     def __mul__(self, other: Any) -> Any:
-        return torch.mul(self, other)  # type: ignore[call-overload]
+        return torch.mul(self, other)
 
     __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> Any:
-        return torch.div(self, other)  # type: ignore[call-overload]
+        return torch.div(self, other)
 
     def __getitem__(self, key: Any) -> torch.Tensor:
         return self.tensor("[]")[key]

@@ -1,4 +1,4 @@
-"""The module of a language model that makes logits of hidden states, taken out of its `forward` while a loss is computed."""
+"""The module of a language model that makes its logits, taken out of its `forward` while a loss is computed."""
 
 from __future__ import annotations
 

@@ -80,7 +80,8 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     trouble = task.cannot_recompute(model) if spec.resources.gpus_per_node > 0 else None
     learnt = len(train) if examples.stream is None else streamed.rows_learnt(spec)
     rows = task.epoch_rows(spec, learnt)
-    plan = plan_training(spec, rows, weight_files.count(model.path, MODEL), trouble)
+    whole = task.whole_logits(model)
+    plan = plan_training(spec, rows, weight_files.count(model.path, MODEL), trouble, whole)
     check_course(spec, plan, rows)
     if (
         spec.training.group_by_length is False
@@ -124,6 +125,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         compute=compute,
         memory_facts=facts,
         cannot_recompute=trouble,
+        whole_logits=whole,
         model_path=str(model.path),
         new_tokens=list(model.new_tokens),
         stream=examples.stream and examples.stream.model_copy(update={"missing_tokens": dict(model.missing_tokens)}),
@@ -146,7 +148,7 @@ def with_present_plan(run: FineTuneRun, record: PreparedRecord, folder: Workspac
     if record.weights is None:
         return record
     rows = task_of(run.spec).epoch_rows(run.spec, record.dataset.rows)
-    plan = plan_training(run.spec, rows, record.plan.parameters, record.cannot_recompute)
+    plan = plan_training(run.spec, rows, record.plan.parameters, record.cannot_recompute, record.whole_logits)
     plan = plan_space(plan, record.weights, space.folder_bytes(folder.prepared / "processor"))
     if record.memory_facts is not None:
         plan = with_memory(run, plan, record.memory_facts)

@@ -137,6 +137,8 @@ class TrainingContext:
     """Arguments of `from_pretrained` that decide how weights are stored in memory: their dtype, their quantisation."""
     other_models: Sequence[Path] = ()
     """Folders of the models that `Task.other_models` has provided, in its order."""
+    whole_logits: bool = False
+    """Whether the loss has to hold the logits of all tokens (`Task.whole_logits`)."""
     folder: Path = Path("unused")
     """A folder of the workspace for what the task keeps between attempts. It need not exist."""
 
@@ -161,6 +163,8 @@ class TrainerSetup:
     collator: Collator
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the class, for example a loss, metrics or a reference model."""
+    loss: str = ""
+    """How the loss is computed, for the log, if there are several ways."""
 
 
 class Task(Batches, Protocol):
@@ -262,6 +266,10 @@ class Task(Batches, Protocol):
     def cannot_recompute(self, model: Model) -> str | None:
         """Return why the model does not support activation checkpointing; None if it does."""
         ...
+
+    def whole_logits(self, model: Model) -> str | None:
+        """Return why the loss of a language model has to hold the logits of all tokens; None if it does not."""
+        return None
 
     def weights(self, model: Model, spec: FineTuneJobSpec, plan: Plan, labels: list[str] | None) -> Weights:
         """Return the numbers of all and of trainable weights, from which the size of checkpoints is planned."""

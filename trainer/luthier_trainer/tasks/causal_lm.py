@@ -5,7 +5,6 @@ The held-out loss is the mean over all labels, independent of the batch size and
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,14 +21,14 @@ from luthier_trainer.data.masks import ChatReader
 from luthier_trainer.models import checks, isolation
 from luthier_trainer.models.inspect import max_positions
 from luthier_trainer.runtime.failure import Failure
-from luthier_trainer.tasks.base import LoadedModel, Loss, Model, TrainerSetup, TrainingContext
-from luthier_trainer.tasks.batches import IGNORED, LabelledBatches, TokenCollator, measured_by
+from luthier_trainer.tasks.base import LoadedModel, Model, TrainerSetup, TrainingContext
+from luthier_trainer.tasks.batches import LabelledBatches, TokenCollator, measured_by
 from luthier_trainer.tasks.texts import TextTask, check_ends, reader_of, token_trial
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset, DatasetDict
-    from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+    from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments
 
     from luthier_trainer.models.memory import Trial
 
@@ -162,9 +161,19 @@ class CausalLM(LabelledBatches, TextTask):
         super().check_encoded(data, model, labels)
 
     def trial(self, model: Model, spec: FineTuneJobSpec, labels: list[str] | None, rows: Dataset | None) -> Trial | str:
+        from luthier_trainer.models.chunked_loss import chunk_tokens
+        from luthier_trainer.tasks.token_loss import TokenLoss
+
         made = token_trial(model, self.task, spec, rows, labels_of_tokens=True)
-        made.model.loss_type = "ForCausalLM"
-        return replace(made, loss=self.loss(made.model, spec.training.label_smoothing))
+        chunked = self.whole_logits(model) is None
+        tokens = chunk_tokens(made.model.config.get_text_config().vocab_size, "cuda")
+        TokenLoss(made.model, chunked, spec.training.label_smoothing, tokens)
+        return made
+
+    def whole_logits(self, model: Model) -> str | None:
+        from luthier_trainer.tasks import token_loss
+
+        return token_loss.why_whole(model.config)
 
     def arguments(self, spec: FineTuneJobSpec, common: Mapping[str, Any]) -> TrainingArguments:
         # The trainer would remove `loss_mask` and `seq_lengths`, which no model reads, before they reach the collator.
@@ -182,28 +191,12 @@ class CausalLM(LabelledBatches, TextTask):
     def trainer(self, context: TrainingContext, model: Any) -> TrainerSetup:
         from transformers import Trainer
 
+        from luthier_trainer.tasks.token_loss import TokenLoss
+
         model.config.pad_token_id = context.processor.pad_token_id
-        loss = self.loss(model, context.spec.training.label_smoothing)
-        options = {"compute_loss_func": loss, **measured_by(TokenLoss())}
-        return TrainerSetup(Trainer, TokenCollator(context.processor.pad_token_id), options)
-
-    def loss(self, model: PreTrainedModel, epsilon: float | None) -> Loss | None:
-        """Return the loss for training; None if the model computes it. `epsilon`: share of each label that is spread.
-
-        Models that call the loss function of transformers compute it correctly and add their own terms, for example for
-        the load balance of experts. Other models (the decoders of BART, Pegasus, ...) average over each micro-batch
-        separately, and compare each prediction with the token at the same position instead of the next one.
-        """
-        calls_its_loss_function = "loss_function" in inspect.unwrap(type(model).forward).__code__.co_names
-        if epsilon is None:
-            return None if calls_its_loss_function else next_token_loss
-
-        from luthier_trainer.tasks import smoothing
-
-        if calls_its_loss_function:
-            model.loss_function = smoothing.loss_function(epsilon)
-            return None
-        return smoothing.next_token_loss(epsilon)
+        loss = TokenLoss(model, not context.whole_logits, context.spec.training.label_smoothing)
+        collator = TokenCollator(context.processor.pad_token_id)
+        return TrainerSetup(Trainer, collator, measured_by(TokenMetrics()), loss.described)
 
 
 def _refuse_template(spec: FineTuneJobSpec, origin: str, form: forms.Form) -> None:
@@ -236,24 +229,8 @@ def texts_of(rows: Rows) -> Iterator[str]:
                 yield from texts
 
 
-def next_token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the mean cross-entropy, in nats, of each token given the tokens before it.
-
-    Logits have the shape [rows, length, vocabulary], `labels` [rows, length]. The sum is divided by
-    `num_items_in_batch`, the number of predicted tokens of the step, or by that of the batch if it is None.
-    """
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
-    return ForCausalLMLoss(
-        outputs.logits, labels, vocab_size=outputs.logits.shape[-1], num_items_in_batch=num_items_in_batch
-    )
-
-
-class TokenLoss:
-    """Computes evalLoss (nats per token) and perplexity.
-
-    Each process reduces its rows to sums, so that logits are never gathered.
-    """
+class TokenMetrics:
+    """Computes evalLoss (nats per token) and perplexity from the sums of rows (`token_loss.row_sums`)."""
 
     def __init__(self) -> None:
         self.loss = self.tokens = 0.0
@@ -261,14 +238,9 @@ class TokenLoss:
     def reduce(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return summed loss (nats) and number of predicted tokens of each row, double [rows, 2].
 
-        `logits`: [rows, length, vocabulary]. `labels`: [rows, length].
+        In evaluations, the model's output has them in the place of logits.
         """
-        import torch
-        from torch.nn.functional import cross_entropy
-
-        targets = labels[:, 1:]
-        losses = cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
-        return torch.stack([losses.sum(dim=1), (targets != IGNORED).sum(dim=1).to(losses.dtype)], dim=1).double()
+        return logits
 
     def __call__(self, gathered: EvalPrediction, compute_result: bool) -> dict[str, float]:
         loss, tokens = gathered.predictions.sum(dim=0).tolist()

@@ -1,7 +1,7 @@
-"""Label smoothing by transformers' own `LabelSmoother`, divided by the items of the step as all losses are.
+"""Label smoothing of classifiers by transformers' own `LabelSmoother`, divided by the items of the step.
 
-transformers' argument `label_smoothing_factor` is not used: the Trainer would ignore it beside a loss of the task, and
-would leave out the terms that a model adds to its own loss, for example for the load balance of experts.
+transformers' argument `label_smoothing_factor` is not used, because the Trainer would ignore it beside a loss of the
+task. That of language models is a part of `token_loss`.
 """
 
 from __future__ import annotations
@@ -16,36 +16,12 @@ from luthier_trainer.tasks.base import Loss
 
 def row_loss(epsilon: float) -> Loss:
     """Return the loss of a classifier. Its outputs have logits [rows, classes], its labels the shape [rows]."""
-    return _loss(epsilon, shift=False)
-
-
-def next_token_loss(epsilon: float) -> Loss:
-    """Return the loss of a language model. Its outputs have logits [rows, length, vocabulary]; labels: [rows, length].
-
-    Labels of -100 count neither in the sum nor among the items.
-    """
-    return _loss(epsilon, shift=True)
-
-
-def loss_function(epsilon: float) -> Any:
-    """Return the same as `next_token_loss`, in the form of a model's `loss_function`."""
-    loss = next_token_loss(epsilon)
-
-    def smoothed(
-        logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, num_items_in_batch: Any = None, **_: Any
-    ) -> torch.Tensor:
-        return loss({"logits": logits}, labels, num_items_in_batch=num_items_in_batch)
-
-    return smoothed
-
-
-def _loss(epsilon: float, shift: bool) -> Loss:
     smoother = LabelSmoother(epsilon)
 
     def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        # In fp32, as transformers computes its losses. A sum over a vocabulary in bf16 would be far off.
+        # In fp32, as transformers computes its losses. A sum over classes in bf16 would be far off.
         logits = {"logits": outputs["logits"].float()}
-        smoothed: torch.Tensor = smoother(logits, labels, shift_labels=shift, num_items_in_batch=num_items_in_batch)
+        smoothed: torch.Tensor = smoother(logits, labels, num_items_in_batch=num_items_in_batch)
         return smoothed
 
     return loss

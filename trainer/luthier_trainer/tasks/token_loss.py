@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutput
 
 from luthier_trainer.models.chunked_loss import chunk_tokens
 from luthier_trainer.models.isolation import small_model
 from luthier_trainer.models.lazy_logits import LazyLogits
 from luthier_trainer.models.output_head import OutputHead
+from luthier_trainer.runtime.notices import notice
 from luthier_trainer.tasks.batches import IGNORED
 
 LIMIT = 1e-4
@@ -47,9 +49,12 @@ class TokenLoss:
         """
         self.model, self.epsilon, self.tokens = model, epsilon or 0.0, tokens
         self.head = OutputHead(model) if chunked else None
+        if self.head is not None and is_deepspeed_zero3_enabled() and not self.head.is_linear:
+            self.head = None  # DeepSpeed would gather the parts of the head for each chunk again
         self.computed_for: list[str] = []
         """What the logits of all tokens were computed for although `chunked`; empty if they never were."""
         self._sums: torch.Tensor | None = None
+        self._told = False
         self._forward = model.forward
         # Models that call the loss function of transformers compute it correctly and add their own terms, for example
         # for the load balance of experts. Other models (the decoders of BART, Pegasus, ...) average over each
@@ -60,6 +65,17 @@ class TokenLoss:
         model.accepts_loss_kwargs = True  # transformers then passes the number of items of a step to the model
         # Bound, as accelerate and transformers expect it of the method that this one replaces.
         model.forward = MethodType(self._forward_with_loss, model)
+
+    @property
+    def described(self) -> str:
+        """How the loss is computed, for the log."""
+        if self.head is None:
+            return "loss with the logits of all tokens"
+        return f"loss with the logits of {self._tokens(self.model.device.type)} tokens at a time"
+
+    def _tokens(self, device: str) -> int:
+        assert self.head is not None
+        return self.tokens or chunk_tokens(self.head.vocabulary, device)
 
     def _forward_with_loss(
         self,
@@ -78,6 +94,9 @@ class TokenLoss:
         with self.head.lazy(self.computed_for) if self.head else nullcontext():
             outputs = self._forward(*args, **options)
         loss = outputs.loss if self._calls else self._loss(outputs.logits, labels, 0, num_items_in_batch)
+        if self.computed_for and not self._told:
+            self._told = True
+            notice(f"spec.model: the loss holds the logits of all tokens, for {self.computed_for[0]}")
         sums, self._sums = self._sums, None
         return CausalLMOutput(loss=loss, logits=sums)
 
@@ -93,7 +112,8 @@ class TokenLoss:
 
         `logits`: [rows, length, vocabulary]. The sum is divided by `num_items_in_batch`, or by the labels of the batch.
         """
-        epsilon = self.epsilon if self.model.training else 0.0
+        learns = torch.is_grad_enabled()
+        epsilon = self.epsilon if learns else 0.0
         targets = functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten()
         if isinstance(logits, LazyLogits):
             total, losses = self._chunk_by_chunk(logits, targets, epsilon)
@@ -102,7 +122,7 @@ class TokenLoss:
                 logits.float().flatten(0, 1), targets, ignore_index=IGNORED, reduction="none", label_smoothing=epsilon
             )
             total = losses.sum()
-        if not self.model.training:
+        if not learns:
             self._sums = row_sums(losses.view(labels.shape), targets.view(labels.shape) != IGNORED)
         items = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return total / (items.to(total.device) if isinstance(items, torch.Tensor) else items)
@@ -111,12 +131,14 @@ class TokenLoss:
         self, logits: LazyLogits, targets: torch.Tensor, epsilon: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (sum, fp32 [rows x length]) of the losses of `targets` [rows x length]; those ignored have 0."""
-        learnt = (targets != IGNORED).nonzero()[:, 0]
+        if targets.is_meta:  # where memory is planned: no value is known, and each label may be learnt
+            learnt = torch.arange(len(targets), device=targets.device)
+        else:
+            learnt = (targets != IGNORED).nonzero()[:, 0]
         hidden = logits.hidden.flatten(0, 1).index_select(0, learnt)
-        tokens = self.tokens or chunk_tokens(logits.head.vocabulary, hidden.device.type)
-        total, losses = self.head.cross_entropy(
-            hidden, targets[learnt], tokens=tokens, operations=logits.operations, smoothing=epsilon
-        )
+        assert self.head is not None
+        options = {"tokens": self._tokens(hidden.device.type), "operations": logits.operations, "smoothing": epsilon}
+        total, losses = self.head.cross_entropy(hidden, targets[learnt], **options)
         everywhere = losses.new_zeros(len(targets)).index_copy(0, learnt, losses)
         return total, everywhere
 

@@ -131,6 +131,7 @@ def main(run: FineTuneRun | GenerateRun, observers: Sequence[Any] = ()) -> Termi
         labels=prepared.dataset.labels,
         other_models=[Path(path) for path in prepared.other_model_paths],
         weights=methods.weights_options(spec.method, precision, deepspeed, arguments.device, spec.model.quantization),
+        whole_logits=prepared.whole_logits is not None,
         folder=workspace.prepared / "kept",
     )
     loaded = task.load_model(context)
@@ -194,7 +195,7 @@ def main(run: FineTuneRun | GenerateRun, observers: Sequence[Any] = ()) -> Termi
                 f" are: {', '.join(sorted(loaded.unused_parameters)[:SHOWN])} ...",
                 flush=True,
             )
-        print(opening(loop, prepared, precision, resume), flush=True)
+        print(opening(loop, prepared, precision, setup.loss, resume), flush=True)
 
     loop.saved = resume
     with trackers, closing(rows) if prepared.stream else nullcontext():
@@ -293,13 +294,17 @@ def source_type(model_path: str) -> torch.dtype:
     return getattr(torch, name) if name in HALF else torch.float32
 
 
-def opening(loop: Resilient, prepared: PreparedRecord, precision: str, resume: Path | None) -> str:
-    """Return the line of the log that describes the training: model, precision, batch sizes, steps, starting point."""
+def opening(loop: Resilient, prepared: PreparedRecord, precision: str, loss: str, resume: Path | None) -> str:
+    """Return the line of the log that describes the training: model, precision, batch sizes, steps, starting point.
+
+    `loss`: how it is computed; empty if there is only one way.
+    """
     learning, weights = count_weights(loop.model.parameters())
     plan = prepared.plan
     return (
         f"training {learning:,} of {weights:,} weights of {prepared.model.source}, {precision}, {plan.world_size} ×"
         f" {plan.micro_batch_size} rows × {plan.accumulation_steps or 1} accumulated, {plan.steps} steps"
         f"{optimizers.replaced_by(plan.strategy)}, "
+        + (f"{loss}, " if loss else "")
         + (f"resuming from {resume.name}" if resume else "from the beginning")
     )

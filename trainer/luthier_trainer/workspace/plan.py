@@ -26,11 +26,16 @@ CHECKPOINTING = "spec.training.gradientCheckpointing"
 
 
 def plan_training(
-    spec: FineTuneJobSpec, rows: int, parameters: int | None, cannot_recompute: str | None = None
+    spec: FineTuneJobSpec,
+    rows: int,
+    parameters: int | None,
+    cannot_recompute: str | None = None,
+    whole_logits: str | None = None,
 ) -> Plan:
     """The layout of a FineTuneJob over `rows` training rows. The CRD's rules have checked that batchSize divides.
 
-    `cannot_recompute`: why the model cannot recompute its activations, if so.
+    `cannot_recompute`: why the model cannot recompute its activations, if so. `whole_logits`: why its loss holds the
+    logits of all tokens, if so.
     """
     world_size, training = spec.resources.world_size, spec.training
     share = training.batch_size // world_size
@@ -46,7 +51,9 @@ def plan_training(
         steps=training.max_steps or count_steps(rows, world_size, micro, accumulation, training.epochs),
         precision=plan_precision(training.precision, spec.resources.gpus_per_node),
         gradient_checkpointing=recompute,
-        reasons=reasons + why,
+        reasons=reasons
+        + why
+        + ([f"loss: with the logits of all tokens, because {whole_logits}"] if whole_logits else []),
         parameters=parameters,
     )
 
