@@ -73,9 +73,11 @@ class LinearHead:
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """Add `left @ right` to `total` [fp32], on GPUs without rounding the product to 16 bits first."""
+    if total.is_meta:
+        return  # where memory is planned: on GPUs the sum takes none
     if left.dtype == torch.float32:
         total.addmm_(left, right)
-    elif total.is_cuda or total.is_meta:
+    elif total.is_cuda:
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     else:
         total += left @ right
@@ -156,6 +158,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, of_sum: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+        """Raises RuntimeError if it is called a second time: the gradients are multiplied in place."""
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the gradients of this loss have been taken already")

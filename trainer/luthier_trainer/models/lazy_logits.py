@@ -84,6 +84,7 @@ class LazyLogits:
         return self.tensor("[]")[key]
 
     def __getattr__(self, name: str) -> Any:
+        """Return the attribute of the tensor, which is computed for it. Raises AttributeError for special methods."""
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.tensor(name), name)

@@ -55,8 +55,9 @@ class OutputHead:
     def _linear(
         self, hidden: torch.Tensor, targets: torch.Tensor, options: dict[str, Any], *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensors[0].dtype
+        device, dtype = hidden.device.type, tensors[0].dtype
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
         return cross_entropy(Sum(partial(LinearHead, dtype), **options), hidden, targets, tensors)
 
     @contextmanager
