@@ -132,3 +132,9 @@ def test_what_leaks_is_refused(family: Family) -> None:
     assert message.startswith("spec.training.packing: isolated: ")
     assert family.model_type in message
     assert "concatenate" in message
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_type_of_the_files_does_not_matter(dtype: str) -> None:
+    """Most published models are in 16 bits, where logits move by rounding alone."""
+    isolation.check(AutoConfig.for_model("llama", dtype=dtype), "causal-lm", "spec.training.packing")

@@ -151,6 +151,9 @@ def _matrices(model: PreTrainedModel) -> Iterator[torch.Tensor]:
 def _smaller(data: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a configuration with small values, also in the configurations within it."""
     small = {name: _smaller(value) if name.endswith("_config") and value else value for name, value in data.items()}
+    # In fp32: in the 16 bits that most configurations name, logits move by rounding alone.
+    for name in ("dtype", "torch_dtype"):
+        small.pop(name, None)
     small |= {name: value for name, value in SIZES.items() if data.get(name)}
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if name in small:
