@@ -133,19 +133,24 @@ def gradients(plan: Plan, facts: MemoryFacts, at: Moment | None) -> int:
 
 
 def gathered(plan: Plan, facts: MemoryFacts) -> int:
-    """Return the bytes of weights that ZeRO-3 has gathered: what it keeps for later use, and the part that is next."""
+    """Return the bytes of weights that ZeRO-3 has gathered: what it keeps for later use, and the part that is next.
+
+    With offload, its own share of that part comes from the node's memory first.
+    """
     if ZERO_STAGE.get(plan.strategy) != 3:
         return 0
-    return min(facts.total, MAX_LIVE + facts.largest_unit) * facts.computed_bytes
+    copied = math.ceil(facts.largest_unit / plan.world_size) if "offload" in plan.strategy else 0
+    return (min(facts.total, MAX_LIVE + facts.largest_unit) + copied) * facts.computed_bytes
 
 
 def communication(plan: Plan, facts: MemoryFacts) -> int:
     """Return the bytes of buffers for exchanging gradients.
 
-    DDP has a bucket for each gradient, beside it. DeepSpeed has two buckets, one that fills and one that is sent.
+    DDP has a bucket for each gradient, beside it. DeepSpeed has buckets of one size, however few weights learn: two
+    where one fills while the other is sent, and one with ZeRO-3 (`runtime/zero/stage_1_and_2.py`, `stage3.py` of 0.19).
     """
     if plan.strategy in ZERO_STAGE:
-        return 2 * min(facts.learning, BUCKET) * facts.computed_bytes
+        return (1 if ZERO_STAGE[plan.strategy] == 3 else 2) * BUCKET * facts.computed_bytes
     return facts.gradient_bytes if plan.world_size > 1 else 0
 
 
