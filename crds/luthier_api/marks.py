@@ -11,7 +11,7 @@ import copy
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from hashlib import sha256
 from typing import Any, ClassVar, Protocol, Self, TypeVar, get_args, get_origin
 
@@ -23,9 +23,6 @@ from luthier_api.decides import immutable, is_always_there, marked_paths
 
 Spec = TypeVar("Spec", bound="TabledSpec")
 Block = TypeVar("Block", bound=ApiModel)
-
-DIGESTS_KEPT = 1024
-"""Specs whose digests are kept. A spec is a few KiB of JSON."""
 
 
 @dataclass(frozen=True)
@@ -237,13 +234,8 @@ def with_defaults(spec: Spec) -> Spec:
 def written_part(spec: TabledSpec) -> dict[str, Any]:
     """`spec` as JSON-ready data with outer names, without what reading it fills in again."""
     data: dict[str, Any] = spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True)
-    return _without_table_defaults(data, type(spec), _chosen(spec))
-
-
-def _without_table_defaults(data: dict[str, Any], spec: type[TabledSpec], chosen: tuple[Any, ...]) -> dict[str, Any]:
-    """`data` without the values that its rows `chosen` give to fields that are left out. It is changed."""
     # The fields of a block before the block.
-    for path, default in reversed(_table_defaults(spec, chosen)):
+    for path, default in reversed(_table_defaults(type(spec), _chosen(spec))):
         *above, name = path.split(".")
         blocks: list[Any] = [data]
         for part in above:
@@ -259,16 +251,9 @@ def digests(spec: TabledSpec) -> dict[str, str]:
     """Path → hash, of each field whose change makes a failed job go on. Of what has its default there is none: a later
     version may add fields.
     """
-    text = spec.model_dump_json(by_alias=True, exclude_none=True, exclude_defaults=True)
-    return dict(_digests(type(spec), _chosen(spec), text))
-
-
-@lru_cache(maxsize=DIGESTS_KEPT)
-def _digests(spec: type[TabledSpec], chosen: tuple[Any, ...], text: str) -> dict[str, str]:
-    """As `digests`, of a spec as JSON. Each decision about a job asks for them, and its spec hardly ever changes."""
-    data = _without_table_defaults(json.loads(text), spec, chosen)
+    data = written_part(spec)
     found = {}
-    for path, mark in marked_paths(spec).items():
+    for path, mark in marked_paths(type(spec)).items():
         value: Any = data
         for name in path.split("."):
             value = value.get(name) if isinstance(value, Mapping) else None

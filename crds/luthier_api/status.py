@@ -276,6 +276,8 @@ class AppliedSpec(ApiModel):
     """Generation of that spec."""
     fields: dict[str, str] = Field(default_factory=dict)
     """Path of a field, for example resources.memory → hash of its value. Fields with their default are left out."""
+    written_by: str | None = None
+    """Version of the operator that has made the hashes. Another one may have other defaults, and makes them anew."""
 
 
 class SourceStatus(ApiModel):

@@ -11,16 +11,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, from_json, to_json
 
-from luthier_api.base import ApiModel
+from luthier_api.base import ApiModel, model_in
 
 Model = TypeVar("Model", bound=ApiModel)
 Location = tuple[int | str, ...]
-STATUS = "status"
+SPEC, STATUS = "spec", "status"
+SPECS_KEPT = 1024
+SPEC_BYTES = 8192
+"""Of a spec that is kept. A usual one has 1 KiB; rows may be in it."""
 
 
 class NotUnderstood(ValueError):
@@ -41,8 +45,29 @@ def read_stored(model: type[Model], document: dict[str, Any]) -> Stored[Model]:
 
     Raises NotUnderstood for a known field outside the status with an unreadable value.
     """
+    if spec := _known_spec(model, document):
+        document = document | {SPEC: spec}
     value, left_out = _lenient(model, document, lambda p: _is_outside(p) and p["type"] != "extra_forbidden")
     return Stored(value, tuple(path(p["loc"]) for p in left_out if _is_outside(p)))
+
+
+def _known_spec(model: type[ApiModel], document: dict[str, Any]) -> ApiModel | None:
+    """The spec of `document`, if nothing in it is wrong or unknown. A job is read for each decision about it, and its
+    spec hardly ever changes.
+    """
+    found, of_spec = document.get(SPEC), model_in(model.model_fields[SPEC].annotation)
+    if of_spec is None or not isinstance(found, dict):
+        return None
+    text = to_json(found)
+    return _read_spec(of_spec, text) if len(text) <= SPEC_BYTES else None
+
+
+@lru_cache(maxsize=SPECS_KEPT)
+def _read_spec(of_spec: type[ApiModel], text: bytes) -> ApiModel | None:
+    try:
+        return of_spec.model_validate(from_json(text))
+    except ValidationError:
+        return None
 
 
 def read_known(model: type[Model], document: dict[str, Any]) -> Model:

@@ -21,7 +21,11 @@ from dataclasses import dataclass
 
 import uvloop
 
+from luthier_api import status
+from luthier_api.base import ApiModel
 from luthier_api.kinds import KINDS
+from luthier_api.run import RUNS
+from luthier_api.termination import TerminationMessage
 from luthier_operator import health, settling
 from luthier_operator.client import RESOURCES, VERSION, ApiError, Client, Resource
 from luthier_operator.client import login as client_login
@@ -343,6 +347,7 @@ async def serve(settings: Settings) -> None:
     operator = Operator(settings, client, metrics, election=election)
     server = await health.serve(settings.metrics_port, operator.metrics_text, operator.alive, operator.serving)
     log.debug("started in %.1f s", time.monotonic() - begin)
+    build_types()
     freezing = asyncio.create_task(freeze_when(operator.ready))
     try:
         await operator.serve()
@@ -350,6 +355,16 @@ async def serve(settings: Settings) -> None:
         freezing.cancel()
         await server.cleanup()
         await client.close()
+
+
+def build_types() -> None:
+    """Build the validators and serialisers of the types that each job needs. pydantic builds them at their first use,
+    which takes as long as dozens of decisions.
+    """
+    documents = [*(info.model for info in KINDS.values()), *RUNS.values(), TerminationMessage]
+    of_status = [found for found in vars(status).values() if isinstance(found, type) and issubclass(found, ApiModel)]
+    for model in (*documents, *of_status):
+        model.model_rebuild()
 
 
 async def freeze_when(ready: asyncio.Event) -> None:

@@ -32,6 +32,7 @@ from luthier_operator.decide import decide
 from luthier_operator.model import Object
 from luthier_operator.render.job import hub_hash, hub_target
 from luthier_operator.statuses import text
+from luthier_operator.versions import RELEASE
 
 LIMIT = {"activeDeadlineSeconds": 1800}
 SAID: dict[str, Any] = {"start_time": text(BEGIN), "active_seconds": 1800, "metrics": {"evalLoss": 1.5}}
@@ -461,6 +462,14 @@ def test_another_version_of_the_operator_takes_no_failure_back() -> None:
     assert describe(decided(fine_tune(TOO_LONG.model_copy(update={"applied_spec": before})))) == "Failed Diverged"
 
 
+def test_hashes_of_another_version_of_the_operator_are_made_anew() -> None:
+    """Else they would be compared with those of this version when the spec changes."""
+    before = AppliedSpec(generation=1, fields={"scheduling": "0123"}, written_by="0.0.1")
+    running = status("Accepted", "Prepared", "Running", start_time=text(BEGIN), applied_spec=before)
+    applied = decided(fine_tune(running), child(fine_tune(), "run")).status.applied_spec
+    assert applied == AppliedSpec(generation=1, fields=digests(fine_tune().spec), written_by=RELEASE)
+
+
 def test_a_resumed_run_has_new_numbers_and_a_new_budget() -> None:
     """The JobSet had used up its restarts, and its last attempt had the number of the last restart."""
     attempts = [
@@ -536,7 +545,9 @@ def test_pods_never_go_on_with_other_fields_than_the_spec_has(case: AtWorkCase) 
     running = status("Accepted", "Prepared", "Running", start_time=text(BEGIN), applied_spec=AppliedSpec(generation=0))
     at_work = child(fine_tune(), "run")
     first = decided(fine_tune(running, **case.spec), at_work)
-    assert first.status.applied_spec == AppliedSpec(generation=1, fields=digests(fine_tune(**case.spec).spec))
+    assert first.status.applied_spec == AppliedSpec(
+        generation=1, fields=digests(fine_tune(**case.spec).spec), written_by=RELEASE
+    )
     assert describe(decided(fine_tune(first.status, **case.spec), at_work)) == case.expect
 
 

@@ -17,6 +17,7 @@ from luthier_api.status import AppliedSpec
 from luthier_operator.phases.context import Context
 from luthier_operator.phases.limits import current_condition, seconds_left
 from luthier_operator.statuses import without_condition
+from luthier_operator.versions import RELEASE
 
 ACCEPTED = ConditionType.ACCEPTED
 PREPARED = ConditionType.PREPARED
@@ -87,9 +88,11 @@ def with_spec(ctx: Context) -> Context:
     """With the present spec as the one that the job is at work with: the one that its user has written, without the
     administrator's defaults.
     """
-    return ctx.with_status(
-        applied_spec=AppliedSpec(generation=ctx.job.metadata.generation, fields=digests(ctx.observed.job.spec))
-    )
+    applied, generation = ctx.status.applied_spec, ctx.job.metadata.generation
+    if applied and generation and (applied.generation, applied.written_by) == (generation, RELEASE):
+        return ctx  # as in most decisions
+    fields = digests(ctx.observed.job.spec)
+    return ctx.with_status(applied_spec=AppliedSpec(generation=generation, fields=fields, written_by=RELEASE))
 
 
 def changed_fields(ctx: Context) -> list[str]:
