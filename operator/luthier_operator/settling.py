@@ -5,7 +5,7 @@ A job of two pods has a dozen changes from its creation to its first step, and o
 
 from __future__ import annotations
 
-from luthier_operator import children
+from luthier_operator import children, naming
 from luthier_operator.model import Object
 
 ACT = 0.1
@@ -38,5 +38,6 @@ def _of_pod(pod: Object) -> float:
     if children.terminated(pod):
         return NOTHING if state.get("terminated", {}).get("exitCode") == 0 else ACT
     if "running" in state:
-        return ACT
+        # A pod of another phase that runs only ends the message why it did not.
+        return ACT if children.label(pod, naming.PHASE_LABEL) == "run" else TELL
     return TELL if children.unschedulable(pod) or "waiting" in state else NOTHING

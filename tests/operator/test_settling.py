@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 
 from luthier_operator.model import Object
-from luthier_operator.naming import CONTAINER
+from luthier_operator.naming import CONTAINER, PHASE_LABEL
 from luthier_operator.settling import ACT, NOTHING, TELL, seconds
 
 
 def pod(state: Object, phase: str = "Pending") -> Object:
     return {"phase": phase, "containerStatuses": [{"name": CONTAINER, "state": state}]}
+
+
+def labelled(phase: str) -> Object:
+    return {"labels": {PHASE_LABEL: phase}}
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ CASES = [
     Case("a pod that is new", "Pod", {"phase": "Pending"}, NOTHING),
     Case("a pod that has no node", "Pod", {"phase": "Pending", "conditions": [UNSCHEDULABLE]}, TELL),
     Case("a pod whose image is pulled", "Pod", pod({"waiting": {"reason": "ContainerCreating"}}), TELL),
-    Case("a pod that has begun to run", "Pod", pod({"running": {}}, "Running"), ACT),
+    Case("a pod that has begun to train", "Pod", pod({"running": {}}, "Running"), ACT, meta=labelled("run")),
+    Case("a pod that has begun to prepare", "Pod", pod({"running": {}}, "Running"), TELL, meta=labelled("prepare")),
     Case("a pod that has succeeded", "Pod", pod({"terminated": {"exitCode": 0}}, "Succeeded"), NOTHING),
     Case("a pod that has failed", "Pod", pod({"terminated": {"exitCode": 75}}, "Failed"), ACT),
     Case("a pod that was evicted before it ran", "Pod", {"phase": "Failed", "reason": "Evicted"}, ACT),

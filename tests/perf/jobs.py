@@ -1,8 +1,9 @@
 """The operator against the API server alone: FineTuneJobs to their children, beside the same children created directly.
 
-On a real API server, with the real operator as a process. No pod runs: they name a scheduler that does not exist, and
-the benchmark itself ends the pods of `prepare` and their Jobs, so that what is measured is the operator and not the
-kubelet. A pod that a scheduler refuses would be reported: a status and an Event more than for a job that runs.
+On a real API server, with the real operator as a process. No container runs. The pods of `prepare` get a node that has
+no kubelet (`node`): the benchmark itself writes that they run and how they end, and ends their Jobs, so that what is
+measured is the operator and not a kubelet. The pods of `run` name a scheduler that does not exist: a pod that a
+scheduler refuses would be reported, with a status and an Event more than for a job that runs.
 `PYTHONPATH=tests python -m perf.jobs --sizes 200 1000 --finished 5000` sets the sizes.
 
 The peer (`bare`) creates the same ConfigMaps, Jobs and JobSets, while the benchmark marks its Jobs as succeeded, too.
@@ -26,6 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from perf import node
 from perf.bare import create_in_process
 from perf.operator_process import AuditLog, OperatorProcess, calls_to_jobset, per_job, service_account
 
@@ -54,9 +56,12 @@ def job(name: str) -> Object:
             "task": "causal-lm",
             "model": {"id": "org/model"},
             "dataset": {"id": "org/data"},
-            "workspace": {"claimName": "bench"},
+            "workspace": {"claimName": node.CLAIM},
             "resources": {"nodes": 2, "gpusPerNode": 1},
-            "scheduling": {"schedulerName": NO_SCHEDULER},
+            "scheduling": {
+                "schedulerName": NO_SCHEDULER,
+                "tolerations": [node.TAINT | {"operator": "Exists"}],
+            },
         },
     }
 
@@ -156,13 +161,30 @@ def finished_pod_status() -> Object:
     return {"phase": "Succeeded", "containerStatuses": [container | {"state": {"terminated": ended}}]}
 
 
+async def start_prepares(client: Client, names: Sequence[str]) -> None:
+    """Let the pods of prepare run, once all have their node."""
+    async with asyncio.timeout(LIMIT):
+        while not all(pod["spec"].get("nodeName") for pod in (await pods_of_prepare(client, HERE)).values()):
+            await asyncio.sleep(0.5)
+    pods = await pods_of_prepare(client, HERE)
+    running = node.running_pod_status()
+    started = (patch_status(client, "Pod", pods[prepare_of(name)]["metadata"]["name"], running) for name in names)
+    await asyncio.gather(*started)
+
+
+async def pods_of_prepare(client: Client, namespace: str) -> dict[str, Object]:
+    """Name of a Job → its pod."""
+    listed = await client.get(RESOURCES["Pod"].path(namespace))
+    return {pod["metadata"]["labels"]["job-name"]: pod for pod in listed["items"]}
+
+
 async def end_prepares(client: Client, names: Sequence[str], namespace: str) -> list[Awaitable[None]]:
     """What ends the prepare Job of each job once it is awaited: first its pod, then the Job."""
-    listed = await client.get(RESOURCES["Pod"].path(namespace))
-    pods = {pod["metadata"]["labels"]["job-name"]: pod["metadata"]["name"] for pod in listed["items"]}
+    pods = await pods_of_prepare(client, namespace)
 
     async def end(name: str) -> None:
-        await patch_status(client, "Pod", pods[prepare_of(name)], finished_pod_status(), namespace)
+        pod = pods[prepare_of(name)]["metadata"]["name"]
+        await patch_status(client, "Pod", pod, finished_pod_status(), namespace)
         await patch_status(client, "Job", prepare_of(name), finished_job_status(), namespace)
 
     return [end(name) for name in names]
@@ -197,9 +219,10 @@ async def throughput(client: Client, account: dict[str, str], audit_path: Path, 
             first_child = [prepares.at[name] - answered[name] for name in names]
             to_prepare = max(prepares.at.values()) - begin
             cpu.append(operator.cpu_seconds())
-            # The Job controller makes 20 requests a second. Pods whose claim is missing for 15 s are reported.
+            # The Job controller makes 20 requests a second.
             await begun.all_of(names)
-            await asyncio.sleep(1)
+            await start_prepares(client, names)
+            await asyncio.sleep(5)
             ends = await end_prepares(client, names, HERE)
             begin = time.monotonic()
             await asyncio.gather(*ends)
@@ -351,6 +374,7 @@ def clean() -> None:
         for kind in ("jobsets", "jobs", "finetunejobs"):
             kubectl("-n", namespace, "delete", kind, "--all", "--timeout=300s", check=False)
         kubectl("delete", "namespace", namespace, "--ignore-not-found", "--timeout=300s")
+    node.remove()
 
 
 def kubectl(*arguments: str, check: bool = True) -> str:
@@ -373,7 +397,9 @@ async def measure(parts: argparse.Namespace, account: dict[str, str], audit: Pat
         clean()
         for namespace in (HERE, DIRECT):
             kubectl("create", "namespace", namespace)
-        result = await measured()
+        node.create(HERE)
+        async with node.ready(client):
+            result = await measured()
         print(json.dumps(result), file=sys.stderr, flush=True)  # a benchmark of minutes says where it is
         return result
 

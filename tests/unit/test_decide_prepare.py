@@ -37,7 +37,7 @@ from luthier_operator.statuses import text
 PREPARING = status("Accepted", start_time=text(BEGIN))
 JOB = fine_tune(PREPARING)
 READ = {"tokenSecretRef": {"name": "hf"}}
-STARTING = "False Preparing: waiting for the pod that resolves the model, loads the data and plans the run"
+DOING = "False Preparing: a pod resolves the model, loads the data and plans the run"
 COLUMN = 'spec.dataset.columns.text: no column "txet" in train.jsonl (columns: text, label). Did you mean "text"?'
 
 
@@ -49,7 +49,7 @@ def test_it_begins_with_everything_that_the_pods_need() -> None:
     assert decision.status.workspace is not None
     assert (decision.status.workspace.claim_name, decision.status.workspace.folder) == ("ftj-bot", "ftj-bot-f00dcafe")
     assert [(e.reason, e.message) for e in decision.events] == [
-        ("Preparing", "waiting for the pod that resolves the model, loads the data and plans the run")
+        ("Preparing", "a pod resolves the model, loads the data and plans the run")
     ]
 
 
@@ -101,7 +101,7 @@ CASES = [
         name="its pod is not there yet",
         given=situation(child(JOB, "prepare", born=at(-2))),
         expect="again in 28.1 s",
-        condition=STARTING,
+        condition=DOING,
     ),
     Case(
         name="its pod is still not there",
@@ -116,7 +116,7 @@ CASES = [
         name="its pod has ended well, the Job has not heard of it",
         given=situation(child(JOB, "prepare"), ends=[prepared_end(JOB)]),
         expect="waits",
-        condition="False Preparing: resolving the model, loading the data, planning the run",
+        condition=DOING,
     ),
     Case(
         name="its pod has a node",
@@ -124,7 +124,7 @@ CASES = [
             child(JOB, "prepare"), pods=[pod(JOB, "prepare", state=waiting("ContainerCreating"), scheduled=at(-10))]
         ),
         expect="again in 20 s",
-        condition=STARTING,
+        condition=DOING,
     ),
     Case(
         name="its container is long in coming",
@@ -152,7 +152,7 @@ CASES = [
         name="its container runs",
         given=situation(child(JOB, "prepare"), pods=[pod(JOB, "prepare", state=RUNNING, scheduled=at(-600))]),
         expect="waits",
-        condition="False Preparing: resolving the model, loading the data, planning the run",
+        condition=DOING,
     ),
     Case(
         name="a queue that takes every Job holds it back",

@@ -74,13 +74,13 @@ CASES = [
         name="trained",
         given=situation(),
         expect="repairs ConfigMap ftj-bot; applies Job ftj-bot-publish",
-        condition="False Publishing: waiting for the pod that uploads to org/bot",
+        condition="False Publishing: a pod uploads to org/bot",
     ),
     Case(
         name="its pod runs",
         given=situation(child(JOB, "publish"), pods=[pod(JOB, "publish", state=RUNNING)]),
         expect="waits",
-        condition="False Publishing: uploading to org/bot",
+        condition="False Publishing: a pod uploads to org/bot",
     ),
     Case(
         name="the secret is missing",

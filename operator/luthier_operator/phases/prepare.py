@@ -14,8 +14,7 @@ from luthier_operator.render.claim import claim
 from luthier_operator.render.job import prepare as prepare_job
 
 PREPARED = ConditionType.PREPARED
-DOING = "resolving the model, loading the data, planning the run"
-STARTING = "waiting for the pod that resolves the model, loads the data and plans the run"
+DOING = "a pod resolves the model, loads the data and plans the run"
 
 
 def prepare(ctx: Context) -> Step:
@@ -34,7 +33,7 @@ def prepare(ctx: Context) -> Step:
         return ctx.with_image("prepare").creates(
             PREPARED,
             Reason.PREPARING,
-            STARTING,
+            DOING,
             ctx.configmap(),
             claim(ctx.workload, ctx.settings),
             prepare_job(ctx.workload, ctx.settings, places),
@@ -48,7 +47,7 @@ def prepare(ctx: Context) -> Step:
         failure = judge(ctx.attempts("prepare"), "prepare", failed)
         ctx = ctx.with_condition(PREPARED, "False", failure.reason, failure.message)
         return ctx.fails(failure.reason, failure.message)
-    return waiting.for_one_pod(ctx, "prepare", PREPARED, Reason.PREPARING, starting=STARTING, doing=DOING)
+    return waiting.for_one_pod(ctx, "prepare", PREPARED, Reason.PREPARING, DOING)
 
 
 def prepared(ctx: Context) -> Step:

@@ -35,7 +35,7 @@ def publish(ctx: Context) -> Step:
         return ctx.with_image("publish").creates(
             PUBLISHED,
             Reason.PUBLISHING,
-            starting(ctx),
+            doing(ctx),
             publish_job(ctx.workload, ctx.settings, places),
             repair=ctx.configmap(),  # spec.hub may have changed
         )
@@ -54,8 +54,7 @@ def publish(ctx: Context) -> Step:
             " publish it again"
         )
         return ctx.with_condition(PUBLISHED, "False", failure.reason, message).fails(failure.reason, message)
-    doing = f"uploading to {repo(ctx)}"
-    return waiting.for_one_pod(ctx, "publish", PUBLISHED, Reason.PUBLISHING, starting=starting(ctx), doing=doing)
+    return waiting.for_one_pod(ctx, "publish", PUBLISHED, Reason.PUBLISHING, doing(ctx))
 
 
 def published(ctx: Context) -> Step:
@@ -65,8 +64,8 @@ def published(ctx: Context) -> Step:
     return ctx.with_condition(PUBLISHED, "True", Reason.PUBLISHED, message).goes_on()
 
 
-def starting(ctx: Context) -> str:
-    return f"waiting for the pod that uploads to {repo(ctx)}"
+def doing(ctx: Context) -> str:
+    return f"a pod uploads to {repo(ctx)}"
 
 
 def repo(ctx: Context) -> str:

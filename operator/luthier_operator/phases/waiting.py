@@ -84,12 +84,11 @@ def with_node(pod: Object) -> str:
     return f"{name} on {node}" if node else name
 
 
-def for_one_pod(
-    ctx: Context, phase: Phase, condition: ConditionType, reason: str, *, starting: str, doing: str
-) -> Step:
+def for_one_pod(ctx: Context, phase: Phase, condition: ConditionType, reason: str, doing: str) -> Step:
     """Wait for the one pod of `prepare` or `publish`.
 
-    The condition says, in this order: why the pod does not start, how it failed last, or what it does (`reason`).
+    The condition says, in this order: why the pod does not start, how it failed last, or what it does (`reason`,
+    `doing`). That the pod has started is no news: it would be a write of the status for each job.
     """
     if failed := given_up(ctx, phase):
         ctx = ctx.with_condition(condition, "False", failed.reason, failed.message)
@@ -104,10 +103,7 @@ def for_one_pod(
             return ctx.stops(requeue_after=again)  # the Job is about to fail
         message = f"{last.message} ({location(last)}). It will be retried"
         return ctx.waits(condition, last.reason, message, requeue_after=again)
-    # Between the end of its pod and its own, a Job has no pod that runs.
-    started = children.running(ctx.pods(phase)) or any(end.exit_code == 0 for end in ctx.ends(phase))
-    message = doing if started else starting
-    return ctx.waits(condition, reason, message, requeue_after=again)
+    return ctx.waits(condition, reason, doing, requeue_after=again)
 
 
 def pending_reason(ctx: Context, phase: Phase, pods: int) -> tuple[PendingReason | None, float | None]:
