@@ -227,7 +227,9 @@ class Operator:
 
         async with asyncio.TaskGroup() as tasks:
             relisting = tasks.create_task(self._relist_jobs(watches, listing))
-            await watch_jobs(resources, self.settings.namespaces, deliver, self._take_signals, self._login)
+            await watch_jobs(
+                resources, self.settings.namespaces, deliver, self.store.knows, self._take_signals, self._login
+            )
             relisting.cancel()
         if self._signals:
             self._stop.set()

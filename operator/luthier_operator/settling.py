@@ -14,7 +14,7 @@ and the operator's own writes cause one reconcile.
 """
 TELL = 1.0
 """Seconds for what is only told to people: why a pod does not start."""
-NOTHING = 5.0
+NOTHING = 10.0
 """Seconds for what has no consequence: a Job that counts its pods, a pod that is new and only ends the message that
 there is none, or one that has succeeded, after which its Job or JobSet ends.
 """

@@ -54,6 +54,12 @@ class Store:
         known = self._jobs.get(key)
         return known.object() if known else None
 
+    def knows(self, job: Object) -> bool:
+        """Whether this version of a job, or a newer one of its name, is known."""
+        owner = owner_of(job)
+        known = self._jobs.get(owner.key) if owner else None
+        return known is not None and known.version >= version(job)
+
     def keys(self) -> list[Key]:
         return list(self._jobs)
 

@@ -72,12 +72,6 @@ def create(namespace: str) -> None:
         )
 
 
-def remove() -> None:
-    for kind, name in (("persistentvolume", VOLUME), ("node", NODE)):
-        command = ["kubectl", "delete", kind, name, "--ignore-not-found", "--timeout=60s"]
-        subprocess.run(command, check=False, capture_output=True)
-
-
 @contextlib.asynccontextmanager
 async def ready(client: Client) -> AsyncIterator[None]:
     """The node is ready, as long as this lasts."""
