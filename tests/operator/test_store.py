@@ -108,6 +108,25 @@ def test_an_older_answer_changes_nothing() -> None:
     assert not seen(store).job.spec.suspend
 
 
+@pytest.mark.parametrize(
+    ("found", "expect"),
+    [
+        (job(version=4), True),
+        (job(version=5), True),
+        (job(version=5, uid="another"), True),
+        (job(version=6), False),
+        (job("other", version=5), False),
+    ],
+    ids=["an older version", "the same", "of an earlier job of the name", "a newer one", "of another job"],
+)
+def test_what_is_known_of_a_job_is_no_news(found: dict[str, Any], expect: bool) -> None:
+    """kopf calls no handler then, so what is known must change nothing."""
+    store = Store()
+    store.put(job(version=5))
+    assert store.knows(found) is expect
+    assert not (store.knows(found) and store.put(found))
+
+
 def test_an_answer_has_the_fields_that_a_watch_under_an_earlier_schema_drops() -> None:
     store = Store()
     store.put(job(version=1))

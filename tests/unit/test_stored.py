@@ -160,6 +160,16 @@ def test_reading_does_not_change_what_is_stored() -> None:
     assert document == before
 
 
+def test_a_spec_is_read_once_and_what_is_wrong_in_it_is_found_each_time() -> None:
+    first, other = read(), read({"suspend": True})
+    assert read().value.spec is first.value.spec
+    assert (first.value.spec.suspend, other.value.spec.suspend) == (False, True)
+    for _ in range(2):
+        assert read({"later": 1}).unknown == ("spec.later",)
+        with pytest.raises(NotUnderstood, match=r"spec\.suspend"):
+            read({"suspend": "perhaps"})
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_schema_of_a_status_closes_no_list_of_values_and_bounds_every_message(kind: JobKind) -> None:
     """A newer operator may report to an older CRD. The values of a condition's status are Kubernetes' own."""
