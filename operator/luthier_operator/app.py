@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import uvloop
 
 from luthier_api import status
-from luthier_api.base import ApiModel
+from luthier_api.base import ApiModel, model_in
 from luthier_api.kinds import KINDS
 from luthier_api.run import RUNS
 from luthier_api.termination import TerminationMessage
@@ -315,9 +315,8 @@ class Operator:
             self.queue.add(key)
 
     def _enqueue_soon(self, keys: set[Key], found: Object | None = None) -> None:
-        settle = settling.seconds(found) if found else settling.ACT
         for key in keys:
-            self.queue.soon(key, settle)
+            self.queue.soon(key, settling.seconds(found, self.store.state(key)) if found else settling.ACT)
 
     def _take_signals(self) -> None:
         """Handle signals here again, because kopf installs its own handlers at each start."""
@@ -363,7 +362,9 @@ def build_types() -> None:
     """Build the validators and serialisers of the types that each job needs. pydantic builds them at their first use,
     which takes as long as dozens of decisions.
     """
-    documents = [*(info.model for info in KINDS.values()), *RUNS.values(), TerminationMessage]
+    jobs = [info.model for info in KINDS.values()]
+    specs = [spec for job in jobs if (spec := model_in(job.model_fields["spec"].annotation))]
+    documents: list[type[ApiModel]] = [*jobs, *specs, *RUNS.values(), TerminationMessage]
     of_status = [found for found in vars(status).values() if isinstance(found, type) and issubclass(found, ApiModel)]
     for model in (*documents, *of_status):
         model.model_rebuild()

@@ -147,6 +147,8 @@ def check(workload: Workload, settings: Settings) -> None:
                     f" ({', '.join(allowed) or 'none'}; set by the administrator: {value} {CHART}). Remove it, or ask"
                     " the administrator to add it"
                 )
+    if not settings.namespace_policies:
+        return
     for asked in _asked(workload, settings):
         setting = _setting(job, settings, "maxima", asked.maximum)
         if setting is None:

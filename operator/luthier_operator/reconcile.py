@@ -48,7 +48,7 @@ is reconciled again when that comes.
 CHILD_KINDS: tuple[Literal["Job", "JobSet"], ...] = ("Job", "JobSet")
 REFUSALS = (400, 403, 422)
 """Answers to a status that the API server will give again."""
-CREATED_SECONDS = 10.0
+CREATED_SECONDS = 15.0
 """After children were created there is nothing to decide until a controller has begun with them, which is an event. If
 none has, the job is reconciled after this time; a delay is reported later than that (`phases/waiting`).
 """

@@ -5,6 +5,7 @@ A job of two pods has a dozen changes from its creation to its first step, and o
 
 from __future__ import annotations
 
+from luthier_api.status import State
 from luthier_operator import children, naming
 from luthier_operator.model import Object
 
@@ -14,18 +15,25 @@ and the operator's own writes cause one reconcile.
 """
 TELL = 1.0
 """Seconds for what is only told to people: why a pod does not start."""
-NOTHING = 10.0
+NOTHING = 15.0
 """Seconds for what has no consequence: a Job that counts its pods, a pod that is new and only ends the message that
 there is none, or one that has succeeded, after which its Job or JobSet ends.
 """
 
 
-def seconds(found: Object) -> float:
-    """How long a change to `found`, a Job, JobSet, pod or Workload, settles."""
+USUAL = "ContainerCreating"
+"""Each container waits with this reason before it runs."""
+
+
+def seconds(found: Object, job_state: str) -> float:
+    """How long a change to `found`, a Job, JobSet, pod or Workload, settles.
+
+    `job_state`: the state of its job, as kubectl shows it.
+    """
     if children.deleting(found) or children.finished(found):
         return ACT
     if found["kind"] == "Pod":
-        return _of_pod(found)
+        return _of_pod(found, job_state)
     if found["kind"] not in ("Job", "JobSet") or found.get("status", {}).get("failed"):
         return ACT
     if children.restarts(found) != (0, 0):
@@ -33,11 +41,14 @@ def seconds(found: Object) -> float:
     return TELL if children.was_suspended(found) or children.suspended(found) else NOTHING
 
 
-def _of_pod(pod: Object) -> float:
+def _of_pod(pod: Object, job_state: str) -> float:
     state = children.container(pod)
     if children.terminated(pod):
         return NOTHING if state.get("terminated", {}).get("exitCode") == 0 else ACT
     if "running" in state:
-        # A pod of another phase that runs only ends the message why it did not.
-        return ACT if children.label(pod, naming.PHASE_LABEL) == "run" else TELL
-    return TELL if children.unschedulable(pod) or "waiting" in state else NOTHING
+        if children.label(pod, naming.PHASE_LABEL) == "run":
+            return ACT
+        # It only ends the message why it did not run, if there is one.
+        return NOTHING if job_state in (State.PREPARING, State.PUBLISHING) else TELL
+    waits = state.get("waiting", {}).get("reason", USUAL) != USUAL
+    return TELL if children.unschedulable(pod) or waits else NOTHING

@@ -63,6 +63,11 @@ class Store:
     def keys(self) -> list[Key]:
         return list(self._jobs)
 
+    def state(self, key: Key) -> str:
+        """Of one job, as kubectl shows it. Empty if there is none."""
+        known = self._jobs.get(key)
+        return known.state if known else ""
+
     def states(self) -> Iterator[tuple[Key, str]]:
         """Every job with its state, as kubectl shows it."""
         return ((key, known.state) for key, known in list(self._jobs.items()))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from luthier_api.status import State
 from luthier_operator.model import Object
 from luthier_operator.naming import CONTAINER, PHASE_LABEL
 from luthier_operator.settling import ACT, NOTHING, TELL, seconds
@@ -27,15 +28,25 @@ class Case:
     status: Object
     settles: float
     meta: dict[str, Any] = field(default_factory=dict)
+    job: str = State.PREPARING
 
 
 UNSCHEDULABLE = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}
 CASES = [
     Case("a pod that is new", "Pod", {"phase": "Pending"}, NOTHING),
     Case("a pod that has no node", "Pod", {"phase": "Pending", "conditions": [UNSCHEDULABLE]}, TELL),
-    Case("a pod whose image is pulled", "Pod", pod({"waiting": {"reason": "ContainerCreating"}}), TELL),
+    Case("a pod whose image is pulled", "Pod", pod({"waiting": {"reason": "ContainerCreating"}}), NOTHING),
+    Case("a pod whose image is missing", "Pod", pod({"waiting": {"reason": "ErrImagePull"}}), TELL),
     Case("a pod that has begun to train", "Pod", pod({"running": {}}, "Running"), ACT, meta=labelled("run")),
-    Case("a pod that has begun to prepare", "Pod", pod({"running": {}}, "Running"), TELL, meta=labelled("prepare")),
+    Case("a pod that has begun to prepare", "Pod", pod({"running": {}}, "Running"), NOTHING, meta=labelled("prepare")),
+    Case(
+        name="a pod that has begun to prepare after it could not",
+        kind="Pod",
+        status=pod({"running": {}}, "Running"),
+        settles=TELL,
+        meta=labelled("prepare"),
+        job="ImagePullFailed",
+    ),
     Case("a pod that has succeeded", "Pod", pod({"terminated": {"exitCode": 0}}, "Succeeded"), NOTHING),
     Case("a pod that has failed", "Pod", pod({"terminated": {"exitCode": 75}}, "Failed"), ACT),
     Case("a pod that was evicted before it ran", "Pod", {"phase": "Failed", "reason": "Evicted"}, ACT),
@@ -52,4 +63,5 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_what_follows_from_a_change_decides_how_long_it_settles(case: Case) -> None:
-    assert seconds({"kind": case.kind, "metadata": {"name": "x"} | case.meta, "status": case.status}) == case.settles
+    found = {"kind": case.kind, "metadata": {"name": "x"} | case.meta, "status": case.status}
+    assert seconds(found, case.job) == case.settles
