@@ -50,7 +50,7 @@ def decide(observed: Observed, settings: Settings, now: datetime) -> Decision:
     creating, repair, delete_job = None, None, False
     for step in AFTER_THE_END if ctx.status.finished else STEPS:
         outcome = step(ctx)
-        ctx = replace(ctx, status=outcome.status)
+        ctx = ctx.having(outcome.status)
         apply += outcome.apply
         delete += outcome.delete
         if outcome.requeue_after is not None:

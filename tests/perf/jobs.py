@@ -44,6 +44,7 @@ from luthier_operator.settings import Settings
 HERE, DIRECT = "luthier-bench", "luthier-bench-direct"
 NO_SCHEDULER = "nobody"
 EDITS = 20
+ENDED_AT_ONCE = 16  # else all pods end before the first Job does, which no controller does
 LIMIT = 300.0  # seconds for anything that is waited for
 
 
@@ -179,13 +180,14 @@ async def pods_of_prepare(client: Client, namespace: str) -> dict[str, Object]:
 
 
 async def end_prepares(client: Client, names: Sequence[str], namespace: str) -> list[Awaitable[None]]:
-    """What ends the prepare Job of each job once it is awaited: first its pod, then the Job."""
-    pods = await pods_of_prepare(client, namespace)
+    """What ends the prepare Job of each job once it is awaited: first its pod, and soon afterwards the Job."""
+    pods, slots = await pods_of_prepare(client, namespace), asyncio.Semaphore(ENDED_AT_ONCE)
 
     async def end(name: str) -> None:
         pod = pods[prepare_of(name)]["metadata"]["name"]
-        await patch_status(client, "Pod", pod, finished_pod_status(), namespace)
-        await patch_status(client, "Job", prepare_of(name), finished_job_status(), namespace)
+        async with slots:
+            await patch_status(client, "Pod", pod, finished_pod_status(), namespace)
+            await patch_status(client, "Job", prepare_of(name), finished_job_status(), namespace)
 
     return [end(name) for name in names]
 

@@ -17,7 +17,7 @@ from luthier_operator.policy import with_defaults
 from luthier_operator.render.configmap import configmap
 from luthier_operator.render.job import hub_hash, hub_target
 from luthier_operator.settings import Settings
-from luthier_operator.statuses import Value, moment, text, with_condition
+from luthier_operator.statuses import Value, moment, text, with_condition, without_condition
 from luthier_operator.workloads import workload
 from luthier_operator.workloads.base import Workload
 
@@ -186,13 +186,19 @@ class Context:
 
     def with_condition(self, type: ConditionType, value: Value, reason: str, message: str) -> Context:
         generation = self.job.metadata.generation
-        status = with_condition(self.status, type, value, reason, message, self.now, generation)
-        return self if status is self.status else replace(self, status=status)
+        return self.having(with_condition(self.status, type, value, reason, message, self.now, generation))
+
+    def without_condition(self, type: ConditionType) -> Context:
+        return self.having(without_condition(self.status, type))
 
     def with_status(self, **fields: Any) -> Context:
         if all(getattr(self.status, name) == value for name, value in fields.items()):
-            return self  # as in most decisions: what was looked up for this context stays known
-        return replace(self, status=self.status.model_copy(update=fields))
+            return self
+        return self.having(self.status.model_copy(update=fields))
+
+    def having(self, status: JobStatus) -> Context:
+        """With this status. Most steps change nothing, and then what was looked up for this context stays known."""
+        return self if status is self.status else replace(self, status=status)
 
     def with_image(self, phase: Phase) -> Context:
         """With the image of the pods of `phase`, whose child is made now. During an upgrade it may be an older one."""

@@ -10,7 +10,6 @@ child again, which continues from the checkpoint. This also works under Kueue, w
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import datetime, timedelta
 
 from luthier_api.conditions import ConditionType, Reason
@@ -18,7 +17,7 @@ from luthier_api.status import PHASES, JobStatus, Phase
 from luthier_operator import children
 from luthier_operator.model import Object
 from luthier_operator.phases.context import Context, Step
-from luthier_operator.statuses import moment, text, without_condition
+from luthier_operator.statuses import moment, text
 
 SUSPENDED = ConditionType.SUSPENDED
 
@@ -28,7 +27,7 @@ def suspend(ctx: Context) -> Step:
     if ctx.job.spec.suspend:
         message = "spec.suspend is true: the pods save a checkpoint and stop; set it to false to resume the job"
         ctx = ctx.with_condition(SUSPENDED, "True", Reason.SUSPENDED, message)
-        ctx = replace(ctx, status=without_condition(ctx.status, ConditionType.ADMITTED))  # it ends with the child
+        ctx = ctx.without_condition(ConditionType.ADMITTED)  # it ends with the child
         return halted(ctx, Reason.SUSPENDED, "spec.suspend is true").stops(delete=ctx.unfinished())
     if ctx.status.is_true(SUSPENDED):
         message = "spec.suspend is false: the job resumes where it stopped"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 
 from luthier_api import canary
 from luthier_api.conditions import ConditionType, Reason
@@ -17,7 +16,6 @@ from luthier_operator import children, naming, statuses
 from luthier_operator.failure.attempts import attempts_of_pods
 from luthier_operator.model import PodEnd
 from luthier_operator.phases.context import Context
-from luthier_operator.statuses import without_condition
 from luthier_operator.versions import RELEASE
 
 NOTICES_KEPT = 40  # the limit in the CRD
@@ -32,7 +30,7 @@ def record(ctx: Context) -> Context:
         workspace=naming.workspace_status(ctx.job),
     )
     ctx = reports(requests(ctx))
-    ctx = replace(ctx, status=without_condition(ctx.status, ConditionType.INTERNAL_ERROR))
+    ctx = ctx.without_condition(ConditionType.INTERNAL_ERROR)
     if ctx.status.finished:
         return ctx
     ctx = ignored_fields(ctx)
@@ -89,7 +87,7 @@ def ignored_fields(ctx: Context) -> Context:
     """Fields that a newer CRD has let in, and that this operator leaves out of everything it creates."""
     unknown = ctx.observed.unknown_fields
     if not unknown:
-        return replace(ctx, status=without_condition(ctx.status, ConditionType.FIELDS_IGNORED))
+        return ctx.without_condition(ConditionType.FIELDS_IGNORED)
     message = (
         f"{', '.join(unknown)}: this operator ({RELEASE}) does not know the field and ignores it, because the CRDs are"
         " newer; install both from the same chart"

@@ -8,15 +8,12 @@ and children that were made before are replaced.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from luthier_api.conditions import ConditionType, Reason
 from luthier_api.decides import BUDGET, PUBLICATION, marked_paths
 from luthier_api.marks import digests
 from luthier_api.status import AppliedSpec
 from luthier_operator.phases.context import Context
 from luthier_operator.phases.limits import current_condition, seconds_left
-from luthier_operator.statuses import without_condition
 from luthier_operator.versions import RELEASE
 
 ACCEPTED = ConditionType.ACCEPTED
@@ -75,12 +72,10 @@ def with_children_replaced(ctx: Context, changed: list[str]) -> Context:
     """With the current phase to be done by new children, for which the fields `changed` are read."""
     paths = marked_paths(type(ctx.job.spec))
     if any(paths[path].value.planned for path in changed) and not ctx.status.is_true(ctx.done):
-        ctx = replace(ctx, status=without_condition(ctx.status, PREPARED)).with_status(
-            prepared=None, reduced_micro_batch_size=None
-        )
+        ctx = ctx.without_condition(PREPARED).with_status(prepared=None, reduced_micro_batch_size=None)
     for stopped in (ACCEPTED, current_condition(ctx)):
         if stopped and not ctx.status.is_true(stopped):
-            ctx = replace(ctx, status=without_condition(ctx.status, stopped))
+            ctx = ctx.without_condition(stopped)
     return with_spec(ctx.with_status(resumes=ctx.status.resumes + 1))
 
 
@@ -124,7 +119,7 @@ def resumes_because(changed: list[str]) -> str:
 def publishing(ctx: Context, why: str) -> Context:
     if ctx.publishes:
         return ctx.with_condition(PUBLISHED, "False", Reason.PUBLISHING, why)
-    return replace(ctx, status=without_condition(ctx.status, PUBLISHED))
+    return ctx.without_condition(PUBLISHED)
 
 
 def has_more_time(ctx: Context) -> bool:

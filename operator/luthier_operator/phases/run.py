@@ -6,8 +6,6 @@ while the operator is away, so this step only creates the child, reads it and ju
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from luthier_api.conditions import ConditionType, Reason
 from luthier_api.exitcodes import ExitCode
 from luthier_operator import children, naming, statuses
@@ -31,7 +29,7 @@ def run(ctx: Context) -> Step:
 
     child = ctx.child("run")
     if child is None:
-        ctx = replace(ctx, status=statuses.without_condition(ctx.status, ConditionType.ADMITTED))
+        ctx = ctx.without_condition(ConditionType.ADMITTED)
         if waits := for_jobset(ctx, RUNNING):  # it was installed when the job was accepted, and may be gone since
             return waits
         if refused := not_allowed(ctx):  # the settings or the job may have changed since it was accepted
