@@ -82,6 +82,7 @@ def prepared_run(
                 "steps": training.max_steps,
                 "precision": "fp32" if training.precision == "auto" else training.precision,
                 "gradientCheckpointing": bool(training.gradient_checkpointing),
+                "attention": None if training.attention == "auto" else training.attention,
             },
             "modelPath": str(base),
             "datasetPath": str(workspace.prepared / "dataset"),

@@ -7,12 +7,13 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
+from luthier_api.attention import ATTENTIONS
 from luthier_api.base import SET, ApiModel, Format, Rule, map_by
 from luthier_api.decides import BUDGET, CIRCUMSTANCES, LAYOUT, PLACE, PUBLICATION, RESULT
 from luthier_api.formats import FORMATS, DatasetFormat
 from luthier_api.forms import LOSSES_OF_FORMS, LossOn, RowForm, TemplateName
 from luthier_api.marks import For, Table, TabledSpec, by_table, works_with
-from luthier_api.methods import METHODS, QUANTIZATIONS, STRATEGIES, MethodType, Strategy
+from luthier_api.methods import METHODS, QUANTIZATIONS, STRATEGIES, MethodType, ParameterPrecision, Strategy
 from luthier_api.optimizers import OPTIMIZERS
 from luthier_api.quantity import Bytes, Cores
 from luthier_api.rewards import FIELDS as REWARD_FIELDS
@@ -607,6 +608,7 @@ METRICS_OF_TASKS = {
 STRATEGIES_OF_TASKS = {name: task.strategies for name, task in TRAINING_TASKS.items()}
 METHODS_OF_OPTIMIZERS = {name: optimizer.methods for name, optimizer in OPTIMIZERS.items()}
 STRATEGIES_OF_OPTIMIZERS = {name: optimizer.strategies for name, optimizer in OPTIMIZERS.items()}
+PARAMETERS_OF_OPTIMIZERS = {name: optimizer.parameters for name, optimizer in OPTIMIZERS.items()}
 SCHEDULES_OF_OPTIMIZERS = {name: optimizer.schedules for name, optimizer in OPTIMIZERS.items()}
 STRATEGIES_OF_METHODS = {name: method.strategies for name, method in METHODS.items()}
 STRATEGIES_OF_QUANTIZATIONS = {name: quantization.strategies for name, quantization in QUANTIZATIONS.items()}
@@ -627,6 +629,11 @@ BEGINS_RANDOM = "!has(self.method.initLoraWeights) || self.method.initLoraWeight
 NO_LOFTQ = "!has(self.method.initLoraWeights) || self.method.initLoraWeights != 'loftq'"
 """CEL: adapters do not begin as what quantised weights have lost."""
 FOUR_BITS = [name for name, quantization in QUANTIZATIONS.items() if quantization.bits == 4]
+IN_FP32 = "!has(self.training.parameterPrecision) || self.training.parameterPrecision == 'fp32'"
+"""CEL: the weights that learn rest in fp32."""
+ON_GPUS = [name for name, attention in ATTENTIONS.items() if attention.gpu]
+OF_PACKED_ROWS = [name for name, attention in ATTENTIONS.items() if attention.packed_only]
+IN_16_BITS = [name for name, attention in ATTENTIONS.items() if attention.half]
 COMPARED_WITHOUT = [
     name
     for name, task in TRAINING_TASKS.items()
@@ -663,9 +670,9 @@ class FineTuneJobSpec(JobControl, TabledSpec):
     """How images are shown to the model."""
     resources: Annotated[TrainingResources, RESULT] = Field(default_factory=TrainingResources)
     strategy: Annotated[Strategy, LAYOUT] = "auto"
-    """How processes share the work. auto: one process alone, several by ddp. zero2 and zero3 shard optimiser and
-    weights with DeepSpeed; zero3 not with a quantised model. Only the strategy that wrote a checkpoint can resume from
-    it.
+    """How processes share the work. auto: one process alone, several by ddp. DeepSpeed divides over the processes what
+    the optimiser keeps (zero1), gradients, too (zero2), and weights (zero3, not with a quantised model). Only the
+    strategy that wrote a checkpoint can resume from it.
     """
     workspace: Annotated[Workspace, PLACE] = Field(default_factory=Workspace)
     volumes: Annotated[Volumes, CIRCUMSTANCES] = Field(default_factory=list)
@@ -797,6 +804,28 @@ class FineTuneJobSpec(JobControl, TabledSpec):
         ),
         *works_with("training.optimizer", METHODS_OF_OPTIMIZERS, "method.type", METHODS),
         *works_with("training.optimizer", STRATEGIES_OF_OPTIMIZERS, "strategy", STRATEGIES),
+        *works_with(
+            "training.optimizer", PARAMETERS_OF_OPTIMIZERS, "training.?parameterPrecision", get_args(ParameterPrecision)
+        ),
+        Rule(
+            f"{IN_FP32} || self.strategy in ['auto', 'ddp']",
+            "spec.training.parameterPrecision: DeepSpeed keeps the weights in fp32 itself, divided over the GPUs; use"
+            " strategy auto or ddp, or remove it",
+        ),
+        Rule(
+            f"{IN_FP32} || self.training.precision == 'bf16' ||"
+            " self.training.precision == 'auto' && self.resources.gpusPerNode > 0",
+            "spec.training.parameterPrecision: bf16 needs a computation in bf16; set precision: bf16",
+        ),
+        Rule(
+            "!has(self.training.torchCompile) || !self.training.torchCompile || !self.strategy.startsWith('zero3')",
+            "spec.training.torchCompile: ZeRO-3 gathers weights inside of blocks, which torch cannot compile; use"
+            " strategy ddp, zero1 or zero2, or remove it",
+        ),
+        Rule(
+            "!has(self.training.tf32) || !self.training.tf32 || self.resources.gpusPerNode > 0",
+            "spec.training.tf32: needs GPUs; remove it on CPU",
+        ),
         *works_with("training.optimizer", SCHEDULES_OF_OPTIMIZERS, "training.schedule", SCHEDULES),
         *(
             Rule(
@@ -810,6 +839,22 @@ class FineTuneJobSpec(JobControl, TabledSpec):
                 ("evalSteps", "!has(self.training.evalSteps)"),
                 ("evalEvery", "self.training.evalEvery == 'steps'"),
             )
+        ),
+        Rule(
+            "self.resources.gpusPerNode > 0 || !has(self.training.attention) ||"
+            f" !(self.training.attention in {ON_GPUS})",
+            f"spec.training.attention: {', '.join(ON_GPUS)} need GPUs; use auto, sdpa or eager on CPU",
+        ),
+        Rule(
+            f"!has(self.training.attention) || !(self.training.attention in {OF_PACKED_ROWS}) ||"
+            " has(self.training.packing) && self.training.packing == 'isolated'",
+            "spec.training.attention: varlen is for rows that share maxLength; set packing: isolated, or use auto",
+        ),
+        Rule(
+            f"!has(self.training.attention) || !(self.training.attention in {IN_16_BITS}) ||"
+            " self.training.precision != 'fp32'",
+            f"spec.training.attention: {', '.join(IN_16_BITS)} compute in 16 bits; use precision: auto or bf16, or"
+            " attention: auto",
         ),
         Rule(
             "self.resources.gpusPerNode > 0 || self.training.precision != 'fp16'",

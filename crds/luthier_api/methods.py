@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-Strategy = Literal["auto", "ddp", "zero2", "zero2-offload", "zero3", "zero3-offload"]
+Strategy = Literal["auto", "ddp", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
-UNSHARDED: tuple[Strategy, ...] = ("auto", "ddp", "zero2", "zero2-offload")
+UNSHARDED: tuple[Strategy, ...] = ("auto", "ddp", "zero1", "zero2", "zero2-offload")
 """Strategies that keep a whole copy of the model's weights on each GPU."""
+
+ParameterPrecision = Literal["fp32", "bf16"]
 
 QuantizationType = Literal["nf4", "fp4", "int8"]
 
@@ -115,7 +117,7 @@ METHODS: Mapping[MethodType, MethodInfo] = {
     "full": MethodInfo(
         title="full fine-tuning",
         adapter=False,
-        options={"model.config": None},
+        options={"model.config": None, "training.parameterPrecision": "fp32"},
     ),
     "lora": MethodInfo(
         title="LoRA",

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from luthier_api.methods import METHODS, STRATEGIES, MethodType, Strategy
+from luthier_api.methods import METHODS, STRATEGIES, MethodType, ParameterPrecision, Strategy
 from luthier_api.schedules import SCHEDULES, ScheduleName
 
 OptimizerName = Literal[
@@ -40,6 +40,8 @@ class OptimizerInfo:
     strategies: tuple[Strategy, ...] = UNDIVIDED
     methods: tuple[MethodType, ...] = tuple(METHODS)
     schedules: tuple[ScheduleName, ...] = tuple(SCHEDULES)
+    parameters: tuple[ParameterPrecision, ...] = ("fp32",)
+    """Types of the weights that it can change (`training.parameterPrecision`)."""
     bitsandbytes: bool = False
     """Whether its code is in bitsandbytes, which the trainer imports only where it is needed."""
 
@@ -56,16 +58,21 @@ LION_OPTIONS = {"beta1": 0.9, "beta2": 0.99}  # of the paper, arXiv:2302.06675
 
 OPTIMIZERS: Mapping[OptimizerName, OptimizerInfo] = {
     "adamw_torch_fused": OptimizerInfo(
-        about="AdamW of torch: 8 bytes of state a weight", options=ADAM_OPTIONS | LORAPLUS, strategies=STRATEGIES
+        about="AdamW of torch: 8 bytes of state a weight, 4 with parameterPrecision bf16",
+        options=ADAM_OPTIONS | LORAPLUS,
+        strategies=STRATEGIES,
+        parameters=("fp32", "bf16"),
     ),
     "adamw_8bit": OptimizerInfo(
         about="AdamW of bitsandbytes: 2 bytes of state a weight, 8 for embeddings and tensors below 4,096 weights",
         options=ADAM_OPTIONS | LORAPLUS,
+        parameters=("fp32", "bf16"),
         bitsandbytes=True,
     ),
     "paged_adamw_8bit": OptimizerInfo(
         about="the same, with states that move to the memory of the host when a GPU runs out",
         options=ADAM_OPTIONS | LORAPLUS,
+        parameters=("fp32", "bf16"),
         bitsandbytes=True,
     ),
     "adafactor": OptimizerInfo(about="a row and a column of state a matrix; with learningRate, without momentum"),

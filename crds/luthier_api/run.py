@@ -191,6 +191,8 @@ class Weights(ApiModel):
     """Weights of the model."""
     learning: int
     """Weights that learn: of the adapters alone, or all."""
+    learning_bytes: int = 4
+    """Bytes of such a weight, and of its gradient."""
     tensors: int
     """Tensors that learn."""
     state_bytes: int
@@ -308,6 +310,15 @@ class MemoryFacts(ApiModel):
     """Why there are no steps, if so."""
 
 
+class Attention(ApiModel):
+    """How attention of a model can be computed (FineTuneJob)."""
+
+    default: str
+    """The implementation that transformers takes unless it is told."""
+    cannot_varlen: str | None = None
+    """Why varlen cannot compute packed rows of the model, if so."""
+
+
 class PreparedRecord(Prepared):
     """`prepared/prepared.json`: `Prepared`, with the places that the pods of `run` need."""
 
@@ -331,6 +342,8 @@ class PreparedRecord(Prepared):
     """Of a FineTuneJob: why the model cannot recompute its activations, if so."""
     whole_logits: str | None = None
     """Of a FineTuneJob: why the loss has to hold the logits of all tokens, if so."""
+    attention: Attention | None = None
+    """Of a FineTuneJob whose model is of transformers."""
     notices: list[str] = Field(default_factory=list)
     """What `prepare` had to say, so that a `prepare` that finds its work done says it again."""
     stream: Stream | None = None

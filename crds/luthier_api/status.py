@@ -112,7 +112,7 @@ class Plan(ApiModel):
     """How the run is configured: what the user has set, and what was chosen where the spec leaves it open."""
 
     strategy: str
-    """none, ddp, zero2, zero2-offload, zero3 or zero3-offload."""
+    """none, ddp, zero1, zero2, zero2-offload, zero3 or zero3-offload."""
     world_size: int = 1
     """Processes over all pods that run at the same time."""
     micro_batch_size: int | None = None
@@ -129,6 +129,8 @@ class Plan(ApiModel):
     """Precision of the computation: fp32, bf16 or fp16."""
     gradient_checkpointing: bool | None = None
     """Whether activations are recomputed in the backward pass (FineTuneJob)."""
+    attention: str | None = None
+    """How attention is computed, by transformers' names; varlen is torch's (FineTuneJob)."""
     reasons: list[str] = Field(default_factory=list)
     """The reasons for what was chosen."""
     parameters: int | None = None

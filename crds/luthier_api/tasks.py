@@ -142,6 +142,8 @@ TEXT_OPTIONS: dict[str, Any] = (
     | PEFT_OPTIONS
     | {
         "training.maxLength": 1024,
+        "training.attention": "auto",
+        "training.torchCompile": False,
         "training.groupByLength": False,
         "dataset.parseSpecialTokens": False,
         "model.resizeEmbeddings": False,

@@ -6,10 +6,12 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from luthier_api.attention import AttentionName
 from luthier_api.base import ApiModel, Rule
 from luthier_api.decides import CIRCUMSTANCES, LAYOUT
 from luthier_api.forms import LossOn
 from luthier_api.marks import For, by_table
+from luthier_api.methods import ParameterPrecision
 from luthier_api.optimizers import OptimizerName
 from luthier_api.schedules import Interval, ScheduleName
 from luthier_api.spec import Seed
@@ -130,8 +132,28 @@ class Training(ApiModel):
     """NEFTune (arXiv:2310.05914, with 5 to 15): while the model learns, uniform noise of up to neftuneNoiseAlpha /
     sqrt(tokens of the longest row × width of the embedding) is added to the embeddings of tokens.
     """
+    attention: Annotated[AttentionName, LAYOUT, For("task")] = by_table()
+    """How attention is computed, by transformers' names; results differ by rounding alone. auto: varlen for packing:
+    isolated on GPUs, where the model can, else sdpa, or eager for models without it. varlen is torch's FlashAttention
+    over the rows that share maxLength, without a mask of maxLength² entries. flex_attention is compiled in the pods.
+    flash_attention_2 and 3 need packages that the image of Luthier does not have.
+    """
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the computation. auto: bf16 on a GPU that has it, fp16 on one before Ampere, fp32 on CPU."""
+    parameter_precision: Annotated[ParameterPrecision, For("method")] = by_table()
+    """In which type the weights rest that method full trains. bf16: in 2 bytes instead of 4, with gradients of 2 bytes
+    and moments of AdamW of 2, so that 8 billion weights fit a GPU of 80 GB. Each new weight is rounded up or down at
+    random, so that small updates are not lost; gradients of several micro-batches are summed in bf16.
+    """
+    tf32: bool | None = None
+    """Whether GPUs from Ampere on round the inputs of products in fp32 to 19 bits (TF32), which makes them several
+    times faster. When left out: not with precision fp32; else yes, for what is left in fp32.
+    """
+    torch_compile: Annotated[bool, LAYOUT, For("task")] = by_table()
+    """Compile each repeated block of the model with torch.compile: the first step takes longer, the others less time.
+    The image needs a compiler for it, which the one of Luthier has only when it is built with COMPILER=gcc. Results
+    differ by rounding.
+    """
     gradient_checkpointing: Annotated[bool | None, LAYOUT] = None
     """Recompute activations in the backward pass: less memory, about a third more time. When left out: on GPUs where
     the model can, not on CPU.

@@ -43,6 +43,11 @@ class WorkspaceFolder:
         return self.root / "stream"
 
     @property
+    def compiled(self) -> Path:
+        """Kernels that torch has compiled, which an attempt that resumes loads (FineTuneJob)."""
+        return self.root / "compiled"
+
+    @property
     def result(self) -> Path:
         """The model or the outputs, with a manifest: complete once `result_manifest` exists."""
         return self.root / "result"

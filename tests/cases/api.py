@@ -387,6 +387,8 @@ MARKS: list[Case] = [
         for task in (CAUSAL, PREFERENCE, REWARD, GRPO, TEXTS)
         for field, change in {
             "training.maxLength": {"spec.training.maxLength": 512},
+            "training.attention": {"spec.training.attention": "eager"},
+            "training.torchCompile": {"spec.training.torchCompile": True},
             "dataset.parseSpecialTokens": {"spec.dataset.parseSpecialTokens": True},
             "model.quantization": quantised("int8"),
             "model.resizeEmbeddings": FULL | {"spec.model.resizeEmbeddings": True},
@@ -726,7 +728,7 @@ CHOICES: list[Case] = [
     ),
     *(
         Case(
-            message=f"spec.strategy: {task['spec.task']} works with auto, ddp, zero2, zero2-offload; choose one of",
+            message=f"spec.strategy: {task['spec.task']} works with auto, ddp, zero1, zero2, zero2-offload; choose",
             refused=task | {"spec.strategy": refused},
             accepted=task | {"spec.strategy": accepted},
         )
@@ -818,7 +820,7 @@ CHOICES: list[Case] = [
     ),
     *(
         Case(
-            message=f"spec.strategy: {name} works with auto, ddp, zero2, zero2-offload; choose one of these",
+            message=f"spec.strategy: {name} works with auto, ddp, zero1, zero2, zero2-offload; choose one of these",
             refused=change | {"spec.strategy": refused},
             accepted=change | {"spec.strategy": accepted},
         )
@@ -1513,6 +1515,75 @@ CASES: list[Case] = [
             (LORA, "zero3-offload", FULL | {"spec.strategy": "zero3"}),
         ]
     ),
+    *(
+        Case(
+            message="spec.training.attention: flex_attention, varlen, flash_attention_2, flash_attention_3 need GPUs",
+            refused=change | {"spec.resources": {"gpusPerNode": 0}},
+            accepted=change,
+        )
+        for change in (
+            {"spec.training": {"attention": "flex_attention"}},
+            {"spec.training": {"attention": "varlen", "packing": "isolated"}},
+        )
+    ),
+    Case(
+        message="spec.training.attention: varlen is for rows that share maxLength",
+        refused={"spec.training": {"attention": "varlen", "packing": "concatenate"}},
+        accepted={"spec.training": {"attention": "varlen", "packing": "isolated"}},
+    ),
+    Case(
+        message="spec.training.attention: varlen, flash_attention_2, flash_attention_3 compute in 16 bits",
+        refused={"spec.training": {"attention": "flash_attention_2", "precision": "fp32"}},
+        accepted={"spec.training": {"attention": "eager", "precision": "fp32"}},
+    ),
+    *(
+        Case(
+            message="spec.training.parameterPrecision: applies to full",
+            refused=method | {"spec.training": {"parameterPrecision": "bf16"}},
+            accepted=FULL | {"spec.training": {"parameterPrecision": "bf16"}},
+        )
+        for method in (LORA, QLORA)
+    ),
+    Case(
+        message="spec.training.parameterPrecision: DeepSpeed keeps the weights in fp32 itself",
+        refused=FULL | {"spec.strategy": "zero2", "spec.training": {"parameterPrecision": "bf16"}},
+        accepted=FULL | {"spec.strategy": "ddp", "spec.training": {"parameterPrecision": "bf16"}},
+    ),
+    *(
+        Case(
+            message="spec.training.parameterPrecision: bf16 needs a computation in bf16",
+            refused=FULL | {"spec.training": {"parameterPrecision": "bf16", "precision": precision}} | gpus,
+            accepted=FULL | {"spec.training": {"parameterPrecision": "bf16", "precision": "bf16"}} | gpus,
+        )
+        for precision, gpus in (("fp16", {}), ("fp32", {}), ("auto", {"spec.resources": {"gpusPerNode": 0}}))
+    ),
+    *(
+        Case(
+            message=f"spec.training.parameterPrecision: {name} works with fp32",
+            refused=FULL | {"spec.training": {"parameterPrecision": "bf16", "optimizer": name} | more},
+            accepted=FULL | {"spec.training": {"parameterPrecision": "bf16", "optimizer": "adamw_8bit"}},
+        )
+        for name, more in (
+            ("adafactor", {}),
+            ("lion_32bit", {}),
+            ("lion_8bit", {}),
+            ("muon", {}),
+            ("schedule_free_adamw", {"schedule": "constant"}),
+        )
+    ),
+    *(
+        Case(
+            message="spec.training.torchCompile: ZeRO-3 gathers weights inside of blocks",
+            refused={"spec.strategy": strategy, "spec.training": {"torchCompile": True}},
+            accepted={"spec.strategy": "zero2", "spec.training": {"torchCompile": True}},
+        )
+        for strategy in ("zero3", "zero3-offload")
+    ),
+    Case(
+        message="spec.training.tf32: needs GPUs",
+        refused={"spec.resources": {"gpusPerNode": 0}, "spec.training": {"tf32": True}},
+        accepted={"spec.training": {"tf32": True}},
+    ),
     Case(
         message="spec.training.precision:",
         refused={"spec.resources": {"gpusPerNode": 0}, "spec.training": {"precision": "fp16"}},
@@ -2176,6 +2247,8 @@ WHILE_STOPPED: dict[str, Change] = {
         "spec.strategy": "zero2",
         "spec.training.microBatchSize": 1,
         "spec.training.gradientCheckpointing": True,
+        "spec.training.attention": "eager",
+        "spec.training.torchCompile": True,
         "spec.training.logSteps": 7,
         "spec.training.saveEvery": "epoch",
         "spec.training.saveSteps": 7,
@@ -2223,7 +2296,10 @@ FIXED = [
         field="training",
         base=FINE_TUNE,
         change={"spec.training.epochs": 7},
-        excepted="microBatchSize, gradientCheckpointing, logSteps, saveEvery, saveSteps, keepCheckpoints",
+        excepted=(
+            "microBatchSize, attention, torchCompile, gradientCheckpointing, logSteps, saveEvery, saveSteps,"
+            " keepCheckpoints"
+        ),
     ),
     FixedCase(
         field="preference",

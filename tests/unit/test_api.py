@@ -387,6 +387,8 @@ def test_settings_that_depend_on_task_and_method() -> None:
         "method.dora": False,
         "method.bias": "none",
         "training.maxLength": 1024,
+        "training.attention": "auto",
+        "training.torchCompile": False,
         "training.groupByLength": False,
         "dataset.streaming": False,
         "training.packing": "none",

@@ -89,12 +89,12 @@ def alone(
     return losses(run), metrics
 
 
-def divided(strategy: str, cpu: bool) -> dict[str, Any]:
+def divided(strategy: str, *settings: Any) -> dict[str, Any]:
     """DeepSpeed's configuration, with which it treats small models as large ones.
 
     ZeRO-3 would keep weights of less than 100,000 numbers whole, and any that are used again within 1e9 numbers.
     """
-    config = deepspeed_config(strategy, cpu)
+    config = deepspeed_config(strategy, *settings)
     limits = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
     config["zero_optimization"] |= {f"stage3_{limit}": 0 for limit in limits}
     return config
@@ -553,6 +553,23 @@ def zero3(group: Any, classifiers: Any, deepspeed_operators: None, llama: Path, 
     return made
 
 
+@pytest.fixture(scope="module")
+def zero1(group: Any, deepspeed_operators: None, llama: Path, data: DatasetDict) -> Group:
+    """An adapter, and all weights, which are stopped in their first step and resumed, too."""
+
+    def whole(root: Path, evaluated: bool = True) -> FineTuneRun:
+        rows = data if evaluated else DatasetDict(train=data["train"])
+        return two(root, llama, rows, strategy="zero1", method=FULL, training=TRAINING | {"learningRate": 1e-3})
+
+    made: Group = group(
+        adapter=lambda root: two(root, llama, data, strategy="zero1"),
+        whole=whole,
+        **stopped_and_resumed("whole", whole),
+    )
+    made.train()
+    return made
+
+
 MICRO_BATCHES = {"as-before": 4, "with-half-the-micro-batch": 2}
 """Of the runs that are resumed with DeepSpeed. With half of it, as after CUDA has run out of memory."""
 
@@ -706,6 +723,16 @@ def test_two_pods_stop_together_and_go_on(tmp_path: Path, llama: Path, data: Dat
     assert f"resuming from checkpoint-{step}" in (tmp_path / "pod-0/log").read_text()
     assert "step " not in (tmp_path / "pod-1/log").read_text()  # one log a run
     AutoPeftModelForCausalLM.from_pretrained(tmp_path / "job/result")
+
+
+def test_zero1(zero1: Group, llama: Path, alone: Any) -> None:
+    """The losses of one process; of all weights on after a stop, to the last bit; and files as large as was planned."""
+    assert [m.code for m in zero1.ends("adapter")] == [0, 0]
+    assert losses(zero1.runs["adapter"]) == pytest.approx(alone[0], abs=2e-4)
+    assert [(m.code, m.step) for m in zero1.ends("whole_stopped")] == [(75, 1), (75, 1)]
+    assert "resuming from checkpoint-1\n" in zero1.log("whole_resumed")
+    assert losses(zero1.runs["whole_resumed"]) == losses(zero1.runs["whole"])
+    writes_what_was_foreseen(zero1.runs["whole"], llama)
 
 
 @pytest.mark.parametrize("name", MICRO_BATCHES)

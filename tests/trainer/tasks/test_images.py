@@ -412,6 +412,12 @@ MODELS = [
         ),
     ),
     ModelCase(
+        name="statistics in bf16",
+        config=RESNET,
+        spec={"training": {"parameterPrecision": "bf16", "precision": "bf16"}},
+        message="spec.training.parameterPrecision: resnet keeps statistics of its batches, which bf16 is too coarse",
+    ),
+    ModelCase(
         name="recomputing what cannot be",
         config=RESNET,
         spec={"training": {"gradientCheckpointing": True}},

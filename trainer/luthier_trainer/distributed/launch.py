@@ -16,7 +16,10 @@ from pathlib import Path
 from luthier_api.finetune import TrainingResources
 from luthier_api.quantity import amount
 from luthier_api.run import FineTuneRun, PreparedRecord
+from luthier_api.status import Plan
+from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.distributed.strategy import deepspeed_config, uses_deepspeed
+from luthier_trainer.runtime.compiler import needs_compiler
 from luthier_trainer.runtime.cores import available
 from luthier_trainer.runtime.run_folder import run_dir
 
@@ -36,7 +39,11 @@ def command(run: FineTuneRun, prepared: PreparedRecord, node_rank: int) -> list[
         "-m",
         "accelerate.commands.launch",  # `accelerate launch`, without importing its other commands
         # --multi_gpu chooses torch's agent; the device is chosen in `train`. --cpu would start independent jobs.
-        *(["--config_file", str(_write_deepspeed(run, strategy))] if uses_deepspeed(strategy) else ["--multi_gpu"]),
+        *(
+            ["--config_file", str(_write_deepspeed(run, prepared.plan))]
+            if uses_deepspeed(strategy)
+            else ["--multi_gpu"]
+        ),
         "--num_machines",
         str(run.spec.resources.nodes),
         "--num_processes",
@@ -77,6 +84,9 @@ def environment(run: FineTuneRun, prepared: PreparedRecord) -> dict[str, str]:
         wanted["GLOO_SOCKET_IFNAME"] = "lo"  # gloo resolves the host's name, which a container may not be able to
     if run.spec.resources.gpus_per_node:
         wanted["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # 44 % of fragmentation without it
+    if needs_compiler(run.spec):
+        folder = WorkspaceFolder(Path(run.workspace)).compiled
+        wanted |= {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TRITON_CACHE_DIR": str(folder / "triton")}
     environment = {name: os.environ.get(name, value) for name, value in wanted.items()}
     # Where DeepSpeed compiles its operators (a laptop), it calls `ninja` by name; another ninja than the environment's
     # compiles all anew.
@@ -107,12 +117,14 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _write_deepspeed(run: FineTuneRun, strategy: str) -> Path:
+def _write_deepspeed(run: FineTuneRun, plan: Plan) -> Path:
     """accelerate's configuration file, and DeepSpeed's beside it."""
     folder = run_dir()
-    (folder / DEEPSPEED_FILE).write_text(
-        json.dumps(deepspeed_config(strategy, cpu=run.spec.resources.gpus_per_node == 0), indent=1)
+    resources = run.spec.resources
+    config = deepspeed_config(
+        plan.strategy, resources.gpus_per_node == 0, plan.parameters, resources.nodes, resources.processes
     )
+    (folder / DEEPSPEED_FILE).write_text(json.dumps(config, indent=1))
     accelerate = {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": "DEEPSPEED",

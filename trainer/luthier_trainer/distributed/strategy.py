@@ -13,21 +13,55 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.status import Plan
 from luthier_trainer.runtime.failure import Failure
 
-ZERO_STAGE = {"zero2": 2, "zero2-offload": 2, "zero3": 3, "zero3-offload": 3}
+ZERO_STAGE = {"zero1": 1, "zero2": 2, "zero2-offload": 2, "zero3": 3, "zero3-offload": 3}
+# Numbers that are sent at once. DeepSpeed has 5e8 for all models: with overlap, gigabytes beside a small one. A share
+# of the model is a few layers of it; more than 2e8 makes no message faster.
+SMALLEST_BUCKET, LARGEST_BUCKET = 10**7, 2 * 10**8
+BUCKETS = 32
+PREFETCHED = 5 * 10**7  # DeepSpeed's own limit of what ZeRO-3 gathers ahead
 
 
 def uses_deepspeed(strategy: str) -> bool:
     return strategy in ZERO_STAGE
 
 
-def deepspeed_config(strategy: str, cpu: bool) -> dict[str, Any]:
-    """DeepSpeed's JSON for `strategy`; what is "auto" is filled in by transformers from its own arguments."""
-    zero: dict[str, Any] = {"stage": ZERO_STAGE[strategy]}
+def bucket(parameters: int | None) -> int:
+    """Numbers that DeepSpeed sends at once, for a model with so many weights."""
+    return min(max((parameters or 0) // BUCKETS, SMALLEST_BUCKET), LARGEST_BUCKET)
+
+
+def within_node(strategy: str, nodes: int, processes: int) -> int:
+    """Over how many processes ZeRO-3 divides the copy of the weights from which it gathers them in the backward pass.
+
+    With several nodes these are the `processes` of a node (hpZ of ZeRO++), so that half of the gathering stays off the
+    network; each GPU then holds such a part of the weights beside its own. 1: no such copy.
+    """
+    return processes if strategy == "zero3" and nodes > 1 else 1
+
+
+def deepspeed_config(
+    strategy: str, cpu: bool, parameters: int | None = None, nodes: int = 1, processes: int = 1
+) -> dict[str, Any]:
+    """DeepSpeed's JSON for `strategy`; what is "auto" is filled in by transformers from its own arguments.
+
+    `parameters`: weights of the model. `processes`: of each of the `nodes`.
+    """
+    size = bucket(parameters)
+    zero: dict[str, Any] = {
+        "stage": ZERO_STAGE[strategy],
+        "reduce_bucket_size": size,
+        "allgather_bucket_size": size,
+        "contiguous_gradients": True,
+        # While gradients are sent, the next ones are computed. A CPU has no streams for that.
+        "overlap_comm": not cpu,
+    }
     place = {"device": "cpu", "pin_memory": not cpu}
     if strategy.endswith("-offload"):
         zero["offload_optimizer"] = place
     if ZERO_STAGE[strategy] == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
+        zero["stage3_prefetch_bucket_size"] = min(size, PREFETCHED)
+        zero["zero_hpz_partition_size"] = within_node(strategy, nodes, processes)
         if strategy.endswith("-offload") and not cpu:
             zero["offload_param"] = place  # on CPU the weights are in that memory already
     return {
@@ -49,15 +83,25 @@ def realised(trainer: Any) -> dict[str, Any]:
         "distributed type": trainer.accelerator.distributed_type.value,
         "model": type(engine).__name__,
     }
+    config = getattr(trainer.model, "config", None)
+    if (attention := getattr(config, "_attn_implementation", None)) is not None:
+        facts["attention"] = attention
     if hasattr(engine, "zero_optimization_stage"):
         facts["ZeRO stage"] = engine.zero_optimization_stage()
         facts["optimizer on CPU"] = type(engine.optimizer.optimizer).__name__ == "DeepSpeedCPUAdam"
+        facts["overlap"] = engine.zero_overlap_comm()
+        facts["bucket"] = engine.zero_reduce_bucket_size()
+        facts["processes that share a copy of the weights"] = engine.zero_hpz_partition_size()
+    if hasattr(engine, "gradient_as_bucket_view"):
+        facts["gradients in buckets"] = engine.gradient_as_bucket_view
     return facts
 
 
 def requested(plan: Plan, model: str, cpu: bool) -> dict[str, Any]:
     """The settings that `realised` must return. `model` is the class name of the model before it is wrapped."""
-    device = {"device": "cpu" if cpu else "cuda"}
+    device: dict[str, Any] = {"device": "cpu" if cpu else "cuda"}
+    if plan.attention is not None:
+        device["attention"] = plan.attention
     if uses_deepspeed(plan.strategy):
         return device | {
             "processes": plan.world_size,
@@ -65,6 +109,11 @@ def requested(plan: Plan, model: str, cpu: bool) -> dict[str, Any]:
             "model": "DeepSpeedEngine",
             "ZeRO stage": ZERO_STAGE[plan.strategy],
             "optimizer on CPU": plan.strategy.endswith("-offload"),
+            "overlap": not cpu,
+            "bucket": bucket(plan.parameters),
+            "processes that share a copy of the weights": within_node(
+                plan.strategy, plan.world_size // local_processes(), local_processes()
+            ),
         }
     if plan.world_size == 1:
         return device | {"processes": 1, "distributed type": "NO", "model": model}
@@ -72,7 +121,13 @@ def requested(plan: Plan, model: str, cpu: bool) -> dict[str, Any]:
         "processes": plan.world_size,
         "distributed type": "MULTI_CPU" if cpu else "MULTI_GPU",
         "model": "DistributedDataParallel",
+        "gradients in buckets": True,
     }
+
+
+def local_processes() -> int:
+    """Processes of this node, as torch's agent says it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def assert_started(plan: Plan) -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import Method
-from luthier_api.methods import METHODS
+from luthier_api.methods import METHODS, ParameterPrecision
 from luthier_api.spec import Quantization
 from luthier_trainer.methods.base import Surroundings
 from luthier_trainer.methods.experts import fused_experts, linear_modules
@@ -26,15 +26,22 @@ from luthier_trainer.runtime.failure import Failure
 
 
 def weights_options(
-    method: Method, precision: str, deepspeed: bool, device: torch.device, quantization: Quantization | None = None
+    method: Method,
+    precision: str,
+    deepspeed: bool,
+    device: torch.device,
+    quantization: Quantization | None = None,
+    parameter_precision: ParameterPrecision | None = None,
 ) -> dict[str, Any]:
     """Return the arguments of `from_pretrained` that decide how weights are stored.
 
     Frozen weights are stored in the precision of the computation, or quantised. Trainable weights are stored in fp32,
-    and 16-bit computations use autocast. DeepSpeed keeps the fp32 copy itself and needs one dtype for all weights.
+    or as `parameter_precision` says, and 16-bit computations use autocast. DeepSpeed keeps the fp32 copy itself and
+    needs one dtype for all weights.
     """
     frozen = METHODS[method.type].adapter
-    options: dict[str, Any] = {"dtype": DTYPES[precision] if frozen or deepspeed else torch.float32, **OWN_WEIGHTS}
+    stored = precision if frozen or deepspeed else parameter_precision or "fp32"
+    options: dict[str, Any] = {"dtype": DTYPES[stored], **OWN_WEIGHTS}
     if quantization:
         options |= {
             "quantization_config": settings(quantization.type, precision),

@@ -21,7 +21,7 @@ from luthier_trainer.methods.whole import whole_modules
 from luthier_trainer.models.embedding import token_tables
 from luthier_trainer.models.inspect import ALL_LINEAR, MODEL, skeleton
 from luthier_trainer.workspace.model_files import MODEL_CONFIG
-from luthier_trainer.workspace.optimizer_state import STATE_BYTES, Tensor
+from luthier_trainer.workspace.optimizer_state import Tensor, state_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -97,13 +97,14 @@ def weights_in(
     total = sum(weight.numel() for weight in model.parameters())
     adapters = METHODS[spec.method.type].adapter
     learning = [*adapter_tensors(model, spec.method, heads), *rows] if adapters else tensors_of(model, heads)
-    state_bytes = STATE_BYTES[spec.training.optimizer]
+    training = spec.training
     cpu = spec.resources.gpus_per_node == 0
     return Weights(
         total=total,
         learning=sum(tensor.weights for tensor in learning),
         tensors=len(learning),
-        state_bytes=sum(map(state_bytes, learning)),
+        learning_bytes=2 if training.parameter_precision == "bf16" else 4,
+        state_bytes=sum(state_bytes(training.optimizer, training.parameter_precision, tensor) for tensor in learning),
         adapters=adapters,
         computed_bytes=2 if plan.precision in ("bf16", "fp16") or (plan.precision == "auto" and not cpu) else 4,
         source_bytes=2 if source in HALF else 4,

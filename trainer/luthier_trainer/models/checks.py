@@ -95,6 +95,16 @@ def check_sharding(config: PreTrainedConfig, task: str, field: str) -> None:
         )
 
 
+def check_weights_in_16_bits(config: PreTrainedConfig, task: str, field: str) -> None:
+    """Check that the model can rest in bf16. Raises Failure if it has batch normalisation."""
+    if any(counts(module) for module in skeleton(config, task, MODEL).modules()):
+        # Running means change by a tenth of a difference, which bf16 would round away.
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: {config.model_type} keeps statistics of its batches, which bf16 is too coarse for; use fp32",
+        )
+
+
 def cannot_recompute(config: PreTrainedConfig, task: str) -> str | None:
     """Return why the model cannot use activation checkpointing, or None if it can.
 

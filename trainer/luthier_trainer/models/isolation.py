@@ -108,15 +108,22 @@ def leaks(model: PreTrainedModel) -> tuple[float, float]:
     return moved[0], moved[1]
 
 
-def logits(model: PreTrainedModel, documents: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Return the logits of documents in one row, float64 [tokens, vocabulary]: the inputs are those of training."""
+def logits(model: PreTrainedModel, documents: Sequence[Sequence[int]], **more: Any) -> torch.Tensor:
+    """Return the logits of documents in one row, float64 [tokens, vocabulary]: the inputs are those of training.
+
+    `more`: further inputs.
+    """
     import torch
 
     ids = [token for document in documents for token in document]
     positions = [position for document in documents for position in range(len(document))]
     with torch.inference_mode():
         outputs = model(
-            input_ids=torch.tensor([ids]), position_ids=torch.tensor([positions]), use_cache=False, return_dict=True
+            input_ids=torch.tensor([ids]),
+            position_ids=torch.tensor([positions]),
+            use_cache=False,
+            return_dict=True,
+            **more,
         )
     return outputs.logits[0].double()
 
@@ -158,8 +165,9 @@ def _smaller(data: dict[str, Any]) -> dict[str, Any]:
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if name in small:
             small[name] = 0
-    if data.get("sliding_window"):
-        small["sliding_window"] = SLIDING_WINDOW
+    for name in ("sliding_window", "attention_chunk_size"):
+        if data.get(name):
+            small[name] = SLIDING_WINDOW
     depth = next((data[name] for name in DEPTHS if data.get(name)), LAYERS)
     if depth > LAYERS:
         small |= {name: LAYERS for name in DEPTHS if data.get(name)}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from luthier_api.attention import ATTENTIONS
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.methods import METHODS
 from luthier_api.run import MemoryFacts, Weights
@@ -71,7 +73,11 @@ def facts_of_trial(
 
     computed = DTYPES["bf16" if plan.precision in (None, "auto") else plan.precision]
     deepspeed, adapter = uses_deepspeed(plan.strategy), METHODS[spec.method.type].adapter
-    trial.model.to(computed if adapter or deepspeed else torch.float32)
+    in_16_bits = spec.training.parameter_precision == "bf16"
+    trial.model.to(computed if adapter or deepspeed or in_16_bits else torch.float32)
+    attention = ATTENTIONS.get(plan.attention)  # type: ignore[call-overload]  # None is no name of one
+    if attention and attention.documents:
+        trial = replace(trial, packed=False)  # no mask is made
     quantised = memory.quantised_layers(trial.model) if spec.model.quantization else {}
     with torch.device("meta"):
         model = with_method(

@@ -22,6 +22,7 @@ from luthier_trainer.models import sources, weight_files
 from luthier_trainer.prepare import data_report, first_row, streamed
 from luthier_trainer.prepare.examples import FRACTION, Examples, read_examples, sources_of
 from luthier_trainer.prepare.memory import memory_facts
+from luthier_trainer.runtime import compiler
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 from luthier_trainer.tasks.base import Processor, Task
@@ -51,6 +52,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         shutil.rmtree(folder.prepared / stale, ignore_errors=True)
 
     spec, task = run.spec, task_of(run.spec)
+    compiler.check(spec)
     parallel.use(parallel.asked(spec.prepare))
     located = None
     if spec.model.config is not None:
@@ -81,7 +83,8 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     learnt = len(train) if examples.stream is None else streamed.rows_learnt(spec)
     rows = task.epoch_rows(spec, learnt)
     whole = task.whole_logits(model)
-    plan = plan_training(spec, rows, weight_files.count(model.path, MODEL), trouble, whole)
+    attention = task.attention(model, spec)
+    plan = plan_training(spec, rows, weight_files.count(model.path, MODEL), trouble, whole, attention)
     check_course(spec, plan, rows)
     if (
         spec.training.group_by_length is False
@@ -126,6 +129,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         memory_facts=facts,
         cannot_recompute=trouble,
         whole_logits=whole,
+        attention=attention,
         model_path=str(model.path),
         new_tokens=list(model.new_tokens),
         stream=examples.stream and examples.stream.model_copy(update={"missing_tokens": dict(model.missing_tokens)}),
@@ -148,7 +152,9 @@ def with_present_plan(run: FineTuneRun, record: PreparedRecord, folder: Workspac
     if record.weights is None:
         return record
     rows = task_of(run.spec).epoch_rows(run.spec, record.dataset.rows)
-    plan = plan_training(run.spec, rows, record.plan.parameters, record.cannot_recompute, record.whole_logits)
+    plan = plan_training(
+        run.spec, rows, record.plan.parameters, record.cannot_recompute, record.whole_logits, record.attention
+    )
     plan = plan_space(plan, record.weights, space.folder_bytes(folder.prepared / "processor"))
     if record.memory_facts is not None:
         plan = with_memory(run, plan, record.memory_facts)

@@ -6,11 +6,14 @@ processes, libraries silently use the CPU, or one GPU for several processes.
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
 from luthier_api.exitcodes import ExitCode
 from luthier_trainer.runtime.failure import Failure
 
+AMPERE = (8, 0)  # compute capability
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -26,6 +29,38 @@ def assert_gpus(asked: int, field: str) -> None:
         f"{field}: {asked} asked for, and torch {torch.__version__} (CUDA: {torch.version.cuda or 'none'}) can use"
         f" {seen}. Check the node's driver and device plugin and the trainer image, or set {field}: 0 to run on CPU",
     )
+
+
+def fitting_attention(planned: str | None, precision: str, cpu: bool) -> tuple[str | None, str]:
+    """(How attention is computed on this device, why it is not as `planned`). `prepare` sees no GPU."""
+    if planned != "varlen" or cpu:
+        return planned, ""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return "sdpa", f"torch {torch.__version__} has no varlen_attn, which is there from 2.10 on"
+    if precision == "fp32":
+        return "sdpa", "FlashAttention computes in 16 bits, and this training in fp32"
+    if torch.cuda.get_device_capability() < AMPERE:
+        return "sdpa", f"FlashAttention needs a GPU from Ampere on, and this is {torch.cuda.get_device_name()}"
+    return planned, ""
+
+
+def use_tf32(asked: bool | None, precision: str, cpu: bool) -> bool:
+    """Let products in fp32 be computed in TF32, or not, and return whether they are. `asked`: None by the precision.
+
+    Raises Failure if the job asks for it and the GPU does not have it.
+    """
+    if cpu:
+        return False
+    has = torch.cuda.get_device_capability() >= AMPERE
+    if asked and not has:
+        raise Failure(
+            ExitCode.MISCONFIGURED,
+            f"spec.training.tf32: {torch.cuda.get_device_name()} does not have it; choose GPUs from Ampere on, or"
+            " remove it",
+        )
+    uses = has and (precision != "fp32" if asked is None else asked)
+    torch.set_float32_matmul_precision("high" if uses else "highest")
+    return uses
 
 
 def fitting_precision(cpu: bool) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun, GenerateRun
 from luthier_trainer.distributed.strategy import uses_deepspeed
+from luthier_trainer.runtime import compiler
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.workspace import provenance
 from luthier_trainer.workspace.prepared import read_prepared
@@ -28,6 +29,8 @@ def check(verb: str, run: FineTuneRun | GenerateRun, devices: Path = Path("/dev"
         in_place = {record.model_path, *record.adapter_paths, *record.other_model_paths}
         provenance.refuse_changes(origin for origin in record.origins if origin.path in in_place)
         check_gpus(run, devices)
+        if isinstance(run, FineTuneRun):
+            compiler.check(run.spec)
         if isinstance(run, FineTuneRun) and needs_operators(record.plan.strategy, run.spec.resources.gpus_per_node):
             check_operators(record.plan.strategy, "cuda" if run.spec.resources.gpus_per_node else "cpu")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from luthier_api.finetune import FineTuneJobSpec
-from luthier_api.run import Compute, FineTuneRun, Origin, Weights
+from luthier_api.run import Attention, Compute, FineTuneRun, Origin, Weights
 from luthier_api.status import Plan, ResolvedSource
 from luthier_api.tasks import TRAINING_TASKS
 from luthier_api.workspace import WorkspaceFolder
@@ -262,6 +262,13 @@ class Task(Batches, Protocol):
     def epoch_rows(self, spec: FineTuneJobSpec, rows: int) -> int:
         """Return the rows that the steps of an epoch have in the unit of `training.batchSize`."""
         return rows
+
+    def attention(self, model: Model, spec: FineTuneJobSpec) -> Attention | None:
+        """Return how the model's attention can be computed; None for models that are not of transformers.
+
+        Raises Failure if the implementation that the spec asks for does not work with the model.
+        """
+        return None
 
     def cannot_recompute(self, model: Model) -> str | None:
         """Return why the model does not support activation checkpointing; None if it does."""

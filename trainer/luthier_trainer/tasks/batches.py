@@ -7,6 +7,7 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from luthier_trainer.models.attention import documents
 from luthier_trainer.tasks.base import Batch, Metrics
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class TokenCollator:
 
     padding: int
     """Id of the token that fills up short rows."""
+    tells_documents: bool = False
+    """Whether batches of packed rows say where documents begin, for attention that computes each for itself."""
 
     def __call__(self, rows: list[dict[str, Any]]) -> Batch:
         """Return input_ids and labels, and what tells padding or documents apart, each an int64 tensor [rows, length].
@@ -66,7 +69,10 @@ class TokenCollator:
         if "seq_lengths" not in rows[0]:
             return batch | {"attention_mask": _padded([torch.ones_like(tokens) for tokens in ids], 0)}
         positions = [torch.cat([torch.arange(length) for length in row["seq_lengths"]]) for row in rows]
-        return batch | {"position_ids": _padded(positions, 0), "use_cache": False}
+        batch |= {"position_ids": _padded(positions, 0), "use_cache": False}
+        if not self.tells_documents:
+            return batch
+        return batch | documents([row["seq_lengths"] for row in rows], batch["input_ids"].shape[1])
 
 
 def label_ids(row: dict[str, Any], ids: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from luthier_api.attention import ATTENTIONS
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.run import FineTuneRun
@@ -195,7 +196,9 @@ class CausalLM(LabelledBatches, TextTask):
 
         model.config.pad_token_id = context.processor.pad_token_id
         loss = TokenLoss(model, not context.whole_logits, context.spec.training.label_smoothing)
-        collator = TokenCollator(context.processor.pad_token_id)
+        computed = ATTENTIONS.get(model.config._attn_implementation)
+        tells_documents = computed is not None and computed.documents
+        collator = TokenCollator(context.processor.pad_token_id, tells_documents)
         return TrainerSetup(Trainer, collator, measured_by(TokenMetrics()), loss.described)
 
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec, Method
 from luthier_api.methods import METHODS
-from luthier_api.run import Compute, FineTuneRun, Weights
+from luthier_api.run import Attention, Compute, FineTuneRun, Weights
 from luthier_api.status import Plan
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import row_lengths
 from luthier_trainer.methods import checks as method_checks
 from luthier_trainer.methods import experts, loftq, targets, whole
 from luthier_trainer.methods.trainable import compute_of, weights_of
-from luthier_trainer.models import checks, inspect, weight_check
+from luthier_trainer.models import attention, checks, inspect, weight_check
 from luthier_trainer.models.materialize import whole_model
 from luthier_trainer.models.sources import Located
 from luthier_trainer.runtime.failure import Failure
@@ -61,6 +61,8 @@ class PretrainedTask(Task):
         """Check that the model supports strategy, method and activation checkpointing. Raises Failure if not."""
         if spec.strategy.startswith("zero3"):
             checks.check_sharding(model.config, self.task, "spec.strategy")
+        if spec.training.parameter_precision == "bf16":
+            checks.check_weights_in_16_bits(model.config, self.task, "spec.training.parameterPrecision")
         trouble = self.cannot_recompute(model) if spec.training.gradient_checkpointing else None
         if trouble:
             raise Failure(
@@ -84,6 +86,15 @@ class PretrainedTask(Task):
             experts.check_quantised_share(model.config, self.task, kind, field)
             if not spec.resources.gpus_per_node:
                 method_checks.check_quantisable(model.config, kind, field)
+
+    def attention(self, model: Model, spec: FineTuneJobSpec) -> Attention | None:
+        asked = spec.training.attention
+        if asked is None:
+            return None
+        packed = spec.training.packing == "isolated"
+        trouble = attention.cannot_varlen(model.config, self.task) if packed else None
+        attention.check(model.config, self.task, asked, trouble)
+        return Attention(default=attention.of_transformers(model.config, self.task), cannot_varlen=trouble)
 
     def cannot_recompute(self, model: Model) -> str | None:
         return checks.cannot_recompute(model.config, self.task)

@@ -40,6 +40,7 @@ def training_arguments(
     assert_gpus(spec.resources.gpus_per_node, "spec.resources.gpusPerNode")
     precision = precision_of(plan, cpu)
     by_steps = training.eval_every == "steps"
+    loaders = 0 if cpu or spec.dataset.streaming else task.loader_workers(cores(spec.resources))
     common: dict[str, Any] = {
         "output_dir": str(checkpoints),
         "max_steps": plan.steps or -1,
@@ -66,7 +67,8 @@ def training_arguments(
         "activation_checkpointing_kwargs": {"use_reentrant": False} if plan.gradient_checkpointing else None,
         # On a CPU, loader processes would only take cores away from the model. A stream is read ahead by a thread,
         # which knows the position that a checkpoint needs.
-        "dataloader_num_workers": 0 if cpu or spec.dataset.streaming else task.loader_workers(cores(spec.resources)),
+        "dataloader_num_workers": loaders,
+        "dataloader_persistent_workers": loaders > 0,  # else each epoch and each evaluation starts them anew
         "dataloader_pin_memory": not cpu,
         "label_names": ["labels"],
         "logging_steps": training.log_steps,

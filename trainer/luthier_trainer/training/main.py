@@ -34,8 +34,11 @@ from luthier_trainer.distributed.strategy import assert_started, uses_deepspeed
 from luthier_trainer.methods import apply as methods
 from luthier_trainer.methods import initial
 from luthier_trainer.methods.trainable import HALF, source_dtype
+from luthier_trainer.models import varlen
 from luthier_trainer.models.quantised_base import check_rows
 from luthier_trainer.models.zero3 import keep_used_conversions
+from luthier_trainer.runtime.devices import fitting_attention, use_tf32
+from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 from luthier_trainer.runtime.run_folder import global_rank
 from luthier_trainer.runtime.telemetry import Telemetry
@@ -47,6 +50,7 @@ from luthier_trainer.training.arguments import training_arguments
 from luthier_trainer.training.best import Choice
 from luthier_trainer.training.callbacks import Guard, Heartbeat, Report, Stop
 from luthier_trainer.training.canary import Canary
+from luthier_trainer.training.compiling import compile_blocks
 from luthier_trainer.training.resilience import EvaluationStopped, Resilient, resilient
 from luthier_trainer.training.stream import streamed_rows
 from luthier_trainer.training.utilisation import count_weights
@@ -66,7 +70,7 @@ def main(run: FineTuneRun | GenerateRun, observers: Sequence[Any] = ()) -> Termi
     `observers`: callbacks that are called after those of the training; each gets the trainer as its `loop`.
 
     Returns the termination message of this attempt: COMPLETED with the metrics, or PREEMPTED if all ranks agreed to
-    stop.
+    stop. Raises Failure if the devices are not what the plan needs.
     """
     assert isinstance(run, FineTuneRun), "train is a verb of FineTuneJob"
     workspace, spec = WorkspaceFolder(Path(run.workspace)), run.spec
@@ -124,13 +128,35 @@ def main(run: FineTuneRun | GenerateRun, observers: Sequence[Any] = ()) -> Termi
         precision = "bf16"
     elif arguments.fp16:
         precision = "fp16"
+    tf32 = use_tf32(spec.training.tf32, precision, arguments.device.type == "cpu")
+    implementation, why_not = fitting_attention(prepared.plan.attention, precision, arguments.device.type == "cpu")
+    if why_not and ranks.first:
+        notice(f"spec.training.attention: {implementation} instead of {prepared.plan.attention}, because {why_not}")
+    plan = prepared.plan.model_copy(update={"attention": implementation})
+    if spec.training.parameter_precision == "bf16" and precision != "bf16":
+        raise Failure(
+            ExitCode.MISCONFIGURED,
+            f"spec.training.parameterPrecision: bf16, and these GPUs compute in {precision}; choose GPUs from Ampere"
+            " on, or fp32",
+        )
+    weights = methods.weights_options(
+        spec.method,
+        precision,
+        deepspeed,
+        arguments.device,
+        spec.model.quantization,
+        spec.training.parameter_precision,
+    )
+    if implementation is not None:
+        varlen.register()
+        weights["attn_implementation"] = implementation
     context = TrainingContext(
         spec=spec,
         model_path=Path(prepared.model_path),
         processor=processor,
         labels=prepared.dataset.labels,
         other_models=[Path(path) for path in prepared.other_model_paths],
-        weights=methods.weights_options(spec.method, precision, deepspeed, arguments.device, spec.model.quantization),
+        weights=weights,
         whole_logits=prepared.whole_logits is not None,
         folder=workspace.prepared / "kept",
     )
@@ -158,10 +184,12 @@ def main(run: FineTuneRun | GenerateRun, observers: Sequence[Any] = ()) -> Termi
     )
     freeze(model, loaded.unused_parameters)
 
+    compiled = compile_blocks(model) if spec.training.torch_compile else 0
+
     telemetry, stop = Telemetry(), Stop()
     report = Report(telemetry, run.gpu.peak_flops if run.gpu else None, task.reported, prepared.compute)
-    canary = Canary(telemetry, prepared.plan, spec.resources.processes)
-    callbacks = [Guard(prepared.plan), Heartbeat(), report, canary, stop]
+    canary = Canary(telemetry, plan, spec.resources.processes)
+    callbacks = [Guard(plan), Heartbeat(), report, canary, stop]
     resumed = checkpoint.step_of(resume) if resume else None
     trackers = tracking(run, prepared, resumed) if ranks.first else Tracking([])
     setup = task.trainer(context, loaded.model)
@@ -195,7 +223,7 @@ def main(run: FineTuneRun | GenerateRun, observers: Sequence[Any] = ()) -> Termi
                 f" are: {', '.join(sorted(loaded.unused_parameters)[:SHOWN])} ...",
                 flush=True,
             )
-        print(opening(loop, prepared, precision, setup.loss, resume), flush=True)
+        print(opening(loop, spec.training, prepared, precision, setup.loss, resume, tf32, compiled), flush=True)
 
     loop.saved = resume
     with trackers, closing(rows) if prepared.stream else nullcontext():
@@ -294,15 +322,29 @@ def source_type(model_path: str) -> torch.dtype:
     return getattr(torch, name) if name in HALF else torch.float32
 
 
-def opening(loop: Resilient, prepared: PreparedRecord, precision: str, loss: str, resume: Path | None) -> str:
+def opening(
+    loop: Resilient,
+    training: Training,
+    prepared: PreparedRecord,
+    precision: str,
+    loss: str,
+    resume: Path | None,
+    tf32: bool,
+    compiled: int,
+) -> str:
     """Return the line of the log that describes the training: model, precision, batch sizes, steps, starting point.
 
-    `loss`: how it is computed; empty if there is only one way.
+    `loss`: how it is computed; empty if there is only one way. `compiled`: blocks of the model that are.
     """
     learning, weights = count_weights(loop.model.parameters())
     plan = prepared.plan
+    attention = getattr(loop.model.config, "_attn_implementation", None)
     return (
-        f"training {learning:,} of {weights:,} weights of {prepared.model.source}, {precision}, {plan.world_size} ×"
+        f"training {learning:,} of {weights:,} weights of {prepared.model.source}, {precision}"
+        f"{', TF32' if tf32 else ''}"
+        f"{f', {compiled} blocks compiled' if compiled else ''}"
+        f"{', weights in bf16' if training.parameter_precision == 'bf16' else ''}, "
+        f"{f'attention {attention}, ' if attention else ''}{plan.world_size} ×"
         f" {plan.micro_batch_size} rows × {plan.accumulation_steps or 1} accumulated, {plan.steps} steps"
         f"{optimizers.replaced_by(plan.strategy)}, "
         + (f"{loss}, " if loss else "")

@@ -76,11 +76,41 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 def own(trainer: Any, training: Training, task: str) -> torch.optim.Optimizer | None:
     """Return the optimiser for the weights of `trainer`; None if transformers makes it."""
+    if training.parameter_precision == "bf16":
+        return stochastic(trainer, training)
     if training.optimizer == "muon":
         return muon(trainer, training, task)
     if training.optimizer_options.loraplus_lr_ratio is not None:
         return lora_plus(trainer, training)
     return None
+
+
+def stochastic(trainer: Any, training: Training) -> torch.optim.Optimizer:
+    """Return the optimiser for weights in bf16, which rounds at random, with transformers' groups and arguments."""
+    from luthier_trainer.training import stochastic_rounding
+
+    kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+    decayed = set(trainer.get_decay_parameter_names(trainer.model))
+    learning = [(name, weight) for name, weight in trainer.model.named_parameters() if weight.requires_grad]
+    groups = [
+        {"params": [weight for name, weight in learning if name in decayed], "weight_decay": training.weight_decay},
+        {"params": [weight for name, weight in learning if name not in decayed], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if training.optimizer == "adamw_torch_fused":
+        return stochastic_rounding.AdamW(groups, options["lr"], options["betas"], options["eps"], training.seed)
+    in_32_bits_for_embeddings(trainer.model)
+    return stochastic_rounding.rounding(kind)(groups, seed=training.seed, **options)
+
+
+def in_32_bits_for_embeddings(model: torch.nn.Module) -> None:
+    """Let bitsandbytes keep the state of embeddings in 32 bits, as transformers does."""
+    import bitsandbytes  # here, because it brings torch's compiler, which makes each start slower
+
+    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            manager.register_module_override(module, "weight", {"optim_bits": 32})
 
 
 def lora_plus(trainer: Any, training: Training) -> torch.optim.Optimizer:
@@ -96,13 +126,7 @@ def lora_plus(trainer: Any, training: Training) -> torch.optim.Optimizer:
         **options,
     )
     if options.get("optim_bits") == 8:
-        import bitsandbytes  # here, because it brings torch's compiler, which makes each start slower
-
-        # As transformers does without LoRA+. PEFT 0.21 knows bitsandbytes' classes of other names.
-        manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
-        for module in trainer.model.modules():
-            if isinstance(module, torch.nn.Embedding):
-                manager.register_module_override(module, "weight", {"optim_bits": 32})
+        in_32_bits_for_embeddings(trainer.model)  # PEFT 0.21 knows bitsandbytes' classes of other names
     optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
     return optimizer
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from accelerate.utils import DistributedDataParallelKwargs
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
@@ -217,6 +218,14 @@ class Resilient(Base):
             optimizer.withheld = bool(bad)  # the host waits for the device: these optimisers cannot decide it there
         else:
             optimizer.found_inf = bad.float()
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        args = super()._build_accelerator_args(**kwargs)
+        for handler in args["kwargs_handlers"]:
+            if isinstance(handler, DistributedDataParallelKwargs):
+                # Gradients are views of what DDP sends, instead of a second copy of them.
+                handler.gradient_as_bucket_view = True
+        return args
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         # With DeepSpeed, transformers forgets an optimiser that the trainer was given, and calls this method.

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
+from luthier_api.attention import ATTENTIONS
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.methods import METHODS, QUANTIZATIONS
 from luthier_api.optimizers import OptimizerName
 from luthier_api.run import FineTuneRun, MemoryFacts, Moment, Weights
 from luthier_api.status import Memory, Plan
-from luthier_trainer.distributed.strategy import ZERO_STAGE
+from luthier_trainer.distributed.strategy import ZERO_STAGE, bucket
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.workspace import space
 
@@ -25,7 +26,6 @@ CONTEXT_BYTES = 1 * GIB  # CUDA's context and its libraries; 0.5 to 1.4 GiB seen
 NCCL_BYTES = GIB // 2  # NCCL's buffers of a process; 0.2 to 1 GiB seen
 WORKSPACE_BYTES = 64 * MIB  # cuBLAS takes 32 MiB on Hopper for each thread that computes: forward, and backward
 FRAGMENTS = 0.15  # of what each step allocates anew: 1.11 times with a fused loss to 1.25 times seen
-BUCKET = 500_000_000  # weights of DeepSpeed's buckets for gradients
 MAX_LIVE = 1_000_000_000  # weights that ZeRO-3 keeps gathered (stage3_max_live_parameters)
 PROCESS_BYTES = {"gpu": 5 * GIB // 2, "cpu": GIB * 6 // 10}  # of Python, torch and, for GPUs, CUDA's part
 LOADER_BYTES = 3 * GIB // 10  # of a process that loads data
@@ -121,13 +121,13 @@ def gradients(plan: Plan, facts: MemoryFacts, at: Moment | None) -> int:
     """Return the bytes of gradients at a moment; None: when the optimiser steps.
 
     The first backward pass of a step makes them one by one. With accumulation they are there in the next passes, from
-    the beginning. DeepSpeed moves each to the process that it belongs to.
+    the beginning; with DDP always, as views of what it sends. DeepSpeed moves each to the process that it belongs to.
     """
     if plan.strategy in ZERO_STAGE:
         if "offload" in plan.strategy:
             return 0
         return math.ceil(facts.learning * facts.computed_bytes / shares(plan))
-    if at is None or (plan.accumulation_steps or 1) > 1:
+    if at is None or always_there(plan):
         return facts.gradient_bytes
     return at.gradients
 
@@ -146,12 +146,17 @@ def gathered(plan: Plan, facts: MemoryFacts) -> int:
 def communication(plan: Plan, facts: MemoryFacts) -> int:
     """Return the bytes of buffers for exchanging gradients.
 
-    DDP has a bucket for each gradient, beside it. DeepSpeed has buckets of one size, however few weights learn: two
-    where one fills while the other is sent, and one with ZeRO-3 (`runtime/zero/stage_1_and_2.py`, `stage3.py` of 0.19).
+    DDP's buckets are the gradients themselves. DeepSpeed has buckets of one size, however few weights learn: two where
+    one fills while the other is sent, and one with ZeRO-3 (`runtime/zero/stage_1_and_2.py`, `stage3.py` of 0.19).
     """
     if plan.strategy in ZERO_STAGE:
-        return (1 if ZERO_STAGE[plan.strategy] == 3 else 2) * BUCKET * facts.computed_bytes
-    return facts.gradient_bytes if plan.world_size > 1 else 0
+        return (1 if ZERO_STAGE[plan.strategy] == 3 else 2) * bucket(facts.total) * facts.computed_bytes
+    return 0
+
+
+def always_there(plan: Plan) -> bool:
+    """Return whether gradients outlast a step's first backward pass, without DeepSpeed."""
+    return plan.strategy == "ddp" or (plan.accumulation_steps or 1) > 1
 
 
 def moment(plan: Plan, facts: MemoryFacts) -> Moment | None:
@@ -160,11 +165,13 @@ def moment(plan: Plan, facts: MemoryFacts) -> Moment | None:
     Moments come from a step on the meta device (`models.memory`). Each is a line over the rows of a forward pass, so
     the highest depends on the micro-batch, and on whether gradients are there from the beginning.
     """
-    padded = facts.packed or (facts.mixed_lengths and rows_of(plan) > 1)
+    attention = ATTENTIONS.get(plan.attention)  # type: ignore[call-overload]  # None is no name of one
+    masked = facts.packed and not (attention and attention.documents)
+    padded = masked or (facts.mixed_lengths and rows_of(plan) > 1)
     fitting = [step for step in facts.steps if step.checkpointing == bool(plan.gradient_checkpointing)]
     fitting = [step for step in fitting if step.padded == padded] or fitting
     moments = [moment for step in fitting for moment in step.moments]
-    counted = plan.strategy not in ZERO_STAGE and (plan.accumulation_steps or 1) == 1
+    counted = plan.strategy not in ZERO_STAGE and not always_there(plan)
     return max(
         moments,
         key=lambda moment: moment.fixed + rows_of(plan) * moment.per_row + counted * moment.gradients,
@@ -207,8 +214,8 @@ def without_model(spec: FineTuneJobSpec, weights: Weights, reason: str) -> Memor
     frozen = weights.total * bits // 8 if adapter else (weights.total - weights.learning) * weights.computed_bytes
     return MemoryFacts(
         **of_weights(spec, weights),
-        weight_bytes=frozen + weights.learning * FP32,
-        gradient_bytes=weights.learning * FP32,
+        weight_bytes=frozen + weights.learning * weights.learning_bytes,
+        gradient_bytes=weights.learning * weights.learning_bytes,
         missing=reason,
     )
 
@@ -225,7 +232,7 @@ def of_weights(spec: FineTuneJobSpec, weights: Weights) -> dict[str, int | bool]
         "learning": weights.learning,
         "state_bytes": weights.state_bytes,
         "computed_bytes": weights.computed_bytes,
-        "rest_bytes": weights.computed_bytes if adapter else FP32,
+        "rest_bytes": weights.computed_bytes if adapter else weights.learning_bytes,
         "reference_bytes": weights.total * weights.computed_bytes if compared and not adapter else 0,
         "quantised": spec.model.quantization is not None,
     }

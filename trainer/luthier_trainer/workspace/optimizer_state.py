@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from luthier_api.methods import ParameterPrecision
 from luthier_api.optimizers import OptimizerName
 
-FP32 = 4
+FP32, BF16 = 4, 2
 SMALLEST_IN_8_BITS = 4096  # bitsandbytes keeps the state of smaller tensors in 32 bits (min_8bit_size)
 BLOCK = 256  # weights of one scale in 32 bits
 
@@ -52,6 +53,13 @@ def _factored(tensor: Tensor) -> int:
 
 def _muon(tensor: Tensor) -> int:
     return tensor.weights * FP32 * (1 if tensor.hidden else 2)
+
+
+def state_bytes(optimizer: OptimizerName, precision: ParameterPrecision | None, tensor: Tensor) -> int:
+    """Bytes of the state of a tensor whose weights rest in `precision` (None: fp32)."""
+    if precision == "bf16" and optimizer == "adamw_torch_fused":
+        return tensor.weights * 2 * BF16  # `training.stochastic_rounding` keeps the moments in bf16, too
+    return STATE_BYTES[optimizer](tensor)
 
 
 STATE_BYTES: Mapping[OptimizerName, Callable[[Tensor], int]] = {

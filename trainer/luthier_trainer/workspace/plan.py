@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 
 from luthier_api.finetune import FineTuneJobSpec
-from luthier_api.run import Weights
+from luthier_api.run import Attention, Weights
 from luthier_api.status import Plan
 from luthier_api.tasks import TRAINING_TASKS
+from luthier_trainer.workspace import attention as attentions
 from luthier_trainer.workspace import space
 
 MICRO_BATCH_LIMIT = 8  # rows of one forward pass, where the spec leaves it open
@@ -31,6 +32,7 @@ def plan_training(
     parameters: int | None,
     cannot_recompute: str | None = None,
     whole_logits: str | None = None,
+    attention: Attention | None = None,
 ) -> Plan:
     """The layout of a FineTuneJob over `rows` training rows. The CRD's rules have checked that batchSize divides.
 
@@ -42,6 +44,7 @@ def plan_training(
     micro, reasons = micro_batch(spec, share)
     accumulation = share // micro
     recompute, why = recomputes(spec, cannot_recompute)
+    computed, reasons_of_attention = attentions.planned(spec, attention)
     automatic = "ddp" if world_size > 1 else "none"
     return Plan(
         strategy=automatic if spec.strategy == "auto" else spec.strategy,
@@ -51,8 +54,10 @@ def plan_training(
         steps=training.max_steps or count_steps(rows, world_size, micro, accumulation, training.epochs),
         precision=plan_precision(training.precision, spec.resources.gpus_per_node),
         gradient_checkpointing=recompute,
+        attention=computed,
         reasons=reasons
         + why
+        + reasons_of_attention
         + ([f"loss: with the logits of all tokens, because {whole_logits}"] if whole_logits else []),
         parameters=parameters,
     )

@@ -42,7 +42,7 @@ def weight_bytes(weights: Weights, strategy: str) -> int:
     if stage == 3:
         return 0  # only the optimizer's shards hold them
     kept = weights.learning if weights.adapters else weights.total
-    return kept * (weights.computed_bytes if stage else FP32)
+    return kept * (weights.computed_bytes if stage else weights.learning_bytes)
 
 
 def optimizer_bytes(weights: Weights, strategy: str) -> int:
