@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from prepared_workspace import prepared_run
 from trainer.conftest import MakeRun
@@ -307,6 +307,27 @@ def test_a_volume_that_is_too_small_is_refused_before_the_training(tmp_path: Pat
     assert caught.value.code == 74
     assert caught.value.message.startswith("spec.workspace.size: 41 checkpoints of ")
     assert "Enlarge its claim to 1Gi, lower training.keepCheckpoints" in caught.value.message
+
+
+@pytest.mark.parametrize("chosen", [None, range(0, 900, 3)], ids=["all rows", "a third of them"])
+def test_the_bytes_of_saved_rows(chosen: range | None, tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"input_ids": [[n] * 100 for n in range(900)]})
+    rows = rows if chosen is None else rows.select(chosen)
+    rows.save_to_disk(tmp_path / "rows")
+    assert space.rows_bytes(rows) == pytest.approx(space.folder_bytes(tmp_path / "rows"), rel=0.05)
+
+
+def test_encoded_rows_that_do_not_fit_are_refused_before_they_are_saved(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(training={"maxLength": 64, "maxSteps": 1})
+    monkeypatch.setattr(space, "volume", lambda folder: (100, 5 << 30))
+    with pytest.raises(
+        Failure, match=r"^spec\.workspace\.size: the encoded rows need .* Enlarge its claim to 6Gi"
+    ) as caught:
+        prepare.main(run)
+    assert caught.value.code == 74
+    assert not (Path(run.workspace) / "prepared/dataset").exists()
 
 
 def test_before_a_save_broken_checkpoints_make_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

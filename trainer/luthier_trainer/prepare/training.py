@@ -75,6 +75,8 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     train = data["train"]
     dataset_path = folder.prepared / "dataset"
     kept = data if examples.stream is None else DatasetDict({name: data[name] for name in data if name != "train"})
+    size = sum(space.rows_bytes(split) for split in kept.values())
+    space.check_save(folder.prepared, size, "the encoded rows need")
     kept.save_to_disk(str(dataset_path))
     if model.processor is not None:
         model.processor.save_pretrained(folder.prepared / "processor")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
@@ -20,6 +21,9 @@ from luthier_api.training import Training
 from luthier_trainer.distributed.strategy import ZERO_STAGE
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.workspace.course import most_saves
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 FP32 = 4
 TENSOR_BYTES = 700  # names, alignment and a step counter for each tensor in a checkpoint; 500 to 900 seen
@@ -118,16 +122,24 @@ def check_room(spec: FineTuneJobSpec, plan: Plan, folder: Path, held: int = 0) -
     )
 
 
-def check_save(folder: Path, size: int) -> None:
-    """Whether a checkpoint of `size` bytes fits the volume that `folder` is on. Raises Failure(STORAGE_ERROR)."""
+def check_save(folder: Path, size: int, what: str = "the next checkpoint needs") -> None:
+    """Whether `size` bytes fit the volume that `folder` is on. `what`: the words before them in the message.
+
+    Raises Failure(STORAGE_ERROR).
+    """
     free, total = volume(folder)
     if free < size:
         enough = math.ceil((total - free + size) * FILESYSTEM / GIB)
         raise Failure(
             ExitCode.STORAGE_ERROR,
-            f"spec.workspace.size: the next checkpoint needs {amount(size)}, and {amount(free)} of the volume's"
+            f"spec.workspace.size: {what} {amount(size)}, and {amount(free)} of the volume's"
             f" {amount(total)} are free. Enlarge its claim to {enough}Gi, or free some of it",
         )
+
+
+def rows_bytes(rows: Dataset) -> int:
+    """Return the bytes of the file of rows that are saved: of those that are chosen, where some are."""
+    return int(rows.data.nbytes * len(rows) / max(len(rows.data), 1))
 
 
 def volume(folder: Path) -> tuple[int, int]:
