@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from luthier_api import secrets
 from luthier_api.base import ApiModel
 from luthier_api.finetune import Tracker
 from luthier_api.quantity import Bytes, Cores
@@ -17,11 +18,21 @@ from luthier_api.spec import ObjectName, QueueName
 from luthier_api.validation import broken_rules
 
 ResourceName = Annotated[str, Field(pattern="^([-a-z0-9.]+/[-a-zA-Z0-9._]+|hugepages-[0-9]+[KMG]i)$")]
+
+
+def unreserved(name: str) -> str:
+    """Return the name of a variable. Raises ValueError for one that Luthier itself sets."""
+    if name.startswith("LUTHIER_") or name in secrets.VARIABLES:
+        raise ValueError(f"{name}: set by Luthier itself; remove it")
+    return name
+
+
 Amount = Annotated[
     str,
     BeforeValidator(lambda value: str(value) if isinstance(value, int) else value),
     Field(pattern="^[0-9]+([KMG]i)?$"),
 ]
+VariableName = Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$"), AfterValidator(unreserved)]
 KeyPattern = Annotated[str, Field(pattern="^([-._/a-zA-Z0-9]*[*]|[-._/a-zA-Z0-9]+)$")]
 """A key of a label or annotation, or how it begins, with `*` at the end."""
 
@@ -33,6 +44,8 @@ class Network(ApiModel):
     """Resource → amount for each pod, for example {rdma/hca: "1"}."""
     per_gpu: dict[ResourceName, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
     """Resource → amount for each GPU, for example {vpc.amazonaws.com/efa: 4}."""
+    env: dict[VariableName, str] = Field(default_factory=dict)
+    """Variables of their pods of `run`, for example {NCCL_IB_HCA: mlx5}. They come after `env` of all pods."""
 
 
 class GpuClass(ApiModel):

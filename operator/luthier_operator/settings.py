@@ -11,11 +11,10 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from luthier_api import secrets
 from luthier_api.quantity import Bytes
 from luthier_api.run import STEP_TIMEOUT_SECONDS
 from luthier_api.spec import ObjectName
-from luthier_operator.profiles import GpuClass, KeyPattern, PodResources, Policies, ResourceAmounts
+from luthier_operator.profiles import GpuClass, KeyPattern, PodResources, Policies, ResourceAmounts, VariableName
 from luthier_operator.versions import RELEASE
 
 Names = Annotated[tuple[ObjectName, ...], NoDecode]
@@ -111,7 +110,7 @@ class Settings(BaseSettings):
     """Size of the workspace of a job that sets none."""
     python_rewards: bool = False
     """Whether jobs may run Python of their own in their pods, as rewards of the task grpo."""
-    env: Annotated[dict[Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")], str], NoDecode] = {}
+    env: Annotated[dict[VariableName, str], NoDecode] = {}
     """Additional environment variables of every pod of a job, as JSON: a proxy, a certificate file, settings of NCCL.
     """
 
@@ -160,15 +159,6 @@ class Settings(BaseSettings):
             for name in named:
                 if name not in known:
                     raise ValueError(f"{namespace}: there is no class {name} in gpuClasses; add it, or remove the name")
-        return value
-
-    @field_validator("env")
-    @classmethod
-    def _not_reserved(cls, value: dict[str, str]) -> dict[str, str]:
-        """Raises ValueError for a variable that Luthier itself sets."""
-        reserved = [name for name in sorted(value) if name.startswith("LUTHIER_") or name in secrets.VARIABLES]
-        if reserved:
-            raise ValueError(f"{', '.join(reserved)}: set by Luthier itself; remove it")
         return value
 
     @field_validator("service_account", "hub_endpoint", "run_as_user", "run_as_group", mode="before")

@@ -595,7 +595,11 @@ CLASSES = {
         node_selector={"gpu": "h100", "pool": "gpus"},
         tolerations=[Toleration(key="nvidia.com/gpu", operator="Exists")],
         runtime_class_name="nvidia",
-        network=Network(per_pod={"rdma/hca": "1"}, per_gpu={"vpc.amazonaws.com/efa": 4}),
+        network=Network(
+            per_pod={"rdma/hca": "1"},
+            per_gpu={"vpc.amazonaws.com/efa": 4},
+            env={"NCCL_IB_HCA": "mlx5", "NCCL_DEBUG": "INFO"},
+        ),
     ),
     "mig": GpuClass(resource="nvidia.com/mig-1g.10gb", max_per_pod=1),
 }
@@ -609,6 +613,17 @@ LIMITED = SETTINGS.model_copy(
         "tmp_size": "5Gi",
     }
 )
+
+
+@pytest.mark.parametrize(("nodes", "expect"), [(1, {"NCCL_DEBUG": "WARN"}), (2, CLASSES["h100"].network.env)])
+def test_variables_of_a_network_are_for_several_nodes(nodes: int, expect: dict[str, str]) -> None:
+    """They come after those of all pods."""
+    settings = WITH_CLASSES.model_copy(update={"env": {"NCCL_DEBUG": "WARN"}})
+    made = pods(fine_tune(resources={"nodes": nodes, "gpusPerNode": 8, "gpuClass": "h100"}), settings)
+    found = {phase: environment(pod) for phase, pod in made.items()}
+    assert {name: value for name, value in found["run"].items() if name.startswith("NCCL_")} == expect
+    assert found["prepare"]["NCCL_DEBUG"] == "WARN"
+    assert "NCCL_IB_HCA" not in found["prepare"]
 
 
 def same(amounts: Object) -> Object:

@@ -168,6 +168,11 @@ WRONG = [
         message="should match pattern",
     ),
     WrongCase(
+        variable="LUTHIER_GPU_CLASSES",
+        value='{"h100": {"network": {"env": {"LUTHIER_RUN_DIR": "/x"}}}}',
+        message="LUTHIER_RUN_DIR: set by Luthier itself; remove it",
+    ),
+    WrongCase(
         variable="LUTHIER_NAMESPACE_POLICIES",
         value='{"team-a": {"defaults": {"gpuClass": "h100"}}}',
         message="team-a: there is no class h100 in gpuClasses",

@@ -15,6 +15,7 @@ from luthier_api.status import Phase
 from luthier_api.variables import Variables
 from luthier_operator.model import Job, Object
 from luthier_operator.naming import CONFIG, CONTAINER, INDEX_ANNOTATION, RUN_FILE, Place
+from luthier_operator.policy import gpu_class
 from luthier_operator.render.resources import resources_of
 from luthier_operator.render.scheduling import metadata_of, scheduling_of
 from luthier_operator.render.volumes import volumes_of, workspace_group
@@ -117,7 +118,10 @@ def _environment(workload: Workload, settings: Settings, phase: Phase) -> list[O
     else:
         values |= {"HF_ENDPOINT": settings.hub_endpoint} if settings.hub_endpoint else {}
     found += [_credential(reference) for reference in references(job.spec, phase)]
-    return found + [{"name": name, "value": value} for name, value in (values | settings.env).items()]
+    values |= settings.env
+    if phase == "run" and workload.gpus_per_pod and len(workload.groups[0]) > 1:
+        values |= gpu_class(job, settings).network.env
+    return found + [{"name": name, "value": value} for name, value in values.items()]
 
 
 def _credential(reference: Reference) -> Object:

@@ -14,6 +14,7 @@ import pytest
 
 from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_trainer.distributed import launch
+from luthier_trainer.distributed.strategy import deepspeed_config
 from luthier_trainer.runtime.run_folder import run_dir
 
 
@@ -92,6 +93,53 @@ COMMANDS = [
         expect="--num_machines 2 --num_processes 8 --machine_rank 1",
     ),
 ]
+
+
+@dataclass(frozen=True)
+class ZeroCase:
+    name: str
+    settings: tuple[Any, ...]
+    """strategy, whether on CPUs, weights of the model, nodes, processes of each."""
+    expect: dict[str, Any]
+
+
+ZERO = [
+    ZeroCase(
+        name="a small model",
+        settings=("zero1", False, 1_000_000, 1, 8),
+        expect={"stage": 1, "reduce_bucket_size": 10_000_000, "overlap_comm": True},
+    ),
+    ZeroCase(
+        name="8 billion weights on one node",
+        settings=("zero3", False, 8_000_000_000, 1, 8),
+        expect={
+            "reduce_bucket_size": 200_000_000,
+            "stage3_prefetch_bucket_size": 50_000_000,
+            "zero_hpz_partition_size": 1,
+        },
+    ),
+    ZeroCase(
+        name="over several nodes",
+        settings=("zero3", False, 1_000_000_000, 2, 8),
+        expect={"allgather_bucket_size": 31_250_000, "zero_hpz_partition_size": 8},
+    ),
+    ZeroCase(
+        name="weights in the memory of several nodes",
+        settings=("zero3-offload", False, 1_000_000_000, 2, 8),
+        expect={"zero_hpz_partition_size": 1},
+    ),
+    ZeroCase(
+        name="on CPUs",
+        settings=("zero2", True, None, 1, 2),
+        expect={"overlap_comm": False},
+    ),
+]
+
+
+@pytest.mark.parametrize("case", ZERO, ids=lambda case: case.name)
+def test_settings_of_zero(case: ZeroCase) -> None:
+    config = deepspeed_config(*case.settings)["zero_optimization"]
+    assert {name: config.get(name) for name in case.expect} == case.expect
 
 
 @pytest.mark.parametrize("case", COMMANDS, ids=lambda case: case.name)

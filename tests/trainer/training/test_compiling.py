@@ -139,6 +139,7 @@ def test_what_is_compiled_is_kept_in_the_workspace(monkeypatch: pytest.MonkeyPat
         monkeypatch.delenv(name, raising=False)
     run, prepared = given({}, "none")
     assert "TORCHINDUCTOR_CACHE_DIR" not in launch.environment(run, prepared)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/tmp/inductor")  # as the pods of the operator have it
     compiled = run.model_copy(update={"spec": spec_of(1, torchCompile=True)})
     environment = launch.environment(compiled, prepared)
     assert environment["TORCHINDUCTOR_CACHE_DIR"] == "/w/compiled"

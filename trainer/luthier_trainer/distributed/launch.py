@@ -71,7 +71,7 @@ def command(run: FineTuneRun, prepared: PreparedRecord, node_rank: int) -> list[
 
 def environment(run: FineTuneRun, prepared: PreparedRecord) -> dict[str, str]:
     """Variables that the processes need beside the pod's own; the pod's own win where both are set, except for the
-    device.
+    device and the place of compiled kernels.
     """
     wanted = {
         "OMP_NUM_THREADS": threads(run),
@@ -84,13 +84,14 @@ def environment(run: FineTuneRun, prepared: PreparedRecord) -> dict[str, str]:
         wanted["GLOO_SOCKET_IFNAME"] = "lo"  # gloo resolves the host's name, which a container may not be able to
     if run.spec.resources.gpus_per_node:
         wanted["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # 44 % of fragmentation without it
-    if needs_compiler(run.spec):
-        folder = WorkspaceFolder(Path(run.workspace)).compiled
-        wanted |= {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TRITON_CACHE_DIR": str(folder / "triton")}
     environment = {name: os.environ.get(name, value) for name, value in wanted.items()}
     # Where DeepSpeed compiles its operators (a laptop), it calls `ninja` by name; another ninja than the environment's
     # compiles all anew.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    if needs_compiler(run.spec):
+        # The pod's own are in its /tmp, which a restarted pod has lost.
+        folder = WorkspaceFolder(Path(run.workspace)).compiled
+        environment |= {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TRITON_CACHE_DIR": str(folder / "triton")}
     if not run.spec.resources.gpus_per_node:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     return environment

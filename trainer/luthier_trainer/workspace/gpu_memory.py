@@ -16,7 +16,7 @@ from luthier_api.methods import METHODS, QUANTIZATIONS
 from luthier_api.optimizers import OptimizerName
 from luthier_api.run import FineTuneRun, MemoryFacts, Moment, Weights
 from luthier_api.status import Memory, Plan
-from luthier_trainer.distributed.strategy import ZERO_STAGE, bucket
+from luthier_trainer.distributed.strategy import ZERO_STAGE, bucket, within_node
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.workspace import space
 
@@ -59,6 +59,7 @@ def peak(spec: FineTuneJobSpec, plan: Plan, facts: MemoryFacts) -> Memory:
         "master weights": master_weights(plan, facts),
         "optimizer": optimizer_state(plan, facts),
         "gathered weights": gathered(plan, facts),
+        "copy within a node": copy_within_node(spec, plan, facts),
         "communication": communication(plan, facts),
         "unpacked layer": facts.unpacked_bytes,
         "workspace": WORKSPACE_BYTES,
@@ -141,6 +142,12 @@ def gathered(plan: Plan, facts: MemoryFacts) -> int:
         return 0
     copied = math.ceil(facts.largest_unit / plan.world_size) if "offload" in plan.strategy else 0
     return (min(facts.total, MAX_LIVE + facts.largest_unit) + copied) * facts.computed_bytes
+
+
+def copy_within_node(spec: FineTuneJobSpec, plan: Plan, facts: MemoryFacts) -> int:
+    """Return the bytes of the second copy of all weights that ZeRO-3 over several nodes divides within each (hpZ)."""
+    processes = within_node(plan.strategy, spec.resources.nodes, spec.resources.processes)
+    return math.ceil(facts.total * facts.computed_bytes / processes) if processes > 1 else 0
 
 
 def communication(plan: Plan, facts: MemoryFacts) -> int:
