@@ -58,6 +58,10 @@ ADVICE: dict[ExitCode, str] = {
         " lower `learningRate` or more `warmupSteps`."
     ),
     ExitCode.HOST_OUT_OF_MEMORY: "More `resources.memory`, or fewer processes on a node.",
+    ExitCode.DOES_NOT_FIT: (
+        "`prepare` has found no way to train in the memory of the GPUs, or of the pod. The message says what takes how"
+        " much, and what would fit: [memory](memory.md)."
+    ),
 }
 STATES: dict[State, str] = {
     State.PENDING: "Waits for JobSet, for a volume, or until stopped pods have ended.",

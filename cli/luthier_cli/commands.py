@@ -20,6 +20,7 @@ import typer
 from luthier_api.exitcodes import ExitCode
 
 if TYPE_CHECKING:
+    from luthier_cli.estimates import Wanted
     from luthier_cli.local import LocalJob
     from luthier_cli.runner import Outcome
     from luthier_operator.settings import Settings
@@ -86,13 +87,29 @@ def plan(
     quick: Annotated[
         bool,
         typer.Option(
-            "--quick", help="Only check the manifest and show what would run. Nothing is downloaded or written."
+            "--quick",
+            help="Check the manifest, show what would run, and estimate memory and time from the model's configuration."
+            " Nothing is downloaded or written.",
         ),
     ] = False,
+    gpu_class: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Compare classes of GPUs, such as a100-80g,l40s; as --quick.")
+    ] = "",
+    gpu_classes: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Values of the chart, whose gpuClasses are known, too.")
+    ] = None,
+    model_config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="config.json of the model, where it is not on this machine.")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows to learn from, for the estimated time.")] = None,
 ) -> None:
     """Prepare a job and show what was found and how it would run. `luthier run` continues from there."""
-    if quick:
-        _intend(files, workspace, mount or [], output, cpu)
+    if quick or gpu_class:
+        from luthier_cli.estimates import Wanted
+
+        names = [name.strip() for name in gpu_class.split(",") if name.strip()]
+        wanted = Wanted(classes=names, values=gpu_classes, config=model_config, rows=rows)
+        _intend(files, workspace, mount or [], output, cpu, wanted)
     else:
         _run(files, workspace, mount or [], output, cpu, fresh, plan_only=True)
 
@@ -320,23 +337,31 @@ def _run(
     raise typer.Exit(_code(outcomes))
 
 
-def _intend(files: list[str], workspace: Path, mount: list[str], output: Output, cpu: bool) -> None:
+def _intend(files: list[str], workspace: Path, mount: list[str], output: Output, cpu: bool, wanted: Wanted) -> None:
+    from luthier_cli.estimates import estimate, table
     from luthier_cli.manifests import Refused
     from luthier_cli.screen import intent
 
     try:
         jobs = [_on_the_cluster(job) for job in _lay_out(files, workspace, mount, cpu)]
         intents = [intent(job) | {"spec": job.manifest.job.spec.dump()} for job in jobs]
+        estimates = [estimate(job, wanted) for job in jobs]
     except Refused as refused:
         _refuse(refused.problems, refused.code, output)
     if output is Output.JSON:
-        _print({"code": 0, "jobs": intents})
+        _print({"code": 0, "jobs": [job | found for job, found in zip(intents, estimates, strict=True)]})
         return
     import yaml
+    from rich.console import Console
 
-    for job in intents:
+    for job, found in zip(intents, estimates, strict=True):
         typer.echo(yaml.safe_dump({k: v for k, v in job.items() if v not in (None, [])}, sort_keys=False), nl=False)
         typer.echo("---")
+        if shown := table(found):
+            Console(soft_wrap=True).print(shown)
+        for remark in (found.get("notEstimated"), *found.get("assumptions", []), *found.get("notices", [])):
+            if remark:
+                typer.echo(f"note: {remark}")
 
 
 def _on_the_cluster(job: LocalJob) -> LocalJob:

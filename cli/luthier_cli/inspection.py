@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from luthier_api.exitcodes import ExitCode
 from luthier_api.kinds import JobKind
+from luthier_cli.asking import ask
 from luthier_cli.local import RUN_FILE, LocalJob
 from luthier_cli.manifests import Refused
 
@@ -28,20 +26,7 @@ def inspect_dataset(jobs: Sequence[LocalJob]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="luthier-") as folder:
         run_file = Path(folder) / RUN_FILE
         run_file.write_text(json.dumps(job.run_config(0).dump()))
-        done = subprocess.run(
-            [sys.executable, "-m", MODULE, str(run_file), folder],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            env=job.environment("prepare", 0),
-            check=False,
-        )
-    if done.returncode:
-        last = (done.stderr.strip() or f"{MODULE} ended with code {done.returncode}").splitlines()[-1]
-        code = next((code for code in ExitCode if int(code) == done.returncode), ExitCode.TRAINING_ERROR)
-        raise Refused([last], code)
-    described: dict[str, Any] = json.loads(done.stdout)
-    return described
+        return ask(MODULE, str(run_file), folder, environment=job.environment("prepare", 0))
 
 
 def lines(found: dict[str, Any]) -> Iterator[str]:

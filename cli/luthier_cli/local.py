@@ -96,10 +96,10 @@ class LocalJob:
         """The user's spec with every default, and with paths of this machine."""
         spec = self.manifest.job.spec.model_dump(mode="json", by_alias=True, exclude_none=True)
         for field, parent, key in paths_in(spec):
-            parent[key] = self._here(field, parent[key])
+            parent[key] = self.here(field, parent[key])
         return spec
 
-    def _here(self, field: str, path: str) -> str:
+    def here(self, field: str, path: str) -> str:
         """`path` on this machine: below a mount, or relative to the manifest. An address is itself. Raises Refused."""
         if "://" in path:
             return path
@@ -234,7 +234,8 @@ def on_cpu(manifest: Manifest) -> Manifest:
     document = manifest.job.model_dump(mode="json", by_alias=True, exclude_none=True)
     field = manifest.workload.gpus_field.rpartition(".")[2]
     document["spec"]["resources"][field] = 0
-    document["spec"]["resources"].pop("gpuClass", None)
+    for name in ("gpuClass", "gpuMemory"):
+        document["spec"]["resources"].pop(name, None)
     try:
         return Manifest(check_job(document), manifest.file)
     except InvalidJob as error:

@@ -180,6 +180,11 @@ def found(prepared: Prepared, row_noun: str, settings: dict[str, Any]) -> Table:
     table.add_row("plan", ", ".join(planned))
     for reason in plan.reasons:
         table.add_row("", escape(reason))
+    if plan.memory and plan.memory.gpu_bytes:
+        terms = ", ".join(f"{name} {gigabytes(size)}" for name, size in plan.memory.gpu.items())
+        table.add_row("memory", f"{gigabytes(plan.memory.gpu_bytes)} of each GPU: {terms}")
+    if plan.seconds and plan.gpu_hours is not None:
+        table.add_row("time", f"about {duration(plan.seconds)} for all steps, {plan.gpu_hours:,.1f} GPU-hours")
     if plan.checkpoint_bytes and plan.save_seconds:
         saved = f"{plan.checkpoint_bytes / 1e6:,.0f} MB, saved in about {duration(plan.save_seconds)}"
         table.add_row("checkpoint", f"{saved}; a stopped pod needs {plan.grace_seconds} s")
@@ -305,6 +310,11 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def gigabytes(size: int) -> str:
+    """`61.2 GB`."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
 
 
 def _table() -> Table:

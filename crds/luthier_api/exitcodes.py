@@ -54,6 +54,7 @@ class ExitCode(IntEnum):
     PEER_LOST = 81, "PeerLost", Retry.COUNTED
     DIVERGED = 82, "Diverged", Retry.NEVER
     HOST_OUT_OF_MEMORY = 83, "HostOutOfMemory", Retry.NEVER
+    DOES_NOT_FIT = 84, "DoesNotFit", Retry.NEVER
 
     @property
     def cause_rank(self) -> int:

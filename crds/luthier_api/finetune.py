@@ -15,7 +15,7 @@ from luthier_api.forms import LOSSES_OF_FORMS, LossOn, RowForm, TemplateName
 from luthier_api.marks import For, Table, TabledSpec, by_table, works_with
 from luthier_api.methods import METHODS, QUANTIZATIONS, STRATEGIES, MethodType, ParameterPrecision, Strategy
 from luthier_api.optimizers import OPTIMIZERS
-from luthier_api.quantity import Bytes, Cores
+from luthier_api.quantity import Bytes, Cores, GpuBytes
 from luthier_api.rewards import FIELDS as REWARD_FIELDS
 from luthier_api.rewards import REWARDS, RewardType
 from luthier_api.rows import Deduplicate, Mix, RowFilter
@@ -477,9 +477,14 @@ class TrainingResources(ApiModel):
     """GPUs of each pod, one process on each. 0: train on CPU."""
     processes_per_node: Annotated[int | None, Field(ge=1, le=64)] = None
     """Processes of each pod of a CPU job; 1 when left out."""
-    gpu_class: Annotated[ObjectName | None, CIRCUMSTANCES] = None
+    gpu_class: Annotated[ObjectName | None, LAYOUT] = None
     """Kind of GPU, by the name that the administrator has given it (`gpuClasses` of the chart): which resource is
-    requested, and on which nodes. Left out: that of the namespace, or else any GPU.
+    requested, on which nodes, and for how much memory the run is planned. Left out: that of the namespace, or else any
+    GPU.
+    """
+    gpu_memory: Annotated[GpuBytes | None, LAYOUT] = None
+    """Memory of one GPU, for which the run is planned, for example 80Gi. Left out: that of the class of GPUs, if the
+    administrator has given it. Only the plan depends on it: it requests nothing.
     """
     cpu: Annotated[Cores | None, CIRCUMSTANCES] = None
     """CPU request of each pod, in cores, for example 16 or 500m; none when left out."""
@@ -494,6 +499,11 @@ class TrainingResources(ApiModel):
         Rule(
             "!has(self.gpuClass) || self.gpusPerNode > 0",
             "resources.gpuClass: the job requests no GPUs; remove it, or set gpusPerNode",
+        ),
+        Rule(
+            "!has(self.gpuMemory) || self.gpusPerNode > 0",
+            "resources.gpuMemory: the job requests no GPUs; remove it, or set gpusPerNode. On CPU a run is planned for"
+            " resources.memory",
         ),
         Rule(
             "!has(self.processesPerNode) || self.gpusPerNode == 0",

@@ -135,6 +135,8 @@ KINDS: dict[JobKind, KindInfo] = {
             AGE,
             Column("ETA", ".status.progress.etaSeconds", "integer", 1),
             Column("Tokens/s", ".status.progress.tokensPerSecond", "number", 1),
+            Column("GPU bytes", ".status.prepared.plan.memory.gpuBytes", "integer", 1),
+            Column("GPU-hours", ".status.prepared.plan.gpuHours", "number", 1),
             Column("Revision", ".status.hub.revision", priority=1),
             Column("Tracking", ".status.tracking[0].url", priority=1),
         ),

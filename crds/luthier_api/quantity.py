@@ -65,6 +65,15 @@ Cores = Annotated[
     ),
 ]
 
+GpuBytes = Annotated[
+    str,
+    Field(max_length=32),
+    Format(  # a number without a unit would be bytes
+        "^([1-9][0-9]{0,3}([.][0-9]{1,3})?(Gi|G)|[1-9][0-9]{3,6}(Mi|M)|[1-9][0-9]?([.][0-9]{1,3})?(Ti|T))$",
+        "must be the memory of one GPU, with its unit, such as 80Gi",
+    ),
+]
+
 
 def split(quantity: str) -> tuple[Fraction, str]:
     """Value in base units, and the suffix it was written with. Raises ValueError for what is no quantity."""

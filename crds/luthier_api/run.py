@@ -58,6 +58,8 @@ class BaseRun(ApiModel):
     step_timeout_seconds: int = STEP_TIMEOUT_SECONDS
     """Seconds without a step after which a run counts as hung, where the spec does not say: see `step_timeout_of`."""
     gpu: Gpu | None = None
+    gpu_classes: dict[str, Gpu] = Field(default_factory=dict)
+    """Classes of GPUs that the job may name, by their names, for the message that it does not fit its own."""
 
     def document(self) -> dict[str, Any]:
         """As JSON-ready data, without what has its default: an image that is older by one field must not refuse every
@@ -238,6 +240,8 @@ class Compute(ApiModel):
     """Multiply-adds of other models that run in each step without gradients, such as a VAE."""
     length: float = 0
     """Tokens of the row that a token is in, on average over all tokens."""
+    units_a_row: float = 1
+    """Tokens of a row of the dataset, as `training.batchSize` counts rows, on average; 1 of an image."""
 
 
 class Moment(ApiModel):

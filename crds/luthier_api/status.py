@@ -135,6 +135,18 @@ class Plan(ApiModel):
     """The reasons for what was chosen."""
     parameters: int | None = None
     """Number of weights of the model."""
+    trainable_parameters: int | None = None
+    """Number of weights that learn: of adapters, or all (FineTuneJob)."""
+    tokens: int | None = None
+    """Tokens of all steps together, padding excluded; images have none (FineTuneJob)."""
+    flops: float | None = None
+    """Floating-point operations of all steps together, without those of recomputed activations (FineTuneJob)."""
+    seconds: int | None = None
+    """Estimated seconds of all steps, from the operations, the speed of the GPUs and what of it a training usually
+    reaches (FineTuneJob).
+    """
+    gpu_hours: float | None = None
+    """The same in hours, of all GPUs together (FineTuneJob)."""
     checkpoint_bytes: int | None = None
     """Size of a checkpoint in bytes (FineTuneJob)."""
     result_bytes: int | None = None
@@ -145,10 +157,6 @@ class Plan(ApiModel):
     """Seconds that a pod needs after SIGTERM to finish its step and save a checkpoint (FineTuneJob).
     `scheduling.gracePeriodSeconds` overrides it.
     """
-    seconds: int | None = None
-    """Estimated seconds of all steps (FineTuneJob)."""
-    gpu_hours: float | None = None
-    """The same, times the GPUs (FineTuneJob)."""
     memory: Memory | None = None
     """What the training is expected to need of memory (FineTuneJob)."""
     rows_per_shard: int | None = None

@@ -131,6 +131,12 @@ def gpu_class(job: Job, settings: Settings) -> GpuClass:
     return settings.gpu_classes[name]
 
 
+def allowed_classes(job: Job, settings: Settings) -> list[str]:
+    """The classes that jobs of the namespace of `job` may name."""
+    allowed = _setting(job, settings, "gpu_classes")
+    return list(settings.gpu_classes) if allowed is None else list(allowed.value)
+
+
 def check(workload: Workload, settings: Settings) -> None:
     """Raises NotAllowed if the administrator's settings refuse the job."""
     job = workload.job

@@ -60,9 +60,11 @@ class GpuClass(ApiModel):
     runtime_class_name: ObjectName | None = None
     """RuntimeClass that they need."""
     memory: Bytes | None = None
-    """Memory of one. `prepare` refuses a training whose weights alone are larger."""
+    """Memory of one, for which `prepare` plans a training."""
     peak_flops: Annotated[float, Field(gt=0)] | None = None
-    """Dense 16-bit operations per second of one, for the metric of utilisation; taken from a table when left out."""
+    """Dense 16-bit operations per second of one: for the estimated time, and for the metric of utilisation, for which
+    there is a table when left out.
+    """
     max_per_pod: Annotated[int, Field(ge=1)] | None = None
     """How many one node has at most; 1 for a MIG profile."""
     network: Network = Field(default_factory=Network)

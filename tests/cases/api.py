@@ -1257,6 +1257,11 @@ CASES: list[Case] = [
         accepted={"spec.resources": {"gpusPerNode": 8, "gpuClass": "h100"}, "spec.training.batchSize": 8},
     ),
     Case(
+        message="resources.gpuMemory:",
+        refused={"spec.resources": {"gpusPerNode": 0, "gpuMemory": "80Gi"}},
+        accepted={"spec.resources": {"gpusPerNode": 8, "gpuMemory": "80Gi"}, "spec.training.batchSize": 8},
+    ),
+    Case(
         message="resources.gpuClass:",
         refused={"spec.resources": {"gpus": 0, "gpuClass": "h100"}},
         accepted={"spec.resources.gpuClass": "h100"},
@@ -1702,6 +1707,7 @@ BYTES = (
     ("1Gi", "0.5Ti", ".5G", "1e9", "+1Ei", "1000000000"),
 )
 CORES = (("0", "0m", "-1", "1Gi"), ("1", "0.5", "500m", "10", "1500000u"))
+GPU_BYTES = (("80", "80gb", "0Gi", "512Mi", "12345Gi", "100Ki", "-1Gi"), ("80Gi", "79.5Gi", "40G", "81920Mi", "1.5Ti"))
 KEYS = (("", "a b", "-a", "a/b/c", "/a", "Example.com/gpu"), ("gpu", "example.com/GPU_type"))
 VALUES = (("a b", "-a", "a/b"), ("", "h100", "A_100.80"))
 NAMES = (("Mine", "my_claim", "-a", "a-", "a..b", "a/b"), ("a", "my-claim", "v1.models"))
@@ -2051,6 +2057,7 @@ WRITTEN: list[Written] = [
         for block in ("prepare", "publish")
         for field, texts in (("cpu", CORES), ("memory", BYTES), ("ephemeralStorage", BYTES))
     ),
+    Written("spec.resources.gpuMemory", lambda t: {"spec.resources.gpuMemory": t}, *GPU_BYTES),
     *(
         written
         for base in (FINE_TUNE, GENERATE)
@@ -2245,6 +2252,7 @@ WHILE_STOPPED: dict[str, Change] = {
     "FineTuneJob": PAUSED
     | {
         "spec.strategy": "zero2",
+        "spec.resources.gpuMemory": "40Gi",
         "spec.training.microBatchSize": 1,
         "spec.training.gradientCheckpointing": True,
         "spec.training.attention": "eager",
@@ -2325,7 +2333,7 @@ FIXED = [
         field="resources",
         base=FINE_TUNE,
         change={"spec.resources.nodes": 2},
-        excepted="gpuClass, cpu, memory, ephemeralStorage",
+        excepted="gpuClass, gpuMemory, cpu, memory, ephemeralStorage",
     ),
     FixedCase(
         field="workspace",

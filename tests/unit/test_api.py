@@ -497,13 +497,13 @@ def test_every_field_is_described(kind: str, part: str) -> None:
 
 
 def test_exit_codes() -> None:
-    assert {int(c) for c in ExitCode} == {0, 64, 65, 66, 69, 70, 71, 74, 75, 77, 78, 79, 80, 81, 82, 83}
+    assert {int(c) for c in ExitCode} == {0, 64, 65, 66, 69, 70, 71, 74, 75, 77, 78, 79, 80, 81, 82, 83, 84}
     assert len({c.reason for c in ExitCode}) == len(ExitCode)
     assert ExitCode.of(75) is ExitCode.PREEMPTED
     assert ExitCode.of(137) is None
     by_retry = {retry: ExitCode.codes(retry) for retry in Retry}
     assert by_retry[Retry.FREE] == [75]
-    assert by_retry[Retry.NEVER] == [64, 65, 66, 77, 78, 79, 82, 83, 126, 127]
+    assert by_retry[Retry.NEVER] == [64, 65, 66, 77, 78, 79, 82, 83, 84, 126, 127]
     classified = [code for codes in by_retry.values() for code in codes]
     assert len(set(classified)) == len(classified)
     assert {int(code) for code in ExitCode if code} <= set(classified)

@@ -285,7 +285,7 @@ def test_profiles_hold_for_render_and_plan() -> None:
     (group,) = [o for o in drawn if o["kind"] == "JobSet"]
     pod = group["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     assert pod["nodeSelector"] == {"gpu": "h100"}
-    planned = yaml.safe_load(luthier("plan", "--quick", "-", stdin=job, **PROFILES).stdout.removesuffix("---\n"))
+    planned = yaml.safe_load(luthier("plan", "--quick", "-", stdin=job, **PROFILES).stdout.partition("---\n")[0])
     assert planned["spec"]["resources"]["gpuClass"] == "h100"
 
     greedy = yaml.safe_dump(
@@ -319,6 +319,30 @@ def test_plan_quick_says_what_would_be_done_and_writes_nothing(tmp_path: Path) -
         "bias": "none",
     }
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpu-class", "a100-80g,h1000"], "--gpu-class h1000: not known. Known are b200, h200,"),
+        (["--gpu-class", "bare"], "--gpu-class bare: its memory is not described; add gpuClasses.*.memory"),
+        (["--quick", "--gpu-classes", "missing.yaml"], "--gpu-classes missing.yaml: describes no classes of GPUs:"),
+    ],
+)
+def test_classes_that_cannot_be_compared(words: list[str], message: str) -> None:
+    job = yaml.safe_dump(changed(FINE_TUNE, {"spec.resources.gpusPerNode": 1}))
+    refused = luthier("plan", "-", *words, stdin=job, LUTHIER_GPU_CLASSES='{"bare": {"maxPerPod": 8}}')
+    assert refused.returncode == 64
+    assert refused.stderr.startswith(message)
+
+
+def test_classes_are_compared_for_jobs_with_gpus() -> None:
+    job = yaml.safe_dump(changed(FINE_TUNE, {"spec.resources.gpusPerNode": 0}))
+    refused = luthier("plan", "-", "--gpu-class", "l4", stdin=job)
+    assert (refused.returncode, refused.stderr) == (
+        64,
+        "--gpu-class: sound requests no GPUs; set spec.resources.gpusPerNode\n",
+    )
 
 
 def test_render_draws_what_the_operator_applies(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ class Case:
 NOT_OURS = "the process ended without a message, with a code that is not Luthier's"
 CASES = [
     Case(
-        codes=set(range(1, 64)) | {67, 68, 72, 73, 76} | set(range(84, 126)),
+        codes=set(range(1, 64)) | {67, 68, 72, 73, 76} | set(range(85, 126)),
         reason="TrainingError",
         charged=True,
         text=NOT_OURS,

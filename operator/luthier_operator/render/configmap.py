@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from luthier_api.kinds import FineTuneJob
 from luthier_api.quantity import amount
 from luthier_api.run import RUNS, FineTuneRun, GenerateRun, Gpu
-from luthier_operator import naming
+from luthier_operator import naming, policy
 from luthier_operator.model import Object
 from luthier_operator.naming import Place
+from luthier_operator.profiles import GpuClass
 from luthier_operator.render.meta import metadata
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ def run_config(workload: Workload, settings: Settings, sources: Mapping[str, Pla
         "grace_seconds": settings.grace_seconds,
         "step_timeout_seconds": settings.step_timeout_seconds,
         "gpu": gpu_figures(workload, settings),
+        "gpu_classes": gpu_classes(workload, settings),
         "spec": workload.run_spec,
     }
     return RUNS[job.kind](**fields)
@@ -50,7 +53,23 @@ def gpu_figures(workload: Workload, settings: Settings) -> Gpu | None:
     """What the job's class of GPUs says about them. A class that is gone says nothing: no pod is created with it."""
     name = workload.job.spec.resources.gpu_class
     found = settings.gpu_classes.get(name) if name else None
-    if found is None or not (found.memory or found.peak_flops):
+    return figures_of(found) if found else None
+
+
+def gpu_classes(workload: Workload, settings: Settings) -> dict[str, Gpu]:
+    """The classes that a training may name instead of its own, if it has GPUs: those whose memory is known."""
+    if not isinstance(workload.job, FineTuneJob) or not workload.gpus_per_pod:
+        return {}
+    allowed = policy.allowed_classes(workload.job, settings)
+    known = {
+        name: figures_of(found) for name, found in settings.gpu_classes.items() if name in allowed and found.memory
+    }
+    return {name: figures for name, figures in known.items() if figures}
+
+
+def figures_of(found: GpuClass) -> Gpu | None:
+    """What the run config has of a class; None if the administrator has given neither memory nor speed."""
+    if not (found.memory or found.peak_flops):
         return None
     return Gpu(memory=int(amount(found.memory)) if found.memory else None, peak_flops=found.peak_flops)
 

@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 
-from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun, Gpu, MemoryFacts, Moment, StepMemory, Weights
-from luthier_api.status import Memory, Plan
-from luthier_trainer.runtime.failure import Failure
-from luthier_trainer.workspace.gpu_memory import check, peak, tensors, without_model
+from luthier_api.status import Plan
+from luthier_trainer.workspace.gpu_memory import peak, tensors, without_model
 
 PREFERENCE: dict[str, Any] = {"task": "preference"}
 KEPT = PREFERENCE | {"preference": {"precomputeReference": True}}
@@ -149,19 +147,3 @@ def test_offload_moves_states_from_the_gpus_to_the_node() -> None:
     moved = SEVEN * (2 + 2 + 4 + 8) / 8
     assert spread.gpu_bytes - offloaded.gpu_bytes == pytest.approx(moved, abs=8)
     assert offloaded.host_bytes > SEVEN * (2 + 4 + 4 + 8)
-
-
-def test_a_training_that_is_larger_than_the_gpu_is_refused_before_it_takes_one() -> None:
-    memory = Memory(
-        gpu={"weights": 14_000_000_000, "activations": 2_000_000_000, "fragments": 10}, gpu_bytes=16 * 10**9
-    )
-    plan = Plan(strategy="ddp", world_size=8, memory=memory)
-    with pytest.raises(Failure) as refused:
-        check(run(10 << 30), plan)
-    assert refused.value.code == ExitCode.INVALID_SPEC
-    assert refused.value.message.startswith(
-        "spec.resources.gpuClass: the training takes about 16.0 GB of each GPU (weights 14.0 GB, activations 2.0 GB),"
-    )
-    check(run(24 << 30), plan)
-    check(run(None), plan)
-    check(run(10 << 30, gpus=0), plan)

@@ -102,8 +102,7 @@ def facts_of(
     )
     cpu = not spec.resources.gpus_per_node
     setting = Setting("cpu" if cpu else "cuda", dtype, padded=trial.padded)
-    asked = spec.training.gradient_checkpointing
-    kinds = (False, True) if asked is None and not cpu else (bool(asked),)
+    kinds = (bool(spec.training.gradient_checkpointing),) if cpu else (False, True)
     try:
         steps = [
             step_of(model, trial, replace(setting, checkpointing=kind))

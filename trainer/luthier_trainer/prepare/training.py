@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
-from luthier_api.run import FineTuneRun, MemoryFacts, PreparedRecord
+from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_api.status import Plan, ResolvedDataset
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import parallel
@@ -27,9 +27,12 @@ from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 from luthier_trainer.tasks.base import Processor, Task
 from luthier_trainer.tasks.table import task_of
-from luthier_trainer.workspace import gpu_memory, provenance, space
+from luthier_trainer.workspace import provenance, space, speed
 from luthier_trainer.workspace.course import check_course
+from luthier_trainer.workspace.fitting import fitted
+from luthier_trainer.workspace.layout import Facts, limits_of
 from luthier_trainer.workspace.plan import plan_space, plan_training, smallest_batch
+from luthier_trainer.workspace.remedies import FactsFor
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -88,6 +91,21 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     attention = task.attention(model, spec)
     plan = plan_training(spec, rows, weight_files.count(model.path, MODEL), trouble, whole, attention)
     check_course(spec, plan, rows)
+    weights = task.weights(model, spec, plan, examples.labels)
+    facts = Facts(
+        memory=memory_facts(task, model, spec, plan, weights, examples.labels, train),
+        weights=weights,
+        compute=task.compute(model, spec, examples.labels, train),
+        cannot_recompute=trouble,
+    )
+
+    def other(changed: FineTuneJobSpec) -> Facts:
+        counted = task.weights(model, changed, plan, examples.labels)
+        known = train if changed.training.max_length == spec.training.max_length else None
+        memory = memory_facts(task, model, changed, plan, counted, examples.labels, known)
+        return Facts(memory, counted, task.compute(model, changed, examples.labels, known), trouble)
+
+    plan = laid_out(run, plan, facts, folder, other=other)
     if (
         spec.training.group_by_length is False
         and "length" in train.column_names
@@ -100,11 +118,6 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
             can_pack=spec.training.packing is not None,
             can_group=examples.stream is None,
         )
-    weights = task.weights(model, spec, plan, examples.labels)
-    compute = task.compute(model, spec, examples.labels, train)
-    plan = plan_space(plan, weights, space.folder_bytes(folder.prepared / "processor"))
-    facts = memory_facts(task, model, spec, plan, weights, examples.labels, train)
-    plan = with_memory(run, plan, facts)
     space.check_room(spec, plan, folder.root)
     notice_short_grace(spec, plan)
     read = {origin.path: origin for rows in (examples.train, examples.eval) if rows for origin in rows.origins}
@@ -127,8 +140,8 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         ),
         plan=plan,
         weights=weights,
-        compute=compute,
-        memory_facts=facts,
+        compute=facts.compute,
+        memory_facts=facts.memory,
         cannot_recompute=trouble,
         whole_logits=whole,
         attention=attention,
@@ -151,15 +164,15 @@ def with_present_plan(run: FineTuneRun, record: PreparedRecord, folder: Workspac
 
     Raises Failure if the job cannot run so.
     """
-    if record.weights is None:
+    if record.weights is None or record.memory_facts is None:
         return record
     rows = task_of(run.spec).epoch_rows(run.spec, record.dataset.rows)
     plan = plan_training(
         run.spec, rows, record.plan.parameters, record.cannot_recompute, record.whole_logits, record.attention
     )
-    plan = plan_space(plan, record.weights, space.folder_bytes(folder.prepared / "processor"))
-    if record.memory_facts is not None:
-        plan = with_memory(run, plan, record.memory_facts)
+    facts = Facts(record.memory_facts, record.weights, record.compute, record.cannot_recompute)
+    begun = run.spec.strategy == "auto" and any(folder.checkpoints.glob("checkpoint-*"))
+    plan = laid_out(run, plan, facts, folder, kept=record.plan.strategy if begun else None)
     if plan == record.plan:
         return record
     if plan.normalizes_over_batch and smallest_batch(run.spec, rows) == 1:
@@ -172,11 +185,22 @@ def with_present_plan(run: FineTuneRun, record: PreparedRecord, folder: Workspac
     return record.model_copy(update={"plan": plan})
 
 
-def with_memory(run: FineTuneRun, plan: Plan, facts: MemoryFacts) -> Plan:
-    """Return the plan with what it needs of memory. Raises Failure if it cannot fit the GPUs of the job's class."""
-    plan = plan.model_copy(update={"memory": gpu_memory.peak(run.spec, plan, facts)})
-    gpu_memory.check(run, plan)
-    return plan
+def laid_out(
+    run: FineTuneRun,
+    plan: Plan,
+    facts: Facts,
+    folder: WorkspaceFolder,
+    kept: str | None = None,
+    other: FactsFor | None = None,
+) -> Plan:
+    """Return the plan with the layout that suits the memory of the job, and what it takes of memory, disk and time.
+
+    `kept`: the strategy of the checkpoints that the training resumes from. `other`: facts for another spec. Raises
+    Failure if no layout fits.
+    """
+    plan = fitted(run, plan, facts, kept, other)
+    plan = plan_space(plan, facts.weights, space.folder_bytes(folder.prepared / "processor"))
+    return speed.estimated(run.spec, plan, facts.compute, facts.weights, limits_of(run).peak_flops)
 
 
 def notice_short_grace(spec: FineTuneJobSpec, plan: Plan) -> None:

@@ -180,6 +180,13 @@ class Grpo(TextTask):
         """Return 1 with a reference. What it costs to write the completions is left out."""
         return 1 if spec.grpo.beta else 0
 
+    def tokens_a_row(self, spec: FineTuneJobSpec, rows: Dataset | None) -> float:
+        """Return the tokens of a prompt and its completion, which may be shorter."""
+        prompt = (
+            super().tokens_a_row(spec, rows) if rows else spec.training.max_length - spec.grpo.max_completion_length
+        )
+        return prompt + spec.grpo.max_completion_length
+
     # ---- training
 
     def rows(self, batch: Batch) -> int:

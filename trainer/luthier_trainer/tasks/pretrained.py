@@ -11,6 +11,7 @@ from luthier_api.finetune import FineTuneJobSpec, Method
 from luthier_api.methods import METHODS
 from luthier_api.run import Attention, Compute, FineTuneRun, Weights
 from luthier_api.status import Plan
+from luthier_api.tasks import TRAINING_TASKS
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import row_lengths
 from luthier_trainer.methods import checks as method_checks
@@ -112,7 +113,15 @@ class PretrainedTask(Task):
     ) -> Compute | None:
         length = row_lengths.attended(rows) if rows is not None else None
         found = compute_of(with_labels(model.config, labels), spec, length or spec.training.max_length)
-        return found.model_copy(update={"references": self.references(spec)})
+        return found.model_copy(
+            update={"references": self.references(spec), "units_a_row": self.tokens_a_row(spec, rows)}
+        )
+
+    def tokens_a_row(self, spec: FineTuneJobSpec, rows: Dataset | None) -> float:
+        """Return the tokens of a row, as `training.batchSize` counts rows: the mean, or without `rows` the most."""
+        if rows:
+            return (self.count_tokens(rows) or 0) / len(rows)
+        return float(max(TRAINING_TASKS[spec.task].sequences, 1) * spec.training.max_length)
 
 
 def with_names(method: Method, config: PreTrainedConfig, task: str) -> Method:

@@ -10,15 +10,12 @@ import math
 from collections.abc import Callable, Mapping
 
 from luthier_api.attention import ATTENTIONS
-from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.methods import METHODS, QUANTIZATIONS
 from luthier_api.optimizers import OptimizerName
-from luthier_api.run import FineTuneRun, MemoryFacts, Moment, Weights
+from luthier_api.run import MemoryFacts, Moment, Weights
 from luthier_api.status import Memory, Plan
 from luthier_trainer.distributed.strategy import ZERO_STAGE, bucket, within_node
-from luthier_trainer.runtime.failure import Failure
-from luthier_trainer.workspace import space
 
 FP32, HALF = 4, 2
 MIB, GIB = 1 << 20, 1 << 30
@@ -30,7 +27,6 @@ MAX_LIVE = 1_000_000_000  # weights that ZeRO-3 keeps gathered (stage3_max_live_
 PROCESS_BYTES = {"gpu": 5 * GIB // 2, "cpu": GIB * 6 // 10}  # of Python, torch and, for GPUs, CUDA's part
 LOADER_BYTES = 3 * GIB // 10  # of a process that loads data
 LOADERS = 2
-SHOWN = 3  # terms in a message
 SHARD_BYTES = 5_000_000_000  # of a file of weights: transformers' default
 
 STEP_BYTES: Mapping[OptimizerName, Callable[[MemoryFacts], int]] = {
@@ -243,25 +239,3 @@ def of_weights(spec: FineTuneJobSpec, weights: Weights) -> dict[str, int | bool]
         "reference_bytes": weights.total * weights.computed_bytes if compared and not adapter else 0,
         "quantised": spec.model.quantization is not None,
     }
-
-
-def check(run: FineTuneRun, plan: Plan) -> None:
-    """Raises Failure if the training cannot fit a GPU of the job's class, where the administrator has said its memory.
-
-    Fragments are not counted: torch can avoid most of them.
-    """
-    if run.gpu is None or run.gpu.memory is None or plan.memory is None or not run.spec.resources.gpus_per_node:
-        return
-    needed = plan.memory.gpu_bytes - plan.memory.gpu.get("fragments", 0)
-    if needed <= run.gpu.memory:
-        return
-    counted = [term for term in plan.memory.gpu.items() if term[0] != "fragments"]
-    largest = sorted(counted, key=lambda term: -term[1])[:SHOWN]
-    parts = ", ".join(f"{name} {space.amount(size)}" for name, size in largest)
-    raise Failure(
-        ExitCode.INVALID_SPEC,
-        f"spec.resources.gpuClass: the training takes about {space.amount(needed)} of each GPU ({parts}), and one of"
-        f" class {run.spec.resources.gpu_class} has {space.amount(run.gpu.memory)}. Choose a class with more memory, a"
-        " smaller training.microBatchSize, training.gradientCheckpointing: true, a strategy that shards the weights"
-        " (zero3), or a smaller or quantised model (method.type: qlora)",
-    )

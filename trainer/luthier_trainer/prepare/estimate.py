@@ -1,0 +1,190 @@
+"""Plans a FineTuneJob from its manifest and the configuration of a model: `python -m luthier_trainer.prepare.estimate`.
+
+Nothing is downloaded, no rows are read and no weights: rows count as `training.maxLength` tokens. The request and the
+answer are JSON documents; the answer is on stdout, and everything else on stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
+
+from luthier_api.exitcodes import ExitCode
+from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.run import FineTuneRun, Gpu, read_run
+from luthier_api.status import Plan, ResolvedSource
+from luthier_api.tasks import TASKS
+from luthier_trainer.models.inspect import MODEL, read_config
+from luthier_trainer.prepare.memory import memory_facts
+from luthier_trainer.runtime import notices
+from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.tasks.base import Model, Task
+from luthier_trainer.tasks.table import task_of
+from luthier_trainer.workspace import fitting, layout, speed
+from luthier_trainer.workspace.layout import Facts
+from luthier_trainer.workspace.model_files import MODEL_CONFIG
+from luthier_trainer.workspace.plan import plan_space, plan_training
+
+UNKNOWN_ROWS = 1  # where neither the rows nor maxSteps are known; the figures of a whole training are then left out
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to plan."""
+
+    run: FineTuneRun
+    config: Path | None
+    """A folder with the model's config.json, or the file; None: that of the model in the spec."""
+    rows: int | None
+    """Rows to learn from, if they are known."""
+    classes: dict[str, Gpu]
+    """Classes of GPUs to compare; empty: that of the job alone."""
+
+
+def answer(request: Request, scratch: Path) -> dict[str, Any]:
+    """Return the plan, or for each class its plan or why there is none. `scratch`: an empty folder.
+
+    Raises Failure if no model can be planned.
+    """
+    run, task = request.run, task_of(request.run.spec)
+    model = described(request, task, scratch)
+    assumed = list(assumptions(request))
+    facts, plan = facts_for(task, model, run.spec, request.rows)
+    found: dict[str, Any] = {"assumptions": assumed, "notices": notices.given()}
+    if not request.classes:
+        return {"plan": planned(run, task, model, plan, facts, request).dump(), **found}
+    compared = []
+    for name, gpu in request.classes.items():
+        resources = run.spec.resources.model_copy(update={"gpu_class": name, "gpu_memory": None})
+        spec = run.spec.model_copy(update={"resources": resources})
+        of_class = run.model_copy(update={"spec": spec, "gpu": gpu, "gpu_classes": {}})
+        entry: dict[str, Any] = {"gpuClass": name, **gpu.dump()}
+        try:
+            entry |= {"fits": True, "plan": planned(of_class, task, model, plan, facts, request).dump()}
+        except Failure as failure:
+            if failure.code != ExitCode.DOES_NOT_FIT:
+                raise
+            entry |= {"fits": False, "message": failure.message}
+        compared.append(entry)
+    return {"classes": compared, **found}
+
+
+def planned(run: FineTuneRun, task: Task, model: Model, plan: Plan, facts: Facts, request: Request) -> Plan:
+    """Return the plan of `run`. Raises Failure(DOES_NOT_FIT) if there is none."""
+
+    def other(spec: FineTuneJobSpec) -> Facts:
+        return facts_for(task, model, spec, request.rows)[0]
+
+    chosen = plan_space(fitting.fitted(run, plan, facts, other=other), facts.weights, processor_bytes=0)
+    peak_flops = layout.limits_of(run).peak_flops
+    chosen = speed.estimated(run.spec, chosen, facts.compute, facts.weights, peak_flops)
+    if request.rows is None and run.spec.training.max_steps is None:
+        unknown = dict.fromkeys(("steps", "tokens", "flops", "seconds", "gpu_hours"))
+        chosen = chosen.model_copy(update=unknown)
+    return chosen
+
+
+def facts_for(task: Task, model: Model, spec: FineTuneJobSpec, rows: int | None) -> tuple[Facts, Plan]:
+    """Return what a layout is chosen from, and the safe layout."""
+    trouble = task.cannot_recompute(model) if spec.resources.gpus_per_node else None
+    learnt = task.epoch_rows(spec, rows or UNKNOWN_ROWS)
+    plan = plan_training(spec, learnt, None, trouble, task.whole_logits(model), task.attention(model, spec))
+    labels = None if not TASKS[spec.task].head else [str(i) for i in range(getattr(model.config, "num_labels", 2))]
+    weights = task.weights(model, spec, plan, labels)
+    plan = plan.model_copy(update={"parameters": weights.total})
+    memory = memory_facts(task, model, spec, plan, weights, labels, None)
+    compute = task.compute(model, spec, labels, None)
+    return Facts(memory, weights, compute, trouble), plan
+
+
+def described(request: Request, task: Task, scratch: Path) -> Model:
+    """Return the model by its configuration. `scratch`: an empty folder. Raises Failure if none is there."""
+    spec = request.run.spec
+    if spec.model.config is not None and request.config is None:
+        from luthier_trainer.models.new_model import new_config
+
+        config = new_config(spec.model.config)
+        config.vocab_size = spec.model.config.vocab_size
+        config.save_pretrained(scratch)
+        return Model(ResolvedSource(source="new"), scratch, config, SimpleNamespace(pad_token_id=0))
+    folder = folder_of(request)
+    source = ResolvedSource(source=str(folder))
+    if TASKS[spec.task].auto_model is None:
+        return Model(source, folder, None, None)
+    return Model(source, folder, read_config(folder, MODEL), processor_of(task, folder))
+
+
+def processor_of(task: Task, folder: Path) -> Any:
+    """Return the processor of the model, or what stands for a tokenizer that is not there."""
+    with contextlib.suppress(Failure):
+        return task.read_processor(folder, MODEL)
+    return SimpleNamespace(pad_token_id=0)
+
+
+def folder_of(request: Request) -> Path:
+    """Return the folder with the configuration: as asked for, of the spec, of another job, or of the Hub's cache.
+
+    Raises Failure if there is none.
+    """
+    spec = request.run.spec.model
+    if request.config is not None:
+        folder = request.config if request.config.is_dir() else request.config.parent
+    elif spec.path is not None:
+        folder = Path(spec.path)
+    elif spec.job is not None:
+        folder = Path(request.run.sources[spec.job]) / "result"
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(spec.id or "", MODEL_CONFIG, revision=spec.revision or "main")
+        if not isinstance(cached, str):
+            raise Failure(
+                ExitCode.NOT_FOUND,
+                f"spec.model.id: the configuration of {spec.id} is not on this machine, and nothing is downloaded here."
+                " Name a file: --model-config config.json, or plan without --quick",
+            )
+        folder = Path(cached).parent
+    return folder
+
+
+def assumptions(request: Request) -> list[str]:
+    """Return what was taken for granted, a sentence each."""
+    spec, found = request.run.spec, []
+    if spec.training.max_length:
+        found.append(f"each row has training.maxLength tokens ({spec.training.max_length:,})")
+    if request.rows is None and spec.training.max_steps is None:
+        found.append(
+            "the number of rows is not known: name it with --rows, or set training.maxSteps, for steps and time"
+        )
+    found.append(f"a GPU reaches {speed.UTILIZATION:.0%} of its peak in large forward passes")
+    return found
+
+
+def main(request_file: str) -> int:
+    """Print the answer; return the exit code."""
+    logging.disable(logging.WARNING)
+    document = json.loads(Path(request_file).read_text())
+    with contextlib.redirect_stdout(sys.stderr):
+        run = read_run(json.dumps(document["run"]))
+        assert isinstance(run, FineTuneRun), "the command has checked the kind"
+        classes = {name: Gpu.model_validate(gpu) for name, gpu in document["classes"].items()}
+        config = Path(document["config"]) if document.get("config") else None
+        try:
+            with TemporaryDirectory(prefix="luthier-") as scratch:
+                found = answer(Request(run, config, document.get("rows"), classes), Path(scratch))
+        except Failure as failure:
+            print(failure.message, file=sys.stderr)
+            return int(failure.code)
+    print(json.dumps(found, ensure_ascii=False))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
