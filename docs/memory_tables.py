@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,10 +22,12 @@ from render import table
 
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.run import MemoryFacts
-from luthier_api.status import Plan
+from luthier_api.status import Plan, ResolvedSource
 from luthier_trainer.methods.trainable import weights_in
 from luthier_trainer.models.memory import Trial
 from luthier_trainer.prepare.memory import facts_of_trial
+from luthier_trainer.tasks.base import Model
+from luthier_trainer.tasks.table import task_of
 from luthier_trainer.workspace import gpu_memory
 
 PAGE = Path(__file__).resolve().parent / "memory.md"
@@ -88,8 +91,8 @@ TERMS = {
     " adapters in fp32",
     "optimizer": "Adam's two moments of the adapters in fp32",
     "gradients": "gradients of the adapters in fp32, as far as they are there at the peak",
-    "activations": "what the highest moment of the forward and backward pass holds: here the inputs of all layers, the"
-    " logits and their gradients",
+    "activations": "what the highest moment of the forward and backward pass holds: here the inputs of all layers, and"
+    " the logits of some tokens with their gradients, or one layer that is computed again",
     "unpacked layer": "the largest linear layer in bf16, while it is multiplied",
     "workspace": "cuBLAS, in each of two threads",
     "context": "CUDA's context and libraries, which torch does not count",
@@ -101,7 +104,12 @@ TERMS = {
 def qlora() -> tuple[FineTuneJobSpec, MemoryFacts]:
     """Return QLoRA of Qwen2.5-7B over rows of 2,048 tokens, whose activations are recomputed."""
     spec = spec_of({"type": "qlora"}, gradientCheckpointing=True, maxLength=2048, precision="bf16")
-    return spec, facts(skeleton("qwen2", "CausalLM", QWEN_7B), spec, layout(1), tokens=2048)
+    config = transformers.Qwen2Config(**QWEN_7B)
+    model = Model(ResolvedSource(source="Qwen/Qwen2.5-7B"), PAGE.parent, config, SimpleNamespace(pad_token_id=0))
+    trial = task_of(spec).trial(model, spec, None, None)
+    assert not isinstance(trial, str)
+    weights = weights_in(trial.model, [], spec, layout(1), "bfloat16")
+    return spec, facts_of_trial(trial, spec, layout(1), weights)
 
 
 def layout(rows: int) -> Plan:
