@@ -13,6 +13,7 @@ from luthier_trainer.workspace.gpu_memory import peak, tensors, without_model
 
 PREFERENCE: dict[str, Any] = {"task": "preference"}
 KEPT = PREFERENCE | {"preference": {"precomputeReference": True}}
+TWO_NODES: dict[str, Any] = {"resources": {"nodes": 2, "gpusPerNode": 4}}
 SEVEN, LORA = 7_000_000_000, 40_000_000
 STATES = ("weights", "reference model", "master weights", "optimizer", "gradients")
 GIB = 1 << 30
@@ -56,9 +57,11 @@ class Case:
 CASES = [
     Case(method="full", strategy="none", bytes_of_a_weight=4 + 4 + 8),
     Case(method="full", strategy="ddp", bytes_of_a_weight=4 + 4 + 8),
+    Case(method="full", strategy="zero1", bytes_of_a_weight=2 + 2 + (4 + 8) / 8),
     Case(method="full", strategy="zero2", bytes_of_a_weight=2 + (2 + 4 + 8) / 8),
     Case(method="full", strategy="zero2-offload", bytes_of_a_weight=2),
     Case(method="full", strategy="zero3", bytes_of_a_weight=(2 + 2 + 4 + 8) / 8),
+    Case(method="full", strategy="zero3", bytes_of_a_weight=(2 + 2 + 4 + 8) / 8 + 2 / 4, spec=TWO_NODES),
     Case(method="full", strategy="zero3-offload", bytes_of_a_weight=0),
     Case(method="lora", strategy="ddp", bytes_of_a_weight=2, of_an_adapter=16),
     Case(method="lora", strategy="ddp", bytes_of_a_weight=1, of_an_adapter=16, quantization="int8"),

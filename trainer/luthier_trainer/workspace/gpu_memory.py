@@ -50,7 +50,7 @@ def peak(spec: FineTuneJobSpec, plan: Plan, facts: MemoryFacts) -> Memory:
     if not spec.resources.gpus_per_node:
         return Memory(host_bytes=host(spec, plan, facts))
     terms = {
-        "weights": weights(plan, facts),
+        "weights": weights(spec, plan, facts),
         "reference model": facts.reference_bytes,
         "master weights": master_weights(plan, facts),
         "optimizer": optimizer_state(plan, facts),
@@ -88,18 +88,23 @@ def shares(plan: Plan) -> int:
     return plan.world_size if plan.strategy in ZERO_STAGE else 1
 
 
-def weights(plan: Plan, facts: MemoryFacts) -> int:
+def weights(spec: FineTuneJobSpec, plan: Plan, facts: MemoryFacts) -> int:
     """Return the bytes of the weights at rest.
 
     As loaded: frozen ones in the type of the computation or quantised, those that learn in fp32. DeepSpeed has all in
-    the type of the computation; ZeRO-3 spreads them over the processes, and may keep them in the node's memory.
+    the type of the computation; ZeRO-3 spreads them over the processes, and may keep them in the node's memory. With
+    several nodes, the processes of each share a second copy (`distributed.strategy.within_node`).
     """
     stage = ZERO_STAGE.get(plan.strategy)
     if stage is None or facts.quantised:
         return facts.weight_bytes
-    if stage == 3:
-        return 0 if "offload" in plan.strategy else math.ceil(facts.total * facts.computed_bytes / shares(plan))
-    return facts.total * facts.computed_bytes
+    whole = facts.total * facts.computed_bytes
+    if stage != 3:
+        return whole
+    if "offload" in plan.strategy:
+        return 0
+    near = within_node(plan.strategy, spec.resources.nodes, spec.resources.processes)
+    return math.ceil(whole / shares(plan)) + (math.ceil(whole / near) if near > 1 else 0)
 
 
 def master_weights(plan: Plan, facts: MemoryFacts) -> int:
@@ -118,12 +123,14 @@ def gradients(plan: Plan, facts: MemoryFacts, at: Moment | None) -> int:
     """Return the bytes of gradients at a moment; None: when the optimiser steps.
 
     The first backward pass of a step makes them one by one. With accumulation they are there in the next passes, from
-    the beginning; with DDP always, as views of what it sends. DeepSpeed moves each to the process that it belongs to.
+    the beginning; with DDP always, as views of what it sends. From ZeRO-2 on, each is moved to the process that it
+    belongs to.
     """
     if plan.strategy in ZERO_STAGE:
         if "offload" in plan.strategy:
             return 0
-        return math.ceil(facts.learning * facts.computed_bytes / shares(plan))
+        owners = shares(plan) if ZERO_STAGE[plan.strategy] > 1 else 1
+        return math.ceil(facts.learning * facts.computed_bytes / owners)
     if at is None or always_there(plan):
         return facts.gradient_bytes
     return at.gradients
@@ -194,7 +201,7 @@ def host(spec: FineTuneJobSpec, plan: Plan, facts: MemoryFacts) -> int:
     if cpu:
         highest = moment(plan, facts)
         activations = (highest.fixed + highest.per_row * rows_of(plan)) if highest else 0
-        training = weights(plan, facts) + optimizer_state(plan, facts) + activations + facts.reference_bytes
+        training = weights(spec, plan, facts) + optimizer_state(plan, facts) + activations + facts.reference_bytes
         training += gradients(plan, facts, highest) + master_weights(plan, facts) + communication(plan, facts)
         return processes * (PROCESS_BYTES["cpu"] + training)
     loading = facts.total * facts.rest_bytes
