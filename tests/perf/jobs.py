@@ -109,8 +109,8 @@ class Seen:
 
 
 @contextlib.asynccontextmanager
-async def watching(client: Client, *watched: Seen) -> AsyncIterator[None]:
-    tasks = []
+async def watching(client: Client, *watched: Seen, kubelet: node.Kubelet | None = None) -> AsyncIterator[None]:
+    tasks = [asyncio.create_task(kubelet.serve())] if kubelet else []
     for seen in watched:
         version = (await client.get(RESOURCES[seen.kind].path(HERE), {"limit": "1"}))["metadata"]["resourceVersion"]
         tasks.append(asyncio.create_task(seen.follow(client, version)))
@@ -162,17 +162,6 @@ def finished_pod_status() -> Object:
     return {"phase": "Succeeded", "containerStatuses": [container | {"state": {"terminated": ended}}]}
 
 
-async def start_prepares(client: Client, names: Sequence[str]) -> None:
-    """Let the pods of prepare run, once all have their node."""
-    async with asyncio.timeout(LIMIT):
-        while not all(pod["spec"].get("nodeName") for pod in (await pods_of_prepare(client, HERE)).values()):
-            await asyncio.sleep(0.5)
-    pods = await pods_of_prepare(client, HERE)
-    running = node.running_pod_status()
-    started = (patch_status(client, "Pod", pods[prepare_of(name)]["metadata"]["name"], running) for name in names)
-    await asyncio.gather(*started)
-
-
 async def pods_of_prepare(client: Client, namespace: str) -> dict[str, Object]:
     """Name of a Job → its pod."""
     listed = await client.get(RESOURCES["Pod"].path(namespace))
@@ -212,7 +201,8 @@ async def throughput(client: Client, account: dict[str, str], audit_path: Path, 
     prepares, jobsets = Seen("Job"), Seen("JobSet")
     begun = Seen("Job", lambda found: "active" in found.get("status", {}))
     with OperatorProcess(HERE, **account) as operator:
-        async with watching(client, prepares, jobsets, begun):
+        kubelet = node.Kubelet(client, HERE)
+        async with watching(client, prepares, jobsets, begun, kubelet=kubelet):
             audit, cpu = AuditLog(audit_path, HERE), [operator.cpu_seconds()]
             begin = time.monotonic()
             answered = await create_jobs(client, names)
@@ -223,7 +213,8 @@ async def throughput(client: Client, account: dict[str, str], audit_path: Path, 
             cpu.append(operator.cpu_seconds())
             # The Job controller makes 20 requests a second.
             await begun.all_of(names)
-            await start_prepares(client, names)
+            async with asyncio.timeout(LIMIT):
+                await kubelet.started(size)
             await asyncio.sleep(5)
             ends = await end_prepares(client, names, HERE)
             begin = time.monotonic()

@@ -16,7 +16,7 @@ import subprocess
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 
-from luthier_operator.client import ApiError, Client
+from luthier_operator.client import RESOURCES, ApiError, Client
 from luthier_operator.model import Object
 
 NODE = VOLUME = "luthier-bench"
@@ -24,6 +24,7 @@ CLAIM = "bench"
 TAINT = {"key": "luthier.dev/bench", "effect": "NoSchedule"}
 """Keeps the pods of others away."""
 HEARTBEAT_SECONDS = 5.0  # after 20 s without, the local cluster takes the pods away
+AT_ONCE = 8  # requests
 ALLOCATABLE = {"cpu": "100k", "memory": "1Pi", "pods": "100k", "ephemeral-storage": "1Pi"}
 
 
@@ -97,6 +98,42 @@ async def beat(client: Client) -> None:
     status = {"capacity": ALLOCATABLE, "allocatable": ALLOCATABLE, "conditions": [well]}
     path = f"/api/v1/nodes/{NODE}/status"
     await client._request("PATCH", path, None, {"status": status}, "application/merge-patch+json")
+
+
+class Kubelet:
+    """Lets the pods of a namespace run as soon as they have this node: the operator reports those that take long."""
+
+    def __init__(self, client: Client, namespace: str) -> None:
+        self._client, self._namespace = client, namespace
+        self._slots = asyncio.Semaphore(AT_ONCE)
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def serve(self) -> None:
+        """Until cancelled."""
+        pods, version = RESOURCES["Pod"], "0"
+        while True:
+            with contextlib.suppress(ApiError):
+                async for event, pod in self._client.watch(pods, self._namespace, "", version):
+                    if event == "ERROR":
+                        version = "0"
+                        break
+                    version = pod["metadata"]["resourceVersion"]
+                    name = pod["metadata"]["name"]
+                    if event != "BOOKMARK" and pod["spec"].get("nodeName") == NODE and name not in self._tasks:
+                        self._tasks[name] = asyncio.create_task(self._start(name))
+            await asyncio.sleep(0.1)
+
+    async def _start(self, name: str) -> None:
+        path = RESOURCES["Pod"].path(self._namespace, name, "status")
+        async with self._slots:
+            with contextlib.suppress(ApiError):  # it was deleted
+                patch = {"status": running_pod_status()}
+                await self._client._request("PATCH", path, None, patch, "application/merge-patch+json")
+
+    async def started(self, pods: int) -> None:
+        """Wait until so many pods run."""
+        while sum(task.done() for task in self._tasks.values()) < pods:
+            await asyncio.sleep(0.2)
 
 
 def running_pod_status() -> Object:
