@@ -118,8 +118,8 @@ class Kubelet:
                         version = "0"
                         break
                     version = pod["metadata"]["resourceVersion"]
-                    name = pod["metadata"]["name"]
-                    if event != "BOOKMARK" and pod["spec"].get("nodeName") == NODE and name not in self._tasks:
+                    name = pod["metadata"].get("name")  # a bookmark has none
+                    if name and pod["spec"].get("nodeName") == NODE and name not in self._tasks:
                         self._tasks[name] = asyncio.create_task(self._start(name))
             await asyncio.sleep(0.1)
 
