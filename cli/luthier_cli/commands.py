@@ -277,12 +277,14 @@ def _settings() -> Settings:
         return Settings()
     except ValidationError as error:
         # Without the value: the URL of a proxy may hold a password
-        problems = [
-            f"{': '.join(filter(None, (str(e['loc'][0]), '.'.join(map(str, e['loc'][1:])))))}:"
-            f" {e['msg'].removeprefix('Value error, ')}"
-            for e in error.errors()
-        ]
-        _refuse(problems, ExitCode.MISCONFIGURED, Output.TEXT)
+        _refuse([_problem(e["loc"], e["msg"]) for e in error.errors()], ExitCode.MISCONFIGURED, Output.TEXT)
+
+
+def _problem(location: tuple[int | str, ...], text: str) -> str:
+    """Return what is wrong with a setting. `location`, `text`: as pydantic says it, which names a wrong key twice."""
+    variable, *path = (str(part) for part in location if part != "[key]")
+    text = text.removeprefix("Value error, ")
+    return ": ".join(filter(None, (variable, ".".join(path), text.removeprefix(f"{path[-1]}: " if path else ""))))
 
 
 def _lay_out(files: list[str], workspace: Path, mount: list[str], cpu: bool) -> list[LocalJob]:
