@@ -6,7 +6,18 @@ import importlib
 import json
 import sys
 
-BENCHMARKS = ("training", "padding", "packing", "datareport", "jobs", "writes", "memory", "startup", "tokenizing")
+BENCHMARKS = (
+    "training",
+    "padding",
+    "packing",
+    "loss",
+    "datareport",
+    "jobs",
+    "writes",
+    "memory",
+    "startup",
+    "tokenizing",
+)
 CHECKS = ("exactness", "bursts")  # only by name: they measure nothing
 
 

@@ -151,6 +151,7 @@ class _CrossEntropy(torch.autograd.Function):
             losses[rows], of_logits = _chunk(what, head.logits(hidden[rows]), targets[rows], gradient is not None)
             if gradient is not None and of_logits is not None:
                 gradient[rows] = head.gradient(hidden[rows], of_logits)
+            del of_logits  # before the next logits are made
         ctx.gradients = None if gradient is None else [gradient, *head.sums()]
         ctx.dtypes = [hidden.dtype, *(tensor.dtype for tensor in tensors)]
         ctx.mark_non_differentiable(losses)

@@ -16,9 +16,9 @@ from luthier_trainer.workspace import attention as attentions
 from luthier_trainer.workspace import space
 
 MICRO_BATCH_LIMIT = 8  # rows of one forward pass, where the spec leaves it open
-# Tokens of one forward pass of a language model on a GPU, likewise. A token costs 12 bytes for each entry of the
-# vocabulary: log-probabilities and two gradients in fp32 (counted with torch 2.13 and transformers 5.23). For 2,048
-# tokens and Qwen2.5's 152,064 entries that is 3.5 GiB: docs/memory.md.
+# Tokens of one forward pass of a language model on a GPU, likewise. Where a loss holds all logits, a token costs 12
+# bytes for each entry of the vocabulary: log-probabilities and two gradients in fp32 (counted with torch 2.13 and
+# transformers 5.23). For 2,048 tokens and Qwen2.5's 152,064 entries that is 3.5 GiB.
 GPU_TOKENS = 2048
 # Pixels of one forward pass of Stable Diffusion XL. Its VAE, in fp32, holds a few tensors of 128 channels at once: half
 # a gigabyte each for an image of 1024 × 1024 pixels.
