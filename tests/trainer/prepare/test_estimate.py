@@ -98,7 +98,11 @@ def test_a_model_of_the_hub_needs_a_configuration(make_run: MakeRun, config: Pat
     with pytest.raises(Failure) as refused:
         answer(given, tmp_path)
     assert refused.value.code == ExitCode.NOT_FOUND
-    assert answer(replace(given, config=config / "config.json"), tmp_path)["plan"]["parameters"] == WEIGHTS
+    renamed = tmp_path / "llama.json"
+    renamed.write_bytes((config / "config.json").read_bytes())
+    assert answer(replace(given, config=renamed), tmp_path)["plan"]["parameters"] == WEIGHTS
+    with pytest.raises(Failure, match="there is no such file"):
+        answer(replace(given, config=tmp_path / "nothing.json"), tmp_path)
 
 
 def test_the_command(config: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,7 @@ def described(request: Request, task: Task, scratch: Path) -> Model:
         config.vocab_size = spec.model.config.vocab_size
         config.save_pretrained(scratch)
         return Model(ResolvedSource(source="new"), scratch, config, SimpleNamespace(pad_token_id=0))
-    folder = folder_of(request)
+    folder = folder_of(request, scratch)
     source = ResolvedSource(source=str(folder))
     if TASKS[spec.task].auto_model is None:
         return Model(source, folder, None, None)
@@ -128,14 +129,19 @@ def processor_of(task: Task, folder: Path) -> Any:
     return SimpleNamespace(pad_token_id=0)
 
 
-def folder_of(request: Request) -> Path:
+def folder_of(request: Request, scratch: Path) -> Path:
     """Return the folder with the configuration: as asked for, of the spec, of another job, or of the Hub's cache.
 
-    Raises Failure if there is none.
+    A file may have any name, and is copied into `scratch`. Raises Failure if there is none.
     """
     spec = request.run.spec.model
     if request.config is not None:
-        folder = request.config if request.config.is_dir() else request.config.parent
+        folder = request.config if request.config.is_dir() else scratch
+        file = request.config / MODEL_CONFIG if request.config.is_dir() else request.config
+        if not file.is_file():
+            raise Failure(ExitCode.NOT_FOUND, f"--model-config {request.config}: there is no such file")
+        if folder is scratch:
+            shutil.copyfile(file, scratch / MODEL_CONFIG)
     elif spec.path is not None:
         folder = Path(spec.path)
     elif spec.job is not None:
