@@ -206,6 +206,14 @@ def losses(run: FineTuneRun) -> list[float]:
     return [entry["loss"] for entry in logged(run)]
 
 
+OF_THE_MACHINE = {"seconds", "peakMemoryGB", "reservedMemoryGB", "plannedMemoryGB"}
+
+
+def without_the_machine(metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics that depend on model and data alone."""
+    return {name: value for name, value in metrics.items() if name not in OF_THE_MACHINE}
+
+
 def logged(run: FineTuneRun) -> list[dict[str, float]]:
     """The reports of the training, from the newest checkpoint's history."""
     newest = max((Path(run.workspace) / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))

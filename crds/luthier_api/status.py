@@ -106,6 +106,8 @@ class Memory(ApiModel):
     """The sum of them."""
     host_bytes: int = 0
     """Bytes of a node's own memory, all processes of a pod together."""
+    partial: bool | None = None
+    """Whether what is kept for the backward pass is not part of it, so that a training takes more."""
 
 
 class Plan(ApiModel):

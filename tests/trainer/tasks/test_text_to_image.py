@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import EDMEulerScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
-from prepared_workspace import losses
+from prepared_workspace import losses, without_the_machine
 from safetensors import safe_open
 from safetensors.torch import load_file
 from trainer.generating import generate_run, generate_shards, result_lines
@@ -123,7 +123,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(
 
     metrics = train.main(run).metrics
     assert metrics is not None
-    assert metrics | {"seconds": 0} == trained.metrics | {"seconds": 0}
+    assert without_the_machine(metrics) == without_the_machine(trained.metrics)
     assert losses(run) == losses(trained.run)
     expect = load_file(trained.result / WEIGHTS)
     found = load_file(tmp_path / "style/result" / WEIGHTS)

@@ -152,6 +152,8 @@ def test_on_gpus_tensors_are_compared_with_planned_tensors() -> None:
     assert canary("cuda", plan).planned() == 10
     assert canary("cpu", plan).planned() == 99
     assert canary("cpu", Plan(strategy="none")).planned() is None
+    partial = PLAN.model_copy(update={"memory": memory.model_copy(update={"partial": True})})
+    assert canary("cuda", partial).planned() is None, "what is not known in full is not compared"
 
 
 @dataclass(frozen=True)

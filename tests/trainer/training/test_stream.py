@@ -22,7 +22,7 @@ from datasets import load_dataset
 from hub.access import READ_TOKEN
 from hub.faults import Fault
 from hub.server import Running
-from prepared_workspace import losses
+from prepared_workspace import losses, without_the_machine
 from torch.utils.data import BatchSampler, SequentialSampler
 from trainer.conftest import MakeRun
 from trainer.preparing import prepared
@@ -341,7 +341,7 @@ def test_a_run_that_is_stopped_twice_has_the_same_losses(
     assert losses(runs[1]) == losses(runs[0])
     assert whole is not None
     assert stopped is not None
-    assert stopped | {"seconds": 0.0} == whole | {"seconds": 0.0}
+    assert without_the_machine(stopped) == without_the_machine(whole)
     assert notices.given() == told[1:]
 
 

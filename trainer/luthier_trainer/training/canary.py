@@ -114,9 +114,9 @@ class Canary(Callback):
         return bool(self.loop.args.device.type == "cuda")
 
     def planned(self) -> int | None:
-        """Return what the plan expects of `fullest`."""
+        """Return what the plan expects of `fullest`; None if it does not know all of it."""
         memory = self.plan.memory
-        if memory is None:
+        if memory is None or memory.partial:
             return None
         return gpu_memory.tensors(memory) if self._on_gpu else memory.host_bytes
 

@@ -47,8 +47,9 @@ def peak(spec: FineTuneJobSpec, plan: Plan, facts: MemoryFacts) -> Memory:
 
     The peak of a GPU is either in the forward and backward passes, or in the step of the optimiser.
     """
+    partial = True if facts.missing else None
     if not spec.resources.gpus_per_node:
-        return Memory(host_bytes=host(spec, plan, facts))
+        return Memory(host_bytes=host(spec, plan, facts), partial=partial)
     terms = {
         "weights": weights(spec, plan, facts),
         "reference model": facts.reference_bytes,
@@ -71,7 +72,7 @@ def peak(spec: FineTuneJobSpec, plan: Plan, facts: MemoryFacts) -> Memory:
     else:
         terms |= {"gradients": stepping, "update": update, "fragments": math.ceil(FRAGMENTS * update)}
     terms = {name: size for name, size in terms.items() if size}
-    return Memory(gpu=terms, gpu_bytes=sum(terms.values()), host_bytes=host(spec, plan, facts))
+    return Memory(gpu=terms, gpu_bytes=sum(terms.values()), host_bytes=host(spec, plan, facts), partial=partial)
 
 
 def tensors(memory: Memory) -> int:
