@@ -314,7 +314,7 @@ CASES = [
         reasons=[
             "strategy: zero3, with which the checkpoints in the workspace were saved",
             "microBatchSize: 4, which takes 32.6 GB of each GPU, which has 80.0 GB",
-            "gradientCheckpointing: true, with which a step takes about 20% less time",
+            "gradientCheckpointing: true, with which a step takes about 17% less time",
         ],
     ),
 ]
@@ -386,7 +386,7 @@ REFUSED = [
         message=(
             "spec.resources.gpuClass: the training takes at least 133.0 GB of each GPU (optimizer 96.0 GB,"
             " weights 32.0 GB, activations 4.0 GB), and one of class own has 80.0 GB. What would fit, with"
-            " the same result: strategy: zero2 (46.6 GB); gpuClass: h200 (137.8 GB of 141.0 GB)"
+            " the same result: strategy: zero2 (62.0 GB); gpuClass: h200 (137.8 GB of 141.0 GB)"
         ),
     ),
     RefusedCase(
