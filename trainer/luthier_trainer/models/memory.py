@@ -170,7 +170,8 @@ def traced(model: Any, batch: Mapping[str, Any], loss: Callable[..., torch.Tenso
                     outputs = in_fp32(outputs)  # as accelerate does
                 value = outputs["loss"] if loss is None else loss(outputs, labels)
             del outputs
-            autocast.enabled = True  # for what is recomputed
+            # For what is recomputed: each part has a context of its own, which keeps no weight after its end.
+            autocast.enabled, autocast.keeps = True, False
             # torch's own function for it would leave the mode.
             torch.autograd.Variable._execution_engine.run_backward(
                 (value,), (torch.ones_like(value),), False, False, (), allow_unreachable=True, accumulate_grad=True
