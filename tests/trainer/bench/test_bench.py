@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from argparse import ArgumentTypeError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,3 +172,9 @@ def test_the_suite_for_gpus_has_every_combination_once() -> None:
     assert all(entry.case.model == "tiny" and not entry.case.gpus for entry in gpu.suite(True, []))
     assert {entry.case.name for entry in gpu.suite(False, ["8b", "qlora"])} == set()
     assert {entry.case.model for entry in gpu.suite(False, ["llama-8b", "qlora"])} == {"llama-8b"}
+
+
+def test_models_are_not_written_where_no_job_reads_them(tmp_path: Path) -> None:
+    assert gpu.folder_for_models(str(tmp_path / "new")).is_dir()
+    with pytest.raises(ArgumentTypeError, match="jobs read nothing below /dev"):
+        gpu.folder_for_models("/dev/shm/models")

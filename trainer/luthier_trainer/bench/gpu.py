@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from luthier_api.run import PreparedRecord
+from luthier_api.spec import SYSTEM_FOLDERS
 from luthier_api.training import Training
 from luthier_trainer.bench import rounds
 from luthier_trainer.bench.cases import Case, make_model, run_of
@@ -172,12 +173,21 @@ def measured(
         yield {"leftOut": left_out}
 
 
+def folder_for_models(name: str) -> Path:
+    """Return the folder, which is made if need be. Raises ArgumentTypeError for one from which no job reads."""
+    folder = Path(name).resolve()
+    if any(folder.is_relative_to(f"/{system}") for system in SYSTEM_FOLDERS):
+        raise argparse.ArgumentTypeError(f"{folder}: jobs read nothing below /{', /'.join(SYSTEM_FOLDERS)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def main(words: Sequence[str]) -> NoReturn:
     """Measure the suite, a line for each case."""
     parser = argparse.ArgumentParser(prog="python -m luthier_trainer.bench gpu")
     parser.add_argument("--seconds", type=float, default=290, help="after which the command has ended")
     parser.add_argument("--smoke", action="store_true", help="tiny models on a CPU")
-    parser.add_argument("--folder", type=Path, help="where models are written")
+    parser.add_argument("--folder", type=folder_for_models, help="where models are written")
     parser.add_argument("--case", nargs="*", default=[], help="words in the names of the cases to measure")
     given = parser.parse_args(words)
     end = time.monotonic() + given.seconds - 3  # to end the processes
