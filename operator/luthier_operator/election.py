@@ -112,7 +112,8 @@ class Election:
         while True:
             # From the begin of the last attempt, so that a slow answer does not take from the time of the next one.
             await asyncio.sleep(max(0.0, self._renewed + self._retry - time.monotonic()))
-            while not await self._attempt(min(self._longest_attempt, self._left())):
+            # A process that slept wakes here with an open connection: a request would leave before its timeout ends.
+            while self._left() <= 0 or not await self._attempt(min(self._longest_attempt, self._left())):
                 if self.follows or self._left() <= 0:
                     self.leads = False
                     reason = f"{self._holder} has taken it" if self.follows else "not renewed in time"

@@ -58,6 +58,10 @@ TRAINING = {
     "luthier_train_step_duration_seconds": (SAVE, STEPS),  # how many were measured
     "luthier_train_nonfinite_total": (0, 0),
     "luthier_train_eta_seconds": (1, 1e6),
+    "luthier_train_memory_allocated_bytes": (1e7, 1e11),
+    "luthier_train_memory_reserved_bytes": (1e7, 1e11),
+    "luthier_train_memory_peak_bytes": (1e7, 1e11),
+    "luthier_train_memory_peak_reserved_bytes": (1e7, 1e11),
     "luthier_checkpoint_last_step": (SAVE, STEPS),
     "luthier_checkpoint_last_success_timestamp_seconds": (1.7e9, 1e10),
     "luthier_checkpoint_duration_seconds": (0.001, 60),
@@ -65,8 +69,12 @@ TRAINING = {
     "luthier_heartbeat_age_seconds": (0, 300),
 }
 # Not served without a GPU (docs/metrics.md says it of each).
-ON_GPUS = {f"luthier_train_gpu_memory_{what}_bytes" for what in ("allocated", "reserved", "peak")} | {
-    "luthier_train_mfu_ratio"
+ON_GPUS = {
+    "luthier_train_memory_planned_bytes",
+    "luthier_train_plan_memory_ratio",
+    "luthier_train_plan_seconds_ratio",
+    "luthier_train_mfu_ratio",
+    "luthier_train_gpu_hours",
 }
 GENERATION = {
     "luthier_generate_rows": (1, ROWS),
