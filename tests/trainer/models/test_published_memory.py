@@ -19,7 +19,11 @@ from luthier_trainer.training.utilisation import count_weights
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "docs"))
 import memory_tables
 
-MOST = 0.13  # of difference to a published figure, whose unit is uncertain by 2.4 %; mt0-xxl with offload is the worst
+MOST = 0.08  # of difference to a published figure, whose unit is uncertain by 2.4 %
+LESS_WELL = {("mt0-xxl", "LoRA, ZeRO-3 with offload"): 0.13}
+"""Cells that are planned less well, and why is not known: without dropout's masks of one byte, which a GPU has
+confirmed, this one was within 0.07.
+"""
 
 
 def test_every_cell_of_the_readme_of_peft_is_planned_as_it_was_measured() -> None:
@@ -30,7 +34,7 @@ def test_every_cell_of_the_readme_of_peft_is_planned_as_it_was_measured() -> Non
             assert cell.planned > memory_tables.A100, cell
         else:
             assert cell.planned < memory_tables.A100, cell
-            assert abs(memory_tables.error(cell)) < MOST, cell
+            assert abs(memory_tables.error(cell)) < LESS_WELL.get((cell.model, cell.trained), MOST), cell
 
 
 def test_the_page_has_the_tables_of_the_planner() -> None:

@@ -63,9 +63,9 @@ class OutputHead:
     @contextmanager
     def lazy(self, computed_for: list[str]) -> Iterator[None]:
         """Let the model get `LazyLogits` from its head. `computed_for`: see there."""
-        stub = _Stub(self, computed_for)
+        lazy = _LazyHead(self, computed_for)
         for parent, name in self._places:
-            parent._modules[name] = stub
+            parent._modules[name] = lazy
         try:
             yield
         finally:
@@ -73,7 +73,9 @@ class OutputHead:
                 parent._modules[name] = self.module
 
 
-class _Stub(torch.nn.Module):
+class _LazyHead(torch.nn.Module):
+    """Stands where the head was, and gives `LazyLogits` instead of logits."""
+
     def __init__(self, head: OutputHead, computed_for: list[str]) -> None:
         super().__init__()
         self._head, self._computed_for = head, computed_for
