@@ -7,6 +7,7 @@ the prediction was fitted to any architecture.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,25 +137,35 @@ def predicted(case: Case) -> StepMemory:
     return memory.step_of(adapted, trial, Setting("cpu", None, case.recomputed, case.padded))
 
 
+@dataclass(eq=False)
+class Packed:
+    """A tensor that autograd keeps. DoRA drops parts of a graph within a forward pass, and what they kept with them."""
+
+    tensor: torch.Tensor
+
+
 def real(case: Case) -> tuple[int, int]:
     """Return the bytes that autograd keeps, beside weights, and the allocator's peak in a step on a CPU."""
     model, _ = made(case, "cpu")
     model.train()
     if case.recomputed:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    kept: dict[int, int] = {}
+    packed: weakref.WeakSet[Packed] = weakref.WeakSet()
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+    def pack(tensor: torch.Tensor) -> Packed:
+        packed.add(held := Packed(tensor))
+        return held
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         batch = batch_of(case, ROWS, "cpu")
         labels = batch.pop("labels") if case.classifies else None
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
             outputs = model(**batch)
             loss = outputs.loss if labels is None else row_loss(outputs, labels)
         del outputs
+        storages = [held.tensor.untyped_storage() for held in packed]
+        kept = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        del storages
         loss.backward()
     for weight in [*model.parameters(), *model.buffers()]:
         kept.pop(weight.untyped_storage().data_ptr(), None)
