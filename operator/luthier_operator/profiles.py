@@ -11,10 +11,10 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from luthier_api import secrets
 from luthier_api.base import ApiModel
-from luthier_api.finetune import Tracker
 from luthier_api.quantity import Bytes, Cores
 from luthier_api.scheduling import LabelKey, LabelValue, Toleration
 from luthier_api.spec import ObjectName, QueueName
+from luthier_api.tracking import Tracker
 from luthier_api.validation import broken_rules
 
 ResourceName = Annotated[str, Field(pattern="^([-a-z0-9.]+/[-a-zA-Z0-9._]+|hugepages-[0-9]+[KMG]i)$")]

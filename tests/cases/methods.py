@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from luthier_api.finetune import FineTuneJobSpec, Method
+from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.method import Method
 
 
 def method_of(**fields: Any) -> Method:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from luthier_api.finetune import Tracker
+from luthier_api.tracking import Tracker
 from luthier_operator.profiles import (
     Defaults,
     GpuClass,

@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.feather
 import pytest
 
-from luthier_api.finetune import TrainingData
+from luthier_api.dataset import TrainingData
 from luthier_trainer.data.load import Loader, Rows
 from luthier_trainer.runtime.failure import Failure
 

@@ -13,7 +13,7 @@ import numpy
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from luthier_api.finetune import TrainingData
+from luthier_api.dataset import TrainingData
 from luthier_trainer.data import labels
 from luthier_trainer.data.holdout import hold_out
 from luthier_trainer.data.load import Loader, Rows

@@ -14,7 +14,8 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import KTOTrainer
 
-from luthier_api.finetune import FineTuneJobSpec, Preference
+from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.preference import Preference
 from luthier_api.run import FineTuneRun
 from luthier_trainer.data import rated
 from luthier_trainer.data.load import Rows

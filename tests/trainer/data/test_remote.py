@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from luthier_api.dataset import TrainingData
 from luthier_api.exitcodes import ExitCode
-from luthier_api.finetune import TrainingData
 from luthier_trainer.data import remote
 from luthier_trainer.data.load import Loader, Rows
 from luthier_trainer.runtime.failure import Failure

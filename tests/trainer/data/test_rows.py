@@ -23,8 +23,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from luthier_api.dataset import TrainingData
 from luthier_api.exitcodes import ExitCode
-from luthier_api.finetune import TrainingData
 from luthier_api.formats import FORMATS
 from luthier_api.spec import Csv
 from luthier_trainer.data import csvregular, decoding, labels

@@ -29,8 +29,8 @@ from xml.sax.saxutils import escape
 import pytest
 from cases import versitygw
 
+from luthier_api.dataset import TrainingData
 from luthier_api.exitcodes import ExitCode
-from luthier_api.finetune import TrainingData
 from luthier_api.secrets import STORES as CREDENTIALS
 from luthier_api.stores import STORES, Store
 from luthier_trainer.data import store_credentials, stores

@@ -18,7 +18,7 @@ from hub.server import Running
 from PIL import Image
 from trainer.preparing import prepared
 
-from luthier_api.finetune import TrainingData
+from luthier_api.dataset import TrainingData
 from luthier_api.run import FineTuneRun, GenerateRun
 from luthier_trainer.data.load import Loader, Rows
 from luthier_trainer.prepare.generation import read_inputs

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from luthier_api.finetune import Method
+from luthier_api.method import Method
 from luthier_trainer.methods.apply import with_method
 from luthier_trainer.models.heads import heads_of
 from luthier_trainer.training.utilisation import count_weights

@@ -22,8 +22,9 @@ from prepared_workspace import loaded
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from luthier_api.dataset import TrainingData
 from luthier_api.exitcodes import ExitCode
-from luthier_api.finetune import Method, TrainingData
+from luthier_api.method import Method
 from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
 from luthier_api.status import Plan, ResolvedDataset, ResolvedSource
 from luthier_api.termination import TerminationMessage

@@ -22,7 +22,7 @@ from trainer.tasks.stopping import stopped_at
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.finetune import RewardFunction
+from luthier_api.grpo import RewardFunction
 from luthier_api.run import FineTuneRun
 from luthier_api.variables import Variables
 from luthier_trainer.prepare import main as prepare
@@ -346,7 +346,7 @@ def test_code_sees_no_credentials(hidden: bool, expect: list[float], tmp_path: P
     """Neither in its own environment nor in that of the process that has started it, as a user without capabilities."""
     (tmp_path / "rewards.py").write_text(LOOK.replace("SECRET", f"secret_{hidden}"))
     program = (
-        "import sys\nfrom pathlib import Path\nfrom luthier_api.finetune import RewardFunction\n"
+        "import sys\nfrom pathlib import Path\nfrom luthier_api.grpo import RewardFunction\n"
         "from luthier_trainer.runtime.undumpable import hide_process\n"
         "from luthier_trainer.tasks import reward_code\nfrom luthier_trainer.tasks.rewards import Completions\n"
         f"if {hidden}: hide_process()\n"

@@ -16,8 +16,8 @@ from cases.mlflow_server import read, serving, with_login
 from datasets import DatasetDict
 from prepared_workspace import losses, prepared_run
 
-from luthier_api.finetune import Tracker
 from luthier_api.status import TrackedRun
+from luthier_api.tracking import Tracker
 from luthier_trainer.runtime import notices
 from luthier_trainer.tracking.base import Report, TrackedTraining
 from luthier_trainer.tracking.mlflow import MLflow

@@ -12,8 +12,8 @@ import httpx
 import pytest
 from cases.trackio_server import TOKEN, read, serving
 
-from luthier_api.finetune import Tracker
 from luthier_api.status import TrackedRun
+from luthier_api.tracking import Tracker
 from luthier_trainer.runtime import notices
 from luthier_trainer.tracking.base import Report, TrackedTraining
 from luthier_trainer.tracking.channel import Channel

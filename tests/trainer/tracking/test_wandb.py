@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from luthier_api.finetune import Tracker
+from luthier_api.tracking import Tracker
 from luthier_trainer.runtime import notices
 from luthier_trainer.tracking.base import Report, TrackedTraining
 from luthier_trainer.tracking.channel import Channel

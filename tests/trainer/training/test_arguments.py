@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from luthier_api.finetune import TrainingResources
+from luthier_api.resources import TrainingResources
 from luthier_api.status import Plan
 from luthier_trainer.distributed.launch import cores
 from luthier_trainer.tasks.table import TASKS

@@ -18,7 +18,7 @@ from trainer.conftest import MakeRun
 from trainer.volumes import mounted
 from transformers import AutoConfig, BertConfig, GPT2Config, LlamaConfig, PreTrainedConfig
 
-from luthier_api.finetune import Method
+from luthier_api.method import Method
 from luthier_api.run import Weights
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.methods import trainable

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from luthier_api.finetune import FineTuneJobSpec, Preference
+from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.preference import Preference
 from luthier_trainer.data import chats, columns, pairs
 from luthier_trainer.data.chats import Malformed, listed, messages_of, shown, tools_of
 from luthier_trainer.data.forms import COLUMNS, DATASET

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
+from luthier_api.dataset import TrainingData
 from luthier_api.exitcodes import ExitCode
-from luthier_api.finetune import TrainingData
 from luthier_api.run import Stream
 from luthier_api.spec import Csv
 from luthier_trainer.data import remote

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from luthier_api.dataset import ChatTemplate
 from luthier_api.exitcodes import ExitCode
-from luthier_api.finetune import ChatTemplate
 from luthier_api.forms import LossOn, RowForm, TemplateName
 from luthier_trainer.data.reading import Reader
 from luthier_trainer.runtime.failure import Failure

@@ -13,8 +13,8 @@ import sys
 from ipaddress import ip_address
 from pathlib import Path
 
-from luthier_api.finetune import TrainingResources
 from luthier_api.quantity import amount
+from luthier_api.resources import TrainingResources
 from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_api.status import Plan
 from luthier_api.workspace import WorkspaceFolder

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from transformers import PreTrainedModel
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.finetune import Method
+from luthier_api.method import Method
 from luthier_api.methods import METHODS, ParameterPrecision
 from luthier_api.spec import Quantization
 from luthier_trainer.methods.base import Surroundings

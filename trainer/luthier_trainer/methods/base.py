@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from luthier_api.finetune import Method
+from luthier_api.method import Method
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.finetune import Method
+from luthier_api.method import Method
 from luthier_api.methods import QUANTIZATIONS, QuantizationType
 from luthier_trainer.methods.whole import named, whole_modules
 from luthier_trainer.models.embedding import token_tables

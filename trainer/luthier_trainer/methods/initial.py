@@ -23,7 +23,7 @@ from peft.tuners.lora.layer import LoraVariant
 from safetensors.torch import load_file, save_file
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.finetune import Method
+from luthier_api.method import Method
 from luthier_trainer.methods import loftq
 from luthier_trainer.methods.lora import begins_by_weights
 from luthier_trainer.models.adapters import PREFIX

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from luthier_api.finetune import Method
+from luthier_api.method import Method
 from luthier_trainer.methods.base import Surroundings
 from luthier_trainer.models.inspect import ALL_LINEAR
 

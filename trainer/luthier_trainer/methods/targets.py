@@ -9,7 +9,7 @@ import re
 from typing import TYPE_CHECKING
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.finetune import Method
+from luthier_api.method import Method
 from luthier_trainer.methods.experts import TARGETS, leaves, linear_modules
 from luthier_trainer.methods.lora import layer_of, matching
 from luthier_trainer.methods.whole import whole_modules

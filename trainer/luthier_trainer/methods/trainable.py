@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier_api.finetune import FineTuneJobSpec, Method
+from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.method import Method
 from luthier_api.methods import METHODS
 from luthier_api.run import Compute, Weights
 from luthier_api.status import Plan

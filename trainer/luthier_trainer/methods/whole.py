@@ -6,7 +6,7 @@ import difflib
 from typing import TYPE_CHECKING
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.finetune import Method
+from luthier_api.method import Method
 from luthier_trainer.models.inspect import MODEL, skeleton, tied_modules
 from luthier_trainer.runtime.failure import Failure
 

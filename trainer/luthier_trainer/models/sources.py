@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.finetune import RewardModel
 from luthier_api.generate import Adapter
+from luthier_api.grpo import RewardModel
 from luthier_api.run import FineTuneRun, GenerateRun, Origin, PreparedRecord
 from luthier_api.spec import ModelSource
 from luthier_api.status import ResolvedSource

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from luthier_api.dataset import TrainingData
 from luthier_api.exitcodes import ExitCode
-from luthier_api.finetune import FineTuneJobSpec, TrainingData
+from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.rows import MixedSource
 from luthier_api.run import FineTuneRun, Stream
 from luthier_api.status import ResolvedPart

@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch.nn.functional import logsigmoid
 from trl import DPOTrainer
 
-from luthier_api.finetune import Preference
+from luthier_api.preference import Preference
 from luthier_trainer.runtime.heartbeat import beat
 from luthier_trainer.tasks.kept_reference import COLUMNS, KeptReference
 from luthier_trainer.tasks.trl_trainer import AgainstReference

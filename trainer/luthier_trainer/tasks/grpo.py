@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.finetune import FineTuneJobSpec, RewardFunction
+from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.grpo import RewardFunction
 from luthier_api.run import FineTuneRun
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import chats, columns, full_lengths, templates, tokens

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from trl import KTOTrainer
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
-from luthier_api.finetune import Preference
+from luthier_api.preference import Preference
 from luthier_trainer.data import rated
 from luthier_trainer.tasks.trl_trainer import AgainstReference
 

@@ -7,7 +7,8 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.finetune import FineTuneJobSpec, Method
+from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.method import Method
 from luthier_api.methods import METHODS
 from luthier_api.run import Attention, Compute, FineTuneRun, Weights
 from luthier_api.status import Plan

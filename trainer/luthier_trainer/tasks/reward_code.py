@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.finetune import RewardFunction
+from luthier_api.grpo import RewardFunction
 from luthier_api.run import Origin
 from luthier_api.secrets import VARIABLES
 from luthier_trainer.runtime.failure import Failure

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.finetune import FineTuneJobSpec, RewardFunction
+from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.grpo import RewardFunction
 from luthier_api.rewards import RewardType
 from luthier_trainer.data.masks import ChatReader
 from luthier_trainer.data.reading import Reader

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from luthier_api.finetune import Tracker as TrackerSpec
 from luthier_api.secrets import TRACKING
+from luthier_api.tracking import Tracker as TrackerSpec
 
 NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}  # as protobuf writes them in JSON, and trackio
 

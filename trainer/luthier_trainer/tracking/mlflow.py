@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from luthier_api.finetune import Tracker as TrackerSpec
+from luthier_api.tracking import Tracker as TrackerSpec
 from luthier_trainer.tracking.base import Report, TrackedTraining, credentials, number
 from luthier_trainer.workspace import tracked_runs
 from luthier_trainer.workspace.manifest import replace_file

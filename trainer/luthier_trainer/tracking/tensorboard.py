@@ -6,7 +6,7 @@ import json
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from luthier_api.finetune import Tracker as TrackerSpec
+from luthier_api.tracking import Tracker as TrackerSpec
 from luthier_trainer.tracking.base import Report, TrackedTraining
 from luthier_trainer.workspace import tracked_runs
 

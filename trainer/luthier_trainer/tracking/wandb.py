@@ -10,7 +10,7 @@ import json
 from typing import Any
 from uuid import uuid4
 
-from luthier_api.finetune import Tracker as TrackerSpec
+from luthier_api.tracking import Tracker as TrackerSpec
 from luthier_trainer.tracking.base import Report, TrackedTraining, credentials
 from luthier_trainer.workspace import tracked_runs
 from luthier_trainer.workspace.manifest import replace_file
