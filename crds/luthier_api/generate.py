@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ModelWrapValidatorHandler, model_validator
@@ -11,6 +11,7 @@ from luthier_api.base import SET, ApiModel, Format, Rule
 from luthier_api.decides import BUDGET, CIRCUMSTANCES, PLACE, PUBLICATION, RESULT
 from luthier_api.marks import For, Table, TabledSpec, by_table
 from luthier_api.quantity import Bytes, Cores
+from luthier_api.samplers import SchedulerName, Sigmas, TimestepSpacing, samplers
 from luthier_api.scheduling import Scheduling
 from luthier_api.spec import (
     DatasetSource,
@@ -195,26 +196,37 @@ class TextSettings(ApiModel):
     )
 
 
-SchedulerName = Literal[
-    "default",
-    "ddim",
-    "ddpm",
-    "deis",
-    "dpm++2m",
-    "dpm++2m-karras",
-    "dpm++2m-sde",
-    "dpm++sde",
-    "euler",
-    "euler-ancestral",
-    "heun",
-    "kdpm2",
-    "kdpm2-ancestral",
-    "lcm",
-    "lms",
-    "pndm",
-    "tcd",
-    "unipc",
-]
+def _only(field: str, names: Collection[str]) -> Rule:
+    """The rule that `image.field` belongs to some samplers."""
+    listed = ", ".join(f"'{name}'" for name in names)
+    return Rule(
+        f"!has(self.{field}) || self.scheduler in [{listed}]",
+        f"image.{field}: applies to {', '.join(names)}; remove it, or choose one of these as image.scheduler",
+    )
+
+
+ImageMetadata = Literal["parameters", "luthier", "xmp"]
+"""What a file of an image says of itself."""
+
+
+class Refiner(ApiModel):
+    """A second model that does the last steps of each image: exactly one of id and path."""
+
+    id: Repository | None = None
+    """Repository on the Hub, for example stabilityai/stable-diffusion-xl-refiner-1.0."""
+    revision: Revision | None = None
+    """Branch, tag or commit of `id`; `main` when left out. `prepare` resolves it to a commit."""
+    path: Path | None = None
+    """Folder inside the pods."""
+    start: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    """Share of the denoising that the model does before."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(exactly_one("id", "path"), "refiner: set exactly one of id and path"),
+        Rule(
+            "!has(self.revision) || has(self.id)", "refiner.revision: only a model of the Hub has revisions; remove it"
+        ),
+    )
 
 
 class ImageSettings(ApiModel):
@@ -224,10 +236,26 @@ class ImageSettings(ApiModel):
     """Sampler. default: the one that the model's repository names. One that cannot keep what the model was trained with
     (a zero terminal SNR) is refused.
     """
+    sigmas: Sigmas | None = None
+    """How the noise levels of the steps are spread: as Karras et al. do, exponentially, or by a beta distribution. Left
+    out: evenly in the time of the training.
+    """
+    timestep_spacing: TimestepSpacing | None = None
+    """Which time steps of the training the steps are. Left out: as the model's repository says."""
     steps: Annotated[int, Field(ge=1, le=1000)] = 30
     """Denoising steps."""
     guidance: Annotated[float, Field(ge=0, le=100)] = 5.0
     """Classifier-free guidance scale; up to 1 turns it off."""
+    guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share by which the guided prediction is scaled back to the deviation of the unguided one, against too much
+    exposure; 0.7 for models with a zero terminal SNR.
+    """
+    refiner: Refiner | None = None
+    """The refiner of Stable Diffusion XL. Adapters are added to the model alone."""
+    long_prompts: Literal["refuse", "chunk"] = "refuse"
+    """Prompts that are longer than the text encoders read (75 tokens). refuse: the row is an error. chunk: they are
+    encoded in parts of 75 tokens, as web UIs for Stable Diffusion do.
+    """
     width: Annotated[int, Field(ge=8, le=8192, multiple_of=8)] = 1024
     """Pixels, a multiple of 8. Models are at their best near the size that they were trained with."""
     height: Annotated[int, Field(ge=8, le=8192, multiple_of=8)] = 1024
@@ -236,6 +264,33 @@ class ImageSettings(ApiModel):
     """Images for each row."""
     format: Literal["png", "webp", "jpeg"] = "png"
     """File format; png and webp are lossless."""
+    metadata: Annotated[Annotated[list[ImageMetadata], SET], Field(max_length=3)] = [
+        "parameters",
+        "luthier",
+    ]
+    """What each file says of itself; nothing with []. parameters: prompts and settings, as web UIs for Stable Diffusion
+    write and read them. luthier: the same and more as JSON (model, adapters, versions). xmp: that a model has made it
+    (DigitalSourceType of IPTC).
+    """
+    vae_tiling: bool = False
+    """Whether images that are larger than those of the VAE's training are decoded in overlapping tiles. Takes less
+    memory, and changes the images a little.
+    """
+    attention_slicing: bool = False
+    """Whether attention is computed a part at a time. Takes less memory where an image is large, and more time."""
+    offload: Literal["none", "models", "layers"] = "none"
+    """What waits in the memory of the node until the GPU computes with it: models that are not in use, or all layers.
+    Takes more time, layers much more.
+    """
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        _only("sigmas", samplers(lambda sampler: sampler.sigmas)),
+        _only("timestepSpacing", samplers(lambda sampler: sampler.spacing)),
+        Rule(
+            "self.guidanceRescale == 0.0 || self.guidance > 1.0",
+            "image.guidanceRescale: has no effect with guidance up to 1; remove it, or set guidance above 1",
+        ),
+    )
 
 
 class GenerateResources(ApiModel):
@@ -337,6 +392,10 @@ class GenerateJobSpec(JobControl, TabledSpec):
         Rule(
             "self.resources.gpus > 0 || self.precision != 'fp16'",
             "spec.precision: fp16 needs a GPU; use fp32 or bf16 on CPU",
+        ),
+        Rule(
+            "self.resources.gpus > 0 || !has(self.image) || self.image.offload == 'none'",
+            "spec.image.offload: frees memory of a GPU, and the job has none; remove it, or set resources.gpus",
         ),
         Rule(
             "!has(self.inputs.rows) || !has(self.image) || self.image.guidance > 1.0 ||"

@@ -19,7 +19,7 @@ from luthier_api.generate import GenerateJobSpec
 from luthier_api.marks import TabledSpec, written_part
 from luthier_api.problems import InvalidDocument, Problem, parse
 from luthier_api.spec import Csv
-from luthier_api.status import Plan, Prepared
+from luthier_api.status import Plan, Prepared, ResolvedSource
 
 RUN_VERSION = "luthier.dev/run-v1"
 DOCUMENT = "run config"
@@ -331,7 +331,9 @@ class PreparedRecord(Prepared):
     adapter_paths: list[str] = Field(default_factory=list)
     """Folders of the adapters, or for images their files, in the order of the spec (GenerateJob)."""
     other_model_paths: list[str] = Field(default_factory=list)
-    """Folders of the models that the task uses beside the one that it trains, such as reward models (FineTuneJob)."""
+    """Folders of the models that the task uses beside its own: reward models (FineTuneJob), a refiner (GenerateJob)."""
+    refiner: ResolvedSource | None = None
+    """Of a GenerateJob with `image.refiner`."""
     origins: list[Origin] = Field(default_factory=list)
     """What all of it was made of: what lies on the Hub has a commit instead."""
     new_tokens: list[int] = Field(default_factory=list)

@@ -1665,6 +1665,43 @@ CASES: list[Case] = [
         accepted={"spec.text": {"topK": 40, "temperature": 0.7}},
         base=GENERATE,
     ),
+    *(
+        Case(
+            message=f"image.{name}: applies to",
+            refused=PICTURES | {"spec.image": {name: value, "scheduler": scheduler}},
+            accepted=PICTURES | {"spec.image": {name: value, "scheduler": "euler"}},
+            base=GENERATE,
+        )
+        for name, value, scheduler in [
+            ("sigmas", "karras", "default"),
+            ("sigmas", "beta", "ddim"),
+            ("timestepSpacing", "trailing", "lcm"),
+        ]
+    ),
+    Case(
+        message="refiner: set exactly one of id and path",
+        refused=PICTURES | {"spec.image": {"refiner": {"id": "org/r", "path": "/r"}}},
+        accepted=PICTURES | {"spec.image": {"refiner": {"id": "org/r"}}},
+        base=GENERATE,
+    ),
+    Case(
+        message="refiner.revision: only a model of the Hub",
+        refused=PICTURES | {"spec.image": {"refiner": {"path": "/r", "revision": "main"}}},
+        accepted=PICTURES | {"spec.image": {"refiner": {"id": "org/r", "revision": "main"}}},
+        base=GENERATE,
+    ),
+    Case(
+        message="image.guidanceRescale: has no effect",
+        refused=PICTURES | {"spec.image": {"guidanceRescale": 0.7, "guidance": 1}},
+        accepted=PICTURES | {"spec.image": {"guidanceRescale": 0.7}},
+        base=GENERATE,
+    ),
+    Case(
+        message="spec.image.offload: frees memory of a GPU",
+        refused=PICTURES | {"spec.image": {"offload": "models"}, "spec.resources": {"gpus": 0}},
+        accepted=PICTURES | {"spec.image": {"offload": "models"}},
+        base=GENERATE,
+    ),
     Case(
         message="spec.inputs.rows.negativePrompt: has no effect",
         refused={"spec.task": "text-to-image", "spec.inputs.rows": NEGATIVE, "spec.image": {"guidance": 1}},
@@ -1830,6 +1867,18 @@ WRITTEN: list[Written] = [
         GENERATE,
     ),
     Written("spec.inputs.dataset.id", lambda t: {"spec.inputs": {"dataset": {"id": t}}}, *HUB_NAMES, GENERATE),
+    *(
+        Written(
+            f"spec.image.refiner.{name}",
+            lambda t, name=name: {
+                "spec.task": "text-to-image",
+                "spec.image": {"refiner": {name: t} | ({"id": "org/r"} if name == "revision" else {})},
+            },
+            *texts,
+            GENERATE,
+        )
+        for name, texts in (("id", HUB_NAMES), ("path", PATHS), ("revision", REFS))
+    ),
     Written("spec.adapters[].id", lambda t: {"spec.adapters": [{"id": t}]}, *HUB_NAMES, GENERATE),
     Written(
         field="spec.adapters[].job",

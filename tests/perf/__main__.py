@@ -17,6 +17,7 @@ BENCHMARKS = (
     "memory",
     "startup",
     "tokenizing",
+    "images",
 )
 CHECKS = ("exactness", "bursts")  # only by name: they measure nothing
 

@@ -86,7 +86,7 @@ def samplers(root: Path) -> dict[str, Any]:
     """Each sampler: whether rows in another order and over more shards have the same digests."""
     from trainer.small_sdxl import write_small_sdxl
 
-    from luthier_api.generate import SchedulerName
+    from luthier_api.samplers import SchedulerName
 
     model = write_small_sdxl(root / "sdxl")
     names, different = list(get_args(SchedulerName)), list[str]()

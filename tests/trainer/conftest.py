@@ -193,6 +193,14 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_small_sdxl(tmp_path_factory.mktemp("models") / "sdxl")
 
 
+@pytest.fixture(scope="session")
+def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of Stable Diffusion 1.5."""
+    from trainer.small_sdxl import write_small_sd
+
+    return write_small_sd(tmp_path_factory.mktemp("models") / "sd")
+
+
 @pytest.fixture
 def classify(make_run: MakeRun, digits: Path, vit: Path) -> MakeRun:
     """A run over the digits; fields of `dataset` and `training` are merged with what is there."""

@@ -15,7 +15,10 @@ from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.generation import main as generate
+from luthier_trainer.generation.encoding import About
+from luthier_trainer.generation.engines.images import ImageEngine
 from luthier_trainer.generation.engines.table import engine_class
+from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.ledger import shard_name
 from luthier_trainer.workspace.prepared import FINGERPRINT, fingerprint, write_prepared
 
@@ -69,3 +72,10 @@ def result_lines(run: GenerateRun) -> list[Row]:
     files = [result / records.table(shard_name(i, shards)) for i in range(shards)]
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     return sorted(lines, key=lambda line: (line["row"], line["sample"]))
+
+
+def image_engine(model: Path, image: dict[str, Any], batch_size: int = 2, precision: str = "fp32") -> ImageEngine:
+    """The engine of text-to-image on CPU, without adapters. `image`: the block of the spec."""
+    run = generate_run(Path("/"), [{"prompt": "-"}], task="text-to-image", model={"path": str(model)}, image=image)
+    about = About({"model": {"source": "org/lutes", "revision": "abc"}, "adapters": []}, "torch 2, cpu")
+    return ImageEngine(run.spec, model, [], Hardware("cpu", precision), batch_size, about)

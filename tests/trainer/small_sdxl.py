@@ -12,7 +12,14 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from tokenizers.pre_tokenizers import ByteLevel
@@ -100,6 +107,50 @@ def pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
 def write_small_sdxl(folder: Path, seed: int = 0) -> Path:
     """The pipeline's folder, as a repository on the Hub would hold it."""
     pipeline(seed).save_pretrained(folder)
+    return folder
+
+
+def write_small_refiner(folder: Path, seed: int = 3) -> Path:
+    """The folder of a refiner for it: the second text encoder alone, and an aesthetic score in place of the size."""
+    xl = pipeline(seed)
+    own = {"cross_attention_dim": WIDTH, "projection_class_embeddings_input_dim": 5 * TIME_WIDTH + WIDTH}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel.from_config(dict(xl.unet.config) | own)
+    StableDiffusionXLImg2ImgPipeline(
+        vae=xl.vae,
+        text_encoder=None,
+        text_encoder_2=xl.text_encoder_2,
+        tokenizer=None,
+        tokenizer_2=xl.tokenizer_2,
+        unet=unet,
+        scheduler=xl.scheduler,
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def write_small_sd(folder: Path, seed: int = 0) -> Path:
+    """The folder of a Stable Diffusion 1.5: one text encoder, and no sizes that the UNet is told."""
+    xl = pipeline(seed)
+    told = ("addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel.from_config(
+            dict(xl.unet.config) | dict.fromkeys(told) | {"cross_attention_dim": WIDTH}
+        )
+    StableDiffusionPipeline(
+        vae=xl.vae,
+        text_encoder=xl.text_encoder,
+        tokenizer=xl.tokenizer,
+        unet=unet,
+        scheduler=xl.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
     return folder
 
 

@@ -456,7 +456,12 @@ def test_the_rules_of_all_objects_are_two_of_the_root(kind: JobKind) -> None:
 
 
 LISTS = {
-    "set": {"spec.method.targetModules", "spec.method.modulesToSave", "spec.inputs.columns.carry"},
+    "set": {
+        "spec.method.targetModules",
+        "spec.method.modulesToSave",
+        "spec.inputs.columns.carry",
+        "spec.image.metadata",
+    },
     "map": {
         "spec.volumes",
         "spec.stores",

@@ -427,6 +427,7 @@ def test_every_path_of_the_api_is_known() -> None:
         "GenerateJob": {
             "model": {"path": "/m"},
             "adapters": [{"path": "/a"}],
+            "image": {"refiner": {"path": "/r"}},
             "inputs": {"dataset": {"files": ["/a"]}},
         },
     }

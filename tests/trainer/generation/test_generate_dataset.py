@@ -45,7 +45,9 @@ def text(row: int, **columns: Any) -> Output:
 
 
 def image(row: int, negative: str | None = None, **columns: Any) -> Output:
-    return Output(Sample(row, 0, f"prompt {row}", negative, row, columns or None), file=picture(row), suffix="png")
+    return Output(
+        Sample(row, 0, f"prompt {row}", negative, row, columns or None), file=lambda: picture(row), suffix="png"
+    )
 
 
 def error(row: int) -> Output:

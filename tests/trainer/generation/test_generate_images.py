@@ -8,21 +8,19 @@ import io
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline
 from PIL import Image
-from trainer.generating import generate_run, generate_shards, result_lines
-from trainer.small_sdxl import write_small_lora
+from trainer.generating import generate_run, generate_shards, image_engine, result_lines
+from trainer.small_sdxl import write_small_lora, write_small_refiner
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer.generation.engines.images import ImageEngine
-from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.ledger import shard_name
 from luthier_trainer.generation.samples import SEEDS, Sample, sample_seed
 from luthier_trainer.prepare import main as prepare
@@ -63,7 +61,10 @@ def images(sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Image
         result = WorkspaceFolder(workspace).result
         shards = [shard_name(i, run.spec.shards) for i in range(run.spec.shards)]
         return [
-            line | {"content": (result / shards[line["row"] % run.spec.shards] / line["file_name"]).read_bytes()}
+            line
+            | {"content": (result / shards[line["row"] % run.spec.shards] / (line["file_name"] or "")).read_bytes()}
+            if line["file_name"]
+            else line
             for line in result_lines(run)
         ]
 
@@ -181,48 +182,36 @@ def test_formats(images: Images) -> None:
         assert Image.open(io.BytesIO(line["content"])).format == kind
         assert torch.equal(pixels(line), reference) is lossless
         assert line["settings"]["format"] == name
+        if name == "png":
+            assert json.loads(Image.open(io.BytesIO(line["content"])).info["luthier"])["settings"] == line["settings"]
 
 
-def test_a_png_says_how_it_was_made(images: Images) -> None:
-    (line,) = images([{"prompt": "eine Laute, schön", "negativePrompt": "rain", "seed": 7}])
-    info = Image.open(io.BytesIO(line["content"])).info
-    assert json.loads(info["luthier"]) == {
-        "prompt": "eine Laute, schön",
-        "negativePrompt": "rain",
-        "seed": 7,
-        "scheduler": "euler-ancestral",
-        "steps": 2,
-        "guidance": 5.0,
-    }
-    assert info["parameters"].startswith("eine Laute, schön\nNegative prompt: rain\nSteps: 2, Sampler: euler-ancestral")
-
-
-def test_the_line_says_how_much_of_a_prompt_is_not_read(images: Images) -> None:
-    """Of a prompt and of a negative one."""
-    long = "x " * 100
-    found = images([{"prompt": "a lute"}, {"prompt": long}, {"prompt": "a lute", "negativePrompt": long}])
-    unread = [(line.get("unreadTokens"), line.get("unreadNegativeTokens")) for line in found]
-    assert [tuple(count or 0 for count in counts) for counts in unread] == [
-        (0, 0),
-        (100 + 2 - 77, 0),
-        (0, 100 + 2 - 77),
-    ]
-
-
-def test_prepare_says_which_prompts_are_not_read_to_their_end(sdxl: Path, tmp_path: Path) -> None:
+def test_prepare_says_which_prompts_are_too_long(sdxl: Path, tmp_path: Path) -> None:
     """By the text encoder that reads the least."""
     shutil.copytree(sdxl, tmp_path / "model")
     config = tmp_path / "model" / "tokenizer" / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": 20}))
     rows = [{"prompt": "a lute", "negativePrompt": "x " * 19}, {"prompt": "x " * 30}, {"prompt": "x " * 18}]
+    model = {"path": str(tmp_path / "model")}
     notices.forget()
-    prepare.main(generate_run(tmp_path / "job", rows, task="text-to-image", model={"path": str(tmp_path / "model")}))
-    behind = "longer than the 20 tokens that the text encoders read; their ends are not read, of"
-    told = "tokens. Shorten them; each line of the result says how much is not read"
+    prepare.main(generate_run(tmp_path / "job", rows, task="text-to-image", model=model))
+    told = "their outputs will be errors. Shorten them, or set image.longPrompts: chunk"
     assert notices.given() == [
-        f"spec.inputs.columns.prompt: 1 of 3 are {behind} row 1 12 {told}",
-        f"spec.inputs.columns.negativePrompt: 1 of 1 are {behind} row 0 1 {told}",
+        "spec.inputs.columns.prompt: 1 of 3 are longer than the 18 tokens that the text encoders read, that of row 1 by"
+        f" 12; {told}",
+        "spec.inputs.columns.negativePrompt: 1 of 1 are longer than the 18 tokens that the text encoders read, that of"
+        f" row 0 by 1; {told}",
     ]
+    notices.forget()
+    image = {"longPrompts": "chunk"}
+    prepare.main(generate_run(tmp_path / "long", rows, task="text-to-image", model=model, image=image))
+    assert notices.given() == []
+
+
+def test_a_prompt_that_is_too_long_is_an_error_of_its_row(images: Images) -> None:
+    found = images([{"prompt": "a lute"}, {"prompt": "x " * 100}, {"prompt": "a lute", "negativePrompt": "x " * 76}])
+    told = "tokens more than the text encoders read; shorten it, or set image.longPrompts: chunk"
+    assert [line["error"] for line in found] == [None, f"the prompt has 25 {told}", f"the negative prompt has 1 {told}"]
 
 
 def test_the_order_of_rows_changes_no_file(images: Images) -> None:
@@ -246,8 +235,175 @@ def test_an_image_that_is_not_finite_is_an_error_of_its_row(images: Images, sdxl
 
 
 def test_a_vae_that_asks_for_it_stays_in_fp32(sdxl: Path) -> None:
-    run = generate_run(Path("/"), ROWS[:1], task="text-to-image", model={"path": str(sdxl)}, image=SMALL)
-    engine = ImageEngine(run.spec, sdxl, [], Hardware("cpu", "fp16"), batch_size=1)
+    engine = image_engine(sdxl, SMALL, batch_size=1, precision="fp16")
     (output,) = engine.make([Sample(0, 0, "a lute", None, 7)])
     assert output.file
+    assert output.file()
     assert (engine.pipe.unet.dtype, engine.pipe.vae.dtype) == (torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class AsDiffusers:
+    name: str
+    image: dict[str, Any]
+    """Fields of the spec."""
+    call: dict[str, Any]
+    """Arguments of the pipeline that mean the same."""
+    prepare: Callable[[Any], object] = lambda pipe: None
+    """What is done with the pipeline before."""
+
+
+AS_DIFFUSERS = [
+    AsDiffusers(
+        name="rescaled guidance",
+        image={"guidanceRescale": 0.7},
+        call={"guidance_rescale": 0.7},
+    ),
+    AsDiffusers(
+        name="tiles",
+        image={"vaeTiling": True, "width": 64},
+        call={"width": 64},
+        prepare=lambda pipe: pipe.vae.enable_tiling(),
+    ),
+    AsDiffusers(
+        name="slices of attention",
+        image={"attentionSlicing": True},
+        call={},
+        prepare=lambda pipe: pipe.enable_attention_slicing(),
+    ),
+]
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd"])
+@pytest.mark.parametrize("case", AS_DIFFUSERS, ids=lambda case: case.name)
+def test_settings_do_what_they_do_in_diffusers(case: AsDiffusers, kind: str, request: pytest.FixtureRequest) -> None:
+    """For both kinds of pipelines, to the rounding of 8 bits. Without the setting, the image is another one."""
+    folder = request.getfixturevalue(kind)
+    image = SMALL | {"scheduler": "default", "guidance": 20.0}
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+
+    def expected(**call: Any) -> torch.Tensor:
+        given = {"num_inference_steps": 2, "guidance_scale": 20.0, "width": 32, "height": 32} | call
+        made = pipe("a lute", generator=torch.Generator().manual_seed(7), **given).images[0]
+        return torch.frombuffer(bytearray(made.tobytes()), dtype=torch.uint8).int()
+
+    plain = expected(**{name: size for name, size in case.call.items() if name == "width"})
+    case.prepare(pipe)
+    expect = expected(**case.call)
+    (output,) = image_engine(folder, image | case.image, batch_size=1).make([Sample(0, 0, "a lute", None, 7)])
+    assert output.file
+    made = pixels({"content": output.file()})
+    assert (made - expect).abs().max() <= 1
+    if case.name != "slices of attention":  # the same sums in another order
+        assert (made - plain).abs().max() > 1
+
+
+def test_slices_of_attention_are_computed_one_by_one(sdxl: Path) -> None:
+    engine = image_engine(sdxl, SMALL | {"attentionSlicing": True})
+    assert {type(processor).__name__ for processor in engine.pipe.unet.attn_processors.values()} == {
+        "SlicedAttnProcessor"
+    }
+
+
+def test_stable_diffusion_1(images: Images, sd: Path, tmp_path: Path) -> None:
+    """With negative prompts and without, and what `prepare` says of its safety checker."""
+    shutil.copytree(sd, tmp_path / "model")
+    index = tmp_path / "model" / "model_index.json"
+    checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"safety_checker": checker}))
+    pipe = DiffusionPipeline.from_pretrained(sd)
+    pipe.set_progress_bar_config(disable=True)
+    notices.forget()
+    found = images(ROWS[1:3], model={"path": str(tmp_path / "model")}, image={"scheduler": "default", "guidance": 4.0})
+    assert notices.given() == [
+        "spec.model.path: its safety checker is not used, because it replaces images by black ones; none is checked"
+    ]
+    for line in found:
+        expect = pipe(
+            prompt=line["prompt"],
+            negative_prompt=line["negativePrompt"],
+            num_inference_steps=2,
+            guidance_scale=4.0,
+            width=32,
+            height=32,
+            generator=torch.Generator().manual_seed(line["seed"]),
+        ).images[0]
+        difference = pixels(line) - torch.frombuffer(bytearray(expect.tobytes()), dtype=torch.uint8).int()
+        assert difference.abs().max() <= 1
+
+
+def test_a_refiner_does_the_last_steps(images: Images, sdxl: Path, tmp_path: Path) -> None:
+    """As diffusers' two pipelines do it one after the other, with the noise of one generator."""
+    refiner = write_small_refiner(tmp_path / "refiner")
+    settings = {"steps": 4, "refiner": {"path": str(refiner), "start": 0.5}}
+    found = images(ROWS[1:3], image=settings)
+    base, second = DiffusionPipeline.from_pretrained(sdxl), DiffusionPipeline.from_pretrained(refiner, vae=None)
+    second.vae = base.vae
+    for pipe in (base, second):
+        pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+        pipe.set_progress_bar_config(disable=True)
+    for line in found:
+        noise = torch.Generator().manual_seed(line["seed"])
+        given = {
+            "prompt": line["prompt"],
+            "negative_prompt": line["negativePrompt"],
+            "num_inference_steps": 4,
+            "guidance_scale": 5.0,
+            "generator": noise,
+        }
+        latents = base(**given, width=32, height=32, denoising_end=0.5, output_type="latent").images
+        expect = second(**given, image=latents, denoising_start=0.5).images[0]
+        difference = pixels(line) - torch.frombuffer(bytearray(expect.tobytes()), dtype=torch.uint8).int()
+        assert difference.abs().max() <= 1
+        assert line["settings"]["refinerModel"]["source"] == str(refiner)
+    plain = images(ROWS[1:3], image={"steps": 4})
+    assert not set(digests(plain)) & set(digests(found))
+
+
+@dataclass(frozen=True)
+class WrongRefiner:
+    name: str
+    message: str
+    image: dict[str, Any] = field(default_factory=dict)
+    refiner: dict[str, Any] = field(default_factory=dict)
+    base: str = "sdxl"
+    folder: str = "refiner"
+
+
+WRONG_REFINERS = [
+    WrongRefiner(
+        name="no step is left",
+        refiner={"start": 0.9995},
+        image={"steps": 4},
+        message="spec.image.refiner.start: at 0.9995 of 4 steps one of the two models has no step to do",
+    ),
+    WrongRefiner(
+        name="a base model",
+        folder="sdxl",
+        message="spec.image.refiner: StableDiffusionXLPipeline is not supported here;",
+    ),
+    WrongRefiner(
+        name="of another kind of model",
+        base="sd",
+        message="spec.model: StableDiffusionPipeline is not supported here; supported: StableDiffusionXLPipeline",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", WRONG_REFINERS, ids=lambda case: case.name)
+def test_a_refiner_that_does_not_fit_ends_in_prepare(
+    case: WrongRefiner, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folders = {"refiner": write_small_refiner(tmp_path / "refiner"), "sdxl": request.getfixturevalue("sdxl")}
+    run = generate_run(
+        tmp_path / "job",
+        ROWS[:1],
+        task="text-to-image",
+        model={"path": str(request.getfixturevalue(case.base))},
+        image=SMALL | case.image | {"refiner": {"path": str(folders[case.folder])} | case.refiner},
+    )
+    with pytest.raises(Failure) as failure:
+        prepare.main(run)
+    assert failure.value.code is ExitCode.INVALID_SPEC
+    assert failure.value.message.startswith(case.message)

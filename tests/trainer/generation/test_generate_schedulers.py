@@ -4,6 +4,7 @@ it.
 
 from __future__ import annotations
 
+import inspect
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +12,17 @@ from typing import Any, get_args
 
 import diffusers
 import pytest
+import torch
 from diffusers.utils import is_torchsde_available
+from trainer.generating import image_engine
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.generate import SchedulerName
+from luthier_api.generate import ImageSettings
+from luthier_api.samplers import SAMPLERS, SchedulerName, Sigmas, TimestepSpacing
 from luthier_trainer.generation.engines.images import ImageEngine
-from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.main import batches
-from luthier_trainer.generation.samples import Sample
-from luthier_trainer.generation.schedulers import SAMPLERS, make_scheduler, rehearse
+from luthier_trainer.generation.samples import Output, Sample
+from luthier_trainer.generation.schedulers import CLASSES, make_scheduler, rehearse
 from luthier_trainer.runtime.failure import Failure
 
 # diffusers and numpy 2 talk about each other.
@@ -41,20 +44,45 @@ SAMPLES = [Sample(0, 0, "a lute on a bench", None, 7), Sample(1, 0, "two lutes",
 @pytest.fixture(scope="module")
 def engine(sdxl: Path) -> ImageEngine:
     """An engine whose sampler the tests change: loading the model takes longer than drawing."""
-    from trainer.generating import generate_run
+    return image_engine(sdxl, {"width": 32, "height": 32, "steps": 4})
 
-    run = generate_run(
-        Path("/"),
-        [{"prompt": "-"}],
-        task="text-to-image",
-        model={"path": str(sdxl)},
-        image={"width": 32, "height": 32, "steps": 4},
-    )
-    return ImageEngine(run.spec, sdxl, [], Hardware("cpu", "fp32"), batch_size=2)
+
+def made(name: str, own: Any, steps: int = 10, **image: Any) -> Any:
+    """The scheduler for a block `image` of a spec."""
+    return make_scheduler(ImageSettings.model_validate({"scheduler": name, "steps": steps, **image}), own)
 
 
 def test_every_name_has_an_entry() -> None:
-    assert {"default", *SAMPLERS} == set(NAMES)
+    assert {"default", *SAMPLERS} == {"default", *CLASSES} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_options_are_those_that_the_class_has(name: SchedulerName) -> None:
+    known = inspect.signature(getattr(diffusers, CLASSES[name].class_name).__init__).parameters
+    assert SAMPLERS[name].sigmas == ("use_karras_sigmas" in known)
+    assert not SAMPLERS[name].spacing or "timestep_spacing" in known
+
+
+@pytest.mark.parametrize("sigmas", [None, *get_args(Sigmas)])
+@pytest.mark.parametrize("name", [name for name, sampler in SAMPLERS.items() if sampler.sigmas])
+def test_noise_levels_are_spread_as_diffusers_does_it(name: SchedulerName, sigmas: str | None) -> None:
+    """Whatever the model's own file says."""
+    own = diffusers.EulerDiscreteScheduler.from_config(OWN | {"use_karras_sigmas": True})
+    kind = getattr(diffusers, CLASSES[name].class_name)
+    given = CLASSES[name].config | ({f"use_{sigmas}_sigmas": True} if sigmas else {})
+    expect = kind.from_config(OWN, **given)
+    expect.set_timesteps(10)
+    found = made(name, own, **({"sigmas": sigmas} if sigmas else {}))
+    assert torch.equal(found.sigmas, expect.sigmas)
+    rehearse(name, found)
+
+
+@pytest.mark.parametrize("spacing", get_args(TimestepSpacing))
+def test_time_steps_are_those_that_are_asked_for(spacing: str) -> None:
+    """Of 1000 in four steps, by the definitions of the paper on common flaws of noise schedules (table 2)."""
+    expect = {"leading": [751, 501, 251, 1], "trailing": [999, 749, 499, 249], "linspace": [999, 666, 333, 0]}
+    own = diffusers.DDIMScheduler.from_config(OWN)
+    assert made("ddim", own, steps=4, timestepSpacing=spacing).timesteps.tolist() == expect[spacing]
 
 
 @dataclass(frozen=True)
@@ -79,11 +107,6 @@ EXPECTED = [
         name="dpm++2m",
         class_name="DPMSolverMultistepScheduler",
         config={"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False},
-    ),
-    Case(
-        name="dpm++2m-karras",
-        class_name="DPMSolverMultistepScheduler",
-        config={"algorithm_type": "dpmsolver++", "use_karras_sigmas": True},
     ),
     Case(
         name="dpm++2m-sde",
@@ -123,7 +146,7 @@ def test_a_name_is_a_class_with_the_models_own_betas(case: Case) -> None:
     own = diffusers.DPMSolverMultistepScheduler.from_config(
         OWN | {"use_karras_sigmas": True, "algorithm_type": "sde-dpmsolver++"}
     )
-    scheduler = make_scheduler(case.name, own, steps=10)
+    scheduler = made(case.name, own)
     assert type(scheduler).__name__ == case.class_name
     found = dict(scheduler.config)
     assert {k: found[k] for k in OWN} == OWN
@@ -132,19 +155,23 @@ def test_a_name_is_a_class_with_the_models_own_betas(case: Case) -> None:
 
 def test_default_is_the_models_own() -> None:
     own = diffusers.DDIMScheduler.from_config(OWN)
-    assert make_scheduler("default", own, steps=10) is own
+    assert made("default", own) is own
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "dpm++sde" or is_torchsde_available()])
 def test_every_name_draws_the_same_images_twice(engine: ImageEngine, name: SchedulerName) -> None:
-    engine.pipe.scheduler = make_scheduler(name, diffusers.EulerDiscreteScheduler.from_config(OWN), steps=4)
+    engine.pipe.scheduler = made(name, diffusers.EulerDiscreteScheduler.from_config(OWN), steps=4)
     engine.scheduler_name = name
     first, again = engine.make(SAMPLES), engine.make(SAMPLES)
     assert [o.error for o in first] == [None, None]
-    assert [o.file for o in first] == [o.file for o in again]
+    assert files(first) == files(again)
     # The second row alone: no neighbour, no place in the batch, no shared generator decides.
-    assert engine.make(SAMPLES[1:])[0].file == first[1].file
-    assert first[0].file != first[1].file
+    assert files(engine.make(SAMPLES[1:])) == files(first)[1:]
+    assert len(set(files(first))) == 2
+
+
+def files(outputs: list[Output]) -> list[bytes]:
+    return [output.file() for output in outputs if output.file]
 
 
 # LUTHIER_EXACT=all: with every sampler, about a minute.
@@ -159,13 +186,13 @@ EXACT = (
 def test_images_are_the_same_to_the_bit_however_rows_are_ordered_and_split(
     engine: ImageEngine, name: SchedulerName
 ) -> None:
-    engine.pipe.scheduler = make_scheduler(name, diffusers.EulerDiscreteScheduler.from_config(OWN), steps=4)
+    engine.pipe.scheduler = made(name, diffusers.EulerDiscreteScheduler.from_config(OWN), steps=4)
     engine.scheduler_name = name
     samples = [Sample(row, 0, f"lute {row}", "rain" if row % 3 == 1 else None, 11 * row) for row in range(5)]
 
     def drawn(order: list[Sample], shards: int) -> dict[int, bytes | None]:
         return {
-            output.sample.row: output.file
+            output.sample.row: output.file and output.file()
             for shard in range(shards)
             for batch in batches(engine, [s for s in order if s.row % shards == shard])
             for output in engine.make(batch)
@@ -181,7 +208,7 @@ def test_images_are_the_same_to_the_bit_however_rows_are_ordered_and_split(
 @pytest.mark.skipif(is_torchsde_available(), reason="torchsde is installed: dpm++sde draws, as the test above shows")
 def test_a_package_that_is_missing_is_named() -> None:
     with pytest.raises(Failure) as failure:
-        make_scheduler("dpm++sde", diffusers.EulerDiscreteScheduler.from_config(OWN), steps=4)
+        made("dpm++sde", diffusers.EulerDiscreteScheduler.from_config(OWN), steps=4)
     assert failure.value.code is ExitCode.MISCONFIGURED
     assert failure.value.message.startswith("spec.image.scheduler: dpm++sde needs a package that this image lacks")
     assert "torchsde" in failure.value.message
@@ -205,7 +232,7 @@ def test_the_model_sees_one_shape(engine: ImageEngine) -> None:
 
 def test_steps_that_a_sampler_cannot_do() -> None:
     with pytest.raises(Failure) as failure:
-        make_scheduler("lcm", diffusers.EulerDiscreteScheduler.from_config(OWN), steps=100)
+        made("lcm", diffusers.EulerDiscreteScheduler.from_config(OWN), steps=100)
     assert failure.value.code is ExitCode.INVALID_SPEC
     assert failure.value.message.startswith("spec.image.steps: lcm cannot do 100 steps: ")
 
@@ -215,7 +242,6 @@ KEEPING = [
     "ddim",
     "ddpm",
     "dpm++2m",
-    "dpm++2m-karras",
     "dpm++2m-sde",
     "euler",
     "euler-ancestral",
@@ -232,13 +258,13 @@ def test_a_sampler_keeps_what_the_model_was_trained_with_or_is_refused(name: Sch
     """
     own = diffusers.EulerDiscreteScheduler.from_config(ZERO_SNR)
     if name in ("default", *KEEPING):
-        scheduler = make_scheduler(name, own, steps=10)
+        scheduler = made(name, own)
         rehearse(name, scheduler)
         assert float(scheduler.alphas_cumprod[-1]) < 1e-6
         assert {k: scheduler.config[k] for k in ZERO_SNR} == ZERO_SNR
         return
     with pytest.raises(Failure) as failure:
-        make_scheduler(name, own, steps=10)
+        made(name, own)
     assert failure.value.code is ExitCode.INVALID_SPEC
     assert (
         failure.value.message
@@ -250,7 +276,7 @@ def test_a_sampler_keeps_what_the_model_was_trained_with_or_is_refused(name: Sch
 def test_a_models_own_sampler_that_leaves_out_what_its_file_says() -> None:
     own = diffusers.HeunDiscreteScheduler.from_config(ZERO_SNR)
     with pytest.raises(Failure, match="trained with rescale_betas_zero_snr: True, which default leaves out"):
-        make_scheduler("default", own, steps=10)
+        made("default", own)
 
 
 def test_a_prediction_that_a_sampler_does_not_know() -> None:
@@ -261,4 +287,4 @@ def test_a_prediction_that_a_sampler_does_not_know() -> None:
             r"spec\.image\.scheduler: kdpm2 cannot sample from this model: prediction_type not implemented yet: sample"
         ),
     ):
-        rehearse("kdpm2", make_scheduler("kdpm2", own, steps=10))
+        rehearse("kdpm2", made("kdpm2", own))

@@ -147,7 +147,7 @@ def draw(sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Draw:
         given = {
             "task": "text-to-image",
             "model": {"path": str(sdxl)},
-            "image": {"width": 32, "height": 32, "steps": 2, "scheduler": "ddim"},
+            "image": {"width": 32, "height": 32, "steps": 2, "scheduler": "ddim", "metadata": []},
         }
         run = generate_run(workspace, [{"prompt": "a lute", "seed": 7}], **given | spec)
         generate_shards(run, monkeypatch, main)

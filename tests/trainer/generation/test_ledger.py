@@ -37,7 +37,7 @@ def output(sample: Sample) -> Output:
     return (
         Output(sample, error="too dark")
         if sample.row == 1
-        else Output(sample, file=b"image %d" % sample.seed, suffix="png")
+        else Output(sample, file=lambda: b"image %d" % sample.seed, suffix="png")
     )
 
 
@@ -255,7 +255,7 @@ def test_lines_of_two_pods_become_one_that_fits_the_image(tmp_path: Path) -> Non
     for last in (b"image 7", b"IMAGE 7"):
         folder = tmp_path / last.decode()
         shard = written(folder)
-        shard.append([Output(SAMPLES[0], file=b"IMAGE 7", suffix="png")])
+        shard.append([Output(SAMPLES[0], file=lambda: b"IMAGE 7", suffix="png")])
         image = shard.folder.shards / shard.own / "images/0000/000000-00.png"
         image.write_bytes(last)
         shard.ledger.write_bytes(shard.ledger.read_bytes() + b'{"row": 0, "sam')
@@ -277,7 +277,7 @@ def test_every_task_has_an_engine() -> None:
 @pytest.mark.parametrize("task", ENGINES)
 def test_every_line_of_a_task_has_the_same_keys(task: GenerateTask, tmp_path: Path) -> None:
     shard = opened(tmp_path, {"task": task})
-    good = {"text": "a", "file": b"i", "suffix": "png"}
+    good = {"text": "a", "file": lambda: b"i", "suffix": "png"}
     shard.append([Output(SAMPLES[0], **good), Output(SAMPLES[1], error="too long")])
     lines = [tuple(json.loads(line)) for line in shard.ledger.read_text().splitlines()]
     assert lines == [shard.records.keys] * 2
@@ -316,7 +316,7 @@ def test_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) ->
 def test_an_image_made_again_leaves_the_result_alone(tmp_path: Path) -> None:
     shard = written(tmp_path)
     shard.finish({})
-    shard.append([Output(SAMPLES[0], file=b"another", suffix="png")])
+    shard.append([Output(SAMPLES[0], file=lambda: b"another", suffix="png")])
     assert (tmp_path / "result/shard-00000-of-00001/images/0000/000000-00.png").read_bytes() == b"image 7"
 
 

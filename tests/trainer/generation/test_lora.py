@@ -28,6 +28,7 @@ from trainer.small_sdxl import pipeline
 
 from luthier_api.exitcodes import ExitCode
 from luthier_trainer.generation import lora
+from luthier_trainer.generation.encoding import About
 from luthier_trainer.generation.engines.images import ImageEngine
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.loranames import Names, _ldm_blocks, _ldm_name, _weighted
@@ -700,7 +701,8 @@ def test_the_engine_draws_with_the_sum(sdxl: Path, tmp_path: Path) -> None:
         "adapters": [{"path": str(tmp_path), "weight": 0.5}],
     }
     run = generate_run(tmp_path / "job", [{"prompt": "a lute"}], **given)
-    engine = ImageEngine(run.spec, sdxl, [tmp_path / "style.safetensors"], Hardware("cpu", "bf16"), batch_size=1)
+    about = About({}, "here")
+    engine = ImageEngine(run.spec, sdxl, [tmp_path / "style.safetensors"], Hardware("cpu", "bf16"), 1, about)
     own = UNet2DConditionModel.from_pretrained(sdxl / "unet").get_submodule(ATTENTION_Q).weight.detach()
     expected = (own + 0.5 * lora_gain(own, factors(own))).bfloat16()  # rounded once, after the sum
     assert torch.equal(engine.pipe.unet.get_submodule(ATTENTION_Q).weight, expected)

@@ -112,7 +112,10 @@ MISTAKES = [
     Mistake(
         name="another pipeline",
         spoil=edit("model_index.json", _class_name="FluxPipeline"),
-        message="spec.model.path: FluxPipeline is not supported; text-to-image runs StableDiffusionXLPipeline",
+        message=(
+            "spec.model.path: FluxPipeline is not supported here; supported: StableDiffusionXLPipeline,"
+            " StableDiffusionPipeline"
+        ),
     ),
     Mistake(
         name="more steps than LCM has",

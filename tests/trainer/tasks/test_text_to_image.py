@@ -248,7 +248,7 @@ MISTAKES = [
     Mistake(
         name="a model of another kind",
         pipeline=edit("model_index.json", _class_name="StableDiffusionPipeline"),
-        message="spec.model.path: StableDiffusionPipeline is not supported; text-to-image runs",
+        message="spec.model.path: StableDiffusionPipeline is not supported here; supported: StableDiffusionXLPipeline",
     ),
     Mistake(
         name="a pipeline without one of the text encoders",

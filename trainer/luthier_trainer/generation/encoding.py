@@ -1,50 +1,147 @@
-"""Encodes images as files of the format that the user chose. A PNG also carries metadata on how it was made."""
+"""Encodes images as files of the format that the user chose, with metadata on how they were made.
+
+`parameters` is the text that web UIs for Stable Diffusion write and read: a chunk of a PNG, or UserComment of EXIF.
+`luthier` is JSON: a chunk of a PNG, or ImageDescription of EXIF. `xmp` is a packet of XMP. None of them names the row,
+so that the same prompt and seed give the same bytes, independent of their position in the inputs.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from PIL.Image import Image
+from PIL import ExifTags
+from PIL.Image import Exif, Image
 from PIL.PngImagePlugin import PngInfo
 
 from luthier_api.generate import ImageSettings
-from luthier_trainer.generation.samples import Sample
+from luthier_api.samplers import SAMPLERS
+from luthier_trainer.generation.samples import Sample, Unusable
 
-# Times of one 1024 × 1024 image on one core: level 1 takes 88 ms, Pillow's own level 6 takes 439 ms for 16 % less.
-FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
-    "png": ("png", {"compress_level": 1}),
-    "webp": ("webp", {"lossless": True, "method": 0}),
-    "jpeg": ("jpg", {"quality": 95}),
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """How Pillow writes a format of `image.format`."""
+
+    suffix: str
+    options: dict[str, Any]
+
+
+# Measured with photographs of 1024 × 1024 on one core (docs/benchmarks.md).
+FORMATS: Mapping[str, ImageFormat] = {
+    "png": ImageFormat("png", {"compress_level": 1}),
+    "webp": ImageFormat("webp", {"lossless": True, "method": 0}),
+    "jpeg": ImageFormat("jpg", {"quality": 95}),
 }
+EXIF_BYTES = 65_000  # of a JPEG, whose segment for it ends at 64 KiB
+XMP_CHUNK = "XML:com.adobe.xmp"
+"""Keyword of the chunk of a PNG that holds XMP."""
+XMP = (
+    b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    b'<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"'
+    b' Iptc4xmpExt:DigitalSourceType="http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"/>'
+    b"</rdf:RDF></x:xmpmeta>"
+)
+"""Says that a trained model has made the image."""
 
 
-def encode(image: Image, settings: ImageSettings, sample: Sample) -> tuple[str, bytes]:
-    """Return suffix and content of the file.
+@dataclass(frozen=True)
+class About:
+    """What all images of a job have in common, besides `ImageSettings`."""
 
-    A PNG carries the text `parameters`, which many viewers show, and `luthier`, the same data as JSON. Neither names
-    the row, so the same prompt and seed give the same bytes, independent of their position in the inputs.
-    """
-    suffix, options = FORMATS[settings.format]
-    if settings.format == "png":
-        made_of = {
-            name: value for name, value in sample.facts().items() if name in ("prompt", "negativePrompt", "seed")
-        }
-        facts = made_of | {"scheduler": settings.scheduler, "steps": settings.steps, "guidance": settings.guidance}
-        info = PngInfo()
-        info.add_itxt("parameters", parameters(settings, sample))
-        info.add_itxt("luthier", json.dumps(facts, ensure_ascii=False))
-        options = options | {"pnginfo": info}
+    settings: Mapping[str, Any]
+    """As in the lines of the outputs."""
+    environment: str
+    """Versions of the libraries and the device."""
+
+    @property
+    def model(self) -> str:
+        """The model's name and revision."""
+        model = self.settings["model"]
+        return f"{model['source']} @ {model['revision']}" if model.get("revision") else str(model["source"])
+
+
+def encode(image: Image, settings: ImageSettings, sample: Sample, about: About) -> bytes:
+    """Return the content of the file. Raises Unusable if the metadata is too long for the format."""
+    texts = {
+        "parameters": parameters(settings, sample, about) if "parameters" in settings.metadata else "",
+        "luthier": as_json(sample, about) if "luthier" in settings.metadata else "",
+    }
+    given = {name: text for name, text in texts.items() if text}
+    xmp = XMP if "xmp" in settings.metadata else b""
+    options = FORMATS[settings.format].options
+    options = options | (_png_chunks(given, xmp) if settings.format == "png" else _segments(given, xmp))
+    if settings.format == "jpeg" and len(options.get("exif", b"")) > EXIF_BYTES:
+        raise Unusable(
+            "the prompts are too long for the metadata of a JPEG; set image.format: png or image.metadata: []"
+        )
     file = io.BytesIO()
     image.save(file, format=settings.format, **options)
-    return suffix, file.getvalue()
+    return file.getvalue()
 
 
-def parameters(settings: ImageSettings, sample: Sample) -> str:
-    """Return how an image was made, in the text format that image viewers for Stable Diffusion parse."""
+def _png_chunks(texts: Mapping[str, str], xmp: bytes) -> dict[str, Any]:
+    info = PngInfo()
+    for name, text in texts.items():
+        info.add_itxt(name, text)
+    if xmp:
+        info.add_itxt(XMP_CHUNK, xmp.decode())
+    return {"pnginfo": info}
+
+
+def _segments(texts: Mapping[str, str], xmp: bytes) -> dict[str, Any]:
+    """Return the options of Pillow for metadata of a JPEG or WebP."""
+    exif = Exif()
+    if "luthier" in texts:
+        exif[ExifTags.Base.ImageDescription] = texts["luthier"]
+    if "parameters" in texts:
+        comment = b"UNICODE\0" + texts["parameters"].encode("utf-16-be")
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+    return ({"exif": exif.tobytes()} if texts else {}) | ({"xmp": xmp} if xmp else {})
+
+
+def as_json(sample: Sample, about: About) -> str:
+    """Return how an image was made, as JSON in ASCII, which EXIF wants."""
+    own = {name: value for name, value in sample.facts().items() if name not in ("row", "sample")}
+    settings = json.dumps(about.settings, sort_keys=True)
+    facts = {
+        **own,
+        "settings": about.settings,
+        "settingsSha256": hashlib.sha256(settings.encode()).hexdigest(),
+        "environment": about.environment,
+    }
+    return json.dumps(facts)
+
+
+def parameters(settings: ImageSettings, sample: Sample, about: About) -> str:
+    """Return how an image was made, in the text format that web UIs for Stable Diffusion parse."""
+    sampler = settings.scheduler if settings.scheduler == "default" else SAMPLERS[settings.scheduler].title
+    entries: dict[str, object] = {
+        "Steps": settings.steps,
+        "Sampler": sampler,
+        "Schedule type": settings.sigmas and settings.sigmas.capitalize(),
+        "CFG scale": settings.guidance,
+        "CFG Rescale": settings.guidance_rescale or None,
+        "Seed": sample.seed,
+        "Size": f"{settings.width}x{settings.height}",
+        "Model": about.model,
+        "Lora weights": _adapters(about),
+        "Version": "Luthier",
+    }
     negative = f"\nNegative prompt: {sample.negative_prompt}" if sample.negative_prompt else ""
-    return (
-        f"{sample.prompt}{negative}\nSteps: {settings.steps}, Sampler: {settings.scheduler}, CFG scale:"
-        f" {settings.guidance}, Seed: {sample.seed}, Size: {settings.width}x{settings.height}"
-    )
+    shown = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in entries.items() if value is not None)
+    return f"{sample.prompt}{negative}\n{shown}"
+
+
+def _adapters(about: About) -> str | None:
+    found = [f"{adapter['source']}: {adapter['weight']:g}" for adapter in about.settings["adapters"]]
+    return ", ".join(found) or None
+
+
+def _quoted(value: str) -> str:
+    """Return a value as readers split it: in quotes if it has a comma, a colon or a line break."""
+    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ",:\n") else value

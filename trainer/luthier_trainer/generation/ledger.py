@@ -17,7 +17,8 @@ from typing import Any
 
 from luthier_api.workspace import MANIFEST, WorkspaceFolder
 from luthier_trainer.generation.records import Line, RecordForm, digest
-from luthier_trainer.generation.samples import Output, Sample
+from luthier_trainer.generation.samples import Output, Sample, Unusable
+from luthier_trainer.generation.writing import at_the_same_time
 from luthier_trainer.runtime.heartbeat import beat_before_first_step
 from luthier_trainer.runtime.notices import notice
 from luthier_trainer.workspace.manifest import fsync, replace_file, sha256
@@ -152,7 +153,7 @@ class Shard:
         """Store outputs: first their files, then their lines. Both are flushed to disk on return."""
         if not outputs:
             return
-        lines = [self._line(output) for output in outputs]
+        lines = at_the_same_time(self._line, outputs)
         for parent in {(self.files / name).parent for line in lines if (name := self.records.file(line))}:
             fsync(parent)
         with self.ledger.open("ab") as file:
@@ -165,7 +166,7 @@ class Shard:
     def _line(self, output: Output) -> Line:
         """Write the file of an output, if it has one, and return its line."""
         sample = output.sample
-        made = {"error": output.error} if output.error is not None else self.records.write(output, self.files)
+        made = {"error": output.error} if output.error is not None else self._write(output)
         line = {
             **sample.facts(),
             **output.facts,
@@ -177,6 +178,13 @@ class Shard:
         keys = self.records.keys
         assert line.keys() <= set(keys), f"lines have no {line.keys() - set(keys)}"
         return {key: line.get(key) for key in keys}
+
+    def _write(self, output: Output) -> Line:
+        """Write the file of an output, and return the fields of its line."""
+        try:
+            return self.records.write(output, self.files)
+        except Unusable as error:
+            return {"error": str(error)}
 
     def open_result(self) -> None:
         """Remove the manifest of an older result of this shard, so that `publish` does not use it for the new one."""

@@ -15,23 +15,23 @@ from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.metrics import GENERATE_MAX_ROWS, GENERATE_ROWS, GENERATE_ROWS_PER_SECOND
-from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
+from luthier_api.run import FineTuneRun, GenerateRun
 from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.generation.engines.table import engine_class
 from luthier_trainer.generation.ledger import Shard
 from luthier_trainer.generation.samples import Output, Sample, read_rows
+from luthier_trainer.generation.settings import settings
+from luthier_trainer.generation.writing import Writer
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.heartbeat import beat
 from luthier_trainer.runtime.run_folder import stop_requested
 from luthier_trainer.runtime.telemetry import Telemetry
-from luthier_trainer.workspace.manifest import sha256
 from luthier_trainer.workspace.prepared import read_prepared
 
 if TYPE_CHECKING:
     from luthier_trainer.generation.engines.base import Engine
-    from luthier_trainer.generation.hardware import Hardware
 
 # Samples are grouped into batches within a window of this many batches: enough to fill the groups, few enough to
 # start soon.
@@ -135,55 +135,32 @@ def shard_index(shards: int) -> int:
     return index
 
 
-def settings(run: GenerateRun, record: PreparedRecord, hardware: Hardware, batch_size: int) -> dict[str, Any]:
-    """Return everything that outputs depend on, besides their row.
-
-    With these settings an output can be made again, and outputs made with other settings are recognised as stale.
-    """
-    spec = run.spec
-    adapters = [
-        {
-            **source.dump(),
-            "weight": adapter.weight,
-            "sha256": digest(path),
-        }
-        for source, adapter, path in zip(record.adapters, spec.adapters, record.adapter_paths, strict=True)
-    ]
-    return {
-        "task": spec.task,
-        "model": record.model.dump(),
-        "adapters": adapters,
-        "precision": hardware.precision,
-        "batchSize": batch_size,
-        **{name: value for name, value in spec.settings.dump().items() if name != "perPrompt"},
-    }
-
-
-def digest(adapter: str) -> str:
-    """Return the SHA-256 of an adapter's weights, which changes if it is trained again under the same path."""
-    if Path(adapter).is_file():
-        return sha256(Path(adapter))
-    return next((sha256(p) for suffix in ("safetensors", "bin") for p in sorted(Path(adapter).glob(f"*.{suffix}"))), "")
-
-
 def make(engine: Engine, shard: Shard, left: list[Sample], total: int, telemetry: Telemetry) -> bool:
     """Make and store the samples in `left`, of `total` in the shard. Returns False if it had to stop before the end."""
     started, before, logged = time.monotonic(), len(shard.done), len(shard.done)
     window = WINDOW_BATCHES * engine.batch_size
-    for first in range(0, len(left), window):
-        problems = [(s, engine.problem(s)) for s in left[first : first + window]]
-        shard.append([Output(s, error=problem) for s, problem in problems if problem])
-        for batch in batches(engine, [s for s, problem in problems if not problem]):
-            if stop_requested():
-                return False
-            shard.append(engine.make(batch))
-            beat()
-            pace = (len(shard.done) - before) / (time.monotonic() - started)
-            telemetry.set(GENERATE_ROWS, len(shard.done))
-            telemetry.set(GENERATE_ROWS_PER_SECOND, pace)
-            if len(shard.done) - logged >= total / LOG_LINES:
-                logged = len(shard.done)
-                print(f"{logged} of {total} outputs, {pace:.2f} a second", flush=True)
+
+    def report(least: float) -> None:
+        """Serve what is stored, and print it if there are `least` more outputs than in the last line."""
+        nonlocal logged
+        pace = (len(shard.done) - before) / (time.monotonic() - started)
+        telemetry.set(GENERATE_ROWS, len(shard.done))
+        telemetry.set(GENERATE_ROWS_PER_SECOND, pace)
+        if len(shard.done) - logged >= least:
+            logged = len(shard.done)
+            print(f"{logged} of {total} outputs, {pace:.2f} a second", flush=True)
+
+    with Writer(shard) as writer:
+        for first in range(0, len(left), window):
+            problems = [(s, engine.problem(s)) for s in left[first : first + window]]
+            writer.put([Output(s, error=problem) for s, problem in problems if problem])
+            for batch in batches(engine, [s for s, problem in problems if not problem]):
+                if stop_requested():
+                    return False
+                writer.put(engine.make(batch))
+                beat()
+                report(least=total / LOG_LINES)
+    report(least=1)  # the last batch was stored after the last report
     return True
 
 

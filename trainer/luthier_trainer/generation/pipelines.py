@@ -6,20 +6,23 @@ because of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.generate import GenerateJobSpec
+from luthier_api.generate import GenerateJobSpec, ImageSettings
 from luthier_trainer.generation import lora
 from luthier_trainer.generation.loranames import Names
+from luthier_trainer.generation.prompts import room, unread_tokens
 from luthier_trainer.generation.schedulers import make_scheduler, rehearse
-from luthier_trainer.models import pipelines
+from luthier_trainer.models import checks, pipelines
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
+
+MODEL, REFINER = "spec.model", "spec.image.refiner"
 
 
 def check(
@@ -39,33 +42,65 @@ def check(
     for name, model in models.items():
         pipelines.check_weights(path / name, model, field)
     check_size(models["vae"], spec)
-    report_unread(pipelines.read_tokenizers(path, index, field), rows)
-    rehearse(
-        spec.image.scheduler,
-        make_scheduler(spec.image.scheduler, pipelines.read_scheduler(path, index, field), spec.image.steps),
-    )
+    if (index.get("safety_checker") or [None])[0]:
+        notice(f"{field}: its safety checker is not used, because it replaces images by black ones; none is checked")
+    report_refused(pipelines.read_tokenizers(path, index, field), rows, spec.image)
+    rehearse(spec.image.scheduler, make_scheduler(spec.image, pipelines.read_scheduler(path, index, field)))
     names = Names({name: model for name, model in models.items() if name != "vae"})
     for file, of in adapters:
         lora.read(file, names, of)
     return sum(parameter.numel() for model in models.values() for parameter in model.parameters())
 
 
-def load(path: Path, dtype: torch.dtype) -> Any:
-    """Load the pipeline in `path` in `dtype`, without code from the repository and without watermark.
+LOAD_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "StableDiffusionXLPipeline": {"add_watermarker": False},
+    "StableDiffusionXLImg2ImgPipeline": {"add_watermarker": False},
+    "StableDiffusionPipeline": {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+}
+"""Class of a pipeline → what is left out of it: what would change its images."""
+
+
+def load(path: Path, dtype: torch.dtype, field: str = MODEL) -> Any:
+    """Load the pipeline in `path` in `dtype`, without code from the repository, watermark and safety checker.
 
     Only safetensors are read. Raises Failure if a part is missing or cannot be loaded.
     """
-    from diffusers import StableDiffusionXLPipeline
+    import diffusers
 
-    field = "spec.model"
-    names = pipelines.classes(pipelines.index_of(path, field), field)
-    given = {name: pipelines.load_model(path, name, dtype, field) for name in names}
+    index = pipelines.index_of(path, field)
+    given = {name: pipelines.load_model(path, name, dtype, field) for name in pipelines.classes(index, field)}
+    kind = index["_class_name"]
     try:
-        return StableDiffusionXLPipeline.from_pretrained(path, **given, local_files_only=True, add_watermarker=False)
+        return getattr(diffusers, kind).from_pretrained(path, **given, **LOAD_OPTIONS[kind], local_files_only=True)
     except (ValueError, OSError) as error:
         if getattr(error, "errno", None) is not None:
             raise
         raise Failure(ExitCode.INVALID_SPEC, f"{field}: the pipeline in {path} cannot be loaded: {error}") from None
+
+
+def check_refiner(path: Path, base: Path, image: ImageSettings) -> int:
+    """Check that the refiner in `path` can finish the images of the pipeline in `base`.
+
+    Returns its number of parameters. Raises Failure if it cannot.
+    """
+    checks.check_pipeline(base, MODEL, checks.XL)
+    checks.check_pipeline(path, REFINER, checks.REFINERS)
+    index = pipelines.index_of(path, REFINER)
+    models = pipelines.skeletons(path, index, REFINER)
+    for name, model in models.items():
+        pipelines.check_weights(path / name, model, REFINER)
+    pipelines.read_tokenizers(path, index, REFINER)
+    scheduler = make_scheduler(image, pipelines.read_scheduler(path, index, REFINER))
+    rehearse(image.scheduler, scheduler)
+    total, start = scheduler.config.num_train_timesteps, image.refiner.start if image.refiner else 1.0
+    before = sum(timestep >= round(total - start * total) for timestep in scheduler.timesteps.tolist())
+    if not 0 < before < len(scheduler.timesteps):
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{REFINER}.start: at {start:g} of {image.steps} steps one of the two models has no step to do; change"
+            " start, or set more image.steps",
+        )
+    return sum(parameter.numel() for model in models.values() for parameter in model.parameters())
 
 
 def check_size(vae: Any, spec: GenerateJobSpec) -> None:
@@ -80,15 +115,34 @@ def check_size(vae: Any, spec: GenerateJobSpec) -> None:
             )
 
 
-def report_unread(tokenizers: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Give one notice for prompts, and one for negative prompts, that are longer than the text encoders read."""
-    for key in ("prompt", "negativePrompt"):
-        counts = [(pipelines.unread_tokens(tokenizers, row[key]), row["row"]) for row in rows if row.get(key)]
-        cut = [(count, row) for count, row in counts if count]
-        if cut:
-            most, row = max(cut, key=lambda entry: entry[0])
+def place(pipe: Any, image: ImageSettings, device: str) -> None:
+    """Put the pipeline on the device, with what `image` says about memory."""
+    if image.vae_tiling:
+        pipe.vae.enable_tiling()
+    if image.attention_slicing:
+        pipe.enable_attention_slicing()
+    OFFLOADS[image.offload](pipe, device)
+
+
+OFFLOADS: Mapping[str, Callable[[Any, str], object]] = {
+    "none": lambda pipe, device: pipe.to(device),
+    "models": lambda pipe, device: pipe.enable_model_cpu_offload(device=device),
+    "layers": lambda pipe, device: pipe.enable_sequential_cpu_offload(device=device),
+}
+"""`image.offload` → the function that does it."""
+
+
+def report_refused(tokenizers: Sequence[Any], rows: Sequence[Mapping[str, Any]], image: ImageSettings) -> None:
+    """Give one notice for prompts, and one for negative prompts, that are refused because they are too long."""
+    if image.long_prompts == "chunk":
+        return
+    for key in ("prompt", "negativePrompt") if image.guidance > 1 else ("prompt",):
+        counts = [(unread_tokens(tokenizers, row[key]), row["row"]) for row in rows if row.get(key)]
+        long = [(count, row) for count, row in counts if count]
+        if long:
+            most, row = max(long, key=lambda entry: entry[0])
             notice(
-                f"spec.inputs.columns.{key}: {len(cut)} of {len(counts)} are longer than the"
-                f" {min(t.model_max_length for t in tokenizers)} tokens that the text encoders read; their ends are not"
-                f" read, of row {row} {most} tokens. Shorten them; each line of the result says how much is not read"
+                f"spec.inputs.columns.{key}: {len(long)} of {len(counts)} are longer than the"
+                f" {min(room(t) for t in tokenizers)} tokens that the text encoders read, that of row {row} by {most};"
+                " their outputs will be errors. Shorten them, or set image.longPrompts: chunk"
             )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from luthier_trainer.generation.samples import Output
-from luthier_trainer.workspace.manifest import replace_file, sha256
+from luthier_trainer.workspace.manifest import place_file, sha256
 
 Line = dict[str, Any]
 
@@ -37,7 +37,7 @@ class RecordForm(Protocol):
     def write(self, output: Output, folder: Path) -> Line:
         """Write the file of an output, if the form has one, and return the fields of its line.
 
-        The content is flushed to disk on return, the entry of its folder is not.
+        The content is flushed to disk on return, the entry of its folder is not. Raises Unusable if there is no output.
         """
 
     def file(self, line: Line) -> str | None:
@@ -79,12 +79,13 @@ class ImageRecords:
         return f"{shard}/metadata.jsonl"
 
     def write(self, output: Output, folder: Path) -> Line:
-        image = output.file or b""
+        assert output.file, "an image is a file"
+        image = output.file()
         row, index = output.sample.key
         name = f"{image_folder(row, index)}/{row:06d}-{index:02d}.{output.suffix}"
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, image)
+        place_file(path, image)
         return {"file_name": name, "size": len(image), "sha256": digest(image)}
 
     def file(self, line: Line) -> str | None:

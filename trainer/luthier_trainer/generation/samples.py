@@ -6,7 +6,7 @@ A sample depends only on the inputs, not on shards, batches or attempts.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,10 @@ class Sample:
         return {"row": self.row, "sample": self.index, "prompt": self.prompt, **negative, "seed": self.seed}
 
 
+class Unusable(Exception):
+    """What the model has made is no output. The text is the error of its line."""
+
+
 @dataclass(frozen=True)
 class Output:
     """An output, or the reason why its sample cannot be made."""
@@ -45,8 +49,10 @@ class Output:
     facts: dict[str, Any] = field(default_factory=dict)
     """Further fields of its line, besides those of the sample."""
     text: str | None = None
-    file: bytes | None = None
-    """Content of the file that holds the output."""
+    file: Callable[[], bytes] | None = None
+    """Makes the content of the file that holds the output. The writer calls it beside the model. Raises `Unusable` if
+    there is no such output after all.
+    """
     suffix: str = ""
     """Suffix of the name of that file."""
     error: str | None = None

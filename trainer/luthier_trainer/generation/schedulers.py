@@ -1,4 +1,4 @@
-"""The samplers of text-to-image: a table from the names in the API to classes of diffusers.
+"""How each sampler of text-to-image (`luthier_api.samplers`) is made of a class of diffusers.
 
 A sampler is constructed from the configuration of the model's own scheduler, because betas, prediction type and spacing
 belong to the weights, with the changes that the name implies. If the container image lacks a package that a sampler
@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.generate import SchedulerName
+from luthier_api.generate import ImageSettings
+from luthier_api.samplers import SAMPLERS, SchedulerName, Sigmas
 from luthier_trainer.runtime.failure import Failure
 
 
@@ -30,8 +31,13 @@ class Sampler:
 
 # Latents are not limited to [-1, 1], so the clipping that these classes do by default would damage them.
 UNCLIPPED = {"clip_sample": False, "thresholding": False}
-DPM = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "use_karras_sigmas": False}
-SIGMAS = {"use_karras_sigmas": False}
+DPM = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
+SIGMAS: dict[Sigmas, str] = {
+    "karras": "use_karras_sigmas",
+    "exponential": "use_exponential_sigmas",
+    "beta": "use_beta_sigmas",
+}
+"""Entry of the configuration that spreads the noise levels in a way."""
 
 # Settings that a model's weights depend on and for which some classes of diffusers 0.42.1 have no parameter, with their
 # default values.
@@ -43,50 +49,46 @@ TRAINED_WITH: dict[str, Any] = {
     "beta_schedule": "linear",
 }
 
-SAMPLERS: dict[SchedulerName, Sampler] = {
+CLASSES: Mapping[SchedulerName, Sampler] = {
     "ddim": Sampler("DDIMScheduler", UNCLIPPED),
     "ddpm": Sampler("DDPMScheduler", UNCLIPPED),
-    "deis": Sampler(
-        "DEISMultistepScheduler", {"algorithm_type": "deis", "solver_type": "logrho", "solver_order": 2, **SIGMAS}
-    ),
+    "deis": Sampler("DEISMultistepScheduler", {"algorithm_type": "deis", "solver_type": "logrho", "solver_order": 2}),
     "dpm++2m": Sampler("DPMSolverMultistepScheduler", DPM),
-    "dpm++2m-karras": Sampler("DPMSolverMultistepScheduler", DPM | {"use_karras_sigmas": True}),
     "dpm++2m-sde": Sampler("DPMSolverMultistepScheduler", DPM | {"algorithm_type": "sde-dpmsolver++"}),
-    "dpm++sde": Sampler("DPMSolverSDEScheduler", SIGMAS),
-    "euler": Sampler("EulerDiscreteScheduler", SIGMAS),
+    "dpm++sde": Sampler("DPMSolverSDEScheduler"),
+    "euler": Sampler("EulerDiscreteScheduler"),
     "euler-ancestral": Sampler("EulerAncestralDiscreteScheduler"),
-    "heun": Sampler("HeunDiscreteScheduler", {"clip_sample": False, **SIGMAS}),
-    "kdpm2": Sampler("KDPM2DiscreteScheduler", SIGMAS),
-    "kdpm2-ancestral": Sampler("KDPM2AncestralDiscreteScheduler", SIGMAS),
+    "heun": Sampler("HeunDiscreteScheduler", {"clip_sample": False}),
+    "kdpm2": Sampler("KDPM2DiscreteScheduler"),
+    "kdpm2-ancestral": Sampler("KDPM2AncestralDiscreteScheduler"),
     "lcm": Sampler("LCMScheduler", UNCLIPPED),
-    "lms": Sampler("LMSDiscreteScheduler", SIGMAS),
+    "lms": Sampler("LMSDiscreteScheduler"),
     # PNDM's Runge-Kutta start needs 12 more calls of the model, and all models of Stable Diffusion disable it.
     "pndm": Sampler("PNDMScheduler", {"skip_prk_steps": True}),
     "tcd": Sampler("TCDScheduler", UNCLIPPED, eta=0.3),  # gamma of the paper, as in diffusers' own documentation
-    "unipc": Sampler(
-        "UniPCMultistepScheduler", {"solver_type": "bh2", "solver_order": 2, "predict_x0": True, **SIGMAS}
-    ),
+    "unipc": Sampler("UniPCMultistepScheduler", {"solver_type": "bh2", "solver_order": 2, "predict_x0": True}),
 }
 
 
 def eta(name: SchedulerName) -> float:
     """Return the `eta` that the pipeline gets for a sampler."""
-    return SAMPLERS[name].eta if name in SAMPLERS else 0.0
+    return CLASSES[name].eta if name in CLASSES else 0.0
 
 
-def make_scheduler(name: SchedulerName, own: Any, steps: int) -> Any:
-    """Return the scheduler for `name`, made from `own`, the scheduler of the model. "default" returns `own` itself.
+def make_scheduler(image: ImageSettings, own: Any) -> Any:
+    """Return the scheduler for `image`, made from `own`, the scheduler of the model.
 
     Raises Failure if the container image lacks a package that the scheduler needs, if the scheduler would ignore a
-    setting that the model was trained with, or if it cannot do `steps` steps.
+    setting that the model was trained with, or if it cannot do the steps.
     """
     import diffusers
 
-    kind = type(own) if name == "default" else getattr(diffusers, SAMPLERS[name].class_name)
+    name, steps = image.scheduler, image.steps
+    kind = type(own) if name == "default" else getattr(diffusers, CLASSES[name].class_name)
     if lost := ignored(kind, own.config):
         keeping = [
             other
-            for other, sampler in SAMPLERS.items()
+            for other, sampler in CLASSES.items()
             if not ignored(getattr(diffusers, sampler.class_name), own.config)
         ]
         raise Failure(
@@ -94,22 +96,31 @@ def make_scheduler(name: SchedulerName, own: Any, steps: int) -> Any:
             f"spec.image.scheduler: the model was trained with {' and '.join(lost)}, which {name} leaves out; its"
             f" images would be others. Choose {' or '.join(keeping)}",
         )
-    scheduler = own
-    if name != "default":
-        try:
-            scheduler = kind.from_config(own.config, **SAMPLERS[name].config)
-        except ImportError as error:
-            reason = " ".join(str(error).split())
-            raise Failure(
-                ExitCode.MISCONFIGURED,
-                f"spec.image.scheduler: {name} needs a package that this image lacks ({reason}); choose another"
-                " scheduler, for example dpm++2m-sde, or build the trainer image with it",
-            ) from None
+    try:
+        scheduler = own if name == "default" else kind.from_config(own.config, **changes(image))
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise Failure(
+            ExitCode.MISCONFIGURED,
+            f"spec.image.scheduler: {name} needs a package that this image lacks ({reason}); choose another"
+            " scheduler, for example dpm++2m-sde, or build the trainer image with it",
+        ) from None
     try:
         scheduler.set_timesteps(steps)
     except (ValueError, AssertionError, IndexError) as error:
         raise Failure(ExitCode.INVALID_SPEC, f"spec.image.steps: {name} cannot do {steps} steps: {error}") from None
     return scheduler
+
+
+def changes(image: ImageSettings) -> dict[str, Any]:
+    """Return the entries that replace those of the model's own configuration, for a sampler that is chosen by name."""
+    given: dict[str, Any] = dict(CLASSES[image.scheduler].config)
+    if SAMPLERS[image.scheduler].sigmas:
+        # Of several ways to spread the noise levels a class takes none, so that those of the model's file are reset.
+        given |= {entry: way == image.sigmas for way, entry in SIGMAS.items()}
+    if image.timestep_spacing:
+        given["timestep_spacing"] = image.timestep_spacing
+    return given
 
 
 def ignored(kind: Any, config: Mapping[str, Any]) -> list[str]:

@@ -18,7 +18,9 @@ from luthier_trainer.runtime.failure import Failure
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-PIPELINES = ("StableDiffusionXLPipeline",)
+XL = ("StableDiffusionXLPipeline",)
+PIPELINES = (*XL, "StableDiffusionPipeline")
+REFINERS = ("StableDiffusionXLImg2ImgPipeline",)
 # Measured with transformers 5.23 by changing the last of six tokens: the outputs of earlier positions change, and
 # `is_decoder` does not tell.
 SEE_AHEAD = {"prophetnet", "xlm", "xlnet"}
@@ -159,8 +161,8 @@ def check_stored_type(config: PreTrainedConfig, wanted: str, field: str) -> None
         )
 
 
-def check_pipeline(folder: Path, field: str) -> None:
-    """Check that `folder` is a diffusers pipeline that text-to-image can run. Raises Failure if it is not."""
+def check_pipeline(folder: Path, field: str, kinds: Collection[str] = PIPELINES) -> None:
+    """Check that `folder` is a diffusers pipeline of one of `kinds`. Raises Failure if it is not."""
     index = folder / "model_index.json"
     if not index.is_file():
         raise Failure(
@@ -168,7 +170,5 @@ def check_pipeline(folder: Path, field: str) -> None:
             f"{field}: text-to-image needs a diffusers pipeline, but there is no model_index.json",
         )
     kind = json.loads(index.read_text()).get("_class_name")
-    if kind not in PIPELINES:
-        raise Failure(
-            ExitCode.INVALID_SPEC, f"{field}: {kind} is not supported; text-to-image runs {', '.join(PIPELINES)}"
-        )
+    if kind not in kinds:
+        raise Failure(ExitCode.INVALID_SPEC, f"{field}: {kind} is not supported here; supported: {', '.join(kinds)}")

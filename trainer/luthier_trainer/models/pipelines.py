@@ -26,7 +26,7 @@ SHOWN = 3  # names in a message
 
 def index_of(path: Path, field: str) -> dict[str, Any]:
     """Return model_index.json: component → [library, class]. Raises Failure for another kind of pipeline."""
-    checks.check_pipeline(path, field)
+    checks.check_pipeline(path, field, (*checks.PIPELINES, *checks.REFINERS))
     return dict(json.loads((path / PIPELINE_CONFIG).read_text()))
 
 

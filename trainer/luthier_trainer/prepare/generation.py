@@ -15,6 +15,7 @@ from typing import Any
 from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import GenerateJobSpec
 from luthier_api.run import GenerateRun, Origin, PreparedRecord
+from luthier_api.spec import ModelSource
 from luthier_api.status import ResolvedDataset
 from luthier_api.tasks import GENERATION_TASKS, generation_tasks
 from luthier_api.workspace import WorkspaceFolder
@@ -74,12 +75,17 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
             adapter.parent if found[i].file else adapter, spec.adapters[i].job, found[i].field, run, located, path
         )
     fields = [adapter.field for adapter in found]
+    refiner = locate_refiner(run)
+    refiner_path = refiner.fetch(folder.prepared / "refiner") if refiner else None
     parameters = CHECKED_TOGETHER[spec.task](path, spec, list(zip(paths, fields, strict=True)), rows, located.field)
+    if refiner_path:
+        parameters = (parameters or 0) + check_refiner(refiner_path, path, spec)
 
     if spec.task == "text-generation":
         check_tokens(path, spec, located.field, list(zip(paths, fields, strict=True)), rows, folder)
     if spec.task == "text-generation" and spec.text.chat:
         write_chats(rows, paths, folder)
+    others = (located, *found, *([refiner] if refiner else []))
     target = folder.prepared / "rows.jsonl"
     with target.open("w") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -91,9 +97,27 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         plan=plan_generation(len(rows), spec.shards, spec.precision, spec.resources.gpus, parameters),
         model_path=str(path),
         adapter_paths=[str(p) for p in paths],
-        origins=[*(origin for source in (located, *found) for origin in source.origins), *read],
+        other_model_paths=[str(refiner_path)] if refiner_path else [],
+        refiner=refiner.resolved if refiner else None,
+        origins=[*(origin for source in others for origin in source.origins), *read],
         dataset_path=str(target),
     )
+
+
+def locate_refiner(run: GenerateRun) -> sources.Located | None:
+    """Return where the refiner of `image.refiner` is; None if the job has none."""
+    given = run.spec.image.refiner if run.spec.task == "text-to-image" else None
+    if given is None:
+        return None
+    source = ModelSource(id=given.id, revision=given.revision, path=given.path)
+    return sources.locate(source, run, "spec.image.refiner")
+
+
+def check_refiner(refiner: Path, base: Path, spec: GenerateJobSpec) -> int:
+    """Return the number of weights of the refiner. Raises Failure if it does not suit the pipeline in `base`."""
+    from luthier_trainer.generation import pipelines  # imports torch and diffusers
+
+    return pipelines.check_refiner(refiner, base, spec.image)
 
 
 def write_chats(rows: list[Line], adapter_paths: list[Path], folder: WorkspaceFolder) -> None:

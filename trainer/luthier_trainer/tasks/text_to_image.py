@@ -21,7 +21,7 @@ from luthier_trainer.data.load import Rows
 from luthier_trainer.methods import checks as method_checks
 from luthier_trainer.methods.targets import expanded
 from luthier_trainer.methods.trainable import weights_in, with_adapters
-from luthier_trainer.models import inspect
+from luthier_trainer.models import checks, inspect
 from luthier_trainer.models.adapter_file import LORA_WEIGHTS
 from luthier_trainer.models.adapters import WEIGHTS as PEFT_WEIGHTS
 from luthier_trainer.models.materialize import whole_model
@@ -61,6 +61,7 @@ class TextToImage(LabelledBatches, Task):
         from luthier_trainer.models import pipelines
 
         path = whole_model(located, run, folder, run.spec.model.job, "model")
+        checks.check_pipeline(path, located.field, checks.XL)
         unet = pipelines.skeletons(path, pipelines.index_of(path, located.field), located.field)["unet"]
         return Model(located.resolved, path, unet.config, processor=None)
 

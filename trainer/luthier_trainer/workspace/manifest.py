@@ -60,13 +60,18 @@ def fsync(path: Path) -> None:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, durably. A file that is linked elsewhere keeps its old bytes there."""
+    place_file(path, content)
+    fsync(path.parent)
+
+
+def place_file(path: Path, content: bytes) -> None:
+    """The same, but the entry of its folder is not durable on return: one `fsync` of the folder does for many files."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-    fsync(path.parent)
 
 
 def files_in(folder: Path) -> list[Path]:

@@ -1,0 +1,161 @@
+"""Files of images: what readers of their metadata find in them, in each format, and what is left out."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from PIL import ExifTags, Image
+
+from luthier_api.generate import ImageSettings
+from luthier_trainer.generation.encoding import FORMATS, About, encode
+from luthier_trainer.generation.samples import Sample, Unusable
+
+ABOUT = About(
+    {
+        "task": "text-to-image",
+        "model": {"source": "org/lutes, large", "revision": "0123abcd"},
+        "adapters": [{"source": "org/ink", "weight": 0.5, "sha256": "ff"}],
+        "steps": 20,
+    },
+    "torch 2.13, cpu",
+)
+SAMPLE = Sample(3, 1, "eine Laute, schön\nim Licht: 琵琶", "rain, people", 7)
+IMAGE = {"scheduler": "dpm++2m", "sigmas": "karras", "steps": 20, "guidance": 6.5, "width": 8, "height": 8}
+
+
+def settings(**more: Any) -> ImageSettings:
+    return ImageSettings.model_validate(IMAGE | more)
+
+
+def saved(**more: Any) -> Image.Image:
+    content = encode(Image.new("RGB", (8, 8), (200, 20, 20)), settings(**more), SAMPLE, ABOUT)
+    return Image.open(io.BytesIO(content))
+
+
+def comment(image: Image.Image) -> str | None:
+    """The text that web UIs read: a chunk of a PNG, or UserComment, which names its encoding in eight bytes."""
+    if image.format == "PNG":
+        return image.info.get("parameters")
+    content = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+    return content.removeprefix(b"UNICODE\0").decode("utf-16-be") if content else None
+
+
+def described(image: Image.Image) -> str | None:
+    return image.info.get("luthier") if image.format == "PNG" else image.getexif().get(ExifTags.Base.ImageDescription)
+
+
+# As in the web UI of AUTOMATIC1111 (modules/infotext_utils.py), which others have taken over.
+ENTRY = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+
+
+def read(text: str) -> dict[str, str]:
+    """The entries of a text, as that web UI reads them."""
+    *lines, last = text.strip().split("\n")
+    found, into = {"Prompt": "", "Negative prompt": ""}, "Prompt"
+    for line in lines:
+        if line.startswith("Negative prompt:"):
+            into, line = "Negative prompt", line[len("Negative prompt:") :].strip()
+        found[into] += ("\n" if found[into] else "") + line
+    for name, value in ENTRY.findall(last):
+        found[name] = json.loads(value) if value.startswith('"') else value
+    return found
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_web_uis_find_how_an_image_was_made(form: str) -> None:
+    text = comment(saved(format=form))
+    assert text
+    assert read(text) == {
+        "Prompt": SAMPLE.prompt,
+        "Negative prompt": "rain, people",
+        "Steps": "20",
+        "Sampler": "DPM++ 2M",
+        "Schedule type": "Karras",
+        "CFG scale": "6.5",
+        "Seed": "7",
+        "Size": "8x8",
+        "Model": "org/lutes, large @ 0123abcd",
+        "Lora weights": "org/ink: 0.5",
+        "Version": "Luthier",
+    }
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_json_says_all_that_the_image_depends_on(form: str) -> None:
+    """And not the row: the same prompt and seed give the same bytes, wherever they stand."""
+    text = described(saved(format=form))
+    assert text
+    found = json.loads(text)
+    assert len(found.pop("settingsSha256")) == 64
+    assert found == {
+        "prompt": SAMPLE.prompt,
+        "negativePrompt": "rain, people",
+        "seed": 7,
+        "settings": ABOUT.settings,
+        "environment": "torch 2.13, cpu",
+    }
+
+
+@dataclass(frozen=True)
+class Switch:
+    name: str
+    metadata: list[str]
+    parameters: bool
+    luthier: bool
+    xmp: bool
+
+
+SWITCHES = [
+    Switch(
+        name="none",
+        metadata=[],
+        parameters=False,
+        luthier=False,
+        xmp=False,
+    ),
+    Switch(
+        name="parameters",
+        metadata=["parameters"],
+        parameters=True,
+        luthier=False,
+        xmp=False,
+    ),
+    Switch(
+        name="JSON",
+        metadata=["luthier"],
+        parameters=False,
+        luthier=True,
+        xmp=False,
+    ),
+    Switch(
+        name="XMP",
+        metadata=["xmp"],
+        parameters=False,
+        luthier=False,
+        xmp=True,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", SWITCHES, ids=lambda case: case.name)
+@pytest.mark.parametrize("form", FORMATS)
+def test_what_is_switched_off_is_not_there(form: str, case: Switch) -> None:
+    image = saved(format=form, metadata=case.metadata)
+    xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
+    assert ((comment(image) is not None), (described(image) is not None)) == (case.parameters, case.luthier)
+    assert ("trainedAlgorithmicMedia" in str(xmp)) is case.xmp
+    if not case.metadata:
+        assert not image.getexif()
+
+
+def test_a_jpeg_has_no_room_for_prompts_of_any_length() -> None:
+    long = Sample(0, 0, "x" * 70_000, None, 7)
+    image = Image.new("RGB", (8, 8))
+    with pytest.raises(Unusable, match=r"set image\.format: png or image\.metadata: \[\]"):
+        encode(image, settings(format="jpeg"), long, ABOUT)
+    assert encode(image, settings(format="jpeg", metadata=[]), long, ABOUT)
