@@ -164,6 +164,12 @@ class TextSettings(ApiModel):
 
     max_new_tokens: Annotated[int, Field(ge=1, le=1_048_576)] = 256
     """Tokens after which a text ends, unless the model ends it before. Prompt and text together must fit the model."""
+    min_new_tokens: Annotated[int, Field(ge=0, le=1_048_576)] = 0
+    """Tokens before which the model cannot end a text. A string of `stop` ends it all the same."""
+    stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=100)]], SET, Field(max_length=16)] = Field(
+        default_factory=list
+    )
+    """Strings that end a text where the first of them appears. They are no part of it."""
     chat: bool = False
     """Whether prompts are written with the chat template of the model, as after a training on conversations: a prompt
     is then the message of a user, or a list of messages. An adapter's template comes before the model's. A text also
@@ -175,8 +181,26 @@ class TextSettings(ApiModel):
     """Draw from the likeliest tokens whose probabilities add up to this; 1: from all. Needs a temperature."""
     top_k: Annotated[int, Field(ge=0)] = 0
     """Draw from the k likeliest tokens; 0: from all. Needs a temperature."""
+    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Draw from tokens at least this times as likely as the likeliest one; 0: from all. Needs a temperature."""
+    typical_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the tokens whose information is nearest to the expected one, until their probabilities add up to this;
+    1: from all. Needs a temperature.
+    """
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
     """Tokens that stand in the prompt or the text are made less likely by this factor; 1: none, below 1: likelier."""
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """Subtracted from the logits of tokens that stand in the text, as in OpenAI's API; the prompt does not count."""
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """Subtracted from the logits of a token for each time that it stands in the text, as in OpenAI's API."""
+    no_repeat_ngram_size: Annotated[int, Field(ge=0, le=1000)] = 0
+    """No sequence of this many tokens stands twice in prompt and text; 0: any may."""
+    num_beams: Annotated[int, Field(ge=1, le=64)] = 1
+    """Above 1: beam search with this many beams, and the likeliest text of all is taken. Prompts are then worked on one
+    by one.
+    """
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] = 1.0
+    """Of beam search: above 1 prefers longer texts, below 1 shorter ones."""
     per_prompt: Annotated[int, Field(ge=1, le=1000)] = 1
     """Texts for each row; above 1 needs a temperature."""
 
@@ -185,13 +209,36 @@ class TextSettings(ApiModel):
             "self.perPrompt == 1 || self.temperature > 0.0",
             "text.perPrompt: several texts for a row would be the same without a temperature; set text.temperature",
         ),
-        Rule(
-            "self.topP == 1.0 || self.temperature > 0.0",
-            "text.topP: without a temperature the likeliest token is taken; set text.temperature, or remove topP",
+        *(
+            Rule(
+                f"self.{name} == {off} || self.temperature > 0.0",
+                f"text.{name}: without a temperature the likeliest token is taken; set text.temperature, or remove"
+                f" {name}",
+            )
+            for name, off in (("topP", "1.0"), ("topK", "0"), ("minP", "0.0"), ("typicalP", "1.0"))
         ),
         Rule(
-            "self.topK == 0 || self.temperature > 0.0",
-            "text.topK: without a temperature the likeliest token is taken; set text.temperature, or remove topK",
+            "self.minNewTokens <= self.maxNewTokens",
+            "text.minNewTokens: is more than text.maxNewTokens; lower it",
+        ),
+        Rule(
+            "self.numBeams == 1 || self.temperature == 0.0",
+            "text.numBeams: beam search takes the likeliest text and draws none; remove text.temperature, or numBeams",
+        ),
+        *(
+            Rule(
+                f"self.numBeams == 1 || self.{name} == {off}",
+                f"text.{name}: has no effect in beam search; remove it, or text.numBeams",
+            )
+            for name, off in (("presencePenalty", "0.0"), ("frequencyPenalty", "0.0"))
+        ),
+        Rule(
+            "self.numBeams == 1 || size(self.stop) == 0",
+            "text.stop: has no effect in beam search; remove it, or text.numBeams",
+        ),
+        Rule(
+            "self.lengthPenalty == 1.0 || self.numBeams > 1",
+            "text.lengthPenalty: is of beam search; set text.numBeams, or remove lengthPenalty",
         ),
     )
 

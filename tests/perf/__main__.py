@@ -18,6 +18,7 @@ BENCHMARKS = (
     "startup",
     "tokenizing",
     "images",
+    "texts",
 )
 CHECKS = ("exactness", "bursts")  # only by name: they measure nothing
 

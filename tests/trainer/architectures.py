@@ -24,7 +24,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from luthier_trainer.generation.engines.text import TextEngine
 from luthier_trainer.generation.hardware import Hardware
-from luthier_trainer.generation.main import batches
 from luthier_trainer.generation.samples import Sample
 
 VOCABULARY = 512
@@ -221,7 +220,7 @@ def engine_of(folder: Path, batch_size: int) -> TextEngine:
 def texts(engine: TextEngine, prompts: Sequence[str]) -> list[str | None]:
     """What the engine writes, in batches as `generate` puts them together."""
     samples = [Sample(row, 0, prompt, None, 0) for row, prompt in enumerate(prompts)]
-    made = {output.sample.row: output.text for batch in batches(engine, samples) for output in engine.make(batch)}
+    made = {output.sample.row: output.text for outputs in engine.work(samples) for output in outputs}
     return [made[sample.row] for sample in samples]
 
 

@@ -461,6 +461,7 @@ LISTS = {
         "spec.method.modulesToSave",
         "spec.inputs.columns.carry",
         "spec.image.metadata",
+        "spec.text.stop",
     },
     "map": {
         "spec.volumes",

@@ -1,9 +1,11 @@
-"""Determines which prompts may share a batch of a model, by running the model.
+"""Determines how a model may work on several texts at once, by running the model.
 
-Prompts of different lengths can share a batch if the shorter ones are padded on the left. This is correct only for
-models that mask the padding and count positions from the first real token. RecurrentGemma reads padding like text, the
-decoders of BART's family count positions from the padding, and RWKV (transformers 5.23) mixes the states of several
-texts even without padding. None of them raises an error or a warning.
+Models whose only memory is attention are run in slots (`slots`), where a text that ends makes room for the next one.
+The others go through `generate` in batches that begin and end together. There, prompts of different lengths can share a
+batch if the shorter ones are padded on the left. This is correct only for models that mask the padding and count
+positions from the first real token. RecurrentGemma reads padding like text, the decoders of BART's family count
+positions from the padding, and RWKV (transformers 5.23) mixes the states of several texts even without padding. None of
+them raises an error or a warning.
 """
 
 from __future__ import annotations
@@ -15,11 +17,14 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from luthier_api.exitcodes import ExitCode
+from luthier_trainer.generation.slots import Slots, Unfit, capacity_for
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 
-Sharing = Literal["any length", "equal length", "none"]
-"""Which prompts may share a batch."""
+Sharing = Literal["slots", "any length", "equal length", "none"]
+"""What texts may share: steps of a model, at any time; a batch from beginning to end, with prompts of any or of equal
+length; or nothing.
+"""
 
 STEPS = 3  # new tokens: the first depends on the prompt, the others also on the cache
 SMALLEST = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.02}
@@ -49,8 +54,25 @@ class Forced(LogitsProcessor):
         return forced
 
 
+class ForcedText:
+    """A text whose tokens are given, with the logits that they were given after."""
+
+    def __init__(self, prompt: Sequence[int], follow: Sequence[int]) -> None:
+        self.prompt, self.follow = list(prompt), list(follow)
+        self.new: list[int] = []
+        self.logits: list[torch.Tensor] = []
+
+    @property
+    def ended(self) -> bool:
+        return len(self.new) == len(self.follow)
+
+    def take(self, logits: torch.Tensor) -> None:
+        self.logits.append(logits)
+        self.new.append(self.follow[len(self.new)])
+
+
 def find_sharing(model: PreTrainedModel, prompt: Sequence[int], padding: int, length: int) -> Sharing:
-    """Return which prompts may share a batch: those with which the logits after `prompt` are the same as alone.
+    """Return what texts may share: that with which the logits after `prompt` are the same as alone.
 
     `padding`: id of the padding token. `length`: the length that prompts are padded to. A notice is given if not all
     prompts may share a batch. Raises Failure if the model cannot generate at all.
@@ -74,6 +96,8 @@ def find_sharing(model: PreTrainedModel, prompt: Sequence[int], padding: int, le
     limit = max(smallest, ROUNDING * difference(alone[:1], followed_logits(model, prompt, padding, length)))
     # The second text of the batch has the full length here, and the length of the prompt below.
     longer = [*prompt, *reversed(prompt)] * length
+    if slots_effect(model, alone, prompt, longer[: length - STEPS], padding) <= limit:
+        return "slots"
     padded = effect(model, alone, [prompt, longer[:length]], padding, length)
     if padded <= limit:
         return "any length"
@@ -90,6 +114,30 @@ def find_sharing(model: PreTrainedModel, prompt: Sequence[int], padding: int, le
         " longer; spec.batchSize has no effect"
     )
     return "none"
+
+
+def slots_effect(
+    model: PreTrainedModel, alone: torch.Tensor, prompt: Sequence[int], other: Sequence[int], padding: int
+) -> float:
+    """Return the difference of the logits after `prompt` in a slot to `alone`; infinite if the model cannot run so.
+
+    It follows another text into its slot, beside `other`, and all prompts are read with padding.
+    """
+    follow = prompt[-STEPS:]
+    texts = [ForcedText(other, follow), ForcedText(other[:-1], follow[:1]), ForcedText(prompt, follow)]
+
+    def choose(held: Sequence[ForcedText | None], logits: torch.Tensor) -> None:
+        for row, text in enumerate(held):
+            if text is not None:
+                text.take(logits[row].double())
+
+    try:
+        slots = Slots(model, 2, padding, prefill_tokens=2 * (len(other) + STEPS))
+        for _ in slots.write(texts, capacity_for(len(other) + STEPS, None), choose):
+            pass
+        return difference(alone, torch.stack(texts[-1].logits))
+    except (Unfit, RuntimeError, *UNFIT):
+        return torch.inf
 
 
 def effect(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,31 +150,24 @@ def make(engine: Engine, shard: Shard, left: list[Sample], total: int, telemetry
             logged = len(shard.done)
             print(f"{logged} of {total} outputs, {pace:.2f} a second", flush=True)
 
+    handed_over = before
     with Writer(shard) as writer:
         for first in range(0, len(left), window):
+            if stop_requested():
+                return False
             problems = [(s, engine.problem(s)) for s in left[first : first + window]]
-            writer.put([Output(s, error=problem) for s, problem in problems if problem])
-            for batch in batches(engine, [s for s, problem in problems if not problem]):
-                if stop_requested():
-                    return False
-                writer.put(engine.make(batch))
+            refused = [Output(s, error=problem) for s, problem in problems if problem]
+            writer.put(refused)
+            handed_over += len(refused)
+            for outputs in engine.work([s for s, problem in problems if not problem]):
+                writer.put(outputs)
+                handed_over += len(outputs)
                 beat()
                 report(least=total / LOG_LINES)
+                if stop_requested() and handed_over < total:
+                    return False
     report(least=1)  # the last batch was stored after the last report
     return True
-
-
-def batches(engine: Engine, samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-    """Yield batches of samples that belong to the same group.
-
-    The groups are in the order of their first samples. The last batch of a group may be smaller.
-    """
-    groups: dict[Hashable, list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault(engine.group(sample), []).append(sample)
-    for members in groups.values():
-        for first in range(0, len(members), engine.batch_size):
-            yield members[first : first + engine.batch_size]
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import ClassVar, Protocol
 
 from luthier_api.run import GenerateRun, PreparedRecord
@@ -12,12 +13,12 @@ from luthier_trainer.generation.samples import Output, Sample
 
 
 class Engine(Protocol):
-    """Makes the outputs of one task, in batches of one size."""
+    """Makes the outputs of one task."""
 
     records: ClassVar[RecordForm]
     """The form in which its outputs are stored."""
     batch_size: int
-    """Number of outputs that are computed together."""
+    """Number of outputs that are computed together, at most."""
 
     @classmethod
     def load(cls, run: GenerateRun, prepared: PreparedRecord, hardware: Hardware, batch_size: int) -> Engine:
@@ -26,8 +27,40 @@ class Engine(Protocol):
     def problem(self, sample: Sample) -> str | None:
         """Return why this sample can never be made; None if it can. This does not run the model, so it is fast."""
 
+    def work(self, samples: Sequence[Sample]) -> Iterator[list[Output]]:
+        """Yield the outputs of all samples, some at a time and in any order. The caller stores them before it goes on.
+
+        None of the samples has a problem. No more than `batch_size` of them are worked on at once.
+        """
+
+
+class Batched(ABC):
+    """An engine whose batches begin and end together."""
+
+    batch_size: int
+
+    @abstractmethod
     def group(self, sample: Sample) -> Hashable:
         """Return the group of a sample. Samples of one group may share a batch; its batches have one shape."""
 
+    @abstractmethod
     def make(self, samples: Sequence[Sample]) -> list[Output]:
         """Return the outputs of 1 to `batch_size` samples of one group, in the same order."""
+
+    def work(self, samples: Sequence[Sample]) -> Iterator[list[Output]]:
+        """Yield the outputs of all samples, a batch at a time."""
+        for batch in batches(samples, self.group, self.batch_size):
+            yield self.make(batch)
+
+
+def batches(samples: Sequence[Sample], group: Callable[[Sample], Hashable], batch_size: int) -> Iterator[list[Sample]]:
+    """Yield batches of samples that belong to the same group.
+
+    The groups are in the order of their first samples. The last batch of a group may be smaller.
+    """
+    groups: dict[Hashable, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(group(sample), []).append(sample)
+    for members in groups.values():
+        for first in range(0, len(members), batch_size):
+            yield members[first : first + batch_size]

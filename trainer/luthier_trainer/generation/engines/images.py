@@ -21,6 +21,7 @@ from luthier_api.generate import GenerateJobSpec
 from luthier_api.run import GenerateRun, PreparedRecord
 from luthier_trainer.generation import lora, pipelines
 from luthier_trainer.generation.encoding import FORMATS, About, encode
+from luthier_trainer.generation.engines.base import Batched
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.loranames import Names
 from luthier_trainer.generation.prompts import Prompts
@@ -32,7 +33,7 @@ from luthier_trainer.generation.settings import settings
 from luthier_trainer.runtime.heartbeat import beat
 
 
-class ImageEngine:
+class ImageEngine(Batched):
     """Makes images, `batch_size` at a time, with the pipeline in `model_path` and the adapters of the spec."""
 
     records = ImageRecords(

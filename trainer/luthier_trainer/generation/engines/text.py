@@ -1,36 +1,33 @@
 """text-generation: a causal language model, with LoRA adapters merged into it, over batches of prompts.
 
-A text depends only on its prompt, its seed and the batch size. All batches have one size, and the length that a prompt
-is padded to depends only on the prompt, so that kernels get the same shapes whatever else is in the batch. Models that
-do not support padding get none.
+A text depends only on its prompt, its settings, its seed and the batch size: all steps of a model have one number of
+texts, and the other lengths of a kernel's input depend only on the text itself. `slots` has the fast way, for models
+whose only memory is attention; the others are padded to lengths that follow from the prompt, or not at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.generate import GenerateJobSpec
+from luthier_api.generate import GenerateJobSpec, TextSettings
 from luthier_api.run import GenerateRun, PreparedRecord
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data.masks import ChatReader
 from luthier_trainer.generation.batching import find_sharing
+from luthier_trainer.generation.engines.base import batches
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.records import TextRecords
 from luthier_trainer.generation.samples import Output, Sample, padded
-from luthier_trainer.generation.sampling import processors
+from luthier_trainer.generation.sampling import PENALTIES, Choice, Chosen, Ended, Heartbeat, chain_of
+from luthier_trainer.generation.slots import Slots, capacity_for
+from luthier_trainer.generation.texts import Text
 from luthier_trainer.models.inspect import max_positions
 from luthier_trainer.models.merge import add_adapters
 from luthier_trainer.models.quantised_base import check_rows
@@ -40,6 +37,7 @@ from luthier_trainer.runtime.failure import Failure
 SHORTEST_BATCH = 32  # tokens; shorter prompts are padded to it, longer ones to the next power of two
 TEST_TEXT = "The quick brown fox jumps over the lazy dog"
 TEST_TOKENS = 8  # at most, of the test text
+KNOWN_PROMPTS = 4096  # whose tokens are kept: a window of prompts is looked at several times
 
 
 class TextEngine:
@@ -93,9 +91,10 @@ class TextEngine:
         model = add_adapters(model, adapters, [adapter.weight for adapter in spec.adapters], "spec.adapters")
         self.model = (model if is_quantised(model) else model.to(self.device, hardware.dtype)).eval()
         self.context = max_positions(model.config)
-        self.ends = end_tokens(model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
+        ends = end_tokens(model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
         if self.settings.chat:
-            self.ends |= ChatReader(self.tokenizer, "assistant").turn_ends()
+            ends |= ChatReader(self.tokenizer, "assistant").turn_ends()
+        self.ends = frozenset(ends)
         self.padding = next((t for t in (self.tokenizer.pad_token_id, *sorted(self.ends)) if t is not None), 0)
         # Replaced, so that sampling settings of the model's repository do not mix with those of the job.
         self.model.generation_config = GenerationConfig(
@@ -111,15 +110,25 @@ class TextEngine:
             if token != self.padding and token not in self.ends
         ]
         self.sharing = find_sharing(self.model, prompt[:TEST_TOKENS], self.padding, length)
+        self.slots = Slots(self.model, batch_size, self.padding) if self.sharing == "slots" else None
+        self.choice = Choice()
+        self.tokens_of = lru_cache(KNOWN_PROMPTS)(self._tokenize)
 
     def tokens(self, sample: Sample) -> list[int]:
         """Return the token ids of a sample's prompt."""
+        return list(self.tokens_of(sample.prompt))
+
+    def _tokenize(self, prompt: str) -> tuple[int, ...]:
         # A chat template has written the tokens that begin a text.
-        return list(self.tokenizer(sample.prompt, add_special_tokens=not self.settings.chat)["input_ids"])
+        return tuple(self.tokenizer(prompt, add_special_tokens=not self.settings.chat)["input_ids"])
+
+    def settings_of(self, sample: Sample) -> TextSettings:
+        """Return the settings of a sample."""
+        return self.settings
 
     def problem(self, sample: Sample) -> str | None:
         """Return why this sample can never be made; None if it can."""
-        length, new = len(self.tokens(sample)), self.settings.max_new_tokens
+        length, new = len(self.tokens(sample)), self.settings_of(sample).max_new_tokens
         if length == 0:
             return "prompt: the tokenizer makes no token of it; write a prompt"
         if self.context is not None and length + new > self.context:
@@ -130,61 +139,85 @@ class TextEngine:
         return None
 
     def group(self, sample: Sample) -> Hashable:
-        """Return the length in tokens that a sample's prompt is padded to.
+        """Return what samples that are worked on together have in common.
 
-        It is the next power of two, limited by the context of the model, or the prompt's own length without padding.
+        In slots it is the capacity of the caches. In batches it is the length in tokens that a prompt is padded to: the
+        next power of two, limited by the context of the model, or the prompt's own length without padding.
         """
-        length = len(self.tokens(sample))
+        length, new = len(self.tokens(sample)), self.settings_of(sample).max_new_tokens
+        if self.slots:
+            return capacity_for(length + new, self.context)
         if self.sharing != "any length":
             return length
         rounded = max(SHORTEST_BATCH, 1 << (length - 1).bit_length())
-        return (
-            rounded if self.context is None else max(length, min(rounded, self.context - self.settings.max_new_tokens))
-        )
+        return rounded if self.context is None else max(length, min(rounded, self.context - new))
 
-    def make(self, samples: Sequence[Sample]) -> list[Output]:
-        """Return the outputs of samples of one group, in the same order."""
-        if self.sharing == "none":
-            return [output for sample in samples for output in self.make_batch([sample], 1)]
-        return self.make_batch(samples, self.batch_size)
+    def work(self, samples: Sequence[Sample]) -> Iterator[list[Output]]:
+        """Yield the outputs of all samples, as they are finished."""
+        searched = [sample for sample in samples if self.settings_of(sample).num_beams > 1]
+        for sample in searched:
+            yield [self.search(sample)]
+        samples = [sample for sample in samples if self.settings_of(sample).num_beams == 1]
+        if self.slots is None:
+            size = 1 if self.sharing == "none" else self.batch_size
+            for batch in batches(samples, self.group, size):
+                yield self.make_batch(batch, size)
+            return
+        for members in batches(samples, self.group, len(samples)):
+            texts = [self.text(sample) for sample in members]
+            capacity = self.group(members[0])
+            assert isinstance(capacity, int)
+            for ended in self.slots.write(texts, capacity, self.choice):
+                yield [self.output(text) for text in ended]
+
+    def text(self, sample: Sample) -> Text:
+        """Return the text of a sample, before its first token."""
+        settings = self.settings_of(sample)
+        text = Text(self.tokens(sample), settings, sample.seed, self.ends, self.tokenizer, work=sample)
+        text.penalties = chain_of(PENALTIES, settings, text)
+        return text
 
     @torch.inference_mode()
     def make_batch(self, samples: Sequence[Sample], size: int) -> list[Output]:
         """Return the outputs of samples of one group, computed as a batch of `size` rows."""
-        batch = padded(samples, size)
-        prompts = [self.tokens(s) for s in batch]
+        texts = [self.text(sample) for sample in padded(samples, size)]
         length = self.group(samples[0])
         assert isinstance(length, int)
-        ids = torch.tensor([[self.padding] * (length - len(p)) + p for p in prompts], device=self.device)
-        mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        chain = processors(self.settings, [s.seed for s in batch], mask)
-        written = self.model.generate(input_ids=ids, attention_mask=mask, logits_processor=chain)[:, length:].tolist()
-        return [self.output(s, prompt, new) for s, prompt, new in zip(samples, prompts, written, strict=False)]
+        gaps = [length - len(text.prompt) for text in texts]
+        rows = list(zip(gaps, texts, strict=True))
+        self.model.generate(
+            input_ids=torch.tensor([[self.padding] * gap + text.prompt for gap, text in rows], device=self.device),
+            attention_mask=torch.tensor([[0] * gap + [1] * len(text.prompt) for gap, text in rows], device=self.device),
+            logits_processor=[Chosen(texts, self.choice, self.padding)],
+            stopping_criteria=[Ended(texts)],
+            max_new_tokens=max(text.settings.max_new_tokens for text in texts),
+        )
+        return [self.output(text) for text in texts[: len(samples)]]
 
-    def output(self, sample: Sample, prompt: list[int], new: list[int]) -> Output:
-        """Return the output with the text up to the first end token. All tokens after it are padding."""
-        end = next((i for i, token in enumerate(new) if token in self.ends), None)
-        facts = {
-            "finishReason": "length" if end is None else "stop",
-            "promptTokens": len(prompt),
-            "newTokens": len(new) if end is None else end,
-        }
-        return Output(sample, facts, text=continuation(self.tokenizer, prompt, new[:end]))
+    @torch.inference_mode()
+    def search(self, sample: Sample) -> Output:
+        """Return the output of a sample with beam search: transformers' own, over this prompt alone."""
+        text, settings = self.text(sample), self.settings_of(sample)
+        made = self.model.generate(
+            input_ids=torch.tensor([text.prompt], device=self.device),
+            attention_mask=torch.ones(1, len(text.prompt), dtype=torch.long, device=self.device),
+            logits_processor=[Heartbeat()],
+            num_beams=settings.num_beams,
+            length_penalty=settings.length_penalty,
+            max_new_tokens=settings.max_new_tokens,
+            min_new_tokens=settings.min_new_tokens or None,
+            repetition_penalty=settings.repetition_penalty,
+            no_repeat_ngram_size=settings.no_repeat_ngram_size,
+        )
+        for token in made[0, len(text.prompt) :].tolist():
+            if not text.ended:
+                text.take(token)
+        return self.output(text)
 
-
-def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], new: list[int]) -> str:
-    """Return exactly the text that the tokens `new` add to the text of `prompt`.
-
-    Both are decoded together, and the text of the prompt is cut off. If the new tokens were decoded alone,
-    SentencePiece tokenizers would drop a leading blank, and a character whose bytes begin in the prompt would be lost.
-    Blanks before punctuation stay as the model wrote them.
-    """
-    before, whole = (
-        tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for tokens in (prompt, prompt + new)
-    )
-    shared = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
-    return whole[shared:]
+    def output(self, text: Text) -> Output:
+        """Return the output of a text that has ended."""
+        facts = {"finishReason": text.finish, "promptTokens": len(text.prompt), "newTokens": len(text.new)}
+        return Output(text.work, facts, text=text.text())
 
 
 def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
