@@ -20,8 +20,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup  ## the main job: train, adapt and generate on this machine (examples/quickstart)
 	examples/quickstart/run.sh
 
-test: setup  ## unit, operator and trainer tests; what needs a cluster is named at the end
-	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
+test: setup  ## unit, operator and trainer tests; what needs a cluster or takes minutes is named at the end
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m 'not program'
 
 gpu: setup  ## what only a GPU can tell: jobs of every task and method on one, with figures as JSON; skipped without one
 	$(PYTEST) -s -n 0 tests/gpu
@@ -45,7 +45,8 @@ images: setup  ## both images, where the cluster finds them
 	$(PYTHON) tests/cluster/cluster.py image . operator luthier/operator:dev
 	$(PYTHON) tests/cluster/cluster.py image . trainer luthier/trainer:dev
 
-e2e: setup  ## API and end-to-end tests on the cluster, through helm and kubectl
+e2e: setup  ## whole examples by `luthier run`, then API and end-to-end tests on the cluster, through helm and kubectl
+	$(PYTEST) -n 2 --dist loadfile -m program tests/trainer/test_*.py
 	$(PYTEST) tests/cluster tests/e2e
 
 bench: setup  ## the figures of docs/benchmarks.md, as JSON

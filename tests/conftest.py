@@ -30,9 +30,6 @@ def cluster() -> None:
 
 LONGEST = (
     "trainer/distributed/test_ranks.py",
-    "trainer/test_quickstart.py",
-    "trainer/test_examples.py",
-    "trainer/test_rewards_example.py",
     "trainer/distributed/test_failing_rank.py",
     "trainer/supervisor/test_supervisor.py",
     "operator/test_faults.py",
@@ -79,8 +76,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """`make test` runs without a cluster: say what it left out."""
+    """`make test` runs no cluster and no long program: say what it left out."""
     if not any("e2e" in str(argument) or "cluster" in str(argument) for argument in config.args):
         terminalreporter.write_line(
             "Not run here, because they need a cluster: tests/cluster and tests/e2e (`make e2e`, about 40 minutes)."
+        )
+    if config.option.markexpr == "not program":
+        terminalreporter.write_line(
+            "Not run here, because they take minutes: the examples by `luthier run` (`pytest -m program`; `make e2e`)."
         )

@@ -13,7 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
+
+pytestmark = pytest.mark.program
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "examples/quickstart"
 ROWS = 150

@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from transformers import AutoModelForSequenceClassification
+
+pytestmark = pytest.mark.program
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples/rewards"
 SHORT: dict[str, dict[str, Any]] = {
