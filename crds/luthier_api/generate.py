@@ -170,6 +170,14 @@ class TextSettings(ApiModel):
         default_factory=list
     )
     """Strings that end a text where the first of them appears. They are no part of it."""
+    json_schema: Annotated[str | None, Field(min_length=2, max_length=32768)] = None
+    """JSON schema that a text fits, as JSON text: only tokens that lead to such a document can follow. A text that ends
+    by `maxNewTokens` may be the beginning of one.
+    """
+    regex: Annotated[str | None, Field(min_length=1, max_length=4096)] = None
+    """Regular expression that a text matches from beginning to end, in the syntax of Rust. Only tokens that lead to
+    such a text can follow.
+    """
     chat: bool = False
     """Whether prompts are written with the chat template of the model, as after a training on conversations: a prompt
     is then the message of a user, or a list of messages. An adapter's template comes before the model's. A text also
@@ -235,6 +243,17 @@ class TextSettings(ApiModel):
         Rule(
             "self.numBeams == 1 || size(self.stop) == 0",
             "text.stop: has no effect in beam search; remove it, or text.numBeams",
+        ),
+        Rule(
+            "!has(self.jsonSchema) || !has(self.regex)",
+            "text.regex: is one of two constraints; remove it, or text.jsonSchema",
+        ),
+        *(
+            Rule(
+                f"self.numBeams == 1 || !has(self.{name})",
+                f"text.{name}: has no effect in beam search; remove it, or text.numBeams",
+            )
+            for name in ("jsonSchema", "regex")
         ),
         Rule(
             "self.lengthPenalty == 1.0 || self.numBeams > 1",

@@ -1745,6 +1745,24 @@ CASES: list[Case] = [
         base=GENERATE,
     ),
     Case(
+        message="text.jsonSchema: has no effect",
+        refused={"spec.text": {"numBeams": 4, "jsonSchema": "{}"}},
+        accepted={"spec.text": {"jsonSchema": "{}"}},
+        base=GENERATE,
+    ),
+    Case(
+        message="text.regex: has no effect",
+        refused={"spec.text": {"numBeams": 4, "regex": "a+"}},
+        accepted={"spec.text": {"regex": "a+"}},
+        base=GENERATE,
+    ),
+    Case(
+        message="text.regex: is one of two",
+        refused={"spec.text": {"jsonSchema": "{}", "regex": "a+"}},
+        accepted={"spec.text": {"regex": "a+"}},
+        base=GENERATE,
+    ),
+    Case(
         message="text.lengthPenalty:",
         refused={"spec.text": {"lengthPenalty": 2}},
         accepted={"spec.text": {"numBeams": 2, "lengthPenalty": 2}},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,6 +181,29 @@ def alone(model: PreTrainedModel, prompt: list[int], settings: dict[str, Any]) -
     made = model.generate(torch.tensor([prompt]), generation_config=config)[0, len(prompt) :].tolist()
     end = next((i for i, token in enumerate(made) if token in ends), None)
     return made[:end], "length" if end is None else "stop"
+
+
+def test_a_text_is_what_its_constraint_allows(lively: Path) -> None:
+    schema = {"type": "object", "properties": {"name": {"enum": ["lute", "oud"]}}, "required": ["name"]}
+    schema["additionalProperties"] = False
+    for sampled in ({}, {"temperature": 2.0}):
+        for output in written(
+            engine_of(lively, jsonSchema=json.dumps(schema), maxNewTokens=60, **sampled), PROMPTS[:2]
+        ):
+            assert output.facts["finishReason"] == "length" or json.loads(output.text or "")["name"] in ("lute", "oud")
+        for output in written(engine_of(lively, regex="[0-9]{3}(-[a-f]{4})?", **sampled), PROMPTS):
+            assert re.fullmatch("[0-9]{3}(-[a-f]{4})?", output.text or "")
+            assert output.facts["finishReason"] == "stop"
+
+
+def test_a_constraint_that_cannot_be_used_is_the_error_of_its_rows(lively: Path) -> None:
+    for text, reason in (
+        ({"regex": "(a"}, "text.regex: cannot be used: "),
+        ({"jsonSchema": "{]"}, "text.jsonSchema: "),
+    ):
+        problem = engine_of(lively, **text).problem(Sample(0, 0, "a", None, 0))
+        assert problem is not None
+        assert problem.startswith(reason)
 
 
 def test_penalties_of_openai(lively: Path, model: PreTrainedModel) -> None:

@@ -356,6 +356,12 @@ def test_a_mistake_names_its_field(case: MistakeCase, make_generate_run: MakeRun
     assert (failure.value.code, failure.value.message) == (case.code, case.message.replace("{folder}", str(tmp_path)))
 
 
+def test_a_constraint_that_cannot_be_compiled_is_refused(make_generate_run: MakeRun) -> None:
+    with pytest.raises(Failure, match="regex: cannot be used: ") as failure:
+        main(make_generate_run(inputs={"rows": [{"prompt": "a"}]}, text={"maxNewTokens": 8, "regex": "(a"}))
+    assert failure.value.code is ExitCode.INVALID_SPEC
+
+
 def test_a_pipeline(make_generate_run: MakeRun, sdxl: Path) -> None:
     run = make_generate_run(
         task="text-to-image", model={"path": str(sdxl)}, inputs={"rows": [{"prompt": "a", "negativePrompt": "b"}]}

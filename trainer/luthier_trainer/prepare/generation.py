@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import GenerateJobSpec
@@ -33,6 +33,9 @@ from luthier_trainer.workspace import provenance
 from luthier_trainer.workspace.manifest import fsync
 from luthier_trainer.workspace.model_files import ADAPTER_CONFIG
 from luthier_trainer.workspace.plan import plan_generation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MODEL, INPUTS, CHAT = "spec.model", "spec.inputs", "spec.text.chat"
 TOKENIZER = "tokenizer_config.json"  # where transformers saves the class of a tokenizer
@@ -214,7 +217,19 @@ def language_model(
     path = weight_check.fitting(path, config, spec.task, located.field, folder, named_by_adapter=False)
     tokenizer = processors.read_tokenizer(located.folder or path, located.field)
     tokenizer.save_pretrained(folder.prepared / "tokenizer")
+    if spec.text.json_schema is not None or spec.text.regex is not None:
+        check_constraint(spec, tokenizer)
     return path
+
+
+def check_constraint(spec: GenerateJobSpec, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise Failure if the constraint of the texts cannot be used."""
+    from luthier_trainer.generation.constraints import Constraints  # imports torch
+
+    try:
+        Constraints(tokenizer).matcher(spec.text)
+    except ValueError as error:
+        raise Failure(ExitCode.INVALID_SPEC, f"spec.{error}") from None
 
 
 def _texts(prompt: str | list[chats.Message]) -> list[str]:

@@ -21,6 +21,7 @@ from luthier_api.run import GenerateRun, PreparedRecord
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data.masks import ChatReader
 from luthier_trainer.generation.batching import find_sharing
+from luthier_trainer.generation.constraints import Constrained, Constraints
 from luthier_trainer.generation.engines.base import batches
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.records import TextRecords
@@ -112,6 +113,7 @@ class TextEngine:
         self.sharing = find_sharing(self.model, prompt[:TEST_TOKENS], self.padding, length)
         self.slots = Slots(self.model, batch_size, self.padding) if self.sharing == "slots" else None
         self.choice = Choice()
+        self.constraints = Constraints(self.tokenizer)
         self.tokens_of = lru_cache(KNOWN_PROMPTS)(self._tokenize)
 
     def tokens(self, sample: Sample) -> list[int]:
@@ -136,6 +138,10 @@ class TextEngine:
                 f"prompt: {length} tokens and text.maxNewTokens {new} are more than the model's {self.context}; shorten"
                 " the prompt or lower text.maxNewTokens"
             )
+        try:
+            self.constraints.matcher(self.settings_of(sample))
+        except ValueError as error:
+            return str(error)
         return None
 
     def group(self, sample: Sample) -> Hashable:
@@ -175,6 +181,8 @@ class TextEngine:
         settings = self.settings_of(sample)
         text = Text(self.tokens(sample), settings, sample.seed, self.ends, self.tokenizer, work=sample)
         text.penalties = chain_of(PENALTIES, settings, text)
+        if (matcher := self.constraints.matcher(settings)) is not None:
+            text.penalties.append(Constrained(text, matcher))
         return text
 
     @torch.inference_mode()
