@@ -24,6 +24,7 @@ from luthier_api.metrics import POD_METRICS, Metric
 from luthier_api.optimizers import OPTIMIZERS, OptimizerInfo
 from luthier_api.schedules import SCHEDULES
 from luthier_api.status import State
+from luthier_api.tasks import TRAINING_TASKS, TrainingTask
 
 DOCS = Path(__file__).resolve().parent
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -285,7 +286,27 @@ def limits(optimizer: OptimizerInfo) -> str:
     return "; ".join(found) or "all"
 
 
+def tasks() -> str:
+    def columns(task: TrainingTask) -> str:
+        named = [f"`{role}`" for role in task.columns] + [f"(`{role}`)" for role in task.optional_columns]
+        return ", ".join(named)
+
+    return table(
+        ("task", "columns", "block", "metrics beside the loss"),
+        (
+            (
+                f"`{name}`",
+                columns(task),
+                f"`{task.settings}`" if task.settings else "",
+                ", ".join(f"`{metric.name}`" for metric in task.metrics),
+            )
+            for name, task in TRAINING_TASKS.items()
+        ),
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "tasks": tasks,
     "schedules": schedules,
     "optimizers": optimizers,
     "exit-codes": exit_codes,

@@ -19,7 +19,8 @@ class Columns(ApiModel):
     """Which columns of the dataset play which role."""
 
     text: Annotated[ShortText, For("task")] = by_table()
-    """The text to learn (causal-lm) or to classify (text-classification), or the caption of the image (text-to-image).
+    """The text to learn (causal-lm, masked-lm) or to classify (text-classification), or the caption of the image
+    (text-to-image).
     """
     prompt: Annotated[ShortText, For("task")] = by_table()
     """The text that the completion or both answers continue, which follow it directly, without a blank between them; or
@@ -44,11 +45,36 @@ class Columns(ApiModel):
     """The answer to prefer: text, or messages, with or without those of the prompt."""
     rejected: Annotated[ShortText, For("task")] = by_table()
     """The answer to avoid: as `chosen`."""
+    source: Annotated[ShortText, For("task")] = by_table()
+    """The text that the model reads."""
+    target: Annotated[ShortText, For("task")] = by_table()
+    """The text that the model shall write."""
+    words: Annotated[ShortText, For("task")] = by_table()
+    """The words of a text: a list of texts, in CSV as JSON."""
+    tags: Annotated[ShortText, For("task")] = by_table()
+    """The tag of each word: a list of names, or of numbers of classes that the dataset names, in CSV as JSON. For
+    entities O, B- and I-.
+    """
+    question: Annotated[ShortText, For("task")] = by_table()
+    """The question."""
+    context: Annotated[ShortText, For("task")] = by_table()
+    """The text in which the answer stands."""
+    answers: Annotated[ShortText, For("task")] = by_table()
+    """The answers, as in SQuAD: {"text": [...], "answer_start": [...]}, or a list of such objects; in CSV as JSON.
+    Empty where the context has no answer. The first one is learnt, and evaluations accept all.
+    """
+    anchor: Annotated[ShortText, For("task")] = by_table()
+    """A text, such as a question."""
+    positive: Annotated[ShortText, For("task")] = by_table()
+    """A text that belongs to the anchor, such as its answer."""
+    negative: Annotated[ShortText | None, For("task")] = by_table()
+    """A text that does not belong to the anchor. Rows have none when left out."""
     image: Annotated[ShortText, For("task")] = by_table()
     """The image to classify or to learn, with 8 bits a channel."""
     label: Annotated[ShortText, For("task")] = by_table()
     """The class of a row: a name or a number. Images in folders have it by the folder's name: FOLDER/CLASS/image.png.
-    For preference with lossType kto, whether the answer is good: true or false, or 1 or 0.
+    With classification.problem multi-label a list of names, in CSV as JSON; with regression a number. For preference
+    with lossType kto, whether the answer is good: true or false, or 1 or 0.
     """
 
 

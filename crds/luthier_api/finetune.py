@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from luthier_api.base import ApiModel, Rule, map_by
+from luthier_api.classification import Classification
 from luthier_api.dataset import TrainingData
 from luthier_api.decides import BUDGET, CIRCUMSTANCES, LAYOUT, PLACE, PUBLICATION, RESULT
 from luthier_api.finetune_rules import RULES
@@ -23,6 +24,7 @@ from luthier_api.scheduling import Scheduling
 from luthier_api.spec import Hub, JobControl, ModelSource, PhaseResources, PrepareResources, Volumes, Workspace
 from luthier_api.stores import Stores
 from luthier_api.tasks import TRAINING_TASKS, FineTuneTask
+from luthier_api.texts import Answering, Embedding, Masking, Seq2Seq, Tagging
 from luthier_api.tracking import Tracker
 from luthier_api.training import Training
 
@@ -60,6 +62,18 @@ class FineTuneJobSpec(JobControl, TabledSpec):
     """How a model learns to rate answers."""
     grpo: Annotated[Grpo, RESULT, For("task")] = by_table()
     """How a model learns from rewards for what it writes."""
+    classification: Annotated[Classification, RESULT, For("task")] = by_table()
+    """What a classifier predicts, and how much each class counts."""
+    seq2seq: Annotated[Seq2Seq, RESULT, For("task"), Field(alias="seq2seq")] = by_table()
+    """How a model learns to write a text from another one."""
+    tagging: Annotated[Tagging, RESULT, For("task")] = by_table()
+    """How a model learns to tag words."""
+    answering: Annotated[Answering, RESULT, For("task")] = by_table()
+    """How a model learns to find answers in texts."""
+    masking: Annotated[Masking, RESULT, For("task")] = by_table()
+    """Which tokens a model learns to fill in."""
+    embedding: Annotated[Embedding, RESULT, For("task")] = by_table()
+    """How a model learns vectors of texts."""
     image: Annotated[TrainingImages, For("task"), RESULT] = by_table()
     """How images are shown to the model."""
     resources: Annotated[TrainingResources, RESULT] = Field(default_factory=TrainingResources)

@@ -9,6 +9,7 @@ from typing import get_args
 
 from luthier_api.attention import ATTENTIONS
 from luthier_api.base import Rule
+from luthier_api.classification import of_problems
 from luthier_api.dataset import STREAMS
 from luthier_api.formats import DatasetFormat
 from luthier_api.forms import LOSSES_OF_FORMS, LossOn
@@ -62,6 +63,12 @@ COMPARED_WITHOUT = [
     if "method.initLoraWeights" in task.options and "method.bias" not in task.options
 ]
 """Tasks that switch the adapter off to make a reference model (see `tasks.SAVED_OPTIONS`)."""
+
+PROCESSES = (
+    "self.resources.nodes * (self.resources.gpusPerNode > 0 ? self.resources.gpusPerNode :"
+    " (has(self.resources.processesPerNode) ? self.resources.processesPerNode : 1))"
+)
+"""CEL: the processes of the training."""
 
 RULES: tuple[Rule, ...] = (
     alone_on_its_claim("resources.nodes", "self.resources.nodes == 1"),
@@ -125,6 +132,19 @@ RULES: tuple[Rule, ...] = (
         f"{BEGINS_RANDOM} || self.method.initLoraWeights == 'loftq' || !has(self.method.dora) || !self.method.dora",
         "spec.method.initLoraWeights: DoRA divides by a norm of what the adapter has become, beside which its"
         " beginning cannot be subtracted; use gaussian, or remove dora",
+    ),
+    *of_problems(),
+    Rule(
+        "self.task != 'seq2seq' || !has(self.seq2seq) || self.seq2seq.beams > 0 || !has(self.training.metric) ||"
+        f" self.training.metric == '{EVAL_LOSS}'",
+        f"spec.seq2seq.beams: with 0 no texts are written that the metric could rate; use metric: {EVAL_LOSS}, or 1 or"
+        " more beams",
+    ),
+    Rule(
+        f"self.task != 'embedding' || self.training.batchSize > {PROCESSES} &&"
+        " (!has(self.training.microBatchSize) || self.training.microBatchSize > 1)",
+        "spec.training.batchSize: texts are told apart from those of other rows of the same micro-batch, so it needs"
+        " two rows at least; raise batchSize or microBatchSize",
     ),
     Rule(
         "self.task != 'grpo' || has(self.grpo) && size(self.grpo.rewards) > 0",
@@ -235,14 +255,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "!has(self.training.microBatchSize) || self.training.batchSize % (self.training.microBatchSize *"
-        " self.resources.nodes * (self.resources.gpusPerNode > 0 ? self.resources.gpusPerNode :"
-        " (has(self.resources.processesPerNode) ? self.resources.processesPerNode : 1))) == 0",
+        f" {PROCESSES}) == 0",
         "spec.training.batchSize: must be a multiple of microBatchSize times the number of processes",
     ),
     Rule(
-        "self.training.batchSize % (self.resources.nodes * (self.resources.gpusPerNode > 0 ?"
-        " self.resources.gpusPerNode : (has(self.resources.processesPerNode) ? self.resources.processesPerNode :"
-        " 1))) == 0",
+        f"self.training.batchSize % ({PROCESSES}) == 0",
         "spec.training.batchSize: must be a multiple of the number of processes (nodes times GPUs or processes a node)",
     ),
 )

@@ -338,6 +338,8 @@ class PreparedRecord(Prepared):
     """What all of it was made of: what lies on the Hub has a commit instead."""
     new_tokens: list[int] = Field(default_factory=list)
     """Ids of the tokens whose rows in the embedding an adapter holds, because they are new (FineTuneJob)."""
+    class_weights: list[float] | None = None
+    """How much a row counts in the loss by its class, in their order, if not all count alike (FineTuneJob)."""
     weights: Weights | None = None
     """Of a FineTuneJob: with it, another layout is planned without the model."""
     compute: Compute | None = None

@@ -17,12 +17,46 @@ from luthier_api.methods import STRATEGIES, UNSHARDED, MethodType, QuantizationT
 
 Modality = Literal["text", "image"]
 FineTuneTask = Literal[
-    "causal-lm", "preference", "text-classification", "reward", "grpo", "image-classification", "text-to-image"
+    "causal-lm",
+    "seq2seq",
+    "preference",
+    "text-classification",
+    "token-classification",
+    "question-answering",
+    "masked-lm",
+    "embedding",
+    "reward",
+    "grpo",
+    "image-classification",
+    "text-to-image",
 ]
 """The rows of `TASKS` that have a training half."""
 GenerateTask = Literal["text-generation", "text-to-image"]
 """The rows of `TASKS` that have a generation half."""
-BestMetric = Literal["evalLoss", "perplexity", "rewardAccuracy", "rewardMargin", "reward", "accuracy", "f1Macro"]
+BestMetric = Literal[
+    "evalLoss",
+    "perplexity",
+    "rewardAccuracy",
+    "rewardMargin",
+    "reward",
+    "accuracy",
+    "precision",
+    "recall",
+    "f1",
+    "f1Micro",
+    "f1Macro",
+    "mse",
+    "mae",
+    "pearson",
+    "exactMatch",
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "bleu",
+    "recallAt1",
+    "mrr",
+    "tripletAccuracy",
+]
 """What checkpoints can be compared by: the loss, and those metrics in `TASKS` of which more or less is better."""
 BEST_METRICS: tuple[str, ...] = get_args(BestMetric)
 EVAL_LOSS = "evalLoss"
@@ -114,17 +148,28 @@ class TaskInfo:
     pipeline_tag: str
     """The Hub's name of the task."""
     auto_model: str | None = None
-    """transformers' classes of such models are named for it: AutoModelFor<auto_model>. None: they are diffusers'."""
+    """transformers' classes of such models are named for it: AutoModelFor<auto_model>. An empty text: AutoModel, which
+    has no head. None: they are diffusers'.
+    """
     peft_task_type: str | None = None
     """PEFT's name of the task. For those it has no name for, its adapters remember the class of their base model."""
     tags: tuple[str, ...] = ()
     """Further tags of its model cards."""
     head: bool = False
     """Whether a head of the model answers, instead of tokens or images. A head for other outputs is made anew."""
+    unused: tuple[str, ...] = ()
+    """Names of modules that such models may have and the task does not use: they need no weights, and learn nothing."""
     training: TrainingTask | None = None
     """None: no FineTuneJob does this task."""
     generation: GenerationTask | None = None
     """None: no GenerateJob does this task."""
+
+    @property
+    def auto_class(self) -> str | None:
+        """transformers' class that loads such models; None: they are diffusers'."""
+        if self.auto_model is None:
+            return None
+        return f"AutoModelFor{self.auto_model}" if self.auto_model else "AutoModel"
 
 
 TEXT_FORMATS: tuple[DatasetFormat, ...] = ("csv", "json", "jsonl", "parquet", "arrow", "text", "webdataset")
@@ -171,6 +216,20 @@ LABEL_METRICS = (
     TaskMetric("f1Macro", "F1 (macro, over all labels)", better="higher"),
     TaskMetric("majorityShare", "Share of the commonest class"),
 )
+WRITTEN_METRICS = (
+    TaskMetric("exactMatch", "Share of texts that equal their reference", better="higher"),
+    TaskMetric("rouge1", "ROUGE-1 (F, words of a to z and 0 to 9)", better="higher"),
+    TaskMetric("rouge2", "ROUGE-2 (F, words of a to z and 0 to 9)", better="higher"),
+    TaskMetric("rougeL", "ROUGE-L (F, words of a to z and 0 to 9)", better="higher"),
+    TaskMetric("bleu", "BLEU (0 to 100; sacrebleu, 13a, smoothing exp)", better="higher"),
+)
+"""Of texts that a model has written, compared with references."""
+ANSWER_METRICS = (
+    TaskMetric("exactMatch", "Exact match (SQuAD)", better="higher"),
+    TaskMetric("f1", "F1 (SQuAD)", better="higher"),
+    TaskMetric("f1Answerable", "F1 of the questions with an answer"),
+    TaskMetric("unanswerableAccuracy", "Share of the questions without an answer of which this was told"),
+)
 
 STREAM_OPTIONS: dict[str, Any] = {"dataset.streaming": False, "dataset.shuffleBuffer": None}
 """Fields of the tasks whose rows can be read while the model learns."""
@@ -202,6 +261,22 @@ TASKS: Mapping[str, TaskInfo] = {
             | STREAM_OPTIONS
             | {"training.packing": "none", "model.config": None},
             metrics=(TaskMetric("perplexity", "Perplexity", better="lower"),),
+        ),
+    ),
+    "seq2seq": TaskInfo(
+        modality="text",
+        pipeline_tag="text2text-generation",
+        auto_model="Seq2SeqLM",
+        peft_task_type="SEQ_2_SEQ_LM",
+        training=TrainingTask(
+            columns={"source": "source", "target": "target"},
+            formats=TABLE_FORMATS,
+            sequences=1,
+            methods=("full", "lora", "qlora"),
+            quantizations=("nf4", "fp4", "int8"),
+            settings="seq2seq",
+            options=TEXT_OPTIONS | NOISE_OPTIONS | SMOOTHING_OPTIONS | SAVED_OPTIONS,
+            metrics=WRITTEN_METRICS,
         ),
     ),
     "preference": TaskInfo(
@@ -240,8 +315,101 @@ TASKS: Mapping[str, TaskInfo] = {
             formats=TABLE_FORMATS,
             methods=("full", "lora", "qlora"),
             quantizations=("nf4", "fp4", "int8"),
-            options=TEXT_OPTIONS | LABEL_OPTIONS | NOISE_OPTIONS | SMOOTHING_OPTIONS | SAVED_OPTIONS | TOKEN_FILTERS,
-            metrics=LABEL_METRICS,
+            settings="classification",
+            options=TEXT_OPTIONS
+            | LABEL_OPTIONS
+            | NOISE_OPTIONS
+            | SMOOTHING_OPTIONS
+            | SAVED_OPTIONS
+            | TOKEN_FILTERS
+            | {"classification.problem": "single"},
+            metrics=(
+                *LABEL_METRICS,
+                TaskMetric("f1Micro", "F1 (micro, over all labels)", better="higher"),
+                TaskMetric("mse", "Mean squared error", better="lower"),
+                TaskMetric("mae", "Mean absolute error", better="lower"),
+                TaskMetric("pearson", "Pearson correlation", better="higher"),
+            ),
+        ),
+    ),
+    "token-classification": TaskInfo(
+        modality="text",
+        pipeline_tag="token-classification",
+        auto_model="TokenClassification",
+        peft_task_type="TOKEN_CLS",
+        head=True,
+        training=TrainingTask(
+            columns={"words": "words", "tags": "tags"},
+            formats=TABLE_FORMATS,
+            methods=("full", "lora", "qlora"),
+            quantizations=("nf4", "fp4", "int8"),
+            settings="tagging",
+            options=TEXT_OPTIONS | NOISE_OPTIONS | SMOOTHING_OPTIONS | SAVED_OPTIONS | TOKEN_FILTERS,
+            metrics=(
+                TaskMetric("accuracy", "Accuracy of words", better="higher"),
+                TaskMetric("precision", "Precision of entities", better="higher"),
+                TaskMetric("recall", "Recall of entities", better="higher"),
+                TaskMetric("f1", "F1 of entities", better="higher"),
+                TaskMetric("f1Macro", "F1 (macro, over all types)", better="higher"),
+            ),
+        ),
+    ),
+    "question-answering": TaskInfo(
+        modality="text",
+        pipeline_tag="question-answering",
+        auto_model="QuestionAnswering",
+        peft_task_type="QUESTION_ANS",
+        head=True,
+        training=TrainingTask(
+            columns={"question": "question", "context": "context", "answers": "answers"},
+            formats=TABLE_FORMATS,
+            methods=("full", "lora", "qlora"),
+            quantizations=("nf4", "fp4", "int8"),
+            settings="answering",
+            options=TEXT_OPTIONS | NOISE_OPTIONS | SAVED_OPTIONS,
+            metrics=ANSWER_METRICS,
+        ),
+    ),
+    "masked-lm": TaskInfo(
+        modality="text",
+        pipeline_tag="fill-mask",
+        auto_model="MaskedLM",
+        training=TrainingTask(
+            columns={"text": "text"},
+            formats=TEXT_FORMATS,
+            sequences=1,
+            methods=("full", "lora", "qlora"),
+            quantizations=("nf4", "fp4", "int8"),
+            settings="masking",
+            options=TEXT_OPTIONS | NOISE_OPTIONS | SAVED_OPTIONS | TOKEN_FILTERS,
+            metrics=(
+                TaskMetric("accuracy", "Share of masked tokens that are filled in", better="higher"),
+                TaskMetric("perplexity", "Perplexity of masked tokens", better="lower"),
+            ),
+        ),
+    ),
+    "embedding": TaskInfo(
+        modality="text",
+        pipeline_tag="sentence-similarity",
+        auto_model="",
+        peft_task_type="FEATURE_EXTRACTION",
+        tags=("sentence-transformers",),
+        unused=("pooler",),
+        training=TrainingTask(
+            columns={"anchor": "anchor", "positive": "positive"},
+            optional_columns={"negative": None},
+            formats=TABLE_FORMATS,
+            methods=("full", "lora", "qlora"),
+            quantizations=("nf4", "fp4", "int8"),
+            settings="embedding",
+            options=TEXT_OPTIONS | NOISE_OPTIONS | SAVED_OPTIONS,
+            metrics=(
+                TaskMetric(
+                    "recallAt1", "Share of texts whose partner is the nearest of all held-out ones", better="higher"
+                ),
+                TaskMetric("mrr", "Mean reciprocal rank of the partner among all held-out ones", better="higher"),
+                TaskMetric("tripletAccuracy", "Share of triplets whose partner is nearer", better="higher"),
+            ),
         ),
     ),
     "reward": TaskInfo(
@@ -304,6 +472,7 @@ TASKS: Mapping[str, TaskInfo] = {
             columns={"image": "image", "label": "label"},
             formats=IMAGE_FORMATS,
             methods=("full", "lora"),
+            settings="classification",
             options=RESULT_OPTIONS | PEFT_OPTIONS | LABEL_OPTIONS | SMOOTHING_OPTIONS | SAVED_OPTIONS,
             metrics=LABEL_METRICS,
         ),

@@ -15,6 +15,7 @@ from luthier_api.base import ApiModel, Rule, model_in
 from luthier_api.crd import crd
 from luthier_api.kinds import KINDS
 from luthier_api.marks import rules_of
+from luthier_api.tasks import TRAINING_TASKS
 
 Document = dict[str, Any]
 
@@ -178,6 +179,9 @@ FULL, LORA, QLORA = ({"spec.method": {"type": method}} for method in ("full", "l
 CAUSAL, TEXTS, IMAGES = ({"spec.task": task} for task in ("causal-lm", "text-classification", "image-classification"))
 PICTURES = {"spec.task": "text-to-image"}
 PREFERENCE, REWARD = {"spec.task": "preference"}, {"spec.task": "reward"}
+SEQ2SEQ, TAGS, QUESTIONS, MASKED, EMBEDDING = (
+    {"spec.task": task} for task in ("seq2seq", "token-classification", "question-answering", "masked-lm", "embedding")
+)
 MATCHED = {"type": "exactMatch", "column": "answer"}
 PYTHON: Change = {"type": "python", "file": "/code/rewards.py"}
 TRACKED: Change = {"type": "mlflow", "url": "http://mlflow", "secretRef": {"name": "a", "keys": {"token": "t"}}}
@@ -187,6 +191,11 @@ GRPO: Change = {"spec.task": "grpo", "spec.grpo": {"rewards": [MATCHED]}}
 def rewarded(*rewards: Change, **settings: Any) -> Change:
     """GRPO with these rewards."""
     return GRPO | {"spec.grpo": {"rewards": [*rewards], **settings}}
+
+
+def fitting(path: str) -> str:
+    """The tasks to which a field belongs, as messages name them."""
+    return ", ".join(name for name, task in TRAINING_TASKS.items() if path in task.fields)
 
 
 COSINES = ("cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr")
@@ -240,7 +249,7 @@ def scheduled(schedule: str, **options: Any) -> Change:
 MARKS: list[Case] = [
     *(
         Case(
-            message="spec.training.labelSmoothing: applies to causal-lm, text-classification, image-classification;",
+            message=f"spec.training.labelSmoothing: applies to {fitting('training.labelSmoothing')};",
             refused=task | SMOOTHED,
             accepted=TEXTS | SMOOTHED,
         )
@@ -248,7 +257,7 @@ MARKS: list[Case] = [
     ),
     *(
         Case(
-            message=f"spec.dataset.filter.{field}: applies to causal-lm, text-classification;",
+            message=f"spec.dataset.filter.{field}: applies to {fitting('dataset.filter.minTokens')};",
             refused=task | {f"spec.dataset.filter.{field}": 9},
             accepted=accepted | {f"spec.dataset.filter.{field}": 9},
         )
@@ -257,7 +266,7 @@ MARKS: list[Case] = [
     ),
     *(
         Case(
-            message="spec.training.neftuneNoiseAlpha: applies to causal-lm, text-classification;",
+            message=f"spec.training.neftuneNoiseAlpha: applies to {fitting('training.neftuneNoiseAlpha')};",
             refused=task | NOISY,
             accepted=CAUSAL | NOISY,
         )
@@ -270,9 +279,7 @@ MARKS: list[Case] = [
     ),
     *(
         Case(
-            message=(
-                "spec.method.modulesToSave: applies to causal-lm, text-classification, reward, image-classification;"
-            ),
+            message=f"spec.method.modulesToSave: applies to {fitting('method.modulesToSave')};",
             refused=task | SAVED,
             accepted=REWARD | SAVED,
         )
@@ -285,7 +292,7 @@ MARKS: list[Case] = [
     ),
     *(
         Case(
-            message="spec.method.bias: applies to causal-lm, text-classification, reward, image-classification;",
+            message=f"spec.method.bias: applies to {fitting('method.bias')};",
             refused=task | BIASED,
             accepted=REWARD | BIASED,
         )
@@ -361,10 +368,7 @@ MARKS: list[Case] = [
     ),
     *(
         Case(
-            message=(
-                f"spec.method.{field}: applies to causal-lm, preference, text-classification, reward, grpo,"
-                " image-classification"
-            ),
+            message=f"spec.method.{field}: applies to {fitting(f'method.{field}')};",
             refused=PICTURES | LORA | change,
             accepted=IMAGES | LORA | change,
         )
@@ -372,7 +376,7 @@ MARKS: list[Case] = [
     ),
     *(
         Case(
-            message="spec.training.groupByLength: applies to causal-lm, preference, text-classification, reward;",
+            message=f"spec.training.groupByLength: applies to {fitting('training.groupByLength')};",
             refused=task | {"spec.training.groupByLength": True},
             accepted=REWARD | {"spec.training.groupByLength": True},
         )
@@ -380,7 +384,7 @@ MARKS: list[Case] = [
     ),
     *(
         Case(
-            message=f"spec.{field}: applies to causal-lm, preference, text-classification, reward, grpo;",
+            message=f"spec.{field}: applies to {fitting(field)};",
             refused=IMAGES | change,
             accepted=task | change,
         )
@@ -407,6 +411,37 @@ MARKS: list[Case] = [
         message="spec.reward: applies to reward;",
         refused=GRPO | {"spec.reward": {"centerRewardsCoefficient": 0.01}},
         accepted=REWARD | {"spec.reward": {"centerRewardsCoefficient": 0.01}},
+    ),
+    *(
+        Case(
+            message=f"spec.{field}: applies to {fitting(field)};",
+            refused=CAUSAL | change,
+            accepted=task | change,
+        )
+        for task, field, change in (
+            (TEXTS, "classification", {"spec.classification": {"balanced": True}}),
+            (IMAGES, "classification", {"spec.classification": {"classWeights": {"cat": 2.0}}}),
+            (SEQ2SEQ, "seq2seq", {"spec.seq2seq": {"beams": 4}}),
+            (TAGS, "tagging", {"spec.tagging": {"labelPieces": "all"}}),
+            (QUESTIONS, "answering", {"spec.answering": {"stride": 64}}),
+            (MASKED, "masking", {"spec.masking": {"unit": "word"}}),
+            (EMBEDDING, "embedding", {"spec.embedding": {"pooling": "cls"}}),
+            (SEQ2SEQ, "dataset.columns.source", {"spec.dataset.columns": {"source": "a"}}),
+            (SEQ2SEQ, "dataset.columns.target", {"spec.dataset.columns": {"target": "a"}}),
+            (TAGS, "dataset.columns.words", {"spec.dataset.columns": {"words": "a"}}),
+            (TAGS, "dataset.columns.tags", {"spec.dataset.columns": {"tags": "a"}}),
+            (QUESTIONS, "dataset.columns.question", {"spec.dataset.columns": {"question": "a"}}),
+            (QUESTIONS, "dataset.columns.context", {"spec.dataset.columns": {"context": "a"}}),
+            (QUESTIONS, "dataset.columns.answers", {"spec.dataset.columns": {"answers": "a"}}),
+            (EMBEDDING, "dataset.columns.anchor", {"spec.dataset.columns": {"anchor": "a"}}),
+            (EMBEDDING, "dataset.columns.positive", {"spec.dataset.columns": {"positive": "a"}}),
+            (EMBEDDING, "dataset.columns.negative", {"spec.dataset.columns": {"negative": "a"}}),
+        )
+    ),
+    Case(
+        message="spec.classification.problem: applies to text-classification;",
+        refused=IMAGES | {"spec.classification": {"problem": "regression"}},
+        accepted=TEXTS | {"spec.classification": {"problem": "regression"}},
     ),
     Case(
         message="spec.grpo: applies to grpo;",
@@ -443,7 +478,7 @@ MARKS: list[Case] = [
     ),
     *(
         Case(
-            message="spec.dataset.columns.text: applies to causal-lm, text-classification, text-to-image;",
+            message=f"spec.dataset.columns.text: applies to {fitting('dataset.columns.text')};",
             refused=refused | {"spec.dataset.columns": {"text": "body"}},
             accepted=task | {"spec.dataset.columns": {"text": "body"}},
         )
@@ -463,10 +498,7 @@ MARKS: list[Case] = [
         accepted=PICTURES | {"spec.image": {}},
     ),
     Case(
-        message=(
-            "spec.model.job: applies to causal-lm, preference, text-classification, reward, grpo, image-classification;"
-            " set model.id or model.path"
-        ),
+        message=f"spec.model.job: applies to {fitting('model.job')}; set model.id or model.path",
         refused=PICTURES | {"spec.model": {"job": "tune"}},
         accepted=IMAGES | {"spec.model": {"job": "tune"}},
     ),
@@ -675,7 +707,12 @@ CHOICES: list[Case] = [
             (PREFERENCE, "evalLoss, rewardAccuracy, rewardMargin", "perplexity", "rewardMargin"),
             (REWARD, "evalLoss, rewardAccuracy, rewardMargin", "perplexity", "rewardAccuracy"),
             (GRPO, "evalLoss, reward", "perplexity", "reward"),
-            (TEXTS, "evalLoss, accuracy, f1Macro", "perplexity", "f1Macro"),
+            (TEXTS, "evalLoss, accuracy, f1Macro, f1Micro, mse, mae, pearson", "perplexity", "f1Macro"),
+            (SEQ2SEQ, "evalLoss, exactMatch, rouge1, rouge2, rougeL, bleu", "accuracy", "rougeL"),
+            (TAGS, "evalLoss, accuracy, precision, recall, f1, f1Macro", "bleu", "f1"),
+            (QUESTIONS, "evalLoss, exactMatch, f1", "f1Macro", "f1"),
+            (MASKED, "evalLoss, accuracy, perplexity", "f1", "perplexity"),
+            (EMBEDDING, "evalLoss, recallAt1, mrr, tripletAccuracy", "f1", "mrr"),
             (IMAGES, "evalLoss, accuracy, f1Macro", "rewardMargin", "accuracy"),
             (PICTURES, "evalLoss", "perplexity", "evalLoss"),
         ]
@@ -721,6 +758,11 @@ CHOICES: list[Case] = [
             (CAUSAL, "csv, json, jsonl, parquet, arrow, text, webdataset", "imagefolder", "text"),
             (TEXTS, "csv, json, jsonl, parquet, arrow, webdataset", "text", "jsonl"),
             (TEXTS, "csv, json, jsonl, parquet, arrow, webdataset", "imagefolder", "csv"),
+            *(
+                (task, "csv, json, jsonl, parquet, arrow, webdataset", "text", "jsonl")
+                for task in (SEQ2SEQ, TAGS, QUESTIONS, EMBEDDING)
+            ),
+            (MASKED, "csv, json, jsonl, parquet, arrow, text, webdataset", "imagefolder", "text"),
             (PREFERENCE, "csv, json, jsonl, parquet, arrow, webdataset", "text", "jsonl"),
             (REWARD, "csv, json, jsonl, parquet, arrow, webdataset", "text", "jsonl"),
             (GRPO, "csv, json, jsonl, parquet, arrow, webdataset", "text", "jsonl"),
@@ -841,6 +883,73 @@ CHOICES: list[Case] = [
     ),
 ]
 CASES: list[Case] = [
+    Case(
+        message="classification: balanced computes the weights that classWeights would name; remove one of them",
+        refused=TEXTS | {"spec.classification": {"balanced": True, "classWeights": {"a": 2}}},
+        accepted=TEXTS | {"spec.classification": {"balanced": False, "classWeights": {"a": 2}}},
+    ),
+    *(
+        Case(
+            message="classification.problem: classes are weighted where each row has one; remove balanced and",
+            refused=TEXTS | {"spec.classification": {"problem": problem} | weights},
+            accepted=TEXTS | {"spec.classification": {"problem": "single"} | weights},
+        )
+        for problem, weights in (("multi-label", {"balanced": True}), ("regression", {"classWeights": {"a": 2}}))
+    ),
+    *(
+        Case(
+            message=f"spec.{field}: belongs to rows with one class each; remove it, or use problem: single",
+            refused=TEXTS | change | {"spec.classification": {"problem": "multi-label"}},
+            accepted=TEXTS | change | {"spec.classification": {"problem": "single"}},
+        )
+        for field, change in (
+            ("training.labelSmoothing", SMOOTHED),
+            ("dataset.mergeLabels", {"spec.dataset.mergeLabels": True}),
+        )
+    ),
+    *(
+        Case(
+            message=f"spec.training.metric: classification.problem {problem} has {metrics}; choose one of these",
+            refused=TEXTS | COMPARED | settings | {"spec.training.metric": refused},
+            accepted=TEXTS | COMPARED | settings | {"spec.training.metric": accepted},
+        )
+        for problem, settings, metrics, refused, accepted in (
+            ("single", {}, "evalLoss, accuracy, f1Macro", "mse", "accuracy"),
+            (
+                "multi-label",
+                {"spec.classification": {"problem": "multi-label"}},
+                "evalLoss, accuracy, f1Micro, f1Macro",
+                "pearson",
+                "f1Micro",
+            ),
+            (
+                "regression",
+                {"spec.classification": {"problem": "regression"}},
+                "evalLoss, mse, mae, pearson",
+                "accuracy",
+                "pearson",
+            ),
+        )
+    ),
+    Case(
+        message="spec.seq2seq.beams: with 0 no texts are written that the metric could rate; use metric: evalLoss,",
+        refused=SEQ2SEQ | COMPARED | {"spec.seq2seq": {"beams": 0}, "spec.training.metric": "bleu"},
+        accepted=SEQ2SEQ | COMPARED | {"spec.seq2seq": {"beams": 2}, "spec.training.metric": "bleu"},
+    ),
+    *(
+        Case(
+            message="spec.training.batchSize: texts are told apart from those of other rows of the same micro-batch,",
+            refused=EMBEDDING | refused,
+            accepted=EMBEDDING | accepted,
+        )
+        for refused, accepted in (
+            ({"spec.training.batchSize": 1}, {"spec.training.batchSize": 2}),
+            (
+                {"spec.training.batchSize": 8, "spec.training.microBatchSize": 1},
+                {"spec.training.batchSize": 8, "spec.training.microBatchSize": 2},
+            ),
+        )
+    ),
     *MARKS,
     *CHOICES,
     # names
@@ -2438,6 +2547,21 @@ FIXED = [
         field="grpo",
         base=FINE_TUNE,
         change={"spec.grpo": {"rewards": [MATCHED]}},
+    ),
+    *(
+        FixedCase(
+            field=field,
+            base=FINE_TUNE,
+            change={f"spec.{field}": settings},
+        )
+        for field, settings in (
+            ("classification", {"balanced": True}),
+            ("seq2seq", {"beams": 2}),
+            ("tagging", {"labelPieces": "all"}),
+            ("answering", {"stride": 64}),
+            ("masking", {"unit": "word"}),
+            ("embedding", {"scale": 10}),
+        )
     ),
     FixedCase(
         field="image",

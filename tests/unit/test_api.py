@@ -264,7 +264,8 @@ SHAPES = [
         name="an unknown task",
         document=tune(task="poetry"),
         expect=(
-            "spec.task: input should be 'causal-lm', 'preference', 'text-classification', 'reward', 'grpo',"
+            "spec.task: input should be 'causal-lm', 'seq2seq', 'preference', 'text-classification',"
+            " 'token-classification', 'question-answering', 'masked-lm', 'embedding', 'reward', 'grpo',"
             " 'image-classification' or 'text-to-image' (it is 'poetry')"
         ),
     ),

@@ -195,6 +195,7 @@ TRAINER = (
     "prepare",
     "publish",
     "runtime",
+    "scoring",
     "supervisor",
     "tasks",
     "training",

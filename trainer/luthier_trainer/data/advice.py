@@ -46,6 +46,11 @@ SHAPES = (
     Shape(frozenset({"prompt", "completion"}), "prompts and completions", "causal-lm"),
     Shape(frozenset({"instruction", "output"}), "instructions and answers", "causal-lm"),
     Shape(frozenset({"text", "label"}), "texts and labels", "text-classification"),
+    Shape(frozenset({"source", "target"}), "source and target texts", "seq2seq"),
+    Shape(frozenset({"question", "context", "answers"}), "questions, contexts and answers", "question-answering"),
+    Shape(frozenset({"words", "tags"}), "words and tags", "token-classification"),
+    Shape(frozenset({"tokens", "ner_tags"}), "words and tags", "token-classification"),
+    Shape(frozenset({"anchor", "positive"}), "texts that belong together", "embedding"),
     Shape(frozenset({"text"}), "nothing but texts", "causal-lm", alone=True),
 )
 OF_TASKS = frozenset({"chosen", "rejected", "label", "text", "image"})

@@ -6,6 +6,7 @@ or in how a number is written are reported. They are one class only if the spec 
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -13,7 +14,7 @@ from collections.abc import Collection, Iterator
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-from luthier_trainer.data import columns
+from luthier_trainer.data import chats, columns
 from luthier_trainer.data.columns import invalid, some
 from luthier_trainer.data.load import Rows
 from luthier_trainer.runtime.notices import notice
@@ -28,6 +29,8 @@ UNLABELLED = -1  # the label of rows in hidden test sets on the Hub
 GROUPS_SHOWN = 3
 # A column of whole numbers in which values are missing is read as float.
 LABEL_TYPES = re.compile(r"string|large_string|bool|u?int\d+|float\d+")
+NUMBER_TYPES = re.compile(r"u?int\d+|float\d+")
+IGNORED = -100  # of the losses of transformers
 ONE_A_ROW = "a label is a name or a whole number, one a row"
 
 
@@ -80,6 +83,100 @@ def ids_of(rows: Rows, column: str, field: str, names: list[str], merge: bool) -
             f" {some(names)}). The first is {first}"
         )
     return numpy.concatenate(found)
+
+
+def names_of_lists(rows: Rows, column: str, field: str) -> list[str]:
+    """Return the names of the classes of training rows that have a list of them each.
+
+    Gives notice of rows without a label. Raises Failure if a cell is no list of names, or if no row has a label.
+    """
+    found = list(_lists(rows, column, field))
+    names = {name for row in found for name in row}
+    if not names:
+        raise invalid(f'{field}: column "{column}" of {rows.origin} has an empty list in all {len(found)} rows')
+    if empty := sum(not row for row in found):
+        notice(f"{field}: {empty} of {len(found)} rows of {rows.origin} have no label, and teach that none applies")
+    return sorted(names, key=_order)
+
+
+def several_of(rows: Rows, column: str, field: str, names: list[str]) -> numpy.ndarray:
+    """Return 1 for each class that a row has and 0 for the others, fp32 [rows, classes].
+
+    Raises Failure for a class that is not in `names`.
+    """
+    import numpy
+
+    ids = {name: i for i, name in enumerate(names)}
+    found = numpy.zeros((len(rows.data), len(names)), numpy.float32)
+    for i, row in enumerate(_lists(rows, column, field)):
+        for name in row:
+            if name not in ids:
+                raise invalid(
+                    f'{field}: {rows.place(i)} of {rows.origin} has the label "{name}", which no training row has'
+                    f" (theirs: {some(names)})"
+                )
+            found[i, ids[name]] = 1
+    return found
+
+
+def numbers_of(rows: Rows, column: str, field: str) -> numpy.ndarray:
+    """Return a column of numbers, fp32 [rows]. Raises Failure if one is missing or not finite."""
+    import numpy
+    import pyarrow
+    import pyarrow.compute
+
+    columns.require(rows, column, field)
+    kind = str(getattr(rows.data.features[column], "dtype", rows.data.features[column]))
+    if column in rows.mixed or not NUMBER_TYPES.fullmatch(kind):
+        first = f". The first of the fewest is {rows.place_of(rows.rarest[column])}" if column in rows.rarest else ""
+        raise invalid(
+            f'{field}: column "{column}" of {rows.origin} holds {rows.mixed.get(column, kind)}, and'
+            f" classification.problem regression needs a number in each row{first}"
+        )
+    found = [numpy.empty(0, numpy.float32)]
+    for start, values in columns.batches(rows, column):
+        numbers = values.cast(pyarrow.float64()).to_numpy()
+        bad = numpy.flatnonzero(~numpy.isfinite(numbers) | (numbers == IGNORED))
+        if len(bad):
+            what = (
+                "-100, which libraries read as no label; scale the numbers"
+                if numbers[bad[0]] == IGNORED
+                else ("no finite number; remove the row")
+            )
+            raise invalid(f'{field}: column "{column}" of {rows.place(start + int(bad[0]))} of {rows.origin} is {what}')
+        found.append(numbers.astype(numpy.float32))
+    return numpy.concatenate(found)
+
+
+def _lists(rows: Rows, column: str, field: str) -> Iterator[list[str]]:
+    """Yield the names of the classes of each row. Raises Failure if a cell is no list of names."""
+    feature = rows.data.features[column]
+    own = getattr(getattr(feature, "feature", None), "names", None)
+    start = 0
+    for batch in rows.data.select_columns([column]).iter(columns.AT_ONCE):
+        for i, cell in enumerate(batch[column], start):
+            value = _parsed(cell)
+            if own is not None and value is not None:
+                value = [own[label] for label in value]
+            if not isinstance(value, list) or not all(isinstance(name, str | int) for name in value):
+                raise invalid(
+                    f'{field}: column "{column}" of {rows.place(i)} of {rows.origin} is {chats.shown(cell)}, and'
+                    " classification.problem multi-label needs a list of names, in CSV as JSON"
+                )
+            yield list(dict.fromkeys(str(name) for name in value))
+        start += len(batch[column])
+
+
+def _parsed(cell: Any) -> Any:
+    """Return the list of which a cell is the JSON text, as in CSV; an empty cell is an empty list."""
+    if cell is None or cell == "":
+        return []
+    if not isinstance(cell, str):
+        return cell
+    try:
+        return json.loads(cell)
+    except ValueError:
+        return None
 
 
 def key(name: str) -> tuple[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +35,18 @@ class Reader:
     tokenizer: PreTrainedTokenizerBase
     parse_special: bool = False
     """Whether spellings of control tokens are read as the tokens themselves."""
+    targets: bool = False
+    """Whether texts are what a decoder writes. Tokenizers of several languages mark them with another language."""
 
-    def __call__(self, texts: list[str], **options: Any) -> BatchEncoding:
-        """Return what the tokenizer makes of `texts`. `options` are those of the tokenizer."""
-        return self.tokenizer(texts, split_special_tokens=not self.parse_special, verbose=False, **options)
+    def __call__(self, texts: Any, **options: Any) -> BatchEncoding:
+        """Return what the tokenizer makes of `texts`: a list of them, or one. `options` are those of the tokenizer."""
+        name = "text_target" if self.targets else "text"
+        given = {name: texts, "split_special_tokens": not self.parse_special, "verbose": False}
+        return self.tokenizer(**given, **options)
+
+    def for_targets(self) -> Reader:
+        """Return the reader of what the decoder of the same model writes."""
+        return replace(self, targets=True)
 
     def truncated(self, texts: list[str], max_length: int) -> tuple[list[list[int]], list[int]]:
         """Return (token ids of each text, number of tokens of each text before it was truncated).
@@ -58,10 +66,7 @@ class Reader:
             return encoded["input_ids"], [
                 len(e.ids) + sum(len(part.ids) - added for part in e.overflowing) for e in encoded.encodings or []
             ]
-        rows = [
-            self.tokenizer(text, split_special_tokens=not self.parse_special, return_overflowing_tokens=True, **options)
-            for text in texts
-        ]
+        rows = [self(text, return_overflowing_tokens=True, **options) for text in texts]
         return [row["input_ids"] for row in rows], [
             len(row["input_ids"]) + max(row.get("num_truncated_tokens", 0), 0) for row in rows
         ]

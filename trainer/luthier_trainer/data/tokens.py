@@ -56,7 +56,7 @@ def language_rows(
         return language(row[:max_length] for row in rows) | {FULL_LENGTH: [len(row) for row in rows]}
 
     rows = mapped(texts, tokenize, with_notes(language_features()), parallel=True)
-    return keep_learnable(_without_lengths(rows, max_length, use, wanted))
+    return keep_learnable(without_lengths(rows, max_length, use, wanted))
 
 
 def classification_rows(
@@ -68,9 +68,10 @@ def classification_rows(
     use: str = "training",
     wanted: RowFilter | None = None,
 ) -> Dataset:
-    """Return one row a text that `wanted` keeps, with the id of its class.
+    """Return one row a text that `wanted` keeps, with what the model should answer.
 
-    `labels` is int64 of shape (rows,). The tokenizer truncates at `max_length` and keeps its closing token.
+    `labels`: int64 [rows], the ids of their classes; or fp32 [rows] or [rows, classes]. The tokenizer truncates at
+    `max_length` and keeps its closing token.
     """
 
     def tokenize(batch: dict[str, list[str]], indices: list[int]) -> dict[str, list[Any]]:
@@ -83,8 +84,8 @@ def classification_rows(
             FULL_LENGTH: lengths,
         }
 
-    rows = mapped(texts, tokenize, with_notes(_classification_features()), with_indices=True, parallel=True)
-    return _without_lengths(rows, max_length, use, wanted)
+    rows = mapped(texts, tokenize, with_notes(_classification_features(labels)), with_indices=True, parallel=True)
+    return without_lengths(rows, max_length, use, wanted)
 
 
 def count_tokens(data: Dataset) -> int:
@@ -170,7 +171,7 @@ def within(rows: Dataset, wanted: RowFilter | None, use: str) -> numpy.ndarray:
     return numpy.flatnonzero(kept)
 
 
-def _without_lengths(rows: Dataset, max_length: int | None, use: str, wanted: RowFilter | None) -> Dataset:
+def without_lengths(rows: Dataset, max_length: int | None, use: str, wanted: RowFilter | None) -> Dataset:
     """Keep the lengths of the rows before they were cut for the data report, and return the rows without them.
 
     It gives notice of the rows that are cut at `max_length`. Rows that `wanted` does not keep are left out.
@@ -201,15 +202,17 @@ def language_features(masked: bool = False) -> Any:
     return Features({"input_ids": List(Value("int32"))} | mask | {"length": Value("int32")})
 
 
-def _classification_features() -> Any:
+def _classification_features(labels: numpy.ndarray) -> Any:
     """Return the types of the columns for text-classification."""
     from datasets import Features, List, Value
+
+    label = Value(str(labels.dtype))
 
     return Features(
         {
             "input_ids": List(Value("int32")),
             "attention_mask": List(Value("int8")),
-            "labels": Value("int64"),
+            "labels": label if labels.ndim == 1 else List(label),
             "length": Value("int32"),
         }
     )

@@ -45,7 +45,8 @@ def check_task(config: PreTrainedConfig, task: str, field: str) -> None:
         raise Failure(
             ExitCode.INVALID_SPEC, f"{field}: the model is a classifier ({made_for}) and has no head for {task}"
         )
-    check_looks_back(skeleton(config, task, field), field)
+    if TASKS[task].auto_model == "CausalLM":
+        check_looks_back(skeleton(config, task, field), field)
 
 
 def check_looks_back(model: PreTrainedModel, field: str) -> None:

@@ -16,7 +16,7 @@ from luthier_api.tasks import TASKS
 
 # Names that transformers' architectures give to the modules after the encoder. Of these modules, only the last has a
 # dimension for the labels.
-HEADS = ("classifier", "score", "classification_head", "pre_classifier", "logits_proj")
+HEADS = ("classifier", "score", "classification_head", "pre_classifier", "logits_proj", "qa_outputs")
 SHOWN = 5  # labels in a notice
 
 
@@ -38,12 +38,25 @@ def labels_in(path: str) -> list[str]:
 def head_weights(model: PreTrainedModel) -> dict[str, int]:
     """Return name → dimension of the weights that have one entry for each label along this dimension.
 
-    They are found by comparing the shapes of the model for three and for five labels. Some models have two heads.
+    They are found by comparing the shapes of the model for three and for five labels. Some models have two heads. One
+    that has a fixed number of outputs (DistilBERT's for questions) is known by its name.
     """
+    if not resizable(model):
+        named = [name for name, _ in model.named_parameters() if {*HEADS} & {*name.split(".")}]
+        return dict.fromkeys(named, 0)
     # A dimension that differs between three and five labels is the dimension of the labels.
     few, more = (shapes(model, labels) for labels in (3, 5))
     differing = {name: [a != b for a, b in zip(shape, more.get(name, ()), strict=False)] for name, shape in few.items()}
     return {name: differs.index(True) for name, differs in differing.items() if True in differs}
+
+
+def resizable(model: PreTrainedModel) -> bool:
+    """Return whether the model can be made with any number of labels."""
+    try:
+        twin(model, num_labels=3)
+    except ValueError:
+        return False
+    return True
 
 
 def shapes(model: PreTrainedModel, labels: int) -> dict[str, tuple[int, ...]]:

@@ -75,7 +75,7 @@ def auto_class(task: str) -> Any:
     """Return the class of transformers that selects the model class for `task`, such as AutoModelForCausalLM."""
     import transformers
 
-    return getattr(transformers, f"AutoModelFor{TASKS[task].auto_model}")
+    return getattr(transformers, str(TASKS[task].auto_class))
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:

@@ -66,7 +66,7 @@ def merge(base: Path, adapter: Path, into: Path, labels: list[str] | None, field
             "num_labels": len(labels),
             "ignore_mismatched_sizes": True,
         } | names  # the adapter brings its own head
-    model, loaded = getattr(transformers, f"AutoModelFor{TASKS[task].auto_model}").from_pretrained(
+    model, loaded = getattr(transformers, str(TASKS[task].auto_class)).from_pretrained(
         base, output_loading_info=True, **options
     )
     lacking = {

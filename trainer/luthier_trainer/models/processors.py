@@ -49,3 +49,18 @@ def read_tokenizer(folder: Path, field: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def for_words(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of `folder` so that it reads a word in a list as it reads it after a blank.
+
+    Tokenizers of bytes (GPT-2, RoBERTa) tell both apart, and by default read no lists. The setting is saved in the
+    result.
+    """
+    from transformers import AutoTokenizer
+
+    if getattr(tokenizer, "add_prefix_space", None) is not False:
+        return tokenizer
+    again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, add_prefix_space=True)
+    again.pad_token = tokenizer.pad_token
+    return again

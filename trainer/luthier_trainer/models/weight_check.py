@@ -125,7 +125,11 @@ def lacking(found: Comparison, task: str) -> list[str]:
     Each entry is a name; for a weight of another shape, both shapes follow.
     """
     labelled = TASKS[task].head
-    missing = [name for name in sorted(found.missing) if not (labelled and in_head(found.model, name))]
+    missing = [
+        name
+        for name in sorted(found.missing)
+        if not (labelled and in_head(found.model, name)) and not {*TASKS[task].unused} & {*name.split(".")}
+    ]
     mismatched = [
         f"{name} ({shown(there)} in the files, {shown(wanted)} by config.json)"
         for name, there, wanted in found.mismatched

@@ -117,7 +117,7 @@ def described(request: Request, task: Task, scratch: Path) -> Model:
         return Model(ResolvedSource(source="new"), scratch, config, SimpleNamespace(pad_token_id=0))
     folder = folder_of(request, scratch)
     source = ResolvedSource(source=str(folder))
-    if TASKS[spec.task].auto_model is None:
+    if TASKS[spec.task].auto_class is None:
         return Model(source, folder, None, None)
     return Model(source, folder, read_config(folder, MODEL), processor_of(task, folder))
 

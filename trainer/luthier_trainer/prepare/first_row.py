@@ -6,10 +6,12 @@ Most mistakes in a dataset or a chat template are seen at once in such a row, an
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier_trainer.tasks.base import Shown, Task
 from luthier_trainer.workspace.manifest import replace_file
 
 if TYPE_CHECKING:
@@ -24,14 +26,20 @@ OPEN, CLOSE = "⟦", "⟧"
 CHARACTERS = 2000  # of a row in the log
 
 
-def described(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
+def described(
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    parts: Callable[[Mapping[str, Any]], Mapping[str, Shown]] = lambda row: {},
+) -> dict[str, Any] | None:
     """Return the first row, or the first document of a packed one: text, tokens, mask; of a pair, both answers so.
 
-    None if it has no tokens.
+    `parts` may divide it otherwise (`Task.shown`). None if it has no tokens.
     """
     if not len(rows):
         return None
     row = rows[0]
+    if found := parts(row):
+        return {name: _sequence([*ids], [*mask], tokenizer) for name, (ids, mask) in found.items()}
     answers = [role for role in ANSWERS if f"{role}_ids" in row]
     if answers:
         return {role: _sequence(*_after(row.get("prompt_ids"), row[f"{role}_ids"]), tokenizer) for role in answers}
@@ -81,9 +89,9 @@ def marked(ids: list[int], mask: list[int], tokenizer: PreTrainedTokenizerBase) 
     return "".join(parts)
 
 
-def keep(rows: Dataset, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def keep(rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Print the first row, and keep it in `folder`."""
-    row = described(rows, tokenizer)
+    row = described(rows, tokenizer, task.shown)
     if row is None:
         return
     replace_file(folder / FILE, json.dumps(row, ensure_ascii=False, indent=1).encode())
@@ -92,9 +100,11 @@ def keep(rows: Dataset, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Non
 
 def told(row: dict[str, Any]) -> str:
     """Return a described row as lines for a log."""
-    if "text" in row:
+    if "tokens" in row:
         return _shown("The first training row", row)
-    return "\n".join(_shown(f"The {PARTS[role]} of the first training row", found) for role, found in row.items())
+    return "\n".join(
+        _shown(f"The {PARTS.get(role, role)} of the first training row", found) for role, found in row.items()
+    )
 
 
 def _shown(what: str, row: dict[str, Any]) -> str:

@@ -61,7 +61,7 @@ def inspect(run: FineTuneRun, folder: Path) -> dict[str, Any]:
         lengths = _lengths(encoded["train"])
         found["recommendedMaxLength"] = recommended(lengths, max_positions(read_config(model, MODEL)))
         added_tokens = task.added_tokens(tokenizer)
-        row = first_row.described(encoded["train"], tokenizer)
+        row = first_row.described(encoded["train"], tokenizer, task.shown)
         found["firstRow"] = row and first_row.told(row)
     report = data_report.describe(task, examples, run.spec, added_tokens)
     found |= {"report": report, "reportTable": data_report.table(report)}

@@ -67,6 +67,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     others = task.other_models(examples.train, run, folder)
     task.check_model(model, spec, len(examples.train.data), examples.labels)
 
+    class_weights = task.class_weights(examples.train, spec, examples.labels)
     data = encode(task, examples, model.processor, spec)
     # Of a stream, a new token that the first rows do not have may be in any other one.
     known = model if examples.stream is None else dataclasses.replace(model, new_tokens=())
@@ -83,7 +84,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     kept.save_to_disk(str(dataset_path))
     if model.processor is not None:
         model.processor.save_pretrained(folder.prepared / "processor")
-    first_row.keep(train, model.processor, folder.prepared)
+    first_row.keep(train, task, model.processor, folder.prepared)
     trouble = task.cannot_recompute(model) if spec.resources.gpus_per_node > 0 else None
     learnt = len(train) if examples.stream is None else streamed.rows_learnt(spec)
     rows = task.epoch_rows(spec, learnt)
@@ -143,6 +144,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         compute=facts.compute,
         memory_facts=facts.memory,
         cannot_recompute=trouble,
+        class_weights=class_weights,
         whole_logits=whole,
         attention=attention,
         model_path=str(model.path),

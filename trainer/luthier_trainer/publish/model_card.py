@@ -94,7 +94,7 @@ def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
         facts |= getattr(spec, settings).dump()
     titles = TITLES | {metric.name: metric.title for metric in TRAINING_TASKS[spec.task].metrics}
     load = LOAD_LORA.format(base=spec.model.id or prepared.model.source, repo=repo)
-    if task.auto_model is not None:
+    if task.auto_class is not None:
         load = loading(repo, task, result, head=task.head)
     needs = (
         ""
@@ -156,7 +156,7 @@ def plain(value: Any) -> str:
 
 def library_of(task: TaskInfo, adapter: bool) -> str:
     """Return the name that the Hub uses for the library that loads the result."""
-    if task.auto_model is None:
+    if task.auto_class is None:
         return "diffusers"
     return "peft" if adapter else "transformers"
 
@@ -189,7 +189,7 @@ def loading(repo: str, task: TaskInfo, result: Path, head: bool) -> str:
     """Return the lines of Python that load `result` from the repository `repo`."""
     variable, processor_class = PROCESSORS[task.modality]
     processor = f'{variable} = {processor_class}.from_pretrained("{repo}")'
-    auto = f"AutoModelFor{task.auto_model}"
+    auto = task.auto_class
     if not (result / ADAPTER_CONFIG).is_file():
         return (
             f"from transformers import {auto}, {processor_class}\n\nmodel ="
@@ -197,11 +197,18 @@ def loading(repo: str, task: TaskInfo, result: Path, head: bool) -> str:
         )
     adapter = json.loads((result / ADAPTER_CONFIG).read_text())
     quantised = Quantised.of(adapter)
-    if not head:
+    if not head and task.auto_model and task.peft_task_type:
         peft = f"AutoPeftModelFor{task.auto_model}"
         return (
             f"from peft import {peft}\nfrom transformers import {quantised.imported}{processor_class}\n\n"
             f'{quantised.line}model = {peft}.from_pretrained("{repo}"{quantised.given})\n{processor}'
+        )
+    if not head:  # PEFT has no class for such models
+        base = f'"{adapter["base_model_name_or_path"]}"'
+        return (
+            f"from peft import PeftModel\nfrom transformers import {auto}, {quantised.imported}{processor_class}\n\n"
+            f"{quantised.line}base = {auto}.from_pretrained({base}{quantised.given})\n"
+            f'model = PeftModel.from_pretrained(base, "{repo}")\n{processor}'
         )
     # PEFT's Auto classes would load the base with its own labels. Its head, if it has one, is for other labels, and the
     # adapter holds the head that was trained.

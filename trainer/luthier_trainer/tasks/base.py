@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 Batch = dict[str, Any]
 """Tensors by name, made by a collator from rows of the prepared dataset."""
 Collator = Callable[[list[dict[str, Any]]], Batch]
+Drawn = Callable[[Batch, int | None], Batch]
+"""(a batch, the step of the training; None for held-out rows) → the batch with what is drawn at random for it.
+
+It follows from seed, step and rows alone, so that a resumed run, or one with other processes, draws the same.
+"""
 Loss = Callable[..., "torch.Tensor"]
 """(outputs of the model, labels, num_items_in_batch=) → the loss, a scalar; the `compute_loss_func` of transformers.
 
@@ -38,6 +43,8 @@ The loss is the sum over the batch, divided by the number of items in the whole 
 all processes. transformers 5.23 leaves this division to every model whose `forward` takes keyword arguments, and then
 averages neither over micro-batches nor over processes. Many of these models accept the keywords but ignore them.
 """
+Shown = tuple[Sequence[int], Sequence[int]]
+"""(token ids, mask): a part of an encoded row, and 1 for the tokens that are labels."""
 Processor = Any
 """A tokenizer or an image processor, which converts inputs to tensors. They have no common type in transformers.
 
@@ -133,6 +140,8 @@ class TrainingContext:
     processor: Processor
     labels: list[str] | None = None
     """Names of the classes; None for tasks without classes."""
+    class_weights: Sequence[float] | None = None
+    """How much a row of each class counts in the loss; None: all alike."""
     weights: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of `from_pretrained` that decide how weights are stored in memory: their dtype, their quantisation."""
     other_models: Sequence[Path] = ()
@@ -165,6 +174,8 @@ class TrainerSetup:
     """Further arguments of the class, for example a loss, metrics or a reference model."""
     loss: str = ""
     """How the loss is computed, for the log, if there are several ways."""
+    drawn: Drawn | None = None
+    """What is drawn at random for batches; None: nothing, or the trainer does it."""
 
 
 class Task(Batches, Protocol):
@@ -202,6 +213,13 @@ class Task(Batches, Protocol):
         """Return the index of each row's class, int64 [rows]; None for tasks without classes.
 
         Raises Failure if a class is not in `labels`.
+        """
+        return None
+
+    def class_weights(self, rows: Rows, spec: FineTuneJobSpec, labels: list[str] | None) -> list[float] | None:
+        """Return how much a row counts in the loss by its class; None if all count alike. `rows`: the training rows.
+
+        Raises Failure if the spec weights a class that no row has.
         """
         return None
 
@@ -254,6 +272,10 @@ class Task(Batches, Protocol):
     def check_encoded(self, data: DatasetDict, model: Model, labels: list[str] | None) -> None:
         """Check the model against the encoded rows. Raises Failure."""
         return
+
+    def shown(self, row: Mapping[str, Any]) -> Mapping[str, Shown]:
+        """Return the parts of an encoded row by name, for people to read; nothing if the row has no tokens."""
+        return {}
 
     def count_tokens(self, data: Dataset) -> int | None:
         """Return the number of tokens in the encoded rows; None if rows have no tokens."""

@@ -65,11 +65,11 @@ class TokenCollator:
 
         ids = [torch.tensor(row["input_ids"]) for row in rows]
         labels = [label_ids(row, tokens) for row, tokens in zip(rows, ids, strict=True)]
-        batch: Batch = {"input_ids": _padded(ids, self.padding), "labels": _padded(labels, IGNORED)}
+        batch: Batch = {"input_ids": padded(ids, self.padding), "labels": padded(labels, IGNORED)}
         if "seq_lengths" not in rows[0]:
-            return batch | {"attention_mask": _padded([torch.ones_like(tokens) for tokens in ids], 0)}
+            return batch | {"attention_mask": padded([torch.ones_like(tokens) for tokens in ids], 0)}
         positions = [torch.cat([torch.arange(length) for length in row["seq_lengths"]]) for row in rows]
-        batch |= {"position_ids": _padded(positions, 0), "use_cache": False}
+        batch |= {"position_ids": padded(positions, 0), "use_cache": False}
         if not self.tells_documents:
             return batch
         return batch | documents([row["seq_lengths"] for row in rows], batch["input_ids"].shape[1])
@@ -87,7 +87,7 @@ def label_ids(row: dict[str, Any], ids: torch.Tensor) -> torch.Tensor:
     return labels
 
 
-def _padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+def padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
     """Return [rows, length], padded on the right with `value`."""
     from torch.nn.utils.rnn import pad_sequence
 

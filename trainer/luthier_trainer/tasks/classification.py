@@ -1,13 +1,18 @@
-"""Shared code of the classification tasks, whose rows each have one of several labels: labels, loss and metrics."""
+"""Shared code of the tasks that classify rows: labels, loss and metrics of rows that have one of several labels."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from luthier_api.classification import PROBLEMS
+from luthier_api.classification import Classification as ClassificationSettings
+from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_trainer.data import labels as classes
 from luthier_trainer.data.load import Rows
+from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 from luthier_trainer.tasks.base import Collator, Loss, Model, Processor, TrainerSetup, TrainingContext
 from luthier_trainer.tasks.batches import LabelledBatches, measured_by
@@ -20,25 +25,34 @@ if TYPE_CHECKING:
     from transformers import EvalPrediction
 
 LABEL = "spec.dataset.columns.label"
+BALANCED, WEIGHTS = "spec.classification.balanced", "spec.classification.classWeights"
+UNEVEN = 10  # times as many rows of the commonest label as of the rarest, from which on weights are recommended
 SHOWN = 5  # labels in a notice
 
 
 class Classification(LabelledBatches, HeadedTask):
-    """A base class of tasks that predict one label for a row."""
+    """A base class of tasks that predict a label for a row."""
 
     def columns(self, spec: FineTuneJobSpec) -> tuple[str, ...]:
         return (*self.inputs(spec), spec.dataset.columns.label)
 
-    def labels(self, rows: Rows, spec: FineTuneJobSpec) -> list[str]:
+    def problem_type(self, spec: FineTuneJobSpec) -> str | None:
+        return PROBLEMS["single"].problem_type
+
+    def labels(self, rows: Rows, spec: FineTuneJobSpec) -> list[str] | None:
         data = spec.dataset
         return classes.names_of(rows, data.columns.label, LABEL, data.merge_labels, taken=self.inputs(spec))
 
-    def label_ids(self, rows: Rows, spec: FineTuneJobSpec, labels: list[str] | None) -> numpy.ndarray:
+    def label_ids(self, rows: Rows, spec: FineTuneJobSpec, labels: list[str] | None) -> numpy.ndarray | None:
         data = spec.dataset
         return classes.ids_of(rows, data.columns.label, LABEL, labels or [], data.merge_labels)
 
     def outputs(self, labels: list[str] | None) -> list[str]:
         return labels or []
+
+    def class_weights(self, rows: Rows, spec: FineTuneJobSpec, labels: list[str] | None) -> list[float] | None:
+        ids = self.label_ids(rows, spec, labels)
+        return None if ids is None else weights_of(ids, labels or [], spec.classification)
 
     def check_encoded(self, data: DatasetDict, model: Model, labels: list[str] | None) -> None:
         super().check_encoded(data, model, labels)
@@ -51,20 +65,63 @@ class Classification(LabelledBatches, HeadedTask):
     def trainer(self, context: TrainingContext, model: Any) -> TrainerSetup:
         from transformers import Trainer
 
-        options = {"compute_loss_func": self.loss(context.spec), **measured_by(LabelMetrics())}
+        loss = self.loss(context.spec, context.class_weights)
+        options = {"compute_loss_func": loss, **measured_by(LabelMetrics())}
         return TrainerSetup(Trainer, self.collator(context.processor), options)
 
-    def loss(self, spec: FineTuneJobSpec) -> Loss:
-        """Return the loss for training.
+    def loss(self, spec: FineTuneJobSpec, weights: Sequence[float] | None = None) -> Loss:
+        """Return the loss for training. `weights`: how much a row of each class counts; None: all alike.
 
         No classifier of transformers 5.23 divides its loss by the rows of the step, although most of them accept the
         keyword that asks for it.
         """
         from luthier_trainer.models.heads import row_loss
-        from luthier_trainer.tasks import smoothing
+        from luthier_trainer.tasks import class_loss, smoothing
 
         epsilon = spec.training.label_smoothing
+        if weights:
+            return class_loss.weighted(weights, epsilon or 0.0)
         return smoothing.row_loss(epsilon) if epsilon else row_loss
+
+
+def weights_of(ids: numpy.ndarray, labels: list[str], asked: ClassificationSettings) -> list[float] | None:
+    """Return how much a row of each class counts in the loss; None if all count alike. It is said, with the rows.
+
+    `ids`: the class of each training row, int64 [rows]. Raises Failure if `classWeights` names a class that no row has.
+    """
+    import numpy
+
+    counts = numpy.bincount(ids, minlength=len(labels))
+    if asked.class_weights is None and not asked.balanced:
+        there = counts[counts > 0]
+        if there.max() >= UNEVEN * there.min():
+            most, least = (
+                labels[int(counts.argmax())],
+                labels[int(numpy.where(counts > 0, counts, counts.max() + 1).argmin())],
+            )
+            notice(
+                f"{LABEL}: {there.max()} training rows have the label {most} and {there.min()} have {least}. Set"
+                f" {BALANCED}: true to let each label count alike in the loss"
+            )
+        return None
+    if unknown := sorted(asked.class_weights or {}, key=str):
+        unknown = [name for name in unknown if name not in labels]
+        if unknown:
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{WEIGHTS}: no training row has the label {', '.join(unknown[:SHOWN])}; the labels are:"
+                f" {', '.join(labels[:SHOWN])}{', ...' * (len(labels) > SHOWN)}",
+            )
+    if asked.balanced:
+        weights = [float(len(ids) / (len(labels) * count)) if count else 1.0 for count in counts.tolist()]
+    else:
+        weights = [(asked.class_weights or {}).get(name, 1.0) for name in labels]
+    told = [f"{name} {weight:.4g} ({count} rows)" for name, weight, count in zip(labels, weights, counts, strict=True)]
+    notice(
+        f"{BALANCED if asked.balanced else WEIGHTS}: a row counts in the loss by its label:"
+        f" {', '.join(told[:SHOWN])}{', ...' * (len(told) > SHOWN)}. evalLoss counts each row alike"
+    )
+    return weights
 
 
 def notice_unmeasured_labels(data: DatasetDict, labels: list[str]) -> None:
@@ -72,7 +129,11 @@ def notice_unmeasured_labels(data: DatasetDict, labels: list[str]) -> None:
     if "eval" not in data:
         return
     measured = set(data["eval"].unique("labels"))
-    absent = [name for label, name in enumerate(labels) if label not in measured]
+    tell_absent([name for label, name in enumerate(labels) if label not in measured], labels)
+
+
+def tell_absent(absent: list[str], labels: list[str]) -> None:
+    """Give notice of the labels that no held-out row has."""
     if absent:
         shown = ", ".join(absent[:SHOWN]) + ", ..." * (len(absent) > SHOWN)
         notice(

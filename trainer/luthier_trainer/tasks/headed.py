@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 class HeadedTask(PretrainedTask):
     """A base class of tasks whose model answers with a head."""
 
-    problem_type: str | None = "single_label_classification"
-    """transformers' name of the loss that belongs to the head, for the result's configuration."""
+    def problem_type(self, spec: FineTuneJobSpec) -> str | None:
+        """Return transformers' name of the loss that belongs to the head, for the result's configuration."""
+        return None
 
     @abstractmethod
     def outputs(self, labels: list[str] | None) -> list[str]:
@@ -62,7 +63,7 @@ class HeadedTask(PretrainedTask):
             "num_labels": len(names),
             "id2label": dict(enumerate(names)),
             "label2id": {name: i for i, name in enumerate(names)},
-            "problem_type": self.problem_type,
+            "problem_type": self.problem_type(context.spec),
             "ignore_mismatched_sizes": True,
         }
         quantization = options.get("quantization_config")

@@ -32,7 +32,6 @@ class RewardTask(HeadedTask, AnswersTask):
     """The task reward."""
 
     task = "reward"
-    problem_type = None
 
     def outputs(self, labels: list[str] | None) -> list[str]:
         return [OUTPUT]

@@ -29,7 +29,7 @@ from luthier_trainer.models.inspect import counts
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.heartbeat import beating_while_growing
 from luthier_trainer.runtime.notices import notice
-from luthier_trainer.tasks.base import Batch, Batches
+from luthier_trainer.tasks.base import Batch, Batches, Drawn
 from luthier_trainer.training import checkpoint, finite
 from luthier_trainer.training.best import Choice, Evaluation
 from luthier_trainer.training.optimizers import Withholding, withholding
@@ -72,11 +72,13 @@ class Resilient(Base):
         rows_a_step: int,
         group_by_length: bool = False,
         own_optimizer: Callable[[Any], torch.optim.Optimizer | None],
+        drawn: Drawn | None = None,
         **kwargs: Any,
     ) -> None:
         """`rows_a_step`: rows of an optimiser step. `group_by_length`: rows of similar lengths share a step.
 
-        `own_optimizer` makes the optimiser for this trainer, or returns None if transformers makes it.
+        `drawn` draws what is random in a batch. `own_optimizer` makes the optimiser for this trainer, or returns None
+        if transformers makes it.
         """
         self._by_length: ByLength | None = None
         self._evaluation_order: list[int] | None = None
@@ -90,6 +92,7 @@ class Resilient(Base):
         self.batches, self.ranks, self.identity, self.keep = batches, ranks, identity, keep
         self.rows_a_step = rows_a_step
         self._own_optimizer = own_optimizer
+        self.drawn: Drawn = drawn or (lambda batch, step: batch)
         self.choice = choice
         """What is done with evaluations: early stopping, and which weights are delivered; None: nothing."""
         self.checkpoint_bytes = checkpoint_bytes
@@ -142,7 +145,7 @@ class Resilient(Base):
         have one micro-batch fewer than the others. It still has to take part in their forward and backward passes, so
         it gets a batch that does not count.
         """
-        batches = list(itertools.islice(epoch_iterator, num_batches))
+        batches = [self.drawn(b, self.state.global_step) for b in itertools.islice(epoch_iterator, num_batches)]
         if len(batches) < num_batches:
             batches.append(self._batch_without_weight())
         items = self._get_num_items_in_batch(batches, device)
@@ -154,7 +157,7 @@ class Resilient(Base):
         loader = self.callback_handler.train_dataloader
         # BatchNorm cannot compute statistics from a single row, so the row is repeated.
         rows = [loader.dataset[0]] * min(self.args.per_device_train_batch_size, 2)
-        batch: Batch = self._prepare_inputs(loader.collate_fn(rows))
+        batch: Batch = self.drawn(self._prepare_inputs(loader.collate_fn(rows)), self.state.global_step)
         return self.batches.without_weight(batch) | {WITHOUT_WEIGHT: batch}
 
     def _rows_of_a_mean_batch(self, batches: list[Batch]) -> float | torch.Tensor:
