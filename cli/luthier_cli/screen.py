@@ -134,6 +134,8 @@ def describe(progress: status.Progress) -> str:
         parts.append(f"step {progress.step}/{progress.max_steps}")
     if progress.max_rows:
         parts.append(f"{progress.rows}/{progress.max_rows} outputs")
+    if progress.failed_rows:
+        parts.append(f"{progress.failed_rows} failed")
     if progress.loss is not None:
         parts.append(f"loss {progress.loss:.3f}")
     if progress.tokens_per_second:

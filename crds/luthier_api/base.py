@@ -143,6 +143,8 @@ class ApiModel(BaseModel):
 
     rules: ClassVar[tuple[Rule, ...]] = ()
     """CEL rules of this object."""
+    texts_of: ClassVar[type[ApiModel] | None] = None
+    """The type in whose source the texts of the fields stand, of a type that is drawn from it."""
 
     def dump(self) -> dict[str, object]:
         """As JSON-ready data with the names users write; fields that are not set are left out."""

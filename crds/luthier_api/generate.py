@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ModelWrapValidatorHandler, model_validator
+from pydantic.alias_generators import to_camel
 
-from luthier_api.base import SET, ApiModel, Format, Rule
+from luthier_api.base import SET, ApiModel, Format, Rule, model_in
 from luthier_api.decides import BUDGET, CIRCUMSTANCES, PLACE, PUBLICATION, RESULT
 from luthier_api.marks import For, Table, TabledSpec, by_table
+from luthier_api.overriding import WHOLE_JOB, overriding, sweeping
 from luthier_api.quantity import Bytes, Cores
 from luthier_api.samplers import SchedulerName, Sigmas, TimestepSpacing, samplers
 from luthier_api.scheduling import Scheduling
@@ -77,88 +79,6 @@ class Adapter(ApiModel):
     )
 
 
-class Row(ApiModel):
-    """One input."""
-
-    prompt: Annotated[str, Field(min_length=1, max_length=8192)]
-    """The text to continue (text-generation), or what the image shows (text-to-image)."""
-    negative_prompt: Annotated[str | None, Field(max_length=8192), For("task")] = None
-    """What the image should not show. An empty text is none, as an empty cell of a dataset is."""
-    seed: Seed | None = None
-    """Seed of this row; derived from the job's seed and the row's number when left out."""
-
-
-class InputColumns(ApiModel):
-    """Which columns of the dataset play which role. Only the prompt's column must exist."""
-
-    prompt: Annotated[ShortText, For("task")] = by_table()
-    """The prompt. Text files hold one a line and need no name here."""
-    negative_prompt: Annotated[ShortText, For("task")] = by_table()
-    """What the image should not show. Used where there is such a column; a name other than the default must exist."""
-    seed: Annotated[ShortText, For("task")] = by_table()
-    """Seed of the row, a whole number below 2^32. Used where there is such a column; a name other than the default must
-    exist.
-    """
-    carry: Annotated[Annotated[list[ShortText], SET] | None, Field(max_length=100)] = None
-    """Other columns that each output repeats under `input`, such as ids; all of them when left out, none with []. Text
-    files have the line there.
-    """
-
-
-class InputData(DatasetSource):
-    """Rows from files or from the Hub."""
-
-    split: ShortText = "train"
-    """Split of a Hub dataset; slices such as train[:100] work."""
-
-    rules: ClassVar[tuple[Rule, ...]] = (
-        *DatasetSource.rules,
-        train_alone("split"),
-        Rule(
-            "!has(self.format) || self.format != 'webdataset'",
-            "dataset.format: archives of WebDataset are read by FineTuneJobs only; write the prompts into a file of"
-            " JSON lines",
-        ),
-    )
-
-
-ROWS_BYTES = 64 * 1024
-"""Of the texts of all rows in a manifest. The operator and etcd hold every job whole."""
-
-
-class Inputs(ApiModel):
-    """The rows to work on: exactly one of rows and dataset."""
-
-    rows: Annotated[list[Row] | None, Field(min_length=1, max_length=1000)] = None
-    """Rows written here: a handful, with at most 64 KiB of text in all. More belong into a file or a dataset."""
-    dataset: InputData | None = None
-    """Rows from files or from the Hub."""
-    columns: InputColumns | None = None
-    """Names of the dataset's columns."""
-
-    rules: ClassVar[tuple[Rule, ...]] = (
-        Rule(exactly_one("rows", "dataset"), "inputs: set exactly one of rows and dataset"),
-        Rule(
-            "!has(self.rows) || !has(self.columns)",
-            "inputs.columns: rows that stand in the job have no columns to name; remove it, or set inputs.dataset",
-        ),
-        Rule(
-            "!has(self.rows) || self.rows.map(row, size(bytes(row.prompt)) +"
-            f" (has(row.negativePrompt) ? size(bytes(row.negativePrompt)) : 0)).sum() <= {ROWS_BYTES}",
-            f"inputs.rows: more than {ROWS_BYTES} bytes of text in all; put the rows into a file and name it in"
-            " inputs.dataset.files: of a ConfigMap or a claim (spec.volumes), or of a dataset (inputs.dataset.id)",
-        ),
-    )
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _dataset_has_columns(cls, data: Any, handler: ModelWrapValidatorHandler[Inputs]) -> Inputs:
-        inputs = handler(data)
-        if inputs.dataset and not inputs.columns:
-            return inputs.model_copy(update={"columns": InputColumns()})
-        return inputs
-
-
 class TextSettings(ApiModel):
     """How text is generated."""
 
@@ -170,15 +90,15 @@ class TextSettings(ApiModel):
         default_factory=list
     )
     """Strings that end a text where the first of them appears. They are no part of it."""
-    json_schema: Annotated[str | None, Field(min_length=2, max_length=32768)] = None
+    json_schema: Annotated[str | None, Field(min_length=2, max_length=32768), WHOLE_JOB] = None
     """JSON schema that a text fits, as JSON text: only tokens that lead to such a document can follow. A text that ends
     by `maxNewTokens` may be the beginning of one.
     """
-    regex: Annotated[str | None, Field(min_length=1, max_length=4096)] = None
+    regex: Annotated[str | None, Field(min_length=1, max_length=4096), WHOLE_JOB] = None
     """Regular expression that a text matches from beginning to end, in the syntax of Rust. Only tokens that lead to
     such a text can follow.
     """
-    chat: bool = False
+    chat: Annotated[bool, WHOLE_JOB] = False
     """Whether prompts are written with the chat template of the model, as after a training on conversations: a prompt
     is then the message of a user, or a list of messages. An adapter's template comes before the model's. A text also
     ends with the token that ends a turn.
@@ -316,9 +236,9 @@ class ImageSettings(ApiModel):
     """Share by which the guided prediction is scaled back to the deviation of the unguided one, against too much
     exposure; 0.7 for models with a zero terminal SNR.
     """
-    refiner: Refiner | None = None
+    refiner: Annotated[Refiner | None, WHOLE_JOB] = None
     """The refiner of Stable Diffusion XL. Adapters are added to the model alone."""
-    long_prompts: Literal["refuse", "chunk"] = "refuse"
+    long_prompts: Annotated[Literal["refuse", "chunk"], WHOLE_JOB] = "refuse"
     """Prompts that are longer than the text encoders read (75 tokens). refuse: the row is an error. chunk: they are
     encoded in parts of 75 tokens, as web UIs for Stable Diffusion do.
     """
@@ -330,7 +250,7 @@ class ImageSettings(ApiModel):
     """Images for each row."""
     format: Literal["png", "webp", "jpeg"] = "png"
     """File format; png and webp are lossless."""
-    metadata: Annotated[Annotated[list[ImageMetadata], SET], Field(max_length=3)] = [
+    metadata: Annotated[Annotated[list[ImageMetadata], SET], Field(max_length=3), WHOLE_JOB] = [
         "parameters",
         "luthier",
     ]
@@ -338,13 +258,13 @@ class ImageSettings(ApiModel):
     write and read them. luthier: the same and more as JSON (model, adapters, versions). xmp: that a model has made it
     (DigitalSourceType of IPTC).
     """
-    vae_tiling: bool = False
+    vae_tiling: Annotated[bool, WHOLE_JOB] = False
     """Whether images that are larger than those of the VAE's training are decoded in overlapping tiles. Takes less
     memory, and changes the images a little.
     """
-    attention_slicing: bool = False
+    attention_slicing: Annotated[bool, WHOLE_JOB] = False
     """Whether attention is computed a part at a time. Takes less memory where an image is large, and more time."""
-    offload: Literal["none", "models", "layers"] = "none"
+    offload: Annotated[Literal["none", "models", "layers"], WHOLE_JOB] = "none"
     """What waits in the memory of the node until the GPU computes with it: models that are not in use, or all layers.
     Takes more time, layers much more.
     """
@@ -357,6 +277,145 @@ class ImageSettings(ApiModel):
             "image.guidanceRescale: has no effect with guidance up to 1; remove it, or set guidance above 1",
         ),
     )
+
+
+Settings = TextSettings | ImageSettings
+"""The blocks of the tasks."""
+
+
+BLOCKS: Mapping[str, type[ApiModel]] = {"text": TextSettings, "image": ImageSettings}
+"""The blocks of settings of all tasks."""
+RowOverrides = overriding(BLOCKS, "RowOverrides", "What a row overrides of the settings of the job.")
+
+
+class Row(ApiModel):
+    """One input."""
+
+    prompt: Annotated[str | None, Field(min_length=1, max_length=8192)] = None
+    """The text to continue (text-generation), or what the image shows (text-to-image). With `inputs.template`, a text
+    for {prompt}.
+    """
+    fields: Annotated[dict[str, Annotated[str, Field(max_length=8192)]] | None, Field(max_length=64)] = None
+    """Texts for `inputs.template`, by their names there. Each output repeats them under `input`."""
+    negative_prompt: Annotated[str | None, Field(max_length=8192), For("task")] = None
+    """What the image should not show. An empty text is none, as an empty cell of a dataset is."""
+    id: Annotated[str | None, Field(min_length=1, max_length=512)] = None
+    """Identifier of this row, which each of its outputs repeats."""
+    seed: Seed | None = None
+    """Seed of this row. Left out: derived from the job's seed and from the row, by its id or else by its contents."""
+    overrides: RowOverrides | None = None  # type: ignore[valid-type]  # drawn from the blocks
+    """What this row overrides of the settings of the job, such as {image: {steps: 50}}."""
+
+
+class InputColumns(ApiModel):
+    """Which columns of the dataset play which role. Only the prompt's column must exist."""
+
+    prompt: Annotated[ShortText, For("task")] = by_table()
+    """The prompt. Text files hold one a line and need no name here."""
+    negative_prompt: Annotated[ShortText, For("task")] = by_table()
+    """What the image should not show. Used where there is such a column; a name other than the default must exist."""
+    id: ShortText | None = None
+    """Identifier of the row, which each of its outputs repeats. The seed of a row that has none is derived from it."""
+    seed: Annotated[ShortText, For("task")] = by_table()
+    """Seed of the row, a whole number below 2^32. Used where there is such a column; a name other than the default must
+    exist.
+    """
+    settings: Annotated[dict[str, ShortText] | None, Field(max_length=64)] = None
+    """Columns that override fields of the task's settings, by the names of the fields: {steps: n_steps}. An empty cell
+    overrides nothing.
+    """
+    carry: Annotated[Annotated[list[ShortText], SET] | None, Field(max_length=100)] = None
+    """Other columns that each output repeats under `input`, such as ids; all of them when left out, none with []. Text
+    files have the line there.
+    """
+
+
+class InputData(DatasetSource):
+    """Rows from files or from the Hub."""
+
+    split: ShortText = "train"
+    """Split of a Hub dataset; slices such as train[:100] work."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *DatasetSource.rules,
+        train_alone("split"),
+        Rule(
+            "!has(self.format) || self.format != 'webdataset'",
+            "dataset.format: archives of WebDataset are read by FineTuneJobs only; write the prompts into a file of"
+            " JSON lines",
+        ),
+    )
+
+
+ROWS_BYTES = 64 * 1024
+"""Of the texts of all rows in a manifest. The operator and etcd hold every job whole."""
+
+
+class SweepLists(ApiModel):
+    """Lists of values, by what they are values of."""
+
+    fields: Annotated[
+        dict[str, Annotated[list[Annotated[str, Field(max_length=8192)]], Field(min_length=1, max_length=64)]] | None,
+        Field(max_length=16),
+    ] = None
+    """Texts for `inputs.template`, by their names there."""
+    seed: Annotated[list[Seed] | None, Field(min_length=1, max_length=1000)] = None
+    """Seeds, instead of those of the rows."""
+
+
+SweepValues = sweeping(BLOCKS, "SweepValues", SweepLists)
+
+
+class Sweep(ApiModel):
+    """Works on each row several times, with other values: exactly one of zip and product."""
+
+    zip: SweepValues | None = None  # type: ignore[valid-type]  # drawn from the blocks
+    """The first values of all lists together, then the second ones, and so on: all lists are of one length."""
+    product: SweepValues | None = None  # type: ignore[valid-type]
+    """Each value of a list with each one of the others. The last list changes fastest."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(exactly_one("zip", "product"), "sweep: set exactly one of zip and product"),
+    )
+
+
+class Inputs(ApiModel):
+    """The rows to work on: exactly one of rows and dataset."""
+
+    rows: Annotated[list[Row] | None, Field(min_length=1, max_length=1000)] = None
+    """Rows written here: a handful, with at most 64 KiB of text in all. More belong into a file or a dataset."""
+    dataset: InputData | None = None
+    """Rows from files or from the Hub."""
+    columns: InputColumns | None = None
+    """Names of the dataset's columns."""
+    template: Annotated[str | None, Field(min_length=1, max_length=8192)] = None
+    """The prompt of each row, with texts of the row in it: "a {thing} in the style of {style}". A name stands for a
+    column of the dataset, for one of `rows[].fields`, or for a list of `sweep`; {{ and }} stand for braces.
+    """
+    sweep: Sweep | None = None
+    """Works on each row several times, with other values. Each time is a row of its own in the outputs."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(exactly_one("rows", "dataset"), "inputs: set exactly one of rows and dataset"),
+        Rule(
+            "!has(self.rows) || !has(self.columns)",
+            "inputs.columns: rows that stand in the job have no columns to name; remove it, or set inputs.dataset",
+        ),
+        Rule(
+            "!has(self.rows) || self.rows.map(row, (has(row.prompt) ? size(bytes(row.prompt)) : 0) +"
+            f" (has(row.negativePrompt) ? size(bytes(row.negativePrompt)) : 0)).sum() <= {ROWS_BYTES}",
+            f"inputs.rows: more than {ROWS_BYTES} bytes of text in all; put the rows into a file and name it in"
+            " inputs.dataset.files: of a ConfigMap or a claim (spec.volumes), or of a dataset (inputs.dataset.id)",
+        ),
+    )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _dataset_has_columns(cls, data: Any, handler: ModelWrapValidatorHandler[Inputs]) -> Inputs:
+        inputs = handler(data)
+        if inputs.dataset and not inputs.columns:
+            return inputs.model_copy(update={"columns": InputColumns()})
+        return inputs
 
 
 class GenerateResources(ApiModel):
@@ -389,6 +448,36 @@ class GenerateResources(ApiModel):
         return self.gpus
 
 
+def overridable(block: str) -> list[str]:
+    """The fields of a block of settings that a row can override, by their names in a manifest."""
+    model = model_in(RowOverrides.model_fields[block].annotation)
+    assert model is not None
+    return [field.alias or to_camel(name) for name, field in model.model_fields.items()]
+
+
+def row_rules() -> Iterator[Rule]:
+    """Rules that follow from the tables: the roles that each row must have, and the settings that columns override."""
+    for name, task in GENERATION_TASKS.items():
+        for role in task.columns:
+            templated = " || has(self.inputs.template)" if role == "prompt" else ""
+            yield Rule(
+                f"self.task != '{name}' || !has(self.inputs.rows){templated} ||"
+                f" self.inputs.rows.all(row, has(row.{role}))",
+                f"spec.inputs.rows.{role}: each row of {name} needs one",
+            )
+    blocks: dict[str, list[str]] = {}
+    for name, task in GENERATION_TASKS.items():
+        blocks.setdefault(task.settings, []).append(name)
+    for settings, tasks in blocks.items():
+        fields = overridable(settings)
+        yield Rule(
+            f"!(self.task in {tasks}) || !has(self.inputs.columns) || !has(self.inputs.columns.settings) ||"
+            f" self.inputs.columns.settings.all(field, field in {fields})",
+            f"spec.inputs.columns.settings: names the fields of spec.{settings} that columns override:"
+            f" {', '.join(fields)}",
+        )
+
+
 class GenerateJobSpec(JobControl, TabledSpec):
     """Model, inputs and settings of a generation, and where its results go."""
 
@@ -413,7 +502,9 @@ class GenerateJobSpec(JobControl, TabledSpec):
     seed: Annotated[Seed, RESULT] = 0
     """Seed of rows that have none of their own."""
     shards: Annotated[int, Field(ge=1, le=4096), RESULT] = 1
-    """Pods that share the rows; each resumes where it stopped."""
+    """Pods that share the outputs; each resumes where it stopped. A shard has consecutive outputs, so that the files of
+    all shards together have the order of the inputs.
+    """
     parallelism: Annotated[Annotated[int, Field(ge=1, le=4096)] | None, BUDGET] = None
     """Shards that work at once; all when left out. Read when the run is created: to apply a change to a running job,
     suspend and resume it.
@@ -422,6 +513,12 @@ class GenerateJobSpec(JobControl, TabledSpec):
     """Shards that may fail for good while the others go on. 0: the first one stops all of them, because what it failed
     of may be common to all. The job fails in either case; what was generated stays in the workspace. Read when the run
     is created.
+    """
+    max_failed_rows: Annotated[Annotated[int, Field(ge=0)] | None, CIRCUMSTANCES] = None
+    """Outputs that may fail. One that cannot be made is a line with the reason (`error`), and all others are made. The
+    job fails if more have failed than this; when left out, if not one row can be worked on: a mistake in one row of a
+    million should not cost the others, and `kubectl get gj` shows how many failed. If a failed job gets a higher limit,
+    it goes on with what it has.
     """
     resources: Annotated[GenerateResources, RESULT] = Field(default_factory=GenerateResources)
     workspace: Annotated[Workspace, PLACE] = Field(default_factory=Workspace)
@@ -439,9 +536,9 @@ class GenerateJobSpec(JobControl, TabledSpec):
     """
 
     @property
-    def settings(self) -> TextSettings | ImageSettings:
+    def settings(self) -> Settings:
         """The block of the job's task."""
-        settings: TextSettings | ImageSettings = getattr(self, GENERATION_TASKS[self.task].settings)
+        settings: Settings = getattr(self, GENERATION_TASKS[self.task].settings)
         return settings
 
     @property
@@ -450,6 +547,7 @@ class GenerateJobSpec(JobControl, TabledSpec):
         return self.settings.per_prompt
 
     rules: ClassVar[tuple[Rule, ...]] = (
+        *row_rules(),
         alone_on_its_claim("shards", "self.shards == 1 || (has(self.parallelism) && self.parallelism == 1)"),
         Rule(
             "self.maxFailedShards < self.shards",

@@ -111,7 +111,8 @@ def _marked(model: type[ApiModel], path: str, this: str, present: str) -> Iterat
             item = f"item{here.count('[]')}"
             yield from _marked(below, f"{here}[].", item, _joined(is_set, f"{value}.exists({item}, %s)"))
         else:
-            yield from _marked(below, f"{here}.", value, present if is_always_there(model, outer) else is_set)
+            there = _joined(present, f"has({value}) && %s") if "%s" in present else is_set
+            yield from _marked(below, f"{here}.", value, present if is_always_there(model, outer) else there)
 
 
 def _joined(present: str, cel: str) -> str:

@@ -90,6 +90,7 @@ HEARTBEAT_AGE = Metric(
     "Time since the last step, batch of an evaluation, output or growing file of a checkpoint",
 )
 GENERATE_ROWS = Metric("luthier_generate_rows", "Outputs that lie in the workspace, those of earlier attempts included")
+GENERATE_FAILED_ROWS = Metric("luthier_generate_failed_rows", "Of these outputs, those that are the record of an error")
 GENERATE_MAX_ROWS = Metric("luthier_generate_max_rows", "Outputs that this shard has to write")
 GENERATE_ROWS_PER_SECOND = Metric("luthier_generate_rows_per_second", "Outputs a second in this attempt")
 
@@ -127,6 +128,7 @@ POD_METRICS: tuple[Metric, ...] = (
     CHECKPOINTS_BROKEN,
     HEARTBEAT_AGE,
     GENERATE_ROWS,
+    GENERATE_FAILED_ROWS,
     GENERATE_MAX_ROWS,
     GENERATE_ROWS_PER_SECOND,
 )
@@ -189,6 +191,8 @@ def generation_progress(
     return Progress(
         rows=rows,
         max_rows=most,
+        failed_rows=sum(count(p, GENERATE_FAILED_ROWS) for p in shards),
+        rows_per_second=figure(pace),
         percent=100 * rows // most,
         eta_seconds=_whole((most - rows) / pace if pace else None),
         time=_time_text(now),
@@ -197,8 +201,15 @@ def generation_progress(
 
 def samples_at_end(metrics: dict[str, float] | None) -> dict[str, float]:
     """Metrics of a shard that has ended with these final metrics: its outputs still count, its rate does not."""
-    rows = (metrics or {}).get("rows")
-    return {GENERATE_ROWS.name: rows, GENERATE_MAX_ROWS.name: rows} if rows else {}
+    found = metrics or {}
+    rows = found.get("rows")
+    if not rows:
+        return {}
+    return {
+        GENERATE_ROWS.name: rows,
+        GENERATE_MAX_ROWS.name: rows,
+        GENERATE_FAILED_ROWS.name: found.get("failedRows", 0),
+    }
 
 
 def checkpoint_step(samples: dict[str, float]) -> int | None:

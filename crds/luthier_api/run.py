@@ -360,3 +360,5 @@ class PreparedRecord(Prepared):
     """FineTuneJob: a DatasetDict saved to disk, splits `train` (not of a stream) and `eval`, tokenised. GenerateJob:
     rows.jsonl.
     """
+    rows_sha256: str = ""
+    """SHA-256 of rows.jsonl (GenerateJob)."""

@@ -89,6 +89,8 @@ class ResolvedDataset(ResolvedSource):
     """Rows to train on or to generate from; of a stream, those that all steps see together."""
     eval_rows: int = 0
     """Rows held out for evaluation."""
+    outputs: int | None = None
+    """Outputs of all rows: `perPrompt` for each (GenerateJob)."""
     tokens: int | None = None
     """Tokens of the training rows, after truncation; images have none."""
     labels: list[str] | None = None
@@ -209,6 +211,8 @@ class Progress(ApiModel):
     """Outputs written (GenerateJob)."""
     max_rows: int | None = None
     """Outputs of the whole job (GenerateJob)."""
+    failed_rows: int | None = None
+    """Of the outputs written, those that are the record of an error (GenerateJob)."""
     percent: int | None = None
     """Percentage of the steps or outputs that are done."""
     eta_seconds: int | None = None

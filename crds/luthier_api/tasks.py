@@ -119,6 +119,10 @@ class TrainingTask:
         return "model.config" in self.options
 
 
+ROW_SETTINGS = ("inputs.rows[].overrides", "inputs.sweep.zip", "inputs.sweep.product")
+"""Where values of a block of settings stand for some rows. They belong to the tasks to which the block belongs."""
+
+
 @dataclass(frozen=True)
 class GenerationTask:
     """What a GenerateJob of the task reads, and where its settings stand."""
@@ -135,8 +139,10 @@ class GenerationTask:
     @cached_property
     def fields(self) -> dict[str, Any]:
         """Path in the spec → default, of all fields that belong to the task. Other tasks refuse them."""
-        columns = self.columns | self.optional_columns
-        return {f"inputs.columns.{role}": name for role, name in columns.items()} | {self.settings: {}} | self.options
+        columns = {f"inputs.columns.{role}": name for role, name in (self.columns | self.optional_columns).items()}
+        own = {path: default for path, default in self.options.items() if path.startswith(f"{self.settings}.")}
+        rows = {f"{place}.{path}": None for place in ROW_SETTINGS for path in (self.settings, *own)}
+        return columns | rows | {self.settings: {}} | self.options
 
 
 @dataclass(frozen=True)

@@ -140,12 +140,14 @@ def at_end(progress: Progress | None, metrics: dict[str, float] | None) -> Progr
         return None
     last = progress or Progress()
     step, row = steps or last.max_steps, rows or last.max_rows
+    failed = _count(metrics, "failedRows")
     loss = metrics.get("lastLoss", last.loss) if metrics else last.loss
     ended = {
         "step": step,
         "max_steps": step,
         "rows": row,
         "max_rows": row,
+        "failed_rows": last.failed_rows if failed is None else failed,
         "loss": figure(loss),
         "percent": 100,
         "eta_seconds": 0,

@@ -188,6 +188,29 @@ TRACKED: Change = {"type": "mlflow", "url": "http://mlflow", "secretRef": {"name
 GRPO: Change = {"spec.task": "grpo", "spec.grpo": {"rewards": [MATCHED]}}
 
 
+SWEPT: list[tuple[str, str, str, Change]] = [
+    ("text", "text-generation", "text-to-image", {"maxNewTokens": [5, 6]}),
+    ("image", "text-to-image", "text-generation", {"steps": [5, 6]}),
+]
+"""A block of settings, a task that has it, one that has not, and values of a field."""
+
+
+def swept(values: Change, *places: str) -> Change:
+    """Inputs with a sweep of these values."""
+    return {"rows": [{"prompt": "a lute"}], "sweep": dict.fromkeys(places, values)}
+
+
+def overriding(block: str, values: Change) -> list[Change]:
+    """Rows of which one overrides the first of these values."""
+    first = {name: listed[0] for name, listed in values.items()}
+    return [{"prompt": "a lute"}, {"prompt": "a harp", "overrides": {block: first}}]
+
+
+def by_columns(field: str) -> Change:
+    """Inputs with a column that overrides a field of the settings."""
+    return {"dataset": {"files": ["/p.jsonl"]}, "columns": {"settings": {field: "n"}}}
+
+
 def rewarded(*rewards: Change, **settings: Any) -> Change:
     """GRPO with these rewards."""
     return GRPO | {"spec.grpo": {"rewards": [*rewards], **settings}}
@@ -1733,6 +1756,55 @@ CASES: list[Case] = [
         base=GENERATE,
     ),
     Case(
+        message="sweep: set exactly one of zip and product",
+        refused={"spec.inputs": swept({"seed": [1]}, "zip", "product")},
+        accepted={"spec.inputs": swept({"seed": [1], "fields": {"style": ["oil", "ink"]}}, "zip")},
+        base=GENERATE,
+    ),
+    *(
+        Case(
+            message=f"spec.inputs.sweep.{place}.{block}: applies to {task};",
+            refused={"spec.task": other, "spec.inputs": swept({block: values}, place)},
+            accepted={"spec.task": task, "spec.inputs": swept({block: values}, place)},
+            base=GENERATE,
+        )
+        for place in ("zip", "product")
+        for block, task, other, values in SWEPT
+    ),
+    *(
+        Case(
+            message=f"spec.inputs.rows.overrides.{block}: applies to {task};",
+            refused={"spec.task": other, "spec.inputs.rows": overriding(block, values)},
+            accepted={"spec.task": task, "spec.inputs.rows": overriding(block, values)},
+            base=GENERATE,
+        )
+        for block, task, other, values in SWEPT
+    ),
+    *(
+        Case(
+            message=f"spec.inputs.columns.settings: names the fields of spec.{block} that columns override:",
+            refused={"spec.task": task, "spec.inputs": by_columns(other_field)},
+            accepted={"spec.task": task, "spec.inputs": by_columns(own_field)},
+            base=GENERATE,
+        )
+        for block, task, own_field, other_field in (
+            ("text", "text-generation", "topK", "chat"),
+            ("image", "text-to-image", "steps", "topK"),
+        )
+    ),
+    *(
+        Case(
+            message=f"spec.inputs.rows.prompt: each row of {task} needs one",
+            refused={"spec.task": task, "spec.inputs": {"rows": [{"prompt": "a"}, {"seed": 7}]}},
+            accepted={
+                "spec.task": task,
+                "spec.inputs": {"rows": [{"fields": {"thing": "lute"}}], "template": "a {thing}"},
+            },
+            base=GENERATE,
+        )
+        for task in ("text-generation", "text-to-image")
+    ),
+    Case(
         message="text.perPrompt:",
         refused={"spec.text": {"perPrompt": 2}},
         accepted={"spec.text": {"perPrompt": 2, "temperature": 0.7}},
@@ -2487,7 +2559,7 @@ WHILE_STOPPED: dict[str, Change] = {
         "spec.training.keepCheckpoints": 7,
         "spec.tracking": [{"type": "tensorboard"}],
     },
-    "GenerateJob": PAUSED,
+    "GenerateJob": PAUSED | {"spec.maxFailedRows": 7},
 }
 """What may change only while no pods work with it: path → another value than the one in EXISTING."""
 

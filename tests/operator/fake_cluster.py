@@ -52,7 +52,7 @@ class Outcome:
 
 PREPARED = Prepared(
     model=ResolvedSource(source="org/model", revision="a" * 40),
-    dataset=ResolvedDataset(source="org/data", revision="b" * 40, rows=100, eval_rows=10),
+    dataset=ResolvedDataset(source="org/data", revision="b" * 40, rows=100, outputs=100, eval_rows=10),
     plan=Plan(strategy="ddp", world_size=2, steps=30, micro_batch_size=4, accumulation_steps=1),
 )
 

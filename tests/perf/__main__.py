@@ -19,6 +19,7 @@ BENCHMARKS = (
     "tokenizing",
     "images",
     "texts",
+    "rows",
 )
 CHECKS = ("exactness", "bursts")  # only by name: they measure nothing
 

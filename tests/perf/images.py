@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,10 @@ def main() -> dict[str, Any]:
 
 
 def jobs() -> dict[str, Any]:
-    from trainer.generating import image_engine
+    from trainer.generating import image_engine, sample
     from trainer.small_sdxl import write_small_sdxl
 
+    from luthier_api.generate import ImageSettings
     from luthier_api.workspace import WorkspaceFolder
     from luthier_trainer.generation.ledger import Shard
     from luthier_trainer.generation.main import make
@@ -49,25 +51,26 @@ def jobs() -> dict[str, Any]:
         plain = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
         plain.set_progress_bar_config(disable=True)
         engine = image_engine(folder, IMAGE, BATCH)
-        samples = [Sample(i, 0, f"lute number {i} on a workbench", None, i) for i in range(PROMPTS)]
+        settings = ImageSettings.model_validate(IMAGE)
+        samples = [sample(f"lute number {i} on a workbench", row=i, seed=i, settings=settings) for i in range(PROMPTS)]
 
         def loop(part: list[Sample], number: int) -> None:
-            for sample in part:
+            for one in part:
                 given = {"num_inference_steps": IMAGE["steps"], "guidance_scale": IMAGE["guidance"]}
                 size = {"width": IMAGE["width"], "height": IMAGE["height"]}
-                noise = torch.Generator().manual_seed(sample.seed)
-                plain(sample.prompt, generator=noise, **given, **size).images[0].save(root / f"{sample.row}.png")
+                noise = torch.Generator().manual_seed(one.seed or 0)
+                plain(one.prompt, generator=noise, **given, **size).images[0].save(root / f"{one.row}.png")
 
         def raw(part: list[Sample], number: int) -> None:
             for first in range(0, len(part), BATCH):
                 engine.make(padded(part[first : first + BATCH], BATCH))
 
         def job(part: list[Sample], number: int) -> None:
-            shard = Shard(
-                WorkspaceFolder(root / f"job{number}"), 0, 1, engine.records, {"task": "text-to-image"}, "here"
-            )
-            make(engine, shard, shard.resume(part), len(part), Telemetry())
-            shard.finish({"rows": len(part)})
+            folder, settings = WorkspaceFolder(root / f"job{number}"), {"task": "text-to-image"}
+            shard = Shard(folder, 0, 1, engine.records, range(len(part)), settings, "here")
+            shard.resume()
+            make(engine, shard, (replace(one, number=i) for i, one in enumerate(part)), Telemetry(), None)
+            shard.finish({"rows": len(part), "failedRows": 0})
 
         contestants: dict[str, Callable[[list[Sample], int], None]] = {"plain loop": loop, "batches": raw, "job": job}
         for one in contestants.values():  # warm up
@@ -76,7 +79,7 @@ def jobs() -> dict[str, Any]:
         each = PROMPTS // ROUNDS
         for number in range(ROUNDS):
             for name, one in contestants.items():
-                engine.prompts.kept.clear()
+                engine.prompts_for(samples[0]).kept.clear()
                 started = time.perf_counter()
                 one(samples[number * each : (number + 1) * each], number)
                 pace[name].append(each / (time.perf_counter() - started))
@@ -98,9 +101,10 @@ def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
 
 def files() -> dict[str, Any]:
     """Files of photographs written in a second of one core, metadata included, beside `image.save()`."""
+    from trainer.generating import sample
+
     from luthier_api.generate import ImageSettings
     from luthier_trainer.generation.encoding import FORMATS, About, encode
-    from luthier_trainer.generation.samples import Sample
 
     about = About({"model": {"source": "org/lutes", "revision": "abc"}, "adapters": []}, "here")
     pictures = [photograph(seed) for seed in range(FILES)]
@@ -112,7 +116,7 @@ def files() -> dict[str, Any]:
 
     def ours(form: str) -> Callable[[Image.Image], bytes]:
         settings = ImageSettings.model_validate({"format": form})
-        return lambda picture: encode(picture, settings, Sample(0, 0, "a lute", None, 7), about)
+        return lambda picture: encode(picture, settings, sample("a lute", settings=settings), about)
 
     ways = {"image.save()": default, **{form: ours(form) for form in FORMATS}}
     taken: dict[str, float] = dict.fromkeys(ways, 0.0)

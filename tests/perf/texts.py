@@ -21,7 +21,7 @@ from typing import Any
 import numpy
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from trainer.generating import generate_run
+from trainer.generating import generate_run, sample
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -32,6 +32,7 @@ from transformers import (
     pipeline,
 )
 
+from luthier_api.generate import TextSettings
 from luthier_trainer.generation.engines.text import TextEngine
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.samples import Sample
@@ -106,7 +107,7 @@ class Programs:
         self.real = sum(len(ids) for ids in self.tokenizer(self.texts)["input_ids"])
 
     def luthier(self) -> int:
-        run = generate_samples(self.texts)
+        run = generate_samples(self.texts, self.engine.settings)
         self.engine.slots.computed = 0
         made = [output for outputs in self.engine.work(run) for output in outputs]
         # The last token of a prompt is read by the first step.
@@ -151,8 +152,8 @@ class Programs:
         return sum(self.length(list(output.generated_tokens)) for output in made.values())
 
 
-def generate_samples(texts: Sequence[str]) -> list[Sample]:
-    return [Sample(row, 0, text, None, row) for row, text in enumerate(texts)]
+def generate_samples(texts: Sequence[str], settings: TextSettings) -> list[Sample]:
+    return [sample(text, row=row, seed=row, settings=settings) for row, text in enumerate(texts)]
 
 
 def main() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trainer.generating import generate_run
+from trainer.generating import generate_run, sample
 from trainer.sentencepieces import write_llama
 from transformers import (
     AutoModelForCausalLM,
@@ -24,7 +24,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from luthier_trainer.generation.engines.text import TextEngine
 from luthier_trainer.generation.hardware import Hardware
-from luthier_trainer.generation.samples import Sample
 
 VOCABULARY = 512
 WEIGHT = 8  # times that of a new model, so that texts depend on their prompts
@@ -219,7 +218,7 @@ def engine_of(folder: Path, batch_size: int) -> TextEngine:
 
 def texts(engine: TextEngine, prompts: Sequence[str]) -> list[str | None]:
     """What the engine writes, in batches as `generate` puts them together."""
-    samples = [Sample(row, 0, prompt, None, 0) for row, prompt in enumerate(prompts)]
+    samples = [sample(prompt, row=row, settings=engine.settings) for row, prompt in enumerate(prompts)]
     made = {output.sample.row: output.text for outputs in engine.work(samples) for output in outputs}
     return [made[sample.row] for sample in samples]
 

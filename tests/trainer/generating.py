@@ -3,26 +3,44 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from luthier_api.generate import ImageSettings, Settings, TextSettings
 from luthier_api.run import GenerateRun, PreparedRecord
 from luthier_api.status import Plan, ResolvedDataset, ResolvedSource
 from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.generation import main as generate
+from luthier_trainer.generation import rows as prepared_rows
 from luthier_trainer.generation.encoding import About
 from luthier_trainer.generation.engines.images import ImageEngine
 from luthier_trainer.generation.engines.table import engine_class
 from luthier_trainer.generation.hardware import Hardware
-from luthier_trainer.generation.ledger import shard_name
+from luthier_trainer.generation.result import shard_name
+from luthier_trainer.generation.samples import Sample
 from luthier_trainer.workspace.prepared import FINGERPRINT, fingerprint, write_prepared
 
 Row = dict[str, Any]
+TEXT, IMAGE = TextSettings(), ImageSettings()
+
+
+def sample(
+    prompt: str,
+    seed: int = 7,
+    row: int = 0,
+    index: int = 0,
+    negative: str | None = None,
+    settings: Settings = TEXT,
+    **more: Any,
+) -> Sample:
+    """A sample; its settings are those of a job that says nothing of them, unless they are given."""
+    cells: Mapping[str, Any] = {"prompt": prompt} | ({} if negative is None else {"negativePrompt": negative})
+    return Sample(row, index, cells, seed, settings, **more)
 
 
 def generate_run(workspace: Path, rows: list[Row], **spec: Any) -> GenerateRun:
@@ -37,16 +55,17 @@ def prepare_by_hand(run: GenerateRun) -> None:
     folder.prepared.mkdir(parents=True, exist_ok=True)
     rows = folder.prepared / "rows.jsonl"
     lines = [{"row": i, "seed": 100 * i, **row.dump()} for i, row in enumerate(spec.inputs.rows or [])]
-    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    written = prepared_rows.write(rows, lines, spec.per_prompt)
     (folder.prepared / FINGERPRINT).write_text(fingerprint(run))
     record = PreparedRecord(
         model=ResolvedSource(source=str(spec.model.path)),
-        dataset=ResolvedDataset(source="spec.inputs.rows", rows=len(lines)),
+        dataset=ResolvedDataset(source="spec.inputs.rows", rows=written.rows, outputs=written.outputs),
         adapters=[ResolvedSource(source=str(a.path)) for a in spec.adapters],
         plan=Plan(strategy="none"),
         model_path=str(spec.model.path),
         adapter_paths=[str(a.path) for a in spec.adapters],
         dataset_path=str(rows),
+        rows_sha256=written.sha256,
     )
     write_prepared(run, record)
 

@@ -763,7 +763,7 @@ NOT_TOLD = [
     NotToldCase(
         name="a pace that is next to nothing",
         text=OUTPUTS + "luthier_generate_rows_per_second 1e-320\n",
-        expect={"rows": 0, "maxRows": 4, "percent": 0},
+        expect={"rows": 0, "maxRows": 4, "failedRows": 0, "rowsPerSecond": 1e-320, "percent": 0},
     ),
     NotToldCase(
         name="outputs without end",

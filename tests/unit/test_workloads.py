@@ -153,7 +153,9 @@ def test_final_metrics(case: SumCase) -> None:
 
 def test_progress_of_a_generation_counts_the_outputs_of_the_whole_job() -> None:
     shard = {"luthier_generate_rows": 90.0, "luthier_generate_max_rows": 100.0}
-    job = generate(shards=9).model_copy(update={"status": JobStatus(prepared=PREPARED)})
+    dataset = PREPARED.dataset.model_copy(update={"rows": 300, "outputs": 900})
+    prepared = PREPARED.model_copy(update={"dataset": dataset})
+    job = generate(shards=9).model_copy(update={"status": JobStatus(prepared=prepared)})
     progress = workload(job).progress({3: shard}, None)
     assert progress is not None
     assert (progress.rows, progress.max_rows, progress.percent) == (90, 900, 10)

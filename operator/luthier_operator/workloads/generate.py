@@ -123,7 +123,7 @@ class Generate(Workload):
     def outputs(self) -> int | None:
         """Outputs of the whole job. None before `prepare` has counted the rows."""
         prepared = self.job.status.prepared
-        return prepared.dataset.rows * self.job.spec.per_prompt if prepared else None
+        return prepared.dataset.outputs if prepared else None
 
     def final_metrics(self, metrics: Samples) -> dict[str, float] | None:
         """The sums over all shards. None while a shard is missing."""

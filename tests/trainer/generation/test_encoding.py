@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 from PIL import ExifTags, Image
+from trainer.generating import sample
 
 from luthier_api.generate import ImageSettings
 from luthier_trainer.generation.encoding import FORMATS, About, encode
-from luthier_trainer.generation.samples import Sample, Unusable
+from luthier_trainer.generation.samples import Unusable
 
 ABOUT = About(
     {
@@ -24,7 +25,7 @@ ABOUT = About(
     },
     "torch 2.13, cpu",
 )
-SAMPLE = Sample(3, 1, "eine Laute, schön\nim Licht: 琵琶", "rain, people", 7)
+SAMPLE = sample("eine Laute, schön\nim Licht: 琵琶", row=3, index=1, negative="rain, people")
 IMAGE = {"scheduler": "dpm++2m", "sigmas": "karras", "steps": 20, "guidance": 6.5, "width": 8, "height": 8}
 
 
@@ -154,7 +155,7 @@ def test_what_is_switched_off_is_not_there(form: str, case: Switch) -> None:
 
 
 def test_a_jpeg_has_no_room_for_prompts_of_any_length() -> None:
-    long = Sample(0, 0, "x" * 70_000, None, 7)
+    long = sample("x" * 70_000)
     image = Image.new("RGB", (8, 8))
     with pytest.raises(Unusable, match=r"set image\.format: png or image\.metadata: \[\]"):
         encode(image, settings(format="jpeg"), long, ABOUT)

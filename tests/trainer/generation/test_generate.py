@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.generation import main as generate
 from luthier_trainer.generation.engines.text import TextEngine
-from luthier_trainer.generation.ledger import shard_manifest
+from luthier_trainer.generation.result import shard_manifest
 from luthier_trainer.prepare import main as prepare
 from luthier_trainer.runtime import heartbeat, run_folder
 from luthier_trainer.runtime.failure import Failure
@@ -80,20 +81,21 @@ def test_a_shard_killed_on_the_way_makes_every_row_once(tmp_path: Path, monkeypa
 
     run = run_in("killed")
     prepare_by_hand(run)
-    ledger = WorkspaceFolder(tmp_path / "killed").shards / "shard-00000-of-00001.jsonl"
+    journal = WorkspaceFolder(tmp_path / "killed").shards / "shard-00000-of-00001/0001/journal.jsonl"
     process = start(run, tmp_path)
-    while process.poll() is None and (not ledger.exists() or ledger.read_bytes().count(b"\n") < 4):
+    while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < 4):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    before = ledger.read_bytes()
+    before = journal.read_bytes()
     assert 4 <= before.count(b"\n") < 21, "the kill came too late to show anything"
     assert not shard_manifest(WorkspaceFolder(tmp_path / "killed"), 0, 1).exists()
 
-    ledger.write_bytes(before + b'{"row": 6, "sample": 2, "pro')  # as a kill between two writes leaves it
+    journal.write_bytes(before + b'20\t{"row": 6, "sample": 2, "pro')  # as a kill between two writes leaves it
     (message,) = generate_shards(run, monkeypatch)
-    assert ledger.read_bytes().startswith(before), "lines that were there stay as they were"
     lines = result_lines(run)
+    made = [line.partition(b"\t")[2] for line in before.splitlines()]
+    assert {*made} <= {json.dumps(line, ensure_ascii=False).encode() for line in lines}, "lines stay as they were"
     assert [(line["row"], line["sample"]) for line in lines] == [
         (row, sample) for row in range(7) for sample in range(3)
     ]
@@ -101,7 +103,7 @@ def test_a_shard_killed_on_the_way_makes_every_row_once(tmp_path: Path, monkeypa
     assert (message.metrics["rows"], message.metrics["failedRows"]) == (21, 0)
     whole = run_in("whole")
     generate_shards(whole, monkeypatch)
-    assert [line["environment"] for line in lines] == [lines[0]["environment"]] * 21
+    assert [line["run"] for line in lines] == [lines[0]["run"]] * 21
     assert [line["sha256"] for line in result_lines(whole)] == [line["sha256"] for line in lines]
 
 
@@ -126,8 +128,8 @@ def test_from_the_users_files_to_the_result(tmp_path: Path, tiny_model: Path, mo
         }
     )
     messages = [prepare.main(run), *generate_shards(run, monkeypatch, prepare=lambda _: None)]
-    assert [(m.code, m.message) for m in messages[::2]] == [(0, ""), (0, "1 outputs")]
-    assert (messages[1].phase, messages[1].reason, messages[1].message) == ("run", "Completed", "2 outputs")
+    assert [(m.code, m.message) for m in messages[::2]] == [(0, ""), (0, "2 outputs")]
+    assert (messages[1].phase, messages[1].reason, messages[1].message) == ("run", "Completed", "1 outputs")
     assert set(messages[1].metrics or {}) == {"rows", "failedRows", "seconds", "rowsPerSecond"}
     lines = result_lines(run)
     assert [(line["row"], line["prompt"]) for line in lines] == [
@@ -169,7 +171,7 @@ def test_a_complete_shard_says_so_without_its_model(text_run: GenerateRun, monke
 def test_a_shard_without_rows_is_complete(text_run: GenerateRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = text_run.model_copy(update={"spec": text_run.spec.model_copy(update={"shards": 9})})
     messages = generate_shards(run, monkeypatch)
-    assert [m.metrics["rows"] for m in messages if m.metrics] == [1.0] * 7 + [0.0] * 2
+    assert sorted(m.metrics["rows"] for m in messages if m.metrics) == [0.0] * 2 + [1.0] * 7
     assert all(shard_manifest(WorkspaceFolder(Path(run.workspace)), i, 9).exists() for i in range(9))
 
 

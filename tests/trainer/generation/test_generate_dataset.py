@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,17 @@ import pytest
 import yaml
 from hub.server import Running
 from PIL import Image
-from trainer.generating import generate_run, prepare_by_hand
+from trainer.generating import IMAGE, generate_run, prepare_by_hand, sample
 
 from luthier_api.run import GenerateRun
 from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.generation.engines.table import engine_class
+from luthier_trainer.generation.kinds import kind_of, merged
 from luthier_trainer.generation.ledger import Shard
-from luthier_trainer.generation.samples import Output, Sample
-from luthier_trainer.publish import dataset_fields, model_card
+from luthier_trainer.generation.samples import Output
 from luthier_trainer.publish import main as publish
+from luthier_trainer.publish import model_card
 from luthier_trainer.workspace.prepared import read_prepared
 
 REPO = "luthier/lutes"
@@ -38,20 +40,19 @@ def picture(row: int) -> bytes:
 
 def text(row: int, **columns: Any) -> Output:
     return Output(
-        Sample(row, 0, f"prompt {row}", None, row, columns or None),
+        sample(f"prompt {row}", row=row, seed=row, input=columns or None),
         {"finishReason": "stop", "promptTokens": 2, "newTokens": 1},
         text=f"text {row}",
     )
 
 
 def image(row: int, negative: str | None = None, **columns: Any) -> Output:
-    return Output(
-        Sample(row, 0, f"prompt {row}", negative, row, columns or None), file=lambda: picture(row), suffix="png"
-    )
+    made = sample(f"prompt {row}", row=row, seed=row, negative=negative, settings=IMAGE, input=columns or None)
+    return Output(made, file=lambda: picture(row), suffix="png")
 
 
 def error(row: int) -> Output:
-    return Output(Sample(row, 0, f"prompt {row}", None, row), error="too long")
+    return Output(sample(f"prompt {row}", row=row, seed=row), error="too long")
 
 
 @dataclass(frozen=True)
@@ -156,13 +157,15 @@ def finished(workspace: Path, task: str, shards: list[list[Output]]) -> Generate
     hub = {"repo": REPO, "tokenSecretRef": {"name": "hf", "key": "token"}}
     run = generate_run(workspace, rows, task=task, model={"path": "/models/m"}, shards=len(shards), hub=hub)
     prepare_by_hand(run)
+    before = 0
     for i, outputs in enumerate(shards):
-        shard = Shard(
-            WorkspaceFolder(workspace), i, len(shards), engine_class(task).records, {"task": task, **SETTINGS}, "here"
-        )
-        shard.resume([output.sample for output in outputs])
-        shard.append(outputs)
+        span = range(before, before + len(outputs))
+        records = engine_class(run.spec.task).records
+        shard = Shard(WorkspaceFolder(workspace), i, len(shards), records, span, {"task": task, **SETTINGS}, "here")
+        shard.resume()
+        shard.append([replace(o, sample=replace(o.sample, number=before + j)) for j, o in enumerate(outputs)])
         shard.finish({"rows": len(outputs), "failedRows": shard.failed})
+        before = span.stop
     return run
 
 
@@ -185,12 +188,7 @@ def check(rows: datasets.Dataset, outputs: list[Output]) -> None:
     assert sorted(found) == sorted(output.sample.row for output in outputs)
     for output in outputs:
         row, sample = found[output.sample.row], output.sample
-        assert (row["prompt"], row["seed"], row["error"], row["settings"]["guidance"]) == (
-            sample.prompt,
-            sample.seed,
-            output.error,
-            5.0,
-        )
+        assert (row["prompt"], row["seed"], row["error"]) == (sample.prompt, sample.seed, output.error)
         assert {name: value for name, value in (row["input"] or {}).items() if value is not None} == {
             name: value for name, value in (sample.input or {}).items() if value is not None
         }
@@ -240,4 +238,4 @@ KINDS = [
 
 @pytest.mark.parametrize("case", KINDS, ids=lambda case: case.name)
 def test_types_hold_for_all_lines(case: KindCase) -> None:
-    assert dataset_fields.kind_of_lines({"x": value} for value in case.values) == {"x": case.expect}
+    assert reduce(merged, map(kind_of, case.values)) == case.expect

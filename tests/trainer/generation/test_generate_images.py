@@ -16,13 +16,13 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline
 from PIL import Image
-from trainer.generating import generate_run, generate_shards, image_engine, result_lines
+from trainer.generating import generate_run, generate_shards, image_engine, result_lines, sample
 from trainer.small_sdxl import write_small_lora, write_small_refiner
 
 from luthier_api.exitcodes import ExitCode
+from luthier_api.generate import ImageSettings
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer.generation.ledger import shard_name
-from luthier_trainer.generation.samples import SEEDS, Sample, sample_seed
+from luthier_trainer.generation.samples import SEEDS, sample_seed
 from luthier_trainer.prepare import main as prepare
 from luthier_trainer.runtime import notices
 from luthier_trainer.runtime.failure import Failure
@@ -59,10 +59,8 @@ def images(sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Image
         run = generate_run(workspace, rows, **given | spec)
         generate_shards(run, monkeypatch, prepare.main)
         result = WorkspaceFolder(workspace).result
-        shards = [shard_name(i, run.spec.shards) for i in range(run.spec.shards)]
         return [
-            line
-            | {"content": (result / shards[line["row"] % run.spec.shards] / (line["file_name"] or "")).read_bytes()}
+            line | {"content": next(result.glob(f"shard-*/{line['file_name']}")).read_bytes()}
             if line["file_name"]
             else line
             for line in result_lines(run)
@@ -181,9 +179,9 @@ def test_formats(images: Images) -> None:
         line = images(image={"format": name})[0]
         assert Image.open(io.BytesIO(line["content"])).format == kind
         assert torch.equal(pixels(line), reference) is lossless
-        assert line["settings"]["format"] == name
         if name == "png":
-            assert json.loads(Image.open(io.BytesIO(line["content"])).info["luthier"])["settings"] == line["settings"]
+            luthier = json.loads(Image.open(io.BytesIO(line["content"])).info["luthier"])
+            assert (luthier["settings"]["format"], luthier["settings"]["steps"]) == ("png", 2)
 
 
 def test_prepare_says_which_prompts_are_too_long(sdxl: Path, tmp_path: Path) -> None:
@@ -215,10 +213,9 @@ def test_a_prompt_that_is_too_long_is_an_error_of_its_row(images: Images) -> Non
 
 
 def test_the_order_of_rows_changes_no_file(images: Images) -> None:
-    """With seeds of their own; others come from the row's number."""
-    rows = [{"seed": i} | row for i, row in enumerate(ROWS)]
+    """Nor its seed, which follows from the row."""
     order = [3, 0, 4, 1, 2]
-    straight, permuted = digests(images(rows)), digests(images([rows[i] for i in order], shards=2))
+    straight, permuted = digests(images(ROWS)), digests(images([ROWS[i] for i in order], shards=2))
     assert permuted == [straight[i] for i in order]
 
 
@@ -236,7 +233,7 @@ def test_an_image_that_is_not_finite_is_an_error_of_its_row(images: Images, sdxl
 
 def test_a_vae_that_asks_for_it_stays_in_fp32(sdxl: Path) -> None:
     engine = image_engine(sdxl, SMALL, batch_size=1, precision="fp16")
-    (output,) = engine.make([Sample(0, 0, "a lute", None, 7)])
+    (output,) = engine.make([sample("a lute", settings=ImageSettings.model_validate(SMALL))])
     assert output.file
     assert output.file()
     assert (engine.pipe.unet.dtype, engine.pipe.vae.dtype) == (torch.float16, torch.float32)
@@ -291,7 +288,9 @@ def test_settings_do_what_they_do_in_diffusers(case: AsDiffusers, kind: str, req
     plain = expected(**{name: size for name, size in case.call.items() if name == "width"})
     case.prepare(pipe)
     expect = expected(**case.call)
-    (output,) = image_engine(folder, image | case.image, batch_size=1).make([Sample(0, 0, "a lute", None, 7)])
+    (output,) = image_engine(folder, image | case.image, batch_size=1).make(
+        [sample("a lute", settings=ImageSettings.model_validate(image | case.image))]
+    )
     assert output.file
     made = pixels({"content": output.file()})
     assert (made - expect).abs().max() <= 1

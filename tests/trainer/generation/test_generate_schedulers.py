@@ -14,13 +14,12 @@ import diffusers
 import pytest
 import torch
 from diffusers.utils import is_torchsde_available
-from trainer.generating import image_engine
+from trainer.generating import image_engine, sample
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import ImageSettings
 from luthier_api.samplers import SAMPLERS, SchedulerName, Sigmas, TimestepSpacing
 from luthier_trainer.generation.engines.images import ImageEngine
-from luthier_trainer.generation.main import batches
 from luthier_trainer.generation.samples import Output, Sample
 from luthier_trainer.generation.schedulers import CLASSES, make_scheduler, rehearse
 from luthier_trainer.runtime.failure import Failure
@@ -38,7 +37,18 @@ OWN: dict[str, Any] = {
     "timestep_spacing": "leading",
     "prediction_type": "epsilon",
 }
-SAMPLES = [Sample(0, 0, "a lute on a bench", None, 7), Sample(1, 0, "two lutes", None, 2**32 - 1)]
+
+
+def samples_of(name: SchedulerName, *rows: tuple[str, int, str | None]) -> list[Sample]:
+    """`rows`: prompt, seed and negative prompt of each."""
+    settings = ImageSettings(width=32, height=32, steps=4, scheduler=name)
+    return [
+        sample(prompt, seed=seed, row=row, negative=negative, settings=settings)
+        for row, (prompt, seed, negative) in enumerate(rows)
+    ]
+
+
+TWO: tuple[tuple[str, int, str | None], ...] = (("a lute on a bench", 7, None), ("two lutes", 2**32 - 1, None))
 
 
 @pytest.fixture(scope="module")
@@ -160,13 +170,13 @@ def test_default_is_the_models_own() -> None:
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "dpm++sde" or is_torchsde_available()])
 def test_every_name_draws_the_same_images_twice(engine: ImageEngine, name: SchedulerName) -> None:
-    engine.pipe.scheduler = made(name, diffusers.EulerDiscreteScheduler.from_config(OWN), steps=4)
-    engine.scheduler_name = name
-    first, again = engine.make(SAMPLES), engine.make(SAMPLES)
+    engine.repository_scheduler = diffusers.EulerDiscreteScheduler.from_config(OWN)
+    samples = samples_of(name, *TWO)
+    first, again = engine.make(samples), engine.make(samples)
     assert [o.error for o in first] == [None, None]
     assert files(first) == files(again)
     # The second row alone: no neighbour, no place in the batch, no shared generator decides.
-    assert files(engine.make(SAMPLES[1:])) == files(first)[1:]
+    assert files(engine.make(samples[1:])) == files(first)[1:]
     assert len(set(files(first))) == 2
 
 
@@ -186,16 +196,15 @@ EXACT = (
 def test_images_are_the_same_to_the_bit_however_rows_are_ordered_and_split(
     engine: ImageEngine, name: SchedulerName
 ) -> None:
-    engine.pipe.scheduler = made(name, diffusers.EulerDiscreteScheduler.from_config(OWN), steps=4)
-    engine.scheduler_name = name
-    samples = [Sample(row, 0, f"lute {row}", "rain" if row % 3 == 1 else None, 11 * row) for row in range(5)]
+    engine.repository_scheduler = diffusers.EulerDiscreteScheduler.from_config(OWN)
+    samples = samples_of(name, *((f"lute {row}", 11 * row, "rain" if row % 3 == 1 else None) for row in range(5)))
 
     def drawn(order: list[Sample], shards: int) -> dict[int, bytes | None]:
         return {
             output.sample.row: output.file and output.file()
             for shard in range(shards)
-            for batch in batches(engine, [s for s in order if s.row % shards == shard])
-            for output in engine.make(batch)
+            for outputs in engine.work([s for s in order if s.row % shards == shard])
+            for output in outputs
         }
 
     whole = drawn(samples, 1)
@@ -223,7 +232,8 @@ def test_the_model_sees_one_shape(engine: ImageEngine) -> None:
         engine.pipe.unet.register_forward_pre_hook(lambda _, given: seen.add(given[0].shape)),
         engine.pipe.vae.decoder.register_forward_pre_hook(lambda _, given: seen.add(given[0].shape)),
     ]
-    for samples in (SAMPLES, SAMPLES[:1]):
+    two = samples_of("euler", *TWO)
+    for samples in (two, two[:1]):
         engine.make(samples)
     for hook in hooks:
         hook.remove()

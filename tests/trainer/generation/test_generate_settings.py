@@ -12,7 +12,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from trainer.generating import generate_run
+from trainer.generating import generate_run, sample
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from luthier_trainer.generation.engines.text import TextEngine
@@ -72,7 +72,7 @@ def engine_of(folder: Path, batch_size: int = 3, **text: Any) -> TextEngine:
 
 
 def written(engine: TextEngine, prompts: Sequence[str]) -> list[Output]:
-    samples = [Sample(row, 0, prompt, None, 100 + row) for row, prompt in enumerate(prompts)]
+    samples = [sample(prompt, row=row, seed=100 + row, settings=engine.settings) for row, prompt in enumerate(prompts)]
     outputs = [output for outputs in engine.work(samples) for output in outputs]
     return sorted(outputs, key=lambda output: output.sample.row)
 
@@ -201,7 +201,8 @@ def test_a_constraint_that_cannot_be_used_is_the_error_of_its_rows(lively: Path)
         ({"regex": "(a"}, "text.regex: cannot be used: "),
         ({"jsonSchema": "{]"}, "text.jsonSchema: "),
     ):
-        problem = engine_of(lively, **text).problem(Sample(0, 0, "a", None, 0))
+        engine = engine_of(lively, **text)
+        problem = engine.problem(sample("a", settings=engine.settings))
         assert problem is not None
         assert problem.startswith(reason)
 
@@ -257,7 +258,7 @@ def test_the_bits_of_a_text_depend_on_nothing_beside_it(lively: Path) -> None:
     engine = engine_of(lively)
     assert engine.sharing == "slots"
     texts = [*PROMPTS, "A", "is", "The class statement defines", "Objects " * 30, "Names " * 3]
-    samples = [Sample(i, 0, text, None, i) for i, text in enumerate(texts)]
+    samples = [sample(text, row=i, seed=i, settings=engine.settings) for i, text in enumerate(texts)]
     whole = logits_of(engine, samples)
     assert len(whole) == len(texts)
     parts = {}
@@ -271,7 +272,7 @@ def test_a_text_that_ends_leaves_its_slot_to_the_next(lively: Path) -> None:
     """Texts of 9, 3, 3 and 3 tokens in two slots take 9 steps, where batches would take 12."""
     engine = engine_of(lively, batch_size=2, minNewTokens=NEW)
     assert engine.slots
-    texts = [engine.text(Sample(i, 0, PROMPTS[0], None, i)) for i in range(4)]
+    texts = [engine.text(sample(PROMPTS[0], row=i, seed=i, settings=engine.settings)) for i in range(4)]
     for text, length in zip(texts, (9, 3, 3, 3), strict=True):
         text.settings = text.settings.model_copy(update={"max_new_tokens": length})
     steps: list[tuple[int, ...]] = []

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from trainer.generating import generate_run, generate_shards, result_lines
+from trainer.generating import generate_run, generate_shards, result_lines, sample
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
 from luthier_api.exitcodes import ExitCode
@@ -148,7 +148,6 @@ def test_the_model_sees_shapes_that_follow_from_the_row(tiny_model: Path, tmp_pa
     """
     from luthier_trainer.generation.engines.text import TextEngine
     from luthier_trainer.generation.hardware import Hardware
-    from luthier_trainer.generation.samples import Sample
 
     run = generate_run(
         tmp_path, rows("-"), task="text-generation", model={"path": str(tiny_model)}, text={"maxNewTokens": 2}
@@ -158,9 +157,9 @@ def test_the_model_sees_shapes_that_follow_from_the_row(tiny_model: Path, tmp_pa
     engine.model.get_input_embeddings().register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape)))
     long = "The class " * 20
     for prompts in (["The class"] * 3, ["An import"], [long], ["A function is", long, "An import"]):
-        for _ in engine.work([Sample(i, 0, prompt, None, 0) for i, prompt in enumerate(prompts)]):
+        for _ in engine.work([sample(prompt, row=i, settings=run.spec.text) for i, prompt in enumerate(prompts)]):
             pass
-    length = len(engine.tokens(Sample(0, 0, long, None, 0))) - 1
+    length = len(engine.tokens(sample(long))) - 1
     assert [shape for shape in seen if shape[1] > 1] == [(3, 16), (3, 16), (1, length), (1, length), (3, 16)]
     assert {shape for shape in seen if shape[1] == 1} == {(3, 1)}
 

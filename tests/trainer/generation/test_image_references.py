@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
-from trainer.generating import image_engine
+from trainer.generating import image_engine, sample
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from luthier_api.generate import ImageSettings
@@ -90,9 +90,10 @@ def write_dummy(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def drawn(model: Path, sample: Sample, **image: Any) -> numpy.ndarray:
+def drawn(model: Path, one: Sample, **image: Any) -> numpy.ndarray:
     """An image as uint8 [height, width, 3]."""
-    (output,) = image_engine(model, image, batch_size=1).make([sample])
+    given = replace(one, settings=ImageSettings.model_validate(image))
+    (output,) = image_engine(model, image, batch_size=1).make([given])
     assert output.file
     return numpy.asarray(Image.open(io.BytesIO(output.file())))
 
@@ -101,17 +102,17 @@ def test_the_slice_of_diffusers_own_test(tmp_path: Path) -> None:
     """`test_stable_diffusion_xl_euler_lcm`: the corner of the image, within the tolerance of that test."""
     with torch.random.fork_rng():
         write_dummy(tmp_path)
-    sample = Sample(0, 0, "A painting of a squirrel eating a burger", None, 0)
-    found = drawn(tmp_path, sample, scheduler="lcm", steps=2, guidance=5.0, width=64, height=64)
+    painting = sample("A painting of a squirrel eating a burger", seed=0)
+    found = drawn(tmp_path, painting, scheduler="lcm", steps=2, guidance=5.0, width=64, height=64)
     expect = [0.4917, 0.6555, 0.4348, 0.5219, 0.7324, 0.4855, 0.5168, 0.5447, 0.5156]
     assert numpy.abs(found[-3:, -3:, -1].flatten() / 255 - expect).max() < 1e-2
 
 
 def test_guidance_towards_the_prompt_away_from_itself_is_no_guidance(sdxl: Path) -> None:
     size = {"width": 32, "height": 32, "steps": 2}
-    guided = drawn(sdxl, Sample(0, 0, "a lute", "a lute", 7), guidance=7.5, **size).astype(int)
-    plain = drawn(sdxl, Sample(0, 0, "a lute", None, 7), guidance=1.0, **size)
-    other = drawn(sdxl, Sample(0, 0, "a lute", "rain", 7), guidance=7.5, **size)
+    guided = drawn(sdxl, sample("a lute", negative="a lute"), guidance=7.5, **size).astype(int)
+    plain = drawn(sdxl, sample("a lute"), guidance=1.0, **size)
+    other = drawn(sdxl, sample("a lute", negative="rain"), guidance=7.5, **size)
     assert numpy.abs(guided - plain).max() <= 1
     assert numpy.abs(guided - other).max() > 1
 

@@ -159,7 +159,7 @@ def test_a_size_that_is_no_whole_number_of_latents(sdxl: Path) -> None:
     with pytest.raises(
         Failure, match=r"spec\.image\.width: 1000 is not a multiple of 16, as this model wants; set 992 or 1008"
     ):
-        pipelines.check_size(vae, spec)
+        pipelines.check_size(vae, spec.image)
 
 
 @pytest.fixture(scope="module")

@@ -7,31 +7,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainer.generating import image_engine
+from trainer.generating import image_engine, sample
 
+from luthier_api.generate import ImageSettings
 from luthier_trainer.generation.prompts import parts, token_ids
-from luthier_trainer.generation.samples import Sample
 
 # diffusers and numpy 2 talk about each other.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 IMAGE = {"width": 32, "height": 32, "steps": 1, "longPrompts": "chunk"}
-PLAIN = Sample(0, 0, "a lute on a bench", None, 7)
-NEGATIVE = Sample(1, 0, "two lutes", "rain, people", 8)
-LONG = Sample(2, 0, "x " * 80, "rain", 9)
+SETTINGS = ImageSettings.model_validate(IMAGE)
+PLAIN = sample("a lute on a bench", settings=SETTINGS)
+NEGATIVE = sample("two lutes", row=1, seed=8, negative="rain, people", settings=SETTINGS)
+LONG = sample("x " * 80, row=2, seed=9, negative="rain", settings=SETTINGS)
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd"])
 def test_embeddings_are_those_of_diffusers(kind: str, request: pytest.FixtureRequest) -> None:
     engine = image_engine(request.getfixturevalue(kind), IMAGE)
-    for sample in (PLAIN, NEGATIVE):
-        found = engine.prompts.arguments([sample])
+    for one in (PLAIN, NEGATIVE):
+        found = engine.prompts_for(one).arguments([one])
         expect = engine.pipe.encode_prompt(
-            sample.prompt,
+            one.prompt,
             device="cpu",
             num_images_per_prompt=1,
             do_classifier_free_guidance=True,
-            negative_prompt=sample.negative_prompt,
+            negative_prompt=one.negative_prompt,
         )
         names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
         assert set(found) == set(names[: len(expect)])
@@ -50,7 +51,7 @@ def test_tokens_of_one_part_are_those_of_the_tokenizer(sdxl: Path) -> None:
 
 def test_a_long_prompt_is_read_to_its_end_in_parts(sdxl: Path) -> None:
     """Each part is what the encoder makes of it alone, and a shorter text beside it is filled up with empty ones."""
-    prompts = image_engine(sdxl, IMAGE).prompts
+    prompts = image_engine(sdxl, IMAGE).prompts_for(LONG)
     assert prompts.size(LONG) == 2
     found = prompts.arguments([LONG])
     assert found["prompt_embeds"].shape[1] == found["negative_prompt_embeds"].shape[1] == 2 * 77
@@ -63,7 +64,8 @@ def test_a_long_prompt_is_read_to_its_end_in_parts(sdxl: Path) -> None:
 
 def test_what_a_part_says_changes_the_image(sdxl: Path) -> None:
     engine = image_engine(sdxl, IMAGE, batch_size=1)
-    whole, other = (engine.make([replace(LONG, prompt=LONG.prompt + end)])[0] for end in ("a lute", "an oud"))
+    ends = ({"prompt": LONG.prompt + end, "negativePrompt": "rain"} for end in ("a lute", "an oud"))
+    whole, other = (engine.make([replace(LONG, cells=cells)])[0] for cells in ends)
     assert whole.file
     assert other.file
     assert whole.file() != other.file()
@@ -74,7 +76,9 @@ def test_each_text_is_encoded_once(sdxl: Path) -> None:
     texts: list[int] = []
     engine.pipe.text_encoder.register_forward_pre_hook(lambda _, given: texts.append(len(given[0])))
     for first in range(0, 8, 2):
-        engine.make([Sample(0, i, "a lute", "rain", i) for i in range(first, first + 2)])
+        engine.make(
+            [sample("a lute", index=i, seed=i, negative="rain", settings=SETTINGS) for i in range(first, first + 2)]
+        )
     assert texts == [1, 1]  # the prompt and the negative one
     engine.make([NEGATIVE, PLAIN])
     assert texts == [1, 1] + [1] * 3  # without a negative prompt the embedding is zero

@@ -15,12 +15,13 @@ from luthier_trainer.generation.engines.table import engine_class
 from luthier_trainer.generation.ledger import Shard
 from luthier_trainer.generation.samples import Output, Sample, Unusable
 from luthier_trainer.generation.writing import Writer, at_the_same_time
+from trainer import generating
 
 SETTINGS = {"task": "text-to-image"}
 
 
 def sample(row: int) -> Sample:
-    return Sample(row, 0, f"lute {row}", None, row)
+    return generating.sample(f"lute {row}", row=row, seed=row, number=row, settings=generating.IMAGE)
 
 
 class Gated:
@@ -84,8 +85,9 @@ def test_results_are_in_order_and_the_first_error_is_raised() -> None:
 
 
 def opened(tmp_path: Path) -> Shard:
-    shard = Shard(WorkspaceFolder(tmp_path), 0, 1, engine_class("text-to-image").records, SETTINGS, "here")
-    shard.resume([sample(row) for row in range(4)])
+    records = engine_class("text-to-image").records
+    shard = Shard(WorkspaceFolder(tmp_path), 0, 1, records, range(4), SETTINGS, "here")
+    shard.resume()
     return shard
 
 
@@ -104,7 +106,7 @@ def test_files_are_durable_before_their_folder_and_the_folder_before_the_lines(
     monkeypatch.setattr(os, "fsync", note)
     shard.append([Output(sample(row), file=lambda: b"image", suffix="png") for row in range(4)])
     assert sorted(order[:4]) == [f".{row:06d}-00.png.partial" for row in range(4)]
-    assert order[4:] == ["0000", "shard-00000-of-00001.jsonl"]
+    assert order[4:] == ["0000", "journal.jsonl"]
 
 
 def test_an_output_that_is_none_after_all_is_an_error_of_its_row(tmp_path: Path) -> None:
@@ -113,4 +115,4 @@ def test_an_output_that_is_none_after_all_is_an_error_of_its_row(tmp_path: Path)
 
     shard = opened(tmp_path)
     shard.append([Output(sample(0), file=lambda: b"image", suffix="png"), Output(sample(1), file=file, suffix="png")])
-    assert (shard.done, shard.first_error) == ({(0, 0): True, (1, 0): False}, "row 1: the image is not finite")
+    assert (shard.done, shard.failed, shard.first_error) == (2, 1, "row 1: the image is not finite")

@@ -18,7 +18,7 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.run import GenerateRun
 from luthier_trainer.data.load import Rows
 from luthier_trainer.prepare import carried_columns
-from luthier_trainer.prepare.generation import read_inputs
+from luthier_trainer.prepare.generation_rows import read_inputs
 from luthier_trainer.prepare.main import main
 from luthier_trainer.runtime import notices
 from luthier_trainer.runtime.failure import Failure
@@ -34,7 +34,7 @@ def rows_of(run: GenerateRun) -> list[dict[str, Any]]:
 
 def test_rows_written_in_the_job(make_generate_run: MakeRun) -> None:
     run = make_generate_run(inputs={"rows": [{"prompt": "a"}, {"prompt": "b", "seed": 5}]}, seed=3, shards=2)
-    assert rows_of(run) == [{"row": 0, "prompt": "a", "seed": 3889863157}, {"row": 1, "prompt": "b", "seed": 5}]
+    assert rows_of(run) == [{"row": 0, "prompt": "a", "seed": 4274544021}, {"row": 1, "prompt": "b", "seed": 5}]
     assert (read_prepared(run).plan.rows_per_shard, read_prepared(run).plan.precision) == (1, "fp32")
 
 
@@ -277,12 +277,19 @@ MISTAKES = [
         ),
     ),
     MistakeCase(
-        name="a blank prompt",
+        name="not one prompt",
+        content="prompt,n\n,1\n ,2\n",
+        code=ExitCode.INVALID_DATASET,
+        message=("spec.inputs: not one row can be worked on. First of them: row 0: prompt: blank; write a text"),
+    ),
+    MistakeCase(
+        name="more bad rows than the job allows",
         content="prompt,n\na,1\n,2\n",
+        spec={"maxFailedRows": 0},
         code=ExitCode.INVALID_DATASET,
         message=(
-            'spec.inputs.columns.prompt: column "prompt" of p.csv is blank in 1 of 2 rows. The first is row 1, counted'
-            " from 0 (line 3 of p.csv). Remove them"
+            "spec.maxFailedRows: 1 of 2 rows cannot be worked on, and 0 are allowed. First of them: row 1: prompt:"
+            " blank; write a text. Correct the rows, or raise maxFailedRows"
         ),
     ),
     MistakeCase(
@@ -319,7 +326,8 @@ MISTAKES = [
         content="prompt,seed\na,x7\n",
         code=ExitCode.INVALID_DATASET,
         message=(
-            "spec.inputs.columns.seed: row 0 of p.csv has the seed 'x7'; a seed is a whole number from 0 to 2^32 - 1"
+            "spec.inputs: not one row can be worked on. First of them: row 0: seed: 'x7' is no seed, which is a whole"
+            " number from 0 to 2^32 - 1"
         ),
     ),
     MistakeCase(
@@ -327,7 +335,8 @@ MISTAKES = [
         content='{"prompt": "a", "seed": true}\n',
         code=ExitCode.INVALID_DATASET,
         message=(
-            "spec.inputs.columns.seed: row 0 of p.jsonl has the seed True; a seed is a whole number from 0 to 2^32 - 1"
+            "spec.inputs: not one row can be worked on. First of them: row 0: seed: True is no seed, which is a whole"
+            " number from 0 to 2^32 - 1"
         ),
     ),
     MistakeCase(

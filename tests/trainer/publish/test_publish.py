@@ -28,7 +28,7 @@ from luthier_api.status import Plan, ResolvedDataset, ResolvedSource
 from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer.generation.ledger import shard_manifest, shard_name
+from luthier_trainer.generation.result import shard_manifest, shard_name
 from luthier_trainer.models.hub import explain
 from luthier_trainer.prepare.main import main as prepare
 from luthier_trainer.publish.main import git_blob, main
@@ -482,7 +482,7 @@ def generate(make_generate_run: Callable[..., GenerateRun]) -> Callable[[int], G
                 (folder.result / name).write_bytes(content)
             entries = [{"path": n, "size": len(c), "sha256": sha256(folder.result / n)} for n, c in files.items()]
             shard_manifest(folder, i, shards).write_text(
-                json.dumps({"shard": i, "metrics": {"rows": 4, "failedRows": i}, "files": entries})
+                json.dumps({"metrics": {"rows": 4, "failedRows": i}, "kind": {"row": "int64"}, "files": entries})
             )
         return run
 

@@ -133,17 +133,25 @@ def as_json(
     return kept
 
 
+def prompt_of(value: Any, nested: bool) -> list[Message]:
+    """Return the messages in a cell; a text is the message of a user. Raises Malformed if it holds neither.
+
+    `nested`: whether the column holds messages (`is_nested`).
+    """
+    messages = messages_of(listed(_cell(value, nested)), "user")
+    if not messages:
+        raise Malformed("it has no messages")
+    return messages
+
+
 def prompts(rows: Rows, column: str, field: str) -> Iterator[list[Message]]:
     """Yield the messages of each row; a text is the message of a user. Raises Failure at a row that holds neither."""
     nested = is_nested(rows, column)
     for i, row in enumerate(rows.data.select_columns([column])):
         try:
-            messages = messages_of(listed(_cell(row[column], nested)), "user")
+            yield prompt_of(row[column], nested)
         except Malformed as error:
             raise columns.invalid(f"{field}: {rows.place(i)}: {error}") from None
-        if not messages:
-            raise columns.invalid(f"{field}: {rows.place(i)} has no messages")
-        yield messages
 
 
 def contents(data: Dataset) -> Iterator[str]:

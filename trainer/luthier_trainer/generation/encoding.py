@@ -106,12 +106,13 @@ def _segments(texts: Mapping[str, str], xmp: bytes) -> dict[str, Any]:
 
 def as_json(sample: Sample, about: About) -> str:
     """Return how an image was made, as JSON in ASCII, which EXIF wants."""
-    own = {name: value for name, value in sample.facts().items() if name not in ("row", "sample")}
-    settings = json.dumps(about.settings, sort_keys=True)
+    own = {name: value for name, value in sample.facts().items() if name not in ("row", "sample", "id", "settings")}
+    settings = {**about.settings, **(sample.overrides or {})}
+    text = json.dumps(settings, sort_keys=True)
     facts = {
         **own,
-        "settings": about.settings,
-        "settingsSha256": hashlib.sha256(settings.encode()).hexdigest(),
+        "settings": settings,
+        "settingsSha256": hashlib.sha256(text.encode()).hexdigest(),
         "environment": about.environment,
     }
     return json.dumps(facts)

@@ -1,49 +1,55 @@
-"""The ledger of one shard: a line for every output, written after the output itself was flushed to disk.
+"""The ledger of one shard: which outputs are there, kept so that a kill at any moment loses one batch at most.
 
-A shard that was killed reads its own lines and continues. Lines that do not match the job any more are dropped, with a
-notice, and files without a line are written again. At the end the outputs are linked into `result/`, with a manifest
-that `publish` needs. Shards share no files.
+Each attempt writes into a folder of its own (`progress`): outputs are appended to a journal, and move in their order
+into a table, a segment at a time. So an attempt that resumes reads one journal, of bounded length, and nothing of what
+is in a table. At the end, `finish` reads the tables once, and writes the result with a manifest, which `publish` needs.
+Attempts share no file: a pod on a lost node may go on writing beside the pod that replaces it.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from luthier_api.workspace import MANIFEST, WorkspaceFolder
+from luthier_api.exitcodes import ExitCode
+from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.generation.kinds import kind_of, merged
+from luthier_trainer.generation.progress import (
+    INDEX,
+    JOURNAL,
+    START,
+    TABLE,
+    Pending,
+    Piece,
+    State,
+    append_durably,
+    encode,
+    parse,
+    shown,
+)
 from luthier_trainer.generation.records import Line, RecordForm, digest
-from luthier_trainer.generation.samples import Output, Sample, Unusable
+from luthier_trainer.generation.result import ShardResult, link, shard_name
+from luthier_trainer.generation.samples import Output, Unusable
 from luthier_trainer.generation.writing import at_the_same_time
+from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.heartbeat import beat_before_first_step
 from luthier_trainer.runtime.notices import notice
-from luthier_trainer.workspace.manifest import fsync, replace_file, sha256
+from luthier_trainer.workspace.manifest import fsync, replace_file
 
+SEGMENT = 1000  # outputs that move from the journal into the table together
 AT_ONCE = 64  # lines that are verified between two heartbeats
-SHOWN = 60  # characters of a setting in a notice
-
-
-def shard_name(index: int, count: int) -> str:
-    """Return the name of a shard, for example shard-00002-of-00008."""
-    return f"shard-{index:05d}-of-{count:05d}"
-
-
-def shard_manifest(folder: WorkspaceFolder, index: int, count: int) -> Path:
-    """Return the path of the manifest whose presence means that all outputs of a shard are in `result/`.
-
-    It has the format of `workspace.manifest`, with paths relative to `result/`.
-    """
-    return folder.result / f"{shard_name(index, count)}.{MANIFEST}"
 
 
 class Shard:
     """The outputs of shard `index` of `count`, stored in the record form of their engine.
 
-    `settings`: everything that an output depends on, besides its sample.
+    `span`: the numbers of its outputs. `settings`: everything that an output depends on, besides its row.
+    `environment`: libraries and hardware, with which outputs are bit-identical.
     """
 
     def __init__(
@@ -52,129 +58,191 @@ class Shard:
         index: int,
         count: int,
         records: RecordForm,
+        span: range,
         settings: dict[str, Any],
         environment: str,
     ) -> None:
-        self.folder, self.index, self.count, self.records = folder, index, count, records
-        # Converted as JSON does it, where 1.0 and 1 are the same number, so that lines can be compared with it.
-        self.settings, self.environment = json.loads(json.dumps(settings)), environment
-        self.ledger = folder.shards / f"{shard_name(index, count)}.jsonl"
-        self.done: dict[tuple[int, int], bool] = {}
-        """(row, sample) of each line → True for an output, False for an error."""
+        self.records, self.span = records, span
+        # Converted as JSON does it, where 1.0 and 1 are the same number, so that settings can be compared.
+        self.settings = json.loads(json.dumps(settings))
+        document = {"settings": self.settings, "environment": environment}
+        self.run = digest(json.dumps(document, sort_keys=True).encode())[:16]
+        """Identifies settings and environment: each line has it, and `runs` what it stands for."""
+        self.runs: dict[str, Any] = {self.run: document}
+        self.folder = folder.shards / shard_name(index, count)
+        self.result = ShardResult(folder, index, count, records)
+        self.state = State()
+        self.pending: dict[int, Pending] = {}
+        """Number → output, of those that are in the journal."""
+        self.resumed: frozenset[int] = frozenset()
+        """Numbers of those that an earlier attempt has left there."""
+        self.done = self.failed = 0
+        """Number of outputs that are there, errors included, and of those that cannot be made."""
         self.first_error: str | None = None
-        folder.shards.mkdir(parents=True, exist_ok=True)
+        """Why the first of them cannot be made."""
+        self.attempt = 0
+        self.verified = State()
+        """What `finish` has written, before the segment that it is at."""
 
     @property
-    def failed(self) -> int:
-        """Number of samples that cannot be made."""
-        return sum(not good for good in self.done.values())
+    def first_left(self) -> int:
+        """Number of the first output that is in no table."""
+        return self.span.start + self.state.outputs
 
-    @property
-    def own(self) -> str:
-        """Name of the shard's folder of files, below `shards/` and below `result/`."""
-        return shard_name(self.index, self.count)
+    def is_there(self, number: int) -> bool:
+        """Return whether an earlier attempt has left an output. `number`: from `first_left` on, as it was then."""
+        return number in self.resumed
+
+    def own(self, attempt: int) -> Path:
+        """Return the folder of an attempt."""
+        return self.folder / f"{attempt:04d}"
 
     @property
     def files(self) -> Path:
-        """Path of the folder that the files are written to."""
-        return self.folder.shards / self.own
+        """Folder of this attempt, below which the files of its outputs lie."""
+        return self.own(self.attempt)
 
-    def resume(self, samples: Sequence[Sample]) -> list[Sample]:
-        """Keep the valid outputs of earlier attempts, and return the samples that are left to make, in order.
+    def resume(self) -> None:
+        """Begin an attempt that continues the newest one before it. A notice names what is not used of it, and why."""
+        attempts = sorted(int(path.parent.name) for path in self.folder.glob(f"*/{START}"))
+        kept: list[tuple[int, Line]] = []
+        if attempts:
+            before = attempts[-1]
+            start = json.loads((self.own(before) / START).read_bytes())
+            state = self._state_of(before, State.of(start["state"]))
+            journal, unreadable = self._journal(before, self.span.start + state.outputs)
+            left = state.outputs + len(journal) + unreadable
+            if changed := self._changed(start["settings"]):
+                self._report(Counter({changed: left}), left)
+                shutil.rmtree(self.folder)
+            else:
+                self.state, self.runs = state, start["runs"] | self.runs
+                refused = Counter({"it cannot be read": unreadable})
+                for (number, line), damage in zip(journal, self._damages(before, journal), strict=True):
+                    if damage:
+                        refused[damage] += 1
+                    else:
+                        kept.append((number, line))
+                self._report(refused, left)
+        self._begin(attempts[-1] if attempts else 0, kept)
 
-        A notice names the outputs that are not kept, and the reasons.
+    def _begin(self, before: int, kept: Sequence[tuple[int, Line]]) -> None:
+        """Make the folder of a new attempt, with the lines and files that it takes over from the journal of `before`.
+
+        `start.json` is written last: a folder without it does not count.
         """
-        wanted = {s.key: s for s in samples}
-        written = self.ledger.read_bytes().splitlines(keepends=True) if self.ledger.exists() else []
-        refused: Counter[str] = Counter()
-        fitting: list[tuple[Line, Sample, bytes]] = []
-        for text in written:
-            # A last line without a line break was cut off when the shard was killed. This needs no notice.
-            line = _parse(text) if text.endswith(b"\n") else None
-            if line is None:
-                refused["it cannot be read"] += text.endswith(b"\n")
-                continue
-            sample = wanted.get((line.get("row", -1), line.get("sample", -1)))
-            reason = "no such row is asked for any more" if sample is None else self._changed(line, sample)
-            if reason:
-                refused[reason] += 1
-            elif sample:
-                fitting.append((line, sample, text))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        taken = [int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()]
+        self.attempt = max([before, *taken]) + 1
+        self.done, self.failed, self.first_error = self.state.outputs, self.state.failed, self.state.first_error
+        self.files.mkdir()  # fails if another pod has just begun the same attempt
+        for number, line in kept:
+            if name := self.records.file(line):
+                target = self.files / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                link(self.own(before) / name, target)
+            self._take(number, line)
+        self.resumed = frozenset(self.pending)
+        for parent in {(self.files / name).parent for _, line in kept if (name := self.records.file(line))}:
+            fsync(parent)
+        self._write_journal()
+        start = {"settings": self.settings, "runs": self.runs, "state": asdict(self.state)}
+        replace_file(self.files / START, json.dumps(start).encode())
+        fsync(self.folder)
 
-        kept: list[bytes] = []
-        for (line, sample, text), damage in zip(fitting, self._damages([line for line, _, _ in fitting]), strict=True):
-            if damage:
-                refused[damage] += 1
-            elif sample.key not in self.done:
-                kept.append(text if line["input"] == sample.input else _encode(line | {"input": sample.input}))
-                self._count(line)
-        table = b"".join(kept)
-        if table != b"".join(written):
-            replace_file(self.ledger, table)
-        self._report(refused, len(written))
-        return [s for s in samples if s.key not in self.done]
+    def _state_of(self, attempt: int, state: State) -> State:
+        """Return the state at the end of an attempt that began with `state`: that of its last whole segment."""
+        table = self.own(attempt) / TABLE
+        size = table.stat().st_size if table.exists() else 0
+        for entry in self._segments(attempt):
+            if entry["end"] <= size:
+                state = State.of(entry["state"])
+        return state
+
+    def _segments(self, attempt: int) -> Iterator[dict[str, Any]]:
+        """Yield the entries of the index of an attempt, as far as they are whole."""
+        index = self.own(attempt) / INDEX
+        if not index.exists():
+            return
+        with index.open("rb") as file:
+            for text in file:
+                entry = parse(text) if text.endswith(b"\n") else None
+                if entry is None:
+                    return
+                yield entry
+
+    def _journal(self, attempt: int, first: int) -> tuple[list[tuple[int, Line]], int]:
+        """Return number and line of each output in the journal of an attempt that is not in a table, and how many lines
+        cannot be read. `first`: number of the first output that is in no table.
+        """
+        found: dict[int, Line] = {}
+        unreadable = 0
+        path = self.own(attempt) / JOURNAL
+        texts = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        for text in texts:
+            # A last line without a line break was cut off when the shard was killed. This needs no notice.
+            if not text.endswith(b"\n"):
+                continue
+            number, _, rest = text.partition(b"\t")
+            line = parse(rest) if number.isdigit() else None
+            if line is None:
+                unreadable += 1
+            elif first <= int(number) < self.span.stop:
+                found[int(number)] = line
+        return list(found.items()), unreadable
+
+    def _changed(self, before: dict[str, Any]) -> str | None:
+        """Return why outputs that were made with the settings `before` cannot be used; None if they can."""
+        now = self.settings
+        changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+        return ", ".join(f"{name} was {shown(before.get(name))} and is {shown(now.get(name))}" for name in changed)
+
+    def _damages(self, attempt: int, journal: Sequence[tuple[int, Line]]) -> Iterator[str | None]:
+        """Yield for each line why its output cannot be used, or None; sends a heartbeat every few lines."""
+        lines = [line for _, line in journal]
+        for first in range(0, len(lines), AT_ONCE):
+            beat_before_first_step()
+            some = lines[first : first + AT_ONCE]
+            other = [set(line) != set(self.records.keys) for line in some]
+            for damage, strange in zip(self.records.damages(some, self.own(attempt)), other, strict=True):
+                yield "another version of Luthier wrote the line" if strange else damage
 
     def _report(self, refused: Counter[str], written: int) -> None:
         reasons = [f"{count} because {reason}" for reason, count in refused.most_common() if count]
         if reasons:
             notice(
-                f"spec: {sum(refused.values())} of {written} outputs that an earlier attempt left in {self.ledger.name}"
+                f"spec: {sum(refused.values())} of {written} outputs that an earlier attempt left in {self.folder.name}"
                 f" are not used: {'; '.join(reasons)}"
             )
 
-    def _changed(self, line: Line, sample: Sample) -> str | None:
-        """Return why the line does not match the output that would be made now; None if it does."""
-        facts = sample.facts()
-        for name in ("prompt", "negativePrompt", "seed"):
-            if line.get(name) != facts.get(name):
-                return f"the row has another {name}"
-        before, now = line.get("settings") or {}, self.settings
-        if before != now:
-            changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
-            return ", ".join(
-                f"{name} was {_shown(before.get(name))} and is {_shown(now.get(name))}" for name in changed
-            )
-        if line.keys() != set(self.records.keys):
-            return "another version of Luthier wrote the line"
-        return None
-
-    def _damages(self, lines: Sequence[Line]) -> Iterator[str | None]:
-        """Yield for each line why its output cannot be used, or None; sends a heartbeat every few lines."""
-        for first in range(0, len(lines), AT_ONCE):
-            beat_before_first_step()
-            yield from self.records.damages(lines[first : first + AT_ONCE], self.files)
-
-    def _count(self, line: Line) -> None:
-        self.done[line["row"], line["sample"]] = line["error"] is None
-        if self.first_error is None and line["error"] is not None:
-            self.first_error = f"row {line['row']}: {line['error']}"
+    def _take(self, number: int, line: Line) -> None:
+        """Count the line of an output as pending."""
+        error = None if line["error"] is None else f"row {line['row']}: {line['error']}"
+        self.pending[number] = Pending(encode(line), error)
+        self.done += 1
+        self.failed += error is not None
+        self.first_error = self.first_error or error
+        self.state = replace(self.state, kind=merged(self.state.kind, kind_of(line)))
 
     def append(self, outputs: Sequence[Output]) -> None:
         """Store outputs: first their files, then their lines. Both are flushed to disk on return."""
         if not outputs:
             return
-        lines = at_the_same_time(self._line, outputs)
-        for parent in {(self.files / name).parent for line in lines if (name := self.records.file(line))}:
+        numbers = [output.sample.number for output in outputs]
+        lines = list(zip(numbers, at_the_same_time(self._line, outputs), strict=True))
+        for parent in {(self.files / name).parent for _, line in lines if (name := self.records.file(line))}:
             fsync(parent)
-        with self.ledger.open("ab") as file:
-            file.write(b"".join(_encode(line) for line in lines))
-            file.flush()
-            os.fsync(file.fileno())
-        for line in lines:
-            self._count(line)
+        for number, line in lines:
+            self._take(number, line)
+        append_durably(self.files / JOURNAL, b"".join(self._journalled(number) for number, _ in lines))
+        while len(self.pending) >= SEGMENT and self._seal(SEGMENT):
+            pass
 
     def _line(self, output: Output) -> Line:
         """Write the file of an output, if it has one, and return its line."""
         sample = output.sample
         made = {"error": output.error} if output.error is not None else self._write(output)
-        line = {
-            **sample.facts(),
-            **output.facts,
-            "input": sample.input,
-            "settings": self.settings,
-            "environment": self.environment,
-            **made,
-        }
+        line = {**sample.facts(), **output.facts, "input": sample.input, "run": self.run, **made}
         keys = self.records.keys
         assert line.keys() <= set(keys), f"lines have no {line.keys() - set(keys)}"
         return {key: line.get(key) for key in keys}
@@ -186,87 +254,85 @@ class Shard:
         except Unusable as error:
             return {"error": str(error)}
 
-    def open_result(self) -> None:
-        """Remove the manifest of an older result of this shard, so that `publish` does not use it for the new one."""
-        shard_manifest(self.folder, self.index, self.count).unlink(missing_ok=True)
+    def _journalled(self, number: int) -> bytes:
+        return b"%d\t%b" % (number, self.pending[number].text)
 
-    def finish(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Link the outputs into `result/`, in the order of row and sample, and write the manifest last.
+    def _write_journal(self) -> None:
+        replace_file(self.files / JOURNAL, b"".join(map(self._journalled, self.pending)))
 
-        Returns the metrics of the result. If the result exists already, they are those of the earlier call.
+    def _seal(self, count: int) -> bool:
+        """Move the next `count` outputs into the table. Returns False if one of them is missing.
+
+        A kill between the three writes leaves bytes in the table that no entry of the index covers, or lines in the
+        journal that are in the table, too. Both are ignored when the shard resumes.
         """
-        self.ledger.touch()
-        lines = sorted(self._lines(), key=lambda line: (line["row"], line["sample"]))
-        table = b"".join(_encode(line) for line in lines)
-        name = self.records.table(self.own)
-        manifest = shard_manifest(self.folder, self.index, self.count)
-        entry = {"path": name, "size": len(table), "sha256": digest(table)}
-        files = [
-            {"path": f"{self.own}/{file}", "size": line["size"], "sha256": line["sha256"]}
-            for line in lines
-            if (file := self.records.file(line))
-        ]
-        earlier = _parse(manifest.read_bytes()) if manifest.exists() else None
-        if earlier and earlier["files"] == [entry, *files]:
-            return dict(earlier["metrics"])
-        (self.folder.result / name).parent.mkdir(parents=True, exist_ok=True)
-        parents = {self.folder.result, (self.folder.result / name).parent}
-        for item in files:
-            source, target = self.folder.shards / item["path"], self.folder.result / item["path"]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _link(source, target, item["sha256"])
-            parents.add(target.parent)
-        replace_file(self.folder.result / name, table)
-        for parent in parents:
-            fsync(parent)
-        facts = {"shard": self.index, "shards": self.count, "settings": self.settings, "metrics": metrics}
-        replace_file(manifest, json.dumps({**facts, "files": [entry, *files]}, indent=1).encode())
-        return metrics
+        numbers = range(self.first_left, self.first_left + count)
+        if any(number not in self.pending for number in numbers):
+            return False
+        self._refuse_a_newer_attempt()
+        segment = [self.pending.pop(number) for number in numbers]
+        text = b"".join(item.text for item in segment)
+        errors = [item.error for item in segment if item.error is not None]
+        pieces = {piece.attempt: piece for piece in self.state.pieces}
+        piece = pieces.get(self.attempt, Piece(self.attempt, 0, 0))
+        pieces[self.attempt] = replace(piece, outputs=piece.outputs + count, size=piece.size + len(text))
+        self.state = replace(
+            self.state,
+            pieces=tuple(pieces.values()),
+            failed=self.state.failed + len(errors),
+            first_error=self.state.first_error or next(iter(errors), None),
+        )
+        entry = {"end": pieces[self.attempt].size, "size": len(text), "sha256": digest(text)}
+        append_durably(self.files / TABLE, text)
+        append_durably(self.files / INDEX, encode(entry | {"state": asdict(self.state)}))
+        self._write_journal()
+        return True
 
-    def _lines(self) -> Iterator[Line]:
-        """Yield one line for each output.
+    def _refuse_a_newer_attempt(self) -> None:
+        """Raise Failure if another pod has begun to work on this shard, which then does not read what this one adds."""
+        if any(self.folder.glob(f"{self.attempt + 1:04d}/{START}")):
+            raise Failure(
+                ExitCode.INFRASTRUCTURE_ERROR,
+                f"{self.folder.name}: another pod has taken over the shard; this one ends",
+            )
 
-        An output can have two lines: a pod on a lost node may continue to write beside the pod that replaced it. Of two
-        lines, the one that matches the file on the volume is used.
+    def finish(self, metrics: dict[str, float]) -> None:
+        """Write the result of the shard, all of whose outputs must be there, in their order, and its manifest last.
+
+        Raises Failure if what was written before is damaged. The next attempt makes it again from there on.
         """
-        found: dict[tuple[int, int], list[Line]] = {}
-        for text in self.ledger.read_bytes().splitlines():
-            if (line := _parse(text)) and (line.get("row"), line.get("sample")) in self.done:
-                found.setdefault((line["row"], line["sample"]), []).append(line)
-        for lines in found.values():
-            if len(lines) == 1:
-                yield lines[0]
-                continue
-            damages = zip(lines, self.records.damages(lines, self.files), strict=True)
-            yield next((line for line, damage in damages if damage is None), lines[-1])
+        if self.pending:
+            assert self._seal(len(self.pending)), "finish needs all outputs"
+        about = {"span": [self.span.start, self.span.stop], "runs": self.runs, "settings": self.settings}
+        try:
+            self.result.write(self._whole_segments(), about | {"kind": self.state.kind, "metrics": metrics})
+        except FileNotFoundError as error:
+            self._go_back(self.verified, f"{error.filename} is gone")
 
+    def _whole_segments(self) -> Iterator[tuple[Path, bytes]]:
+        """Yield the folder of files and the lines of each segment, in order. Raises Failure if one is damaged."""
+        good = self.verified = State()
+        for piece in self.state.pieces:
+            folder, size = self.own(piece.attempt), 0
+            with (folder / TABLE).open("rb") as table:
+                for entry in self._segments(piece.attempt):
+                    if size >= piece.size:
+                        break
+                    text = table.read(entry["size"])
+                    if digest(text) != entry["sha256"]:
+                        self._go_back(good, f"{folder / TABLE} is not as it was written")
+                    self.verified = good
+                    yield folder, text
+                    good, size = State.of(entry["state"]), entry["end"]
 
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
+    def _go_back(self, good: State, what: str) -> NoReturn:
+        """Begin an attempt that continues after `good`, the last segment that is whole, and end this one.
 
-
-def _parse(text: bytes) -> Line | None:
-    """Return the JSON object in `text`; None if it is incomplete."""
-    try:
-        line = json.loads(text)
-    except ValueError:
-        return None
-    return line if isinstance(line, dict) else None
-
-
-def _encode(line: Line) -> bytes:
-    return json.dumps(line, ensure_ascii=False).encode() + b"\n"
-
-
-def _link(source: Path, target: Path, digest: str) -> None:
-    """Make `target` a hard link to `source`, or a copy if the volume has no hard links (many object stores)."""
-    if target.exists():
-        if target.samefile(source) or sha256(target) == digest:
-            return
-        target.unlink()
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-        fsync(target)
+        Raises Failure.
+        """
+        self.state, self.pending = good, {}
+        self._begin(self.attempt, [])
+        raise Failure(
+            ExitCode.STORAGE_ERROR,
+            f"{what}; {len(self.span) - good.outputs} of {len(self.span)} outputs of {self.folder.name} are made again",
+        )

@@ -1,7 +1,7 @@
 """The run phase of a GenerateJob: makes the outputs of one shard of the prepared rows, and puts them into `result/`.
 
-Row r belongs to shard r mod shards. Outputs are stored after each batch, so a shard that was killed continues where it
-stopped, and a shard that is already complete ends at once.
+A shard has consecutive outputs (`rows.span_of_shard`). They are stored after each batch, so a shard that was killed
+continues where it stopped, and a shard that is already complete ends at once. Rows are read as they are needed.
 """
 
 from __future__ import annotations
@@ -10,18 +10,23 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.metrics import GENERATE_MAX_ROWS, GENERATE_ROWS, GENERATE_ROWS_PER_SECOND
-from luthier_api.run import FineTuneRun, GenerateRun
+from luthier_api.metrics import GENERATE_FAILED_ROWS, GENERATE_MAX_ROWS, GENERATE_ROWS, GENERATE_ROWS_PER_SECOND
+from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
 from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.generation.engines.table import engine_class
 from luthier_trainer.generation.ledger import Shard
-from luthier_trainer.generation.samples import Output, Sample, read_rows
+from luthier_trainer.generation.overrides import with_overrides
+from luthier_trainer.generation.poison import Poisoned
+from luthier_trainer.generation.result import failed_outputs
+from luthier_trainer.generation.rows import Samples, span_of_shard
+from luthier_trainer.generation.samples import Output, Sample
 from luthier_trainer.generation.settings import settings
 from luthier_trainer.generation.writing import Writer
 from luthier_trainer.runtime.failure import Failure
@@ -32,6 +37,7 @@ from luthier_trainer.workspace.prepared import read_prepared
 
 if TYPE_CHECKING:
     from luthier_trainer.generation.engines.base import Engine
+    from luthier_trainer.generation.hardware import Hardware
 
 # Samples are grouped into batches within a window of this many batches: enough to fill the groups, few enough to
 # start soon.
@@ -42,7 +48,7 @@ LOG_LINES = 20  # at most, for the whole shard
 def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     """Make the missing outputs of this shard, and return the termination message.
 
-    Raises Failure if the shard cannot run, or if no row of the whole job can be made.
+    Raises Failure if the shard cannot run, if too many rows cannot be worked on, or not one of the whole job.
     """
     if not isinstance(run, GenerateRun):
         raise Failure(ExitCode.MISCONFIGURED, "generate: the run config is of a FineTuneJob; `train` runs those")
@@ -50,9 +56,9 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     os.environ["HF_HUB_OFFLINE"] = "1"
     started, spec, folder = time.monotonic(), run.spec, WorkspaceFolder(Path(run.workspace))
     record = read_prepared(run)
-    index = shard_index(spec.shards)
-    rows = list(read_rows(Path(record.dataset_path), spec.per_prompt))
-    samples = [s for row in rows if row[0].row % spec.shards == index for s in row]
+    index, outputs = shard_index(spec.shards), record.dataset.outputs or 0
+    span = span_of_shard(outputs, spec.shards, index)
+    samples = Samples(Path(record.dataset_path), spec.settings, spec.per_prompt, with_overrides)
 
     from luthier_trainer.generation.hardware import find_hardware
 
@@ -60,56 +66,99 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     task = engine_class(spec.task)
     # A job with fewer outputs than the batch size would compute unused rows. The size does not depend on the number of
     # shards.
-    batch_size = min(spec.batch_size, sum(map(len, rows)))
+    batch_size = min(spec.batch_size, outputs)
     shard = Shard(
         folder,
         index,
         spec.shards,
         task.records,
-        settings(run, record, hardware, batch_size),
+        span,
+        {"inputs": record.rows_sha256, **settings(run, record, hardware, batch_size)},
         hardware.environment,
     )
-    left = shard.resume(samples)
     telemetry = Telemetry()
-    telemetry.set(GENERATE_MAX_ROWS, len(samples))
-    telemetry.set(GENERATE_ROWS, len(shard.done))
+    telemetry.set(GENERATE_MAX_ROWS, len(span))
     telemetry.serve(run.metrics_port)
-    print(
-        f"shard {index} of {spec.shards}: {len(samples)} outputs, {len(shard.done)} of them there, on"
-        f" {hardware.environment}",
-        flush=True,
-    )
-    # If all outputs of this shard failed, the rows of other shards are tried: the job fails only if no row can be made,
-    # independent of how the rows are divided into shards.
-    if left or shard.failed == len(samples) > 0:
-        shard.open_result()
+    metrics = shard.result.metrics(span, shard.settings)
+    if metrics is None:
+        shard.resume()
+        report(telemetry, shard)
+        print(
+            f"shard {index} of {spec.shards}: {len(span)} outputs, {shard.done} of them there, on"
+            f" {hardware.environment}",
+            flush=True,
+        )
+        shard.result.open()
+        before = shard.done
         with memory_explained():
-            engine = task.load(run, record, hardware, batch_size)
-            if not make(engine, shard, left, len(samples), telemetry):
+            if not work(run, record, hardware, batch_size, shard, samples, telemetry):
                 message = (
-                    f"stopped with {len(shard.done)} of {len(samples)} outputs written; the rest follows when the job"
-                    " resumes"
+                    f"stopped with {shard.done} of {len(span)} outputs written; the rest follows when the job resumes"
                 )
-                return ending(ExitCode.PREEMPTED, message, started, saved=True, step=len(shard.done))
-            if shard.failed == len(samples) and all(
-                engine.problem(row[0]) for row in rows if row[0].row % spec.shards != index
-            ):
-                raise Failure(
-                    ExitCode.INVALID_DATASET,
-                    f"spec.inputs: not one row can be worked on. First of them: {shard.first_error}",
-                )
-    seconds = time.monotonic() - started
-    pace = len(left) / seconds
-    metrics = shard.finish(
-        {
-            "rows": len(samples),
+                return ending(ExitCode.PREEMPTED, message, started, saved=True, step=shard.done)
+        seconds = time.monotonic() - started
+        metrics = {
+            "rows": len(span),
             "failedRows": shard.failed,
             "seconds": round(seconds, 3),
-            "rowsPerSecond": round(pace, 4),
+            "rowsPerSecond": round((len(span) - before) / seconds, 4),
         }
-    )
-    failed = f"; {shard.failed} cannot be made, first: {shard.first_error}" if shard.failed else ""
-    return ending(ExitCode.COMPLETED, f"{len(samples) - shard.failed} outputs{failed}", started, metrics=metrics)
+        shard.finish(metrics)
+    failed = int(metrics["failedRows"])
+    telemetry.set(GENERATE_ROWS, len(span))
+    telemetry.set(GENERATE_FAILED_ROWS, failed)
+    refuse_too_many(spec.max_failed_rows, failed_outputs(folder, spec.shards), shard.first_error)
+    told = f"; {failed} cannot be made, first: {shard.first_error}" if shard.first_error else ""
+    return ending(ExitCode.COMPLETED, f"{len(span) - failed} outputs{told}", started, metrics=metrics)
+
+
+def work(
+    run: GenerateRun,
+    record: PreparedRecord,
+    hardware: Hardware,
+    batch_size: int,
+    shard: Shard,
+    samples: Samples,
+    telemetry: Telemetry,
+) -> bool:
+    """Make the outputs of a shard that are left. Returns False if it had to stop before the end.
+
+    Raises Failure if too many rows cannot be worked on, or not one row of the whole job.
+    """
+    # If all outputs of this shard failed, the rows of other shards are tried: the job fails only if no row can be made,
+    # independent of how the rows are divided into shards.
+    if not shard.span or (shard.done == len(shard.span) and shard.failed < shard.done):
+        return True
+    engine = engine_class(run.spec.task).load(run, record, hardware, batch_size)
+    left = (s for s in samples.between(shard.first_left, shard.span.stop) if not shard.is_there(s.number))
+    if not make(engine, shard, left, telemetry, run.spec.max_failed_rows):
+        return False
+    if shard.failed == len(shard.span):
+        others = (range(shard.span.start), range(shard.span.stop, record.dataset.outputs or 0))
+        found = (problem_of(engine, s) for other in others for s in samples.between(other.start, other.stop))
+        if all(problem is not None for problem in found):
+            raise Failure(
+                ExitCode.INVALID_DATASET,
+                f"spec.inputs: not one row can be worked on. First of them: {shard.first_error}",
+            )
+    return True
+
+
+def refuse_too_many(limit: int | None, failed: int, first: str | None) -> None:
+    """Raise Failure if more outputs cannot be made than the job allows. What was made stays in the workspace."""
+    if limit is not None and failed > limit:
+        shown = f" First of them: {first}" if first else ""
+        raise Failure(
+            ExitCode.INVALID_DATASET,
+            f"spec.maxFailedRows: {failed} outputs cannot be made, and {limit} are allowed. All others stay in the"
+            f" workspace, and their rows are not worked on again if the limit is raised.{shown}",
+        )
+
+
+def report(telemetry: Telemetry, shard: Shard) -> None:
+    """Set the metrics of how far the shard is."""
+    telemetry.set(GENERATE_ROWS, shard.done)
+    telemetry.set(GENERATE_FAILED_ROWS, shard.failed)
 
 
 def ending(code: ExitCode, message: str, started: float, **facts: Any) -> TerminationMessage:
@@ -135,39 +184,50 @@ def shard_index(shards: int) -> int:
     return index
 
 
-def make(engine: Engine, shard: Shard, left: list[Sample], total: int, telemetry: Telemetry) -> bool:
-    """Make and store the samples in `left`, of `total` in the shard. Returns False if it had to stop before the end."""
-    started, before, logged = time.monotonic(), len(shard.done), len(shard.done)
-    window = WINDOW_BATCHES * engine.batch_size
+def make(engine: Engine, shard: Shard, left: Iterator[Sample], telemetry: Telemetry, limit: int | None) -> bool:
+    """Make and store the samples in `left`. Returns False if it had to stop before the end.
 
-    def report(least: float) -> None:
+    `limit`: outputs that may fail. Raises Failure if more do.
+    """
+    started, before, logged = time.monotonic(), shard.done, shard.done
+    total = len(shard.span)
+
+    def tell(least: float) -> None:
         """Serve what is stored, and print it if there are `least` more outputs than in the last line."""
         nonlocal logged
-        pace = (len(shard.done) - before) / (time.monotonic() - started)
-        telemetry.set(GENERATE_ROWS, len(shard.done))
+        pace = (shard.done - before) / (time.monotonic() - started)
+        report(telemetry, shard)
         telemetry.set(GENERATE_ROWS_PER_SECOND, pace)
-        if len(shard.done) - logged >= least:
-            logged = len(shard.done)
+        if shard.done - logged >= least:
+            logged = shard.done
             print(f"{logged} of {total} outputs, {pace:.2f} a second", flush=True)
 
-    handed_over = before
+    handed_over, poisoned = before, Poisoned()
     with Writer(shard) as writer:
-        for first in range(0, len(left), window):
+        while window := list(islice(left, WINDOW_BATCHES * engine.batch_size)):
             if stop_requested():
                 return False
-            problems = [(s, engine.problem(s)) for s in left[first : first + window]]
-            refused = [Output(s, error=problem) for s, problem in problems if problem]
+            problems = [(s, problem_of(engine, s)) for s in window]
+            refused = [Output(s, error=problem) for s, problem in problems if problem is not None]
             writer.put(refused)
+            writer.wait()
             handed_over += len(refused)
-            for outputs in engine.work([s for s, problem in problems if not problem]):
+            refuse_too_many(limit, shard.failed, shard.first_error)
+            for outputs in poisoned.worked(engine, [s for s, problem in problems if problem is None]):
                 writer.put(outputs)
                 handed_over += len(outputs)
                 beat()
-                report(least=total / LOG_LINES)
+                tell(least=total / LOG_LINES)
+                refuse_too_many(limit, shard.failed, shard.first_error)
                 if stop_requested() and handed_over < total:
                     return False
-    report(least=1)  # the last batch was stored after the last report
+    tell(least=1)  # the last batch was stored after the last report
     return True
+
+
+def problem_of(engine: Engine, sample: Sample) -> str | None:
+    """Return why a sample can never be made; None if it can."""
+    return sample.problem if sample.problem is not None else engine.problem(sample)
 
 
 @contextmanager

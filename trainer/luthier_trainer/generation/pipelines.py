@@ -6,7 +6,7 @@ because of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def check(
     path: Path,
     spec: GenerateJobSpec,
     adapters: Sequence[tuple[Path, str]],
-    rows: Sequence[Mapping[str, Any]],
+    rows: Iterable[Mapping[str, Any]],
     field: str,
 ) -> int:
     """Check that the pipeline in `path` supports `spec` and `adapters`, and return its number of parameters.
@@ -41,7 +41,7 @@ def check(
     models = pipelines.skeletons(path, index, field)
     for name, model in models.items():
         pipelines.check_weights(path / name, model, field)
-    check_size(models["vae"], spec)
+    check_size(models["vae"], spec.image)
     if (index.get("safety_checker") or [None])[0]:
         notice(f"{field}: its safety checker is not used, because it replaces images by black ones; none is checked")
     report_refused(pipelines.read_tokenizers(path, index, field), rows, spec.image)
@@ -103,10 +103,10 @@ def check_refiner(path: Path, base: Path, image: ImageSettings) -> int:
     return sum(parameter.numel() for model in models.values() for parameter in model.parameters())
 
 
-def check_size(vae: Any, spec: GenerateJobSpec) -> None:
-    """Check that width and height in the spec are multiples of the size of a latent. Raises Failure if not."""
+def check_size(vae: Any, settings: ImageSettings) -> None:
+    """Check that width and height in the settings are multiples of the size of a latent. Raises Failure if not."""
     unit = pipelines.pixels_of_a_latent(vae)
-    for name, size in (("width", spec.image.width), ("height", spec.image.height)):
+    for name, size in (("width", settings.width), ("height", settings.height)):
         if size % unit:
             raise Failure(
                 ExitCode.INVALID_SPEC,
@@ -132,17 +132,25 @@ OFFLOADS: Mapping[str, Callable[[Any, str], object]] = {
 """`image.offload` → the function that does it."""
 
 
-def report_refused(tokenizers: Sequence[Any], rows: Sequence[Mapping[str, Any]], image: ImageSettings) -> None:
-    """Give one notice for prompts, and one for negative prompts, that are refused because they are too long."""
+def report_refused(tokenizers: Sequence[Any], rows: Iterable[Mapping[str, Any]], image: ImageSettings) -> None:
+    """Give one notice for prompts, and one for negative prompts, that are refused because they are too long.
+
+    `rows` can be read several times, and is not held.
+    """
     if image.long_prompts == "chunk":
         return
     for key in ("prompt", "negativePrompt") if image.guidance > 1 else ("prompt",):
-        counts = [(unread_tokens(tokenizers, row[key]), row["row"]) for row in rows if row.get(key)]
-        long = [(count, row) for count, row in counts if count]
+        texts = long = most = longest = 0
+        for row in rows:
+            if row.get(key):
+                texts += 1
+                count = unread_tokens(tokenizers, row[key])
+                long += count > 0
+                if count > most:
+                    most, longest = count, row["row"]
         if long:
-            most, row = max(long, key=lambda entry: entry[0])
             notice(
-                f"spec.inputs.columns.{key}: {len(long)} of {len(counts)} are longer than the"
-                f" {min(room(t) for t in tokenizers)} tokens that the text encoders read, that of row {row} by {most};"
-                " their outputs will be errors. Shorten them, or set image.longPrompts: chunk"
+                f"spec.inputs.columns.{key}: {long} of {texts} are longer than the"
+                f" {min(room(t) for t in tokenizers)} tokens that the text encoders read, that of row {longest} by"
+                f" {most}; their outputs will be errors. Shorten them, or set image.longPrompts: chunk"
             )

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from luthier_trainer.generation.samples import Output
 from luthier_trainer.workspace.manifest import place_file, sha256
@@ -24,12 +24,24 @@ FOLDER_ROWS, FOLDER_SAMPLES = 1000, 8
 THREADS = 8
 
 
+def line_keys(*own: str) -> tuple[str, ...]:
+    """Return the keys of every line of an engine. `own`: those of its roles and of its outputs.
+
+    `run` names the settings and the environment of the output, which the manifest of the shard holds once.
+    """
+    return ("row", "sample", "id", *own, "error", "seed", "settings", "input", "sha256", "run")
+
+
 class RecordForm(Protocol):
     """The form in which the outputs of one engine are stored. `folder` is always the shard's own folder of files."""
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Keys of every line, null if a sample has no value: readers derive the columns from the first lines."""
+        """Keys of every line, null if a sample has no value: `line_keys` of those of the engine."""
+
+    @property
+    def has_files(self) -> bool:
+        """Whether outputs are files beside their lines."""
 
     def table(self, shard: str) -> str:
         """Return the path of the file with the lines of a shard, relative to `result/`."""
@@ -52,6 +64,7 @@ class TextRecords:
     """Stores each output as text in its line. The lines of a shard are one JSON Lines file."""
 
     keys: tuple[str, ...]
+    has_files: ClassVar[bool] = False
 
     def table(self, shard: str) -> str:
         return f"{shard}.jsonl"
@@ -74,6 +87,7 @@ class ImageRecords:
     """Stores each output as an image file. `file_name` is relative to the file of lines, as `datasets` requires."""
 
     keys: tuple[str, ...]
+    has_files: ClassVar[bool] = True
 
     def table(self, shard: str) -> str:
         return f"{shard}/metadata.jsonl"

@@ -6,35 +6,67 @@ A sample depends only on the inputs, not on shards, batches or attempts.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cached_property
+from hashlib import blake2b
 from typing import Any
+
+from luthier_api.generate import Settings
 
 SEEDS = 2**32  # seeds have 32 bits, as in the API, so that the seed of an output can be used as the seed of a row
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An output to make. `index` numbers the outputs of its row (`perPrompt`), from 0."""
+    """An output to make, with everything that decides it and differs between rows.
+
+    Samples whose `variant` is the same have the same settings. An engine puts only such samples into one batch.
+    """
 
     row: int
+    """Number of its row in the inputs, from 0."""
     index: int
-    prompt: str
-    negative_prompt: str | None
-    seed: int
-    input: dict[str, Any] | None = field(default=None, hash=False)
+    """Number of the output within its row (`perPrompt`), from 0."""
+    cells: Mapping[str, Any]
+    """Role → content, of the columns that the task reads: prompt, negativePrompt, ..."""
+    seed: int | None
+    """None for a task that draws nothing."""
+    settings: Settings = field(repr=False)
+    """The task's block of the spec, with the values that the row overrides."""
+    overrides: Mapping[str, Any] | None = None
+    """What the row overrides, by the names of the fields in a manifest; None if it overrides nothing."""
+    number: int = 0
+    """Number of the output among all outputs of the job, in the order of the inputs."""
+    id: str | None = None
+    """Identifier of the row in the user's data."""
+    input: Mapping[str, Any] | None = None
     """The other columns of its row, which are copied to its line. The output does not depend on them."""
+    problem: str | None = None
+    """Why `prepare` could not read the row. Such a sample is never made."""
+
+    @property
+    def prompt(self) -> str:
+        return str(self.cells["prompt"])
+
+    @property
+    def negative_prompt(self) -> str | None:
+        return self.cells.get("negativePrompt")
 
     @property
     def key(self) -> tuple[int, int]:
         """Row and index, which identify the sample."""
         return self.row, self.index
 
+    @cached_property
+    def variant(self) -> str:
+        """The same text for all samples with the same settings. Empty without overrides."""
+        return json.dumps(self.overrides, sort_keys=True) if self.overrides else ""
+
     def facts(self) -> dict[str, Any]:
         """Return the fields of its line: which output it is, and what the output depends on."""
-        negative = {} if self.negative_prompt is None else {"negativePrompt": self.negative_prompt}
-        return {"row": self.row, "sample": self.index, "prompt": self.prompt, **negative, "seed": self.seed}
+        about = {"row": self.row, "sample": self.index, "id": self.id}
+        return {**about, **self.cells, "seed": self.seed, "settings": self.overrides}
 
 
 class Unusable(Exception):
@@ -63,15 +95,14 @@ def sample_seed(row_seed: int, index: int) -> int:
     return (row_seed + index) % SEEDS
 
 
-def read_rows(path: Path, per_prompt: int) -> Iterator[list[Sample]]:
-    """Yield the samples of each row of the file `path` (`prepared/rows.jsonl`)."""
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            about = row["prompt"], row.get("negativePrompt")
-            yield [
-                Sample(row["row"], i, *about, sample_seed(row["seed"], i), row.get("input")) for i in range(per_prompt)
-            ]
+def derive_seed(job_seed: int, *identity: str) -> int:
+    """Return the 32-bit seed of a row that has none of its own.
+
+    It depends on the job's seed and on the row's identity, and not on its position, so that rows can be added or
+    reordered without changing the outputs of the others.
+    """
+    text = "\0".join([str(job_seed), *identity])
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=4).digest(), "big")
 
 
 def padded(samples: Sequence[Sample], size: int) -> list[Sample]:

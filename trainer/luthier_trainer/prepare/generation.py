@@ -1,50 +1,34 @@
-"""`prepare` of a GenerateJob: fetches and checks model and adapters, and writes the rows with seeds to `rows.jsonl`.
-
-The seed of a row is the one in its data, or the first 32 bits of BLAKE2b over "<job seed>:<row number>". It does not
-depend on shards or on the order of processing, so that each output can be made again alone.
-"""
+"""`prepare` of a GenerateJob: fetches and checks model and adapters, and writes the rows (`generation_rows`)."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import GenerateJobSpec
-from luthier_api.run import GenerateRun, Origin, PreparedRecord
+from luthier_api.run import GenerateRun, PreparedRecord
 from luthier_api.spec import ModelSource
-from luthier_api.status import ResolvedDataset
-from luthier_api.tasks import GENERATION_TASKS, generation_tasks
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer.data import chats, columns
-from luthier_trainer.data.load import Loader, Rows
+from luthier_trainer.data import chats
 from luthier_trainer.data.masks import ChatReader, Unreadable
-from luthier_trainer.data.remote import without_query
-from luthier_trainer.data.stores import refuse_unused
+from luthier_trainer.generation.rows import Line
 from luthier_trainer.models import adapters, checks, embedding, inspect, processors, sources, weight_check, weight_files
 from luthier_trainer.models.materialize import whole_model
-from luthier_trainer.prepare import carried_columns
+from luthier_trainer.prepare.generation_cells import BadRow, is_chat
+from luthier_trainer.prepare.generation_rows import read_inputs, write_rows
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
-from luthier_trainer.workspace import provenance
-from luthier_trainer.workspace.manifest import fsync
 from luthier_trainer.workspace.model_files import ADAPTER_CONFIG
 from luthier_trainer.workspace.plan import plan_generation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MODEL, INPUTS, CHAT = "spec.model", "spec.inputs", "spec.text.chat"
+MODEL, CHAT = "spec.model", "spec.text.chat"
 TOKENIZER = "tokenizer_config.json"  # where transformers saves the class of a tokenizer
 CHAT_TEMPLATE = "chat_template.jinja"  # where transformers saves the template of a tokenizer
-SEED_LIMIT = 2**32
-OPTIONAL_COLUMNS = {
-    role: column for task in GENERATION_TASKS.values() for role, column in task.optional_columns.items()
-}
-"""Role → default name of its column, for all tasks, so that an unsupported column of another task is noticed, too."""
 OTHER_TOKENIZER = (
     "Take the tokenizer that belongs to the model, or give these rows in a FineTuneJob with model.resizeEmbeddings:"
     " true"
@@ -63,13 +47,6 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     located = sources.locate(spec.model, run, MODEL)
     found = [sources.locate(a, run, f"spec.adapters[{i}]") for i, a in enumerate(spec.adapters)]
     rows, inputs, read = read_inputs(run, cache)
-    with_negative_prompts = generation_tasks(lambda task: "inputs.columns.negativePrompt" in task.fields)
-    if spec.task not in with_negative_prompts and any("negativePrompt" in row for row in rows):
-        raise Failure(
-            ExitCode.INVALID_SPEC,
-            f"{INPUTS}: only {', '.join(with_negative_prompts)} has negative prompts; remove them for {spec.task}",
-        )
-
     path = whole_model(located, run, folder, run.spec.model.job, "model")
     path = CHECKED_MODELS[spec.task](path, spec, located, rows, folder)
     paths = [fetch_adapter(a, folder.prepared / "adapters" / str(i), run, i) for i, a in enumerate(found)]
@@ -86,24 +63,23 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
 
     if spec.task == "text-generation":
         check_tokens(path, spec, located.field, list(zip(paths, fields, strict=True)), rows, folder)
-    if spec.task == "text-generation" and spec.text.chat:
-        write_chats(rows, paths, folder)
+    render = chat_writer(paths, folder) if is_chat(run) else unchanged
     others = (located, *found, *([refiner] if refiner else []))
     target = folder.prepared / "rows.jsonl"
-    with target.open("w") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    fsync(target)
+    written = write_rows(run, rows, target, render)
+    report_idle_shards(spec, written.outputs)
     return PreparedRecord(
         model=located.resolved,
-        dataset=inputs,
+        dataset=inputs.model_copy(update={"rows": written.rows, "outputs": written.outputs}),
         adapters=[a.resolved for a in found],
-        plan=plan_generation(len(rows), spec.shards, spec.precision, spec.resources.gpus, parameters),
+        plan=plan_generation(written.outputs, spec.shards, spec.precision, spec.resources.gpus, parameters),
         model_path=str(path),
         adapter_paths=[str(p) for p in paths],
         other_model_paths=[str(refiner_path)] if refiner_path else [],
         refiner=refiner.resolved if refiner else None,
         origins=[*(origin for source in others for origin in source.origins), *read],
         dataset_path=str(target),
+        rows_sha256=written.sha256,
     )
 
 
@@ -123,11 +99,31 @@ def check_refiner(refiner: Path, base: Path, spec: GenerateJobSpec) -> int:
     return pipelines.check_refiner(refiner, base, spec.image)
 
 
-def write_chats(rows: list[Line], adapter_paths: list[Path], folder: WorkspaceFolder) -> None:
-    """Write the messages of each row as a prompt, with the chat template that the engine's tokenizer then has.
+def unchanged(line: Line) -> Line:
+    """Return a row whose prompt is what the model reads."""
+    return line
 
-    The template of the last adapter that has one comes before that of the model. Raises Failure if there is none, or if
-    it cannot write the messages of a row.
+
+def report_idle_shards(spec: GenerateJobSpec, outputs: int) -> None:
+    """Give a notice if shards have nothing to do, or compute more padding than outputs."""
+    share, size = outputs / spec.shards, min(spec.batch_size, outputs)
+    if share < 1:
+        notice(
+            f"spec.shards: {spec.shards - outputs} of {spec.shards} have nothing to do, because the job has"
+            f" {outputs} outputs; {outputs} shards or fewer are enough"
+        )
+    elif share < size:
+        notice(
+            f"spec.shards: {spec.shards} shards share {outputs} outputs, so their batches of {size} (batchSize) are"
+            f" filled up by computing outputs again. With shards: {-(-outputs // size)} each is computed once, as fast"
+        )
+
+
+def chat_writer(adapter_paths: list[Path], folder: WorkspaceFolder) -> Callable[[Line], Line]:
+    """Return a function that writes the messages of a row as its prompt, with the chat template that the engine's
+    tokenizer then has. It raises BadRow if the template cannot write them.
+
+    The template of the last adapter that has one comes before that of the model. Raises Failure if there is none.
     """
     path = folder.prepared / "tokenizer"
     tokenizer = processors.read_tokenizer(path, MODEL)
@@ -142,18 +138,24 @@ def write_chats(rows: list[Line], adapter_paths: list[Path], folder: WorkspaceFo
         )
     tokenizer.save_pretrained(path)
     reader = ChatReader(tokenizer, "assistant", parse_special=True)
-    for row in rows:
-        messages = row["prompt"]
+
+    def write(line: Line) -> Line:
+        """Return the row with its prompt written. Raises BadRow if the template cannot write it."""
         try:
-            row["prompt"] = reader.render(messages, open_turn=True).text
+            return line | {"prompt": reader.render(line["prompt"], open_turn=True).text}
         except Unreadable as error:
-            raise columns.invalid(
-                f"{INPUTS}: row {row['row']} cannot be written by the chat template: {error}"
-            ) from None
+            raise BadRow(f"prompt: the chat template cannot write it: {error}") from None
+
+    return write
 
 
 def check_tokens(
-    path: Path, spec: GenerateJobSpec, field: str, found: list[NamedAdapter], rows: list[Line], folder: WorkspaceFolder
+    path: Path,
+    spec: GenerateJobSpec,
+    field: str,
+    found: list[NamedAdapter],
+    rows: Iterable[Line],
+    folder: WorkspaceFolder,
 ) -> None:
     """Check that each token of the prompts has a row in the embedding of the model in `path`, or in an adapter.
 
@@ -166,7 +168,7 @@ def check_tokens(
     without = embedding.without_row(inspect.read_config(path, field), tokenizer, spec.task, field)
     beyond = {token: number for token, number in without.items() if number not in held}
     embedding.check(beyond, tokenizer, field, OTHER_TOKENIZER)
-    texts = (text for row in rows for text in _texts(row["prompt"]))
+    texts = (text for row in rows if "error" not in row for text in _texts(row["prompt"]))
     embedding.check_prompts(beyond, texts, tokenizer, field, OTHER_TOKENIZER)
 
 
@@ -197,14 +199,12 @@ def adopt_tokenizer(found: list[NamedAdapter], folder: WorkspaceFolder) -> None:
             tokenizer.save_pretrained(folder.prepared / "tokenizer")
 
 
-Line = dict[str, Any]
-"""A line of `rows.jsonl`."""
 NamedAdapter = tuple[Path, str]
 """Path of an adapter, and the field of the spec that names it."""
 
 
 def language_model(
-    path: Path, spec: GenerateJobSpec, located: sources.Located, rows: list[Line], folder: WorkspaceFolder
+    path: Path, spec: GenerateJobSpec, located: sources.Located, rows: Iterable[Line], folder: WorkspaceFolder
 ) -> Path:
     """Check that the model in `path` can generate text from the prompts of `rows`, and save its tokenizer.
 
@@ -237,7 +237,7 @@ def _texts(prompt: str | list[chats.Message]) -> list[str]:
 
 
 def pipeline(
-    path: Path, spec: GenerateJobSpec, located: sources.Located, rows: list[Line], folder: WorkspaceFolder
+    path: Path, spec: GenerateJobSpec, located: sources.Located, rows: Iterable[Line], folder: WorkspaceFolder
 ) -> Path:
     """Return `path`, the folder of a diffusers pipeline. Raises Failure if it holds no pipeline."""
     checks.check_pipeline(path, located.field)
@@ -245,7 +245,7 @@ def pipeline(
 
 
 def language_model_with_adapters(
-    path: Path, spec: GenerateJobSpec, found: list[NamedAdapter], rows: list[Line], field: str
+    path: Path, spec: GenerateJobSpec, found: list[NamedAdapter], rows: Iterable[Line], field: str
 ) -> int | None:
     """Return the number of weights of the model. Raises Failure if the adapters cannot be combined."""
     adapters.check_together([adapter for adapter, _ in found], spec.adapters, "spec.adapters")
@@ -253,7 +253,7 @@ def language_model_with_adapters(
 
 
 def pipeline_with_adapters(
-    path: Path, spec: GenerateJobSpec, found: list[NamedAdapter], rows: list[Line], field: str
+    path: Path, spec: GenerateJobSpec, found: list[NamedAdapter], rows: Iterable[Line], field: str
 ) -> int | None:
     """Return the number of weights of the pipeline. Raises Failure if settings or adapters do not suit it."""
     from luthier_trainer.generation import pipelines  # imports torch and diffusers
@@ -261,12 +261,16 @@ def pipeline_with_adapters(
     return pipelines.check(path, spec, found, rows, field)
 
 
-CHECKED_MODELS: Mapping[str, Callable[[Path, GenerateJobSpec, sources.Located, list[Line], WorkspaceFolder], Path]] = {
+CHECKED_MODELS: Mapping[
+    str, Callable[[Path, GenerateJobSpec, sources.Located, Iterable[Line], WorkspaceFolder], Path]
+] = {
     "text-generation": language_model,
     "text-to-image": pipeline,
 }
 """Task → the function that checks its model and returns the folder that the engine loads."""
-CHECKED_TOGETHER: Mapping[str, Callable[[Path, GenerateJobSpec, list[NamedAdapter], list[Line], str], int | None]] = {
+CHECKED_TOGETHER: Mapping[
+    str, Callable[[Path, GenerateJobSpec, list[NamedAdapter], Iterable[Line], str], int | None]
+] = {
     "text-generation": language_model_with_adapters,
     "text-to-image": pipeline_with_adapters,
 }
@@ -289,103 +293,3 @@ def fetch_adapter(located: sources.Located, into: Path, run: GenerateRun, number
             f"{located.field}: that is a whole model, not an adapter (no {ADAPTER_CONFIG}); {remedy}",
         )
     return path
-
-
-def read_inputs(run: GenerateRun, cache: Path) -> tuple[list[dict[str, Any]], ResolvedDataset, tuple[Origin, ...]]:
-    """Return the lines for `rows.jsonl`, the resolved dataset, and the provenance of its files."""
-    inputs = run.spec.inputs
-    refuse_unused(run.spec.stores, inputs.dataset)
-    if inputs.dataset is None:
-        given: list[dict[str, Any]] = [
-            {"prompt": row.prompt, "negativePrompt": row.negative_prompt, "seed": row.seed} for row in inputs.rows or []
-        ]
-        for cell in given if is_chat(run) else ():
-            cell["prompt"] = [{"role": "user", "content": cell["prompt"]}]
-        return (
-            [numbered(i, row, run.spec.seed) for i, row in enumerate(given)],
-            ResolvedDataset(source="inline", rows=len(given)),
-            (),
-        )
-    assert inputs.columns is not None, "every dataset has columns"
-    loader = Loader(
-        inputs.dataset, f"{INPUTS}.dataset", cache, columns=(inputs.columns.prompt,), stores=run.spec.stores
-    )
-    rows = loader.split(inputs.dataset.split, "split")
-    source = inputs.dataset.id or ", ".join(map(without_query, inputs.dataset.files or []))
-    revision = provenance.combined(origin.digest for origin in rows.origins) if rows.origins else rows.revision
-    found = [numbered(i, row, run.spec.seed) for i, row in enumerate(cells(rows, run))]
-    return found, ResolvedDataset(source=source[:300], revision=revision, rows=len(found)), rows.origins
-
-
-def is_chat(run: GenerateRun) -> bool:
-    """Return whether prompts are messages, which a chat template writes."""
-    return run.spec.task == "text-generation" and run.spec.text.chat
-
-
-def cells(rows: Rows, run: GenerateRun) -> Iterator[dict[str, Any]]:
-    """Yield prompt, negative prompt, seed and the columns to copy of each row. Text files hold one prompt per line."""
-    names = run.spec.inputs.columns
-    assert names is not None, "every dataset has columns"
-    prompt = names.prompt
-    if set(rows.data.column_names) == {"text"} and prompt == GENERATION_TASKS[run.spec.task].columns["prompt"]:
-        prompt = "text"
-    negative_prompt = names.negative_prompt or OPTIONAL_COLUMNS["negativePrompt"]
-    columns.require(rows, prompt, f"{INPUTS}.columns.prompt")
-    messages: Iterator[Any] = iter(())
-    if is_chat(run):
-        messages = chats.prompts(rows, prompt, f"{INPUTS}.columns.prompt")
-    else:
-        columns.texts(rows, prompt, f"{INPUTS}.columns.prompt", drop_blank=False)
-    has_negative = optional(rows, negative_prompt, "negativePrompt")
-    if has_negative:
-        columns.require_text(rows, negative_prompt, f"{INPUTS}.columns.negativePrompt")
-    has_seed = optional(rows, names.seed, "seed")
-    roles = [prompt, *([negative_prompt] if has_negative else []), *([names.seed] if has_seed else [])]
-    others = carried_columns.columns(rows, names.carry, roles, f"{INPUTS}.columns.carry")
-    lines = carried_columns.lines(rows)
-    for i, row in enumerate(rows.data.select_columns([*roles, *others])):
-        yield {
-            "prompt": next(messages, row[prompt]),
-            "negativePrompt": row[negative_prompt] if has_negative else None,
-            "seed": whole_seed(row[names.seed], i, rows.origin) if has_seed else None,
-            "input": {**next(lines, {}), **{name: carried_columns.plain(row[name], others[name]) for name in others}}
-            or None,
-        }
-
-
-def optional(rows: Rows, column: str, role: str) -> bool:
-    """Return whether `column` exists. Raises Failure if the user named a column that does not exist."""
-    if column != OPTIONAL_COLUMNS[role]:
-        columns.require(rows, column, f"{INPUTS}.columns.{role}")
-    return column in rows.data.column_names
-
-
-def whole_seed(value: Any, row: int, origin: str) -> int | None:
-    """Return the seed in a cell; None if the cell is empty. Raises Failure if it is not an unsigned 32-bit integer."""
-    if value is None or value == "":
-        return None
-    try:
-        seed = int(value)
-        fits = not isinstance(value, bool) and 0 <= seed < SEED_LIMIT and float(value) == seed
-    except (TypeError, ValueError):
-        fits = False
-    if not fits:
-        raise columns.invalid(
-            f"{INPUTS}.columns.seed: row {row} of {origin} has the seed {value!r}; a seed is a whole number from 0 to"
-            " 2^32 - 1"
-        )
-    return seed
-
-
-def numbered(row: int, cell: dict[str, Any], job_seed: int) -> dict[str, Any]:
-    """Return the line of `rows.jsonl` for row number `row` with the given cells."""
-    own = cell["seed"]
-    line = {"row": row, "prompt": cell["prompt"], "seed": derive_seed(job_seed, row) if own is None else own}
-    # An empty cell and an empty text in a manifest both mean that there is no value.
-    optional_cells = {"negativePrompt": cell["negativePrompt"] or None, "input": cell.get("input")}
-    return line | {name: value for name, value in optional_cells.items() if value is not None}
-
-
-def derive_seed(job_seed: int, row: int) -> int:
-    """Return the 32-bit seed of a row that has none of its own."""
-    return int.from_bytes(hashlib.blake2b(f"{job_seed}:{row}".encode(), digest_size=4).digest(), "big")

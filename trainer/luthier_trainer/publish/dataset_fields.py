@@ -1,28 +1,27 @@
 """The `configs` entry of the card of a GenerateJob's outputs: files and column types for `load_dataset`.
 
-`datasets` infers the types of columns from the first lines of one file, and fails if a column is null there and text
-later. Therefore the entry names all types, which are derived from all lines.
+The entry names the types of all columns (`generation.kinds`), which the shards have gathered from their lines.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
+
+from luthier_trainer.generation.kinds import Kind, merged
 
 FILE_NAME = "file_name"
 LINES = ".jsonl"
 IMAGE = ("image", "image")
 """Name and type of the column into which `datasets` loads the image files."""
 
-Kind = str | dict[str, Any] | list[Any] | None
-"""A dtype, the fields of an object, the kind of the items of a list, or None if all values so far are null."""
 
-
-def config(result: Path, manifests: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def config(manifests: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the only entry of `configs`. `manifests`: the content of the manifests of all shards."""
-    kind = kind_of_lines(line for manifest in manifests for line in lines(result, manifest))
+    nothing: Kind = {}
+    kind = reduce(merged, (manifest["kind"] for manifest in manifests), nothing)
     files: str | list[str] = "shard-*.jsonl"
     if isinstance(kind, dict) and FILE_NAME in kind:
         # `datasets` refuses a folder without any image, for example of a shard whose outputs are all errors.
@@ -46,49 +45,6 @@ def has_images(manifest: dict[str, Any]) -> bool:
 def folder(manifest: dict[str, Any]) -> str:
     """Return the folder of a shard's lines and images, relative to the result."""
     return str(Path(manifest["files"][0]["path"]).parent)
-
-
-def lines(result: Path, manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a shard."""
-    for entry in manifest["files"]:
-        if entry["path"].endswith(LINES):
-            with (result / entry["path"]).open(encoding="utf-8") as file:
-                yield from map(json.loads, file)
-
-
-def kind_of_lines(found: Iterable[dict[str, Any]]) -> Kind:
-    """Return the kind that can represent all lines."""
-    kind: Kind = {}
-    for line in found:
-        kind = merged(kind, kind_of(line))
-    return kind
-
-
-def kind_of(value: Any) -> Kind:
-    """Return the kind of a value of JSON."""
-    if value is None:
-        return None
-    if isinstance(value, dict):
-        return {name: kind_of(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        kind: Kind = None
-        for item in value:
-            kind = merged(kind, kind_of(item))
-        return [kind]
-    return {bool: "bool", int: "int64", float: "float64", str: "string"}[type(value)]
-
-
-def merged(one: Kind, other: Kind) -> Kind:
-    """Return the kind that can represent the values of both kinds."""
-    if one is None or one == other:
-        return other
-    if other is None:
-        return one
-    if isinstance(one, dict) and isinstance(other, dict):
-        return {name: merged(one.get(name), other.get(name)) for name in {**one, **other}}
-    if isinstance(one, list) and isinstance(other, list):
-        return [merged(one[0], other[0])]
-    return "float64" if {str(one), str(other)} == {"int64", "float64"} else "string"
 
 
 def fields(kind: Kind) -> list[dict[str, Any]]:

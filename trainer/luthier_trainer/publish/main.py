@@ -23,7 +23,7 @@ from luthier_api.run import FineTuneRun, GenerateRun
 from luthier_api.status import HubStatus
 from luthier_api.termination import TerminationMessage
 from luthier_api.workspace import MANIFEST, WorkspaceFolder
-from luthier_trainer.generation.ledger import shard_manifest
+from luthier_trainer.generation.result import shard_manifest
 from luthier_trainer.models.hub import REPO, TOKEN, endpoint, hub_api, hub_token, patiently
 from luthier_trainer.publish import model_card
 from luthier_trainer.runtime.failure import Failure

@@ -260,7 +260,7 @@ def dataset_card(run: GenerateRun, prepared: PreparedRecord, result: Path) -> st
     repo = (spec.hub and spec.hub.repo) or run.name
     manifests = [json.loads(path.read_text()) for path in sorted(result.glob(f"*.{MANIFEST}"))]
     metrics = {name: sum(manifest["metrics"].get(name, 0) for manifest in manifests) for name in ("rows", "failedRows")}
-    front = {"tags": ["luthier", spec.task, "synthetic"], "configs": [dataset_fields.config(result, manifests)]}
+    front = {"tags": ["luthier", spec.task, "synthetic"], "configs": [dataset_fields.config(manifests)]}
     facts = {
         "Task": spec.task,
         "Model": source(prepared.model.source, prepared.model.revision),
@@ -272,8 +272,10 @@ def dataset_card(run: GenerateRun, prepared: PreparedRecord, result: Path) -> st
         **spec.settings.dump(),
     }
     about = (
-        f"Generated with Luthier, GenerateJob `{run.name}`. Each row is an output: its prompt, seed, settings and"
-        " digest, what else stood in its row of the inputs (`input`), or why it could not be made (`error`)."
+        f"Generated with Luthier, GenerateJob `{run.name}`. Each row is an output: its inputs, seed and digest, the"
+        " settings that its row overrides (`settings`), what else stood in its row of the inputs (`input`), or why it"
+        " could not be made (`error`). `run` names an entry of `runs` in the manifests of the shards: all settings,"
+        " the versions of model and adapters, and the libraries and the hardware."
     )
     load = f'```python\nfrom datasets import load_dataset\n\noutputs = load_dataset("{repo}", split="train")\n```'
     return document(front, repo, about, [("How to load it", load), ("How it was made", table(facts))])

@@ -139,14 +139,14 @@ def smallest_batch(spec: FineTuneJobSpec, rows: int) -> int:
     return rows % micro or micro if plan.world_size == 1 and reached else micro
 
 
-def plan_generation(rows: int, shards: int, precision: str, gpus: int, parameters: int | None) -> Plan:
-    """The layout of a GenerateJob: row r belongs to shard r modulo `shards`."""
+def plan_generation(outputs: int, shards: int, precision: str, gpus: int, parameters: int | None) -> Plan:
+    """The layout of a GenerateJob: each shard has consecutive outputs, and their numbers differ by one at most."""
     return Plan(
         strategy="none",
         world_size=1,
         precision=plan_precision(precision, gpus),
         parameters=parameters,
-        rows_per_shard=math.ceil(rows / shards),
+        rows_per_shard=math.ceil(outputs / shards),
     )
 
 

@@ -41,7 +41,10 @@ class Batched(ABC):
 
     @abstractmethod
     def group(self, sample: Sample) -> Hashable:
-        """Return the group of a sample. Samples of one group may share a batch; its batches have one shape."""
+        """Return the group of a sample. Samples of one group may share a batch; its batches have one shape.
+
+        Samples with different settings (`Sample.variant`) are in different groups.
+        """
 
     @abstractmethod
     def make(self, samples: Sequence[Sample]) -> list[Output]:

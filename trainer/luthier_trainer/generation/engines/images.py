@@ -17,7 +17,7 @@ from diffusers.utils import logging
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
-from luthier_api.generate import GenerateJobSpec
+from luthier_api.generate import GenerateJobSpec, ImageSettings
 from luthier_api.run import GenerateRun, PreparedRecord
 from luthier_trainer.generation import lora, pipelines
 from luthier_trainer.generation.encoding import FORMATS, About, encode
@@ -25,33 +25,19 @@ from luthier_trainer.generation.engines.base import Batched
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.loranames import Names
 from luthier_trainer.generation.prompts import Prompts
-from luthier_trainer.generation.records import ImageRecords
+from luthier_trainer.generation.records import ImageRecords, line_keys
 from luthier_trainer.generation.refiner import RefiningModel
 from luthier_trainer.generation.samples import Output, Sample, Unusable, padded
-from luthier_trainer.generation.schedulers import eta, make_scheduler
+from luthier_trainer.generation.schedulers import eta, make_scheduler, rehearse
 from luthier_trainer.generation.settings import settings
+from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.heartbeat import beat
 
 
 class ImageEngine(Batched):
     """Makes images, `batch_size` at a time, with the pipeline in `model_path` and the adapters of the spec."""
 
-    records = ImageRecords(
-        keys=(
-            "row",
-            "sample",
-            "prompt",
-            "negativePrompt",
-            "seed",
-            "input",
-            "file_name",
-            "error",
-            "size",
-            "sha256",
-            "settings",
-            "environment",
-        )
-    )
+    records = ImageRecords(keys=line_keys("prompt", "negativePrompt", "file_name", "size"))
 
     @classmethod
     def load(cls, run: GenerateRun, prepared: PreparedRecord, hardware: Hardware, batch_size: int) -> ImageEngine:
@@ -74,7 +60,7 @@ class ImageEngine(Batched):
         for library in (logging, transformers_logging):
             library.disable_progress_bar()
             library.set_verbosity_error()
-        self.settings, self.batch_size, self.scheduler_name = spec.image, batch_size, spec.image.scheduler
+        self.batch_size = batch_size
         self.hardware, self.about = hardware, about
         # Adapters are fused once, in fp32, and rounded with the weights.
         pipe = pipelines.load(model_path, torch.float32 if adapters else hardware.dtype)
@@ -96,40 +82,70 @@ class ImageEngine(Batched):
         if hardware.dtype == torch.float16 and pipe.vae.config.force_upcast:
             pipe.vae.to(torch.float32)
         pipe.set_progress_bar_config(disable=True)
-        pipe.scheduler = make_scheduler(spec.image, pipe.scheduler)
+        self.repository_scheduler = pipe.scheduler
         pipelines.place(pipe, spec.image, hardware.device)
-        self.pipe, self.prompts = pipe, Prompts(pipe, spec.image)
+        self.pipe = pipe
+        self.prompts: dict[bool, Prompts] = {}
+        """Whether there is guidance → the embeddings of prompts."""
+        self.problems: dict[str, str | None] = {}
+        """Variant of samples → why the model cannot work with their settings, if so."""
         self.refiner = RefiningModel(refiner, spec.image, hardware.device, hardware.dtype) if refiner else None
         self.pipes = [pipe, *([self.refiner.pipe] if self.refiner else [])]
 
     def problem(self, sample: Sample) -> str | None:
-        """Return why no image can be made for a sample: its prompt is longer than is read. None if it can be made."""
-        return self.prompts.problem(sample)
+        """Return why no image can be made for a sample; None if it can: its prompt must be read to its end, and the
+        model must be able to work with its settings.
+        """
+        if sample.variant not in self.problems:
+            self.problems[sample.variant] = self.problem_of_settings(sample)
+        return self.problems[sample.variant] or self.prompts_for(sample).problem(sample)
+
+    def problem_of_settings(self, sample: Sample) -> str | None:
+        """Return why the model cannot work with the settings of a sample; None if it can."""
+        settings = image_settings(sample)
+        # The refiner has the scheduler and the guidance of the job.
+        if self.refiner and {*(sample.overrides or {})} - {"format"}:
+            return "settings: with image.refiner all rows have those of the job; remove what the row overrides"
+        try:
+            pipelines.check_size(self.pipe.vae, settings)
+            rehearse(settings.scheduler, make_scheduler(settings, self.repository_scheduler))
+        except Failure as failure:
+            return failure.message
+        return None
+
+    def prompts_for(self, sample: Sample) -> Prompts:
+        """Return what encodes the prompts of a sample."""
+        settings = image_settings(sample)
+        guided = settings.guidance > 1
+        if guided not in self.prompts:
+            self.prompts[guided] = Prompts(self.pipe, settings)
+        return self.prompts[guided]
 
     def group(self, sample: Sample) -> Hashable:
-        """Return the length of a sample's embeddings."""
-        return self.prompts.size(sample)
+        """Return the settings of a sample, and the length of its embeddings."""
+        return sample.variant, self.prompts_for(sample).size(sample)
 
     @torch.inference_mode()
     def make(self, samples: Sequence[Sample]) -> list[Output]:
         """Return the outputs of samples of one group, in the same order."""
-        batch = padded(samples, self.batch_size)
+        batch, settings = padded(samples, self.batch_size), image_settings(samples[0])
+        self.pipe.scheduler = make_scheduler(settings, self.repository_scheduler)
         for pipe in self.pipes:
             if hasattr(pipe.scheduler, "noise_sampler_seed"):
                 # The SDE sampler ignores generators. Without seeds, its noise would differ in each run.
-                pipe.scheduler.noise_sampler_seed = [s.seed for s in batch]
-        size = {"width": self.settings.width, "height": self.settings.height}
+                pipe.scheduler.noise_sampler_seed = [s.seed or 0 for s in batch]
+        size = {"width": settings.width, "height": settings.height}
         more: dict[str, Any] = {
-            "num_inference_steps": self.settings.steps,
-            "guidance_scale": self.settings.guidance,
-            "guidance_rescale": self.settings.guidance_rescale,
-            "generator": [torch.Generator().manual_seed(s.seed) for s in batch],
-            "eta": eta(self.scheduler_name),
+            "num_inference_steps": settings.steps,
+            "guidance_scale": settings.guidance,
+            "guidance_rescale": settings.guidance_rescale,
+            "generator": [torch.Generator().manual_seed(s.seed or 0) for s in batch],
+            "eta": eta(settings.scheduler),
             "callback_on_step_end": heartbeat_after_step,
             "output_type": "latent",
         }
         end = {"denoising_end": self.refiner.start} if self.refiner else {}
-        latents = self.pipe(**self.prompts.arguments(batch), **more, **size, **end).images
+        latents = self.pipe(**self.prompts_for(samples[0]).arguments(batch), **more, **size, **end).images
         if self.refiner:
             latents = self.refiner.refined(latents, batch, more)
         return [self.output(sample, latents[i : i + 1]) for i, sample in enumerate(samples)]
@@ -138,13 +154,13 @@ class ImageEngine(Batched):
         """Return the output of a latent, [1, channels, height, width]. Only what runs on the device is done here."""
         pixels = self.decode(latent)
         file = partial(self.file, sample, as_bytes(pixels), torch.isfinite(pixels).all())
-        return Output(sample, file=file, suffix=FORMATS[self.settings.format].suffix)
+        return Output(sample, file=file, suffix=FORMATS[image_settings(sample).format].suffix)
 
     def file(self, sample: Sample, pixels: torch.Tensor, finite: torch.Tensor) -> bytes:
         """Return the file of an image, uint8 [height, width, 3]. Raises Unusable if it is not `finite`."""
         if not finite.item():
             raise Unusable(f"the image is not finite in {self.hardware.precision}; set spec.precision to bf16 or fp32")
-        return encode(Image.fromarray(pixels.cpu().numpy()), self.settings, sample, self.about)
+        return encode(Image.fromarray(pixels.cpu().numpy()), image_settings(sample), sample, self.about)
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
         """Return the pixels of a latent, [1, 3, height, width], from -1 to 1, decoded as the pipeline does it."""
@@ -158,6 +174,12 @@ class ImageEngine(Batched):
         else:
             latent = latent / vae.config.scaling_factor
         return vae.decode(latent, return_dict=False)[0]
+
+
+def image_settings(sample: Sample) -> ImageSettings:
+    """Return the settings of a sample."""
+    assert isinstance(sample.settings, ImageSettings)
+    return sample.settings
 
 
 def as_bytes(pixels: torch.Tensor) -> torch.Tensor:

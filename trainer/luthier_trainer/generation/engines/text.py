@@ -24,7 +24,7 @@ from luthier_trainer.generation.batching import find_sharing
 from luthier_trainer.generation.constraints import Constrained, Constraints
 from luthier_trainer.generation.engines.base import batches
 from luthier_trainer.generation.hardware import Hardware
-from luthier_trainer.generation.records import TextRecords
+from luthier_trainer.generation.records import TextRecords, line_keys
 from luthier_trainer.generation.samples import Output, Sample, padded
 from luthier_trainer.generation.sampling import PENALTIES, Choice, Chosen, Ended, Heartbeat, chain_of
 from luthier_trainer.generation.slots import Slots, capacity_for
@@ -44,23 +44,7 @@ KNOWN_PROMPTS = 4096  # whose tokens are kept: a window of prompts is looked at 
 class TextEngine:
     """Makes texts, `batch_size` at a time, with the model in `model_path` and the adapters of the spec."""
 
-    records = TextRecords(
-        keys=(
-            "row",
-            "sample",
-            "prompt",
-            "seed",
-            "input",
-            "text",
-            "error",
-            "finishReason",
-            "promptTokens",
-            "newTokens",
-            "sha256",
-            "settings",
-            "environment",
-        )
-    )
+    records = TextRecords(keys=line_keys("prompt", "text", "finishReason", "promptTokens", "newTokens"))
 
     @classmethod
     def load(cls, run: GenerateRun, prepared: PreparedRecord, hardware: Hardware, batch_size: int) -> TextEngine:
@@ -126,7 +110,8 @@ class TextEngine:
 
     def settings_of(self, sample: Sample) -> TextSettings:
         """Return the settings of a sample."""
-        return self.settings
+        assert isinstance(sample.settings, TextSettings)
+        return sample.settings
 
     def problem(self, sample: Sample) -> str | None:
         """Return why this sample can never be made; None if it can."""
@@ -179,7 +164,7 @@ class TextEngine:
     def text(self, sample: Sample) -> Text:
         """Return the text of a sample, before its first token."""
         settings = self.settings_of(sample)
-        text = Text(self.tokens(sample), settings, sample.seed, self.ends, self.tokenizer, work=sample)
+        text = Text(self.tokens(sample), settings, sample.seed or 0, self.ends, self.tokenizer, work=sample)
         text.penalties = chain_of(PENALTIES, settings, text)
         if (matcher := self.constraints.matcher(settings)) is not None:
             text.penalties.append(Constrained(text, matcher))
