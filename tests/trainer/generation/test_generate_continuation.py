@@ -167,6 +167,15 @@ def test_batches_write_what_transformers_writes_alone(kind: str, tmp_path: Path)
     assert len(set(made)) > 1, "texts that do not depend on the prompt show nothing"
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "llama4_text"])
+def test_layers_that_look_back_only_so_far(kind: str, tmp_path: Path) -> None:
+    """Every other layer of Gemma 2 sees a window, most layers of Llama 4 a part of the text. Both end inside of it."""
+    model = save_tiny(kind, tmp_path, sliding_window=6, attention_chunk_size=6)
+    engine = engine_of(tmp_path, batch_size=2)
+    assert engine.sharing == "slots"
+    assert texts(engine, PROMPTS) == [alone(model, engine.tokenizer, prompt, NEW_TOKENS) for prompt in PROMPTS]
+
+
 def test_batches_are_judged_by_what_they_do_to_the_logits() -> None:
     """Independent of `generate`: the prompt alone, by forward passes over prompt and new tokens together."""
     prompt, other = [7, 30, 99, 201, 45, 33, 12], [64, 20, 21, 22, 23, 24, 25]
