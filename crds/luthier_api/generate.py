@@ -103,6 +103,8 @@ class TextSettings(ApiModel):
     is then the message of a user, or a list of messages. An adapter's template comes before the model's. A text also
     ends with the token that ends a turn.
     """
+    system_prompt: Annotated[str | None, Field(min_length=1, max_length=8192)] = None
+    """Message of the system that stands before the messages of each row which has none. Needs chat."""
     temperature: Annotated[float, Field(ge=0, le=10)] = 0.0
     """0: always take the most likely token. Above: sample."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -163,6 +165,10 @@ class TextSettings(ApiModel):
         Rule(
             "self.numBeams == 1 || size(self.stop) == 0",
             "text.stop: has no effect in beam search; remove it, or text.numBeams",
+        ),
+        Rule(
+            "!has(self.systemPrompt) || self.chat",
+            "text.systemPrompt: is a message of a chat; set text.chat: true, or remove it",
         ),
         Rule(
             "!has(self.jsonSchema) || !has(self.regex)",

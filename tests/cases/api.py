@@ -1944,6 +1944,12 @@ CASES: list[Case] = [
         base=GENERATE,
     ),
     Case(
+        message="text.systemPrompt:",
+        refused={"spec.text": {"systemPrompt": "Be brief."}},
+        accepted={"spec.text": {"systemPrompt": "Be brief.", "chat": True}},
+        base=GENERATE,
+    ),
+    Case(
         message="text.lengthPenalty:",
         refused={"spec.text": {"lengthPenalty": 2}},
         accepted={"spec.text": {"numBeams": 2, "lengthPenalty": 2}},

@@ -38,6 +38,7 @@ from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.samples import Sample
 
 PROMPTS, BATCH_SIZE, NEW_TOKENS, ROUNDS = 64, 8, 96, 2
+LONGEST = 600  # characters of a prompt
 VOCABULARY, ENDS = 4096, 85  # a text ends with one of so many tokens
 THREADS = 1  # so that CPU seconds are those of work, and not of threads that wait for each other
 Texts = list[str]
@@ -75,9 +76,9 @@ def write_model(folder: Path) -> None:
 
 
 def prompts() -> Texts:
-    """Return paragraphs of Python's language reference in an order drawn once: 5 to some hundred tokens."""
+    """Return paragraphs of Python's language reference in an order drawn once: 5 to about 150 tokens."""
     paragraphs = [part.strip() for _, text in sorted(topics.items()) for part in text.split("\n\n")]
-    chosen = [text for text in paragraphs if 20 < len(text) < 1500]
+    chosen = [text for text in paragraphs if 20 < len(text) < LONGEST]
     numbers = numpy.random.default_rng(0).choice(len(chosen), PROMPTS, replace=False)
     return [chosen[number] for number in numbers]
 
@@ -139,10 +140,12 @@ class Programs:
     def transformers_pipeline(self) -> int:
         self.computed = 0
         made = self.pipeline(self.texts, generation_config=self.settings, return_tensors=True)
-        return sum(
-            self.length(row[0]["generated_token_ids"][len(self.tokenizer(text)["input_ids"]) :])
-            for text, row in zip(self.texts, made, strict=True)
-        )
+        new = 0
+        for text, row in zip(self.texts, made, strict=True):
+            ids = row[0]["generated_token_ids"]
+            padding = next(i for i, token in enumerate(ids) if token != self.tokenizer.pad_token_id)
+            new += self.length(list(ids[padding + len(self.tokenizer(text)["input_ids"]) :]))
+        return new
 
     def continuous_batching(self) -> int:
         self.computed = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 from diffusers import StableDiffusionXLPipeline
+from transformers import AutoTokenizer
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import GenerateRun
@@ -363,6 +365,24 @@ def test_a_mistake_names_its_field(case: MistakeCase, make_generate_run: MakeRun
     with pytest.raises(Failure) as failure:
         main(make_generate_run(inputs=inputs, **{k: v for k, v in case.spec.items() if k != "columns"}))
     assert (failure.value.code, failure.value.message) == (case.code, case.message.replace("{folder}", str(tmp_path)))
+
+
+def test_a_system_prompt_stands_before_messages_without_one(
+    make_generate_run: MakeRun, tiny_model: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    asked, told = {"role": "user", "content": "Why?"}, {"role": "system", "content": "Be long."}
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps({"prompt": messages}) + "\n" for messages in ([asked], [told, asked])))
+    text = {"chat": True, "systemPrompt": "Be brief.", "maxNewTokens": 8}
+    run = make_generate_run(
+        model={"path": str(tmp_path / "model")}, inputs={"dataset": {"files": [str(file)]}}, text=text
+    )
+    main(run)
+    assert [row["prompt"] for row in rows_of(run)] == ["<system>Be brief.<user>Why?", "<system>Be long.<user>Why?"]
 
 
 def test_a_constraint_that_cannot_be_compiled_is_refused(make_generate_run: MakeRun) -> None:

@@ -26,6 +26,7 @@ from luthier_trainer.workspace.plan import plan_generation
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SYSTEM_ROLES = ("system", "developer")  # roles of a message that says how to answer
 MODEL, CHAT = "spec.model", "spec.text.chat"
 TOKENIZER = "tokenizer_config.json"  # where transformers saves the class of a tokenizer
 CHAT_TEMPLATE = "chat_template.jinja"  # where transformers saves the template of a tokenizer
@@ -63,7 +64,7 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
 
     if spec.task == "text-generation":
         check_tokens(path, spec, located.field, list(zip(paths, fields, strict=True)), rows, folder)
-    render = chat_writer(paths, folder) if is_chat(run) else unchanged
+    render = chat_writer(paths, folder, spec.text.system_prompt) if is_chat(run) else unchanged
     others = (located, *found, *([refiner] if refiner else []))
     target = folder.prepared / "rows.jsonl"
     written = write_rows(run, rows, target, render)
@@ -119,7 +120,9 @@ def report_idle_shards(spec: GenerateJobSpec, outputs: int) -> None:
         )
 
 
-def chat_writer(adapter_paths: list[Path], folder: WorkspaceFolder) -> Callable[[Line], Line]:
+def chat_writer(
+    adapter_paths: list[Path], folder: WorkspaceFolder, system_prompt: str | None
+) -> Callable[[Line], Line]:
     """Return a function that writes the messages of a row as its prompt, with the chat template that the engine's
     tokenizer then has. It raises BadRow if the template cannot write them.
 
@@ -141,8 +144,12 @@ def chat_writer(adapter_paths: list[Path], folder: WorkspaceFolder) -> Callable[
 
     def write(line: Line) -> Line:
         """Return the row with its prompt written. Raises BadRow if the template cannot write it."""
+        messages = line["prompt"]
+        system = line.get("settings", {}).get("systemPrompt", system_prompt)
+        if system and messages[0]["role"] not in SYSTEM_ROLES:
+            messages = [{"role": "system", "content": system}, *messages]
         try:
-            return line | {"prompt": reader.render(line["prompt"], open_turn=True).text}
+            return line | {"prompt": reader.render(messages, open_turn=True).text}
         except Unreadable as error:
             raise BadRow(f"prompt: the chat template cannot write it: {error}") from None
 
