@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import pytest
 from PIL import ExifTags, Image
 from trainer.generating import sample
@@ -160,3 +161,18 @@ def test_a_jpeg_has_no_room_for_prompts_of_any_length() -> None:
     with pytest.raises(Unusable, match=r"set image\.format: png or image\.metadata: \[\]"):
         encode(image, settings(format="jpeg"), long, ABOUT)
     assert encode(image, settings(format="jpeg", metadata=[]), long, ABOUT)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 3), (64, 64)])
+def test_a_png_has_the_pixels_that_were_given(size: tuple[int, int]) -> None:
+    """Pillow reads it, and checks the sums of all chunks."""
+    random = numpy.random.default_rng(0)
+    for pixels in (random.integers(0, 256, (*size, 3), dtype=numpy.uint8), numpy.full((*size, 3), 200, numpy.uint8)):
+        content = encode(Image.fromarray(pixels), settings(), SAMPLE, ABOUT)
+        Image.open(io.BytesIO(content)).verify()
+        assert numpy.array_equal(numpy.asarray(Image.open(io.BytesIO(content))), pixels)
+
+
+def test_plain_areas_take_no_room() -> None:
+    content = encode(Image.new("RGB", (512, 512), (200, 20, 20)), settings(metadata=[]), SAMPLE, ABOUT)
+    assert len(content) < 512 * 512 * 3 / 200

@@ -14,18 +14,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 from PIL import ExifTags
 from PIL.Image import Exif, Image
 from PIL.PngImagePlugin import PngInfo
 
 from luthier_api.generate import ImageSettings
 from luthier_api.samplers import SAMPLERS
+from luthier_trainer.generation.png import png
 from luthier_trainer.generation.samples import Sample, Unusable
 
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """How Pillow writes a format of `image.format`."""
+    """How a format of `image.format` is written: with which options of Pillow, but for PNG."""
 
     suffix: str
     options: dict[str, Any]
@@ -33,7 +35,7 @@ class ImageFormat:
 
 # Measured with photographs of 1024 × 1024 on one core (docs/benchmarks.md).
 FORMATS: Mapping[str, ImageFormat] = {
-    "png": ImageFormat("png", {"compress_level": 1}),
+    "png": ImageFormat("png", {}),  # written by `png`
     "webp": ImageFormat("webp", {"lossless": True, "method": 0}),
     "jpeg": ImageFormat("jpg", {"quality": 95}),
 }
@@ -73,8 +75,9 @@ def encode(image: Image, settings: ImageSettings, sample: Sample, about: About) 
     }
     given = {name: text for name, text in texts.items() if text}
     xmp = XMP if "xmp" in settings.metadata else b""
-    options = FORMATS[settings.format].options
-    options = options | (_png_chunks(given, xmp) if settings.format == "png" else _segments(given, xmp))
+    if settings.format == "png":
+        return png(numpy.asarray(image), _png_chunks(given, xmp))
+    options = FORMATS[settings.format].options | _segments(given, xmp)
     if settings.format == "jpeg" and len(options.get("exif", b"")) > EXIF_BYTES:
         raise Unusable(
             "the prompts are too long for the metadata of a JPEG; set image.format: png or image.metadata: []"
@@ -84,13 +87,13 @@ def encode(image: Image, settings: ImageSettings, sample: Sample, about: About) 
     return file.getvalue()
 
 
-def _png_chunks(texts: Mapping[str, str], xmp: bytes) -> dict[str, Any]:
+def _png_chunks(texts: Mapping[str, str], xmp: bytes) -> list[tuple[bytes, bytes]]:
     info = PngInfo()
     for name, text in texts.items():
         info.add_itxt(name, text)
     if xmp:
         info.add_itxt(XMP_CHUNK, xmp.decode())
-    return {"pnginfo": info}
+    return [(name, content) for name, content, *_ in info.chunks]
 
 
 def _segments(texts: Mapping[str, str], xmp: bytes) -> dict[str, Any]:
