@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -47,6 +48,7 @@ def jobs() -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
+        os.environ["LUTHIER_RUN_DIR"] = name
         folder = write_small_sdxl(root / "sdxl")
         plain = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
         plain.set_progress_bar_config(disable=True)

@@ -298,3 +298,14 @@ def test_a_prediction_that_a_sampler_does_not_know() -> None:
         ),
     ):
         rehearse("kdpm2", made("kdpm2", own))
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("ddim", {"sigmas": "karras"}), ("default", {"sigmas": "beta"}), ("lcm", {"timestepSpacing": "trailing"})],
+)
+def test_an_option_that_a_row_combines_with_another_sampler_is_refused(name: str, option: dict[str, str]) -> None:
+    """Of a whole job, the API refuses it."""
+    (field,) = option
+    with pytest.raises(Failure, match=rf"spec\.image\.{field}: {option[field]} does not apply to the scheduler {name}"):
+        made(name, diffusers.EulerDiscreteScheduler.from_config(OWN), **option)

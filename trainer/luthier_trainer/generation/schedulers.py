@@ -79,11 +79,12 @@ def make_scheduler(image: ImageSettings, own: Any) -> Any:
     """Return the scheduler for `image`, made from `own`, the scheduler of the model.
 
     Raises Failure if the container image lacks a package that the scheduler needs, if the scheduler would ignore a
-    setting that the model was trained with, or if it cannot do the steps.
+    setting that the model was trained with, if it does not know an option, or if it cannot do the steps.
     """
     import diffusers
 
     name, steps = image.scheduler, image.steps
+    refuse_unknown_options(image)
     kind = type(own) if name == "default" else getattr(diffusers, CLASSES[name].class_name)
     if lost := ignored(kind, own.config):
         keeping = [
@@ -110,6 +111,21 @@ def make_scheduler(image: ImageSettings, own: Any) -> Any:
     except (ValueError, AssertionError, IndexError) as error:
         raise Failure(ExitCode.INVALID_SPEC, f"spec.image.steps: {name} cannot do {steps} steps: {error}") from None
     return scheduler
+
+
+def refuse_unknown_options(image: ImageSettings) -> None:
+    """Raise Failure if the sampler would ignore an option. Of a job the API refuses it, but a row may override one."""
+    info = SAMPLERS.get(image.scheduler)
+    for option, value, known in (
+        ("sigmas", image.sigmas, info is not None and info.sigmas),
+        ("timestepSpacing", image.timestep_spacing, info is not None and info.spacing),
+    ):
+        if value and not known:
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"spec.image.{option}: {value} does not apply to the scheduler {image.scheduler}; remove it, or choose"
+                " another scheduler",
+            )
 
 
 def changes(image: ImageSettings) -> dict[str, Any]:
