@@ -72,6 +72,13 @@ COMMANDS = [
         expect="accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes 2 --machine_rank 0",
     ),
     CommandCase(
+        name="one process in each of two pods",
+        resources={"gpusPerNode": 1, "nodes": 2},
+        strategy="ddp",
+        node=1,
+        expect="python -m luthier_trainer.worker train",
+    ),
+    CommandCase(
         name="second of two pods",
         resources={"gpusPerNode": 8, "nodes": 2},
         strategy="ddp",
@@ -240,21 +247,36 @@ THREADS = [
 def test_threads(resources: dict[str, Any], threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
     run, prepared = given(resources, "none")
-    assert launch.environment(run, prepared)["OMP_NUM_THREADS"] == str(max(1, threads))
+    assert launch.environment(run, prepared, 0)["OMP_NUM_THREADS"] == str(max(1, threads))
+
+
+def test_one_process_a_pod_is_told_where_the_others_are() -> None:
+    run, prepared = given({"gpusPerNode": 1, "nodes": 3}, "ddp", host="job-node-0-0.job")
+    expected = {
+        "RANK": "2",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "3",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "job-node-0-0.job",
+        "MASTER_PORT": "29500",
+    }
+    assert expected.items() <= launch.environment(run, prepared, 2).items()
+    for resources, strategy in (({"gpusPerNode": 1}, "none"), ({"gpusPerNode": 2, "nodes": 2}, "ddp")):
+        assert "RANK" not in launch.environment(*given(resources, strategy), 0)
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = launch.environment(*given({"gpusPerNode": 0}, "ddp"))
+    cpu = launch.environment(*given({"gpusPerNode": 0}, "ddp"), 0)
     assert {
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "GLOO_SOCKET_IFNAME": "lo",
     }.items() <= cpu.items()
-    gpu = launch.environment(*given({"gpusPerNode": 1}, "ddp", host="job-node-0-0.job"))
+    gpu = launch.environment(*given({"gpusPerNode": 1}, "ddp", host="job-node-0-0.job"), 0)
     assert not {"CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "DS_ACCELERATOR"} & gpu.keys()
     monkeypatch.setenv("OMP_NUM_THREADS", "3")  # what the pod says wins
-    assert launch.environment(*given({"gpusPerNode": 0}, "ddp"))["OMP_NUM_THREADS"] == "3"
+    assert launch.environment(*given({"gpusPerNode": 0}, "ddp"), 0)["OMP_NUM_THREADS"] == "3"
     # Accelerate would overwrite it
     assert "--num_cpu_threads_per_process 3" in " ".join(launch.command(*given({"gpusPerNode": 2}, "ddp"), 0))
 

@@ -1,7 +1,8 @@
 """The command that starts the training processes of this pod, and their environment.
 
-One process alone is plain Python. Several, or DeepSpeed, go through `accelerate launch` with a static rendezvous, so
-that every pod can be started alone. Imports no torch: it runs in PID 1.
+One process a pod is plain Python: it finds the others by itself, and a launcher would import torch once more before
+it. Several processes, or DeepSpeed, go through `accelerate launch` with a static rendezvous, so that every pod can be
+started alone. Imports no torch: it runs in PID 1.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def command(run: FineTuneRun, prepared: PreparedRecord, node_rank: int) -> list[
     folder.
     """
     strategy, world_size = prepared.plan.strategy, run.spec.resources.world_size
-    if world_size == 1 and not uses_deepspeed(strategy):
+    if is_alone(run, prepared):
         return [sys.executable, "-m", MODULE, "train"]
     return [
         sys.executable,
@@ -69,9 +70,26 @@ def command(run: FineTuneRun, prepared: PreparedRecord, node_rank: int) -> list[
     ]
 
 
-def environment(run: FineTuneRun, prepared: PreparedRecord) -> dict[str, str]:
+def is_alone(run: FineTuneRun, prepared: PreparedRecord) -> bool:
+    """Whether one process trains in each pod, without DeepSpeed."""
+    return run.spec.resources.processes == 1 and not uses_deepspeed(prepared.plan.strategy)
+
+
+def place_among_pods(run: FineTuneRun, node_rank: int) -> dict[str, str]:
+    """Variables by which torch finds the processes of the other pods: those that a launcher would set."""
+    return {
+        "RANK": str(node_rank),
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(run.spec.resources.world_size),
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": run.rendezvous_host,
+        "MASTER_PORT": str(run.rendezvous_port),
+    }
+
+
+def environment(run: FineTuneRun, prepared: PreparedRecord, node_rank: int) -> dict[str, str]:
     """Variables that the processes need beside the pod's own; the pod's own win where both are set, except for the
-    device and the place of compiled kernels.
+    device, the rank and the place of compiled kernels.
     """
     wanted = {
         "OMP_NUM_THREADS": threads(run),
@@ -88,6 +106,8 @@ def environment(run: FineTuneRun, prepared: PreparedRecord) -> dict[str, str]:
     # Where DeepSpeed compiles its operators (a laptop), it calls `ninja` by name; another ninja than the environment's
     # compiles all anew.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    if is_alone(run, prepared) and run.spec.resources.nodes > 1:
+        environment |= place_among_pods(run, node_rank)
     if needs_compiler(run.spec):
         # The pod's own are in its /tmp, which a restarted pod has lost.
         folder = WorkspaceFolder(Path(run.workspace)).compiled

@@ -26,6 +26,13 @@ UNWRITTEN_TEXTS = re.compile(
     r" vs \d+",
     re.DOTALL,
 )
+# Of gloo, and of torch's store where a process waits for the others (torch 2.13, TCPStore.cpp and socket.cpp).
+LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "The client socket has timed out",
+    "waiting for clients",
+)
 # With less free space than this, a volume counts as full: checkpoints are written in larger pieces.
 FULL_BYTES = 64 << 20
 
@@ -117,8 +124,6 @@ def classify(error: BaseException, volume: Path | None = None) -> tuple[ExitCode
     if found := gpu_errors.match(text):
         code, remedy = found
         return code, f"{text}. {remedy}" if remedy else text
-    if "DistBackendError" in names or any(
-        words in text for words in ("Connection closed by peer", "Connection reset by peer")
-    ):
+    if "DistBackendError" in names or any(words in text for words in LOST):
         return ExitCode.PEER_LOST, text
     return ExitCode.TRAINING_ERROR, text

@@ -113,7 +113,7 @@ def environment(verb: str, run: FineTuneRun | GenerateRun, path: Path, settings:
         given["HF_HUB_OFFLINE"] = "1"
     if verb == "train":
         assert isinstance(run, FineTuneRun)
-        given |= launch.environment(run, read_prepared(run))
+        given |= launch.environment(run, read_prepared(run), settings.node_rank)
     return given
 
 
