@@ -37,6 +37,7 @@ lint: setup  ## ruff (format and rules), mypy, import contracts, generated files
 generate: setup  ## write the CRDs, and the tables of docs, from the code
 	$(PYTHON) -m luthier_api.drawn
 	$(PYTHON) docs/render.py
+	$(PYTHON) docs/memory_tables.py
 
 cluster: setup  ## a real Kubernetes with JobSet on this machine (CLUSTER=kind for kind, KUBECONFIG for yours)
 	$(PYTHON) tests/cluster/cluster.py ensure

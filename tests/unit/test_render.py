@@ -24,7 +24,7 @@ from luthier_api.status import JobStatus, Plan, Prepared, ResolvedDataset, Resol
 from luthier_operator import naming
 from luthier_operator.model import Job, Object
 from luthier_operator.objects import objects
-from luthier_operator.profiles import GpuClass, Network, PodResources, ResourceAmounts
+from luthier_operator.profiles import GpuClass, NamespacePolicy, Network, PodResources, ResourceAmounts
 from luthier_operator.render.claim import claim, shortfall
 from luthier_operator.render.configmap import configmap, run_config
 from luthier_operator.settings import Settings
@@ -810,6 +810,27 @@ def test_the_pods_are_told_what_is_known_of_their_gpus() -> None:
     assert known["gpu"] == {"memory": 80 << 30, "peakFlops": 989e12}
     assert "gpu" not in unknown
     assert "gpu" not in gone, "publish, which needs no GPU, goes on without the class"
+
+
+def test_the_pods_are_told_which_classes_the_job_may_name() -> None:
+    """Of those whose memory is known: `prepare` says which of them a training would fit."""
+    classes = {
+        "h100": GpuClass(memory="80Gi", peak_flops=989e12),
+        "l4": GpuClass(memory="24Gi"),
+        "any": GpuClass(peak_flops=1e12),
+    }
+    given = SETTINGS.model_copy(update={"gpu_classes": classes})
+    asked, without = (
+        run_document(configmap(workload(fine_tune(resources=resources)), given, {}))
+        for resources in ({"gpusPerNode": 1, "gpuClass": "l4"}, {"gpusPerNode": 0})
+    )
+    assert asked["gpu"] == {"memory": 24 << 30}
+    assert asked["gpuClasses"] == {"h100": {"memory": 80 << 30, "peakFlops": 989e12}, "l4": {"memory": 24 << 30}}
+    assert "gpuClasses" not in without
+    allowed = NamespacePolicy.model_validate({"gpuClasses": ["l4"]})
+    limited = given.model_copy(update={"namespace_policies": {"ml": allowed}})
+    job = fine_tune(resources={"gpusPerNode": 1, "gpuClass": "l4"})
+    assert set(run_document(configmap(workload(job), limited, {}))["gpuClasses"]) == {"l4"}
 
 
 def test_shards_at_work_at_once() -> None:
