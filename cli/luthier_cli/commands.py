@@ -340,7 +340,7 @@ def _run(
 
 
 def _intend(files: list[str], workspace: Path, mount: list[str], output: Output, cpu: bool, wanted: Wanted) -> None:
-    from luthier_cli.estimates import estimate, table
+    from luthier_cli.estimates import estimate, shown
     from luthier_cli.manifests import Refused
     from luthier_cli.screen import intent
 
@@ -353,17 +353,12 @@ def _intend(files: list[str], workspace: Path, mount: list[str], output: Output,
     if output is Output.JSON:
         _print({"code": 0, "jobs": [job | found for job, found in zip(intents, estimates, strict=True)]})
         return
-    import yaml
     from rich.console import Console
 
-    for job, found in zip(intents, estimates, strict=True):
-        typer.echo(yaml.safe_dump({k: v for k, v in job.items() if v not in (None, [])}, sort_keys=False), nl=False)
-        typer.echo("---")
-        if shown := table(found):
-            Console(soft_wrap=True).print(shown)
-        for remark in (found.get("notEstimated"), *found.get("assumptions", []), *found.get("notices", [])):
-            if remark:
-                typer.echo(f"note: {remark}")
+    console = Console(soft_wrap=True)
+    for intended, found in zip(intents, estimates, strict=True):
+        for part in shown(intended, found):
+            console.print(part, markup=False, highlight=False)
 
 
 def _on_the_cluster(job: LocalJob) -> LocalJob:

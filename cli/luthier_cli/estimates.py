@@ -25,7 +25,7 @@ from luthier_api.run import FineTuneRun, Gpu
 from luthier_cli.asking import ask
 from luthier_cli.local import LocalJob
 from luthier_cli.manifests import Refused
-from luthier_cli.screen import gigabytes
+from luthier_cli.screen import duration, gigabytes
 from luthier_operator.profiles import GpuClass
 
 MODULE = "luthier_trainer.prepare.estimate"
@@ -57,7 +57,10 @@ def known_classes(values: Path | None) -> dict[str, Gpu]:
 
     Raises Refused for a file that does not describe them.
     """
-    known = {name: Gpu(memory=gpu.memory, peak_flops=gpu.peak_flops) for name, gpu in KNOWN_GPUS.items()}
+    known = {
+        name: Gpu(memory=gpu.memory, peak_flops=gpu.peak_flops, bandwidth=gpu.bandwidth)
+        for name, gpu in KNOWN_GPUS.items()
+    }
     try:
         if values is not None:
             document = yaml.safe_load(values.read_text())
@@ -70,7 +73,7 @@ def known_classes(values: Path | None) -> dict[str, Gpu]:
         raise Refused([f"{where}: describes no classes of GPUs: {' '.join(str(error).split())[:300]}"]) from None
     for name, given in classes.items():
         memory = int(amount(given.memory)) if given.memory else None
-        known[name] = Gpu(memory=memory, peak_flops=given.peak_flops)
+        known[name] = Gpu(memory=memory, peak_flops=given.peak_flops, bandwidth=given.bandwidth)
     return known
 
 
@@ -167,36 +170,48 @@ def totals(plan: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if plan.get("flops"):
         yield "operations", f"{plan['flops']:.3g} FLOP"
     if plan.get("seconds"):
-        yield "time", f"about {plan['seconds'] / 3600:,.1f} h, {plan['gpuHours']:,.1f} GPU-hours"
+        yield "time", f"about {duration(plan['seconds'])}, {plan['gpuHours']:,.3g} GPU-hours"
 
 
-def table(estimated: Mapping[str, Any]) -> Table | None:
-    """Return what was estimated as a table; None if nothing was."""
+def shown(intended: Mapping[str, Any], estimated: Mapping[str, Any]) -> Iterator[str | Table]:
+    """Yield what `luthier plan` prints of a job.
+
+    A comparison of classes is an answer of its own: it comes without what would run, of which plan --quick tells.
+    """
     if "classes" in estimated:
-        return compared(estimated["classes"])
-    if "plan" not in estimated:
-        return None
-    shown = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name, figure in figures(estimated["plan"]):
-        shown.add_row(name, figure)
-    for reason in estimated["plan"].get("reasons", []):
-        shown.add_row("", reason)
-    return shown
+        yield compared(estimated["classes"])
+    else:
+        written = {name: value for name, value in intended.items() if value not in (None, [])}
+        yield f"{yaml.safe_dump(written, sort_keys=False)}---"
+    if "plan" in estimated:
+        yield table(estimated["plan"])
+    remarks = (estimated.get("notEstimated"), *estimated.get("assumptions", []), *estimated.get("notices", []))
+    yield from (f"note: {remark}" for remark in remarks if remark)
+
+
+def table(plan: Mapping[str, Any]) -> Table:
+    """Return a plan as a table."""
+    drawn = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, figure in figures(plan):
+        drawn.add_row(name, figure)
+    for reason in plan.get("reasons", []):
+        drawn.add_row("", reason)
+    return drawn
 
 
 def compared(classes: Sequence[Mapping[str, Any]]) -> Table:
     """Return one row a class of GPUs."""
-    shown = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("class", "memory", "peak", "layout", "hours", "GPU-hours"):
-        shown.add_column(title)
+    drawn = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("class", "memory", "peak", "layout", "time", "GPU-hours"):
+        drawn.add_column(title)
     for entry in classes:
         if not entry["fits"]:
-            shown.add_row(entry["gpuClass"], gigabytes(entry["memory"]), "does not fit", entry["message"])
+            drawn.add_row(entry["gpuClass"], gigabytes(entry["memory"]), "does not fit", entry["message"])
             continue
         plan = entry["plan"]
         layout = dict(figures(plan))["layout"]
-        hours = f"{plan['seconds'] / 3600:,.1f}" if plan.get("seconds") else ""
-        cost = f"{plan['gpuHours']:,.1f}" if plan.get("gpuHours") is not None else ""
+        time = duration(plan["seconds"]) if plan.get("seconds") else ""
+        cost = f"{plan['gpuHours']:,.3g}" if plan.get("gpuHours") is not None else ""
         peak = gigabytes(plan["memory"]["gpuBytes"])
-        shown.add_row(entry["gpuClass"], gigabytes(entry["memory"]), peak, layout, hours, cost)
-    return shown
+        drawn.add_row(entry["gpuClass"], gigabytes(entry["memory"]), peak, layout, time, cost)
+    return drawn

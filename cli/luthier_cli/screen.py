@@ -186,7 +186,9 @@ def found(prepared: Prepared, row_noun: str, settings: dict[str, Any]) -> Table:
         terms = ", ".join(f"{name} {gigabytes(size)}" for name, size in plan.memory.gpu.items())
         table.add_row("memory", f"{gigabytes(plan.memory.gpu_bytes)} of each GPU: {terms}")
     if plan.seconds and plan.gpu_hours is not None:
-        table.add_row("time", f"about {duration(plan.seconds)} for all steps, {plan.gpu_hours:,.1f} GPU-hours")
+        table.add_row("time", f"about {duration(plan.seconds)} for all steps, {plan.gpu_hours:,.3g} GPU-hours")
+    if plan.data_bytes:
+        table.add_row("prepared data", gigabytes(plan.data_bytes))
     if plan.checkpoint_bytes and plan.save_seconds:
         saved = f"{plan.checkpoint_bytes / 1e6:,.0f} MB, saved in about {duration(plan.save_seconds)}"
         table.add_row("checkpoint", f"{saved}; a stopped pod needs {plan.grace_seconds} s")

@@ -29,7 +29,7 @@ def is_off(ratio: float) -> bool:
     return abs(ratio - 1) > TOLERANCE
 
 
-def of_time(plan: Plan, seconds: int, ratio: float) -> str:
+def of_time(plan: Plan, seconds: float, ratio: float) -> str:
     """Return the notice about the time of a step."""
     text = (
         f"plan.seconds: a step takes {ratio:.2f} times as long as planned, so that all steps take about"
@@ -57,7 +57,7 @@ def duration(seconds: float) -> str:
     """Return a time for people: 45 s, 12 min, 3 h 20 min."""
     minutes = round(seconds / 60)
     if seconds < 90:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.3g} s"
     if minutes < 90:
         return f"{minutes} min"
     return f"{minutes // 60} h {minutes % 60} min"

@@ -35,6 +35,8 @@ class Gpu(ApiModel):
     """Bytes of one."""
     peak_flops: float | None = None
     """Dense 16-bit operations per second of one."""
+    bandwidth: float | None = None
+    """Bytes per second that the memory of one reads or writes."""
 
 
 class BaseRun(ApiModel):
@@ -266,6 +268,14 @@ class StepMemory(ApiModel):
     """Whether activations are recomputed."""
     padded: bool
     """Whether attention needs a mask, because rows are padded or packed."""
+    rows: int = 1
+    """Rows of a forward pass from which on it holds, until another one does."""
+    kernels: int = 0
+    """Operations that a GPU computes in a forward and backward pass."""
+    moved_fixed: int = 0
+    """Bytes that they read and write, whatever the number of rows is."""
+    moved_per_row: int = 0
+    """Bytes that they read and write for each row."""
     kept_fixed: int
     """Bytes that autograd keeps of the forward pass, beside weights, whatever the number of rows is."""
     kept_per_row: int
@@ -290,6 +300,8 @@ class MemoryFacts(ApiModel):
     """Bytes of a weight of the model as it is loaded, before it is quantised."""
     reference_bytes: int = 0
     """Bytes of a frozen copy of the model that it is compared with."""
+    beside_bytes: int = 0
+    """Bytes of other models that are in memory all the time: those of rewards, of images and of captions."""
     quantised: bool = False
     """Whether frozen weights rest in few bits."""
     weight_bytes: int
@@ -310,6 +322,10 @@ class MemoryFacts(ApiModel):
     """Whether a row holds several documents that do not see each other."""
     steps: list[StepMemory] = Field(default_factory=list)
     """Steps with and without recomputing, with and without a mask."""
+    writing: list[Moment] = Field(default_factory=list)
+    """What is held while the model writes what it learns from: lines over the rows that it writes at once."""
+    evaluating: list[Moment] = Field(default_factory=list)
+    """What an evaluation holds, where it computes more rows at once than a step does: lines over its rows."""
     missing: str | None = None
     """Why there are no steps, if so."""
 

@@ -145,16 +145,18 @@ class Plan(ApiModel):
     """Tokens of all steps together, padding excluded; images have none (FineTuneJob)."""
     flops: float | None = None
     """Floating-point operations of all steps together, without those of recomputed activations (FineTuneJob)."""
-    seconds: int | None = None
-    """Estimated seconds of all steps, from the operations, the speed of the GPUs and what of it a training usually
-    reaches (FineTuneJob).
+    seconds: float | None = None
+    """Estimated seconds of all steps, from the operations, the memory that they read and write, and the speed of the
+    GPUs (FineTuneJob).
     """
     gpu_hours: float | None = None
     """The same in hours, of all GPUs together (FineTuneJob)."""
+    data_bytes: int | None = None
+    """Size of the prepared rows in bytes."""
     checkpoint_bytes: int | None = None
     """Size of a checkpoint in bytes (FineTuneJob)."""
     result_bytes: int | None = None
-    """Size of the result in bytes (FineTuneJob)."""
+    """Size of the result in bytes. Of texts it is the most that they can take, of images about what they take."""
     save_seconds: int | None = None
     """Expected seconds to save a checkpoint, on a volume that writes 200 MB/s (FineTuneJob)."""
     grace_seconds: int | None = None

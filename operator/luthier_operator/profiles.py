@@ -65,6 +65,10 @@ class GpuClass(ApiModel):
     """Dense 16-bit operations per second of one: for the estimated time, and for the metric of utilisation, for which
     there is a table when left out.
     """
+    bandwidth: Annotated[float, Field(gt=0)] | None = None
+    """Bytes per second that the memory of one reads or writes: for the estimated time. Left out: in proportion to
+    `peakFlops`.
+    """
     max_per_pod: Annotated[int, Field(ge=1)] | None = None
     """How many one node has at most; 1 for a MIG profile."""
     network: Network = Field(default_factory=Network)

@@ -13,10 +13,12 @@ import pytest
 import yaml
 from cases.api import FINE_TUNE, GENERATE, Document, changed
 from cases.program import luthier
+from rich.table import Table
 
 from luthier_api.crd import render as crds
 from luthier_api.processes import descendants
 from luthier_api.status import Progress
+from luthier_cli.estimates import shown
 from luthier_cli.local import difference, paths_in
 from luthier_cli.manifests import StrictLoader
 from luthier_cli.screen import describe, duration
@@ -490,3 +492,29 @@ def test_descendants_are_found_across_sessions() -> None:
         os.kill(pid, signal.SIGKILL)
     parent.wait()
     assert len(below) == 1
+
+
+def test_a_comparison_of_classes_is_all_that_is_printed() -> None:
+    plan = {
+        "strategy": "none",
+        "worldSize": 1,
+        "microBatchSize": 8,
+        "accumulationSteps": 2,
+        "memory": {"gpuBytes": 20 * 10**9, "gpu": {"weights": 20 * 10**9}},
+        "seconds": 90.5,
+        "gpuHours": 0.0251,
+    }
+    classes = [
+        {"gpuClass": "l4", "memory": 24 * 10**9, "fits": False, "message": "too small"},
+        {"gpuClass": "a100", "memory": 80 * 10**9, "fits": True, "plan": plan},
+    ]
+    table, note = shown({"kind": "FineTuneJob"}, {"classes": classes, "assumptions": ["rows are long"]})
+    assert isinstance(table, Table)
+    columns = {str(column.header): list(column.cells) for column in table.columns}
+    assert columns["class"] == ["l4", "a100"]
+    assert columns["peak"] == ["does not fit", "20.0 GB"]
+    assert columns["time"] == ["", "1 min 30 s"]
+    assert note == "note: rows are long"
+
+    written, _, reason = shown({"kind": "FineTuneJob", "uses": []}, {"plan": plan, "notEstimated": "why not"})
+    assert (written, reason) == ("kind: FineTuneJob\n---", "note: why not")

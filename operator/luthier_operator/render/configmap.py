@@ -71,7 +71,8 @@ def figures_of(found: GpuClass) -> Gpu | None:
     """What the run config has of a class; None if the administrator has given neither memory nor speed."""
     if not (found.memory or found.peak_flops):
         return None
-    return Gpu(memory=int(amount(found.memory)) if found.memory else None, peak_flops=found.peak_flops)
+    memory = int(amount(found.memory)) if found.memory else None
+    return Gpu(memory=memory, peak_flops=found.peak_flops, bandwidth=found.bandwidth)
 
 
 def configmap(workload: Workload, settings: Settings, sources: Mapping[str, Place]) -> Object:

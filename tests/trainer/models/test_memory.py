@@ -7,14 +7,12 @@ the prediction was fitted to any architecture.
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch.profiler import ProfilerActivity, profile
 from trainer.architectures import tiny_config
 
 from luthier_api.finetune import FineTuneJobSpec
@@ -23,6 +21,7 @@ from luthier_trainer.methods.apply import with_method
 from luthier_trainer.models import memory
 from luthier_trainer.models.heads import heads_of, row_loss
 from luthier_trainer.models.memory import Setting, Trial, facts_of
+from trainer import measured_memory
 
 ROWS, TOKENS, CLASSES = 5, 40, 4
 UNDER, OVER = 0.02, 0.05
@@ -137,44 +136,21 @@ def predicted(case: Case) -> StepMemory:
     return memory.step_of(adapted, trial, Setting("cpu", None, case.recomputed, case.padded))
 
 
-@dataclass(eq=False)
-class Packed:
-    """A tensor that autograd keeps. DoRA drops parts of a graph within a forward pass, and what they kept with them."""
-
-    tensor: torch.Tensor
-
-
 def real(case: Case) -> tuple[int, int]:
     """Return the bytes that autograd keeps, beside weights, and the allocator's peak in a step on a CPU."""
     model, _ = made(case, "cpu")
     model.train()
     if case.recomputed:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    packed: weakref.WeakSet[Packed] = weakref.WeakSet()
 
-    def pack(tensor: torch.Tensor) -> Packed:
-        packed.add(held := Packed(tensor))
-        return held
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    def loss() -> torch.Tensor:
         batch = batch_of(case, ROWS, "cpu")
         labels = batch.pop("labels") if case.classifies else None
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
-            outputs = model(**batch)
-            loss = outputs.loss if labels is None else row_loss(outputs, labels)
-        del outputs
-        storages = [held.tensor.untyped_storage() for held in packed]
-        kept = {storage.data_ptr(): storage.nbytes() for storage in storages}
-        del storages
-        loss.backward()
-    for weight in [*model.parameters(), *model.buffers()]:
-        kept.pop(weight.untyped_storage().data_ptr(), None)
-    held = peak = 0
-    for event in profiled.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return sum(kept.values()), peak
+        outputs = model(**batch)
+        found: torch.Tensor = outputs.loss if labels is None else row_loss(outputs, labels)
+        return found
+
+    return measured_memory.of_step(loss, model)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -135,6 +135,67 @@ def test_the_highest_moment_depends_on_the_layout(case: Layout) -> None:
     assert tensors(memory) == 1000 + case.activations + case.gradients + memory.gpu["workspace"]
 
 
+@dataclass(frozen=True)
+class Fullest:
+    name: str
+    facts: dict[str, Any]
+    expect: dict[str, int]
+    """Terms of what is not always there."""
+    plan: dict[str, Any] = field(default_factory=dict)
+
+
+FULLEST = [
+    Fullest(
+        name="completions of a whole step",
+        facts={"writing": [Moment(fixed=0, per_row=900, gradients=0)]},
+        expect={"completions": 3600, "fragments": 540},
+    ),
+    Fullest(
+        name="with DDP beside gradients, which stay",
+        facts={"writing": [Moment(fixed=0, per_row=900, gradients=0)]},
+        plan={"strategy": "ddp", "world_size": 2},
+        expect={"gradients": 1000, "completions": 3600, "fragments": 540},
+    ),
+    Fullest(
+        name="whole groups in an evaluation",
+        facts={"evaluating": [Moment(fixed=100, per_row=400, gradients=0)]},
+        expect={"evaluation": 1700, "fragments": 255},
+    ),
+    Fullest(
+        name="a step that holds more than what is written",
+        facts={"writing": [Moment(fixed=0, per_row=90, gradients=0)]},
+        expect={"gradients": 1000, "activations": 200, "fragments": 30},
+    ),
+]
+
+
+@pytest.mark.parametrize("case", FULLEST, ids=lambda case: case.name)
+def test_the_fullest_moment_may_be_outside_of_a_step(case: Fullest) -> None:
+    """Two completions in a forward pass, four in a step and in a group."""
+    rewards = [{"type": "regex", "pattern": "a"}]
+    spec = run(None, task="grpo", grpo={"generations": 4, "rewards": rewards}, training={"batchSize": 8}).spec
+    given = {"strategy": "none", "micro_batch_size": 2, "accumulation_steps": 2}
+    memory = peak(spec, Plan(**given | case.plan), facts(beside_bytes=70, **case.facts))
+    assert memory.gpu["other models"] == 70
+    parts = ("gradients", "activations", "update", "completions", "evaluation", "fragments")
+    assert {name: memory.gpu[name] for name in parts if name in memory.gpu} == case.expect
+
+
+def test_a_loss_by_chunks_has_other_lines_from_its_first_whole_chunk_on() -> None:
+    few, many = (
+        StepMemory(checkpointing=False, padded=False, rows=rows, kept_fixed=0, kept_per_row=0, moments=[moment])
+        for rows, moment in (
+            (1, Moment(fixed=0, per_row=100, gradients=0)),
+            (8, Moment(fixed=720, per_row=10, gradients=0)),
+        )
+    )
+    found = {}
+    for rows in (7, 8, 64):
+        plan = Plan(strategy="none", micro_batch_size=rows, accumulation_steps=2)
+        found[rows] = peak(run(None).spec, plan, facts(steps=[few, many])).gpu["activations"]
+    assert found == {7: 700, 8: 800, 64: 1360}
+
+
 def test_without_gpus_all_of_it_is_in_the_memory_of_the_node() -> None:
     memory = peak(run(None, gpus=0).spec, Plan(strategy="none", micro_batch_size=16), facts())
     assert memory.gpu == {}

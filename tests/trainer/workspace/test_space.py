@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -18,12 +18,15 @@ from trainer.conftest import MakeRun
 from trainer.volumes import mounted
 from transformers import AutoConfig, BertConfig, GPT2Config, LlamaConfig, PreTrainedConfig
 
+from luthier_api.generate import GenerateJobSpec, ImageSettings
 from luthier_api.method import Method
 from luthier_api.run import Weights
+from luthier_api.tasks import GENERATION_TASKS
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.methods import trainable
 from luthier_trainer.models.inspect import skeleton
 from luthier_trainer.prepare import main as prepare
+from luthier_trainer.runtime import notices
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.training import checkpoint
 from luthier_trainer.training import main as train
@@ -349,3 +352,63 @@ def test_before_a_save_broken_checkpoints_make_way(tmp_path: Path, capsys: pytes
         ) as caught:
             checkpoint.make_room(folder, 8 << 20)
         assert caught.value.code == 74
+
+
+@dataclass(frozen=True)
+class OutputCase:
+    name: str
+    spec: dict[str, Any]
+    least: int
+    most: int
+
+
+LINES = 1000 * space.LINE_BYTES + 50_000
+OUTPUTS = [
+    OutputCase(
+        name="texts",
+        spec={"task": "text-generation", "text": {"maxNewTokens": 100}},
+        least=LINES,
+        most=LINES + 1000 * 100 * space.TOKEN_BYTES,
+    ),
+    OutputCase(
+        name="several texts of a row",
+        spec={"task": "text-generation", "text": {"maxNewTokens": 100, "perPrompt": 3, "temperature": 1.0}},
+        least=3 * LINES,
+        most=3 * (LINES + 1000 * 100 * space.TOKEN_BYTES),
+    ),
+    OutputCase(
+        name="images",
+        spec={"task": "text-to-image", "image": {"width": 512, "height": 1024}},
+        least=LINES + 1000 * 512 * 1024 // 2,
+        most=LINES + 2 * 1000 * 512 * 1024,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", OUTPUTS, ids=lambda case: case.name)
+def test_what_outputs_take(case: OutputCase) -> None:
+    base = {"model": {"id": "a/b"}, "inputs": {"rows": [{"prompt": "a lute"}]}}
+    spec = GenerateJobSpec.model_validate(base | case.spec)
+    outputs = 1000 * spec.per_prompt
+    found = space.outputs_bytes(spec, outputs, 50_000 * spec.per_prompt)
+    assert found == space.OutputBytes(case.least, case.most)
+
+
+def test_each_task_and_format_of_images_has_its_bytes() -> None:
+    assert {task.settings for task in GENERATION_TASKS.values()} == set(space.OUTPUTS)
+    assert set(get_args(ImageSettings.model_fields["format"].annotation)) == set(space.PIXEL_BYTES)
+
+
+def test_outputs_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    given = {"model": {"id": "a/b"}, "inputs": {"rows": [{"prompt": "a lute"}]}}
+    spec = GenerateJobSpec.model_validate(given | {"task": "text-to-image"})
+    with mounted(tmp_path / "full", kibibytes=4 << 10) as folder:
+        space.check_outputs(space.outputs_bytes(spec, 1, 100), 1, folder)
+        assert notices.given() == []
+        space.check_outputs(space.outputs_bytes(spec, 4, 100), 4, folder)
+        (notice,) = notices.given()
+        assert notice.startswith(
+            "spec.workspace.size: 4 outputs may take up to 8.4 MB, and 4.2 MB of the volume's 4.2 MB"
+        )
+        with pytest.raises(Failure, match=r"spec\.workspace\.size: 10 outputs need at least 5\.2 MB, and 4\.2 MB of"):
+            space.check_outputs(space.outputs_bytes(spec, 10, 100), 10, folder)

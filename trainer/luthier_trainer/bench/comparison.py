@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from luthier_api.gpus import peak_flops
+from luthier_api.gpus import known
 from luthier_api.run import FineTuneRun, Gpu, PreparedRecord
 from luthier_api.status import Plan
 from luthier_trainer.bench import rounds
@@ -163,11 +163,15 @@ class Device:
     """Bytes of a GPU."""
     peak_flops: float | None = None
     """Dense 16-bit operations per second of a GPU, where they are known."""
+    bandwidth: float | None = None
+    """Bytes per second of its memory, likewise."""
 
     @property
     def gpu(self) -> Gpu | None:
         """What an administrator would say of it, by which `prepare` plans."""
-        return Gpu(memory=self.memory, peak_flops=self.peak_flops) if self.memory else None
+        if self.memory is None:
+            return None
+        return Gpu(memory=self.memory, peak_flops=self.peak_flops, bandwidth=self.bandwidth)
 
 
 def device(gpu: bool) -> Device:
@@ -178,7 +182,8 @@ def device(gpu: bool) -> Device:
     if done.returncode:
         raise Unmeasured(f"there is no GPU here: {done.stderr.strip().splitlines()[-1:]}")
     name, memory = json.loads(done.stdout.splitlines()[-1])
-    return Device(name, memory, peak_flops(name))
+    info = known(name)
+    return Device(name, memory, info.peak_flops, info.bandwidth) if info else Device(name, memory)
 
 
 def surroundings(found: Device) -> dict[str, Any]:

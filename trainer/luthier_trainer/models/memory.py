@@ -1,14 +1,18 @@
 """What a training needs of a GPU, from the model's configuration alone: on the meta device, which takes no memory.
 
-The model has its method, heads and types as in a training, and `step_trace` runs one step of it, for two numbers of
+The model has its method, heads and types as in a training, and `step_trace` records one step of it, for two numbers of
 rows. The operations are the same, so each moment of the step is a line over the number of rows, and the highest of
 these lines are kept (`luthier_api.run.Moment`). `workspace.gpu_memory` computes the peak of a layout from them.
+
+A loss that computes some tokens at a time holds no more of them where there are more rows. So there are lines for few
+rows, and others for those from which on its first chunk is full.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,12 +21,40 @@ import torch
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.methods import QUANTIZATIONS, QuantizationType
 from luthier_api.run import MemoryFacts, Moment, StepMemory, Weights
-from luthier_trainer.models.step_trace import ALIGNMENT, Autocast, Device, Ledger, attention_of
+from luthier_trainer.models.generation_trace import Generation, written
+from luthier_trainer.models.meta_kernels import Device
+from luthier_trainer.models.step_trace import ALIGNMENT, Autocast, Ledger
 from luthier_trainer.workspace import gpu_memory
 
-FEW, MORE = 2, 3  # rows of the two traces. A single row would do without some copies that two rows need.
+FEW = 2  # rows of the first of two traces. A single row would do without some copies that two rows need.
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 1024)  # for which a moment may be the highest
 SHOWN = 200  # characters of a message of another library
+
+
+Batch = Mapping[str, Any]
+LossStep = Callable[["Forward", dict[str, Any]], torch.Tensor]
+"""(the model, a batch) → the loss, a scalar, as the trainer of the task computes it."""
+
+
+class Forward:
+    """Computes the outputs of a model as a trainer does: with autocast, and then in fp32, as accelerate lets it."""
+
+    def __init__(self, model: Any, autocast: Autocast) -> None:
+        self.model, self._autocast = model, autocast
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Return the outputs of the model: a mapping."""
+        self._autocast.enabled = self._autocast.keeps = True
+        outputs = self.model(**inputs)
+        self._autocast.enabled = False
+        self._autocast.forget()
+        return outputs if self._autocast.dtype is None else in_fp32(outputs)
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Compute without gradients, and without the adapter where there is one."""
+        with torch.no_grad(), getattr(self.model, "disable_adapter", nullcontext)():
+            yield
 
 
 @dataclass(frozen=True)
@@ -31,7 +63,7 @@ class Trial:
 
     model: Any
     """Without the method."""
-    batch: Callable[[int], Mapping[str, Any]]
+    batch: Callable[[int], Batch]
     """Number of rows → a batch of that many of the longest rows."""
     loss: Callable[..., torch.Tensor] | None
     """(outputs, labels) → the loss; None: the model computes it from the labels."""
@@ -43,11 +75,29 @@ class Trial:
     """Whether rows have different numbers of tokens."""
     packed: bool = False
     """Whether a row holds several documents that do not see each other."""
+    step: LossStep | None = None
+    """How a trainer computes the loss that does more than calling the model once; `loss` is then left out."""
+    loss_tokens: int = 0
+    """Tokens that the loss computes at once; 0 if it computes all of them."""
+    beside: tuple[Any, ...] = ()
+    """Other models of the step, which are frozen, with the types that they have in the training."""
+    writes: Generation | None = None
+    """What the model writes before a step learns from it."""
 
     @property
     def padded(self) -> bool:
         """Whether attention needs a mask in the largest micro-batch."""
         return self.packed or self.mixed_lengths
+
+    def computed(self, forward: Forward, batch: dict[str, Any]) -> torch.Tensor:
+        """Return the loss of a batch."""
+        if self.step is not None:
+            return self.step(forward, batch)
+        if self.loss is None:
+            found: torch.Tensor = forward(**batch)["loss"]
+            return found
+        labels = batch.pop("labels")
+        return self.loss(forward(**batch), labels)
 
 
 @dataclass(frozen=True)
@@ -69,6 +119,10 @@ class Step:
     """That autograd keeps of the forward pass, beside weights."""
     moments: list[tuple[int, int]]
     """At each moment: of all but the gradients of weights, and of these."""
+    kernels: int
+    """Operations that compute something."""
+    moved: int
+    """That all of them read and write."""
 
 
 def facts_of(
@@ -96,6 +150,7 @@ def facts_of(
         largest_unit=max(sum(weight.numel() for weight in unit.parameters()) for unit in units_of(model)),
         unpacked_bytes=max((m.weight.numel() * weights.computed_bytes for m in quantised.values()), default=0),
         largest_learning=max(weight.numel() for weight in learning),
+        beside_bytes=sum(weight.nbytes for other in trial.beside for weight in other.parameters()),
         row_tokens=trial.row_tokens,
         mixed_lengths=trial.mixed_lengths,
         packed=trial.packed,
@@ -105,41 +160,78 @@ def facts_of(
     kinds = (bool(spec.training.gradient_checkpointing),) if cpu else (False, True)
     try:
         steps = [
-            step_of(model, trial, replace(setting, checkpointing=kind))
+            step
             for kind in kinds
-            if not kind or getattr(trial.model, "supports_gradient_checkpointing", False)
+            if not kind or can_recompute(trial.model)
+            for step in steps_of(model, trial, replace(setting, checkpointing=kind))
         ]
+        written = written_facts(model, trial, trial.writes, setting) if trial.writes else {}
     except Exception as error:  # each architecture fails in its own way where it reads values, which meta tensors lack
         what = " ".join(str(error).split())[:SHOWN]
         return facts.model_copy(update={"missing": f"{type(error).__name__}: {what}"})
-    return facts.model_copy(update={"steps": steps})
+    return facts.model_copy(update={"steps": steps, **written})
 
 
-def step_of(model: Any, trial: Trial, setting: Setting) -> StepMemory:
-    """Return what a step holds as lines over the number of rows.
+def written_facts(model: Any, trial: Trial, writes: Generation, setting: Setting) -> dict[str, list[Moment]]:
+    """Return what is held while the model writes, and in an evaluation of what it has written."""
+    return {
+        "writing": lines_of(lambda rows: generated(model, writes, rows, setting)),
+        "evaluating": lines_of(lambda rows: evaluated(model, trial, rows, setting)),
+    }
+
+
+def steps_of(model: Any, trial: Trial, setting: Setting) -> Iterator[StepMemory]:
+    """Yield what a step holds: for few rows, and for those with which the first chunk of the loss is full."""
+    yield step_of(model, trial, setting)
+    if trial.loss_tokens:
+        tokens = max(value.numel() for value in trial.batch(1).values() if isinstance(value, torch.Tensor))
+        full = math.ceil(trial.loss_tokens / tokens)
+        if FEW < full <= ROWS[-1]:
+            yield step_of(model, trial, setting, full)
+
+
+def step_of(model: Any, trial: Trial, setting: Setting, rows: int = 1) -> StepMemory:
+    """Return what a step of `rows` rows or more holds, as lines over the number of rows.
 
     Raises ValueError if other operations are computed for more rows.
     """
-    few, more = (traced(model, trial.batch(rows), trial.loss, setting) for rows in (FEW, MORE))
-    if len(few.moments) != len(more.moments):
-        raise ValueError(f"{len(few.moments)} operations for {FEW} rows, and {len(more.moments)} for {MORE}")
-    lines = {
-        Moment(fixed=a - FEW * (b - a), per_row=b - a, gradients=gradients)
-        for (a, gradients), (b, _) in zip(few.moments, more.moments, strict=True)
-    }
-    per_row = more.kept - few.kept
+    first = max(rows, FEW)
+    few, more = (traced(model, trial, number, setting) for number in (first, first + 1))
+    per_row, moved = more.kept - few.kept, more.moved - few.moved
     return StepMemory(
         checkpointing=setting.checkpointing,
         padded=setting.padded,
-        kept_fixed=few.kept - FEW * per_row,
+        rows=rows,
+        kept_fixed=few.kept - first * per_row,
         kept_per_row=per_row,
-        moments=highest(lines),
+        kernels=few.kernels,
+        moved_fixed=few.moved - first * moved,
+        moved_per_row=moved,
+        moments=between(few, more, first),
+    )
+
+
+def lines_of(held: Callable[[int], Step]) -> list[Moment]:
+    """Return the highest moments of something else than a step. `held`: number of rows → what it holds."""
+    return between(held(FEW), held(FEW + 1), FEW)
+
+
+def between(few: Step, more: Step, rows: int) -> list[Moment]:
+    """Return the highest of the lines through the moments for `rows` rows, and for one more.
+
+    Raises ValueError if other operations are computed for more rows.
+    """
+    if len(few.moments) != len(more.moments):
+        raise ValueError(f"{len(few.moments)} operations for {rows} rows, and {len(more.moments)} for {rows + 1}")
+    return highest(
+        Moment(fixed=a - rows * (b - a), per_row=b - a, gradients=gradients)
+        for (a, gradients), (b, _) in zip(few.moments, more.moments, strict=True)
     )
 
 
 def highest(lines: Iterable[Moment]) -> list[Moment]:
     """Return those of `lines` that are the highest for some number of rows, with gradients counted or not."""
-    lines = list(lines)
+    lines = set(lines)
     kept = []
     for counted in (0, 1):
         for rows in ROWS:
@@ -147,29 +239,16 @@ def highest(lines: Iterable[Moment]) -> list[Moment]:
     return list(dict.fromkeys(kept))
 
 
-def traced(model: Any, batch: Mapping[str, Any], loss: Callable[..., torch.Tensor] | None, setting: Setting) -> Step:
+def traced(model: Any, trial: Trial, rows: int, setting: Setting) -> Step:
     """Run a step on the meta device: forward pass, loss and backward pass."""
-    inputs = dict(batch)
-    labels = inputs["labels"] if loss is None else inputs.pop("labels")
-    if not setting.padded and "position_ids" not in inputs:
-        inputs.pop("attention_mask", None)
-    ledger = Ledger([*model.parameters(), *model.buffers()], ALIGNMENT[setting.device])
-    for tensor in batch.values():
-        if isinstance(tensor, torch.Tensor):
-            ledger.add(tensor)
-    autocast = Autocast(setting.device, setting.dtype, attention_of(setting.device), needs_mask=setting.padded)
+    inputs = inputs_of(trial, rows, setting)
+    ledger, autocast = prepared(model, inputs.values(), setting)
     learning = [weight for weight in model.parameters() if weight.requires_grad]
     hooks = [weight.register_post_accumulate_grad_hook(ledger.is_gradient) for weight in learning]
     try:
         with checkpointing(model, setting.checkpointing), autocast.in_place(), ledger, autocast:
             with torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda tensor: tensor):
-                autocast.enabled = autocast.keeps = True
-                outputs = model(**inputs)
-                autocast.forget()
-                if setting.dtype is not None:
-                    outputs = in_fp32(outputs)  # as accelerate does
-                value = outputs["loss"] if loss is None else loss(outputs, labels)
-            del outputs
+                value = trial.computed(Forward(model, autocast), inputs)
             # For what is recomputed: each part has a context of its own, which keeps no weight after its end.
             autocast.enabled, autocast.keeps = True, False
             # torch's own function for it would leave the mode.
@@ -182,7 +261,48 @@ def traced(model: Any, batch: Mapping[str, Any], loss: Callable[..., torch.Tenso
             hook.remove()
         for weight in learning:
             weight.grad = None
-    return Step(sum(ledger.kept.values()), ledger.moments)
+    return Step(sum(ledger.kept.values()), ledger.moments, ledger.kernels, ledger.moved)
+
+
+def evaluated(model: Any, trial: Trial, rows: int, setting: Setting) -> Step:
+    """Run a step without gradients on the meta device, as an evaluation does."""
+    inputs = inputs_of(trial, rows, setting)
+    ledger, autocast = prepared(model, inputs.values(), setting)
+    with torch.no_grad(), checkpointing(model, False), autocast.in_place(), ledger, autocast:
+        trial.computed(Forward(model, autocast), inputs)
+    return Step(0, ledger.moments, ledger.kernels, ledger.moved)
+
+
+def generated(model: Any, writes: Generation, rows: int, setting: Setting) -> Step:
+    """Let the model write completions of `rows` prompts on the meta device."""
+    ledger, autocast = prepared(model, (), setting)
+    with torch.no_grad(), checkpointing(model, False), autocast.in_place(), ledger, autocast:
+        written(Forward(model, autocast), writes, rows)
+    return Step(0, ledger.moments, ledger.kernels, ledger.moved)
+
+
+def inputs_of(trial: Trial, rows: int, setting: Setting) -> dict[str, Any]:
+    """Return a batch. Attention masks are left out where models find that they mask nothing."""
+    batch = trial.batch(rows)
+    masks = () if setting.padded or "position_ids" in batch else [name for name in batch if "attention_mask" in name]
+    return {name: value for name, value in batch.items() if name not in masks}
+
+
+def prepared(model: Any, inputs: Iterable[Any], setting: Setting) -> tuple[Ledger, Autocast]:
+    """Return the modes that record what `model` does with `inputs`, which are there from the beginning."""
+    ledger = Ledger([*model.parameters(), *model.buffers()], ALIGNMENT[setting.device])
+    for tensor in inputs:
+        if isinstance(tensor, torch.Tensor):
+            ledger.add(tensor)
+    return ledger, Autocast(setting.device, setting.dtype, needs_mask=setting.padded)
+
+
+def can_recompute(model: Any) -> bool:
+    """Return whether a model of transformers or diffusers can recompute its activations."""
+    return bool(
+        getattr(model, "supports_gradient_checkpointing", False)
+        or getattr(model, "_supports_gradient_checkpointing", False)
+    )
 
 
 @contextmanager
@@ -192,11 +312,16 @@ def checkpointing(model: Any, wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    own = model.get_base_model() if hasattr(model, "get_base_model") else model
+    of_diffusers = hasattr(own, "enable_gradient_checkpointing")
+    if of_diffusers:
+        own.enable_gradient_checkpointing()
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     try:
         yield
     finally:
-        model.gradient_checkpointing_disable()
+        (own.disable_gradient_checkpointing if of_diffusers else model.gradient_checkpointing_disable)()
 
 
 def in_fp32(value: Any) -> Any:

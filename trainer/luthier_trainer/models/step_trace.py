@@ -1,22 +1,23 @@
 """Runs one step of a training on the meta device and records how much memory it holds at each moment.
 
 Shapes alone are computed: no weights are needed, nothing is allocated, and no constant of an architecture is fitted.
-What does not work on the meta device is replaced: autocast, which decides by the type of a device, and the fused
-kernels of attention, of which only the tensors that they keep and allocate matter.
+What does not work on the meta device is replaced: autocast, which decides by the type of a device, and the kernels of
+`meta_kernels`, of which only the tensors that they keep and allocate matter.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-Device = Literal["cpu", "cuda"]
+from luthier_trainer.models.meta_kernels import Device, GroupedProducts, attention_of, dropped, in_place_of_trl
+
 ALIGNMENT: dict[str, int] = {"cuda": 512, "cpu": 1}
 """What an allocation is rounded up to: torch's allocator for CUDA hands out multiples of 512 bytes."""
 
@@ -57,16 +58,16 @@ class Autocast(TorchFunctionMode):
         self,
         device: Device,
         dtype: torch.dtype | None,
-        attention: Callable[..., torch.Tensor],
         needs_mask: bool,
     ) -> None:
-        """`dtype`: of the products; None: nothing is converted. `attention`: in the place of torch's function.
+        """`dtype`: of the products; None: nothing is converted.
 
         `needs_mask`: whether rows are padded or packed. It answers whatever a model asks about values: tensors of the
         meta device have none.
         """
         super().__init__()
-        self.device, self.dtype, self.attention, self.needs_mask = device, dtype, attention, needs_mask
+        self.device, self.dtype, self.needs_mask = device, dtype, needs_mask
+        self.attention = attention_of(device)
         self.enabled = self.keeps = False
         self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -123,110 +124,29 @@ class Autocast(TorchFunctionMode):
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Let `torch.autocast` inside this context switch the mode for tensors of the meta device, which it refuses."""
-        original = torch.autocast
+        """Let torch's functions of autocast inside this context answer for this mode where they are asked about the
+        meta device, which they do not know.
+        """
+        switch, is_enabled, dtype_of = torch.autocast, torch.is_autocast_enabled, torch.get_autocast_dtype
 
-        def stand_in(device_type: str, *args: Any, enabled: bool = True, **kwargs: Any) -> Any:
+        def autocast(device_type: str, *args: Any, enabled: bool = True, **kwargs: Any) -> Any:
             if device_type == "meta":
                 return self.switched(enabled)
-            return original(device_type, *args, enabled=enabled, **kwargs)
+            return switch(device_type, *args, enabled=enabled, **kwargs)
 
-        torch.autocast = stand_in
+        def is_autocast_enabled(*device_type: str) -> bool:
+            return self.enabled and self.dtype is not None if device_type == ("meta",) else is_enabled(*device_type)
+
+        def get_autocast_dtype(device_type: str) -> Any:
+            return self.dtype if device_type == "meta" else dtype_of(device_type)
+
+        torch.autocast = autocast
+        torch.is_autocast_enabled, torch.get_autocast_dtype = is_autocast_enabled, get_autocast_dtype
         try:
-            yield
+            with in_place_of_trl(self.device):
+                yield
         finally:
-            torch.autocast = original
-
-
-class FusedAttention(torch.autograd.Function):
-    """What a fused kernel of attention (flash, memory-efficient, or that of CPUs) keeps and allocates.
-
-    Inputs have the shape [rows, heads, tokens, width]. Kept are the inputs, the output and one sum in fp32 for each row
-    of the scores; the backward pass sums the gradient of the queries in fp32.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        rows, heads, tokens, _ = q.shape
-        # Kernels write the output as [rows, tokens, heads, width], which the model's next step reads without a copy.
-        out = q.new_empty((rows, tokens, heads, v.shape[-1])).transpose(1, 2)
-        sums = q.new_empty((rows, heads, tokens), dtype=torch.float32)
-        ctx.save_for_backward(q, k, v, out, sums, mask)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        q, k, v, _, sums, _ = ctx.saved_tensors
-        summed = torch.empty_like(q, dtype=torch.float32), torch.empty_like(sums)
-        found = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        del summed
-        return *found, None
-
-
-class GroupedProducts(torch.autograd.Function):
-    """The products of tokens [tokens, inputs], sorted by experts, with weights [experts, inputs, outputs].
-
-    torch's own function takes bf16 alone on the meta device.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(tokens, weights)
-        return tokens.new_empty((tokens.shape[0], weights.shape[-1]))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        needed = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True)
-        return tuple(torch.empty_like(tensor) if wanted else None for tensor, wanted in needed)
-
-
-def dropped(
-    input: torch.Tensor,
-    p: float = 0.5,
-    training: bool = True,
-    inplace: bool = False,
-) -> torch.Tensor:
-    """Return what dropout makes of `input` by the kernel of CUDA, which keeps one byte an element, and nothing else."""
-    if not training or p in (0, 1) or inplace:
-        return torch.dropout(input, p, training)
-    made: torch.Tensor = torch.native_dropout(input, p, True)[0]
-    return made
-
-
-def attention_of(device: Device) -> Callable[..., torch.Tensor]:
-    """Return what stands for torch's `scaled_dot_product_attention` on this device."""
-
-    def attend(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> torch.Tensor:
-        shared = enable_gqa and query.shape[1] != key.shape[1]
-        learns = attn_mask is not None and attn_mask.requires_grad
-        # Only the flash kernel takes fewer heads of keys, and it has no fp32; the one of CPUs has no dropout.
-        plain = query.dim() != 4 or learns
-        if device == "cuda":
-            plain = plain or (shared and (query.dtype == torch.float32 or attn_mask is not None))
-        else:
-            plain = plain or dropout_p > 0
-        if plain:
-            if shared:
-                groups = query.shape[1] // key.shape[1]
-                key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-            return torch.ops.aten._scaled_dot_product_attention_math(
-                query, key, value, attn_mask, dropout_p, is_causal
-            )[0]
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = attn_mask.to(query.dtype)  # torch does so in each call
-        out: torch.Tensor = FusedAttention.apply(query, key, value, attn_mask)
-        return out
-
-    return attend
+            torch.autocast, torch.is_autocast_enabled, torch.get_autocast_dtype = switch, is_enabled, dtype_of
 
 
 class Ledger(TorchDispatchMode):
@@ -243,15 +163,21 @@ class Ledger(TorchDispatchMode):
         self.known = {tensor.untyped_storage()._cdata for tensor in known}
         self.kept: dict[int, int] = {}
         """Bytes of the storages that autograd keeps, which `keep` has seen."""
+        self.kernels = self.moved = 0
+        """Operations that compute something, and the bytes that they read and write."""
         self._of_weights: set[int] = set()
+        self._added = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        before = len(self.live), self.bytes
-        for item in made if isinstance(made, (list, tuple)) else (made,):
-            if isinstance(item, torch.Tensor):
-                self.add(item)
-        if (len(self.live), self.bytes) != before:
+        before = self._added
+        results = tensors_in(made)
+        for item in results:
+            self.add(item)
+        if not func.is_view:
+            self.kernels += 1
+            self.moved += sum(item.nbytes for item in (*tensors_in(args), *results))
+        if self._added != before:
             self.moments.append((self.bytes, self.gradients))
         return made
 
@@ -263,6 +189,7 @@ class Ledger(TorchDispatchMode):
         size = -(-storage.nbytes() // self.alignment) * self.alignment
         self.live[key] = (weakref.ref(storage, lambda _: self._free(key)), size)
         self.bytes += size
+        self._added += 1
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
         """Count a tensor that autograd saves; return it."""
@@ -291,3 +218,10 @@ class Ledger(TorchDispatchMode):
         size = self.live[key][1]
         self._of_weights.add(key)
         self.bytes, self.gradients = self.bytes - size, self.gradients + size
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Return the tensors of a value, or of a sequence of values."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [item for item in value if isinstance(item, torch.Tensor)] if isinstance(value, (list, tuple)) else []

@@ -84,8 +84,7 @@ def planned(run: FineTuneRun, task: Task, model: Model, plan: Plan, facts: Facts
         return facts_for(task, model, spec, request.rows)[0]
 
     chosen = plan_space(fitting.fitted(run, plan, facts, other=other), facts.weights, processor_bytes=0)
-    peak_flops = layout.limits_of(run).peak_flops
-    chosen = speed.estimated(run.spec, chosen, facts.compute, facts.weights, peak_flops)
+    chosen = layout.estimated(run, chosen, facts)
     if request.rows is None and run.spec.training.max_steps is None:
         unknown = dict.fromkeys(("steps", "tokens", "flops", "seconds", "gpu_hours"))
         chosen = chosen.model_copy(update=unknown)
@@ -169,7 +168,10 @@ def assumptions(request: Request) -> list[str]:
         found.append(
             "the number of rows is not known: name it with --rows, or set training.maxSteps, for steps and time"
         )
-    found.append(f"a GPU reaches {speed.UTILIZATION:.0%} of its peak in large forward passes")
+    found.append(
+        f"a GPU multiplies with {speed.MULTIPLYING:.0%} of its peak, and moves data with {speed.MOVING:.0%} of the"
+        " speed of its memory"
+    )
     return found
 
 

@@ -20,6 +20,7 @@ from luthier_trainer.prepare.generation_cells import BadRow, is_chat
 from luthier_trainer.prepare.generation_rows import read_inputs, write_rows
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
+from luthier_trainer.workspace import space
 from luthier_trainer.workspace.model_files import ADAPTER_CONFIG
 from luthier_trainer.workspace.plan import plan_generation
 
@@ -69,11 +70,14 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     target = folder.prepared / "rows.jsonl"
     written = write_rows(run, rows, target, render)
     report_idle_shards(spec, written.outputs)
+    size = target.stat().st_size
+    needed = space.outputs_bytes(spec, written.outputs, size * written.outputs // max(written.rows, 1))
+    space.check_outputs(needed, written.outputs, folder.root)
     return PreparedRecord(
         model=located.resolved,
         dataset=inputs.model_copy(update={"rows": written.rows, "outputs": written.outputs}),
         adapters=[a.resolved for a in found],
-        plan=plan_generation(written.outputs, spec.shards, spec.precision, spec.resources.gpus, parameters),
+        plan=plan_generation(spec, written.outputs, size, needed.most, parameters),
         model_path=str(path),
         adapter_paths=[str(p) for p in paths],
         other_model_paths=[str(refiner_path)] if refiner_path else [],

@@ -21,6 +21,7 @@ SHOWN = 200  # characters of a message of another library
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from datasets import Dataset
 
@@ -35,14 +36,15 @@ def memory_facts(
     weights: Weights,
     labels: list[str] | None,
     rows: Dataset | None,
+    others: Sequence[Path] = (),
 ) -> MemoryFacts:
     """Return what the memory of any layout of the job is computed from. Gives notice of what is not part of it.
 
-    `rows`: encoded; None before they are read. A step is computed for GPUs only, because it takes seconds for a deep
-    model.
+    `rows`: encoded; None before they are read. `others`: folders of the models that the task uses besides. Without GPUs
+    a step is computed if there is a limit to compare it with, because it takes seconds for a deep model.
     """
-    if not spec.resources.gpus_per_node:
-        return gpu_memory.without_model(spec, weights, "a step on CPUs is not computed")
+    if not spec.resources.gpus_per_node and spec.resources.memory is None:
+        return gpu_memory.without_model(spec, weights, "resources.memory is not set, and nothing is compared with it")
     try:
         trial = task.trial(model, spec, labels, rows)
         if isinstance(trial, str):
@@ -55,7 +57,8 @@ def memory_facts(
         facts = gpu_memory.without_model(spec, weights, what)
     if facts.missing:
         notice(f"{MODEL}: the planned memory lacks what is kept for the backward pass: {facts.missing}")
-    return facts
+    beside = sum(file.stat().st_size for folder in others for file in folder.glob("*.safetensors"))
+    return facts.model_copy(update={"beside_bytes": facts.beside_bytes + beside})
 
 
 def facts_of_trial(
@@ -63,7 +66,7 @@ def facts_of_trial(
 ) -> MemoryFacts:
     """Return the facts of a step, with the types and the method of the job.
 
-    `new_tokens`: those whose rows of the embedding an adapter holds. Precision auto counts as bf16.
+    `new_tokens`: those whose rows of the embedding an adapter holds. Precision auto counts as bf16, as GPUs have it.
     """
     import torch
 

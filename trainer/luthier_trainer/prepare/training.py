@@ -15,22 +15,22 @@ from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_api.status import Plan, ResolvedDataset
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer.data import parallel
+from luthier_trainer.data import full_lengths, parallel, tokens
 from luthier_trainer.data.holdout import hold_out
 from luthier_trainer.data.lengths import notice_padding
 from luthier_trainer.models import sources, weight_files
 from luthier_trainer.prepare import data_report, first_row, streamed
 from luthier_trainer.prepare.examples import FRACTION, Examples, read_examples, sources_of
 from luthier_trainer.prepare.memory import memory_facts
-from luthier_trainer.runtime import compiler
+from luthier_trainer.runtime import compiler, notices
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 from luthier_trainer.tasks.base import Processor, Task
 from luthier_trainer.tasks.table import task_of
-from luthier_trainer.workspace import provenance, space, speed
+from luthier_trainer.workspace import layout, provenance, space
 from luthier_trainer.workspace.course import check_course
 from luthier_trainer.workspace.fitting import fitted
-from luthier_trainer.workspace.layout import Facts, limits_of
+from luthier_trainer.workspace.layout import Facts
 from luthier_trainer.workspace.plan import plan_space, plan_training, smallest_batch
 from luthier_trainer.workspace.remedies import FactsFor
 
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
 
 MODEL = "spec.model"
+SAMPLE, SAMPLED_ROWS = "sampled", 500
+FEW_ROWS = 20 * SAMPLED_ROWS  # are encoded without being asked how much they take
+FILES_OF_ROWS = 2  # `datasets` writes what it encodes into a file of its cache, from which the rows are saved
+SURELY = 0.8  # of the size that the sample tells: no job is refused because its sample was unlucky
 
 
 def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedRecord:
@@ -68,6 +72,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     task.check_model(model, spec, len(examples.train.data), examples.labels)
 
     class_weights = task.class_weights(examples.train, spec, examples.labels)
+    check_room_for_rows(task, examples, model.processor, spec, folder.prepared)
     data = encode(task, examples, model.processor, spec)
     # Of a stream, a new token that the first rows do not have may be in any other one.
     known = model if examples.stream is None else dataclasses.replace(model, new_tokens=())
@@ -79,8 +84,8 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     train = data["train"]
     dataset_path = folder.prepared / "dataset"
     kept = data if examples.stream is None else DatasetDict({name: data[name] for name in data if name != "train"})
-    size = sum(space.rows_bytes(split) for split in kept.values())
-    space.check_save(folder.prepared, size, "the encoded rows need")
+    data_bytes = sum(space.rows_bytes(split) for split in kept.values())
+    space.check_save(folder.prepared, data_bytes, "the encoded rows need")
     kept.save_to_disk(str(dataset_path))
     if model.processor is not None:
         model.processor.save_pretrained(folder.prepared / "processor")
@@ -93,8 +98,9 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     plan = plan_training(spec, rows, weight_files.count(model.path, MODEL), trouble, whole, attention)
     check_course(spec, plan, rows)
     weights = task.weights(model, spec, plan, examples.labels)
+    beside = [other.path for other in others]
     facts = Facts(
-        memory=memory_facts(task, model, spec, plan, weights, examples.labels, train),
+        memory=memory_facts(task, model, spec, plan, weights, examples.labels, train, beside),
         weights=weights,
         compute=task.compute(model, spec, examples.labels, train),
         cannot_recompute=trouble,
@@ -103,10 +109,10 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     def other(changed: FineTuneJobSpec) -> Facts:
         counted = task.weights(model, changed, plan, examples.labels)
         known = train if changed.training.max_length == spec.training.max_length else None
-        memory = memory_facts(task, model, changed, plan, counted, examples.labels, known)
+        memory = memory_facts(task, model, changed, plan, counted, examples.labels, known, beside)
         return Facts(memory, counted, task.compute(model, changed, examples.labels, known), trouble)
 
-    plan = laid_out(run, plan, facts, folder, other=other)
+    plan = laid_out(run, plan, facts, folder, data_bytes, other=other)
     if (
         spec.training.group_by_length is False
         and "length" in train.column_names
@@ -150,7 +156,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         model_path=str(model.path),
         new_tokens=list(model.new_tokens),
         stream=examples.stream and examples.stream.model_copy(update={"missing_tokens": dict(model.missing_tokens)}),
-        other_model_paths=[str(other.path) for other in others],
+        other_model_paths=[str(path) for path in beside],
         origins=[
             *(located.origins if located else ()),
             *(origin for other in others for origin in other.origins),
@@ -174,7 +180,8 @@ def with_present_plan(run: FineTuneRun, record: PreparedRecord, folder: Workspac
     )
     facts = Facts(record.memory_facts, record.weights, record.compute, record.cannot_recompute)
     begun = run.spec.strategy == "auto" and any(folder.checkpoints.glob("checkpoint-*"))
-    plan = laid_out(run, plan, facts, folder, kept=record.plan.strategy if begun else None)
+    kept = record.plan.strategy if begun else None
+    plan = laid_out(run, plan, facts, folder, record.plan.data_bytes, kept)
     if plan == record.plan:
         return record
     if plan.normalizes_over_batch and smallest_batch(run.spec, rows) == 1:
@@ -192,17 +199,18 @@ def laid_out(
     plan: Plan,
     facts: Facts,
     folder: WorkspaceFolder,
+    data_bytes: int | None,
     kept: str | None = None,
     other: FactsFor | None = None,
 ) -> Plan:
     """Return the plan with the layout that suits the memory of the job, and what it takes of memory, disk and time.
 
-    `kept`: the strategy of the checkpoints that the training resumes from. `other`: facts for another spec. Raises
-    Failure if no layout fits.
+    `data_bytes`: of the prepared rows. `kept`: the strategy of the checkpoints that the training resumes from. `other`:
+    facts for another spec. Raises Failure if no layout fits.
     """
     plan = fitted(run, plan, facts, kept, other)
-    plan = plan_space(plan, facts.weights, space.folder_bytes(folder.prepared / "processor"))
-    return speed.estimated(run.spec, plan, facts.compute, facts.weights, limits_of(run).peak_flops)
+    plan = plan_space(plan, facts.weights, space.folder_bytes(folder.prepared / "processor"), data_bytes)
+    return layout.estimated(run, plan, facts)
 
 
 def notice_short_grace(spec: FineTuneJobSpec, plan: Plan) -> None:
@@ -214,6 +222,32 @@ def notice_short_grace(spec: FineTuneJobSpec, plan: Plan) -> None:
             f" {plan.grace_seconds} s to save a checkpoint of {space.amount(plan.checkpoint_bytes or 0)}. What was"
             " learnt since the last save may be lost; raise it, or lower training.saveSteps"
         )
+
+
+def check_room_for_rows(
+    task: Task, examples: Examples, processor: Processor, spec: FineTuneJobSpec, folder: Path
+) -> None:
+    """Check that the encoded rows fit the volume that `folder` is on, before all of them are encoded.
+
+    Some rows, evenly spread, tell the size of all. Few rows are encoded at once. Raises Failure(STORAGE_ERROR).
+    """
+    import numpy
+
+    rows = len(examples.train.data)
+    if rows < FEW_ROWS or examples.stream is not None:
+        return
+    chosen = numpy.arange(0, rows, rows // SAMPLED_ROWS)
+    some = examples.train.select(chosen)
+    with notices.collecting(), tokens.in_memory():
+        try:
+            encoded = task.encode(some, processor, spec, examples.labels, SAMPLE)
+        except Failure:
+            return  # of these rows alone; what is wrong with all of them is found when they are encoded
+        finally:
+            full_lengths.take(SAMPLE)
+            full_lengths.take_left_out(SAMPLE)
+    size = round(space.rows_bytes(encoded) * rows / len(chosen))
+    space.check_save(folder, round(size * FILES_OF_ROWS * SURELY), f"{rows:,} rows, encoded, need about")
 
 
 def encode(task: Task, examples: Examples, processor: Processor, spec: FineTuneJobSpec) -> DatasetDict:

@@ -167,9 +167,10 @@ class CausalLM(LabelledBatches, TextTask):
 
         made = token_trial(model, self.task, spec, rows, labels_of_tokens=True)
         chunked = self.whole_logits(model) is None
-        tokens = chunk_tokens(made.model.config.get_text_config().vocab_size, "cuda")
+        device = "cuda" if spec.resources.gpus_per_node else "cpu"
+        tokens = chunk_tokens(made.model.config.get_text_config().vocab_size, device)
         TokenLoss(made.model, chunked, spec.training.label_smoothing, tokens)
-        return made
+        return replace(made, loss_tokens=tokens if chunked else 0)
 
     def whole_logits(self, model: Model) -> str | None:
         from luthier_trainer.tasks import token_loss

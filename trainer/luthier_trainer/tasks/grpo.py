@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+    from luthier_trainer.models.memory import Trial
+
 PROMPT = "spec.dataset.columns.prompt"
 REWARDS = "spec.grpo.rewards"
 IDS = "prompt_ids"
@@ -187,6 +189,11 @@ class Grpo(TextTask):
             super().tokens_a_row(spec, rows) if rows else spec.training.max_length - spec.grpo.max_completion_length
         )
         return prompt + spec.grpo.max_completion_length
+
+    def trial(self, model: Model, spec: FineTuneJobSpec, labels: list[str] | None, rows: Dataset | None) -> Trial | str:
+        from luthier_trainer.tasks import trl_steps
+
+        return trl_steps.of_completions(model, self.task, spec, rows)
 
     # ---- training
 

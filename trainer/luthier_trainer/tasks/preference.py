@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+    from luthier_trainer.models.memory import Trial
+
 
 class PreferenceTask(AnswersTask):
     """The task preference."""
@@ -78,6 +80,9 @@ class PreferenceTask(AnswersTask):
         prompt, *answers = _encoded(data)
         return len(answers) * _tokens(data, prompt) + sum(_tokens(data, answer) for answer in answers)
 
+    def trial(self, model: Model, spec: FineTuneJobSpec, labels: list[str] | None, rows: Dataset | None) -> Trial | str:
+        return way(spec).trial(model, self.task, spec, rows)
+
     def references(self, spec: FineTuneJobSpec) -> int:
         return 0 if spec.preference.precompute_reference else 1
 
@@ -128,6 +133,10 @@ class Way(Protocol):
         """Return the tokens of the rows. Raises Failure."""
         ...
 
+    def trial(self, model: Model, task: str, spec: FineTuneJobSpec, rows: Dataset | None) -> Trial:
+        """Return a step of the training, as `Task.trial`."""
+        ...
+
     def arguments(self, spec: FineTuneJobSpec, common: Mapping[str, Any]) -> TrainingArguments:
         """Return the arguments of the trainer."""
         ...
@@ -165,6 +174,11 @@ class Pairs:
 
     def encode(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, spec: FineTuneJobSpec, use: str) -> Dataset:
         return pair_tokens.pair_rows(rows, tokenizer, spec, use)
+
+    def trial(self, model: Model, task: str, spec: FineTuneJobSpec, rows: Dataset | None) -> Trial:
+        from luthier_trainer.tasks import trl_steps
+
+        return trl_steps.of_pairs(model, task, spec, rows)
 
     def arguments(self, spec: FineTuneJobSpec, common: Mapping[str, Any]) -> TrainingArguments:
         from trl import DPOConfig
@@ -218,6 +232,11 @@ class Rated:
 
     def encode(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, spec: FineTuneJobSpec, use: str) -> Dataset:
         return rated.rated_rows(rows, tokenizer, spec, use)
+
+    def trial(self, model: Model, task: str, spec: FineTuneJobSpec, rows: Dataset | None) -> Trial:
+        from luthier_trainer.tasks import trl_steps
+
+        return trl_steps.of_rated(model, task, spec, rows)
 
     def arguments(self, spec: FineTuneJobSpec, common: Mapping[str, Any]) -> TrainingArguments:
         from trl import KTOConfig

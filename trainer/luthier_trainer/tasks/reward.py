@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments
 
+    from luthier_trainer.models.memory import Trial
+
 ENCODED = ("chosen_ids", "rejected_ids")  # the names in TRL, which drops columns with other names
 OUTPUT = "reward"  # the name of the head's one number in the result's configuration
 
@@ -86,6 +88,11 @@ class RewardTask(HeadedTask, AnswersTask):
     def count_tokens(self, data: Dataset) -> int:
         """Return the number of tokens in both sequences of each pair; a prompt counts twice."""
         return sum(len(ids) for name in ENCODED for ids in data[name])
+
+    def trial(self, model: Model, spec: FineTuneJobSpec, labels: list[str] | None, rows: Dataset | None) -> Trial | str:
+        from luthier_trainer.tasks import trl_steps
+
+        return trl_steps.of_rewards(model, self.task, spec, rows)
 
     # ---- training
 

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+    from luthier_trainer.models.memory import Trial
+
 CAPTION = "caption"  # column of the prepared rows
 CAPTIONS = "spec.dataset.columns.text"
 SHOWN = 60  # characters of a caption in a message
@@ -105,6 +107,14 @@ class TextToImage(LabelledBatches, Task):
 
         found = pipelines.skeletons(model.path, pipelines.index_of(model.path, inspect.MODEL), inspect.MODEL)
         return with_adapters(macs_of(found, spec.image.resolution), found["unet"], [], spec)
+
+    def trial(self, model: Model, spec: FineTuneJobSpec, labels: list[str] | None, rows: Dataset | None) -> Trial | str:
+        from luthier_trainer.models import pipelines
+        from luthier_trainer.tasks.diffusion_step import of_images
+
+        index = pipelines.index_of(model.path, inspect.MODEL)
+        found = pipelines.skeletons(model.path, index, inspect.MODEL)
+        return of_images(found, pipelines.read_scheduler(model.path, index, inspect.MODEL).config, spec)
 
     def read_processor(self, folder: Path, field: str) -> None:
         """Return None, because the tokenizers are read from the folder of the pipeline."""

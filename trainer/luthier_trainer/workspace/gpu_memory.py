@@ -7,13 +7,13 @@ docs/memory.md explains one plan term by term.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from luthier_api.attention import ATTENTIONS
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.methods import METHODS, QUANTIZATIONS
 from luthier_api.optimizers import OptimizerName
-from luthier_api.run import MemoryFacts, Moment, Weights
+from luthier_api.run import MemoryFacts, Moment, StepMemory, Weights
 from luthier_api.status import Memory, Plan
 from luthier_trainer.distributed.strategy import ZERO_STAGE, bucket, within_node
 
@@ -43,36 +43,73 @@ STEP_BYTES: Mapping[OptimizerName, Callable[[MemoryFacts], int]] = {
 
 
 def peak(spec: FineTuneJobSpec, plan: Plan, facts: MemoryFacts) -> Memory:
-    """Return what the training needs in the layout of `plan`.
-
-    The peak of a GPU is either in the forward and backward passes, or in the step of the optimiser.
-    """
+    """Return what the training needs in the layout of `plan`: what is always there, and the most of what is not."""
     partial = True if facts.missing else None
+    on_node = host(spec, plan, facts)
     if not spec.resources.gpus_per_node:
-        return Memory(host_bytes=host(spec, plan, facts), partial=partial)
-    terms = {
+        return Memory(host_bytes=on_node, partial=partial)
+    own = {
+        "unpacked layer": facts.unpacked_bytes,
+        "workspace": WORKSPACE_BYTES,
+        "context": CONTEXT_BYTES + (NCCL_BYTES if plan.world_size > 1 else 0),
+    }
+    terms = {name: size for name, size in (always(spec, plan, facts) | own | most(spec, plan, facts)).items() if size}
+    return Memory(gpu=terms, gpu_bytes=sum(terms.values()), host_bytes=on_node, partial=partial)
+
+
+def always(spec: FineTuneJobSpec, plan: Plan, facts: MemoryFacts) -> dict[str, int]:
+    """Return what is in memory for the whole training, by its names."""
+    return {
         "weights": weights(spec, plan, facts),
         "reference model": facts.reference_bytes,
+        "other models": facts.beside_bytes,
         "master weights": master_weights(plan, facts),
         "optimizer": optimizer_state(plan, facts),
         "gathered weights": gathered(plan, facts),
         "copy within a node": copy_within_node(spec, plan, facts),
         "communication": communication(plan, facts),
-        "unpacked layer": facts.unpacked_bytes,
-        "workspace": WORKSPACE_BYTES,
-        "context": CONTEXT_BYTES + (NCCL_BYTES if plan.world_size > 1 else 0),
     }
+
+
+def most(spec: FineTuneJobSpec, plan: Plan, facts: MemoryFacts) -> dict[str, int]:
+    """Return what is in memory besides when it is fullest, by its names: in a forward and backward pass, in the step of
+    the optimiser, while the model writes what it learns from, or in an evaluation.
+    """
     highest = moment(plan, facts)
-    held = gradients(plan, facts, highest)
-    activations = (highest.fixed + highest.per_row * rows_of(plan)) if highest else 0
-    stepping = gradients(plan, facts, None)
+    all_gradients = gradients(plan, facts, None)
     update = 0 if "offload" in plan.strategy else STEP_BYTES[spec.training.optimizer](facts)
-    if activations + held >= update + stepping:
-        terms |= {"gradients": held, "activations": activations, "fragments": math.ceil(FRAGMENTS * activations)}
-    else:
-        terms |= {"gradients": stepping, "update": update, "fragments": math.ceil(FRAGMENTS * update)}
-    terms = {name: size for name, size in terms.items() if size}
-    return Memory(gpu=terms, gpu_bytes=sum(terms.values()), host_bytes=host(spec, plan, facts), partial=partial)
+    between_steps = all_gradients if plan.strategy == "ddp" else 0
+    phases = [
+        {"gradients": gradients(plan, facts, highest), "activations": at(highest, rows_of(plan))},
+        {"gradients": all_gradients, "update": update},
+        {"gradients": between_steps, "completions": line(facts.writing, written_rows(spec, plan))},
+        {"gradients": between_steps, "evaluation": line(facts.evaluating, evaluated_rows(spec, plan))},
+    ]
+    fullest = max(phases, key=lambda phase: sum(phase.values()))
+    fullest["fragments"] = math.ceil(FRAGMENTS * sum(size for name, size in fullest.items() if name != "gradients"))
+    return fullest
+
+
+def at(moment: Moment | None, rows: int) -> int:
+    """Return the bytes of a moment, without gradients, for the rows of a forward pass; 0 if none is known."""
+    return max(moment.fixed + moment.per_row * rows, 0) if moment else 0
+
+
+def line(moments: Sequence[Moment], rows: int) -> int:
+    """Return the most bytes of several moments; 0 if there is none."""
+    return max((at(moment, rows) for moment in moments), default=0)
+
+
+def written_rows(spec: FineTuneJobSpec, plan: Plan) -> int:
+    """Return the completions that a process writes at once: those of a whole step, or of an evaluation."""
+    return max(rows_of(plan) * (plan.accumulation_steps or 1), evaluated_rows(spec, plan))
+
+
+def evaluated_rows(spec: FineTuneJobSpec, plan: Plan) -> int:
+    """Return the rows of a forward pass of an evaluation: whole groups of completions, where there are such."""
+    if spec.grpo is None:
+        return rows_of(plan)
+    return max(rows_of(plan) // spec.grpo.generations, 1) * spec.grpo.generations
 
 
 def tensors(memory: Memory) -> int:
@@ -170,21 +207,30 @@ def always_there(plan: Plan) -> bool:
     return plan.strategy == "ddp" or (plan.accumulation_steps or 1) > 1
 
 
+def step_of(plan: Plan, facts: MemoryFacts) -> StepMemory | None:
+    """Return the step that `plan` computes; None if the model's step could not be computed in `prepare`."""
+    attention = ATTENTIONS.get(plan.attention)  # type: ignore[call-overload]  # None is no name of one
+    masked = facts.packed and not (attention and attention.documents)
+    padded = masked or (facts.mixed_lengths and rows_of(plan) > 1)
+    fitting = [
+        step
+        for step in facts.steps
+        if step.checkpointing == bool(plan.gradient_checkpointing) and step.rows <= rows_of(plan)
+    ]
+    fitting = [step for step in fitting if step.padded == padded] or fitting
+    return max(fitting, key=lambda step: step.rows, default=None)
+
+
 def moment(plan: Plan, facts: MemoryFacts) -> Moment | None:
     """Return the highest moment of a step; None if the model's step could not be computed in `prepare`.
 
     Moments come from a step on the meta device (`models.memory`). Each is a line over the rows of a forward pass, so
     the highest depends on the micro-batch, and on whether gradients are there from the beginning.
     """
-    attention = ATTENTIONS.get(plan.attention)  # type: ignore[call-overload]  # None is no name of one
-    masked = facts.packed and not (attention and attention.documents)
-    padded = masked or (facts.mixed_lengths and rows_of(plan) > 1)
-    fitting = [step for step in facts.steps if step.checkpointing == bool(plan.gradient_checkpointing)]
-    fitting = [step for step in fitting if step.padded == padded] or fitting
-    moments = [moment for step in fitting for moment in step.moments]
+    step = step_of(plan, facts)
     counted = plan.strategy not in ZERO_STAGE and not always_there(plan)
     return max(
-        moments,
+        step.moments if step else (),
         key=lambda moment: moment.fixed + rows_of(plan) * moment.per_row + counted * moment.gradients,
         default=None,
     )
@@ -200,11 +246,8 @@ def host(spec: FineTuneJobSpec, plan: Plan, facts: MemoryFacts) -> int:
     processes = spec.resources.processes
     cpu = not spec.resources.gpus_per_node
     if cpu:
-        highest = moment(plan, facts)
-        activations = (highest.fixed + highest.per_row * rows_of(plan)) if highest else 0
-        training = weights(spec, plan, facts) + optimizer_state(plan, facts) + activations + facts.reference_bytes
-        training += gradients(plan, facts, highest) + master_weights(plan, facts) + communication(plan, facts)
-        return processes * (PROCESS_BYTES["cpu"] + training)
+        fullest = {name: size for name, size in most(spec, plan, facts).items() if name != "fragments"}
+        return processes * (PROCESS_BYTES["cpu"] + sum(always(spec, plan, facts).values()) + sum(fullest.values()))
     loading = facts.total * facts.rest_bytes
     if facts.quantised:
         loading = min(loading, SHARD_BYTES)

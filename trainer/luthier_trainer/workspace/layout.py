@@ -7,7 +7,7 @@ What the user has set stays. Of the other layouts, each is asked how much it tak
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.methods import STRATEGIES
@@ -15,9 +15,11 @@ from luthier_api.quantity import amount
 from luthier_api.run import Compute, FineTuneRun, Gpu, MemoryFacts, Weights
 from luthier_api.status import Memory, Plan
 from luthier_api.validation import broken_rules
-from luthier_trainer.workspace import gpu_memory, speed
+from luthier_trainer.workspace import flops, gpu_memory, speed
 
 ROWS = 64  # of a forward pass at most: more make no step faster
+DIGITS = 3  # of an estimated time
+SECONDS_AN_HOUR = 3600
 NEARLY = 1.02  # times the shortest step: layouts that are so close count as equally fast
 FRAGMENTS = "fragments"
 SHARDED = ("zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
@@ -43,8 +45,8 @@ class Limits:
     """Bytes of one GPU; None: not known."""
     host: int | None
     """Bytes of a pod; None: not known."""
-    peak_flops: float | None = None
-    """Of one GPU; None: not known."""
+    device: Gpu = field(default_factory=Gpu)
+    """Of one GPU: its speed."""
     on_cpu: bool = False
 
     @property
@@ -90,7 +92,7 @@ def limits_of(run: FineTuneRun) -> Limits:
         return Limits(gpu=None, host=host, on_cpu=True)
     known = run.gpu or Gpu()
     memory = int(amount(resources.gpu_memory)) if resources.gpu_memory else known.memory
-    return Limits(gpu=memory, host=host, peak_flops=known.peak_flops)
+    return Limits(gpu=memory, host=host, device=known)
 
 
 def layouts(
@@ -117,8 +119,34 @@ def layouts(
 
 def measured(spec: FineTuneJobSpec, plan: Plan, facts: Facts, limits: Limits) -> Layout:
     compute = facts.compute or Compute(unit="row", multiplied=facts.weights.total, learning=facts.weights.learning)
-    seconds = speed.step_seconds(plan, spec.resources.nodes, compute, facts.weights, limits.peak_flops)
+    work = speed.Work(compute, facts.weights, gpu_memory.step_of(plan, facts.memory))
+    seconds = speed.step_seconds(plan, spec.resources.nodes, work, limits.device)
     return Layout(plan, gpu_memory.peak(spec, plan, facts.memory), seconds)
+
+
+def estimated(run: FineTuneRun, plan: Plan, facts: Facts) -> Plan:
+    """Return `plan` with what all its steps come to: tokens, operations, and the time where the GPU's speed is known.
+
+    Evaluations and saves are not in it, nor what grpo takes to write completions.
+    """
+    spec, compute = run.spec, facts.compute
+    known: dict[str, float | int | None] = {"trainable_parameters": facts.weights.learning}
+    if compute is not None and plan.steps:
+        units = plan.steps * spec.training.batch_size * compute.units_a_row
+        known["flops"] = units * flops.per_unit(compute, recomputed=False).model
+        if compute.unit == "token":
+            known["tokens"] = round(units)
+        limits = limits_of(run)
+        if limits.device.peak_flops is not None and spec.grpo is None:
+            seconds = plan.steps * measured(spec, plan, facts, limits).seconds
+            known["seconds"] = rounded(seconds)
+            known["gpu_hours"] = rounded(seconds * plan.world_size / SECONDS_AN_HOUR)
+    return plan.model_copy(update=known)
+
+
+def rounded(number: float) -> float:
+    """Return a number with the digits that an estimate has."""
+    return float(f"{number:.{DIGITS}g}")
 
 
 def strategies(spec: FineTuneJobSpec, plan: Plan, facts: Facts) -> list[str]:

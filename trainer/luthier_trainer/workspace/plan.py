@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.generate import GenerateJobSpec
 from luthier_api.run import Attention, Weights
 from luthier_api.status import Plan
 from luthier_api.tasks import TRAINING_TASKS
@@ -111,14 +112,15 @@ def recomputes(spec: FineTuneJobSpec, cannot: str | None) -> tuple[bool, list[st
     ]
 
 
-def plan_space(plan: Plan, weights: Weights, processor_bytes: int) -> Plan:
-    """With what checkpoints and the result take of the workspace, how long a save takes, and whether the result depends
-    on the micro-batch. `processor_bytes`: of the tokenizer's files.
+def plan_space(plan: Plan, weights: Weights, processor_bytes: int, data_bytes: int | None = None) -> Plan:
+    """With what rows, checkpoints and the result take of the workspace, how long a save takes, and whether the result
+    depends on the micro-batch. `processor_bytes`: of the tokenizer's files. `data_bytes`: of the prepared rows.
     """
     size = space.checkpoint_bytes(weights, plan.strategy, plan.world_size, processor_bytes)
     saving = space.save_seconds(size, plan.world_size)
     return plan.model_copy(
         update={
+            "data_bytes": data_bytes,
             "checkpoint_bytes": size,
             "result_bytes": space.result_bytes(weights, plan.strategy, processor_bytes),
             "save_seconds": saving,
@@ -139,14 +141,21 @@ def smallest_batch(spec: FineTuneJobSpec, rows: int) -> int:
     return rows % micro or micro if plan.world_size == 1 and reached else micro
 
 
-def plan_generation(outputs: int, shards: int, precision: str, gpus: int, parameters: int | None) -> Plan:
-    """The layout of a GenerateJob: each shard has consecutive outputs, and their numbers differ by one at most."""
+def plan_generation(
+    spec: GenerateJobSpec, outputs: int, data_bytes: int, result_bytes: int, parameters: int | None
+) -> Plan:
+    """The layout of a GenerateJob: each shard has consecutive outputs, and their numbers differ by one at most.
+
+    `data_bytes`: of the prepared rows. `result_bytes`: that the outputs take at most.
+    """
     return Plan(
         strategy="none",
         world_size=1,
-        precision=plan_precision(precision, gpus),
+        precision=plan_precision(spec.precision, spec.resources.gpus),
         parameters=parameters,
-        rows_per_shard=math.ceil(outputs / shards),
+        rows_per_shard=math.ceil(outputs / spec.shards),
+        data_bytes=data_bytes,
+        result_bytes=result_bytes,
     )
 
 

@@ -1,5 +1,5 @@
-"""How much of the workspace a training needs, and how long a save takes: one function a term, in bytes and seconds.
-Imports no torch.
+"""How much of the workspace a job needs, and how long a save takes: one function a term, in bytes and seconds. Imports
+no torch.
 
 A checkpoint holds what training goes on from: weights, the optimizer's state, and beside them tokenizer, random states
 and history. transformers and DeepSpeed decide what that is for each strategy; tests compare these sums with the files
@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.generate import GenerateJobSpec
 from luthier_api.run import Weights
 from luthier_api.status import Plan
+from luthier_api.tasks import GENERATION_TASKS
 from luthier_api.training import Training
 from luthier_trainer.distributed.strategy import ZERO_STAGE
 from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.notices import notice
 from luthier_trainer.workspace.course import most_saves
 
 if TYPE_CHECKING:
@@ -38,6 +43,12 @@ TEARDOWN_SECONDS = 10  # of ranks and of torch's agent: 2 to 7 s measured in pod
 SLOWER = 1.5  # that a volume may be while others write to it, too
 FILESYSTEM = 1.06  # of the size that is asked for, ext4 keeps about 6 % for itself
 GIB, GB = 1 << 30, 1e9
+LINE_BYTES = 300  # of an output beside its row: digest, names, seed, the keys
+TOKEN_BYTES = 5  # of a text in UTF-8: about 4 of English, 2 to 6 of other languages
+PIXEL_BYTES: Mapping[str, tuple[float, float]] = {"png": (0.5, 2.0), "webp": (0.35, 1.5), "jpeg": (0.05, 0.6)}
+"""Format of images → bytes of a pixel, of 3 uncompressed, at least and at most. Generated photographs and drawings of
+1024 × 1024 pixels lie between; a plain surface takes less, noise takes 3.
+"""
 
 
 def weight_bytes(weights: Weights, strategy: str) -> int:
@@ -112,13 +123,12 @@ def check_room(spec: FineTuneJobSpec, plan: Plan, folder: Path, held: int = 0) -
     free, total = volume(folder)
     if free >= needed:
         return
-    enough = math.ceil((total - free + needed) * FILESYSTEM / GIB)
     raise Failure(
         ExitCode.STORAGE_ERROR,
         f"spec.workspace.size: {wanted} checkpoints of {amount(plan.checkpoint_bytes)} (keepCheckpoints and one in the"
         f" making) and a result of {amount(plan.result_bytes)} do not fit: {amount(free)} of the volume's"
         f" {amount(total)} are free, {amount(needed)} are needed. Enlarge its claim to"
-        f" {enough}Gi, lower training.keepCheckpoints, or free some of it",
+        f" {claim_for(needed, free, total)}, lower training.keepCheckpoints, or free some of it",
     )
 
 
@@ -129,11 +139,62 @@ def check_save(folder: Path, size: int, what: str = "the next checkpoint needs")
     """
     free, total = volume(folder)
     if free < size:
-        enough = math.ceil((total - free + size) * FILESYSTEM / GIB)
         raise Failure(
             ExitCode.STORAGE_ERROR,
             f"spec.workspace.size: {what} {amount(size)}, and {amount(free)} of the volume's"
-            f" {amount(total)} are free. Enlarge its claim to {enough}Gi, or free some of it",
+            f" {amount(total)} are free. Enlarge its claim to {claim_for(size, free, total)}, or free some of it",
+        )
+
+
+def claim_for(needed: int, free: int, total: int) -> str:
+    """Return the size of a claim that has room for `needed` bytes more. `free`, `total`: bytes of the present one."""
+    return f"{math.ceil((total - free + needed) * FILESYSTEM / GIB)}Gi"
+
+
+@dataclass(frozen=True)
+class OutputBytes:
+    """What the outputs of a generation take of the workspace."""
+
+    least: int
+    """Bytes without which it cannot end."""
+    most: int
+    """Bytes that it may take: of texts those of the longest ones, of images of many details."""
+
+
+def outputs_bytes(spec: GenerateJobSpec, outputs: int, rows_bytes: int) -> OutputBytes:
+    """Return what outputs take. Each of them repeats its row; `rows_bytes`: of all these rows together."""
+    lines = rows_bytes + outputs * LINE_BYTES
+    return OUTPUTS[GENERATION_TASKS[spec.task].settings](spec, outputs, lines)
+
+
+def texts_bytes(spec: GenerateJobSpec, outputs: int, lines: int) -> OutputBytes:
+    """Return what texts take, with their lines. Most end long before `maxNewTokens`."""
+    return OutputBytes(least=lines, most=lines + outputs * spec.text.max_new_tokens * TOKEN_BYTES)
+
+
+def images_bytes(spec: GenerateJobSpec, outputs: int, lines: int) -> OutputBytes:
+    """Return what images take, with their lines."""
+    least, most = PIXEL_BYTES[spec.image.format]
+    pixels = outputs * spec.image.width * spec.image.height
+    return OutputBytes(least=lines + math.ceil(pixels * least), most=lines + math.ceil(pixels * most))
+
+
+OUTPUTS: Mapping[str, Callable[[GenerateJobSpec, int, int], OutputBytes]] = {"text": texts_bytes, "image": images_bytes}
+"""Block of the spec with the settings of a task → (spec, outputs, bytes of their lines) → what they take."""
+
+
+def check_outputs(needed: OutputBytes, outputs: int, folder: Path) -> None:
+    """Check that the outputs fit the volume that `folder` is on. Gives notice if they may not.
+
+    Raises Failure(STORAGE_ERROR) if they cannot.
+    """
+    check_save(folder, needed.least, f"{outputs:,} outputs need at least")
+    free, total = volume(folder)
+    if free < needed.most:
+        notice(
+            f"spec.workspace.size: {outputs:,} outputs may take up to {amount(needed.most)}, and {amount(free)} of the"
+            f" volume's {amount(total)} are free; a claim of {claim_for(needed.most, free, total)} has room for them in"
+            " any case"
         )
 
 

@@ -1,27 +1,36 @@
 """How long a step of a layout takes, about: to compare layouts, and to tell users of hours before they buy them.
 
-A sum of four terms, none of which hides behind another one: computing, exchanging between processes, moving what is
-offloaded, and starting kernels. The constants are rough, and the same for all GPUs; where a job has run, its own speed
-says more. Imports no torch.
+A sum of three terms, none of which hides behind another one: computing, exchanging between processes, and moving what
+is offloaded. What a pass multiplies, reads and writes comes from the step on the meta device (`models.memory`); the
+constants are rough, and the same for all GPUs. Where a job has run, its own speed says more. Imports no torch.
 """
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 
-from luthier_api.finetune import FineTuneJobSpec
-from luthier_api.run import Compute, Weights
+from luthier_api.run import Compute, Gpu, StepMemory, Weights
 from luthier_api.status import Plan
 from luthier_trainer.distributed.strategy import ZERO_STAGE
 from luthier_trainer.workspace import flops
 
-UTILIZATION = 0.38
-"""Share of the dense 16-bit peak that large forward passes reach, recomputed activations included.
+MULTIPLYING = 0.8
+"""Share of the dense 16-bit peak that large products reach: 798 of 989 TFLOP/s measured on an H100."""
+MOVING = 0.6
+"""Share of the bandwidth of its memory with which all that operations read and write is moved.
 
-Measured on an H200: 0.36 and 0.39 for LoRA and QLoRA of 8 billion weights; small models reach less.
-Published: 38 to 69 % on A100, 35 to 60 % on H100, by the formula of `flops`.
+Fitted to one H200: LoRA of 1 billion weights, LoRA and QLoRA of 8 billion then take 0.94, 1.05 and 1.00 times the
+measured time of a step (docs/benchmarks.md).
 """
-HALF_SPEED_TOKENS = 512  # of a forward pass, with which a GPU computes half as fast as with very many
+LAUNCH_SECONDS = 8e-6
+"""That Python and torch take to start an operation; a GPU that is faster waits for them."""
+FLOPS_A_BYTE = 250
+"""Operations of the peak for each byte of the bandwidth, where it is not given: 156 (A100) to 420 (L40S)."""
+UTILIZATION = 0.38
+"""Share of the peak that a step reaches of which nothing but its products is known: measured 0.34 and 0.37 on an H200
+for 8 billion weights. Published: 38 to 69 % on A100, 35 to 60 % on H100, by the formula of `flops`.
+"""
+HALF_SPEED_TOKENS = 512  # of a forward pass, with which a GPU computes half as fast as with very many; then, too
 HALF_SPEED_ROWS = 1  # the same for images
 NOMINAL_FLOPS = 300e12  # to compare layouts on a GPU whose speed is not known
 NODE_BYTES_PER_SECOND = 100e9  # between GPUs of a node: PCIe 5 has 64e9, NVLink of A100 300e9, of H100 450e9
@@ -31,30 +40,45 @@ CPU_ADAM_BYTES_PER_SECOND = 10e9  # that DeepSpeed's AdamW on the CPU reads and 
 ADAM_BYTES = 28  # of a weight in fp32, its gradient and two moments: read, and but for the gradient written
 GATHER_SECONDS = 30e-6  # to start one exchange between processes
 FP32, HALF = 4, 2
-SECONDS_AN_HOUR = 3600
 
 
-def row_seconds(compute: Compute, recomputed: bool, rows: int, peak_flops: float) -> float:
-    """Return the seconds that a GPU computes for one row, of `rows` in a forward pass."""
-    operations = flops.per_unit(compute, recomputed).hardware * compute.units_a_row
-    half, units = (
-        (HALF_SPEED_TOKENS, rows * compute.units_a_row) if compute.unit == "token" else (HALF_SPEED_ROWS, rows)
-    )
-    full = units / (units + half)
-    return operations / (peak_flops * UTILIZATION * full)
+@dataclass(frozen=True)
+class Work:
+    """What a step computes."""
+
+    compute: Compute
+    weights: Weights
+    step: StepMemory | None = None
+    """What it moves; None: not known."""
 
 
-def step_seconds(plan: Plan, nodes: int, compute: Compute, weights: Weights, peak_flops: float | None) -> float:
+def pass_seconds(work: Work, recomputed: bool, rows: int, gpu: Gpu) -> float:
+    """Return the seconds of a forward and backward pass over `rows` rows.
+
+    Products and single-element operations take turns on the GPU. Where both are over before Python has started the next
+    operation, the GPU waits for it.
+    """
+    peak = gpu.peak_flops or NOMINAL_FLOPS
+    compute, step = work.compute, work.step
+    operations = rows * compute.units_a_row * flops.per_unit(compute, recomputed).hardware
+    if step is None:
+        half, units = (
+            (HALF_SPEED_TOKENS, rows * compute.units_a_row) if compute.unit == "token" else (HALF_SPEED_ROWS, rows)
+        )
+        return operations / (peak * UTILIZATION * units / (units + half))
+    moved = step.moved_fixed + rows * step.moved_per_row
+    busy = operations / (peak * MULTIPLYING) + moved / ((gpu.bandwidth or peak / FLOPS_A_BYTE) * MOVING)
+    return max(busy, step.kernels * LAUNCH_SECONDS)
+
+
+def step_seconds(plan: Plan, nodes: int, work: Work, gpu: Gpu) -> float:
     """Return the seconds of an optimiser step in the layout of `plan`, over `nodes` nodes.
 
-    `peak_flops`: dense 16-bit operations per second of a GPU; None compares layouts, but says nothing of real time.
+    Without the speed of `gpu`, they compare layouts, but say nothing of real time.
     """
     passes = plan.accumulation_steps or 1
-    rows = plan.micro_batch_size or 1
-    computing = (
-        passes * rows * row_seconds(compute, bool(plan.gradient_checkpointing), rows, peak_flops or NOMINAL_FLOPS)
-    )
-    return computing + exchange_seconds(plan, nodes, weights) + offload_seconds(plan, weights)
+    computing = passes * pass_seconds(work, bool(plan.gradient_checkpointing), plan.micro_batch_size or 1, gpu)
+    return computing + exchange_seconds(plan, nodes, work.weights) + offload_seconds(plan, work.weights)
 
 
 def exchange_seconds(plan: Plan, nodes: int, weights: Weights) -> float:
@@ -90,23 +114,3 @@ def offload_seconds(plan: Plan, weights: Weights) -> float:
         return updating
     gathers = (plan.accumulation_steps or 1) * (3 if plan.gradient_checkpointing else 2)
     return updating + gathers * weights.total / plan.world_size * HALF / HOST_BYTES_PER_SECOND
-
-
-def estimated(
-    spec: FineTuneJobSpec, plan: Plan, compute: Compute | None, weights: Weights, peak_flops: float | None
-) -> Plan:
-    """Return `plan` with what all its steps come to: tokens, operations, and the time where the GPU's speed is known.
-
-    Evaluations and saves are not in it, nor what grpo takes to write completions.
-    """
-    figures: dict[str, float | int | None] = {"trainable_parameters": weights.learning}
-    if compute is not None and plan.steps:
-        units = plan.steps * spec.training.batch_size * compute.units_a_row
-        figures["flops"] = units * flops.per_unit(compute, recomputed=False).model
-        if compute.unit == "token":
-            figures["tokens"] = round(units)
-        if peak_flops is not None and spec.grpo is None:
-            seconds = plan.steps * step_seconds(plan, spec.resources.nodes, compute, weights, peak_flops)
-            figures["seconds"] = math.ceil(seconds)
-            figures["gpu_hours"] = round(seconds * plan.world_size / SECONDS_AN_HOUR, 2)
-    return plan.model_copy(update=figures)

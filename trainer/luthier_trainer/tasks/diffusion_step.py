@@ -1,0 +1,60 @@
+"""A step of `text-to-image` on the meta device, from which memory is planned. Imports torch at the top."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+
+from luthier_api.finetune import FineTuneJobSpec
+from luthier_trainer.models.memory import Forward, Trial
+from luthier_trainer.runtime.devices import DTYPES
+from luthier_trainer.tasks.base import Batch
+from luthier_trainer.tasks.diffusion import Draw, FrozenModels, row_losses
+from luthier_trainer.tasks.images import PIXELS
+from luthier_trainer.tasks.text_to_image import TIME_IDS
+from luthier_trainer.workspace.plan import plan_precision
+
+
+def of_images(found: Mapping[str, Any], schedule: Any, spec: FineTuneJobSpec) -> Trial:
+    """Return a step over images, as `diffusion.DiffusionTrainer` computes it.
+
+    `found`: the models of a pipeline on the meta device, by their names in it. `schedule`: configuration of its noise.
+    """
+    precision = plan_precision(spec.training.precision, spec.resources.gpus_per_node)
+    computed = DTYPES["bf16" if precision == "auto" else precision]
+    encoders = found["text_encoder"].to(computed), found["text_encoder_2"].to(computed)
+    beside = (found["vae"], *encoders)
+    for model in beside:
+        model.requires_grad_(False).eval()
+    frozen = FrozenModels(found["vae"], encoders, DDPMScheduler.from_config(schedule))
+    frozen.schedule.alphas_cumprod = frozen.schedule.alphas_cumprod.to("meta")  # the first step would move them
+    side, words = spec.image.resolution, encoders[0].config.max_position_embeddings
+
+    def batch(rows: int) -> Batch:
+        with torch.device("meta"):
+            return {
+                PIXELS: torch.empty(rows, 3, side, side),
+                "input_ids": torch.empty((rows, words), dtype=torch.int64),
+                "input_ids_2": torch.empty((rows, words), dtype=torch.int64),
+                "time_ids": torch.empty(rows, TIME_IDS),
+            }
+
+    def step(forward: Forward, batch: dict[str, Any]) -> torch.Tensor:
+        mean, deviation = frozen.likely_latents(batch[PIXELS])
+        timesteps = torch.empty(len(mean), dtype=torch.int64, device="meta")
+        drawn = Draw(timesteps, torch.empty_like(mean), torch.empty_like(mean))
+        latents = frozen.scaled(mean + deviation * drawn.posterior)
+        hidden, pooled = frozen.read([batch["input_ids"], batch["input_ids_2"]])
+        given = {
+            "sample": frozen.schedule.add_noise(latents, drawn.noise, drawn.timesteps),
+            "timestep": drawn.timesteps,
+            "encoder_hidden_states": hidden,
+            "added_cond_kwargs": {"text_embeds": pooled, "time_ids": batch["time_ids"]},
+        }
+        target = frozen.target(latents, drawn)
+        return row_losses(forward(**given)["sample"], target).mean()
+
+    return Trial(found["unet"], batch, None, [], step=step, beside=beside)
