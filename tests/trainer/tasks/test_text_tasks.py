@@ -406,6 +406,9 @@ def test_whole_words_are_masked(texts: list[str], bert: Path) -> None:
         again, others = (masker.of_row(units, key) for key in (f"1:0:{row}", f"1:1:{row}"))
         assert (labels == again[0]).all()
         assert (becomes == again[1]).all()
+        padded = masker.of_row(numpy.append(units, [ALONE] * 7), f"1:0:{row}")
+        assert (padded[0][:-7] == labels).all()
+        assert (padded[1][:-7] == becomes).all()
         assert labels.any()
         assert not labels[[0, -1]].any()
         for word in set(units.tolist()) - {ALONE}:

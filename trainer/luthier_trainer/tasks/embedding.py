@@ -154,9 +154,12 @@ class EmbeddingTask(LabelledBatches, TextTask):
         from transformers import AutoModel
 
         model = AutoModel.from_pretrained(context.model_path, **context.weights)
-        # A pooler, which some encoders have, makes another vector, which nothing here reads.
-        unused = {name for name, _ in model.named_parameters() if {*TASKS[self.task].unused} & {*name.split(".")}}
-        return LoadedModel(model, unused_parameters=unused)
+        # A pooler, which some encoders have, makes another vector, which nothing here reads. It would get an adapter,
+        # and one with new weights cannot be quantised. Models without it have None there.
+        for name in TASKS[self.task].unused:
+            if getattr(model, name, None) is not None:
+                setattr(model, name, None)
+        return LoadedModel(model)
 
     def trainer(self, context: TrainingContext, model: Any) -> TrainerSetup:
         from luthier_trainer.tasks.ranking import RankingTrainer, VectorScore

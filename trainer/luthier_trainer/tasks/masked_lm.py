@@ -191,16 +191,23 @@ class Masker:
         """
         import numpy
 
+        # Padding, whose length depends on the rows beside this one, must not change what is drawn.
+        length = int(numpy.flatnonzero(units != ALONE).max(initial=-1)) + 1
+        chosen, becomes = numpy.zeros(len(units), bool), numpy.full(len(units), -1)
+        units = units[:length]
+        if not length:
+            return chosen, becomes
         digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
         random = numpy.random.default_rng(int.from_bytes(digest, "big"))
         names, of_token = numpy.unique(units, return_inverse=True)
         number = random.random(len(names))
         number[names == ALONE] = 2.0
-        chosen = (number < max(self.settings.probability, numpy.nextafter(number.min(), 2)))[of_token]
-        chosen &= units != ALONE
-        change, others = random.random(len(units)), random.integers(self.vocabulary, size=len(units))
-        becomes = numpy.where(change < MASKED, self.mask_token, numpy.where(change < RANDOM, others, -1))
-        return chosen, numpy.where(chosen, becomes, -1)
+        taken = (number < max(self.settings.probability, numpy.nextafter(number.min(), 2)))[of_token]
+        taken &= units != ALONE
+        change, others = random.random(length), random.integers(self.vocabulary, size=length)
+        changed = numpy.where(change < MASKED, self.mask_token, numpy.where(change < RANDOM, others, -1))
+        chosen[:length], becomes[:length] = taken, numpy.where(taken, changed, -1)
+        return chosen, becomes
 
 
 class MaskScore:
