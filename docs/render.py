@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from luthier_api.decides import Changes, Decides, marked_paths
 from luthier_api.exitcodes import ExitCode, Retry
 from luthier_api.kinds import KINDS, JobKind
 from luthier_api.marks import default_text, marked_fields
+from luthier_api.matrix import AXES, REFUSALS, Axis
 from luthier_api.methods import METHODS, STRATEGIES
 from luthier_api.metrics import POD_METRICS, Metric
 from luthier_api.optimizers import OPTIMIZERS, OptimizerInfo
@@ -305,8 +307,29 @@ def tasks() -> str:
     )
 
 
+def matrix() -> str:
+    """A table for each two choices of a FineTuneJob of which some do not work together, with the reasons below."""
+    reasons = list(dict.fromkeys(refusal.reason for refusal in REFUSALS))
+    known = {(refusal.first, refusal.second): reasons.index(refusal.reason) + 1 for refusal in REFUSALS}
+    parts = []
+    for rows, columns in combinations(AXES, 2):
+        if not any(one[0] == rows.name and other[0] == columns.name for one, other in known):
+            continue
+
+        def cell(row: str, column: str, rows: Axis = rows, columns: Axis = columns) -> str:
+            number = known.get(((rows.name, row), (columns.name, column)))
+            return f"no ({number})" if number else "yes"
+
+        heads = (f"`{rows.path}` \\ `{columns.path}`", *(f"`{value}`" for value in columns.values))
+        lines = ((f"`{row}`", *(cell(row, column) for column in columns.values)) for row in rows.values)
+        parts.append(table(heads, lines))
+    listed = "".join(f"{number}. {reason[0].upper()}{reason[1:]}.\n" for number, reason in enumerate(reasons, 1))
+    return "\n".join([*parts, listed])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "tasks": tasks,
+    "matrix": matrix,
     "schedules": schedules,
     "optimizers": optimizers,
     "exit-codes": exit_codes,

@@ -65,6 +65,10 @@ class GarbageCollection:
         gc.freeze()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-cells", action="store_true", help="train all of docs/matrix.md, instead of each pair")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(GarbageCollection())
 

@@ -14,7 +14,7 @@ from luthier_api.dataset import STREAMS
 from luthier_api.formats import DatasetFormat
 from luthier_api.forms import LOSSES_OF_FORMS, LossOn
 from luthier_api.marks import works_with
-from luthier_api.methods import METHODS, QUANTIZATIONS, STRATEGIES, ParameterPrecision
+from luthier_api.methods import METHODS, PACKINGS, QUANTIZATIONS, STRATEGIES, ParameterPrecision
 from luthier_api.optimizers import OPTIMIZERS
 from luthier_api.schedules import SCHEDULES
 from luthier_api.spec import alone_on_its_claim
@@ -35,6 +35,19 @@ PARAMETERS_OF_OPTIMIZERS = {name: optimizer.parameters for name, optimizer in OP
 SCHEDULES_OF_OPTIMIZERS = {name: optimizer.schedules for name, optimizer in OPTIMIZERS.items()}
 STRATEGIES_OF_METHODS = {name: method.strategies for name, method in METHODS.items()}
 STRATEGIES_OF_QUANTIZATIONS = {name: quantization.strategies for name, quantization in QUANTIZATIONS.items()}
+PACKINGS_OF_METHODS = {name: method.packings for name, method in METHODS.items()}
+
+
+def why(what: str) -> dict[str, str]:
+    """Method → why its `what` is restricted."""
+    return {name: method.why[what] for name, method in METHODS.items() if what in method.why}
+
+
+WHY_OF_TASKS = {
+    what: {name: task.why[what] for name, task in TRAINING_TASKS.items() if what in task.why}
+    for what in ("methods", "quantizations", "strategies")
+}
+WHY_OF_QUANTIZATIONS = {name: quantization.why for name, quantization in QUANTIZATIONS.items()}
 
 COMPUTE_LOGITS = [
     name for name, info in TASKS.items() if info.training and info.auto_model == "CausalLM" and "trl" in info.tags
@@ -72,14 +85,33 @@ PROCESSES = (
 
 RULES: tuple[Rule, ...] = (
     alone_on_its_claim("resources.nodes", "self.resources.nodes == 1"),
-    *works_with("task", METHODS_OF_TASKS, "method.type", METHODS),
+    *works_with("task", METHODS_OF_TASKS, "method.type", METHODS, WHY_OF_TASKS["methods"]),
     *works_with("task", FORMATS_OF_TASKS, "dataset.?format", get_args(DatasetFormat)),
-    *works_with("task", QUANTIZATIONS_OF_TASKS, "model.?quantization.type", QUANTIZATIONS),
+    *works_with(
+        "task",
+        QUANTIZATIONS_OF_TASKS,
+        "model.?quantization.type",
+        QUANTIZATIONS,
+        WHY_OF_TASKS["quantizations"],
+    ),
     *works_with("dataset.?form", LOSSES_OF_FORMS, "training.?lossOn", get_args(LossOn)),
-    *works_with("method.type", QUANTIZATIONS_OF_METHODS, "model.?quantization.type", QUANTIZATIONS),
-    *works_with("task", STRATEGIES_OF_TASKS, "strategy", STRATEGIES),
-    *works_with("method.type", STRATEGIES_OF_METHODS, "strategy", STRATEGIES),
-    *works_with("model.?quantization.type", STRATEGIES_OF_QUANTIZATIONS, "strategy", STRATEGIES),
+    *works_with(
+        "method.type", QUANTIZATIONS_OF_METHODS, "model.?quantization.type", QUANTIZATIONS, why("quantizations")
+    ),
+    *works_with("task", STRATEGIES_OF_TASKS, "strategy", STRATEGIES, WHY_OF_TASKS["strategies"]),
+    *works_with("method.type", STRATEGIES_OF_METHODS, "strategy", STRATEGIES, why("strategies")),
+    *works_with("model.?quantization.type", STRATEGIES_OF_QUANTIZATIONS, "strategy", STRATEGIES, WHY_OF_QUANTIZATIONS),
+    *works_with("method.type", PACKINGS_OF_METHODS, "training.?packing", PACKINGS, why("packings")),
+    *(
+        Rule(
+            "!has(self.training.gradientCheckpointing) || !self.training.gradientCheckpointing ||"
+            f" self.method.type != '{name}'",
+            f"spec.training.gradientCheckpointing: not with {name}, because {method.why['recomputes']}; remove it, or"
+            " choose another method.type",
+        )
+        for name, method in METHODS.items()
+        if not method.recomputes
+    ),
     *works_with("task", METRICS_OF_TASKS, "training.?metric", BEST_METRICS),
     Rule(
         f"!(self.task in {COMPUTE_LOGITS}) || {NO_ROWS_IN_ADAPTER}",

@@ -172,12 +172,18 @@ def _refusals(spec: type[TabledSpec], field: MarkedField) -> Iterator[Rule]:
             )
 
 
-def works_with(member: str, allowed: Mapping[Any, Sequence[str]], field: str, values: Collection[str]) -> list[Rule]:
+def works_with(
+    member: str,
+    allowed: Mapping[Any, Sequence[str]],
+    field: str,
+    values: Collection[str],
+    why: Mapping[Any, str] | None = None,
+) -> list[Rule]:
     """Rules that a member of a table works with some values of another field only.
 
     `member`, `field`: the fields that hold the two, as paths in the spec; `?` stands before a step that may be missing.
     `allowed`: member → values, out of `values`. A member with all of them needs no rule, nor one with none: its rows do
-    not name the field, so that a mark refuses it.
+    not name the field, so that a mark refuses it. `why`: member → the reason, for the message.
     """
     guards = [cel for path in (member, field) if (cel := _missing(path))]
     member, field = member.replace("?", ""), field.replace("?", "")
@@ -185,10 +191,11 @@ def works_with(member: str, allowed: Mapping[Any, Sequence[str]], field: str, va
     for name, some in allowed.items():
         if some and set(some) != set(values):
             choice = "choose that" if len(some) == 1 else "choose one of these"
+            reason = f" ({why[name]})" if why and why.get(name) else ""
             rules.append(
                 Rule(
                     " || ".join([*guards, f"self.{member} != '{name}'", f"self.{field} in {_cel_list(some)}"]),
-                    f"spec.{field}: {name} works with {', '.join(some)}; {choice}, or another {member}",
+                    f"spec.{field}: {name} works with {', '.join(some)}; {choice}, or another {member}{reason}",
                 )
             )
     return rules

@@ -35,19 +35,21 @@ class QuantizationInfo:
     """Those that work with such weights."""
     cpu_multiple: int = 1
     """What the widths of a model have to be a multiple of, for bitsandbytes' kernels on CPU."""
+    why: str = ""
+    """Why it works with these strategies alone."""
 
 
 # Double quantisation: a scale of 8 bits for 64 weights, and one of 32 bits for 256 scales.
 DOUBLE_QUANT_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 
 QUANTIZATIONS: Mapping[QuantizationType, QuantizationInfo] = {
-    # DeepSpeed's ZeRO-3 cannot shard the packed weights of bitsandbytes.
     "nf4": QuantizationInfo(
         title="4-bit NormalFloat (NF4)",
         bits=4,
         bits_with_scales=DOUBLE_QUANT_BITS,
         strategies=UNSHARDED,
         cpu_multiple=64,  # bitsandbytes 0.50
+        why="ZeRO-3 cannot divide the packed weights of bitsandbytes",
     ),
     "fp4": QuantizationInfo(
         title="4-bit float (FP4)",
@@ -55,16 +57,20 @@ QUANTIZATIONS: Mapping[QuantizationType, QuantizationInfo] = {
         bits_with_scales=DOUBLE_QUANT_BITS,
         strategies=UNSHARDED,
         cpu_multiple=64,
+        why="ZeRO-3 cannot divide the packed weights of bitsandbytes",
     ),
     "int8": QuantizationInfo(
         title="8-bit integer (LLM.int8)",
         bits=8,
         bits_with_scales=8,  # one scale of 32 bits a row: nothing beside thousands of weights
-        strategies=("auto", "ddp"),  # DeepSpeed with bitsandbytes' 8-bit layers has not been tried
+        strategies=("auto", "ddp"),
+        why="DeepSpeed with bitsandbytes' 8-bit layers has not been proven",
     ),
 }
 
-MethodType = Literal["full", "lora", "qlora"]
+MethodType = Literal["full", "bitfit", "lora", "qlora", "adalora", "ia3", "prompt", "p-tuning", "prefix"]
+Packing = Literal["none", "isolated", "concatenate"]
+PACKINGS: tuple[Packing, ...] = get_args(Packing)
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,8 @@ class MethodInfo:
     """As pages and model cards call it."""
     adapter: bool
     """The result is an adapter beside a frozen model; otherwise it is a whole model."""
+    peft_type: str | None = None
+    """PEFT's name of such adapters."""
     mergeable: bool = False
     """The adapter can be merged into its base: `model.job` and GenerateJobs over texts do so."""
     weighted: bool = False
@@ -85,8 +93,14 @@ class MethodInfo:
     """The type in which the frozen model rests unless `model.quantization` says so: part of the method's name."""
     strategies: tuple[Strategy, ...] = STRATEGIES
     """Those that the method works with. A quantisation may allow fewer."""
+    packings: tuple[Packing, ...] = PACKINGS
+    """Values of `training.packing` that the method works with."""
+    recomputes: bool = True
+    """Whether activations can be recomputed (`training.gradientCheckpointing`)."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Path in the spec → default, of the other fields that belong to it; None: no default."""
+    why: Mapping[str, str] = field(default_factory=dict)
+    """Name of `quantizations`, `strategies`, `packings`, `recomputes` or `mergeable` → why it is restricted."""
 
     @cached_property
     def fields(self) -> Mapping[str, Any]:
@@ -97,6 +111,8 @@ class MethodInfo:
         return {**self.options, "model.quantization": default}
 
 
+NEW_TOKENS: Mapping[str, Any] = {"model.resizeEmbeddings": False, "model.addSpecialTokens": None}
+"""Fields of the methods that can train rows of the embedding for new tokens."""
 LORA_OPTIONS = {
     "method.rank": 16,
     "method.alpha": 32,
@@ -111,17 +127,40 @@ LORA_OPTIONS = {
     "method.bias": "none",
     "method.modulesToSave": None,
     "training.optimizerOptions.loraplusLrRatio": None,
+    **NEW_TOKENS,
+}
+UNDIVIDED: tuple[Strategy, ...] = ("auto", "ddp")
+"""Strategies without DeepSpeed."""
+SMALL = "what learns is too small for DeepSpeed to save memory, and it has not been proven with it"
+PROMPT_OPTIONS = {"method.virtualTokens": 20}
+PROMPT_LIMITS: Mapping[str, str] = {
+    "strategies": SMALL,
+    "packings": "PEFT (0.21) puts the virtual tokens before a row once, so that documents after the first lack them",
+    "mergeable": "virtual tokens are no part of the base's weights",
 }
 
 METHODS: Mapping[MethodType, MethodInfo] = {
     "full": MethodInfo(
         title="full fine-tuning",
         adapter=False,
-        options={"model.config": None, "training.parameterPrecision": "fp32"},
+        options={
+            "model.config": None,
+            "training.parameterPrecision": "fp32",
+            "method.layers": None,
+            "method.freeze": None,
+            **NEW_TOKENS,
+        },
+        why={"quantizations": "weights in few bits cannot be trained"},
+    ),
+    "bitfit": MethodInfo(
+        title="BitFit",
+        adapter=False,
+        why={"quantizations": "the result is a whole model, and bitsandbytes (0.50) rounds the biases of its modules"},
     ),
     "lora": MethodInfo(
         title="LoRA",
         adapter=True,
+        peft_type="LORA",
         mergeable=True,
         weighted=True,
         quantizations=("nf4", "fp4", "int8"),
@@ -130,11 +169,101 @@ METHODS: Mapping[MethodType, MethodInfo] = {
     "qlora": MethodInfo(
         title="QLoRA",
         adapter=True,
+        peft_type="LORA",
         mergeable=True,
         weighted=True,
         quantizations=("nf4",),
         quantization="nf4",
         strategies=UNSHARDED,
         options=LORA_OPTIONS,
+        why={
+            "quantizations": "it is the name of LoRA on a base in nf4; lora allows the others",
+            "strategies": "ZeRO-3 cannot divide the packed weights of bitsandbytes",
+        },
+    ),
+    "adalora": MethodInfo(
+        title="AdaLoRA",
+        adapter=True,
+        peft_type="ADALORA",
+        mergeable=True,
+        quantizations=("nf4", "fp4", "int8"),
+        strategies=UNDIVIDED,
+        options={
+            "method.rank": 8,
+            "method.initialRank": 12,
+            "method.alpha": 32,
+            "method.dropout": 0.0,
+            "method.targetModules": ["all-linear"],
+            "method.layers": None,
+            "method.initialFraction": 0.1,
+            "method.finalFraction": 0.3,
+            "method.orthogonalWeight": 0.5,
+            "method.modulesToSave": None,
+        },
+        why={"strategies": "ranks are chosen by gradients after the update, which DeepSpeed has freed by then"},
+    ),
+    "ia3": MethodInfo(
+        title="IA3",
+        adapter=True,
+        peft_type="IA3",
+        mergeable=True,
+        quantizations=("nf4", "fp4", "int8"),
+        strategies=UNDIVIDED,
+        options={
+            "method.targetModules": None,
+            "method.feedforwardModules": None,
+            "method.modulesToSave": None,
+        },
+        why={"strategies": SMALL},
+    ),
+    "prompt": MethodInfo(
+        title="prompt tuning",
+        adapter=True,
+        peft_type="PROMPT_TUNING",
+        quantizations=("nf4", "fp4", "int8"),
+        strategies=UNDIVIDED,
+        packings=("none", "concatenate"),
+        options={**PROMPT_OPTIONS, "method.promptText": None, "method.promptInit": None},
+        why=PROMPT_LIMITS,
+    ),
+    "p-tuning": MethodInfo(
+        title="p-tuning",
+        adapter=True,
+        peft_type="P_TUNING",
+        quantizations=("nf4", "fp4", "int8"),
+        strategies=UNDIVIDED,
+        packings=("none", "concatenate"),
+        options={**PROMPT_OPTIONS, "method.encoder": "mlp", "method.encoderHiddenSize": None},
+        why=PROMPT_LIMITS,
+    ),
+    "prefix": MethodInfo(
+        title="prefix tuning",
+        adapter=True,
+        peft_type="PREFIX_TUNING",
+        quantizations=("nf4", "fp4", "int8"),
+        strategies=UNDIVIDED,
+        packings=("none", "concatenate"),
+        recomputes=False,
+        options={
+            **PROMPT_OPTIONS,
+            "method.promptText": None,
+            "method.promptInit": None,
+            "method.projection": False,
+            "method.encoderHiddenSize": None,
+        },
+        why={**PROMPT_LIMITS, "recomputes": "PEFT (0.21) gives the prefix as a cache, which is lost when recomputed"},
     ),
 }
+"""Method → its row."""
+
+BY_PEFT_TYPE: Mapping[str, MethodInfo] = {info.peft_type: info for info in METHODS.values() if info.peft_type}
+"""PEFT's name of a kind of adapters → the method; of those with the same name, any one."""
+
+COMPARED: tuple[MethodType, ...] = ("full", "lora", "qlora")
+"""Methods of the tasks of TRL, whose trainers switch an adapter off, or read the weights of a head, by LoRA's rules."""
+OF_HEADS: tuple[MethodType, ...] = ("full", "bitfit", "lora", "qlora", "adalora", "ia3")
+"""Methods of the tasks whose answers belong to positions of the input, before which virtual tokens would shift them."""
+OF_TEXTS: tuple[MethodType, ...] = (*OF_HEADS, "prompt", "p-tuning", "prefix")
+"""Methods of the tasks that read texts and answer with a text or a class."""
+OF_IMAGES: tuple[MethodType, ...] = ("full", "bitfit", "lora", "adalora", "ia3")
+"""Methods of the tasks that read images, which have no embedding of tokens."""

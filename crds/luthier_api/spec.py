@@ -142,6 +142,7 @@ class Quantization(ApiModel):
 
 
 NEW_WEIGHTS = "new weights are trained whole: set method.type: full"
+NEW_ROWS = "the rows of new tokens learn with one of these alone; choose one, or a tokenizer that fits the model"
 
 
 class ModelSource(ApiModel):
@@ -161,12 +162,14 @@ class ModelSource(ApiModel):
     """Hold the frozen weights of the model's linear layers in a smaller type. The adapter's base stays the model as it
     was published.
     """
-    resize_embeddings: Annotated[bool, For("task")] = by_table()
+    resize_embeddings: Annotated[bool, For("task"), For("method", remedy=NEW_ROWS)] = by_table()
     """Give each token of the tokenizer that has no row in the model's embedding a new one. Otherwise such a tokenizer
     is refused. The new rows are drawn around the mean of the others by the training's seed, and learn. With full,
     `prepare` holds the whole model in memory meanwhile; an adapter holds these rows itself.
     """
-    add_special_tokens: Annotated[list[ShortText], Field(min_length=1, max_length=64), For("task")] = by_table()
+    add_special_tokens: Annotated[
+        list[ShortText], Field(min_length=1, max_length=64), For("task"), For("method", remedy=NEW_ROWS)
+    ] = by_table()
     """Tokens that the tokenizer gets, such as those of a chat template: <|im_start|>. Each gets a row in the embedding
     as with resizeEmbeddings. Texts that spell them are read as ordinary text, unless parseSpecialTokens is set.
     """

@@ -13,7 +13,16 @@ from typing import Any, Literal, get_args
 
 from luthier_api.formats import DatasetFormat
 from luthier_api.forms import ROLES
-from luthier_api.methods import STRATEGIES, UNSHARDED, MethodType, QuantizationType, Strategy
+from luthier_api.methods import (
+    COMPARED,
+    OF_IMAGES,
+    OF_TEXTS,
+    STRATEGIES,
+    UNSHARDED,
+    MethodType,
+    QuantizationType,
+    Strategy,
+)
 
 Modality = Literal["text", "image"]
 FineTuneTask = Literal[
@@ -103,6 +112,8 @@ class TrainingTask:
     """The block of the spec that belongs to the task."""
     options: dict[str, Any] = field(default_factory=dict)
     """Path in the spec → default, of the other fields that belong to the task; None: no default."""
+    why: Mapping[str, str] = field(default_factory=dict)
+    """Name of `methods`, `quantizations` or `strategies` → why it is restricted."""
 
     @cached_property
     def fields(self) -> dict[str, Any]:
@@ -177,6 +188,11 @@ class TaskInfo:
             return None
         return f"AutoModelFor{self.auto_model}" if self.auto_model else "AutoModel"
 
+
+UNPROVEN = "this task has been proven with these alone"
+"""Why some tasks allow few methods."""
+LORA_ALONE = "TRL's trainers (1.16) have been proven with these alone"
+"""Why the tasks of TRL allow few methods."""
 
 TEXT_FORMATS: tuple[DatasetFormat, ...] = ("csv", "json", "jsonl", "parquet", "arrow", "text", "webdataset")
 TABLE_FORMATS: tuple[DatasetFormat, ...] = ("csv", "json", "jsonl", "parquet", "arrow", "webdataset")
@@ -256,7 +272,7 @@ TASKS: Mapping[str, TaskInfo] = {
             optional_columns=dict.fromkeys(ROLES),
             formats=TEXT_FORMATS,
             sequences=1,
-            methods=("full", "lora", "qlora"),
+            methods=OF_TEXTS,
             quantizations=("nf4", "fp4", "int8"),
             options=TEXT_OPTIONS
             | CHAT_OPTIONS
@@ -278,7 +294,8 @@ TASKS: Mapping[str, TaskInfo] = {
             columns={"source": "source", "target": "target"},
             formats=TABLE_FORMATS,
             sequences=1,
-            methods=("full", "lora", "qlora"),
+            methods=COMPARED,
+            why={"methods": UNPROVEN},
             quantizations=("nf4", "fp4", "int8"),
             settings="seq2seq",
             options=TEXT_OPTIONS | NOISE_OPTIONS | SMOOTHING_OPTIONS | SAVED_OPTIONS,
@@ -296,10 +313,13 @@ TASKS: Mapping[str, TaskInfo] = {
             optional_columns=dict.fromkeys(("prompt", "completion", "label", "tools")),
             formats=TABLE_FORMATS,
             sequences=2,
-            methods=("full", "lora", "qlora"),
+            methods=COMPARED,
             quantizations=("nf4", "fp4", "int8"),
-            # With ZeRO-3 the reference would have to be gathered from shards as well, in each step.
             strategies=UNSHARDED,
+            why={
+                "methods": LORA_ALONE,
+                "strategies": "with ZeRO-3 the reference would have to be gathered from shards, too, in each step",
+            },
             settings="preference",
             options=TEXT_OPTIONS | TEMPLATE_OPTIONS,
             metrics=(
@@ -319,7 +339,7 @@ TASKS: Mapping[str, TaskInfo] = {
         training=TrainingTask(
             columns={"text": "text", "label": "label"},
             formats=TABLE_FORMATS,
-            methods=("full", "lora", "qlora"),
+            methods=OF_TEXTS,
             quantizations=("nf4", "fp4", "int8"),
             settings="classification",
             options=TEXT_OPTIONS
@@ -347,7 +367,8 @@ TASKS: Mapping[str, TaskInfo] = {
         training=TrainingTask(
             columns={"words": "words", "tags": "tags"},
             formats=TABLE_FORMATS,
-            methods=("full", "lora", "qlora"),
+            methods=COMPARED,
+            why={"methods": UNPROVEN},
             quantizations=("nf4", "fp4", "int8"),
             settings="tagging",
             options=TEXT_OPTIONS | NOISE_OPTIONS | SMOOTHING_OPTIONS | SAVED_OPTIONS | TOKEN_FILTERS,
@@ -369,7 +390,8 @@ TASKS: Mapping[str, TaskInfo] = {
         training=TrainingTask(
             columns={"question": "question", "context": "context", "answers": "answers"},
             formats=TABLE_FORMATS,
-            methods=("full", "lora", "qlora"),
+            methods=COMPARED,
+            why={"methods": UNPROVEN},
             quantizations=("nf4", "fp4", "int8"),
             settings="answering",
             options=TEXT_OPTIONS | NOISE_OPTIONS | SAVED_OPTIONS,
@@ -384,7 +406,8 @@ TASKS: Mapping[str, TaskInfo] = {
             columns={"text": "text"},
             formats=TEXT_FORMATS,
             sequences=1,
-            methods=("full", "lora", "qlora"),
+            methods=COMPARED,
+            why={"methods": UNPROVEN},
             quantizations=("nf4", "fp4", "int8"),
             settings="masking",
             options=TEXT_OPTIONS | NOISE_OPTIONS | SAVED_OPTIONS | TOKEN_FILTERS,
@@ -405,7 +428,8 @@ TASKS: Mapping[str, TaskInfo] = {
             columns={"anchor": "anchor", "positive": "positive"},
             optional_columns={"negative": None},
             formats=TABLE_FORMATS,
-            methods=("full", "lora", "qlora"),
+            methods=COMPARED,
+            why={"methods": UNPROVEN},
             quantizations=("nf4", "fp4", "int8"),
             settings="embedding",
             options=TEXT_OPTIONS | NOISE_OPTIONS | SAVED_OPTIONS,
@@ -429,9 +453,10 @@ TASKS: Mapping[str, TaskInfo] = {
             columns={"chosen": "chosen", "rejected": "rejected"},
             optional_columns={"prompt": None, "tools": None},
             formats=TABLE_FORMATS,
-            methods=("full", "lora", "qlora"),
+            methods=COMPARED,
             quantizations=("nf4", "fp4", "int8"),
             strategies=UNSHARDED,
+            why={"methods": LORA_ALONE, "strategies": "ZeRO-3 has not been proven with this task"},
             settings="reward",
             options=TEXT_OPTIONS | TEMPLATE_OPTIONS | SAVED_OPTIONS,
             metrics=(
@@ -452,9 +477,10 @@ TASKS: Mapping[str, TaskInfo] = {
             columns={"prompt": "prompt"},
             formats=TABLE_FORMATS,
             sequences=1,
-            methods=("full", "lora", "qlora"),
+            methods=COMPARED,
             quantizations=("nf4", "fp4", "int8"),
             strategies=UNSHARDED,
+            why={"methods": LORA_ALONE, "strategies": "with ZeRO-3 each token would have to be written from shards"},
             settings="grpo",
             options={name: default for name, default in TEXT_OPTIONS.items() if name != "training.groupByLength"}
             | TEMPLATE_OPTIONS,
@@ -477,7 +503,11 @@ TASKS: Mapping[str, TaskInfo] = {
         training=TrainingTask(
             columns={"image": "image", "label": "label"},
             formats=IMAGE_FORMATS,
-            methods=("full", "lora"),
+            methods=OF_IMAGES,
+            why={
+                "methods": "virtual tokens stand before tokens, which images lack, and qlora needs linear layers",
+                "quantizations": "a model that looks at images may be made of convolutions, which stay as they are",
+            },
             settings="classification",
             options=RESULT_OPTIONS | PEFT_OPTIONS | LABEL_OPTIONS | SMOOTHING_OPTIONS | SAVED_OPTIONS,
             metrics=LABEL_METRICS,
@@ -502,9 +532,13 @@ TASKS: Mapping[str, TaskInfo] = {
             columns={"image": "image", "text": "text"},
             formats=IMAGE_FORMATS,
             methods=("lora",),
-            # diffusers cannot load a model in the shards of ZeRO-3, and an adapter's optimizer state is too small for
-            # ZeRO-2 to help.
             strategies=("auto", "ddp"),
+            why={
+                "methods": "diffusers loads LoRA files, and no others",
+                "strategies": "diffusers cannot load a model in the shards of ZeRO-3, and for ZeRO-2 an adapter is too"
+                " small",
+                "quantizations": "a model that looks at images is made of convolutions, which stay as they are",
+            },
             settings="image",
             metrics=(),
         ),

@@ -11,13 +11,11 @@ from luthier_api.base import ApiModel, Rule
 from luthier_api.decides import CIRCUMSTANCES, LAYOUT
 from luthier_api.forms import LossOn
 from luthier_api.marks import For, by_table
-from luthier_api.methods import ParameterPrecision
+from luthier_api.methods import Packing, ParameterPrecision
 from luthier_api.optimizers import OptimizerName
 from luthier_api.schedules import Interval, ScheduleName
 from luthier_api.spec import Seed
 from luthier_api.tasks import BestMetric
-
-Packing = Literal["none", "isolated", "concatenate"]
 
 
 class ScheduleOptions(ApiModel):

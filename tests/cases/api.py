@@ -15,6 +15,7 @@ from luthier_api.base import ApiModel, Rule, model_in
 from luthier_api.crd import crd
 from luthier_api.kinds import KINDS
 from luthier_api.marks import rules_of
+from luthier_api.methods import METHODS
 from luthier_api.tasks import TRAINING_TASKS
 
 Document = dict[str, Any]
@@ -175,7 +176,17 @@ def kept(kind: str, *keys: str, name: str = "s") -> Change:
 
 
 NEGATIVE = [{"prompt": "a lute"}, {"prompt": "a harp", "negativePrompt": "strings"}]
-FULL, LORA, QLORA = ({"spec.method": {"type": method}} for method in ("full", "lora", "qlora"))
+FULL, LORA, QLORA, BITFIT = ({"spec.method": {"type": method}} for method in ("full", "lora", "qlora", "bitfit"))
+ADALORA, IA3, PROMPT, PTUNING, PREFIX = (
+    {"spec.method": {"type": name}} for name in ("adalora", "ia3", "prompt", "p-tuning", "prefix")
+)
+
+
+def methods_with(path: str) -> str:
+    """The methods to which a field belongs, as messages list them."""
+    return ", ".join(name for name, method in METHODS.items() if path in method.fields)
+
+
 CAUSAL, TEXTS, IMAGES = ({"spec.task": task} for task in ("causal-lm", "text-classification", "image-classification"))
 PICTURES = {"spec.task": "text-to-image"}
 PREFERENCE, REWARD = {"spec.task": "preference"}, {"spec.task": "reward"}
@@ -296,7 +307,7 @@ MARKS: list[Case] = [
         for task in (PREFERENCE, PICTURES, IMAGES)
     ),
     Case(
-        message="spec.method.modulesToSave: applies to lora, qlora;",
+        message="spec.method.modulesToSave: applies to lora, qlora, adalora, ia3;",
         refused=FULL | SAVED,
         accepted=QLORA | SAVED,
     ),
@@ -376,8 +387,8 @@ MARKS: list[Case] = [
     ),
     *(
         Case(
-            message=f"spec.method.{field}: applies to lora, qlora;",
-            refused=FULL | change,
+            message=f"spec.method.{field}: applies to {methods_with(f'method.{field}')};",
+            refused=BITFIT | change,
             accepted=method | change,
         )
         for method in (LORA, QLORA)
@@ -636,9 +647,38 @@ MARKS: list[Case] = [
         for off in ("isolated", "none")
     ),
     Case(
-        message="spec.model.quantization: applies to lora, qlora;",
+        message="spec.model.quantization: applies to lora, qlora, adalora, ia3, prompt, p-tuning, prefix;",
         refused=FULL | quantised("nf4"),
         accepted=LORA | quantised("nf4"),
+    ),
+    *(
+        Case(
+            message=f"spec.method.{field}: applies to {methods_with(f'method.{field}')};",
+            refused=LORA | {f"spec.method.{field}": value},
+            accepted=method | {f"spec.method.{field}": value} | beside,
+        )
+        for field, value, method, beside in [
+            ("initialRank", 64, ADALORA, {}),
+            ("initialFraction", 0.2, ADALORA, {}),
+            ("finalFraction", 0.2, ADALORA, {}),
+            ("orthogonalWeight", 0.1, ADALORA, {}),
+            ("feedforwardModules", ["a"], IA3, {"spec.method.targetModules": ["a"]}),
+            ("virtualTokens", 5, PTUNING, {}),
+            ("promptInit", "random", PROMPT, {}),
+            ("promptText", "Say it.", PREFIX, {}),
+            ("encoder", "lstm", PTUNING, {}),
+            ("encoderHiddenSize", 9, PTUNING, {}),
+            ("projection", True, PREFIX, {}),
+            ("freeze", ["lm_head"], FULL, {}),
+        ]
+    ),
+    *(
+        Case(
+            message=f"spec.model.{field}: applies to full, lora, qlora; the rows of new tokens learn with one of these",
+            refused=PROMPT | {f"spec.model.{field}": value},
+            accepted=LORA | {f"spec.model.{field}": value},
+        )
+        for field, value in (("resizeEmbeddings", True), ("addSpecialTokens", ["<|a|>"]))
     ),
     *(
         Case(
@@ -743,7 +783,7 @@ CHOICES: list[Case] = [
     *(
         Case(
             message=(
-                "spec.method.type: image-classification works with full, lora; choose one of these, or another task"
+                "spec.method.type: image-classification works with full, bitfit, lora, adalora, ia3; choose one of"
             ),
             refused=IMAGES | QLORA,
             accepted=accepted,
@@ -752,7 +792,7 @@ CHOICES: list[Case] = [
     ),
     *(
         Case(
-            message="spec.method.type: text-to-image works with lora; choose that, or another task",
+            message="spec.method.type: text-to-image works with lora; choose that, or another task (diffusers loads",
             refused=PICTURES | method,
             accepted=PICTURES | LORA,
         )
@@ -895,6 +935,72 @@ CHOICES: list[Case] = [
             "nf4": LORA | quantised("nf4"),
             "fp4": LORA | quantised("fp4"),
         }.items()
+    ),
+    *(
+        Case(
+            message=f"spec.method.type: {task['spec.task']} works with full, lora, qlora; choose one of these",
+            refused=task | ADALORA,
+            accepted=task | LORA,
+        )
+        for task in (PREFERENCE, REWARD, GRPO)
+    ),
+    *(
+        Case(
+            message=f"spec.strategy: {method['spec.method']['type']} works with auto, ddp; choose one of these",
+            refused=method | {"spec.strategy": "zero2"},
+            accepted=method | {"spec.strategy": "ddp"},
+        )
+        for method in (ADALORA, IA3, PROMPT, PTUNING, PREFIX)
+    ),
+    *(
+        Case(
+            message=f"spec.training.packing: {method['spec.method']['type']} works with none, concatenate; choose",
+            refused=method | {"spec.training.packing": "isolated"},
+            accepted=method | {"spec.training.packing": "concatenate"},
+        )
+        for method in (PROMPT, PTUNING, PREFIX)
+    ),
+    Case(
+        message="spec.training.gradientCheckpointing: not with prefix, because PEFT (0.21) gives the prefix as a cache",
+        refused=PREFIX | {"spec.training.gradientCheckpointing": True},
+        accepted=PROMPT | {"spec.training.gradientCheckpointing": True},
+    ),
+    Case(
+        message="method.initialRank: adalora takes ranks away until `rank` are left on average; choose more than rank",
+        refused=ADALORA | {"spec.method.rank": 12},
+        accepted=ADALORA | {"spec.method.rank": 12, "spec.method.initialRank": 16},
+    ),
+    Case(
+        message="method.finalFraction: no steps are left between initialFraction and finalFraction; choose less",
+        refused=ADALORA | {"spec.method.initialFraction": 0.75},
+        accepted=ADALORA | {"spec.method.initialFraction": 0.75, "spec.method.finalFraction": 0.2},
+    ),
+    *(
+        Case(
+            message="method.promptInit: text needs promptText, and the others ignore it; set both, or one",
+            refused=PROMPT | refused,
+            accepted=PROMPT | {"spec.method.promptInit": "text", "spec.method.promptText": "a"},
+        )
+        for refused in (
+            {"spec.method.promptInit": "text"},
+            {"spec.method.promptInit": "random", "spec.method.promptText": "a"},
+        )
+    ),
+    Case(
+        message="method.encoderHiddenSize: a prefix without projection has no network; set projection: true, or remove",
+        refused=PREFIX | {"spec.method.encoderHiddenSize": 9},
+        accepted=PREFIX | {"spec.method.encoderHiddenSize": 9, "spec.method.projection": True},
+    ),
+    *(
+        Case(
+            message="method.feedforwardModules: names some of targetModules; set both, or remove it",
+            refused=IA3 | {"spec.method.feedforwardModules": ["up_proj"]} | refused,
+            accepted=IA3 | {"spec.method.feedforwardModules": ["up_proj"]} | accepted,
+        )
+        for refused, accepted in (
+            ({}, {"spec.method.targetModules": ["up_proj", "k_proj"]}),
+            ({"spec.method.targetModules": ["k_proj"]}, {"spec.method.targetModules": ["all-linear"]}),
+        )
     ),
     *(
         Case(

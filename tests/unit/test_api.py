@@ -459,7 +459,9 @@ def test_the_rules_of_all_objects_are_two_of_the_root(kind: JobKind) -> None:
 LISTS = {
     "set": {
         "spec.method.targetModules",
+        "spec.method.feedforwardModules",
         "spec.method.modulesToSave",
+        "spec.method.freeze",
         "spec.inputs.columns.carry",
         "spec.image.metadata",
         "spec.text.stop",

@@ -25,6 +25,7 @@ from cases.pages import PAGES, TOP, blocks
 from luthier_api import crd
 from luthier_api.base import ApiModel
 from luthier_api.kinds import KINDS, FineTuneJob, JobKind
+from luthier_api.methods import METHODS
 from luthier_api.tasks import TRAINING_TASKS
 from luthier_api.validation import check_job
 from luthier_operator.objects import objects
@@ -235,7 +236,7 @@ def test_every_kind_task_and_method_has_an_example() -> None:
     jobs = [check_job(d) for _, d in DOCUMENTS if "kind" in d]
     tuned, made = [j for j in jobs if isinstance(j, FineTuneJob)], [j for j in jobs if not isinstance(j, FineTuneJob)]
     assert {j.spec.task for j in tuned} == set(TRAINING_TASKS)
-    assert {j.spec.method.type for j in tuned} == {"full", "lora", "qlora"}
+    assert {j.spec.method.type for j in tuned} == set(METHODS)
     assert {j.spec.task for j in made} == {"text-generation", "text-to-image"}
 
 

@@ -150,7 +150,9 @@ def measured(model: Any, data: DatasetDict) -> float:
     for row in data["eval"]["input_ids"]:
         ids = torch.tensor([row])
         with torch.no_grad():
-            total += model.eval()(input_ids=ids, labels=ids).loss.item() * (len(row) - 1)
+            logits = model.eval()(input_ids=ids).logits[0]
+        # Before the logits of its tokens may be those of virtual ones.
+        total += torch.nn.functional.cross_entropy(logits[-len(row) : -1], ids[0, 1:], reduction="sum").item()
         count += len(row) - 1
     return total / count
 

@@ -427,7 +427,7 @@ UNFIT = [
         name="not LoRA",
         config={"peft_type": "LOHA"},
         tensors={},
-        refusal="spec.adapters[0]: is a LOHA adapter; only LoRA adapters are merged",
+        refusal="spec.adapters[0]: is a LOHA adapter, which cannot be merged, because it is not known",
     ),
     UnfitCase(
         name="layers of its own",

@@ -13,7 +13,8 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.method import Method
 from luthier_api.methods import METHODS, ParameterPrecision
 from luthier_api.spec import Quantization
-from luthier_trainer.methods.base import Surroundings
+from luthier_trainer.methods import frozen
+from luthier_trainer.methods.base import SOME_STEPS, Surroundings
 from luthier_trainer.methods.experts import fused_experts, linear_modules
 from luthier_trainer.methods.quantization import settings
 from luthier_trainer.methods.table import FAMILIES
@@ -57,15 +58,17 @@ def with_method(
     whole: list[str],
     deepspeed: bool,
     new_tokens: Sequence[int] = (),
+    steps: int = SOME_STEPS,
 ) -> Any:
-    """Return the model to train: the model itself, or the model with adapters.
+    """Return the model to train: the model itself, some of whose weights may be frozen, or the model with adapters.
 
     `whole`: names of modules whose own weights are all trained, beside the adapters and the modules that the method
     names. `new_tokens`: tokens whose rows of the embedding are trained beside adapters; the model gets those that it
-    lacks. The initial values of adapters and rows depend on torch's current seed. Raises Failure if the adapters do not
-    suit the model.
+    lacks. `steps`: of the training. The initial values of adapters and rows depend on torch's current seed. Raises
+    Failure if the adapters do not suit the model.
     """
     if not METHODS[method.type].adapter:
+        frozen.apply(model, method, whole)
         return model
     # On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights in the first evaluation, for a kernel without a
     # backward pass, and keeps using it in training: gradients then silently skip the frozen weights.
@@ -80,11 +83,16 @@ def with_method(
     # Not that of the input embeddings, which those of images lack. Quantised weights are integers.
     computed = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
     config = FAMILIES[method.type].config(
-        method, Surroundings(peft_type, whole, fused_experts(model), tokens, linear_modules(model))
+        method, Surroundings(peft_type, whole, fused_experts(model), tokens, linear_modules(model), steps)
     )
     try:
         adapted = get_peft_model(model, config, autocast_adapter_dtype=not deepspeed)
     except ValueError as error:
+        if not method.target_modules:
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"spec.method.type: {method.type} does not suit {type(model).__name__} ({error}); use lora",
+            ) from None
         linear = {
             name.rpartition(".")[2]
             for name, module in model.named_modules()

@@ -56,6 +56,8 @@ def check_modules(model: torch.nn.Module, kind: str, heads: list[str], targets: 
             f"spec.method.type: {kind} keeps statistics of its batches ({counting}), which change in"
             " training and which no adapter holds: the result would not be what was trained. Use method.type: full",
         )
+    if not targets:
+        return
     if ALL_LINEAR in targets:
         if len(targets) > 1:
             at = targets.index(ALL_LINEAR)
@@ -100,6 +102,15 @@ def check_modules(model: torch.nn.Module, kind: str, heads: list[str], targets: 
                 ExitCode.INVALID_SPEC,
                 f"{field}[{i}]: the model has no module {target!r} (it has: {', '.join(known)}).{hint}",
             )
+
+
+def names_with_adapters(config: PreTrainedConfig, task: str, method: Method) -> list[str]:
+    """Return the names of the modules that get an adapter."""
+    from luthier_trainer.methods.trainable import adapted_modules
+    from luthier_trainer.models.heads import heads_of
+
+    model = skeleton(config, task, MODEL)
+    return adapted_modules(model, method, whole_modules(model, method, heads_of(model, task)))
 
 
 def check_patterns(config: PreTrainedConfig, task: str, method: Method) -> None:

@@ -99,14 +99,16 @@ def check_quantised_share(config: PreTrainedConfig, task: str, kind: Quantizatio
 def check_adapters(config: PreTrainedConfig, spec: FineTuneJobSpec) -> None:
     """Add the adapters to a model without weights, and give notice of selected weights that get none.
 
-    Models that are no mixture of experts are not checked. Raises Failure if the adapters cannot be added.
+    Models that are no mixture of experts, and methods that add nothing to modules, are not checked. Raises Failure if
+    the adapters cannot be added.
     """
     model = inspect.skeleton(config, spec.task, inspect.MODEL)
     fused = fused_experts(model)
-    if not fused:
+    if not fused or not spec.method.target_modules:
         return
     import torch
-    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+    from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     from luthier_trainer.methods.apply import with_method
     from luthier_trainer.models.heads import heads_of
@@ -117,7 +119,7 @@ def check_adapters(config: PreTrainedConfig, spec: FineTuneJobSpec) -> None:
     with torch.device("meta"):
         adapted = with_method(model, method, TASKS[spec.task].peft_task_type, whole, deepspeed=True)
     layers = {
-        name: module for name, module in adapted.base_model.model.named_modules() if isinstance(module, LoraLayer)
+        name: module for name, module in adapted.base_model.model.named_modules() if isinstance(module, BaseTunerLayer)
     }
     on_experts = {
         f"{name}.{m.parameter_name}".replace(".base_layer", "")

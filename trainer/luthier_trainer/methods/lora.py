@@ -7,14 +7,14 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from luthier_api.method import Method
-from luthier_trainer.methods.base import Surroundings
+from luthier_trainer.methods.base import AdapterFamily, Surroundings
 from luthier_trainer.models.inspect import ALL_LINEAR
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
 
-class Lora:
+class Lora(AdapterFamily):
     """Updates of rank `method.rank`, scaled by `method.alpha`."""
 
     def config(self, method: Method, around: Surroundings) -> PeftConfig:
@@ -27,7 +27,7 @@ class Lora:
             r=method.rank,
             lora_alpha=method.alpha,
             lora_dropout=method.dropout,
-            target_modules=_targets(method, around),
+            target_modules=targets_of(method, around),
             target_parameters=sorted(experts) or None,
             task_type=around.task_type,
             modules_to_save=around.whole or None,
@@ -66,7 +66,7 @@ def layer_of(name: str) -> int | None:
     return int(match["idx"]) if match else None
 
 
-def _targets(method: Method, around: Surroundings) -> str | list[str]:
+def targets_of(method: Method, around: Surroundings) -> str | list[str]:
     """Return the modules that get adapters, as PEFT wants them named."""
     if method.target_modules != [ALL_LINEAR]:
         return list(method.target_modules)

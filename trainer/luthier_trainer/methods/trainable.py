@@ -15,6 +15,8 @@ from luthier_api.method import Method
 from luthier_api.methods import METHODS
 from luthier_api.run import Compute, Weights
 from luthier_api.status import Plan
+from luthier_api.tasks import TASKS
+from luthier_trainer.methods import frozen
 from luthier_trainer.methods.lora import layer_of
 from luthier_trainer.methods.table import FAMILIES
 from luthier_trainer.methods.targets import expanded
@@ -68,7 +70,8 @@ def with_adapters(whole: Compute, model: torch.nn.Module, heads: list[str], spec
     """
     if not METHODS[spec.method.type].adapter:
         return whole
-    learning = [tensor for tensor in adapter_tensors(model, spec.method, heads) if not tensor.embedding]
+    task_type = TASKS[spec.task].peft_task_type
+    learning = [tensor for tensor in adapter_tensors(model, spec.method, heads, task_type) if not tensor.embedding]
     times = 1.0
     if whole.unit == "row":
         times = whole.multiplied / sum(weight.numel() for weight in model.parameters())
@@ -97,7 +100,12 @@ def weights_in(
 
     total = sum(weight.numel() for weight in model.parameters())
     adapters = METHODS[spec.method.type].adapter
-    learning = [*adapter_tensors(model, spec.method, heads), *rows] if adapters else tensors_of(model, heads)
+    if adapters:
+        family = FAMILIES[spec.method.type]
+        learning = [*adapter_tensors(model, spec.method, heads, TASKS[spec.task].peft_task_type), *rows]
+        kept = family.state_weight_bytes * sum(tensor.weights for tensor in learning if tensor.adapter)
+    else:
+        learning, kept = tensors_of(model, spec.method, heads), 0
     training = spec.training
     cpu = spec.resources.gpus_per_node == 0
     return Weights(
@@ -105,7 +113,8 @@ def weights_in(
         learning=sum(tensor.weights for tensor in learning),
         tensors=len(learning),
         learning_bytes=2 if training.parameter_precision == "bf16" else 4,
-        state_bytes=sum(state_bytes(training.optimizer, training.parameter_precision, tensor) for tensor in learning),
+        state_bytes=kept
+        + sum(state_bytes(training.optimizer, training.parameter_precision, tensor) for tensor in learning),
         adapters=adapters,
         computed_bytes=2 if plan.precision in ("bf16", "fp16") or (plan.precision == "auto" and not cpu) else 4,
         source_bytes=2 if source in HALF else 4,
@@ -119,28 +128,35 @@ def source_dtype(folder: Path) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
-def tensors_of(model: torch.nn.Module, heads: list[str]) -> list[Tensor]:
-    """Return the tensors of a model that is trained whole. `heads`: its modules that answer the task."""
+def tensors_of(model: torch.nn.Module, method: Method, heads: list[str]) -> list[Tensor]:
+    """Return the tensors of a model that learn by a method without adapters. `heads`: modules that answer the task."""
     import torch
 
     from luthier_trainer.models.heads import hidden_matrices
 
-    hidden = hidden_matrices(model, heads)
+    hidden, learning = hidden_matrices(model, heads), frozen.learning(model, method, heads)
     tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)}
     return [
         Tensor(tuple(weight.shape), embedding=name in tables, hidden=name in hidden)
         for name, weight in model.named_parameters()
+        if name in learning
     ]
 
 
-def adapter_tensors(model: torch.nn.Module, method: Method, whole: list[str]) -> list[Tensor]:
-    """Return each trainable tensor: of the adapters, of the modules in `whole`, and of those that the method names."""
+def adapter_tensors(
+    model: torch.nn.Module, method: Method, whole: list[str], task_type: str | None = None
+) -> list[Tensor]:
+    """Return each trainable tensor: of the adapters, of the modules in `whole`, and of those that the method names.
+
+    `task_type`: PEFT's name of the task.
+    """
     import torch
 
     family, whole = FAMILIES[method.type], whole_modules(model, method, whole)
     method = expanded(method, model, whole)
     adapted = adapted_modules(model, method, whole)
     found = [Tensor(tuple(bias.shape)) for _, bias in biases_of(model, method, adapted, whole)]
+    found += [Tensor(shape, adapter=True) for shape in family.beside(method, model, task_type)]
     for name, module in model.named_modules():
         if name in whole:
             found += [
@@ -194,6 +210,8 @@ def gets_adapter(name: str, module: Any, model: torch.nn.Module, method: Method)
     from transformers.pytorch_utils import Conv1D
 
     if method.layers is not None and layer_of(name) not in method.layers:
+        return False
+    if not method.target_modules:
         return False
     if method.target_modules == [ALL_LINEAR]:
         last = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None

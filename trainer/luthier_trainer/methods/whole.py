@@ -66,7 +66,7 @@ def _trouble(
             f"{both} has the same weights as {shared[both]}, and PEFT would train a copy of one of them alone; leave it"
             " out, or use method.type: full"
         )
-    if asked in method.target_modules:
+    if asked in (method.target_modules or []):
         return f"{asked!r} is in targetModules, too, and what is trained whole gets no adapter; remove one of them"
     last = model.get_output_embeddings()
     inner = [m for module in found.values() for m in module.modules() if isinstance(m, torch.nn.Linear)]

@@ -17,6 +17,7 @@ from typing import Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import Adapter
+from luthier_api.methods import BY_PEFT_TYPE, METHODS
 from luthier_api.run import GenerateRun
 from luthier_api.tasks import GENERATION_TASKS, TASKS
 from luthier_trainer.models import quantised_base, sources, weight_files
@@ -28,10 +29,10 @@ NEEDS = {"text-generation": "causal-lm", "text-to-image": "Stable Diffusion XL"}
 WEIGHTS = "adapter_model.safetensors"  # the one file that PEFT 0.21 writes and reads
 PREFIX = "base_model.model."  # PEFT's prefix of the names in that file
 LORA_WEIGHT = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
-ADDED = re.compile(r"(.+?)\.lora_(?:embedding_)?[AB](?:\.(weight|bias))?")
+ADDED = re.compile(r"(.+?)\.lora_(?:embedding_)?[ABE](?:\.(weight|bias))?")
 LAST = re.compile(r"(.+)\.[^.]+")
-# DoRA replaces the norm of a weight, and trainable tokens replace single rows of an embedding.
-REPLACED = re.compile(r"(.+?)\.(?:lora_magnitude_vector(?:\.weight)?|token_adapter\..+)")
+# DoRA replaces the norm of a weight, trainable tokens replace single rows of an embedding, and IA3 multiplies.
+REPLACED = re.compile(r"(.+?)\.(?:lora_magnitude_vector(?:\.weight)?|token_adapter\..+|ia3_l)")
 COPIED = ".base_layer.weight"  # PEFT also saves the base's embeddings if an adapter is on them
 SHOWN = 3  # names in a message
 # Settings of adapters that cannot be merged, because they act while the model runs.
@@ -90,14 +91,27 @@ def task_of_adapter(config: Mapping[str, Any]) -> str | None:
 
 def check_kind(config: Mapping[str, Any], field: str) -> None:
     """Check that the adapter can be merged into the weights of the model. Raises Failure if it cannot."""
-    if (kind := config.get("peft_type")) != "LORA":
-        raise Failure(ExitCode.INVALID_SPEC, f"{field}: is a {kind} adapter; only LoRA adapters are merged")
+    check_mergeable(config, field)
     if setting := next((name for name in NOT_MERGED if config.get(name)), None):
         raise Failure(
             ExitCode.INVALID_SPEC,
             f"{field}: the adapter has {setting} ({ADAPTER_CONFIG}), and cannot become part of the model's weights",
         )
     quantised_base.check_adapter(config, field)
+
+
+def check_mergeable(config: Mapping[str, Any], field: str) -> None:
+    """Check that adapters of this kind can be merged. `config`: of PEFT. Raises Failure if they cannot."""
+    method = BY_PEFT_TYPE.get(kind := config.get("peft_type") or "")
+    if method is not None and method.mergeable:
+        return
+    reason = method.why["mergeable"] if method else "it is not known how its logits could be kept"
+    known = ", ".join(info.title for info in METHODS.values() if info.mergeable and not info.quantization)
+    raise Failure(
+        ExitCode.INVALID_SPEC,
+        f"{field}: is a {kind} adapter, which cannot be merged, because {reason}. Load it with PEFT, or use one of:"
+        f" {known}",
+    )
 
 
 def check_weights(adapter: Path, field: str) -> None:
@@ -165,6 +179,12 @@ def check_together(folders: Sequence[Path], adapters: Sequence[Adapter], field: 
     """
     found = {i: changes(folders[i]) for i, adapter in enumerate(adapters) if adapter.weight != 0}
     for i, own in found.items():
+        kind = json.loads((folders[i] / ADAPTER_CONFIG).read_text()).get("peft_type")
+        if adapters[i].weight != 1 and kind in BY_PEFT_TYPE and not BY_PEFT_TYPE[kind].weighted:
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}[{i}].weight: PEFT (0.21) has no weights for adapters of {BY_PEFT_TYPE[kind].title}; set 1",
+            )
         # Biases are excluded: `merge.add_adapter` multiplies their change by the weight.
         whole = sorted(name for name in own.replaces if not name.endswith(".bias"))
         if whole and adapters[i].weight != 1:

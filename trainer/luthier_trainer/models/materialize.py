@@ -13,6 +13,7 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun, GenerateRun
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.models import sources
+from luthier_trainer.models.adapters import check_mergeable
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 from luthier_trainer.workspace.model_files import ADAPTER_CONFIG, copy_text_files
@@ -41,6 +42,7 @@ def whole_model(
             ExitCode.INVALID_SPEC,
             f"{located.field}: that is an adapter, not a model; set its base model {base!r} there{hint}",
         )
+    check_mergeable(json.loads((path / ADAPTER_CONFIG).read_text()), located.field)
     base_path = sources.base_of(job, run, located.field)
     # Written beside the target and then renamed, so that an interrupted merge leaves no incomplete model.
     staged = folder.prepared / f"{name}.partial"

@@ -104,7 +104,7 @@ def merge(base: Path, adapter: Path, into: Path, labels: list[str] | None, field
 def add_adapters(
     model: PreTrainedModel, folders: Sequence[Path], weights: Sequence[float], field: str
 ) -> PreTrainedModel:
-    """Return `model` with LoRA adapters merged into its weights, each multiplied by its entry of `weights`.
+    """Return `model` with adapters merged into its weights, each multiplied by its entry of `weights`.
 
     Adapters of weight 0 are left out. Raises Failure if an adapter does not fit the model.
     """
@@ -165,7 +165,7 @@ def add_adapter(
             copied = adapted.base_model.model.get_submodule(name.removesuffix(".weight")).get_base_layer().weight
             copied.copy_(old + (copied - originals[name]))
         for module in adapted.modules():
-            if isinstance(module, LoraLayer):
+            if weight != 1 and isinstance(module, LoraLayer):
                 module.set_scale("default", weight)
         return merged(adapted, field)
 

@@ -93,7 +93,7 @@ def planned(run: FineTuneRun, task: Task, model: Model, plan: Plan, facts: Facts
 
 def facts_for(task: Task, model: Model, spec: FineTuneJobSpec, rows: int | None) -> tuple[Facts, Plan]:
     """Return what a layout is chosen from, and the safe layout."""
-    trouble = task.cannot_recompute(model) if spec.resources.gpus_per_node else None
+    trouble = task.cannot_recompute(model, spec) if spec.resources.gpus_per_node else None
     learnt = task.epoch_rows(spec, rows or UNKNOWN_ROWS)
     plan = plan_training(spec, learnt, None, trouble, task.whole_logits(model), task.attention(model, spec))
     labels = None if not TASKS[spec.task].head else [str(i) for i in range(getattr(model.config, "num_labels", 2))]

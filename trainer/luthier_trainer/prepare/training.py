@@ -90,7 +90,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     if model.processor is not None:
         model.processor.save_pretrained(folder.prepared / "processor")
     first_row.keep(train, task, model.processor, folder.prepared)
-    trouble = task.cannot_recompute(model) if spec.resources.gpus_per_node > 0 else None
+    trouble = task.cannot_recompute(model, spec) if spec.resources.gpus_per_node > 0 else None
     learnt = len(train) if examples.stream is None else streamed.rows_learnt(spec)
     rows = task.epoch_rows(spec, learnt)
     whole = task.whole_logits(model)

@@ -169,7 +169,7 @@ def shared_weights(run: FineTuneRun, prepared: PreparedRecord) -> list[str]:
     method, folder = run.spec.method, Path(prepared.model_path)
     if (
         not METHODS[method.type].adapter
-        or "all-linear" in method.target_modules
+        or "all-linear" in (method.target_modules or ["all-linear"])
         or not (folder / MODEL_CONFIG).is_file()
     ):
         return []  # all-linear selects no embeddings

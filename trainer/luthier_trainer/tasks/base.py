@@ -292,8 +292,8 @@ class Task(Batches, Protocol):
         """
         return None
 
-    def cannot_recompute(self, model: Model) -> str | None:
-        """Return why the model does not support activation checkpointing; None if it does."""
+    def cannot_recompute(self, model: Model, spec: FineTuneJobSpec) -> str | None:
+        """Return why the model, or the method, does not support activation checkpointing; None if they do."""
         ...
 
     def whole_logits(self, model: Model) -> str | None:

@@ -16,7 +16,7 @@ from luthier_api.tasks import TRAINING_TASKS
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import row_lengths
 from luthier_trainer.methods import checks as method_checks
-from luthier_trainer.methods import experts, loftq, targets, whole
+from luthier_trainer.methods import experts, frozen, ia3, loftq, targets, virtual_tokens, whole
 from luthier_trainer.methods.trainable import compute_of, weights_of
 from luthier_trainer.models import attention, checks, inspect, weight_check
 from luthier_trainer.models.materialize import whole_model
@@ -65,7 +65,7 @@ class PretrainedTask(Task):
             checks.check_sharding(model.config, self.task, "spec.strategy")
         if spec.training.parameter_precision == "bf16":
             checks.check_weights_in_16_bits(model.config, self.task, "spec.training.parameterPrecision")
-        trouble = self.cannot_recompute(model) if spec.training.gradient_checkpointing else None
+        trouble = self.cannot_recompute(model, spec) if spec.training.gradient_checkpointing else None
         if trouble:
             raise Failure(
                 ExitCode.INVALID_SPEC, f"{CHECKPOINTING}: {trouble}; remove it, or use a smaller microBatchSize"
@@ -73,8 +73,10 @@ class PretrainedTask(Task):
         if METHODS[spec.method.type].adapter:
             spec = spec.model_copy(update={"method": with_names(spec.method, model.config, self.task)})
             method_checks.check_adapters(
-                model.config, self.task, spec.method.target_modules, "spec.method.targetModules"
+                model.config, self.task, spec.method.target_modules or [], "spec.method.targetModules"
             )
+            ia3.check(spec.method, method_checks.names_with_adapters(model.config, self.task, spec.method))
+            virtual_tokens.check(model.config, self.task, spec.method, spec.training.max_length)
             whole.check(model.config, self.task, spec.method, spec.model.quantization is not None)
             method_checks.check_patterns(model.config, self.task, spec.method)
             method_checks.check_initial(model.config, self.task, spec.method)
@@ -83,6 +85,8 @@ class PretrainedTask(Task):
             experts.check_adapters(model.config, spec)
             if model.new_tokens:
                 method_checks.check_new_tokens(model.config, self.task, spec.method)
+        else:
+            frozen.check(model.config, self.task, spec.method)
         if spec.model.quantization:
             kind, field = spec.model.quantization.type, quantization_field(spec)
             experts.check_quantised_share(model.config, self.task, kind, field)
@@ -98,7 +102,9 @@ class PretrainedTask(Task):
         attention.check(model.config, self.task, asked, trouble)
         return Attention(default=attention.of_transformers(model.config, self.task), cannot_varlen=trouble)
 
-    def cannot_recompute(self, model: Model) -> str | None:
+    def cannot_recompute(self, model: Model, spec: FineTuneJobSpec) -> str | None:
+        if not METHODS[spec.method.type].recomputes:
+            return METHODS[spec.method.type].why["recomputes"]
         return checks.cannot_recompute(model.config, self.task)
 
     def weights(self, model: Model, spec: FineTuneJobSpec, plan: Plan, labels: list[str] | None) -> Weights:
@@ -126,7 +132,10 @@ class PretrainedTask(Task):
 
 
 def with_names(method: Method, config: PreTrainedConfig, task: str) -> Method:
-    """Return the method with names of modules instead of expressions. Raises Failure if an expression means none."""
+    """Return the method with names of modules instead of expressions, and of those that the job leaves out.
+
+    Raises Failure if an expression means none, or if the architecture has none that are usual.
+    """
     from luthier_trainer.models.heads import heads_of
 
     model = inspect.skeleton(config, task, inspect.MODEL)

@@ -89,7 +89,7 @@ class TextToImage(LabelledBatches, Task):
         for use, rows in data.items():
             report_unread(rows, read_tokenizers(model.path), use)
 
-    def cannot_recompute(self, model: Model) -> str | None:
+    def cannot_recompute(self, model: Model, spec: FineTuneJobSpec) -> str | None:
         return None
 
     def weights(self, model: Model, spec: FineTuneJobSpec, plan: Plan, labels: list[str] | None) -> Weights:

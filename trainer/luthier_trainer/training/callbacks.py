@@ -78,6 +78,20 @@ class Guard(Callback):
             )
 
 
+class MethodSteps(Callback):
+    """Tells the method of each update that was applied, while the gradients are there."""
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        method = self.loop.method_state
+        if method is None or method.course is None:
+            return
+        skipped = self.loop.accelerator.optimizer_step_was_skipped or bool(self.loop.withheld_in_a_row.item())
+        if not skipped:
+            method.course.after_update(state.global_step + 1)
+
+
 class Stop(Callback):
     """Makes all ranks agree, after each step and each batch of an evaluation, whether to stop.
 

@@ -33,6 +33,8 @@ from luthier_trainer.distributed.ranks import Ranks
 from luthier_trainer.distributed.strategy import assert_started, uses_deepspeed
 from luthier_trainer.methods import apply as methods
 from luthier_trainer.methods import initial
+from luthier_trainer.methods.state import MethodState
+from luthier_trainer.methods.table import FAMILIES
 from luthier_trainer.methods.trainable import HALF, source_dtype
 from luthier_trainer.models import varlen
 from luthier_trainer.models.quantised_base import check_rows
@@ -48,7 +50,7 @@ from luthier_trainer.tracking.callback import Tracking, tracking
 from luthier_trainer.training import checkpoint, optimizers, result
 from luthier_trainer.training.arguments import training_arguments
 from luthier_trainer.training.best import Choice
-from luthier_trainer.training.callbacks import Guard, Heartbeat, Report, Stop
+from luthier_trainer.training.callbacks import Guard, Heartbeat, MethodSteps, Report, Stop
 from luthier_trainer.training.canary import Canary
 from luthier_trainer.training.compiling import compile_blocks
 from luthier_trainer.training.resilience import EvaluationStopped, Resilient, resilient
@@ -173,7 +175,11 @@ def main(run: FineTuneRun | GenerateRun, observers: Sequence[Any] = ()) -> Termi
         loaded.new_modules,
         deepspeed,
         prepared.new_tokens,
+        prepared.plan.steps or 1,
     )
+    family = FAMILIES.get(spec.method.type)
+    if family is not None:
+        family.begin(model, spec.method, processor)
     begun = initial.begin(
         model,
         spec.method,
@@ -184,13 +190,14 @@ def main(run: FineTuneRun | GenerateRun, observers: Sequence[Any] = ()) -> Termi
         Path(prepared.model_path),
     )
     freeze(model, loaded.unused_parameters)
+    method_state = MethodState(family, model, spec.method) if family is not None and family.saves_all else None
 
     compiled = compile_blocks(model) if spec.training.torch_compile else 0
 
     telemetry, stop = Telemetry(), Stop()
     report = Report(telemetry, run.gpu.peak_flops if run.gpu else None, task.reported, prepared.compute)
     canary = Canary(telemetry, plan, spec.resources.processes)
-    callbacks = [Guard(plan), Heartbeat(), report, canary, stop]
+    callbacks = [Guard(plan), MethodSteps(), Heartbeat(), report, canary, stop]
     resumed = checkpoint.step_of(resume) if resume else None
     trackers = tracking(run, prepared, resumed) if ranks.first else Tracking([])
     setup = task.trainer(context, loaded.model)
@@ -213,6 +220,7 @@ def main(run: FineTuneRun | GenerateRun, observers: Sequence[Any] = ()) -> Termi
         seconds_before=before.get("seconds", 0.0),
         rows_a_step=spec.training.batch_size,
         group_by_length=bool(spec.training.group_by_length),
+        method_state=method_state,
         own_optimizer=lambda trainer: optimizers.own(trainer, spec.training, spec.task),
     )
     for callback in (*callbacks, *observers):

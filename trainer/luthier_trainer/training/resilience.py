@@ -25,6 +25,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from luthier_api.exitcodes import ExitCode
 from luthier_trainer.data.lengths import longest_first
 from luthier_trainer.distributed.ranks import Ranks
+from luthier_trainer.methods.state import MethodState
 from luthier_trainer.models.inspect import counts
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.heartbeat import beating_while_growing
@@ -71,14 +72,16 @@ class Resilient(Base):
         seconds_before: float,
         rows_a_step: int,
         group_by_length: bool = False,
+        method_state: MethodState | None = None,
         own_optimizer: Callable[[Any], torch.optim.Optimizer | None],
         drawn: Drawn | None = None,
         **kwargs: Any,
     ) -> None:
         """`rows_a_step`: rows of an optimiser step. `group_by_length`: rows of similar lengths share a step.
 
-        `drawn` draws what is random in a batch. `own_optimizer` makes the optimiser for this trainer, or returns None
-        if transformers makes it.
+        `drawn` draws what is random in a batch. `method_state`: what the method has for checkpoints and steps, where
+        that is more than PEFT saves. `own_optimizer` makes the optimiser for this trainer, or returns None if
+        transformers makes it.
         """
         self._by_length: ByLength | None = None
         self._evaluation_order: list[int] | None = None
@@ -91,6 +94,9 @@ class Resilient(Base):
         self.remove_callback(PrinterCallback)  # `callbacks.Report` prints one readable line instead
         self.batches, self.ranks, self.identity, self.keep = batches, ranks, identity, keep
         self.rows_a_step = rows_a_step
+        self.method_state = method_state
+        self._penalty_scale = 0.0
+        """By what the method's penalty is multiplied in the next forward pass: it counts once in a step."""
         self._own_optimizer = own_optimizer
         self.drawn: Drawn = drawn or (lambda batch, step: batch)
         self.choice = choice
@@ -150,6 +156,8 @@ class Resilient(Base):
             batches.append(self._batch_without_weight())
         items = self._get_num_items_in_batch(batches, device)
         self._mean_rows = self._rows_of_a_mean_batch(batches) if items is None else None
+        # transformers divides a loss that is no mean over items by the number of micro-batches.
+        self._penalty_scale = 1.0 if items is not None else float(len(batches))
         return batches, items
 
     def _batch_without_weight(self) -> Batch:
@@ -176,6 +184,13 @@ class Resilient(Base):
         return 0 if WITHOUT_WEIGHT in batch else self.batches.rows(batch)
 
     def compute_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
+        loss = self._weighted_loss(model, inputs, *args, **kwargs)
+        if self.method_state is None or self.method_state.course is None or not model.training:
+            return loss
+        scale, self._penalty_scale = self._penalty_scale, 0.0
+        return loss + scale * self.method_state.course.penalty() if scale else loss
+
+    def _weighted_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         if WITHOUT_WEIGHT in inputs:
             # The loss of the original batch is finite. With all items ignored, some models compute a mean over zero
             # items, which is NaN, and NaN * 0.0 is NaN.
@@ -373,6 +388,9 @@ class Resilient(Base):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load a checkpoint's weights. Raises Failure(TRAINING_ERROR) if weights of the model are missing in it."""
+        if self.method_state is not None:
+            self.method_state.load(Path(resume_from_checkpoint))
+            return
         if not isinstance(self.model, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -430,6 +448,10 @@ class Resilient(Base):
             # DeepSpeed resumes from its own shards, so a checkpoint needs no second copy of the weights. Under ZeRO-3
             # that copy would also have to be gathered in each save. Only the result needs one.
             Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            return
+        if self.method_state is not None and _internal_call:
+            if self.args.should_save:
+                self.method_state.save(Path(output_dir or self.args.output_dir))
             return
         super().save_model(output_dir, _internal_call)
 

@@ -103,6 +103,8 @@ def write(
     if loop.ranks.first:
         shutil.rmtree(staged, ignore_errors=True)
     loop.ranks.wait()
+    if loop.method_state is not None and loop.method_state.course is not None:
+        loop.method_state.course.finish()
     if use_cache is not None:
         loop.model.config.use_cache = use_cache
     with beating_while_growing(staged):
@@ -142,9 +144,22 @@ def _name_base(folder: Path, run: FineTuneRun, prepared: PreparedRecord) -> None
         base = {"base_model_name_or_path": run.spec.model.id, "revision": prepared.model.revision}
     # A program that loads an adapter lets it begin once more, before it replaces what has begun. PEFT's orthogonal way
     # fails on quantised weights.
-    path.write_text(json.dumps(config | base | {"init_lora_weights": True}, indent=2, sort_keys=True))
+    begins = {"init_lora_weights": True} if "init_lora_weights" in config else {}
+    path.write_text(json.dumps(config | base | begins, indent=2, sort_keys=True))
     # The card that PEFT saves is empty and names the local folder. `publish` writes the real card.
     (folder / "README.md").unlink(missing_ok=True)
+
+
+def _without_rank(folder: Path) -> list[str]:
+    """Return the modules from which AdaLoRA has taken all ranks. Their tensors are empty."""
+    path = folder / ADAPTER_CONFIG
+    pattern = json.loads(path.read_text()).get("rank_pattern") if path.exists() else None
+    # LoRA has ranks there, which are never zero.
+    return [
+        name.partition(".lora_")[0]
+        for name, left in (pattern or {}).items()
+        if isinstance(left, list) and not any(left)
+    ]
 
 
 def _check_weights(folder: Path, constants: Collection[str] = ()) -> None:
@@ -156,7 +171,13 @@ def _check_weights(folder: Path, constants: Collection[str] = ()) -> None:
     for file in files:
         with safe_open(file, "pt") as weights:
             names = list(weights.keys())
-            empty = [name for name in names if 0 in weights.get_slice(name).get_shape()]
+            without_rank = _without_rank(folder)
+            empty = [
+                name
+                for name in names
+                if 0 in weights.get_slice(name).get_shape()
+                and not any(f".{module}.lora_" in name for module in without_rank)
+            ]
             if empty or not names:
                 raise Failure(
                     ExitCode.TRAINING_ERROR,
