@@ -12,6 +12,7 @@ import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.samples import Sample
 
 PROMPTS, BATCH_SIZE, NEW_TOKENS, ROUNDS = 64, 8, 96, 2
+LONGEST_WAIT = 300  # seconds for a peer that may never answer
 LONGEST = 600  # characters of a prompt
 VOCABULARY, ENDS = 4096, 85  # a text ends with one of so many tokens
 THREADS = 1  # so that CPU seconds are those of work, and not of threads that wait for each other
@@ -150,9 +152,19 @@ class Programs:
     def continuous_batching(self) -> int:
         self.computed = 0
         ids = [self.tokenizer(text)["input_ids"] for text in self.texts]
-        made = self.model.generate_batch(inputs=ids, generation_config=self.settings, progress_bar=False)
-        assert len(made) == len(ids), "some texts were not written"
-        return sum(self.length(list(output.generated_tokens)) for output in made.values())
+        found: list[dict[str, Any]] = []
+
+        def write() -> None:
+            found.append(self.model.generate_batch(inputs=ids, generation_config=self.settings, progress_bar=False))
+
+        # It waits for a thread of its own, for ever if that one has stopped.
+        thread = threading.Thread(target=write, daemon=True)
+        thread.start()
+        thread.join(LONGEST_WAIT)
+        if not found:
+            raise TimeoutError(f"no texts within {LONGEST_WAIT} s")
+        assert len(found[0]) == len(ids), "some texts were not written"
+        return sum(self.length(list(output.generated_tokens)) for output in found[0].values())
 
 
 def generate_samples(texts: Sequence[str], settings: TextSettings) -> list[Sample]:
