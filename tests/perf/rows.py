@@ -9,6 +9,7 @@ time of the larger number of rows as a multiple of that of the smaller one, by r
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -109,6 +110,7 @@ def stage(name: str, folder: Path) -> dict[str, float]:
         begun.finish({"rows": count, "failedRows": 0})
 
     work: dict[str, Callable[[], None]] = dict(zip(STAGES, (prepare, make, resume, rest, finish), strict=True))
+    importlib.import_module("luthier_trainer.generation.engines.base")  # imports torch
     if name == "prepare":
         import datasets
         import numpy

@@ -465,6 +465,9 @@ LISTS = {
         "spec.inputs.columns.carry",
         "spec.image.metadata",
         "spec.text.stop",
+        "spec.inputs.rows[].overrides.text.stop",
+        "spec.inputs.sweep.zip.text.stop[]",
+        "spec.inputs.sweep.product.text.stop[]",
     },
     "map": {
         "spec.volumes",

@@ -355,7 +355,8 @@ def test_a_refiner_does_the_last_steps(images: Images, sdxl: Path, tmp_path: Pat
         expect = second(**given, image=latents, denoising_start=0.5).images[0]
         difference = pixels(line) - torch.frombuffer(bytearray(expect.tobytes()), dtype=torch.uint8).int()
         assert difference.abs().max() <= 1
-        assert line["settings"]["refinerModel"]["source"] == str(refiner)
+        made_of = json.loads(Image.open(io.BytesIO(line["content"])).info["luthier"])["settings"]
+        assert made_of["refinerModel"]["source"] == str(refiner)
     plain = images(ROWS[1:3], image={"steps": 4})
     assert not set(digests(plain)) & set(digests(found))
 
