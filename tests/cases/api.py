@@ -16,7 +16,7 @@ from luthier_api.crd import crd
 from luthier_api.kinds import KINDS
 from luthier_api.marks import rules_of
 from luthier_api.methods import METHODS
-from luthier_api.tasks import TRAINING_TASKS
+from luthier_api.tasks import TRAINING_TASKS, UNPROVEN
 
 Document = dict[str, Any]
 
@@ -942,7 +942,12 @@ CHOICES: list[Case] = [
             refused=task | ADALORA,
             accepted=task | LORA,
         )
-        for task in (PREFERENCE, REWARD, GRPO)
+        for task in (
+            PREFERENCE,
+            REWARD,
+            GRPO,
+            *({"spec.task": name} for name, task in TRAINING_TASKS.items() if task.why.get("methods") == UNPROVEN),
+        )
     ),
     *(
         Case(
