@@ -47,7 +47,7 @@ images: setup  ## both images, where the cluster finds them
 	$(PYTHON) tests/cluster/cluster.py image . trainer luthier/trainer:dev
 
 e2e: setup  ## whole examples by `luthier run`, then API and end-to-end tests on the cluster, through helm and kubectl
-	$(PYTEST) -n 2 --dist loadfile -m program tests/trainer/test_*.py
+	$(PYTEST) -n 2 --dist loadfile -m program tests/trainer/test_*.py tests/trainer/distributed/test_ranks.py
 	$(PYTEST) tests/cluster tests/e2e
 
 bench: setup  ## the figures of docs/benchmarks.md, as JSON

@@ -20,7 +20,7 @@ from luthier_api.run import FineTuneRun
 from luthier_trainer.workspace.prepared import read_prepared, write_prepared
 
 LORA = {"type": "lora", "rank": 4}
-STRATEGIES = ("zero2-offload", "zero3-offload")
+STRATEGIES = ("zero2", "zero3")
 VOCABULARY = 512
 NEW_TOKENS = (VOCABULARY, VOCABULARY + 1)
 
@@ -87,13 +87,13 @@ COURSES = [
         name="PiSSA",
         method=LORA | {"initLoraWeights": "pissa"},
         training={},
-        strategies=("zero2-offload",),
+        strategies=("zero2",),
     ),
     Course(
         name="rows of new tokens",
         method=LORA,
         training={},
-        strategies=("zero2-offload",),
+        strategies=("zero2",),
         new_tokens=NEW_TOKENS,
     ),
 ]
