@@ -96,7 +96,8 @@ def find_sharing(model: PreTrainedModel, prompt: Sequence[int], padding: int, le
     limit = max(smallest, ROUNDING * difference(alone[:1], followed_logits(model, prompt, padding, length)))
     # The second text of the batch has the full length here, and the length of the prompt below.
     longer = [*prompt, *reversed(prompt)] * length
-    if slots_effect(model, alone, prompt, longer[: length - STEPS], padding) <= limit:
+    in_slots = slots_effect(model, alone, prompt, longer[: length - STEPS], padding)
+    if in_slots <= limit and in_slots < torch.inf:  # the limit is infinite where the model gives no numbers at all
         return "slots"
     padded = effect(model, alone, [prompt, longer[:length]], padding, length)
     if padded <= limit:
