@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ModelWrapValidatorHandler, model_validator
-from pydantic.alias_generators import to_camel
+from pydantic.alias_generators import to_camel, to_snake
 
 from luthier_api.base import SET, ApiModel, Format, Rule, model_in
 from luthier_api.decides import BUDGET, CIRCUMSTANCES, PLACE, PUBLICATION, RESULT
@@ -79,6 +79,108 @@ class Adapter(ApiModel):
     )
 
 
+class OneOutput(ApiModel):
+    """The settings of a task that makes one output of each row."""
+
+    per_prompt: ClassVar[int] = 1
+
+
+class ClassifySettings(OneOutput):
+    """What is written of the scores of the labels."""
+
+    top_k: Annotated[int | None, Field(ge=1)] = None
+    """Labels whose scores are written, the highest first; all of them when left out."""
+    threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """A text has each label with at least this score, where the model gives a text any number of labels
+    (`problem_type: multi_label_classification`). Others give it the one with the highest score.
+    """
+
+
+class EntitySettings(OneOutput):
+    """How the labels of tokens become entities."""
+
+    aggregation: Literal["none", "simple", "first", "average", "max"] = "simple"
+    """none: each token is one. simple: neighbours of one label. first, average and max: whole words, whose label is
+    that of the first token, of the mean of the scores, or of the highest score.
+    """
+    stride: Annotated[int | None, Field(ge=0, le=65536)] = None
+    """Tokens that two parts share of a text that is longer than the model reads. Left out: such a text is not divided.
+    """
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "!has(self.stride) || self.aggregation != 'none'",
+            "entities.stride: tokens that stand in two parts would be there twice; set another entities.aggregation",
+        ),
+    )
+
+
+class AnswerSettings(OneOutput):
+    """How the answer is found in its context."""
+
+    max_tokens: Annotated[int, Field(ge=1, le=1024)] = 30
+    """Tokens of an answer, at most."""
+    window: Annotated[int, Field(ge=16, le=65536)] = 384
+    """Tokens of the question and a part of the context that are read at once, as far as the model has positions."""
+    stride: Annotated[int, Field(ge=0, le=65536)] = 128
+    """Tokens of the context that two windows share."""
+    allow_none: bool = False
+    """Whether there may be no answer, as models learn it from SQuAD 2.0. It is the empty text then."""
+    none_threshold: float = 0.0
+    """There is no answer where its score is above that of the best one by more than this."""
+    top_k: Annotated[int, Field(ge=1, le=100)] = 1
+    """Answers that are written, the best first."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "self.noneThreshold == 0.0 || self.allowNone",
+            "answers.noneThreshold: has no effect where each question has an answer; set answers.allowNone",
+        ),
+    )
+
+
+class ZeroShotSettings(OneOutput):
+    """The labels, and how the model is asked for them."""
+
+    labels: Annotated[Annotated[list[ShortText], SET] | None, Field(min_length=1, max_length=100)] = None
+    """The labels of the job, which have no default. The model reads each text once for each of them."""
+    hypothesis: Annotated[str, Field(max_length=1000)] = "This example is {}."
+    """The sentence about a text that is true if {} is its label."""
+    multi_label: bool = False
+    """Whether a text can have any number of the labels: each has a score of its own, and all scores need not add up to
+    1.
+    """
+    threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """With multiLabel, a text has each label with at least this score."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "self.hypothesis.contains('{}')",
+            "zeroShot.hypothesis: has no {} for the label; write it, such as This text is about {}.",
+        ),
+        Rule(
+            "self.threshold == 0.5 || self.multiLabel",
+            "zeroShot.threshold: a text has one label, that with the highest score; set zeroShot.multiLabel",
+        ),
+    )
+
+
+class MaskSettings(OneOutput):
+    """What is written of the tokens that fit a mask."""
+
+    top_k: Annotated[int, Field(ge=1, le=1000)] = 5
+    """Tokens for each mask, the likeliest first."""
+
+
+class EmbeddingSettings(OneOutput):
+    """How the hidden states of a text become one vector. The card of a model says how it was trained."""
+
+    pooling: Literal["mean", "cls", "last"] = "mean"
+    """mean: that of all tokens; cls: the first token; last: the last token, for decoders."""
+    normalize: bool = True
+    """Whether vectors have the length 1, so that their product is the cosine between them."""
+
+
 class TextSettings(ApiModel):
     """How text is generated."""
 
@@ -90,20 +192,20 @@ class TextSettings(ApiModel):
         default_factory=list
     )
     """Strings that end a text where the first of them appears. They are no part of it."""
-    json_schema: Annotated[str | None, Field(min_length=2, max_length=32768), WHOLE_JOB] = None
+    json_schema: Annotated[str | None, Field(min_length=2, max_length=32768), For("task"), WHOLE_JOB] = None
     """JSON schema that a text fits, as JSON text: only tokens that lead to such a document can follow. A text that ends
     by `maxNewTokens` may be the beginning of one.
     """
-    regex: Annotated[str | None, Field(min_length=1, max_length=4096), WHOLE_JOB] = None
+    regex: Annotated[str | None, Field(min_length=1, max_length=4096), For("task"), WHOLE_JOB] = None
     """Regular expression that a text matches from beginning to end, in the syntax of Rust. Only tokens that lead to
     such a text can follow.
     """
-    chat: Annotated[bool, WHOLE_JOB] = False
+    chat: Annotated[bool, For("task"), WHOLE_JOB] = by_table()
     """Whether prompts are written with the chat template of the model, as after a training on conversations: a prompt
     is then the message of a user, or a list of messages. An adapter's template comes before the model's. A text also
     ends with the token that ends a turn.
     """
-    system_prompt: Annotated[str | None, Field(min_length=1, max_length=8192)] = None
+    system_prompt: Annotated[str | None, Field(min_length=1, max_length=8192), For("task")] = None
     """Message of the system that stands before the messages of each row which has none. Needs chat."""
     temperature: Annotated[float, Field(ge=0, le=10)] = 0.0
     """0: always take the most likely token. Above: sample."""
@@ -133,6 +235,14 @@ class TextSettings(ApiModel):
     """Of beam search: above 1 prefers longer texts, below 1 shorter ones."""
     per_prompt: Annotated[int, Field(ge=1, le=1000)] = 1
     """Texts for each row; above 1 needs a temperature."""
+    prefix: Annotated[str, Field(max_length=1000), For("task"), WHOLE_JOB] = by_table()
+    """Is written before each text, as some models expect it, such as `summarize: `."""
+    source_language: Annotated[ShortText, For("task"), WHOLE_JOB] = by_table()
+    """Language of the texts, by the code of the model's tokenizer, such as eng_Latn. Needed by models of many
+    languages.
+    """
+    target_language: Annotated[ShortText, For("task"), WHOLE_JOB] = by_table()
+    """Language of the translations, likewise."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -167,7 +277,7 @@ class TextSettings(ApiModel):
             "text.stop: has no effect in beam search; remove it, or text.numBeams",
         ),
         Rule(
-            "!has(self.systemPrompt) || self.chat",
+            "!has(self.systemPrompt) || (has(self.chat) && self.chat)",
             "text.systemPrompt: is a message of a chat; set text.chat: true, or remove it",
         ),
         Rule(
@@ -285,39 +395,66 @@ class ImageSettings(ApiModel):
     )
 
 
-Settings = TextSettings | ImageSettings
+Settings = TextSettings | ImageSettings | OneOutput
 """The blocks of the tasks."""
 
 
 BLOCKS: Mapping[str, type[ApiModel]] = {"text": TextSettings, "image": ImageSettings}
-"""The blocks of settings of all tasks."""
+"""The blocks of settings of which rows can override fields."""
 RowOverrides = overriding(BLOCKS, "RowOverrides", "What a row overrides of the settings of the job.")
+
+
+ROWS_SIZE = 65536
+"""Characters of the texts of all rows in a manifest. The operator and etcd hold every job whole. Not bytes: the API
+server counts what it costs to convert each text at its longest, and refuses the CRD.
+"""
+TEXTS = ("prompt", "negativePrompt", "text", "question", "context")
+"""Fields of a row that hold a text."""
+
+
+def _size(name: str) -> str:
+    """CEL: characters of a text of `row`."""
+    return f"(has(row.{name}) ? size(row.{name}) : 0)"
 
 
 class Row(ApiModel):
     """One input."""
 
-    prompt: Annotated[str | None, Field(min_length=1, max_length=8192)] = None
+    prompt: Annotated[str | None, Field(min_length=1, max_length=8192), For("task")] = None
     """The text to continue (text-generation), or what the image shows (text-to-image). With `inputs.template`, a text
     for {prompt}.
     """
-    fields: Annotated[dict[str, Annotated[str, Field(max_length=8192)]] | None, Field(max_length=64)] = None
+    fields: Annotated[dict[str, Annotated[str, Field(max_length=8192)]] | None, Field(max_length=64), For("task")] = (
+        None
+    )
     """Texts for `inputs.template`, by their names there. Each output repeats them under `input`."""
     negative_prompt: Annotated[str | None, Field(max_length=8192), For("task")] = None
     """What the image should not show. An empty text is none, as an empty cell of a dataset is."""
+    text: Annotated[str | None, Field(min_length=1, max_length=ROWS_SIZE), For("task")] = None
+    """The text that the model reads."""
+    question: Annotated[str | None, Field(min_length=1, max_length=8192), For("task")] = None
+    """The question that the context answers."""
+    context: Annotated[str | None, Field(min_length=1, max_length=ROWS_SIZE), For("task")] = None
+    """The text in which the answer stands."""
     id: Annotated[str | None, Field(min_length=1, max_length=512)] = None
     """Identifier of this row, which each of its outputs repeats."""
-    seed: Seed | None = None
+    seed: Annotated[Seed | None, For("task")] = None
     """Seed of this row. Left out: derived from the job's seed and from the row, by its id or else by its contents."""
     overrides: RowOverrides | None = None  # type: ignore[valid-type]  # drawn from the blocks
     """What this row overrides of the settings of the job, such as {image: {steps: 50}}."""
 
 
 class InputColumns(ApiModel):
-    """Which columns of the dataset play which role. Only the prompt's column must exist."""
+    """Which columns of the dataset play which role."""
 
     prompt: Annotated[ShortText, For("task")] = by_table()
     """The prompt. Text files hold one a line and need no name here."""
+    text: Annotated[ShortText, For("task")] = by_table()
+    """The text that the model reads. Text files hold one a line and need no name here."""
+    question: Annotated[ShortText, For("task")] = by_table()
+    """The question that the context answers."""
+    context: Annotated[ShortText, For("task")] = by_table()
+    """The text in which the answer stands."""
     negative_prompt: Annotated[ShortText, For("task")] = by_table()
     """What the image should not show. Used where there is such a column; a name other than the default must exist."""
     id: ShortText | None = None
@@ -353,10 +490,6 @@ class InputData(DatasetSource):
     )
 
 
-ROWS_BYTES = 64 * 1024
-"""Of the texts of all rows in a manifest. The operator and etcd hold every job whole."""
-
-
 class SweepLists(ApiModel):
     """Lists of values, by what they are values of."""
 
@@ -365,7 +498,7 @@ class SweepLists(ApiModel):
         Field(max_length=16),
     ] = None
     """Texts for `inputs.template`, by their names there."""
-    seed: Annotated[list[Seed] | None, Field(min_length=1, max_length=1000)] = None
+    seed: Annotated[list[Seed] | None, Field(min_length=1, max_length=1000), For("task")] = None
     """Seeds, instead of those of the rows."""
 
 
@@ -389,17 +522,21 @@ class Inputs(ApiModel):
     """The rows to work on: exactly one of rows and dataset."""
 
     rows: Annotated[list[Row] | None, Field(min_length=1, max_length=1000)] = None
-    """Rows written here: a handful, with at most 64 KiB of text in all. More belong into a file or a dataset."""
+    """Rows written here: a handful, with at most 65536 characters in all. More belong into a file or a dataset."""
     dataset: InputData | None = None
     """Rows from files or from the Hub."""
     columns: InputColumns | None = None
     """Names of the dataset's columns."""
-    template: Annotated[str | None, Field(min_length=1, max_length=8192)] = None
+    template: Annotated[str | None, Field(min_length=1, max_length=8192), For("task")] = None
     """The prompt of each row, with texts of the row in it: "a {thing} in the style of {style}". A name stands for a
     column of the dataset, for one of `rows[].fields`, or for a list of `sweep`; {{ and }} stand for braces.
     """
     sweep: Sweep | None = None
     """Works on each row several times, with other values. Each time is a row of its own in the outputs."""
+    truncate: Annotated[bool, For("task")] = by_table()
+    """Whether a text that is longer than the model reads is cut at its end, and counted. Otherwise its row is an
+    error, which says how long the text is.
+    """
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(exactly_one("rows", "dataset"), "inputs: set exactly one of rows and dataset"),
@@ -408,9 +545,8 @@ class Inputs(ApiModel):
             "inputs.columns: rows that stand in the job have no columns to name; remove it, or set inputs.dataset",
         ),
         Rule(
-            "!has(self.rows) || self.rows.map(row, (has(row.prompt) ? size(bytes(row.prompt)) : 0) +"
-            f" (has(row.negativePrompt) ? size(bytes(row.negativePrompt)) : 0)).sum() <= {ROWS_BYTES}",
-            f"inputs.rows: more than {ROWS_BYTES} bytes of text in all; put the rows into a file and name it in"
+            f"!has(self.rows) || self.rows.map(row, {' + '.join(map(_size, TEXTS))}).sum() <= {ROWS_SIZE}",
+            f"inputs.rows: more than {ROWS_SIZE} characters in all; put the rows into a file and name it in"
             " inputs.dataset.files: of a ConfigMap or a claim (spec.volumes), or of a dataset (inputs.dataset.id)",
         ),
     )
@@ -456,6 +592,8 @@ class GenerateResources(ApiModel):
 
 def overridable(block: str) -> list[str]:
     """The fields of a block of settings that a row can override, by their names in a manifest."""
+    if block not in BLOCKS:
+        return []
     model = model_in(RowOverrides.model_fields[block].annotation)
     assert model is not None
     return [field.alias or to_camel(name) for name, field in model.model_fields.items()]
@@ -476,11 +614,11 @@ def row_rules() -> Iterator[Rule]:
         blocks.setdefault(task.settings, []).append(name)
     for settings, tasks in blocks.items():
         fields = overridable(settings)
+        choices = f"names the fields of spec.{settings} that columns override: {', '.join(fields)}"
         yield Rule(
             f"!(self.task in {tasks}) || !has(self.inputs.columns) || !has(self.inputs.columns.settings) ||"
             f" self.inputs.columns.settings.all(field, field in {fields})",
-            f"spec.inputs.columns.settings: names the fields of spec.{settings} that columns override:"
-            f" {', '.join(fields)}",
+            f"spec.inputs.columns.settings: {choices if fields else f'{settings} is the same for all rows; remove it'}",
         )
 
 
@@ -490,7 +628,11 @@ class GenerateJobSpec(JobControl, TabledSpec):
     tables: ClassVar[Mapping[str, Table]] = {"task": Table(GENERATION_TASKS, selector="task", noun="task")}
 
     task: Annotated[GenerateTask, RESULT]
-    """What the model generates: text-generation continues prompts, text-to-image makes images (Stable Diffusion XL)."""
+    """What the model makes of each row: scores of labels (text-classification, zero-shot-classification), entities
+    (token-classification), an answer (question-answering), what fits a mask (fill-mask), a vector (feature-extraction),
+    another text (summarization, translation, text2text-generation), the continuation of a prompt (text-generation), or
+    an image (text-to-image, with Stable Diffusion XL).
+    """
     model: Annotated[ModelSource, RESULT]
     adapters: Annotated[list[Adapter], Field(max_length=8), RESULT] = Field(default_factory=list)
     """LoRA adapters that are added to the model, each by its weight. For images also LoHa, LoKr and DoRA, in files of
@@ -501,11 +643,23 @@ class GenerateJobSpec(JobControl, TabledSpec):
     """How text is generated."""
     image: Annotated[ImageSettings, For("task"), RESULT] = by_table()
     """How images are generated."""
+    classify: Annotated[ClassifySettings, For("task"), RESULT] = by_table()
+    """What is written of the scores of the labels."""
+    entities: Annotated[EntitySettings, For("task"), RESULT] = by_table()
+    """How the labels of tokens become entities."""
+    answers: Annotated[AnswerSettings, For("task"), RESULT] = by_table()
+    """How the answer is found in its context."""
+    zero_shot: Annotated[ZeroShotSettings, For("task"), RESULT] = by_table()
+    """The labels, and how the model is asked for them."""
+    mask: Annotated[MaskSettings, For("task"), RESULT] = by_table()
+    """What is written of the tokens that fit a mask."""
+    embedding: Annotated[EmbeddingSettings, For("task"), RESULT] = by_table()
+    """How the hidden states of a text become one vector."""
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], RESULT] = "auto"
     """Precision of weights and computation. auto: bf16 on a GPU that has it, fp16 on one before Ampere, fp32 on CPU."""
     batch_size: Annotated[int, Field(ge=1, le=4096), RESULT] = 4
     """Outputs computed at once. Results do not depend on the number of shards, only on this."""
-    seed: Annotated[Seed, RESULT] = 0
+    seed: Annotated[Seed, For("task"), RESULT] = by_table()
     """Seed of rows that have none of their own."""
     shards: Annotated[int, Field(ge=1, le=4096), RESULT] = 1
     """Pods that share the outputs; each resumes where it stopped. A shard has consecutive outputs, so that the files of
@@ -544,7 +698,7 @@ class GenerateJobSpec(JobControl, TabledSpec):
     @property
     def settings(self) -> Settings:
         """The block of the job's task."""
-        settings: Settings = getattr(self, GENERATION_TASKS[self.task].settings)
+        settings: Settings = getattr(self, to_snake(GENERATION_TASKS[self.task].settings))
         return settings
 
     @property
@@ -562,6 +716,10 @@ class GenerateJobSpec(JobControl, TabledSpec):
         Rule(
             "self.resources.gpus > 0 || self.precision != 'fp16'",
             "spec.precision: fp16 needs a GPU; use fp32 or bf16 on CPU",
+        ),
+        Rule(
+            "self.task != 'zero-shot-classification' || (has(self.zeroShot) && has(self.zeroShot.labels))",
+            "spec.zeroShot.labels: zero-shot-classification needs the labels that a text may have; set them",
         ),
         Rule(
             "self.resources.gpus > 0 || !has(self.image) || self.image.offload == 'none'",

@@ -7,7 +7,7 @@ task does stands in `luthier_trainer`, and tests on both sides hold that each ro
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -40,7 +40,19 @@ FineTuneTask = Literal[
     "text-to-image",
 ]
 """The rows of `TASKS` that have a training half."""
-GenerateTask = Literal["text-generation", "text-to-image"]
+GenerateTask = Literal[
+    "text-classification",
+    "token-classification",
+    "question-answering",
+    "text-generation",
+    "text-to-image",
+    "zero-shot-classification",
+    "fill-mask",
+    "feature-extraction",
+    "summarization",
+    "translation",
+    "text2text-generation",
+]
 """The rows of `TASKS` that have a generation half."""
 BestMetric = Literal[
     "evalLoss",
@@ -132,6 +144,10 @@ class TrainingTask:
 
 ROW_SETTINGS = ("inputs.rows[].overrides", "inputs.sweep.zip", "inputs.sweep.product")
 """Where values of a block of settings stand for some rows. They belong to the tasks to which the block belongs."""
+TEMPLATES = ("inputs.template", "inputs.rows[].fields")
+"""Fields that write prompts. They belong to the tasks whose rows have one."""
+SEED = "seed"
+"""Role of the seed of a row, and the field of the seed of a job."""
 
 
 @dataclass(frozen=True)
@@ -139,21 +155,42 @@ class GenerationTask:
     """What a GenerateJob of the task reads, and where its settings stand."""
 
     columns: dict[str, str]
-    """Roles in `inputs.columns` that each row must have → the column's name unless the job gives another."""
-    optional_columns: dict[str, str]
-    """The same for roles that rows need not have."""
+    """Roles that each row must have, in `inputs.rows` or as a column → the column's name unless the job gives
+    another. The first is what text files hold.
+    """
+    optional_columns: dict[str, str | None]
+    """The same for roles that rows need not have; None: no default, the job names the column."""
     settings: str
     """The block of the spec that belongs to the task."""
     options: dict[str, Any] = field(default_factory=dict)
     """Path in the spec → default, of the other fields that belong to the task; None: no default."""
 
+    @property
+    def roles(self) -> dict[str, str | None]:
+        """Role → default name of its column, of all roles that rows can have."""
+        required: dict[str, str | None] = {**self.columns}
+        return required | self.optional_columns
+
+    @property
+    def main_role(self) -> str:
+        """The role of the text that the task works on."""
+        return next(iter(self.columns))
+
+    @property
+    def draws(self) -> bool:
+        """Whether outputs depend on a seed."""
+        return SEED in self.optional_columns
+
     @cached_property
     def fields(self) -> dict[str, Any]:
         """Path in the spec → default, of all fields that belong to the task. Other tasks refuse them."""
-        columns = {f"inputs.columns.{role}": name for role, name in (self.columns | self.optional_columns).items()}
+        columns: dict[str, Any] = {f"inputs.columns.{role}": name for role, name in self.roles.items()}
+        cells: dict[str, Any] = {f"inputs.rows[].{role}": None for role in self.roles}
         own = {path: default for path, default in self.options.items() if path.startswith(f"{self.settings}.")}
         rows = {f"{place}.{path}": None for place in ROW_SETTINGS for path in (self.settings, *own)}
-        return columns | rows | {self.settings: {}} | self.options
+        seeds = {SEED: 0, "inputs.sweep.zip.seed": None, "inputs.sweep.product.seed": None} if self.draws else {}
+        templates = dict.fromkeys(TEMPLATES) if self.main_role == "prompt" else {}
+        return columns | cells | rows | seeds | templates | {self.settings: {}} | self.options
 
 
 @dataclass(frozen=True)
@@ -188,6 +225,18 @@ class TaskInfo:
             return None
         return f"AutoModelFor{self.auto_model}" if self.auto_model else "AutoModel"
 
+    @property
+    def library(self) -> Literal["transformers", "diffusers"]:
+        """The library that its models are of."""
+        return "diffusers" if self.auto_model is None else "transformers"
+
+    @property
+    def generated(self) -> GenerationTask:
+        """The generation half. Raises ValueError for a task that no GenerateJob does."""
+        if self.generation is None:
+            raise ValueError("no GenerateJob does this task")
+        return self.generation
+
 
 UNPROVEN = "this task has been proven with these alone"
 """Why some tasks allow few methods."""
@@ -200,6 +249,8 @@ IMAGE_FORMATS: tuple[DatasetFormat, ...] = ("imagefolder", "parquet", "arrow", "
 
 RESULT_OPTIONS: dict[str, Any] = {"model.job": None}
 """Fields of the tasks that can work with the result of a FineTuneJob as their model."""
+READING_OPTIONS: dict[str, Any] = RESULT_OPTIONS | {"inputs.truncate": False}
+"""Fields of the tasks of a GenerateJob that read a text in one pass of the model."""
 PEFT_OPTIONS: dict[str, Any] = dict.fromkeys(
     f"method.{name}" for name in ("rslora", "dora", "rankPattern", "alphaPattern", "layers", "initLoraWeights")
 )
@@ -260,6 +311,20 @@ PAIR_METRICS = (
     TaskMetric("rewardAccuracy", "Share of pairs whose chosen answer has the higher reward", better="higher"),
     TaskMetric("rewardMargin", "Reward of the chosen answers above that of the rejected ones", better="higher"),
 )
+
+SEQ2SEQ = TaskInfo(
+    modality="text",
+    pipeline_tag="summarization",
+    auto_model="Seq2SeqLM",
+    peft_task_type="SEQ_2_SEQ_LM",
+    generation=GenerationTask(
+        columns={"text": "text"},
+        optional_columns={SEED: "seed"},
+        settings="text",
+        options=READING_OPTIONS | {"text.prefix": None, "text.sourceLanguage": None, "text.targetLanguage": None},
+    ),
+)
+"""Tasks whose models have an encoder and a decoder. They differ in their names on the Hub."""
 
 TASKS: Mapping[str, TaskInfo] = {
     "causal-lm": TaskInfo(
@@ -357,6 +422,12 @@ TASKS: Mapping[str, TaskInfo] = {
                 TaskMetric("pearson", "Pearson correlation", better="higher"),
             ),
         ),
+        generation=GenerationTask(
+            columns={"text": "text"},
+            optional_columns={},
+            settings="classify",
+            options=READING_OPTIONS,
+        ),
     ),
     "token-classification": TaskInfo(
         modality="text",
@@ -380,6 +451,12 @@ TASKS: Mapping[str, TaskInfo] = {
                 TaskMetric("f1Macro", "F1 (macro, over all types)", better="higher"),
             ),
         ),
+        generation=GenerationTask(
+            columns={"text": "text"},
+            optional_columns={},
+            settings="entities",
+            options=READING_OPTIONS,
+        ),
     ),
     "question-answering": TaskInfo(
         modality="text",
@@ -396,6 +473,12 @@ TASKS: Mapping[str, TaskInfo] = {
             settings="answering",
             options=TEXT_OPTIONS | NOISE_OPTIONS | SAVED_OPTIONS,
             metrics=ANSWER_METRICS,
+        ),
+        generation=GenerationTask(
+            columns={"question": "question", "context": "context"},
+            optional_columns={},
+            settings="answers",
+            options=RESULT_OPTIONS,
         ),
     ),
     "masked-lm": TaskInfo(
@@ -522,7 +605,8 @@ TASKS: Mapping[str, TaskInfo] = {
             columns={"prompt": "prompt"},
             optional_columns={"seed": "seed"},
             settings="text",
-            options=RESULT_OPTIONS,
+            options=RESULT_OPTIONS
+            | {"text.chat": False, "text.jsonSchema": None, "text.systemPrompt": None, "text.regex": None},
         ),
     ),
     "text-to-image": TaskInfo(
@@ -546,9 +630,49 @@ TASKS: Mapping[str, TaskInfo] = {
             columns={"prompt": "prompt"},
             optional_columns={"negativePrompt": "negative_prompt", "seed": "seed"},
             settings="image",
-            options={"adapters[].file": None, "inputs.rows[].negativePrompt": None},
+            options={"adapters[].file": None},
         ),
     ),
+    "zero-shot-classification": TaskInfo(
+        modality="text",
+        pipeline_tag="zero-shot-classification",
+        auto_model="SequenceClassification",
+        peft_task_type="SEQ_CLS",
+        head=True,
+        generation=GenerationTask(
+            columns={"text": "text"},
+            optional_columns={},
+            settings="zeroShot",
+            options=READING_OPTIONS,
+        ),
+    ),
+    "fill-mask": TaskInfo(
+        modality="text",
+        pipeline_tag="fill-mask",
+        auto_model="MaskedLM",
+        generation=GenerationTask(
+            columns={"text": "text"},
+            optional_columns={},
+            settings="mask",
+            options=READING_OPTIONS,
+        ),
+    ),
+    "feature-extraction": TaskInfo(
+        modality="text",
+        pipeline_tag="feature-extraction",
+        auto_model="",
+        peft_task_type="FEATURE_EXTRACTION",
+        unused=("pooler",),
+        generation=GenerationTask(
+            columns={"text": "text"},
+            optional_columns={},
+            settings="embedding",
+            options=READING_OPTIONS,
+        ),
+    ),
+    "summarization": SEQ2SEQ,
+    "translation": replace(SEQ2SEQ, pipeline_tag="translation"),
+    "text2text-generation": replace(SEQ2SEQ, pipeline_tag="text2text-generation"),
 }
 
 TRAINING_TASKS: Mapping[str, TrainingTask] = {name: info.training for name, info in TASKS.items() if info.training}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -12,6 +13,9 @@ from luthier_api.base import ApiModel, Rule
 from luthier_api.kinds import FineTuneJob, GenerateJob, kind_of
 from luthier_api.marks import rules_of
 from luthier_api.problems import InvalidDocument, parse
+
+SIZE = re.compile(r"(?<![.\w])size\(")
+"""common-expression-language 0.10 counts the bytes of a text, and CEL its characters."""
 
 
 class InvalidJob(ValueError):
@@ -47,13 +51,14 @@ def holds(rule: Rule, values: dict[str, Any]) -> bool:
     """Whether `rule` holds where its variables have these values."""
     context = cel.Context(values)
     context.add_function("sum", sum)  # of Kubernetes' own library for lists
+    context.add_function("length", len)
     return program(rule.cel).execute(context) is True
 
 
 @cache
 def program(expression: str) -> cel.Program:
     """The expression, parsed: which takes twenty times as long as its evaluation."""
-    return cel.compile(expression)
+    return cel.compile(SIZE.sub("length(", expression))
 
 
 def broken_rules(model: ApiModel, path: str = "") -> Iterator[str]:

@@ -16,7 +16,7 @@ from luthier_api.crd import crd
 from luthier_api.kinds import KINDS
 from luthier_api.marks import rules_of
 from luthier_api.methods import METHODS
-from luthier_api.tasks import TRAINING_TASKS, UNPROVEN
+from luthier_api.tasks import GENERATION_TASKS, TRAINING_TASKS, UNPROVEN
 
 Document = dict[str, Any]
 
@@ -173,6 +173,32 @@ TRACKIO: dict[str, Any] = {
 def kept(kind: str, *keys: str, name: str = "s") -> Change:
     """A store with credentials of a Secret."""
     return {"type": kind, "secretRef": {"name": name, "keys": dict.fromkeys(keys, "k")}}
+
+
+CLASSIFY = {"spec.task": "text-classification", "spec.inputs.rows": [{"text": "a lute"}]}
+SUMMARIES = CLASSIFY | {"spec.task": "summarization"}
+ENTITIES = CLASSIFY | {"spec.task": "token-classification"}
+ZERO_SHOT = CLASSIFY | {"spec.task": "zero-shot-classification", "spec.zeroShot": {"labels": ["a", "b"]}}
+ASKED = {
+    "spec.task": "question-answering",
+    "spec.inputs.rows": [{"question": "What is it?", "context": "a lute"}],
+}
+NEEDED: dict[str, Change] = {"zero-shot-classification": {"spec.zeroShot": {"labels": ["a", "b"]}}}
+"""What else a task must have."""
+BLOCKS = {
+    "classify": CLASSIFY,
+    "entities": ENTITIES,
+    "answers": ASKED,
+    "zeroShot": ZERO_SHOT,
+    "mask": CLASSIFY | {"spec.task": "fill-mask"},
+    "embedding": CLASSIFY | {"spec.task": "feature-extraction"},
+}
+"""Block of the spec → the manifest of its task."""
+
+
+def named(role: str) -> Change:
+    """Inputs from a file that name the column of a role."""
+    return {"dataset": {"files": ["/p.csv"]}, "columns": {role: "a"}}
 
 
 NEGATIVE = [{"prompt": "a lute"}, {"prompt": "a harp", "negativePrompt": "strings"}]
@@ -689,7 +715,7 @@ MARKS: list[Case] = [
         for adapters in ({}, LORA, QLORA)
     ),
     Case(
-        message="spec.text: applies to text-generation;",
+        message="spec.text: applies to text-generation, summarization, translation, text2text-generation;",
         refused=PICTURES | {"spec.text": {}},
         accepted={"spec.text": {}},
         base=GENERATE,
@@ -701,7 +727,7 @@ MARKS: list[Case] = [
         base=GENERATE,
     ),
     Case(
-        message="spec.model.job: applies to text-generation; set model.id or model.path",
+        message="spec.model.job: applies to text-classification, token-classification,",
         refused=PICTURES | {"spec.model": {"job": "tune"}},
         accepted={"spec.model": {"job": "tune"}},
         base=GENERATE,
@@ -1874,7 +1900,7 @@ CASES: list[Case] = [
     ),
     *(
         Case(
-            message=f"spec.inputs.sweep.{place}.{block}: applies to {task};",
+            message=f"spec.inputs.sweep.{place}.{block}: applies to {task}",
             refused={"spec.task": other, "spec.inputs": swept({block: values}, place)},
             accepted={"spec.task": task, "spec.inputs": swept({block: values}, place)},
             base=GENERATE,
@@ -1884,7 +1910,7 @@ CASES: list[Case] = [
     ),
     *(
         Case(
-            message=f"spec.inputs.rows.overrides.{block}: applies to {task};",
+            message=f"spec.inputs.rows.overrides.{block}: applies to {task}",
             refused={"spec.task": other, "spec.inputs.rows": overriding(block, values)},
             accepted={"spec.task": task, "spec.inputs.rows": overriding(block, values)},
             base=GENERATE,
@@ -1940,9 +1966,9 @@ CASES: list[Case] = [
         base=GENERATE,
     ),
     Case(
-        message="inputs.rows: more than 65536 bytes",
-        refused={"spec.inputs": {"rows": [{"prompt": "é" * 8000}] * 5}},
-        accepted={"spec.inputs": {"rows": [{"prompt": "é" * 8000}] * 4}},
+        message="inputs.rows: more than 65536 characters",
+        refused={"spec.inputs": {"rows": [{"prompt": "é" * 8000}] * 9}},
+        accepted={"spec.inputs": {"rows": [{"prompt": "é" * 8000}] * 8}},
         base=GENERATE,
     ),
     Case(
@@ -2064,6 +2090,181 @@ CASES: list[Case] = [
         message="text.lengthPenalty:",
         refused={"spec.text": {"lengthPenalty": 2}},
         accepted={"spec.text": {"numBeams": 2, "lengthPenalty": 2}},
+        base=GENERATE,
+    ),
+    *(
+        Case(
+            message=f"spec.inputs.rows.{role}: each row of {name} needs one",
+            refused=NEEDED.get(name, {}) | {"spec.task": name, "spec.inputs.rows": [{}]},
+            accepted=NEEDED.get(name, {})
+            | {"spec.task": name, "spec.inputs.rows": [dict.fromkeys(GENERATION_TASKS[name].columns, "a lute")]},
+            base=GENERATE,
+        )
+        for name, task in GENERATION_TASKS.items()
+        for role in task.columns
+        if role != "prompt"
+    ),
+    Case(
+        message="spec.inputs.rows.prompt: applies to text-generation, text-to-image;",
+        refused=CLASSIFY | {"spec.inputs.rows": [{"text": "a lute", "prompt": "a lute"}]},
+        accepted=CLASSIFY,
+        base=GENERATE,
+    ),
+    Case(
+        message="spec.seed: applies to text-generation, text-to-image, summarization,",
+        refused=CLASSIFY | {"spec.seed": 0},
+        accepted={"spec.seed": 0},
+        base=GENERATE,
+    ),
+    *(
+        Case(
+            message=f"spec.{block}: applies to {suited['spec.task']};",
+            refused={f"spec.{block}": {}},
+            accepted=suited | {f"spec.{block}": ZERO_SHOT["spec.zeroShot"] if block == "zeroShot" else {}},
+            base=GENERATE,
+        )
+        for block, suited in BLOCKS.items()
+    ),
+    *(
+        Case(
+            message=f"spec.inputs.rows.{role}: applies to {suited['spec.task']}",
+            refused={"spec.inputs.rows": [{"prompt": "a lute", role: "a lute"}]},
+            accepted=suited,
+            base=GENERATE,
+        )
+        for role, suited in (("text", CLASSIFY), ("question", ASKED), ("context", ASKED))
+    ),
+    *(
+        Case(
+            message=f"spec.inputs.columns.{role}: applies to {suited['spec.task']}",
+            refused=other | {"spec.inputs": named(role)},
+            accepted=suited | {"spec.inputs": named(role)},
+            base=GENERATE,
+        )
+        for role, suited, other in (
+            ("prompt", {"spec.task": "text-generation"}, {"spec.task": "fill-mask"}),
+            ("text", CLASSIFY, {}),
+            ("question", ASKED, {}),
+            ("context", ASKED, {}),
+            ("seed", {"spec.task": "text-generation"}, {"spec.task": "fill-mask"}),
+        )
+    ),
+    Case(
+        message="spec.inputs.rows.seed: applies to text-generation, text-to-image, summarization,",
+        refused=CLASSIFY | {"spec.inputs.rows": [{"text": "a lute", "seed": 3}]},
+        accepted=SUMMARIES | {"spec.inputs.rows": [{"text": "a lute", "seed": 3}]},
+        base=GENERATE,
+    ),
+    *(
+        Case(
+            message=f"spec.text.{name}: applies to summarization, translation, text2text-generation;",
+            refused={"spec.text": {name: "eng_Latn"}},
+            accepted=SUMMARIES | {"spec.text": {name: "eng_Latn"}},
+            base=GENERATE,
+        )
+        for name in ("sourceLanguage", "targetLanguage")
+    ),
+    Case(
+        message="spec.inputs.rows.overrides.text.systemPrompt: applies to text-generation;",
+        refused=SUMMARIES | {"spec.inputs.rows": [{"text": "a", "overrides": {"text": {"systemPrompt": "b"}}}]},
+        accepted={"spec.inputs.rows": [{"prompt": "a", "overrides": {"text": {"systemPrompt": "b"}}}]},
+        base=GENERATE,
+    ),
+    *(
+        Case(
+            message=f"spec.inputs.sweep.{way}.text.systemPrompt: applies to text-generation;",
+            refused=SUMMARIES | {"spec.inputs.sweep": {way: {"text": {"systemPrompt": ["b"]}}}},
+            accepted={"spec.inputs.sweep": {way: {"text": {"systemPrompt": ["b"]}}}},
+            base=GENERATE,
+        )
+        for way in ("zip", "product")
+    ),
+    *(
+        Case(
+            message=f"spec.inputs.columns.settings: {block} is the same for all rows",
+            refused={"spec.task": suited["spec.task"], "spec.inputs": by_columns("topK")},
+            accepted=suited,
+            base=GENERATE,
+        )
+        for block, suited in BLOCKS.items()
+    ),
+    Case(
+        message="spec.inputs.template: applies to text-generation, text-to-image;",
+        refused=CLASSIFY | {"spec.inputs.template": "a {thing}"},
+        accepted={"spec.inputs.template": "a {prompt}"},
+        base=GENERATE,
+    ),
+    Case(
+        message="spec.inputs.rows.fields: applies to text-generation, text-to-image;",
+        refused=CLASSIFY | {"spec.inputs.rows": [{"text": "a lute", "fields": {"a": "b"}}]},
+        accepted={"spec.inputs": {"rows": [{"fields": {"a": "b"}}], "template": "a {a}"}},
+        base=GENERATE,
+    ),
+    *(
+        Case(
+            message=f"spec.inputs.sweep.{way}.{name}: applies to text-generation,",
+            refused=CLASSIFY | {"spec.inputs.sweep": {way: {name: value}}},
+            accepted={"spec.inputs.sweep": {way: {name: value}}},
+            base=GENERATE,
+        )
+        for way in ("zip", "product")
+        for name, value in (("seed", [1, 2]),)
+    ),
+    Case(
+        message="spec.inputs.truncate: applies to text-classification,",
+        refused={"spec.inputs.truncate": True},
+        accepted=CLASSIFY | {"spec.inputs.truncate": True},
+        base=GENERATE,
+    ),
+    *(
+        Case(
+            message=f"spec.text.{name}: applies to text-generation;",
+            refused=SUMMARIES | {"spec.text": {name: "{}"}},
+            accepted={"spec.text": {name: "{}", "chat": True}},
+            base=GENERATE,
+        )
+        for name in ("jsonSchema", "regex", "systemPrompt")
+    ),
+    Case(
+        message="spec.text.chat: applies to text-generation;",
+        refused=SUMMARIES | {"spec.text": {"chat": True}},
+        accepted={"spec.text": {"chat": True}},
+        base=GENERATE,
+    ),
+    Case(
+        message="spec.text.prefix: applies to summarization, translation, text2text-generation;",
+        refused={"spec.text": {"prefix": "summarize: "}},
+        accepted=SUMMARIES | {"spec.text": {"prefix": "summarize: "}},
+        base=GENERATE,
+    ),
+    Case(
+        message="entities.stride:",
+        refused=ENTITIES | {"spec.entities": {"stride": 16, "aggregation": "none"}},
+        accepted=ENTITIES | {"spec.entities": {"stride": 16}},
+        base=GENERATE,
+    ),
+    Case(
+        message="answers.noneThreshold:",
+        refused=ASKED | {"spec.answers": {"noneThreshold": 1.5}},
+        accepted=ASKED | {"spec.answers": {"noneThreshold": 1.5, "allowNone": True}},
+        base=GENERATE,
+    ),
+    Case(
+        message="spec.zeroShot.labels: zero-shot-classification needs the labels",
+        refused=ZERO_SHOT | {"spec.zeroShot": {}},
+        accepted=ZERO_SHOT,
+        base=GENERATE,
+    ),
+    Case(
+        message="zeroShot.hypothesis: has no {}",
+        refused=ZERO_SHOT | {"spec.zeroShot": {"labels": ["a"], "hypothesis": "It is so."}},
+        accepted=ZERO_SHOT,
+        base=GENERATE,
+    ),
+    Case(
+        message="zeroShot.threshold:",
+        refused=ZERO_SHOT | {"spec.zeroShot": {"labels": ["a"], "threshold": 0.7}},
+        accepted=ZERO_SHOT | {"spec.zeroShot": {"labels": ["a"], "threshold": 0.7, "multiLabel": True}},
         base=GENERATE,
     ),
     Case(
@@ -2798,6 +2999,14 @@ FIXED = [
         field="image",
         base=GENERATE,
         change={"spec.image.steps": 3},
+    ),
+    *(
+        FixedCase(
+            field=block,
+            base=GENERATE,
+            change={f"spec.{block}": {}},
+        )
+        for block in BLOCKS
     ),
     FixedCase(
         field="precision",

@@ -20,6 +20,7 @@ BENCHMARKS = (
     "images",
     "texts",
     "rows",
+    "reading",
 )
 CHECKS = ("exactness", "bursts")  # only by name: they measure nothing
 

@@ -41,13 +41,13 @@ CASES = [
         implementations=engines.ENGINES,
     ),
     Case(
-        name="tasks of a GenerateJob: models, in prepare",
-        rows=GENERATION_TASKS,
+        name="libraries of a GenerateJob: models, in prepare",
+        rows={TASKS[name].library for name in GENERATION_TASKS},
         implementations=prepare_generation.CHECKED_MODELS,
     ),
     Case(
-        name="tasks of a GenerateJob: models with adapters, in prepare",
-        rows=GENERATION_TASKS,
+        name="libraries of a GenerateJob: models with adapters, in prepare",
+        rows={TASKS[name].library for name in GENERATION_TASKS},
         implementations=prepare_generation.CHECKED_TOGETHER,
     ),
     Case(
@@ -78,7 +78,7 @@ def test_each_row_is_implemented(case: Case) -> None:
     assert set(case.implementations) == set(case.rows)
 
 
-@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.auto_model])
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.library == "transformers"])
 def test_transformers_has_the_class_of_each_task(name: str) -> None:
     assert issubclass(inspect.auto_class(name), AutoModel.__base__)
 

@@ -281,9 +281,9 @@ SHAPES = [
     ),
     ShapeCase(
         name="more rows than a handful, in characters of several bytes",
-        document=make(inputs={"rows": [{"prompt": "é" * 8000}] * 5}),
+        document=make(inputs={"rows": [{"prompt": "é" * 8000}] * 9}),
         expect=(
-            "spec.inputs.rows: more than 65536 bytes of text in all; put the rows into a file and name it in"
+            "spec.inputs.rows: more than 65536 characters in all; put the rows into a file and name it in"
             " inputs.dataset.files: of a ConfigMap or a claim (spec.volumes), or of a dataset (inputs.dataset.id)"
         ),
     ),
@@ -396,7 +396,7 @@ def test_settings_that_depend_on_task_and_method() -> None:
         "training.optimizerOptions.beta1": 0.8,
         "training.saveSteps": 500,
     }
-    assert settings_of(check_job(make()).spec) == {}
+    assert settings_of(check_job(make()).spec) == {"text.chat": False, "seed": 0}
 
 
 @pytest.mark.parametrize(
@@ -465,6 +465,7 @@ LISTS = {
         "spec.inputs.columns.carry",
         "spec.image.metadata",
         "spec.text.stop",
+        "spec.zeroShot.labels",
         "spec.inputs.rows[].overrides.text.stop",
         "spec.inputs.sweep.zip.text.stop[]",
         "spec.inputs.sweep.product.text.stop[]",

@@ -26,7 +26,7 @@ from luthier_api import crd
 from luthier_api.base import ApiModel
 from luthier_api.kinds import KINDS, FineTuneJob, JobKind
 from luthier_api.methods import METHODS
-from luthier_api.tasks import TRAINING_TASKS
+from luthier_api.tasks import GENERATION_TASKS, TRAINING_TASKS
 from luthier_api.validation import check_job
 from luthier_operator.objects import objects
 
@@ -237,7 +237,7 @@ def test_every_kind_task_and_method_has_an_example() -> None:
     tuned, made = [j for j in jobs if isinstance(j, FineTuneJob)], [j for j in jobs if not isinstance(j, FineTuneJob)]
     assert {j.spec.task for j in tuned} == set(TRAINING_TASKS)
     assert {j.spec.method.type for j in tuned} == set(METHODS)
-    assert {j.spec.task for j in made} == {"text-generation", "text-to-image"}
+    assert {j.spec.task for j in made} == set(GENERATION_TASKS)
 
 
 def test_every_example_is_named_in_its_list() -> None:

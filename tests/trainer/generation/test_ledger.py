@@ -274,8 +274,9 @@ def test_every_task_has_an_engine() -> None:
 @pytest.mark.parametrize("task", ENGINES)
 def test_every_line_of_a_task_has_the_same_keys(task: GenerateTask, tmp_path: Path) -> None:
     shard = resumed(tmp_path, {"task": task})
-    good = {"text": "a", "file": lambda: b"i", "suffix": "png"}
-    samples = [replace(s, cells={"prompt": "a"}) for s in SAMPLES]
+    values = dict.fromkeys(getattr(shard.records, "values", ()), "a")
+    good = {"text": "a", "values": values, "file": lambda: b"i", "suffix": "png"}
+    samples = [replace(s, cells=dict.fromkeys(GENERATION_TASKS[task].columns, "a")) for s in SAMPLES]
     shard.append([Output(samples[0], **good), Output(samples[1], error="too long")])
     lines = [tuple(json.loads(line.partition("\t")[2])) for line in journal(shard).read_text().splitlines()]
     assert lines == [shard.records.keys] * 2

@@ -6,6 +6,7 @@ Each engine chooses a form and the keys of its lines. The ledger depends on noth
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -80,6 +81,32 @@ class TextRecords:
         for line in lines:
             whole = line["error"] is not None or digest(str(line["text"]).encode()) == line["sha256"]
             yield None if whole else "its text is damaged"
+
+
+@dataclass(frozen=True)
+class ValueRecords:
+    """Stores each output as the values of its line named in `values`. The lines of a shard are one JSON Lines file."""
+
+    keys: tuple[str, ...]
+    values: tuple[str, ...]
+    has_files: ClassVar[bool] = False
+
+    def table(self, shard: str) -> str:
+        return f"{shard}.jsonl"
+
+    def write(self, output: Output, folder: Path) -> Line:
+        return {**output.values, "sha256": self._digest(output.values)}
+
+    def file(self, line: Line) -> str | None:
+        return None
+
+    def damages(self, lines: Iterable[Line], folder: Path) -> Iterator[str | None]:
+        for line in lines:
+            whole = line["error"] is not None or self._digest(line) == line["sha256"]
+            yield None if whole else "its values are damaged"
+
+    def _digest(self, line: Line) -> str:
+        return digest(json.dumps({name: line.get(name) for name in self.values}, ensure_ascii=False).encode())
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,8 @@ class Output:
     facts: dict[str, Any] = field(default_factory=dict)
     """Further fields of its line, besides those of the sample."""
     text: str | None = None
+    values: dict[str, Any] = field(default_factory=dict)
+    """The output as values of JSON, such as scores."""
     file: Callable[[], bytes] | None = None
     """Makes the content of the file that holds the output. The writer calls it beside the model. Raises `Unusable` if
     there is no such output after all.

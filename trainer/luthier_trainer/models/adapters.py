@@ -20,12 +20,11 @@ from luthier_api.generate import Adapter
 from luthier_api.methods import BY_PEFT_TYPE, METHODS
 from luthier_api.run import GenerateRun
 from luthier_api.tasks import GENERATION_TASKS, TASKS
-from luthier_trainer.models import quantised_base, sources, weight_files
+from luthier_trainer.models import inspect, quantised_base, sources, weight_files
 from luthier_trainer.runtime.failure import Failure
-from luthier_trainer.workspace.model_files import ADAPTER_CONFIG
+from luthier_trainer.workspace.model_files import ADAPTER_CONFIG, MODEL_CONFIG
 from luthier_trainer.workspace.provenance import folder_digest
 
-NEEDS = {"text-generation": "causal-lm", "text-to-image": "Stable Diffusion XL"}
 WEIGHTS = "adapter_model.safetensors"  # the one file that PEFT 0.21 writes and reads
 PREFIX = "base_model.model."  # PEFT's prefix of the names in that file
 LORA_WEIGHT = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
@@ -59,20 +58,29 @@ def check(
         check_base(job, field, run, model)
     elif model.folder == model_path:
         check_named_base(Path(config.get("base_model_name_or_path") or ""), field, model)
-    if run.spec.task == "text-generation":
+    if TASKS[run.spec.task].library == "transformers":
         check_kind(config, field)
         check_weights(adapter, field)
-        check_shapes(adapter, field, model_path, model.resolved.source)
+        check_shapes(adapter, field, model_path, model.resolved.source, run.spec.task)
 
 
 def check_task(trained_for: str | None, task: str, field: str) -> None:
     """Check that an adapter was trained for the kind of model that `task` uses. Raises Failure if not."""
-    if trained_for and trained_for != NEEDS[task]:
+    needed = base_task(task)
+    if trained_for and trained_for != needed:
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"{field}: the adapter was trained for {trained_for}, and {task} needs one for {NEEDS[task]}. Name another,"
+            f"{field}: the adapter was trained for {trained_for}, and {task} needs one for {needed}. Name another,"
             " or remove it",
         )
+
+
+def base_task(task: str) -> str:
+    """Return what `task_of_adapter` says of the adapters that suit a task: the first task with models of its class."""
+    model = TASKS[task].auto_model
+    if model is None:
+        return "Stable Diffusion XL"
+    return next(name for name, info in TASKS.items() if info.auto_model == model)
 
 
 def task_of_adapter(config: Mapping[str, Any]) -> str | None:
@@ -249,21 +257,22 @@ def check_named_base(base: Path, field: str, model: sources.Located) -> None:
         )
 
 
-def check_shapes(adapter: Path, field: str, model_path: Path, name_of_model: str) -> None:
-    """Check that each module that the adapter changes exists in the model, and has the same shape.
+def check_shapes(adapter: Path, field: str, model_path: Path, name_of_model: str, task: str) -> None:
+    """Check that each module that the adapter changes exists in the model for `task`, and has the same shape.
 
     The modules of the model are built on the meta device, without memory. Raises Failure if one is absent or differs.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.pytorch_utils import Conv1D
 
     config = AutoConfig.from_pretrained(model_path)
     if get_checkpoint_conversion_mapping(config.model_type):
         return  # the names of tensors in the files differ from those of the modules
-    with torch.device("meta"):
-        modules = dict(AutoModelForCausalLM.from_config(config).named_modules())
+    if TASKS[task].head and (adapter / MODEL_CONFIG).is_file():
+        config.num_labels = AutoConfig.from_pretrained(adapter).num_labels  # those of the head that it brings
+    modules = dict(inspect.skeleton(config, task, field).named_modules())
     for name, shape in names_in(adapter).items():
         place = next(
             m[1] for m in (ADDED.fullmatch(name), REPLACED.fullmatch(name), LAST.fullmatch(name)) if m

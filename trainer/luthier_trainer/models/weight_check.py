@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -136,6 +136,26 @@ def lacking(found: Comparison, task: str) -> list[str]:
         if not (labelled and has_labels(found.model, name))
     ]
     return missing + mismatched
+
+
+def check_head(path: Path, config: PreTrainedConfig, task: str, brought: Collection[str], field: str) -> None:
+    """Check that the files hold each weight of the model for `task`, or that it is in `brought`, by an adapter.
+
+    Raises Failure if a weight would be initialised randomly.
+    """
+    found = compare(weight_files.shapes(weight_files.loaded(path, field)), config, task, field)
+    lost = {*found.missing, *(name for name, _, _ in found.mismatched)} - set(brought)
+    made_for = (getattr(config, "architectures", None) or [""])[0]
+    heads = {info.auto_model for info in TASKS.values() if info.head} - {TASKS[task].auto_model}
+    if made_for.endswith(tuple(f"For{name}" for name in heads)):
+        # Heads of different tasks can have the same names and shapes, and would be loaded one for the other.
+        lost |= {name for name in found.model.state_dict() if has_labels(found.model, name)} - set(brought)
+    if lost:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: {path} ({made_for}) has no head for {task}: it holds no {some(sorted(lost))}. Choose a model"
+            " that was trained for it, or add the adapter of such a training under spec.adapters",
+        )
 
 
 def in_head(model: PreTrainedModel, name: str) -> bool:

@@ -10,9 +10,11 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import GenerateJobSpec
 from luthier_api.run import GenerateRun, PreparedRecord
 from luthier_api.spec import ModelSource
+from luthier_api.tasks import TASKS
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import chats
 from luthier_trainer.data.masks import ChatReader, Unreadable
+from luthier_trainer.generation.engines.table import engine_class
 from luthier_trainer.generation.rows import Line
 from luthier_trainer.models import adapters, checks, embedding, inspect, processors, sources, weight_check, weight_files
 from luthier_trainer.models.materialize import whole_model
@@ -49,8 +51,9 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     located = sources.locate(spec.model, run, MODEL)
     found = [sources.locate(a, run, f"spec.adapters[{i}]") for i, a in enumerate(spec.adapters)]
     rows, inputs, read = read_inputs(run, cache)
+    library = TASKS[spec.task].library
     path = whole_model(located, run, folder, run.spec.model.job, "model")
-    path = CHECKED_MODELS[spec.task](path, spec, located, rows, folder)
+    path = CHECKED_MODELS[library](path, spec, located, rows, folder)
     paths = [fetch_adapter(a, folder.prepared / "adapters" / str(i), run, i) for i, a in enumerate(found)]
     for i, adapter in enumerate(paths):
         adapters.check(
@@ -59,11 +62,11 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     fields = [adapter.field for adapter in found]
     refiner = locate_refiner(run)
     refiner_path = refiner.fetch(folder.prepared / "refiner") if refiner else None
-    parameters = CHECKED_TOGETHER[spec.task](path, spec, list(zip(paths, fields, strict=True)), rows, located.field)
+    parameters = CHECKED_TOGETHER[library](path, spec, list(zip(paths, fields, strict=True)), rows, located.field)
     if refiner_path:
         parameters = (parameters or 0) + check_refiner(refiner_path, path, spec)
 
-    if spec.task == "text-generation":
+    if (folder.prepared / "tokenizer").exists():
         check_tokens(path, spec, located.field, list(zip(paths, fields, strict=True)), rows, folder)
     render = chat_writer(paths, folder, spec.text.system_prompt) if is_chat(run) else unchanged
     others = (located, *found, *([refiner] if refiner else []))
@@ -179,7 +182,13 @@ def check_tokens(
     without = embedding.without_row(inspect.read_config(path, field), tokenizer, spec.task, field)
     beyond = {token: number for token, number in without.items() if number not in held}
     embedding.check(beyond, tokenizer, field, OTHER_TOKENIZER)
-    texts = (text for row in rows if "error" not in row for text in _texts(row["prompt"]))
+    texts = (
+        text
+        for row in rows
+        if "error" not in row
+        for role in TASKS[spec.task].generated.columns
+        for text in _texts(row[role])
+    )
     embedding.check_prompts(beyond, texts, tokenizer, field, OTHER_TOKENIZER)
 
 
@@ -214,22 +223,31 @@ NamedAdapter = tuple[Path, str]
 """Path of an adapter, and the field of the spec that names it."""
 
 
-def language_model(
+def transformers_model(
     path: Path, spec: GenerateJobSpec, located: sources.Located, rows: Iterable[Line], folder: WorkspaceFolder
 ) -> Path:
-    """Check that the model in `path` can generate text from the prompts of `rows`, and save its tokenizer.
+    """Check that the model in `path` can do the task, and save its tokenizer, if it reads text.
 
     Returns the folder that the engine loads. Raises Failure if the model does not suit the job.
     """
+    from luthier_trainer.generation.engines.reading import ReadingEngine  # imports torch
+
+    task = TASKS[spec.task]
     config = inspect.read_config(path, located.field)
     checks.check_task(config, spec.task, located.field)
-    checks.check_quantisation(config, {"bitsandbytes", "fp8"}, located.field)
-    checks.check_new_tokens(config, spec.text.max_new_tokens, "spec.text.maxNewTokens")
+    writes = task.auto_model == "CausalLM"
+    checks.check_quantisation(config, {"bitsandbytes", "fp8"} if writes else set(), located.field)
+    if writes:
+        checks.check_new_tokens(config, spec.text.max_new_tokens, "spec.text.maxNewTokens")
     path = weight_check.fitting(path, config, spec.task, located.field, folder, named_by_adapter=False)
-    tokenizer = processors.read_tokenizer(located.folder or path, located.field)
-    tokenizer.save_pretrained(folder.prepared / "tokenizer")
-    if spec.text.json_schema is not None or spec.text.regex is not None:
-        check_constraint(spec, tokenizer)
+    if task.modality == "text":
+        tokenizer = processors.read_tokenizer(located.folder or path, located.field)
+        tokenizer.save_pretrained(folder.prepared / "tokenizer")
+        engine = engine_class(spec.task)
+        if issubclass(engine, ReadingEngine):
+            engine.check(spec, config, tokenizer, located.field)
+        if spec.text and (spec.text.json_schema is not None or spec.text.regex is not None):
+            check_constraint(spec, tokenizer)
     return path
 
 
@@ -255,11 +273,17 @@ def pipeline(
     return path
 
 
-def language_model_with_adapters(
+def transformers_model_with_adapters(
     path: Path, spec: GenerateJobSpec, found: list[NamedAdapter], rows: Iterable[Line], field: str
 ) -> int | None:
-    """Return the number of weights of the model. Raises Failure if the adapters cannot be combined."""
-    adapters.check_together([adapter for adapter, _ in found], spec.adapters, "spec.adapters")
+    """Return the number of weights of the model. Raises Failure if the adapters cannot be combined, or if neither the
+    model nor an adapter has the head that answers.
+    """
+    folders = [adapter for adapter, _ in found]
+    adapters.check_together(folders, spec.adapters, "spec.adapters")
+    if TASKS[spec.task].head:
+        brought = {name for folder in folders for name in adapters.names_in(folder)}
+        weight_check.check_head(path, inspect.read_config(path, field), spec.task, brought, field)
     return weight_files.count(path, field)
 
 
@@ -275,17 +299,17 @@ def pipeline_with_adapters(
 CHECKED_MODELS: Mapping[
     str, Callable[[Path, GenerateJobSpec, sources.Located, Iterable[Line], WorkspaceFolder], Path]
 ] = {
-    "text-generation": language_model,
-    "text-to-image": pipeline,
+    "transformers": transformers_model,
+    "diffusers": pipeline,
 }
-"""Task → the function that checks its model and returns the folder that the engine loads."""
+"""Library → the function that checks its models and returns the folder that the engine loads."""
 CHECKED_TOGETHER: Mapping[
     str, Callable[[Path, GenerateJobSpec, list[NamedAdapter], Iterable[Line], str], int | None]
 ] = {
-    "text-generation": language_model_with_adapters,
-    "text-to-image": pipeline_with_adapters,
+    "transformers": transformers_model_with_adapters,
+    "diffusers": pipeline_with_adapters,
 }
-"""Task → the function that checks model and adapters together and returns the number of weights."""
+"""Library → the function that checks model and adapters together and returns the number of weights."""
 
 
 def fetch_adapter(located: sources.Located, into: Path, run: GenerateRun, number: int) -> Path:

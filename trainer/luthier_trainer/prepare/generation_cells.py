@@ -81,8 +81,8 @@ def cells(rows: Rows, run: GenerateRun) -> Iterator[Line]:
     assert names is not None, "every dataset has columns"
     refuse_negative_prompts(rows, run)
     roles = named(run)
-    if set(rows.data.column_names) == {"text"} and roles.get("prompt") == task.columns.get("prompt"):
-        roles["prompt"] = "text"
+    if set(rows.data.column_names) == {"text"} and roles.get(task.main_role) == task.columns[task.main_role]:
+        roles[task.main_role] = "text"
     template = Template.of(run.spec.inputs.template) if run.spec.inputs.template else None
     texts = [name for name in template.names if name not in swept(run)] if template else []
     for column in texts:
@@ -114,7 +114,8 @@ def cells(rows: Rows, run: GenerateRun) -> Iterator[Line]:
         if template:
             line[TEXTS] = {name: plain_text(row[name]) for name in texts if row[name] not in (None, "")}
         try:
-            if found := read_overrides(task.settings, {name: row[column] for name, column in overridden.items()}):
+            values = {name: row[column] for name, column in overridden.items()}
+            if values and (found := read_overrides(task.settings, values)):
                 line["settings"] = found
         except ValueError as problem:
             problems.append(str(problem))
@@ -138,14 +139,15 @@ def plain_text(value: Any) -> str:
 def refuse_negative_prompts(rows: Rows, run: GenerateRun) -> None:
     """Raise Failure if the data has negative prompts, and the task none."""
     with_them = generation_tasks(lambda task: "negativePrompt" in task.optional_columns)
-    if run.spec.task not in with_them and OPTIONAL_COLUMNS["negativePrompt"] in rows.data.column_names:
+    has_prompts = "prompt" in GENERATION_TASKS[run.spec.task].columns
+    if has_prompts and run.spec.task not in with_them and OPTIONAL_COLUMNS["negativePrompt"] in rows.data.column_names:
         raise Failure(
             ExitCode.INVALID_SPEC,
             f"{INPUTS}: only {', '.join(with_them)} has negative prompts; remove them for {run.spec.task}",
         )
 
 
-def is_there(rows: Rows, role: str, column: str, optional: Mapping[str, str]) -> bool:
+def is_there(rows: Rows, role: str, column: str, optional: Mapping[str, str | None]) -> bool:
     """Return whether the column of a role exists. Raises Failure if the task needs it, or if the user has named it."""
     if optional.get(role) != column:
         columns.require(rows, column, f"{INPUTS}.columns.{role}")

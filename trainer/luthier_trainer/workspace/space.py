@@ -179,7 +179,21 @@ def images_bytes(spec: GenerateJobSpec, outputs: int, lines: int) -> OutputBytes
     return OutputBytes(least=lines + math.ceil(pixels * least), most=lines + math.ceil(pixels * most))
 
 
-OUTPUTS: Mapping[str, Callable[[GenerateJobSpec, int, int], OutputBytes]] = {"text": texts_bytes, "image": images_bytes}
+def values_bytes(most: int) -> Callable[[GenerateJobSpec, int, int], OutputBytes]:
+    """Return the function for outputs that are values of JSON. `most`: bytes of those of a row, at most."""
+    return lambda spec, outputs, lines: OutputBytes(least=lines, most=lines + outputs * most)
+
+
+OUTPUTS: Mapping[str, Callable[[GenerateJobSpec, int, int], OutputBytes]] = {
+    "text": texts_bytes,
+    "image": images_bytes,
+    "classify": values_bytes(200 * 60),  # labels and scores
+    "entities": values_bytes(100 * 100),
+    "answers": values_bytes(10 * 300),
+    "zeroShot": values_bytes(100 * 60),
+    "mask": values_bytes(50 * 80),
+    "embedding": values_bytes(4096 * 12),  # numbers in fp32 and their commas
+}
 """Block of the spec with the settings of a task → (spec, outputs, bytes of their lines) → what they take."""
 
 

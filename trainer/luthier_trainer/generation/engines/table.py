@@ -12,7 +12,16 @@ if TYPE_CHECKING:
     from luthier_trainer.generation.engines.base import Engine
 
 ENGINES: Mapping[GenerateTask, tuple[str, str]] = {
+    "text-classification": ("luthier_trainer.generation.engines.classification", "ClassificationEngine"),
+    "token-classification": ("luthier_trainer.generation.engines.tokens", "TokenEngine"),
+    "question-answering": ("luthier_trainer.generation.engines.spans", "SpanEngine"),
+    "zero-shot-classification": ("luthier_trainer.generation.engines.zeroshot", "ZeroShotEngine"),
+    "fill-mask": ("luthier_trainer.generation.engines.masks", "MaskEngine"),
+    "feature-extraction": ("luthier_trainer.generation.engines.embedding", "EmbeddingEngine"),
     "text-generation": ("luthier_trainer.generation.engines.text", "TextEngine"),
+    "summarization": ("luthier_trainer.generation.engines.seq2seq", "Seq2SeqEngine"),
+    "translation": ("luthier_trainer.generation.engines.seq2seq", "Seq2SeqEngine"),
+    "text2text-generation": ("luthier_trainer.generation.engines.seq2seq", "Seq2SeqEngine"),
     "text-to-image": ("luthier_trainer.generation.engines.images", "ImageEngine"),
 }
 """Task → module and name of the class."""
