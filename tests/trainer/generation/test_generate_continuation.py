@@ -146,6 +146,7 @@ ARCHITECTURES: dict[str, str] = {
     "gemma2": "slots",
     "mamba": "any length",
     "xglm": "slots",
+    "roberta": "slots",
     "recurrent_gemma": "equal length",
     "bart": "equal length",
     "blenderbot-small": "equal length",

@@ -189,6 +189,8 @@ class Slots:
         cache = DynamicCache()
         self.model(
             input_ids=torch.tensor(ids, device=self.device),
+            # Given as `generate` gives them: models of RoBERTa's family count from the padding token's id themselves.
+            position_ids=torch.arange(length, device=self.device).expand(rows, length),
             past_key_values=cache,
             use_cache=True,
             **self.last_logits,
