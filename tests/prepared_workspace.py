@@ -234,7 +234,10 @@ def pod(run: FineTuneRun, folder: Path, node_rank: int = 0, **variables: str) ->
     try:
         command = launch.command(run, prepared, node_rank)
         environment = (
-            os.environ | launch.environment(run, prepared) | {Variables.RUN: str(folder / "run.json")} | variables
+            os.environ
+            | launch.environment(run, prepared, node_rank)
+            | {Variables.RUN: str(folder / "run.json")}
+            | variables
         )
     finally:
         os.environ[Variables.RUN_DIR] = before or ""
