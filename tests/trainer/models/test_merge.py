@@ -547,7 +547,7 @@ def test_an_adapter_that_the_model_has_no_place_for(case: UnfitCase, tmp_path: P
     def check() -> None:
         check_kind({"peft_type": "LORA"} | case.config, "spec.adapters[0]")
         check_weights(tmp_path, "spec.adapters[0]")
-        check_shapes(tmp_path, "spec.adapters[0]", tmp_path, "org/m")
+        check_shapes(tmp_path, "spec.adapters[0]", tmp_path, "org/m", "text-generation")
 
     if not case.refusal:
         check()
