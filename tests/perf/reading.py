@@ -23,6 +23,7 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, pipeline
 
 from luthier_api.run import GenerateRun
+from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.generation import main as generate
 from luthier_trainer.models.new_model import train_tokenizer
@@ -123,6 +124,7 @@ def main() -> dict[str, Any]:
     rows = texts()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        os.environ[Variables.RUN_DIR] = name
         save_model(folder / "model")
         measured = {way: work(folder, rows) for way, work in WAYS.items()}
     scores = {way: found for way, (_, found) in measured.items()}
