@@ -98,7 +98,7 @@ def loaded(
 ) -> LoadedModel:
     """The model in `folder` as the training of `task` loads it."""
     spec = {"task": task, "model": {"path": str(folder)}, "dataset": {"files": ["unused.jsonl"]}}
-    context = TrainingContext(FineTuneJobSpec.model_validate(spec), folder, processor, labels, weights)
+    context = TrainingContext(FineTuneJobSpec.model_validate(spec), folder, processor, labels, weights=weights)
     return TASKS[task].load_model(context)
 
 

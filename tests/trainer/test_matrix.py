@@ -145,7 +145,7 @@ def trained_model(cell: Cell, given: Small) -> tuple[Any, Callable[[], torch.Ten
     labels = list(given.labels) if given.labels else None
     weights = weights_options(spec.method, "fp32", False, device, spec.model.quantization)
     processor = task.read_processor(given.folder, "spec.model")
-    context = TrainingContext(spec, given.folder, processor, labels, weights)
+    context = TrainingContext(spec, given.folder, processor, labels, weights=weights)
     loaded = task.load_model(context)
     peft_type = TASKS[spec.task].peft_task_type
     model = with_method(loaded.model, spec.method, peft_type, loaded.new_modules, deepspeed=False)

@@ -126,7 +126,7 @@ CASES = [
     Case(
         name="not one of the choices",
         change={"spec.method.type": "loraa"},
-        problems=["spec.method.type: input should be 'full', 'lora'"],
+        problems=["spec.method.type: input should be 'full', 'bitfit', 'lora'"],
     ),
     Case(
         name="not one of the choices of an optional field",

@@ -138,10 +138,10 @@ def test_what_is_compiled_is_kept_in_the_workspace(monkeypatch: pytest.MonkeyPat
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):  # torch sets the first one in its own process
         monkeypatch.delenv(name, raising=False)
     run, prepared = given({}, "none")
-    assert "TORCHINDUCTOR_CACHE_DIR" not in launch.environment(run, prepared)
+    assert "TORCHINDUCTOR_CACHE_DIR" not in launch.environment(run, prepared, 0)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/tmp/inductor")  # as the pods of the operator have it
     compiled = run.model_copy(update={"spec": spec_of(1, torchCompile=True)})
-    environment = launch.environment(compiled, prepared)
+    environment = launch.environment(compiled, prepared, 0)
     assert environment["TORCHINDUCTOR_CACHE_DIR"] == "/w/compiled"
     assert environment["TRITON_CACHE_DIR"] == "/w/compiled/triton"
 
