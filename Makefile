@@ -21,7 +21,7 @@ demo: setup  ## the main job: train, adapt and generate on this machine (example
 	examples/quickstart/run.sh
 
 test: setup  ## unit, operator and trainer tests; what needs a cluster or takes minutes is named at the end
-	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m 'not program'
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 gpu: setup  ## what only a GPU can tell: jobs of every task and method on one, with figures as JSON; skipped without one
 	$(PYTEST) -s -n 0 tests/gpu
@@ -46,8 +46,8 @@ images: setup  ## both images, where the cluster finds them
 	$(PYTHON) tests/cluster/cluster.py image . operator luthier/operator:dev
 	$(PYTHON) tests/cluster/cluster.py image . trainer luthier/trainer:dev
 
-e2e: setup  ## whole examples by `luthier run`, then API and end-to-end tests on the cluster, through helm and kubectl
-	$(PYTEST) -n 2 --dist loadfile -m program tests/trainer/test_*.py tests/trainer/distributed/test_ranks.py
+e2e: setup  ## the slow tests, whole examples by `luthier run` among them, then API and end-to-end tests on the cluster, through helm and kubectl
+	$(PYTEST) -n 2 --dist loadfile -m slow
 	$(PYTEST) tests/cluster tests/e2e
 
 bench: setup  ## the figures of docs/benchmarks.md, as JSON

@@ -29,7 +29,7 @@ from luthier_trainer.prepare import main as prepare
 from luthier_trainer.publish import main as publish
 from luthier_trainer.training import main as train
 
-pytestmark = pytest.mark.program
+pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SHORT: dict[str, dict[str, Any]] = {

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-pytestmark = pytest.mark.program
+pytestmark = pytest.mark.slow
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "examples/quickstart"
 ROWS = 150

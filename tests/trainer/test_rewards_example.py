@@ -13,7 +13,7 @@ import pytest
 import yaml
 from transformers import AutoModelForSequenceClassification
 
-pytestmark = pytest.mark.program
+pytestmark = pytest.mark.slow
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples/rewards"
 SHORT: dict[str, dict[str, Any]] = {

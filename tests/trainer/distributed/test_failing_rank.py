@@ -50,6 +50,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_rank_that_failed_is_named(case: Case, tmp_path: Path, llama: Path, prose_data: DatasetDict) -> None:
     with socket.socket() as free:

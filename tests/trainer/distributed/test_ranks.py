@@ -764,7 +764,7 @@ def test_zero3(zero3: Group, alone: Any) -> None:
     )
 
 
-@pytest.mark.program
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["zero2-offload", "zero3-offload"])
 def test_with_the_optimizer_on_the_cpu(
     strategy: str, group: Any, deepspeed_optimizer: None, llama: Path, data: DatasetDict, alone: Any

@@ -26,6 +26,7 @@ confirmed, this one was within 0.07.
 """
 
 
+@pytest.mark.slow
 def test_every_cell_of_the_readme_of_peft_is_planned_as_it_was_measured() -> None:
     cells = memory_tables.all_cells()
     assert len(cells) == 9
@@ -37,6 +38,7 @@ def test_every_cell_of_the_readme_of_peft_is_planned_as_it_was_measured() -> Non
             assert abs(memory_tables.error(cell)) < LESS_WELL.get((cell.model, cell.trained), MOST), cell
 
 
+@pytest.mark.slow
 def test_the_page_has_the_tables_of_the_planner() -> None:
     """`python docs/memory_tables.py` draws them."""
     assert memory_tables.main(check=True) == 0

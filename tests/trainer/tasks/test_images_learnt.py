@@ -126,6 +126,7 @@ def learn_to_read_digits(run: FineTuneRun) -> None:
     assert accuracy(model, processor, data["eval"]) == pytest.approx(metrics["accuracy"])
 
 
+@pytest.mark.slow
 def test_all_weights_of_a_resnet_learn_to_read_digits(classify: MakeRun, tmp_path: Path) -> None:
     learn_to_read_digits(classify(model={"path": str(save_model(tmp_path / "model", RESNET))}))
 
@@ -204,6 +205,7 @@ def load_as_the_card_says(run: FineTuneRun, result: Path) -> dict[str, Any]:
     return made
 
 
+@pytest.mark.slow
 def test_an_adapter_on_what_all_weights_of_a_vit_have_learnt(classify: MakeRun, tmp_path: Path) -> None:
     """The first job tells ten digits apart, its model's head is for them; the second asks for five of them, with rows
     of its own.
