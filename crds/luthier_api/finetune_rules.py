@@ -179,12 +179,13 @@ RULES: tuple[Rule, ...] = (
         " two rows at least; raise batchSize or microBatchSize",
     ),
     Rule(
-        "self.task != 'grpo' || has(self.grpo) && size(self.grpo.rewards) > 0",
+        "self.task != 'grpo' || has(self.grpo) && has(self.grpo.rewards) && size(self.grpo.rewards) > 0",
         "spec.grpo.rewards: the task grpo needs a reward, such as type: exactMatch with column: answer; add one",
     ),
     Rule(
-        "self.task != 'grpo' || !has(self.grpo) || !self.grpo.rewards.exists(r, r.type == 'python') ||"
-        " !has(self.tracking) || !self.tracking.exists(t, has(t.secretRef))",
+        "self.task != 'grpo' || !has(self.grpo) || !has(self.grpo.rewards) ||"
+        " !self.grpo.rewards.exists(r, r.type == 'python') || !has(self.tracking) ||"
+        " !self.tracking.exists(t, has(t.secretRef))",
         "spec.tracking.secretRef: the pods of run would hold credentials that the code of a reward of type python"
         " could read; remove secretRef, or that reward",
     ),

@@ -273,7 +273,7 @@ class TextSettings(ApiModel):
             for name, off in (("presencePenalty", "0.0"), ("frequencyPenalty", "0.0"))
         ),
         Rule(
-            "self.numBeams == 1 || size(self.stop) == 0",
+            "self.numBeams == 1 || !has(self.stop) || size(self.stop) == 0",
             "text.stop: has no effect in beam search; remove it, or text.numBeams",
         ),
         Rule(

@@ -65,7 +65,7 @@ def broken_rules(model: ApiModel, path: str = "") -> Iterator[str]:
     """The message of each rule that does not hold in `model`, which is at `path`, or below it. Rules on updates are not
     looked at.
     """
-    data = model.dump()
+    data = stored(model, model.dump())
     for rule in rules_of(type(model)):
         if not rule.transition and not holds(rule, {"self": data}):
             yield rule.message_at(path)
@@ -78,3 +78,23 @@ def broken_rules(model: ApiModel, path: str = "") -> Iterator[str]:
             for i, item in enumerate(value):
                 if isinstance(item, ApiModel):
                     yield from broken_rules(item, f"{below}[{i}]")
+
+
+def stored(model: ApiModel, data: dict[str, Any]) -> dict[str, Any]:
+    """Return `data`, the dump of `model`, as the API server stores it: a CRD has no default for an empty list or map.
+
+    A rule that reads such a field has to ask for it with has().
+    """
+    for name, field in type(model).model_fields.items():
+        key, value = field.alias or name, getattr(model, name)
+        if key not in data:
+            continue
+        if isinstance(value, list | dict) and not value and name not in model.model_fields_set:
+            del data[key]
+        elif isinstance(value, ApiModel):
+            stored(value, data[key])
+        elif isinstance(value, list):
+            for item, below in zip(value, data[key], strict=True):
+                if isinstance(item, ApiModel):
+                    stored(item, below)
+    return data
