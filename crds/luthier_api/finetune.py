@@ -98,3 +98,9 @@ class FineTuneJobSpec(JobControl, TabledSpec):
     restarts: Annotated[Restarts, BUDGET] = Field(default_factory=Restarts)
 
     rules: ClassVar[tuple[Rule, ...]] = RULES
+
+    @property
+    def compares_rows(self) -> bool:
+        """Whether what is learnt depends on which rows share a micro-batch, and so on how many they are."""
+        kto = self.preference is not None and self.preference.loss_type == "kto"
+        return kto or TRAINING_TASKS[self.task].compares_rows

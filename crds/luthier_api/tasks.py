@@ -112,6 +112,8 @@ class TrainingTask:
     """What an evaluation tells beside the loss."""
     sequences: int = 0
     """Sequences of tokens in a row for which a model computes logits over its vocabulary."""
+    compares_rows: bool = False
+    """Whether the loss of a row depends on the other rows of its micro-batch."""
     optional_columns: dict[str, str | None] = field(default_factory=dict)
     """The same as `columns` for roles that rows need not have; None: no default."""
     quantizations: tuple[QuantizationType, ...] = ()
@@ -515,6 +517,7 @@ TASKS: Mapping[str, TaskInfo] = {
             why={"methods": UNPROVEN},
             quantizations=("nf4", "fp4", "int8"),
             settings="embedding",
+            compares_rows=True,
             options=TEXT_OPTIONS | NOISE_OPTIONS | SAVED_OPTIONS,
             metrics=(
                 TaskMetric(

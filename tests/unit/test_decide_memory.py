@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from cases.observed import BEGIN, PREPARED, child, decided, describe, ended, fine_tune, run_document, said, status
@@ -28,6 +29,7 @@ class OutOfMemoryCase:
     expect: tuple[int, int] | None
     """Micro-batch and accumulation of the next attempt. None: the job fails."""
     normalizes: bool = False
+    spec: dict[str, Any] = field(default_factory=dict)
     reduced: int | None = None
 
 
@@ -70,6 +72,13 @@ OUT_OF_MEMORY = [
         normalizes=True,
         expect=None,
     ),
+    OutOfMemoryCase(
+        name="where the loss compares the rows of a forward pass",
+        micro_batch=8,
+        accumulation=2,
+        spec={"task": "embedding"},
+        expect=None,
+    ),
 ]
 
 
@@ -86,7 +95,7 @@ def test_cuda_out_of_memory_is_retried_once_with_smaller_micro_batches(case: Out
     given = BEGUN.model_copy(update={"prepared": prepared, "reduced_micro_batch_size": case.reduced})
     old = group("Failed", reason="FailJobSetFailurePolicyAction")
     ends = [ended(JOB, "run", 79, 0, message="CUDA out of memory. The GPU is full")]
-    decision = decided(fine_tune(given), old, ends=ends)
+    decision = decided(fine_tune(given, **case.spec), old, ends=ends)
     if case.expect is None:
         assert describe(decision) == "Failed CudaOutOfMemory"
         assert decision.status.prepared == prepared

@@ -146,10 +146,12 @@ class FineTune(Workload):
     def smaller_micro_batch(self, status: JobStatus) -> int | None:
         """Half of the rows, or the next smaller number that divides a process's share of a step; once in a plan.
 
-        Where a layer normalises over these rows (BatchNorm), fewer would change the result.
+        Where a layer normalises over these rows (BatchNorm), or the loss compares them, fewer would change the result.
         """
         plan = status.prepared.plan if status.prepared else None
-        if plan is None or not plan.micro_batch_size or plan.normalizes_over_batch or status.reduced_micro_batch_size:
+        if plan is None or not plan.micro_batch_size or status.reduced_micro_batch_size:
+            return None
+        if plan.normalizes_over_batch or self.job.spec.compares_rows:
             return None
         share = plan.micro_batch_size * (plan.accumulation_steps or 1)
         return next((rows for rows in range(plan.micro_batch_size // 2, 0, -1) if share % rows == 0), None)

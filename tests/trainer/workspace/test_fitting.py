@@ -348,6 +348,11 @@ FIXED = [
         weights={},
         spec={"task": "preference", "preference": {"lossType": "kto"}},
     ),
+    FixedCase(
+        name="an embedding is told from those beside it",
+        weights={},
+        spec={"task": "embedding", "training": {"batchSize": 8}},
+    ),
 ]
 
 
@@ -355,7 +360,7 @@ FIXED = [
 def test_rows_of_a_forward_pass_that_decide_the_result_stay(case: FixedCase) -> None:
     known = facts()
     known = facts(weights=known.weights.model_copy(update=case.weights))
-    given = run(A100_40, training={"maxLength": 512}, **case.spec)
+    given = run(A100_40, **{"training": {"maxLength": 512}} | case.spec)
     safe = plan_training(given.spec, 1000, EIGHT)
     assert fitted(given, safe, known).micro_batch_size == safe.micro_batch_size != 1
 
@@ -463,6 +468,17 @@ def test_what_changes_the_result_is_the_last_resort() -> None:
         "spec.resources.gpuClass: the training takes at least 11.0 GB of each GPU (activations 10.0 GB,"
         " context 1.0 GB), and one of class own has 10.5 GB. What would fit, but changes what is learnt:"
         " method.type: qlora (8.0 GB); training.maxLength: 2048 (6.5 GB)"
+    )
+
+
+def test_fewer_rows_that_are_compared_change_the_result() -> None:
+    given = run(A100_40, task="embedding")
+    with pytest.raises(Failure) as refused:
+        fitted(given, plan_training(given.spec, 1000, EIGHT), facts(), other=lambda _: facts())
+    assert refused.value.message == (
+        "spec.resources.gpuClass: the training takes at least 129.0 GB of each GPU (activations 128.0 GB,"
+        " context 1.0 GB), and one of class own has 40.0 GB. What would fit, but changes what is learnt:"
+        " training.microBatchSize: 8 (36.2 GB)"
     )
 
 

@@ -181,17 +181,13 @@ def recomputing(spec: FineTuneJobSpec, plan: Plan, facts: Facts) -> list[bool]:
 def micro_batches(spec: FineTuneJobSpec, plan: Plan, facts: Facts, share: int) -> list[int]:
     """Return the numbers of rows of a forward pass to choose from, the most first.
 
-    Where what is learnt depends on it, only that of the safe plan: with batch statistics, and for KTO, which compares
-    answers with those beside them. A step that was not computed says nothing of other rows.
+    Where what is learnt depends on it, only that of the safe plan: with batch statistics, and for losses that compare
+    rows. A step that was not computed says nothing of other rows.
     """
-    fixed = spec.training.micro_batch_size or facts.weights.normalizes_over_batch or compares_rows(spec)
+    fixed = spec.training.micro_batch_size or facts.weights.normalizes_over_batch or spec.compares_rows
     if fixed or facts.memory.missing:
-        return [plan.micro_batch_size or 1]
+        return [spec.training.micro_batch_size or plan.micro_batch_size or 1]
     return [rows for rows in range(min(share, ROWS), 0, -1) if share % rows == 0]
-
-
-def compares_rows(spec: FineTuneJobSpec) -> bool:
-    return spec.preference is not None and spec.preference.loss_type == "kto"
 
 
 def fastest(found: Sequence[Layout]) -> Layout:

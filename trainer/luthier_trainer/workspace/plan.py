@@ -74,6 +74,8 @@ def micro_batch(spec: FineTuneJobSpec, share: int) -> tuple[int, list[str]]:
     training = spec.training
     if training.micro_batch_size:
         return training.micro_batch_size, []
+    if TRAINING_TASKS[spec.task].compares_rows:
+        return share, [f"microBatchSize: {share}, all rows of a step, because each of them is compared with the others"]
     rows = largest_divisor(share, MICRO_BATCH_LIMIT)
     most, what = rows_for_a_gpu(spec)
     if not spec.resources.gpus_per_node or most is None:

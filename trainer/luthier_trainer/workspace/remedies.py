@@ -150,7 +150,9 @@ def other_classes(run: FineTuneRun, plan: Plan, facts: Facts, limits: Limits) ->
 
 
 def another_result(spec: FineTuneJobSpec, plan: Plan, limits: Limits, other: FactsFor) -> Iterator[str]:
-    """Yield what would fit with another result: an 8-bit optimiser, an adapter, a quantised model, or shorter rows."""
+    """Yield what would fit with another result: fewer rows that are compared, an 8-bit optimiser, an adapter, a
+    quantised model, or shorter rows.
+    """
     shown: set[str] = set()
     for field, value, changed in variants(set_free(spec)):
         if field in shown or any(broken_rules(changed, "spec")):
@@ -168,6 +170,11 @@ def another_result(spec: FineTuneJobSpec, plan: Plan, limits: Limits, other: Fac
 def variants(spec: FineTuneJobSpec) -> Iterator[tuple[str, object, FineTuneJobSpec]]:
     """Yield (field, value, spec with it), the smallest change of each field first."""
     training = spec.training
+    rows = training.batch_size // spec.resources.world_size if spec.compares_rows else 0
+    while rows > 1 and rows % 2 == 0:
+        rows //= 2
+        changed = training.model_copy(update={"micro_batch_size": rows})
+        yield "training.microBatchSize", rows, spec.model_copy(update={"training": changed})
     if training.optimizer == "adamw_torch_fused":
         changed = training.model_copy(update={"optimizer": "adamw_8bit"})
         yield "training.optimizer", "adamw_8bit", spec.model_copy(update={"training": changed})
