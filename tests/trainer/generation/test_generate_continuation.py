@@ -17,7 +17,7 @@ from trainer.sentencepieces import byte_level, llama, unigram
 from transformers import GenerationConfig
 
 from luthier_api.exitcodes import ExitCode
-from luthier_trainer.generation.batching import STEPS, difference, step_logits
+from luthier_trainer.generation.batching import STEPS, difference, followed_logits, step_logits
 from luthier_trainer.generation.texts import continuation
 from luthier_trainer.models import inspect
 from luthier_trainer.runtime import notices
@@ -175,6 +175,13 @@ def test_layers_that_look_back_only_so_far(kind: str, tmp_path: Path) -> None:
     engine = engine_of(tmp_path, batch_size=2)
     assert engine.sharing == "slots"
     assert texts(engine, PROMPTS) == [alone(model, engine.tokenizer, prompt, NEW_TOKENS) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("kind", ["llama", "roberta", "opt"])
+def test_what_counts_as_rounding_is_rounding(kind: str, tmp_path: Path) -> None:
+    """A larger measure of it would let a model pass that reads prompts otherwise in a batch."""
+    model, prompt = save_tiny(kind, tmp_path), [5, 9, 21, 7, 30]
+    assert difference(step_logits(model, [prompt], 1, 5)[:1], followed_logits(model, prompt, 1, 16)) < 1e-5
 
 
 def test_batches_are_judged_by_what_they_do_to_the_logits() -> None:

@@ -10,6 +10,7 @@ them raises an error or a warning.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Literal
 
@@ -93,11 +94,12 @@ def find_sharing(model: PreTrainedModel, prompt: Sequence[int], padding: int, le
         if getattr(model, "is_quantized", False)
         else SMALLEST.get(model.dtype, SMALLEST[torch.bfloat16])
     )
-    limit = max(smallest, ROUNDING * difference(alone[:1], followed_logits(model, prompt, padding, length)))
+    rounding = difference(alone[:1], followed_logits(model, prompt, padding, length))
+    limit = max(smallest, ROUNDING * rounding) if rounding < torch.inf else smallest
     # The second text of the batch has the full length here, and the length of the prompt below.
     longer = [*prompt, *reversed(prompt)] * length
     in_slots = slots_effect(model, alone, prompt, longer[: length - STEPS], padding)
-    if in_slots <= limit and in_slots < torch.inf:  # the limit is infinite where the model gives no numbers at all
+    if in_slots <= limit:
         return "slots"
     padded = effect(model, alone, [prompt, longer[:length]], padding, length)
     if padded <= limit:
@@ -190,8 +192,13 @@ def followed_logits(model: PreTrainedModel, prompt: Sequence[int], padding: int,
     """Return the logits after `prompt` when padding follows it, float64 [1, vocabulary].
 
     A causal model does not see what follows, so these logits differ from those of the prompt alone only by rounding.
+    Positions are those that `generate` gives: models of RoBERTa's family count others themselves, and the difference
+    would hide any mistake.
     """
     missing = length - len(prompt)
+    given = {}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        given["position_ids"] = torch.arange(length, device=model.device)[None]
     ids = torch.tensor([list(prompt) + [padding] * missing], device=model.device)
     mask = torch.tensor([[1] * len(prompt) + [0] * missing], device=model.device)
-    return model(input_ids=ids, attention_mask=mask).logits[:, len(prompt) - 1].double()
+    return model(input_ids=ids, attention_mask=mask, **given).logits[:, len(prompt) - 1].double()
