@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,6 +35,7 @@ from luthier_trainer.workspace.model_files import MODEL_CONFIG
 from luthier_trainer.workspace.plan import plan_space, plan_training
 
 UNKNOWN_ROWS = 1  # where neither the rows nor maxSteps are known; the figures of a whole training are then left out
+USUAL_IMAGE = 224  # pixels of a side, where a configuration does not say it
 
 
 @dataclass(frozen=True)
@@ -118,14 +120,33 @@ def described(request: Request, task: Task, scratch: Path) -> Model:
     source = ResolvedSource(source=str(folder))
     if TASKS[spec.task].auto_class is None:
         return Model(source, folder, None, None)
-    return Model(source, folder, read_config(folder, MODEL), processor_of(task, folder))
+    config = read_config(folder, MODEL)
+    return Model(source, folder, config, processor_of(task, folder, config, spec.task))
 
 
-def processor_of(task: Task, folder: Path) -> Any:
-    """Return the processor of the model, or what stands for a tokenizer that is not there."""
+def processor_of(task: Task, folder: Path, config: Any, name: str) -> Any:
+    """Return the processor of the model, or what stands for one that is not there. `name`: of the task."""
     with contextlib.suppress(Failure):
         return task.read_processor(folder, MODEL)
+    if TASKS[name].modality == "image":
+        return images_of(config)
     return SimpleNamespace(pad_token_id=0)
+
+
+def images_of(config: Any) -> Callable[..., dict[str, Any]]:
+    """Return what makes images of the size that the configuration names, as an image processor would."""
+    import torch
+
+    size = getattr(config, "image_size", None) or USUAL_IMAGE
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    notices.notice(
+        f"spec.model: its image processor is not there, so images of {sides[0]} x {sides[1]} pixels are assumed"
+    )
+
+    def process(images: Sequence[Any], **_: Any) -> dict[str, Any]:
+        return {"pixel_values": torch.zeros(len(images), getattr(config, "num_channels", 3), *sides)}
+
+    return process
 
 
 def folder_of(request: Request, scratch: Path) -> Path:
