@@ -192,7 +192,7 @@ def generation_progress(
         rows=rows,
         max_rows=most,
         failed_rows=sum(count(p, GENERATE_FAILED_ROWS) for p in shards),
-        rows_per_second=figure(pace),
+        rows_per_second=figure(pace) if pace else None,  # of shards that have ended nothing is measured any more
         percent=100 * rows // most,
         eta_seconds=_whole((most - rows) / pace if pace else None),
         time=_time_text(now),

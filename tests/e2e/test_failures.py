@@ -179,7 +179,8 @@ def test_a_killed_shard_goes_on_where_it_stopped(kube: Kube) -> None:
     job = kube.until("gj", "images", lambda o: o["status"].get("workspace"), timeout=60, what="given a workspace")
     shards = f"/workspace/{job['status']['workspace']['folder']}/shards"
     deadline = time.monotonic() + 300
-    while int(kube.run("exec", "inspector", "--", "sh", "-c", f"cat {shards}/*.jsonl 2>/dev/null | wc -l")) < 6:
+    lines = f"cat {shards}/*/*/journal.jsonl 2>/dev/null | wc -l"
+    while int(kube.run("exec", "inspector", "--", "sh", "-c", lines)) < 6:
         assert time.monotonic() < deadline, kube.run("describe", "gj", "images")
         time.sleep(0.5)
     victim = kube.list("pods", "luthier.dev/job=images,luthier.dev/phase=run")[1]
