@@ -172,7 +172,7 @@ def test_it_learns_and_goes_on_to_the_last_bit(
         merged = AutoModelForCausalLM.from_pretrained(merge(llama, result, tmp_path / "merged", None, "spec.model"))
         assert measured(merged, data) == pytest.approx(metrics["evalLoss"], abs=1e-5)
         adapters.check_kind(json.loads((result / "adapter_config.json").read_text()), "spec.adapters[0]")
-        adapters.check_shapes(result, "spec.adapters[0]", llama, "llama")
+        adapters.check_shapes(result, "spec.adapters[0]", llama, "llama", "text-generation")
         generating = add_adapters(AutoModelForCausalLM.from_pretrained(llama), [result], [1.0], "spec.adapters")
         assert measured(generating, data) == pytest.approx(metrics["evalLoss"], abs=1e-5)
         with pytest.raises(Failure, match=r"adapters\[0\].weight: "):
