@@ -79,6 +79,7 @@ ON_GPUS = {
 GENERATION = {
     "luthier_generate_rows": (1, ROWS),
     "luthier_generate_max_rows": (ROWS, ROWS),
+    "luthier_generate_failed_rows": (0, 0),
     "luthier_generate_rows_per_second": (0.01, 10_000),
     "luthier_heartbeat_age_seconds": (0, 300),
 }
