@@ -124,11 +124,6 @@ def pod_of(kube: Kube, name: str) -> figures.Figures:
     return figures.of_pod(kube, pod)
 
 
-def test_the_page_and_this_file_name_the_same() -> None:
-    assert {m.name for m in documented("pod-metrics")} == TRAINING.keys() | ON_GPUS | GENERATION.keys()
-    assert {m.name for m in documented("operator-metrics")} == OPERATOR.keys() | LATER
-
-
 def test_a_training_pod(kube: Kube) -> None:
     kube.until(
         "ftj",

@@ -21,6 +21,8 @@ from typing import Any
 import pytest
 import yaml
 from cases.pages import PAGES, TOP, blocks
+from e2e import test_metrics
+from e2e.figures import documented
 
 from luthier_api import crd
 from luthier_api.base import ApiModel
@@ -303,3 +305,9 @@ def test_the_walk_of_packing_names_what_exists_in_at_most_twelve_stops() -> None
         if not re.search(rf"^\s*(def|class) {name}\b", (TOP / file).read_text(), re.MULTILINE)
     ]
     assert missing == []
+
+
+def test_the_tests_on_the_cluster_know_all_metrics_of_the_page() -> None:
+    on_pods = test_metrics.TRAINING.keys() | test_metrics.ON_GPUS | test_metrics.GENERATION.keys()
+    assert {m.name for m in documented("pod-metrics")} == on_pods
+    assert {m.name for m in documented("operator-metrics")} == test_metrics.OPERATOR.keys() | test_metrics.LATER
