@@ -7,14 +7,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from luthier_trainer.generation.engines.reading import Piece, Read, ReadingEngine, keys_of
+from luthier_trainer.generation.engines.answering import AnsweringEngine
+from luthier_trainer.generation.engines.reading import Piece, Read, keys_of
 from luthier_trainer.generation.records import ValueRecords
 from luthier_trainer.generation.samples import Sample
 
 VALUES = ("label", "labels", "scores")
 
 
-class ClassificationEngine(ReadingEngine):
+class ClassificationEngine(AnsweringEngine):
     """Reads texts, and writes the scores of their labels."""
 
     records: ClassVar[ValueRecords] = ValueRecords(

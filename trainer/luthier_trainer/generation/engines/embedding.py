@@ -8,14 +8,15 @@ from typing import Any, ClassVar
 import numpy
 import torch
 
-from luthier_trainer.generation.engines.reading import Piece, Read, ReadingEngine, keys_of
+from luthier_trainer.generation.engines.answering import AnsweringEngine
+from luthier_trainer.generation.engines.reading import Piece, Read, keys_of
 from luthier_trainer.generation.records import ValueRecords
 from luthier_trainer.generation.samples import Sample
 
 VALUES = ("embedding",)
 
 
-class EmbeddingEngine(ReadingEngine):
+class EmbeddingEngine(AnsweringEngine):
     """Reads texts, and writes a vector for each."""
 
     records: ClassVar[ValueRecords] = ValueRecords(

@@ -10,7 +10,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import GenerateJobSpec
-from luthier_trainer.generation.engines.reading import Piece, Read, ReadingEngine, keys_of
+from luthier_trainer.generation.engines.answering import AnsweringEngine
+from luthier_trainer.generation.engines.reading import Piece, Read, keys_of
 from luthier_trainer.generation.records import ValueRecords
 from luthier_trainer.generation.samples import Sample
 from luthier_trainer.runtime.failure import Failure
@@ -18,7 +19,7 @@ from luthier_trainer.runtime.failure import Failure
 VALUES = ("filled", "tokens")
 
 
-class MaskEngine(ReadingEngine):
+class MaskEngine(AnsweringEngine):
     """Reads texts with masks, and writes what may stand there."""
 
     records: ClassVar[ValueRecords] = ValueRecords(keys=keys_of("fill-mask", VALUES), values=VALUES)

@@ -1,14 +1,14 @@
-"""What the engines have in common that answer with one pass of a model over what they read.
+"""What the engines have in common that read texts: a model with its tokenizer, rows as tokens, and their padding.
 
-An output has the same bits whatever its neighbours are: all batches have one number of rows, and the length that a text
-is padded to depends only on the text. Lengths are rounded up in steps of about an eighth, so that little is padding and
-few lengths share no batch.
+What is made of the texts is another matter: see `answering` and `seq2seq`. An output has the same bits whatever its
+neighbours are: all batches have one number of rows, and the length that a text is padded to depends only on the text.
+Lengths are rounded up in steps of about an eighth, so that little is padding and few lengths share no batch.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
@@ -27,7 +27,7 @@ from luthier_trainer.generation.engines.base import Batched
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.loading import load_with_adapters
 from luthier_trainer.generation.records import ValueRecords, line_keys
-from luthier_trainer.generation.samples import Output, Sample
+from luthier_trainer.generation.samples import Sample
 from luthier_trainer.models.inspect import max_positions
 from luthier_trainer.models.processors import read_tokenizer
 from luthier_trainer.runtime.failure import Failure
@@ -75,7 +75,7 @@ class Read:
 
 
 class ReadingEngine(Batched):
-    """Reads texts, `batch_size` pieces at a time."""
+    """Reads texts: as pieces, each as long as the model reads, that are padded together."""
 
     records: ClassVar[ValueRecords]
     needs_positions: ClassVar[bool] = False
@@ -120,12 +120,11 @@ class ReadingEngine(Batched):
         """Return what the model reads of a sample."""
 
     @abstractmethod
-    def answers(self, outputs: Any, pieces: Sequence[Piece]) -> Sequence[torch.Tensor]:
-        """Return for each piece what the task needs of the outputs of the model, without what belongs to padding."""
+    def forward(self, pieces: Sequence[Piece], length: int) -> Sequence[torch.Tensor]:
+        """Return what one pass of the model makes of pieces that are padded to `length` on the right.
 
-    @abstractmethod
-    def values(self, sample: Sample, pieces: Sequence[Piece], answers: Sequence[torch.Tensor]) -> dict[str, Any]:
-        """Return the values of a sample's line. `answers`: one for each of `pieces`, fp32 on the CPU."""
+        For each piece a tensor without what belongs to padding, fp32 on the CPU.
+        """
 
     def read_once(self, sample: Sample) -> Read:
         """Return what the model reads of a sample. It is tokenised once."""
@@ -149,32 +148,6 @@ class ReadingEngine(Batched):
         if not self.pads:
             return length
         return rounded(length) if self.limit is None else max(length, min(rounded(length), self.limit))
-
-    def make(self, samples: Sequence[Sample]) -> list[Output]:
-        """Return the outputs of samples of one group, in the same order."""
-        read = [self.read_once(sample) for sample in samples]
-        length = self.group(samples[0])
-        assert isinstance(length, int)
-        every = [piece for one in read for piece in one.pieces]
-        answers = iter(self.answered(every, length))
-        outputs = []
-        for sample, one in zip(samples, read, strict=True):
-            values = self.values(sample, one.pieces, [next(answers) for _ in one.pieces])
-            outputs.append(Output(sample, dict(one.facts), values=values))
-            del self.found[sample.key]
-        return outputs
-
-    def answered(self, pieces: Sequence[Piece], length: int) -> Iterator[torch.Tensor]:
-        """Yield the answer of the model to each piece, computed in batches of one shape [batch_size, length]."""
-        for first in range(0, len(pieces), self.batch_size):
-            batch = pieces[first : first + self.batch_size]
-            answers = self.forward([*batch, *[batch[0]] * (self.batch_size - len(batch))], length)
-            yield from answers[: len(batch)]
-
-    @torch.inference_mode()
-    def forward(self, pieces: Sequence[Piece], length: int) -> Sequence[torch.Tensor]:
-        """Return the answers to pieces that are padded to `length` on the right, fp32 on the CPU."""
-        return self.answers(self.model(**self.batch(pieces, length)), pieces)
 
     def batch(self, pieces: Sequence[Piece], length: int) -> dict[str, torch.Tensor]:
         """Return the arguments of the model, int64 [pieces, length], padded on the right."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -104,9 +104,7 @@ class Seq2SeqEngine(ReadingEngine):
     def forward(self, pieces: Sequence[Piece], length: int) -> Sequence[torch.Tensor]:
         """Return the logits of the first token of each text."""
         first = torch.full((len(pieces), 1), self.start, device=self.model.device)
-        return self.answers(self.model(**self.batch(pieces, length), decoder_input_ids=first), pieces)
-
-    def answers(self, outputs: Any, pieces: Sequence[Piece]) -> Sequence[torch.Tensor]:
+        outputs = self.model(**self.batch(pieces, length), decoder_input_ids=first)
         return list(outputs.logits[:, 0].float().cpu())
 
     def work(self, samples: Sequence[Sample]) -> Iterator[list[Output]]:
@@ -167,10 +165,6 @@ class Seq2SeqEngine(ReadingEngine):
         read = self.found.pop(text.work.key)
         facts = {**read.facts, "newTokens": len(text.new), "finishReason": text.finish}
         return Output(text.work, facts, values={"output": text.text()})
-
-    def values(self, sample: Sample, pieces: Sequence[Piece], answers: Sequence[torch.Tensor]) -> dict[str, Any]:
-        """Raises NotImplementedError: `make` writes the texts."""
-        raise NotImplementedError
 
 
 def language_token(tokenizer: PreTrainedTokenizerBase, code: str) -> int | None:

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from luthier_trainer.generation.engines.reading import Piece, Read, ReadingEngine, keys_of
+from luthier_trainer.generation.engines.answering import AnsweringEngine
+from luthier_trainer.generation.engines.reading import Piece, Read, keys_of
 from luthier_trainer.generation.records import ValueRecords
 from luthier_trainer.generation.samples import Sample
 
@@ -30,7 +31,7 @@ class Span:
     end: int | None
 
 
-class SpanEngine(ReadingEngine):
+class SpanEngine(AnsweringEngine):
     """Reads questions with their contexts, and writes the answers."""
 
     records: ClassVar[ValueRecords] = ValueRecords(

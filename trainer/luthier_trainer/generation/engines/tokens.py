@@ -14,14 +14,15 @@ from transformers import PreTrainedModel, TokenClassificationPipeline
 from transformers.pipelines.token_classification import AggregationStrategy
 
 from luthier_api.generate import GenerateJobSpec
-from luthier_trainer.generation.engines.reading import Piece, Read, ReadingEngine, keys_of
+from luthier_trainer.generation.engines.answering import AnsweringEngine
+from luthier_trainer.generation.engines.reading import Piece, Read, keys_of
 from luthier_trainer.generation.records import ValueRecords
 from luthier_trainer.generation.samples import Sample
 
 VALUES = ("entities",)
 
 
-class TokenEngine(ReadingEngine):
+class TokenEngine(AnsweringEngine):
     """Reads texts, and writes the entities in them."""
 
     records: ClassVar[ValueRecords] = ValueRecords(

@@ -13,7 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import GenerateJobSpec
-from luthier_trainer.generation.engines.reading import Piece, Read, ReadingEngine, keys_of
+from luthier_trainer.generation.engines.answering import AnsweringEngine
+from luthier_trainer.generation.engines.reading import Piece, Read, keys_of
 from luthier_trainer.generation.records import ValueRecords
 from luthier_trainer.generation.samples import Sample
 from luthier_trainer.runtime.failure import Failure
@@ -21,7 +22,7 @@ from luthier_trainer.runtime.failure import Failure
 VALUES = ("label", "labels", "scores")
 
 
-class ZeroShotEngine(ReadingEngine):
+class ZeroShotEngine(AnsweringEngine):
     """Reads texts, and writes the scores of the labels of the job."""
 
     records: ClassVar[ValueRecords] = ValueRecords(
