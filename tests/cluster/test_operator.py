@@ -78,7 +78,10 @@ async def test_a_config_map_that_is_lost_is_there_again_for_the_next_pod(world: 
 async def test_jobs_that_wait_for_each_other_are_refused(world: World) -> None:
     for name, source in (("cycle-a", "cycle-b"), ("cycle-b", "cycle-c"), ("cycle-c", "cycle-a")):
         await world.create(job("FineTuneJob", name, model={"job": source}))
-    found = [await until(n, lambda n=n: world.condition("FineTuneJob", n, "Failed")) for n in ("cycle-a", "cycle-b", "cycle-c")]  # type: ignore[misc]
+    found = [
+        await until(n, lambda n=n: world.condition("FineTuneJob", n, "Failed"))
+        for n in ("cycle-a", "cycle-b", "cycle-c")
+    ]
     assert "InvalidSpec" in {c["reason"] for c in found}
     assert {c["reason"] for c in found} <= {"InvalidSpec", "SourceFailed"}
     (message, *_) = [c["message"] for c in found if c["reason"] == "InvalidSpec"]
