@@ -595,7 +595,12 @@ TASKS: Mapping[str, TaskInfo] = {
                 "quantizations": "a model that looks at images may be made of convolutions, which stay as they are",
             },
             settings="classification",
-            options=RESULT_OPTIONS | PEFT_OPTIONS | LABEL_OPTIONS | SMOOTHING_OPTIONS | SAVED_OPTIONS,
+            options=RESULT_OPTIONS
+            | PEFT_OPTIONS
+            | LABEL_OPTIONS
+            | SMOOTHING_OPTIONS
+            | SAVED_OPTIONS
+            | {"training.augmentation": None},
             metrics=LABEL_METRICS,
         ),
     ),

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from luthier_api.attention import AttentionName
+from luthier_api.augmentation import Augmentation
 from luthier_api.base import ApiModel, Rule
 from luthier_api.decides import CIRCUMSTANCES, LAYOUT
 from luthier_api.forms import LossOn
@@ -125,6 +126,10 @@ class Training(ApiModel):
     label_smoothing: Annotated[float, Field(gt=0, lt=1), For("task")] = by_table()
     """Share of each label that is spread evenly over all classes, or over all tokens of the vocabulary. evalLoss is
     without it.
+    """
+    augmentation: Annotated[Augmentation, For("task")] = by_table()
+    """How training images are changed at random: in the order crop, flips, randAugment, colorJitter. What is drawn
+    follows from `seed`, the epoch and the row. Held-out images are never changed.
     """
     neftune_noise_alpha: Annotated[float, Field(gt=0, le=1000), For("task")] = by_table()
     """NEFTune (arXiv:2310.05914, with 5 to 15): while the model learns, uniform noise of up to neftuneNoiseAlpha /

@@ -309,6 +309,14 @@ def scheduled(schedule: str, **options: Any) -> Change:
 MARKS: list[Case] = [
     *(
         Case(
+            message="spec.training.augmentation: applies to image-classification;",
+            refused=task | {"spec.training.augmentation": {"verticalFlip": 0.5}},
+            accepted=IMAGES | {"spec.training.augmentation": {"verticalFlip": 0.5}},
+        )
+        for task in (TEXTS, PICTURES)
+    ),
+    *(
+        Case(
             message=f"spec.training.labelSmoothing: applies to {fitting('training.labelSmoothing')};",
             refused=task | SMOOTHED,
             accepted=TEXTS | SMOOTHED,
@@ -1043,6 +1051,20 @@ CHOICES: list[Case] = [
     ),
 ]
 CASES: list[Case] = [
+    *(
+        Case(
+            message=message,
+            refused=IMAGES | {"spec.training.augmentation": refused},
+            accepted=IMAGES | {"spec.training.augmentation": accepted},
+        )
+        for message, refused, accepted in (
+            ("augmentation: changes nothing; set crop, horizontalFlip,", {}, {"horizontalFlip": 1}),
+            ("colorJitter: changes nothing; set", {"colorJitter": {}}, {"colorJitter": {"hue": 0.1}}),
+            ("crop.scale: is a least and a", {"crop": {"scale": [0.9, 0.5]}}, {"crop": {"scale": [0.5, 1]}}),
+            ("crop.scale: is a least and a", {"crop": {"scale": [0, 1]}}, {"crop": {}}),
+            ("crop.ratio: is a least and a", {"crop": {"ratio": [2, 1]}}, {"crop": {"ratio": [1, 2]}}),
+        )
+    ),
     Case(
         message="classification: balanced computes the weights that classWeights would name; remove one of them",
         refused=TEXTS | {"spec.classification": {"balanced": True, "classWeights": {"a": 2}}},

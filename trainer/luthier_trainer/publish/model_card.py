@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from luthier_api.augmentation import Augmentation
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.methods import METHODS, QUANTIZATIONS
 from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
@@ -84,6 +85,7 @@ def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
         "Steps": plan.steps,
         "Tokens a row, at most": training.max_length if task.modality == "text" else None,
         "Pixels of an image": f"{spec.image.resolution} × {spec.image.resolution}" if spec.image else None,
+        "Augmentation": described_augmentation(training.augmentation),
         "Packing": None if training.packing in (None, "none") else training.packing,
         "Strategy": f"{plan.strategy}, {plan.world_size} processes",
         "Seed": training.seed,
@@ -140,6 +142,13 @@ def described_method(spec: FineTuneJobSpec) -> str:
     quantization = spec.model.quantization
     beside = f" on a base in {QUANTIZATIONS[quantization.type].title}" if quantization else ""
     return f"{spec.method.type}{f' ({settings})' if settings else ''}{beside}"
+
+
+def described_augmentation(augmentation: Augmentation | None) -> str | None:
+    """Return how training images were changed at random; None if they were not."""
+    if augmentation is None:
+        return None
+    return "; ".join(f"{name} {plain(value)}" for name, value in augmentation.dump().items())
 
 
 def is_chosen(value: Any) -> bool:

@@ -176,6 +176,8 @@ class TrainerSetup:
     """How the loss is computed, for the log, if there are several ways."""
     drawn: Drawn | None = None
     """What is drawn at random for batches; None: nothing, or the trainer does it."""
+    begin_epoch: Callable[[int], None] | None = None
+    """Called with the number of an epoch before its rows are read, by collators that draw at random; None: not."""
 
 
 class Task(Batches, Protocol):

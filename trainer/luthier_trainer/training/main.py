@@ -211,6 +211,7 @@ def main(run: FineTuneRun | GenerateRun, observers: Sequence[Any] = ()) -> Termi
         callbacks=[*callbacks, trackers, *observers],
         **setup.options,
         drawn=setup.drawn,
+        begin_epoch=setup.begin_epoch,
         batches=task,
         ranks=ranks,
         identity=identity,

@@ -75,13 +75,14 @@ class Resilient(Base):
         method_state: MethodState | None = None,
         own_optimizer: Callable[[Any], torch.optim.Optimizer | None],
         drawn: Drawn | None = None,
+        begin_epoch: Callable[[int], None] | None = None,
         **kwargs: Any,
     ) -> None:
         """`rows_a_step`: rows of an optimiser step. `group_by_length`: rows of similar lengths share a step.
 
-        `drawn` draws what is random in a batch. `method_state`: what the method has for checkpoints and steps, where
-        that is more than PEFT saves. `own_optimizer` makes the optimiser for this trainer, or returns None if
-        transformers makes it.
+        `drawn` draws what is random in a batch, and `begin_epoch` tells the collator of the epoch. `method_state`: what
+        the method has for checkpoints and steps, where that is more than PEFT saves. `own_optimizer` makes the
+        optimiser for this trainer, or returns None if transformers makes it.
         """
         self._by_length: ByLength | None = None
         self._evaluation_order: list[int] | None = None
@@ -99,6 +100,7 @@ class Resilient(Base):
         """By what the method's penalty is multiplied in the next forward pass: it counts once in a step."""
         self._own_optimizer = own_optimizer
         self.drawn: Drawn = drawn or (lambda batch, step: batch)
+        self._begin_epoch = begin_epoch or (lambda epoch: None)
         self.choice = choice
         """What is done with evaluations: early stopping, and which weights are delivered; None: nothing."""
         self.checkpoint_bytes = checkpoint_bytes
@@ -279,6 +281,7 @@ class Resilient(Base):
         if self._by_length is not None:
             # transformers 5.23 tells the sampler of several processes nothing when it resumes within an epoch.
             self._by_length.epoch = kwargs["epoch"]
+        self._begin_epoch(kwargs["epoch"])
         super()._run_epoch(**kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
