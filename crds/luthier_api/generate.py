@@ -91,7 +91,7 @@ class ClassifySettings(OneOutput):
     top_k: Annotated[int | None, Field(ge=1)] = None
     """Labels whose scores are written, the highest first; all of them when left out."""
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """A text has each label with at least this score, where the model gives a text any number of labels
+    """A row has each label with at least this score, where the model gives a row any number of labels
     (`problem_type: multi_label_classification`). Others give it the one with the highest score.
     """
 
@@ -408,8 +408,8 @@ ROWS_SIZE = 65536
 """Characters of the texts of all rows in a manifest. The operator and etcd hold every job whole. Not bytes: the API
 server counts what it costs to convert each text at its longest, and refuses the CRD.
 """
-TEXTS = ("prompt", "negativePrompt", "text", "question", "context")
-"""Fields of a row that hold a text."""
+TEXTS = ("prompt", "negativePrompt", "text", "question", "context", "image")
+"""Fields of a row that hold a text, or a path."""
 
 
 def _size(name: str) -> str:
@@ -436,6 +436,8 @@ class Row(ApiModel):
     """The question that the context answers."""
     context: Annotated[str | None, Field(min_length=1, max_length=ROWS_SIZE), For("task")] = None
     """The text in which the answer stands."""
+    image: Annotated[str | None, Field(min_length=1, max_length=1024), For("task")] = None
+    """The image that the model looks at: the path of a file inside the pods."""
     id: Annotated[str | None, Field(min_length=1, max_length=512)] = None
     """Identifier of this row, which each of its outputs repeats."""
     seed: Annotated[Seed | None, For("task")] = None
@@ -455,6 +457,10 @@ class InputColumns(ApiModel):
     """The question that the context answers."""
     context: Annotated[ShortText, For("task")] = by_table()
     """The text in which the answer stands."""
+    image: Annotated[ShortText, For("task")] = by_table()
+    """The image that the model looks at: images, or paths of files inside the pods, which may be relative to the folder
+    of the file that names them. Text files hold a path a line and need no name here.
+    """
     negative_prompt: Annotated[ShortText, For("task")] = by_table()
     """What the image should not show. Used where there is such a column; a name other than the default must exist."""
     id: ShortText | None = None
@@ -628,10 +634,11 @@ class GenerateJobSpec(JobControl, TabledSpec):
     tables: ClassVar[Mapping[str, Table]] = {"task": Table(GENERATION_TASKS, selector="task", noun="task")}
 
     task: Annotated[GenerateTask, RESULT]
-    """What the model makes of each row: scores of labels (text-classification, zero-shot-classification), entities
-    (token-classification), an answer (question-answering), what fits a mask (fill-mask), a vector (feature-extraction),
-    another text (summarization, translation, text2text-generation), the continuation of a prompt (text-generation), or
-    an image (text-to-image, with Stable Diffusion XL).
+    """What the model makes of each row: scores of labels (text-classification, zero-shot-classification,
+    image-classification), entities (token-classification), an answer (question-answering), what fits a mask
+    (fill-mask), a vector (feature-extraction), another text (summarization, translation, text2text-generation), a text
+    of an image (image-to-text), the continuation of a prompt (text-generation), or an image (text-to-image, with Stable
+    Diffusion XL).
     """
     model: Annotated[ModelSource, RESULT]
     adapters: Annotated[list[Adapter], Field(max_length=8), RESULT] = Field(default_factory=list)

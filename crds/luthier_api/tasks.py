@@ -52,6 +52,8 @@ GenerateTask = Literal[
     "summarization",
     "translation",
     "text2text-generation",
+    "image-classification",
+    "image-to-text",
 ]
 """The rows of `TASKS` that have a generation half."""
 BestMetric = Literal[
@@ -148,6 +150,8 @@ ROW_SETTINGS = ("inputs.rows[].overrides", "inputs.sweep.zip", "inputs.sweep.pro
 """Where values of a block of settings stand for some rows. They belong to the tasks to which the block belongs."""
 TEMPLATES = ("inputs.template", "inputs.rows[].fields")
 """Fields that write prompts. They belong to the tasks whose rows have one."""
+IMAGES = ("image",)
+"""Roles whose cells are images: a row of `inputs.rows` has the path of a file there."""
 SEED = "seed"
 """Role of the seed of a row, and the field of the seed of a job."""
 
@@ -175,7 +179,7 @@ class GenerationTask:
 
     @property
     def main_role(self) -> str:
-        """The role of the text that the task works on."""
+        """The role of the text, or of the image, that the task works on."""
         return next(iter(self.columns))
 
     @property
@@ -603,6 +607,12 @@ TASKS: Mapping[str, TaskInfo] = {
             | {"training.augmentation": None},
             metrics=LABEL_METRICS,
         ),
+        generation=GenerationTask(
+            columns={"image": "image"},
+            optional_columns={},
+            settings="classify",
+            options=RESULT_OPTIONS,
+        ),
     ),
     "text-generation": TaskInfo(
         modality="text",
@@ -681,6 +691,17 @@ TASKS: Mapping[str, TaskInfo] = {
     "summarization": SEQ2SEQ,
     "translation": replace(SEQ2SEQ, pipeline_tag="translation"),
     "text2text-generation": replace(SEQ2SEQ, pipeline_tag="text2text-generation"),
+    "image-to-text": TaskInfo(
+        modality="image",
+        pipeline_tag="image-to-text",
+        auto_model="ImageTextToText",
+        unused=("pooler",),
+        generation=GenerationTask(
+            columns={"image": "image"},
+            optional_columns={SEED: "seed"},
+            settings="text",
+        ),
+    ),
 }
 
 TRAINING_TASKS: Mapping[str, TrainingTask] = {name: info.training for name, info in TASKS.items() if info.training}

@@ -183,6 +183,7 @@ ASKED = {
     "spec.task": "question-answering",
     "spec.inputs.rows": [{"question": "What is it?", "context": "a lute"}],
 }
+LOOK = {"spec.task": "image-classification", "spec.inputs.rows": [{"image": "/data/lute.png"}]}
 NEEDED: dict[str, Change] = {"zero-shot-classification": {"spec.zeroShot": {"labels": ["a", "b"]}}}
 """What else a task must have."""
 BLOCKS = {
@@ -723,7 +724,7 @@ MARKS: list[Case] = [
         for adapters in ({}, LORA, QLORA)
     ),
     Case(
-        message="spec.text: applies to text-generation, summarization, translation, text2text-generation;",
+        message="spec.text: applies to text-generation, summarization, translation, text2text-generation,",
         refused=PICTURES | {"spec.text": {}},
         accepted={"spec.text": {}},
         base=GENERATE,
@@ -2140,7 +2141,7 @@ CASES: list[Case] = [
     ),
     *(
         Case(
-            message=f"spec.{block}: applies to {suited['spec.task']};",
+            message=f"spec.{block}: applies to {suited['spec.task']}",
             refused={f"spec.{block}": {}},
             accepted=suited | {f"spec.{block}": ZERO_SHOT["spec.zeroShot"] if block == "zeroShot" else {}},
             base=GENERATE,
@@ -2154,7 +2155,7 @@ CASES: list[Case] = [
             accepted=suited,
             base=GENERATE,
         )
-        for role, suited in (("text", CLASSIFY), ("question", ASKED), ("context", ASKED))
+        for role, suited in (("text", CLASSIFY), ("question", ASKED), ("context", ASKED), ("image", LOOK))
     ),
     *(
         Case(
@@ -2168,6 +2169,7 @@ CASES: list[Case] = [
             ("text", CLASSIFY, {}),
             ("question", ASKED, {}),
             ("context", ASKED, {}),
+            ("image", LOOK, {}),
             ("seed", {"spec.task": "text-generation"}, {"spec.task": "fill-mask"}),
         )
     ),

@@ -51,6 +51,11 @@ CASES = [
         implementations=prepare_generation.CHECKED_TOGETHER,
     ),
     Case(
+        name="what rows of a GenerateJob hold: what is saved of models of transformers",
+        rows={TASKS[name].modality for name in GENERATION_TASKS if TASKS[name].library == "transformers"},
+        implementations=prepare_generation.SAVED_PROCESSORS,
+    ),
+    Case(
         name="methods that make adapters",
         rows=[name for name, method in METHODS.items() if method.adapter],
         implementations=methods.FAMILIES,

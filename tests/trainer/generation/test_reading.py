@@ -13,8 +13,8 @@ import numpy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from trainer.generating import generate_run, generate_shards, result_lines
+from trainer.word_pieces import word_pieces
 from transformers import (
     AutoModel,
     AutoModelForQuestionAnswering,
@@ -42,13 +42,6 @@ from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.training.main import main as train
 
 Line = dict[str, Any]
-SPECIAL = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
 POSITIONS = 64
 NLI = {0: "contradiction", 1: "neutral", 2: "entailment"}
 TAGS = {0: "O", 1: "B-PER", 2: "I-PER", 3: "B-LOC", 4: "I-LOC"}
@@ -56,19 +49,7 @@ TAGS = {0: "O", 1: "B-PER", 2: "I-PER", 3: "B-LOC", 4: "I-LOC"}
 
 @pytest.fixture(scope="module")
 def tokenizer(paragraphs: list[str]) -> PreTrainedTokenizerFast:
-    """Word pieces, as BERT has them."""
-    made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    made.train_from_iterator(
-        paragraphs[:100], trainers.WordPieceTrainer(vocab_size=400, special_tokens=list(SPECIAL.values()))
-    )
-    made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made,
-        model_max_length=POSITIONS,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-        **SPECIAL,
-    )
+    return word_pieces(paragraphs[:100], POSITIONS)
 
 
 Save = Callable[..., Path]

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from luthier_api.tasks import SEED, TASKS
 from luthier_trainer.generation.samples import Output
 from luthier_trainer.workspace.manifest import place_file, sha256
 
@@ -31,6 +32,12 @@ def line_keys(*own: str) -> tuple[str, ...]:
     `run` names the settings and the environment of the output, which the manifest of the shard holds once.
     """
     return ("row", "sample", "id", *own, "error", "seed", "settings", "input", "sha256", "run")
+
+
+def keys_of(task: str, values: Sequence[str], facts: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the keys of the lines of a task: its roles, what was made of them, and what is told of that."""
+    roles = [role for role in TASKS[task].generated.roles if role != SEED]
+    return line_keys(*roles, *values, *facts)
 
 
 class RecordForm(Protocol):

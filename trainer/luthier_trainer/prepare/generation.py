@@ -10,7 +10,7 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import GenerateJobSpec
 from luthier_api.run import GenerateRun, PreparedRecord
 from luthier_api.spec import ModelSource
-from luthier_api.tasks import TASKS
+from luthier_api.tasks import TASKS, Modality
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import chats
 from luthier_trainer.data.masks import ChatReader, Unreadable
@@ -27,7 +27,7 @@ from luthier_trainer.workspace.model_files import ADAPTER_CONFIG
 from luthier_trainer.workspace.plan import plan_generation
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 SYSTEM_ROLES = ("system", "developer")  # roles of a message that says how to answer
 MODEL, CHAT = "spec.model", "spec.text.chat"
@@ -66,7 +66,7 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     if refiner_path:
         parameters = (parameters or 0) + check_refiner(refiner_path, path, spec)
 
-    if (folder.prepared / "tokenizer").exists():
+    if reads_texts(spec):
         check_tokens(path, spec, located.field, list(zip(paths, fields, strict=True)), rows, folder)
     render = chat_writer(paths, folder, spec.text.system_prompt) if is_chat(run) else unchanged
     others = (located, *found, *([refiner] if refiner else []))
@@ -105,6 +105,12 @@ def check_refiner(refiner: Path, base: Path, spec: GenerateJobSpec) -> int:
     from luthier_trainer.generation import pipelines  # imports torch and diffusers
 
     return pipelines.check_refiner(refiner, base, spec.image)
+
+
+def reads_texts(spec: GenerateJobSpec) -> bool:
+    """Return whether a model of transformers reads texts of the rows."""
+    task = TASKS[spec.task]
+    return task.library == "transformers" and task.modality == "text"
 
 
 def unchanged(line: Line) -> Line:
@@ -226,12 +232,10 @@ NamedAdapter = tuple[Path, str]
 def transformers_model(
     path: Path, spec: GenerateJobSpec, located: sources.Located, rows: Iterable[Line], folder: WorkspaceFolder
 ) -> Path:
-    """Check that the model in `path` can do the task, and save its tokenizer, if it reads text.
+    """Check that the model in `path` can do the task, and save what turns rows into its inputs.
 
     Returns the folder that the engine loads. Raises Failure if the model does not suit the job.
     """
-    from luthier_trainer.generation.engines.reading import ReadingEngine  # imports torch
-
     task = TASKS[spec.task]
     config = inspect.read_config(path, located.field)
     checks.check_task(config, spec.task, located.field)
@@ -240,15 +244,41 @@ def transformers_model(
     if writes:
         checks.check_new_tokens(config, spec.text.max_new_tokens, "spec.text.maxNewTokens")
     path = weight_check.fitting(path, config, spec.task, located.field, folder, named_by_adapter=False)
-    if task.modality == "text":
-        tokenizer = processors.read_tokenizer(located.folder or path, located.field)
-        tokenizer.save_pretrained(folder.prepared / "tokenizer")
-        engine = engine_class(spec.task)
-        if issubclass(engine, ReadingEngine):
-            engine.check(spec, config, tokenizer, located.field)
-        if spec.text and (spec.text.json_schema is not None or spec.text.regex is not None):
-            check_constraint(spec, tokenizer)
+    SAVED_PROCESSORS[task.modality](located.folder or path, spec, config, located.field, folder)
     return path
+
+
+def save_tokenizer(
+    source: Path, spec: GenerateJobSpec, config: PreTrainedConfig, field: str, folder: WorkspaceFolder
+) -> None:
+    """Save the tokenizer in `source`. Raises Failure if it does not suit the job."""
+    from luthier_trainer.generation.engines.reading import ReadingEngine  # imports torch
+
+    tokenizer = processors.read_tokenizer(source, field)
+    tokenizer.save_pretrained(folder.prepared / "tokenizer")
+    engine = engine_class(spec.task)
+    if issubclass(engine, ReadingEngine):
+        engine.check(spec, config, tokenizer, field)
+    if spec.text and (spec.text.json_schema is not None or spec.text.regex is not None):
+        check_constraint(spec, tokenizer)
+
+
+def save_image_processor(
+    source: Path, spec: GenerateJobSpec, config: PreTrainedConfig, field: str, folder: WorkspaceFolder
+) -> None:
+    """Save the image processor in `source`, and what else the engine needs. Raises Failure if it does not suit."""
+    from luthier_trainer.generation.engines.looking import LookingEngine  # imports torch
+
+    engine = engine_class(spec.task)
+    assert issubclass(engine, LookingEngine), "tasks whose rows hold images look at them"
+    engine.prepare(spec, config, source, field, folder)
+
+
+SAVED_PROCESSORS: Mapping[Modality, Callable[[Path, GenerateJobSpec, PreTrainedConfig, str, WorkspaceFolder], None]] = {
+    "text": save_tokenizer,
+    "image": save_image_processor,
+}
+"""What rows hold → the function that saves what turns them into inputs of a model of transformers."""
 
 
 def check_constraint(spec: GenerateJobSpec, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -6,16 +6,19 @@ A row that cannot be read has the reason under `error`, and what could be read o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import GenerateRun
-from luthier_api.tasks import GENERATION_TASKS, generation_tasks
+from luthier_api.tasks import GENERATION_TASKS, IMAGES, generation_tasks
+from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import chats, columns
 from luthier_trainer.data.load import Rows
 from luthier_trainer.generation.overrides import read_overrides
+from luthier_trainer.generation.pictures import Pictures
 from luthier_trainer.generation.rows import Line
-from luthier_trainer.prepare import carried_columns, sweeps
+from luthier_trainer.prepare import carried_columns, generation_images, sweeps
 from luthier_trainer.prepare.sweeps import Template
 from luthier_trainer.runtime.failure import Failure
 
@@ -65,9 +68,22 @@ def inline(run: GenerateRun) -> Iterator[Line]:
             line["prompt"] = [{"role": "user", "content": line["prompt"]}]
         if row.fields:
             line["input"] = dict(row.fields)
+        read_images(line, run)
         if overrides := given.get("overrides", {}).get(task.settings):
             line["settings"] = overrides
         yield line
+
+
+def read_images(line: Line, run: GenerateRun) -> None:
+    """Put the SHA-256 of each image of a row that is written in the spec in place of its path, or the error."""
+    pictures = Pictures(WorkspaceFolder(Path(run.workspace)))
+    for role in [role for role in IMAGES if role in line]:
+        name = line.pop(role)
+        line["input"] = {**line.get("input", {}), role: name}
+        try:
+            line[role] = generation_images.kept(name, pictures, folder=None)
+        except generation_images.BadImage as problem:
+            line["error"] = f"{role}: {problem}"
 
 
 def is_chat(run: GenerateRun) -> bool:
@@ -93,6 +109,8 @@ def cells(rows: Rows, run: GenerateRun) -> Iterator[Line]:
     if template:
         roles.pop("prompt", None)
     roles = {role: column for role, column in roles.items() if is_there(rows, role, column, task.optional_columns)}
+    images = {role: column for role, column in roles.items() if role in IMAGES}
+    rows = generation_images.encoded(rows, images)
     read = {role: reader_of(rows, run, role, column) for role, column in roles.items()}
     taken = [*roles.values(), *overridden.values()]
     others = carried_columns.columns(rows, names.carry, taken, f"{INPUTS}.columns.carry")
@@ -103,13 +121,15 @@ def cells(rows: Rows, run: GenerateRun) -> Iterator[Line]:
         for role, column in roles.items():
             try:
                 value = read[role](row[column])
-            except BadRow as problem:
+            except (BadRow, generation_images.BadImage) as problem:
                 problems.append(f"{role}: {problem}")
-                value = None if role in ABOUT_THE_ROW else plain_text(row[column])
+                value = None if role in (*ABOUT_THE_ROW, *IMAGES) else plain_text(row[column])
             if value is not None:
                 line[role] = value
         carried = {name: carried_columns.plain(row[name], others[name]) for name in others}
-        if more := {**next(lines, {}), **carried}:
+        names_of_images = {column: generation_images.name_of(row[column]) for column in images.values()}
+        files = {column: file for column, file in names_of_images.items() if file}
+        if more := {**next(lines, {}), **files, **carried}:
             line["input"] = more
         if template:
             line[TEXTS] = {name: plain_text(row[name]) for name in texts if row[name] not in (None, "")}
@@ -163,6 +183,8 @@ def reader_of(rows: Rows, run: GenerateRun, role: str, column: str) -> Callable[
         return whole_seed
     if role == "id":
         return identifier
+    if role in IMAGES:
+        return generation_images.reader(rows, run, column, f"{INPUTS}.columns.{role}")
     if role == "prompt" and is_chat(run):
         nested = chats.is_nested(rows, column)
         return lambda value: messages(value, nested)

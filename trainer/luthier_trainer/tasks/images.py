@@ -182,9 +182,20 @@ def loss(image: PIL.Image.Image, seen: PIL.Image.Image) -> str | None:
 
 
 def check(config: PreTrainedConfig, processor: BaseImageProcessor, spec: FineTuneJobSpec, rows: int) -> None:
-    """Check that the processor makes tensors of the same shape of all images, and that the model accepts them.
+    """Check that the model accepts what the processor makes of images, also in the smallest batch of the training.
 
     `rows`: the number of training rows. Raises Failure if not.
+    """
+    shape = shape_of(processor)
+    check_pixels(config, shape, spec.task)
+    if smallest_batch(spec, rows) == 1:
+        check_alone(inspect.skeleton(config, spec.task, inspect.MODEL), shape, rows)
+
+
+def shape_of(processor: BaseImageProcessor) -> tuple[int, ...]:
+    """Return the shape of the tensor that the processor makes of any image, [channels, height, width].
+
+    Raises Failure if it depends on the image.
     """
     import PIL.Image
 
@@ -207,23 +218,26 @@ def check(config: PreTrainedConfig, processor: BaseImageProcessor, spec: FineTun
     if shapes[0] != shapes[1]:
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"{inspect.MODEL}: its image processor makes tensors of {by(shapes[0])} and of {by(shapes[1])} from"
+            f"{inspect.MODEL}: its image processor makes tensors of {by(shapes[0][1:])} and of {by(shapes[1][1:])} from"
             " images of other shapes, which form no batch; set do_resize and a size of height and width in its"
             " preprocessor_config.json",
         )
-    model = inspect.skeleton(config, spec.task, inspect.MODEL)
+    return shapes[0][1:]
+
+
+def check_pixels(config: PreTrainedConfig, shape: tuple[int, ...], task: str) -> None:
+    """Check that the model accepts tensors of a shape, [channels, height, width]. Raises Failure if not."""
+    model = inspect.skeleton(config, task, inspect.MODEL)
     try:
-        unused_parameters(model, shapes[0][1:])
+        unused_parameters(model, shape)
     except Exception as error:  # architectures check their inputs with many types of exceptions
         text = " ".join(str(error).split())[:300]
         if "meta tensor" not in text.lower():  # a model that reads values, which meta tensors lack, is not checked
             raise Failure(
                 ExitCode.INVALID_SPEC,
-                f"{inspect.MODEL}: its image processor makes tensors of {by(shapes[0])}, which the model does not"
+                f"{inspect.MODEL}: its image processor makes tensors of {by(shape)}, which the model does not"
                 f" take: {text}",
             ) from error
-    if smallest_batch(spec, rows) == 1:
-        check_alone(model, shapes[0][1:], rows)
 
 
 def unused_parameters(model: PreTrainedModel, shape: tuple[int, ...]) -> set[str]:
@@ -261,5 +275,5 @@ def check_alone(model: PreTrainedModel, shape: tuple[int, ...], rows: int) -> No
 
 
 def by(shape: tuple[int, ...]) -> str:
-    """Return a shape without its first dimension, as text for a message."""
-    return " × ".join(map(str, shape[1:]))
+    """Return a shape as text for a message."""
+    return " × ".join(map(str, shape))

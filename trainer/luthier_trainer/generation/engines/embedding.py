@@ -9,8 +9,8 @@ import numpy
 import torch
 
 from luthier_trainer.generation.engines.answering import AnsweringEngine
-from luthier_trainer.generation.engines.reading import Piece, Read, keys_of
-from luthier_trainer.generation.records import ValueRecords
+from luthier_trainer.generation.engines.reading import Piece, Read
+from luthier_trainer.generation.records import ValueRecords, keys_of
 from luthier_trainer.generation.samples import Sample
 
 VALUES = ("embedding",)

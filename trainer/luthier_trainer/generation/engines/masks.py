@@ -11,8 +11,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import GenerateJobSpec
 from luthier_trainer.generation.engines.answering import AnsweringEngine
-from luthier_trainer.generation.engines.reading import Piece, Read, keys_of
-from luthier_trainer.generation.records import ValueRecords
+from luthier_trainer.generation.engines.reading import Piece, Read
+from luthier_trainer.generation.records import ValueRecords, keys_of
 from luthier_trainer.generation.samples import Sample
 from luthier_trainer.runtime.failure import Failure
 

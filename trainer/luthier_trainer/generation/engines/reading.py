@@ -20,13 +20,13 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import GenerateJobSpec
 from luthier_api.run import GenerateRun, PreparedRecord
-from luthier_api.tasks import SEED, TASKS
+from luthier_api.tasks import TASKS
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.generation.batching import SMALLEST
 from luthier_trainer.generation.engines.base import Batched
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.loading import load_with_adapters
-from luthier_trainer.generation.records import ValueRecords, line_keys
+from luthier_trainer.generation.records import ValueRecords
 from luthier_trainer.generation.samples import Sample
 from luthier_trainer.models.inspect import max_positions
 from luthier_trainer.models.processors import read_tokenizer
@@ -35,12 +35,6 @@ from luthier_trainer.runtime.notices import notice
 
 SHORTEST = 16  # tokens; shorter texts are padded to it
 NO_LIMIT = 10**9  # tokenizers whose files set no length have a larger one than any text
-
-
-def keys_of(task: str, values: Sequence[str], facts: Sequence[str] = ()) -> tuple[str, ...]:
-    """Return the keys of the lines of a task: its roles, what was made of them, and what is told of that."""
-    roles = [role for role in TASKS[task].generated.roles if role != SEED]
-    return line_keys(*roles, *values, *facts)
 
 
 def rounded(length: int) -> int:

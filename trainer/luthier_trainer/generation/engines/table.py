@@ -22,6 +22,8 @@ ENGINES: Mapping[GenerateTask, tuple[str, str]] = {
     "summarization": ("luthier_trainer.generation.engines.seq2seq", "Seq2SeqEngine"),
     "translation": ("luthier_trainer.generation.engines.seq2seq", "Seq2SeqEngine"),
     "text2text-generation": ("luthier_trainer.generation.engines.seq2seq", "Seq2SeqEngine"),
+    "image-classification": ("luthier_trainer.generation.engines.image_classification", "ImageClassificationEngine"),
+    "image-to-text": ("luthier_trainer.generation.engines.captions", "CaptionEngine"),
     "text-to-image": ("luthier_trainer.generation.engines.images", "ImageEngine"),
 }
 """Task → module and name of the class."""

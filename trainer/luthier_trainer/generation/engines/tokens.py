@@ -15,8 +15,8 @@ from transformers.pipelines.token_classification import AggregationStrategy
 
 from luthier_api.generate import GenerateJobSpec
 from luthier_trainer.generation.engines.answering import AnsweringEngine
-from luthier_trainer.generation.engines.reading import Piece, Read, keys_of
-from luthier_trainer.generation.records import ValueRecords
+from luthier_trainer.generation.engines.reading import Piece, Read
+from luthier_trainer.generation.records import ValueRecords, keys_of
 from luthier_trainer.generation.samples import Sample
 
 VALUES = ("entities",)

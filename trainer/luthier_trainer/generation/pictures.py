@@ -1,0 +1,45 @@
+"""The images that rows of the inputs hold: each file once in the workspace, by the SHA-256 of its content.
+
+`prepare` reads and stores them, and a row names them by that digest. So an output depends on the content of an image,
+and neither on its name nor on what becomes of the file afterwards.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.generation.records import digest
+from luthier_trainer.workspace.manifest import place_file
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+
+class Pictures:
+    """The image files of a job."""
+
+    def __init__(self, folder: WorkspaceFolder) -> None:
+        self.folder = folder.prepared / "images"
+
+    def path(self, name: str) -> Path:
+        """Return the path of the file with the SHA-256 `name`."""
+        return self.folder / name[:2] / name
+
+    def keep(self, content: bytes) -> str:
+        """Store a file, and return its SHA-256."""
+        name = digest(content)
+        path = self.path(name)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            place_file(path, content)
+        return name
+
+    def opened(self, name: str, mode: str = "RGB") -> PIL.Image.Image:
+        """Return an image upright, in a mode of Pillow."""
+        import PIL.Image
+        import PIL.ImageOps
+
+        with PIL.Image.open(self.path(name)) as image:
+            return PIL.ImageOps.exif_transpose(image).convert(mode)
