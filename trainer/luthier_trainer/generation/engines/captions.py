@@ -74,6 +74,7 @@ class CaptionEngine(LookingEngine):
     def prepare(
         cls, spec: GenerateJobSpec, config: PreTrainedConfig, source: Path, field: str, folder: WorkspaceFolder
     ) -> None:
+        """Check that the model captions, and save its image processor and tokenizer. Raises Failure if it does not."""
         if config.model_type not in CAPTIONERS:
             raise Failure(
                 ExitCode.INVALID_SPEC,
