@@ -25,7 +25,8 @@ from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data.bins import packed
 from luthier_trainer.distributed import launch
-from luthier_trainer.models.new_model import new_config, save_new_model, train_tokenizer
+from luthier_trainer.models.new_model import new_config, save_new_model
+from luthier_trainer.models.new_tokenizer import train_tokenizer
 from luthier_trainer.tasks.base import LoadedModel, TrainingContext
 from luthier_trainer.tasks.table import TASKS
 from luthier_trainer.workspace.prepared import FINGERPRINT, fingerprint, write_prepared

@@ -119,8 +119,34 @@ def alone_on_its_claim(pods: str, alone: str) -> Rule:
     )
 
 
+TokenizerType = Literal["bpe", "wordpiece", "unigram"]
+VOCABULARY = 8192
+"""Entries of a new tokenizer."""
+
+
+class TokenizerTraining(ApiModel):
+    """A tokenizer trained on the texts of the training rows, by the library tokenizers."""
+
+    type: TokenizerType = "bpe"
+    """bpe: byte-level BPE, as GPT-2 has it, which can write any text. wordpiece: as BERT (cased). unigram: as T5 and
+    SentencePiece. The last two read characters that no training row has as an unknown token.
+    """
+    vocab_size: Annotated[int | None, Field(ge=260, le=1_000_000)] = None
+    """Entries, control tokens included; `model.config.vocabSize` when left out. There are fewer if the texts have no
+    more pieces.
+    """
+    special_tokens: Annotated[list[ShortText] | None, Field(min_length=1, max_length=64)] = None
+    """Control tokens beside those of the task, such as those of a chat template: <|im_start|>."""
+
+
+class NewTokenizer(ApiModel):
+    """The tokenizer of a new model."""
+
+    train: TokenizerTraining = Field(default_factory=TokenizerTraining)
+
+
 class NewModel(ApiModel):
-    """A model made from a configuration, with new weights, and a byte-level BPE tokenizer trained on the dataset."""
+    """A model made from a configuration, with new weights, and a tokenizer trained on the dataset."""
 
     model_type: Annotated[
         str,
@@ -128,8 +154,8 @@ class NewModel(ApiModel):
         Format("^[-_a-z0-9]+$", "must be transformers' name of an architecture, such as llama"),
     ]
     """transformers' name of the architecture, for example llama, qwen3, gpt2."""
-    vocab_size: Annotated[int, Field(ge=260, le=1_000_000)] = 8192
-    """Size of the tokenizer's vocabulary, special tokens included."""
+    vocab_size: Annotated[int | None, Field(ge=260, le=1_000_000)] = None
+    """Size of the tokenizer's vocabulary, special tokens included; 8192 when left out."""
     parameters: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the architecture's transformers configuration, for example hidden_size: 256."""
 
@@ -158,6 +184,8 @@ class ModelSource(ApiModel):
     """A FineTuneJob of the same namespace, whose result is the model. An adapter is merged into its base."""
     config: Annotated[NewModel | None, For("task"), For("method", remedy=NEW_WEIGHTS)] = None
     """Start from new weights."""
+    tokenizer: Annotated[NewTokenizer | None, For("task")] = None
+    """Which tokenizer a model from `config` gets; a byte-level BPE when left out."""
     quantization: Annotated[Quantization | None, For("task"), For("method")] = by_table()
     """Hold the frozen weights of the model's linear layers in a smaller type. The adapter's base stays the model as it
     was published.
@@ -186,9 +214,27 @@ class ModelSource(ApiModel):
         ),
         Rule(
             "!has(self.config) || !has(self.addSpecialTokens)",
-            "model.addSpecialTokens: the tokenizer of a model from model.config is made from the dataset; remove it",
+            "model.addSpecialTokens: the tokenizer of a model from model.config is made from the dataset; remove it, or"
+            " use model.tokenizer.train.specialTokens",
+        ),
+        Rule(
+            "!has(self.tokenizer) || has(self.config)",
+            "model.tokenizer: the embedding of a trained model has a row for each token of its own tokenizer, and those"
+            " of a new one would mean nothing; use addSpecialTokens to add tokens, or config for a model with new"
+            " weights",
+        ),
+        Rule(
+            "!has(self.tokenizer) || !has(self.tokenizer.train.vocabSize) || !has(self.config) ||"
+            " !has(self.config.vocabSize)",
+            "model.tokenizer.train.vocabSize: config.vocabSize says it, too; set one of them",
         ),
     )
+
+    @property
+    def vocabulary(self) -> int:
+        """Entries of the tokenizer of a new model, at most."""
+        asked = self.tokenizer.train.vocab_size if self.tokenizer else None
+        return asked or (self.config.vocab_size if self.config else None) or VOCABULARY
 
 
 class Csv(ApiModel):

@@ -283,6 +283,8 @@ what they hold would stay.
 """
 SMOOTHING_OPTIONS: dict[str, Any] = {"training.labelSmoothing": None}
 """Fields of the tasks whose loss is the cross-entropy of labels."""
+NEW_OPTIONS: dict[str, Any] = {"model.config": None, "model.tokenizer": None}
+"""Fields of the tasks that can begin with new weights, and a tokenizer made of their rows."""
 TEMPLATE_OPTIONS: dict[str, Any] = {"dataset.chatTemplate": None}
 """Fields of the tasks whose rows can hold messages."""
 CHAT_OPTIONS: dict[str, Any] = TEMPLATE_OPTIONS | {"dataset.form": None, "training.lossOn": None}
@@ -352,7 +354,8 @@ TASKS: Mapping[str, TaskInfo] = {
             | SAVED_OPTIONS
             | TOKEN_FILTERS
             | STREAM_OPTIONS
-            | {"training.packing": "none", "model.config": None},
+            | NEW_OPTIONS
+            | {"training.packing": "none"},
             metrics=(TaskMetric("perplexity", "Perplexity", better="lower"),),
         ),
     ),
@@ -369,7 +372,7 @@ TASKS: Mapping[str, TaskInfo] = {
             why={"methods": UNPROVEN},
             quantizations=("nf4", "fp4", "int8"),
             settings="seq2seq",
-            options=TEXT_OPTIONS | NOISE_OPTIONS | SMOOTHING_OPTIONS | SAVED_OPTIONS,
+            options=TEXT_OPTIONS | NEW_OPTIONS | NOISE_OPTIONS | SMOOTHING_OPTIONS | SAVED_OPTIONS,
             metrics=WRITTEN_METRICS,
         ),
     ),
@@ -414,6 +417,7 @@ TASKS: Mapping[str, TaskInfo] = {
             quantizations=("nf4", "fp4", "int8"),
             settings="classification",
             options=TEXT_OPTIONS
+            | NEW_OPTIONS
             | LABEL_OPTIONS
             | NOISE_OPTIONS
             | SMOOTHING_OPTIONS
@@ -448,7 +452,7 @@ TASKS: Mapping[str, TaskInfo] = {
             why={"methods": UNPROVEN},
             quantizations=("nf4", "fp4", "int8"),
             settings="tagging",
-            options=TEXT_OPTIONS | NOISE_OPTIONS | SMOOTHING_OPTIONS | SAVED_OPTIONS | TOKEN_FILTERS,
+            options=TEXT_OPTIONS | NEW_OPTIONS | NOISE_OPTIONS | SMOOTHING_OPTIONS | SAVED_OPTIONS | TOKEN_FILTERS,
             metrics=(
                 TaskMetric("accuracy", "Accuracy of words", better="higher"),
                 TaskMetric("precision", "Precision of entities", better="higher"),
@@ -477,7 +481,7 @@ TASKS: Mapping[str, TaskInfo] = {
             why={"methods": UNPROVEN},
             quantizations=("nf4", "fp4", "int8"),
             settings="answering",
-            options=TEXT_OPTIONS | NOISE_OPTIONS | SAVED_OPTIONS,
+            options=TEXT_OPTIONS | NEW_OPTIONS | NOISE_OPTIONS | SAVED_OPTIONS,
             metrics=ANSWER_METRICS,
         ),
         generation=GenerationTask(
@@ -499,7 +503,7 @@ TASKS: Mapping[str, TaskInfo] = {
             why={"methods": UNPROVEN},
             quantizations=("nf4", "fp4", "int8"),
             settings="masking",
-            options=TEXT_OPTIONS | NOISE_OPTIONS | SAVED_OPTIONS | TOKEN_FILTERS,
+            options=TEXT_OPTIONS | NEW_OPTIONS | NOISE_OPTIONS | SAVED_OPTIONS | TOKEN_FILTERS,
             metrics=(
                 TaskMetric("accuracy", "Share of masked tokens that are filled in", better="higher"),
                 TaskMetric("perplexity", "Perplexity of masked tokens", better="lower"),
@@ -522,7 +526,7 @@ TASKS: Mapping[str, TaskInfo] = {
             quantizations=("nf4", "fp4", "int8"),
             settings="embedding",
             compares_rows=True,
-            options=TEXT_OPTIONS | NOISE_OPTIONS | SAVED_OPTIONS,
+            options=TEXT_OPTIONS | NEW_OPTIONS | NOISE_OPTIONS | SAVED_OPTIONS,
             metrics=(
                 TaskMetric(
                     "recallAt1", "Share of texts whose partner is the nearest of all held-out ones", better="higher"

@@ -573,6 +573,21 @@ MARKS: list[Case] = [
     ),
     *(
         Case(
+            message=f"spec.model.{field}: applies to {fitting(f'model.{field}')};",
+            refused=task | FULL | {"spec.model": {"config": {"modelType": "llama"}, "tokenizer": {}}},
+            accepted=TEXTS | FULL | {"spec.model": {"config": {"modelType": "llama"}, "tokenizer": {}}},
+        )
+        for task in (PREFERENCE, REWARD, IMAGES)
+        for field in ("config", "tokenizer")
+    ),
+    Case(
+        message="spec.model.tokenizer: does not apply to a GenerateJob; remove it",
+        refused={"spec.model": {"id": "org/model", "tokenizer": {}}},
+        accepted={"spec.model": {"id": "org/model"}},
+        base=GENERATE,
+    ),
+    *(
+        Case(
             message=f"spec.{field}: applies to causal-lm;",
             refused=task | change,
             accepted=CAUSAL | change,
@@ -580,7 +595,6 @@ MARKS: list[Case] = [
         for task in (PREFERENCE, TEXTS, IMAGES)
         for field, change in {
             "training.packing": {"spec.training.packing": "isolated"},
-            "model.config": FULL | {"spec.model": {"config": {"modelType": "llama"}}},
             "dataset.columns.messages": {"spec.dataset.columns": {"messages": "turns"}},
             "dataset.columns.system": {"spec.dataset.columns": {"system": "rules"}},
             "dataset.columns.input": {"spec.dataset.columns": {"input": "context"}},
@@ -1052,6 +1066,23 @@ CHOICES: list[Case] = [
     ),
 ]
 CASES: list[Case] = [
+    Case(
+        message="model.tokenizer: the embedding of a trained model has a row for each token of its own tokenizer,",
+        refused={"spec.model": {"id": "org/model", "tokenizer": {}}},
+        accepted=NEW_MODEL | {"spec.model": {"config": {"modelType": "llama"}, "tokenizer": {}}},
+    ),
+    Case(
+        message="model.tokenizer.train.vocabSize: config.vocabSize says it, too; set one of them",
+        refused=NEW_MODEL
+        | {
+            "spec.model": {
+                "config": {"modelType": "llama", "vocabSize": 400},
+                "tokenizer": {"train": {"vocabSize": 400}},
+            }
+        },
+        accepted=NEW_MODEL
+        | {"spec.model": {"config": {"modelType": "llama"}, "tokenizer": {"train": {"vocabSize": 400}}}},
+    ),
     *(
         Case(
             message=message,

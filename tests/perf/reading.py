@@ -26,7 +26,7 @@ from luthier_api.run import GenerateRun
 from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.generation import main as generate
-from luthier_trainer.models.new_model import train_tokenizer
+from luthier_trainer.models.new_tokenizer import train_tokenizer
 from luthier_trainer.prepare import main as prepare
 
 ROWS = 10_000

@@ -23,7 +23,7 @@ from luthier_trainer.data.load import Rows
 from luthier_trainer.data.masks import ChatReader
 from luthier_trainer.data.reading import Reader
 from luthier_trainer.data.templates import CHATML
-from luthier_trainer.models.new_model import train_tokenizer
+from luthier_trainer.models.new_tokenizer import train_tokenizer
 from luthier_trainer.runtime import cores
 
 ROWS = 200_000

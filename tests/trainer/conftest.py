@@ -19,7 +19,8 @@ from luthier_api.run import FineTuneRun, GenerateRun
 from luthier_api.spec import NewModel
 from luthier_api.variables import Variables
 from luthier_trainer.data import full_lengths
-from luthier_trainer.models.new_model import new_config, save_new_model, train_tokenizer
+from luthier_trainer.models.new_model import new_config, save_new_model
+from luthier_trainer.models.new_tokenizer import train_tokenizer
 from luthier_trainer.runtime import notices
 
 if TYPE_CHECKING:

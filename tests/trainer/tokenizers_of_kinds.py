@@ -7,7 +7,7 @@ from collections.abc import Callable
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from luthier_trainer.models.new_model import train_tokenizer
+from luthier_trainer.models.new_tokenizer import train_tokenizer
 
 BEGIN, END, UNKNOWN = "<s>", "</s>", "<unk>"
 SPECIAL = [UNKNOWN, BEGIN, END]

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun
-from luthier_trainer.models.new_model import train_tokenizer
+from luthier_trainer.models.new_tokenizer import train_tokenizer
 from luthier_trainer.prepare.main import LABELS_SHOWN_BYTES, main
 from luthier_trainer.runtime.classify import classify
 from luthier_trainer.runtime.failure import Failure
@@ -352,7 +352,7 @@ def test_a_tokenizer_does_not_learn_from_rows_that_are_held_out(
         seen.extend(texts)
         return train_tokenizer(iter(seen), vocabulary, *given)
 
-    monkeypatch.setattr("luthier_trainer.models.new_model.train_tokenizer", train)
+    monkeypatch.setattr("luthier_trainer.models.new_tokenizer.train_tokenizer", train)
     parameters = {
         "hidden_size": 16,
         "intermediate_size": 32,

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.spec import NewModel
-from luthier_trainer.models.new_model import new_config, save_new_model, train_tokenizer
+from luthier_trainer.models.new_model import new_config, save_new_model
+from luthier_trainer.models.new_tokenizer import train_tokenizer
 from luthier_trainer.runtime.failure import Failure
 
 

@@ -287,7 +287,8 @@ def test_what_is_known_of_the_reference_is_not_computed_again(
 def wide_model(paragraphs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose widths bitsandbytes can quantise on CPU."""
     from luthier_api.spec import NewModel
-    from luthier_trainer.models.new_model import new_config, save_new_model, train_tokenizer
+    from luthier_trainer.models.new_model import new_config, save_new_model
+    from luthier_trainer.models.new_tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("wide")
     tokenizer = train_tokenizer(paragraphs[:250], 512)

@@ -166,7 +166,7 @@ def write_model(name: str, folder: str, cpu: bool) -> None:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
 
-    from luthier_trainer.models.new_model import train_tokenizer
+    from luthier_trainer.models.new_tokenizer import train_tokenizer
 
     random = numpy.random.default_rng(SEED)
     tokenizer = train_tokenizer((words(random, 100) for _ in range(200)), VOCABULARY)

@@ -112,8 +112,8 @@ def described(request: Request, task: Task, scratch: Path) -> Model:
     if spec.model.config is not None and request.config is None:
         from luthier_trainer.models.new_model import new_config
 
-        config = new_config(spec.model.config)
-        config.vocab_size = spec.model.config.vocab_size
+        config = new_config(spec.model.config, task=spec.task)
+        config.vocab_size = spec.model.vocabulary
         config.save_pretrained(scratch)
         return Model(ResolvedSource(source="new"), scratch, config, SimpleNamespace(pad_token_id=0))
     folder = folder_of(request, scratch)

@@ -13,14 +13,10 @@ from typing import TYPE_CHECKING, Any
 from luthier_api.attention import ATTENTIONS
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
-from luthier_api.run import FineTuneRun
-from luthier_api.status import ResolvedSource
-from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import bins, chats, columns, forms, labelled, packing, templates, tokens
 from luthier_trainer.data.load import Rows
 from luthier_trainer.data.masks import ChatReader
-from luthier_trainer.models import checks, isolation
-from luthier_trainer.models.inspect import max_positions
+from luthier_trainer.models import isolation
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.tasks.base import LoadedModel, Model, TrainerSetup, TrainingContext
 from luthier_trainer.tasks.batches import LabelledBatches, TokenCollator, measured_by
@@ -44,12 +40,6 @@ class CausalLM(LabelledBatches, TextTask):
 
     def columns(self, spec: FineTuneJobSpec) -> tuple[str, ...]:
         return forms.wanted(spec)
-
-    def check_new_model(self, spec: FineTuneJobSpec) -> None:
-        from luthier_trainer.models.new_model import new_config
-
-        assert spec.model.config is not None
-        checks.check_length(new_config(spec.model.config), spec.training.max_length, tokens.MAX_LENGTH)
 
     def fitting(self, rows: Rows, spec: FineTuneJobSpec) -> Rows:
         """Return the rows in the form that their columns tell; conversations as one column of JSON text.
@@ -80,25 +70,12 @@ class CausalLM(LabelledBatches, TextTask):
                 found = columns.texts(found, form.columns[role], f"{forms.COLUMNS}.{role}", drop_blank=True)
         return replace(found, form=form)
 
-    def new_model(self, rows: Rows, run: FineTuneRun, folder: WorkspaceFolder) -> Model:
-        """Create a tokenizer from the training rows and a model with weights drawn from the seed.
+    def texts(self, rows: Rows, spec: FineTuneJobSpec) -> Iterator[str]:
+        """Yield the texts of the training rows.
 
-        If blocks of a text file are held out, the tokenizer is still trained on the whole file.
+        If blocks of a text file are held out, these are the texts of the whole file.
         """
-        from luthier_trainer.models.new_model import new_config, save_new_model, train_tokenizer
-
-        new = run.spec.model.config
-        assert new is not None
-        texts = texts_of(rows)
-        tokenizer = train_tokenizer(texts, new.vocab_size, new_config(new))
-        config = new_config(new, tokenizer)
-        limit = max_positions(config)
-        if limit:
-            tokenizer.model_max_length = limit
-        path = folder.prepared / "model"
-        save_new_model(config, path, run.spec.training.seed)
-        tokenizer.save_pretrained(path)
-        return Model(ResolvedSource(source=f"new {new.model_type}"), path, config, tokenizer)
+        return texts_of(rows)
 
     def check_model(self, model: Model, spec: FineTuneJobSpec, rows: int, labels: list[str] | None) -> None:
         check_ends(model.processor)

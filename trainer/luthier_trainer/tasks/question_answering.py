@@ -71,6 +71,10 @@ class QuestionAnswering(LabelledBatches, HeadedTask, TextTask):
             )
         super().check_model(model, spec, rows, labels)
 
+    def texts(self, rows: Rows, spec: FineTuneJobSpec) -> Iterator[str]:
+        for batch in self.contents(rows, spec):
+            yield from map(str, batch)
+
     def contents(self, rows: Rows, spec: FineTuneJobSpec) -> Iterator[Sequence[str | bytes]]:
         for batch in rows.data.iter(rows_at_once(rows.data, TEXTS_AT_ONCE)):
             parsed = map(json.loads, batch[questions.ASKED])

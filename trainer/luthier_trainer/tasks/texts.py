@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,8 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.methods import METHODS
 from luthier_api.run import FineTuneRun
+from luthier_api.spec import TokenizerTraining
+from luthier_api.status import ResolvedSource
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import tokens
 from luthier_trainer.data.load import Rows
@@ -22,6 +24,9 @@ from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 from luthier_trainer.tasks.base import Batch, Model
 from luthier_trainer.tasks.pretrained import PretrainedTask
+from luthier_trainer.workspace import provenance
+from luthier_trainer.workspace.manifest import sha256
+from luthier_trainer.workspace.model_files import MODEL_CONFIG
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -33,6 +38,7 @@ FIELD = "spec.dataset.columns.text"
 ADD_ROWS = (
     "Set model.resizeEmbeddings: true, which adds rows that learn; or take the tokenizer that belongs to the model"
 )
+TOKENIZER = "tokenizer.json"
 TEXTS_AT_ONCE = 1_000
 WORKERS = 2  # enough to pad batches while the GPU computes
 
@@ -77,6 +83,45 @@ class TextTask(PretrainedTask):
         path = embedding.resized(model.path, model.config, missing, self.task, spec.training.seed, field, folder)
         return replace(model, path=path, config=inspect.read_config(path, field), new_tokens=new)
 
+    def check_new_model(self, spec: FineTuneJobSpec) -> None:
+        from luthier_trainer.models.new_model import new_config
+
+        assert spec.model.config is not None
+        checks.check_length(new_config(spec.model.config, task=self.task), spec.training.max_length, tokens.MAX_LENGTH)
+
+    def texts(self, rows: Rows, spec: FineTuneJobSpec) -> Iterator[str]:
+        """Yield the texts of the training rows, of which the tokenizer of a new model is made, row by row."""
+        names = self.inputs(spec)
+        texts = rows.data.select_columns(list(names))
+        for batch in texts.iter(rows_at_once(texts, TEXTS_AT_ONCE)):
+            for cells in zip(*(batch[name] for name in names), strict=True):
+                yield from cells
+
+    def new_model(self, rows: Rows, run: FineTuneRun, folder: WorkspaceFolder) -> Model:
+        """Create a tokenizer from the training rows and a model with weights drawn from the seed."""
+        from luthier_trainer.models.new_model import new_config, save_new_model
+        from luthier_trainer.models.new_tokenizer import describe, train_tokenizer
+
+        spec, new = run.spec, run.spec.model.config
+        assert new is not None
+        asked = spec.model.tokenizer.train if spec.model.tokenizer else TokenizerTraining()
+        size = spec.model.vocabulary
+        empty = new_config(new, task=self.task)
+        special = asked.special_tokens or []
+        texts = Again(lambda: self.texts(rows, spec))
+        tokenizer = train_tokenizer(texts, size, empty, self.task, asked.type, special)
+        config = new_config(new, tokenizer, self.task)
+        if limit := inspect.max_positions(config):
+            tokenizer.model_max_length = limit
+        path = folder.prepared / "model"
+        save_new_model(config, path, spec.training.seed, self.task)
+        tokenizer.save_pretrained(path)
+        # The weights are not part of it: they follow from the seed, and may be rounded otherwise on another machine.
+        revision = provenance.combined(f"{name} {sha256(path / name)}" for name in (MODEL_CONFIG, TOKENIZER))
+        notice(describe(tokenizer, asked.type, size, sha256(path / TOKENIZER)))
+        resolved = ResolvedSource(source=f"new {new.model_type}", revision=revision)
+        return Model(resolved, path, config, self.read_processor(path, inspect.MODEL))
+
     def check_model(self, model: Model, spec: FineTuneJobSpec, rows: int, labels: list[str] | None) -> None:
         check(model.config, model.processor, spec)
         super().check_model(model, spec, rows, labels)
@@ -103,6 +148,16 @@ class TextTask(PretrainedTask):
 
     def loader_workers(self, cores: int) -> int:
         return WORKERS
+
+
+@dataclass(frozen=True)
+class Again:
+    """Texts that can be read several times."""
+
+    begin: Callable[[], Iterator[str]]
+
+    def __iter__(self) -> Iterator[str]:
+        return self.begin()
 
 
 def check(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, spec: FineTuneJobSpec) -> None:

@@ -79,6 +79,10 @@ class TokenClassification(LabelledBatches, HeadedTask, TextTask):
             )
         super().check_model(model, spec, rows, labels)
 
+    def texts(self, rows: Rows, spec: FineTuneJobSpec) -> Iterator[str]:
+        for batch in self.contents(rows, spec):
+            yield from map(str, batch)
+
     def contents(self, rows: Rows, spec: FineTuneJobSpec) -> Iterator[Sequence[str | bytes]]:
         for batch in rows.data.iter(rows_at_once(rows.data, TEXTS_AT_ONCE)):
             yield [" ".join(json.loads(row)["words"]) for row in batch[tagged.TAGGED]]
