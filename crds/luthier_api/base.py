@@ -6,9 +6,12 @@ as patterns.
 
 from __future__ import annotations
 
+import functools
 import re
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.alias_generators import to_camel
@@ -149,6 +152,31 @@ class ApiModel(BaseModel):
     def dump(self) -> dict[str, object]:
         """As JSON-ready data with the names users write; fields that are not set are left out."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+Model = TypeVar("Model", bound=ApiModel)
+Value = TypeVar("Value")
+
+
+def once_for_each(function: Callable[[Model], Value]) -> Callable[[Model], Value]:
+    """`function`, called once for each object, whose value is remembered as long as the object exists.
+
+    Objects are frozen, and the spec of a job is the same one in all decisions about it (`stored`). The value is shared:
+    nobody may change it.
+    """
+    known: dict[int, tuple[weakref.ref[Model], Value]] = {}
+
+    @functools.wraps(function)
+    def remembered(model: Model) -> Value:
+        identity = id(model)
+        found = known.get(identity)
+        if found is not None and found[0]() is model:
+            return found[1]
+        value = function(model)
+        known[identity] = weakref.ref(model, lambda _: known.pop(identity, None)), value
+        return value
+
+    return remembered
 
 
 def model_in(annotation: Any) -> type[ApiModel] | None:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from pydantic.alias_generators import to_camel
 from pydantic.fields import FieldInfo
 
-from luthier_api.base import ApiModel, Rule, model_in
+from luthier_api.base import ApiModel, Rule, model_in, once_for_each
 
 Spec = TypeVar("Spec", bound=ApiModel)
 
@@ -200,6 +200,7 @@ def planned_part(spec: ApiModel) -> dict[str, Any]:
     return _part(spec.dump(), type(spec), {mark for mark in Decides if mark.value.planned}, Decides.RESULT)
 
 
+@once_for_each
 def run_part(spec: Spec) -> Spec:
     """A spec as the pods read it: what the operator alone reads has its default, so that a pod that starts after a
     suspension finds the run config that it knew.

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Protocol, Self, TypeVar, get_args, get_origin
 from pydantic import ModelWrapValidatorHandler, model_validator
 from pydantic.alias_generators import to_camel
 
-from luthier_api.base import ApiModel, Rule, model_in
+from luthier_api.base import ApiModel, Rule, model_in, once_for_each
 from luthier_api.decides import immutable, is_always_there, marked_paths
 
 Spec = TypeVar("Spec", bound="TabledSpec")
@@ -255,6 +255,7 @@ def written_part(spec: TabledSpec) -> dict[str, Any]:
     return data
 
 
+@once_for_each
 def digests(spec: TabledSpec) -> dict[str, str]:
     """Path → hash, of each field whose change makes a failed job go on. Of what has its default there is none: a later
     version may add fields.

@@ -68,9 +68,13 @@ class BaseRun(ApiModel):
         job for it.
         """
         spec: TabledSpec = self.spec  # type: ignore[attr-defined]  # of each kind its own
+        return {**self.head(), "spec": written_part(spec)}
+
+    def head(self) -> dict[str, Any]:
+        """The document without the spec."""
         data = self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True, exclude={"spec"})
         head = {"apiVersion": self.api_version, "kind": self.kind}  # type: ignore[attr-defined]
-        return {**head, "writtenBy": installed_version(), **data, "spec": written_part(spec)}
+        return {**head, "writtenBy": installed_version(), **data}
 
 
 @cache

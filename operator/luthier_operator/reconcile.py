@@ -30,6 +30,7 @@ from luthier_operator.events import Recorder
 from luthier_operator.metrics import Metrics
 from luthier_operator.model import ChildRef, Decision, Event, Key, Object, Observed
 from luthier_operator.namespaces import TERMINATING_SECONDS, Namespaces
+from luthier_operator.phases.waiting import NO_POD_SECONDS
 from luthier_operator.queue import Queue
 from luthier_operator.rawstatus import internal_error_status, new_event, not_understood_status, status_patch
 from luthier_operator.render.claim import shortfall
@@ -48,9 +49,9 @@ is reconciled again when that comes.
 CHILD_KINDS: tuple[Literal["Job", "JobSet"], ...] = ("Job", "JobSet")
 REFUSALS = (400, 403, 422)
 """Answers to a status that the API server will give again."""
-CREATED_SECONDS = 15.0
+CREATED_SECONDS = NO_POD_SECONDS + 1
 """After children were created there is nothing to decide until a controller has begun with them, which is an event. If
-none has, the job is reconciled after this time; a delay is reported later than that (`phases/waiting`).
+none has, the job is reconciled after this time: that a small job has no pods is reported then, and nothing earlier.
 """
 
 
@@ -278,9 +279,10 @@ class Reconciler:
         Returns the object as it is then, None if it is gone; and the seconds to wait if only the progress has changed
         and was written a short time ago. Raises ApiError.
         """
-        desired, understood = decision.status.dump(), before.dump()
+        desired = decision.status.dump()
+        understood = desired if decision.status == before else before.dump()
         last = self._last_write(key, found)
-        if last and desired != understood and urgent_part(desired, JobStatus) == urgent_part(understood, JobStatus):
+        if last and desired != understood and may_wait(understood, desired):
             wait = last.at + self._settings.progress_every - self._clock()
             if wait > 0:
                 return found, wait
@@ -359,6 +361,13 @@ class Reconciler:
     def _enqueue(self, keys: set[Key]) -> None:
         for key in keys:
             self._queue.soon(key)
+
+
+def may_wait(before: Object, after: Object) -> bool:
+    """Whether nothing that differs between two statuses has to be written at once."""
+    differ = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
+    one, other = ({name: status[name] for name in differ if name in status} for status in (before, after))
+    return urgent_part(one, JobStatus) == urgent_part(other, JobStatus)
 
 
 def digest(status: Object) -> bytes:

@@ -15,10 +15,14 @@ and the operator's own writes cause one reconcile.
 """
 TELL = 1.0
 """Seconds for what is only told to people: why a pod does not start."""
-NOTHING = 15.0
-"""Seconds for what has no consequence: a Job that counts its pods, a pod that is new and only ends the message that
-there is none, or one that has succeeded, after which its Job or JobSet ends.
+SEEN = 15.0
+"""Seconds for what only ends a message: a pod that is new, of a job that reports that there is none."""
+NOTHING = 30.0
+"""Seconds for what has no consequence: a Job that counts its pods, a pod that is new, or one that has succeeded, after
+which its Job or JobSet ends. A container that does not start is reported after as long (`phases/waiting`).
 """
+AS_EXPECTED = {State.PREPARING, State.STARTING, State.RUNNING, State.PUBLISHING}
+"""States of a job that reports no problem, which a change of its pods could end."""
 
 
 USUAL = "ContainerCreating"
@@ -38,7 +42,7 @@ def seconds(found: Object, job_state: str) -> float:
         return ACT
     if children.restarts(found) != (0, 0):
         return ACT
-    return TELL if children.was_suspended(found) or children.suspended(found) else NOTHING
+    return TELL if children.was_suspended(found) or children.suspended(found) else _unimportant(job_state)
 
 
 def _of_pod(pod: Object, job_state: str) -> float:
@@ -49,6 +53,10 @@ def _of_pod(pod: Object, job_state: str) -> float:
         if children.label(pod, naming.PHASE_LABEL) == "run":
             return ACT
         # It only ends the message why it did not run, if there is one.
-        return NOTHING if job_state in (State.PREPARING, State.PUBLISHING) else TELL
+        return NOTHING if job_state in AS_EXPECTED else TELL
     waits = state.get("waiting", {}).get("reason", USUAL) != USUAL
-    return TELL if children.unschedulable(pod) or waits else NOTHING
+    return TELL if children.unschedulable(pod) or waits else _unimportant(job_state)
+
+
+def _unimportant(job_state: str) -> float:
+    return NOTHING if job_state in AS_EXPECTED else SEEN

@@ -10,7 +10,7 @@ import pytest
 from luthier_api.status import State
 from luthier_operator.model import Object
 from luthier_operator.naming import CONTAINER, PHASE_LABEL
-from luthier_operator.settling import ACT, NOTHING, TELL, seconds
+from luthier_operator.settling import ACT, NOTHING, SEEN, TELL, seconds
 
 
 def pod(state: Object, phase: str = "Pending") -> Object:
@@ -34,6 +34,7 @@ class Case:
 UNSCHEDULABLE = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}
 CASES = [
     Case("a pod that is new", "Pod", {"phase": "Pending"}, NOTHING),
+    Case("a pod that is new, after it was reported to be missing", "Pod", {"phase": "Pending"}, SEEN, job="NoPods"),
     Case("a pod that has no node", "Pod", {"phase": "Pending", "conditions": [UNSCHEDULABLE]}, TELL),
     Case("a pod whose image is pulled", "Pod", pod({"waiting": {"reason": "ContainerCreating"}}), NOTHING),
     Case("a pod whose image is missing", "Pod", pod({"waiting": {"reason": "ErrImagePull"}}), TELL),
@@ -52,6 +53,7 @@ CASES = [
     Case("a pod that was evicted before it ran", "Pod", {"phase": "Failed", "reason": "Evicted"}, ACT),
     Case("a pod that is stopped", "Pod", pod({}), ACT, meta={"deletionTimestamp": "2026-01-01T00:00:00Z"}),
     Case("a Job that has created its pod", "Job", {"active": 1}, NOTHING),
+    Case("a Job that has created the pod that was missing", "Job", {"active": 1}, SEEN, job="NoPods"),
     Case("a Job whose pod has failed", "Job", {"active": 1, "failed": 1}, ACT),
     Case("a Job that is complete", "Job", {"conditions": [{"type": "Complete", "status": "True"}]}, ACT),
     Case("a Job that a queue holds", "Job", {"conditions": [{"type": "Suspended", "status": "True"}]}, TELL),

@@ -40,6 +40,7 @@ from luthier_operator.decide import decide
 from luthier_operator.model import Object, Observed
 from luthier_operator.objects import objects
 from luthier_operator.settings import Settings
+from luthier_operator.settling import NOTHING
 
 HERE, DIRECT = "luthier-bench", "luthier-bench-direct"
 NO_SCHEDULER = "nobody"
@@ -56,7 +57,7 @@ def job(name: str) -> Object:
         "spec": {
             "task": "causal-lm",
             "model": {"id": "org/model"},
-            "dataset": {"id": "org/data"},
+            "dataset": {"id": f"org/{name}"},  # the operator reads the same spec only once
             "workspace": {"claimName": node.CLAIM},
             "resources": {"nodes": 2, "gpusPerNode": 1},
             "scheduling": {
@@ -221,7 +222,7 @@ async def throughput(client: Client, account: dict[str, str], audit_path: Path, 
             await asyncio.gather(*ends)
             await jobsets.all_of(names)
             to_jobset = max(jobsets.at.values()) - begin
-            await asyncio.sleep(12)  # what settles for longest is settled, and has cost what it costs
+            await asyncio.sleep(NOTHING + 5)  # what settles for longest is settled, and has cost what it costs
             cpu.append(operator.cpu_seconds())
         peak = operator.memory_mib()
         reconciles = operator.reconciles()

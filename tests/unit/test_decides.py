@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import pytest
 from cases.api import FINE_TUNE, GENERATE, Change, Document, changed
 
-from luthier_api.base import ApiModel
+from luthier_api.base import ApiModel, once_for_each
 from luthier_api.decides import (
     CIRCUMSTANCES,
     LIFE_CYCLE,
@@ -21,7 +23,7 @@ from luthier_api.decides import (
 )
 from luthier_api.kinds import KINDS, parse_job
 from luthier_api.marks import digests
-from luthier_api.status import JobStatus
+from luthier_api.status import Checkpoint, JobStatus
 
 
 class Unmarked(ApiModel):
@@ -297,3 +299,19 @@ STATUSES = [
 @pytest.mark.parametrize("case", STATUSES, ids=lambda case: case.name)
 def test_a_status_is_written_at_once_or_may_wait(case: StatusCase) -> None:
     assert (urgent_part(case.before, JobStatus) == urgent_part(case.after, JobStatus)) is case.waits
+
+
+class Remembered:
+    """What `once_for_each` keeps."""
+
+
+def test_what_follows_from_an_object_is_kept_as_long_as_the_object() -> None:
+    remembered = once_for_each(lambda checkpoint: Remembered())
+    one, equal = Checkpoint(step=1), Checkpoint(step=1)
+    assert remembered(one) is remembered(one)
+    assert remembered(one) is not remembered(equal)
+    kept = weakref.ref(remembered(one))
+    assert kept()
+    del one
+    gc.collect()
+    assert kept() is None

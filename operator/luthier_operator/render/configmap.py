@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from luthier_api.base import once_for_each
 from luthier_api.kinds import FineTuneJob
+from luthier_api.marks import TabledSpec, written_part
 from luthier_api.quantity import amount
 from luthier_api.run import RUNS, FineTuneRun, GenerateRun, Gpu
 from luthier_operator import naming, policy
@@ -75,9 +77,15 @@ def figures_of(found: GpuClass) -> Gpu | None:
     return Gpu(memory=memory, peak_flops=found.peak_flops, bandwidth=found.bandwidth)
 
 
+@once_for_each
+def spec_text(spec: TabledSpec) -> msgspec.Raw:
+    """The spec of a run config as JSON. It takes as long as all the rest of a config map."""
+    return msgspec.Raw(msgspec.json.encode(written_part(spec)))
+
+
 def configmap(workload: Workload, settings: Settings, sources: Mapping[str, Place]) -> Object:
-    job = workload.job
-    document = run_config(workload, settings, sources).document()
+    job, run = workload.job, run_config(workload, settings, sources)
+    document = {**run.head(), "spec": spec_text(run.spec)}
     text = msgspec.json.format(msgspec.json.encode(document), indent=1).decode()
     return {
         "apiVersion": "v1",
