@@ -17,12 +17,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 from aiohttp import web
+from jsonpatch import JsonPatchException, apply_patch
+from jsonpointer import JsonPointerException
 from pydantic import ValidationError
 from rights import GRANTED, VERBS, Right
 
 from luthier_api.kinds import parse_job
 from luthier_api.status import JobStatus
-from luthier_operator.client import RESOURCES, Resource
+from luthier_operator.client import JSON_PATCH, RESOURCES, Resource
 
 Object = dict[str, Any]
 BY_PLURAL = {(r.api_version, r.plural): r for r in RESOURCES.values()}
@@ -309,6 +311,8 @@ class FakeApi:
             )
         if fault and fault.reset == "before":
             return self._cut_off(request, fault, sender)
+        if request.content_type == JSON_PATCH:
+            body = patched(self._existing(kind, ns, name), body)
         done = copy.deepcopy(self._write(request, kind, ns, name, sub, body))
         if fault and fault.reset == "after":
             return self._cut_off(request, fault, sender)
@@ -348,9 +352,11 @@ class FakeApi:
         if wanted and wanted != found["metadata"]["resourceVersion"]:
             raise Refused(409, "Conflict", "the object has been modified")
         part = {"status": body["status"]} if sub == "status" else body
+        if request.content_type != JSON_PATCH:
+            part = merged(found, part)
         if sub == "status":
-            self.schema(merged(found, part)["status"])
-        return self.change(found, lambda o: o.update(merged(o, part)))
+            self.schema(part["status"])
+        return self.change(found, lambda o: o.update(part))
 
     def _existing(self, kind: str, ns: str, name: str) -> Object:
         if (kind, ns, name) not in self.objects:
@@ -480,6 +486,15 @@ def no_number(word: str) -> Any:
 
 async def send(response: web.StreamResponse, type: str, found: Object) -> None:
     await response.write(json.dumps({"type": type, "object": found}).encode() + b"\n")
+
+
+def patched(found: Object, operations: list[Object]) -> Object:
+    """`found` after a JSON patch. Raises Refused if it does not fit."""
+    try:
+        after: Object = apply_patch(found, operations)
+    except (JsonPatchException, JsonPointerException) as error:
+        raise Refused(422, "", f"the server rejected our request due to an error in our request: {error}") from None
+    return after
 
 
 def merged(target: Any, patch: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 from fake_api import FakeApi, Refused, merged
 from fake_cluster import FakeCluster, Outcome
 from harness import condition, fine_tune, finished, running, until
+from jsonpatch import apply_patch
 from kubernetes.aio.client.configuration import Configuration
 
 from luthier_api.kinds import JobKind, parse_job
-from luthier_operator.client import Client
+from luthier_operator.client import ApiError, Client, status_operations
 from luthier_operator.events import Recorder
 from luthier_operator.metrics import Metrics
 from luthier_operator.model import Key
@@ -82,6 +84,12 @@ PATCHES = [
         after={"a": {"b": 2}},
         expect={"a": {"b": 2}},
     ),
+    PatchCase(
+        name="names with the signs of a path",
+        before={"a/b": {"c~1": 1, "d": 2}},
+        after={"a/b": {"c~1": 3}},
+        expect={"a/b": {"c~1": 3, "d": None}},
+    ),
 ]
 
 
@@ -89,6 +97,85 @@ PATCHES = [
 def test_merge_patch(case: PatchCase) -> None:
     assert merge_patch(case.before, case.after) == case.expect
     assert merged(case.before, case.expect) == case.after
+
+
+@pytest.mark.parametrize("case", PATCHES, ids=lambda case: case.name)
+def test_the_json_patch_does_what_the_merge_patch_does(case: PatchCase) -> None:
+    job = {"metadata": {"resourceVersion": "7"}, "status": case.before}
+    stored = {"metadata": {"resourceVersion": "8"}, "status": case.before | {"another": "writer's"}}
+    assert apply_patch(stored, status_operations(job, case.expect)) == {
+        "metadata": {"resourceVersion": "7"},
+        "status": case.after | {"another": "writer's"},
+    }
+
+
+@dataclass(frozen=True)
+class RaceCase:
+    name: str
+    change: Callable[[dict[str, Any]], object]
+    """What somebody else does between the reading of a job and the write of its status."""
+    patch: dict[str, Any]
+    code: int = 409
+    """Of the refusal."""
+
+
+RACES = [
+    RaceCase(
+        name="they write another field",
+        change=lambda job: job["status"].update(shape="9×9"),
+        patch={"restarts": 1},
+    ),
+    RaceCase(
+        name="they remove the field that is to be removed",
+        change=lambda job: job["status"].pop("hub"),
+        patch={"hub": None},
+    ),
+    RaceCase(
+        name="they remove the object that is to be changed",
+        change=lambda job: job["status"].pop("hub"),
+        patch={"hub": {"files": 2}},
+    ),
+    RaceCase(
+        name="they remove the status",
+        change=lambda job: job.pop("status"),
+        patch={"restarts": 1},
+    ),
+    RaceCase(
+        name="they edit the spec",
+        change=lambda job: job["spec"].update(suspend=True),
+        patch={"restarts": 1},
+    ),
+    RaceCase(
+        name="nothing, and the schema refuses the status",
+        change=lambda job: None,
+        patch={"restarts": "many"},
+        code=422,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", RACES, ids=lambda case: case.name)
+async def test_a_status_is_never_written_over_what_somebody_else_has_written(case: RaceCase) -> None:
+    async with FakeApi() as api:
+        client, made = Client(Configuration(host=api.url)), api.create(fine_tune())
+        hub = {"repo": "org/result", "revision": "c", "url": "https://hub", "files": 1}
+        read = api.change(made, lambda job: job.update(status={"restarts": 0, "hub": hub}))
+        theirs = api.change(read, case.change)
+        with pytest.raises(ApiError) as refused:
+            await client.patch_status(read, case.patch)
+        await client.close()
+        assert (refused.value.status, api.get("FineTuneJob", "tune")) == (case.code, theirs)
+
+
+async def test_the_first_status_is_not_written_over_one_that_came_first() -> None:
+    async with FakeApi() as api:
+        client, made = Client(Configuration(host=api.url)), api.create(fine_tune())
+        theirs = api.change(made, lambda job: job.update(status={"state": "Running"}))
+        with pytest.raises(ApiError, match="409"):
+            await client.patch_status(made, {"restarts": 1})
+        await client.patch_status(theirs, {"restarts": 1})
+        await client.close()
+        assert api.get("FineTuneJob", "tune")["status"] == {"state": "Running", "restarts": 1}
 
 
 def condition_of(type: str, **fields: Any) -> dict[str, Any]:
